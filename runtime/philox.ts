@@ -1,0 +1,72 @@
+/**
+ * Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four 32-bit words as a pure function of a
+ * 128-bit counter and a 64-bit key. A value here depends on seed, name and global index alone, never on who asks for it.
+ */
+
+export type Words = [number, number, number, number];
+
+/** Writes the four words of this counter and key into `out`. */
+export function philox(out: Words | Uint32Array, c0: number, c1: number, c2: number, c3: number, k0: number, k1: number): void {
+  let [a, b, c, d, key0, key1] = [c0 >>> 0, c1 >>> 0, c2 >>> 0, c3 >>> 0, k0 >>> 0, k1 >>> 0];
+  for (let round = 0; round < 10; round++) {
+    const high0 = highProduct(0xd2511f53, a);
+    const low0 = Math.imul(0xd2511f53, a);
+    const high1 = highProduct(0xcd9e8d57, c);
+    const low1 = Math.imul(0xcd9e8d57, c);
+    a = (high1 ^ b ^ key0) >>> 0;
+    b = low1 >>> 0;
+    c = (high0 ^ d ^ key1) >>> 0;
+    d = low0 >>> 0;
+    key0 = (key0 + 0x9e3779b9) >>> 0;
+    key1 = (key1 + 0xbb67ae85) >>> 0;
+  }
+  out[0] = a;
+  out[1] = b;
+  out[2] = c;
+  out[3] = d;
+}
+
+/** The key of a stream: 64-bit FNV-1a of the seed's 8 little-endian bytes, then the UTF-8 bytes of the name; low word first. */
+export function keyOf(seed: number, name: string): readonly [number, number] {
+  const seedBytes = Buffer.alloc(8);
+  seedBytes.writeBigInt64LE(BigInt(seed));
+  let hash = 0xcbf29ce484222325n;
+  for (const byte of [...seedBytes, ...Buffer.from(name)]) hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
+  return [Number(hash & 0xffffffffn), Number(hash >> 32n)];
+}
+
+/**
+ * Fills `out[j]` with element `start + j` of the normal stream (seed, name), mean 0. Element i is lane i % 4 of counter floor(i / 4);
+ * lanes (0, 1) and (2, 3) are the cosine and the sine of one Box-Muller pair.
+ */
+export function fillNormal(out: Float32Array, seed: number, name: string, start: number, std: number): void {
+  const [k0, k1] = keyOf(seed, name);
+  const words = new Uint32Array(4);
+  const lanes = new Float64Array(4);
+  for (let j = 0; j < out.length; ) {
+    const block = Math.floor((start + j) / 4);
+    philox(words, block % 2 ** 32, Math.floor(block / 2 ** 32), 0, 0, k0, k1);
+    boxMuller(lanes, 0, words[0]!, words[1]!);
+    boxMuller(lanes, 2, words[2]!, words[3]!);
+    for (let lane = start + j - 4 * block; lane < 4 && j < out.length; lane++, j++) out[j] = std * lanes[lane]!;
+  }
+}
+
+function boxMuller(lanes: Float64Array, at: number, x: number, y: number): void {
+  // (x + 0.5) / 2^32 is never 0: its logarithm is finite
+  const radius = Math.sqrt(-2 * Math.log((x + 0.5) * 2 ** -32));
+  const angle = 2 * Math.PI * y * 2 ** -32;
+  lanes[at] = radius * Math.cos(angle);
+  lanes[at + 1] = radius * Math.sin(angle);
+}
+
+/** Bits 32 to 63 of the product, from 16-bit halves: no partial sum here reaches 2^32. */
+function highProduct(x: number, y: number): number {
+  const xLow = x & 0xffff;
+  const xHigh = x >>> 16;
+  const yLow = y & 0xffff;
+  const yHigh = y >>> 16;
+  const middle = xHigh * yLow + ((xLow * yLow) >>> 16);
+  const lower = xLow * yHigh + (middle & 0xffff);
+  return xHigh * yHigh + (middle >>> 16) + (lower >>> 16);
+}

@@ -1,0 +1,16 @@
+/** Writes the JSON Schemas of the job and of the plan beside their sources: `npx tsx schemas/generate.ts`. */
+import { writeFileSync } from "node:fs";
+import { z } from "zod";
+import { jobSchema } from "./job.ts";
+import { Plan } from "./plan.ts";
+
+const text = (schema: Record<string, unknown>): string => `${JSON.stringify(schema, null, 2)}\n`;
+
+/** What each committed file must hold. */
+export const generated = (): Record<"job.schema.json" | "plan.schema.json", string> => ({
+  "job.schema.json": text(jobSchema()),
+  "plan.schema.json": text({ title: "rankc plan", ...z.toJSONSchema(Plan, { target: "draft-07", io: "output" }) }),
+});
+
+if (process.argv[1]?.endsWith("generate.ts"))
+  for (const [file, content] of Object.entries(generated())) writeFileSync(new URL(file, import.meta.url), content);

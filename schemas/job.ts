@@ -1,0 +1,201 @@
+/**
+ * The job: what a person writes, and every default. `JobText` is the file as written; `Job` is the same with nothing optional.
+ * Laws between keys are rules (src/rules); here stand only names, types, ranges and defaults.
+ */
+import { z } from "zod";
+
+const count = z.int().min(1);
+const real = z.number();
+
+const Norm = z.strictObject({
+  type: z
+    .literal("rmsnorm")
+    .default("rmsnorm")
+    .describe("the normalisation before attention, before the feed-forward part and before the head"),
+  eps: real.default(1e-5).describe("added to the mean square under the root"),
+});
+
+const Rope = z.strictObject({
+  theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
+});
+
+const Router = z.strictObject({
+  score: z.literal("softmax").default("softmax").describe("how the logits of all experts become probabilities, before the top-k choice"),
+  normalize_top_k: z.boolean().default(true).describe("divide the chosen k probabilities by their sum (Mixtral does, OLMoE does not)"),
+  balance: z.enum(["none", "aux_loss"]).default("aux_loss").describe("what keeps tokens spread over the experts"),
+  aux_coeff: real
+    .default(0)
+    .describe(
+      "weight of the balancing loss. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and B4 rules warn",
+    ),
+  z_coeff: real
+    .default(0)
+    .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
+});
+
+const MoeText = z.strictObject({
+  experts: count.max(65536).describe("experts in each layer"),
+  top_k: count.describe("experts that each token is sent to"),
+  ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
+  router: Router.prefault({}).describe("how tokens choose experts"),
+  dispatch: z
+    .enum(["all_to_all", "all_gather"])
+    .default("all_to_all")
+    .describe("how rows reach the ranks that hold their experts: each row to its experts, or every row to every rank of the expert group"),
+  capacity: z.literal("dropless").default("dropless").describe("every routed row is computed; none is dropped or padded"),
+  rows_bound: z
+    .union([z.literal("worst"), z.number().min(1)])
+    .default("worst")
+    .describe(
+      "rows an expert-parallel rank has memory for, as a multiple of the balanced load; 'worst' is the most that routing can send, and never overflows",
+    ),
+});
+
+const ModelText = z.strictObject({
+  layers: count.max(65536).describe("transformer layers"),
+  hidden: count.describe("width of the residual stream"),
+  ffn: count.optional().describe("inner width of the dense feed-forward part; default: 4 x hidden"),
+  heads: count.describe("query heads"),
+  kv_heads: count.optional().describe("key and value heads, each shared by heads / kv_heads query heads; default: heads"),
+  head_dim: count.optional().describe("width of one head; default: hidden / heads"),
+  vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
+  seq: count.describe("tokens in one sequence"),
+  norm: Norm.prefault({}).describe("normalisation"),
+  rope: Rope.prefault({}).describe("rotary position embedding"),
+  activation: z.literal("swiglu").default("swiglu").describe("activation of the feed-forward part: silu(gate) x up"),
+  tie_embeddings: z.boolean().default(false).describe("the head uses the embedding's weights"),
+  qk_norm: z
+    .enum(["none", "head", "full"])
+    .default("none")
+    .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
+  moe: MoeText.nullable()
+    .default(null)
+    .describe("mixture of experts in place of the dense feed-forward part, in every layer; null = dense"),
+});
+
+const ParallelText = z.strictObject({
+  world: count
+    .max(2 ** 20)
+    .default(1)
+    .describe("ranks in all; one rank is one process and one GPU"),
+  tensor: count.default(1).describe("ranks that share one layer's attention and dense matrices"),
+  sequence: z
+    .boolean()
+    .default(false)
+    .describe("between matrices, cut activations along the sequence over the tensor ranks instead of repeating them"),
+  pipeline: count.default(1).describe("pipeline stages, each with layers / pipeline consecutive layers"),
+  expert: count.default(1).describe("ranks over which the experts of a layer are spread"),
+  expert_tensor: count
+    .default(1)
+    .describe("ranks that share the matrices of one expert; not taken from tensor: whole experts are the usual choice"),
+  context: count.default(1).describe("ranks that share the tokens of one sequence"),
+  data: count
+    .optional()
+    .describe("replicas that see different sequences; derived: world / (tensor x pipeline x context). If written, it must agree"),
+  distributed_optimizer: z.boolean().default(false).describe("each data rank keeps and updates its share of master weights and moments"),
+});
+
+const OptimizerText = z.strictObject({
+  type: z.literal("adamw").default("adamw").describe("AdamW; weight decay applies to parameters with two or more dims"),
+  lr: real.describe("the largest learning rate, reached after warm-up"),
+  min_lr: real.default(0).describe("the learning rate at the end of the decay and after it"),
+  warmup_steps: z.int().min(0).default(0).describe("steps in which the learning rate rises linearly from 0"),
+  decay_steps: count.optional().describe("the step at which min_lr is reached, warm-up included; default: train.steps"),
+  schedule: z.enum(["constant", "linear", "cosine"]).default("constant").describe("the shape of the decay after warm-up"),
+  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("decay of the first and of the second moment"),
+  eps: real.default(1e-8).describe("added to the root of the second moment"),
+  weight_decay: real.default(0.1).describe("decoupled weight decay"),
+  clip: real.default(1.0).describe("largest global norm of the gradient; 0 = no clipping"),
+});
+
+const TrainText = z.strictObject({
+  micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
+  global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
+  steps: count.describe("optimizer steps"),
+  precision: z
+    .enum(["fp32", "bf16"])
+    .default("bf16")
+    .describe("bf16: parameters and activations in bf16, sums, main gradients and optimizer in fp32"),
+  seed: z.int().min(0).default(1234).describe("seed of the initial weights and of the shuffle"),
+  init_std: real.default(0.02).describe("standard deviation of the initial weights"),
+  optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
+});
+
+const Data = z.strictObject({
+  path: z.string().describe("the training text, relative to the job file"),
+  tokenizer: z.literal("bytes").default("bytes").describe("bytes: each byte of the text is one token id, 0 to 255"),
+  order: z
+    .enum(["sequential", "shuffled"])
+    .default("sequential")
+    .describe("walk through the text from its start, or draw seeded random places"),
+});
+
+/** What one device offers. Peak and bandwidth are the vendor's figures for the SXM parts, dense bf16 without sparsity. */
+export const devices = {
+  "a100-40gb": { memory: 40 * 2 ** 30, bf16Flops: 312e12, bandwidth: 1.555e12 },
+  "a100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 312e12, bandwidth: 2.039e12 },
+  "h100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 989e12, bandwidth: 3.35e12 },
+  "h200-141gb": { memory: 141e9, bf16Flops: 989e12, bandwidth: 4.8e12 },
+  "b200-192gb": { memory: 192e9, bf16Flops: 2250e12, bandwidth: 8e12 },
+  // one core of the reference backend; the memory is what Node may hold for all ranks of a small job
+  cpu: { memory: 4 * 2 ** 30, bf16Flops: 2e9, bandwidth: 1e10 },
+} as const satisfies Record<string, { memory: number; bf16Flops: number; bandwidth: number }>;
+export type Device = keyof typeof devices;
+
+const ClusterText = z.strictObject({
+  nodes: count.optional().describe("hosts; default: as many as world needs"),
+  gpus_per_node: count.default(8).describe("GPUs in one host, joined by the fast links"),
+  device: z
+    .enum(Object.keys(devices) as [Device, ...Device[]])
+    .default("h100-80gb")
+    .describe("the GPU: its memory, peak and bandwidth are looked up"),
+});
+
+/** The job as a person writes it. */
+export const JobText = z.strictObject({
+  name: z.string().min(1).describe("what the job is called in reports"),
+  model: ModelText.describe("the transformer"),
+  parallel: ParallelText.prefault({}).describe("how the model and the batch are spread over the ranks"),
+  train: TrainText.describe("batch, precision and optimizer"),
+  data: Data.describe("what to train on"),
+  cluster: ClusterText.prefault({}).describe("the machines"),
+});
+export type JobText = z.output<typeof JobText>;
+
+/** The job with every default filled in: what the compiler reads and the plan records. */
+export const Job = JobText.extend({
+  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ moe: MoeText.required({ ffn: true }).nullable() }),
+  parallel: ParallelText.required({ data: true }),
+  train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
+  cluster: ClusterText.required({ nodes: true }),
+});
+export type Job = z.output<typeof Job>;
+
+/** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
+export function completeJob(text: JobText): Job {
+  const { model, parallel, train, cluster } = text;
+  const ffn = model.ffn ?? 4 * model.hidden;
+  const data = parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context);
+  return {
+    ...text,
+    model: {
+      ...model,
+      ffn,
+      kv_heads: model.kv_heads ?? model.heads,
+      head_dim: model.head_dim ?? model.hidden / model.heads,
+      moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
+    },
+    parallel: { ...parallel, data },
+    train: {
+      ...train,
+      global_batch: train.global_batch ?? train.micro_batch * data,
+      optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? train.steps },
+    },
+    cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
+  };
+}
+
+/** The JSON Schema of a job file, for editors. */
+export function jobSchema(): Record<string, unknown> {
+  return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
+}

@@ -1,0 +1,60 @@
+/**
+ * Where a rank's piece of a tensor lies: arithmetic over the plan's mesh, shared by the compiler and the runtime.
+ * A factor is a digit of the rank's number within its stage; a slot cut by factors [f, g] is counted in blocks, f outermost.
+ */
+import type { MeshText } from "./plan.ts";
+import type { z } from "zod";
+
+export type MeshData = z.infer<typeof MeshText>;
+type Factors = Pick<MeshData, "factors">;
+
+/** This rank's coordinate along one factor. */
+export const digit = ({ factors }: Factors, rank: number, f: number): number =>
+  Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
+
+/** In how many parts factors cut. */
+export const parts = ({ factors }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * factors[f]!.size, 1);
+
+/** The first global index of a rank's contiguous piece of `size` elements, cut by `cut` (outermost first). */
+export function startOf(mesh: Factors, size: number, cut: readonly number[], rank: number): number {
+  let block = 0;
+  for (const f of cut) block = block * mesh.factors[f]!.size + digit(mesh, rank, f);
+  return block * (size / parts(mesh, cut));
+}
+
+/**
+ * The global indices a rank holds of one slot whose blocks are counted by `radix` and of which the factors `cut` cut it.
+ * Ranges [start, end), ascending; one range where `cut` is a prefix of `radix`.
+ */
+export function rangesOf(mesh: Factors, size: number, cut: readonly number[], radix: readonly number[], rank: number): [number, number][] {
+  const blocks = parts(mesh, radix);
+  const width = size / blocks;
+  const ranges: [number, number][] = [];
+  for (let b = 0; b < blocks; b++) {
+    let rest = b;
+    let mine = true;
+    for (let i = radix.length - 1; i >= 0; i--) {
+      const f = radix[i]!;
+      const n = mesh.factors[f]!.size;
+      if (cut.includes(f) && rest % n !== digit(mesh, rank, f)) mine = false;
+      rest = Math.floor(rest / n);
+    }
+    if (!mine) continue;
+    const last = ranges.at(-1);
+    if (last && last[1] === b * width) last[1] += width;
+    else ranges.push([b * width, (b + 1) * width]);
+  }
+  return ranges;
+}
+
+/** The ranks (numbers within a stage) that share all digits with `rank` but those of `fs`, ascending. */
+export function membersOf(mesh: Factors, rank: number, fs: readonly number[]): number[] {
+  let base = rank;
+  for (const f of fs) base -= digit(mesh, rank, f) * mesh.factors[f]!.stride;
+  let members = [base];
+  for (const f of [...fs].sort((a, b) => a - b)) {
+    const { stride, size } = mesh.factors[f]!;
+    members = Array.from({ length: size }, (_, d) => members.map((m) => m + d * stride)).flat();
+  }
+  return members.sort((a, b) => a - b);
+}

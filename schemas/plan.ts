@@ -1,0 +1,166 @@
+/**
+ * The plan: the file where compiler and runtime meet. One program per role (a pipeline stage), never one per rank.
+ * Everything here is a function of the job and of rankc's version; ids are stable names, so that two plans can be compared.
+ */
+import { z } from "zod";
+import { Job } from "./job.ts";
+
+export const FORMAT_VERSION = "1.0";
+
+const count = z.int().min(0);
+const id = z.string().min(1);
+const factors = z.array(count).describe("indices into mesh.factors, outermost first");
+
+export const Dtype = z.enum(["f32", "bf16", "i32"]);
+export type Dtype = z.infer<typeof Dtype>;
+export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, i32: 4 };
+
+export const Factor = z
+  .strictObject({ stride: count, size: count })
+  .describe("a digit of the rank's number within its stage: floor(rank / stride) % size");
+
+export const MeshText = z.strictObject({
+  world: count,
+  per_stage: count.describe("ranks in one pipeline stage"),
+  factors: z.array(Factor).describe("both grids are products of these, smallest stride first"),
+  axes: z.record(z.string(), z.array(count)).describe("the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid)"),
+  sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
+  gpus_per_node: count,
+});
+
+/** Where the bytes of a buffer live. Activations have one copy per microbatch in flight (a slot); workspace is shared by all. */
+export const Kind = z.enum(["parameter", "gradient", "optimizer", "activation", "workspace"]);
+export type Kind = z.infer<typeof Kind>;
+
+export const Buffer = z.strictObject({
+  id,
+  kind: Kind,
+  dtype: Dtype,
+  shape: z.array(count).describe("local sizes in memory; for rows: the bound, then the rest"),
+  sizes: z.array(count).describe("global sizes, one per slot; a ragged value has its ragged slots first"),
+  ragged: count.describe("leading slots that share the first dim in memory: 3 for rows B~S~E, else 0"),
+  fanout: count.optional().describe("rows per token of a ragged value: the router's top_k"),
+  cuts: z.array(factors).describe("per slot, the factors that cut it"),
+  owes: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
+  within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
+  rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
+});
+export type Buffer = z.infer<typeof Buffer>;
+
+export const Why = z.strictObject({
+  op: z.string().describe("the use that made it necessary"),
+  because: z.string(),
+  path: z.string().describe("the job key that decided it"),
+});
+
+export const Compute = z.strictObject({
+  kind: z.literal("compute"),
+  id,
+  op: z.string(),
+  reads: z.record(z.string(), id),
+  writes: z.record(z.string(), id),
+  dims: z.record(z.string(), z.tuple([count, factors])).describe("global size of each dim, and the factors that cut it"),
+  attrs: z.record(z.string(), z.number()),
+  keeps: z.array(z.string()).optional().describe("outputs that are added to (or updated in place) rather than made anew"),
+  rows: id.optional().describe("the index buffer this op makes (permute, pack)"),
+});
+export type Compute = z.infer<typeof Compute>;
+
+export const How = z.enum(["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"]);
+export type How = z.infer<typeof How>;
+export const Move = z.strictObject({
+  kind: z.literal("move"),
+  id,
+  how: How,
+  name: z.string().describe("what people call it: dispatch, combine, or as `how`"),
+  axes: z.string().describe("the axes it runs over, as people name them: tp, ep, dp*cp"),
+  factors: z.array(count),
+  world: z.boolean().optional().describe("over all ranks of all stages"),
+  from: id,
+  to: id,
+  radix: z.array(factors).describe("per slot, the factors by which blocks are counted on both sides"),
+  bytes: count.describe("bytes each rank sends, ring algorithms; rows counted at their expected number under balanced routing"),
+  host_sync: z.boolean().describe("the host must know the number of rows before it can issue this"),
+  why: Why,
+});
+export type Move = z.infer<typeof Move>;
+
+export const Transfer = z.strictObject({
+  kind: z.enum(["send", "recv"]),
+  id,
+  buffer: id,
+  peer: count.describe("the other stage; the rank with the same number within it"),
+  bytes: count,
+  why: Why,
+});
+export type Transfer = z.infer<typeof Transfer>;
+
+export const Instruction = z.discriminatedUnion("kind", [Compute, Move, Transfer]);
+export type Instruction = z.infer<typeof Instruction>;
+
+export const Parameter = z.strictObject({
+  name: id,
+  init: z.strictObject({ type: z.enum(["normal", "ones"]), std: z.number() }),
+  buffer: id,
+  gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it"),
+  master: id.describe("the f32 copy the optimizer updates; the parameter itself where both are one"),
+  tied_to: id.optional().describe("the parameter (of another stage) this one is a copy of"),
+});
+export type Parameter = z.infer<typeof Parameter>;
+
+export const Program = z.strictObject({
+  stage: count,
+  layers: z.tuple([count, count]).describe("first layer, and one past the last"),
+  slots: count.describe("microbatches in flight at most"),
+  order: z.array(z.string()).describe("F<m> forward and B<m> backward of microbatch m; then the step block once"),
+  parameters: z.array(Parameter),
+  inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
+  metrics: z.record(z.string(), id).describe("scalars read after the step block: loss, aux_loss, grad_norm"),
+  buffers: z.array(Buffer),
+  forward: z.array(Instruction),
+  backward: z.array(Instruction),
+  step: z.array(Instruction),
+});
+export type Program = z.infer<typeof Program>;
+
+/** Bytes of each arena and the offset of each buffer in the arena of its kind. */
+export const Memory = z.strictObject({
+  stage: count,
+  parameter: count,
+  gradient: count,
+  optimizer: count,
+  activation: count.describe("of one slot"),
+  workspace: count,
+  peak: count.describe("all arenas together, activations once per slot"),
+  offsets: z.record(z.string(), count),
+});
+export type Memory = z.infer<typeof Memory>;
+
+/** One specialised kernel: what is computed, at which local sizes, in which types, and how often in a step of this role. */
+export const Kernel = z.strictObject({
+  id,
+  op: z.string(),
+  dtypes: z.string(),
+  dims: z.record(z.string(), count),
+  uses: count,
+});
+
+const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
+export const Sections = z.strictObject({
+  job: Job,
+  mesh: MeshText,
+  programs: z.array(Program),
+  memory: z.array(Memory),
+  kernels: z.array(Kernel),
+  toolchain: z.strictObject({ rankc: z.string(), target: z.string() }),
+});
+export type Sections = z.infer<typeof Sections>;
+
+export const Plan = Sections.extend({
+  format_version: z.string().regex(/^\d+\.\d+$/),
+  digests: z.strictObject({
+    job: sha256, mesh: sha256, programs: sha256, memory: sha256, kernels: sha256, toolchain: sha256,
+    plan: sha256.describe("over the six above"),
+  }),
+});
+export type Plan = z.infer<typeof Plan>;

@@ -1,0 +1,321 @@
+#!/usr/bin/env node
+/**
+ * The command line: parses, prints and exits; the work is done elsewhere. Data goes to stdout, all else to stderr.
+ * Exit 0: yes. 1: no (the job is invalid, the plans differ). 2: trouble. 3: the plan does not fit this machine.
+ * What a command needs is loaded when it runs, so that `check` and `compile` start fast.
+ */
+import { closeSync, existsSync, openSync, readFileSync, statSync, writeSync } from "node:fs";
+import { basename, dirname, extname, join } from "node:path";
+import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
+import type { Plan } from "../schemas/plan.ts";
+import { Trouble } from "../schemas/trouble.ts";
+import type { Compiled } from "./compile.ts";
+import type { Finding } from "./diagnostic.ts";
+import { writeFile, writeFolder } from "./outputs.ts";
+import { readPackageFile } from "./packageFile.ts";
+
+type Format = "text" | "json";
+interface Common {
+  readonly format: Format;
+  readonly set: readonly string[];
+}
+
+const stages = ["mesh", "graph", "sharded", "schedule", "program", "memory", "kernels"] as const;
+
+const print = (text: string): void => void process.stdout.write(text.endsWith("\n") ? text : `${text}\n`);
+const printJson = (value: unknown): void => print(JSON.stringify(value, null, 2));
+const tell = (text: string): void => void process.stderr.write(text.endsWith("\n") ? text : `${text}\n`);
+
+const program = new Command("rankc")
+  .description("Compiles a training job written in YAML into one execution plan for all ranks, and runs it.")
+  .version(JSON.parse(readPackageFile("package.json")).version)
+  .exitOverride()
+  .configureOutput({ outputError: (text, write) => write(text) })
+  .showSuggestionAfterError();
+
+const withFormat = (command: Command): Command =>
+  command.addOption(new Option("--format <format>", "how data is printed").choices(["text", "json"]).default("text"));
+const withSet = (command: Command): Command =>
+  command.option("--set <path=value>", "change a key of the job as if it were written in the file (repeatable)", collect, []);
+const withExamples = (command: Command, ...lines: string[]): Command =>
+  command.addHelpText("after", `\nExamples:\n${lines.map((line) => `  $ rankc ${line}`).join("\n")}`);
+
+withExamples(
+  withSet(withFormat(program.command("check").description("check a job: all findings at once"))).argument("<job>", "the job's YAML file"),
+  "check job.yaml",
+  "check job.yaml --set parallel.tensor=4 --set parallel.sequence=true",
+).action(async (path: string, options: Common) => {
+  const { findings, job } = await readJobAt(path, options.set);
+  const valid = job !== undefined;
+  if (options.format === "json") printJson({ valid, findings });
+  else {
+    await tellFindings(findings);
+    if (valid) print(`${path}: valid`);
+  }
+  if (!valid) process.exitCode = 1;
+});
+
+withExamples(
+  withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks")))
+    .argument("<job>", "the job's YAML file")
+    .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
+    .addOption(new Option("--emit <stage>", "print the text of a stage of the compiler").choices(stages)),
+  "compile job.yaml -o plan/",
+  "compile job.yaml --emit sharded",
+).action(async (path: string, options: Common & { out?: string; emit?: (typeof stages)[number] }) => {
+  if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
+  const compiled = await compileAt(path, options.set);
+  const { plan } = compiled;
+  if (options.out) {
+    const [{ printPlan }, { printPlanText }] = await Promise.all([import("./plan.ts"), import("./planText.ts")]);
+    writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan) });
+  }
+  if (options.emit) return print(compiled.emit(options.emit));
+  const { summarize, printSummary } = await import("./summary.ts");
+  const summary = summarize(plan);
+  if (options.format === "json") printJson({ ...summary, out: options.out, findings: compiled.findings });
+  else print(`${printSummary(summary)}written to ${join(options.out!, "plan.json")} and plan.txt`);
+});
+
+withExamples(
+  withSet(withFormat(program.command("inspect").description("show what a plan holds: mesh, memory, collectives and why they exist")))
+    .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
+    .option("--rank <rank>", "show this rank: its coordinates, its groups, its program", wholeNumber),
+  "inspect plan/",
+  "inspect job.yaml --rank 5",
+).action(async (path: string, options: Common & { rank?: number }) => {
+  const { plan } = await planAt(path, options.set);
+  const { inspectPlan, inspectRank, printInspect, printRank } = await import("./inspect.ts");
+  const json = options.format === "json";
+  if (options.rank === undefined) {
+    const view = inspectPlan(plan);
+    return json ? printJson(view) : print(printInspect(view));
+  }
+  const { world } = plan.mesh;
+  if (options.rank >= world)
+    throw new Trouble(`there is no rank ${options.rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
+  const view = inspectRank(plan, options.rank);
+  return json ? printJson(view) : print(printRank(view));
+});
+
+withExamples(
+  withSet(
+    withFormat(program.command("diff").description("compare two plans or jobs: job keys, summary, instructions; exit 1 if they differ")),
+  )
+    .argument("<a>", "a plan or a job")
+    .argument("<b>", "a plan or a job"),
+  "diff plan-a/ plan-b/",
+  "diff plan/ job.yaml",
+).action(async (a: string, b: string, options: Common) => {
+  const [before, after] = [await planAt(a, options.set), await planAt(b, options.set)];
+  const { diffPlans, printDiff } = await import("./diff.ts");
+  const diff = diffPlans(before.plan, after.plan);
+  if (options.format === "json") printJson(diff);
+  else print(printDiff(diff));
+  if (diff.changes) process.exitCode = 1;
+});
+
+interface RunOptions extends Common {
+  readonly backend: "cpu";
+  readonly steps?: number;
+  readonly metrics?: string;
+  readonly initFrom?: string;
+  readonly dumpGrads?: string;
+  readonly dataDir?: string;
+}
+
+withExamples(
+  withSet(withFormat(program.command("run").description("run a plan: train it on this machine")))
+    .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
+    .addOption(new Option("--backend <backend>", "what computes; cpu runs all ranks in this process").choices(["cpu"]).default("cpu"))
+    .option("--steps <n>", "stop after this many steps (default: train.steps)", atLeastOne)
+    .option("--metrics <file>", "write one JSON line for each step")
+    .option("--init-from <file>", "start from the weights of a safetensors file")
+    .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
+    .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
+  "run job.yaml --steps 20 --metrics metrics.jsonl",
+  "run plan/ --data-dir . --init-from model.safetensors",
+).action(async (path: string, options: RunOptions) => {
+  const { plan } = await planAt(path, options.set);
+  await train(plan, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
+});
+
+withExamples(
+  withFormat(program.command("explain").description("explain a finding's code; without one, list them all")).argument(
+    "[code]",
+    "for example P101",
+  ),
+  "explain P101",
+  "explain",
+).action(async (code: string | undefined, options: Pick<Common, "format">) => {
+  const { explained, printCodes, printExplanation } = await import("./explainText.ts");
+  const json = options.format === "json";
+  if (code !== undefined) return json ? printJson(explained(code)) : print(printExplanation(explained(code)));
+  const { codes } = await import("./explain.ts");
+  return json ? printJson(codes) : print(printCodes());
+});
+
+withExamples(
+  program
+    .command("import")
+    .description("make a job from a model described elsewhere")
+    .command("hf")
+    .description("make a job from a Hugging Face config.json (Mixtral, OLMoE, Llama-like)")
+    .argument("<config>", "the config.json")
+    .option("-o, --out <job>", "the file to write; stdout if not given"),
+  "import hf config.json -o job.yaml",
+).action(async (path: string, options: { out?: string }) => {
+  const [{ importHfText }, { readJobFile }] = await Promise.all([import("./importHf.ts"), import("./files.ts")]);
+  const text = readJobFile(path);
+  let config: unknown;
+  try {
+    config = JSON.parse(text);
+  } catch (error) {
+    throw new Trouble(`${path} is not JSON: ${(error as Error).message}`, "name the model's config.json");
+  }
+  const job = importHfText(config, basename(dirname(path)) === "." ? basename(path, extname(path)) : basename(dirname(path)));
+  if (options.out) writeFile(options.out, job);
+  else print(job);
+});
+
+withExamples(
+  program.command("schema").description("print the JSON Schema of a job (draft-07), for editors"),
+  "schema > job.schema.json",
+).action(async () => {
+  const { jobSchema } = await import("../schemas/job.ts");
+  printJson(jobSchema());
+});
+
+async function readJobAt(path: string, sets: readonly string[]) {
+  const [{ readJobFile }, { readJob }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
+  return readJob(readJobFile(path), path, sets);
+}
+
+/** An invalid job ends here: its findings are told, and the answer is no. */
+class Refused extends Error {}
+
+async function compileAt(path: string, sets: readonly string[]): Promise<Compiled & { findings: readonly Finding[] }> {
+  const { job, findings } = await readJobAt(path, sets);
+  await tellFindings(findings);
+  if (!job) throw new Refused();
+  const { compile } = await import("./compile.ts");
+  return { ...compile(job), findings };
+}
+
+async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Plan }> {
+  const file = planFile(path);
+  if (!file) return compileAt(path, sets);
+  if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
+  const { parsePlan } = await import("./plan.ts");
+  return { plan: parsePlan(readFileSync(file, "utf8"), file) };
+}
+
+/** A plan is named by its directory or by its plan.json; anything else is a job. */
+function planFile(path: string): string | undefined {
+  if (basename(path) === "plan.json") return existsSync(path) && !isDirectory(path) ? path : undefined;
+  const inside = join(path, "plan.json");
+  return isDirectory(path) && existsSync(inside) ? inside : undefined;
+}
+
+const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();
+
+async function tellFindings(findings: readonly Finding[]): Promise<void> {
+  if (findings.length === 0) return;
+  const { renderFindings } = await import("./diagnostic.ts");
+  tell(renderFindings(findings, { color: colorful() }));
+}
+
+const colorful = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
+
+/** Trains step by step. An interrupt lets the step in hand finish, then ends with what was done. */
+async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<void> {
+  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([
+    import("../runtime/execute.ts"),
+    import("./progress.ts"),
+  ]);
+  const steps = options.steps ?? plan.job.train.steps;
+  const run = await openRun(plan, { backend: options.backend, baseDir, ...(options.initFrom && { initFrom: options.initFrom }) });
+  const metrics = options.metrics === undefined ? undefined : openOutput(options.metrics);
+  const live = Boolean(process.stderr.isTTY);
+  let interrupted = false;
+  const interrupt = (): void => void (interrupted = true);
+  process.once("SIGINT", interrupt);
+  let done = 0;
+  let seconds = 0;
+  let last: Awaited<ReturnType<typeof run.step>> | undefined;
+  try {
+    while (done < steps && !interrupted) {
+      last = await run.step();
+      done++;
+      seconds += last.seconds;
+      if (metrics !== undefined) writeSync(metrics, metricsLine(last));
+      const line = progressLine(last, steps, seconds / done);
+      process.stderr.write(live ? `\r${line}\u001b[K` : `${line}\n`);
+      // a step on the CPU leaves no gap for signals: this is one
+      await new Promise(setImmediate);
+    }
+    if (live && done > 0) process.stderr.write("\n");
+    if (options.dumpGrads !== undefined && done > 0) {
+      const { writeSafetensors } = await import("../runtime/safetensors.ts");
+      writeSafetensors(
+        options.dumpGrads,
+        [...run.gradients()].map(([name, { shape, data }]) => ({ name, dtype: "F32", shape, data })),
+      );
+    }
+  } finally {
+    process.removeListener("SIGINT", interrupt);
+    if (metrics !== undefined) closeSync(metrics);
+    await run.close();
+  }
+  if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
+  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss });
+  else print(`${done} steps in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
+  if (interrupted) process.exitCode = 130;
+}
+
+function openOutput(path: string): number {
+  try {
+    return openSync(path, "w");
+  } catch (error) {
+    throw new Trouble(`${path} could not be written: ${(error as NodeJS.ErrnoException).code}`, "name a file that you may write to");
+  }
+}
+
+function collect(value: string, all: readonly string[]): string[] {
+  return [...all, value];
+}
+function wholeNumber(text: string): number {
+  if (!/^\d{1,9}$/.test(text)) throw new InvalidArgumentError("It is not a whole number.");
+  return Number(text);
+}
+function atLeastOne(text: string): number {
+  if (wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
+  return Number(text);
+}
+
+/** Every error becomes a message and an exit code here, and nowhere else. */
+function fail(error: unknown): void {
+  if (error instanceof CommanderError) {
+    process.exitCode = error.exitCode === 0 ? 0 : 2;
+  } else if (error instanceof Refused) {
+    process.exitCode = 1;
+  } else if (error instanceof Trouble) {
+    tell(`rankc: ${error.message}${error.fix ? `\n  fix: ${error.fix}` : ""}`);
+    process.exitCode = error.exit;
+  } else {
+    const text = error instanceof Error ? error.message : String(error);
+    tell(`rankc: internal error: ${text.split("\n")[0]}\n  this is a bug in rankc; RANKC_DEBUG=1 shows where`);
+    if (process.env.RANKC_DEBUG && error instanceof Error) tell(error.stack ?? "");
+    process.exitCode = 2;
+  }
+}
+
+// a reader such as `head` may close the pipe: that is no mistake
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on("error", (error: NodeJS.ErrnoException) => {
+    if (error.code === "EPIPE") process.exit(process.exitCode ?? 0);
+    throw error;
+  });
+}
+
+await program.parseAsync().catch(fail);

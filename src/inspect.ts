@@ -1,0 +1,399 @@
+/** What a plan holds, counted and grouped for a reader: `inspectPlan` is the data (and the JSON), `printInspect` its text. */
+import { devices } from "../schemas/job.ts";
+import { digit, membersOf } from "../schemas/layout.ts";
+import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
+import { flopsOf } from "./cost.ts";
+import { anyLayer } from "./layerNames.ts";
+import { denseAxes, expertAxes, groups } from "./mesh.ts";
+import { ops } from "./ops/index.ts";
+import { type Phase, phases, programLines } from "./programText.ts";
+import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
+import { bytesText, countText, flopsText, plural, ranges, table } from "./units.ts";
+
+export interface AxisView {
+  readonly axis: string;
+  readonly grid: "dense" | "expert" | "both";
+  readonly size: number;
+  readonly groups: number;
+  readonly cross_nodes: number;
+  readonly first_group: readonly number[];
+}
+
+/** Collectives that do the same for the same reason. */
+export interface CollectiveView {
+  readonly phase: Phase;
+  readonly name: string;
+  readonly how: Move["how"];
+  readonly axes: string;
+  readonly count: number;
+  readonly per_step: number;
+  /** Sent by each rank, each time. */
+  readonly bytes: number;
+  readonly bytes_per_step: number;
+  readonly host_sync: boolean;
+  readonly because: string;
+  readonly path: string;
+  /** The uses that made them necessary, layers collapsed. */
+  readonly ops: readonly string[];
+}
+
+export interface TransferView {
+  readonly phase: Phase;
+  readonly kind: "send" | "recv";
+  readonly peer: number;
+  readonly buffer: string;
+  readonly bytes: number;
+  readonly per_step: number;
+}
+
+export interface RoleView {
+  readonly stage: number;
+  readonly layers: readonly [number, number];
+  readonly ranks: readonly [number, number];
+  readonly microbatches: number;
+  readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
+  readonly parameters: { readonly tensors: number; readonly elements: number };
+  readonly memory: {
+    readonly parameter: number;
+    readonly gradient: number;
+    readonly optimizer: number;
+    readonly activation_per_slot: number;
+    readonly slots: number;
+    readonly activation: number;
+    readonly workspace: number;
+    readonly peak: number;
+  };
+  readonly flops: { readonly [P in Phase]: number } & { readonly per_step: number };
+  readonly collectives: readonly CollectiveView[];
+  readonly transfers: readonly TransferView[];
+  readonly host_syncs_per_step: number;
+}
+
+export interface Inspection {
+  readonly name: string;
+  readonly digest: string;
+  readonly rankc: string;
+  readonly target: string;
+  readonly mesh: {
+    readonly world: number;
+    readonly per_stage: number;
+    readonly nodes: number;
+    readonly gpus_per_node: number;
+    readonly axes: readonly AxisView[];
+  };
+  readonly derived: {
+    readonly data: number;
+    readonly edp: number;
+    readonly local_experts: number;
+    readonly microbatches: number;
+    readonly tokens_per_step: number;
+    readonly parameters: number;
+  };
+  readonly device: { readonly name: string; readonly memory: number };
+  readonly roles: readonly RoleView[];
+  readonly schedule: SchedulePicture;
+  readonly kernels: number;
+}
+
+export function inspectPlan(plan: Plan): Inspection {
+  const { job, mesh } = plan;
+  const roles = plan.programs.map((program) => roleView(plan, program));
+  const microbatches = roles[0]!.microbatches;
+  return {
+    name: job.name,
+    digest: plan.digests.plan,
+    rankc: plan.toolchain.rankc,
+    target: plan.toolchain.target,
+    mesh: {
+      world: mesh.world,
+      per_stage: mesh.per_stage,
+      nodes: job.cluster.nodes,
+      gpus_per_node: mesh.gpus_per_node,
+      axes: [...denseAxes, ...expertAxes, "pp"].map((axis) => axisView(plan, axis)),
+    },
+    derived: {
+      data: mesh.sizes.dp!,
+      edp: mesh.sizes.edp!,
+      local_experts: job.model.moe ? job.model.moe.experts / mesh.sizes.ep! : 0,
+      microbatches,
+      tokens_per_step: job.train.global_batch * job.model.seq,
+      parameters: plan.programs.reduce((sum, program) => sum + globalElements(program), 0),
+    },
+    device: { name: job.cluster.device, memory: devices[job.cluster.device].memory },
+    roles,
+    schedule: drawSchedule(plan.programs.map((program) => program.order)),
+    kernels: plan.kernels.length,
+  };
+}
+
+function axisView(plan: Plan, axis: string): AxisView {
+  const all = groups(plan.mesh, [axis]);
+  const node = (rank: number): number => Math.floor(rank / plan.mesh.gpus_per_node);
+  return {
+    axis,
+    grid: axis === "pp" ? "both" : (denseAxes as readonly string[]).includes(axis) ? "dense" : "expert",
+    size: plan.mesh.sizes[axis]!,
+    groups: all.length,
+    cross_nodes: all.filter((group) => group.some((rank) => node(rank) !== node(group[0]!))).length,
+    first_group: all[0]!,
+  };
+}
+
+function roleView(plan: Plan, program: Program): RoleView {
+  const { mesh } = plan;
+  const memory = plan.memory.find((m) => m.stage === program.stage)!;
+  const microbatches = program.order.filter((name) => name.startsWith("F")).length;
+  const times = (phase: Phase): number => (phase === "step" ? 1 : microbatches);
+  const each = (count: (instructions: readonly Instruction[]) => number) => {
+    const [forward, backward, step] = phases.map((phase) => count(program[phase])) as [number, number, number];
+    return { forward, backward, step, per_step: (forward + backward) * microbatches + step };
+  };
+  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+  const buffer = (id: string) => buffers.get(id)!;
+  const collectives = phases.flatMap((phase) => collectiveViews(program[phase], phase, times(phase)));
+  return {
+    stage: program.stage,
+    layers: program.layers,
+    ranks: [program.stage * mesh.per_stage, (program.stage + 1) * mesh.per_stage],
+    microbatches,
+    instructions: each((instructions) => instructions.length),
+    parameters: {
+      tensors: program.parameters.length,
+      elements: program.parameters.reduce((sum, p) => sum + product(buffer(p.buffer).shape), 0),
+    },
+    memory: {
+      parameter: memory.parameter,
+      gradient: memory.gradient,
+      optimizer: memory.optimizer,
+      activation_per_slot: memory.activation,
+      slots: program.slots,
+      activation: memory.activation * program.slots,
+      workspace: memory.workspace,
+      peak: memory.peak,
+    },
+    flops: each((instructions) => instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0)),
+    collectives,
+    transfers: phases.flatMap((phase) =>
+      program[phase].flatMap((i) =>
+        i.kind === "send" || i.kind === "recv"
+          ? [{ phase, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(phase) }]
+          : [],
+      ),
+    ),
+    host_syncs_per_step: collectives.reduce((sum, c) => sum + (c.host_sync ? c.per_step : 0), 0),
+  };
+}
+
+function collectiveViews(instructions: readonly Instruction[], phase: Phase, times: number): CollectiveView[] {
+  const found = new Map<string, CollectiveView & { ops: string[] }>();
+  for (const i of instructions) {
+    // a slice keeps a part of what is there: nothing is sent
+    if (i.kind !== "move" || i.how === "slice") continue;
+    const { name, how, axes, bytes, host_sync, why } = i;
+    const key = [name, how, axes, bytes, host_sync, anyLayer(why.because), why.path].join("\n");
+    const before = found.get(key);
+    const op = anyLayer(why.op);
+    const ops = before?.ops ?? [];
+    if (!ops.includes(op)) ops.push(op);
+    const count = (before?.count ?? 0) + 1;
+    const because = anyLayer(why.because);
+    found.set(key, {
+      phase,
+      name,
+      how,
+      axes,
+      count,
+      per_step: count * times,
+      bytes,
+      bytes_per_step: bytes * count * times,
+      host_sync,
+      because,
+      path: why.path,
+      ops,
+    });
+  }
+  return [...found.values()];
+}
+
+const product = (shape: readonly number[]): number => shape.reduce((n, size) => n * size, 1);
+
+/** Of the whole model: a parameter that is a copy of another stage's is counted there. */
+function globalElements(program: Program): number {
+  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+  return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : product(buffers.get(p.buffer)!.sizes)), 0);
+}
+
+export function printInspect(view: Inspection): string {
+  return [
+    ...printHead(view),
+    "",
+    ...printMemory(view),
+    "",
+    ...view.roles.flatMap((role) => [...printRole(role), ""]),
+    ...printSchedule(view),
+    "",
+  ].join("\n");
+}
+
+export function printHead({ name, digest, rankc, target, mesh, derived, kernels }: Inspection): string[] {
+  const axis = ({ axis, grid, size, groups: n, cross_nodes, first_group }: AxisView): string[] => [
+    axis,
+    grid,
+    countText(size),
+    plural(n, "group"),
+    `${first_group.length > 8 ? `${first_group.slice(0, 4).join(",")},…,${first_group.at(-1)}` : first_group.join(",")}`,
+    size === 1 ? "" : cross_nodes === 0 ? "inside a node" : cross_nodes === n ? "all cross nodes" : `${cross_nodes} cross nodes`,
+  ];
+  const experts =
+    derived.local_experts > 0 ? `, ${plural(derived.local_experts, "expert")} on a rank, expert-data (edp) ${derived.edp}` : "";
+  return [
+    `${name}: plan ${digest.slice(0, 16)}, rankc ${rankc}, target ${target}`,
+    "",
+    `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
+    ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),
+    `derived: data ${derived.data}${experts}, ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")} and ${countText(derived.tokens_per_step)} tokens a step`,
+    `model: ${countText(derived.parameters)} parameters; ${plural(kernels, "kernel")}`,
+  ];
+}
+
+export function printMemory({ roles, device }: Inspection): string[] {
+  const row = ({ stage, layers, memory: m }: RoleView): string[] => [
+    `stage ${stage}`,
+    `layers ${layers[0]}..${layers[1] - 1}`,
+    ...[m.parameter, m.gradient, m.optimizer].map(bytesText),
+    `${bytesText(m.activation_per_slot)} x ${m.slots}`,
+    ...[m.workspace, m.peak].map(bytesText),
+    countText(m.peak),
+    `${((100 * m.peak) / device.memory).toFixed(1)} %`,
+  ];
+  const head = [
+    "role",
+    "",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations x slots",
+    "workspace",
+    "peak",
+    "bytes",
+    `of ${device.name}`,
+  ];
+  return ["memory of a rank:", ...table([head, ...sameRows(roles.map(row))], [2, 3, 4, 5, 6, 7, 8, 9])];
+}
+
+/** Roles between the first and the last are often alike: rows that differ in the stage alone become one. */
+function sameRows(rows: readonly (readonly string[])[]): string[][] {
+  const out: { from: string; to: string; row: readonly string[] }[] = [];
+  for (const row of rows) {
+    const last = out.at(-1);
+    if (last && last.row.slice(2).join("|") === row.slice(2).join("|")) last.to = row.slice(0, 2).join(" ");
+    else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
+  }
+  const stage = (text: string): string => text.split(" ")[1]!;
+  const layer = (text: string, end: 0 | 1): string => text.split(" ")[3]!.split("..")[end]!;
+  return out.map(({ from, to, row }) =>
+    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${layer(from, 0)}..${layer(to, 1)}`, ...row.slice(2)],
+  );
+}
+
+export function printRole(role: RoleView): string[] {
+  const { instructions: n, flops, microbatches, collectives, transfers } = role;
+  const [from, to] = role.ranks;
+  return [
+    `role of stage ${role.stage}: layers ${role.layers[0]}..${role.layers[1] - 1}, ranks ${ranges([from, to - 1]).replace(",", "-")}`,
+    `  instructions  ${n.forward} forward + ${n.backward} backward (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
+    `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
+    `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward (x ${microbatches}) + ${flopsText(flops.step)}`,
+    `  host syncs    ${countText(role.host_syncs_per_step)} a step`,
+    ...(transfers.length > 0 ? ["  transfers:", ...table(transfers.map(transferRow), [5], "    ")] : []),
+    ...printCollectives(collectives, "  "),
+  ];
+}
+
+const transferRow = (t: TransferView): string[] => [
+  t.phase,
+  t.kind,
+  t.kind === "send" ? `to stage ${t.peer}` : `from stage ${t.peer}`,
+  t.buffer,
+  `x ${t.per_step}`,
+  bytesText(t.bytes),
+];
+
+function printCollectives(collectives: readonly CollectiveView[], indent: string): string[] {
+  if (collectives.length === 0) return [`${indent}collectives: none`];
+  const total = collectives.reduce((sum, c) => sum + c.bytes_per_step, 0);
+  const row = (c: CollectiveView): string[] => [
+    c.phase,
+    c.name === c.how ? c.name : `${c.name} (${c.how})`,
+    c.axes,
+    countText(c.count),
+    countText(c.per_step),
+    bytesText(c.bytes),
+    bytesText(c.bytes_per_step),
+    c.host_sync ? "host sync" : "",
+    `${c.ops.slice(0, 3).join(", ")}${c.ops.length > 3 ? `, +${c.ops.length - 3}` : ""}: ${c.because} (${c.path})`,
+  ];
+  const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "", "needed by: because (job key)"];
+  return [
+    `${indent}collectives: each rank sends ${bytesText(total)} a step`,
+    ...table([head, ...collectives.map(row)], [3, 4, 5, 6], `${indent}  `),
+  ];
+}
+
+export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
+  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; F one unit, B two; ${schedule.units} units, ${(100 * schedule.idle).toFixed(1)} % idle`,
+  ...schedule.rows.map((row) => `  ${row}`),
+];
+
+export interface RankInspection {
+  readonly rank: number;
+  readonly stage: number;
+  readonly node: number;
+  readonly axes: readonly {
+    readonly axis: string;
+    readonly coordinate: number;
+    readonly size: number;
+    readonly group: readonly number[];
+  }[];
+  readonly program: { readonly [P in Phase]: readonly string[] };
+  readonly order: readonly string[];
+}
+
+/** One rank: where it stands on both grids, with whom, and its program line by line. The rank must exist. */
+export function inspectRank(plan: Plan, rank: number): RankInspection {
+  const { mesh } = plan;
+  const stage = Math.floor(rank / mesh.per_stage);
+  const local = rank % mesh.per_stage;
+  const program = plan.programs.find((p) => p.stage === stage)!;
+  const axis = (name: string) => {
+    const factors = mesh.axes[name]!;
+    let coordinate = 0;
+    for (const f of [...factors].reverse()) coordinate = coordinate * mesh.factors[f]!.size + digit(mesh, local, f);
+    const group = membersOf(mesh, local, factors).map((r) => r + stage * mesh.per_stage);
+    return { axis: name, coordinate, size: mesh.sizes[name]!, group };
+  };
+  const stages = Array.from({ length: mesh.sizes.pp! }, (_, s) => s * mesh.per_stage + local);
+  const lines = (phase: Phase): string[] => programLines(program, phase).map((line) => line.text);
+  return {
+    rank,
+    stage,
+    node: Math.floor(rank / mesh.gpus_per_node),
+    axes: [...[...denseAxes, ...expertAxes].map(axis), { axis: "pp", coordinate: stage, size: mesh.sizes.pp!, group: stages }],
+    program: { forward: lines("forward"), backward: lines("backward"), step: lines("step") },
+    order: program.order,
+  };
+}
+
+export function printRank({ rank, stage, node, axes, program, order }: RankInspection): string {
+  const block = (phase: Phase, times: string): string[] => [`${phase}${times}:`, ...program[phase], ""];
+  return [
+    `rank ${rank}: stage ${stage}, node ${node}`,
+    ...table(axes.map((a) => [a.axis, `${a.coordinate} of ${a.size}`, `group ${a.group.join(",")}`])),
+    "",
+    `order: ${order.join(" ")} then the step`,
+    "",
+    ...block("forward", ", for each microbatch"),
+    ...block("backward", ", for each microbatch"),
+    ...block("step", ", once"),
+  ].join("\n");
+}

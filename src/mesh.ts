@@ -1,0 +1,102 @@
+/**
+ * Mesh: two grids over the same ranks (dense: tp, cp, dp; expert: etp, ep, edp; both: pp) and the factors both are
+ * products of. An axis is a name for a set of factors, so dense and expert axes meet on one value with no conversion step.
+ * The first-named axis has stride 1, as in Megatron Core (rank order tp-cp-ep-dp-pp).
+ */
+import type { Job } from "../schemas/job.ts";
+import { type MeshData, membersOf } from "../schemas/layout.ts";
+import { invariant } from "./ops/op.ts";
+
+export type Mesh = MeshData;
+export const denseAxes = ["tp", "cp", "dp"] as const;
+export const expertAxes = ["etp", "ep", "edp"] as const;
+
+export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "cluster">): Mesh {
+  const perStage = p.tensor * p.context * p.data;
+  const sizes: Record<string, number> = {
+    tp: p.tensor,
+    cp: p.context,
+    dp: p.data,
+    etp: p.expert_tensor,
+    ep: p.expert,
+    edp: perStage / (p.expert_tensor * p.expert),
+    pp: p.pipeline,
+  };
+  const spans = [denseAxes, expertAxes].flatMap((grid) => {
+    let stride = 1;
+    return grid.map((name) => ({ name, from: stride, to: (stride *= sizes[name]!) }));
+  });
+  const bounds = [...new Set(spans.flatMap((s) => [s.from, s.to]))].sort((a, b) => a - b);
+  const factors = bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
+  invariant(
+    factors.every((f) => Number.isInteger(f.size)),
+    `the grids do not nest: strides ${bounds}`,
+  );
+  const axes = Object.fromEntries(
+    spans.map((s) => [s.name, factors.flatMap((f, i) => (f.stride >= s.from && f.stride * f.size <= s.to ? [i] : []))]),
+  );
+  return { world: perStage * p.pipeline, per_stage: perStage, factors, axes, sizes, gpus_per_node: cluster.gpus_per_node };
+}
+
+/** A set of factors as people name it: `tp`, `dp*cp`, `ep`. Expert names where the value belongs to experts. */
+export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
+  const cover = (grid: readonly string[]) => {
+    const names = grid.filter((n) => mesh.axes[n]!.length > 0 && mesh.axes[n]!.every((f) => fs.includes(f)));
+    return names.flatMap((n) => mesh.axes[n]!).length === fs.length ? names.join("*") : undefined;
+  };
+  const grids = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
+  return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => partName(mesh, f, expert)).join("*");
+}
+
+/** A factor that is only a part of an axis: `dp/2` says the digit of dp whose size is 2. */
+function partName(mesh: Mesh, f: number, expert: boolean): string {
+  const owner = (grid: readonly string[]) => grid.find((n) => mesh.axes[n]!.includes(f));
+  const name = expert ? (owner(expertAxes) ?? owner(denseAxes)) : (owner(denseAxes) ?? owner(expertAxes));
+  return mesh.axes[name!]!.length === 1 ? name! : `${name}/${mesh.factors[f]!.size}@${mesh.factors[f]!.stride}`;
+}
+
+/** All groups of some axes, over all stages, as lists of ranks. `pp` may be among the axes. */
+export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
+  const fs = axes.flatMap((a) => (a === "pp" ? [] : mesh.axes[a]!));
+  const stages = mesh.world / mesh.per_stage;
+  const seen = new Set<number>();
+  const within: number[][] = [];
+  for (let r = 0; r < mesh.per_stage; r++) {
+    if (seen.has(r)) continue;
+    const g = membersOf(mesh, r, fs);
+    for (const m of g) seen.add(m);
+    within.push(g);
+  }
+  const at = (g: number[], s: number) => g.map((r) => r + s * mesh.per_stage);
+  const all = Array.from({ length: stages }, (_, s) => s);
+  return axes.includes("pp") ? within.map((g) => all.flatMap((s) => at(g, s))) : all.flatMap((s) => within.map((g) => at(g, s)));
+}
+
+/** The stage of a layer: layers are split evenly, in order. */
+export const stageOf = (job: Pick<Job, "model" | "parallel">, layer: number): number =>
+  Math.floor((layer * job.parallel.pipeline) / job.model.layers);
+
+/** Text of the mesh: sizes, factors, and which ranks form the groups of each axis. */
+export function printMesh(mesh: Mesh): string {
+  const list = (g: number[]) => {
+    const step = g.length > 1 ? g[1]! - g[0]! : 1;
+    const even = g.every((r, i) => r === g[0]! + i * step);
+    return even && g.length > 2 ? `[${g[0]}..${g.at(-1)}${step > 1 ? ` by ${step}` : ""}]` : `[${g.join(",")}]`;
+  };
+  const line = (axis: string) => {
+    const gs = groups(mesh, [axis]);
+    const crossing = gs.filter((g) => new Set(g.map((r) => Math.floor(r / mesh.gpus_per_node))).size > 1).length;
+    const shown = gs.slice(0, 8).map(list).join(" ") + (gs.length > 8 ? ` … ${gs.length} groups` : "");
+    return `  ${axis.padEnd(4)} ${String(mesh.sizes[axis]).padStart(5)}  ${shown}${crossing ? `  (${crossing} of ${gs.length} cross nodes)` : ""}`;
+  };
+  return [
+    `mesh: ${mesh.world} ranks, ${mesh.per_stage} in a stage, factors ${mesh.factors.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1"}`,
+    " dense grid",
+    ...denseAxes.map(line),
+    " expert grid",
+    ...expertAxes.map(line),
+    " both",
+    line("pp"),
+    "",
+  ].join("\n");
+}

@@ -1,0 +1,17 @@
+/** The op table: every op by its name. */
+import { attention, attentionGrad, rope } from "./attention.ts";
+import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
+import * as moe from "./moe.ts";
+import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
+import type { AnyOp } from "./op.ts";
+import { adamw, clip, sumSquares } from "./optimizer.ts";
+import * as vocab from "./vocab.ts";
+
+const all: readonly AnyOp[] = [
+  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast],
+  ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad, rope, attention, attentionGrad],
+  ...Object.values(vocab),
+  ...Object.values(moe),
+  ...[sumSquares, clip, adamw],
+];
+export const ops: Readonly<Record<string, AnyOp>> = Object.fromEntries(all.map((o) => [o.name, o]));

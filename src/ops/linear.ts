@@ -1,0 +1,100 @@
+/** Products with weights, per token or per row of an expert, and what adds and converts. Products add to their output. */
+import { gemm as product } from "./loops.ts";
+import { type Grads, op } from "./op.ts";
+
+export const gemm = op({
+  name: "gemm",
+  sig: "x[B,S,K] w[K,N] -> y[B,S,N]",
+  flops: ({ B, S, K, N }) => 2 * B * S * K * N,
+  cpu: ({ x, w, y }, { B, S, K, N }) => product(y, x, w, { m: B * S, n: N, k: K }),
+  grad: ({ x, w }, { dy }): Grads => ({ x: gemmDgrad.of({ dy, w }), w: gemmWgrad.of({ x, dy }) }),
+});
+/** Also the forward of a tied head: logits = x·tableᵀ, x standing for `dy` and the table for `w`. */
+export const gemmDgrad = op({
+  name: "gemm_dgrad",
+  sig: "dy[B,S,N] w[K,N] -> dx[B,S,K]",
+  suffix: "dgrad",
+  flops: ({ B, S, K, N }) => 2 * B * S * K * N,
+  cpu: ({ dy, w, dx }, { B, S, K, N }) => product(dx, dy, w, { m: B * S, n: K, k: N, tb: true }),
+  grad: ({ dy, w }, g): Grads => ({ dy: gemm.of({ x: g.dy, w }), w: gemmWgrad.of({ x: g.dy, dy }) }),
+});
+export const gemmWgrad = op({
+  name: "gemm_wgrad",
+  sig: "x[B,S,K] dy[B,S,N] -> dw[K,N]",
+  suffix: "wgrad",
+  types: { dw: "f32" },
+  flops: ({ B, S, K, N }) => 2 * B * S * K * N,
+  cpu: ({ x, dy, dw }, { B, S, K, N }) => product(dw, x, dy, { m: K, n: N, k: B * S, ta: true }),
+});
+
+export const groupedGemm = op({
+  name: "grouped_gemm",
+  sig: "x[B~S~E,K] w[E,K,N] -> y[B~S~E,N]",
+  flops: ({ R, K, N }) => 2 * R * K * N,
+  cpu({ x, w, y }, { K, N }, p) {
+    runs(p.rows, p.start("E"), (e, r, m) => product(y, x, w, { m, n: N, k: K, a0: r * K, b0: e * K * N, c0: r * N }));
+  },
+  grad: ({ x, w }, { dy }): Grads => ({ x: groupedDgrad.of({ dy, w }), w: groupedWgrad.of({ x, dy }) }),
+});
+export const groupedDgrad = op({
+  name: "grouped_dgrad",
+  sig: "dy[B~S~E,N] w[E,K,N] -> dx[B~S~E,K]",
+  suffix: "dgrad",
+  flops: ({ R, K, N }) => 2 * R * K * N,
+  cpu({ dy, w, dx }, { K, N }, p) {
+    runs(p.rows, p.start("E"), (e, r, m) => product(dx, dy, w, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K }));
+  },
+});
+export const groupedWgrad = op({
+  name: "grouped_wgrad",
+  sig: "x[B~S~E,K] dy[B~S~E,N] -> dw[E,K,N]",
+  suffix: "wgrad",
+  types: { dw: "f32" },
+  flops: ({ R, K, N }) => 2 * R * K * N,
+  cpu({ x, dy, dw }, { K, N }, p) {
+    runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N }));
+  },
+});
+/** Rows stand sorted by expert: each local expert that has any, its first row and how many. */
+function runs(rows: Int32Array, first: number, visit: (e: number, row: number, count: number) => void): void {
+  const end = rows[0]!;
+  for (let r = 0; r < end; ) {
+    const e = rows[3 + 3 * r]!;
+    const from = r;
+    while (r < end && rows[3 + 3 * r] === e) r++;
+    visit(e - first, from, r - from);
+  }
+}
+
+export const add = op({
+  name: "add",
+  sig: "a[...] b[...] -> y[...]",
+  linear: true,
+  cpu({ a, b, y }) {
+    for (let i = 0; i < y.length; i++) y[i] = a[i]! + b[i]!;
+  },
+  grad: (_, { dy }): Grads => ({ a: dy, b: dy }),
+});
+/** To another type, which whoever applies it sets on the result. */
+export const cast = op({
+  name: "cast",
+  sig: "x[...] -> y[...]",
+  linear: true,
+  cpu: ({ x, y }) => y.set(x),
+  grad({ x }, { dy }): Grads {
+    const dx = cast.of({ x: dy });
+    dx.dtype = x.dtype;
+    return { x: dx };
+  },
+});
+/** One microbatch's gradient onto those before it. */
+export const accumulate = op({
+  name: "accumulate",
+  sig: "x[...] -> y[...]",
+  linear: true,
+  updates: ["y"],
+  types: { y: "f32" },
+  cpu({ x, y }) {
+    for (let i = 0; i < y.length; i++) y[i]! += x[i]!;
+  },
+});

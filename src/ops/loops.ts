@@ -1,0 +1,110 @@
+/** The one product of matrices: c += a·b over pieces of typed arrays, in double, rounded once per block of K when stored. */
+
+/** Elements of K per block: a panel of 4 × 256 doubles is 8 KiB, so that it and a strip stay in the first cache. */
+const BLOCK = 256;
+
+export interface Product {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  /** `a` is stored [k,m] rather than [m,k]. */
+  readonly ta?: boolean;
+  /** `b` is stored [n,k] rather than [k,n]. */
+  readonly tb?: boolean;
+  /** Where in each array its matrix begins. */
+  readonly a0?: number;
+  readonly b0?: number;
+  readonly c0?: number;
+}
+
+export function gemm(
+  c: Float32Array,
+  a: Float32Array,
+  b: Float32Array,
+  { m, n, k, ta = false, tb = false, a0 = 0, b0 = 0, c0 = 0 }: Product,
+): void {
+  const panels = Math.ceil(n / 4);
+  const strip = scratch("a", 2 * BLOCK);
+  const panel = scratch("b", panels * 4 * BLOCK);
+  for (let at = 0; at < k; at += BLOCK) {
+    const depth = Math.min(BLOCK, k - at);
+    for (let j = 0; j < panels; j++) {
+      const lie = tb ? { first: b0 + j * 4 * k + at, lane: k, deep: 1 } : { first: b0 + at * n + j * 4, lane: 1, deep: n };
+      pack(panel, j * 4 * depth, b, lie, n - j * 4, 4, depth);
+    }
+    for (let i = 0; i < m; i += 2) {
+      pack(strip, 0, a, ta ? { first: a0 + at * m + i, lane: 1, deep: m } : { first: a0 + i * k + at, lane: k, deep: 1 }, m - i, 2, depth);
+      for (let j = 0; j < panels; j++) tile(c, c0 + i * n + j * 4, n, strip, panel, j * 4 * depth, depth, m - i, n - j * 4);
+    }
+  }
+}
+
+/** Buffers kept between calls: one thread, and no product runs inside another. */
+const kept: Record<string, Float64Array> = {};
+function scratch(name: string, length: number): Float64Array {
+  const have = kept[name];
+  return have && have.length >= length ? have : (kept[name] = new Float64Array(length));
+}
+
+/** How a strip lies in memory: where it begins, from one lane to the next, from one step of K to the next. */
+interface Lie {
+  readonly first: number;
+  readonly lane: number;
+  readonly deep: number;
+}
+/** Lanes side by side, as doubles, step after step of K; missing lanes are zeros. */
+function pack(
+  to: Float64Array,
+  at: number,
+  from: Float32Array,
+  { first, lane, deep }: Lie,
+  lanes: number,
+  width: 2 | 4,
+  depth: number,
+): void {
+  for (let l = 0; l < width; l++) {
+    if (l < lanes) for (let p = 0, i = first + l * lane, o = at + l; p < depth; p++, i += deep, o += width) to[o] = from[i]!;
+    else for (let p = 0, o = at + l; p < depth; p++, o += width) to[o] = 0;
+  }
+}
+
+/** A 2 × 4 tile of c in registers: 4.6 GFLOP/s, where 4 × 4 spills and gives 2.3 (Node 20, EPYC). */
+function tile(
+  c: Float32Array,
+  at: number,
+  n: number,
+  a: Float64Array,
+  b: Float64Array,
+  first: number,
+  depth: number,
+  high: number,
+  wide: number,
+) {
+  // biome-ignore format: one row of the tile per line
+  let c00 = 0, c01 = 0, c02 = 0, c03 = 0,
+    c10 = 0, c11 = 0, c12 = 0, c13 = 0;
+  for (let i = 0, j = first; i < depth * 2; i += 2, j += 4) {
+    const a0 = a[i]!;
+    const a1 = a[i + 1]!;
+    const b0 = b[j]!;
+    const b1 = b[j + 1]!;
+    const b2 = b[j + 2]!;
+    const b3 = b[j + 3]!;
+    c00 += a0 * b0;
+    c01 += a0 * b1;
+    c02 += a0 * b2;
+    c03 += a0 * b3;
+    c10 += a1 * b0;
+    c11 += a1 * b1;
+    c12 += a1 * b2;
+    c13 += a1 * b3;
+  }
+  row(c, at, wide, c00, c01, c02, c03);
+  if (high > 1) row(c, at + n, wide, c10, c11, c12, c13);
+}
+function row(c: Float32Array, at: number, wide: number, x0: number, x1: number, x2: number, x3: number): void {
+  c[at]! += x0;
+  if (wide > 1) c[at + 1]! += x1;
+  if (wide > 2) c[at + 2]! += x2;
+  if (wide > 3) c[at + 3]! += x3;
+}

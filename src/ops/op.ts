@@ -1,0 +1,195 @@
+/**
+ * An op is one declaration. From its signature line come the argument names, the shape rule, the bytes touched and,
+ * per output, the cut rule: a dim that stands in the output is concatenated, one that stands only in the inputs owes a sum.
+ *
+ *   D!      read whole: may not be cut
+ *   G*M*C   one dim in memory; only its leading factor may be cut, the others are attributes
+ *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be cut
+ *   ...     any dims, the same for every operand that says so
+ */
+import type { Dtype } from "../../schemas/plan.ts";
+
+type Words<S extends string> = S extends `${infer A} ${infer B}` ? A | Words<B> : S;
+type Side<S extends string, At extends "in" | "out"> = S extends `${infer I} -> ${infer O}` ? Words<At extends "in" ? I : O> : never;
+type Split<S extends string, By extends string> = S extends `${infer A}${By}${infer B}` ? A | Split<B, By> : S;
+type Bare<D extends string> = D extends `${infer N}!` ? N : D;
+type DimsOf<W extends string> = W extends `${string}[${infer D}]` ? Bare<Split<Split<Split<D, ",">, "~">, "*">> : never;
+type NameOf<W extends string> = W extends `${infer N}[${string}]` ? N : never;
+type In<S extends string> = NameOf<Side<S, "in">>;
+type Out<S extends string> = NameOf<Side<S, "out">>;
+type Dim<S extends string> = DimsOf<Side<S, "in" | "out">>;
+type Each<K extends string, T> = Readonly<Record<K, T>>;
+
+export type Attrs = Readonly<Record<string, number>>;
+export type Grads = Readonly<Record<string, Value>>;
+
+/** What a cut op knows besides its local sizes. It never divides by a local size: constants of the job are attributes. */
+export interface Place {
+  /** The global index of a dim's first local element; local pieces are contiguous. */
+  start(dim: string): number;
+  /** The rows of the ragged operands: [count, b0, s0, e0, b1, …], global coordinates. */
+  readonly rows: Int32Array;
+}
+
+export interface Declaration<S extends string> {
+  readonly name: string;
+  readonly sig: S;
+  /** What an output owes over a dim it lost; a sum if not said. */
+  readonly owes?: "max";
+  /** f(a+a', b+b') = f(a,b) + f(a',b'): sums owed by all inputs may stay owed by the output. */
+  readonly linear?: true;
+  /** Types of outputs that are not simply that of the first float input. */
+  readonly types?: Partial<Each<Out<S>, Dtype>>;
+  /** Last part of the id of a backward node; `grad` if not said. */
+  readonly suffix?: string;
+  /** Outputs that `cpu` reads and updates in place; all others it finds zeroed. */
+  readonly updates?: readonly Out<S>[];
+  /** Floating-point operations at these sizes (local, or global: the same formula); R is the number of rows. */
+  flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
+  /** The reference: plain loops over local pieces. bf16 values arrive as f32, and are rounded when stored. */
+  cpu(t: Each<In<S> | Out<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: Place): void;
+  /** For ops that make a ragged value out of dense ones: writes [count, b, s, e, …] (global) into `rows`, at most `bound` rows; returns the count needed. */
+  rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: Place, rows: Int32Array, bound: number): number;
+  /** Gradient of each differentiable input, as ops. A name left out takes no gradient. */
+  grad?(t: Each<In<S>, Value>, g: { y: Value; dy: Value }, a: Attrs): Grads;
+}
+
+export interface Slot {
+  readonly dim: string;
+  readonly inner: readonly string[];
+  readonly whole: boolean;
+}
+/** `ragged` counts the leading slots that share the first dim in memory; `any` says `...`. */
+export interface Operand {
+  readonly name: string;
+  readonly slots: readonly Slot[];
+  readonly ragged: number;
+  readonly any: boolean;
+}
+/** An op as the passes and the runtime see it: names are strings. */
+export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates"> {
+  readonly inputs: readonly Operand[];
+  readonly outputs: readonly Operand[];
+  readonly types?: Readonly<Record<string, Dtype>>;
+  readonly updates?: readonly string[];
+  flops?(d: Readonly<Record<string, number>>): number;
+  cpu(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place): void;
+  rows?(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place, rows: Int32Array, bound: number): number;
+  grad?(t: Readonly<Record<string, Value>>, g: { y: Value; dy: Value }, a: Attrs): Grads;
+}
+export interface Op<S extends string> extends AnyOp {
+  /** Applies the op; the first output. */
+  of(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Value;
+  all(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Each<Out<S>, Value>;
+}
+
+/** A logical tensor of the graph: global sizes, one per slot (a ragged value has its ragged slots first). */
+export interface Value {
+  readonly node?: Node;
+  readonly out: number;
+  readonly sizes: readonly number[];
+  readonly ragged: number;
+  /** Rows per (b,s) of a ragged value: the router's top_k. */
+  readonly fanout: number;
+  readonly leaf?: Leaf;
+  dtype: Dtype;
+  /** Per slot, the axes it is declared to be cut along; absent: as it falls out. */
+  cut?: readonly (readonly string[])[];
+}
+/** A parameter or an input. */
+export interface Leaf {
+  readonly kind: "parameter" | "input";
+  readonly name: string;
+  readonly layer: number;
+  readonly init?: { readonly type: "normal" | "ones"; readonly std: number };
+}
+export interface Node {
+  readonly op: AnyOp;
+  readonly args: readonly Value[];
+  readonly attrs: Attrs;
+  readonly outs: Value[];
+  id: string;
+  /** The transformer layer it belongs to, which decides its stage. */
+  layer: number;
+  backward: boolean;
+  pin?: { readonly dim: string; readonly axis: string; readonly path: string } | undefined;
+}
+
+export function op<const S extends string>(def: Declaration<S>): Op<S> {
+  const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operands);
+  const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
+    const args = inputs.map((i) => named[i.name as In<S>]);
+    const layer = Math.max(...args.map((v) => v.node?.layer ?? v.leaf!.layer));
+    const node: Node = { op: self, args, attrs, outs: [], id, layer, backward: false };
+    const size = sizesOf(node);
+    const like = args.find((v) => v.dtype !== "i32")?.dtype ?? "f32";
+    const fanout = args.find((v) => v.ragged)?.fanout ?? attrs.k ?? 0;
+    for (const [out, o] of expand(node).outputs.entries())
+      node.outs.push({
+        node,
+        out,
+        ragged: o.ragged,
+        fanout: o.ragged ? fanout : 0,
+        sizes: o.slots.map((s) => slotSize(s, size)),
+        dtype: self.types?.[o.name] ?? like,
+      });
+    return Object.fromEntries(outputs.map((o, i) => [o.name, node.outs[i]!])) as Each<Out<S>, Value>;
+  };
+  const self: Op<S> = {
+    ...(def as unknown as AnyOp),
+    inputs,
+    outputs,
+    all,
+    of: (named, attrs, id) => all(named, attrs, id)[outputs[0]!.name as Out<S>],
+  };
+  return self;
+}
+
+/** An op's operands at one use: `...` replaced by as many dims as the argument has. */
+export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {
+  const like = args[o.inputs.findIndex((i) => i.any)];
+  return expandLike(o, like ? { slots: like.sizes.length, ragged: like.ragged } : undefined);
+}
+/** The same when only the shape of a `...` argument is known. */
+export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | undefined) {
+  const fill = (t: Operand): Operand =>
+    t.any && like
+      ? { ...t, ragged: like.ragged, slots: Array.from({ length: like.slots }, (_, i) => ({ dim: `#${i}`, inner: [], whole: false })) }
+      : t;
+  return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
+}
+
+/** Elements of one slot: its dim times its inner dims. */
+export const slotSize = (s: Slot, size: Readonly<Record<string, number>>): number => s.inner.reduce((n, d) => n * size[d]!, size[s.dim]!);
+
+/** What each dim measures at one use (global sizes), attributes included. Throws where shapes disagree. */
+export function sizesOf(node: Node): Record<string, number> {
+  const size: Record<string, number> = { ...node.attrs };
+  for (const [i, { slots, name }] of expand(node).inputs.entries()) {
+    const have = node.args[i]!.sizes;
+    invariant(have.length === slots.length, `${node.op.name}.${name}: ${have.length} dims where the signature has ${slots.length}`);
+    for (const [j, s] of slots.entries()) {
+      const n = have[j]! / s.inner.reduce((p, d) => p * size[d]!, 1);
+      invariant((size[s.dim] ??= n) === n && Number.isInteger(n), `${node.op.name}.${name}: ${s.dim} is ${size[s.dim]} and ${n}`);
+    }
+  }
+  return size;
+}
+
+/** Our own mistakes throw. */
+export function invariant(ok: boolean, message: string): asserts ok {
+  if (!ok) throw new Error(`rankc: broken invariant: ${message}`);
+}
+
+function operands(side: string): Operand[] {
+  return [...side.matchAll(/(\w+)\[([^\]]*)\]/g)].map(([, name, text]) => {
+    const parts = text!.split(",").filter(Boolean);
+    const slots = parts
+      .flatMap((p) => p.split("~"))
+      .map((p) => {
+        const [dim, ...inner] = p.replace("!", "").split("*");
+        return { dim: dim!, inner, whole: p.endsWith("!") };
+      });
+    return { name: name!, slots, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
+  });
+}

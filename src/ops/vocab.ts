@@ -1,0 +1,127 @@
+/** Whatever meets the vocabulary. V may be cut: an id belongs to the piece that holds it, and the loss is put together from parts. */
+import { type Grads, op } from "./op.ts";
+
+export const embed = op({
+  name: "embed",
+  sig: "ids[B,S] table[V,D] -> x[B,S,D]",
+  cpu({ ids, table, x }, { V, D }, p) {
+    here(ids, p.start("V"), V, (t, v) => x.set(table.subarray(v * D, v * D + D), t * D));
+  },
+  grad: ({ ids, table }, { dy }): Grads => ({ table: embedGrad.of({ ids, table, dy }) }),
+});
+/** Of the table only the shape is read. */
+export const embedGrad = op({
+  name: "embed_grad",
+  sig: "ids[B,S] table[V,D] dy[B,S,D] -> dtable[V,D]",
+  suffix: "wgrad",
+  types: { dtable: "f32" },
+  cpu({ ids, dy, dtable }, { V, D }, p) {
+    here(ids, p.start("V"), V, (t, v) => {
+      for (let d = 0; d < D; d++) dtable[v * D + d]! += dy[t * D + d]!;
+    });
+  },
+});
+/** Each token whose id this piece of the vocabulary holds, and the id's local index. */
+function here(ids: Float32Array, start: number, V: number, visit: (t: number, v: number) => void): void {
+  for (let t = 0; t < ids.length; t++) {
+    const v = ids[t]! - start;
+    if (v >= 0 && v < V) visit(t, v);
+  }
+}
+
+// The loss in parts that each survive a cut of V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
+
+export const rowMax = op({
+  name: "row_max",
+  sig: "x[B,S,V] -> m[B,S]",
+  owes: "max",
+  types: { m: "f32" },
+  cpu({ x, m }, { V }) {
+    for (let t = 0; t < m.length; t++) {
+      let max = -Infinity;
+      for (let v = 0; v < V; v++) max = Math.max(max, x[t * V + v]!);
+      m[t] = max;
+    }
+  },
+});
+/** `m` takes no gradient: what it adds here `nll` takes away. */
+export const sumExp = op({
+  name: "sum_exp",
+  sig: "x[B,S,V] m[B,S] -> s[B,S]",
+  types: { s: "f32" },
+  cpu({ x, m, s }, { V }) {
+    for (let t = 0; t < s.length; t++) {
+      let sum = 0;
+      for (let v = 0; v < V; v++) sum += Math.exp(x[t * V + v]! - m[t]!);
+      s[t] = sum;
+    }
+  },
+  grad: ({ x, m }, { dy }): Grads => ({ x: sumExpGrad.of({ x, m, dy }) }),
+});
+export const sumExpGrad = op({
+  name: "sum_exp_grad",
+  sig: "x[B,S,V] m[B,S] dy[B,S] -> dx[B,S,V]",
+  cpu({ x, m, dy, dx }, { V }) {
+    for (let t = 0; t < dy.length; t++) for (let v = 0; v < V; v++) dx[t * V + v] = dy[t]! * Math.exp(x[t * V + v]! - m[t]!);
+  },
+});
+export const pick = op({
+  name: "pick",
+  sig: "x[B,S,V] target[B,S] -> p[B,S]",
+  types: { p: "f32" },
+  cpu({ x, target, p }, { V }, place) {
+    here(target, place.start("V"), V, (t, v) => {
+      p[t] = x[t * V + v]!;
+    });
+  },
+  grad: ({ x, target }, { dy }): Grads => ({ x: pickGrad.of({ x, target, dy }) }),
+});
+/** Of `x` only the shape is read. */
+export const pickGrad = op({
+  name: "pick_grad",
+  sig: "x[B,S,V] target[B,S] dy[B,S] -> dx[B,S,V]",
+  cpu({ target, dy, dx }, { V }, p) {
+    here(target, p.start("V"), V, (t, v) => {
+      dx[t * V + v] = dy[t]!;
+    });
+  },
+});
+export const nll = op({
+  name: "nll",
+  sig: "m[B,S] s[B,S] p[B,S] -> l[B,S]",
+  types: { l: "f32" },
+  cpu({ m, s, p, l }) {
+    for (let t = 0; t < l.length; t++) l[t] = Math.log(s[t]!) + m[t]! - p[t]!;
+  },
+  grad({ s }, { dy }): Grads {
+    const { ds, dp } = nllGrad.all({ s, dy });
+    return { s: ds, p: dp };
+  },
+});
+export const nllGrad = op({
+  name: "nll_grad",
+  sig: "s[B,S] dy[B,S] -> ds[B,S] dp[B,S]",
+  cpu({ s, dy, ds, dp }) {
+    for (let t = 0; t < dy.length; t++) {
+      ds[t] = dy[t]! / s[t]!;
+      dp[t] = -dy[t]!;
+    }
+  },
+});
+/** `count` is the job's number of tokens: a cut op knows only its own. */
+export const mean = op({
+  name: "mean",
+  sig: "l[B,S] -> y[]",
+  types: { y: "f32" },
+  cpu({ l, y }, { count }) {
+    let sum = 0;
+    for (const x of l) sum += x;
+    y[0]! += sum / count!;
+  },
+  grad: ({ l }, { dy }, a): Grads => ({ l: meanGrad.of({ l, dy }, a) }),
+});
+export const meanGrad = op({
+  name: "mean_grad",
+  sig: "l[B,S] dy[] -> dl[B,S]",
+  cpu: ({ dy, dl }, { count }) => void dl.fill(dy[0]! / count!),
+});

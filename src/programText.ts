@@ -1,0 +1,70 @@
+/** A program as lines, one an instruction: id, what is done, local shapes, bytes, and for what moves, why. */
+import type { Buffer, Instruction, Program } from "../schemas/plan.ts";
+import { collapseLayers, fromLayer, type Line } from "./layerNames.ts";
+import { bytesText } from "./units.ts";
+
+export const phases = ["forward", "backward", "step"] as const;
+export type Phase = (typeof phases)[number];
+
+export function programLines(program: Program, phase: Phase): Line[] {
+  const instructions = program[phase];
+  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+  const ids = Math.min(48, Math.max(0, ...instructions.map((i) => i.id.length)));
+  const names = Math.max(0, ...instructions.map((i) => verb(i).length));
+  return instructions.map((i) => ({ id: i.id, text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}` }));
+}
+
+/** The program of a role for a reader: layers that repeat are said once. */
+export function printProgram(program: Program): string[] {
+  const times = { forward: ", for each microbatch", backward: ", for each microbatch", step: ", once" } as const;
+  return phases.flatMap((phase) => [
+    `${phase}${times[phase]}: ${program[phase].length} instructions`,
+    ...collapseLayers(programLines(program, phase)),
+    "",
+  ]);
+}
+
+/** Equal for two roles that do the same on their own layers. */
+export const programShape = (program: Program): string =>
+  printProgram(program)
+    .map((line) => fromLayer(line, program.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - program.stage}`))
+    .map((line) => line.replace(/layers? [\d.]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
+    .join("\n");
+
+function verb(i: Instruction): string {
+  switch (i.kind) {
+    case "compute":
+      return i.op;
+    case "move":
+      return `${i.name} ${i.axes}`.trimEnd();
+    case "send":
+      return `send to stage ${i.peer}`;
+    case "recv":
+      return `recv from stage ${i.peer}`;
+  }
+}
+
+function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string {
+  const shape = (id: string): string => shapeText(buffers.get(id)!);
+  const named = (operand: Readonly<Record<string, string>>): string =>
+    Object.entries(operand)
+      .map(([name, id]) => `${name}${shape(id)}`)
+      .join(" ");
+  switch (i.kind) {
+    case "compute": {
+      const types = [...new Set(Object.values(i.writes).map((id) => buffers.get(id)!.dtype))].join(" ");
+      const kept = i.keeps?.length ? `  keeps ${i.keeps.join(" ")}` : "";
+      return `${named(i.reads)} -> ${named(i.writes)} ${types}${kept}`;
+    }
+    case "move": {
+      const sync = i.host_sync ? "  host sync" : "";
+      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}${sync}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+    }
+    case "send":
+    case "recv":
+      return `${i.buffer} ${shape(i.buffer)} ${buffers.get(i.buffer)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+  }
+}
+
+/** Rows are a bound: at most so many exist. */
+export const shapeText = ({ shape, ragged }: Pick<Buffer, "shape" | "ragged">): string => `[${ragged ? "<=" : ""}${shape.join(",")}]`;

@@ -1,0 +1,35 @@
+/** What a run says while it trains: one step as one line. */
+export interface StepReport {
+  readonly step: number;
+  readonly loss: number;
+  readonly grad_norm: number;
+  readonly lr: number;
+  readonly tokens: number;
+  readonly seconds: number;
+}
+
+/** `of` is the last step; `pace` the mean seconds of a step so far. */
+export function progressLine(report: StepReport, of: number, pace: number): string {
+  const left = (of - report.step) * pace;
+  const fields = [
+    `step ${String(report.step).padStart(String(of).length)}/${of}`,
+    `loss ${report.loss.toFixed(4)}`,
+    `grad norm ${report.grad_norm.toFixed(3)}`,
+    `lr ${report.lr.toExponential(2)}`,
+    `${Math.round(report.tokens / report.seconds).toLocaleString("en-US")} tokens/s`,
+    left > 0 ? `${duration(left)} left` : "done",
+  ];
+  return fields.join("  ");
+}
+
+/** The keys of a line of the metrics file, and no others. */
+export const metricsLine = ({ step, loss, grad_norm, lr, tokens, seconds }: StepReport): string =>
+  `${JSON.stringify({ step, loss, grad_norm, lr, tokens, seconds })}\n`;
+
+export function duration(seconds: number): string {
+  if (seconds < 59.95) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
+}

@@ -1,0 +1,293 @@
+/** readJob: YAML text → Job. All that is wrong is found in one go, with its place; with an error there is no job. */
+import leven from "leven";
+import type { z } from "zod";
+import { completeJob, type Job, JobText, jobSchema } from "../schemas/job.ts";
+import { type Finding, hasErrors } from "./diagnostic.ts";
+import { jobFindings } from "./rules/index.ts";
+import { copy, dropAt, isObject, type Path, putAt, readSource, type Source, valueAt } from "./source.ts";
+
+export interface JobRead {
+  readonly job?: Job;
+  readonly source: Source;
+  readonly findings: readonly Finding[];
+}
+
+export function readJob(text: string, file: string, sets: readonly string[] = []): JobRead {
+  const { source, findings } = readSource(text, file, sets);
+  if (hasErrors(findings)) return { source, findings };
+  const read = JobText.safeParse(source.value);
+  if (!read.success) {
+    const all = read.error.issues.flatMap((issue) => shapeFaultsOf(issue, source));
+    // a key under a wrong name is one mistake, not an unknown key and a missing one
+    const renamed = all.flatMap(({ meant }) => (meant?.instead ? [meant.path] : []));
+    const shape = all.filter(({ finding }) => finding.code !== shapeFaults.missing.code || !renamed.includes(finding.path));
+    const repaired = repair(source, shape);
+    // with what was meant in its place, the rules can speak in the same run
+    return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired, source) : [])] };
+  }
+  const job = completeJob(read.data);
+  const spoken = jobFindings(job, source);
+  return hasErrors(spoken) ? { source, findings: spoken } : { job, source, findings: spoken };
+}
+
+/** A finding, and what was most likely meant: a key under its right name, a value of the right kind. */
+interface ShapeFault {
+  readonly finding: Finding;
+  readonly meant?: { readonly path: string; readonly value: unknown; readonly instead?: Path };
+}
+
+function repair(source: Source, shape: readonly ShapeFault[]): Job | undefined {
+  if (!isObject(source.value)) return undefined;
+  const value = copy(source.value);
+  for (const { meant } of shape) {
+    if (!meant) return undefined;
+    if (meant.instead) dropAt(value, meant.instead);
+    const path = meant.path.split(".");
+    if (valueAt(value, path) !== undefined && meant.instead) return undefined; // both names are written: which one counts?
+    if (putAt(value, path, meant.value)) return undefined;
+  }
+  const read = JobText.safeParse(value);
+  return read.success ? completeJob(read.data) : undefined;
+}
+
+/** What can be wrong with the keys and values of a text that is YAML. */
+export const shapeFaults = {
+  unknown: {
+    code: "S010",
+    title: "unknown key",
+    why: "A key that nobody reads would be ignored in silence, and its default would count.",
+    bad: "model: {hiden: 16}",
+  },
+  missing: { code: "S011", title: "a key is missing", why: "It has no default: only you can know it.", bad: "train: {steps: null}" },
+  type: {
+    code: "S012",
+    title: "a value of the wrong kind",
+    why: "A guess at what was meant could train another model.",
+    bad: "model: {layers: two}",
+  },
+  choice: { code: "S013", title: "not one of the choices", why: "Nothing else is built.", bad: "model: {activation: gelu}" },
+  range: { code: "S014", title: "a number out of range", why: "No such size or count can exist here.", bad: "model: {heads: 0}" },
+} as const;
+
+type Issue = z.core.$ZodIssue;
+type Fault = (typeof shapeFaults)[keyof typeof shapeFaults];
+
+function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
+  const path = issue.path.map((p) => (typeof p === "number" ? p : String(p)));
+  const dotted = path.join(".");
+  const schema = schemaAt(path);
+  const meaning = typeof schema?.description === "string" ? `${dotted}: ${schema.description}. ` : "";
+  const find = (fault: Fault, where: Path, part: "key" | "value", found: string, fix: string, meant?: ShapeFault["meant"]): ShapeFault => {
+    const at = source.at(where, part);
+    const finding: Finding = {
+      code: fault.code,
+      level: "error",
+      title: fault.title,
+      path: where.join("."),
+      found,
+      why: fault === shapeFaults.unknown ? fault.why : meaning + fault.why,
+      fix,
+      ...(meant && !meant.instead && { set: { [meant.path]: meant.value } }),
+      ...(at && { at }),
+    };
+    return { finding, ...(meant && { meant }) };
+  };
+
+  if (issue.code === "unrecognized_keys") {
+    return issue.keys.map((key) => {
+      const here = [...path, key];
+      const likely = likelyKey(key, path, schema);
+      return find(
+        shapeFaults.unknown,
+        here,
+        "key",
+        `${path.length ? `${dotted} has` : "a job has"} no key "${key}"`,
+        likely ? `did you mean ${likely}?` : `leave it out; the keys here are ${keysOf(schema).join(", ")}`,
+        likely ? { path: likely, value: valueAt(source.value, here), instead: here } : undefined,
+      );
+    });
+  }
+  const value = valueAt(source.value, path);
+  const name = dotted || "the job";
+  if (value === undefined || (value === null && schema?.default === undefined && !nullable(schema)))
+    return [
+      find(
+        shapeFaults.missing,
+        path,
+        "key",
+        value === null ? `${name} is empty` : `${name} is not written`,
+        `write ${dotted}: ${expected(schema)}`,
+      ),
+    ];
+  const choices = choicesOf(schema);
+  if (choices && (typeof value === "string" || issue.code === "invalid_value")) {
+    const close = typeof value === "string" ? closest(value, choices) : undefined;
+    const only = close ?? (choices.length === 1 ? choices[0] : undefined);
+    return [
+      find(
+        shapeFaults.choice,
+        path,
+        "value",
+        `${dotted} is ${show(value)}`,
+        choices.length > 1 && only ? `did you mean ${only}? The choices are ${expected(schema)}` : `write ${expected(schema)}`,
+        only === undefined ? undefined : { path: dotted, value: only },
+      ),
+    ];
+  }
+  if ((issue.code === "too_small" || issue.code === "too_big") && typeof value === "number")
+    return [find(shapeFaults.range, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}`)];
+  const number = typeof value === "string" ? Number(value.replaceAll("_", "")) : Number.NaN;
+  const meant = value !== "" && schema && isNumberOf(schema, number) ? number : undefined;
+  return [
+    find(
+      shapeFaults.type,
+      path,
+      "value",
+      `${name} is ${value === null ? "empty" : show(value)}`,
+      meant === undefined
+        ? `${value === null ? "leave it out, or " : ""}write ${expected(schema)}`
+        : `write the number ${meant}, without quotes or separators`,
+      meant === undefined ? undefined : { path: dotted, value: meant },
+    ),
+  ];
+}
+
+/** As much of JSON Schema as jobSchema() makes. */
+interface Schema {
+  readonly type?: string;
+  readonly description?: string;
+  readonly default?: unknown;
+  readonly const?: unknown;
+  readonly enum?: readonly unknown[];
+  readonly minimum?: number;
+  readonly maximum?: number;
+  readonly properties?: Readonly<Record<string, Schema>>;
+  readonly items?: Schema | readonly Schema[];
+  readonly anyOf?: readonly Schema[];
+}
+
+const root = jobSchema() as Schema;
+
+/** The schema of a section, past "or null". */
+const inside = (schema: Schema): Schema => schema.anyOf?.find((s) => s.properties) ?? schema;
+const nullable = (schema: Schema | undefined): boolean => schema?.anyOf?.some((s) => s.type === "null") ?? false;
+
+function schemaAt(path: Path): Schema | undefined {
+  let here: Schema | undefined = root;
+  for (const key of path) {
+    const properties: Schema["properties"] = here && inside(here).properties;
+    const items: Schema["items"] = here?.items;
+    if (typeof key === "number") here = items instanceof Array ? items[key] : (items as Schema | undefined);
+    else here = properties && Object.hasOwn(properties, key) ? properties[key] : undefined;
+  }
+  return here;
+}
+
+/** What may stand there, in words. */
+function expected(schema: Schema | undefined): string {
+  if (!schema) return "a value";
+  if (schema.anyOf) return schema.anyOf.map((s) => (s.type === "null" ? "null" : expected(s))).join(" or ");
+  if (schema.const !== undefined) return String(schema.const);
+  if (schema.enum)
+    return schema.enum.length > 1 ? `${schema.enum.slice(0, -1).join(", ")} or ${schema.enum.at(-1)}` : String(schema.enum[0]);
+  switch (schema.type) {
+    case "integer":
+      return `a whole number${range(schema)}`;
+    case "number":
+      return `a number${range(schema)}`;
+    case "boolean":
+      return "true or false";
+    case "string":
+      return "some text";
+    case "array":
+      return Array.isArray(schema.items) ? `a list of ${schema.items.length} numbers` : "a list";
+    default:
+      return `a section with the keys ${Object.keys(inside(schema).properties ?? {}).join(", ")}`;
+  }
+}
+
+function range({ minimum, maximum }: Schema): string {
+  if (maximum !== undefined && maximum < Number.MAX_SAFE_INTEGER) return ` from ${minimum} to ${maximum}`;
+  return minimum !== undefined && minimum > Number.MIN_SAFE_INTEGER ? `, ${minimum} or more` : "";
+}
+
+function choicesOf(schema: Schema | undefined): string[] | undefined {
+  if (schema?.enum) return schema.enum.map(String);
+  if (schema?.const !== undefined) return [String(schema.const)];
+  return undefined;
+}
+
+function show(value: unknown): string {
+  if (Array.isArray(value)) return `a list of ${value.length}`;
+  if (isObject(value)) return "a section";
+  if (typeof value !== "string") return String(value);
+  return value.length > 60 ? `the text "${value.slice(0, 60)}…"` : `the text "${value}"`;
+}
+
+const isNumberOf = ({ type, minimum = -Infinity, maximum = Infinity }: Schema, n: number): boolean =>
+  (type === "integer" ? Number.isInteger(n) : type === "number" && Number.isFinite(n)) && n >= minimum && n <= maximum;
+
+/** What other tools call our keys. */
+const elsewhere: Readonly<Record<string, string>> = {
+  tp: "parallel.tensor",
+  tensor_parallel: "parallel.tensor",
+  tensor_model_parallel_size: "parallel.tensor",
+  sp: "parallel.sequence",
+  sequence_parallel: "parallel.sequence",
+  pp: "parallel.pipeline",
+  pipeline_parallel: "parallel.pipeline",
+  pipeline_model_parallel_size: "parallel.pipeline",
+  ep: "parallel.expert",
+  expert_parallel: "parallel.expert",
+  expert_model_parallel_size: "parallel.expert",
+  etp: "parallel.expert_tensor",
+  expert_tensor_parallel_size: "parallel.expert_tensor",
+  cp: "parallel.context",
+  context_parallel_size: "parallel.context",
+  dp: "parallel.data",
+  world_size: "parallel.world",
+  num_layers: "model.layers",
+  num_hidden_layers: "model.layers",
+  hidden_size: "model.hidden",
+  intermediate_size: "model.ffn",
+  ffn_hidden_size: "model.ffn",
+  num_attention_heads: "model.heads",
+  num_key_value_heads: "model.kv_heads",
+  num_query_groups: "model.kv_heads",
+  vocab_size: "model.vocab",
+  seq_length: "model.seq",
+  rope_theta: "model.rope.theta",
+  num_experts: "model.moe.experts",
+  topk: "model.moe.top_k",
+  micro_batch_size: "train.micro_batch",
+  global_batch_size: "train.global_batch",
+  train_iters: "train.steps",
+  learning_rate: "train.optimizer.lr",
+  clip_grad: "train.optimizer.clip",
+};
+
+const keysOf = (schema: Schema | undefined): string[] => Object.keys((schema && inside(schema).properties) ?? {});
+
+/** The key that was most likely meant: a sibling that is spelt nearly so, its name elsewhere in the job or in other tools, or nearly that. */
+function likelyKey(key: string, path: Path, schema: Schema | undefined): string | undefined {
+  const word = key.toLowerCase().replaceAll("-", "_");
+  const sibling = closest(word, keysOf(schema));
+  if (sibling) return [...path, sibling].join(".");
+  const every = everyKey(root, "");
+  const last = (k: string) => k.split(".").at(-1)!;
+  const known = (Object.hasOwn(elsewhere, word) ? elsewhere[word] : undefined) ?? every.find((k) => last(k) === word);
+  if (known) return known;
+  const near = closest(word, every.map(last));
+  return near && every.find((k) => last(k) === near);
+}
+
+function everyKey(schema: Schema, prefix: string): string[] {
+  return Object.entries(inside(schema).properties ?? {}).flatMap(([key, s]) => [prefix + key, ...everyKey(s, `${prefix}${key}.`)]);
+}
+
+function closest(word: string, words: readonly string[]): string | undefined {
+  if (word.length > 40) return undefined; // no key is near, and the distance costs its square
+  const ranked = words.map((w) => ({ w, far: leven(word.toLowerCase(), w) })).sort((a, b) => a.far - b.far);
+  const best = ranked[0];
+  return best && best.far <= Math.max(1, Math.floor(best.w.length / 3)) ? best.w : undefined;
+}

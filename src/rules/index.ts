@@ -1,0 +1,70 @@
+/** All rules over the job, and how they speak: each finding gets its place, and a fix that has been tried. */
+import { completeJob, type Job, JobText } from "../../schemas/job.ts";
+import type { Changes, Finding } from "../diagnostic.ts";
+import { setText } from "../diagnostic.ts";
+import { copy, isObject, putAt, type Source } from "../source.ts";
+import { batch } from "./batch.ts";
+import { cluster } from "./cluster.ts";
+import { mesh } from "./mesh.ts";
+import { model } from "./model.ts";
+import { moe } from "./moe.ts";
+import type { Rule, Said } from "./rule.ts";
+
+export const rules: readonly Rule[] = [...mesh, ...batch, ...model, ...moe, ...cluster];
+
+/** The smallest valid job: each rule's `bad` is laid over it. */
+export const smallest = `
+name: smallest
+model: {layers: 4, hidden: 16, ffn: 48, heads: 4, kv_heads: 4, vocab: 768, seq: 48}
+parallel: {world: 1}
+train: {steps: 10, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+`;
+
+const TRIES = 100; // each costs one pass of all rules, well under a millisecond
+
+export function jobFindings(job: Job, source: Source): Finding[] {
+  return rules.flatMap((rule) =>
+    [...rule.check(job)].map((said): Finding => {
+      const set = firstCure(rule, said, job, source);
+      const at = source.at(said.at);
+      const related = (said.related ?? []).flatMap((path) => source.at(path) ?? []).filter((r) => JSON.stringify(r) !== JSON.stringify(at));
+      return {
+        code: rule.code,
+        level: rule.level,
+        title: rule.title,
+        path: said.at,
+        found: said.found,
+        why: rule.why,
+        fix: set ? `${setText(set)} (${said.fix})` : said.fix,
+        ...(set && { set }),
+        ...(at && { at }),
+        ...(related.length && { related }),
+      };
+    }),
+  );
+}
+
+/** The first change after which the rule is silent there, and no rule says anything new. */
+function firstCure(rule: Rule, said: Said, job: Job, source: Source): Changes | undefined {
+  const before = new Set(voices(job));
+  let left = TRIES;
+  for (const set of said.tries ?? []) {
+    if (left-- <= 0) return undefined;
+    const then = changed(source, set);
+    if (!then) continue;
+    const after = voices(then);
+    if (after.every((v) => before.has(v)) && !after.includes(`${rule.code} ${said.at}`)) return set;
+  }
+  return undefined;
+}
+
+const voices = (job: Job): string[] => rules.flatMap((r) => [...r.check(job)].map((said) => `${r.code} ${said.at}`));
+
+function changed(source: Source, set: Changes): Job | undefined {
+  if (!isObject(source.value)) return undefined;
+  const value = copy(source.value);
+  for (const [path, v] of Object.entries(set)) if (putAt(value, path.split("."), v)) return undefined;
+  const text = JobText.safeParse(value);
+  return text.success ? completeJob(text.data) : undefined;
+}

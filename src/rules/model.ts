@@ -1,0 +1,197 @@
+/** M: the shape of the model, and what cuts it. */
+import type { Job } from "../../schemas/job.ts";
+import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
+
+/** Parameters of the whole model. */
+function parameters({ model: m }: Job): number {
+  const attention = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads);
+  const mlp = m.moe ? m.moe.experts * 3 * m.hidden * m.moe.ffn + m.hidden * m.moe.experts : 3 * m.hidden * m.ffn;
+  return m.layers * (attention + mlp + 2 * m.hidden) + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
+}
+
+/** What every "tensor divides this" finding has in common. */
+function* byTensor(job: Job, at: JobPath, size: number, what: string, more: Said["tries"] = []): Iterable<Said> {
+  const { tensor } = job.parallel;
+  if (size % tensor === 0) return;
+  yield {
+    at,
+    related: ["parallel.tensor"],
+    found: `${size} ${what} over ${tensor} tensor ranks leaves ${size % tensor} over`,
+    fix: `tensor must divide ${size}`,
+    tries: [...divisorsNear(size, tensor).map((t) => ({ "parallel.tensor": t })), ...more],
+  };
+}
+
+export const model: readonly Rule[] = [
+  rule({
+    code: "M301",
+    title: "kv_heads divides heads",
+    why: "In grouped-query attention each key and value head serves the same number of query heads.",
+    level: "error",
+    *check({ model: m }) {
+      if (m.heads % m.kv_heads === 0) return;
+      yield {
+        at: "model.kv_heads",
+        related: ["model.heads"],
+        found: `${m.heads} query heads share ${m.kv_heads} key and value heads unevenly`,
+        fix: `kv_heads must divide ${m.heads}`,
+        tries: divisorsNear(m.heads, m.kv_heads).map((kv) => ({ "model.kv_heads": kv })),
+      };
+    },
+    bad: "model: {kv_heads: 3}",
+  }),
+  rule({
+    code: "M302",
+    title: "tensor divides heads",
+    why: "Tensor parallelism gives each rank whole attention heads.",
+    level: "error",
+    // kv_heads divides heads, so what cuts kv_heads cuts heads: M303 speaks for both there
+    check: (job) => byTensor(job, "model.heads", job.model.heads, "query heads"),
+    bad: "model: {heads: 4, kv_heads: 1, head_dim: 8}\nparallel: {world: 3, tensor: 3}\n",
+  }),
+  rule({
+    code: "M303",
+    title: "tensor divides kv_heads",
+    why: "Each tensor rank computes the query heads of whole key and value heads. Sharing one such head between ranks would need copies of it whose gradients are added; rankc makes no such copies.",
+    level: "error",
+    *check(job) {
+      if (job.model.heads % job.parallel.tensor === 0) yield* byTensor(job, "model.kv_heads", job.model.kv_heads, "key and value heads");
+    },
+    bad: "model: {kv_heads: 1}\nparallel: {world: 2, tensor: 2}",
+  }),
+  rule({
+    code: "M304",
+    title: "tensor divides vocab",
+    why: "The embedding and the head are cut by vocabulary, in equal parts; padding rows would change the loss's shape, so they are yours to add.",
+    level: "error",
+    check: (job) =>
+      byTensor(job, "model.vocab", job.model.vocab, "vocabulary rows", [{ "model.vocab": upTo(job.model.vocab, job.parallel.tensor) }]),
+    bad: "model: {vocab: 257}\nparallel: {world: 2, tensor: 2}",
+  }),
+  rule({
+    code: "M305",
+    title: "tensor divides ffn",
+    why: "The dense feed-forward part is cut along its inner width. Megatron-LM accepts any width while it reads the arguments and fails when it builds the layer.",
+    level: "error",
+    *check(job) {
+      const { ffn, moe } = job.model;
+      const { tensor } = job.parallel;
+      if (!moe) yield* byTensor(job, "model.ffn", ffn, "columns", [{ "model.ffn": downTo(ffn, tensor) }]);
+    },
+    bad: "model: {ffn: 33}\nparallel: {world: 2, tensor: 2}",
+  }),
+  rule({
+    code: "M306",
+    title: "head_dim is a whole number",
+    why: "Left out, head_dim is hidden / heads; a head cannot have a fraction of a channel.",
+    level: "error",
+    *check({ model: m }) {
+      if (Number.isInteger(m.head_dim)) return;
+      const close = Math.max(2, 2 * Math.round(m.head_dim / 2));
+      yield {
+        at: "model.heads",
+        related: ["model.hidden"],
+        found: `hidden ${m.hidden} / heads ${m.heads} = ${m.head_dim.toFixed(2)}`,
+        fix: `write head_dim, or choose heads that divide ${m.hidden}`,
+        tries: [{ "model.head_dim": close }],
+      };
+    },
+    bad: "model: {hidden: 16, heads: 3, kv_heads: 3}",
+  }),
+  rule({
+    code: "M307",
+    title: "head_dim is even",
+    why: "Rotary position embedding turns channels in pairs.",
+    level: "error",
+    *check({ model: m }) {
+      if (!Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
+      yield {
+        at: "model.head_dim",
+        related: ["model.rope"],
+        found: `head_dim ${m.head_dim}`,
+        fix: "make it even",
+        tries: [{ "model.head_dim": m.head_dim + 1 }],
+      };
+    },
+    bad: "model: {head_dim: 7}",
+  }),
+  rule({
+    code: "M308",
+    title: "the byte tokenizer needs 256 ids",
+    why: "A byte may be any of 0 to 255; an id past the vocabulary has no row in the embedding.",
+    level: "error",
+    *check({ model: m, data }) {
+      if (data.tokenizer !== "bytes" || m.vocab >= 256) return;
+      yield {
+        at: "model.vocab",
+        related: ["data.tokenizer"],
+        found: `vocab ${m.vocab}`,
+        fix: "256 rows or more",
+        tries: [{ "model.vocab": 256 }],
+      };
+    },
+    bad: "model: {vocab: 128}",
+  }),
+  rule({
+    code: "M309",
+    title: "qk_norm: full gathers queries and keys over the tensor ranks",
+    why: "The mean square of all heads together needs the heads that other tensor ranks hold: a collective in every layer, forward and backward, that qk_norm: head does not need.",
+    level: "warning",
+    *check({ model: m, parallel: p }) {
+      if (m.qk_norm !== "full" || p.tensor === 1) return;
+      yield {
+        at: "model.qk_norm",
+        related: ["parallel.tensor"],
+        found: `qk_norm: full with tensor ${p.tensor}`,
+        fix: "use tensor: 1 if the model must keep this norm (OLMoE has it); in a new model, qk_norm: head",
+        tries: [{ "parallel.tensor": 1 }, { "model.qk_norm": "head" }],
+      };
+    },
+    bad: "model: {qk_norm: full}\nparallel: {world: 2, tensor: 2}",
+  }),
+  rule({
+    code: "M310",
+    title: "norm.eps is above 0",
+    why: "It keeps the root of the mean square away from zero: a token whose vector is zero would divide by it.",
+    level: "error",
+    *check({ model: m }) {
+      if (m.norm.eps > 0) return;
+      yield { at: "model.norm.eps", found: `eps ${m.norm.eps}`, fix: "a small positive number", tries: [{ "model.norm.eps": 1e-5 }] };
+    },
+    bad: "model: {norm: {eps: 0}}",
+  }),
+  rule({
+    code: "M311",
+    title: "rope.theta is above 1",
+    why: "The wavelengths are powers of theta: at 1 all channels turn alike and at 0 or below there are none.",
+    level: "error",
+    *check({ model: m }) {
+      if (m.rope.theta > 1) return;
+      yield {
+        at: "model.rope.theta",
+        found: `theta ${m.rope.theta}`,
+        fix: "usual values are 1.0e4 to 1.0e6",
+        tries: [{ "model.rope.theta": 1e4 }],
+      };
+    },
+    bad: "model: {rope: {theta: 1}}",
+  }),
+  rule({
+    code: "M312",
+    title: "the model is larger than numbers can count",
+    why: "Sizes and byte offsets are exact up to 2^53; past 2^48 parameters, sums of bytes are not, and no cluster holds them.",
+    level: "error",
+    *check(job) {
+      const n = parameters(job);
+      if (n <= 2 ** 48) return;
+      const m = job.model;
+      const largest = (["hidden", "ffn", "vocab", "layers"] as const).reduce((a, b) => (m[a] >= m[b] ? a : b));
+      yield {
+        at: `model.${largest}`,
+        found: `about ${n.toPrecision(2)} parameters`,
+        fix: "check the sizes of the model for a stray digit",
+      };
+    },
+    bad: "model: {vocab: 1000000000000000}",
+  }),
+];

@@ -1,0 +1,356 @@
+/**
+ * shard: Graph × Mesh → instructions on pieces, and the moves between them. It names no op, no parameter and no axis.
+ *
+ * A layout says, per slot of a tensor, which factors of the mesh cut it, outermost first, and over which factors a sum
+ * or a maximum is owed. Each op gives each factor one of its dims, by the first rule that speaks:
+ *   0  the model pins it
+ *   1  all inputs owe a sum and the op is linear: the sum stays owed
+ *   2  the cut of a parameter: parameters do not move
+ *   3  what its cut inputs agree on
+ *   4  a dim of the output before one that would owe a sum, then the first operand's
+ * and one invariant (5): a complete gradient lies as its value lies; only a parameter's may owe sums, to the end of the step.
+ * Any choice gives the same numbers (the cut law); the rules decide only the cost.
+ */
+
+import { parts as partsOf } from "../schemas/layout.ts";
+import type { How } from "../schemas/plan.ts";
+import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
+import { expand, invariant, type Node, sizesOf, type Value } from "./ops/op.ts";
+import { type Graph, idOf } from "./train.ts";
+
+export interface Layout {
+  readonly cuts: readonly (readonly number[])[];
+  readonly sum: readonly number[];
+  readonly max: readonly number[];
+}
+/** A value in one layout. `note` tells copies apart that are made more than once, or stand halfway between two moves. */
+export interface Piece {
+  readonly value: Value;
+  readonly layout: Layout;
+  readonly note?: string;
+}
+interface Reason {
+  readonly op: string;
+  readonly because: string;
+  readonly path: string;
+}
+export type Step =
+  | {
+      kind: "compute";
+      stage: number;
+      node: Node;
+      ins: readonly Piece[];
+      outs: readonly Piece[];
+      dims: ReadonlyMap<string, readonly number[]>;
+    }
+  | {
+      kind: "move";
+      stage: number;
+      how: How;
+      factors: readonly number[];
+      from: Piece;
+      to: Piece;
+      radix: Layout["cuts"];
+      backward: boolean;
+      why: Reason;
+    }
+  | { kind: "send"; stage: number; to: number; piece: Piece; backward: boolean; why: Reason }
+  /** A part of a parameter's gradient is complete for this microbatch, and is added up. */
+  | { kind: "accumulate"; stage: number; parameter: Value; piece: Piece };
+export interface Sharded {
+  readonly steps: readonly Step[];
+  /** After all microbatches: what each parameter's gradient, and each loss, still owes. */
+  readonly deferred: readonly Step[];
+  /** How each parameter's reduced gradient and optimizer state lie: as the parameter, or scattered. */
+  readonly update: ReadonlyMap<Value, Piece>;
+  /** How each parameter's accumulated gradient lies before it is reduced. */
+  readonly accumulated: ReadonlyMap<Value, Piece>;
+  readonly home: ReadonlyMap<Value, { readonly layout: Layout; readonly stage: number }>;
+}
+export interface Choice {
+  readonly dim?: string;
+  readonly owed?: true;
+  readonly by: string;
+}
+export interface Options {
+  readonly distributedOptimizer: boolean;
+  readonly stageOf: (layer: number) => number;
+  /** Laws answer in place of the rules. */
+  readonly pick?: (votes: readonly Choice[]) => Choice | undefined;
+}
+
+const WHOLE = -1;
+const SUM = -2;
+const MAX = -3;
+/** What a factor does to a tensor: the slot it cuts, or WHOLE, SUM, MAX. */
+const placeOf = (l: Layout, f: number): number =>
+  l.sum.includes(f) ? SUM : l.max.includes(f) ? MAX : l.cuts.findIndex((c) => c.includes(f));
+export const layoutKey = ({ layout: l, note = "" }: Piece): string =>
+  `${l.cuts.map((c) => c.join(".")).join(",")}${l.sum.length ? `+${l.sum.join(".")}` : ""}${l.max.length ? `^${l.max.join(".")}` : ""}${note}`;
+
+/** Moves of one value run in this order. */
+const sequence: readonly How[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];
+const howOf = (from: number, to: number): How | undefined =>
+  from === to
+    ? undefined
+    : from === MAX
+      ? "all_reduce_max"
+      : from === SUM
+        ? to === WHOLE
+          ? "all_reduce"
+          : "reduce_scatter"
+        : from === WHOLE
+          ? "slice"
+          : to === WHOLE
+            ? "all_gather"
+            : "all_to_all";
+/** Blocks nest when one list of factors continues the other: factors join and leave a slot at its inner end. */
+const continues = (a: readonly number[], b: readonly number[]) => a.every((f, i) => b[i] === f);
+
+export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf, pick }: Options): Sharded {
+  const every = mesh.factors.map((_, f) => f);
+  const parts = (fs: readonly number[]) => partsOf(mesh, fs);
+  const home = new Map<Value, { layout: Layout; stage: number }>();
+  const steps: Step[] = [];
+  /** Pieces that exist, per value: key of stage and layout → the piece, and in which direction it was made. */
+  const made = new Map<Value, Map<string, { piece: Piece; backward: boolean }>>();
+
+  const wholeOf = (v: Value): Layout => ({ cuts: v.sizes.map(() => []), sum: [], max: [] });
+  const declared = (v: Value): Layout => ({ ...wholeOf(v), cuts: v.cut!.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed())) });
+  const settle = (v: Value, layout: Layout, stage: number) => {
+    for (const [slot, fs] of layout.cuts.entries())
+      invariant(v.sizes[slot]! % parts(fs) === 0, `${idOf(v)}: slot ${slot} of ${v.sizes[slot]} over ${parts(fs)}`);
+    home.set(v, { layout, stage });
+  };
+  for (const v of graph.order.flatMap((n) => n.args)) if (v.leaf && !home.has(v)) settle(v, declared(v), stageOf(v.leaf.layer));
+
+  /** The job key that set a factor, for the origin of a collective. */
+  const pathOf = (fs: readonly number[], expert: boolean): string => {
+    const f = fs[0];
+    const grids = expert ? [...expertAxes, ...denseAxes] : [...denseAxes, ...expertAxes];
+    const axis = f === undefined ? undefined : grids.find((a) => mesh.axes[a]!.includes(f));
+    return axis ? keyOfAxis[axis]! : "parallel";
+  };
+
+  function choose(node: Node, f: number): Choice {
+    if (node.pin && mesh.axes[node.pin.axis]!.includes(f))
+      return { dim: node.pin.dim, by: `the model pins ${node.pin.dim} at ${node.pin.axis} (${node.pin.path})` };
+    const { inputs, outputs } = expand(node);
+    const at = node.args.map((v) => placeOf(home.get(v)!.layout, f));
+    if (node.op.linear && at.every((p) => p === SUM)) return { owed: true, by: "all inputs owe a sum" };
+    const votes = node.args.flatMap((v, i) => {
+      const slot = inputs[i]!.slots[at[i]!];
+      if (!slot || slot.whole) return [];
+      const parameter = v.leaf?.kind === "parameter";
+      return [
+        { parameter, dim: slot.dim, by: `${parameter ? v.leaf!.name : inputs[i]!.name} is cut along ${slot.dim.replace("#", "dim ")}` },
+      ];
+    });
+    const picked = pick?.(votes);
+    if (picked) return picked;
+    const weight = votes.find((x) => x.parameter);
+    if (weight) return weight;
+    if (new Set(votes.map((x) => x.dim)).size < 2) return votes[0] ?? { by: "nothing is cut" };
+    return votes.find((x) => outputs[0]!.slots.some((s) => s.dim === x.dim)) ?? votes[0]!;
+  }
+
+  /** The factors of each dim, outermost first: as the operand that is cut most along it has them (a parameter first), then larger strides. */
+  function nest(node: Node, chosen: readonly Choice[]): Map<string, number[]> {
+    const { inputs } = expand(node);
+    const dims = new Map<string, number[]>();
+    for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
+      const mine = every.filter((f) => chosen[f]!.dim === dim).reverse();
+      const seen = node.args
+        .flatMap((v, i) => {
+          const slot = inputs[i]!.slots.findIndex((s) => s.dim === dim);
+          return slot < 0 ? [] : [{ weight: v.leaf?.kind === "parameter", fs: home.get(v)!.layout.cuts[slot]! }];
+        })
+        .sort((a, b) => Number(b.weight) - Number(a.weight) || b.fs.length - a.fs.length)
+        .flatMap((x) => x.fs);
+      dims.set(dim, [...new Set([...seen.filter((f) => mine.includes(f)), ...mine])]);
+    }
+    return dims;
+  }
+
+  /** Makes a value available at a stage in a layout: sent if need be, then moved; each piece once (all-gathers once per direction). */
+  function bring(
+    v: Value,
+    want: Layout,
+    stage: number,
+    backward: boolean,
+    why: (changed: readonly number[]) => Reason,
+    into: Step[],
+  ): Piece {
+    const at = home.get(v)!;
+    const known = made.get(v) ?? new Map<string, { piece: Piece; backward: boolean }>();
+    made.set(v, known);
+    const start: Piece = { value: v, layout: at.layout };
+    const sent = `${stage}|${layoutKey(start)}`;
+    if (v.leaf?.kind !== "input" && at.stage !== stage && !known.has(sent)) {
+      into.push({
+        kind: "send",
+        stage: at.stage,
+        to: stage,
+        piece: start,
+        backward,
+        why: { ...why([]), because: "the next layer is on another stage", path: "parallel.pipeline" },
+      });
+      known.set(sent, { piece: start, backward });
+    }
+    const crossed = at.layout.cuts.map((fs, slot) => !continues(fs, want.cuts[slot]!) && !continues(want.cuts[slot]!, fs));
+    if (!crossed.some(Boolean)) return go(start, want);
+    // a factor would cross another that stays: by way of whole
+    return go(go(start, { ...at.layout, cuts: at.layout.cuts.map((fs, slot) => (crossed[slot] ? [] : fs)) }), want);
+
+    function go(first: Piece, target: Layout): Piece {
+      let piece = first;
+      const radix = first.layout.cuts.map((fs, slot) => (fs.length > target.cuts[slot]!.length ? fs : target.cuts[slot]!));
+      for (const how of sequence) {
+        const factors = every.filter((f) => howOf(placeOf(first.layout, f), placeOf(target, f)) === how);
+        if (!factors.length) continue;
+        const now = (f: number) => placeOf(factors.includes(f) ? target : piece.layout, f);
+        const layout: Layout = {
+          cuts: radix.map((fs, slot) => fs.filter((f) => now(f) === slot)),
+          sum: every.filter((f) => now(f) === SUM),
+          max: every.filter((f) => now(f) === MAX),
+        };
+        // counted in blocks of factors that do not cut it: no layout of its own
+        const halfway = layout.cuts.every((fs, slot) => continues(fs, radix[slot]!)) ? "" : `~${radix.map((c) => c.join(".")).join(",")}`;
+        const source = piece.note?.includes("again") ? ".again" : "";
+        const note = halfway + source;
+        const to: Piece = { value: v, layout, ...(note ? { note } : {}) };
+        const key = `${stage}|${layoutKey(to)}`;
+        const before = known.get(key);
+        if (before && (how !== "all_gather" || before.backward === backward)) {
+          piece = before.piece;
+          continue;
+        }
+        const fresh: Piece = before ? { ...to, note: `${note}.again` } : to;
+        into.push({ kind: "move", stage, how, factors, from: piece, to: fresh, radix, backward, why: why(factors) });
+        known.set(key, { piece: fresh, backward });
+        piece = fresh;
+      }
+      return piece;
+    }
+  }
+
+  const accumulated = new Map<Value, Piece>();
+  for (const node of graph.order) {
+    const stage = stageOf(node.layer);
+    const { inputs, outputs } = expand(node);
+    const size = sizesOf(node);
+    const chosen = every.map((f) => choose(node, f));
+    const dims = nest(node, chosen);
+    for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
+    const owed = every.filter((f) => chosen[f]!.owed);
+    const ins = node.args.map((v, i) => {
+      const want: Layout = { cuts: inputs[i]!.slots.map((s) => (s.whole ? [] : (dims.get(s.dim) ?? []))), sum: owed, max: [] };
+      const why = (fs: readonly number[]): Reason => ({
+        op: `${node.id}.${inputs[i]!.name}`,
+        because: [
+          ...new Set(
+            fs.map((f) =>
+              chosen[f]!.dim && inputs[i]!.slots.some((s) => s.dim === chosen[f]!.dim && s.whole)
+                ? `${chosen[f]!.dim} is read whole`
+                : chosen[f]!.by,
+            ),
+          ),
+        ].join("; "),
+        path: pathOf(fs, v.ragged > 0),
+      });
+      return bring(v, want, stage, node.backward, why, steps);
+    });
+    const outs = node.outs.map((value, i): Piece => {
+      const cuts = outputs[i]!.slots.map((s) => dims.get(s.dim) ?? []);
+      const gone = every.filter((f) => chosen[f]!.dim && !cuts.some((fs) => fs.includes(f)));
+      const layout: Layout =
+        node.op.owes === "max" ? { cuts, sum: owed, max: gone } : { cuts, sum: [...owed, ...gone].sort((a, b) => a - b), max: [] };
+      settle(value, layout, stage);
+      return { value, layout };
+    });
+    steps.push({ kind: "compute", stage, node, ins, outs, dims });
+    for (const v of node.outs) {
+      const rehome = (layout: Layout, because: string) =>
+        settle(
+          v,
+          bring(v, layout, stage, node.backward, (fs) => ({ op: node.id, because, path: pathOf(fs, v.ragged > 0) }), steps).layout,
+          stage,
+        );
+      if (v.cut) rehome(declared(v), "the model lays it so");
+      const of = graph.gradOf.get(v);
+      if (!of) continue;
+      const { layout } = home.get(of)!;
+      const parameter = of.leaf?.kind === "parameter";
+      if (!parameter && graph.grad.get(of) !== v) continue;
+      const still = every.filter((f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter || [SUM, MAX].includes(placeOf(layout, f))));
+      rehome({ ...layout, sum: still, max: [] }, `the gradient of ${idOf(of)} lies as it does`);
+      if (!parameter) continue;
+      const piece: Piece = { value: v, layout: home.get(v)!.layout };
+      steps.push({ kind: "accumulate", stage, parameter: of, piece });
+      const first = accumulated.get(of);
+      invariant(!first || layoutKey(first) === layoutKey(piece), `${idOf(of)}: its uses owe different sums`);
+      if (!first) accumulated.set(of, piece);
+    }
+  }
+
+  const deferred: Step[] = [];
+  const update = new Map<Value, Piece>();
+  for (const p of graph.parameters) {
+    const piece = accumulated.get(p)!;
+    const { layout, stage } = home.get(p)!;
+    const owed = piece.layout.sum.toReversed();
+    // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
+    const slot = distributedOptimizer ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...owed]) === 0) : -1;
+    const target: Layout = { ...layout, cuts: layout.cuts.map((fs, i) => (i === slot ? [...fs, ...owed] : fs)) };
+    const expert =
+      owed.length > 0 &&
+      mesh.axes.edp!.join() === piece.layout.sum.join() &&
+      layout.cuts.flat().some((f) => mesh.axes.ep!.includes(f) || mesh.axes.etp!.includes(f));
+    const why = (fs: readonly number[]): Reason => ({
+      op: `gradient of ${idOf(p)}`,
+      because: "each rank saw other tokens",
+      path: pathOf(fs, expert),
+    });
+    update.set(p, bring(piece.value, target, stage, true, why, deferred));
+  }
+  const reduced = new Set<string>();
+  for (const { name, value } of graph.losses) {
+    const { stage } = home.get(value)!;
+    if (reduced.has(`${name}|${stage}`)) continue; // equal names are added up before they are reduced
+    reduced.add(`${name}|${stage}`);
+    bring(
+      value,
+      wholeOf(value),
+      stage,
+      true,
+      (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }),
+      deferred,
+    );
+  }
+  return { steps, deferred, update, accumulated, home };
+}
+
+const keyOfAxis: Readonly<Record<string, string>> = {
+  tp: "parallel.tensor",
+  cp: "parallel.context",
+  dp: "parallel.data",
+  etp: "parallel.expert_tensor",
+  ep: "parallel.expert",
+  edp: "parallel.data",
+};
+
+/** Text of the pieces and moves, for `compile --emit sharded`. */
+export function printSharded({ steps, deferred }: Sharded, mesh: Mesh): string {
+  const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
+  const shape = ({ value: v, layout }: Piece) =>
+    `[${v.sizes.map((n, slot) => `${n}${layout.cuts[slot]!.length ? `@${axes(layout.cuts[slot]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.sum.length ? ` owes ${axes(layout.sum, v)}` : ""}${layout.max.length ? ` owes max ${axes(layout.max, v)}` : ""}`;
+  const line = (s: Step): string =>
+    s.kind === "compute"
+      ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`
+      : s.kind === "move"
+        ? `${s.stage}   ${s.how} over ${axes(s.factors, s.from.value)}: ${idOf(s.from.value)} ${shape(s.from)} -> ${shape(s.to)}  for ${s.why.op}: ${s.why.because} (${s.why.path})`
+        : s.kind === "send"
+          ? `${s.stage}   send to ${s.to}: ${idOf(s.piece.value)} ${shape(s.piece)}`
+          : `${s.stage}   accumulate ${idOf(s.piece.value)} into the gradient of ${idOf(s.parameter)}`;
+  return [...steps.map(line), "end of step", ...deferred.map(line), ""].join("\n");
+}

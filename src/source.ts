@@ -1,0 +1,238 @@
+/** Source: YAML text as plain values, and the place of every path in it. Whatever is wrong with the text is a finding; nothing throws. */
+import {
+  type Document,
+  isAlias,
+  isMap,
+  isScalar,
+  isSeq,
+  LineCounter,
+  type Node,
+  type Pair,
+  parseDocument,
+  parse as parseYaml,
+  type YAMLError,
+} from "yaml";
+import type { At, Finding, Place } from "./diagnostic.ts";
+
+export type Path = readonly (string | number)[];
+
+export interface Source {
+  readonly file: string;
+  /** What the text says, with every `--set` laid over it. */
+  readonly value: unknown;
+  /** The place of a path's value (or key), or of its deepest ancestor that is written; `undefined` only for a text with nothing in it. */
+  at(path: string | Path, part?: "key" | "value"): At | undefined;
+}
+
+interface Fault {
+  readonly code: string;
+  readonly title: string;
+  readonly why: string;
+  readonly bad: string;
+}
+const fault = (code: string, title: string, why: string, bad: string): Fault => ({ code, title, why, bad });
+
+/** What can be wrong with a text before it is read as a job. `bad` is the text `explain` shows. */
+export const textFaults = {
+  syntax: fault("S001", "this is not YAML", "Everything after a syntax error could be read in more than one way.", "name: [a\nmodel: {}\n"),
+  duplicate: fault(
+    "S002",
+    "a key is written twice",
+    "Only one of the two values could count, and which one is not visible.",
+    "name: a\nname: b\n",
+  ),
+  alias: fault(
+    "S003",
+    "an alias cannot be expanded",
+    "An alias may name an anchor that is not there, or nest so that a few lines grow to gigabytes.",
+    "name: *nowhere\n",
+  ),
+  documents: fault(
+    "S004",
+    "more than one document",
+    "One file is one job; what stands after the second --- would be ignored.",
+    "name: a\n---\nname: b\n",
+  ),
+  root: fault("S005", "a job is a map of keys", "The checks and the compiler look everything up by key.", "- name: a\n"),
+  set: fault("S006", "--set is not understood", "A value that lands nowhere would be ignored in silence.", "--set model.layers\n"),
+} as const satisfies Record<string, Fault>;
+
+export function readSource(text: string, file: string, sets: readonly string[] = []): { source: Source; findings: readonly Finding[] } {
+  const lines = new LineCounter();
+  const findings: Finding[] = [];
+  const rows = text.split(/\r?\n/);
+  const place = (from: number, to: number): Place => {
+    const a = lines.linePos(Math.min(from, text.length));
+    const line = Math.max(1, a.line);
+    const lineText = rows[line - 1] ?? "";
+    const col = Math.max(1, a.col);
+    return { file, line, col, endCol: Math.max(col + 1, Math.min(col + to - from, lineText.length + 1)), lineText };
+  };
+  const find = (what: Fault, path: string, found: string, fix: string, at: At, related?: readonly At[]) =>
+    findings.push({ code: what.code, level: "error", title: what.title, path, found, why: what.why, fix, at, ...(related && { related }) });
+
+  const doc = parse(text, lines);
+  let value: unknown;
+  if (typeof doc === "string") find(textFaults.syntax, "", doc, "nest less deeply", place(0, 1));
+  else {
+    for (const e of [...doc.errors, ...doc.warnings]) {
+      const at = place(e.pos[0], e.pos[1]);
+      const [what, fix] = byYaml(e);
+      find(what, "", say(e), fix, at);
+    }
+    if (!findings.length) {
+      try {
+        value = doc.toJS({ maxAliasCount: 100 });
+      } catch (e) {
+        find(
+          textFaults.alias,
+          "",
+          e instanceof Error ? e.message : String(e),
+          "write the values out, without anchors and aliases",
+          place(0, 1),
+        );
+      }
+    }
+    if (!findings.length && !isObject(value))
+      find(
+        textFaults.root,
+        "",
+        value === null ? "an empty file" : `the file holds ${Array.isArray(value) ? "a list" : "one value"}`,
+        "start with `name:`, `model:`, `train:` and `data:`",
+        place(0, 1),
+      );
+  }
+
+  const written: { path: readonly string[]; set: string }[] = [];
+  if (!findings.length && isObject(value)) {
+    if (sets.length) value = copy(value);
+    for (const set of sets) {
+      const problem = lay(value as Record<string, unknown>, set);
+      if (typeof problem === "string")
+        find(textFaults.set, "", problem, "write --set path=value, for example --set model.layers=3", { set });
+      else written.unshift({ path: problem, set });
+    }
+  }
+
+  const at: Source["at"] = (where, part = "value") => {
+    const path = typeof where === "string" ? (where ? where.split(".") : []) : where.map(String);
+    const set = written.find((w) => w.path.every((key, i) => path[i] === key));
+    if (set) return { set: set.set };
+    if (typeof doc === "string" || !doc.contents) return undefined;
+    let node: Node | null | undefined = doc.contents as Node;
+    let pair: Pair<Node, Node | null> | undefined;
+    let whole = true;
+    for (const key of path) {
+      const inner: unknown = isAlias(node) ? node.resolve(doc) : node;
+      if (isMap<Node, Node | null>(inner)) {
+        const next: Pair<Node, Node | null> | undefined = inner.items.find((p) => isScalar(p.key) && String(p.key.value) === key);
+        if (!next) {
+          whole = false;
+          break;
+        }
+        pair = next;
+        node = next.value;
+      } else if (isSeq<Node>(inner) && inner.items[Number(key)]) node = inner.items[Number(key)];
+      else {
+        whole = false;
+        break;
+      }
+    }
+    const value = whole && part === "value" && isScalar(node) && node.value !== null ? node : undefined;
+    const range = (value ?? pair?.key ?? undefined)?.range;
+    return range ? place(range[0], range[1]) : place(0, 1);
+  };
+  return { source: { file, value, at }, findings };
+}
+
+export const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+
+/** The value at a path of plain data. */
+export function valueAt(value: unknown, path: Path): unknown {
+  let here = value;
+  for (const key of path) {
+    if (typeof here !== "object" || here === null || !Object.hasOwn(here, key)) return undefined;
+    here = (here as Record<string | number, unknown>)[key];
+  }
+  return here;
+}
+
+/** Puts a value at a path, making the maps on the way. Returns what stands in the way, if anything does. */
+export function putAt(root: Record<string, unknown>, path: readonly string[], value: unknown): string | undefined {
+  let here: unknown = root;
+  for (const [i, key] of path.entries()) {
+    const last = i === path.length - 1;
+    if (Array.isArray(here)) {
+      if (!/^\d+$/.test(key) || Number(key) >= here.length)
+        return `${path.slice(0, i).join(".")} is a list of ${here.length} and has no place ${key}`;
+    } else if (!isObject(here)) return `${path.slice(0, i).join(".")} is a value and has no keys`;
+    const holder = here as Record<string, unknown>;
+    const next = last ? value : Object.hasOwn(holder, key) && holder[key] !== null ? holder[key] : {};
+    // defineProperty: a key named __proto__ must stay a key
+    Object.defineProperty(holder, key, { value: next, enumerable: true, writable: true, configurable: true });
+    here = next;
+  }
+  return undefined;
+}
+
+export function dropAt(root: unknown, path: Path): void {
+  const holder = valueAt(root, path.slice(0, -1));
+  if (isObject(holder)) delete holder[path.at(-1)!];
+}
+
+export const copy = (value: Record<string, unknown>): Record<string, unknown> => structuredClone(value);
+
+function lay(root: Record<string, unknown>, set: string): readonly string[] | string {
+  const eq = set.indexOf("=");
+  const path = set.slice(0, Math.max(0, eq)).trim().split(".");
+  if (eq < 0) return `"${set}" has no =`;
+  if (path.some((key) => !key)) return `"${set}" has no key before =`;
+  const doc = parse(set.slice(eq + 1), new LineCounter());
+  if (typeof doc === "string") return doc;
+  const error = doc.errors[0] ?? doc.warnings[0];
+  if (error) return `the value is not YAML: ${say(error)}`;
+  try {
+    return putAt(root, path, doc.toJS({ maxAliasCount: 100 })) ?? path;
+  } catch (e) {
+    return e instanceof Error ? e.message : String(e);
+  }
+}
+
+function parse(text: string, lineCounter: LineCounter): Document.Parsed | string {
+  try {
+    return parseDocument(text, { lineCounter, prettyErrors: false });
+  } catch {
+    return "the text could not be parsed: it nests too deeply"; // the parser recurses; nothing else in it throws
+  }
+}
+
+function byYaml(e: YAMLError): readonly [Fault, string] {
+  switch (e.code) {
+    case "DUPLICATE_KEY":
+      return [textFaults.duplicate, "keep one of them"];
+    case "MULTIPLE_DOCS":
+      return [textFaults.documents, "keep one job in each file"];
+    case "BAD_ALIAS":
+    case "ALIAS_PROPS":
+    case "MULTIPLE_ANCHORS":
+      return [textFaults.alias, "write the value out, or name the anchor with & before it is used"];
+    case "TAB_AS_INDENT":
+      return [textFaults.syntax, "indent with spaces"];
+    case "RESOURCE_EXHAUSTION":
+      return [textFaults.syntax, "nest less deeply"];
+    default:
+      return [textFaults.syntax, "correct the line at the caret; a bracket, a quote or the space after a colon may be missing"];
+  }
+}
+
+const say = (e: YAMLError): string => e.message.split("\n")[0]!;
+
+/** Two YAML maps, the second over the first, key by key. */
+export function layOver(under: string, over: string): Record<string, unknown> {
+  const merge = (a: unknown, b: unknown): unknown => {
+    if (!isObject(a) || !isObject(b)) return b;
+    return { ...a, ...Object.fromEntries(Object.entries(b).map(([key, value]) => [key, merge(a[key], value)])) };
+  };
+  return merge(parseYaml(under), parseYaml(over)) as Record<string, unknown>;
+}

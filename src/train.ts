@@ -1,0 +1,96 @@
+/** addBackward: Graph → Graph, extended by the gradient of each parameter. Names no op but `add`, which sums the parts of a gradient. */
+import type { Loss } from "./model.ts";
+import { add } from "./ops/linear.ts";
+import { invariant, type Node, type Value } from "./ops/op.ts";
+
+export interface Graph {
+  readonly losses: readonly Loss[];
+  readonly parameters: readonly Value[];
+  /** Forward nodes, then backward nodes, each in an order in which they can run. */
+  readonly order: readonly Node[];
+  /** The complete gradient of each activation. */
+  readonly grad: ReadonlyMap<Value, Value>;
+  /** What each use of a parameter adds to its gradient. */
+  readonly parameterGrads: ReadonlyMap<Value, readonly Value[]>;
+  /** A gradient, whole or in part, and the value it is the gradient of. */
+  readonly gradOf: ReadonlyMap<Value, Value>;
+}
+
+export function addBackward(losses: readonly Loss[]): Graph {
+  const forward = topological(losses.map((l) => l.value));
+  const seen = new Set(forward);
+  const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", layer: 0 }, cut: [] };
+  const grad = new Map<Value, Value>(losses.map((l) => [l.value, one]));
+  const parameterGrads = new Map<Value, Value[]>();
+  const gradOf = new Map<Value, Value>();
+  const taken = new Map<string, number>(forward.map((n) => [n.id, 1]));
+  const back: Node[] = [];
+
+  const unique = (id: string) => {
+    const n = (taken.get(id) ?? 0) + 1;
+    taken.set(id, n);
+    return n === 1 ? id : `${id}${n}`;
+  };
+  const adopt = (v: Value, from: Node, id?: string) => {
+    for (const n of topological([v], seen)) {
+      n.id = unique(id ?? `${from.id}.${n.op.suffix ?? "grad"}`);
+      n.layer = from.layer;
+      n.backward = true;
+      if (n.op !== add) n.pin = from.pin;
+      back.push(n);
+    }
+  };
+
+  for (const node of forward.toReversed()) {
+    const y = node.outs[0]!;
+    const dy = grad.get(y);
+    if (!dy || !node.op.grad) continue;
+    const named = Object.fromEntries(node.op.inputs.map((t, i) => [t.name, node.args[i]!]));
+    for (const [name, part] of Object.entries(node.op.grad(named, { y, dy }, node.attrs))) {
+      const v = named[name]!;
+      if (v.leaf?.kind === "input") continue;
+      adopt(part, node);
+      const made = part.node !== undefined && part !== dy;
+      if (v.leaf) {
+        invariant(made, `${node.id}: a parameter's gradient must be made by an op of its own`);
+        part.dtype = "f32"; // main gradients
+        parameterGrads.set(v, [...(parameterGrads.get(v) ?? []), part]);
+        gradOf.set(part, v);
+        continue;
+      }
+      if (made) part.dtype = v.dtype;
+      const before = grad.get(v);
+      const sum = before ? add.of({ a: before, b: part }) : part;
+      if (before) adopt(sum, node, `${idOf(v)}.grad_sum`);
+      for (const g of [part, sum]) if (g !== one && !gradOf.has(g)) gradOf.set(g, v);
+      grad.set(v, sum);
+    }
+  }
+  const parameters = [...new Set(forward.flatMap((n) => n.args).filter((v) => v.leaf?.kind === "parameter"))];
+  for (const p of parameters) invariant(parameterGrads.has(p), `${idOf(p)} has no gradient`);
+  return { losses, parameters, order: [...forward, ...back], grad, parameterGrads, gradOf };
+}
+
+function topological(roots: readonly Value[], seen = new Set<Node>()): Node[] {
+  const order: Node[] = [];
+  const visit = (v: Value) => {
+    if (!v.node || seen.has(v.node)) return;
+    seen.add(v.node);
+    v.node.args.forEach(visit);
+    order.push(v.node);
+  };
+  roots.forEach(visit);
+  return order;
+}
+
+/** The stable name of a value: its leaf's, or its node's with the output where there are many. */
+export const idOf = (v: Value): string =>
+  v.leaf ? v.leaf.name : v.node!.outs.length > 1 ? `${v.node!.id}.${v.node!.op.outputs[v.out]!.name}` : v.node!.id;
+
+/** Text of a graph before any cut: it reads like the paper. */
+export function printGraph({ order }: Graph): string {
+  const shape = (v: Value) => `${v.dtype}[${v.ragged ? ["rows", ...v.sizes.slice(v.ragged)].join(",") : v.sizes.join(",")}]`;
+  return order
+    .map((n) => `${n.backward ? "bwd" : "fwd"} ${n.id} = ${n.op.name}(${n.args.map(idOf).join(", ")}) -> ${n.outs.map(shape).join(", ")}\n`)
+    .join("");
+}

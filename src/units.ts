@@ -1,0 +1,37 @@
+/** Numbers as people read them: bytes in powers of 1024, operations in powers of 1000, tables with aligned columns. */
+export const bytesText = (n: number): string => scaled(n, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
+export const flopsText = (n: number): string => scaled(n, 1000, ["flop", "Kflop", "Mflop", "Gflop", "Tflop", "Pflop", "Eflop"]);
+export const countText = (n: number): string => n.toLocaleString("en-US");
+export const plural = (n: number, noun: string): string => `${countText(n)} ${noun}${n === 1 ? "" : "s"}`;
+
+function scaled(n: number, base: number, units: readonly string[]): string {
+  let i = 0;
+  let value = n;
+  while (value >= base && i < units.length - 1) {
+    value /= base;
+    i++;
+  }
+  return `${i === 0 ? value : value.toFixed(value < 10 ? 2 : 1)} ${units[i]}`;
+}
+
+/** Columns padded to their widest cell; those named in `right` are flush right. */
+export function table(rows: readonly (readonly string[])[], right: readonly number[] = [], indent = "  "): string[] {
+  const widths: number[] = [];
+  for (const row of rows) for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
+  return rows.map((row) => {
+    const cells = row.map((cell, i) => (right.includes(i) ? cell.padStart(widths[i]!) : cell.padEnd(widths[i]!)));
+    return (indent + cells.join("  ")).trimEnd();
+  });
+}
+
+/** `[0,1,2,5]` as `0-2,5`. */
+export function ranges(numbers: Iterable<number>): string {
+  const sorted = [...new Set(numbers)].sort((a, b) => a - b);
+  const runs: [number, number][] = [];
+  for (const n of sorted) {
+    const last = runs.at(-1);
+    if (last && last[1] === n - 1) last[1] = n;
+    else runs.push([n, n]);
+  }
+  return runs.map(([from, to]) => (from === to ? `${from}` : `${from}-${to}`)).join(",");
+}
