@@ -145,6 +145,8 @@ export const Kernel = z.strictObject({
   uses: count,
 });
 
+export type Kernel = z.infer<typeof Kernel>;
+
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
 export const Sections = z.strictObject({
   job: Job,

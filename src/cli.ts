@@ -45,8 +45,8 @@ withExamples(
   "check job.yaml",
   "check job.yaml --set parallel.tensor=4 --set parallel.sequence=true",
 ).action(async (path: string, options: Common) => {
-  const { findings, job } = await readJobAt(path, options.set);
-  const valid = job !== undefined;
+  const { findings, compiled } = await tryCompileAt(path, options.set);
+  const valid = compiled !== undefined;
   if (options.format === "json") printJson({ valid, findings });
   else {
     await tellFindings(findings);
@@ -107,7 +107,7 @@ withExamples(
   "diff plan-a/ plan-b/",
   "diff plan/ job.yaml",
 ).action(async (a: string, b: string, options: Common) => {
-  const [before, after] = [await planAt(a, options.set), await planAt(b, options.set)];
+  const [before, after] = await bothPlans(a, b, options.set);
   const { diffPlans, printDiff } = await import("./diff.ts");
   const diff = diffPlans(before.plan, after.plan);
   if (options.format === "json") printJson(diff);
@@ -186,20 +186,24 @@ withExamples(
   printJson(jobSchema());
 });
 
-async function readJobAt(path: string, sets: readonly string[]) {
+/** All that can be found: what the rules say of the job and, where it can be compiled, whether the plan fits the device. */
+async function tryCompileAt(path: string, sets: readonly string[]): Promise<{ compiled?: Compiled; findings: readonly Finding[] }> {
   const [{ readJobFile }, { readJob }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
-  return readJob(readJobFile(path), path, sets);
+  const { job, source, findings } = readJob(readJobFile(path), path, sets);
+  if (!job) return { findings };
+  const [{ compile }, { fitFindings }] = await Promise.all([import("./compile.ts"), import("./fits.ts")]);
+  const compiled = compile(job);
+  return { compiled, findings: [...findings, ...fitFindings(compiled.plan, source)] };
 }
 
 /** An invalid job ends here: its findings are told, and the answer is no. */
 class Refused extends Error {}
 
 async function compileAt(path: string, sets: readonly string[]): Promise<Compiled & { findings: readonly Finding[] }> {
-  const { job, findings } = await readJobAt(path, sets);
+  const { compiled, findings } = await tryCompileAt(path, sets);
   await tellFindings(findings);
-  if (!job) throw new Refused();
-  const { compile } = await import("./compile.ts");
-  return { ...compile(job), findings };
+  if (!compiled) throw new Refused();
+  return { ...compiled, findings };
 }
 
 async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Plan }> {
@@ -208,6 +212,18 @@ async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Pl
   if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
   const { parsePlan } = await import("./plan.ts");
   return { plan: parsePlan(readFileSync(file, "utf8"), file) };
+}
+
+/** For `diff`, 1 means that the plans differ: an invalid job is trouble. --set goes to what is a job. */
+async function bothPlans(a: string, b: string, sets: readonly string[]): Promise<[{ plan: Plan }, { plan: Plan }]> {
+  try {
+    const own = (path: string): readonly string[] => (planFile(path) && !(planFile(a) && planFile(b)) ? [] : sets);
+    return [await planAt(a, own(a)), await planAt(b, own(b))];
+  } catch (error) {
+    throw error instanceof Refused
+      ? new Trouble("an invalid job cannot be compared", "rankc check says the same findings; fix them first")
+      : error;
+  }
 }
 
 /** A plan is named by its directory or by its plan.json; anything else is a job. */

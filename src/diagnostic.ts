@@ -35,7 +35,7 @@ export const hasErrors = (findings: readonly Finding[]): boolean => findings.som
 
 export const setText = (set: Changes): string =>
   Object.entries(set)
-    .map(([path, value]) => `${path}: ${typeof value === "string" ? value : JSON.stringify(value)}`)
+    .map(([path, value]) => `${path}: ${Array.isArray(value) ? `[${value.join(", ")}]` : String(value)}`)
     .join(", ");
 
 const WIDTH = 100;

@@ -171,7 +171,9 @@ function roleView(plan: Plan, program: Program): RoleView {
       workspace: memory.workspace,
       peak: memory.peak,
     },
-    flops: each((instructions) => instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0)),
+    flops: each((instructions) =>
+      instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0),
+    ),
     collectives,
     transfers: phases.flatMap((phase) =>
       program[phase].flatMap((i) =>

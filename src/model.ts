@@ -49,7 +49,7 @@ export function buildModel({ model: m, parallel, train }: Job): Loss[] {
   const last = m.layers - 1;
   const eps = m.norm.eps;
   const table = weight("embed", "V@tp,D", 0);
-  let x = embed.of({ ids: input("ids", 0), table }, {}, "embed");
+  let x = embed.of({ ids: input("ids", 0), table }, {}, "embedding");
   x.cut = [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
   const losses: Loss[] = [];

@@ -1,6 +1,7 @@
 /** A program as lines, one an instruction: id, what is done, local shapes, bytes, and for what moves, why. */
 import type { Buffer, Instruction, Program } from "../schemas/plan.ts";
 import { collapseLayers, fromLayer, type Line } from "./layerNames.ts";
+import { ops } from "./ops/index.ts";
 import { bytesText } from "./units.ts";
 
 export const phases = ["forward", "backward", "step"] as const;
@@ -16,12 +17,13 @@ export function programLines(program: Program, phase: Phase): Line[] {
 
 /** The program of a role for a reader: layers that repeat are said once. */
 export function printProgram(program: Program): string[] {
-  const times = { forward: ", for each microbatch", backward: ", for each microbatch", step: ", once" } as const;
-  return phases.flatMap((phase) => [
-    `${phase}${times[phase]}: ${program[phase].length} instructions`,
+  const times = { forward: "for each microbatch", backward: "for each microbatch", step: "once" } as const;
+  const block = (phase: Phase): string[] => [
+    `${phase}, ${times[phase]}: ${program[phase].length} instructions`,
     ...collapseLayers(programLines(program, phase)),
     "",
-  ]);
+  ];
+  return phases.flatMap(block);
 }
 
 /** Equal for two roles that do the same on their own layers. */
@@ -46,15 +48,15 @@ function verb(i: Instruction): string {
 
 function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string {
   const shape = (id: string): string => shapeText(buffers.get(id)!);
-  const named = (operand: Readonly<Record<string, string>>): string =>
-    Object.entries(operand)
-      .map(([name, id]) => `${name}${shape(id)}`)
-      .join(" ");
+  // in the order of the signature: a plan that was read back has its keys sorted
+  const named = (operand: Readonly<Record<string, string>>, signature: readonly { readonly name: string }[]): string =>
+    signature.flatMap(({ name }) => (operand[name] === undefined ? [] : [`${name}${shape(operand[name])}`])).join(" ");
   switch (i.kind) {
     case "compute": {
-      const types = [...new Set(Object.values(i.writes).map((id) => buffers.get(id)!.dtype))].join(" ");
+      const { inputs, outputs } = ops[i.op]!;
+      const types = [...new Set(outputs.map((o) => buffers.get(i.writes[o.name]!)!.dtype))].join(" ");
       const kept = i.keeps?.length ? `  keeps ${i.keeps.join(" ")}` : "";
-      return `${named(i.reads)} -> ${named(i.writes)} ${types}${kept}`;
+      return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
     }
     case "move": {
       const sync = i.host_sync ? "  host sync" : "";

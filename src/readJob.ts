@@ -23,7 +23,7 @@ export function readJob(text: string, file: string, sets: readonly string[] = []
     const shape = all.filter(({ finding }) => finding.code !== shapeFaults.missing.code || !renamed.includes(finding.path));
     const repaired = repair(source, shape);
     // with what was meant in its place, the rules can speak in the same run
-    return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired, source) : [])] };
+    return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired.job, repaired.source) : [])] };
   }
   const job = completeJob(read.data);
   const spoken = jobFindings(job, source);
@@ -36,18 +36,18 @@ interface ShapeFault {
   readonly meant?: { readonly path: string; readonly value: unknown; readonly instead?: Path };
 }
 
-function repair(source: Source, shape: readonly ShapeFault[]): Job | undefined {
+function repair(source: Source, shape: readonly ShapeFault[]): { job: Job; source: Source } | undefined {
   if (!isObject(source.value)) return undefined;
   const value = copy(source.value);
   for (const { meant } of shape) {
     if (!meant) return undefined;
     if (meant.instead) dropAt(value, meant.instead);
     const path = meant.path.split(".");
-    if (valueAt(value, path) !== undefined && meant.instead) return undefined; // both names are written: which one counts?
+    if (meant.instead && valueAt(value, path) !== undefined) continue; // both names are written: the right one counts
     if (putAt(value, path, meant.value)) return undefined;
   }
   const read = JobText.safeParse(value);
-  return read.success ? completeJob(read.data) : undefined;
+  return read.success ? { job: completeJob(read.data), source: { ...source, value } } : undefined;
 }
 
 /** What can be wrong with the keys and values of a text that is YAML. */
@@ -177,7 +177,7 @@ function schemaAt(path: Path): Schema | undefined {
   for (const key of path) {
     const properties: Schema["properties"] = here && inside(here).properties;
     const items: Schema["items"] = here?.items;
-    if (typeof key === "number") here = items instanceof Array ? items[key] : (items as Schema | undefined);
+    if (typeof key === "number") here = (Array.isArray(items) ? items[key] : items) as Schema | undefined;
     else here = properties && Object.hasOwn(properties, key) ? properties[key] : undefined;
   }
   return here;

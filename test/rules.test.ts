@@ -1,7 +1,9 @@
+import fc from "fast-check";
 import { expect, test } from "vitest";
 import { stringify } from "yaml";
 import { type Changes, renderFindings } from "../src/diagnostic.ts";
 import { badJob, codes, explain } from "../src/explain.ts";
+import { buildMesh } from "../src/mesh.ts";
 import { readJob } from "../src/readJob.ts";
 import { rules, smallest } from "../src/rules/index.ts";
 
@@ -116,4 +118,50 @@ test("a job moved from Megatron's configurations that fail late is refused befor
   expect(errors({ model: { moe: { ...moe, ffn: 14337 } }, parallel: { expert_tensor: 2 } })).toEqual(["E403"]);
   expect(errors({ model: { moe, seq: 2046 } })).toEqual(["P111"]);
   expect(errors({ model: { ffn: 14338 }, parallel: { expert: 1 } })).toEqual(["M305"]);
+});
+
+const cluster = { nodes: 1, gpus_per_node: 8, device: "cpu" } as const;
+
+/** Whether the mesh can be built, and every axis is the product of its factors. */
+function isBuilt(job: Parameters<typeof buildMesh>[0]): boolean {
+  try {
+    const { axes, factors, sizes } = buildMesh(job);
+    return Object.entries(axes).every(([axis, of]) => of.reduce((n, f) => n * factors[f]!.size, 1) === sizes[axis]);
+  } catch {
+    return false;
+  }
+}
+
+test("a grid that the rules let through can be built, and one they refuse cannot", () => {
+  const degree = fc.constantFrom(1, 2, 3, 4, 6, 8);
+  const grids = fc.record({
+    tensor: degree,
+    pipeline: fc.constantFrom(1, 2, 4),
+    context: degree,
+    data: degree,
+    expert: degree,
+    expert_tensor: degree,
+  });
+  fc.assert(
+    fc.property(grids, (degrees) => {
+      const world = degrees.tensor * degrees.pipeline * degrees.context * degrees.data;
+      const model = {
+        ...{ layers: 4, hidden: 48, ffn: 48, heads: 24, kv_heads: 24, head_dim: 2, vocab: 768, seq: 2304 },
+        moe: { experts: 24, top_k: 2, router: { aux_coeff: 0.01 } },
+      };
+      const { findings } = read(
+        stringify({
+          name: "grid",
+          model,
+          parallel: { world, sequence: true, ...degrees },
+          train: { steps: 1, optimizer: { lr: 1 } },
+          data: { path: "x" },
+        }),
+      );
+      const errors = findings.flatMap((f) => (f.level === "error" ? [f] : []));
+      expect(errors.every((f) => ["P102", "P103"].includes(f.code) && f.set)).toBe(true);
+      expect(isBuilt({ parallel: { world, sequence: true, distributed_optimizer: false, ...degrees }, cluster })).toBe(errors.length === 0);
+    }),
+    { numRuns: 150 },
+  );
 });

@@ -52,8 +52,8 @@ test("an alias bomb is refused at once", () => {
 test("an unknown key is answered with the key that was meant", () => {
   const fix = (set: string) => readJob(smallest, "j", [set]).findings.map((f) => `${f.code} ${f.fix}`);
   expect(fix("model.hiden=3")).toEqual(["S010 did you mean model.hidden?"]);
-  expect(fix("model.tensor=2")).toEqual(["S010 did you mean parallel.tensor?"]);
-  expect(fix("parallel.tp=2")).toEqual(["S010 did you mean parallel.tensor?"]);
+  expect(fix("model.tensor=1")).toEqual(["S010 did you mean parallel.tensor?"]);
+  expect(fix("parallel.tp=1")).toEqual(["S010 did you mean parallel.tensor?"]);
   expect(fix("num_layers=2")).toEqual(["S010 did you mean model.layers?"]);
   expect(fix("model.rope.qqqqqq=2")).toEqual(["S010 leave it out; the keys here are theta"]);
   expect(fix("__proto__.a=2")).toEqual([expect.stringMatching(/^S010 /)]);

@@ -2,7 +2,7 @@
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding } from "../diagnostic.ts";
 import { setText } from "../diagnostic.ts";
-import { copy, isObject, putAt, type Source } from "../source.ts";
+import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { mesh } from "./mesh.ts";
@@ -28,7 +28,7 @@ export function jobFindings(job: Job, source: Source): Finding[] {
     [...rule.check(job)].map((said): Finding => {
       const set = firstCure(rule, said, job, source);
       const at = source.at(said.at);
-      const related = (said.related ?? []).flatMap((path) => source.at(path) ?? []).filter((r) => JSON.stringify(r) !== JSON.stringify(at));
+      const related = (said.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
       return {
         code: rule.code,
         level: rule.level,
@@ -44,6 +44,8 @@ export function jobFindings(job: Job, source: Source): Finding[] {
     }),
   );
 }
+
+const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
 /** The first change after which the rule is silent there, and no rule says anything new. */
 function firstCure(rule: Rule, said: Said, job: Job, source: Source): Changes | undefined {

@@ -1,0 +1,226 @@
+/**
+ * execute: plan × rank × backend × comm → trained steps. Walks each rank's program in the plan's order: forward and backward
+ * of every microbatch, then the step block. `openRun` runs all ranks in this process, as coroutines.
+ */
+import { resolve } from "node:path";
+import { rangesOf } from "../schemas/layout.ts";
+import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
+import { Trouble } from "../schemas/trouble.ts";
+import type { Backend, Comm, HostData, Position } from "./backend.ts";
+import { checkpointFor } from "./checkpoint.ts";
+import { cpuBackend } from "./cpu.ts";
+import { openCorpus } from "./data.ts";
+import { learningRate } from "./learningRate.ts";
+import { loopback } from "./loopback.ts";
+import { fillNormal } from "./philox.ts";
+
+export interface StepResult {
+  /** 1-based. */
+  readonly step: number;
+  /** Mean cross-entropy over all tokens of the step, nats. */
+  readonly loss: number;
+  /** What balancing adds to it; 0 where nothing is balanced. */
+  readonly aux_loss: number;
+  /** Before clipping. */
+  readonly grad_norm: number;
+  readonly lr: number;
+  readonly tokens: number;
+  readonly seconds: number;
+}
+export interface Tensor {
+  readonly shape: readonly number[];
+  readonly data: Float32Array;
+}
+export interface Run {
+  step(): Promise<StepResult>;
+  /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
+  gradients(): Map<string, Tensor>;
+  parameters(): Map<string, Tensor>;
+  /** A buffer named in `watch`, per microbatch, put together from all ranks. */
+  watched(id: string): Tensor[];
+  close(): Promise<void>;
+}
+export interface RunSettings {
+  readonly backend?: string;
+  /** A Hugging Face checkpoint: a file, an index or a folder. */
+  readonly initFrom?: string;
+  /** Where relative paths of the job start: the job file's folder. */
+  readonly baseDir: string;
+  /** Buffers to keep a copy of when they are written, for tests and debugging. */
+  readonly watch?: readonly string[];
+}
+
+export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, watch = [] }: RunSettings): Promise<Run> {
+  if (backend !== "cpu") throw new Trouble(`there is no backend ${backend}`, "use --backend cpu");
+  const { mesh, programs, job } = plan;
+  const { train, model } = job;
+  const corpus = openCorpus(resolve(baseDir, job.data.path), { seq: model.seq, batch: train.global_batch, vocab: model.vocab, order: job.data.order, seed: train.seed });
+  const ranks = Array.from({ length: mesh.world }, (_, r) => r);
+  const backends = ranks.map((r) => cpuBackend(plan, r));
+  const comm = loopback(plan, backends);
+  const programOf = (r: number) => programs[Math.floor(r / mesh.per_stage)]!;
+  const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
+  const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
+  const perMicrobatch = train.micro_batch * job.parallel.data;
+  const kept = new Map<string, HostData[][]>();
+  let steps = 0;
+
+  function initialize(): void {
+    const checkpoint = initFrom === undefined ? undefined : checkpointFor(model, initFrom);
+    const seen = new Map<string, Float32Array>();
+    for (const r of ranks)
+      for (const p of programOf(r).parameters) {
+        const targets = [...new Set([p.buffer, p.master])].map((id) => bufferOf(r, id));
+        for (const b of targets) {
+          if (!checkpoint) {
+            backends[r]!.write(b, 0, initial(p.name, p.init, b, r));
+            continue;
+          }
+          if (!seen.has(p.name)) seen.set(p.name, checkpoint.read(p.name, b.sizes));
+          backends[r]!.write(b, 0, pieceOf(seen.get(p.name)!, b, r));
+        }
+      }
+    checkpoint?.close();
+  }
+
+  const ranges = (b: Buffer, r: number) => b.sizes.map((n, slot) => rangesOf(mesh, n, b.cuts[slot]!, b.cuts[slot]!, r % mesh.per_stage));
+  /** Visits a piece as runs along its last dim: the global and the local index of each, and its length. */
+  function visitRuns(b: Buffer, r: number, visit: (global: number, local: number, n: number) => void): void {
+    const all = ranges(b, r);
+    let local = 0;
+    const walk = (dim: number, base: number) => {
+      if (dim === all.length) {
+        visit(base, local++, 1);
+        return;
+      }
+      for (const [from, to] of all[dim]!) {
+        if (dim === all.length - 1) {
+          visit(base * b.sizes[dim]! + from, local, to - from);
+          local += to - from;
+        } else for (let i = from; i < to; i++) walk(dim + 1, base * b.sizes[dim]! + i);
+      }
+    };
+    walk(0, 0);
+  }
+  function pieceOf<T extends HostData>(whole: T, b: Buffer, r: number): T {
+    const out = (whole instanceof Int32Array ? new Int32Array(count(b.shape)) : new Float32Array(count(b.shape))) as T;
+    visitRuns(b, r, (global, local, n) => out.set(whole.subarray(global, global + n), local));
+    return out;
+  }
+  function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
+    const out = new Float32Array(count(b.shape));
+    if (init.type === "ones") return out.fill(1);
+    visitRuns(b, r, (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
+    return out;
+  }
+  /** A value put together from the pieces of the ranks of one stage. */
+  function assemble(stage: number, id: string, data: (r: number) => HostData): Tensor {
+    const b = buffers[stage]!.get(id)!;
+    const out = new Float32Array(count(b.sizes));
+    for (let r = stage * mesh.per_stage; r < (stage + 1) * mesh.per_stage; r++) {
+      const piece = data(r);
+      visitRuns(b, r, (global, local, n) => out.set(piece.subarray(local, local + n), global));
+    }
+    return { shape: b.sizes, data: out };
+  }
+  const collect = (pick: (p: Plan["programs"][number]["parameters"][number]) => string): Map<string, Tensor> =>
+    new Map(programs.flatMap((p) => p.parameters.map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const)));
+
+  /** One rank's step. Yields where it has to wait, saying for what. */
+  function* walk(r: number, backend: Backend, comm: Comm, feed: (b: Buffer, name: string, microbatch: number) => HostData): Generator<string> {
+    const p = programOf(r);
+    function* block(instructions: readonly Instruction[], at: Position): Generator<string> {
+      for (const i of instructions) {
+        if (i.kind === "compute") {
+          backend.compute(i, at.slot);
+          for (const id of watch) if (Object.values(i.writes).includes(id)) keep(id, at, r);
+        } else if (i.kind === "move") while (!comm.move(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
+        else if (i.kind === "send") comm.send(r, i, at);
+        else while (!comm.recv(r, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
+      }
+    }
+    const fill = (names: readonly string[], slot: number, m: number) => {
+      for (const name of names) {
+        const b = bufferOf(r, p.inputs[name]!);
+        backend.write(b, slot, feed(b, name, m));
+      }
+    };
+    const perStep = ["lr", "step"];
+    const perBlock = Object.keys(p.inputs).filter((n) => !perStep.includes(n));
+    backend.zeroGradients();
+    fill(perStep, 0, 0);
+    for (const tag of p.order) {
+      const m = Number(tag.slice(1));
+      const at = { tag, slot: m % p.slots };
+      // workspace inputs are filled for each block; activations are written by the forward block and stay
+      const forward = tag.startsWith("F");
+      fill(perBlock.filter((n) => forward || bufferOf(r, p.inputs[n]!).kind === "workspace"), at.slot, m);
+      yield* block(forward ? p.forward : p.backward, at);
+    }
+    yield* block(p.step, { tag: "step", slot: 0 });
+  }
+  function keep(id: string, at: Position, r: number): void {
+    const all = kept.get(id) ?? [];
+    kept.set(id, all);
+    const m = Number(at.tag.slice(1));
+    (all[m] ??= [])[r] = backends[r]!.read(bufferOf(r, id), at.slot).slice();
+  }
+
+  initialize();
+  return {
+    async step() {
+      const begun = performance.now();
+      const { ids, labels } = corpus.batch(steps);
+      const lr = learningRate(train.optimizer, steps);
+      steps++;
+      kept.clear();
+      const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
+      const feedOf = (r: number) => (b: Buffer, name: string, m: number): HostData => {
+        switch (name) {
+          case "ids": return pieceOf(rows(ids, m), b, r);
+          case "labels": return pieceOf(rows(labels, m), b, r);
+          case "one": return Float32Array.of(1);
+          case "lr": return Float32Array.of(lr);
+          case "step": return Float32Array.of(steps);
+          default: throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+        }
+      };
+      runTogether(ranks.map((r) => walk(r, backends[r]!, comm, feedOf(r))));
+      const scalar = (stage: number, id: string) => (backends[stage * mesh.per_stage]!.read(buffers[stage]!.get(id)!, 0) as Float32Array)[0]!;
+      const metric = (name: string) => programs.reduce((sum, p) => sum + (p.metrics[name] ? scalar(p.stage, p.metrics[name]) : 0), 0);
+      return {
+        step: steps, loss: metric("loss"), aux_loss: metric("aux_loss"), grad_norm: scalar(0, programs[0]!.metrics.grad_norm!), lr,
+        tokens: train.global_batch * model.seq, seconds: (performance.now() - begun) / 1000,
+      };
+    },
+    gradients: () => collect((q) => q.gradient),
+    parameters: () => collect((q) => q.master),
+    watched: (id) => (kept.get(id) ?? []).map((pieces) => {
+      const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
+      return assemble(stage, id, (r) => pieces[r]!);
+    }),
+    async close() {
+      corpus.close();
+    },
+  };
+}
+
+const count = (shape: readonly number[]) => shape.reduce((n, x) => n * x, 1);
+
+/** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */
+export function runTogether(ranks: readonly Generator<string>[]): void {
+  const waits = new Map<number, string>();
+  let left = ranks.map((_, r) => r);
+  while (left.length) {
+    let moved = false;
+    for (const r of left) {
+      const before = waits.get(r);
+      const { done, value } = ranks[r]!.next();
+      if (done) waits.set(r, "");
+      else waits.set(r, value);
+      if (done || before !== value) moved = true;
+    }
+    left = left.filter((r) => waits.get(r) !== "");
+    if (!moved && left.length) throw new Error(`rankc: deadlock: ${left.map((r) => `rank ${r} waits at ${waits.get(r)}`).join("; ")}`);
+  }
+}

@@ -1,0 +1,47 @@
+/** compile: the whole compiler on one screen. Job → mesh → graph → pieces and moves → programs → memory → plan. */
+import type { Job } from "../schemas/job.ts";
+import type { Plan } from "../schemas/plan.ts";
+import { kernelsOf, printKernels } from "./kernels.ts";
+import { lower } from "./lower.ts";
+import { layOut, printMemory, verifyMemory } from "./memory.ts";
+import { buildMesh, printMesh, stageOf } from "./mesh.ts";
+import { buildModel } from "./model.ts";
+import { sealPlan } from "./plan.ts";
+import { printProgram } from "./programText.ts";
+import { printSchedule, schedule } from "./schedule.ts";
+import { type Options, printSharded, shard } from "./shard.ts";
+import { addBackward, printGraph } from "./train.ts";
+import { verifyPrograms } from "./verify.ts";
+import { version } from "./version.ts";
+
+export const stages = ["mesh", "graph", "sharded", "schedule", "program", "memory", "kernels"] as const;
+export type Stage = (typeof stages)[number];
+export interface Compiled {
+  readonly plan: Plan;
+  /** The text of one stage of the compiler. */
+  emit(stage: Stage): string;
+}
+
+/** Compiles a job that has no findings. Throws only where rankc itself is wrong. */
+export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
+  const mesh = buildMesh(job);
+  const graph = addBackward(buildModel(job));
+  const sharded = shard(graph, mesh, { distributedOptimizer: job.parallel.distributed_optimizer, stageOf: (layer) => stageOf(job, layer), ...laws });
+  const order = schedule(job);
+  const programs = lower(job, mesh, graph, sharded, order);
+  verifyPrograms(programs);
+  const memory = programs.map(layOut);
+  for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);
+  const kernels = kernelsOf(programs, mesh);
+  const plan = sealPlan({ job, mesh, programs, memory, kernels, toolchain: { rankc: version, target: "cpu" } });
+  const text: Record<Stage, () => string> = {
+    mesh: () => printMesh(mesh),
+    graph: () => printGraph(graph),
+    sharded: () => printSharded(sharded, mesh),
+    schedule: () => printSchedule(order),
+    program: () => programs.map((p) => `stage ${p.stage}\n${printProgram(p)}`).join("\n"),
+    memory: () => printMemory(programs, memory),
+    kernels: () => printKernels(kernels),
+  };
+  return { plan, emit: (stage) => text[stage]() };
+}

@@ -1,0 +1,138 @@
+/**
+ * Memory: gives every buffer of a program its place. Parameters, gradients and optimizer state live for good; activations
+ * (one copy per microbatch in flight) from the forward op that makes them to the last backward op that reads them;
+ * workspace within one block. Two buffers share bytes only if never alive together.
+ */
+import { bytesOf, type Buffer, type Instruction, type Kind, type Memory, type Program } from "../schemas/plan.ts";
+import { touched } from "./lower.ts";
+import { invariant } from "./ops/op.ts";
+
+/** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
+const ALIGN = 256;
+
+export const sizeOf = (b: Buffer): number => b.shape.reduce((n, x) => n * x, bytesOf[b.dtype]);
+const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
+
+interface Lifetime {
+  readonly buffer: Buffer;
+  from: number;
+  to: number;
+}
+
+export function layOut(program: Program): Memory {
+  const offsets: Record<string, number> = {};
+  const total: Record<Kind, number> = { parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 0 };
+
+  for (const kind of ["parameter", "gradient", "optimizer"] as const) {
+    for (const b of program.buffers) {
+      if (b.kind !== kind) continue;
+      if (b.within) {
+        offsets[b.id] = offsets[b.within]!;
+        continue;
+      }
+      offsets[b.id] = total[kind];
+      total[kind] += aligned(b);
+    }
+  }
+  // an activation lives in the timeline forward then backward of its microbatch
+  const micro = lifetimes(program, "activation", [...program.forward, ...program.backward]);
+  total.activation = pack(micro, offsets);
+  // workspace: the three blocks never run together, so each starts from nothing
+  for (const block of [program.forward, program.backward, program.step])
+    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", block), offsets));
+
+  const { parameter, gradient, optimizer, activation, workspace } = total;
+  const peak = parameter + gradient + optimizer + program.slots * activation + workspace;
+  return { stage: program.stage, ...total, peak, offsets };
+}
+
+/** From the first instruction that touches a buffer to the last. Inputs are filled before the block starts. */
+function lifetimes(program: Program, kind: Kind, timeline: readonly Instruction[]): Lifetime[] {
+  const byId = new Map(program.buffers.map((b) => [b.id, b]));
+  const inputs = new Set(Object.values(program.inputs));
+  const alive = new Map<string, Lifetime>();
+  for (const [at, i] of timeline.entries())
+    for (const id of touched(i, byId)) {
+      const buffer = byId.get(id)!;
+      if (buffer.kind !== kind) continue;
+      const l = alive.get(id) ?? { buffer, from: inputs.has(id) ? -1 : at, to: at };
+      l.to = at;
+      alive.set(id, l);
+    }
+  return [...alive.values()].sort((a, b) => a.from - b.from);
+}
+
+/** Best fit in order of birth: the smallest hole that is free, else the end. Returns the bytes of the arena. */
+function pack(lives: readonly Lifetime[], offsets: Record<string, number>): number {
+  let end = 0;
+  const holes: { at: number; size: number }[] = [];
+  const dying = [...lives].sort((a, b) => a.to - b.to);
+  let dead = 0;
+  const free = (at: number, size: number) => {
+    let i = holes.findIndex((h) => h.at > at);
+    if (i < 0) i = holes.length;
+    holes.splice(i, 0, { at, size });
+    for (const j of [i, i - 1]) {
+      const [a, b] = [holes[j], holes[j + 1]];
+      if (a && b && a.at + a.size === b.at) holes.splice(j, 2, { at: a.at, size: a.size + b.size });
+    }
+  };
+  for (const { buffer, from } of lives) {
+    // what is read for the last time by an instruction stays until that instruction is over
+    for (; dead < dying.length && dying[dead]!.to < from; dead++) free(offsets[dying[dead]!.buffer.id]!, aligned(dying[dead]!.buffer));
+    const size = aligned(buffer);
+    let best = -1;
+    for (const [i, h] of holes.entries()) if (h.size >= size && (best < 0 || h.size < holes[best]!.size)) best = i;
+    if (best >= 0) {
+      const h = holes[best]!;
+      offsets[buffer.id] = h.at;
+      if (h.size === size) holes.splice(best, 1);
+      else holes[best] = { at: h.at + size, size: h.size - size };
+      continue;
+    }
+    // the last hole may reach to the end: grow it
+    const last = holes.at(-1);
+    const at = last && last.at + last.size === end ? last.at : end;
+    if (last && at === last.at) holes.pop();
+    offsets[buffer.id] = at;
+    end = at + size;
+  }
+  return end;
+}
+
+/** Law: buffers that are alive together in one timeline do not overlap, and all lie within their arena. */
+export function verifyMemory(program: Program, memory: Memory): void {
+  const check = (kind: Kind, timeline: readonly Instruction[]) => {
+    const lives = lifetimes(program, kind, timeline);
+    const open: Lifetime[] = [];
+    for (const l of lives) {
+      const start = memory.offsets[l.buffer.id]!;
+      const stop = start + sizeOf(l.buffer);
+      invariant(start % ALIGN === 0 && stop <= memory[kind], `${l.buffer.id} at ${start} leaves the ${kind} arena of ${memory[kind]}`);
+      for (let i = open.length - 1; i >= 0; i--) {
+        const other = open[i]!;
+        if (other.to < l.from) {
+          open.splice(i, 1);
+          continue;
+        }
+        const at = memory.offsets[other.buffer.id]!;
+        invariant(stop <= at || at + sizeOf(other.buffer) <= start, `${l.buffer.id} and ${other.buffer.id} overlap`);
+      }
+      open.push(l);
+    }
+  };
+  check("activation", [...program.forward, ...program.backward]);
+  for (const block of [program.forward, program.backward, program.step]) check("workspace", block);
+}
+
+/** Text of the memory map: the table of arenas, then every buffer at its place. */
+export function printMemory(programs: readonly Program[], memory: readonly Memory[]): string {
+  const lines: string[] = [];
+  for (const [s, m] of memory.entries()) {
+    const p = programs[s]!;
+    lines.push(`stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}`);
+    for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
+      lines.push(`  ${b.kind.padEnd(10)} ${String(m.offsets[b.id]).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`);
+  }
+  return `${lines.join("\n")}\n`;
+}
