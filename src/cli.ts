@@ -148,11 +148,11 @@ withExamples(
   "explain P101",
   "explain",
 ).action(async (code: string | undefined, options: Pick<Common, "format">) => {
-  const { explained, printCodes, printExplanation } = await import("./explainText.ts");
+  const { explainAll, explained, printExplanation } = await import("./explainText.ts");
   const json = options.format === "json";
   if (code !== undefined) return json ? printJson(explained(code)) : print(printExplanation(explained(code)));
-  const { codes } = await import("./explain.ts");
-  return json ? printJson(codes) : print(printCodes());
+  const all = explainAll().map(({ code, level, title }) => ({ code, level, title }));
+  return json ? printJson(all) : print(all.map((e) => `${e.code}  ${e.title}`).join("\n"));
 });
 
 withExamples(

@@ -5,11 +5,12 @@ import type { Finding } from "./diagnostic.ts";
 import type { Source } from "./source.ts";
 import { bytesText } from "./units.ts";
 
-const rule = {
+export const fitRule = {
   code: "C510",
   level: "warning",
   title: "the plan does not fit the device",
   why: "The peak is exact: every buffer has its place. A run on such a device would be refused before its first step.",
+  bad: "model: {hidden: 65536, heads: 512, kv_heads: 512}",
 } as const;
 
 export function fitFindings({ job, memory, mesh }: Plan, source: Source): Finding[] {
@@ -23,11 +24,15 @@ export function fitFindings({ job, memory, mesh }: Plan, source: Source): Findin
   const kinds = { parameters: m.parameter, gradients: m.gradient, optimizer: m.optimizer, workspace: m.workspace };
   const parts = Object.entries({ ...kinds, activations: m.peak - Object.values(kinds).reduce((sum, n) => sum + n, 0) });
   const largest = parts.sort((a, b) => b[1] - a[1]).map(([name, bytes]) => `${name} ${bytesText(bytes)}`);
+  const { code, level, title, why } = fitRule;
   const who = device === "cpu" ? "all ranks together need" : `a rank of stage ${m.stage} needs`;
   const at = source.at("cluster.device");
   return [
     {
-      ...rule,
+      code,
+      level,
+      title,
+      why,
       path: "cluster.device",
       found: `${who} ${bytesText(worst)} (${largest.join(", ")}), ${device} has ${bytesText(limit)}`,
       fix: fixFor(job),

@@ -2,7 +2,7 @@
 import { type AnyOp, type Attrs, expandLike, type Operand, type Slot, slotSize } from "../src/ops/op.ts";
 
 export type Sizes = Readonly<Record<string, number>>;
-export type Arrays = Readonly<Record<string, Float32Array>>;
+type Arrays = Readonly<Record<string, Float32Array>>;
 export interface Case {
   readonly op: AnyOp;
   readonly inputs: readonly Operand[];
