@@ -187,9 +187,9 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
       };
       runTogether(ranks.map((r) => walk(r, backends[r]!, comm, feedOf(r))));
       const scalar = (stage: number, id: string) => (backends[stage * mesh.per_stage]!.read(buffers[stage]!.get(id)!, 0) as Float32Array)[0]!;
-      const metric = (name: string) => programs.reduce((sum, p) => sum + (p.metrics[name] ? scalar(p.stage, p.metrics[name]) : 0), 0);
+      const metric = (name: string) => programs.reduce((sum, p) => sum + (p.metrics[name] ?? []).reduce((n, id) => n + scalar(p.stage, id), 0), 0);
       return {
-        step: steps, loss: metric("loss"), aux_loss: metric("aux_loss"), grad_norm: scalar(0, programs[0]!.metrics.grad_norm!), lr,
+        step: steps, loss: metric("loss"), aux_loss: metric("aux_loss"), grad_norm: scalar(0, programs[0]!.metrics.grad_norm![0]!), lr,
         tokens: train.global_batch * model.seq, seconds: (performance.now() - begun) / 1000,
       };
     },

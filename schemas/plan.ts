@@ -115,7 +115,7 @@ export const Program = z.strictObject({
   order: z.array(z.string()).describe("F<m> forward and B<m> backward of microbatch m; then the step block once"),
   parameters: z.array(Parameter),
   inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
-  metrics: z.record(z.string(), id).describe("scalars read after the step block: loss, aux_loss, grad_norm"),
+  metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
   forward: z.array(Instruction),
   backward: z.array(Instruction),

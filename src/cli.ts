@@ -211,7 +211,13 @@ async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Pl
   if (!file) return compileAt(path, sets);
   if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
   const { parsePlan } = await import("./plan.ts");
-  return { plan: parsePlan(readFileSync(file, "utf8"), file) };
+  let text: string;
+  try {
+    text = readFileSync(file, "utf8");
+  } catch (error) {
+    throw new Trouble(`${file} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
+  }
+  return { plan: parsePlan(text, file) };
 }
 
 /** For `diff`, 1 means that the plans differ: an invalid job is trouble. --set goes to what is a job. */
@@ -285,7 +291,7 @@ async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<
   }
   if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
   if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss });
-  else print(`${done} steps in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
+  else print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
   if (interrupted) process.exitCode = 130;
 }
 

@@ -8,14 +8,14 @@ import { anyLayer, layerOf } from "./layerNames.ts";
 import { type Phase, phases, shapeText } from "./programText.ts";
 import { bytesText, countText, flopsText, ranges, table } from "./units.ts";
 
-export interface FieldChange {
+interface FieldChange {
   readonly path: string;
   /** Absent where the key does not exist. */
   readonly old?: unknown;
   readonly new?: unknown;
 }
 
-export interface SummaryChange {
+interface SummaryChange {
   /** Stages with the same change. */
   readonly stages: readonly number[];
   readonly what: string;
@@ -24,7 +24,7 @@ export interface SummaryChange {
   readonly new: number;
 }
 
-export interface ProgramChange {
+interface ProgramChange {
   readonly change: "added" | "removed" | "changed";
   readonly phase: Phase;
   /** With `layers.*` where it holds for all of `layers`. */

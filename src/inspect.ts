@@ -3,14 +3,14 @@ import { devices } from "../schemas/job.ts";
 import { digit, membersOf } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
 import { flopsOf } from "./cost.ts";
-import { anyLayer } from "./layerNames.ts";
+import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
 import { ops } from "./ops/index.ts";
 import { type Phase, phases, programLines } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "./units.ts";
 
-export interface AxisView {
+interface AxisView {
   readonly axis: string;
   readonly grid: "dense" | "expert" | "both";
   readonly size: number;
@@ -20,7 +20,7 @@ export interface AxisView {
 }
 
 /** Collectives that do the same for the same reason. */
-export interface CollectiveView {
+interface CollectiveView {
   readonly phase: Phase;
   readonly name: string;
   readonly how: Move["how"];
@@ -37,7 +37,7 @@ export interface CollectiveView {
   readonly ops: readonly string[];
 }
 
-export interface TransferView {
+interface TransferView {
   readonly phase: Phase;
   readonly kind: "send" | "recv";
   readonly peer: number;
@@ -226,15 +226,7 @@ function globalElements(program: Program): number {
 }
 
 export function printInspect(view: Inspection): string {
-  return [
-    ...printHead(view),
-    "",
-    ...printMemory(view),
-    "",
-    ...view.roles.flatMap((role) => [...printRole(role), ""]),
-    ...printSchedule(view),
-    "",
-  ].join("\n");
+  return [...printHead(view), "", ...printMemory(view), "", ...printRoles(view), ...printSchedule(view), ""].join("\n");
 }
 
 export function printHead({ name, digest, rankc, target, mesh, derived, kernels }: Inspection): string[] {
@@ -298,7 +290,31 @@ function sameRows(rows: readonly (readonly string[])[]): string[][] {
   );
 }
 
-export function printRole(role: RoleView): string[] {
+/** A role that does what the one before it does, on its own layers, is named and not repeated. */
+export function printRoles({ roles }: Inspection): string[] {
+  const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
+  for (const role of roles) {
+    const lines = printRole(role);
+    const relative = lines
+      .slice(1)
+      .map((line) => fromLayer(line, role.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`));
+    const shape = relative.join("\n").replace(/ +/g, " ");
+    const before = blocks.at(-1);
+    if (before?.shape === shape) before.last = role;
+    else blocks.push({ lines, shape, first: role, last: role });
+  }
+  return blocks.flatMap(({ lines, first, last }) => {
+    if (first === last) return [...lines, ""];
+    const one = last.stage === first.stage + 1;
+    return [
+      ...lines,
+      `role of stage${one ? "" : "s"} ${one ? "" : `${first.stage + 1}..`}${last.stage}: the same on ${one ? "its" : "their"} layers`,
+      "",
+    ];
+  });
+}
+
+function printRole(role: RoleView): string[] {
   const { instructions: n, flops, microbatches, collectives, transfers } = role;
   const [from, to] = role.ranks;
   return [

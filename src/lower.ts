@@ -57,15 +57,22 @@ function lowerRole(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, { order
     const name = `${rowsetOf(v)}.rows@${cuts.map((fs) => (fs.length ? axesName(mesh, fs, true) : "-")).join(",")}${note.includes("~") ? "~" : ""}`;
     return add({ id: name, kind: "workspace", dtype: "i32", shape: [1 + 3 * bound], sizes: [1 + 3 * bound], ragged: 0, cuts: [[]] });
   }
+  /** Losses of one name that owe the same share an accumulator. */
+  const accumulators = new Map<string, string>();
+  function lossBuffer(name: string, piece: Piece): string {
+    const key = `${name}|${layoutKey(piece)}`;
+    if (!accumulators.has(key)) accumulators.set(key, [...accumulators.values()].includes(name) ? name + text(piece) : name);
+    return accumulators.get(key)!;
+  }
   function bufferOf(piece: Piece): string {
     const { value: v, layout } = piece;
     const loss = losses.get(v);
     if (v.leaf?.kind === "parameter" && layoutKey(piece) === layoutKey({ value: v, layout: home.get(v)!.layout })) return v.leaf.name;
     const here = layoutKey(piece) === layoutKey({ value: v, layout: home.get(v)!.layout });
-    const id = loss ?? idOf(v) + (here ? "" : text(piece));
+    const id = loss ? lossBuffer(loss, piece) : idOf(v) + (here ? "" : text(piece));
     const known = buffers.get(id);
     if (known) return id;
-    if (v.leaf?.kind === "input") inputs[v.leaf.name] = id;
+    if (v.leaf?.kind === "input" && here) inputs[v.leaf.name] = id;
     const owes = [...layout.sum, ...layout.max];
     const common = { id, dtype: v.dtype, sizes: [...v.sizes], ragged: v.ragged, cuts: layout.cuts.map((c) => [...c]), ...(owes.length ? { owes } : {}) };
     if (!v.ragged)
@@ -172,9 +179,9 @@ function lowerRole(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, { order
     if (s.kind !== "move" || s.stage !== stage) continue;
     const p = parameterOf.get(s.from.value);
     if (!p) {
-      const loss = losses.get(s.from.value)!;
+      const loss = lossBuffer(losses.get(s.from.value)!, { value: s.from.value, layout: home.get(s.from.value)!.layout });
       const from = reducedAs.get(loss) ?? loss;
-      const to = scalar(`${loss}.reduced${from === loss ? "" : text(s.to)}`, "gradient", [...s.to.layout.sum]);
+      const to = scalar(`${from}.reduced`, "gradient", [...s.to.layout.sum]);
       reducedAs.set(loss, to);
       move(s, from, to);
       continue;
@@ -245,8 +252,8 @@ function lowerRole(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, { order
     return { name, init: p.leaf!.init!, buffer: name, gradient: state.id, master };
   });
 
-  const metrics: Record<string, string> = { grad_norm: norm };
-  for (const { name, value } of graph.losses) if (home.get(value)!.stage === stage) metrics[name] = reducedAs.get(name) ?? name;
+  const metrics: Record<string, string[]> = { grad_norm: [norm] };
+  for (const [key, id] of accumulators) (metrics[key.split("|")[0]!] ??= []).push(reducedAs.get(id) ?? id);
   const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, l) === stage);
   const all = place(buffers, blocks);
   return { stage, layers: [layers[0]!, layers.at(-1)! + 1], slots, order: [...order], parameters, inputs, metrics, buffers: all, ...blocks };

@@ -1,6 +1,6 @@
 /** plan.txt: the plan for a person. Who the ranks are, what they hold, what each role does and sends, and why. */
 import type { Plan, Program } from "../schemas/plan.ts";
-import { inspectPlan, printHead, printMemory, printRole, printSchedule } from "./inspect.ts";
+import { inspectPlan, printHead, printMemory, printRoles, printSchedule } from "./inspect.ts";
 import { printProgram, programShape } from "./programText.ts";
 
 export function printPlanText(plan: Plan): string {
@@ -12,7 +12,7 @@ export function printPlanText(plan: Plan): string {
     "",
     ...printSchedule(view),
     "",
-    ...view.roles.flatMap((role) => [...printRole(role), ""]),
+    ...printRoles(view),
     ...programs(plan.programs),
   ].join("\n");
 }

@@ -282,7 +282,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
       const { layout } = home.get(of)!;
       const parameter = of.leaf?.kind === "parameter";
       if (!parameter && graph.grad.get(of) !== v) continue;
-      const still = every.filter((f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter || [SUM, MAX].includes(placeOf(layout, f))));
+      const still = every.filter((f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter ? [WHOLE] : [SUM, MAX]).includes(placeOf(layout, f)));
       rehome({ ...layout, sum: still, max: [] }, `the gradient of ${idOf(of)} lies as it does`);
       if (!parameter) continue;
       const piece: Piece = { value: v, layout: home.get(v)!.layout };
@@ -315,17 +315,11 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
   }
   const reduced = new Set<string>();
   for (const { name, value } of graph.losses) {
-    const { stage } = home.get(value)!;
-    if (reduced.has(`${name}|${stage}`)) continue; // equal names are added up before they are reduced
-    reduced.add(`${name}|${stage}`);
-    bring(
-      value,
-      wholeOf(value),
-      stage,
-      true,
-      (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }),
-      deferred,
-    );
+    const { layout, stage } = home.get(value)!;
+    const key = `${name}|${stage}|${layoutKey({ value, layout })}`;
+    if (reduced.has(key)) continue; // what owes the same is added up before it is reduced
+    reduced.add(key);
+    bring(value, wholeOf(value), stage, true, (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }), deferred);
   }
   return { steps, deferred, update, accumulated, home };
 }

@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { afterAll, describe, expect, test } from "vitest";
+import { metricsLine, progressLine } from "../src/progress.ts";
 
 const cli = fileURLToPath(new URL("../src/cli.ts", import.meta.url));
 const folder = mkdtempSync(join(tmpdir(), "rankc-cli-"));
@@ -126,9 +127,27 @@ describe.concurrent("the command line", { timeout: 30_000 }, () => {
     expect(exit).toBe(2);
   });
 
+  test("an interrupted run finishes its step and says what was done", async () => {
+    const child = spawn(process.execPath, ["--import", "tsx", cli, "run", job, "--steps", "100000"]);
+    let err = "";
+    child.stderr.on("data", (chunk) => {
+      err += chunk;
+      if (String(chunk).includes("step ")) child.kill("SIGINT");
+    });
+    const exit = await new Promise((resolve) => child.on("close", resolve));
+    expect(err).toMatch(/interrupted: \d+ of 100000 steps were done/);
+    expect(exit).toBe(130);
+  });
+
   test("help shows examples, and asking for it is no mistake", async () => {
     const { exit, out } = await rankc("compile", "--help");
     expect(exit).toBe(0);
     expect(out).toContain("$ rankc compile job.yaml -o plan/");
   });
+});
+
+test("a step is one line, and its record has the keys of the contract", () => {
+  const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5 };
+  expect(progressLine(report, 100, 0.5)).toBe("step   3/100  loss 5.2500  grad norm 1.500  lr 1.00e-4  4,096 tokens/s  49 s left");
+  expect(metricsLine(report)).toBe('{"step":3,"loss":5.25,"grad_norm":1.5,"lr":0.0001,"tokens":2048,"seconds":0.5}\n');
 });

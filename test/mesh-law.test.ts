@@ -1,0 +1,121 @@
+/** The central law: a job's loss and gradients do not depend on its mesh, nor on the choices `shard` makes. */
+import fc from "fast-check";
+import { describe, expect, test } from "vitest";
+import { openRun } from "../runtime/execute.ts";
+import type { Job } from "../schemas/job.ts";
+import { readJob } from "../src/readJob.ts";
+import { compile } from "../src/compile.ts";
+import type { Choice } from "../src/shard.ts";
+import { stringify } from "yaml";
+import { distance, fixture, jobOf } from "./support.ts";
+
+type Parallel = Partial<Record<"world" | "tensor" | "pipeline" | "expert" | "expert_tensor" | "context", number>> & { sequence?: boolean; distributed_optimizer?: boolean };
+
+/** Loss, auxiliary loss and every gradient of two steps; the second sees the first one's update. */
+async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
+  const { plan } = compile(job, pick ? { pick } : {});
+  const run = await openRun(plan, { baseDir: fixture("") });
+  const first = await run.step();
+  const gradients = run.gradients();
+  const second = await run.step();
+  await run.close();
+  return { losses: [first.loss, first.aux_loss, second.loss, second.aux_loss], norms: [first.grad_norm, second.grad_norm], gradients };
+}
+
+function same(got: Awaited<ReturnType<typeof numbers>>, want: Awaited<ReturnType<typeof numbers>>): void {
+  for (const [i, loss] of want.losses.entries()) expect(Math.abs(got.losses[i]! - loss), `loss ${i}`).toBeLessThan(1e-4 * Math.max(1, Math.abs(loss)));
+  for (const [i, norm] of want.norms.entries()) expect(Math.abs(got.norms[i]! / norm - 1), `norm ${i}`).toBeLessThan(1e-4);
+  expect([...got.gradients.keys()].sort()).toEqual([...want.gradients.keys()].sort());
+  for (const [name, g] of want.gradients) expect(distance(got.gradients.get(name)!.data, g.data), name).toBeLessThan(1e-4);
+}
+
+const moe = { experts: 8, top_k: 2, ffn: 16, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const shape = (over: object = {}) => ({ layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...over });
+const text = (model: object, parallel: Parallel, train: object = {}) => ({
+  name: "law",
+  model,
+  parallel,
+  train: { micro_batch: 1, global_batch: 16, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+  data: { path: "corpus.txt", tokenizer: "bytes" },
+});
+
+describe("on named meshes", () => {
+  const dense: Parallel[] = [{ world: 2, tensor: 2 }, { world: 4, tensor: 4, sequence: true }, { world: 4, context: 4 }, { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true }];
+  test.each(dense.map((p) => [JSON.stringify(p), p] as const))("dense %s", async (_, parallel) => {
+    same(await numbers(jobOf(text(shape(), parallel))), await numbers(jobOf(text(shape(), { world: 1 }))));
+  });
+  test("dense, tied embeddings, q/k norm per head, no sequence parallelism", async () => {
+    const model = shape({ tie_embeddings: true, qk_norm: "head" });
+    same(await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))), await numbers(jobOf(text(model, { world: 1 }))));
+  });
+  test("the dispatcher all_gather", async () => {
+    const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
+    same(
+      await numbers(jobOf(text(model, { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }))),
+      await numbers(jobOf(text(shape({ moe }), { world: 1 }))),
+    );
+  });
+});
+
+const power = (max: number) => fc.integer({ min: 0, max }).map((n) => 2 ** n);
+const anyJob = fc
+  .record({
+    model: fc.record({
+      layers: fc.constantFrom(2, 4),
+      kv_heads: fc.constantFrom(4, 8),
+      qk_norm: fc.constantFrom("none", "head", "full"),
+      tie_embeddings: fc.boolean(),
+      experts: fc.constantFrom(0, 4, 8),
+      top_k: fc.constantFrom(2, 3),
+      normalize_top_k: fc.boolean(),
+      dispatch: fc.constantFrom("all_to_all", "all_gather"),
+    }),
+    parallel: fc.record({
+      tensor: power(2), pipeline: power(1), context: power(2), data: power(3), expert: power(3), expert_tensor: power(2),
+      sequence: fc.boolean(), distributed_optimizer: fc.boolean(),
+    }),
+    micro_batch: fc.constantFrom(1, 2),
+  })
+  .map(({ model: { experts, top_k, normalize_top_k, dispatch, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
+    const world = parallel.tensor * parallel.pipeline * parallel.context * data;
+    const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router: { ...moe.router, normalize_top_k } } } : {};
+    return { world, text: text(shape({ ...m, ...own }), { ...parallel, world }, { micro_batch }) };
+  })
+  .filter(({ world }) => world <= 16)
+  .map(({ text: value }) => ({ value, job: readJob(stringify(value), "law.yaml").job }))
+  .filter(({ job }) => job !== undefined);
+
+test("on any legal mesh of up to 16 ranks, any small model", async () => {
+  const whole = new Map<string, ReturnType<typeof numbers>>();
+  await fc.assert(
+    fc.asyncProperty(anyJob, async ({ value, job }) => {
+      const alone = { ...value, parallel: { world: 1 } };
+      const key = JSON.stringify(alone);
+      if (!whole.has(key)) whole.set(key, numbers(jobOf(alone)));
+      same(await numbers(job!), await whole.get(key)!);
+    }),
+    { numRuns: Number(process.env.RANKC_RUNS ?? 40) },
+  );
+}, 240_000);
+
+test("any choice of dims gives the same numbers: the rules decide cost, not truth", async () => {
+  const model = shape({ moe });
+  const want = await numbers(jobOf(text(model, { world: 1 })));
+  const meshes: Parallel[] = [
+    { world: 4, tensor: 2, sequence: true, expert: 2 },
+    { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
+    { world: 8, tensor: 2, sequence: true, expert: 2, expert_tensor: 2, distributed_optimizer: true },
+    { world: 8, pipeline: 2, expert: 4 },
+  ];
+  await fc.assert(
+    fc.asyncProperty(fc.integer(), fc.constantFrom(...meshes), async (seed, parallel) => {
+      let s = seed;
+      const pick = (votes: readonly Choice[]): Choice => {
+        s = Math.imul(s, 1664525) + 1013904223;
+        return votes[(s >>> 8) % (votes.length + 1)] ?? { by: "nothing" };
+      };
+      same(await numbers(jobOf(text(model, parallel)), pick), want);
+    }),
+    { numRuns: Number(process.env.RANKC_RUNS ?? 20) },
+  );
+}, 240_000);
