@@ -45,8 +45,8 @@ withExamples(
   "check job.yaml",
   "check job.yaml --set parallel.tensor=4 --set parallel.sequence=true",
 ).action(async (path: string, options: Common) => {
-  const { findings, compiled } = await tryCompileAt(path, options.set);
-  const valid = compiled !== undefined;
+  const { findings, job } = await readJobAt(path, options.set);
+  const valid = job !== undefined;
   if (options.format === "json") printJson({ valid, findings });
   else {
     await tellFindings(findings);
@@ -186,24 +186,20 @@ withExamples(
   printJson(jobSchema());
 });
 
-/** All that can be found: what the rules say of the job and, where it can be compiled, whether the plan fits the device. */
-async function tryCompileAt(path: string, sets: readonly string[]): Promise<{ compiled?: Compiled; findings: readonly Finding[] }> {
+async function readJobAt(path: string, sets: readonly string[]) {
   const [{ readJobFile }, { readJob }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
-  const { job, source, findings } = readJob(readJobFile(path), path, sets);
-  if (!job) return { findings };
-  const [{ compile }, { fitFindings }] = await Promise.all([import("./compile.ts"), import("./fits.ts")]);
-  const compiled = compile(job);
-  return { compiled, findings: [...findings, ...fitFindings(compiled.plan, source)] };
+  return readJob(readJobFile(path), path, sets);
 }
 
 /** An invalid job ends here: its findings are told, and the answer is no. */
 class Refused extends Error {}
 
 async function compileAt(path: string, sets: readonly string[]): Promise<Compiled & { findings: readonly Finding[] }> {
-  const { compiled, findings } = await tryCompileAt(path, sets);
+  const { job, findings } = await readJobAt(path, sets);
   await tellFindings(findings);
-  if (!compiled) throw new Refused();
-  return { ...compiled, findings };
+  if (!job) throw new Refused();
+  const { compile } = await import("./compile.ts");
+  return { ...compile(job), findings };
 }
 
 async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Plan }> {

@@ -1,18 +1,13 @@
-/** The page of a code, from its template. One code needs the compiler: whether a plan fits is known of a plan alone. */
+/** The page of a code, from its template. */
 import leven from "leven";
 import { Trouble } from "../schemas/trouble.ts";
 import { render } from "../templates/bindings.ts";
-import { compile } from "./compile.ts";
 import { renderFindings } from "./diagnostic.ts";
-import { badJob, type Explanation, explain, codes as jobCodes } from "./explain.ts";
-import { fitFindings, fitRule } from "./fits.ts";
-import { readJob } from "./readJob.ts";
-
-const codes = [...jobCodes, fitRule.code].sort();
+import { codes, type Explanation, explain } from "./explain.ts";
 
 export function explained(code: string): Explanation {
   const wanted = code.toUpperCase();
-  const found = wanted === fitRule.code ? explainFit() : explain(wanted);
+  const found = explain(wanted);
   if (found) return found;
   const near = codes.filter((known) => leven(known, wanted) <= 1).slice(0, 3);
   throw new Trouble(
@@ -27,8 +22,3 @@ export function printExplanation({ code, level, title, why, bad, finding }: Expl
 }
 
 export const explainAll = (): Explanation[] => codes.map(explained);
-
-function explainFit(): Explanation {
-  const { job, source } = readJob(badJob(fitRule.bad), "job.yaml");
-  return { ...fitRule, finding: fitFindings(compile(job!).plan, source)[0]! };
-}

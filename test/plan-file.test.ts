@@ -151,8 +151,10 @@ describe("a plan as a file", () => {
     const forward = Array.from({ length: 20_000 }, (_, i) => ({ ...sections.programs[0]!.forward[0]!, id: `layers.${i}.add` }));
     const big = printPlan(sealPlan({ ...sections, programs: [{ ...sections.programs[0]!, forward }] }));
     expect(big.length).toBeGreaterThan(2.5e6);
-    const start = performance.now();
+    // processor time: other tests run at the same time
+    const start = process.cpuUsage();
     parsePlan(big, "plan.json");
-    expect(performance.now() - start).toBeLessThan(1000);
+    const { user, system } = process.cpuUsage(start);
+    expect((user + system) / 1e6).toBeLessThan(1);
   });
 });

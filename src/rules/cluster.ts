@@ -1,4 +1,4 @@
-/** C: the machines, and which groups leave a node. C510, memory that does not fit, needs a compiled plan and is found there. */
+/** C: the machines, and which groups leave a node. Memory that does not fit (C510) has a room of its own. */
 import type { Job } from "../../schemas/job.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, rule } from "./rule.ts";

@@ -1,16 +1,19 @@
 /** All rules over the job, and how they speak: each finding gets its place, and a fix that has been tried. */
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding } from "../diagnostic.ts";
-import { setText } from "../diagnostic.ts";
+import { hasErrors, setText } from "../diagnostic.ts";
 import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
+import { memory } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
 import type { Rule, Said } from "./rule.ts";
 
-export const rules: readonly Rule[] = [...mesh, ...batch, ...model, ...moe, ...cluster];
+/** Cheap rules, asked again of every change that a fix tries. */
+const quick: readonly Rule[] = [...mesh, ...batch, ...model, ...moe, ...cluster];
+export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job: each rule's `bad` is laid over it. */
 export const smallest = `
@@ -24,26 +27,29 @@ data: {path: corpus.txt}
 const TRIES = 100; // each costs one pass of all rules, well under a millisecond
 
 export function jobFindings(job: Job, source: Source): Finding[] {
-  return rules.flatMap((rule) =>
-    [...rule.check(job)].map((said): Finding => {
-      const set = firstCure(rule, said, job, source);
-      const at = source.at(said.at);
-      const related = (said.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
-      return {
-        code: rule.code,
-        level: rule.level,
-        title: rule.title,
-        path: said.at,
-        found: said.found,
-        why: rule.why,
-        fix: set ? `${setText(set)} (${said.fix})` : said.fix,
-        ...(set && { set }),
-        ...(at && { at }),
-        ...(related.length && { related }),
-      };
-    }),
-  );
+  const spoken = quick.flatMap((rule) => findingsOf(rule, job, source));
+  // memory is asked of jobs that can be compiled
+  return hasErrors(spoken) ? spoken : [...spoken, ...findingsOf(memory, job, source)];
 }
+
+const findingsOf = (rule: Rule, job: Job, source: Source): Finding[] =>
+  [...rule.check(job)].map((said): Finding => {
+    const set = firstCure(rule, said, job, source);
+    const at = source.at(said.at);
+    const related = (said.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
+    return {
+      code: rule.code,
+      level: rule.level,
+      title: rule.title,
+      path: said.at,
+      found: said.found,
+      why: rule.why,
+      fix: set ? `${setText(set)} (${said.fix})` : said.fix,
+      ...(set && { set }),
+      ...(at && { at }),
+      ...(related.length && { related }),
+    };
+  });
 
 const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
@@ -56,12 +62,14 @@ function firstCure(rule: Rule, said: Said, job: Job, source: Source): Changes | 
     const then = changed(source, set);
     if (!then) continue;
     const after = voices(then);
-    if (after.every((v) => before.has(v)) && !after.includes(`${rule.code} ${said.at}`)) return set;
+    if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${said.at}`)) continue;
+    if (!quick.includes(rule) && [...rule.check(then)].length) continue;
+    return set;
   }
   return undefined;
 }
 
-const voices = (job: Job): string[] => rules.flatMap((r) => [...r.check(job)].map((said) => `${r.code} ${said.at}`));
+const voices = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((said) => `${r.code} ${said.at}`));
 
 function changed(source: Source, set: Changes): Job | undefined {
   if (!isObject(source.value)) return undefined;

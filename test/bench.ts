@@ -1,0 +1,56 @@
+/**
+ * The bench: seconds to compile and bytes of the plan over ranks and over layers, GFLOP/s of the reference product of matrices.
+ * JSON to stdout. Each figure is the median of runs that alternate with those it is compared with.
+ */
+import { cpus } from "node:os";
+import { compile } from "../src/compile.ts";
+import { gemm } from "../src/ops/loops.ts";
+import { printPlan } from "../src/plan.ts";
+import { scaledJob } from "./scale.ts";
+
+const RUNS = 5;
+
+const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)]!;
+const round = (n: number, digits = 3): number => Number(n.toFixed(digits));
+
+function seconds(work: () => void): number {
+  const start = performance.now();
+  work();
+  return (performance.now() - start) / 1000;
+}
+
+/** One warm-up each, then RUNS rounds over all of them. */
+function alternate(works: readonly (() => void)[]): number[] {
+  for (const work of works) work();
+  const rounds = Array.from({ length: RUNS }, () => works.map(seconds));
+  return works.map((_, i) => median(rounds.map((times) => times[i]!)));
+}
+
+function compiles(sizes: readonly { ranks?: number; layers?: number }[]) {
+  const jobs = sizes.map(scaledJob);
+  const bytes = jobs.map((job) => Buffer.byteLength(printPlan(compile(job).plan)));
+  const times = alternate(jobs.map((job) => () => void printPlan(compile(job).plan)));
+  const rows = sizes.map((size, i) => ({ ...size, seconds: round(times[i]!), plan_bytes: bytes[i]! }));
+  const growth = { seconds: round(times.at(-1)! / times[0]!), plan_bytes: round(bytes.at(-1)! / bytes[0]!) };
+  return { rows, growth };
+}
+
+function products() {
+  const variants = { nn: {}, nt: { tb: true }, tn: { ta: true } };
+  const cases = [256, 512].flatMap((size) => Object.entries(variants).map(([variant, turned]) => ({ size, variant, turned })));
+  const works = cases.map(({ size, turned }) => {
+    const [a, b, c] = [1, 2, 3].map((seed) => Float32Array.from({ length: size * size }, (_, i) => Math.sin(seed * i)));
+    return () => gemm(c!, a!, b!, { m: size, n: size, k: size, ...turned });
+  });
+  const times = alternate(works);
+  return cases.map(({ size, variant }, i) => ({ size, variant, gflops: round((2 * size ** 3) / times[i]! / 1e9, 2) }));
+}
+
+const report = {
+  machine: { node: process.version, cpu: cpus()[0]?.model, cores: cpus().length },
+  runs: RUNS,
+  ranks: compiles([16, 64, 256, 1024, 4096, 16384].map((ranks) => ({ ranks }))),
+  layers: compiles([4, 8, 16, 32, 64, 128].map((layers) => ({ layers }))),
+  gemm_f32: products(),
+};
+process.stdout.write(`${JSON.stringify(report, null, 2)}\n`);

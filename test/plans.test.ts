@@ -1,0 +1,63 @@
+/** The worked examples: each job compiles to the plan.txt beside it. `npm run plans` writes them anew. */
+import { spawnSync } from "node:child_process";
+import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, describe, expect, test } from "vitest";
+import { compile } from "../src/compile.ts";
+import { printPlan } from "../src/plan.ts";
+import { printPlanText } from "../src/planText.ts";
+import { readJob } from "../src/readJob.ts";
+import { root } from "./checkout.ts";
+import { planBytes, scaledJob } from "./scale.ts";
+
+const names = readdirSync(join(root, "plans"));
+const elsewhere = mkdtempSync(join(tmpdir(), "rankc-plans-"));
+afterAll(() => rmSync(elsewhere, { recursive: true, force: true }));
+
+function planOf(path: string) {
+  const { job, findings } = readJob(readFileSync(path, "utf8"), path);
+  expect(findings.filter((f) => f.level === "error")).toEqual([]);
+  return compile(job!).plan;
+}
+
+describe.each(names)("plans/%s", (name) => {
+  const path = join(root, "plans", name, "job.yaml");
+
+  test("is the plan that its plan.txt shows", async () => {
+    await expect(printPlanText(planOf(path))).toMatchFileSnapshot(join(root, "plans", name, "plan.txt"));
+  });
+
+  test("has the same bytes when compiled again, and from another path", () => {
+    const copy = join(elsewhere, `${name}.yaml`);
+    cpSync(path, copy);
+    const plan = printPlan(planOf(path));
+    expect(printPlan(planOf(path)) === plan).toBe(true);
+    expect(printPlan(planOf(copy)) === plan).toBe(true);
+  });
+});
+
+// What is promised is 2 s for the whole command on a quiet machine; here other tests run beside it.
+const SECONDS = 2;
+const LOADED = 4;
+
+test("mixtral-8x7b-16gpu is compiled by the command line in seconds, to less than 8 MB", { timeout: 60_000 }, () => {
+  const out = join(elsewhere, "mixtral");
+  const start = performance.now();
+  const { status, stderr } = spawnSync("npm", ["run", "-s", "rankc", "--", "compile", "plans/mixtral-8x7b-16gpu/job.yaml", "-o", out], {
+    cwd: root,
+    encoding: "utf8",
+  });
+  const seconds = (performance.now() - start) / 1000;
+  expect(status, stderr).toBe(0);
+  expect(statSync(join(out, "plan.json")).size).toBeLessThan(8e6);
+  expect(seconds).toBeLessThan(SECONDS * LOADED);
+});
+
+test("a plan for 16,384 ranks is no longer than one for 16, but for the numbers themselves", () => {
+  expect(planBytes(scaledJob({ ranks: 16_384 })) / planBytes(scaledJob({ ranks: 16 }))).toBeLessThan(1.05);
+});
+
+test("a plan grows no faster than its layers", () => {
+  expect(planBytes(scaledJob({ layers: 64 })) / planBytes(scaledJob({ layers: 16 }))).toBeLessThan(4);
+});

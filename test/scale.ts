@@ -1,0 +1,24 @@
+/** The same training on more ranks, or with more layers: what the bench times and a test weighs. */
+import { readFileSync } from "node:fs";
+import type { Job } from "../schemas/job.ts";
+import { compile } from "../src/compile.ts";
+import { printPlan } from "../src/plan.ts";
+import { readJob } from "../src/readJob.ts";
+import { root } from "./checkout.ts";
+
+const path = "plans/mixtral-8x7b-16gpu/job.yaml";
+const text = readFileSync(root + path, "utf8");
+
+/** At 16 ranks and 32 layers it is the job as written. The batch grows with the ranks, so that a step keeps its 32 microbatches. */
+export function scaledJob({ ranks = 16, layers = 32 }: { ranks?: number; layers?: number }): Job {
+  const sets = { "parallel.world": ranks, "cluster.nodes": ranks / 8, "train.global_batch": 8 * ranks, "model.layers": layers };
+  const { job, findings } = readJob(
+    text,
+    path,
+    Object.entries(sets).map(([key, value]) => `${key}=${value}`),
+  );
+  if (!job) throw new Error(findings.map((f) => `${f.code} ${f.path}: ${f.found}`).join("\n"));
+  return job;
+}
+
+export const planBytes = (job: Job): number => Buffer.byteLength(printPlan(compile(job).plan));
