@@ -13,11 +13,19 @@ const sections = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] a
 type Digests = Plan["digests"];
 
 export function sealPlan(parts: Sections): Plan {
-  const digests = Object.fromEntries(sections.map((name) => [name, sha256(canonical(parts[name]))])) as Digests;
-  return { ...parts, format_version: FORMAT_VERSION, digests: { ...digests, plan: overall(FORMAT_VERSION, digests) } };
+  const texts = Object.fromEntries(sections.map((name) => [name, canonical(parts[name])]));
+  const digests = Object.fromEntries(sections.map((name) => [name, sha256(texts[name]!)])) as Digests;
+  const plan: Plan = { ...parts, format_version: FORMAT_VERSION, digests: { ...digests, plan: overall(FORMAT_VERSION, digests) } };
+  const all: Record<string, string> = { ...texts, format_version: canonical(plan.format_version), digests: canonical(plan.digests) };
+  // an object's canonical text is that of its members, in the order of their names
+  sealed.set(plan, `{${Object.keys(all).sort().map((name) => `"${name}":${all[name]}`).join(",")}}`);
+  return plan;
 }
 
-export const printPlan = (plan: Plan): string => `${canonical(plan)}\n`;
+/** Texts of plans sealed in this process: a plan is large, and is written right after. */
+const sealed = new WeakMap<Plan, string>();
+
+export const printPlan = (plan: Plan): string => `${sealed.get(plan) ?? canonical(plan)}\n`;
 
 /** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
 export function parsePlan(text: string, file: string): Plan {

@@ -79,6 +79,8 @@ export interface Options {
   readonly pick?: (votes: readonly Choice[]) => Choice | undefined;
 }
 
+type Operands = ReturnType<typeof expand>;
+
 const WHOLE = -1;
 const SUM = -2;
 const MAX = -3;
@@ -132,10 +134,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     return axis ? keyOfAxis[axis]! : "parallel";
   };
 
-  function choose(node: Node, f: number): Choice {
+  function choose(node: Node, f: number, { inputs, outputs }: Operands): Choice {
     if (node.pin && mesh.axes[node.pin.axis]!.includes(f))
       return { dim: node.pin.dim, by: `the model pins ${node.pin.dim} at ${node.pin.axis} (${node.pin.path})` };
-    const { inputs, outputs } = expand(node);
     const at = node.args.map((v) => placeOf(home.get(v)!.layout, f));
     if (node.op.linear && at.every((p) => p === SUM)) return { owed: true, by: "all inputs owe a sum" };
     const votes = node.args.flatMap((v, i) => {
@@ -155,8 +156,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
   }
 
   /** The factors of each dim, outermost first: as the operand that is cut most along it has them (a parameter first), then larger strides. */
-  function nest(node: Node, chosen: readonly Choice[]): Map<string, number[]> {
-    const { inputs } = expand(node);
+  function nest(node: Node, chosen: readonly Choice[], { inputs }: Operands): Map<string, number[]> {
     const dims = new Map<string, number[]>();
     for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
       const mine = every.filter((f) => chosen[f]!.dim === dim).reverse();
@@ -237,10 +237,11 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
   const accumulated = new Map<Value, Piece>();
   for (const node of graph.order) {
     const stage = stageOf(node.layer);
-    const { inputs, outputs } = expand(node);
+    const operands = expand(node);
+    const { inputs, outputs } = operands;
     const size = sizesOf(node);
-    const chosen = every.map((f) => choose(node, f));
-    const dims = nest(node, chosen);
+    const chosen = every.map((f) => choose(node, f, operands));
+    const dims = nest(node, chosen, operands);
     for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
     const owed = every.filter((f) => chosen[f]!.owed);
     const ins = node.args.map((v, i) => {

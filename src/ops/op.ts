@@ -151,9 +151,10 @@ export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: re
   return expandLike(o, like ? { slots: like.sizes.length, ragged: like.ragged } : undefined);
 }
 /** The same when only the shape of a `...` argument is known. */
-export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | undefined) {
+export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | undefined): Pick<AnyOp, "inputs" | "outputs"> {
+  if (!like) return o;
   const fill = (t: Operand): Operand =>
-    t.any && like
+    t.any
       ? { ...t, ragged: like.ragged, slots: Array.from({ length: like.slots }, (_, i) => ({ dim: `#${i}`, inner: [], whole: false })) }
       : t;
   return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
