@@ -124,7 +124,7 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     return { shape: b.sizes, data: out };
   }
   const collect = (pick: (p: Plan["programs"][number]["parameters"][number]) => string): Map<string, Tensor> =>
-    new Map(programs.flatMap((p) => p.parameters.map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const)));
+    new Map(programs.flatMap((p) => p.parameters.filter((q) => !q.tied_to).map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const)));
 
   /** One rank's step. Yields where it has to wait, saying for what. */
   function* walk(r: number, backend: Backend, comm: Comm, feed: (b: Buffer, name: string, microbatch: number) => HostData): Generator<string> {

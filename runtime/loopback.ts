@@ -112,13 +112,13 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
     send(rank, i, at) {
       const b = bufferOf(rank, i.buffer);
       const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${rank}>${peer}|${i.buffer}|${at.tag}`;
+      const key = `${rank}>${peer}|${i.tag}|${at.tag}`;
       const rows = b.rows ? (backends[rank]!.read(bufferOf(rank, b.rows), at.slot) as Int32Array).slice() : undefined;
       mail.set(key, [...(mail.get(key) ?? []), { data: backends[rank]!.read(b, at.slot).slice(), rows }]);
     },
     recv(rank, i, at) {
       const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${peer}>${rank}|${i.buffer}|${at.tag}`;
+      const key = `${peer}>${rank}|${i.tag}|${at.tag}`;
       const letter = mail.get(key)?.shift();
       if (!letter) return false;
       if (!mail.get(key)!.length) mail.delete(key);

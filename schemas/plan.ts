@@ -89,6 +89,7 @@ export const Transfer = z.strictObject({
   kind: z.enum(["send", "recv"]),
   id,
   buffer: id,
+  tag: id.describe("what is sent: the same on both sides"),
   peer: count.describe("the other stage; the rank with the same number within it"),
   bytes: count,
   why: Why,

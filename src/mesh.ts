@@ -5,7 +5,7 @@
  */
 import type { Job } from "../schemas/job.ts";
 import { type MeshData, membersOf } from "../schemas/layout.ts";
-import { invariant } from "./ops/op.ts";
+import { invariant, type Value } from "./ops/op.ts";
 
 export type Mesh = MeshData;
 export const denseAxes = ["tp", "cp", "dp"] as const;
@@ -47,6 +47,9 @@ export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): st
   const grids = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
   return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => partName(mesh, f, expert)).join("*");
 }
+
+/** Rows and the weights of experts are spoken of in expert axes. */
+export const isExpert = (v: Value): boolean => v.ragged > 0 || (v.cut?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
 
 /** A factor that is only a part of an axis: `dp/2` says the digit of dp whose size is 2. */
 function partName(mesh: Mesh, f: number, expert: boolean): string {

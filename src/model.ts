@@ -75,8 +75,10 @@ export function buildModel({ model: m, parallel, train }: Job): Loss[] {
   }
 
   const y = rmsnorm.of({ x, gain: gain("norm", "D", last) }, { eps }, "final.norm");
+  // a tied table that both the first and the last stage use stands on both
+  const tied = parallel.pipeline > 1 ? leaf("V@tp,D", { ...table.leaf!, layer: last, tiedTo: table }, type) : table;
   const logits = m.tie_embeddings
-    ? gemmDgrad.of({ dy: y, w: table }, {}, "logits")
+    ? gemmDgrad.of({ dy: y, w: tied }, {}, "logits")
     : gemm.of({ x: y, w: weight("head", "D,V@tp", last) }, {}, "logits");
   // cross-entropy over a vocabulary shard: log Σ exp(x - max) + max - x[target]
   const max = rowMax.of({ x: logits }, {}, "loss.max");

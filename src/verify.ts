@@ -39,7 +39,7 @@ function verifyDefinitions(p: Program): void {
 function verifyTransfers(programs: readonly Program[]): void {
   const lists = programs.map((p) => {
     const of = (block: readonly Instruction[], tag: string) =>
-      block.flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [{ kind: i.kind, peer: i.peer, what: `${i.buffer} of ${tag}` }] : []));
+      block.flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [{ kind: i.kind, peer: i.peer, what: `${i.tag} of ${tag}` }] : []));
     return [...p.order.flatMap((o) => of(o.startsWith("F") ? p.forward : p.backward, o)), ...of(p.step, "step")];
   });
   const at = lists.map(() => 0);

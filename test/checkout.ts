@@ -1,5 +1,5 @@
-/** A copy of this checkout in a temporary folder, for tests that build in it or write into it; node_modules is shared. */
-import { cpSync, mkdtempSync, readdirSync, symlinkSync } from "node:fs";
+/** A copy of this checkout in a temporary folder, for tests that build in it or write into it. Its packages are links to ours. */
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -10,6 +10,13 @@ const left = new Set(["node_modules", "dist", ".git", ".rankc"]);
 export function copyCheckout(): string {
   const copy = mkdtempSync(join(tmpdir(), "rankc-checkout-"));
   for (const name of readdirSync(root)) if (!left.has(name)) cpSync(join(root, name), join(copy, name), { recursive: true });
-  symlinkSync(join(root, "node_modules"), join(copy, "node_modules"));
+  // a folder of links, not one link to the folder: whoever empties it empties a copy
+  const packages = join(copy, "node_modules");
+  mkdirSync(packages);
+  for (const name of readdirSync(join(root, "node_modules"))) {
+    // `npm run setup` asks whether this file is newer than the lock file: here it is
+    if (name === ".package-lock.json") cpSync(join(root, "node_modules", name), join(packages, name));
+    else symlinkSync(join(root, "node_modules", name), join(packages, name));
+  }
   return copy;
 }

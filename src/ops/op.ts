@@ -102,6 +102,8 @@ export interface Leaf {
   readonly name: string;
   readonly layer: number;
   readonly init?: { readonly type: "normal" | "ones"; readonly std: number };
+  /** The parameter of another stage that this one is a copy of, under the same name. */
+  readonly tiedTo?: Value;
 }
 export interface Node {
   readonly op: AnyOp;

@@ -196,23 +196,6 @@ export const mesh = [
     bad: "parallel: {world: 2, pipeline: 2}\ntrain: {global_batch: 1}",
   }),
   rule({
-    code: "P109",
-    title: "tied embeddings need one pipeline stage",
-    why: "The embedding lives on the first stage and the head on the last; tied, they are one parameter and their gradients must be added across the pipeline. rankc does not do that yet.",
-    level: "error",
-    *check({ model, parallel: p }) {
-      if (!model.tie_embeddings || p.pipeline === 1) return;
-      yield {
-        at: "model.tie_embeddings",
-        related: ["parallel.pipeline"],
-        found: `tie_embeddings: true with ${p.pipeline} stages`,
-        fix: "untie them, or use one stage",
-        tries: [{ "parallel.pipeline": 1 }, { "model.tie_embeddings": false }],
-      };
-    },
-    bad: "model: {tie_embeddings: true}\nparallel: {world: 2, pipeline: 2}\ntrain: {global_batch: 8}",
-  }),
-  rule({
     code: "P110",
     title: "distributed_optimizer has nothing to share out",
     why: "The optimizer's state is shared over ranks that hold the same parameter. With data, context and expert data all 1 there are none, and no memory is saved.",

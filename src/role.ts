@@ -1,0 +1,113 @@
+/**
+ * One role under construction: its buffers by stable name, and the instructions of its three blocks. Pieces of `shard`
+ * become buffers here; `lower` fills forward and backward, `update` the step block.
+ */
+import type { Job } from "../schemas/job.ts";
+import { parts } from "../schemas/layout.ts";
+import { type Buffer, bytesOf, type Compute, type Instruction, type Kind, type Transfer } from "../schemas/plan.ts";
+import { boundOfRows, bytesSent, expectedRows } from "./cost.ts";
+import { axesName, isExpert, type Mesh } from "./mesh.ts";
+import type { AnyOp, Value } from "./ops/op.ts";
+import { layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
+import { type Graph, idOf } from "./train.ts";
+
+export type Block = "forward" | "backward" | "step";
+export type Role = ReturnType<typeof openRole>;
+
+export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, stage: number) {
+  const buffers = new Map<string, Buffer>();
+  const blocks: Record<Block, Instruction[]> = { forward: [], backward: [], step: [] };
+  const inputs: Record<string, string> = {};
+  const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
+  /** Losses of one name that owe the same share an accumulator: name and layout → buffer. */
+  const accumulators = new Map<string, string>();
+  const taken = new Map<string, number>();
+
+  const emit = (block: Block, i: Instruction): void => {
+    const n = (taken.get(i.id) ?? 0) + 1;
+    taken.set(i.id, n);
+    blocks[block].push(n === 1 ? i : { ...i, id: `${i.id}#${n}` });
+  };
+  const add = (b: Buffer): string => {
+    if (!buffers.has(b.id)) buffers.set(b.id, b);
+    return b.id;
+  };
+  const local = (sizes: readonly number[], cuts: Piece["layout"]["cuts"]) => sizes.map((n, slot) => n / parts(mesh, cuts[slot]!));
+  const scalar = (id: string, kind: Kind, owes: readonly number[] = []): string =>
+    add({ id, kind, dtype: "f32", shape: [], sizes: [], ragged: 0, cuts: [], ...(owes.length ? { owes: [...owes] } : {}) });
+
+  /** A layout as part of a name: `@dp,tp,-` says which axes cut each slot, `+tp` over which a sum is owed. */
+  const layoutText = ({ layout: l, value: v, note = "" }: Piece, expert = isExpert(v)): string => {
+    const name = (fs: readonly number[]) => axesName(mesh, fs, expert);
+    const cuts = l.cuts.map((fs) => (fs.length ? name(fs) : "-")).join(",");
+    return `@${cuts}${l.sum.length ? `+${name(l.sum)}` : ""}${l.max.length ? `^${name(l.max)}` : ""}${note.replace(/~[\d.,]*/, "~")}`;
+  };
+
+  /** The index buffer of a ragged piece, shared by all values with the same rows. */
+  function rowsOf({ value: v, layout, note = "" }: Piece, bound: number): string {
+    const cuts = layout.cuts.slice(0, 3).map((fs) => (fs.length ? axesName(mesh, fs, true) : "-"));
+    const id = `${rowsetOf(v)}.rows@${cuts.join(",")}${note.includes("~") ? "~" : ""}`;
+    return add({ id, kind: "workspace", dtype: "i32", shape: [1 + 3 * bound], sizes: [1 + 3 * bound], ragged: 0, cuts: [[]] });
+  }
+  function lossBuffer(value: Value): string | undefined {
+    const name = losses.get(value);
+    if (!name) return undefined;
+    const piece = { value, layout: home.get(value)!.layout };
+    const key = `${name}|${layoutKey(piece)}`;
+    if (!accumulators.has(key)) accumulators.set(key, [...accumulators.values()].includes(name) ? name + layoutText(piece) : name);
+    return accumulators.get(key)!;
+  }
+  function bufferOf(piece: Piece): string {
+    const { value: v, layout } = piece;
+    const atHome = layoutKey(piece) === layoutKey({ value: v, layout: home.get(v)!.layout });
+    const loss = lossBuffer(v);
+    const id = loss ?? idOf(v) + (atHome ? "" : layoutText(piece));
+    if (buffers.has(id)) return id;
+    if (v.leaf?.kind === "input" && atHome) inputs[v.leaf.name] = id;
+    const owes = [...layout.sum, ...layout.max];
+    const common = { id, dtype: v.dtype, sizes: [...v.sizes], ragged: v.ragged, cuts: layout.cuts.map((c) => [...c]), ...(owes.length ? { owes } : {}) };
+    if (!v.ragged) return add({ ...common, kind: loss ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
+    const bound = boundOfRows(mesh, v.sizes, layout.cuts, v.fanout, job.model.moe?.rows_bound ?? "worst");
+    const rest = local(v.sizes, layout.cuts).slice(3);
+    return add({ ...common, kind: "workspace", shape: [bound, ...rest], fanout: v.fanout, rows: rowsOf(piece, bound) });
+  }
+  /** Bytes that move when a buffer does; rows at their expected number. */
+  const bytes = (id: string): number => {
+    const b = buffers.get(id)!;
+    const rows = b.ragged ? expectedRows(mesh, b.sizes, b.cuts, b.fanout!) : 1;
+    return bytesOf[b.dtype] * rows * b.shape.slice(b.ragged ? 1 : 0).reduce((n, x) => n * x, 1);
+  };
+
+  function move(block: Block, s: Extract<Step, { kind: "move" }>, from: string, to: string, expert = isExpert(s.from.value)): void {
+    const ragged = s.from.value.ragged > 0;
+    const slotOf = (l: Piece["layout"]) => l.cuts.findIndex((c) => c.includes(s.factors[0]!));
+    // rows that go to where their experts are, and come back
+    const name = !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
+    emit(block, {
+      kind: "move", id: `${to}.${name}`, how: s.how, name, axes: axesName(mesh, s.factors, expert), factors: [...s.factors], from, to,
+      radix: s.radix.map((r) => [...r]),
+      bytes: bytesSent(s.how, parts(mesh, s.factors), bytes(from), bytes(to)),
+      host_sync: ragged && s.how !== "slice",
+      why: { ...s.why },
+    });
+  }
+  function transfer(block: Block, kind: Transfer["kind"], buffer: string, peer: number, why: Transfer["why"], tag = buffer): void {
+    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: Math.round(bytes(buffer)), why: { ...why } });
+  }
+  /** An op over whole buffers, dims `...`. */
+  function elementwise(op: AnyOp, id: string, reads: Record<string, string>, writes: Record<string, string>, attrs: Record<string, number> = {}): Compute {
+    const any = [...op.inputs, ...op.outputs].find((o) => o.any);
+    const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
+    const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.cuts[i]!]]]) : []);
+    return { kind: "compute", id, op: op.name, reads, writes, dims, attrs, ...(op.updates?.length ? { keeps: [...op.updates] } : {}) };
+  }
+
+  return { job, mesh, stage, home, buffers, blocks, inputs, accumulators, emit, add, local, scalar, layoutText, lossBuffer, bufferOf, bytes, move, transfer, elementwise };
+}
+
+/** Values made from the same routing have the same rows: the id of the routing they came from. */
+function rowsetOf(v: Value): string {
+  const node = v.node!;
+  if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "p")]!);
+  return rowsetOf(node.args.find((a) => a.ragged)!);
+}

@@ -1,0 +1,140 @@
+/**
+ * update: the step block of a role. What each gradient owes is reduced (in place), the global norm is taken over all ranks,
+ * AdamW updates each rank's share of the f32 master weights, and the parameters are gathered again.
+ */
+import { parts } from "../schemas/layout.ts";
+import type { Parameter, Transfer } from "../schemas/plan.ts";
+import { bytesSent } from "./cost.ts";
+import { axesName, isExpert } from "./mesh.ts";
+import { accumulate, cast } from "./ops/linear.ts";
+import { invariant, type Value } from "./ops/op.ts";
+import { adamw, clip, sumSquares } from "./ops/optimizer.ts";
+import type { Role } from "./role.ts";
+import type { Sharded } from "./shard.ts";
+import { type Graph, idOf } from "./train.ts";
+
+export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parameters: Parameter[]; metrics: Record<string, string[]> } {
+  const { job, mesh, stage, home, buffers, emit, scalar, elementwise } = role;
+  const mine = graph.parameters.filter((p) => home.get(p)!.stage === stage);
+  const { gradients, reducedLoss } = reduce(role, graph, sharded);
+  const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
+  shareTied(role, graph, gradientOf);
+  const owned = mine.filter((p) => !p.leaf!.tiedTo);
+
+  // the global norm: every element counted once over all ranks
+  scalar("grad_norm.squared", "gradient");
+  for (const p of owned) {
+    const g = buffers.get(gradientOf(p))!;
+    const copies = mesh.per_stage / parts(mesh, g.cuts.flat());
+    emit("step", elementwise(sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }));
+  }
+  let squared = "grad_norm.squared";
+  if (mesh.world > 1) {
+    squared = scalar("grad_norm.squared.total", "workspace");
+    emit("step", {
+      kind: "move", id: `${squared}.all_reduce`, how: "all_reduce", name: "all_reduce", axes: "world", factors: mesh.factors.map((_, f) => f), world: true,
+      from: "grad_norm.squared", to: squared, radix: [], bytes: bytesSent("all_reduce", mesh.world, 4, 4), host_sync: false,
+      why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
+    });
+  }
+  const scale = scalar("clip.scale", "workspace");
+  const norm = scalar("grad_norm", "optimizer");
+  emit("step", elementwise(clip, "clip", { sq: squared }, { scale, norm }, { max: job.train.optimizer.clip }));
+  role.inputs.lr = scalar("lr", "optimizer");
+  role.inputs.step = scalar("step", "optimizer");
+
+  const masters = new Map(owned.map((p) => [p, updateParameter(role, sharded, p, gradientOf(p), scale)]));
+  returnTied(role, graph);
+  const parameters = mine.map((p): Parameter => {
+    const { name, init, tiedTo } = p.leaf!;
+    return { name, init: init!, buffer: name, gradient: gradientOf(p), master: masters.get(p) ?? name, ...(tiedTo === undefined ? {} : { tied_to: name }) };
+  });
+  const metrics: Record<string, string[]> = { grad_norm: [norm] };
+  for (const [key, id] of role.accumulators) (metrics[key.split("|")[0]!] ??= []).push(reducedLoss.get(id) ?? id);
+  return { parameters, metrics };
+}
+
+/** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
+function reduce(role: Role, graph: Graph, sharded: Sharded) {
+  const { stage, buffers, add, local, scalar } = role;
+  const gradients = new Map<Value, string>();
+  const reducedLoss = new Map<string, string>();
+  const parameterOf = new Map(graph.parameters.map((p) => [sharded.accumulated.get(p)!.value, p]));
+  for (const s of sharded.deferred) {
+    if (s.kind !== "move" || s.stage !== stage) continue;
+    const p = parameterOf.get(s.from.value);
+    const { cuts, sum } = s.to.layout;
+    if (!p) {
+      const loss = role.lossBuffer(s.from.value)!;
+      const from = reducedLoss.get(loss) ?? loss;
+      const to = scalar(`${from}.reduced`, "gradient", sum);
+      reducedLoss.set(loss, to);
+      role.move("step", s, from, to);
+      continue;
+    }
+    const from = gradients.get(p) ?? `${idOf(p)}.grad`;
+    const { owes: _, ...source } = buffers.get(from)!;
+    const to = add({
+      ...source, id: `${idOf(p)}.grad${role.layoutText(s.to, isExpert(p))}`, within: source.within ?? source.id,
+      shape: local(p.sizes, cuts), cuts: cuts.map((c) => [...c]), ...(sum.length ? { owes: [...sum] } : {}),
+    });
+    gradients.set(p, to);
+    role.move("step", s, from, to, isExpert(p));
+  }
+  return { gradients, reducedLoss };
+}
+
+/** AdamW on this rank's share, then the parameter made whole again. Returns the buffer that holds the f32 weights. */
+function updateParameter({ job, mesh, home, buffers, add, emit, elementwise, bytes }: Role, sharded: Sharded, p: Value, gradient: string, scale: string): string {
+  const name = idOf(p);
+  const { betas, eps, weight_decay } = job.train.optimizer;
+  const { within: _, owes: __, ...state } = buffers.get(gradient)!;
+  const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
+  const whole = home.get(p)!.layout.cuts;
+  const shard = sharded.update.get(p)!.layout.cuts;
+  const factors = shard.flat().filter((f) => !whole.flat().includes(f)).sort((a, b) => a - b);
+  const master = factors.length || p.dtype !== "f32" ? like("master") : name;
+  // weight decay: parameters with two or more dims
+  const attrs = { beta1: betas[0]!, beta2: betas[1]!, eps, decay: p.sizes.length > 1 ? weight_decay : 0 };
+  emit("step", elementwise(adamw, `${name}.adamw`, { g: gradient, scale, lr: "lr", step: "step" }, { w: master, m: like("m"), v: like("v") }, attrs));
+  let from = master;
+  if (p.dtype !== "f32") {
+    from = factors.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
+    emit("step", elementwise(cast, `${name}.cast`, { x: master }, { y: from }));
+  }
+  if (factors.length)
+    emit("step", {
+      kind: "move", id: `${name}.all_gather`, how: "all_gather", name: "all_gather", axes: axesName(mesh, factors, isExpert(p)), factors, from, to: name,
+      radix: shard.map((c) => [...c]), bytes: bytesSent("all_gather", parts(mesh, factors), bytes(from), bytes(name)), host_sync: false,
+      why: { op: `${name}.adamw`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
+    });
+  return master;
+}
+
+const tiedWhy: Transfer["why"] = { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+const tiedPairs = (graph: Graph) => graph.parameters.flatMap((copy) => (copy.leaf!.tiedTo ? [{ copy, owner: copy.leaf!.tiedTo }] : []));
+
+/** A parameter that stands on two stages: the copy's gradient goes to the owner's stage and is added there. */
+function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): void {
+  for (const { copy, owner } of tiedPairs(graph)) {
+    const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
+    const tag = `${idOf(owner)}.grad.tied`;
+    if (role.stage === from) role.transfer("step", "send", gradientOf(copy), to, tiedWhy, tag);
+    if (role.stage !== to) continue;
+    const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
+    invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
+    const received = role.add({ ...own, id: tag, kind: "workspace" });
+    role.transfer("step", "recv", received, from, tiedWhy, tag);
+    role.emit("step", role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
+  }
+}
+
+/** … and the updated parameter goes back. */
+function returnTied(role: Role, graph: Graph): void {
+  for (const { copy, owner } of tiedPairs(graph)) {
+    const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
+    const tag = `${idOf(owner)}.tied`;
+    if (role.stage === from) role.transfer("step", "send", idOf(owner), to, tiedWhy, tag);
+    if (role.stage === to) role.transfer("step", "recv", idOf(copy), from, tiedWhy, tag);
+  }
+}
