@@ -2,6 +2,7 @@
  * execute: plan × rank × backend × comm → trained steps. Walks each rank's program in the plan's order: forward and backward
  * of every microbatch, then the step block. `openRun` runs all ranks in this process, as coroutines.
  */
+import { totalmem } from "node:os";
 import { resolve } from "node:path";
 import { rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
@@ -54,6 +55,13 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
   if (backend !== "cpu") throw new Trouble(`there is no backend ${backend}`, "use --backend cpu");
   const { mesh, programs, job } = plan;
   const { train, model } = job;
+  const needed = plan.memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0);
+  if (needed > totalmem())
+    throw new Trouble(
+      `${job.name} does not fit this machine: its ${mesh.world} ranks need ${gib(needed)}, and one process on the CPU holds them all; there are ${gib(totalmem())}`,
+      "run it on the machines it was compiled for, or make the model smaller",
+      3,
+    );
   const corpus = openCorpus(resolve(baseDir, job.data.path), { seq: model.seq, batch: train.global_batch, vocab: model.vocab, order: job.data.order, seed: train.seed });
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
   const backends = ranks.map((r) => cpuBackend(plan, r));
@@ -205,6 +213,7 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
   };
 }
 
+const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const count = (shape: readonly number[]) => shape.reduce((n, x) => n * x, 1);
 
 /** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */

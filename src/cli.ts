@@ -274,11 +274,8 @@ async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<
     }
     if (live && done > 0) process.stderr.write("\n");
     if (options.dumpGrads !== undefined && done > 0) {
-      const { writeSafetensors } = await import("../runtime/safetensors.ts");
-      writeSafetensors(
-        options.dumpGrads,
-        [...run.gradients()].map(([name, { shape, data }]) => ({ name, dtype: "F32", shape, data })),
-      );
+      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([import("../runtime/safetensors.ts"), import("../runtime/checkpoint.ts")]);
+      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, run.gradients()));
     }
   } finally {
     process.removeListener("SIGINT", interrupt);

@@ -48,6 +48,14 @@ describe("on named meshes", () => {
     const model = shape({ tie_embeddings: true, qk_norm: "head" });
     same(await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))), await numbers(jobOf(text(model, { world: 1 }))));
   });
+  test("tied embeddings on the first and the last stage", async () => {
+    const model = shape({ tie_embeddings: true });
+    const train = { global_batch: 8 };
+    same(
+      await numbers(jobOf(text(model, { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true }, train))),
+      await numbers(jobOf(text(model, { world: 1 }, train))),
+    );
+  });
   test("the dispatcher all_gather", async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -55,6 +63,16 @@ describe("on named meshes", () => {
       await numbers(jobOf(text(shape({ moe }), { world: 1 }))),
     );
   });
+});
+
+test("bf16 on any of these meshes follows fp32", async () => {
+  const alone = await numbers(jobOf(text(shape({ moe }), { world: 1 })));
+  for (const parallel of [{ world: 1 }, { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 4, distributed_optimizer: true }]) {
+    const got = await numbers(jobOf(text(shape({ moe }), parallel, { precision: "bf16" })));
+    // bf16 keeps 8 bits: 2^-9 relative per rounding; a few dozen roundings on the way to the loss
+    for (const [i, loss] of alone.losses.entries()) expect(Math.abs(got.losses[i]! - loss), `loss ${i}`).toBeLessThan(2e-2);
+    expect(got.losses[0]).not.toBe(alone.losses[0]);
+  }
 });
 
 const power = (max: number) => fc.integer({ min: 0, max }).map((n) => 2 ** n);

@@ -14,7 +14,8 @@ const checkout = copyCheckout();
 const home = mkdtempSync(join(tmpdir(), "rankc-installed-"));
 afterAll(() => [checkout, home].forEach((folder) => void rmSync(folder, { recursive: true, force: true })));
 
-const npm = (cwd: string, ...args: string[]): string => execFileSync("npm", args, { cwd, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
+const npm = (cwd: string, ...args: string[]): string =>
+  execFileSync("npm", args, { cwd, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
 const rankc = (...args: string[]): string =>
   execFileSync(join(home, "node_modules/.bin/rankc"), args, { cwd: home, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
 
@@ -24,12 +25,21 @@ beforeAll(() => {
   // with the versions of this checkout's lock file, npm needs its cache and no network
   const { packages } = JSON.parse(readFileSync(join(checkout, "package-lock.json"), "utf8")) as Lock;
   const used = Object.fromEntries(Object.entries(packages).filter(([path, entry]) => path !== "" && !entry.dev));
-  const rankcEntry = { version: "0.1.0", resolved: `file:${tarball}`, bin: { rankc: "dist/src/cli.js" }, dependencies: packages[""]!.dependencies };
+  const rankcEntry = {
+    version: "0.1.0",
+    resolved: `file:${tarball}`,
+    bin: { rankc: "dist/src/cli.js" },
+    dependencies: packages[""]!.dependencies,
+  };
   const dependencies = { rankc: `file:${tarball}` };
   writeFileSync(join(home, "package.json"), JSON.stringify({ name: "home", private: true, dependencies }));
   writeFileSync(
     join(home, "package-lock.json"),
-    JSON.stringify({ name: "home", lockfileVersion: 3, packages: { "": { name: "home", dependencies }, "node_modules/rankc": rankcEntry, ...used } }),
+    JSON.stringify({
+      name: "home",
+      lockfileVersion: 3,
+      packages: { "": { name: "home", dependencies }, "node_modules/rankc": rankcEntry, ...used },
+    }),
   );
   npm(home, "ci", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error");
 }, 120_000);
@@ -38,7 +48,15 @@ describe("the installed package", { timeout: 60_000 }, () => {
   const job = "node_modules/rankc/plans/tiny-dense/job.yaml";
 
   test("holds what it needs and nothing of the workshop", () => {
-    expect(readdirSync(join(home, "node_modules/rankc")).sort()).toEqual(["LICENSE", "README.md", "dist", "package.json", "plans", "schemas", "templates"]);
+    expect(readdirSync(join(home, "node_modules/rankc")).sort()).toEqual([
+      "LICENSE",
+      "README.md",
+      "dist",
+      "package.json",
+      "plans",
+      "schemas",
+      "templates",
+    ]);
     expect(existsSync(join(home, "node_modules/rankc/dist/test"))).toBe(false);
     expect(existsSync(join(home, "node_modules/typescript"))).toBe(false);
   });

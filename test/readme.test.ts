@@ -39,7 +39,17 @@ function run(command: string): string {
 }
 
 const pattern = (line: string): RegExp =>
-  new RegExp(`^${line.split("…").map((part) => part.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/ +/g, " +")).join(".*")}$`);
+  new RegExp(
+    `^${line
+      .split("…")
+      .map((part) =>
+        part
+          .trim()
+          .replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
+          .replace(/ +/g, " +"),
+      )
+      .join(".*")}$`,
+  );
 
 test("every block is of a kind that is checked", () => {
   expect(blocks.filter(({ kind }) => kind === "sh").length).toBeGreaterThan(5);
@@ -59,7 +69,10 @@ test("the commands of the README end as it says, and print what it shows", { tim
       const kept = commands.filter((command) => !/^npm (ci|install)\b/.test(command));
       printed = kept.flatMap((command) => run(command).split("\n")).map((said) => said.trim());
     } else if (kind === "text" && printed) {
-      const missing = text.trimEnd().split("\n").filter((shown) => !printed!.some((said) => pattern(shown).test(said)));
+      const missing = text
+        .trimEnd()
+        .split("\n")
+        .filter((shown) => !printed!.some((said) => pattern(shown).test(said)));
       expect(missing, `README.md:${line}`).toEqual([]);
       printed = undefined;
     }
