@@ -14,7 +14,7 @@ type Batch = { readonly ids: Int32Array; readonly labels: Int32Array };
 export type Corpus = { readonly batch: (step: number) => Batch; readonly close: () => void };
 
 export function openCorpus(path: string, reading: Reading): Corpus {
-  const file = openInput(path, "the corpus");
+  const file = openInput(path, "the corpus", "data.path starts at the folder of the job or plan; --data-dir names another");
   const { seq, batch } = reading;
   try {
     check(file, reading);

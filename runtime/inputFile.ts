@@ -10,9 +10,9 @@ export type InputFile = {
   readonly close: () => void;
 };
 
-/** `what` is what the person thinks of it as: "the checkpoint", "the corpus". */
-export function openInput(path: string, what: string): InputFile {
-  const fd = attempt(path, what, () => openSync(path, "r"));
+/** `what` is what the person thinks of it as: "the checkpoint", "the corpus"; `place` says where a path starts. */
+export function openInput(path: string, what: string, place: string): InputFile {
+  const fd = attempt(path, what, () => openSync(path, "r"), place);
   const stat = fstatSync(fd);
   if (!stat.isFile()) {
     closeSync(fd);
@@ -38,18 +38,18 @@ export function openInput(path: string, what: string): InputFile {
 }
 
 const waysOut: Readonly<Record<string, readonly [string, string]>> = {
-  ENOENT: ["does not exist", "check the path; a relative one starts at the working directory"],
+  ENOENT: ["does not exist", "check the path"],
   ENOTDIR: ["does not exist", "a part of the path is a file, not a directory"],
   EACCES: ["may not be read", "give yourself the right to read it"],
   EISDIR: ["is a directory", "name a file"],
 };
 
-function attempt<T>(path: string, what: string, io: () => T): T {
+function attempt<T>(path: string, what: string, io: () => T, place?: string): T {
   try {
     return io();
   } catch (error) {
     const code = (error as NodeJS.ErrnoException).code ?? String(error);
     const [found, fix] = waysOut[code] ?? [`cannot be read (${code})`, "check the path and the disk"];
-    throw new Trouble(`${path}: ${what} ${found}`, fix);
+    throw new Trouble(`${path}: ${what} ${found}`, place && code === "ENOENT" ? `${fix}; ${place}` : fix);
   }
 }

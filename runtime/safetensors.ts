@@ -29,7 +29,7 @@ export type Entry = { readonly name: string; readonly dtype: "F32"; readonly sha
 const MAX_HEADER = 100_000_000;
 
 export function openSafetensors(path: string): Safetensors {
-  const file = openInput(path, "the safetensors file");
+  const file = openInput(path, "the safetensors file", "a relative path starts at the working directory");
   const tensors = closedOnTrouble(file.close, () => {
     const length = headerLength(path, file.bytes, (into) => file.read(into, 0));
     const header = new Uint8Array(length);

@@ -19,11 +19,16 @@ function seconds(work: () => void): number {
   return (performance.now() - start) / 1000;
 }
 
-/** One warm-up each, then RUNS rounds over all of them. */
+/** One warm-up each, then RUNS rounds over all of them, each round beginning with another: what one leaves to collect, another pays for. */
 function alternate(works: readonly (() => void)[]): number[] {
   for (const work of works) work();
-  const rounds = Array.from({ length: RUNS }, () => works.map(seconds));
-  return works.map((_, i) => median(rounds.map((times) => times[i]!)));
+  const times = works.map((): number[] => []);
+  for (let round = 0; round < RUNS; round++)
+    for (let i = 0; i < works.length; i++) {
+      const at = (round + i) % works.length;
+      times[at]!.push(seconds(works[at]!));
+    }
+  return times.map(median);
 }
 
 function compiles(sizes: readonly { ranks?: number; layers?: number }[]) {

@@ -2,27 +2,12 @@ import { spawn } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { afterAll, describe, expect, test } from "vitest";
 import { metricsLine, progressLine } from "../src/progress.ts";
+import { cli, rankc } from "./rankc.ts";
 
-const cli = fileURLToPath(new URL("../src/cli.ts", import.meta.url));
 const folder = mkdtempSync(join(tmpdir(), "rankc-cli-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
-
-interface Said {
-  readonly exit: number | null;
-  readonly out: string;
-  readonly err: string;
-}
-
-function rankc(...args: string[]): Promise<Said> {
-  const child = spawn(process.execPath, ["--import", "tsx", cli, ...args], { env: { ...process.env, NO_COLOR: "1" } });
-  const said = { out: "", err: "" };
-  child.stdout.on("data", (chunk) => (said.out += chunk));
-  child.stderr.on("data", (chunk) => (said.err += chunk));
-  return new Promise((resolve) => child.on("close", (exit) => resolve({ exit, ...said })));
-}
 
 const place = (name: string, text: string): string => {
   const path = join(folder, name);
