@@ -3,10 +3,10 @@
  * by its declaration's plain loops. bf16 buffers hold bf16: values are widened when read and rounded when stored.
  */
 import { parts, startOf } from "../schemas/layout.ts";
-import { bytesOf, type Buffer, type Compute, type Kind, type Plan } from "../schemas/plan.ts";
+import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
-import { expandLike, type Place } from "../src/ops/op.ts";
+import type { Place } from "../src/ops/op.ts";
 import type { Backend, HostData } from "./backend.ts";
 import { fromBf16, toBf16 } from "./bf16.ts";
 
@@ -50,9 +50,7 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
     const op = ops[i.op]!;
     const names = [...Object.entries(i.reads), ...Object.entries(i.writes)];
     const of = (id: string) => buffers.get(id)!;
-    const anyOperand = [...op.inputs, ...op.outputs].find((o) => o.any);
-    const like = anyOperand && of({ ...i.reads, ...i.writes }[anyOperand.name]!);
-    const { inputs, outputs } = expandLike(op, like && { slots: like.sizes.length, ragged: like.ragged });
+    const reads = Object.keys(i.reads).length;
     const d: Record<string, number> = { ...i.attrs };
     const starts: Record<string, number> = {};
     for (const [dim, [size, cut]] of Object.entries(i.dims)) {
@@ -67,7 +65,7 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
     const clear: (() => void)[] = [];
     const round: (() => void)[] = [];
     for (const [at, [name, id]] of names.entries()) {
-      const output = at >= inputs.length;
+      const output = at >= reads;
       const keeps = output && i.keeps?.includes(name);
       const own = raw(of(id), slot);
       const view = own instanceof Uint16Array ? new Float32Array(own.length) : (own as Float32Array);
@@ -76,7 +74,6 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
       if (output && !keeps) clear.push(() => view.fill(0));
       if (own instanceof Uint16Array && output) round.push(() => toBf16(own, view));
     }
-    void outputs;
     const bound = (rows.length - 1) / 3;
     return () => {
       for (const f of widen) f();
@@ -109,6 +106,3 @@ export const rowsOverflow = (id: string, rank: number, needed: number, bound: nu
     `${id}, rank ${rank}: the router sent ${needed} rows, and the plan holds at most ${bound}`,
     "raise model.moe.rows_bound (or write `worst`), and compile again",
   );
-
-/** Bytes a buffer holds. */
-export const byteLength = (b: Buffer): number => b.shape.reduce((n, x) => n * x, bytesOf[b.dtype]);

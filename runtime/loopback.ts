@@ -5,7 +5,7 @@
  */
 import { membersOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Move, Plan } from "../schemas/plan.ts";
-import type { Backend, Comm, HostData, Position } from "./backend.ts";
+import type { Backend, Comm, HostData } from "./backend.ts";
 import { rowsOverflow } from "./cpu.ts";
 
 type Range = readonly [number, number];
@@ -58,9 +58,7 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
       let filled = 0;
       for (const s of sources) {
         const inner = runs(i, s.rank, rank);
-        const [outer, width] = rows ? matchRows(s.rows!, rows, to) : [undefined, 0];
-        filled += copy(data, s.data, outer ? [outer, ...inner] : inner, [...(outer ? [0] : []), ...shapeOf(s.b)], [...(outer ? [0] : []), ...shapeOf(to)], reduce);
-        void width;
+        filled += copy(data, s.data, rows ? [matchRows(s.rows!, rows, to), ...inner] : inner, s.b.shape, to.shape, reduce);
       }
       const expected = (rows ? rows[0]! * shapeOf(to).reduce((n, x) => n * x, 1) : data.length) * (reduce === "copy" ? 1 : sources.length);
       if (filled !== expected) throw new Error(`rankc: ${i.id}, rank ${rank}: ${filled} of ${expected} elements were found in the group`);
@@ -136,7 +134,8 @@ const shapeOf = (b: Buffer): readonly number[] => b.shape.slice(b.ragged ? 1 : 0
 /** Rows are ordered by expert, then sequence, then position. */
 const keyOf = (b: Buffer, row: number, s: number, e: number) => (e * b.sizes[0]! + row) * b.sizes[1]! + s;
 
-function matchRows(source: Int32Array, target: Int32Array, b: Buffer): [[number, number, number][], number] {
+/** Runs of rows that both sides hold, in the order of both. */
+function matchRows(source: Int32Array, target: Int32Array, b: Buffer): [number, number, number][] {
   const at = new Map<number, number>();
   for (let r = 0; r < source[0]!; r++) at.set(keyOf(b, source[1 + 3 * r]!, source[2 + 3 * r]!, source[3 + 3 * r]!), r);
   const found: [number, number, number][] = [];
@@ -147,7 +146,7 @@ function matchRows(source: Int32Array, target: Int32Array, b: Buffer): [[number,
     if (last && last[0] + last[2] === from && last[1] + last[2] === r) last[2]++;
     else found.push([from, r, 1]);
   }
-  return [found, b.shape[0]!];
+  return found;
 }
 
 function overlap(have: readonly Range[], want: readonly Range[]): [number, number, number][] {
@@ -188,5 +187,3 @@ function copy(out: HostData, from: HostData, runs: Runs, shapeFrom: readonly num
   visit(0, 0, 0);
   return touched;
 }
-
-export type { Position };
