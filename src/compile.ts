@@ -39,7 +39,7 @@ export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
     graph: () => printGraph(graph),
     sharded: () => printSharded(sharded, mesh),
     schedule: () => printSchedule(order),
-    program: () => programs.map((p) => `stage ${p.stage}\n${printProgram(p)}`).join("\n"),
+    program: () => programs.map((p) => `stage ${p.stage}\n${printProgram(p).join("\n")}\n`).join("\n"),
     memory: () => printMemory(programs, memory),
     kernels: () => printKernels(kernels),
   };

@@ -16,7 +16,7 @@ export function kernelsOf(programs: readonly Program[], mesh: Mesh): Kernel[] {
         if (i.kind !== "compute") continue;
         const dims = Object.fromEntries(Object.entries(i.dims).map(([d, [size, cut]]) => [d, size / parts(mesh, cut)]));
         const dtypes = [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => types.get(id)).join(".");
-        const id = [i.op, dtypes, ...Object.entries(dims).map(([d, n]) => `${d}${n}`)].join(".");
+        const id = [i.op, dtypes, ...Object.entries(dims).map(([d, n]) => `${d}=${n}`)].join(".");
         const uses = (kernels.get(id)?.uses ?? 0) + (block === "step" ? 1 : microbatches);
         kernels.set(id, { id, op: i.op, dtypes, dims, uses });
       }

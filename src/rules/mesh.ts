@@ -100,7 +100,7 @@ export const mesh = [
   rule({
     code: "P104",
     title: "EP with TP requires SP: experts beside tensor parallelism need the sequence cut",
-    why: "Without sequence parallelism every tensor rank holds the same tokens, so each routes and sends the same rows: redundant traffic and redundant expert work, or wrong sums. Megatron-LM only warns while it reads the arguments and then stops at the first forward, after the cluster was booked (Megatron-LM #1587, NeMo-RL #1075).",
+    why: "Without sequence parallelism every tensor rank holds the same tokens, so each routes and sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns while it reads the arguments and then stops at the first forward, after the cluster was booked (Megatron-LM #1587, NeMo-RL #1075).",
     level: "error",
     *check({ model, parallel: p }) {
       if (!model.moe || p.tensor === 1 || p.sequence) return;
