@@ -62,7 +62,13 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
       "run it on the machines it was compiled for, or make the model smaller",
       3,
     );
-  const corpus = openCorpus(resolve(baseDir, job.data.path), { seq: model.seq, batch: train.global_batch, vocab: model.vocab, order: job.data.order, seed: train.seed });
+  const corpus = openCorpus(resolve(baseDir, job.data.path), {
+    seq: model.seq,
+    batch: train.global_batch,
+    vocab: model.vocab,
+    order: job.data.order,
+    seed: train.seed,
+  });
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
   const backends = ranks.map((r) => cpuBackend(plan, r));
   const comm = loopback(plan, backends);
@@ -132,10 +138,21 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     return { shape: b.sizes, data: out };
   }
   const collect = (pick: (p: Plan["programs"][number]["parameters"][number]) => string): Map<string, Tensor> =>
-    new Map(programs.flatMap((p) => p.parameters.filter((q) => !q.tied_to).map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const)));
+    new Map(
+      programs.flatMap((p) =>
+        p.parameters
+          .filter((q) => !q.tied_to)
+          .map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const),
+      ),
+    );
 
   /** One rank's step. Yields where it has to wait, saying for what. */
-  function* walk(r: number, backend: Backend, comm: Comm, feed: (b: Buffer, name: string, microbatch: number) => HostData): Generator<string> {
+  function* walk(
+    r: number,
+    backend: Backend,
+    comm: Comm,
+    feed: (b: Buffer, name: string, microbatch: number) => HostData,
+  ): Generator<string> {
     const p = programOf(r);
     function* block(instructions: readonly Instruction[], at: Position): Generator<string> {
       for (const i of instructions) {
@@ -162,7 +179,11 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
       const at = { tag, slot: m % p.slots };
       // workspace inputs are filled for each block; activations are written by the forward block and stay
       const forward = tag.startsWith("F");
-      fill(perBlock.filter((n) => forward || bufferOf(r, p.inputs[n]!).kind === "workspace"), at.slot, m);
+      fill(
+        perBlock.filter((n) => forward || bufferOf(r, p.inputs[n]!).kind === "workspace"),
+        at.slot,
+        m,
+      );
       yield* block(forward ? p.forward : p.backward, at);
     }
     yield* block(p.step, { tag: "step", slot: 0 });
@@ -183,30 +204,46 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
       steps++;
       kept.clear();
       const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
-      const feedOf = (r: number) => (b: Buffer, name: string, m: number): HostData => {
-        switch (name) {
-          case "ids": return pieceOf(rows(ids, m), b, r);
-          case "labels": return pieceOf(rows(labels, m), b, r);
-          case "one": return Float32Array.of(1);
-          case "lr": return Float32Array.of(lr);
-          case "step": return Float32Array.of(steps);
-          default: throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
-        }
-      };
+      const feedOf =
+        (r: number) =>
+        (b: Buffer, name: string, m: number): HostData => {
+          switch (name) {
+            case "ids":
+              return pieceOf(rows(ids, m), b, r);
+            case "labels":
+              return pieceOf(rows(labels, m), b, r);
+            case "one":
+              return Float32Array.of(1);
+            case "lr":
+              return Float32Array.of(lr);
+            case "step":
+              return Float32Array.of(steps);
+            default:
+              throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+          }
+        };
       runTogether(ranks.map((r) => walk(r, backends[r]!, comm, feedOf(r))));
-      const scalar = (stage: number, id: string) => (backends[stage * mesh.per_stage]!.read(buffers[stage]!.get(id)!, 0) as Float32Array)[0]!;
-      const metric = (name: string) => programs.reduce((sum, p) => sum + (p.metrics[name] ?? []).reduce((n, id) => n + scalar(p.stage, id), 0), 0);
+      const scalar = (stage: number, id: string) =>
+        (backends[stage * mesh.per_stage]!.read(buffers[stage]!.get(id)!, 0) as Float32Array)[0]!;
+      const metric = (name: string) =>
+        programs.reduce((sum, p) => sum + (p.metrics[name] ?? []).reduce((n, id) => n + scalar(p.stage, id), 0), 0);
       return {
-        step: steps, loss: metric("loss"), aux_loss: metric("aux_loss"), grad_norm: scalar(0, programs[0]!.metrics.grad_norm![0]!), lr,
-        tokens: train.global_batch * model.seq, seconds: (performance.now() - begun) / 1000,
+        step: steps,
+        loss: metric("loss"),
+        aux_loss: metric("aux_loss"),
+        grad_norm: scalar(0, programs[0]!.metrics.grad_norm![0]!),
+        lr,
+        tokens: train.global_batch * model.seq,
+        seconds: (performance.now() - begun) / 1000,
       };
     },
     gradients: () => collect((q) => q.gradient),
     parameters: () => collect((q) => q.master),
-    watched: (id) => (kept.get(id) ?? []).map((pieces) => {
-      const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
-      return assemble(stage, id, (r) => pieces[r]!);
-    }),
+    watched: (id) =>
+      (kept.get(id) ?? []).map((pieces) => {
+        const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
+        return assemble(stage, id, (r) => pieces[r]!);
+      }),
     async close() {
       corpus.close();
     },
@@ -217,7 +254,7 @@ const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const count = (shape: readonly number[]) => shape.reduce((n, x) => n * x, 1);
 
 /** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */
-export function runTogether(ranks: readonly Generator<string>[]): void {
+function runTogether(ranks: readonly Generator<string>[]): void {
   const waits = new Map<number, string>();
   let left = ranks.map((_, r) => r);
   while (left.length) {

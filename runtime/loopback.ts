@@ -166,7 +166,14 @@ function overlap(have: readonly Range[], want: readonly Range[]): [number, numbe
 }
 
 /** Copies (or adds, or takes the larger of) the overlapping block of two row-major pieces; the number of elements touched. */
-function copy(out: HostData, from: HostData, runs: Runs, shapeFrom: readonly number[], shapeTo: readonly number[], reduce: "copy" | "sum" | "max"): number {
+function copy(
+  out: HostData,
+  from: HostData,
+  runs: Runs,
+  shapeFrom: readonly number[],
+  shapeTo: readonly number[],
+  reduce: "copy" | "sum" | "max",
+): number {
   const strides = (shape: readonly number[]) => shape.map((_, i) => shape.slice(i + 1).reduce((n, x) => n * x, 1));
   const [sf, st] = [strides(shapeFrom), strides(shapeTo)];
   let touched = 0;

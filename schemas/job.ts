@@ -54,7 +54,11 @@ const MoeText = z.strictObject({
 const ModelText = z.strictObject({
   layers: count.max(65536).describe("transformer layers"),
   hidden: count.describe("width of the residual stream"),
-  ffn: count.optional().describe("inner width of the dense feed-forward part; default: 8/3 x hidden, down to a multiple of 64 (what SwiGLU takes to have the parameters of 4 x hidden)"),
+  ffn: count
+    .optional()
+    .describe(
+      "inner width of the dense feed-forward part; default: 8/3 x hidden, down to a multiple of 64 (what SwiGLU takes to have the parameters of 4 x hidden)",
+    ),
   heads: count.describe("query heads"),
   kv_heads: count.optional().describe("key and value heads, each shared by heads / kv_heads query heads; default: heads"),
   head_dim: count.optional().describe("width of one head; default: hidden / heads"),

@@ -2,15 +2,15 @@
  * Where a rank's piece of a tensor lies: arithmetic over the plan's mesh, shared by the compiler and the runtime.
  * A factor is a digit of the rank's number within its stage; a slot cut by factors [f, g] is counted in blocks, f outermost.
  */
-import type { MeshText } from "./plan.ts";
+
 import type { z } from "zod";
+import type { MeshText } from "./plan.ts";
 
 export type MeshData = z.infer<typeof MeshText>;
 type Factors = Pick<MeshData, "factors">;
 
 /** This rank's coordinate along one factor. */
-export const digit = ({ factors }: Factors, rank: number, f: number): number =>
-  Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
+export const digit = ({ factors }: Factors, rank: number, f: number): number => Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
 
 /** In how many parts factors cut. */
 export const parts = ({ factors }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * factors[f]!.size, 1);

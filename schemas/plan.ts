@@ -15,7 +15,7 @@ export const Dtype = z.enum(["f32", "bf16", "i32"]);
 export type Dtype = z.infer<typeof Dtype>;
 export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, i32: 4 };
 
-export const Factor = z
+const Factor = z
   .strictObject({ stride: count, size: count })
   .describe("a digit of the rank's number within its stage: floor(rank / stride) % size");
 
@@ -47,7 +47,7 @@ export const Buffer = z.strictObject({
 });
 export type Buffer = z.infer<typeof Buffer>;
 
-export const Why = z.strictObject({
+const Why = z.strictObject({
   op: z.string().describe("the use that made it necessary"),
   because: z.string(),
   path: z.string().describe("the job key that decided it"),
@@ -162,7 +162,12 @@ export type Sections = z.infer<typeof Sections>;
 export const Plan = Sections.extend({
   format_version: z.string().regex(/^\d+\.\d+$/),
   digests: z.strictObject({
-    job: sha256, mesh: sha256, programs: sha256, memory: sha256, kernels: sha256, toolchain: sha256,
+    job: sha256,
+    mesh: sha256,
+    programs: sha256,
+    memory: sha256,
+    kernels: sha256,
+    toolchain: sha256,
     plan: sha256.describe("over the six above"),
   }),
 });

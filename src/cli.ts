@@ -13,14 +13,13 @@ import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
 import { writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
+import { type Stage, stages } from "./stages.ts";
 
 type Format = "text" | "json";
 interface Common {
   readonly format: Format;
   readonly set: readonly string[];
 }
-
-const stages = ["mesh", "graph", "sharded", "schedule", "program", "memory", "kernels"] as const;
 
 const print = (text: string): void => void process.stdout.write(text.endsWith("\n") ? text : `${text}\n`);
 const printJson = (value: unknown): void => print(JSON.stringify(value, null, 2));
@@ -62,7 +61,7 @@ withExamples(
     .addOption(new Option("--emit <stage>", "print the text of a stage of the compiler").choices(stages)),
   "compile job.yaml -o plan/",
   "compile job.yaml --emit sharded",
-).action(async (path: string, options: Common & { out?: string; emit?: (typeof stages)[number] }) => {
+).action(async (path: string, options: Common & { out?: string; emit?: Stage }) => {
   if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
   const compiled = await compileAt(path, options.set);
   const { plan } = compiled;
@@ -179,6 +178,17 @@ withExamples(
 });
 
 withExamples(
+  withFormat(program.command("doctor").description("say whether this machine can run plans on GPUs, and what to do if not")),
+  "doctor",
+).action(async (options: Pick<Common, "format">) => {
+  const { diagnose, printDiagnosis } = await import("../runtime/doctor.ts");
+  const diagnosis = await diagnose();
+  if (options.format === "json") printJson(diagnosis);
+  else print(printDiagnosis(diagnosis));
+  if (diagnosis.verdict !== "ready") process.exitCode = 3;
+});
+
+withExamples(
   program.command("schema").description("print the JSON Schema of a job (draft-07), for editors"),
   "schema > job.schema.json",
 ).action(async () => {
@@ -274,7 +284,10 @@ async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<
     }
     if (live && done > 0) process.stderr.write("\n");
     if (options.dumpGrads !== undefined && done > 0) {
-      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([import("../runtime/safetensors.ts"), import("../runtime/checkpoint.ts")]);
+      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
+        import("../runtime/safetensors.ts"),
+        import("../runtime/checkpoint.ts"),
+      ]);
       writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, run.gradients()));
     }
   } finally {

@@ -10,12 +10,11 @@ import { sealPlan } from "./plan.ts";
 import { printProgram } from "./programText.ts";
 import { printSchedule, schedule } from "./schedule.ts";
 import { type Options, printSharded, shard } from "./shard.ts";
+import type { Stage } from "./stages.ts";
 import { addBackward, printGraph } from "./train.ts";
 import { verifyPrograms } from "./verify.ts";
 import { version } from "./version.ts";
 
-export const stages = ["mesh", "graph", "sharded", "schedule", "program", "memory", "kernels"] as const;
-export type Stage = (typeof stages)[number];
 export interface Compiled {
   readonly plan: Plan;
   /** The text of one stage of the compiler. */
@@ -26,7 +25,11 @@ export interface Compiled {
 export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
   const mesh = buildMesh(job);
   const graph = addBackward(buildModel(job));
-  const sharded = shard(graph, mesh, { distributedOptimizer: job.parallel.distributed_optimizer, stageOf: (layer) => stageOf(job, layer), ...laws });
+  const sharded = shard(graph, mesh, {
+    distributedOptimizer: job.parallel.distributed_optimizer,
+    stageOf: (layer) => stageOf(job, layer),
+    ...laws,
+  });
   const order = schedule(job);
   const programs = lower(job, mesh, graph, sharded, order);
   verifyPrograms(programs);

@@ -1,6 +1,7 @@
 /** Costs of single instructions: rows and elements of a piece, bytes a move sends, floating-point operations of an op. */
-import type { Buffer, Compute, How } from "../schemas/plan.ts";
+
 import { parts } from "../schemas/layout.ts";
+import type { Buffer, Compute, How } from "../schemas/plan.ts";
 import type { Mesh } from "./mesh.ts";
 import type { AnyOp } from "./ops/op.ts";
 
@@ -9,7 +10,13 @@ export const expectedRows = (mesh: Mesh, sizes: readonly number[], cuts: readonl
   (sizes[0]! * sizes[1]! * fanout) / parts(mesh, cuts.slice(0, 3).flat());
 
 /** The most rows a rank can get: every one of its tokens chooses as many of its experts as it may. Or `factor` times the balanced load. */
-export function boundOfRows(mesh: Mesh, sizes: readonly number[], cuts: readonly (readonly number[])[], fanout: number, factor: "worst" | number): number {
+export function boundOfRows(
+  mesh: Mesh,
+  sizes: readonly number[],
+  cuts: readonly (readonly number[])[],
+  fanout: number,
+  factor: "worst" | number,
+): number {
   const tokens = (sizes[0]! * sizes[1]!) / parts(mesh, [...cuts[0]!, ...cuts[1]!]);
   const worst = tokens * Math.min(fanout, sizes[2]! / parts(mesh, cuts[2]!));
   return factor === "worst" ? worst : Math.min(worst, Math.ceil(expectedRows(mesh, sizes, cuts, fanout) * factor));
@@ -19,13 +26,18 @@ export function boundOfRows(mesh: Mesh, sizes: readonly number[], cuts: readonly
 export function bytesSent(how: How, n: number, from: number, to: number): number {
   const share = (n - 1) / n;
   switch (how) {
-    case "slice": return 0;
-    case "all_gather": return Math.round(to * share);
+    case "slice":
+      return 0;
+    case "all_gather":
+      return Math.round(to * share);
     case "reduce_scatter":
-    case "all_to_all": return Math.round(from * share);
+    case "all_to_all":
+      return Math.round(from * share);
     case "all_reduce":
-    case "all_reduce_max": return Math.round(2 * from * share);
-    default: return how satisfies never;
+    case "all_reduce_max":
+      return Math.round(2 * from * share);
+    default:
+      return how satisfies never;
   }
 }
 
@@ -34,7 +46,9 @@ export function flopsOf(op: AnyOp, instruction: Compute, mesh: Mesh, buffer: (id
   if (!op.flops) return 0;
   const d: Record<string, number> = { ...instruction.attrs };
   for (const [dim, [size, cut]] of Object.entries(instruction.dims)) d[dim] = size / parts(mesh, cut);
-  const ragged = Object.values(instruction.reads).map(buffer).find((b) => b.ragged);
+  const ragged = Object.values(instruction.reads)
+    .map(buffer)
+    .find((b) => b.ragged);
   if (ragged) d.R = expectedRows(mesh, ragged.sizes, ragged.cuts, ragged.fanout!);
   return op.flops(d);
 }

@@ -2,8 +2,9 @@
  * kernels: which specialised kernels a program needs: an op, its local sizes and types. A kernel's id says all of it, so
  * equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and generates no source.
  */
-import type { Kernel, Program } from "../schemas/plan.ts";
+
 import { parts } from "../schemas/layout.ts";
+import type { Kernel, Program } from "../schemas/plan.ts";
 import type { Mesh } from "./mesh.ts";
 
 export function kernelsOf(programs: readonly Program[], mesh: Mesh): Kernel[] {
@@ -24,4 +25,5 @@ export function kernelsOf(programs: readonly Program[], mesh: Mesh): Kernel[] {
   return [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1));
 }
 
-export const printKernels = (kernels: readonly Kernel[]): string => kernels.map((k) => `${String(k.uses).padStart(8)} x ${k.id}\n`).join("");
+export const printKernels = (kernels: readonly Kernel[]): string =>
+  kernels.map((k) => `${String(k.uses).padStart(8)} x ${k.id}\n`).join("");

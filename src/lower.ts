@@ -19,14 +19,29 @@ export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, orde
     for (const p of graph.parameters) {
       const { layout, stage: at } = sharded.home.get(p)!;
       if (at !== stage) continue;
-      role.add({ id: idOf(p), kind: "parameter", dtype: p.dtype, shape: role.local(p.sizes, layout.cuts), sizes: [...p.sizes], ragged: 0, cuts: layout.cuts.map((c) => [...c]) });
+      role.add({
+        id: idOf(p),
+        kind: "parameter",
+        dtype: p.dtype,
+        shape: role.local(p.sizes, layout.cuts),
+        sizes: [...p.sizes],
+        ragged: 0,
+        cuts: layout.cuts.map((c) => [...c]),
+      });
     }
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
     const { parameters, metrics } = updateStep(role, graph, sharded);
     const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, l) === stage);
     return {
-      stage, layers: [layers[0]!, layers.at(-1)! + 1], slots, order: [...order], parameters, inputs: role.inputs, metrics,
-      buffers: place(role.buffers, role.blocks), ...role.blocks,
+      stage,
+      layers: [layers[0]!, layers.at(-1)! + 1],
+      slots,
+      order: [...order],
+      parameters,
+      inputs: role.inputs,
+      metrics,
+      buffers: place(role.buffers, role.blocks),
+      ...role.blocks,
     };
   });
 }
@@ -47,7 +62,17 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
     const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
     const keeps = outputs.filter((_, i) => losses.has(outs[i]!.value)).map((o) => o.name);
     const rows = node.op.rows ? buffers.get(writes[outputs[0]!.name]!)!.rows! : undefined;
-    emit(block, { kind: "compute", id: node.id, op: node.op.name, reads, writes, dims, attrs: { ...node.attrs }, ...(keeps.length ? { keeps } : {}), ...(rows ? { rows } : {}) });
+    emit(block, {
+      kind: "compute",
+      id: node.id,
+      op: node.op.name,
+      reads,
+      writes,
+      dims,
+      attrs: { ...node.attrs },
+      ...(keeps.length ? { keeps } : {}),
+      ...(rows ? { rows } : {}),
+    });
     for (const o of outputs) producers.set(writes[o.name]!, { at: blocks[block].length - 1, block, out: o.name });
   }
   /** Points the op that made a gradient at the accumulator; where the gradient was moved since, adds it up. */
@@ -89,9 +114,11 @@ function place(buffers: ReadonlyMap<string, Buffer>, blocks: Readonly<Record<Blo
 /** The buffers an instruction reads or writes, index buffers included. */
 export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
   const own =
-    i.kind === "compute" ? [...Object.values(i.reads), ...Object.values(i.writes), ...(i.rows ? [i.rows] : [])]
-    : i.kind === "move" ? [i.from, i.to]
-    : [i.buffer];
+    i.kind === "compute"
+      ? [...Object.values(i.reads), ...Object.values(i.writes), ...(i.rows ? [i.rows] : [])]
+      : i.kind === "move"
+        ? [i.from, i.to]
+        : [i.buffer];
   return own.flatMap((id) => {
     const rows = buffers.get(id)?.rows;
     return rows ? [id, rows] : [id];

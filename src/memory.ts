@@ -3,14 +3,14 @@
  * (one copy per microbatch in flight) from the forward op that makes them to the last backward op that reads them;
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
-import { bytesOf, type Buffer, type Instruction, type Kind, type Memory, type Program } from "../schemas/plan.ts";
+import { type Buffer, bytesOf, type Instruction, type Kind, type Memory, type Program } from "../schemas/plan.ts";
 import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
 
 /** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
 const ALIGN = 256;
 
-export const sizeOf = (b: Buffer): number => b.shape.reduce((n, x) => n * x, bytesOf[b.dtype]);
+const sizeOf = (b: Buffer): number => b.shape.reduce((n, x) => n * x, bytesOf[b.dtype]);
 const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
 interface Lifetime {
@@ -130,9 +130,13 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
   const lines: string[] = [];
   for (const [s, m] of memory.entries()) {
     const p = programs[s]!;
-    lines.push(`stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}`);
+    lines.push(
+      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}`,
+    );
     for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
-      lines.push(`  ${b.kind.padEnd(10)} ${String(m.offsets[b.id]).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`);
+      lines.push(
+        `  ${b.kind.padEnd(10)} ${String(m.offsets[b.id]).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`,
+      );
   }
   return `${lines.join("\n")}\n`;
 }

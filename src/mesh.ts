@@ -49,7 +49,8 @@ export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): st
 }
 
 /** Rows and the weights of experts are spoken of in expert axes. */
-export const isExpert = (v: Value): boolean => v.ragged > 0 || (v.cut?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
+export const isExpert = (v: Value): boolean =>
+  v.ragged > 0 || (v.cut?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
 
 /** A factor that is only a part of an axis: `dp/2` says the digit of dp whose size is 2. */
 function partName(mesh: Mesh, f: number, expert: boolean): string {

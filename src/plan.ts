@@ -18,7 +18,13 @@ export function sealPlan(parts: Sections): Plan {
   const plan: Plan = { ...parts, format_version: FORMAT_VERSION, digests: { ...digests, plan: overall(FORMAT_VERSION, digests) } };
   const all: Record<string, string> = { ...texts, format_version: canonical(plan.format_version), digests: canonical(plan.digests) };
   // an object's canonical text is that of its members, in the order of their names
-  sealed.set(plan, `{${Object.keys(all).sort().map((name) => `"${name}":${all[name]}`).join(",")}}`);
+  sealed.set(
+    plan,
+    `{${Object.keys(all)
+      .sort()
+      .map((name) => `"${name}":${all[name]}`)
+      .join(",")}}`,
+  );
   return plan;
 }
 

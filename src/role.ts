@@ -65,7 +65,14 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     if (buffers.has(id)) return id;
     if (v.leaf?.kind === "input" && atHome) inputs[v.leaf.name] = id;
     const owes = [...layout.sum, ...layout.max];
-    const common = { id, dtype: v.dtype, sizes: [...v.sizes], ragged: v.ragged, cuts: layout.cuts.map((c) => [...c]), ...(owes.length ? { owes } : {}) };
+    const common = {
+      id,
+      dtype: v.dtype,
+      sizes: [...v.sizes],
+      ragged: v.ragged,
+      cuts: layout.cuts.map((c) => [...c]),
+      ...(owes.length ? { owes } : {}),
+    };
     if (!v.ragged) return add({ ...common, kind: loss ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
     const bound = boundOfRows(mesh, v.sizes, layout.cuts, v.fanout, job.model.moe?.rows_bound ?? "worst");
     const rest = local(v.sizes, layout.cuts).slice(3);
@@ -82,9 +89,17 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const ragged = s.from.value.ragged > 0;
     const slotOf = (l: Piece["layout"]) => l.cuts.findIndex((c) => c.includes(s.factors[0]!));
     // rows that go to where their experts are, and come back
-    const name = !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
+    const name =
+      !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
     emit(block, {
-      kind: "move", id: `${to}.${name}`, how: s.how, name, axes: axesName(mesh, s.factors, expert), factors: [...s.factors], from, to,
+      kind: "move",
+      id: `${to}.${name}`,
+      how: s.how,
+      name,
+      axes: axesName(mesh, s.factors, expert),
+      factors: [...s.factors],
+      from,
+      to,
       radix: s.radix.map((r) => [...r]),
       bytes: bytesSent(s.how, parts(mesh, s.factors), bytes(from), bytes(to)),
       host_sync: ragged && s.how !== "slice",
@@ -95,14 +110,40 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: Math.round(bytes(buffer)), why: { ...why } });
   }
   /** An op over whole buffers, dims `...`. */
-  function elementwise(op: AnyOp, id: string, reads: Record<string, string>, writes: Record<string, string>, attrs: Record<string, number> = {}): Compute {
+  function elementwise(
+    op: AnyOp,
+    id: string,
+    reads: Record<string, string>,
+    writes: Record<string, string>,
+    attrs: Record<string, number> = {},
+  ): Compute {
     const any = [...op.inputs, ...op.outputs].find((o) => o.any);
     const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
     const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.cuts[i]!]]]) : []);
     return { kind: "compute", id, op: op.name, reads, writes, dims, attrs, ...(op.updates?.length ? { keeps: [...op.updates] } : {}) };
   }
 
-  return { job, mesh, stage, home, buffers, blocks, inputs, accumulators, emit, add, local, scalar, layoutText, lossBuffer, bufferOf, bytes, move, transfer, elementwise };
+  return {
+    job,
+    mesh,
+    stage,
+    home,
+    buffers,
+    blocks,
+    inputs,
+    accumulators,
+    emit,
+    add,
+    local,
+    scalar,
+    layoutText,
+    lossBuffer,
+    bufferOf,
+    bytes,
+    move,
+    transfer,
+    elementwise,
+  };
 }
 
 /** Values made from the same routing have the same rows: the id of the routing they came from. */

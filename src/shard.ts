@@ -151,7 +151,8 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     if (picked) return picked;
     const weight = votes.find((x) => x.parameter);
     if (weight) return weight;
-    if (new Set(votes.map((x) => x.dim)).size < 2) return votes[0] ?? { by: "nothing is cut" };
+    if (new Set(votes.map((x) => x.dim)).size < 2)
+      return votes[0] ?? { by: at.includes(SUM) || at.includes(MAX) ? "a part is owed, and it needs the whole" : "nothing cuts it" };
     return votes.find((x) => outputs[0]!.slots.some((s) => s.dim === x.dim)) ?? votes[0]!;
   }
 
@@ -283,7 +284,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
       const { layout } = home.get(of)!;
       const parameter = of.leaf?.kind === "parameter";
       if (!parameter && graph.grad.get(of) !== v) continue;
-      const still = every.filter((f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter ? [WHOLE] : [SUM, MAX]).includes(placeOf(layout, f)));
+      const still = every.filter(
+        (f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter ? [WHOLE] : [SUM, MAX]).includes(placeOf(layout, f)),
+      );
       rehome({ ...layout, sum: still, max: [] }, `the gradient of ${idOf(of)} lies as it does`);
       if (!parameter) continue;
       const piece: Piece = { value: v, layout: home.get(v)!.layout };
@@ -320,7 +323,14 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     const key = `${name}|${stage}|${layoutKey({ value, layout })}`;
     if (reduced.has(key)) continue; // what owes the same is added up before it is reduced
     reduced.add(key);
-    bring(value, wholeOf(value), stage, true, (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }), deferred);
+    bring(
+      value,
+      wholeOf(value),
+      stage,
+      true,
+      (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }),
+      deferred,
+    );
   }
   return { steps, deferred, update, accumulated, home };
 }

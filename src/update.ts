@@ -32,8 +32,18 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   if (mesh.world > 1) {
     squared = scalar("grad_norm.squared.total", "workspace");
     emit("step", {
-      kind: "move", id: `${squared}.all_reduce`, how: "all_reduce", name: "all_reduce", axes: "world", factors: mesh.factors.map((_, f) => f), world: true,
-      from: "grad_norm.squared", to: squared, radix: [], bytes: bytesSent("all_reduce", mesh.world, 4, 4), host_sync: false,
+      kind: "move",
+      id: `${squared}.all_reduce`,
+      how: "all_reduce",
+      name: "all_reduce",
+      axes: "world",
+      factors: mesh.factors.map((_, f) => f),
+      world: true,
+      from: "grad_norm.squared",
+      to: squared,
+      radix: [],
+      bytes: bytesSent("all_reduce", mesh.world, 4, 4),
+      host_sync: false,
       why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
     });
   }
@@ -47,7 +57,14 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   returnTied(role, graph);
   const parameters = mine.map((p): Parameter => {
     const { name, init, tiedTo } = p.leaf!;
-    return { name, init: init!, buffer: name, gradient: gradientOf(p), master: masters.get(p) ?? name, ...(tiedTo === undefined ? {} : { tied_to: name }) };
+    return {
+      name,
+      init: init!,
+      buffer: name,
+      gradient: gradientOf(p),
+      master: masters.get(p) ?? name,
+      ...(tiedTo === undefined ? {} : { tied_to: name }),
+    };
   });
   const metrics: Record<string, string[]> = { grad_norm: [norm] };
   for (const [key, id] of role.accumulators) (metrics[key.split("|")[0]!] ??= []).push(reducedLoss.get(id) ?? id);
@@ -75,8 +92,12 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
     const from = gradients.get(p) ?? `${idOf(p)}.grad`;
     const { owes: _, ...source } = buffers.get(from)!;
     const to = add({
-      ...source, id: `${idOf(p)}.grad${role.layoutText(s.to, isExpert(p))}`, within: source.within ?? source.id,
-      shape: local(p.sizes, cuts), cuts: cuts.map((c) => [...c]), ...(sum.length ? { owes: [...sum] } : {}),
+      ...source,
+      id: `${idOf(p)}.grad${role.layoutText(s.to, isExpert(p))}`,
+      within: source.within ?? source.id,
+      shape: local(p.sizes, cuts),
+      cuts: cuts.map((c) => [...c]),
+      ...(sum.length ? { owes: [...sum] } : {}),
     });
     gradients.set(p, to);
     role.move("step", s, from, to, isExpert(p));
@@ -85,18 +106,30 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
 }
 
 /** AdamW on this rank's share, then the parameter made whole again. Returns the buffer that holds the f32 weights. */
-function updateParameter({ job, mesh, home, buffers, add, emit, elementwise, bytes }: Role, sharded: Sharded, p: Value, gradient: string, scale: string): string {
+function updateParameter(
+  { job, mesh, home, buffers, add, emit, elementwise, bytes }: Role,
+  sharded: Sharded,
+  p: Value,
+  gradient: string,
+  scale: string,
+): string {
   const name = idOf(p);
   const { betas, eps, weight_decay } = job.train.optimizer;
   const { within: _, owes: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
   const whole = home.get(p)!.layout.cuts;
   const shard = sharded.update.get(p)!.layout.cuts;
-  const factors = shard.flat().filter((f) => !whole.flat().includes(f)).sort((a, b) => a - b);
+  const factors = shard
+    .flat()
+    .filter((f) => !whole.flat().includes(f))
+    .sort((a, b) => a - b);
   const master = factors.length || p.dtype !== "f32" ? like("master") : name;
   // weight decay: parameters with two or more dims
   const attrs = { beta1: betas[0]!, beta2: betas[1]!, eps, decay: p.sizes.length > 1 ? weight_decay : 0 };
-  emit("step", elementwise(adamw, `${name}.adamw`, { g: gradient, scale, lr: "lr", step: "step" }, { w: master, m: like("m"), v: like("v") }, attrs));
+  emit(
+    "step",
+    elementwise(adamw, `${name}.adamw`, { g: gradient, scale, lr: "lr", step: "step" }, { w: master, m: like("m"), v: like("v") }, attrs),
+  );
   let from = master;
   if (p.dtype !== "f32") {
     from = factors.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
@@ -104,14 +137,27 @@ function updateParameter({ job, mesh, home, buffers, add, emit, elementwise, byt
   }
   if (factors.length)
     emit("step", {
-      kind: "move", id: `${name}.all_gather`, how: "all_gather", name: "all_gather", axes: axesName(mesh, factors, isExpert(p)), factors, from, to: name,
-      radix: shard.map((c) => [...c]), bytes: bytesSent("all_gather", parts(mesh, factors), bytes(from), bytes(name)), host_sync: false,
+      kind: "move",
+      id: `${name}.all_gather`,
+      how: "all_gather",
+      name: "all_gather",
+      axes: axesName(mesh, factors, isExpert(p)),
+      factors,
+      from,
+      to: name,
+      radix: shard.map((c) => [...c]),
+      bytes: bytesSent("all_gather", parts(mesh, factors), bytes(from), bytes(name)),
+      host_sync: false,
       why: { op: `${name}.adamw`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
     });
   return master;
 }
 
-const tiedWhy: Transfer["why"] = { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+const tiedWhy: Transfer["why"] = {
+  op: "logits",
+  because: "the embedding is used on the first and on the last stage",
+  path: "model.tie_embeddings",
+};
 const tiedPairs = (graph: Graph) => graph.parameters.flatMap((copy) => (copy.leaf!.tiedTo ? [{ copy, owner: copy.leaf!.tiedTo }] : []));
 
 /** A parameter that stands on two stages: the copy's gradient goes to the owner's stage and is added there. */

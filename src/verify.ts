@@ -12,7 +12,10 @@ export function verifyPrograms(programs: readonly Program[]): void {
 }
 
 function verifyDefinitions(p: Program): void {
-  const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id), ...Object.values(p.inputs)]);
+  const made = new Set<string>([
+    ...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id),
+    ...Object.values(p.inputs),
+  ]);
   const ids = new Set<string>();
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   // gradients are zeroed at the start of a step: adding to one makes it
@@ -21,7 +24,8 @@ function verifyDefinitions(p: Program): void {
     if (i.kind === "move") return [i.to, known.get(i.to)?.rows ?? i.to];
     return i.kind === "recv" ? [i.buffer, known.get(i.buffer)?.rows ?? i.buffer] : [];
   };
-  const read = (i: Instruction): string[] => (i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : []);
+  const read = (i: Instruction): string[] =>
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
   for (const i of [...p.forward, ...p.backward, ...p.step]) {
     invariant(!ids.has(i.id), `stage ${p.stage}: two instructions named ${i.id}`);
     ids.add(i.id);

@@ -4,9 +4,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openSafetensors, writeSafetensors } from "../runtime/safetensors.ts";
+import { compile } from "../src/compile.ts";
 import { printPlan } from "../src/plan.ts";
 import { readJob } from "../src/readJob.ts";
-import { compile } from "../src/compile.ts";
 import { rankc } from "./rankc.ts";
 import { fixture } from "./support.ts";
 
@@ -46,8 +46,14 @@ beforeAll(() => {
   const open = openSafetensors(fixture("hf/mixtral-tiny/model.safetensors"));
   const entries = open.names.map((name) => ({ name, dtype: "F32" as const, shape: open.info(name).shape, data: open.read(name) }));
   open.close();
-  writeSafetensors(at("missing.safetensors"), entries.filter((e) => e.name !== "lm_head.weight"));
-  writeSafetensors(at("misshapen.safetensors"), entries.map((e) => (e.name === "lm_head.weight" ? { ...e, shape: [64, 256] } : e)));
+  writeSafetensors(
+    at("missing.safetensors"),
+    entries.filter((e) => e.name !== "lm_head.weight"),
+  );
+  writeSafetensors(
+    at("misshapen.safetensors"),
+    entries.map((e) => (e.name === "lm_head.weight" ? { ...e, shape: [64, 256] } : e)),
+  );
 });
 
 describe.concurrent("bad input", { timeout: 60_000 }, () => {
@@ -62,12 +68,34 @@ describe.concurrent("bad input", { timeout: 60_000 }, () => {
     ["a directory", ["check", "."], 2, /is a directory, not a job/],
     ["a plan with a flipped byte", ["inspect", "flipped"], 2, /section "programs" was changed after the plan was compiled/],
     ["a plan of a newer major version", ["run", "newer"], 2, /format_version 2\.0 is newer than this rankc reads \(1\.0\)/],
-    ["a truncated safetensors", ["run", "good.yaml", "--init-from", "truncated.safetensors", "--metrics", "out"], 2, /truncated\.safetensors: tensor .* it was cut/],
-    ["a checkpoint with a missing tensor", ["run", "good.yaml", "--init-from", "missing.safetensors", "--metrics", "out"], 2, /lm_head\.weight/],
-    ["a checkpoint with a misshapen tensor", ["run", "good.yaml", "--init-from", "misshapen.safetensors", "--metrics", "out"], 2, /lm_head\.weight has shape \[64, 256\]; expected \[256, 64\]/],
-    ["a plan that does not fit this machine", ["run", "good.yaml", "--set", "model.hidden=65536", "--set", "model.moe.ffn=1048576"], 3, /does not fit this machine/],
+    [
+      "a truncated safetensors",
+      ["run", "good.yaml", "--init-from", "truncated.safetensors", "--metrics", "out"],
+      2,
+      /truncated\.safetensors: tensor .* it was cut/,
+    ],
+    [
+      "a checkpoint with a missing tensor",
+      ["run", "good.yaml", "--init-from", "missing.safetensors", "--metrics", "out"],
+      2,
+      /lm_head\.weight/,
+    ],
+    [
+      "a checkpoint with a misshapen tensor",
+      ["run", "good.yaml", "--init-from", "misshapen.safetensors", "--metrics", "out"],
+      2,
+      /lm_head\.weight has shape \[64, 256\]; expected \[256, 64\]/,
+    ],
+    [
+      "a plan that does not fit this machine",
+      ["run", "good.yaml", "--set", "model.hidden=65536", "--set", "model.moe.ffn=1048576"],
+      3,
+      /does not fit this machine/,
+    ],
   ] as const)("%s", async (_, args, exit, message) => {
-    const paths = args.map((a) => (a === "out" || a.includes(".yaml") || a.includes(".safetensors") || ["flipped", "newer", "."].includes(a) ? at(a) : a));
+    const paths = args.map((a) =>
+      a === "out" || a.includes(".yaml") || a.includes(".safetensors") || ["flipped", "newer", "."].includes(a) ? at(a) : a,
+    );
     const said = await rankc(...paths);
     expect(said.err).toMatch(message);
     expect(said.err).not.toMatch(/^\s+at |internal error/m);

@@ -20,14 +20,21 @@ const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
 function count(p: ReturnType<typeof plan>, block: "forward" | "backward" | "step", where = /layers\.1\./): Record<string, number> {
   const counts: Record<string, number> = {};
   for (const i of p.programs[0]![block])
-    if (i.kind === "move" && i.how !== "slice" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
+    if (i.kind === "move" && i.how !== "slice" && where.test(i.id))
+      counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
   return counts;
 }
 
 test("tensor with sequence, experts over data: gather, scatter, dispatch, combine", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
   // tokens before attention and after it; counts for the balancing loss; rows and their weights out, rows back
-  expect(count(p, "forward")).toEqual({ "all_gather tp": 1, "reduce_scatter tp": 1, "all_reduce tp": 1, "dispatch ep": 2, "combine ep": 1 });
+  expect(count(p, "forward")).toEqual({
+    "all_gather tp": 1,
+    "reduce_scatter tp": 1,
+    "all_reduce tp": 1,
+    "dispatch ep": 2,
+    "combine ep": 1,
+  });
   // tokens again for the weight gradient, dy of wo once for both of its gradients
   expect(count(p, "backward")).toEqual({ "dispatch ep": 1, "combine ep": 2, "all_gather tp": 2, "reduce_scatter tp": 1 });
 });
@@ -68,19 +75,35 @@ test("gradients are reduced once a step, whatever the number of microbatches", (
 
 test("the pipeline sends one activation forward and its gradient back for each microbatch", () => {
   const p = plan({ world: 4, pipeline: 4 }, {});
-  const transfers = p.programs.map((r) => [...r.forward, ...r.backward].flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [`${i.kind} ${i.peer}`] : [])));
-  expect(transfers).toEqual([["send 1", "recv 1"], ["recv 0", "send 2", "recv 2", "send 0"], ["recv 1", "send 3", "recv 3", "send 1"], ["recv 2", "send 2"]]);
+  const transfers = p.programs.map((r) =>
+    [...r.forward, ...r.backward].flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [`${i.kind} ${i.peer}`] : [])),
+  );
+  expect(transfers).toEqual([
+    ["send 1", "recv 1"],
+    ["recv 0", "send 2", "recv 2", "send 0"],
+    ["recv 1", "send 3", "recv 3", "send 1"],
+    ["recv 2", "send 2"],
+  ]);
   expect(p.programs.map((r) => r.slots)).toEqual([4, 3, 2, 1]);
 });
 
 test("each collective says which use and which job key made it necessary", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
   const why = (id: RegExp) => p.programs[0]!.forward.flatMap((i) => (i.kind === "move" && id.test(i.id) ? [i.why] : []))[0];
-  expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({ op: "layers.1.attn.wq.x", because: "layers.1.wq is cut along N", path: "parallel.tensor" });
-  expect(why(/layers\.1\.moe\.permute@.*dispatch/)).toEqual({ op: "layers.1.moe.w1.x", because: "layers.1.w1 is cut along E", path: "parallel.expert" });
+  expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
+    op: "layers.1.attn.wq.x",
+    because: "layers.1.wq is cut along N",
+    path: "parallel.tensor",
+  });
+  expect(why(/layers\.1\.moe\.permute@.*dispatch/)).toEqual({
+    op: "layers.1.moe.w1.x",
+    because: "layers.1.w1 is cut along E",
+    path: "parallel.expert",
+  });
 });
 
 test("a program does not grow with the number of ranks", () => {
-  const bytes = (world: number) => JSON.stringify(plan({ world, tensor: 2, sequence: true, expert: 2 }, { moe }, { global_batch: world * 8 }).programs).length;
+  const bytes = (world: number) =>
+    JSON.stringify(plan({ world, tensor: 2, sequence: true, expert: 2 }, { moe }, { global_batch: world * 8 }).programs).length;
   expect(bytes(1024) / bytes(16)).toBeLessThan(1.05);
 });

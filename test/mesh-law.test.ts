@@ -1,15 +1,18 @@
 /** The central law: a job's loss and gradients do not depend on its mesh, nor on the choices `shard` makes. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
+import { stringify } from "yaml";
 import { openRun } from "../runtime/execute.ts";
 import type { Job } from "../schemas/job.ts";
-import { readJob } from "../src/readJob.ts";
 import { compile } from "../src/compile.ts";
+import { readJob } from "../src/readJob.ts";
 import type { Choice } from "../src/shard.ts";
-import { stringify } from "yaml";
 import { distance, fixture, jobOf } from "./support.ts";
 
-type Parallel = Partial<Record<"world" | "tensor" | "pipeline" | "expert" | "expert_tensor" | "context", number>> & { sequence?: boolean; distributed_optimizer?: boolean };
+type Parallel = Partial<Record<"world" | "tensor" | "pipeline" | "expert" | "expert_tensor" | "context", number>> & {
+  sequence?: boolean;
+  distributed_optimizer?: boolean;
+};
 
 /** Loss, auxiliary loss and every gradient of two steps; the second sees the first one's update. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
@@ -23,7 +26,8 @@ async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | u
 }
 
 function same(got: Awaited<ReturnType<typeof numbers>>, want: Awaited<ReturnType<typeof numbers>>): void {
-  for (const [i, loss] of want.losses.entries()) expect(Math.abs(got.losses[i]! - loss), `loss ${i}`).toBeLessThan(1e-4 * Math.max(1, Math.abs(loss)));
+  for (const [i, loss] of want.losses.entries())
+    expect(Math.abs(got.losses[i]! - loss), `loss ${i}`).toBeLessThan(1e-4 * Math.max(1, Math.abs(loss)));
   for (const [i, norm] of want.norms.entries()) expect(Math.abs(got.norms[i]! / norm - 1), `norm ${i}`).toBeLessThan(1e-4);
   expect([...got.gradients.keys()].sort()).toEqual([...want.gradients.keys()].sort());
   for (const [name, g] of want.gradients) expect(distance(got.gradients.get(name)!.data, g.data), name).toBeLessThan(1e-4);
@@ -40,13 +44,21 @@ const text = (model: object, parallel: Parallel, train: object = {}) => ({
 });
 
 describe("on named meshes", () => {
-  const dense: Parallel[] = [{ world: 2, tensor: 2 }, { world: 4, tensor: 4, sequence: true }, { world: 4, context: 4 }, { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true }];
+  const dense: Parallel[] = [
+    { world: 2, tensor: 2 },
+    { world: 4, tensor: 4, sequence: true },
+    { world: 4, context: 4 },
+    { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true },
+  ];
   test.each(dense.map((p) => [JSON.stringify(p), p] as const))("dense %s", async (_, parallel) => {
     same(await numbers(jobOf(text(shape(), parallel))), await numbers(jobOf(text(shape(), { world: 1 }))));
   });
   test("dense, tied embeddings, q/k norm per head, no sequence parallelism", async () => {
     const model = shape({ tie_embeddings: true, qk_norm: "head" });
-    same(await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))), await numbers(jobOf(text(model, { world: 1 }))));
+    same(
+      await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))),
+      await numbers(jobOf(text(model, { world: 1 }))),
+    );
   });
   test("tied embeddings on the first and the last stage", async () => {
     const model = shape({ tie_embeddings: true });
@@ -89,8 +101,14 @@ const anyJob = fc
       dispatch: fc.constantFrom("all_to_all", "all_gather"),
     }),
     parallel: fc.record({
-      tensor: power(2), pipeline: power(1), context: power(2), data: power(3), expert: power(3), expert_tensor: power(2),
-      sequence: fc.boolean(), distributed_optimizer: fc.boolean(),
+      tensor: power(2),
+      pipeline: power(1),
+      context: power(2),
+      data: power(3),
+      expert: power(3),
+      expert_tensor: power(2),
+      sequence: fc.boolean(),
+      distributed_optimizer: fc.boolean(),
     }),
     micro_batch: fc.constantFrom(1, 2),
   })

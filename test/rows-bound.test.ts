@@ -7,7 +7,15 @@ import { fixture, jobOf } from "./support.ts";
 const job = (rows_bound: number | "worst") =>
   jobOf({
     name: "bound",
-    model: { layers: 2, hidden: 32, ffn: 32, heads: 4, vocab: 256, seq: 32, moe: { experts: 8, top_k: 2, ffn: 32, rows_bound, router: { balance: "none" } } },
+    model: {
+      layers: 2,
+      hidden: 32,
+      ffn: 32,
+      heads: 4,
+      vocab: 256,
+      seq: 32,
+      moe: { experts: 8, top_k: 2, ffn: 32, rows_bound, router: { balance: "none" } },
+    },
     parallel: { world: 4, expert: 4 },
     train: { global_batch: 4, steps: 1, precision: "fp32", init_std: 0.3, optimizer: { lr: 1e-3 } },
     data: { path: "corpus.txt" },

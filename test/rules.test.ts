@@ -87,9 +87,9 @@ data: {path: corpus.txt}
       |           -
       = found: tensor 2 and expert 4 with sequence: false
       = why:   Without sequence parallelism every tensor rank holds the same tokens, so each routes and
-               sends the same rows: redundant traffic and redundant expert work, or wrong sums.
-               Megatron-LM only warns while it reads the arguments and then stops at the first forward,
-               after the cluster was booked (Megatron-LM #1587, NeMo-RL #1075).
+               sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns
+               while it reads the arguments and then stops at the first forward, after the cluster was
+               booked (Megatron-LM #1587, NeMo-RL #1075).
       = fix:   parallel.sequence: true (cut the sequence over the tensor ranks, or give up tensor
                parallelism)
 

@@ -164,7 +164,11 @@ test("a file that is no job is trouble, told in one line", () => {
 });
 
 // the launch script's 16 A100 hold it only with expert_tensor 4; with whole experts a rank needs more than 80 GiB
-test.each([["mixtral-8x7b-16gpu", ["C510"]], ["tiny-mixtral", []], ["tiny-dense", []]])("plans/%s is a valid job; said of it: %j", (name, codes) => {
+test.each([
+  ["mixtral-8x7b-16gpu", ["C510"]],
+  ["tiny-mixtral", []],
+  ["tiny-dense", []],
+])("plans/%s is a valid job; said of it: %j", (name, codes) => {
   const { job, findings } = readJob(readFileSync(join(root, "plans", name, "job.yaml"), "utf8"), "job.yaml");
   expect(findings.map((f) => f.code)).toEqual(codes);
   expect(Job.parse(job)).toEqual(job); // nothing optional is left

@@ -29,6 +29,7 @@ const touchFiles = [
   "runtime/inputFile.ts",
   "runtime/checkpoint.ts",
   "runtime/safetensors.ts",
+  "runtime/cuda/libraries.ts",
   ...generators,
 ];
 

@@ -1,0 +1,3 @@
+/** The stages of the compiler that have a text form, in the order in which they run. */
+export const stages = ["mesh", "graph", "sharded", "schedule", "program", "memory", "kernels"] as const;
+export type Stage = (typeof stages)[number];
