@@ -1,0 +1,187 @@
+/**
+ * Where NVIDIA's libraries are. Nothing is loaded until it is asked for, so that this room can be imported on any machine.
+ * What an environment variable names is taken, or is the mistake: then nothing else is tried.
+ */
+import { existsSync, readdirSync } from "node:fs";
+import { createRequire } from "node:module";
+import { homedir } from "node:os";
+import { delimiter, dirname, join } from "node:path";
+import type { LibraryHandle } from "koffi";
+import { Trouble } from "../../schemas/trouble.ts";
+
+export type Library = "cuda" | "nvrtc" | "nccl";
+
+export type Attempt = { readonly place: string; readonly failed: string };
+export type Found = {
+  readonly path: string;
+  readonly handle: LibraryHandle;
+  /** What it loads by itself, and only if that is loaded already or on the loader's path. */
+  readonly companions: readonly LibraryHandle[];
+};
+export type Missing = { readonly missing: string; readonly fix: string; readonly tried: readonly Attempt[] };
+
+const libraries: Record<Library, { env: string; files: readonly string[]; companion?: string; probe: string; what: string; fix: string }> =
+  {
+    cuda: {
+      env: "RANKC_LIBCUDA",
+      files: ["libcuda.so.1"],
+      probe: "cuInit",
+      what: "the NVIDIA driver's library",
+      fix: "install the NVIDIA driver (nvidia-smi must work); a container needs the GPUs passed in, as with docker run --gpus all",
+    },
+    nvrtc: {
+      env: "RANKC_LIBNVRTC",
+      files: ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
+      companion: "libnvrtc-builtins.so",
+      probe: "nvrtcVersion",
+      what: "NVIDIA's runtime compiler",
+      fix: "install the CUDA toolkit, or pip install nvidia-cuda-nvrtc-cu12 for a driver of CUDA 12, nvidia-cuda-nvrtc for 13",
+    },
+    nccl: {
+      env: "RANKC_LIBNCCL",
+      files: ["libnccl.so.2"],
+      probe: "ncclGetVersion",
+      what: "NVIDIA's library of collectives",
+      fix: "install the package libnccl2, or pip install nvidia-nccl-cu12 for a driver of CUDA 12, nvidia-nccl-cu13 for 13",
+    },
+  };
+
+/** The foreign function interface, loaded at its first use. */
+export function koffi(): typeof import("koffi") {
+  try {
+    return createRequire(import.meta.url)("koffi");
+  } catch (error) {
+    throw new Trouble(
+      `koffi, which calls native libraries, cannot be loaded on ${process.platform}-${process.arch}: ${firstLine(error)}`,
+      "install the npm packages again on this machine, optional ones too",
+      3,
+    );
+  }
+}
+
+/** The library, open; throws a Trouble that says every place tried. */
+export function openLibrary(library: Library): Found {
+  const found = findLibrary(library);
+  if ("handle" in found) return found;
+  const tried = found.tried.map(({ place, failed }) => `\n  ${place}: ${failed}`).join("");
+  throw new Trouble(`${found.missing}; tried:${tried}`, found.fix, 3);
+}
+
+/** What was found stays open, and stays what it is: the loader answers a bare name with what is loaded already. */
+const inUse = new Map<string, Found>();
+
+export function findLibrary(library: Library): Found | Missing {
+  const named = process.env[libraries[library].env];
+  const key = `${library} ${named ?? ""}`;
+  const result = inUse.get(key) ?? lookFor(library, named);
+  if ("handle" in result) inUse.set(key, result);
+  return result;
+}
+
+function lookFor(library: Library, named: string | undefined): Found | Missing {
+  const { env, files, what, fix } = libraries[library];
+  if (named) {
+    const opened = open(library, named);
+    if (typeof opened !== "string") return opened;
+    return {
+      missing: `${env} names ${named}, which cannot be used as ${what}`,
+      fix: `set ${env} to the path of ${files[0]}, or leave it unset`,
+      tried: [{ place: named, failed: opened }],
+    };
+  }
+  const tried: Attempt[] = [];
+  for (const { place, paths } of places(library)) {
+    if (paths.length === 0) tried.push({ place, failed: existsSync(place) ? `holds no ${files.join(" or ")}` : "does not exist" });
+    for (const path of paths) {
+      const opened = open(library, path);
+      if (typeof opened !== "string") return opened;
+      tried.push({ place: path, failed: opened });
+    }
+  }
+  return { missing: `${what} (${files[0]}) was not found`, fix: `${fix}; or set ${env} to its path`, tried };
+}
+
+/** The open library, or why it is none. */
+function open(library: Library, path: string): Found | string {
+  const { load } = koffi();
+  const { probe, companion } = libraries[library];
+  const beside = companion === undefined || !path.includes("/") ? [] : newestFirst(dirname(path), companion);
+  let handle: LibraryHandle;
+  let companions: LibraryHandle[];
+  try {
+    handle = load(path);
+    companions = beside.map((file) => load(file));
+  } catch (error) {
+    return firstLine(error).replace(/^Failed to load shared library: /, "");
+  }
+  try {
+    handle.symbol(probe);
+  } catch {
+    handle.unload();
+    return `is a library without ${probe}`;
+  }
+  return { path, handle, companions };
+}
+
+const firstLine = (error: unknown): string => (error instanceof Error ? error.message : String(error)).split("\n")[0]!;
+
+type Place = { readonly place: string; readonly paths: readonly string[] };
+
+function* places(library: Library): Generator<Place> {
+  const { files } = libraries[library];
+  const within = (place: string, folders: readonly string[]): Place => ({
+    place,
+    paths: folders.flatMap((folder) => files.map((file) => join(folder, file))).filter((path) => existsSync(path)),
+  });
+  // the loader knows where a bare name is: its cache, LD_LIBRARY_PATH, the system's folders
+  for (const file of files) yield { place: file, paths: [file] };
+  if (library === "cuda") {
+    // the driver comes with neither toolkit nor wheel; containers and WSL mount it where the loader may not look
+    for (const folder of ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/wsl/lib"]) yield within(folder, [folder]);
+    return;
+  }
+  for (const folder of libraryFolders()) yield within(folder, [folder]);
+  for (const packages of pythonPackages()) {
+    const wheels = join(packages, "nvidia");
+    yield within(
+      wheels,
+      newestFirst(wheels, "").map((wheel) => join(wheel, "lib")),
+    );
+  }
+}
+
+const given = (...paths: readonly (string | undefined)[]): string[] => paths.flatMap((path) => path || []);
+
+function libraryFolders(): Set<string> {
+  const { CUDA_HOME, CUDA_PATH, CONDA_PREFIX } = process.env;
+  const toolkits = [...given(CUDA_HOME, CUDA_PATH), "/usr/local/cuda", ...newestFirst("/usr/local", "cuda-")];
+  return new Set([...toolkits.map((toolkit) => join(toolkit, "lib64")), ...given(CONDA_PREFIX).map((prefix) => join(prefix, "lib"))]);
+}
+
+/** The folders that Python's packages lie in, the active environment's first. */
+function pythonPackages(): Set<string> {
+  const { VIRTUAL_ENV, CONDA_PREFIX, PATH, PYTHONPATH } = process.env;
+  const split = (paths: string | undefined): string[] => given(...(paths ?? "").split(delimiter));
+  // an environment may be in use without being activated: its python3 is on the path
+  const onPath = split(PATH)
+    .filter((bin) => existsSync(join(bin, "python3")))
+    .map((bin) => dirname(bin));
+  const prefixes = [...given(VIRTUAL_ENV, CONDA_PREFIX), ...onPath, "/usr/local", "/usr", join(homedir(), ".local")];
+  const installed = prefixes
+    .flatMap((prefix) => newestFirst(join(prefix, "lib"), "python3"))
+    .flatMap((python) => ["site-packages", "dist-packages"].map((packages) => join(python, packages)))
+    .filter((packages) => existsSync(packages));
+  return new Set([...installed, ...split(PYTHONPATH)]);
+}
+
+/** What lies in a folder and starts so, python3.12 before python3.9; nothing where it cannot be read. */
+function newestFirst(folder: string, prefix: string): string[] {
+  try {
+    return readdirSync(folder)
+      .filter((name) => name.startsWith(prefix))
+      .sort((a, b) => b.localeCompare(a, "en", { numeric: true }))
+      .map((name) => join(folder, name));
+  } catch {
+    return [];
+  }
+}

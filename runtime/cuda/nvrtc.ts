@@ -1,0 +1,83 @@
+/** NVRTC: compiles CUDA C++ on the machine that runs it. */
+import { Trouble } from "../../schemas/trouble.ts";
+import { koffi, openLibrary } from "./libraries.ts";
+
+type Compiler = ReturnType<typeof openCompiler>;
+let opened: Compiler | undefined;
+const compiler = (): Compiler => (opened ??= openCompiler());
+
+function openCompiler() {
+  const { path, handle } = openLibrary("nvrtc");
+  const bind = (name: string, ...params: string[]) => handle.func(name, "int", params);
+  const { pointer } = koffi();
+  return {
+    path,
+    version: bind("nvrtcVersion", "void *", "void *"),
+    create: bind("nvrtcCreateProgram", "void *", "void *", "str", "int", "void *", "void *"),
+    compile: handle.func("nvrtcCompileProgram", "int", ["void *", "int", pointer("str")]),
+    destroy: bind("nvrtcDestroyProgram", "void *"),
+    error: handle.func("nvrtcGetErrorString", "str", ["int"]),
+    outputs: {
+      log: { size: bind("nvrtcGetProgramLogSize", "void *", "void *"), get: bind("nvrtcGetProgramLog", "void *", "void *") },
+      cubin: { size: bind("nvrtcGetCUBINSize", "void *", "void *"), get: bind("nvrtcGetCUBIN", "void *", "void *") },
+      ptx: { size: bind("nvrtcGetPTXSize", "void *", "void *"), get: bind("nvrtcGetPTX", "void *", "void *") },
+    },
+  };
+}
+
+/** "13.0", and the file it is in. */
+export function nvrtcVersion(): { readonly version: string; readonly path: string } {
+  const nvrtc = compiler();
+  const [major, minor] = [new Int32Array(1), new Int32Array(1)];
+  check(nvrtc, "nvrtcVersion", nvrtc.version(major, minor));
+  return { version: `${major[0]}.${minor[0]}`, path: nvrtc.path };
+}
+
+/** nvrtcResult: the options are refused; in ours only the architecture can be unknown. The source is refused. */
+const [INVALID_OPTION, COMPILATION] = [5, 6];
+
+export type CompileOptions = {
+  /** sm_… gives a cubin, compute_… gives PTX. */
+  readonly arch: string;
+  /** What the source is called in messages. */
+  readonly name: string;
+  readonly options?: readonly string[];
+};
+
+/** Throws with the compiler's log, in which every message has its line and a caret under its column. */
+export function compile(source: string, { arch, name, options = [] }: CompileOptions): Uint8Array {
+  const nvrtc = compiler();
+  const program = new BigUint64Array(1);
+  check(nvrtc, "nvrtcCreateProgram", nvrtc.create(program, Buffer.from(`${source}\0`), name, 0, null, null));
+  try {
+    const all = [`--gpu-architecture=${arch}`, ...options];
+    const code: number = nvrtc.compile(program[0], all.length, all);
+    if (code === INVALID_OPTION || code === COMPILATION) {
+      const log = Buffer.from(output(nvrtc, "log", program[0]!))
+        .toString()
+        .replace(/\0$/, "")
+        .trimEnd();
+      const message = `NVRTC ${nvrtcVersion().version} cannot compile ${name} for ${arch}:\n${log}`;
+      throw code === COMPILATION
+        ? new Error(message)
+        : new Trouble(message, "use an NVRTC that knows this architecture: RANKC_LIBNVRTC names its file", 3);
+    }
+    check(nvrtc, "nvrtcCompileProgram", code);
+    return output(nvrtc, arch.startsWith("sm_") ? "cubin" : "ptx", program[0]!);
+  } finally {
+    nvrtc.destroy(program);
+  }
+}
+
+function output(nvrtc: Compiler, kind: keyof Compiler["outputs"], program: bigint): Uint8Array {
+  const { size, get } = nvrtc.outputs[kind];
+  const bytes = new BigUint64Array(1);
+  check(nvrtc, `the size of the ${kind}`, size(program, bytes));
+  const into = new Uint8Array(Number(bytes[0]));
+  check(nvrtc, `the ${kind}`, get(program, into));
+  return into;
+}
+
+function check(nvrtc: Compiler, call: string, code: number): void {
+  if (code !== 0) throw new Error(`${call}: ${nvrtc.error(code)} (${nvrtc.path})`);
+}

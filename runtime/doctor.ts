@@ -1,0 +1,180 @@
+/** The doctor: tries on this machine all that a run on GPUs needs, from Node to a collective, and says what to do where something fails. */
+import { availableParallelism, totalmem } from "node:os";
+import { Trouble } from "../schemas/trouble.ts";
+import { type Context, type Device, driver, packParams } from "./cuda/driver.ts";
+import { koffi } from "./cuda/libraries.ts";
+import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
+import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
+
+export type Check = { readonly name: string; readonly ok: boolean; readonly found: string; readonly fix?: string };
+export type Diagnosis = {
+  /** ready: plans run on GPUs. partly: kernels run on one GPU, but something else is missing. no: no kernel runs. */
+  readonly verdict: "ready" | "partly" | "no";
+  readonly checks: readonly Check[];
+};
+
+/** Never throws: what fails is a check that says so. The libraries' calls block; a device answers in about a second. */
+export async function diagnose(): Promise<Diagnosis> {
+  const checks: Check[] = [];
+  const check = <T>(name: string, look: () => readonly [found: string, result?: T]): T | undefined => {
+    try {
+      const [found, result] = look();
+      checks.push({ name, ok: true, found });
+      return result;
+    } catch (error) {
+      const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
+      checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix });
+      return undefined;
+    }
+  };
+
+  check("node", () => [nodeVersion()]);
+  check("koffi", () => [callLibc()]);
+  const devices = check("driver", () => {
+    const { path, version, devices } = driver();
+    return [`serves CUDA ${version}, ${count(devices.length, "device")} (${path})`, devices];
+  });
+  for (const device of devices ?? []) check(`device ${device.ordinal}`, () => [describe(device)]);
+  const device = devices?.[0];
+  const cubin = check("nvrtc", () => compileAdd(device));
+  const context = device && check("context", () => [`device ${device.ordinal} is open`, driver().open(device)]);
+  check("launch", () => {
+    if (!context) throw notTried("device");
+    if (!cubin) throw notTried("compiled kernel");
+    return [addVectors(context, cubin)];
+  });
+  check("nccl", () => {
+    const { version, path } = ncclVersion();
+    if (!context) throw notTried("device", `NCCL ${version} (${path}); `);
+    return [`NCCL ${version} sums over one rank; NVLink multicast is off (${path})`, reduceAlone(context)];
+  });
+  if (context) check("close", () => ["the device is given back", context.close()]);
+  check("cpu", () => [`${count(availableParallelism(), "core")}, ${gib(memory())} of memory: rankc run --backend cpu works`]);
+
+  const launched = checks.some(({ name, ok }) => name === "launch" && ok);
+  return { verdict: checks.every(({ ok }) => ok) ? "ready" : launched ? "partly" : "no", checks };
+}
+
+const verdicts: Record<Diagnosis["verdict"], string> = {
+  ready: "This machine can run plans on its GPUs.",
+  partly: "Kernels run on this machine's GPU, but not all that plans need is here.",
+  no: "This machine cannot run plans on GPUs.",
+};
+
+export function printDiagnosis({ verdict, checks }: Diagnosis): string {
+  const width = Math.max(...checks.map(({ name }) => name.length));
+  const indent = " ".repeat(width + 6);
+  const lines = checks.flatMap(({ name, ok, found, fix }) => [
+    `${ok ? "ok" : "no"}  ${name.padEnd(width)}  ${found.replaceAll("\n", `\n${indent}`)}`,
+    ...(fix === undefined ? [] : [`${indent}fix: ${fix}`]),
+  ]);
+  return [...lines, "", verdicts[verdict]].join("\n");
+}
+
+const notTried = (missing: string, found = ""): Trouble =>
+  new Trouble(`${found}not tried: there is no ${missing}`, "put right what fails above first");
+const count = (n: number, what: string): string => `${n} ${what}${n === 1 ? "" : "s"}`;
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+
+/** A container may hold less than its machine. */
+function memory(): number {
+  const limit = process.constrainedMemory();
+  return limit > 0 ? Math.min(limit, totalmem()) : totalmem();
+}
+
+function nodeVersion(): string {
+  const found = `${process.version} on ${process.platform}-${process.arch}`;
+  if (process.platform !== "linux") throw new Trouble(`${found}: the GPUs of this system are not served`, "use Linux, or WSL 2 on Windows");
+  if (Number(process.versions.node.split(".")[0]) < 20) throw new Trouble(found, "use Node 20.19 or later");
+  return found;
+}
+
+function callLibc(): string {
+  const pid: number = koffi().load(null).func("getpid", "int", [])();
+  if (pid !== process.pid) throw new Error(`getpid answered ${pid}, and this is process ${process.pid}`);
+  return "calls native libraries";
+}
+
+function describe({ name, bytes, sm, uuid }: Device): string {
+  const found = `${name}, ${gib(bytes)}, sm_${sm}, ${uuid}`;
+  if (sm < 80) throw new Trouble(`${found}: older than sm_80`, "hide it by CUDA_VISIBLE_DEVICES; plans run on Ampere and later");
+  return found;
+}
+
+const addSource = `extern "C" __global__ void add(const float* a, const float* b, float* c, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) c[i] = a[i] + b[i];
+}
+`;
+
+/** For the device, or as for an H100 where there is none. From sm_90 on, plans use what only that very architecture has: the `a`. */
+function compileAdd(device: Device | undefined): readonly [string, Uint8Array] {
+  const { version, path } = nvrtcVersion();
+  const arch = `sm_${device?.sm ?? 90}${(device?.sm ?? 90) >= 90 ? "a" : ""}`;
+  const began = performance.now();
+  const cubin = compile(addSource, { arch, name: "add.cu" });
+  return [`NVRTC ${version} compiles for ${arch} in ${(performance.now() - began).toFixed(0)} ms (${path})`, cubin];
+}
+
+/** Past the caches of any device, and no multiple of a block. */
+const addends = 10_000_019;
+const block = 256;
+
+function addVectors(context: Context, cubin: Uint8Array): string {
+  const [a, b, c] = [randomFloats(addends), randomFloats(addends), new Float32Array(addends)];
+  const bytes = addends * 4;
+  const at = [a, b, c].map(() => context.alloc(bytes));
+  const [atA, atB, atC] = at as [(typeof at)[0], (typeof at)[0], (typeof at)[0]];
+  context.upload(atA, a);
+  context.upload(atB, b);
+  context.fill(atC, 0xff, bytes);
+  context.synchronize();
+  const module = context.load(cubin);
+  const add = context.kernel(module, "add");
+  const stream = context.createStream();
+  const [began, ended] = [context.createEvent(), context.createEvent()];
+  const params = packParams(atA, atB, atC, addends);
+  const launch = (): void => context.launch(add, { grid: [Math.ceil(addends / block)], block: [block], stream }, params);
+  launch();
+  context.record(began, stream);
+  launch();
+  context.record(ended, stream);
+  context.synchronize(stream);
+  const milliseconds = context.elapsed(began, ended);
+  context.download(c, atC);
+  for (const event of [began, ended]) context.destroyEvent(event);
+  context.destroyStream(stream);
+  context.unload(module);
+  for (const pointer of at) context.free(pointer);
+
+  const wrong = c.findIndex((sum, i) => sum !== Math.fround(a[i]! + b[i]!));
+  if (wrong >= 0) throw new Error(`a kernel computed ${a[wrong]} + ${b[wrong]} = ${c[wrong]}, at ${wrong} of ${addends}`);
+  const rate = (3 * bytes) / milliseconds / 1e6;
+  return `${addends.toLocaleString("en-US")} sums are exact, in ${milliseconds.toFixed(3)} ms: ${rate.toFixed(0)} GB/s`;
+}
+
+function reduceAlone(context: Context): void {
+  const n = 1003;
+  const sent = randomFloats(n);
+  const got = new Float32Array(n);
+  const [from, to] = [context.alloc(4 * n), context.alloc(4 * n)];
+  context.upload(from, sent);
+  context.fill(to, 0xff, 4 * n);
+  context.synchronize();
+  const stream = context.createStream();
+  const communicator = joinCommunicator(uniqueId(), 0, 1);
+  communicator.allReduce(from, to, n, stream);
+  context.synchronize(stream);
+  context.download(got, to);
+  communicator.close();
+  context.destroyStream(stream);
+  for (const pointer of [from, to]) context.free(pointer);
+  const wrong = got.findIndex((value, i) => value !== sent[i]);
+  if (wrong >= 0) throw new Error(`an all-reduce over one rank made ${got[wrong]} of ${sent[wrong]}, at ${wrong} of ${n}`);
+}
+
+function randomFloats(n: number): Float32Array {
+  const floats = new Float32Array(n);
+  for (let i = 0; i < n; i++) floats[i] = Math.random() * 2 - 1;
+  return floats;
+}
