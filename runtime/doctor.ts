@@ -56,8 +56,8 @@ export async function diagnose(): Promise<Diagnosis> {
 }
 
 const verdicts: Record<Diagnosis["verdict"], string> = {
-  ready: "This machine can run plans on its GPUs.",
-  partly: "Kernels run on this machine's GPU, but not all that plans need is here.",
+  ready: "The driver, the compiler, a kernel and collectives work on this machine's GPUs. This version of rankc runs plans on the CPU.",
+  partly: "Kernels run on this machine's GPU, but not all that running plans there needs is here.",
   no: "This machine cannot run plans on GPUs.",
 };
 

@@ -216,7 +216,7 @@ async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Pl
   const file = planFile(path);
   if (!file) return compileAt(path, sets);
   if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
-  const { parsePlan } = await import("./plan.ts");
+  const { parsePlan } = await import("./readPlan.ts");
   let text: string;
   try {
     text = readFileSync(file, "utf8");

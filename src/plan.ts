@@ -1,149 +1,39 @@
 /**
  * The plan as a file: canonical JSON (RFC 8785), so that equal plans are equal bytes, and a digest per section, so that a
- * plan that was changed says where. What `parsePlan` returns is exactly what `printPlan` wrote.
+ * plan that was changed says where. `readPlan.ts` reads it back: what `parsePlan` returns is exactly what `printPlan` wrote.
  */
 import { createHash } from "node:crypto";
-import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
 import canonicalize from "canonicalize";
 import { FORMAT_VERSION, type Plan, type Sections } from "../schemas/plan.ts";
-import { Trouble } from "../schemas/trouble.ts";
-import { readPackageFile } from "./packageFile.ts";
 
-const sections = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const satisfies readonly (keyof Sections)[];
-type Digests = Plan["digests"];
+export const sections = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const satisfies readonly (keyof Sections)[];
+export type Digests = Plan["digests"];
 
 export function sealPlan(parts: Sections): Plan {
   const texts = Object.fromEntries(sections.map((name) => [name, canonical(parts[name])]));
   const digests = Object.fromEntries(sections.map((name) => [name, sha256(texts[name]!)])) as Digests;
   const plan: Plan = { ...parts, format_version: FORMAT_VERSION, digests: { ...digests, plan: overall(FORMAT_VERSION, digests) } };
-  const all: Record<string, string> = { ...texts, format_version: canonical(plan.format_version), digests: canonical(plan.digests) };
-  // an object's canonical text is that of its members, in the order of their names
-  sealed.set(
-    plan,
-    `{${Object.keys(all)
-      .sort()
-      .map((name) => `"${name}":${all[name]}`)
-      .join(",")}}`,
-  );
+  const { format_version } = plan;
+  sealed.set(plan, joined(Object.entries({ ...texts, format_version: canonical(format_version), digests: canonical(plan.digests) })));
   return plan;
 }
 
 /** Texts of plans sealed in this process: a plan is large, and is written right after. */
 const sealed = new WeakMap<Plan, string>();
 
-export const printPlan = (plan: Plan): string => `${sealed.get(plan) ?? canonical(plan)}\n`;
+export const printPlan = (plan: Plan): string =>
+  sealed.get(plan) ?? joined(Object.entries(plan).map(([name, value]) => [name, canonical(value)] as const));
 
-/** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
-export function parsePlan(text: string, file: string): Plan {
-  const refuse = (what: string, fix = "compile the job again"): never => {
-    throw new Trouble(`${file}: ${what}`, fix, 2);
-  };
-  const read = parseJson(text);
-  if (!isRecord(read.value)) return refuse(`not a plan: ${read.error ?? "the JSON holds no object"}`);
-  const value = read.value;
-  const version = majorMinor(value.format_version);
-  if (!version) return refuse("not a plan: no format_version such as 1.0");
-  const [major, minor] = version;
-  const [ownMajor, ownMinor] = majorMinor(FORMAT_VERSION)!;
-  if (major > ownMajor) {
-    return refuse(
-      `format_version ${value.format_version} is newer than this rankc reads (${FORMAT_VERSION})`,
-      "use a newer rankc, or compile again",
-    );
-  }
-  if (major < ownMajor) return refuse(`format_version ${value.format_version} is older than this rankc reads (${FORMAT_VERSION})`);
-
-  const changed = changedSection(value, text);
-  if (changed) return refuse(changed);
-
-  const validate = minor > ownMinor ? validators().additive : validators().exact;
-  if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors!)}`);
-  return value as Plan;
-}
-
-/** Which section the bytes were changed in, said in words; undefined if the file is as it was written. */
-function changedSection(value: Record<string, unknown>, text: string): string | undefined {
-  const digests = value.digests;
-  if (!isRecord(digests)) return "not a plan: it holds no digests";
-  for (const name of sections) {
-    if (!(name in value)) return `section "${name}" is missing`;
-  }
-  const printed = sections.map((name) => canonical(value[name]));
-  const actual = Object.fromEntries(sections.map((name, i) => [name, sha256(printed[i]!)])) as Digests;
-  const wrong = sections.filter((name) => digests[name] !== actual[name]);
-  // the overall digest tells a changed section from a changed digest: it was made over the digests as they were
-  const sealed = digests.plan === overall(String(value.format_version), digests as Digests);
-  if (wrong.length > 0) {
-    const names = wrong.map((name) => `"${name}"`).join(" and ");
-    const where = sealed
-      ? `section ${names} was changed after the plan was compiled`
-      : `section "digests" was changed: the digest of ${names} does not fit`;
-    return `${where} (SHA-256 ${short(actual[wrong[0]!])}, the plan says ${short(digests[wrong[0]!])})`;
-  }
-  if (!sealed) return `section "digests" or format_version was changed: the sections are whole, the digest over all of them is not`;
-  const rest = Object.keys(value).filter((key) => !(sections as readonly string[]).includes(key));
-  const parts = [...sections.map((name, i) => [name, printed[i]!] as const), ...rest.map((key) => [key, canonical(value[key])] as const)];
-  if (text !== joined(parts)) return "the JSON is not in the form rankc wrote: a byte between its values was changed";
-  return undefined;
-}
-
-const canonical = (value: unknown): string => canonicalize(value)!;
+export const canonical = (value: unknown): string => canonicalize(value)!;
 
 /** The text of a plan from those of its parts, which need not be walked again. */
-function joined(parts: readonly (readonly [name: string, text: string])[]): string {
+export function joined(parts: readonly (readonly [name: string, text: string])[]): string {
   const sorted = [...parts].sort(([a], [b]) => (a < b ? -1 : 1));
   return `{${sorted.map(([name, text]) => `${JSON.stringify(name)}:${text}`).join(",")}}\n`;
 }
-const sha256 = (text: string): string => createHash("sha256").update(text).digest("hex");
-const short = (digest: unknown): string => (typeof digest === "string" ? `${digest.slice(0, 12)}…` : "nothing");
+export const sha256 = (text: string): string => createHash("sha256").update(text).digest("hex");
 
 /** The version is sealed too: a flipped minor would otherwise pass. */
-function overall(version: string, digests: Digests): string {
+export function overall(version: string, digests: Digests): string {
   return sha256(canonical({ format_version: version, ...Object.fromEntries(sections.map((name) => [name, digests[name]])) }));
-}
-
-function parseJson(text: string): { readonly value?: unknown; readonly error?: string } {
-  try {
-    return { value: JSON.parse(text) };
-  } catch (error) {
-    return { error: `broken JSON (${(error as Error).message.replace(/\s+/g, " ").slice(0, 120)})` };
-  }
-}
-
-const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null && !Array.isArray(value);
-
-function majorMinor(version: unknown): readonly [number, number] | undefined {
-  const match = typeof version === "string" ? /^(\d+)\.(\d+)$/.exec(version) : null;
-  return match ? [Number(match[1]), Number(match[2])] : undefined;
-}
-
-interface Validators {
-  readonly exact: ValidateFunction;
-  /** A newer minor version may only add keys: they are let through. */
-  readonly additive: ValidateFunction;
-}
-
-let made: Validators | undefined;
-function validators(): Validators {
-  const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false }).compile(schema);
-  const text = (): string => readPackageFile("schemas/plan.schema.json");
-  let exact: ValidateFunction | undefined;
-  let additive: ValidateFunction | undefined;
-  made ??= {
-    get exact() {
-      return (exact ??= compile(JSON.parse(text())));
-    },
-    get additive() {
-      const open = (key: string, value: unknown): unknown => (key === "additionalProperties" && value === false ? undefined : value);
-      return (additive ??= compile(JSON.parse(text(), open)));
-    },
-  };
-  return made;
-}
-
-/** Alternatives all report; the error that got deepest is the one about what is there. */
-function firstError(errors: readonly ErrorObject[]): string {
-  const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
-  const deepest = [...errors].sort((a, b) => depth(b) - depth(a))[0]!;
-  return `${deepest.instancePath || "the plan"} ${deepest.message}`;
 }

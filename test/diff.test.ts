@@ -3,9 +3,10 @@ import type { Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
 import { diffPlans, printDiff } from "../src/diff.ts";
 import { inspectPlan, inspectRank, printInspect } from "../src/inspect.ts";
-import { parsePlan, printPlan } from "../src/plan.ts";
+import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
+import { parsePlan } from "../src/readPlan.ts";
 import { drawSchedule } from "../src/schedulePicture.ts";
 
 const text = `

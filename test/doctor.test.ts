@@ -131,7 +131,7 @@ no  nccl    was not found; tried:
               libnccl.so.2: no
             fix: install it
 
-Kernels run on this machine's GPU, but not all that plans need is here.
+Kernels run on this machine's GPU, but not all that running plans there needs is here.
 `);
   });
 });

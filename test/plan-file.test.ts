@@ -3,8 +3,9 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Plan, Sections } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import { parsePlan, printPlan, sealPlan } from "../src/plan.ts";
+import { printPlan, sealPlan } from "../src/plan.ts";
 import { readJob } from "../src/readJob.ts";
+import { parsePlan } from "../src/readPlan.ts";
 import { smallest } from "../src/rules/index.ts";
 
 const { job } = readJob(smallest, "job.yaml");
