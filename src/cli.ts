@@ -11,7 +11,7 @@ import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
-import { writeFile, writeFolder } from "./outputs.ts";
+import { expectWritable, writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
 import { type Stage, stages } from "./stages.ts";
 
@@ -262,6 +262,7 @@ async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<
     import("./progress.ts"),
   ]);
   const steps = options.steps ?? plan.job.train.steps;
+  if (options.dumpGrads !== undefined) expectWritable(options.dumpGrads);
   const run = await openRun(plan, { backend: options.backend, baseDir, ...(options.initFrom && { initFrom: options.initFrom }) });
   const metrics = options.metrics === undefined ? undefined : openOutput(options.metrics);
   const live = Boolean(process.stderr.isTTY);

@@ -1,6 +1,6 @@
 /** Files that a command leaves behind: all of them whole, or none. Each is written beside its place, then renamed into it. */
-import { existsSync, mkdirSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { accessSync, constants, existsSync, mkdirSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { Trouble } from "../schemas/trouble.ts";
 
 export function writeFolder(folder: string, files: Readonly<Record<string, string>>): void {
@@ -19,6 +19,16 @@ export function writeFolder(folder: string, files: Readonly<Record<string, strin
 export function writeFile(path: string, content: string | Uint8Array): void {
   try {
     writeTogether([[path, content]]);
+  } catch (error) {
+    throw asTrouble(error, path);
+  }
+}
+
+/** Says now that a file cannot be written later, when the work is done. */
+export function expectWritable(path: string): void {
+  try {
+    accessSync(existsSync(path) ? path : dirname(path), constants.W_OK);
+    if (existsSync(path) && statSync(path).isDirectory()) throw Object.assign(new Error(), { code: "EISDIR" });
   } catch (error) {
     throw asTrouble(error, path);
   }

@@ -77,6 +77,14 @@ describe("on named meshes", () => {
   });
 });
 
+test("the same plan on the same inputs gives the same bits", async () => {
+  const job = jobOf(text(shape({ moe }), { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 4, distributed_optimizer: true }));
+  const [first, again] = [await numbers(job), await numbers(job)];
+  expect(again.losses).toEqual(first.losses);
+  expect(again.norms).toEqual(first.norms);
+  for (const [name, g] of first.gradients) expect(again.gradients.get(name)!.data, name).toEqual(g.data);
+});
+
 test("bf16 on any of these meshes follows fp32", async () => {
   const alone = await numbers(jobOf(text(shape({ moe }), { world: 1 })));
   for (const parallel of [{ world: 1 }, { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 4, distributed_optimizer: true }]) {
