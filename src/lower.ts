@@ -6,7 +6,7 @@ import type { Job } from "../schemas/job.ts";
 import type { Buffer, Compute, Instruction, Program } from "../schemas/plan.ts";
 import { type Mesh, stageOf } from "./mesh.ts";
 import { accumulate } from "./ops/linear.ts";
-import { expand, sizesOf } from "./ops/op.ts";
+import { expand } from "./ops/op.ts";
 import { type Block, openRole, type Role } from "./role.ts";
 import type { Schedule } from "./schedule.ts";
 import type { Sharded, Step } from "./shard.ts";
@@ -54,10 +54,9 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
 
   function compute({ node, ins, outs, dims: cuts }: Extract<Step, { kind: "compute" }>) {
     const { inputs, outputs } = expand(node);
-    const size = sizesOf(node);
     const block = blockOf(node.backward);
     const dims: Compute["dims"] = {};
-    for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.slots)) dims[dim] = [size[dim]!, [...(cuts.get(dim) ?? [])]];
+    for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.slots)) dims[dim] = [node.size[dim]!, [...(cuts.get(dim) ?? [])]];
     const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
     const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
     const keeps = outputs.filter((_, i) => losses.has(outs[i]!.value)).map((o) => o.name);
@@ -112,15 +111,20 @@ function place(buffers: ReadonlyMap<string, Buffer>, blocks: Readonly<Record<Blo
 }
 
 /** The buffers an instruction reads or writes, index buffers included. */
-export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
-  const own =
-    i.kind === "compute"
-      ? [...Object.values(i.reads), ...Object.values(i.writes), ...(i.rows ? [i.rows] : [])]
-      : i.kind === "move"
-        ? [i.from, i.to]
-        : [i.buffer];
-  return own.flatMap((id) => {
+export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Set<string> {
+  const ids = new Set<string>();
+  const add = (id: string) => {
+    ids.add(id);
     const rows = buffers.get(id)?.rows;
-    return rows ? [id, rows] : [id];
-  });
+    if (rows) ids.add(rows);
+  };
+  if (i.kind === "compute") {
+    for (const name in i.reads) add(i.reads[name]!);
+    for (const name in i.writes) add(i.writes[name]!);
+    if (i.rows) ids.add(i.rows);
+  } else if (i.kind === "move") {
+    add(i.from);
+    add(i.to);
+  } else add(i.buffer);
+  return ids;
 }

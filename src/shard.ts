@@ -15,7 +15,7 @@
 import { parts as partsOf } from "../schemas/layout.ts";
 import type { How } from "../schemas/plan.ts";
 import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
-import { expand, invariant, type Node, sizesOf, type Value } from "./ops/op.ts";
+import { expand, invariant, type Node, type Value } from "./ops/op.ts";
 import { type Graph, idOf } from "./train.ts";
 
 export interface Layout {
@@ -240,7 +240,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     const stage = stageOf(node.layer);
     const operands = expand(node);
     const { inputs, outputs } = operands;
-    const size = sizesOf(node);
+    const { size } = node;
     const chosen = every.map((f) => choose(node, f, operands));
     const dims = nest(node, chosen, operands);
     for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);

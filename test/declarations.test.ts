@@ -5,7 +5,7 @@ import { ops } from "../src/ops/index.ts";
 import { add, groupedGemm } from "../src/ops/linear.ts";
 import * as moe from "../src/ops/moe.ts";
 import { rmsnorm } from "../src/ops/norm.ts";
-import { type AnyOp, op, type Place, sizesOf, type Value } from "../src/ops/op.ts";
+import { type AnyOp, op, type Place, type Value } from "../src/ops/op.ts";
 import * as vocab from "../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "./opCases.ts";
 
@@ -167,7 +167,7 @@ test("shapes that disagree throw with the place", () => {
 
 test("an inner factor comes from the attributes, and its dim from what is left of the size", () => {
   const o = attention.of({ q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 12) }, { M: 2, C: 4 });
-  expect(sizesOf(o.node!)).toMatchObject({ G: 3, S: 4, U: 4 });
+  expect(o.node!.size).toMatchObject({ G: 3, S: 4, U: 4 });
   expect(o.sizes).toEqual([1, 4, 24]);
 });
 

@@ -3,7 +3,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { ops } from "../src/ops/index.ts";
 import { gemm } from "../src/ops/loops.ts";
-import { type AnyOp, type Node, sizesOf, type Value } from "../src/ops/op.ts";
+import type { AnyOp, Node, Value } from "../src/ops/op.ts";
 import { type Case, cutError, cuttable, distance, elements, execute, makeCase, random } from "./opCases.ts";
 
 const table = Object.values(ops);
@@ -89,7 +89,7 @@ function evaluate(v: Value, have: Map<Value, Float32Array>, c: Case): Float32Arr
   const node: Node = v.node!;
   const inputs = node.op.inputs.map((o, i) => [o.name, evaluate(node.args[i]!, have, c)] as const);
   const outs = node.op.outputs.map((o, i) => [o.name, new Float32Array(node.outs[i]!.sizes.reduce((n, s) => n * s, 1))] as const);
-  node.op.cpu(Object.fromEntries([...inputs, ...outs]), sizesOf(node), { start: () => 0, rows: c.rows });
+  node.op.cpu(Object.fromEntries([...inputs, ...outs]), node.size, { start: () => 0, rows: c.rows });
   for (const [i, [, out]] of outs.entries()) have.set(node.outs[i]!, out);
   return have.get(v)!;
 }

@@ -14,7 +14,7 @@ import { flopsOf } from "../src/cost.ts";
 import { buildMesh, groups } from "../src/mesh.ts";
 import { ops } from "../src/ops/index.ts";
 import { auxLoss, softmax, tally, topK, zLoss } from "../src/ops/moe.ts";
-import { sizesOf, type Value } from "../src/ops/op.ts";
+import type { Value } from "../src/ops/op.ts";
 import { readJob } from "../src/readJob.ts";
 import { addBackward } from "../src/train.ts";
 import { fixture, jobOf } from "./support.ts";
@@ -252,7 +252,7 @@ describe("router", () => {
     const { op, args, outs } = v.node!;
     const inputs = op.inputs.map((t, i) => [t.name, evaluate(args[i]!, known)] as const);
     const outputs = op.outputs.map((t, i) => [t.name, new Float32Array(outs[i]!.sizes.reduce((a, b) => a * b, 1))] as const);
-    op.cpu(Object.fromEntries([...inputs, ...outputs]), sizesOf(v.node!), { start: () => 0, rows: new Int32Array(1) });
+    op.cpu(Object.fromEntries([...inputs, ...outputs]), v.node!.size, { start: () => 0, rows: new Int32Array(1) });
     for (const [i, [, data]] of outputs.entries()) known.set(outs[i]!, data);
     return known.get(v)!;
   }

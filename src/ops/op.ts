@@ -110,6 +110,8 @@ export interface Node {
   readonly args: readonly Value[];
   readonly attrs: Attrs;
   readonly outs: Value[];
+  /** What each dim measures here (global sizes), attributes included. */
+  readonly size: Readonly<Record<string, number>>;
   id: string;
   /** The transformer layer it belongs to, which decides its stage. */
   layer: number;
@@ -122,8 +124,8 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
     const args = inputs.map((i) => named[i.name as In<S>]);
     const layer = Math.max(...args.map((v) => v.node?.layer ?? v.leaf!.layer));
-    const node: Node = { op: self, args, attrs, outs: [], id, layer, backward: false };
-    const size = sizesOf(node);
+    const size = sizesOf({ op: self, args, attrs });
+    const node: Node = { op: self, args, attrs, outs: [], size, id, layer, backward: false };
     const like = args.find((v) => v.dtype !== "i32")?.dtype ?? "f32";
     const fanout = args.find((v) => v.ragged)?.fanout ?? attrs.k ?? 0;
     for (const [out, o] of expand(node).outputs.entries())
@@ -165,8 +167,8 @@ export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | u
 /** Elements of one slot: its dim times its inner dims. */
 export const slotSize = (s: Slot, size: Readonly<Record<string, number>>): number => s.inner.reduce((n, d) => n * size[d]!, size[s.dim]!);
 
-/** What each dim measures at one use (global sizes), attributes included. Throws where shapes disagree. */
-export function sizesOf(node: Node): Record<string, number> {
+/** What each dim measures at one use. Throws where shapes disagree. */
+function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, number> {
   const size: Record<string, number> = { ...node.attrs };
   for (const [i, { slots, name }] of expand(node).inputs.entries()) {
     const have = node.args[i]!.sizes;
