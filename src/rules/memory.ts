@@ -14,7 +14,7 @@ import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";
 
 /** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
-function peakOf(job: Job): { bytes: number; who: string } {
+export function peakOf(job: Job): { bytes: number; who: string } {
   const perStage = job.model.layers / job.parallel.pipeline;
   const two = peaksAt(job, Math.min(2, perStage));
   const three = perStage > 2 ? peaksAt(job, 3) : two;
