@@ -2,7 +2,7 @@
  * The CPU backend, the reference: one rank's arenas as typed arrays, every buffer at the place the plan gives it, every op
  * by its declaration's plain loops. bf16 buffers hold bf16: values are widened when read and rounded when stored.
  */
-import { parts, startOf } from "../schemas/layout.ts";
+import { elementsOf, parts, startOf } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
@@ -28,9 +28,8 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
 
   const raw = (b: Buffer, slot: number): Float32Array | Int32Array | Uint16Array => {
     const at = memory.offsets[b.id]! + (b.kind === "activation" ? slot * memory.activation : 0);
-    const n = b.shape.reduce((x, y) => x * y, 1);
     const Type = b.dtype === "f32" ? Float32Array : b.dtype === "i32" ? Int32Array : Uint16Array;
-    return new Type(arenas[b.kind], at, n);
+    return new Type(arenas[b.kind], at, elementsOf(b.shape));
   };
   const read = (b: Buffer, slot: number): HostData => {
     const data = raw(b, slot);

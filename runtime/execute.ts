@@ -4,7 +4,7 @@
  */
 import { totalmem } from "node:os";
 import { resolve } from "node:path";
-import { rangesOf } from "../schemas/layout.ts";
+import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, HostData, Position } from "./backend.ts";
@@ -117,12 +117,12 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     walk(0, 0);
   }
   function pieceOf<T extends HostData>(whole: T, b: Buffer, r: number): T {
-    const out = (whole instanceof Int32Array ? new Int32Array(count(b.shape)) : new Float32Array(count(b.shape))) as T;
+    const out = (whole instanceof Int32Array ? new Int32Array(elementsOf(b.shape)) : new Float32Array(elementsOf(b.shape))) as T;
     visitRuns(b, r, (global, local, n) => out.set(whole.subarray(global, global + n), local));
     return out;
   }
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
-    const out = new Float32Array(count(b.shape));
+    const out = new Float32Array(elementsOf(b.shape));
     if (init.type === "ones") return out.fill(1);
     visitRuns(b, r, (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
     return out;
@@ -130,7 +130,7 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
   /** A value put together from the pieces of the ranks of one stage. */
   function assemble(stage: number, id: string, data: (r: number) => HostData): Tensor {
     const b = buffers[stage]!.get(id)!;
-    const out = new Float32Array(count(b.sizes));
+    const out = new Float32Array(elementsOf(b.sizes));
     for (let r = stage * mesh.per_stage; r < (stage + 1) * mesh.per_stage; r++) {
       const piece = data(r);
       visitRuns(b, r, (global, local, n) => out.set(piece.subarray(local, local + n), global));
@@ -251,7 +251,6 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
 }
 
 const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-const count = (shape: readonly number[]) => shape.reduce((n, x) => n * x, 1);
 
 /** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */
 function runTogether(ranks: readonly Generator<string>[]): void {

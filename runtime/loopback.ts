@@ -3,7 +3,7 @@
  * gives each member the piece it asks for; what is missing in the group is an error. Sums run in rank order, so the same
  * plan gives the same bits.
  */
-import { membersOf, rangesOf } from "../schemas/layout.ts";
+import { elementsOf, membersOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Move, Plan } from "../schemas/plan.ts";
 import type { Backend, Comm, HostData } from "./backend.ts";
 import { rowsOverflow } from "./cpu.ts";
@@ -30,6 +30,10 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
   const dims = (b: Buffer, radix: Move["radix"], rank: number, from: number): Range[][] =>
     b.sizes.slice(from).map((n, j) => rangesOf(mesh, n, b.cuts[from + j]!, radix[from + j] ?? b.cuts[from + j]!, rank % mesh.per_stage));
 
+  /** A copy of the rows of a ragged piece. */
+  const rowsAt = (rank: number, b: Buffer, slot: number): Int32Array | undefined =>
+    b.rows ? (backends[rank]!.read(bufferOf(rank, b.rows), slot) as Int32Array).slice() : undefined;
+
   /** Where the dense dims of a destination piece lie in a source piece; the same in every step. */
   function runs(i: Move, source: number, target: number): Runs {
     const key = `${i.id}|${source}|${target}`;
@@ -45,13 +49,12 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
   function perform(group: readonly number[], i: Move, slot: number): void {
     const held = group.map((rank) => {
       const b = bufferOf(rank, i.from);
-      const rows = b.rows ? (backends[rank]!.read(bufferOf(rank, b.rows), slot) as Int32Array).slice() : undefined;
-      return { rank, b, rows, data: backends[rank]!.read(b, slot) };
+      return { rank, b, rows: rowsAt(rank, b, slot), data: backends[rank]!.read(b, slot) };
     });
     const made = group.map((rank) => {
       const to = bufferOf(rank, i.to);
       const sources = i.how === "slice" ? held.filter((h) => h.rank === rank) : held;
-      const data = to.dtype === "i32" ? new Int32Array(length(to)) : new Float32Array(length(to));
+      const data = to.dtype === "i32" ? new Int32Array(elementsOf(to.shape)) : new Float32Array(elementsOf(to.shape));
       if (i.how === "all_reduce_max") data.fill(Number.NEGATIVE_INFINITY);
       const reduce = i.how === "all_reduce" || i.how === "reduce_scatter" ? "sum" : i.how === "all_reduce_max" ? "max" : "copy";
       const rows = to.ragged ? rowsAfter(i, rank, to, sources) : undefined;
@@ -60,7 +63,7 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
         const inner = runs(i, s.rank, rank);
         filled += copy(data, s.data, rows ? [matchRows(s.rows!, rows, to), ...inner] : inner, s.b.shape, to.shape, reduce);
       }
-      const expected = (rows ? rows[0]! * shapeOf(to).reduce((n, x) => n * x, 1) : data.length) * (reduce === "copy" ? 1 : sources.length);
+      const expected = (rows ? rows[0]! * elementsOf(shapeOf(to)) : data.length) * (reduce === "copy" ? 1 : sources.length);
       if (filled !== expected) throw new Error(`rankc: ${i.id}, rank ${rank}: ${filled} of ${expected} elements were found in the group`);
       return { rank, to, data, rows };
     });
@@ -111,8 +114,7 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
       const b = bufferOf(rank, i.buffer);
       const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
       const key = `${rank}>${peer}|${i.tag}|${at.tag}`;
-      const rows = b.rows ? (backends[rank]!.read(bufferOf(rank, b.rows), at.slot) as Int32Array).slice() : undefined;
-      mail.set(key, [...(mail.get(key) ?? []), { data: backends[rank]!.read(b, at.slot).slice(), rows }]);
+      mail.set(key, [...(mail.get(key) ?? []), { data: backends[rank]!.read(b, at.slot).slice(), rows: rowsAt(rank, b, at.slot) }]);
     },
     recv(rank, i, at) {
       const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
@@ -128,7 +130,6 @@ export function loopback(plan: Plan, backends: readonly Backend[]): Comm {
   };
 }
 
-const length = (b: Buffer) => b.shape.reduce((n, x) => n * x, 1);
 /** The dense dims in memory. */
 const shapeOf = (b: Buffer): readonly number[] => b.shape.slice(b.ragged ? 1 : 0);
 /** Rows are ordered by expert, then sequence, then position. */
@@ -174,7 +175,7 @@ function copy(
   shapeTo: readonly number[],
   reduce: "copy" | "sum" | "max",
 ): number {
-  const strides = (shape: readonly number[]) => shape.map((_, i) => shape.slice(i + 1).reduce((n, x) => n * x, 1));
+  const strides = (shape: readonly number[]) => shape.map((_, i) => elementsOf(shape.slice(i + 1)));
   const [sf, st] = [strides(shapeFrom), strides(shapeTo)];
   let touched = 0;
   const run = (a: number, b: number, n: number) => {

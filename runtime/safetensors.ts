@@ -3,6 +3,7 @@
  * Opening reads and checks the header alone: after it every tensor is known to lie whole in the file. Writing leaves all or nothing.
  */
 import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
+import { elementsOf } from "../schemas/layout.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { openInput } from "./inputFile.ts";
 
@@ -73,7 +74,7 @@ export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
   const header: Record<string, unknown> = Object.create(null);
   let at = 0;
   for (const { name, dtype, shape, data } of all) {
-    if (data.length !== product(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
+    if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
     if (name in header) throw new Error(`${name} is written twice`);
     header[name] = { dtype, shape, data_offsets: [at, (at += data.byteLength)] };
   }
@@ -208,7 +209,7 @@ function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: num
     throw new Trouble(`${at} has no valid data_offsets: ${JSON.stringify(offsets)}`, REMAKE);
   }
   const [from, to] = offsets as [number, number];
-  const bytes = product(shape) * dtypes[dtype as Dtype].bytes;
+  const bytes = elementsOf(shape) * dtypes[dtype as Dtype].bytes;
   if (to - from !== bytes) throw new Trouble(`${at} has ${to - from} bytes; ${dtype} ${list(shape)} takes ${bytes}`, REMAKE);
   if (dataStart + to > fileBytes)
     throw new Trouble(`${at} should end at byte ${dataStart + to}, the file ends at ${fileBytes}: it was cut`, REMAKE);
@@ -217,7 +218,6 @@ function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: num
 
 const isObject = (value: unknown): value is object => typeof value === "object" && value !== null && !Array.isArray(value);
 const isCounts = (value: unknown): value is number[] => Array.isArray(value) && value.every((n) => Number.isSafeInteger(n) && n >= 0);
-const product = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 const list = (shape: readonly number[]): string => `[${shape.join(", ")}]`;
 const some = (names: readonly string[]): string =>
   names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");

@@ -9,6 +9,9 @@ import type { MeshText } from "./plan.ts";
 export type MeshData = z.infer<typeof MeshText>;
 type Factors = Pick<MeshData, "factors">;
 
+/** How many elements a shape holds; 1 for a scalar. */
+export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
+
 /** This rank's coordinate along one factor. */
 export const digit = ({ factors }: Factors, rank: number, f: number): number => Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
 

@@ -1,6 +1,6 @@
 /** What a plan holds, counted and grouped for a reader: `inspectPlan` is the data (and the JSON), `printInspect` its text. */
 import { devices } from "../schemas/job.ts";
-import { digit, membersOf } from "../schemas/layout.ts";
+import { digit, elementsOf, membersOf } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
 import { flopsOf } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
@@ -159,7 +159,7 @@ function roleView(plan: Plan, program: Program): RoleView {
     instructions: each((instructions) => instructions.length),
     parameters: {
       tensors: program.parameters.length,
-      elements: program.parameters.reduce((sum, p) => sum + product(buffer(p.buffer).shape), 0),
+      elements: program.parameters.reduce((sum, p) => sum + elementsOf(buffer(p.buffer).shape), 0),
     },
     memory: {
       parameter: memory.parameter,
@@ -217,12 +217,10 @@ function collectiveViews(instructions: readonly Instruction[], phase: Phase, tim
   return [...found.values()];
 }
 
-const product = (shape: readonly number[]): number => shape.reduce((n, size) => n * size, 1);
-
 /** Of the whole model: a parameter that is a copy of another stage's is counted there. */
 function globalElements(program: Program): number {
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
-  return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : product(buffers.get(p.buffer)!.sizes)), 0);
+  return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : elementsOf(buffers.get(p.buffer)!.sizes)), 0);
 }
 
 export function printInspect(view: Inspection): string {

@@ -3,6 +3,7 @@
  * (one copy per microbatch in flight) from the forward op that makes them to the last backward op that reads them;
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
+import { elementsOf } from "../schemas/layout.ts";
 import { type Buffer, bytesOf, type Instruction, type Kind, type Memory, type Program } from "../schemas/plan.ts";
 import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
@@ -10,7 +11,7 @@ import { invariant } from "./ops/op.ts";
 /** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
 const ALIGN = 256;
 
-const sizeOf = (b: Buffer): number => b.shape.reduce((n, x) => n * x, bytesOf[b.dtype]);
+const sizeOf = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
 const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
 interface Lifetime {

@@ -3,7 +3,7 @@
  * become buffers here; `lower` fills forward and backward, `update` the step block.
  */
 import type { Job } from "../schemas/job.ts";
-import { parts } from "../schemas/layout.ts";
+import { elementsOf, parts } from "../schemas/layout.ts";
 import { type Buffer, bytesOf, type Compute, type Instruction, type Kind, type Transfer } from "../schemas/plan.ts";
 import { boundOfRows, bytesSent, expectedRows } from "./cost.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
@@ -19,8 +19,8 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   const blocks: Record<Block, Instruction[]> = { forward: [], backward: [], step: [] };
   const inputs: Record<string, string> = {};
   const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
-  /** Losses of one name that owe the same share an accumulator: name and layout → buffer. */
-  const accumulators = new Map<string, string>();
+  /** Losses of one name that owe the same share an accumulator; by name and layout. */
+  const accumulators = new Map<string, { readonly name: string; readonly buffer: string }>();
   const taken = new Map<string, number>();
 
   const emit = (block: Block, i: Instruction): void => {
@@ -54,8 +54,12 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     if (!name) return undefined;
     const piece = { value, layout: home.get(value)!.layout };
     const key = `${name}|${layoutKey(piece)}`;
-    if (!accumulators.has(key)) accumulators.set(key, [...accumulators.values()].includes(name) ? name + layoutText(piece) : name);
-    return accumulators.get(key)!;
+    const known = accumulators.get(key);
+    if (known) return known.buffer;
+    const another = [...accumulators.values()].some((a) => a.name === name);
+    const buffer = another ? name + layoutText(piece) : name;
+    accumulators.set(key, { name, buffer });
+    return buffer;
   }
   function bufferOf(piece: Piece): string {
     const { value: v, layout } = piece;
@@ -82,7 +86,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   const bytes = (id: string): number => {
     const b = buffers.get(id)!;
     const rows = b.ragged ? expectedRows(mesh, b.sizes, b.cuts, b.fanout!) : 1;
-    return bytesOf[b.dtype] * rows * b.shape.slice(b.ragged ? 1 : 0).reduce((n, x) => n * x, 1);
+    return bytesOf[b.dtype] * rows * elementsOf(b.shape.slice(b.ragged ? 1 : 0));
   };
 
   function move(block: Block, s: Extract<Step, { kind: "move" }>, from: string, to: string, expert = isExpert(s.from.value)): void {

@@ -67,7 +67,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
     };
   });
   const metrics: Record<string, string[]> = { grad_norm: [norm] };
-  for (const [key, id] of role.accumulators) (metrics[key.split("|")[0]!] ??= []).push(reducedLoss.get(id) ?? id);
+  for (const { name, buffer } of role.accumulators.values()) (metrics[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
   return { parameters, metrics };
 }
 
