@@ -1,20 +1,22 @@
 /**
- * The two interfaces of the runtime. A Backend owns the memory of one rank and runs ops there; a Comm moves pieces between
- * ranks. `execute` walks a program through both and knows neither.
+ * The interfaces of the runtime. A Backend owns the memory of one rank and runs ops there; a Comm moves buffers between
+ * ranks; a Fleet is the ranks that one process runs on one kind of device. `execute` walks programs through them and knows
+ * no device.
  */
 import type { Buffer, Compute, Move, Transfer } from "../schemas/plan.ts";
 
-/** Values of a buffer as the host sees them: bf16 arrives and leaves as f32. */
+/** Values of a buffer as the host sees them: bf16 and f16 arrive and leave as f32. */
 export type HostData = Float32Array | Int32Array;
 
+/** Calls are issued in order and done in order; only `read` waits for them. */
 export interface Backend {
   /** Sets gradients and metric accumulators to zero: the start of a step. */
   zeroGradients(): void;
   /** Runs one op. `slot` says which copy of the activations. */
   compute(i: Compute, slot: number): void;
-  /** A move that concerns this rank alone (`slice`). */
-  read(buffer: Buffer, slot: number): HostData;
   write(buffer: Buffer, slot: number, data: HostData): void;
+  /** A copy of what the buffer holds when all that was issued before is done. */
+  read(buffer: Buffer, slot: number): Promise<HostData>;
 }
 
 /** Where a rank stands: the block and microbatch (`F3`, `B0`, `step`), and the copy of the activations it works on. */
@@ -23,10 +25,25 @@ export interface Position {
   readonly slot: number;
 }
 
+/**
+ * Collectives on contiguous buffers; groups are the plan's, their members in ascending order of rank. With g members:
+ * all_gather [n] → [g,n]; reduce_scatter [g,n] → [n], sums in the order of members; all_to_all [g,n] → [g,n], block i of
+ * member j becomes block j of member i; all_reduce and all_reduce_max [n] → [n]. Source and destination may begin at the
+ * same byte.
+ */
 export interface Comm {
-  /** True once the move has happened for this rank; false while members of its group have not arrived. Asked again after each false. */
+  /** True once the move has been issued for this rank; false while members of its group have not arrived. Asked again after each false. */
   move(rank: number, i: Move, at: Position): boolean;
   send(rank: number, i: Transfer, at: Position): void;
   /** False while nothing has arrived. */
   recv(rank: number, i: Transfer, at: Position): boolean;
+}
+
+export interface Fleet {
+  readonly ranks: readonly number[];
+  backend(rank: number): Backend;
+  readonly comm: Comm;
+  /** Hands over what was issued and waits until it is done. Throws what went wrong on the way. */
+  finish(): Promise<void>;
+  close(): Promise<void>;
 }

@@ -5,15 +5,15 @@
 import { z } from "zod";
 import { Job } from "./job.ts";
 
-export const FORMAT_VERSION = "1.0";
+export const FORMAT_VERSION = "2.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
 const factors = z.array(count).describe("indices into mesh.factors, outermost first");
 
-export const Dtype = z.enum(["f32", "bf16", "i32"]);
+export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
 export type Dtype = z.infer<typeof Dtype>;
-export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, i32: 4 };
+export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 
 const Factor = z
   .strictObject({ stride: count, size: count })
@@ -57,6 +57,7 @@ export const Compute = z.strictObject({
   kind: z.literal("compute"),
   id,
   op: z.string(),
+  kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
   writes: z.record(z.string(), id),
   dims: z.record(z.string(), z.tuple([count, factors])).describe("global size of each dim, and the factors that cut it"),
@@ -132,20 +133,55 @@ export const Memory = z.strictObject({
   optimizer: count,
   activation: count.describe("of one slot"),
   workspace: count,
+  scratch: count.describe("what kernels need while they run; one at a time"),
   peak: count.describe("all arenas together, activations once per slot"),
   offsets: z.record(z.string(), count),
 });
 export type Memory = z.infer<typeof Memory>;
 
+/** A TMA descriptor of an operand, as cuTensorMapEncodeTiled takes it: innermost dim first. What is out of bounds reads as zero. */
+export const TensorMap = z.strictObject({
+  tensor: z.string().describe("the operand"),
+  dtype: Dtype,
+  sizes: z.array(count),
+  strides: z.array(count).describe("bytes; of every dim but the innermost"),
+  box: z.array(count).describe("elements copied at once"),
+  swizzle: z.enum(["none", "32B", "64B", "128B"]),
+});
+export type TensorMap = z.infer<typeof TensorMap>;
+
+export const Arg = z
+  .union([z.string(), TensorMap])
+  .describe(
+    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S",
+  );
+export type Arg = z.infer<typeof Arg>;
+
+/** One launch of a kernel. A kernel with several runs them in order. */
+export const Launch = z.strictObject({
+  entry: id.describe("the function in the source"),
+  grid: z.tuple([count, count, count]).describe("thread blocks (workgroups)"),
+  threads: count.describe("per block"),
+  shared: count.describe("bytes of dynamic shared memory (CUDA)"),
+  args: z.array(Arg),
+});
+export type Launch = z.infer<typeof Launch>;
+
 /** One specialised kernel: what is computed, at which local sizes, in which types, and how often in a step of this role. */
 export const Kernel = z.strictObject({
   id,
   op: z.string(),
-  dtypes: z.string(),
-  dims: z.record(z.string(), count),
+  dtypes: z.string().describe("of its operands, in the order of the op's signature"),
+  dims: z.record(z.string(), z.number()).describe("local sizes and attributes"),
+  keeps: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
   uses: count,
+  source: z
+    .strictObject({ file: z.string(), sha256: z.string().regex(/^[0-9a-f]{64}$/) })
+    .optional()
+    .describe("below kernels/; the target cpu has none"),
+  scratch: count.describe("bytes of the scratch arena it uses"),
+  launches: z.array(Launch),
 });
-
 export type Kernel = z.infer<typeof Kernel>;
 
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/);

@@ -11,18 +11,25 @@ import { printProgram } from "./programText.ts";
 import { printSchedule, schedule } from "./schedule.ts";
 import { type Options, printSharded, shard } from "./shard.ts";
 import type { Stage } from "./stages.ts";
+import { cpu, type Target } from "./target.ts";
 import { addBackward, printGraph } from "./train.ts";
 import { verifyPrograms } from "./verify.ts";
 import { version } from "./version.ts";
 
 export interface Compiled {
   readonly plan: Plan;
+  /** By file name, the kernels' sources: what lies beside the plan in kernels/. */
+  readonly sources: ReadonlyMap<string, string>;
   /** The text of one stage of the compiler. */
   emit(stage: Stage): string;
 }
 
+export interface Settings extends Pick<Options, "pick"> {
+  readonly target?: Target;
+}
+
 /** Compiles a job that has no findings. Throws only where rankc itself is wrong. */
-export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
+export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
   const graph = addBackward(buildModel(job));
   const sharded = shard(graph, mesh, {
@@ -31,12 +38,12 @@ export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
     ...laws,
   });
   const order = schedule(job);
-  const programs = lower(job, mesh, graph, sharded, order);
-  verifyPrograms(programs);
-  const memory = programs.map(layOut);
+  const lowered = lower(job, mesh, graph, sharded, order);
+  verifyPrograms(lowered);
+  const { programs, kernels, sources } = kernelsOf(lowered, mesh, target);
+  const memory = programs.map((p) => layOut(p, kernels));
   for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);
-  const kernels = kernelsOf(programs, mesh);
-  const plan = sealPlan({ job, mesh, programs, memory, kernels, toolchain: { rankc: version, target: "cpu" } });
+  const plan = sealPlan({ job, mesh, programs, memory, kernels, toolchain: { rankc: version, target: target.name } });
   const text: Record<Stage, () => string> = {
     mesh: () => printMesh(mesh),
     graph: () => printGraph(graph),
@@ -46,5 +53,5 @@ export function compile(job: Job, laws: Pick<Options, "pick"> = {}): Compiled {
     memory: () => printMemory(programs, memory),
     kernels: () => printKernels(kernels),
   };
-  return { plan, emit: (stage) => text[stage]() };
+  return { plan, sources, emit: (stage) => text[stage]() };
 }

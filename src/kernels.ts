@@ -1,29 +1,105 @@
 /**
- * kernels: which specialised kernels a program needs: an op, its local sizes and types. A kernel's id says all of it, so
- * equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and generates no source.
+ * kernels: which specialised kernels a program needs: an op, its local sizes, attributes and types; and their sources for a
+ * target. Equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and has no sources.
  */
 
-import { parts } from "../schemas/layout.ts";
-import type { Kernel, Program } from "../schemas/plan.ts";
+import { elementsOf, parts } from "../schemas/layout.ts";
+import type { Compute, Kernel, Program } from "../schemas/plan.ts";
+import { cudaKernels } from "./kernels/cuda/index.ts";
+import type { Made, Use } from "./kernels/kernel.ts";
+import { wgslKernels } from "./kernels/wgsl/index.ts";
 import type { Mesh } from "./mesh.ts";
+import { invariant } from "./ops/op.ts";
+import { canonical, sha256 } from "./plan.ts";
+import type { Target } from "./target.ts";
 
-export function kernelsOf(programs: readonly Program[], mesh: Mesh): Kernel[] {
+export interface Kernels {
+  /** The programs, with a kernel named by every compute instruction. */
+  readonly programs: Program[];
+  readonly kernels: Kernel[];
+  /** By file name, what lies beside the plan in kernels/. */
+  readonly sources: ReadonlyMap<string, string>;
+}
+
+export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Target): Kernels {
   const kernels = new Map<string, Kernel>();
-  for (const p of programs) {
-    const types = new Map(p.buffers.map((b) => [b.id, b.dtype]));
+  const sources = new Map<string, string>();
+  const blocks = ["forward", "backward", "step"] as const;
+  const named = programs.map((p): Program => {
+    const buffers = new Map(p.buffers.map((b) => [b.id, b]));
     const microbatches = p.order.length / 2;
-    for (const block of ["forward", "backward", "step"] as const)
-      for (const i of p[block]) {
-        if (i.kind !== "compute") continue;
-        const dims = Object.fromEntries(Object.entries(i.dims).map(([d, [size, cut]]) => [d, size / parts(mesh, cut)]));
-        const dtypes = [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => types.get(id)).join(".");
-        const id = [i.op, dtypes, ...Object.entries(dims).map(([d, n]) => `${d}=${n}`)].join(".");
-        const uses = (kernels.get(id)?.uses ?? 0) + (block === "step" ? 1 : microbatches);
-        kernels.set(id, { id, op: i.op, dtypes, dims, uses });
-      }
+    const name = (i: Compute, uses: number): Compute => {
+      const use = useOf(i, mesh, buffers);
+      const known = kernels.get(use.name);
+      const kernel = known ?? kernelOf(use, target, sources);
+      kernels.set(use.name, { ...kernel, uses: kernel.uses + uses });
+      return { ...i, kernel: use.name };
+    };
+    const block = (of: (typeof blocks)[number]) => p[of].map((i) => (i.kind === "compute" ? name(i, of === "step" ? 1 : microbatches) : i));
+    return { ...p, forward: block("forward"), backward: block("backward"), step: block("step") };
+  });
+  return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
+}
+
+/** What a kernel depends on: nothing that differs from rank to rank, or from layer to layer. */
+function useOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): Use {
+  const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
+  const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
+  const ragged = operands.find(([, b]) => b.ragged)?.[1];
+  const use = {
+    op: i.op,
+    d: { ...i.attrs, ...Object.fromEntries(local.map(([dim, [size, cut]]) => [dim, size / parts(mesh, cut)])) },
+    size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
+    dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
+    keeps: new Set(i.keeps ?? []),
+    bound: ragged ? ragged.shape[0]! : 0,
+    makesRows: i.rows !== undefined,
+    mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
+  };
+  return { ...use, name: `${i.op}_${sha256(canonical({ ...use, keeps: [...use.keeps].sort() })).slice(0, 8)}` };
+}
+
+function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kernel {
+  const made = make(use, target);
+  const file = `${use.name}.${target.kind === "cuda" ? "cu" : "wgsl"}`;
+  if (made) sources.set(file, made.source);
+  return {
+    id: use.name,
+    op: use.op,
+    dtypes: Object.values(use.dtype).join("."),
+    dims: use.d,
+    ...(use.keeps.size ? { keeps: [...use.keeps] } : {}),
+    uses: 0,
+    ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
+    scratch: made?.scratch ?? 0,
+    launches: made ? [...made.launches] : [],
+  };
+}
+
+/** The source for one use on a target; undefined where the target runs the op's reference. */
+export function make(use: Use, target: Target): Made | undefined {
+  switch (target.kind) {
+    case "cpu":
+      return undefined;
+    case "webgpu": {
+      const maker = wgslKernels[use.op];
+      invariant(maker !== undefined, `no WGSL kernel for ${use.op}`);
+      return maker(use, target.profile);
+    }
+    case "cuda": {
+      const maker = cudaKernels[use.op];
+      invariant(maker !== undefined, `no CUDA kernel for ${use.op}`);
+      return maker(use, target.arch);
+    }
+    default:
+      return target satisfies never;
   }
-  return [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1));
 }
 
 export const printKernels = (kernels: readonly Kernel[]): string =>
-  kernels.map((k) => `${String(k.uses).padStart(8)} x ${k.id}\n`).join("");
+  kernels
+    .map((k) => {
+      const dims = Object.entries(k.dims).map(([d, n]) => `${d}=${n}`);
+      return `${String(k.uses).padStart(8)} x ${[k.id, k.dtypes, ...dims].join(" ")}\n`;
+    })
+    .join("");

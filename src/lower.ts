@@ -65,6 +65,7 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
       kind: "compute",
       id: node.id,
       op: node.op.name,
+      kernel: "",
       reads,
       writes,
       dims,

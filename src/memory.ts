@@ -4,7 +4,7 @@
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
 import { elementsOf } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Instruction, type Kind, type Memory, type Program } from "../schemas/plan.ts";
+import { type Buffer, bytesOf, type Instruction, type Kernel, type Kind, type Memory, type Program } from "../schemas/plan.ts";
 import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
 
@@ -20,7 +20,7 @@ interface Lifetime {
   to: number;
 }
 
-export function layOut(program: Program): Memory {
+export function layOut(program: Program, kernels: readonly Kernel[] = []): Memory {
   const offsets: Record<string, number> = {};
   const total: Record<Kind, number> = { parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 0 };
 
@@ -43,8 +43,18 @@ export function layOut(program: Program): Memory {
     total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", block), offsets));
 
   const { parameter, gradient, optimizer, activation, workspace } = total;
-  const peak = parameter + gradient + optimizer + program.slots * activation + workspace;
-  return { stage: program.stage, ...total, peak, offsets };
+  const scratch = scratchOf(program, kernels);
+  const peak = parameter + gradient + optimizer + program.slots * activation + workspace + scratch;
+  return { stage: program.stage, ...total, scratch, peak, offsets };
+}
+
+/** What the neediest of the program's kernels uses while it runs; none before kernels are known. */
+function scratchOf(program: Program, kernels: readonly Kernel[]): number {
+  const bytes = new Map(kernels.map((k) => [k.id, k.scratch]));
+  let most = 0;
+  for (const block of [program.forward, program.backward, program.step])
+    for (const i of block) if (i.kind === "compute") most = Math.max(most, bytes.get(i.kernel) ?? 0);
+  return Math.ceil(most / ALIGN) * ALIGN;
 }
 
 /** From the first instruction that touches a buffer to the last. Inputs are filled before the block starts. */
@@ -132,7 +142,7 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
   for (const [s, m] of memory.entries()) {
     const p = programs[s]!;
     lines.push(
-      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}`,
+      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}${m.scratch ? ` + scratch ${m.scratch}` : ""}`,
     );
     for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
       lines.push(

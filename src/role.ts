@@ -124,7 +124,17 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const any = [...op.inputs, ...op.outputs].find((o) => o.any);
     const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
     const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.cuts[i]!]]]) : []);
-    return { kind: "compute", id, op: op.name, reads, writes, dims, attrs, ...(op.updates?.length ? { keeps: [...op.updates] } : {}) };
+    return {
+      kind: "compute",
+      id,
+      op: op.name,
+      kernel: "",
+      reads,
+      writes,
+      dims,
+      attrs,
+      ...(op.updates?.length ? { keeps: [...op.updates] } : {}),
+    };
   }
 
   return {

@@ -36,6 +36,7 @@ const sections: Sections = {
           kind: "compute",
           id: "layers.0.add",
           op: "add",
+          kernel: "add_00000000",
           reads: { a: "x", b: "x" },
           writes: { y: "x" },
           dims: { D: [2, []] },
@@ -46,8 +47,8 @@ const sections: Sections = {
       step: [],
     },
   ],
-  memory: [{ stage: 0, parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 256, peak: 256, offsets: { x: 0 } }],
-  kernels: [{ id: "add.f32", op: "add", dtypes: "f32", dims: { D: 2 }, uses: 1 }],
+  memory: [{ stage: 0, parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 256, scratch: 0, peak: 256, offsets: { x: 0 } }],
+  kernels: [{ id: "add_00000000", op: "add", dtypes: "f32", dims: { D: 2 }, uses: 1, scratch: 0, launches: [] }],
   toolchain: { rankc: "0.1.0", target: "cpu" },
 };
 const plan = sealPlan(sections);

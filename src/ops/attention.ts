@@ -44,16 +44,18 @@ function turns(start: number, count: number, C: number, theta: number) {
   return table;
 }
 
-/** Query head g·M + m reads key head g; scores are q·k/√C. */
+/** Query head g·M + m reads key head g; scores are q·k/√C. `lse` is the log-sum-exp of a query's scores, kept for the gradient. */
 export const attention = op({
   name: "attention",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C]",
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
+  types: { lse: "f32" },
   // two products of 2·S·U·C per head, of which causality leaves half
   flops: ({ B, S, U, G, M, C }) => (2 * 2 * B * S * U * G * M * C) / 2,
-  cpu({ q, k, v, o }, d, p) {
+  cpu({ q, k, v, o, lse }, d, p) {
     const { G, C } = d;
     const sum = new Float64Array(C);
-    attend(q, k, d, p.start("S"), (weight, visible, iq, ik) => {
+    attend(q, k, d, p.start("S"), (weight, visible, iq, ik, log) => {
+      lse[iq / C] = log;
       sum.fill(0);
       for (let u = 0, at = ik; u < visible; u++, at += G * C) {
         const w = weight[u]!;
@@ -62,36 +64,44 @@ export const attention = op({
       for (let c = 0; c < C; c++) o[iq + c] = sum[c]!;
     });
   },
-  grad({ q, k, v }, { dy }, a): Grads {
-    const { dq, dk, dv } = attentionGrad.all({ q, k, v, dy }, a);
+  grad({ q, k, v }, { y, dy }, a): Grads {
+    const { dq, dk, dv } = attentionGrad.all({ q, k, v, o: y, lse: y.node!.outs[1]!, dy }, a);
     return { q: dq, k: dk, v: dv };
   },
 });
-/** With weights w of one query: dv = w·dy; dw = dy·v; the softmax takes ds = w·(dw − Σ w·dw); dq = Σ ds·k/√C, dk = ds·q/√C. */
+/**
+ * With weights w = exp(score − lse) of one query: dv = w·dy; dw = dy·v; the softmax takes ds = w·(dw − Σ w·dw), and Σ w·dw = o·dy;
+ * dq = Σ ds·k/√C, dk = ds·q/√C.
+ */
 export const attentionGrad = op({
   name: "attention_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] dy[B,S,G*M*C] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*C]",
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] o[B,S,G*M*C] lse[B,S,G*M] dy[B,S,G*M*C] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*C]",
   // five products: the scores once more, dw, dq, dk and dv
   flops: ({ B, S, U, G, M, C }) => (5 * 2 * B * S * U * G * M * C) / 2,
-  cpu({ q, k, v, dy, dq, dk, dv }, d, p) {
-    const { U, G, C } = d;
-    const dw = new Float64Array(U);
+  cpu({ q, k, v, o, lse, dy, dq, dk, dv }, d, p) {
+    const { B, S, U, G, M, C } = d;
+    const start = p.start("S");
     const sum = new Float64Array(C);
     // many queries meet in one key: their sum is kept in double until the end
     const keys = new Float64Array(dk.length);
     const values = new Float64Array(dv.length);
-    attend(q, k, d, p.start("S"), (weight, visible, iq, ik) => {
+    for (let h = 0; h < B * S * G * M; h++) {
+      const iq = h * C;
+      const token = Math.floor(h / (G * M));
       let dot = 0;
-      for (let u = 0, at = ik; u < visible; u++, at += G * C) {
-        let x = 0;
-        for (let c = 0; c < C; c++) x += dy[iq + c]! * v[at + c]!;
-        dw[u] = x;
-        dot += weight[u]! * x;
-      }
+      for (let c = 0; c < C; c++) dot += dy[iq + c]! * o[iq + c]!;
+      const visible = Math.min(U, start + (token % S) + 1);
       sum.fill(0);
-      for (let u = 0, at = ik; u < visible; u++, at += G * C) {
-        const w = weight[u]!;
-        const ds = (w * (dw[u]! - dot)) / Math.sqrt(C);
+      let at = (Math.floor(token / S) * U * G + Math.floor((h % (G * M)) / M)) * C;
+      for (let u = 0; u < visible; u++, at += G * C) {
+        let score = 0;
+        let dw = 0;
+        for (let c = 0; c < C; c++) {
+          score += q[iq + c]! * k[at + c]!;
+          dw += dy[iq + c]! * v[at + c]!;
+        }
+        const w = Math.exp(score / Math.sqrt(C) - lse[h]!);
+        const ds = (w * (dw - dot)) / Math.sqrt(C);
         for (let c = 0; c < C; c++) {
           sum[c]! += ds * k[at + c]!;
           keys[at + c]! += ds * q[iq + c]!;
@@ -99,19 +109,19 @@ export const attentionGrad = op({
         }
       }
       for (let c = 0; c < C; c++) dq[iq + c] = sum[c]!;
-    });
+    }
     dk.set(keys);
     dv.set(values);
   },
 });
 
-/** Visits each query head with the softmax weights of the keys it sees, where its own vector begins, and where its first key's does. */
+/** Visits each query head with the softmax weights of the keys it sees, where its own vector begins, where its first key's does, and its log-sum-exp. */
 function attend(
   q: Float32Array,
   k: Float32Array,
   { B, S, U, G, M, C }: Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>,
   start: number,
-  visit: (weight: Float64Array, visible: number, iq: number, ik: number) => void,
+  visit: (weight: Float64Array, visible: number, iq: number, ik: number, lse: number) => void,
 ): void {
   const weight = new Float64Array(U);
   for (let b = 0; b < B; b++)
@@ -130,6 +140,6 @@ function attend(
         let sum = 0;
         for (let u = 0; u < visible; u++) sum += weight[u] = Math.exp(weight[u]! - max);
         for (let u = 0; u < visible; u++) weight[u]! /= sum;
-        visit(weight, visible, iq, ik);
+        visit(weight, visible, iq, ik, max + Math.log(sum));
       }
 }

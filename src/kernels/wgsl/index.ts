@@ -1,0 +1,7 @@
+/** The WGSL kernel of every op, by the op's name. */
+import type { Profile } from "../../target.ts";
+import type { Made, Use } from "../kernel.ts";
+
+export type WgslMaker = (use: Use, profile: Profile) => Made;
+
+export const wgslKernels: Readonly<Record<string, WgslMaker>> = {};

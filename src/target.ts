@@ -1,0 +1,37 @@
+/**
+ * The targets a plan can be compiled for: `cpu` (each op's reference; no sources), `webgpu` with a profile of what an adapter
+ * offers, `cuda` with an architecture.
+ */
+import { Trouble } from "../schemas/trouble.ts";
+
+export const archs = ["sm_80", "sm_90a", "sm_100a"] as const;
+export type Arch = (typeof archs)[number];
+
+/** What an adapter must offer beyond WebGPU's default limits. Each profile includes those before it. */
+export const profiles = ["baseline", "f16", "matrix"] as const;
+export type Profile = (typeof profiles)[number];
+
+export type Target =
+  | { readonly kind: "cpu"; readonly name: "cpu" }
+  | { readonly kind: "webgpu"; readonly name: string; readonly profile: Profile }
+  | { readonly kind: "cuda"; readonly name: string; readonly arch: Arch };
+
+export const cpu: Target = { kind: "cpu", name: "cpu" };
+
+/** All names a person may write. */
+export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
+
+/** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
+export function readTarget(text: string): Target {
+  const [kind, detail] = text.split(":");
+  if (text === "cpu") return cpu;
+  if (kind === "webgpu") {
+    const profile = profiles.find((p) => p === (detail ?? "baseline"));
+    if (profile) return { kind, name: `webgpu:${profile}`, profile };
+  }
+  if (kind === "cuda") {
+    const arch = archs.find((a) => a === detail);
+    if (arch) return { kind, name: text, arch };
+  }
+  throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
+}
