@@ -1,0 +1,82 @@
+/**
+ * What all WGSL sources share: how an entry's arguments are bound, how a grid is folded, and how a dtype is called. The
+ * text of the bindings and the launch that fills them come from one list, so they cannot disagree.
+ */
+import type { Dtype, Launch } from "../../../schemas/plan.ts";
+import { invariant } from "../../ops/op.ts";
+
+/** A storage buffer of an entry: what the launch binds, the variable it is in the source, and the type of its elements. */
+export interface Binding {
+  /** As in `Launch.args`: an operand, `rows`, `needed`, `scratch+N`. */
+  readonly arg: string;
+  /** The variable; `arg` if not said. Entries of one source may share a variable only at the same place. */
+  readonly name?: string;
+  /** `f32`, `vec4<f16>`, `atomic<u32>`. */
+  readonly type: string;
+}
+
+export interface Entry {
+  readonly entry: string;
+  /** How many workgroups: a number is folded (see `fold`). */
+  readonly grid: number | readonly [number, number, number];
+  readonly threads: number;
+  readonly buffers: readonly Binding[];
+  /** Dims whose first global index it is told, in the components of the uniform `start` (`starts` names it otherwise): `start.x`, `start.y`, … */
+  readonly starts?: readonly string[];
+  readonly uniform?: string;
+}
+
+/** WebGPU's default limits, which the profile `baseline` keeps. */
+export const MAX_GROUPS = 65535;
+const MAX_BUFFERS = 8;
+const MAX_THREADS = 256;
+
+/** The type of an element, as WGSL calls it. bf16 has no name there: the targets of WebGPU compute in f16 or f32. */
+export function scalar(dtype: Dtype): "f32" | "f16" | "i32" {
+  invariant(dtype !== "bf16", "WGSL has no bf16");
+  return dtype;
+}
+
+/** `f32`, or `vec4<f32>` where `width` is 4. */
+export const vector = (type: string, width: number): string => (width === 1 ? type : `vec${width}<${type}>`);
+
+/** The widest vector (1, 2 or 4 elements) that divides all of these. */
+export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as const).find((w) => sizes.every((n) => n % w === 0)) ?? 1;
+
+/** What a source with such operands begins with. */
+export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
+
+/**
+ * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
+ * `@builtin(workgroup_id) group`. Indices may go past `groups`: entries check.
+ */
+export function fold(groups: number): { readonly grid: [number, number, number]; readonly index: string } {
+  const high = Math.max(1, Math.ceil(groups / MAX_GROUPS));
+  const wide = Math.max(1, Math.ceil(groups / high));
+  return { grid: [wide, high, 1], index: high === 1 ? "group.x" : `(group.y * ${wide}u + group.x)` };
+}
+
+/** The declarations of all bindings of these entries, each once. */
+export function bindings(...entries: readonly Entry[]): string {
+  const lines = new Map<string, string>();
+  const declare = (name: string, line: string) => {
+    invariant((lines.get(name) ?? line) === line, `two bindings are called ${name}: ${line}`);
+    lines.set(name, line);
+  };
+  for (const { buffers, starts, uniform } of entries) {
+    for (const [i, { arg, name, type }] of buffers.entries())
+      declare(name ?? arg, `@group(0) @binding(${i}) var<storage, read_write> ${name ?? arg}: array<${type}>;`);
+    if (starts?.length) declare(uniform ?? "start", `@group(0) @binding(${buffers.length}) var<uniform> ${uniform ?? "start"}: vec4<i32>;`);
+  }
+  return [...lines.values()].join("\n");
+}
+
+/** The launch of an entry. Throws where it would break WebGPU's default limits. */
+export function launch({ entry, grid, threads, buffers, starts = [] }: Entry): Launch {
+  const size = typeof grid === "number" ? fold(grid).grid : grid;
+  invariant(buffers.length <= MAX_BUFFERS && starts.length <= 4, `${entry}: ${buffers.length} buffers`);
+  invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
+  // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids
+  invariant(buffers.filter((b) => b.arg.startsWith("scratch+")).length <= 1, `${entry}: scratch is bound twice`);
+  return { entry, grid: [...size], threads, shared: 0, args: [...buffers.map((b) => b.arg), ...starts.map((d) => `start(${d})`)] };
+}
