@@ -1,0 +1,342 @@
+/**
+ * The contract of kernels, for any op of the table and any device: cases with their buffers as the host sees them, what the
+ * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
+ */
+import { expect } from "vitest";
+import { narrow, widen } from "../runtime/halves.ts";
+import { bytesOf, type Dtype } from "../schemas/plan.ts";
+import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
+import { ops } from "../src/ops/index.ts";
+import { type AnyOp, expandLike, type Operand, slotSize } from "../src/ops/op.ts";
+import { random } from "./opCases.ts";
+
+export type Half = "bf16" | "f16";
+export type Buffers = Record<string, Float32Array | Int32Array>;
+type Sizes = Readonly<Record<string, number>>;
+
+export interface Executor {
+  readonly name: string;
+  /**
+   * Runs a kernel. `data` holds every operand, and `rows` and `needed` where there are: bf16 and f16 as f32, to be packed by
+   * the executor. Outputs that are not kept it fills with 0xFF bytes. Returns every buffer as it is afterwards.
+   */
+  run(made: Made, use: Use, data: Readonly<Buffers>, starts: Sizes): Promise<Buffers>;
+}
+
+export interface ContractCase {
+  readonly title: string;
+  readonly use: Use;
+  readonly data: Readonly<Buffers>;
+  /** The global index of the first local element of each dim. */
+  readonly starts: Sizes;
+  /** Outputs (and `rows`, `needed`) as the reference leaves them. Of ragged ones, the rows that exist. */
+  readonly want: Readonly<Buffers>;
+}
+
+// -- sizes
+
+interface Set {
+  readonly sizes: Sizes;
+  readonly starts: Sizes;
+  readonly rows: RowsMode;
+  /** Types and accumulation in all combinations, rather than one of each. */
+  readonly full?: boolean;
+  /** Only for ops that move bytes: their products would take too long. */
+  readonly light?: boolean;
+}
+type RowsMode = "some" | "gaps" | "one" | "none";
+
+const ATTRS = {
+  ...{ normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
+  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1 },
+};
+const cutStarts = { B: 3, S: 4, E: 2, V: 5 };
+const sets: Readonly<Record<string, Set>> = {
+  // no size a multiple of anything; more keys than any query sees
+  odd: {
+    sizes: { A: 2, P: 3, B: 3, S: 5, U: 12, D: 7, K: 5, N: 7, V: 9, E: 3, F: 5, H: 3, G: 2, M: 2, C: 6, k: 2, "#0": 3, "#1": 5 },
+    ...{ starts: cutStarts, rows: "some", full: true },
+  },
+  four: {
+    sizes: { A: 2, P: 1, B: 2, S: 8, U: 8, D: 16, K: 12, N: 20, V: 24, E: 4, F: 8, H: 2, G: 2, M: 2, C: 8, k: 1, "#0": 4, "#1": 12 },
+    ...{ starts: {}, rows: "gaps", full: true },
+  },
+  aligned: {
+    sizes: { A: 1, P: 2, B: 1, S: 64, U: 64, D: 64, K: 64, N: 64, V: 64, E: 8, F: 64, H: 4, G: 2, M: 2, C: 16, k: 2, "#0": 64, "#1": 64 },
+    ...{ starts: {}, rows: "one" },
+  },
+  large: {
+    sizes: { A: 1, P: 1, B: 1, S: 70, U: 74, D: 96, K: 96, N: 128, V: 130, E: 8, F: 96, H: 2, G: 1, M: 4, C: 64, k: 2, "#0": 70, "#1": 96 },
+    ...{ starts: cutStarts, rows: "some" },
+  },
+  // many workgroups
+  long: {
+    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, k: 2, "#0": 300, "#1": 515 },
+    ...{ starts: {}, rows: "some", light: true },
+  },
+  // rows longer than a workgroup, and experts
+  wide: {
+    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1100, V: 2502, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, k: 8, "#0": 2, "#1": 1025 },
+    ...{ starts: cutStarts, rows: "some", light: true },
+  },
+  empty: {
+    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 8, K: 8, N: 8, V: 8, E: 4, F: 8, H: 2, G: 2, M: 1, C: 8, k: 2, "#0": 2, "#1": 3 },
+    ...{ starts: {}, rows: "none", full: true },
+  },
+};
+
+// -- types
+
+/** Inputs that are f32 in any job: routers' probabilities, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
+const always = new Set(["p", "s", "m", "n", "l", "lse", "g", "scale", "lr", "step", "sq"]);
+const indices = new Set(["ids", "target"]);
+
+/** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
+export function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
+  const forward = ops[op.name.replace(/_grad$/, "")];
+  const of = forward && forward !== op ? typesOf(forward, half) : {};
+  const result = forward && forward !== op ? of[forward.outputs[0]!.name] : undefined;
+  const types: Record<string, Dtype> = {};
+  for (const { name, slots, any } of op.inputs) {
+    const f32 = always.has(name) || (slots.length === 0 && !any);
+    types[name] = indices.has(name) ? "i32" : result && (name === "dy" || name === "y") ? result : f32 ? "f32" : half;
+  }
+  const like = op.inputs.map((o) => types[o.name]!).find((t) => t !== "i32") ?? "f32";
+  // a gradient has the type of its value where op.ts is told so, or finds it so
+  for (const { name } of op.outputs) types[name] = op.types?.[name] ?? (op.name.endsWith("_grad") ? of[name.slice(1)] : undefined) ?? like;
+  return types;
+}
+const allF32 = (types: Readonly<Record<string, Dtype>>): Record<string, Dtype> =>
+  Object.fromEntries(Object.entries(types).map(([n, t]) => [n, t === "i32" ? t : "f32"]));
+
+/** Every mixture of types that the contract asks for. */
+function mixtures(op: AnyOp, half: Half): Record<string, Dtype>[] {
+  const mixed = typesOf(op, half);
+  const plain = allF32(mixed);
+  if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
+  return Object.values(mixed).includes(half) ? [plain, mixed] : [plain];
+}
+
+/** What a value becomes when stored. */
+export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
+  if (bytesOf[dtype] !== 2) return x.slice();
+  const words = new Uint16Array(x.length);
+  const out = new Float32Array(x.length);
+  narrow(dtype, words, x);
+  widen(dtype, out, words);
+  return out;
+}
+
+// -- cases
+
+/** Outputs that the compiler may let add to what is there: gradients of parameters, and losses. */
+const accumulates = (op: AnyOp): string[] =>
+  op.outputs.filter((o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "z_loss"].includes(op.name)).map((o) => o.name);
+
+export function casesOf(op: AnyOp, half: Half): ContractCase[] {
+  const cases: ContractCase[] = [];
+  const ragged = [...op.inputs, ...op.outputs].some((o) => o.ragged);
+  const any = op.inputs.some((o) => o.any);
+  for (const [name, set] of Object.entries(sets)) {
+    if (set.light && op.flops) continue;
+    if (set.rows === "none" && !ragged) continue;
+    const types = mixtures(op, half);
+    const more = accumulates(op);
+    const keeps = more.length ? [[], more] : [[]];
+    const combinations = types.flatMap((t, i) =>
+      keeps.filter((_, j) => set.full || keeps.length === 1 || i === j).map((k) => [t, k] as const),
+    );
+    for (const [dtype, kept] of combinations) {
+      const draft = { op, name, set, dtype, kept, seed: cases.length };
+      cases.push(makeCase(draft));
+      if (any && op.inputs.length + op.outputs.length <= 3 && !op.inputs.some((o) => !o.any))
+        cases.push(makeCase({ ...draft, ragged: true }));
+      if (!op.rows) continue;
+      cases.push(makeCase({ ...draft, makesRows: true }));
+      if (set.rows !== "none") cases.push(makeCase({ ...draft, makesRows: true, spare: -2 }));
+    }
+  }
+  return cases;
+}
+
+interface Draft {
+  readonly op: AnyOp;
+  readonly name: string;
+  readonly set: Set;
+  readonly dtype: Record<string, Dtype>;
+  readonly kept: readonly string[];
+  readonly seed: number;
+  /** The operands `...` are rows. */
+  readonly ragged?: boolean;
+  readonly makesRows?: boolean;
+  /** Rows more than there are in the bound; the default depends on the set. */
+  readonly spare?: number;
+}
+
+function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
+  const next = random(1000 * seed + 17);
+  const s = set.sizes;
+  const d: Record<string, number> = { ...ATTRS, ...s, ...(ragged ? { "#0": s.B!, "#1": s.S!, "#2": s.E!, "#3": s.D! } : {}) };
+  const { inputs, outputs } = expandLike(op, ragged ? { slots: 4, ragged: 3 } : { slots: 2, ragged: 0 });
+  const operands = [...inputs, ...outputs];
+  const start = (dim: string) => (ragged ? 0 : (set.starts[dim] ?? 0));
+
+  const mask = probabilities(d, set.rows, next);
+  const index = operands.some((o) => o.ragged) ? indexOf(mask, d, start) : undefined;
+  const count = index ? index.length / 3 : 0;
+  const bound = index
+    ? Math.max(1, spare !== undefined ? count + spare : name === "odd" ? d.B! * d.S! * d.E! : name === "aligned" ? count : count + 37)
+    : 0;
+  const overflows = count > bound;
+
+  const lengthOf = (o: Operand): number => o.slots.slice(o.ragged).reduce((n, slot) => n * slotSize(slot, d), o.ragged ? bound : 1);
+  const keeps = new globalThis.Set([...(op.updates ?? []), ...kept]);
+  const host: Record<string, Float32Array> = {};
+  for (const [i, o] of operands.entries()) {
+    const output = i >= inputs.length;
+    const values = output && !keeps.has(o.name) ? new Float32Array(lengthOf(o)) : fill(op, o, lengthOf(o), d, start, mask, seed, next);
+    host[o.name] = rounded(values, dtype[o.name]!);
+  }
+
+  // what the reference makes of it
+  const rows = index ? rowsBuffer(index, bound, d.E!, start("E")) : new Int32Array(1);
+  const before = Object.fromEntries(Object.entries(host).map(([n, x]) => [n, x.slice()]));
+  op.cpu(before, d, { start, rows });
+  const want: Buffers = {};
+  for (const o of outputs) {
+    const exists = o.ragged ? (lengthOf(o) / bound) * rows[0]! : lengthOf(o);
+    want[o.name] = before[o.name]!.subarray(0, exists);
+  }
+
+  const data: Buffers = Object.fromEntries(Object.entries(host).map(([n, x]) => [n, dtype[n] === "i32" ? Int32Array.from(x) : x]));
+  const mayOverflow = makesRows && (overflows || seed % 2 === 0);
+  if (index) {
+    data.rows = makesRows ? new Int32Array(rows.length).fill(-1) : rows;
+    if (makesRows) want.rows = rows;
+  }
+  if (mayOverflow) {
+    data.needed = Int32Array.of(seed % 3);
+    want.needed = Int32Array.of(Math.max(seed % 3, count));
+  }
+  const attrs = Object.keys(d).filter((n) => !n.startsWith("#"));
+  return {
+    title: [
+      `${op.name}: ${name}`,
+      Object.values(dtype).join("."),
+      ...(kept.length ? [`adds to ${kept}`] : []),
+      ...(index ? [`${count} of ${bound} rows${makesRows ? " made" : ""}`] : []),
+    ].join(", "),
+    use: {
+      ...{ op: op.name, name: `${op.name}_${seed}`, dtype, keeps, bound, makesRows, mayOverflow },
+      d: Object.fromEntries(attrs.map((n) => [n, d[n]!])),
+      size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
+    },
+    data,
+    starts: Object.fromEntries(Object.keys(d).map((dim) => [dim, start(dim)])),
+    want,
+  };
+}
+
+const STEPS = [1, 2, 30, 1000, 100_000];
+
+function fill(
+  op: AnyOp,
+  o: Operand,
+  length: number,
+  d: Sizes,
+  start: (dim: string) => number,
+  mask: Float32Array,
+  seed: number,
+  next: () => number,
+): Float32Array {
+  const out = new Float32Array(length);
+  const positive = () => 1.01 + next();
+  // some ids belong to the pieces before and after
+  if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
+  if (o.name === "p" && !o.ragged && o.slots.at(-1)?.dim === "E") {
+    // in steps of 1/8, so that some are equal
+    if (op.name.startsWith("top_k")) return out.map(() => Math.floor(4 * positive()) / 8);
+    return mask.length === length ? mask.slice() : out.map(() => Math.max(0, next()));
+  }
+  if (["s", "sq", "scale"].includes(o.name) || (op.name === "adamw" && o.name === "v")) return out.map(positive);
+  if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);
+  if (o.name === "lr") return out.fill(0.01);
+  if (o.name === "gain") return out.map(() => 1 + next() / 2);
+  return out.map(next);
+}
+
+/** [B,S,E]: who chose whom. */
+function probabilities({ B, S, E, k }: Sizes, mode: RowsMode, next: () => number): Float32Array {
+  const p = new Float32Array(B! * S! * E!);
+  for (let t = 0; t < B! * S!; t++) {
+    const order = Array.from({ length: E! }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
+    const some = order.slice(0, Math.min(E!, k! + (next() > 0 ? 1 : 0))).map((x) => x.e);
+    // gaps: no token for the first and the last expert, and no expert for every third token
+    const chosen = { some, gaps: t % 3 ? some.filter((e) => e > 0 && e < E! - 1) : [], one: [1], none: [] }[mode];
+    for (const e of chosen) p[t * E! + e] = 0.55 + next() / 2;
+  }
+  return p;
+}
+/** The rows of these probabilities by expert, sequence, token; global. */
+function indexOf(p: Float32Array, { B, S, E }: Sizes, start: (dim: string) => number): number[] {
+  const rows: number[] = [];
+  for (let e = 0; e < E!; e++)
+    for (let b = 0; b < B!; b++)
+      for (let s = 0; s < S!; s++) if (p[(b * S! + s) * E! + e]! > 0) rows.push(start("B") + b, start("S") + s, start("E") + e);
+  return rows;
+}
+/** The index buffer (src/kernels/kernel.ts): the count, the rows, the offsets; what lies between is −1. */
+function rowsBuffer(index: readonly number[], bound: number, E: number, first: number): Int32Array {
+  const count = Math.min(bound, index.length / 3);
+  const out = new Int32Array(offsetsAt(bound) + E + 1).fill(-1);
+  out[0] = count;
+  out.set(index.slice(0, 3 * count), 1);
+  for (let e = 0; e <= E; e++) {
+    let at = 0;
+    while (at < count && index[3 * at + 2]! < first + e) at++;
+    out[offsetsAt(bound) + e] = at;
+  }
+  return out;
+}
+
+// -- the check
+
+/** Runs a case's kernel and compares. Fails with the first element that is off. */
+export async function hold(executor: Executor, made: Made, c: ContractCase): Promise<void> {
+  const have = await executor.run(made, c.use, c.data, c.starts);
+  for (const [name, before] of Object.entries(c.data)) {
+    const want = c.want[name];
+    const label = `${executor.name}: ${c.title}: ${name}`;
+    if (!want) expect(have[name], `${label} is only read`).toEqual(before);
+    else if (name === "rows") sameRows(have.rows as Int32Array, want as Int32Array, c.use.bound, label);
+    else close(have[name]!, want, c.use, name, label);
+  }
+}
+
+function sameRows(have: Int32Array, want: Int32Array, bound: number, label: string): void {
+  const used = (rows: Int32Array) => [...rows.subarray(0, 1 + 3 * want[0]!), ...rows.subarray(offsetsAt(bound))];
+  expect(used(have), label).toEqual(used(want));
+}
+
+/** Half a step of the last place, relative. */
+const stepOf: Readonly<Record<Dtype, number>> = { f32: 2 ** -24, bf16: 2 ** -9, f16: 2 ** -12, i32: 0 };
+
+function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array, use: Use, name: string, label: string): void {
+  const dtype = use.dtype[name]!;
+  if (!dtype || dtype === "i32") return void expect([...have.slice(0, want.length)], label).toEqual([...want]);
+  let largest = 0;
+  for (const x of want) largest = Math.max(largest, Math.abs(x));
+  // f32 sums of up to some thousand terms in another order, and a device's exp, log and sqrt (WGSL allows exp 3 + 2|x| units)
+  let relative = 3e-5;
+  let absolute = 1e-5 * largest;
+  // rounded once when stored; one step more where that falls on the other side
+  relative += 3 * stepOf[dtype];
+  // weights and their gradients enter the second product in half precision, as in every fused attention
+  const halves = Object.values(use.dtype).find((t) => bytesOf[t] === 2);
+  if (use.op.startsWith("attention") && halves) absolute += 4 * stepOf[halves] * largest;
+  for (let i = 0; i < want.length; i++) {
+    const off = Math.abs(have[i]! - want[i]!);
+    if (!(off <= relative * Math.abs(want[i]!) + absolute))
+      expect.fail(`${label}[${i}] is ${have[i]}, not ${want[i]} (${want.length} elements, the largest ${largest})`);
+  }
+}
