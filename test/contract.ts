@@ -33,6 +33,9 @@ export interface ContractCase {
   readonly want: Readonly<Buffers>;
 }
 
+/** Outputs of an op, which arrive poisoned unless they are kept. */
+export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.some((o) => o.name === name);
+
 // -- sizes
 
 interface Set {
