@@ -1,0 +1,170 @@
+/**
+ * WebGPU: all ranks of a plan on one device, each with its arenas there. Kernels come with the plan; a dispatch is bound
+ * once and recorded every time.
+ */
+/// <reference types="@webgpu/types" />
+import { elementsOf, startOf } from "../../schemas/layout.ts";
+import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Backend, Fleet, HostData } from "../backend.ts";
+import { rowsOverflow } from "../cpu.ts";
+import { narrow, widen } from "../halves.ts";
+import { type Arenas, type Limits, makeArenas, type Place } from "./arenas.ts";
+import { type Bind, binder } from "./bindings.ts";
+import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
+import { openDevice } from "./device.ts";
+import { deviceLoopback } from "./loopback.ts";
+import { compileKernels, compiler, isStart, type Pipeline } from "./pipelines.ts";
+
+export interface WebgpuFleet extends Fleet {
+  /** What people call the adapter; says so where it is software. */
+  readonly adapter: string;
+  readonly device: GPUDevice;
+  /** What ran when, since the last time this was asked; empty where the fleet was not opened for it or the adapter has no clock. */
+  profile(): Promise<readonly Timing[]>;
+}
+export interface WebgpuSettings {
+  /** Takes the time of every dispatch, which makes them run one by one. */
+  readonly profile?: boolean;
+  /** Below the device's own. */
+  readonly limits?: Partial<Limits>;
+}
+/** What lies beside the plan in kernels/. */
+export interface Sources {
+  kernel(file: string): string;
+}
+
+export async function openWebgpu(
+  plan: Plan,
+  sources: Sources,
+  { profile = false, limits = {} }: WebgpuSettings = {},
+): Promise<WebgpuFleet> {
+  const [kind, detail] = plan.toolchain.target.split(":");
+  if (kind !== "webgpu")
+    throw new Trouble(`the plan is for ${plan.toolchain.target}, and WebGPU cannot run it`, "compile the job for the target webgpu");
+  const gpu = await openDevice(detail!, { timestamps: profile });
+  try {
+    const { device, adapter } = gpu;
+    const { mesh, programs } = plan;
+    const ranks = Array.from({ length: mesh.world }, (_, r) => r);
+    const compile = compiler(gpu);
+    const bind = binder(gpu);
+    const kernels = await compileKernels(compile, plan.kernels, sources.kernel);
+    const commands = commandsOn(gpu, { timed: profile });
+    const own = { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize };
+    const arenas = ranks.map((r) => makeArenas(gpu, plan, r, { ...own, ...limits }));
+    const place = (rank: number, b: Buffer, slot: number) => arenas[rank]!.place(b, slot);
+    const comm = await deviceLoopback(plan, { gpu, commands, compile, bind, place });
+    // what was made is there, or this says why not
+    await commands.finish();
+    const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
+    const bounds = ranks.flatMap((rank) => {
+      const p = programs[Math.floor(rank / mesh.per_stage)]!;
+      return p.bounds.map(({ needed, bound }) => ({ rank, needed, bound, at: place(rank, p.buffers.find((b) => b.id === needed)!, 0) }));
+    });
+    return {
+      ranks,
+      backend: (rank) => backends[rank]!,
+      comm,
+      adapter,
+      device,
+      async finish() {
+        await commands.finish();
+        const found = await commands.read(bounds.map(({ at }) => at));
+        for (const [k, { rank, needed, bound }] of bounds.entries()) {
+          const rows = new Int32Array(found[k]!)[0]!;
+          if (rows > bound) throw rowsOverflow(needed, rank, rows, bound);
+        }
+      },
+      profile: () => commands.timings(),
+      async close() {
+        gpu.close();
+      },
+    };
+  } catch (error) {
+    gpu.close();
+    throw error;
+  }
+}
+
+interface Own {
+  readonly arenas: Arenas;
+  readonly commands: Commands;
+  readonly kernels: ReadonlyMap<string, readonly Pipeline[]>;
+  readonly bind: Bind;
+}
+
+function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): Backend {
+  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
+  const launches = new Map(plan.kernels.map((k) => [k.id, k]));
+
+  /** An op bound to its buffers in one slot: a dispatch per launch of its kernel. */
+  function bound(i: Compute, slot: number): Dispatch[] {
+    const kernel = launches.get(i.kernel)!;
+    return kernel.launches.map((launch, n) => {
+      const { pipeline, layout } = kernels.get(i.kernel)![n]!;
+      const places = launch.args.filter((a) => !isStart(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
+      const starts = launch.args.filter(isStart).map((a) => start(i, a));
+      const group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, starts.length ? starts : undefined);
+      return { pipeline, group, grid: launch.grid, of: { rank, id: i.id, op: i.op, kernel: i.kernel } };
+    });
+  }
+  function placeOf(i: Compute, slot: number, arg: Arg, { args }: Launch, scratch: number): Place {
+    if (typeof arg !== "string") throw new Error(`rankc: ${i.kernel} wants a tensor map, which WebGPU has not`);
+    const operand = i.reads[arg] ?? i.writes[arg];
+    if (operand) return arenas.place(buffers.get(operand)!, slot);
+    const from = scratchFrom(arg);
+    if (from !== undefined) {
+      // parts of the scratch arena that one launch sees must not overlap: each ends where the next begins
+      const next = args.map((a) => scratchFrom(a) ?? 0).filter((at) => at > from);
+      return { ...arenas.scratch, offset: from, bytes: Math.min(scratch, ...next) - from };
+    }
+    const rows = rowsOf(i, buffers);
+    const named = arg === "rows" ? rows : arg === "needed" ? `${rows}.needed` : undefined;
+    const buffer = buffers.get(named ?? "");
+    if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} wants ${arg}, which the plan does not give it`);
+    return arenas.place(buffer, slot);
+  }
+  function start(i: Compute, arg: string): number {
+    const [size, cut] = i.dims[arg.slice("start(".length, -1)]!;
+    return startOf(plan.mesh, size, cut, rank % plan.mesh.per_stage);
+  }
+
+  const made = new Map<Compute, Dispatch[][]>();
+  return {
+    zeroGradients() {
+      for (const place of arenas.gradients) commands.clear(place);
+    },
+    compute(i, slot) {
+      let slots = made.get(i);
+      if (!slots) made.set(i, (slots = []));
+      for (const d of (slots[slot] ??= bound(i, slot))) commands.dispatch(d);
+    },
+    write(b, slot, data) {
+      const half = b.dtype === "bf16" || b.dtype === "f16" ? new Uint16Array(data.length) : undefined;
+      if (half) narrow(b.dtype, half, data as Float32Array);
+      commands.write(arenas.place(b, slot), half ?? data);
+    },
+    async read(b, slot) {
+      const [bytes] = await commands.read([arenas.place(b, slot)]);
+      return hostData(b, bytes!);
+    },
+  };
+}
+
+/** `scratch+256` → 256; undefined for other arguments. */
+const scratchFrom = (arg: Arg): number | undefined =>
+  typeof arg === "string" && arg.startsWith("scratch+") ? Number(arg.slice("scratch+".length)) : undefined;
+
+/** The index that an op makes, or goes by. */
+const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>
+  i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)!).find((b) => b.ragged)?.rows;
+
+function hostData(b: Buffer, bytes: ArrayBuffer): HostData {
+  if (b.dtype === "i32") return new Int32Array(bytes);
+  if (b.dtype === "f32") return new Float32Array(bytes);
+  const wide = new Float32Array(elementsOf(b.shape));
+  widen(b.dtype, wide, new Uint16Array(bytes));
+  return wide;
+}

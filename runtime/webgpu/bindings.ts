@@ -1,0 +1,36 @@
+/** Bind groups: the places of a launch's buffers, and its one uniform of four integers. Equal uniforms are one GPUBuffer. */
+/// <reference types="@webgpu/types" />
+import type { Place } from "./arenas.ts";
+import { type Gpu, usage } from "./device.ts";
+
+export type Bind = (label: string, layout: GPUBindGroupLayout, places: readonly Place[], uniform?: readonly number[]) => GPUBindGroup;
+
+/** Kernels read whole vectors, also where a buffer ends within one: places are further apart than that. */
+const VECTOR = 16;
+const wholeVectors = (bytes: number): number => Math.max(1, Math.ceil(bytes / VECTOR)) * VECTOR;
+
+export function binder({ device }: Gpu): Bind {
+  const uniforms = new Map<string, GPUBuffer>();
+  const uniformOf = (values: readonly number[]): GPUBuffer => {
+    const key = values.join();
+    const known = uniforms.get(key);
+    if (known) return known;
+    const made = device.createBuffer({ label: `starts ${key}`, size: VECTOR, usage: usage.uniform | usage.copyTarget });
+    device.queue.writeBuffer(
+      made,
+      0,
+      Int32Array.from({ length: 4 }, (_, i) => values[i] ?? 0),
+    );
+    uniforms.set(key, made);
+    return made;
+  };
+  return (label, layout, places, uniform) =>
+    device.createBindGroup({
+      label,
+      layout,
+      entries: [
+        ...places.map(({ buffer, offset, bytes }, binding) => ({ binding, resource: { buffer, offset, size: wholeVectors(bytes) } })),
+        ...(uniform ? [{ binding: places.length, resource: { buffer: uniformOf(uniform) } }] : []),
+      ],
+    });
+}

@@ -1,0 +1,64 @@
+/**
+ * The kernels of collectives among ranks that share a device: small enough to stand here, and known only when the plan's
+ * groups are. Sums and maxima are taken in f32, in the order of the sources.
+ */
+import type { Dtype } from "../../schemas/plan.ts";
+import type { Source } from "./pipelines.ts";
+
+export type Reduction = "sum" | "max";
+const THREADS = 256;
+/** One of the 8 storage buffers that every adapter allows is the result. */
+export const MOST_SOURCES = 7;
+const LARGEST_GRID = 65535;
+
+export interface Reduce {
+  readonly reduction: Reduction;
+  readonly dtype: Dtype;
+  readonly sources: number;
+  /** The result goes on from what it holds, rather than beginning with the first source. */
+  readonly more: boolean;
+}
+
+const wgslType: Readonly<Record<Dtype, string>> = { f32: "f32", f16: "f16", i32: "i32", bf16: "u32" };
+const enable = (dtypes: readonly Dtype[]): string => (dtypes.includes("f16") ? "enable f16;\n" : "");
+const buffer = (binding: number, name: string, type: string): string =>
+  `@group(0) @binding(${binding}) var<storage, read_write> ${name}: array<${type}>;\n`;
+const entry = `@compute @workgroup_size(${THREADS})
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: vec3u, @builtin(local_invocation_index) lane: u32) {
+  let i = (group.y * groups.x + group.x) * ${THREADS}u + lane;
+`;
+
+/** total[i] = the reduction of x0[i], x1[i], …; total is f32 and as long as its binding. */
+export function reduceSource({ reduction, dtype, sources, more }: Reduce): Source {
+  const values = Array.from({ length: sources }, (_, s) => `f32(x${s}[i])`);
+  const all = more ? ["total[i]", ...values] : values;
+  const combined = all.reduce((left, right) => (reduction === "sum" ? `${left} + ${right}` : `max(${left}, ${right})`));
+  const code = `${enable([dtype])}${values.map((_, s) => buffer(s, `x${s}`, wgslType[dtype])).join("")}${buffer(sources, "total", "f32")}
+${entry}  if (i >= arrayLength(&total)) { return; }
+  total[i] = ${combined};
+}
+`;
+  return {
+    name: `the ${reduction} of ${sources} ranks in ${dtype}`,
+    code,
+    entries: [{ entry: "main", buffers: sources + 1, uniform: false }],
+  };
+}
+
+/** to[place.y + i] = from[place.x + i] for i < place.z: for blocks of 16-bit values that begin or end within a word, and to round. */
+export function placeSource(from: Dtype, to: Dtype): Source {
+  const code = `${enable([from, to])}${buffer(0, "source", wgslType[from])}${buffer(1, "result", wgslType[to])}@group(0) @binding(2) var<uniform> place: vec4u;
+
+${entry}  if (i >= place.z) { return; }
+  result[place.y + i] = ${wgslType[to]}(source[place.x + i]);
+}
+`;
+  return { name: `a block of ${from} as ${to}`, code, entries: [{ entry: "main", buffers: 2, uniform: true }] };
+}
+
+/** Workgroups for so many elements, folded where one row of them would be too long. */
+export function gridOf(elements: number): [number, number, number] {
+  const groups = Math.ceil(elements / THREADS);
+  const rows = Math.max(1, Math.ceil(groups / LARGEST_GRID));
+  return [Math.ceil(groups / rows), rows, 1];
+}

@@ -1,0 +1,97 @@
+/**
+ * The plan's kernels on a device: a pipeline per launch, compiled together. Buffers of a launch are bound as storage in
+ * the order of its arguments; all its `start(…)` form one uniform at the end.
+ */
+/// <reference types="@webgpu/types" />
+import type { Kernel } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Gpu } from "./device.ts";
+
+const COMPUTE_STAGE = 4;
+
+export interface Pipeline {
+  readonly pipeline: GPUComputePipeline;
+  readonly layout: GPUBindGroupLayout;
+}
+export interface Source {
+  /** What people find it by: the kernel's id and op. */
+  readonly name: string;
+  readonly code: string;
+  readonly entries: readonly { readonly entry: string; readonly buffers: number; readonly uniform: boolean }[];
+}
+export type Compile = (source: Source) => Promise<readonly Pipeline[]>;
+
+export function compiler({ device, done, adapter }: Gpu): Compile {
+  const layouts = new Map<string, GPUBindGroupLayout>();
+  const layoutOf = (buffers: number, uniform: boolean): GPUBindGroupLayout => {
+    const key = `${buffers}${uniform}`;
+    const known = layouts.get(key);
+    if (known) return known;
+    const types: GPUBufferBindingType[] = [
+      ...Array.from({ length: buffers }, () => "storage" as const),
+      ...(uniform ? (["uniform"] as const) : []),
+    ];
+    const made = device.createBindGroupLayout({
+      entries: types.map((type, binding) => ({ binding, visibility: COMPUTE_STAGE, buffer: { type } })),
+    });
+    layouts.set(key, made);
+    return made;
+  };
+  return async ({ name, code, entries }) => {
+    const refused = (why: string): Trouble =>
+      new Trouble(
+        `${name} does not compile on ${adapter}: ${why}`,
+        "compile the plan again with this version of rankc; if that does not help, compile it for webgpu:baseline",
+        3,
+      );
+    // the error is told here, and not to everyone
+    device.pushErrorScope("validation");
+    const module = device.createShaderModule({ label: name, code });
+    await done(device.popErrorScope());
+    const { messages } = await done(module.getCompilationInfo());
+    const errors = messages.filter(({ type }) => type === "error");
+    if (errors.length) {
+      const lines = code.split("\n");
+      throw refused(
+        errors.map((m) => `line ${m.lineNum}:${m.linePos}: ${m.message}\n    ${lines[m.lineNum - 1]?.trim() ?? ""}`).join("\n  "),
+      );
+    }
+    return Promise.all(
+      entries.map(async ({ entry, buffers, uniform }) => {
+        const layout = layoutOf(buffers, uniform);
+        const making = device.createComputePipelineAsync({
+          label: name,
+          layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
+          compute: { module, entryPoint: entry },
+        });
+        const pipeline = await done(making).catch((error: unknown) => {
+          throw error instanceof Trouble ? error : refused(`${entry}: ${error instanceof Error ? error.message.split("\n\n")[0] : error}`);
+        });
+        return { pipeline, layout };
+      }),
+    );
+  };
+}
+
+export const isStart = (arg: unknown): arg is string => typeof arg === "string" && arg.startsWith("start(");
+
+/** By kernel id, a pipeline per launch. */
+export async function compileKernels(
+  compile: Compile,
+  kernels: readonly Kernel[],
+  text: (file: string) => string,
+): Promise<Map<string, readonly Pipeline[]>> {
+  const made = kernels.map(async (k) => {
+    if (!k.source) throw new Error(`rankc: the kernel ${k.id} has no source: the plan is for another target`);
+    const entries = k.launches.map(({ entry, args }) => ({
+      entry,
+      buffers: args.filter((a) => !isStart(a)).length,
+      uniform: args.some(isStart),
+    }));
+    return [
+      k.id,
+      await compile({ name: `kernel ${k.id} of ${k.op} (kernels/${k.source.file})`, code: text(k.source.file), entries }),
+    ] as const;
+  });
+  return new Map(await Promise.all(made));
+}
