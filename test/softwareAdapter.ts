@@ -17,6 +17,9 @@ export const noAdapter: string | undefined =
     ? undefined
     : "the software adapter is a library for linux-x64; RANKC_WEBGPU=hardware uses the machine's own";
 
+/** Why tests of 16-bit floats are skipped. */
+export const noHalves: string | undefined = noAdapter ?? (hardware ? undefined : "the software adapter has no shader-f16");
+
 /** The environment of a process that is to see the adapter from its start: what `spawn` takes as `env`. */
 export const adapterEnv: NodeJS.ProcessEnv = hardware || noAdapter ? process.env : seeSwiftShader();
 
