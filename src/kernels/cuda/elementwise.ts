@@ -1,0 +1,156 @@
+/** Kernels whose every output element comes from the inputs' at the same place, and from what is one per row or one alone. */
+import { bytesOf, type Dtype } from "../../../schemas/plan.ts";
+import { render } from "../../../templates/bindings.ts";
+import type { Arch } from "../../target.ts";
+import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker } from "./index.ts";
+import { source } from "./prelude.ts";
+
+/** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
+interface Formula {
+  /** Inputs with as many elements as the outputs. */
+  readonly streams: readonly string[];
+  /** One value for all. */
+  readonly scalars?: readonly string[];
+  /** Inputs that `row` or `element` index themselves. */
+  readonly indexed?: readonly string[];
+  /** Elements that share what `row` reads; a vector lies within one. */
+  readonly width?: number;
+  readonly once?: readonly string[];
+  readonly row?: readonly string[];
+  readonly element?: readonly string[];
+  readonly outputs: Readonly<Record<string, string>>;
+}
+
+type Sizes = Readonly<Record<string, number>>;
+const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> = {
+  add: () => ({ streams: ["a", "b"], outputs: { y: "a + b" } }),
+  accumulate: () => ({ streams: ["x", "y"], outputs: { y: "y + x" } }),
+  cast: () => ({ streams: ["x"], outputs: { y: "x" } }),
+  swiglu: () => ({ streams: ["gate", "up"], outputs: { y: "gate * sigmoid(gate) * up" } }),
+  swiglu_grad: () => ({
+    streams: ["gate", "up", "dy"],
+    element: ["const float s = sigmoid(gate);"],
+    outputs: { dgate: "dy * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * gate * s" },
+  }),
+  swiglu_rows: ({ F }) => ({
+    ...{ streams: ["gate", "up"], indexed: ["p"], width: F! },
+    row: ["const float p = widen(pAt[row]);"],
+    outputs: { y: "gate * sigmoid(gate) * up * p" },
+  }),
+  nll: () => ({ streams: ["m", "s", "p"], outputs: { l: "logf(s) + m - p" } }),
+  nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
+  mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
+  sum_exp_grad: ({ V }) => ({
+    ...{ streams: ["x"], indexed: ["m", "dy"], width: V! },
+    row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],
+    outputs: { dx: "dy * fastExp(x - m)" },
+  }),
+  pick_grad: ({ V }, start) => ({
+    ...{ streams: [], indexed: ["target", "dy"], width: V! },
+    row: [
+      "const float dy = widen(dyAt[row]);",
+      // an id of another piece is below 0 or beyond V: it meets no place
+      `const int here = targetAt[row] - ${start} - int(at % (${V} / N)) * N;`,
+    ],
+    outputs: { dx: "j == here ? dy : 0.0f" },
+  }),
+  aux_loss_grad: ({ P, S, E, c }) => ({
+    ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
+    row: [`const float* n = nAt + i64(row / ${P! * S!}) * ${E} + int(at % (${E} / N)) * N;`],
+    outputs: { dp: `${f32(c!)} * dy * n[j]` },
+  }),
+  // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
+  adamw: ({ beta1, beta2, eps, decay }) => ({
+    ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
+    once: [
+      `const float rate = lr / -expm1f(step * ${f32(Math.log(beta1!))});`,
+      `const float unbias = 1.0f / sqrtf(-expm1f(step * ${f32(Math.log(beta2!))}));`,
+      `const float keep = 1.0f - lr * ${f32(decay!)};`,
+    ],
+    element: [
+      "const float x = g * scale;",
+      `const float mean = ${f32(beta1!)} * m + ${f32(1 - beta1!)} * x;`,
+      `const float square = ${f32(beta2!)} * v + ${f32(1 - beta2!)} * x * x;`,
+    ],
+    outputs: {
+      w: `w * keep - rate * mean * fastReciprocal(sqrtf(square) * unbias + ${f32(eps!)})`,
+      m: "mean",
+      v: "square",
+    },
+  }),
+};
+/** Ops that need to know where a dim begins here. */
+const starts: Readonly<Record<string, string>> = { pick_grad: "V" };
+
+export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
+  Object.entries(formulas).map(([op, formula]) => [
+    op,
+    (use: Use, arch: Arch) => makeElementwise(use, arch, formula(use.d, "start"), starts[op]),
+  ]),
+);
+
+const THREADS = 256;
+/** Multiprocessors: enough blocks for each are better than more vectors per thread. */
+export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
+
+function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undefined): Made {
+  const names = Object.keys(f.outputs);
+  const total = use.size[names[0]!]!;
+  const row = f.width ?? (use.bound > 0 ? total / use.bound : total);
+  const width = vectorOf(
+    row,
+    [...f.streams, ...names].map((name) => use.dtype[name]!),
+  );
+  // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
+  const inFlight = f.streams.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
+  let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
+  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll /= 2;
+  unroll = Math.floor(unroll);
+  const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
+  const inputs = [...f.streams.filter((name) => !names.includes(name)), ...indexed];
+  const vectors = total / width;
+  const body = render("cuda/elementwise.cu", {
+    ...{ name: use.name, width, unroll, threads: THREADS },
+    index: vectors + THREADS * unroll < 2 ** 31 ? "u32" : "u64",
+    end: use.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
+    params: [
+      ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* ${name}At`),
+      ...names.map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
+      ...(use.bound > 0 ? ["const int* rows"] : []),
+      ...(start ? ["int start"] : []),
+    ].join(", "),
+    scalars: f.scalars ?? [],
+    once: f.once ?? [],
+    row: f.width ? [`const Index row = at / (${row} / N);`, ...(f.row ?? [])] : [],
+    element: f.element ?? [],
+    inputs: f.streams.map((name) => ({ name, type: cudaType(use.dtype[name]!) })),
+    outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
+  });
+  return {
+    source: source(use, body),
+    launches: [
+      {
+        entry: use.name,
+        grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
+        ...{ threads: THREADS, shared: 0 },
+        args: [...inputs, ...names, ...(use.bound > 0 ? ["rows"] : []), ...(start ? [`start(${start})`] : [])],
+      },
+    ],
+  };
+}
+
+/** Elements that are moved at once: 16 bytes of the narrowest type where the row's length allows it. */
+export function vectorOf(row: number, types: readonly Dtype[]): number {
+  let width = 16 / Math.min(...types.map((t) => bytesOf[t]));
+  while (row % width !== 0) width /= 2;
+  return width;
+}
+
+export const cudaType = (t: Dtype): string => (t === "f32" ? "float" : t === "i32" ? "int" : t);
+
+/** A number as an f32 literal. */
+export function f32(x: number): string {
+  const text = String(Math.fround(x));
+  return /[.e]/.test(text) ? `${text}f` : `${text}.0f`;
+}

@@ -1,0 +1,245 @@
+/**
+ * Hopper's asynchronous parts, as PTX documents them: barriers with phases and expected bytes, boxes of tensors with the
+ * 128-byte swizzle, products of warpgroups through operand descriptors, clusters. Everything asynchronous happens as late as it
+ * may: loads when somebody waits, in any order; products and stores when they are waited for; until then sums are NaN.
+ */
+#pragma once
+
+namespace emulator {
+
+// -- barriers: eight bytes in shared memory, which hold the number of their state and a mark
+
+struct PhaseBarrier {
+  word arrivals, pending, phase;
+  long long bytes;
+};
+static PhaseBarrier phaseBarriers[maxCluster][64];
+static word phaseBarrierCount[maxCluster];
+constexpr word barrierMark = 0xba551e12;
+
+inline PhaseBarrier& phaseBarrierAt(word address, word rank) {
+  word state[2];
+  memcpy(state, sharedOf[rank] + address, 8);
+  if (address % 8 || state[1] != barrierMark || state[0] >= phaseBarrierCount[rank]) fail("there is no barrier at byte %u of rank %u", address, rank);
+  return phaseBarriers[rank][state[0]];
+}
+inline void barrierInit(word address, word arrivals) {
+  const word rank = clusterRank();
+  if (phaseBarrierCount[rank] == 64) fail("more than 64 barriers");
+  const word state[2] = {phaseBarrierCount[rank]++, barrierMark};
+  memcpy(sharedPointer(address), state, 8);
+  phaseBarriers[rank][state[0]] = {arrivals, arrivals, 0, 0};
+}
+inline void endPhase(PhaseBarrier& b) {
+  events++;
+  if (b.pending || b.bytes) return;
+  b.phase ^= 1;
+  b.pending = b.arrivals;
+}
+inline void barrierArrive(word address, word rank) {
+  PhaseBarrier& b = phaseBarrierAt(address, rank);
+  if (!b.pending) fail("more arrivals than the %u of the barrier at byte %u", b.arrivals, address);
+  b.pending--;
+  endPhase(b);
+}
+inline void barrierExpect(word address, word bytes) {
+  phaseBarrierAt(address, clusterRank()).bytes += bytes;
+  barrierArrive(address, clusterRank());
+}
+
+// -- boxes
+
+struct Load {
+  word to, barrier, ranks;
+  TensorMap map;
+  int at[3];
+};
+static Load loads[4096];
+static int loadCount;
+static word chance = 1;
+
+inline word swizzled(word address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void checkMap(const TensorMap& m, word shared) {
+  if (m.rank != 3) fail("a tensor map of rank %u where three coordinates are given", m.rank);
+  if (m.swizzle != 128 || m.box[0] * m.elementBytes != 128 || shared % 1024) fail("a box that is not 128 bytes wide and swizzled, or begins at no multiple of 1024");
+  if (m.address % 16 || m.strides[0] % 16 || m.strides[1] % 16) fail("a tensor map whose address or strides are no multiples of 16");
+  for (int i = 0; i < 3; i++)
+    if (!m.box[i] || m.box[i] > 256 || !m.sizes[i] || m.sizes[i] >> 32) fail("a tensor map with a box or size out of range");
+}
+/** Each element of the box that is within the tensor, and where it lies in shared memory; `outside` for the others. */
+template <class Inside, class Outside> inline void eachOf(const TensorMap& m, const int* at, word shared, Inside inside, Outside outside) {
+  for (word z = 0, row = 0; z < m.box[2]; z++)
+    for (word y = 0; y < m.box[1]; y++, row++)
+      for (word x = 0; x < m.box[0]; x++) {
+        const word place = swizzled(shared + row * 128 + x * m.elementBytes);
+        const long long c[3] = {(long long)at[0] + x, (long long)at[1] + y, (long long)at[2] + z};
+        bool in = true;
+        for (int i = 0; i < 3; i++) in &= c[i] >= 0 && c[i] < (long long)m.sizes[i];
+        if (in) inside(place, reinterpret_cast<unsigned char*>(m.address + c[0] * m.elementBytes + c[1] * m.strides[0] + c[2] * m.strides[1]));
+        else outside(place);
+      }
+}
+inline void tensorLoad(word to, const TensorMap& map, word barrier, word ranks, int x, int y, int z) {
+  checkMap(map, to);
+  if (loadCount == 4096) fail("more than 4096 loads under way");
+  loads[loadCount++] = {to, barrier, ranks, map, {x, y, z}};
+}
+/** One of the loads under way arrives. */
+inline bool arriveLoad() {
+  if (!loadCount) return false;
+  chance = chance * 1664525u + 1013904223u;
+  const int i = int((chance >> 8) % word(loadCount));
+  const Load l = loads[i];
+  loads[i] = loads[--loadCount];
+  for (word rank = 0; rank < maxCluster; rank++) {
+    if (!(l.ranks >> rank & 1)) continue;
+    eachOf(
+      l.map, l.at, l.to, [&](word place, unsigned char* global) { memcpy(sharedOf[rank] + place, global, l.map.elementBytes); },
+      [&](word place) { memset(sharedOf[rank] + place, 0, l.map.elementBytes); });
+    PhaseBarrier& b = phaseBarrierAt(l.barrier, rank);
+    b.bytes -= l.map.box[1] * l.map.box[2] * 128ll;
+    endPhase(b);
+  }
+  return true;
+}
+inline void barrierWait(word address, word parity) {
+  const PhaseBarrier& b = phaseBarrierAt(address, clusterRank());
+  waitUntil([&] { return b.phase != parity || (arriveLoad(), b.phase != parity); }, "a barrier in shared memory");
+}
+
+struct Store {
+  TensorMap map;
+  word from;
+  int at[3], group;
+  bool add;
+};
+/** What a thread has under way beside its copies. */
+struct Async {
+  Store stores[64];
+  int storeCount, storeGroups;
+  struct Product {
+    u64 a, b;
+    bool add, transposedA, transposedB;
+    int group;
+  } products[64];
+  int productCount, productGroups, sumCount;
+  float* sums;
+  float kept[256];
+};
+static Async* asyncs;
+inline Async& mine() {
+  if (!asyncs) asyncs = static_cast<Async*>(calloc(maxThreads, sizeof(Async)));
+  return asyncs[current];
+}
+inline void tensorStore(const TensorMap& map, word from, int x, int y, int z, bool add) {
+  checkMap(map, from);
+  Async& a = mine();
+  if (a.storeCount == 64) fail("more than 64 stores under way");
+  if (add && map.elementBytes != 4) fail("an addition that is not of f32");
+  a.stores[a.storeCount++] = {map, from, {x, y, z}, a.storeGroups, add};
+}
+inline void storeCommit() { mine().storeGroups++; }
+inline void storeRead(int pending) {
+  Async& a = mine();
+  int left = 0;
+  for (int i = 0; i < a.storeCount; i++) {
+    const Store s = a.stores[i];
+    if (s.group >= a.storeGroups - pending) {
+      a.stores[left++] = s;
+      continue;
+    }
+    eachOf(
+      s.map, s.at, s.from,
+      [&](word place, unsigned char* global) {
+        if (!s.add) return void memcpy(global, sharedPointer(place), s.map.elementBytes);
+        float x, y;
+        memcpy(&x, global, 4);
+        memcpy(&y, sharedPointer(place), 4);
+        x += y;
+        memcpy(global, &x, 4);
+      },
+      [](word) {});
+  }
+  a.storeCount = left;
+}
+inline void asyncFence() {}
+
+// -- products of a warpgroup
+
+/** An element of an operand: row r (of b: column) and k. The layouts of 128-byte swizzle: ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)) along rows, ((8,m),(T,2k)):((8T,SBO),(1,T)) along k. */
+inline float operandElement(u64 descriptor, bool transposed, word r, word k) {
+  const word start = word(descriptor & 0x3fff) << 4, lbo = word(descriptor >> 16 & 0x3fff) << 4, sbo = word(descriptor >> 32 & 0x3fff) << 4;
+  const word at = transposed ? r / 64 * lbo + k / 8 * sbo + k % 8 * 128 + r % 64 * 2 : r / 8 * sbo + r % 8 * 128 + k * 2;
+  unsigned short bits;
+  memcpy(&bits, sharedPointer(swizzled(start + at)), 2);
+  return bf16(bits);
+}
+inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB) {
+  Async& m = mine();
+  for (u64 d : {a, b})
+    if (d >> 62 != 1 || (d >> 49 & 7)) fail("an operand's descriptor %llx is not of the 128-byte swizzle", d);
+  if (m.productCount == 64) fail("more than 64 products under way");
+  if (m.productCount && m.sums != sums) fail("products onto other sums while some are under way");
+  if (!m.productCount) {
+    m.sums = sums;
+    m.sumCount = count;
+    memcpy(m.kept, sums, sizeof(float) * count);
+    memset(sums, 0xff, sizeof(float) * count);
+  }
+  m.products[m.productCount++] = {a, b, add, transposedA, transposedB, m.productGroups};
+}
+inline void productCommit() { mine().productGroups++; }
+inline void productWait(int pending) {
+  Async& m = mine();
+  const int lane = current % 32, first = current / 32 % 4 * 16 + lane / 4;
+  int done = 0;
+  for (; done < m.productCount && m.products[done].group < m.productGroups - pending; done++) {
+    const Async::Product& p = m.products[done];
+    float a[2][16];
+    for (int h = 0; h < 2; h++)
+      for (int k = 0; k < 16; k++) a[h][k] = operandElement(p.a, p.transposedA, first + 8 * h, k);
+    for (int c = 0; c < m.sumCount / 2; c++) {
+      const int column = c / 2 * 8 + lane % 4 * 2 + c % 2;
+      double sum[2] = {0, 0};
+      for (int k = 0; k < 16; k++) {
+        const float b = operandElement(p.b, p.transposedB, column, k);
+        for (int h = 0; h < 2; h++) sum[h] += double(a[h][k]) * b;
+      }
+      for (int h = 0; h < 2; h++) {
+        float& to = m.kept[c / 2 * 4 + h * 2 + c % 2];
+        to = float(sum[h] + (p.add ? to : 0.0f));
+      }
+    }
+  }
+  if (!done) return;
+  m.productCount -= done;
+  memmove(m.products, m.products + done, sizeof(Async::Product) * m.productCount);
+  if (!m.productCount) memcpy(m.sums, m.kept, sizeof(float) * m.sumCount);
+}
+
+/** Lane t holds columns 2q, 2q+1 of row g of each matrix; lanes 8i to 8i+7 give the rows of matrix i. */
+inline void storeMatrices(word row, word a, word b, word c, word d) {
+  if (row % 16) fail("stmatrix of a row at %u, no multiple of 16", row);
+  const word in[4] = {a, b, c, d};
+  memcpy(myWords(), in, sizeof in);
+  together(~0u, "stmatrix.x4", row, [](Team& t) {
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) memcpy(sharedPointer(word(t.in[8 * i + lane / 4])) + lane % 4 * 4, &t.words[lane][i], 4);
+  });
+}
+
+// -- a cluster's beginning and end
+
+inline void beginCluster() {
+  memset(phaseBarrierCount, 0, sizeof phaseBarrierCount);
+  loadCount = 0;
+  if (asyncs) memset(asyncs, 0, sizeof(Async) * maxThreads);
+}
+inline void endCluster() {
+  if (loadCount) fail("%d loads are still under way where all threads have ended", loadCount);
+  for (int i = 0; asyncs && i < count; i++)
+    if (asyncs[i].storeCount || asyncs[i].productCount) fail("thread %d has ended with stores or products under way", i);
+}
+
+}  // namespace emulator
