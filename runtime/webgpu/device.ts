@@ -82,6 +82,8 @@ export async function openDevice(profile: string, { timestamps = false } = {}): 
   let wrong: Error | undefined;
   let closed = false;
   device.addEventListener("uncapturederror", (event) => {
+    // told by `done`; Dawn would also print it
+    event.preventDefault();
     wrong ??= troubleOf((event as GPUUncapturedErrorEvent).error, name);
   });
   const lost = device.lost.then(({ message }) => {
