@@ -79,7 +79,7 @@ const sets: Readonly<Record<string, Set>> = {
   },
   // rows longer than a workgroup, and experts
   wide: {
-    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1100, V: 2502, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, k: 8, "#0": 2, "#1": 1025 },
+    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1030, V: 1026, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, k: 8, "#0": 2, "#1": 1025 },
     ...{ starts: cutStarts, rows: "some", light: true },
   },
   empty: {
@@ -310,11 +310,14 @@ export async function hold(executor: Executor, made: Made, c: ContractCase): Pro
   for (const [name, before] of Object.entries(c.data)) {
     const want = c.want[name];
     const label = `${executor.name}: ${c.title}: ${name}`;
-    if (!want) expect(have[name], `${label} is only read`).toEqual(before);
+    if (!want) expect(same(have[name]!, before), `${label} is only read`).toBe(true);
     else if (name === "rows") sameRows(have.rows as Int32Array, want as Int32Array, c.use.bound, label);
     else close(have[name]!, want, c.use, name, label);
   }
 }
+
+const same = (have: Float32Array | Int32Array, want: Float32Array | Int32Array): boolean =>
+  have.length === want.length && want.every((x, i) => Object.is(have[i], x));
 
 function sameRows(have: Int32Array, want: Int32Array, bound: number, label: string): void {
   const used = (rows: Int32Array) => [...rows.subarray(0, 1 + 3 * want[0]!), ...rows.subarray(offsetsAt(bound))];

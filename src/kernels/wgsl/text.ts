@@ -4,6 +4,7 @@
  */
 import type { Dtype, Launch } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
+import type { Made, Use } from "../kernel.ts";
 
 /** A storage buffer of an entry: what the launch binds, the variable it is in the source, and the type of its elements. */
 export interface Binding {
@@ -46,6 +47,13 @@ export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as co
 /** What a source with such operands begins with. */
 export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
 
+/** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
+export const kernel = (use: Use, entries: readonly Entry[], texts: readonly string[], scratch = 0): Made => ({
+  source: [`${header(use.dtype)}${bindings(...entries)}\n`, ...texts].join("\n"),
+  launches: entries.map(launch),
+  scratch,
+});
+
 /**
  * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
  * `@builtin(workgroup_id) group`. Indices may go past `groups`: entries check.
@@ -80,3 +88,25 @@ export function launch({ entry, grid, threads, buffers, starts = [] }: Entry): L
   invariant(buffers.filter((b) => b.arg.startsWith("scratch+")).length <= 1, `${entry}: scratch is bound twice`);
   return { entry, grid: [...size], threads, shared: 0, args: [...buffers.map((b) => b.arg), ...starts.map((d) => `start(${d})`)] };
 }
+
+/** A number as a WGSL literal of a float. */
+export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);
+
+/** The sum of a vector's elements. */
+export const horizontal = (name: string, width: number): string =>
+  width === 1
+    ? name
+    : `(${["x", "y", "z", "w"]
+        .slice(0, width)
+        .map((part) => `${name}.${part}`)
+        .join(" + ")})`;
+
+/** Invocations that share a row of so many vectors: a power of two, at most a workgroup. */
+export function lanesOf(vectors: number, threads = 256): number {
+  let lanes = 1;
+  while (lanes < threads && lanes < vectors) lanes *= 2;
+  return lanes;
+}
+
+/** Scratch, in whole steps of its alignment. */
+export const scratchBytes = (words: number): number => Math.ceil((4 * words) / 256) * 256;

@@ -1,0 +1,182 @@
+/**
+ * Ops whose every element of the output comes from the same elements of the inputs, from a number per row, or from a scalar:
+ * one template, and per op its formula. A formula speaks of values that are loaded as f32 and rounded when stored.
+ */
+import { render } from "../../../templates/bindings.ts";
+import { ops } from "../../ops/index.ts";
+import type { Made, Use } from "../kernel.ts";
+import { type Binding, type Entry, float, fold, kernel, scalar, vector, widthOf } from "./text.ts";
+
+const THREADS = 256;
+
+export interface Formula {
+  /**
+   * Where inputs are found that are neither of the output's size nor scalars. A number: elements of the output that share one
+   * of its own. `vector` and `element`: the source indexes the buffer `<name>_buf` itself.
+   */
+  readonly at?: Readonly<Record<string, number | "vector" | "element">>;
+  /** Inputs, and outputs that are updated, of which this reads; all inputs if not said. */
+  readonly reads?: readonly string[];
+  readonly functions?: readonly string[];
+  readonly lines?: readonly string[];
+  /** The value of each output, of type V. An output that is kept is added to, unless it is among what is read. */
+  readonly results: Readonly<Record<string, string>>;
+  /** Elements that one invocation computes. */
+  readonly width: 1 | 2 | 4;
+  readonly starts?: readonly string[];
+}
+
+/** The kernel of a formula. Of ragged outputs it computes the rows that exist. */
+export function map(use: Use, { at = {}, reads, functions = [], lines = [], results, width, starts = [] }: Formula): Made {
+  const { inputs } = ops[use.op]!;
+  const outputs = Object.keys(results);
+  const total = Math.max(...outputs.map((o) => use.size[o]!));
+  const inner = reads ?? inputs.map((o) => o.name);
+  const wide = (name: string): boolean => at[name] === "vector" || (at[name] === undefined && use.size[name] === total);
+  const typeOf = (name: string): string => (wide(name) ? vector(scalar(use.dtype[name]!), width) : scalar(use.dtype[name]!));
+  const V = vector("f32", width);
+
+  const names = [...inner, ...outputs.filter((o) => !inner.includes(o))];
+  const buffers: Binding[] = names.map((name) => ({ arg: name, name: `${name}_buf`, type: typeOf(name) }));
+  if (use.bound) buffers.push({ arg: "rows", type: "i32" });
+  const load = (name: string): string[] => {
+    const where = at[name];
+    if (where === "vector" || where === "element") return [];
+    if (typeof where === "number") return [`let ${name} = f32(${name}_buf[i / ${where / width}u]);`];
+    return wide(name) ? [`let ${name} = V(${name}_buf[i]);`] : [`let ${name} = f32(${name}_buf[0]);`];
+  };
+  const store = (name: string): string => {
+    const value = use.keeps.has(name) && !inner.includes(name) ? `V(${name}_buf[i]) + (${results[name]})` : results[name]!;
+    return `${name}_buf[i] = ${typeOf(name)}(${value});`;
+  };
+  const body = [...inner.flatMap(load), ...lines, ...outputs.map(store)];
+  const entry: Entry = { entry: use.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts };
+  const text = render("wgsl/map.wgsl", {
+    op: use.op,
+    width,
+    vector: V,
+    functions: [...functions],
+    threads: THREADS,
+    entry: use.name,
+    index: fold(Math.ceil(total / width / THREADS)).index,
+    count: use.bound ? `u32(rows[0]) * ${total / use.bound / width}u` : `${total / width}u`,
+    lines: body,
+  });
+  return kernel(use, [entry], [text]);
+}
+
+/** e^80 is finite, and what is below -80 counts for nothing. */
+export const sigmoid = "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }";
+
+/** The width for an op on whole operands: of ragged ones a row is a multiple of it. */
+const plain = (use: Use, name: string): 1 | 2 | 4 => widthOf(use.size[name]! / (use.bound || 1));
+
+const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
+
+const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
+  add: (use) => ({ width: plain(use, "y"), results: { y: "a + b" } }),
+  accumulate: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+  cast: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+
+  swiglu: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "gate * sigmoid(gate) * up" } }),
+  swiglu_grad: (use) => ({
+    functions: [sigmoid],
+    width: plain(use, "dy"),
+    lines: ["let s = sigmoid(gate);"],
+    results: { dgate: `dy * ${silu.dgate}`, dup: `dy * ${silu.dup}` },
+  }),
+  swiglu_rows: (use) => ({
+    functions: [sigmoid],
+    width: widthOf(use.d.F!),
+    at: { p: use.d.F! },
+    results: { y: "gate * sigmoid(gate) * up * p" },
+  }),
+
+  nll: (use) => ({ width: plain(use, "l"), results: { l: "log(s) + m - p" } }),
+  nll_grad: (use) => ({ width: plain(use, "ds"), results: { ds: "dy / s", dp: "-dy" } }),
+  mean_grad: (use) => ({
+    width: plain(use, "dl"),
+    reads: ["dy"],
+    at: { dy: use.size.dl! },
+    results: { dl: `V(dy / ${float(use.d.count!)})` },
+  }),
+  sum_exp_grad: ({ d }) => ({ width: widthOf(d.V!), at: { m: d.V!, dy: d.V! }, results: { dx: "dy * exp(x - m)" } }),
+  pick_grad({ d }) {
+    const width = widthOf(d.V!);
+    const I = vector("i32", width);
+    const lanes = width === 1 ? "0" : `${I}(${[0, 1, 2, 3].slice(0, width)})`;
+    return {
+      width,
+      reads: ["target", "dy"],
+      at: { target: "element", dy: d.V! },
+      starts: ["V"],
+      lines: [
+        `let chosen = target_buf[i / ${d.V! / width}u] - start.x;`,
+        `let column = ${I}(i32(i % ${d.V! / width}u) * ${width}) + ${lanes};`,
+      ],
+      results: { dx: `select(V(0.0), V(dy), column == ${I}(chosen))` },
+    };
+  },
+  embed({ d, dtype }) {
+    const width = widthOf(d.D!);
+    const wide = d.D! / width;
+    return {
+      width,
+      at: { ids: "element", table: "vector" },
+      starts: ["V"],
+      lines: [
+        `let id = ids_buf[i / ${wide}u] - start.x;`,
+        `var row = ${vector(scalar(dtype.table!), width)}();`,
+        `if (id >= 0 && id < ${d.V}) {`,
+        `  row = table_buf[u32(id) * ${wide}u + i % ${wide}u];`,
+        "}",
+      ],
+      results: { x: "V(row)" },
+    };
+  },
+  aux_loss_grad({ d }) {
+    const width = widthOf(d.E!);
+    const [experts, microbatch] = [d.E! / width, (d.P! * d.S! * d.E!) / width];
+    return {
+      width,
+      reads: ["n", "dy"],
+      at: { n: "vector", dy: d.A! * d.P! * d.S! * d.E! },
+      results: { dp: `${float(d.c!)} * dy * V(n_buf[i / ${microbatch}u * ${experts}u + i % ${experts}u])` },
+    };
+  },
+};
+
+/** Each pair is turned in f32 by an angle kept in whole units of 2^-32 turns: exact modulo a turn, whatever the position. */
+function rope(use: Use): Made {
+  const { B, S, H, C, theta, sign } = use.d as Readonly<Record<"B" | "S" | "H" | "C" | "theta" | "sign", number>>;
+  const pairs = C / 2;
+  const turns = Array.from({ length: pairs }, (_, c) => (theta ** ((-2 * c) / C) / (2 * Math.PI)) * 2 ** 32);
+  const type = scalar(use.dtype.x!);
+  const groups = Math.ceil((S * pairs) / THREADS);
+  const entry: Entry = {
+    ...{ entry: use.name, grid: groups, threads: THREADS, starts: ["S"] },
+    buffers: ["x", "y"].map((arg) => ({ arg, type })),
+  };
+  const text = render("wgsl/rope.wgsl", {
+    pairs,
+    frequencies: turns.map((t) => `${Math.round(t)}u`).join(", "),
+    rests: turns.map((t) => float(t - Math.round(t))).join(", "),
+    threads: THREADS,
+    entry: use.name,
+    index: fold(groups).index,
+    count: S * pairs,
+    radians: (2 * Math.PI) / 2 ** 32,
+    sign: float(sign),
+    sequences: B,
+    positions: S,
+    heads: H,
+    headWidth: C,
+    type,
+  });
+  return kernel(use, [entry], [text]);
+}
+
+export const elementwise = {
+  ...Object.fromEntries(Object.entries(formulas).map(([op, formula]) => [op, (use: Use): Made => map(use, formula(use))])),
+  rope,
+};
