@@ -9,7 +9,8 @@ import { brotliDecompressSync } from "node:zlib";
 import { root } from "./checkout.ts";
 
 const require = createRequire(import.meta.url);
-const hardware = process.env.RANKC_WEBGPU === "hardware";
+/** Tests run on the machine's own adapter. */
+export const hardware = process.env.RANKC_WEBGPU === "hardware";
 
 /** Why there is no adapter to test on; undefined where there is one. For the titles of tests that are skipped. */
 export const noAdapter: string | undefined =

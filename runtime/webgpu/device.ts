@@ -61,7 +61,7 @@ export async function openDevice(profile: string, { timestamps = false } = {}): 
       3,
     );
   const offered = adapter.limits;
-  const device = await adapter.requestDevice({
+  const asked = adapter.requestDevice({
     requiredFeatures: [
       ...needs.features,
       ...(timestamps && adapter.features.has("timestamp-query") ? ["timestamp-query"] : []),
@@ -77,6 +77,13 @@ export async function openDevice(profile: string, { timestamps = false } = {}): 
           }
         : {}),
     },
+  });
+  const device = await asked.catch((error: unknown) => {
+    throw new Trouble(
+      `the GPU ${name} cannot be opened: ${error instanceof Error ? error.message : error}`,
+      "see whether another program has taken it for itself, and whether its driver works (`vulkaninfo --summary`, `nvidia-smi`)",
+      3,
+    );
   });
 
   let wrong: Error | undefined;
