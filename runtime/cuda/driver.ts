@@ -2,15 +2,20 @@
  * The CUDA driver API, as thin as it can be: one JavaScript call is one driver call, and every result is looked at.
  * Pointers and handles are the driver's own, as bigint; results come back in typed arrays that the driver fills.
  */
+import type { Dtype } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { koffi, openLibrary } from "./libraries.ts";
 
 type Handle<Kind extends string> = bigint & { readonly kind: Kind };
 export type DevicePointer = Handle<"memory">;
 export type Stream = Handle<"stream">;
-type Event = Handle<"event">;
+export type Event = Handle<"event">;
 type Module = Handle<"module">;
-type Kernel = Handle<"kernel">;
+export type Entry = Handle<"kernel">;
+/** A captured graph, ready to be launched. */
+export type Graph = Handle<"graph">;
+/** Page-locked memory of the host: what copies read and write while the host goes on. */
+export type Pinned = { readonly at: bigint; readonly bytes: ArrayBuffer };
 
 export type Device = {
   readonly ordinal: number;
@@ -28,6 +33,15 @@ export type Launch = {
   readonly shared?: number;
   readonly stream: Stream;
 };
+/** A tile copied by hardware, as cuTensorMapEncodeTiled takes it: innermost dim first; `strides`, in bytes, of every dim but that. */
+export type Tiled = {
+  readonly at: DevicePointer;
+  readonly dtype: Dtype;
+  readonly sizes: readonly number[];
+  readonly strides: readonly number[];
+  readonly box: readonly number[];
+  readonly swizzle: "none" | "32B" | "64B" | "128B";
+};
 export type Driver = {
   readonly path: string;
   /** The newest CUDA that the driver serves: "13.0". */
@@ -38,24 +52,49 @@ export type Driver = {
 };
 export type Context = {
   readonly device: Device;
+  /** Bytes of shared memory that one block may have, if it asks. */
+  readonly sharedLimit: number;
   readonly alloc: (bytes: number) => DevicePointer;
   readonly free: (at: DevicePointer) => void;
   /** Writes the same byte over a piece of memory; 255 makes floats NaN. */
   readonly fill: (at: DevicePointer, byte: number, bytes: number) => void;
   readonly upload: (to: DevicePointer, from: ArrayBufferView) => void;
   readonly download: (to: ArrayBufferView, from: DevicePointer) => void;
+  /** What is free on the device now, and all it has. */
+  readonly memory: () => { readonly free: number; readonly total: number };
+  readonly pin: (bytes: number) => Pinned;
+  readonly unpin: (memory: Pinned) => void;
+  /** In the stream's order. Pinned memory is read when the copy runs; any other before this returns. */
+  readonly copyIn: (to: DevicePointer, from: bigint | ArrayBufferView, bytes: number, stream: Stream) => void;
+  readonly copyOut: (toPinned: bigint, from: DevicePointer, bytes: number, stream: Stream) => void;
+  readonly copy: (to: DevicePointer, from: DevicePointer, bytes: number, stream: Stream) => void;
+  readonly fillIn: (at: DevicePointer, byte: number, bytes: number, stream: Stream) => void;
   readonly createStream: () => Stream;
   readonly destroyStream: (stream: Stream) => void;
-  readonly createEvent: () => Event;
+  readonly createEvent: (use?: "timing" | "order") => Event;
   readonly destroyEvent: (event: Event) => void;
   readonly record: (event: Event, stream: Stream) => void;
+  /** The stream goes no further before what the event was last recorded after is done. */
+  readonly wait: (stream: Stream, event: Event) => void;
+  readonly happened: (event: Event) => boolean;
   /** Milliseconds between two events that have happened. */
   readonly elapsed: (from: Event, to: Event) => number;
+  /** From here on, this thread's calls into the stream, and into those that wait for it, are kept rather than run. */
+  readonly beginCapture: (stream: Stream) => void;
+  readonly endCapture: (stream: Stream) => Graph;
+  readonly replay: (graph: Graph, stream: Stream) => void;
+  readonly destroyGraph: (graph: Graph) => void;
   /** A module from a cubin, or from PTX that ends in a zero byte. */
   readonly load: (image: Uint8Array) => Module;
   readonly unload: (module: Module) => void;
-  readonly kernel: (module: Module, name: string) => Kernel;
-  readonly launch: (kernel: Kernel, how: Launch, params: Uint8Array) => void;
+  readonly kernel: (module: Module, name: string) => Entry;
+  /** Bytes of shared memory that the kernel has of itself. */
+  readonly sharedOf: (kernel: Entry) => number;
+  /** Lets launches ask for that many bytes of dynamic shared memory; without it they get 48 KiB. */
+  readonly allowShared: (kernel: Entry, bytes: number) => void;
+  readonly launch: (kernel: Entry, how: Launch, params: Uint8Array) => void;
+  /** The 128 bytes that a kernel takes as a CUtensorMap. */
+  readonly encodeTiled: (tiled: Tiled) => Uint8Array;
   /** Waits for one stream, or for the whole device. */
   readonly synchronize: (stream?: Stream) => void;
   readonly close: () => void;
@@ -80,21 +119,45 @@ const prototypes = {
   cuMemsetD8_v2: ["uint64_t", "uchar", "size_t"],
   cuMemcpyHtoD_v2: ["uint64_t", "void *", "size_t"],
   cuMemcpyDtoH_v2: ["void *", "uint64_t", "size_t"],
+  cuMemGetInfo_v2: ["void *", "void *"],
+  cuMemHostAlloc: ["void *", "size_t", "uint"],
+  cuMemFreeHost: ["void *"],
+  cuMemcpyHtoDAsync_v2: ["uint64_t", "void *", "size_t", "void *"],
+  cuMemcpyDtoHAsync_v2: ["void *", "uint64_t", "size_t", "void *"],
+  cuMemcpyDtoDAsync_v2: ["uint64_t", "uint64_t", "size_t", "void *"],
+  cuMemsetD8Async: ["uint64_t", "uchar", "size_t", "void *"],
   cuStreamCreate: ["void *", "uint"],
   cuStreamDestroy_v2: ["void *"],
   cuStreamSynchronize: ["void *"],
   cuEventCreate: ["void *", "uint"],
   cuEventDestroy_v2: ["void *"],
   cuEventRecord: ["void *", "void *"],
+  cuEventQuery: ["void *"],
+  cuStreamWaitEvent: ["void *", "void *", "uint"],
+  cuStreamBeginCapture_v2: ["void *", "int"],
+  cuStreamEndCapture: ["void *", "void *"],
+  cuGraphInstantiateWithFlags: ["void *", "void *", "uint64_t"],
+  cuGraphDestroy: ["void *"],
+  cuGraphLaunch: ["void *", "void *"],
+  cuGraphExecDestroy: ["void *"],
   // cuda.h of 13 names the _v2, which drivers before 12.8 lack; for elapsed time alone they mean the same
   cuEventElapsedTime: ["void *", "void *", "void *"],
   cuModuleLoadData: ["void *", "void *"],
   cuModuleUnload: ["void *"],
   cuModuleGetFunction: ["void *", "void *", "str"],
+  cuFuncGetAttribute: ["void *", "int", "void *"],
+  cuFuncSetAttribute: ["void *", "int", "int"],
+  cuTensorMapEncodeTiled: [
+    ...["void *", "int", "uint", "uint64_t", "void *", "void *", "void *", "void *"],
+    ...["int", "int", "int", "int"],
+  ],
   cuLaunchKernel: ["void *", "uint", "uint", "uint", "uint", "uint", "uint", "uint", "void *", "void *", "void *"],
 } as const satisfies Record<string, readonly string[]>;
 type Call = keyof typeof prototypes;
-type Calls = (call: Call, ...args: readonly unknown[]) => void;
+/** `unready`: that the device is not done is an answer too, and then false. */
+type Calls = { (call: Call, ...args: readonly unknown[]): void; readonly unready: (call: Call, ...args: readonly unknown[]) => boolean };
+
+const CUDA_ERROR_NOT_READY = 600;
 
 /** CUresults that the person at the machine can put right; all others are mistakes of ours. */
 const waysOut: Readonly<Record<number, string>> = {
@@ -138,9 +201,7 @@ function openDriver(): Driver {
   >;
   const { out, pointer } = koffi();
   const describe = ["cuGetErrorName", "cuGetErrorString"].map((name) => handle.func(name, "int", ["int", out(pointer("str"))]));
-  const call: Calls = (name, ...args) => {
-    const code: number = bound[name](...args);
-    if (code === 0) return;
+  const complain = (name: Call, code: number): never => {
     const [symbol, text] = describe.map((by) => {
       const said: (string | null)[] = [null];
       by(code, said);
@@ -149,6 +210,19 @@ function openDriver(): Driver {
     const message = `${name}: ${symbol}: ${text}`;
     throw waysOut[code] === undefined ? new Error(message) : new Trouble(message, waysOut[code], 3);
   };
+  const call: Calls = Object.assign(
+    (name: Call, ...args: readonly unknown[]): void => {
+      const code: number = bound[name](...args);
+      if (code !== 0) complain(name, code);
+    },
+    {
+      unready: (name: Call, ...args: readonly unknown[]): boolean => {
+        const code: number = bound[name](...args);
+        if (code !== 0 && code !== CUDA_ERROR_NOT_READY) complain(name, code);
+        return code !== 0;
+      },
+    },
+  );
   call("cuInit", 0);
   const int = (name: Call, ...args: readonly unknown[]): number => {
     const into = new Int32Array(1);
@@ -160,7 +234,13 @@ function openDriver(): Driver {
     path,
     version: `${Math.floor(version / 1000)}.${(version % 1000) / 10}`,
     devices: Array.from({ length: int("cuDeviceGetCount") }, (_, ordinal) => readDevice(call, int, ordinal)),
-    open: (device) => openContext(call, device, int("cuDeviceGet", device.ordinal)),
+    open: (device) =>
+      openContext(
+        call,
+        device,
+        int("cuDeviceGet", device.ordinal),
+        int("cuDeviceGetAttribute", sharedOptin, int("cuDeviceGet", device.ordinal)),
+      ),
   };
 }
 
@@ -185,13 +265,23 @@ function readDevice(call: Calls, int: (name: Call, ...args: readonly unknown[]) 
   };
 }
 
+/** CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN */
+const sharedOptin = 97;
 /** Streams are not ordered with the legacy default stream. */
 const CU_STREAM_NON_BLOCKING = 1;
+/** Other threads may go on calling the driver; and an event that only orders streams costs less without a clock. */
+const [CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_EVENT_DISABLE_TIMING] = [1, 2];
+const [CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = [1, 8];
+/** CUtensorMapDataType and CUtensorMapSwizzle. No interleave; 128 bytes at once into the L2; zeros out of bounds. */
+const tensorMapTypes: Record<Dtype, number> = { i32: 3, f16: 6, f32: 7, bf16: 9 };
+const tensorMapSwizzles: Record<Tiled["swizzle"], number> = { none: 0, "32B": 1, "64B": 2, "128B": 3 };
+const [CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE] = [0, 2, 0];
+const tensorMapBytes = 128;
 /** What cuLaunchKernel takes of a packed block of parameters; the driver's limit is 4 KiB before sm_70 and 32,764 bytes since. */
 const [PARAM_END, PARAM_POINTER, PARAM_SIZE] = [0n, 1n, 2n];
 const paramLimit = 32_764;
 
-function openContext(call: Calls, device: Device, cuDevice: number): Context {
+function openContext(call: Calls, device: Device, cuDevice: number, sharedLimit: number): Context {
   const handle = <Kind extends string>(name: Call, ...args: readonly unknown[]): Handle<Kind> => {
     const into = new BigUint64Array(1);
     call(name, into, ...args);
@@ -205,9 +295,13 @@ function openContext(call: Calls, device: Device, cuDevice: number): Context {
   const size = new BigUint64Array(view(block, 8));
   const packed = new Uint8Array(view(block + 8n, paramLimit));
   const extra = new BigUint64Array([PARAM_POINTER, block + 8n, PARAM_SIZE, block, PARAM_END]);
+  // the driver wants the descriptor it writes at a multiple of 64 bytes
+  const loose: bigint = alloc("uint8_t", tensorMapBytes + 63);
+  const aligned = ((loose + 63n) / 64n) * 64n;
 
   return {
     device,
+    sharedLimit,
     alloc: (bytes) => handle("cuMemAlloc_v2", bytes),
     free: (at) => call("cuMemFree_v2", at),
     fill: (at, byte, bytes) => call("cuMemsetD8_v2", at, byte, bytes),
@@ -215,9 +309,38 @@ function openContext(call: Calls, device: Device, cuDevice: number): Context {
     download: (to, from) => call("cuMemcpyDtoH_v2", to, from, to.byteLength),
     createStream: () => handle("cuStreamCreate", CU_STREAM_NON_BLOCKING),
     destroyStream: (stream) => call("cuStreamDestroy_v2", stream),
-    createEvent: () => handle("cuEventCreate", 0),
+    memory: () => {
+      const [free, total] = [new BigUint64Array(1), new BigUint64Array(1)];
+      call("cuMemGetInfo_v2", free, total);
+      return { free: Number(free[0]), total: Number(total[0]) };
+    },
+    pin: (bytes) => {
+      const at = handle("cuMemHostAlloc", bytes, 0);
+      return { at, bytes: view(at, bytes) };
+    },
+    unpin: ({ at }) => call("cuMemFreeHost", at),
+    copyIn: (to, from, bytes, stream) => call("cuMemcpyHtoDAsync_v2", to, from, bytes, stream),
+    copyOut: (to, from, bytes, stream) => call("cuMemcpyDtoHAsync_v2", to, from, bytes, stream),
+    copy: (to, from, bytes, stream) => call("cuMemcpyDtoDAsync_v2", to, from, bytes, stream),
+    fillIn: (at, byte, bytes, stream) => call("cuMemsetD8Async", at, byte, bytes, stream),
+    createEvent: (use = "timing") => handle("cuEventCreate", use === "timing" ? 0 : CU_EVENT_DISABLE_TIMING),
     destroyEvent: (event) => call("cuEventDestroy_v2", event),
     record: (event, stream) => call("cuEventRecord", event, stream),
+    wait: (stream, event) => call("cuStreamWaitEvent", stream, event, 0),
+    happened: (event) => !call.unready("cuEventQuery", event),
+    beginCapture: (stream) => call("cuStreamBeginCapture_v2", stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
+    endCapture: (stream) => {
+      const into = new BigUint64Array(1);
+      call("cuStreamEndCapture", stream, into);
+      const graph = into[0]!;
+      try {
+        return handle("cuGraphInstantiateWithFlags", graph, 0);
+      } finally {
+        call("cuGraphDestroy", graph);
+      }
+    },
+    replay: (graph, stream) => call("cuGraphLaunch", graph, stream),
+    destroyGraph: (graph) => call("cuGraphExecDestroy", graph),
     elapsed: (from, to) => {
       const milliseconds = new Float32Array(1);
       call("cuEventElapsedTime", milliseconds, from, to);
@@ -226,6 +349,22 @@ function openContext(call: Calls, device: Device, cuDevice: number): Context {
     load: (image) => handle("cuModuleLoadData", image),
     unload: (module) => call("cuModuleUnload", module),
     kernel: (module, name) => handle("cuModuleGetFunction", module, name),
+    sharedOf: (kernel) => {
+      const into = new Int32Array(1);
+      call("cuFuncGetAttribute", into, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel);
+      return into[0]!;
+    },
+    allowShared: (kernel, bytes) => call("cuFuncSetAttribute", kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes),
+    encodeTiled: ({ at, dtype, sizes, strides, box, swizzle }) => {
+      const wide = (all: readonly number[]) => BigUint64Array.from(all, BigInt);
+      const [type, how] = [tensorMapTypes[dtype], tensorMapSwizzles[swizzle]];
+      const steps = new Uint32Array(sizes.length).fill(1);
+      call(
+        ...(["cuTensorMapEncodeTiled", aligned, type, sizes.length, at, wide(sizes), wide(strides), Uint32Array.from(box), steps] as const),
+        ...[CU_TENSOR_MAP_INTERLEAVE_NONE, how, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE],
+      );
+      return new Uint8Array(view(aligned, tensorMapBytes)).slice();
+    },
     launch: (kernel, { grid, block, shared = 0, stream }, params) => {
       packed.set(params);
       size[0] = BigInt(params.length);
@@ -237,23 +376,25 @@ function openContext(call: Calls, device: Device, cuDevice: number): Context {
     close: () => {
       call("cuDevicePrimaryCtxRelease_v2", cuDevice);
       free(block);
+      free(loose);
     },
   };
 }
 
-/** A kernel's parameters as it reads them: each aligned to its own size. A pointer is a bigint, an int a number. */
-export function packParams(...params: readonly (bigint | number)[]): Uint8Array {
-  const bytes = new DataView(new ArrayBuffer(params.length * 8));
+/** A kernel's parameters as it reads them: a pointer (bigint) and an int (number) aligned to their size, bytes (a CUtensorMap) to 64. */
+export function packParams(...params: readonly (bigint | number | Uint8Array)[]): Uint8Array {
+  const most = params.reduce<number>((sum, param) => sum + (param instanceof Uint8Array ? param.length + 63 : 8), 0);
+  const bytes = new DataView(new ArrayBuffer(most));
   let at = 0;
+  const place = (alignment: number, size: number): number => {
+    const from = Math.ceil(at / alignment) * alignment;
+    at = from + size;
+    return from;
+  };
   for (const param of params) {
-    if (typeof param === "bigint") {
-      at = Math.ceil(at / 8) * 8;
-      bytes.setBigUint64(at, param, true);
-      at += 8;
-    } else {
-      bytes.setInt32(at, param, true);
-      at += 4;
-    }
+    if (typeof param === "bigint") bytes.setBigUint64(place(8, 8), param, true);
+    else if (typeof param === "number") bytes.setInt32(place(4, 4), param, true);
+    else new Uint8Array(bytes.buffer).set(param, place(64, param.length));
   }
   return new Uint8Array(bytes.buffer, 0, at);
 }

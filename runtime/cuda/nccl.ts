@@ -1,11 +1,32 @@
 /** NCCL: collectives between GPUs, one communicator per process and group. Its calls go into streams of the current context. */
+
+import type { LibraryHandle } from "koffi";
+import { bytesOf, type Dtype } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { DevicePointer, Stream } from "./driver.ts";
 import { koffi, openLibrary } from "./libraries.ts";
 
+/**
+ * One rank's end of a communicator. Counts are elements: of all that is reduced; of one rank's part in all others. What is
+ * gathered or scattered may lie in its own place: `from` of a gather at `to + rank * count`, `to` of a scatter at
+ * `from + rank * count`; what all ranks reduce may stay where it is.
+ */
 export type Communicator = {
-  /** Sums float32 over all ranks; `from` and `to` may be the same memory. */
-  readonly allReduce: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream) => void;
+  readonly rank: number;
+  readonly ranks: number;
+  readonly allReduce: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype?: Dtype, by?: "sum" | "max") => void;
+  readonly allGather: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
+  readonly reduceScatter: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
+  /** Not in place. */
+  readonly allToAll: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
+  readonly send: (from: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
+  readonly recv: (to: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
+  /** All ranks of this communicator call it together, each with the ranks it is to be with, itself among them, ascending; or with none. */
+  readonly split: (members: readonly number[] | undefined) => Communicator | undefined;
+  /** Throws what went wrong since, here or at another rank. */
+  readonly check: () => void;
+  /** Ends what is under way at once: the way out when a rank has failed. */
+  readonly abort: () => void;
   readonly close: () => void;
 };
 
@@ -13,9 +34,12 @@ type Nccl = ReturnType<typeof openNccl>;
 let opened: Nccl | undefined;
 const nccl = (): Nccl => (opened ??= openNccl());
 
-/** NCCL_UNIQUE_ID_BYTES, and the values of ncclDataType_t and ncclRedOp_t */
+/** NCCL_UNIQUE_ID_BYTES, NCCL_SPLIT_NOCOLOR, and the values of ncclDataType_t, ncclRedOp_t and of ncclResult_t */
 const idBytes = 128;
-const [FLOAT32, SUM] = [7, 0];
+const NOCOLOR = -1;
+const types: Record<Dtype, number> = { i32: 2, f16: 6, f32: 7, bf16: 9 };
+const reductions = { sum: 0, max: 2 } as const;
+const IN_PROGRESS = 7;
 
 /** NVLink multicast stays off. NCCL reads the environment of the C library, which `process.env` of a worker thread does not reach. */
 export function turnMulticastOff(): void {
@@ -35,6 +59,17 @@ function openNccl() {
     uniqueId: bind("ncclGetUniqueId", "void *"),
     initRank: bind("ncclCommInitRank", "void *", "int", id, "int"),
     allReduce: bind("ncclAllReduce", "uint64_t", "uint64_t", "size_t", "int", "int", "void *", "void *"),
+    allGather: bind("ncclAllGather", "uint64_t", "uint64_t", "size_t", "int", "void *", "void *"),
+    reduceScatter: bind("ncclReduceScatter", "uint64_t", "uint64_t", "size_t", "int", "int", "void *", "void *"),
+    // since 2.28
+    allToAll: has(handle, "ncclAlltoAll") ? bind("ncclAlltoAll", "uint64_t", "uint64_t", "size_t", "int", "void *", "void *") : undefined,
+    send: bind("ncclSend", "uint64_t", "size_t", "int", "int", "void *", "void *"),
+    recv: bind("ncclRecv", "uint64_t", "size_t", "int", "int", "void *", "void *"),
+    groupStart: bind("ncclGroupStart"),
+    groupEnd: bind("ncclGroupEnd"),
+    split: splitOf(path, handle),
+    asyncError: bind("ncclCommGetAsyncError", "void *", "void *"),
+    abort: bind("ncclCommAbort", "void *"),
     destroy: bind("ncclCommDestroy", "void *"),
     error: handle.func("ncclGetErrorString", "str", ["int"]),
     lastError: handle.func("ncclGetLastError", "str", ["void *"]),
@@ -60,11 +95,57 @@ export function uniqueId(): Uint8Array {
 export function joinCommunicator(id: Uint8Array, rank: number, ranks: number): Communicator {
   const into = new BigUint64Array(1);
   check("ncclCommInitRank", nccl().initRank(into, ranks, { internal: id }, rank));
-  const communicator = into[0]!;
+  return communicator(into[0]!, rank, ranks);
+}
+
+function communicator(own: bigint, rank: number, ranks: number): Communicator {
+  const { allReduce, allGather, reduceScatter, allToAll, send, recv, groupStart, groupEnd, split, asyncError, abort, destroy } = nccl();
+  const at = (base: DevicePointer, block: number, count: number, dtype: Dtype): bigint => base + BigInt(block * count * bytesOf[dtype]);
   return {
-    allReduce: (from, to, count, stream) => check("ncclAllReduce", nccl().allReduce(from, to, count, FLOAT32, SUM, communicator, stream)),
-    close: () => check("ncclCommDestroy", nccl().destroy(communicator)),
+    rank,
+    ranks,
+    allReduce: (from, to, count, stream, dtype = "f32", by = "sum") =>
+      check("ncclAllReduce", allReduce(from, to, count, types[dtype], reductions[by], own, stream)),
+    allGather: (from, to, count, stream, dtype) => check("ncclAllGather", allGather(from, to, count, types[dtype], own, stream)),
+    reduceScatter: (from, to, count, stream, dtype) =>
+      check("ncclReduceScatter", reduceScatter(from, to, count, types[dtype], reductions.sum, own, stream)),
+    allToAll: (from, to, count, stream, dtype) => {
+      if (allToAll) return check("ncclAlltoAll", allToAll(from, to, count, types[dtype], own, stream));
+      check("ncclGroupStart", groupStart());
+      for (let peer = 0; peer < ranks; peer++) {
+        check("ncclSend", send(at(from, peer, count, dtype), count, types[dtype], peer, own, stream));
+        check("ncclRecv", recv(at(to, peer, count, dtype), count, types[dtype], peer, own, stream));
+      }
+      check("ncclGroupEnd", groupEnd());
+    },
+    send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, types[dtype], peer, own, stream)),
+    recv: (to, count, peer, stream, dtype) => check("ncclRecv", recv(to, count, types[dtype], peer, own, stream)),
+    split: (members) => {
+      const into = new BigUint64Array(1);
+      check("ncclCommSplit", split(own, members?.[0] ?? NOCOLOR, rank, into, null));
+      return members && communicator(into[0]!, members.indexOf(rank), members.length);
+    },
+    check: () => {
+      const code = new Int32Array(1);
+      check("ncclCommGetAsyncError", asyncError(own, code));
+      if (code[0] !== IN_PROGRESS) check("a collective", code[0]!);
+    },
+    abort: () => check("ncclCommAbort", abort(own)),
+    close: () => check("ncclCommDestroy", destroy(own)),
   };
+}
+
+const has = (handle: LibraryHandle, name: string): boolean => {
+  try {
+    return handle.symbol(name) !== undefined;
+  } catch {
+    return false;
+  }
+};
+
+function splitOf(path: string, handle: LibraryHandle) {
+  if (has(handle, "ncclCommSplit")) return handle.func("ncclCommSplit", "int", ["void *", "int", "int", "void *", "void *"]);
+  throw new Trouble(`NCCL (${path}) has no ncclCommSplit: it is too old`, "use NCCL 2.18 or later: RANKC_LIBNCCL names its file", 3);
 }
 
 /** ncclResult_t of a machine's making: a CUDA call failed, a system call failed, another rank failed. */

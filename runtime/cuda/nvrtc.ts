@@ -45,28 +45,54 @@ export type CompileOptions = {
 };
 
 /** Throws with the compiler's log, in which every message has its line and a caret under its column. */
-export function compile(source: string, { arch, name, options = [] }: CompileOptions): Uint8Array {
-  const nvrtc = compiler();
-  const program = new BigUint64Array(1);
-  check(nvrtc, "nvrtcCreateProgram", nvrtc.create(program, Buffer.from(`${source}\0`), name, 0, null, null));
+export function compile(source: string, options: CompileOptions): Uint8Array {
+  const task = begin(source, options);
   try {
-    const all = [`--gpu-architecture=${arch}`, ...options];
-    const code: number = nvrtc.compile(program[0], all.length, all);
-    if (code === INVALID_OPTION || code === COMPILATION) {
-      const log = Buffer.from(output(nvrtc, "log", program[0]!))
-        .toString()
-        .replace(/\0$/, "")
-        .trimEnd();
-      const message = `NVRTC ${nvrtcVersion().version} cannot compile ${name} for ${arch}:\n${log}`;
-      throw code === COMPILATION
-        ? new Error(message)
-        : new Trouble(message, "use an NVRTC that knows this architecture: RANKC_LIBNVRTC names its file", 3);
-    }
-    check(nvrtc, "nvrtcCompileProgram", code);
-    return output(nvrtc, arch.startsWith("sm_") ? "cubin" : "ptx", program[0]!);
+    return task.result(compiler().compile(task.program, task.options.length, task.options));
   } finally {
-    nvrtc.destroy(program);
+    task.end();
   }
+}
+
+/** The same in a thread beside: several compile at once. */
+export async function compileBeside(source: string, options: CompileOptions): Promise<Uint8Array> {
+  const task = begin(source, options);
+  try {
+    const code = await new Promise<number>((done, failed) =>
+      compiler().compile.async(task.program, task.options.length, task.options, (error: unknown, result: number) =>
+        error ? failed(error) : done(result),
+      ),
+    );
+    return task.result(code);
+  } finally {
+    task.end();
+  }
+}
+
+function begin(source: string, { arch, name, options: own = [] }: CompileOptions) {
+  const nvrtc = compiler();
+  const into = new BigUint64Array(1);
+  check(nvrtc, "nvrtcCreateProgram", nvrtc.create(into, Buffer.from(`${source}\0`), name, 0, null, null));
+  const program = into[0]!;
+  return {
+    program,
+    options: [`--gpu-architecture=${arch}`, ...own],
+    result(code: number): Uint8Array {
+      if (code === INVALID_OPTION || code === COMPILATION) {
+        const log = Buffer.from(output(nvrtc, "log", program))
+          .toString()
+          .replace(/\0$/, "")
+          .trimEnd();
+        const message = `NVRTC ${nvrtcVersion().version} cannot compile ${name} for ${arch}:\n${log}`;
+        throw code === COMPILATION
+          ? new Error(message)
+          : new Trouble(message, "use an NVRTC that knows this architecture: RANKC_LIBNVRTC names its file", 3);
+      }
+      check(nvrtc, "nvrtcCompileProgram", code);
+      return output(nvrtc, arch.startsWith("sm_") ? "cubin" : "ptx", program);
+    },
+    end: (): void => void nvrtc.destroy(into),
+  };
 }
 
 function output(nvrtc: Compiler, kind: keyof Compiler["outputs"], program: bigint): Uint8Array {

@@ -1,0 +1,71 @@
+/**
+ * Arenas: the device memory of one rank, one allocation per kind, every buffer at the place the plan gives it. What the
+ * device cannot hold is said, with the numbers, before anything is allocated.
+ */
+import { elementsOf } from "../../schemas/layout.ts";
+import { bytesOf, type Dtype, type Kind, type Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Context, DevicePointer, Stream } from "./driver.ts";
+import type { Span } from "./lanes.ts";
+
+/** Where a buffer lies. */
+export interface Place {
+  readonly at: DevicePointer;
+  /** Elements. */
+  readonly count: number;
+  readonly bytes: number;
+  readonly dtype: Dtype;
+  readonly span: Span;
+}
+export type Arenas = ReturnType<typeof openArenas>;
+
+const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const satisfies readonly Kind[];
+
+/** `beside`: bytes that the caller will allocate beyond the plan's. All memory is zero once the stream gets there. */
+export function openArenas(context: Context, plan: Plan, rank: number, beside: number, stream: Stream) {
+  const stage = Math.floor(rank / plan.mesh.per_stage);
+  const program = plan.programs[stage]!;
+  const memory = plan.memory[stage]!;
+  const { free, total } = context.memory();
+  const needed = memory.peak + beside;
+  if (needed > free) {
+    const { ordinal, name } = context.device;
+    throw new Trouble(
+      `rank ${rank} needs ${gib(needed)} of device ${ordinal} (${name}): ${gib(free)} of its ${gib(total)} are free`,
+      "see with nvidia-smi who holds the rest; or compile for more ranks, a smaller train.micro_batch, or recomputation",
+      3,
+    );
+  }
+  const sizes = {
+    ...Object.fromEntries(kinds.map((kind) => [kind, memory[kind] * (kind === "activation" ? program.slots : 1)])),
+    scratch: memory.scratch,
+  } as Record<Kind | "scratch", number>;
+  const bases = Object.fromEntries(
+    Object.entries(sizes).map(([kind, bytes]) => {
+      const at = bytes > 0 ? context.alloc(bytes) : (0n as DevicePointer);
+      if (bytes > 0) context.fillIn(at, 0, bytes, stream);
+      return [kind, at];
+    }),
+  ) as Record<Kind | "scratch", DevicePointer>;
+  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
+  const spanOf = (at: DevicePointer, bytes: number): Span => [Number(at), Number(at) + bytes];
+
+  return {
+    place(id: string, slot: number): Place {
+      const b = buffers.get(id)!;
+      const count = elementsOf(b.shape);
+      const bytes = count * bytesOf[b.dtype];
+      const at = moved(bases[b.kind], memory.offsets[id]! + (b.kind === "activation" ? slot * memory.activation : 0));
+      return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
+    },
+    /** The whole arena of gradients. */
+    gradients: { at: bases.gradient, bytes: sizes.gradient, span: spanOf(bases.gradient, sizes.gradient) },
+    scratch: (offset: number): DevicePointer => moved(bases.scratch, offset),
+    close(): void {
+      for (const [kind, bytes] of Object.entries(sizes)) if (bytes > 0) context.free(bases[kind as Kind]);
+    },
+  };
+}
+
+export const moved = (at: DevicePointer, bytes: number): DevicePointer => (at + BigInt(bytes)) as DevicePointer;
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;

@@ -1,0 +1,201 @@
+/**
+ * CUDA: one rank of a plan on one device of this process. Calls go to the device in the plan's order and are not waited for;
+ * what ranks exchange runs beside the kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
+ */
+import { setImmediate, setTimeout } from "node:timers/promises";
+import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Backend, Fleet, HostData } from "../backend.ts";
+import { rowsOverflow } from "../cpu.ts";
+import { narrow, widen } from "../halves.ts";
+import { openArenas } from "./arenas.ts";
+import { bytesBeside, openComm, type Share } from "./comm.ts";
+import { driver, type Event, type Pinned } from "./driver.ts";
+import { openSteps } from "./graph.ts";
+import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
+import { openLanes, type Timed } from "./lanes.ts";
+import { type Bound, binder } from "./launches.ts";
+
+export interface CudaSettings {
+  readonly rank: number;
+  /** Which of the devices that this process sees. */
+  readonly device: number;
+  readonly files: KernelFiles;
+  readonly share: Share;
+  /** Replay steps as a CUDA graph. Without it, values may be read within a step. */
+  readonly graph?: boolean;
+  /** Keep the times of every instruction of the last step; no graph then. */
+  readonly profile?: boolean;
+  /** When it is aborted, what is under way ends at once: another rank has failed. */
+  readonly signal?: AbortSignal;
+}
+export interface CudaFleet extends Fleet {
+  /** The first call of a step. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
+  beginStep(): boolean;
+  /** With `profile`: the instructions of the last step in the order of issue, times in µs from its beginning. */
+  profile(): (Timed & { readonly rank: number })[];
+}
+
+export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaFleet> {
+  const { rank, files, share, profile = false, signal } = settings;
+  const { devices, open } = driver();
+  const device = devices[settings.device];
+  if (!device)
+    throw new Trouble(
+      `rank ${rank} is to use device ${settings.device}, and this process sees ${devices.length}`,
+      "start as many ranks on each machine as it has GPUs, and see that CUDA_VISIBLE_DEVICES hides none",
+      3,
+    );
+  archFor(plan, device);
+  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const context = open(device);
+  const lanes = openLanes(context);
+  const stream = lanes.compute.stream;
+  const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), stream);
+  const ids = new Set([...program.forward, ...program.backward, ...program.step].flatMap((i) => (i.kind === "compute" ? [i.kernel] : [])));
+  const kernels = await loadKernels(context, { plan, ids, files, rank });
+  const done = context.createEvent("order");
+  let check = (): void => signal?.throwIfAborted();
+
+  /** Until what was issued before the event was recorded is done; a rank that fails meanwhile ends the wait. */
+  async function happens(event: Event): Promise<void> {
+    const begun = performance.now();
+    for (let asked = 0; !context.happened(event); asked++) {
+      if (asked % 256 === 0) check();
+      // a step that takes long can wait a moment longer
+      await (performance.now() - begun < 1000 ? setImmediate() : setTimeout(1));
+    }
+  }
+  async function settled(): Promise<void> {
+    context.record(done, stream);
+    await happens(done);
+  }
+  const comm = await openComm({ plan, rank, context, lanes, place: arenas.place, share, settled });
+  check = () => {
+    signal?.throwIfAborted();
+    comm.check();
+  };
+  const steps = openSteps(context, stream, { graph: settings.graph !== false && !profile });
+  const bind = binder({ plan, rank, context, arenas, kernels });
+  const bound = new Map<Compute, Bound[]>();
+  const limits = program.bounds.map(({ needed, bound }, n) => ({ needed, bound, at: 4 * n, place: arenas.place(needed, 0) }));
+  const found = limits.length ? context.pin(4 * limits.length) : undefined;
+  const idle: Pinned[] = [];
+  /** A step has begun and has not ended well: what is under way may never be done. */
+  let broken = false;
+
+  /** Pinned memory of at least so many bytes, to be given back into `idle`. */
+  function borrow(bytes: number): Pinned {
+    const at = idle.findIndex((p) => p.bytes.byteLength >= bytes);
+    return at >= 0 ? idle.splice(at, 1)[0]! : context.pin(Math.max(bytes, 4096));
+  }
+
+  const backend: Backend = {
+    zeroGradients() {
+      const { at, bytes, span } = arenas.gradients;
+      if (steps.mode() === "replay" || bytes === 0) return;
+      lanes.run({ reads: [], writes: [span] }, undefined, (s) => context.fillIn(at, 0, bytes, s));
+    },
+    compute(i, slot) {
+      if (steps.mode() === "replay") return;
+      const slots = bound.get(i) ?? [];
+      bound.set(i, slots);
+      const { touch, issue } = (slots[slot] ??= bind(i, slot));
+      lanes.run(touch, { id: i.id, op: i.op, kernel: i.kernel }, issue);
+    },
+    write(buffer, slot, data) {
+      const { at, bytes, span, count } = arenas.place(buffer.id, slot);
+      if (data.length !== count) throw new Error(`rankc: ${data.length} values are written to ${buffer.id}, which holds ${count}`);
+      const mode = steps.mode();
+      const staged = mode && steps.write(buffer, slot, bytes);
+      const image = imageOf(buffer, data, staged?.into);
+      if (mode === "replay") return;
+      lanes.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, staged?.at ?? image, bytes, s));
+    },
+    async read(buffer, slot) {
+      if (steps.mode() === "capture" || steps.mode() === "replay")
+        throw new Error(`rankc: ${buffer.id} is read within a step that is a graph: open with graph: false`);
+      const { at, bytes, span, count } = arenas.place(buffer.id, slot);
+      const pinned = borrow(bytes);
+      const copied = context.createEvent("order");
+      lanes.run({ reads: [span], writes: [] }, undefined, (s) => {
+        context.copyOut(pinned.at, at, bytes, s);
+        context.record(copied, s);
+      });
+      await happens(copied);
+      context.destroyEvent(copied);
+      const data = dataOf(buffer, pinned.bytes, count);
+      idle.push(pinned);
+      return data;
+    },
+  };
+
+  return {
+    ranks: [rank],
+    backend: () => backend,
+    comm: {
+      move: (r, i, at) => steps.mode() === "replay" || comm.move(r, i, at),
+      send: (r, i, at) => void (steps.mode() === "replay" || comm.send(r, i, at)),
+      recv: (r, i, at) => steps.mode() === "replay" || comm.recv(r, i, at),
+    },
+    beginStep() {
+      broken = true;
+      lanes.join();
+      const mode = steps.begin();
+      lanes.begin(profile);
+      return mode === "replay";
+    },
+    async finish() {
+      const mode = steps.mode();
+      if (mode !== "replay") {
+        lanes.join();
+        for (const { place, at } of limits)
+          lanes.run({ reads: [place.span], writes: [] }, undefined, (s) => context.copyOut(found!.at + BigInt(at), place.at, 4, s));
+      }
+      if (mode) steps.end();
+      await settled();
+      check();
+      broken = false;
+      const counts = found && new Int32Array(found.bytes);
+      for (const [n, { needed, bound }] of limits.entries())
+        if (counts![n]! > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), rank, counts![n]!, bound);
+    },
+    profile: () => lanes.timed().map((t) => ({ rank, ...t })),
+    async close() {
+      comm.close(broken || signal?.aborted ? "abort" : "done");
+      steps.close();
+      for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
+      context.destroyEvent(done);
+      lanes.close();
+      kernels.close();
+      arenas.close();
+      context.close();
+    },
+  };
+}
+
+type Words = typeof Float32Array | typeof Int32Array | typeof Uint16Array;
+const wordsOf = { f32: Float32Array, i32: Int32Array, bf16: Uint16Array, f16: Uint16Array } as const;
+
+/** Values as the device holds them: into the place given, or new. */
+function imageOf(b: Buffer, data: HostData, into?: (Type: Words) => InstanceType<Words>): ArrayBufferView {
+  const Type = wordsOf[b.dtype];
+  if (Type !== Uint16Array) {
+    if (!into) return data instanceof Type ? data : new Type(data);
+    const image = into(Type);
+    image.set(data);
+    return image;
+  }
+  const image = into ? (into(Uint16Array) as Uint16Array) : new Uint16Array(data.length);
+  narrow(b.dtype, image, data as Float32Array);
+  return image;
+}
+/** A copy of what the device held. */
+function dataOf(b: Buffer, bytes: ArrayBuffer, count: number): HostData {
+  const Type = wordsOf[b.dtype];
+  const image = new Type(bytes, 0, count);
+  if (!(image instanceof Uint16Array)) return image.slice();
+  const wide = new Float32Array(count);
+  widen(b.dtype, wide, image);
+  return wide;
+}

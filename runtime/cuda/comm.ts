@@ -1,0 +1,224 @@
+/**
+ * Comm over NCCL, one rank per process. Every communicator is split from the world's, by the same list on all ranks, so one
+ * id is all that ranks must share. Collectives have one lane, in the plan's order; each direction between two stages has a
+ * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
+ */
+import { membersOf } from "../../schemas/layout.ts";
+import { bytesOf, type How, type Instruction, type Move, type Plan, type Transfer } from "../../schemas/plan.ts";
+import type { Comm } from "../backend.ts";
+import { moved, type Place } from "./arenas.ts";
+import type { Context, Stream } from "./driver.ts";
+import type { Label, Lanes, Touch } from "./lanes.ts";
+import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
+
+/** Gives all members of a set of ranks what one of them makes. */
+export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;
+
+/** Communicators of one rank: of the world, of each set of factors it moves things over, and of each direction to and from a stage. */
+interface Communicators {
+  readonly world: Communicator;
+  readonly groups: ReadonlyMap<string, Communicator>;
+  readonly sends: ReadonlyMap<number, Communicator>;
+  readonly recvs: ReadonlyMap<number, Communicator>;
+}
+export interface CudaComm extends Comm {
+  /** Throws when a rank has failed. */
+  check(): void;
+  /** After a failure, or in good order. */
+  close(how: "abort" | "done"): void;
+}
+
+const instructions = (p: Plan["programs"][number]): Instruction[] => [...p.forward, ...p.backward, ...p.step];
+
+/** Device memory that comm needs beyond the plan's: copies of what is sent, and room for exchanges in place. */
+export function bytesBeside(plan: Plan, rank: number): number {
+  const { sends, spare } = besides(plan, Math.floor(rank / plan.mesh.per_stage));
+  return [...sends.values()].reduce((sum, n) => sum + n, spare);
+}
+function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare: number } {
+  const program = plan.programs[stage]!;
+  const { offsets } = plan.memory[stage]!;
+  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
+  const bytes = (id: string): number => aligned(buffers.get(id)!.shape.reduce((n, x) => n * x, bytesOf[buffers.get(id)!.dtype]));
+  const sends = new Map<string, number>();
+  let spare = 0;
+  for (const i of instructions(program)) {
+    if (i.kind === "send") sends.set(mailbox(i), bytes(i.buffer));
+    if (
+      i.kind === "move" &&
+      i.how === "all_to_all" &&
+      buffers.get(i.from)!.kind === buffers.get(i.to)!.kind &&
+      offsets[i.from] === offsets[i.to]
+    )
+      spare = Math.max(spare, bytes(i.from));
+  }
+  return { sends, spare };
+}
+const mailbox = (i: Transfer): string => `${i.peer} ${i.tag}`;
+const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
+
+export interface CommNeeds {
+  readonly plan: Plan;
+  readonly rank: number;
+  readonly context: Context;
+  readonly lanes: Lanes;
+  readonly place: (id: string, slot: number) => Place;
+  readonly share: Share;
+  /** Waits until all that was issued is done. */
+  readonly settled: () => Promise<void>;
+}
+
+export async function openComm({ plan, rank, context, lanes, place, share, settled }: CommNeeds): Promise<CudaComm> {
+  const { mesh } = plan;
+  const stage = Math.floor(rank / mesh.per_stage);
+  const local = rank % mesh.per_stage;
+  const { sends, spare } = besides(plan, stage);
+  verify(plan, stage, place);
+  const communicators = mesh.world > 1 ? await connect() : undefined;
+  const mailboxes = new Map([...sends].map(([key, bytes]) => [key, context.alloc(bytes)]));
+  const aside = spare > 0 ? context.alloc(spare) : undefined;
+  const collectives = lanes.lane("comm");
+
+  async function connect(): Promise<Communicators> {
+    const everyone = Array.from({ length: mesh.world }, (_, r) => r);
+    const world = joinCommunicator(await share("world", everyone, uniqueId), rank, mesh.world);
+    const groups = new Map<string, Communicator>();
+    // all ranks split by the same list, in the same order, those also whose stage has no use for it
+    for (const { key, factors, stages } of groupings(plan)) {
+      const base = stage * mesh.per_stage;
+      const group = world.split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => m + base) : undefined);
+      if (group) groups.set(key, group);
+    }
+    const [to, from] = [new Map<number, Communicator>(), new Map<number, Communicator>()];
+    for (const [source, target] of directions(plan)) {
+      const pair = world.split(
+        stage === source || stage === target ? [source, target].sort((a, b) => a - b).map((s) => s * mesh.per_stage + local) : undefined,
+      );
+      if (pair) (stage === source ? to : from).set(stage === source ? target : source, pair);
+    }
+    await greet(to, from);
+    return { world, groups, sends: to, recvs: from };
+  }
+
+  /** NCCL connects two ranks when they first exchange, and the host waits for it: here, in one order on all ranks. */
+  async function greet(to: ReadonlyMap<number, Communicator>, from: ReadonlyMap<number, Communicator>): Promise<void> {
+    const word = context.alloc(256);
+    for (const [source, target] of directions(plan)) {
+      if (stage === source) to.get(target)!.send(word, 1, peerOf(source, target), lanes.compute.stream, "i32");
+      else if (stage === target) from.get(source)!.recv(word, 1, peerOf(target, source), lanes.compute.stream, "i32");
+      else continue;
+      await settled();
+    }
+    context.free(word);
+  }
+
+  const perform: Record<How, (group: Communicator, from: Place, to: Place, stream: Stream) => void> = {
+    all_reduce: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum"),
+    all_reduce_max: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "max"),
+    // NCCL reads and writes one memory only where the rank's part has its place in the whole
+    all_gather(group, from, to, stream) {
+      const own = from.at === to.at ? moved(to.at, group.rank * from.bytes) : from.at;
+      if (own !== from.at) context.copy(own, from.at, from.bytes, stream);
+      group.allGather(own, to.at, from.count, stream, from.dtype);
+    },
+    reduce_scatter(group, from, to, stream) {
+      const own = from.at === to.at ? moved(from.at, group.rank * to.bytes) : to.at;
+      group.reduceScatter(from.at, own, to.count, stream, from.dtype);
+      if (own !== to.at) context.copy(to.at, own, to.bytes, stream);
+    },
+    all_to_all(group, from, to, stream) {
+      const source = from.at === to.at ? aside! : from.at;
+      if (source !== from.at) context.copy(source, from.at, from.bytes, stream);
+      group.allToAll(source, to.at, from.count / group.ranks, stream, from.dtype);
+    },
+  };
+  const labelOf = (i: Move | Transfer): Label => ({ id: i.id, op: i.kind === "move" ? i.how : i.kind, kernel: "" });
+
+  return {
+    move(_, i, { slot }) {
+      const [from, to] = [place(i.from, slot), place(i.to, slot)];
+      const touch: Touch = { reads: [from.span], writes: i.how === "reduce_scatter" && from.at === to.at ? [from.span] : [to.span] };
+      const group = i.world ? communicators?.world : communicators?.groups.get(keyOf(mesh, i.factors));
+      if (group) lanes.beside(collectives, touch, labelOf(i), (stream) => perform[i.how](group, from, to, stream));
+      else if (from.at !== to.at) lanes.run(touch, labelOf(i), (stream) => context.copy(to.at, from.at, from.bytes, stream));
+      return true;
+    },
+    send(_, i, { slot }) {
+      const from = place(i.buffer, slot);
+      const at = mailboxes.get(mailbox(i))!;
+      const box = [Number(at), Number(at) + from.bytes] as const;
+      lanes.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
+      lanes.beside(lanes.lane(`send ${i.peer}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
+        communicators!.sends.get(i.peer)!.send(at, from.count, peerOf(stage, i.peer), stream, from.dtype),
+      );
+    },
+    recv(_, i, { slot }) {
+      const to = place(i.buffer, slot);
+      lanes.beside(lanes.lane(`recv ${i.peer}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
+        communicators!.recvs.get(i.peer)!.recv(to.at, to.count, peerOf(stage, i.peer), stream, to.dtype),
+      );
+      return true;
+    },
+    check() {
+      if (communicators) for (const c of all(communicators)) c.check();
+    },
+    close(how) {
+      if (communicators) for (const c of all(communicators).reverse()) how === "abort" ? c.abort() : c.close();
+      for (const at of [...mailboxes.values(), ...(aside === undefined ? [] : [aside])]) context.free(at);
+    },
+  };
+}
+
+const all = ({ world, groups, sends, recvs }: Communicators): Communicator[] => [
+  world,
+  ...groups.values(),
+  ...sends.values(),
+  ...recvs.values(),
+];
+/** The rank in a communicator of two: the lower stage's is 0. */
+const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
+
+/** Factors that make groups of more than one rank: those of one rank need no communicator. */
+const keyOf = ({ factors }: Plan["mesh"], fs: readonly number[]): string =>
+  fs
+    .filter((f) => factors[f]!.size > 1)
+    .sort((a, b) => a - b)
+    .join();
+
+/** The sets of factors that moves run over, each with the stages that use it; in an order that all ranks find. */
+function groupings(plan: Plan): { key: string; factors: number[]; stages: Set<number> }[] {
+  const found = new Map<string, Set<number>>();
+  for (const p of plan.programs)
+    for (const i of instructions(p)) {
+      if (i.kind !== "move" || i.world) continue;
+      const key = keyOf(plan.mesh, i.factors);
+      if (key) found.set(key, (found.get(key) ?? new Set()).add(p.stage));
+    }
+  return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, factors: key.split(",").map(Number), stages }));
+}
+
+/** Pairs of stages, source and target, in an order that all ranks find. */
+function directions(plan: Plan): [number, number][] {
+  const found = new Map<string, [number, number]>();
+  for (const p of plan.programs)
+    for (const i of instructions(p)) if (i.kind === "send") found.set(`${p.stage}>${i.peer}`, [p.stage, i.peer]);
+  return [...found.values()].sort(([a, b], [c, d]) => a - c || b - d);
+}
+
+/** Law: a move's source and destination are as long as its collective makes them, and of one type. */
+function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
+  const { mesh } = plan;
+  for (const i of instructions(plan.programs[stage]!)) {
+    if (i.kind !== "move") continue;
+    const [from, to] = [place(i.from, 0), place(i.to, 0)];
+    const g = i.world ? mesh.world : i.factors.reduce((n, f) => n * mesh.factors[f]!.size, 1);
+    const [a, b] =
+      i.how === "all_gather"
+        ? [from.count * g, to.count]
+        : i.how === "reduce_scatter"
+          ? [from.count, to.count * g]
+          : [from.count, to.count];
+    if (a !== b || from.dtype !== to.dtype || (i.how === "all_to_all" && a % g !== 0))
+      throw new Error(`rankc: ${i.id}: ${i.how} over ${g} from ${from.dtype}[${from.count}] to ${to.dtype}[${to.count}]`);
+  }
+}

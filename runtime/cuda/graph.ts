@@ -1,0 +1,80 @@
+/**
+ * The step as a CUDA graph. The first step is issued call by call, so that NCCL connects and modules are loaded; the second is
+ * captured; from then on a step is one launch of what was captured, and only what the host writes is new. What it writes goes
+ * through pinned places of its own, one per write of a step, that the graph's copies read when they run.
+ */
+import type { Buffer } from "../../schemas/plan.ts";
+import type { Context, Graph, Pinned, Stream } from "./driver.ts";
+
+/** issue: calls go to the device. capture: they go into the graph. replay: they are in the graph already. */
+export type Mode = "issue" | "capture" | "replay";
+export type Steps = ReturnType<typeof openSteps>;
+
+/** Staging is pinned by at least this much at once: page-locking costs far more than a write. */
+const pinnedAtOnce = 1 << 20;
+
+export function openSteps(context: Context, stream: Stream, { graph: wanted }: { readonly graph: boolean }) {
+  let steps = 0;
+  let mode: Mode | undefined;
+  let graph: Graph | undefined;
+  const writes: {
+    readonly buffer: Buffer;
+    readonly slot: number;
+    readonly bytes: number;
+    readonly at: bigint;
+    readonly staged: ArrayBuffer;
+    readonly from: number;
+  }[] = [];
+  let next = 0;
+  const pinned: Pinned[] = [];
+  let used = 0;
+
+  function stage(bytes: number): { at: bigint; staged: ArrayBuffer; from: number } {
+    const aligned = Math.ceil(bytes / 16) * 16;
+    if (!pinned.length || used + aligned > pinned.at(-1)!.bytes.byteLength) {
+      pinned.push(context.pin(Math.max(aligned, pinnedAtOnce)));
+      used = 0;
+    }
+    const { at, bytes: staged } = pinned.at(-1)!;
+    used += aligned;
+    return { at: at + BigInt(used - aligned), staged, from: used - aligned };
+  }
+
+  return {
+    /** Undefined between steps. */
+    mode: (): Mode | undefined => mode,
+    begin(): Mode {
+      steps++;
+      next = 0;
+      mode = graph ? "replay" : wanted && steps > 1 ? "capture" : "issue";
+      if (mode === "capture") context.beginCapture(stream);
+      return mode;
+    },
+    /** The pinned place of the next write of this step. The same writes must come in every step. */
+    write(buffer: Buffer, slot: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
+      const known = writes[next];
+      if (known && (known.buffer !== buffer || known.slot !== slot || known.bytes !== bytes))
+        throw new Error(
+          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${slot}), and was ${known.buffer.id} (slot ${known.slot})`,
+        );
+      if (!known && steps > 1) throw new Error(`rankc: step ${steps} writes ${buffer.id}, and steps before it did not`);
+      const write = known ?? { buffer, slot, bytes, ...stage(bytes) };
+      if (!known) writes.push(write);
+      next++;
+      return { at: write.at, into: (Type) => new Type(write.staged, write.from, bytes / Type.BYTES_PER_ELEMENT) };
+    },
+    /** Ends the step; in the end all of it is in the stream. */
+    end(): void {
+      if (next !== writes.length) throw new Error(`rankc: step ${steps} wrote ${next} of ${writes.length} inputs`);
+      if (mode === "capture") graph = context.endCapture(stream);
+      mode = undefined;
+      if (graph) context.replay(graph, stream);
+    },
+    close(): void {
+      if (graph) context.destroyGraph(graph);
+      for (const memory of pinned) context.unpin(memory);
+    },
+  };
+}
+
+type Typed = typeof Float32Array | typeof Int32Array | typeof Uint16Array;

@@ -1,0 +1,161 @@
+/**
+ * The kernels of a plan on one device: a cubin that lies beside the plan, else one compiled here by NVRTC and kept in the
+ * user's cache. Sources are compiled one by one, several at a time; ranks of one machine begin at different places, so
+ * that they share the work through the cache.
+ */
+import { createHash } from "node:crypto";
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { availableParallelism, homedir } from "node:os";
+import { join } from "node:path";
+import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Context, Device, Entry } from "./driver.ts";
+import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
+
+/** How all sources are compiled, by NVRTC as by nvcc, beside the architecture. */
+export const compileOptions = ["--std=c++17"] as const;
+
+/** What a kernel's cubin beside the plan is called; its source's digest is part of it, so it cannot be of another source. */
+export function cubinFile(kernel: Kernel, arch: string): string {
+  const { file, sha256 } = kernel.source!;
+  return `${file.replace(/\.cu$/, "")}.${sha256.slice(0, 16)}.${arch}.cubin`;
+}
+
+export interface KernelFiles {
+  /** The text of a kernel's source. */
+  readonly source: (file: string) => string;
+  /** A cubin beside the plan, where there is one. */
+  readonly cubin?: (file: string) => Uint8Array | undefined;
+}
+export interface Kernels {
+  /** The function of one launch of a kernel. */
+  readonly entry: (kernel: Kernel, launch: Launch) => Entry;
+  readonly close: () => void;
+}
+
+/** The architecture a plan is compiled for; a Trouble where the device is another. */
+export function archFor(plan: Plan, device: Device): string {
+  const [kind, arch = ""] = plan.toolchain.target.split(":");
+  if (kind !== "cuda")
+    throw new Trouble(
+      `${plan.job.name} is compiled for ${plan.toolchain.target}, and not for CUDA`,
+      "compile it with --target cuda:sm_90a, or as the device is",
+    );
+  const [, digits, exact] = /^sm_(\d+)(a?)$/.exec(arch)!;
+  const sm = Number(digits);
+  // cubins serve the later devices of their generation; with the a, the very device alone
+  const serves = exact ? device.sm === sm : Math.floor(device.sm / 10) === Math.floor(sm / 10) && device.sm >= sm;
+  if (serves) return arch;
+  throw new Trouble(
+    `${plan.job.name} is compiled for cuda:${arch}, and device ${device.ordinal} (${device.name}) is of compute capability ${device.sm / 10}`,
+    `compile it for this device: --target cuda:sm_${device.sm}${device.sm >= 90 ? "a" : ""}`,
+    3,
+  );
+}
+
+/** Loads those of the plan's kernels that `ids` names. `rank` says where in the list this process begins to compile. */
+export async function loadKernels(
+  context: Context,
+  {
+    plan,
+    ids,
+    files,
+    rank,
+  }: { readonly plan: Plan; readonly ids: ReadonlySet<string>; readonly files: KernelFiles; readonly rank: number },
+): Promise<Kernels> {
+  const arch = archFor(plan, context.device);
+  const used = plan.kernels.filter((k) => ids.has(k.id));
+  const first = Math.floor(((rank % plan.mesh.gpus_per_node) * used.length) / plan.mesh.gpus_per_node);
+  const queue = [...used.slice(first), ...used.slice(0, first)];
+  const modules = new Map<string, ReturnType<Context["load"]>>();
+  const entries = new Map<string, Entry>();
+
+  async function load(kernel: Kernel): Promise<void> {
+    const image = files.cubin?.(cubinFile(kernel, arch)) ?? (await compiled(kernel, arch, files.source(kernel.source!.file)));
+    await naming(kernel, () => {
+      const module = context.load(image);
+      modules.set(kernel.id, module);
+      const shared = new Map<string, number>();
+      for (const { entry, shared: bytes } of kernel.launches) shared.set(entry, Math.max(bytes, shared.get(entry) ?? 0));
+      for (const [name, bytes] of shared) {
+        const entry = context.kernel(module, name);
+        entries.set(`${kernel.id} ${name}`, entry);
+        allowShared(context, name, entry, bytes);
+      }
+    });
+  }
+  const work = async (): Promise<void> => {
+    for (let kernel = queue.shift(); kernel; kernel = queue.shift()) await load(kernel);
+  };
+  const workers = await Promise.allSettled(Array.from({ length: Math.min(availableParallelism(), queue.length) }, work));
+  for (const w of workers) if (w.status === "rejected") throw w.reason;
+
+  return {
+    entry: (kernel, launch) => entries.get(`${kernel.id} ${launch.entry}`)!,
+    close: () => {
+      for (const module of modules.values()) context.unload(module);
+    },
+  };
+}
+
+/** What a launch may ask for without a word: 48 KiB, static shared memory included. */
+const sharedUnasked = 48 << 10;
+
+function allowShared(context: Context, name: string, entry: Entry, bytes: number): void {
+  const own = context.sharedOf(entry);
+  if (own + bytes <= sharedUnasked) return;
+  if (own + bytes > context.sharedLimit)
+    throw new Error(
+      `${name} wants ${own} + ${bytes} bytes of shared memory, and a block of ${context.device.name} may have ${context.sharedLimit}`,
+    );
+  context.allowShared(entry, bytes);
+}
+
+/** An error of one kernel says which. */
+export async function naming<T>(kernel: Kernel, act: () => T | Promise<T>): Promise<T> {
+  try {
+    return await act();
+  } catch (error) {
+    throw named(kernel, error);
+  }
+}
+export function named(kernel: Kernel, error: unknown): unknown {
+  if (!(error instanceof Error)) return error;
+  const message = `kernel ${kernel.id} (${kernel.op} in ${kernel.dtypes}): ${error.message}`;
+  return error instanceof Trouble ? new Trouble(message, error.fix, error.exit) : new Error(message, { cause: error });
+}
+
+async function compiled(kernel: Kernel, arch: string, source: string): Promise<Uint8Array> {
+  const { version } = nvrtcVersion();
+  const digest = createHash("sha256")
+    .update(JSON.stringify([version, arch, compileOptions, source]))
+    .digest("hex");
+  const path = join(cacheFolder(), `${digest}.cubin`);
+  const known = cached(path);
+  if (known) return known;
+  const image = await naming(kernel, () => compileBeside(source, { arch, name: kernel.source!.file, options: compileOptions }));
+  keep(path, image);
+  return image;
+}
+
+const cacheFolder = (): string => join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "rankc", "cubin");
+
+function cached(path: string): Uint8Array | undefined {
+  try {
+    return readFileSync(path);
+  } catch {
+    return undefined;
+  }
+}
+
+/** Whole or not at all: other ranks read while this one writes. A cache that cannot be written is done without. */
+function keep(path: string, image: Uint8Array): void {
+  const whole = `${path}.${process.pid}`;
+  try {
+    mkdirSync(cacheFolder(), { recursive: true });
+    writeFileSync(whole, image);
+    renameSync(whole, path);
+  } catch {
+    return;
+  }
+}

@@ -1,0 +1,84 @@
+/**
+ * What a compute instruction is on the device: the launches of its kernel with their parameters packed, and the bytes it
+ * touches. Made once per instruction and slot; after that a launch is one call of the driver.
+ */
+import { startOf } from "../../schemas/layout.ts";
+import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
+import type { Arenas, Place } from "./arenas.ts";
+import { type Context, packParams, type Stream } from "./driver.ts";
+import { type Kernels, named } from "./kernels.ts";
+import type { Touch } from "./lanes.ts";
+
+export interface Bound {
+  readonly touch: Touch;
+  readonly issue: (stream: Stream) => void;
+}
+
+export interface Ground {
+  readonly plan: Plan;
+  readonly rank: number;
+  readonly context: Context;
+  readonly arenas: Arenas;
+  readonly kernels: Kernels;
+}
+
+/** Binds instructions to the memory of a rank. */
+export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, slot: number) => Bound {
+  const byId = new Map(plan.kernels.map((k) => [k.id, k]));
+  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
+
+  return (i, slot) => {
+    const kernel = byId.get(i.kernel)!;
+    const place = (id: string): Place => arenas.place(id, slot);
+    const operands = { ...i.reads, ...i.writes };
+    const rows =
+      i.rows ??
+      Object.values(operands)
+        .map((id) => buffers.get(id)!.rows)
+        .find((id) => id !== undefined);
+    const overflow = i.rows && `${i.rows}.needed`;
+
+    const pointer = (name: string): bigint => {
+      const id = operands[name] ?? (name === "rows" ? rows : name === "needed" ? overflow : undefined);
+      if (id === undefined || !buffers.has(id)) throw new Error(`rankc: ${i.id}: its kernel takes ${name}, and there is no such operand`);
+      return place(id).at;
+    };
+    const param = (arg: Arg): bigint | number | Uint8Array => {
+      if (typeof arg !== "string") {
+        const { tensor, ...tiled } = arg;
+        return context.encodeTiled({ ...tiled, at: place(operands[tensor]!).at });
+      }
+      const [, what, of] = /^(scratch\+|start\()([^)]*)\)?$/.exec(arg) ?? [];
+      if (what === "scratch+") return arenas.scratch(Number(of));
+      if (what === undefined) return pointer(arg);
+      const [size, cut] = i.dims[of!]!;
+      return startOf(plan.mesh, size, cut, rank % plan.mesh.per_stage);
+    };
+    const launches = kernel.launches.map((l) => ({
+      entry: kernels.entry(kernel, l),
+      how: { grid: l.grid, block: [l.threads], shared: l.shared } as const,
+      params: packParams(...l.args.map(param)),
+    }));
+    const made = [...Object.values(i.writes), ...(i.rows ? [i.rows] : []), ...(overflow && buffers.has(overflow) ? [overflow] : [])];
+    const read = [...Object.values(i.reads), ...(rows ? [rows] : [])];
+    return {
+      touch: { reads: read.map((id) => place(id).span), writes: made.map((id) => place(id).span) },
+      issue(stream) {
+        for (const [n, { entry, how, params }] of launches.entries()) {
+          try {
+            context.launch(entry, { ...how, stream }, params);
+          } catch (error) {
+            throw named(kernel, complete(error, kernel, n));
+          }
+        }
+      },
+    };
+  };
+}
+
+function complete(error: unknown, kernel: Kernel, n: number): unknown {
+  const { entry, grid, threads, shared } = kernel.launches[n]!;
+  if (error instanceof Error) error.message = `${entry}, ${grid.join("x")} blocks of ${threads}, ${shared} bytes: ${error.message}`;
+  return error;
+}
