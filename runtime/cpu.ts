@@ -1,18 +1,55 @@
 /**
- * The CPU backend, the reference: one rank's arenas as typed arrays, every buffer at the place the plan gives it, every op
- * by its declaration's plain loops. bf16 buffers hold bf16: values are widened when read and rounded when stored.
+ * The CPU, the reference: all ranks in this process, each with its arenas as typed arrays, every buffer at the place the plan
+ * gives it, every op by its declaration's plain loops. bf16 and f16 buffers hold halves: values are widened when read and
+ * rounded when stored.
  */
+import { totalmem } from "node:os";
 import { elementsOf, parts, startOf } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
 import type { Place } from "../src/ops/op.ts";
-import type { Backend, HostData } from "./backend.ts";
-import { fromBf16, toBf16 } from "./bf16.ts";
+import type { Backend, Fleet, HostData } from "./backend.ts";
+import { narrow, widen } from "./halves.ts";
+import { loopback } from "./loopback.ts";
 
+/** A backend whose memory the host can look at. */
+export interface CpuBackend extends Backend {
+  peek(b: Buffer, slot: number): HostData;
+}
+
+export function openCpu(plan: Plan): Fleet {
+  const { world, per_stage } = plan.mesh;
+  const needed = plan.memory.reduce((sum, m) => sum + m.peak * per_stage, 0);
+  if (needed > totalmem())
+    throw new Trouble(
+      `${plan.job.name} does not fit this machine: its ${world} ranks need ${gib(needed)}, and one process on the CPU holds them all; there are ${gib(totalmem())}`,
+      "run it on the machines it was compiled for, or make the model smaller",
+      3,
+    );
+  const ranks = Array.from({ length: world }, (_, r) => r);
+  const backends = ranks.map((r) => cpuBackend(plan, r));
+  return {
+    ranks,
+    backend: (rank) => backends[rank]!,
+    comm: loopback(plan, backends),
+    async finish() {
+      for (const r of ranks) {
+        const { bounds, buffers } = plan.programs[Math.floor(r / per_stage)]!;
+        for (const { needed, bound } of bounds) {
+          const found = backends[r]!.peek(buffers.find((b) => b.id === needed)!, 0)[0]!;
+          if (found > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), r, found, bound);
+        }
+      }
+    },
+    async close() {},
+  };
+}
+
+const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const noRows = new Int32Array(1);
 
-export function cpuBackend(plan: Plan, rank: number): Backend {
+function cpuBackend(plan: Plan, rank: number): CpuBackend {
   const stage = Math.floor(rank / plan.mesh.per_stage);
   const local = rank % plan.mesh.per_stage;
   const program = plan.programs[stage]!;
@@ -31,16 +68,16 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
     const Type = b.dtype === "f32" ? Float32Array : b.dtype === "i32" ? Int32Array : Uint16Array;
     return new Type(arenas[b.kind], at, elementsOf(b.shape));
   };
-  const read = (b: Buffer, slot: number): HostData => {
+  const peek = (b: Buffer, slot: number): HostData => {
     const data = raw(b, slot);
     if (!(data instanceof Uint16Array)) return data;
     const wide = new Float32Array(data.length);
-    fromBf16(wide, data);
+    widen(b.dtype, wide, data);
     return wide;
   };
   const write = (b: Buffer, slot: number, data: HostData): void => {
     const own = raw(b, slot);
-    if (own instanceof Uint16Array) toBf16(own, data as Float32Array);
+    if (own instanceof Uint16Array) narrow(b.dtype, own, data as Float32Array);
     else own.set(data);
   };
 
@@ -56,33 +93,32 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
       d[dim] = size / parts(plan.mesh, cut);
       starts[dim] = startOf(plan.mesh, size, cut, local);
     }
-    const rowsId = i.rows ?? names.map(([, id]) => of(id).rows).find((r) => r);
-    const rows = rowsId ? (raw(of(rowsId), slot) as Int32Array) : noRows;
+    const ragged = names.map(([, id]) => of(id)).find((b) => b.ragged);
+    const rows = ragged ? (raw(of(i.rows ?? ragged.rows!), slot) as Int32Array) : noRows;
     const place: Place = { start: (dim) => starts[dim]!, rows };
     const t: Record<string, Float32Array> = {};
-    const widen: (() => void)[] = [];
-    const clear: (() => void)[] = [];
-    const round: (() => void)[] = [];
+    const before: (() => void)[] = [];
+    const after: (() => void)[] = [];
     for (const [at, [name, id]] of names.entries()) {
       const output = at >= reads;
       const keeps = output && i.keeps?.includes(name);
       const own = raw(of(id), slot);
-      const view = own instanceof Uint16Array ? new Float32Array(own.length) : (own as Float32Array);
+      const half = own instanceof Uint16Array;
+      const view = half ? new Float32Array(own.length) : (own as Float32Array);
       t[name] = view;
-      if (own instanceof Uint16Array && (!output || keeps)) widen.push(() => fromBf16(view, own));
-      if (output && !keeps) clear.push(() => view.fill(0));
-      if (own instanceof Uint16Array && output) round.push(() => toBf16(own, view));
+      if (half && (!output || keeps)) before.push(() => widen(of(id).dtype, view, own));
+      if (output && !keeps) before.push(() => view.fill(0));
+      if (half && output) after.push(() => narrow(of(id).dtype, own, view));
     }
-    const bound = (rows.length - 1) / 3;
+    const bound = ragged?.shape[0] ?? 0;
     return () => {
-      for (const f of widen) f();
-      for (const f of clear) f();
+      for (const f of before) f();
       if (i.rows) {
         const needed = op.rows!(t, d, place, rows, bound);
         if (needed > bound) throw rowsOverflow(i.id, rank, needed, bound);
       }
       op.cpu(t, d, place);
-      for (const f of round) f();
+      for (const f of after) f();
     };
   }
 
@@ -94,7 +130,8 @@ export function cpuBackend(plan: Plan, rank: number): Backend {
       bound.set(i, slots);
       (slots[slot] ??= bind(i, slot))();
     },
-    read,
+    peek,
+    read: async (b, slot) => peek(b, slot).slice(),
     write,
   };
 }

@@ -1,18 +1,16 @@
 /**
- * execute: plan × rank × backend × comm → trained steps. Walks each rank's program in the plan's order: forward and backward
- * of every microbatch, then the step block. `openRun` runs all ranks in this process, as coroutines.
+ * execute: plan × fleet → trained steps. Walks each rank's program in the plan's order: forward and backward of every
+ * microbatch, then the step block. The ranks of this process run as coroutines, which meet at collectives.
  */
-import { totalmem } from "node:os";
 import { resolve } from "node:path";
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
-import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
+import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import type { Backend, Comm, HostData, Position } from "./backend.ts";
+import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import { checkpointFor } from "./checkpoint.ts";
-import { cpuBackend } from "./cpu.ts";
+import { openCpu } from "./cpu.ts";
 import { openCorpus } from "./data.ts";
 import { learningRate } from "./learningRate.ts";
-import { loopback } from "./loopback.ts";
 import { fillNormal } from "./philox.ts";
 
 export interface StepResult {
@@ -35,10 +33,10 @@ export interface Tensor {
 export interface Run {
   step(): Promise<StepResult>;
   /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
-  gradients(): Map<string, Tensor>;
-  parameters(): Map<string, Tensor>;
+  gradients(): Promise<Map<string, Tensor>>;
+  parameters(): Promise<Map<string, Tensor>>;
   /** A buffer named in `watch`, per microbatch, put together from all ranks. */
-  watched(id: string): Tensor[];
+  watched(id: string): Promise<Tensor[]>;
   close(): Promise<void>;
 }
 export interface RunSettings {
@@ -55,13 +53,6 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
   if (backend !== "cpu") throw new Trouble(`there is no backend ${backend}`, "use --backend cpu");
   const { mesh, programs, job } = plan;
   const { train, model } = job;
-  const needed = plan.memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0);
-  if (needed > totalmem())
-    throw new Trouble(
-      `${job.name} does not fit this machine: its ${mesh.world} ranks need ${gib(needed)}, and one process on the CPU holds them all; there are ${gib(totalmem())}`,
-      "run it on the machines it was compiled for, or make the model smaller",
-      3,
-    );
   const corpus = openCorpus(resolve(baseDir, job.data.path), {
     seq: model.seq,
     batch: train.global_batch,
@@ -69,14 +60,13 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     order: job.data.order,
     seed: train.seed,
   });
-  const ranks = Array.from({ length: mesh.world }, (_, r) => r);
-  const backends = ranks.map((r) => cpuBackend(plan, r));
-  const comm = loopback(plan, backends);
+  const fleet: Fleet = openCpu(plan);
+  const { ranks, comm } = fleet;
   const programOf = (r: number) => programs[Math.floor(r / mesh.per_stage)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
   const perMicrobatch = train.micro_batch * job.parallel.data;
-  const kept = new Map<string, HostData[][]>();
+  const kept = new Map<string, Promise<HostData>[][]>();
   let steps = 0;
 
   function initialize(): void {
@@ -87,11 +77,11 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
         const targets = [...new Set([p.buffer, p.master])].map((id) => bufferOf(r, id));
         for (const b of targets) {
           if (!checkpoint) {
-            backends[r]!.write(b, 0, initial(p.name, p.init, b, r));
+            fleet.backend(r).write(b, 0, initial(p.name, p.init, b, r));
             continue;
           }
           if (!seen.has(p.name)) seen.set(p.name, checkpoint.read(p.name, b.sizes));
-          backends[r]!.write(b, 0, pieceOf(seen.get(p.name)!, b, r));
+          fleet.backend(r).write(b, 0, pieceOf(seen.get(p.name)!, b, r));
         }
       }
     checkpoint?.close();
@@ -128,23 +118,22 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     return out;
   }
   /** A value put together from the pieces of the ranks of one stage. */
-  function assemble(stage: number, id: string, data: (r: number) => HostData): Tensor {
+  async function assemble(stage: number, id: string, data: (r: number) => Promise<HostData>): Promise<Tensor> {
     const b = buffers[stage]!.get(id)!;
     const out = new Float32Array(elementsOf(b.sizes));
     for (let r = stage * mesh.per_stage; r < (stage + 1) * mesh.per_stage; r++) {
-      const piece = data(r);
+      const piece = await data(r);
       visitRuns(b, r, (global, local, n) => out.set(piece.subarray(local, local + n), global));
     }
     return { shape: b.sizes, data: out };
   }
-  const collect = (pick: (p: Plan["programs"][number]["parameters"][number]) => string): Map<string, Tensor> =>
-    new Map(
-      programs.flatMap((p) =>
-        p.parameters
-          .filter((q) => !q.tied_to)
-          .map((q) => [q.name, assemble(p.stage, pick(q), (r) => backends[r]!.read(bufferOf(r, pick(q)), 0))] as const),
-      ),
-    );
+  async function collect(pick: (p: Plan["programs"][number]["parameters"][number]) => string): Promise<Map<string, Tensor>> {
+    const all = new Map<string, Tensor>();
+    for (const p of programs)
+      for (const q of p.parameters)
+        if (!q.tied_to) all.set(q.name, await assemble(p.stage, pick(q), (r) => fleet.backend(r).read(bufferOf(r, pick(q)), 0)));
+    return all;
+  }
 
   /** One rank's step. Yields where it has to wait, saying for what. */
   function* walk(
@@ -164,27 +153,24 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
         else while (!comm.recv(r, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
       }
     }
-    const fill = (names: readonly string[], slot: number, m: number) => {
-      for (const name of names) {
-        const b = bufferOf(r, p.inputs[name]!);
-        backend.write(b, slot, feed(b, name, m));
+    /** Those of the inputs that a block reads; elsewhere their bytes may be another's. */
+    const fill = (block: readonly Instruction[], kinds: readonly Kind[], slot: number, m: number) => {
+      const read = new Set(block.flatMap(readBy));
+      for (const [name, id] of Object.entries(p.inputs)) {
+        const b = bufferOf(r, id);
+        if (read.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
       }
     };
-    const perStep = ["lr", "step"];
-    const perBlock = Object.keys(p.inputs).filter((n) => !perStep.includes(n));
     backend.zeroGradients();
-    fill(perStep, 0, 0);
+    fill(p.step, ["optimizer"], 0, 0);
     for (const tag of p.order) {
       const m = Number(tag.slice(1));
       const at = { tag, slot: m % p.slots };
-      // workspace inputs are filled for each block; activations are written by the forward block and stay
       const forward = tag.startsWith("F");
-      fill(
-        perBlock.filter((n) => forward || bufferOf(r, p.inputs[n]!).kind === "workspace"),
-        at.slot,
-        m,
-      );
-      yield* block(forward ? p.forward : p.backward, at);
+      const instructions = forward ? p.forward : p.backward;
+      // workspace is filled for each block; activations are written by the forward block and stay
+      fill(instructions, forward ? ["workspace", "activation"] : ["workspace"], at.slot, m);
+      yield* block(instructions, at);
     }
     yield* block(p.step, { tag: "step", slot: 0 });
   }
@@ -192,7 +178,7 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     const all = kept.get(id) ?? [];
     kept.set(id, all);
     const m = Number(at.tag.slice(1));
-    (all[m] ??= [])[r] = backends[r]!.read(bufferOf(r, id), at.slot).slice();
+    (all[m] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
   initialize();
@@ -222,16 +208,20 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
               throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
           }
         };
-      runTogether(ranks.map((r) => walk(r, backends[r]!, comm, feedOf(r))));
-      const scalar = (stage: number, id: string) =>
-        (backends[stage * mesh.per_stage]!.read(buffers[stage]!.get(id)!, 0) as Float32Array)[0]!;
-      const metric = (name: string) =>
-        programs.reduce((sum, p) => sum + (p.metrics[name] ?? []).reduce((n, id) => n + scalar(p.stage, id), 0), 0);
+      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r))));
+      await fleet.finish();
+      const scalar = async (stage: number, id: string) =>
+        (await fleet.backend(stage * mesh.per_stage).read(buffers[stage]!.get(id)!, 0))[0]!;
+      const metric = async (name: string) => {
+        let sum = 0;
+        for (const p of programs) for (const id of p.metrics[name] ?? []) sum += await scalar(p.stage, id);
+        return sum;
+      };
       return {
         step: steps,
-        loss: metric("loss"),
-        aux_loss: metric("aux_loss"),
-        grad_norm: scalar(0, programs[0]!.metrics.grad_norm![0]!),
+        loss: await metric("loss"),
+        aux_loss: await metric("aux_loss"),
+        grad_norm: await scalar(0, programs[0]!.metrics.grad_norm![0]!),
         lr,
         tokens: train.global_batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
@@ -240,17 +230,21 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     gradients: () => collect((q) => q.gradient),
     parameters: () => collect((q) => q.master),
     watched: (id) =>
-      (kept.get(id) ?? []).map((pieces) => {
-        const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
-        return assemble(stage, id, (r) => pieces[r]!);
-      }),
+      Promise.all(
+        (kept.get(id) ?? []).map((pieces) => {
+          const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
+          return assemble(stage, id, (r) => pieces[r]!);
+        }),
+      ),
     async close() {
       corpus.close();
+      await fleet.close();
     },
   };
 }
 
-const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+const readBy = (i: Instruction): readonly string[] =>
+  i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
 /** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */
 function runTogether(ranks: readonly Generator<string>[]): void {

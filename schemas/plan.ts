@@ -67,8 +67,9 @@ export const Compute = z.strictObject({
 });
 export type Compute = z.infer<typeof Compute>;
 
-export const How = z.enum(["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"]);
+export const How = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"]);
 export type How = z.infer<typeof How>;
+/** One collective on contiguous buffers; what each kind does stands with `Comm` in runtime/backend.ts. */
 export const Move = z.strictObject({
   kind: z.literal("move"),
   id,
@@ -79,9 +80,7 @@ export const Move = z.strictObject({
   world: z.boolean().optional().describe("over all ranks of all stages"),
   from: id,
   to: id,
-  radix: z.array(factors).describe("per slot, the factors by which blocks are counted on both sides"),
-  bytes: count.describe("bytes each rank sends, ring algorithms; rows counted at their expected number under balanced routing"),
-  host_sync: z.boolean().describe("the host must know the number of rows before it can issue this"),
+  bytes: count.describe("bytes each rank sends, ring algorithms; lists of rows at their full capacity"),
   why: Why,
 });
 export type Move = z.infer<typeof Move>;
@@ -117,6 +116,9 @@ export const Program = z.strictObject({
   order: z.array(z.string()).describe("F<m> forward and B<m> backward of microbatch m; then the step block once"),
   parameters: z.array(Parameter),
   inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
+  bounds: z
+    .array(z.strictObject({ needed: id, bound: count }))
+    .describe("read after a step: scalars that say how many rows there were where a plan bounds them (model.moe.rows_bound)"),
   metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
   forward: z.array(Instruction),

@@ -289,7 +289,7 @@ async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<
         import("../runtime/safetensors.ts"),
         import("../runtime/checkpoint.ts"),
       ]);
-      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, run.gradients()));
+      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
     }
   } finally {
     process.removeListener("SIGINT", interrupt);

@@ -39,7 +39,7 @@ export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Com
   });
   const order = schedule(job);
   const lowered = lower(job, mesh, graph, sharded, order);
-  verifyPrograms(lowered);
+  verifyPrograms(lowered, mesh);
   const { programs, kernels, sources } = kernelsOf(lowered, mesh, target);
   const memory = programs.map((p) => layOut(p, kernels));
   for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);

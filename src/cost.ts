@@ -1,7 +1,7 @@
 /** Costs of single instructions: rows and elements of a piece, bytes a move sends, floating-point operations of an op. */
 
-import { parts } from "../schemas/layout.ts";
-import type { Buffer, Compute, How } from "../schemas/plan.ts";
+import { elementsOf, parts } from "../schemas/layout.ts";
+import type { Buffer, Compute, How, Move } from "../schemas/plan.ts";
 import type { Mesh } from "./mesh.ts";
 import type { AnyOp } from "./ops/op.ts";
 
@@ -22,12 +22,19 @@ export function boundOfRows(
   return factor === "worst" ? worst : Math.min(worst, Math.ceil(expectedRows(mesh, sizes, cuts, fanout) * factor));
 }
 
+/** Whether a collective's buffers hold, at sizes known now, just what its kind takes and gives. If not, the host would have to wait for a count. */
+export function sizesAgree({ how, world, factors, from, to }: Move, mesh: Mesh, buffer: (id: string) => Buffer): boolean {
+  const members = world ? mesh.world : parts(mesh, factors);
+  const [a, b] = [elementsOf(buffer(from).shape), elementsOf(buffer(to).shape)];
+  if (how === "all_gather") return b === a * members;
+  if (how === "reduce_scatter") return a === b * members;
+  return a === b && (how !== "all_to_all" || a % members === 0);
+}
+
 /** Bytes each of n ranks sends, ring algorithms; `from` and `to` are the bytes of the piece before and after. */
 export function bytesSent(how: How, n: number, from: number, to: number): number {
   const share = (n - 1) / n;
   switch (how) {
-    case "slice":
-      return 0;
     case "all_gather":
       return Math.round(to * share);
     case "reduce_scatter":

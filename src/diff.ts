@@ -215,7 +215,6 @@ function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<stri
       facts.set("how", i.how);
       facts.set("axes", i.axes);
       facts.set("bytes", bytesText(i.bytes));
-      facts.set("host sync", i.host_sync ? "yes" : "no");
       facts.set("needed by", `${anyLayer(i.why.op)}: ${anyLayer(i.why.because)} (${i.why.path})`);
       break;
     case "send":

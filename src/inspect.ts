@@ -2,7 +2,7 @@
 import { devices } from "../schemas/job.ts";
 import { digit, elementsOf, membersOf } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
-import { flopsOf } from "./cost.ts";
+import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
 import { ops } from "./ops/index.ts";
@@ -30,7 +30,6 @@ interface CollectiveView {
   /** Sent by each rank, each time. */
   readonly bytes: number;
   readonly bytes_per_step: number;
-  readonly host_sync: boolean;
   readonly because: string;
   readonly path: string;
   /** The uses that made them necessary, layers collapsed. */
@@ -182,17 +181,19 @@ function roleView(plan: Plan, program: Program): RoleView {
           : [],
       ),
     ),
-    host_syncs_per_step: collectives.reduce((sum, c) => sum + (c.host_sync ? c.per_step : 0), 0),
+    host_syncs_per_step: phases.reduce(
+      (sum, phase) => sum + program[phase].filter((i) => i.kind === "move" && !sizesAgree(i, mesh, buffer)).length * times(phase),
+      0,
+    ),
   };
 }
 
 function collectiveViews(instructions: readonly Instruction[], phase: Phase, times: number): CollectiveView[] {
   const found = new Map<string, CollectiveView & { ops: string[] }>();
   for (const i of instructions) {
-    // a slice keeps a part of what is there: nothing is sent
-    if (i.kind !== "move" || i.how === "slice") continue;
-    const { name, how, axes, bytes, host_sync, why } = i;
-    const key = [name, how, axes, bytes, host_sync, anyLayer(why.because), why.path].join("\n");
+    if (i.kind !== "move") continue;
+    const { name, how, axes, bytes, why } = i;
+    const key = [name, how, axes, bytes, anyLayer(why.because), why.path].join("\n");
     const before = found.get(key);
     const op = anyLayer(why.op);
     const ops = before?.ops ?? [];
@@ -208,7 +209,6 @@ function collectiveViews(instructions: readonly Instruction[], phase: Phase, tim
       per_step: count * times,
       bytes,
       bytes_per_step: bytes * count * times,
-      host_sync,
       because,
       path: why.path,
       ops,
@@ -346,7 +346,6 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
     countText(c.per_step),
     bytesText(c.bytes),
     bytesText(c.bytes_per_step),
-    c.host_sync ? "host sync" : "",
     `${c.ops.slice(0, 3).join(", ")}${c.ops.length > 3 ? `, +${c.ops.length - 3}` : ""}: ${c.because} (${c.path})`,
   ];
   const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "", "needed by: because (job key)"];

@@ -56,7 +56,16 @@ function useOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buf
     makesRows: i.rows !== undefined,
     mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
   };
-  return { ...use, name: `${i.op}_${sha256(canonical({ ...use, keeps: [...use.keeps].sort() })).slice(0, 8)}` };
+  return { ...use, name: nameOf(use) };
+}
+
+/** Names of uses met before: a layer's are those of the one above. */
+const names = new Map<string, string>();
+function nameOf(use: Omit<Use, "name">): string {
+  const text = JSON.stringify({ ...use, keeps: [...use.keeps] });
+  let name = names.get(text);
+  if (!name) names.set(text, (name = `${use.op}_${sha256(canonical({ ...use, keeps: [...use.keeps].sort() })).slice(0, 8)}`));
+  return name;
 }
 
 function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kernel {

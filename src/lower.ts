@@ -5,6 +5,7 @@
 import type { Job } from "../schemas/job.ts";
 import type { Buffer, Compute, Instruction, Program } from "../schemas/plan.ts";
 import { type Mesh, stageOf } from "./mesh.ts";
+import { toMessages } from "./messages.ts";
 import { accumulate } from "./ops/linear.ts";
 import { expand } from "./ops/op.ts";
 import { type Block, openRole, type Role } from "./role.ts";
@@ -31,6 +32,7 @@ export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, orde
     }
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
     const { parameters, metrics } = updateStep(role, graph, sharded);
+    const blocks = toMessages(role);
     const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, l) === stage);
     return {
       stage,
@@ -39,9 +41,10 @@ export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, orde
       order: [...order],
       parameters,
       inputs: role.inputs,
+      bounds: role.bounds,
       metrics,
-      buffers: place(role.buffers, role.blocks),
-      ...role.blocks,
+      buffers: place(role.buffers, blocks),
+      ...blocks,
     };
   });
 }

@@ -54,13 +54,12 @@ function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string 
   switch (i.kind) {
     case "compute": {
       const { inputs, outputs } = ops[i.op]!;
-      const types = [...new Set(outputs.map((o) => buffers.get(i.writes[o.name]!)!.dtype))].join(" ");
+      const types = [...new Set(outputs.flatMap((o) => buffers.get(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
       const kept = i.keeps?.length ? `  keeps ${i.keeps.join(" ")}` : "";
       return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
     }
     case "move": {
-      const sync = i.host_sync ? "  host sync" : "";
-      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}${sync}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
     }
     case "send":
     case "recv":

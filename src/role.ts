@@ -4,26 +4,43 @@
  */
 import type { Job } from "../schemas/job.ts";
 import { elementsOf, parts } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Compute, type Instruction, type Kind, type Transfer } from "../schemas/plan.ts";
-import { boundOfRows, bytesSent, expectedRows } from "./cost.ts";
+import {
+  type Buffer,
+  bytesOf,
+  type Compute,
+  type Instruction,
+  type Kind,
+  type Move,
+  type Program,
+  type Transfer,
+} from "../schemas/plan.ts";
+import { boundOfRows } from "./cost.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
+import { indexLength } from "./ops/messages.ts";
 import type { AnyOp, Value } from "./ops/op.ts";
-import { layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
+import { type Change, layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 
 export type Block = "forward" | "backward" | "step";
+/** A piece comes into another layout: what `messages` turns into a collective and the copies around it. */
+export interface LayoutChange extends Omit<Move, "kind" | "how" | "bytes"> {
+  readonly kind: "change";
+  readonly how: Change;
+  /** Per slot, the factors by which blocks are counted on both sides. */
+  readonly radix: readonly (readonly number[])[];
+}
 export type Role = ReturnType<typeof openRole>;
 
 export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, stage: number) {
   const buffers = new Map<string, Buffer>();
-  const blocks: Record<Block, Instruction[]> = { forward: [], backward: [], step: [] };
+  const blocks: Record<Block, (Instruction | LayoutChange)[]> = { forward: [], backward: [], step: [] };
   const inputs: Record<string, string> = {};
   const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
   /** Losses of one name that owe the same share an accumulator; by name and layout. */
   const accumulators = new Map<string, { readonly name: string; readonly buffer: string }>();
   const taken = new Map<string, number>();
 
-  const emit = (block: Block, i: Instruction): void => {
+  const emit = (block: Block, i: Instruction | LayoutChange): void => {
     const n = (taken.get(i.id) ?? 0) + 1;
     taken.set(i.id, n);
     blocks[block].push(n === 1 ? i : { ...i, id: `${i.id}#${n}` });
@@ -36,6 +53,14 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   const scalar = (id: string, kind: Kind, owes: readonly number[] = []): string =>
     add({ id, kind, dtype: "f32", shape: [], sizes: [], ragged: 0, cuts: [], ...(owes.length ? { owes: [...owes] } : {}) });
 
+  /** Where an instruction says how many rows it needed, and how many there is room for. */
+  const bounds: Program["bounds"] = [];
+  const needed = (id: string, bound: number): string => {
+    const buffer = add({ id: `${id}.needed`, kind: "gradient", dtype: "i32", shape: [], sizes: [], ragged: 0, cuts: [] });
+    if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound });
+    return buffer;
+  };
+
   /** A layout as part of a name: `@dp,tp,-` says which axes cut each slot, `+tp` over which a sum is owed. */
   const layoutText = ({ layout: l, value: v, note = "" }: Piece, expert = isExpert(v)): string => {
     const name = (fs: readonly number[]) => axesName(mesh, fs, expert);
@@ -46,8 +71,11 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   /** The index buffer of a ragged piece, shared by all values with the same rows. */
   function rowsOf({ value: v, layout, note = "" }: Piece, bound: number): string {
     const cuts = layout.cuts.slice(0, 3).map((fs) => (fs.length ? axesName(mesh, fs, true) : "-"));
-    const id = `${rowsetOf(v)}.rows@${cuts.join(",")}${note.includes("~") ? "~" : ""}`;
-    return add({ id, kind: "workspace", dtype: "i32", shape: [1 + 3 * bound], sizes: [1 + 3 * bound], ragged: 0, cuts: [[]] });
+    // halfway between two moves, which rows are here depends on the blocks they are counted in
+    const counted = /~([\d.]*,[\d.]*,[\d.]*)/.exec(note)?.[1];
+    const id = `${rowsetOf(v)}.rows@${cuts.join(",")}${counted === undefined ? "" : `~${counted}`}`;
+    const length = indexLength(bound, v.sizes[2]! / parts(mesh, layout.cuts[2]!));
+    return add({ id, kind: "workspace", dtype: "i32", shape: [length], sizes: [length], ragged: 0, cuts: [[]] });
   }
   function lossBuffer(value: Value): string | undefined {
     const name = losses.get(value);
@@ -82,12 +110,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const rest = local(v.sizes, layout.cuts).slice(3);
     return add({ ...common, kind: "workspace", shape: [bound, ...rest], fanout: v.fanout, rows: rowsOf(piece, bound) });
   }
-  /** Bytes that move when a buffer does; rows at their expected number. */
-  const bytes = (id: string): number => {
-    const b = buffers.get(id)!;
-    const rows = b.ragged ? expectedRows(mesh, b.sizes, b.cuts, b.fanout!) : 1;
-    return bytesOf[b.dtype] * rows * elementsOf(b.shape.slice(b.ragged ? 1 : 0));
-  };
+  const bytes = (id: string): number => bytesOf[buffers.get(id)!.dtype] * elementsOf(buffers.get(id)!.shape);
 
   function move(block: Block, s: Extract<Step, { kind: "move" }>, from: string, to: string, expert = isExpert(s.from.value)): void {
     const ragged = s.from.value.ragged > 0;
@@ -96,7 +119,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const name =
       !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
     emit(block, {
-      kind: "move",
+      kind: "change",
       id: `${to}.${name}`,
       how: s.how,
       name,
@@ -104,14 +127,12 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       factors: [...s.factors],
       from,
       to,
-      radix: s.radix.map((r) => [...r]),
-      bytes: bytesSent(s.how, parts(mesh, s.factors), bytes(from), bytes(to)),
-      host_sync: ragged && s.how !== "slice",
+      radix: s.radix,
       why: { ...s.why },
     });
   }
   function transfer(block: Block, kind: Transfer["kind"], buffer: string, peer: number, why: Transfer["why"], tag = buffer): void {
-    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: Math.round(bytes(buffer)), why: { ...why } });
+    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: bytes(buffer), why: { ...why } });
   }
   /** An op over whole buffers, dims `...`. */
   function elementwise(
@@ -145,6 +166,8 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     buffers,
     blocks,
     inputs,
+    bounds,
+    needed,
     accumulators,
     emit,
     add,

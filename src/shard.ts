@@ -29,6 +29,8 @@ export interface Piece {
   readonly layout: Layout;
   readonly note?: string;
 }
+/** How a piece comes into another layout; a `slice` concerns one rank alone. */
+export type Change = How | "slice";
 interface Reason {
   readonly op: string;
   readonly because: string;
@@ -46,7 +48,7 @@ export type Step =
   | {
       kind: "move";
       stage: number;
-      how: How;
+      how: Change;
       factors: readonly number[];
       from: Piece;
       to: Piece;
@@ -91,8 +93,8 @@ export const layoutKey = ({ layout: l, note = "" }: Piece): string =>
   `${l.cuts.map((c) => c.join(".")).join(",")}${l.sum.length ? `+${l.sum.join(".")}` : ""}${l.max.length ? `^${l.max.join(".")}` : ""}${note}`;
 
 /** Moves of one value run in this order. */
-const sequence: readonly How[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];
-const howOf = (from: number, to: number): How | undefined =>
+const sequence: readonly Change[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];
+const howOf = (from: number, to: number): Change | undefined =>
   from === to
     ? undefined
     : from === MAX

@@ -4,7 +4,6 @@
  */
 import { parts } from "../schemas/layout.ts";
 import type { Parameter, Transfer } from "../schemas/plan.ts";
-import { bytesSent } from "./cost.ts";
 import { axesName, isExpert } from "./mesh.ts";
 import { accumulate, cast } from "./ops/linear.ts";
 import { invariant, type Value } from "./ops/op.ts";
@@ -32,7 +31,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   if (mesh.world > 1) {
     squared = scalar("grad_norm.squared.total", "workspace");
     emit("step", {
-      kind: "move",
+      kind: "change",
       id: `${squared}.all_reduce`,
       how: "all_reduce",
       name: "all_reduce",
@@ -42,8 +41,6 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
       from: "grad_norm.squared",
       to: squared,
       radix: [],
-      bytes: bytesSent("all_reduce", mesh.world, 4, 4),
-      host_sync: false,
       why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
     });
   }
@@ -107,7 +104,7 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
 
 /** AdamW on this rank's share, then the parameter made whole again. Returns the buffer that holds the f32 weights. */
 function updateParameter(
-  { job, mesh, home, buffers, add, emit, elementwise, bytes }: Role,
+  { job, mesh, home, buffers, add, emit, elementwise }: Role,
   sharded: Sharded,
   p: Value,
   gradient: string,
@@ -137,7 +134,7 @@ function updateParameter(
   }
   if (factors.length)
     emit("step", {
-      kind: "move",
+      kind: "change",
       id: `${name}.all_gather`,
       how: "all_gather",
       name: "all_gather",
@@ -145,9 +142,7 @@ function updateParameter(
       factors,
       from,
       to: name,
-      radix: shard.map((c) => [...c]),
-      bytes: bytesSent("all_gather", parts(mesh, factors), bytes(from), bytes(name)),
-      host_sync: false,
+      radix: shard,
       why: { op: `${name}.adamw`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
     });
   return master;

@@ -4,10 +4,15 @@
  * issue the same collectives in the same order by construction.
  */
 import type { Instruction, Program } from "../schemas/plan.ts";
+import { sizesAgree } from "./cost.ts";
+import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
 
-export function verifyPrograms(programs: readonly Program[]): void {
-  for (const p of programs) verifyDefinitions(p);
+export function verifyPrograms(programs: readonly Program[], mesh: Mesh): void {
+  for (const p of programs) {
+    verifyDefinitions(p);
+    verifyMoves(p, mesh);
+  }
   verifyTransfers(programs);
 }
 
@@ -36,6 +41,17 @@ function verifyDefinitions(p: Program): void {
       invariant(!rows || made.has(rows), `stage ${p.stage}: ${i.id} reads rows ${rows} before they are made`);
     }
     for (const id of written(i)) made.add(id);
+  }
+}
+
+/** Collectives move fixed numbers of elements: no rank waits for its host to learn a count. */
+function verifyMoves(p: Program, mesh: Mesh): void {
+  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+  const buffer = (id: string) => buffers.get(id)!;
+  for (const i of [...p.forward, ...p.backward, ...p.step]) {
+    if (i.kind !== "move") continue;
+    invariant(sizesAgree(i, mesh, buffer), `${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`);
+    invariant(buffer(i.from).dtype === buffer(i.to).dtype, `${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`);
   }
 }
 

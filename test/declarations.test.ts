@@ -16,7 +16,7 @@ describe("a signature that lies is caught", () => {
     "a norm that may be cut in its width": op({ name: "rmsnorm", sig: "x[B,S,D] gain[D] -> y[B,S,D]", cpu: rmsnorm.cpu }),
     "attention over a piece of the keys": op({
       name: "attention",
-      sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*C] -> o[B,S,G*M*C]",
+      sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
       cpu: attention.cpu,
     }),
     "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
@@ -35,7 +35,7 @@ describe("a signature that lies is caught", () => {
     }),
     "a causal mask that starts with the piece": op({
       name: "attention",
-      sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C]",
+      sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
       cpu: (t, d, p) => attention.cpu(t, d, local(p)),
     }),
     "ids counted from the piece of the vocabulary": op({
@@ -84,7 +84,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -137,7 +137,12 @@ test("what each op allows to cut", () => {
     swiglu_rows_grad: B S E F
     sum_squares: ...
     clip: 
-    adamw: ..."
+    adamw: ...
+    arrange: 
+    take_rows: 
+    invert_rows: 
+    split_rows: 
+    merge_rows: "
   `);
 });
 

@@ -85,7 +85,7 @@ test("inspect counts each collective with its origin, and the parts are the whol
   const view = inspectPlan(plan);
   for (const [stage, role] of view.roles.entries()) {
     const moves = [...plan.programs[stage]!.forward, ...plan.programs[stage]!.backward, ...plan.programs[stage]!.step].filter(
-      (i) => i.kind === "move" && i.how !== "slice",
+      (i) => i.kind === "move",
     );
     expect(role.collectives.reduce((sum, c) => sum + c.count, 0)).toBe(moves.length);
     expect(role.collectives.every((c) => c.path !== "" && c.ops.length > 0)).toBe(true);

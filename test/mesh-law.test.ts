@@ -19,7 +19,7 @@ async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | u
   const { plan } = compile(job, pick ? { pick } : {});
   const run = await openRun(plan, { baseDir: fixture("") });
   const first = await run.step();
-  const gradients = run.gradients();
+  const gradients = await run.gradients();
   const second = await run.step();
   await run.close();
   return { losses: [first.loss, first.aux_loss, second.loss, second.aux_loss], norms: [first.grad_norm, second.grad_norm], gradients };

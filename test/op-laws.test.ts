@@ -149,7 +149,7 @@ test("gradients of parameters add to what is there: microbatches need no buffer 
 
 test("what is declared linear is", () => {
   const linear = table.filter((o) => o.linear);
-  expect(linear.map((o) => o.name)).toEqual(["add", "accumulate", "cast"]);
+  expect(linear.map((o) => o.name)).toEqual(["add", "accumulate", "cast", "arrange"]);
   for (const o of linear) {
     const without = (c: Case): Case => ({ ...c, arrays: Object.fromEntries(o.inputs.map((i) => [i.name, c.arrays[i.name]!])) });
     law(

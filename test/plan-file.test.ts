@@ -29,6 +29,7 @@ const sections: Sections = {
       order: ["F0", "B0"],
       parameters: [],
       inputs: {},
+      bounds: [],
       metrics: {},
       buffers: [{ id: "x", kind: "workspace", dtype: "f32", shape: [2], sizes: [2], ragged: 0, cuts: [[]] }],
       forward: [
@@ -137,8 +138,8 @@ describe("a plan as a file", () => {
   });
 
   test("a newer major version is named before anything else is looked at", () => {
-    const { message, fix } = refusal(JSON.stringify({ format_version: "2.0", unheard: "of" }));
-    expect(message).toBe("plan.json: format_version 2.0 is newer than this rankc reads (1.0)");
+    const { message, fix } = refusal(JSON.stringify({ format_version: "3.0", unheard: "of" }));
+    expect(message).toBe("plan.json: format_version 3.0 is newer than this rankc reads (2.0)");
     expect(fix).toContain("newer rankc");
   });
 

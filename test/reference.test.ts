@@ -88,10 +88,10 @@ describe.each(Object.keys(models) as (keyof typeof models)[])("%s", (name) => {
         norms.push(grad_norm);
         if (step > 0) continue;
         const io = openSafetensors(fixture(`hf/${name}/io.safetensors`));
-        const logits = run.watched("logits").flatMap(({ data }) => [...data]);
+        const logits = (await run.watched("logits")).flatMap(({ data }) => [...data]);
         expect(distance(logits, io.read("logits")), "logits").toBeLessThan(1e-4);
         const grads = openSafetensors(fixture(`hf/${name}/grads.safetensors`));
-        const ours = toHuggingFace(plan.job.model, run.gradients());
+        const ours = toHuggingFace(plan.job.model, await run.gradients());
         expect(ours.map((g) => g.name).sort()).toEqual([...grads.names].sort());
         for (const g of ours) expect(distance(g.data, grads.read(g.name)), g.name).toBeLessThan(1e-4);
         io.close();

@@ -25,7 +25,7 @@ test("a smaller bound takes less memory, and an exceeded one names the layer, th
   const [tight, worst] = [compile(job(1)).plan, compile(job("worst")).plan];
   expect(tight.memory[0]!.activation).toBeLessThan(worst.memory[0]!.activation);
   const run = await openRun(tight, { baseDir: fixture("") });
-  await expect(run.step()).rejects.toThrow(/layers\.0\.moe\.\S+ rank \d: the router sent \d+ rows, and the plan holds at most 64/);
+  await expect(run.step()).rejects.toThrow(/layers\.0\.moe\.\S+ rank \d: the router sent \d+ rows, and the plan holds at most 16/);
   await expect(run.step()).rejects.toMatchObject({ fix: expect.stringContaining("model.moe.rows_bound") });
 });
 

@@ -1,6 +1,7 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, rope } from "./attention.ts";
 import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
+import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
@@ -13,5 +14,6 @@ const all: readonly AnyOp[] = [
   ...Object.values(vocab),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],
+  ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];
 export const ops: Readonly<Record<string, AnyOp>> = Object.fromEntries(all.map((o) => [o.name, o]));

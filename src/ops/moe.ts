@@ -1,4 +1,5 @@
 /** Routing, its balancing losses, the rows that experts work on, and their activation. A row is a (b,s,e) whose probability is above zero. */
+import { markExperts } from "./messages.ts";
 import { type Grads, op, type Place } from "./op.ts";
 
 // -- the router
@@ -154,6 +155,7 @@ function chosen({ p }: { p: Float32Array }, { B, S, E }: Sizes, place: Place, ro
         count++;
       }
   rows[0] = Math.min(count, bound);
+  markExperts(rows, bound, e0, E);
   return count;
 }
 /** Visits each row with its local token and the local index of its (b,s,e). */

@@ -1,0 +1,143 @@
+/**
+ * What stands around a collective: copies that lay a piece out as blocks for its group, and put received blocks where they
+ * belong. Rows are sent in lists of a fixed capacity, so that the host never needs a count. Unused entries are −1.
+ */
+import { op, type Place } from "./op.ts";
+
+type Sizes = Readonly<Record<string, number>>;
+
+/** How many `prefix0`, `prefix1`, … there are. */
+const countOf = (d: Sizes, prefix: string): number => {
+  let n = 0;
+  while (d[`${prefix}${n}`] !== undefined) n++;
+  return n;
+};
+/** Where a rank's part begins: a dim `@0` of size · stride that a factor of the mesh cuts starts at digit · stride. */
+const picked = (d: Sizes, place: Place): number => {
+  let at = 0;
+  for (let i = 0; i < countOf(d, "@"); i++) at += place.start(`@${i}`);
+  return at;
+};
+
+/** y[i0, i1, …] = x[first + i0·s0 + i1·s1 + …] over sizes n0, n1, …: blocks in another order, repeated, or one of them. */
+export const arrange = op({
+  name: "arrange",
+  sig: "x[I!] -> y[O!]",
+  linear: true,
+  cpu({ x, y }, d: Sizes, place) {
+    const dims = countOf(d, "n");
+    const visit = (dim: number, from: number, to: number): void => {
+      const [n, s] = [d[`n${dim}`]!, d[`s${dim}`]!];
+      if (dim === dims - 1) {
+        if (s === 1) y.set(x.subarray(from, from + n), to);
+        else for (let i = 0; i < n; i++) y[to + i] = x[from + i * s]!;
+        return;
+      }
+      let inner = 1;
+      for (let j = dim + 1; j < dims; j++) inner *= d[`n${j}`]!;
+      for (let i = 0; i < n; i++) visit(dim + 1, from + i * s, to + i * inner);
+    };
+    visit(0, picked(d, place), 0);
+  },
+});
+
+/** y row i = x row from[i], of `width` elements; rows with from[i] < 0 are left alone. */
+export const takeRows = op({
+  name: "take_rows",
+  sig: "x[I!] from[N!] -> y[O!]",
+  cpu({ x, from, y }, { N, width }) {
+    for (let i = 0; i < N; i++) if (from[i]! >= 0) y.set(x.subarray(from[i]! * width!, (from[i]! + 1) * width!), i * width!);
+  },
+});
+
+/** The other way round: to[from[i]] = i, and −1 where nothing comes from. */
+export const invertRows = op({
+  name: "invert_rows",
+  sig: "from[I!] -> to[N!]",
+  types: { to: "i32" },
+  cpu({ from, to }, { I }) {
+    to.fill(-1);
+    for (let i = 0; i < I; i++) if (from[i]! >= 0) to[from[i]!] = i;
+  },
+});
+
+/**
+ * The rows of `index` by destination, order kept: list d is [count, b, s, e, …] of `cap` rows, and from[d·cap + j] the row that
+ * is its j-th. A row's destination is the sum over f of (coordinate[slot_f] / div_f % mod_f) · mul_f. `needed` becomes the
+ * longest list's length if that is more.
+ */
+export const splitRows = op({
+  name: "split_rows",
+  sig: "index[I!] -> lists[O!] from[N!] needed[]",
+  types: { lists: "i32", from: "i32", needed: "i32" },
+  updates: ["needed"],
+  cpu({ index, lists, from, needed }, d: Sizes) {
+    const cap = d.cap!;
+    const factors = countOf(d, "slot");
+    const length = 1 + 3 * cap;
+    const counts = new Int32Array(lists.length / length);
+    lists.fill(-1);
+    from.fill(-1);
+    for (let r = 0; r < index[0]!; r++) {
+      let to = 0;
+      for (let f = 0; f < factors; f++)
+        to += (Math.floor(index[1 + 3 * r + d[`slot${f}`]!]! / d[`div${f}`]!) % d[`mod${f}`]!) * d[`mul${f}`]!;
+      const j = counts[to]!++;
+      if (j >= cap) continue;
+      lists.set(index.subarray(1 + 3 * r, 4 + 3 * r), to * length + 1 + 3 * j);
+      from[to * cap + j] = r;
+    }
+    for (const [to, n] of counts.entries()) lists[to * length] = Math.min(n, cap);
+    require(needed, Math.max(...counts));
+  },
+});
+
+/**
+ * One index of `bound` rows out of `count` lists, each sorted by (e, b, s), that lie `length` apart and hold at most `cap`:
+ * sorted so, with the offsets of the local experts, which begin at the place of E; from[i] = list · cap + j says where row i
+ * stood. `B0` and `S0` are the global sizes.
+ */
+export const mergeRows = op({
+  name: "merge_rows",
+  sig: "lists[I!] -> index[O!] from[N!] needed[]",
+  types: { index: "i32", from: "i32", needed: "i32" },
+  updates: ["needed"],
+  cpu({ lists, index, from, needed }, d: Sizes, place) {
+    const { count, length, cap, bound, E } = d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
+    const first = picked(d, place);
+    const all: { key: number; at: number; from: number }[] = [];
+    for (let g = 0; g < count; g++) {
+      const list = first + g * length;
+      for (let j = 0; j < lists[list]!; j++) {
+        const at = list + 1 + 3 * j;
+        all.push({ key: (lists[at + 2]! * d.B0! + lists[at]!) * d.S0! + lists[at + 1]!, at, from: g * cap + j });
+      }
+    }
+    all.sort((x, y) => x.key - y.key);
+    index.fill(-1);
+    from.fill(-1);
+    const kept = all.slice(0, bound);
+    for (const [i, row] of kept.entries()) {
+      index.set(lists.subarray(row.at, row.at + 3), 1 + 3 * i);
+      from[i] = row.from;
+    }
+    index[0] = kept.length;
+    markExperts(index, bound, place.start("E"), E);
+    require(needed, all.length);
+  },
+});
+
+const require = (needed: Float32Array | undefined, count: number): void => {
+  if (needed) needed[0] = Math.max(needed[0]!, count);
+};
+
+/** The tail of an index of `bound` rows: where each local expert's rows begin, and the end of the last. */
+export function markExperts(index: Int32Array | Float32Array, bound: number, first: number, experts: number): void {
+  let r = 0;
+  for (let e = 0; e <= experts; e++) {
+    while (r < index[0]! && index[3 + 3 * r]! < first + e) r++;
+    index[1 + 3 * bound + e] = r;
+  }
+}
+/** Elements of an index of so many rows and local experts: count, rows, offsets. */
+export const indexLength = (bound: number, experts: number): number => 1 + 3 * bound + experts + 1;
