@@ -8,6 +8,38 @@ interface CudaAttentionCu {
   readonly tiles: string | number;
 }
 
+interface CudaAttentionGradCu {
+  readonly keys: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly tiles: string | number;
+  readonly vectors: boolean;
+  readonly wave: string | number;
+}
+
+interface CudaAttentionPlainCu {
+  readonly common: string | number;
+  readonly name: string | number;
+}
+
+interface CudaAttentionPlainCuh {
+  readonly B: string | number;
+  readonly C: string | number;
+  readonly G: string | number;
+  readonly M: string | number;
+  readonly S: string | number;
+  readonly U: string | number;
+  readonly scale: string | number;
+  readonly scale2: string | number;
+  readonly type: string | number;
+  readonly width: string | number;
+}
+
+interface CudaAttentionPlainGradCu {
+  readonly common: string | number;
+  readonly name: string | number;
+}
+
 interface CudaAttentionTilesCuh {
   readonly B: string | number;
   readonly C: string | number;
@@ -20,11 +52,25 @@ interface CudaAttentionTilesCuh {
   readonly threads: string | number;
 }
 
+interface CudaClearCu {
+  readonly grid: string | number;
+  readonly name: string | number;
+  readonly words: string | number;
+}
+
+interface CudaColumnsCu {
+  readonly adds: boolean;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly type: string | number;
+  readonly width: string | number;
+}
+
 interface CudaElementwiseCu {
   readonly element: readonly (string | number)[];
   readonly end: string | number;
   readonly index: string | number;
-  readonly inputs: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly inputs: readonly { readonly load: string | number; readonly name: string | number; readonly type: string | number }[];
   readonly name: string | number;
   readonly once: readonly (string | number)[];
   readonly outputs: readonly { readonly name: string | number; readonly value: string | number }[];
@@ -33,6 +79,20 @@ interface CudaElementwiseCu {
   readonly scalars: readonly (string | number)[];
   readonly threads: string | number;
   readonly unroll: string | number;
+  readonly width: string | number;
+}
+
+interface CudaEmbedGradCu {
+  readonly buckets: string | number;
+  readonly capacity: string | number;
+  readonly columns: string | number;
+  readonly dtable: string | number;
+  readonly dy: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly vector: string | number;
+  readonly vocabulary: string | number;
   readonly width: string | number;
 }
 
@@ -67,8 +127,86 @@ interface CudaGemmWgmmaCu {
 interface CudaHopperCuh {
 }
 
+interface CudaNormCu {
+  readonly eps: string | number;
+  readonly gain: string | number;
+  readonly inverse: string | number;
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+  readonly y: string | number;
+}
+
+interface CudaNormGradCu {
+  readonly dx: string | number;
+  readonly dy: string | number;
+  readonly eps: string | number;
+  readonly gain: string | number;
+  readonly grid: string | number;
+  readonly inverse: string | number;
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
+interface CudaPickCu {
+  readonly name: string | number;
+  readonly p: string | number;
+  readonly rows: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
 interface CudaPreludeCuh {
   readonly guard: string | number;
+}
+
+interface CudaRowReduceCu {
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly rows: string | number;
+  readonly scalars: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly term: string | number;
+  readonly threads: string | number;
+  readonly unroll: string | number;
+  readonly vector: string | number;
+  readonly what: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
+interface CudaSumCu {
+  readonly end: string | number;
+  readonly factor: string | number;
+  readonly grid: string | number;
+  readonly index: string | number;
+  readonly name: string | number;
+  readonly params: string | number;
+  readonly row: readonly (string | number)[];
+  readonly term: string | number;
+  readonly type: string | number;
+  readonly unroll: string | number;
+  readonly vector: string | number;
+}
+
+interface CudaTotalCu {
+  readonly adds: boolean;
+  readonly count: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
 }
 
 interface CudaWgmmaCuh {
@@ -90,6 +228,80 @@ interface TextExplain {
   readonly said: readonly (string | number)[];
   readonly title: string | number;
   readonly why: string | number;
+}
+
+interface WgslAttentionWgsl {
+  readonly across: string | number;
+  readonly bindings: string | number;
+  readonly channelWords: string | number;
+  readonly channels: string | number;
+  readonly channelsWide: string | number;
+  readonly columnRuns: string | number;
+  readonly columns: string | number;
+  readonly columnsAt: string | number;
+  readonly dotCount: string | number;
+  readonly dotIndex: string | number;
+  readonly dotThreads: string | number;
+  readonly gradient: boolean;
+  readonly header: string | number;
+  readonly laneRuns: string | number;
+  readonly lanes: string | number;
+  readonly loaders: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly value: string | number }[];
+  readonly name: string | number;
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly keys: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly queries: string | number; readonly queryHeads: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly column: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly rowRuns: string | number;
+  readonly rowWords: string | number;
+  readonly rows: string | number;
+  readonly runsOfStep: string | number;
+  readonly scale: string | number;
+  readonly stageWords: string | number;
+  readonly step: string | number;
+  readonly threads: string | number;
+  readonly weightWords: string | number;
+  readonly writers: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly text: string | number }[];
+}
+
+interface WgslColumnsWgsl {
+  readonly batches: string | number;
+  readonly depth: string | number;
+  readonly depths: string | number;
+  readonly entry: string | number;
+  readonly first: string | number;
+  readonly index: string | number;
+  readonly keeps: boolean;
+  readonly out: string | number;
+  readonly outIndex: string | number;
+  readonly outputs: string | number;
+  readonly parts: string | number;
+  readonly perBatch: string | number;
+  readonly rows: string | number;
+  readonly term: string | number;
+  readonly threads: string | number;
+  readonly width: string | number;
+}
+
+interface WgslEmbedGradWgsl {
+  readonly clearIndex: string | number;
+  readonly cleared: string | number;
+  readonly clears: boolean;
+  readonly entry: string | number;
+  readonly firstAt: string | number;
+  readonly ids: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslFillWgsl {
+  readonly buffer: string | number;
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly value: string | number;
 }
 
 interface WgslGemmWgsl {
@@ -146,6 +358,26 @@ interface WgslGemmPlaceWgsl {
   readonly tiles: string | number;
 }
 
+interface WgslLogSumExpWgsl {
+  readonly experts: string | number;
+}
+
+interface WgslMakeRowsWgsl {
+  readonly block: string | number;
+  readonly blocks: string | number;
+  readonly bound: string | number;
+  readonly counts: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly offsets: string | number;
+  readonly overflows: boolean;
+  readonly positions: string | number;
+  readonly share: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+}
+
 interface WgslMapWgsl {
   readonly count: string | number;
   readonly entry: string | number;
@@ -155,6 +387,45 @@ interface WgslMapWgsl {
   readonly op: string | number;
   readonly threads: string | number;
   readonly vector: string | number;
+  readonly width: string | number;
+}
+
+interface WgslPickWgsl {
+  readonly columns: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+}
+
+interface WgslRmsnormWgsl {
+  readonly entry: string | number;
+  readonly eps: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly rows: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslRmsnormGradWgsl {
+  readonly entry: string | number;
+  readonly eps: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly products: string | number;
+  readonly rows: string | number;
+  readonly squares: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
   readonly width: string | number;
 }
 
@@ -175,19 +446,165 @@ interface WgslRopeWgsl {
   readonly type: string | number;
 }
 
+interface WgslRowsWgsl {
+  readonly choice: boolean;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly line: string | number;
+  readonly op: string | number;
+  readonly positions: string | number;
+  readonly threads: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslScalarWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly factor: string | number;
+  readonly functions: readonly (string | number)[];
+  readonly groups: string | number;
+  readonly keeps: boolean;
+  readonly lines: readonly (string | number)[];
+  readonly op: string | number;
+  readonly stride: string | number;
+  readonly term: string | number;
+  readonly threads: string | number;
+}
+
+interface WgslSoftmaxWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly out: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly value: string | number;
+}
+
+interface WgslSoftmaxGradWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+}
+
+interface WgslSwigluRowsGradWgsl {
+  readonly dgate: string | number;
+  readonly dp: string | number;
+  readonly dup: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly sigmoid: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+}
+
+interface WgslTopKWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly grad: boolean;
+  readonly index: string | number;
+  readonly k: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly value: string | number;
+  readonly words: string | number;
+}
+
+interface WgslTotalWgsl {
+  readonly combine: string | number;
+  readonly deep: boolean;
+  readonly lanes: string | number;
+  readonly some: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+}
+
+interface WgslUnpermuteWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslVocabRowWgsl {
+  readonly before: readonly (string | number)[];
+  readonly columns: string | number;
+  readonly entry: string | number;
+  readonly horizontal: string | number;
+  readonly index: string | number;
+  readonly initial: string | number;
+  readonly lanes: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly perGroup: string | number;
+  readonly rows: string | number;
+  readonly step: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+}
+
 export interface Templates {
   readonly "cuda/attention.cu": CudaAttentionCu;
+  readonly "cuda/attention_grad.cu": CudaAttentionGradCu;
+  readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;
+  readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
+  readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
+  readonly "cuda/clear.cu": CudaClearCu;
+  readonly "cuda/columns.cu": CudaColumnsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
+  readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;
   readonly "cuda/hopper.cuh": CudaHopperCuh;
+  readonly "cuda/norm.cu": CudaNormCu;
+  readonly "cuda/norm_grad.cu": CudaNormGradCu;
+  readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
+  readonly "cuda/row_reduce.cu": CudaRowReduceCu;
+  readonly "cuda/sum.cu": CudaSumCu;
+  readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "text/explain": TextExplain;
+  readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
+  readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
+  readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
+  readonly "wgsl/fill.wgsl": WgslFillWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_place.wgsl": WgslGemmPlaceWgsl;
+  readonly "wgsl/log_sum_exp.wgsl": WgslLogSumExpWgsl;
+  readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
+  readonly "wgsl/pick.wgsl": WgslPickWgsl;
+  readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
+  readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
+  readonly "wgsl/rows.wgsl": WgslRowsWgsl;
+  readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
+  readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
+  readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
+  readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
+  readonly "wgsl/top_k.wgsl": WgslTopKWgsl;
+  readonly "wgsl/total.wgsl": WgslTotalWgsl;
+  readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;
+  readonly "wgsl/vocab_row.wgsl": WgslVocabRowWgsl;
 }
 
 export const render = <N extends keyof Templates>(name: N, values: Templates[N]): string => fill(name, values);
