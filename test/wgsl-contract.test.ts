@@ -16,6 +16,7 @@ const executor = device && wgslExecutor(device, adapter!.info.architecture);
 const checker = create(["backend=null"]);
 const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
 const kept: unknown[] = [gpu, adapter, checker];
+const LONG = 120_000; // a software adapter beside other tests
 afterAll(() => {
   device?.destroy();
   checked.destroy();
@@ -31,24 +32,32 @@ const table = Object.values(ops).filter((o) => wgslKernels[o.name]);
 describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
   const cases = casesOf(op, "f16").map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") }));
 
-  test.skipIf(noAdapter)(`equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, async () => {
-    for (const c of cases) await hold(executor!, c.made, c).catch(failure(c.title));
-  });
+  test.skipIf(noAdapter)(
+    `equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
+    async () => {
+      for (const c of cases) await hold(executor!, c.made, c).catch(failure(c.title));
+    },
+    LONG,
+  );
 
-  test("compiles within WebGPU's default limits", async () => {
-    for (const { title, made } of cases) {
-      checked.pushErrorScope("validation");
-      const module = checked.createShaderModule({ code: made.source });
-      const { messages } = await module.getCompilationInfo();
-      for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
-      const wrong = await checked.popErrorScope();
-      expect(
-        messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`),
-        `${title}\n${made.source}`,
-      ).toEqual([]);
-      expect(wrong?.message, `${title}\n${made.source}`).toBeUndefined();
-    }
-  });
+  test(
+    "compiles within WebGPU's default limits",
+    async () => {
+      for (const { title, made } of cases) {
+        checked.pushErrorScope("validation");
+        const module = checked.createShaderModule({ code: made.source });
+        const { messages } = await module.getCompilationInfo();
+        for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
+        const wrong = await checked.popErrorScope();
+        expect(
+          messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`),
+          `${title}\n${made.source}`,
+        ).toEqual([]);
+        expect(wrong?.message, `${title}\n${made.source}`).toBeUndefined();
+      }
+    },
+    LONG,
+  );
 
   test("the same use makes the same kernel, with all its names its own", () => {
     for (const { use, made } of cases) {
