@@ -1,0 +1,313 @@
+/**
+ * The hub: rank 0's side of a meeting. It gathers all ranks, compares what they run, hands on what they share, and watches them: when a
+ * rank dies, hangs or fails, all others are told at once which one it was and where each of them is.
+ */
+
+import { randomBytes } from "node:crypto";
+import { createServer, type Socket } from "node:net";
+import { Trouble } from "../../schemas/trouble.ts";
+import { rankList, ranksText } from "./rankList.ts";
+import { type Line, limits, line, proves, ToHub, type ToRank } from "./wire.ts";
+
+/** Times in milliseconds. */
+export interface HubSettings {
+  readonly world: number;
+  readonly address: string;
+  readonly port: number;
+  readonly token: string;
+  /** All ranks must have come by then. */
+  readonly timeout: number;
+  readonly beat: number;
+  /** A rank that has said nothing for so long is lost. */
+  readonly lost: number;
+  /** A rank that has not moved on for so long hangs. */
+  readonly hang: number;
+}
+
+interface Guest {
+  readonly rank: number;
+  readonly host: string;
+  readonly pid: number;
+  readonly version: string;
+  readonly plan: string;
+  readonly line: Line<ToRank>;
+  heard: number;
+  reports: number;
+  moved: number;
+  step: number;
+  at: string;
+  left: boolean;
+  begun: number | undefined;
+}
+
+export interface Hub {
+  readonly close: () => void;
+}
+
+/** Resolves once it listens. Throws a Trouble where the port cannot be had. */
+export async function openHub(settings: HubSettings): Promise<Hub> {
+  const { world, port, token, beat, lost, hang } = settings;
+  const guests = new Map<number, Guest>();
+  const strangers = new Set<Socket>();
+  const turnedAway = new Map<string, number>();
+  const barriers = new Map<string, Set<number>>();
+  let phase: "gathering" | "meeting" | "over" = "gathering";
+  let stopping = false;
+  let ticked = performance.now();
+
+  const server = createServer((socket) => greet(socket));
+  // room for strangers, but not for a flood of them
+  server.maxConnections = 2 * world + 256;
+  await listen(server, settings);
+  const patience = setTimeout(() => giveUp(), settings.timeout);
+  const watch = setInterval(() => look(), beat);
+
+  function greet(socket: Socket): void {
+    const nonce = randomBytes(16).toString("hex");
+    let guest: Guest | undefined;
+    const from = socket.remoteAddress ?? "an unknown address";
+    strangers.add(socket);
+    // who connects and stays silent is sent away
+    const hurry = setTimeout(() => socket.destroy(), 10_000);
+    const done = (): void => {
+      clearTimeout(hurry);
+      strangers.delete(socket);
+    };
+    const turnAway = (why: string): void => {
+      const said = `${why} (from ${from})`;
+      if (turnedAway.size < 20 || turnedAway.has(said)) turnedAway.set(said, (turnedAway.get(said) ?? 0) + 1);
+    };
+    const guestLine = line<ToHub, ToRank>(socket, ToHub, {
+      limit: limits.stranger,
+      ended: (problem) => {
+        done();
+        if (guest) lose(guest, problem);
+        else if (problem) turnAway(problem);
+      },
+      heard: (message, data) => {
+        if (guest) return hear(guest, message, data);
+        if (message.kind !== "hello") return socket.destroy();
+        if (!proves(message.proof, token, nonce)) {
+          turnAway("another token than this run's");
+          done();
+          refuse(
+            guestLine,
+            "what listens there is rank 0 of another run: it has another token",
+            "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
+          );
+          return;
+        }
+        done();
+        guestLine.allow(limits.member);
+        guest = admit(message, guestLine);
+      },
+    });
+    guestLine.send({ kind: "nonce", nonce });
+  }
+
+  /** Knows the token: from here on what is wrong is wrong with this run, and ends it for all. */
+  function admit(hello: Extract<ToHub, { kind: "hello" }>, guestLine: Line<ToRank>): Guest | undefined {
+    const { rank, host, pid, version, plan } = hello;
+    const first = guests.get(rank);
+    const problem =
+      hello.world !== world
+        ? `rank ${rank} on ${host} was started in a world of ${hello.world}, rank 0 in one of ${world}`
+        : rank < 0 || rank >= world
+          ? `rank ${rank} came from ${host}; in a world of ${world}, ranks end at ${world - 1}`
+          : first
+            ? `rank ${rank} came twice: from ${nameOf(first)}, and from ${host}, process ${pid}`
+            : undefined;
+    if (phase !== "gathering" || problem) {
+      const fix = "start each rank once, all with the same world size";
+      refuse(guestLine, problem ?? "the run is over", fix);
+      // a run that goes well is not ended by a latecomer
+      if (phase === "gathering" && problem) failAll(problem, fix);
+      return undefined;
+    }
+    const now = performance.now();
+    const guest: Guest = {
+      ...{ rank, host, pid, version, plan, line: guestLine },
+      ...{ heard: now, reports: 0, moved: now, step: 0, at: "", left: false, begun: undefined },
+    };
+    guests.set(rank, guest);
+    guestLine.send({ kind: "accepted" });
+    if (guests.size === world) start();
+    return guest;
+  }
+
+  function start(): void {
+    clearTimeout(patience);
+    const all = [...guests.values()];
+    const version = differing(all, ({ version }) => version);
+    const plan = differing(all, ({ plan }) => plan.slice(0, 16));
+    if (version) failAll(`the ranks do not run the same rankc: ${version}`, "install one version on all hosts");
+    else if (plan) failAll(`the ranks do not run the same plan: ${plan}`, "compile once, and give every host this plan");
+    if (version || plan) return;
+    phase = "meeting";
+    for (const { line } of all) line.send({ kind: "welcome" });
+  }
+
+  function giveUp(): void {
+    const missing = Array.from({ length: world }, (_, r) => r).filter((r) => !guests.has(r));
+    const others = [...turnedAway].map(([why, times]) => `\n  turned away ${times === 1 ? "once" : `${times} times`}: ${why}`);
+    failAll(
+      `${ranksText(missing)} of ${world} did not come to rank 0 at ${settings.address}:${port} within ${seconds(settings.timeout)}${others.join("")}`,
+      "see why they did not start, and that their hosts reach this one; RANKC_TIMEOUT=<seconds> waits longer",
+    );
+  }
+
+  const hear = (guest: Guest, message: ToHub, data: Uint8Array): void => {
+    if (phase === "over") return;
+    guest.heard = performance.now();
+    heard[message.kind](guest, message as never, data);
+  };
+  const heard: { [K in ToHub["kind"]]: (guest: Guest, message: Extract<ToHub, { kind: K }>, data: Uint8Array) => void } = {
+    hello: (guest) => abort(`${nameOf(guest)} said hello twice`),
+    beat: (guest, { reports, step, text: at }) => {
+      if (reports !== guest.reports) guest.moved = guest.heard;
+      Object.assign(guest, { reports, step, at });
+    },
+    share: (guest, message, data) => {
+      for (const member of message.members) if (member !== guest.rank) guests.get(member)?.line.send(message, data);
+    },
+    barrier: ({ rank }, { name }) => {
+      const waiting = barriers.get(name) ?? new Set();
+      barriers.set(name, waiting.add(rank));
+      if (waiting.size < world) return expectReachable();
+      barriers.delete(name);
+      for (const { line } of guests.values()) line.send({ kind: "release", name });
+    },
+    fail: (guest, { text, step, at }) => {
+      Object.assign(guest, { step, at, left: true });
+      guest.line.send({ kind: "bye" });
+      abort(`${nameOf(guest)} failed: ${text}`);
+    },
+    stop: () => {
+      // once: a rank that was held names a step that it then does not run
+      if (!stopping) for (const { line } of guests.values()) line.send({ kind: "hold" });
+      stopping = true;
+    },
+    begun: (guest, { step }) => {
+      guest.begun = step;
+      agreeOnLast();
+    },
+    bye: (guest) => {
+      guest.left = true;
+      if (guest.rank !== 0) guest.line.send({ kind: "bye" });
+      expectReachable();
+      agreeOnLast();
+      // rank 0 leaves last: the hub goes with it
+      if ([...guests.values()].every(({ left }) => left)) guests.get(0)!.line.send({ kind: "bye" });
+    },
+  };
+
+  function agreeOnLast(): void {
+    const steps = [...guests.values()].map(({ begun, left }) => (left ? 0 : begun));
+    if (!stopping || steps.includes(undefined)) return;
+    const step = Math.max(...(steps as number[]));
+    for (const { line } of guests.values()) line.send({ kind: "last", step });
+  }
+
+  function expectReachable(): void {
+    const left = [...guests.values()].filter((guest) => guest.left).map(({ rank }) => rank);
+    if (left.length === 0) return;
+    for (const [name, waiting] of barriers)
+      if (phase !== "over") abort(`${ranksText([...waiting])} wait at "${name}", where ${ranksText(left)} will not come: they have ended`);
+  }
+
+  function lose(guest: Guest, problem?: string): void {
+    if (guest.left || phase === "over") return;
+    guest.left = true;
+    const how = problem && problem !== "ECONNRESET" ? `its connection broke (${problem})` : "it was killed, or it crashed";
+    abort(`${nameOf(guest)} is gone: ${how}`);
+  }
+
+  function look(): void {
+    const now = performance.now();
+    // this process itself may have stood still: then nobody else is to blame
+    const late = now - ticked > 3 * beat;
+    ticked = now;
+    if (phase === "over") return;
+    const present = [...guests.values()].filter(({ left }) => !left);
+    if (late) for (const guest of present) guest.heard = now;
+    for (const { line } of present) line.send({ kind: "beat" });
+    const silent = present.filter(({ heard }) => now - heard > lost);
+    const stuck = present.filter(({ reports, moved }) => reports !== 0 && now - moved > hang);
+    if (silent.length > 0) {
+      abort(`${silent.map(nameOf).join(", ")}: nothing was heard for ${seconds(lost)}; its process or host stands still`);
+    } else if (stuck.length > 0) {
+      const first = stuck.reduce((a, b) => (a.moved <= b.moved ? a : b));
+      abort(`${nameOf(first)} hangs: it has not moved on for ${seconds(hang)} (RANKC_HANG=<seconds> waits longer)`);
+    }
+  }
+
+  /** Before the meeting has begun. */
+  function failAll(text: string, fix: string): void {
+    for (const { line } of guests.values()) refuse(line, text, fix);
+    close();
+  }
+
+  function abort(text: string): void {
+    const whole = `${text}${whereText([...guests.values()])}`;
+    for (const { line, left } of guests.values()) if (!left) line.send({ kind: "abort", text: whole.slice(0, 20_000) });
+    close();
+  }
+
+  /** Lines to guests stay open: each guest closes its own when it has read what was said. */
+  function close(): void {
+    phase = "over";
+    clearTimeout(patience);
+    clearInterval(watch);
+    server.close();
+    for (const socket of strangers) socket.destroy();
+  }
+
+  return { close };
+}
+
+const nameOf = ({ rank, host, pid }: Guest): string => `rank ${rank} (${host}, process ${pid})`;
+const seconds = (ms: number): string => `${+(ms / 1000).toFixed(1)} s`;
+const refuse = (line: Line<ToRank>, text: string, fix: string): void => {
+  line.send({ kind: "refused", text: text.slice(0, 20_000), fix });
+  line.close();
+};
+
+/** Nothing where all are alike; else who has what, the most common first. */
+function differing(guests: readonly Guest[], of: (guest: Guest) => string): string | undefined {
+  const ranks = groups(guests, of);
+  if (ranks.length === 1) return undefined;
+  return ranks.map(([value, ranks]) => `${ranksText(ranks)} ${ranks.length === 1 ? "has" : "have"} ${value}`).join(", ");
+}
+
+/** Where the ranks were when they were last heard, those in one place together. */
+function whereText(guests: readonly Guest[]): string {
+  const places = groups(
+    guests.filter(({ reports, at, step }) => reports !== 0 || at !== "" || step !== 0),
+    ({ step, at }) => `step ${step}${at && `, ${at}`}`,
+  );
+  const shown = places.slice(0, 16).map(([place, ranks]) => `\n  ${rankList(ranks)}: ${place}`);
+  const more = places.length > 16 ? `\n  and ${places.length - 16} places more` : "";
+  return places.length === 0 ? "" : `\nwhere the ranks were last heard of:${shown.join("")}${more}`;
+}
+
+function groups(guests: readonly Guest[], of: (guest: Guest) => string): [string, number[]][] {
+  const found = new Map<string, number[]>();
+  for (const guest of guests) found.set(of(guest), [...(found.get(of(guest)) ?? []), guest.rank]);
+  return [...found].sort(([, a], [, b]) => b.length - a.length);
+}
+
+/**
+ * On all addresses, for a host may resolve its own name to one that others cannot reach; on the loopback alone where the address is it.
+ */
+function listen(server: ReturnType<typeof createServer>, { address, port }: HubSettings): Promise<void> {
+  const local = /^(127\.|::1$|localhost$)/.test(address);
+  return new Promise((resolve, reject) => {
+    server.once("error", ({ code }: NodeJS.ErrnoException) => {
+      const found = code === "EADDRINUSE" ? "another program listens there" : code;
+      reject(
+        new Trouble(`rank 0 cannot listen on port ${port}: ${found}`, "set MASTER_PORT (or RANKC_PORT) to a free port, on all ranks alike"),
+      );
+    });
+    server.listen({ port, backlog: 4096, ...(local && { host: address }) }, resolve);
+  });
+}

@@ -1,0 +1,128 @@
+/** A rank's line to the hub: it connects with patience, proves that it knows the token, and then says and hears what the meeting needs. */
+import { connect } from "node:net";
+import { hostname } from "node:os";
+import { type Line, limits, line, proofOf, type ToHub, ToRank } from "./wire.ts";
+
+/** Times in milliseconds. */
+export interface MemberSettings {
+  readonly rank: number;
+  readonly world: number;
+  readonly address: string;
+  readonly port: number;
+  readonly token: string;
+  readonly plan: string;
+  readonly version: string;
+  readonly timeout: number;
+  readonly beat: number;
+  readonly lost: number;
+}
+
+export interface MemberEvents {
+  readonly welcome: () => void;
+  /** Before the welcome: the meeting will not be. */
+  readonly refused: (text: string, fix: string) => void;
+  readonly shared: (name: string, members: readonly number[], data: Uint8Array) => void;
+  readonly released: (name: string) => void;
+  /** After the welcome: the run is over. Comes once. */
+  readonly abort: (text: string) => void;
+  readonly hold: () => void;
+  readonly last: (step: number) => void;
+  readonly bye: () => void;
+}
+
+export interface Member {
+  readonly send: (message: ToHub, data?: Uint8Array) => void;
+  readonly close: () => void;
+}
+
+export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<ToHub, { kind: "beat" }>, events: MemberEvents): Member {
+  const { rank, world, address, port, token, plan, version, timeout, beat, lost } = settings;
+  const place = `rank 0 at ${address}:${port}`;
+  const deadline = performance.now() + timeout;
+  let state: "knocking" | "waiting" | "in" | "over" = "knocking";
+  let current: Line<ToHub> | undefined;
+  let heard = 0;
+  let ticked = 0;
+  let pulse: NodeJS.Timeout | undefined;
+
+  const end = (tell: () => void): void => {
+    if (state === "over") return;
+    state = "over";
+    clearInterval(pulse);
+    tell();
+  };
+  const lose = (text: string): void => {
+    const early = state !== "in";
+    end(() => (early ? events.refused(text, "look at what rank 0 says") : events.abort(text)));
+  };
+
+  function knock(wait: number, problem: string): void {
+    if (state === "over") return;
+    if (performance.now() > deadline) {
+      const text = `rank ${rank} could not reach ${place} within ${+(timeout / 1000).toFixed(1)} s: ${problem}`;
+      end(() => events.refused(text, reach));
+      return;
+    }
+    const socket = connect({ host: address, port });
+    let problemNow = "it closes the connection at once";
+    const quiet = setTimeout(() => socket.destroy(new Error("no answer")), Math.min(10_000, timeout));
+    current = line<ToRank, ToHub>(socket, ToRank, {
+      limit: limits.member,
+      ended: (found) => {
+        clearTimeout(quiet);
+        if (found) problemNow = found;
+        if (state === "knocking") setTimeout(() => knock(Math.min(wait * 1.5, 1000), problemNow), wait);
+        else lose(`${place} is gone: its process was killed, or it crashed`);
+      },
+      heard: (message, data) => {
+        heard = performance.now();
+        if (message.kind === "accepted") clearTimeout(quiet);
+        on[message.kind](message as never, data);
+      },
+    });
+    const hello = current;
+    const on: { [K in ToRank["kind"]]: (message: Extract<ToRank, { kind: K }>, data: Uint8Array) => void } = {
+      nonce: ({ nonce }) => {
+        const proof = proofOf(token, nonce);
+        hello.send({ kind: "hello", proof, rank, world, version, plan, host: hostname(), pid: process.pid });
+      },
+      accepted: () => {
+        state = "waiting";
+        ticked = performance.now();
+        pulse = setInterval(breathe, beat);
+      },
+      refused: ({ text, fix }) => end(() => events.refused(text, fix)),
+      welcome: () => {
+        state = "in";
+        events.welcome();
+      },
+      share: ({ name, members }, data) => events.shared(name, members, data),
+      release: ({ name }) => events.released(name),
+      abort: ({ text }) => (state === "in" ? end(() => events.abort(text)) : lose(text)),
+      hold: events.hold,
+      last: ({ step }) => events.last(step),
+      beat: () => {},
+      bye: () => end(events.bye),
+    };
+  }
+
+  function breathe(): void {
+    const now = performance.now();
+    // this process itself may have stood still: then the hub is not to blame
+    if (now - ticked > 3 * beat) heard = now;
+    ticked = now;
+    current!.send(whereAmI());
+    if (now - heard > lost) lose(`nothing was heard from ${place} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
+  }
+
+  knock(100, "it did not answer");
+  return {
+    send: (message, data) => current?.send(message, data),
+    close: () => {
+      end(() => {});
+      current?.close();
+    },
+  };
+}
+
+const reach = "see that rank 0 runs there and that MASTER_ADDR and MASTER_PORT say where; RANKC_TIMEOUT=<seconds> waits longer";

@@ -1,0 +1,192 @@
+/**
+ * Place: which rank this process is, as what started it says through the environment. Read from torchrun-style variables, Open MPI or
+ * Slurm, in this order; a run that none of them started has no place, and `launch` starts its ranks.
+ */
+import { createHash } from "node:crypto";
+import { Trouble } from "../../schemas/trouble.ts";
+
+export type Env = Readonly<Record<string, string | undefined>>;
+
+export interface Place {
+  readonly by: "RANK" | "Open MPI" | "Slurm";
+  readonly rank: number;
+  readonly world: number;
+  /** Among the ranks of this host. */
+  readonly localRank: number;
+  /** Ranks of this host, where the site says so. */
+  readonly localWorld: number | undefined;
+  /** Where rank 0 listens: an address or a host's name. */
+  readonly address: string;
+  readonly port: number;
+  /** What only the processes of this run know: RANKC_TOKEN; else made from the job's identity, which keeps runs apart but is no secret. */
+  readonly token: string;
+}
+
+/** `world`: ranks of the plan. Undefined where nothing in the environment speaks of ranks. Throws a Trouble for half a place. */
+export function placeOf(env: Env, world: number): Place | undefined {
+  const place = torchrun(env) ?? openMpi(env) ?? slurm(env);
+  if (!place) {
+    refuseRemains(env);
+    return undefined;
+  }
+  const { by, rank, localRank, localWorld } = place;
+  if (rank >= place.world)
+    throw new Trouble(`${by}: rank ${rank} of a world of ${place.world}: ranks end at ${place.world - 1}`, startWays);
+  if (localWorld !== undefined && localRank >= localWorld)
+    throw new Trouble(`${by}: local rank ${localRank} on a host of ${localWorld} ranks: local ranks end at ${localWorld - 1}`, startWays);
+  if (localWorld !== undefined && localWorld > place.world)
+    throw new Trouble(`${by}: ${localWorld} ranks on this host, in a world of ${place.world}`, startWays);
+  if (place.world !== world)
+    throw new Trouble(
+      `${by} started ${place.world} rank${place.world === 1 ? "" : "s"}; the plan is for ${world}`,
+      `start ${world} ranks, or compile the job with parallel.world=${place.world}`,
+    );
+  return place;
+}
+
+/** The ordinal of this rank's GPU among those the driver shows. A site that binds one GPU to each task shows one to each rank. */
+export function ordinalOf({ by, localRank }: Pick<Place, "by" | "localRank">, devices: number): number {
+  if (localRank < devices) return localRank;
+  if (devices === 1 && by !== "RANK") return 0;
+  throw new Trouble(
+    `local rank ${localRank} has no GPU: this host shows ${devices}`,
+    "start at most one rank per GPU, or widen CUDA_VISIBLE_DEVICES",
+    3,
+  );
+}
+
+const startWays =
+  "start every rank by torchrun --no-python, srun or mpirun; without their variables, rankc run starts the ranks of this host";
+
+function torchrun(env: Env): Place | undefined {
+  if (!env.RANK) return undefined;
+  const needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"];
+  const missing = needed.filter((name) => !env[name]);
+  if (missing.length > 0)
+    throw new Trouble(`RANK is set, but ${missing.join(", ")} ${missing.length === 1 ? "is" : "are"} not`, `${startWays}; or unset RANK`);
+  const port = portOf(env, "MASTER_PORT");
+  // the agent of torchrun itself listens on the port that it hands out, and says so
+  const taken = env.TORCHELASTIC_USE_AGENT_STORE === "True";
+  return {
+    by: "RANK",
+    rank: whole(env, "RANK"),
+    world: whole(env, "WORLD_SIZE"),
+    localRank: whole(env, "LOCAL_RANK"),
+    localWorld: wholeIfSet(env, "LOCAL_WORLD_SIZE"),
+    address: env.MASTER_ADDR!,
+    port: ownPort(env) ?? (taken ? (port === 65535 ? port - 1 : port + 1) : port),
+    token: tokenOf(env, [env.TORCHELASTIC_RUN_ID, env.TORCHELASTIC_RESTART_COUNT, env.MASTER_ADDR, env.MASTER_PORT]),
+  };
+}
+
+function openMpi(env: Env): Place | undefined {
+  const names = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"] as const;
+  if (!names.some((name) => env[name])) return undefined;
+  expectAll(env, names, "mpirun sets all of them: do not unset one");
+  const world = whole(env, "OMPI_COMM_WORLD_SIZE");
+  const localWorld = wholeIfSet(env, "OMPI_COMM_WORLD_LOCAL_SIZE");
+  const agreed = agree(env, { WORLD_SIZE: world, LOCAL_RANK: whole(env, "OMPI_COMM_WORLD_LOCAL_RANK") }, "Open MPI");
+  const address = env.MASTER_ADDR || (localWorld === world ? "127.0.0.1" : undefined);
+  if (!address)
+    throw new Trouble(
+      "Open MPI does not say on which host rank 0 is: MASTER_ADDR is not set",
+      "hand it over: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …",
+    );
+  const job = env.PMIX_NAMESPACE || env.OMPI_MCA_ess_base_jobid;
+  if (!job && !env.MASTER_PORT && !env.RANKC_PORT)
+    throw new Trouble(
+      "Open MPI names no job to make a port from, and MASTER_PORT is not set",
+      "hand it over: mpirun -x MASTER_PORT=29500 …",
+    );
+  return {
+    by: "Open MPI",
+    rank: whole(env, "OMPI_COMM_WORLD_RANK"),
+    world,
+    localRank: agreed.LOCAL_RANK,
+    localWorld,
+    address,
+    port: ownPort(env) ?? (env.MASTER_PORT ? portOf(env, "MASTER_PORT") : portFrom(`${job}`)),
+    token: tokenOf(env, ["Open MPI", job, env.MASTER_ADDR, env.MASTER_PORT]),
+  };
+}
+
+/** A batch script has SLURM_PROCID=0 too, and a shell is a step of one task: only a task of a step with several is a rank. */
+function slurm(env: Env): Place | undefined {
+  const marks = ["SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_LAUNCH_NODE_IPADDR"];
+  if (!marks.some((name) => env[name])) return undefined;
+  const size = env.SLURM_STEP_NUM_TASKS ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS";
+  if (env[size] === "1") return undefined;
+  expectAll(env, ["SLURM_PROCID", size, "SLURM_LOCALID"], "srun sets all of them: start with srun --ntasks=N --export=ALL");
+  const world = whole(env, size);
+  const localRank = whole(env, "SLURM_LOCALID");
+  agree(env, { WORLD_SIZE: world, LOCAL_RANK: localRank }, "Slurm");
+  const oneHost = env.SLURM_STEP_NUM_NODES === "1";
+  const first = env.SLURM_STEP_NODELIST && firstHost(env.SLURM_STEP_NODELIST);
+  // where srun was called may be a login node, which is not the host of rank 0: it is asked last
+  const address = env.MASTER_ADDR || (oneHost ? "127.0.0.1" : first || env.SLURM_LAUNCH_NODE_IPADDR);
+  if (!address) throw new Trouble("Slurm: SLURM_STEP_NODELIST is not set", "export MASTER_ADDR=<host of rank 0> before srun");
+  const job = [env.SLURM_JOB_ID ?? env.SLURM_JOBID, env.SLURM_STEP_ID ?? env.SLURM_STEPID, env.SLURM_RESTART_COUNT].join(".");
+  return {
+    by: "Slurm",
+    rank: whole(env, "SLURM_PROCID"),
+    world,
+    localRank,
+    localWorld: oneHost ? world : undefined,
+    address,
+    port: ownPort(env) ?? (env.MASTER_PORT ? portOf(env, "MASTER_PORT") : portFrom(`Slurm ${job}`)),
+    token: tokenOf(env, ["Slurm", env.SLURM_CLUSTER_NAME, env.SLURM_JOB_UID, job]),
+  };
+}
+
+/** `gpu[003-006,9],login1` → gpu003; `r[1-2]n[07-08]` → r1n07. */
+export function firstHost(nodes: string): string {
+  const depthZero = /^(?:[^,[]|\[[^\]]*\])*/.exec(nodes)![0];
+  return depthZero.replaceAll(/\[([^\],-]*)[^\]]*\]/g, "$1");
+}
+
+/** Nothing started us as a rank: then what speaks of ranks all the same is half a place. */
+function refuseRemains(env: Env): void {
+  const remains = ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"].filter((name) => env[name]);
+  if (remains.length > 0) {
+    const found = remains.map((name) => `${name}=${env[name]}`).join(", ");
+    throw new Trouble(
+      `${found} ${remains.length === 1 ? "is" : "are"} set, but RANK is not`,
+      `${startWays}; or unset ${remains.join(", ")}`,
+    );
+  }
+}
+
+function expectAll(env: Env, names: readonly string[], fix: string): void {
+  const missing = names.filter((name) => !env[name]);
+  if (missing.length === 0) return;
+  const there = names.filter((name) => env[name]);
+  throw new Trouble(`${there.join(", ") || "a task"} is set, but ${missing.join(", ")} ${missing.length === 1 ? "is" : "are"} not`, fix);
+}
+
+/** Variables that a script sets beside the site's own must say the same. */
+function agree<T extends Readonly<Record<string, number>>>(env: Env, own: T, by: string): T {
+  for (const [name, value] of Object.entries(own))
+    if (env[name] && whole(env, name) !== value)
+      throw new Trouble(`${name} is ${env[name]}, but ${by} says ${value}`, `unset ${name}, or set RANK and all its companions`);
+  return own;
+}
+
+function whole(env: Env, name: string): number {
+  const text = env[name]!;
+  if (!/^\d{1,7}$/.test(text)) throw new Trouble(`${name} is ${JSON.stringify(text)}, not a whole number`, startWays);
+  return Number(text);
+}
+const wholeIfSet = (env: Env, name: string): number | undefined => (env[name] ? whole(env, name) : undefined);
+
+function portOf(env: Env, name: string): number {
+  const port = whole(env, name);
+  if (port < 1 || port > 65535) throw new Trouble(`${name} is ${port}: ports go from 1 to 65535`, `set ${name} to a free port`);
+  return port;
+}
+const ownPort = (env: Env): number | undefined => (env.RANKC_PORT ? portOf(env, "RANKC_PORT") : undefined);
+
+/** Below the ports that systems hand out by themselves (32768 and up on Linux). */
+const portFrom = (job: string): number => 20_000 + (createHash("sha256").update(job).digest().readUInt32LE(0) % 12_000);
+
+const tokenOf = (env: Env, job: readonly (string | undefined)[]): string =>
+  env.RANKC_TOKEN || createHash("sha256").update(JSON.stringify(job)).digest("hex");

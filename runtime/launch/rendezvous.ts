@@ -1,0 +1,213 @@
+/**
+ * The meeting of all ranks of a run, one process each: `join` returns when all are there and run the same plan with the same rankc.
+ * They then share bytes (NCCL's ids), wait for each other, and stop together: when one rank dies, hangs or fails, all others are told.
+ */
+import { MessageChannel, receiveMessageOnPort } from "node:worker_threads";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Env } from "./place.ts";
+import { cells, type News, type Order, startWatchdog, unknown } from "./watchdog.ts";
+
+export interface JoinSettings {
+  readonly rank: number;
+  readonly world: number;
+  readonly address: string;
+  readonly port: number;
+  readonly token: string;
+  /** The digest of the plan, and the version of rankc: the same on all ranks. */
+  readonly plan: string;
+  readonly version: string;
+  readonly times: Times;
+  /** The launcher's process, where one started this rank: when it is gone, the rank stops. */
+  readonly launcher?: number;
+  /** The run is over, and not by this rank. Whoever waits for the meeting hears the same. The process has six seconds to end. */
+  readonly onAbort?: (reason: Trouble) => void;
+}
+
+/** In seconds. */
+export interface Times {
+  /** How long all ranks are waited for at the start. */
+  readonly timeout: number;
+  /** How long a rank may stand still in one instruction. */
+  readonly hang: number;
+  readonly beat: number;
+  /** How long a rank may say nothing. */
+  readonly lost: number;
+  readonly grace: number;
+}
+
+export interface Meeting {
+  /** Rank 0 gives the bytes, all others receive them. A name may be used again: the n-th call receives what the n-th call gave. */
+  broadcast(name: string, bytes: Uint8Array | undefined): Promise<Uint8Array>;
+  /** The same within a group: its first member makes the bytes. At most 1 MiB. */
+  share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array>;
+  /** Waits until all ranks have come to the barrier of this name. */
+  barrier(name: string): Promise<void>;
+  /** Says that a step (from 1 on) begins. False: the ranks have agreed to stop before it. Throws where the run is over. */
+  begin(step: number): boolean;
+  /** Says which instruction the rank is in. Costs two stores; a text not said before, a message. */
+  report(instruction: string): void;
+  /** Asks all ranks to stop after the same step, the first that none of them has gone beyond. */
+  stop(): void;
+  /** Tells all others that this rank has failed, and leaves. */
+  fail(reason: string): Promise<void>;
+  /** Leaves in peace. Rank 0 waits until all others have left. */
+  close(): Promise<void>;
+}
+
+const defaults: Times = { timeout: 300, hang: 600, beat: 2, lost: 20, grace: 2 };
+
+/** RANKC_TIMEOUT and RANKC_HANG in seconds. */
+export function timesOf(env: Env): Times {
+  return { ...defaults, timeout: secondsOf(env, "RANKC_TIMEOUT") ?? defaults.timeout, hang: secondsOf(env, "RANKC_HANG") ?? defaults.hang };
+}
+
+/** The launcher's process, for `join`: set by it for its ranks. */
+export const launcherOf = (env: Env): { readonly launcher?: number } =>
+  env.RANKC_LAUNCHER ? { launcher: Number(env.RANKC_LAUNCHER) } : {};
+
+function secondsOf(env: Env, name: string): number | undefined {
+  const text = env[name];
+  if (!text) return undefined;
+  const value = Number(text);
+  if (!(value > 0 && value <= 1e6))
+    throw new Trouble(`${name} is ${JSON.stringify(text)}, not a number of seconds`, `set ${name}=600, or leave it out`);
+  return value;
+}
+
+/** Throws a Trouble that names the ranks that are missing, or that differ. */
+export async function join({ times, launcher, onAbort, ...who }: JoinSettings): Promise<Meeting> {
+  const milliseconds = Object.fromEntries(Object.entries(times).map(([name, s]) => [name, s * 1000])) as unknown as Times;
+  const shared = new SharedArrayBuffer(4 * Object.keys(cells).length);
+  const cell = new Int32Array(shared);
+  cell[cells.last] = unknown;
+  const { port1: port, port2 } = new MessageChannel();
+  const watchdog = startWatchdog({ ...who, ...milliseconds, launcher }, port2, shared);
+  watchdog.unref();
+
+  const texts = new Map([["", 0]]);
+  const waiting = new Map<string, Waiting[]>();
+  const arrived = new Map<string, News[]>();
+  let over: Trouble | undefined;
+  let left = false;
+
+  /** The next news of this kind and name. While somebody waits, the process stays alive. */
+  function next<K extends News["kind"]>(kind: K, name = ""): Promise<Extract<News, { kind: K }>> {
+    if (over) return Promise.reject(over);
+    const key = `${kind} ${name}`;
+    const there = arrived.get(key)?.shift();
+    if (there) return Promise.resolve(there as Extract<News, { kind: K }>);
+    port.ref();
+    return new Promise((resolve, reject) => {
+      const mine: Waiting = { resolve: resolve as Waiting["resolve"], reject };
+      waiting.set(key, [...(waiting.get(key) ?? []), mine]);
+    });
+  }
+  function rest(): void {
+    if ([...waiting.values()].every((all) => all.length === 0)) port.unref();
+  }
+  function end(reason: Trouble): void {
+    if (over || left) return;
+    over = reason;
+    const all = [...waiting.values()].flat();
+    waiting.clear();
+    rest();
+    for (const { reject } of all) reject(reason);
+  }
+  function hear(news: News): void {
+    if (news.kind === "abort") {
+      Atomics.store(cell, cells.over, 2);
+      end(new Trouble(news.text));
+      onAbort?.(over!);
+      return;
+    }
+    if (news.kind === "refused") {
+      end(new Trouble(news.text, news.fix));
+      return;
+    }
+    const key = `${news.kind} ${"name" in news ? news.name : ""}`;
+    const first = waiting.get(key)?.shift();
+    if (first) first.resolve(news);
+    else arrived.set(key, [...(arrived.get(key) ?? []), news]);
+    rest();
+  }
+  const hearNow = (): void => {
+    for (let got = receiveMessageOnPort(port); got; got = receiveMessageOnPort(port)) hear(got.message as News);
+  };
+  const order = (given: Order): void => port.postMessage(given);
+
+  port.on("message", hear);
+  port.unref();
+  watchdog.on("error", (error) => {
+    end(error as Trouble);
+    onAbort?.(error as Trouble);
+  });
+  await next("welcome");
+
+  const everybody = Array.from({ length: who.world }, (_, r) => r);
+  async function share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array> {
+    if (!members.includes(who.rank)) throw new Error(`rank ${who.rank} is no member of ${name}: ${members}`);
+    if (over) throw over;
+    if (members[0] !== who.rank) {
+      const news = await next("shared", name);
+      if (`${news.members}` !== `${members}`)
+        throw new Error(`${name} was shared with ${news.members}; rank ${who.rank} expects ${members}`);
+      return news.data;
+    }
+    const data = make();
+    if (data.length > 2 ** 20) throw new Error(`${name} has ${data.length} bytes: more than a message takes`);
+    if (members.length > 1) order({ kind: "share", name, members, data });
+    return data;
+  }
+  async function leave(how: Order): Promise<void> {
+    if (left || over) return;
+    order(how);
+    await next("bye");
+    left = true;
+    // the watchdog ends by itself, when what it sent has arrived
+    port.close();
+  }
+
+  return {
+    share,
+    broadcast: (name, bytes) =>
+      share(name, everybody, () => {
+        if (bytes) return bytes;
+        throw new Error(`rank 0 must give the bytes of ${name}`);
+      }),
+    async barrier(name) {
+      if (over) throw over;
+      order({ kind: "barrier", name });
+      await next("released", name);
+    },
+    begin(step) {
+      Atomics.store(cell, cells.step, step);
+      Atomics.store(cell, cells.text, 0);
+      Atomics.add(cell, cells.reports, 1);
+      if (Atomics.load(cell, cells.hold) === 1) Atomics.wait(cell, cells.last, unknown);
+      if (Atomics.load(cell, cells.over) !== 0) hearNow();
+      if (over) throw over;
+      const last = Atomics.load(cell, cells.last);
+      return last === unknown || step <= last;
+    },
+    report(instruction) {
+      let index = texts.get(instruction);
+      if (index === undefined) {
+        texts.set(instruction, (index = texts.size));
+        order({ kind: "text", index, text: instruction });
+      }
+      Atomics.store(cell, cells.text, index);
+      Atomics.add(cell, cells.reports, 1);
+    },
+    stop: () => order({ kind: "stop" }),
+    async fail(reason) {
+      // who is the cause of the end does not hear of it again; a hub that is gone does not answer
+      await Promise.race([leave({ kind: "fail", text: reason }), new Promise((r) => setTimeout(r, 1000).unref())]).catch(() => {});
+    },
+    close: () => leave({ kind: "bye" }),
+  };
+}
+
+interface Waiting {
+  readonly resolve: (news: News) => void;
+  readonly reject: (reason: Trouble) => void;
+}

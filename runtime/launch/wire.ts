@@ -1,0 +1,130 @@
+/**
+ * What rank 0 and the others say to each other over TCP. A frame: the magic, the bytes of the message and of what it carries (u32 each,
+ * little-endian), the message as JSON, the bytes it carries. Whatever is no such frame ends the connection.
+ */
+import { createHmac, timingSafeEqual } from "node:crypto";
+import type { Socket } from "node:net";
+import { z } from "zod";
+
+const rank = z.int().min(0).max(1_000_000);
+const name = z.string().min(1).max(1000);
+const text = z.string().max(20_000);
+
+export const ToHub = z.discriminatedUnion("kind", [
+  z.strictObject({
+    kind: z.literal("hello"),
+    /** Proves the token: HMAC-SHA-256 over the hub's nonce. */
+    proof: z.string().max(64),
+    rank: z.int(),
+    world: z.int(),
+    version: name,
+    plan: name,
+    host: name,
+    pid: z.int(),
+  }),
+  z.strictObject({ kind: z.literal("share"), name, members: z.array(rank) }),
+  z.strictObject({ kind: z.literal("barrier"), name }),
+  z.strictObject({ kind: z.literal("beat"), reports: z.int(), step: z.int(), text }),
+  z.strictObject({ kind: z.literal("fail"), text, step: z.int(), at: text }),
+  z.strictObject({ kind: z.literal("stop") }),
+  z.strictObject({ kind: z.literal("begun"), step: z.int() }),
+  z.strictObject({ kind: z.literal("bye") }),
+]);
+export type ToHub = z.infer<typeof ToHub>;
+
+export const ToRank = z.discriminatedUnion("kind", [
+  z.strictObject({ kind: z.literal("nonce"), nonce: z.string().max(64) }),
+  z.strictObject({ kind: z.literal("accepted") }),
+  z.strictObject({ kind: z.literal("refused"), text, fix: text }),
+  z.strictObject({ kind: z.literal("welcome") }),
+  z.strictObject({ kind: z.literal("share"), name, members: z.array(rank) }),
+  z.strictObject({ kind: z.literal("release"), name }),
+  z.strictObject({ kind: z.literal("abort"), text }),
+  z.strictObject({ kind: z.literal("hold") }),
+  z.strictObject({ kind: z.literal("last"), step: z.int() }),
+  z.strictObject({ kind: z.literal("beat") }),
+  z.strictObject({ kind: z.literal("bye") }),
+]);
+export type ToRank = z.infer<typeof ToRank>;
+
+/** "rnk1" */
+const magic = 0x316b6e72;
+const head = 12;
+/** A stranger may send no more than a hello takes; a member's largest message lists the ranks of a group. */
+export const limits = { stranger: { message: 4096, data: 0 }, member: { message: 2 ** 20, data: 2 ** 20 } };
+export type Limit = (typeof limits)["member"];
+
+export function frame(message: ToHub | ToRank, data: Uint8Array = new Uint8Array()): Uint8Array {
+  const body = Buffer.from(JSON.stringify(message));
+  const start = Buffer.alloc(head);
+  start.writeUInt32LE(magic, 0);
+  start.writeUInt32LE(body.length, 4);
+  start.writeUInt32LE(data.length, 8);
+  return Buffer.concat([start, body, data]);
+}
+
+export interface Line<Out> {
+  readonly send: (message: Out, data?: Uint8Array) => void;
+  /** From now on what the other side sends may be this large. */
+  readonly allow: (limit: Limit) => void;
+  readonly close: () => void;
+}
+
+/** Speaks frames over a socket. `ended` comes once, with what was wrong with the bytes or the socket, or nothing where it just closed. */
+export function line<In, Out extends ToHub | ToRank>(
+  socket: Socket,
+  schema: z.ZodType<In>,
+  { limit, heard, ended }: { limit: Limit; heard: (message: In, data: Uint8Array) => void; ended: (problem?: string) => void },
+): Line<Out> {
+  let pending = Buffer.alloc(0);
+  let allowed = limit;
+  let over = false;
+  const end = (problem?: string): void => {
+    if (over) return;
+    over = true;
+    socket.destroy();
+    ended(problem);
+  };
+  socket.setNoDelay(true);
+  socket.on("data", (chunk) => {
+    pending = pending.length === 0 ? chunk : Buffer.concat([pending, chunk]);
+    while (!over && pending.length >= head) {
+      if (pending.readUInt32LE(0) !== magic) return end("what it sends is not rankc's");
+      const [message, data] = [pending.readUInt32LE(4), pending.readUInt32LE(8)];
+      if (message > allowed.message || data > allowed.data) return end(`a message of ${message} + ${data} bytes is too long`);
+      if (pending.length < head + message + data) return;
+      const body = pending.subarray(head, head + message).toString("utf8");
+      const carried = new Uint8Array(pending.subarray(head + message, head + message + data));
+      pending = pending.subarray(head + message + data);
+      const parsed = schema.safeParse(jsonOf(body));
+      if (!parsed.success) return end("a message of it makes no sense");
+      heard(parsed.data, carried);
+    }
+  });
+  socket.on("error", (error: NodeJS.ErrnoException) => end(error.code ?? error.message));
+  socket.on("close", () => end());
+  return {
+    send: (message, data) => void (socket.writable && socket.write(frame(message, data))),
+    allow: (limit) => void (allowed = limit),
+    close: () => {
+      over = true;
+      socket.end();
+    },
+  };
+}
+
+function jsonOf(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+export const proofOf = (token: string, nonce: string): string => createHmac("sha256", token).update(nonce).digest("hex");
+
+/** In constant time: an answer tells nothing about how much of a guess was right. */
+export function proves(proof: string, token: string, nonce: string): boolean {
+  const [given, wanted] = [Buffer.from(proof), Buffer.from(proofOf(token, nonce))];
+  return given.length === wanted.length && timingSafeEqual(given, wanted);
+}
