@@ -21,7 +21,7 @@ export interface Compiled {
   readonly made: Made;
 }
 
-const headers = ["emulator.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
+const headers = ["emulator.hpp", "hopper.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
 const options = ["-std=c++20", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-x", "c++"];
 const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
 
@@ -59,13 +59,13 @@ export function cudaEmulator(kernels: readonly Compiled[]): Emulator {
 
 /** The path of a library that holds these kernels. */
 async function compile(group: readonly Compiled[]): Promise<string> {
-  const entries = group.flatMap(({ use, made }) => [...new Set(made.launches.map((l) => l.entry))].map((entry) => ({ use, entry })));
+  const entries = group.flatMap(({ made }) => [...new Set(made.launches.map((l) => l.entry))].map((entry) => ({ made, entry })));
   const text = [
     `#include ${JSON.stringify(headers[0])}`,
     ...group.map((k) => k.made.source),
     ...group.map((k) => `namespace ${k.use.name}_ns {} using namespace ${k.use.name}_ns;`),
     "const emulator::Entry emulator::entries[] = {",
-    ...entries.map(({ entry }) => `  emulator::entry<${entry}>("${entry}"),`),
+    ...entries.map(({ made, entry }) => `  emulator::entry<${entry}>("${entry}", ${clusterOf(made, entry)}),`),
     "  {}};",
   ].join("\n");
   const digest = createHash("sha256");
@@ -82,6 +82,10 @@ async function compile(group: readonly Compiled[]): Promise<string> {
   renameSync(`${own}.so`, `${path}.so`);
   return `${path}.so`;
 }
+
+/** Blocks in a cluster of an entry, which stands in its source: `__cluster_dims__(2, 1, 1)`. */
+const clusterOf = ({ source }: Made, entry: string): number =>
+  Number(new RegExp(`__cluster_dims__\\((\\d+)[^{]*\\b${entry}\\(`).exec(source)?.[1] ?? 1);
 
 type Library = ReturnType<typeof open>;
 function open(path: string) {

@@ -1,6 +1,6 @@
 /**
- * A GPU's part played by one CPU thread, so that generated CUDA sources run in tests on any machine. Blocks run one after the
- * other; a block's threads are fibers that change places only where they wait for each other. Said as errors: an access beyond
+ * A GPU's part played by one CPU thread, so that generated CUDA sources run in tests on any machine. Blocks (of a cluster: together)
+ * run one after the other; a block's threads are fibers that change places only where they wait for each other. Said as errors: an access beyond
  * a buffer, threads that all wait, lanes that disagree about what they do together, a launch that never ends.
  *
  * Not shown by it: races between a thread's steps within one stretch of code. Launching in both orders of threads and blocks,
@@ -69,7 +69,10 @@ constexpr int maxThreads = 1024;
 constexpr size_t stackBytes = 256 << 10;
 constexpr size_t sharedBytes = 256 << 10;
 constexpr unsigned char canary = 0xc5;
-alignas(1024) static unsigned char dynamicShared[sharedBytes];
+/** Blocks of a cluster run together, each with shared memory of its own. */
+constexpr unsigned maxCluster = 2;
+alignas(1024) static unsigned char sharedOf[maxCluster][sharedBytes];
+static unsigned char* dynamicShared = sharedOf[0];
 
 struct Copy {
   void* to;
@@ -91,7 +94,9 @@ struct Fiber {
 };
 static Fiber* fibers;
 static unsigned char* stacks;
-static int count, live, current, running;
+static int count, current, running;
+static int live[maxCluster];
+static unsigned firstBlock;
 static word events;
 static jmp_buf scheduler, abandoned;
 static char message[1024];
@@ -104,6 +109,8 @@ static char message[1024];
   va_end(list);
   _longjmp(abandoned, 1);
 }
+
+inline word clusterRank() { return word(current) / blockDim.x; }
 
 // -- fibers: each runs the kernel for one thread, block after block
 
@@ -124,7 +131,7 @@ static void body() {
     Fiber& f = fibers[current];
     finishCopies(f, -1);
     f.done = true;
-    live--;
+    live[clusterRank()]--;
     events++;
     checkBarriers();
     leave();
@@ -132,6 +139,8 @@ static void body() {
 }
 __attribute__((noinline)) inline void resume(int i) {
   current = i;
+  dynamicShared = sharedOf[clusterRank()];
+  blockIdx.x = firstBlock + clusterRank();
   Fiber& f = fibers[i];
   threadIdx = f.index;
   f.awaited = nullptr;
@@ -165,9 +174,9 @@ template <class Ready> inline void waitUntil(Ready ready, const char* why) {
 }
 
 inline void runBlock(bool backward) {
-  live = count;
+  for (word rank = 0; rank < maxCluster; rank++) live[rank] = rank * blockDim.x < word(count) ? int(blockDim.x) : 0;
   for (int i = 0; i < count; i++) fibers[i].done = false, fibers[i].awaited = nullptr, fibers[i].firstCopy = fibers[i].copyCount = fibers[i].groups = 0;
-  while (live > 0) {
+  while (live[0] + live[1] > 0) {
     const word before = events;
     bool moved = false;
     for (int n = 0; n < count; n++) {
@@ -183,7 +192,7 @@ inline void runBlock(bool backward) {
     for (int i = 0; i < count && at < 400; i++)
       if (!fibers[i].done && (i == 0 || fibers[i - 1].done || fibers[i].why != fibers[i - 1].why))
         at += snprintf(list + at, sizeof list - at, " from thread %d on at %s;", i, fibers[i].why);
-    fail("deadlock: %d of %d threads wait:%s", live, count, list);
+    fail("deadlock: %d of %d threads wait:%s", live[0] + live[1], count, list);
   }
 }
 
@@ -192,27 +201,34 @@ inline void runBlock(bool backward) {
 struct Barrier {
   word arrived, generation, threads;
 };
-static Barrier barriers[16];
+static Barrier barriers[maxCluster][16];
 
 /** `threads` 0: all that have not ended. */
 inline void arriveAt(Barrier& b, int id, word threads) {
   if (b.arrived && b.threads != threads) fail("barrier %d is met with %u and %u threads", id, b.threads, threads);
   b.threads = threads;
   events++;
-  if (++b.arrived == (threads ? threads : word(live))) b.arrived = 0, b.generation++;
+  if (++b.arrived == (threads ? threads : word(live[clusterRank()]))) b.arrived = 0, b.generation++;
 }
 inline void barrier(int id, int threads) {
-  Barrier& b = barriers[id];
+  Barrier& b = barriers[clusterRank()][id];
   const word generation = b.generation;
   static const char* names[16] = {"__syncthreads", "barrier 1", "barrier 2", "barrier 3", "barrier 4", "barrier 5", "barrier 6", "barrier 7",
     "barrier 8", "barrier 9", "barrier 10", "barrier 11", "barrier 12", "barrier 13", "barrier 14", "barrier 15"};
   arriveAt(b, id, threads);
   if (b.generation == generation) waitWhile(b.generation, generation, names[id]);
 }
-inline void arrive(int id, int threads) { arriveAt(barriers[id], id, threads); }
+inline void arrive(int id, int threads) { arriveAt(barriers[clusterRank()][id], id, threads); }
 inline void checkBarriers() {
-  for (Barrier& b : barriers)
-    if (b.arrived && !b.threads && b.arrived == word(live)) b.arrived = 0, b.generation++;
+  for (Barrier& b : barriers[clusterRank()])
+    if (b.arrived && !b.threads && b.arrived == word(live[clusterRank()])) b.arrived = 0, b.generation++;
+}
+/** Of all threads of the cluster. */
+inline void clusterBarrier() {
+  static Barrier b;
+  const word generation = b.generation;
+  arriveAt(b, 0, word(count));
+  if (b.generation == generation) waitWhile(b.generation, generation, "the cluster's barrier");
 }
 
 // -- what lanes of a warp do together: the last to arrive does it for all
@@ -374,6 +390,9 @@ inline const Buffer* bufferNear(const void* address) {
   return nullptr;
 }
 
+inline void beginCluster();
+inline void endCluster();
+
 // -- launches
 
 static pthread_t launcher;
@@ -395,7 +414,7 @@ static void onSignal(int number, siginfo_t* info, void*) {
 struct Entry {
   const char* name;
   void (*call)(void* const*);
-  unsigned parameters;
+  unsigned parameters, cluster;
 };
 /** One for each entry, by a list that stands behind the sources; the last has no name. */
 extern const Entry entries[];
@@ -405,7 +424,7 @@ template <auto F, class... P, size_t... I> inline void spread(void (*)(P...), vo
 }
 template <class... P> constexpr unsigned arity(void (*)(P...)) { return sizeof...(P); }
 template <auto F> inline void call(void* const* args) { spread<F>(F, args, std::make_index_sequence<arity(F)>{}); }
-template <auto F> constexpr Entry entry(const char* name) { return {name, call<F>, arity(F)}; }
+template <auto F> constexpr Entry entry(const char* name, unsigned cluster) { return {name, call<F>, arity(F), cluster}; }
 
 inline void prepare() {
   if (fibers) return;
@@ -443,16 +462,22 @@ struct Signals {
   }
 };
 
-inline void runGrid(unsigned shared, bool backward) {
+inline void runGrid(unsigned shared, unsigned cluster, bool backward) {
   const u64 blocks = u64(gridDim.x) * gridDim.y * gridDim.z;
-  for (u64 n = 0; n < blocks; n++) {
-    const u64 i = backward ? blocks - 1 - n : n;
-    blockIdx = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y), unsigned(i / gridDim.x / gridDim.y)};
-    memset(dynamicShared, 0xff, shared);
-    memset(dynamicShared + shared, canary, sharedBytes - shared < page ? sharedBytes - shared : page);
+  for (u64 n = 0; n < blocks; n += cluster) {
+    const u64 i = backward ? blocks - cluster - n : n;
+    firstBlock = unsigned(i % gridDim.x);
+    blockIdx = {firstBlock, unsigned(i / gridDim.x % gridDim.y), unsigned(i / gridDim.x / gridDim.y)};
+    for (unsigned rank = 0; rank < cluster; rank++) {
+      memset(sharedOf[rank], 0xff, shared);
+      memset(sharedOf[rank] + shared, canary, sharedBytes - shared < page ? sharedBytes - shared : page);
+    }
+    beginCluster();
     runBlock(backward);
-    for (size_t at = shared; at < sharedBytes && at < shared + page; at++)
-      if (dynamicShared[at] != canary) fail("byte %zu of dynamic shared memory was written, which has %u", at, shared);
+    endCluster();
+    for (unsigned rank = 0; rank < cluster; rank++)
+      for (size_t at = shared; at < sharedBytes && at < shared + page; at++)
+        if (sharedOf[rank][at] != canary) fail("byte %zu of dynamic shared memory was written, which has %u", at, shared);
   }
 }
 
@@ -509,8 +534,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
   prepare();
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {threads, 1, 1};
-  count = int(threads);
-  for (int i = 0; i < count; i++) fibers[i].index = {unsigned(i), 0, 0};
+  if (e->cluster > maxCluster || grid[0] % e->cluster || e->cluster * threads > maxThreads) return "a cluster that is too large, or a grid of no whole clusters";
+  count = int(e->cluster * threads);
+  for (int i = 0; i < count; i++) fibers[i].index = {unsigned(i) % threads, 0, 0};
   work = {e->call, args};
   static Signals* handlers;
   handlers = new Signals;
@@ -523,11 +549,12 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
     memset(teams, 0, sizeof teams);
     memset(barriers, 0, sizeof barriers);
   } else
-    runGrid(shared, backward != 0);
+    runGrid(shared, e->cluster, backward != 0);
   running = 0;
   handlers->restore();
   delete handlers;
   return wrong;
 }
 
+#include "hopper.hpp"
 #include "intrinsics.hpp"

@@ -127,11 +127,8 @@ struct Async {
   float* sums;
   float kept[256];
 };
-static Async* asyncs;
-inline Async& mine() {
-  if (!asyncs) asyncs = static_cast<Async*>(calloc(maxThreads, sizeof(Async)));
-  return asyncs[current];
-}
+static Async asyncs[maxThreads];
+inline Async& mine() { return asyncs[current]; }
 inline void tensorStore(const TensorMap& map, word from, int x, int y, int z, bool add) {
   checkMap(map, from);
   Async& a = mine();
@@ -152,12 +149,9 @@ inline void storeRead(int pending) {
     eachOf(
       s.map, s.at, s.from,
       [&](word place, unsigned char* global) {
-        if (!s.add) return void memcpy(global, sharedPointer(place), s.map.elementBytes);
-        float x, y;
-        memcpy(&x, global, 4);
-        memcpy(&y, sharedPointer(place), 4);
-        x += y;
-        memcpy(global, &x, 4);
+        float sum = 0, x;
+        if (s.add) memcpy(&sum, global, 4), memcpy(&x, sharedPointer(place), 4), sum += x;
+        memcpy(global, s.add ? reinterpret_cast<unsigned char*>(&sum) : sharedPointer(place), s.map.elementBytes);
       },
       [](word) {});
   }
@@ -189,6 +183,7 @@ inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transpo
   }
   m.products[m.productCount++] = {a, b, add, transposedA, transposedB, m.productGroups};
 }
+inline void productFence() { ballot(~0u, "wgmma.fence", false); }
 inline void productCommit() { mine().productGroups++; }
 inline void productWait(int pending) {
   Async& m = mine();
@@ -212,10 +207,11 @@ inline void productWait(int pending) {
       }
     }
   }
-  if (!done) return;
   m.productCount -= done;
   memmove(m.products, m.products + done, sizeof(Async::Product) * m.productCount);
-  if (!m.productCount) memcpy(m.sums, m.kept, sizeof(float) * m.sumCount);
+  if (done && !m.productCount) memcpy(m.sums, m.kept, sizeof(float) * m.sumCount);
+  // .sync.aligned: the lanes go on together
+  ballot(~0u, "wgmma.wait_group", false);
 }
 
 /** Lane t holds columns 2q, 2q+1 of row g of each matrix; lanes 8i to 8i+7 give the rows of matrix i. */
@@ -234,11 +230,11 @@ inline void storeMatrices(word row, word a, word b, word c, word d) {
 inline void beginCluster() {
   memset(phaseBarrierCount, 0, sizeof phaseBarrierCount);
   loadCount = 0;
-  if (asyncs) memset(asyncs, 0, sizeof(Async) * maxThreads);
+  for (Async& a : asyncs) a.storeCount = a.storeGroups = a.productCount = a.productGroups = 0;
 }
 inline void endCluster() {
   if (loadCount) fail("%d loads are still under way where all threads have ended", loadCount);
-  for (int i = 0; asyncs && i < count; i++)
+  for (int i = 0; i < count; i++)
     if (asyncs[i].storeCount || asyncs[i].productCount) fail("thread %d has ended with stores or products under way", i);
 }
 
