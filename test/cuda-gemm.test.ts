@@ -1,0 +1,144 @@
+/**
+ * Products on CUDA do what their reference does, in every tile that may be chosen: many tiles to a block, experts without rows
+ * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
+ */
+import { describe, expect, test } from "vitest";
+import { hopper, type Plan, planHopper } from "../src/kernels/cuda/gemmHopper.ts";
+import { productOf } from "../src/kernels/cuda/product.ts";
+import type { Made, Use } from "../src/kernels/kernel.ts";
+import { offsetsAt } from "../src/kernels/kernel.ts";
+import { ops } from "../src/ops/index.ts";
+import { type ContractCase, hold, rounded } from "./contract.ts";
+import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
+import { random } from "./opCases.ts";
+
+type Half = "f32" | "bf16";
+interface Sizes {
+  readonly S?: number;
+  readonly K: number;
+  readonly N: number;
+  /** Rows of each expert. */
+  readonly rows?: readonly number[];
+}
+
+/** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
+function caseOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): ContractCase {
+  const next = random(name.length * 31 + K);
+  const count = rows ? rows.reduce((a, b) => a + b, 0) : 0;
+  const bound = rows ? count + spare : 0;
+  const height = rows ? bound : S;
+  const names = op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
+  const lengths: Record<string, number> = { x: height * K, dx: height * K, dy: height * N, y: height * N, w: K * N * (rows?.length ?? 1) };
+  lengths.dw = lengths.w!;
+  const output = names[2]!;
+  const dtype = Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half] as const));
+  const data: Record<string, Float32Array | Int32Array> = {};
+  for (const n of names) {
+    const values = new Float32Array(lengths[n]!).map(() => (n === output && !adds ? 0 : next()));
+    if (rows && n !== output && n !== "w") values.fill(Number.NaN, (values.length / bound) * count);
+    data[n] = rounded(values, dtype[n]!);
+  }
+  const index = new Int32Array(rows ? offsetsAt(bound) + rows.length + 1 : 1).fill(-1);
+  if (rows) {
+    index[0] = count;
+    let at = 0;
+    for (const [e, n] of rows.entries()) {
+      index[offsetsAt(bound) + e] = at;
+      for (let i = 0; i < n; i++, at++) index.set([0, at, e], 1 + 3 * at);
+    }
+    index[offsetsAt(bound) + rows.length] = at;
+    data.rows = index;
+  }
+  const d = { B: 1, S: rows ? bound : S, K, N, E: rows?.length ?? 1 };
+  const after = Object.fromEntries(names.map((n) => [n, (data[n] as Float32Array).slice()]));
+  ops[op]!.cpu(after, d, { start: () => 0, rows: index });
+  const exists = rows && output !== "dw" ? (lengths[output]! / bound) * count : lengths[output]!;
+  return {
+    title: `${name}: ${op} ${half}${adds ? " adding" : ""} ${JSON.stringify({ S, K, N, rows })}`,
+    use: {
+      ...{ op, name, d, dtype, bound, makesRows: false, mayOverflow: false },
+      ...{ size: lengths, keeps: new Set(adds ? [output] : []) },
+    },
+    data,
+    starts: {},
+    want: { [output]: after[output]!.subarray(0, exists) },
+  };
+}
+
+interface Held extends ContractCase {
+  readonly made: Made;
+}
+const missing = await emulatorMissing();
+const emulated = describe.skipIf(missing);
+const note = missing ? ` (skipped: ${missing})` : "";
+
+async function holdAll(cases: readonly Held[]): Promise<void> {
+  const executor = await cudaEmulator(cases);
+  const failed: string[] = [];
+  for (const c of cases) await hold(executor, c.made, c).catch((error) => failed.push(String(error.message)));
+  expect(failed).toEqual([]);
+}
+
+/** Two blocks for all tiles, so that each walks over several. */
+const planned = (use: Use, change: Partial<Plan>): Made => {
+  const p = productOf(use);
+  const plan = { ...planHopper(p), cluster: 1 as const, blocks: 2, ...change };
+  const stage = (plan.tile.rows + plan.tile.columns) * 128;
+  const shared = plan.stages * stage + 16 * plan.buffers * 1024 + 16 * plan.stages + 4 * (p.experts + 1);
+  return hopper(use, p, { ...plan, shared });
+};
+
+emulated(`Hopper's products${note}`, () => {
+  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Plan>): Held => {
+    const c = caseOf(name, op, sizes, "bf16", adds);
+    return { ...c, made: planned(c.use, change) };
+  };
+  const small = { rows: 128, columns: 64 } as const;
+
+  const wide = { rows: 128, columns: 128 } as const;
+  const low = { rows: 64, columns: 128 } as const;
+  const rows = [130, 0, 17, 128, 1, 200];
+
+  test("dense: one tile and several, tails in every dim, sums onto what is there", { timeout: 240_000 }, () =>
+    holdAll([
+      held("a0", "gemm", { S: 128, K: 64, N: 64 }, false, { tile: small, stages: 2 }),
+      held("a1", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }),
+      held("a2", "gemm_dgrad", { S: 300, K: 200, N: 136 }, false, { tile: small, stages: 2 }),
+      held("a3", "gemm_wgrad", { S: 150, K: 136, N: 200 }, false, { tile: small, stages: 2 }),
+      held("a4", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2, buffers: 2 }),
+      held("a5", "gemm", { S: 70, K: 64, N: 8 }, false, { tile: small, stages: 8 }),
+    ]),
+  );
+  test("every tile", { timeout: 240_000 }, () =>
+    holdAll([
+      held("t0", "gemm", { S: 140, K: 72, N: 264 }, false, { tile: { rows: 128, columns: 256 }, stages: 2 }),
+      held("t1", "gemm_dgrad", { S: 140, K: 200, N: 72 }, false, { tile: { rows: 128, columns: 192 }, stages: 2 }),
+      held("t2", "gemm_wgrad", { S: 72, K: 136, N: 136 }, true, { tile: wide, stages: 2 }),
+      held("t3", "gemm", { S: 72, K: 72, N: 264 }, false, { tile: { rows: 64, columns: 256 }, stages: 2 }),
+      held("t4", "gemm_dgrad", { S: 72, K: 136, N: 72 }, false, { tile: low, stages: 2 }),
+      held("t5", "gemm_wgrad", { S: 72, K: 72, N: 136 }, false, { tile: low, stages: 2 }),
+    ]),
+  );
+  test("grouped: experts without rows, with few and with several tiles", { timeout: 240_000 }, () =>
+    holdAll([
+      held("g0", "grouped_gemm", { K: 72, N: 136, rows }, false, { tile: small, stages: 3 }),
+      held("g1", "grouped_dgrad", { K: 136, N: 72, rows }, false, { tile: small, stages: 2, raster: 4 }),
+      held("g2", "grouped_wgrad", { K: 72, N: 136, rows }, false, { tile: small, stages: 2 }),
+      held("g3", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: small, stages: 3 }),
+      held("g4", "grouped_gemm", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
+      held("g5", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
+      held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
+    ]),
+  );
+  test("clusters of two blocks, which share b where they can", { timeout: 240_000 }, () =>
+    holdAll([
+      held("c0", "gemm", { S: 400, K: 200, N: 264 }, false, { tile: wide, stages: 2, cluster: 2, blocks: 4, raster: 4 }),
+      held("c1", "gemm_dgrad", { S: 400, K: 264, N: 200 }, false, { tile: wide, stages: 3, cluster: 2 }),
+      held("c2", "gemm_wgrad", { S: 200, K: 264, N: 136 }, true, { tile: wide, stages: 2, cluster: 2 }),
+      held("c3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+      held("c4", "grouped_dgrad", { K: 264, N: 200, rows: [300, 0, 17, 384, 1] }, false, { tile: low, stages: 3, cluster: 2, blocks: 4 }),
+      held("c5", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
+      held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    ]),
+  );
+});
