@@ -5,7 +5,6 @@
 import { resolve } from "node:path";
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
-import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import { checkpointFor } from "./checkpoint.ts";
 import { openCpu } from "./cpu.ts";
@@ -40,7 +39,9 @@ export interface Run {
   close(): Promise<void>;
 }
 export interface RunSettings {
-  readonly backend?: string;
+  readonly backend?: "cpu" | "webgpu";
+  /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
+  readonly source?: (file: string) => string;
   /** A Hugging Face checkpoint: a file, an index or a folder. */
   readonly initFrom?: string;
   /** Where relative paths of the job start: the job file's folder. */
@@ -49,8 +50,8 @@ export interface RunSettings {
   readonly watch?: readonly string[];
 }
 
-export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, watch = [] }: RunSettings): Promise<Run> {
-  if (backend !== "cpu") throw new Trouble(`there is no backend ${backend}`, "use --backend cpu");
+export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
+  const { initFrom, baseDir, watch = [] } = settings;
   const { mesh, programs, job } = plan;
   const { train, model } = job;
   const corpus = openCorpus(resolve(baseDir, job.data.path), {
@@ -60,7 +61,7 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
     order: job.data.order,
     seed: train.seed,
   });
-  const fleet: Fleet = openCpu(plan);
+  const fleet = await openFleet(plan, settings);
   const { ranks, comm } = fleet;
   const programOf = (r: number) => programs[Math.floor(r / mesh.per_stage)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
@@ -241,6 +242,12 @@ export async function openRun(plan: Plan, { backend = "cpu", initFrom, baseDir, 
       await fleet.close();
     },
   };
+}
+
+async function openFleet(plan: Plan, { backend = "cpu", source }: RunSettings): Promise<Fleet> {
+  if (backend === "cpu") return openCpu(plan);
+  const { openWebgpu } = await import("./webgpu/backend.ts");
+  return openWebgpu(plan, { kernel: source! });
 }
 
 const readBy = (i: Instruction): readonly string[] =>

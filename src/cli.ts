@@ -14,6 +14,7 @@ import type { Finding } from "./diagnostic.ts";
 import { expectWritable, writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
 import { type Stage, stages } from "./stages.ts";
+import { targetNames } from "./target.ts";
 
 type Format = "text" | "json";
 interface Common {
@@ -36,6 +37,8 @@ const withFormat = (command: Command): Command =>
   command.addOption(new Option("--format <format>", "how data is printed").choices(["text", "json"]).default("text"));
 const withSet = (command: Command): Command =>
   command.option("--set <path=value>", "change a key of the job as if it were written in the file (repeatable)", collect, []);
+const withTarget = (command: Command): Command =>
+  command.option("--target <target>", `what the kernels are generated for: ${targetNames.join(", ")}`);
 const withExamples = (command: Command, ...lines: string[]): Command =>
   command.addHelpText("after", `\nExamples:\n${lines.map((line) => `  $ rankc ${line}`).join("\n")}`);
 
@@ -55,19 +58,21 @@ withExamples(
 });
 
 withExamples(
-  withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks")))
+  withTarget(withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks"))))
     .argument("<job>", "the job's YAML file")
     .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
     .addOption(new Option("--emit <stage>", "print the text of a stage of the compiler").choices(stages)),
   "compile job.yaml -o plan/",
+  "compile job.yaml -o plan/ --target cuda:sm_90a",
   "compile job.yaml --emit sharded",
-).action(async (path: string, options: Common & { out?: string; emit?: Stage }) => {
+).action(async (path: string, options: Common & { out?: string; emit?: Stage; target?: string }) => {
   if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
-  const compiled = await compileAt(path, options.set);
-  const { plan } = compiled;
+  const compiled = await compileAt(path, options.set, options.target);
+  const { plan, sources } = compiled;
   if (options.out) {
     const [{ printPlan }, { printPlanText }] = await Promise.all([import("./plan.ts"), import("./planText.ts")]);
-    writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan) });
+    const kernels = [...sources].map(([file, text]) => [join("kernels", file), text] as const);
+    writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
   }
   if (options.emit) return print(compiled.emit(options.emit));
   const { summarize, printSummary } = await import("./summary.ts");
@@ -115,7 +120,8 @@ withExamples(
 });
 
 interface RunOptions extends Common {
-  readonly backend: "cpu";
+  readonly backend: "cpu" | "webgpu";
+  readonly target?: string;
   readonly steps?: number;
   readonly metrics?: string;
   readonly initFrom?: string;
@@ -124,9 +130,13 @@ interface RunOptions extends Common {
 }
 
 withExamples(
-  withSet(withFormat(program.command("run").description("run a plan: train it on this machine")))
+  withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine"))))
     .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
-    .addOption(new Option("--backend <backend>", "what computes; cpu runs all ranks in this process").choices(["cpu"]).default("cpu"))
+    .addOption(
+      new Option("--backend <backend>", "what computes; cpu and webgpu run all ranks in this process")
+        .choices(["cpu", "webgpu"])
+        .default("cpu"),
+    )
     .option("--steps <n>", "stop after this many steps (default: train.steps)", atLeastOne)
     .option("--metrics <file>", "write one JSON line for each step")
     .option("--init-from <file>", "start from the weights of a safetensors file")
@@ -134,9 +144,10 @@ withExamples(
     .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
   "run job.yaml --steps 20 --metrics metrics.jsonl",
   "run plan/ --data-dir . --init-from model.safetensors",
+  "run job.yaml --backend webgpu",
 ).action(async (path: string, options: RunOptions) => {
-  const { plan } = await planAt(path, options.set);
-  await train(plan, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
+  const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : options.backend));
+  await train(planned, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
 });
 
 withExamples(
@@ -204,17 +215,27 @@ async function readJobAt(path: string, sets: readonly string[]) {
 /** An invalid job ends here: its findings are told, and the answer is no. */
 class Refused extends Error {}
 
-async function compileAt(path: string, sets: readonly string[]): Promise<Compiled & { findings: readonly Finding[] }> {
+async function compileAt(path: string, sets: readonly string[], target = "cpu"): Promise<Compiled & { findings: readonly Finding[] }> {
   const { job, findings } = await readJobAt(path, sets);
   await tellFindings(findings);
   if (!job) throw new Refused();
-  const { compile } = await import("./compile.ts");
-  return { ...compile(job), findings };
+  const [{ compile }, { readTarget }] = await Promise.all([import("./compile.ts"), import("./target.ts")]);
+  return { ...compile(job, { target: readTarget(target) }), findings };
 }
 
-async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Plan }> {
+/** A plan, and the text of its kernels by the name of their file. */
+interface Planned {
+  readonly plan: Plan;
+  source(file: string): string;
+}
+
+async function planAt(path: string, sets: readonly string[], target?: string): Promise<Planned> {
   const file = planFile(path);
-  if (!file) return compileAt(path, sets);
+  if (!file) {
+    const { plan, sources } = await compileAt(path, sets, target);
+    return { plan, source: (name) => sources.get(name)! };
+  }
+  if (target !== undefined) throw new Trouble(`--target is for jobs; ${path} is a compiled plan`, "name the job, or leave --target out");
   if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
   const { parsePlan } = await import("./readPlan.ts");
   let text: string;
@@ -223,11 +244,13 @@ async function planAt(path: string, sets: readonly string[]): Promise<{ plan: Pl
   } catch (error) {
     throw new Trouble(`${file} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
   }
-  return { plan: parsePlan(text, file) };
+  const plan = parsePlan(text, file);
+  const { readKernel } = await import("./files.ts");
+  return { plan, source: (name) => readKernel(plan, dirname(file), name) };
 }
 
 /** For `diff`, 1 means that the plans differ: an invalid job is trouble. --set goes to what is a job. */
-async function bothPlans(a: string, b: string, sets: readonly string[]): Promise<[{ plan: Plan }, { plan: Plan }]> {
+async function bothPlans(a: string, b: string, sets: readonly string[]): Promise<[Planned, Planned]> {
   try {
     const own = (path: string): readonly string[] => (planFile(path) && !(planFile(a) && planFile(b)) ? [] : sets);
     return [await planAt(a, own(a)), await planAt(b, own(b))];
@@ -256,14 +279,14 @@ async function tellFindings(findings: readonly Finding[]): Promise<void> {
 const colorful = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
 
 /** Trains step by step. An interrupt lets the step in hand finish, then ends with what was done. */
-async function train(plan: Plan, baseDir: string, options: RunOptions): Promise<void> {
+async function train({ plan, source }: Planned, baseDir: string, options: RunOptions): Promise<void> {
   const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([
     import("../runtime/execute.ts"),
     import("./progress.ts"),
   ]);
   const steps = options.steps ?? plan.job.train.steps;
   if (options.dumpGrads !== undefined) expectWritable(options.dumpGrads);
-  const run = await openRun(plan, { backend: options.backend, baseDir, ...(options.initFrom && { initFrom: options.initFrom }) });
+  const run = await openRun(plan, { backend: options.backend, source, baseDir, ...(options.initFrom && { initFrom: options.initFrom }) });
   const metrics = options.metrics === undefined ? undefined : openOutput(options.metrics);
   const live = Boolean(process.stderr.isTTY);
   let interrupted = false;

@@ -1,6 +1,9 @@
-/** Reading a job file: every way in which the file itself can be wrong is a Trouble, found before its bytes are looked at. */
+/** Reading what people name: every way in which a file itself can be wrong is a Trouble, found before its bytes are looked at. */
 import { readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
+import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { sha256 } from "./plan.ts";
 
 const LIMIT = 2 ** 20; // a job is a page of text; 1 MiB is hundreds of times the longest
 
@@ -38,4 +41,19 @@ function attempt<T>(path: string, read: () => T): T {
     if (code === "EACCES" || code === "EPERM") throw new Trouble(`${path} may not be read`, "check its permissions");
     throw new Trouble(`${path} cannot be read: ${code ?? e}`, "check the path");
   }
+}
+
+/** The source of a kernel beside its plan. Throws a Trouble where it is missing, or is not what the plan was sealed with. */
+export function readKernel(plan: Plan, folder: string, file: string): string {
+  const path = join(folder, "kernels", file);
+  const again = "compile the job again";
+  let text: string;
+  try {
+    text = readFileSync(path, "utf8");
+  } catch (error) {
+    throw new Trouble(`${path} cannot be read: ${(error as NodeJS.ErrnoException).code}; the plan's kernels lie beside it`, again);
+  }
+  const kernel = plan.kernels.find((k) => k.source?.file === file);
+  if (kernel?.source?.sha256 !== sha256(text)) throw new Trouble(`${path} was changed since the plan was compiled`, again);
+  return text;
 }

@@ -3,12 +3,14 @@ import { accessSync, constants, existsSync, mkdirSync, renameSync, rmSync, statS
 import { dirname, join } from "node:path";
 import { Trouble } from "../schemas/trouble.ts";
 
-export function writeFolder(folder: string, files: Readonly<Record<string, string>>): void {
+/** Names may lie in folders below. */
+export function writeFolder(folder: string, files: Readonly<Record<string, string | Uint8Array>>): void {
   if (existsSync(folder) && !statSync(folder).isDirectory())
     throw new Trouble(`${folder} is a file, not a directory`, "name another directory after -o");
   let made: string | undefined;
   try {
     made = mkdirSync(folder, { recursive: true });
+    for (const name of Object.keys(files)) mkdirSync(dirname(join(folder, name)), { recursive: true });
     writeTogether(Object.entries(files).map(([name, text]) => [join(folder, name), text]));
   } catch (error) {
     if (made) rmSync(made, { recursive: true, force: true });

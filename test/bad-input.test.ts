@@ -67,7 +67,7 @@ describe.concurrent("bad input", { timeout: 60_000 }, () => {
     ["a missing file", ["compile", "nowhere.yaml", "-o", "out"], 2, /nowhere\.yaml does not exist/],
     ["a directory", ["check", "."], 2, /is a directory, not a job/],
     ["a plan with a flipped byte", ["inspect", "flipped"], 2, /section "programs" was changed after the plan was compiled/],
-    ["a plan of a newer major version", ["run", "newer"], 2, /format_version 2\.0 is newer than this rankc reads \(1\.0\)/],
+    ["a plan of a newer major version", ["run", "newer"], 2, /format_version 3\.0 is newer than this rankc reads \(1\.0\)/],
     [
       "a truncated safetensors",
       ["run", "good.yaml", "--init-from", "truncated.safetensors", "--metrics", "out"],
