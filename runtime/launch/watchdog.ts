@@ -93,7 +93,11 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     say({ kind: "abort", text });
     const kill = (): void => {
       const { step, text: at } = where();
-      writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${at}`}: ${text}\n`);
+      try {
+        writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${at}`}: ${text}\n`);
+      } catch {
+        // nobody reads what we say: it ends all the same
+      }
       process.kill(process.pid, "SIGKILL");
     };
     setTimeout(() => (Atomics.load(cell, cells.over) === 2 ? setTimeout(kill, 2 * settings.grace) : kill()), settings.grace);

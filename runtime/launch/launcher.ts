@@ -1,0 +1,140 @@
+/**
+ * The launcher: starts the ranks of this host, one process each, and ends when all have ended. It forwards what they say line by line;
+ * when one fails, none of the others stays; signals reach all of them, once.
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
+import { once } from "node:events";
+import { createServer } from "node:net";
+import { constants } from "node:os";
+import { createInterface } from "node:readline";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Env } from "./place.ts";
+
+export interface LaunchSettings {
+  readonly command: string;
+  readonly args: readonly string[];
+  readonly ranks: number;
+  readonly env: Env;
+  /** A line of a rank, without its line feed. What rank 0 says to stdout is data and comes as it is; all else has its rank in front: `[3] …`. */
+  readonly onLine: (stream: "stdout" | "stderr", line: string) => void;
+  /** What a rank that failed first gives the others to end by themselves, each with its message; then what SIGTERM gives them. Milliseconds. */
+  readonly settle?: number;
+  readonly grace?: number;
+}
+
+export interface Launched {
+  /** Of the first that failed, as a shell counts: 128 + n where signal n ended it. 0: all is well. */
+  readonly code: number;
+  readonly failed?: { readonly rank: number; readonly how: string };
+  /** The signal that the launcher was sent, if any. */
+  readonly signal?: "SIGINT" | "SIGTERM" | "SIGHUP";
+}
+
+/** Throws a Trouble where the command does not start. The GPU of a rank is for it to choose, by LOCAL_RANK. */
+export async function launch({ command, args, ranks, env, onLine, settle = 3000, grace = 5000 }: LaunchSettings): Promise<Launched> {
+  const port = await freePort();
+  const shared = {
+    ...env,
+    WORLD_SIZE: `${ranks}`,
+    LOCAL_WORLD_SIZE: `${ranks}`,
+    MASTER_ADDR: "127.0.0.1",
+    MASTER_PORT: `${port}`,
+    RANKC_TOKEN: randomBytes(32).toString("hex"),
+    RANKC_LAUNCHER: `${process.pid}`,
+    // NVLink multicast stays off
+    NCCL_NVLS_ENABLE: "0",
+  };
+  // what a site says about this process is not true of its ranks
+  for (const name of ["RANKC_PORT", "TORCHELASTIC_USE_AGENT_STORE"]) delete (shared as Record<string, string | undefined>)[name];
+
+  let failed: { rank: number; how: string; code: number } | undefined;
+  let signal: Launched["signal"];
+  const timers: NodeJS.Timeout[] = [];
+  const width = `${ranks - 1}`.length;
+  const children = Array.from({ length: ranks }, (_, rank) =>
+    // a session of its own: what a terminal sends comes to the launcher alone, which hands it on
+    spawn(command, args, {
+      env: { ...shared, RANK: `${rank}`, LOCAL_RANK: `${rank}` },
+      stdio: ["ignore", "pipe", "pipe"],
+      detached: true,
+    }),
+  );
+  const running = new Set(children);
+  const kill = (how: NodeJS.Signals): void => {
+    for (const child of running) child.kill(how);
+  };
+  const after = (ms: number, act: () => void): void => void timers.push(setTimeout(act, ms));
+  const stop = (): void => {
+    kill("SIGTERM");
+    after(grace, () => kill("SIGKILL"));
+  };
+  const fail = (rank: number, how: string, code: number): void => {
+    if (failed) return;
+    failed = { rank, how, code };
+    after(settle, stop);
+  };
+
+  const pass = (which: NonNullable<Launched["signal"]>) => (): void => {
+    // the first interrupt lets the ranks finish their step, the second ends them
+    if (which === "SIGINT" && signal === undefined) kill("SIGINT");
+    else stop();
+    signal ??= which;
+  };
+  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((which) => [which, pass(which)] as const);
+  for (const [which, handler] of handlers) process.on(which, handler);
+  try {
+    await Promise.all(
+      children.map(async (child, rank) => {
+        const prefix = `[${`${rank}`.padStart(width)}] `;
+        const said = [forward(child, "stdout", rank === 0 ? "" : prefix, onLine), forward(child, "stderr", prefix, onLine)];
+        const { code, ended } = await endOf(child);
+        running.delete(child);
+        if (code !== 0) fail(rank, ended, code);
+        // its pipes may outlive it in a process it has started: that is not waited for
+        await Promise.race([Promise.all(said), new Promise((r) => setTimeout(r, 500).unref())]);
+      }),
+    );
+  } finally {
+    for (const [which, handler] of handlers) process.removeListener(which, handler);
+    for (const timer of timers) clearTimeout(timer);
+    kill("SIGKILL");
+  }
+  if (failed?.code === notStarted)
+    throw new Trouble(`${command} could not be started: ${failed.how}`, "check that it exists and may be run");
+  return {
+    code: failed?.code ?? 0,
+    ...(failed && { failed: { rank: failed.rank, how: failed.how } }),
+    ...(signal && { signal }),
+  };
+}
+
+const notStarted = -1;
+
+function endOf(child: ChildProcess): Promise<{ code: number; ended: string }> {
+  return new Promise((resolve) => {
+    child.once("error", (error: NodeJS.ErrnoException) => resolve({ code: notStarted, ended: error.code ?? error.message }));
+    child.once("exit", (code, signal) =>
+      resolve(
+        signal === null
+          ? { code: code!, ended: `ended with exit code ${code}` }
+          : { code: 128 + constants.signals[signal], ended: `was ended by ${signal}` },
+      ),
+    );
+  });
+}
+
+/** Resolves when the stream has ended and all its lines are handed on. */
+async function forward(child: ChildProcess, stream: "stdout" | "stderr", prefix: string, onLine: LaunchSettings["onLine"]): Promise<void> {
+  const lines = createInterface({ input: child[stream]!, crlfDelay: Number.POSITIVE_INFINITY });
+  lines.on("line", (text) => onLine(stream, prefix + text));
+  await once(lines, "close");
+}
+
+async function freePort(): Promise<number> {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as { port: number };
+  await new Promise((closed) => server.close(closed));
+  return port;
+}
