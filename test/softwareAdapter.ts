@@ -21,6 +21,9 @@ export const noAdapter: string | undefined =
 /** Why tests of 16-bit floats are skipped. */
 export const noHalves: string | undefined = noAdapter ?? (hardware ? undefined : "the software adapter has no shader-f16");
 
+/** Libraries in use: koffi closes what nobody holds. */
+const held: unknown[] = [];
+
 /** The environment of a process that is to see the adapter from its start: what `spawn` takes as `env`. */
 export const adapterEnv: NodeJS.ProcessEnv = hardware || noAdapter ? process.env : seeSwiftShader();
 
@@ -31,7 +34,7 @@ function seeSwiftShader(): NodeJS.ProcessEnv {
   Object.assign(process.env, { VK_DRIVER_FILES: icd, VK_ICD_FILENAMES: icd });
   // Dawn asks the system's loader for `libvulkan.so.1`, which answers with a library of that name that is loaded already;
   // LD_LIBRARY_PATH is read when a process starts, too early for this one
-  require("koffi").load(join(folder, "libvulkan.so.1"));
+  held.push(require("koffi").load(join(folder, "libvulkan.so.1")));
   return { ...process.env, LD_LIBRARY_PATH: [folder, process.env.LD_LIBRARY_PATH].filter(Boolean).join(":") };
 }
 
