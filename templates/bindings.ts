@@ -58,6 +58,20 @@ interface CudaClearCu {
   readonly words: string | number;
 }
 
+interface CudaCollectCu {
+  readonly deep: string | number;
+  readonly experts: string | number;
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly out: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+}
+
 interface CudaColumnsCu {
   readonly adds: boolean;
   readonly name: string | number;
@@ -127,6 +141,27 @@ interface CudaGemmWgmmaCu {
 interface CudaHopperCuh {
 }
 
+interface CudaMakeRowsCu {
+  readonly bound: string | number;
+  readonly experts: string | number;
+  readonly map: boolean;
+  readonly name: string | number;
+  readonly offsetsAt: string | number;
+  readonly out: string | number;
+  readonly overflow: boolean;
+  readonly sequence: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly values: boolean;
+}
+
+interface CudaMapRowsCu {
+  readonly cells: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly sequence: string | number;
+}
+
 interface CudaNormCu {
   readonly eps: string | number;
   readonly gain: string | number;
@@ -159,6 +194,17 @@ interface CudaNormGradCu {
   readonly x: string | number;
 }
 
+interface CudaPackCu {
+  readonly experts: string | number;
+  readonly from: string | number;
+  readonly name: string | number;
+  readonly origin: string | number;
+  readonly sequence: string | number;
+  readonly target: string | number;
+  readonly to: string | number;
+  readonly what: string | number;
+}
+
 interface CudaPickCu {
   readonly name: string | number;
   readonly p: string | number;
@@ -169,6 +215,23 @@ interface CudaPickCu {
 
 interface CudaPreludeCuh {
   readonly guard: string | number;
+}
+
+interface CudaRopeCu {
+  readonly deep: string | number;
+  readonly frequencies: string | number;
+  readonly half: string | number;
+  readonly heads: string | number;
+  readonly name: string | number;
+  readonly parts: string | number;
+  readonly sequence: string | number;
+  readonly sign: string | number;
+  readonly strands: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly vector: string | number;
+  readonly x: string | number;
+  readonly y: string | number;
 }
 
 interface CudaRowReduceCu {
@@ -187,6 +250,37 @@ interface CudaRowReduceCu {
   readonly x: string | number;
 }
 
+interface CudaRowsCu {
+  readonly element: readonly (string | number)[];
+  readonly end: string | number;
+  readonly inputs: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly outputs: readonly { readonly name: string | number; readonly value: string | number }[];
+  readonly params: string | number;
+  readonly part: string | number;
+  readonly perRow: readonly (string | number)[];
+  readonly rowOutputs: readonly { readonly name: string | number; readonly type: string | number; readonly value: string | number }[];
+  readonly scalars: readonly (string | number)[];
+  readonly stages: readonly { readonly after: readonly (string | number)[]; readonly name: string | number; readonly op: string | number; readonly term: string | number }[];
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+}
+
+interface CudaSpreadCu {
+  readonly experts: string | number;
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+}
+
 interface CudaSumCu {
   readonly end: string | number;
   readonly factor: string | number;
@@ -199,6 +293,35 @@ interface CudaSumCu {
   readonly type: string | number;
   readonly unroll: string | number;
   readonly vector: string | number;
+}
+
+interface CudaTallyCu {
+  readonly active: string | number;
+  readonly batch: string | number;
+  readonly batches: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly p: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+}
+
+interface CudaTopKCu {
+  readonly dy: string | number;
+  readonly grad: boolean;
+  readonly items: string | number;
+  readonly k: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly p: string | number;
+  readonly params: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+  readonly to: string | number;
+  readonly value: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly y: string | number;
 }
 
 interface CudaTotalCu {
@@ -228,6 +351,17 @@ interface TextExplain {
   readonly said: readonly (string | number)[];
   readonly title: string | number;
   readonly why: string | number;
+}
+
+interface WgslArrangeWgsl {
+  readonly dims: readonly { readonly size: string | number; readonly stride: string | number }[];
+  readonly entry: string | number;
+  readonly first: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly threads: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
 }
 
 interface WgslAttentionWgsl {
@@ -306,30 +440,17 @@ interface WgslFillWgsl {
 
 interface WgslGemmWgsl {
   readonly across: string | number;
-  readonly bindings: string | number;
   readonly bk: string | number;
   readonly fetches: readonly { readonly deep: string | number; readonly first: string | number; readonly lane: string | number; readonly name: string | number; readonly puts: readonly { readonly to: string | number; readonly value: string | number }[]; readonly side: string | number; readonly to: string | number }[];
-  readonly guarded: boolean;
   readonly half: string | number;
-  readonly header: string | number;
   readonly index: string | number;
-  readonly loaders: readonly { readonly end: string | number; readonly guarded: boolean; readonly operand: string | number; readonly side: string | number; readonly value: string | number }[];
   readonly name: string | number;
-  readonly outside: string | number;
-  readonly parts: string | number;
   readonly place: string | number;
   readonly places: string | number;
   readonly products: readonly { readonly a: string | number; readonly b: string | number; readonly sum: string | number }[];
   readonly results: readonly { readonly column: string | number; readonly row: string | number; readonly sum: string | number }[];
-  readonly spanArgument: string | number;
-  readonly spanParameter: string | number;
-  readonly split: boolean;
+  readonly span: string | number;
   readonly steps: readonly { readonly reads: readonly { readonly at: string | number; readonly name: string | number }[] }[];
-  readonly stores: string | number;
-  readonly sumCount: string | number;
-  readonly sumIndex: string | number;
-  readonly sumStore: string | number;
-  readonly sumThreads: string | number;
   readonly sums: readonly (string | number)[];
   readonly threads: string | number;
   readonly unrolled: string | number;
@@ -338,24 +459,37 @@ interface WgslGemmWgsl {
   readonly wordsDown: string | number;
 }
 
-interface WgslGemmPlaceWgsl {
-  readonly area: string | number;
-  readonly band: string | number;
-  readonly bandTiles: string | number;
-  readonly bm: string | number;
-  readonly bn: string | number;
-  readonly border: string | number;
-  readonly byDepth: boolean;
-  readonly byRows: boolean;
-  readonly dense: boolean;
-  readonly depth: string | number;
+interface WgslGemmMatrixWgsl {
+  readonly aSize: string | number;
+  readonly across: string | number;
+  readonly bSize: string | number;
+  readonly bk: string | number;
   readonly down: string | number;
-  readonly experts: string | number;
-  readonly found: string | number;
-  readonly offsets: string | number;
-  readonly slice: string | number;
+  readonly fetches: readonly { readonly deep: string | number; readonly first: string | number; readonly lane: string | number; readonly name: string | number; readonly side: string | number; readonly to: string | number }[];
+  readonly grouped: boolean;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly pad: string | number;
+  readonly place: string | number;
+  readonly places: string | number;
+  readonly products: readonly { readonly a: string | number; readonly b: string | number; readonly column: string | number; readonly row: string | number; readonly sum: string | number }[];
+  readonly reads: readonly { readonly at: string | number; readonly hand: string | number; readonly major: string | number; readonly name: string | number; readonly side: string | number; readonly stride: string | number }[];
+  readonly span: string | number;
+  readonly subgroupsAcross: string | number;
+  readonly sumsSize: string | number;
   readonly threads: string | number;
-  readonly tiles: string | number;
+}
+
+interface WgslInvertRowsWgsl {
+  readonly clear: string | number;
+  readonly clearIndex: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly sources: string | number;
+  readonly targets: string | number;
+  readonly threads: string | number;
 }
 
 interface WgslLogSumExpWgsl {
@@ -390,12 +524,73 @@ interface WgslMapWgsl {
   readonly width: string | number;
 }
 
+interface WgslMergeRowsWgsl {
+  readonly bound: string | number;
+  readonly cap: string | number;
+  readonly checked: boolean;
+  readonly clear: string | number;
+  readonly clearIndex: string | number;
+  readonly count: string | number;
+  readonly ends: string | number;
+  readonly endsFirst: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly first: string | number;
+  readonly firstExpert: string | number;
+  readonly fromLength: string | number;
+  readonly index: string | number;
+  readonly indexLength: string | number;
+  readonly length: string | number;
+  readonly offsets: string | number;
+  readonly op: string | number;
+  readonly prefix: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslPickWgsl {
   readonly columns: string | number;
   readonly entry: string | number;
   readonly index: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
+}
+
+interface WgslProductWgsl {
+  readonly bindings: string | number;
+  readonly guarded: boolean;
+  readonly header: string | number;
+  readonly loaders: readonly { readonly end: string | number; readonly guarded: boolean; readonly operand: string | number; readonly side: string | number; readonly type: string | number; readonly value: string | number }[];
+  readonly main: string | number;
+  readonly name: string | number;
+  readonly outside: string | number;
+  readonly parts: string | number;
+  readonly spanParameter: string | number;
+  readonly split: boolean;
+  readonly stores: string | number;
+  readonly sumCount: string | number;
+  readonly sumIndex: string | number;
+  readonly sumStore: string | number;
+  readonly sumThreads: string | number;
+}
+
+interface WgslProductPlaceWgsl {
+  readonly area: string | number;
+  readonly band: string | number;
+  readonly bandTiles: string | number;
+  readonly bm: string | number;
+  readonly bn: string | number;
+  readonly border: string | number;
+  readonly byDepth: boolean;
+  readonly byRows: boolean;
+  readonly dense: boolean;
+  readonly depth: string | number;
+  readonly down: string | number;
+  readonly experts: string | number;
+  readonly found: string | number;
+  readonly offsets: string | number;
+  readonly slice: string | number;
+  readonly threads: string | number;
+  readonly tiles: string | number;
 }
 
 interface WgslRmsnormWgsl {
@@ -493,6 +688,17 @@ interface WgslSoftmaxGradWgsl {
   readonly type: string | number;
 }
 
+interface WgslSplitRowsWgsl {
+  readonly cap: string | number;
+  readonly checked: boolean;
+  readonly entry: string | number;
+  readonly factors: readonly { readonly div: string | number; readonly mod: string | number; readonly mul: string | number; readonly slot: string | number }[];
+  readonly length: string | number;
+  readonly op: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslSwigluRowsGradWgsl {
   readonly dgate: string | number;
   readonly dp: string | number;
@@ -506,6 +712,16 @@ interface WgslSwigluRowsGradWgsl {
   readonly threads: string | number;
   readonly vector: string | number;
   readonly vectors: string | number;
+}
+
+interface WgslTakeRowsWgsl {
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly threads: string | number;
+  readonly total: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
 }
 
 interface WgslTopKWgsl {
@@ -569,30 +785,44 @@ export interface Templates {
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/clear.cu": CudaClearCu;
+  readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;
   readonly "cuda/hopper.cuh": CudaHopperCuh;
+  readonly "cuda/make_rows.cu": CudaMakeRowsCu;
+  readonly "cuda/map_rows.cu": CudaMapRowsCu;
   readonly "cuda/norm.cu": CudaNormCu;
   readonly "cuda/norm_grad.cu": CudaNormGradCu;
+  readonly "cuda/pack.cu": CudaPackCu;
   readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
+  readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
+  readonly "cuda/rows.cu": CudaRowsCu;
+  readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
+  readonly "cuda/tally.cu": CudaTallyCu;
+  readonly "cuda/top_k.cu": CudaTopKCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "text/explain": TextExplain;
+  readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
-  readonly "wgsl/gemm_place.wgsl": WgslGemmPlaceWgsl;
+  readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
+  readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;
   readonly "wgsl/log_sum_exp.wgsl": WgslLogSumExpWgsl;
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
+  readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
   readonly "wgsl/pick.wgsl": WgslPickWgsl;
+  readonly "wgsl/product.wgsl": WgslProductWgsl;
+  readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
   readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
   readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
@@ -600,7 +830,9 @@ export interface Templates {
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
+  readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
   readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
+  readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
   readonly "wgsl/top_k.wgsl": WgslTopKWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;
   readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;

@@ -1,10 +1,24 @@
 /** The CUDA kernel of every op, by the op's name. */
 import type { Arch } from "../../target.ts";
 import type { Made, Use } from "../kernel.ts";
+import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
+import { moe } from "./moe.ts";
+import { norm } from "./norm.ts";
+import { reduce } from "./reduce.ts";
+import { rope } from "./rope.ts";
+import { rows } from "./rows.ts";
+import { vocab } from "./vocab.ts";
 
 export type CudaMaker = (use: Use, arch: Arch) => Made;
 
 export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
+  ...attention,
   ...elementwise,
+  ...moe,
+  ...norm,
+  ...reduce,
+  ...rope,
+  ...rows,
+  ...vocab,
 };
