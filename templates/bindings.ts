@@ -110,6 +110,47 @@ interface CudaEmbedGradCu {
   readonly width: string | number;
 }
 
+interface CudaGemmF32Cu {
+  readonly a: string | number;
+  readonly b: string | number;
+  readonly each: string | number;
+  readonly name: string | number;
+  readonly offsets: string | number;
+  readonly ragged: boolean;
+  readonly tiles: string | number;
+  readonly vectorA: string | number;
+  readonly vectorB: string | number;
+}
+
+interface CudaGemmMmaCu {
+  readonly name: string | number;
+  readonly offsets: string | number;
+  readonly ragged: boolean;
+  readonly stages: string | number;
+  readonly tiles: string | number;
+  readonly warpsM: string | number;
+  readonly warpsN: string | number;
+  readonly wholeA: string | number;
+  readonly wholeB: string | number;
+}
+
+interface CudaGemmTilesCuh {
+  readonly adds: string | number;
+  readonly depth: string | number;
+  readonly depthFirstA: string | number;
+  readonly depthFirstB: string | number;
+  readonly experts: string | number;
+  readonly m: string | number;
+  readonly n: string | number;
+  readonly out: string | number;
+  readonly raggedDepth: string | number;
+  readonly raggedRows: string | number;
+  readonly raster: string | number;
+  readonly tileK: string | number;
+  readonly tileM: string | number;
+  readonly tileN: string | number;
+}
+
 interface CudaGemmWgmmaCu {
   readonly adds: string | number;
   readonly buffers: string | number;
@@ -789,6 +830,9 @@ export interface Templates {
   readonly "cuda/columns.cu": CudaColumnsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
+  readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
+  readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
+  readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;
   readonly "cuda/hopper.cuh": CudaHopperCuh;
   readonly "cuda/make_rows.cu": CudaMakeRowsCu;

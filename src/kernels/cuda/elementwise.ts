@@ -16,6 +16,8 @@ interface Formula {
   readonly indexed?: readonly string[];
   /** Elements that share what `row` reads; a vector lies within one. */
   readonly width?: number;
+  /** How a vector that is no stream's comes to `nameIn[k]`, by input; `at` counts the outputs' vectors. */
+  readonly gathers?: Readonly<Record<string, string>>;
   readonly once?: readonly string[];
   readonly row?: readonly string[];
   readonly element?: readonly string[];
@@ -46,6 +48,17 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],
     outputs: { dx: "dy * fastExp(x - m)" },
   }),
+  embed: ({ V, D }, start) => ({
+    ...{ streams: [], indexed: ["ids"], width: D! },
+    gathers: {
+      table: [
+        `const int id = idsAt[at / (${D} / N)] - ${start};`,
+        "tableIn[k] = {};",
+        `if (id >= 0 && id < ${V}) tableIn[k] = tableIn[k].load(tableAt + i64(id) * ${D} + at % (${D} / N) * N);`,
+      ].join(" "),
+    },
+    outputs: { x: "table" },
+  }),
   pick_grad: ({ V }, start) => ({
     ...{ streams: [], indexed: ["target", "dy"], width: V! },
     row: [
@@ -59,6 +72,10 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
     row: [`const float* n = nAt + i64(row / ${P! * S!}) * ${E} + int(at % (${E} / N)) * N;`],
     outputs: { dp: `${f32(c!)} * dy * n[j]` },
+  }),
+  clip: ({ max }) => ({
+    streams: ["sq"],
+    outputs: { scale: max! > 0 ? `fminf(1.0f, ${f32(max!)} / (sqrtf(sq) + 1e-6f))` : "1.0f", norm: "sqrtf(sq)" },
   }),
   // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
   adamw: ({ beta1, beta2, eps, decay }) => ({
@@ -81,7 +98,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   }),
 };
 /** Ops that need to know where a dim begins here. */
-const starts: Readonly<Record<string, string>> = { pick_grad: "V" };
+const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V" };
 
 export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
   Object.entries(formulas).map(([op, formula]) => [
@@ -98,17 +115,16 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
   const names = Object.keys(f.outputs);
   const total = use.size[names[0]!]!;
   const row = f.width ?? (use.bound > 0 ? total / use.bound : total);
-  const width = vectorOf(
-    row,
-    [...f.streams, ...names].map((name) => use.dtype[name]!),
-  );
+  const loaded = [...f.streams, ...Object.keys(f.gathers ?? {})];
+  const types = [...loaded, ...names].map((name) => use.dtype[name]!);
+  const width = vectorOf(row, types);
   // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
-  const inFlight = f.streams.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
+  const inFlight = loaded.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
   while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll /= 2;
   unroll = Math.floor(unroll);
   const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
-  const inputs = [...f.streams.filter((name) => !names.includes(name)), ...indexed];
+  const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
   const vectors = total / width;
   const body = render("cuda/elementwise.cu", {
     ...{ name: use.name, width, unroll, threads: THREADS },
@@ -124,7 +140,11 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
     once: f.once ?? [],
     row: f.width ? [`const Index row = at / (${row} / N);`, ...(f.row ?? [])] : [],
     element: f.element ?? [],
-    inputs: f.streams.map((name) => ({ name, type: cudaType(use.dtype[name]!) })),
+    inputs: loaded.map((name) => ({
+      name,
+      type: cudaType(use.dtype[name]!),
+      load: f.gathers?.[name] ?? `${name}In[k] = ${name}In[k].load(${name}At + i64(at) * N);`,
+    })),
     outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
   });
   return {

@@ -1,0 +1,141 @@
+/** The router: softmax, top-k, balancing losses, a token's experts in the registers of one warp or part of it; and rows' activation gradient. */
+import { bytesOf } from "../../../schemas/plan.ts";
+import { render } from "../../../templates/bindings.ts";
+import { invariant } from "../../ops/op.ts";
+import type { Made, Use } from "../kernel.ts";
+import { cudaType, f32, vectorOf } from "./elementwise.ts";
+import type { CudaMaker } from "./index.ts";
+import { shareRow, sumColumns } from "./norm.ts";
+import { source } from "./prelude.ts";
+import { addParts } from "./reduce.ts";
+
+/** A row in registers: what is reduced over it, one after the other, and what comes of each element. */
+interface RowFormula {
+  readonly width: number;
+  readonly inputs: readonly string[];
+  readonly scalars?: readonly string[];
+  readonly perRow?: readonly string[];
+  readonly element?: readonly string[];
+  readonly stages: readonly {
+    readonly name: string;
+    readonly op: "Sum" | "Max";
+    readonly term: string;
+    readonly after?: readonly string[];
+  }[];
+  readonly outputs?: Readonly<Record<string, string>>;
+  readonly rowOutputs?: Readonly<Record<string, string>>;
+  /** What a row adds to the scalar output `y`. */
+  readonly part?: string;
+}
+
+const logSumExp: RowFormula["stages"] = [
+  { name: "most", op: "Max", term: "x" },
+  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum);"] },
+];
+
+export const moe: Readonly<Record<string, CudaMaker>> = {
+  softmax: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - most) / sum" } }),
+  softmax_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.E!, inputs: ["y", "dy"] },
+      stages: [{ name: "dot", op: "Sum", term: "y * dy" }],
+      outputs: { dx: "y * (dy - dot)" },
+    }),
+  z_loss: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, part: `${f32(use.d.c!)} * log * log` }),
+  z_loss_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.E!, inputs: ["x"], scalars: ["dy"], stages: logSumExp },
+      outputs: { dx: `${f32(2 * use.d.c!)} * dy * log * fastExp(x - log)` },
+    }),
+  swiglu_rows_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.F!, inputs: ["gate", "up", "dy"], perRow: ["p"] },
+      element: ["const float s = sigmoid(gate);"],
+      stages: [{ name: "slope", op: "Sum", term: "dy * gate * s * up" }],
+      outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
+      rowOutputs: { dp: "slope" },
+    }),
+  top_k: (use) => topK(use, "y", use.d.normalize ? "values[i * N + j] / sum" : "values[i * N + j]"),
+  top_k_grad: (use) => topK(use, "dp", use.d.normalize ? "(slopes[i * N + j] - dot) / sum" : "slopes[i * N + j]"),
+  tally,
+};
+
+function makeRows(use: Use, f: RowFormula): Made {
+  const type = (name: string) => cudaType(use.dtype[name]!);
+  const outputs = Object.keys(f.outputs ?? {});
+  const rowOutputs = Object.keys(f.rowOutputs ?? {});
+  const rows = use.size[f.inputs[0]!]! / f.width;
+  const types = [...f.inputs, ...outputs].map((name) => use.dtype[name]!);
+  const shares = shareRow(f.width, vectorOf(f.width, types), 4);
+  const grid = Math.ceil(rows / (shares.threads / shares.lanes));
+  const reads = [...f.inputs, ...(f.scalars ?? []), ...(f.perRow ?? [])];
+  const writes = [...outputs, ...rowOutputs];
+  const ragged = use.bound > 0;
+  const body = render("cuda/rows.cu", {
+    ...{ name: use.name, ...shares, width: f.width, end: ragged ? "rows[0]" : rows },
+    params: [
+      ...reads.map((name) => `const ${type(name)}* ${name}At`),
+      ...writes.map((name) => `${type(name)}* ${name}At`),
+      ...(ragged ? ["const int* rows"] : []),
+      ...(f.part ? ["float* partial"] : []),
+    ].join(", "),
+    inputs: f.inputs.map((name) => ({ name, type: type(name) })),
+    ...{ scalars: f.scalars ?? [], perRow: f.perRow ?? [], element: f.element ?? [] },
+    stages: f.stages.map((s) => ({ ...s, after: s.after ?? [] })),
+    outputs: outputs.map((name) => ({ name, value: f.outputs![name]! })),
+    rowOutputs: rowOutputs.map((name) => ({ name, type: type(name), value: f.rowOutputs![name]! })),
+    part: f.part ?? "",
+  });
+  const last = f.part ? addParts(use, grid, "y") : undefined;
+  return {
+    source: source(use, [body, last?.body].join("\n")),
+    ...(last ? { scratch: grid * bytesOf.f32 } : {}),
+    launches: [
+      {
+        ...{ entry: use.name, grid: [grid, 1, 1], threads: shares.threads, shared: 0 },
+        args: [...reads, ...writes, ...(ragged ? ["rows"] : []), ...(f.part ? ["scratch+0"] : [])],
+      },
+      ...(last ? [last.launch] : []),
+    ],
+  };
+}
+
+function topK(use: Use, to: string, value: string): Made {
+  const { E, k } = use.d;
+  const rows = use.size.p! / E!;
+  const grad = to === "dp";
+  const reads = grad ? ["p", "y", "dy"] : ["p"];
+  const type = (name: string) => cudaType(use.dtype[name] ?? "f32");
+  // one warp at most, whatever it has to hold
+  const types = [...reads, to].map((name) => use.dtype[name]!);
+  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, types), Number.POSITIVE_INFINITY);
+  invariant(k! <= E!, `top_k of ${k} among ${E}`);
+  const body = render("cuda/top_k.cu", {
+    ...{ name: use.name, ...shares, lanes, width: E!, rows, k: k!, grad, to, value, p: type("p"), y: type("y"), dy: type("dy") },
+    params: [...reads.map((name) => `const ${type(name)}* ${name}`), `${type(to)}* ${to}`].join(", "),
+  });
+  const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
+  return {
+    source: source(use, body),
+    launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: [...reads, to] }],
+  };
+}
+
+function tally(use: Use): Made {
+  const { A, P, S, E } = use.d;
+  invariant(E! <= 1024, `tally of ${E} experts`);
+  const threads = E! > 256 ? 1024 : 256;
+  const active = Math.floor(threads / E!) * E!;
+  // some 32 elements a thread
+  const tokens = 32 * (active / E!);
+  const chunks = Math.ceil((P! * S!) / tokens);
+  const body = render("cuda/tally.cu", {
+    ...{ name: use.name, threads, active, tokens, experts: E!, batch: P! * S! * E!, batches: A!, p: cudaType(use.dtype.p!) },
+  });
+  const sum = sumColumns(use, { rows: chunks, width: A! * E!, to: "n", type: cudaType(use.dtype.n!) });
+  return {
+    source: source(use, `${body}\n${sum.body}`),
+    scratch: chunks * A! * E! * bytesOf.f32,
+    launches: [{ entry: use.name, grid: [chunks, A!, 1], threads, shared: 0, args: ["p", "scratch+0"] }, sum.launch],
+  };
+}

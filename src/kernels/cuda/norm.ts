@@ -1,0 +1,77 @@
+/** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. */
+import { bytesOf } from "../../../schemas/plan.ts";
+import { render } from "../../../templates/bindings.ts";
+import type { Arch } from "../../target.ts";
+import type { Made, Use } from "../kernel.ts";
+import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
+import type { CudaMaker } from "./index.ts";
+import { source } from "./prelude.ts";
+
+export const norm: Readonly<Record<string, CudaMaker>> = {
+  rmsnorm: (use) => normalize(use, use.d.D!),
+  head_norm: (use) => normalize(use, use.d.C!),
+  rmsnorm_grad: (use, arch) => normalizeGrad(use, use.d.D!, arch),
+  head_norm_grad: (use, arch) => normalizeGrad(use, use.d.C!, arch),
+};
+
+/** How the elements of a row are shared out. */
+export interface Shares {
+  /** Elements moved at once. */
+  readonly vector: number;
+  /** Threads that share a row: a power of two. */
+  readonly lanes: number;
+  /** Vectors of each. */
+  readonly items: number;
+  /** Per block: as many as a row's, or some rows'. */
+  readonly threads: number;
+}
+/** Up to 32 lanes where a vector each is enough; longer rows have up to `most` vectors a thread. */
+export function shareRow(width: number, vector: number, most: number): Shares {
+  const vectors = width / vector;
+  const lanes = Math.min(1024, 2 ** Math.ceil(Math.log2(vectors <= 32 ? vectors : Math.max(32, vectors / most))));
+  return { vector, lanes, items: Math.ceil(vectors / lanes), threads: lanes > 32 ? lanes : 256 };
+}
+
+function normalize(use: Use, width: number): Made {
+  const { x, gain, y } = use.dtype as Record<string, "f32">;
+  const rows = use.size.x! / width;
+  const shares = shareRow(width, vectorOf(width, [x!, gain!, y!]), 4);
+  const body = render("cuda/norm.cu", {
+    ...{ name: use.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(use.d.eps!) },
+    ...{ x: cudaType(x!), gain: cudaType(gain!), y: cudaType(y!) },
+  });
+  const grid = [Math.ceil(rows / (shares.threads / shares.lanes)), 1, 1] as [number, number, number];
+  return { source: source(use, body), launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", "y"] }] };
+}
+
+function normalizeGrad(use: Use, width: number, arch: Arch): Made {
+  const { x, gain, dy, dx, dgain } = use.dtype as Record<string, "f32">;
+  const rows = use.size.x! / width;
+  const shares = shareRow(width, vectorOf(width, [x!, gain!, dy!, dx!]), 2);
+  const groups = shares.threads / shares.lanes;
+  // some 1024 threads fit a multiprocessor beside their registers
+  const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * Math.max(1, Math.floor(1024 / shares.threads)));
+  const body = render("cuda/norm_grad.cu", {
+    ...{ name: use.name, ...shares, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(use.d.eps!) },
+    ...{ x: cudaType(x!), gain: cudaType(gain!), dy: cudaType(dy!), dx: cudaType(dx!) },
+  });
+  const sum = sumColumns(use, { rows: blocks, width, to: "dgain", type: cudaType(dgain!) });
+  return {
+    source: source(use, `${body}\n${sum.body}`),
+    scratch: blocks * width * bytesOf.f32,
+    launches: [
+      { entry: use.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", "scratch+0"] },
+      sum.launch,
+    ],
+  };
+}
+
+/** The launch that ends a reduction over blocks: each left a row at the beginning of the scratch arena. */
+export function sumColumns(use: Use, { rows, width, to, type }: { rows: number; width: number; to: string; type: string }) {
+  const entry = `${use.name}_sum`;
+  const grid: [number, number, number] = [Math.ceil(width / 32), 1, 1];
+  return {
+    body: render("cuda/columns.cu", { name: entry, rows, width, type, adds: use.keeps.has(to) }),
+    launch: { entry, grid, threads: 1024, shared: 0, args: ["scratch+0", to] },
+  };
+}
