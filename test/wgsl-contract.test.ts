@@ -2,6 +2,7 @@
 import { afterAll, describe, expect, test } from "vitest";
 import { create } from "webgpu";
 import { wgslKernels } from "../src/kernels/wgsl/index.ts";
+import { fold } from "../src/kernels/wgsl/text.ts";
 import { ops } from "../src/ops/index.ts";
 import { casesOf, hold } from "./contract.ts";
 import { adapterEnv, noAdapter } from "./softwareAdapter.ts";
@@ -65,6 +66,48 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
       for (const l of made.launches) expect(l.entry === use.name || l.entry.startsWith(`${use.name}_`), l.entry).toBe(true);
     }
   });
+});
+
+describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
+  /** A case of an op with other data; the largest difference from the reference, relative to the largest number. */
+  async function error(
+    name: string,
+    starts: Record<string, number>,
+    change: (data: Record<string, Float32Array>) => void,
+  ): Promise<number> {
+    const c = casesOf(ops[name]!, "f16")[0]!;
+    const data = Object.fromEntries(Object.entries(c.data).map(([n, x]) => [n, Float32Array.from(x)]));
+    change(data);
+    const want = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
+    ops[name]!.cpu(want, c.use.d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    const have = await executor!.run(wgslKernels[name]!(c.use, "baseline"), c.use, data, { ...c.starts, ...starts });
+    const out = ops[name]!.outputs[0]!.name;
+    const largest = Math.max(...want[out]!.map(Math.abs));
+    return Math.max(...want[out]!.map((x, i) => Math.abs(x - have[out]![i]!))) / largest;
+  }
+
+  test.each([1, 2, 10, 100, 500, 1000, 10_000, 100_000])("adamw's step %d: what the moments lack of unbiased", async (step) => {
+    const off = error("adamw", {}, (data) => {
+      for (const name of ["w", "m", "v"]) data[name]!.fill(0);
+      data.step!.fill(step);
+    });
+    expect(await off).toBeLessThan(1e-6);
+  });
+
+  test.each([0, 4095, 131_067, 1_000_003])("rope from position %d on", async (S) => {
+    expect(await error("rope", { S }, () => {})).toBeLessThan(3e-7);
+  });
+});
+
+test("a folded grid has every index once, within the limit of each dimension", () => {
+  for (const groups of [1, 2, 65535, 65536, 131071, 1_000_003, 65535 * 7 + 1]) {
+    const { grid, index } = fold(groups);
+    expect(Math.max(...grid)).toBeLessThanOrEqual(65535);
+    const [, wide] = /group\.y \* (\d+)u \+ group\.x/.exec(index) ?? [];
+    expect(Number(wide ?? grid[0])).toBe(grid[0]);
+    expect(grid[0] * grid[1]).toBeGreaterThanOrEqual(groups);
+    expect(grid[0] * (grid[1] - 1)).toBeLessThan(groups);
+  }
 });
 
 const failure = (title: string) => (error: unknown) => {

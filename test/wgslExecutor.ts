@@ -5,7 +5,7 @@
  */
 /// <reference types="@webgpu/types" />
 import { narrow, widen } from "../runtime/halves.ts";
-import { bytesOf, type Dtype } from "../schemas/plan.ts";
+import { bytesOf, type Dtype, type Launch } from "../schemas/plan.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
 
 const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128 };
@@ -14,10 +14,37 @@ const ALIGN = 256;
 export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
   const f16 = device.features.has("shader-f16");
   const stored = (dtype: Dtype | undefined): Dtype => (dtype === "f16" && !f16 ? "f32" : (dtype ?? "i32"));
+  const known = new Map<string, Promise<{ pipeline: GPUComputePipeline; layout: GPUBindGroupLayout }>>();
+  /** Cases that differ in their name alone, or in a type that is replaced, share a pipeline: making one takes longer than running it. */
+  function pipelineOf(text: string, { entry, args }: Launch, name: string) {
+    const code = f16 ? text : withoutF16(text);
+    const key = `${entry.replace(name, "kernel")} ${code}`;
+    const have = known.get(key) ?? makePipeline(code, entry.replace(name, "kernel"), named(args));
+    known.set(key, have);
+    return have;
+  }
+  async function makePipeline(code: string, entryPoint: string, { names, buffers }: ReturnType<typeof named>) {
+    device.pushErrorScope("validation");
+    const module = device.createShaderModule({ code });
+    const types: GPUBufferBindingType[] = [
+      ...buffers.map(() => "storage" as const),
+      ...(names.length > buffers.length ? ["uniform" as const] : []),
+    ];
+    const layout = device.createBindGroupLayout({ entries: types.map((type, binding) => ({ binding, visibility: 4, buffer: { type } })) });
+    const pipelineLayout = device.createPipelineLayout({ bindGroupLayouts: [layout] });
+    const pipeline = device.createComputePipeline({ layout: pipelineLayout, compute: { module, entryPoint } });
+    const scope = device.popErrorScope();
+    const errors = (await module.getCompilationInfo()).messages.filter((m) => m.type === "error");
+    if (errors.length)
+      throw new Error(errors.map((m) => `${m.lineNum}:${m.linePos} ${m.message}: ${code.split("\n")[m.lineNum - 1]}`).join("\n"));
+    const wrong = await scope;
+    if (wrong) throw new Error(wrong.message);
+    return { pipeline, layout };
+  }
+
   return {
     name: adapter,
     async run(made, use, data, starts) {
-      const source = f16 ? made.source : withoutF16(made.source);
       const offsets: Record<string, number> = {};
       let bytes = ALIGN;
       for (const [name, x] of Object.entries(data)) {
@@ -31,11 +58,8 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
       }
       const sizeOf = (name: string) => data[name]!.length * bytesOf[stored(use.dtype[name])];
 
+      const pipelines = await Promise.all(made.launches.map((l) => pipelineOf(made.source.replaceAll(use.name, "kernel"), l, use.name)));
       device.pushErrorScope("validation");
-      const module = device.createShaderModule({ code: source });
-      const errors = (await module.getCompilationInfo()).messages.filter((m) => m.type === "error");
-      if (errors.length)
-        throw new Error(errors.map((m) => `${m.lineNum}:${m.linePos} ${m.message}: ${source.split("\n")[m.lineNum - 1]}`).join("\n"));
       const arena = device.createBuffer({ size: bytes, usage: usage.storage | usage.copySource | usage.copyTarget });
       const scratch = device.createBuffer({ size: Math.max(ALIGN, made.scratch ?? 0), usage: usage.storage | usage.copyTarget });
       device.queue.writeBuffer(arena, 0, before);
@@ -43,12 +67,8 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
 
       const encoder = device.createCommandEncoder();
       const pass = encoder.beginComputePass();
-      for (const { entry, grid, args } of made.launches) {
-        const names = args.map((a) => {
-          if (typeof a !== "string") throw new Error("a TensorMap is not for WebGPU");
-          return a;
-        });
-        const buffers = names.filter((a) => !a.startsWith("start("));
+      for (const [i, { grid, args }] of made.launches.entries()) {
+        const { names, buffers } = named(args);
         const entries: GPUBindGroupEntry[] = buffers.map((a, binding) => {
           const at = Number(a.split("+")[1] ?? 0);
           const resource = a.startsWith("scratch+")
@@ -66,14 +86,7 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
           );
           entries.push({ binding: buffers.length, resource: { buffer: uniform } });
         }
-        const types: GPUBufferBindingType[] = [...buffers.map(() => "storage" as const), ...(dims.length ? ["uniform" as const] : [])];
-        const layout = device.createBindGroupLayout({
-          entries: types.map((type, binding) => ({ binding, visibility: 4, buffer: { type } })),
-        });
-        const pipeline = device.createComputePipeline({
-          layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
-          compute: { module, entryPoint: entry },
-        });
+        const { pipeline, layout } = pipelines[i]!;
         pass.setPipeline(pipeline);
         pass.setBindGroup(0, device.createBindGroup({ layout, entries }));
         pass.dispatchWorkgroups(...grid);
@@ -113,5 +126,13 @@ function unpacked(bytes: Uint8Array, like: Float32Array | Int32Array, dtype: Dty
   const out = new Float32Array(like.length);
   widen(dtype, out, new Uint16Array(bytes.buffer));
   return out;
+}
+/** The arguments of a launch, and those that are buffers. */
+function named(args: Launch["args"]): { names: string[]; buffers: string[] } {
+  const names = args.map((a) => {
+    if (typeof a !== "string") throw new Error("a TensorMap is not for WebGPU");
+    return a;
+  });
+  return { names, buffers: names.filter((a) => !a.startsWith("start(")) };
 }
 const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");
