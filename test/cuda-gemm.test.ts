@@ -4,6 +4,7 @@
  */
 import { describe, expect, test } from "vitest";
 import { hopper, type Plan, planHopper } from "../src/kernels/cuda/gemmHopper.ts";
+import { mma, simt } from "../src/kernels/cuda/gemmTiles.ts";
 import { productOf } from "../src/kernels/cuda/product.ts";
 import type { Made, Use } from "../src/kernels/kernel.ts";
 import { offsetsAt } from "../src/kernels/kernel.ts";
@@ -141,4 +142,50 @@ emulated(`Hopper's products${note}`, () => {
       held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
     ]),
   );
+});
+
+const rows = [70, 0, 17, 64, 1, 40];
+const shapes: readonly (readonly [string, string, Sizes])[] = [
+  // nothing a multiple of anything; rows of 16 bytes and tails in tiles only; whole tiles
+  ...["gemm", "gemm_dgrad", "gemm_wgrad"].flatMap((op) => [
+    [`${op}_odd`, op, { S: 77, K: 35, N: 131 }] as const,
+    [`${op}_tails`, op, { S: 200, K: 72, N: 136 }] as const,
+    [`${op}_whole`, op, { S: 128, K: 128, N: 128 }] as const,
+    [`${op}_thin`, op, { S: 3, K: 2, N: 1 }] as const,
+  ]),
+  ...["grouped_gemm", "grouped_dgrad", "grouped_wgrad"].flatMap((op) => [
+    [`${op}_odd`, op, { K: 35, N: 67, rows }] as const,
+    [`${op}_tails`, op, { K: 72, N: 136, rows }] as const,
+    [`${op}_many`, op, { K: 8, N: 8, rows: Array.from({ length: 70 }, (_, e) => (e * 7) % 5) }] as const,
+    [`${op}_none`, op, { K: 8, N: 8, rows: [0, 0] }] as const,
+  ]),
+];
+const adding = (op: string) => (op.endsWith("wgrad") ? [false, true] : [false]);
+
+emulated(`tensor cores since sm_80${note}`, () => {
+  for (const edge of [128, 64] as const)
+    test(`tiles of ${edge}`, { timeout: 240_000 }, () =>
+      holdAll(
+        shapes.flatMap(([name, op, sizes]) =>
+          adding(op).map((adds) => {
+            const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "bf16", adds);
+            return { ...c, made: mma(c.use, productOf(c.use), edge) };
+          }),
+        ),
+      ),
+    );
+});
+
+emulated(`f32 arithmetic${note}`, () => {
+  for (const edge of [128, 64, 32] as const)
+    test(`tiles of ${edge}`, { timeout: 240_000 }, () =>
+      holdAll(
+        shapes.flatMap(([name, op, sizes]) =>
+          adding(op).map((adds) => {
+            const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
+            return { ...c, made: simt(c.use, productOf(c.use), edge) };
+          }),
+        ),
+      ),
+    );
 });
