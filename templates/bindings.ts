@@ -52,6 +52,24 @@ interface CudaAttentionTilesCuh {
   readonly threads: string | number;
 }
 
+interface CudaAttentionWgmmaCu {
+  readonly B: string | number;
+  readonly C: string | number;
+  readonly G: string | number;
+  readonly M: string | number;
+  readonly S: string | number;
+  readonly U: string | number;
+  readonly give: string | number;
+  readonly groups: string | number;
+  readonly hopper: string | number;
+  readonly name: string | number;
+  readonly scale: string | number;
+  readonly scale2: string | number;
+  readonly scores: string | number;
+  readonly take: string | number;
+  readonly values: string | number;
+}
+
 interface CudaClearCu {
   readonly grid: string | number;
   readonly name: string | number;
@@ -113,9 +131,9 @@ interface CudaEmbedGradCu {
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
-  readonly each: string | number;
   readonly name: string | number;
   readonly offsets: string | number;
+  readonly perThread: string | number;
   readonly ragged: boolean;
   readonly tiles: string | number;
   readonly vectorA: string | number;
@@ -228,6 +246,7 @@ interface CudaNormGradCu {
   readonly items: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
+  readonly resident: string | number;
   readonly rows: string | number;
   readonly threads: string | number;
   readonly vector: string | number;
@@ -383,6 +402,16 @@ interface CudaWgmmaCuh {
   readonly places: readonly (string | number)[];
   readonly transposedA: string | number;
   readonly transposedB: string | number;
+}
+
+interface CudaWgmmaWeighCuh {
+  readonly addAt: string | number;
+  readonly bAt: string | number;
+  readonly count: string | number;
+  readonly left: string | number;
+  readonly n: string | number;
+  readonly names: readonly (string | number)[];
+  readonly places: readonly (string | number)[];
 }
 
 interface TextExplain {
@@ -825,6 +854,7 @@ export interface Templates {
   readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
+  readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
@@ -851,6 +881,7 @@ export interface Templates {
   readonly "cuda/top_k.cu": CudaTopKCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
+  readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;

@@ -4,6 +4,7 @@ import type { Made, Use } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
 import { linear } from "./linear.ts";
+import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norms } from "./norm.ts";
 import { optimizer } from "./optimizer.ts";
@@ -19,6 +20,7 @@ export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...norms,
   ...optimizer,
   ...vocab,
+  ...messages,
   ...moe,
   ...router,
 };
