@@ -3,6 +3,7 @@ import type { Arch } from "../../target.ts";
 import type { Made, Use } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
+import { gemm } from "./gemm.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
 import { reduce } from "./reduce.ts";
@@ -15,6 +16,7 @@ export type CudaMaker = (use: Use, arch: Arch) => Made;
 export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...attention,
   ...elementwise,
+  ...gemm,
   ...moe,
   ...norm,
   ...reduce,
