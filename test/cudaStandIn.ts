@@ -9,6 +9,7 @@ import { mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { vi } from "vitest";
+import { cubinFile } from "../runtime/cuda/kernels.ts";
 import { koffi } from "../runtime/cuda/libraries.ts";
 import { narrow, widen } from "../runtime/halves.ts";
 import { elementsOf, parts } from "../schemas/layout.ts";
@@ -85,11 +86,10 @@ export const imagesOf = (plan: Plan) => ({
     throw new Error(`${file} is not to be compiled`);
   },
   cubin: (file: string): Uint8Array => {
-    const kernel = plan.kernels.find((k) => file === `${k.id}.${k.source!.sha256.slice(0, 16)}.sm_90a.cubin`)!;
-    return Buffer8(`\x7fELF\n${kernel.launches.map((l) => `${l.entry}\n`).join("")}\0`);
+    const kernel = plan.kernels.find((k) => file === cubinFile(k, "sm_90a"))!;
+    return new TextEncoder().encode(`\x7fELF\n${kernel.launches.map((l) => `${l.entry}\n`).join("")}\0`);
   },
 });
-const Buffer8 = (text: string): Uint8Array => new TextEncoder().encode(text);
 
 /** A plan for the CPU as one for CUDA, each op one launch that takes its operands, its rows and its starts; and what those launches do. */
 export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Kernels } {

@@ -223,6 +223,8 @@ function openDriver(): Driver {
       },
     },
   );
+  // streams share hardware queues, 8 unless told: then what waits for another rank may hold up what merely stands behind it
+  process.env.CUDA_DEVICE_MAX_CONNECTIONS ??= "32";
   call("cuInit", 0);
   const int = (name: Call, ...args: readonly unknown[]): number => {
     const into = new Int32Array(1);

@@ -8,7 +8,6 @@ import type { Context, Graph, Pinned, Stream } from "./driver.ts";
 
 /** issue: calls go to the device. capture: they go into the graph. replay: they are in the graph already. */
 export type Mode = "issue" | "capture" | "replay";
-export type Steps = ReturnType<typeof openSteps>;
 
 /** Staging is pinned by at least this much at once: page-locking costs far more than a write. */
 const pinnedAtOnce = 1 << 20;

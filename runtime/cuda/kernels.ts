@@ -13,7 +13,7 @@ import type { Context, Device, Entry } from "./driver.ts";
 import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
 
 /** How all sources are compiled, by NVRTC as by nvcc, beside the architecture. */
-export const compileOptions = ["--std=c++17"] as const;
+const compileOptions = ["--std=c++17"] as const;
 
 /** What a kernel's cubin beside the plan is called; its source's digest is part of it, so it cannot be of another source. */
 export function cubinFile(kernel: Kernel, arch: string): string {
@@ -112,7 +112,7 @@ function allowShared(context: Context, name: string, entry: Entry, bytes: number
 }
 
 /** An error of one kernel says which. */
-export async function naming<T>(kernel: Kernel, act: () => T | Promise<T>): Promise<T> {
+async function naming<T>(kernel: Kernel, act: () => T | Promise<T>): Promise<T> {
   try {
     return await act();
   } catch (error) {

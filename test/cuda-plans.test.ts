@@ -1,0 +1,133 @@
+/**
+ * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is asked. What the device would do at once is
+ * done late and in random order here, so numbers are the CPU's only if streams, events and graphs order what must be.
+ */
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import type { Fleet, HostData } from "../runtime/backend.ts";
+import { openCpu } from "../runtime/cpu.ts";
+import { elementsOf } from "../schemas/layout.ts";
+import type { Buffer, Compute, Plan } from "../schemas/plan.ts";
+import { closeAll, moe, planOf, type Ranks, type Settings, standInRanks } from "./cudaRanks.ts";
+import { asCuda, noCompiler } from "./cudaStandIn.ts";
+import { random } from "./opCases.ts";
+
+let cuda: Ranks;
+beforeAll(async () => {
+  if (!noCompiler) cuda = await standInRanks();
+});
+afterAll(() => vi.unstubAllEnvs());
+
+/** What a rank holds after four steps: its parameters, gradients and optimizer state; and of each step, its metrics. */
+async function train(fleets: readonly Fleet[], plan: Plan, steps = 4) {
+  for (const f of fleets)
+    for (const r of f.ranks) {
+      const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+      for (const q of p.parameters)
+        for (const id of new Set([q.buffer, q.master])) {
+          const b = p.buffers.find((x) => x.id === id)!;
+          const next = random(q.name.length * 31 + b.shape.length);
+          f.backend(r).write(
+            b,
+            0,
+            Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
+          );
+        }
+    }
+  const replayed: boolean[][] = [];
+  const metrics: number[][] = [];
+  const each = async (pick: (p: Plan["programs"][number]) => readonly string[]) => {
+    const found: HostData[] = [];
+    for (const f of fleets)
+      for (const r of f.ranks) {
+        const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+        for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
+      }
+    return found;
+  };
+  for (let n = 1; n <= steps; n++) {
+    const next = random(n);
+    const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
+    const feed = (b: Buffer, name: string, m: number): HostData => {
+      if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
+      return Float32Array.of(name === "one" ? 1 : name === "lr" ? 0.01 / n : n);
+    };
+    replayed.push(await cuda.step(fleets, plan, feed));
+    metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
+  }
+  const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
+  return { metrics, state, replayed };
+}
+
+async function expectSame(parallel: object, over: object = {}, how: object = {}, settings: Settings = {}) {
+  const reference = planOf(parallel, over, how);
+  const cpu = openCpu(reference);
+  const want = await train([cpu], reference);
+  const { plan, kernels } = asCuda(reference);
+  cuda.serve(kernels);
+  const fleets = await cuda.openAll(plan, settings);
+  const got = await train(fleets, plan);
+  await closeAll(fleets);
+  expect(want.metrics.flat().every(Number.isFinite)).toBe(true);
+  expect(new Set(want.metrics.map((m) => m[0])).size).toBe(4);
+  expect(got.metrics).toEqual(want.metrics);
+  for (const [n, values] of want.state.entries()) expect(got.state[n], `piece ${n}`).toEqual(values);
+  return got;
+}
+
+describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noCompiler}`, { timeout: 120_000 }, () => {
+  const meshes = {
+    "one rank": [{ world: 1 }, {}],
+    "one rank with experts, bf16": [{ world: 1 }, { moe }, { precision: "bf16" }],
+    "data parallel": [{ world: 4, distributed_optimizer: true }, {}],
+    "tensor and sequence": [{ world: 4, tensor: 2, sequence: true, distributed_optimizer: true }, {}],
+    "a pipeline of four, more microbatches than stages": [{ world: 4, pipeline: 4 }, { layers: 4 }],
+    "a pipeline with tied embeddings": [{ world: 4, pipeline: 2 }, { tie_embeddings: true }],
+    "experts over data, in a pipeline, bf16": [
+      { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 2 },
+      { moe },
+      { precision: "bf16" },
+    ],
+    "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
+  } as const satisfies Record<string, readonly [object, object, object?]>;
+  test.each(Object.entries(meshes))(
+    "%s: four steps are the CPU's, bit by bit; from the third on they are a graph",
+    async (_, [parallel, over, how]) => {
+      const { replayed } = await expectSame(parallel, over, how);
+      expect(replayed.map((ranks) => new Set(ranks))).toEqual([false, false, true, true].map((r) => new Set([r])));
+    },
+  );
+  test("without a graph, in other orders of the device", async () => {
+    for (const seed of [1, 2, 3]) {
+      cuda.seed(seed);
+      const { replayed } = await expectSame({ world: 4, pipeline: 2, tensor: 2, sequence: true }, { moe }, {}, { graph: false });
+      expect(replayed.flat()).not.toContain(true);
+    }
+  });
+});
+
+test.skipIf(noCompiler)(
+  `a profile has every instruction, its lane and its times, before stand-ins${noCompiler}`,
+  { timeout: 120_000 },
+  async () => {
+    const reference = planOf({ world: 4, pipeline: 2, distributed_optimizer: true });
+    const { plan, kernels } = asCuda(reference);
+    cuda.serve(kernels);
+    const fleets = await cuda.openAll(plan, { profile: true });
+    const { replayed } = await train(fleets, plan);
+    expect(replayed.flat()).not.toContain(true);
+    for (const [r, f] of fleets.entries()) {
+      const p = plan.programs[Math.floor(r / 2)]!;
+      const all = f.profile();
+      const inOrder = [...p.order.flatMap((o) => (o.startsWith("F") ? p.forward : p.backward)), ...p.step];
+      expect(all.map(({ id }) => id)).toEqual(inOrder.map(({ id }) => id));
+      expect(new Set(all.map(({ stream }) => stream))).toEqual(
+        new Set(["compute", "comm", `send ${1 - Math.floor(r / 2)}`, `recv ${1 - Math.floor(r / 2)}`]),
+      );
+      for (const [n, t] of all.entries()) {
+        expect(t.end_us).toBeGreaterThan(t.begin_us);
+        expect([t.rank, t.kernel]).toEqual([r, inOrder[n]!.kind === "compute" ? (inOrder[n] as Compute).kernel : ""]);
+      }
+    }
+    await closeAll(fleets);
+  },
+);
