@@ -36,3 +36,10 @@ export interface Made {
  * by `permute` and `pack` also by b, then s.
  */
 export const offsetsAt = (bound: number): number => 1 + 3 * bound;
+
+/** The values of numbered attributes or dims: `n0`, `n1`, … of `arrange`. */
+export function numbered({ d }: Pick<Use, "d">, prefix: string): number[] {
+  const all: number[] = [];
+  while (d[`${prefix}${all.length}`] !== undefined) all.push(d[`${prefix}${all.length}`]!);
+  return all;
+}

@@ -4,6 +4,7 @@ import type { Made, Use } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
 import { gemm } from "./gemm.ts";
+import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
 import { reduce } from "./reduce.ts";
@@ -17,6 +18,7 @@ export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...attention,
   ...elementwise,
   ...gemm,
+  ...messages,
   ...moe,
   ...norm,
   ...reduce,

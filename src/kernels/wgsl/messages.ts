@@ -1,16 +1,10 @@
 /** What stands around a collective: blocks in another order, rows by destination, and lists of rows put together. */
 import { render } from "../../../templates/bindings.ts";
-import { type Made, offsetsAt, type Use } from "../kernel.ts";
+import { type Made, numbered, offsetsAt, type Use } from "../kernel.ts";
 import { type Binding, type Entry, fold, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
 
-/** The numbered attributes `n0`, `n1`, …; of the dims `@0`, … their names. */
-const numbered = (use: Use, prefix: string): number[] => {
-  const all: number[] = [];
-  while (use.d[`${prefix}${all.length}`] !== undefined) all.push(use.d[`${prefix}${all.length}`]!);
-  return all;
-};
 /** The dims in which this rank's part is picked, and the sum of where they begin, of type u32 or i32, in steps of `width`. */
 function picked(use: Use, type: "u32" | "i32", width = 1): { starts: string[]; first: string } {
   const starts = numbered(use, "@").map((_, i) => `@${i}`);
