@@ -31,12 +31,12 @@ test("every op of the table has a WGSL kernel", () => {
 
 const table = Object.values(ops).filter((o) => wgslKernels[o.name]);
 describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
-  const cases = casesOf(op, "f16").map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") }));
+  const cases = once(() => casesOf(op, "f16").map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") })));
 
   test.skipIf(noAdapter)(
     `equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
     async () => {
-      for (const c of cases) await hold(executor!, c.made, c).catch(failure(c.title));
+      for (const c of cases()) await hold(executor!, c.made, c).catch(failure(c.title));
     },
     LONG,
   );
@@ -44,7 +44,7 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
   test(
     "compiles within WebGPU's default limits",
     async () => {
-      for (const { title, made } of cases) {
+      for (const { title, made } of cases()) {
         checked.pushErrorScope("validation");
         const module = checked.createShaderModule({ code: made.source });
         const { messages } = await module.getCompilationInfo();
@@ -61,7 +61,7 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
   );
 
   test("the same use makes the same kernel, with all its names its own", () => {
-    for (const { use, made } of cases) {
+    for (const { use, made } of cases()) {
       expect(wgslKernels[name]!(use, "f16")).toEqual(made);
       for (const l of made.launches) expect(l.entry === use.name || l.entry.startsWith(`${use.name}_`), l.entry).toBe(true);
     }
@@ -110,6 +110,11 @@ test("a folded grid has every index once, within the limit of each dimension", (
   }
 });
 
+/** Made where it is first needed: the cases of all ops together take seconds. */
+function once<T>(make: () => T): () => T {
+  let have: T | undefined;
+  return () => (have ??= make());
+}
 const failure = (title: string) => (error: unknown) => {
   throw error instanceof Error && !error.message.includes(title) ? new Error(`${title}: ${error.message}`, { cause: error }) : error;
 };

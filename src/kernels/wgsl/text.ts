@@ -3,6 +3,7 @@
  * text of the bindings and the launch that fills them come from one list, so they cannot disagree.
  */
 import type { Dtype, Launch } from "../../../schemas/plan.ts";
+import { Trouble } from "../../../schemas/trouble.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
 
@@ -32,9 +33,10 @@ export const MAX_GROUPS = 65535;
 const MAX_BUFFERS = 8;
 const MAX_THREADS = 256;
 
-/** The type of an element, as WGSL calls it. bf16 has no name there: the targets of WebGPU compute in f16 or f32. */
+/** The type of an element, as WGSL calls it. Throws a Trouble for bf16, which has no name there. */
 export function scalar(dtype: Dtype): "f32" | "f16" | "i32" {
-  invariant(dtype !== "bf16", "WGSL has no bf16");
+  if (dtype === "bf16")
+    throw new Trouble("the job trains in bf16, which WebGPU does not have", "write train.precision: fp32, or compile for cuda");
   return dtype;
 }
 

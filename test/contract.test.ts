@@ -1,0 +1,56 @@
+/** The contract of kernels speaks of what plans do, and lets nothing pass that is off. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { compile } from "../src/compile.ts";
+import { ops } from "../src/ops/index.ts";
+import { readJob } from "../src/readJob.ts";
+import { root } from "./checkout.ts";
+import { type Buffers, casesOf, type Executor, hold, mixtures } from "./contract.ts";
+
+test("the types it asks for in half precision are those of a plan", () => {
+  const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
+  const { plan } = compile(readJob(text, "job.yaml").job!);
+  const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
+  const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
+  expect(missing).toEqual([]);
+});
+
+const made = { source: "", launches: [] };
+/** Answers what the reference answers, changed. */
+const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Executor => ({
+  name: "answers",
+  async run(_made, _use, data) {
+    const all = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
+    for (const [n, x] of Object.entries(want)) all[n]!.set(x);
+    change(all);
+    return all;
+  },
+});
+
+test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
+  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k", "adamw", "split_rows"]) {
+    const [c] = casesOf(ops[name]!, "bf16");
+    const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);
+    const out = ops[name]!.outputs[0]!.name;
+    const input = ops[name]!.inputs[0]!.name;
+    await run(() => {});
+    await expect(run((all) => all[out]!.set([all[out]![3]! * 1.001 + 1e-3 + Number(all[out] instanceof Int32Array)], 3))).rejects.toThrow(
+      `${out}[3]`,
+    );
+    await expect(run((all) => all[out]!.set([all[out] instanceof Int32Array ? -7 : Number.NaN], 2))).rejects.toThrow(out);
+    await expect(run((all) => all[input]!.set([9], 0))).rejects.toThrow(`${input} is only read`);
+  }
+});
+
+test("rows that a kernel makes are compared with their offsets", async () => {
+  const c = casesOf(ops.permute!, "bf16").find((x) => x.use.makesRows)!;
+  for (const at of [0, 1, c.data.rows!.length - 1])
+    await expect(
+      hold(
+        answering(c.want, (all) => all.rows!.set([77], at)),
+        made,
+        c,
+      ),
+    ).rejects.toThrow("rows");
+});
