@@ -1,7 +1,7 @@
 /** The files that ship with the package (schemas, templates): found from `src/` in a checkout and from `dist/src/` when installed. */
 import { existsSync, readFileSync } from "node:fs";
 
-const root = packageRoot(new URL(".", import.meta.url));
+export const root = packageRoot(new URL(".", import.meta.url));
 
 export const readPackageFile = (path: string): string => readFileSync(new URL(path, root), "utf8");
 
