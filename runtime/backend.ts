@@ -39,10 +39,24 @@ export interface Comm {
   recv(rank: number, i: Transfer, at: Position): boolean;
 }
 
+/** When an instruction, or one launch of it, ran: microseconds on the device's clock. */
+export interface Timing {
+  readonly rank: number;
+  readonly stream: string;
+  readonly id: string;
+  readonly op: string;
+  readonly begin_us: number;
+  readonly end_us: number;
+}
+
 export interface Fleet {
   readonly ranks: readonly number[];
   backend(rank: number): Backend;
   readonly comm: Comm;
+  /** The first call of a step, where a fleet has it. True: the step is replayed as it was issued before; only its writes count. */
+  beginStep?(): boolean;
+  /** What ran when in the last step, of a fleet opened for that. */
+  profile?(): Promise<readonly Timing[]> | readonly Timing[];
   /** Hands over what was issued and waits until it is done. Throws what went wrong on the way. */
   finish(): Promise<void>;
   close(): Promise<void>;

@@ -9,7 +9,7 @@ import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
 import type { Place } from "../src/ops/op.ts";
-import type { Backend, Fleet, HostData } from "./backend.ts";
+import type { Backend, Fleet, HostData, Timing } from "./backend.ts";
 import { narrow, widen } from "./halves.ts";
 import { loopback } from "./loopback.ts";
 
@@ -18,7 +18,7 @@ export interface CpuBackend extends Backend {
   peek(b: Buffer, slot: number): HostData;
 }
 
-export function openCpu(plan: Plan): Fleet {
+export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
   const { world, per_stage } = plan.mesh;
   const needed = plan.memory.reduce((sum, m) => sum + m.peak * per_stage, 0);
   if (needed > totalmem())
@@ -27,12 +27,19 @@ export function openCpu(plan: Plan): Fleet {
       "run it on the machines it was compiled for, or make the model smaller",
       3,
     );
+  const taken: Timing[] = [];
   const ranks = Array.from({ length: world }, (_, r) => r);
-  const backends = ranks.map((r) => cpuBackend(plan, r));
+  const backends = ranks.map((r) => cpuBackend(plan, r, profile ? taken : undefined));
+
   return {
     ranks,
     backend: (rank) => backends[rank]!,
     comm: loopback(plan, backends),
+    beginStep() {
+      taken.length = 0;
+      return false;
+    },
+    profile: () => [...taken],
     async finish() {
       for (const r of ranks) {
         const { bounds, buffers } = plan.programs[Math.floor(r / per_stage)]!;
@@ -49,7 +56,7 @@ export function openCpu(plan: Plan): Fleet {
 const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const noRows = new Int32Array(1);
 
-function cpuBackend(plan: Plan, rank: number): CpuBackend {
+function cpuBackend(plan: Plan, rank: number, times?: Timing[]): CpuBackend {
   const stage = Math.floor(rank / plan.mesh.per_stage);
   const local = rank % plan.mesh.per_stage;
   const program = plan.programs[stage]!;
@@ -128,7 +135,10 @@ function cpuBackend(plan: Plan, rank: number): CpuBackend {
     compute(i, slot) {
       const slots = bound.get(i) ?? [];
       bound.set(i, slots);
-      (slots[slot] ??= bind(i, slot))();
+      const run = (slots[slot] ??= bind(i, slot));
+      const begin_us = performance.now() * 1e3;
+      run();
+      times?.push({ rank, stream: "compute", id: i.id, op: i.op, begin_us, end_us: performance.now() * 1e3 });
     },
     peek,
     read: async (b, slot) => peek(b, slot).slice(),

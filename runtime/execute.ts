@@ -5,7 +5,7 @@
 import { resolve } from "node:path";
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
-import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
+import type { Backend, Comm, Fleet, HostData, Position, Timing } from "./backend.ts";
 import { checkpointFor } from "./checkpoint.ts";
 import { openCpu } from "./cpu.ts";
 import { openCorpus } from "./data.ts";
@@ -36,9 +36,13 @@ export interface Run {
   parameters(): Promise<Map<string, Tensor>>;
   /** A buffer named in `watch`, per microbatch, put together from all ranks. */
   watched(id: string): Promise<Tensor[]>;
+  /** What ran when in the last step, where it was opened with `profile`. */
+  profile(): Promise<readonly Timing[]>;
   close(): Promise<void>;
 }
 export interface RunSettings {
+  /** Takes times; slower. */
+  readonly profile?: boolean;
   readonly backend?: "cpu" | "webgpu";
   /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
   readonly source?: (file: string) => string;
@@ -142,9 +146,11 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
     backend: Backend,
     comm: Comm,
     feed: (b: Buffer, name: string, microbatch: number) => HostData,
+    replayed: boolean,
   ): Generator<string> {
     const p = programOf(r);
     function* block(instructions: readonly Instruction[], at: Position): Generator<string> {
+      if (replayed) return;
       for (const i of instructions) {
         if (i.kind === "compute") {
           backend.compute(i, at.slot);
@@ -209,7 +215,8 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
               throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
           }
         };
-      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r))));
+      const replayed = fleet.beginStep?.() ?? false;
+      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
       await fleet.finish();
       const scalar = async (stage: number, id: string) =>
         (await fleet.backend(stage * mesh.per_stage).read(buffers[stage]!.get(id)!, 0))[0]!;
@@ -237,6 +244,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
           return assemble(stage, id, (r) => pieces[r]!);
         }),
       ),
+    profile: async () => (await fleet.profile?.()) ?? [],
     async close() {
       corpus.close();
       await fleet.close();
@@ -244,10 +252,10 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
   };
 }
 
-async function openFleet(plan: Plan, { backend = "cpu", source }: RunSettings): Promise<Fleet> {
-  if (backend === "cpu") return openCpu(plan);
+async function openFleet(plan: Plan, { backend = "cpu", source, profile = false }: RunSettings): Promise<Fleet> {
+  if (backend === "cpu") return openCpu(plan, { profile });
   const { openWebgpu } = await import("./webgpu/backend.ts");
-  return openWebgpu(plan, { kernel: source! });
+  return openWebgpu(plan, { kernel: source! }, { profile });
 }
 
 const readBy = (i: Instruction): readonly string[] =>

@@ -127,6 +127,7 @@ interface RunOptions extends Common {
   readonly initFrom?: string;
   readonly dumpGrads?: string;
   readonly dataDir?: string;
+  readonly profile?: string;
 }
 
 withExamples(
@@ -141,6 +142,7 @@ withExamples(
     .option("--metrics <file>", "write one JSON line for each step")
     .option("--init-from <file>", "start from the weights of a safetensors file")
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
+    .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
     .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
   "run job.yaml --steps 20 --metrics metrics.jsonl",
   "run plan/ --data-dir . --init-from model.safetensors",
@@ -286,7 +288,15 @@ async function train({ plan, source }: Planned, baseDir: string, options: RunOpt
   ]);
   const steps = options.steps ?? plan.job.train.steps;
   if (options.dumpGrads !== undefined) expectWritable(options.dumpGrads);
-  const run = await openRun(plan, { backend: options.backend, source, baseDir, ...(options.initFrom && { initFrom: options.initFrom }) });
+  if (options.profile !== undefined) expectWritable(options.profile);
+  const profile = options.profile !== undefined;
+  const run = await openRun(plan, {
+    backend: options.backend,
+    source,
+    baseDir,
+    profile,
+    ...(options.initFrom && { initFrom: options.initFrom }),
+  });
   const metrics = options.metrics === undefined ? undefined : openOutput(options.metrics);
   const live = Boolean(process.stderr.isTTY);
   let interrupted = false;
@@ -313,6 +323,11 @@ async function train({ plan, source }: Planned, baseDir: string, options: RunOpt
         import("../runtime/checkpoint.ts"),
       ]);
       writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
+    }
+    if (options.profile !== undefined && done > 0) {
+      const [timings, { printProfile, traceOf }] = [await run.profile(), await import("./profile.ts")];
+      writeFile(options.profile, traceOf(timings));
+      tell(printProfile(plan, timings));
     }
   } finally {
     process.removeListener("SIGINT", interrupt);
