@@ -83,10 +83,7 @@ async function holdAll(cases: readonly Held[]): Promise<void> {
 /** Two blocks for all tiles, so that each walks over several. */
 const planned = (use: Use, change: Partial<Plan>): Made => {
   const p = productOf(use);
-  const plan = { ...planHopper(p), cluster: 1 as const, blocks: 2, ...change };
-  const stage = (plan.tile.rows + plan.tile.columns) * 128;
-  const shared = plan.stages * stage + 16 * plan.buffers * 1024 + 16 * plan.stages + 4 * (p.experts + 1);
-  return hopper(use, p, { ...plan, shared });
+  return hopper(use, p, { ...planHopper(p), cluster: 1, blocks: 2, ...change });
 };
 
 emulated(`Hopper's products${note}`, () => {
@@ -188,4 +185,25 @@ emulated(`f32 arithmetic${note}`, () => {
         ),
       ),
     );
+});
+
+test("Hopper's plans: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
+  const use = (op: string, sizes: Sizes) => caseOf("plan", op, sizes, "bf16").use;
+  const resized = (op: string, d: Record<string, number>, bound: number) => {
+    const small = use(op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) });
+    return planHopper(productOf({ ...small, bound, d: { ...small.d, ...d } }));
+  };
+  expect(resized("gemm", { S: 8192, K: 8192, N: 8192 }, 0)).toEqual({
+    ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, stages: 4, buffers: 2 },
+  });
+  expect(resized("gemm", { S: 16384, K: 4096, N: 8 }, 0)).toMatchObject({ tile: { rows: 128, columns: 64 }, blocks: 128 });
+  const next = random(5);
+  const size = (most: number) => 8 * Math.ceil(((next() + 1) / 2) * (most / 8));
+  for (let i = 0; i < 200; i++) {
+    const op = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"][i % 6]!;
+    const plan = resized(op, { S: size(20000), K: size(8192), N: size(16384), E: size(256) }, i % 6 < 3 ? 0 : size(100000));
+    expect(plan.stages).toBeGreaterThanOrEqual(3);
+    expect(plan.blocks % plan.cluster).toBe(0);
+    expect(plan.tile.columns % (64 * plan.cluster)).toBe(0);
+  }
 });

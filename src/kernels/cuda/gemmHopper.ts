@@ -4,6 +4,7 @@
  */
 import { bytesOf, type Dtype, type TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
+import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
 import { type Product, sidesOf } from "./product.ts";
@@ -37,7 +38,6 @@ export interface Plan {
   /** Of 2 KiB, per warp, through which c leaves. */
   readonly buffers: number;
   readonly blocks: number;
-  readonly shared: number;
 }
 
 /** Rows must be multiples of 16 bytes for tensor maps; sums onto bf16 are left to the plain kernel, which rounds them once. */
@@ -50,7 +50,7 @@ export const fitsHopper = (p: Product): boolean =>
   p.experts <= 256;
 
 export function hopper(use: Use, p: Product, plan: Plan = planHopper(p)): Made {
-  const { tile, cluster, stages, buffers, raster, blocks, shared } = plan;
+  const { tile, cluster, stages, buffers, raster, blocks } = plan;
   const n = tile.rows === 128 ? tile.columns : tile.columns / 2;
   const count = n / 2;
   const register = (form: (i: number) => string, per: number) =>
@@ -78,7 +78,10 @@ export function hopper(use: Use, p: Product, plan: Plan = planHopper(p)): Made {
     pointer: p.ragged === "rows" ? "c" : "nullptr",
   });
   const args = [...mapsOf(p, plan), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? ["rows"] : [])];
-  return { source: source(use, body), launches: [{ entry: use.name, grid: [blocks, 1, 1], threads: 384, shared, args }] };
+  return {
+    source: source(use, body),
+    launches: [{ entry: use.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, plan), args }],
+  };
 }
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
@@ -111,7 +114,7 @@ export function planHopper(p: Product): Plan {
     return { tile, cluster, raster, blocks, cycles: cyclesOf(p, tile, cluster, all) };
   });
   const { tile, cluster, raster, blocks } = plans.reduce((best, plan) => (plan.cycles < best.cycles ? plan : best));
-  return { tile, cluster, raster, blocks, ...sharedOf(p, tile) };
+  return { tile, cluster, raster, blocks, ...stagesOf(p, tile) };
 }
 
 /** Rows of tiles per expert, were all alike. */
@@ -148,11 +151,13 @@ function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: num
 }
 
 /** f32 sums leave through more buffers and so leave room for fewer stages; what is over goes to stages, of which 8 are enough. */
-function sharedOf(p: Product, { rows, columns }: Tile): Pick<Plan, "stages" | "buffers" | "shared"> {
+function stagesOf(p: Product, tile: Tile): Pick<Plan, "stages" | "buffers"> {
   const buffers = p.c.dtype === "f32" ? 4 : 2;
-  const stage = (rows + columns) * 2 * DEPTH;
-  const chunks = 8 * buffers * 2048;
-  const offsets = p.ragged ? 4 * (p.experts + 1) : 0;
-  const stages = Math.min(8, Math.floor((SHARED - chunks - offsets - 128) / stage));
-  return { stages, buffers, shared: Math.ceil((stages * stage + chunks + 16 * stages + offsets) / 16) * 16 };
+  const most = Array.from({ length: 8 }, (_, i) => 8 - i).find((stages) => sharedOf(p, { tile, stages, buffers }) <= SHARED);
+  invariant(most !== undefined && most >= 3, `no room for three stages of ${tile.rows} x ${tile.columns}`);
+  return { stages: most, buffers };
 }
+
+/** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
+const sharedOf = (p: Product, { tile, stages, buffers }: Pick<Plan, "tile" | "stages" | "buffers">): number =>
+  stages * (tile.rows + tile.columns) * 2 * DEPTH + 8 * buffers * 2048 + 16 * stages + (p.ragged ? 4 * (p.experts + 1) : 0);
