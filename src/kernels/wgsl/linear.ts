@@ -1,10 +1,19 @@
-/** Kernels of the products with weights. All are one product of matrices; which operand lies how is told by `productOf`. */
-
-import { gemm } from "./gemm.ts";
+/**
+ * Kernels of the products with weights. All are one product of matrices; how the operands lie is told by `productOf`, and the tiling
+ * that is done first decides how it is multiplied: matrix units lose where tiles are few or mostly empty.
+ */
+import { gemm, plainTiles } from "./gemm.ts";
+import { gemmMatrix, matrixTiles } from "./gemmMatrix.ts";
 import type { WgslMaker } from "./index.ts";
-import { productOf } from "./product.ts";
+import { productOf, tilingOf } from "./product.ts";
 
-const product: WgslMaker = (use) => gemm(productOf(use));
+const product: WgslMaker = (use, profile) => {
+  const p = productOf(use);
+  const matrix = profile === "matrix" && p.a.dtype === "f16" && p.b.dtype === "f16";
+  const t = tilingOf(p, matrix ? [...matrixTiles, ...plainTiles] : plainTiles);
+  const { tile } = t;
+  return tile.by === "matrix" ? gemmMatrix(p, { ...t, tile }) : gemm(p, { ...t, tile });
+};
 
 export const linear: Readonly<Record<string, WgslMaker>> = {
   gemm: product,

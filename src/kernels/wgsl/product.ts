@@ -3,9 +3,8 @@
  * and how it is cut into tiles. Kernels differ in how they multiply a tile, never in which tiles there are.
  */
 import type { Dtype } from "../../../schemas/plan.ts";
-import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import { offsetsAt, type Use } from "../kernel.ts";
+import type { Use } from "../kernel.ts";
 
 /** An operand: its lanes are rows of a, or columns of b; deep is the dim summed over. */
 export interface Side {
@@ -104,34 +103,3 @@ export function tilingOf<T extends Tile>({ m, n, k, by, experts }: Product, tile
   }
   return best!.tiling;
 }
-
-/** Rows of tiles that are gone down before the next column: with 8, 128 tiles in flight read 24 panels rather than 129. */
-const BAND = 8;
-
-/**
- * Text that finds, from `place` and `l`, this workgroup's tile: `m0`, `n0` (its first row and column), `begin`, `end` (its depth),
- * `at` (where its matrix begins in the output) and, for experts, `span` (the expert, and the end of its rows). It may use the
- * workgroup's memory: `border` names the i-th word, `found` a vec4<f32>.
- */
-export function placeText(
-  { m, n, k, by, experts, use }: Product,
-  t: Tiling<Tile>,
-  threads: number,
-  words: { border: string; found: string },
-): string {
-  return render("wgsl/gemm_place.wgsl", {
-    ...words,
-    ...{ band: BAND, bandTiles: BAND * t.across, down: t.down, tiles: t.down * t.across },
-    ...{ bm: t.tile.bm, bn: t.tile.bn, area: m * n, depth: k, slice: t.slice, experts, threads, offsets: offsetsAt(use.bound) },
-    ...{ dense: by === "dense", byRows: by === "rows", byDepth: by === "depth" },
-  }).trimEnd();
-}
-
-/** Where an element lies in an operand, `lane` and `deep` being texts. */
-export function indexOf(p: Product, side: Side, lane: string, deep: string): string {
-  const own = p.by === "rows" && side === p.b ? `span.x * ${p.k * p.n}u + ` : "";
-  return side.along === "deep" ? `${own}${lane} * ${p.k}u + ${deep}` : `${own}${deep} * ${side.lanes}u + ${lane}`;
-}
-
-/** The widest run of 1 or 4 elements that never crosses the end of a dim. */
-export const runOf = (p: Product, side: Side): 1 | 4 => ((side.along === "deep" ? p.k : side.lanes) % 4 === 0 ? 4 : 1);
