@@ -3,7 +3,7 @@
  * number of query heads that share keys, and the piece of the sequence that is here. The sources run as C++ on the CPU.
  */
 import { describe, expect, test } from "vitest";
-import type { Dtype } from "../schemas/plan.ts";
+import type { Dtype, Launch } from "../schemas/plan.ts";
 import { attention as makers } from "../src/kernels/cuda/attention.ts";
 import type { Use } from "../src/kernels/kernel.ts";
 import { attention, attentionGrad } from "../src/ops/attention.ts";
@@ -22,7 +22,7 @@ interface Shape extends Sizes {
 const shapes: readonly Shape[] = [
   // one block, blocks cut short on both sides, and a head of each kind
   { B: 1, S: 5, U: 5, G: 1, M: 1, C: 16, start: 0, arch: "sm_90a", type: "bf16" },
-  { B: 1, S: 130, U: 200, G: 1, M: 2, C: 128, start: 67, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
   { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
@@ -31,6 +31,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 65, U: 513, G: 1, M: 1, C: 80, start: 129, arch: "sm_80", type: "bf16" },
   { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 112, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
   // f32 arithmetic: f32, and heads that the tensor cores do not take
   { B: 2, S: 67, U: 140, G: 2, M: 2, C: 24, start: 70, arch: "sm_90a", type: "f32" },
   { B: 1, S: 129, U: 129, G: 1, M: 4, C: 128, start: 0, arch: "sm_80", type: "f32" },
@@ -78,9 +79,15 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
   );
   const executor = cudaEmulator(kernels.flat());
   for (const [i, [forward, backward]] of kernels.entries())
-    test(titleOf(shapes[i]!), { timeout: 120_000 }, async () => {
+    test(titleOf(shapes[i]!), { timeout: 240_000 }, async () => {
       await hold(executor, forward!.made, forward!);
       await hold(executor, backward!.made, backward!);
+    });
+  for (const i of [1, 9])
+    test(`one thread block that does all tiles after each other: ${titleOf(shapes[i]!)}`, { timeout: 240_000 }, async () => {
+      const [forward] = kernels[i]!;
+      const launches = forward!.made.launches.map((l): Launch => ({ ...l, grid: [1, 1, 1] }));
+      await hold(executor, { ...forward!.made, launches }, forward!);
     });
 });
 

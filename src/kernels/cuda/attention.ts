@@ -7,30 +7,33 @@ import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import type { Made, Use } from "../kernel.ts";
+import { type AttentionSizes, fitsHopper, forwardHopper, scales } from "./attentionHopper.ts";
 import { source } from "./prelude.ts";
 
-type D = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>;
-
 export const attention = {
-  attention: (use: Use, arch: Arch): Made => (onTensorCores(use) ? forwardTiles(use, arch) : forwardPlain(use)),
+  attention: (use: Use, arch: Arch): Made => forward(use, arch),
   attention_grad: (use: Use, arch: Arch): Made => (onTensorCores(use) ? gradTiles(use, arch) : gradPlain(use)),
 };
 
+function forward(use: Use, arch: Arch): Made {
+  if (!onTensorCores(use)) return forwardPlain(use);
+  return arch === "sm_90a" && fitsHopper(dims(use)) ? forwardHopper(use, dims(use)) : forwardTiles(use, arch);
+}
 const onTensorCores = ({ d, dtype }: Use): boolean => dtype.q === "bf16" && d.C! % 16 === 0 && d.C! <= 128;
 const ceil = (n: number, by: number) => Math.ceil(n / by);
-const dims = (use: Use): D => {
-  const { B, S, U, G, M, C } = use.d as D;
+const dims = (use: Use): AttentionSizes => {
+  const { B, S, U, G, M, C } = use.d as AttentionSizes;
   return { B, S, U, G, M, C };
 };
-const scales = (C: number) => ({ scale: (1 / Math.sqrt(C)).toPrecision(9), scale2: (Math.LOG2E / Math.sqrt(C)).toPrecision(9) });
 
 /**
  * 128 query rows in 4 warps, so that what is read of K and V serves 32 rows; two stages of K and V. 255 registers let two
- * blocks share a multiprocessor, and so must shared memory: sm_80 has 164 KiB, the others 228.
+ * blocks share a multiprocessor, and so must shared memory: sm_80 has 164 KiB, the others 228. Beside the outputs of wide heads
+ * there are not registers enough for the scores of 64 keys.
  */
 function forwardTiles(use: Use, arch: Arch): Made {
   const d = dims(use);
-  const keys = arch === "sm_80" && d.C > 96 ? 32 : 64;
+  const keys = d.C <= 96 ? 64 : arch === "sm_80" ? 32 : 48;
   const threads = 128;
   const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d.C), threads });
   const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident: 2 });

@@ -1,0 +1,69 @@
+/**
+ * Attention on Hopper's own tensor-core instructions (sm_90a, bf16): how many warpgroups of queries a block has, and the tensor
+ * maps by which boxes of 64 columns are copied.
+ */
+import type { TensorMap } from "../../../schemas/plan.ts";
+import { render } from "../../../templates/bindings.ts";
+import type { Made, Use } from "../kernel.ts";
+import { source } from "./prelude.ts";
+
+export type AttentionSizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>;
+
+/** What a product of a query and a key is multiplied by, for a natural exponent and for one of 2. */
+export const scales = (C: number) => ({ scale: (1 / Math.sqrt(C)).toPrecision(9), scale2: (Math.LOG2E / Math.sqrt(C)).toPrecision(9) });
+
+/** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
+const MULTIPROCESSORS = 132;
+
+/** No box is wider than the rows of any operand. */
+export const fitsHopper = ({ G, C }: AttentionSizes): boolean => G * C >= 64;
+
+/**
+ * Per thread, scores take 64 registers, weights 32 and outputs C/2: with heads of at most 64 three warpgroups of queries have
+ * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
+ */
+export function forwardHopper(use: Use, d: AttentionSizes): Made {
+  const { B, S, U, G, M, C } = d;
+  const groups = C <= 64 ? 3 : 2;
+  const rows = 64 * groups;
+  const keys = C === 64 ? 112 : 128;
+  const [give, take] = groups === 3 ? [32, 160] : [24, 240];
+  const body = render("cuda/attention_wgmma.cu", {
+    ...{ name: use.name, ...d, ...scales(C), groups, keys, give: give!, take: take! },
+    hopper: render("cuda/hopper.cuh", {}),
+    scores: render("cuda/wgmma.cuh", {
+      ...{ n: keys, ...sums(keys), transposedA: 0, transposedB: 0 },
+      ...{ aAt: keys / 2, bAt: keys / 2 + 1, addAt: keys / 2 + 2 },
+    }),
+    values: render("cuda/wgmma_weigh.cuh", {
+      ...{ n: C, ...sums(C) },
+      ...{ left: `{${[0, 1, 2, 3].map((i) => `%${C / 2 + i}`).join(", ")}}`, bAt: C / 2 + 4, addAt: C / 2 + 5 },
+    }),
+  });
+  const boxes = Math.ceil(C / 64);
+  const tiles = Math.ceil(S / rows) * B * G * M;
+  const map = (tensor: string, heads: number, length: number, high: number): TensorMap => ({
+    ...{ tensor, dtype: "bf16", sizes: [heads * C, length, B], swizzle: "128B" },
+    strides: [heads * C * 2, length * heads * C * 2],
+    box: [64, high, 1],
+  });
+  const launch = {
+    entry: use.name,
+    grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
+    threads: 128 + 128 * groups,
+    shared: boxes * 128 * (rows + 4 * keys) + 80,
+    args: [map("q", G * M, S, rows), map("k", G, U, keys), map("v", G, U, keys), "o", "lse", "start(S)"],
+  };
+  return { source: source(use, body), launches: [launch] };
+}
+
+/** A warpgroup's sums of 64 rows and n columns, as an instruction names them. */
+function sums(n: number) {
+  const count = n / 2;
+  const lines = (form: (i: number) => string) =>
+    Array.from({ length: count / 8 }, (_, l) => {
+      const line = Array.from({ length: 8 }, (_, i) => form(8 * l + i)).join(", ");
+      return 8 * l + 8 === count ? line : `${line},`;
+    });
+  return { count, names: lines((i) => `%${i}`), places: lines((i) => `"+f"(sums[${i}])`) };
+}
