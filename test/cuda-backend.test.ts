@@ -1,22 +1,10 @@
 /** The CUDA backend before stand-ins for the driver and NCCL: what a launch is given, and what goes wrong. */
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import type { Arg, Buffer, Compute, Kernel, Move } from "../schemas/plan.ts";
-import {
-  at,
-  closeAll,
-  failure,
-  handOf,
-  launchOf,
-  moveOf,
-  planOf,
-  putAndSpoil,
-  type Ranks,
-  runs,
-  type Settings,
-  standInRanks,
-} from "./cudaRanks.ts";
+import { at, failure, handOf, launchOf, moveOf, planOf, putAndSpoil, type Ranks, runs, type Settings, standInRanks } from "./cudaRanks.ts";
 import { asCuda, bytesAt, noCompiler } from "./cudaStandIn.ts";
 import { bufferIn, type Hand, handPlan } from "./handPlan.ts";
+import { closeAll } from "./steps.ts";
 
 let cuda: Ranks;
 beforeAll(async () => {

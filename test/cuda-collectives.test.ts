@@ -2,10 +2,11 @@
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import type { HostData } from "../runtime/backend.ts";
 import type { Dtype, How, Instruction, Move, Plan } from "../schemas/plan.ts";
-import { at, closeAll, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "./cudaRanks.ts";
+import { at, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "./cudaRanks.ts";
 import { noCompiler } from "./cudaStandIn.ts";
 import { bufferIn, type Hand, handPlan } from "./handPlan.ts";
 import { random } from "./opCases.ts";
+import { closeAll } from "./steps.ts";
 
 let cuda: Ranks;
 beforeAll(async () => {

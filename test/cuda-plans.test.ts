@@ -3,60 +3,17 @@
  * done late and in random order here, so numbers are the CPU's only if streams, events and graphs order what must be.
  */
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
-import type { Fleet, HostData } from "../runtime/backend.ts";
 import { openCpu } from "../runtime/cpu.ts";
-import { elementsOf } from "../schemas/layout.ts";
-import type { Buffer, Compute, Plan } from "../schemas/plan.ts";
-import { closeAll, moe, planOf, type Ranks, type Settings, standInRanks } from "./cudaRanks.ts";
+import type { Compute } from "../schemas/plan.ts";
+import { moe, planOf, type Ranks, type Settings, standInRanks } from "./cudaRanks.ts";
 import { asCuda, noCompiler } from "./cudaStandIn.ts";
-import { random } from "./opCases.ts";
+import { closeAll, train } from "./steps.ts";
 
 let cuda: Ranks;
 beforeAll(async () => {
   if (!noCompiler) cuda = await standInRanks();
 });
 afterAll(() => vi.unstubAllEnvs());
-
-/** What a rank holds after four steps: its parameters, gradients and optimizer state; and of each step, its metrics. */
-async function train(fleets: readonly Fleet[], plan: Plan, steps = 4) {
-  for (const f of fleets)
-    for (const r of f.ranks) {
-      const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
-      for (const q of p.parameters)
-        for (const id of new Set([q.buffer, q.master])) {
-          const b = p.buffers.find((x) => x.id === id)!;
-          const next = random(q.name.length * 31 + b.shape.length);
-          f.backend(r).write(
-            b,
-            0,
-            Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
-          );
-        }
-    }
-  const replayed: boolean[][] = [];
-  const metrics: number[][] = [];
-  const each = async (pick: (p: Plan["programs"][number]) => readonly string[]) => {
-    const found: HostData[] = [];
-    for (const f of fleets)
-      for (const r of f.ranks) {
-        const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
-        for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
-      }
-    return found;
-  };
-  for (let n = 1; n <= steps; n++) {
-    const next = random(n);
-    const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
-    const feed = (b: Buffer, name: string, m: number): HostData => {
-      if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
-      return Float32Array.of(name === "one" ? 1 : name === "lr" ? 0.01 / n : n);
-    };
-    replayed.push(await cuda.step(fleets, plan, feed));
-    metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
-  }
-  const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
-  return { metrics, state, replayed };
-}
 
 async function expectSame(parallel: object, over: object = {}, how: object = {}, settings: Settings = {}) {
   const reference = planOf(parallel, over, how);
@@ -65,7 +22,7 @@ async function expectSame(parallel: object, over: object = {}, how: object = {},
   const { plan, kernels } = asCuda(reference);
   cuda.serve(kernels);
   const fleets = await cuda.openAll(plan, settings);
-  const got = await train(fleets, plan);
+  const got = await train(fleets, plan, cuda.step);
   await closeAll(fleets);
   expect(want.metrics.flat().every(Number.isFinite)).toBe(true);
   expect(new Set(want.metrics.map((m) => m[0])).size).toBe(4);
@@ -113,7 +70,7 @@ test.skipIf(noCompiler)(
     const { plan, kernels } = asCuda(reference);
     cuda.serve(kernels);
     const fleets = await cuda.openAll(plan, { profile: true });
-    const { replayed } = await train(fleets, plan);
+    const { replayed } = await train(fleets, plan, cuda.step);
     expect(replayed.flat()).not.toContain(true);
     for (const [r, f] of fleets.entries()) {
       const p = plan.programs[Math.floor(r / 2)]!;

@@ -1,16 +1,15 @@
 /** Ranks on the stand-ins: opening all of a plan's in this process, walking a step of them, and small plans for them. */
 import { expect } from "vitest";
-import type { Fleet, HostData } from "../runtime/backend.ts";
 import type { CudaFleet } from "../runtime/cuda/backend.ts";
-import type { Buffer, Compute, How, Instruction, Kernel, Move, Plan } from "../schemas/plan.ts";
+import type { Compute, How, Kernel, Move, Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
 import { bytesAt, imagesOf, standIn } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
+import { stepTogether } from "./steps.ts";
 import { jobOf } from "./support.ts";
 
 export type Settings = Partial<Parameters<Awaited<ReturnType<typeof standIn>>["openCuda"]>[1]>;
 export type Ranks = Awaited<ReturnType<typeof standInRanks>>;
-type Feed = (b: Buffer, name: string, m: number) => HostData;
 
 export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
   const cuda = await standIn(how);
@@ -27,12 +26,9 @@ export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
     return Promise.all(ranks.map((rank) => cuda.openCuda(plan, { rank, device: rank, files: imagesOf(plan), share, signal, ...settings })));
   }
 
-  /** One step of all ranks: as runtime/execute.ts walks a plan. */
-  async function step(fleets: readonly Fleet[], plan: Plan, feed: Feed): Promise<boolean[]> {
-    const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.() ?? false);
-    const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed)));
-    for (let left = walks; left.length; ) left = left.filter((w) => !w.next().done);
-    await Promise.all(fleets.map((f) => f.finish()));
+  /** One step of all ranks; what a kernel threw is thrown. */
+  async function step(...all: Parameters<typeof stepTogether>): Promise<boolean[]> {
+    const replayed = await stepTogether(...all);
     const complaint = cuda.complaint();
     if (complaint) throw complaint;
     return replayed;
@@ -41,45 +37,7 @@ export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
   return { ...cuda, openAll, step };
 }
 
-export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
-  for (const f of fleets) await f.close();
-}
-
-function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed): Generator<undefined> {
-  const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
-  const backend = fleet.backend(r);
-  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
-  const read = (i: Instruction) =>
-    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
-  function* block(
-    instructions: readonly Instruction[],
-    kinds: readonly string[],
-    tag: string,
-    slot: number,
-    m: number,
-  ): Generator<undefined> {
-    const used = new Set(instructions.flatMap(read));
-    for (const [name, id] of Object.entries(p.inputs)) {
-      const b = buffers.get(id)!;
-      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
-    }
-    for (const i of instructions) {
-      if (i.kind === "compute") backend.compute(i, slot);
-      else if (i.kind === "move") while (!fleet.comm.move(r, i, { tag, slot })) yield;
-      else if (i.kind === "send") fleet.comm.send(r, i, { tag, slot });
-      else while (!fleet.comm.recv(r, i, { tag, slot })) yield;
-    }
-  }
-  backend.zeroGradients();
-  for (const tag of p.order) {
-    const m = Number(tag.slice(1));
-    const forward = tag.startsWith("F");
-    yield* block(forward ? p.forward : p.backward, forward ? ["workspace", "activation"] : ["workspace"], tag, m % p.slots, m);
-  }
-  yield* block(p.step, ["optimizer"], "step", 0, 0);
-}
-
-export const model = { layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 };
+const model = { layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 };
 export const moe = { experts: 4, top_k: 2, ffn: 8, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
 export const planOf = (parallel: object, over: object = {}, train: object = {}): Plan =>
   compile(

@@ -1,0 +1,65 @@
+/** Plans for CUDA on this machine's own GPU: their kernels, compiled here, train as the CPU does. Skipped, with the reason, where there is none. */
+import { describe, expect, test } from "vitest";
+import { openCpu } from "../runtime/cpu.ts";
+import { openCuda } from "../runtime/cuda/backend.ts";
+import { driver } from "../runtime/cuda/driver.ts";
+import { nvrtcVersion } from "../runtime/cuda/nvrtc.ts";
+import { compile } from "../src/compile.ts";
+import { readTarget } from "../src/target.ts";
+import { closeAll, train } from "./steps.ts";
+import { distance, jobOf } from "./support.ts";
+
+const missing: string = (() => {
+  try {
+    nvrtcVersion();
+    const [device] = driver().devices;
+    return [80, 90, 100].includes(device!.sm) ? "" : ` [skipped: no target for sm_${device!.sm}]`;
+  } catch (error) {
+    return ` [skipped: ${(error as Error).message.split(/[;\n]/)[0]}]`;
+  }
+})();
+
+const model = { layers: 2, hidden: 128, ffn: 192, heads: 4, kv_heads: 2, head_dim: 32, vocab: 256, seq: 64 };
+const moe = { experts: 4, top_k: 2, ffn: 64, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const jobFor = (over: object, precision: string) =>
+  jobOf({
+    name: "device",
+    model: { ...model, ...over },
+    parallel: { world: 1 },
+    train: { micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
+    data: { path: "corpus.txt" },
+  });
+
+describe.skipIf(missing)(`on this machine's GPU${missing}`, { timeout: 300_000 }, () => {
+  const jobs = [
+    ["dense", {}, "fp32", 1e-3],
+    ["experts", { moe }, "fp32", 1e-3],
+    ["dense", {}, "bf16", 3e-2],
+    ["experts", { moe }, "bf16", 3e-2],
+  ] as const;
+  test.each(jobs)(
+    "%s %j in %s: four steps are the CPU's within %f, and as a graph the same bits",
+    async (_, over, precision, tolerance) => {
+      const job = jobFor(over, precision);
+      const reference = compile(job).plan;
+      const want = await train([openCpu(reference)], reference);
+      const { sm } = driver().devices[0]!;
+      const { plan, sources } = compile(job, { target: readTarget(`cuda:sm_${sm}${sm >= 90 ? "a" : ""}`) });
+      const run = async (graph: boolean) => {
+        const fleet = await openCuda(plan, {
+          ...{ rank: 0, device: 0, graph, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },
+          files: { source: (file) => sources.get(file)! },
+        });
+        const got = await train([fleet], plan);
+        await closeAll([fleet]);
+        return got;
+      };
+      const [eager, graph] = [await run(false), await run(true)];
+      expect(graph.replayed).toEqual([[false], [false], [true], [true]]);
+      expect([graph.metrics, graph.state]).toEqual([eager.metrics, eager.state]);
+      for (const [n, step] of want.metrics.entries())
+        expect(distance(eager.metrics[n]!, step), `metrics of step ${n + 1}`).toBeLessThan(tolerance);
+      for (const [n, piece] of want.state.entries()) expect(distance(eager.state[n]!, piece), `piece ${n}`).toBeLessThan(20 * tolerance);
+    },
+  );
+});

@@ -1,0 +1,96 @@
+/** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
+import type { Fleet, HostData } from "../runtime/backend.ts";
+import type { CudaFleet } from "../runtime/cuda/backend.ts";
+import { elementsOf } from "../schemas/layout.ts";
+import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
+import { random } from "./opCases.ts";
+
+type Feed = (b: Buffer, name: string, m: number) => HostData;
+
+/** One step of all ranks, as runtime/execute.ts walks a plan. Which fleets replayed it. */
+export async function stepTogether(fleets: readonly Fleet[], plan: Plan, feed: Feed): Promise<boolean[]> {
+  const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.() ?? false);
+  const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed)));
+  for (let left = walks; left.length; ) left = left.filter((w) => !w.next().done);
+  await Promise.all(fleets.map((f) => f.finish()));
+  return replayed;
+}
+
+export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
+  for (const f of fleets) await f.close();
+}
+
+/** What a rank holds after four steps: its parameters, gradients and optimizer state; and of each step, its metrics. */
+export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether) {
+  for (const f of fleets)
+    for (const r of f.ranks) {
+      const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+      for (const q of p.parameters)
+        for (const id of new Set([q.buffer, q.master])) {
+          const b = p.buffers.find((x) => x.id === id)!;
+          const next = random(q.name.length * 31 + b.shape.length);
+          f.backend(r).write(
+            b,
+            0,
+            Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
+          );
+        }
+    }
+  const replayed: boolean[][] = [];
+  const metrics: number[][] = [];
+  const each = async (pick: (p: Plan["programs"][number]) => readonly string[]) => {
+    const found: HostData[] = [];
+    for (const f of fleets)
+      for (const r of f.ranks) {
+        const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+        for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
+      }
+    return found;
+  };
+  for (let n = 1; n <= 4; n++) {
+    const next = random(n);
+    const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
+    const feed = (b: Buffer, name: string, m: number): HostData => {
+      if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
+      return Float32Array.of(name === "one" ? 1 : name === "lr" ? 0.01 / n : n);
+    };
+    replayed.push(await step(fleets, plan, feed));
+    metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
+  }
+  const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
+  return { metrics, state, replayed };
+}
+
+function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed): Generator<undefined> {
+  const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+  const backend = fleet.backend(r);
+  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+  const read = (i: Instruction) =>
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  function* block(
+    instructions: readonly Instruction[],
+    kinds: readonly string[],
+    tag: string,
+    slot: number,
+    m: number,
+  ): Generator<undefined> {
+    const used = new Set(instructions.flatMap(read));
+    for (const [name, id] of Object.entries(p.inputs)) {
+      const b = buffers.get(id)!;
+      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
+    }
+    for (const i of instructions) {
+      if (i.kind === "compute") backend.compute(i, slot);
+      else if (i.kind === "move") while (!fleet.comm.move(r, i, { tag, slot })) yield;
+      else if (i.kind === "send") fleet.comm.send(r, i, { tag, slot });
+      else while (!fleet.comm.recv(r, i, { tag, slot })) yield;
+    }
+  }
+  backend.zeroGradients();
+  for (const tag of p.order) {
+    const m = Number(tag.slice(1));
+    const forward = tag.startsWith("F");
+    yield* block(forward ? p.forward : p.backward, forward ? ["workspace", "activation"] : ["workspace"], tag, m % p.slots, m);
+  }
+  yield* block(p.step, ["optimizer"], "step", 0, 0);
+}
