@@ -430,8 +430,10 @@ inline void prepare() {
   if (fibers) return;
   fibers = static_cast<Fiber*>(calloc(maxThreads, sizeof(Fiber)));
   stacks = static_cast<unsigned char*>(mmap(nullptr, stackBytes * maxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (int i = 0; i < maxThreads; i++) mprotect(stacks + stackBytes * i, page, PROT_NONE);
 }
+/** The last word of each stack; guard pages would be more mappings than a process may have, with a library for every op. */
+inline u64& endOfStack(int i) { return *reinterpret_cast<u64*>(stacks + stackBytes * i); }
+constexpr u64 unused = 0xc5c5c5c5c5c5c5c5;
 
 constexpr int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
 /** Signals and the clock are the kernel's while it runs, and node's again afterwards. */
@@ -536,7 +538,10 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
   blockDim = {threads, 1, 1};
   if (e->cluster > maxCluster || grid[0] % e->cluster || e->cluster * threads > maxThreads) return "a cluster that is too large, or a grid of no whole clusters";
   count = int(e->cluster * threads);
-  for (int i = 0; i < count; i++) fibers[i].index = {unsigned(i) % threads, 0, 0};
+  for (int i = 0; i < count; i++) {
+    fibers[i].index = {unsigned(i) % threads, 0, 0};
+    endOfStack(i) = unused;
+  }
   work = {e->call, args};
   static Signals* handlers;
   handlers = new Signals;
@@ -553,6 +558,8 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
   running = 0;
   handlers->restore();
   delete handlers;
+  for (int i = 0; i < count; i++)
+    if (endOfStack(i) != unused) return "a thread used all of its 256 KiB of stack";
   return wrong;
 }
 

@@ -131,14 +131,14 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
     index: vectors + THREADS * unroll < 2 ** 31 ? "u32" : "u64",
     end: use.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
     params: [
-      ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* ${name}At`),
+      ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* __restrict__ ${name}At`),
       ...names.map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
       ...(use.bound > 0 ? ["const int* rows"] : []),
       ...(start ? ["int start"] : []),
     ].join(", "),
     scalars: f.scalars ?? [],
     once: f.once ?? [],
-    row: f.width ? [`const Index row = at / (${row} / N);`, ...(f.row ?? [])] : [],
+    row: f.width && f.row ? [`const Index row = at / (${row} / N);`, ...f.row] : [],
     element: f.element ?? [],
     inputs: loaded.map((name) => ({
       name,

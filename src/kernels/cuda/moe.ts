@@ -30,11 +30,11 @@ interface RowFormula {
 
 const logSumExp: RowFormula["stages"] = [
   { name: "most", op: "Max", term: "x" },
-  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum);"] },
+  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum), share = 1.0f / sum;"] },
 ];
 
 export const moe: Readonly<Record<string, CudaMaker>> = {
-  softmax: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - most) / sum" } }),
+  softmax: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - most) * share" } }),
   softmax_grad: (use) =>
     makeRows(use, {
       ...{ width: use.d.E!, inputs: ["y", "dy"] },
@@ -55,8 +55,8 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
       outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
       rowOutputs: { dp: "slope" },
     }),
-  top_k: (use) => topK(use, "y", use.d.normalize ? "values[i * N + j] / sum" : "values[i * N + j]"),
-  top_k_grad: (use) => topK(use, "dp", use.d.normalize ? "(slopes[i * N + j] - dot) / sum" : "slopes[i * N + j]"),
+  top_k: (use) => topK(use, "y", use.d.normalize ? "values[i * N + j] * share" : "values[i * N + j]"),
+  top_k_grad: (use) => topK(use, "dp", use.d.normalize ? "(slopes[i * N + j] - dot) * share" : "slopes[i * N + j]"),
   tally,
 };
 

@@ -49,10 +49,11 @@ function normalizeGrad(use: Use, width: number, arch: Arch): Made {
   const rows = use.size.x! / width;
   const shares = shareRow(width, vectorOf(width, [x!, gain!, dy!, dx!]), 2);
   const groups = shares.threads / shares.lanes;
-  // some 1024 threads fit a multiprocessor beside their registers
-  const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * Math.max(1, Math.floor(1024 / shares.threads)));
+  // 1024 threads of 64 registers fill a multiprocessor: what the compiler is told to keep to, and one wave of blocks
+  const resident = 1024 / shares.threads;
+  const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * resident);
   const body = render("cuda/norm_grad.cu", {
-    ...{ name: use.name, ...shares, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(use.d.eps!) },
+    ...{ name: use.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(use.d.eps!) },
     ...{ x: cudaType(x!), gain: cudaType(gain!), dy: cudaType(dy!), dx: cudaType(dx!) },
   });
   const sum = sumColumns(use, { rows: blocks, width, to: "dgain", type: cudaType(dgain!) });
