@@ -6,10 +6,9 @@
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
-import type { WgslMaker } from "./index.ts";
 import { type Binding, bindings, type Entry, float, fold, header, launch, scalar, scratchBytes, vector } from "./text.ts";
 
-export const attention: Readonly<Record<string, WgslMaker>> = { attention: forward, attention_grad: backward };
+export const attention: Readonly<Record<string, (use: Use) => Made>> = { attention: forward, attention_grad: backward };
 
 const LETTERS = ["x", "y", "z", "w"] as const;
 const DOT_THREADS = 128;

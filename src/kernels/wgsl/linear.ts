@@ -2,20 +2,21 @@
  * Kernels of the products with weights. All are one product of matrices; how the operands lie is told by `productOf`, and the tiling
  * that is done first decides how it is multiplied: matrix units lose where tiles are few or mostly empty.
  */
+import type { Profile } from "../../target.ts";
+import type { Made, Use } from "../kernel.ts";
 import { gemm, plainTiles } from "./gemm.ts";
 import { gemmMatrix, matrixTiles } from "./gemmMatrix.ts";
-import type { WgslMaker } from "./index.ts";
 import { productOf, tilingOf } from "./product.ts";
 
-const product: WgslMaker = (use, profile) => {
+function product(use: Use, profile: Profile): Made {
   const p = productOf(use);
   const matrix = profile === "matrix" && p.a.dtype === "f16" && p.b.dtype === "f16";
   const t = tilingOf(p, matrix ? [...matrixTiles, ...plainTiles] : plainTiles);
   const { tile } = t;
   return tile.by === "matrix" ? gemmMatrix(p, { ...t, tile }) : gemm(p, { ...t, tile });
-};
+}
 
-export const linear: Readonly<Record<string, WgslMaker>> = {
+export const linear: Readonly<Record<string, typeof product>> = {
   gemm: product,
   gemm_dgrad: product,
   gemm_wgrad: product,
