@@ -1,0 +1,133 @@
+/**
+ * Whole CUDA plans without a GPU: their own kernels, compiled as C++ behind test/cuda-emulator, launched by the CUDA backend
+ * before stand-ins for the driver and NCCL. What compiler and runtime say to each other is held here: the order of parameters,
+ * scratch, tensor maps, starts, several launches of one kernel, and the bytes they touch.
+ */
+import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import { openCpu } from "../runtime/cpu.ts";
+import { koffi } from "../runtime/cuda/libraries.ts";
+import { bytesOf, type Launch, type Plan } from "../schemas/plan.ts";
+import { compile } from "../src/compile.ts";
+import { readTarget } from "../src/target.ts";
+import { root } from "./checkout.ts";
+import { emulatorMissing } from "./cudaEmulator.ts";
+import { type Ranks, standInRanks } from "./cudaRanks.ts";
+import type { Kernels } from "./cudaStandIn.ts";
+import { noCompiler } from "./cudaStandIn.ts";
+import { closeAll, train } from "./steps.ts";
+import { distance, jobOf } from "./support.ts";
+
+const missing = noCompiler || (await emulatorMissing().then((why) => (why ? ` [skipped: ${why}]` : "")));
+const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
+const headers = ["emulator.hpp", "hopper.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
+const options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-x", "c++"];
+const run = promisify(execFile);
+
+let cuda: Ranks;
+beforeAll(async () => {
+  if (!missing) cuda = await standInRanks();
+});
+afterAll(() => vi.unstubAllEnvs());
+
+/** A library of kernels. */
+async function build(group: Plan["kernels"], sources: ReadonlyMap<string, string>): Promise<string> {
+  const entries = group.flatMap((k) => [...new Set(k.launches.map((l) => l.entry))].map((entry) => ({ k, entry })));
+  const cluster = (source: string, entry: string) => new RegExp(`__cluster_dims__\\((\\d+)[^{]*\\b${entry}\\(`).exec(source)?.[1] ?? 1;
+  const text = [
+    `#include ${JSON.stringify(headers[0])}`,
+    ...group.map((k) => sources.get(k.source!.file)!),
+    ...group.map((k) => `namespace ${k.id}_ns {} using namespace ${k.id}_ns;`),
+    "const emulator::Entry emulator::entries[] = {",
+    ...entries.map(({ k, entry }) => `  emulator::entry<${entry}>("${entry}", ${cluster(sources.get(k.source!.file)!, entry)}),`),
+    "  {}};",
+  ].join("\n");
+  const digest = createHash("sha256")
+    .update([text, ...headers.map((h) => readFileSync(h, "utf8"))].join("\0"))
+    .digest("hex");
+  const path = join(cache, `whole-${digest.slice(0, 16)}.so`);
+  if (existsSync(path)) return path;
+  mkdirSync(cache, { recursive: true });
+  writeFileSync(`${path}.${process.pid}.cu`, text);
+  await run("g++", [...options, "-o", `${path}.${process.pid}`, `${path}.${process.pid}.cu`], { maxBuffer: 1 << 26 });
+  renameSync(`${path}.${process.pid}`, path);
+  return path;
+}
+
+/** What launches of a plan's kernels do: the kernels themselves, emulated. */
+async function emulated(plan: Plan, sources: ReadonlyMap<string, string>): Promise<Kernels> {
+  const groups = Array.from({ length: 4 }, (_, n) => plan.kernels.filter((_, i) => i % 4 === n));
+  const serve: Record<string, Kernels[string]> = {};
+  const libraries = await Promise.all(groups.map((group) => build(group, sources)));
+  for (const [n, group] of groups.entries()) {
+    const launch = koffi()
+      .load(libraries[n]!)
+      .func("emulatorLaunch", "str", ["str", "void *", "uint32_t", "uint32_t", "void *", "uint32_t", "uint32_t"]);
+    for (const k of group)
+      for (const l of k.launches)
+        serve[l.entry] = (params, { grid, threads, shared }) => {
+          const wrong = launch(l.entry, Uint32Array.from(grid), threads, shared, slots(params, l), l.args.length, 0);
+          if (wrong) throw new Error(`${l.entry}: ${wrong}`);
+        };
+  }
+  return serve;
+}
+
+/** Packed parameters as the emulator takes them: one every 128 bytes, tensor maps as emulator.hpp has them. */
+function slots(params: DataView, { args }: Launch): Uint8Array {
+  const out = new Uint8Array(128 * args.length);
+  const view = new DataView(out.buffer);
+  let at = 0;
+  const next = (size: number, align = size): number => {
+    at = Math.ceil(at / align) * align + size;
+    return at - size;
+  };
+  for (const [n, arg] of args.entries()) {
+    const to = 128 * n;
+    if (typeof arg === "string" && arg.startsWith("start(")) view.setInt32(to, params.getInt32(next(4), true), true);
+    else if (typeof arg === "string") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
+    else {
+      // the stand-in's map begins with the address it was given
+      view.setBigUint64(to, params.getBigUint64(next(128, 64), true), true);
+      for (const [i, x] of [arg.sizes.length, bytesOf[arg.dtype], arg.swizzle === "none" ? 0 : Number.parseInt(arg.swizzle, 10)].entries())
+        view.setUint32(to + 8 + 4 * i, x, true);
+      for (const [i, x] of arg.sizes.entries()) view.setBigUint64(to + 24 + 8 * i, BigInt(x), true);
+      for (const [i, x] of arg.strides.entries()) view.setBigUint64(to + 64 + 8 * i, BigInt(x), true);
+      for (const [i, x] of arg.box.entries()) view.setUint32(to + 104 + 4 * i, x, true);
+    }
+  }
+  return out;
+}
+
+const model = { layers: 2, hidden: 64, ffn: 64, heads: 2, kv_heads: 2, head_dim: 32, vocab: 256, seq: 16 };
+const moe = { experts: 4, top_k: 2, ffn: 32, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const meshes = [
+  ["fp32", { world: 1 }, 1e-4],
+  ["bf16", { world: 4, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true }, 3e-2],
+] as const;
+
+describe.skipIf(missing)(`whole plans, emulated${missing}`, { timeout: 900_000 }, () => {
+  test.each(meshes)("in %s on %j: four steps are the CPU's within %f times", async (precision, parallel, tolerance) => {
+    const job = jobOf({
+      name: "whole",
+      model: { ...model, moe },
+      parallel,
+      train: { micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
+      data: { path: "corpus.txt" },
+    });
+    const reference = compile(job).plan;
+    const want = await train([openCpu(reference)], reference);
+    const { plan, sources } = compile(job, { target: readTarget("cuda:sm_90a") });
+    cuda.serve(await emulated(plan, sources));
+    const fleets = await cuda.openAll(plan);
+    const got = await train(fleets, plan, cuda.step);
+    await closeAll(fleets);
+    for (const [n, step] of want.metrics.entries())
+      expect(distance(got.metrics[n]!, step), `metrics of step ${n + 1}`).toBeLessThan(tolerance);
+    for (const [n, piece] of want.state.entries()) expect(distance(got.state[n]!, piece), `piece ${n}`).toBeLessThan(20 * tolerance);
+  });
+});
