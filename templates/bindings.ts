@@ -21,10 +21,25 @@ interface CudaAttentionCu {
 }
 
 interface CudaAttentionGradCu {
+  readonly name: string | number;
+  readonly order: string | number;
+  readonly tiles: string | number;
+}
+
+interface CudaAttentionGradWgmmaCu {
+  readonly alongRows: string | number;
+  readonly downRows: string | number;
+  readonly hopper: string | number;
+  readonly name: string | number;
+  readonly order: string | number;
+  readonly tiles: string | number;
+  readonly weigh: string | number;
+}
+
+interface CudaAttentionOrderCuh {
   readonly keys: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
-  readonly tiles: string | number;
   readonly vectors: boolean;
   readonly wave: string | number;
 }
@@ -903,6 +918,8 @@ export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
   readonly "cuda/attention_grad.cu": CudaAttentionGradCu;
+  readonly "cuda/attention_grad_wgmma.cu": CudaAttentionGradWgmmaCu;
+  readonly "cuda/attention_order.cuh": CudaAttentionOrderCuh;
   readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;
   readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;

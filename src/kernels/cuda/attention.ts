@@ -7,7 +7,7 @@ import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import type { Made, Use } from "../kernel.ts";
-import { type AttentionSizes, fitsHopper, forwardHopper, scales } from "./attentionHopper.ts";
+import { type AttentionSizes, fitsHopper, forwardHopper, gradHopper, scales } from "./attentionHopper.ts";
 import { source } from "./prelude.ts";
 
 export const attention = {
@@ -61,13 +61,18 @@ function gradTiles(use: Use, arch: Arch): Made {
   const d = dims(use);
   const { B, S, U, G, M, C } = d;
   const [threads, rows, H] = [256, 64, G * M];
-  const shared = (keys: number) => 4 * keys * (C + 8) + 8 * rows * (C + 8) + 4 * rows * (keys + 8) + 16 * rows + 16;
-  const keys = shared(128) <= sharedMost[arch] ? 128 : 64;
+  const hopper = arch === "sm_90a" && C === 128;
+  const padded = (keys: number) => 4 * keys * (C + 8) + 8 * rows * (C + 8) + 4 * rows * (keys + 8) + 16 * rows + 16;
+  const keys = hopper || padded(128) <= sharedMost[arch] ? 128 : 64;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
   const wave = Math.min(keyBlocks, ceil(multiprocessors[arch], B * G));
   const lanes = 2 ** Math.ceil(Math.log2(C / 8));
+  const name = use.name;
   const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(C), threads });
-  const body = render("cuda/attention_grad.cu", { name: use.name, tiles, keys, wave, lanes, vectors: arch !== "sm_80" });
+  const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80" });
+  const main = hopper
+    ? gradHopper(d, (more) => render("cuda/attention_grad_wgmma.cu", { name, tiles, order, ...more }))
+    : { body: render("cuda/attention_grad.cu", { name, tiles, order }), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
   const [sums, lse2, delta, counters, scratch] = offsets([
     4 * tilesOfQueries * rows * C,
@@ -87,13 +92,13 @@ function gradTiles(use: Use, arch: Arch): Made {
     {
       entry: use.name,
       grid: [B * G * ceil(keyBlocks, wave) * wave, 1, 1],
-      threads,
-      shared: shared(keys),
-      args: ["q", "k", "v", "dy", at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", "start(S)"],
+      threads: main.threads,
+      shared: main.shared,
+      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", "start(S)"],
     },
     { entry: `${use.name}_queries`, grid: [tilesOfQueries, 1, 1], threads, shared: rows * (C + 8) * 2, args: [at(sums!), "dq"] },
   ];
-  return { source: source(use, body), launches, scratch: scratch! };
+  return { source: source(use, main.body), launches, scratch: scratch! };
 }
 
 /** Where parts of these many bytes begin, one after the other on multiples of 256; last, where the next would. */

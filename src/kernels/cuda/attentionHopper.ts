@@ -23,7 +23,7 @@ export const fitsHopper = ({ G, C }: AttentionSizes): boolean => G * C >= 64;
  * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
  */
 export function forwardHopper(use: Use, d: AttentionSizes): Made {
-  const { B, S, U, G, M, C } = d;
+  const { B, S, G, M, C } = d;
   const groups = C <= 64 ? 3 : 2;
   const rows = 64 * groups;
   const keys = C === 64 ? 112 : 128;
@@ -31,31 +31,52 @@ export function forwardHopper(use: Use, d: AttentionSizes): Made {
   const body = render("cuda/attention_wgmma.cu", {
     ...{ name: use.name, ...d, ...scales(C), groups, keys, give: give!, take: take! },
     hopper: render("cuda/hopper.cuh", {}),
-    scores: render("cuda/wgmma.cuh", {
-      ...{ n: keys, ...sums(keys), transposedA: 0, transposedB: 0 },
-      ...{ aAt: keys / 2, bAt: keys / 2 + 1, addAt: keys / 2 + 2 },
-    }),
-    values: render("cuda/wgmma_weigh.cuh", {
-      ...{ n: C, ...sums(C) },
-      ...{ left: `{${[0, 1, 2, 3].map((i) => `%${C / 2 + i}`).join(", ")}}`, bAt: C / 2 + 4, addAt: C / 2 + 5 },
-    }),
+    scores: product(keys, 0),
+    values: weigh(C),
   });
   const boxes = Math.ceil(C / 64);
   const tiles = Math.ceil(S / rows) * B * G * M;
-  const map = (tensor: string, heads: number, length: number, high: number): TensorMap => ({
-    ...{ tensor, dtype: "bf16", sizes: [heads * C, length, B], swizzle: "128B" },
-    strides: [heads * C * 2, length * heads * C * 2],
-    box: [64, high, 1],
-  });
   const launch = {
     entry: use.name,
     grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
     shared: boxes * 128 * (rows + 4 * keys) + 80,
-    args: [map("q", G * M, S, rows), map("k", G, U, keys), map("v", G, U, keys), "o", "lse", "start(S)"],
+    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), "o", "lse", "start(S)"],
   };
   return { source: source(use, body), launches: [launch] };
 }
+
+/** The main launch of the gradient for heads of 128: what differs from the plain tensor cores'. */
+export function gradHopper(d: AttentionSizes, fillIn: (parts: Record<"hopper" | "alongRows" | "downRows" | "weigh", string>) => string) {
+  const [rows, keys] = [64, 128];
+  return {
+    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), alongRows: product(rows, 0), downRows: product(64, 1), weigh: weigh(d.C) }),
+    threads: 384,
+    // keys and values; two stages of queries and dy; gradients of scores; two numbers of each query row, per stage; barriers, ticket
+    shared: 4 * keys * 128 + 2 * 4 * rows * 128 + keys * 128 + 4 * rows * 4 + 48,
+    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), boxesOf("dy", d, rows)],
+  };
+}
+
+/** Boxes of 64 columns and `high` rows of one sequence. */
+function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C }: AttentionSizes, high: number): TensorMap {
+  const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
+  const sizes = [heads * C, length, B];
+  return { tensor, dtype: "bf16", sizes, strides: [heads * C * 2, length * heads * C * 2], box: [64, high, 1], swizzle: "128B" };
+}
+
+/** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */
+const product = (n: number, transposed: 0 | 1): string =>
+  render("cuda/wgmma.cuh", {
+    ...{ n, ...sums(n), transposedA: transposed, transposedB: transposed },
+    ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
+  });
+/** The same with the left operand in registers, and the other lying with n along its rows. */
+const weigh = (n: number): string =>
+  render("cuda/wgmma_weigh.cuh", {
+    ...{ n, ...sums(n), bAt: n / 2 + 4, addAt: n / 2 + 5 },
+    left: `{${[0, 1, 2, 3].map((i) => `%${n / 2 + i}`).join(", ")}}`,
+  });
 
 /** A warpgroup's sums of 64 rows and n columns, as an instruction names them. */
 function sums(n: number) {
