@@ -52,6 +52,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   const turnedAway = new Map<string, number>();
   const barriers = new Map<string, Set<number>>();
   let phase: "gathering" | "meeting" | "over" = "gathering";
+  let verdict: { readonly text: string; readonly fix: string } | undefined;
   let stopping = false;
   let ticked = performance.now();
 
@@ -118,10 +119,10 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
             ? `rank ${rank} came twice: from ${nameOf(first)}, and from ${host}, process ${pid}`
             : undefined;
     if (phase !== "gathering" || problem) {
-      const fix = "start each rank once, all with the same world size";
-      refuse(guestLine, problem ?? "the run is over", fix);
+      const { text, fix } = verdict ?? { text: problem ?? "the run is over", fix: "start each rank once, all with the same world size" };
+      refuse(guestLine, text, fix);
       // a run that goes well is not ended by a latecomer
-      if (phase === "gathering" && problem) failAll(problem, fix);
+      if (phase === "gathering") failAll(text, fix);
       return undefined;
     }
     const now = performance.now();
@@ -241,23 +242,32 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     }
   }
 
-  /** Before the meeting has begun. */
+  /** Before the meeting has begun. Whoever still comes, rank 0 itself perhaps, hears the same. */
   function failAll(text: string, fix: string): void {
+    verdict = { text, fix };
     for (const { line } of guests.values()) refuse(line, text, fix);
-    close();
+    rest();
   }
 
   function abort(text: string): void {
+    if (phase === "gathering") {
+      failAll(text, "see what that rank says");
+      return;
+    }
     const whole = `${text}${whereText([...guests.values()])}`;
     for (const { line, left } of guests.values()) if (!left) line.send({ kind: "abort", text: whole.slice(0, 20_000) });
-    close();
+    rest();
+  }
+
+  function rest(): void {
+    phase = "over";
+    clearTimeout(patience);
+    clearInterval(watch);
   }
 
   /** Lines to guests stay open: each guest closes its own when it has read what was said. */
   function close(): void {
-    phase = "over";
-    clearTimeout(patience);
-    clearInterval(watch);
+    rest();
     server.close();
     for (const socket of strangers) socket.destroy();
   }
