@@ -2,13 +2,20 @@
  * Products on CUDA do what their reference does, in every tile that may be chosen: many tiles to a block, experts without rows
  * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
+import { execFile } from "node:child_process";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { hopper, type Plan, planHopper } from "../src/kernels/cuda/gemmHopper.ts";
 import { mma, simt } from "../src/kernels/cuda/gemmTiles.ts";
+import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import { productOf } from "../src/kernels/cuda/product.ts";
 import type { Made, Use } from "../src/kernels/kernel.ts";
 import { offsetsAt } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
+import type { Arch } from "../src/target.ts";
 import { type ContractCase, hold, rounded } from "./contract.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
 import { random } from "./opCases.ts";
@@ -206,4 +213,43 @@ test("Hopper's plans: they fit a multiprocessor; large products get the largest 
     expect(plan.blocks % plan.cluster).toBe(0);
     expect(plan.tile.columns % (64 * plan.cluster)).toBe(0);
   }
+});
+
+const run = promisify(execFile);
+const compiler = await run("nvcc", ["--version"]).then(
+  () => "",
+  () => " (skipped: nvcc is missing)",
+);
+describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
+  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: Half): Made[] =>
+    ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"].flatMap((op) =>
+      adding(op).map((adds) => {
+        const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
+        const { use } = caseOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds);
+        return cudaKernels[op]!(use, arch);
+      }),
+    );
+  const large = { S: 1024, K: 512, N: 1024 };
+  const odd = { S: 77, K: 35, N: 131 };
+  const made: Record<Arch, Made[]> = {
+    sm_80: [...ofAll("sm_80", "odd", odd, [5], "bf16"), ...ofAll("sm_80", "large", large, [300, 200], "bf16")],
+    sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
+    sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
+  };
+  for (const [arch, kernels] of Object.entries(made))
+    test(`${arch}: ${kernels.length} kernels in one file keep all they work on in registers`, { timeout: 240_000 }, async () => {
+      const folder = mkdtempSync(join(tmpdir(), "rankc-gemm-"));
+      try {
+        writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));
+        const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
+        const { stdout, stderr } = await run("nvcc", ["-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"], {
+          cwd: folder,
+        });
+        const said = stdout + stderr;
+        expect(said.match(/\(C7\d+\).*/g)).toBeNull();
+        expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(kernels.length);
+      } finally {
+        rmSync(folder, { recursive: true });
+      }
+    });
 });

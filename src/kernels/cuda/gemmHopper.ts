@@ -21,6 +21,7 @@ interface Tile {
   readonly rows: 64 | 128;
   readonly columns: 64 | 128 | 192 | 256;
 }
+const columnsOf = ({ rows, columns }: Tile): number => (rows === 128 ? columns : columns / 2);
 const tiles: readonly Tile[] = [
   { rows: 128, columns: 256 },
   { rows: 128, columns: 192 },
@@ -46,12 +47,12 @@ export const fitsHopper = (p: Product): boolean =>
   (p.c.dtype === "f32" || (p.c.dtype === "bf16" && !p.adds)) &&
   [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
-  // the offsets of experts stand in shared memory, in what stages leave
-  p.experts <= 256;
+  // the offsets of experts stand in shared memory
+  p.experts <= 1024;
 
 export function hopper(use: Use, p: Product, plan: Plan = planHopper(p)): Made {
   const { tile, cluster, stages, buffers, raster, blocks } = plan;
-  const n = tile.rows === 128 ? tile.columns : tile.columns / 2;
+  const n = columnsOf(tile);
   const count = n / 2;
   const register = (form: (i: number) => string, per: number) =>
     Array.from({ length: count / per }, (_, l) => {
@@ -143,19 +144,22 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
 function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: number): number {
   const depth = Math.ceil((p.ragged === "depth" ? p.depth / p.experts : p.depth) / DEPTH) * DEPTH;
   const math = (2 * rows * columns * depth) / 4096;
-  const perWarpgroup = rows === 128 ? 64 + columns : 64 + columns / 2;
-  const memory = (2 * perWarpgroup * depth * 2) / 128;
+  const memory = (2 * (64 + columnsOf({ rows, columns })) * depth * 2) / 128;
   const l2 = ((rows + columns / cluster) * depth * 2) / (Math.min(64 * MULTIPROCESSORS, 6154) / MULTIPROCESSORS);
   const store = (rows * columns * bytesOf[p.c.dtype] * (p.adds ? 2 : 1)) / 64;
   return Math.ceil(all / MULTIPROCESSORS) * (Math.max(math, memory, l2) + store);
 }
 
-/** f32 sums leave through more buffers and so leave room for fewer stages; what is over goes to stages, of which 8 are enough. */
+/**
+ * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
+ * then has room, so that most of it drains while the next tile begins. bf16 gets two buffers and four stages; at most 8 are of use.
+ */
 function stagesOf(p: Product, tile: Tile): Pick<Plan, "stages" | "buffers"> {
-  const buffers = p.c.dtype === "f32" ? 4 : 2;
-  const most = Array.from({ length: 8 }, (_, i) => 8 - i).find((stages) => sharedOf(p, { tile, stages, buffers }) <= SHARED);
-  invariant(most !== undefined && most >= 3, `no room for three stages of ${tile.rows} x ${tile.columns}`);
-  return { stages: most, buffers };
+  const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
+  const [least, wanted] = p.c.dtype === "f32" ? [3, chunks] : [4, Math.min(2, chunks)];
+  for (let buffers = wanted; buffers > 0; buffers--)
+    for (let stages = 8; stages >= least; stages--) if (sharedOf(p, { tile, stages, buffers }) <= SHARED) return { stages, buffers };
+  invariant(false, `no room for ${least} stages of ${tile.rows} x ${tile.columns}`);
 }
 
 /** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
