@@ -65,7 +65,7 @@ async function moved(how: How, dtype: Dtype, members: number, n: number, shared:
 
 const hows: readonly How[] = ["all_gather", "all_to_all", "reduce_scatter", "all_reduce", "all_reduce_max"];
 
-describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, ${noAdapter}` : ""}`, () => {
+describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, ${noAdapter}` : ""}`, { timeout: 30_000 }, () => {
   describe.each(hows)("%s", (how) => {
     test("any group, any length, source and destination apart or together", { timeout: 60_000 }, async () => {
       await fc.assert(
@@ -119,7 +119,7 @@ describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, $
   });
 });
 
-describe.skipIf(noHalves)(`collectives of 16-bit floats${noHalves ? `: skipped, ${noHalves}` : ""}`, () => {
+describe.skipIf(noHalves)(`collectives of 16-bit floats${noHalves ? `: skipped, ${noHalves}` : ""}`, { timeout: 30_000 }, () => {
   test.each(hows)("%s: blocks that end within a word", async (how) => {
     for (const [members, n] of [
       [3, 5],

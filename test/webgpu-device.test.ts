@@ -66,7 +66,7 @@ const addPlan = (elements: number, more: Partial<Parameters<typeof handPlan>[0]>
     ...more,
   });
 
-describe.skipIf(noAdapter)(`the backend${reason}`, () => {
+describe.skipIf(noAdapter)(`the backend${reason}`, { timeout: 30_000 }, () => {
   test("what is issued is done in order: writes, dispatches, clearing, reads", async () => {
     const plan = addPlan(5);
     await using(plan, { scale: scaled(2) }, async (fleet) => {
@@ -230,7 +230,7 @@ describe("an arena is cut", () => {
   });
 });
 
-describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
+describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, { timeout: 30_000 }, () => {
   test("a plan for another target", async () => {
     const trouble = await troubleOf(openWebgpu(addPlan(1, { target: "cuda:sm_90a" }), sourcesOf({})));
     expect(trouble.message).toContain("cuda:sm_90a");
@@ -306,7 +306,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
   });
 });
 
-describe.skipIf(noAdapter)(`a process${reason}`, () => {
+describe.skipIf(noAdapter)(`a process${reason}`, { timeout: 30_000 }, () => {
   const script = (body: string) =>
     `import { openWebgpu } from "./runtime/webgpu/backend.ts"; import { handPlan } from "./test/handPlan.ts";\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
@@ -321,12 +321,12 @@ describe.skipIf(noAdapter)(`a process${reason}`, () => {
   };
   const open = `const plan = handPlan({ buffers: { x: { shape: [4] } } }); const fleet = await openWebgpu(plan, { kernel: () => "" });`;
 
-  test("ends by itself when its fleet is closed", { timeout: 30_000 }, async () => {
+  test("ends by itself when its fleet is closed", async () => {
     const said = await run(`${open} await fleet.finish(); await fleet.close(); console.log("closed");`, adapterEnv);
     expect(said).toMatchObject({ exit: 0, out: "closed\n" });
   });
 
-  test("without an adapter says what to install, and ends", { timeout: 30_000 }, async () => {
+  test("without an adapter says what to install, and ends", async () => {
     // a driver that is not there; on the machine's own adapters nothing can be hidden
     const env = { ...adapterEnv, VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
     const said = await run(`try { ${open} } catch (e) { console.log(e.exit, e.message, e.fix); }`, env);
