@@ -59,5 +59,12 @@ export interface Fleet {
   profile?(): Promise<readonly Timing[]> | readonly Timing[];
   /** Hands over what was issued and waits until it is done. Throws what went wrong on the way. */
   finish(): Promise<void>;
-  close(): Promise<void>;
+  /** Where ranks of other processes run along: whether all begin another step. */
+  mayBegin?(): boolean;
+  /** … and asks that they stop after this one, all after the same. */
+  stop?(): void;
+  /** … and adds up, over the stages, numbers that each stage's first rank knows. */
+  combine?(values: readonly number[]): Promise<number[]>;
+  /** With what went wrong, if something did: the others are told. */
+  close(error?: Error): Promise<void>;
 }

@@ -5,6 +5,7 @@
 import { resolve } from "node:path";
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
+import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position, Timing } from "./backend.ts";
 import { checkpointFor } from "./checkpoint.ts";
 import { openCpu } from "./cpu.ts";
@@ -30,6 +31,12 @@ export interface Tensor {
   readonly data: Float32Array;
 }
 export interface Run {
+  /** Whether another step begins: with other processes, all of them have agreed to it. Asked once before each step. */
+  mayBegin(): boolean;
+  /** Asks that no further step begins. */
+  stop(): void;
+  /** This process speaks for all: it holds rank 0. */
+  readonly leads: boolean;
   step(): Promise<StepResult>;
   /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
   gradients(): Promise<Map<string, Tensor>>;
@@ -38,12 +45,20 @@ export interface Run {
   watched(id: string): Promise<Tensor[]>;
   /** What ran when in the last step, where it was opened with `profile`. */
   profile(): Promise<readonly Timing[]>;
-  close(): Promise<void>;
+  /** With what went wrong, if something did. */
+  close(error?: Error): Promise<void>;
 }
 export interface RunSettings {
+  /** A cubin beside the plan, by the name of its file. */
+  readonly cubin?: (file: string) => Uint8Array | undefined;
+  /** CUDA: steps are replayed as a graph, unless this is false. */
+  readonly graph?: boolean;
+  /** rankc's version, the same in all processes of a run. */
+  readonly version?: string;
   /** Takes times; slower. */
   readonly profile?: boolean;
-  readonly backend?: "cpu" | "webgpu";
+  /** `cuda` runs one rank in this process; the environment says which. */
+  readonly backend?: "cpu" | "webgpu" | "cuda";
   /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
   readonly source?: (file: string) => string;
   /** A Hugging Face checkpoint: a file, an index or a folder. */
@@ -133,6 +148,11 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
     return { shape: b.sizes, data: out };
   }
   async function collect(pick: (p: Plan["programs"][number]["parameters"][number]) => string): Promise<Map<string, Tensor>> {
+    if (ranks.length < mesh.world)
+      throw new Trouble(
+        `the ranks of ${job.name} run in ${mesh.world} processes, none of which holds all values`,
+        "run it with --backend cpu or webgpu, which hold all ranks in one process",
+      );
     const all = new Map<string, Tensor>();
     for (const p of programs)
       for (const q of p.parameters)
@@ -188,8 +208,28 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
     (all[m] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
+  /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
+  async function numbers(): Promise<number[]> {
+    const sums = [0, 0, 0];
+    for (const { stage, metrics } of programs) {
+      const rank = stage * mesh.per_stage;
+      if (!ranks.includes(rank)) continue;
+      const names = stage === 0 ? ["loss", "aux_loss", "grad_norm"] : ["loss", "aux_loss"];
+      for (const [i, name] of names.entries())
+        for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
+    }
+    return fleet.combine ? fleet.combine(sums) : sums;
+  }
+
   initialize();
+  let stopped = false;
   return {
+    leads: ranks.includes(0),
+    mayBegin: () => fleet.mayBegin?.() ?? !stopped,
+    stop() {
+      stopped = true;
+      fleet.stop?.();
+    },
     async step() {
       const begun = performance.now();
       const { ids, labels } = corpus.batch(steps);
@@ -218,18 +258,12 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
       const replayed = fleet.beginStep?.() ?? false;
       runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
       await fleet.finish();
-      const scalar = async (stage: number, id: string) =>
-        (await fleet.backend(stage * mesh.per_stage).read(buffers[stage]!.get(id)!, 0))[0]!;
-      const metric = async (name: string) => {
-        let sum = 0;
-        for (const p of programs) for (const id of p.metrics[name] ?? []) sum += await scalar(p.stage, id);
-        return sum;
-      };
+      const [loss, aux_loss, grad_norm] = await numbers();
       return {
         step: steps,
-        loss: await metric("loss"),
-        aux_loss: await metric("aux_loss"),
-        grad_norm: await scalar(0, programs[0]!.metrics.grad_norm![0]!),
+        loss: loss!,
+        aux_loss: aux_loss!,
+        grad_norm: grad_norm!,
         lr,
         tokens: train.global_batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
@@ -245,17 +279,28 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
         }),
       ),
     profile: async () => (await fleet.profile?.()) ?? [],
-    async close() {
+    async close(error) {
       corpus.close();
-      await fleet.close();
+      await fleet.close(error);
     },
   };
 }
 
-async function openFleet(plan: Plan, { backend = "cpu", source, profile = false }: RunSettings): Promise<Fleet> {
-  if (backend === "cpu") return openCpu(plan, { profile });
-  const { openWebgpu } = await import("./webgpu/backend.ts");
-  return openWebgpu(plan, { kernel: source! }, { profile });
+async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
+  const { backend = "cpu", source, cubin, graph, profile = false, version = "" } = settings;
+  switch (backend) {
+    case "cpu":
+      return openCpu(plan, { profile });
+    case "webgpu":
+      return (await import("./webgpu/backend.ts")).openWebgpu(plan, { kernel: source! }, { profile });
+    case "cuda": {
+      const { openRank } = await import("./cuda/rank.ts");
+      const files = { source: source!, ...(cubin && { cubin }) };
+      return openRank(plan, { files, env: process.env, version, profile, ...(graph !== undefined && { graph }) });
+    }
+    default:
+      return backend satisfies never;
+  }
 }
 
 const readBy = (i: Instruction): readonly string[] =>

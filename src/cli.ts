@@ -4,27 +4,24 @@
  * Exit 0: yes. 1: no (the job is invalid, the plans differ). 2: trouble. 3: the plan does not fit this machine.
  * What a command needs is loaded when it runs, so that `check` and `compile` start fast.
  */
-import { closeSync, existsSync, openSync, readFileSync, statSync, writeSync } from "node:fs";
+import { existsSync, readFileSync, statSync } from "node:fs";
 import { basename, dirname, extname, join } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import type { Planned, RunOptions } from "./cliRun.ts";
 import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
-import { expectWritable, writeFile, writeFolder } from "./outputs.ts";
+import { writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
+import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
 import { type Stage, stages } from "./stages.ts";
 import { targetNames } from "./target.ts";
 
-type Format = "text" | "json";
 interface Common {
   readonly format: Format;
   readonly set: readonly string[];
 }
-
-const print = (text: string): void => void process.stdout.write(text.endsWith("\n") ? text : `${text}\n`);
-const printJson = (value: unknown): void => print(JSON.stringify(value, null, 2));
-const tell = (text: string): void => void process.stderr.write(text.endsWith("\n") ? text : `${text}\n`);
 
 const program = new Command("rankc")
   .description("Compiles a training job written in YAML into one execution plan for all ranks, and runs it.")
@@ -61,11 +58,12 @@ withExamples(
   withTarget(withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks"))))
     .argument("<job>", "the job's YAML file")
     .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
+    .option("--no-cubins", "CUDA: write sources only, which the host compiles with NVRTC")
     .addOption(new Option("--emit <stage>", "print the text of a stage of the compiler").choices(stages)),
   "compile job.yaml -o plan/",
   "compile job.yaml -o plan/ --target cuda:sm_90a",
   "compile job.yaml --emit sharded",
-).action(async (path: string, options: Common & { out?: string; emit?: Stage; target?: string }) => {
+).action(async (path: string, options: Common & { out?: string; emit?: Stage; target?: string; cubins: boolean }) => {
   if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
   const compiled = await compileAt(path, options.set, options.target);
   const { plan, sources } = compiled;
@@ -73,6 +71,7 @@ withExamples(
     const [{ printPlan }, { printPlanText }] = await Promise.all([import("./plan.ts"), import("./planText.ts")]);
     const kernels = [...sources].map(([file, text]) => [join("kernels", file), text] as const);
     writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
+    if (options.cubins) await addCubins(plan, sources, options.out);
   }
   if (options.emit) return print(compiled.emit(options.emit));
   const { summarize, printSummary } = await import("./summary.ts");
@@ -119,23 +118,12 @@ withExamples(
   if (diff.changes) process.exitCode = 1;
 });
 
-interface RunOptions extends Common {
-  readonly backend: "cpu" | "webgpu";
-  readonly target?: string;
-  readonly steps?: number;
-  readonly metrics?: string;
-  readonly initFrom?: string;
-  readonly dumpGrads?: string;
-  readonly dataDir?: string;
-  readonly profile?: string;
-}
-
 withExamples(
   withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine"))))
     .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
     .addOption(
-      new Option("--backend <backend>", "what computes; cpu and webgpu run all ranks in this process")
-        .choices(["cpu", "webgpu"])
+      new Option("--backend <backend>", "what computes: cpu and webgpu run all ranks in this process, cuda one process and GPU a rank")
+        .choices(["cpu", "webgpu", "cuda"])
         .default("cpu"),
     )
     .option("--steps <n>", "stop after this many steps (default: train.steps)", atLeastOne)
@@ -143,13 +131,16 @@ withExamples(
     .option("--init-from <file>", "start from the weights of a safetensors file")
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
+    .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")
     .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
   "run job.yaml --steps 20 --metrics metrics.jsonl",
   "run plan/ --data-dir . --init-from model.safetensors",
   "run job.yaml --backend webgpu",
-).action(async (path: string, options: RunOptions) => {
-  const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : options.backend));
-  await train(planned, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
+  "run plan/ --backend cuda",
+).action(async (path: string, options: Common & RunOptions & { target?: string; dataDir?: string }) => {
+  const [{ runPlan }, { targetOf }] = await Promise.all([import("./cliRun.ts"), import("./target.ts")]);
+  const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
+  process.exitCode = await runPlan(planned, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
 });
 
 withExamples(
@@ -209,6 +200,21 @@ withExamples(
   printJson(jobSchema());
 });
 
+/** The kernels of a CUDA plan, compiled where nvcc is. */
+async function addCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: string): Promise<void> {
+  const [kind, arch] = plan.toolchain.target.split(":");
+  if (kind !== "cuda") return;
+  const [{ compileCubins, nvccVersion }, { compileOptions, cubinFile }] = await Promise.all([
+    import("./cubins.ts"),
+    import("../runtime/cuda/kernels.ts"),
+  ]);
+  if (!nvccVersion()) return tell("nvcc is not here: the host that runs the plan compiles its kernels with NVRTC");
+  const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch!) }));
+  const told = (done: number, of: number): void => tellProgress(`nvcc: ${done} of ${of} kernels`);
+  await compileCubins(join(out, "kernels"), units, { arch: arch!, options: compileOptions, told });
+  endProgress();
+}
+
 async function readJobAt(path: string, sets: readonly string[]) {
   const [{ readJobFile }, { readJob }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
   return readJob(readJobFile(path), path, sets);
@@ -223,12 +229,6 @@ async function compileAt(path: string, sets: readonly string[], target = "cpu"):
   if (!job) throw new Refused();
   const [{ compile }, { readTarget }] = await Promise.all([import("./compile.ts"), import("./target.ts")]);
   return { ...compile(job, { target: readTarget(target) }), findings };
-}
-
-/** A plan, and the text of its kernels by the name of their file. */
-interface Planned {
-  readonly plan: Plan;
-  source(file: string): string;
 }
 
 async function planAt(path: string, sets: readonly string[], target?: string): Promise<Planned> {
@@ -247,8 +247,12 @@ async function planAt(path: string, sets: readonly string[], target?: string): P
     throw new Trouble(`${file} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
   }
   const plan = parsePlan(text, file);
-  const { readKernel } = await import("./files.ts");
-  return { plan, source: (name) => readKernel(plan, dirname(file), name) };
+  const { readCubin, readKernel } = await import("./files.ts");
+  return {
+    plan,
+    source: (name) => readKernel(plan, dirname(file), name),
+    cubin: (name) => readCubin(dirname(file), name),
+  };
 }
 
 /** For `diff`, 1 means that the plans differ: an invalid job is trouble. --set goes to what is a job. */
@@ -280,74 +284,6 @@ async function tellFindings(findings: readonly Finding[]): Promise<void> {
 
 const colorful = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
 
-/** Trains step by step. An interrupt lets the step in hand finish, then ends with what was done. */
-async function train({ plan, source }: Planned, baseDir: string, options: RunOptions): Promise<void> {
-  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([
-    import("../runtime/execute.ts"),
-    import("./progress.ts"),
-  ]);
-  const steps = options.steps ?? plan.job.train.steps;
-  if (options.dumpGrads !== undefined) expectWritable(options.dumpGrads);
-  if (options.profile !== undefined) expectWritable(options.profile);
-  const profile = options.profile !== undefined;
-  const run = await openRun(plan, {
-    backend: options.backend,
-    source,
-    baseDir,
-    profile,
-    ...(options.initFrom && { initFrom: options.initFrom }),
-  });
-  const metrics = options.metrics === undefined ? undefined : openOutput(options.metrics);
-  const live = Boolean(process.stderr.isTTY);
-  let interrupted = false;
-  const interrupt = (): void => void (interrupted = true);
-  process.once("SIGINT", interrupt);
-  let done = 0;
-  let seconds = 0;
-  let last: Awaited<ReturnType<typeof run.step>> | undefined;
-  try {
-    while (done < steps && !interrupted) {
-      last = await run.step();
-      done++;
-      seconds += last.seconds;
-      if (metrics !== undefined) writeSync(metrics, metricsLine(last));
-      const line = progressLine(last, steps, seconds / done);
-      process.stderr.write(live ? `\r${line}\u001b[K` : `${line}\n`);
-      // a step on the CPU leaves no gap for signals: this is one
-      await new Promise(setImmediate);
-    }
-    if (live && done > 0) process.stderr.write("\n");
-    if (options.dumpGrads !== undefined && done > 0) {
-      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
-        import("../runtime/safetensors.ts"),
-        import("../runtime/checkpoint.ts"),
-      ]);
-      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
-    }
-    if (options.profile !== undefined && done > 0) {
-      const [timings, { printProfile, traceOf }] = [await run.profile(), await import("./profile.ts")];
-      writeFile(options.profile, traceOf(timings));
-      tell(printProfile(plan, timings));
-    }
-  } finally {
-    process.removeListener("SIGINT", interrupt);
-    if (metrics !== undefined) closeSync(metrics);
-    await run.close();
-  }
-  if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
-  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss });
-  else print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
-  if (interrupted) process.exitCode = 130;
-}
-
-function openOutput(path: string): number {
-  try {
-    return openSync(path, "w");
-  } catch (error) {
-    throw new Trouble(`${path} could not be written: ${(error as NodeJS.ErrnoException).code}`, "name a file that you may write to");
-  }
-}
-
 function collect(value: string, all: readonly string[]): string[] {
   return [...all, value];
 }
@@ -366,14 +302,9 @@ function fail(error: unknown): void {
     process.exitCode = error.exitCode === 0 ? 0 : 2;
   } else if (error instanceof Refused) {
     process.exitCode = 1;
-  } else if (error instanceof Trouble) {
-    tell(`rankc: ${error.message}${error.fix ? `\n  fix: ${error.fix}` : ""}`);
-    process.exitCode = error.exit;
   } else {
-    const text = error instanceof Error ? error.message : String(error);
-    tell(`rankc: internal error: ${text.split("\n")[0]}\n  this is a bug in rankc; RANKC_DEBUG=1 shows where`);
-    if (process.env.RANKC_DEBUG && error instanceof Error) tell(error.stack ?? "");
-    process.exitCode = 2;
+    complain(error);
+    process.exitCode = error instanceof Trouble ? error.exit : 2;
   }
 }
 

@@ -57,3 +57,13 @@ export function readKernel(plan: Plan, folder: string, file: string): string {
   if (kernel?.source?.sha256 !== sha256(text)) throw new Trouble(`${path} was changed since the plan was compiled`, again);
   return text;
 }
+
+/** A cubin beside its plan; undefined where there is none. */
+export function readCubin(folder: string, file: string): Uint8Array | undefined {
+  try {
+    return readFileSync(join(folder, "kernels", file));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw new Trouble(`${join(folder, "kernels", file)} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
+  }
+}

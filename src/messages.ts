@@ -132,11 +132,14 @@ export function toMessages(role: Role): Record<Block, Instruction[]> {
 
   function expand(i: LayoutChange): void {
     const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
-    if (i.how === "all_reduce" || i.how === "all_reduce_max") return raw(i, i.id, i.from, i.to);
+    if (i.how === "all_reduce" || i.how === "all_reduce_max") {
+      raw(i, i.id, i.from, i.to);
+      return;
+    }
     // members of a group stand in ascending order of rank: the digit of the largest stride is the outermost
     const group = digits([...i.factors].sort((f, g) => mesh.factors[g]!.stride - mesh.factors[f]!.stride));
-    if (a.ragged) return expandRows(i, a, b, group);
-    exchange(i, axesOf(a, i.radix, 0), axesOf(b, i.radix, 0), group);
+    if (a.ragged) expandRows(i, a, b, group);
+    else exchange(i, axesOf(a, i.radix, 0), axesOf(b, i.radix, 0), group);
   }
 
   /** A dense move: pack, collective, unpack; a copy less wherever the axes already lie as they must. */
@@ -146,13 +149,14 @@ export function toMessages(role: Role): Record<Block, Instruction[]> {
     const rest = have.filter((x) => !moved.has(x.key));
     switch (i.how) {
       case "slice":
-        return rearrange(i.id, a.id, have, b.id, want, i.factors);
+        rearrange(i.id, a.id, have, b.id, want, i.factors);
+        return;
       case "all_gather": {
         const received = [...group, ...have];
-        if (alike(received, want)) return raw(i, i.id, a.id, b.id);
-        const blocks = temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(have)]);
+        const blocks = alike(received, want) ? b.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(have)]);
         raw(i, i.id, a.id, blocks);
-        return rearrange(`${i.id}.unpack`, blocks, received, b.id, want);
+        if (blocks !== b.id) rearrange(`${i.id}.unpack`, blocks, received, b.id, want);
+        return;
       }
       case "reduce_scatter": {
         const sent = [...group, ...want];

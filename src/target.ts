@@ -21,6 +21,13 @@ export const cpu: Target = { kind: "cpu", name: "cpu" };
 /** All names a person may write. */
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
 
+/** What a backend runs where nothing else is said; cuda has a target for each architecture. */
+export function targetOf(backend: string): string {
+  if (backend === "cuda")
+    throw new Trouble("a job for CUDA needs to know the GPU", "say it, --target cuda:sm_90a (H100, H200), or compile the job first");
+  return backend;
+}
+
 /** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
 export function readTarget(text: string): Target {
   const [kind, detail] = text.split(":");

@@ -13,7 +13,7 @@ import type { Context, Device, Entry } from "./driver.ts";
 import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
 
 /** How all sources are compiled, by NVRTC as by nvcc, beside the architecture. */
-const compileOptions = ["--std=c++17"] as const;
+export const compileOptions = ["--std=c++17"] as const;
 
 /** What a kernel's cubin beside the plan is called; its source's digest is part of it, so it cannot be of another source. */
 export function cubinFile(kernel: Kernel, arch: string): string {

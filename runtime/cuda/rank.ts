@@ -1,0 +1,108 @@
+/**
+ * One rank of a plan in this process: where it stands among the others (the environment says), the meeting of all, and its
+ * GPU. A plan of one rank needs no meeting.
+ */
+import type { Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Fleet } from "../backend.ts";
+import { type Env, ordinalOf, type Place, placeOf } from "../launch/place.ts";
+import { join, launcherOf, type Meeting, timesOf } from "../launch/rendezvous.ts";
+import { openCuda } from "./backend.ts";
+import { driver } from "./driver.ts";
+import type { KernelFiles } from "./kernels.ts";
+
+export interface RankSettings {
+  readonly files: KernelFiles;
+  readonly env: Env;
+  /** rankc's: the same on all ranks. */
+  readonly version: string;
+  readonly graph?: boolean;
+  readonly profile?: boolean;
+}
+
+/** Throws a Trouble where the environment names no place for this process, and the plan has more than one rank. */
+export async function openRank(plan: Plan, { files, env, version, ...how }: RankSettings): Promise<Fleet> {
+  const { world } = plan.mesh;
+  const place = placeOf(env, world);
+  if (!place && world > 1)
+    throw new Trouble(
+      `the plan has ${world} ranks, and nothing says which of them this process is`,
+      "start it with `rankc run`, torchrun, srun or mpirun",
+    );
+  const { devices } = driver();
+  const device = place ? ordinalOf(place, devices.length) : 0;
+  const over = new AbortController();
+  const meeting = place && (await meet(plan, place, env, version, over));
+  const rank = place?.rank ?? 0;
+  try {
+    const share = meeting ? meeting.share : async (_: string, __: readonly number[], make: () => Uint8Array) => make();
+    const fleet = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how });
+    return meeting ? together(plan, rank, fleet, meeting) : fleet;
+  } catch (error) {
+    await meeting?.fail((error as Error).message);
+    throw error;
+  }
+}
+
+const meet = ({ digests, mesh }: Plan, place: Place, env: Env, version: string, over: AbortController): Promise<Meeting> =>
+  join({
+    ...{ rank: place.rank, world: mesh.world, address: place.address, port: place.port, token: place.token },
+    ...{ plan: digests.plan, version, times: timesOf(env), ...launcherOf(env) },
+    onAbort: (reason) => over.abort(reason),
+  });
+
+/** The fleet of one rank, which the others hear of. */
+function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting): Fleet {
+  let step = 0;
+  const ranks = Array.from({ length: mesh.world }, (_, r) => r);
+  const leaders = ranks.filter((r) => r % mesh.per_stage === 0);
+  const { comm } = fleet;
+  const own = fleet.backend(rank);
+  const backend = {
+    ...own,
+    compute(...[i, slot]: Parameters<typeof own.compute>) {
+      meeting.report(i.id);
+      own.compute(i, slot);
+    },
+  };
+  return {
+    ...fleet,
+    backend: () => backend,
+    comm: {
+      move(r, i, at) {
+        meeting.report(`${i.id} (${i.name} over ${i.axes}), ${at.tag}`);
+        return comm.move(r, i, at);
+      },
+      send(r, i, at) {
+        meeting.report(`${i.id} to stage ${i.peer}, ${at.tag}`);
+        comm.send(r, i, at);
+      },
+      recv(r, i, at) {
+        meeting.report(`${i.id} from stage ${i.peer}, ${at.tag}`);
+        return comm.recv(r, i, at);
+      },
+    },
+    mayBegin: () => meeting.begin(++step),
+    stop: () => meeting.stop(),
+    async finish() {
+      meeting.report("the end of the step");
+      await fleet.finish();
+    },
+    /** Every stage's first rank tells its own; they add up in the order of the stages. */
+    async combine(values) {
+      const all = new Float64Array(values.length);
+      for (const leader of leaders) {
+        const order = [leader, ...ranks.filter((r) => r !== leader)];
+        const said = await meeting.share(`numbers of rank ${leader}`, order, () => new Uint8Array(Float64Array.from(values).buffer));
+        const theirs = new Float64Array(said.slice().buffer);
+        for (let i = 0; i < all.length; i++) all[i]! += theirs[i]!;
+      }
+      return [...all];
+    },
+    async close(error) {
+      await fleet.close(error);
+      if (error) await meeting.fail(error.message);
+      else await meeting.close();
+    },
+  };
+}

@@ -1,0 +1,116 @@
+/** `rankc run`: trains step by step in this process, or starts one process for each rank and forwards what they say. */
+import { closeSync, openSync, writeSync } from "node:fs";
+import type { RunSettings, StepResult } from "../runtime/execute.ts";
+import type { Plan } from "../schemas/plan.ts";
+import { Trouble } from "../schemas/trouble.ts";
+import { expectWritable, writeFile } from "./outputs.ts";
+import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
+import { version } from "./version.ts";
+
+export interface RunOptions {
+  readonly format: Format;
+  readonly backend: "cpu" | "webgpu" | "cuda";
+  readonly steps?: number;
+  readonly metrics?: string;
+  readonly initFrom?: string;
+  readonly dumpGrads?: string;
+  readonly profile?: string;
+  readonly graph: boolean;
+}
+
+/** What a run needs of a plan: itself, and its kernels by the name of their file. */
+export interface Planned {
+  readonly plan: Plan;
+  source(file: string): string;
+  cubin?(file: string): Uint8Array | undefined;
+}
+
+/** Runs a plan here; with CUDA and many ranks, in a process for each, unless this is one of them. Answers with the exit code. */
+export async function runPlan(planned: Planned, baseDir: string, options: RunOptions): Promise<number> {
+  const { plan } = planned;
+  if (options.backend === "cuda" && plan.mesh.world > 1) {
+    if (options.dumpGrads !== undefined)
+      throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or leave it out");
+    const [{ placeOf }, { launch }] = await Promise.all([import("../runtime/launch/place.ts"), import("../runtime/launch/launcher.ts")]);
+    if (!placeOf(process.env, plan.mesh.world)) {
+      const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
+      const say = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? print(line) : tell(line));
+      const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: say });
+      if (failed) tell(`rankc: rank ${failed.rank} ${failed.how}`);
+      return code;
+    }
+  }
+  return train(planned, baseDir, options);
+}
+
+/** An interrupt lets the step in hand finish, then ends with what was done. */
+async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {
+  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([
+    import("../runtime/execute.ts"),
+    import("./progress.ts"),
+  ]);
+  const steps = options.steps ?? plan.job.train.steps;
+  for (const path of [options.dumpGrads, options.profile]) if (path !== undefined) expectWritable(path);
+  const settings: RunSettings = {
+    ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
+    ...(cubin && { cubin }),
+    ...(options.initFrom && { initFrom: options.initFrom }),
+  };
+  const run = await openRun(plan, settings);
+  const metrics = options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics);
+  let interrupted = false;
+  const interrupt = (): void => {
+    interrupted = true;
+    run.stop();
+  };
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, interrupt);
+  let done = 0;
+  let seconds = 0;
+  let last: StepResult | undefined;
+  let failed: Error | undefined;
+  try {
+    while (done < steps && run.mayBegin()) {
+      last = await run.step();
+      done++;
+      seconds += last.seconds;
+      if (metrics !== undefined) writeSync(metrics, metricsLine(last));
+      if (run.leads) tellProgress(progressLine(last, steps, seconds / done));
+      // a step on the CPU leaves no gap for signals: this is one
+      await new Promise(setImmediate);
+    }
+    if (done > 0 && run.leads) endProgress();
+    if (options.dumpGrads !== undefined && done > 0) {
+      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
+        import("../runtime/safetensors.ts"),
+        import("../runtime/checkpoint.ts"),
+      ]);
+      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
+    }
+    if (options.profile !== undefined && done > 0) {
+      const [timings, { printProfile, traceOf }] = [await run.profile(), await import("./profile.ts")];
+      writeFile(run.leads ? options.profile : `${options.profile}.rank${timings[0]?.rank}`, traceOf(timings));
+      if (run.leads) tell(printProfile(plan, timings));
+    }
+  } catch (error) {
+    failed = error as Error;
+    throw error;
+  } finally {
+    for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
+    if (metrics !== undefined) closeSync(metrics);
+    // what went wrong first is what is told
+    await run.close(failed).catch((error) => (failed ? complain(error) : Promise.reject(error)));
+  }
+  if (!run.leads) return interrupted ? 130 : 0;
+  if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
+  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss });
+  else print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
+  return interrupted ? 130 : 0;
+}
+
+function openOutput(path: string): number {
+  try {
+    return openSync(path, "w");
+  } catch (error) {
+    throw new Trouble(`${path} could not be written: ${(error as NodeJS.ErrnoException).code}`, "name a file that you may write to");
+  }
+}
