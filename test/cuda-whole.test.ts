@@ -105,29 +105,35 @@ function slots(params: DataView, { args }: Launch): Uint8Array {
 
 const model = { layers: 2, hidden: 64, ffn: 64, heads: 2, kv_heads: 2, head_dim: 32, vocab: 256, seq: 16 };
 const moe = { experts: 4, top_k: 2, ffn: 32, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+// bf16 rounds sums in another order, and a router near a tie chooses otherwise
 const meshes = [
-  ["fp32", { world: 1 }, 1e-4],
-  ["bf16", { world: 4, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true }, 3e-2],
+  ["fp32", { world: 1 }, 1e-5, 2e-3],
+  ["bf16", { world: 4, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true }, 5e-3, 0.4],
 ] as const;
 
 describe.skipIf(missing)(`whole plans, emulated${missing}`, { timeout: 900_000 }, () => {
-  test.each(meshes)("in %s on %j: four steps are the CPU's within %f times", async (precision, parallel, tolerance) => {
-    const job = jobOf({
-      name: "whole",
-      model: { ...model, moe },
-      parallel,
-      train: { micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
-      data: { path: "corpus.txt" },
-    });
-    const reference = compile(job).plan;
-    const want = await train([openCpu(reference)], reference);
-    const { plan, sources } = compile(job, { target: readTarget("cuda:sm_90a") });
-    cuda.serve(await emulated(plan, sources));
-    const fleets = await cuda.openAll(plan);
-    const got = await train(fleets, plan, cuda.step);
-    await closeAll(fleets);
-    for (const [n, step] of want.metrics.entries())
-      expect(distance(got.metrics[n]!, step), `metrics of step ${n + 1}`).toBeLessThan(tolerance);
-    for (const [n, piece] of want.state.entries()) expect(distance(got.state[n]!, piece), `piece ${n}`).toBeLessThan(20 * tolerance);
-  });
+  test.each(meshes)(
+    "in %s on %j: the metrics of four steps are the CPU's within %f, the state after them within %f",
+    async (precision, parallel, ofMetrics, ofState) => {
+      const job = jobOf({
+        name: "whole",
+        model: { ...model, moe },
+        parallel,
+        train: { micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
+        data: { path: "corpus.txt" },
+      });
+      const reference = compile(job).plan;
+      const want = await train([openCpu(reference)], reference);
+      const { plan, sources } = compile(job, { target: readTarget("cuda:sm_90a") });
+      const mapped = plan.kernels.filter((k) => k.launches.some(({ args }) => args.some((arg) => typeof arg !== "string")));
+      if (precision === "bf16") expect(new Set(mapped.map((k) => k.op))).toContain("grouped_gemm");
+      cuda.serve(await emulated(plan, sources));
+      const fleets = await cuda.openAll(plan);
+      const got = await train(fleets, plan, cuda.step);
+      await closeAll(fleets);
+      for (const [n, step] of want.metrics.entries())
+        expect(distance(got.metrics[n]!, step), `metrics of step ${n + 1}`).toBeLessThan(ofMetrics);
+      for (const [n, piece] of want.state.entries()) expect(distance(got.state[n]!, piece), `piece ${n}`).toBeLessThan(ofState);
+    },
+  );
 });

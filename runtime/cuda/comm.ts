@@ -20,6 +20,8 @@ interface Communicators {
   readonly groups: ReadonlyMap<string, Communicator>;
   readonly sends: ReadonlyMap<number, Communicator>;
   readonly recvs: ReadonlyMap<number, Communicator>;
+  /** In the order they were made, which is one on all ranks: those of one node must end them together. */
+  readonly made: readonly Communicator[];
 }
 export interface CudaComm extends Comm {
   /** Throws when a rank has failed. */
@@ -83,21 +85,27 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
     const everyone = Array.from({ length: mesh.world }, (_, r) => r);
     const world = joinCommunicator(await share("world", everyone, uniqueId), rank, mesh.world);
     const groups = new Map<string, Communicator>();
+    const made = [world];
+    const split = (members: readonly number[] | undefined): Communicator | undefined => {
+      const own = world.split(members);
+      if (own) made.push(own);
+      return own;
+    };
     // all ranks split by the same list, in the same order, those also whose stage has no use for it
     for (const { key, factors, stages } of groupings(plan)) {
       const base = stage * mesh.per_stage;
-      const group = world.split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => m + base) : undefined);
+      const group = split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => m + base) : undefined);
       if (group) groups.set(key, group);
     }
     const [to, from] = [new Map<number, Communicator>(), new Map<number, Communicator>()];
     for (const [source, target] of directions(plan)) {
-      const pair = world.split(
+      const pair = split(
         stage === source || stage === target ? [source, target].sort((a, b) => a - b).map((s) => s * mesh.per_stage + local) : undefined,
       );
       if (pair) (stage === source ? to : from).set(stage === source ? target : source, pair);
     }
     await greet(to, from);
-    return { world, groups, sends: to, recvs: from };
+    return { world, groups, sends: to, recvs: from, made };
   }
 
   /** NCCL connects two ranks when they first exchange, and the host waits for it: here, in one order on all ranks. */
@@ -160,21 +168,15 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       return true;
     },
     check() {
-      if (communicators) for (const c of all(communicators)) c.check();
+      for (const c of communicators?.made ?? []) c.check();
     },
     close(how) {
-      if (communicators) for (const c of all(communicators).reverse()) how === "abort" ? c.abort() : c.close();
+      for (const c of communicators?.made.toReversed() ?? []) how === "abort" ? c.abort() : c.close();
       for (const at of [...mailboxes.values(), ...(aside === undefined ? [] : [aside])]) context.free(at);
     },
   };
 }
 
-const all = ({ world, groups, sends, recvs }: Communicators): Communicator[] => [
-  world,
-  ...groups.values(),
-  ...sends.values(),
-  ...recvs.values(),
-];
 /** The rank in a communicator of two: the lower stage's is 0. */
 const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
 
