@@ -3,10 +3,18 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { compile } from "../src/compile.ts";
+import { cudaKernels } from "../src/kernels/cuda/index.ts";
+import { wgslKernels } from "../src/kernels/wgsl/index.ts";
 import { ops } from "../src/ops/index.ts";
 import { readJob } from "../src/readJob.ts";
 import { root } from "./checkout.ts";
 import { type Buffers, casesOf, type Executor, hold, mixtures } from "./contract.ts";
+
+test("every op of the table has a kernel on every device", () => {
+  const lacking = (kernels: object) => Object.keys(ops).filter((name) => !(name in kernels));
+  expect({ webgpu: lacking(wgslKernels), cuda: lacking(cudaKernels) }).toEqual({ webgpu: [], cuda: [] });
+  expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !ops[name])).toEqual([]);
+});
 
 test("the types it asks for in half precision are those of a plan", () => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");

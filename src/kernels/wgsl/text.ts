@@ -23,13 +23,13 @@ export interface Entry {
   readonly grid: number | readonly [number, number, number];
   readonly threads: number;
   readonly buffers: readonly Binding[];
-  /** Dims whose first global index it is told, in the components of the uniform `start` (`starts` names it otherwise): `start.x`, `start.y`, … */
+  /** Dims whose first global index it is told, in the components of the uniform `start` (or as `uniform` calls it): `start.x`, `start.y`, … */
   readonly starts?: readonly string[];
   readonly uniform?: string;
 }
 
 /** WebGPU's default limits, which the profile `baseline` keeps. */
-export const MAX_GROUPS = 65535;
+const MAX_GROUPS = 65535;
 const MAX_BUFFERS = 8;
 const MAX_THREADS = 256;
 

@@ -100,7 +100,7 @@ export const vocab = {
   sum_exp: (use: Use): Made =>
     perRow(use, {
       ...{ inputs: ["m"], out: "s", initial: "0.0" },
-      before: ["let largest = m[min(row, arrayLength(&m) - 1u)];"],
+      before: [`let largest = m[min(row, ${use.size.m! - 1}u)];`],
       step: "acc + exp(v - largest)",
     }),
   pick,
