@@ -53,7 +53,7 @@ export function gradHopper(d: AttentionSizes, fillIn: (parts: Record<"hopper" | 
     body: fillIn({ hopper: render("cuda/hopper.cuh", {}), alongRows: product(rows, 0), downRows: product(64, 1), weigh: weigh(d.C) }),
     threads: 384,
     // keys and values; two stages of queries and dy; gradients of scores; two numbers of each query row, per stage; barriers, ticket
-    shared: 4 * keys * 128 + 2 * 4 * rows * 128 + keys * 128 + 4 * rows * 4 + 48,
+    shared: 4 * keys * 128 + 2 * 4 * rows * 128 + keys * 128 + 4 * rows * 4 + 64,
     args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), boxesOf("dy", d, rows)],
   };
 }
