@@ -92,6 +92,18 @@ describe("ranks", { timeout: 30_000 }, () => {
     expect(run.seconds).toBeLessThan(15);
   });
 
+  test("that are killed are named, with where all of them were, by those who wait for them", async () => {
+    const script = fileURLToPath(new URL("rank.ts", import.meta.url));
+    const run = await ranks(3, "", {
+      ...{ args: ["--import", "tsx", script, "kill", "1"], env: { PATH: process.env.PATH, QUICK: "1" }, settle: 20_000 },
+    });
+    expect(run).toMatchObject({ code: 137, failed: { rank: 1, how: "was ended by SIGKILL" } });
+    const said = run.err.join("\n");
+    for (const r of [0, 2])
+      expect(said).toMatch(new RegExp(`^\\[${r}\\] rankc: rank ${r} stops in step 7, all_reduce grads: rank 1 .+ is gone`, "m"));
+    expect(said).toContain("[0]   1: step 7, layers.2.w1");
+  });
+
   test("a command that is not there is said", async () => {
     const said = await ranks(2, "", { command: "/no/such/program" }).catch((error: unknown) => error);
     expect(said).toBeInstanceOf(Trouble);
