@@ -30,11 +30,11 @@ interface RowFormula {
 
 const logSumExp: RowFormula["stages"] = [
   { name: "most", op: "Max", term: "x" },
-  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum), share = 1.0f / sum;"] },
+  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum);"] },
 ];
 
 export const moe: Readonly<Record<string, CudaMaker>> = {
-  softmax: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - most) * share" } }),
+  softmax: (use) => makeRows(use, { width: use.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - log)" } }),
   softmax_grad: (use) =>
     makeRows(use, {
       ...{ width: use.d.E!, inputs: ["y", "dy"] },
