@@ -19,7 +19,7 @@ export interface PlainTile extends Tile {
 export const plainTiles: readonly PlainTile[] = [
   { by: "plain", bm: 128, bn: 128, bk: 8, rm: 8, rn: 8, unrolled: 8, efficiency: 0.7 },
   { by: "plain", bm: 64, bn: 64, bk: 8, rm: 8, rn: 4, unrolled: 8, efficiency: 0.5 },
-  { by: "plain", bm: 32, bn: 32, bk: 16, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
+  { by: "plain", bm: 32, bn: 32, bk: 8, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
   { by: "plain", bm: 64, bn: 16, bk: 16, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
   { by: "plain", bm: 16, bn: 64, bk: 16, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
 ];
