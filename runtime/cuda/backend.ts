@@ -161,8 +161,8 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
         if (counts![n]! > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), rank, counts![n]!, bound);
     },
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),
-    async close() {
-      comm.close(broken || signal?.aborted ? "abort" : "done");
+    async close(error) {
+      comm.close(error || broken || signal?.aborted ? "abort" : "done");
       steps.close();
       for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
       context.destroyEvent(done);
