@@ -7,7 +7,7 @@ import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
-import { type Product, sidesOf } from "./product.ts";
+import { mostTiles, type Product, sidesOf } from "./product.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
@@ -111,7 +111,7 @@ export function planHopper(p: Product): Plan {
     const cluster = clusterOf(p, tile, rows, columns);
     const raster = rasterOf(tile, rows);
     const all = perExpert * p.experts;
-    const blocks = Math.min(MULTIPROCESSORS, Math.ceil(all / cluster) * cluster);
+    const blocks = Math.min(MULTIPROCESSORS, Math.ceil(mostTiles(p, tile.rows, tile.columns) / cluster) * cluster);
     return { tile, cluster, raster, blocks, cycles: cyclesOf(p, tile, cluster, all) };
   });
   const { tile, cluster, raster, blocks } = plans.reduce((best, plan) => (plan.cycles < best.cycles ? plan : best));

@@ -2,22 +2,17 @@
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
-import { type Product, sidesOf } from "./product.ts";
+import { mostTiles, type Product, sidesOf } from "./product.ts";
 
 /** Square tiles of c, the largest first. */
 type Edge = 128 | 64 | 32;
-/** The first tile of which there are about as many as multiprocessors, or the last. */
-const enough = 100;
+/** Tiles, so that about every multiprocessor has one. */
+const ENOUGH = 100;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 const typeOf = { f32: "float", bf16: "bf16", f16: "f16", i32: "int" } as const;
 
-/** Tiles of c at most: rows of one expert end in a tile of their own. */
-function tilesOf(p: Product, edge: Edge): number {
-  const high = p.ragged === "rows" ? Math.min(p.m, Math.floor((p.m + p.experts * (edge - 1)) / edge)) : Math.ceil(p.m / edge);
-  return high * Math.ceil(p.n / edge) * (p.ragged === "depth" ? p.experts : 1);
-}
-const edgeOf = (p: Product, edges: readonly Edge[]): Edge => edges.find((e) => tilesOf(p, e) >= enough) ?? edges.at(-1)!;
+const edgeOf = <E extends Edge>(p: Product, edges: readonly E[]): E => edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
 function tilesText(p: Product, edge: Edge, tileK: number): string {
   return render("cuda/gemm_tiles.cuh", {
@@ -30,11 +25,11 @@ function tilesText(p: Product, edge: Edge, tileK: number): string {
 
 function launched(use: Use, p: Product, edge: Edge, launch: { readonly threads: number; readonly shared: number }, body: string): Made {
   const args = [p.a.name, p.b.name, p.c.name, ...(p.ragged ? ["rows"] : [])];
-  return { source: source(use, body), launches: [{ entry: use.name, grid: [tilesOf(p, edge), 1, 1], ...launch, args }] };
+  return { source: source(use, body), launches: [{ entry: use.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
 
 /** Both operands bf16. */
-export function mma(use: Use, p: Product, edge: 128 | 64 = edgeOf(p, [128, 64]) as 128 | 64): Made {
+export function mma(use: Use, p: Product, edge: 128 | 64 = edgeOf(p, [128, 64])): Made {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
   const whole = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);

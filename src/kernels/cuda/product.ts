@@ -33,6 +33,12 @@ export const sidesOf = (p: Product, operand: "a" | "b"): readonly [number, numbe
   return p[operand].depthFirst ? [p.depth, across] : [across, p.depth];
 };
 
+/** Tiles of c at most, over all experts: the rows of each end in a tile of their own. */
+export function mostTiles(p: Product, rows: number, columns: number): number {
+  const high = p.ragged === "rows" ? Math.min(p.m, Math.floor((p.m + p.experts * (rows - 1)) / rows)) : Math.ceil(p.m / rows);
+  return high * Math.ceil(p.n / columns) * (p.ragged === "depth" ? p.experts : 1);
+}
+
 /** The names of a forward are x, w and y; of a dgrad dy, w and dx; of a wgrad x, dy and dw. */
 export function productOf({ op, d, dtype, keeps, bound }: Use): Product {
   const grouped = op.startsWith("grouped_");
