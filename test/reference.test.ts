@@ -1,11 +1,11 @@
 /** The numbers are those of Hugging Face transformers (fixtures/hf), whatever the parallelism. */
-import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { toHuggingFace } from "../runtime/checkpoint.ts";
 import { openRun } from "../runtime/execute.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import { compile } from "../src/compile.ts";
-import { distance, fixture, jobOf } from "./support.ts";
+import { expectedOf, referenceJob, references } from "./referenceJobs.ts";
+import { distance, fixture } from "./support.ts";
 
 const meshes = {
   "one rank": {},
@@ -33,52 +33,13 @@ const meshes = {
     distributed_optimizer: true,
   },
 };
-const models = {
-  "mixtral-tiny": {
-    kv_heads: 2,
-    qk_norm: "none",
-    rope: { theta: 1e6 },
-    moe: { experts: 8, top_k: 2, ffn: 96, router: { normalize_top_k: true, balance: "none" } },
-  },
-  "olmoe-tiny": {
-    kv_heads: 4,
-    qk_norm: "full",
-    rope: { theta: 1e4 },
-    moe: { experts: 16, top_k: 4, ffn: 48, router: { normalize_top_k: false, balance: "none" } },
-  },
-};
-
-describe.each(Object.keys(models) as (keyof typeof models)[])("%s", (name) => {
-  const expected = JSON.parse(readFileSync(fixture(`hf/${name}/expected.json`), "utf8")) as { losses: number[]; grad_norms: number[] };
-  const jobOn = (parallel: object) =>
-    jobOf({
-      name,
-      model: {
-        layers: 2,
-        hidden: 64,
-        ffn: 96,
-        heads: 4,
-        head_dim: 16,
-        vocab: 256,
-        seq: 64,
-        norm: { type: "rmsnorm", eps: 1e-5 },
-        ...models[name],
-      },
-      parallel,
-      train: {
-        micro_batch: 1,
-        global_batch: 4,
-        steps: 20,
-        precision: "fp32",
-        optimizer: { lr: 1e-3, schedule: "constant", betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: 1 },
-      },
-      data: { path: "corpus.txt", tokenizer: "bytes" },
-    });
+describe.each(references)("%s", (name) => {
+  const expected = expectedOf(name);
 
   test.each(Object.entries(meshes))(
     "%s: logits, gradients and 20 losses",
     async (_, parallel) => {
-      const { plan } = compile(jobOn(parallel));
+      const { plan } = compile(referenceJob(name, parallel));
       const run = await openRun(plan, { baseDir: fixture(""), initFrom: fixture(`hf/${name}/model.safetensors`), watch: ["logits"] });
       const losses: number[] = [];
       const norms: number[] = [];
