@@ -1,117 +1,102 @@
-/** Kernels of a plan before a stand-in for the driver: where their cubins come from. What needs NVRTC says so when it is skipped. */
-import { mkdtempSync, readdirSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
-import { nvrtcVersion } from "../runtime/cuda/nvrtc.ts";
-import type { Kernel, Plan } from "../schemas/plan.ts";
-import { failure } from "./cudaRanks.ts";
-import { noCompiler, type StandIn, standIn } from "./cudaStandIn.ts";
-import { handPlan } from "./handPlan.ts";
+/** What the contract's sizes do not reach in the CUDA kernels: long lists of one id, far positions, rows in any order, garbage behind the rows. */
+import { describe, expect, test } from "vitest";
+import type { Dtype } from "../schemas/plan.ts";
+import { cudaKernels } from "../src/kernels/cuda/index.ts";
+import { offsetsAt, type Use } from "../src/kernels/kernel.ts";
+import { ops } from "../src/ops/index.ts";
+import { type Buffers, type ContractCase, hold } from "./contract.ts";
+import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
+import { random } from "./opCases.ts";
 
-const noNvrtc: string = (() => {
-  try {
-    nvrtcVersion();
-    return "";
-  } catch (error) {
-    return ` [skipped: ${(error as Error).message.split(/[;\n]/)[0]}]`;
-  }
-})();
-const nvrtc = process.env.RANKC_LIBNVRTC;
-const cache = mkdtempSync(join(tmpdir(), "rankc-cubins-"));
-afterAll(() => rmSync(cache, { recursive: true }));
+const next = random(5);
+const noise = (length: number) => new Float32Array(length).map(next);
 
-let cuda: StandIn;
-beforeAll(async () => {
-  if (!noCompiler) cuda = await standIn();
-});
-afterEach(() => vi.stubEnv("RANKC_LIBNVRTC", nvrtc));
-afterAll(() => vi.unstubAllEnvs());
-
-/** A plan whose one rank uses kernels of these ids, each with the stand-in's own function. */
-const planOf = (...ids: readonly string[]): Plan =>
-  handPlan({
-    target: "cuda:sm_90a",
-    buffers: { a: { shape: [8] } },
-    forward: ids.map((id) => ({
-      ...{ kind: "compute", id, op: "add", kernel: id, reads: {}, writes: { a: "a" }, dims: {}, attrs: {} },
-    })),
-    kernels: [...ids, "unused"].map(
-      (id): Kernel => ({
-        ...{ id, op: "add", dtypes: "f32.f32", dims: {}, uses: 1, scratch: 0 },
-        source: { file: `${id}.cu`, sha256: "ab".repeat(32) },
-        launches: [{ entry: "add", grid: [1, 1, 1], threads: 32, shared: 0, args: ["a", "a", "a"] }],
-      }),
-    ),
-  });
-async function opened(plan: Plan, source: (file: string) => string, cubin?: (file: string) => Uint8Array | undefined): Promise<void> {
-  const share = async (_: string, __: readonly number[], make: () => Uint8Array) => make();
-  const fleet = await cuda.openCuda(plan, { rank: 0, device: 0, files: { source, ...(cubin ? { cubin } : {}) }, share });
-  await fleet.close();
+interface Draft {
+  readonly op: string;
+  readonly d: Readonly<Record<string, number>>;
+  readonly data: Readonly<Buffers>;
+  readonly keeps?: readonly string[];
+  readonly starts?: Readonly<Record<string, number>>;
+  readonly bound?: number;
 }
-const noSource = (file: string): string => expect.fail(`${file} was read`);
+/** All in f32; what the reference makes of it is wanted, of ragged outputs the rows that exist. */
+function caseOf({ op, d, data, keeps = [], starts = {}, bound = 0 }: Draft): ContractCase {
+  const { outputs } = ops[op]!;
+  const start = (dim: string) => starts[dim] ?? 0;
+  const before = Object.fromEntries(
+    Object.entries(data).map(([n, x]) => [
+      n,
+      outputs.some((o) => o.name === n) && !keeps.includes(n) ? new Float32Array(x.length) : Float32Array.from(x),
+    ]),
+  );
+  const rows = (data.rows ?? new Int32Array(1)) as Int32Array;
+  ops[op]!.cpu(before, d, { start, rows });
+  const operands = Object.entries(data).filter(([n]) => n !== "rows");
+  const dtype = Object.fromEntries(operands.map(([n, x]): [string, Dtype] => [n, x instanceof Int32Array ? "i32" : "f32"]));
+  const size = Object.fromEntries(operands.map(([n, x]) => [n, x.length]));
+  const use: Use = { op, name: `${op}_own`, d, size, dtype, keeps: new Set(keeps), bound, makesRows: false, mayOverflow: false };
+  const exists = (o: (typeof outputs)[number]) => (o.ragged ? (size[o.name]! / bound) * rows[0]! : size[o.name]!);
+  const want = Object.fromEntries(outputs.map((o) => [o.name, before[o.name]!.subarray(0, exists(o))]));
+  return { title: op, use, data, starts: Object.fromEntries(["B", "S", "E", "V"].map((n) => [n, start(n)])), want };
+}
 
-describe.skipIf(noCompiler)(`cubins${noCompiler}`, { timeout: 60_000 }, () => {
-  test("those beside the plan are taken, by a name that has the source's digest and the architecture; unused ones are not", async () => {
-    const asked: string[] = [];
-    await opened(planOf("one", "two"), noSource, (file) => {
-      asked.push(file);
-      return Uint8Array.from([0x7f, 0x45, 0x4c, 0x46, 2]);
-    });
-    expect(asked.sort()).toEqual(["one.abababababababab.sm_90a.cubin", "two.abababababababab.sm_90a.cubin"]);
+/** Rows of 3 sequences of 7 tokens and 5 experts, each expert's in an order of its own; as many again hold garbage. */
+function shuffledRows() {
+  const [B, S, E] = [3, 7, 5];
+  const p = new Float32Array(B * S * E).map(() => Math.max(0, next()));
+  const list: number[][] = [];
+  const offsets = [0];
+  for (let e = 0; e < E; e++) {
+    const own: { row: number[]; by: number }[] = [];
+    for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (p[(b * S + s) * E + e]! > 0) own.push({ row: [b, s, e], by: next() });
+    list.push(...own.sort((x, y) => x.by - y.by).map((x) => x.row));
+    offsets.push(list.length);
+  }
+  const bound = 2 * list.length;
+  const rows = new Int32Array(offsetsAt(bound) + E + 1).fill(1 << 30);
+  rows.set([list.length, ...list.flat()]);
+  rows.set(offsets, offsetsAt(bound));
+  const ragged = (width: number) => noise(bound * width).fill(Number.NaN, list.length * width);
+  return { d: { B, S, E, D: 12, F: 40 }, p, rows, bound, ragged };
+}
+
+const missing = await emulatorMissing();
+describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
+  const holds = async (draft: Draft) => {
+    const c = caseOf(draft);
+    const made = cudaKernels[draft.op]!(c.use, "sm_90a");
+    await hold(cudaEmulator([{ use: c.use, made }]), made, c);
+  };
+
+  test("embed_grad adds up lists longer than a block holds", { timeout: 120_000 }, async () => {
+    const [B, S, V, D] = [1, 5000, 300, 8];
+    // one id has nearly all tokens, and others come in between
+    const ids = Int32Array.from({ length: S }, () => (next() < 0.9 ? 7 : Math.floor(150 * (next() + 1))));
+    const data = { ids, table: noise(V * D), dy: noise(S * D), dtable: noise(V * D) };
+    await holds({ op: "embed_grad", d: { B, S, V, D }, data, keeps: ["dtable"] });
   });
 
-  test("what is no cubin, or lacks the function, says which kernel", async () => {
-    expect(await failure(opened(planOf("one"), noSource, () => Uint8Array.from([1, 2, 3, 4, 5])))).toMatchObject({
-      message: "kernel one (add in f32.f32): cuModuleLoadData: CUresult 200: CUresult 200",
-    });
-    const other = new TextEncoder().encode("\x7fELF\nsubtract\n\0");
-    expect(await failure(opened(planOf("one"), noSource, () => other))).toMatchObject({
-      message: "kernel one (add in f32.f32): cuModuleGetFunction: CUDA_ERROR_NOT_FOUND: named symbol not found",
-    });
+  test("rope keeps its precision a million positions on", { timeout: 120_000 }, async () => {
+    const [B, S, H, C] = [1, 6, 3, 64];
+    const data = { x: noise(B * S * H * C), y: new Float32Array(B * S * H * C) };
+    await holds({ op: "rope", d: { B, S, H, C, theta: 10_000, sign: 1 }, data, starts: { S: 1_000_003 } });
   });
 
-  test("without a cubin and without NVRTC it is trouble that names the library", async () => {
-    vi.stubEnv("XDG_CACHE_HOME", cache);
-    vi.stubEnv("RANKC_LIBNVRTC", "/nowhere/libnvrtc.so.13");
-    cuda = await standIn();
-    expect(await failure(opened(planOf("one"), () => "no source"))).toMatchObject({
-      name: "Trouble",
-      exit: 3,
-      message: expect.stringContaining("/nowhere/libnvrtc.so.13"),
-    });
-  });
-});
-
-describe.skipIf(noCompiler || noNvrtc)(`sources, compiled by NVRTC and kept${noCompiler}${noNvrtc}`, { timeout: 60_000 }, () => {
-  const source = (of: string) => `extern "C" __global__ void add(float* a, float* b, float* c) { c[threadIdx.x] = ${of}; }\n`;
-  beforeAll(() => vi.stubEnv("XDG_CACHE_HOME", cache));
-
-  test("a source is compiled once for each of its texts", async () => {
-    const files = () => readdirSync(join(cache, "rankc", "cubin"));
-    const [one, two] = [source("1.0f"), source("2.0f")];
-    await opened(planOf("one", "two"), (file) => (file === "one.cu" ? one : two));
-    const kept = files();
-    expect(kept.length).toBe(2);
-    expect(kept.every((name) => /^[0-9a-f]{64}\.cubin$/.test(name))).toBe(true);
-    await opened(planOf("one", "two"), (file) => (file === "one.cu" ? two : one));
-    expect(files().sort()).toEqual(kept.sort());
-    await opened(planOf("one"), () => source("3.0f"));
-    expect(files().length).toBe(3);
-  });
-
-  test("what does not compile says which kernel, and its line", async () => {
-    expect(await failure(opened(planOf("one"), () => `\n${source("d")}`))).toMatchObject({
-      name: "Error",
-      message: expect.stringMatching(
-        /^kernel one \(add in f32\.f32\): NVRTC \S+ cannot compile one\.cu for sm_90a:\none\.cu\(2\): error: identifier "d" is undefined/,
-      ),
-    });
-  });
-
-  test("a cache that cannot be written is done without", async () => {
-    vi.stubEnv("XDG_CACHE_HOME", "/dev/null");
-    await opened(planOf("one"), () => source("4.0f"));
-    vi.stubEnv("XDG_CACHE_HOME", cache);
+  const { d, p, rows, bound, ragged } = shuffledRows();
+  const tokens = d.B * d.S;
+  const per = (op: string, data: Buffers) => ({ op, d, bound, data: { ...data, rows } });
+  test.each([
+    per("permute", { x: noise(tokens * d.D), p, r: ragged(d.D) }),
+    per("unpermute", { r: ragged(d.D), p, x: noise(tokens * d.D) }),
+    per("pack", { p, r: ragged(1) }),
+    per("pack_grad", { dy: ragged(1), p, dp: noise(p.length) }),
+    per("swiglu_rows", { gate: ragged(d.F), up: ragged(d.F), p: ragged(1), y: ragged(d.F) }),
+    per("swiglu_rows_grad", {
+      ...{ gate: ragged(d.F), up: ragged(d.F), p: ragged(1), dy: ragged(d.F) },
+      ...{ dgate: ragged(d.F), dup: ragged(d.F), dp: ragged(1) },
+    }),
+  ])("$op takes an expert's rows in any order, and none that does not exist", { timeout: 120_000 }, async (draft) => {
+    await holds(draft);
+    expect(draft.data.rows![0]).toBeGreaterThan(20);
   });
 });
