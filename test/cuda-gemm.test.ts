@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
-import { hopper, type Plan, planHopper } from "../src/kernels/cuda/gemmHopper.ts";
+import { hopper, hopperTiling, type Tiling } from "../src/kernels/cuda/gemmHopper.ts";
 import { mma, simt } from "../src/kernels/cuda/gemmTiles.ts";
 import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import { productOf } from "../src/kernels/cuda/product.ts";
@@ -88,15 +88,15 @@ async function holdAll(cases: readonly Held[]): Promise<void> {
 }
 
 /** Two blocks for all tiles, so that each walks over several. */
-const planned = (use: Use, change: Partial<Plan>): Made => {
+const tiled = (use: Use, change: Partial<Tiling>): Made => {
   const p = productOf(use);
-  return hopper(use, p, { ...planHopper(p), cluster: 1, blocks: 2, ...change });
+  return hopper(use, p, { ...hopperTiling(p), cluster: 1, blocks: 2, ...change });
 };
 
 emulated(`Hopper's products${note}`, () => {
-  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Plan>): Held => {
+  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Tiling>): Held => {
     const c = caseOf(name, op, sizes, "bf16", adds);
-    return { ...c, made: planned(c.use, change) };
+    return { ...c, made: tiled(c.use, change) };
   };
   const small = { rows: 128, columns: 64 } as const;
 
@@ -143,6 +143,8 @@ emulated(`Hopper's products${note}`, () => {
       held("c3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
       held("c4", "grouped_dgrad", { K: 264, N: 200, rows: [300, 0, 17, 384, 1] }, false, { tile: low, stages: 3, cluster: 2, blocks: 4 }),
       held("c5", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
+      // three tiles: one block's neighbour ends before it
+      held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
       held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
     ]),
   );
@@ -194,11 +196,11 @@ emulated(`f32 arithmetic${note}`, () => {
     );
 });
 
-test("Hopper's plans: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
-  const use = (op: string, sizes: Sizes) => caseOf("plan", op, sizes, "bf16").use;
+test("Hopper's tilings: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
+  const use = (op: string, sizes: Sizes) => caseOf("tiling", op, sizes, "bf16").use;
   const resized = (op: string, d: Record<string, number>, bound: number) => {
     const small = use(op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) });
-    return planHopper(productOf({ ...small, bound, d: { ...small.d, ...d } }));
+    return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };
   expect(resized("gemm", { S: 8192, K: 8192, N: 8192 }, 0)).toEqual({
     ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, stages: 4, buffers: 2 },
@@ -208,10 +210,10 @@ test("Hopper's plans: they fit a multiprocessor; large products get the largest 
   const size = (most: number) => 8 * Math.ceil(((next() + 1) / 2) * (most / 8));
   for (let i = 0; i < 200; i++) {
     const op = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"][i % 6]!;
-    const plan = resized(op, { S: size(20000), K: size(8192), N: size(16384), E: size(256) }, i % 6 < 3 ? 0 : size(100000));
-    expect(plan.stages).toBeGreaterThanOrEqual(3);
-    expect(plan.blocks % plan.cluster).toBe(0);
-    expect(plan.tile.columns % (64 * plan.cluster)).toBe(0);
+    const tiling = resized(op, { S: size(20000), K: size(8192), N: size(16384), E: size(256) }, i % 6 < 3 ? 0 : size(100000));
+    expect(tiling.stages).toBeGreaterThanOrEqual(3);
+    expect(tiling.blocks % tiling.cluster).toBe(0);
+    expect(tiling.tile.columns % (64 * tiling.cluster)).toBe(0);
   }
 });
 

@@ -230,7 +230,10 @@ inline void storeMatrices(word row, word a, word b, word c, word d) {
 inline void beginCluster() {
   memset(phaseBarrierCount, 0, sizeof phaseBarrierCount);
   loadCount = 0;
-  for (Async& a : asyncs) a.storeCount = a.storeGroups = a.productCount = a.productGroups = 0;
+  for (int i = 0; i < count; i++) {
+    Async& a = asyncs[i];
+    if (a.storeGroups | a.productGroups | a.storeCount | a.productCount) a.storeCount = a.storeGroups = a.productCount = a.productGroups = 0;
+  }
 }
 inline void endCluster() {
   if (loadCount) fail("%d loads are still under way where all threads have ended", loadCount);

@@ -31,7 +31,7 @@ const tiles: readonly Tile[] = [
   { rows: 64, columns: 128 },
 ];
 
-export interface Plan {
+export interface Tiling {
   readonly tile: Tile;
   readonly cluster: 1 | 2;
   readonly raster: number;
@@ -50,8 +50,8 @@ export const fitsHopper = (p: Product): boolean =>
   // the offsets of experts stand in shared memory
   p.experts <= 1024;
 
-export function hopper(use: Use, p: Product, plan: Plan = planHopper(p)): Made {
-  const { tile, cluster, stages, buffers, raster, blocks } = plan;
+export function hopper(use: Use, p: Product, tiling: Tiling = hopperTiling(p)): Made {
+  const { tile, cluster, stages, buffers, raster, blocks } = tiling;
   const n = columnsOf(tile);
   const count = n / 2;
   const register = (form: (i: number) => string, per: number) =>
@@ -78,17 +78,17 @@ export function hopper(use: Use, p: Product, plan: Plan = planHopper(p)): Made {
     ragged,
     pointer: p.ragged === "rows" ? "c" : "nullptr",
   });
-  const args = [...mapsOf(p, plan), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? ["rows"] : [])];
+  const args = [...mapsOf(p, tiling), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? ["rows"] : [])];
   return {
     source: source(use, body),
-    launches: [{ entry: use.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, plan), args }],
+    launches: [{ entry: use.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, tiling), args }],
   };
 }
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /** Boxes are 128 bytes wide. Of a: all rows of a tile at once; of b: what one block of the cluster loads; of c: what a warp stores. */
-function mapsOf(p: Product, { tile, cluster }: Plan): TensorMap[] {
+function mapsOf(p: Product, { tile, cluster }: Tiling): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
     ...{ tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
@@ -103,8 +103,8 @@ function mapsOf(p: Product, { tile, cluster }: Plan): TensorMap[] {
 }
 
 /** The tile that should be fastest: the least cycles, of equal ones the first. */
-export function planHopper(p: Product): Plan {
-  const plans = tiles.map((tile) => {
+export function hopperTiling(p: Product): Tiling {
+  const tilings = tiles.map((tile) => {
     const rows = tilesOf(p, tile);
     const columns = Math.ceil(p.n / tile.columns);
     const perExpert = rows * columns;
@@ -114,7 +114,7 @@ export function planHopper(p: Product): Plan {
     const blocks = Math.min(MULTIPROCESSORS, Math.ceil(mostTiles(p, tile.rows, tile.columns) / cluster) * cluster);
     return { tile, cluster, raster, blocks, cycles: cyclesOf(p, tile, cluster, all) };
   });
-  const { tile, cluster, raster, blocks } = plans.reduce((best, plan) => (plan.cycles < best.cycles ? plan : best));
+  const { tile, cluster, raster, blocks } = tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
   return { tile, cluster, raster, blocks, ...stagesOf(p, tile) };
 }
 
@@ -154,7 +154,7 @@ function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: num
  * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
  * then has room, so that most of it drains while the next tile begins. bf16 gets two buffers and four stages; at most 8 are of use.
  */
-function stagesOf(p: Product, tile: Tile): Pick<Plan, "stages" | "buffers"> {
+function stagesOf(p: Product, tile: Tile): Pick<Tiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
   const [least, wanted] = p.c.dtype === "f32" ? [3, chunks] : [4, Math.min(2, chunks)];
   for (let buffers = wanted; buffers > 0; buffers--)
@@ -163,5 +163,5 @@ function stagesOf(p: Product, tile: Tile): Pick<Plan, "stages" | "buffers"> {
 }
 
 /** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
-const sharedOf = (p: Product, { tile, stages, buffers }: Pick<Plan, "tile" | "stages" | "buffers">): number =>
+const sharedOf = (p: Product, { tile, stages, buffers }: Pick<Tiling, "tile" | "stages" | "buffers">): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH + 8 * buffers * 2048 + 16 * stages + (p.ragged ? 4 * (p.experts + 1) : 0);
