@@ -2,76 +2,15 @@
  * Products on CUDA do what their reference does, in every tile that may be chosen: many tiles to a block, experts without rows
  * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
-import { execFile } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { hopper, hopperTiling, type Tiling } from "../src/kernels/cuda/gemmHopper.ts";
 import { mma, simt } from "../src/kernels/cuda/gemmTiles.ts";
-import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import { productOf } from "../src/kernels/cuda/product.ts";
 import type { Made, Use } from "../src/kernels/kernel.ts";
-import { offsetsAt } from "../src/kernels/kernel.ts";
-import { ops } from "../src/ops/index.ts";
-import type { Arch } from "../src/target.ts";
-import { type ContractCase, hold, rounded } from "./contract.ts";
+import { type ContractCase, hold } from "./contract.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
 import { random } from "./opCases.ts";
-
-type Half = "f32" | "bf16";
-interface Sizes {
-  readonly S?: number;
-  readonly K: number;
-  readonly N: number;
-  /** Rows of each expert. */
-  readonly rows?: readonly number[];
-}
-
-/** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
-function caseOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): ContractCase {
-  const next = random(name.length * 31 + K);
-  const count = rows ? rows.reduce((a, b) => a + b, 0) : 0;
-  const bound = rows ? count + spare : 0;
-  const height = rows ? bound : S;
-  const names = op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
-  const lengths: Record<string, number> = { x: height * K, dx: height * K, dy: height * N, y: height * N, w: K * N * (rows?.length ?? 1) };
-  lengths.dw = lengths.w!;
-  const output = names[2]!;
-  const dtype = Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half] as const));
-  const data: Record<string, Float32Array | Int32Array> = {};
-  for (const n of names) {
-    const values = new Float32Array(lengths[n]!).map(() => (n === output && !adds ? 0 : next()));
-    if (rows && n !== output && n !== "w") values.fill(Number.NaN, (values.length / bound) * count);
-    data[n] = rounded(values, dtype[n]!);
-  }
-  const index = new Int32Array(rows ? offsetsAt(bound) + rows.length + 1 : 1).fill(-1);
-  if (rows) {
-    index[0] = count;
-    let at = 0;
-    for (const [e, n] of rows.entries()) {
-      index[offsetsAt(bound) + e] = at;
-      for (let i = 0; i < n; i++, at++) index.set([0, at, e], 1 + 3 * at);
-    }
-    index[offsetsAt(bound) + rows.length] = at;
-    data.rows = index;
-  }
-  const d = { B: 1, S: rows ? bound : S, K, N, E: rows?.length ?? 1 };
-  const after = Object.fromEntries(names.map((n) => [n, (data[n] as Float32Array).slice()]));
-  ops[op]!.cpu(after, d, { start: () => 0, rows: index });
-  const exists = rows && output !== "dw" ? (lengths[output]! / bound) * count : lengths[output]!;
-  return {
-    title: `${name}: ${op} ${half}${adds ? " adding" : ""} ${JSON.stringify({ S, K, N, rows })}`,
-    use: {
-      ...{ op, name, d, dtype, bound, makesRows: false, mayOverflow: false },
-      ...{ size: lengths, keeps: new Set(adds ? [output] : []) },
-    },
-    data,
-    starts: {},
-    want: { [output]: after[output]!.subarray(0, exists) },
-  };
-}
+import { adding, caseOf, products, type Sizes, useOf } from "./productCases.ts";
 
 interface Held extends ContractCase {
   readonly made: Made;
@@ -153,20 +92,23 @@ emulated(`Hopper's products${note}`, () => {
 const rows = [70, 0, 17, 64, 1, 40];
 const shapes: readonly (readonly [string, string, Sizes])[] = [
   // nothing a multiple of anything; rows of 16 bytes and tails in tiles only; whole tiles
-  ...["gemm", "gemm_dgrad", "gemm_wgrad"].flatMap((op) => [
-    [`${op}_odd`, op, { S: 77, K: 35, N: 131 }] as const,
-    [`${op}_tails`, op, { S: 200, K: 72, N: 136 }] as const,
-    [`${op}_whole`, op, { S: 128, K: 128, N: 128 }] as const,
-    [`${op}_thin`, op, { S: 3, K: 2, N: 1 }] as const,
-  ]),
-  ...["grouped_gemm", "grouped_dgrad", "grouped_wgrad"].flatMap((op) => [
-    [`${op}_odd`, op, { K: 35, N: 67, rows }] as const,
-    [`${op}_tails`, op, { K: 72, N: 136, rows }] as const,
-    [`${op}_many`, op, { K: 8, N: 8, rows: Array.from({ length: 70 }, (_, e) => (e * 7) % 5) }] as const,
-    [`${op}_none`, op, { K: 8, N: 8, rows: [0, 0] }] as const,
-  ]),
+  ...products
+    .slice(0, 3)
+    .flatMap((op) => [
+      [`${op}_odd`, op, { S: 77, K: 35, N: 131 }] as const,
+      [`${op}_tails`, op, { S: 200, K: 72, N: 136 }] as const,
+      [`${op}_whole`, op, { S: 128, K: 128, N: 128 }] as const,
+      [`${op}_thin`, op, { S: 3, K: 2, N: 1 }] as const,
+    ]),
+  ...products
+    .slice(3)
+    .flatMap((op) => [
+      [`${op}_odd`, op, { K: 35, N: 67, rows }] as const,
+      [`${op}_tails`, op, { K: 72, N: 136, rows }] as const,
+      [`${op}_many`, op, { K: 8, N: 8, rows: Array.from({ length: 70 }, (_, e) => (e * 7) % 5) }] as const,
+      [`${op}_none`, op, { K: 8, N: 8, rows: [0, 0] }] as const,
+    ]),
 ];
-const adding = (op: string) => (op.endsWith("wgrad") ? [false, true] : [false]);
 
 emulated(`tensor cores since sm_80${note}`, () => {
   for (const edge of [128, 64] as const)
@@ -197,9 +139,8 @@ emulated(`f32 arithmetic${note}`, () => {
 });
 
 test("Hopper's tilings: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
-  const use = (op: string, sizes: Sizes) => caseOf("tiling", op, sizes, "bf16").use;
   const resized = (op: string, d: Record<string, number>, bound: number) => {
-    const small = use(op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) });
+    const small = useOf("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
     return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };
   expect(resized("gemm", { S: 8192, K: 8192, N: 8192 }, 0)).toEqual({
@@ -209,49 +150,10 @@ test("Hopper's tilings: they fit a multiprocessor; large products get the larges
   const next = random(5);
   const size = (most: number) => 8 * Math.ceil(((next() + 1) / 2) * (most / 8));
   for (let i = 0; i < 200; i++) {
-    const op = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"][i % 6]!;
+    const op = products[i % 6]!;
     const tiling = resized(op, { S: size(20000), K: size(8192), N: size(16384), E: size(256) }, i % 6 < 3 ? 0 : size(100000));
     expect(tiling.stages).toBeGreaterThanOrEqual(3);
     expect(tiling.blocks % tiling.cluster).toBe(0);
     expect(tiling.tile.columns % (64 * tiling.cluster)).toBe(0);
   }
-});
-
-const run = promisify(execFile);
-const compiler = await run("nvcc", ["--version"]).then(
-  () => "",
-  () => " (skipped: nvcc is missing)",
-);
-describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
-  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: Half): Made[] =>
-    ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"].flatMap((op) =>
-      adding(op).map((adds) => {
-        const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
-        const { use } = caseOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds);
-        return cudaKernels[op]!(use, arch);
-      }),
-    );
-  const large = { S: 1024, K: 512, N: 1024 };
-  const odd = { S: 77, K: 35, N: 131 };
-  const made: Record<Arch, Made[]> = {
-    sm_80: [...ofAll("sm_80", "odd", odd, [5], "bf16"), ...ofAll("sm_80", "large", large, [300, 200], "bf16")],
-    sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
-    sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
-  };
-  for (const [arch, kernels] of Object.entries(made))
-    test(`${arch}: ${kernels.length} kernels in one file keep all they work on in registers`, { timeout: 240_000 }, async () => {
-      const folder = mkdtempSync(join(tmpdir(), "rankc-gemm-"));
-      try {
-        writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));
-        const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
-        const { stdout, stderr } = await run("nvcc", ["-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"], {
-          cwd: folder,
-        });
-        const said = stdout + stderr;
-        expect(said.match(/\(C7\d+\).*/g)).toBeNull();
-        expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(kernels.length);
-      } finally {
-        rmSync(folder, { recursive: true });
-      }
-    });
 });
