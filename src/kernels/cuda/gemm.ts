@@ -1,16 +1,17 @@
 /** Products with weights on CUDA: each goes to the fastest kernel that its types, sizes and architecture allow. */
 
+import type { Arch } from "../../target.ts";
+import type { Made, Use } from "../kernel.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
-import type { CudaMaker } from "./index.ts";
 import { productOf } from "./product.ts";
 
-const make: CudaMaker = (use, arch) => {
+const make = (use: Use, arch: Arch): Made => {
   const p = productOf(use);
   if (p.a.dtype !== "bf16" || p.b.dtype !== "bf16") return simt(use, p);
   return arch === "sm_90a" && fitsHopper(p) ? hopper(use, p) : mma(use, p);
 };
 
-export const gemm: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
+export const gemm: Readonly<Record<string, typeof make>> = Object.fromEntries(
   ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"].map((op) => [op, make]),
 );
