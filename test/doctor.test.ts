@@ -171,7 +171,7 @@ function expectSums(context: Context, image: Uint8Array, n: number): void {
 const oddSizes = [1, 127, 129, 100_003];
 
 test("parameters are packed as C lays them out", () => {
-  expect([...packParams(1, 0x0807060504030201n, -1)]).toEqual([1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 255, 255, 255, 255]);
+  expect([...packParams(1, 0x0807060504030201n, -1).bytes]).toEqual([1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 255, 255, 255, 255]);
 });
 
 describe.skipIf(noCompiler)(`the driver's binding, before a stand-in for the driver${because(noCompiler)}`, () => {

@@ -92,7 +92,7 @@ export type Context = {
   readonly sharedOf: (kernel: Entry) => number;
   /** Lets launches ask for that many bytes of dynamic shared memory; without it they get 48 KiB. */
   readonly allowShared: (kernel: Entry, bytes: number) => void;
-  readonly launch: (kernel: Entry, how: Launch, params: Uint8Array) => void;
+  readonly launch: (kernel: Entry, how: Launch, params: Params) => void;
   /** The 128 bytes that a kernel takes as a CUtensorMap. */
   readonly encodeTiled: (tiled: Tiled) => Uint8Array;
   /** Waits for one stream, or for the whole device. */
@@ -279,9 +279,8 @@ const tensorMapTypes: Record<Dtype, number> = { i32: 3, f16: 6, f32: 7, bf16: 9 
 const tensorMapSwizzles: Record<Tiled["swizzle"], number> = { none: 0, "32B": 1, "64B": 2, "128B": 3 };
 const [CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE] = [0, 2, 0];
 const tensorMapBytes = 128;
-/** What cuLaunchKernel takes of a packed block of parameters; the driver's limit is 4 KiB before sm_70 and 32,764 bytes since. */
-const [PARAM_END, PARAM_POINTER, PARAM_SIZE] = [0n, 1n, 2n];
-const paramLimit = 32_764;
+/** Bytes of a kernel's parameters: the driver's limit since sm_70; and how many there may be. */
+const [paramLimit, mostParams] = [32_764, 256];
 
 function openContext(call: Calls, device: Device, cuDevice: number, sharedLimit: number): Context {
   const handle = <Kind extends string>(name: Call, ...args: readonly unknown[]): Handle<Kind> => {
@@ -291,12 +290,12 @@ function openContext(call: Calls, device: Device, cuDevice: number, sharedLimit:
   };
   call("cuCtxSetCurrent", handle("cuDevicePrimaryCtxRetain", cuDevice));
 
-  // the driver follows pointers inside `extra`: they lead to memory that V8 does not move
+  // The driver follows a pointer to each parameter: they lead to memory that V8 does not move. As one packed buffer it takes them
+  // too, but lays them out from a place that is no multiple of 64: a CUtensorMap there is an illegal instruction (driver 580).
   const { alloc, free, view } = koffi();
-  const block: bigint = alloc("uint64_t", 1 + 4096);
-  const size = new BigUint64Array(view(block, 8));
-  const packed = new Uint8Array(view(block + 8n, paramLimit));
-  const extra = new BigUint64Array([PARAM_POINTER, block + 8n, PARAM_SIZE, block, PARAM_END]);
+  const place: bigint = alloc("uint64_t", 4096);
+  const packed = new Uint8Array(view(place, paramLimit));
+  const pointers = new BigUint64Array(mostParams);
   // the driver wants the descriptor it writes at a multiple of 64 bytes
   const loose: bigint = alloc("uint8_t", tensorMapBytes + 63);
   const aligned = ((loose + 63n) / 64n) * 64n;
@@ -368,29 +367,34 @@ function openContext(call: Calls, device: Device, cuDevice: number, sharedLimit:
       return new Uint8Array(view(aligned, tensorMapBytes)).slice();
     },
     launch: (kernel, { grid, block, shared = 0, stream }, params) => {
-      packed.set(params);
-      size[0] = BigInt(params.length);
+      packed.set(params.bytes);
+      for (const [i, at] of params.at.entries()) pointers[i] = place + BigInt(at);
       const [gx, gy = 1, gz = 1] = grid;
       const [bx, by = 1, bz = 1] = block;
-      call("cuLaunchKernel", kernel, gx, gy, gz, bx, by, bz, shared, stream, null, extra);
+      call("cuLaunchKernel", kernel, gx, gy, gz, bx, by, bz, shared, stream, pointers, null);
     },
     synchronize: (stream) => (stream === undefined ? call("cuCtxSynchronize") : call("cuStreamSynchronize", stream)),
     close: () => {
       call("cuDevicePrimaryCtxRelease_v2", cuDevice);
-      free(block);
+      free(place);
       free(loose);
     },
   };
 }
 
+/** A kernel's parameters side by side, and where each begins. */
+export type Params = { readonly bytes: Uint8Array; readonly at: readonly number[] };
+
 /** A kernel's parameters as it reads them: a pointer (bigint) and an int (number) aligned to their size, bytes (a CUtensorMap) to 64. */
-export function packParams(...params: readonly (bigint | number | Uint8Array)[]): Uint8Array {
+export function packParams(...params: readonly (bigint | number | Uint8Array)[]): Params {
   const most = params.reduce<number>((sum, param) => sum + (param instanceof Uint8Array ? param.length + 63 : 8), 0);
   const bytes = new DataView(new ArrayBuffer(most));
-  let at = 0;
+  const starts: number[] = [];
+  let end = 0;
   const place = (alignment: number, size: number): number => {
-    const from = Math.ceil(at / alignment) * alignment;
-    at = from + size;
+    const from = Math.ceil(end / alignment) * alignment;
+    end = from + size;
+    starts.push(from);
     return from;
   };
   for (const param of params) {
@@ -398,5 +402,5 @@ export function packParams(...params: readonly (bigint | number | Uint8Array)[])
     else if (typeof param === "number") bytes.setInt32(place(4, 4), param, true);
     else new Uint8Array(bytes.buffer).set(param, place(64, param.length));
   }
-  return new Uint8Array(bytes.buffer, 0, at);
+  return { bytes: new Uint8Array(bytes.buffer, 0, end), at: starts };
 }
