@@ -19,6 +19,11 @@ export interface Backend {
   read(buffer: Buffer, slot: number): Promise<HostData>;
 }
 
+/** A backend whose memory is the host's: it can look at it where it lies. */
+export interface OpenBackend extends Backend {
+  peek(buffer: Buffer, slot: number): HostData;
+}
+
 /** Where a rank stands: the block and microbatch (`F3`, `B0`, `step`), and the copy of the activations it works on. */
 export interface Position {
   readonly tag: string;

@@ -9,14 +9,9 @@ import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
 import type { Place } from "../src/ops/op.ts";
-import type { Backend, Fleet, HostData, Timing } from "./backend.ts";
+import type { Fleet, HostData, OpenBackend, Timing } from "./backend.ts";
 import { narrow, widen } from "./halves.ts";
 import { loopback } from "./loopback.ts";
-
-/** A backend whose memory the host can look at. */
-export interface CpuBackend extends Backend {
-  peek(b: Buffer, slot: number): HostData;
-}
 
 export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
   const { world, per_stage } = plan.mesh;
@@ -56,7 +51,7 @@ export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
 const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const noRows = new Int32Array(1);
 
-function cpuBackend(plan: Plan, rank: number, times?: Timing[]): CpuBackend {
+function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
   const stage = Math.floor(rank / plan.mesh.per_stage);
   const local = rank % plan.mesh.per_stage;
   const program = plan.programs[stage]!;

@@ -4,10 +4,9 @@
  */
 import { membersOf } from "../schemas/layout.ts";
 import type { Buffer, How, Move, Plan } from "../schemas/plan.ts";
-import type { Comm, HostData } from "./backend.ts";
-import type { CpuBackend } from "./cpu.ts";
+import type { Comm, HostData, OpenBackend } from "./backend.ts";
 
-export function loopback(plan: Plan, backends: readonly CpuBackend[]): Comm {
+export function loopback(plan: Plan, backends: readonly OpenBackend[]): Comm {
   const { mesh, programs } = plan;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const stageOf = (rank: number) => Math.floor(rank / mesh.per_stage);

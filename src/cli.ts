@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /**
- * The command line: parses, prints and exits; the work is done elsewhere. Data goes to stdout, all else to stderr.
+ * The command line: parses and exits; the work is done elsewhere. Data goes to stdout, all else to stderr (say.ts).
  * Exit 0: yes. 1: no (the job is invalid, the plans differ). 2: trouble. 3: the plan does not fit this machine.
  * What a command needs is loaded when it runs, so that `check` and `compile` start fast.
  */
@@ -144,6 +144,23 @@ withExamples(
 });
 
 withExamples(
+  withFormat(program.command("pack").description("put a plan, and all that runs it, into one archive for machines without Node"))
+    .argument("<plan>", "a plan (its directory or plan.json)")
+    .requiredOption("-o, --out <file>", "the archive to write, a .tar.xz")
+    .option("--data-dir <dir>", "take the corpus along: what data.path is relative to (default: where it is small and beside the plan)")
+    .option("--platform <platform>", "the system and processor that it is for, as Node names them (default: this machine's)"),
+  "pack plan/ -o tiny.tar.xz",
+  "pack plan/ -o tiny.tar.xz --data-dir . --platform linux-x64",
+).action(async (plan: string, options: Pick<Common, "format"> & { out: string; dataDir?: string; platform?: string }) => {
+  const [{ pack }, { bytesText, plural }] = await Promise.all([import("./pack.ts"), import("./units.ts")]);
+  const { format, ...settings } = options;
+  const packed = await pack({ plan, ...settings });
+  if (format === "json") return printJson(packed);
+  print(`${packed.out}: ${bytesText(packed.bytes)}, ${plural(packed.files, "file")}, for ${packed.platform}\nsha256 ${packed.sha256}`);
+  if (packed.corpus === undefined) tell("the corpus is not in it: rankc run needs --data-dir there (or pack it: --data-dir here)");
+});
+
+withExamples(
   withFormat(program.command("explain").description("explain a finding's code; without one, list them all")).argument(
     "[code]",
     "for example P101",
@@ -227,8 +244,8 @@ async function compileAt(path: string, sets: readonly string[], target = "cpu"):
   const { job, findings } = await readJobAt(path, sets);
   await tellFindings(findings);
   if (!job) throw new Refused();
-  const [{ compile }, { readTarget }] = await Promise.all([import("./compile.ts"), import("./target.ts")]);
-  return { ...compile(job, { target: readTarget(target) }), findings };
+  const [{ compile }, { loadTarget }] = await Promise.all([import("./compile.ts"), import("./makers.ts")]);
+  return { ...compile(job, { target: await loadTarget(target) }), findings };
 }
 
 async function planAt(path: string, sets: readonly string[], target?: string): Promise<Planned> {

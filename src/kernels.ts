@@ -2,16 +2,12 @@
  * kernels: which specialised kernels a program needs: an op, its local sizes, attributes and types; and their sources for a
  * target. Equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and has no sources.
  */
-
 import { elementsOf, parts } from "../schemas/layout.ts";
 import type { Compute, Kernel, Program } from "../schemas/plan.ts";
-import { cudaKernels } from "./kernels/cuda/index.ts";
-import type { Made, Use } from "./kernels/kernel.ts";
-import { wgslKernels } from "./kernels/wgsl/index.ts";
+import type { Use } from "./kernels/kernel.ts";
+import type { Target } from "./makers.ts";
 import type { Mesh } from "./mesh.ts";
-import { invariant } from "./ops/op.ts";
 import { canonical, sha256 } from "./plan.ts";
-import type { Target } from "./target.ts";
 
 export interface Kernels {
   /** The programs, with a kernel named by every compute instruction. */
@@ -69,8 +65,8 @@ function nameOf(use: Omit<Use, "name">): string {
 }
 
 function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kernel {
-  const made = make(use, target);
-  const file = `${use.name}.${target.kind === "cuda" ? "cu" : "wgsl"}`;
+  const made = target.make(use);
+  const file = `${use.name}.${target.suffix}`;
   if (made) sources.set(file, made.source);
   return {
     id: use.name,
@@ -83,26 +79,6 @@ function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kerne
     scratch: made?.scratch ?? 0,
     launches: made ? [...made.launches] : [],
   };
-}
-
-/** The source for one use on a target; undefined where the target runs the op's reference. */
-export function make(use: Use, target: Target): Made | undefined {
-  switch (target.kind) {
-    case "cpu":
-      return undefined;
-    case "webgpu": {
-      const maker = wgslKernels[use.op];
-      invariant(maker !== undefined, `no WGSL kernel for ${use.op}`);
-      return maker(use, target.profile);
-    }
-    case "cuda": {
-      const maker = cudaKernels[use.op];
-      invariant(maker !== undefined, `no CUDA kernel for ${use.op}`);
-      return maker(use, target.arch);
-    }
-    default:
-      return target satisfies never;
-  }
 }
 
 export const printKernels = (kernels: readonly Kernel[]): string =>

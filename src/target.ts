@@ -11,13 +11,6 @@ export type Arch = (typeof archs)[number];
 export const profiles = ["baseline", "f16", "matrix"] as const;
 export type Profile = (typeof profiles)[number];
 
-export type Target =
-  | { readonly kind: "cpu"; readonly name: "cpu" }
-  | { readonly kind: "webgpu"; readonly name: string; readonly profile: Profile }
-  | { readonly kind: "cuda"; readonly name: string; readonly arch: Arch };
-
-export const cpu: Target = { kind: "cpu", name: "cpu" };
-
 /** All names a person may write. */
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
 
@@ -26,19 +19,4 @@ export function targetOf(backend: string): string {
   if (backend === "cuda")
     throw new Trouble("a job for CUDA needs to know the GPU", "say it, --target cuda:sm_90a (H100, H200), or compile the job first");
   return backend;
-}
-
-/** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
-export function readTarget(text: string): Target {
-  const [kind, detail] = text.split(":");
-  if (text === "cpu") return cpu;
-  if (kind === "webgpu") {
-    const profile = profiles.find((p) => p === (detail ?? "baseline"));
-    if (profile) return { kind, name: `webgpu:${profile}`, profile };
-  }
-  if (kind === "cuda") {
-    const arch = archs.find((a) => a === detail);
-    if (arch) return { kind, name: text, arch };
-  }
-  throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
 }

@@ -13,9 +13,10 @@ import { findLibrary } from "../runtime/cuda/libraries.ts";
 import { compileBeside } from "../runtime/cuda/nvrtc.ts";
 import { compile } from "../src/compile.ts";
 import { cudaKernels } from "../src/kernels/cuda/index.ts";
+import { loadTarget } from "../src/makers.ts";
 import { ops } from "../src/ops/index.ts";
 import { readJob } from "../src/readJob.ts";
-import { type Arch, archs, readTarget } from "../src/target.ts";
+import { type Arch, archs } from "../src/target.ts";
 import { root } from "./checkout.ts";
 import { casesOf } from "./contract.ts";
 
@@ -85,18 +86,18 @@ const contractSources = (arch: Arch): string[] =>
       .map((c, i) => maker({ ...c.use, name: `${op}_${i}` }, arch).source),
   );
 
-function planSources(name: string, arch: Arch): string[] {
+async function planSources(name: string, arch: Arch): Promise<string[]> {
   const path = join(root, "plans", name, "job.yaml");
   const { job } = readJob(readFileSync(path, "utf8"), path);
-  return [...compile(job!, { target: readTarget(`cuda:${arch}`) }).sources.values()];
+  return [...compile(job!, { target: await loadTarget(`cuda:${arch}`) }).sources.values()];
 }
 
 describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () => {
   describe.each(archs)("for %s", (arch) => {
     test("takes the sources of the contract", { timeout: 600_000 }, () => expectClean(contractSources(arch), arch));
 
-    test.each(readdirSync(join(root, "plans")))("takes the sources of plans/%s", { timeout: 600_000 }, (name) =>
-      expectClean(planSources(name, arch), arch),
+    test.each(readdirSync(join(root, "plans")))("takes the sources of plans/%s", { timeout: 600_000 }, async (name) =>
+      expectClean(await planSources(name, arch), arch),
     );
   });
 });
@@ -107,7 +108,7 @@ test.skipIf("missing" in nvrtc)(
   `NVRTC takes the sources of plans/tiny-mixtral${"missing" in nvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`,
   { timeout: 600_000 },
   async () => {
-    const image = await compileBeside(planSources("tiny-mixtral", "sm_90a").join("\n"), {
+    const image = await compileBeside((await planSources("tiny-mixtral", "sm_90a")).join("\n"), {
       ...{ arch: "sm_90a", name: "tiny-mixtral", options: ["--std=c++17", "--diag-suppress=177"] },
     });
     expect(image.length).toBeGreaterThan(0);

@@ -3,8 +3,8 @@
  * Their sources run as C++ on the CPU, those of every architecture that differ; and on a real device where there is one.
  */
 import { describe, expect, test } from "vitest";
-import { type CudaMaker, cudaKernels } from "../src/kernels/cuda/index.ts";
-import type { Made } from "../src/kernels/kernel.ts";
+import { cudaKernels } from "../src/kernels/cuda/index.ts";
+import type { CudaMaker, Made } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type Arch, archs } from "../src/target.ts";
 import { type ContractCase, casesOf, type Executor, hold } from "./contract.ts";

@@ -5,7 +5,7 @@ import { openCuda } from "../runtime/cuda/backend.ts";
 import { driver } from "../runtime/cuda/driver.ts";
 import { nvrtcVersion } from "../runtime/cuda/nvrtc.ts";
 import { compile } from "../src/compile.ts";
-import { readTarget } from "../src/target.ts";
+import { loadTarget } from "../src/makers.ts";
 import { closeAll, train } from "./steps.ts";
 import { distance, jobOf } from "./support.ts";
 
@@ -44,7 +44,7 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, { timeout: 300_000 }
       const reference = compile(job).plan;
       const want = await train([openCpu(reference)], reference);
       const { sm } = driver().devices[0]!;
-      const { plan, sources } = compile(job, { target: readTarget(`cuda:sm_${sm}${sm >= 90 ? "a" : ""}`) });
+      const { plan, sources } = compile(job, { target: await loadTarget(`cuda:sm_${sm}${sm >= 90 ? "a" : ""}`) });
       const run = async (graph: boolean) => {
         const fleet = await openCuda(plan, {
           ...{ rank: 0, device: 0, graph, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },

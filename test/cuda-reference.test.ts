@@ -2,7 +2,7 @@
 import { describe, expect, test } from "vitest";
 import { openRun } from "../runtime/execute.ts";
 import { compile } from "../src/compile.ts";
-import { readTarget } from "../src/target.ts";
+import { loadTarget } from "../src/makers.ts";
 import { firstGpu } from "./cudaDevice.ts";
 import { expectedOf, referenceJob, references } from "./referenceJobs.ts";
 import { fixture } from "./support.ts";
@@ -19,7 +19,7 @@ describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}
   const cases = references.flatMap((name) => precisions.map(([precision, within]) => [name, precision, within] as const));
   test.each(cases)("%s in %s: 20 losses within %f", async (name, precision, within) => {
     if (none) return;
-    const { plan, sources } = compile(referenceJob(name, {}, precision), { target: readTarget(`cuda:${gpu.arch}`) });
+    const { plan, sources } = compile(referenceJob(name, {}, precision), { target: await loadTarget(`cuda:${gpu.arch}`) });
     const run = await openRun(plan, {
       ...{ backend: "cuda", source: (file) => sources.get(file)! },
       ...{ baseDir: fixture(""), initFrom: fixture(`hf/${name}/model.safetensors`) },

@@ -13,7 +13,7 @@ import { openCpu } from "../runtime/cpu.ts";
 import { koffi } from "../runtime/cuda/libraries.ts";
 import { bytesOf, type Launch, type Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
-import { readTarget } from "../src/target.ts";
+import { loadTarget } from "../src/makers.ts";
 import { root } from "./checkout.ts";
 import { emulatorMissing } from "./cudaEmulator.ts";
 import { type Ranks, standInRanks } from "./cudaRanks.ts";
@@ -124,7 +124,7 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, { timeout: 900_000 }
       });
       const reference = compile(job).plan;
       const want = await train([openCpu(reference)], reference);
-      const { plan, sources } = compile(job, { target: readTarget("cuda:sm_90a") });
+      const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
       const mapped = plan.kernels.filter((k) => k.launches.some(({ args }) => args.some((arg) => typeof arg !== "string")));
       if (precision === "bf16") expect(new Set(mapped.map((k) => k.op))).toContain("grouped_gemm");
       cuda.serve(await emulated(plan, sources));

@@ -78,7 +78,6 @@ export async function standIn({ oldNccl = false } = {}) {
     failNccl: at.nccl.func("standInFail", "void", ["int"]) as (yes: number) => void,
   };
 }
-export type StandIn = Awaited<ReturnType<typeof standIn>>;
 
 /** Kernel files as the stand-in takes them: the functions' names. */
 export const imagesOf = (plan: Plan) => ({

@@ -4,7 +4,7 @@ import { openRun, type Run, type RunSettings } from "../runtime/execute.ts";
 import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
-import { readTarget } from "../src/target.ts";
+import { loadTarget } from "../src/makers.ts";
 import { noAdapter } from "./softwareAdapter.ts";
 import { distance, fixture, jobOf } from "./support.ts";
 
@@ -39,7 +39,7 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
   // most of the time the software adapter compiles: one job that has everything rather than several
   test("tensor, sequence, expert and pipeline parallel, moments apart: as on the CPU", { timeout: 600_000 }, async () => {
     const job = jobWith({ world: 4, tensor: 2, sequence: true, expert: 2, pipeline: 2, distributed_optimizer: true }, { moe });
-    const { plan, sources } = compile(job, { target: readTarget("webgpu:baseline") });
+    const { plan, sources } = compile(job, { target: await loadTarget("webgpu:baseline") });
     const got = await numbers(plan, { backend: "webgpu", source: (file) => sources.get(file)! });
     const want = await numbers(compile(job).plan, {});
     for (const [step, metrics] of want.metrics.entries())

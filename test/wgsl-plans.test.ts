@@ -4,8 +4,9 @@ import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import { create } from "webgpu";
 import { compile } from "../src/compile.ts";
+import { loadTarget } from "../src/makers.ts";
 import { readJob } from "../src/readJob.ts";
-import { profiles, readTarget } from "../src/target.ts";
+import { profiles } from "../src/target.ts";
 import { root } from "./checkout.ts";
 
 /** Dawn without a device. It checks sources and pipelines as it does for any device, and knows all features. */
@@ -34,7 +35,7 @@ describe.each(plans.map((f) => f.name))("%s", (name) => {
       const adapter = await dawn.requestAdapter();
       const device = await adapter!.requestDevice({ requiredFeatures: features[profile] as GPUFeatureName[] });
       devices.push(device);
-      const { plan, sources } = compile(readJob(text, name).job!, { target: readTarget(`webgpu:${profile}`) });
+      const { plan, sources } = compile(readJob(text, name).job!, { target: await loadTarget(`webgpu:${profile}`) });
       expect(sources.size).toBe(plan.kernels.length);
       for (const { id, source, launches, scratch } of plan.kernels) {
         device.pushErrorScope("validation");

@@ -3,6 +3,7 @@
  * typed code; its template only fills them in. Everything it is told is a constant of the generated source.
  */
 import type { Dtype, Launch } from "../../schemas/plan.ts";
+import type { Arch, Profile } from "../target.ts";
 
 export interface Use {
   readonly op: string;
@@ -29,6 +30,9 @@ export interface Made {
   /** Bytes; `scratch+N` in a launch's arguments points into them. */
   readonly scratch?: number;
 }
+
+export type WgslMaker = (use: Use, profile: Profile) => Made;
+export type CudaMaker = (use: Use, arch: Arch) => Made;
 
 /**
  * The index buffer `rows` of ragged operands, i32: the count of rows; (b, s, e) of each, global, up to the bound; then, for

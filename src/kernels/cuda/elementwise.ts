@@ -2,8 +2,7 @@
 import { bytesOf, type Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
-import type { Made, Use } from "../kernel.ts";
-import type { CudaMaker } from "./index.ts";
+import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
 
 /** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */

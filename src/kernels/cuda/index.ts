@@ -1,6 +1,5 @@
 /** The CUDA kernel of every op, by the op's name. */
-import type { Arch } from "../../target.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
 import { gemm } from "./gemm.ts";
@@ -11,8 +10,6 @@ import { reduce } from "./reduce.ts";
 import { rope } from "./rope.ts";
 import { rows } from "./rows.ts";
 import { vocab } from "./vocab.ts";
-
-export type CudaMaker = (use: Use, arch: Arch) => Made;
 
 export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...attention,

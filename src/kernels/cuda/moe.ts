@@ -2,9 +2,8 @@
 import { bytesOf } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import type { CudaMaker } from "./index.ts";
 import { shareRow, sumColumns } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { addParts } from "./reduce.ts";

@@ -2,9 +2,8 @@
 import { bytesOf, type Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
-import type { CudaMaker } from "./index.ts";
 import { source } from "./prelude.ts";
 
 interface Sum {

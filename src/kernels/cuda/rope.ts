@@ -1,8 +1,7 @@
 /** Rotary positions: one pass over memory; angles to f32's precision at any position below 2^24. */
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import type { CudaMaker } from "./index.ts";
 import { source } from "./prelude.ts";
 
 export const rope: Readonly<Record<string, CudaMaker>> = { rope: makeRope };

@@ -2,9 +2,8 @@
 import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import { type Made, offsetsAt, type Use } from "../kernel.ts";
+import { type CudaMaker, type Made, offsetsAt, type Use } from "../kernel.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
-import type { CudaMaker } from "./index.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { clearBuffer } from "./vocab.ts";

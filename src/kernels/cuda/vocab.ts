@@ -1,9 +1,8 @@
 /** What meets the vocabulary, beside what is elementwise: reductions over a row of logits, the target's logit, the table's gradient. */
 import { bytesOf, type Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
-import type { CudaMaker } from "./index.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 

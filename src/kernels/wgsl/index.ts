@@ -1,6 +1,5 @@
 /** The WGSL kernel of every op, by the op's name. */
-import type { Profile } from "../../target.ts";
-import type { Made, Use } from "../kernel.ts";
+import type { WgslMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
 import { linear } from "./linear.ts";
@@ -10,8 +9,6 @@ import { norms } from "./norm.ts";
 import { optimizer } from "./optimizer.ts";
 import { router } from "./router.ts";
 import { vocab } from "./vocab.ts";
-
-export type WgslMaker = (use: Use, profile: Profile) => Made;
 
 export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...attention,

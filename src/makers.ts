@@ -1,0 +1,46 @@
+/**
+ * makers: what the kernels of a plan are made with. The tables of kernels, and the templates that they fill, are loaded for the
+ * target alone that asks for them: a plan for the CPU needs none, and starts without.
+ */
+import { Trouble } from "../schemas/trouble.ts";
+import type { Made, Use } from "./kernels/kernel.ts";
+import { invariant } from "./ops/op.ts";
+import { archs, profiles, targetNames } from "./target.ts";
+
+export interface Target {
+  /** As a plan names it: `cpu`, `webgpu:baseline`, `cuda:sm_90a`. */
+  readonly name: string;
+  /** What the names of its sources end in. */
+  readonly suffix: string;
+  /** The source of one use of an op; undefined where the target runs the op's reference. */
+  make(use: Use): Made | undefined;
+}
+
+export const cpu: Target = { name: "cpu", suffix: "", make: () => undefined };
+
+/** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
+export async function loadTarget(text: string): Promise<Target> {
+  const [kind, detail] = text.split(":");
+  if (text === "cpu") return cpu;
+  if (kind === "webgpu") {
+    const profile = profiles.find((p) => p === (detail ?? "baseline"));
+    if (profile) {
+      const { wgslKernels } = await import("./kernels/wgsl/index.ts");
+      return { name: `webgpu:${profile}`, suffix: "wgsl", make: (use) => makerOf(wgslKernels, use)(use, profile) };
+    }
+  }
+  if (kind === "cuda") {
+    const arch = archs.find((a) => a === detail);
+    if (arch) {
+      const { cudaKernels } = await import("./kernels/cuda/index.ts");
+      return { name: text, suffix: "cu", make: (use) => makerOf(cudaKernels, use)(use, arch) };
+    }
+  }
+  throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
+}
+
+function makerOf<M>(table: Readonly<Record<string, M>>, { op }: Use): M {
+  const maker = table[op];
+  invariant(maker !== undefined, `no kernel for ${op}`);
+  return maker;
+}
