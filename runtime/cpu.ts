@@ -12,6 +12,7 @@ import type { Place } from "../src/ops/op.ts";
 import type { Fleet, HostData, OpenBackend, Timing } from "./backend.ts";
 import { narrow, widen } from "./halves.ts";
 import { loopback } from "./loopback.ts";
+import { rowsOverflow } from "./rowsOverflow.ts";
 
 export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
   const { world, per_stage } = plan.mesh;
@@ -140,10 +141,3 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
     write,
   };
 }
-
-/** A static bound of rows was too small for what the router chose: nothing is dropped in silence. */
-export const rowsOverflow = (id: string, rank: number, needed: number, bound: number): Trouble =>
-  new Trouble(
-    `${id}, rank ${rank}: the router sent ${needed} rows, and the plan holds at most ${bound}`,
-    "raise model.moe.rows_bound (or write `worst`), and compile again",
-  );

@@ -2,14 +2,12 @@
  * execute: plan × fleet → trained steps. Walks each rank's program in the plan's order: forward and backward of every
  * microbatch, then the step block. The ranks of this process run as coroutines, which meet at collectives.
  */
-import { resolve } from "node:path";
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position, Timing } from "./backend.ts";
-import { checkpointFor } from "./checkpoint.ts";
-import { openCpu } from "./cpu.ts";
-import { openCorpus } from "./data.ts";
+import type { BatchOf } from "./batches.ts";
+import type { Checkpoint } from "./checkpoint.ts";
 import { learningRate } from "./learningRate.ts";
 import { fillNormal } from "./philox.ts";
 
@@ -48,39 +46,20 @@ export interface Run {
   /** With what went wrong, if something did. */
   close(error?: Error): Promise<void>;
 }
-export interface RunSettings {
-  /** A cubin beside the plan, by the name of its file. */
-  readonly cubin?: (file: string) => Uint8Array | undefined;
-  /** CUDA: steps are replayed as a graph, unless this is false. */
-  readonly graph?: boolean;
-  /** rankc's version, the same in all processes of a run. */
-  readonly version?: string;
-  /** Takes times; slower. */
-  readonly profile?: boolean;
-  /** `cuda` runs one rank in this process; the environment says which. */
-  readonly backend?: "cpu" | "webgpu" | "cuda";
-  /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
-  readonly source?: (file: string) => string;
-  /** A Hugging Face checkpoint: a file, an index or a folder. */
-  readonly initFrom?: string;
-  /** Where relative paths of the job start: the job file's folder. */
-  readonly baseDir: string;
+/** What a plan is run with: opened before, and closed with the run. */
+export interface Given {
+  readonly fleet: Fleet;
+  readonly batch: BatchOf;
+  /** The weights to start from, read before this returns; without them, those of the job's seed. */
+  readonly checkpoint?: Pick<Checkpoint, "read">;
   /** Buffers to keep a copy of when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
 }
 
-export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
-  const { initFrom, baseDir, watch = [] } = settings;
+/** Writes the parameters; the run then stands before its first step. Knows no files and no process: it works in a browser too. */
+export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Given): Run {
   const { mesh, programs, job } = plan;
   const { train, model } = job;
-  const corpus = openCorpus(resolve(baseDir, job.data.path), {
-    seq: model.seq,
-    batch: train.global_batch,
-    vocab: model.vocab,
-    order: job.data.order,
-    seed: train.seed,
-  });
-  const fleet = await openFleet(plan, settings);
   const { ranks, comm } = fleet;
   const programOf = (r: number) => programs[Math.floor(r / mesh.per_stage)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
@@ -90,7 +69,6 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
   let steps = 0;
 
   function initialize(): void {
-    const checkpoint = initFrom === undefined ? undefined : checkpointFor(model, initFrom);
     const seen = new Map<string, Float32Array>();
     for (const r of ranks)
       for (const p of programOf(r).parameters) {
@@ -104,7 +82,6 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
           fleet.backend(r).write(b, 0, pieceOf(seen.get(p.name)!, b, r));
         }
       }
-    checkpoint?.close();
   }
 
   const ranges = (b: Buffer, r: number) => b.sizes.map((n, slot) => rangesOf(mesh, n, b.cuts[slot]!, b.cuts[slot]!, r % mesh.per_stage));
@@ -232,7 +209,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
     },
     async step() {
       const begun = performance.now();
-      const { ids, labels } = corpus.batch(steps);
+      const { ids, labels } = batch(steps);
       const lr = learningRate(train.optimizer, steps);
       steps++;
       kept.clear();
@@ -279,28 +256,8 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
         }),
       ),
     profile: async () => (await fleet.profile?.()) ?? [],
-    async close(error) {
-      corpus.close();
-      await fleet.close(error);
-    },
+    close: (error) => fleet.close(error),
   };
-}
-
-async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
-  const { backend = "cpu", source, cubin, graph, profile = false, version = "" } = settings;
-  switch (backend) {
-    case "cpu":
-      return openCpu(plan, { profile });
-    case "webgpu":
-      return (await import("./webgpu/backend.ts")).openWebgpu(plan, { kernel: source! }, { profile });
-    case "cuda": {
-      const { openRank } = await import("./cuda/rank.ts");
-      const files = { source: source!, ...(cubin && { cubin }) };
-      return openRank(plan, { files, env: process.env, version, profile, ...(graph !== undefined && { graph }) });
-    }
-    default:
-      return backend satisfies never;
-  }
 }
 
 const readBy = (i: Instruction): readonly string[] =>

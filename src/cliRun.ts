@@ -1,6 +1,7 @@
 /** `rankc run`: trains step by step in this process, or starts one process for each rank and forwards what they say. */
 import { closeSync, openSync, writeSync } from "node:fs";
-import type { RunSettings, StepResult } from "../runtime/execute.ts";
+import type { StepResult } from "../runtime/execute.ts";
+import type { RunSettings } from "../runtime/run.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { expectWritable, writeFile } from "./outputs.ts";
@@ -45,10 +46,7 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
 
 /** An interrupt lets the step in hand finish, then ends with what was done. */
 async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {
-  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([
-    import("../runtime/execute.ts"),
-    import("./progress.ts"),
-  ]);
+  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([import("../runtime/run.ts"), import("./progress.ts")]);
   const steps = options.steps ?? plan.job.train.steps;
   for (const path of [options.dumpGrads, options.profile]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {

@@ -1,6 +1,6 @@
 /** The numbers are those of Hugging Face transformers on this machine's GPU too: 20 losses, eager and as a graph. */
 import { describe, expect, test } from "vitest";
-import { openRun } from "../runtime/execute.ts";
+import { openRun } from "../runtime/run.ts";
 import { compile } from "../src/compile.ts";
 import { loadTarget } from "../src/makers.ts";
 import { firstGpu } from "./cudaDevice.ts";

@@ -2,7 +2,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
-import { openCorpus, type Reading } from "../runtime/data.ts";
+import type { Reading } from "../runtime/batches.ts";
+import { openCorpus } from "../runtime/data.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import { Trouble } from "../schemas/trouble.ts";
 

@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { stringify } from "yaml";
-import { openRun } from "../runtime/execute.ts";
+import { openRun } from "../runtime/run.ts";
 import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";
 import { readJob } from "../src/readJob.ts";

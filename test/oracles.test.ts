@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { afterAll, describe, expect, test, vi } from "vitest";
 import { stringify } from "yaml";
-import { openRun } from "../runtime/execute.ts";
+import { openRun } from "../runtime/run.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";

@@ -1,7 +1,7 @@
 /** The numbers are those of Hugging Face transformers (fixtures/hf), whatever the parallelism. */
 import { describe, expect, test } from "vitest";
 import { toHuggingFace } from "../runtime/checkpoint.ts";
-import { openRun } from "../runtime/execute.ts";
+import { openRun } from "../runtime/run.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import { compile } from "../src/compile.ts";
 import { expectedOf, referenceJob, references } from "./referenceJobs.ts";

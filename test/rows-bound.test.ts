@@ -1,6 +1,6 @@
 /** The number of rows an expert gets is known only while running: a plan holds a bound, and nothing is dropped in silence. */
 import { expect, test } from "vitest";
-import { openRun } from "../runtime/execute.ts";
+import { openRun } from "../runtime/run.ts";
 import { compile } from "../src/compile.ts";
 import { fixture, jobOf } from "./support.ts";
 

@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { HostData } from "../runtime/backend.ts";
-import { openWebgpu } from "../runtime/webgpu/backend.ts";
+import { openWebgpu } from "../runtime/webgpu/dawn.ts";
 import type { Dtype, How, Move, Transfer } from "../schemas/plan.ts";
 import { bufferIn, handPlan } from "./handPlan.ts";
 import { noAdapter, noHalves } from "./softwareAdapter.ts";

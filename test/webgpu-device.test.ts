@@ -3,7 +3,8 @@ import { spawn } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import { cutArena } from "../runtime/webgpu/arenas.ts";
-import { openWebgpu, type Sources, type WebgpuFleet, type WebgpuSettings } from "../runtime/webgpu/backend.ts";
+import type { Sources, WebgpuFleet, WebgpuSettings } from "../runtime/webgpu/backend.ts";
+import { openWebgpu } from "../runtime/webgpu/dawn.ts";
 import type { Compute, Kernel, Launch, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { bufferIn, handPlan } from "./handPlan.ts";
@@ -308,7 +309,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, { timeout: 30_000
 
 describe.skipIf(noAdapter)(`a process${reason}`, { timeout: 30_000 }, () => {
   const script = (body: string) =>
-    `import { openWebgpu } from "./runtime/webgpu/backend.ts"; import { handPlan } from "./test/handPlan.ts";\n${body}`;
+    `import { openWebgpu } from "./runtime/webgpu/dawn.ts"; import { handPlan } from "./test/handPlan.ts";\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
     const child = spawn(process.execPath, ["--import", "tsx", "--input-type=module", "-e", script(body)], {
       env,

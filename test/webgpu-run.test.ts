@@ -1,6 +1,7 @@
 /** Training on WebGPU: plans of several meshes give the loss and the gradients of the CPU, the reference. */
 import { describe, expect, test } from "vitest";
-import { openRun, type Run, type RunSettings } from "../runtime/execute.ts";
+import type { Run } from "../runtime/execute.ts";
+import { openRun, type RunSettings } from "../runtime/run.ts";
 import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";

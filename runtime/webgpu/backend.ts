@@ -7,12 +7,12 @@ import { elementsOf, startOf } from "../../schemas/layout.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
-import { rowsOverflow } from "../cpu.ts";
 import { narrow, widen } from "../halves.ts";
+import { rowsOverflow } from "../rowsOverflow.ts";
 import { type Arenas, type Limits, makeArenas, type Place } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
 import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
-import { openDevice } from "./device.ts";
+import { type Host, openDevice } from "./device.ts";
 import { deviceLoopback } from "./loopback.ts";
 import { compileKernels, compiler, isStart, type Pipeline } from "./pipelines.ts";
 
@@ -34,7 +34,8 @@ export interface Sources {
   kernel(file: string): string;
 }
 
-export async function openWebgpu(
+export async function webgpuOn(
+  host: Host,
   plan: Plan,
   sources: Sources,
   { profile = false, limits = {} }: WebgpuSettings = {},
@@ -42,7 +43,7 @@ export async function openWebgpu(
   const [kind, detail] = plan.toolchain.target.split(":");
   if (kind !== "webgpu")
     throw new Trouble(`the plan is for ${plan.toolchain.target}, and WebGPU cannot run it`, "compile the job for the target webgpu");
-  const gpu = await openDevice(detail!, { timestamps: profile });
+  const gpu = await openDevice(host, detail!, { timestamps: profile });
   try {
     const { device, adapter } = gpu;
     const { mesh, programs } = plan;

@@ -32,7 +32,7 @@ export interface Commands {
   /** As many bytes as the destination holds; between two GPUBuffers. */
   copy(from: Place, to: Place): void;
   clear(place: Place): void;
-  write(place: Place, data: NodeJS.TypedArray): void;
+  write(place: Place, data: ArrayBufferView): void;
   /** Copies of what the places hold when all that was recorded before is done. */
   read(places: readonly Place[]): Promise<ArrayBuffer[]>;
   /** Waits until all that was recorded is done. */
@@ -142,7 +142,7 @@ export function commandsOn(gpu: Gpu, { timed }: { timed: boolean }): Commands {
 /** Copies move whole words; the plan's places leave room for it. */
 const words = (bytes: number): number => Math.ceil(bytes / 4) * 4;
 
-function inWords(data: NodeJS.TypedArray): Uint8Array<ArrayBufferLike> {
+function inWords(data: ArrayBufferView): Uint8Array<ArrayBufferLike> {
   const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
   if (bytes.length % 4 === 0) return bytes;
   const padded = new Uint8Array(words(bytes.length));

@@ -1,6 +1,6 @@
 /**
- * Opens a WebGPU device through Dawn (the npm package `webgpu`), with what a plan's profile needs. Dawn is loaded here and
- * at first use, so that this room can be imported on any machine. What is missing, and what goes wrong later, is a Trouble.
+ * Opens a WebGPU device with what a plan's profile needs, through whoever has WebGPU here: Dawn in Node (dawn.ts), the browser
+ * in a page. What is missing, and what goes wrong later, is a Trouble.
  */
 /// <reference types="@webgpu/types" />
 import { Trouble } from "../../schemas/trouble.ts";
@@ -9,7 +9,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 export const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128, queryResolve: 512 } as const;
 export const mapRead = 1;
 
-/** What an adapter must offer beyond the defaults, by profile; and what Dawn must be told so that it offers it. */
+/** What an adapter must offer beyond the defaults, by profile; and what Dawn must be told (its toggles) so that it offers it. */
 const profiles: Readonly<Record<string, { features: readonly string[]; unlock: readonly string[]; largeGroups: boolean }>> = {
   baseline: { features: [], unlock: [], largeGroups: false },
   f16: { features: ["shader-f16"], unlock: ["vulkan_enable_f16_on_nvidia"], largeGroups: true },
@@ -34,24 +34,23 @@ export interface Gpu {
   close(): void;
 }
 
-export async function openDevice(profile: string, { timestamps = false } = {}): Promise<Gpu> {
+/** Who has WebGPU here. */
+export interface Host {
+  /** Throws a Trouble where there is none. `toggles` are Dawn's, for who may set them. */
+  gpu(toggles: { readonly enable: readonly string[]; readonly disable: readonly string[] }): Promise<GPU>;
+  /** What to tell a person where no adapter is found. */
+  noAdapter(): Trouble;
+}
+
+export async function openDevice(host: Host, profile: string, { timestamps = false } = {}): Promise<Gpu> {
   const needs = profiles[profile];
   if (!needs) throw new Trouble(`the plan is for webgpu:${profile}, a profile that this version does not know`, "compile the plan again");
-  const dawn = await loadDawn();
   // without the latter, times come in steps of 100 µs
-  const dawnOptions = [
-    ...listed("enable-dawn-features", needs.unlock),
-    ...listed("disable-dawn-features", timestamps ? ["timestamp_quantization"] : []),
-  ];
+  const toggles = { enable: needs.unlock, disable: timestamps ? ["timestamp_quantization"] : [] };
   // kept until close: Dawn's objects do not keep it
-  let gpu: GPU | undefined = dawn.create(dawnOptions);
+  let gpu: GPU | undefined = await host.gpu(toggles);
   const adapter = await gpu.requestAdapter({ powerPreference: "high-performance" });
-  if (!adapter)
-    throw new Trouble(
-      `no WebGPU adapter: there is no GPU with a driver for ${driver()} here that this process can see`,
-      `install the GPU's driver${process.platform === "linux" ? " and the Vulkan loader (Debian: libvulkan1; without a GPU: mesa-vulkan-drivers); `vulkaninfo --summary` must list it" : ""}, or compile the plan for the target cpu`,
-      3,
-    );
+  if (!adapter) throw host.noAdapter();
   const name = nameOf(adapter.info);
   const missing = needs.features.filter((f) => !adapter.features.has(f));
   if (missing.length)
@@ -136,24 +135,11 @@ export async function openDevice(profile: string, { timestamps = false } = {}): 
   };
 }
 
-const listed = (option: string, values: readonly string[]): string[] => (values.length ? [`${option}=${values.join(",")}`] : []);
-
-async function loadDawn(): Promise<typeof import("webgpu")> {
-  try {
-    return await import("webgpu");
-  } catch (error) {
-    throw new Trouble(
-      `WebGPU cannot be loaded on ${process.platform}-${process.arch}: ${error instanceof Error ? error.message.split("\n")[0] : error}`,
-      "install the npm packages again on this machine; Dawn comes for Linux, macOS and Windows, on x64 and arm64",
-      3,
-    );
-  }
-}
-
-const driver = (): string => (process.platform === "darwin" ? "Metal" : process.platform === "win32" ? "Direct3D 12" : "Vulkan");
-
 function nameOf(info: GPUAdapterInfo): string {
-  const name = [info.device, info.description].filter(Boolean).join(", ") || info.architecture || info.vendor || "without a name";
+  const name =
+    [info.device, info.description].filter(Boolean).join(", ") ||
+    [info.vendor, info.architecture].filter(Boolean).join(" ") ||
+    "without a name";
   return info.isFallbackAdapter ? `${name} (software)` : name;
 }
 

@@ -1,0 +1,70 @@
+/** A run on this machine: opens what a plan needs here (its text, its weights, its devices), and closes all of it with the run. */
+import { resolve } from "node:path";
+import type { Plan } from "../schemas/plan.ts";
+import type { Fleet } from "./backend.ts";
+import { readingOf } from "./batches.ts";
+import { checkpointFor } from "./checkpoint.ts";
+import { openCpu } from "./cpu.ts";
+import { openCorpus } from "./data.ts";
+import { type Run, runOn } from "./execute.ts";
+
+export interface RunSettings {
+  /** A cubin beside the plan, by the name of its file. */
+  readonly cubin?: (file: string) => Uint8Array | undefined;
+  /** CUDA: steps are replayed as a graph, unless this is false. */
+  readonly graph?: boolean;
+  /** rankc's version, the same in all processes of a run. */
+  readonly version?: string;
+  /** Takes times; slower. */
+  readonly profile?: boolean;
+  /** `cuda` runs one rank in this process; the environment says which. */
+  readonly backend?: "cpu" | "webgpu" | "cuda";
+  /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
+  readonly source?: (file: string) => string;
+  /** A Hugging Face checkpoint: a file, an index or a folder. */
+  readonly initFrom?: string;
+  /** Where relative paths of the job start: the job file's folder. */
+  readonly baseDir: string;
+  /** As in `Given`. */
+  readonly watch?: readonly string[];
+}
+
+export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
+  const { initFrom, baseDir, watch } = settings;
+  const { job } = plan;
+  const corpus = openCorpus(resolve(baseDir, job.data.path), readingOf(job));
+  const fleet = await openFleet(plan, settings).catch((error: unknown) => {
+    corpus.close();
+    throw error;
+  });
+  const close = async (error?: Error): Promise<void> => {
+    corpus.close();
+    await fleet.close(error);
+  };
+  try {
+    const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom);
+    const run = runOn(plan, { fleet, batch: corpus.batch, ...(checkpoint && { checkpoint }), ...(watch && { watch }) });
+    checkpoint?.close();
+    return { ...run, close };
+  } catch (error) {
+    await close(error as Error);
+    throw error;
+  }
+}
+
+async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
+  const { backend = "cpu", source, cubin, graph, profile = false, version = "" } = settings;
+  switch (backend) {
+    case "cpu":
+      return openCpu(plan, { profile });
+    case "webgpu":
+      return (await import("./webgpu/dawn.ts")).openWebgpu(plan, { kernel: source! }, { profile });
+    case "cuda": {
+      const { openRank } = await import("./cuda/rank.ts");
+      const files = { source: source!, ...(cubin && { cubin }) };
+      return openRank(plan, { files, env: process.env, version, profile, ...(graph !== undefined && { graph }) });
+    }
+    default:
+      return backend satisfies never;
+  }
+}
