@@ -24,6 +24,7 @@ import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
 import { tar } from "../src/tar.ts";
 import { root } from "./checkout.ts";
+import { rankc } from "./rankc.ts";
 
 const work = mkdtempSync(join(tmpdir(), "rankc-pack-"));
 afterAll(() => rmSync(work, { recursive: true, force: true }));
@@ -131,6 +132,29 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
   execFileSync("tar", ["-xf", file, "-C", unpacked]);
   expect(readFileSync(join(unpacked, long), "utf8")).toBe("deep");
   expect(() => [...tar([entry("f".repeat(101), false, "")])]).toThrow("too long");
+});
+
+test("the command says what it wrote, and what is left out", { timeout: 120_000 }, async () => {
+  // stands for xz: what is asked here is the command
+  const bin = join(work, "bin");
+  mkdirSync(bin);
+  writeFileSync(join(bin, "xz"), "#!/bin/sh\nexec cat\n", { mode: 0o755 });
+  const alone = join(work, "alone");
+  cpSync(plan, alone, { recursive: true });
+  const out = join(work, "alone.tar");
+  const { PATH } = process.env;
+  process.env.PATH = `${bin}:${PATH}`;
+  try {
+    const said = await rankc("pack", join(alone, "plan.json"), "-o", out);
+    const sha256 = createHash("sha256").update(readFileSync(out)).digest("hex");
+    expect([said.exit, said.out]).toEqual([
+      0,
+      expect.stringMatching(new RegExp(`^${out}: [\\d.]+ MiB, [\\d,]+ files, for ${process.platform}-.+\nsha256 ${sha256}\n$`)),
+    ]);
+    expect(said.err).toContain("the corpus is not in it");
+  } finally {
+    process.env.PATH = PATH;
+  }
 });
 
 describe("what cannot be packed is said before anything is written", () => {
