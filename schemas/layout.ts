@@ -4,11 +4,12 @@
  */
 
 import type { z } from "zod";
-import type { MeshText } from "./plan.ts";
+import type { Dtype, MeshText } from "./plan.ts";
 
 export type MeshData = z.infer<typeof MeshText>;
 type Factors = Pick<MeshData, "factors">;
 
+export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 /** How many elements a shape holds; 1 for a scalar. */
 export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
 

@@ -13,7 +13,6 @@ const factors = z.array(count).describe("indices into mesh.factors, outermost fi
 
 export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
 export type Dtype = z.infer<typeof Dtype>;
-export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 
 const Factor = z
   .strictObject({ stride: count, size: count })

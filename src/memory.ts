@@ -3,8 +3,8 @@
  * (one copy per microbatch in flight) from the forward op that makes them to the last backward op that reads them;
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
-import { elementsOf } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Instruction, type Kernel, type Kind, type Memory, type Program } from "../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../schemas/layout.ts";
+import type { Buffer, Instruction, Kernel, Kind, Memory, Program } from "../schemas/plan.ts";
 import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
 

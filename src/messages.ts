@@ -4,8 +4,8 @@
  * tensor the digits of the mesh that do not cut it, then what is left. Rows travel in lists of a fixed capacity, each
  * beside its index: how many there are is known on the device alone.
  */
-import { elementsOf, parts } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Compute, type Dtype, type How, type Instruction } from "../schemas/plan.ts";
+import { bytesOf, elementsOf, parts } from "../schemas/layout.ts";
+import type { Buffer, Compute, Dtype, How, Instruction } from "../schemas/plan.ts";
 import { boundOfRows, bytesSent } from "./cost.ts";
 import { arrange, invertRows, mergeRows, splitRows, takeRows } from "./ops/messages.ts";
 import { type AnyOp, invariant } from "./ops/op.ts";

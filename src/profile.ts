@@ -4,8 +4,8 @@
  */
 
 import { devices } from "../schemas/job.ts";
-import { elementsOf } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Instruction, type Plan, type Program } from "../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../schemas/layout.ts";
+import type { Buffer, Instruction, Plan, Program } from "../schemas/plan.ts";
 import { expectedRows, flopsOf } from "./cost.ts";
 import { anyLayer } from "./layerNames.ts";
 import { ops } from "./ops/index.ts";

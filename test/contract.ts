@@ -4,7 +4,8 @@
  */
 import { expect } from "vitest";
 import { narrow, widen } from "../runtime/halves.ts";
-import { bytesOf, type Dtype } from "../schemas/plan.ts";
+import { bytesOf } from "../schemas/layout.ts";
+import type { Dtype } from "../schemas/plan.ts";
 import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type AnyOp, expandLike, type Operand, slotSize } from "../src/ops/op.ts";

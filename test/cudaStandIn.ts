@@ -12,8 +12,8 @@ import { vi } from "vitest";
 import { cubinFile } from "../runtime/cuda/kernels.ts";
 import { koffi } from "../runtime/cuda/libraries.ts";
 import { narrow, widen } from "../runtime/halves.ts";
-import { elementsOf, parts } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Compute, type Kernel, type Launch, type Plan } from "../schemas/plan.ts";
+import { bytesOf, elementsOf, parts } from "../schemas/layout.ts";
+import type { Buffer, Compute, Kernel, Launch, Plan } from "../schemas/plan.ts";
 import { ops } from "../src/ops/index.ts";
 import { fixture } from "./support.ts";
 

@@ -1,6 +1,6 @@
 /** Plans made by hand, for tests of a runtime alone: every rank runs the one program, its buffers one behind the other. */
-import { elementsOf } from "../schemas/layout.ts";
-import { type Buffer, bytesOf, type Dtype, type Instruction, type Kernel, type Kind, type Plan } from "../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../schemas/layout.ts";
+import type { Buffer, Dtype, Instruction, Kernel, Kind, Plan } from "../schemas/plan.ts";
 
 interface HandBuffer {
   readonly kind?: Kind;

@@ -5,7 +5,8 @@
  */
 /// <reference types="@webgpu/types" />
 import { narrow, widen } from "../runtime/halves.ts";
-import { bytesOf, type Dtype, type Launch } from "../schemas/plan.ts";
+import { bytesOf } from "../schemas/layout.ts";
+import type { Dtype, Launch } from "../schemas/plan.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
 
 const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128 };

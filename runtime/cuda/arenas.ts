@@ -2,8 +2,8 @@
  * Arenas: the device memory of one rank, one allocation per kind, every buffer at the place the plan gives it. What the
  * device cannot hold is said, with the numbers, before anything is allocated.
  */
-import { elementsOf } from "../../schemas/layout.ts";
-import { bytesOf, type Dtype, type Kind, type Plan } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../../schemas/layout.ts";
+import type { Dtype, Kind, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
 import type { Span } from "./lanes.ts";

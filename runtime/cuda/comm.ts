@@ -3,8 +3,8 @@
  * id is all that ranks must share. Collectives have one lane, in the plan's order; each direction between two stages has a
  * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
  */
-import { membersOf } from "../../schemas/layout.ts";
-import { bytesOf, type How, type Instruction, type Move, type Plan, type Transfer } from "../../schemas/plan.ts";
+import { bytesOf, membersOf } from "../../schemas/layout.ts";
+import type { How, Instruction, Move, Plan, Transfer } from "../../schemas/plan.ts";
 import type { Comm } from "../backend.ts";
 import { moved, type Place } from "./arenas.ts";
 import type { Context, Stream } from "./driver.ts";

@@ -2,8 +2,8 @@
  * The memory of one rank on the device: every buffer of its program at the place the plan gives it, in one GPUBuffer per
  * arena and per copy of the activations; in several where the device makes none that large. No buffer lies in two.
  */
-import { elementsOf } from "../../schemas/layout.ts";
-import { type Buffer, bytesOf, type Kind, type Plan } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../../schemas/layout.ts";
+import type { Buffer, Kind, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 

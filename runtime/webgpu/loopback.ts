@@ -3,8 +3,8 @@
  * arrives. Sources are taken aside before anything is written, so source and destination may share bytes. Sums run in the order
  * of members, in f32, and are rounded once.
  */
-import { elementsOf, membersOf } from "../../schemas/layout.ts";
-import { type Buffer, bytesOf, type Dtype, type How, type Move, type Plan } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf, membersOf } from "../../schemas/layout.ts";
+import type { Buffer, Dtype, How, Move, Plan } from "../../schemas/plan.ts";
 import type { Comm } from "../backend.ts";
 import { bytesOfBuffer, type Place } from "./arenas.ts";
 import type { Bind } from "./bindings.ts";

@@ -1,5 +1,6 @@
 /** Kernels whose every output element comes from the inputs' at the same place, and from what is one per row or one alone. */
-import { bytesOf, type Dtype } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
+import type { Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";

@@ -2,7 +2,8 @@
  * Products in bf16 on Hopper's own tensor-core instructions (sm_90a): chooses tile, stages, cluster and raster, and writes the
  * tensor maps by which boxes of operands are copied. Possible where rows of all operands are multiples of 16 bytes.
  */
-import { bytesOf, type Dtype, type TensorMap } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
+import type { Dtype, TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";

@@ -1,5 +1,5 @@
 /** The router: softmax, top-k, balancing losses, a token's experts in the registers of one warp or part of it; and rows' activation gradient. */
-import { bytesOf } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";

@@ -1,5 +1,5 @@
 /** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. */
-import { bytesOf } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";

@@ -1,5 +1,6 @@
 /** Sums that end in one number, in two launches: blocks leave their parts in the scratch arena, one block adds these in a fixed order. */
-import { bytesOf, type Launch } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
+import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";

@@ -1,5 +1,6 @@
 /** What meets the vocabulary, beside what is elementwise: reductions over a row of logits, the target's logit, the table's gradient. */
-import { bytesOf, type Launch } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/layout.ts";
+import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
