@@ -3,17 +3,8 @@
  * become buffers here; `lower` fills forward and backward, `update` the step block.
  */
 import type { Job } from "../schemas/job.ts";
-import { elementsOf, parts } from "../schemas/layout.ts";
-import {
-  type Buffer,
-  bytesOf,
-  type Compute,
-  type Instruction,
-  type Kind,
-  type Move,
-  type Program,
-  type Transfer,
-} from "../schemas/plan.ts";
+import { bytesOf, elementsOf, parts } from "../schemas/layout.ts";
+import type { Buffer, Compute, Instruction, Kind, Move, Program, Transfer } from "../schemas/plan.ts";
 import { boundOfRows } from "./cost.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { indexLength } from "./ops/messages.ts";
