@@ -64,4 +64,25 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, { timeout: 300_000 }
       for (const [n, piece] of want.state.entries()) expect(distance(eager.state[n]!, piece), `piece ${n}`).toBeLessThan(20 * tolerance);
     },
   );
+
+  test("a rank takes of the device what its plan says, within 1 % beside the context and the kernels' code", async () => {
+    const large = { layers: 4, hidden: 1024, ffn: 4096, heads: 16, kv_heads: 4, head_dim: 64, vocab: 32000, seq: 1024 };
+    const job = jobFor(large, "bf16");
+    const { sm } = driver().devices[0]!;
+    const { plan, sources } = compile(job, { target: await loadTarget(`cuda:sm_${sm}${sm >= 90 ? "a" : ""}`) });
+    const context = driver().open(driver().devices[0]!);
+    // what code takes is not the plan's: it is there before
+    const open = () =>
+      openCuda(plan, {
+        ...{ rank: 0, device: 0, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },
+        files: { source: (file) => sources.get(file)! },
+      });
+    const first = await open();
+    const used = context.memory().free;
+    await first.close();
+    const freed = context.memory().free - used;
+    context.close();
+    expect(plan.memory[0]!.peak).toBeGreaterThan(2 ** 31);
+    expect(Math.abs(freed / plan.memory[0]!.peak - 1)).toBeLessThan(0.01);
+  });
 });
