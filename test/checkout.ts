@@ -5,11 +5,12 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 export const root = fileURLToPath(new URL("..", import.meta.url));
-const left = new Set(["node_modules", "dist", ".git", ".rankc"]);
+/** What is made, and what tools keep for themselves (`.git`). */
+const left = /^(node_modules|dist|\..*)$/;
 
 export function copyCheckout(): string {
   const copy = mkdtempSync(join(tmpdir(), "rankc-checkout-"));
-  for (const name of readdirSync(root)) if (!left.has(name)) cpSync(join(root, name), join(copy, name), { recursive: true });
+  for (const name of readdirSync(root)) if (!left.test(name)) cpSync(join(root, name), join(copy, name), { recursive: true });
   // a folder of links, not one link to the folder: whoever empties it empties a copy
   const packages = join(copy, "node_modules");
   mkdirSync(packages);

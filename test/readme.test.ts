@@ -57,7 +57,7 @@ test("every block is of a kind that is checked", () => {
 });
 
 // one after the other: a command reads what the one before it wrote
-test("the commands of the README end as it says, and print what it shows", { timeout: 180_000 }, () => {
+test("the commands of the README end as it says, and print what it shows", { timeout: 300_000 }, () => {
   let printed: string[] | undefined;
   for (const { kind, text, line } of blocks) {
     if (kind === "yaml" && /^name:/m.test(text)) {
