@@ -1,0 +1,464 @@
+"""What the bench of CUDA kernels asks of torch: inputs that suit an op, what the op makes of them, and torch's own ways to do it.
+
+Buffers are as an op's signature has them, ragged operands as a matrix of rows. A reference computes in f32, of f32 products and of
+AdamW in f64. A peer is a call without arguments that leaves the buffers alone; what it need not repeat is done before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i32": torch.int32}
+
+
+def poison(tensor):
+    tensor.reshape(-1).view(torch.uint8).fill_(255)
+
+
+class Cases:
+    def __init__(self, compiles):
+        self.compiles = compiles
+
+    def fill(self, case):
+        """New buffers: normal noise, and what an op needs otherwise; outputs hold 0xFF."""
+        made = {}
+        for buffer in case["buffers"]:
+            tensor = torch.empty(buffer["shape"] or [1], dtype=TYPES[buffer["dtype"]], device="cuda")
+            if buffer["role"] != "out" and tensor.is_floating_point():
+                tensor.normal_()
+            else:
+                poison(tensor)
+            made[buffer["name"]] = tensor
+        fill = getattr(self, f"fill_{case['kind']}", None)
+        if fill:
+            fill(case["d"], made, case)
+        return made
+
+    def reference(self, case, b):
+        with torch.no_grad():
+            return getattr(self, f"reference_{case['kind']}")(case["d"], b, case)
+
+    def peers(self, case, b):
+        return getattr(self, f"peers_{case['kind']}")(case["d"], b, case)
+
+    def several(self, name, f, *args):
+        """Several kernels in a row, and what torch.compile makes of them."""
+        peers = {name: lambda: f(*args)}
+        if self.compiles:
+            compiled = torch.compile(f, dynamic=False)
+            peers[f"{name}, compiled"] = lambda: compiled(*args)
+        return peers
+
+    # -- products
+
+    def reference_gemm(self, d, b, case):
+        wide = torch.float64 if case["dtype"] == "f32" else torch.float32
+        return {"y": flat(b["x"]).to(wide) @ b["w"].to(wide)}
+
+    def peers_gemm(self, d, b, case):
+        x, w = flat(b["x"]), b["w"]
+        turned = w.t().contiguous().t()
+        out = torch.empty_like(flat(b["y"]))
+        return {"matmul": lambda: torch.matmul(x, w, out=out), "matmul, w [N,K]": lambda: torch.matmul(x, turned, out=out)}
+
+    def reference_gemm_dgrad(self, d, b, case):
+        return {"dx": flat(b["dy"]).float() @ b["w"].float().t()}
+
+    def peers_gemm_dgrad(self, d, b, case):
+        dy, w, out = flat(b["dy"]), b["w"].t(), torch.empty_like(flat(b["dx"]))
+        return {"matmul": lambda: torch.matmul(dy, w, out=out)}
+
+    def reference_gemm_wgrad(self, d, b, case):
+        return {"dw": flat(b["x"]).float().t() @ flat(b["dy"]).float()}
+
+    def peers_gemm_wgrad(self, d, b, case):
+        x, dy = flat(b["x"]).t(), flat(b["dy"])
+        out = torch.empty_like(b["dw"], dtype=torch.bfloat16)
+        return {
+            "matmul, bf16 out": lambda: torch.matmul(x, dy, out=out),
+            "mm, f32 out": lambda: torch.mm(x, dy, out_dtype=torch.float32),
+        }
+
+    def fill_grouped_gemm(self, d, b, case):
+        counts = torch.tensor(case["counts"])
+        row = torch.arange(int(counts.sum()))
+        expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        write_rows(d, b, torch.stack([torch.zeros_like(row), row, expert], 1), counts)
+
+    fill_grouped_dgrad = fill_grouped_wgrad = fill_grouped_gemm
+
+    def reference_grouped_gemm(self, d, b, case):
+        return {"y": torch.cat([b["x"][s].float() @ b["w"][e].float() for e, s in enumerate(spans(case))])}
+
+    def peers_grouped_gemm(self, d, b, case):
+        x, w, ends = b["x"], b["w"], ends_of(case)
+        turned = w.transpose(1, 2).contiguous().transpose(1, 2)
+        return {"_grouped_mm": lambda: torch._grouped_mm(x, w, offs=ends), "_grouped_mm, w [E,N,K]": lambda: torch._grouped_mm(x, turned, offs=ends)}
+
+    def reference_grouped_dgrad(self, d, b, case):
+        return {"dx": torch.cat([b["dy"][s].float() @ b["w"][e].float().t() for e, s in enumerate(spans(case))])}
+
+    def peers_grouped_dgrad(self, d, b, case):
+        dy, w, ends = b["dy"], b["w"].transpose(1, 2), ends_of(case)
+        return {"_grouped_mm": lambda: torch._grouped_mm(dy, w, offs=ends)}
+
+    def reference_grouped_wgrad(self, d, b, case):
+        return {"dw": torch.stack([b["x"][s].float().t() @ b["dy"][s].float() for s in spans(case)])}
+
+    def peers_grouped_wgrad(self, d, b, case):
+        x, dy, ends = b["x"].t(), b["dy"], ends_of(case)
+        return {"_grouped_mm, bf16 out": lambda: torch._grouped_mm(x, dy, offs=ends)}
+
+    # -- attention: query head g*M + m reads key head g
+
+    def reference_attention(self, d, b, case):
+        o, lse = torch.empty_like(b["o"], dtype=torch.float32), torch.empty_like(b["lse"])
+        for q, k, v, out, log, mask in heads(d, b["q"], b["k"], b["v"], o, lse):
+            scores = (q @ k.t() * d["C"] ** -0.5).masked_fill_(mask, float("-inf"))
+            log.copy_(scores.logsumexp(-1))
+            out.copy_(scores.softmax(-1) @ v)
+        return {"o": o, "lse": lse}
+
+    def peers_attention(self, d, b, case):
+        q, k, v = queries_first(d, b)
+
+        def run(backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return {"SDPA cuDNN": lambda: run(SDPBackend.CUDNN_ATTENTION), "SDPA FA2": lambda: run(SDPBackend.FLASH_ATTENTION)}
+
+    def fill_attention_grad(self, d, b, case):
+        with torch.no_grad():
+            for name, value in self.reference_attention(d, b, case).items():
+                b[name].copy_(value)
+
+    def reference_attention_grad(self, d, b, case):
+        want = {name: torch.zeros_like(b[name], dtype=torch.float32) for name in ("dq", "dk", "dv")}
+        parts = heads(d, b["q"], b["k"], b["v"], b["dy"], want["dq"], want["dk"], want["dv"])
+        for q, k, v, dy, dq, dk, dv, mask in parts:
+            weight = (q @ k.t() * d["C"] ** -0.5).masked_fill_(mask, float("-inf")).softmax(-1)
+            dv += weight.t() @ dy
+            slope = dy @ v.t()
+            slope = weight * (slope - (weight * slope).sum(-1, keepdim=True)) * d["C"] ** -0.5
+            dq.copy_(slope @ k)
+            dk += slope.t() @ q
+        return want
+
+    def peers_attention_grad(self, d, b, case):
+        q, k, v = queries_first(d, b)
+        dy = b["dy"].view(d["B"], d["S"], -1, d["C"]).transpose(1, 2)
+        peers = {}
+        for name, backend in {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FA2": SDPBackend.FLASH_ATTENTION}.items():
+            try:
+                with sdpa_kernel(backend):
+                    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            except RuntimeError:
+                continue
+            peers[f"{name} backward"] = lambda o=o: torch.autograd.grad(o, (q, k, v), dy, retain_graph=True)
+        return peers
+
+    # -- what moves memory
+
+    def fill_rmsnorm(self, d, b, case):
+        b["gain"].uniform_(0.5, 1.5)
+
+    fill_rmsnorm_grad = fill_rmsnorm
+
+    def reference_rmsnorm(self, d, b, case):
+        return {"y": normed(b["x"].float(), b["gain"].float(), d["eps"])}
+
+    def peers_rmsnorm(self, d, b, case):
+        x, gain = b["x"], b["gain"]
+        return self.several("F.rms_norm", lambda x, g: F.rms_norm(x, (d["D"],), g, d["eps"]), x, gain)
+
+    def reference_rmsnorm_grad(self, d, b, case):
+        x, gain, dy = b["x"].float(), b["gain"].float(), b["dy"].float()
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + d["eps"])
+        pull = (x * gain * dy).mean(-1, keepdim=True) * r * r
+        return {"dx": r * (gain * dy - x * pull), "dgain": (x * r * dy).reshape(-1, d["D"]).sum(0)}
+
+    def peers_rmsnorm_grad(self, d, b, case):
+        x, gain = leaf(b["x"]), leaf(b["gain"])
+        y = F.rms_norm(x, (d["D"],), gain, d["eps"])
+        return {"F.rms_norm backward": lambda: torch.autograd.grad(y, (x, gain), b["dy"], retain_graph=True)}
+
+    def fill_adamw(self, d, b, case):
+        b["v"].uniform_(0.1, 1)
+        for name, value in {"scale": 1, "lr": 0.01, "step": 1000}.items():
+            b[name].fill_(value)
+
+    def reference_adamw(self, d, b, case):
+        g, w, m, v = (b[name].double() for name in ("g", "w", "m", "v"))
+        lr, step = b["lr"].double().item(), b["step"].item()
+        m.mul_(d["beta1"]).add_(g, alpha=1 - d["beta1"])
+        v.mul_(d["beta2"]).addcmul_(g, g, value=1 - d["beta2"])
+        below = (v / (1 - d["beta2"] ** step)).sqrt_().add_(d["eps"])
+        w.mul_(1 - lr * d["decay"]).addcdiv_(m, below, value=-lr / (1 - d["beta1"] ** step))
+        return {"w": w, "m": m, "v": v}
+
+    def peers_adamw(self, d, b, case):
+        g, w, m, v = (b[name].clone() for name in ("g", "w", "m", "v"))
+        step = b["step"].reshape(())
+        how = {"lr": 0.01, "beta1": d["beta1"], "beta2": d["beta2"], "weight_decay": d["decay"], "eps": d["eps"]}
+        return {"_fused_adamw_": lambda: torch._fused_adamw_([w], [g], [m], [v], [], [step], amsgrad=False, maximize=False, **how)}
+
+    def reference_cast(self, d, b, case):
+        return {"y": b["x"]}
+
+    def peers_cast(self, d, b, case):
+        out = torch.empty_like(b["y"])
+        return {"copy_": lambda: out.copy_(b["x"])}
+
+    def reference_swiglu(self, d, b, case):
+        return {"y": F.silu(b["gate"].float()) * b["up"].float()}
+
+    def peers_swiglu(self, d, b, case):
+        return self.several("silu(gate)*up", lambda gate, up: F.silu(gate) * up, b["gate"], b["up"])
+
+    def reference_swiglu_grad(self, d, b, case):
+        gate, up, dy = b["gate"].float(), b["up"].float(), b["dy"].float()
+        s = gate.sigmoid()
+        return {"dgate": dy * up * s * (1 + gate * (1 - s)), "dup": dy * gate * s}
+
+    def peers_swiglu_grad(self, d, b, case):
+        gate, up = leaf(b["gate"]), leaf(b["up"])
+        y = F.silu(gate) * up
+        return {"autograd": lambda: torch.autograd.grad(y, (gate, up), b["dy"], retain_graph=True)}
+
+    def reference_rope(self, d, b, case):
+        return {"y": turned(b["x"].float().view(d["B"], d["S"], d["H"], d["C"]), *angles(d))}
+
+    def peers_rope(self, d, b, case):
+        cos, sin = (a.bfloat16() for a in angles(d))
+        return self.several("rotate_half", turned, b["x"].view(d["B"], d["S"], d["H"], d["C"]), cos, sin)
+
+    # -- the router
+
+    def reference_softmax(self, d, b, case):
+        return {"y": b["x"].float().softmax(-1)}
+
+    def peers_softmax(self, d, b, case):
+        return {"softmax": lambda: torch.softmax(b["x"], -1, dtype=torch.float32)}
+
+    def fill_top_k(self, d, b, case):
+        b["p"].copy_(b["p"].softmax(-1))
+
+    def reference_top_k(self, d, b, case):
+        return {"y": largest(b["p"], d["k"])}
+
+    def peers_top_k(self, d, b, case):
+        return self.several("topk, scatter", lambda p: kept(p, d["k"]), b["p"])
+
+    def reference_router(self, d, b, case):
+        p = b["x"].float().softmax(-1)
+        return {"p": p, "y": largest(p, d["k"])}
+
+    def peers_router(self, d, b, case):
+        return self.several("softmax, topk, scatter", lambda x: kept(torch.softmax(x, -1, dtype=torch.float32), d["k"]), b["x"])
+
+    # -- rows of experts
+
+    def fill_permute(self, d, b, case):
+        tokens, experts = d["B"] * d["S"], d["E"]
+        k = d["bound"] // tokens
+        # some experts are liked more than others
+        liking = torch.randn(tokens, experts, device="cuda") + torch.randn(experts, device="cuda") / 2
+        chosen = liking.topk(k, -1).indices
+        p = torch.zeros(tokens, experts, device="cuda").scatter_(-1, chosen, torch.rand(tokens, k, device="cuda") + 0.1)
+        b["p"].copy_(p.view_as(b["p"]))
+
+    def fill_unpermute(self, d, b, case):
+        self.fill_permute(d, b, case)
+        write_rows(d, b, *rows_of(b["p"]))
+
+    def reference_permute(self, d, b, case):
+        index, counts = rows_of(b["p"])
+        rows = torch.empty_like(b["rows"])
+        write_rows(d, {"rows": rows}, index, counts)
+        return {"r": flat(b["x"])[index[:, 0] * d["S"] + index[:, 1]], "rows": rows}
+
+    def peers_permute(self, d, b, case):
+        x = flat(b["x"])
+        index, _ = rows_of(b["p"])
+        tokens = index[:, 0] * d["S"] + index[:, 1]
+        k = d["bound"] // x.shape[0]
+        experts = b["p"].view(-1, d["E"]).topk(k, -1).indices
+        out = torch.empty_like(b["r"])
+        return {
+            "argsort, index_select": lambda: torch.index_select(x, 0, experts.flatten().argsort(stable=True) // k, out=out),
+            "index_select alone": lambda: torch.index_select(x, 0, tokens, out=out),
+        }
+
+    def reference_unpermute(self, d, b, case):
+        index, _ = rows_of(b["p"])
+        tokens = index[:, 0] * d["S"] + index[:, 1]
+        total = torch.zeros(flat(b["x"]).shape, dtype=torch.float32, device="cuda")
+        return {"x": total.index_add_(0, tokens, b["r"].float())}
+
+    def peers_unpermute(self, d, b, case):
+        index, _ = rows_of(b["p"])
+        tokens, k = index[:, 0] * d["S"] + index[:, 1], d["bound"] // (d["B"] * d["S"])
+        of_token = tokens.argsort(stable=True).view(-1, k)
+        r = b["r"]
+        peers = self.several("gather, sum", lambda r, at: r[at].sum(1), r, of_token)
+        peers["embedding_bag"] = lambda: F.embedding_bag(of_token, r, mode="sum")
+        return peers
+
+    def fill_take_rows(self, d, b, case):
+        b["from"].random_(0, d["I"] // d["width"])
+
+    def reference_take_rows(self, d, b, case):
+        return {"y": b["x"].view(-1, d["width"])[b["from"].long()]}
+
+    def peers_take_rows(self, d, b, case):
+        x, at = b["x"].view(-1, d["width"]), b["from"].long()
+        out = torch.empty(len(at), d["width"], dtype=x.dtype, device="cuda")
+        return {"index_select": lambda: torch.index_select(x, 0, at, out=out)}
+
+    # -- the vocabulary
+
+    def reference_row_max(self, d, b, case):
+        return {"m": b["x"].float().amax(-1)}
+
+    def peers_row_max(self, d, b, case):
+        return {"amax": lambda: b["x"].amax(-1)}
+
+    def fill_sum_exp(self, d, b, case):
+        b["m"].copy_(b["x"].amax(-1))
+
+    fill_sum_exp_grad = fill_sum_exp
+
+    def reference_sum_exp(self, d, b, case):
+        return {"s": (b["x"].float() - b["m"].unsqueeze(-1)).exp().sum(-1)}
+
+    def peers_sum_exp(self, d, b, case):
+        peers = self.several("exp(x-m).sum", lambda x, m: (x.float() - m.unsqueeze(-1)).exp().sum(-1), b["x"], b["m"])
+        return {**peers, "logsumexp": lambda: torch.logsumexp(b["x"], -1)}
+
+    def reference_sum_exp_grad(self, d, b, case):
+        return {"dx": (b["x"].float() - b["m"].unsqueeze(-1)).exp() * b["dy"].unsqueeze(-1)}
+
+    def peers_sum_exp_grad(self, d, b, case):
+        def slope(x, m, dy):
+            return ((x.float() - m.unsqueeze(-1)).exp() * dy.unsqueeze(-1)).bfloat16()
+
+        return self.several("exp(x-m)*dy", slope, b["x"], b["m"], b["dy"])
+
+    def fill_cross_entropy(self, d, b, case):
+        b["target"].random_(0, d["V"])
+
+    def reference_cross_entropy(self, d, b, case):
+        x = b["x"].float()
+        m = x.amax(-1)
+        s = (x - m.unsqueeze(-1)).exp().sum(-1)
+        p = x.gather(-1, b["target"].long().unsqueeze(-1)).squeeze(-1)
+        return {"m": m, "s": s, "p": p, "l": s.log() + m - p}
+
+    def peers_cross_entropy(self, d, b, case):
+        target = b["target"].long().view(-1)
+        return self.several("F.cross_entropy", lambda x, t: F.cross_entropy(x, t, reduction="none"), flat(b["x"]), target)
+
+    def fill_embed(self, d, b, case):
+        b["ids"].random_(0, d["V"])
+
+    fill_embed_grad = fill_embed
+
+    def reference_embed(self, d, b, case):
+        return {"x": b["table"][b["ids"].long()]}
+
+    def peers_embed(self, d, b, case):
+        ids = b["ids"].long()
+        return {"F.embedding": lambda: F.embedding(ids, b["table"])}
+
+    def reference_embed_grad(self, d, b, case):
+        total = torch.zeros(d["V"], d["D"], device="cuda")
+        return {"dtable": total.index_add_(0, b["ids"].view(-1).long(), flat(b["dy"]).float())}
+
+    def peers_embed_grad(self, d, b, case):
+        ids = b["ids"].long()
+        return {"embedding backward, bf16": lambda: torch.ops.aten.embedding_dense_backward(b["dy"], ids, d["V"], -1, False)}
+
+
+# -- what several share
+
+
+def flat(x):
+    return x.view(-1, x.shape[-1])
+
+
+def leaf(x):
+    return x.detach().requires_grad_()
+
+
+def spans(case):
+    at = 0
+    for count in case["counts"]:
+        yield slice(at, at + count)
+        at += count
+
+
+def ends_of(case):
+    return torch.tensor(case["counts"], device="cuda").cumsum(0).int()
+
+
+def rows_of(p):
+    """(b,s,e) of every probability above zero, by e, b, s; and how many each expert has."""
+    found = (p > 0).permute(2, 0, 1).nonzero()
+    return found[:, [1, 2, 0]], torch.bincount(found[:, 0], minlength=p.shape[-1])
+
+
+def write_rows(d, b, index, counts):
+    """The count, (b,s,e) of each row, and where each expert's begin."""
+    rows = b["rows"].fill_(-1)
+    rows[0] = len(index)
+    rows[1 : 1 + 3 * len(index)] = index.reshape(-1).int().cuda()
+    rows[d["offsets"]] = 0
+    rows[d["offsets"] + 1 :] = counts.cumsum(0).int().cuda()
+
+
+def queries_first(d, b):
+    return [leaf(b[name]).view(d["B"], -1, heads_, d["C"]).transpose(1, 2) for name, heads_ in (("q", d["G"] * d["M"]), ("k", d["G"]), ("v", d["G"]))]
+
+
+def heads(d, *tensors):
+    """Every query head, with its keys' where a tensor has those alone: [S,C] each (of one value per head [S]), and what no query sees."""
+    mask = torch.ones(d["S"], d["U"], dtype=torch.bool, device="cuda").triu_(1)
+    queries, keys = d["G"] * d["M"], d["G"]
+    views = []
+    for t in tensors:
+        count = t.shape[-1] // d["C"] if t.shape[-1] >= d["C"] else t.shape[-1]
+        views.append((count, t.view(*t.shape[:2], count, -1)))
+    for batch in range(d["B"]):
+        for h in range(queries):
+            parts = [v[batch, :, h if count == queries else h * keys // queries] for count, v in views]
+            # inputs in half precision are widened; f32 ones are results, and stay views
+            yield *[(p.float() if p.dtype == torch.bfloat16 else p).squeeze(-1) for p in parts], mask
+
+
+def normed(x, gain, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
+def angles(d):
+    frequency = d["theta"] ** (-torch.arange(0, d["C"], 2, dtype=torch.float64, device="cuda") / d["C"])
+    turn = torch.arange(d["S"], dtype=torch.float64, device="cuda").outer(frequency).repeat(1, 2).unsqueeze(1)
+    return turn.cos().float(), turn.sin().float()
+
+
+def turned(x, cos, sin):
+    """Pairs (c, c + C/2) turn, as transformers' rotate_half does it; [B,S,H,C]."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def largest(p, k):
+    """The k largest over their sum, of equal ones the first; zeros elsewhere."""
+    at = p.sort(-1, descending=True, stable=True).indices[..., :k]
+    values = p.gather(-1, at)
+    return torch.zeros_like(p).scatter_(-1, at, values / values.sum(-1, keepdim=True))
+
+
+def kept(p, k):
+    values, at = p.topk(k, -1)
+    return torch.zeros_like(p).scatter_(-1, at, values / values.sum(-1, keepdim=True))
