@@ -7,7 +7,6 @@ import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position, Timing } from "./backend.ts";
 import type { BatchOf } from "./batches.ts";
-import type { Checkpoint } from "./checkpoint.ts";
 import { learningRate } from "./learningRate.ts";
 import { fillNormal } from "./philox.ts";
 
@@ -51,7 +50,7 @@ export interface Given {
   readonly fleet: Fleet;
   readonly batch: BatchOf;
   /** The weights to start from, read before this returns; without them, those of the job's seed. */
-  readonly checkpoint?: Pick<Checkpoint, "read">;
+  readonly checkpoint?: { read(name: string, shape: readonly number[]): Float32Array };
   /** Buffers to keep a copy of when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
 }

@@ -28,10 +28,10 @@ export function philox(out: Words | Uint32Array, c0: number, c1: number, c2: num
 
 /** The key of a stream: 64-bit FNV-1a of the seed's 8 little-endian bytes, then the UTF-8 bytes of the name; low word first. */
 export function keyOf(seed: number, name: string): readonly [number, number] {
-  const seedBytes = Buffer.alloc(8);
-  seedBytes.writeBigInt64LE(BigInt(seed));
+  const seedBytes = new Uint8Array(8);
+  new DataView(seedBytes.buffer).setBigInt64(0, BigInt(seed), true);
   let hash = 0xcbf29ce484222325n;
-  for (const byte of [...seedBytes, ...Buffer.from(name)]) hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
+  for (const byte of [...seedBytes, ...new TextEncoder().encode(name)]) hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
   return [Number(hash & 0xffffffffn), Number(hash >> 32n)];
 }
 

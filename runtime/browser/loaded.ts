@@ -1,0 +1,40 @@
+/** What `rankc serve` serves beside the page: the plan, its kernels, and its text. */
+import type { Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import type { Text } from "../batches.ts";
+
+/** A plan and the text of each of its kernels by the name of its file. */
+export interface Loaded {
+  readonly plan: Plan;
+  readonly kernel: (file: string) => string;
+}
+
+export async function loadPlan(): Promise<Loaded> {
+  const plan: Plan = await (await get("plan.json")).json();
+  const files = plan.kernels.map((k) => k.source!.file);
+  const texts = new Map(await Promise.all(files.map(async (file) => [file, await (await get(`kernels/${file}`)).text()] as const)));
+  return { plan, kernel: (file) => texts.get(file)! };
+}
+
+export const loadCorpus = async (path: string): Promise<Text> => textOf(path, await (await get("corpus")).arrayBuffer());
+
+export async function readText(file: File): Promise<Text> {
+  const bytes = await file.arrayBuffer().catch(() => {
+    throw new Trouble(`${file.name} cannot be read`, "see whether it is still there and may be read, then choose it again");
+  });
+  return textOf(file.name, bytes);
+}
+
+function textOf(path: string, buffer: ArrayBuffer): Text {
+  const bytes = new Uint8Array(buffer);
+  return { path, bytes: bytes.length, read: (into, at) => into.set(bytes.subarray(at, at + into.length)) };
+}
+
+/** The server says in words what is wrong. */
+async function get(path: string): Promise<Response> {
+  const answer = await fetch(path).catch(() => {
+    throw new Trouble("the server does not answer", "see whether `rankc serve` still runs, then load the page again");
+  });
+  if (!answer.ok) throw new Trouble((await answer.text()).trim());
+  return answer;
+}

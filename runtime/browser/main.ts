@@ -1,0 +1,151 @@
+/** The page: loads a plan and a text, trains the model on the browser's GPU, and draws the loss. Errors are told in words. */
+import type { Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { batchesOf, readingOf } from "../batches.ts";
+import { type Run, runOn, type StepResult } from "../execute.ts";
+import { webgpuOn } from "../webgpu/backend.ts";
+import { chartIn } from "./chart.ts";
+import { browser } from "./host.ts";
+import { type Loaded, loadCorpus, loadPlan, readText } from "./loaded.ts";
+
+function at<T extends HTMLElement>(id: string, kind: new () => T): T {
+  const found = document.getElementById(id);
+  if (!(found instanceof kind)) throw new Error(`rankc: the page has no ${id}`);
+  return found;
+}
+const [start, stop] = [at("start", HTMLButtonElement), at("stop", HTMLButtonElement)];
+const [text, file, steps] = [at("text", HTMLSelectElement), at("file", HTMLInputElement), at("steps", HTMLInputElement)];
+const [rows, wrong] = [at("rows", HTMLTableSectionElement), at("error", HTMLElement)];
+const say = (id: string, what: string): void => {
+  at(id, HTMLElement).textContent = what;
+};
+const chart = chartIn(at("chart", HTMLElement), "chart-title");
+
+/** The run under way asks after each step whether it is wanted on. */
+let wanted = false;
+
+function describe({ job, mesh, programs, memory, toolchain }: Plan): void {
+  document.title = `${job.name} · rankc`;
+  say("name", job.name);
+  const { layers, hidden, seq, moe } = job.model;
+  const parameters = programs.reduce((sum, p) => sum + countOf(p), 0);
+  const ranks = mesh.world === 1 ? "1 rank" : `${mesh.world} ranks on one GPU`;
+  const experts = moe ? `, ${moe.experts} experts` : "";
+  say(
+    "about",
+    `${layers} layers, hidden ${hidden}${experts}, ${compact(parameters)} parameters; ${job.train.global_batch} × ${seq} tokens a step; ${ranks}, ${toolchain.target}`,
+  );
+  say("memory", mebibytes(memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0)));
+  steps.value = String(job.train.steps);
+  text.options[0]!.textContent = `the plan's corpus (${job.data.path.split("/").at(-1)})`;
+}
+const countOf = ({ parameters, buffers }: Plan["programs"][number]): number =>
+  parameters
+    .filter((p) => !p.tied_to)
+    .reduce((sum, p) => sum + buffers.find((b) => b.id === p.buffer)!.sizes.reduce((n, size) => n * size, 1), 0);
+const compact = (n: number): string => new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(n);
+const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(bytes < 2 ** 27 ? 1 : 0)} MiB`;
+
+async function train({ plan, kernel }: Loaded): Promise<void> {
+  const count = steps.valueAsNumber;
+  clear(count);
+  say("status", "Reading the text…");
+  const chosen = text.value === "file" ? await readText(file.files![0]!) : await loadCorpus(plan.job.data.path);
+  const batch = batchesOf(chosen, readingOf(plan.job));
+  say("status", `Compiling ${plan.kernels.length} kernels…`);
+  const fleet = await webgpuOn(browser, plan, { kernel });
+  say("adapter", fleet.adapter);
+  let run: Run;
+  try {
+    run = runOn(plan, { fleet, batch });
+  } catch (error) {
+    await fleet.close();
+    throw error;
+  }
+  try {
+    let done = 0;
+    while (wanted && done < count) {
+      say("status", `Training: step ${done + 1} of ${count}`);
+      show(await run.step());
+      done++;
+    }
+    say("status", done < count ? `Stopped after ${done} of ${count} steps; Start begins anew.` : `Trained ${counted(count)}.`);
+  } finally {
+    await run.close();
+  }
+}
+const counted = (n: number): string => `${n} step${n === 1 ? "" : "s"}`;
+
+function clear(count: number): void {
+  wrong.hidden = true;
+  rows.replaceChildren();
+  recent.length = 0;
+  for (const id of ["step", "loss", "speed"]) say(id, "–");
+  chart.clear(count);
+}
+
+/** The last steps, over which speed is taken: one alone jumps about. */
+const recent: StepResult[] = [];
+const WINDOW = 10;
+
+function show(result: StepResult): void {
+  recent.push(result);
+  if (recent.length > WINDOW) recent.shift();
+  const speed = recent.reduce((sum, r) => sum + r.tokens, 0) / recent.reduce((sum, r) => sum + r.seconds, 0);
+  say("step", String(result.step));
+  say("loss", result.loss.toFixed(4));
+  say("speed", Math.round(speed).toLocaleString("en"));
+  chart.add(result.loss);
+  const row = rows.insertRow();
+  const { step, loss, grad_norm, lr, tokens, seconds } = result;
+  for (const cell of [String(step), loss.toFixed(6), grad_norm.toFixed(4), lr.toExponential(2), (tokens / seconds).toFixed(0)])
+    row.insertCell().textContent = cell;
+}
+
+function tell(error: unknown): void {
+  const [what, fix] = error instanceof Trouble ? [error.message, error.fix] : [error instanceof Error ? error.message : String(error)];
+  const head = document.createElement("strong");
+  head.textContent = "It cannot go on: ";
+  wrong.replaceChildren(head, what, fix ? `\nWhat helps: ${fix}.` : "");
+  wrong.hidden = false;
+  say("status", "");
+}
+
+/** What may be touched when. */
+function enable(state: "idle" | "running"): void {
+  const running = state === "running";
+  for (const control of [start, text, file, steps]) control.disabled = running;
+  stop.disabled = !running;
+  start.disabled ||= text.value === "file" && !file.files?.length;
+}
+
+async function open(): Promise<void> {
+  const loaded = await loadPlan();
+  describe(loaded.plan);
+  at("controls", HTMLFormElement).addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (wanted) return;
+    wanted = true;
+    enable("running");
+    train(loaded)
+      .catch(tell)
+      .finally(() => {
+        wanted = false;
+        enable("idle");
+      });
+  });
+  stop.addEventListener("click", () => {
+    wanted = false;
+    stop.disabled = true;
+  });
+  text.addEventListener("change", () => {
+    at("file-label", HTMLElement).hidden = text.value !== "file";
+    enable("idle");
+  });
+  file.addEventListener("change", () => enable("idle"));
+  enable("idle");
+  // that there is no WebGPU is told now, not when somebody wants to start
+  await browser.gpu({ enable: [], disable: [] });
+}
+
+open().catch(tell);

@@ -1,0 +1,9 @@
+/** Builds the page into dist/browser: one script and one style, with relative addresses. */
+import { fileURLToPath } from "node:url";
+import { defineConfig } from "vite";
+
+export default defineConfig({
+  root: fileURLToPath(new URL(".", import.meta.url)),
+  base: "./",
+  build: { outDir: "../../dist/browser", emptyOutDir: true, target: "es2022", modulePreload: false },
+});
