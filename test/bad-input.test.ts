@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openSafetensors, writeSafetensors } from "../runtime/safetensors.ts";
+import { FORMAT_VERSION } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
 import { printPlan } from "../src/plan.ts";
 import { readJob } from "../src/readJob.ts";
@@ -36,7 +37,7 @@ beforeAll(() => {
   const flip = text.indexOf('"sizes":[') + '"sizes":['.length;
   for (const [name, changed] of [
     ["flipped", text.slice(0, flip) + (text[flip] === "1" ? "2" : "1") + text.slice(flip + 1)],
-    ["newer", text.replace('"format_version":"1.0"', '"format_version":"2.0"')],
+    ["newer", text.replace(`"format_version":"${FORMAT_VERSION}"`, '"format_version":"99.0"')],
   ] as const) {
     mkdirSync(at(name));
     put(`${name}/plan.json`, changed);
@@ -67,7 +68,7 @@ describe.concurrent("bad input", { timeout: 60_000 }, () => {
     ["a missing file", ["compile", "nowhere.yaml", "-o", "out"], 2, /nowhere\.yaml does not exist/],
     ["a directory", ["check", "."], 2, /is a directory, not a job/],
     ["a plan with a flipped byte", ["inspect", "flipped"], 2, /section "programs" was changed after the plan was compiled/],
-    ["a plan of a newer major version", ["run", "newer"], 2, /format_version 3\.0 is newer than this rankc reads \(1\.0\)/],
+    ["a plan of a newer major version", ["run", "newer"], 2, /format_version 99\.0 is newer than this rankc reads \(\d+\.\d+\)/],
     [
       "a truncated safetensors",
       ["run", "good.yaml", "--init-from", "truncated.safetensors", "--metrics", "out"],

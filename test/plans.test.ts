@@ -31,9 +31,7 @@ describe.each(names)("plans/%s", (name) => {
   test("has the same bytes when compiled again, and from another path", () => {
     const copy = join(elsewhere, `${name}.yaml`);
     cpSync(path, copy);
-    const plan = printPlan(planOf(path));
-    expect(printPlan(planOf(path)) === plan).toBe(true);
-    expect(printPlan(planOf(copy)) === plan).toBe(true);
+    expect(printPlan(planOf(copy)) === printPlan(planOf(path))).toBe(true);
   });
 });
 
