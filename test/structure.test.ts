@@ -31,6 +31,7 @@ const touchFiles = new Map([
   ["src/outputs.ts", "what a command leaves behind"],
   ["src/packageFile.ts", "schemas and templates that ship with rankc"],
   ["src/pack.ts", "an archive of a plan and all that runs it"],
+  ["src/serve.ts", "the built page, and what a plan in a browser reads"],
   ["src/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/inputFile.ts", "the corpus"],
   ["runtime/checkpoint.ts", "weights to begin with"],
