@@ -354,7 +354,7 @@ def table(report):
         rate = f"{r['flops'] / ms / 1e9:.0f} TFLOP/s" if r["flops"] else f"{r['bytes'] / ms / 1e6:.0f} GB/s"
         known = rates and (not r["flops"] or r["dtype"] == "bf16")
         floor = f"{max(r['bytes'] / copy, r['flops'] / product) * 1e5 / ms:.0f}" if known else "–"
-        worst = max(float("inf") if e is None else e for e in r["errors"].values())
+        worst = max(float("inf") if e is None else e for e in r["errors"].values())  # NaN: not all is written
         judged = f"{worst:.1e}" + ("" if worst < limit(r) else " WRONG") + (" MOVES" if r["same_bits"] is False else "")
         first = f"| {r['name']} | {ms:.4g} | {rate} | {floor} |"
         for peer in sorted(r["peers"], key=lambda p: p.get("ms", float("inf"))) or [None]:

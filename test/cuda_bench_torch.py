@@ -454,7 +454,7 @@ def turned(x, cos, sin):
 
 def largest(p, k):
     """The k largest over their sum, of equal ones the first; zeros elsewhere."""
-    at = p.sort(-1, descending=True, stable=True).indices[..., :k]
+    at = p.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     values = p.gather(-1, at)
     return torch.zeros_like(p).scatter_(-1, at, values / values.sum(-1, keepdim=True))
 
