@@ -29,11 +29,11 @@ const dims = (use: Use): AttentionSizes => {
 /**
  * 128 query rows in 4 warps, so that what is read of K and V serves 32 rows; two stages of K and V. 255 registers let two
  * blocks share a multiprocessor, and so must shared memory: sm_80 has 164 KiB, the others 228. Beside the outputs of wide heads
- * there are not registers enough for the scores of 64 keys.
+ * there are not registers enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one.
  */
 function forwardTiles(use: Use, arch: Arch): Made {
   const d = dims(use);
-  const keys = d.C <= 96 ? 64 : arch === "sm_80" ? 32 : 48;
+  const keys = d.C <= 96 ? 64 : arch === "sm_90a" ? 48 : 32;
   const threads = 128;
   const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d.C), threads });
   const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident: 2 });
