@@ -42,6 +42,7 @@ export async function serve(
   { plan, source }: { readonly plan: Plan; source(file: string): string },
   { port, baseDir, page = fileURLToPath(new URL("dist/browser", root)) }: ServeSettings,
 ): Promise<Serving> {
+  if (port > 65535) throw new Trouble(`there is no port ${port}`, "name one up to 65535, or 0 for any that is free");
   const { target } = plan.toolchain;
   if (!target.startsWith("webgpu:"))
     throw new Trouble(

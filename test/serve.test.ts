@@ -100,6 +100,7 @@ describe("a plan that is served", () => {
 
 test.each<[string, { port?: number; page?: string; plan?: Plan }, RegExp]>([
   ["a port that is taken", { port: Number(new URL(served.address).port) }, /^port \d+ is taken$/],
+  ["a port that does not exist", { port: 65536 }, /^there is no port 65536$/],
   ["a page that is not built", { page: folder }, /^the page is not built/],
   ["a plan for another target", { plan: compile(job).plan }, /^the plan is for cpu/],
 ])("%s is told with a way out", async (_, { port = 0, page: where = page, plan: which = plan }, message) => {
