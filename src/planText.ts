@@ -19,18 +19,19 @@ export function printPlanText(plan: Plan): string {
 
 /** A stage that does what the stage before it does is named, not repeated. */
 function programs(all: readonly Program[]): string[] {
-  const blocks: { readonly program: Program; readonly shape: string; last: number }[] = [];
+  const blocks: { readonly program: Program; readonly lines: readonly string[]; readonly shape: string; last: number }[] = [];
   for (const program of all) {
-    const shape = programShape(program);
+    const lines = printProgram(program);
+    const shape = programShape(program, lines);
     const before = blocks.at(-1);
     if (before?.shape === shape) before.last = program.stage;
-    else blocks.push({ program, shape, last: program.stage });
+    else blocks.push({ program, lines, shape, last: program.stage });
   }
-  return blocks.flatMap(({ program, last }) => {
+  return blocks.flatMap(({ program, lines, last }) => {
     const same =
       last === program.stage
         ? ""
         : ` (stage${last > program.stage + 1 ? "s" : ""} ${program.stage + 1}${last > program.stage + 1 ? `..${last}` : ""} the same on their layers)`;
-    return [`program of stage ${program.stage}${same}`, ...printProgram(program)];
+    return [`program of stage ${program.stage}${same}`, ...lines];
   });
 }

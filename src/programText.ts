@@ -26,9 +26,9 @@ export function printProgram(program: Program): string[] {
   return phases.flatMap(block);
 }
 
-/** Equal for two roles that do the same on their own layers. */
-export const programShape = (program: Program): string =>
-  printProgram(program)
+/** Equal for two roles that do the same on their own layers. `lines`: as `printProgram` says them. */
+export const programShape = (program: Program, lines: readonly string[]): string =>
+  lines
     .map((line) => fromLayer(line, program.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - program.stage}`))
     .map((line) => line.replace(/layers? [\d.]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
     .join("\n");
