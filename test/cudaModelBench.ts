@@ -48,21 +48,23 @@ async function open(microbatches: number, profile = false) {
     const tokens = () => Int32Array.from({ length: B * microbatches * seq }, () => Math.floor(((next() + 1) / 2) * vocab));
     return { ids: tokens(), labels: tokens() };
   };
-  return { plan, run: runOn(plan, { fleet, batch, checkpoint: { read: weights } }) };
+  return { plan, fleet, run: runOn(plan, { fleet, batch, checkpoint: { read: weights } }) };
 }
 const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)]!;
 
-async function secondsOf(microbatches: number): Promise<{ seconds: number; loss: number; peak: number }> {
-  const { plan, run } = await open(microbatches);
+async function secondsOf(microbatches: number): Promise<{ seconds: number; loss: number; peak: number; idle: number }> {
+  const { plan, fleet, run } = await open(microbatches);
   const seconds: number[] = [];
+  const idle: number[] = [];
   let loss = 0;
   for (let step = 0; step < 10; step++) {
     const result = await run.step();
     loss = result.loss;
     if (step > 3) seconds.push(result.seconds);
+    if (step > 3) idle.push(fleet.idle()!);
   }
   await run.close();
-  return { seconds: median(seconds), loss, peak: plan.memory[0]!.peak };
+  return { seconds: median(seconds), idle: median(idle), loss, peak: plan.memory[0]!.peak };
 }
 
 const few = await secondsOf(2);
@@ -89,6 +91,7 @@ process.stdout.write(
       step_of_2_ms: few.seconds * 1e3,
       step_of_6_ms: many.seconds * 1e3,
     },
+    ...{ idle_share_of_2: few.idle, idle_share_of_6: many.idle },
     ...{ loss: many.loss, plan_peak_gib: few.peak / 2 ** 30, profiled_step_ms: step / 1e3 },
     optimizer_ms: (few.seconds - 2 * seconds) * 1e3,
     by_op: Object.fromEntries(

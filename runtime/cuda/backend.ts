@@ -32,6 +32,8 @@ export interface CudaSettings {
 export interface CudaFleet extends Fleet {
   /** The first call of a step. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
   beginStep(): boolean;
+  /** Of the time between the last two replayed steps, the share in which the device waited for this process. */
+  idle(): number | undefined;
   /** With `profile`: the instructions of the last step in the order of issue, times in µs from its beginning. */
   profile(): (Timed & { readonly rank: number })[];
 }
@@ -160,6 +162,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       for (const [n, { needed, bound }] of limits.entries())
         if (counts![n]! > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), rank, counts![n]!, bound);
     },
+    idle: () => steps.idle(),
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),
     async close(error) {
       comm.close(error || broken || signal?.aborted ? "abort" : "done");

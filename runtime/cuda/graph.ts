@@ -4,7 +4,7 @@
  * through pinned places of its own, one per write of a step, that the graph's copies read when they run.
  */
 import type { Buffer } from "../../schemas/plan.ts";
-import type { Context, Graph, Pinned, Stream } from "./driver.ts";
+import type { Context, Event, Graph, Pinned, Stream } from "./driver.ts";
 
 /** issue: calls go to the device. capture: they go into the graph. replay: they are in the graph already. */
 export type Mode = "issue" | "capture" | "replay";
@@ -27,6 +27,8 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
   let next = 0;
   const pinned: Pinned[] = [];
   let used = 0;
+  /** When the last two replays began and ended, on the device's clock. */
+  const replays: { readonly began: Event; readonly ended: Event }[] = [];
 
   function stage(bytes: number): { at: bigint; staged: ArrayBuffer; from: number } {
     const aligned = Math.ceil(bytes / 16) * 16;
@@ -67,9 +69,22 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       if (next !== writes.length) throw new Error(`rankc: step ${steps} wrote ${next} of ${writes.length} inputs`);
       if (mode === "capture") graph = context.endCapture(stream);
       mode = undefined;
-      if (graph) context.replay(graph, stream);
+      if (!graph) return;
+      const span = replays.length > 1 ? replays.shift()! : { began: context.createEvent(), ended: context.createEvent() };
+      replays.push(span);
+      context.record(span.began, stream);
+      context.replay(graph, stream);
+      context.record(span.ended, stream);
+    },
+    /** The share of the time from one replay to the next in which the device waited for this process; once both are done. */
+    idle(): number | undefined {
+      const [before, now] = replays;
+      if (!before || !now) return undefined;
+      const period = context.elapsed(before.began, now.began);
+      return 1 - context.elapsed(before.began, before.ended) / period;
     },
     close(): void {
+      for (const { began, ended } of replays) for (const event of [began, ended]) context.destroyEvent(event);
       if (graph) context.destroyGraph(graph);
       for (const memory of pinned) context.unpin(memory);
     },
