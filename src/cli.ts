@@ -161,6 +161,25 @@ withExamples(
 });
 
 withExamples(
+  withTarget(
+    withSet(program.command("serve").description("serve a page, to this machine alone, that trains a plan in the browser with WebGPU")),
+  )
+    .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
+    .option("--port <port>", "where the page is, on 127.0.0.1; 0: any port that is free", wholeNumber, 8080)
+    .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
+  "serve job.yaml",
+  "serve plan/ --data-dir . --port 0",
+).action(async (path: string, options: Pick<Common, "set"> & { target?: string; port: number; dataDir?: string }) => {
+  const { serve } = await import("./serve.ts");
+  const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : "webgpu"));
+  const baseDir = options.dataDir ?? (isDirectory(path) ? path : dirname(path));
+  const { address, close } = await serve(planned, { port: options.port, baseDir });
+  print(address);
+  tell("open it in a browser with WebGPU; Ctrl-C ends it");
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => void close());
+});
+
+withExamples(
   withFormat(program.command("explain").description("explain a finding's code; without one, list them all")).argument(
     "[code]",
     "for example P101",
