@@ -576,12 +576,12 @@ interface WgslFillWgsl {
 }
 
 interface WgslGemmWgsl {
-  readonly across: string | number;
   readonly bk: string | number;
   readonly fetches: readonly { readonly deep: string | number; readonly first: string | number; readonly lane: string | number; readonly name: string | number; readonly puts: readonly { readonly to: string | number; readonly value: string | number }[]; readonly side: string | number; readonly to: string | number }[];
-  readonly half: string | number;
   readonly index: string | number;
+  readonly looped: boolean;
   readonly name: string | number;
+  readonly phases: readonly { readonly from: string | number; readonly last: boolean; readonly n: string | number; readonly puts: readonly { readonly to: string | number; readonly value: string | number }[] }[];
   readonly place: string | number;
   readonly places: string | number;
   readonly products: readonly { readonly a: string | number; readonly b: string | number; readonly sum: string | number }[];
@@ -590,6 +590,8 @@ interface WgslGemmWgsl {
   readonly steps: readonly { readonly reads: readonly { readonly at: string | number; readonly name: string | number }[] }[];
   readonly sums: readonly (string | number)[];
   readonly threads: string | number;
+  readonly tx: string | number;
+  readonly ty: string | number;
   readonly unrolled: string | number;
   readonly words: string | number;
   readonly wordsAcross: string | number;
@@ -611,8 +613,9 @@ interface WgslGemmMatrixWgsl {
   readonly place: string | number;
   readonly places: string | number;
   readonly products: readonly { readonly a: string | number; readonly b: string | number; readonly column: string | number; readonly row: string | number; readonly sum: string | number }[];
-  readonly reads: readonly { readonly at: string | number; readonly hand: string | number; readonly major: string | number; readonly name: string | number; readonly side: string | number; readonly stride: string | number }[];
+  readonly puts: readonly { readonly to: string | number; readonly value: string | number }[];
   readonly span: string | number;
+  readonly steps: readonly { readonly reads: readonly { readonly at: string | number; readonly hand: string | number; readonly major: string | number; readonly name: string | number; readonly side: string | number; readonly stride: string | number }[] }[];
   readonly subgroupsAcross: string | number;
   readonly sumsSize: string | number;
   readonly threads: string | number;
@@ -696,7 +699,7 @@ interface WgslProductWgsl {
   readonly bindings: string | number;
   readonly guarded: boolean;
   readonly header: string | number;
-  readonly loaders: readonly { readonly end: string | number; readonly guarded: boolean; readonly operand: string | number; readonly side: string | number; readonly type: string | number; readonly value: string | number }[];
+  readonly loaders: readonly { readonly count: string | number; readonly end: string | number; readonly guarded: boolean; readonly operand: string | number; readonly side: string | number; readonly type: string | number; readonly value: string | number }[];
   readonly main: string | number;
   readonly name: string | number;
   readonly outside: string | number;

@@ -130,6 +130,7 @@ test.skipIf(noAdapter).each([
 // with f32 in place of f16, tiles take twice the memory: the larger one is tried with half its depth
 test.skipIf(noAdapter).each([
   ["gemm", 128, { T: 130, K: 18, N: 132 }],
+  ["gemm_wgrad", 64, { T: 70, K: 40, N: 72 }],
   ["grouped_dgrad", 64, { T: 70, K: 36, N: 68, counts: [31, 0, 39] }],
   ["grouped_wgrad", 64, { T: 70, K: 36, N: 68, counts: [31, 0, 39] }],
 ] as const)(
@@ -191,9 +192,12 @@ function spelledOut(source: string): string {
     )
     .replace(/(\w+) = subgroupMatrixMultiplyAccumulate\((\w+), (\w+), \1\);/g, "multiply(lane, &$1, $2, $3);")
     .replace(
-      /subgroupMatrixStore<row_major>\(&sums, (.*), (\w+), 16u\);/g,
-      "for (var i = 0u; i < 8u; i++) { sums[$1 + lane + i * 32u] = $2[i]; }",
+      /subgroupMatrixStore<row_major>\(&sums, (.*), (\w+), (\d+u)\);/g,
+      "for (var i = 0u; i < 8u; i++) { sums[$1 + (lane + i * 32u) / 16u * $3 + lane % 16u] = $2[i]; }",
     )
+    // words of 8 halves
+    .replaceAll("vec4<u32>", "array<vec4<f16>, 2>")
+    .replace(/bitcast<vec4<f16>>\((\w+)\.(xy|zw)\)/g, (_, word, part) => `${word}[${part === "xy" ? 0 : 1}]`)
     .replace(/subgroup_matrix_result<f32, 16, 16>/g, "array<f32, 8>");
   expect(body).not.toMatch(/subgroup_?[mM]atrix/);
   return `${body}

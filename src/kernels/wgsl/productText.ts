@@ -11,6 +11,8 @@ export interface Way {
   readonly threads: number;
   /** The type in which operands reach workgroup memory. */
   readonly stage: "f32" | "f16";
+  /** Operands are brought in runs of 8 halves, 16 bytes, where no run crosses the end of a dim. */
+  readonly wide?: boolean;
   /** Directives beyond `enable f16`. */
   readonly directives?: string;
   /** The i-th word of workgroup memory, and a vec4<f32> there: tiles of experts are found through them. */
@@ -41,7 +43,10 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
   const split = t.parts > 1;
   const to: Store = split ? { name: "partial", dtype: "f32", adds: false } : p.out;
   const run = p.n % 4 === 0 ? 4 : 1;
-  const operand = (side: Side) => ({ arg: side.name, type: vector(scalar(side.dtype), runOf(p, side)) });
+  const operand = (side: Side) => ({
+    arg: side.name,
+    type: isWide(p, side, way) ? "vec4<u32>" : vector(scalar(side.dtype), runOf(p, side)),
+  });
   const product: Entry = {
     entry: name,
     grid: places,
@@ -75,7 +80,7 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
   };
   const source = render("wgsl/product.wgsl", {
     ...{ header: header(p.use.dtype) + (way.directives ?? ""), bindings: bindings(...entries), name },
-    loaders: [loader(p, t, "a", way.stage), loader(p, t, "b", way.stage)],
+    loaders: [loader(p, t, "a", way), loader(p, t, "b", way)],
     ...{ spanParameter: grouped ? ", span: vec2<u32>" : "", ...store(p, t, to), main: way.main(frame).trimEnd() },
     ...{ split, parts: t.parts, sumThreads: SUM_THREADS, sumCount: count, sumIndex: fold(Math.ceil(count / SUM_THREADS)).index },
     sumStore: put(p.out, "i", "sum", run),
@@ -99,9 +104,15 @@ const placeText = ({ m, n, k, by, experts, use }: Product, t: Tiling<Tile>, { th
   }).trimEnd();
 
 /** The widest run of 1 or 4 elements that never crosses the end of a dim. */
-const runOf = (p: Product, side: Side): 1 | 4 => ((side.along === "deep" ? p.k : side.lanes) % 4 === 0 ? 4 : 1);
+const runOf = (p: Product, side: Side): 1 | 4 => (alongOf(p, side) % 4 === 0 ? 4 : 1);
+const alongOf = (p: Product, side: Side): number => (side.along === "deep" ? p.k : side.lanes);
 
-function loader(p: Product, { tile }: Tiling<Tile>, letter: Letter, type: "f32" | "f16") {
+/** Whether an operand is read as words of 8 halves. */
+export const isWide = (p: Product, side: Side, { wide = false }: Pick<Way, "wide">): boolean =>
+  wide && side.dtype === "f16" && alongOf(p, side) % 8 === 0;
+
+function loader(p: Product, { tile }: Tiling<Tile>, letter: Letter, way: Way) {
+  const type = way.stage;
   const side = p[letter];
   const { name } = side;
   const ragged = p.by === "rows" && letter === "a";
@@ -117,13 +128,21 @@ function loader(p: Product, { tile }: Tiling<Tile>, letter: Letter, type: "f32" 
     const element = (deep: string) => `${type}(${name}[${index(within("lane", 1), deep)}])`;
     return i ? `select(${type}(), ${element(`min(deep + ${i}u, ${p.k - 1}u)`)}, deep + ${i}u < ${end})` : element("deep");
   };
-  const four = runOf(p, side) === 4;
-  const inside = four
-    ? `${name}[(${index(within("lane", side.along === "lane" ? 4 : 1), "deep")}) / 4u]`
-    : [0, 1, 2, 3].map(one).join(", ");
+  const wide = isWide(p, side, way);
+  const run = wide ? 8 : runOf(p, side);
+  const inside =
+    run > 1 ? `${name}[(${index(within("lane", side.along === "lane" ? run : 1), "deep")}) / ${run}u]` : [0, 1, 2, 3].map(one).join(", ");
+  const returns = wide ? "vec4<u32>" : vector(type, 4);
   return {
-    ...{ operand: name, side: letter, guarded: p.by === "depth" || p.k % tile.bk !== 0, end, type: vector(type, 4) },
-    value: `${vector(type, 4)}(${inside})`,
+    ...{
+      operand: name,
+      side: letter,
+      guarded: p.by === "depth" || p.k % tile.bk !== 0,
+      end,
+      type: returns,
+      count: wide ? "eight" : "four",
+    },
+    value: wide ? inside : `${returns}(${inside})`,
   };
 }
 
