@@ -56,12 +56,15 @@ export function commandsOn(gpu: Gpu, { timed }: { timed: boolean }): Commands {
   let pending = 0;
   let encoder: GPUCommandEncoder | undefined;
   let pass: GPUComputePassEncoder | undefined;
+  /** What the pass has set: each call costs about a microsecond of the host. */
+  let pipelineSet: GPUComputePipeline | undefined;
+  let groupSet: GPUBindGroup | undefined;
 
   const recorder = (): GPUCommandEncoder => (encoder ??= device.createCommandEncoder());
   /** Copies stand between passes. */
   const between = (): GPUCommandEncoder => {
     pass?.end();
-    pass = undefined;
+    pass = pipelineSet = groupSet = undefined;
     return recorder();
   };
   function submit(): void {
@@ -78,9 +81,10 @@ export function commandsOn(gpu: Gpu, { timed }: { timed: boolean }): Commands {
   return {
     dispatch({ pipeline, group, grid, of }) {
       pass ??= recorder().beginComputePass(times?.next(of));
-      pass.setPipeline(pipeline);
-      pass.setBindGroup(0, group);
-      pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
+      if (pipeline !== pipelineSet) pass.setPipeline((pipelineSet = pipeline));
+      if (group !== groupSet) pass.setBindGroup(0, (groupSet = group));
+      if (grid[1] === 1 && grid[2] === 1) pass.dispatchWorkgroups(grid[0]);
+      else pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
       // times are those of a pass
       if (times) between();
       if (++pending === BATCH || times?.full()) submit();
