@@ -1,5 +1,5 @@
 /**
- * The product on plain multipliers: every thread holds 4 to 8 by 4 to 8 sums in registers and reads both operands from tiles in
+ * The product on plain multipliers: every thread holds 4 x 4 or 8 x 8 sums in registers and reads both operands from tiles in
  * workgroup memory. Sums are f32. Odd sizes are right; where sizes divide, nothing is checked.
  */
 import { render } from "../../../templates/bindings.ts";

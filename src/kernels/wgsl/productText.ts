@@ -11,7 +11,7 @@ export interface Way {
   readonly threads: number;
   /** The type in which operands reach workgroup memory. */
   readonly stage: "f32" | "f16";
-  /** Operands are brought in runs of 8 halves, 16 bytes, where no run crosses the end of a dim. */
+  /** Operands in f16 are brought in runs of 8, 16 bytes, where no run crosses the end of a dim. */
   readonly wide?: boolean;
   /** Directives beyond `enable f16`. */
   readonly directives?: string;
