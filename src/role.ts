@@ -52,16 +52,19 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     return buffer;
   };
 
+  /** The axes that cut a slot; where a smaller stride is the outer one, which is rare, each factor by itself: `ep>edp`. */
+  const cutName = (fs: readonly number[], expert: boolean): string =>
+    fs.every((f, i) => i === 0 || f < fs[i - 1]!) ? axesName(mesh, fs, expert) : fs.map((f) => axesName(mesh, [f], expert)).join(">");
   /** A layout as part of a name: `@dp,tp,-` says which axes cut each slot, `+tp` over which a sum is owed. */
   const layoutText = ({ layout: l, value: v, note = "" }: Piece, expert = isExpert(v)): string => {
-    const name = (fs: readonly number[]) => axesName(mesh, fs, expert);
+    const name = (fs: readonly number[]) => cutName(fs, expert);
     const cuts = l.cuts.map((fs) => (fs.length ? name(fs) : "-")).join(",");
     return `@${cuts}${l.sum.length ? `+${name(l.sum)}` : ""}${l.max.length ? `^${name(l.max)}` : ""}${note.replace(/~[\d.,]*/, "~")}`;
   };
 
   /** The index buffer of a ragged piece, shared by all values with the same rows. */
   function rowsOf({ value: v, layout, note = "" }: Piece, bound: number): string {
-    const cuts = layout.cuts.slice(0, 3).map((fs) => (fs.length ? axesName(mesh, fs, true) : "-"));
+    const cuts = layout.cuts.slice(0, 3).map((fs) => (fs.length ? cutName(fs, true) : "-"));
     // halfway between two moves, which rows are here depends on the blocks they are counted in
     const counted = /~([\d.]*,[\d.]*,[\d.]*)/.exec(note)?.[1];
     const id = `${rowsetOf(v)}.rows@${cuts.join(",")}${counted === undefined ? "" : `~${counted}`}`;
