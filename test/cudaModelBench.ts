@@ -53,6 +53,7 @@ async function open(microbatches: number, profile = false) {
 const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)]!;
 
 async function secondsOf(microbatches: number): Promise<{ seconds: number; loss: number; peak: number; idle: number }> {
+  process.stderr.write(`${microbatches} microbatches: weights and kernels\n`);
   const { plan, fleet, run } = await open(microbatches);
   const seconds: number[] = [];
   const idle: number[] = [];
@@ -60,6 +61,9 @@ async function secondsOf(microbatches: number): Promise<{ seconds: number; loss:
   for (let step = 0; step < 10; step++) {
     const result = await run.step();
     loss = result.loss;
+    process.stderr.write(
+      `${microbatches} microbatches, step ${step + 1}: ${(result.seconds * 1e3).toFixed(1)} ms, loss ${loss.toFixed(3)}\n`,
+    );
     if (step > 3) seconds.push(result.seconds);
     if (step > 3) idle.push(fleet.idle()!);
   }
