@@ -1,34 +1,60 @@
-/** The doctor: tries on this machine all that a run on GPUs needs, from Node to a collective, and says what to do where something fails. */
+/**
+ * The doctor: tries on this machine all that a run needs, from Node to a collective on GPUs, and says what to do where something fails.
+ * What one backend lacks says nothing of the others.
+ */
 import { availableParallelism, totalmem } from "node:os";
 import { Trouble } from "../schemas/trouble.ts";
 import { type Context, type Device, driver, packParams } from "./cuda/driver.ts";
 import { koffi } from "./cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
 import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
+import { lookForWebgpu, type Survey } from "./webgpu/look.ts";
 
-export type Check = { readonly name: string; readonly ok: boolean; readonly found: string; readonly fix?: string };
+type Backend = "cpu" | "webgpu" | "cuda";
+export type Check = {
+  readonly name: string;
+  readonly ok: boolean;
+  readonly found: string;
+  readonly fix?: string;
+  /** The backends that need it; none: plans run without it. */
+  readonly for: readonly Backend[];
+};
 export type Diagnosis = {
-  /** ready: plans run on GPUs. partly: kernels run on one GPU, but something else is missing. no: no kernel runs. */
+  /** Of CUDA. ready: plans run there. partly: kernels run on one GPU, but something else is missing. no: no kernel runs. */
   readonly verdict: "ready" | "partly" | "no";
+  /** What plans run on here: where all that a backend needs is in order. */
+  readonly works: Readonly<Record<Backend, boolean>>;
+  /** The adapter, where there is one. */
+  readonly webgpu?: Survey;
   readonly checks: readonly Check[];
 };
+export interface DiagnoseSettings {
+  /** The version of the compiler on the path, if there is one. */
+  readonly nvcc: string | undefined;
+  /** How long WebGPU may take to answer, in milliseconds. */
+  readonly webgpuLimit?: number;
+}
 
 /** Never throws: what fails is a check that says so. The libraries' calls block; a device answers in about a second. */
-export async function diagnose(): Promise<Diagnosis> {
+export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise<Diagnosis> {
   const checks: Check[] = [];
-  const check = <T>(name: string, look: () => readonly [found: string, result?: T]): T | undefined => {
+  const fails = (name: string, backends: readonly Backend[], error: unknown): undefined => {
+    const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
+    checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix, for: backends });
+  };
+  const checkFor = <T>(backends: readonly Backend[], name: string, look: () => readonly [found: string, result?: T]): T | undefined => {
     try {
       const [found, result] = look();
-      checks.push({ name, ok: true, found });
+      checks.push({ name, ok: true, found, for: backends });
       return result;
     } catch (error) {
-      const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
-      checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix });
-      return undefined;
+      return fails(name, backends, error);
     }
   };
+  const check = <T>(name: string, look: () => readonly [found: string, result?: T]): T | undefined => checkFor(["cuda"], name, look);
 
-  check("node", () => [nodeVersion()]);
+  checkFor(["cpu", "webgpu", "cuda"], "node", () => [nodeVersion()]);
+  check("system", () => [system()]);
   check("koffi", () => [callLibc()]);
   const devices = check("driver", () => {
     const { path, version, devices } = driver();
@@ -49,26 +75,42 @@ export async function diagnose(): Promise<Diagnosis> {
     return [`NCCL ${version} sums over one rank; NVLink multicast is off (${path})`, reduceAlone(context)];
   });
   if (context) check("close", () => ["the device is given back", context.close()]);
-  check("cpu", () => [`${count(availableParallelism(), "core")}, ${gib(memory())} of memory: rankc run --backend cpu works`]);
+  checkFor([], "nvcc", () => {
+    if (nvcc !== undefined) return [`CUDA ${nvcc}: rankc compile puts cubins beside the kernels of a plan for CUDA`];
+    throw new Trouble(
+      "was not found on the path or at RANKC_NVCC; plans run without it: NVRTC compiles their kernels, once",
+      "install the CUDA toolkit where plans are compiled (https://developer.nvidia.com/cuda-downloads), or set RANKC_NVCC to the path of its nvcc",
+    );
+  });
+  const webgpu = await lookForWebgpu(webgpuLimit).catch((error: unknown) => fails("webgpu", ["webgpu"], error));
+  if (webgpu) checkFor(["webgpu"], "webgpu", () => [describeAdapter(webgpu)]);
+  checkFor(["cpu"], "cpu", () => [`${count(availableParallelism(), "core")}, ${gib(memory())} of memory: rankc run --backend cpu works`]);
 
+  const works = (backend: Backend): boolean => checks.every((c) => c.ok || !c.for.includes(backend));
   const launched = checks.some(({ name, ok }) => name === "launch" && ok);
-  return { verdict: checks.every(({ ok }) => ok) ? "ready" : launched ? "partly" : "no", checks };
+  return {
+    verdict: works("cuda") ? "ready" : launched ? "partly" : "no",
+    works: { cpu: works("cpu"), webgpu: works("webgpu"), cuda: works("cuda") },
+    ...(webgpu && { webgpu }),
+    checks,
+  };
 }
 
 const verdicts: Record<Diagnosis["verdict"], string> = {
-  ready: "The driver, the compiler, a kernel and collectives work on this machine's GPUs. This version of rankc runs plans on the CPU.",
-  partly: "Kernels run on this machine's GPU, but not all that running plans there needs is here.",
-  no: "This machine cannot run plans on GPUs.",
+  ready: "CUDA: the driver, the compiler, a kernel and collectives work on this machine's GPUs.",
+  partly: "CUDA: kernels run on this machine's GPU, but not all that running plans there needs is here.",
+  no: "CUDA: this machine cannot run plans on it.",
 };
 
-export function printDiagnosis({ verdict, checks }: Diagnosis): string {
+export function printDiagnosis({ verdict, works, checks }: Diagnosis): string {
   const width = Math.max(...checks.map(({ name }) => name.length));
   const indent = " ".repeat(width + 6);
-  const lines = checks.flatMap(({ name, ok, found, fix }) => [
-    `${ok ? "ok" : "no"}  ${name.padEnd(width)}  ${found.replaceAll("\n", `\n${indent}`)}`,
+  const lines = checks.flatMap(({ name, ok, found, fix, for: backends }) => [
+    `${ok ? "ok" : backends.length ? "no" : "--"}  ${name.padEnd(width)}  ${found.replaceAll("\n", `\n${indent}`)}`,
     ...(fix === undefined ? [] : [`${indent}fix: ${fix}`]),
   ]);
-  return [...lines, "", verdicts[verdict]].join("\n");
+  const here = Object.entries(works).flatMap(([backend, all]) => (all ? [backend] : []));
+  return [...lines, "", verdicts[verdict], `Plans run here on: ${here.join(", ") || "nothing"}.`].join("\n");
 }
 
 const notTried = (missing: string, found = ""): Trouble =>
@@ -83,10 +125,27 @@ function memory(): number {
 }
 
 function nodeVersion(): string {
-  const found = `${process.version} on ${process.platform}-${process.arch}`;
-  if (process.platform !== "linux") throw new Trouble(`${found}: the GPUs of this system are not served`, "use Linux, or WSL 2 on Windows");
-  if (Number(process.versions.node.split(".")[0]) < 20) throw new Trouble(found, "use Node 20.19 or later");
+  if (Number(process.versions.node.split(".")[0]) < 20) throw new Trouble(process.version, "use Node 20.19 or later");
+  return process.version;
+}
+
+function system(): string {
+  const found = `${process.platform}-${process.arch}`;
+  if (process.platform !== "linux") throw new Trouble(`${found}: CUDA is not served on this system`, "use Linux, or WSL 2 on Windows");
   return found;
+}
+
+function describeAdapter({ adapter, profiles, features, limits }: Survey): string {
+  const list = (there: boolean): string => {
+    const names = Object.entries(features).flatMap(([name, has]) => (has === there ? [name] : []));
+    return names.join(", ") || "none";
+  };
+  const { maxBufferSize, maxStorageBufferBindingSize, maxComputeWorkgroupStorageSize } = limits;
+  return [
+    `${adapter}: serves ${profiles.map((name) => `webgpu:${name}`).join(", ")}`,
+    `features: ${list(true)}; missing: ${list(false)}`,
+    `a buffer holds ${gib(maxBufferSize)}, a binding ${gib(maxStorageBufferBindingSize)}, a workgroup ${maxComputeWorkgroupStorageSize / 1024} KiB`,
+  ].join("\n");
 }
 
 function callLibc(): string {

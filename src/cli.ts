@@ -218,11 +218,11 @@ withExamples(
 });
 
 withExamples(
-  withFormat(program.command("doctor").description("say whether this machine can run plans on GPUs, and what to do if not")),
+  withFormat(program.command("doctor").description("say where this machine can run plans, and what to do about what is missing")),
   "doctor",
 ).action(async (options: Pick<Common, "format">) => {
-  const { diagnose, printDiagnosis } = await import("../runtime/doctor.ts");
-  const diagnosis = await diagnose();
+  const [{ diagnose, printDiagnosis }, { nvccVersion }] = await Promise.all([import("../runtime/doctor.ts"), import("./cubins.ts")]);
+  const diagnosis = await diagnose({ nvcc: nvccVersion() });
   if (options.format === "json") printJson(diagnosis);
   else print(printDiagnosis(diagnosis));
   if (diagnosis.verdict !== "ready") process.exitCode = 3;

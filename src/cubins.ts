@@ -21,7 +21,7 @@ export interface CubinSettings {
 
 /** The version of the nvcc that would be used; undefined where there is none on the path (or at RANKC_NVCC). */
 export function nvccVersion(): string | undefined {
-  const { stdout, error } = spawnSync(nvcc(), ["--version"], { encoding: "utf8" });
+  const { stdout, error } = spawnSync(nvcc(), ["--version"], { encoding: "utf8", timeout: 10_000 });
   return error ? undefined : /release ([\d.]+)/.exec(stdout)?.[1];
 }
 const nvcc = (): string => process.env.RANKC_NVCC ?? "nvcc";

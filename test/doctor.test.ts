@@ -8,9 +8,10 @@ import { type Context, driver, packParams } from "../runtime/cuda/driver.ts";
 import { findLibrary, koffi, openLibrary } from "../runtime/cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, turnMulticastOff, uniqueId } from "../runtime/cuda/nccl.ts";
 import { compile, nvrtcVersion } from "../runtime/cuda/nvrtc.ts";
-import { diagnose, printDiagnosis } from "../runtime/doctor.ts";
+import { type DiagnoseSettings, type Diagnosis, diagnose, printDiagnosis } from "../runtime/doctor.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { rankc } from "./rankc.ts";
+import { adapterEnv, hardware, noAdapter } from "./softwareAdapter.ts";
 import { fixture } from "./support.ts";
 
 const scratch = mkdtempSync(join(tmpdir(), "rankc-doctor-"));
@@ -98,31 +99,89 @@ test("NVLink multicast is off where NCCL looks: in the environment of the C libr
 });
 
 describe("the diagnosis", () => {
+  const of = async (settings: Partial<DiagnoseSettings> = {}) => diagnose({ nvcc: "13.0", ...settings });
+  const named = ({ checks }: Diagnosis, name: string) => checks.find((c) => c.name === name)!;
+  /** The doctor's word in JSON, from a process with these variables. */
+  const asked = async (env: NodeJS.ProcessEnv): Promise<Diagnosis & { readonly exit: number | null }> => {
+    for (const [name, value] of Object.entries(env)) vi.stubEnv(name, value);
+    const { exit, out, err } = await rankc("doctor", "--format", "json");
+    expect(err).toBe("");
+    return { exit, ...JSON.parse(out) };
+  };
+  /** A driver for Vulkan whose loading does what a statement in C says. */
+  function vulkanThat(does: string): NodeJS.ProcessEnv {
+    const folder = mkdtempSync(join(scratch, "vulkan-"));
+    writeFileSync(
+      join(folder, "driver.c"),
+      `#include <stdlib.h>\n#include <unistd.h>\n__attribute__((constructor)) void load(void) { ${does}; }\n`,
+    );
+    execFileSync(cc, ["-shared", "-fPIC", "-o", join(folder, "libvulkan.so.1"), join(folder, "driver.c")]);
+    return { LD_LIBRARY_PATH: folder };
+  }
+  const nowhere = { VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
+
   test("never throws; each failure says what was found and what to do", { timeout: 60_000 }, async () => {
-    const { verdict, checks } = await diagnose();
-    expect(checks.map(({ name }) => name)).toEqual(expect.arrayContaining(["node", "koffi", "driver", "nvrtc", "launch", "nccl", "cpu"]));
+    const { verdict, works, checks } = await of();
+    const names = ["node", "system", "koffi", "driver", "nvrtc", "launch", "nccl", "nvcc", "webgpu", "cpu"];
+    expect(checks.map(({ name }) => name)).toEqual(expect.arrayContaining(names));
     for (const check of checks) {
       expect(check.found).not.toBe("");
       expect("fix" in check).toBe(!check.ok);
     }
     const launched = checks.find(({ name }) => name === "launch")!.ok;
-    expect(verdict).toBe(checks.every(({ ok }) => ok) ? "ready" : launched ? "partly" : "no");
+    expect(verdict).toBe(works.cuda ? "ready" : launched ? "partly" : "no");
     if (noGpu) expect(verdict).toBe("no");
   });
 
-  test("is what rankc doctor prints whole; the exit says whether GPUs are ready", { timeout: 60_000 }, async () => {
-    const { exit, out, err } = await rankc("doctor", "--format", "json");
-    const { verdict, checks } = JSON.parse(out);
-    expect(checks.map(({ name }: { name: string }) => name)).toEqual((await diagnose()).checks.map(({ name }) => name));
-    expect([exit, err]).toEqual([verdict === "ready" ? 0 : 3, ""]);
+  test("a backend works where all that it needs is in order, whatever else is missing", { timeout: 60_000 }, async () => {
+    const diagnosis = await of({ nvcc: undefined });
+    for (const backend of ["cpu", "webgpu", "cuda"] as const)
+      expect(diagnosis.works[backend]).toBe(diagnosis.checks.filter((c) => c.for.includes(backend)).every(({ ok }) => ok));
+    expect(diagnosis.works.cpu).toBe(true);
+    expect(named(diagnosis, "nvcc")).toMatchObject({ ok: false, for: [], fix: expect.stringContaining("RANKC_NVCC") });
+  });
+
+  test.skipIf(noAdapter)(`with an adapter: its name, profiles, features and limits${because(noAdapter)}`, { timeout: 60_000 }, async () => {
+    const diagnosis = await asked(adapterEnv);
+    const webgpu = diagnosis.webgpu!;
+    expect(diagnosis.works.webgpu).toBe(true);
+    expect(webgpu.profiles[0]).toBe("baseline");
+    expect(webgpu.profiles.includes("f16")).toBe(webgpu.features["shader-f16"]);
+    if (!hardware) expect([webgpu.adapter, webgpu.profiles]).toEqual([expect.stringMatching(/SwiftShader.*\(software\)$/), ["baseline"]]);
+    for (const limit of Object.values(webgpu.limits)) expect(limit).toBeGreaterThanOrEqual(16_384);
+    const { found } = named(diagnosis, "webgpu");
+    for (const word of [webgpu.adapter, ...webgpu.profiles.map((p) => `webgpu:${p}`), ...Object.keys(webgpu.features), "KiB"])
+      expect(found).toContain(word);
+  });
+
+  test("no adapter is a failure of WebGPU alone; the exit says whether CUDA is ready", { timeout: 60_000 }, async () => {
+    const { exit, ...diagnosis } = await asked(nowhere);
+    expect(exit).toBe(diagnosis.verdict === "ready" ? 0 : 3);
+    expect(diagnosis.verdict === "ready").toBe(diagnosis.works.cuda);
+    expect(diagnosis.checks.map(({ name }) => name)).toEqual((await of()).checks.map(({ name }) => name));
+    if (process.platform !== "linux") return;
+    expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, for: ["webgpu"], fix: expect.stringMatching(/driver/) });
+    expect([diagnosis.works.webgpu, diagnosis.webgpu]).toEqual([false, undefined]);
+  });
+
+  test.skipIf(noCompiler || process.platform !== "linux").each([
+    ["does not answer", "pause()", /did not answer for 2 s/],
+    ["ends the process", "abort()", /ended by SIGABRT/],
+  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, { timeout: 60_000 }, async (_, does, told) => {
+    for (const [name, value] of Object.entries(vulkanThat(does))) vi.stubEnv(name, value);
+    const diagnosis = await of({ webgpuLimit: 2000 });
+    expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(told) });
+    expect(diagnosis.works).toMatchObject({ cpu: true, webgpu: false });
   });
 
   test("is printed as a list with what to do under what fails", () => {
     const text = printDiagnosis({
       verdict: "partly",
+      works: { cpu: true, webgpu: true, cuda: false },
       checks: [
-        { name: "launch", ok: true, found: "sums are exact" },
-        { name: "nccl", ok: false, found: "was not found; tried:\n  libnccl.so.2: no", fix: "install it" },
+        { name: "launch", ok: true, found: "sums are exact", for: ["cuda"] },
+        { name: "nccl", ok: false, found: "was not found; tried:\n  libnccl.so.2: no", fix: "install it", for: ["cuda"] },
+        { name: "nvcc", ok: false, found: "is not here", fix: "get it", for: [] },
       ],
     });
     expect(`\n${text}\n`).toBe(`
@@ -130,8 +189,11 @@ ok  launch  sums are exact
 no  nccl    was not found; tried:
               libnccl.so.2: no
             fix: install it
+--  nvcc    is not here
+            fix: get it
 
-Kernels run on this machine's GPU, but not all that running plans there needs is here.
+CUDA: kernels run on this machine's GPU, but not all that running plans there needs is here.
+Plans run here on: cpu, webgpu.
 `);
   });
 });

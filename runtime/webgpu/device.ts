@@ -10,7 +10,7 @@ export const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, st
 export const mapRead = 1;
 
 /** What an adapter must offer beyond the defaults, by profile; and what Dawn must be told (its toggles) so that it offers it. */
-const profiles: Readonly<Record<string, { features: readonly string[]; unlock: readonly string[]; largeGroups: boolean }>> = {
+export const profiles: Readonly<Record<string, { features: readonly string[]; unlock: readonly string[]; largeGroups: boolean }>> = {
   baseline: { features: [], unlock: [], largeGroups: false },
   f16: { features: ["shader-f16"], unlock: ["vulkan_enable_f16_on_nvidia"], largeGroups: true },
   matrix: {
@@ -135,7 +135,8 @@ export async function openDevice(host: Host, profile: string, { timestamps = fal
   };
 }
 
-function nameOf(info: GPUAdapterInfo): string {
+/** What people call an adapter; says so where it is software. */
+export function nameOf(info: GPUAdapterInfo): string {
   const name =
     [info.device, info.description].filter(Boolean).join(", ") ||
     [info.vendor, info.architecture].filter(Boolean).join(" ") ||
