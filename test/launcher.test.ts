@@ -143,7 +143,8 @@ describe("signals", { timeout: 30_000 }, () => {
   test("an interrupt comes once, and lets the ranks finish; the second ends them", async () => {
     const polite = await start(2, [
       "-e",
-      `${forever} process.on("SIGINT", () => { console.error("interrupted"); setTimeout(() => process.exit(0), 200); })`,
+      // it hears before it says that it is there
+      `process.on("SIGINT", () => { console.error("interrupted"); setTimeout(() => process.exit(0), 200); }); ${forever}`,
     ]);
     await polite.until(/pid/, 2);
     polite.launcher.kill("SIGINT");
@@ -153,7 +154,7 @@ describe("signals", { timeout: 30_000 }, () => {
 
     const deaf = await start(2, [
       "-e",
-      `${forever} for (const s of ["SIGINT", "SIGTERM"]) process.on(s, () => console.error("heard", s));`,
+      `for (const s of ["SIGINT", "SIGTERM"]) process.on(s, () => console.error("heard", s)); ${forever}`,
     ]);
     await deaf.until(/pid/, 2);
     deaf.launcher.kill("SIGINT");
