@@ -4,6 +4,7 @@
  * no device.
  */
 import type { Buffer, Compute, Move, Transfer } from "../schemas/plan.ts";
+import type { Timing } from "../schemas/timing.ts";
 
 /** Values of a buffer as the host sees them: bf16 and f16 arrive and leave as f32. */
 export type HostData = Float32Array | Int32Array;
@@ -42,16 +43,6 @@ export interface Comm {
   send(rank: number, i: Transfer, at: Position): void;
   /** False while nothing has arrived. */
   recv(rank: number, i: Transfer, at: Position): boolean;
-}
-
-/** When an instruction, or one launch of it, ran: microseconds on the device's clock. */
-export interface Timing {
-  readonly rank: number;
-  readonly stream: string;
-  readonly id: string;
-  readonly op: string;
-  readonly begin_us: number;
-  readonly end_us: number;
 }
 
 export interface Fleet {

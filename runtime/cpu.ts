@@ -6,10 +6,11 @@
 import { totalmem } from "node:os";
 import { elementsOf, parts, startOf } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
+import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
 import type { Place } from "../src/ops/op.ts";
-import type { Fleet, HostData, OpenBackend, Timing } from "./backend.ts";
+import type { Fleet, HostData, OpenBackend } from "./backend.ts";
 import { narrow, widen } from "./halves.ts";
 import { loopback } from "./loopback.ts";
 import { rowsOverflow } from "./rowsOverflow.ts";

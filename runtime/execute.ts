@@ -4,8 +4,9 @@
  */
 import { elementsOf, rangesOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
+import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import type { Backend, Comm, Fleet, HostData, Position, Timing } from "./backend.ts";
+import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { BatchOf } from "./batches.ts";
 import { learningRate } from "./learningRate.ts";
 import { fillNormal } from "./philox.ts";

@@ -2,64 +2,23 @@
  * Comm in one process: ranks are coroutines that meet at collectives. Buffers are contiguous blocks; sums run in the order of
  * the group's members, so the same plan gives the same bits.
  */
-import { membersOf } from "../schemas/layout.ts";
-import type { Buffer, How, Move, Plan } from "../schemas/plan.ts";
+import type { How, Plan } from "../schemas/plan.ts";
 import type { Comm, HostData, OpenBackend } from "./backend.ts";
+import { meetHere, ranksOf } from "./meetHere.ts";
 
 export function loopback(plan: Plan, backends: readonly OpenBackend[]): Comm {
-  const { mesh, programs } = plan;
-  const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
-  const stageOf = (rank: number) => Math.floor(rank / mesh.per_stage);
-  const bufferOf = (rank: number, id: string): Buffer => buffers[stageOf(rank)]!.get(id)!;
-  const waiting = new Map<string, Set<number>>();
-  const done = new Map<string, Set<number>>();
-  const mail = new Map<string, HostData[]>();
-
-  const groupOf = (rank: number, i: Move): number[] => {
-    if (i.world) return backends.map((_, r) => r);
-    const base = stageOf(rank) * mesh.per_stage;
-    return membersOf(mesh, rank - base, i.factors).map((m) => m + base);
-  };
-
-  function perform(group: readonly number[], i: Move, slot: number): void {
-    const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), slot));
-    const made = group.map((_, member) => collective[i.how](held, member));
-    // written last: source and destination may be the same bytes
-    for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), slot, made[member]!);
-  }
-
-  return {
-    move(rank, i, at) {
-      const group = groupOf(rank, i);
-      const key = `${i.id}|${at.tag}|${i.world ? "world" : stageOf(rank)}|${group[0]}`;
-      const ready = done.get(key);
-      if (ready?.delete(rank)) {
-        if (ready.size === 0) done.delete(key);
-        return true;
-      }
-      const here = (waiting.get(key) ?? new Set()).add(rank);
-      waiting.set(key, here);
-      if (here.size < group.length) return false;
-      waiting.delete(key);
-      perform(group, i, at.slot);
-      if (group.length > 1) done.set(key, new Set(group.filter((r) => r !== rank)));
-      return true;
+  const ranks = ranksOf(plan);
+  const { bufferOf } = ranks;
+  return meetHere<HostData>(plan, ranks, {
+    perform(group, i, slot) {
+      const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), slot));
+      const made = group.map((_, member) => collective[i.how](held, member));
+      // written last: source and destination may be the same bytes
+      for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), slot, made[member]!);
     },
-    send(rank, i, at) {
-      const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${rank}>${peer}|${i.tag}|${at.tag}`;
-      mail.set(key, [...(mail.get(key) ?? []), backends[rank]!.peek(bufferOf(rank, i.buffer), at.slot).slice()]);
-    },
-    recv(rank, i, at) {
-      const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${peer}>${rank}|${i.tag}|${at.tag}`;
-      const letter = mail.get(key)?.shift();
-      if (!letter) return false;
-      if (!mail.get(key)!.length) mail.delete(key);
-      backends[rank]!.write(bufferOf(rank, i.buffer), at.slot, letter);
-      return true;
-    },
-  };
+    post: (rank, b, slot) => backends[rank]!.peek(b, slot).slice(),
+    take: (rank, b, slot, letter) => backends[rank]!.write(b, slot, letter),
+  });
 }
 
 /** What a member gets, from what all members hold. */

@@ -6,20 +6,12 @@
 import { devices } from "../schemas/job.ts";
 import { bytesOf, elementsOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Plan, Program } from "../schemas/plan.ts";
+import type { Timing } from "../schemas/timing.ts";
 import { expectedRows, flopsOf } from "./cost.ts";
 import { anyLayer } from "./layerNames.ts";
 import { ops } from "./ops/index.ts";
 import { countText, table } from "./units.ts";
 
-/** One launch, or several of one instruction: microseconds on the device's clock. */
-export interface Timing {
-  readonly rank: number;
-  readonly stream: string;
-  readonly id: string;
-  readonly op: string;
-  readonly begin_us: number;
-  readonly end_us: number;
-}
 export interface ProfileRow {
   readonly id: string;
   readonly op: string;

@@ -6,18 +6,11 @@ import { hostname } from "node:os";
 import { fileURLToPath } from "node:url";
 import { afterEach, describe, expect, test } from "vitest";
 import { openHub } from "../runtime/launch/hub.ts";
+import { freePort } from "../runtime/launch/launcher.ts";
 import { becomeMember } from "../runtime/launch/member.ts";
 import { type JoinSettings, join, type Meeting, timesOf } from "../runtime/launch/rendezvous.ts";
 import { frame, proofOf } from "../runtime/launch/wire.ts";
 import { Trouble } from "../schemas/trouble.ts";
-
-async function freePort(): Promise<number> {
-  const server = createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address() as { port: number };
-  await new Promise((r) => server.close(r));
-  return port;
-}
 
 const times = { ...timesOf({}), timeout: 20, beat: 0.2, lost: 2, hang: 60 };
 type Changes = Partial<JoinSettings>;

@@ -131,7 +131,8 @@ async function forward(child: ChildProcess, stream: "stdout" | "stderr", prefix:
   await once(lines, "close");
 }
 
-async function freePort(): Promise<number> {
+/** A port of this host that nobody listens on now. */
+export async function freePort(): Promise<number> {
   const server = createServer().listen(0, "127.0.0.1");
   await once(server, "listening");
   const { port } = server.address() as { port: number };

@@ -3,9 +3,10 @@
  * arrives. Sources are taken aside before anything is written, so source and destination may share bytes. Sums run in the order
  * of members, in f32, and are rounded once.
  */
-import { bytesOf, elementsOf, membersOf } from "../../schemas/layout.ts";
+import { bytesOf, elementsOf } from "../../schemas/layout.ts";
 import type { Buffer, Dtype, How, Move, Plan } from "../../schemas/plan.ts";
 import type { Comm } from "../backend.ts";
+import { meetHere, ranksOf } from "../meetHere.ts";
 import { bytesOfBuffer, type Place } from "./arenas.ts";
 import type { Bind } from "./bindings.ts";
 import { gridOf, MOST_SOURCES, placeSource, type Reduce, type Reduction, reduceSource } from "./collectives.ts";
@@ -26,15 +27,8 @@ export interface Device {
 
 export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind, place }: Device): Promise<Comm> {
   const { mesh, programs } = plan;
-  const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
-  const stageOf = (rank: number) => Math.floor(rank / mesh.per_stage);
-  const bufferOf = (rank: number, id: string): Buffer => buffers[stageOf(rank)]!.get(id)!;
-  const everyone = Array.from({ length: mesh.world }, (_, r) => r);
-  const groupOf = (rank: number, i: Move): number[] => {
-    if (i.world) return everyone;
-    const base = stageOf(rank) * mesh.per_stage;
-    return membersOf(mesh, rank - base, i.factors).map((m) => m + base);
-  };
+  const ranks = ranksOf(plan);
+  const { bufferOf, groupOf } = ranks;
 
   const { kernels, aside } = await prepareAll();
   const kernel = (name: string): Pipeline => kernels.get(name)!;
@@ -118,48 +112,22 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
     }
   }
 
-  const waiting = new Map<string, Set<number>>();
-  const done = new Map<string, Set<number>>();
-  const mail = new Map<string, GPUBuffer[]>();
   /** Read letters, by size: a new one may be written over them, for the device does things in order. */
   const read = new Map<number, GPUBuffer[]>();
-  return {
-    move(rank, i, at) {
-      const group = groupOf(rank, i);
-      const key = `${i.id}|${at.tag}|${i.world ? "world" : stageOf(rank)}|${group[0]}`;
-      const ready = done.get(key);
-      if (ready?.delete(rank)) {
-        if (ready.size === 0) done.delete(key);
-        return true;
-      }
-      const here = (waiting.get(key) ?? new Set()).add(rank);
-      waiting.set(key, here);
-      if (here.size < group.length) return false;
-      waiting.delete(key);
-      perform(group, i, at.slot);
-      if (group.length > 1) done.set(key, new Set(group.filter((r) => r !== rank)));
-      return true;
-    },
-    send(rank, i, at) {
-      const from = place(rank, bufferOf(rank, i.buffer), at.slot);
-      const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${rank}>${peer}|${i.tag}|${at.tag}`;
+  return meetHere<GPUBuffer>(plan, ranks, {
+    perform,
+    post(rank, b, slot) {
+      const from = place(rank, b, slot);
       const letter = read.get(from.bytes)?.pop() ?? gpu.make(`what rank ${rank} sends`, Math.ceil(from.bytes / 4) * 4);
       commands.copy(from, { buffer: letter, offset: 0, bytes: from.bytes });
-      mail.set(key, [...(mail.get(key) ?? []), letter]);
+      return letter;
     },
-    recv(rank, i, at) {
-      const peer = i.peer * mesh.per_stage + (rank % mesh.per_stage);
-      const key = `${peer}>${rank}|${i.tag}|${at.tag}`;
-      const letter = mail.get(key)?.shift();
-      if (!letter) return false;
-      if (!mail.get(key)!.length) mail.delete(key);
-      const to = place(rank, bufferOf(rank, i.buffer), at.slot);
+    take(rank, b, slot, letter) {
+      const to = place(rank, b, slot);
       commands.copy({ buffer: letter, offset: 0, bytes: to.bytes }, to);
       read.set(to.bytes, [...(read.get(to.bytes) ?? []), letter]);
-      return true;
     },
-  };
+  });
 }
 
 const reductionOf = (i: Move): Reduction | undefined =>

@@ -47,3 +47,7 @@ export function numbered({ d }: Pick<Use, "d">, prefix: string): number[] {
   while (d[`${prefix}${all.length}`] !== undefined) all.push(d[`${prefix}${all.length}`]!);
   return all;
 }
+
+/** How `split_rows` tells a row's destination from its coordinates: one term for each factor. */
+export const destinationsOf = (use: Pick<Use, "d">) =>
+  numbered(use, "slot").map((slot, i) => ({ slot, div: use.d[`div${i}`]!, mod: use.d[`mod${i}`]!, mul: use.d[`mul${i}`]! }));

@@ -1,7 +1,7 @@
 /** What stands around a collective: blocks in another order, rows by destination, and lists of rows put together. */
 import type { Arg, Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import { type Made, numbered, offsetsAt, type Use } from "../kernel.ts";
+import { destinationsOf, type Made, numbered, offsetsAt, type Use } from "../kernel.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
@@ -65,12 +65,7 @@ function invertRows(use: Use): Made {
 
 function splitRows(use: Use): Made {
   const cap = use.d.cap!;
-  const factors = numbered(use, "slot").map((slot, i) => ({
-    slot,
-    div: use.d[`div${i}`]!,
-    mod: use.d[`mod${i}`]!,
-    mul: use.d[`mul${i}`]!,
-  }));
+  const factors = destinationsOf(use);
   const checked = use.dtype.needed !== undefined;
   const lists = use.size.lists! / (1 + 3 * cap);
   return {

@@ -1,6 +1,6 @@
 /** What stands around a collective: blocks in another order, rows by destination, and lists of rows put together. */
 import { render } from "../../../templates/bindings.ts";
-import { type Made, numbered, offsetsAt, type Use } from "../kernel.ts";
+import { destinationsOf, type Made, numbered, offsetsAt, type Use } from "../kernel.ts";
 import { type Binding, type Entry, fold, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
@@ -75,12 +75,7 @@ const needed: Binding = { arg: "needed", type: "i32" };
 function splitRows(use: Use): Made {
   const cap = use.d.cap!;
   const length = 1 + 3 * cap;
-  const factors = numbered(use, "slot").map((slot, i) => ({
-    slot,
-    div: use.d[`div${i}`]!,
-    mod: use.d[`mod${i}`]!,
-    mul: use.d[`mul${i}`]!,
-  }));
+  const factors = destinationsOf(use);
   const checked = use.dtype.needed !== undefined;
   const entry: Entry = {
     entry: use.name,
