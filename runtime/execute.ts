@@ -159,7 +159,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     }
     /** Those of the inputs that a block reads; elsewhere their bytes may be another's. */
     const fill = (block: readonly Instruction[], kinds: readonly Kind[], slot: number, m: number) => {
-      const read = new Set(block.flatMap(readBy));
+      const read = inputsReadBy(block);
       for (const [name, id] of Object.entries(p.inputs)) {
         const b = bufferOf(r, id);
         if (read.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
@@ -260,6 +260,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   };
 }
 
+/** What a block reads, found once: a block runs every microbatch. */
+const known = new WeakMap<readonly Instruction[], ReadonlySet<string>>();
+function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
+  const found = known.get(block) ?? new Set(block.flatMap(readBy));
+  known.set(block, found);
+  return found;
+}
 const readBy = (i: Instruction): readonly string[] =>
   i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
