@@ -34,7 +34,7 @@ export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Com
   const graph = addBackward(buildModel(job));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
-    stageOf: (layer) => stageOf(job, layer),
+    stageOf: (position) => stageOf(job, position),
     ...laws,
   });
   const order = schedule(job);

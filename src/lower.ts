@@ -33,7 +33,7 @@ export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, orde
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
     const { parameters, metrics } = updateStep(role, graph, sharded);
     const blocks = toMessages(role);
-    const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, l) === stage);
+    const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, 1 + l) === stage);
     return {
       stage,
       layers: [layers[0]!, layers.at(-1)! + 1],

@@ -76,9 +76,9 @@ export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
   return axes.includes("pp") ? within.map((g) => all.flatMap((s) => at(g, s))) : all.flatMap((s) => within.map((g) => at(g, s)));
 }
 
-/** The stage of a layer: layers are split evenly, in order. */
-export const stageOf = (job: Pick<Job, "model" | "parallel">, layer: number): number =>
-  Math.floor((layer * job.parallel.pipeline) / job.model.layers);
+/** The stage of a position of the model: layers are split evenly, in order; the embedding goes with the first, the head with the last. */
+export const stageOf = ({ model: { layers }, parallel }: Pick<Job, "model" | "parallel">, position: number): number =>
+  Math.floor(((Math.max(1, Math.min(layers, position)) - 1) * parallel.pipeline) / layers);
 
 /** Text of the mesh: sizes, factors, and which ranks form the groups of each axis. */
 export function printMesh(mesh: Mesh): string {

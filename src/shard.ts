@@ -76,7 +76,7 @@ export interface Choice {
 }
 export interface Options {
   readonly distributedOptimizer: boolean;
-  readonly stageOf: (layer: number) => number;
+  readonly stageOf: (position: number) => number;
   /** Laws answer in place of the rules. */
   readonly pick?: (votes: readonly Choice[]) => Choice | undefined;
 }
@@ -126,7 +126,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
       invariant(v.sizes[slot]! % parts(fs) === 0, `${idOf(v)}: slot ${slot} of ${v.sizes[slot]} over ${parts(fs)}`);
     home.set(v, { layout, stage });
   };
-  for (const v of graph.order.flatMap((n) => n.args)) if (v.leaf && !home.has(v)) settle(v, declared(v), stageOf(v.leaf.layer));
+  for (const v of graph.order.flatMap((n) => n.args)) if (v.leaf && !home.has(v)) settle(v, declared(v), stageOf(v.leaf.position));
 
   /** The job key that set a factor, for the origin of a collective. */
   const pathOf = (fs: readonly number[], expert: boolean): string => {
@@ -239,7 +239,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
 
   const accumulated = new Map<Value, Piece>();
   for (const node of graph.order) {
-    const stage = stageOf(node.layer);
+    const stage = stageOf(node.position);
     const operands = expand(node);
     const { inputs, outputs } = operands;
     const { size } = node;

@@ -1,5 +1,5 @@
 /** addBackward: Graph → Graph, extended by the gradient of each parameter. Names no op but `add`, which sums the parts of a gradient. */
-import type { Loss } from "./model.ts";
+import type { Loss } from "./modelParts.ts";
 import { add } from "./ops/linear.ts";
 import { invariant, type Node, type Value } from "./ops/op.ts";
 
@@ -19,7 +19,7 @@ export interface Graph {
 export function addBackward(losses: readonly Loss[]): Graph {
   const forward = topological(losses.map((l) => l.value));
   const seen = new Set(forward);
-  const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", layer: 0 }, cut: [] };
+  const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", position: 0 }, cut: [] };
   const grad = new Map<Value, Value>(losses.map((l) => [l.value, one]));
   const parameterGrads = new Map<Value, Value[]>();
   const gradOf = new Map<Value, Value>();
@@ -34,7 +34,7 @@ export function addBackward(losses: readonly Loss[]): Graph {
   const adopt = (v: Value, from: Node, id?: string) => {
     for (const n of topological([v], seen)) {
       n.id = unique(id ?? `${from.id}.${n.op.suffix ?? "grad"}`);
-      n.layer = from.layer;
+      n.position = from.position;
       n.backward = true;
       if (n.op !== add) n.pin = from.pin;
       back.push(n);

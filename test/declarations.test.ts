@@ -147,7 +147,7 @@ test("what each op allows to cut", () => {
 });
 
 const input = (name: string, ...sizes: number[]): Value => ({
-  ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name, layer: 2 } },
+  ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name, position: 2 } },
   sizes,
 });
 const product = op({ name: "product", sig: "x[B,K] w[K,N] -> y[B,N]", cpu: () => {} });

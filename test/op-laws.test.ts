@@ -75,7 +75,7 @@ function slope(c: Case, s: number): void {
 /** The op applied to leaves, and a leaf for the gradient that arrives. */
 function applied(c: Case, type: (name: string) => Value["dtype"] = () => "f32"): { values: Record<string, Value>; y: Value; dy: Value } {
   const leaf = (name: string, sizes: readonly number[], ragged: number, dtype = type(name)): Value => ({
-    ...{ out: 0, sizes, ragged, fanout: ragged ? c.attrs.k! : 0, dtype, leaf: { kind: "input", name, layer: 0 } },
+    ...{ out: 0, sizes, ragged, fanout: ragged ? c.attrs.k! : 0, dtype, leaf: { kind: "input", name, position: 0 } },
   });
   const sizes = (o: Case["inputs"][number]) => o.slots.map((s) => elements({ ...o, slots: [s] }, c.sizes));
   const values = Object.fromEntries(c.inputs.map((o) => [o.name, leaf(o.name, sizes(o), o.ragged)]));

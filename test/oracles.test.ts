@@ -268,7 +268,7 @@ describe("router", () => {
     };
     // a token's place does not matter to a router: all tokens as T sequences of one
     const leaf = (name: string, kind: "parameter" | "input", sizes: readonly number[]): Value => ({
-      ...{ out: 0, sizes, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind, name, layer: 0 } },
+      ...{ out: 0, sizes, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind, name, position: 0 } },
     });
     const logits = leaf("logits", "parameter", [T, 1, E]);
     const cotangent = leaf("cotangent", "input", [T, E]);

@@ -100,7 +100,7 @@ export interface Value {
 export interface Leaf {
   readonly kind: "parameter" | "input";
   readonly name: string;
-  readonly layer: number;
+  readonly position: number;
   readonly init?: { readonly type: "normal" | "ones"; readonly std: number };
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
@@ -113,8 +113,8 @@ export interface Node {
   /** What each dim measures here (global sizes), attributes included. */
   readonly size: Readonly<Record<string, number>>;
   id: string;
-  /** The transformer layer it belongs to, which decides its stage. */
-  layer: number;
+  /** Where in the model it stands, which decides its stage: 0 the embedding, from 1 on the layers, last the head. */
+  position: number;
   backward: boolean;
   pin?: { readonly dim: string; readonly axis: string; readonly path: string } | undefined;
 }
@@ -123,9 +123,9 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
   const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operands);
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
     const args = inputs.map((i) => named[i.name as In<S>]);
-    const layer = Math.max(...args.map((v) => v.node?.layer ?? v.leaf!.layer));
+    const position = Math.max(...args.map((v) => v.node?.position ?? v.leaf!.position));
     const size = sizesOf({ op: self, args, attrs });
-    const node: Node = { op: self, args, attrs, outs: [], size, id, layer, backward: false };
+    const node: Node = { op: self, args, attrs, outs: [], size, id, position, backward: false };
     const like = args.find((v) => v.dtype !== "i32")?.dtype ?? "f32";
     const fanout = args.find((v) => v.ragged)?.fanout ?? attrs.k ?? 0;
     for (const [out, o] of expand(node).outputs.entries())

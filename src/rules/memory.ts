@@ -33,7 +33,7 @@ function peaksAt(job: Job, layersPerStage: number): number[] {
   const graph = addBackward(buildModel(small));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: small.parallel.distributed_optimizer,
-    stageOf: (layer) => stageOf(small, layer),
+    stageOf: (position) => stageOf(small, position),
   });
   return lower(small, mesh, graph, sharded, schedule(small)).map((p) => layOut(p).peak);
 }

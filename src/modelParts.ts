@@ -1,0 +1,70 @@
+/**
+ * What the parts of a model are built with: its sizes by letter, and the leaves (inputs and parameters) of one position. Weights
+ * are [in, out].
+ *
+ * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
+ * expert, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head.
+ */
+import type { Job } from "../schemas/job.ts";
+import type { Leaf, Value } from "./ops/op.ts";
+
+export interface Loss {
+  /** `loss` is the cross-entropy people watch; `aux_loss` what balancing adds. Equal names are added up. */
+  readonly name: "loss" | "aux_loss";
+  readonly value: Value;
+}
+
+/** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
+export interface Part {
+  readonly job: Job;
+  /** A number that grows from the embedding to the head; see `Node.position`. */
+  readonly position: number;
+  /** Ids of nodes and names of parameters begin so: `layers.3.`. */
+  readonly prefix: string;
+  readonly losses: Loss[];
+  /** `prefix` and a name. */
+  at(name: string): string;
+  input(name: string): Value;
+  /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
+  weight(name: string, dims: string): Value;
+  gain(name: string, dims: string): Value;
+}
+
+type Sizes = Readonly<Record<string, number>>;
+
+function sizesOf({ model: m, parallel, train }: Job): Sizes {
+  return {
+    B: train.micro_batch * parallel.data,
+    S: m.seq,
+    D: m.hidden,
+    V: m.vocab,
+    Q: m.heads * m.head_dim,
+    KV: m.kv_heads * m.head_dim,
+    C: m.head_dim,
+    H: m.ffn,
+    F: m.moe?.ffn ?? 0,
+    E: m.moe?.experts ?? 0,
+  };
+}
+
+export function partOf(job: Job, position: number, prefix: string, losses: Loss[]): Part {
+  const { train } = job;
+  const type = train.precision === "bf16" ? "bf16" : "f32";
+  const size = sizesOf(job);
+  const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): Value => {
+    const slots = dims.split(",").map((d) => d.split("@"));
+    return { out: 0, leaf: of, ragged: 0, fanout: 0, dtype, sizes: slots.map(([d]) => size[d!]!), cut: slots.map(([, ...axes]) => axes) };
+  };
+  const at = (name: string): string => prefix + name;
+  const parameter = (name: string, dims: string, init: Leaf["init"]): Value =>
+    leaf(dims, { kind: "parameter", name: at(name), position, init: init! }, type);
+  return {
+    ...{ job, position, prefix, losses, at },
+    input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
+    weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
+    gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
+  };
+}
+
+/** A copy of a parameter that stands at another position, too. */
+export const copyOf = (of: Value, position: number): Value => ({ ...of, leaf: { ...of.leaf!, position, tiedTo: of } });
