@@ -25,9 +25,10 @@ export interface OpenBackend extends Backend {
   peek(buffer: Buffer, slot: number): HostData;
 }
 
-/** Where a rank stands: the block and microbatch (`F3`, `B0`, `step`), and the copy of the activations it works on. */
+/** Where a rank stands: the block (`F3`, `B0.1`, `step`), its microbatch (−1 in the step block), and the copy of the activations it works on. */
 export interface Position {
   readonly tag: string;
+  readonly microbatch: number;
   readonly slot: number;
 }
 

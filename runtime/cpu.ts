@@ -4,8 +4,9 @@
  * rounded when stored.
  */
 import { totalmem } from "node:os";
-import { elementsOf, parts, startOf } from "../schemas/layout.ts";
+import { elementsOf, numberInStage, parts, stageOfRank, startOf } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
+import { activationBytes, activationStart } from "../schemas/program.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { ops } from "../src/ops/index.ts";
@@ -39,7 +40,7 @@ export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
     profile: () => [...taken],
     async finish() {
       for (const r of ranks) {
-        const { bounds, buffers } = plan.programs[Math.floor(r / per_stage)]!;
+        const { bounds, buffers } = plan.programs[stageOfRank(plan.mesh, r)]!;
         for (const { needed, bound } of bounds) {
           const found = backends[r]!.peek(buffers.find((b) => b.id === needed)!, 0)[0]!;
           if (found > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), r, found, bound);
@@ -54,8 +55,8 @@ const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const noRows = new Int32Array(1);
 
 function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
-  const stage = Math.floor(rank / plan.mesh.per_stage);
-  const local = rank % plan.mesh.per_stage;
+  const stage = stageOfRank(plan.mesh, rank);
+  const local = numberInStage(plan.mesh, rank);
   const program = plan.programs[stage]!;
   const memory = plan.memory[stage]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
@@ -63,12 +64,12 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
     parameter: new ArrayBuffer(memory.parameter),
     gradient: new ArrayBuffer(memory.gradient),
     optimizer: new ArrayBuffer(memory.optimizer),
-    activation: new ArrayBuffer(memory.activation * program.slots),
+    activation: new ArrayBuffer(activationBytes(program, memory)),
     workspace: new ArrayBuffer(memory.workspace),
   };
 
   const raw = (b: Buffer, slot: number): Float32Array | Int32Array | Uint16Array => {
-    const at = memory.offsets[b.id]! + (b.kind === "activation" ? slot * memory.activation : 0);
+    const at = memory.offsets[b.id]! + (b.kind === "activation" ? activationStart(program, memory, b, slot) : 0);
     const Type = b.dtype === "f32" ? Float32Array : b.dtype === "i32" ? Int32Array : Uint16Array;
     return new Type(arenas[b.kind], at, elementsOf(b.shape));
   };

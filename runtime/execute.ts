@@ -2,8 +2,9 @@
  * execute: plan × fleet → trained steps. Walks each rank's program in the plan's order: forward and backward of every
  * microbatch, then the step block. The ranks of this process run as coroutines, which meet at collectives.
  */
-import { elementsOf, rangesOf } from "../schemas/layout.ts";
+import { elementsOf, numberInStage, rangesOf, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
+import { workOf } from "../schemas/program.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
@@ -61,7 +62,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   const { mesh, programs, job } = plan;
   const { train, model } = job;
   const { ranks, comm } = fleet;
-  const programOf = (r: number) => programs[Math.floor(r / mesh.per_stage)]!;
+  const programOf = (r: number) => programs[stageOfRank(mesh, r)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
   const perMicrobatch = train.micro_batch * job.parallel.data;
@@ -84,7 +85,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       }
   }
 
-  const ranges = (b: Buffer, r: number) => b.sizes.map((n, slot) => rangesOf(mesh, n, b.cuts[slot]!, b.cuts[slot]!, r % mesh.per_stage));
+  const ranges = (b: Buffer, r: number) =>
+    b.sizes.map((n, slot) => rangesOf(mesh, n, b.cuts[slot]!, b.cuts[slot]!, numberInStage(mesh, r)));
   /** Visits a piece as runs along its last dim: the global and the local index of each, and its length. */
   function visitRuns(b: Buffer, r: number, visit: (global: number, local: number, n: number) => void): void {
     const all = ranges(b, r);
@@ -118,7 +120,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   async function assemble(stage: number, id: string, data: (r: number) => Promise<HostData>): Promise<Tensor> {
     const b = buffers[stage]!.get(id)!;
     const out = new Float32Array(elementsOf(b.sizes));
-    for (let r = stage * mesh.per_stage; r < (stage + 1) * mesh.per_stage; r++) {
+    for (let n = 0; n < mesh.per_stage; n++) {
+      const r = rankAt(mesh, stage, n);
       const piece = await data(r);
       visitRuns(b, r, (global, local, n) => out.set(piece.subarray(local, local + n), global));
     }
@@ -168,28 +171,26 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     backend.zeroGradients();
     fill(p.step, ["optimizer"], 0, 0);
     for (const tag of p.order) {
-      const m = Number(tag.slice(1));
-      const at = { tag, slot: m % p.slots };
-      const forward = tag.startsWith("F");
-      const instructions = forward ? p.forward : p.backward;
+      const { kind, microbatch, chunk } = workOf(tag);
+      const at = { tag, microbatch, slot: microbatch % p.chunks[chunk]!.slots };
+      const instructions = p.chunks[chunk]![kind];
       // workspace is filled for each block; activations are written by the forward block and stay
-      fill(instructions, forward ? ["workspace", "activation"] : ["workspace"], at.slot, m);
+      fill(instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.slot, microbatch);
       yield* block(instructions, at);
     }
-    yield* block(p.step, { tag: "step", slot: 0 });
+    yield* block(p.step, { tag: "step", microbatch: -1, slot: 0 });
   }
   function keep(id: string, at: Position, r: number): void {
     const all = kept.get(id) ?? [];
     kept.set(id, all);
-    const m = Number(at.tag.slice(1));
-    (all[m] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
+    (all[at.microbatch] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
   /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
   async function numbers(): Promise<number[]> {
     const sums = [0, 0, 0];
     for (const { stage, metrics } of programs) {
-      const rank = stage * mesh.per_stage;
+      const rank = rankAt(mesh, stage, 0);
       if (!ranks.includes(rank)) continue;
       const names = stage === 0 ? ["loss", "aux_loss", "grad_norm"] : ["loss", "aux_loss"];
       for (const [i, name] of names.entries())
@@ -251,7 +252,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     watched: (id) =>
       Promise.all(
         (kept.get(id) ?? []).map((pieces) => {
-          const stage = programs.findIndex((p) => pieces[p.stage * mesh.per_stage]);
+          const stage = programs.findIndex((p) => pieces[rankAt(mesh, p.stage, 0)]);
           return assemble(stage, id, (r) => pieces[r]!);
         }),
       ),

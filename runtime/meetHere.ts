@@ -2,7 +2,7 @@
  * Comm among ranks that are coroutines of one process: a collective is performed when the last of its group has come, and a
  * letter waits for its receiver. How values move is for those who hold them.
  */
-import { membersOf } from "../schemas/layout.ts";
+import { membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Move, Plan } from "../schemas/plan.ts";
 import type { Comm } from "./backend.ts";
 
@@ -23,14 +23,13 @@ export interface Ranks {
 export function ranksOf({ mesh, programs }: Plan): Ranks {
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
-  const stageOf = (rank: number): number => Math.floor(rank / mesh.per_stage);
+  const stageOf = (rank: number): number => stageOfRank(mesh, rank);
   return {
     stageOf,
     bufferOf: (rank, id) => buffers[stageOf(rank)]!.get(id)!,
     groupOf(rank, i) {
       if (i.world) return everyone;
-      const base = stageOf(rank) * mesh.per_stage;
-      return membersOf(mesh, rank - base, i.factors).map((m) => m + base);
+      return membersOf(mesh, numberInStage(mesh, rank), i.factors).map((m) => rankAt(mesh, stageOf(rank), m));
     },
   };
 }
@@ -39,7 +38,7 @@ export function meetHere<Letter>({ mesh }: Plan, { stageOf, bufferOf, groupOf }:
   const waiting = new Map<string, Set<number>>();
   const done = new Map<string, Set<number>>();
   const mail = new Map<string, Letter[]>();
-  const peerOf = (rank: number, stage: number): number => stage * mesh.per_stage + (rank % mesh.per_stage);
+  const peerOf = (rank: number, stage: number): number => rankAt(mesh, stage, numberInStage(mesh, rank));
 
   return {
     move(rank, i, at) {
@@ -59,11 +58,11 @@ export function meetHere<Letter>({ mesh }: Plan, { stageOf, bufferOf, groupOf }:
       return true;
     },
     send(rank, i, at) {
-      const key = `${rank}>${peerOf(rank, i.peer)}|${i.tag}|${at.tag}`;
+      const key = `${rank}>${peerOf(rank, i.peer)}|${i.tag}|${at.microbatch}`;
       mail.set(key, [...(mail.get(key) ?? []), post(rank, bufferOf(rank, i.buffer), at.slot)]);
     },
     recv(rank, i, at) {
-      const key = `${peerOf(rank, i.peer)}>${rank}|${i.tag}|${at.tag}`;
+      const key = `${peerOf(rank, i.peer)}>${rank}|${i.tag}|${at.microbatch}`;
       const letters = mail.get(key);
       if (!letters) return false;
       take(rank, bufferOf(rank, i.buffer), at.slot, letters.shift()!);

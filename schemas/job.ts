@@ -77,7 +77,7 @@ const ModelText = z.strictObject({
     .describe("mixture of experts in place of the dense feed-forward part, in every layer; null = dense"),
 });
 
-const ParallelText = z.strictObject({
+export const ParallelText = z.strictObject({
   world: count
     .max(2 ** 20)
     .default(1)
@@ -87,16 +87,49 @@ const ParallelText = z.strictObject({
     .boolean()
     .default(false)
     .describe("between matrices, cut activations along the sequence over the tensor ranks instead of repeating them"),
-  pipeline: count.default(1).describe("pipeline stages, each with layers / pipeline consecutive layers"),
+  pipeline: count.default(1).describe("pipeline stages"),
+  virtual_pipeline: count
+    .default(1)
+    .describe(
+      "chunks of layers in each stage (interleaved 1F1B): a smaller bubble for more transfers and memory; layers are split evenly over all chunks",
+    ),
+  layout: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe(
+      "which layers stand where, in place of an even split: E the embedding, t a layer, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
+    ),
+  schedule: z
+    .enum(["1f1b", "zero_bubble"])
+    .default("1f1b")
+    .describe("the order of microbatches on a stage; zero_bubble makes the gradients of weights later, in the gaps"),
   expert: count.default(1).describe("ranks over which the experts of a layer are spread"),
   expert_tensor: count
     .default(1)
     .describe("ranks that share the matrices of one expert; not taken from tensor: whole experts are the usual choice"),
-  context: count.default(1).describe("ranks that share the tokens of one sequence"),
+  context: count
+    .default(1)
+    .describe(
+      "ranks that share the tokens of one sequence; each has one piece of its first half and the mirrored one of its second, so that causal attention is equal work",
+    ),
+  context_method: z
+    .enum(["ring", "all_gather"])
+    .default("ring")
+    .describe("how a rank comes to see the keys and values of others: a piece at a time from its neighbour, or all at once"),
   data: count
     .optional()
     .describe("replicas that see different sequences; derived: world / (tensor x pipeline x context). If written, it must agree"),
   distributed_optimizer: z.boolean().default(false).describe("each data rank keeps and updates its share of master weights and moments"),
+  optimizer_instances: count
+    .default(1)
+    .describe(
+      "with the distributed optimizer: shares are kept this many times over, each by neighbouring data ranks; gradients are summed over the copies",
+    ),
+  order: z
+    .enum(["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"])
+    .default("tp-cp-ep-dp-pp")
+    .describe("how ranks are numbered, the first axis fastest: pipeline stages outermost, or data replicas"),
 });
 
 const OptimizerText = z.strictObject({

@@ -13,7 +13,18 @@ export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 
 /** How many elements a shape holds; 1 for a scalar. */
 export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
 
-/** This rank's coordinate along one factor. */
+type Stages = Pick<MeshData, "per_stage" | "stage_stride" | "world">;
+/** The pipeline stage of a rank. */
+export const stageOfRank = ({ per_stage, stage_stride, world }: Stages, rank: number): number =>
+  Math.floor(rank / stage_stride) % (world / per_stage);
+/** A rank's number within its stage: what its digits are read off. */
+export const numberInStage = ({ per_stage, stage_stride, world }: Stages, rank: number): number =>
+  (rank % stage_stride) + Math.floor(rank / ((world / per_stage) * stage_stride)) * stage_stride;
+/** The rank with this number in this stage. */
+export const rankAt = ({ per_stage, stage_stride, world }: Stages, stage: number, number: number): number =>
+  (number % stage_stride) + stage * stage_stride + Math.floor(number / stage_stride) * (world / per_stage) * stage_stride;
+
+/** This rank's coordinate along one factor; `rank` is its number within its stage, here and below. */
 export const digit = ({ factors }: Factors, rank: number, f: number): number => Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
 
 /** In how many parts factors cut. */

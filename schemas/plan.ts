@@ -5,7 +5,7 @@
 import { z } from "zod";
 import { Job } from "./job.ts";
 
-export const FORMAT_VERSION = "2.0";
+export const FORMAT_VERSION = "3.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
@@ -21,6 +21,9 @@ const Factor = z
 export const MeshText = z.strictObject({
   world: count,
   per_stage: count.describe("ranks in one pipeline stage"),
+  stage_stride: count.describe(
+    "ranks of one stage that stand side by side: all of them where stages are the outermost axis; else those up to the first of the next stage",
+  ),
   factors: z.array(Factor).describe("both grids are products of these, smallest stride first"),
   axes: z.record(z.string(), z.array(count)).describe("the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid)"),
   sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
@@ -41,6 +44,7 @@ export const Buffer = z.strictObject({
   fanout: count.optional().describe("rows per token of a ragged value: the router's top_k"),
   cuts: z.array(factors).describe("per slot, the factors that cut it"),
   owes: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
+  chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
 });
@@ -90,6 +94,7 @@ export const Transfer = z.strictObject({
   buffer: id,
   tag: id.describe("what is sent: the same on both sides"),
   peer: count.describe("the other stage; the rank with the same number within it"),
+  channel: z.string().describe("what goes from one stage to another by one channel is received in the order in which it was sent"),
   bytes: count,
   why: Why,
 });
@@ -108,11 +113,22 @@ export const Parameter = z.strictObject({
 });
 export type Parameter = z.infer<typeof Parameter>;
 
+/** The layers of a stage that stand together; a virtual pipeline gives a stage several. */
+export const Chunk = z.strictObject({
+  layers: z.tuple([count, count]).describe("first layer, and one past the last"),
+  slots: count.describe("microbatches in flight at most: copies of its activations"),
+  forward: z.array(Instruction),
+  backward: z.array(Instruction),
+  weights: z.array(Instruction).describe("gradients of weights, where they are made apart from those of inputs"),
+});
+export type Chunk = z.infer<typeof Chunk>;
+
 export const Program = z.strictObject({
   stage: count,
-  layers: z.tuple([count, count]).describe("first layer, and one past the last"),
-  slots: count.describe("microbatches in flight at most"),
-  order: z.array(z.string()).describe("F<m> forward and B<m> backward of microbatch m; then the step block once"),
+  chunks: z.array(Chunk).min(1),
+  order: z
+    .array(z.string())
+    .describe("F<m> forward, B<m> backward, W<m> weights of microbatch m, with .<chunk> where there are several; then the step block once"),
   parameters: z.array(Parameter),
   inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
   bounds: z
@@ -120,8 +136,6 @@ export const Program = z.strictObject({
     .describe("read after a step: scalars that say how many rows there were where a plan bounds them (model.moe.rows_bound)"),
   metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
-  forward: z.array(Instruction),
-  backward: z.array(Instruction),
   step: z.array(Instruction),
 });
 export type Program = z.infer<typeof Program>;
@@ -132,7 +146,7 @@ export const Memory = z.strictObject({
   parameter: count,
   gradient: count,
   optimizer: count,
-  activation: count.describe("of one slot"),
+  activation: z.array(count).describe("of one slot, per chunk"),
   workspace: count,
   scratch: count.describe("what kernels need while they run; one at a time"),
   peak: count.describe("all arenas together, activations once per slot"),

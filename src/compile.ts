@@ -5,8 +5,9 @@ import { kernelsOf, printKernels } from "./kernels.ts";
 import { lower } from "./lower.ts";
 import { cpu, type Target } from "./makers.ts";
 import { layOut, printMemory, verifyMemory } from "./memory.ts";
-import { buildMesh, printMesh, stageOf } from "./mesh.ts";
+import { buildMesh, printMesh } from "./mesh.ts";
 import { buildModel } from "./model.ts";
+import { pipelineOf, stageOfVirtual } from "./pipeline.ts";
 import { sealPlan } from "./plan.ts";
 import { printProgram } from "./programText.ts";
 import { printSchedule, schedule } from "./schedule.ts";
@@ -31,14 +32,17 @@ export interface Settings extends Pick<Options, "pick"> {
 /** Compiles a job that has no findings. Throws only where rankc itself is wrong. */
 export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
+  const pipeline = pipelineOf(job);
   const graph = addBackward(buildModel(job));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
-    stageOf: (position) => stageOf(job, position),
+    shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
+    stageOf: (position) => pipeline.of[position]!,
+    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
     ...laws,
   });
-  const order = schedule(job);
-  const lowered = lower(job, mesh, graph, sharded, order);
+  const order = schedule(job, pipeline.chunks);
+  const lowered = lower(job, mesh, { graph, sharded, pipeline, order });
   verifyPrograms(lowered, mesh);
   const { programs, kernels, sources } = kernelsOf(lowered, mesh, target);
   const memory = programs.map((p) => layOut(p, kernels));

@@ -3,6 +3,7 @@
  * Instructions are matched by their ids, which are stable names; a change that repeats over layers and stages is said once.
  */
 import type { Buffer, Instruction, Plan, Program } from "../schemas/plan.ts";
+import { blocksOf } from "../schemas/program.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
 import { anyLayer, layerOf } from "./layerNames.ts";
 import { type Phase, phases, shapeText } from "./programText.ts";
@@ -98,14 +99,22 @@ function roleFacts(role: RoleView | undefined): Facts {
   const add = (what: string, unit: SummaryChange["unit"], value: number): void => {
     facts.set(what, { unit, value: (facts.get(what)?.value ?? 0) + value });
   };
-  add("layers", "count", role.layers[1] - role.layers[0]);
+  add(
+    "layers",
+    "count",
+    role.chunks.reduce((sum, { layers }) => sum + layers[1] - layers[0], 0),
+  );
   add("parameters", "count", role.parameters.elements);
   add("microbatches", "count", role.microbatches);
   add("instructions a step", "count", role.instructions.per_step);
   const { memory } = role;
   for (const kind of ["parameter", "gradient", "optimizer", "activation", "workspace", "peak"] as const)
     add(`memory ${kind}`, "bytes", memory[kind]);
-  add("slots", "count", memory.slots);
+  add(
+    "slots",
+    "count",
+    role.chunks.reduce((sum, { slots }) => sum + slots, 0),
+  );
   add("flops a step", "flops", role.flops.per_step);
   add("host syncs a step", "count", role.host_syncs_per_step);
   for (const c of role.collectives) {
@@ -171,7 +180,7 @@ function placed(programs: readonly Program[], phase: Phase): Map<string, Placed[
   const all = new Map<string, Placed[]>();
   for (const program of programs) {
     const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
-    for (const instruction of program[phase]) {
+    for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
       const one = { stage: program.stage, does: doing(instruction), facts: factsOf(instruction, buffers) };
       const before = all.get(instruction.id);
       if (before) before.push(one);
@@ -221,6 +230,7 @@ function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<stri
     case "recv":
       operand("buffer", i.buffer);
       facts.set("peer", `stage ${i.peer}`);
+      facts.set("channel", i.channel);
       facts.set("bytes", bytesText(i.bytes));
       break;
   }

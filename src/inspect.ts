@@ -1,12 +1,13 @@
 /** What a plan holds, counted and grouped for a reader: `inspectPlan` is the data (and the JSON), `printInspect` its text. */
 import { devices } from "../schemas/job.ts";
-import { digit, elementsOf, membersOf } from "../schemas/layout.ts";
+import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
+import { activationBytes, type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
 import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
 import { ops } from "./ops/index.ts";
-import { type Phase, phases, programLines } from "./programText.ts";
+import { blockLines, blockName, type Phase, timesText } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "./units.ts";
 
@@ -47,8 +48,8 @@ interface TransferView {
 
 export interface RoleView {
   readonly stage: number;
-  readonly layers: readonly [number, number];
-  readonly ranks: readonly [number, number];
+  readonly chunks: readonly { readonly layers: readonly [number, number]; readonly slots: number; readonly activation_per_slot: number }[];
+  readonly ranks: readonly number[];
   readonly microbatches: number;
   readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
   readonly parameters: { readonly tensors: number; readonly elements: number };
@@ -56,8 +57,6 @@ export interface RoleView {
     readonly parameter: number;
     readonly gradient: number;
     readonly optimizer: number;
-    readonly activation_per_slot: number;
-    readonly slots: number;
     readonly activation: number;
     readonly workspace: number;
     readonly peak: number;
@@ -120,7 +119,10 @@ export function inspectPlan(plan: Plan): Inspection {
     },
     device: { name: job.cluster.device, memory: devices[job.cluster.device].memory },
     roles,
-    schedule: drawSchedule(plan.programs.map((program) => program.order)),
+    schedule: drawSchedule(
+      plan.programs.map((program) => program.order),
+      plan.programs[0]!.chunks.length,
+    ),
     kernels: plan.kernels.length,
   };
 }
@@ -141,19 +143,25 @@ function axisView(plan: Plan, axis: string): AxisView {
 function roleView(plan: Plan, program: Program): RoleView {
   const { mesh } = plan;
   const memory = plan.memory.find((m) => m.stage === program.stage)!;
-  const microbatches = program.order.filter((name) => name.startsWith("F")).length;
-  const times = (phase: Phase): number => (phase === "step" ? 1 : microbatches);
+  const microbatches = microbatchesIn(program);
+  const times = ({ kind }: Block): number => (kind === "step" ? 1 : microbatches);
+  const blocks = blocksOf(program);
   const each = (count: (instructions: readonly Instruction[]) => number) => {
-    const [forward, backward, step] = phases.map((phase) => count(program[phase])) as [number, number, number];
-    return { forward, backward, step, per_step: (forward + backward) * microbatches + step };
+    const sums = { forward: 0, backward: 0, weights: 0, step: 0, per_step: 0 };
+    for (const block of blocks) {
+      const n = count(block.instructions);
+      sums[block.kind] += n;
+      sums.per_step += n * times(block);
+    }
+    return sums;
   };
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
   const buffer = (id: string) => buffers.get(id)!;
-  const collectives = phases.flatMap((phase) => collectiveViews(program[phase], phase, times(phase)));
+  const collectives = blocks.flatMap((block) => collectiveViews(block.instructions, block.kind, times(block)));
   return {
     stage: program.stage,
-    layers: program.layers,
-    ranks: [program.stage * mesh.per_stage, (program.stage + 1) * mesh.per_stage],
+    chunks: program.chunks.map(({ layers, slots }, c) => ({ layers, slots, activation_per_slot: memory.activation[c]! })),
+    ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
     instructions: each((instructions) => instructions.length),
     parameters: {
@@ -164,9 +172,7 @@ function roleView(plan: Plan, program: Program): RoleView {
       parameter: memory.parameter,
       gradient: memory.gradient,
       optimizer: memory.optimizer,
-      activation_per_slot: memory.activation,
-      slots: program.slots,
-      activation: memory.activation * program.slots,
+      activation: activationBytes(program, memory),
       workspace: memory.workspace,
       peak: memory.peak,
     },
@@ -174,15 +180,15 @@ function roleView(plan: Plan, program: Program): RoleView {
       instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0),
     ),
     collectives,
-    transfers: phases.flatMap((phase) =>
-      program[phase].flatMap((i) =>
+    transfers: blocks.flatMap((block) =>
+      block.instructions.flatMap((i) =>
         i.kind === "send" || i.kind === "recv"
-          ? [{ phase, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(phase) }]
+          ? [{ phase: block.kind, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(block) }]
           : [],
       ),
     ),
-    host_syncs_per_step: phases.reduce(
-      (sum, phase) => sum + program[phase].filter((i) => i.kind === "move" && !sizesAgree(i, mesh, buffer)).length * times(phase),
+    host_syncs_per_step: blocks.reduce(
+      (sum, block) => sum + block.instructions.filter((i) => i.kind === "move" && !sizesAgree(i, mesh, buffer)).length * times(block),
       0,
     ),
   };
@@ -249,11 +255,11 @@ export function printHead({ name, digest, rankc, target, mesh, derived, kernels 
 }
 
 export function printMemory({ roles, device }: Inspection): string[] {
-  const row = ({ stage, layers, memory: m }: RoleView): string[] => [
+  const row = ({ stage, chunks, memory: m }: RoleView): string[] => [
     `stage ${stage}`,
-    `layers ${layers[0]}..${layers[1] - 1}`,
+    layersText(chunks),
     ...[m.parameter, m.gradient, m.optimizer].map(bytesText),
-    `${bytesText(m.activation_per_slot)} x ${m.slots}`,
+    chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + "),
     ...[m.workspace, m.peak].map(bytesText),
     countText(m.peak),
     `${((100 * m.peak) / device.memory).toFixed(1)} %`,
@@ -273,6 +279,10 @@ export function printMemory({ roles, device }: Inspection): string[] {
   return ["memory of a rank:", ...table([head, ...sameRows(roles.map(row))], [2, 3, 4, 5, 6, 7, 8, 9])];
 }
 
+/** `layers 0..3`; of several chunks `layers 0..3, 8..11`. */
+const layersText = (chunks: RoleView["chunks"]): string =>
+  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}`;
+
 /** Roles between the first and the last are often alike: rows that differ in the stage alone become one. */
 function sameRows(rows: readonly (readonly string[])[]): string[][] {
   const out: { from: string; to: string; row: readonly string[] }[] = [];
@@ -282,9 +292,12 @@ function sameRows(rows: readonly (readonly string[])[]): string[][] {
     else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
   }
   const stage = (text: string): string => text.split(" ")[1]!;
-  const layer = (text: string, end: 0 | 1): string => text.split(" ")[3]!.split("..")[end]!;
+  const layers = (text: string): string => text.split(" ").slice(3).join(" ");
+  // of stages with one run of layers each, the first and the last of all
+  const span = (from: string, to: string): string =>
+    [from, to].every((text) => /^\d+\.\.\d+$/.test(text)) ? `${from.split("..")[0]}..${to.split("..")[1]}` : `${from} … ${to}`;
   return out.map(({ from, to, row }) =>
-    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${layer(from, 0)}..${layer(to, 1)}`, ...row.slice(2)],
+    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${span(layers(from), layers(to))}`, ...row.slice(2)],
   );
 }
 
@@ -295,7 +308,9 @@ export function printRoles({ roles }: Inspection): string[] {
     const lines = printRole(role);
     const relative = lines
       .slice(1)
-      .map((line) => fromLayer(line, role.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`));
+      .map((line) =>
+        fromLayer(line, role.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`),
+      );
     const shape = relative.join("\n").replace(/ +/g, " ");
     const before = blocks.at(-1);
     if (before?.shape === shape) before.last = role;
@@ -314,12 +329,12 @@ export function printRoles({ roles }: Inspection): string[] {
 
 function printRole(role: RoleView): string[] {
   const { instructions: n, flops, microbatches, collectives, transfers } = role;
-  const [from, to] = role.ranks;
+  const weights = (of: number, text: (n: number) => string): string => (n.weights > 0 ? ` + ${text(of)} weights` : "");
   return [
-    `role of stage ${role.stage}: layers ${role.layers[0]}..${role.layers[1] - 1}, ranks ${ranges([from, to - 1]).replace(",", "-")}`,
-    `  instructions  ${n.forward} forward + ${n.backward} backward (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
+    `role of stage ${role.stage}: ${layersText(role.chunks)}, ranks ${ranges(role.ranks)}`,
+    `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
     `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
-    `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward (x ${microbatches}) + ${flopsText(flops.step)}`,
+    `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,
     `  host syncs    ${countText(role.host_syncs_per_step)} a step`,
     ...(transfers.length > 0 ? ["  transfers:", ...table(transfers.map(transferRow), [5], "    ")] : []),
     ...printCollectives(collectives, "  "),
@@ -356,7 +371,7 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
 }
 
 export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
-  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; F one unit, B two; ${schedule.units} units, ${(100 * schedule.idle).toFixed(1)} % idle`,
+  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
   ...schedule.rows.map((row) => `  ${row}`),
 ];
 
@@ -370,45 +385,45 @@ export interface RankInspection {
     readonly size: number;
     readonly group: readonly number[];
   }[];
-  readonly program: { readonly [P in Phase]: readonly string[] };
+  readonly program: readonly { readonly block: string; readonly times: string; readonly lines: readonly string[] }[];
   readonly order: readonly string[];
 }
 
 /** One rank: where it stands on both grids, with whom, and its program line by line. The rank must exist. */
 export function inspectRank(plan: Plan, rank: number): RankInspection {
   const { mesh } = plan;
-  const stage = Math.floor(rank / mesh.per_stage);
-  const local = rank % mesh.per_stage;
+  const stage = stageOfRank(mesh, rank);
+  const local = numberInStage(mesh, rank);
   const program = plan.programs.find((p) => p.stage === stage)!;
   const axis = (name: string) => {
     const factors = mesh.axes[name]!;
     let coordinate = 0;
     for (const f of [...factors].reverse()) coordinate = coordinate * mesh.factors[f]!.size + digit(mesh, local, f);
-    const group = membersOf(mesh, local, factors).map((r) => r + stage * mesh.per_stage);
+    const group = membersOf(mesh, local, factors).map((n) => rankAt(mesh, stage, n));
     return { axis: name, coordinate, size: mesh.sizes[name]!, group };
   };
-  const stages = Array.from({ length: mesh.sizes.pp! }, (_, s) => s * mesh.per_stage + local);
-  const lines = (phase: Phase): string[] => programLines(program, phase).map((line) => line.text);
+  const stages = Array.from({ length: mesh.sizes.pp! }, (_, s) => rankAt(mesh, s, local));
   return {
     rank,
     stage,
     node: Math.floor(rank / mesh.gpus_per_node),
     axes: [...[...denseAxes, ...expertAxes].map(axis), { axis: "pp", coordinate: stage, size: mesh.sizes.pp!, group: stages }],
-    program: { forward: lines("forward"), backward: lines("backward"), step: lines("step") },
+    program: blocksOf(program).map((block) => ({
+      block: blockName(block, program),
+      times: timesText(block),
+      lines: blockLines(program, block).map((line) => line.text),
+    })),
     order: program.order,
   };
 }
 
 export function printRank({ rank, stage, node, axes, program, order }: RankInspection): string {
-  const block = (phase: Phase, times: string): string[] => [`${phase}${times}:`, ...program[phase], ""];
   return [
     `rank ${rank}: stage ${stage}, node ${node}`,
     ...table(axes.map((a) => [a.axis, `${a.coordinate} of ${a.size}`, `group ${a.group.join(",")}`])),
     "",
     `order: ${order.join(" ")} then the step`,
     "",
-    ...block("forward", ", for each microbatch"),
-    ...block("backward", ", for each microbatch"),
-    ...block("step", ", once"),
+    ...program.flatMap(({ block, times, lines }) => [`${block}, ${times}:`, ...lines, ""]),
   ].join("\n");
 }

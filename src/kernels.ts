@@ -3,7 +3,8 @@
  * target. Equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and has no sources.
  */
 import { elementsOf, parts } from "../schemas/layout.ts";
-import type { Compute, Kernel, Program } from "../schemas/plan.ts";
+import type { Compute, Instruction, Kernel, Program } from "../schemas/plan.ts";
+import { microbatchesIn } from "../schemas/program.ts";
 import type { Use } from "./kernels/kernel.ts";
 import type { Target } from "./makers.ts";
 import type { Mesh } from "./mesh.ts";
@@ -20,10 +21,9 @@ export interface Kernels {
 export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Target): Kernels {
   const kernels = new Map<string, Kernel>();
   const sources = new Map<string, string>();
-  const blocks = ["forward", "backward", "step"] as const;
   const named = programs.map((p): Program => {
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
-    const microbatches = p.order.length / 2;
+    const microbatches = microbatchesIn(p);
     const name = (i: Compute, uses: number): Compute => {
       const use = useOf(i, mesh, buffers);
       const known = kernels.get(use.name);
@@ -31,8 +31,15 @@ export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Targ
       kernels.set(use.name, { ...kernel, uses: kernel.uses + uses });
       return { ...i, kernel: use.name };
     };
-    const block = (of: (typeof blocks)[number]) => p[of].map((i) => (i.kind === "compute" ? name(i, of === "step" ? 1 : microbatches) : i));
-    return { ...p, forward: block("forward"), backward: block("backward"), step: block("step") };
+    const block = (instructions: readonly Instruction[], times: number) =>
+      instructions.map((i) => (i.kind === "compute" ? name(i, times) : i));
+    const chunks = p.chunks.map((c) => ({
+      ...c,
+      forward: block(c.forward, microbatches),
+      backward: block(c.backward, microbatches),
+      weights: block(c.weights, microbatches),
+    }));
+    return { ...p, chunks, step: block(p.step, 1) };
   });
   return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
 }

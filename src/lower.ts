@@ -1,25 +1,36 @@
 /**
  * lower: pieces and moves → one Program per role: buffers with stable names and instructions in blocks (forward and
- * backward of one microbatch; the step block once). Backward adds parameter gradients up where they lie.
+ * backward of one microbatch, for each chunk of layers; the step block once). Backward adds parameter gradients up where they
+ * lie.
  */
 import type { Job } from "../schemas/job.ts";
-import type { Buffer, Compute, Instruction, Program } from "../schemas/plan.ts";
-import { type Mesh, stageOf } from "./mesh.ts";
+import type { Buffer, Chunk, Compute, Instruction, Program } from "../schemas/plan.ts";
+import { type Block, blocksOf } from "../schemas/program.ts";
+import type { Mesh } from "./mesh.ts";
 import { toMessages } from "./messages.ts";
 import { accumulate } from "./ops/linear.ts";
-import { expand } from "./ops/op.ts";
-import { type Block, openRole, type Role } from "./role.ts";
+import * as messages from "./ops/messages.ts";
+import { expand, invariant } from "./ops/op.ts";
+import { chunkOfVirtual, layersOf, type Pipeline } from "./pipeline.ts";
+import { type Draft, openRole, type Role } from "./role.ts";
 import type { Schedule } from "./schedule.ts";
 import type { Sharded, Step } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 import { updateStep } from "./update.ts";
 
-export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, order: readonly Schedule[]): Program[] {
+export interface Lowered {
+  readonly graph: Graph;
+  readonly sharded: Sharded;
+  readonly pipeline: Pipeline;
+  readonly order: readonly Schedule[];
+}
+
+export function lower(job: Job, mesh: Mesh, { graph, sharded, pipeline, order }: Lowered): Program[] {
   return order.map(({ order, slots }, stage) => {
-    const role = openRole(job, mesh, graph, sharded, stage);
+    const role = openRole(job, mesh, graph, sharded, pipeline, stage);
     for (const p of graph.parameters) {
       const { layout, stage: at } = sharded.home.get(p)!;
-      if (at !== stage) continue;
+      if (!role.isMine(at)) continue;
       role.add({
         id: idOf(p),
         kind: "parameter",
@@ -32,32 +43,67 @@ export function lower(job: Job, mesh: Mesh, graph: Graph, sharded: Sharded, orde
     }
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
     const { parameters, metrics } = updateStep(role, graph, sharded);
-    const blocks = toMessages(role);
-    const layers = Array.from({ length: job.model.layers }, (_, l) => l).filter((l) => stageOf(job, 1 + l) === stage);
+    const { forward, backward, step } = toMessages(role);
+    const split = order.some((tag) => tag.startsWith("W"));
+    const chunks = forward.map((block, c) => ({
+      layers: layersOf(pipeline, job, c * pipeline.stages + stage),
+      slots: slots[c]!,
+      forward: block,
+      ...(split ? apart(backward[c]!, role.buffers) : { backward: backward[c]!, weights: [] }),
+    }));
     return {
       stage,
-      layers: [layers[0]!, layers.at(-1)! + 1],
-      slots,
+      chunks,
       order: [...order],
       parameters,
       inputs: role.inputs,
       bounds: role.bounds,
       metrics,
-      buffers: place(role.buffers, blocks),
-      ...blocks,
+      buffers: place(role.buffers, { chunks, step, inputs: role.inputs }),
+      step,
     };
   });
 }
 
+/**
+ * Backward in two: what makes the gradients of weights and nothing else, with the moves and copies that serve it alone, and the
+ * rest, which the stage before waits for.
+ */
+function apart(block: readonly Instruction[], buffers: ReadonlyMap<string, Buffer>): Pick<Chunk, "backward" | "weights"> {
+  const ofWeights = new Set<Instruction>();
+  /** Read by an instruction that is no gradient of weights, or kept beyond the block. */
+  const wanted = new Set<string>();
+  for (const i of block.toReversed()) {
+    const made = madeBy(i, buffers);
+    const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id)!.kind === "gradient");
+    const serves =
+      (i.kind === "move" || (i.kind === "compute" && surrounds.has(i.op))) && made.every((id) => buffers.get(id)!.kind === "workspace");
+    if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => wanted.has(id)))
+      ofWeights.add(i);
+    else for (const id of touched(i, buffers)) wanted.add(id);
+  }
+  return { backward: block.filter((i) => !ofWeights.has(i)), weights: block.filter((i) => ofWeights.has(i)) };
+}
+/** Ops that stand around a collective, and what makes two gradients one. */
+const surrounds = new Set([...Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])), accumulate.name]);
+
+function madeBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
+  if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
+  if (i.kind === "send") return [];
+  const to = i.kind === "move" ? i.to : i.buffer;
+  return [to, ...(buffers.get(to)!.rows ?? [])].flat();
+}
+
 /** The steps of one microbatch that concern this role, as instructions. */
 function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet<unknown>): void {
-  const { stage, blocks, buffers, bufferOf, emit } = role;
-  const producers = new Map<string, { at: number; block: Block; out: string }>();
-  const blockOf = (backward: boolean): Block => (backward ? "backward" : "forward");
+  const { isMine, pipeline, blocks, buffers, bufferOf, emit } = role;
+  const producers = new Map<string, { at: number; block: Draft; out: string }>();
+  const blockOf = (backward: boolean, virtual: number): Draft =>
+    blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)]!;
 
-  function compute({ node, ins, outs, dims: cuts }: Extract<Step, { kind: "compute" }>) {
+  function compute({ stage, node, ins, outs, dims: cuts }: Extract<Step, { kind: "compute" }>) {
     const { inputs, outputs } = expand(node);
-    const block = blockOf(node.backward);
+    const block = blockOf(node.backward, stage);
     const dims: Compute["dims"] = {};
     for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.slots)) dims[dim] = [node.size[dim]!, [...(cuts.get(dim) ?? [])]];
     const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
@@ -76,41 +122,50 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
       ...(keeps.length ? { keeps } : {}),
       ...(rows ? { rows } : {}),
     });
-    for (const o of outputs) producers.set(writes[o.name]!, { at: blocks[block].length - 1, block, out: o.name });
+    for (const o of outputs) producers.set(writes[o.name]!, { at: block.list.length - 1, block, out: o.name });
   }
   /** Points the op that made a gradient at the accumulator; where the gradient was moved since, adds it up. */
-  function accumulateInto({ parameter, piece }: Extract<Step, { kind: "accumulate" }>) {
+  function accumulateInto({ stage, parameter, piece }: Extract<Step, { kind: "accumulate" }>) {
     const target = `${idOf(parameter)}.grad`;
     const made = bufferOf(piece);
     role.add({ ...buffers.get(made)!, id: target, kind: "gradient", dtype: "f32" });
     const by = producers.get(made);
-    if (!by) return emit("backward", role.elementwise(accumulate, `${target}.accumulate`, { x: made }, { y: target }));
-    const i = blocks[by.block][by.at] as Compute;
-    blocks[by.block][by.at] = { ...i, writes: { ...i.writes, [by.out]: target }, keeps: [...(i.keeps ?? []), by.out] };
+    if (!by) return emit(blockOf(true, stage), role.elementwise(accumulate, `${target}.accumulate`, { x: made }, { y: target }));
+    const i = by.block.list[by.at] as Compute;
+    by.block.list[by.at] = { ...i, writes: { ...i.writes, [by.out]: target }, keeps: [...(i.keeps ?? []), by.out] };
     buffers.delete(made);
   }
 
   for (const s of steps) {
     if (s.kind === "send") {
-      if (s.stage === stage) role.transfer(blockOf(s.backward), "send", bufferOf(s.piece), s.to, s.why);
-      if (s.to === stage) role.transfer(blockOf(s.backward), "recv", bufferOf(s.piece), s.stage, s.why);
-    } else if (s.stage !== stage) continue;
+      const ends = { from: s.stage, to: s.to };
+      if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.piece), ends, s.why);
+      if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.piece), ends, s.why);
+    } else if (!isMine(s.stage)) continue;
     else if (s.kind === "compute") compute(s);
-    else if (s.kind === "move") role.move(blockOf(s.backward), s, bufferOf(s.from), bufferOf(s.to));
+    else if (s.kind === "move") role.move(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));
     else accumulateInto(s);
   }
 }
 
-/** Buffers that backward still reads are activations (one copy per microbatch in flight); drops those nobody uses. */
-function place(buffers: ReadonlyMap<string, Buffer>, blocks: Readonly<Record<Block, readonly Instruction[]>>): Buffer[] {
+/** Buffers that a later block of a microbatch still reads are activations (one copy per microbatch in flight); drops those nobody uses. */
+function place(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
+  const inputs = new Set(Object.values(program.inputs));
   const usedIn = new Map<string, Set<Block>>();
-  for (const b of ["forward", "backward", "step"] as const)
-    for (const i of blocks[b]) for (const id of touched(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(b));
+  for (const block of blocksOf(program))
+    for (const i of block.instructions) for (const id of touched(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(block));
   return [...buffers.values()].flatMap((b) => {
-    const used = usedIn.get(b.id);
-    if (!used && b.kind === "workspace") return [];
-    const kept = used?.has("forward") && used.has("backward");
-    return [b.kind === "workspace" && kept ? { ...b, kind: "activation" as const } : b];
+    const used = [...(usedIn.get(b.id) ?? [])];
+    if (used.length === 0 && b.kind === "workspace") return [];
+    if (b.kind !== "workspace" || used.length === 1) return [b];
+    const [chunk, another] = new Set(used.map((u) => u.chunk));
+    // what the host fills it fills for each block, where one copy does not serve all
+    if (another !== undefined && inputs.has(b.id)) return [b];
+    invariant(
+      used.every((u) => u.kind !== "step" && u.chunk === chunk),
+      `${b.id} is used by blocks that share no copy of it`,
+    );
+    return [{ ...b, kind: "activation" as const, ...(chunk ? { chunk } : {}) }];
   });
 }
 

@@ -1,10 +1,11 @@
 /**
  * Memory: gives every buffer of a program its place. Parameters, gradients and optimizer state live for good; activations
- * (one copy per microbatch in flight) from the forward op that makes them to the last backward op that reads them;
+ * (one copy per microbatch in flight and chunk) from the forward op that makes them to the last backward op that reads them;
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
 import { bytesOf, elementsOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kernel, Kind, Memory, Program } from "../schemas/plan.ts";
+import { activationBytes, blocksOf, microbatchBlocks } from "../schemas/program.ts";
 import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
 
@@ -22,7 +23,7 @@ interface Lifetime {
 
 export function layOut(program: Program, kernels: readonly Kernel[] = []): Memory {
   const offsets: Record<string, number> = {};
-  const total: Record<Kind, number> = { parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 0 };
+  const total = { parameter: 0, gradient: 0, optimizer: 0, workspace: 0 };
 
   for (const kind of ["parameter", "gradient", "optimizer"] as const) {
     for (const b of program.buffers) {
@@ -35,37 +36,38 @@ export function layOut(program: Program, kernels: readonly Kernel[] = []): Memor
       total[kind] += aligned(b);
     }
   }
-  // an activation lives in the timeline forward then backward of its microbatch
-  const micro = lifetimes(program, "activation", [...program.forward, ...program.backward]);
-  total.activation = pack(micro, offsets);
-  // workspace: the three blocks never run together, so each starts from nothing
-  for (const block of [program.forward, program.backward, program.step])
-    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", block), offsets));
+  const activation = timelines(program).map((timeline, c) => pack(lifetimes(program, "activation", timeline, c), offsets));
+  // workspace: blocks never run together, so each starts from nothing
+  for (const { instructions } of blocksOf(program))
+    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets));
 
-  const { parameter, gradient, optimizer, activation, workspace } = total;
+  const { parameter, gradient, optimizer, workspace } = total;
   const scratch = scratchOf(program, kernels);
-  const peak = parameter + gradient + optimizer + program.slots * activation + workspace + scratch;
-  return { stage: program.stage, ...total, scratch, peak, offsets };
+  const peak = parameter + gradient + optimizer + activationBytes(program, { activation }) + workspace + scratch;
+  return { stage: program.stage, ...total, activation, scratch, peak, offsets };
 }
+
+/** By chunk, what one microbatch does: forward, then backward. An activation lives from one instruction to another of it. */
+const timelines = ({ chunks }: Program): Instruction[][] => chunks.map((c) => microbatchBlocks.flatMap((kind) => c[kind]));
 
 /** What the neediest of the program's kernels uses while it runs; none before kernels are known. */
 function scratchOf(program: Program, kernels: readonly Kernel[]): number {
   const bytes = new Map(kernels.map((k) => [k.id, k.scratch]));
   let most = 0;
-  for (const block of [program.forward, program.backward, program.step])
-    for (const i of block) if (i.kind === "compute") most = Math.max(most, bytes.get(i.kernel) ?? 0);
+  for (const { instructions } of blocksOf(program))
+    for (const i of instructions) if (i.kind === "compute") most = Math.max(most, bytes.get(i.kernel) ?? 0);
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 
 /** From the first instruction that touches a buffer to the last. Inputs are filled before the block starts. */
-function lifetimes(program: Program, kind: Kind, timeline: readonly Instruction[]): Lifetime[] {
+function lifetimes(program: Program, kind: Kind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
   const inputs = new Set(Object.values(program.inputs));
   const alive = new Map<string, Lifetime>();
   for (const [at, i] of timeline.entries())
     for (const id of touched(i, byId)) {
       const buffer = byId.get(id)!;
-      if (buffer.kind !== kind) continue;
+      if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) continue;
       const l = alive.get(id) ?? { buffer, from: inputs.has(id) ? -1 : at, to: at };
       l.to = at;
       alive.set(id, l);
@@ -113,13 +115,13 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>): numb
 
 /** Law: buffers that are alive together in one timeline do not overlap, and all lie within their arena. */
 export function verifyMemory(program: Program, memory: Memory): void {
-  const check = (kind: Kind, timeline: readonly Instruction[]) => {
-    const lives = lifetimes(program, kind, timeline);
+  const check = (kind: "activation" | "workspace", timeline: readonly Instruction[], bytes: number, chunk = 0) => {
+    const lives = lifetimes(program, kind, timeline, chunk);
     const open: { readonly id: string; readonly to: number; readonly start: number; readonly stop: number }[] = [];
     for (const l of lives) {
       const start = memory.offsets[l.buffer.id]!;
       const stop = start + sizeOf(l.buffer);
-      invariant(start % ALIGN === 0 && stop <= memory[kind], `${l.buffer.id} at ${start} leaves the ${kind} arena of ${memory[kind]}`);
+      invariant(start % ALIGN === 0 && stop <= bytes, `${l.buffer.id} at ${start} leaves the ${kind} arena of ${bytes}`);
       for (let i = open.length - 1; i >= 0; i--) {
         const other = open[i]!;
         if (other.to < l.from) {
@@ -132,8 +134,8 @@ export function verifyMemory(program: Program, memory: Memory): void {
       open.push({ id: l.buffer.id, to: l.to, start, stop });
     }
   };
-  check("activation", [...program.forward, ...program.backward]);
-  for (const block of [program.forward, program.backward, program.step]) check("workspace", block);
+  for (const [c, timeline] of timelines(program).entries()) check("activation", timeline, memory.activation[c]!, c);
+  for (const { instructions } of blocksOf(program)) check("workspace", instructions, memory.workspace);
 }
 
 /** Text of the memory map: the table of arenas, then every buffer at its place. */
@@ -142,7 +144,7 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
   for (const [s, m] of memory.entries()) {
     const p = programs[s]!;
     lines.push(
-      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.slots} x ${m.activation} + workspace ${m.workspace}${m.scratch ? ` + scratch ${m.scratch}` : ""}`,
+      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.chunks.map(({ slots }, c) => `${slots} x ${m.activation[c]}`).join(" + ")} + workspace ${m.workspace}${m.scratch ? ` + scratch ${m.scratch}` : ""}`,
     );
     for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
       lines.push(

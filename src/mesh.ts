@@ -1,10 +1,11 @@
 /**
  * Mesh: two grids over the same ranks (dense: tp, cp, dp; expert: etp, ep, edp; both: pp) and the factors both are
  * products of. An axis is a name for a set of factors, so dense and expert axes meet on one value with no conversion step.
- * The first-named axis has stride 1, as in Megatron Core (rank order tp-cp-ep-dp-pp).
+ * The first-named axis has stride 1, as in Megatron Core. Factors are digits of a rank's number within its stage, so they do
+ * not depend on where stages stand in the order of axes.
  */
 import type { Job } from "../schemas/job.ts";
-import { type MeshData, membersOf } from "../schemas/layout.ts";
+import { type MeshData, membersOf, rankAt } from "../schemas/layout.ts";
 import { invariant, type Value } from "./ops/op.ts";
 
 export type Mesh = MeshData;
@@ -22,20 +23,36 @@ export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "clus
     edp: perStage / (p.expert_tensor * p.expert),
     pp: p.pipeline,
   };
-  const spans = [denseAxes, expertAxes].flatMap((grid) => {
+  const spansOf = (grid: readonly string[]) => {
     let stride = 1;
     return grid.map((name) => ({ name, from: stride, to: (stride *= sizes[name]!) }));
-  });
-  const bounds = [...new Set(spans.flatMap((s) => [s.from, s.to]))].sort((a, b) => a - b);
-  const factors = bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
-  invariant(
-    factors.every((f) => Number.isInteger(f.size)),
-    `the grids do not nest: strides ${bounds}`,
-  );
+  };
+  const grids = [spansOf(denseAxes), spansOf(expertAxes)];
+  const ascending = (bounds: readonly number[]) => [...new Set(bounds)].sort((a, b) => a - b);
+  const between = (bounds: readonly number[]) => bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
+  const whole = (fs: readonly { size: number }[]) => fs.every((f) => Number.isInteger(f.size));
+  const instances = perStage / p.optimizer_instances;
+  const own = grids.map((spans) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances]));
+  const shared = between(ascending(own.flat()));
+  // where the strides of one grid do not divide the other's, each grid has factors of its own
+  const factors = whole(shared) ? shared : own.flatMap(between);
+  invariant(whole(factors), `the axes are no product: strides ${own.join(" and ")}`);
+  const first = whole(shared) ? [0, 0] : [0, own[0]!.length - 1];
+  const last = whole(shared) ? [factors.length, factors.length] : [first[1]!, factors.length];
   const axes = Object.fromEntries(
-    spans.map((s) => [s.name, factors.flatMap((f, i) => (f.stride >= s.from && f.stride * f.size <= s.to ? [i] : []))]),
+    grids.flatMap((spans, g) =>
+      spans.map((s) => [
+        s.name,
+        factors.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
+      ]),
+    ),
   );
-  return { world: perStage * p.pipeline, per_stage: perStage, factors, axes, sizes, gpus_per_node: cluster.gpus_per_node };
+  return {
+    world: perStage * p.pipeline,
+    per_stage: perStage,
+    stage_stride: p.order === "tp-cp-ep-pp-dp" ? p.tensor * p.context : perStage,
+    ...{ factors, axes, sizes, gpus_per_node: cluster.gpus_per_node },
+  };
 }
 
 /** A set of factors as people name it: `tp`, `dp*cp`, `ep`. Expert names where the value belongs to experts. */
@@ -71,14 +88,14 @@ export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
     for (const m of g) seen.add(m);
     within.push(g);
   }
-  const at = (g: number[], s: number) => g.map((r) => r + s * mesh.per_stage);
+  const ascending = (a: number, b: number) => a - b;
+  const at = (g: number[], s: number) => g.map((n) => rankAt(mesh, s, n));
   const all = Array.from({ length: stages }, (_, s) => s);
-  return axes.includes("pp") ? within.map((g) => all.flatMap((s) => at(g, s))) : all.flatMap((s) => within.map((g) => at(g, s)));
+  const found = axes.includes("pp")
+    ? within.map((g) => all.flatMap((s) => at(g, s)).sort(ascending))
+    : all.flatMap((s) => within.map((g) => at(g, s)));
+  return found.sort((a, b) => a[0]! - b[0]!);
 }
-
-/** The stage of a position of the model: layers are split evenly, in order; the embedding goes with the first, the head with the last. */
-export const stageOf = ({ model: { layers }, parallel }: Pick<Job, "model" | "parallel">, position: number): number =>
-  Math.floor(((Math.max(1, Math.min(layers, position)) - 1) * parallel.pipeline) / layers);
 
 /** Text of the mesh: sizes, factors, and which ranks form the groups of each axis. */
 export function printMesh(mesh: Mesh): string {

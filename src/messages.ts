@@ -9,7 +9,7 @@ import type { Buffer, Compute, Dtype, How, Instruction } from "../schemas/plan.t
 import { boundOfRows, bytesSent } from "./cost.ts";
 import { arrange, invertRows, mergeRows, splitRows, takeRows } from "./ops/messages.ts";
 import { type AnyOp, invariant } from "./ops/op.ts";
-import type { Block, LayoutChange, Role } from "./role.ts";
+import type { Draft, LayoutChange, Role } from "./role.ts";
 
 /** One axis of a piece in memory: a digit of the mesh (a factor) in a slot, what a slot has inside, or a list of rows. */
 interface Axis {
@@ -29,7 +29,8 @@ interface Route {
   readonly merged?: string;
 }
 
-export function toMessages(role: Role): Record<Block, Instruction[]> {
+/** The blocks of a role with raw collectives; forward and backward by chunk. */
+export function toMessages(role: Role): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
   const { mesh, buffers, blocks, job } = role;
   const bound = job.model.moe?.rows_bound ?? "worst";
   const routes = new Map<string, Route>();
@@ -310,13 +311,14 @@ export function toMessages(role: Role): Record<Block, Instruction[]> {
     );
   }
 
-  function expanded(block: Block): Instruction[] {
+  function expanded({ list }: Draft): Instruction[] {
     out = [];
-    for (const i of blocks[block]) {
+    for (const i of list) {
       if (i.kind === "change") expand(i);
       else out.push(i.kind === "compute" ? onceIndexed(i) : i);
     }
     return out;
   }
-  return { forward: expanded("forward"), backward: expanded("backward"), step: expanded("step") };
+  // rows that forward has sent one way go back in backward
+  return { forward: blocks.forward.map(expanded), backward: blocks.backward.map(expanded), step: expanded(blocks.step) };
 }

@@ -4,8 +4,9 @@
  */
 
 import { devices } from "../schemas/job.ts";
-import { bytesOf, elementsOf } from "../schemas/layout.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Plan, Program } from "../schemas/plan.ts";
+import { instructionsOf } from "../schemas/program.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { expectedRows, flopsOf } from "./cost.ts";
 import { anyLayer } from "./layerNames.ts";
@@ -32,7 +33,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
   const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number }>();
   let launched: Timing | undefined;
   for (const t of timings) {
-    const { flops, bytes } = work[Math.floor(t.rank / plan.mesh.per_stage)]!.get(t.id) ?? { flops: 0, bytes: 0 };
+    const { flops, bytes } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? { flops: 0, bytes: 0 };
     const key = anyLayer(t.id);
     const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0 };
     // the launches of one instruction follow each other
@@ -76,7 +77,7 @@ function workOf(plan: Plan, p: Program): Map<string, { flops: number; bytes: num
     return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
   };
   return new Map(
-    [...p.forward, ...p.backward, ...p.step].map((i) => [
+    instructionsOf(p).map((i) => [
       i.id,
       { flops: i.kind === "compute" ? flopsOf(ops[i.op]!, i, plan.mesh, buffer) : 0, bytes: touched(i) },
     ]),

@@ -1,14 +1,19 @@
 /** A program as lines, one an instruction: id, what is done, local shapes, bytes, and for what moves, why. */
 import type { Buffer, Instruction, Program } from "../schemas/plan.ts";
+import { type Block, blocksOf, microbatchBlocks } from "../schemas/program.ts";
 import { collapseLayers, fromLayer, type Line } from "./layerNames.ts";
 import { ops } from "./ops/index.ts";
 import { bytesText } from "./units.ts";
 
-export const phases = ["forward", "backward", "step"] as const;
+export const phases = [...microbatchBlocks, "step"] as const;
 export type Phase = (typeof phases)[number];
 
-export function programLines(program: Program, phase: Phase): Line[] {
-  const instructions = program[phase];
+/** `forward`; with several chunks `forward of chunk 1`. */
+export const blockName = ({ kind, chunk }: Block, { chunks }: Pick<Program, "chunks">): string =>
+  kind === "step" || chunks.length === 1 ? kind : `${kind} of chunk ${chunk}`;
+export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" : "for each microbatch");
+
+export function blockLines(program: Program, { instructions }: Block): Line[] {
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
   const ids = Math.min(48, Math.max(0, ...instructions.map((i) => i.id.length)));
   const names = Math.max(0, ...instructions.map((i) => verb(i).length));
@@ -17,19 +22,19 @@ export function programLines(program: Program, phase: Phase): Line[] {
 
 /** The program of a role for a reader: layers that repeat are said once. */
 export function printProgram(program: Program): string[] {
-  const times = { forward: "for each microbatch", backward: "for each microbatch", step: "once" } as const;
-  const block = (phase: Phase): string[] => [
-    `${phase}, ${times[phase]}: ${program[phase].length} instructions`,
-    ...collapseLayers(programLines(program, phase)),
+  return blocksOf(program).flatMap((block) => [
+    `${blockName(block, program)}, ${timesText(block)}: ${block.instructions.length} instructions`,
+    ...collapseLayers(blockLines(program, block)),
     "",
-  ];
-  return phases.flatMap(block);
+  ]);
 }
 
 /** Equal for two roles that do the same on their own layers. `lines`: as `printProgram` says them. */
 export const programShape = (program: Program, lines: readonly string[]): string =>
   lines
-    .map((line) => fromLayer(line, program.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - program.stage}`))
+    .map((line) =>
+      fromLayer(line, program.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - program.stage}`),
+    )
     .map((line) => line.replace(/layers? [\d.]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
     .join("\n");
 

@@ -1,6 +1,6 @@
 /**
- * One role under construction: its buffers by stable name, and the instructions of its three blocks. Pieces of `shard`
- * become buffers here; `lower` fills forward and backward, `update` the step block.
+ * One role under construction: its buffers by stable name, and the instructions of its blocks. Pieces of `shard` become
+ * buffers here; `lower` fills forward and backward of each chunk, `update` the step block.
  */
 import type { Job } from "../schemas/job.ts";
 import { bytesOf, elementsOf, parts } from "../schemas/layout.ts";
@@ -8,11 +8,17 @@ import type { Buffer, Compute, Instruction, Kind, Move, Program, Transfer } from
 import { boundOfRows } from "./cost.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { indexLength } from "./ops/messages.ts";
-import type { AnyOp, Value } from "./ops/op.ts";
+import { type AnyOp, invariant, type Value } from "./ops/op.ts";
+import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
 import { type Change, layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 
-export type Block = "forward" | "backward" | "step";
+/** A block under construction. */
+export interface Draft {
+  readonly kind: "forward" | "backward" | "step";
+  readonly chunk: number;
+  readonly list: (Instruction | LayoutChange)[];
+}
 /** A piece comes into another layout: what `messages` turns into a collective and the copies around it. */
 export interface LayoutChange extends Omit<Move, "kind" | "how" | "bytes"> {
   readonly kind: "change";
@@ -22,19 +28,23 @@ export interface LayoutChange extends Omit<Move, "kind" | "how" | "bytes"> {
 }
 export type Role = ReturnType<typeof openRole>;
 
-export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, stage: number) {
+export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, pipeline: Pipeline, stage: number) {
   const buffers = new Map<string, Buffer>();
-  const blocks: Record<Block, (Instruction | LayoutChange)[]> = { forward: [], backward: [], step: [] };
+  const draft = (kind: Draft["kind"], chunk = 0): Draft => ({ kind, chunk, list: [] });
+  const each = Array.from({ length: pipeline.chunks }, (_, chunk) => chunk);
+  const blocks = { forward: each.map((c) => draft("forward", c)), backward: each.map((c) => draft("backward", c)), step: draft("step") };
+  /** Whether a virtual stage is this role's. */
+  const isMine = (virtual: number): boolean => stageOfVirtual(pipeline, virtual) === stage;
   const inputs: Record<string, string> = {};
   const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
   /** Losses of one name that owe the same share an accumulator; by name and layout. */
   const accumulators = new Map<string, { readonly name: string; readonly buffer: string }>();
   const taken = new Map<string, number>();
 
-  const emit = (block: Block, i: Instruction | LayoutChange): void => {
+  const emit = ({ list }: Draft, i: Instruction | LayoutChange): void => {
     const n = (taken.get(i.id) ?? 0) + 1;
     taken.set(i.id, n);
-    blocks[block].push(n === 1 ? i : { ...i, id: `${i.id}#${n}` });
+    list.push(n === 1 ? i : { ...i, id: `${i.id}#${n}` });
   };
   const add = (b: Buffer): string => {
     if (!buffers.has(b.id)) buffers.set(b.id, b);
@@ -106,7 +116,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   }
   const bytes = (id: string): number => bytesOf[buffers.get(id)!.dtype] * elementsOf(buffers.get(id)!.shape);
 
-  function move(block: Block, s: Extract<Step, { kind: "move" }>, from: string, to: string, expert = isExpert(s.from.value)): void {
+  function move(block: Draft, s: Extract<Step, { kind: "move" }>, from: string, to: string, expert = isExpert(s.from.value)): void {
     const ragged = s.from.value.ragged > 0;
     const slotOf = (l: Piece["layout"]) => l.cuts.findIndex((c) => c.includes(s.factors[0]!));
     // rows that go to where their experts are, and come back
@@ -125,8 +135,13 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       why: { ...s.why },
     });
   }
-  function transfer(block: Block, kind: Transfer["kind"], buffer: string, peer: number, why: Transfer["why"], tag = buffer): void {
-    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: bytes(buffer), why: { ...why } });
+  /** `from` and `to` are virtual stages; whatever goes from one to another in one kind of block goes by one channel. */
+  function transfer(block: Draft, kind: Transfer["kind"], buffer: string, { from, to }: Ends, why: Transfer["why"], tag = buffer): void {
+    const peer = stageOfVirtual(pipeline, kind === "send" ? to : from);
+    invariant(peer !== stage, `${tag}: stage ${stage} would send to itself`);
+    const channel =
+      block.kind === "step" ? "step" : `${block.kind}${pipeline.chunks > 1 ? ` of chunk ${chunkOfVirtual(pipeline, from)}` : ""}`;
+    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: bytes(buffer), why: { ...why } });
   }
   /** An op over whole buffers, dims `...`. */
   function elementwise(
@@ -155,7 +170,9 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   return {
     job,
     mesh,
+    pipeline,
     stage,
+    isMine,
     home,
     buffers,
     blocks,
@@ -175,6 +192,11 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     transfer,
     elementwise,
   };
+}
+
+interface Ends {
+  readonly from: number;
+  readonly to: number;
 }
 
 /** Values made from the same routing have the same rows: the id of the routing they came from. */

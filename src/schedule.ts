@@ -1,32 +1,174 @@
 /**
- * schedule: the order of work of each role. 1F1B (Narayanan et al. 2021): stage s runs ahead by pipeline - s - 1 forwards,
- * then alternates one forward and one backward, so it never holds more than pipeline - s microbatches.
+ * schedule: the order of work of each stage. 1F1B: stage s runs ahead by stages - s - 1 forwards, then alternates one
+ * forward and one backward. Interleaved (Narayanan et al. 2021): the same over chunks, microbatches in groups of as many as
+ * there are stages. Zero-bubble (Qi et al. 2023, ZB-H1): the gradients of weights wait for the gaps; no stage holds more
+ * microbatches than the first one does under 1F1B.
  */
 import type { Job } from "../schemas/job.ts";
+import { tagOf, type Work, workOf } from "../schemas/program.ts";
 
 export interface Schedule {
   readonly order: readonly string[];
-  /** Microbatches in flight at most: copies of every activation that backward needs. */
-  readonly slots: number;
+  /** Per chunk, microbatches in flight at most: copies of every activation that backward needs. */
+  readonly slots: readonly number[];
 }
 
-export const microbatchesOf = ({ train, parallel }: Pick<Job, "train" | "parallel">): number =>
-  train.global_batch / (train.micro_batch * parallel.data);
+type Scheduled = Pick<Job, "train" | "parallel">;
 
-export function schedule(job: Pick<Job, "train" | "parallel">): Schedule[] {
+export const microbatchesOf = ({ train, parallel }: Scheduled): number => train.global_batch / (train.micro_batch * parallel.data);
+
+/** `chunks`: virtual stages of each stage. */
+export function schedule(job: Scheduled, chunks: number): Schedule[] {
   const m = microbatchesOf(job);
   const stages = job.parallel.pipeline;
-  return Array.from({ length: stages }, (_, stage) => {
-    const ahead = Math.min(m, stages - stage - 1);
-    const order = [
-      ...Array.from({ length: ahead }, (_, i) => `F${i}`),
-      ...Array.from({ length: m - ahead }, (_, i) => [`F${ahead + i}`, `B${i}`]).flat(),
-      ...Array.from({ length: ahead }, (_, i) => `B${m - ahead + i}`),
-    ];
-    return { order, slots: Math.min(m, stages - stage) };
+  const orders =
+    job.parallel.schedule === "zero_bubble"
+      ? zeroBubble(m, stages)
+      : Array.from({ length: stages }, (_, stage) =>
+          chunks > 1 ? interleaved(m, stages, chunks, stage) : oneForwardOneBackward(m, stages, stage),
+        );
+  return orders.map((order) => ({ order: order.map((w) => tagOf(w, chunks)), slots: slotsOf(order, chunks) }));
+}
+
+const forward = (microbatch: number, chunk = 0): Work => ({ kind: "forward", microbatch, chunk });
+const backward = (microbatch: number, chunk = 0): Work => ({ kind: "backward", microbatch, chunk });
+const weights = (microbatch: number): Work => ({ kind: "weights", microbatch, chunk: 0 });
+
+/** `ahead` forwards, then one backward for each forward, then the rest. */
+const alternate = (forwards: readonly Work[], backwards: readonly Work[], ahead: number): Work[] => [
+  ...forwards.slice(0, ahead),
+  ...forwards.slice(ahead).flatMap((f, i) => [f, backwards[i]!]),
+  ...backwards.slice(forwards.length - ahead),
+];
+
+function oneForwardOneBackward(m: number, stages: number, stage: number): Work[] {
+  const each = Array.from({ length: m }, (_, i) => i);
+  return alternate(
+    each.map((i) => forward(i)),
+    each.map((i) => backward(i)),
+    Math.min(m, stages - stage - 1),
+  );
+}
+
+/** Groups of `stages` microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. */
+function interleaved(m: number, stages: number, chunks: number, stage: number): Work[] {
+  const all = Array.from({ length: m * chunks }, (_, k) => {
+    const group = Math.floor(k / (stages * chunks));
+    // the last group may be smaller
+    const size = Math.min(stages, m - group * stages);
+    const within = k - group * stages * chunks;
+    return { microbatch: group * stages + (within % size), chunk: Math.floor(within / size) };
+  });
+  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages);
+  return alternate(
+    all.map((w) => forward(w.microbatch, w.chunk)),
+    all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),
+    ahead,
+  );
+}
+
+/**
+ * Found by playing it, every block one unit of time. Stage s runs ahead by stages - s forwards; then come, in turns, a backward, the
+ * gradients of weights of the microbatch s before it, and a forward. Who has to wait for a backward makes gradients of weights.
+ */
+function zeroBubble(m: number, stages: number): Work[][] {
+  const played = Array.from({ length: stages }, () => ({
+    order: [] as Work[],
+    forwards: [] as number[],
+    backwards: [] as number[],
+    weights: 0,
+  }));
+  /** When a block was over, and whether it is by now. */
+  const over = (ends: readonly number[] | undefined, i: number, now: number): boolean => (ends?.[i] ?? Infinity) <= now;
+  for (let now = 0; played.some((p) => p.weights < m); now++)
+    for (const [s, own] of played.entries()) {
+      const [f, b, w] = [own.forwards.length, own.backwards.length, own.weights];
+      const last = own.order.at(-1)?.kind;
+      const forwardMay = f < m && f - b < stages - s && (s === 0 || over(played[s - 1]!.forwards, f, now));
+      const backwardMay = b < m && over(own.forwards, b, now) && (s === stages - 1 || over(played[s + 1]!.backwards, b, now));
+      const due = b - w > s;
+      const next =
+        due && last === "backward" && f < m
+          ? "weights"
+          : forwardMay && last !== "forward"
+            ? "forward"
+            : backwardMay
+              ? "backward"
+              : forwardMay
+                ? "forward"
+                : w < b
+                  ? "weights"
+                  : undefined;
+      if (next === "forward") own.order.push(forward(own.forwards.push(now + 1) - 1));
+      else if (next === "backward") own.order.push(backward(own.backwards.push(now + 1) - 1));
+      else if (next === "weights") own.order.push(weights(own.weights++));
+    }
+  return played.map((p) => p.order);
+}
+
+/** A microbatch is in flight from its forward to the last block that is made of it. */
+function slotsOf(order: readonly Work[], chunks: number): number[] {
+  const last: Work["kind"] = order.some((w) => w.kind === "weights") ? "weights" : "backward";
+  return Array.from({ length: chunks }, (_, chunk) => {
+    let [now, most] = [0, 0];
+    for (const w of order) {
+      if (w.chunk !== chunk) continue;
+      if (w.kind === "forward") most = Math.max(most, ++now);
+      else if (w.kind === last) now--;
+    }
+    return most;
   });
 }
 
+/** A block of a stage in time; a unit is a forward. */
+export interface Piece {
+  readonly tag: string;
+  readonly start: number;
+  readonly end: number;
+}
+
+/** Units of time. A backward that leaves the gradients of weights to later takes half of a whole one. */
+const unitsOf = ({ kind }: Work, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
+
+/**
+ * Each stage does its own list in order, at the speed of `unitsOf`, transfers are free: a forward waits for the virtual stage
+ * before, a backward for the one after. A stage that would wait for ever stops where it stands.
+ */
+export function timesOf(orders: readonly (readonly string[])[], chunks: number): Piece[][] {
+  const stages = orders.length;
+  const split = orders.some((order) => order.some((tag) => tag.startsWith("W")));
+  const done = new Map<string, number>();
+  const pieces: Piece[][] = orders.map(() => []);
+  const clock = orders.map(() => 0);
+  const key = (kind: Work["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
+  for (let moved = true; moved; ) {
+    moved = false;
+    for (const [stage, order] of orders.entries())
+      for (let tag = order[pieces[stage]!.length]; tag !== undefined; tag = order[pieces[stage]!.length]) {
+        const work = workOf(tag);
+        const { kind, microbatch } = work;
+        const v = work.chunk * stages + stage;
+        const from = kind === "forward" ? v - 1 : kind === "backward" ? v + 1 : -1;
+        const ready = from < 0 || from >= stages * chunks ? 0 : done.get(key(kind, microbatch, from));
+        if (ready === undefined) break;
+        const start = Math.max(clock[stage]!, ready);
+        const end = start + unitsOf(work, split);
+        pieces[stage]!.push({ tag, start, end });
+        done.set(key(kind, microbatch, v), end);
+        clock[stage] = end;
+        moved = true;
+      }
+  }
+  return pieces;
+}
+
+/** The share of the time, from the first block to the last, in which a stage waits; over all stages. */
+export function bubbleOf(pieces: readonly (readonly Piece[])[]): number {
+  const units = Math.max(0, ...pieces.flat().map((p) => p.end));
+  const busy = pieces.flat().reduce((sum, { start, end }) => sum + end - start, 0);
+  return units === 0 ? 0 : 1 - busy / (units * pieces.length);
+}
+
 export function printSchedule(roles: readonly Schedule[]): string {
-  return roles.map((r, s) => `stage ${s}  ${r.slots} in flight  ${r.order.join(" ")}\n`).join("");
+  return roles.map((r, s) => `stage ${s}  ${r.slots.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
 }

@@ -76,7 +76,12 @@ export interface Choice {
 }
 export interface Options {
   readonly distributedOptimizer: boolean;
+  /** The virtual stage of a position of the model; a stage below is always a virtual one. */
   readonly stageOf: (position: number) => number;
+  /** The stage whose ranks run a virtual one. */
+  readonly roleOf: (stage: number) => number;
+  /** Of gradients summed over several factors, those that share the optimizer's state out; over the others it is kept again. */
+  readonly shares: (factor: number) => boolean;
   /** Laws answer in place of the rules. */
   readonly pick?: (votes: readonly Choice[]) => Choice | undefined;
 }
@@ -111,7 +116,7 @@ const howOf = (from: number, to: number): Change | undefined =>
 /** Blocks nest when one list of factors continues the other: factors join and leave a slot at its inner end. */
 const continues = (a: readonly number[], b: readonly number[]) => a.every((f, i) => b[i] === f);
 
-export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf, pick }: Options): Sharded {
+export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, stageOf, roleOf, pick }: Options): Sharded {
   const every = mesh.factors.map((_, f) => f);
   const parts = (fs: readonly number[]) => partsOf(mesh, fs);
   const home = new Map<Value, { layout: Layout; stage: number }>();
@@ -306,8 +311,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     const { layout, stage } = home.get(p)!;
     const owed = piece.layout.sum.toReversed();
     // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
-    const slot = distributedOptimizer ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...owed]) === 0) : -1;
-    const target: Layout = { ...layout, cuts: layout.cuts.map((fs, i) => (i === slot ? [...fs, ...owed] : fs)) };
+    const shared = owed.filter(shares);
+    const slot = distributedOptimizer ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...shared]) === 0) : -1;
+    const target: Layout = { ...layout, cuts: layout.cuts.map((fs, i) => (i === slot ? [...fs, ...shared] : fs)) };
     const expert =
       owed.length > 0 &&
       mesh.axes.edp!.join() === piece.layout.sum.join() &&
@@ -322,7 +328,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
   const reduced = new Set<string>();
   for (const { name, value } of graph.losses) {
     const { layout, stage } = home.get(value)!;
-    const key = `${name}|${stage}|${layoutKey({ value, layout })}`;
+    const key = `${name}|${roleOf(stage)}|${layoutKey({ value, layout })}`;
     if (reduced.has(key)) continue; // what owes the same is added up before it is reduced
     reduced.add(key);
     bring(

@@ -1,6 +1,7 @@
 /** What `compile` says about the plan it wrote: a few lines, enough to see that it is the plan that was meant. */
 import { devices } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
+import { instructionsOf } from "../schemas/program.ts";
 import { bytesText, plural } from "./units.ts";
 
 export interface Summary {
@@ -21,7 +22,7 @@ export function summarize({ job, digests, mesh, programs, memory }: Plan): Summa
     digest: digests.plan,
     ranks: mesh.world,
     roles: programs.length,
-    instructions: programs.reduce((sum, p) => sum + p.forward.length + p.backward.length + p.step.length, 0),
+    instructions: programs.reduce((sum, p) => sum + instructionsOf(p).length, 0),
     peak: { stage: peak.stage, bytes: peak.peak },
     device: { name: job.cluster.device, bytes: devices[job.cluster.device].memory },
   };

@@ -13,8 +13,8 @@ import type { Sharded } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 
 export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parameters: Parameter[]; metrics: Record<string, string[]> } {
-  const { job, mesh, stage, home, buffers, emit, scalar, elementwise } = role;
-  const mine = graph.parameters.filter((p) => home.get(p)!.stage === stage);
+  const { job, mesh, isMine, home, buffers, blocks, emit, scalar, elementwise } = role;
+  const mine = graph.parameters.filter((p) => isMine(home.get(p)!.stage));
   const { gradients, reducedLoss } = reduce(role, graph, sharded);
   const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
@@ -25,12 +25,12 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   for (const p of owned) {
     const g = buffers.get(gradientOf(p))!;
     const copies = mesh.per_stage / parts(mesh, g.cuts.flat());
-    emit("step", elementwise(sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }));
+    emit(blocks.step, elementwise(sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }));
   }
   let squared = "grad_norm.squared";
   if (mesh.world > 1) {
     squared = scalar("grad_norm.squared.total", "workspace");
-    emit("step", {
+    emit(blocks.step, {
       kind: "change",
       id: `${squared}.all_reduce`,
       how: "all_reduce",
@@ -46,7 +46,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   }
   const scale = scalar("clip.scale", "workspace");
   const norm = scalar("grad_norm", "optimizer");
-  emit("step", elementwise(clip, "clip", { sq: squared }, { scale, norm }, { max: job.train.optimizer.clip }));
+  emit(blocks.step, elementwise(clip, "clip", { sq: squared }, { scale, norm }, { max: job.train.optimizer.clip }));
   role.inputs.lr = scalar("lr", "optimizer");
   role.inputs.step = scalar("step", "optimizer");
 
@@ -70,12 +70,12 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 
 /** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
 function reduce(role: Role, graph: Graph, sharded: Sharded) {
-  const { stage, buffers, add, local, scalar } = role;
+  const { isMine, buffers, add, local, scalar } = role;
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
   const parameterOf = new Map(graph.parameters.map((p) => [sharded.accumulated.get(p)!.value, p]));
   for (const s of sharded.deferred) {
-    if (s.kind !== "move" || s.stage !== stage) continue;
+    if (s.kind !== "move" || !isMine(s.stage)) continue;
     const p = parameterOf.get(s.from.value);
     const { cuts, sum } = s.to.layout;
     if (!p) {
@@ -83,7 +83,7 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
       const from = reducedLoss.get(loss) ?? loss;
       const to = scalar(`${from}.reduced`, "gradient", sum);
       reducedLoss.set(loss, to);
-      role.move("step", s, from, to);
+      role.move(role.blocks.step, s, from, to);
       continue;
     }
     const from = gradients.get(p) ?? `${idOf(p)}.grad`;
@@ -97,14 +97,14 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
       ...(sum.length ? { owes: [...sum] } : {}),
     });
     gradients.set(p, to);
-    role.move("step", s, from, to, isExpert(p));
+    role.move(role.blocks.step, s, from, to, isExpert(p));
   }
   return { gradients, reducedLoss };
 }
 
 /** AdamW on this rank's share, then the parameter made whole again. Returns the buffer that holds the f32 weights. */
 function updateParameter(
-  { job, mesh, home, buffers, add, emit, elementwise }: Role,
+  { job, mesh, home, buffers, blocks, add, emit, elementwise }: Role,
   sharded: Sharded,
   p: Value,
   gradient: string,
@@ -124,16 +124,16 @@ function updateParameter(
   // weight decay: parameters with two or more dims
   const attrs = { beta1: betas[0]!, beta2: betas[1]!, eps, decay: p.sizes.length > 1 ? weight_decay : 0 };
   emit(
-    "step",
+    blocks.step,
     elementwise(adamw, `${name}.adamw`, { g: gradient, scale, lr: "lr", step: "step" }, { w: master, m: like("m"), v: like("v") }, attrs),
   );
   let from = master;
   if (p.dtype !== "f32") {
     from = factors.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
-    emit("step", elementwise(cast, `${name}.cast`, { x: master }, { y: from }));
+    emit(blocks.step, elementwise(cast, `${name}.cast`, { x: master }, { y: from }));
   }
   if (factors.length)
-    emit("step", {
+    emit(blocks.step, {
       kind: "change",
       id: `${name}.all_gather`,
       how: "all_gather",
@@ -160,13 +160,14 @@ function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): 
   for (const { copy, owner } of tiedPairs(graph)) {
     const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
     const tag = `${idOf(owner)}.grad.tied`;
-    if (role.stage === from) role.transfer("step", "send", gradientOf(copy), to, tiedWhy, tag);
-    if (role.stage !== to) continue;
+    const ends = { from, to };
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, tiedWhy, tag);
+    if (!role.isMine(to)) continue;
     const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
     invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
     const received = role.add({ ...own, id: tag, kind: "workspace" });
-    role.transfer("step", "recv", received, from, tiedWhy, tag);
-    role.emit("step", role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
+    role.transfer(role.blocks.step, "recv", received, ends, tiedWhy, tag);
+    role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
   }
 }
 
@@ -175,7 +176,7 @@ function returnTied(role: Role, graph: Graph): void {
   for (const { copy, owner } of tiedPairs(graph)) {
     const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
     const tag = `${idOf(owner)}.tied`;
-    if (role.stage === from) role.transfer("step", "send", idOf(owner), to, tiedWhy, tag);
-    if (role.stage === to) role.transfer("step", "recv", idOf(copy), from, tiedWhy, tag);
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, tiedWhy, tag);
+    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, tiedWhy, tag);
   }
 }

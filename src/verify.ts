@@ -1,28 +1,44 @@
 /**
- * verify: laws of programs, checked on every compile. What is read was made; every send meets its receive, in the same
- * order on both sides, and no stage waits for ever. Ranks of a stage run one program, so the members of every group
- * issue the same collectives in the same order by construction.
+ * verify: laws of programs, checked on every compile, before anything is written or run. What is read was made; each microbatch
+ * goes forward, then backward, in a copy of its own; and no rank waits for ever. Ranks of a stage run one program, so members of a
+ * group within it issue the same collectives in the same order; what stages exchange, and what all ranks reduce together, is
+ * played here: a receive waits for its send, a send for room (its last letter of that name received), a collective of all
+ * ranks for all stages.
  */
+import { rankAt } from "../schemas/layout.ts";
 import type { Instruction, Program } from "../schemas/plan.ts";
+import { type Block, blocksOf, instructionsOf, microbatchBlocks, type Work, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
 import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
 
 export function verifyPrograms(programs: readonly Program[], mesh: Mesh): void {
+  invariant(programs.length === mesh.world / mesh.per_stage, `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
   for (const p of programs) {
-    verifyDefinitions(p);
+    verifyDefinitions(p, mesh);
+    verifyOrder(p, mesh);
     verifyMoves(p, mesh);
   }
-  verifyTransfers(programs);
+  verifyWaits(programs, mesh);
 }
 
-function verifyDefinitions(p: Program): void {
-  const made = new Set<string>([
-    ...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id),
-    ...Object.values(p.inputs),
-  ]);
-  const ids = new Set<string>();
+/** `stage 1 (ranks 4..7)`. */
+function ranksOf(stage: number, mesh: Mesh): string {
+  const [first, last] = [rankAt(mesh, stage, 0), rankAt(mesh, stage, mesh.per_stage - 1)];
+  const by = mesh.stage_stride < mesh.per_stage && mesh.stage_stride > 1 ? ` in runs of ${mesh.stage_stride}` : "";
+  return `stage ${stage} (${first === last ? `rank ${first}` : `ranks ${first}..${last}${by}`})`;
+}
+
+function verifyDefinitions(p: Program, mesh: Mesh): void {
+  const who = ranksOf(p.stage, mesh);
+  const lasting = new Set(["parameter", "optimizer", "gradient"]);
   const known = new Map(p.buffers.map((b) => [b.id, b]));
+  const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
+  for (const id of Object.values(p.inputs)) {
+    invariant(known.has(id), `${who}: the input ${id} is no buffer`);
+    made.add(id);
+  }
+  const ids = new Set<string>();
   // gradients are zeroed at the start of a step: adding to one makes it
   const written = (i: Instruction): string[] => {
     if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
@@ -31,56 +47,148 @@ function verifyDefinitions(p: Program): void {
   };
   const read = (i: Instruction): string[] =>
     i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
-  for (const i of [...p.forward, ...p.backward, ...p.step]) {
-    invariant(!ids.has(i.id), `stage ${p.stage}: two instructions named ${i.id}`);
-    ids.add(i.id);
-    for (const id of [...read(i), ...written(i)]) invariant(known.has(id), `stage ${p.stage}: ${i.id} names ${id}, which is no buffer`);
-    for (const id of read(i)) {
-      invariant(made.has(id), `stage ${p.stage}: ${i.id} reads ${id} before it is made`);
-      const rows = known.get(id)!.rows;
-      invariant(!rows || made.has(rows), `stage ${p.stage}: ${i.id} reads rows ${rows} before they are made`);
+  let own: Block | undefined;
+  for (const block of blocksOf(p)) {
+    // what one chunk, or the microbatches, have made is not there in the next, but for what lasts
+    if (own && (own.chunk !== block.chunk || block.kind === "step"))
+      for (const id of made) if (!lasting.has(known.get(id)!.kind) && !Object.values(p.inputs).includes(id)) made.delete(id);
+    own = block;
+    for (const i of block.instructions) {
+      invariant(!ids.has(i.id), `${who}: two instructions are named ${i.id}`);
+      ids.add(i.id);
+      for (const id of [...read(i), ...written(i)]) invariant(known.has(id), `${who}: ${i.id} names ${id}, which is no buffer`);
+      for (const id of read(i)) {
+        invariant(made.has(id), `${who}: ${i.id} reads ${id} before it is made`);
+        const rows = known.get(id)!.rows;
+        invariant(!rows || made.has(rows), `${who}: ${i.id} reads rows ${rows} before they are made`);
+      }
+      if (i.kind === "compute")
+        for (const name of i.keeps ?? [])
+          invariant(lasting.has(known.get(i.writes[name]!)!.kind), `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
+      for (const id of written(i)) made.add(id);
     }
-    for (const id of written(i)) made.add(id);
   }
+}
+
+/** Every microbatch goes through every block of every chunk once, in order, and no two are in one copy of the activations. */
+function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
+  const who = ranksOf(stage, mesh);
+  const split = chunks.some((c) => c.weights.length > 0) || order.some((tag) => tag.startsWith("W"));
+  const kinds = microbatchBlocks.filter((kind) => kind !== "weights" || split);
+  const next = new Map<string, number>();
+  const done = (kind: Work["kind"], chunk: number): number => next.get(`${kind} ${chunk}`) ?? 0;
+  for (const tag of order) {
+    const { kind, microbatch, chunk } = workOf(tag);
+    invariant(chunk < chunks.length, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
+    invariant(microbatch === done(kind, chunk), `${who}: ${tag} comes where microbatch ${done(kind, chunk)} is next`);
+    const at = kinds.indexOf(kind);
+    invariant(at === 0 || microbatch < done(kinds[at - 1]!, chunk), `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
+    next.set(`${kind} ${chunk}`, microbatch + 1);
+    const flying = done("forward", chunk) - done(kinds.at(-1)!, chunk);
+    invariant(flying <= chunks[chunk]!.slots, `${who}: at ${tag} ${flying} microbatches are in flight in ${chunks[chunk]!.slots} copies`);
+  }
+  const all = done("forward", 0);
+  for (const [chunk] of chunks.entries())
+    for (const kind of kinds)
+      invariant(done(kind, chunk) === all, `${who}: ${done(kind, chunk)} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
 }
 
 /** Collectives move fixed numbers of elements: no rank waits for its host to learn a count. */
 function verifyMoves(p: Program, mesh: Mesh): void {
+  const who = ranksOf(p.stage, mesh);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string) => buffers.get(id)!;
-  for (const i of [...p.forward, ...p.backward, ...p.step]) {
+  for (const i of instructionsOf(p)) {
     if (i.kind !== "move") continue;
-    invariant(sizesAgree(i, mesh, buffer), `${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`);
-    invariant(buffer(i.from).dtype === buffer(i.to).dtype, `${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`);
+    invariant(
+      new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
+      `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
+    );
+    invariant(sizesAgree(i, mesh, buffer), `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`);
+    invariant(
+      buffer(i.from).dtype === buffer(i.to).dtype,
+      `${who}: ${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`,
+    );
   }
 }
 
-/** Runs only the sends and receives of all stages: a receive waits for its send; a send does not wait. */
-function verifyTransfers(programs: readonly Program[]): void {
-  const lists = programs.map((p) => {
-    const of = (block: readonly Instruction[], tag: string) =>
-      block.flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [{ kind: i.kind, peer: i.peer, what: `${i.tag} of ${tag}` }] : []));
-    return [...p.order.flatMap((o) => of(o.startsWith("F") ? p.forward : p.backward, o)), ...of(p.step, "step")];
-  });
+/** What makes a stage wait, or others wait for it. */
+type Wait =
+  | {
+      readonly kind: "send" | "recv";
+      readonly id: string;
+      readonly peer: number;
+      readonly channel: string;
+      readonly letter: string;
+      readonly bytes: number;
+      readonly at: string;
+    }
+  | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
+
+function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
+  const lists = programs.map((p) => waitsOf(p));
   const at = lists.map(() => 0);
-  const channel = new Map<string, string[]>();
+  const queues = new Map<string, Wait[]>();
+  /** Letters under way, by sender and name: there is room for one. */
+  const flying = new Set<string>();
+  const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
+  const head = (s: number): Wait | undefined => lists[s]![at[s]!];
+
   for (let moved = true; moved; ) {
     moved = false;
-    for (const [s, list] of lists.entries())
-      for (; at[s]! < list.length; at[s]!++) {
-        const t = list[at[s]!]!;
-        if (t.kind === "send") {
-          const key = `${s}>${t.peer}`;
-          channel.set(key, [...(channel.get(key) ?? []), t.what]);
+    for (const s of lists.keys())
+      for (let w = head(s); w; w = head(s)) {
+        if (w.kind === "world") break;
+        invariant(w.peer !== s && w.peer < programs.length, `${name(s, w)} names stage ${w.peer} as its other end`);
+        if (w.kind === "send") {
+          const room = `${s} ${w.peer} ${w.id}`;
+          if (flying.has(room)) break;
+          flying.add(room);
+          const queue = queues.get(`${s}>${w.peer} ${w.channel}`) ?? [];
+          queue.push(w);
+          queues.set(`${s}>${w.peer} ${w.channel}`, queue);
         } else {
-          const queue = channel.get(`${t.peer}>${s}`) ?? [];
-          if (!queue.length) break;
-          const got = queue.shift();
-          invariant(got === t.what, `stage ${s} waits for ${t.what} from stage ${t.peer}, which sends ${got}`);
+          const sent = queues.get(`${w.peer}>${s} ${w.channel}`)?.shift();
+          if (!sent || sent.kind === "world") break;
+          invariant(sent.letter === w.letter, `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
+          invariant(sent.bytes === w.bytes, `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
+          flying.delete(`${w.peer} ${s} ${sent.id}`);
         }
+        at[s]!++;
         moved = true;
       }
+    const heads = [...lists.keys()].map(head);
+    if (heads.every((w) => w?.kind === "world")) {
+      const [first] = heads as Extract<Wait, { kind: "world" }>[];
+      for (const [s, w] of heads.entries())
+        invariant(
+          w!.kind === "world" && w!.what === first!.what,
+          `${name(s, w!)} and ${name(0, first!)} meet in different collectives of all ranks`,
+        );
+      for (const s of lists.keys()) at[s]!++;
+      moved = true;
+    }
   }
-  for (const [s, list] of lists.entries()) invariant(at[s] === list.length, `stage ${s} waits for ever for ${list[at[s]!]?.what}`);
-  for (const [key, left] of channel) invariant(left.length === 0, `sent but never received: ${left[0]} (${key})`);
+  const stuck = [...lists.keys()].flatMap((s) => (head(s) ? [`${name(s, head(s)!)}${peerText(head(s)!)}`] : []));
+  invariant(stuck.length === 0, `these would wait for ever: ${stuck.join("; ")}`);
+  const [left] = [...queues.values()].flat();
+  invariant(!left, `sent and never received: ${left?.id}, ${left?.at}`);
+}
+const peerText = (w: Wait): string =>
+  w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
+
+function waitsOf(p: Program): Wait[] {
+  const of = (block: readonly Instruction[], at: string, part: string): Wait[] =>
+    block.flatMap((i): Wait[] => {
+      if (i.kind === "send" || i.kind === "recv")
+        return [{ kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, at }];
+      return i.kind === "move" && i.world ? [{ kind: "world", id: i.id, what: `${i.how} ${i.id}`, at }] : [];
+    });
+  return [
+    ...p.order.flatMap((tag) => {
+      const { kind, chunk, microbatch } = workOf(tag);
+      return of(p.chunks[chunk]![kind], tag, `microbatch ${microbatch}`);
+    }),
+    ...of(p.step, "the step block", "the step"),
+  ];
 }

@@ -1,5 +1,7 @@
 /** What a layer communicates. Mistakes of cost never show in numbers, so the collectives themselves are held here: Megatron Core's, one by one. */
+
 import { expect, test } from "vitest";
+import { blocksOf, instructionsOf } from "../schemas/program.ts";
 import { compile } from "../src/compile.ts";
 import { microbatchesOf } from "../src/schedule.ts";
 import { jobOf } from "./support.ts";
@@ -19,7 +21,7 @@ const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
 /** Moves between ranks in layer 1, or in the step block: `block name axes` → how many. */
 function count(p: ReturnType<typeof plan>, block: "forward" | "backward" | "step", where = /layers\.1\./): Record<string, number> {
   const counts: Record<string, number> = {};
-  for (const i of p.programs[0]![block])
+  for (const i of blocksOf(p.programs[0]!).flatMap((b) => (b.kind === block ? b.instructions : [])))
     if (i.kind === "move" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
   return counts;
 }
@@ -76,7 +78,7 @@ test("gradients are reduced once a step, whatever the number of microbatches", (
 test("the pipeline sends one activation forward and its gradient back for each microbatch", () => {
   const p = plan({ world: 4, pipeline: 4 }, {});
   const transfers = p.programs.map((r) =>
-    [...r.forward, ...r.backward].flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [`${i.kind} ${i.peer}`] : [])),
+    instructionsOf(r).flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [`${i.kind} ${i.peer}`] : [])),
   );
   expect(transfers).toEqual([
     ["send 1", "recv 1"],
@@ -84,12 +86,12 @@ test("the pipeline sends one activation forward and its gradient back for each m
     ["recv 1", "send 3", "recv 3", "send 1"],
     ["recv 2", "send 2"],
   ]);
-  expect(p.programs.map((r) => r.slots)).toEqual([4, 3, 2, 1]);
+  expect(p.programs.map((r) => r.chunks[0]!.slots)).toEqual([4, 3, 2, 1]);
 });
 
 test("each collective says which use and which job key made it necessary", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
-  const why = (id: RegExp) => p.programs[0]!.forward.flatMap((i) => (i.kind === "move" && id.test(i.id) ? [i.why] : []))[0];
+  const why = (id: RegExp) => p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "move" && id.test(i.id) ? [i.why] : []))[0];
   expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
     op: "layers.1.attn.wq.x",
     because: "layers.1.wq is cut along N",

@@ -54,7 +54,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, { timeout
     const base = x.tensor - offsets.x!;
     expect([pointer(first, 8), pointer(first, 192)]).toEqual([base + offsets.y!, base + offsets.r!]);
     // the other slot's activations lie one arena on; scratch and gradients are the same
-    for (const at of [8, 64, 192, 256]) expect(pointer(second, at) - pointer(first, at)).toBe(activation);
+    for (const at of [8, 64, 192, 256]) expect(pointer(second, at) - pointer(first, at)).toBe(activation[0]);
     for (const at of [200, 216]) expect(pointer(second, at)).toBe(pointer(first, at));
   });
 
@@ -82,7 +82,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, { timeout
       forward: [runs("put", "x")],
     });
     const [fleet] = await cuda.openAll(plan);
-    expect(() => fleet!.backend(0).compute(plan.programs[0]!.forward[0] as Compute, 0)).toThrow(
+    expect(() => fleet!.backend(0).compute(plan.programs[0]!.chunks[0]!.forward[0] as Compute, 0)).toThrow(
       "kernel put (put in f32): put, 1x70000x1 blocks of 1, 0 bytes: cuLaunchKernel: CUresult 1: CUresult 1",
     );
     await fleet!.close();
@@ -155,7 +155,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     const alone = async (settings: Settings, wrong: () => void) => {
       const [fleet, other] = await cuda.openAll(plan, settings);
       fleet!.beginStep();
-      fleet!.comm.move(0, plan.programs[0]!.forward[0] as Move, at);
+      fleet!.comm.move(0, plan.programs[0]!.chunks[0]!.forward[0] as Move, at);
       const ended = failure(fleet!.finish());
       setTimeout(wrong, 20);
       const error = await ended;

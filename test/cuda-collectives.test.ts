@@ -4,7 +4,7 @@ import type { HostData } from "../runtime/backend.ts";
 import type { Dtype, How, Instruction, Move, Plan } from "../schemas/plan.ts";
 import { at, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "./cudaRanks.ts";
 import { noCompiler } from "./cudaStandIn.ts";
-import { bufferIn, type Hand, handPlan } from "./handPlan.ts";
+import { bufferIn, type Hand, handPlan, withForward } from "./handPlan.ts";
 import { random } from "./opCases.ts";
 import { closeAll } from "./steps.ts";
 
@@ -46,7 +46,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeo
     const fleets = await from.openAll(plan);
     const held = fleets.map((_, r) => valuesOf(dtype, a, r));
     for (const [r, f] of fleets.entries()) f.backend(r).write(bufferIn(plan, "x"), 0, held[r]!);
-    for (const [r, f] of fleets.entries()) expect(f.comm.move(r, plan.programs[0]!.forward[0] as Move, at)).toBe(true);
+    for (const [r, f] of fleets.entries()) expect(f.comm.move(r, plan.programs[0]!.chunks[0]!.forward[0] as Move, at)).toBe(true);
     await Promise.all(fleets.map((f) => f.finish()));
     for (const [r, f] of fleets.entries())
       expect([...(await f.backend(r).read(bufferIn(plan, "y"), 0))], `rank ${r}`).toEqual(want(held, r));
@@ -76,7 +76,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeo
       moveOf("all_reduce", "x", "z", { world: true, factors: [0, 2] }),
       moveOf("all_reduce", "x", "w", { factors: [1] }),
     ];
-    const plan: Plan = { ...hand, mesh: { ...hand.mesh, factors }, programs: hand.programs.map((p) => ({ ...p, forward })) };
+    const plan: Plan = { ...hand, mesh: { ...hand.mesh, factors }, programs: hand.programs.map((p) => withForward(p, forward)) };
     const fleets = await cuda.openAll(plan);
     for (const [r, f] of fleets.entries()) {
       f.backend(r).write(bufferIn(plan, "x"), 0, Float32Array.of(2 ** r));
@@ -126,6 +126,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeo
         buffer: "x",
         tag: "t",
         peer,
+        channel: "forward",
         bytes: 4,
         why: { op: "", because: "", path: "" },
       });
@@ -135,7 +136,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeo
         [runs("spoil", "x"), transfer("recv", 0), moveOf("all_reduce", "x", "y"), runs("spoil", "x")],
       ];
       const order = ["F0", "F1", "F2"];
-      const plan: Plan = { ...hand, programs: hand.programs.map((p, s) => ({ ...p, order, forward: forward[s]! })) };
+      const plan: Plan = { ...hand, programs: hand.programs.map((p, s) => ({ ...withForward(p, forward[s]!), order })) };
       for (let seed = 0; seed < 20; seed++) {
         cuda.seed(seed);
         const fleets = await cuda.openAll(plan, { graph });

@@ -2,9 +2,11 @@
  * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is asked. What the device would do at once is
  * done late and in random order here, so numbers are the CPU's only if streams, events and graphs order what must be.
  */
+
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { openCpu } from "../runtime/cpu.ts";
 import type { Compute } from "../schemas/plan.ts";
+import { workOf } from "../schemas/program.ts";
 import { moe, planOf, type Ranks, type Settings, standInRanks } from "./cudaRanks.ts";
 import { asCuda, noCompiler } from "./cudaStandIn.ts";
 import { closeAll, train } from "./steps.ts";
@@ -75,10 +77,16 @@ test.skipIf(noCompiler)(
     for (const [r, f] of fleets.entries()) {
       const p = plan.programs[Math.floor(r / 2)]!;
       const all = f.profile();
-      const inOrder = [...p.order.flatMap((o) => (o.startsWith("F") ? p.forward : p.backward)), ...p.step];
+      const inOrder = [
+        ...p.order.flatMap((tag) => {
+          const { kind, chunk } = workOf(tag);
+          return p.chunks[chunk]![kind];
+        }),
+        ...p.step,
+      ];
       expect(all.map(({ id }) => id)).toEqual(inOrder.map(({ id }) => id));
       expect(new Set(all.map(({ stream }) => stream))).toEqual(
-        new Set(["compute", "comm", `send ${1 - Math.floor(r / 2)}`, `recv ${1 - Math.floor(r / 2)}`]),
+        new Set(["compute", "comm", r < 2 ? "send 1 forward" : "send 0 backward", r < 2 ? "recv 1 backward" : "recv 0 forward"]),
       );
       for (const [n, t] of all.entries()) {
         expect(t.end_us).toBeGreaterThan(t.begin_us);

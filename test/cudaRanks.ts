@@ -55,7 +55,7 @@ export const moveOf = (how: How, from: string, to: string, more: Partial<Move> =
   why: { op: "", because: "", path: "" },
   ...more,
 });
-export const at = { tag: "F0", slot: 0 };
+export const at = { tag: "F0", microbatch: 0, slot: 0 };
 
 export const launchOf = (id: string): Kernel => ({
   ...{ id, op: id, dtypes: "f32", dims: {}, uses: 1, scratch: 0 },

@@ -3,6 +3,7 @@
  * process. Kernels are the ops' references, run on the bytes that a launch's parameters point at, when the stand-in's
  * streams get there: late, and in random order where nothing orders them.
  */
+
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { mkdtempSync } from "node:fs";
@@ -14,6 +15,7 @@ import { koffi } from "../runtime/cuda/libraries.ts";
 import { narrow, widen } from "../runtime/halves.ts";
 import { bytesOf, elementsOf, parts } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kernel, Launch, Plan } from "../schemas/plan.ts";
+import { instructionsOf } from "../schemas/program.ts";
 import { ops } from "../src/ops/index.ts";
 import { fixture } from "./support.ts";
 
@@ -93,9 +95,7 @@ export const imagesOf = (plan: Plan) => ({
 /** A plan for the CPU as one for CUDA, each op one launch that takes its operands, its rows and its starts; and what those launches do. */
 export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Kernels } {
   const instructions = plan.programs.flatMap((p) =>
-    [...p.forward, ...p.backward, ...p.step].flatMap((i) =>
-      i.kind === "compute" ? [{ i, buffers: new Map(p.buffers.map((b) => [b.id, b])) }] : [],
-    ),
+    instructionsOf(p).flatMap((i) => (i.kind === "compute" ? [{ i, buffers: new Map(p.buffers.map((b) => [b.id, b])) }] : [])),
   );
   const serve: Record<string, Kernels[string]> = {};
   const kernels = plan.kernels.map((k): Kernel => {

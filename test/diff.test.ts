@@ -1,5 +1,6 @@
 import { expect, test } from "vitest";
 import type { Plan } from "../schemas/plan.ts";
+import { instructionsOf } from "../schemas/program.ts";
 import { compile } from "../src/compile.ts";
 import { diffPlans, printDiff } from "../src/diff.ts";
 import { inspectPlan, inspectRank, printInspect } from "../src/inspect.ts";
@@ -84,9 +85,7 @@ test("with another number of stages a layer moves, it is not removed and made ag
 test("inspect counts each collective with its origin, and the parts are the whole", () => {
   const view = inspectPlan(plan);
   for (const [stage, role] of view.roles.entries()) {
-    const moves = [...plan.programs[stage]!.forward, ...plan.programs[stage]!.backward, ...plan.programs[stage]!.step].filter(
-      (i) => i.kind === "move",
-    );
+    const moves = instructionsOf(plan.programs[stage]!).filter((i) => i.kind === "move");
     expect(role.collectives.reduce((sum, c) => sum + c.count, 0)).toBe(moves.length);
     expect(role.collectives.every((c) => c.path !== "" && c.ops.length > 0)).toBe(true);
     const { parameter, gradient, optimizer, activation, workspace, peak } = role.memory;
@@ -111,7 +110,7 @@ test("1F1B, drawn: a stage waits for the one before it, and backward for the one
     ["F0", "F1", "B0", "F2", "B1", "B2"],
     ["F0", "B0", "F1", "B1", "F2", "B2"],
   ];
-  expect(drawSchedule(orders).rows.join("\n")).toMatchInlineSnapshot(`
+  expect(drawSchedule(orders, 1).rows.join("\n")).toMatchInlineSnapshot(`
     "stage 0 | F0 F1 .  .  B0 -- F2 B1 -- .  B2 --
     stage 1 | .  F0 B0 -- F1 B1 -- F2 B2 -- .  ."
   `);

@@ -1,6 +1,6 @@
 /** Plans made by hand, for tests of a runtime alone: every rank runs the one program, its buffers one behind the other. */
 import { bytesOf, elementsOf } from "../schemas/layout.ts";
-import type { Buffer, Dtype, Instruction, Kernel, Kind, Plan } from "../schemas/plan.ts";
+import type { Buffer, Dtype, Instruction, Kernel, Kind, Plan, Program } from "../schemas/plan.ts";
 
 interface HandBuffer {
   readonly kind?: Kind;
@@ -50,18 +50,24 @@ export function handPlan(hand: Hand): Plan {
   const perStage = world / stages;
   const factors = [{ stride: 1, size: perStage }];
   const plan: Pick<Plan, "mesh" | "programs" | "memory" | "kernels" | "toolchain"> = {
-    mesh: { world, per_stage: perStage, factors, axes: {}, sizes: {}, gpus_per_node: world },
+    mesh: { world, per_stage: perStage, stage_stride: perStage, factors, axes: {}, sizes: {}, gpus_per_node: world },
     programs: Array.from({ length: stages }, (_, stage) => ({
-      ...{ stage, slots, buffers, bounds: [...bounds], forward: [...forward], backward: [], step: [] },
-      ...{ layers: [0, 1], order: ["F0"], parameters: [], inputs: {}, metrics: {} },
+      chunks: [{ layers: [0, 1], slots, forward: [...forward], backward: [], weights: [] }],
+      ...{ stage, buffers, bounds: [...bounds], step: [], order: ["F0"], parameters: [], inputs: {}, metrics: {} },
     })),
-    memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, scratch, peak: 0, offsets })),
+    memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, activation: [total.activation], scratch, peak: 0, offsets })),
     kernels: [...kernels],
     toolchain: { rankc: "test", target },
   };
   // the runtime reads no other part
   return plan as Plan;
 }
+
+/** The program with another forward block. */
+export const withForward = (p: Program, forward: readonly Instruction[]): Program => ({
+  ...p,
+  chunks: [{ ...p.chunks[0]!, forward: [...forward] }],
+});
 
 /** A buffer of a plan whose stages are alike. */
 export const bufferIn = (plan: Plan, id: string): Buffer => plan.programs[0]!.buffers.find((b) => b.id === id)!;

@@ -9,10 +9,7 @@ import { readJob } from "../src/readJob.ts";
 import type { Choice } from "../src/shard.ts";
 import { distance, fixture, jobOf } from "./support.ts";
 
-type Parallel = Partial<Record<"world" | "tensor" | "pipeline" | "expert" | "expert_tensor" | "context", number>> & {
-  sequence?: boolean;
-  distributed_optimizer?: boolean;
-};
+type Parallel = Partial<Job["parallel"]>;
 
 /** Loss, auxiliary loss and every gradient of two steps; the second sees the first one's update. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
@@ -68,6 +65,35 @@ describe("on named meshes", () => {
       await numbers(jobOf(text(model, { world: 1 }, train))),
     );
   });
+  const schedules: [Parallel, object?][] = [
+    [{ world: 2, pipeline: 2, virtual_pipeline: 2 }],
+    [{ world: 4, pipeline: 4, schedule: "zero_bubble" }],
+    [{ world: 8, pipeline: 2, virtual_pipeline: 2, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true }],
+    [
+      {
+        world: 8,
+        pipeline: 2,
+        schedule: "zero_bubble",
+        order: "tp-cp-ep-pp-dp",
+        tensor: 2,
+        sequence: true,
+        expert: 2,
+        distributed_optimizer: true,
+      },
+    ],
+    [{ world: 8, distributed_optimizer: true, optimizer_instances: 2, expert: 2 }],
+    [{ world: 3, pipeline: 3, layout: "E|tttt|L" }],
+    [{ world: 2, pipeline: 2, layout: "Ett|t|t|L" }],
+    [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, { tie_embeddings: true }],
+    [{ world: 4, pipeline: 4, layout: "Ett|t|t|L", schedule: "zero_bubble" }, { tie_embeddings: true }],
+  ];
+  test.each(schedules.map((c) => [JSON.stringify(c), ...c] as const))(
+    "stages, their order and that of ranks: %s",
+    async (_, parallel, over = {}) => {
+      const model = shape({ layers: 4, moe, ...over });
+      same(await numbers(jobOf(text(model, parallel))), await numbers(jobOf(text(model, { world: 1 }))));
+    },
+  );
   test("the dispatcher all_gather", async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -117,13 +143,21 @@ const anyJob = fc
       expert_tensor: power(2),
       sequence: fc.boolean(),
       distributed_optimizer: fc.boolean(),
+      virtual_pipeline: power(1),
+      schedule: fc.constantFrom("1f1b", "zero_bubble"),
+      order: fc.constantFrom("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"),
+      optimizer_instances: power(1),
     }),
     micro_batch: fc.constantFrom(1, 2),
   })
-  .map(({ model: { experts, top_k, normalize_top_k, dispatch, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
+  .map(({ model: { experts, top_k, normalize_top_k, dispatch, ...m }, parallel: { data, ...drawn }, micro_batch }) => {
+    // what asks for stages, or for a shared state, is drawn where there is one
+    const { pipeline, distributed_optimizer, virtual_pipeline, schedule, optimizer_instances, ...rest } = drawn;
+    const own = pipeline > 1 ? (schedule === "1f1b" ? { virtual_pipeline } : { schedule }) : {};
+    const parallel = { ...rest, pipeline, distributed_optimizer, ...own, ...(distributed_optimizer ? { optimizer_instances } : {}) };
     const world = parallel.tensor * parallel.pipeline * parallel.context * data;
-    const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router: { ...moe.router, normalize_top_k } } } : {};
-    return { world, text: text(shape({ ...m, ...own }), { ...parallel, world }, { micro_batch }) };
+    const mixed = experts ? { moe: { ...moe, experts, top_k, dispatch, router: { ...moe.router, normalize_top_k } } } : {};
+    return { world, text: text(shape({ ...m, ...mixed }), { ...parallel, world } as Parallel, { micro_batch }) };
   })
   .filter(({ world }) => world <= 16)
   .map(({ text: value }) => ({ value, job: readJob(stringify(value), "law.yaml").job }))

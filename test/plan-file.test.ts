@@ -16,6 +16,7 @@ const sections: Sections = {
   mesh: {
     world: 1,
     per_stage: 1,
+    stage_stride: 1,
     factors: [],
     axes: { tp: [], cp: [], dp: [], etp: [], ep: [], edp: [] },
     sizes: { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, pp: 1 },
@@ -24,31 +25,38 @@ const sections: Sections = {
   programs: [
     {
       stage: 0,
-      layers: [0, 4],
-      slots: 1,
       order: ["F0", "B0"],
       parameters: [],
       inputs: {},
       bounds: [],
       metrics: {},
       buffers: [{ id: "x", kind: "workspace", dtype: "f32", shape: [2], sizes: [2], ragged: 0, cuts: [[]] }],
-      forward: [
+      chunks: [
         {
-          kind: "compute",
-          id: "layers.0.add",
-          op: "add",
-          kernel: "add_00000000",
-          reads: { a: "x", b: "x" },
-          writes: { y: "x" },
-          dims: { D: [2, []] },
-          attrs: { scale: 0.1 },
+          layers: [0, 4],
+          slots: 1,
+          forward: [
+            {
+              kind: "compute",
+              id: "layers.0.add",
+              op: "add",
+              kernel: "add_00000000",
+              reads: { a: "x", b: "x" },
+              writes: { y: "x" },
+              dims: { D: [2, []] },
+              attrs: { scale: 0.1 },
+            },
+          ],
+          backward: [],
+          weights: [],
         },
       ],
-      backward: [],
       step: [],
     },
   ],
-  memory: [{ stage: 0, parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 256, scratch: 0, peak: 256, offsets: { x: 0 } }],
+  memory: [
+    { stage: 0, parameter: 0, gradient: 0, optimizer: 0, activation: [0], workspace: 256, scratch: 0, peak: 256, offsets: { x: 0 } },
+  ],
   kernels: [{ id: "add_00000000", op: "add", dtypes: "f32", dims: { D: 2 }, uses: 1, scratch: 0, launches: [] }],
   toolchain: { rankc: "0.1.0", target: "cpu" },
 };
@@ -138,8 +146,8 @@ describe("a plan as a file", () => {
   });
 
   test("a newer major version is named before anything else is looked at", () => {
-    const { message, fix } = refusal(JSON.stringify({ format_version: "3.0", unheard: "of" }));
-    expect(message).toBe("plan.json: format_version 3.0 is newer than this rankc reads (2.0)");
+    const { message, fix } = refusal(JSON.stringify({ format_version: "4.0", unheard: "of" }));
+    expect(message).toBe("plan.json: format_version 4.0 is newer than this rankc reads (3.0)");
     expect(fix).toContain("newer rankc");
   });
 
@@ -151,8 +159,10 @@ describe("a plan as a file", () => {
   });
 
   test("a plan of some megabytes is read in well under a second", () => {
-    const forward = Array.from({ length: 20_000 }, (_, i) => ({ ...sections.programs[0]!.forward[0]!, id: `layers.${i}.add` }));
-    const big = printPlan(sealPlan({ ...sections, programs: [{ ...sections.programs[0]!, forward }] }));
+    const [program] = sections.programs;
+    const [chunk] = program!.chunks;
+    const forward = Array.from({ length: 20_000 }, (_, i) => ({ ...chunk!.forward[0]!, id: `layers.${i}.add` }));
+    const big = printPlan(sealPlan({ ...sections, programs: [{ ...program!, chunks: [{ ...chunk!, forward }] }] }));
     expect(big.length).toBeGreaterThan(2.5e6);
     // processor time: other tests run at the same time
     const start = process.cpuUsage();

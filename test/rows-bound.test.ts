@@ -23,7 +23,7 @@ const job = (rows_bound: number | "worst") =>
 
 test("a smaller bound takes less memory, and an exceeded one names the layer, the rank and the key to raise", async () => {
   const [tight, worst] = [compile(job(1)).plan, compile(job("worst")).plan];
-  expect(tight.memory[0]!.activation).toBeLessThan(worst.memory[0]!.activation);
+  expect(tight.memory[0]!.activation[0]).toBeLessThan(worst.memory[0]!.activation[0]!);
   const run = await openRun(tight, { baseDir: fixture("") });
   await expect(run.step()).rejects.toThrow(/layers\.0\.moe\.\S+ rank \d: the router sent \d+ rows, and the plan holds at most 16/);
   await expect(run.step()).rejects.toMatchObject({ fix: expect.stringContaining("model.moe.rows_bound") });

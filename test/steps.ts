@@ -1,8 +1,9 @@
 /** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
-import type { Fleet, HostData } from "../runtime/backend.ts";
+import type { Fleet, HostData, Position } from "../runtime/backend.ts";
 import type { CudaFleet } from "../runtime/cuda/backend.ts";
-import { elementsOf } from "../schemas/layout.ts";
-import type { Buffer, Instruction, Plan } from "../schemas/plan.ts";
+import { elementsOf, stageOfRank } from "../schemas/layout.ts";
+import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
+import { workOf } from "../schemas/program.ts";
 import { random } from "./opCases.ts";
 
 type Feed = (b: Buffer, name: string, m: number) => HostData;
@@ -24,7 +25,7 @@ export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
 export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether) {
   for (const f of fleets)
     for (const r of f.ranks) {
-      const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+      const p = plan.programs[stageOfRank(plan.mesh, r)]!;
       for (const q of p.parameters)
         for (const id of new Set([q.buffer, q.master])) {
           const b = p.buffers.find((x) => x.id === id)!;
@@ -42,7 +43,7 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
     const found: HostData[] = [];
     for (const f of fleets)
       for (const r of f.ranks) {
-        const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+        const p = plan.programs[stageOfRank(plan.mesh, r)]!;
         for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
       }
     return found;
@@ -62,35 +63,31 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
 }
 
 function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed): Generator<undefined> {
-  const p = plan.programs[Math.floor(r / plan.mesh.per_stage)]!;
+  const p = plan.programs[stageOfRank(plan.mesh, r)]!;
   const backend = fleet.backend(r);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const read = (i: Instruction) =>
     i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
-  function* block(
-    instructions: readonly Instruction[],
-    kinds: readonly string[],
-    tag: string,
-    slot: number,
-    m: number,
-  ): Generator<undefined> {
+  function* block(instructions: readonly Instruction[], kinds: readonly Kind[], at: Position): Generator<undefined> {
+    const { slot, microbatch } = at;
     const used = new Set(instructions.flatMap(read));
     for (const [name, id] of Object.entries(p.inputs)) {
       const b = buffers.get(id)!;
-      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
+      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
       if (i.kind === "compute") backend.compute(i, slot);
-      else if (i.kind === "move") while (!fleet.comm.move(r, i, { tag, slot })) yield;
-      else if (i.kind === "send") fleet.comm.send(r, i, { tag, slot });
-      else while (!fleet.comm.recv(r, i, { tag, slot })) yield;
+      else if (i.kind === "move") while (!fleet.comm.move(r, i, at)) yield;
+      else if (i.kind === "send") fleet.comm.send(r, i, at);
+      else while (!fleet.comm.recv(r, i, at)) yield;
     }
   }
   backend.zeroGradients();
   for (const tag of p.order) {
-    const m = Number(tag.slice(1));
-    const forward = tag.startsWith("F");
-    yield* block(forward ? p.forward : p.backward, forward ? ["workspace", "activation"] : ["workspace"], tag, m % p.slots, m);
+    const { kind, microbatch, chunk } = workOf(tag);
+    const { slots, [kind]: instructions } = p.chunks[chunk]!;
+    const kinds: Kind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];
+    yield* block(instructions, kinds, { tag, microbatch, slot: microbatch % slots });
   }
-  yield* block(p.step, ["optimizer"], "step", 0, 0);
+  yield* block(p.step, ["optimizer"], { tag: "step", microbatch: -1, slot: 0 });
 }

@@ -1,6 +1,6 @@
 /** What several laws need: a job from a few lines of YAML, and how far two tensors are apart. */
 import { stringify } from "yaml";
-import type { Job } from "../schemas/job.ts";
+import { type Job, ParallelText } from "../schemas/job.ts";
 import { readJob } from "../src/readJob.ts";
 
 /** A valid job; throws with the findings where it is not. */
@@ -9,6 +9,9 @@ export function jobOf(value: object, sets: readonly string[] = []): Job {
   if (!job) throw new Error(findings.map((f) => `${f.code} ${f.path}: ${f.found} (${f.fix})`).join("\n"));
   return job;
 }
+
+/** Degrees of parallelism, the others as a job that says nothing has them. */
+export const parallelOf = (over: Partial<Job["parallel"]>): Job["parallel"] => ({ ...ParallelText.parse({}), data: 1, ...over });
 
 /** ‖a - b‖ / ‖b‖ */
 export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {

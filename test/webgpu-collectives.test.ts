@@ -7,7 +7,7 @@ import type { Dtype, How, Move, Transfer } from "../schemas/plan.ts";
 import { bufferIn, handPlan } from "./handPlan.ts";
 import { noAdapter, noHalves } from "./softwareAdapter.ts";
 
-const at = { tag: "F0", slot: 0 };
+const at = { tag: "F0", microbatch: 0, slot: 0 };
 const noSources = {
   kernel: (): string => {
     throw new Error("no kernels here");
@@ -90,7 +90,7 @@ describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, $
     const plan = handPlan({ world: 4, stages: 2, buffers: { x: { shape: [5] }, y: { shape: [5] } } });
     const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
     const transfer = (kind: "send" | "recv", buffer: string, peer: number): Transfer => ({
-      ...{ kind, id: `${kind} ${buffer}`, buffer, tag: "t", peer, bytes: 20 },
+      ...{ kind, id: `${kind} ${buffer}`, buffer, tag: "t", peer, channel: "forward", bytes: 20 },
       why: { op: "", because: "", path: "" },
     });
     const fleet = await openWebgpu(plan, noSources);

@@ -2,8 +2,9 @@
  * Arenas: the device memory of one rank, one allocation per kind, every buffer at the place the plan gives it. What the
  * device cannot hold is said, with the numbers, before anything is allocated.
  */
-import { bytesOf, elementsOf } from "../../schemas/layout.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../../schemas/layout.ts";
 import type { Dtype, Kind, Plan } from "../../schemas/plan.ts";
+import { activationBytes, activationStart } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
 import type { Span } from "./lanes.ts";
@@ -23,7 +24,7 @@ const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] 
 
 /** `beside`: bytes that the caller will allocate beyond the plan's. All memory is zero once the stream gets there. */
 export function openArenas(context: Context, plan: Plan, rank: number, beside: number, stream: Stream) {
-  const stage = Math.floor(rank / plan.mesh.per_stage);
+  const stage = stageOfRank(plan.mesh, rank);
   const program = plan.programs[stage]!;
   const memory = plan.memory[stage]!;
   const { free, total } = context.memory();
@@ -37,7 +38,7 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
     );
   }
   const sizes = {
-    ...Object.fromEntries(kinds.map((kind) => [kind, memory[kind] * (kind === "activation" ? program.slots : 1)])),
+    ...Object.fromEntries(kinds.map((kind) => [kind, kind === "activation" ? activationBytes(program, memory) : memory[kind]])),
     scratch: memory.scratch,
   } as Record<Kind | "scratch", number>;
   const bases = Object.fromEntries(
@@ -55,7 +56,7 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
       const b = buffers.get(id)!;
       const count = elementsOf(b.shape);
       const bytes = count * bytesOf[b.dtype];
-      const at = moved(bases[b.kind], memory.offsets[id]! + (b.kind === "activation" ? slot * memory.activation : 0));
+      const at = moved(bases[b.kind], memory.offsets[id]! + (b.kind === "activation" ? activationStart(program, memory, b, slot) : 0));
       return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
     },
     /** The whole arena of gradients. */

@@ -3,7 +3,9 @@
  * what ranks exchange runs beside the kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setImmediate, setTimeout } from "node:timers/promises";
+import { stageOfRank } from "../../schemas/layout.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
 import { narrow, widen } from "../halves.ts";
@@ -49,12 +51,12 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       3,
     );
   archFor(plan, device);
-  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const context = open(device);
   const lanes = openLanes(context);
   const stream = lanes.compute.stream;
   const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), stream);
-  const ids = new Set([...program.forward, ...program.backward, ...program.step].flatMap((i) => (i.kind === "compute" ? [i.kernel] : [])));
+  const ids = new Set(instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel] : [])));
   const kernels = await loadKernels(context, { plan, ids, files, rank });
   const done = context.createEvent("order");
   let check = (): void => signal?.throwIfAborted();

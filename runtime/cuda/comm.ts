@@ -1,10 +1,11 @@
 /**
  * Comm over NCCL, one rank per process. Every communicator is split from the world's, by the same list on all ranks, so one
- * id is all that ranks must share. Collectives have one lane, in the plan's order; each direction between two stages has a
+ * id is all that ranks must share. Collectives have one lane, in the plan's order; each channel between two stages has a
  * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
  */
-import { bytesOf, membersOf } from "../../schemas/layout.ts";
-import type { How, Instruction, Move, Plan, Transfer } from "../../schemas/plan.ts";
+import { bytesOf, membersOf, numberInStage, rankAt, stageOfRank } from "../../schemas/layout.ts";
+import type { How, Move, Plan, Transfer } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
 import type { Comm } from "../backend.ts";
 import { moved, type Place } from "./arenas.ts";
 import type { Context, Stream } from "./driver.ts";
@@ -14,12 +15,11 @@ import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
 /** Gives all members of a set of ranks what one of them makes. */
 export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;
 
-/** Communicators of one rank: of the world, of each set of factors it moves things over, and of each direction to and from a stage. */
+/** Communicators of one rank: of the world, of each set of factors it moves things over, and of each channel to and from a stage. */
 interface Communicators {
   readonly world: Communicator;
   readonly groups: ReadonlyMap<string, Communicator>;
-  readonly sends: ReadonlyMap<number, Communicator>;
-  readonly recvs: ReadonlyMap<number, Communicator>;
+  readonly channels: ReadonlyMap<string, Communicator>;
   /** In the order they were made, which is one on all ranks: those of one node must end them together. */
   readonly made: readonly Communicator[];
 }
@@ -30,11 +30,9 @@ export interface CudaComm extends Comm {
   close(how: "abort" | "done"): void;
 }
 
-const instructions = (p: Plan["programs"][number]): Instruction[] => [...p.forward, ...p.backward, ...p.step];
-
 /** Device memory that comm needs beyond the plan's: copies of what is sent, and room for exchanges in place. */
 export function bytesBeside(plan: Plan, rank: number): number {
-  const { sends, spare } = besides(plan, Math.floor(rank / plan.mesh.per_stage));
+  const { sends, spare } = besides(plan, stageOfRank(plan.mesh, rank));
   return [...sends.values()].reduce((sum, n) => sum + n, spare);
 }
 function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare: number } {
@@ -44,7 +42,7 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
   const bytes = (id: string): number => aligned(buffers.get(id)!.shape.reduce((n, x) => n * x, bytesOf[buffers.get(id)!.dtype]));
   const sends = new Map<string, number>();
   let spare = 0;
-  for (const i of instructions(program)) {
+  for (const i of instructionsOf(program)) {
     if (i.kind === "send") sends.set(mailbox(i), bytes(i.buffer));
     if (
       i.kind === "move" &&
@@ -72,8 +70,8 @@ export interface CommNeeds {
 
 export async function openComm({ plan, rank, context, lanes, place, share, settled }: CommNeeds): Promise<CudaComm> {
   const { mesh } = plan;
-  const stage = Math.floor(rank / mesh.per_stage);
-  const local = rank % mesh.per_stage;
+  const stage = stageOfRank(mesh, rank);
+  const local = numberInStage(mesh, rank);
   const { sends, spare } = besides(plan, stage);
   verify(plan, stage, place);
   const communicators = mesh.world > 1 ? await connect() : undefined;
@@ -93,27 +91,26 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
     };
     // all ranks split by the same list, in the same order, those also whose stage has no use for it
     for (const { key, factors, stages } of groupings(plan)) {
-      const base = stage * mesh.per_stage;
-      const group = split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => m + base) : undefined);
+      const group = split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => rankAt(mesh, stage, m)) : undefined);
       if (group) groups.set(key, group);
     }
-    const [to, from] = [new Map<number, Communicator>(), new Map<number, Communicator>()];
-    for (const [source, target] of directions(plan)) {
+    const channels = new Map<string, Communicator>();
+    for (const { key, source, target } of channelsOf(plan)) {
       const pair = split(
-        stage === source || stage === target ? [source, target].sort((a, b) => a - b).map((s) => s * mesh.per_stage + local) : undefined,
+        stage === source || stage === target ? [source, target].sort((a, b) => a - b).map((s) => rankAt(mesh, s, local)) : undefined,
       );
-      if (pair) (stage === source ? to : from).set(stage === source ? target : source, pair);
+      if (pair) channels.set(key, pair);
     }
-    await greet(to, from);
-    return { world, groups, sends: to, recvs: from, made };
+    await greet(channels);
+    return { world, groups, channels, made };
   }
 
   /** NCCL connects two ranks when they first exchange, and the host waits for it: here, in one order on all ranks. */
-  async function greet(to: ReadonlyMap<number, Communicator>, from: ReadonlyMap<number, Communicator>): Promise<void> {
+  async function greet(channels: ReadonlyMap<string, Communicator>): Promise<void> {
     const word = context.alloc(256);
-    for (const [source, target] of directions(plan)) {
-      if (stage === source) to.get(target)!.send(word, 1, peerOf(source, target), lanes.compute.stream, "i32");
-      else if (stage === target) from.get(source)!.recv(word, 1, peerOf(target, source), lanes.compute.stream, "i32");
+    for (const { key, source, target } of channelsOf(plan)) {
+      if (stage === source) channels.get(key)!.send(word, 1, peerOf(source, target), lanes.compute.stream, "i32");
+      else if (stage === target) channels.get(key)!.recv(word, 1, peerOf(target, source), lanes.compute.stream, "i32");
       else continue;
       await settled();
     }
@@ -156,14 +153,14 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       const at = mailboxes.get(mailbox(i))!;
       const box = [Number(at), Number(at) + from.bytes] as const;
       lanes.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
-      lanes.beside(lanes.lane(`send ${i.peer}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
-        communicators!.sends.get(i.peer)!.send(at, from.count, peerOf(stage, i.peer), stream, from.dtype),
+      lanes.beside(lanes.lane(`send ${i.peer} ${i.channel}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
+        communicators!.channels.get(channelKey(stage, i.peer, i))!.send(at, from.count, peerOf(stage, i.peer), stream, from.dtype),
       );
     },
     recv(_, i, { slot }) {
       const to = place(i.buffer, slot);
-      lanes.beside(lanes.lane(`recv ${i.peer}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
-        communicators!.recvs.get(i.peer)!.recv(to.at, to.count, peerOf(stage, i.peer), stream, to.dtype),
+      lanes.beside(lanes.lane(`recv ${i.peer} ${i.channel}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
+        communicators!.channels.get(channelKey(i.peer, stage, i))!.recv(to.at, to.count, peerOf(stage, i.peer), stream, to.dtype),
       );
       return true;
     },
@@ -191,7 +188,7 @@ const keyOf = ({ factors }: Plan["mesh"], fs: readonly number[]): string =>
 function groupings(plan: Plan): { key: string; factors: number[]; stages: Set<number> }[] {
   const found = new Map<string, Set<number>>();
   for (const p of plan.programs)
-    for (const i of instructions(p)) {
+    for (const i of instructionsOf(p)) {
       if (i.kind !== "move" || i.world) continue;
       const key = keyOf(plan.mesh, i.factors);
       if (key) found.set(key, (found.get(key) ?? new Set()).add(p.stage));
@@ -199,18 +196,29 @@ function groupings(plan: Plan): { key: string; factors: number[]; stages: Set<nu
   return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, factors: key.split(",").map(Number), stages }));
 }
 
-/** Pairs of stages, source and target, in an order that all ranks find. */
-function directions(plan: Plan): [number, number][] {
-  const found = new Map<string, [number, number]>();
+interface Channel {
+  readonly key: string;
+  readonly source: number;
+  readonly target: number;
+}
+const channelKey = (source: number, target: number, { channel }: Pick<Transfer, "channel">): string => `${source}>${target} ${channel}`;
+
+/** What goes from stage to stage, in an order that all ranks find. */
+function channelsOf(plan: Plan): Channel[] {
+  const found = new Map<string, Channel>();
   for (const p of plan.programs)
-    for (const i of instructions(p)) if (i.kind === "send") found.set(`${p.stage}>${i.peer}`, [p.stage, i.peer]);
-  return [...found.values()].sort(([a, b], [c, d]) => a - c || b - d);
+    for (const i of instructionsOf(p)) {
+      if (i.kind !== "send") continue;
+      const key = channelKey(p.stage, i.peer, i);
+      found.set(key, { key, source: p.stage, target: i.peer });
+    }
+  return [...found.values()].sort((a, b) => a.source - b.source || a.target - b.target || (a.key < b.key ? -1 : 1));
 }
 
 /** Law: a move's source and destination are as long as its collective makes them, and of one type. */
 function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
   const { mesh } = plan;
-  for (const i of instructions(plan.programs[stage]!)) {
+  for (const i of instructionsOf(plan.programs[stage]!)) {
     if (i.kind !== "move") continue;
     const [from, to] = [place(i.from, 0), place(i.to, 0)];
     const g = i.world ? mesh.world : i.factors.reduce((n, f) => n * mesh.factors[f]!.size, 1);

@@ -2,7 +2,7 @@
  * What a compute instruction is on the device: the launches of its kernel with their parameters packed, and the bytes it
  * touches. Made once per instruction and slot; after that a launch is one call of the driver.
  */
-import { startOf } from "../../schemas/layout.ts";
+import { numberInStage, stageOfRank, startOf } from "../../schemas/layout.ts";
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import type { Arenas, Place } from "./arenas.ts";
 import { type Context, packParams, type Stream } from "./driver.ts";
@@ -25,7 +25,7 @@ export interface Ground {
 /** Binds instructions to the memory of a rank. */
 export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, slot: number) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
-  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
 
   return (i, slot) => {
@@ -53,7 +53,7 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
       if (what === "scratch+") return arenas.scratch(Number(of));
       if (what === undefined) return pointer(arg);
       const [size, cut] = i.dims[of!]!;
-      return startOf(plan.mesh, size, cut, rank % plan.mesh.per_stage);
+      return startOf(plan.mesh, size, cut, numberInStage(plan.mesh, rank));
     };
     const launches = kernel.launches.map((l) => ({
       entry: kernels.entry(kernel, l),

@@ -2,6 +2,7 @@
  * One rank of a plan in this process: where it stands among the others (the environment says), the meeting of all, and its
  * GPU. A plan of one rank needs no meeting.
  */
+import { numberInStage } from "../../schemas/layout.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Fleet } from "../backend.ts";
@@ -55,7 +56,7 @@ const meet = ({ digests, mesh }: Plan, place: Place, env: Env, version: string, 
 function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting): Fleet {
   let step = 0;
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
-  const leaders = ranks.filter((r) => r % mesh.per_stage === 0);
+  const leaders = ranks.filter((r) => numberInStage(mesh, r) === 0);
   const { comm } = fleet;
   const own = fleet.backend(rank);
   const backend = {

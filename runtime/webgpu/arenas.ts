@@ -2,7 +2,7 @@
  * The memory of one rank on the device: every buffer of its program at the place the plan gives it, in one GPUBuffer per
  * arena and per copy of the activations; in several where the device makes none that large. No buffer lies in two.
  */
-import { bytesOf, elementsOf } from "../../schemas/layout.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../../schemas/layout.ts";
 import type { Buffer, Kind, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
@@ -30,8 +30,8 @@ export interface Arenas {
 export const bytesOfBuffer = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
 
 export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): Arenas {
-  const stage = Math.floor(rank / plan.mesh.per_stage);
-  const { buffers, slots } = plan.programs[stage]!;
+  const stage = stageOfRank(plan.mesh, rank);
+  const { buffers, chunks } = plan.programs[stage]!;
   const memory = plan.memory[stage]!;
   for (const b of buffers)
     if (bytesOfBuffer(b) > limits.binding)
@@ -42,29 +42,33 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
       );
 
   /** One copy of an arena, cut where the limit demands it: where each part begins, ascending. */
-  const arena = (kind: Kind, copy = ""): { from: number; buffer: GPUBuffer }[] => {
+  const arena = (kind: Kind, total: number, copy = "", chunk = 0): { from: number; buffer: GPUBuffer }[] => {
     const own = buffers
-      .filter((b) => b.kind === kind)
+      .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
       .map((b) => ({ id: b.id, from: memory.offsets[b.id]!, to: memory.offsets[b.id]! + aligned(b) }));
-    const starts = cutArena(own, memory[kind], limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
+    const starts = cutArena(own, total, limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
     return starts.map((from, part) => {
       const label = `rank ${rank} ${kind}${copy}${starts.length > 1 ? ` part ${part}` : ""}`;
-      return { from, buffer: gpu.make(label, (starts[part + 1] ?? memory[kind]) - from) };
+      return { from, buffer: gpu.make(label, (starts[part + 1] ?? total) - from) };
     });
   };
   const single = {
-    parameter: arena("parameter"),
-    gradient: arena("gradient"),
-    optimizer: arena("optimizer"),
-    workspace: arena("workspace"),
+    parameter: arena("parameter", memory.parameter),
+    gradient: arena("gradient", memory.gradient),
+    optimizer: arena("optimizer", memory.optimizer),
+    workspace: arena("workspace", memory.workspace),
   };
-  const activations = Array.from({ length: slots }, (_, slot) => arena("activation", ` of slot ${slot}`));
+  const activations = chunks.map(({ slots }, chunk) =>
+    Array.from({ length: slots }, (_, slot) =>
+      arena("activation", memory.activation[chunk]!, ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${slot}`, chunk),
+    ),
+  );
   const scratchBytes = Math.max(ALIGN, memory.scratch);
   const scratch = { buffer: gpu.make(`rank ${rank} scratch`, scratchBytes), offset: 0, bytes: scratchBytes };
 
   return {
     place(b, slot) {
-      const parts = b.kind === "activation" ? activations[slot]! : single[b.kind];
+      const parts = b.kind === "activation" ? activations[b.chunk ?? 0]![slot]! : single[b.kind];
       const at = memory.offsets[b.id]!;
       const part = parts.findLast(({ from }) => from <= at)!;
       return { buffer: part.buffer, offset: at - part.from, bytes: bytesOfBuffer(b) };

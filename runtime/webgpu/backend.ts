@@ -3,7 +3,7 @@
  * once and recorded every time.
  */
 /// <reference types="@webgpu/types" />
-import { elementsOf, startOf } from "../../schemas/layout.ts";
+import { elementsOf, numberInStage, stageOfRank, startOf } from "../../schemas/layout.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
@@ -60,7 +60,7 @@ export async function webgpuOn(
     await commands.finish();
     const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
     const bounds = ranks.flatMap((rank) => {
-      const p = programs[Math.floor(rank / mesh.per_stage)]!;
+      const p = programs[stageOfRank(mesh, rank)]!;
       return p.bounds.map(({ needed, bound }) => ({ rank, needed, bound, at: place(rank, p.buffers.find((b) => b.id === needed)!, 0) }));
     });
     return {
@@ -96,7 +96,7 @@ interface Own {
 }
 
 function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): Backend {
-  const program = plan.programs[Math.floor(rank / plan.mesh.per_stage)]!;
+  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 
@@ -129,7 +129,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
   }
   function start(i: Compute, arg: string): number {
     const [size, cut] = i.dims[arg.slice("start(".length, -1)]!;
-    return startOf(plan.mesh, size, cut, rank % plan.mesh.per_stage);
+    return startOf(plan.mesh, size, cut, numberInStage(plan.mesh, rank));
   }
 
   const made = new Map<Compute, Dispatch[][]>();

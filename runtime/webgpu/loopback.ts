@@ -3,8 +3,9 @@
  * arrives. Sources are taken aside before anything is written, so source and destination may share bytes. Sums run in the order
  * of members, in f32, and are rounded once.
  */
-import { bytesOf, elementsOf } from "../../schemas/layout.ts";
+import { bytesOf, elementsOf, rankAt } from "../../schemas/layout.ts";
 import type { Buffer, Dtype, How, Move, Plan } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
 import type { Comm } from "../backend.ts";
 import { meetHere, ranksOf } from "../meetHere.ts";
 import { bytesOfBuffer, type Place } from "./arenas.ts";
@@ -37,11 +38,12 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
   async function prepareAll(): Promise<{ kernels: Map<string, Pipeline>; aside: GPUBuffer[] }> {
     const sources = new Map<string, ReturnType<typeof reduceSource>>();
     const room: number[] = [];
-    for (const { stage, forward, backward, step } of programs)
-      for (const i of [...forward, ...backward, ...step]) {
+    for (const p of programs)
+      for (const i of instructionsOf(p)) {
         if (i.kind !== "move") continue;
-        const [from, to] = [bufferOf(stage * mesh.per_stage, i.from), bufferOf(stage * mesh.per_stage, i.to)];
-        const g = groupOf(stage * mesh.per_stage, i).length;
+        const one = rankAt(mesh, p.stage, 0);
+        const [from, to] = [bufferOf(one, i.from), bufferOf(one, i.to)];
+        const g = groupOf(one, i).length;
         const reduction = reductionOf(i);
         const need = (at: number, bytes: number) => (room[at] = Math.max(room[at] ?? 0, bytes));
         if (reduction) {

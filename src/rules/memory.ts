@@ -1,12 +1,13 @@
 /**
  * Memory: the one rule that needs a compiled program. Stages repeat their layers, so the peak of a job follows from its
- * compiled form at two and at three layers a stage; the plan itself then holds the exact figure.
+ * compiled form at two and at three layers a chunk; the plan itself then holds the exact figure.
  */
 import { devices, type Job } from "../../schemas/job.ts";
 import { lower } from "../lower.ts";
 import { layOut } from "../memory.ts";
-import { buildMesh, stageOf } from "../mesh.ts";
+import { buildMesh } from "../mesh.ts";
 import { buildModel } from "../model.ts";
+import { pipelineOf, stageOfVirtual } from "../pipeline.ts";
 import { schedule } from "../schedule.ts";
 import { shard } from "../shard.ts";
 import { addBackward } from "../train.ts";
@@ -15,10 +16,11 @@ import { type Rule, rule } from "./rule.ts";
 
 /** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
 export function peakOf(job: Job): { bytes: number; who: string } {
-  const perStage = job.model.layers / job.parallel.pipeline;
-  const two = peaksAt(job, Math.min(2, perStage));
-  const three = perStage > 2 ? peaksAt(job, 3) : two;
-  const peaks = two.map((bytes, s) => bytes + Math.max(0, perStage - 2) * (three[s]! - bytes));
+  const perChunk = job.model.layers / (job.parallel.pipeline * job.parallel.virtual_pipeline);
+  const alike = job.parallel.layout === null;
+  const two = alike ? peaksAt(job, Math.min(2, perChunk)) : peaksOf(job);
+  const three = alike && perChunk > 2 ? peaksAt(job, 3) : two;
+  const peaks = two.map((bytes, s) => bytes + Math.max(0, perChunk - 2) * (three[s]! - bytes));
   if (job.cluster.device === "cpu") {
     const ranks = job.parallel.world / job.parallel.pipeline;
     return { bytes: peaks.reduce((sum, n) => sum + n * ranks, 0), who: "all ranks together need" };
@@ -27,15 +29,21 @@ export function peakOf(job: Job): { bytes: number; who: string } {
   return { bytes, who: `a rank of stage ${peaks.indexOf(bytes)} needs` };
 }
 
-function peaksAt(job: Job, layersPerStage: number): number[] {
-  const small = { ...job, model: { ...job.model, layers: layersPerStage * job.parallel.pipeline } };
-  const mesh = buildMesh(small);
-  const graph = addBackward(buildModel(small));
+const peaksAt = (job: Job, perChunk: number): number[] =>
+  peaksOf({ ...job, model: { ...job.model, layers: perChunk * job.parallel.pipeline * job.parallel.virtual_pipeline } });
+
+function peaksOf(job: Job): number[] {
+  const mesh = buildMesh(job);
+  const pipeline = pipelineOf(job);
+  const graph = addBackward(buildModel(job));
   const sharded = shard(graph, mesh, {
-    distributedOptimizer: small.parallel.distributed_optimizer,
-    stageOf: (position) => stageOf(small, position),
+    distributedOptimizer: job.parallel.distributed_optimizer,
+    shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
+    stageOf: (position) => pipeline.of[position]!,
+    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
   });
-  return lower(small, mesh, graph, sharded, schedule(small)).map((p) => layOut(p).peak);
+  const order = schedule(job, pipeline.chunks);
+  return lower(job, mesh, { graph, sharded, pipeline, order }).map((p) => layOut(p).peak);
 }
 
 /** More than one rank can possibly need, in closed form: when that fits easily, nothing is compiled. Bytes. */

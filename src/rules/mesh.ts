@@ -1,5 +1,7 @@
 /** P: the degrees of parallelism, and the two grids they make of the same ranks. */
 import type { Job } from "../../schemas/job.ts";
+import { pipelineOf, readLayout } from "../pipeline.ts";
+import { bubbleOf, schedule, timesOf } from "../schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 /** Ranks in one pipeline stage, when `world` is a product as P101 asks. */
@@ -153,19 +155,22 @@ export const mesh = [
   }),
   rule({
     code: "P107",
-    title: "pipeline divides layers",
-    why: "Every stage runs the same number of layers: the slowest stage sets the pace of all of them.",
+    title: "pipeline and virtual_pipeline divide layers",
+    why: "Every stage, and every chunk of it, runs the same number of layers: the slowest stage sets the pace of all of them. Stages of different sizes are written as parallel.layout.",
     level: "error",
     *check({ model, parallel: p }) {
-      if (model.layers % p.pipeline === 0) return;
+      const parts = p.pipeline * p.virtual_pipeline;
+      if (p.layout !== null || model.layers % parts === 0) return;
+      const chunks = p.virtual_pipeline > 1 ? ` x ${p.virtual_pipeline} chunks` : "";
       yield {
-        at: "parallel.pipeline",
+        at: p.virtual_pipeline > 1 ? "parallel.virtual_pipeline" : "parallel.pipeline",
         related: ["model.layers"],
-        found: `${model.layers} layers over ${p.pipeline} stages leaves ${model.layers % p.pipeline} over`,
-        fix: `pipeline must divide ${model.layers}`,
+        found: `${model.layers} layers over ${p.pipeline} stages${chunks} leaves ${model.layers % parts} over`,
+        fix: `pipeline${chunks ? " x virtual_pipeline" : ""} must divide ${model.layers}, or parallel.layout say which layers stand where`,
         tries: [
-          ...divisorsNear(model.layers, p.pipeline).map((pipeline) => ({ "parallel.pipeline": pipeline })),
-          { "model.layers": upTo(model.layers, p.pipeline) },
+          ...divisorsNear(model.layers, p.virtual_pipeline).map((chunks) => ({ "parallel.virtual_pipeline": chunks })),
+          ...divisorsNear(model.layers, p.pipeline).map((pipeline) => ({ "parallel.pipeline": pipeline, "parallel.virtual_pipeline": 1 })),
+          { "model.layers": upTo(model.layers, parts) },
         ],
       };
     },
@@ -174,13 +179,16 @@ export const mesh = [
   rule({
     code: "P108",
     title: "fewer microbatches than stages leave stages idle",
-    why: "In 1F1B a stage waits while the pipeline fills and drains: of the step's time (pipeline - 1) / (microbatches + pipeline - 1) is lost, half and more when there are fewer microbatches than stages.",
+    why: "A stage waits while the pipeline fills and drains: in 1F1B (pipeline - 1) / (microbatches + pipeline - 1) of the step's time is lost, half and more when there are fewer microbatches than stages. Megatron-LM stops in the first step where chunks are interleaved.",
     level: "warning",
     *check(job) {
       const { pipeline, data } = job.parallel;
       const m = microbatches(job);
       if (pipeline === 1 || !stageRanks(job) || !Number.isInteger(m) || m >= pipeline) return;
-      const idle = Math.round((100 * (pipeline - 1)) / (m + pipeline - 1));
+      const { chunks } = pipelineOf(job);
+      if (!Number.isInteger(chunks)) return;
+      const orders = schedule(job, chunks).map(({ order }) => order);
+      const idle = Math.round(100 * bubbleOf(timesOf(orders, chunks)));
       const { micro_batch } = job.train;
       yield {
         at: "parallel.pipeline",
@@ -218,10 +226,12 @@ export const mesh = [
   rule({
     code: "P111",
     title: "context, and tensor under sequence, divide the sequence",
-    why: "Each rank holds an equal run of every sequence's tokens. Megatron-LM checks this neither for the context nor for the sequence cut while it reads the arguments.",
+    why: "Each rank holds as many tokens of every sequence as the others, and with context parallelism a piece of its first half and the mirrored one of its second. Megatron-LM does not check the cut over tensor ranks while it reads the arguments.",
     level: "error",
     *check({ model, parallel: p }) {
-      const parts = p.context * (p.sequence ? p.tensor : 1);
+      const tensor = p.sequence ? p.tensor : 1;
+      // a context rank's two pieces are whole, and so is what each of its tensor ranks has of them
+      const parts = p.context * (p.context > 1 && tensor % 2 === 1 ? 2 * tensor : tensor);
       if (model.seq % parts === 0) return;
       yield {
         at: "model.seq",
@@ -235,6 +245,137 @@ export const mesh = [
       };
     },
     bad: "model: {seq: 10}\nparallel: {world: 4, context: 4}",
+  }),
+  rule({
+    code: "P113",
+    title: "layout places every layer, over a whole number of chunks",
+    why: "The layout is the only word on which stage runs what. A layer that is left out, or one too many, would train another model than the one described; stages must have equally many chunks, for they take turns. Megatron-LM's layouts read the same.",
+    level: "error",
+    *check({ model, parallel: p }) {
+      if (p.layout === null) return;
+      const parts = readLayout(p.layout);
+      const say = (found: string, fix: string) => ({
+        at: "parallel.layout" as const,
+        related: ["parallel.pipeline" as const],
+        ...{ found, fix },
+        tries: [{ "parallel.layout": null }],
+      });
+      if (typeof parts === "string") {
+        yield say(parts, "write it like Et|(tt|)*3tL, or leave it out: layers are then split evenly");
+        return;
+      }
+      const layers = parts.join("").length - 2;
+      if (layers !== model.layers)
+        yield say(
+          `it places ${layers} layers, and the model has ${model.layers}`,
+          `write ${model.layers} t, or set model.layers: ${layers}`,
+        );
+      if (parts.length % p.pipeline !== 0)
+        yield say(
+          `it has ${parts.length} parts for ${p.pipeline} stages`,
+          `the parts, | between them, must be a multiple of pipeline ${p.pipeline}`,
+        );
+      else if (p.virtual_pipeline !== 1 && p.virtual_pipeline * p.pipeline !== parts.length)
+        yield say(
+          `it makes ${parts.length / p.pipeline} chunks a stage, and virtual_pipeline says ${p.virtual_pipeline}`,
+          "leave virtual_pipeline out: the layout says it",
+        );
+    },
+    bad: "parallel: {world: 2, pipeline: 2, layout: Ettt|tttL}\ntrain: {global_batch: 8}",
+  }),
+  rule({
+    code: "P114",
+    title: "virtual_pipeline and zero_bubble need a pipeline",
+    why: "Chunks are interleaved, and gradients of weights are put off, to fill the gaps in which a stage waits for another. One stage waits for none.",
+    level: "error",
+    *check({ parallel: p }) {
+      if (p.pipeline > 1) return;
+      if (p.virtual_pipeline > 1)
+        yield {
+          at: "parallel.virtual_pipeline",
+          related: ["parallel.pipeline"],
+          found: `virtual_pipeline ${p.virtual_pipeline} with pipeline 1`,
+          fix: "leave it out, or raise pipeline",
+          tries: [{ "parallel.virtual_pipeline": 1 }],
+        };
+      if (p.schedule === "zero_bubble")
+        yield {
+          at: "parallel.schedule",
+          related: ["parallel.pipeline"],
+          found: "schedule zero_bubble with pipeline 1",
+          fix: "leave it out, or raise pipeline",
+          tries: [{ "parallel.schedule": "1f1b" }],
+        };
+    },
+    bad: "parallel: {virtual_pipeline: 2}",
+  }),
+  rule({
+    code: "P115",
+    title: "zero_bubble is for one chunk a stage",
+    why: "Interleaved chunks and separate gradients of weights both fill the bubble, in orders that contradict each other; the one order that does both (ZB-V) needs the layers placed in a V, which rankc does not do.",
+    level: "error",
+    *check(job) {
+      const { schedule, virtual_pipeline, layout, pipeline } = job.parallel;
+      if (schedule !== "zero_bubble" || pipeline === 1 || pipelineOf(job).chunks === 1) return;
+      yield {
+        at: "parallel.schedule",
+        related: [virtual_pipeline > 1 ? "parallel.virtual_pipeline" : "parallel.layout"],
+        found: `schedule zero_bubble with ${layout === null ? virtual_pipeline : pipelineOf(job).chunks} chunks a stage`,
+        fix: "take one of the two",
+        tries: [{ "parallel.schedule": "1f1b" }, { "parallel.virtual_pipeline": 1 }],
+      };
+    },
+    bad: "parallel: {world: 2, pipeline: 2, virtual_pipeline: 2, schedule: zero_bubble}\ntrain: {global_batch: 8}",
+  }),
+  rule({
+    code: "P116",
+    title: "optimizer_instances divides the data ranks",
+    why: "The optimizer's state is shared out among neighbouring data ranks and kept once per group of them: both the dense and the expert data ranks must fall into that many equal groups. Megatron-LM finds out when it creates its groups.",
+    level: "error",
+    *check(job) {
+      const p = job.parallel;
+      const ranks = stageRanks(job);
+      if (p.optimizer_instances === 1 || !ranks) return;
+      const n = p.optimizer_instances;
+      const say = {
+        at: "parallel.optimizer_instances" as const,
+        fix: "the number of copies must divide data and expert data",
+        tries: [{ "parallel.optimizer_instances": 1 }],
+      };
+      if (!p.distributed_optimizer) {
+        yield {
+          ...say,
+          related: ["parallel.distributed_optimizer"],
+          found: `${n} instances of a state that is not shared out`,
+          fix: "set distributed_optimizer, or leave it out",
+          tries: [{ "parallel.distributed_optimizer": true }, ...say.tries],
+        };
+        return;
+      }
+      const edp = job.model.moe ? ranks / (p.expert * p.expert_tensor) : n;
+      if (p.data % n !== 0) yield { ...say, related: ["parallel.data"], found: `${n} instances over data ${p.data}` };
+      else if (Number.isInteger(edp) && edp % n !== 0)
+        yield { ...say, related: ["parallel.expert"], found: `${n} instances over expert data ${edp}` };
+    },
+    bad: "parallel: {world: 2, distributed_optimizer: true, optimizer_instances: 4}\ntrain: {global_batch: 2}",
+  }),
+  rule({
+    code: "P117",
+    title: "with stages inside data, both grids repeat at the same ranks",
+    why: "In the order tp-cp-ep-pp-dp a stage's ranks are runs of tensor x context, and of expert_tensor x expert on the other grid. Unless both are the same runs, a rank would be in two stages. Megatron-LM accepts the arguments and stops when it creates its groups.",
+    level: "error",
+    *check({ model, parallel: p }) {
+      const [dense, expert] = [p.tensor * p.context, p.expert_tensor * p.expert];
+      if (!model.moe || p.order !== "tp-cp-ep-pp-dp" || p.pipeline === 1 || dense === expert) return;
+      yield {
+        at: "parallel.order",
+        related: ["parallel.expert", "parallel.tensor"],
+        found: `runs of tensor ${p.tensor} x context ${p.context} = ${dense} and of expert_tensor ${p.expert_tensor} x expert ${p.expert} = ${expert}`,
+        fix: "make them equal, or take the order tp-cp-ep-dp-pp",
+        tries: [{ "parallel.order": "tp-cp-ep-dp-pp" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 4, pipeline: 2, expert: 2, order: tp-cp-ep-pp-dp}\ntrain: {global_batch: 8}",
   }),
   rule({
     code: "P112",
