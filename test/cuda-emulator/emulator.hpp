@@ -162,8 +162,9 @@ inline void waitWhile(const word& at, word value, const char* why) {
   f.value = value;
   f.why = why;
   leave();
+  events++;
 }
-/** Waits until `ready()`; what makes it so counts up `events`, or is another thread's ordinary code. */
+/** Waits until `ready()`; what makes it so counts up `events`, or is another thread's ordinary code. So does whoever waits no longer. */
 template <class Ready> inline void waitUntil(Ready ready, const char* why) {
   while (!ready()) {
     Fiber& f = fibers[current];
