@@ -19,8 +19,8 @@ const missing = await emulatorMissing();
 const emulated = describe.skipIf(missing);
 const note = missing ? ` (skipped: ${missing})` : "";
 
-async function holdAll(cases: readonly Held[]): Promise<void> {
-  const executor = await cudaEmulator(cases);
+async function holdAll(cases: readonly Held[], orders?: readonly number[]): Promise<void> {
+  const executor = await cudaEmulator(cases, orders);
   const failed: string[] = [];
   for (const c of cases) await hold(executor, c.made, c).catch((error) => failed.push(String(error.message)));
   expect(failed).toEqual([]);
@@ -74,19 +74,44 @@ emulated(`Hopper's products${note}`, () => {
       held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
     ]),
   );
-  test("clusters of two blocks, which share b where they can", { timeout: 240_000 }, () =>
-    holdAll([
-      held("c0", "gemm", { S: 400, K: 200, N: 264 }, false, { tile: wide, stages: 2, cluster: 2, blocks: 4, raster: 4 }),
-      held("c1", "gemm_dgrad", { S: 400, K: 264, N: 200 }, false, { tile: wide, stages: 3, cluster: 2 }),
-      held("c2", "gemm_wgrad", { S: 200, K: 264, N: 136 }, true, { tile: wide, stages: 2, cluster: 2 }),
-      held("c3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
-      held("c4", "grouped_dgrad", { K: 264, N: 200, rows: [300, 0, 17, 384, 1] }, false, { tile: low, stages: 3, cluster: 2, blocks: 4 }),
-      held("c5", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
-      // three tiles: one block's neighbour ends before it
-      held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
-      held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
-    ]),
+  const clusters = (): Held[] => [
+    held("c0", "gemm", { S: 400, K: 200, N: 264 }, false, { tile: wide, stages: 2, cluster: 2, blocks: 4, raster: 4 }),
+    held("c1", "gemm_dgrad", { S: 400, K: 264, N: 200 }, false, { tile: wide, stages: 3, cluster: 2 }),
+    held("c2", "gemm_wgrad", { S: 200, K: 264, N: 136 }, true, { tile: wide, stages: 2, cluster: 2 }),
+    held("c3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    held("c4", "grouped_dgrad", { K: 264, N: 200, rows: [300, 0, 17, 384, 1] }, false, { tile: low, stages: 3, cluster: 2, blocks: 4 }),
+    held("c5", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
+    // three tiles: one block's neighbour ends before it
+    held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
+    held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    // one step of depth to a tile
+    held("c8", "gemm_dgrad", { S: 400, K: 264, N: 8 }, false, { tile: wide, stages: 4, cluster: 2, blocks: 4 }),
+  ];
+  // also what hardware may do: blocks of a cluster drift apart, and what they tell each other comes late
+  test("clusters of two blocks, which share b where they can; in any order", { timeout: 240_000 }, () =>
+    holdAll(clusters(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
   );
+
+  const rowsOf = (S: number, name: string) => held(name, "gemm", { S, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 });
+  const without = (c: Held, text: string, other: string): Held => {
+    expect(c.made.source).toContain(text);
+    return { ...c, made: { ...c.made, source: c.made.source.replace(text, other) } };
+  };
+  test.each([
+    ["a neighbour that has ended is not answered for", without(rowsOf(300, "h0"), "neighbour ? u32(lane) : rank", "u32(lane)"), /deadlock/],
+    [
+      "blocks of a cluster walk unequal depths",
+      held("h1", "grouped_wgrad", { K: 72, N: 72, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+      /deadlock|more arrivals/,
+    ],
+    [
+      "a block ends while its neighbour still arrives at it",
+      without(rowsOf(256, "h2"), "  __syncwarp();\n  if constexpr (CLUSTER > 1) clusterBarrier();\n}", "}"),
+      /a block that has ended/,
+    ],
+  ])("what would hang is seen: %s", { timeout: 60_000 }, async (_, c, message) => {
+    for (const order of [0, 1, 2, 3]) await expect(hold(cudaEmulator([c], [order]), c.made, c), `order ${order}`).rejects.toThrow(message);
+  });
 });
 
 const rows = [70, 0, 17, 64, 1, 40];

@@ -4,7 +4,7 @@
  * a buffer, threads that all wait, lanes that disagree about what they do together, a launch that never ends.
  *
  * Not shown by it: races between a thread's steps within one stretch of code. Launching in both orders of threads and blocks,
- * and comparing bits, finds most missing barriers.
+ * or in any by chance, and comparing bits, finds most missing barriers.
  */
 #pragma once
 #include <math.h>
@@ -98,6 +98,32 @@ static int count, current, running;
 static int live[maxCluster];
 static unsigned firstBlock;
 static word events;
+/** Which threads and blocks go first: 0, the first; 1, the last; else by chance, of which the number is the seed. */
+static word order;
+static word chance;
+inline word draw(word below) {
+  chance = chance * 1664525u + 1013904223u;
+  return (chance >> 8) % below;
+}
+/** Every number below `count` once, in the launch's order. */
+struct Shuffle {
+  word count, first = 0, step = 1;
+  explicit Shuffle(word n) : count(n) {
+    if (order == 1) first = n - 1, step = n - 1;
+    if (order < 2 || n < 2) return;
+    first = draw(n);
+    auto common = [](word a, word b) {
+      while (b) {
+        const word rest = a % b;
+        a = b, b = rest;
+      }
+      return a;
+    };
+    do step = 1 + draw(n - 1);
+    while (common(step, n) > 1);
+  }
+  word operator[](u64 i) const { return word((first + i * step) % count); }
+};
 static jmp_buf scheduler, abandoned;
 static char message[1024];
 
@@ -172,22 +198,35 @@ template <class Ready> inline void waitUntil(Ready ready, const char* why) {
     f.why = why;
     leave();
   }
+  events++;
 }
 
-inline void runBlock(bool backward) {
+inline void runBlock() {
   for (word rank = 0; rank < maxCluster; rank++) live[rank] = rank * blockDim.x < word(count) ? int(blockDim.x) : 0;
   for (int i = 0; i < count; i++) fibers[i].done = false, fibers[i].awaited = nullptr, fibers[i].firstCopy = fibers[i].copyCount = fibers[i].groups = 0;
+  bool all = order < 2;
   while (live[0] + live[1] > 0) {
     const word before = events;
-    bool moved = false;
+    bool moved = false, skipped = false;
+    const Shuffle threads{word(count)};
     for (int n = 0; n < count; n++) {
-      const int i = backward ? count - 1 - n : n;
+      const int i = int(threads[n]);
       Fiber& f = fibers[i];
       if (f.done || (f.awaited && *f.awaited == f.value)) continue;
+      // by chance some fall behind
+      if (!all && draw(4) == 0) {
+        skipped = true;
+        continue;
+      }
       resume(i);
       moved |= !f.spins;
     }
+    all = order < 2;
     if (moved || events != before) continue;
+    if (skipped) {
+      all = true;
+      continue;
+    }
     char list[512];
     int at = 0;
     for (int i = 0; i < count && at < 400; i++)
@@ -224,10 +263,13 @@ inline void checkBarriers() {
   for (Barrier& b : barriers[clusterRank()])
     if (b.arrived && !b.threads && b.arrived == word(live[clusterRank()])) b.arrived = 0, b.generation++;
 }
+inline void landArrivals();
+static Barrier clusterMeets;
 /** Of all threads of the cluster. */
 inline void clusterBarrier() {
-  static Barrier b;
+  Barrier& b = clusterMeets;
   const word generation = b.generation;
+  landArrivals();
   arriveAt(b, 0, word(count));
   if (b.generation == generation) waitWhile(b.generation, generation, "the cluster's barrier");
 }
@@ -465,10 +507,11 @@ struct Signals {
   }
 };
 
-inline void runGrid(unsigned shared, unsigned cluster, bool backward) {
-  const u64 blocks = u64(gridDim.x) * gridDim.y * gridDim.z;
-  for (u64 n = 0; n < blocks; n += cluster) {
-    const u64 i = backward ? blocks - cluster - n : n;
+inline void runGrid(unsigned shared, unsigned cluster) {
+  const u64 clusters = u64(gridDim.x) * gridDim.y * gridDim.z / cluster;
+  const Shuffle all{word(clusters)};
+  for (u64 n = 0; n < clusters; n++) {
+    const u64 i = u64(all[n]) * cluster;
     firstBlock = unsigned(i % gridDim.x);
     blockIdx = {firstBlock, unsigned(i / gridDim.x % gridDim.y), unsigned(i / gridDim.x / gridDim.y)};
     for (unsigned rank = 0; rank < cluster; rank++) {
@@ -476,7 +519,7 @@ inline void runGrid(unsigned shared, unsigned cluster, bool backward) {
       memset(sharedOf[rank] + shared, canary, sharedBytes - shared < page ? sharedBytes - shared : page);
     }
     beginCluster();
-    runBlock(backward);
+    runBlock();
     endCluster();
     for (unsigned rank = 0; rank < cluster; rank++)
       for (size_t at = shared; at < sharedBytes && at < shared + page; at++)
@@ -519,9 +562,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorFreeAll() 
   }
   return wrong;
 }
-/** `packed` holds one argument every 128 bytes. What went wrong, or null. `backward` 1: last blocks and threads first. */
+/** `packed` holds one argument every 128 bytes. What went wrong, or null. */
 extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
-  const char* name, const uint32_t* grid, uint32_t threads, uint32_t shared, const void* packed, uint32_t parameters, uint32_t backward) {
+  const char* name, const uint32_t* grid, uint32_t threads, uint32_t shared, const void* packed, uint32_t parameters, uint32_t orderOfAll) {
   using namespace emulator;
   const Entry* e = entries;
   while (e->name && strcmp(e->name, name)) e++;
@@ -544,6 +587,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
     endOfStack(i) = unused;
   }
   work = {e->call, args};
+  order = chance = orderOfAll;
   static Signals* handlers;
   handlers = new Signals;
   running = 1;
@@ -554,8 +598,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
     for (int i = 0; i < maxThreads; i++) fibers[i].started = false;
     memset(teams, 0, sizeof teams);
     memset(barriers, 0, sizeof barriers);
+    clusterMeets = {};
   } else
-    runGrid(shared, e->cluster, backward != 0);
+    runGrid(shared, e->cluster);
   running = 0;
   handlers->restore();
   delete handlers;

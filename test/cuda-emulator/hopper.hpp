@@ -1,7 +1,8 @@
 /**
  * Hopper's asynchronous parts, as PTX documents them: barriers with phases and expected bytes, boxes of tensors with the
  * 128-byte swizzle, products of warpgroups through operand descriptors, clusters. Everything asynchronous happens as late as it
- * may: loads when somebody waits, in any order; products and stores when they are waited for; until then sums are NaN.
+ * may: loads, and arrivals at another block's barriers, when somebody waits, in any order; products and stores when they are
+ * waited for; until then sums are NaN. Nothing may come to a block that has ended: its shared memory is another's by then.
  */
 #pragma once
 
@@ -36,11 +37,36 @@ inline void endPhase(PhaseBarrier& b) {
   b.phase ^= 1;
   b.pending = b.arrivals;
 }
-inline void barrierArrive(word address, word rank) {
+/** Arrivals at another block's barriers cross to it by themselves; by the next barrier of the cluster, which releases, they are there. */
+struct Arrival {
+  word address, rank;
+  int thread;
+};
+static Arrival arrivals[4096];
+static int arrivalCount;
+inline void mustLive(word rank, const char* what, word address) {
+  if (!live[rank]) fail("%s at byte %u of rank %u, a block that has ended", what, address, rank);
+}
+inline void land(word address, word rank) {
+  mustLive(rank, "an arrival", address);
   PhaseBarrier& b = phaseBarrierAt(address, rank);
   if (!b.pending) fail("more arrivals than the %u of the barrier at byte %u", b.arrivals, address);
   b.pending--;
   endPhase(b);
+}
+inline void landArrival(int i) {
+  const Arrival a = arrivals[i];
+  arrivals[i] = arrivals[--arrivalCount];
+  land(a.address, a.rank);
+}
+inline void landArrivals() {
+  for (int i = arrivalCount - 1; i >= 0; i--)
+    if (arrivals[i].thread == current) landArrival(i);
+}
+inline void barrierArrive(word address, word rank) {
+  if (rank == clusterRank()) return land(address, rank);
+  if (arrivalCount == 4096) fail("more than 4096 arrivals under way");
+  arrivals[arrivalCount++] = {address, rank, current};
 }
 inline void barrierExpect(word address, word bytes) {
   phaseBarrierAt(address, clusterRank()).bytes += bytes;
@@ -56,7 +82,6 @@ struct Load {
 };
 static Load loads[4096];
 static int loadCount;
-static word chance = 1;
 
 inline word swizzled(word address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -85,15 +110,20 @@ inline void tensorLoad(word to, const TensorMap& map, word barrier, word ranks, 
   if (loadCount == 4096) fail("more than 4096 loads under way");
   loads[loadCount++] = {to, barrier, ranks, map, {x, y, z}};
 }
-/** One of the loads under way arrives. */
-inline bool arriveLoad() {
-  if (!loadCount) return false;
-  chance = chance * 1664525u + 1013904223u;
-  const int i = int((chance >> 8) % word(loadCount));
+/** One of the loads and arrivals under way is there. */
+inline void happen() {
+  if (!loadCount && !arrivalCount) return;
+  if (order > 1 && draw(64)) {
+    events++;
+    return;
+  }
+  const int i = int(draw(word(loadCount + arrivalCount))) - arrivalCount;
+  if (i < 0) return landArrival(i + arrivalCount);
   const Load l = loads[i];
   loads[i] = loads[--loadCount];
   for (word rank = 0; rank < maxCluster; rank++) {
     if (!(l.ranks >> rank & 1)) continue;
+    mustLive(rank, "a box", l.to);
     eachOf(
       l.map, l.at, l.to, [&](word place, unsigned char* global) { memcpy(sharedOf[rank] + place, global, l.map.elementBytes); },
       [&](word place) { memset(sharedOf[rank] + place, 0, l.map.elementBytes); });
@@ -101,11 +131,10 @@ inline bool arriveLoad() {
     b.bytes -= l.map.box[1] * l.map.box[2] * 128ll;
     endPhase(b);
   }
-  return true;
 }
 inline void barrierWait(word address, word parity) {
   const PhaseBarrier& b = phaseBarrierAt(address, clusterRank());
-  waitUntil([&] { return b.phase != parity || (arriveLoad(), b.phase != parity); }, "a barrier in shared memory");
+  waitUntil([&] { return b.phase != parity || (happen(), b.phase != parity); }, "a barrier in shared memory");
 }
 
 struct Store {
@@ -229,7 +258,7 @@ inline void storeMatrices(word row, word a, word b, word c, word d) {
 
 inline void beginCluster() {
   memset(phaseBarrierCount, 0, sizeof phaseBarrierCount);
-  loadCount = 0;
+  loadCount = arrivalCount = 0;
   for (int i = 0; i < count; i++) {
     Async& a = asyncs[i];
     if (a.storeGroups | a.productGroups | a.storeCount | a.productCount) a.storeCount = a.storeGroups = a.productCount = a.productGroups = 0;
@@ -237,6 +266,7 @@ inline void beginCluster() {
 }
 inline void endCluster() {
   if (loadCount) fail("%d loads are still under way where all threads have ended", loadCount);
+  if (arrivalCount) mustLive(arrivals[0].rank, "an arrival", arrivals[0].address);
   for (int i = 0; i < count; i++)
     if (asyncs[i].storeCount || asyncs[i].productCount) fail("thread %d has ended with stores or products under way", i);
 }
