@@ -174,6 +174,26 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     });
   });
 
+  test("a step that does not end says where the device stands", async () => {
+    const plan = handOf({ world: 2, forward: [runs("put", "x"), moveOf("all_reduce", "x", "y"), runs("put", "z")] });
+    cuda.serve(putAndSpoil);
+    const fleets = await cuda.openAll(plan, { profile: true });
+    const [put, move, other] = plan.programs[0]!.forward as [Compute, Move, Compute];
+    const issue = (rank: number) => {
+      fleets[rank]!.beginStep();
+      fleets[rank]!.backend(rank).compute(put, 0);
+      fleets[rank]!.comm.move(rank, move, at);
+      fleets[rank]!.backend(rank).compute(other, 0);
+      return fleets[rank]!.finish();
+    };
+    // the other rank has not come
+    const first = issue(0);
+    expect(fleets[0]!.underWay()).toMatchObject({ id: "y.all_reduce", op: "all_reduce" });
+    await Promise.all([first, issue(1)]);
+    expect(fleets[0]!.underWay()).toBeUndefined();
+    await closeAll(fleets);
+  });
+
   test("within a step that is a graph nothing is read, and the writes of all steps are alike", async () => {
     const plan = handOf({});
     const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];

@@ -15,7 +15,7 @@ import { bytesBeside, openComm, type Share } from "./comm.ts";
 import { driver, type Event, type Pinned } from "./driver.ts";
 import { openSteps } from "./graph.ts";
 import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
-import { openLanes, type Timed } from "./lanes.ts";
+import { type Label, openLanes, type Timed } from "./lanes.ts";
 import { type Bound, binder } from "./launches.ts";
 
 export interface CudaSettings {
@@ -38,6 +38,8 @@ export interface CudaFleet extends Fleet {
   idle(): number | undefined;
   /** With `profile`: the instructions of the last step in the order of issue, times in µs from its beginning. */
   profile(): (Timed & { readonly rank: number })[];
+  /** With `profile`: the first instruction of this step that the device has not done: where it stands, or hangs. */
+  underWay(): Label | undefined;
 }
 
 export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaFleet> {
@@ -166,6 +168,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     },
     idle: () => steps.idle(),
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),
+    underWay: () => lanes.underWay(),
     async close(error) {
       comm.close(error || broken || signal?.aborted ? "abort" : "done");
       steps.close();

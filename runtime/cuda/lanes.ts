@@ -131,6 +131,8 @@ export function openLanes(context: Context) {
             end_us: 1000 * context.elapsed(timing!.began, to),
           }))
         : [],
+    /** Since the last `begin(true)`: the first work, in the order of issue, that is not done. */
+    underWay: (): Label | undefined => timing?.marks.find(({ to }) => !context.happened(to))?.label,
     close(): void {
       const clocks = timing ? [timing.began, ...timing.spare, ...timing.marks.flatMap(({ from, to }) => [from, to])] : [];
       for (const e of [...spare, ...clocks, ...pending.map((p) => p.event), computed]) context.destroyEvent(e);
