@@ -1,0 +1,41 @@
+/** A script whose device hangs says where it stood and ends, whatever its main thread does. */
+import { spawn } from "node:child_process";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { root } from "./checkout.ts";
+
+/** How a script ends that has a limit of half a second for its second part; `rest` is what it does in it. */
+async function ended(rest: string, explain = "undefined"): Promise<{ code: number | null; signal: string | null; said: string }> {
+  const script = `
+    import { startDeadline } from ${JSON.stringify(join(root, "test/deadline.ts"))};
+    const limits = startDeadline("bench", () => ${explain}, { grace: 300, told: [process.execPath, "-e", "console.log('the device: 100 %')"] });
+    limits.part("weights", 60);
+    limits.part("step 3", 0.5);
+    ${rest}`;
+  const child = spawn(process.execPath, ["--import", "tsx/esm", "--input-type=module", "-e", script], {
+    cwd: root,
+    timeout: 20_000,
+    killSignal: "SIGKILL",
+  });
+  let said = "";
+  child.stderr.on("data", (data) => (said += data));
+  return new Promise((done) => child.on("close", (code, signal) => done({ code, signal, said })));
+}
+
+test.each([
+  [
+    "computes",
+    "limits.at('w1.wgrad is issued'); for (;;) {}",
+    "w1.wgrad is issued; the main thread does not answer: it computes, or is within a call",
+  ],
+  ["waits", "limits.at('all is issued'); setInterval(() => {}, 10);", "all is issued; the device is at w1.wgrad"],
+])("a main thread that %s", { timeout: 30_000 }, async (_, rest, words) => {
+  const { signal, said } = await ended(rest, "'the device is at w1.wgrad'");
+  expect(signal).toBe("SIGKILL");
+  expect(said).toMatch(/^ +\d+\.\d s {2}weights\n +\d+\.\d s {2}step 3\n/);
+  expect(said).toContain(`bench: no end of step 3 within 0.5 s; ${words}\nthe device: 100 %\n`);
+});
+
+test("a script that ends in time just ends", { timeout: 30_000 }, async () => {
+  expect(await ended("limits.at('all is done')")).toMatchObject({ code: 0, signal: null });
+});
