@@ -14,7 +14,7 @@ export interface Pipeline {
 type Sized = Pick<Job, "model" | "parallel">;
 
 /** Positions of the model: the embedding, its layers, the head. */
-export const positionsOf = ({ model }: Pick<Job, "model">): number => model.layers + 2;
+const positionsOf = ({ model }: Pick<Job, "model">): number => model.layers + 2;
 
 /** By `parallel.layout` where it is given, else layers are split evenly, in order: the embedding goes with the first, the head with the last. */
 export function pipelineOf(job: Sized): Pipeline {
