@@ -178,7 +178,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     const plan = handOf({ world: 2, forward: [runs("put", "x"), moveOf("all_reduce", "x", "y"), runs("put", "z")] });
     cuda.serve(putAndSpoil);
     const fleets = await cuda.openAll(plan, { profile: true });
-    const [put, move, other] = plan.programs[0]!.forward as [Compute, Move, Compute];
+    const [put, move, other] = plan.programs[0]!.chunks[0]!.forward as [Compute, Move, Compute];
     const issue = (rank: number) => {
       fleets[rank]!.beginStep();
       fleets[rank]!.backend(rank).compute(put, 0);
