@@ -170,8 +170,9 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),
     underWay: () => lanes.underWay(),
     async close(error) {
-      comm.close(error || broken || signal?.aborted ? "abort" : "done");
+      // NCCL waits for ever for a graph that holds its calls, even when it aborts
       steps.close();
+      comm.close(error || broken || signal?.aborted ? "abort" : "done");
       for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
       context.destroyEvent(done);
       lanes.close();
