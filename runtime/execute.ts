@@ -69,20 +69,19 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   const kept = new Map<string, Promise<HostData>[][]>();
   let steps = 0;
 
+  /** One parameter after the other, on all ranks that have it: a checkpoint's is in memory once, and no longer than it must. */
   function initialize(): void {
-    const seen = new Map<string, Float32Array>();
-    for (const r of ranks)
-      for (const p of programOf(r).parameters) {
-        const targets = [...new Set([p.buffer, p.master])].map((id) => bufferOf(r, id));
-        for (const b of targets) {
-          if (!checkpoint) {
-            fleet.backend(r).write(b, 0, initial(p.name, p.init, b, r));
-            continue;
-          }
-          if (!seen.has(p.name)) seen.set(p.name, checkpoint.read(p.name, b.sizes));
-          fleet.backend(r).write(b, 0, pieceOf(seen.get(p.name)!, b, r));
+    const all = new Map<string, { r: number; p: Plan["programs"][number]["parameters"][number] }[]>();
+    for (const r of ranks) for (const p of programOf(r).parameters) all.set(p.name, [...(all.get(p.name) ?? []), { r, p }]);
+    for (const [name, places] of all) {
+      let whole: Float32Array | undefined;
+      for (const { r, p } of places)
+        for (const id of new Set([p.buffer, p.master])) {
+          const b = bufferOf(r, id);
+          if (checkpoint) whole ??= checkpoint.read(name, b.sizes);
+          fleet.backend(r).write(b, 0, whole ? pieceOf(whole, b, r) : initial(name, p.init, b, r));
         }
-      }
+    }
   }
 
   const ranges = (b: Buffer, r: number) =>
@@ -106,6 +105,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     walk(0, 0);
   }
   function pieceOf<T extends HostData>(whole: T, b: Buffer, r: number): T {
+    if (whole.length === elementsOf(b.shape)) return whole;
     const out = (whole instanceof Int32Array ? new Int32Array(elementsOf(b.shape)) : new Float32Array(elementsOf(b.shape))) as T;
     visitRuns(b, r, (global, local, n) => out.set(whole.subarray(global, global + n), local));
     return out;
@@ -201,6 +201,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
 
   initialize();
   let stopped = false;
+  /** The batch of the step to come. */
+  let next: ReturnType<BatchOf> | undefined;
   return {
     leads: ranks.includes(0),
     mayBegin: () => fleet.mayBegin?.() ?? !stopped,
@@ -210,7 +212,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     },
     async step() {
       const begun = performance.now();
-      const { ids, labels } = batch(steps);
+      const { ids, labels } = next ?? batch(steps);
       const lr = learningRate(train.optimizer, steps);
       steps++;
       kept.clear();
@@ -235,7 +237,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
         };
       const replayed = fleet.beginStep?.() ?? false;
       runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
-      await fleet.finish();
+      // the next batch is read while the device works
+      [, next] = await Promise.all([fleet.finish(), (async () => batch(steps))()]);
       const [loss, aux_loss, grad_norm] = await numbers();
       return {
         step: steps,
