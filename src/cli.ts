@@ -140,7 +140,7 @@ withExamples(
 ).action(async (path: string, options: Common & RunOptions & { target?: string; dataDir?: string }) => {
   const [{ runPlan }, { targetOf }] = await Promise.all([import("./cliRun.ts"), import("./target.ts")]);
   const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
-  process.exitCode = await runPlan(planned, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), options);
+  process.exitCode = await runPlan(planned, options.dataDir ?? (isDirectory(path) ? path : dirname(path)), { ...options, leave });
 });
 
 withExamples(
@@ -330,6 +330,12 @@ function wholeNumber(text: string): number {
 function atLeastOne(text: string): number {
   if (wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
   return Number(text);
+}
+
+/** A moment for the last words; then the process ends with its exit code, by what is given. */
+function leave(end: (code: number) => void): void {
+  process.once("exit", end);
+  setTimeout(() => process.exit(), 5000).unref();
 }
 
 /** Every error becomes a message and an exit code here, and nowhere else. */

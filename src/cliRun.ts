@@ -17,6 +17,8 @@ export interface RunOptions {
   readonly dumpGrads?: string;
   readonly profile?: string;
   readonly graph: boolean;
+  /** The process is to end soon, and by this, whatever its device is in the midst of. */
+  readonly leave: (end: (code: number) => void) => void;
 }
 
 /** What a run needs of a plan: itself, and its kernels by the name of their file. */
@@ -91,6 +93,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     }
   } catch (error) {
     failed = error as Error;
+    if (options.backend === "cuda") options.leave((await import("../runtime/cuda/leave.ts")).endWithoutDriver());
     throw error;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);

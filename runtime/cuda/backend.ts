@@ -170,9 +170,18 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),
     underWay: () => lanes.underWay(),
     async close(error) {
-      // NCCL waits for ever for a graph that holds its calls, even when it aborts
-      steps.close();
-      comm.close(error || broken || signal?.aborted ? "abort" : "done");
+      if (error || broken || signal?.aborted) {
+        const aborted = comm.abort();
+        context.record(done, stream);
+        // what does not end leaves all as it is: the process ends soon, and the driver takes it back
+        if (!(await within(PATIENCE, () => context.happened(done)))) return;
+        steps.close();
+        await Promise.race([aborted, setTimeout(PATIENCE)]);
+      } else {
+        // NCCL would wait for ever for a graph that holds its calls
+        steps.close();
+        comm.close();
+      }
       for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
       context.destroyEvent(done);
       lanes.close();
@@ -181,6 +190,21 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       context.close();
     },
   };
+}
+
+/** Milliseconds that what is aborted may take to end. */
+const PATIENCE = 2000;
+async function within(milliseconds: number, asked: () => boolean): Promise<boolean> {
+  const last = performance.now() + milliseconds;
+  for (;;) {
+    try {
+      if (asked()) return true;
+    } catch {
+      return false;
+    }
+    if (performance.now() > last) return false;
+    await setTimeout(1);
+  }
 }
 
 type Words = typeof Float32Array | typeof Int32Array | typeof Uint16Array;

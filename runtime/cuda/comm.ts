@@ -26,8 +26,10 @@ interface Communicators {
 export interface CudaComm extends Comm {
   /** Throws when a rank has failed. */
   check(): void;
-  /** After a failure, or in good order. */
-  close(how: "abort" | "done"): void;
+  /** Ends what is under way after a failure; see `Communicator.abort`. */
+  abort(): Promise<void>;
+  /** In good order: graphs that hold its calls have ended before. */
+  close(): void;
 }
 
 /** Device memory that comm needs beyond the plan's: copies of what is sent, and room for exchanges in place. */
@@ -167,8 +169,11 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
     check() {
       for (const c of communicators?.made ?? []) c.check();
     },
-    close(how) {
-      for (const c of communicators?.made.toReversed() ?? []) how === "abort" ? c.abort() : c.close();
+    async abort() {
+      await Promise.all(communicators?.made.map((c) => c.abort()) ?? []);
+    },
+    close() {
+      for (const c of communicators?.made.toReversed() ?? []) c.close();
       for (const at of [...mailboxes.values(), ...(aside === undefined ? [] : [aside])]) context.free(at);
     },
   };

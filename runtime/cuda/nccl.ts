@@ -26,8 +26,11 @@ export type Communicator = {
   readonly split: (members: readonly number[] | undefined) => Communicator | undefined;
   /** Throws what went wrong since, here or at another rank. */
   readonly check: () => void;
-  /** Ends what is under way at once: the way out when a rank has failed. */
-  readonly abort: () => void;
+  /**
+   * Ends what is under way: the way out when a rank has failed. It is done on a thread of its own, for NCCL waits there for graphs
+   * that hold its calls; resolves when it has ended, which may be never.
+   */
+  readonly abort: () => Promise<void>;
   readonly close: () => void;
 };
 
@@ -131,7 +134,7 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
       check("ncclCommGetAsyncError", asyncError(own, code));
       if (code[0] !== IN_PROGRESS) check("a collective", code[0]!);
     },
-    abort: () => check("ncclCommAbort", abort(own)),
+    abort: () => new Promise((resolve) => void abort.async(own, () => resolve())),
     close: () => check("ncclCommDestroy", destroy(own)),
   };
 }

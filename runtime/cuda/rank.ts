@@ -101,9 +101,10 @@ function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting):
       return [...all];
     },
     async close(error) {
-      await fleet.close(error);
+      // the others hear of it first: what this device is in the midst of may not end before they stop
       if (error) await meeting.fail(error.message);
-      else await meeting.close();
+      await fleet.close(error);
+      if (!error) await meeting.close();
     },
   };
 }

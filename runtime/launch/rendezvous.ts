@@ -54,7 +54,7 @@ export interface Meeting {
   close(): Promise<void>;
 }
 
-const defaults: Times = { timeout: 300, hang: 600, beat: 2, lost: 20, grace: 2 };
+const defaults: Times = { timeout: 300, hang: 600, beat: 2, lost: 15, grace: 2 };
 
 /** RANKC_TIMEOUT and RANKC_HANG in seconds. */
 export function timesOf(env: Env): Times {
