@@ -145,6 +145,25 @@ const OptimizerText = z.strictObject({
   clip: real.default(1.0).describe("largest global norm of the gradient; 0 = no clipping"),
 });
 
+const Recompute = z.strictObject({
+  mode: z
+    .enum(["none", "selective", "full"])
+    .default("none")
+    .describe("activations that backward makes again instead of keeping them: of named modules, or of whole layers"),
+  modules: z
+    .array(z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]))
+    .min(1)
+    .default(["core_attn"])
+    .describe("mode selective: which modules, by the names that Megatron Core gives them"),
+  method: z
+    .enum(["uniform", "block"])
+    .default("uniform")
+    .describe(
+      "mode full. uniform: all layers, keeping what enters every `layers`-th of them; block: the first `layers` of each stage or chunk",
+    ),
+  layers: count.default(1).describe("mode full: layers of a group (uniform), or how many (block)"),
+});
+
 const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
@@ -153,6 +172,7 @@ const TrainText = z.strictObject({
     .enum(["fp32", "bf16"])
     .default("bf16")
     .describe("bf16: parameters and activations in bf16, sums, main gradients and optimizer in fp32"),
+  recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of the initial weights and of the shuffle"),
   init_std: real.default(0.02).describe("standard deviation of the initial weights"),
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),

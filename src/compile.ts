@@ -10,6 +10,7 @@ import { buildModel } from "./model.ts";
 import { pipelineOf, stageOfVirtual } from "./pipeline.ts";
 import { sealPlan } from "./plan.ts";
 import { printProgram } from "./programText.ts";
+import { recomputed } from "./recompute.ts";
 import { printSchedule, schedule } from "./schedule.ts";
 import { type Options, printSharded, shard } from "./shard.ts";
 import type { Stage } from "./stages.ts";
@@ -33,7 +34,7 @@ export interface Settings extends Pick<Options, "pick"> {
 export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
   const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job));
+  const graph = addBackward(buildModel(job), recomputed(job, pipeline));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
     shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,

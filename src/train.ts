@@ -16,9 +16,26 @@ export interface Graph {
   readonly gradOf: ReadonlyMap<Value, Value>;
 }
 
-export function addBackward(losses: readonly Loss[]): Graph {
+/** `again` says which nodes' outputs backward makes once more, from what it has: it sees clones of them. */
+export function addBackward(losses: readonly Loss[], again: (node: Node) => boolean = () => false): Graph {
   const forward = topological(losses.map((l) => l.value));
   const seen = new Set(forward);
+  const clones = new Map<Node, Node>();
+  const backwardSees = (v: Value): Value => {
+    if (!v.node || !again(v.node)) return v;
+    const { op, args, attrs, id, position, pin, outs } = v.node;
+    let clone = clones.get(v.node);
+    if (!clone) {
+      const made = Object.values(
+        op.all(Object.fromEntries(op.inputs.map((t, i) => [t.name, backwardSees(args[i]!)])), attrs, `${id}.again`),
+      );
+      clone = made[0]!.node!;
+      clones.set(v.node, clone);
+      for (const [i, out] of clone.outs.entries()) out.dtype = outs[i]!.dtype;
+      Object.assign(clone, { position, pin, backward: true });
+    }
+    return clone.outs[v.out]!;
+  };
   const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", position: 0 }, cut: [] };
   const grad = new Map<Value, Value>(losses.map((l) => [l.value, one]));
   const parameterGrads = new Map<Value, Value[]>();
@@ -33,11 +50,13 @@ export function addBackward(losses: readonly Loss[]): Graph {
   };
   const adopt = (v: Value, from: Node, id?: string) => {
     for (const n of topological([v], seen)) {
+      back.push(n);
+      // a clone has all of its own
+      if (n.backward) continue;
       n.id = unique(id ?? `${from.id}.${n.op.suffix ?? "grad"}`);
       n.position = from.position;
       n.backward = true;
       if (n.op !== add) n.pin = from.pin;
-      back.push(n);
     }
   };
 
@@ -46,7 +65,8 @@ export function addBackward(losses: readonly Loss[]): Graph {
     const dy = grad.get(y);
     if (!dy || !node.op.grad) continue;
     const named = Object.fromEntries(node.op.inputs.map((t, i) => [t.name, node.args[i]!]));
-    for (const [name, part] of Object.entries(node.op.grad(named, { y, dy }, node.attrs))) {
+    const sight = Object.fromEntries(Object.entries(named).map(([name, v]) => [name, backwardSees(v)]));
+    for (const [name, part] of Object.entries(node.op.grad(sight, { y: backwardSees(y), dy }, node.attrs))) {
       const v = named[name]!;
       if (v.leaf?.kind === "input") continue;
       adopt(part, node);

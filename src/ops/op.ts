@@ -68,6 +68,8 @@ export interface Operand {
 }
 /** An op as the passes and the runtime see it: names are strings. */
 export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates"> {
+  /** Applies the op; its outputs by name. */
+  all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
   readonly types?: Readonly<Record<string, Dtype>>;

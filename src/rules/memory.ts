@@ -8,6 +8,7 @@ import { layOut } from "../memory.ts";
 import { buildMesh } from "../mesh.ts";
 import { buildModel } from "../model.ts";
 import { pipelineOf, stageOfVirtual } from "../pipeline.ts";
+import { recomputed } from "../recompute.ts";
 import { schedule } from "../schedule.ts";
 import { shard } from "../shard.ts";
 import { addBackward } from "../train.ts";
@@ -35,7 +36,7 @@ const peaksAt = (job: Job, perChunk: number): number[] =>
 function peaksOf(job: Job): number[] {
   const mesh = buildMesh(job);
   const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job));
+  const graph = addBackward(buildModel(job), recomputed(job, pipeline));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
     shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,

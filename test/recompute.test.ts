@@ -1,0 +1,68 @@
+/** What backward makes again changes memory and flops, and no number; on any mesh. */
+import { describe, expect, test } from "vitest";
+import { openRun } from "../runtime/run.ts";
+import { instructionsOf } from "../schemas/program.ts";
+import { compile } from "../src/compile.ts";
+import { inspectPlan } from "../src/inspect.ts";
+import { fixture, jobOf } from "./support.ts";
+
+const jobWith = (recompute: object, parallel: object = {}, moe: object | null = {}) =>
+  jobOf({
+    name: "again",
+    model: {
+      ...{ layers: 4, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16 },
+      moe: moe && { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 }, ...moe },
+    },
+    parallel,
+    train: { global_batch: 8, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, recompute },
+    data: { path: "corpus.txt" },
+  });
+
+async function train(job: ReturnType<typeof jobOf>) {
+  const { plan } = compile(job);
+  const run = await openRun(plan, { baseDir: fixture("") });
+  const steps = [await run.step(), await run.step()].map(({ loss, aux_loss, grad_norm }) => ({ loss, aux_loss, grad_norm }));
+  const gradients = await run.gradients();
+  await run.close();
+  const again = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.includes(".again") && i.kind === "compute" ? [i.op] : []));
+  return { steps, gradients, again, activations: plan.memory[0]!.activation[0]!, flops: inspectPlan(plan).roles[0]!.flops.per_step };
+}
+
+const meshes = {
+  "one rank": {},
+  "tensor 2 with sequence, expert 4": { world: 4, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true },
+  "two stages of two chunks, expert 2": { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 },
+};
+const ways = {
+  "the attention core": { mode: "selective" },
+  "norms and the activation of experts": { mode: "selective", modules: ["layernorm", "moe_act"] },
+  "whole experts": { mode: "selective", modules: ["moe"] },
+  "all of every layer": { mode: "full" },
+  "all of every second layer's group": { mode: "full", layers: 2 },
+  "one layer of a stage or chunk": { mode: "full", method: "block", layers: 1 },
+};
+
+describe.each(Object.entries(meshes))("%s", (_, parallel) => {
+  test.each(Object.entries(ways))("%s made again: the same bits, less memory, more flops", async (_, recompute) => {
+    const [kept, made] = [await train(jobWith({ mode: "none" }, parallel)), await train(jobWith(recompute, parallel))];
+    expect(kept.again).toEqual([]);
+    expect(made.again.length).toBeGreaterThan(0);
+    expect(made.steps).toEqual(kept.steps);
+    for (const [name, g] of kept.gradients) expect(made.gradients.get(name)!.data, name).toEqual(g.data);
+    expect(made.activations).toBeLessThan(kept.activations);
+    const costs = made.again.some((op) => /gemm|attention/.test(op));
+    expect(made.flops > kept.flops).toBe(costs);
+  });
+});
+
+test("full recomputation keeps what enters a layer, and nothing between", () => {
+  const { plan } = compile(jobWith({ mode: "full" }, {}, null));
+  const kept = plan.programs[0]!.buffers.filter((b) => b.kind === "activation").map((b) => b.id);
+  // the tokens, what enters each layer, and what the head and the loss take
+  expect(kept.filter((id) => id.startsWith("layers."))).toEqual([0, 1, 2, 3].map((i) => `layers.${i}.mlp.residual`));
+});
+
+test("a dense model's feed-forward part, by name", async () => {
+  const { again } = await train(jobWith({ mode: "selective", modules: ["mlp"] }, {}, null));
+  expect(again).toEqual(Array.from({ length: 4 }, () => ["gemm", "gemm", "swiglu"]).flat());
+});
