@@ -22,6 +22,11 @@ export function attend(part: Part, x: Value): Value {
   const q = positioned("q", normed("q_norm", "Q", projected("wq", "D,Q@tp")));
   const k = positioned("k", normed("k_norm", "KV", projected("wk", "D,KV@tp")));
   const v = projected("wv", "D,KV@tp");
-  const mixed = attention.of({ q, k, v }, { C: m.head_dim, M: m.heads / m.kv_heads }, at("attn.core"));
+  const C = m.head_dim;
+  const mixed = attention.of(
+    { q, k, v },
+    { C, W: C, M: m.heads / m.kv_heads, scale: 1 / Math.sqrt(C), chunk: 0, ranks: 1 },
+    at("attn.core"),
+  );
   return gemm.of({ x: mixed, w: weight("wo", "Q@tp,D") }, {}, at("attn.wo"));
 }

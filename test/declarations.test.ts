@@ -16,7 +16,7 @@ describe("a signature that lies is caught", () => {
     "a norm that may be cut in its width": op({ name: "rmsnorm", sig: "x[B,S,D] gain[D] -> y[B,S,D]", cpu: rmsnorm.cpu }),
     "attention over a piece of the keys": op({
       name: "attention",
-      sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
+      sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
       cpu: attention.cpu,
     }),
     "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
@@ -35,7 +35,7 @@ describe("a signature that lies is caught", () => {
     }),
     "a causal mask that starts with the piece": op({
       name: "attention",
-      sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
+      sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
       cpu: (t, d, p) => attention.cpu(t, d, local(p)),
     }),
     "ids counted from the piece of the vocabulary": op({
@@ -84,7 +84,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -107,6 +107,9 @@ test("what each op allows to cut", () => {
     rope: B S H
     attention: B S G
     attention_grad: B S G
+    attention_part: B S G U (merge)
+    attention_part_grad: B S G U
+    attention_merge: B S H
     embed: B S V D
     embed_grad: B S V D
     row_max: B S V (max)
@@ -171,9 +174,9 @@ test("shapes that disagree throw with the place", () => {
 });
 
 test("an inner factor comes from the attributes, and its dim from what is left of the size", () => {
-  const o = attention.of({ q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 12) }, { M: 2, C: 4 });
+  const o = attention.of({ q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 15) }, { M: 2, C: 4, W: 5 });
   expect(o.node!.size).toMatchObject({ G: 3, S: 4, U: 4 });
-  expect(o.sizes).toEqual([1, 4, 24]);
+  expect(o.sizes).toEqual([1, 4, 30]);
 });
 
 test("a ragged value has its slots first, and keeps how many rows a token has", () => {

@@ -1,4 +1,5 @@
 /** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
+import { attentionMerge } from "../src/ops/attention.ts";
 import { type AnyOp, type Attrs, expandLike, type Operand, type Slot, slotSize } from "../src/ops/op.ts";
 
 export type Sizes = Readonly<Record<string, number>>;
@@ -17,7 +18,23 @@ export interface Case {
 // small, different where they may differ, and none of them 1, so that every dim has two pieces
 const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, "#0": 3, "#1": 4 };
 const ATTRS = {
-  ...{ C: 4, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, theta: 100, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1 },
+  ...{
+    C: 4,
+    W: 6,
+    M: 2,
+    P: 2,
+    chunk: 0,
+    ranks: 2,
+    k: 2,
+    normalize: 1,
+    eps: 0.1,
+    theta: 100,
+    sign: 1,
+    count: 12,
+    c: 0.3,
+    scale: 0.5,
+    max: 1,
+  },
   ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 
@@ -120,16 +137,27 @@ export function cutError(c: Case, dim: string, at: number): number {
     const has = o.slots.some((s) => s.dim === dim);
     const want = has ? spans.map(([from, to]) => take(whole[o.name]!, o, c, dim, from, to)) : [whole[o.name]!];
     const [a, b] = pieces.map((p) => p[o.name]!) as [Float32Array, Float32Array];
-    const have = has ? [a, b] : [a.map((x, i) => (c.op.owes === "max" ? Math.max(x, b[i]!) : x + b[i]!))];
+    const have = has ? [a, b] : [c.op.owes === "merge" ? merged(c, pieces)[o.name]! : together(c.op.owes, a, b)];
     for (const [i, w] of want.entries()) error = Math.max(error, distance(have[i]!, w));
   }
   return error;
+}
+
+const together = (owes: "max" | undefined, a: Float32Array, b: Float32Array): Float32Array =>
+  a.map((x, i) => (owes === "max" ? Math.max(x, b[i]!) : x + b[i]!));
+/** What attention to two pieces of the keys makes of the whole. */
+function merged({ sizes }: Case, [a, b]: readonly Record<string, Float32Array>[]): Record<string, Float32Array> {
+  const out = { o: new Float32Array(a!.o!.length), lse: new Float32Array(a!.lse!.length) };
+  const d = { B: sizes.B!, S: sizes.S!, H: sizes.G! * sizes.M!, W: sizes.W! };
+  attentionMerge.cpu({ a: a!.o!, la: a!.lse!, b: b!.o!, lb: b!.lse!, ...out }, d, { start: () => 0, rows: new Int32Array(1) });
+  return out;
 }
 
 /** The largest difference, relative where numbers are large; NaN counts as infinitely far. */
 export function distance(have: Float32Array, want: Float32Array): number {
   let error = have.length >= want.length ? 0 : Infinity;
   for (let i = 0; i < want.length; i++) {
+    if (have[i] === want[i]) continue;
     const d = Math.abs(have[i]! - want[i]!) / (1 + Math.abs(want[i]!));
     error = d >= 0 ? Math.max(error, d) : Infinity;
   }

@@ -1,5 +1,9 @@
-/** Causal grouped-query attention and rotary positions. A query's position is global, whatever piece of the sequence is here. */
-import { type Grads, op } from "./op.ts";
+/**
+ * Causal grouped-query attention, on all keys or on a piece of them, and rotary positions. Positions are global, whatever piece of
+ * the sequence is here.
+ */
+import { type Attrs, type Grads, op, type Place } from "./op.ts";
+import { positionOf } from "./positions.ts";
 
 /** Pairs (c, c + C/2) turn by sign · position · theta^(−2c/C), as in Hugging Face's models; the gradient turns back. */
 export const rope = op({
@@ -44,26 +48,21 @@ function turns(start: number, count: number, C: number, theta: number) {
   return table;
 }
 
-/** Query head g·M + m reads key head g; scores are q·k/√C. `lse` is the log-sum-exp of a query's scores, kept for the gradient. */
+type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
+/** Queries and keys have width C, values and outputs W; query head g·M + m reads key head g. `scale`, `chunk` and `ranks` are attributes. */
+type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
+
+/**
+ * A query sees the keys at its own position and before; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, kept for
+ * the gradient. With a `chunk`, queries and keys lie in zigzag order over `ranks` ranks (positions.ts).
+ */
 export const attention = op({
   name: "attention",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] -> o[B,S,G*M*C] lse[B,S,G*M]",
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
   types: { lse: "f32" },
-  // two products of 2·S·U·C per head, of which causality leaves half
-  flops: ({ B, S, U, G, M, C }) => (2 * 2 * B * S * U * G * M * C) / 2,
-  cpu({ q, k, v, o, lse }, d, p) {
-    const { G, C } = d;
-    const sum = new Float64Array(C);
-    attend(q, k, d, p.start("S"), (weight, visible, iq, ik, log) => {
-      lse[iq / C] = log;
-      sum.fill(0);
-      for (let u = 0, at = ik; u < visible; u++, at += G * C) {
-        const w = weight[u]!;
-        for (let c = 0; c < C; c++) sum[c]! += w * v[at + c]!;
-      }
-      for (let c = 0; c < C; c++) o[iq + c] = sum[c]!;
-    });
-  },
+  // a product of 2·S·U·C and one of 2·S·U·W per head, of which causality leaves half
+  flops: ({ B, S, U, G, M, C, W }) => (2 * B * S * U * G * M * (C + W)) / 2,
+  cpu: mix,
   grad({ q, k, v }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionGrad.all({ q, k, v, o: y, lse: y.node!.outs[1]!, dy }, a);
     return { q: dq, k: dk, v: dv };
@@ -71,75 +70,125 @@ export const attention = op({
 });
 /**
  * With weights w = exp(score − lse) of one query: dv = w·dy; dw = dy·v; the softmax takes ds = w·(dw − Σ w·dw), and Σ w·dw = o·dy;
- * dq = Σ ds·k/√C, dk = ds·q/√C.
+ * dq = Σ ds·scale·k, dk = ds·scale·q.
  */
 export const attentionGrad = op({
   name: "attention_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*C] o[B,S,G*M*C] lse[B,S,G*M] dy[B,S,G*M*C] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*C]",
-  // five products: the scores once more, dw, dq, dk and dv
-  flops: ({ B, S, U, G, M, C }) => (5 * 2 * B * S * U * G * M * C) / 2,
-  cpu({ q, k, v, o, lse, dy, dq, dk, dv }, d, p) {
-    const { B, S, U, G, M, C } = d;
-    const start = p.start("S");
-    const sum = new Float64Array(C);
-    // many queries meet in one key: their sum is kept in double until the end
-    const keys = new Float64Array(dk.length);
-    const values = new Float64Array(dv.length);
-    for (let h = 0; h < B * S * G * M; h++) {
-      const iq = h * C;
-      const token = Math.floor(h / (G * M));
-      let dot = 0;
-      for (let c = 0; c < C; c++) dot += dy[iq + c]! * o[iq + c]!;
-      const visible = Math.min(U, start + (token % S) + 1);
-      sum.fill(0);
-      let at = (Math.floor(token / S) * U * G + Math.floor((h % (G * M)) / M)) * C;
-      for (let u = 0; u < visible; u++, at += G * C) {
-        let score = 0;
-        let dw = 0;
-        for (let c = 0; c < C; c++) {
-          score += q[iq + c]! * k[at + c]!;
-          dw += dy[iq + c]! * v[at + c]!;
-        }
-        const w = Math.exp(score / Math.sqrt(C) - lse[h]!);
-        const ds = (w * (dw - dot)) / Math.sqrt(C);
-        for (let c = 0; c < C; c++) {
-          sum[c]! += ds * k[at + c]!;
-          keys[at + c]! += ds * q[iq + c]!;
-          values[at + c]! += w * dy[iq + c]!;
-        }
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*W]",
+  flops: gradFlops,
+  cpu: mixGrad,
+});
+
+/**
+ * Attention to a piece of the keys, for compilers that bring pieces past the queries: attention_merge makes the whole of two. A query that
+ * sees no key of the piece has o = 0 and lse = −∞.
+ */
+export const attentionPart = op({
+  name: "attention_part",
+  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  owes: "merge",
+  types: { lse: "f32" },
+  // of its pieces' products causality leaves half, all together
+  flops: ({ B, S, U, G, M, C, W }) => (2 * B * S * U * G * M * (C + W)) / 2,
+  cpu: mix,
+});
+/** What a piece of the keys gives and gets: o and lse are the whole's, so that the gradients of queries add up over the pieces. */
+export const attentionPartGrad = op({
+  name: "attention_part_grad",
+  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G*C] dv[B,U,G*W]",
+  flops: gradFlops,
+  cpu: mixGrad,
+});
+/** Attention to two pieces of the keys from attention to each; of neither where both are nothing. */
+export const attentionMerge = op({
+  name: "attention_merge",
+  sig: "a[B,S,H*W] la[B,S,H] b[B,S,H*W] lb[B,S,H] -> o[B,S,H*W] lse[B,S,H]",
+  types: { lse: "f32" },
+  cpu({ a, la, b, lb, o, lse }, { B, S, H, W }) {
+    for (let i = 0; i < B * S * H; i++) {
+      const most = Math.max(la[i]!, lb[i]!);
+      if (most === -Infinity) {
+        lse[i] = most;
+        o.fill(0, i * W, i * W + W);
+        continue;
       }
-      for (let c = 0; c < C; c++) dq[iq + c] = sum[c]!;
+      const [wa, wb] = [Math.exp(la[i]! - most), Math.exp(lb[i]! - most)];
+      lse[i] = most + Math.log(wa + wb);
+      for (let c = i * W; c < i * W + W; c++) o[c] = (wa * a[c]! + wb * b[c]!) / (wa + wb);
     }
-    dk.set(keys);
-    dv.set(values);
   },
 });
 
-/** Visits each query head with the softmax weights of the keys it sees, where its own vector begins, where its first key's does, and its log-sum-exp. */
-function attend(
-  q: Float32Array,
-  k: Float32Array,
-  { B, S, U, G, M, C }: Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>,
-  start: number,
-  visit: (weight: Float64Array, visible: number, iq: number, ik: number, lse: number) => void,
-): void {
-  const weight = new Float64Array(U);
-  for (let b = 0; b < B; b++)
-    for (let s = 0; s < S; s++)
-      for (let h = 0; h < G * M; h++) {
-        const iq = ((b * S + s) * G * M + h) * C;
-        const ik = (b * U * G + Math.floor(h / M)) * C;
-        const visible = Math.min(U, start + s + 1);
-        let max = -Infinity;
-        for (let u = 0, at = ik; u < visible; u++, at += G * C) {
-          let x = 0;
-          for (let c = 0; c < C; c++) x += q[iq + c]! * k[at + c]!;
-          weight[u] = x / Math.sqrt(C);
-          max = Math.max(max, weight[u]!);
-        }
-        let sum = 0;
-        for (let u = 0; u < visible; u++) sum += weight[u] = Math.exp(weight[u]! - max);
-        for (let u = 0; u < visible; u++) weight[u]! /= sum;
-        visit(weight, visible, iq, ik, max + Math.log(sum));
+// five products: the scores once more, dq and dk of width C, dw and dv of width W
+function gradFlops({ B, S, U, G, M, C, W }: Sizes): number {
+  return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
+}
+
+function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: Place): void {
+  const { G, C, W } = d;
+  const weight = new Float64Array(d.U);
+  const mean = new Float64Array(W);
+  eachQuery(d, p, (i, keys, seen) => {
+    let most = -Infinity;
+    for (let j = 0; j < seen.length; j++) {
+      weight[j] = d.scale! * dot(q, i * C, k, (keys + seen[j]! * G) * C, C);
+      most = Math.max(most, weight[j]!);
+    }
+    let sum = 0;
+    for (let j = 0; j < seen.length; j++) sum += weight[j] = Math.exp(weight[j]! - most);
+    // of no keys −∞
+    lse[i] = most + Math.log(sum);
+    mean.fill(0);
+    for (let j = 0; j < seen.length; j++) {
+      const w = weight[j]! / sum;
+      const at = (keys + seen[j]! * G) * W;
+      for (let c = 0; c < W; c++) mean[c]! += w * v[at + c]!;
+    }
+    o.set(mean, i * W);
+  });
+}
+
+type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
+function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: Place): void {
+  const { G, C, W } = d;
+  const query = new Float64Array(C);
+  // many queries meet in one key: their sum is kept in double until the end
+  const keySums = new Float64Array(dk.length);
+  const valueSums = new Float64Array(dv.length);
+  eachQuery(d, p, (i, keys, seen) => {
+    const mean = dot(dy, i * W, o, i * W, W);
+    query.fill(0);
+    for (let j = 0; j < seen.length; j++) {
+      const key = (keys + seen[j]! * G) * C;
+      const value = (keys + seen[j]! * G) * W;
+      const w = Math.exp(d.scale! * dot(q, i * C, k, key, C) - lse[i]!);
+      const ds = d.scale! * w * (dot(dy, i * W, v, value, W) - mean);
+      for (let c = 0; c < C; c++) {
+        query[c]! += ds * k[key + c]!;
+        keySums[key + c]! += ds * q[i * C + c]!;
       }
+      for (let c = 0; c < W; c++) valueSums[value + c]! += w * dy[i * W + c]!;
+    }
+    dq.set(query, i * C);
+  });
+  dk.set(keySums);
+  dv.set(valueSums);
+}
+
+/** Visits each query head: its number, that of its first key's head (the next key's is G on), and the local keys that it sees. */
+function eachQuery({ B, S, U, G, M, ...d }: Sizes, p: Place, visit: (i: number, keys: number, seen: Int32Array) => void): void {
+  const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
+  const of = Int32Array.from({ length: U }, (_, u) => position("U", u));
+  const every = Int32Array.from(of.keys());
+  for (let s = 0; s < S; s++) {
+    const here = position("S", s);
+    const seen = every.filter((u) => of[u]! <= here);
+    for (let b = 0; b < B; b++) for (let h = 0; h < G * M; h++) visit((b * S + s) * G * M + h, b * U * G + Math.floor(h / M), seen);
+  }
+}
+
+function dot(a: Float32Array, at: number, b: Float32Array, bt: number, width: number): number {
+  let sum = 0;
+  for (let c = 0; c < width; c++) sum += a[at + c]! * b[bt + c]!;
+  return sum;
 }

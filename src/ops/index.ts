@@ -1,5 +1,5 @@
 /** The op table: every op by its name. */
-import { attention, attentionGrad, rope } from "./attention.ts";
+import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad, rope } from "./attention.ts";
 import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
@@ -10,7 +10,8 @@ import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [
   ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast],
-  ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad, rope, attention, attentionGrad],
+  ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
+  ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
   ...Object.values(vocab),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],

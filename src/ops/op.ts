@@ -34,8 +34,8 @@ export interface Place {
 export interface Declaration<S extends string> {
   readonly name: string;
   readonly sig: S;
-  /** What an output owes over a dim it lost; a sum if not said. */
-  readonly owes?: "max";
+  /** What an output owes over a dim it lost; a sum if not said. `merge`: attention_merge of the pieces' outputs, which a graph cannot owe. */
+  readonly owes?: "max" | "merge";
   /** f(a+a', b+b') = f(a,b) + f(a',b'): sums owed by all inputs may stay owed by the output. */
   readonly linear?: true;
   /** Types of outputs that are not simply that of the first float input. */
