@@ -504,32 +504,52 @@ interface WgslArrangeWgsl {
 interface WgslAttentionWgsl {
   readonly across: string | number;
   readonly bindings: string | number;
-  readonly channelWords: string | number;
-  readonly channels: string | number;
-  readonly channelsWide: string | number;
-  readonly columnRuns: string | number;
   readonly columns: string | number;
-  readonly columnsAt: string | number;
   readonly dotCount: string | number;
   readonly dotIndex: string | number;
   readonly dotThreads: string | number;
   readonly gradient: boolean;
   readonly header: string | number;
-  readonly laneRuns: string | number;
-  readonly lanes: string | number;
-  readonly loaders: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly value: string | number }[];
+  readonly headsOfSequence: string | number;
+  readonly loaders: readonly { readonly channels: string | number; readonly last: string | number; readonly name: string | number; readonly place: string | number; readonly stride: string | number; readonly value: string | number }[];
+  readonly moved: boolean;
   readonly name: string | number;
-  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly keys: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly queries: string | number; readonly queryHeads: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly column: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
-  readonly rowRuns: string | number;
+  readonly part: boolean;
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly queries: string | number;
+  readonly queryHeads: string | number;
+  readonly queryPlace: string | number;
   readonly rowWords: string | number;
   readonly rows: string | number;
-  readonly runsOfStep: string | number;
   readonly scale: string | number;
+  readonly sight: string | number;
   readonly stageWords: string | number;
-  readonly step: string | number;
   readonly threads: string | number;
+  readonly valueChannels: string | number;
   readonly weightWords: string | number;
-  readonly writers: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly text: string | number }[];
+  readonly writers: readonly { readonly channels: string | number; readonly last: string | number; readonly name: string | number; readonly place: string | number; readonly stride: string | number; readonly text: string | number }[];
+}
+
+interface WgslAttentionMergeWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslAttentionSightWgsl {
+  readonly blocks: string | number;
+  readonly chunk: string | number;
+  readonly keyStart: string | number;
+  readonly keys: string | number;
+  readonly lastBlock: string | number;
+  readonly queries: string | number;
+  readonly ranks: string | number;
+  readonly zigzag: boolean;
 }
 
 interface WgslColumnsWgsl {
@@ -962,6 +982,8 @@ export interface Templates {
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
+  readonly "wgsl/attention_merge.wgsl": WgslAttentionMergeWgsl;
+  readonly "wgsl/attention_sight.wgsl": WgslAttentionSightWgsl;
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;

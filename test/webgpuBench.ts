@@ -72,7 +72,8 @@ function grouped(name: string, profile: Profile, dtype: Dtype, [S, N, K, E]: rea
 function attention(name: string, profile: Profile, dtype: Dtype): Case {
   const [B, S, G, M, C] = [1, 4096, 8, 4, 128];
   const [q, k] = [B * S * G * M * C, B * S * G * C];
-  const use = useOf("attention", { B, S, U: S, G, M, C }, { q, k, v: k, o: q, lse: B * S * G * M }, dtype);
+  const d = { B, S, U: S, G, M, C, W: C, scale: 1 / Math.sqrt(C), chunk: 0, ranks: 1 };
+  const use = useOf("attention", d, { q, k, v: k, o: q, lse: B * S * G * M }, dtype);
   return { name, profile, use, flops: 2 * B * G * M * S * S * C };
 }
 

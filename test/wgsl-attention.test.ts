@@ -1,4 +1,7 @@
-/** Attention in WGSL beyond the contract's small sizes: wide heads, blocks of 64 queries, and a piece of the sequence in its midst. */
+/**
+ * Attention in WGSL beyond the contract's small sizes: wide heads, blocks of 64 queries, a piece of the sequence in its midst, and
+ * pieces of the keys, in plain and in zigzag order, of which queries see all, some or none.
+ */
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";
 import type { Dtype } from "../schemas/plan.ts";
@@ -6,7 +9,7 @@ import type { Use } from "../src/kernels/kernel.ts";
 import { attention } from "../src/kernels/wgsl/attention.ts";
 import { ops } from "../src/ops/index.ts";
 import { type ContractCase, hold } from "./contract.ts";
-import { random } from "./opCases.ts";
+import { elements, random } from "./opCases.ts";
 import { adapterEnv, noAdapter } from "./softwareAdapter.ts";
 import { wgslExecutor } from "./wgslExecutor.ts";
 
@@ -27,48 +30,77 @@ afterAll(() => {
   kept.length = 0;
 });
 
-type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>;
+type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
+type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>>;
 
-function useOf(op: string, d: Sizes, half: Dtype = "f32"): Use {
-  const query = d.B * d.S * d.G * d.M * d.C;
-  const key = d.B * d.U * d.G * d.C;
-  const forward = { q: query, k: key, v: key, o: query, lse: query / d.C };
-  const size = op === "attention" ? forward : { ...forward, dy: query, dq: query, dk: key, dv: key };
-  const dtype = Object.fromEntries(Object.keys(size).map((n) => [n, n === "lse" ? "f32" : half]));
+function useOf(op: string, d: Dims, half: Dtype = "f32"): Use {
+  const operands = [...ops[op]!.inputs, ...ops[op]!.outputs];
+  const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
+  const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : half]));
   return { op, name: `${op}_0`, d, size, dtype, keeps: new Set(), bound: 0, makesRows: false, mayOverflow: false };
 }
 
-/** Both kernels on the same data: the gradient's own inputs are what the forward left. */
-function casesOf(d: Sizes, start: number): ContractCase[] {
+/** Both kernels on the same data: the gradient's own inputs are what the forward left of all keys, but for a piece's, which are any. */
+function casesOf(op: string, d: Dims, starts: Readonly<Record<string, number>>): ContractCase[] {
   const next = random(d.C);
   const data: Record<string, Float32Array> = {};
-  return ["attention", "attention_grad"].map((op) => {
+  return [op, `${op}_grad`].map((op) => {
     const use = useOf(op, d);
     const outputs = ops[op]!.outputs.map((o) => o.name);
+    if (op === "attention_part_grad") data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
     for (const [name, size] of Object.entries(use.size))
       data[name] ??= outputs.includes(name) ? new Float32Array(size) : new Float32Array(size).map(() => 2 * next());
-    ops[op]!.cpu(data, d, { start: () => start, rows: new Int32Array(1) });
+    ops[op]!.cpu(data, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     const pick = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
-    return { title: `${op} ${JSON.stringify(d)}`, use, data: pick(Object.keys(use.size)), starts: { S: start }, want: pick(outputs) };
+    return { title: `${op} ${JSON.stringify(d)}`, use, data: pick(Object.keys(use.size)), starts, want: pick(outputs) };
   });
 }
 
-test.skipIf(noAdapter).each([
-  ["heads of 132, queries 4 to 22 of 30", { B: 1, S: 19, U: 30, G: 1, M: 2, C: 132 }, 4],
-  ["blocks of 64 queries, the last with 2", { B: 16, S: 66, U: 66, G: 4, M: 1, C: 4 }, 0],
-  ["one query, one key, one channel", { B: 1, S: 1, U: 1, G: 1, M: 1, C: 1 }, 0],
-] as const)(
+const plain = { chunk: 0, ranks: 1 };
+const small = { B: 2, G: 2, M: 2, C: 8, W: 6 };
+const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks: number }, Record<string, number>])[] = [
+  ["heads of 132, values of 70, queries 4 to 22 of 30", "attention", { B: 1, S: 19, U: 30, G: 1, M: 2, C: 132, W: 70, ...plain }, { S: 4 }],
+  ["blocks of 64 queries, the last with 2", "attention", { B: 16, S: 66, U: 66, G: 4, M: 1, C: 4, W: 4, ...plain }, {}],
+  ["one query, one key, one channel", "attention", { B: 1, S: 1, U: 1, G: 1, M: 1, C: 1, W: 1, ...plain }, {}],
+  ["keys before all queries", "attention_part", { ...small, S: 19, U: 40, ...plain }, { S: 80, U: 40 }],
+  ["keys across the diagonal", "attention_part", { ...small, S: 50, U: 40, ...plain }, { S: 20, U: 30 }],
+  ["keys after all queries", "attention_part", { ...small, S: 50, U: 40, ...plain }, { S: 0, U: 50 }],
+  ["zigzag, blocks of 6 of which a tile has many", "attention", { ...small, S: 12, U: 48, chunk: 6, ranks: 4 }, { S: 24 }],
+  ["zigzag, queries and keys of several ranks", "attention", { ...small, S: 48, U: 96, chunk: 12, ranks: 4 }, { S: 48 }],
+  ["zigzag, half a block of queries", "attention", { ...small, S: 32, U: 256, chunk: 64, ranks: 2 }, { S: 96 }],
+  ["zigzag, a rank's own keys", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 64, U: 64 }],
+  ["zigzag, keys of a rank before", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 128, U: 64 }],
+  ["zigzag, keys of a rank after", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 0, U: 128 }],
+  [
+    "zigzag, the first block of queries and the last of keys",
+    "attention_part",
+    { ...small, S: 24, U: 24, chunk: 24, ranks: 2 },
+    { S: 0, U: 24 },
+  ],
+  ["zigzag, queries and keys of two ranks each", "attention_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4 }, { S: 40, U: 0 }],
+];
+test.skipIf(noAdapter).each(shapes)(
   `%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
-  async (_, d, start) => {
-    for (const c of casesOf(d, start)) await hold(executor!, attention[c.use.op]!(c.use), c);
+  async (_, op, d, starts) => {
+    for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, attention[c.use.op]!(c.use), c);
   },
   LONG,
 );
 
 test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
-  for (const op of Object.keys(attention))
-    for (const C of [64, 80, 128, 256]) {
-      const made = attention[op]!(useOf(op, { B: 2, S: 2048, U: 4096, G: 4, M: 8, C }, half));
+  const orders = [plain, { chunk: 256, ranks: 8 }];
+  for (const op of ["attention", "attention_grad", "attention_part", "attention_part_grad"])
+    for (const [i, [C, W]] of (
+      [
+        [64, 64],
+        [80, 80],
+        [128, 128],
+        [256, 256],
+        [192, 128],
+        [24, 16],
+      ] as const
+    ).entries()) {
+      const made = attention[op]!(useOf(op, { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, ...orders[i % 2]! }, half));
       checked.pushErrorScope("validation");
       const module = checked.createShaderModule({ code: made.source });
       for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
