@@ -16,6 +16,8 @@ interface Formula {
   readonly indexed?: readonly string[];
   /** Elements that share what `row` reads; a vector lies within one. */
   readonly width?: number;
+  /** Outputs of one number a row, that `row` writes itself where a row begins. */
+  readonly numbers?: readonly string[];
   /** How a vector that is no stream's comes to `nameIn[k]`, by input; `at` counts the outputs' vectors. */
   readonly gathers?: Readonly<Record<string, string>>;
   readonly once?: readonly string[];
@@ -77,6 +79,16 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     streams: ["sq"],
     outputs: { scale: max! > 0 ? `fminf(1.0f, ${f32(max!)} / (sqrtf(sq) + 1e-6f))` : "1.0f", norm: "sqrtf(sq)" },
   }),
+  // a piece that a query sees nothing of has −∞, and no difference of two is taken
+  attention_merge: ({ W }) => ({
+    ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
+    row: [
+      "const float la = laAt[row], lb = lbAt[row], most = fmaxf(la, lb), from = most == Max::none ? 0.0f : most;",
+      "const float wa = fastExp(la - from), wb = fastExp(lb - from), sum = wa + wb, by = sum > 0.0f ? 1.0f / sum : 0.0f;",
+      `if (at % (${W} / N) == 0) lseAt[row] = from + logf(sum);`,
+    ],
+    outputs: { o: "(wa * a + wb * b) * by" },
+  }),
   // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
   adamw: ({ beta1, beta2, eps, decay }) => ({
     ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
@@ -113,6 +125,7 @@ export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 
 
 function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undefined): Made {
   const names = Object.keys(f.outputs);
+  const numbers = f.numbers ?? [];
   const total = use.size[names[0]!]!;
   const row = f.width ?? (use.bound > 0 ? total / use.bound : total);
   const loaded = [...f.streams, ...Object.keys(f.gathers ?? {})];
@@ -132,7 +145,7 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
     end: use.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
     params: [
       ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* __restrict__ ${name}At`),
-      ...names.map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
+      ...[...names, ...numbers].map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
       ...(use.bound > 0 ? ["const int* rows"] : []),
       ...(start ? ["int start"] : []),
     ].join(", "),
@@ -154,7 +167,7 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
         entry: use.name,
         grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
         ...{ threads: THREADS, shared: 0 },
-        args: [...inputs, ...names, ...(use.bound > 0 ? ["rows"] : []), ...(start ? [`start(${start})`] : [])],
+        args: [...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : []), ...(start ? [`start(${start})`] : [])],
       },
     ],
   };
