@@ -14,15 +14,23 @@ interface CudaArrangeCu {
 }
 
 interface CudaAttentionCu {
+  readonly keyStart: string | number;
   readonly keys: string | number;
   readonly name: string | number;
+  readonly params: string | number;
   readonly resident: string | number;
+  readonly starts: string | number;
   readonly tiles: string | number;
 }
 
 interface CudaAttentionGradCu {
+  readonly keyStart: string | number;
   readonly name: string | number;
   readonly order: string | number;
+  readonly params: string | number;
+  readonly part: boolean;
+  readonly queryParams: string | number;
+  readonly starts: string | number;
   readonly tiles: string | number;
 }
 
@@ -30,8 +38,13 @@ interface CudaAttentionGradWgmmaCu {
   readonly alongRows: string | number;
   readonly downRows: string | number;
   readonly hopper: string | number;
+  readonly keyStart: string | number;
   readonly name: string | number;
   readonly order: string | number;
+  readonly params: string | number;
+  readonly part: boolean;
+  readonly queryParams: string | number;
+  readonly starts: string | number;
   readonly tiles: string | number;
   readonly weigh: string | number;
 }
@@ -46,7 +59,10 @@ interface CudaAttentionOrderCuh {
 
 interface CudaAttentionPlainCu {
   readonly common: string | number;
+  readonly keyStart: string | number;
   readonly name: string | number;
+  readonly params: string | number;
+  readonly starts: string | number;
 }
 
 interface CudaAttentionPlainCuh {
@@ -56,15 +72,28 @@ interface CudaAttentionPlainCuh {
   readonly M: string | number;
   readonly S: string | number;
   readonly U: string | number;
+  readonly W: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
+  readonly sight: string | number;
+  readonly slices: string | number;
   readonly type: string | number;
-  readonly width: string | number;
 }
 
 interface CudaAttentionPlainGradCu {
   readonly common: string | number;
+  readonly keyStart: string | number;
   readonly name: string | number;
+  readonly params: string | number;
+  readonly starts: string | number;
+}
+
+interface CudaAttentionSightCuh {
+  readonly chunk: string | number;
+  readonly part: string | number;
+  readonly plain: string | number;
+  readonly ranks: string | number;
+  readonly zigzag: boolean;
 }
 
 interface CudaAttentionTilesCuh {
@@ -74,8 +103,10 @@ interface CudaAttentionTilesCuh {
   readonly M: string | number;
   readonly S: string | number;
   readonly U: string | number;
+  readonly W: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
+  readonly sight: string | number;
   readonly threads: string | number;
 }
 
@@ -86,14 +117,19 @@ interface CudaAttentionWgmmaCu {
   readonly M: string | number;
   readonly S: string | number;
   readonly U: string | number;
+  readonly W: string | number;
   readonly give: string | number;
   readonly groups: string | number;
   readonly hopper: string | number;
+  readonly keyStart: string | number;
   readonly keys: string | number;
   readonly name: string | number;
+  readonly params: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
   readonly scores: string | number;
+  readonly sight: string | number;
+  readonly starts: string | number;
   readonly take: string | number;
   readonly values: string | number;
 }
@@ -946,6 +982,7 @@ export interface Templates {
   readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;
   readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
+  readonly "cuda/attention_sight.cuh": CudaAttentionSightCuh;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/clear.cu": CudaClearCu;

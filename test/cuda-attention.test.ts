@@ -1,21 +1,26 @@
 /**
- * CUDA's attention and its gradient equal their reference: in bf16 on the tensor cores and in f32, whatever the head's size, the
- * number of query heads that share keys, and the piece of the sequence that is here. The sources run as C++ on the CPU.
+ * CUDA's attention and its gradient equal their reference: in bf16 on the tensor cores and in f32, whatever the widths of heads, the
+ * number of query heads that share keys, the pieces of the sequence that are here, and the order in which they lie. The sources run as
+ * C++ on the CPU.
  */
 import { describe, expect, test } from "vitest";
 import type { Dtype, Launch } from "../schemas/plan.ts";
 import { attention as makers } from "../src/kernels/cuda/attention.ts";
 import type { Use } from "../src/kernels/kernel.ts";
-import { attention, attentionGrad } from "../src/ops/attention.ts";
-import { type AnyOp, slotSize } from "../src/ops/op.ts";
+import { ops } from "../src/ops/index.ts";
+import { slotSize } from "../src/ops/op.ts";
 import type { Arch } from "../src/target.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "./contract.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
 import { random } from "./opCases.ts";
 
-type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>;
-interface Shape extends Sizes {
+interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
+  /** The width of values: C if not said. */
+  readonly W?: number;
   readonly start: number;
+  /** The keys are a piece, which begins here. */
+  readonly keyStart?: number;
+  readonly zigzag?: readonly [chunk: number, ranks: number];
   readonly arch: Arch;
   readonly type: "bf16" | "f32";
 }
@@ -40,22 +45,63 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 30, U: 150, G: 1, M: 2, C: 7, start: 3, arch: "sm_90a", type: "f32" },
   { B: 1, S: 66, U: 66, G: 2, M: 1, C: 160, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "bf16" },
+  // values of a width of their own: latent attention's, narrow and wide ones
+  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16" },
+  { B: 1, S: 129, U: 129, G: 2, M: 2, C: 48, W: 32, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 140, U: 140, G: 1, M: 1, C: 16, W: 112, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 70, U: 70, G: 2, M: 1, C: 24, W: 16, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 66, U: 80, G: 1, M: 2, C: 192, W: 130, start: 14, arch: "sm_80", type: "f32" },
+  // pieces of the keys: before, across and after the queries, on every kind of kernel
+  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 330, U: 200, G: 1, M: 1, C: 128, start: 40, keyStart: 200, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 130, G: 2, M: 2, C: 64, start: 0, keyStart: 130, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 100, G: 2, M: 1, C: 192, W: 128, start: 10, keyStart: 150, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_80", type: "bf16" },
+  { B: 1, S: 70, U: 70, G: 1, M: 1, C: 64, start: 0, keyStart: 70, arch: "sm_100a", type: "bf16" },
+  { B: 2, S: 130, U: 70, G: 2, M: 2, C: 24, W: 16, start: 5, keyStart: 60, arch: "sm_80", type: "f32" },
+  // zigzag, all keys: blocks that tiles divide, and blocks that they do not
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 128, U: 512, G: 1, M: 2, C: 64, start: 128, zigzag: [64, 4], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 768, G: 1, M: 1, C: 64, start: 512, zigzag: [128, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 128, U: 384, G: 2, M: 1, C: 192, W: 128, start: 0, zigzag: [64, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 64, U: 256, G: 1, M: 2, C: 80, start: 192, zigzag: [64, 2], arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
+  { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
+  { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16" },
+  // zigzag, a rank's keys: its own, of one before, of one after, of half of one, of two
+  { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 256, G: 1, M: 2, C: 64, start: 256, keyStart: 0, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 256, G: 1, M: 1, C: 128, start: 0, keyStart: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 140, U: 140, G: 1, M: 2, C: 192, W: 128, start: 140, keyStart: 140, zigzag: [70, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 128, U: 64, G: 2, M: 1, C: 48, start: 128, keyStart: 64, zigzag: [64, 2], arch: "sm_80", type: "bf16" },
+  { B: 1, S: 64, U: 256, G: 1, M: 1, C: 96, start: 64, keyStart: 256, zigzag: [64, 4], arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
 ];
 
-const titleOf = ({ arch, type, B, S, U, G, M, C, start }: Shape): string =>
-  `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${U} keys, ${G}·${M} heads of ${C}`;
+function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag }: Shape): string {
+  const order = zigzag ? `, zigzag by ${zigzag[0]} over ${zigzag[1]}` : "";
+  const keys = keyStart === undefined ? `${U} keys` : `${U} keys from ${keyStart}`;
+  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}`;
+}
 
-/** A case per op: the gradient's inputs are what the forward op makes. Scores are of the size that normalised layers leave. */
+/** A case per op: the gradient's inputs are what the forward op makes of all keys. Scores are of the size that normalised layers leave. */
 function casesOf(shape: Shape, seed: number): ContractCase[] {
   const next = random(seed);
-  const { type, start, B, S, U, G, M, C } = shape;
-  const d = { B, S, U, G, M, C };
-  const place = { start: (dim: string) => (dim === "S" ? start : 0), rows: new Int32Array(1) };
+  const { type, start, keyStart, zigzag = [0, 1], B, S, U, G, M, C, W = C } = shape;
+  const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
+  const starts = { S: start, U: keyStart ?? 0 };
+  const place = { start: (dim: string) => starts[dim as "S" | "U"] ?? 0, rows: new Int32Array(1) };
   const known: Record<string, Float32Array> = {};
-  return [attention, attentionGrad].map((op: AnyOp) => {
+  const name = keyStart === undefined ? "attention" : "attention_part";
+  return [name, `${name}_grad`].map((name) => {
+    const op = ops[name]!;
     const operands = [...op.inputs, ...op.outputs];
     const size = Object.fromEntries(operands.map((o) => [o.name, o.slots.reduce((n, s) => n * slotSize(s, d), 1)]));
     const dtype: Record<string, Dtype> = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : type]));
+    // a piece's gradient is told the log-sum-exp of all keys: some number no less
+    if (name === "attention_part_grad") known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
     for (const { name } of op.inputs)
       known[name] ??= rounded(
         new Float32Array(size[name]!).map(() => 2 * next()),
@@ -70,7 +116,7 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
       ...{ op: op.name, name: `${op.name}_${seed}`, d, size, dtype },
       ...{ keeps: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
     };
-    return { title: titleOf(shape), use, data, starts: { S: start }, want };
+    return { title: titleOf(shape), use, data, starts, want };
   });
 }
 
@@ -86,7 +132,9 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
       await hold(executor, backward!.made, backward!);
     });
   const byChance = cudaEmulator(kernels.flat(), [2, 3, 4, 5]);
-  for (const i of [1, 9])
+  // of tiles that see no key, too
+  const persistent = shapes.flatMap((s, i) => (s.arch === "sm_90a" && (s.keyStart || [1, 9].includes(i)) ? [i] : []));
+  for (const i of persistent)
     test(`in any order; one thread block that does all tiles after each other: ${titleOf(shapes[i]!)}`, { timeout: 240_000 }, async () => {
       const [forward, backward] = kernels[i]!;
       await hold(byChance, backward!.made, backward!);

@@ -1,4 +1,7 @@
-/** What ptxas makes of products: everything stays in registers, and nothing it says asks for another form (C75..: products of warpgroups put in a row). */
+/**
+ * What ptxas makes of products and of attention at the sizes of real jobs: everything stays in registers, and nothing it says asks for
+ * another form (C75..: products of warpgroups put in a row).
+ */
 import { execFile } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -7,7 +10,8 @@ import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import type { Made } from "../src/kernels/kernel.ts";
-import type { Arch } from "../src/target.ts";
+import { ops } from "../src/ops/index.ts";
+import { type Arch, archs } from "../src/target.ts";
 import { adding, products, type Sizes, useOf } from "./productCases.ts";
 
 const run = promisify(execFile);
@@ -30,20 +34,49 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
     sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
   };
-  for (const [arch, kernels] of Object.entries(made))
-    test(`${arch}: ${kernels.length} kernels in one file keep all they work on in registers`, { timeout: 240_000 }, async () => {
-      const folder = mkdtempSync(join(tmpdir(), "rankc-gemm-"));
-      try {
-        writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));
-        const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
-        const { stdout, stderr } = await run("nvcc", ["-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"], {
-          cwd: folder,
-        });
-        const said = stdout + stderr;
-        expect(said.match(/\(C7\d+\).*/g)).toBeNull();
-        expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(kernels.length);
-      } finally {
-        rmSync(folder, { recursive: true });
-      }
-    });
+  test.each(Object.entries(made))("%s: products in one file keep all they work on in registers", { timeout: 240_000 }, staysInRegisters);
+
+  const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
+  // eight ranks' keys here, or another rank's
+  const gathered = { S: 1024, U: 8192, chunk: 512, ranks: 8 };
+  const piece = { ...gathered, U: 1024 };
+  const attentions = (arch: Arch): Made[] =>
+    [
+      { op: "attention", C: 192, W: 128, ...whole },
+      { op: "attention", C: 128, W: 128, ...gathered },
+      { op: "attention", C: 64, W: 64, ...gathered },
+      { op: "attention_part", C: 192, W: 128, ...piece },
+      { op: "attention_part", C: 128, W: 128, ...piece },
+      { op: "attention_part", C: 96, W: 96, ...piece },
+      { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
+    ].flatMap(({ op, ...d }, i) =>
+      [op, `${op}_grad`].map((op) => {
+        const operands = [...ops[op]!.inputs, ...ops[op]!.outputs].map((o) => o.name);
+        return cudaKernels[op]!(
+          {
+            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, ...d }, size: {}, keeps: new Set() },
+            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : "bf16"])) },
+            ...{ bound: 0, makesRows: false, mayOverflow: false },
+          },
+          arch,
+        );
+      }),
+    );
+  test.each(archs)("%s: so does attention", { timeout: 240_000 }, (arch) => staysInRegisters(arch, attentions(arch)));
 });
+
+async function staysInRegisters(arch: string, kernels: readonly Made[]): Promise<void> {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-registers-"));
+  try {
+    writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));
+    const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
+    const options = ["-std=c++17", "-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"];
+    const { stdout, stderr } = await run("nvcc", options, { cwd: folder, maxBuffer: 1 << 26 });
+    const said = stdout + stderr;
+    expect(said.match(/\(C7\d+\).*/g)).toBeNull();
+    const entries = kernels.reduce((n, k) => n + new Set(k.launches.map((l) => l.entry)).size, 0);
+    expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(entries);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}

@@ -1,54 +1,71 @@
 /**
- * Causal attention and its gradient. In bf16, heads of 16 to 128 by 16 run on the tensor cores with asynchronous copies; all
- * else, f32 above all, in f32 arithmetic. Every sum has one order: equal inputs give equal bits.
+ * Causal attention and its gradient, on all keys or a piece of them. In bf16, heads by 16 up to 192 wide, with values by 16 up to 128,
+ * run on the tensor cores with asynchronous copies; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
+ * inputs give equal bits.
  */
 
 import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
+import { type AttentionSizes, attentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
-import { type AttentionSizes, fitsHopper, forwardHopper, gradHopper, scales } from "./attentionHopper.ts";
+import { forwardHopper, gradHopper, isGradOfHopper } from "./attentionHopper.ts";
+import { beginnings, scales, sightText } from "./attentionText.ts";
 import { source } from "./prelude.ts";
 
 export const attention = {
-  attention: (use: Use, arch: Arch): Made => forward(use, arch),
-  attention_grad: (use: Use, arch: Arch): Made => (onTensorCores(use) ? gradTiles(use, arch) : gradPlain(use)),
+  attention: forward,
+  attention_grad: backward,
+  attention_part: forward,
+  attention_part_grad: backward,
 };
 
 function forward(use: Use, arch: Arch): Made {
   if (!onTensorCores(use)) return forwardPlain(use);
-  return arch === "sm_90a" && fitsHopper(dims(use)) ? forwardHopper(use, dims(use)) : forwardTiles(use, arch);
+  const d = attentionSizes(use);
+  return (arch === "sm_90a" ? forwardHopper(use, d) : undefined) ?? forwardTiles(use, d, arch) ?? forwardPlain(use);
 }
-const onTensorCores = ({ d, dtype }: Use): boolean => dtype.q === "bf16" && d.C! % 16 === 0 && d.C! <= 128;
+function backward(use: Use, arch: Arch): Made {
+  return (onTensorCores(use) ? gradTiles(use, attentionSizes(use), arch) : undefined) ?? gradPlain(use);
+}
+/** Their tiles take rows of queries that lie side by side. */
+function onTensorCores(use: Use): boolean {
+  const d = attentionSizes(use);
+  return use.dtype.q === "bf16" && d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
+}
+/** Of numbers of keys the first whose rows lie side by side in any piece. */
+const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
+  isMoved(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
 const ceil = (n: number, by: number) => Math.ceil(n / by);
-const dims = (use: Use): AttentionSizes => {
-  const { B, S, U, G, M, C } = use.d as AttentionSizes;
-  return { B, S, U, G, M, C };
-};
+
+/** Bytes of shared memory that a multiprocessor has, each block's own KiB left out, and that one block may have. */
+const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80" ? { all: 164, most: 163 } : { all: 228, most: 227 });
 
 /**
- * 128 query rows in 4 warps, so that what is read of K and V serves 32 rows; two stages of K and V. 255 registers let two
- * blocks share a multiprocessor, and so must shared memory: sm_80 has 164 KiB, the others 228. Beside the outputs of wide heads
- * there are not registers enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one.
+ * 32 query rows in a warp, so that what is read of K and V serves as many; two stages of K and V. 255 registers let 8 warps share a
+ * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
+ * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one.
  */
-function forwardTiles(use: Use, arch: Arch): Made {
-  const d = dims(use);
-  const keys = d.C <= 96 ? 64 : arch === "sm_90a" ? 48 : 32;
-  const threads = 128;
-  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d.C), threads });
-  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident: 2 });
+function forwardTiles(use: Use, d: AttentionSizes, arch: Arch): Made | undefined {
+  const { B, S, G, M, C, W } = d;
+  const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" ? [48, 32, 16] : [32, 16]);
+  if (!keys) return undefined;
+  const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
+  const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
+  const threads = 256 / resident;
+  const { args, ...texts } = beginnings(d);
+  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d), threads, sight: sightText(d) });
+  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts });
   const launch: Launch = {
     entry: use.name,
-    grid: [d.B * d.G * d.M * ceil(d.S, threads), 1, 1],
+    grid: [B * G * M * ceil(S, threads), 1, 1],
     threads,
-    shared: (threads + 4 * keys) * (d.C + 8) * 2,
-    args: ["q", "k", "v", "o", "lse", "start(S)"],
+    shared: shared(threads),
+    args: ["q", "k", "v", "o", "lse", ...args],
   };
   return { source: source(use, body), launches: [launch] };
 }
 
-/** Bytes of shared memory that one block may have. */
-const sharedMost: Readonly<Record<Arch, number>> = { sm_80: 163 * 1024, sm_90a: 227 * 1024, sm_100a: 227 * 1024 };
 /** Multiprocessors of the largest part sold. It decides an order of work, nothing else. */
 const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
 
@@ -57,22 +74,26 @@ const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 13
  * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
  * 128 a cycle and computes one in 1.5: by these counts 1.4 times the time.
  */
-function gradTiles(use: Use, arch: Arch): Made {
-  const d = dims(use);
-  const { B, S, U, G, M, C } = d;
+function gradTiles(use: Use, d: AttentionSizes, arch: Arch): Made | undefined {
+  const { B, S, U, G, M, C, W, part } = d;
   const [threads, rows, H] = [256, 64, G * M];
-  const hopper = arch === "sm_90a" && C === 128;
-  const padded = (keys: number) => 4 * keys * (C + 8) + 8 * rows * (C + 8) + 4 * rows * (keys + 8) + 16 * rows + 16;
-  const keys = hopper || padded(128) <= sharedMost[arch] ? 128 : 64;
+  const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
+  // registers have room for the gradients of 128 keys and values where both are at most 128 wide
+  const fits = (keys: number) => keys === 64 || (C + W <= 256 && padded(keys) <= sharedOf(arch).most * 1024);
+  const hopper = arch === "sm_90a" && isGradOfHopper(d);
+  const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
+  if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
   const wave = Math.min(keyBlocks, ceil(multiprocessors[arch], B * G));
-  const lanes = 2 ** Math.ceil(Math.log2(C / 8));
+  const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = use.name;
-  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(C), threads });
+  const { args, ...texts } = beginnings(d);
+  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d), threads, sight: sightText(d) });
   const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80" });
+  const common = { name, tiles, order, part, ...texts, queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
-    ? gradHopper(d, (more) => render("cuda/attention_grad_wgmma.cu", { name, tiles, order, ...more }))
-    : { body: render("cuda/attention_grad.cu", { name, tiles, order }), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
+    ? gradHopper(d, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
+    : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
   const [sums, lse2, delta, counters, scratch] = offsets([
     4 * tilesOfQueries * rows * C,
@@ -94,9 +115,15 @@ function gradTiles(use: Use, arch: Arch): Made {
       grid: [B * G * ceil(keyBlocks, wave) * wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
-      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", "start(S)"],
+      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", ...args],
     },
-    { entry: `${use.name}_queries`, grid: [tilesOfQueries, 1, 1], threads, shared: rows * (C + 8) * 2, args: [at(sums!), "dq"] },
+    {
+      entry: `${use.name}_queries`,
+      grid: [tilesOfQueries, 1, 1],
+      threads,
+      shared: rows * (C + 8) * 2,
+      args: [at(sums!), "dq", ...(part ? args : [])],
+    },
   ];
   return { source: source(use, main.body), launches, scratch: scratch! };
 }
@@ -108,29 +135,29 @@ function offsets(bytes: readonly number[]): number[] {
   return at;
 }
 
-/** What both plain kernels begin with, and how many blocks share the columns of one result. */
-function plain(use: Use) {
-  const d = dims(use);
-  const width = Math.min(d.C, 128);
+/** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */
+function plain(use: Use, columns: number) {
+  const d = attentionSizes(use);
+  const slices = ceil(columns, 128);
   const type = use.dtype.q === "bf16" ? "bf16" : "float";
-  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d.C), type, width });
-  return { d, common, threads: 256, tile: 64, slices: ceil(d.C, width) };
+  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: sightText(d) });
+  return { d, common, threads: 256, tile: 64, slices, ...beginnings(d) };
 }
 
 function forwardPlain(use: Use): Made {
-  const { d, common, threads, tile, slices } = plain(use);
-  const body = render("cuda/attention_plain.cu", { name: use.name, common });
+  const { d, common, threads, tile, slices, args, ...texts } = plain(use, use.d.W!);
+  const body = render("cuda/attention_plain.cu", { name: use.name, common, ...texts });
   const grid: Launch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
   return {
     source: source(use, body),
-    launches: [{ entry: use.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", "start(S)"] }],
+    launches: [{ entry: use.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", ...args] }],
   };
 }
 
 function gradPlain(use: Use): Made {
-  const { d, common, threads, tile, slices } = plain(use);
-  const { B, S, U, G, M } = d;
-  const body = render("cuda/attention_plain_grad.cu", { name: use.name, common });
+  const { d, common, threads, tile, slices, args, ...texts } = plain(use, Math.max(use.d.C!, use.d.W!));
+  const { B, S, U, G, M, C } = d;
+  const body = render("cuda/attention_plain_grad.cu", { name: use.name, common, ...texts });
   const reads = ["q", "k", "v", "dy", "lse", "scratch+0"];
   const launch = (entry: string, blocks: number, args: string[]): Launch => ({
     entry: `${use.name}_${entry}`,
@@ -143,8 +170,8 @@ function gradPlain(use: Use): Made {
     source: source(use, body),
     launches: [
       launch("rows", ceil(B * S * G * M, threads / 32), ["o", "dy", "scratch+0"]),
-      launch("keys", slices * B * G * ceil(U, tile), [...reads, "dk", "dv", "start(S)"]),
-      launch("queries", slices * B * G * M * ceil(S, tile), [...reads, "dq", "start(S)"]),
+      launch("keys", slices * B * G * ceil(U, tile), [...reads, "dk", "dv", ...args]),
+      launch("queries", ceil(C, 128) * B * G * M * ceil(S, tile), [...reads, "dq", ...args]),
     ],
     scratch: 4 * B * S * G * M,
   };

@@ -4,49 +4,52 @@
  */
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
+import { type AttentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
+import { beginnings, scales, sightText } from "./attentionText.ts";
 import { source } from "./prelude.ts";
-
-export type AttentionSizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>>;
-
-/** What a product of a query and a key is multiplied by, for a natural exponent and for one of 2. */
-export const scales = (C: number) => ({ scale: (1 / Math.sqrt(C)).toPrecision(9), scale2: (Math.LOG2E / Math.sqrt(C)).toPrecision(9) });
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
 
-/** No box is wider than the rows of any operand. */
-export const fitsHopper = ({ G, C }: AttentionSizes): boolean => G * C >= 64;
-
 /**
- * Per thread, scores take 64 registers, weights 32 and outputs C/2: with heads of at most 64 three warpgroups of queries have
+ * Per thread, scores take 64 registers, weights 32 and outputs W/2: with values of at most 64 three warpgroups of queries have
  * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
+ * Keys that lie in blocks elsewhere are copied in blocks that divide those.
  */
-export function forwardHopper(use: Use, d: AttentionSizes): Made {
-  const { B, S, G, M, C } = d;
-  const groups = C <= 64 ? 3 : 2;
-  const rows = 64 * groups;
-  const keys = C === 64 ? 112 : 128;
-  const [give, take] = groups === 3 ? [32, 160] : [24, 240];
-  const body = render("cuda/attention_wgmma.cu", {
-    ...{ name: use.name, ...d, ...scales(C), groups, keys, give: give!, take: take! },
-    hopper: render("cuda/hopper.cuh", {}),
-    scores: product(keys, 0),
-    values: weigh(C),
-  });
+export function forwardHopper(use: Use, d: AttentionSizes): Made | undefined {
+  const { B, S, U, G, M, C, W, chunk } = d;
+  const keys = isMoved(d, U) ? [128, 64].find((n) => chunk % n === 0) : W === 64 ? 112 : 128;
   const boxes = Math.ceil(C / 64);
+  const valueBoxes = Math.ceil(W / 64);
+  // no box is wider than the rows of any operand, and outputs leave through the queries' place
+  if (!keys || G * Math.min(C, W) < 64 || valueBoxes > boxes) return undefined;
+  const groups = W < 64 || (W === 64 && keys < 128) ? 3 : 2;
+  const rows = 64 * groups;
+  const [give, take] = groups === 3 ? [32, 160] : [24, 240];
+  const { args, ...texts } = beginnings(d);
+  const body = render("cuda/attention_wgmma.cu", {
+    ...{ name: use.name, ...d, ...scales(d), ...texts, groups, keys, give: give!, take: take! },
+    hopper: render("cuda/hopper.cuh", {}),
+    sight: sightText(d),
+    scores: product(keys, 0),
+    values: weigh(W),
+  });
   const tiles = Math.ceil(S / rows) * B * G * M;
   const launch = {
     entry: use.name,
     grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
-    shared: boxes * 128 * (rows + 4 * keys) + 80,
-    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), "o", "lse", "start(S)"],
+    shared: 128 * (boxes * rows + 2 * (boxes + valueBoxes) * keys) + 80,
+    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), "o", "lse", ...args],
   };
   return { source: source(use, body), launches: [launch] };
 }
 
-/** The main launch of the gradient for heads of 128: what differs from the plain tensor cores'. */
+/** Whether the gradient of such heads has a launch of its own here: in registers there is room for two gradients of 128 by 128. */
+export const isGradOfHopper = (d: AttentionSizes): boolean => d.C === 128 && d.W === 128 && (!isMoved(d, d.U) || d.chunk % 128 === 0);
+
+/** The main launch of that gradient: what differs from the plain tensor cores'. */
 export function gradHopper(d: AttentionSizes, fillIn: (parts: Record<"hopper" | "alongRows" | "downRows" | "weigh", string>) => string) {
   const [rows, keys] = [64, 128];
   return {
@@ -59,10 +62,10 @@ export function gradHopper(d: AttentionSizes, fillIn: (parts: Record<"hopper" | 
 }
 
 /** Boxes of 64 columns and `high` rows of one sequence. */
-function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C }: AttentionSizes, high: number): TensorMap {
+function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, high: number): TensorMap {
   const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
-  const sizes = [heads * C, length, B];
-  return { tensor, dtype: "bf16", sizes, strides: [heads * C * 2, length * heads * C * 2], box: [64, high, 1], swizzle: "128B" };
+  const row = heads * (tensor === "q" || tensor === "k" ? C : W);
+  return { tensor, dtype: "bf16", sizes: [row, length, B], strides: [row * 2, length * row * 2], box: [64, high, 1], swizzle: "128B" };
 }
 
 /** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */
