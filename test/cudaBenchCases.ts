@@ -112,8 +112,15 @@ function unevenCounts(rows: number, E: number, uneven: number): number[] {
 
 // -- the table
 
-const attentionSizes = { B: 4, S: 4096, U: 4096, G: 8, M: 4, C: 128 };
+const heads = (C: number, W: number) => ({ C, W, scale: 1 / Math.sqrt(C), chunk: 0, ranks: 1 });
 const [T, D] = [65536, 4096];
+const attentionSizes = { B: 4, S: 4096, U: 4096, G: 8, M: 4, ...heads(128, 128) };
+const latentSizes = { B: 4, S: 4096, U: 4096, G: 16, M: 1, ...heads(192, 128) };
+// the first of eight ranks: with all keys, and with its own alone
+const zigzag = { ...attentionSizes, chunk: 2048, ranks: 8 };
+const gathered = { ...zigzag, B: 1, U: 32768 };
+const attentionTypes = "bf16 bf16 bf16 bf16 f32";
+const attentionGradTypes = `${attentionTypes} bf16 bf16 bf16 bf16`;
 const router = { B: 1, S: T, E: 128 };
 const rowsSizes = { B: 1, S: 16384, D: 4096, E: 64 };
 const rowsBound = 8 * 16384;
@@ -131,8 +138,15 @@ const drafts: readonly Draft[] = [
   ...grouped("DSv3 EP8 gate+up", 32768, 4096, 7168, 32, 3.1),
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
   one("gemm f32 4096x4096x4096", "gemm", { B: 1, S: 4096, K: 4096, N: 4096 }, "f32 f32 f32"),
-  one("attention 4x32/8x4096x128", "attention", attentionSizes, "bf16 bf16 bf16 bf16 f32"),
-  one("attention_grad 4x32/8x4096x128", "attention_grad", attentionSizes, "bf16 bf16 bf16 bf16 f32 bf16 bf16 bf16 bf16"),
+  one("attention 4x32/8x4096x128", "attention", attentionSizes, attentionTypes),
+  one("attention_grad 4x32/8x4096x128", "attention_grad", attentionSizes, attentionGradTypes),
+  one("attention 4x16x4096x192, values of 128", "attention", latentSizes, attentionTypes),
+  one("attention_grad 4x16x4096x192, values of 128", "attention_grad", latentSizes, attentionGradTypes),
+  one("attention zigzag 1x32/8x4096x128 of 32768 keys", "attention", gathered, attentionTypes),
+  one("attention_grad zigzag 1x32/8x4096x128 of 32768 keys", "attention_grad", gathered, attentionGradTypes),
+  one("attention_part zigzag 4x32/8x4096x128", "attention_part", zigzag, attentionTypes),
+  one("attention_part_grad zigzag 4x32/8x4096x128", "attention_part_grad", zigzag, attentionGradTypes),
+  one("attention_merge 65536x32x128", "attention_merge", { B: 1, S: T, H: 32, W: 128 }, "f32 f32 bf16 f32 f32 f32"),
   one("rmsnorm 65536x4096", "rmsnorm", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16"),
   one("rmsnorm_grad 65536x4096", "rmsnorm_grad", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16 bf16 f32"),
   one("adamw f32 2^28", "adamw", { "#0": 2 ** 28, ...adam }, "f32 f32 f32 f32 f32 f32 f32"),

@@ -109,17 +109,21 @@ class Cases:
         x, dy, ends = b["x"].t(), b["dy"], ends_of(case)
         return {"_grouped_mm, bf16 out": lambda: torch._grouped_mm(x, dy, offs=ends)}
 
-    # -- attention: query head g*M + m reads key head g
+    # -- attention: query head g*M + m reads key head g; in zigzag order, that of the first rank, there is no peer
 
     def reference_attention(self, d, b, case):
         o, lse = torch.empty_like(b["o"], dtype=torch.float32), torch.empty_like(b["lse"])
-        for q, k, v, out, log, mask in heads(d, b["q"], b["k"], b["v"], o, lse):
-            scores = (q @ k.t() * d["C"] ** -0.5).masked_fill_(mask, float("-inf"))
+        for q, k, v, out, log, mask in heads(d, q=b["q"], k=b["k"], v=b["v"], o=o, lse=lse):
+            scores = (q @ k.t() * d["scale"]).masked_fill_(mask, float("-inf"))
             log.copy_(scores.logsumexp(-1))
             out.copy_(scores.softmax(-1) @ v)
         return {"o": o, "lse": lse}
 
+    reference_attention_part = reference_attention
+
     def peers_attention(self, d, b, case):
+        if d["chunk"]:
+            return {}
         q, k, v = queries_first(d, b)
 
         def run(backend):
@@ -128,26 +132,34 @@ class Cases:
 
         return {"SDPA cuDNN": lambda: run(SDPBackend.CUDNN_ATTENTION), "SDPA FA2": lambda: run(SDPBackend.FLASH_ATTENTION)}
 
+    peers_attention_part = peers_attention
+
     def fill_attention_grad(self, d, b, case):
         with torch.no_grad():
             for name, value in self.reference_attention(d, b, case).items():
                 b[name].copy_(value)
 
+    fill_attention_part_grad = fill_attention_grad
+
     def reference_attention_grad(self, d, b, case):
         want = {name: torch.zeros_like(b[name], dtype=torch.float32) for name in ("dq", "dk", "dv")}
-        parts = heads(d, b["q"], b["k"], b["v"], b["dy"], want["dq"], want["dk"], want["dv"])
+        parts = heads(d, q=b["q"], k=b["k"], v=b["v"], dy=b["dy"], **want)
         for q, k, v, dy, dq, dk, dv, mask in parts:
-            weight = (q @ k.t() * d["C"] ** -0.5).masked_fill_(mask, float("-inf")).softmax(-1)
+            weight = (q @ k.t() * d["scale"]).masked_fill_(mask, float("-inf")).softmax(-1)
             dv += weight.t() @ dy
             slope = dy @ v.t()
-            slope = weight * (slope - (weight * slope).sum(-1, keepdim=True)) * d["C"] ** -0.5
+            slope = weight * (slope - (weight * slope).sum(-1, keepdim=True)) * d["scale"]
             dq.copy_(slope @ k)
             dk += slope.t() @ q
         return want
 
+    reference_attention_part_grad = reference_attention_grad
+
     def peers_attention_grad(self, d, b, case):
+        if d["chunk"]:
+            return {}
         q, k, v = queries_first(d, b)
-        dy = b["dy"].view(d["B"], d["S"], -1, d["C"]).transpose(1, 2)
+        dy = b["dy"].view(d["B"], d["S"], -1, d["W"]).transpose(1, 2)
         peers = {}
         for name, backend in {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FA2": SDPBackend.FLASH_ATTENTION}.items():
             try:
@@ -157,6 +169,20 @@ class Cases:
                 continue
             peers[f"{name} backward"] = lambda o=o: torch.autograd.grad(o, (q, k, v), dy, retain_graph=True)
         return peers
+
+    peers_attention_part_grad = peers_attention_grad
+
+    def reference_attention_merge(self, d, b, case):
+        weights = torch.stack([b["la"], b["lb"]]).softmax(0).repeat_interleave(d["W"], -1)
+        return {"o": weights[0] * b["a"] + weights[1] * b["b"].float(), "lse": torch.logaddexp(b["la"], b["lb"])}
+
+    def peers_attention_merge(self, d, b, case):
+        def merge(a, la, b, lb):
+            lse = torch.logaddexp(la, lb)
+            part = lambda x, l: x.unflatten(-1, (d["H"], d["W"])) * (l - lse).exp().unsqueeze(-1)
+            return (part(a, la) + part(b, lb)).flatten(-2), lse
+
+        return self.several("logaddexp", merge, b["a"], b["la"], b["b"], b["lb"])
 
     # -- what moves memory
 
@@ -418,16 +444,27 @@ def write_rows(d, b, index, counts):
 
 
 def queries_first(d, b):
-    return [leaf(b[name]).view(d["B"], -1, heads_, d["C"]).transpose(1, 2) for name, heads_ in (("q", d["G"] * d["M"]), ("k", d["G"]), ("v", d["G"]))]
+    widths = (("q", d["G"] * d["M"], d["C"]), ("k", d["G"], d["C"]), ("v", d["G"], d["W"]))
+    return [leaf(b[name]).view(d["B"], -1, count, width).transpose(1, 2) for name, count, width in widths]
 
 
-def heads(d, *tensors):
+def positions(d, count):
+    """Of the first tokens of a sequence, as src/ops/positions.ts has them."""
+    index = torch.arange(count, device="cuda")
+    if not d["chunk"]:
+        return index
+    block = index // d["chunk"]
+    place = torch.where(block % 2 == 1, 2 * d["ranks"] - 1 - block // 2, block // 2)
+    return place * d["chunk"] + index % d["chunk"]
+
+
+def heads(d, **tensors):
     """Every query head, with its keys' where a tensor has those alone: [S,C] each (of one value per head [S]), and what no query sees."""
-    mask = torch.ones(d["S"], d["U"], dtype=torch.bool, device="cuda").triu_(1)
+    mask = positions(d, d["U"])[None, :] > positions(d, d["S"])[:, None]
     queries, keys = d["G"] * d["M"], d["G"]
     views = []
-    for t in tensors:
-        count = t.shape[-1] // d["C"] if t.shape[-1] >= d["C"] else t.shape[-1]
+    for name, t in tensors.items():
+        count = keys if name in ("k", "v", "dk", "dv") else queries
         views.append((count, t.view(*t.shape[:2], count, -1)))
     for batch in range(d["B"]):
         for h in range(queries):
