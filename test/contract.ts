@@ -53,7 +53,7 @@ interface Set {
 type RowsMode = "some" | "gaps" | "one" | "none";
 
 const ATTRS = {
-  ...{ chunk: 0, ranks: 1, normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
+  ...{ W: 32, chunk: 0, ranks: 1, normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
   ...{ beta1: 0.9, beta2: 0.999, decay: 0.1 },
 };
 // some queries come before all keys of a piece
@@ -69,56 +69,16 @@ const sets: Readonly<Record<string, Set>> = {
     ...{ starts: {}, rows: "gaps" },
   },
   aligned: {
-    sizes: {
-      A: 1,
-      P: 2,
-      B: 1,
-      S: 64,
-      U: 64,
-      D: 64,
-      K: 64,
-      N: 64,
-      V: 64,
-      E: 8,
-      F: 64,
-      H: 4,
-      G: 2,
-      M: 2,
-      C: 16,
-      W: 16,
-      k: 2,
-      "#0": 64,
-      "#1": 64,
-    },
+    sizes: { A: 1, P: 2, B: 1, S: 64, U: 64, D: 64, K: 64, N: 64, V: 64, E: 8, F: 64, H: 4, G: 2, M: 2, C: 16, k: 2, "#0": 64, "#1": 64 },
     ...{ starts: {}, rows: "one" },
   },
   large: {
-    sizes: {
-      A: 1,
-      P: 1,
-      B: 1,
-      S: 70,
-      U: 74,
-      D: 96,
-      K: 96,
-      N: 128,
-      V: 130,
-      E: 8,
-      F: 96,
-      H: 2,
-      G: 1,
-      M: 4,
-      C: 64,
-      W: 32,
-      k: 2,
-      "#0": 70,
-      "#1": 96,
-    },
+    sizes: { A: 1, P: 1, B: 1, S: 70, U: 74, D: 96, K: 96, N: 128, V: 130, E: 8, F: 96, H: 2, G: 1, M: 4, C: 64, k: 2, "#0": 70, "#1": 96 },
     ...{ starts: cutStarts, rows: "some" },
   },
   // many workgroups
   long: {
-    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, W: 32, k: 2, "#0": 300, "#1": 515 },
+    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, k: 2, "#0": 300, "#1": 515 },
     ...{ starts: {}, rows: "some", light: true },
   },
   // rows longer than a workgroup, and experts
