@@ -119,7 +119,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     if (from !== undefined) {
       // parts of the scratch arena that one launch sees must not overlap: each ends where the next begins
       const next = args.map((a) => scratchFrom(a) ?? 0).filter((at) => at > from);
-      return { ...arenas.scratch, offset: from, bytes: Math.min(scratch, ...next) - from };
+      return { ...arenas.scratch, offset: arenas.scratch.offset + from, bytes: Math.min(scratch, ...next) - from };
     }
     const rows = rowsOf(i, buffers);
     const named = arg === "rows" ? rows : arg === "needed" ? `${rows}.needed` : undefined;
