@@ -6,7 +6,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
-import { type Binding, bindings, type Entry, float, fold, header, launch, scalar, scratchBytes, vector } from "./text.ts";
+import { type Binding, bound, type Entry, float, fold, header, scalar, scratchBytes, vector } from "./text.ts";
 
 export const attention: Readonly<Record<string, (use: Use) => Made>> = { attention: forward, attention_grad: backward };
 
@@ -116,8 +116,9 @@ function made(use: Use, passes: readonly Pass[]): Made {
   };
   const entries = gradient ? [dots, ...main] : main;
   const outputs = passes.flatMap((p) => p.sums.map((s) => s.to));
+  const { bindings, launches } = bound(entries);
   const source = render("wgsl/attention.wgsl", {
-    ...{ header: header(use.dtype), bindings: bindings(...entries), name: use.name, gradient, threads, rows, columns, across, lanes },
+    ...{ header: header(use.dtype), bindings, name: use.name, gradient, threads, rows, columns, across, lanes },
     ...{
       channels: C,
       channelsWide: channelWords * 4,
@@ -136,7 +137,7 @@ function made(use: Use, passes: readonly Pass[]): Made {
     writers: outputs.map((name) => ({ name, ...lie(use, name), text: written(use, name) })),
     passes: passes.map((p) => passText(p)),
   });
-  return { source, launches: entries.map(launch), ...(gradient ? { scratch: scratchBytes(count) } : {}) };
+  return { source, launches, ...(gradient ? { scratch: scratchBytes(count) } : {}) };
 
   function places({ by }: Pass): number {
     return by === "queries" ? B * G * M * Math.ceil(S / rows) : B * G * Math.ceil(U / rows);
