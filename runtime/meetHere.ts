@@ -24,13 +24,20 @@ export function ranksOf({ mesh, programs }: Plan): Ranks {
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
   const stageOf = (rank: number): number => Math.floor(rank / mesh.per_stage);
+  const find = (rank: number, i: Move): readonly number[] => {
+    if (i.world) return everyone;
+    const base = stageOf(rank) * mesh.per_stage;
+    return membersOf(mesh, rank - base, i.factors).map((m) => m + base);
+  };
+  /** By rank: asked for every time that a rank looks whether the others are there. */
+  const known = everyone.map(() => new Map<Move, readonly number[]>());
   return {
     stageOf,
     bufferOf: (rank, id) => buffers[stageOf(rank)]!.get(id)!,
     groupOf(rank, i) {
-      if (i.world) return everyone;
-      const base = stageOf(rank) * mesh.per_stage;
-      return membersOf(mesh, rank - base, i.factors).map((m) => m + base);
+      let group = known[rank]!.get(i);
+      if (!group) known[rank]!.set(i, (group = find(rank, i)));
+      return group;
     },
   };
 }
