@@ -24,12 +24,17 @@ export function ranksOf({ mesh, programs }: Plan): Ranks {
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
   const stageOf = (rank: number): number => stageOfRank(mesh, rank);
+  const find = (rank: number, i: Move): readonly number[] =>
+    i.world ? everyone : membersOf(mesh, numberInStage(mesh, rank), i.factors).map((m) => rankAt(mesh, stageOf(rank), m));
+  /** By rank: asked for every time that a rank looks whether the others are there. */
+  const known = everyone.map(() => new Map<Move, readonly number[]>());
   return {
     stageOf,
     bufferOf: (rank, id) => buffers[stageOf(rank)]!.get(id)!,
     groupOf(rank, i) {
-      if (i.world) return everyone;
-      return membersOf(mesh, numberInStage(mesh, rank), i.factors).map((m) => rankAt(mesh, stageOf(rank), m));
+      let group = known[rank]!.get(i);
+      if (!group) known[rank]!.set(i, (group = find(rank, i)));
+      return group;
     },
   };
 }

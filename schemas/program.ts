@@ -34,6 +34,12 @@ export function workOf(tag: string): Work {
   return { kind, microbatch: microbatch!, chunk };
 }
 
+/** The instructions of a piece of work, as a program's order names it. */
+export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instruction[] {
+  const { kind, chunk } = workOf(tag);
+  return chunks[chunk]![kind];
+}
+
 /** Microbatches of a step. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
   order.filter((tag) => tag.startsWith("F")).length / chunks.length;

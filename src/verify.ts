@@ -7,7 +7,7 @@
  */
 import { rankAt } from "../schemas/layout.ts";
 import type { Instruction, Program } from "../schemas/plan.ts";
-import { type Block, blocksOf, instructionsOf, microbatchBlocks, type Work, workOf } from "../schemas/program.ts";
+import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, type Work, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
 import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
@@ -186,8 +186,8 @@ function waitsOf(p: Program): Wait[] {
     });
   return [
     ...p.order.flatMap((tag) => {
-      const { kind, chunk, microbatch } = workOf(tag);
-      return of(p.chunks[chunk]![kind], tag, `microbatch ${microbatch}`);
+      const { microbatch } = workOf(tag);
+      return of(blockOf(p, tag), tag, `microbatch ${microbatch}`);
     }),
     ...of(p.step, "the step block", "the step"),
   ];

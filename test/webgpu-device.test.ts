@@ -2,7 +2,7 @@
 import { spawn } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
-import { cutArena } from "../runtime/webgpu/arenas.ts";
+import { cutArena, shareBuffers } from "../runtime/webgpu/arenas.ts";
 import type { Sources, WebgpuFleet, WebgpuSettings } from "../runtime/webgpu/backend.ts";
 import { openWebgpu } from "../runtime/webgpu/dawn.ts";
 import type { Compute, Kernel, Launch, Plan } from "../schemas/plan.ts";
@@ -228,6 +228,13 @@ describe("an arena is cut", () => {
   test("or not at all", () => {
     const cut = () => cutArena(held([0, 4], [2, 8], [6, 12]), 12, 8, "the workspace arena of stage 1 on X");
     expect(cut).toThrow("the workspace arena of stage 1 on X has 12 bytes; its buffers up to b2 lie in one piece");
+  });
+  test("and what is cut shares as few GPUBuffers as neighbours can", () => {
+    const shared = (limit: number) =>
+      shareBuffers([{ bytes: 4 }, { bytes: 8 }, { bytes: 4 }, { bytes: 4 }], limit).map((parts) => parts.length);
+    expect(shared(20)).toEqual([4]);
+    expect(shared(12)).toEqual([2, 2]);
+    expect(shared(8)).toEqual([1, 1, 2]);
   });
 });
 

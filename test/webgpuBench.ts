@@ -1,18 +1,24 @@
 /**
- * The WebGPU bench: rates of single kernels, and a small mixture-of-experts model with the share of each op, on this machine's
- * own adapter. Times are the device's, medians of rounds that alternate, on random data. Writes results/webgpu-<date>.md.
+ * The WebGPU bench: rates of single kernels, what recording a dispatch costs the host, and a small mixture-of-experts model with
+ * the share of each op, on this machine's own adapter. Times are the device's but for recording, medians of rounds that
+ * alternate, on random data. Writes results/webgpu-<date>.md.
  */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import type { Fleet } from "../runtime/backend.ts";
+import { readingOf } from "../runtime/batches.ts";
+import { openCorpus } from "../runtime/data.ts";
+import { runOn } from "../runtime/execute.ts";
 import { narrow } from "../runtime/halves.ts";
 import { openRun } from "../runtime/run.ts";
 import { binder } from "../runtime/webgpu/bindings.ts";
-import { commandsOn } from "../runtime/webgpu/commands.ts";
-import { dawn } from "../runtime/webgpu/dawn.ts";
+import { commandsOn, type Dispatch } from "../runtime/webgpu/commands.ts";
+import { dawn, openWebgpu } from "../runtime/webgpu/dawn.ts";
 import { openDevice, usage } from "../runtime/webgpu/device.ts";
 import { compiler, isStart, type Pipeline } from "../runtime/webgpu/pipelines.ts";
 import { bytesOf } from "../schemas/layout.ts";
 import type { Dtype } from "../schemas/plan.ts";
+import { blockOf } from "../schemas/program.ts";
 import { compile } from "../src/compile.ts";
 import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { wgslKernels } from "../src/kernels/wgsl/index.ts";
@@ -191,8 +197,8 @@ function widenOne(h: number): number {
 }
 const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)]!;
 
-/** A Mixtral-like model of four layers: tokens per second without a profile, then where the time goes. */
-async function model() {
+/** A Mixtral-like model of four layers. */
+async function compiled() {
   const job = jobOf({
     name: "webgpu-bench",
     model: {
@@ -204,7 +210,12 @@ async function model() {
     data: { path: "corpus.txt", tokenizer: "bytes" },
     cluster: { device: "h200-141gb" },
   });
-  const { plan, sources } = compile(job, { target: await loadTarget("webgpu:baseline") });
+  return compile(job, { target: await loadTarget("webgpu:baseline") });
+}
+type Model = Awaited<ReturnType<typeof compiled>>;
+
+/** Its tokens per second without a profile, then where the time goes. */
+async function model({ plan, sources }: Model) {
   const open = (profile: boolean) => openRun(plan, { backend: "webgpu", source: (f) => sources.get(f)!, baseDir: fixture(""), profile });
   const run = await open(false);
   const seconds: number[] = [];
@@ -226,36 +237,84 @@ async function model() {
   return { tokensPerSecond: tokens / median(seconds), stepSeconds: median(seconds), byOp: [...byOp].sort((a, b) => b[1] - a[1]) };
 }
 
+/** Steps before the engine has compiled what records them, and steps that count. */
+const [WARM, COUNTED] = [15, 25];
+
+/**
+ * Microseconds of this thread per dispatch of a whole step of the model as the runtime records it: the walk, host writes, commands
+ * and submissions, until the last has been handed over. What is waited for comes after.
+ */
+async function recording({ plan, sources }: Model) {
+  const fleet = await openWebgpu(plan, { kernel: (file) => sources.get(file)! });
+  const corpus = openCorpus(fixture("corpus.txt"), readingOf(plan.job));
+  const milliseconds: number[] = [];
+  let begun = 0;
+  const timed: Fleet = {
+    ...fleet,
+    beginStep() {
+      begun = performance.now();
+      return false;
+    },
+    finish() {
+      // all is submitted when this returns; what it promises is that the device is done
+      const done = fleet.finish();
+      milliseconds.push(performance.now() - begun);
+      return done;
+    },
+  };
+  try {
+    const run = runOn(plan, { fleet: timed, batch: corpus.batch });
+    for (let step = 0; step < WARM + COUNTED; step++) await run.step();
+  } finally {
+    corpus.close();
+    await fleet.close();
+  }
+  const launches = new Map(plan.kernels.map((k) => [k.id, k.launches.length]));
+  const program = plan.programs[0]!;
+  const blocks = [...program.order.map((tag) => blockOf(program, tag)), program.step];
+  const dispatches = blocks.flat().reduce((n, i) => n + (i.kind === "compute" ? launches.get(i.kernel)! : 0), 0);
+  const counted = milliseconds.slice(WARM);
+  const each = (ms: number): string => ((ms * 1e3) / dispatches).toFixed(2);
+  return { dispatches, first: milliseconds[0]!, median: each(median(counted)), fastest: each(Math.min(...counted)) };
+}
+
 /**
  * Microseconds of this thread per dispatch, recording and submitting, while the device works: of one pipeline and bind group all
- * the time, and of four pipelines and eight bind groups in turn, as in a plan.
+ * the time, and of four pipelines and eight bind groups in turn, as in a plan; these also with four buffers, which lie in one
+ * GPUBuffer or each in its own.
  */
-async function encoding(): Promise<{ readonly same: number; readonly turns: number }> {
+async function encoding() {
   const gpu = await openDevice(dawn, "baseline");
-  const entries = [{ entry: "one", buffers: 1, uniform: false }];
-  const code = (n: number) =>
-    `@group(0) @binding(0) var<storage, read_write> x: array<f32>;\n@compute @workgroup_size(1) fn one() { x[0] = x[0] + ${n}.0; }`;
-  const compileKernel = compiler(gpu);
-  const made = await Promise.all([1, 2, 3, 4].map((n) => compileKernel({ name: `one${n}`, code: code(n), entries })));
-  const buffer = gpu.device.createBuffer({ size: 2048, usage: usage.storage });
   const bind = binder(gpu);
-  const groups = Array.from({ length: 8 }, (_, i) => bind("one", made[0]![0]!.layout, [{ buffer, offset: 256 * i, bytes: 16 }]));
   const commands = commandsOn(gpu, { timed: false });
-  const dispatches = groups.map((group, i) => ({
-    ...{ pipeline: made[i % 4]![0]!.pipeline, group, grid: [1, 1, 1] as const },
-    of: { rank: 0, id: "one", op: "one", kernel: "one" },
-  }));
-  const time = async (turns: number): Promise<number> => {
-    const times: number[] = [];
-    for (let round = 0; round < 9; round++) {
+  const compileKernel = compiler(gpu);
+  /** Dispatches that see `seen` buffers, which lie in `of` GPUBuffers. */
+  const dispatches = async (seen: number, of: number): Promise<Dispatch[]> => {
+    const all = Array.from({ length: seen }, (_, i) => i);
+    const declared = all.map((i) => `@group(0) @binding(${i}) var<storage, read_write> x${i}: array<f32>;`).join("\n");
+    const entries = [{ entry: "one", buffers: seen, uniform: false }];
+    const code = (n: number) =>
+      `${declared}\n@compute @workgroup_size(1) fn one() { x0[0] = ${all.map((i) => `x${i}[0]`).join(" + ")} + ${n}.0; }`;
+    const made = await Promise.all([1, 2, 3, 4].map((n) => compileKernel({ name: `one${n}`, code: code(n), entries })));
+    const buffers = Array.from({ length: of }, () => gpu.device.createBuffer({ size: 256 * 8 * seen, usage: usage.storage }));
+    return Array.from({ length: 8 }, (_, n) => {
+      const { pipeline, layout } = made[n % 4]![0]!;
+      const places = all.map((i) => ({ buffer: buffers[i % of]!, offset: 256 * (n * seen + i), bytes: 16 }));
+      return { pipeline, group: bind("one", layout, places), grid: [1, 1, 1], of: { rank: 0, id: "one", op: "one", kernel: "one" } };
+    });
+  };
+  const one = await dispatches(1, 1);
+  const turns = { same: one.slice(0, 1), turns: one, shared: await dispatches(4, 1), apart: await dispatches(4, 4) };
+  const times = { same: [] as number[], turns: [] as number[], shared: [] as number[], apart: [] as number[] };
+  for (let round = 0; round < 9; round++)
+    for (const name of ["same", "turns", "shared", "apart"] as const) {
+      const mine = turns[name];
       const begun = performance.now();
-      for (let n = 0; n < 4096; n++) commands.dispatch(dispatches[n % turns]!);
-      times.push(((performance.now() - begun) * 1e3) / 4096);
+      for (let n = 0; n < 4096; n++) commands.dispatch(mine[n % mine.length]!);
+      times[name].push(((performance.now() - begun) * 1e3) / 4096);
       await commands.finish();
     }
-    return median(times);
-  };
-  const found = { same: await time(1), turns: await time(8) };
+  const found = { same: median(times.same), turns: median(times.turns), shared: median(times.shared), apart: median(times.apart) };
   gpu.close();
   return found;
 }
@@ -278,7 +337,9 @@ for (const profile of profiles) {
   }
 }
 const encode = await encoding();
-const whole = await model();
+const built = await compiled();
+const record = await recording(built);
+const whole = await model(built);
 const date = new Date().toISOString().slice(0, 10);
 const text = `# WebGPU bench
 
@@ -289,7 +350,11 @@ ${date}, ${adapter}, Node ${process.version}. \`npm run bench:webgpu\`. Medians 
 ${rows.map((r) => `| ${r.join(" | ")} |`).join("\n")}
 
 Recording and submitting costs the host, a dispatch, ${encode.same.toFixed(2)} µs where pipeline and bind group stay (at most 4 wanted), ${encode.turns.toFixed(2)} µs where
-both change every time, as in a plan (4,096 dispatches, median of 9).
+both change every time (4,096 dispatches of one buffer, median of 9). With four buffers where both change: ${encode.shared.toFixed(2)} µs in one GPUBuffer,
+${encode.apart.toFixed(2)} µs in one each.
+
+A step of the model below as the runtime records it: ${record.median} µs of the host a dispatch, encoded and submitted (at most 4 wanted);
+${record.fastest} in the fastest step (${record.dispatches} dispatches, ${COUNTED} steps after ${WARM}). The first step takes ${record.first.toFixed(0)} ms: bind groups are made.
 
 Mixtral-like model, 4 layers, hidden 1024, 8 experts of 1024, top 2, seq 512, 8 sequences a step, fp32, one rank:
 ${Math.round(whole.tokensPerSecond).toLocaleString("en-US")} tokens/s, ${(whole.stepSeconds * 1e3).toFixed(1)} ms a step. Share of the device's time by op:

@@ -1,6 +1,7 @@
 /**
- * The memory of one rank on the device: every buffer of its program at the place the plan gives it, in one GPUBuffer per
- * arena and per copy of the activations; in several where the device makes none that large. No buffer lies in two.
+ * The memory of one rank on the device: every buffer of its program at the place the plan gives it in its arena. All arenas,
+ * one of them per copy of the activations, lie in one GPUBuffer, since each further one that a dispatch sees costs the host
+ * time whenever it is recorded; in several where the device makes none that large. No buffer lies in two.
  */
 import { bytesOf, elementsOf, stageOfRank } from "../../schemas/layout.ts";
 import type { Buffer, Kind, Plan } from "../../schemas/plan.ts";
@@ -41,42 +42,72 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
         3,
       );
 
-  /** One copy of an arena, cut where the limit demands it: where each part begins, ascending. */
-  const arena = (kind: Kind, total: number, copy = "", chunk = 0): { from: number; buffer: GPUBuffer }[] => {
+  /** One copy of an arena, cut where the limit demands it: its parts, ascending. */
+  const arena = (kind: Kind, total: number, copy = "", chunk = 0): Part[] => {
     const own = buffers
       .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
       .map((b) => ({ id: b.id, from: memory.offsets[b.id]!, to: memory.offsets[b.id]! + aligned(b) }));
     const starts = cutArena(own, total, limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
-    return starts.map((from, part) => {
-      const label = `rank ${rank} ${kind}${copy}${starts.length > 1 ? ` part ${part}` : ""}`;
-      return { from, buffer: gpu.make(label, (starts[part + 1] ?? total) - from) };
-    });
-  };
-  const single = {
-    parameter: arena("parameter", memory.parameter),
-    gradient: arena("gradient", memory.gradient),
-    optimizer: arena("optimizer", memory.optimizer),
-    workspace: arena("workspace", memory.workspace),
+    return starts.map((from, part) => ({
+      label: `${kind}${copy}${starts.length > 1 ? ` part ${part}` : ""}`,
+      from,
+      bytes: (starts[part + 1] ?? total) - from,
+    }));
   };
   const activations = chunks.map(({ slots }, chunk) =>
     Array.from({ length: slots }, (_, slot) =>
       arena("activation", memory.activation[chunk]!, ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${slot}`, chunk),
     ),
   );
-  const scratchBytes = Math.max(ALIGN, memory.scratch);
-  const scratch = { buffer: gpu.make(`rank ${rank} scratch`, scratchBytes), offset: 0, bytes: scratchBytes };
+  const single = {
+    workspace: arena("workspace", memory.workspace),
+    parameter: arena("parameter", memory.parameter),
+    gradient: arena("gradient", memory.gradient),
+    optimizer: arena("optimizer", memory.optimizer),
+  };
+  const scratch: Part = { label: "scratch", from: 0, bytes: Math.max(ALIGN, Math.ceil(memory.scratch / ALIGN) * ALIGN) };
+  const { workspace, parameter, gradient, optimizer } = single;
+  // where one GPUBuffer does not hold all, neighbours share one: what most dispatches see, and last what only the optimizer does
+  const all = [...activations.flat(2), ...workspace, scratch, ...parameter, ...gradient, ...optimizer];
+  const places = new Map<Part, Place>();
+  for (const shared of shareBuffers(all, limits.buffer)) {
+    const label = `rank ${rank} ${shared.map(({ label }) => label).join(", ")}`;
+    const buffer = gpu.make(label, bytesOfAll(shared));
+    for (const [i, part] of shared.entries()) places.set(part, { buffer, offset: bytesOfAll(shared.slice(0, i)), bytes: part.bytes });
+  }
 
   return {
     place(b, slot) {
       const parts = b.kind === "activation" ? activations[b.chunk ?? 0]![slot]! : single[b.kind];
       const at = memory.offsets[b.id]!;
       const part = parts.findLast(({ from }) => from <= at)!;
-      return { buffer: part.buffer, offset: at - part.from, bytes: bytesOfBuffer(b) };
+      const { buffer, offset } = places.get(part)!;
+      return { buffer, offset: offset + at - part.from, bytes: bytesOfBuffer(b) };
     },
-    gradients: single.gradient.map(({ buffer }) => ({ buffer, offset: 0, bytes: buffer.size })),
-    scratch,
+    gradients: gradient.map((part) => places.get(part)!),
+    scratch: places.get(scratch)!,
   };
 }
+
+/** A piece of an arena that lies in one GPUBuffer. */
+interface Part {
+  readonly label: string;
+  /** Where it begins in its arena. */
+  readonly from: number;
+  readonly bytes: number;
+}
+
+/** Parts in order, as many to a GPUBuffer as the limit allows. */
+export function shareBuffers<T extends { readonly bytes: number }>(parts: readonly T[], limit: number): T[][] {
+  const all: T[][] = [];
+  for (const part of parts) {
+    const last = all.at(-1);
+    if (last && bytesOfAll(last) + part.bytes <= limit) last.push(part);
+    else all.push([part]);
+  }
+  return all;
+}
+const bytesOfAll = (parts: readonly { readonly bytes: number }[]): number => parts.reduce((sum, { bytes }) => sum + bytes, 0);
 
 /** Places are multiples of this many bytes apart: the plan's promise, and what a binding's offset needs. */
 const ALIGN = 256;

@@ -103,11 +103,18 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
   /** An op bound to its buffers in one slot: a dispatch per launch of its kernel. */
   function bound(i: Compute, slot: number): Dispatch[] {
     const kernel = launches.get(i.kernel)!;
+    // launches that see the same buffers share a bind group, which is then set once
+    const groups = new Map<string, GPUBindGroup>();
     return kernel.launches.map((launch, n) => {
       const { pipeline, layout } = kernels.get(i.kernel)![n]!;
-      const places = launch.args.filter((a) => !isStart(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
-      const starts = launch.args.filter(isStart).map((a) => start(i, a));
-      const group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, starts.length ? starts : undefined);
+      const seen = launch.args.join();
+      let group = groups.get(seen);
+      if (!group) {
+        const places = launch.args.filter((a) => !isStart(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
+        const starts = launch.args.filter(isStart).map((a) => start(i, a));
+        group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, starts.length ? starts : undefined);
+        groups.set(seen, group);
+      }
       return { pipeline, group, grid: launch.grid, of: { rank, id: i.id, op: i.op, kernel: i.kernel } };
     });
   }
@@ -119,7 +126,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     if (from !== undefined) {
       // parts of the scratch arena that one launch sees must not overlap: each ends where the next begins
       const next = args.map((a) => scratchFrom(a) ?? 0).filter((at) => at > from);
-      return { ...arenas.scratch, offset: from, bytes: Math.min(scratch, ...next) - from };
+      return { ...arenas.scratch, offset: arenas.scratch.offset + from, bytes: Math.min(scratch, ...next) - from };
     }
     const rows = rowsOf(i, buffers);
     const named = arg === "rows" ? rows : arg === "needed" ? `${rows}.needed` : undefined;

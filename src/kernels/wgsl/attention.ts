@@ -7,7 +7,7 @@ import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type AttentionSizes, attentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
-import { type Binding, bindings, type Entry, float, fold, header, kernel, launch, scalar, scratchBytes, vector, widthOf } from "./text.ts";
+import { type Binding, bound, type Entry, float, fold, header, kernel, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
 export const attention: Readonly<Record<string, (use: Use) => Made>> = {
   ...{ attention: forward, attention_grad: backward, attention_part: forward, attention_part_grad: backward },
@@ -131,8 +131,9 @@ function made(use: Use, passes: readonly Pass[]): Made {
   };
   const entries = grad ? [dots, ...main] : main;
   const outputs = sums.map((s) => s.to);
+  const { bindings, launches } = bound(entries);
   const source = render("wgsl/attention.wgsl", {
-    ...{ header: header(use.dtype), bindings: bindings(...entries), name: use.name, gradient: grad, part, moved },
+    ...{ header: header(use.dtype), bindings, name: use.name, gradient: grad, part, moved },
     sight: render("wgsl/attention_sight.wgsl", {
       ...{ zigzag: chunk > 0, chunk, ranks, blocks: 2 * ranks, lastBlock: 2 * ranks - 1, queries: S, keys: U },
       keyStart: part ? "starts.y" : "0",
@@ -146,7 +147,7 @@ function made(use: Use, passes: readonly Pass[]): Made {
     writers: outputs.map((name) => ({ name, ...lie(use, sizes, name), text: written(use, name) })),
     passes: passes.map((p) => passText(p)),
   });
-  return { source, launches: entries.map(launch), ...(grad ? { scratch: scratchBytes(count) } : {}) };
+  return { source, launches, ...(grad ? { scratch: scratchBytes(count) } : {}) };
 
   function places({ by }: Pass): number {
     return by === "queries" ? B * G * M * Math.ceil(S / rows) : B * G * Math.ceil(U / rows);

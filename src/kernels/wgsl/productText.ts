@@ -2,7 +2,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { type Made, offsetsAt } from "../kernel.ts";
 import type { Product, Side, Tile, Tiling } from "./product.ts";
-import { bindings, type Entry, fold, header, launch, scalar, scratchBytes, vector } from "./text.ts";
+import { bound, type Entry, fold, header, scalar, scratchBytes, vector } from "./text.ts";
 
 export type Letter = "a" | "b";
 
@@ -78,14 +78,15 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
     place: placeText(p, t, way),
     span: grouped ? ", span" : "",
   };
+  const { bindings, launches } = bound(entries);
   const source = render("wgsl/product.wgsl", {
-    ...{ header: header(p.use.dtype) + (way.directives ?? ""), bindings: bindings(...entries), name },
+    ...{ header: header(p.use.dtype) + (way.directives ?? ""), bindings, name },
     loaders: [loader(p, t, "a", way), loader(p, t, "b", way)],
     ...{ spanParameter: grouped ? ", span: vec2<u32>" : "", ...store(p, t, to), main: way.main(frame).trimEnd() },
     ...{ split, parts: t.parts, sumThreads: SUM_THREADS, sumCount: count, sumIndex: fold(Math.ceil(count / SUM_THREADS)).index },
     sumStore: put(p.out, "i", "sum", run),
   });
-  return { source, launches: entries.map(launch), ...(split ? { scratch: scratchBytes(t.parts * p.m * p.n) } : {}) };
+  return { source, launches, ...(split ? { scratch: scratchBytes(t.parts * p.m * p.n) } : {}) };
 }
 
 /** Rows of tiles that are gone down before the next column: with 8, 128 tiles in flight read 24 panels rather than 129. */

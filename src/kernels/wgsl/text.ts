@@ -50,11 +50,10 @@ export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as co
 export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
 
 /** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
-export const kernel = (use: Use, entries: readonly Entry[], texts: readonly string[], scratch = 0): Made => ({
-  source: [`${header(use.dtype)}${bindings(...entries)}\n`, ...texts].join("\n"),
-  launches: entries.map(launch),
-  scratch,
-});
+export function kernel(use: Use, entries: readonly Entry[], texts: readonly string[], scratch = 0): Made {
+  const { bindings, launches } = bound(entries);
+  return { source: [`${header(use.dtype)}${bindings}\n`, ...texts].join("\n"), launches, scratch };
+}
 
 /**
  * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
@@ -66,30 +65,45 @@ export function fold(groups: number): { readonly grid: [number, number, number];
   return { grid: [wide, high, 1], index: high === 1 ? "group.x" : `(group.y * ${wide}u + group.x)` };
 }
 
-/** The declarations of all bindings of these entries, each once. */
-export function bindings(...entries: readonly Entry[]): string {
+/**
+ * The declarations of all bindings of these entries, and their launches. Entries bind the same buffers in the same places
+ * where the limits allow, each also those that only others use: one bind group then serves all launches of a kernel, and
+ * setting another would cost the host about a third of a launch.
+ */
+export function bound(entries: readonly Entry[]): { readonly bindings: string; readonly launches: Launch[] } {
+  const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
+  // all are told the longest list of starts: a shorter one is where that begins, or its places would be others
+  const starts = entries.map((e) => e.starts ?? []).reduce((longest, s) => (s.length > longest.length ? s : longest), []);
+  const agree = entries.every((e) => (e.starts ?? []).every((dim, i) => dim === starts[i]));
+  const together = agree && all.length <= MAX_BUFFERS && scratches(all) <= 1;
   const lines = new Map<string, string>();
   const declare = (name: string, line: string) => {
     invariant((lines.get(name) ?? line) === line, `two bindings are called ${name}: ${line}`);
     lines.set(name, line);
   };
-  for (const { buffers, starts, uniform } of entries) {
-    for (const [i, { arg, name, type }] of buffers.entries())
-      declare(name ?? arg, `@group(0) @binding(${i}) var<storage, read_write> ${name ?? arg}: array<${type}>;`);
-    if (starts?.length) declare(uniform ?? "start", `@group(0) @binding(${buffers.length}) var<uniform> ${uniform ?? "start"}: vec4<i32>;`);
-  }
-  return [...lines.values()].join("\n");
+  const launches = entries.map((e) => {
+    const own = e.buffers.map(({ arg }) => arg);
+    invariant(new Set(own).size === own.length, `${e.entry} binds a buffer twice: ${own}`);
+    const args = together ? all : own;
+    for (const { arg, name = arg, type } of e.buffers)
+      declare(name, `@group(0) @binding(${args.indexOf(arg)}) var<storage, read_write> ${name}: array<${type}>;`);
+    const { uniform = "start" } = e;
+    if (e.starts?.length) declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: vec4<i32>;`);
+    return launch(e, args, together ? starts : (e.starts ?? []));
+  });
+  return { bindings: [...lines.values()].join("\n"), launches };
 }
 
-/** The launch of an entry. Throws where it would break WebGPU's default limits. */
-export function launch({ entry, grid, threads, buffers, starts = [] }: Entry): Launch {
+/** Throws where it would break WebGPU's default limits. */
+function launch({ entry, grid, threads }: Entry, args: readonly string[], starts: readonly string[]): Launch {
   const size = typeof grid === "number" ? fold(grid).grid : grid;
-  invariant(buffers.length <= MAX_BUFFERS && starts.length <= 4, `${entry}: ${buffers.length} buffers`);
+  invariant(args.length <= MAX_BUFFERS && starts.length <= 4, `${entry}: ${args.length} buffers`);
   invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
   // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids
-  invariant(buffers.filter((b) => b.arg.startsWith("scratch+")).length <= 1, `${entry}: scratch is bound twice`);
-  return { entry, grid: [...size], threads, shared: 0, args: [...buffers.map((b) => b.arg), ...starts.map((d) => `start(${d})`)] };
+  invariant(scratches(args) <= 1, `${entry}: scratch is bound twice`);
+  return { entry, grid: [...size], threads, shared: 0, args: [...args, ...starts.map((d) => `start(${d})`)] };
 }
+const scratches = (args: readonly string[]): number => args.filter((arg) => arg.startsWith("scratch+")).length;
 
 /** A number as a WGSL literal of a float. */
 export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);
