@@ -15,8 +15,40 @@ const Norm = z.strictObject({
   eps: real.default(1e-5).describe("added to the mean square under the root"),
 });
 
-const Rope = z.strictObject({
+const RopeScalingText = z.strictObject({
+  type: z
+    .enum(["linear", "llama3", "yarn"])
+    .describe(
+      "which wavelengths are stretched: all of them; or long ones, by how often they turn within original_seq tokens (llama3, yarn)",
+    ),
+  factor: real.describe("how far they are stretched: about how many times longer sequences become"),
+  original_seq: count.optional().describe("llama3, yarn: tokens of the sequences before stretching; default: model.seq"),
+  low_freq: real.default(1).describe("llama3: up to so many turns within original_seq a wavelength is stretched by the whole factor"),
+  high_freq: real.default(4).describe("llama3: from so many turns on it is left alone"),
+  beta_fast: real.default(32).describe("yarn: from so many turns on a wavelength is left alone"),
+  beta_slow: real.default(1).describe("yarn: up to so many turns it is stretched by the whole factor"),
+  mscale: real.nullable().default(null).describe("yarn: with mscale_all_dim, what attention_factor is derived from"),
+  mscale_all_dim: real
+    .nullable()
+    .default(null)
+    .describe(
+      "yarn: with mscale, what attention_factor is derived from; with mla, the scores too grow by (0.1 x mscale_all_dim x ln factor + 1) squared",
+    ),
+  attention_factor: real
+    .nullable()
+    .default(null)
+    .describe(
+      "yarn: by what turned queries and keys are multiplied; null = 0.1 x ln factor + 1, or with mscale and mscale_all_dim (0.1 x mscale x ln factor + 1) / (0.1 x mscale_all_dim x ln factor + 1)",
+    ),
+});
+
+const RopeText = z.strictObject({
   theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
+  interleaved: z
+    .boolean()
+    .default(false)
+    .describe("which channels turn together: neighbours (DeepSeek), or one of each half of the head (most others)"),
+  scaling: RopeScalingText.nullable().default(null).describe("wavelengths stretched for longer sequences; null = as they are"),
 });
 
 const Router = z.strictObject({
@@ -65,7 +97,7 @@ const ModelText = z.strictObject({
   vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
-  rope: Rope.prefault({}).describe("rotary position embedding"),
+  rope: RopeText.prefault({}).describe("rotary position embedding"),
   activation: z.literal("swiglu").default("swiglu").describe("activation of the feed-forward part: silu(gate) x up"),
   tie_embeddings: z.boolean().default(false).describe("the head uses the embedding's weights"),
   qk_norm: z
@@ -221,7 +253,10 @@ export type JobText = z.output<typeof JobText>;
 
 /** The job with every default filled in: what the compiler reads and the plan records. */
 export const Job = JobText.extend({
-  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ moe: MoeText.required({ ffn: true }).nullable() }),
+  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({
+    rope: RopeText.extend({ scaling: RopeScalingText.required({ original_seq: true }).nullable() }),
+    moe: MoeText.required({ ffn: true }).nullable(),
+  }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
   cluster: ClusterText.required({ nodes: true }),
@@ -231,6 +266,7 @@ export type Job = z.output<typeof Job>;
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
   const { model, parallel, train, cluster } = text;
+  const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
   const data = parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context);
   return {
@@ -240,6 +276,7 @@ export function completeJob(text: JobText): Job {
       ffn,
       kv_heads: model.kv_heads ?? model.heads,
       head_dim: model.head_dim ?? model.hidden / model.heads,
+      rope: { ...model.rope, scaling: scaling && { ...scaling, original_seq: scaling.original_seq ?? model.seq } },
       moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
     },
     parallel: { ...parallel, data },

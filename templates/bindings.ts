@@ -363,17 +363,22 @@ interface CudaPreludeCuh {
 
 interface CudaRopeCu {
   readonly deep: string | number;
+  readonly first: string | number;
   readonly frequencies: string | number;
-  readonly half: string | number;
+  readonly gain: string | number;
   readonly heads: string | number;
+  readonly interleaved: string | number;
   readonly name: string | number;
+  readonly pairs: string | number;
   readonly parts: string | number;
+  readonly position: string | number;
   readonly sequence: string | number;
-  readonly sign: string | number;
+  readonly sine: string | number;
   readonly strands: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
   readonly vector: string | number;
+  readonly width: string | number;
   readonly x: string | number;
   readonly y: string | number;
 }
@@ -821,18 +826,24 @@ interface WgslRmsnormGradWgsl {
 }
 
 interface WgslRopeWgsl {
+  readonly apart: string | number;
   readonly count: string | number;
   readonly entry: string | number;
+  readonly firstChannel: string | number;
   readonly frequencies: string | number;
+  readonly gain: string | number;
   readonly headWidth: string | number;
   readonly heads: string | number;
   readonly index: string | number;
   readonly pairs: string | number;
+  readonly passing: string | number;
+  readonly position: string | number;
   readonly positions: string | number;
   readonly radians: string | number;
   readonly rests: string | number;
   readonly sequences: string | number;
-  readonly sign: string | number;
+  readonly sine: string | number;
+  readonly step: string | number;
   readonly threads: string | number;
   readonly type: string | number;
 }

@@ -9,6 +9,7 @@ import type { Dtype } from "../schemas/plan.ts";
 import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type AnyOp, expandLike, type Operand, slotSize } from "../src/ops/op.ts";
+import { unscaled } from "../src/ops/rope.ts";
 import { messageDrafts } from "./messageDrafts.ts";
 import { random } from "./opCases.ts";
 
@@ -53,7 +54,7 @@ interface Set {
 type RowsMode = "some" | "gaps" | "one" | "none";
 
 const ATTRS = {
-  ...{ chunk: 0, ranks: 1, normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
+  ...{ chunk: 0, ranks: 1, normalize: 1, eps: 1e-2, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
   ...{ beta1: 0.9, beta2: 0.999, decay: 0.1 },
 };
 // some queries come before all keys of a piece
@@ -133,9 +134,23 @@ const sets: Readonly<Record<string, Set>> = {
   // the second of two ranks' tokens, in zigzag order
   zigzag: {
     sizes: { B: 2, S: 16, U: 32, H: 2, G: 2, M: 2, C: 16, W: 16, chunk: 8, ranks: 2 },
-    ...{ starts: { S: 16 }, rows: "some", only: /^(attention|rope)/ },
+    ...{ starts: { S: 16 }, rows: "some", only: /^attention/ },
   },
 };
+
+/** Attributes of an op by which its kernel is another, one choice for each set. */
+const variants: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
+  rope: {
+    // an odd number of channels before those that turn, some after them
+    odd: { first: 1, width: 4, interleaved: 1, ...{ scaling: 3, factor: 8, original: 100, low: 1, high: 4, gain: 1.25 } },
+    four: { width: 8, interleaved: 1, chunk: 2, ranks: 3 },
+    aligned: { width: 16 },
+    large: { first: 48, width: 16, ...{ scaling: 2, factor: 8, original: 64, low: 1, high: 4 }, chunk: 20, ranks: 2 },
+    long: { width: 32, interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
+    wide: { first: 128, width: 64, interleaved: 1 },
+  },
+};
+const plainRope = { ...unscaled, theta: 10000, first: 0, interleaved: 0, chunk: 0, ranks: 1 };
 
 // -- types
 
@@ -269,7 +284,14 @@ interface Draft {
 function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
   const next = random(1000 * seed + 17);
   const s = set.sizes;
-  const d: Record<string, number> = { ...ATTRS, ...s, ...(ragged ? { "#0": s.B!, "#1": s.S!, "#2": s.E!, "#3": s.D! } : {}) };
+  const d: Record<string, number> = {
+    ...ATTRS,
+    ...plainRope,
+    ...s,
+    ...variants[op.name]?.[name],
+    ...(op.name.startsWith("attention") && { W: s.C!, scale: s.C! ** -0.5 }),
+    ...(ragged ? { "#0": s.B!, "#1": s.S!, "#2": s.E!, "#3": s.D! } : {}),
+  };
   const { inputs, outputs } = expandLike(op, ragged ? { slots: 4, ragged: 3 } : { slots: 2, ragged: 0 });
   const operands = [...inputs, ...outputs];
   const whole = (dim: string) => operands.some((o) => o.slots.some((slot) => slot.dim === dim && slot.whole));

@@ -1,11 +1,12 @@
 /** What a declaration says, and that one which lies is caught by the cut law. */
 import { describe, expect, test } from "vitest";
-import { attention, rope } from "../src/ops/attention.ts";
+import { attention } from "../src/ops/attention.ts";
 import { ops } from "../src/ops/index.ts";
 import { add, groupedGemm } from "../src/ops/linear.ts";
 import * as moe from "../src/ops/moe.ts";
 import { rmsnorm } from "../src/ops/norm.ts";
 import { type AnyOp, op, type Place, type Value } from "../src/ops/op.ts";
+import { rope } from "../src/ops/rope.ts";
 import * as vocab from "../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "./opCases.ts";
 

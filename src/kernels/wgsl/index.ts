@@ -7,6 +7,7 @@ import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norms } from "./norm.ts";
 import { optimizer } from "./optimizer.ts";
+import { rope } from "./rope.ts";
 import { router } from "./router.ts";
 import { vocab } from "./vocab.ts";
 
@@ -16,6 +17,7 @@ export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...linear,
   ...norms,
   ...optimizer,
+  ...rope,
   ...vocab,
   ...messages,
   ...moe,
