@@ -119,12 +119,12 @@ const sets: Readonly<Record<string, Set>> = {
   },
   // many workgroups
   long: {
-    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, W: 32, k: 2, "#0": 300, "#1": 515 },
+    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, N: 66, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, W: 32, k: 2, "#0": 300, "#1": 515 },
     ...{ starts: {}, rows: "some", light: true },
   },
   // rows longer than a workgroup, and experts
   wide: {
-    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1030, V: 1026, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, W: 130, k: 8, "#0": 2, "#1": 1025 },
+    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1030, N: 1028, V: 1026, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, W: 130, k: 8, "#0": 2, "#1": 1025 },
     ...{ starts: cutStarts, rows: "some", light: true },
   },
   empty: {
@@ -149,6 +149,33 @@ const variants: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
     long: { width: 32, interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
     wide: { first: 128, width: 64, interleaved: 1 },
   },
+  ...Object.fromEntries(
+    ["split", "join"].map((op) => [
+      op,
+      {
+        odd: { A: 4, R: 3, Y: 7 },
+        four: { A: 8, R: 4, Y: 12 },
+        aligned: { A: 64, R: 16, Y: 80 },
+        large: { A: 80, R: 6, Y: 86 },
+        long: { A: 512, R: 64, Y: 576 },
+        wide: { A: 1, R: 1024, Y: 1025 },
+      },
+    ]),
+  ),
+  ...Object.fromEntries(
+    ["latent_kv", "latent_kv_grad"].map((op) => [
+      op,
+      // a key's own channels (Y − R), those that all heads share (R), a value's (W); a head's vector has Z = Y − R + W
+      {
+        odd: { R: 3, Y: 8, W: 7, Z: 12 },
+        four: { R: 4, Y: 12, W: 8, Z: 16 },
+        aligned: { R: 16, Y: 48, W: 32, Z: 64 },
+        large: { R: 2, Y: 66, W: 48, Z: 112 },
+        long: { H: 9, R: 8, Y: 24, W: 16, Z: 32 },
+        wide: { R: 128, Y: 129, W: 1, Z: 2 },
+      },
+    ]),
+  ),
 };
 const plainRope = { ...unscaled, theta: 10000, first: 0, interleaved: 0, chunk: 0, ranks: 1 };
 
@@ -202,7 +229,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 
 /** Outputs that the compiler may let add to what is there: gradients of parameters, and losses. */
 const accumulates = (op: AnyOp): string[] =>
-  op.outputs.filter((o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "z_loss"].includes(op.name)).map((o) => o.name);
+  op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || ["mean", "aux_loss", "z_loss"].includes(op.name)).map((o) => o.name);
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];

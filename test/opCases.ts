@@ -21,6 +21,8 @@ const ATTRS = {
   ...{ C: 8, W: 6, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1, chunk: 0, ranks: 2 },
   // rope: the middle of a head turns
   ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
+  // latent attention: what is joined, and heads of a latent
+  ...{ A: 2, R: 5, Y: 7, Z: 7 },
   ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 

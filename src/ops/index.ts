@@ -1,6 +1,7 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
-import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
+import { join, latentKv, latentKvGrad, split } from "./latent.ts";
+import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
@@ -10,9 +11,10 @@ import { rope } from "./rope.ts";
 import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [
-  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast],
+  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
   ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
+  ...[split, join, latentKv, latentKvGrad],
   ...Object.values(vocab),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],

@@ -76,6 +76,11 @@ const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
 const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
   add: (use) => ({ width: plain(use, "y"), results: { y: "a + b" } }),
   accumulate: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+  add_bias({ d }) {
+    const width = widthOf(d.N!);
+    const wide = d.N! / width;
+    return { width, at: { bias: "vector" }, results: { y: `x + V(bias_buf[i % ${wide}u])` } };
+  },
   cast: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
 
   swiglu: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "gate * sigmoid(gate) * up" } }),

@@ -2,6 +2,7 @@
 import type { WgslMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
+import { latent } from "./latent.ts";
 import { linear } from "./linear.ts";
 import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
@@ -14,6 +15,7 @@ import { vocab } from "./vocab.ts";
 export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...attention,
   ...elementwise,
+  ...latent,
   ...linear,
   ...norms,
   ...optimizer,
