@@ -51,6 +51,20 @@ const RopeText = z.strictObject({
   scaling: RopeScalingText.nullable().default(null).describe("wavelengths stretched for longer sequences; null = as they are"),
 });
 
+const Mla = z.strictObject({
+  q_rank: count
+    .nullable()
+    .default(null)
+    .describe("width of the latent that all queries are made from; null = made from the residual stream"),
+  kv_rank: count.describe("width of the latent that the keys and values of all heads are made from"),
+  nope_dim: count.describe("channels of a query or key head that positions do not turn"),
+  rope_dim: count.describe("channels after them that positions turn; the keys of all heads share theirs"),
+  v_dim: count.describe("width of one value head"),
+  norm_eps: real
+    .default(1e-6)
+    .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
+});
+
 const Router = z.strictObject({
   score: z.literal("softmax").default("softmax").describe("how the logits of all experts become probabilities, before the top-k choice"),
   normalize_top_k: z.boolean().default(true).describe("divide the chosen k probabilities by their sum (Mixtral does, OLMoE does not)"),
@@ -93,7 +107,14 @@ const ModelText = z.strictObject({
     ),
   heads: count.describe("query heads"),
   kv_heads: count.optional().describe("key and value heads, each shared by heads / kv_heads query heads; default: heads"),
-  head_dim: count.optional().describe("width of one head; default: hidden / heads"),
+  head_dim: count.optional().describe("width of one head; default: hidden / heads, or with mla nope_dim + rope_dim"),
+  mla: Mla.nullable()
+    .default(null)
+    .describe(
+      "latent attention (DeepSeek): keys and values of all heads are made from one narrow vector a token; null = attention as usual",
+    ),
+  qkv_bias: z.boolean().default(false).describe("queries, keys and values have biases"),
+  out_bias: z.boolean().default(false).describe("the product after attention has a bias"),
   vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
@@ -266,6 +287,7 @@ export type Job = z.output<typeof Job>;
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
   const { model, parallel, train, cluster } = text;
+  const { mla } = model;
   const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
   const data = parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context);
@@ -275,7 +297,7 @@ export function completeJob(text: JobText): Job {
       ...model,
       ffn,
       kv_heads: model.kv_heads ?? model.heads,
-      head_dim: model.head_dim ?? model.hidden / model.heads,
+      head_dim: model.head_dim ?? (mla ? mla.nope_dim + mla.rope_dim : model.hidden / model.heads),
       rope: { ...model.rope, scaling: scaling && { ...scaling, original_seq: scaling.original_seq ?? model.seq } },
       moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
     },

@@ -5,7 +5,7 @@
 import type { Job } from "../schemas/job.ts";
 import { attend } from "./modelAttention.ts";
 import { experts } from "./modelExperts.ts";
-import { copyOf, type Loss, type Part, partOf } from "./modelParts.ts";
+import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts";
 import { add, gemm, gemmDgrad } from "./ops/linear.ts";
 import { swiglu } from "./ops/moe.ts";
 import { rmsnorm } from "./ops/norm.ts";
@@ -13,14 +13,14 @@ import type { Value } from "./ops/op.ts";
 import { embed, mean, nll, pick, rowMax, sumExp } from "./ops/vocab.ts";
 
 export function buildModel(job: Job): Loss[] {
-  const { model: m, parallel } = job;
+  const { model: m } = job;
   const losses: Loss[] = [];
   const { eps } = m.norm;
 
   const first = partOf(job, 0, "", losses);
   const table = first.weight("embed", "V@tp,D");
   let x = embed.of({ ids: first.input("ids"), table }, {}, "embedding");
-  x.cut = [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
+  x.cut = streamCut(job);
 
   for (let i = 0; i < m.layers; i++) {
     const layer = partOf(job, 1 + i, `layers.${i}.`, losses);
