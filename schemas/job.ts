@@ -65,9 +65,36 @@ const Mla = z.strictObject({
     .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
 });
 
-const Router = z.strictObject({
-  score: z.literal("softmax").default("softmax").describe("how the logits of all experts become probabilities, before the top-k choice"),
-  normalize_top_k: z.boolean().default(true).describe("divide the chosen k probabilities by their sum (Mixtral does, OLMoE does not)"),
+const RouterText = z.strictObject({
+  score: z
+    .enum(["softmax", "sigmoid", "sqrt_softplus"])
+    .default("softmax")
+    .describe("how logits become scores: over all experts together, or each by itself: sigmoid, or the root of softplus"),
+  normalize_top_k: z
+    .boolean()
+    .default(true)
+    .describe(
+      "divide the chosen scores by their sum (Mixtral does, OLMoE does not); with softmax, experts are then chosen by their logits, else by their scores",
+    ),
+  scaling: real.default(1).describe("factor on the weights of the chosen experts (DeepSeek-V3: 2.5)"),
+  precision: z
+    .enum(["model", "fp32"])
+    .default("model")
+    .describe("what the logits are computed in: as the rest of the model, or in fp32 from the widened input and router weight"),
+  groups: count
+    .default(1)
+    .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
+  group_top_k: count.optional().describe("groups that a token may use; default: all"),
+  group_scores: count
+    .optional()
+    .describe(
+      "a group is worth the sum of so many of its largest scores (DeepSeek-V2: 1, V3: 2); default: top_k / group_top_k, rounded down, as in Megatron Core",
+    ),
+  expert_bias: z
+    .boolean()
+    .default(false)
+    .describe("choose by score + a bias per expert, which after each step moves towards even loads (DeepSeek-V3); weights stay unbiased"),
+  bias_rate: real.default(1e-3).describe("how far the bias moves in a step"),
   balance: z.enum(["none", "aux_loss"]).default("aux_loss").describe("what keeps tokens spread over the experts"),
   aux_coeff: real
     .default(0)
@@ -79,11 +106,28 @@ const Router = z.strictObject({
     .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
 });
 
+const Shared = z.strictObject({
+  ffn: count.describe("inner width"),
+  gate: z.boolean().default(false).describe("what it gives is weighed by the sigmoid of one more product with the token (Qwen2-MoE)"),
+});
+
 const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
-  router: Router.prefault({}).describe("how tokens choose experts"),
+  shared: Shared.nullable().default(null).describe("a feed-forward part beside the experts, through which every token goes; null = none"),
+  layers: z
+    .union([
+      z.literal("all"),
+      z.strictObject({ first_dense: z.int().min(0).describe("layers before the first that has experts") }),
+      z.strictObject({ every: count.describe("layer 0 has experts, and every so many after it") }),
+      z.array(z.union([z.literal(0), z.literal(1)])).min(1),
+    ])
+    .default("all")
+    .describe(
+      "which layers have experts: all, {first_dense: n}, {every: n}, or a 0 or 1 for each layer; the others are dense, of model.ffn",
+    ),
+  router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
     .enum(["all_to_all", "all_gather"])
     .default("all_to_all")
@@ -125,9 +169,7 @@ const ModelText = z.strictObject({
     .enum(["none", "head", "full"])
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
-  moe: MoeText.nullable()
-    .default(null)
-    .describe("mixture of experts in place of the dense feed-forward part, in every layer; null = dense"),
+  moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
 });
 
 export const ParallelText = z.strictObject({
@@ -272,11 +314,13 @@ export const JobText = z.strictObject({
 });
 export type JobText = z.output<typeof JobText>;
 
+const Moe = MoeText.required({ ffn: true }).extend({ router: RouterText.required({ group_top_k: true, group_scores: true }) });
+
 /** The job with every default filled in: what the compiler reads and the plan records. */
 export const Job = JobText.extend({
   model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({
     rope: RopeText.extend({ scaling: RopeScalingText.required({ original_seq: true }).nullable() }),
-    moe: MoeText.required({ ffn: true }).nullable(),
+    moe: Moe.nullable(),
   }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
@@ -299,7 +343,7 @@ export function completeJob(text: JobText): Job {
       kv_heads: model.kv_heads ?? model.heads,
       head_dim: model.head_dim ?? (mla ? mla.nope_dim + mla.rope_dim : model.hidden / model.heads),
       rope: { ...model.rope, scaling: scaling && { ...scaling, original_seq: scaling.original_seq ?? model.seq } },
-      moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
+      moe: model.moe && completeMoe(model.moe, ffn),
     },
     parallel: { ...parallel, data },
     train: {
@@ -309,6 +353,22 @@ export function completeJob(text: JobText): Job {
     },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
   };
+}
+
+function completeMoe(moe: z.output<typeof MoeText>, ffn: number): z.output<typeof Moe> {
+  const { router } = moe;
+  const groupTopK = router.group_top_k ?? router.groups;
+  const groupScores = router.group_scores ?? Math.max(1, Math.floor(moe.top_k / groupTopK));
+  return { ...moe, ffn: moe.ffn ?? ffn, router: { ...router, group_top_k: groupTopK, group_scores: groupScores } };
+}
+
+/** Whether a layer has experts. */
+export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): boolean {
+  if (!moe) return false;
+  const { layers } = moe;
+  if (layers === "all") return true;
+  if (Array.isArray(layers)) return layers[layer] === 1;
+  return "every" in layers ? layer % layers.every === 0 : layer >= layers.first_dense;
 }
 
 /** The JSON Schema of a job file, for editors. */

@@ -2,7 +2,7 @@
  * buildModel: the forward pass of a decoder-only transformer, dense or mixture of experts, and its losses. It says where
  * parameters are cut and how the first activation lies; nothing else about the mesh. Letters of dims: modelParts.ts.
  */
-import type { Job } from "../schemas/job.ts";
+import { hasExperts, type Job } from "../schemas/job.ts";
 import { attend } from "./modelAttention.ts";
 import { experts } from "./modelExperts.ts";
 import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts";
@@ -28,7 +28,7 @@ export function buildModel(job: Job): Loss[] {
     const a = rmsnorm.of({ x, gain: gain("norm1", "D") }, { eps }, at("attn.norm"));
     x = add.of({ a: x, b: attend(layer, a) }, {}, at("attn.residual"));
     const h = rmsnorm.of({ x, gain: gain("norm2", "D") }, { eps }, at("mlp.norm"));
-    x = add.of({ a: x, b: m.moe ? experts(layer, h, m.moe) : dense(layer, h) }, {}, at("mlp.residual"));
+    x = add.of({ a: x, b: m.moe && hasExperts(m, i) ? experts(layer, h, m.moe) : dense(layer, h) }, {}, at("mlp.residual"));
   }
 
   const last = partOf(job, 1 + m.layers, "", losses);
