@@ -22,7 +22,7 @@ const ATTRS = {
   // rope: the middle of a head turns
   ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
   // latent attention: what is joined, and heads of a latent
-  ...{ A: 2, R: 5, Y: 7, Z: 7 },
+  ...{ A: 2, R: 5, Y: 7, Z: 8 },
   ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 
