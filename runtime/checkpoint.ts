@@ -5,11 +5,12 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
-import type { Job } from "../schemas/job.ts";
+import { hasExperts, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { type Entry, openSafetensors, type Safetensors } from "./safetensors.ts";
 
 type Model = Job["model"];
+type Moe = NonNullable<Model["moe"]>;
 
 export type Checkpoint = {
   /** The parameter of this name; `shape` must be the parameter's whole shape. */
@@ -36,6 +37,10 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
       if (problem !== undefined) problems.add(problem);
     }
   }
+  for (const name of tensors.where.keys()) {
+    const problem = used.has(name) ? undefined : surplus(name, model);
+    if (problem !== undefined) problems.add(problem);
+  }
   if (problems.size > 0) {
     tensors.close();
     throw new Trouble(
@@ -61,14 +66,18 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
   };
 }
 
-/** The tensors transformers 5 would save for these values, experts fused; parameters, gradients and moments alike. Sorted by name. */
+/**
+ * These values under the names that transformers 5 has for them while a model runs, experts fused; parameters, gradients and moments
+ * alike. State, which has no gradient, is left out where it is not given. Sorted by name.
+ */
 export function toHuggingFace(
   model: Model,
   named: ReadonlyMap<string, { readonly shape: readonly number[]; readonly data: Float32Array }>,
 ): readonly Entry[] {
   const entries = new Map<string, Entry>();
-  for (const { name, shape, layouts } of parametersOf(model)) {
+  for (const { name, shape, layouts, state } of parametersOf(model)) {
     const value = named.get(name);
+    if (value === undefined && state) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
     for (const part of layouts[PREFERRED]!) {
@@ -99,6 +108,8 @@ type Parameter = {
   readonly layouts: readonly (readonly Part[])[];
   /** The job key to doubt when the tensor is not there. */
   readonly missing: string;
+  /** Not trained by gradients. */
+  readonly state?: true;
 };
 const PREFERRED = 1;
 
@@ -106,8 +117,7 @@ const PREFERRED = 1;
 function parametersOf(model: Model): readonly Parameter[] {
   const V = { size: model.vocab, key: "model.vocab" };
   const D = { size: model.hidden, key: "model.hidden" };
-  const Q = { size: model.heads * model.head_dim, key: "model.heads x model.head_dim" };
-  const K = { size: model.kv_heads * model.head_dim, key: "model.kv_heads x model.head_dim" };
+  const E = { size: model.moe?.experts ?? 0, key: "model.moe.experts" };
 
   const plain = (name: string, missing: string, tensor: string, ...shape: Dim[]): Parameter =>
     own(name, missing, shape, [[{ tensor, shape, blocks: asIs(shape) }]]);
@@ -125,36 +135,89 @@ function parametersOf(model: Model): readonly Parameter[] {
     const ours = `layers.${i}`;
     const theirs = `model.layers.${i}`;
     const at = "model.layers";
-    const normed = model.qk_norm === "head" ? [headDim(model), headDim(model)] : [Q, K];
     return [
       plain(`${ours}.norm1`, at, `${theirs}.input_layernorm.weight`, D),
-      linear(`${ours}.wq`, at, [`${theirs}.self_attn.q_proj.weight`], D, Q),
-      linear(`${ours}.wk`, at, [`${theirs}.self_attn.k_proj.weight`], D, K),
-      linear(`${ours}.wv`, at, [`${theirs}.self_attn.v_proj.weight`], D, K),
-      linear(`${ours}.wo`, at, [`${theirs}.self_attn.o_proj.weight`], Q, D),
+      ...(model.mla ? latent(ours, `${theirs}.self_attn`, model.mla) : grouped(ours, `${theirs}.self_attn`)),
+      ...(model.out_bias ? [plain(`${ours}.bo`, "model.out_bias", `${theirs}.self_attn.o_proj.bias`, D)] : []),
+      plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
+      ...(model.moe && hasExperts(model, i)
+        ? [...experts(ours, theirs, model.moe), ...beside(ours, `${theirs}.mlp`, model.moe)]
+        : forward(ours, [`${theirs}.mlp`], model.moe ? "model.moe.layers" : "model.moe", { size: model.ffn, key: "model.ffn" })),
+    ];
+  };
+
+  const grouped = (ours: string, theirs: string): readonly Parameter[] => {
+    const at = "model.layers";
+    const Q = { size: model.heads * model.head_dim, key: "model.heads x model.head_dim" };
+    const K = { size: model.kv_heads * model.head_dim, key: "model.kv_heads x model.head_dim" };
+    const normed = model.qk_norm === "head" ? [headDim(model), headDim(model)] : [Q, K];
+    const bias = (name: string, dim: Dim) => plain(`${ours}.b${name}`, "model.qkv_bias", `${theirs}.${name}_proj.bias`, dim);
+    return [
+      linear(`${ours}.wq`, at, [`${theirs}.q_proj.weight`], D, Q),
+      linear(`${ours}.wk`, at, [`${theirs}.k_proj.weight`], D, K),
+      linear(`${ours}.wv`, at, [`${theirs}.v_proj.weight`], D, K),
+      linear(`${ours}.wo`, at, [`${theirs}.o_proj.weight`], Q, D),
+      ...(model.qkv_bias ? [bias("q", Q), bias("k", K), bias("v", K)] : []),
       ...(model.qk_norm === "none"
         ? []
         : [
-            plain(`${ours}.q_norm`, "model.qk_norm", `${theirs}.self_attn.q_norm.weight`, normed[0]!),
-            plain(`${ours}.k_norm`, "model.qk_norm", `${theirs}.self_attn.k_norm.weight`, normed[1]!),
+            plain(`${ours}.q_norm`, "model.qk_norm", `${theirs}.q_norm.weight`, normed[0]!),
+            plain(`${ours}.k_norm`, "model.qk_norm", `${theirs}.k_norm.weight`, normed[1]!),
           ]),
-      plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
-      ...(model.moe === null ? dense(ours, theirs) : experts(ours, theirs, model.moe)),
     ];
   };
 
-  const dense = (ours: string, theirs: string): readonly Parameter[] => {
-    const F = { size: model.ffn, key: "model.ffn" };
-    const missing = "model.moe";
+  const latent = (ours: string, theirs: string, mla: NonNullable<Model["mla"]>): readonly Parameter[] => {
+    const at = "model.mla";
+    const { heads } = model;
+    const Q = { size: heads * (mla.nope_dim + mla.rope_dim), key: "model.heads x (model.mla.nope_dim + rope_dim)" };
+    const K = { size: mla.kv_rank, key: "model.mla.kv_rank" };
+    const KR = { size: mla.kv_rank + mla.rope_dim, key: "model.mla.kv_rank + rope_dim" };
+    const KV = { size: heads * (mla.nope_dim + mla.v_dim), key: "model.heads x (model.mla.nope_dim + v_dim)" };
+    const O = { size: heads * mla.v_dim, key: "model.heads x model.mla.v_dim" };
+    const rank = { size: mla.q_rank ?? 0, key: "model.mla.q_rank" };
     return [
-      linear(`${ours}.w1`, missing, [`${theirs}.mlp.gate_proj.weight`], D, F),
-      linear(`${ours}.w3`, missing, [`${theirs}.mlp.up_proj.weight`], D, F),
-      linear(`${ours}.w2`, missing, [`${theirs}.mlp.down_proj.weight`], F, D),
+      ...(mla.q_rank === null
+        ? [linear(`${ours}.wq`, "model.mla.q_rank", [`${theirs}.q_proj.weight`], D, Q)]
+        : [
+            linear(`${ours}.wq_a`, "model.mla.q_rank", [`${theirs}.q_a_proj.weight`], D, rank),
+            plain(`${ours}.q_norm`, "model.mla.q_rank", `${theirs}.q_a_layernorm.weight`, rank),
+            linear(`${ours}.wq_b`, "model.mla.q_rank", [`${theirs}.q_b_proj.weight`], rank, Q),
+          ]),
+      linear(`${ours}.wkv_a`, at, [`${theirs}.kv_a_proj_with_mqa.weight`], D, KR),
+      plain(`${ours}.kv_norm`, at, `${theirs}.kv_a_layernorm.weight`, K),
+      linear(`${ours}.wkv_b`, at, [`${theirs}.kv_b_proj.weight`], K, KV),
+      linear(`${ours}.wo`, at, [`${theirs}.o_proj.weight`], O, D),
     ];
   };
 
-  const experts = (ours: string, theirs: string, moe: NonNullable<Model["moe"]>): readonly Parameter[] => {
-    const E = { size: moe.experts, key: "model.moe.experts" };
+  /** The three matrices of a feed-forward part; where it is found, the most usual place first. */
+  const forward = (ours: string, theirs: readonly string[], missing: string, F: Dim): readonly Parameter[] => {
+    const matrix = (name: string, leaf: string, input: Dim, output: Dim) =>
+      linear(
+        `${ours}.${name}`,
+        missing,
+        theirs.map((place) => `${place}.${leaf}.weight`),
+        input,
+        output,
+      );
+    return [matrix("w1", "gate_proj", D, F), matrix("w3", "up_proj", D, F), matrix("w2", "down_proj", F, D)];
+  };
+
+  /** What stands beside the experts: the bias of their choice, and what every token goes through. */
+  const beside = (ours: string, theirs: string, { router, shared }: Moe): readonly Parameter[] => {
+    const places = ["shared_experts", "shared_expert"].map((name) => `${theirs}.${name}`);
+    const F = { size: shared?.ffn ?? 0, key: "model.moe.shared.ffn" };
+    const one = { size: 1, key: "one product" };
+    const bias = plain(`${ours}.router_bias`, "model.moe.router.expert_bias", `${theirs}.gate.e_score_correction_bias`, E);
+    return [
+      ...(router.expert_bias ? [{ ...bias, state: true as const }] : []),
+      ...(shared ? forward(`${ours}.shared`, shared.gate ? places.reverse() : places, "model.moe.shared", F) : []),
+      ...(shared?.gate ? [linear(`${ours}.shared.gate`, "model.moe.shared.gate", [`${theirs}.shared_expert_gate.weight`], D, one)] : []),
+    ];
+  };
+
+  const experts = (ours: string, theirs: string, moe: Moe): readonly Parameter[] => {
     const F = { size: moe.ffn, key: "model.moe.ffn" };
     const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
     const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
@@ -233,6 +296,24 @@ function misfit(part: Part, missing: string, { where }: Tensors, layoutFound: bo
   const why = found.length === part.shape.length ? wrong.join("; ") : `${found.length} dims where ${part.shape.length} were expected`;
   return `${part.tensor} has shape ${list(found)}; expected ${expected} (${why})`;
 }
+
+/** A tensor of a layer of the job that no parameter comes from: without it the model would be another. */
+function surplus(tensor: string, model: Model): string | undefined {
+  const [, layer, leaf] = /^(?:model\.)?layers\.(\d+)\.(.+)$/.exec(tensor) ?? [];
+  // some old checkpoints hold the frequencies of positions, which follow from the job
+  if (leaf === undefined || Number(layer) >= model.layers || leaf.endsWith("rotary_emb.inv_freq")) return undefined;
+  const key = doubts.find(([what]) => what.test(leaf))?.[1] ?? "model";
+  return `${tensor} is there, and the job has no such part (check ${key})`;
+}
+const doubts = [
+  [/o_proj\.bias$|^bo$/, "model.out_bias"],
+  [/e_score_correction_bias$|^router_bias$/, "model.moe.router.expert_bias"],
+  [/[qkv]_proj\.bias$|^b[qkv]$/, "model.qkv_bias"],
+  [/shared/, "model.moe.shared"],
+  [/_a_|_b_|kv_norm/, "model.mla"],
+  [/[qk]_norm/, "model.qk_norm"],
+  [/expert|router|mlp\.gate\./, "model.moe"],
+] as const;
 
 function summary(file: string, problems: readonly string[]): string {
   const more = problems.length > 10 ? [`and ${problems.length - 10} more`] : [];

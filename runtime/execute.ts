@@ -113,6 +113,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
     const out = new Float32Array(elementsOf(b.shape));
     if (init.type === "ones") return out.fill(1);
+    if (init.type === "zeros") return out;
     visitRuns(b, r, (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
     return out;
   }

@@ -15,13 +15,86 @@ const Norm = z.strictObject({
   eps: real.default(1e-5).describe("added to the mean square under the root"),
 });
 
-const Rope = z.strictObject({
-  theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
+const RopeScalingText = z.strictObject({
+  type: z
+    .enum(["linear", "llama3", "yarn"])
+    .describe(
+      "which wavelengths are stretched: all of them; or long ones, by how often they turn within original_seq tokens (llama3, yarn)",
+    ),
+  factor: real.describe("how far they are stretched: about how many times longer sequences become"),
+  original_seq: count.optional().describe("llama3, yarn: tokens of the sequences before stretching; default: model.seq"),
+  low_freq: real.default(1).describe("llama3: up to so many turns within original_seq a wavelength is stretched by the whole factor"),
+  high_freq: real.default(4).describe("llama3: from so many turns on it is left alone"),
+  beta_fast: real.default(32).describe("yarn: from so many turns on a wavelength is left alone"),
+  beta_slow: real.default(1).describe("yarn: up to so many turns it is stretched by the whole factor"),
+  mscale: real.nullable().default(null).describe("yarn: with mscale_all_dim, what attention_factor is derived from"),
+  mscale_all_dim: real
+    .nullable()
+    .default(null)
+    .describe(
+      "yarn: with mscale, what attention_factor is derived from; with mla, the scores too grow by (0.1 x mscale_all_dim x ln factor + 1) squared",
+    ),
+  attention_factor: real
+    .nullable()
+    .default(null)
+    .describe(
+      "yarn: by what turned queries and keys are multiplied; null = 0.1 x ln factor + 1, or with mscale and mscale_all_dim (0.1 x mscale x ln factor + 1) / (0.1 x mscale_all_dim x ln factor + 1)",
+    ),
 });
 
-const Router = z.strictObject({
-  score: z.literal("softmax").default("softmax").describe("how the logits of all experts become probabilities, before the top-k choice"),
-  normalize_top_k: z.boolean().default(true).describe("divide the chosen k probabilities by their sum (Mixtral does, OLMoE does not)"),
+const RopeText = z.strictObject({
+  theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
+  interleaved: z
+    .boolean()
+    .default(false)
+    .describe("which channels turn together: neighbours (DeepSeek), or one of each half of the head (most others)"),
+  scaling: RopeScalingText.nullable().default(null).describe("wavelengths stretched for longer sequences; null = as they are"),
+});
+
+const Mla = z.strictObject({
+  q_rank: count
+    .nullable()
+    .default(null)
+    .describe("width of the latent that all queries are made from; null = made from the residual stream"),
+  kv_rank: count.describe("width of the latent that the keys and values of all heads are made from"),
+  nope_dim: count.describe("channels of a query or key head that positions do not turn"),
+  rope_dim: count.describe("channels after them that positions turn; the keys of all heads share theirs"),
+  v_dim: count.describe("width of one value head"),
+  norm_eps: real
+    .default(1e-6)
+    .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
+});
+
+const RouterText = z.strictObject({
+  score: z
+    .enum(["softmax", "sigmoid", "sqrt_softplus"])
+    .default("softmax")
+    .describe("how logits become scores: over all experts together, or each by itself: sigmoid, or the root of softplus"),
+  normalize_top_k: z
+    .boolean()
+    .default(true)
+    .describe(
+      "divide the chosen scores by their sum (Mixtral does, OLMoE does not); with softmax, experts are then chosen by their logits, else by their scores",
+    ),
+  scaling: real.default(1).describe("factor on the weights of the chosen experts (DeepSeek-V3: 2.5)"),
+  precision: z
+    .enum(["model", "fp32"])
+    .default("model")
+    .describe("what the logits are computed in: as the rest of the model, or in fp32 from the widened input and router weight"),
+  groups: count
+    .default(1)
+    .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
+  group_top_k: count.optional().describe("groups that a token may use; default: all"),
+  group_scores: count
+    .optional()
+    .describe(
+      "a group is worth the sum of so many of its largest scores (DeepSeek-V2: 1, V3: 2); default: top_k / group_top_k, rounded down, as in Megatron Core",
+    ),
+  expert_bias: z
+    .boolean()
+    .default(false)
+    .describe("choose by score + a bias per expert, which after each step moves towards even loads (DeepSeek-V3); weights stay unbiased"),
+  bias_rate: real.default(1e-3).describe("how far the bias moves in a step"),
   balance: z.enum(["none", "aux_loss"]).default("aux_loss").describe("what keeps tokens spread over the experts"),
   aux_coeff: real
     .default(0)
@@ -33,11 +106,28 @@ const Router = z.strictObject({
     .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
 });
 
+const Shared = z.strictObject({
+  ffn: count.describe("inner width"),
+  gate: z.boolean().default(false).describe("what it gives is weighed by the sigmoid of one more product with the token (Qwen2-MoE)"),
+});
+
 const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
-  router: Router.prefault({}).describe("how tokens choose experts"),
+  shared: Shared.nullable().default(null).describe("a feed-forward part beside the experts, through which every token goes; null = none"),
+  layers: z
+    .union([
+      z.literal("all"),
+      z.strictObject({ first_dense: z.int().min(0).describe("layers before the first that has experts") }),
+      z.strictObject({ every: count.describe("layer 0 has experts, and every so many after it") }),
+      z.array(z.union([z.literal(0), z.literal(1)])).min(1),
+    ])
+    .default("all")
+    .describe(
+      "which layers have experts: all, {first_dense: n}, {every: n}, or a 0 or 1 for each layer; the others are dense, of model.ffn",
+    ),
+  router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
     .enum(["all_to_all", "all_gather"])
     .default("all_to_all")
@@ -61,20 +151,25 @@ const ModelText = z.strictObject({
     ),
   heads: count.describe("query heads"),
   kv_heads: count.optional().describe("key and value heads, each shared by heads / kv_heads query heads; default: heads"),
-  head_dim: count.optional().describe("width of one head; default: hidden / heads"),
+  head_dim: count.optional().describe("width of one head; default: hidden / heads, or with mla nope_dim + rope_dim"),
+  mla: Mla.nullable()
+    .default(null)
+    .describe(
+      "latent attention (DeepSeek): keys and values of all heads are made from one narrow vector a token; null = attention as usual",
+    ),
+  qkv_bias: z.boolean().default(false).describe("queries, keys and values have biases"),
+  out_bias: z.boolean().default(false).describe("the product after attention has a bias"),
   vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
-  rope: Rope.prefault({}).describe("rotary position embedding"),
+  rope: RopeText.prefault({}).describe("rotary position embedding"),
   activation: z.literal("swiglu").default("swiglu").describe("activation of the feed-forward part: silu(gate) x up"),
   tie_embeddings: z.boolean().default(false).describe("the head uses the embedding's weights"),
   qk_norm: z
     .enum(["none", "head", "full"])
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
-  moe: MoeText.nullable()
-    .default(null)
-    .describe("mixture of experts in place of the dense feed-forward part, in every layer; null = dense"),
+  moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
 });
 
 export const ParallelText = z.strictObject({
@@ -219,9 +314,14 @@ export const JobText = z.strictObject({
 });
 export type JobText = z.output<typeof JobText>;
 
+const Moe = MoeText.required({ ffn: true }).extend({ router: RouterText.required({ group_top_k: true, group_scores: true }) });
+
 /** The job with every default filled in: what the compiler reads and the plan records. */
 export const Job = JobText.extend({
-  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ moe: MoeText.required({ ffn: true }).nullable() }),
+  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({
+    rope: RopeText.extend({ scaling: RopeScalingText.required({ original_seq: true }).nullable() }),
+    moe: Moe.nullable(),
+  }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
   cluster: ClusterText.required({ nodes: true }),
@@ -231,6 +331,8 @@ export type Job = z.output<typeof Job>;
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
   const { model, parallel, train, cluster } = text;
+  const { mla } = model;
+  const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
   const data = parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context);
   return {
@@ -239,8 +341,9 @@ export function completeJob(text: JobText): Job {
       ...model,
       ffn,
       kv_heads: model.kv_heads ?? model.heads,
-      head_dim: model.head_dim ?? model.hidden / model.heads,
-      moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
+      head_dim: model.head_dim ?? (mla ? mla.nope_dim + mla.rope_dim : model.hidden / model.heads),
+      rope: { ...model.rope, scaling: scaling && { ...scaling, original_seq: scaling.original_seq ?? model.seq } },
+      moe: model.moe && completeMoe(model.moe, ffn),
     },
     parallel: { ...parallel, data },
     train: {
@@ -250,6 +353,22 @@ export function completeJob(text: JobText): Job {
     },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
   };
+}
+
+function completeMoe(moe: z.output<typeof MoeText>, ffn: number): z.output<typeof Moe> {
+  const { router } = moe;
+  const groupTopK = router.group_top_k ?? router.groups;
+  const groupScores = router.group_scores ?? Math.max(1, Math.floor(moe.top_k / groupTopK));
+  return { ...moe, ffn: moe.ffn ?? ffn, router: { ...router, group_top_k: groupTopK, group_scores: groupScores } };
+}
+
+/** Whether a layer has experts. */
+export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): boolean {
+  if (!moe) return false;
+  const { layers } = moe;
+  if (layers === "all") return true;
+  if (Array.isArray(layers)) return layers[layer] === 1;
+  return "every" in layers ? layer % layers.every === 0 : layer >= layers.first_dense;
 }
 
 /** The JSON Schema of a job file, for editors. */

@@ -105,7 +105,7 @@ export type Instruction = z.infer<typeof Instruction>;
 
 export const Parameter = z.strictObject({
   name: id,
-  init: z.strictObject({ type: z.enum(["normal", "ones"]), std: z.number() }),
+  init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
   buffer: id,
   gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it"),
   master: id.describe("the f32 copy the optimizer updates; the parameter itself where both are one"),

@@ -199,7 +199,7 @@ withExamples(
     .command("import")
     .description("make a job from a model described elsewhere")
     .command("hf")
-    .description("make a job from a Hugging Face config.json (Mixtral, OLMoE, Llama-like)")
+    .description("make a job from a Hugging Face config.json (Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek)")
     .argument("<config>", "the config.json")
     .option("-o, --out <job>", "the file to write; stdout if not given"),
   "import hf config.json -o job.yaml",

@@ -91,7 +91,8 @@ function madeBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] 
   if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
   if (i.kind === "send") return [];
   const to = i.kind === "move" ? i.to : i.buffer;
-  return [to, ...(buffers.get(to)!.rows ?? [])].flat();
+  const { rows } = buffers.get(to)!;
+  return rows ? [to, rows] : [to];
 }
 
 /** The steps of one microbatch that concern this role, as instructions. */

@@ -2,10 +2,10 @@
  * buildModel: the forward pass of a decoder-only transformer, dense or mixture of experts, and its losses. It says where
  * parameters are cut and how the first activation lies; nothing else about the mesh. Letters of dims: modelParts.ts.
  */
-import type { Job } from "../schemas/job.ts";
+import { hasExperts, type Job } from "../schemas/job.ts";
 import { attend } from "./modelAttention.ts";
 import { experts } from "./modelExperts.ts";
-import { copyOf, type Loss, type Part, partOf } from "./modelParts.ts";
+import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts";
 import { add, gemm, gemmDgrad } from "./ops/linear.ts";
 import { swiglu } from "./ops/moe.ts";
 import { rmsnorm } from "./ops/norm.ts";
@@ -13,14 +13,14 @@ import type { Value } from "./ops/op.ts";
 import { embed, mean, nll, pick, rowMax, sumExp } from "./ops/vocab.ts";
 
 export function buildModel(job: Job): Loss[] {
-  const { model: m, parallel } = job;
+  const { model: m } = job;
   const losses: Loss[] = [];
   const { eps } = m.norm;
 
   const first = partOf(job, 0, "", losses);
   const table = first.weight("embed", "V@tp,D");
   let x = embed.of({ ids: first.input("ids"), table }, {}, "embedding");
-  x.cut = [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
+  x.cut = streamCut(job);
 
   for (let i = 0; i < m.layers; i++) {
     const layer = partOf(job, 1 + i, `layers.${i}.`, losses);
@@ -28,7 +28,7 @@ export function buildModel(job: Job): Loss[] {
     const a = rmsnorm.of({ x, gain: gain("norm1", "D") }, { eps }, at("attn.norm"));
     x = add.of({ a: x, b: attend(layer, a) }, {}, at("attn.residual"));
     const h = rmsnorm.of({ x, gain: gain("norm2", "D") }, { eps }, at("mlp.norm"));
-    x = add.of({ a: x, b: m.moe ? experts(layer, h, m.moe) : dense(layer, h) }, {}, at("mlp.residual"));
+    x = add.of({ a: x, b: m.moe && hasExperts(m, i) ? experts(layer, h, m.moe) : dense(layer, h) }, {}, at("mlp.residual"));
   }
 
   const last = partOf(job, 1 + m.layers, "", losses);

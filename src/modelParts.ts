@@ -3,7 +3,8 @@
  * are [in, out].
  *
  * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
- * expert, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head.
+ * expert, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head, O what all heads give. Of latent attention: QL
+ * the queries' latent, KL that of keys and values, KR the same with the channels that positions turn, KU what it becomes for all heads.
  */
 import type { Job } from "../schemas/job.ts";
 import type { Leaf, Value } from "./ops/op.ts";
@@ -28,7 +29,11 @@ export interface Part {
   /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
+  bias(name: string, dims: string): Value;
 }
+
+/** How the residual stream [B,S,D] lies: between matrices, tensor ranks share out its tokens, too. */
+export const streamCut = ({ parallel }: Job): NonNullable<Value["cut"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -41,6 +46,11 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
     Q: m.heads * m.head_dim,
     KV: m.kv_heads * m.head_dim,
     C: m.head_dim,
+    O: m.heads * (m.mla ? m.mla.v_dim : m.head_dim),
+    QL: m.mla?.q_rank ?? 0,
+    KL: m.mla ? m.mla.kv_rank : 0,
+    KR: m.mla ? m.mla.kv_rank + m.mla.rope_dim : 0,
+    KU: m.mla ? m.heads * (m.mla.nope_dim + m.mla.v_dim) : 0,
     H: m.ffn,
     F: m.moe?.ffn ?? 0,
     E: m.moe?.experts ?? 0,
@@ -63,6 +73,7 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
     input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
+    bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),
   };
 }
 

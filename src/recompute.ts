@@ -10,7 +10,8 @@ import type { Pipeline } from "./pipeline.ts";
 const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], RegExp>> = {
   core_attn: /^attn\.core$/,
   layernorm: /^(attn|mlp)\.norm$/,
-  mla_up_proj: /^attn\.(wq_b|wkv_b|q_|k_|v_|q$|k$|v$)/,
+  // all that heads are made with from latents, and the latents' norms
+  mla_up_proj: /^attn\.(q_norm|wq_b|q_rope|kv_norm|wkv_b|k_rope|kv)$/,
   mlp: /^mlp\.(?!norm|residual)/,
   moe: /^moe\./,
   moe_act: /^moe\.swiglu$/,

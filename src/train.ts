@@ -64,9 +64,15 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
     const y = node.outs[0]!;
     const dy = grad.get(y);
     if (!dy || !node.op.grad) continue;
+    const carried = node.op.carries?.map((name) => node.outs[node.op.outputs.findIndex((o) => o.name === name)]!) ?? [y];
+    const dys = carried.map((v) => {
+      const arrived = grad.get(v);
+      invariant(arrived !== undefined, `${idOf(v)} is not used: no gradient arrives`);
+      return arrived;
+    });
     const named = Object.fromEntries(node.op.inputs.map((t, i) => [t.name, node.args[i]!]));
     const sight = Object.fromEntries(Object.entries(named).map(([name, v]) => [name, backwardSees(v)]));
-    for (const [name, part] of Object.entries(node.op.grad(sight, { y: backwardSees(y), dy }, node.attrs))) {
+    for (const [name, part] of Object.entries(node.op.grad(sight, { y: backwardSees(y), dy, dys }, node.attrs))) {
       const v = named[name]!;
       if (v.leaf?.kind === "input") continue;
       adopt(part, node);

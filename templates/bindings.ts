@@ -134,6 +134,17 @@ interface CudaAttentionWgmmaCu {
   readonly values: string | number;
 }
 
+interface CudaBiasGradCu {
+  readonly depth: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly strands: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+}
+
 interface CudaClearCu {
   readonly grid: string | number;
   readonly name: string | number;
@@ -349,6 +360,20 @@ interface CudaPackCu {
   readonly what: string | number;
 }
 
+interface CudaPartsCu {
+  readonly end: string | number;
+  readonly heads: string | number;
+  readonly index: string | number;
+  readonly name: string | number;
+  readonly params: string | number;
+  readonly pieces: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly unroll: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+}
+
 interface CudaPickCu {
   readonly name: string | number;
   readonly p: string | number;
@@ -363,17 +388,22 @@ interface CudaPreludeCuh {
 
 interface CudaRopeCu {
   readonly deep: string | number;
+  readonly first: string | number;
   readonly frequencies: string | number;
-  readonly half: string | number;
+  readonly gain: string | number;
   readonly heads: string | number;
+  readonly interleaved: string | number;
   readonly name: string | number;
+  readonly pairs: string | number;
   readonly parts: string | number;
+  readonly position: string | number;
   readonly sequence: string | number;
-  readonly sign: string | number;
+  readonly sine: string | number;
   readonly strands: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
   readonly vector: string | number;
+  readonly width: string | number;
   readonly x: string | number;
   readonly y: string | number;
 }
@@ -445,6 +475,20 @@ interface CudaSumCu {
   readonly type: string | number;
   readonly unroll: string | number;
   readonly vector: string | number;
+}
+
+interface CudaSumHeadsCu {
+  readonly first: string | number;
+  readonly heads: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly out: string | number;
+  readonly strands: string | number;
+  readonly stride: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
 }
 
 interface CudaTakeRowsCu {
@@ -743,6 +787,17 @@ interface WgslMergeRowsWgsl {
   readonly threads: string | number;
 }
 
+interface WgslPartsWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly pieces: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
+  readonly threads: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
 interface WgslPickWgsl {
   readonly columns: string | number;
   readonly entry: string | number;
@@ -821,18 +876,24 @@ interface WgslRmsnormGradWgsl {
 }
 
 interface WgslRopeWgsl {
+  readonly apart: string | number;
   readonly count: string | number;
   readonly entry: string | number;
+  readonly firstChannel: string | number;
   readonly frequencies: string | number;
+  readonly gain: string | number;
   readonly headWidth: string | number;
   readonly heads: string | number;
   readonly index: string | number;
   readonly pairs: string | number;
+  readonly passing: string | number;
+  readonly position: string | number;
   readonly positions: string | number;
   readonly radians: string | number;
   readonly rests: string | number;
   readonly sequences: string | number;
-  readonly sign: string | number;
+  readonly sine: string | number;
+  readonly step: string | number;
   readonly threads: string | number;
   readonly type: string | number;
 }
@@ -893,6 +954,18 @@ interface WgslSplitRowsWgsl {
   readonly op: string | number;
   readonly rows: string | number;
   readonly threads: string | number;
+}
+
+interface WgslSumHeadsWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly first: string | number;
+  readonly heads: string | number;
+  readonly index: string | number;
+  readonly shared: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly width: string | number;
 }
 
 interface WgslSwigluRowsGradWgsl {
@@ -985,6 +1058,7 @@ export interface Templates {
   readonly "cuda/attention_sight.cuh": CudaAttentionSightCuh;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
+  readonly "cuda/bias_grad.cu": CudaBiasGradCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
@@ -1002,6 +1076,7 @@ export interface Templates {
   readonly "cuda/norm.cu": CudaNormCu;
   readonly "cuda/norm_grad.cu": CudaNormGradCu;
   readonly "cuda/pack.cu": CudaPackCu;
+  readonly "cuda/parts.cu": CudaPartsCu;
   readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
   readonly "cuda/rope.cu": CudaRopeCu;
@@ -1010,6 +1085,7 @@ export interface Templates {
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
+  readonly "cuda/sum_heads.cu": CudaSumHeadsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
   readonly "cuda/tally.cu": CudaTallyCu;
   readonly "cuda/top_k.cu": CudaTopKCu;
@@ -1031,6 +1107,7 @@ export interface Templates {
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
+  readonly "wgsl/parts.wgsl": WgslPartsWgsl;
   readonly "wgsl/pick.wgsl": WgslPickWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
@@ -1042,6 +1119,7 @@ export interface Templates {
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
+  readonly "wgsl/sum_heads.wgsl": WgslSumHeadsWgsl;
   readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
   readonly "wgsl/top_k.wgsl": WgslTopKWgsl;

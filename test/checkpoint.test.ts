@@ -5,9 +5,10 @@ import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { checkpointFor, toHuggingFace } from "../runtime/checkpoint.ts";
 import { type Entry, openSafetensors, writeSafetensors } from "../runtime/safetensors.ts";
-import { completeJob, type Job, JobText } from "../schemas/job.ts";
+import { completeJob, hasExperts, type Job, JobText } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { importHf } from "../src/importHf.ts";
+import { references } from "./referenceJobs.ts";
 
 type Model = Job["model"];
 type Named = Map<string, { shape: readonly number[]; data: Float32Array }>;
@@ -16,8 +17,8 @@ const folder = mkdtempSync(join(tmpdir(), "rankc-checkpoint-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
 const fixture = (name: string): string => `test/fixtures/hf/${name}`;
-const modelOf = (name: string): Model =>
-  completeJob(JobText.parse(importHf(JSON.parse(readFileSync(`${fixture(name)}/config.json`, "utf8")), name).job)).model;
+const imported = (config: unknown): Model => completeJob(JobText.parse(importHf(config, "a").job)).model;
+const modelOf = (name: string): Model => imported(JSON.parse(readFileSync(`${fixture(name)}/config.json`, "utf8")));
 const mixtral = modelOf("mixtral-tiny");
 const olmoe = modelOf("olmoe-tiny");
 
@@ -25,21 +26,53 @@ const olmoe = modelOf("olmoe-tiny");
 function shapes(m: Model): [string, number[]][] {
   const [D, Q, K] = [m.hidden, m.heads * m.head_dim, m.kv_heads * m.head_dim];
   const norms = m.qk_norm === "none" ? [] : m.qk_norm === "full" ? [Q, K] : [m.head_dim, m.head_dim];
-  const E = m.moe === null ? [] : [m.moe.experts];
-  const F = m.moe === null ? m.ffn : m.moe.ffn;
+  type Named = [string, number[]];
+  const grouped: Named[] = [
+    ["wq", [D, Q]],
+    ["wk", [D, K]],
+    ["wv", [D, K]],
+    ["wo", [Q, D]],
+    ...(m.qkv_bias
+      ? ([
+          ["bq", [Q]],
+          ["bk", [K]],
+          ["bv", [K]],
+        ] as Named[])
+      : []),
+    ...norms.map((size, j): Named => [j === 0 ? "q_norm" : "k_norm", [size]]),
+  ];
+  const latent = ({ q_rank, kv_rank, nope_dim, rope_dim, v_dim }: NonNullable<Model["mla"]>): Named[] => [
+    ...(q_rank === null
+      ? ([["wq", [D, m.heads * (nope_dim + rope_dim)]]] as Named[])
+      : ([
+          ["wq_a", [D, q_rank]],
+          ["q_norm", [q_rank]],
+          ["wq_b", [q_rank, m.heads * (nope_dim + rope_dim)]],
+        ] as Named[])),
+    ["wkv_a", [D, kv_rank + rope_dim]],
+    ["kv_norm", [kv_rank]],
+    ["wkv_b", [kv_rank, m.heads * (nope_dim + v_dim)]],
+    ["wo", [m.heads * v_dim, D]],
+  ];
+  const forward = (F: number, at = "", ...E: number[]): Named[] => [
+    [`${at}w1`, [...E, D, F]],
+    [`${at}w3`, [...E, D, F]],
+    [`${at}w2`, [...E, F, D]],
+  ];
+  const sparse = ({ experts: E, ffn, router, shared }: NonNullable<Model["moe"]>): Named[] => [
+    ["router", [D, E]],
+    ...forward(ffn, "", E),
+    ...(router.expert_bias ? [["router_bias", [E]] as Named] : []),
+    ...(shared ? forward(shared.ffn, "shared.") : []),
+    ...(shared?.gate ? [["shared.gate", [D, 1]] as Named] : []),
+  ];
   const layers = Array.from({ length: m.layers }, (_, i) => {
-    const all: [string, number[]][] = [
+    const all: Named[] = [
       ["norm1", [D]],
-      ["wq", [D, Q]],
-      ["wk", [D, K]],
-      ["wv", [D, K]],
-      ["wo", [Q, D]],
-      ...norms.map((size, j): [string, number[]] => [j === 0 ? "q_norm" : "k_norm", [size]]),
+      ...(m.mla ? latent(m.mla) : grouped),
+      ...(m.out_bias ? [["bo", [D]] as Named] : []),
       ["norm2", [D]],
-      ...(m.moe === null ? [] : [["router", [D, ...E]] as [string, number[]]]),
-      ["w1", [...E, D, F]],
-      ["w3", [...E, D, F]],
-      ["w2", [...E, F, D]],
+      ...(m.moe && hasExperts(m, i) ? sparse(m.moe) : forward(m.ffn)),
     ];
     return all.map(([name, shape]): [string, number[]] => [`layers.${i}.${name}`, shape]);
   });
@@ -84,15 +117,17 @@ function complaint(body: () => unknown): string {
   throw new Error("nothing was said");
 }
 
-test.each([
-  ["mixtral-tiny", mixtral],
-  ["olmoe-tiny", olmoe],
-] as const)("%s: read as ours and written back, weights and gradients are the same tensors", (name, model) => {
+test.each(references)("%s: read as ours and written back, weights and gradients are the same tensors", (name) => {
+  const model = modelOf(name);
   for (const file of ["model", "grads"]) {
     const path = `${fixture(name)}/${file}.safetensors`;
-    const back = toHuggingFace(model, readAll(model, path));
-    const byName = (all: readonly Entry[]) => digests(all.map((entry) => [entry.name, entry]));
-    expect(byName(back)).toEqual(byName(entries(path).sort((a, b) => (a.name < b.name ? -1 : 1))));
+    // a bias of the choice has no gradient
+    const stateless = { ...model, moe: model.moe && { ...model.moe, router: { ...model.moe.router, expert_bias: false } } };
+    const back = toHuggingFace(model, readAll(file === "grads" ? stateless : model, path));
+    // transformers saves one tensor an expert, and has them in one while it runs
+    const byName = (all: readonly Entry[]) =>
+      digests(perExpert(all, hubOlmoe).map((entry) => [entry.name, entry] as const)).sort(([a], [b]) => (a! < b! ? -1 : 1));
+    expect(byName(back)).toEqual(byName(entries(path)));
   }
 });
 
@@ -110,10 +145,10 @@ test("a linear layer is transposed, gate and up are the halves of the fused tens
 });
 
 /** The layouts of the Hub: one tensor an expert. */
-function perExpert(file: string, names: { gate: string; up: string; down: string; router: string }): Entry[] {
-  return entries(file).flatMap((entry) => {
+function perExpert(all: readonly Entry[], names: { gate: string; up: string; down: string; router: string }): Entry[] {
+  return all.flatMap((entry) => {
     const [, layer, leaf] = /^(model\.layers\.\d+)\.mlp\.(.*)$/.exec(entry.name) ?? [];
-    if (leaf === undefined) return [entry];
+    if (leaf === undefined || !/^gate\.weight$|^experts\.(gate_up|down)_proj$/.test(leaf)) return [entry];
     if (leaf === "gate.weight") return [{ ...entry, name: `${layer}.${names.router}.weight` }];
     const [E, out, input] = entry.shape as [number, number, number];
     const parts = leaf === "experts.down_proj" ? [names.down] : [names.gate, names.up];
@@ -142,7 +177,7 @@ test.each([
   ["mixtral-tiny", mixtral, hubMixtral],
   ["olmoe-tiny", olmoe, hubOlmoe],
 ] as const)("%s: per-expert tensors of the Hub, whole or in shards, are the same parameters", (name, model, names) => {
-  const parts = perExpert(`${fixture(name)}/model.safetensors`, names);
+  const parts = perExpert(entries(`${fixture(name)}/model.safetensors`), names);
   const whole = join(folder, `${name}.safetensors`);
   writeSafetensors(whole, parts);
   const expected = digests(readAll(model, fixture(name)));
@@ -182,6 +217,134 @@ test("dense, tied and head-normed models go to Hugging Face names and back; our 
   const names = toHuggingFace(small, random(small)).map(({ name }) => name);
   expect(names).toContain("model.layers.0.mlp.gate_proj.weight");
   expect(names).toContain("lm_head.weight");
+});
+
+/** Configs of every kind of layer, as small as they may be. */
+const tiny = {
+  ...{ hidden_size: 8, intermediate_size: 12, num_hidden_layers: 3, vocab_size: 10, num_attention_heads: 2, max_position_embeddings: 16 },
+  ...{ num_experts: 4, n_routed_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 5 },
+};
+const lowRank = { kv_lora_rank: 6, qk_nope_head_dim: 3, qk_rope_head_dim: 2, v_head_dim: 5, n_group: 2, topk_group: 1 };
+const kinds: Readonly<Record<string, object>> = {
+  "Llama with biases": { model_type: "llama", attention_bias: true, num_key_value_heads: 1 },
+  "Qwen2-MoE": { model_type: "qwen2_moe", num_key_value_heads: 1, shared_expert_intermediate_size: 7 },
+  "Qwen3-MoE with dense layers": { model_type: "qwen3_moe", num_key_value_heads: 1, head_dim: 6, mlp_only_layers: [1] },
+  "DeepSeek-V3": { model_type: "deepseek_v3", ...lowRank, q_lora_rank: 4, n_shared_experts: 2, first_k_dense_replace: 1 },
+  "DeepSeek-V2 without a query latent": { model_type: "deepseek_v2", ...lowRank, q_lora_rank: null, first_k_dense_replace: 0 },
+};
+
+test.each(Object.entries(kinds))("%s: the same parameters from fused tensors, from one an expert, and from our own", (_, config) => {
+  const model = imported({ ...tiny, ...config });
+  const named = random(model);
+  const path = join(folder, "kind.safetensors");
+  const fused = toHuggingFace(model, named);
+  const ours = [...named].map(([name, value]): Entry => ({ name, dtype: "F32", ...value }));
+  for (const all of [fused, perExpert(fused, hubOlmoe), ours]) {
+    writeSafetensors(path, all);
+    expect(readAll(model, path)).toEqual(named);
+  }
+});
+
+test("the names are transformers'", () => {
+  const names = (kind: string, layer: number) => {
+    const model = imported({ ...tiny, ...kinds[kind] });
+    const own = toHuggingFace(model, random(model)).filter(({ name }) => name.startsWith(`model.layers.${layer}.`));
+    return own.map(({ name, shape }) => `${name.replace(/^model\.layers\.\d+\./, "")} ${shape.join("x")}`);
+  };
+  expect(names("DeepSeek-V3", 1)).toMatchInlineSnapshot(`
+    [
+      "input_layernorm.weight 8",
+      "mlp.experts.down_proj 4x8x5",
+      "mlp.experts.gate_up_proj 4x10x8",
+      "mlp.gate.e_score_correction_bias 4",
+      "mlp.gate.weight 4x8",
+      "mlp.shared_experts.down_proj.weight 8x10",
+      "mlp.shared_experts.gate_proj.weight 10x8",
+      "mlp.shared_experts.up_proj.weight 10x8",
+      "post_attention_layernorm.weight 8",
+      "self_attn.kv_a_layernorm.weight 6",
+      "self_attn.kv_a_proj_with_mqa.weight 8x8",
+      "self_attn.kv_b_proj.weight 16x6",
+      "self_attn.o_proj.weight 8x10",
+      "self_attn.q_a_layernorm.weight 4",
+      "self_attn.q_a_proj.weight 4x8",
+      "self_attn.q_b_proj.weight 10x4",
+    ]
+  `);
+  expect(names("DeepSeek-V3", 0).filter((name) => name.startsWith("mlp."))).toMatchInlineSnapshot(`
+    [
+      "mlp.down_proj.weight 8x12",
+      "mlp.gate_proj.weight 12x8",
+      "mlp.up_proj.weight 12x8",
+    ]
+  `);
+  expect(names("Qwen2-MoE", 2)).toMatchInlineSnapshot(`
+    [
+      "input_layernorm.weight 8",
+      "mlp.experts.down_proj 4x8x5",
+      "mlp.experts.gate_up_proj 4x10x8",
+      "mlp.gate.weight 4x8",
+      "mlp.shared_expert.down_proj.weight 8x7",
+      "mlp.shared_expert.gate_proj.weight 7x8",
+      "mlp.shared_expert.up_proj.weight 7x8",
+      "mlp.shared_expert_gate.weight 1x8",
+      "post_attention_layernorm.weight 8",
+      "self_attn.k_proj.bias 4",
+      "self_attn.k_proj.weight 4x8",
+      "self_attn.o_proj.weight 8x8",
+      "self_attn.q_proj.bias 8",
+      "self_attn.q_proj.weight 8x8",
+      "self_attn.v_proj.bias 4",
+      "self_attn.v_proj.weight 4x8",
+    ]
+  `);
+});
+
+test("layers that no job has are not read; what a job's own layers have too much is refused", () => {
+  const model = imported({ ...tiny, ...kinds["DeepSeek-V3"] });
+  const path = join(folder, "more.safetensors");
+  const further: Entry = { name: "model.layers.3.eh_proj.weight", dtype: "F32", shape: [2], data: Float32Array.of(1, 2) };
+  writeSafetensors(path, [...toHuggingFace(model, random(model)), further]);
+  const open = checkpointFor(model, path);
+  expect(open.unused).toEqual([further.name]);
+  open.close();
+  const { moe } = model;
+  const plain = { ...model, moe: { ...moe!, shared: null, router: { ...moe!.router, expert_bias: false } } };
+  expect(complaint(() => checkpointFor(plain, path))).toMatchInlineSnapshot(`
+    "DIR/more.safetensors: does not fit the job in 8 places
+      model.layers.1.mlp.gate.e_score_correction_bias is there, and the job has no such part (check model.moe.router.expert_bias)
+      model.layers.1.mlp.shared_experts.down_proj.weight is there, and the job has no such part (check model.moe.shared)
+      model.layers.1.mlp.shared_experts.gate_proj.weight is there, and the job has no such part (check model.moe.shared)
+      model.layers.1.mlp.shared_experts.up_proj.weight is there, and the job has no such part (check model.moe.shared)
+      model.layers.2.mlp.gate.e_score_correction_bias is there, and the job has no such part (check model.moe.router.expert_bias)
+      model.layers.2.mlp.shared_experts.down_proj.weight is there, and the job has no such part (check model.moe.shared)
+      model.layers.2.mlp.shared_experts.gate_proj.weight is there, and the job has no such part (check model.moe.shared)
+      model.layers.2.mlp.shared_experts.up_proj.weight is there, and the job has no such part (check model.moe.shared)"
+  `);
+  const llama = imported({ ...tiny, ...kinds["Llama with biases"] });
+  writeSafetensors(path, toHuggingFace(llama, random(llama)));
+  expect(complaint(() => checkpointFor({ ...llama, layers: 1, qkv_bias: false, out_bias: false }, path))).toMatchInlineSnapshot(`
+    "DIR/more.safetensors: does not fit the job in 4 places
+      model.layers.0.self_attn.k_proj.bias is there, and the job has no such part (check model.qkv_bias)
+      model.layers.0.self_attn.o_proj.bias is there, and the job has no such part (check model.out_bias)
+      model.layers.0.self_attn.q_proj.bias is there, and the job has no such part (check model.qkv_bias)
+      model.layers.0.self_attn.v_proj.bias is there, and the job has no such part (check model.qkv_bias)"
+  `);
+  // and what it lacks
+  expect(complaint(() => checkpointFor({ ...plain, layers: 1, moe: null }, path))).toMatchInlineSnapshot(`
+    "DIR/more.safetensors: does not fit the job in 14 places
+      model.layers.0.self_attn.q_a_proj.weight is missing; expected [4, 8] (check model.mla.q_rank)
+      model.layers.0.self_attn.q_a_layernorm.weight is missing; expected [4] (check model.mla.q_rank)
+      model.layers.0.self_attn.q_b_proj.weight is missing; expected [10, 4] (check model.mla.q_rank)
+      model.layers.0.self_attn.kv_a_proj_with_mqa.weight is missing; expected [8, 8] (check model.mla)
+      model.layers.0.self_attn.kv_a_layernorm.weight is missing; expected [6] (check model.mla)
+      model.layers.0.self_attn.kv_b_proj.weight is missing; expected [16, 6] (check model.mla)
+      model.layers.0.self_attn.o_proj.weight has shape [8, 8]; expected [8, 10] (model.heads x model.mla.v_dim = 10, here 8)
+      model.layers.0.self_attn.k_proj.bias is there, and the job has no such part (check model.qkv_bias)
+      model.layers.0.self_attn.k_proj.weight is there, and the job has no such part (check model)
+      model.layers.0.self_attn.o_proj.bias is there, and the job has no such part (check model.out_bias)
+      and 4 more"
+  `);
 });
 
 test("a checkpoint that does not fit says everything at once, with the job key to look at", () => {

@@ -52,6 +52,42 @@ test("expert tensor parallelism gathers rows inside the dispatch and scatters th
   expect(count(p, "forward")).toMatchObject({ "dispatch ep": 2, "all_gather etp": 2, "reduce_scatter etp": 1, "combine ep": 1 });
 });
 
+test("latent attention gathers latents over the tensor ranks, not the residual stream; each owes its sum once", () => {
+  const mla = { q_rank: 12, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
+  const model = { mla, kv_heads: 8, head_dim: 10 };
+  const p = plan({ world: 2, tensor: 2, sequence: true }, model);
+  // the queries' latent, that of keys and values, and the keys' turned channels; then the heads come together, and the mlp
+  expect(count(p, "forward")).toEqual({ "all_gather tp": 4, "reduce_scatter tp": 2 });
+  const forward = blocksOf(p.programs[0]!).flatMap((b) => (b.kind === "forward" ? b.instructions : []));
+  const gathered = forward.flatMap((i) => (i.kind === "move" && i.name === "all_gather" ? [i.from] : []));
+  expect(gathered.filter((id) => /layers\.1\.attn/.test(id))).toEqual([
+    "layers.1.attn.q_norm",
+    "layers.1.attn.kv_norm",
+    "layers.1.attn.k_rope",
+  ]);
+  expect(count(p, "backward")).toEqual({ "all_gather tp": 5, "reduce_scatter tp": 4 });
+  // what makes latents is whole on each rank, which saw its own tokens
+  expect(count(p, "step", /layers\.1\.w(q|kv)_a/)).toEqual({ "all_reduce tp": 2 });
+  expect(count(p, "step", /layers\.1\.(wq_b|wkv_b|wo)/)).toEqual({});
+  // without the sequence cut they are made on every rank, and only gradients of latents are added up
+  const whole = plan({ world: 2, tensor: 2 }, model);
+  expect(count(whole, "forward")).toEqual({ "all_reduce tp": 2 });
+  expect(count(whole, "backward")).toEqual({ "all_reduce tp": 4 });
+});
+
+test("biases cost no collective: the one after attention is added where the sum over the tensor ranks lies", () => {
+  const bias = { qkv_bias: true, out_bias: true };
+  for (const parallel of [
+    { world: 2, tensor: 2 },
+    { world: 2, tensor: 2, sequence: true },
+  ])
+    for (const block of ["forward", "backward"] as const)
+      expect(count(plan(parallel, bias), block)).toEqual(count(plan(parallel, {}), block));
+  const p = plan({ world: 4, tensor: 2, sequence: true }, bias);
+  expect(count(p, "step", /layers\.1\.bo/)).toEqual({ "all_reduce tp*dp": 1 });
+  expect(count(p, "step", /layers\.1\.bq/)).toEqual({ "all_reduce dp": 1 });
+});
+
 test("context parallelism gathers keys and values, and scatters their gradients", () => {
   const p = plan({ world: 4, context: 4 }, {});
   expect(count(p, "forward")).toEqual({ "all_gather cp": 2 });

@@ -16,9 +16,16 @@ test("every op of the table has a kernel on every device", () => {
   expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !ops[name])).toEqual([]);
 });
 
-test("the types it asks for in half precision are those of a plan", () => {
+test.each([
+  ["as it is", []],
+  [
+    "with latent attention",
+    ["model.mla={q_rank: 8, kv_rank: 8, nope_dim: 6, rope_dim: 2, v_dim: 8}", "model.kv_heads=4", "model.head_dim=8"],
+  ],
+  ["with biases", ["model.qkv_bias=true", "model.out_bias=true"]],
+])("the types it asks for in half precision are those of a plan, %s", (_, sets) => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
-  const { plan } = compile(readJob(text, "job.yaml").job!);
+  const { plan } = compile(readJob(text, "job.yaml", sets).job!);
   const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
   const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
   expect(missing).toEqual([]);

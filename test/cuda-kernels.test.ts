@@ -4,6 +4,7 @@ import type { Dtype } from "../schemas/plan.ts";
 import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import { offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
+import { unscaled } from "../src/ops/rope.ts";
 import { type Buffers, type ContractCase, hold } from "./contract.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
 import { random } from "./opCases.ts";
@@ -79,7 +80,12 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
   test("rope keeps its precision a million positions on", { timeout: 120_000 }, async () => {
     const [B, S, H, C] = [1, 6, 3, 64];
     const data = { x: noise(B * S * H * C), y: new Float32Array(B * S * H * C) };
-    await holds({ op: "rope", d: { B, S, H, C, theta: 10_000, sign: 1 }, data, starts: { S: 1_000_003 } });
+    await holds({
+      op: "rope",
+      d: { B, S, H, C, ...unscaled, ...{ theta: 10_000, sign: 1, first: 0, width: C, interleaved: 0, chunk: 0, ranks: 1 } },
+      data,
+      starts: { S: 1_000_003 },
+    });
   });
 
   const { d, p, rows, bound, ragged } = shuffledRows();

@@ -46,6 +46,11 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
       { moe },
       { precision: "bf16" },
     ],
+    "latent attention and a bias, bf16": [
+      { world: 4, tensor: 2, sequence: true },
+      { kv_heads: 4, head_dim: 6, mla: { q_rank: 8, kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 }, out_bias: true },
+      { precision: "bf16" },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   test.each(Object.entries(meshes))(

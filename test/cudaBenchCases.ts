@@ -5,6 +5,7 @@ import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { expandLike, slotSize } from "../src/ops/op.ts";
+import { unscaled } from "../src/ops/rope.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -128,6 +129,7 @@ const logits = { B: 1, S: 8192, V: 32000 };
 const words = { B: 1, S: T, V: 32000, D };
 const adam = { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: 0.1 };
 
+const ROPE = { ...unscaled, theta: 500000, sign: 1, first: 0, width: 128, interleaved: 0, chunk: 0, ranks: 1 };
 const drafts: readonly Draft[] = [
   gemm(8192, ""),
   gemm(4096, ""),
@@ -153,7 +155,7 @@ const drafts: readonly Draft[] = [
   one("cast f32 to bf16 2^29", "cast", { "#0": 2 ** 29 }, "f32 bf16"),
   one("swiglu 65536x4096", "swiglu", { B: 1, S: T, F: D }, "bf16 bf16 bf16"),
   one("swiglu_grad 65536x4096", "swiglu_grad", { B: 1, S: T, F: D }, "bf16 bf16 bf16 bf16 bf16"),
-  one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, theta: 500000, sign: 1 }, "bf16 bf16"),
+  one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, ...ROPE }, "bf16 bf16"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
   one("top_k 65536x128, 8", "top_k", { ...router, k: 8, normalize: 1 }, "f32 f32"),
   {

@@ -1,11 +1,12 @@
 /** What a declaration says, and that one which lies is caught by the cut law. */
 import { describe, expect, test } from "vitest";
-import { attention, rope } from "../src/ops/attention.ts";
+import { attention } from "../src/ops/attention.ts";
 import { ops } from "../src/ops/index.ts";
 import { add, groupedGemm } from "../src/ops/linear.ts";
 import * as moe from "../src/ops/moe.ts";
 import { rmsnorm } from "../src/ops/norm.ts";
 import { type AnyOp, op, type Place, type Value } from "../src/ops/op.ts";
+import { rope } from "../src/ops/rope.ts";
 import * as vocab from "../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "./opCases.ts";
 
@@ -84,7 +85,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -100,6 +101,8 @@ test("what each op allows to cut", () => {
     add: ...
     accumulate: ...
     cast: ...
+    add_bias: B S N
+    bias_grad: B S N
     rmsnorm: B S
     rmsnorm_grad: B S
     head_norm: B S H
@@ -110,6 +113,10 @@ test("what each op allows to cut", () => {
     attention_part: B S G U (merge)
     attention_part_grad: B S G U
     attention_merge: B S H
+    split: B S
+    join: B S
+    latent_kv: B S H
+    latent_kv_grad: B S H
     embed: B S V D
     embed_grad: B S V D
     row_max: B S V (max)

@@ -31,6 +31,9 @@ function same(got: Awaited<ReturnType<typeof numbers>>, want: Awaited<ReturnType
 }
 
 const moe = { experts: 8, top_k: 2, ffn: 16, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const latent = { kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
+const llama3 = { type: "llama3", factor: 4, original_seq: 8 };
+const yarn = { type: "yarn", factor: 4, original_seq: 8, beta_fast: 4, mscale: 1, mscale_all_dim: 0.8 };
 const shape = (over: object = {}) => ({ layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...over });
 const text = (model: object, parallel: Parallel, train: object = {}) => ({
   name: "law",
@@ -94,6 +97,19 @@ describe("on named meshes", () => {
       same(await numbers(jobOf(text(model, parallel))), await numbers(jobOf(text(model, { world: 1 }))));
     },
   );
+  const attentions = {
+    "biases, positions in neighbours": { qkv_bias: true, out_bias: true, rope: { interleaved: true } },
+    "latent attention": { mla: latent, kv_heads: 8, head_dim: 10, rope: { scaling: yarn } },
+    "latent attention, queries too": { mla: { ...latent, q_rank: 10 }, kv_heads: 8, head_dim: 10, out_bias: true },
+  };
+  test.each(Object.entries(attentions))("%s", async (_, model) => {
+    const alone = await numbers(jobOf(text(shape(model), { world: 1 })));
+    for (const parallel of [
+      { world: 2, tensor: 2 },
+      { world: 8, tensor: 4, sequence: true, context: 2, distributed_optimizer: true },
+    ])
+      same(await numbers(jobOf(text(shape(model), parallel))), alone);
+  });
   test("the dispatcher all_gather", async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -129,6 +145,10 @@ const anyJob = fc
       kv_heads: fc.constantFrom(4, 8),
       qk_norm: fc.constantFrom("none", "head", "full"),
       tie_embeddings: fc.boolean(),
+      qkv_bias: fc.boolean(),
+      out_bias: fc.boolean(),
+      rope: fc.constantFrom({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
+      mla: fc.option(fc.constantFrom(latent, { ...latent, q_rank: 10 }), { freq: 2 }),
       experts: fc.constantFrom(0, 4, 8),
       top_k: fc.constantFrom(2, 3),
       normalize_top_k: fc.boolean(),
@@ -150,14 +170,16 @@ const anyJob = fc
     }),
     micro_batch: fc.constantFrom(1, 2),
   })
-  .map(({ model: { experts, top_k, normalize_top_k, dispatch, ...m }, parallel: { data, ...drawn }, micro_batch }) => {
+  .map(({ model: { experts, top_k, normalize_top_k, dispatch, mla, ...m }, parallel: { data, ...drawn }, micro_batch }) => {
     // what asks for stages, or for a shared state, is drawn where there is one
     const { pipeline, distributed_optimizer, virtual_pipeline, schedule, optimizer_instances, ...rest } = drawn;
     const own = pipeline > 1 ? (schedule === "1f1b" ? { virtual_pipeline } : { schedule }) : {};
     const parallel = { ...rest, pipeline, distributed_optimizer, ...own, ...(distributed_optimizer ? { optimizer_instances } : {}) };
     const world = parallel.tensor * parallel.pipeline * parallel.context * data;
     const mixed = experts ? { moe: { ...moe, experts, top_k, dispatch, router: { ...moe.router, normalize_top_k } } } : {};
-    return { world, text: text(shape({ ...m, ...mixed }), { ...parallel, world } as Parallel, { micro_batch }) };
+    // heads of a latent have keys and values, and norms, of their own
+    const heads = mla ? { mla, kv_heads: 8, head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
+    return { world, text: text(shape({ ...m, ...mixed, ...heads }), { ...parallel, world } as Parallel, { micro_batch }) };
   })
   .filter(({ world }) => world <= 16)
   .map(({ text: value }) => ({ value, job: readJob(stringify(value), "law.yaml").job }))

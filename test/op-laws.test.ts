@@ -3,7 +3,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { ops } from "../src/ops/index.ts";
 import { gemm } from "../src/ops/loops.ts";
-import type { AnyOp, Node, Value } from "../src/ops/op.ts";
+import type { AnyOp, Arrived, Node, Value } from "../src/ops/op.ts";
 import { type Case, cutError, cuttable, distance, elements, execute, makeCase, random } from "./opCases.ts";
 
 const table = Object.values(ops);
@@ -42,13 +42,14 @@ test("a gradient that is off by a little is caught", () => {
 
 /** Central differences, extrapolated to a step of 0, along one random direction through all inputs that have a gradient. */
 function slope(c: Case, s: number): void {
-  const { values, y, dy } = applied(c);
+  const { values, arrived } = applied(c);
   const next = random(s + 1);
-  const weight = new Float64Array(elements(c.outputs[0]!, c.sizes)).map(next);
-  const grads = c.op.grad!(values, { y, dy }, c.attrs);
+  const carried = carriedBy(c);
+  const weights = carried.map((o) => Float32Array.from({ length: elements(o, c.sizes) }, next));
+  const grads = c.op.grad!(values, arrived, c.attrs);
   const have = new Map<Value, Float32Array>([
     ...Object.entries(values).map(([n, v]) => [v, c.arrays[n]!] as const),
-    [dy, Float32Array.from(weight)],
+    ...arrived.dys.map((dy, i) => [dy, weights[i]!] as const),
   ]);
   // a probability of 0 stays 0: a small step off it would make a row
   const direction = Object.fromEntries(Object.keys(grads).map((n) => [n, c.arrays[n]!.map((x) => (x === 0 ? 0 : next()))]));
@@ -63,8 +64,8 @@ function slope(c: Case, s: number): void {
   }
   const at = (h: number) => {
     const moved = Object.entries(direction).map(([n, u]) => [n, c.arrays[n]!.map((x, i) => x + h * u[i]!)]);
-    const out = execute({ ...c, arrays: { ...c.arrays, ...Object.fromEntries(moved) } })[c.outputs[0]!.name]!;
-    return weight.reduce((sum, w, i) => sum + w * out[i]!, 0);
+    const out = execute({ ...c, arrays: { ...c.arrays, ...Object.fromEntries(moved) } });
+    return carried.reduce((sum, o, n) => weights[n]!.reduce((s, w, i) => s + w * out[o.name]![i]!, sum), 0);
   };
   const central = (h: number) => (at(h) - at(-h)) / (2 * h);
   // (4·D(h/2) − D(h))/3 leaves h⁴ ≈ 1e-6; the f32 of the outputs, divided by h, as much again
@@ -74,15 +75,21 @@ function slope(c: Case, s: number): void {
     throw new Error(`${c.op.name}: the slope is ${measured}, its gradient says ${told}`);
 }
 
-/** The op applied to leaves, and a leaf for the gradient that arrives. */
-function applied(c: Case, type: (name: string) => Value["dtype"] = () => "f32"): { values: Record<string, Value>; y: Value; dy: Value } {
+const carriedBy = ({ op, outputs }: Case) => (op.carries ? op.carries.map((name) => outputs.find((o) => o.name === name)!) : [outputs[0]!]);
+
+/** The op applied to leaves, and leaves for the gradients that arrive. */
+function applied(c: Case, type: (name: string) => Value["dtype"] = () => "f32"): { values: Record<string, Value>; arrived: Arrived } {
   const leaf = (name: string, sizes: readonly number[], ragged: number, dtype = type(name)): Value => ({
     ...{ out: 0, sizes, ragged, fanout: ragged ? c.attrs.k! : 0, dtype, leaf: { kind: "input", name, position: 0 } },
   });
   const sizes = (o: Case["inputs"][number]) => o.slots.map((s) => elements({ ...o, slots: [s] }, c.sizes));
   const values = Object.fromEntries(c.inputs.map((o) => [o.name, leaf(o.name, sizes(o), o.ragged)]));
   const y = (c.op as AnyOp & { of(args: Record<string, Value>, attrs: object): Value }).of(values, c.attrs);
-  return { values, y, dy: leaf("dy", y.sizes, y.ragged, y.dtype) };
+  const dys = carriedBy(c).map((o) => {
+    const out = y.node!.outs[c.outputs.indexOf(o)]!;
+    return leaf(`d${o.name}`, out.sizes, out.ragged, out.dtype);
+  });
+  return { values, arrived: { y, dy: dys[0]!, dys } };
 }
 /** A value's elements: its node run after those it needs. */
 function evaluate(v: Value, have: Map<Value, Float32Array>, c: Case): Float32Array {
@@ -100,8 +107,8 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
   const without = table
     .filter((o) => o.grad)
     .map((o) => {
-      const { values, y, dy } = applied(makeCase(o, 1));
-      const grads = o.grad!(values, { y, dy }, makeCase(o, 1).attrs);
+      const { values, arrived } = applied(makeCase(o, 1));
+      const grads = o.grad!(values, arrived, makeCase(o, 1).attrs);
       return `${o.name}: ${Object.keys(values)
         .filter((n) => !grads[n])
         .join(" ")}`;
@@ -125,20 +132,20 @@ test("in bf16 a gradient has the type of its value, but of a parameter it is f32
   const always = ["p", "s", "m", "n", "l"];
   for (const o of table.filter((t) => t.grad)) {
     const c = makeCase(o, 1);
-    const { values, y, dy } = applied(c, (name) => (always.includes(name) ? "f32" : "bf16"));
-    for (const [name, g] of Object.entries(o.grad!(values, { y, dy }, c.attrs)))
-      expect(g.dtype, `${o.name}: the gradient of ${name}`).toBe(/^(w|gain|table)$/.test(name) ? "f32" : values[name]!.dtype);
+    const { values, arrived } = applied(c, (name) => (always.includes(name) ? "f32" : "bf16"));
+    for (const [name, g] of Object.entries(o.grad!(values, arrived, c.attrs)))
+      expect(g.dtype, `${o.name}: the gradient of ${name}`).toBe(/^(w|gain|table|bias)$/.test(name) ? "f32" : values[name]!.dtype);
   }
 });
 
 test("gradients of parameters add to what is there: microbatches need no buffer of their own", () => {
-  const sums = table.filter((o) => o.outputs.some((out) => /^d(w|gain|table)$/.test(out.name)));
+  const sums = table.filter((o) => o.outputs.some((out) => /^d(w|gain|table|bias)$/.test(out.name)));
   expect(sums.length).toBeGreaterThan(4);
   for (const o of sums) {
     const c = makeCase(o, 1);
     const once = execute(c);
     const twice = execute({ ...c, arrays: { ...c.arrays, ...once } });
-    for (const { name } of o.outputs.filter((out) => /^d(w|gain|table)$/.test(out.name)))
+    for (const { name } of o.outputs.filter((out) => /^d(w|gain|table|bias)$/.test(out.name)))
       expect(
         distance(
           twice[name]!,

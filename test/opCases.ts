@@ -18,23 +18,11 @@ export interface Case {
 // small, different where they may differ, and none of them 1, so that every dim has two pieces
 const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, "#0": 3, "#1": 4 };
 const ATTRS = {
-  ...{
-    C: 4,
-    W: 6,
-    M: 2,
-    P: 2,
-    chunk: 0,
-    ranks: 2,
-    k: 2,
-    normalize: 1,
-    eps: 0.1,
-    theta: 100,
-    sign: 1,
-    count: 12,
-    c: 0.3,
-    scale: 0.5,
-    max: 1,
-  },
+  ...{ C: 8, W: 6, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1, chunk: 0, ranks: 2 },
+  // rope: the middle of a head turns
+  ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
+  // latent attention: what is joined, and heads of a latent
+  ...{ A: 2, R: 5, Y: 7, Z: 8 },
   ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 

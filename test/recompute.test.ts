@@ -6,12 +6,13 @@ import { compile } from "../src/compile.ts";
 import { inspectPlan } from "../src/inspect.ts";
 import { fixture, jobOf } from "./support.ts";
 
-const jobWith = (recompute: object, parallel: object = {}, moe: object | null = {}) =>
+const jobWith = (recompute: object, parallel: object = {}, moe: object | null = {}, more: object = {}) =>
   jobOf({
     name: "again",
     model: {
       ...{ layers: 4, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16 },
       moe: moe && { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 }, ...moe },
+      ...more,
     },
     parallel,
     train: { global_batch: 8, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, recompute },
@@ -53,6 +54,28 @@ describe.each(Object.entries(meshes))("%s", (_, parallel) => {
     const costs = made.again.some((op) => /gemm|attention/.test(op));
     expect(made.flops > kept.flops).toBe(costs);
   });
+});
+
+test("of latent attention the latents are kept, and what heads make of them is made again", async () => {
+  const model = { kv_heads: 8, head_dim: 10, mla: { q_rank: 10, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 } };
+  const parallel = { world: 4, tensor: 2, sequence: true };
+  const jobs = [{ mode: "none" }, { mode: "selective", modules: ["mla_up_proj"] }].map((how) => jobWith(how, parallel, null, model));
+  const [kept, made] = [await train(jobs[0]!), await train(jobs[1]!)];
+  expect(made.steps).toEqual(kept.steps);
+  for (const [name, g] of kept.gradients) expect(made.gradients.get(name)!.data, name).toEqual(g.data);
+  expect(new Set(made.again)).toEqual(new Set(["rmsnorm", "gemm", "rope", "latent_kv"]));
+  const activations = compile(jobs[1]!).plan.programs[0]!.buffers.filter((b) => b.kind === "activation" && /layers\.1\.attn/.test(b.id));
+  expect(activations.map((b) => b.id.replace("layers.1.attn.", ""))).toMatchInlineSnapshot(`
+    [
+      "norm",
+      "wq_a",
+      "kv_split.a",
+      "kv_split.b",
+      "core.o",
+      "core.lse",
+      "residual",
+    ]
+  `);
 });
 
 test("full recomputation keeps what enters a layer, and nothing between", () => {

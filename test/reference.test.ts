@@ -3,47 +3,49 @@ import { describe, expect, test } from "vitest";
 import { toHuggingFace } from "../runtime/checkpoint.ts";
 import { openRun } from "../runtime/run.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
+import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";
 import { expectedOf, referenceJob, references } from "./referenceJobs.ts";
 import { distance, fixture } from "./support.ts";
 
-const meshes = {
-  "one rank": {},
-  "tensor 2, sequence": { world: 2, tensor: 2, sequence: true },
-  "expert 4": { world: 4, expert: 4 },
-  "pipeline 2": { world: 2, pipeline: 2 },
-  "data 2, distributed optimizer": { world: 2, distributed_optimizer: true },
-  "expert_tensor 2": { world: 2, tensor: 2, sequence: true, expert_tensor: 2 },
-  "16 ranks: tensor 2, pipeline 2, expert 2, data 4": {
-    world: 16,
-    tensor: 2,
-    sequence: true,
-    pipeline: 2,
-    expert: 2,
-    distributed_optimizer: true,
-  },
-  "16 ranks: tensor 2, pipeline 2, expert 2, expert_tensor 2, context 2, data 2": {
-    world: 16,
-    tensor: 2,
-    sequence: true,
-    pipeline: 2,
-    expert: 2,
-    expert_tensor: 2,
-    context: 2,
-    distributed_optimizer: true,
-  },
-};
+/** Meshes for a model: with so many layers, and with experts or without. */
+function meshesOf({ model: { layers, moe } }: Job): readonly (readonly [string, number, object])[] {
+  const pipeline = layers % 2 === 0 ? 2 : layers;
+  const optimizer = { distributed_optimizer: true };
+  const always = [
+    {},
+    { world: 2, tensor: 2, sequence: true },
+    { world: pipeline, pipeline },
+    { world: 2, ...optimizer },
+    ...(moe
+      ? []
+      : [
+          { world: 8, tensor: 2, context: 4, ...optimizer },
+          { world: 8 * pipeline, tensor: 2, pipeline, context: 2, ...optimizer },
+        ]),
+  ];
+  const sparse = [
+    { world: 4, expert: 4 },
+    { world: 2, tensor: 2, sequence: true, expert_tensor: 2 },
+    { world: 8 * pipeline, tensor: 2, sequence: true, pipeline, expert: 2, ...optimizer },
+    { world: 8 * pipeline, tensor: 2, sequence: true, pipeline, expert: 2, expert_tensor: 2, context: 2, ...optimizer },
+  ];
+  const all: readonly object[] = [...always, ...(moe ? sparse : [])];
+  // the first steps tell whether a mesh is right; one rank and the largest mesh go all the way
+  return all.map((parallel, i) => [JSON.stringify(parallel), i === 0 || i === all.length - 1 ? 20 : 5, parallel]);
+}
+
 describe.each(references)("%s", (name) => {
   const expected = expectedOf(name);
 
-  test.each(Object.entries(meshes))(
-    "%s: logits, gradients and 20 losses",
-    async (_, parallel) => {
+  test.each(meshesOf(referenceJob(name)))(
+    "%s: logits, gradients and %d losses",
+    async (_, steps, parallel) => {
       const { plan } = compile(referenceJob(name, parallel));
       const run = await openRun(plan, { baseDir: fixture(""), initFrom: fixture(`hf/${name}/model.safetensors`), watch: ["logits"] });
       const losses: number[] = [];
       const norms: number[] = [];
-      for (let step = 0; step < 20; step++) {
+      for (let step = 0; step < steps; step++) {
         const { loss, grad_norm } = await run.step();
         losses.push(loss);
         norms.push(grad_norm);

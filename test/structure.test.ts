@@ -10,7 +10,7 @@ const rooms = [
   { name: "ops", holds: /^src\/ops\// },
   {
     name: "what kernels are made of: targets, uses, templates",
-    holds: /^(templates\/[^/]+|src\/(target|packageFile|kernels\/kernel)\.ts)$/,
+    holds: /^(templates\/[^/]+|src\/(target|packageFile|kernels\/(kernel|parts))\.ts)$/,
   },
   { name: "the tables of kernels", holds: /^src\/kernels\/(wgsl|cuda)\// },
   { name: "stages, and what prints them", holds: /^src\/(?!(target|packageFile)\.ts$)[^/]+$/ },

@@ -51,3 +51,10 @@ export function numbered({ d }: Pick<Use, "d">, prefix: string): number[] {
 /** How `split_rows` tells a row's destination from its coordinates: one term for each factor. */
 export const destinationsOf = (use: Pick<Use, "d">) =>
   numbered(use, "slot").map((slot, i) => ({ slot, div: use.d[`div${i}`]!, mod: use.d[`mod${i}`]!, mul: use.d[`mul${i}`]! }));
+
+/** `positionOf` (src/ops/positions.ts) of an unsigned index, as an expression of WGSL and of CUDA alike. */
+export function positionText(index: string, chunk: number, ranks: number): string {
+  if (chunk === 0) return index;
+  const rank = `${index} / ${chunk}u / 2u`;
+  return `(${rank} + ${index} / ${chunk}u % 2u * (${2 * ranks - 1}u - ${rank} * 2u)) * ${chunk}u + ${index} % ${chunk}u`;
+}

@@ -1,52 +1,6 @@
-/**
- * Causal grouped-query attention, on all keys or on a piece of them, and rotary positions. Positions are global, whatever piece of
- * the sequence is here.
- */
+/** Causal grouped-query attention, on all keys or on a piece of them. Positions are global, whatever piece of the sequence is here. */
 import { type Attrs, type Grads, op, type Place } from "./op.ts";
 import { positionOf } from "./positions.ts";
-
-/** Pairs (c, c + C/2) turn by sign · position · theta^(−2c/C), as in Hugging Face's models; the gradient turns back. */
-export const rope = op({
-  name: "rope",
-  sig: "x[B,S,H*C] -> y[B,S,H*C]",
-  suffix: "grad",
-  cpu({ x, y }, { B, S, H, C, theta, sign }, p) {
-    const half = C / 2;
-    const { cos, sin } = turns(p.start("S"), S, C, theta!);
-    for (let t = 0; t < B * S; t++) {
-      const turn = (t % S) * half;
-      for (let h = 0; h < H; h++) {
-        const at = (t * H + h) * C;
-        for (let c = 0; c < half; c++) {
-          const u = x[at + c]!;
-          const v = x[at + half + c]!;
-          const si = sign! * sin[turn + c]!;
-          y[at + c] = u * cos[turn + c]! - v * si;
-          y[at + half + c] = v * cos[turn + c]! + u * si;
-        }
-      }
-    }
-  },
-  grad: (_, { dy }, a): Grads => ({ x: rope.of({ x: dy }, { ...a, sign: -a.sign! }) }),
-});
-/** One table per piece of the sequence: a process runs few of them, all layers share them. */
-const tables = new Map<string, { cos: Float64Array; sin: Float64Array }>();
-function turns(start: number, count: number, C: number, theta: number) {
-  const key = `${start} ${count} ${C} ${theta}`;
-  const have = tables.get(key);
-  if (have) return have;
-  const half = C / 2;
-  const table = { cos: new Float64Array(count * half), sin: new Float64Array(count * half) };
-  for (let c = 0; c < half; c++) {
-    const frequency = theta ** ((-2 * c) / C);
-    for (let s = 0; s < count; s++) {
-      table.cos[s * half + c] = Math.cos((start + s) * frequency);
-      table.sin[s * half + c] = Math.sin((start + s) * frequency);
-    }
-  }
-  tables.set(key, table);
-  return table;
-}
 
 type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
 /** Queries and keys have width C, values and outputs W; query head g·M + m reads key head g. `scale`, `chunk` and `ranks` are attributes. */

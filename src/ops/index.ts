@@ -1,17 +1,20 @@
 /** The op table: every op by its name. */
-import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad, rope } from "./attention.ts";
-import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
+import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
+import { join, latentKv, latentKvGrad, split } from "./latent.ts";
+import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
 import { adamw, clip, sumSquares } from "./optimizer.ts";
+import { rope } from "./rope.ts";
 import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [
-  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast],
+  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
   ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
+  ...[split, join, latentKv, latentKvGrad],
   ...Object.values(vocab),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],

@@ -66,6 +66,25 @@ function runs(rows: Int32Array, first: number, visit: (e: number, row: number, c
   }
 }
 
+export const addBias = op({
+  name: "add_bias",
+  sig: "x[B,S,N] bias[N] -> y[B,S,N]",
+  cpu({ x, bias, y }, { N }) {
+    for (let i = 0; i < y.length; i++) y[i] = x[i]! + bias[i % N]!;
+  },
+  grad: (_, { dy }): Grads => ({ x: dy, bias: biasGrad.of({ dy }) }),
+});
+export const biasGrad = op({
+  name: "bias_grad",
+  sig: "dy[B,S,N] -> dbias[N]",
+  types: { dbias: "f32" },
+  cpu({ dy, dbias }, { N }) {
+    const sum = new Float64Array(N);
+    for (let i = 0; i < dy.length; i++) sum[i % N]! += dy[i]!;
+    for (let n = 0; n < N; n++) dbias[n]! += sum[n]!;
+  },
+});
+
 export const add = op({
   name: "add",
   sig: "a[...] b[...] -> y[...]",

@@ -23,6 +23,13 @@ type Each<K extends string, T> = Readonly<Record<K, T>>;
 export type Attrs = Readonly<Record<string, number>>;
 export type Grads = Readonly<Record<string, Value>>;
 
+/** The first output and its gradient; and the gradients of all outputs that carry one. */
+export interface Arrived {
+  readonly y: Value;
+  readonly dy: Value;
+  readonly dys: readonly Value[];
+}
+
 /** What a cut op knows besides its local sizes. It never divides by a local size: constants of the job are attributes. */
 export interface Place {
   /** The global index of a dim's first local element; local pieces are contiguous. */
@@ -40,6 +47,8 @@ export interface Declaration<S extends string> {
   readonly linear?: true;
   /** Types of outputs that are not simply that of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
+  /** Outputs through which a gradient arrives, in the order of `dys`; the first if not said. */
+  readonly carries?: readonly Out<S>[];
   /** Last part of the id of a backward node; `grad` if not said. */
   readonly suffix?: string;
   /** Outputs that `cpu` reads and updates in place; all others it finds zeroed. */
@@ -51,7 +60,7 @@ export interface Declaration<S extends string> {
   /** For ops that make a ragged value out of dense ones: writes [count, b, s, e, …] (global) into `rows`, at most `bound` rows; returns the count needed. */
   rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: Place, rows: Int32Array, bound: number): number;
   /** Gradient of each differentiable input, as ops. A name left out takes no gradient. */
-  grad?(t: Each<In<S>, Value>, g: { y: Value; dy: Value }, a: Attrs): Grads;
+  grad?(t: Each<In<S>, Value>, g: Arrived, a: Attrs): Grads;
 }
 
 export interface Slot {
@@ -67,7 +76,7 @@ export interface Operand {
   readonly any: boolean;
 }
 /** An op as the passes and the runtime see it: names are strings. */
-export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates"> {
+export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "carries"> {
   /** Applies the op; its outputs by name. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
@@ -77,7 +86,8 @@ export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad"
   flops?(d: Readonly<Record<string, number>>): number;
   cpu(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place): void;
   rows?(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place, rows: Int32Array, bound: number): number;
-  grad?(t: Readonly<Record<string, Value>>, g: { y: Value; dy: Value }, a: Attrs): Grads;
+  readonly carries?: readonly string[];
+  grad?(t: Readonly<Record<string, Value>>, g: Arrived, a: Attrs): Grads;
 }
 export interface Op<S extends string> extends AnyOp {
   /** Applies the op; the first output. */
@@ -103,7 +113,7 @@ export interface Leaf {
   readonly kind: "parameter" | "input";
   readonly name: string;
   readonly position: number;
-  readonly init?: { readonly type: "normal" | "ones"; readonly std: number };
+  readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
 }

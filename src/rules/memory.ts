@@ -49,9 +49,11 @@ function peaksOf(job: Job): number[] {
 
 /** More than one rank can possibly need, in closed form: when that fits easily, nothing is compiled. Bytes. */
 function ceiling({ model: m, parallel: p, train }: Job): number {
-  const heads = (m.heads + m.kv_heads) * m.head_dim;
+  const { mla } = m;
+  const latents = mla ? (mla.q_rank ?? 0) + mla.kv_rank + mla.rope_dim : 0;
+  const heads = mla ? m.heads * (m.head_dim + mla.v_dim) + latents : (m.heads + m.kv_heads) * m.head_dim;
   const ffn = m.moe ? m.moe.experts * m.moe.ffn : m.ffn;
-  const parameters = 2 * m.vocab * m.hidden + m.layers * m.hidden * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2);
+  const parameters = 2 * m.vocab * m.hidden + m.layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2);
   const active = m.moe ? m.moe.top_k * (m.moe.ffn + m.hidden) + m.moe.experts : m.ffn;
   const perToken = m.layers * (8 * m.hidden + 8 * heads + 8 * active) + 8 * m.vocab;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;

@@ -1,5 +1,6 @@
 /** M: the shape of the model, and what cuts it. */
 import type { Job } from "../../schemas/job.ts";
+import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
 /** Parameters of the whole model. */
@@ -104,7 +105,7 @@ export const model: readonly Rule[] = [
     why: "Rotary position embedding turns channels in pairs.",
     level: "error",
     *check({ model: m }) {
-      if (!Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
+      if (m.mla || !Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
       yield {
         at: "model.head_dim",
         related: ["model.rope"],
@@ -155,8 +156,10 @@ export const model: readonly Rule[] = [
     why: "It keeps the root of the mean square away from zero: a token whose vector is zero would divide by it.",
     level: "error",
     *check({ model: m }) {
-      if (m.norm.eps > 0) return;
-      yield { at: "model.norm.eps", found: `eps ${m.norm.eps}`, fix: "a small positive number", tries: [{ "model.norm.eps": 1e-5 }] };
+      const fix = "a small positive number";
+      if (!(m.norm.eps > 0)) yield { at: "model.norm.eps", found: `eps ${m.norm.eps}`, fix, tries: [{ "model.norm.eps": 1e-5 }] };
+      if (m.mla && !(m.mla.norm_eps > 0))
+        yield { at: "model.mla.norm_eps", found: `norm_eps ${m.mla.norm_eps}`, fix, tries: [{ "model.mla.norm_eps": 1e-6 }] };
     },
     bad: "model: {norm: {eps: 0}}",
   }),
@@ -194,4 +197,6 @@ export const model: readonly Rule[] = [
     },
     bad: "model: {vocab: 1000000000000000}",
   }),
+  ...positions,
+  ...latent,
 ];

@@ -30,6 +30,11 @@ type Sizes = Readonly<Record<string, number>>;
 const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> = {
   add: () => ({ streams: ["a", "b"], outputs: { y: "a + b" } }),
   accumulate: () => ({ streams: ["x", "y"], outputs: { y: "y + x" } }),
+  add_bias: ({ N }) => ({
+    ...{ streams: ["x"], width: N! },
+    gathers: { bias: `biasIn[k] = biasIn[k].load(biasAt + int(at % (${N} / N)) * N);` },
+    outputs: { y: "x + bias" },
+  }),
   cast: () => ({ streams: ["x"], outputs: { y: "x" } }),
   swiglu: () => ({ streams: ["gate", "up"], outputs: { y: "gate * sigmoid(gate) * up" } }),
   swiglu_grad: () => ({

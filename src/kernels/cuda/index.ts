@@ -3,6 +3,7 @@ import type { CudaMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
 import { gemm } from "./gemm.ts";
+import { latent } from "./latent.ts";
 import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
@@ -15,6 +16,7 @@ export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...attention,
   ...elementwise,
   ...gemm,
+  ...latent,
   ...messages,
   ...moe,
   ...norm,

@@ -1,4 +1,4 @@
-/** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. */
+/** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. And sums down columns. */
 import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
@@ -11,6 +11,7 @@ export const norm: Readonly<Record<string, CudaMaker>> = {
   head_norm: (use) => normalize(use, use.d.C!),
   rmsnorm_grad: (use, arch) => normalizeGrad(use, use.d.D!, arch),
   head_norm_grad: (use, arch) => normalizeGrad(use, use.d.C!, arch),
+  bias_grad: biasGrad,
 };
 
 /** How the elements of a row are shared out. */
@@ -63,6 +64,25 @@ function normalizeGrad(use: Use, width: number, arch: Arch): Made {
       { entry: use.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", "scratch+0"] },
       sum.launch,
     ],
+  };
+}
+
+/** Columns side by side in a block, rows in as many blocks as keep the device busy. */
+function biasGrad(use: Use, arch: Arch): Made {
+  const width = use.d.N!;
+  const rows = use.size.dy! / width;
+  const vector = vectorOf(width, [use.dtype.dy!]);
+  const [lanes, strands] = [32, 8];
+  const columns = Math.ceil(width / (lanes * vector));
+  const blocks = Math.max(1, Math.min(Math.ceil(rows / (4 * strands)), Math.ceil((4 * processors[arch]) / columns)));
+  const depth = Math.ceil(rows / blocks);
+  const depths = Math.ceil(rows / depth);
+  const body = render("cuda/bias_grad.cu", { name: use.name, vector, lanes, strands, width, rows, depth, type: cudaType(use.dtype.dy!) });
+  const sum = sumColumns(use, { rows: depths, width, to: "dbias", type: cudaType(use.dtype.dbias!) });
+  return {
+    source: source(use, `${body}\n${sum.body}`),
+    scratch: depths * width * bytesOf.f32,
+    launches: [{ entry: use.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", "scratch+0"] }, sum.launch],
   };
 }
 

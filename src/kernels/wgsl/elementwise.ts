@@ -76,6 +76,11 @@ const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
 const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
   add: (use) => ({ width: plain(use, "y"), results: { y: "a + b" } }),
   accumulate: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+  add_bias({ d }) {
+    const width = widthOf(d.N!);
+    const wide = d.N! / width;
+    return { width, at: { bias: "vector" }, results: { y: `x + V(bias_buf[i % ${wide}u])` } };
+  },
   cast: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
 
   swiglu: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "gate * sigmoid(gate) * up" } }),
@@ -146,37 +151,6 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
   },
 };
 
-/** Each pair is turned in f32 by an angle kept in whole units of 2^-32 turns: exact modulo a turn, whatever the position. */
-function rope(use: Use): Made {
-  const { B, S, H, C, theta, sign } = use.d as Readonly<Record<"B" | "S" | "H" | "C" | "theta" | "sign", number>>;
-  const pairs = C / 2;
-  const turns = Array.from({ length: pairs }, (_, c) => (theta ** ((-2 * c) / C) / (2 * Math.PI)) * 2 ** 32);
-  const type = scalar(use.dtype.x!);
-  const groups = Math.ceil((S * pairs) / THREADS);
-  const entry: Entry = {
-    ...{ entry: use.name, grid: groups, threads: THREADS, starts: ["S"] },
-    buffers: ["x", "y"].map((arg) => ({ arg, type })),
-  };
-  const text = render("wgsl/rope.wgsl", {
-    pairs,
-    frequencies: turns.map((t) => `${Math.round(t)}u`).join(", "),
-    rests: turns.map((t) => float(t - Math.round(t))).join(", "),
-    threads: THREADS,
-    entry: use.name,
-    index: fold(groups).index,
-    count: S * pairs,
-    radians: (2 * Math.PI) / 2 ** 32,
-    sign: float(sign),
-    sequences: B,
-    positions: S,
-    heads: H,
-    headWidth: C,
-    type,
-  });
-  return kernel(use, [entry], [text]);
-}
-
-export const elementwise = {
-  ...Object.fromEntries(Object.entries(formulas).map(([op, formula]) => [op, (use: Use): Made => map(use, formula(use))])),
-  rope,
-};
+export const elementwise = Object.fromEntries(
+  Object.entries(formulas).map(([op, formula]) => [op, (use: Use): Made => map(use, formula(use))]),
+);

@@ -2,20 +2,24 @@
 import type { WgslMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
 import { elementwise } from "./elementwise.ts";
+import { latent } from "./latent.ts";
 import { linear } from "./linear.ts";
 import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norms } from "./norm.ts";
 import { optimizer } from "./optimizer.ts";
+import { rope } from "./rope.ts";
 import { router } from "./router.ts";
 import { vocab } from "./vocab.ts";
 
 export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...attention,
   ...elementwise,
+  ...latent,
   ...linear,
   ...norms,
   ...optimizer,
+  ...rope,
   ...vocab,
   ...messages,
   ...moe,

@@ -1,4 +1,4 @@
-/** Root-mean-square norms over the model's width or each head: rows side by side in a workgroup, as many as fit. */
+/** Root-mean-square norms over the model's width or each head: rows side by side in a workgroup, as many as fit. And sums down columns. */
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
 import { columnSum, THREADS, totalOver } from "./reduce.ts";
@@ -52,9 +52,20 @@ function normGrad(use: Use, width: number): Made {
   return kernel(use, [overRows, ...gain.entries], [totalOver(lanes, { type: "vec2<f32>" }), text, gain.text], scratchBytes(gain.words));
 }
 
+function biasGrad(use: Use): Made {
+  const width = use.d.N!;
+  const sum = columnSum(use, {
+    ...{ out: "dbias", batches: 1, rows: use.size.dy! / width, width, first: 0 },
+    buffers: [{ arg: "dy", type: scalar(use.dtype.dy!) }],
+    term: "f32(dy[at])",
+  });
+  return kernel(use, sum.entries, [sum.text], scratchBytes(sum.words));
+}
+
 export const norms = {
   rmsnorm: (use: Use): Made => norm(use, use.d.D!),
   rmsnorm_grad: (use: Use): Made => normGrad(use, use.d.D!),
   head_norm: (use: Use): Made => norm(use, use.d.C!),
   head_norm_grad: (use: Use): Made => normGrad(use, use.d.C!),
+  bias_grad: biasGrad,
 };

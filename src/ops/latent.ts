@@ -1,0 +1,68 @@
+/** Latent attention: what a product gives in one vector is cut apart, and heads get their keys and values from a latent they share. */
+import { type Grads, op } from "./op.ts";
+
+/** The first A channels of a token, and the R after them. */
+export const split = op({
+  name: "split",
+  sig: "x[B,S,Y!] -> a[B,S,A!] b[B,S,R!]",
+  carries: ["a", "b"],
+  cpu({ x, a, b }, { B, S, Y, A, R }) {
+    for (let t = 0; t < B * S; t++) {
+      a.set(x.subarray(t * Y, t * Y + A), t * A);
+      b.set(x.subarray(t * Y + A, t * Y + Y), t * R);
+    }
+  },
+  grad: (_, { dys: [a, b] }, at): Grads => ({ x: join.of({ a: a!, b: b! }, at) }),
+});
+export const join = op({
+  name: "join",
+  sig: "a[B,S,A!] b[B,S,R!] -> y[B,S,Y!]",
+  cpu({ a, b, y }, { B, S, Y, A, R }) {
+    for (let t = 0; t < B * S; t++) {
+      y.set(a.subarray(t * A, t * A + A), t * Y);
+      y.set(b.subarray(t * R, t * R + R), t * Y + A);
+    }
+  },
+  grad(_, { dy }, at): Grads {
+    const { a, b } = split.all({ x: dy }, at);
+    return { a, b };
+  },
+});
+
+/**
+ * Each head's vector x (Z = A + W channels) holds A channels of its key and the W of its value; its key (Y = A + R) ends in the R
+ * channels of r, which are the same for every head.
+ */
+export const latentKv = op({
+  name: "latent_kv",
+  sig: "x[B,S,H*Z] r[B,S,R!] -> k[B,S,H*Y] v[B,S,H*W]",
+  carries: ["k", "v"],
+  cpu({ x, r, k, v }, { B, S, H, Z, R, Y, W }) {
+    const A = Y - R;
+    for (let h = 0; h < B * S * H; h++) {
+      const t = Math.floor(h / H);
+      k.set(x.subarray(h * Z, h * Z + A), h * Y);
+      k.set(r.subarray(t * R, t * R + R), h * Y + A);
+      v.set(x.subarray(h * Z + A, h * Z + Z), h * W);
+    }
+  },
+  grad(_, { dys: [dk, dv] }, at): Grads {
+    const { dx, dr } = latentKvGrad.all({ dk: dk!, dv: dv! }, at);
+    return { x: dx, r: dr };
+  },
+});
+export const latentKvGrad = op({
+  name: "latent_kv_grad",
+  sig: "dk[B,S,H*Y] dv[B,S,H*W] -> dx[B,S,H*Z] dr[B,S,R!]",
+  cpu({ dk, dv, dx, dr }, { B, S, H, Z, R, Y, W }) {
+    const A = Y - R;
+    const sum = new Float64Array(dr.length);
+    for (let h = 0; h < B * S * H; h++) {
+      const t = Math.floor(h / H);
+      dx.set(dk.subarray(h * Y, h * Y + A), h * Z);
+      dx.set(dv.subarray(h * W, h * W + W), h * Z + A);
+      for (let c = 0; c < R; c++) sum[t * R + c]! += dk[h * Y + A + c]!;
+    }
+    dr.set(sum);
+  },
+});

@@ -1,0 +1,100 @@
+/** Rotary positions: pairs of channels turn by an angle that grows with the token's position. */
+import { type Attrs, type Grads, op } from "./op.ts";
+import { positionOf } from "./positions.ts";
+
+/** How frequencies change so that a model reads longer sequences than it was first trained on; `scaling` is the place in this list. */
+export const scalings = ["none", "linear", "llama3", "yarn"] as const;
+
+/** The attributes of an embedding that is not scaled. */
+export const unscaled = { scaling: 0, factor: 1, original: 0, low: 0, high: 0, gain: 1 };
+
+/**
+ * Of each head's C channels, `width` turn, from `first` on; the others pass. Pair c turns by sign · position · frequency[c] and grows by
+ * `gain`: channels (c, c + width/2), as in most of Hugging Face's models, or, interleaved, (2c, 2c + 1), as in DeepSeek's. The
+ * gradient turns back.
+ */
+export const rope = op({
+  name: "rope",
+  sig: "x[B,S,H*C] -> y[B,S,H*C]",
+  suffix: "grad",
+  cpu({ x, y }, d, p) {
+    const { B, S, H, C } = d;
+    const [first, width, sign] = [d.first!, d.width!, d.sign!];
+    const half = width / 2;
+    const [step, apart] = d.interleaved ? [2, 1] : [1, half];
+    const { cos, sin } = turns(d, p.start("S"), S);
+    for (let t = 0; t < B * S; t++) {
+      const turn = (t % S) * half;
+      for (let h = 0; h < H; h++) {
+        const head = (t * H + h) * C;
+        y.set(x.subarray(head, head + first), head);
+        y.set(x.subarray(head + first + width, head + C), head + first + width);
+        for (let c = 0, at = head + first; c < half; c++, at += step) {
+          const u = x[at]!;
+          const v = x[at + apart]!;
+          const si = sign * sin[turn + c]!;
+          y[at] = u * cos[turn + c]! - v * si;
+          y[at + apart] = v * cos[turn + c]! + u * si;
+        }
+      }
+    }
+  },
+  grad: (_, { dy }, a): Grads => ({ x: rope.of({ x: dy }, { ...a, sign: -a.sign! }) }),
+});
+
+type Embedding = Readonly<Record<"width" | "theta" | "factor" | "original" | "low" | "high", number>>;
+
+/**
+ * Radians per position of each pair: theta^(−2c/width), part or all of which is divided by `factor`.
+ *   linear   all of each
+ *   llama3   the less, the more often the pair turns within `original` tokens: all up to `low` turns, none from `high` on
+ *   yarn     the same, but the part grows evenly with c between the pairs that make `high` and `low` turns
+ */
+export function frequenciesOf(d: Attrs): number[] {
+  const { width, theta, factor, original, low, high } = d as Embedding;
+  const plain = Array.from({ length: width / 2 }, (_, c) => theta ** ((-2 * c) / width));
+  const stretched = (part: (frequency: number, c: number) => number) =>
+    plain.map((f, c) => {
+      const p = Math.min(1, Math.max(0, part(f, c)));
+      return f * (1 - p) + (f / factor) * p;
+    });
+  const kind = scalings[d.scaling!]!;
+  switch (kind) {
+    case "none":
+      return plain;
+    case "linear":
+      return stretched(() => 1);
+    case "llama3":
+      return stretched((f) => (high - (original * f) / (2 * Math.PI)) / (high - low));
+    case "yarn": {
+      const pairThatTurns = (times: number) => (width * Math.log(original / (times * 2 * Math.PI))) / (2 * Math.log(theta));
+      const from = Math.max(Math.floor(pairThatTurns(high)), 0);
+      const to = Math.min(Math.ceil(pairThatTurns(low)), width - 1);
+      // a step where both fall on one pair, as transformers has it
+      return stretched((_, c) => (c - from) / (from === to ? 0.001 : to - from));
+    }
+    default:
+      return kind satisfies never;
+  }
+}
+
+/** One table per embedding and piece of the sequence: a process runs few of them, all layers share them. */
+const tables = new Map<string, { cos: Float64Array; sin: Float64Array }>();
+function turns(d: Attrs, start: number, count: number) {
+  const { width, theta, scaling, factor, original, low, high, gain, chunk, ranks } = d;
+  const key = [start, count, width, theta, scaling, factor, original, low, high, gain, chunk, ranks].join(" ");
+  const have = tables.get(key);
+  if (have) return have;
+  const frequencies = frequenciesOf(d);
+  const half = frequencies.length;
+  const table = { cos: new Float64Array(count * half), sin: new Float64Array(count * half) };
+  for (let s = 0; s < count; s++) {
+    const position = positionOf(start + s, chunk!, ranks!);
+    for (const [c, frequency] of frequencies.entries()) {
+      table.cos[s * half + c] = gain! * Math.cos(position * frequency);
+      table.sin[s * half + c] = gain! * Math.sin(position * frequency);
+    }
+  }
+  tables.set(key, table);
+  return table;
+}

@@ -1,0 +1,215 @@
+/** M32, M33: rotary positions that are stretched, and latent attention. */
+import type { Job } from "../../schemas/job.ts";
+import { type JobPath, type Rule, rule } from "./rule.ts";
+
+type Scaling = NonNullable<Job["model"]["rope"]["scaling"]>;
+
+/** Who reads which key, and what it is where it is not written. */
+const readers: readonly (readonly [keyof Scaling, Scaling["type"], number | null])[] = [
+  ["low_freq", "llama3", 1],
+  ["high_freq", "llama3", 4],
+  ["beta_fast", "yarn", 32],
+  ["beta_slow", "yarn", 1],
+  ["mscale", "yarn", null],
+  ["mscale_all_dim", "yarn", null],
+  ["attention_factor", "yarn", null],
+];
+const scalingKey = <K extends keyof Scaling>(key: K): JobPath => `model.rope.scaling.${key}` as JobPath;
+
+export const positions: readonly Rule[] = [
+  rule({
+    code: "M320",
+    title: "rope.scaling.factor is 1 or more",
+    why: "Wavelengths are stretched so that longer sequences look to the model like those it knows; below 1 they would shrink.",
+    level: "error",
+    *check({ model: { rope } }) {
+      const { scaling } = rope;
+      if (!scaling || scaling.factor >= 1) return;
+      yield {
+        at: "model.rope.scaling.factor",
+        found: `factor ${scaling.factor}`,
+        fix: "the longest sequence divided by original_seq, or no scaling",
+        tries: [...(scaling.factor > 0 ? [{ "model.rope.scaling.factor": 1 / scaling.factor }] : []), { "model.rope.scaling": null }],
+      };
+    },
+    bad: "model: {rope: {scaling: {type: linear, factor: 0.25}}}",
+  }),
+  rule({
+    code: "M321",
+    title: "wavelengths that stretch wholly turn less often than those that stay",
+    why: "Between the two numbers of turns the stretch fades out. The wrong way round, short wavelengths, which tell neighbours apart, would be stretched and long ones not.",
+    level: "error",
+    *check({ model: { rope } }) {
+      const { scaling } = rope;
+      if (!scaling || scaling.type === "linear") return;
+      const yarn = scaling.type === "yarn";
+      const [low, high, lowest, highest] = yarn
+        ? [scaling.beta_slow, scaling.beta_fast, "beta_slow", "beta_fast"]
+        : [scaling.low_freq, scaling.high_freq, "low_freq", "high_freq"];
+      // yarn takes the logarithm of both, llama3 divides by their difference
+      if (low > 0 && (yarn ? high >= low : high > low)) return;
+      const usual = yarn ? { beta_slow: 1, beta_fast: 32 } : { low_freq: 1, high_freq: 4 };
+      yield {
+        at: scalingKey(highest as keyof Scaling),
+        related: [scalingKey(lowest as keyof Scaling)],
+        found: `${lowest} ${low} and ${highest} ${high}`,
+        fix: "usual values",
+        tries: [Object.fromEntries(Object.entries(usual).map(([key, value]) => [scalingKey(key as keyof Scaling), value]))],
+      };
+    },
+    bad: "model: {rope: {scaling: {type: llama3, factor: 4, low_freq: 4, high_freq: 1}}}",
+  }),
+  rule({
+    code: "M322",
+    title: "a scaling key that nothing reads",
+    why: "Each kind of scaling has its own keys. One that belongs to another kind would be ignored in silence, and the model would not be the one it was copied from.",
+    level: "error",
+    *check({ model: { rope } }) {
+      const { scaling } = rope;
+      if (!scaling) return;
+      for (const [key, type, otherwise] of readers)
+        if (scaling.type !== type && scaling[key] !== otherwise)
+          yield {
+            at: scalingKey(key),
+            related: ["model.rope.scaling.type"],
+            found: `${key} ${scaling[key]} with type: ${scaling.type}`,
+            fix: `${type} reads it`,
+            tries: [{ [scalingKey(key)]: otherwise }],
+          };
+      if (scaling.type === "yarn" && scaling.mscale !== null && scaling.mscale_all_dim === null)
+        yield {
+          at: "model.rope.scaling.mscale",
+          related: ["model.rope.scaling.mscale_all_dim"],
+          found: `mscale ${scaling.mscale} without mscale_all_dim`,
+          fix: "the two are read together; DeepSeek writes the same number for both",
+          tries: [{ "model.rope.scaling.mscale_all_dim": scaling.mscale }],
+        };
+    },
+    bad: "model: {rope: {scaling: {type: llama3, factor: 4, beta_fast: 16}}}",
+  }),
+  rule({
+    code: "M323",
+    title: "rope.scaling.attention_factor is above 0",
+    why: "Turned queries and keys are multiplied by it: at 0 nothing is left of them.",
+    level: "error",
+    *check({ model: { rope } }) {
+      const factor = rope.scaling?.attention_factor ?? null;
+      if (factor === null || factor > 0) return;
+      yield {
+        at: "model.rope.scaling.attention_factor",
+        found: `attention_factor ${factor}`,
+        fix: "leave it out: it follows from factor",
+        tries: [{ "model.rope.scaling.attention_factor": null }],
+      };
+    },
+    bad: "model: {rope: {scaling: {type: yarn, factor: 4, attention_factor: 0}}}",
+  }),
+];
+
+const small = "kv_rank: 8, nope_dim: 4, v_dim: 4";
+
+export const latent: readonly Rule[] = [
+  rule({
+    code: "M330",
+    title: "latent attention has keys and values for every head",
+    why: "Heads get their own keys and values from the latent, which is what is small; sharing them between heads as well is not part of it, in DeepSeek's models or in Megatron-LM, which refuses both together.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mla || m.kv_heads === m.heads) return;
+      yield {
+        at: "model.kv_heads",
+        related: ["model.mla"],
+        found: `kv_heads ${m.kv_heads} of ${m.heads} heads, with mla`,
+        fix: "leave kv_heads out",
+        tries: [{ "model.kv_heads": m.heads }],
+      };
+    },
+    bad: `model: {kv_heads: 2, mla: {rope_dim: 2, ${small}}}`,
+  }),
+  rule({
+    code: "M331",
+    title: "the latents of latent attention have norms of their own",
+    why: "Queries and keys are made from latents that are normalised; their heads are not normalised again. What Megatron-LM calls qk_layernorm there is the norm of the latents, which is always on here.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mla || m.qk_norm === "none") return;
+      yield {
+        at: "model.qk_norm",
+        related: ["model.mla"],
+        found: `qk_norm: ${m.qk_norm} with mla`,
+        fix: "leave qk_norm out",
+        tries: [{ "model.qk_norm": "none" }],
+      };
+    },
+    bad: `model: {qk_norm: head, mla: {rope_dim: 2, ${small}}}`,
+  }),
+  rule({
+    code: "M332",
+    title: "mla.rope_dim is even",
+    why: "Rotary position embedding turns channels in pairs.",
+    level: "error",
+    *check({ model: { mla } }) {
+      if (!mla || mla.rope_dim % 2 === 0) return;
+      yield {
+        at: "model.mla.rope_dim",
+        related: ["model.rope"],
+        found: `rope_dim ${mla.rope_dim}`,
+        fix: "make it even",
+        tries: [{ "model.mla.rope_dim": mla.rope_dim + 1 }],
+      };
+    },
+    bad: `model: {mla: {rope_dim: 3, ${small}}}`,
+  }),
+  rule({
+    code: "M333",
+    title: "head_dim is mla.nope_dim + mla.rope_dim",
+    why: "In latent attention those two say how wide a query or key head is; another head_dim would be ignored.",
+    level: "error",
+    *check({ model: { mla, head_dim } }) {
+      if (!mla || head_dim === mla.nope_dim + mla.rope_dim) return;
+      yield {
+        at: "model.head_dim",
+        related: ["model.mla.nope_dim", "model.mla.rope_dim"],
+        found: `head_dim ${head_dim}, with nope_dim ${mla.nope_dim} and rope_dim ${mla.rope_dim}`,
+        fix: "leave head_dim out",
+        tries: [{ "model.head_dim": mla.nope_dim + mla.rope_dim }],
+      };
+    },
+    bad: `model: {head_dim: 8, mla: {rope_dim: 2, ${small}}}`,
+  }),
+  rule({
+    code: "M334",
+    title: "latent attention has no query, key and value biases",
+    why: "Its queries, keys and values come from latents through products without biases, in every published model.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mla || !m.qkv_bias) return;
+      yield {
+        at: "model.qkv_bias",
+        related: ["model.mla"],
+        found: "qkv_bias: true with mla",
+        fix: "out_bias alone may stay",
+        tries: [{ "model.qkv_bias": false }],
+      };
+    },
+    bad: `model: {qkv_bias: true, mla: {rope_dim: 2, ${small}}}`,
+  }),
+  rule({
+    code: "M335",
+    title: "recompute mla_up_proj needs latent attention",
+    why: "It names what heads are made with from latents. Without latents there is nothing to make again, and the memory that was to be saved is not.",
+    level: "error",
+    *check({ model: { mla }, train: { recompute } }) {
+      if (mla || recompute.mode !== "selective" || !recompute.modules.includes("mla_up_proj")) return;
+      const others = recompute.modules.filter((name) => name !== "mla_up_proj");
+      yield {
+        at: "train.recompute.modules",
+        related: ["model.mla"],
+        found: "mla_up_proj without model.mla",
+        fix: "core_attn is what usually fills the memory",
+        tries: [{ "train.recompute.modules": others.length ? others : ["core_attn"] }],
+      };
+    },
+    bad: "train: {recompute: {mode: selective, modules: [mla_up_proj]}}",
+  }),
+];
