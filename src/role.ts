@@ -180,6 +180,6 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
 /** Values made from the same routing have the same rows: the id of the routing they came from. */
 function rowsetOf(v: Value): string {
   const node = v.node!;
-  if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "p")]!);
+  if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "c")]!);
   return rowsetOf(node.args.find((a) => a.ragged)!);
 }

@@ -98,6 +98,18 @@ interface CudaAttentionWgmmaCu {
   readonly values: string | number;
 }
 
+interface CudaChooseCu {
+  readonly items: string | number;
+  readonly k: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
 interface CudaClearCu {
   readonly grid: string | number;
   readonly name: string | number;
@@ -428,27 +440,8 @@ interface CudaTallyCu {
   readonly batches: string | number;
   readonly experts: string | number;
   readonly name: string | number;
-  readonly p: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
-}
-
-interface CudaTopKCu {
-  readonly dy: string | number;
-  readonly grad: boolean;
-  readonly items: string | number;
-  readonly k: string | number;
-  readonly lanes: string | number;
-  readonly name: string | number;
-  readonly p: string | number;
-  readonly params: string | number;
-  readonly rows: string | number;
-  readonly threads: string | number;
-  readonly to: string | number;
-  readonly value: string | number;
-  readonly vector: string | number;
-  readonly width: string | number;
-  readonly y: string | number;
 }
 
 interface CudaTotalCu {
@@ -530,6 +523,16 @@ interface WgslAttentionWgsl {
   readonly threads: string | number;
   readonly weightWords: string | number;
   readonly writers: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly text: string | number }[];
+}
+
+interface WgslChooseWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly k: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly words: string | number;
 }
 
 interface WgslColumnsWgsl {
@@ -864,20 +867,6 @@ interface WgslTakeRowsWgsl {
   readonly width: string | number;
 }
 
-interface WgslTopKWgsl {
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly grad: boolean;
-  readonly index: string | number;
-  readonly k: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly value: string | number;
-  readonly words: string | number;
-}
-
 interface WgslTotalWgsl {
   readonly combine: string | number;
   readonly deep: boolean;
@@ -917,6 +906,19 @@ interface WgslVocabRowWgsl {
   readonly vectors: string | number;
 }
 
+interface WgslWeighWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly grad: boolean;
+  readonly index: string | number;
+  readonly normalize: boolean;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly value: string | number;
+}
+
 export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
@@ -928,6 +930,7 @@ export interface Templates {
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
+  readonly "cuda/choose.cu": CudaChooseCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
@@ -955,13 +958,13 @@ export interface Templates {
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
   readonly "cuda/tally.cu": CudaTallyCu;
-  readonly "cuda/top_k.cu": CudaTopKCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
+  readonly "wgsl/choose.wgsl": WgslChooseWgsl;
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
@@ -985,10 +988,10 @@ export interface Templates {
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
   readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
-  readonly "wgsl/top_k.wgsl": WgslTopKWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;
   readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;
   readonly "wgsl/vocab_row.wgsl": WgslVocabRowWgsl;
+  readonly "wgsl/weigh.wgsl": WgslWeighWgsl;
 }
 
 export const render = <N extends keyof Templates>(name: N, values: Templates[N]): string => fill(name, values);

@@ -92,8 +92,8 @@ const sets: Readonly<Record<string, Set>> = {
 
 // -- types
 
-/** Inputs that are f32 in any job: routers' probabilities, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "s", "m", "n", "l", "lse", "g", "scale", "lr", "step", "sq"]);
+/** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
+const always = new Set(["p", "c", "s", "m", "n", "l", "lse", "g", "scale", "lr", "step", "sq"]);
 const indices = new Set(["ids", "target"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
@@ -144,11 +144,10 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
   if (drafts) return drafts(half).map((draft, i) => draftedCase(op, draft, i));
   const cases: ContractCase[] = [];
-  const ragged = [...op.inputs, ...op.outputs].some((o) => o.ragged);
   const any = op.inputs.some((o) => o.any);
   for (const [name, set] of Object.entries(sets)) {
     if (set.light && op.flops) continue;
-    if (set.rows === "none" && !ragged) continue;
+    if (set.rows === "none" && !hasRows(op)) continue;
     const types = mixtures(op, half);
     const more = accumulates(op);
     const keeps = more.length ? [[], more] : [[]];
@@ -167,6 +166,8 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   }
   return cases;
 }
+
+const hasRows = (op: AnyOp): boolean => [...op.inputs, ...op.outputs].some((o) => o.ragged);
 
 /** A case whose sizes and inputs are given: what stands around a collective has shapes of its own. */
 export interface Drafted {
@@ -224,7 +225,7 @@ function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows 
   const operands = [...inputs, ...outputs];
   const start = (dim: string) => (ragged ? 0 : (set.starts[dim] ?? 0));
 
-  const mask = probabilities(d, set.rows, next);
+  const mask = choices(d, set.rows, next);
   const index = operands.some((o) => o.ragged) ? indexOf(mask, d, start) : undefined;
   const count = index ? index.length / 3 : 0;
   const bound = index
@@ -296,11 +297,11 @@ function fill(
   const positive = () => 1.01 + next();
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
-  if (o.name === "p" && !o.ragged && o.slots.at(-1)?.dim === "E") {
-    // in steps of 1/8, so that some are equal
-    if (op.name.startsWith("top_k")) return out.map(() => Math.floor(4 * positive()) / 8);
-    return mask.length === length ? mask.slice() : out.map(() => Math.max(0, next()));
-  }
+  if (o.name === "c" && o.slots.at(-1)?.dim === "E")
+    return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
+  if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
+  // in steps of 1/8, so that some are equal
+  if (op.name.startsWith("choose") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
   if (["s", "sq", "scale"].includes(o.name) || (op.name === "adamw" && o.name === "v")) return out.map(positive);
   if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);
   if (o.name === "lr") return out.fill(0.01);
@@ -309,23 +310,23 @@ function fill(
 }
 
 /** [B,S,E]: who chose whom. */
-function probabilities({ B, S, E, k }: Sizes, mode: RowsMode, next: () => number): Float32Array {
-  const p = new Float32Array(B! * S! * E!);
+function choices({ B, S, E, k }: Sizes, mode: RowsMode, next: () => number): Float32Array {
+  const c = new Float32Array(B! * S! * E!);
   for (let t = 0; t < B! * S!; t++) {
     const order = Array.from({ length: E! }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
     const some = order.slice(0, Math.min(E!, k! + (next() > 0 ? 1 : 0))).map((x) => x.e);
     // gaps: no token for the first and the last expert, and no expert for every third token
     const chosen = { some, gaps: t % 3 ? some.filter((e) => e > 0 && e < E! - 1) : [], one: [1], none: [] }[mode];
-    for (const e of chosen) p[t * E! + e] = 0.55 + next() / 2;
+    for (const e of chosen) c[t * E! + e] = 1;
   }
-  return p;
+  return c;
 }
-/** The rows of these probabilities by expert, sequence, token; global. */
-function indexOf(p: Float32Array, { B, S, E }: Sizes, start: (dim: string) => number): number[] {
+/** The rows of this map by expert, sequence, token; global. */
+function indexOf(c: Float32Array, { B, S, E }: Sizes, start: (dim: string) => number): number[] {
   const rows: number[] = [];
   for (let e = 0; e < E!; e++)
     for (let b = 0; b < B!; b++)
-      for (let s = 0; s < S!; s++) if (p[(b * S! + s) * E! + e]! > 0) rows.push(start("B") + b, start("S") + s, start("E") + e);
+      for (let s = 0; s < S!; s++) if (c[(b * S! + s) * E! + e]) rows.push(start("B") + b, start("S") + s, start("E") + e);
   return rows;
 }
 /** The index buffer (src/kernels/kernel.ts): the count, the rows, the offsets; what lies between is −1. */

@@ -111,9 +111,11 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "sum_exp: m",
       "pick: target",
       "nll: m",
+      "weigh: c",
       "aux_loss: n",
-      "permute: p",
-      "unpermute: p",
+      "permute: c",
+      "unpermute: c",
+      "pack: c",
     ]
   `);
 });
@@ -171,7 +173,7 @@ test("what is declared linear is", () => {
   }
 });
 
-test("rows are the (b,s,e) with p > 0, by expert, sequence and token; the count needed is told even past the bound", () => {
+test("rows are the (b,s,e) with a one in the map, by expert, sequence and token; the count needed is told even past the bound", () => {
   for (const o of table.filter((t) => t.rows)) {
     const c = makeCase(o, 7);
     const rows = new Int32Array(c.rows.length);
@@ -183,17 +185,21 @@ test("rows are the (b,s,e) with p > 0, by expert, sequence and token; the count 
   }
 });
 
-test("of equal probabilities the lower expert is kept; a kept one that underflowed to 0 has no row and breaks nothing", () => {
-  const run = (p: number[]) => {
+test("of equal scores the lower expert is chosen; one whose weight underflowed to 0 has a row all the same", () => {
+  const run = (scores: number[]) => {
     const d = { B: 1, S: 1, E: 4, k: 2, normalize: 1 };
-    const place = { start: () => 0, rows: new Int32Array(1) };
-    const [x, y, dp, rows] = [Float32Array.from(p), new Float32Array(4), new Float32Array(4), new Int32Array(13)];
-    ops.top_k!.cpu({ p: x, y }, d, place);
-    ops.top_k_grad!.cpu({ p: x, y, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
-    return { y: [...y], dp: [...dp], rows: ops.permute!.rows!({ p: y }, d, place, rows, 4) };
+    const rows = new Int32Array(13);
+    const place = { start: () => 0, rows };
+    const p = Float32Array.from(scores);
+    const [c, y, dp] = [new Float32Array(4), new Float32Array(4), new Float32Array(4)];
+    ops.choose!.cpu({ x: p, c }, d, place);
+    ops.weigh!.cpu({ p, c, y }, d, place);
+    ops.weigh_grad!.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
+    // 0 times a negative number is −0
+    return { y: [...y], dp: Array.from(dp, (x) => x + 0), rows: ops.permute!.rows!({ c }, d, place, rows, 4) };
   };
   expect(run([0.25, 0.25, 0.25, 0.25])).toEqual({ y: [0.5, 0.5, 0, 0], dp: [1, -1, 0, 0], rows: 2 });
-  expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 1 });
+  expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 2 });
 });
 
 test("the blocked product is the plain one, at sizes that fill no tile or block", () => {

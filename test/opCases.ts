@@ -37,11 +37,13 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
   const { inputs, outputs } = expandLike(op, { slots: 2, ragged: 0 });
   const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES };
   const { B, S, E, V } = SIZES;
-  const mask = probabilities(B * S, E, next);
-  const rows = rowsOf(mask, B, S, E);
+  const chosen = someExperts(B * S, E, next);
+  const rows = rowsOf(chosen, B, S, E);
   const fill = (o: Operand): Float32Array => {
     const out = new Float32Array(elements(o, sizes));
-    if (o.name === "p" && !o.ragged && o.slots.at(-1)?.dim === "E") return mask;
+    if (o.name === "c" && o.slots.at(-1)?.dim === "E") return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
+    // weights are above 0, and their sums well above
+    if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
     // sums of exponentials, squares and second moments; a step counts from 1
     if (["s", "sq", "v"].includes(o.name)) return out.map(() => 1.5 + next());
@@ -55,19 +57,18 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
   return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
 }
 
-/** Two or three experts of a token above 0, well apart, so that a small step changes no choice. */
-function probabilities(tokens: number, E: number, next: () => number): Float32Array {
-  const p = new Float32Array(tokens * E);
+/** The map of a router: two or three experts of a token. */
+function someExperts(tokens: number, E: number, next: () => number): Float32Array {
+  const c = new Float32Array(tokens * E);
   for (let t = 0; t < tokens; t++) {
     const order = Array.from({ length: E }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
-    const count = next() > 0 ? 2 : 3;
-    for (const [i, { e }] of order.slice(0, count).entries()) p[t * E + e] = 0.3 + i / 4 + next() / 20;
+    for (const { e } of order.slice(0, next() > 0 ? 2 : 3)) c[t * E + e] = 1;
   }
-  return p;
+  return c;
 }
-function rowsOf(p: Float32Array, B: number, S: number, E: number): Int32Array {
+function rowsOf(c: Float32Array, B: number, S: number, E: number): Int32Array {
   const rows: number[][] = [];
-  for (let e = 0; e < E; e++) for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (p[(b * S + s) * E + e]! > 0) rows.push([b, s, e]);
+  for (let e = 0; e < E; e++) for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (c[(b * S + s) * E + e]) rows.push([b, s, e]);
   return Int32Array.from([rows.length, ...rows.flat()]);
 }
 

@@ -12,9 +12,10 @@ import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";
 import { flopsOf } from "../src/cost.ts";
 import { buildMesh, groups } from "../src/mesh.ts";
+import { auxLoss, tally } from "../src/ops/balance.ts";
 import { ops } from "../src/ops/index.ts";
-import { auxLoss, softmax, tally, topK, zLoss } from "../src/ops/moe.ts";
 import type { Value } from "../src/ops/op.ts";
+import { choose, softmax, weigh, zLoss } from "../src/ops/router.ts";
 import { readJob } from "../src/readJob.ts";
 import { addBackward } from "../src/train.ts";
 import { fixture, jobOf } from "./support.ts";
@@ -273,7 +274,8 @@ describe("router", () => {
     const logits = leaf("logits", "parameter", [T, 1, E]);
     const cotangent = leaf("cotangent", "input", [T, E]);
     const scores = softmax.of({ x: logits }, {}, "scores");
-    const probs = topK.of({ p: scores }, { k, normalize: Number(!c.params.pre_softmax) }, "top_k");
+    const map = choose.of({ x: logits }, { k }, "choose");
+    const probs = weigh.of({ p: scores, c: map }, { normalize: Number(!c.params.pre_softmax) }, "weigh");
     const known = new Map([
       [logits, read("logits")],
       [cotangent, read("cotangent")],
@@ -290,7 +292,7 @@ describe("router", () => {
     same(p, read("probs"), "probs");
     const rows = Array.from({ length: T }, (_, t) => Array.from(p.subarray(t * E, t * E + E), (x) => Number(x > 0)).join(""));
     expect(rows).toEqual(c.routing_map_rows);
-    const counts = tally.of({ p: probs }, { P: T }, "tally");
+    const counts = tally.of({ c: map }, { P: T }, "tally");
     expect([...evaluate(counts, known)]).toEqual(c.tokens_per_expert);
     if (c.aux_counts) expect([...evaluate(counts, known)]).toEqual(c.aux_counts);
     // the balancing loss over microbatches of one token is the sum of probabilities times anything
@@ -374,8 +376,8 @@ describe("ten steps of training", () => {
   }
 
   async function trains(c: Training, job: Job): Promise<void> {
-    const topK = [0, 1].map((i) => `layers.${i}.moe.top_k`);
-    const run = await openRun(compile(job).plan, { baseDir: "", initFrom: weights, watch: topK });
+    const maps = [0, 1].map((i) => `layers.${i}.moe.choose`);
+    const run = await openRun(compile(job).plan, { baseDir: "", initFrom: weights, watch: maps });
     for (const [step, loss] of c.lm_loss.entries()) {
       const got = await run.step();
       near(got.loss, loss, 1e-5, `loss of step ${step}`);
@@ -386,7 +388,7 @@ describe("ten steps of training", () => {
       near(got.aux_loss, aux, 1e-5, `balancing loss of step ${step}`, 1e-9);
       const chosen = step === 0 && c.tokens_per_expert_step0;
       if (!chosen) continue;
-      const watched = await Promise.all(topK.map((id) => run.watched(id)));
+      const watched = await Promise.all(maps.map((id) => run.watched(id)));
       expect(watched.map((each) => counts(each, c.micro_batch_size))).toEqual(Object.values(chosen).map(sorted));
     }
     await run.close();

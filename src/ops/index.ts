@@ -1,17 +1,21 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, rope } from "./attention.ts";
+import * as balance from "./balance.ts";
 import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
 import { adamw, clip, sumSquares } from "./optimizer.ts";
+import * as router from "./router.ts";
 import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [
   ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad, rope, attention, attentionGrad],
   ...Object.values(vocab),
+  ...Object.values(router),
+  ...Object.values(balance),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],

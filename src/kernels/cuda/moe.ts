@@ -1,4 +1,4 @@
-/** The router: softmax, top-k, balancing losses, a token's experts in the registers of one warp or part of it; and rows' activation gradient. */
+/** The router: scores, choices, weights, balancing losses, a token's experts in the registers of one warp or some; and rows' activation gradient. */
 import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
@@ -54,8 +54,23 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
       outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
       rowOutputs: { dp: "slope" },
     }),
-  top_k: (use) => topK(use, "y", use.d.normalize ? "values[i * N + j] * share" : "values[i * N + j]"),
-  top_k_grad: (use) => topK(use, "dp", use.d.normalize ? "(slopes[i * N + j] - dot) * share" : "slopes[i * N + j]"),
+  choose,
+  weigh: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.E!, inputs: ["p", "c"], stages: use.d.normalize ? [share()] : [] },
+      outputs: { y: use.d.normalize ? "c * p * share" : "c * p" },
+    }),
+  weigh_grad: (use) =>
+    makeRows(
+      use,
+      use.d.normalize
+        ? {
+            ...{ width: use.d.E!, inputs: ["p", "c", "dy"] },
+            stages: [share(), { name: "dot", op: "Sum", term: "c * p * share * dy" }],
+            outputs: { dp: "c * (dy - dot) * share" },
+          }
+        : { width: use.d.E!, inputs: ["c", "dy"], stages: [], outputs: { dp: "c * dy" } },
+    ),
   tally,
 };
 
@@ -99,25 +114,20 @@ function makeRows(use: Use, f: RowFormula): Made {
   };
 }
 
-function topK(use: Use, to: string, value: string): Made {
+/** What each chosen weight is multiplied by, so that they sum to 1. */
+const share = (): RowFormula["stages"][number] => ({
+  ...{ name: "sum", op: "Sum", term: "c * p", after: ["const float share = 1.0f / (sum + 1e-20f);"] },
+});
+
+function choose(use: Use): Made {
   const { E, k } = use.d;
-  const rows = use.size.p! / E!;
-  const grad = to === "dp";
-  const reads = grad ? ["p", "y", "dy"] : ["p"];
-  const type = (name: string) => cudaType(use.dtype[name] ?? "f32");
+  const rows = use.size.x! / E!;
   // one warp at most, whatever it has to hold
-  const types = [...reads, to].map((name) => use.dtype[name]!);
-  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, types), Number.POSITIVE_INFINITY);
-  invariant(k! <= E!, `top_k of ${k} among ${E}`);
-  const body = render("cuda/top_k.cu", {
-    ...{ name: use.name, ...shares, lanes, width: E!, rows, k: k!, grad, to, value, p: type("p"), y: type("y"), dy: type("dy") },
-    params: [...reads.map((name) => `const ${type(name)}* ${name}`), `${type(to)}* ${to}`].join(", "),
-  });
+  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, [use.dtype.x!, use.dtype.c!]), Number.POSITIVE_INFINITY);
+  invariant(k! <= E!, `${k} of ${E} experts`);
+  const body = render("cuda/choose.cu", { ...{ name: use.name, ...shares, lanes, width: E!, rows, k: k!, x: cudaType(use.dtype.x!) } });
   const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
-  return {
-    source: source(use, body),
-    launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: [...reads, to] }],
-  };
+  return { source: source(use, body), launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: ["x", "c"] }] };
 }
 
 function tally(use: Use): Made {
@@ -129,12 +139,12 @@ function tally(use: Use): Made {
   const tokens = 32 * (active / E!);
   const chunks = Math.ceil((P! * S!) / tokens);
   const body = render("cuda/tally.cu", {
-    ...{ name: use.name, threads, active, tokens, experts: E!, batch: P! * S! * E!, batches: A!, p: cudaType(use.dtype.p!) },
+    ...{ name: use.name, threads, active, tokens, experts: E!, batch: P! * S! * E!, batches: A! },
   });
   const sum = sumColumns(use, { rows: chunks, width: A! * E!, to: "n", type: cudaType(use.dtype.n!) });
   return {
     source: source(use, `${body}\n${sum.body}`),
     scratch: chunks * A! * E! * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [chunks, A!, 1], threads, shared: 0, args: ["p", "scratch+0"] }, sum.launch],
+    launches: [{ entry: use.name, grid: [chunks, A!, 1], threads, shared: 0, args: ["c", "scratch+0"] }, sum.launch],
   };
 }

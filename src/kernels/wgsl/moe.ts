@@ -14,20 +14,20 @@ interface Part {
   readonly text: string;
 }
 
-/** Makes the index buffer from p. Scratch: a count per expert and block. */
+/** Makes the index buffer from the map c. Scratch: a count per expert and block. */
 function makeRows(use: Use): Part & { readonly words: number } {
   const { B, S, E } = use.d as Readonly<Record<"B" | "S" | "E", number>>;
   const blocks = Math.ceil((B * S) / BLOCK);
   const counts = E * blocks;
   const groups = Math.ceil(counts / THREADS);
-  const p = { arg: "p", type: scalar(use.dtype.p!) };
+  const c = { arg: "c", type: scalar(use.dtype.c!) };
   const scratch = { arg: "scratch+0", type: "u32" };
   const rows = { arg: "rows", type: "i32" };
   const entries: Entry[] = [
     {
       ...{ entry: `${use.name}_count`, grid: groups, threads: THREADS },
       buffers: [
-        { ...p, name: "p_count" },
+        { ...c, name: "c_count" },
         { ...scratch, name: "counts" },
       ],
     },
@@ -38,7 +38,7 @@ function makeRows(use: Use): Part & { readonly words: number } {
     {
       ...{ entry: `${use.name}_write`, grid: groups, threads: THREADS, starts: PLACE },
       buffers: [
-        { ...p, name: "p_write" },
+        { ...c, name: "c_write" },
         { ...scratch, name: "placed" },
         { ...rows, name: "index_write" },
       ],

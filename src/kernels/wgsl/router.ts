@@ -30,23 +30,32 @@ function softmaxGrad(use: Use): Made {
   return kernel(use, [entry], [render("wgsl/softmax_grad.wgsl", { ...values, type: scalar(use.dtype.dx!) })]);
 }
 
-function topK(use: Use, grad: boolean): Made {
-  const { entry, values } = perToken(use, tokensOf(use, "p"), grad ? ["p", "y", "dy", "dp"] : ["p", "y"]);
-  const { k, normalize, E } = use.d;
-  const kept = grad ? "dy[first + e]" : "p[first + e]";
-  const normal = grad ? "(dy[first + e] - dot) / sum" : "p[first + e] / sum";
-  const text = render("wgsl/top_k.wgsl", {
-    ...values,
-    ...{ op: use.op, k: k!, words: Math.ceil(E! / 32), grad, out: grad ? "dp" : "y", value: normalize ? normal : kept },
-  });
-  return kernel(use, [entry], [text]);
+function choose(use: Use): Made {
+  const { entry, values } = perToken(use, tokensOf(use, "x"), ["x", "c"]);
+  return kernel(use, [entry], [render("wgsl/choose.wgsl", { ...values, k: use.d.k!, words: Math.ceil(use.d.E! / 32) })]);
+}
+function weigh(use: Use): Made {
+  const { normalize } = use.d;
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "c", "y"]);
+  const text = { ...values, op: use.op, normalize: !!normalize, grad: false, out: "y" };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", { ...text, value: normalize ? "c[e] * p[e] * share" : "c[e] * p[e]" })]);
+}
+function weighGrad(use: Use): Made {
+  const { normalize } = use.d;
+  const { entry, values } = perToken(use, tokensOf(use, "p"), normalize ? ["p", "c", "dy", "dp"] : ["c", "dy", "dp"]);
+  const text = { ...values, op: use.op, normalize: !!normalize, grad: !!normalize, out: "dp" };
+  return kernel(
+    use,
+    [entry],
+    [render("wgsl/weigh.wgsl", { ...text, value: normalize ? "c[e] * (dy[e] - dot * share) * share" : "c[e] * dy[e]" })],
+  );
 }
 
 function tally(use: Use): Made {
   const { A, P, S, E } = use.d as Readonly<Record<"A" | "P" | "S" | "E", number>>;
   const counts = columnSum(use, {
-    ...{ out: "n", batches: A, rows: P * S, width: E, first: 0, buffers: [{ arg: "p", type: "f32" }] },
-    term: "select(0.0, 1.0, p[at] > 0.0)",
+    ...{ out: "n", batches: A, rows: P * S, width: E, first: 0, buffers: [{ arg: "c", type: "f32" }] },
+    term: "c[at]",
   });
   return kernel(use, counts.entries, [counts.text], scratchBytes(counts.words));
 }
@@ -65,6 +74,5 @@ const zLoss = (use: Use): Made =>
 
 export const router = {
   ...{ softmax, softmax_grad: softmaxGrad, z_loss: zLoss, z_loss_grad: zLossGrad, tally, aux_loss: auxLoss },
-  top_k: (use: Use): Made => topK(use, false),
-  top_k_grad: (use: Use): Made => topK(use, true),
+  ...{ choose, weigh, weigh_grad: weighGrad },
 };
