@@ -121,8 +121,7 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
   // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
   const inFlight = loaded.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
-  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll /= 2;
-  unroll = Math.floor(unroll);
+  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
   const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
   const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
   const vectors = total / width;
