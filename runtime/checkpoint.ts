@@ -28,6 +28,10 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
   for (const parameter of parametersOf(model)) {
     // A layout is recognised by its first tensor; where none is there, the first layout says what is missed.
     const there = parameter.layouts.find((parts) => tensors.where.has(parts[0]!.tensor));
+    if (!there && parameter.optional) {
+      found.set(parameter.name, { parameter, parts: [] });
+      continue;
+    }
     const parts = there ?? parameter.layouts[PREFERRED]!;
     found.set(parameter.name, { parameter, parts });
     for (const part of parts) {
@@ -67,8 +71,9 @@ export function toHuggingFace(
   named: ReadonlyMap<string, { readonly shape: readonly number[]; readonly data: Float32Array }>,
 ): readonly Entry[] {
   const entries = new Map<string, Entry>();
-  for (const { name, shape, layouts } of parametersOf(model)) {
+  for (const { name, shape, layouts, optional } of parametersOf(model)) {
     const value = named.get(name);
+    if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
     for (const part of layouts[PREFERRED]!) {
@@ -99,6 +104,8 @@ type Parameter = {
   readonly layouts: readonly (readonly Part[])[];
   /** The job key to doubt when the tensor is not there. */
   readonly missing: string;
+  /** Zeros where it is not there: what a router has learnt about loads, which few checkpoints hold, and no gradient has. */
+  readonly optional?: true;
 };
 const PREFERRED = 1;
 
@@ -182,6 +189,9 @@ function parametersOf(model: Model): readonly Parameter[] {
     };
     return [
       linear(`${ours}.router`, "model.moe", [`${theirs}.mlp.gate.weight`, `${theirs}.block_sparse_moe.gate.weight`], D, E),
+      ...(moe.router.expert_bias
+        ? [{ ...plain(`${ours}.router_bias`, "model.moe", `${theirs}.mlp.gate.e_score_correction_bias`, E), optional: true as const }]
+        : []),
       stack("w1", D, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
       stack("w3", D, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
       stack("w2", F, D, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),

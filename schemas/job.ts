@@ -19,14 +19,50 @@ const Rope = z.strictObject({
   theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
 });
 
-const Router = z.strictObject({
-  score: z.literal("softmax").default("softmax").describe("how the logits of all experts become probabilities, before the top-k choice"),
-  normalize_top_k: z.boolean().default(true).describe("divide the chosen k probabilities by their sum (Mixtral does, OLMoE does not)"),
-  balance: z.enum(["none", "aux_loss"]).default("aux_loss").describe("what keeps tokens spread over the experts"),
-  aux_coeff: real
+const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss"]);
+export type Balance = z.infer<typeof Balance>;
+
+const RouterText = z.strictObject({
+  score: z
+    .enum(["softmax", "sigmoid", "sqrt_softplus"])
+    .default("softmax")
+    .describe("how logits become scores: over all experts together, or each by itself: sigmoid, or the root of softplus"),
+  normalize_top_k: z
+    .boolean()
+    .default(true)
+    .describe(
+      "divide the chosen scores by their sum (Mixtral does, OLMoE does not); with softmax, experts are then chosen by their logits, else by their scores",
+    ),
+  scaling: real.default(1).describe("factor on the weights of the chosen experts (DeepSeek-V3: 2.5)"),
+  precision: z
+    .enum(["model", "fp32"])
+    .default("model")
+    .describe("what the logits are computed in: as the rest of the model, or in fp32 from the widened input and router weight"),
+  groups: count
+    .default(1)
+    .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
+  group_top_k: count.optional().describe("groups that a token may use; default: all"),
+  group_scores: count
+    .optional()
+    .describe(
+      "a group is worth the sum of so many of its largest scores (DeepSeek-V2: 1, V3: 2); default: top_k / group_top_k, rounded down, as in Megatron Core",
+    ),
+  expert_bias: z
+    .boolean()
+    .default(false)
+    .describe("choose by score + a bias per expert, which after each step moves towards even loads (DeepSeek-V3); weights stay unbiased"),
+  bias_rate: real.default(1e-3).describe("how far the bias moves in a step"),
+  balance: z
+    .union([Balance, z.array(Balance).min(1)])
+    .default("aux_loss")
+    .describe(
+      "what keeps tokens spread over the experts, one or several: a loss on the counts of each microbatch, of each sequence, or of all data ranks and the step's microbatches so far",
+    ),
+  aux_coeff: z
+    .union([real, z.array(real)])
     .default(0)
     .describe(
-      "weight of the balancing loss. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and B4 rules warn",
+      "weight of the balancing loss; of several, a list. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and a rule warns",
     ),
   z_coeff: real
     .default(0)
@@ -37,7 +73,7 @@ const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
-  router: Router.prefault({}).describe("how tokens choose experts"),
+  router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
     .enum(["all_to_all", "all_gather"])
     .default("all_to_all")
@@ -166,9 +202,11 @@ export const JobText = z.strictObject({
 });
 export type JobText = z.output<typeof JobText>;
 
+const Moe = MoeText.required({ ffn: true }).extend({ router: RouterText.required({ group_top_k: true, group_scores: true }) });
+
 /** The job with every default filled in: what the compiler reads and the plan records. */
 export const Job = JobText.extend({
-  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ moe: MoeText.required({ ffn: true }).nullable() }),
+  model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ moe: Moe.nullable() }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
   cluster: ClusterText.required({ nodes: true }),
@@ -187,7 +225,7 @@ export function completeJob(text: JobText): Job {
       ffn,
       kv_heads: model.kv_heads ?? model.heads,
       head_dim: model.head_dim ?? model.hidden / model.heads,
-      moe: model.moe && { ...model.moe, ffn: model.moe.ffn ?? ffn },
+      moe: model.moe && completeMoe(model.moe, ffn),
     },
     parallel: { ...parallel, data },
     train: {
@@ -199,7 +237,22 @@ export function completeJob(text: JobText): Job {
   };
 }
 
+function completeMoe(moe: z.output<typeof MoeText>, ffn: number): z.output<typeof Moe> {
+  const { router } = moe;
+  const groupTopK = router.group_top_k ?? router.groups;
+  const groupScores = router.group_scores ?? Math.max(1, Math.floor(moe.top_k / groupTopK));
+  return { ...moe, ffn: moe.ffn ?? ffn, router: { ...router, group_top_k: groupTopK, group_scores: groupScores } };
+}
+
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
+}
+
+type Router = NonNullable<Job["model"]["moe"]>["router"];
+/** What balances, and the weight of each; lists of different lengths end with the shorter one. */
+export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly by: Balance; readonly coeff: number }[] {
+  const by = Array.isArray(balance) ? balance : [balance];
+  const coeffs = Array.isArray(aux_coeff) ? aux_coeff : [aux_coeff];
+  return by.slice(0, coeffs.length).map((b, i) => ({ by: b, coeff: coeffs[i]! }));
 }

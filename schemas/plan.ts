@@ -100,9 +100,12 @@ export type Instruction = z.infer<typeof Instruction>;
 
 export const Parameter = z.strictObject({
   name: id,
-  init: z.strictObject({ type: z.enum(["normal", "ones"]), std: z.number() }),
+  init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
+  rule: z
+    .enum(["adamw", "expert_bias"])
+    .describe("how a step changes it; the bias of a router's choice has no gradient: it goes by how many tokens each expert got"),
   buffer: id,
-  gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it"),
+  gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it; or what stands in its place"),
   master: id.describe("the f32 copy the optimizer updates; the parameter itself where both are one"),
   tied_to: id.optional().describe("the parameter (of another stage) this one is a copy of"),
 });

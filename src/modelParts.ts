@@ -28,6 +28,8 @@ export interface Part {
   /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
+  /** Begins as zeros, in f32, and changes once a step by a rule of its own. */
+  state(name: string, dims: string, rule: Leaf["rule"]): Value;
 }
 
 type Sizes = Readonly<Record<string, number>>;
@@ -56,13 +58,14 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
     return { out: 0, leaf: of, ragged: 0, fanout: 0, dtype, sizes: slots.map(([d]) => size[d!]!), cut: slots.map(([, ...axes]) => axes) };
   };
   const at = (name: string): string => prefix + name;
-  const parameter = (name: string, dims: string, init: Leaf["init"]): Value =>
-    leaf(dims, { kind: "parameter", name: at(name), position, init: init! }, type);
+  const parameter = (name: string, dims: string, init: Leaf["init"], more: Partial<Leaf> = {}, dtype: Value["dtype"] = type): Value =>
+    leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
   return {
     ...{ job, position, prefix, losses, at },
     input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
+    state: (name, dims, rule) => parameter(name, dims, { type: "zeros", std: 0 }, { rule: rule! }, "f32"),
   };
 }
 

@@ -99,7 +99,9 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       cuts: layout.cuts.map((c) => [...c]),
       ...(owes.length ? { owes } : {}),
     };
-    if (!v.ragged) return add({ ...common, kind: loss ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
+    // what one microbatch leaves to the next is kept over the step, and zeroed with the gradients
+    const kept = loss !== undefined || v.node?.op.updates?.includes(v.node.op.outputs[v.out]!.name);
+    if (!v.ragged) return add({ ...common, kind: kept ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
     const bound = boundOfRows(mesh, v.sizes, layout.cuts, v.fanout, job.model.moe?.rows_bound ?? "worst");
     const rest = local(v.sizes, layout.cuts).slice(3);
     return add({ ...common, kind: "workspace", shape: [bound, ...rest], fanout: v.fanout, rows: rowsOf(piece, bound) });
@@ -128,7 +130,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   function transfer(block: Block, kind: Transfer["kind"], buffer: string, peer: number, why: Transfer["why"], tag = buffer): void {
     emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, bytes: bytes(buffer), why: { ...why } });
   }
-  /** An op over whole buffers, dims `...`. */
+  /** An op over whole buffers. */
   function elementwise(
     op: AnyOp,
     id: string,
@@ -139,6 +141,9 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const any = [...op.inputs, ...op.outputs].find((o) => o.any);
     const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
     const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.cuts[i]!]]]) : []);
+    for (const { name, slots } of op.inputs)
+      for (const [i, { dim }] of slots.entries())
+        dims[dim] = [buffers.get(reads[name]!)!.sizes[i]!, [...buffers.get(reads[name]!)!.cuts[i]!]];
     return {
       kind: "compute",
       id,

@@ -306,7 +306,8 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, stageOf,
     const { layout, stage } = home.get(p)!;
     const owed = piece.layout.sum.toReversed();
     // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
-    const slot = distributedOptimizer ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...owed]) === 0) : -1;
+    // what goes by a count of its own rule needs all of it
+    const slot = distributedOptimizer && !p.leaf!.rule ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...owed]) === 0) : -1;
     const target: Layout = { ...layout, cuts: layout.cuts.map((fs, i) => (i === slot ? [...fs, ...owed] : fs)) };
     const expert =
       owed.length > 0 &&

@@ -98,12 +98,26 @@ interface CudaAttentionWgmmaCu {
   readonly values: string | number;
 }
 
+interface CudaBiasUpdateCu {
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly rate: string | number;
+  readonly threads: string | number;
+}
+
 interface CudaChooseCu {
+  readonly bias: boolean;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
   readonly items: string | number;
   readonly k: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
   readonly rows: string | number;
+  readonly sign: string | number;
   readonly threads: string | number;
   readonly vector: string | number;
   readonly width: string | number;
@@ -389,6 +403,13 @@ interface CudaRowsCu {
   readonly width: string | number;
 }
 
+interface CudaRunningMeanCu {
+  readonly choices: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+}
+
 interface CudaSplitRowsCu {
   readonly cap: string | number;
   readonly checked: boolean;
@@ -525,11 +546,25 @@ interface WgslAttentionWgsl {
   readonly writers: readonly { readonly last: string | number; readonly name: string | number; readonly stride: string | number; readonly text: string | number }[];
 }
 
+interface WgslBiasUpdateWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly rate: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslChooseWgsl {
   readonly entry: string | number;
   readonly experts: string | number;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
   readonly index: string | number;
   readonly k: string | number;
+  readonly op: string | number;
+  readonly score: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
   readonly words: string | number;
@@ -797,6 +832,13 @@ interface WgslRowsWgsl {
   readonly width: string | number;
 }
 
+interface WgslRunningMeanWgsl {
+  readonly choices: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslScalarWgsl {
   readonly count: string | number;
   readonly entry: string | number;
@@ -907,13 +949,13 @@ interface WgslVocabRowWgsl {
 }
 
 interface WgslWeighWgsl {
+  readonly dot: string | number;
   readonly entry: string | number;
   readonly experts: string | number;
-  readonly grad: boolean;
   readonly index: string | number;
-  readonly normalize: boolean;
   readonly op: string | number;
   readonly out: string | number;
+  readonly sum: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
   readonly value: string | number;
@@ -930,6 +972,7 @@ export interface Templates {
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
+  readonly "cuda/bias_update.cu": CudaBiasUpdateCu;
   readonly "cuda/choose.cu": CudaChooseCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
@@ -953,6 +996,7 @@ export interface Templates {
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
+  readonly "cuda/running_mean.cu": CudaRunningMeanCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
@@ -964,6 +1008,7 @@ export interface Templates {
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
+  readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
   readonly "wgsl/choose.wgsl": WgslChooseWgsl;
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
@@ -982,6 +1027,7 @@ export interface Templates {
   readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
   readonly "wgsl/rows.wgsl": WgslRowsWgsl;
+  readonly "wgsl/running_mean.wgsl": WgslRunningMeanWgsl;
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;

@@ -18,10 +18,25 @@ test("every op of the table has a kernel on every device", () => {
 
 test("the types it asks for in half precision are those of a plan", () => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
-  const { plan } = compile(readJob(text, "job.yaml").job!);
+  const router = (keys: Readonly<Record<string, unknown>>) =>
+    Object.entries(keys).map(([key, value]) => `model.moe.router.${key}=${JSON.stringify(value)}`);
+  const jobs = [
+    [],
+    router({
+      score: "sigmoid",
+      precision: "fp32",
+      expert_bias: true,
+      balance: ["seq_aux_loss", "global_aux_loss"],
+      aux_coeff: [0.01, 0.01],
+    }),
+    router({ score: "sqrt_softplus", groups: 4, group_top_k: 2, z_coeff: 0.001 }),
+  ];
   const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
-  const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
-  expect(missing).toEqual([]);
+  for (const changes of jobs) {
+    const { plan } = compile(readJob(text, "job.yaml", changes).job!);
+    const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
+    expect(missing).toEqual([]);
+  }
 });
 
 const made = { source: "", launches: [] };

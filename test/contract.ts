@@ -53,47 +53,205 @@ type RowsMode = "some" | "gaps" | "one" | "none";
 
 const ATTRS = {
   ...{ normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
-  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1 },
+  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1, scaling: 2.5, rate: 0.001, choices: 40 },
 };
 const cutStarts = { B: 3, S: 4, E: 2, V: 5 };
 const sets: Readonly<Record<string, Set>> = {
   // no size a multiple of anything; more keys than any query sees
   odd: {
-    sizes: { A: 2, P: 3, B: 3, S: 5, U: 12, D: 7, K: 5, N: 7, V: 9, E: 3, F: 5, H: 3, G: 2, M: 2, C: 6, k: 2, "#0": 3, "#1": 5 },
+    sizes: {
+      A: 2,
+      P: 3,
+      B: 3,
+      S: 5,
+      U: 12,
+      D: 7,
+      K: 5,
+      N: 7,
+      V: 9,
+      E: 3,
+      F: 5,
+      H: 3,
+      G: 2,
+      M: 2,
+      C: 6,
+      k: 2,
+      "#0": 3,
+      "#1": 5,
+      groups: 3,
+      group_top_k: 2,
+      group_scores: 1,
+    },
     ...{ starts: cutStarts, rows: "some", full: true },
   },
   four: {
-    sizes: { A: 2, P: 1, B: 2, S: 8, U: 8, D: 16, K: 12, N: 20, V: 24, E: 4, F: 8, H: 2, G: 2, M: 2, C: 8, k: 1, "#0": 4, "#1": 12 },
+    sizes: {
+      A: 2,
+      P: 1,
+      B: 2,
+      S: 8,
+      U: 8,
+      D: 16,
+      K: 12,
+      N: 20,
+      V: 24,
+      E: 4,
+      F: 8,
+      H: 2,
+      G: 2,
+      M: 2,
+      C: 8,
+      k: 1,
+      "#0": 4,
+      "#1": 12,
+      groups: 2,
+      group_top_k: 1,
+      group_scores: 2,
+    },
     ...{ starts: {}, rows: "gaps" },
   },
   aligned: {
-    sizes: { A: 1, P: 2, B: 1, S: 64, U: 64, D: 64, K: 64, N: 64, V: 64, E: 8, F: 64, H: 4, G: 2, M: 2, C: 16, k: 2, "#0": 64, "#1": 64 },
+    sizes: {
+      A: 1,
+      P: 2,
+      B: 1,
+      S: 64,
+      U: 64,
+      D: 64,
+      K: 64,
+      N: 64,
+      V: 64,
+      E: 8,
+      F: 64,
+      H: 4,
+      G: 2,
+      M: 2,
+      C: 16,
+      k: 2,
+      "#0": 64,
+      "#1": 64,
+      groups: 4,
+      group_top_k: 2,
+      group_scores: 1,
+    },
     ...{ starts: {}, rows: "one" },
   },
   large: {
-    sizes: { A: 1, P: 1, B: 1, S: 70, U: 74, D: 96, K: 96, N: 128, V: 130, E: 8, F: 96, H: 2, G: 1, M: 4, C: 64, k: 2, "#0": 70, "#1": 96 },
+    sizes: {
+      A: 1,
+      P: 1,
+      B: 1,
+      S: 70,
+      U: 74,
+      D: 96,
+      K: 96,
+      N: 128,
+      V: 130,
+      E: 8,
+      F: 96,
+      H: 2,
+      G: 1,
+      M: 4,
+      C: 64,
+      k: 2,
+      "#0": 70,
+      "#1": 96,
+      groups: 2,
+      group_top_k: 1,
+      group_scores: 2,
+    },
     ...{ starts: cutStarts, rows: "some" },
   },
   // many workgroups
   long: {
-    sizes: { A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, V: 515, E: 8, F: 65, H: 4, G: 4, M: 1, C: 32, k: 2, "#0": 300, "#1": 515 },
+    sizes: {
+      A: 2,
+      P: 1,
+      B: 2,
+      S: 300,
+      U: 300,
+      D: 130,
+      V: 515,
+      E: 8,
+      F: 65,
+      H: 4,
+      G: 4,
+      M: 1,
+      C: 32,
+      k: 2,
+      "#0": 300,
+      "#1": 515,
+      groups: 4,
+      group_top_k: 2,
+      group_scores: 2,
+    },
     ...{ starts: {}, rows: "some", light: true },
   },
   // rows longer than a workgroup, and experts
   wide: {
-    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 1030, V: 1026, E: 70, F: 1100, H: 2, G: 2, M: 1, C: 256, k: 8, "#0": 2, "#1": 1025 },
+    sizes: {
+      A: 1,
+      P: 2,
+      B: 2,
+      S: 3,
+      U: 3,
+      D: 1030,
+      V: 1026,
+      E: 70,
+      F: 1100,
+      H: 2,
+      G: 2,
+      M: 1,
+      C: 256,
+      k: 8,
+      "#0": 2,
+      "#1": 1025,
+      groups: 10,
+      group_top_k: 3,
+      group_scores: 2,
+    },
     ...{ starts: cutStarts, rows: "some", light: true },
   },
   empty: {
-    sizes: { A: 1, P: 2, B: 2, S: 3, U: 3, D: 8, K: 8, N: 8, V: 8, E: 4, F: 8, H: 2, G: 2, M: 1, C: 8, k: 2, "#0": 2, "#1": 3 },
+    sizes: {
+      A: 1,
+      P: 2,
+      B: 2,
+      S: 3,
+      U: 3,
+      D: 8,
+      K: 8,
+      N: 8,
+      V: 8,
+      E: 4,
+      F: 8,
+      H: 2,
+      G: 2,
+      M: 1,
+      C: 8,
+      k: 2,
+      "#0": 2,
+      "#1": 3,
+      groups: 2,
+      group_top_k: 1,
+      group_scores: 1,
+    },
     ...{ starts: {}, rows: "none" },
   },
+};
+
+/** Attributes that make another kernel of an op: each of its cases is there with all of these. */
+const variants: Readonly<Record<string, readonly Sizes[]>> = {
+  choose: [{}, { groups: 1 }],
+  choose_biased: [{}, { groups: 1 }],
+  weigh: [{}, { normalize: 0 }],
+  weigh_grad: [{}, { normalize: 0 }],
 };
 
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "s", "m", "n", "l", "lse", "g", "scale", "lr", "step", "sq"]);
+const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "g", "scale", "lr", "step", "sq"]);
 const indices = new Set(["ids", "target"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
@@ -121,6 +279,9 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   const mixed = typesOf(op, half);
   const plain = allF32(mixed);
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
+  // a router in f32 reads the model's weight as it is
+  if (op.name === "gemm") return [plain, mixed, { x: "f32", w: half, y: "f32" }];
+  if (op.name === "gemm_dgrad") return [plain, mixed, { dy: "f32", w: half, dx: "f32" }];
   return Object.values(mixed).includes(half) ? [plain, mixed] : [plain];
 }
 
@@ -136,9 +297,11 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 
 // -- cases
 
-/** Outputs that the compiler may let add to what is there: gradients of parameters, and losses. */
+/** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
-  op.outputs.filter((o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "z_loss"].includes(op.name)).map((o) => o.name);
+  op.outputs
+    .filter((o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads"].includes(op.name))
+    .map((o) => o.name);
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
@@ -152,10 +315,12 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
     const more = accumulates(op);
     const keeps = more.length ? [[], more] : [[]];
     const combinations = types.flatMap((t, i) =>
-      keeps.filter((_, j) => set.full || keeps.length === 1 || i === j).map((k) => [t, k] as const),
+      keeps
+        .filter((_, j) => set.full || keeps.length === 1 || i === j)
+        .flatMap((k) => (variants[op.name] ?? [{}]).map((attrs) => [t, k, attrs] as const)),
     );
-    for (const [dtype, kept] of combinations) {
-      const draft = { op, name, set, dtype, kept, seed: cases.length };
+    for (const [dtype, kept, attrs] of combinations) {
+      const draft = { op, name, set, attrs, dtype, kept, seed: cases.length };
       cases.push(makeCase(draft));
       if (any && op.inputs.length + op.outputs.length <= 3 && !op.inputs.some((o) => !o.any))
         cases.push(makeCase({ ...draft, ragged: true }));
@@ -207,6 +372,7 @@ interface Draft {
   readonly op: AnyOp;
   readonly name: string;
   readonly set: Set;
+  readonly attrs: Sizes;
   readonly dtype: Readonly<Record<string, Dtype>>;
   readonly kept: readonly string[];
   readonly seed: number;
@@ -217,9 +383,9 @@ interface Draft {
   readonly spare?: number;
 }
 
-function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
+function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
   const next = random(1000 * seed + 17);
-  const s = set.sizes;
+  const s: Sizes = { ...set.sizes, ...attrs };
   const d: Record<string, number> = { ...ATTRS, ...s, ...(ragged ? { "#0": s.B!, "#1": s.S!, "#2": s.E!, "#3": s.D! } : {}) };
   const { inputs, outputs } = expandLike(op, ragged ? { slots: 4, ragged: 3 } : { slots: 2, ragged: 0 });
   const operands = [...inputs, ...outputs];
@@ -262,17 +428,18 @@ function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows 
     data.needed = Int32Array.of(seed % 3);
     want.needed = Int32Array.of(Math.max(seed % 3, count));
   }
-  const attrs = Object.keys(d).filter((n) => !n.startsWith("#"));
+  const own = Object.keys(d).filter((n) => !n.startsWith("#"));
   return {
     title: [
       `${op.name}: ${name}`,
       Object.values(dtype).join("."),
+      ...Object.entries(attrs).map(([name, value]) => `${name} ${value}`),
       ...(kept.length ? [`adds to ${kept}`] : []),
       ...(index ? [`${count} of ${bound} rows${makesRows ? " made" : ""}`] : []),
     ].join(", "),
     use: {
       ...{ op: op.name, name: `${op.name}_${seed}`, dtype, keeps, bound, makesRows, mayOverflow },
-      d: Object.fromEntries(attrs.map((n) => [n, d[n]!])),
+      d: Object.fromEntries(own.map((n) => [n, d[n]!])),
       size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
     },
     data,
@@ -302,7 +469,13 @@ function fill(
   if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
   // in steps of 1/8, so that some are equal
   if (op.name.startsWith("choose") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
-  if (["s", "sq", "scale"].includes(o.name) || (op.name === "adamw" && o.name === "v")) return out.map(positive);
+  if (
+    ["s", "sq", "scale"].includes(o.name) ||
+    (op.name === "sqrt_softplus_grad" && o.name === "y") ||
+    (op.name === "running_mean" && /^(n|total)$/.test(o.name)) ||
+    (op.name === "adamw" && o.name === "v")
+  )
+    return out.map(positive);
   if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);
   if (o.name === "lr") return out.fill(0.01);
   if (o.name === "gain") return out.map(() => 1 + next() / 2);

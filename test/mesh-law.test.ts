@@ -14,23 +14,28 @@ type Parallel = Partial<Record<"world" | "tensor" | "pipeline" | "expert" | "exp
   distributed_optimizer?: boolean;
 };
 
-/** Loss, auxiliary loss and every gradient of two steps; the second sees the first one's update. */
+/** Loss, auxiliary loss, every gradient and what goes by a rule of its own, of two steps; the second sees the first one's update. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
   const { plan } = compile(job, pick ? { pick } : {});
   const run = await openRun(plan, { baseDir: fixture("") });
   const first = await run.step();
   const gradients = await run.gradients();
   const second = await run.step();
+  const learnt = [...(await run.parameters())].filter(([name]) => !gradients.has(name));
   await run.close();
-  return { losses: [first.loss, first.aux_loss, second.loss, second.aux_loss], norms: [first.grad_norm, second.grad_norm], gradients };
+  return {
+    losses: [first.loss, first.aux_loss, second.loss, second.aux_loss],
+    norms: [first.grad_norm, second.grad_norm],
+    tensors: new Map([...gradients, ...learnt]),
+  };
 }
 
 function same(got: Awaited<ReturnType<typeof numbers>>, want: Awaited<ReturnType<typeof numbers>>): void {
   for (const [i, loss] of want.losses.entries())
     expect(Math.abs(got.losses[i]! - loss), `loss ${i}`).toBeLessThan(1e-4 * Math.max(1, Math.abs(loss)));
   for (const [i, norm] of want.norms.entries()) expect(Math.abs(got.norms[i]! / norm - 1), `norm ${i}`).toBeLessThan(1e-4);
-  expect([...got.gradients.keys()].sort()).toEqual([...want.gradients.keys()].sort());
-  for (const [name, g] of want.gradients) expect(distance(got.gradients.get(name)!.data, g.data), name).toBeLessThan(1e-4);
+  expect([...got.tensors.keys()].sort()).toEqual([...want.tensors.keys()].sort());
+  for (const [name, t] of want.tensors) expect(distance(got.tensors.get(name)!.data, t.data), name).toBeLessThan(1e-4);
 }
 
 const moe = { experts: 8, top_k: 2, ffn: 16, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
@@ -77,12 +82,25 @@ describe("on named meshes", () => {
   });
 });
 
+// its counts run over the microbatches of a step, so how many these are is part of it: of two meshes the same number
+test("a loss on the counts of all data ranks, on as many microbatches", async () => {
+  const model = shape({ moe: { ...moe, router: { balance: "global_aux_loss", aux_coeff: 0.05 } } });
+  const meshes: Parallel[] = [
+    { world: 4, expert: 4 },
+    { world: 16, tensor: 2, sequence: true, context: 2, expert: 4, distributed_optimizer: true },
+    { world: 16, pipeline: 2, tensor: 2, sequence: true, expert: 2, expert_tensor: 2 },
+  ];
+  const alone = await numbers(jobOf(text(model, { world: 1 }, { micro_batch: 4 })));
+  expect(alone.losses[1]).toBeGreaterThan(0.1);
+  for (const mesh of meshes) same(await numbers(jobOf(text(model, mesh))), alone);
+});
+
 test("the same plan on the same inputs gives the same bits", async () => {
   const job = jobOf(text(shape({ moe }), { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 4, distributed_optimizer: true }));
   const [first, again] = [await numbers(job), await numbers(job)];
   expect(again.losses).toEqual(first.losses);
   expect(again.norms).toEqual(first.norms);
-  for (const [name, g] of first.gradients) expect(again.gradients.get(name)!.data, name).toEqual(g.data);
+  for (const [name, t] of first.tensors) expect(again.tensors.get(name)!.data, name).toEqual(t.data);
 });
 
 test("bf16 on any of these meshes follows fp32", async () => {
@@ -105,7 +123,16 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       experts: fc.constantFrom(0, 4, 8),
       top_k: fc.constantFrom(2, 3),
-      normalize_top_k: fc.boolean(),
+      router: fc.record({
+        score: fc.constantFrom("softmax", "sigmoid", "sqrt_softplus"),
+        normalize_top_k: fc.boolean(),
+        scaling: fc.constantFrom(1, 2.5),
+        groups: fc.constantFrom(1, 2),
+        group_top_k: fc.constant(1),
+        expert_bias: fc.boolean(),
+        ...{ bias_rate: fc.constant(0.05), aux_coeff: fc.constant([0.05, 0.02]), z_coeff: fc.constant(0.01) },
+        balance: fc.constantFrom(["aux_loss", "seq_aux_loss"], ["seq_aux_loss", "aux_loss"]),
+      }),
       dispatch: fc.constantFrom("all_to_all", "all_gather"),
     }),
     parallel: fc.record({
@@ -120,9 +147,9 @@ const anyJob = fc
     }),
     micro_batch: fc.constantFrom(1, 2),
   })
-  .map(({ model: { experts, top_k, normalize_top_k, dispatch, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
+  .map(({ model: { experts, top_k, router, dispatch, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
     const world = parallel.tensor * parallel.pipeline * parallel.context * data;
-    const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router: { ...moe.router, normalize_top_k } } } : {};
+    const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router } } : {};
     return { world, text: text(shape({ ...m, ...own }), { ...parallel, world }, { micro_batch }) };
   })
   .filter(({ world }) => world <= 16)

@@ -113,6 +113,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "nll: m",
       "weigh: c",
       "aux_loss: n",
+      "global_aux_loss: n",
       "permute: c",
       "unpermute: c",
       "pack: c",
@@ -187,7 +188,7 @@ test("rows are the (b,s,e) with a one in the map, by expert, sequence and token;
 
 test("of equal scores the lower expert is chosen; one whose weight underflowed to 0 has a row all the same", () => {
   const run = (scores: number[]) => {
-    const d = { B: 1, S: 1, E: 4, k: 2, normalize: 1 };
+    const d = { B: 1, S: 1, E: 4, k: 2, normalize: 1, scaling: 1 };
     const rows = new Int32Array(13);
     const place = { start: () => 0, rows };
     const p = Float32Array.from(scores);

@@ -18,7 +18,20 @@ export interface Case {
 const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, "#0": 3, "#1": 4 };
 const ATTRS = {
   ...{ C: 4, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, theta: 100, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1 },
-  ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
+  ...{
+    beta1: 0.9,
+    beta2: 0.95,
+    decay: 0.1,
+    scaling: 2.5,
+    rate: 0.1,
+    groups: 2,
+    group_top_k: 1,
+    group_scores: 2,
+    n0: 4,
+    s0: 1,
+    n1: 6,
+    s1: 4,
+  },
 };
 
 /** Uniform in (−1, 1), the same for the same seed (mulberry32). */
@@ -46,7 +59,7 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
     // sums of exponentials, squares and second moments; a step counts from 1
-    if (["s", "sq", "v"].includes(o.name)) return out.map(() => 1.5 + next());
+    if (["s", "sq", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
     if (o.name === "step") return out.fill(3);
     return out.map(next);
   };

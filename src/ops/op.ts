@@ -101,7 +101,11 @@ export interface Leaf {
   readonly kind: "parameter" | "input";
   readonly name: string;
   readonly position: number;
-  readonly init?: { readonly type: "normal" | "ones"; readonly std: number };
+  readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
+  /** A parameter that no gradient teaches: a step updates it by an op of what was counted in it. */
+  readonly rule?: { readonly name: "expert_bias"; readonly op: AnyOp; readonly attrs: Attrs };
+  /** … the value of the forward pass whose sum over the step that is. */
+  counted?: Value;
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
 }

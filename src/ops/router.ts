@@ -2,7 +2,7 @@
  * The router: scores of all experts, which of them a token chooses, as a map c of ones and zeros, and what each chosen one weighs.
  * The map takes no gradient: a small change of the scores changes no choice.
  */
-import { type Grads, op } from "./op.ts";
+import { type Attrs, type Grads, op } from "./op.ts";
 
 // -- scores
 
@@ -42,52 +42,154 @@ function logSumExp(x: Float32Array, at: number, count: number): number {
   return max + Math.log(sum);
 }
 
+const logistic = (x: number) => 1 / (1 + Math.exp(-x));
+export const sigmoid = op({
+  name: "sigmoid",
+  sig: "x[B,S,E] -> y[B,S,E]",
+  types: { y: "f32" },
+  cpu({ x, y }) {
+    for (let i = 0; i < y.length; i++) y[i] = logistic(x[i]!);
+  },
+  grad({ x }, { y, dy }): Grads {
+    const dx = sigmoidGrad.of({ y, dy });
+    dx.dtype = x.dtype;
+    return { x: dx };
+  },
+});
+export const sigmoidGrad = op({
+  name: "sigmoid_grad",
+  sig: "y[B,S,E] dy[B,S,E] -> dx[B,S,E]",
+  cpu({ y, dy, dx }) {
+    for (let i = 0; i < dx.length; i++) dx[i] = dy[i]! * y[i]! * (1 - y[i]!);
+  },
+});
+/** √log(1 + e^x) */
+export const sqrtSoftplus = op({
+  name: "sqrt_softplus",
+  sig: "x[B,S,E] -> y[B,S,E]",
+  types: { y: "f32" },
+  cpu({ x, y }) {
+    for (let i = 0; i < y.length; i++) y[i] = Math.sqrt(Math.max(0, x[i]!) + Math.log1p(Math.exp(-Math.abs(x[i]!))));
+  },
+  grad: ({ x }, { y, dy }): Grads => ({ x: sqrtSoftplusGrad.of({ x, y, dy }) }),
+});
+/** dx = dy · σ(x)/(2y); 0 where y underflowed to 0. */
+export const sqrtSoftplusGrad = op({
+  name: "sqrt_softplus_grad",
+  sig: "x[B,S,E] y[B,S,E] dy[B,S,E] -> dx[B,S,E]",
+  cpu({ x, y, dy, dx }) {
+    for (let i = 0; i < dx.length; i++) dx[i] = y[i]! > 0 ? (dy[i]! * logistic(x[i]!)) / (2 * y[i]!) : 0;
+  },
+});
+
+/** Scores as shares of a token: divided by their sum. Those of a softmax are so already. */
+export const normalize = op({
+  name: "normalize",
+  sig: "p[B,S,E!] -> y[B,S,E!]",
+  cpu({ p, y }, { E }) {
+    for (let o = 0; o < p.length; o += E) {
+      let sum = 0;
+      for (let e = 0; e < E; e++) sum += p[o + e]!;
+      for (let e = 0; e < E; e++) y[o + e] = p[o + e]! / (sum + TINY);
+    }
+  },
+  grad: ({ p }, { dy }): Grads => ({ p: normalizeGrad.of({ p, dy }) }),
+});
+/** dp = (dy − Σ p·dy/Σp)/Σp */
+export const normalizeGrad = op({
+  name: "normalize_grad",
+  sig: "p[B,S,E!] dy[B,S,E!] -> dp[B,S,E!]",
+  cpu({ p, dy, dp }, { E }) {
+    for (let o = 0; o < p.length; o += E) {
+      let sum = 0;
+      let dot = 0;
+      for (let e = 0; e < E; e++) {
+        sum += p[o + e]!;
+        dot += p[o + e]! * dy[o + e]!;
+      }
+      const mean = dot / (sum + TINY);
+      for (let e = 0; e < E; e++) dp[o + e] = (dy[o + e]! - mean) / (sum + TINY);
+    }
+  },
+});
+/** Added to a sum that is divided by, as in Megatron Core: a sum of zeros gives zeros. */
+const TINY = 1e-20;
+
 // -- the choice
 
-/** The k largest scores, of equal ones the lower index. */
+/**
+ * The k largest scores, of equal ones the lower index. With `groups`, of those alone that are in the `group_top_k` groups worth most; a
+ * group of neighbours is worth the sum of its `group_scores` largest.
+ */
 export const choose = op({
   name: "choose",
   sig: "x[B,S,E!] -> c[B,S,E!]",
   types: { c: "f32" },
-  cpu({ x, c }, { E, k }) {
-    const open = new Uint8Array(E);
+  cpu({ x, c }, { E, ...limits }) {
+    for (let o = 0; o < x.length; o += E) chooseAmong(x.subarray(o, o + E), c.subarray(o, o + E), limits);
+  },
+});
+/** The same of x + sign · bias. */
+export const chooseBiased = op({
+  name: "choose_biased",
+  sig: "x[B,S,E!] bias[E!] -> c[B,S,E!]",
+  types: { c: "f32" },
+  cpu({ x, bias, c }, { E, sign, ...limits }) {
+    const score = new Float32Array(E);
     for (let o = 0; o < x.length; o += E) {
-      open.fill(1);
-      for (let i = 0; i < k!; i++) {
-        const best = largest(x, o, open);
-        if (best >= 0) c[o + best] = 1;
-      }
+      for (let e = 0; e < E; e++) score[e] = x[o + e]! + sign! * bias[e]!;
+      chooseAmong(score, c.subarray(o, o + E), limits);
     }
   },
 });
-/** The place of the largest of x[at…] that is open, of equal ones the first, and closes it; −1 where none is, or none is a number. */
-function largest(x: Float32Array, at: number, open: Uint8Array): number {
+function chooseAmong(score: Float32Array, c: Float32Array, { k, groups = 1, group_top_k, group_scores }: Attrs): void {
+  const size = score.length / groups;
+  const open = new Uint8Array(score.length).fill(1);
+  if (groups > 1) {
+    const worth = Float32Array.from({ length: groups }, (_, g) => {
+      const own = score.subarray(g * size, (g + 1) * size);
+      const left = new Uint8Array(size).fill(1);
+      let sum = 0;
+      for (let i = 0; i < group_scores!; i++) sum = Math.fround(sum + own[largest(own, left)]!);
+      return sum;
+    });
+    const left = new Uint8Array(groups).fill(1);
+    for (let i = 0; i < group_top_k!; i++) largest(worth, left);
+    for (let e = 0; e < open.length; e++) open[e] = 1 - left[Math.floor(e / size)]!;
+  }
+  for (let i = 0; i < k!; i++) {
+    const best = largest(score, open);
+    if (best >= 0) c[best] = 1;
+  }
+}
+/** The place of the largest number that is open, of equal ones the first, and closes it; −1 where there is none. */
+function largest(x: Float32Array, open: Uint8Array): number {
   let best = -1;
-  for (let e = 0; e < open.length; e++) if (open[e] && x[at + e]! > (best < 0 ? Number.NEGATIVE_INFINITY : x[at + best]!)) best = e;
+  for (let e = 0; e < open.length; e++) if (open[e] && (best < 0 ? x[e]! >= Number.NEGATIVE_INFINITY : x[e]! > x[best]!)) best = e;
   if (best >= 0) open[best] = 0;
   return best;
 }
 
-/** y = p where c holds a one, else 0; with `normalize` divided by their sum. */
+/** y = p · scaling where c holds a one, else 0; with `normalize` divided by the sum of those p. */
 export const weigh = op({
   name: "weigh",
   sig: "p[B,S,E!] c[B,S,E!] -> y[B,S,E!]",
   types: { y: "f32" },
-  cpu({ p, c, y }, { E, normalize }) {
+  cpu({ p, c, y }, { E, normalize, scaling }) {
     for (let o = 0; o < y.length; o += E) {
       let sum = 0;
       for (let e = 0; e < E; e++) sum += c[o + e]! * p[o + e]!;
-      const share = normalize ? 1 / (sum + TINY) : 1;
+      const share = normalize ? scaling! / (sum + TINY) : scaling!;
       for (let e = 0; e < E; e++) y[o + e] = c[o + e]! * p[o + e]! * share;
     }
   },
   grad: ({ p, c }, { dy }, a): Grads => ({ p: weighGrad.of({ p, c, dy }, a) }),
 });
-/** dp = dy for those chosen; normalised, y = p/Σp gives dp = (dy − Σ y·dy)/Σp. */
+/** dp = scaling · dy for those chosen; normalised, y = scaling · p/Σp gives dp = scaling · (dy − Σ p·dy/Σp)/Σp. */
 export const weighGrad = op({
   name: "weigh_grad",
   sig: "p[B,S,E!] c[B,S,E!] dy[B,S,E!] -> dp[B,S,E!]",
-  cpu({ p, c, dy, dp }, { E, normalize }) {
+  cpu({ p, c, dy, dp }, { E, normalize, scaling }) {
     for (let o = 0; o < dp.length; o += E) {
       let sum = 0;
       let dot = 0;
@@ -95,15 +197,12 @@ export const weighGrad = op({
         sum += c[o + e]! * p[o + e]!;
         dot += c[o + e]! * p[o + e]! * dy[o + e]!;
       }
-      const share = normalize ? 1 / (sum + TINY) : 1;
-      const mean = normalize ? dot * share : 0;
+      const share = normalize ? scaling! / (sum + TINY) : scaling!;
+      const mean = normalize ? dot / (sum + TINY) : 0;
       for (let e = 0; e < E; e++) dp[o + e] = c[o + e]! * (dy[o + e]! - mean) * share;
     }
   },
 });
-/** Added to a sum of weights that is divided by, as in Megatron Core: a sum of zeros gives zeros. */
-const TINY = 1e-20;
-
 // -- the loss that keeps logits small
 
 /** c · Σ logsumexp(x)² */

@@ -1,7 +1,7 @@
 /** The router, an invocation per token, and its balancing losses: sums over all tokens in a fixed order. */
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
-import { columnSum, scalarSum, THREADS } from "./reduce.ts";
+import { columnSum, scalarSum, THREADS, totalOver } from "./reduce.ts";
 import { type Entry, float, fold, kernel, scalar, scratchBytes } from "./text.ts";
 
 /** An entry with an invocation per token on these operands, and what its template needs. */
@@ -30,40 +30,86 @@ function softmaxGrad(use: Use): Made {
   return kernel(use, [entry], [render("wgsl/softmax_grad.wgsl", { ...values, type: scalar(use.dtype.dx!) })]);
 }
 
+function normalize(use: Use): Made {
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "y"]);
+  const text = { ...values, op: use.op, sum: "p[e]", dot: "", out: "y", value: "p[e] / (sum + 1e-20)" };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", text)]);
+}
+function normalizeGrad(use: Use): Made {
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "dy", "dp"]);
+  const text = {
+    ...values,
+    op: use.op,
+    sum: "p[e]",
+    dot: "p[e] * dy[e]",
+    out: "dp",
+    value: "(dy[e] - dot / (sum + 1e-20)) / (sum + 1e-20)",
+  };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", text)]);
+}
 function choose(use: Use): Made {
-  const { entry, values } = perToken(use, tokensOf(use, "x"), ["x", "c"]);
-  return kernel(use, [entry], [render("wgsl/choose.wgsl", { ...values, k: use.d.k!, words: Math.ceil(use.d.E! / 32) })]);
+  const { E, k, sign = 0, groups = 1, group_top_k = 1, group_scores = 0 } = use.d;
+  const bias = use.dtype.bias !== undefined;
+  const { entry, values } = perToken(use, tokensOf(use, "x"), ["x", ...(bias ? ["bias"] : []), "c"]);
+  const text = render("wgsl/choose.wgsl", {
+    ...{ ...values, op: use.op, k: k!, words: Math.ceil(E! / 32) },
+    score: bias ? `f32(x[first + e]) + ${float(sign)} * bias[e]` : "f32(x[first + e])",
+    ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
+  });
+  return kernel(use, [entry], [text]);
 }
 function weigh(use: Use): Made {
-  const { normalize } = use.d;
+  const { normalize, scaling } = use.d;
   const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "c", "y"]);
-  const text = { ...values, op: use.op, normalize: !!normalize, grad: false, out: "y" };
-  return kernel(use, [entry], [render("wgsl/weigh.wgsl", { ...text, value: normalize ? "c[e] * p[e] * share" : "c[e] * p[e]" })]);
-}
-function weighGrad(use: Use): Made {
-  const { normalize } = use.d;
-  const { entry, values } = perToken(use, tokensOf(use, "p"), normalize ? ["p", "c", "dy", "dp"] : ["c", "dy", "dp"]);
-  const text = { ...values, op: use.op, normalize: !!normalize, grad: !!normalize, out: "dp" };
+  const value = normalize ? `c[e] * p[e] * (${float(scaling!)} / (sum + 1e-20))` : `c[e] * p[e] * ${float(scaling!)}`;
   return kernel(
     use,
     [entry],
-    [render("wgsl/weigh.wgsl", { ...text, value: normalize ? "c[e] * (dy[e] - dot * share) * share" : "c[e] * dy[e]" })],
+    [render("wgsl/weigh.wgsl", { ...values, op: use.op, sum: normalize ? "c[e] * p[e]" : "", dot: "", out: "y", value })],
   );
+}
+function weighGrad(use: Use): Made {
+  const { normalize, scaling } = use.d;
+  const { entry, values } = perToken(use, tokensOf(use, "p"), normalize ? ["p", "c", "dy", "dp"] : ["c", "dy", "dp"]);
+  const text = normalize
+    ? {
+        sum: "c[e] * p[e]",
+        dot: "c[e] * p[e] * dy[e]",
+        value: `c[e] * (dy[e] - dot / (sum + 1e-20)) * (${float(scaling!)} / (sum + 1e-20))`,
+      }
+    : { sum: "", dot: "", value: `c[e] * dy[e] * ${float(scaling!)}` };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", { ...values, op: use.op, ...text, out: "dp" })]);
 }
 
 function tally(use: Use): Made {
-  const { A, P, S, E } = use.d as Readonly<Record<"A" | "P" | "S" | "E", number>>;
+  const { A, P, S } = use.d as Readonly<Record<"A" | "P" | "S", number>>;
+  return count(use, A, P * S);
+}
+const loads = (use: Use): Made => count(use, 1, use.d.B! * use.d.S!);
+function count(use: Use, batches: number, tokens: number): Made {
   const counts = columnSum(use, {
-    ...{ out: "n", batches: A, rows: P * S, width: E, first: 0, buffers: [{ arg: "c", type: "f32" }] },
-    term: "c[at]",
+    ...{ out: "n", batches, rows: tokens, width: use.d.E!, first: 0, buffers: [{ arg: "c", type: "f32" }], term: "c[at]" },
   });
   return kernel(use, counts.entries, [counts.text], scratchBytes(counts.words));
 }
-const auxLoss = (use: Use): Made =>
+function biasUpdate(use: Use): Made {
+  const buffers = ["n", "bias"].map((arg) => ({ arg, type: "f32" }));
+  const entry: Entry = { entry: use.name, grid: 1, threads: THREADS, buffers };
+  const text = render("wgsl/bias_update.wgsl", { entry: use.name, threads: THREADS, experts: use.d.E!, rate: float(use.d.rate!) });
+  return kernel(use, [entry], [totalOver(THREADS), text]);
+}
+function runningMean(use: Use): Made {
+  const buffers = ["n", "mean", "total"].map((arg) => ({ arg, name: `${arg}_buf`, type: "f32" }));
+  const entry: Entry = { entry: use.name, grid: 1, threads: THREADS, buffers };
+  const text = render("wgsl/running_mean.wgsl", { entry: use.name, threads: THREADS, experts: use.d.E!, choices: float(use.d.choices!) });
+  return kernel(use, [entry], [totalOver(THREADS), text]);
+}
+/** With counts for every `batch` elements of p. */
+const auxLoss = (use: Use, batch: number): Made =>
   scalarSum(use, {
     buffers: ["p", "n"].map((arg) => ({ arg, type: "f32" })),
     count: use.size.p!,
-    term: `p[i] * n[i / ${use.d.P! * use.d.S! * use.d.E!}u * ${use.d.E}u + i % ${use.d.E}u]`,
+    term: `p[i] * n[i / ${batch}u * ${use.d.E}u + i % ${use.d.E}u]`,
     factor: float(use.d.c!),
   });
 const zLoss = (use: Use): Made =>
@@ -73,6 +119,9 @@ const zLoss = (use: Use): Made =>
   });
 
 export const router = {
-  ...{ softmax, softmax_grad: softmaxGrad, z_loss: zLoss, z_loss_grad: zLossGrad, tally, aux_loss: auxLoss },
-  ...{ choose, weigh, weigh_grad: weighGrad },
+  ...{ softmax, softmax_grad: softmaxGrad, normalize, normalize_grad: normalizeGrad, z_loss: zLoss, z_loss_grad: zLossGrad },
+  ...{ tally, running_mean: runningMean },
+  aux_loss: (use: Use): Made => auxLoss(use, use.d.P! * use.d.S! * use.d.E!),
+  global_aux_loss: (use: Use): Made => auxLoss(use, use.size.p!),
+  ...{ choose, choose_biased: choose, weigh, weigh_grad: weighGrad, loads, bias_update: biasUpdate },
 };
