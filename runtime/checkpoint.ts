@@ -76,7 +76,7 @@ export function toHuggingFace(
     if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
-    for (const part of layouts[PREFERRED]!) {
+    for (const part of layouts[PREFERRED] ?? layouts[0]!) {
       const entry = entries.get(part.tensor) ?? {
         name: part.tensor,
         dtype: "F32",
@@ -189,6 +189,9 @@ function parametersOf(model: Model): readonly Parameter[] {
     };
     return [
       linear(`${ours}.router`, "model.moe", [`${theirs}.mlp.gate.weight`, `${theirs}.block_sparse_moe.gate.weight`], D, E),
+      ...([moe.router.balance].flat().includes("quantile")
+        ? [{ ...own(`${ours}.router_beta`, "model.moe", [E], []), optional: true as const }]
+        : []),
       ...(moe.router.expert_bias
         ? [{ ...plain(`${ours}.router_bias`, "model.moe", `${theirs}.mlp.gate.e_score_correction_bias`, E), optional: true as const }]
         : []),

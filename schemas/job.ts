@@ -19,10 +19,16 @@ const Rope = z.strictObject({
   theta: real.default(1e4).describe("base of the rotary position embedding's wavelengths"),
 });
 
-const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss"]);
+const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile"]);
 export type Balance = z.infer<typeof Balance>;
 
 const RouterText = z.strictObject({
+  type: z
+    .enum(["top_k", "expert_choice"])
+    .default("top_k")
+    .describe(
+      "who chooses: each token its top_k experts, or each expert its best tokens of a microbatch, as many as even loads would bring",
+    ),
   score: z
     .enum(["softmax", "sigmoid", "sqrt_softplus"])
     .default("softmax")
@@ -56,7 +62,7 @@ const RouterText = z.strictObject({
     .union([Balance, z.array(Balance).min(1)])
     .default("aux_loss")
     .describe(
-      "what keeps tokens spread over the experts, one or several: a loss on the counts of each microbatch, of each sequence, or of all data ranks and the step's microbatches so far",
+      "what keeps tokens spread over the experts, one or several: a loss on the counts of each microbatch, of each sequence, or of all data ranks and the step's microbatches so far; or choices that are even by themselves: Sinkhorn's method, or biases that are quantiles of the logits",
     ),
   aux_coeff: z
     .union([real, z.array(real)])
@@ -64,9 +70,23 @@ const RouterText = z.strictObject({
     .describe(
       "weight of the balancing loss; of several, a list. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and a rule warns",
     ),
+  quantile_ema: real.default(0).describe("with balance: quantile, how much of a bias stays after a step"),
   z_coeff: real
     .default(0)
     .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
+  force: z
+    .enum(["none", "uniform"])
+    .default("none")
+    .describe("for benchmarks. uniform: tokens go to the experts in turns, whatever the scores, and weigh as these say"),
+});
+
+const Capacity = z.strictObject({
+  factor: real.describe("room of an expert, as a multiple of its share of the tokens that one rank routes at once"),
+  drop: z
+    .enum(["probs", "position"])
+    .default("probs")
+    .describe("what is kept where more want in: the largest weights, or the first positions (in Megatron Core position keeps any)"),
+  pad: z.boolean().default(false).describe("fill what room is left, so that every expert gets the same number of rows"),
 });
 
 const MoeText = z.strictObject({
@@ -78,7 +98,10 @@ const MoeText = z.strictObject({
     .enum(["all_to_all", "all_gather"])
     .default("all_to_all")
     .describe("how rows reach the ranks that hold their experts: each row to its experts, or every row to every rank of the expert group"),
-  capacity: z.literal("dropless").default("dropless").describe("every routed row is computed; none is dropped or padded"),
+  capacity: z
+    .union([z.literal("dropless"), Capacity])
+    .default("dropless")
+    .describe("dropless: every routed row is computed; or a limit, beyond which rows are dropped"),
   rows_bound: z
     .union([z.literal("worst"), z.number().min(1)])
     .default("worst")

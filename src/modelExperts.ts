@@ -11,8 +11,7 @@ import type { Value } from "./ops/op.ts";
 /** `h` normalised [B,S,D] → what is added to the residual stream [B,S,D]. */
 export function experts(part: Part, h: Value, moe: Moe): Value {
   const at = (name: string) => part.at(`moe.${name}`);
-  const { map: c, weights: p } = route(part, moe, logitsOf(part, h, moe));
-  const routing = { k: moe.top_k };
+  const { map: c, weights: p, rows: routing } = route(part, moe, logitsOf(part, h, moe));
   // the dispatcher `all_gather`: tokens are gathered over ep, and each rank permutes those of its own experts
   const pin = (v: Value) => {
     if (moe.dispatch === "all_gather") v.node!.pin = { dim: "E", axis: "ep", path: "model.moe.dispatch" };

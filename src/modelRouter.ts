@@ -1,17 +1,20 @@
 /** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
 import { balancesOf, type Job } from "../schemas/job.ts";
 import type { Part } from "./modelParts.ts";
-import { auxLoss, biasUpdate, globalAuxLoss, loads, runningMean, tally } from "./ops/balance.ts";
+import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
+import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
 import { cast, gemm } from "./ops/linear.ts";
-import type { Value } from "./ops/op.ts";
+import type { Attrs, Value } from "./ops/op.ts";
 import { choose, chooseBiased, normalize, sigmoid, softmax, sqrtSoftplus, weigh, zLoss } from "./ops/router.ts";
 
 export type Moe = NonNullable<Job["model"]["moe"]>;
 export interface Routing {
-  /** c[B,S,E]: ones where a token goes to an expert. */
+  /** c[B,S,E]: ones where a token has a row at an expert. */
   readonly map: Value;
   /** p[B,S,E]: what each of those counts for. */
   readonly weights: Value;
+  /** Attributes of what makes rows: how many there may be. */
+  readonly rows: Attrs;
 }
 
 /** `h` normalised [B,S,D] → logits [B,S,E]. */
@@ -31,25 +34,76 @@ export function route(part: Part, moe: Moe, logits: Value): Routing {
   const { router } = moe;
   const at = (name: string) => part.at(`moe.${name}`);
   const scores = scoresOf[router.score].of({ x: logits }, {}, at("scores"));
-  const map = choice(part, moe, logits, scores);
-  const weights = weigh.of({ p: scores, c: map }, { normalize: Number(router.normalize_top_k), scaling: router.scaling }, at("weigh"));
-  balance(part, moe, { logits, scores, map });
-  return { map, weights };
+  const chosen = choice(part, moe, logits, scores);
+  const weights = weigh.of(
+    { p: scores, c: chosen.map },
+    { normalize: Number(router.normalize_top_k), scaling: router.scaling },
+    at("weigh"),
+  );
+  const { map, rows } = withinCapacity(part, moe, { ...chosen, weights });
+  if (chosen.bias && router.expert_bias) chosen.bias.leaf!.counted = loads.of({ c: map }, {}, at("loads"));
+  balance(part, moe, { logits, scores, map: chosen.map });
+  return { map, weights, rows };
 }
 const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
 
+interface Choice {
+  readonly map: Value;
+  readonly rows: Attrs;
+  /** What the choice was biased by. */
+  readonly bias?: Value;
+}
+/** Rounds of Sinkhorn's method at most; some ten are usual. */
+const MOST_ROUNDS = 1000;
+
 /** Which experts each token goes to. */
-function choice(part: Part, { top_k: k, router }: Moe, logits: Value, scores: Value): Value {
-  const at = (name: string) => part.at(`moe.${name}`);
+function choice(part: Part, moe: Moe, logits: Value, scores: Value): Choice {
+  const { top_k: k, experts: E, router } = moe;
+  const { train, model } = part.job;
+  const id = part.at("moe.choose");
+  const P = train.micro_batch;
+  const rows = { k };
+  if (router.force === "uniform") return { map: chooseEvenly.of({ x: logits }, { k, S0: model.seq, E0: E }, id), rows };
+  if (router.type === "expert_choice") {
+    const quota = roomOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
+    const map = chooseTokens.of({ p: scores }, { P, capacity: quota }, id);
+    return { map, rows: { k: E, quota, sequences: P, positions: model.seq } };
+  }
+  const [by] = [router.balance].flat();
+  if (by === "sinkhorn") {
+    const even = sinkhorn.of({ x: logits }, { P, most: MOST_ROUNDS }, part.at("moe.sinkhorn"));
+    return { map: choose.of({ x: even }, { k }, id), rows };
+  }
+  if (by === "quantile") {
+    const bias = part.state("router_beta", "E", { name: "quantile", op: quantileUpdate, attrs: { ema: router.quantile_ema } });
+    bias.leaf!.counted = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, part.at("moe.quantile"));
+    return { map: chooseBiased.of({ x: logits, bias }, { k, sign: -1 }, id), rows };
+  }
   const { groups, group_top_k, group_scores } = router;
   const limits = { k, ...(groups > 1 ? { groups, group_top_k, group_scores } : {}) };
   // normalised, a softmax over the chosen logits alone: the others play no part, and groups are worth what their logits are
   const x = router.score === "softmax" && router.normalize_top_k ? logits : scores;
-  if (!router.expert_bias) return choose.of({ x }, limits, at("choose"));
+  if (!router.expert_bias) return { map: choose.of({ x }, limits, id), rows };
   const bias = part.state("router_bias", "E", { name: "expert_bias", op: biasUpdate, attrs: { rate: router.bias_rate } });
-  const c = chooseBiased.of({ x, bias }, { ...limits, sign: 1 }, at("choose"));
-  bias.leaf!.counted = loads.of({ c }, {}, at("loads"));
-  return c;
+  return { map: chooseBiased.of({ x, bias }, { ...limits, sign: 1 }, id), bias, rows };
+}
+
+/** How many of these tokens an expert has room for; no more than there are. */
+const roomOf = ({ top_k, experts }: Moe, tokens: number, factor: number): number =>
+  Math.min(tokens, Math.ceil(((tokens * top_k) / experts) * factor));
+
+/** What of the choice is left where experts have a capacity: of the tokens that one rank routes at once, after sequence and context are cut. */
+function withinCapacity({ job, at }: Part, moe: Moe, { map, rows, weights }: Choice & { weights: Value }): Pick<Routing, "map" | "rows"> {
+  const { capacity, router } = moe;
+  if (capacity === "dropless" || router.type === "expert_choice") return { map, rows };
+  const { parallel, model, train } = job;
+  const P = train.micro_batch;
+  const L = model.seq / (parallel.context * (parallel.sequence ? parallel.tensor : 1));
+  const room = roomOf(moe, P * L, capacity.factor);
+  if (room === P * L && !capacity.pad) return { map, rows };
+  const attrs = { P, L, capacity: room, position: Number(capacity.drop === "position"), pad: Number(capacity.pad) };
+  const quota = { quota: room, sequences: P, positions: L };
+  return { map: drop.of({ p: weights, c: map }, attrs, at("moe.drop")), rows: { k: capacity.pad ? moe.experts : moe.top_k, ...quota } };
 }
 
 interface Routed {
@@ -67,7 +121,7 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
   const add = (value: Value) => losses.push({ name: "aux_loss", value });
   const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (weighed.length) {
-    const plain = router.groups === 1 && !router.expert_bias;
+    const plain = router.groups === 1 && !router.expert_bias && router.force === "none";
     const c = plain ? map : choose.of({ x: logits }, { k }, at("moe.plain_choose"));
     const p = router.score === "softmax" ? scores : normalize.of({ p: scores }, {}, at("moe.shares"));
     /** The loss of `tokens` tokens that are counted together, of which a step has `count`. */

@@ -48,7 +48,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   const bounds: Program["bounds"] = [];
   const needed = (id: string, bound: number): string => {
     const buffer = add({ id: `${id}.needed`, kind: "gradient", dtype: "i32", shape: [], sizes: [], ragged: 0, cuts: [] });
-    if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound });
+    if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound, of: "rows" });
     return buffer;
   };
 
@@ -102,9 +102,16 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     // what one microbatch leaves to the next is kept over the step, and zeroed with the gradients
     const kept = loss !== undefined || v.node?.op.updates?.includes(v.node.op.outputs[v.out]!.name);
     if (!v.ragged) return add({ ...common, kind: kept ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
-    const bound = boundOfRows(mesh, v.sizes, layout.cuts, v.fanout, job.model.moe?.rows_bound ?? "worst");
+    const bound = boundOfRows(mesh, v, layout.cuts, job.model.moe?.rows_bound ?? "worst");
     const rest = local(v.sizes, layout.cuts).slice(3);
-    return add({ ...common, kind: "workspace", shape: [bound, ...rest], fanout: v.fanout, rows: rowsOf(piece, bound) });
+    return add({
+      ...common,
+      kind: "workspace",
+      shape: [bound, ...rest],
+      fanout: v.fanout,
+      ...(v.quota ? { quota: { ...v.quota } } : {}),
+      rows: rowsOf(piece, bound),
+    });
   }
   const bytes = (id: string): number => bytesOf[buffers.get(id)!.dtype] * elementsOf(buffers.get(id)!.shape);
 

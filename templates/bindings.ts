@@ -119,9 +119,20 @@ interface CudaChooseCu {
   readonly rows: string | number;
   readonly sign: string | number;
   readonly threads: string | number;
+  readonly threshold: boolean;
   readonly vector: string | number;
   readonly width: string | number;
   readonly x: string | number;
+}
+
+interface CudaChooseEvenlyCu {
+  readonly allExperts: string | number;
+  readonly allPositions: string | number;
+  readonly cells: string | number;
+  readonly experts: string | number;
+  readonly k: string | number;
+  readonly name: string | number;
+  readonly positions: string | number;
 }
 
 interface CudaClearCu {
@@ -351,6 +362,14 @@ interface CudaPreludeCuh {
   readonly guard: string | number;
 }
 
+interface CudaQuantileUpdateCu {
+  readonly ema: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly rest: string | number;
+  readonly threads: string | number;
+}
+
 interface CudaRopeCu {
   readonly deep: string | number;
   readonly frequencies: string | number;
@@ -408,6 +427,35 @@ interface CudaRunningMeanCu {
   readonly experts: string | number;
   readonly name: string | number;
   readonly threads: string | number;
+}
+
+interface CudaSelectCu {
+  readonly count: string | number;
+  readonly entries: string | number;
+  readonly experts: string | number;
+  readonly key: string | number;
+  readonly last: string | number;
+  readonly length: string | number;
+  readonly name: string | number;
+  readonly params: string | number;
+  readonly pieces: string | number;
+  readonly positions: string | number;
+  readonly sequences: string | number;
+  readonly top: string | number;
+  readonly write: string | number;
+}
+
+interface CudaSinkhornCu {
+  readonly experts: string | number;
+  readonly items: string | number;
+  readonly most: string | number;
+  readonly name: string | number;
+  readonly perExpert: string | number;
+  readonly perToken: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly words: string | number;
+  readonly x: string | number;
 }
 
 interface CudaSplitRowsCu {
@@ -564,8 +612,10 @@ interface WgslChooseWgsl {
   readonly index: string | number;
   readonly k: string | number;
   readonly op: string | number;
+  readonly out: string | number;
   readonly score: string | number;
   readonly threads: string | number;
+  readonly threshold: boolean;
   readonly tokens: string | number;
   readonly words: string | number;
 }
@@ -771,6 +821,14 @@ interface WgslProductPlaceWgsl {
   readonly tiles: string | number;
 }
 
+interface WgslQuantileUpdateWgsl {
+  readonly ema: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly rest: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslRmsnormWgsl {
   readonly entry: string | number;
   readonly eps: string | number;
@@ -851,6 +909,37 @@ interface WgslScalarWgsl {
   readonly stride: string | number;
   readonly term: string | number;
   readonly threads: string | number;
+}
+
+interface WgslSelectWgsl {
+  readonly columns: string | number;
+  readonly count: string | number;
+  readonly entries: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly key: string | number;
+  readonly last: string | number;
+  readonly length: string | number;
+  readonly op: string | number;
+  readonly passes: string | number;
+  readonly pieces: string | number;
+  readonly positions: string | number;
+  readonly run: string | number;
+  readonly sequences: string | number;
+  readonly write: string | number;
+}
+
+interface WgslSinkhornWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly most: string | number;
+  readonly parts: string | number;
+  readonly perExpert: string | number;
+  readonly perToken: string | number;
+  readonly shares: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
 }
 
 interface WgslSoftmaxWgsl {
@@ -974,6 +1063,7 @@ export interface Templates {
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/bias_update.cu": CudaBiasUpdateCu;
   readonly "cuda/choose.cu": CudaChooseCu;
+  readonly "cuda/choose_evenly.cu": CudaChooseEvenlyCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
@@ -993,10 +1083,13 @@ export interface Templates {
   readonly "cuda/pack.cu": CudaPackCu;
   readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
+  readonly "cuda/quantile_update.cu": CudaQuantileUpdateCu;
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
   readonly "cuda/running_mean.cu": CudaRunningMeanCu;
+  readonly "cuda/select.cu": CudaSelectCu;
+  readonly "cuda/sinkhorn.cu": CudaSinkhornCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
@@ -1023,12 +1116,15 @@ export interface Templates {
   readonly "wgsl/pick.wgsl": WgslPickWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
+  readonly "wgsl/quantile_update.wgsl": WgslQuantileUpdateWgsl;
   readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
   readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
   readonly "wgsl/rows.wgsl": WgslRowsWgsl;
   readonly "wgsl/running_mean.wgsl": WgslRunningMeanWgsl;
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
+  readonly "wgsl/select.wgsl": WgslSelectWgsl;
+  readonly "wgsl/sinkhorn.wgsl": WgslSinkhornWgsl;
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;

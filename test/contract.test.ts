@@ -29,7 +29,11 @@ test("the types it asks for in half precision are those of a plan", () => {
       balance: ["seq_aux_loss", "global_aux_loss"],
       aux_coeff: [0.01, 0.01],
     }),
-    router({ score: "sqrt_softplus", groups: 4, group_top_k: 2, z_coeff: 0.001 }),
+    [...router({ score: "sqrt_softplus", groups: 4, group_top_k: 2, z_coeff: 0.001 }), "model.moe.capacity={factor: 1}"],
+    router({ balance: "sinkhorn", aux_coeff: 0, normalize_top_k: false }),
+    router({ balance: "quantile", aux_coeff: 0, precision: "fp32" }),
+    router({ type: "expert_choice", aux_coeff: 0 }),
+    router({ force: "uniform" }),
   ];
   const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
   for (const changes of jobs) {

@@ -53,7 +53,7 @@ type RowsMode = "some" | "gaps" | "one" | "none";
 
 const ATTRS = {
   ...{ normalize: 1, eps: 1e-2, theta: 10000, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
-  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1, scaling: 2.5, rate: 0.001, choices: 40 },
+  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1, scaling: 2.5, rate: 0.001, choices: 40, most: 100, ema: 0.9, S0: 400, E0: 75 },
 };
 const cutStarts = { B: 3, S: 4, E: 2, V: 5 };
 const sets: Readonly<Record<string, Set>> = {
@@ -78,6 +78,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 2,
       "#0": 3,
       "#1": 5,
+      Z: 2,
+      L: 3,
+      capacity: 4,
       groups: 3,
       group_top_k: 2,
       group_scores: 1,
@@ -104,6 +107,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 1,
       "#0": 4,
       "#1": 12,
+      Z: 1,
+      L: 8,
+      capacity: 3,
       groups: 2,
       group_top_k: 1,
       group_scores: 2,
@@ -130,6 +136,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 2,
       "#0": 64,
       "#1": 64,
+      Z: 2,
+      L: 32,
+      capacity: 20,
       groups: 4,
       group_top_k: 2,
       group_scores: 1,
@@ -156,6 +165,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 2,
       "#0": 70,
       "#1": 96,
+      Z: 1,
+      L: 70,
+      capacity: 30,
       groups: 2,
       group_top_k: 1,
       group_scores: 2,
@@ -181,6 +193,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 2,
       "#0": 300,
       "#1": 515,
+      Z: 3,
+      L: 100,
+      capacity: 40,
       groups: 4,
       group_top_k: 2,
       group_scores: 2,
@@ -206,6 +221,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 8,
       "#0": 2,
       "#1": 1025,
+      Z: 2,
+      L: 2,
+      capacity: 2,
       groups: 10,
       group_top_k: 3,
       group_scores: 2,
@@ -232,6 +250,9 @@ const sets: Readonly<Record<string, Set>> = {
       k: 2,
       "#0": 2,
       "#1": 3,
+      Z: 1,
+      L: 3,
+      capacity: 2,
       groups: 2,
       group_top_k: 1,
       group_scores: 1,
@@ -243,7 +264,8 @@ const sets: Readonly<Record<string, Set>> = {
 /** Attributes that make another kernel of an op: each of its cases is there with all of these. */
 const variants: Readonly<Record<string, readonly Sizes[]>> = {
   choose: [{}, { groups: 1 }],
-  choose_biased: [{}, { groups: 1 }],
+  choose_biased: [{}, { groups: 1, sign: -1 }],
+  drop: [0, 1].flatMap((position) => [0, 1].map((pad) => ({ position, pad }))),
   weigh: [{}, { normalize: 0 }],
   weigh_grad: [{}, { normalize: 0 }],
 };
@@ -300,7 +322,9 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
   op.outputs
-    .filter((o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads"].includes(op.name))
+    .filter(
+      (o) => /^d(w|gain|table)$/.test(o.name) || ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"].includes(op.name),
+    )
     .map((o) => o.name);
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
@@ -466,9 +490,11 @@ function fill(
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
   if (o.name === "c" && o.slots.at(-1)?.dim === "E")
     return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
-  if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
   // in steps of 1/8, so that some are equal
+  if (["drop", "choose_tokens"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);
   if (op.name.startsWith("choose") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
+  if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
+  if (o.name === "rounds") return out.fill(seed % 2 ? 0 : 50);
   if (
     ["s", "sq", "scale"].includes(o.name) ||
     (op.name === "sqrt_softplus_grad" && o.name === "y") ||

@@ -52,7 +52,7 @@ export function handPlan(hand: Hand): Plan {
   const plan: Pick<Plan, "mesh" | "programs" | "memory" | "kernels" | "toolchain"> = {
     mesh: { world, per_stage: perStage, factors, axes: {}, sizes: {}, gpus_per_node: world },
     programs: Array.from({ length: stages }, (_, stage) => ({
-      ...{ stage, slots, buffers, bounds: [...bounds], forward: [...forward], backward: [], step: [] },
+      ...{ stage, slots, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), forward: [...forward], backward: [], step: [] },
       ...{ layers: [0, 1], order: ["F0"], parameters: [], inputs: {}, metrics: {} },
     })),
     memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, scratch, peak: 0, offsets })),

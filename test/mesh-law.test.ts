@@ -82,6 +82,40 @@ describe("on named meshes", () => {
   });
 });
 
+// an expert has room for so many of the tokens of one rank, as in Megatron Core: it matters in how many pieces the sequence is cut
+describe("with a capacity, where the sequence is cut as often", () => {
+  const pieces: Readonly<Record<number, Parallel[]>> = {
+    1: [{ world: 1 }, { world: 8, pipeline: 2, expert: 4, distributed_optimizer: true }, { world: 4, expert: 2, expert_tensor: 2 }],
+    2: [
+      { world: 2, context: 2 },
+      { world: 8, tensor: 2, sequence: true, expert: 8, distributed_optimizer: true },
+      { world: 16, context: 2, pipeline: 2, expert: 4, expert_tensor: 2 },
+    ],
+    4: [
+      { world: 4, context: 4 },
+      { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
+    ],
+  };
+  const capacities = [
+    { factor: 0.75 },
+    { factor: 1, drop: "position" },
+    { factor: 1, pad: true },
+    { factor: 1.5, drop: "position", pad: true },
+  ];
+  test.each(capacities.map((c) => [JSON.stringify(c), c] as const))("%s", async (_, capacity) => {
+    const router = { ...moe.router, score: "sigmoid", expert_bias: true, bias_rate: 0.05 };
+    const model = shape({ moe: { ...moe, capacity, router } });
+    const train = { micro_batch: 2 };
+    const losses = [];
+    for (const meshes of Object.values(pieces)) {
+      const [first, ...others] = meshes.map((mesh) => numbers(jobOf(text(model, mesh, train))));
+      for (const other of others) same(await other, await first!);
+      losses.push((await first!).losses[0]);
+    }
+    expect(new Set(losses).size).toBe(3);
+  });
+});
+
 // its counts run over the microbatches of a step, so how many these are is part of it: of two meshes the same number
 test("a loss on the counts of all data ranks, on as many microbatches", async () => {
   const model = shape({ moe: { ...moe, router: { balance: "global_aux_loss", aux_coeff: 0.05 } } });
@@ -123,16 +157,28 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       experts: fc.constantFrom(0, 4, 8),
       top_k: fc.constantFrom(2, 3),
-      router: fc.record({
-        score: fc.constantFrom("softmax", "sigmoid", "sqrt_softplus"),
-        normalize_top_k: fc.boolean(),
-        scaling: fc.constantFrom(1, 2.5),
-        groups: fc.constantFrom(1, 2),
-        group_top_k: fc.constant(1),
-        expert_bias: fc.boolean(),
-        ...{ bias_rate: fc.constant(0.05), aux_coeff: fc.constant([0.05, 0.02]), z_coeff: fc.constant(0.01) },
-        balance: fc.constantFrom(["aux_loss", "seq_aux_loss"], ["seq_aux_loss", "aux_loss"]),
-      }),
+      router: fc.oneof(
+        { weight: 2, arbitrary: fc.constant(moe.router) },
+        {
+          weight: 4,
+          arbitrary: fc.record({
+            score: fc.constantFrom("softmax", "sigmoid", "sqrt_softplus"),
+            normalize_top_k: fc.boolean(),
+            scaling: fc.constantFrom(1, 2.5),
+            groups: fc.constantFrom(1, 2),
+            group_top_k: fc.constant(1),
+            expert_bias: fc.boolean(),
+            ...{ bias_rate: fc.constant(0.05), aux_coeff: fc.constant([0.05, 0.02]), z_coeff: fc.constant(0.01) },
+            balance: fc.constantFrom(["aux_loss", "seq_aux_loss"], ["seq_aux_loss", "aux_loss"]),
+          }),
+        },
+        fc.constantFrom(
+          { balance: "sinkhorn", normalize_top_k: false, z_coeff: 0.01 },
+          { balance: "quantile", quantile_ema: 0.5 },
+          { type: "expert_choice", normalize_top_k: false, z_coeff: 0.01 },
+          { force: "uniform", score: "sigmoid", aux_coeff: 0.05 },
+        ),
+      ),
       dispatch: fc.constantFrom("all_to_all", "all_gather"),
     }),
     parallel: fc.record({

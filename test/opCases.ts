@@ -15,7 +15,7 @@ export interface Case {
 }
 
 // small, different where they may differ, and none of them 1, so that every dim has two pieces
-const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, "#0": 3, "#1": 4 };
+const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, Z: 2, "#0": 3, "#1": 4 };
 const ATTRS = {
   ...{ C: 4, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, theta: 100, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1 },
   ...{

@@ -70,6 +70,95 @@ export const globalAuxLossGrad = op({
   },
 });
 
+// -- choices that are even by themselves
+
+/**
+ * S-BASE: exp(x) of a microbatch of P sequences, its rows and columns scaled in turns until all tokens weigh the same and all experts do;
+ * until the columns' factors move by 1e-4 in the mean, as in Megatron Core. `rounds` becomes the number of turns if that is more; past
+ * `most` it gives up, and the run ends with an error.
+ */
+export const sinkhorn = op({
+  name: "sinkhorn",
+  sig: "x[A*P,S!,E!] -> y[A*P,S!,E!] rounds[]",
+  owes: "max",
+  updates: ["rounds"],
+  limits: { rounds: "most" },
+  types: { y: "f32", rounds: "i32" },
+  cpu({ x, y, rounds }, { A, P, S, E, most }) {
+    const T = P * S;
+    const d0 = new Float64Array(T);
+    for (let a = 0; a < A; a++) {
+      const cost = Float64Array.from(x.subarray(a * T * E, (a + 1) * T * E), Math.exp);
+      const d1 = new Float64Array(E).fill(1);
+      let turn = 0;
+      // what is no number is not even
+      for (let moved = 1; !(moved <= 1e-4) && turn <= most!; turn++) {
+        const columns = new Float64Array(E);
+        for (let t = 0; t < T; t++) {
+          let row = 0;
+          for (let e = 0; e < E; e++) row += cost[t * E + e]! * d1[e]!;
+          d0[t] = 1 / T / (row + 1e-8);
+          for (let e = 0; e < E; e++) columns[e]! += cost[t * E + e]! * d0[t]!;
+        }
+        moved = 0;
+        for (let e = 0; e < E; e++) {
+          const next = 1 / E / (columns[e]! + 1e-8);
+          moved += Math.abs(next - d1[e]!) / E;
+          d1[e] = next;
+        }
+      }
+      for (let i = 0; i < T * E; i++) y[a * T * E + i] = d1[i % E]! * cost[i]! * d0[Math.floor(i / E)]!;
+      rounds[0] = Math.max(rounds[0]!, turn);
+    }
+  },
+});
+
+/**
+ * The bias under which the experts of a microbatch of P sequences would be loaded evenly: with α of a token its (k+1)-th largest of
+ * x − bias, what it takes to get in, the bias of an expert would let in T·k/E of its tokens: the next largest of x − α. Over `count`
+ * microbatches the mean.
+ */
+export const quantile = op({
+  name: "quantile",
+  sig: "x[A*P,S!,E!] bias[E!] -> q[E!]",
+  types: { q: "f32" },
+  cpu({ x, bias, q }, { A, P, S, E, k, count }) {
+    const T = P * S;
+    const target = Math.floor((T * k!) / E);
+    const largest = (values: Float32Array, n: number) => values.sort().at(-n)!;
+    for (let a = 0; a < A; a++) {
+      const own = x.subarray(a * T * E, (a + 1) * T * E);
+      const alpha = Float32Array.from({ length: T }, (_, t) =>
+        largest(
+          own.slice(t * E, (t + 1) * E).map((v, e) => v - bias[e]!),
+          k! + 1,
+        ),
+      );
+      for (let e = 0; e < E; e++)
+        q[e]! +=
+          largest(
+            alpha.map((least, t) => own[t * E + e]! - least),
+            target + 1,
+          ) / count!;
+    }
+  },
+});
+/** Towards the quantiles n of the step, by a moving mean; the biases sum to 0. */
+export const quantileUpdate = op({
+  name: "quantile_update",
+  sig: "n[E!] -> bias[E!]",
+  updates: ["bias"],
+  types: { bias: "f32" },
+  cpu({ n, bias }, { E, ema }) {
+    let sum = 0;
+    for (let e = 0; e < E; e++) {
+      bias[e] = ema! * bias[e]! + (1 - ema!) * n[e]!;
+      sum += bias[e]!;
+    }
+    for (let e = 0; e < E; e++) bias[e]! -= sum / E;
+  },
+});
+
 // -- a bias of the choice in place of a loss: once a step, by what was counted in it
 
 /** How many tokens chose each expert. */

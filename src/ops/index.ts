@@ -1,6 +1,7 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, rope } from "./attention.ts";
 import * as balance from "./balance.ts";
+import * as capacity from "./capacity.ts";
 import { accumulate, add, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
@@ -16,6 +17,7 @@ const all: readonly AnyOp[] = [
   ...Object.values(vocab),
   ...Object.values(router),
   ...Object.values(balance),
+  ...Object.values(capacity),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],

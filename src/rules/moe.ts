@@ -1,11 +1,18 @@
-/** E: experts, the router, and how rows travel. */
-import { balancesOf, type Job } from "../../schemas/job.ts";
+/** E: experts, their capacity, and how rows travel. How tokens find them: router.ts, balance.ts. */
+import type { Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 type Moe = NonNullable<Job["model"]["moe"]>;
 
-/** The most rows an expert rank can receive, as a multiple of the balanced load: every token sends it as many rows as it has experts. */
-const worstLoad = (moe: Moe, expert: number): number => (Math.min(moe.top_k, moe.experts / expert) * expert) / moe.top_k;
+/**
+ * The most rows an expert rank can receive, as a multiple of the balanced load: every token sends it as many rows as it has experts, or
+ * its experts are full.
+ */
+function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): number {
+  const all = (Math.min(top_k, experts / expert) * expert) / top_k;
+  if (router.type === "expert_choice" || (capacity !== "dropless" && capacity.pad)) return 1;
+  return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
+}
 
 export const moe = [
   rule({
@@ -61,63 +68,6 @@ export const moe = [
       };
     },
     bad: "model: {moe: {experts: 3, top_k: 2, ffn: 33, router: {aux_coeff: 0.01}}}\nparallel: {world: 2, expert_tensor: 2}",
-  }),
-  rule({
-    code: "E404",
-    title: "a balancing loss with coefficient 0 balances nothing",
-    why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
-    level: "warning",
-    *check({ model: { moe } }) {
-      const idle = moe && balancesOf(moe.router).find(({ by, coeff }) => by !== "none" && coeff === 0);
-      if (!idle) return;
-      yield {
-        at: "model.moe.router.aux_coeff",
-        related: ["model.moe.router.balance"],
-        found: `balance: ${idle.by} with coefficient 0`,
-        fix: "0.01 is usual; or say balance: none",
-        tries: [
-          { "model.moe.router.aux_coeff": 0.01 },
-          { "model.moe.router.aux_coeff": balancesOf(moe.router).map(({ coeff }) => coeff || 0.01) },
-          { "model.moe.router.balance": "none" },
-        ],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2}}",
-  }),
-  rule({
-    code: "E405",
-    title: "a balancing coefficient that is not used",
-    why: "With balance: none there is no balancing loss to weigh. Megatron-LM ignores the coefficient in silence.",
-    level: "warning",
-    *check({ model: { moe } }) {
-      const unused = moe && balancesOf(moe.router).find(({ by, coeff }) => by === "none" && coeff > 0);
-      if (!unused) return;
-      yield {
-        at: "model.moe.router.aux_coeff",
-        related: ["model.moe.router.balance"],
-        found: `aux_coeff ${unused.coeff} with balance: none`,
-        fix: "balance with it, or leave it out",
-        tries: [{ "model.moe.router.balance": "aux_loss" }, { "model.moe.router.aux_coeff": 0 }],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, aux_coeff: 0.01}}}",
-  }),
-  rule({
-    code: "E406",
-    title: "router coefficients are not negative",
-    why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits; a negative rate sends more tokens to the experts that have most. Megatron-LM accepts them.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe) return;
-      const { aux_coeff, z_coeff, bias_rate } = moe.router;
-      const positive = (x: number | readonly number[]) => (typeof x === "number" ? Math.abs(x) : x.map(Math.abs));
-      for (const [key, value] of Object.entries({ aux_coeff, z_coeff, bias_rate })) {
-        if ([value].flat().every((x) => x >= 0)) continue;
-        const at = `model.moe.router.${key as "aux_coeff" | "z_coeff" | "bias_rate"}` as const;
-        yield { at, found: `${key} ${value}`, fix: "0 or more", tries: [{ [at]: positive(value) }] };
-      }
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, z_coeff: -0.001}}}",
   }),
   rule({
     code: "E407",
@@ -206,234 +156,74 @@ export const moe = [
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, rows_bound: 1.1}}\nparallel: {world: 4, expert: 4}",
   }),
   rule({
-    code: "E412",
-    title: "top_k 1 with normalised weights teaches the router nothing",
-    why: "One weight divided by itself is 1 whatever the router says, so no gradient of the loss reaches it. Megatron-LM refuses the same choice.",
+    code: "E433",
+    title: "the capacity factor is above 0",
+    why: "It is room for so many times the even share of tokens. Megatron-LM takes a negative factor for none at all, and drops nothing, in silence.",
     level: "error",
     *check({ model: { moe } }) {
-      if (moe?.top_k !== 1 || !moe.router.normalize_top_k || moe.experts === 1) return;
+      if (!moe || moe.capacity === "dropless" || moe.capacity.factor > 0) return;
       yield {
-        at: "model.moe.router.normalize_top_k",
-        related: ["model.moe.top_k"],
-        found: "top_k 1 with normalize_top_k: true",
-        fix: "weigh the expert by its own probability",
-        tries: [{ "model.moe.router.normalize_top_k": false }],
+        at: "model.moe.capacity.factor",
+        found: `factor ${moe.capacity.factor}`,
+        fix: "1.25 is usual; or capacity: dropless",
+        tries: [{ "model.moe.capacity.factor": 1.25 }, { "model.moe.capacity": "dropless" }],
       };
     },
-    bad: "model: {moe: {experts: 4, top_k: 1, router: {aux_coeff: 0.01}}}",
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, capacity: {factor: -1}}}",
   }),
   rule({
-    code: "E413",
-    title: "each kind of balancing has its coefficient",
-    why: "Losses of different kinds have different weights: the lists of balance and of aux_coeff go side by side.",
+    code: "E434",
+    title: "a capacity goes with choices that a loss or a bias balances",
+    why: "Sinkhorn's method and quantiles choose evenly already; Megatron-LM refuses a capacity beside them.",
     level: "error",
     *check({ model: { moe } }) {
-      if (!moe) return;
-      const { balance, aux_coeff } = moe.router;
-      const [kinds, coeffs] = [[balance].flat(), [aux_coeff].flat()];
-      if (kinds.length === coeffs.length) return;
+      if (!moe || moe.capacity === "dropless") return;
+      const by = [moe.router.balance].flat().find((b) => b === "sinkhorn" || b === "quantile");
+      if (!by) return;
       yield {
-        at: "model.moe.router.aux_coeff",
+        at: "model.moe.capacity",
         related: ["model.moe.router.balance"],
-        found: `${kinds.length} in balance, ${coeffs.length} in aux_coeff`,
-        fix: "a coefficient for each",
-        tries: [{ "model.moe.router.aux_coeff": kinds.map((_, i) => coeffs[i] ?? coeffs[0] ?? 0.01) }],
+        found: `a capacity with balance: ${by}`,
+        fix: "dropless, or a balancing loss",
+        tries: [{ "model.moe.capacity": "dropless" }],
       };
     },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [aux_loss, seq_aux_loss], aux_coeff: 0.01}}}",
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile}, capacity: {factor: 1.25}}}",
   }),
   rule({
-    code: "E414",
-    title: "a list of balancing names each kind once, and none alone",
-    why: "Two losses of one kind are one with their weights added, and beside a loss `none` says nothing.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe) return;
-      const kinds = [moe.router.balance].flat();
-      const kept = [...new Set(kinds)].filter((by, _, all) => by !== "none" || all.length === 1);
-      if (kept.length === kinds.length) return;
-      const coeffs = [moe.router.aux_coeff].flat();
-      yield {
-        at: "model.moe.router.balance",
-        related: ["model.moe.router.aux_coeff"],
-        found: `balance: [${kinds.join(", ")}]`,
-        fix: `[${kept.join(", ")}], with a coefficient for each`,
-        tries: [
-          { "model.moe.router.balance": kept, "model.moe.router.aux_coeff": kept.map((by) => coeffs[kinds.indexOf(by)] ?? 0.01) },
-          { "model.moe.router.balance": kept },
-        ],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [none, aux_loss], aux_coeff: [0, 0.01]}}}",
-  }),
-  rule({
-    code: "E415",
-    title: "groups divides experts",
-    why: "Groups of experts are of one size: the experts of a node, or of a device.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe || moe.experts % moe.router.groups === 0) return;
-      const { groups } = moe.router;
-      yield {
-        at: "model.moe.router.groups",
-        related: ["model.moe.experts"],
-        found: `${moe.experts} experts in ${groups} groups leaves ${moe.experts % groups} over`,
-        fix: `groups must divide ${moe.experts}`,
-        tries: divisorsNear(moe.experts, groups).map((g) => ({ "model.moe.router.groups": g })),
-      };
-    },
-    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, groups: 3}}}",
-  }),
-  rule({
-    code: "E416",
-    title: "group_top_k is at most groups",
-    why: "A token chooses its experts from group_top_k of the groups; without groups there is but one, of all experts.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe || moe.router.group_top_k <= moe.router.groups) return;
-      const { groups, group_top_k } = moe.router;
-      yield {
-        at: "model.moe.router.group_top_k",
-        related: ["model.moe.router.groups"],
-        found: `group_top_k ${group_top_k} of ${groups} group${groups === 1 ? "" : "s"}`,
-        fix: "fewer, or more groups",
-        tries: [
-          ...(groups > 1 ? [{ "model.moe.router.group_top_k": Math.max(1, groups / 2) }, { "model.moe.router.group_top_k": groups }] : []),
-          ...[group_top_k * 2, group_top_k].map((g) => ({ "model.moe.router.groups": g })),
-        ],
-      };
-    },
-    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, group_top_k: 2}}}",
-  }),
-  rule({
-    code: "E417",
-    title: "the groups of a token hold as many experts as it needs",
-    why: "A token takes top_k experts from group_top_k groups. Where these hold fewer, Megatron-LM fills up with experts of groups that were ruled out, which of them is chance.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe || moe.experts % moe.router.groups || moe.router.group_top_k > moe.router.groups || moe.top_k > moe.experts) return;
-      const { groups, group_top_k } = moe.router;
-      const size = moe.experts / groups;
-      if (group_top_k * size >= moe.top_k) return;
-      yield {
-        at: "model.moe.router.group_top_k",
-        related: ["model.moe.router.groups", "model.moe.top_k"],
-        found: `${group_top_k} group${group_top_k === 1 ? "" : "s"} of ${size} for top_k ${moe.top_k}`,
-        fix: "more groups for a token, or larger ones",
-        tries: [{ "model.moe.router.group_top_k": Math.ceil(moe.top_k / size) }],
-      };
-    },
-    bad: "model: {moe: {experts: 8, top_k: 3, router: {aux_coeff: 0.01, groups: 4, group_top_k: 1, group_scores: 1}}}",
-  }),
-  rule({
-    code: "E418",
-    title: "a group is worth no more scores than it has",
-    why: "The worth of a group is the sum of its group_scores largest scores.",
-    level: "error",
-    *check({ model: { moe } }) {
-      // what the groups lack, other rules say
-      if (!moe || moe.router.groups === 1 || moe.experts % moe.router.groups) return;
-      const { groups, group_scores, group_top_k } = moe.router;
-      const size = moe.experts / groups;
-      if (group_scores <= size || group_top_k * size < moe.top_k) return;
-      yield {
-        at: "model.moe.router.group_scores",
-        related: ["model.moe.router.groups"],
-        found: `group_scores ${group_scores} in groups of ${size}`,
-        fix: `at most ${size}`,
-        tries: [{ "model.moe.router.group_scores": size }],
-      };
-    },
-    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, groups: 4, group_top_k: 2, group_scores: 3}}}",
-  }),
-  rule({
-    code: "E419",
-    title: "more groups than experts for a token",
-    why: "A token cannot use more groups than it has experts, so the limit limits nothing but which groups are left over. Megatron-LM then takes the sum of its 0 best scores as a group's worth, and keeps groups at random in silence.",
+    code: "E435",
+    title: "the capacity holds all tokens",
+    why: "An expert cannot get more rows than there are tokens: from experts / top_k on, the factor drops nothing, and with pad every expert computes every token. Megatron-LM makes room for the rest all the same and fails in the first forward.",
     level: "warning",
     *check({ model: { moe } }) {
-      if (!moe || moe.router.groups === 1 || moe.router.group_top_k > moe.router.groups) return;
-      const { groups, group_top_k } = moe.router;
-      if (group_top_k <= moe.top_k || group_top_k === groups) return;
+      if (!moe || moe.capacity === "dropless" || moe.experts <= moe.top_k) return;
+      const all = moe.experts / moe.top_k;
+      if (moe.capacity.factor < all) return;
       yield {
-        at: "model.moe.router.group_top_k",
-        related: ["model.moe.top_k"],
-        found: `group_top_k ${group_top_k} with top_k ${moe.top_k}`,
-        fix: `at most ${moe.top_k}`,
-        tries: [{ "model.moe.router.group_top_k": moe.top_k }, { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 }],
+        at: "model.moe.capacity.factor",
+        related: ["model.moe.experts", "model.moe.top_k"],
+        found: `factor ${moe.capacity.factor}, while ${all} holds all tokens`,
+        fix: "a smaller factor, or dropless",
+        tries: [...(all > 1.25 ? [{ "model.moe.capacity.factor": 1.25 }] : []), { "model.moe.capacity": "dropless" }],
       };
     },
-    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, groups: 4, group_top_k: 3}}}",
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, capacity: {factor: 5, pad: true}}}",
   }),
   rule({
-    code: "E420",
-    title: "a bias of the choice needs scores by themselves",
-    why: "The bias is added to scores from 0 to 1 that do not depend on each other. A softmax's scores shrink with the number of experts: the same bias would outweigh them. Megatron-LM refuses the same.",
-    level: "error",
+    code: "E436",
+    title: "a bias that goes by loads which padding makes equal",
+    why: "The bias moves by how many rows each expert got, padding included, as in Megatron Core: padded, all have the same, and it stays where it is.",
+    level: "warning",
     *check({ model: { moe } }) {
-      if (!moe?.router.expert_bias || moe.router.score !== "softmax") return;
+      if (!moe?.router.expert_bias || moe.capacity === "dropless" || !moe.capacity.pad) return;
       yield {
         at: "model.moe.router.expert_bias",
-        related: ["model.moe.router.score"],
-        found: "expert_bias with score: softmax",
-        fix: "score by sigmoid, as DeepSeek-V3 does, or balance with a loss",
-        tries: [{ "model.moe.router.score": "sigmoid" }, { "model.moe.router.expert_bias": false }],
+        related: ["model.moe.capacity"],
+        found: "expert_bias with capacity padded",
+        fix: "drop without padding",
+        tries: [{ "model.moe.capacity.pad": false }],
       };
     },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, expert_bias: true}}}",
-  }),
-  rule({
-    code: "E421",
-    title: "a rate for a bias that is not there",
-    why: "bias_rate moves the bias of expert_bias. Megatron-LM accepts the rate alone, and nothing balances.",
-    level: "warning",
-    *check({ model: { moe } }) {
-      if (!moe || moe.router.expert_bias || moe.router.bias_rate === 1e-3 || moe.router.bias_rate < 0) return;
-      yield {
-        at: "model.moe.router.bias_rate",
-        related: ["model.moe.router.expert_bias"],
-        found: `bias_rate ${moe.router.bias_rate} with expert_bias: false`,
-        fix: "turn the bias on, or leave the rate out",
-        tries: [
-          { "model.moe.router.expert_bias": true },
-          { "model.moe.router.expert_bias": true, "model.moe.router.score": "sigmoid" },
-          { "model.moe.router.bias_rate": 1e-3 },
-        ],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, score: sigmoid, bias_rate: 0.01}}}",
-  }),
-  rule({
-    code: "E422",
-    title: "scaling is above 0",
-    why: "It is a factor on all weights: with 0 the experts compute for nothing, and below 0 what they say is turned around.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe || moe.router.scaling > 0) return;
-      yield {
-        at: "model.moe.router.scaling",
-        found: `scaling ${moe.router.scaling}`,
-        fix: "1 leaves weights as they are",
-        tries: [{ "model.moe.router.scaling": 1 }],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, scaling: 0}}}",
-  }),
-  rule({
-    code: "E423",
-    title: "a router of many experts in half precision",
-    why: "bf16 keeps 8 bits: among many experts the logits of several are then equal, and the order of the experts decides. Megatron-LM warns of it from 32 experts on.",
-    level: "warning",
-    *check({ model: { moe }, train }) {
-      if (!moe || moe.experts < 32 || train.precision !== "bf16" || moe.router.precision === "fp32") return;
-      yield {
-        at: "model.moe.router.precision",
-        related: ["model.moe.experts", "train.precision"],
-        found: `logits of ${moe.experts} experts in bf16`,
-        fix: "the router is a small part of a layer",
-        tries: [{ "model.moe.router.precision": "fp32" }],
-      };
-    },
-    bad: "model: {moe: {experts: 32, top_k: 2, router: {aux_coeff: 0.01}}}",
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, score: sigmoid, expert_bias: true}, capacity: {factor: 1.25, pad: true}}}",
   }),
 ] as const;

@@ -1,10 +1,9 @@
-/** The router: scores, choices, weights, balancing losses, a token's experts in the registers of one warp or some; and rows' activation gradient. */
+/** What is reduced over a row in registers: a router's scores and weights of a token, their losses; and rows' activation gradient. */
 import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
-import { invariant } from "../../ops/op.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import { shareRow, sumColumns } from "./norm.ts";
+import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { addParts } from "./reduce.ts";
 
@@ -70,8 +69,6 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
       ],
       outputs: { dp: "(dy - mean) * share" },
     }),
-  choose,
-  choose_biased: choose,
   weigh: (use) =>
     makeRows(use, {
       ...{ width: use.d.E!, inputs: ["p", "c"], stages: use.d.normalize ? [share(use)] : [] },
@@ -88,10 +85,6 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
           }
         : { width: use.d.E!, inputs: ["c", "dy"], stages: [], outputs: { dp: `c * dy * ${f32(use.d.scaling!)}` } },
     ),
-  tally,
-  loads,
-  running_mean: runningMean,
-  bias_update: biasUpdate,
 };
 
 function makeRows(use: Use, f: RowFormula): Made {
@@ -138,59 +131,3 @@ function makeRows(use: Use, f: RowFormula): Made {
 const share = ({ d }: Use): RowFormula["stages"][number] => ({
   ...{ name: "sum", op: "Sum", term: "c * p", after: [`const float share = ${f32(d.scaling!)} / (sum + 1e-20f);`] },
 });
-
-function choose(use: Use): Made {
-  const { E, k, sign = 0, groups = 1, group_top_k = 1, group_scores = 0 } = use.d;
-  const rows = use.size.x! / E!;
-  // one warp at most, whatever it has to hold
-  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, [use.dtype.x!, use.dtype.c!]), Number.POSITIVE_INFINITY);
-  invariant(k! <= E!, `${k} of ${E} experts`);
-  const bias = use.dtype.bias !== undefined;
-  const body = render("cuda/choose.cu", {
-    ...{ name: use.name, ...shares, lanes, width: E!, rows, k: k!, x: cudaType(use.dtype.x!), bias, sign: f32(sign) },
-    ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
-  });
-  const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
-  const args = ["x", ...(bias ? ["bias"] : []), "c"];
-  return { source: source(use, body), launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args }] };
-}
-
-function tally(use: Use): Made {
-  const { P, S, A } = use.d;
-  return count(use, { batches: A!, tokens: P! * S! });
-}
-function loads(use: Use): Made {
-  return count(use, { batches: 1, tokens: use.d.B! * use.d.S! });
-}
-
-/** How many of the tokens of each batch chose each expert, to `n`. */
-function count(use: Use, { batches, tokens }: { readonly batches: number; readonly tokens: number }): Made {
-  const E = use.d.E!;
-  invariant(E <= 1024, `counts of ${E} experts`);
-  const threads = E > 256 ? 1024 : 256;
-  const active = Math.floor(threads / E) * E;
-  // some 32 elements a thread
-  const each = 32 * (active / E);
-  const chunks = Math.ceil(tokens / each);
-  const body = render("cuda/tally.cu", {
-    ...{ name: use.name, threads, active, tokens: each, experts: E, batch: tokens * E, batches },
-  });
-  const sum = sumColumns(use, { rows: chunks, width: batches * E, to: "n", type: cudaType(use.dtype.n!) });
-  return {
-    source: source(use, `${body}\n${sum.body}`),
-    scratch: chunks * batches * E * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [chunks, batches, 1], threads, shared: 0, args: ["c", "scratch+0"] }, sum.launch],
-  };
-}
-
-function runningMean(use: Use): Made {
-  const threads = 1024;
-  const body = render("cuda/running_mean.cu", { name: use.name, threads, experts: use.d.E!, choices: f32(use.d.choices!) });
-  return { source: source(use, body), launches: [{ entry: use.name, grid: [1, 1, 1], threads, shared: 0, args: ["n", "mean", "total"] }] };
-}
-
-function biasUpdate(use: Use): Made {
-  const threads = 1024;
-  const body = render("cuda/bias_update.cu", { name: use.name, threads, experts: use.d.E!, rate: f32(use.d.rate!) });
-  return { source: source(use, body), launches: [{ entry: use.name, grid: [1, 1, 1], threads, shared: 0, args: ["n", "bias"] }] };
-}

@@ -157,6 +157,18 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
       results: { x: "V(row)" },
     };
   },
+  choose_evenly: ({ d }) => {
+    const { S, E, k, S0, E0 } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0", number>>;
+    return {
+      ...{ width: 1, reads: [], starts: ["B", "S", "E"] },
+      lines: [
+        `let t = i / ${E}u;`,
+        `let first = ((start.x + i32(t / ${S}u)) * ${S0} + start.y + i32(t % ${S}u)) % ${E0} * ${k} % ${E0};`,
+        `let after = (start.z + i32(i % ${E}u) - first + ${E0}) % ${E0};`,
+      ],
+      results: { c: `select(0.0, 1.0, after < ${k})` },
+    };
+  },
   aux_loss_grad: (use) => auxLossGrad(use, use.d.P! * use.d.S! * use.d.E!),
   global_aux_loss_grad: (use) => auxLossGrad(use, use.size.dp!),
 };

@@ -1,8 +1,8 @@
-/** The router, an invocation per token, and its balancing losses: sums over all tokens in a fixed order. */
+/** The router's scores and weights, an invocation per token, and its losses: sums over all tokens in a fixed order. */
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
-import { columnSum, scalarSum, THREADS, totalOver } from "./reduce.ts";
-import { type Entry, float, fold, kernel, scalar, scratchBytes } from "./text.ts";
+import { scalarSum, THREADS } from "./reduce.ts";
+import { type Entry, float, fold, kernel, scalar } from "./text.ts";
 
 /** An entry with an invocation per token on these operands, and what its template needs. */
 function perToken(use: Use, tokens: number, names: readonly string[]) {
@@ -47,17 +47,6 @@ function normalizeGrad(use: Use): Made {
   };
   return kernel(use, [entry], [render("wgsl/weigh.wgsl", text)]);
 }
-function choose(use: Use): Made {
-  const { E, k, sign = 0, groups = 1, group_top_k = 1, group_scores = 0 } = use.d;
-  const bias = use.dtype.bias !== undefined;
-  const { entry, values } = perToken(use, tokensOf(use, "x"), ["x", ...(bias ? ["bias"] : []), "c"]);
-  const text = render("wgsl/choose.wgsl", {
-    ...{ ...values, op: use.op, k: k!, words: Math.ceil(E! / 32) },
-    score: bias ? `f32(x[first + e]) + ${float(sign)} * bias[e]` : "f32(x[first + e])",
-    ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
-  });
-  return kernel(use, [entry], [text]);
-}
 function weigh(use: Use): Made {
   const { normalize, scaling } = use.d;
   const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "c", "y"]);
@@ -81,29 +70,6 @@ function weighGrad(use: Use): Made {
   return kernel(use, [entry], [render("wgsl/weigh.wgsl", { ...values, op: use.op, ...text, out: "dp" })]);
 }
 
-function tally(use: Use): Made {
-  const { A, P, S } = use.d as Readonly<Record<"A" | "P" | "S", number>>;
-  return count(use, A, P * S);
-}
-const loads = (use: Use): Made => count(use, 1, use.d.B! * use.d.S!);
-function count(use: Use, batches: number, tokens: number): Made {
-  const counts = columnSum(use, {
-    ...{ out: "n", batches, rows: tokens, width: use.d.E!, first: 0, buffers: [{ arg: "c", type: "f32" }], term: "c[at]" },
-  });
-  return kernel(use, counts.entries, [counts.text], scratchBytes(counts.words));
-}
-function biasUpdate(use: Use): Made {
-  const buffers = ["n", "bias"].map((arg) => ({ arg, type: "f32" }));
-  const entry: Entry = { entry: use.name, grid: 1, threads: THREADS, buffers };
-  const text = render("wgsl/bias_update.wgsl", { entry: use.name, threads: THREADS, experts: use.d.E!, rate: float(use.d.rate!) });
-  return kernel(use, [entry], [totalOver(THREADS), text]);
-}
-function runningMean(use: Use): Made {
-  const buffers = ["n", "mean", "total"].map((arg) => ({ arg, name: `${arg}_buf`, type: "f32" }));
-  const entry: Entry = { entry: use.name, grid: 1, threads: THREADS, buffers };
-  const text = render("wgsl/running_mean.wgsl", { entry: use.name, threads: THREADS, experts: use.d.E!, choices: float(use.d.choices!) });
-  return kernel(use, [entry], [totalOver(THREADS), text]);
-}
 /** With counts for every `batch` elements of p. */
 const auxLoss = (use: Use, batch: number): Made =>
   scalarSum(use, {
@@ -120,8 +86,7 @@ const zLoss = (use: Use): Made =>
 
 export const router = {
   ...{ softmax, softmax_grad: softmaxGrad, normalize, normalize_grad: normalizeGrad, z_loss: zLoss, z_loss_grad: zLossGrad },
-  ...{ tally, running_mean: runningMean },
   aux_loss: (use: Use): Made => auxLoss(use, use.d.P! * use.d.S! * use.d.E!),
   global_aux_loss: (use: Use): Made => auxLoss(use, use.size.p!),
-  ...{ choose, choose_biased: choose, weigh, weigh_grad: weighGrad, loads, bias_update: biasUpdate },
+  ...{ weigh, weigh_grad: weighGrad },
 };
