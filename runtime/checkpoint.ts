@@ -5,7 +5,7 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
-import type { Job } from "../schemas/job.ts";
+import { isMoe, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { type Entry, openSafetensors, type Safetensors } from "./safetensors.ts";
 
@@ -32,7 +32,7 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
       found.set(parameter.name, { parameter, parts: [] });
       continue;
     }
-    const parts = there ?? parameter.layouts[PREFERRED]!;
+    const parts = there ?? parameter.layouts[PREFERRED] ?? parameter.layouts[0]!;
     found.set(parameter.name, { parameter, parts });
     for (const part of parts) {
       used.add(part.tensor);
@@ -146,7 +146,7 @@ function parametersOf(model: Model): readonly Parameter[] {
             plain(`${ours}.k_norm`, "model.qk_norm", `${theirs}.self_attn.k_norm.weight`, normed[1]!),
           ]),
       plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
-      ...(model.moe === null ? dense(ours, theirs) : experts(ours, theirs, model.moe)),
+      ...(isMoe(model, i) ? experts(ours, theirs, model.moe!) : dense(ours, theirs)),
     ];
   };
 
@@ -160,12 +160,29 @@ function parametersOf(model: Model): readonly Parameter[] {
     ];
   };
 
+  const shared = (ours: string, theirs: string, { ffn, gate }: NonNullable<NonNullable<Model["moe"]>["shared"]>): readonly Parameter[] => {
+    const X = { size: ffn, key: "model.moe.shared.ffn" };
+    // DeepSeek's name, then Qwen2-MoE's
+    const at = (leaf: string) => ["shared_experts", "shared_expert"].map((name) => `${theirs}.mlp.${name}.${leaf}.weight`);
+    const missing = "model.moe.shared";
+    return [
+      linear(`${ours}.shared.w1`, missing, at("gate_proj"), D, X),
+      linear(`${ours}.shared.w3`, missing, at("up_proj"), D, X),
+      linear(`${ours}.shared.w2`, missing, at("down_proj"), X, D),
+      ...(gate
+        ? [linear(`${ours}.shared.gate`, `${missing}.gate`, [`${theirs}.mlp.shared_expert_gate.weight`], D, { size: 1, key: missing })]
+        : []),
+    ];
+  };
+
   const experts = (ours: string, theirs: string, moe: NonNullable<Model["moe"]>): readonly Parameter[] => {
     const E = { size: moe.experts, key: "model.moe.experts" };
     const F = { size: moe.ffn, key: "model.moe.ffn" };
     const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
     const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
-    const matrix = D.size * F.size;
+    // what routed experts take and give
+    const W = moe.latent === null ? D : { size: moe.latent, key: "model.moe.latent" };
+    const matrix = W.size * F.size;
     /** One of the three matrices of all experts; `half` is its place in the fused tensor of gate (0) and up (1). */
     const stack = (name: string, input: Dim, output: Dim, fused: string, half: 0 | 1 | null, perExpert: readonly string[]): Parameter => {
       const [rows, cols] = [output.size, input.size];
@@ -195,9 +212,13 @@ function parametersOf(model: Model): readonly Parameter[] {
       ...(moe.router.expert_bias
         ? [{ ...plain(`${ours}.router_bias`, "model.moe", `${theirs}.mlp.gate.e_score_correction_bias`, E), optional: true as const }]
         : []),
-      stack("w1", D, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
-      stack("w3", D, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
-      stack("w2", F, D, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
+      ...(moe.shared === null ? [] : shared(ours, theirs, moe.shared)),
+      ...(moe.latent === null
+        ? []
+        : [own(`${ours}.latent.down`, "model.moe.latent", [D, W], []), own(`${ours}.latent.up`, "model.moe.latent", [W, D], [])]),
+      stack("w1", W, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
+      stack("w3", W, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
+      stack("w2", F, W, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
     ];
   };
 

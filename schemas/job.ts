@@ -89,10 +89,32 @@ const Capacity = z.strictObject({
   pad: z.boolean().default(false).describe("fill what room is left, so that every expert gets the same number of rows"),
 });
 
+const Shared = z.strictObject({
+  ffn: count.describe("inner width of the shared experts, all of them together"),
+  gate: z
+    .boolean()
+    .default(false)
+    .describe("weigh what they say by a gate of the token (Qwen2-MoE): the sigmoid of its product with a vector"),
+});
+
+const SomeLayers = z.strictObject({
+  first_dense: z.int().min(0).default(0).describe("so many layers from the first on are dense (DeepSeek)"),
+  every: count.default(1).describe("of the others, those whose number (from 0) is a multiple of it have experts"),
+});
+
 const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
+  layers: z
+    .union([z.literal("all"), SomeLayers, z.array(z.int().min(0).max(1))])
+    .default("all")
+    .describe("which layers have experts; the others are dense, of width model.ffn. A list says 1 or 0 for each layer"),
+  shared: Shared.nullable().default(null).describe("experts that every token goes to, beside those it chooses: a dense part of its own"),
+  latent: count
+    .nullable()
+    .default(null)
+    .describe("the routed experts work in this width: tokens are projected to it before they travel, and back after; null = model.hidden"),
   router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
     .enum(["all_to_all", "all_gather"])
@@ -131,9 +153,7 @@ const ModelText = z.strictObject({
     .enum(["none", "head", "full"])
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
-  moe: MoeText.nullable()
-    .default(null)
-    .describe("mixture of experts in place of the dense feed-forward part, in every layer; null = dense"),
+  moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
 });
 
 const ParallelText = z.strictObject({
@@ -272,6 +292,13 @@ export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
 }
 
+/** Whether a layer has experts. */
+export function isMoe({ moe }: Pick<Job["model"], "moe">, layer: number): boolean {
+  if (moe === null || moe.layers === "all") return moe !== null;
+  if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
+  return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
+}
+
 type Router = NonNullable<Job["model"]["moe"]>["router"];
 /** What balances, and the weight of each; lists of different lengths end with the shorter one. */
 export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly by: Balance; readonly coeff: number }[] {
@@ -279,3 +306,6 @@ export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly 
   const coeffs = Array.isArray(aux_coeff) ? aux_coeff : [aux_coeff];
   return by.slice(0, coeffs.length).map((b, i) => ({ by: b, coeff: coeffs[i]! }));
 }
+/** Of the kinds of balancing the one that is a choice, even by itself, and no loss. */
+export const evenBy = ({ balance }: Router): "sinkhorn" | "quantile" | undefined =>
+  [balance].flat().find((by): by is "sinkhorn" | "quantile" => by === "sinkhorn" || by === "quantile");

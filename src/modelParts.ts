@@ -3,7 +3,7 @@
  * are [in, out].
  *
  * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
- * expert, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head.
+ * expert, L the width that routed experts work in, X ffn of shared experts, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head.
  */
 import type { Job } from "../schemas/job.ts";
 import type { Leaf, Value } from "./ops/op.ts";
@@ -46,6 +46,9 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
     H: m.ffn,
     F: m.moe?.ffn ?? 0,
     E: m.moe?.experts ?? 0,
+    L: m.moe?.latent ?? 0,
+    X: m.moe?.shared?.ffn ?? 0,
+    "1": 1,
   };
 }
 

@@ -1,5 +1,5 @@
 /** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
-import { balancesOf, type Job } from "../schemas/job.ts";
+import { balancesOf, evenBy, type Job } from "../schemas/job.ts";
 import type { Part } from "./modelParts.ts";
 import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
 import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
@@ -69,7 +69,7 @@ function choice(part: Part, moe: Moe, logits: Value, scores: Value): Choice {
     const map = chooseTokens.of({ p: scores }, { P, capacity: quota }, id);
     return { map, rows: { k: E, quota, sequences: P, positions: model.seq } };
   }
-  const [by] = [router.balance].flat();
+  const by = evenBy(router);
   if (by === "sinkhorn") {
     const even = sinkhorn.of({ x: logits }, { P, most: MOST_ROUNDS }, part.at("moe.sinkhorn"));
     return { map: choose.of({ x: even }, { k }, id), rows };

@@ -72,6 +72,8 @@ export function addBackward(losses: readonly Loss[]): Graph {
       grad.set(v, sum);
     }
   }
+  const leaves = new Set(forward.flatMap((n) => n.args).flatMap((v) => v.leaf?.name ?? []));
+  for (const { id } of [...forward, ...back]) invariant(!leaves.has(id), `${id} is the name of an op and of a leaf`);
   const parameters = [...new Set(forward.flatMap((n) => n.args).filter((v) => v.leaf?.kind === "parameter"))];
   for (const p of parameters) invariant(parameterGrads.has(p), `${idOf(p)} has no gradient`);
   return { losses, parameters, order: [...forward, ...back], grad, parameterGrads, gradOf };

@@ -663,6 +663,20 @@ interface WgslFillWgsl {
   readonly value: string | number;
 }
 
+interface WgslGatedGradWgsl {
+  readonly blocks: string | number;
+  readonly dgate: string | number;
+  readonly dx: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+}
+
 interface WgslGemmWgsl {
   readonly bk: string | number;
   readonly fetches: readonly { readonly deep: string | number; readonly first: string | number; readonly lane: string | number; readonly name: string | number; readonly puts: readonly { readonly to: string | number; readonly value: string | number }[]; readonly side: string | number; readonly to: string | number }[];
@@ -1106,6 +1120,7 @@ export interface Templates {
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
+  readonly "wgsl/gated_grad.wgsl": WgslGatedGradWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
   readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;

@@ -34,6 +34,7 @@ test("the types it asks for in half precision are those of a plan", () => {
     router({ balance: "quantile", aux_coeff: 0, precision: "fp32" }),
     router({ type: "expert_choice", aux_coeff: 0 }),
     router({ force: "uniform" }),
+    ["model.moe.shared={ffn: 64, gate: true}", "model.moe.latent=32", "model.moe.layers=[0, 1]"],
   ];
   const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
   for (const changes of jobs) {

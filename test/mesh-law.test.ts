@@ -180,6 +180,9 @@ const anyJob = fc
         ),
       ),
       dispatch: fc.constantFrom("all_to_all", "all_gather"),
+      shared: fc.constantFrom(null, null, { ffn: 24 }, { ffn: 24, gate: true }),
+      latent: fc.constantFrom(null, null, 16),
+      experts_in: fc.constantFrom("all", "all", { first_dense: 1 }, { every: 2 }),
     }),
     parallel: fc.record({
       tensor: power(2),
@@ -193,11 +196,13 @@ const anyJob = fc
     }),
     micro_batch: fc.constantFrom(1, 2),
   })
-  .map(({ model: { experts, top_k, router, dispatch, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
-    const world = parallel.tensor * parallel.pipeline * parallel.context * data;
-    const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router } } : {};
-    return { world, text: text(shape({ ...m, ...own }), { ...parallel, world }, { micro_batch }) };
-  })
+  .map(
+    ({ model: { experts, top_k, router, dispatch, shared, latent, experts_in, ...m }, parallel: { data, ...parallel }, micro_batch }) => {
+      const world = parallel.tensor * parallel.pipeline * parallel.context * data;
+      const own = experts ? { moe: { ...moe, experts, top_k, dispatch, router, shared, latent, layers: experts_in } } : {};
+      return { world, text: text(shape({ ...m, ...own }), { ...parallel, world }, { micro_batch }) };
+    },
+  )
   .filter(({ world }) => world <= 16)
   .map(({ text: value }) => ({ value, job: readJob(stringify(value), "law.yaml").job }))
   .filter(({ job }) => job !== undefined);

@@ -1,4 +1,4 @@
-/** The rows that experts work on, and their activation. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
+/** The rows that experts work on, their activation, and a gate. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
 import { markExperts } from "./messages.ts";
 import { type Grads, op, type Place } from "./op.ts";
 
@@ -130,6 +130,37 @@ export const swigluRowsGrad = op({
         sum += dy[i]! * g * s * up[i]!;
       }
       dp[r] = sum;
+    }
+  },
+});
+
+// -- a gate
+
+/** Blocks of C channels, each times the sigmoid of its gate. */
+export const gated = op({
+  name: "gated",
+  sig: "x[B,S,N*C] gate[B,S,N] -> y[B,S,N*C]",
+  cpu({ x, gate, y }, { C }) {
+    for (let i = 0; i < y.length; i++) y[i] = x[i]! * sigmoid(gate[Math.floor(i / C)]!);
+  },
+  grad({ x, gate }, { dy }, a): Grads {
+    const { dx, dgate } = gatedGrad.all({ x, gate, dy }, a);
+    return { x: dx, gate: dgate };
+  },
+});
+/** dgate = σ·(1 − σ) · Σ x·dy */
+export const gatedGrad = op({
+  name: "gated_grad",
+  sig: "x[B,S,N*C] gate[B,S,N] dy[B,S,N*C] -> dx[B,S,N*C] dgate[B,S,N]",
+  cpu({ x, gate, dy, dx, dgate }, { C }) {
+    for (let block = 0; block < gate.length; block++) {
+      const s = sigmoid(gate[block]!);
+      let sum = 0;
+      for (let i = block * C; i < block * C + C; i++) {
+        dx[i] = dy[i]! * s;
+        sum += x[i]! * dy[i]!;
+      }
+      dgate[block] = sum * s * (1 - s);
     }
   },
 });

@@ -1,12 +1,6 @@
 /** E: what balances the experts: losses, a bias, choices that are even by themselves. */
-import { balancesOf, type Job } from "../../schemas/job.ts";
+import { balancesOf, evenBy } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
-
-type Router = NonNullable<Job["model"]["moe"]>["router"];
-
-/** Kinds of balancing that are choices, not losses. */
-const evenBy = ({ balance }: Router): "sinkhorn" | "quantile" | undefined =>
-  ([balance].flat() as string[]).find((by): by is "sinkhorn" | "quantile" => by === "sinkhorn" || by === "quantile");
 
 export const balance = [
   rule({
@@ -90,13 +84,13 @@ export const balance = [
   }),
   rule({
     code: "E414",
-    title: "a list of balancing names each kind once, and none alone",
-    why: "Two losses of one kind are one with their weights added, and beside a loss `none` says nothing.",
+    title: "a list of balancing names each kind once",
+    why: "Two losses of one kind are one with their weights added. Megatron-LM takes the first weight and ignores the other in silence.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe) return;
       const kinds = [moe.router.balance].flat();
-      const kept = [...new Set(kinds)].filter((by, _, all) => by !== "none" || all.length === 1);
+      const kept = [...new Set(kinds)];
       if (kept.length === kinds.length) return;
       const coeffs = [moe.router.aux_coeff].flat();
       yield {
@@ -110,7 +104,7 @@ export const balance = [
         ],
       };
     },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [none, aux_loss], aux_coeff: [0, 0.01]}}}",
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [aux_loss, aux_loss], aux_coeff: [0.01, 0.02]}}}",
   }),
   rule({
     code: "E420",
@@ -131,19 +125,21 @@ export const balance = [
   }),
   rule({
     code: "E421",
-    title: "a rate for a bias that is not there",
-    why: "bias_rate moves the bias of expert_bias. Megatron-LM accepts the rate alone, and nothing balances.",
+    title: "a bias and its rate go together",
+    why: "bias_rate moves the bias of expert_bias: at 0 it stays 0, and without the bias the rate is ignored. Megatron-LM accepts either alone, and nothing balances.",
     level: "warning",
     *check({ model: { moe } }) {
-      if (!moe || moe.router.expert_bias || moe.router.bias_rate === 1e-3 || moe.router.bias_rate < 0) return;
+      if (!moe || moe.router.bias_rate < 0) return;
+      const { expert_bias, bias_rate } = moe.router;
+      if (expert_bias ? bias_rate > 0 : bias_rate === 1e-3) return;
       yield {
         at: "model.moe.router.bias_rate",
         related: ["model.moe.router.expert_bias"],
-        found: `bias_rate ${moe.router.bias_rate} with expert_bias: false`,
-        fix: "turn the bias on, or leave the rate out",
+        found: `bias_rate ${bias_rate} with expert_bias: ${expert_bias}`,
+        fix: expert_bias ? "0.001 is usual" : "turn the bias on, or leave the rate out",
         tries: [
-          { "model.moe.router.expert_bias": true },
-          { "model.moe.router.expert_bias": true, "model.moe.router.score": "sigmoid" },
+          ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true }]),
+          ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true, "model.moe.router.score": "sigmoid" }]),
           { "model.moe.router.bias_rate": 1e-3 },
         ],
       };

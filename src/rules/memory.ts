@@ -1,8 +1,9 @@
 /**
- * Memory: the one rule that needs a compiled program. Stages repeat their layers, so the peak of a job follows from its
- * compiled form at two and at three layers a stage; the plan itself then holds the exact figure.
+ * Memory: the one rule that needs a compiled program. Where stages repeat one layer, the peak of a job follows from its
+ * compiled form at two and at three layers a stage; where some layers have experts and some not, all are compiled. The plan itself
+ * then holds the exact figure.
  */
-import { devices, type Job } from "../../schemas/job.ts";
+import { devices, isMoe, type Job } from "../../schemas/job.ts";
 import { lower } from "../lower.ts";
 import { layOut } from "../memory.ts";
 import { buildMesh, stageOf } from "../mesh.ts";
@@ -16,8 +17,8 @@ import { type Rule, rule } from "./rule.ts";
 /** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
 export function peakOf(job: Job): { bytes: number; who: string } {
   const perStage = job.model.layers / job.parallel.pipeline;
-  const two = peaksAt(job, Math.min(2, perStage));
-  const three = perStage > 2 ? peaksAt(job, 3) : two;
+  const two = peaksAt(job, alike(job) ? Math.min(2, perStage) : perStage);
+  const three = alike(job) && perStage > 2 ? peaksAt(job, 3) : two;
   const peaks = two.map((bytes, s) => bytes + Math.max(0, perStage - 2) * (three[s]! - bytes));
   if (job.cluster.device === "cpu") {
     const ranks = job.parallel.world / job.parallel.pipeline;
@@ -26,6 +27,10 @@ export function peakOf(job: Job): { bytes: number; who: string } {
   const bytes = Math.max(...peaks);
   return { bytes, who: `a rank of stage ${peaks.indexOf(bytes)} needs` };
 }
+
+/** Whether all layers are of one kind. */
+const alike = ({ model }: Job): boolean =>
+  Array.from({ length: model.layers }, (_, i) => isMoe(model, i)).every((moe, _, [first]) => moe === first);
 
 function peaksAt(job: Job, layersPerStage: number): number[] {
   const small = { ...job, model: { ...job.model, layers: layersPerStage * job.parallel.pipeline } };
@@ -41,9 +46,11 @@ function peaksAt(job: Job, layersPerStage: number): number[] {
 /** More than one rank can possibly need, in closed form: when that fits easily, nothing is compiled. Bytes. */
 function ceiling({ model: m, parallel: p, train }: Job): number {
   const heads = (m.heads + m.kv_heads) * m.head_dim;
-  const ffn = m.moe ? m.moe.experts * m.moe.ffn : m.ffn;
+  const ffn = m.moe ? Math.max(m.ffn, m.moe.experts * m.moe.ffn + (m.moe.shared?.ffn ?? 0)) : m.ffn;
   const parameters = 2 * m.vocab * m.hidden + m.layers * m.hidden * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2);
-  const active = m.moe ? m.moe.top_k * (m.moe.ffn + m.hidden) + m.moe.experts : m.ffn;
+  // rows of a token at most: capacity may be padded with any, and experts may all choose the same
+  const rows = m.moe && (m.moe.capacity !== "dropless" || m.moe.router.type === "expert_choice") ? m.moe.experts : (m.moe?.top_k ?? 0);
+  const active = m.moe ? Math.max(m.ffn, rows * (m.moe.ffn + m.hidden) + 4 * m.moe.experts + (m.moe.shared?.ffn ?? 0)) : m.ffn;
   const perToken = m.layers * (8 * m.hidden + 8 * heads + 8 * active) + 8 * m.vocab;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }

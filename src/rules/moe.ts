@@ -1,5 +1,5 @@
 /** E: experts, their capacity, and how rows travel. How tokens find them: router.ts, balance.ts. */
-import type { Job } from "../../schemas/job.ts";
+import { evenBy, isMoe, type Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 type Moe = NonNullable<Job["model"]["moe"]>;
@@ -178,7 +178,7 @@ export const moe = [
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.capacity === "dropless") return;
-      const by = [moe.router.balance].flat().find((b) => b === "sinkhorn" || b === "quantile");
+      const by = evenBy(moe.router);
       if (!by) return;
       yield {
         at: "model.moe.capacity",
@@ -225,5 +225,75 @@ export const moe = [
       };
     },
     bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, score: sigmoid, expert_bias: true}, capacity: {factor: 1.25, pad: true}}}",
+  }),
+  rule({
+    code: "E437",
+    title: "layers says of each layer whether it has experts",
+    why: "A list of another length leaves layers over, or speaks of layers that are not there. Megatron-LM finds it when it builds the model.",
+    level: "error",
+    *check({ model: { moe, layers } }) {
+      if (!moe || !Array.isArray(moe.layers) || moe.layers.length === layers) return;
+      yield {
+        at: "model.moe.layers",
+        related: ["model.layers"],
+        found: `a list of ${moe.layers.length} for ${layers} layers`,
+        fix: "one number for each layer",
+        tries: [{ "model.moe.layers": Array.from({ length: layers }, (_, i) => (moe.layers as number[])[i] ?? 1) }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, layers: [0, 1, 1]}}",
+  }),
+  rule({
+    code: "E438",
+    title: "some layer has experts",
+    why: "A model without any is dense: say so, and what only experts need falls away.",
+    level: "error",
+    *check({ model }) {
+      const { moe, layers } = model;
+      if (!moe || (Array.isArray(moe.layers) && moe.layers.length !== layers)) return;
+      if (Array.from({ length: layers }, (_, i) => i).some((i) => isMoe(model, i))) return;
+      yield {
+        at: "model.moe.layers",
+        related: ["model.layers"],
+        found: `no layer of ${layers} has experts`,
+        fix: "give some layer experts, or leave model.moe out",
+        tries: [{ "model.moe.layers": "all" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, layers: {first_dense: 4}}}",
+  }),
+  rule({
+    code: "E439",
+    title: "tensor divides the width of shared experts",
+    why: "Every token goes to the shared experts: they are cut along their inner width over the tensor ranks, as a dense layer is.",
+    level: "error",
+    *check({ model: { moe }, parallel: p }) {
+      if (!moe?.shared || moe.shared.ffn % p.tensor === 0) return;
+      yield {
+        at: "model.moe.shared.ffn",
+        related: ["parallel.tensor"],
+        found: `${moe.shared.ffn} columns over ${p.tensor} tensor ranks leaves ${moe.shared.ffn % p.tensor} over`,
+        fix: `tensor must divide ${moe.shared.ffn}`,
+        tries: [{ "model.moe.shared.ffn": downTo(moe.shared.ffn, p.tensor) }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, shared: {ffn: 33}}}\nparallel: {world: 2, tensor: 2, sequence: true}",
+  }),
+  rule({
+    code: "E440",
+    title: "a latent width that is no narrower than the model",
+    why: "Tokens are projected to it so that less travels and experts are smaller. As wide as the model, two more matrices come on top and nothing is saved.",
+    level: "warning",
+    *check({ model: { moe, hidden } }) {
+      if (moe?.latent == null || moe.latent < hidden) return;
+      yield {
+        at: "model.moe.latent",
+        related: ["model.hidden"],
+        found: `latent ${moe.latent} with hidden ${hidden}`,
+        fix: "a part of hidden, or null",
+        tries: [{ "model.moe.latent": Math.max(1, Math.floor(hidden / 2)) }, { "model.moe.latent": null }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, latent: 16}}",
   }),
 ] as const;

@@ -1,4 +1,5 @@
 /** E: how the router scores, and who chooses whom. */
+import { evenBy } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 export const router = [
@@ -101,19 +102,25 @@ export const router = [
   }),
   rule({
     code: "E419",
-    title: "more groups than experts for a token",
-    why: "A token cannot use more groups than it has experts, so the limit limits nothing but which groups are left over. Megatron-LM then takes the sum of its 0 best scores as a group's worth, and keeps groups at random in silence.",
+    title: "groups that limit nothing",
+    why: "Kept groups are all of them, or more than a token has experts: it cannot use so many. Megatron-LM takes the sum of the 0 best scores as the worth of a group then, and keeps groups at random in silence.",
     level: "warning",
     *check({ model: { moe } }) {
-      if (!moe || moe.router.groups === 1 || moe.router.group_top_k > moe.router.groups) return;
+      if (!moe || moe.router.groups === 1 || evenBy(moe.router)) return;
       const { groups, group_top_k } = moe.router;
-      if (group_top_k <= moe.top_k || group_top_k === groups) return;
+      if (moe.experts % groups || group_top_k > groups) return;
+      if (group_top_k <= moe.top_k && group_top_k < groups) return;
+      const fewer = Math.min(moe.top_k, groups - 1);
       yield {
         at: "model.moe.router.group_top_k",
-        related: ["model.moe.top_k"],
-        found: `group_top_k ${group_top_k} with top_k ${moe.top_k}`,
-        fix: `at most ${moe.top_k}`,
-        tries: [{ "model.moe.router.group_top_k": moe.top_k }, { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 }],
+        related: ["model.moe.router.groups", "model.moe.top_k"],
+        found: `group_top_k ${group_top_k} of ${groups} groups with top_k ${moe.top_k}`,
+        fix: `at most ${fewer}, or no groups`,
+        tries: [
+          { "model.moe.router.group_top_k": fewer },
+          { "model.moe.router.group_top_k": fewer, "model.moe.router.group_scores": 1 },
+          { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 },
+        ],
       };
     },
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, groups: 4, group_top_k: 3}}}",

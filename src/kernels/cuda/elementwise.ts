@@ -40,6 +40,11 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: ["const float p = widen(pAt[row]);"],
     outputs: { y: "gate * sigmoid(gate) * up * p" },
   }),
+  gated: ({ C }) => ({
+    ...{ streams: ["x"], indexed: ["gate"], width: C! },
+    row: ["const float share = sigmoid(widen(gateAt[row]));"],
+    outputs: { y: "x * share" },
+  }),
   sigmoid: () => ({ streams: ["x"], outputs: { y: "sigmoid(x)" } }),
   sigmoid_grad: () => ({ streams: ["y", "dy"], outputs: { dx: "dy * y * (1.0f - y)" } }),
   sqrt_softplus: () => ({ streams: ["x"], outputs: { y: "sqrtf(fmaxf(x, 0.0f) + log1pf(fastExp(-fabsf(x))))" } }),

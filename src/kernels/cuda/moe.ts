@@ -53,6 +53,13 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
       outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
       rowOutputs: { dp: "slope" },
     }),
+  gated_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.C!, inputs: ["x", "dy"], perRow: ["gate"] },
+      stages: [{ name: "sum", op: "Sum", term: "x * dy", after: ["const float s = sigmoid(gate);"] }],
+      outputs: { dx: "dy * s" },
+      rowOutputs: { dgate: "sum * s * (1.0f - s)" },
+    }),
   normalize: (use) =>
     makeRows(use, {
       width: use.d.E!,

@@ -100,6 +100,10 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
     lines: ["let s = sigmoid(gate);"],
     results: { dgate: `dy * ${silu.dgate}`, dup: `dy * ${silu.dup}` },
   }),
+  gated: ({ d }) => ({
+    ...{ functions: [sigmoid], width: widthOf(d.C!), at: { gate: d.C! } },
+    results: { y: "x * sigmoid(V(gate))" },
+  }),
   swiglu_rows: (use) => ({
     functions: [sigmoid],
     width: widthOf(use.d.F!),

@@ -183,4 +183,23 @@ function swigluRowsGrad(use: Use): Made {
   return kernel(use, [entry], [totalOver(lanes), text]);
 }
 
-export const moe = { permute, unpermute, pack, pack_grad: packGrad, swiglu_rows_grad: swigluRowsGrad };
+function gatedGrad(use: Use): Made {
+  const C = use.d.C!;
+  const width = widthOf(C);
+  const vectors = C / width;
+  const blocks = use.size.gate!;
+  const lanes = lanesOf(vectors, THREADS);
+  const groups = Math.ceil((blocks * lanes) / THREADS);
+  const type = (name: string) => vector(scalar(use.dtype[name]!), name.endsWith("gate") ? 1 : width);
+  const entry: Entry = {
+    ...{ entry: use.name, grid: groups, threads: THREADS },
+    buffers: ["x", "gate", "dy", "dx", "dgate"].map((arg) => ({ arg, type: type(arg) })),
+  };
+  const text = render("wgsl/gated_grad.wgsl", {
+    ...{ entry: use.name, threads: THREADS, index: fold(groups).index, lanes, perGroup: THREADS / lanes, vectors, blocks },
+    ...{ vector: vector("f32", width), sum: horizontal("sum", width), dx: type("dx"), dgate: type("dgate") },
+  });
+  return kernel(use, [entry], [totalOver(lanes), text]);
+}
+
+export const moe = { gated_grad: gatedGrad, permute, unpermute, pack, pack_grad: packGrad, swiglu_rows_grad: swigluRowsGrad };
