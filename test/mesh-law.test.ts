@@ -45,7 +45,8 @@ const text = (model: object, parallel: Parallel, train: object = {}) => ({
   model,
   parallel,
   train: { micro_batch: 1, global_batch: 16, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
-  data: { path: "corpus.txt", tokenizer: "bytes" },
+  // where the text begins, sequences are one letter over and over: equals, among which rounding would choose
+  data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled" },
 });
 
 describe("on named meshes", () => {
