@@ -134,6 +134,8 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
       if (by === "aux_loss") add(per(by, train.micro_batch, coeff));
       if (by === "seq_aux_loss") add(per(by, 1, coeff));
       if (by !== "global_aux_loss") continue;
+      // one loss for the microbatch of all data ranks; Megatron Core adds up over them what it divided by their tokens, and then averages
+      // over them, so that there the weight falls with their number
       const sequences = train.micro_batch * parallel.data;
       const n = loads.of({ c }, {}, at("moe.global_loads"));
       const mean = runningMean.of({ n }, { choices: sequences * S * k }, at("moe.global_mean"));

@@ -97,15 +97,16 @@ describe("with a capacity, where the sequence is cut as often", () => {
       { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
     ],
   };
-  const capacities = [
-    { factor: 0.75 },
-    { factor: 1, drop: "position" },
-    { factor: 1, pad: true },
-    { factor: 1.5, drop: "position", pad: true },
+  const capacities: readonly [object, string][] = [
+    [{ factor: 0.75 }, "all_to_all"],
+    [{ factor: 0.75 }, "all_gather"],
+    [{ factor: 1, drop: "position" }, "all_to_all"],
+    [{ factor: 1, pad: true }, "all_to_all"],
+    [{ factor: 1.5, drop: "position", pad: true }, "all_gather"],
   ];
-  test.each(capacities.map((c) => [JSON.stringify(c), c] as const))("%s", async (_, capacity) => {
+  test.each(capacities.map(([c, dispatch]) => [JSON.stringify(c), dispatch, c] as const))("%s, %s", async (_, dispatch, capacity) => {
     const router = { ...moe.router, score: "sigmoid", expert_bias: true, bias_rate: 0.05 };
-    const model = shape({ moe: { ...moe, capacity, router } });
+    const model = shape({ moe: { ...moe, capacity, dispatch, router } });
     const train = { micro_batch: 2 };
     const losses = [];
     for (const meshes of Object.values(pieces)) {
@@ -222,8 +223,25 @@ test("on any legal mesh of up to 16 ranks, any small model", async () => {
 }, 240_000);
 
 test("any choice of dims gives the same numbers: the rules decide cost, not truth", async () => {
-  const model = shape({ moe });
-  const want = await numbers(jobOf(text(model, { world: 1 })));
+  const router = {
+    score: "sigmoid",
+    expert_bias: true,
+    bias_rate: 0.05,
+    balance: ["seq_aux_loss", "global_aux_loss"],
+    aux_coeff: [0.05, 0.05],
+  };
+  const models = {
+    plain: shape({ moe }),
+    rich: shape({ moe: { ...moe, router, capacity: { factor: 1, pad: true }, shared: { ffn: 24, gate: true }, latent: 16 } }),
+    even: shape({ moe: { ...moe, router: { balance: "sinkhorn", normalize_top_k: false } } }),
+    chosen: shape({ moe: { ...moe, router: { type: "expert_choice", normalize_top_k: false } } }),
+  };
+  const known = new Map<string, ReturnType<typeof numbers>>();
+  const ruled = (model: object, parallel: Parallel) => {
+    const key = JSON.stringify([model, parallel]);
+    if (!known.has(key)) known.set(key, numbers(jobOf(text(model, parallel))));
+    return known.get(key)!;
+  };
   const meshes: Parallel[] = [
     { world: 4, tensor: 2, sequence: true, expert: 2 },
     { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
@@ -231,20 +249,20 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
     { world: 8, pipeline: 2, expert: 4 },
   ];
   await fc.assert(
-    fc.asyncProperty(fc.integer(), fc.constantFrom(...meshes), async (seed, parallel) => {
+    fc.asyncProperty(fc.integer(), fc.constantFrom(...meshes), fc.constantFrom(...Object.values(models)), async (seed, parallel, model) => {
       let s = seed;
       const pick = (votes: readonly Choice[]): Choice => {
         s = Math.imul(s, 1664525) + 1013904223;
         return votes[(s >>> 8) % (votes.length + 1)] ?? { by: "nothing" };
       };
-      same(await numbers(jobOf(text(model, parallel)), pick), want);
+      same(await numbers(jobOf(text(model, parallel)), pick), await ruled(model, parallel));
     }),
     {
       numRuns: Number(process.env.RANKC_RUNS ?? 20),
       // E cut by the same factors in another order: once two layouts under one name
       examples: [
-        [77, meshes[1]!],
-        [1538828707, meshes[1]!],
+        [77, meshes[1]!, models.plain],
+        [1538828707, meshes[1]!, models.plain],
       ],
     },
   );

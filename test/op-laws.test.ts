@@ -203,6 +203,18 @@ test("of equal scores the lower expert is chosen; one whose weight underflowed t
   expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 2 });
 });
 
+test("loads by force are even, and go on from one piece of the tokens to the next", () => {
+  const of = (B: number, S: number, b0: number, s0: number) => {
+    const c = new Float32Array(B * S * 6);
+    const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
+    ops.choose_evenly!.cpu({ x: c, c }, { B, S, E: 6, k: 2, S0: 9, E0: 6 }, { start: (d) => starts[d] ?? 0, rows: new Int32Array(1) });
+    return [...c];
+  };
+  const all = of(2, 9, 0, 0);
+  expect(Array.from({ length: 6 }, (_, e) => all.filter((x, i) => i % 6 === e && x).length)).toEqual([6, 6, 6, 6, 6, 6]);
+  expect(of(1, 4, 1, 5)).toEqual(all.slice((9 + 5) * 6));
+});
+
 test("the blocked product is the plain one, at sizes that fill no tile or block", () => {
   const size = fc.integer({ min: 1, max: 11 });
   law(
