@@ -43,7 +43,7 @@ const RouterText = z.strictObject({
   precision: z
     .enum(["model", "fp32"])
     .default("model")
-    .describe("what the logits are computed in: as the rest of the model, or in fp32 from the widened input and router weight"),
+    .describe("what the logits are kept in, and their gradients: as the rest of the model, or in fp32"),
   groups: count
     .default(1)
     .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),

@@ -3,7 +3,7 @@ import { balancesOf, evenBy, type Job } from "../schemas/job.ts";
 import type { Part } from "./modelParts.ts";
 import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
 import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
-import { cast, gemm } from "./ops/linear.ts";
+import { gemm } from "./ops/linear.ts";
 import type { Attrs, Value } from "./ops/op.ts";
 import { choose, chooseBiased, normalize, sigmoid, softmax, sqrtSoftplus, weigh, zLoss } from "./ops/router.ts";
 
@@ -17,17 +17,11 @@ export interface Routing {
   readonly rows: Attrs;
 }
 
-/** `h` normalised [B,S,D] → logits [B,S,E]. */
+/** `h` normalised [B,S,D] → logits [B,S,E]. In f32 they are sums of the same products, which are exact there, left unrounded. */
 export function logitsOf({ at, weight }: Part, h: Value, { router }: Moe): Value {
-  const x = router.precision === "fp32" ? widened(h, at("moe.input")) : h;
-  return gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
-}
-/** The value in f32, whatever the model's precision. */
-function widened(v: Value, id: string): Value {
-  if (v.dtype === "f32") return v;
-  const wide = cast.of({ x: v }, {}, id);
-  wide.dtype = "f32";
-  return wide;
+  const logits = gemm.of({ x: h, w: weight("router", "D,E") }, {}, at("moe.router"));
+  if (router.precision === "fp32") logits.dtype = "f32";
+  return logits;
 }
 
 export function route(part: Part, moe: Moe, logits: Value): Routing {

@@ -303,9 +303,10 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   const mixed = typesOf(op, half);
   const plain = allF32(mixed);
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
-  // a router in f32 reads the model's weight as it is
-  if (op.name === "gemm") return [plain, mixed, { x: "f32", w: half, y: "f32" }];
-  if (op.name === "gemm_dgrad") return [plain, mixed, { dy: "f32", w: half, dx: "f32" }];
+  // logits of a router in f32, of a model that is not
+  if (op.name === "gemm") return [plain, mixed, { x: half, w: half, y: "f32" }];
+  if (op.name === "gemm_dgrad") return [plain, mixed, { dy: "f32", w: half, dx: half }];
+  if (op.name === "gemm_wgrad") return [plain, mixed, { x: half, dy: "f32", dw: "f32" }];
   return Object.values(mixed).includes(half) ? [plain, mixed] : [plain];
 }
 
