@@ -5,7 +5,7 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { hasExperts, type Job } from "../schemas/job.ts";
+import { evenBy, hasExperts, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { type Entry, openSafetensors, type Safetensors } from "./safetensors.ts";
 
@@ -29,7 +29,11 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
   for (const parameter of parametersOf(model)) {
     // A layout is recognised by its first tensor; where none is there, the first layout says what is missed.
     const there = parameter.layouts.find((parts) => tensors.where.has(parts[0]!.tensor));
-    const parts = there ?? parameter.layouts[PREFERRED]!;
+    if (!there && parameter.optional) {
+      found.set(parameter.name, { parameter, parts: [] });
+      continue;
+    }
+    const parts = there ?? parameter.layouts[PREFERRED] ?? parameter.layouts[0]!;
     found.set(parameter.name, { parameter, parts });
     for (const part of parts) {
       used.add(part.tensor);
@@ -75,12 +79,12 @@ export function toHuggingFace(
   named: ReadonlyMap<string, { readonly shape: readonly number[]; readonly data: Float32Array }>,
 ): readonly Entry[] {
   const entries = new Map<string, Entry>();
-  for (const { name, shape, layouts, state } of parametersOf(model)) {
+  for (const { name, shape, layouts, optional } of parametersOf(model)) {
     const value = named.get(name);
-    if (value === undefined && state) continue;
+    if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
-    for (const part of layouts[PREFERRED]!) {
+    for (const part of layouts[PREFERRED] ?? layouts[0]!) {
       const entry = entries.get(part.tensor) ?? {
         name: part.tensor,
         dtype: "F32",
@@ -108,8 +112,8 @@ type Parameter = {
   readonly layouts: readonly (readonly Part[])[];
   /** The job key to doubt when the tensor is not there. */
   readonly missing: string;
-  /** Not trained by gradients. */
-  readonly state?: true;
+  /** Zeros where it is not there: what a router has learnt about loads, which few checkpoints hold, and no gradient has. */
+  readonly optional?: true;
 };
 const PREFERRED = 1;
 
@@ -204,16 +208,22 @@ function parametersOf(model: Model): readonly Parameter[] {
     return [matrix("w1", "gate_proj", D, F), matrix("w3", "up_proj", D, F), matrix("w2", "down_proj", F, D)];
   };
 
-  /** What stands beside the experts: the bias of their choice, and what every token goes through. */
-  const beside = (ours: string, theirs: string, { router, shared }: Moe): readonly Parameter[] => {
+  /** What stands beside the experts: what the router has learnt about loads, what every token goes through, and the experts' width. */
+  const beside = (ours: string, theirs: string, { router, shared, latent }: Moe): readonly Parameter[] => {
     const places = ["shared_experts", "shared_expert"].map((name) => `${theirs}.${name}`);
     const F = { size: shared?.ffn ?? 0, key: "model.moe.shared.ffn" };
+    const L = { size: latent ?? 0, key: "model.moe.latent" };
     const one = { size: 1, key: "one product" };
     const bias = plain(`${ours}.router_bias`, "model.moe.router.expert_bias", `${theirs}.gate.e_score_correction_bias`, E);
+    const beta = own(`${ours}.router_beta`, "model.moe.router.balance", [E], []);
     return [
-      ...(router.expert_bias ? [{ ...bias, state: true as const }] : []),
+      ...(router.expert_bias ? [{ ...bias, optional: true as const }] : []),
+      ...(evenBy(router) === "quantile" ? [{ ...beta, optional: true as const }] : []),
       ...(shared ? forward(`${ours}.shared`, shared.gate ? places.reverse() : places, "model.moe.shared", F) : []),
       ...(shared?.gate ? [linear(`${ours}.shared.gate`, "model.moe.shared.gate", [`${theirs}.shared_expert_gate.weight`], D, one)] : []),
+      ...(latent === null
+        ? []
+        : [own(`${ours}.latent.down`, "model.moe.latent", [D, L], []), own(`${ours}.latent.up`, "model.moe.latent", [L, D], [])]),
     ];
   };
 
@@ -221,7 +231,9 @@ function parametersOf(model: Model): readonly Parameter[] {
     const F = { size: moe.ffn, key: "model.moe.ffn" };
     const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
     const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
-    const matrix = D.size * F.size;
+    // what routed experts take and give
+    const W = moe.latent === null ? D : { size: moe.latent, key: "model.moe.latent" };
+    const matrix = W.size * F.size;
     /** One of the three matrices of all experts; `half` is its place in the fused tensor of gate (0) and up (1). */
     const stack = (name: string, input: Dim, output: Dim, fused: string, half: 0 | 1 | null, perExpert: readonly string[]): Parameter => {
       const [rows, cols] = [output.size, input.size];
@@ -245,9 +257,9 @@ function parametersOf(model: Model): readonly Parameter[] {
     };
     return [
       linear(`${ours}.router`, "model.moe", [`${theirs}.mlp.gate.weight`, `${theirs}.block_sparse_moe.gate.weight`], D, E),
-      stack("w1", D, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
-      stack("w3", D, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
-      stack("w2", F, D, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
+      stack("w1", W, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
+      stack("w3", W, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
+      stack("w2", F, W, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
     ];
   };
 

@@ -14,7 +14,7 @@ import type { Place } from "../src/ops/op.ts";
 import type { Fleet, HostData, OpenBackend } from "./backend.ts";
 import { narrow, widen } from "./halves.ts";
 import { loopback } from "./loopback.ts";
-import { rowsOverflow } from "./rowsOverflow.ts";
+import { overBound } from "./overBound.ts";
 
 export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
   const { world, per_stage } = plan.mesh;
@@ -41,9 +41,9 @@ export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
     async finish() {
       for (const r of ranks) {
         const { bounds, buffers } = plan.programs[stageOfRank(plan.mesh, r)]!;
-        for (const { needed, bound } of bounds) {
-          const found = backends[r]!.peek(buffers.find((b) => b.id === needed)!, 0)[0]!;
-          if (found > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), r, found, bound);
+        for (const limit of bounds) {
+          const found = backends[r]!.peek(buffers.find((b) => b.id === limit.needed)!, 0)[0]!;
+          if (found > limit.bound) throw overBound(limit, r, found);
         }
       }
     },
@@ -120,7 +120,7 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
       for (const f of before) f();
       if (i.rows) {
         const needed = op.rows!(t, d, place, rows, bound);
-        if (needed > bound) throw rowsOverflow(i.id, rank, needed, bound);
+        if (needed > bound) throw overBound({ needed: i.id, bound, of: "rows" }, rank, needed);
       }
       op.cpu(t, d, place);
       for (const f of after) f();

@@ -112,8 +112,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   }
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
     const out = new Float32Array(elementsOf(b.shape));
-    if (init.type === "ones") return out.fill(1);
-    if (init.type === "zeros") return out;
+    if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);
     visitRuns(b, r, (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
     return out;
   }
@@ -128,7 +127,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     }
     return { shape: b.sizes, data: out };
   }
-  async function collect(pick: (p: Plan["programs"][number]["parameters"][number]) => string): Promise<Map<string, Tensor>> {
+  type Parameter = Plan["programs"][number]["parameters"][number];
+  async function collect(pick: (p: Parameter) => string, wanted: (p: Parameter) => boolean = () => true): Promise<Map<string, Tensor>> {
     if (ranks.length < mesh.world)
       throw new Trouble(
         `the ranks of ${job.name} run in ${mesh.world} processes, none of which holds all values`,
@@ -137,7 +137,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     const all = new Map<string, Tensor>();
     for (const p of programs)
       for (const q of p.parameters)
-        if (!q.tied_to) all.set(q.name, await assemble(p.stage, pick(q), (r) => fleet.backend(r).read(bufferOf(r, pick(q)), 0)));
+        if (!q.tied_to && wanted(q))
+          all.set(q.name, await assemble(p.stage, pick(q), (r) => fleet.backend(r).read(bufferOf(r, pick(q)), 0)));
     return all;
   }
 
@@ -251,7 +252,11 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
         seconds: (performance.now() - begun) / 1000,
       };
     },
-    gradients: () => collect((q) => q.gradient),
+    gradients: () =>
+      collect(
+        (q) => q.gradient,
+        (q) => q.rule === "adamw",
+      ),
     parameters: () => collect((q) => q.master),
     watched: (id) =>
       Promise.all(

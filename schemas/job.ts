@@ -65,7 +65,16 @@ const Mla = z.strictObject({
     .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
 });
 
+const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile"]);
+export type Balance = z.infer<typeof Balance>;
+
 const RouterText = z.strictObject({
+  type: z
+    .enum(["top_k", "expert_choice"])
+    .default("top_k")
+    .describe(
+      "who chooses: each token its top_k experts, or each expert its best tokens of a microbatch, as many as even loads would bring",
+    ),
   score: z
     .enum(["softmax", "sigmoid", "sqrt_softplus"])
     .default("softmax")
@@ -80,7 +89,7 @@ const RouterText = z.strictObject({
   precision: z
     .enum(["model", "fp32"])
     .default("model")
-    .describe("what the logits are computed in: as the rest of the model, or in fp32 from the widened input and router weight"),
+    .describe("what the logits are kept in, and their gradients: as the rest of the model, or in fp32"),
   groups: count
     .default(1)
     .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
@@ -95,44 +104,72 @@ const RouterText = z.strictObject({
     .default(false)
     .describe("choose by score + a bias per expert, which after each step moves towards even loads (DeepSeek-V3); weights stay unbiased"),
   bias_rate: real.default(1e-3).describe("how far the bias moves in a step"),
-  balance: z.enum(["none", "aux_loss"]).default("aux_loss").describe("what keeps tokens spread over the experts"),
-  aux_coeff: real
+  balance: z
+    .union([Balance, z.array(Balance).min(1)])
+    .default("aux_loss")
+    .describe(
+      "what keeps tokens spread over the experts, one or several: a loss on the counts of each microbatch, of each sequence, or of all data ranks and the step's microbatches so far; or choices that are even by themselves: Sinkhorn's method, or biases that are quantiles of the logits",
+    ),
+  aux_coeff: z
+    .union([real, z.array(real)])
     .default(0)
     .describe(
-      "weight of the balancing loss. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and B4 rules warn",
+      "weight of the balancing loss; of several, a list. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and a rule warns",
     ),
+  quantile_ema: real.default(0).describe("with balance: quantile, how much of a bias stays after a step"),
   z_coeff: real
     .default(0)
     .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
+  force: z
+    .enum(["none", "uniform"])
+    .default("none")
+    .describe("for benchmarks. uniform: tokens go to the experts in turns, whatever the scores, and weigh as these say"),
+});
+
+const Capacity = z.strictObject({
+  factor: real.describe("room of an expert, as a multiple of its share of the tokens that one rank routes at once"),
+  drop: z
+    .enum(["probs", "position"])
+    .default("probs")
+    .describe("what is kept where more want in: the largest weights, or the first positions (in Megatron Core position keeps any)"),
+  pad: z.boolean().default(false).describe("fill what room is left, so that every expert gets the same number of rows"),
 });
 
 const Shared = z.strictObject({
-  ffn: count.describe("inner width"),
-  gate: z.boolean().default(false).describe("what it gives is weighed by the sigmoid of one more product with the token (Qwen2-MoE)"),
+  ffn: count.describe("inner width of the shared experts, all of them together"),
+  gate: z
+    .boolean()
+    .default(false)
+    .describe("weigh what they say by a gate of the token (Qwen2-MoE): the sigmoid of its product with a vector"),
+});
+
+const SomeLayers = z.strictObject({
+  first_dense: z.int().min(0).default(0).describe("so many layers from the first on are dense (DeepSeek)"),
+  every: count.default(1).describe("of the others, those whose number (from 0) is a multiple of it have experts"),
 });
 
 const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
-  shared: Shared.nullable().default(null).describe("a feed-forward part beside the experts, through which every token goes; null = none"),
   layers: z
-    .union([
-      z.literal("all"),
-      z.strictObject({ first_dense: z.int().min(0).describe("layers before the first that has experts") }),
-      z.strictObject({ every: count.describe("layer 0 has experts, and every so many after it") }),
-      z.array(z.union([z.literal(0), z.literal(1)])).min(1),
-    ])
+    .union([z.literal("all"), SomeLayers, z.array(z.int().min(0).max(1))])
     .default("all")
-    .describe(
-      "which layers have experts: all, {first_dense: n}, {every: n}, or a 0 or 1 for each layer; the others are dense, of model.ffn",
-    ),
+    .describe("which layers have experts; the others are dense, of width model.ffn. A list says 1 or 0 for each layer"),
+  shared: Shared.nullable().default(null).describe("experts that every token goes to, beside those it chooses: a dense part of its own"),
+  latent: count
+    .nullable()
+    .default(null)
+    .describe("the routed experts work in this width: tokens are projected to it before they travel, and back after; null = model.hidden"),
   router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
     .enum(["all_to_all", "all_gather"])
     .default("all_to_all")
     .describe("how rows reach the ranks that hold their experts: each row to its experts, or every row to every rank of the expert group"),
-  capacity: z.literal("dropless").default("dropless").describe("every routed row is computed; none is dropped or padded"),
+  capacity: z
+    .union([z.literal("dropless"), Capacity])
+    .default("dropless")
+    .describe("dropless: every routed row is computed; or a limit, beyond which rows are dropped"),
   rows_bound: z
     .union([z.literal("worst"), z.number().min(1)])
     .default("worst")
@@ -364,14 +401,23 @@ function completeMoe(moe: z.output<typeof MoeText>, ffn: number): z.output<typeo
 
 /** Whether a layer has experts. */
 export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): boolean {
-  if (!moe) return false;
-  const { layers } = moe;
-  if (layers === "all") return true;
-  if (Array.isArray(layers)) return layers[layer] === 1;
-  return "every" in layers ? layer % layers.every === 0 : layer >= layers.first_dense;
+  if (moe === null || moe.layers === "all") return moe !== null;
+  if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
+  return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
 
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
 }
+
+type Router = NonNullable<Job["model"]["moe"]>["router"];
+/** What balances, and the weight of each; lists of different lengths end with the shorter one. */
+export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly by: Balance; readonly coeff: number }[] {
+  const by = Array.isArray(balance) ? balance : [balance];
+  const coeffs = Array.isArray(aux_coeff) ? aux_coeff : [aux_coeff];
+  return by.slice(0, coeffs.length).map((b, i) => ({ by: b, coeff: coeffs[i]! }));
+}
+/** Of the kinds of balancing the one that is a choice, even by itself, and no loss. */
+export const evenBy = ({ balance }: Router): "sinkhorn" | "quantile" | undefined =>
+  [balance].flat().find((by): by is "sinkhorn" | "quantile" => by === "sinkhorn" || by === "quantile");

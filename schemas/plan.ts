@@ -41,7 +41,13 @@ export const Buffer = z.strictObject({
   shape: z.array(count).describe("local sizes in memory; for rows: the bound, then the rest"),
   sizes: z.array(count).describe("global sizes, one per slot; a ragged value has its ragged slots first"),
   ragged: count.describe("leading slots that share the first dim in memory: 3 for rows B~S~E, else 0"),
-  fanout: count.optional().describe("rows per token of a ragged value: the router's top_k"),
+  fanout: count
+    .optional()
+    .describe("rows of a ragged value per token at most: the router's top_k, or all experts where these choose or are padded"),
+  quota: z
+    .strictObject({ rows: count, sequences: count, positions: count })
+    .optional()
+    .describe("… and per expert at most `rows` of any group of so many sequences and positions: its capacity"),
   cuts: z.array(factors).describe("per slot, the factors that cut it"),
   owes: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
   chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
@@ -106,8 +112,13 @@ export type Instruction = z.infer<typeof Instruction>;
 export const Parameter = z.strictObject({
   name: id,
   init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
+  rule: z
+    .enum(["adamw", "expert_bias", "quantile"])
+    .describe(
+      "how a step changes it; the bias of a router's choice has no gradient: it goes by how many tokens each expert got, or by quantiles of its logits",
+    ),
   buffer: id,
-  gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it"),
+  gradient: id.describe("the reduced gradient, as it lies when the optimizer reads it; or what stands in its place"),
   master: id.describe("the f32 copy the optimizer updates; the parameter itself where both are one"),
   tied_to: id.optional().describe("the parameter (of another stage) this one is a copy of"),
 });
@@ -132,8 +143,10 @@ export const Program = z.strictObject({
   parameters: z.array(Parameter),
   inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
   bounds: z
-    .array(z.strictObject({ needed: id, bound: count }))
-    .describe("read after a step: scalars that say how many rows there were where a plan bounds them (model.moe.rows_bound)"),
+    .array(z.strictObject({ needed: id, bound: count, of: z.enum(["rows", "rounds"]) }))
+    .describe(
+      "read after a step: scalars that say how much was needed of what a plan bounds: rows of experts (model.moe.rows_bound), rounds of a method",
+    ),
   metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),

@@ -3,24 +3,36 @@
 import { elementsOf, parts } from "../schemas/layout.ts";
 import type { Buffer, Compute, How, Move } from "../schemas/plan.ts";
 import type { Mesh } from "./mesh.ts";
-import type { AnyOp } from "./ops/op.ts";
+import type { AnyOp, Quota } from "./ops/op.ts";
 
-/** Rows of a ragged piece [B,S,E,…] a rank holds when routing is balanced: B·S·k of its tokens, the share of its experts. */
-export const expectedRows = (mesh: Mesh, sizes: readonly number[], cuts: readonly (readonly number[])[], fanout: number): number =>
-  (sizes[0]! * sizes[1]! * fanout) / parts(mesh, cuts.slice(0, 3).flat());
-
-/** The most rows a rank can get: every one of its tokens chooses as many of its experts as it may. Or `factor` times the balanced load. */
-export function boundOfRows(
-  mesh: Mesh,
-  sizes: readonly number[],
-  cuts: readonly (readonly number[])[],
-  fanout: number,
-  factor: "worst" | number,
-): number {
-  const tokens = (sizes[0]! * sizes[1]!) / parts(mesh, [...cuts[0]!, ...cuts[1]!]);
-  const worst = tokens * Math.min(fanout, sizes[2]! / parts(mesh, cuts[2]!));
-  return factor === "worst" ? worst : Math.min(worst, Math.ceil(expectedRows(mesh, sizes, cuts, fanout) * factor));
+/** A ragged value [B,S,E,…], and how many rows it may have: per token, and per expert. */
+interface Rows {
+  readonly sizes: readonly number[];
+  readonly fanout?: number | undefined;
+  readonly quota?: Quota | undefined;
 }
+type Cuts = readonly (readonly number[])[];
+
+/** Rows of a ragged piece a rank holds when routing is balanced: B·S·k of its tokens or what experts have room for, the share of its experts. */
+export function expectedRows(mesh: Mesh, { sizes, fanout, quota }: Rows, cuts: Cuts): number {
+  const [B, S, E] = sizes as readonly [number, number, number];
+  const room = quota ? (B / quota.sequences) * (S / quota.positions) * E * quota.rows : Infinity;
+  return Math.min(B * S * fanout!, room) / parts(mesh, cuts.slice(0, 3).flat());
+}
+
+/**
+ * The most rows a rank can get: every one of its tokens goes to as many of its experts as it may, and no expert beyond its quota of any
+ * group of tokens. Or `factor` times the balanced load.
+ */
+export function boundOfRows(mesh: Mesh, rows: Rows, cuts: Cuts, factor: "worst" | number): number {
+  const [b, s, experts] = [0, 1, 2].map((slot) => rows.sizes[slot]! / parts(mesh, cuts[slot]!)) as [number, number, number];
+  const { quota } = rows;
+  const room = quota ? experts * Math.min(b * s, touched(b, quota.sequences) * touched(s, quota.positions) * quota.rows) : Infinity;
+  const worst = Math.min(b * s * Math.min(rows.fanout!, experts), room);
+  return factor === "worst" ? worst : Math.min(worst, Math.ceil(expectedRows(mesh, rows, cuts) * factor));
+}
+/** How many groups of `size` a piece of `n` may lie in. */
+const touched = (n: number, size: number): number => (n % size === 0 ? n / size : size % n === 0 ? 1 : n);
 
 /** Whether a collective's buffers hold, at sizes known now, just what its kind takes and gives. If not, the host would have to wait for a count. */
 export function sizesAgree({ how, world, factors, from, to }: Move, mesh: Mesh, buffer: (id: string) => Buffer): boolean {
@@ -56,6 +68,6 @@ export function flopsOf(op: AnyOp, instruction: Compute, mesh: Mesh, buffer: (id
   const ragged = Object.values(instruction.reads)
     .map(buffer)
     .find((b) => b.ragged);
-  if (ragged) d.R = expectedRows(mesh, ragged.sizes, ragged.cuts, ragged.fanout!);
+  if (ragged) d.R = expectedRows(mesh, ragged, ragged.cuts);
   return op.flops(d);
 }

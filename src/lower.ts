@@ -109,7 +109,9 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
     for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.slots)) dims[dim] = [node.size[dim]!, [...(cuts.get(dim) ?? [])]];
     const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
     const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
-    const keeps = outputs.filter((_, i) => losses.has(outs[i]!.value)).map((o) => o.name);
+    const keeps = outputs.filter((o, i) => losses.has(outs[i]!.value) || node.op.updates?.includes(o.name)).map((o) => o.name);
+    for (const [out, by] of Object.entries(node.op.limits ?? {}))
+      role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
     const rows = node.op.rows ? buffers.get(writes[outputs[0]!.name]!)!.rows! : undefined;
     emit(block, {
       kind: "compute",

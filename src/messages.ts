@@ -191,7 +191,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     const into = order(factorsIn(b.cuts));
     const outOf = order(factorsIn(a.cuts));
     const cuts = [0, 1, 2].map((slot) => [...a.cuts[slot]!, ...b.cuts[slot]!.filter((f) => i.factors.includes(f))]);
-    const cap = into.length ? boundOfRows(mesh, a.sizes, cuts, a.fanout!, bound) : a.shape[0]!;
+    const cap = into.length ? boundOfRows(mesh, a, cuts, bound) : a.shape[0]!;
     const route = routeOf(i, a, b, { into, outOf, group, cap });
 
     const rows: Axis = { key: ROWS, size: cap };

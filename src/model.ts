@@ -4,10 +4,10 @@
  */
 import { hasExperts, type Job } from "../schemas/job.ts";
 import { attend } from "./modelAttention.ts";
+import { dense } from "./modelDense.ts";
 import { experts } from "./modelExperts.ts";
 import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts";
 import { add, gemm, gemmDgrad } from "./ops/linear.ts";
-import { swiglu } from "./ops/moe.ts";
 import { rmsnorm } from "./ops/norm.ts";
 import type { Value } from "./ops/op.ts";
 import { embed, mean, nll, pick, rowMax, sumExp } from "./ops/vocab.ts";
@@ -28,7 +28,7 @@ export function buildModel(job: Job): Loss[] {
     const a = rmsnorm.of({ x, gain: gain("norm1", "D") }, { eps }, at("attn.norm"));
     x = add.of({ a: x, b: attend(layer, a) }, {}, at("attn.residual"));
     const h = rmsnorm.of({ x, gain: gain("norm2", "D") }, { eps }, at("mlp.norm"));
-    x = add.of({ a: x, b: m.moe && hasExperts(m, i) ? experts(layer, h, m.moe) : dense(layer, h) }, {}, at("mlp.residual"));
+    x = add.of({ a: x, b: m.moe && hasExperts(m, i) ? experts(layer, h, m.moe) : dense(layer, h, "H") }, {}, at("mlp.residual"));
   }
 
   const last = partOf(job, 1 + m.layers, "", losses);
@@ -51,10 +51,4 @@ function crossEntropy(part: Part, logits: Value): Value {
   const p = pick.of({ x: logits, target: part.input("labels") }, {}, "loss.pick");
   const { train, model } = part.job;
   return mean.of({ l: nll.of({ m: max, s, p }, {}, "loss.nll") }, { count: train.global_batch * model.seq }, "loss");
-}
-
-function dense({ at, weight }: Part, h: Value): Value {
-  const w = (name: string, dims: string, y: Value): Value => gemm.of({ x: y, w: weight(name, dims) }, {}, at(`mlp.${name}`));
-  const act = swiglu.of({ gate: w("w1", "D,H@tp", h), up: w("w3", "D,H@tp", h) }, {}, at("mlp.swiglu"));
-  return w("w2", "H@tp,D", act);
 }

@@ -1,47 +1,49 @@
 /**
- * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute. Dispatch and combine are moves that `shard`
- * inserts between them. Balancing losses stand beside.
+ * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, and beside it the experts that all tokens share.
+ * Dispatch and combine are moves that `shard` inserts between them.
  */
-import type { Job } from "../schemas/job.ts";
+import { dense } from "./modelDense.ts";
 import type { Part } from "./modelParts.ts";
-import { gemm, groupedGemm } from "./ops/linear.ts";
-import { auxLoss, pack, permute, softmax, swigluRows, tally, topK, unpermute, zLoss } from "./ops/moe.ts";
+import { logitsOf, type Moe, type Routing, route } from "./modelRouter.ts";
+import { add, gemm, groupedGemm } from "./ops/linear.ts";
+import { gated, pack, permute, swigluRows, unpermute } from "./ops/moe.ts";
 import type { Value } from "./ops/op.ts";
-
-type Moe = NonNullable<Job["model"]["moe"]>;
 
 /** `h` normalised [B,S,D] → what is added to the residual stream [B,S,D]. */
 export function experts(part: Part, h: Value, moe: Moe): Value {
-  const { weight, job, losses } = part;
-  const { train } = job;
+  const { weight } = part;
   const at = (name: string) => part.at(`moe.${name}`);
-  const { router } = moe;
-  const routing = { k: moe.top_k };
+  const routing = route(part, moe, logitsOf(part, h, moe));
+  if (moe.latent === null) return withShared(part, h, moe, routed(part, h, moe, routing, "D"));
+  const down = gemm.of({ x: h, w: weight("latent.down", "D,L") }, {}, at("latent_down"));
+  const up = gemm.of({ x: routed(part, down, moe, routing, "L"), w: weight("latent.up", "L,D") }, {}, at("latent_up"));
+  return withShared(part, h, moe, up);
+}
+
+/** The chosen experts of tokens of a width. */
+function routed(part: Part, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing, width: "D" | "L"): Value {
+  const at = (name: string) => part.at(`moe.${name}`);
   // the dispatcher `all_gather`: tokens are gathered over ep, and each rank permutes those of its own experts
   const pin = (v: Value) => {
     if (moe.dispatch === "all_gather") v.node!.pin = { dim: "E", axis: "ep", path: "model.moe.dispatch" };
     return v;
   };
-  const logits = gemm.of({ x: h, w: weight("router", "D,E") }, {}, at("router"));
-  const scores = softmax.of({ x: logits }, {}, at("scores"));
-  const probs = topK.of({ p: scores }, { k: moe.top_k, normalize: Number(router.normalize_top_k) }, at("top_k"));
-  const rows = pin(permute.of({ x: h, p: probs }, routing, at("permute")));
-  const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: weight(name, dims) }, {}, at(name));
+  const rows = pin(permute.of({ x, c }, limits, at("permute")));
+  const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: part.weight(name, dims) }, {}, at(name));
   // the router's weight travels beside the row and is applied inside the activation, as Megatron Core does
-  const weights = pin(pack.of({ p: probs }, routing, at("pack")));
-  const act = swigluRows.of({ gate: w("w1", "E@ep,D,F@etp", rows), up: w("w3", "E@ep,D,F@etp", rows), p: weights }, {}, at("swiglu"));
-  const out = pin(unpermute.of({ r: w("w2", "E@ep,F@etp,D", act), p: probs }, routing, at("unpermute")));
+  const weights = pin(pack.of({ p, c }, limits, at("pack")));
+  const into = `E@ep,${width},F@etp`;
+  const act = swigluRows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at("swiglu"));
+  return pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
+}
 
-  const S = job.model.seq;
-  const microbatches = train.global_batch / train.micro_batch;
-  if (router.balance === "aux_loss" && router.aux_coeff > 0) {
-    // Switch, GShard: coeff · E/(k·T²) · Σ_e n_e · Σ_t p_te with T the tokens of one microbatch, averaged over microbatches
-    const T = train.micro_batch * S;
-    const c = (router.aux_coeff * moe.experts) / (moe.top_k * T * T * microbatches);
-    const n = tally.of({ p: probs }, { P: train.micro_batch }, at("tally"));
-    losses.push({ name: "aux_loss", value: auxLoss.of({ p: scores, n }, { P: train.micro_batch, c }, at("aux_loss")) });
-  }
-  if (router.z_coeff > 0)
-    losses.push({ name: "aux_loss", value: zLoss.of({ x: logits }, { c: router.z_coeff / (train.global_batch * S) }, at("z_loss")) });
-  return out;
+function withShared(part: Part, h: Value, { shared }: Moe, y: Value): Value {
+  if (shared === null) return y;
+  const at = (name: string) => part.at(`moe.shared.${name}`);
+  const all = dense(part, h, "X", "shared.", "moe.shared");
+  const weighed = () => {
+    const gate = gemm.of({ x: h, w: part.weight("shared.gate", "D,1") }, {}, at("gate"));
+    return gated.of({ x: all, gate }, { C: part.job.model.hidden }, at("gated"));
+  };
+  return add.of({ a: y, b: shared.gate ? weighed() : all }, {}, at("sum"));
 }

@@ -3,8 +3,9 @@
  * are [in, out].
  *
  * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
- * expert, H ffn of a dense layer, Q all query heads, KV all key/value heads, C one head, O what all heads give. Of latent attention: QL
- * the queries' latent, KL that of keys and values, KR the same with the channels that positions turn, KU what it becomes for all heads.
+ * expert, L the width that routed experts work in, X ffn of shared experts, H ffn of a dense layer, Q all query heads, KV all key/value
+ * heads, C one head, O what all heads give. Of latent attention: QL the queries' latent, KL that of keys and values, KR the same with
+ * the channels that positions turn, KU what it becomes for all heads.
  */
 import type { Job } from "../schemas/job.ts";
 import type { Leaf, Value } from "./ops/op.ts";
@@ -30,6 +31,8 @@ export interface Part {
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
   bias(name: string, dims: string): Value;
+  /** Begins as zeros, in f32, and changes once a step by a rule of its own. */
+  state(name: string, dims: string, rule: Leaf["rule"]): Value;
 }
 
 /** How the residual stream [B,S,D] lies: between matrices, tensor ranks share out its tokens, too. */
@@ -54,6 +57,9 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
     H: m.ffn,
     F: m.moe?.ffn ?? 0,
     E: m.moe?.experts ?? 0,
+    L: m.moe?.latent ?? 0,
+    X: m.moe?.shared?.ffn ?? 0,
+    "1": 1,
   };
 }
 
@@ -66,14 +72,15 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
     return { out: 0, leaf: of, ragged: 0, fanout: 0, dtype, sizes: slots.map(([d]) => size[d!]!), cut: slots.map(([, ...axes]) => axes) };
   };
   const at = (name: string): string => prefix + name;
-  const parameter = (name: string, dims: string, init: Leaf["init"]): Value =>
-    leaf(dims, { kind: "parameter", name: at(name), position, init: init! }, type);
+  const parameter = (name: string, dims: string, init: Leaf["init"], more: Partial<Leaf> = {}, dtype: Value["dtype"] = type): Value =>
+    leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
   return {
     ...{ job, position, prefix, losses, at },
     input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
     bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),
+    state: (name, dims, rule) => parameter(name, dims, { type: "zeros", std: 0 }, { rule: rule! }, "f32"),
   };
 }
 

@@ -68,7 +68,7 @@ function workOf(plan: Plan, p: Program): Map<string, { flops: number; bytes: num
   const buffer = (id: string): Buffer => buffers.get(id)!;
   const bytes = (id: string): number => {
     const b = buffer(id);
-    const rows = b.ragged ? expectedRows(plan.mesh, b.sizes, b.cuts, b.fanout!) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
+    const rows = b.ragged ? expectedRows(plan.mesh, b, b.cuts) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
     return bytesOf[b.dtype] * rows;
   };
   const touched = (i: Instruction): number => {

@@ -17,7 +17,7 @@ export function readJob(text: string, file: string, sets: readonly string[] = []
   if (hasErrors(findings)) return { source, findings };
   const read = JobText.safeParse(source.value);
   if (!read.success) {
-    const all = read.error.issues.flatMap((issue) => shapeFaultsOf(issue, source));
+    const all = read.error.issues.flatMap(ofItsKind).flatMap((issue) => shapeFaultsOf(issue, source));
     // a key under a wrong name is one mistake, not an unknown key and a missing one
     const renamed = all.flatMap(({ meant }) => (meant?.instead ? [meant.path] : []));
     const shape = all.filter(({ finding }) => finding.code !== shapeFaults.missing.code || !renamed.includes(finding.path));
@@ -71,6 +71,15 @@ export const shapeFaults = {
 
 type Issue = z.core.$ZodIssue;
 type Fault = (typeof shapeFaults)[keyof typeof shapeFaults];
+
+/** Of a value that may be of several kinds, what is wrong with it as one of the kind that it is; where it is of none, that. */
+function ofItsKind(issue: Issue): Issue[] {
+  if (issue.code !== "invalid_union") return [issue];
+  const within = (errors: readonly Issue[]) => errors.every((e) => e.path.length > 0 || e.code === "unrecognized_keys");
+  const [own, ...others] = issue.errors.filter(within);
+  if (!own || others.length) return [issue];
+  return own.flatMap((e) => ofItsKind({ ...e, path: [...issue.path, ...e.path] }));
+}
 
 function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
   const path = issue.path.map((p) => (typeof p === "number" ? p : String(p)));
@@ -176,7 +185,7 @@ function schemaAt(path: Path): Schema | undefined {
   let here: Schema | undefined = root;
   for (const key of path) {
     const properties: Schema["properties"] = here && inside(here).properties;
-    const items: Schema["items"] = here?.items;
+    const items: Schema["items"] = here?.items ?? here?.anyOf?.find((s) => s.items)?.items;
     if (typeof key === "number") here = (Array.isArray(items) ? items[key] : items) as Schema | undefined;
     else here = properties && Object.hasOwn(properties, key) ? properties[key] : undefined;
   }
@@ -214,7 +223,8 @@ function range({ minimum, maximum }: Schema): string {
 function choicesOf(schema: Schema | undefined): string[] | undefined {
   if (schema?.enum) return schema.enum.map(String);
   if (schema?.const !== undefined) return [String(schema.const)];
-  return undefined;
+  const some = schema?.anyOf?.flatMap((s) => choicesOf(s) ?? []) ?? [];
+  return some.length ? some : undefined;
 }
 
 function show(value: unknown): string {

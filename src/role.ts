@@ -58,7 +58,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
   const bounds: Program["bounds"] = [];
   const needed = (id: string, bound: number): string => {
     const buffer = add({ id: `${id}.needed`, kind: "gradient", dtype: "i32", shape: [], sizes: [], ragged: 0, cuts: [] });
-    if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound });
+    if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound, of: "rows" });
     return buffer;
   };
 
@@ -109,10 +109,19 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       cuts: layout.cuts.map((c) => [...c]),
       ...(owes.length ? { owes } : {}),
     };
-    if (!v.ragged) return add({ ...common, kind: loss ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
-    const bound = boundOfRows(mesh, v.sizes, layout.cuts, v.fanout, job.model.moe?.rows_bound ?? "worst");
+    // what one microbatch leaves to the next is kept over the step, and zeroed with the gradients
+    const kept = loss !== undefined || v.node?.op.updates?.includes(v.node.op.outputs[v.out]!.name);
+    if (!v.ragged) return add({ ...common, kind: kept ? "gradient" : "workspace", shape: local(v.sizes, layout.cuts) });
+    const bound = boundOfRows(mesh, v, layout.cuts, job.model.moe?.rows_bound ?? "worst");
     const rest = local(v.sizes, layout.cuts).slice(3);
-    return add({ ...common, kind: "workspace", shape: [bound, ...rest], fanout: v.fanout, rows: rowsOf(piece, bound) });
+    return add({
+      ...common,
+      kind: "workspace",
+      shape: [bound, ...rest],
+      fanout: v.fanout,
+      ...(v.quota ? { quota: { ...v.quota } } : {}),
+      rows: rowsOf(piece, bound),
+    });
   }
   const bytes = (id: string): number => bytesOf[buffers.get(id)!.dtype] * elementsOf(buffers.get(id)!.shape);
 
@@ -143,7 +152,7 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       block.kind === "step" ? "step" : `${block.kind}${pipeline.chunks > 1 ? ` of chunk ${chunkOfVirtual(pipeline, from)}` : ""}`;
     emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: bytes(buffer), why: { ...why } });
   }
-  /** An op over whole buffers, dims `...`. */
+  /** An op over whole buffers. */
   function elementwise(
     op: AnyOp,
     id: string,
@@ -154,6 +163,9 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     const any = [...op.inputs, ...op.outputs].find((o) => o.any);
     const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
     const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.cuts[i]!]]]) : []);
+    for (const { name, slots } of op.inputs)
+      for (const [i, { dim }] of slots.entries())
+        dims[dim] = [buffers.get(reads[name]!)!.sizes[i]!, [...buffers.get(reads[name]!)!.cuts[i]!]];
     return {
       kind: "compute",
       id,
@@ -202,6 +214,6 @@ interface Ends {
 /** Values made from the same routing have the same rows: the id of the routing they came from. */
 function rowsetOf(v: Value): string {
   const node = v.node!;
-  if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "p")]!);
+  if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "c")]!);
   return rowsetOf(node.args.find((a) => a.ragged)!);
 }

@@ -312,7 +312,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     const owed = piece.layout.sum.toReversed();
     // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
     const shared = owed.filter(shares);
-    const slot = distributedOptimizer ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...shared]) === 0) : -1;
+    // what goes by a count of its own rule needs all of it
+    const joins = distributedOptimizer && !p.leaf!.rule;
+    const slot = joins ? p.sizes.findIndex((n, i) => n % parts([...layout.cuts[i]!, ...shared]) === 0) : -1;
     const target: Layout = { ...layout, cuts: layout.cuts.map((fs, i) => (i === slot ? [...fs, ...shared] : fs)) };
     const expert =
       owed.length > 0 &&

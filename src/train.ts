@@ -1,4 +1,7 @@
-/** addBackward: Graph → Graph, extended by the gradient of each parameter. Names no op but `add`, which sums the parts of a gradient. */
+/**
+ * addBackward: Graph → Graph, extended by the gradient of each parameter, or what is counted in its place. Names no op but `add`,
+ * which sums the parts of a gradient.
+ */
 import type { Loss } from "./modelParts.ts";
 import { add } from "./ops/linear.ts";
 import { invariant, type Node, type Value } from "./ops/op.ts";
@@ -10,7 +13,7 @@ export interface Graph {
   readonly order: readonly Node[];
   /** The complete gradient of each activation. */
   readonly grad: ReadonlyMap<Value, Value>;
-  /** What each use of a parameter adds to its gradient. */
+  /** What each use of a parameter adds to its gradient; of one without a gradient, what is counted. */
   readonly parameterGrads: ReadonlyMap<Value, readonly Value[]>;
   /** A gradient, whole or in part, and the value it is the gradient of. */
   readonly gradOf: ReadonlyMap<Value, Value>;
@@ -18,7 +21,10 @@ export interface Graph {
 
 /** `again` says which nodes' outputs backward makes once more, from what it has: it sees clones of them. */
 export function addBackward(losses: readonly Loss[], again: (node: Node) => boolean = () => false): Graph {
-  const forward = topological(losses.map((l) => l.value));
+  const outcomes = losses.map((l) => l.value);
+  const counted = [...new Set(topological(outcomes).flatMap((n) => n.args))].filter((v) => v.leaf?.counted);
+  // a count belongs to its layer, not behind the loss
+  const forward = topological([...counted.map((v) => v.leaf!.counted!), ...outcomes].sort((a, b) => a.node!.position - b.node!.position));
   const seen = new Set(forward);
   const clones = new Map<Node, Node>();
   const backwardSees = (v: Value): Value => {
@@ -38,8 +44,8 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
   };
   const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", position: 0 }, cut: [] };
   const grad = new Map<Value, Value>(losses.map((l) => [l.value, one]));
-  const parameterGrads = new Map<Value, Value[]>();
-  const gradOf = new Map<Value, Value>();
+  const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.counted!]]));
+  const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.counted!, v]));
   const taken = new Map<string, number>(forward.map((n) => [n.id, 1]));
   const back: Node[] = [];
 
@@ -92,6 +98,8 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
       grad.set(v, sum);
     }
   }
+  const leaves = new Set(forward.flatMap((n) => n.args).flatMap((v) => v.leaf?.name ?? []));
+  for (const { id } of [...forward, ...back]) invariant(!leaves.has(id), `${id} is the name of an op and of a leaf`);
   const parameters = [...new Set(forward.flatMap((n) => n.args).filter((v) => v.leaf?.kind === "parameter"))];
   for (const p of parameters) invariant(parameterGrads.has(p), `${idOf(p)} has no gradient`);
   return { losses, parameters, order: [...forward, ...back], grad, parameterGrads, gradOf };

@@ -1,6 +1,7 @@
 /**
  * update: the step block of a role. What each gradient owes is reduced (in place), the global norm is taken over all ranks,
- * AdamW updates each rank's share of the f32 master weights, and the parameters are gathered again.
+ * AdamW updates each rank's share of the f32 master weights, and the parameters are gathered again. A parameter with a rule of its
+ * own has a count where others have a gradient: it is no part of the norm, and its op updates it whole on every rank.
  */
 import { parts } from "../schemas/layout.ts";
 import type { Parameter, Transfer } from "../schemas/plan.ts";
@@ -22,7 +23,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 
   // the global norm: every element counted once over all ranks
   scalar("grad_norm.squared", "gradient");
-  for (const p of owned) {
+  for (const p of owned.filter((p) => !p.leaf!.rule)) {
     const g = buffers.get(gradientOf(p))!;
     const copies = mesh.per_stage / parts(mesh, g.cuts.flat());
     emit(blocks.step, elementwise(sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }));
@@ -53,10 +54,11 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   const masters = new Map(owned.map((p) => [p, updateParameter(role, sharded, p, gradientOf(p), scale)]));
   returnTied(role, graph);
   const parameters = mine.map((p): Parameter => {
-    const { name, init, tiedTo } = p.leaf!;
+    const { name, init, rule, tiedTo } = p.leaf!;
     return {
       name,
       init: init!,
+      rule: rule?.name ?? "adamw",
       buffer: name,
       gradient: gradientOf(p),
       master: masters.get(p) ?? name,
@@ -102,7 +104,7 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
   return { gradients, reducedLoss };
 }
 
-/** AdamW on this rank's share, then the parameter made whole again. Returns the buffer that holds the f32 weights. */
+/** AdamW on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
 function updateParameter(
   { job, mesh, home, buffers, blocks, add, emit, elementwise }: Role,
   sharded: Sharded,
@@ -111,6 +113,12 @@ function updateParameter(
   scale: string,
 ): string {
   const name = idOf(p);
+  const { rule } = p.leaf!;
+  if (rule) {
+    const [n, own] = [rule.op.inputs[0]!.name, rule.op.outputs[0]!.name];
+    emit(blocks.step, elementwise(rule.op, `${name}.update`, { [n]: gradient }, { [own]: name }, rule.attrs));
+    return name;
+  }
   const { betas, eps, weight_decay } = job.train.optimizer;
   const { within: _, owes: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });

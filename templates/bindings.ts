@@ -145,6 +145,43 @@ interface CudaBiasGradCu {
   readonly width: string | number;
 }
 
+interface CudaBiasUpdateCu {
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly rate: string | number;
+  readonly threads: string | number;
+}
+
+interface CudaChooseCu {
+  readonly bias: boolean;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
+  readonly items: string | number;
+  readonly k: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly sign: string | number;
+  readonly threads: string | number;
+  readonly threshold: boolean;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
+interface CudaChooseEvenlyCu {
+  readonly allExperts: string | number;
+  readonly allPositions: string | number;
+  readonly cells: string | number;
+  readonly experts: string | number;
+  readonly k: string | number;
+  readonly name: string | number;
+  readonly positions: string | number;
+}
+
 interface CudaClearCu {
   readonly grid: string | number;
   readonly name: string | number;
@@ -386,6 +423,14 @@ interface CudaPreludeCuh {
   readonly guard: string | number;
 }
 
+interface CudaQuantileUpdateCu {
+  readonly ema: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly rest: string | number;
+  readonly threads: string | number;
+}
+
 interface CudaRopeCu {
   readonly deep: string | number;
   readonly first: string | number;
@@ -441,6 +486,42 @@ interface CudaRowsCu {
   readonly threads: string | number;
   readonly vector: string | number;
   readonly width: string | number;
+}
+
+interface CudaRunningMeanCu {
+  readonly choices: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+}
+
+interface CudaSelectCu {
+  readonly count: string | number;
+  readonly entries: string | number;
+  readonly experts: string | number;
+  readonly key: string | number;
+  readonly last: string | number;
+  readonly length: string | number;
+  readonly name: string | number;
+  readonly params: string | number;
+  readonly pieces: string | number;
+  readonly positions: string | number;
+  readonly sequences: string | number;
+  readonly top: string | number;
+  readonly write: string | number;
+}
+
+interface CudaSinkhornCu {
+  readonly experts: string | number;
+  readonly items: string | number;
+  readonly most: string | number;
+  readonly name: string | number;
+  readonly perExpert: string | number;
+  readonly perToken: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly words: string | number;
+  readonly x: string | number;
 }
 
 interface CudaSplitRowsCu {
@@ -508,27 +589,8 @@ interface CudaTallyCu {
   readonly batches: string | number;
   readonly experts: string | number;
   readonly name: string | number;
-  readonly p: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
-}
-
-interface CudaTopKCu {
-  readonly dy: string | number;
-  readonly grad: boolean;
-  readonly items: string | number;
-  readonly k: string | number;
-  readonly lanes: string | number;
-  readonly name: string | number;
-  readonly p: string | number;
-  readonly params: string | number;
-  readonly rows: string | number;
-  readonly threads: string | number;
-  readonly to: string | number;
-  readonly value: string | number;
-  readonly vector: string | number;
-  readonly width: string | number;
-  readonly y: string | number;
 }
 
 interface CudaTotalCu {
@@ -632,6 +694,32 @@ interface WgslAttentionSightWgsl {
   readonly zigzag: boolean;
 }
 
+interface WgslBiasUpdateWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly rate: string | number;
+  readonly threads: string | number;
+}
+
+interface WgslChooseWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
+  readonly index: string | number;
+  readonly k: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly score: string | number;
+  readonly threads: string | number;
+  readonly threshold: boolean;
+  readonly tokens: string | number;
+  readonly words: string | number;
+}
+
 interface WgslColumnsWgsl {
   readonly batches: string | number;
   readonly depth: string | number;
@@ -673,6 +761,20 @@ interface WgslFillWgsl {
   readonly index: string | number;
   readonly threads: string | number;
   readonly value: string | number;
+}
+
+interface WgslGatedGradWgsl {
+  readonly blocks: string | number;
+  readonly dgate: string | number;
+  readonly dx: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
 }
 
 interface WgslGemmWgsl {
@@ -844,6 +946,14 @@ interface WgslProductPlaceWgsl {
   readonly tiles: string | number;
 }
 
+interface WgslQuantileUpdateWgsl {
+  readonly ema: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly rest: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslRmsnormWgsl {
   readonly entry: string | number;
   readonly eps: string | number;
@@ -911,6 +1021,13 @@ interface WgslRowsWgsl {
   readonly width: string | number;
 }
 
+interface WgslRunningMeanWgsl {
+  readonly choices: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly threads: string | number;
+}
+
 interface WgslScalarWgsl {
   readonly count: string | number;
   readonly entry: string | number;
@@ -923,6 +1040,37 @@ interface WgslScalarWgsl {
   readonly stride: string | number;
   readonly term: string | number;
   readonly threads: string | number;
+}
+
+interface WgslSelectWgsl {
+  readonly columns: string | number;
+  readonly count: string | number;
+  readonly entries: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly key: string | number;
+  readonly last: string | number;
+  readonly length: string | number;
+  readonly op: string | number;
+  readonly passes: string | number;
+  readonly pieces: string | number;
+  readonly positions: string | number;
+  readonly run: string | number;
+  readonly sequences: string | number;
+  readonly write: string | number;
+}
+
+interface WgslSinkhornWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly most: string | number;
+  readonly parts: string | number;
+  readonly perExpert: string | number;
+  readonly perToken: string | number;
+  readonly shares: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
 }
 
 interface WgslSoftmaxWgsl {
@@ -993,20 +1141,6 @@ interface WgslTakeRowsWgsl {
   readonly width: string | number;
 }
 
-interface WgslTopKWgsl {
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly grad: boolean;
-  readonly index: string | number;
-  readonly k: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly value: string | number;
-  readonly words: string | number;
-}
-
 interface WgslTotalWgsl {
   readonly combine: string | number;
   readonly deep: boolean;
@@ -1046,6 +1180,19 @@ interface WgslVocabRowWgsl {
   readonly vectors: string | number;
 }
 
+interface WgslWeighWgsl {
+  readonly dot: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly value: string | number;
+}
+
 export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
@@ -1059,6 +1206,9 @@ export interface Templates {
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/bias_grad.cu": CudaBiasGradCu;
+  readonly "cuda/bias_update.cu": CudaBiasUpdateCu;
+  readonly "cuda/choose.cu": CudaChooseCu;
+  readonly "cuda/choose_evenly.cu": CudaChooseEvenlyCu;
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/collect.cu": CudaCollectCu;
   readonly "cuda/columns.cu": CudaColumnsCu;
@@ -1079,16 +1229,19 @@ export interface Templates {
   readonly "cuda/parts.cu": CudaPartsCu;
   readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
+  readonly "cuda/quantile_update.cu": CudaQuantileUpdateCu;
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
+  readonly "cuda/running_mean.cu": CudaRunningMeanCu;
+  readonly "cuda/select.cu": CudaSelectCu;
+  readonly "cuda/sinkhorn.cu": CudaSinkhornCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/sum_heads.cu": CudaSumHeadsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
   readonly "cuda/tally.cu": CudaTallyCu;
-  readonly "cuda/top_k.cu": CudaTopKCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
@@ -1097,9 +1250,12 @@ export interface Templates {
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
   readonly "wgsl/attention_merge.wgsl": WgslAttentionMergeWgsl;
   readonly "wgsl/attention_sight.wgsl": WgslAttentionSightWgsl;
+  readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
+  readonly "wgsl/choose.wgsl": WgslChooseWgsl;
   readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
+  readonly "wgsl/gated_grad.wgsl": WgslGatedGradWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
   readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;
@@ -1111,21 +1267,25 @@ export interface Templates {
   readonly "wgsl/pick.wgsl": WgslPickWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
+  readonly "wgsl/quantile_update.wgsl": WgslQuantileUpdateWgsl;
   readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
   readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
   readonly "wgsl/rows.wgsl": WgslRowsWgsl;
+  readonly "wgsl/running_mean.wgsl": WgslRunningMeanWgsl;
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
+  readonly "wgsl/select.wgsl": WgslSelectWgsl;
+  readonly "wgsl/sinkhorn.wgsl": WgslSinkhornWgsl;
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
   readonly "wgsl/sum_heads.wgsl": WgslSumHeadsWgsl;
   readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
-  readonly "wgsl/top_k.wgsl": WgslTopKWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;
   readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;
   readonly "wgsl/vocab_row.wgsl": WgslVocabRowWgsl;
+  readonly "wgsl/weigh.wgsl": WgslWeighWgsl;
 }
 
 export const render = <N extends keyof Templates>(name: N, values: Templates[N]): string => fill(name, values);

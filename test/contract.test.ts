@@ -16,14 +16,32 @@ test("every op of the table has a kernel on every device", () => {
   expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !ops[name])).toEqual([]);
 });
 
+const router = (keys: Readonly<Record<string, unknown>>): string[] =>
+  Object.entries(keys).map(([key, value]) => `model.moe.router.${key}=${JSON.stringify(value)}`);
 test.each([
   ["as it is", []],
+  ["latent attention", ["model.mla={q_rank: 8, kv_rank: 8, nope_dim: 6, rope_dim: 2, v_dim: 8}", "model.kv_heads=4", "model.head_dim=8"]],
+  ["biases", ["model.qkv_bias=true", "model.out_bias=true"]],
   [
-    "with latent attention",
-    ["model.mla={q_rank: 8, kv_rank: 8, nope_dim: 6, rope_dim: 2, v_dim: 8}", "model.kv_heads=4", "model.head_dim=8"],
+    "a router in fp32, with a bias and losses",
+    router({
+      ...{ score: "sigmoid", precision: "fp32", expert_bias: true },
+      ...{ balance: ["seq_aux_loss", "global_aux_loss"], aux_coeff: [0.01, 0.01] },
+    }),
   ],
-  ["with biases", ["model.qkv_bias=true", "model.out_bias=true"]],
-])("the types it asks for in half precision are those of a plan, %s", (_, sets) => {
+  [
+    "groups and a capacity",
+    [...router({ score: "sqrt_softplus", groups: 4, group_top_k: 2, z_coeff: 0.001 }), "model.moe.capacity={factor: 1}"],
+  ],
+  ["Sinkhorn's method", router({ balance: "sinkhorn", aux_coeff: 0, normalize_top_k: false })],
+  ["quantiles", router({ balance: "quantile", aux_coeff: 0, precision: "fp32" })],
+  ["experts that choose", router({ type: "expert_choice", aux_coeff: 0 })],
+  ["even loads", router({ force: "uniform" })],
+  [
+    "shared experts, a latent width, a dense layer",
+    ["model.moe.shared={ffn: 64, gate: true}", "model.moe.latent=32", "model.moe.layers=[0, 1]"],
+  ],
+])("the types it asks for in half precision are those of a plan: %s", (_, sets) => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
   const { plan } = compile(readJob(text, "job.yaml", sets).job!);
   const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
@@ -44,7 +62,7 @@ const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Exe
 });
 
 test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
-  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k", "adamw", "split_rows"]) {
+  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "choose", "adamw", "split_rows"]) {
     const [c] = casesOf(ops[name]!, "bf16");
     const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);
     const out = ops[name]!.outputs[0]!.name;

@@ -9,13 +9,12 @@ import type { Dtype } from "../schemas/plan.ts";
 import { type Made, offsetsAt, type Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type AnyOp, expandLike, type Operand, slotSize } from "../src/ops/op.ts";
-import { unscaled } from "../src/ops/rope.ts";
+import { type RowsMode, type Set as SizeSet, sets, sizesAt, variantsOf } from "./contractSizes.ts";
 import { messageDrafts } from "./messageDrafts.ts";
-import { random } from "./opCases.ts";
+import { random, type Sizes } from "./opCases.ts";
 
 export type Half = "bf16" | "f16";
 export type Buffers = Record<string, Float32Array | Int32Array>;
-type Sizes = Readonly<Record<string, number>>;
 
 export interface Executor {
   readonly name: string;
@@ -39,131 +38,12 @@ export interface ContractCase {
 /** Outputs of an op, which arrive poisoned unless they are kept. */
 export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.some((o) => o.name === name);
 
-// -- sizes
-
-interface Set {
-  readonly sizes: Sizes;
-  readonly starts: Sizes;
-  readonly rows: RowsMode;
-  /** Types and accumulation in all combinations, rather than one of each. */
-  readonly full?: boolean;
-  /** Only for ops that move bytes: their products would take too long. */
-  readonly light?: boolean;
-  readonly only?: RegExp;
-}
-type RowsMode = "some" | "gaps" | "one" | "none";
-
-const ATTRS = {
-  ...{ chunk: 0, ranks: 1, normalize: 1, eps: 1e-2, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1 },
-  ...{ beta1: 0.9, beta2: 0.999, decay: 0.1 },
-};
-// some queries come before all keys of a piece
-const cutStarts = { B: 3, S: 4, U: 6, E: 2, V: 5 };
-const sets: Readonly<Record<string, Set>> = {
-  // no size a multiple of anything; more keys than any query sees
-  odd: {
-    sizes: {
-      ...{ A: 2, P: 3, B: 3, S: 5, U: 12, D: 7, K: 5, N: 7, V: 9, E: 3 },
-      ...{ F: 5, H: 3, G: 2, M: 2, C: 6, W: 10, k: 2, "#0": 3, "#1": 5 },
-    },
-    ...{ starts: cutStarts, rows: "some", full: true },
-  },
-  four: {
-    sizes: {
-      ...{ A: 2, P: 1, B: 2, S: 8, U: 8, D: 16, K: 12, N: 20, V: 24, E: 4 },
-      ...{ F: 8, H: 2, G: 2, M: 2, C: 8, W: 4, k: 1, "#0": 4, "#1": 12 },
-    },
-    ...{ starts: {}, rows: "gaps" },
-  },
-  aligned: {
-    sizes: {
-      ...{ A: 1, P: 2, B: 1, S: 64, U: 64, D: 64, K: 64, N: 64, V: 64, E: 8 },
-      ...{ F: 64, H: 4, G: 2, M: 2, C: 16, k: 2, "#0": 64, "#1": 64 },
-    },
-    ...{ starts: {}, rows: "one" },
-  },
-  large: {
-    sizes: {
-      ...{ A: 1, P: 1, B: 1, S: 70, U: 74, D: 96, K: 96, N: 128, V: 130, E: 8 },
-      ...{ F: 96, H: 2, G: 1, M: 4, C: 64, k: 2, "#0": 70, "#1": 96 },
-    },
-    ...{ starts: cutStarts, rows: "some" },
-  },
-  // many workgroups
-  long: {
-    sizes: {
-      ...{ A: 2, P: 1, B: 2, S: 300, U: 300, D: 130, N: 66, V: 515, E: 8 },
-      ...{ F: 65, H: 4, G: 4, M: 1, C: 32, W: 32, k: 2, "#0": 300, "#1": 515 },
-    },
-    ...{ starts: {}, rows: "some", light: true },
-  },
-  // rows longer than a workgroup, and experts
-  wide: {
-    sizes: {
-      ...{ A: 1, P: 2, B: 2, S: 3, U: 3, D: 1030, N: 1028, V: 1026, E: 70 },
-      ...{ F: 1100, H: 2, G: 2, M: 1, C: 256, W: 130, k: 8, "#0": 2, "#1": 1025 },
-    },
-    ...{ starts: cutStarts, rows: "some", light: true },
-  },
-  empty: {
-    sizes: {
-      ...{ A: 1, P: 2, B: 2, S: 3, U: 3, D: 8, K: 8, N: 8, V: 8, E: 4 },
-      ...{ F: 8, H: 2, G: 2, M: 1, C: 8, W: 8, k: 2, "#0": 2, "#1": 3 },
-    },
-    ...{ starts: {}, rows: "none" },
-  },
-  // the second of two ranks' tokens, in zigzag order
-  zigzag: {
-    sizes: { B: 2, S: 16, U: 32, H: 2, G: 2, M: 2, C: 16, W: 16, chunk: 8, ranks: 2 },
-    ...{ starts: { S: 16 }, rows: "some", only: /^attention/ },
-  },
-};
-
-/** Attributes of an op by which its kernel is another, one choice for each set. */
-const variants: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
-  rope: {
-    // an odd number of channels before those that turn, some after them
-    odd: { first: 1, width: 4, interleaved: 1, ...{ scaling: 3, factor: 8, original: 100, low: 1, high: 4, gain: 1.25 } },
-    four: { width: 8, interleaved: 1, chunk: 2, ranks: 3 },
-    aligned: { width: 16 },
-    large: { first: 48, width: 16, ...{ scaling: 2, factor: 8, original: 64, low: 1, high: 4 }, chunk: 20, ranks: 2 },
-    long: { width: 32, interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
-    wide: { first: 128, width: 64, interleaved: 1 },
-  },
-  ...Object.fromEntries(
-    ["split", "join"].map((op) => [
-      op,
-      {
-        odd: { A: 4, R: 3, Y: 7 },
-        four: { A: 8, R: 4, Y: 12 },
-        aligned: { A: 64, R: 16, Y: 80 },
-        large: { A: 80, R: 6, Y: 86 },
-        long: { A: 512, R: 64, Y: 576 },
-        wide: { A: 1, R: 1024, Y: 1025 },
-      },
-    ]),
-  ),
-  ...Object.fromEntries(
-    ["latent_kv", "latent_kv_grad"].map((op) => [
-      op,
-      // a key's own channels (Y − R), those that all heads share (R), a value's (W); a head's vector has Z = Y − R + W
-      {
-        odd: { R: 3, Y: 8, W: 7, Z: 12 },
-        four: { R: 4, Y: 12, W: 8, Z: 16 },
-        aligned: { R: 16, Y: 48, W: 32, Z: 64 },
-        large: { R: 2, Y: 66, W: 48, Z: 112 },
-        long: { H: 9, R: 8, Y: 24, W: 16, Z: 32 },
-        wide: { R: 128, Y: 129, W: 1, Z: 2 },
-      },
-    ]),
-  ),
-};
-const plainRope = { ...unscaled, theta: 10000, first: 0, interleaved: 0, chunk: 0, ranks: 1 };
-
 // -- types
 
-/** Inputs that are f32 in any job: routers' probabilities, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "s", "m", "n", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq"]);
+/** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
+const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq"]);
+/** … but what is added in the model's type. */
+const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
 const indices = new Set(["ids", "target"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
@@ -173,7 +53,7 @@ function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
   const result = forward && forward !== op ? of[forward.outputs[0]!.name] : undefined;
   const types: Record<string, Dtype> = {};
   for (const { name, slots, any } of op.inputs) {
-    const f32 = always.has(name) || (slots.length === 0 && !any);
+    const f32 = (always.has(name) && !inModel(op.name, name)) || (slots.length === 0 && !any);
     types[name] = indices.has(name) ? "i32" : result && (name === "dy" || name === "y") ? result : f32 ? "f32" : half;
   }
   const like = op.inputs.map((o) => types[o.name]!).find((t) => t !== "i32") ?? "f32";
@@ -193,6 +73,11 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
   // the first of a ring's pieces is met as it was made, later ones by a sum in f32
   if (op.name === "attention_merge") return [plain, { ...mixed, o: "f32" }, { ...mixed, a: "f32", o: "f32" }, { ...mixed, a: "f32" }];
+  if (op.name === "add") return [plain, mixed, { a: "f32", b: half, y: "f32" }];
+  // logits of a router in f32, of a model that is not
+  if (op.name === "gemm") return [plain, mixed, { x: half, w: half, y: "f32" }];
+  if (op.name === "gemm_dgrad") return [plain, mixed, { dy: "f32", w: half, dx: half }];
+  if (op.name === "gemm_wgrad") return [plain, mixed, { x: half, dy: "f32", dw: "f32" }];
   return Object.values(mixed).includes(half) ? [plain, mixed] : [plain];
 }
 
@@ -208,28 +93,30 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 
 // -- cases
 
-/** Outputs that the compiler may let add to what is there: gradients of parameters, and losses. */
+/** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
-  op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || ["mean", "aux_loss", "z_loss"].includes(op.name)).map((o) => o.name);
+  op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
+const sums = ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
   if (drafts) return drafts(half).map((draft, i) => draftedCase(op, draft, i));
   const cases: ContractCase[] = [];
-  const ragged = [...op.inputs, ...op.outputs].some((o) => o.ragged);
   const any = op.inputs.some((o) => o.any);
   for (const [name, set] of Object.entries(sets)) {
     if (set.only && !set.only.test(op.name)) continue;
     if (set.light && op.flops) continue;
-    if (set.rows === "none" && !ragged) continue;
+    if (set.rows === "none" && !hasRows(op)) continue;
     const types = mixtures(op, half);
     const more = accumulates(op);
     const keeps = more.length ? [[], more] : [[]];
     const combinations = types.flatMap((t, i) =>
-      keeps.filter((_, j) => set.full || keeps.length === 1 || i === j).map((k) => [t, k] as const),
+      keeps
+        .filter((_, j) => set.full || keeps.length === 1 || i === j)
+        .flatMap((k) => variantsOf(op.name).map((attrs) => [t, k, attrs] as const)),
     );
-    for (const [dtype, kept] of combinations) {
-      const draft = { op, name, set, dtype, kept, seed: cases.length };
+    for (const [dtype, kept, attrs] of combinations) {
+      const draft = { op, name, set, attrs, dtype, kept, seed: cases.length };
       cases.push(makeCase(draft));
       if (any && op.inputs.length + op.outputs.length <= 3 && !op.inputs.some((o) => !o.any))
         cases.push(makeCase({ ...draft, ragged: true }));
@@ -240,6 +127,8 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   }
   return cases;
 }
+
+const hasRows = (op: AnyOp): boolean => [...op.inputs, ...op.outputs].some((o) => o.ragged);
 
 /** A case whose sizes and inputs are given: what stands around a collective has shapes of its own. */
 export interface Drafted {
@@ -266,7 +155,7 @@ function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts = {} 
     title: `${op.name}: ${title}, ${Object.values(dtype).join(".")}`,
     use: {
       ...{ op: op.name, name: `${op.name}_${seed}`, d, dtype, bound: 0, makesRows: false, mayOverflow: false },
-      keeps: new globalThis.Set((op.updates ?? []).filter((n) => n in inputs)),
+      keeps: new Set((op.updates ?? []).filter((n) => n in inputs)),
       size: Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.length])),
     },
     data: typed(data),
@@ -278,7 +167,8 @@ function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts = {} 
 interface Draft {
   readonly op: AnyOp;
   readonly name: string;
-  readonly set: Set;
+  readonly set: SizeSet;
+  readonly attrs: Sizes;
   readonly dtype: Readonly<Record<string, Dtype>>;
   readonly kept: readonly string[];
   readonly seed: number;
@@ -289,23 +179,18 @@ interface Draft {
   readonly spare?: number;
 }
 
-function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
+function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
   const next = random(1000 * seed + 17);
-  const s = set.sizes;
   const d: Record<string, number> = {
-    ...ATTRS,
-    ...plainRope,
-    ...s,
-    ...variants[op.name]?.[name],
-    ...(op.name.startsWith("attention") && { W: s.C!, scale: s.C! ** -0.5 }),
-    ...(ragged ? { "#0": s.B!, "#1": s.S!, "#2": s.E!, "#3": s.D! } : {}),
+    ...{ ...sizesAt(op.name, name), ...attrs },
+    ...(ragged ? { "#0": set.sizes.B!, "#1": set.sizes.S!, "#2": set.sizes.E!, "#3": set.sizes.D! } : {}),
   };
   const { inputs, outputs } = expandLike(op, ragged ? { slots: 4, ragged: 3 } : { slots: 2, ragged: 0 });
   const operands = [...inputs, ...outputs];
   const whole = (dim: string) => operands.some((o) => o.slots.some((slot) => slot.dim === dim && slot.whole));
   const start = (dim: string) => (ragged || whole(dim) ? 0 : (set.starts[dim] ?? 0));
 
-  const mask = probabilities(d, set.rows, next);
+  const mask = choices(d, set.rows, next);
   const index = operands.some((o) => o.ragged) ? indexOf(mask, d, start) : undefined;
   const count = index ? index.length / 3 : 0;
   const bound = index
@@ -314,7 +199,7 @@ function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows 
   const overflows = count > bound;
 
   const lengthOf = (o: Operand): number => o.slots.slice(o.ragged).reduce((n, slot) => n * slotSize(slot, d), o.ragged ? bound : 1);
-  const keeps = new globalThis.Set([...(op.updates ?? []), ...kept]);
+  const keeps = new Set([...(op.updates ?? []), ...kept]);
   const host: Record<string, Float32Array> = {};
   for (const [i, o] of operands.entries()) {
     const output = i >= inputs.length;
@@ -342,17 +227,18 @@ function makeCase({ op, name, set, dtype, kept, seed, ragged = false, makesRows 
     data.needed = Int32Array.of(seed % 3);
     want.needed = Int32Array.of(Math.max(seed % 3, count));
   }
-  const attrs = Object.keys(d).filter((n) => !n.startsWith("#"));
+  const own = Object.keys(d).filter((n) => !n.startsWith("#"));
   return {
     title: [
       `${op.name}: ${name}`,
       Object.values(dtype).join("."),
+      ...Object.entries(attrs).map(([name, value]) => `${name} ${value}`),
       ...(kept.length ? [`adds to ${kept}`] : []),
       ...(index ? [`${count} of ${bound} rows${makesRows ? " made" : ""}`] : []),
     ].join(", "),
     use: {
       ...{ op: op.name, name: `${op.name}_${seed}`, dtype, keeps, bound, makesRows, mayOverflow },
-      d: Object.fromEntries(attrs.map((n) => [n, d[n]!])),
+      d: Object.fromEntries(own.map((n) => [n, d[n]!])),
       size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
     },
     data,
@@ -377,12 +263,20 @@ function fill(
   const positive = () => 1.01 + next();
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
-  if (o.name === "p" && !o.ragged && o.slots.at(-1)?.dim === "E") {
-    // in steps of 1/8, so that some are equal
-    if (op.name.startsWith("top_k")) return out.map(() => Math.floor(4 * positive()) / 8);
-    return mask.length === length ? mask.slice() : out.map(() => Math.max(0, next()));
-  }
-  if (["s", "sq", "scale"].includes(o.name) || (op.name === "adamw" && o.name === "v")) return out.map(positive);
+  if (o.name === "c" && o.slots.at(-1)?.dim === "E")
+    return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
+  // in steps of 1/8, so that some are equal
+  if (["drop", "choose_tokens"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);
+  if (op.name.startsWith("choose") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
+  if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
+  if (o.name === "rounds") return out.fill(seed % 2 ? 0 : 50);
+  if (
+    ["s", "sq", "scale"].includes(o.name) ||
+    (op.name === "sqrt_softplus_grad" && o.name === "y") ||
+    (op.name === "running_mean" && /^(n|total)$/.test(o.name)) ||
+    (op.name === "adamw" && o.name === "v")
+  )
+    return out.map(positive);
   // pieces that a query sees nothing of: the one, the other, both
   if (op.name === "attention_merge" && o.name.startsWith("l")) return out.map(() => (next() > 0.3 ? -Infinity : 4 * next()));
   if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);
@@ -392,23 +286,23 @@ function fill(
 }
 
 /** [B,S,E]: who chose whom. */
-function probabilities({ B, S, E, k }: Sizes, mode: RowsMode, next: () => number): Float32Array {
-  const p = new Float32Array(B! * S! * E!);
+function choices({ B, S, E, k }: Sizes, mode: RowsMode, next: () => number): Float32Array {
+  const c = new Float32Array(B! * S! * E!);
   for (let t = 0; t < B! * S!; t++) {
     const order = Array.from({ length: E! }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
     const some = order.slice(0, Math.min(E!, k! + (next() > 0 ? 1 : 0))).map((x) => x.e);
     // gaps: no token for the first and the last expert, and no expert for every third token
     const chosen = { some, gaps: t % 3 ? some.filter((e) => e > 0 && e < E! - 1) : [], one: [1], none: [] }[mode];
-    for (const e of chosen) p[t * E! + e] = 0.55 + next() / 2;
+    for (const e of chosen) c[t * E! + e] = 1;
   }
-  return p;
+  return c;
 }
-/** The rows of these probabilities by expert, sequence, token; global. */
-function indexOf(p: Float32Array, { B, S, E }: Sizes, start: (dim: string) => number): number[] {
+/** The rows of this map by expert, sequence, token; global. */
+function indexOf(c: Float32Array, { B, S, E }: Sizes, start: (dim: string) => number): number[] {
   const rows: number[] = [];
   for (let e = 0; e < E!; e++)
     for (let b = 0; b < B!; b++)
-      for (let s = 0; s < S!; s++) if (p[(b * S! + s) * E! + e]! > 0) rows.push(start("B") + b, start("S") + s, start("E") + e);
+      for (let s = 0; s < S!; s++) if (c[(b * S! + s) * E! + e]) rows.push(start("B") + b, start("S") + s, start("E") + e);
   return rows;
 }
 /** The index buffer (src/kernels/kernel.ts): the count, the rows, the offsets; what lies between is −1. */

@@ -51,6 +51,25 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
       { kv_heads: 4, head_dim: 6, mla: { q_rank: 8, kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 }, out_bias: true },
       { precision: "bf16" },
     ],
+    "what a router keeps from one microbatch to the next, and from one step to the next": [
+      { world: 4, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true },
+      {
+        moe: {
+          ...{ ...moe, capacity: { factor: 1 }, shared: { ffn: 8, gate: true }, latent: 4 },
+          router: {
+            score: "sigmoid",
+            expert_bias: true,
+            bias_rate: 0.05,
+            balance: ["seq_aux_loss", "global_aux_loss"],
+            aux_coeff: [0.05, 0.05],
+          },
+        },
+      },
+    ],
+    "rounds of Sinkhorn's method": [
+      { world: 4, pipeline: 2, expert: 2 },
+      { moe: { ...moe, router: { balance: "sinkhorn", normalize_top_k: false, z_coeff: 0.01 } } },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   test.each(Object.entries(meshes))(

@@ -157,19 +157,21 @@ const drafts: readonly Draft[] = [
   one("swiglu_grad 65536x4096", "swiglu_grad", { B: 1, S: T, F: D }, "bf16 bf16 bf16 bf16 bf16"),
   one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, ...ROPE }, "bf16 bf16"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
-  one("top_k 65536x128, 8", "top_k", { ...router, k: 8, normalize: 1 }, "f32 f32"),
+  one("choose 65536x128, 8", "choose", { ...router, k: 8 }, "bf16 f32"),
+  one("weigh 65536x128, 8", "weigh", { ...router, normalize: 1 }, "f32 f32 f32"),
   {
-    name: "router 65536x128, 8 (softmax, top_k)",
+    name: "router 65536x128, 8 (softmax, choose, weigh)",
     kind: "router",
     steps: [
       { op: "softmax", d: router, types: "bf16 f32", as: { y: "p" } },
-      { op: "top_k", d: { ...router, k: 8, normalize: 1 }, types: "f32 f32" },
+      { op: "choose", d: { ...router, k: 8 }, types: "bf16 f32" },
+      { op: "weigh", d: { ...router, normalize: 1 }, types: "f32 f32 f32" },
     ],
-    // the probabilities are kept: the router's gradient needs them
-    bytes: T * 128 * (2 + 4 + 4),
+    // the probabilities and the map are kept: the router's gradient needs them
+    bytes: T * 128 * (2 + 4 + 4 + 4),
   },
   one("permute 16384x4096, 8 of 64 (makes rows)", "permute", rowsSizes, "bf16 f32 bf16", { bound: rowsBound, makesRows: true }),
-  one("unpermute 16384x4096, 8 of 64", "unpermute", rowsSizes, "bf16 f32 bf16", { bound: rowsBound, unread: ["p"] }),
+  one("unpermute 16384x4096, 8 of 64", "unpermute", rowsSizes, "bf16 f32 bf16", { bound: rowsBound, unread: ["c"] }),
   one("row_max 8192x32000", "row_max", logits, "bf16 f32"),
   one("sum_exp 8192x32000", "sum_exp", logits, "bf16 f32 f32"),
   one("sum_exp_grad 8192x32000", "sum_exp_grad", logits, "bf16 f32 f32 bf16"),

@@ -267,18 +267,31 @@ class Cases:
     def peers_softmax(self, d, b, case):
         return {"softmax": lambda: torch.softmax(b["x"], -1, dtype=torch.float32)}
 
-    def fill_top_k(self, d, b, case):
+    def reference_choose(self, d, b, case):
+        return {"c": chosen(b["x"].float(), d["k"])}
+
+    def peers_choose(self, d, b, case):
+        return self.several("topk, scatter", lambda x: torch.zeros_like(x).scatter_(-1, x.topk(d["k"], -1).indices, 1.0), b["x"])
+
+    def fill_weigh(self, d, b, case):
+        b["c"].copy_(chosen(b["p"], 8))
         b["p"].copy_(b["p"].softmax(-1))
 
-    def reference_top_k(self, d, b, case):
-        return {"y": largest(b["p"], d["k"])}
+    def reference_weigh(self, d, b, case):
+        kept = b["p"] * b["c"]
+        return {"y": kept / kept.sum(-1, keepdim=True)}
 
-    def peers_top_k(self, d, b, case):
-        return self.several("topk, scatter", lambda p: kept(p, d["k"]), b["p"])
+    def peers_weigh(self, d, b, case):
+        def weigh(p, c):
+            kept = p * c
+            return kept / kept.sum(-1, keepdim=True)
+
+        return self.several("product, sum, quotient", weigh, b["p"], b["c"])
 
     def reference_router(self, d, b, case):
         p = b["x"].float().softmax(-1)
-        return {"p": p, "y": largest(p, d["k"])}
+        c = chosen(b["x"].float(), d["k"])
+        return {"p": p, "c": c, "y": p * c / (p * c).sum(-1, keepdim=True)}
 
     def peers_router(self, d, b, case):
         return self.several("softmax, topk, scatter", lambda x: kept(torch.softmax(x, -1, dtype=torch.float32), d["k"]), b["x"])
@@ -290,26 +303,24 @@ class Cases:
         k = d["bound"] // tokens
         # some experts are liked more than others
         liking = torch.randn(tokens, experts, device="cuda") + torch.randn(experts, device="cuda") / 2
-        chosen = liking.topk(k, -1).indices
-        p = torch.zeros(tokens, experts, device="cuda").scatter_(-1, chosen, torch.rand(tokens, k, device="cuda") + 0.1)
-        b["p"].copy_(p.view_as(b["p"]))
+        b["c"].copy_(chosen(liking, k).view_as(b["c"]))
 
     def fill_unpermute(self, d, b, case):
         self.fill_permute(d, b, case)
-        write_rows(d, b, *rows_of(b["p"]))
+        write_rows(d, b, *rows_of(b["c"]))
 
     def reference_permute(self, d, b, case):
-        index, counts = rows_of(b["p"])
+        index, counts = rows_of(b["c"])
         rows = torch.empty_like(b["rows"])
         write_rows(d, {"rows": rows}, index, counts)
         return {"r": flat(b["x"])[index[:, 0] * d["S"] + index[:, 1]], "rows": rows}
 
     def peers_permute(self, d, b, case):
         x = flat(b["x"])
-        index, _ = rows_of(b["p"])
+        index, _ = rows_of(b["c"])
         tokens = index[:, 0] * d["S"] + index[:, 1]
         k = d["bound"] // x.shape[0]
-        experts = b["p"].view(-1, d["E"]).topk(k, -1).indices
+        experts = b["c"].view(-1, d["E"]).topk(k, -1).indices
         out = torch.empty_like(b["r"])
         return {
             "argsort, index_select": lambda: torch.index_select(x, 0, experts.flatten().argsort(stable=True) // k, out=out),
@@ -317,13 +328,13 @@ class Cases:
         }
 
     def reference_unpermute(self, d, b, case):
-        index, _ = rows_of(b["p"])
+        index, _ = rows_of(b["c"])
         tokens = index[:, 0] * d["S"] + index[:, 1]
         total = torch.zeros(flat(b["x"]).shape, dtype=torch.float32, device="cuda")
         return {"x": total.index_add_(0, tokens, b["r"].float())}
 
     def peers_unpermute(self, d, b, case):
-        index, _ = rows_of(b["p"])
+        index, _ = rows_of(b["c"])
         tokens, k = index[:, 0] * d["S"] + index[:, 1], d["bound"] // (d["B"] * d["S"])
         of_token = tokens.argsort(stable=True).view(-1, k)
         r = b["r"]
@@ -428,10 +439,10 @@ def ends_of(case):
     return torch.tensor(case["counts"], device="cuda").cumsum(0).int()
 
 
-def rows_of(p):
-    """(b,s,e) of every probability above zero, by e, b, s; and how many each expert has."""
-    found = (p > 0).permute(2, 0, 1).nonzero()
-    return found[:, [1, 2, 0]], torch.bincount(found[:, 0], minlength=p.shape[-1])
+def rows_of(c):
+    """(b,s,e) of every one in the map, by e, b, s; and how many each expert has."""
+    found = (c > 0).permute(2, 0, 1).nonzero()
+    return found[:, [1, 2, 0]], torch.bincount(found[:, 0], minlength=c.shape[-1])
 
 
 def write_rows(d, b, index, counts):
@@ -489,11 +500,10 @@ def turned(x, cos, sin):
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-def largest(p, k):
-    """The k largest over their sum, of equal ones the first; zeros elsewhere."""
-    at = p.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    values = p.gather(-1, at)
-    return torch.zeros_like(p).scatter_(-1, at, values / values.sum(-1, keepdim=True))
+def chosen(x, k):
+    """Ones at the k largest, of equal ones the first; zeros elsewhere."""
+    at = x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(x).scatter_(-1, at, 1.0)
 
 
 def kept(p, k):

@@ -1,12 +1,14 @@
 /** What a declaration says, and that one which lies is caught by the cut law. */
 import { describe, expect, test } from "vitest";
 import { attention } from "../src/ops/attention.ts";
+import * as balance from "../src/ops/balance.ts";
 import { ops } from "../src/ops/index.ts";
 import { add, groupedGemm } from "../src/ops/linear.ts";
 import * as moe from "../src/ops/moe.ts";
 import { rmsnorm } from "../src/ops/norm.ts";
 import { type AnyOp, op, type Place, type Value } from "../src/ops/op.ts";
 import { rope } from "../src/ops/rope.ts";
+import * as router from "../src/ops/router.ts";
 import * as vocab from "../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "./opCases.ts";
 
@@ -21,7 +23,7 @@ describe("a signature that lies is caught", () => {
       cpu: attention.cpu,
     }),
     "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
-    "a sum that owes a maximum": op({ name: "tally", sig: "p[A*P,S,E] -> n[A,E]", owes: "max", cpu: moe.tally.cpu }),
+    "a sum that owes a maximum": op({ name: "tally", sig: "c[A*P,S,E] -> n[A,E]", owes: "max", cpu: balance.tally.cpu }),
     "a mean over the tokens that are here": op({
       name: "mean",
       sig: "l[B,S] -> y[]",
@@ -44,15 +46,15 @@ describe("a signature that lies is caught", () => {
       sig: "ids[B,S] table[V,D] -> x[B,S,D]",
       cpu: (t, d, p) => vocab.embed.cpu(t, d, local(p)),
     }),
-    "a softmax over some of the experts": op({ name: "softmax", sig: "x[B,S,E] -> y[B,S,E]", cpu: moe.softmax.cpu }),
-    "the square of a sum over some of the experts": op({ name: "z_loss", sig: "x[B,S,E] -> y[]", cpu: moe.zLoss.cpu }),
+    "a softmax over some of the experts": op({ name: "softmax", sig: "x[B,S,E] -> y[B,S,E]", cpu: router.softmax.cpu }),
+    "the square of a sum over some of the experts": op({ name: "z_loss", sig: "x[B,S,E] -> y[]", cpu: router.zLoss.cpu }),
     "a balancing loss with the counts of the tokens that are here": op({
       name: "aux_loss",
       sig: "p[A*P,S,E] -> y[]",
       cpu({ p, y }, { A, P, S, E }, place) {
         const n = new Float32Array(A * E);
-        moe.tally.cpu({ p, n }, { A, P, S, E }, place);
-        moe.auxLoss.cpu({ p, n, y }, { A, P, S, E, c: 1 }, place);
+        balance.tally.cpu({ c: p, n }, { A, P, S, E }, place);
+        balance.auxLoss.cpu({ p, n, y }, { A, P, S, E, c: 1 }, place);
       },
     }),
     "experts counted from the job's first": op({
@@ -62,7 +64,7 @@ describe("a signature that lies is caught", () => {
     }),
     "rows named by the piece's own coordinates": op({
       name: "permute",
-      sig: "x[B,S,D] p[B,S,E] -> r[B~S~E,D]",
+      sig: "x[B,S,D] c[B,S,E] -> r[B~S~E,D]",
       rows: (t, d, p, rows, bound) => moe.permute.rows!(t, d, local(p), rows, bound),
       cpu: moe.permute.cpu,
     }),
@@ -85,7 +87,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad top_k top_k_grad tally aux_loss aux_loss_grad z_loss z_loss_grad permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad choose choose_biased weigh weigh_grad z_loss z_loss_grad tally aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update loads bias_update drop choose_tokens choose_evenly permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad gated gated_grad sum_squares clip adamw arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -130,13 +132,32 @@ test("what each op allows to cut", () => {
     mean_grad: B S
     softmax: B S
     softmax_grad: B S
-    top_k: B S
-    top_k_grad: B S
+    sigmoid: B S E
+    sigmoid_grad: B S E
+    sqrt_softplus: B S E
+    sqrt_softplus_grad: B S E
+    normalize: B S
+    normalize_grad: B S
+    choose: B S
+    choose_biased: B S
+    weigh: B S
+    weigh_grad: B S
+    z_loss: B S
+    z_loss_grad: B S
     tally: A S E
     aux_loss: A S E
     aux_loss_grad: A S E
-    z_loss: B S
-    z_loss_grad: B S
+    running_mean: 
+    global_aux_loss: B S E
+    global_aux_loss_grad: B S E
+    sinkhorn: A (max)
+    quantile: A
+    quantile_update: 
+    loads: B S E
+    bias_update: 
+    drop: A J E
+    choose_tokens: A E
+    choose_evenly: B S E
     permute: B S D E
     unpermute: B S E D
     pack: B S E
@@ -145,6 +166,8 @@ test("what each op allows to cut", () => {
     swiglu_grad: B S F
     swiglu_rows: B S E F
     swiglu_rows_grad: B S E F
+    gated: B S N
+    gated_grad: B S N
     sum_squares: ...
     clip: 
     adamw: ...
@@ -187,7 +210,7 @@ test("an inner factor comes from the attributes, and its dim from what is left o
 });
 
 test("a ragged value has its slots first, and keeps how many rows a token has", () => {
-  const r = moe.permute.of({ x: input("x", 2, 4, 6), p: input("p", 2, 4, 8) }, { k: 2 });
+  const r = moe.permute.of({ x: input("x", 2, 4, 6), c: input("c", 2, 4, 8) }, { k: 2 });
   expect([r.sizes, r.ragged, r.fanout]).toEqual([[2, 4, 8, 6], 3, 2]);
   const y = add.of({ a: r, b: r });
   expect([y.sizes, y.ragged, y.fanout]).toEqual([[2, 4, 8, 6], 3, 2]);

@@ -53,7 +53,8 @@ export function handPlan(hand: Hand): Plan {
     mesh: { world, per_stage: perStage, stage_stride: perStage, factors, axes: {}, sizes: {}, gpus_per_node: world },
     programs: Array.from({ length: stages }, (_, stage) => ({
       chunks: [{ layers: [0, 1], slots, forward: [...forward], backward: [], weights: [] }],
-      ...{ stage, buffers, bounds: [...bounds], step: [], order: ["F0"], parameters: [], inputs: {}, metrics: {} },
+      ...{ stage, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), step: [], order: ["F0"] },
+      ...{ parameters: [], inputs: {}, metrics: {} },
     })),
     memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, activation: [total.activation], scratch, peak: 0, offsets })),
     kernels: [...kernels],

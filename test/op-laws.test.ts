@@ -120,9 +120,12 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "sum_exp: m",
       "pick: target",
       "nll: m",
+      "weigh: c",
       "aux_loss: n",
-      "permute: p",
-      "unpermute: p",
+      "global_aux_loss: n",
+      "permute: c",
+      "unpermute: c",
+      "pack: c",
     ]
   `);
 });
@@ -180,7 +183,7 @@ test("what is declared linear is", () => {
   }
 });
 
-test("rows are the (b,s,e) with p > 0, by expert, sequence and token; the count needed is told even past the bound", () => {
+test("rows are the (b,s,e) with a one in the map, by expert, sequence and token; the count needed is told even past the bound", () => {
   for (const o of table.filter((t) => t.rows)) {
     const c = makeCase(o, 7);
     const rows = new Int32Array(c.rows.length);
@@ -192,17 +195,33 @@ test("rows are the (b,s,e) with p > 0, by expert, sequence and token; the count 
   }
 });
 
-test("of equal probabilities the lower expert is kept; a kept one that underflowed to 0 has no row and breaks nothing", () => {
-  const run = (p: number[]) => {
-    const d = { B: 1, S: 1, E: 4, k: 2, normalize: 1 };
-    const place = { start: () => 0, rows: new Int32Array(1) };
-    const [x, y, dp, rows] = [Float32Array.from(p), new Float32Array(4), new Float32Array(4), new Int32Array(13)];
-    ops.top_k!.cpu({ p: x, y }, d, place);
-    ops.top_k_grad!.cpu({ p: x, y, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
-    return { y: [...y], dp: [...dp], rows: ops.permute!.rows!({ p: y }, d, place, rows, 4) };
+test("of equal scores the lower expert is chosen; one whose weight underflowed to 0 has a row all the same", () => {
+  const run = (scores: number[]) => {
+    const d = { B: 1, S: 1, E: 4, k: 2, normalize: 1, scale: 1 };
+    const rows = new Int32Array(13);
+    const place = { start: () => 0, rows };
+    const p = Float32Array.from(scores);
+    const [c, y, dp] = [new Float32Array(4), new Float32Array(4), new Float32Array(4)];
+    ops.choose!.cpu({ x: p, c }, d, place);
+    ops.weigh!.cpu({ p, c, y }, d, place);
+    ops.weigh_grad!.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
+    // 0 times a negative number is −0
+    return { y: [...y], dp: Array.from(dp, (x) => x + 0), rows: ops.permute!.rows!({ c }, d, place, rows, 4) };
   };
   expect(run([0.25, 0.25, 0.25, 0.25])).toEqual({ y: [0.5, 0.5, 0, 0], dp: [1, -1, 0, 0], rows: 2 });
-  expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 1 });
+  expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 2 });
+});
+
+test("loads by force are even, and go on from one piece of the tokens to the next", () => {
+  const of = (B: number, S: number, b0: number, s0: number) => {
+    const c = new Float32Array(B * S * 6);
+    const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
+    ops.choose_evenly!.cpu({ x: c, c }, { B, S, E: 6, k: 2, S0: 9, E0: 6 }, { start: (d) => starts[d] ?? 0, rows: new Int32Array(1) });
+    return [...c];
+  };
+  const all = of(2, 9, 0, 0);
+  expect(Array.from({ length: 6 }, (_, e) => all.filter((x, i) => i % 6 === e && x).length)).toEqual([6, 6, 6, 6, 6, 6]);
+  expect(of(1, 4, 1, 5)).toEqual(all.slice((9 + 5) * 6));
 });
 
 test("the blocked product is the plain one, at sizes that fill no tile or block", () => {

@@ -16,13 +16,15 @@ export interface Case {
 }
 
 // small, different where they may differ, and none of them 1, so that every dim has two pieces
-const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, "#0": 3, "#1": 4 };
+const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, J: 2, "#0": 3, "#1": 4 };
 const ATTRS = {
   ...{ C: 8, W: 6, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1, chunk: 0, ranks: 2 },
   // rope: the middle of a head turns
   ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
   // latent attention: what is joined, and heads of a latent
   ...{ A: 2, R: 5, Y: 7, Z: 8 },
+  // routers
+  ...{ rate: 0.1, groups: 2, group_top_k: 1, group_scores: 2 },
   ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 
@@ -42,14 +44,16 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
   const { inputs, outputs } = expandLike(op, { slots: 2, ragged: 0 });
   const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES };
   const { B, S, E, V } = SIZES;
-  const mask = probabilities(B * S, E, next);
-  const rows = rowsOf(mask, B, S, E);
+  const chosen = someExperts(B * S, E, next);
+  const rows = rowsOf(chosen, B, S, E);
   const fill = (o: Operand): Float32Array => {
     const out = new Float32Array(elements(o, sizes));
-    if (o.name === "p" && !o.ragged && o.slots.at(-1)?.dim === "E") return mask;
+    if (o.name === "c" && o.slots.at(-1)?.dim === "E") return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
+    // weights are above 0, and their sums well above
+    if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
     // sums of exponentials, squares and second moments; a step counts from 1
-    if (["s", "sq", "v"].includes(o.name)) return out.map(() => 1.5 + next());
+    if (["s", "sq", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
     if (o.name === "step") return out.fill(3);
     return out.map(next);
   };
@@ -60,19 +64,18 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
   return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
 }
 
-/** Two or three experts of a token above 0, well apart, so that a small step changes no choice. */
-function probabilities(tokens: number, E: number, next: () => number): Float32Array {
-  const p = new Float32Array(tokens * E);
+/** The map of a router: two or three experts of a token. */
+function someExperts(tokens: number, E: number, next: () => number): Float32Array {
+  const c = new Float32Array(tokens * E);
   for (let t = 0; t < tokens; t++) {
     const order = Array.from({ length: E }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
-    const count = next() > 0 ? 2 : 3;
-    for (const [i, { e }] of order.slice(0, count).entries()) p[t * E + e] = 0.3 + i / 4 + next() / 20;
+    for (const { e } of order.slice(0, next() > 0 ? 2 : 3)) c[t * E + e] = 1;
   }
-  return p;
+  return c;
 }
-function rowsOf(p: Float32Array, B: number, S: number, E: number): Int32Array {
+function rowsOf(c: Float32Array, B: number, S: number, E: number): Int32Array {
   const rows: number[][] = [];
-  for (let e = 0; e < E; e++) for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (p[(b * S + s) * E + e]! > 0) rows.push([b, s, e]);
+  for (let e = 0; e < E; e++) for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (c[(b * S + s) * E + e]) rows.push([b, s, e]);
   return Int32Array.from([rows.length, ...rows.flat()]);
 }
 

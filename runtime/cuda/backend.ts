@@ -9,7 +9,7 @@ import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
 import { narrow, widen } from "../halves.ts";
-import { rowsOverflow } from "../rowsOverflow.ts";
+import { overBound } from "../overBound.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm, type Share } from "./comm.ts";
 import { driver, type Event, type Pinned } from "./driver.ts";
@@ -84,7 +84,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const steps = openSteps(context, stream, { graph: settings.graph !== false && !profile });
   const bind = binder({ plan, rank, context, arenas, kernels });
   const bound = new Map<Compute, Bound[]>();
-  const limits = program.bounds.map(({ needed, bound }, n) => ({ needed, bound, at: 4 * n, place: arenas.place(needed, 0) }));
+  const limits = program.bounds.map((limit, n) => ({ limit, at: 4 * n, place: arenas.place(limit.needed, 0) }));
   const found = limits.length ? context.pin(4 * limits.length) : undefined;
   const idle: Pinned[] = [];
   /** A step has begun and has not ended well: what is under way may never be done. */
@@ -163,8 +163,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       check();
       broken = false;
       const counts = found && new Int32Array(found.bytes);
-      for (const [n, { needed, bound }] of limits.entries())
-        if (counts![n]! > bound) throw rowsOverflow(needed.replace(/\.needed$/, ""), rank, counts![n]!, bound);
+      for (const [n, { limit }] of limits.entries()) if (counts![n]! > limit.bound) throw overBound(limit, rank, counts![n]!);
     },
     idle: () => steps.idle(),
     profile: () => lanes.timed().map((t) => ({ rank, ...t })),

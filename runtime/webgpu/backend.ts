@@ -8,7 +8,7 @@ import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
 import { narrow, widen } from "../halves.ts";
-import { rowsOverflow } from "../rowsOverflow.ts";
+import { overBound } from "../overBound.ts";
 import { type Arenas, type Limits, makeArenas, type Place } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
 import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
@@ -61,7 +61,7 @@ export async function webgpuOn(
     const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
     const bounds = ranks.flatMap((rank) => {
       const p = programs[stageOfRank(mesh, rank)]!;
-      return p.bounds.map(({ needed, bound }) => ({ rank, needed, bound, at: place(rank, p.buffers.find((b) => b.id === needed)!, 0) }));
+      return p.bounds.map((limit) => ({ rank, limit, at: place(rank, p.buffers.find((b) => b.id === limit.needed)!, 0) }));
     });
     return {
       ranks,
@@ -72,9 +72,9 @@ export async function webgpuOn(
       async finish() {
         await commands.finish();
         const found = await commands.read(bounds.map(({ at }) => at));
-        for (const [k, { rank, needed, bound }] of bounds.entries()) {
-          const rows = new Int32Array(found[k]!)[0]!;
-          if (rows > bound) throw rowsOverflow(needed, rank, rows, bound);
+        for (const [k, { rank, limit }] of bounds.entries()) {
+          const needed = new Int32Array(found[k]!)[0]!;
+          if (needed > limit.bound) throw overBound(limit, rank, needed);
         }
       },
       profile: () => commands.timings(),

@@ -1,5 +1,7 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
+import * as balance from "./balance.ts";
+import * as capacity from "./capacity.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
@@ -8,6 +10,7 @@ import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
 import { adamw, clip, sumSquares } from "./optimizer.ts";
 import { rope } from "./rope.ts";
+import * as router from "./router.ts";
 import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [
@@ -16,6 +19,9 @@ const all: readonly AnyOp[] = [
   ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
   ...[split, join, latentKv, latentKvGrad],
   ...Object.values(vocab),
+  ...Object.values(router),
+  ...Object.values(balance),
+  ...Object.values(capacity),
   ...Object.values(moe),
   ...[sumSquares, clip, adamw],
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],

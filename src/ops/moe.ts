@@ -1,156 +1,18 @@
-/** Routing, its balancing losses, the rows that experts work on, and their activation. A row is a (b,s,e) whose probability is above zero. */
+/** The rows that experts work on, their activation, and a gate. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
 import { markExperts } from "./messages.ts";
 import { type Grads, op, type Place } from "./op.ts";
-
-// -- the router
-
-export const softmax = op({
-  name: "softmax",
-  sig: "x[B,S,E!] -> y[B,S,E!]",
-  types: { y: "f32" },
-  cpu({ x, y }, { E }) {
-    for (let o = 0; o < x.length; o += E) {
-      const log = logSumExp(x, o, E);
-      for (let e = 0; e < E; e++) y[o + e] = Math.exp(x[o + e]! - log);
-    }
-  },
-  grad({ x }, { y, dy }): Grads {
-    const dx = softmaxGrad.of({ y, dy });
-    dx.dtype = x.dtype;
-    return { x: dx };
-  },
-});
-/** dx = y·(dy − Σ y·dy) */
-export const softmaxGrad = op({
-  name: "softmax_grad",
-  sig: "y[B,S,E!] dy[B,S,E!] -> dx[B,S,E!]",
-  cpu({ y, dy, dx }, { E }) {
-    for (let o = 0; o < y.length; o += E) {
-      let dot = 0;
-      for (let e = 0; e < E; e++) dot += y[o + e]! * dy[o + e]!;
-      for (let e = 0; e < E; e++) dx[o + e] = y[o + e]! * (dy[o + e]! - dot);
-    }
-  },
-});
-function logSumExp(x: Float32Array, at: number, count: number): number {
-  let max = -Infinity;
-  for (let e = 0; e < count; e++) max = Math.max(max, x[at + e]!);
-  let sum = 0;
-  for (let e = 0; e < count; e++) sum += Math.exp(x[at + e]! - max);
-  return max + Math.log(sum);
-}
-
-/** The k largest probabilities, of equal ones the lower index, others exactly 0; with `normalize` divided by their sum. */
-export const topK = op({
-  name: "top_k",
-  sig: "p[B,S,E!] -> y[B,S,E!]",
-  types: { y: "f32" },
-  cpu({ p, y }, { E, k, normalize }) {
-    largest(p, E, k!, (o, kept, sum) => {
-      for (const e of kept) y[o + e] = normalize ? p[o + e]! / sum : p[o + e]!;
-    });
-  },
-  grad: ({ p }, { y, dy }, a): Grads => ({ p: topKGrad.of({ p, y, dy }, a) }),
-});
-/**
- * dp = dy for those kept; normalised, y = p/Σp gives dp = (dy − Σ y·dy)/Σp. What is kept is found again from p, not read off
- * y > 0: a kept probability may have underflowed to 0, and then has a slope although it has no row.
- */
-export const topKGrad = op({
-  name: "top_k_grad",
-  sig: "p[B,S,E!] y[B,S,E!] dy[B,S,E!] -> dp[B,S,E!]",
-  cpu({ p, y, dy, dp }, { E, k, normalize }) {
-    largest(p, E, k!, (o, kept, sum) => {
-      let dot = 0;
-      for (const e of kept) dot += y[o + e]! * dy[o + e]!;
-      for (const e of kept) dp[o + e] = normalize ? (dy[o + e]! - dot) / sum : dy[o + e]!;
-    });
-  },
-});
-/** Visits each token with the experts of its k largest probabilities and their sum; the list is used again for the next token. */
-function largest(p: Float32Array, E: number, k: number, visit: (o: number, kept: Int32Array, sum: number) => void): void {
-  const kept = new Int32Array(k);
-  const taken = new Uint8Array(E);
-  for (let o = 0; o < p.length; o += E) {
-    taken.fill(0);
-    let sum = 0;
-    for (let i = 0; i < k; i++) {
-      let best = -1;
-      for (let e = 0; e < E; e++) if (!taken[e] && (best < 0 || p[o + e]! > p[o + best]!)) best = e;
-      taken[best] = 1;
-      kept[i] = best;
-      sum += p[o + best]!;
-    }
-    visit(o, kept, sum);
-  }
-}
-
-// -- balancing losses, one per microbatch of P sequences
-
-/** How many tokens of each microbatch chose each expert. */
-export const tally = op({
-  name: "tally",
-  sig: "p[A*P,S,E] -> n[A,E]",
-  types: { n: "f32" },
-  cpu({ p, n }, { P, S, E }) {
-    for (let i = 0; i < p.length; i++) if (p[i]! > 0) n[Math.floor(i / (P * S * E)) * E + (i % E)]! += 1;
-  },
-});
-/** c · Σ p·n: its sum over tokens is owed, while the counts are needed whole. The counts take no gradient. */
-export const auxLoss = op({
-  name: "aux_loss",
-  sig: "p[A*P,S,E] n[A,E] -> y[]",
-  types: { y: "f32" },
-  cpu({ p, n, y }, { P, S, E, c }) {
-    let sum = 0;
-    for (let i = 0; i < p.length; i++) sum += p[i]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
-    y[0]! += c! * sum;
-  },
-  grad: ({ p, n }, { dy }, a): Grads => ({ p: auxLossGrad.of({ p, n, dy }, a) }),
-});
-/** Of `p` only the shape is read. */
-export const auxLossGrad = op({
-  name: "aux_loss_grad",
-  sig: "p[A*P,S,E] n[A,E] dy[] -> dp[A*P,S,E]",
-  cpu({ n, dy, dp }, { P, S, E, c }) {
-    for (let i = 0; i < dp.length; i++) dp[i] = c! * dy[0]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
-  },
-});
-/** c · Σ logsumexp(x)² */
-export const zLoss = op({
-  name: "z_loss",
-  sig: "x[B,S,E!] -> y[]",
-  types: { y: "f32" },
-  cpu({ x, y }, { E, c }) {
-    let sum = 0;
-    for (let o = 0; o < x.length; o += E) sum += logSumExp(x, o, E) ** 2;
-    y[0]! += c! * sum;
-  },
-  grad: ({ x }, { dy }, a): Grads => ({ x: zLossGrad.of({ x, dy }, a) }),
-});
-/** dx = 2c · logsumexp(x) · softmax(x) */
-export const zLossGrad = op({
-  name: "z_loss_grad",
-  sig: "x[B,S,E!] dy[] -> dx[B,S,E!]",
-  cpu({ x, dy, dx }, { E, c }) {
-    for (let o = 0; o < x.length; o += E) {
-      const log = logSumExp(x, o, E);
-      for (let e = 0; e < E; e++) dx[o + e] = 2 * c! * dy[0]! * log * Math.exp(x[o + e]! - log);
-    }
-  },
-});
 
 // -- rows
 
 type Sizes = Readonly<Record<"B" | "S" | "E", number>>;
 
-function chosen({ p }: { p: Float32Array }, { B, S, E }: Sizes, place: Place, rows: Int32Array, bound: number): number {
+function chosen({ c }: { c: Float32Array }, { B, S, E }: Sizes, place: Place, rows: Int32Array, bound: number): number {
   const [b0, s0, e0] = [place.start("B"), place.start("S"), place.start("E")];
   let count = 0;
   for (let e = 0; e < E; e++)
     for (let b = 0; b < B; b++)
       for (let s = 0; s < S; s++) {
-        if (!(p[(b * S + s) * E + e]! > 0)) continue;
+        if (!(c[(b * S + s) * E + e]! > 0)) continue;
         if (count < bound) rows.set([b0 + b, s0 + s, e0 + e], 1 + 3 * count);
         count++;
       }
@@ -168,45 +30,45 @@ function eachRow({ S, E }: Omit<Sizes, "B">, place: Place, visit: (r: number, to
   }
 }
 
-/** A copy of a token's vector for each expert that it chose. */
+/** A copy of a token's vector for each of its experts. */
 export const permute = op({
   name: "permute",
-  sig: "x[B,S,D] p[B,S,E] -> r[B~S~E,D]",
+  sig: "x[B,S,D] c[B,S,E] -> r[B~S~E,D]",
   rows: chosen,
   cpu({ x, r }, d, place) {
     const { D } = d;
     eachRow(d, place, (row, t) => r.set(x.subarray(t * D, t * D + D), row * D));
   },
-  grad: ({ p }, { dy }, a): Grads => ({ x: unpermute.of({ r: dy, p }, a) }),
+  grad: ({ c }, { dy }, a): Grads => ({ x: unpermute.of({ r: dy, c }, a) }),
 });
-/** The sum of a token's rows; of `p` only the shape is read. */
+/** The sum of a token's rows; of `c` only the shape is read. */
 export const unpermute = op({
   name: "unpermute",
-  sig: "r[B~S~E,D] p[B,S,E] -> x[B,S,D]",
+  sig: "r[B~S~E,D] c[B,S,E] -> x[B,S,D]",
   cpu({ x, r }, d, place) {
     const { D } = d;
     eachRow(d, place, (row, t) => {
-      for (let c = 0; c < D; c++) x[t * D + c]! += r[row * D + c]!;
+      for (let i = 0; i < D; i++) x[t * D + i]! += r[row * D + i]!;
     });
   },
-  grad: ({ p }, { dy }, a): Grads => ({ r: permute.of({ x: dy, p }, a) }),
+  grad: ({ c }, { dy }, a): Grads => ({ r: permute.of({ x: dy, c }, a) }),
 });
-/** The probability of each row. */
+/** The weight of each row. */
 export const pack = op({
   name: "pack",
-  sig: "p[B,S,E] -> r[B~S~E]",
+  sig: "p[B,S,E] c[B,S,E] -> r[B~S~E]",
   rows: chosen,
   cpu({ p, r }, d, place) {
     eachRow(d, place, (row, _, choice) => {
       r[row] = p[choice]!;
     });
   },
-  grad: ({ p }, { dy }, a): Grads => ({ p: packGrad.of({ dy, p }, a) }),
+  grad: ({ c }, { dy }, a): Grads => ({ p: packGrad.of({ dy, c }, a) }),
 });
-/** Of `p` only the shape is read. */
+/** Of `c` only the shape is read. */
 export const packGrad = op({
   name: "pack_grad",
-  sig: "dy[B~S~E] p[B,S,E] -> dp[B,S,E]",
+  sig: "dy[B~S~E] c[B,S,E] -> dp[B,S,E]",
   cpu({ dy, dp }, d, place) {
     eachRow(d, place, (row, _, choice) => {
       dp[choice] = dy[row]!;
@@ -268,6 +130,37 @@ export const swigluRowsGrad = op({
         sum += dy[i]! * g * s * up[i]!;
       }
       dp[r] = sum;
+    }
+  },
+});
+
+// -- a gate
+
+/** Blocks of C channels, each times the sigmoid of its gate. */
+export const gated = op({
+  name: "gated",
+  sig: "x[B,S,N*C] gate[B,S,N] -> y[B,S,N*C]",
+  cpu({ x, gate, y }, { C }) {
+    for (let i = 0; i < y.length; i++) y[i] = x[i]! * sigmoid(gate[Math.floor(i / C)]!);
+  },
+  grad({ x, gate }, { dy }, a): Grads {
+    const { dx, dgate } = gatedGrad.all({ x, gate, dy }, a);
+    return { x: dx, gate: dgate };
+  },
+});
+/** dgate = σ·(1 − σ) · Σ x·dy */
+export const gatedGrad = op({
+  name: "gated_grad",
+  sig: "x[B,S,N*C] gate[B,S,N] dy[B,S,N*C] -> dx[B,S,N*C] dgate[B,S,N]",
+  cpu({ x, gate, dy, dx, dgate }, { C }) {
+    for (let block = 0; block < gate.length; block++) {
+      const s = sigmoid(gate[block]!);
+      let sum = 0;
+      for (let i = block * C; i < block * C + C; i++) {
+        dx[i] = dy[i]! * s;
+        sum += x[i]! * dy[i]!;
+      }
+      dgate[block] = sum * s * (1 - s);
     }
   },
 });

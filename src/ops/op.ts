@@ -53,6 +53,8 @@ export interface Declaration<S extends string> {
   readonly suffix?: string;
   /** Outputs that `cpu` reads and updates in place; all others it finds zeroed. */
   readonly updates?: readonly Out<S>[];
+  /** Of outputs that are updated: the attribute that they may not exceed in a step. The run ends with an error where one does. */
+  readonly limits?: Partial<Each<Out<S>, string>>;
   /** Floating-point operations at these sizes (local, or global: the same formula); R is the number of rows. */
   flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
   /** The reference: plain loops over local pieces. bf16 values arrive as f32, and are rounded when stored. */
@@ -76,13 +78,14 @@ export interface Operand {
   readonly any: boolean;
 }
 /** An op as the passes and the runtime see it: names are strings. */
-export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "carries"> {
+export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "limits" | "carries"> {
   /** Applies the op; its outputs by name. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
   readonly types?: Readonly<Record<string, Dtype>>;
   readonly updates?: readonly string[];
+  readonly limits?: Readonly<Record<string, string>>;
   flops?(d: Readonly<Record<string, number>>): number;
   cpu(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place): void;
   rows?(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place, rows: Int32Array, bound: number): number;
@@ -95,14 +98,21 @@ export interface Op<S extends string> extends AnyOp {
   all(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Each<Out<S>, Value>;
 }
 
+export interface Quota {
+  readonly rows: number;
+  readonly sequences: number;
+  readonly positions: number;
+}
 /** A logical tensor of the graph: global sizes, one per slot (a ragged value has its ragged slots first). */
 export interface Value {
   readonly node?: Node;
   readonly out: number;
   readonly sizes: readonly number[];
   readonly ragged: number;
-  /** Rows per (b,s) of a ragged value: the router's top_k. */
+  /** Rows per (b,s) of a ragged value at most: the router's top_k. */
   readonly fanout: number;
+  /** … and per expert, of any group of so many sequences and positions. */
+  readonly quota?: Quota;
   readonly leaf?: Leaf;
   dtype: Dtype;
   /** Per slot, the axes it is declared to be cut along; absent: as it falls out. */
@@ -114,6 +124,10 @@ export interface Leaf {
   readonly name: string;
   readonly position: number;
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
+  /** A parameter that no gradient teaches: a step updates it by an op of what was counted in it. */
+  readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };
+  /** … the value of the forward pass whose sum over the step that is. */
+  counted?: Value;
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
 }
@@ -139,13 +153,14 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
     const size = sizesOf({ op: self, args, attrs });
     const node: Node = { op: self, args, attrs, outs: [], size, id, position, backward: false };
     const like = args.find((v) => v.dtype !== "i32")?.dtype ?? "f32";
-    const fanout = args.find((v) => v.ragged)?.fanout ?? attrs.k ?? 0;
+    const rows = args.find((v) => v.ragged) ?? { fanout: attrs.k ?? 0, ...(attrs.quota ? { quota: quotaOf(attrs) } : {}) };
     for (const [out, o] of expand(node).outputs.entries())
       node.outs.push({
         node,
         out,
         ragged: o.ragged,
-        fanout: o.ragged ? fanout : 0,
+        fanout: o.ragged ? rows.fanout : 0,
+        ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
         sizes: o.slots.map((s) => slotSize(s, size)),
         dtype: self.types?.[o.name] ?? like,
       });
@@ -160,6 +175,9 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
   };
   return self;
 }
+
+/** Of an op that makes rows: `k` of a token at most, `quota` of an expert in each group. */
+const quotaOf = ({ quota, sequences, positions }: Attrs): Quota => ({ rows: quota!, sequences: sequences!, positions: positions! });
 
 /** An op's operands at one use: `...` replaced by as many dims as the argument has. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {

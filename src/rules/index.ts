@@ -3,16 +3,18 @@ import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding } from "../diagnostic.ts";
 import { hasErrors, setText } from "../diagnostic.ts";
 import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
+import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { memory } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
+import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
-const quick: readonly Rule[] = [...mesh, ...batch, ...model, ...moe, ...cluster];
+const quick: readonly Rule[] = [...mesh, ...batch, ...model, ...moe, ...router, ...balance, ...cluster];
 export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job: each rule's `bad` is laid over it. */

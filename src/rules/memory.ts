@@ -1,8 +1,8 @@
 /**
- * Memory: the one rule that needs a compiled program. Stages repeat their layers, so the peak of a job follows from its
- * compiled form at two and at three layers a chunk; the plan itself then holds the exact figure.
+ * Memory: the one rule that needs a compiled program. Where chunks repeat one layer, the peak of a job follows from its compiled form
+ * at two and at three layers a chunk; where layers differ, all are compiled. The plan itself then holds the exact figure.
  */
-import { devices, type Job } from "../../schemas/job.ts";
+import { devices, hasExperts, type Job } from "../../schemas/job.ts";
 import { lower } from "../lower.ts";
 import { layOut } from "../memory.ts";
 import { buildMesh } from "../mesh.ts";
@@ -18,9 +18,8 @@ import { type Rule, rule } from "./rule.ts";
 /** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
 export function peakOf(job: Job): { bytes: number; who: string } {
   const perChunk = job.model.layers / (job.parallel.pipeline * job.parallel.virtual_pipeline);
-  const alike = job.parallel.layout === null;
-  const two = alike ? peaksAt(job, Math.min(2, perChunk)) : peaksOf(job);
-  const three = alike && perChunk > 2 ? peaksAt(job, 3) : two;
+  const two = alike(job) ? peaksAt(job, Math.min(2, perChunk)) : peaksOf(job);
+  const three = alike(job) && perChunk > 2 ? peaksAt(job, 3) : two;
   const peaks = two.map((bytes, s) => bytes + Math.max(0, perChunk - 2) * (three[s]! - bytes));
   if (job.cluster.device === "cpu") {
     const ranks = job.parallel.world / job.parallel.pipeline;
@@ -29,6 +28,11 @@ export function peakOf(job: Job): { bytes: number; who: string } {
   const bytes = Math.max(...peaks);
   return { bytes, who: `a rank of stage ${peaks.indexOf(bytes)} needs` };
 }
+
+/** Whether all chunks are as many layers of one kind. */
+const alike = ({ model, parallel }: Job): boolean =>
+  parallel.layout === null &&
+  Array.from({ length: model.layers }, (_, i) => hasExperts(model, i)).every((has, _, [first]) => has === first);
 
 const peaksAt = (job: Job, perChunk: number): number[] =>
   peaksOf({ ...job, model: { ...job.model, layers: perChunk * job.parallel.pipeline * job.parallel.virtual_pipeline } });
@@ -52,9 +56,11 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
   const { mla } = m;
   const latents = mla ? (mla.q_rank ?? 0) + mla.kv_rank + mla.rope_dim : 0;
   const heads = mla ? m.heads * (m.head_dim + mla.v_dim) + latents : (m.heads + m.kv_heads) * m.head_dim;
-  const ffn = m.moe ? m.moe.experts * m.moe.ffn : m.ffn;
+  const ffn = m.moe ? Math.max(m.ffn, m.moe.experts * m.moe.ffn + (m.moe.shared?.ffn ?? 0)) : m.ffn;
   const parameters = 2 * m.vocab * m.hidden + m.layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2);
-  const active = m.moe ? m.moe.top_k * (m.moe.ffn + m.hidden) + m.moe.experts : m.ffn;
+  // rows of a token at most: capacity may be padded with any, and experts may all choose the same
+  const rows = m.moe && (m.moe.capacity !== "dropless" || m.moe.router.type === "expert_choice") ? m.moe.experts : (m.moe?.top_k ?? 0);
+  const active = m.moe ? Math.max(m.ffn, rows * (m.moe.ffn + m.hidden) + 4 * m.moe.experts + (m.moe.shared?.ffn ?? 0)) : m.ffn;
   const perToken = m.layers * (8 * m.hidden + 8 * heads + 8 * active) + 8 * m.vocab;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }

@@ -1,12 +1,15 @@
 /** M: the shape of the model, and what cuts it. */
-import type { Job } from "../../schemas/job.ts";
+import { hasExperts, type Job } from "../../schemas/job.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
 /** Parameters of the whole model. */
 function parameters({ model: m }: Job): number {
   const attention = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads);
-  const mlp = m.moe ? m.moe.experts * 3 * m.hidden * m.moe.ffn + m.hidden * m.moe.experts : 3 * m.hidden * m.ffn;
+  const width = m.moe?.latent ?? m.hidden;
+  const mlp = m.moe
+    ? m.moe.experts * 3 * width * m.moe.ffn + m.hidden * m.moe.experts + 3 * m.hidden * (m.moe.shared?.ffn ?? 0)
+    : 3 * m.hidden * m.ffn;
   return m.layers * (attention + mlp + 2 * m.hidden) + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
 }
 
@@ -75,9 +78,11 @@ export const model: readonly Rule[] = [
     why: "The dense feed-forward part is cut along its inner width. Megatron-LM accepts any width while it reads the arguments and fails when it builds the layer.",
     level: "error",
     *check(job) {
-      const { ffn, moe } = job.model;
+      const { ffn, layers } = job.model;
       const { tensor } = job.parallel;
-      if (!moe) yield* byTensor(job, "model.ffn", ffn, "columns", [{ "model.ffn": downTo(ffn, tensor) }]);
+      // most layers of most jobs have experts, and there may be many
+      if (!Array.from({ length: layers }, (_, i) => i).every((i) => hasExperts(job.model, i)))
+        yield* byTensor(job, "model.ffn", ffn, "columns", [{ "model.ffn": downTo(ffn, tensor) }]);
     },
     bad: "model: {ffn: 33}\nparallel: {world: 2, tensor: 2}",
   }),

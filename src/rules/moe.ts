@@ -1,11 +1,18 @@
-/** E: experts, the router, and how rows travel. */
-import type { Job } from "../../schemas/job.ts";
+/** E: experts, their capacity, and how rows travel. How tokens find them: router.ts, balance.ts. */
+import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 type Moe = NonNullable<Job["model"]["moe"]>;
 
-/** The most rows an expert rank can receive, as a multiple of the balanced load: every token sends it as many rows as it has experts. */
-const worstLoad = (moe: Moe, expert: number): number => (Math.min(moe.top_k, moe.experts / expert) * expert) / moe.top_k;
+/**
+ * The most rows an expert rank can receive, as a multiple of the balanced load: every token sends it as many rows as it has experts, or
+ * its experts are full.
+ */
+function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): number {
+  const all = (Math.min(top_k, experts / expert) * expert) / top_k;
+  if (router.type === "expert_choice" || (capacity !== "dropless" && capacity.pad)) return 1;
+  return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
+}
 
 export const moe = [
   rule({
@@ -61,59 +68,6 @@ export const moe = [
       };
     },
     bad: "model: {moe: {experts: 3, top_k: 2, ffn: 33, router: {aux_coeff: 0.01}}}\nparallel: {world: 2, expert_tensor: 2}",
-  }),
-  rule({
-    code: "E404",
-    title: "balance: aux_loss with coefficient 0 balances nothing",
-    why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
-    level: "warning",
-    *check({ model: { moe } }) {
-      if (moe?.router.balance !== "aux_loss" || moe.router.aux_coeff !== 0) return;
-      yield {
-        at: "model.moe.router.aux_coeff",
-        related: ["model.moe.router.balance"],
-        found: "balance: aux_loss and aux_coeff: 0",
-        fix: "0.01 is usual; or say balance: none",
-        tries: [{ "model.moe.router.aux_coeff": 0.01 }, { "model.moe.router.balance": "none" }],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2}}",
-  }),
-  rule({
-    code: "E405",
-    title: "a balancing coefficient that is not used",
-    why: "With balance: none there is no balancing loss to weigh. Megatron-LM ignores the coefficient in silence.",
-    level: "warning",
-    *check({ model: { moe } }) {
-      if (moe?.router.balance !== "none" || !(moe.router.aux_coeff > 0)) return;
-      yield {
-        at: "model.moe.router.aux_coeff",
-        related: ["model.moe.router.balance"],
-        found: `aux_coeff ${moe.router.aux_coeff} with balance: none`,
-        fix: "balance with it, or leave it out",
-        tries: [{ "model.moe.router.balance": "aux_loss" }, { "model.moe.router.aux_coeff": 0 }],
-      };
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, aux_coeff: 0.01}}}",
-  }),
-  rule({
-    code: "E406",
-    title: "router coefficients are not negative",
-    why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits.",
-    level: "error",
-    *check({ model: { moe } }) {
-      if (!moe) return;
-      for (const key of ["aux_coeff", "z_coeff"] as const) {
-        if (moe.router[key] < 0)
-          yield {
-            at: `model.moe.router.${key}`,
-            found: `${key} ${moe.router[key]}`,
-            fix: "0 or more",
-            tries: [{ [`model.moe.router.${key}`]: -moe.router[key] }],
-          };
-      }
-    },
-    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, z_coeff: -0.001}}}",
   }),
   rule({
     code: "E407",
@@ -202,20 +156,144 @@ export const moe = [
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, rows_bound: 1.1}}\nparallel: {world: 4, expert: 4}",
   }),
   rule({
-    code: "E412",
-    title: "top_k 1 with normalised weights teaches the router nothing",
-    why: "One weight divided by itself is 1 whatever the router says, so no gradient of the loss reaches it. Megatron-LM refuses the same choice.",
+    code: "E433",
+    title: "the capacity factor is above 0",
+    why: "It is room for so many times the even share of tokens. Megatron-LM takes a negative factor for none at all, and drops nothing, in silence.",
     level: "error",
     *check({ model: { moe } }) {
-      if (moe?.top_k !== 1 || !moe.router.normalize_top_k || moe.experts === 1) return;
+      if (!moe || moe.capacity === "dropless" || moe.capacity.factor > 0) return;
       yield {
-        at: "model.moe.router.normalize_top_k",
-        related: ["model.moe.top_k"],
-        found: "top_k 1 with normalize_top_k: true",
-        fix: "weigh the expert by its own probability",
-        tries: [{ "model.moe.router.normalize_top_k": false }],
+        at: "model.moe.capacity.factor",
+        found: `factor ${moe.capacity.factor}`,
+        fix: "1.25 is usual; or capacity: dropless",
+        tries: [{ "model.moe.capacity.factor": 1.25 }, { "model.moe.capacity": "dropless" }],
       };
     },
-    bad: "model: {moe: {experts: 4, top_k: 1, router: {aux_coeff: 0.01}}}",
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, capacity: {factor: -1}}}",
+  }),
+  rule({
+    code: "E434",
+    title: "a capacity goes with choices that a loss or a bias balances",
+    why: "Sinkhorn's method and quantiles choose evenly already; Megatron-LM refuses a capacity beside them.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe || moe.capacity === "dropless") return;
+      const by = evenBy(moe.router);
+      if (!by) return;
+      yield {
+        at: "model.moe.capacity",
+        related: ["model.moe.router.balance"],
+        found: `a capacity with balance: ${by}`,
+        fix: "dropless, or a balancing loss",
+        tries: [{ "model.moe.capacity": "dropless" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile}, capacity: {factor: 1.25}}}",
+  }),
+  rule({
+    code: "E435",
+    title: "the capacity holds all tokens",
+    why: "An expert cannot get more rows than there are tokens: from experts / top_k on, the factor drops nothing, and with pad every expert computes every token. Megatron-LM makes room for the rest all the same and fails in the first forward.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      if (!moe || moe.capacity === "dropless" || moe.experts <= moe.top_k) return;
+      const all = moe.experts / moe.top_k;
+      if (moe.capacity.factor < all) return;
+      yield {
+        at: "model.moe.capacity.factor",
+        related: ["model.moe.experts", "model.moe.top_k"],
+        found: `factor ${moe.capacity.factor}, while ${all} holds all tokens`,
+        fix: "a smaller factor, or dropless",
+        tries: [...(all > 1.25 ? [{ "model.moe.capacity.factor": 1.25 }] : []), { "model.moe.capacity": "dropless" }],
+      };
+    },
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, capacity: {factor: 5, pad: true}}}",
+  }),
+  rule({
+    code: "E436",
+    title: "a bias that goes by loads which padding makes equal",
+    why: "The bias moves by how many rows each expert got, padding included, as in Megatron Core: padded, all have the same, and it stays where it is.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      if (!moe?.router.expert_bias || moe.capacity === "dropless" || !moe.capacity.pad) return;
+      yield {
+        at: "model.moe.router.expert_bias",
+        related: ["model.moe.capacity"],
+        found: "expert_bias with capacity padded",
+        fix: "drop without padding",
+        tries: [{ "model.moe.capacity.pad": false }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, score: sigmoid, expert_bias: true}, capacity: {factor: 1.25, pad: true}}}",
+  }),
+  rule({
+    code: "E437",
+    title: "layers says of each layer whether it has experts",
+    why: "A list of another length leaves layers over, or speaks of layers that are not there. Megatron-LM finds it when it builds the model.",
+    level: "error",
+    *check({ model: { moe, layers } }) {
+      if (!moe || !Array.isArray(moe.layers) || moe.layers.length === layers) return;
+      yield {
+        at: "model.moe.layers",
+        related: ["model.layers"],
+        found: `a list of ${moe.layers.length} for ${layers} layers`,
+        fix: "one number for each layer",
+        tries: [{ "model.moe.layers": Array.from({ length: layers }, (_, i) => (moe.layers as number[])[i] ?? 1) }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, layers: [0, 1, 1]}}",
+  }),
+  rule({
+    code: "E438",
+    title: "some layer has experts",
+    why: "A model without any is dense: say so, and what only experts need falls away.",
+    level: "error",
+    *check({ model }) {
+      const { moe, layers } = model;
+      if (!moe || (Array.isArray(moe.layers) && moe.layers.length !== layers)) return;
+      if (Array.from({ length: layers }, (_, i) => i).some((i) => hasExperts(model, i))) return;
+      yield {
+        at: "model.moe.layers",
+        related: ["model.layers"],
+        found: `no layer of ${layers} has experts`,
+        fix: "give some layer experts, or leave model.moe out",
+        tries: [{ "model.moe.layers": "all" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, layers: {first_dense: 4}}}",
+  }),
+  rule({
+    code: "E439",
+    title: "tensor divides the width of shared experts",
+    why: "Every token goes to the shared experts: they are cut along their inner width over the tensor ranks, as a dense layer is.",
+    level: "error",
+    *check({ model: { moe }, parallel: p }) {
+      if (!moe?.shared || moe.shared.ffn % p.tensor === 0) return;
+      yield {
+        at: "model.moe.shared.ffn",
+        related: ["parallel.tensor"],
+        found: `${moe.shared.ffn} columns over ${p.tensor} tensor ranks leaves ${moe.shared.ffn % p.tensor} over`,
+        fix: `tensor must divide ${moe.shared.ffn}`,
+        tries: [{ "model.moe.shared.ffn": downTo(moe.shared.ffn, p.tensor) }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, shared: {ffn: 33}}}\nparallel: {world: 2, tensor: 2, sequence: true}",
+  }),
+  rule({
+    code: "E440",
+    title: "a latent width that is no narrower than the model",
+    why: "Tokens are projected to it so that less travels and experts are smaller. As wide as the model, two more matrices come on top and nothing is saved.",
+    level: "warning",
+    *check({ model: { moe, hidden } }) {
+      if (moe?.latent == null || moe.latent < hidden) return;
+      yield {
+        at: "model.moe.latent",
+        related: ["model.hidden"],
+        found: `latent ${moe.latent} with hidden ${hidden}`,
+        fix: "a part of hidden, or null",
+        tries: [{ "model.moe.latent": Math.max(1, Math.floor(hidden / 2)) }, { "model.moe.latent": null }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}, latent: 16}}",
   }),
 ] as const;

@@ -47,6 +47,15 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: ["const float p = widen(pAt[row]);"],
     outputs: { y: "gate * sigmoid(gate) * up * p" },
   }),
+  gated: ({ C }) => ({
+    ...{ streams: ["x"], indexed: ["gate"], width: C! },
+    row: ["const float share = sigmoid(widen(gateAt[row]));"],
+    outputs: { y: "x * share" },
+  }),
+  sigmoid: () => ({ streams: ["x"], outputs: { y: "sigmoid(x)" } }),
+  sigmoid_grad: () => ({ streams: ["y", "dy"], outputs: { dx: "dy * y * (1.0f - y)" } }),
+  sqrt_softplus: () => ({ streams: ["x"], outputs: { y: "sqrtf(fmaxf(x, 0.0f) + log1pf(fastExp(-fabsf(x))))" } }),
+  sqrt_softplus_grad: () => ({ streams: ["x", "y", "dy"], outputs: { dx: "y > 0.0f ? dy * sigmoid(x) / (2.0f * y) : 0.0f" } }),
   nll: () => ({ streams: ["m", "s", "p"], outputs: { l: "logf(s) + m - p" } }),
   nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
   mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
@@ -78,6 +87,11 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   aux_loss_grad: ({ P, S, E, c }) => ({
     ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
     row: [`const float* n = nAt + i64(row / ${P! * S!}) * ${E} + int(at % (${E} / N)) * N;`],
+    outputs: { dp: `${f32(c!)} * dy * n[j]` },
+  }),
+  global_aux_loss_grad: ({ E, c }) => ({
+    ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
+    row: [`const float* n = nAt + int(at % (${E} / N)) * N;`],
     outputs: { dp: `${f32(c!)} * dy * n[j]` },
   }),
   clip: ({ max }) => ({
@@ -139,8 +153,7 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
   // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
   const inFlight = loaded.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
-  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll /= 2;
-  unroll = Math.floor(unroll);
+  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
   const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
   const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
   const vectors = total / width;

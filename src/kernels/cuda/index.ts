@@ -1,6 +1,8 @@
 /** The CUDA kernel of every op, by the op's name. */
 import type { CudaMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
+import { balance } from "./balance.ts";
+import { choice } from "./choice.ts";
 import { elementwise } from "./elementwise.ts";
 import { gemm } from "./gemm.ts";
 import { latent } from "./latent.ts";
@@ -14,6 +16,8 @@ import { vocab } from "./vocab.ts";
 
 export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...attention,
+  ...balance,
+  ...choice,
   ...elementwise,
   ...gemm,
   ...latent,

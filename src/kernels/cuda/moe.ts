@@ -1,10 +1,9 @@
-/** The router: softmax, top-k, balancing losses, a token's experts in the registers of one warp or part of it; and rows' activation gradient. */
+/** What is reduced over a row in registers: a router's scores and weights of a token, their losses; and rows' activation gradient. */
 import { bytesOf } from "../../../schemas/layout.ts";
 import { render } from "../../../templates/bindings.ts";
-import { invariant } from "../../ops/op.ts";
 import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import { shareRow, sumColumns } from "./norm.ts";
+import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { addParts } from "./reduce.ts";
 
@@ -54,9 +53,45 @@ export const moe: Readonly<Record<string, CudaMaker>> = {
       outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
       rowOutputs: { dp: "slope" },
     }),
-  top_k: (use) => topK(use, "y", use.d.normalize ? "values[i * N + j] * share" : "values[i * N + j]"),
-  top_k_grad: (use) => topK(use, "dp", use.d.normalize ? "(slopes[i * N + j] - dot) * share" : "slopes[i * N + j]"),
-  tally,
+  gated_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.C!, inputs: ["x", "dy"], perRow: ["gate"] },
+      stages: [{ name: "sum", op: "Sum", term: "x * dy", after: ["const float s = sigmoid(gate);"] }],
+      outputs: { dx: "dy * s" },
+      rowOutputs: { dgate: "sum * s * (1.0f - s)" },
+    }),
+  normalize: (use) =>
+    makeRows(use, {
+      width: use.d.E!,
+      inputs: ["p"],
+      stages: [{ name: "sum", op: "Sum", term: "p" }],
+      outputs: { y: "p / (sum + 1e-20f)" },
+    }),
+  normalize_grad: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.E!, inputs: ["p", "dy"] },
+      stages: [
+        { name: "sum", op: "Sum", term: "p" },
+        { name: "dot", op: "Sum", term: "p * dy", after: ["const float share = 1.0f / (sum + 1e-20f), mean = dot * share;"] },
+      ],
+      outputs: { dp: "(dy - mean) * share" },
+    }),
+  weigh: (use) =>
+    makeRows(use, {
+      ...{ width: use.d.E!, inputs: ["p", "c"], stages: use.d.normalize ? [share(use)] : [] },
+      outputs: { y: use.d.normalize ? "c * p * share" : `c * p * ${f32(use.d.scale!)}` },
+    }),
+  weigh_grad: (use) =>
+    makeRows(
+      use,
+      use.d.normalize
+        ? {
+            ...{ width: use.d.E!, inputs: ["p", "c", "dy"] },
+            stages: [share(use), { name: "dot", op: "Sum", term: "c * p * dy", after: ["const float mean = dot / (sum + 1e-20f);"] }],
+            outputs: { dp: "c * (dy - mean) * share" },
+          }
+        : { width: use.d.E!, inputs: ["c", "dy"], stages: [], outputs: { dp: `c * dy * ${f32(use.d.scale!)}` } },
+    ),
 };
 
 function makeRows(use: Use, f: RowFormula): Made {
@@ -99,42 +134,7 @@ function makeRows(use: Use, f: RowFormula): Made {
   };
 }
 
-function topK(use: Use, to: string, value: string): Made {
-  const { E, k } = use.d;
-  const rows = use.size.p! / E!;
-  const grad = to === "dp";
-  const reads = grad ? ["p", "y", "dy"] : ["p"];
-  const type = (name: string) => cudaType(use.dtype[name] ?? "f32");
-  // one warp at most, whatever it has to hold
-  const types = [...reads, to].map((name) => use.dtype[name]!);
-  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, types), Number.POSITIVE_INFINITY);
-  invariant(k! <= E!, `top_k of ${k} among ${E}`);
-  const body = render("cuda/top_k.cu", {
-    ...{ name: use.name, ...shares, lanes, width: E!, rows, k: k!, grad, to, value, p: type("p"), y: type("y"), dy: type("dy") },
-    params: [...reads.map((name) => `const ${type(name)}* ${name}`), `${type(to)}* ${to}`].join(", "),
-  });
-  const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
-  return {
-    source: source(use, body),
-    launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: [...reads, to] }],
-  };
-}
-
-function tally(use: Use): Made {
-  const { A, P, S, E } = use.d;
-  invariant(E! <= 1024, `tally of ${E} experts`);
-  const threads = E! > 256 ? 1024 : 256;
-  const active = Math.floor(threads / E!) * E!;
-  // some 32 elements a thread
-  const tokens = 32 * (active / E!);
-  const chunks = Math.ceil((P! * S!) / tokens);
-  const body = render("cuda/tally.cu", {
-    ...{ name: use.name, threads, active, tokens, experts: E!, batch: P! * S! * E!, batches: A!, p: cudaType(use.dtype.p!) },
-  });
-  const sum = sumColumns(use, { rows: chunks, width: A! * E!, to: "n", type: cudaType(use.dtype.n!) });
-  return {
-    source: source(use, `${body}\n${sum.body}`),
-    scratch: chunks * A! * E! * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [chunks, A!, 1], threads, shared: 0, args: ["p", "scratch+0"] }, sum.launch],
-  };
-}
+/** What each chosen weight is multiplied by, so that they sum to the scaling factor. */
+const share = ({ d }: Use): RowFormula["stages"][number] => ({
+  ...{ name: "sum", op: "Sum", term: "c * p", after: [`const float share = ${f32(d.scale!)} / (sum + 1e-20f);`] },
+});

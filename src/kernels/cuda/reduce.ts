@@ -23,14 +23,18 @@ interface Sum {
 export const reduce: Readonly<Record<string, CudaMaker>> = {
   mean: (use, arch) => makeSum(use, arch, { over: "l", to: "y", factor: 1 / use.d.count!, term: "x" }),
   sum_squares: (use, arch) => makeSum(use, arch, { over: "g", to: "y", factor: use.d.scale!, term: "x * x" }),
-  aux_loss: (use, arch) => {
-    const { P, S, E, c } = use.d;
-    return makeSum(use, arch, {
-      ...{ over: "p", to: "y", factor: c!, term: "x * n[j]", beside: "n", width: E! },
-      row: [`const float* n = nAt + i64(at / (${P! * S! * E!} / N)) * ${E} + int(at % (${E} / N)) * N;`],
-    });
-  },
+  aux_loss: (use, arch) => auxLoss(use, arch, use.d.P! * use.d.S! * use.d.E!),
+  global_aux_loss: (use, arch) => auxLoss(use, arch, use.size.p!),
 };
+
+/** Σ p·n, with counts for every `batch` elements of p. */
+function auxLoss(use: Use, arch: Arch, batch: number): Made {
+  const { E, c } = use.d;
+  return makeSum(use, arch, {
+    ...{ over: "p", to: "y", factor: c!, term: "x * n[j]", beside: "n", width: E! },
+    row: [`const float* n = nAt + i64(at / (${batch} / N)) * ${E} + int(at % (${E} / N)) * N;`],
+  });
+}
 
 const BLOCKS_EACH = 8;
 

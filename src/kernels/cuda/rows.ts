@@ -14,10 +14,10 @@ export const rows: Readonly<Record<string, CudaMaker>> = {
   pack: (use) =>
     use.makesRows
       ? join(use, makeRows(use, false))
-      : join(use, perRow(use, { what: "the token's probability", from: "p", to: "r", target: "row", origin: "cell" })),
+      : join(use, perRow(use, { what: "the token's weight", from: "p", to: "r", target: "row", origin: "cell" })),
   pack_grad: (use) => {
     const { body, launch } = clearBuffer(use, "dp");
-    const what = "its slope, where its probability is; others are zero";
+    const what = "its slope, where its weight is; others are zero";
     return join(use, { body, launches: [launch] }, perRow(use, { what, from: "dy", to: "dp", target: "cell", origin: "row" }));
   },
 };
@@ -64,7 +64,7 @@ function makeRows(use: Use, map: boolean): Part {
       map,
       values,
     },
-    ...{ type: cudaType(use.dtype.p!), out: cudaType(use.dtype.r!) },
+    ...{ type: cudaType(use.dtype.p ?? "f32"), out: cudaType(use.dtype.r!) },
   });
   const launch = (step: string, grid: Launch["grid"], args: string[]) => ({
     entry: `${use.name}_${step}`,
@@ -78,7 +78,7 @@ function makeRows(use: Use, map: boolean): Part {
     body,
     scratch: at + 2 * cells + experts * 4,
     launches: [
-      launch("mark", [chunks, 1, 1], ["p", masks]),
+      launch("mark", [chunks, 1, 1], ["c", masks]),
       launch("scan", [experts, 1, 1], [masks, before, totals]),
       launch("place", oneDim(tokens * experts, 2048), [masks, before, totals, ...outputs, ...starts]),
     ],

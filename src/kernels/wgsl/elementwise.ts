@@ -68,8 +68,23 @@ export function map(use: Use, { at = {}, reads, functions = [], lines = [], resu
 /** e^80 is finite, and what is below -80 counts for nothing. */
 export const sigmoid = "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }";
 
+/** log(1 + z) for z from 0 to 1; near 0 the digits that 1 + z would lose, by the series, whose first term left out is z^5/5 ≈ 1e-8 of z. */
+const log1p = "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }";
+
 /** The width for an op on whole operands: of ragged ones a row is a multiple of it. */
 const plain = (use: Use, name: string): 1 | 2 | 4 => widthOf(use.size[name]! / (use.bound || 1));
+
+/** With counts for every `batch` elements of dp. */
+function auxLossGrad({ d, size }: Use, batch: number): Formula {
+  const width = widthOf(d.E!);
+  const [experts, vectors] = [d.E! / width, batch / width];
+  return {
+    width,
+    reads: ["n", "dy"],
+    at: { n: "vector", dy: size.dp! },
+    results: { dp: `${float(d.c!)} * dy * V(n_buf[i / ${vectors}u * ${experts}u + i % ${experts}u])` },
+  };
+}
 
 const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
 
@@ -90,11 +105,23 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
     lines: ["let s = sigmoid(gate);"],
     results: { dgate: `dy * ${silu.dgate}`, dup: `dy * ${silu.dup}` },
   }),
+  gated: ({ d }) => ({
+    ...{ functions: [sigmoid], width: widthOf(d.C!), at: { gate: d.C! } },
+    results: { y: "x * sigmoid(V(gate))" },
+  }),
   swiglu_rows: (use) => ({
     functions: [sigmoid],
     width: widthOf(use.d.F!),
     at: { p: use.d.F! },
     results: { y: "gate * sigmoid(gate) * up * p" },
+  }),
+
+  sigmoid: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "sigmoid(x)" } }),
+  sigmoid_grad: (use) => ({ width: plain(use, "dx"), results: { dx: "dy * y * (V(1.0) - y)" } }),
+  sqrt_softplus: (use) => ({ functions: [log1p], width: plain(use, "y"), results: { y: "sqrt(max(x, V(0.0)) + log1p(exp(-abs(x))))" } }),
+  sqrt_softplus_grad: (use) => ({
+    ...{ functions: [sigmoid], width: plain(use, "dx") },
+    results: { dx: "select(V(0.0), dy * sigmoid(x) / (2.0 * y), y > V(0.0))" },
   }),
 
   nll: (use) => ({ width: plain(use, "l"), results: { l: "log(s) + m - p" } }),
@@ -139,16 +166,20 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
       results: { x: "V(row)" },
     };
   },
-  aux_loss_grad({ d }) {
-    const width = widthOf(d.E!);
-    const [experts, microbatch] = [d.E! / width, (d.P! * d.S! * d.E!) / width];
+  choose_evenly: ({ d }) => {
+    const { S, E, k, S0, E0 } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0", number>>;
     return {
-      width,
-      reads: ["n", "dy"],
-      at: { n: "vector", dy: d.A! * d.P! * d.S! * d.E! },
-      results: { dp: `${float(d.c!)} * dy * V(n_buf[i / ${microbatch}u * ${experts}u + i % ${experts}u])` },
+      ...{ width: 1, reads: [], starts: ["B", "S", "E"] },
+      lines: [
+        `let t = i / ${E}u;`,
+        `let first = ((start.x + i32(t / ${S}u)) * ${S0} + start.y + i32(t % ${S}u)) % ${E0} * ${k} % ${E0};`,
+        `let after = (start.z + i32(i % ${E}u) - first + ${E0}) % ${E0};`,
+      ],
+      results: { c: `select(0.0, 1.0, after < ${k})` },
     };
   },
+  aux_loss_grad: (use) => auxLossGrad(use, use.d.P! * use.d.S! * use.d.E!),
+  global_aux_loss_grad: (use) => auxLossGrad(use, use.size.dp!),
 };
 
 export const elementwise = Object.fromEntries(

@@ -1,6 +1,8 @@
 /** The WGSL kernel of every op, by the op's name. */
 import type { WgslMaker } from "../kernel.ts";
 import { attention } from "./attention.ts";
+import { balance } from "./balance.ts";
+import { choice } from "./choice.ts";
 import { elementwise } from "./elementwise.ts";
 import { latent } from "./latent.ts";
 import { linear } from "./linear.ts";
@@ -24,4 +26,6 @@ export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
   ...messages,
   ...moe,
   ...router,
+  ...balance,
+  ...choice,
 };

@@ -14,20 +14,20 @@ interface Part {
   readonly text: string;
 }
 
-/** Makes the index buffer from p. Scratch: a count per expert and block. */
+/** Makes the index buffer from the map c. Scratch: a count per expert and block. */
 function makeRows(use: Use): Part & { readonly words: number } {
   const { B, S, E } = use.d as Readonly<Record<"B" | "S" | "E", number>>;
   const blocks = Math.ceil((B * S) / BLOCK);
   const counts = E * blocks;
   const groups = Math.ceil(counts / THREADS);
-  const p = { arg: "p", type: scalar(use.dtype.p!) };
+  const c = { arg: "c", type: scalar(use.dtype.c!) };
   const scratch = { arg: "scratch+0", type: "u32" };
   const rows = { arg: "rows", type: "i32" };
   const entries: Entry[] = [
     {
       ...{ entry: `${use.name}_count`, grid: groups, threads: THREADS },
       buffers: [
-        { ...p, name: "p_count" },
+        { ...c, name: "c_count" },
         { ...scratch, name: "counts" },
       ],
     },
@@ -38,7 +38,7 @@ function makeRows(use: Use): Part & { readonly words: number } {
     {
       ...{ entry: `${use.name}_write`, grid: groups, threads: THREADS, starts: PLACE },
       buffers: [
-        { ...p, name: "p_write" },
+        { ...c, name: "c_write" },
         { ...scratch, name: "placed" },
         { ...rows, name: "index_write" },
       ],
@@ -183,4 +183,23 @@ function swigluRowsGrad(use: Use): Made {
   return kernel(use, [entry], [totalOver(lanes), text]);
 }
 
-export const moe = { permute, unpermute, pack, pack_grad: packGrad, swiglu_rows_grad: swigluRowsGrad };
+function gatedGrad(use: Use): Made {
+  const C = use.d.C!;
+  const width = widthOf(C);
+  const vectors = C / width;
+  const blocks = use.size.gate!;
+  const lanes = lanesOf(vectors, THREADS);
+  const groups = Math.ceil((blocks * lanes) / THREADS);
+  const type = (name: string) => vector(scalar(use.dtype[name]!), name.endsWith("gate") ? 1 : width);
+  const entry: Entry = {
+    ...{ entry: use.name, grid: groups, threads: THREADS },
+    buffers: ["x", "gate", "dy", "dx", "dgate"].map((arg) => ({ arg, type: type(arg) })),
+  };
+  const text = render("wgsl/gated_grad.wgsl", {
+    ...{ entry: use.name, threads: THREADS, index: fold(groups).index, lanes, perGroup: THREADS / lanes, vectors, blocks },
+    ...{ vector: vector("f32", width), sum: horizontal("sum", width), dx: type("dx"), dgate: type("dgate") },
+  });
+  return kernel(use, [entry], [totalOver(lanes), text]);
+}
+
+export const moe = { gated_grad: gatedGrad, permute, unpermute, pack, pack_grad: packGrad, swiglu_rows_grad: swigluRowsGrad };

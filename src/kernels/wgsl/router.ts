@@ -1,8 +1,8 @@
-/** The router, an invocation per token, and its balancing losses: sums over all tokens in a fixed order. */
+/** The router's scores and weights, an invocation per token, and its losses: sums over all tokens in a fixed order. */
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
-import { columnSum, scalarSum, THREADS } from "./reduce.ts";
-import { type Entry, float, fold, kernel, scalar, scratchBytes } from "./text.ts";
+import { scalarSum, THREADS } from "./reduce.ts";
+import { type Entry, float, fold, kernel, scalar } from "./text.ts";
 
 /** An entry with an invocation per token on these operands, and what its template needs. */
 function perToken(use: Use, tokens: number, names: readonly string[]) {
@@ -30,31 +30,52 @@ function softmaxGrad(use: Use): Made {
   return kernel(use, [entry], [render("wgsl/softmax_grad.wgsl", { ...values, type: scalar(use.dtype.dx!) })]);
 }
 
-function topK(use: Use, grad: boolean): Made {
-  const { entry, values } = perToken(use, tokensOf(use, "p"), grad ? ["p", "y", "dy", "dp"] : ["p", "y"]);
-  const { k, normalize, E } = use.d;
-  const kept = grad ? "dy[first + e]" : "p[first + e]";
-  const normal = grad ? "(dy[first + e] - dot) / sum" : "p[first + e] / sum";
-  const text = render("wgsl/top_k.wgsl", {
+function normalize(use: Use): Made {
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "y"]);
+  const text = { ...values, op: use.op, sum: "p[e]", dot: "", out: "y", value: "p[e] / (sum + 1e-20)" };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", text)]);
+}
+function normalizeGrad(use: Use): Made {
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "dy", "dp"]);
+  const text = {
     ...values,
-    ...{ op: use.op, k: k!, words: Math.ceil(E! / 32), grad, out: grad ? "dp" : "y", value: normalize ? normal : kept },
-  });
-  return kernel(use, [entry], [text]);
+    op: use.op,
+    sum: "p[e]",
+    dot: "p[e] * dy[e]",
+    out: "dp",
+    value: "(dy[e] - dot / (sum + 1e-20)) / (sum + 1e-20)",
+  };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", text)]);
+}
+function weigh(use: Use): Made {
+  const { normalize, scale } = use.d;
+  const { entry, values } = perToken(use, tokensOf(use, "p"), ["p", "c", "y"]);
+  const value = normalize ? `c[e] * p[e] * (${float(scale!)} / (sum + 1e-20))` : `c[e] * p[e] * ${float(scale!)}`;
+  return kernel(
+    use,
+    [entry],
+    [render("wgsl/weigh.wgsl", { ...values, op: use.op, sum: normalize ? "c[e] * p[e]" : "", dot: "", out: "y", value })],
+  );
+}
+function weighGrad(use: Use): Made {
+  const { normalize, scale } = use.d;
+  const { entry, values } = perToken(use, tokensOf(use, "p"), normalize ? ["p", "c", "dy", "dp"] : ["c", "dy", "dp"]);
+  const text = normalize
+    ? {
+        sum: "c[e] * p[e]",
+        dot: "c[e] * p[e] * dy[e]",
+        value: `c[e] * (dy[e] - dot / (sum + 1e-20)) * (${float(scale!)} / (sum + 1e-20))`,
+      }
+    : { sum: "", dot: "", value: `c[e] * dy[e] * ${float(scale!)}` };
+  return kernel(use, [entry], [render("wgsl/weigh.wgsl", { ...values, op: use.op, ...text, out: "dp" })]);
 }
 
-function tally(use: Use): Made {
-  const { A, P, S, E } = use.d as Readonly<Record<"A" | "P" | "S" | "E", number>>;
-  const counts = columnSum(use, {
-    ...{ out: "n", batches: A, rows: P * S, width: E, first: 0, buffers: [{ arg: "p", type: "f32" }] },
-    term: "select(0.0, 1.0, p[at] > 0.0)",
-  });
-  return kernel(use, counts.entries, [counts.text], scratchBytes(counts.words));
-}
-const auxLoss = (use: Use): Made =>
+/** With counts for every `batch` elements of p. */
+const auxLoss = (use: Use, batch: number): Made =>
   scalarSum(use, {
     buffers: ["p", "n"].map((arg) => ({ arg, type: "f32" })),
     count: use.size.p!,
-    term: `p[i] * n[i / ${use.d.P! * use.d.S! * use.d.E!}u * ${use.d.E}u + i % ${use.d.E}u]`,
+    term: `p[i] * n[i / ${batch}u * ${use.d.E}u + i % ${use.d.E}u]`,
     factor: float(use.d.c!),
   });
 const zLoss = (use: Use): Made =>
@@ -64,7 +85,8 @@ const zLoss = (use: Use): Made =>
   });
 
 export const router = {
-  ...{ softmax, softmax_grad: softmaxGrad, z_loss: zLoss, z_loss_grad: zLossGrad, tally, aux_loss: auxLoss },
-  top_k: (use: Use): Made => topK(use, false),
-  top_k_grad: (use: Use): Made => topK(use, true),
+  ...{ softmax, softmax_grad: softmaxGrad, normalize, normalize_grad: normalizeGrad, z_loss: zLoss, z_loss_grad: zLossGrad },
+  aux_loss: (use: Use): Made => auxLoss(use, use.d.P! * use.d.S! * use.d.E!),
+  global_aux_loss: (use: Use): Made => auxLoss(use, use.size.p!),
+  ...{ weigh, weigh_grad: weighGrad },
 };

@@ -1,0 +1,184 @@
+/** What keeps tokens spread over the experts: losses on how often each was chosen, or a bias that goes by it. */
+import { type Grads, op } from "./op.ts";
+
+// -- for each microbatch of P sequences, or with P = 1 for each sequence
+
+/** How many of its tokens chose each expert. */
+export const tally = op({
+  name: "tally",
+  sig: "c[A*P,S,E] -> n[A,E]",
+  types: { n: "f32" },
+  cpu({ c, n }, { P, S, E }) {
+    for (let i = 0; i < c.length; i++) n[Math.floor(i / (P * S * E)) * E + (i % E)]! += c[i]!;
+  },
+});
+/** c · Σ p·n: its sum over tokens is owed, while the counts are needed whole. The counts take no gradient. */
+export const auxLoss = op({
+  name: "aux_loss",
+  sig: "p[A*P,S,E] n[A,E] -> y[]",
+  types: { y: "f32" },
+  cpu({ p, n, y }, { P, S, E, c }) {
+    let sum = 0;
+    for (let i = 0; i < p.length; i++) sum += p[i]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
+    y[0]! += c! * sum;
+  },
+  grad: ({ p, n }, { dy }, a): Grads => ({ p: auxLossGrad.of({ p, n, dy }, a) }),
+});
+/** Of `p` only the shape is read. */
+export const auxLossGrad = op({
+  name: "aux_loss_grad",
+  sig: "p[A*P,S,E] n[A,E] dy[] -> dp[A*P,S,E]",
+  cpu({ n, dy, dp }, { P, S, E, c }) {
+    for (let i = 0; i < dp.length; i++) dp[i] = c! * dy[0]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
+  },
+});
+
+// -- the same over all microbatches of the step so far
+
+/** The running sum of a step's counts, `total`, over the number of microbatches in it: each has `choices` of them. */
+export const runningMean = op({
+  name: "running_mean",
+  sig: "n[E!] -> mean[E!] total[E!]",
+  updates: ["total"],
+  cpu({ n, mean, total }, { E, choices }) {
+    let sum = 0;
+    for (let e = 0; e < E; e++) {
+      total[e]! += n[e]!;
+      sum += total[e]!;
+    }
+    for (let e = 0; e < E; e++) mean[e] = (total[e]! * choices!) / sum;
+  },
+});
+/** c · Σ p·n, with one count for all microbatches. */
+export const globalAuxLoss = op({
+  name: "global_aux_loss",
+  sig: "p[B,S,E] n[E] -> y[]",
+  types: { y: "f32" },
+  cpu({ p, n, y }, { E, c }) {
+    let sum = 0;
+    for (let i = 0; i < p.length; i++) sum += p[i]! * n[i % E]!;
+    y[0]! += c! * sum;
+  },
+  grad: ({ p, n }, { dy }, a): Grads => ({ p: globalAuxLossGrad.of({ p, n, dy }, a) }),
+});
+/** Of `p` only the shape is read. */
+export const globalAuxLossGrad = op({
+  name: "global_aux_loss_grad",
+  sig: "p[B,S,E] n[E] dy[] -> dp[B,S,E]",
+  cpu({ n, dy, dp }, { E, c }) {
+    for (let i = 0; i < dp.length; i++) dp[i] = c! * dy[0]! * n[i % E]!;
+  },
+});
+
+// -- choices that are even by themselves
+
+/**
+ * S-BASE: exp(x) of a microbatch of P sequences, its rows and columns scaled in turns until all tokens weigh the same and all experts do;
+ * until the columns' factors move by 1e-4 in the mean, as in Megatron Core. `rounds` becomes the number of turns if that is more; past
+ * `most` it gives up, and the run ends with an error.
+ */
+export const sinkhorn = op({
+  name: "sinkhorn",
+  sig: "x[A*P,S!,E!] -> y[A*P,S!,E!] rounds[]",
+  owes: "max",
+  updates: ["rounds"],
+  limits: { rounds: "most" },
+  types: { y: "f32", rounds: "i32" },
+  cpu({ x, y, rounds }, { A, P, S, E, most }) {
+    const T = P * S;
+    const d0 = new Float64Array(T);
+    for (let a = 0; a < A; a++) {
+      const cost = Float64Array.from(x.subarray(a * T * E, (a + 1) * T * E), Math.exp);
+      const d1 = new Float64Array(E).fill(1);
+      let turn = 0;
+      // what is no number is not even
+      for (let moved = 1; !(moved <= 1e-4) && turn <= most!; turn++) {
+        const columns = new Float64Array(E);
+        for (let t = 0; t < T; t++) {
+          let row = 0;
+          for (let e = 0; e < E; e++) row += cost[t * E + e]! * d1[e]!;
+          d0[t] = 1 / T / (row + 1e-8);
+          for (let e = 0; e < E; e++) columns[e]! += cost[t * E + e]! * d0[t]!;
+        }
+        moved = 0;
+        for (let e = 0; e < E; e++) {
+          const next = 1 / E / (columns[e]! + 1e-8);
+          moved += Math.abs(next - d1[e]!) / E;
+          d1[e] = next;
+        }
+      }
+      for (let i = 0; i < T * E; i++) y[a * T * E + i] = d1[i % E]! * cost[i]! * d0[Math.floor(i / E)]!;
+      rounds[0] = Math.max(rounds[0]!, turn);
+    }
+  },
+});
+
+/**
+ * The bias under which the experts of a microbatch of P sequences would be loaded evenly: with α of a token its (k+1)-th largest of
+ * x − bias, what it takes to get in, the bias of an expert would let in T·k/E of its tokens: the next largest of x − α. Over `count`
+ * microbatches the mean.
+ */
+export const quantile = op({
+  name: "quantile",
+  sig: "x[A*P,S!,E!] bias[E!] -> q[E!]",
+  types: { q: "f32" },
+  cpu({ x, bias, q }, { A, P, S, E, k, count }) {
+    const T = P * S;
+    const target = Math.floor((T * k!) / E);
+    const largest = (values: Float32Array, n: number) => values.sort().at(-n)!;
+    for (let a = 0; a < A; a++) {
+      const own = x.subarray(a * T * E, (a + 1) * T * E);
+      const alpha = Float32Array.from({ length: T }, (_, t) =>
+        largest(
+          own.slice(t * E, (t + 1) * E).map((v, e) => v - bias[e]!),
+          k! + 1,
+        ),
+      );
+      for (let e = 0; e < E; e++)
+        q[e]! +=
+          largest(
+            alpha.map((least, t) => own[t * E + e]! - least),
+            target + 1,
+          ) / count!;
+    }
+  },
+});
+/** Towards the quantiles n of the step, by a moving mean; the biases sum to 0. */
+export const quantileUpdate = op({
+  name: "quantile_update",
+  sig: "n[E!] -> bias[E!]",
+  updates: ["bias"],
+  types: { bias: "f32" },
+  cpu({ n, bias }, { E, ema }) {
+    let sum = 0;
+    for (let e = 0; e < E; e++) {
+      bias[e] = ema! * bias[e]! + (1 - ema!) * n[e]!;
+      sum += bias[e]!;
+    }
+    for (let e = 0; e < E; e++) bias[e]! -= sum / E;
+  },
+});
+
+// -- a bias of the choice in place of a loss: once a step, by what was counted in it
+
+/** How many tokens chose each expert. */
+export const loads = op({
+  name: "loads",
+  sig: "c[B,S,E] -> n[E]",
+  types: { n: "f32" },
+  cpu({ c, n }, { E }) {
+    for (let i = 0; i < c.length; i++) n[i % E]! += c[i]!;
+  },
+});
+/** Towards the mean load, by steps of one size whatever the distance (DeepSeek-V3). */
+export const biasUpdate = op({
+  name: "bias_update",
+  sig: "n[E!] -> bias[E!]",
+  updates: ["bias"],
+  types: { bias: "f32" },
+  cpu({ n, bias }, { E, rate }) {
+    let sum = 0;
+    for (const x of n) sum += x;
+    for (let e = 0; e < E; e++) bias[e]! += rate! * Math.sign(sum / E - n[e]!);
+  },
+});

@@ -1,0 +1,59 @@
+/**
+ * Which tokens an expert takes, where not every token that wants it gets it: its best ones, among a group of tokens whose size the
+ * job knows. Of equals the earlier position is better, then the lower sequence.
+ */
+import { op } from "./op.ts";
+
+/** The numbers from 0 to before n, those with the largest keys first; only the first `count` of them. */
+const best = (n: number, count: number, key: (i: number) => number): number[] =>
+  Array.from({ length: n }, (_, i) => ({ i, key: key(i) }))
+    .sort((a, b) => b.key - a.key || a.i - b.i)
+    .slice(0, count)
+    .map(({ i }) => i);
+
+/**
+ * Of the tokens that chose an expert, those it has room for: `capacity` among P sequences × L positions, which is what a rank routes at
+ * once. Kept are those of the largest weights, or with `position` the first ones. With `pad` room that is left goes to tokens that did
+ * not choose it, the first ones, so that every expert gets `capacity` rows exactly. Weights are 0 or more.
+ */
+export const drop = op({
+  name: "drop",
+  sig: "p[A*P,J*L,E] c[A*P,J*L,E] -> d[A*P,J*L,E]",
+  cpu({ p, c, d }, { A, P, J, L, E, capacity, position, pad }) {
+    for (let group = 0; group < A * J; group++) {
+      const [a, z] = [Math.floor(group / J), group % J];
+      for (let e = 0; e < E; e++) {
+        const at = (i: number) => ((a * P + (i % P)) * J * L + z * L + Math.floor(i / P)) * E + e;
+        const key = (i: number) => (c[at(i)]! > 0 ? (position ? 0 : p[at(i)]!) : -1);
+        for (const i of best(P * L, capacity!, key)) if (pad || c[at(i)]! > 0) d[at(i)] = 1;
+      }
+    }
+  },
+});
+
+/** Experts choose: each takes the `capacity` tokens of a microbatch (P sequences) that score highest with it. Scores are 0 or more. */
+export const chooseTokens = op({
+  name: "choose_tokens",
+  sig: "p[A*P,S!,E] -> c[A*P,S!,E]",
+  cpu({ p, c }, { A, P, S, E, capacity }) {
+    for (let a = 0; a < A; a++)
+      for (let e = 0; e < E; e++) {
+        const at = (i: number) => ((a * P + (i % P)) * S + Math.floor(i / P)) * E + e;
+        for (const i of best(P * S, capacity!, (i) => p[at(i)]!)) c[at(i)] = 1;
+      }
+  },
+});
+
+/** Loads that are even whatever the scores, for benchmarks: token t takes the k experts from t·k on. `S0` and `E0` are the global sizes; of `x` only the shape is read. */
+export const chooseEvenly = op({
+  name: "choose_evenly",
+  sig: "x[B,S,E] -> c[B,S,E]",
+  types: { c: "f32" },
+  cpu({ c }, { B, S, E, k, S0, E0 }, place) {
+    const [b0, s0, e0] = [place.start("B"), place.start("S"), place.start("E")];
+    for (let t = 0; t < B * S; t++) {
+      const first = ((b0 + Math.floor(t / S)) * S0! + s0 + (t % S)) * k!;
+      for (let e = 0; e < E; e++) c[t * E + e] = Number((((e0 + e - first) % E0!) + E0!) % E0! < k!);
+    }
+  },
+});

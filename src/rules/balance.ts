@@ -1,0 +1,307 @@
+/** E: what balances the experts: losses, a bias, choices that are even by themselves. */
+import { balancesOf, evenBy } from "../../schemas/job.ts";
+import { divisorsNear, rule } from "./rule.ts";
+
+export const balance = [
+  rule({
+    code: "E404",
+    title: "a balancing loss with coefficient 0 balances nothing",
+    why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      // a bias balances too, and experts that choose need nothing that does
+      if (!moe || evenBy(moe.router) || moe.router.expert_bias || moe.router.type === "expert_choice") return;
+      const idle = balancesOf(moe.router).find(({ by, coeff }) => by !== "none" && coeff === 0);
+      if (!idle) return;
+      yield {
+        at: "model.moe.router.aux_coeff",
+        related: ["model.moe.router.balance"],
+        found: `balance: ${idle.by} with coefficient 0`,
+        fix: "0.01 is usual; or say balance: none",
+        tries: [
+          { "model.moe.router.aux_coeff": 0.01 },
+          { "model.moe.router.aux_coeff": balancesOf(moe.router).map(({ coeff }) => coeff || 0.01) },
+          { "model.moe.router.balance": "none" },
+        ],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2}}",
+  }),
+  rule({
+    code: "E405",
+    title: "a balancing coefficient that is not used",
+    why: "With balance: none there is no balancing loss to weigh. Megatron-LM ignores the coefficient in silence.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      const unused = moe && balancesOf(moe.router).find(({ by, coeff }) => by === "none" && coeff > 0);
+      if (!unused) return;
+      yield {
+        at: "model.moe.router.aux_coeff",
+        related: ["model.moe.router.balance"],
+        found: `aux_coeff ${unused.coeff} with balance: none`,
+        fix: "balance with it, or leave it out",
+        tries: [{ "model.moe.router.balance": "aux_loss" }, { "model.moe.router.aux_coeff": 0 }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, aux_coeff: 0.01}}}",
+  }),
+  rule({
+    code: "E406",
+    title: "router coefficients are not negative",
+    why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits; a negative rate sends more tokens to the experts that have most. Megatron-LM accepts them.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe) return;
+      const { aux_coeff, z_coeff, bias_rate } = moe.router;
+      const positive = (x: number | readonly number[]) => (typeof x === "number" ? Math.abs(x) : x.map(Math.abs));
+      for (const [key, value] of Object.entries({ aux_coeff, z_coeff, bias_rate })) {
+        if ([value].flat().every((x) => x >= 0)) continue;
+        const at = `model.moe.router.${key as "aux_coeff" | "z_coeff" | "bias_rate"}` as const;
+        yield { at, found: `${key} ${value}`, fix: "0 or more", tries: [{ [at]: positive(value) }] };
+      }
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, z_coeff: -0.001}}}",
+  }),
+  rule({
+    code: "E413",
+    title: "each kind of balancing has its coefficient",
+    why: "Losses of different kinds have different weights: the lists of balance and of aux_coeff go side by side.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe) return;
+      const { balance, aux_coeff } = moe.router;
+      const [kinds, coeffs] = [[balance].flat(), [aux_coeff].flat()];
+      if (kinds.length === coeffs.length) return;
+      yield {
+        at: "model.moe.router.aux_coeff",
+        related: ["model.moe.router.balance"],
+        found: `${kinds.length} in balance, ${coeffs.length} in aux_coeff`,
+        fix: "a coefficient for each",
+        tries: [{ "model.moe.router.aux_coeff": kinds.map((_, i) => coeffs[i] ?? coeffs[0] ?? 0.01) }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [aux_loss, seq_aux_loss], aux_coeff: 0.01}}}",
+  }),
+  rule({
+    code: "E414",
+    title: "a list of balancing names each kind once",
+    why: "Two losses of one kind are one with their weights added. Megatron-LM takes the first weight and ignores the other in silence.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe) return;
+      const kinds = [moe.router.balance].flat();
+      const kept = [...new Set(kinds)];
+      if (kept.length === kinds.length) return;
+      const coeffs = [moe.router.aux_coeff].flat();
+      yield {
+        at: "model.moe.router.balance",
+        related: ["model.moe.router.aux_coeff"],
+        found: `balance: [${kinds.join(", ")}]`,
+        fix: `[${kept.join(", ")}], with a coefficient for each`,
+        tries: [
+          { "model.moe.router.balance": kept, "model.moe.router.aux_coeff": kept.map((by) => coeffs[kinds.indexOf(by)] ?? 0.01) },
+          { "model.moe.router.balance": kept },
+        ],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: [aux_loss, aux_loss], aux_coeff: [0.01, 0.02]}}}",
+  }),
+  rule({
+    code: "E420",
+    title: "a bias of the choice needs scores by themselves",
+    why: "The bias is added to scores from 0 to 1 that do not depend on each other. A softmax's scores shrink with the number of experts: the same bias would outweigh them. Megatron-LM refuses the same.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe?.router.expert_bias || moe.router.score !== "softmax") return;
+      yield {
+        at: "model.moe.router.expert_bias",
+        related: ["model.moe.router.score"],
+        found: "expert_bias with score: softmax",
+        fix: "score by sigmoid, as DeepSeek-V3 does, or balance with a loss",
+        tries: [{ "model.moe.router.score": "sigmoid" }, { "model.moe.router.expert_bias": false }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, expert_bias: true}}}",
+  }),
+  rule({
+    code: "E421",
+    title: "a bias and its rate go together",
+    why: "bias_rate moves the bias of expert_bias: at 0 it stays 0, and without the bias the rate is ignored. Megatron-LM accepts either alone, and nothing balances.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      if (!moe || moe.router.bias_rate < 0) return;
+      const { expert_bias, bias_rate } = moe.router;
+      if (expert_bias ? bias_rate > 0 : bias_rate === 1e-3) return;
+      yield {
+        at: "model.moe.router.bias_rate",
+        related: ["model.moe.router.expert_bias"],
+        found: `bias_rate ${bias_rate} with expert_bias: ${expert_bias}`,
+        fix: expert_bias ? "0.001 is usual" : "turn the bias on, or leave the rate out",
+        tries: [
+          ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true }]),
+          ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true, "model.moe.router.score": "sigmoid" }]),
+          { "model.moe.router.bias_rate": 1e-3 },
+        ],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, score: sigmoid, bias_rate: 0.01}}}",
+  }),
+  rule({
+    code: "E424",
+    title: "choices that are even by themselves take no balancing loss",
+    why: "Sinkhorn's method and quantiles spread the tokens as they choose; a loss beside them would pull at logits that are even already. Megatron-LM finds it in the first forward.",
+    level: "error",
+    *check({ model: { moe } }) {
+      const by = moe && evenBy(moe.router);
+      if (!by) return;
+      const { balance, aux_coeff } = moe.router;
+      if ([balance].flat().length === 1 && [aux_coeff].flat().every((c) => c === 0)) return;
+      yield {
+        at: "model.moe.router.balance",
+        related: ["model.moe.router.aux_coeff"],
+        found: `balance: ${[balance].flat().join(", ")} with aux_coeff ${[aux_coeff].flat().join(", ")}`,
+        fix: `${by} alone`,
+        tries: [{ "model.moe.router.balance": by, "model.moe.router.aux_coeff": 0 }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile, aux_coeff: 0.01}}}",
+  }),
+  rule({
+    code: "E425",
+    title: "choices that are even by themselves have no groups and no bias",
+    why: "They are made of the logits of all experts at once. Megatron-LM ignores groups and bias beside sinkhorn in silence, and refuses groups beside quantiles.",
+    level: "error",
+    *check({ model: { moe } }) {
+      const by = moe && evenBy(moe.router);
+      if (!by) return;
+      const { groups, expert_bias } = moe.router;
+      if (groups > 1)
+        yield {
+          at: "model.moe.router.groups",
+          related: ["model.moe.router.balance"],
+          found: `${groups} groups with balance: ${by}`,
+          fix: "one group, or balance with a loss",
+          tries: [
+            { "model.moe.router.groups": 1 },
+            { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 },
+            { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1, "model.moe.router.group_scores": 1 },
+          ],
+        };
+      if (expert_bias)
+        yield {
+          at: "model.moe.router.expert_bias",
+          related: ["model.moe.router.balance"],
+          found: `expert_bias with balance: ${by}`,
+          fix: "one of them",
+          tries: [{ "model.moe.router.expert_bias": false }],
+        };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile, groups: 2}}}",
+  }),
+  rule({
+    code: "E426",
+    title: "what Sinkhorn's method chooses weighs as in Megatron Core",
+    why: "The balanced matrix decides the choice alone. Weights are then the softmax over all experts, or with top_k 1 the sigmoid, as they are: Megatron Core takes these whatever the job says of scores, so here the job must say so.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe || evenBy(moe.router) !== "sinkhorn") return;
+      const score = moe.top_k === 1 ? "sigmoid" : "softmax";
+      if (moe.router.score === score && !moe.router.normalize_top_k) return;
+      yield {
+        at: "model.moe.router.balance",
+        related: ["model.moe.router.score", "model.moe.router.normalize_top_k"],
+        found: `balance: sinkhorn with score: ${moe.router.score} and normalize_top_k: ${moe.router.normalize_top_k}`,
+        fix: `score: ${score} with normalize_top_k: false`,
+        tries: [{ "model.moe.router.score": score, "model.moe.router.normalize_top_k": false }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: sinkhorn}}}",
+  }),
+  rule({
+    code: "E427",
+    title: "quantiles need an even share of the tokens, and one expert to spare",
+    why: "An expert's bias is the quantile that lets in tokens x top_k / experts of a microbatch: a whole number. And what a token must exceed to get in is its best score of those not chosen.",
+    level: "error",
+    *check({ model: { moe, seq }, train }) {
+      if (!moe || evenBy(moe.router) !== "quantile" || moe.top_k > moe.experts) return;
+      const choices = train.micro_batch * seq * moe.top_k;
+      if (choices % moe.experts === 0 && moe.top_k < moe.experts) return;
+      yield {
+        at: "model.moe.router.balance",
+        related: ["model.moe.experts", "model.moe.top_k", "model.seq"],
+        found:
+          moe.top_k === moe.experts
+            ? `top_k ${moe.top_k} of ${moe.experts} experts`
+            : `${train.micro_batch * seq} tokens x top_k ${moe.top_k} over ${moe.experts} experts leaves ${choices % moe.experts} over`,
+        fix: "experts that divide the choices of a microbatch, more than top_k; or a balancing loss",
+        tries: [
+          ...divisorsNear(choices, moe.experts).map((experts) => ({ "model.moe.experts": experts })),
+          { "model.moe.router.balance": "aux_loss", "model.moe.router.aux_coeff": 0.01 },
+        ],
+      };
+    },
+    bad: "model: {moe: {experts: 5, top_k: 2, router: {balance: quantile}}}",
+  }),
+  rule({
+    code: "E428",
+    title: "quantile_ema lies from 0 to below 1, and goes with quantiles",
+    why: "It is how much of a bias stays after a step: at 1 it would never learn. Without balance: quantile there is no such bias.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (!moe) return;
+      const { quantile_ema: ema } = moe.router;
+      if (ema === 0 || (ema > 0 && ema < 1 && evenBy(moe.router) === "quantile")) return;
+      yield {
+        at: "model.moe.router.quantile_ema",
+        related: ["model.moe.router.balance"],
+        found: `quantile_ema ${ema} with balance: ${[moe.router.balance].flat().join(", ")}`,
+        fix: evenBy(moe.router) === "quantile" ? "0 or a part of 1, such as 0.9" : "leave it out",
+        tries: [{ "model.moe.router.quantile_ema": 0 }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile, quantile_ema: 1}}}",
+  }),
+  rule({
+    code: "E430",
+    title: "experts that choose take as many tokens each",
+    why: "Their loads are even as they are: there is nothing to balance by a loss, a bias or even choices, no groups to choose from, and nothing to drop or to pad.",
+    level: "error",
+    *check({ model: { moe } }) {
+      if (moe?.router.type !== "expert_choice") return;
+      const { balance, aux_coeff, groups, expert_bias } = moe.router;
+      if (evenBy(moe.router) || [aux_coeff].flat().some((c) => c !== 0))
+        yield {
+          at: "model.moe.router.balance",
+          related: ["model.moe.router.type", "model.moe.router.aux_coeff"],
+          found: `balance: ${[balance].flat().join(", ")} with type: expert_choice`,
+          fix: "balance: none",
+          tries: [{ "model.moe.router.balance": "none", "model.moe.router.aux_coeff": 0 }],
+        };
+      if (groups > 1)
+        yield {
+          at: "model.moe.router.groups",
+          related: ["model.moe.router.type"],
+          found: `${groups} groups with type: expert_choice`,
+          fix: "one group",
+          tries: [{ "model.moe.router.groups": 1 }, { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 }],
+        };
+      if (expert_bias)
+        yield {
+          at: "model.moe.router.expert_bias",
+          related: ["model.moe.router.type"],
+          found: "expert_bias with type: expert_choice",
+          fix: "no bias",
+          tries: [{ "model.moe.router.expert_bias": false }],
+        };
+      if (moe.capacity !== "dropless" && (moe.capacity.pad || moe.capacity.drop !== "probs"))
+        yield {
+          at: "model.moe.capacity",
+          related: ["model.moe.router.type"],
+          found: `drop: ${moe.capacity.drop}, pad: ${moe.capacity.pad} with type: expert_choice`,
+          fix: "the factor alone: it says how many tokens an expert takes",
+          tries: [{ "model.moe.capacity": { factor: moe.capacity.factor } }],
+        };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {type: expert_choice, normalize_top_k: false, force: uniform, aux_coeff: 0.01}}}",
+  }),
+] as const;
