@@ -41,7 +41,7 @@ export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq"]);
+const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
 const indices = new Set(["ids", "target"]);
@@ -261,6 +261,8 @@ function fill(
 ): Float32Array {
   const out = new Float32Array(length);
   const positive = () => 1.01 + next();
+  // a step that is left out, and one that is not
+  if (o.name === "scale" && d.skips && seed % 4 === 1) return out;
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
   if (o.name === "c" && o.slots.at(-1)?.dim === "E")
@@ -271,12 +273,14 @@ function fill(
   if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
   if (o.name === "rounds") return out.fill(seed % 2 ? 0 : 50);
   if (
-    ["s", "sq", "scale"].includes(o.name) ||
+    ["s", "scale", "by"].includes(o.name) ||
     (op.name === "sqrt_softplus_grad" && o.name === "y") ||
     (op.name === "running_mean" && /^(n|total)$/.test(o.name)) ||
-    (op.name === "adamw" && o.name === "v")
+    (op.name.startsWith("adam") && o.name === "v")
   )
     return out.map(positive);
+  // of a scaled loss, norms that are no numbers too
+  if (o.name === "sq") return op.name === "clip_scaled" && seed % 3 ? out.fill(seed % 3 === 1 ? Infinity : Number.NaN) : out.map(positive);
   // pieces that a query sees nothing of: the one, the other, both
   if (op.name === "attention_merge" && o.name.startsWith("l")) return out.map(() => (next() > 0.3 ? -Infinity : 4 * next()));
   if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);

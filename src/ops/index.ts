@@ -8,7 +8,7 @@ import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
-import { adamw, clip, sumSquares } from "./optimizer.ts";
+import * as optimizer from "./optimizer.ts";
 import { rope } from "./rope.ts";
 import * as router from "./router.ts";
 import * as vocab from "./vocab.ts";
@@ -23,7 +23,7 @@ const all: readonly AnyOp[] = [
   ...Object.values(balance),
   ...Object.values(capacity),
   ...Object.values(moe),
-  ...[sumSquares, clip, adamw],
+  ...Object.values(optimizer),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];
 export const ops: Readonly<Record<string, AnyOp>> = Object.fromEntries(all.map((o) => [o.name, o]));

@@ -7,7 +7,7 @@ import type { CudaMaker, Made, Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
 
 /** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
-interface Formula {
+export interface Formula {
   /** Inputs with as many elements as the outputs. */
   readonly streams: readonly string[];
   /** One value for all. */
@@ -94,10 +94,6 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: [`const float* n = nAt + int(at % (${E} / N)) * N;`],
     outputs: { dp: `${f32(c!)} * dy * n[j]` },
   }),
-  clip: ({ max }) => ({
-    streams: ["sq"],
-    outputs: { scale: max! > 0 ? `fminf(1.0f, ${f32(max!)} / (sqrtf(sq) + 1e-6f))` : "1.0f", norm: "sqrtf(sq)" },
-  }),
   // a piece that a query sees nothing of has −∞, and no difference of two is taken
   attention_merge: ({ W }) => ({
     ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
@@ -107,25 +103,6 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
       `if (at % (${W} / N) == 0) lseAt[row] = from + logf(sum);`,
     ],
     outputs: { o: "(wa * a + wb * b) * by" },
-  }),
-  // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
-  adamw: ({ beta1, beta2, eps, decay }) => ({
-    ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
-    once: [
-      `const float rate = lr / -expm1f(step * ${f32(Math.log(beta1!))});`,
-      `const float unbias = 1.0f / sqrtf(-expm1f(step * ${f32(Math.log(beta2!))}));`,
-      `const float keep = 1.0f - lr * ${f32(decay!)};`,
-    ],
-    element: [
-      "const float x = g * scale;",
-      `const float mean = ${f32(beta1!)} * m + ${f32(1 - beta1!)} * x;`,
-      `const float square = ${f32(beta2!)} * v + ${f32(1 - beta2!)} * x * x;`,
-    ],
-    outputs: {
-      w: `w * keep - rate * mean * fastReciprocal(sqrtf(square) * unbias + ${f32(eps!)})`,
-      m: "mean",
-      v: "square",
-    },
   }),
 };
 /** Ops that need to know where a dim begins here. */
@@ -142,7 +119,7 @@ const THREADS = 256;
 /** Multiprocessors: enough blocks for each are better than more vectors per thread. */
 export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
 
-function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undefined): Made {
+export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string): Made {
   const names = Object.keys(f.outputs);
   const numbers = f.numbers ?? [];
   const total = use.size[names[0]!]!;
