@@ -1,6 +1,6 @@
 /**
- * Batches of a byte-level text: ids [batch, seq] and their labels, the byte that follows each. A batch is a function of the
- * step alone. Where the text lies, on a disk or in memory, does not matter.
+ * Batches of a byte-level text: ids [batch, seq] and their labels, the byte that follows each. A batch is a function of
+ * how many sequences were read before it, and of its size. Where the text lies, on a disk or in memory, does not matter.
  */
 import type { Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
@@ -22,19 +22,20 @@ export type Reading = {
   readonly seed: number;
 };
 type Batch = { readonly ids: Int32Array; readonly labels: Int32Array };
-export type BatchOf = (step: number) => Batch;
+/** The next `rows` sequences after the first `first` of a run. */
+export type BatchOf = (first: number, rows: number) => Batch;
 
 /** Throws a Trouble where the text is too short, or has bytes outside the vocabulary. */
 export function batchesOf(text: Text, reading: Reading): BatchOf {
-  const { seq, batch } = reading;
+  const { seq } = reading;
   check(text, reading);
   const startOf = orders[reading.order](text.bytes, reading);
-  return (step) => {
-    const ids = new Int32Array(batch * seq);
-    const labels = new Int32Array(batch * seq);
+  return (first, rows) => {
+    const ids = new Int32Array(rows * seq);
+    const labels = new Int32Array(rows * seq);
     const window = new Uint8Array(seq + 1);
-    for (let row = 0; row < batch; row++) {
-      text.read(window, startOf(step, row));
+    for (let row = 0; row < rows; row++) {
+      text.read(window, startOf(first, row));
       ids.set(window.subarray(0, seq), row * seq);
       labels.set(window.subarray(1), row * seq);
     }
@@ -42,21 +43,21 @@ export function batchesOf(text: Text, reading: Reading): BatchOf {
   };
 }
 
-/** Where in the corpus a row of a step starts. */
-type Order = (bytes: number, reading: Reading) => (step: number, row: number) => number;
+/** Where in the corpus a row starts of the step before which so many sequences were read. */
+type Order = (bytes: number, reading: Reading) => (first: number, row: number) => number;
 
 const orders: Readonly<Record<Reading["order"], Order>> = {
   sequential:
     (bytes, { seq, batch }) =>
-    (step, row) =>
-      ((step * batch * seq) % (bytes - batch * (seq + 1) - 1)) + row * seq,
+    (first, row) =>
+      ((first * seq) % (bytes - batch * (seq + 1) - 1)) + row * seq,
   // Windows of seq bytes, end to end; each pass over the corpus visits all of them in an order of its own.
-  shuffled: (bytes, { seq, batch, seed }) => {
+  shuffled: (bytes, { seq, seed }) => {
     const windows = Math.floor((bytes - 1) / seq);
     let epoch = -1;
     let order = new Uint32Array();
-    return (step, row) => {
-      const sample = step * batch + row;
+    return (first, row) => {
+      const sample = first + row;
       const wanted = Math.floor(sample / windows);
       if (wanted !== epoch) order = permutation(windows, seed, (epoch = wanted));
       return order[sample % windows]! * seq;

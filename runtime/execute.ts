@@ -4,12 +4,13 @@
  */
 import { elementsOf, numberInStage, rangesOf, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
-import { workOf } from "../schemas/program.ts";
+import { orderOf, workOf } from "../schemas/program.ts";
+import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { BatchOf } from "./batches.ts";
-import { learningRate } from "./learningRate.ts";
+import { courseOf } from "./course.ts";
 import { fillNormal } from "./philox.ts";
 
 export interface StepResult {
@@ -24,6 +25,10 @@ export interface StepResult {
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
+  /** In fp16, what the loss was multiplied by before backward. */
+  readonly loss_scale?: number;
+  /** In fp16, whether gradients overflowed: then the step changed no weights, and grad_norm is no finite number. */
+  readonly skipped?: boolean;
 }
 export interface Tensor {
   readonly shape: readonly number[];
@@ -68,6 +73,9 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   const perMicrobatch = train.micro_batch * job.parallel.data;
   const kept = new Map<string, Promise<HostData>[][]>();
   let steps = 0;
+  const course = courseOf(job);
+  /** What the gradients of the last step were multiplied by. */
+  let scaled = 1;
 
   /** One parameter after the other, on all ranks that have it: a checkpoint's is in memory once, and no longer than it must. */
   function initialize(): void {
@@ -148,6 +156,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     backend: Backend,
     comm: Comm,
     feed: (b: Buffer, name: string, microbatch: number) => HostData,
+    order: (stage: number) => readonly string[],
     replayed: boolean,
   ): Generator<string> {
     const p = programOf(r);
@@ -172,7 +181,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     };
     backend.zeroGradients();
     fill(p.step, ["optimizer"], 0, 0);
-    for (const tag of p.order) {
+    for (const tag of order(p.stage)) {
       const { kind, microbatch, chunk } = workOf(tag);
       const at = { tag, microbatch, slot: microbatch % p.chunks[chunk]!.slots };
       const instructions = p.chunks[chunk]![kind];
@@ -203,6 +212,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
 
   initialize();
   let stopped = false;
+  const orders = new Map<number, readonly (readonly string[])[]>();
+  /** By stage; many steps have one. */
+  function ordersOf(microbatches: number): readonly (readonly string[])[] {
+    const known = orders.get(microbatches) ?? programs.map((p) => orderOf(p, microbatches));
+    orders.set(microbatches, known);
+    return known;
+  }
   /** The batch of the step to come. */
   let next: ReturnType<BatchOf> | undefined;
   return {
@@ -214,9 +230,11 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     },
     async step() {
       const begun = performance.now();
-      const { ids, labels } = next ?? batch(steps);
-      const lr = learningRate(train.optimizer, steps);
+      const leg = course.leg();
+      const { lr, lossScale, upscale } = leg;
+      const { ids, labels } = next ?? batch(leg.first, leg.batch);
       steps++;
+      scaled = lossScale;
       kept.clear();
       const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
       const feedOf =
@@ -228,35 +246,47 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
             case "labels":
               return pieceOf(rows(labels, m), b, r);
             case "one":
-              return Float32Array.of(1);
+              return Float32Array.of(lossScale * upscale);
             case "lr":
               return Float32Array.of(lr);
             case "step":
-              return Float32Array.of(steps);
+              return Float32Array.of(leg.update);
+            case "weight_decay":
+              return Float32Array.of(leg.weightDecay);
+            case "loss_scale":
+              return Float32Array.of(lossScale);
             default:
               throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
           }
         };
-      const replayed = fleet.beginStep?.() ?? false;
-      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
+      const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
+      const order = ordersOf(leg.microbatches);
+      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), (stage) => order[stage]!, replayed)));
       // the next batch is read while the device works
-      [, next] = await Promise.all([fleet.finish(), (async () => batch(steps))()]);
+      const after = leg.first + leg.batch;
+      [, next] = await Promise.all([fleet.finish(), (async () => batch(after, batchAt(train, after)))()]);
       const [loss, aux_loss, grad_norm] = await numbers();
+      const overflowed = train.precision === "fp16" && !Number.isFinite(grad_norm);
+      course.done(overflowed);
       return {
         step: steps,
-        loss: loss!,
-        aux_loss: aux_loss!,
+        loss: loss! * upscale,
+        aux_loss: aux_loss! * upscale,
         grad_norm: grad_norm!,
         lr,
-        tokens: train.global_batch * model.seq,
+        tokens: leg.batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
+        ...(train.precision === "fp16" ? { loss_scale: lossScale, skipped: overflowed } : {}),
       };
     },
-    gradients: () =>
-      collect(
+    async gradients() {
+      const all = await collect(
         (q) => q.gradient,
-        (q) => q.rule === "adamw",
-      ),
+        (q) => q.rule === train.optimizer.type,
+      );
+      for (const { data } of all.values()) for (let i = 0; i < data.length && scaled !== 1; i++) data[i]! /= scaled;
+      return all;
+    },
     parameters: () => collect((q) => q.master),
     watched: (id) =>
       Promise.all(

@@ -3,6 +3,7 @@
  * Laws between keys are rules (src/rules); here stand only names, types, ranges and defaults.
  */
 import { z } from "zod";
+import { lengthOf } from "./rampup.ts";
 
 const count = z.int().min(1);
 const real = z.number();
@@ -265,16 +266,53 @@ export const ParallelText = z.strictObject({
 });
 
 const OptimizerText = z.strictObject({
-  type: z.literal("adamw").default("adamw").describe("AdamW; weight decay applies to parameters with two or more dims"),
+  type: z
+    .enum(["adamw", "adam", "sgd"])
+    .default("adamw")
+    .describe("adamw: weight decay shrinks the weights themselves; adam, sgd: it adds to their gradients, as L2 regularisation does"),
   lr: real.describe("the largest learning rate, reached after warm-up"),
   min_lr: real.default(0).describe("the learning rate at the end of the decay and after it"),
-  warmup_steps: z.int().min(0).default(0).describe("steps in which the learning rate rises linearly from 0"),
-  decay_steps: count.optional().describe("the step at which min_lr is reached, warm-up included; default: train.steps"),
-  schedule: z.enum(["constant", "linear", "cosine"]).default("constant").describe("the shape of the decay after warm-up"),
-  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("decay of the first and of the second moment"),
-  eps: real.default(1e-8).describe("added to the root of the second moment"),
-  weight_decay: real.default(0.1).describe("decoupled weight decay"),
+  warmup_steps: real
+    .min(0)
+    .default(0)
+    .describe("steps in which the learning rate rises linearly from warmup_init; where the batch grows, of global_batch sequences each"),
+  warmup_init: real.default(0).describe("the learning rate at the beginning of the warm-up"),
+  decay_steps: real
+    .min(0)
+    .optional()
+    .describe("the step after which the learning rate is min_lr, warm-up included, counted as warmup_steps; default: the whole run"),
+  schedule: z
+    .enum(["constant", "linear", "cosine", "inverse_square_root", "wsd"])
+    .default("constant")
+    .describe("the shape of the decay after warm-up; wsd: constant, then a fall over the last wsd_decay_steps"),
+  wsd_decay_steps: real.min(0).nullable().default(null).describe("wsd: length of the fall, which ends at decay_steps"),
+  wsd_decay: z.enum(["exponential", "linear", "cosine", "minus_sqrt"]).default("exponential").describe("wsd: the shape of the fall"),
+  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("adamw, adam: decay of the first and of the second moment"),
+  eps: real.default(1e-8).describe("adamw, adam: added to the root of the second moment"),
+  momentum: real.default(0.9).describe("sgd: how much of the step before stays; 0 = none, and no memory for it"),
+  weight_decay: real.default(0.1).describe("weight decay, of parameters with two or more dims"),
+  weight_decay_schedule: z
+    .enum(["constant", "linear", "cosine"])
+    .default("constant")
+    .describe("how weight decay goes over the run: constant at weight_decay, or from weight_decay_start to weight_decay_end"),
+  weight_decay_start: real.nullable().default(null).describe("weight decay of the first step, where it changes"),
+  weight_decay_end: real.nullable().default(null).describe("weight decay at the end of the run, where it changes"),
   clip: real.default(1.0).describe("largest global norm of the gradient; 0 = no clipping"),
+});
+
+const BatchRampup = z.strictObject({
+  start: count.describe("sequences of the first step"),
+  increment: count.describe("by how many sequences the batch grows at once"),
+  samples: count.describe("sequences over which it grows, by steps equally far apart, to global_batch"),
+});
+
+const DynamicLossScale = z.strictObject({
+  initial: real.default(2 ** 32).describe("the first scale"),
+  growth: real.default(2).describe("factor by which it grows"),
+  growth_interval: count.default(1000).describe("steps in a row without overflow after which it grows"),
+  backoff: real.default(0.5).describe("factor by which it shrinks after an overflow"),
+  hysteresis: count.default(2).describe("overflows until it shrinks, once; from then on, until it grows again, each overflow shrinks it"),
+  min: real.default(1).describe("the smallest scale"),
 });
 
 const Recompute = z.strictObject({
@@ -300,10 +338,20 @@ const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
   steps: count.describe("optimizer steps"),
+  batch_rampup: BatchRampup.nullable()
+    .default(null)
+    .describe("the batch begins smaller and grows to global_batch; null = it is global_batch from the first step on"),
   precision: z
-    .enum(["fp32", "bf16"])
+    .enum(["fp32", "bf16", "fp16"])
     .default("bf16")
-    .describe("bf16: parameters and activations in bf16, sums, main gradients and optimizer in fp32"),
+    .describe("bf16, fp16: parameters and activations in 16 bits, sums, main gradients and optimizer in fp32"),
+  loss_scale: z
+    .union([real, DynamicLossScale])
+    .nullable()
+    .default(null)
+    .describe(
+      "fp16: by what the loss is multiplied before backward, so that small gradients do not vanish; a step that overflows is left out. A number stays as it is, a section adapts itself; default with fp16: a section of defaults",
+    ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of the initial weights and of the shuffle"),
   init_std: real.default(0.02).describe("standard deviation of the initial weights"),
@@ -383,12 +431,16 @@ export function completeJob(text: JobText): Job {
       moe: model.moe && completeMoe(model.moe, ffn),
     },
     parallel: { ...parallel, data },
-    train: {
-      ...train,
-      global_batch: train.global_batch ?? train.micro_batch * data,
-      optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? train.steps },
-    },
+    train: completeTrain({ ...train, global_batch: train.global_batch ?? train.micro_batch * data }),
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
+  };
+}
+
+function completeTrain(train: Omit<Job["train"], "optimizer"> & Pick<JobText["train"], "optimizer">): Job["train"] {
+  return {
+    ...train,
+    loss_scale: train.precision === "fp16" ? (train.loss_scale ?? DynamicLossScale.parse({})) : train.loss_scale,
+    optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? lengthOf(train) },
   };
 }
 

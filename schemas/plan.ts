@@ -113,7 +113,7 @@ export const Parameter = z.strictObject({
   name: id,
   init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
   rule: z
-    .enum(["adamw", "expert_bias", "quantile"])
+    .enum(["adamw", "adam", "sgd", "expert_bias", "quantile"])
     .describe(
       "how a step changes it; the bias of a router's choice has no gradient: it goes by how many tokens each expert got, or by quantiles of its logits",
     ),
@@ -141,7 +141,11 @@ export const Program = z.strictObject({
     .array(z.string())
     .describe("F<m> forward, B<m> backward, W<m> weights of microbatch m, with .<chunk> where there are several; then the step block once"),
   parameters: z.array(Parameter),
-  inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
+  inputs: z
+    .record(z.string(), id)
+    .describe(
+      "filled by the host: ids, labels, one (the gradient of the loss) per microbatch; lr, step, weight_decay, loss_scale per step",
+    ),
   bounds: z
     .array(z.strictObject({ needed: id, bound: count, of: z.enum(["rows", "rounds"]) }))
     .describe(

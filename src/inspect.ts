@@ -3,6 +3,7 @@ import { devices } from "../schemas/job.ts";
 import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
 import { activationBytes, type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
+import { phasesOf } from "../schemas/rampup.ts";
 import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
@@ -85,6 +86,8 @@ export interface Inspection {
     readonly local_experts: number;
     readonly microbatches: number;
     readonly tokens_per_step: number;
+    /** Smaller batches before the whole one, where the batch grows. */
+    readonly ramp_up: readonly { readonly batch: number; readonly steps: number }[];
     readonly parameters: number;
   };
   readonly device: { readonly name: string; readonly memory: number };
@@ -115,6 +118,9 @@ export function inspectPlan(plan: Plan): Inspection {
       local_experts: job.model.moe ? job.model.moe.experts / mesh.sizes.ep! : 0,
       microbatches,
       tokens_per_step: job.train.global_batch * job.model.seq,
+      ramp_up: phasesOf(job.train)
+        .slice(0, -1)
+        .map(({ batch, steps }) => ({ batch, steps })),
       parameters: plan.programs.reduce((sum, program) => sum + globalElements(program), 0),
     },
     device: { name: job.cluster.device, memory: devices[job.cluster.device].memory },
@@ -250,7 +256,19 @@ export function printHead({ name, digest, rankc, target, mesh, derived, kernels 
     `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
     ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),
     `derived: data ${derived.data}${experts}, ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")} and ${countText(derived.tokens_per_step)} tokens a step`,
+    ...rampText(derived),
     `model: ${countText(derived.parameters)} parameters; ${plural(kernels, "kernel")}`,
+  ];
+}
+
+function rampText({ ramp_up }: Inspection["derived"]): string[] {
+  if (ramp_up.length === 0) return [];
+  const text = ({ batch, steps }: (typeof ramp_up)[number]) => `${countText(batch)} for ${plural(steps, "step")}`;
+  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.at(-1)!];
+  const more = ramp_up.length > 4 ? ["…"] : [];
+  const steps = ramp_up.reduce((sum, p) => sum + p.steps, 0);
+  return [
+    `ramp-up: ${[...shown.map(text), ...more, ...(ramp_up.length > 3 ? [text(last)] : [])].join(", ")}: ${plural(steps, "step")} before the batch is whole`,
   ];
 }
 

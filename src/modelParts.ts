@@ -65,7 +65,7 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
 
 export function partOf(job: Job, position: number, prefix: string, losses: Loss[]): Part {
   const { train } = job;
-  const type = train.precision === "bf16" ? "bf16" : "f32";
+  const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
   const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): Value => {
     const slots = dims.split(",").map((d) => d.split("@"));

@@ -15,7 +15,7 @@ afterAll(() => rmSync(folder, { recursive: true }));
 
 test("the first batch is the one the reference run saw", () => {
   const io = openSafetensors("test/fixtures/hf/mixtral-tiny/io.safetensors");
-  const { ids, labels } = openCorpus(corpus, reading).batch(0);
+  const { ids, labels } = openCorpus(corpus, reading).batch(0, 4);
   expect(ids).toEqual(io.readInts("input_ids"));
   expect(labels).toEqual(io.readInts("labels"));
   io.close();
@@ -25,7 +25,7 @@ test("sequential rows follow each other and wrap before the end of the text", ()
   const opened = openCorpus(corpus, reading);
   const wrap = bytes.length - 4 * 65 - 1;
   for (const step of [0, 1, 19, 136, 137, 5000]) {
-    const { ids, labels } = opened.batch(step);
+    const { ids, labels } = opened.batch(4 * step, 4);
     for (let row = 0; row < 4; row++) {
       const start = ((step * 4 * 64) % wrap) + row * 64;
       expect([...ids.subarray(row * 64, row * 64 + 64)]).toEqual([...bytes.subarray(start, start + 64)]);
@@ -44,7 +44,7 @@ test("shuffled: each epoch visits every window once, in an order of its own, wha
   const shuffled = { ...reading, seq: 4, batch: 3, order: "shuffled" } as const;
   const firsts = (seed: number): number[] => {
     const opened = openCorpus(path, { ...shuffled, seed });
-    const samples = Array.from({ length: 10 }, (_, step) => opened.batch(step)).flatMap(({ ids }) => [ids[0]!, ids[4]!, ids[8]!]);
+    const samples = Array.from({ length: 10 }, (_, step) => opened.batch(3 * step, 3)).flatMap(({ ids }) => [ids[0]!, ids[4]!, ids[8]!]);
     opened.close();
     return samples;
   };
@@ -55,9 +55,9 @@ test("shuffled: each epoch visits every window once, in an order of its own, wha
   expect(firsts(1).slice(0, 15)).not.toEqual(firsts(1).slice(15));
   expect(firsts(2)).not.toEqual(firsts(1));
   const late = openCorpus(path, { ...shuffled, seed: 1 });
-  const seventh = late.batch(7);
-  late.batch(0);
-  expect(late.batch(7)).toEqual(seventh);
+  const seventh = late.batch(21, 3);
+  late.batch(0, 3);
+  expect(late.batch(21, 3)).toEqual(seventh);
   expect([seventh.ids[0], seventh.labels[0]]).toEqual([firsts(1)[21], firsts(1)[21]! + 1]);
 });
 
@@ -85,5 +85,5 @@ test("what is wrong with a corpus is said before the first batch", () => {
     test/fixtures/corpus.txt: byte 71 of the corpus is 101, outside a vocabulary of 100"
   `);
   writeFileSync(short, Buffer.alloc(4 * 65 + 2));
-  openCorpus(short, reading).batch(12345);
+  openCorpus(short, reading).batch(4 * 12345, 4);
 });

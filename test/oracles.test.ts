@@ -252,11 +252,11 @@ interface Training extends Named {
 
 // the oracle's sequences do not lie end to end as in a text: each has a last label of its own
 vi.mock("../runtime/data.ts", () => ({
-  openCorpus: (_: string, { seq, batch }: { seq: number; batch: number }) => {
+  openCorpus: (_: string, { seq }: { seq: number }) => {
     const tokens = Buffer.from(tiny.tokens, "base64");
-    const rows = (step: number, from: number) =>
-      Int32Array.from({ length: batch * seq }, (_, i) => tokens[(step * batch + Math.floor(i / seq)) * (seq + 1) + (i % seq) + from]!);
-    return { batch: (step: number) => ({ ids: rows(step, 0), labels: rows(step, 1) }), close: () => {} };
+    const rows = (first: number, rows: number, from: number) =>
+      Int32Array.from({ length: rows * seq }, (_, i) => tokens[(first + Math.floor(i / seq)) * (seq + 1) + (i % seq) + from]!);
+    return { batch: (first: number, n: number) => ({ ids: rows(first, n, 0), labels: rows(first, n, 1) }), close: () => {} };
   },
 }));
 
