@@ -14,16 +14,19 @@ interface CudaArrangeCu {
 }
 
 interface CudaAttentionCu {
+  readonly half: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly resident: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly tiles: string | number;
 }
 
 interface CudaAttentionGradCu {
+  readonly half: string | number;
   readonly keyStart: string | number;
   readonly name: string | number;
   readonly order: string | number;
@@ -37,6 +40,7 @@ interface CudaAttentionGradCu {
 interface CudaAttentionGradWgmmaCu {
   readonly alongRows: string | number;
   readonly downRows: string | number;
+  readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
   readonly name: string | number;
@@ -45,11 +49,13 @@ interface CudaAttentionGradWgmmaCu {
   readonly part: boolean;
   readonly queryParams: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly tiles: string | number;
   readonly weigh: string | number;
 }
 
 interface CudaAttentionOrderCuh {
+  readonly half: string | number;
   readonly keys: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
@@ -104,9 +110,12 @@ interface CudaAttentionTilesCuh {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly half: string | number;
+  readonly mma: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
   readonly sight: string | number;
+  readonly suffix: string | number;
   readonly threads: string | number;
 }
 
@@ -120,6 +129,7 @@ interface CudaAttentionWgmmaCu {
   readonly W: string | number;
   readonly give: string | number;
   readonly groups: string | number;
+  readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
@@ -130,6 +140,7 @@ interface CudaAttentionWgmmaCu {
   readonly scores: string | number;
   readonly sight: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly take: string | number;
   readonly values: string | number;
 }
@@ -240,6 +251,9 @@ interface CudaEmbedGradCu {
   readonly width: string | number;
 }
 
+interface CudaF16Cuh {
+}
+
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
@@ -253,6 +267,8 @@ interface CudaGemmF32Cu {
 }
 
 interface CudaGemmMmaCu {
+  readonly half: string | number;
+  readonly mma: string | number;
   readonly name: string | number;
   readonly offsets: string | number;
   readonly ragged: boolean;
@@ -304,6 +320,7 @@ interface CudaGemmWgmmaCu {
   readonly raggedRows: string | number;
   readonly raster: string | number;
   readonly stages: string | number;
+  readonly suffix: string | number;
   readonly tileM: string | number;
   readonly tileN: string | number;
   readonly warpgroupsN: string | number;
@@ -606,9 +623,11 @@ interface CudaWgmmaCuh {
   readonly addAt: string | number;
   readonly bAt: string | number;
   readonly count: string | number;
+  readonly half: string | number;
   readonly n: string | number;
   readonly names: readonly (string | number)[];
   readonly places: readonly (string | number)[];
+  readonly suffix: string | number;
   readonly transposedA: string | number;
   readonly transposedB: string | number;
 }
@@ -617,10 +636,12 @@ interface CudaWgmmaWeighCuh {
   readonly addAt: string | number;
   readonly bAt: string | number;
   readonly count: string | number;
+  readonly half: string | number;
   readonly left: string | number;
   readonly n: string | number;
   readonly names: readonly (string | number)[];
   readonly places: readonly (string | number)[];
+  readonly suffix: string | number;
 }
 
 interface TextExplain {
@@ -1214,6 +1235,7 @@ export interface Templates {
   readonly "cuda/columns.cu": CudaColumnsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
+  readonly "cuda/f16.cuh": CudaF16Cuh;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;

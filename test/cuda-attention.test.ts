@@ -1,5 +1,5 @@
 /**
- * CUDA's attention and its gradient equal their reference: in bf16 on the tensor cores and in f32, whatever the widths of heads, the
+ * CUDA's attention and its gradient equal their reference: in 16-bit floats on the tensor cores and in f32, whatever the widths of heads, the
  * number of query heads that share keys, the pieces of the sequence that are here, and the order in which they lie. The sources run as
  * C++ on the CPU.
  */
@@ -22,7 +22,7 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
   readonly keyStart?: number;
   readonly zigzag?: readonly [chunk: number, ranks: number];
   readonly arch: Arch;
-  readonly type: "bf16" | "f32";
+  readonly type: "bf16" | "f16" | "f32";
 }
 const shapes: readonly Shape[] = [
   // one block, blocks cut short on both sides, and a head of each kind
@@ -69,6 +69,11 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
   { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
   { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
+  // f16: Hopper's own products, those of any tensor core, and plain arithmetic
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 65, U: 130, G: 1, M: 2, C: 80, start: 30, arch: "sm_80", type: "f16" },
+  { B: 1, S: 40, U: 40, G: 2, M: 1, C: 24, start: 0, arch: "sm_90a", type: "f16" },
   { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16" },
   // zigzag, a rank's keys: its own, of one before, of one after, of half of one, of two
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16" },
