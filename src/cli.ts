@@ -263,8 +263,12 @@ async function compileAt(path: string, sets: readonly string[], target = "cpu"):
   const { job, findings } = await readJobAt(path, sets);
   await tellFindings(findings);
   if (!job) throw new Refused();
-  const [{ compile }, { loadTarget }] = await Promise.all([import("./compile.ts"), import("./makers.ts")]);
-  return { ...compile(job, { target: await loadTarget(target) }), findings };
+  const [{ compile }, { loadTarget }, { targetFor }] = await Promise.all([
+    import("./compile.ts"),
+    import("./makers.ts"),
+    import("./target.ts"),
+  ]);
+  return { ...compile(job, { target: await loadTarget(targetFor(target, job)) }), findings };
 }
 
 async function planAt(path: string, sets: readonly string[], target?: string): Promise<Planned> {

@@ -136,4 +136,4 @@ function named(args: Launch["args"]): { names: string[]; buffers: string[] } {
   });
   return { names, buffers: names.filter((a) => !a.startsWith("start(")) };
 }
-const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");
+export const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");
