@@ -116,11 +116,23 @@ const flags: Readonly<Record<string, readonly [key: string, value: (text: string
   bf16: ["train.precision", () => "bf16"],
   lr: ["train.optimizer.lr", number],
   "min-lr": ["train.optimizer.min_lr", number],
-  "lr-decay-style": ["train.optimizer.schedule", (t) => t],
+  "lr-decay-style": ["train.optimizer.schedule", (t) => t.replace("WSD", "wsd").replaceAll("-", "_")],
   "lr-decay-iters": ["train.optimizer.decay_steps", number],
   "lr-warmup-iters": ["train.optimizer.warmup_steps", number],
+  "lr-warmup-init": ["train.optimizer.warmup_init", number],
+  "lr-wsd-decay-iters": ["train.optimizer.wsd_decay_steps", number],
+  "lr-wsd-decay-style": ["train.optimizer.wsd_decay", (t) => t],
   "weight-decay": ["train.optimizer.weight_decay", number],
+  "weight-decay-incr-style": ["train.optimizer.weight_decay_schedule", (t) => t],
+  "start-weight-decay": ["train.optimizer.weight_decay_start", number],
+  "end-weight-decay": ["train.optimizer.weight_decay_end", number],
   "clip-grad": ["train.optimizer.clip", number],
+};
+/** What counts samples, or is a share: in steps. */
+const derived: Readonly<Record<string, (value: number, args: Args) => [key: string, value: number]>> = {
+  "train-samples": (n, args) => ["train.steps", Math.floor(n / Number(args["global-batch-size"]))],
+  "lr-warmup-samples": (n, args) => ["train.optimizer.warmup_steps", n / Number(args["global-batch-size"])],
+  "lr-warmup-fraction": (share, args) => ["train.optimizer.warmup_steps", share * Number(args["lr-decay-iters"] ?? args["train-iters"])],
 };
 /** They say what a rankc job always is, or nothing that a job says. */
 const silent = new Set(
@@ -151,6 +163,7 @@ function jobFrom(args: Args, world: number, vocab?: number): object {
     // in latent attention it says that latents are normalised, which here they always are
     if (flag === "qk-layernorm" && "multi-latent-attention" in args) continue;
     if (known) put(known[0], known[1](text));
+    else if (derived[flag]) put(...derived[flag](Number(text), args));
     else if (!silent.has(flag)) throw new Error(`--${flag} is not understood`);
   }
   // what Megatron takes where nothing is said, and rankc does not
@@ -343,7 +356,7 @@ describe("ten steps of training", () => {
   });
 });
 
-/** 206 of 483 cases: those whose flags all mean something here, or nothing that a job says. */
+/** 219 of 483 cases: those whose flags all mean something here, or nothing that a job says. */
 describe("configurations", () => {
   interface Case extends Named {
     readonly world: number;
@@ -383,6 +396,7 @@ describe("configurations", () => {
     "cfg-0631": { rankc: "accept", why: "the same" },
     "cfg-0633": { rankc: "accept", why: "the same" },
     "cfg-0635": { rankc: "accept", why: "the same" },
+    "cfg-0681": { rankc: "accept", why: "a weight decay that falls is one; B221 warns" },
     "cfg-0649": { rankc: "reject", why: "E414: Megatron ignores the second coefficient" },
     "cfg-0729": { rankc: "reject", why: "E425: Megatron ignores the groups beside sinkhorn" },
     "cfg-0643": { rankc: "reject", why: "S014: Megatron builds experts of width 0, which compute nothing" },
@@ -420,6 +434,13 @@ describe("configurations", () => {
     "value of --min-lr is read as a flag (a negative number in exponent form)": "B203",
     "warmup must be shorter than the decay horizon": "B204",
     "starting weight decay must not be negative": "B209",
+    "constant weight decay excludes start and end values": "B220",
+    "increasing weight decay needs start and end values": "B219",
+    "final weight decay is below the starting one": "B221",
+    "WSD decay needs the length of its final phase": "B216",
+    "the WSD final phase is longer than the decay horizon, so there is no stable phase": "B218",
+    "initial warmup rate is above the learning rate": "B215",
+    "value of --lr-decay-style is not one of its choices": "S013",
     "sequence parallelism is switched off because TP is 1": "P105",
     "a balancing loss with coefficient 0 does nothing": "E404",
     "balancing type none ignores its coefficient": "E405",
@@ -454,8 +475,8 @@ describe("configurations", () => {
     "the second coefficient of a repeated balancing type is ignored": "E414",
   };
 
-  test("206 cases apply, and no entry of the tables is idle", () => {
-    expect(cases.length).toBe(206);
+  test("219 cases apply, and no entry of the tables is idle", () => {
+    expect(cases.length).toBe(219);
     expect(cases.filter((c) => differences[c.id]).length).toBe(Object.keys(differences).length);
     const reasons = new Set(cases.map((c) => c.reason));
     expect(Object.keys(said).filter((reason) => !reasons.has(reason))).toEqual([]);
