@@ -4,6 +4,7 @@ import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
+import { openRun } from "../runtime/run.ts";
 import { compile } from "../src/compile.ts";
 import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
@@ -33,6 +34,16 @@ describe.each(names)("plans/%s", (name) => {
     cpSync(path, copy);
     expect(printPlan(planOf(copy)) === printPlan(planOf(path))).toBe(true);
   });
+});
+
+test.each(names.filter((name) => name.startsWith("tiny-")))("plans/%s trains", async (name) => {
+  const run = await openRun(planOf(join(root, "plans", name, "job.yaml")), { baseDir: join(root, "plans", name) });
+  const losses: number[] = [];
+  for (let step = 0; step < 4; step++) losses.push((await run.step()).loss);
+  await run.close();
+  // bytes begin at ln 256, and these learn which of them are letters
+  expect(losses[0]).toBeGreaterThan(5.3);
+  expect(losses[3]).toBeLessThan(losses[0]! - 0.3);
 });
 
 // What is promised is 2 s for the whole command on a quiet machine; here other tests run beside it.
