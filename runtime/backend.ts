@@ -35,7 +35,8 @@ export interface Position {
 /**
  * Collectives on contiguous buffers; groups are the plan's, their members in ascending order of rank. With g members:
  * all_gather [n] → [g,n]; reduce_scatter [g,n] → [n], sums in the order of members; all_to_all [g,n] → [g,n], block i of
- * member j becomes block j of member i; all_reduce and all_reduce_max [n] → [n]. Source and destination may begin at the
+ * member j becomes block j of member i; all_reduce and all_reduce_max [n] → [n]; shift [n] → [n], what member i has goes to
+ * member i + 1, of the last to the first. Source and destination may begin at the
  * same byte.
  */
 export interface Comm {

@@ -4,7 +4,7 @@
  * rounded when stored.
  */
 import { totalmem } from "node:os";
-import { elementsOf, numberInStage, parts, stageOfRank, startOf } from "../schemas/layout.ts";
+import { elementsOf, numberInStage, parts, stageOfRank, startIn } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
 import { activationBytes, activationStart } from "../schemas/program.ts";
 import type { Timing } from "../schemas/timing.ts";
@@ -96,7 +96,7 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): OpenBackend {
     const starts: Record<string, number> = {};
     for (const [dim, [size, cut]] of Object.entries(i.dims)) {
       d[dim] = size / parts(plan.mesh, cut);
-      starts[dim] = startOf(plan.mesh, size, cut, local);
+      starts[dim] = startIn(plan.mesh, i, dim, local);
     }
     const ragged = names.map(([, id]) => of(id)).find((b) => b.ragged);
     const rows = ragged ? (raw(of(i.rows ?? ragged.rows!), slot) as Int32Array) : noRows;

@@ -8,6 +8,7 @@ import { orderOf, workOf } from "../schemas/program.ts";
 import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { BatchOf } from "./batches.ts";
 import { courseOf } from "./course.ts";
@@ -45,7 +46,7 @@ export interface Run {
   /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
   gradients(): Promise<Map<string, Tensor>>;
   parameters(): Promise<Map<string, Tensor>>;
-  /** A buffer named in `watch`, per microbatch, put together from all ranks. */
+  /** A buffer named in `watch`, per microbatch, put together from all ranks; tokens as they lie (src/ops/positions.ts). */
   watched(id: string): Promise<Tensor[]>;
   /** What ran when in the last step, where it was opened with `profile`. */
   profile(): Promise<readonly Timing[]>;
@@ -197,6 +198,15 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     (all[at.microbatch] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
+  /** Tokens of each sequence as they lie over the ranks that share it. */
+  function inOrder({ ids, labels }: ReturnType<BatchOf>): ReturnType<BatchOf> {
+    const { context } = job.parallel;
+    if (context === 1) return { ids, labels };
+    const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
+    const laid = (whole: Int32Array) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
+    return { ids: laid(ids), labels: laid(labels) };
+  }
+
   /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
   async function numbers(): Promise<number[]> {
     const sums = [0, 0, 0];
@@ -232,7 +242,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       const begun = performance.now();
       const leg = course.leg();
       const { lr, lossScale, upscale } = leg;
-      const { ids, labels } = next ?? batch(leg.first, leg.batch);
+      const { ids, labels } = inOrder(next ?? batch(leg.first, leg.batch));
       steps++;
       scaled = lossScale;
       kept.clear();

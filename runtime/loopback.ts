@@ -28,6 +28,7 @@ const collective: Readonly<Record<How, (held: readonly HostData[], member: numbe
   reduce_scatter: (held, member) =>
     held.map((h) => blockOf(h, member, held.length)).reduce(sum, new Float32Array(held[0]!.length / held.length)),
   all_reduce: (held) => held.reduce(sum, new Float32Array(held[0]!.length)),
+  shift: (held, member) => held[(member + held.length - 1) % held.length]!.slice(),
   all_reduce_max: (held) => held.reduce<HostData>((out, x) => out.map((y, i) => Math.max(y, x[i]!)), held[0]!.slice()),
 };
 const blockOf = (x: HostData, block: number, of: number): HostData => x.subarray((block * x.length) / of, ((block + 1) * x.length) / of);

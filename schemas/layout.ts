@@ -4,7 +4,7 @@
  */
 
 import type { z } from "zod";
-import type { Dtype, MeshText } from "./plan.ts";
+import type { Compute, Dtype, MeshText } from "./plan.ts";
 
 export type MeshData = z.infer<typeof MeshText>;
 type Factors = Pick<MeshData, "factors">;
@@ -31,10 +31,17 @@ export const digit = ({ factors }: Factors, rank: number, f: number): number => 
 export const parts = ({ factors }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * factors[f]!.size, 1);
 
 /** The first global index of a rank's contiguous piece of `size` elements, cut by `cut` (outermost first). */
-export function startOf(mesh: Factors, size: number, cut: readonly number[], rank: number): number {
+function startOf(mesh: Factors, size: number, cut: readonly number[], rank: number, behind: number): number {
   let block = 0;
   for (const f of cut) block = block * mesh.factors[f]!.size + digit(mesh, rank, f);
-  return block * (size / parts(mesh, cut));
+  const blocks = parts(mesh, cut);
+  return ((block + blocks - (behind % blocks)) % blocks) * (size / blocks);
+}
+
+/** The first global index, along a dim, of what an instruction of a rank works on. */
+export function startIn(mesh: Factors, { dims, behind }: Pick<Compute, "dims" | "behind">, dim: string, rank: number): number {
+  const [size, cut] = dims[dim]!;
+  return startOf(mesh, size, cut, rank, behind?.[dim] ?? 0);
 }
 
 /**

@@ -71,12 +71,16 @@ export const Compute = z.strictObject({
   writes: z.record(z.string(), id),
   dims: z.record(z.string(), z.tuple([count, factors])).describe("global size of each dim, and the factors that cut it"),
   attrs: z.record(z.string(), z.number()),
+  behind: z
+    .record(z.string(), count)
+    .optional()
+    .describe("dims of which this rank works on another's piece: that of the rank so many places before it among those that cut the dim"),
   keeps: z.array(z.string()).optional().describe("outputs that are added to (or updated in place) rather than made anew"),
   rows: id.optional().describe("the index buffer this op makes (permute, pack)"),
 });
 export type Compute = z.infer<typeof Compute>;
 
-export const How = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"]);
+export const How = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max", "shift"]);
 export type How = z.infer<typeof How>;
 /** One collective on contiguous buffers; what each kind does stands with `Comm` in runtime/backend.ts. */
 export const Move = z.strictObject({

@@ -55,6 +55,8 @@ export function bytesSent(how: How, n: number, from: number, to: number): number
     case "all_reduce":
     case "all_reduce_max":
       return Math.round(2 * from * share);
+    case "shift":
+      return n > 1 ? from : 0;
     default:
       return how satisfies never;
   }

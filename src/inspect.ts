@@ -8,7 +8,7 @@ import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
 import { ops } from "./ops/index.ts";
-import { blockLines, blockName, type Phase, timesText } from "./programText.ts";
+import { blockLines, blockName, type Phase, phases, timesText } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "./units.ts";
 
@@ -163,7 +163,16 @@ function roleView(plan: Plan, program: Program): RoleView {
   };
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
   const buffer = (id: string) => buffers.get(id)!;
-  const collectives = blocks.flatMap((block) => collectiveViews(block.instructions, block.kind, times(block)));
+  const collectives = phases.flatMap((kind) => {
+    const all = blocks.filter((block) => block.kind === kind);
+    return all.length
+      ? collectiveViews(
+          all.flatMap((block) => block.instructions),
+          kind,
+          times(all[0]!),
+        )
+      : [];
+  });
   return {
     stage: program.stage,
     chunks: program.chunks.map(({ layers, slots }, c) => ({ layers, slots, activation_per_slot: memory.activation[c]! })),
@@ -381,7 +390,7 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
     bytesText(c.bytes_per_step),
     `${c.ops.slice(0, 3).join(", ")}${c.ops.length > 3 ? `, +${c.ops.length - 3}` : ""}: ${c.because} (${c.path})`,
   ];
-  const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "", "needed by: because (job key)"];
+  const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "needed by: because (job key)"];
   return [
     `${indent}collectives: each rank sends ${bytesText(total)} a step`,
     ...table([head, ...collectives.map(row)], [3, 4, 5, 6], `${indent}  `),

@@ -1,3 +1,5 @@
+import { ranges } from "./units.ts";
+
 /** Ids carry their layer (`layers.3.wq`): these say what stays equal from layer to layer, so that a reader sees it once. */
 const mark = /\blayers\.(\d+)/;
 const marks = /\blayers\.(\d+)/g;
@@ -40,8 +42,8 @@ export function collapseLayers(lines: readonly Line[]): string[] {
       const first = shape(run);
       while (end < runs.length && shape(runs[end]!) === first) end++;
       const same = runs.slice(i + 1, end);
-      if (same.length === 1) out.push(`  … layer ${same[0]!.layer} as layer ${run.layer}`);
-      if (same.length > 1) out.push(`  … layers ${same[0]!.layer}..${same.at(-1)!.layer} as layer ${run.layer}`);
+      const layers = [...new Set(same.map(({ layer }) => layer!))];
+      if (layers.length > 0) out.push(`  … layer${layers.length > 1 ? "s" : ""} ${ranges(layers)} as layer ${run.layer}`);
     }
     i = end;
   }

@@ -12,6 +12,7 @@ import { accumulate } from "./ops/linear.ts";
 import * as messages from "./ops/messages.ts";
 import { expand, invariant } from "./ops/op.ts";
 import { chunkOfVirtual, layersOf, type Pipeline } from "./pipeline.ts";
+import { expandRing, goesAround } from "./ring.ts";
 import { type Draft, openRole, type Role } from "./role.ts";
 import type { Schedule } from "./schedule.ts";
 import type { Sharded, Step } from "./shard.ts";
@@ -113,7 +114,7 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
     for (const [out, by] of Object.entries(node.op.limits ?? {}))
       role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
     const rows = node.op.rows ? buffers.get(writes[outputs[0]!.name]!)!.rows! : undefined;
-    emit(block, {
+    const instruction: Compute = {
       kind: "compute",
       id: node.id,
       op: node.op.name,
@@ -124,7 +125,12 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
       attrs: { ...node.attrs },
       ...(keeps.length ? { keeps } : {}),
       ...(rows ? { rows } : {}),
-    });
+    };
+    if (node.around && goesAround(role, { instruction, ...node.around })) {
+      expandRing(role, block, { instruction, ...node.around });
+      return;
+    }
+    emit(block, instruction);
     for (const o of outputs) producers.set(writes[o.name]!, { at: block.list.length - 1, block, out: o.name });
   }
   /** Points the op that made a gradient at the accumulator; where the gradient was moved since, adds it up. */

@@ -1,6 +1,6 @@
 /** The attention of one layer: queries, keys and values, their norms and positions, and what mixes them. */
 import type { Job } from "../schemas/job.ts";
-import { type Part, streamCut } from "./modelParts.ts";
+import { orderOf, type Part, streamCut } from "./modelParts.ts";
 import { attention } from "./ops/attention.ts";
 import { latentKv, split } from "./ops/latent.ts";
 import { addBias, gemm } from "./ops/linear.ts";
@@ -42,11 +42,11 @@ function grouped(part: Part, x: Value): Value {
       : m.qk_norm === "full"
         ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
         : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
-  const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(m), C, first: 0, width: C }, at(`attn.${name}_rope`));
+  const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(part.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
   const q = turned("q", normed("q_norm", "Q", projected("q", "Q")));
   const k = turned("k", normed("k_norm", "KV", projected("k", "KV")));
   const v = projected("v", "KV");
-  return attention.of({ q, k, v }, { C, W: C, M: m.heads / m.kv_heads, scale: C ** -0.5, ...order }, at("attn.core"));
+  return mix(part, { q, k, v }, { C, W: C, M: m.heads / m.kv_heads, scale: C ** -0.5 });
 }
 
 /**
@@ -60,7 +60,8 @@ function latent(part: Part, x: Value, mla: Latent): Value {
   const C = nope_dim + R;
   const normed = (name: string, dim: string, y: Value): Value =>
     rmsnorm.of({ x: y, gain: gain(name, dim) }, { eps: mla.norm_eps }, at(`attn.${name}`));
-  const turned = (name: string, y: Value, head: Attrs) => rope.of({ x: y }, { ...rotary(m), width: R, ...head }, at(`attn.${name}_rope`));
+  const turned = (name: string, y: Value, head: Attrs) =>
+    rope.of({ x: y }, { ...rotary(part.job), width: R, ...head }, at(`attn.${name}_rope`));
 
   const queries =
     mla.q_rank === null
@@ -75,15 +76,21 @@ function latent(part: Part, x: Value, mla: Latent): Value {
   const heads = product(part, "wkv_b", "KL,KU@tp", normed("kv_norm", "KL", kept));
   const r = turned("k", shared, { C: R, first: 0 });
   const { k, v } = latentKv.all({ x: heads, r }, { R, W, Y: C, Z: nope_dim + W }, at("attn.kv"));
-  return attention.of({ q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoresGrow(m), ...order }, at("attn.core"));
+  return mix(part, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoresGrow(m) });
 }
 
-/** Tokens lie in the order of their positions. */
-const order = { chunk: 0, ranks: 1 };
+/** Attention over the whole sequence. With context_method ring, keys and values are not gathered for it: they go around. */
+function mix({ job, at }: Part, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
+  const mixed = attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"));
+  const { context, context_method } = job.parallel;
+  if (context > 1 && context_method === "ring") mixed.node!.around = { dim: "U", as: "S", path: "parallel.context_method" };
+  return mixed;
+}
 
 /** What the rotary embedding of a model is like, as attributes of `rope`. */
-function rotary({ rope: { theta, interleaved, scaling } }: Model): Attrs {
-  const own = { theta, sign: 1, interleaved: Number(interleaved), ...unscaled, ...order };
+function rotary(job: Job): Attrs {
+  const { theta, interleaved, scaling } = job.model.rope;
+  const own = { theta, sign: 1, interleaved: Number(interleaved), ...unscaled, ...orderOf(job) };
   if (!scaling) return own;
   const { type, factor, original_seq: original } = scaling;
   const stretched = { ...own, scaling: scalings.indexOf(type), factor };

@@ -38,6 +38,9 @@ export interface Part {
 /** How the residual stream [B,S,D] lies: between matrices, tensor ranks share out its tokens, too. */
 export const streamCut = ({ parallel }: Job): NonNullable<Value["cut"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
+/** How the tokens of a sequence lie over the ranks that share it (ops/positions.ts). */
+export const orderOf = ({ model, parallel: { context } }: Job) => ({ chunk: context > 1 ? model.seq / (2 * context) : 0, ranks: context });
+
 type Sizes = Readonly<Record<string, number>>;
 
 function sizesOf({ model: m, parallel, train }: Job): Sizes {

@@ -1,6 +1,6 @@
 /** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
 import { balancesOf, evenBy, type Job } from "../schemas/job.ts";
-import type { Part } from "./modelParts.ts";
+import { orderOf, type Part } from "./modelParts.ts";
 import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
 import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
 import { gemm } from "./ops/linear.ts";
@@ -53,7 +53,8 @@ function choice(part: Part, moe: Moe, logits: Value, scores: Value): Choice {
   const id = part.at("moe.choose");
   const P = train.micro_batch;
   const rows = { k };
-  if (router.force === "uniform") return { map: chooseEvenly.of({ x: logits }, { k, S0: model.seq, E0: E }, id), rows };
+  if (router.force === "uniform")
+    return { map: chooseEvenly.of({ x: logits }, { k, S0: model.seq, E0: E, ...orderOf(part.job) }, id), rows };
   if (router.type === "expert_choice") {
     const quota = roomOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
     const map = chooseTokens.of({ p: scores }, { P, capacity: quota }, id);

@@ -22,20 +22,29 @@ export function blockLines(program: Program, { instructions }: Block): Line[] {
 
 /** The program of a role for a reader: layers that repeat are said once. */
 export function printProgram(program: Program): string[] {
-  return blocksOf(program).flatMap((block) => [
-    `${blockName(block, program)}, ${timesText(block)}: ${block.instructions.length} instructions`,
-    ...collapseLayers(blockLines(program, block)),
-    "",
-  ]);
+  const said = new Map<Block["kind"], { readonly chunk: number; readonly shape: string }>();
+  return blocksOf(program).flatMap((block) => {
+    const { kind, chunk, instructions } = block;
+    const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
+    const lines = collapseLayers(blockLines(program, block));
+    // a chunk that does what the one before it does is named
+    const shape = shapeOf(lines, program.chunks[chunk]!.layers[0], program.stage);
+    const before = said.get(kind);
+    if (before?.shape === shape) return [`${head}, as chunk ${before.chunk} on its layers`, ""];
+    said.set(kind, { chunk, shape });
+    return [head, ...lines, ""];
+  });
 }
 
 /** Equal for two roles that do the same on their own layers. `lines`: as `printProgram` says them. */
 export const programShape = (program: Program, lines: readonly string[]): string =>
+  shapeOf(lines, program.chunks[0]!.layers[0], program.stage);
+
+/** Equal for lines that do the same, counted from their first layer and their stage. */
+const shapeOf = (lines: readonly string[], layer: number, stage: number): string =>
   lines
-    .map((line) =>
-      fromLayer(line, program.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - program.stage}`),
-    )
-    .map((line) => line.replace(/layers? [\d.]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
+    .map((line) => fromLayer(line, layer).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - stage}`))
+    .map((line) => line.replace(/layers? [\d, .-]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
     .join("\n");
 
 function verb(i: Instruction): string {

@@ -15,7 +15,7 @@
 import { parts as partsOf } from "../schemas/layout.ts";
 import type { How } from "../schemas/plan.ts";
 import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
-import { expand, invariant, type Node, type Value } from "./ops/op.ts";
+import { expand, invariant, type Node, type Slot, type Value } from "./ops/op.ts";
 import { type Graph, idOf } from "./train.ts";
 
 export interface Layout {
@@ -252,8 +252,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     const dims = nest(node, chosen, operands);
     for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
     const owed = every.filter((f) => chosen[f]!.owed);
+    const cutOf = (s: Slot): readonly number[] => dims.get(node.around?.dim === s.dim ? node.around.as : s.whole ? "" : s.dim) ?? [];
     const ins = node.args.map((v, i) => {
-      const want: Layout = { cuts: inputs[i]!.slots.map((s) => (s.whole ? [] : (dims.get(s.dim) ?? []))), sum: owed, max: [] };
+      const want: Layout = { cuts: inputs[i]!.slots.map(cutOf), sum: owed, max: [] };
       const why = (fs: readonly number[]): Reason => ({
         op: `${node.id}.${inputs[i]!.name}`,
         because: [
@@ -270,7 +271,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       return bring(v, want, stage, node.backward, why, steps);
     });
     const outs = node.outs.map((value, i): Piece => {
-      const cuts = outputs[i]!.slots.map((s) => dims.get(s.dim) ?? []);
+      const cuts = outputs[i]!.slots.map((s) => (node.around?.dim === s.dim ? cutOf(s) : (dims.get(s.dim) ?? [])));
       const gone = every.filter((f) => chosen[f]!.dim && !cuts.some((fs) => fs.includes(f)));
       const layout: Layout =
         node.op.owes === "max" ? { cuts, sum: owed, max: gone } : { cuts, sum: [...owed, ...gone].sort((a, b) => a - b), max: [] };

@@ -190,6 +190,7 @@ interface CudaChooseEvenlyCu {
   readonly experts: string | number;
   readonly k: string | number;
   readonly name: string | number;
+  readonly position: string | number;
   readonly positions: string | number;
 }
 

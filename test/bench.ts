@@ -2,11 +2,15 @@
  * The bench: seconds to compile and bytes of the plan over ranks and over layers, GFLOP/s of the reference product of matrices.
  * JSON to stdout. Each figure is the median of runs that alternate with those it is compared with.
  */
-import { cpus } from "node:os";
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { cpus, tmpdir } from "node:os";
+import { join } from "node:path";
 import { compile } from "../src/compile.ts";
 import { gemm } from "../src/ops/loops.ts";
 import { printPlan } from "../src/plan.ts";
-import { scaledJob } from "./scale.ts";
+import { root } from "./checkout.ts";
+import { deepseekSets, scaledJob } from "./scale.ts";
 
 const RUNS = 5;
 
@@ -40,6 +44,46 @@ function compiles(sizes: readonly { ranks?: number; layers?: number }[]) {
   return { rows, growth };
 }
 
+/** The whole command, from the sources: seconds, the process's memory at its largest, the plan's size. */
+function commands() {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-bench-"));
+  const sizes = [2048, 16384];
+  const memory = join(folder, "memory.mjs");
+  writeFileSync(
+    memory,
+    'import { writeFileSync } from "node:fs";\nprocess.on("exit", () => writeFileSync(process.env.RANKC_MEMORY, String(process.resourceUsage().maxRSS)));\n',
+  );
+  const found = join(folder, "memory");
+  const compileAt = (ranks: number, into: string) => {
+    const sets = Object.entries(deepseekSets(ranks)).flatMap(([key, value]) => ["--set", `${key}=${value}`]);
+    const args = [
+      "--import",
+      "tsx",
+      "--import",
+      memory,
+      "src/cli.ts",
+      "compile",
+      "plans/deepseek-v3-1024gpu/job.yaml",
+      "-o",
+      into,
+      ...sets,
+    ];
+    execFileSync(process.execPath, args, { cwd: root, stdio: "ignore", env: { ...process.env, RANKC_MEMORY: found } });
+  };
+  const peaks = sizes.map(() => 0);
+  const works = sizes.map((ranks, i) => () => {
+    compileAt(ranks, join(folder, String(ranks)));
+    peaks[i] = Math.max(peaks[i]!, Number(readFileSync(found, "utf8")) / 1024);
+  });
+  const times = alternate(works);
+  const rows = sizes.map((ranks, i) => ({
+    ...{ ranks, seconds: round(times[i]!, 2), memory_mib: Math.round(peaks[i]!) },
+    plan_bytes: statSync(join(folder, String(ranks), "plan.json")).size,
+  }));
+  rmSync(folder, { recursive: true });
+  return rows;
+}
+
 function products() {
   const variants = { nn: {}, nt: { tb: true }, tn: { ta: true } };
   const cases = [256, 512].flatMap((size) => Object.entries(variants).map(([variant, turned]) => ({ size, variant, turned })));
@@ -56,6 +100,7 @@ const report = {
   runs: RUNS,
   ranks: compiles([16, 64, 256, 1024, 4096, 16384].map((ranks) => ({ ranks }))),
   layers: compiles([4, 8, 16, 32, 64, 128].map((layers) => ({ layers }))),
+  deepseek_v3: commands(),
   gemm_f32: products(),
 };
 process.stdout.write(`${JSON.stringify(report, null, 2)}\n`);

@@ -89,9 +89,24 @@ test("biases cost no collective: the one after attention is added where the sum 
 });
 
 test("context parallelism gathers keys and values, and scatters their gradients", () => {
-  const p = plan({ world: 4, context: 4 }, {});
+  const p = plan({ world: 4, context: 4, context_method: "all_gather" }, {});
   expect(count(p, "forward")).toEqual({ "all_gather cp": 2 });
   expect(count(p, "backward")).toEqual({ "all_gather cp": 2, "reduce_scatter cp": 2 });
+});
+
+test("in a ring, keys and values go three places on of four; back with them their sums, four, home", () => {
+  const p = plan({ world: 4, context: 4, context_method: "ring" }, {});
+  expect(count(p, "forward")).toEqual({ "ring cp": 6 });
+  expect(count(p, "backward")).toEqual({ "ring cp": 6 + 8 });
+  const forward = p.programs[0]!.chunks[0]!.forward.filter((i) => /^layers\.1\.attn\.core/.test(i.id));
+  expect(forward.map((i) => (i.kind === "move" ? i.name : i.kind === "compute" ? i.op : i.kind))).toEqual([
+    ...["ring", "ring", "attention_part"],
+    ...["ring", "ring", "attention_part", "attention_merge"],
+    ...["ring", "ring", "attention_part", "attention_merge"],
+    ...["attention_part", "attention_merge"],
+  ]);
+  // each rank works on the pieces of those before it
+  expect(forward.flatMap((i) => (i.kind === "compute" && i.op === "attention_part" ? [i.behind?.U ?? 0] : []))).toEqual([0, 1, 2, 3]);
 });
 
 test("the end of a step: what a gradient owes is its bucket", () => {

@@ -127,6 +127,7 @@ const own: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
       },
     ]),
   ),
+  choose_evenly: { four: { chunk: 2, ranks: 2 } },
   // few heads to a gate, so that rows stay short
   ...Object.fromEntries(["gated", "gated_grad"].map((op) => [op, { long: { N: 2 }, wide: { N: 3 } }])),
 };

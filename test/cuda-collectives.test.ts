@@ -31,6 +31,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeo
     all_to_all: { from: g * n, to: g * n, want: (held, r) => held.flatMap((h) => [...h.slice(r * n, (r + 1) * n)]) },
     all_reduce: { from: n, to: n, want: (held) => Array.from({ length: n }, (_, i) => sum(held, i)) },
     all_reduce_max: { from: n, to: n, want: (held) => Array.from({ length: n }, (_, i) => Math.max(...held.map((h) => h[i]!))) },
+    shift: { from: n, to: n, want: (held, r) => [...held[(r + g - 1) % g]!] },
   };
   const all = Object.keys(cases) as How[];
 

@@ -72,6 +72,9 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
       { world: 4, pipeline: 2, expert: 2 },
       { moe: { ...moe, router: { balance: "sinkhorn", normalize_top_k: false, z_coeff: 0.01 } } },
     ],
+    "keys that go around a ring, bf16": [{ world: 8, context: 4, tensor: 2, sequence: true }, { moe, seq: 32 }, { precision: "bf16" }],
+    "keys that are gathered": [{ world: 4, context: 2, context_method: "all_gather", pipeline: 2, virtual_pipeline: 2 }, { layers: 4 }],
+    "a zero-bubble schedule": [{ world: 4, pipeline: 4, schedule: "zero_bubble" }, { layers: 4 }],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   test.each(Object.entries(meshes))(

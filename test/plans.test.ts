@@ -4,12 +4,13 @@ import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
+import { openRun } from "../runtime/run.ts";
 import { compile } from "../src/compile.ts";
 import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
 import { root } from "./checkout.ts";
-import { planBytes, scaledJob } from "./scale.ts";
+import { deepseekSets, jobAt, planBytes, scaledJob } from "./scale.ts";
 
 const names = readdirSync(join(root, "plans"));
 const elsewhere = mkdtempSync(join(tmpdir(), "rankc-plans-"));
@@ -35,6 +36,16 @@ describe.each(names)("plans/%s", (name) => {
   });
 });
 
+test.each(names.filter((name) => name.startsWith("tiny-")))("plans/%s trains", async (name) => {
+  const run = await openRun(planOf(join(root, "plans", name, "job.yaml")), { baseDir: join(root, "plans", name) });
+  const losses: number[] = [];
+  for (let step = 0; step < 4; step++) losses.push((await run.step()).loss);
+  await run.close();
+  // bytes begin at ln 256, and these learn which of them are letters
+  expect(losses[0]).toBeGreaterThan(5.3);
+  expect(losses[3]).toBeLessThan(losses[0]! - 0.3);
+});
+
 // What is promised is 2 s for the whole command on a quiet machine; here other tests run beside it.
 const SECONDS = 2;
 const LOADED = 4;
@@ -50,6 +61,17 @@ test("mixtral-8x7b-16gpu is compiled by the command line in seconds, to less tha
   expect(status, stderr).toBe(0);
   expect(statSync(join(out, "plan.json")).size).toBeLessThan(8e6);
   expect(seconds).toBeLessThan(SECONDS * LOADED);
+});
+
+test("a model shaped like DeepSeek-V3 is compiled for 2,048 and for 16,384 ranks, to less than 30 MB", { timeout: 60_000 }, () => {
+  const bytes = [2048, 16_384].map((ranks) => {
+    const start = performance.now();
+    const size = planBytes(jobAt("deepseek-v3-1024gpu", deepseekSets(ranks)));
+    expect((performance.now() - start) / 1000).toBeLessThan(5 * LOADED);
+    return size;
+  });
+  expect(bytes[0]).toBeLessThan(30e6);
+  expect(bytes[1]! / bytes[0]!).toBeLessThan(1.01);
 });
 
 test("a plan for 16,384 ranks is no longer than one for 16, but for the numbers themselves", () => {

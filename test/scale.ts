@@ -6,12 +6,10 @@ import { printPlan } from "../src/plan.ts";
 import { readJob } from "../src/readJob.ts";
 import { root } from "./checkout.ts";
 
-const path = "plans/mixtral-8x7b-16gpu/job.yaml";
-const text = readFileSync(root + path, "utf8");
-
-/** At 16 ranks and 32 layers it is the job as written. The batch grows with the ranks, so that a step keeps its 32 microbatches. */
-export function scaledJob({ ranks = 16, layers = 32 }: { ranks?: number; layers?: number }): Job {
-  const sets = { "parallel.world": ranks, "cluster.nodes": ranks / 8, "train.global_batch": 8 * ranks, "model.layers": layers };
+/** An example with some keys changed. */
+export function jobAt(example: string, sets: Readonly<Record<string, unknown>>): Job {
+  const path = `plans/${example}/job.yaml`;
+  const text = readFileSync(root + path, "utf8");
   const { job, findings } = readJob(
     text,
     path,
@@ -20,5 +18,17 @@ export function scaledJob({ ranks = 16, layers = 32 }: { ranks?: number; layers?
   if (!job) throw new Error(findings.map((f) => `${f.code} ${f.path}: ${f.found}`).join("\n"));
   return job;
 }
+
+/** At 16 ranks and 32 layers it is the job as written. The batch grows with the ranks, so that a step keeps its 32 microbatches. */
+export function scaledJob({ ranks = 16, layers = 32 }: { ranks?: number; layers?: number }): Job {
+  return jobAt("mixtral-8x7b-16gpu", {
+    ...{ "parallel.world": ranks, "cluster.nodes": ranks / 8, "train.global_batch": 8 * ranks, "model.layers": layers },
+  });
+}
+
+/** DeepSeek-V3 on 16 stages of two chunks; a step keeps its 128 microbatches. */
+export const deepseekSets = (ranks: number): Readonly<Record<string, unknown>> => ({
+  ...{ "parallel.world": ranks, "parallel.pipeline": 16, "parallel.virtual_pipeline": 2, "train.global_batch": 4 * ranks },
+});
 
 export const planBytes = (job: Job): number => Buffer.byteLength(printPlan(compile(job).plan));

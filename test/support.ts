@@ -1,6 +1,7 @@
 /** What several laws need: a job from a few lines of YAML, and how far two tensors are apart. */
 import { stringify } from "yaml";
 import { type Job, ParallelText } from "../schemas/job.ts";
+import { positionOf } from "../src/ops/positions.ts";
 import { readJob } from "../src/readJob.ts";
 
 /** A valid job; throws with the findings where it is not. */
@@ -26,3 +27,16 @@ export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
 }
 
 export const fixture = (path: string): string => new URL(`fixtures/${path}`, import.meta.url).pathname;
+
+/** A watched value [B,S,…] with the tokens of each sequence by their positions, however they lay over context ranks. */
+export function byPosition({ shape, data }: { readonly shape: readonly number[]; readonly data: Float32Array }, job: Job): Float32Array {
+  const { context } = job.parallel;
+  const [, S, ...rest] = shape as [number, number];
+  const width = rest.reduce((a, b) => a * b, 1);
+  const out = new Float32Array(data.length);
+  for (let t = 0; t * width < data.length; t++) {
+    const to = t - (t % S) + positionOf(t % S, context > 1 ? S / (2 * context) : 0, context);
+    out.set(data.subarray(t * width, (t + 1) * width), to * width);
+  }
+  return out;
+}

@@ -24,6 +24,7 @@ const wanted: Record<How, (held: readonly HostData[], k: number) => number[]> = 
   all_to_all: (held, k) => held.flatMap((h) => block(h, k, held.length)),
   reduce_scatter: (held, k) => block(sums(held), k, held.length),
   all_reduce: (held) => [...sums(held)],
+  shift: (held, k) => [...held[(k + held.length - 1) % held.length]!],
   all_reduce_max: (held) => [...held[0]!].map((_, i) => Math.max(...held.map((h) => h[i]!))),
 };
 const block = (x: HostData, k: number, of: number): number[] => [...x].slice((k * x.length) / of, ((k + 1) * x.length) / of);

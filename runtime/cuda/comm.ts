@@ -48,7 +48,7 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
     if (i.kind === "send") sends.set(mailbox(i), bytes(i.buffer));
     if (
       i.kind === "move" &&
-      i.how === "all_to_all" &&
+      (i.how === "all_to_all" || i.how === "shift") &&
       buffers.get(i.from)!.kind === buffers.get(i.to)!.kind &&
       offsets[i.from] === offsets[i.to]
     )
@@ -137,6 +137,11 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       const source = from.at === to.at ? aside! : from.at;
       if (source !== from.at) context.copy(source, from.at, from.bytes, stream);
       group.allToAll(source, to.at, from.count / group.ranks, stream, from.dtype);
+    },
+    shift(group, from, to, stream) {
+      const source = from.at === to.at ? aside! : from.at;
+      if (source !== from.at) context.copy(source, from.at, from.bytes, stream);
+      group.shift(source, to.at, from.count, stream, from.dtype);
     },
   };
   const labelOf = (i: Move | Transfer): Label => ({ id: i.id, op: i.kind === "move" ? i.how : i.kind, kernel: "" });

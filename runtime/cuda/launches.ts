@@ -2,7 +2,7 @@
  * What a compute instruction is on the device: the launches of its kernel with their parameters packed, and the bytes it
  * touches. Made once per instruction and slot; after that a launch is one call of the driver.
  */
-import { numberInStage, stageOfRank, startOf } from "../../schemas/layout.ts";
+import { numberInStage, stageOfRank, startIn } from "../../schemas/layout.ts";
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import type { Arenas, Place } from "./arenas.ts";
 import { type Context, packParams, type Stream } from "./driver.ts";
@@ -52,8 +52,7 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
       const [, what, of] = /^(scratch\+|start\()([^)]*)\)?$/.exec(arg) ?? [];
       if (what === "scratch+") return arenas.scratch(Number(of));
       if (what === undefined) return pointer(arg);
-      const [size, cut] = i.dims[of!]!;
-      return startOf(plan.mesh, size, cut, numberInStage(plan.mesh, rank));
+      return startIn(plan.mesh, i, of!, numberInStage(plan.mesh, rank));
     };
     const launches = kernel.launches.map((l) => ({
       entry: kernels.entry(kernel, l),

@@ -20,6 +20,8 @@ export type Communicator = {
   readonly reduceScatter: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
   /** Not in place. */
   readonly allToAll: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
+  /** To the next member, the last's to the first; not in place. */
+  readonly shift: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
   readonly send: (from: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   readonly recv: (to: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   /** All ranks of this communicator call it together, each with the ranks it is to be with, itself among them, ascending; or with none. */
@@ -120,6 +122,12 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
         check("ncclSend", send(at(from, peer, count, dtype), count, types[dtype], peer, own, stream));
         check("ncclRecv", recv(at(to, peer, count, dtype), count, types[dtype], peer, own, stream));
       }
+      check("ncclGroupEnd", groupEnd());
+    },
+    shift: (from, to, count, stream, dtype) => {
+      check("ncclGroupStart", groupStart());
+      check("ncclSend", send(from, count, types[dtype], (rank + 1) % ranks, own, stream));
+      check("ncclRecv", recv(to, count, types[dtype], (rank + ranks - 1) % ranks, own, stream));
       check("ncclGroupEnd", groupEnd());
     },
     send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, types[dtype], peer, own, stream)),

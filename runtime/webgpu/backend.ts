@@ -3,7 +3,7 @@
  * once and recorded every time.
  */
 /// <reference types="@webgpu/types" />
-import { elementsOf, numberInStage, stageOfRank, startOf } from "../../schemas/layout.ts";
+import { elementsOf, numberInStage, stageOfRank, startIn } from "../../schemas/layout.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
@@ -135,8 +135,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     return arenas.place(buffer, slot);
   }
   function start(i: Compute, arg: string): number {
-    const [size, cut] = i.dims[arg.slice("start(".length, -1)]!;
-    return startOf(plan.mesh, size, cut, numberInStage(plan.mesh, rank));
+    return startIn(plan.mesh, i, arg.slice("start(".length, -1), numberInStage(plan.mesh, rank));
   }
 
   const made = new Map<Compute, Dispatch[][]>();

@@ -77,7 +77,10 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
     const wanted = group.map((rank) => ({ rank, b: bufferOf(rank, i.to), at: place(rank, bufferOf(rank, i.to), slot) }));
     const [from, to] = [held[0]!.b, wanted[0]!.b];
     const [n, m, g] = [elementsOf(from.shape), elementsOf(to.shape), group.length];
-    const expected: Record<How, number> = { all_gather: n * g, reduce_scatter: n / g, all_to_all: n, all_reduce: n, all_reduce_max: n };
+    const expected: Record<How, number> = {
+      ...{ all_gather: n * g, reduce_scatter: n / g, all_to_all: n },
+      ...{ all_reduce: n, all_reduce_max: n, shift: n },
+    };
     if (m !== expected[i.how]) throw new Error(`rankc: ${i.id} is no ${i.how} of ${g} ranks: ${from.id} has ${n} elements, ${to.id} ${m}`);
 
     const reduction = reductionOf(i);
@@ -93,6 +96,7 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
       return [...reduce, ...scatter];
     }
     const copies = held.map(({ at }, j): Copy => ({ from: at, to: { buffer: aside[j]!, offset: 0, bytes: at.bytes } }));
+    if (i.how === "shift") return [...copies, ...wanted.map(({ at }, k): Copy => ({ from: copies[(k + g - 1) % g]!.to, to: at }))];
     const blocks = wanted.flatMap(({ rank, at }, k) =>
       copies.map(({ to: source }, j) =>
         block(rank, source, i.how === "all_to_all" ? (k * m) / g : 0, from.dtype, at, (j * m) / g, m / g, to.dtype),

@@ -3,6 +3,7 @@
  * job knows. Of equals the earlier position is better, then the lower sequence.
  */
 import { op } from "./op.ts";
+import { positionOf } from "./positions.ts";
 
 /** The numbers from 0 to before n, those with the largest keys first; only the first `count` of them. */
 const best = (n: number, count: number, key: (i: number) => number): number[] =>
@@ -44,15 +45,18 @@ export const chooseTokens = op({
   },
 });
 
-/** Loads that are even whatever the scores, for benchmarks: token t takes the k experts from t·k on. `S0` and `E0` are the global sizes; of `x` only the shape is read. */
+/**
+ * Loads that are even whatever the scores, for benchmarks: token t, counted by its position, takes the k experts from t·k on. `S0` and
+ * `E0` are the global sizes, `chunk` and `ranks` say how tokens lie (positions.ts); of `x` only the shape is read.
+ */
 export const chooseEvenly = op({
   name: "choose_evenly",
   sig: "x[B,S,E] -> c[B,S,E]",
   types: { c: "f32" },
-  cpu({ c }, { B, S, E, k, S0, E0 }, place) {
+  cpu({ c }, { B, S, E, k, S0, E0, chunk, ranks }, place) {
     const [b0, s0, e0] = [place.start("B"), place.start("S"), place.start("E")];
     for (let t = 0; t < B * S; t++) {
-      const first = ((b0 + Math.floor(t / S)) * S0! + s0 + (t % S)) * k!;
+      const first = ((b0 + Math.floor(t / S)) * S0! + positionOf(s0 + (t % S), chunk!, ranks!)) * k!;
       for (let e = 0; e < E; e++) c[t * E + e] = Number((((e0 + e - first) % E0!) + E0!) % E0! < k!);
     }
   },

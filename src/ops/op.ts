@@ -143,6 +143,8 @@ export interface Node {
   position: number;
   backward: boolean;
   pin?: { readonly dim: string; readonly axis: string; readonly path: string } | undefined;
+  /** A dim that is read whole need not be brought: its pieces, cut as another dim is, go around the ranks (ring.ts). */
+  around?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
 }
 
 export function op<const S extends string>(def: Declaration<S>): Op<S> {

@@ -13,11 +13,24 @@ import { model } from "./model.ts";
 import { moe } from "./moe.ts";
 import { precision } from "./precision.ts";
 import { rampup } from "./rampup.ts";
+import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
-const quick: readonly Rule[] = [...mesh, ...batch, ...course, ...precision, ...rampup, ...model, ...moe, ...router, ...balance, ...cluster];
+const quick: readonly Rule[] = [
+  ...mesh,
+  ...batch,
+  ...course,
+  ...precision,
+  ...rampup,
+  ...recompute,
+  ...model,
+  ...moe,
+  ...router,
+  ...balance,
+  ...cluster,
+];
 export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job: each rule's `bad` is laid over it. */

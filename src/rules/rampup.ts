@@ -95,7 +95,7 @@ export const rampup = [
     bad: "train: {global_batch: 2049, steps: 10000, batch_rampup: {start: 1, increment: 1, samples: 4096}}",
   }),
   rule({
-    code: "B230",
+    code: "B233",
     title: "the run ends before its batch is whole",
     why: "The batch reaches global_batch once more sequences than batch_rampup.samples were read; this run stops before.",
     level: "warning",

@@ -2,7 +2,7 @@
 import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import type { CudaMaker, Made, Use } from "../kernel.ts";
+import { type CudaMaker, type Made, positionText, type Use } from "../kernel.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -44,13 +44,14 @@ export const choice: Readonly<Record<string, CudaMaker>> = {
     );
   },
   choose_evenly(use) {
-    const { B, S, E, k, S0, E0 } = use.d;
+    const { B, S, E, k, S0, E0, chunk, ranks } = use.d;
     const body = render("cuda/choose_evenly.cu", {
       name: use.name,
       cells: B! * S! * E!,
       positions: S!,
       experts: E!,
       k: k!,
+      position: positionText("index", chunk!, ranks!),
       allPositions: S0!,
       allExperts: E0!,
     });

@@ -4,7 +4,7 @@
  */
 import { render } from "../../../templates/bindings.ts";
 import { ops } from "../../ops/index.ts";
-import type { Made, Use } from "../kernel.ts";
+import { type Made, positionText, type Use } from "../kernel.ts";
 import { type Binding, type Entry, float, fold, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
@@ -167,12 +167,13 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
     };
   },
   choose_evenly: ({ d }) => {
-    const { S, E, k, S0, E0 } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0", number>>;
+    const { S, E, k, S0, E0, chunk, ranks } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0" | "chunk" | "ranks", number>>;
     return {
       ...{ width: 1, reads: [], starts: ["B", "S", "E"] },
       lines: [
         `let t = i / ${E}u;`,
-        `let first = ((start.x + i32(t / ${S}u)) * ${S0} + start.y + i32(t % ${S}u)) % ${E0} * ${k} % ${E0};`,
+        `let index = u32(start.y) + t % ${S}u;`,
+        `let first = ((start.x + i32(t / ${S}u)) * ${S0} + i32(${positionText("index", chunk, ranks)})) % ${E0} * ${k} % ${E0};`,
         `let after = (start.z + i32(i % ${E}u) - first + ${E0}) % ${E0};`,
       ],
       results: { c: `select(0.0, 1.0, after < ${k})` },
