@@ -120,6 +120,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "sum_exp: m",
       "pick: target",
       "nll: m",
+      "weighted_sum: weight",
       "weigh: c",
       "aux_loss: n",
       "global_aux_loss: n",
@@ -132,7 +133,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
 
 test("in bf16 a gradient has the type of its value, but of a parameter it is f32", () => {
   // a router's probabilities and what the loss is made of are f32 in any job
-  const always = ["p", "s", "m", "n", "l"];
+  const always = ["p", "s", "m", "n", "l", "weight"];
   for (const o of table.filter((t) => t.grad)) {
     const c = makeCase(o, 1);
     const { values, arrived } = applied(c, (name) => (always.includes(name) ? "f32" : "bf16"));
@@ -216,7 +217,11 @@ test("loads by force are even, and go on from one piece of the tokens to the nex
   const of = (B: number, S: number, b0: number, s0: number) => {
     const c = new Float32Array(B * S * 6);
     const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
-    ops.choose_evenly!.cpu({ x: c, c }, { B, S, E: 6, k: 2, S0: 9, E0: 6 }, { start: (d) => starts[d] ?? 0, rows: new Int32Array(1) });
+    ops.choose_evenly!.cpu(
+      { x: c, c },
+      { B, S, E: 6, k: 2, S0: 9, E0: 6, chunk: 0, ranks: 1 },
+      { start: (d) => starts[d] ?? 0, rows: new Int32Array(1) },
+    );
     return [...c];
   };
   const all = of(2, 9, 0, 0);
