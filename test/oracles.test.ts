@@ -192,7 +192,7 @@ describe("floating-point operations", () => {
         if (i.kind !== "compute" || /\.moe\.(router|shared\.gate)/.test(i.id)) return sum;
         const flops = flopsOf(ops[i.op]!, i, mesh, (id) => buffers.get(id)!);
         const [C, W] = [i.attrs.C!, i.attrs.W!];
-        return sum + (i.op === "attention_grad" ? (flops * 2 * (C + W)) / (3 * C + 2 * W) : flops);
+        return sum + (/^attention(_part)?_grad$/.test(i.op) ? (flops * 2 * (C + W)) / (3 * C + 2 * W) : flops);
       }, 0);
     });
     const step = perMicrobatch.reduce((a, b) => a + b) * mesh.per_stage * microbatches;
