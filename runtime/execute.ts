@@ -9,14 +9,14 @@ import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
-import type { BatchOf } from "./batches.ts";
+import type { Batch, BatchOf } from "./batches.ts";
 import { learningRate } from "./learningRate.ts";
 import { fillNormal } from "./philox.ts";
 
 export interface StepResult {
   /** 1-based. */
   readonly step: number;
-  /** Mean cross-entropy over all tokens of the step, nats. */
+  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says. */
   readonly loss: number;
   /** What balancing adds to it; 0 where nothing is balanced. */
   readonly aux_loss: number;
@@ -190,12 +190,12 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   }
 
   /** Tokens of each sequence as they lie over the ranks that share it. */
-  function inOrder({ ids, labels }: ReturnType<BatchOf>): ReturnType<BatchOf> {
+  function inOrder(given: Batch): Readonly<Record<string, HostData>> {
     const { context } = job.parallel;
-    if (context === 1) return { ids, labels };
+    if (context === 1) return given;
     const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
-    const laid = (whole: Int32Array) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
-    return { ids: laid(ids), labels: laid(labels) };
+    const laid = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
+    return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
   }
 
   /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
@@ -213,8 +213,15 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
 
   initialize();
   let stopped = false;
-  /** The batch of the step to come. */
-  let next: ReturnType<BatchOf> | undefined;
+  const read = (step: number): Batch | Error => {
+    try {
+      return batch(step);
+    } catch (error) {
+      return error as Error;
+    }
+  };
+  /** The batch of the step to come, or what is wrong with it: that matters once the step begins. */
+  let next: Batch | Error | undefined;
   return {
     leads: ranks.includes(0),
     mayBegin: () => fleet.mayBegin?.() ?? !stopped,
@@ -224,38 +231,39 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     },
     async step() {
       const begun = performance.now();
-      const { ids, labels } = inOrder(next ?? batch(steps));
+      const now = next ?? read(steps);
+      if (now instanceof Error) throw now;
+      const given = inOrder(now);
       const lr = learningRate(train.optimizer, steps);
       steps++;
       kept.clear();
-      const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
+      const rows = (whole: HostData, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
       const feedOf =
         (r: number) =>
         (b: Buffer, name: string, m: number): HostData => {
           switch (name) {
-            case "ids":
-              return pieceOf(rows(ids, m), b, r);
-            case "labels":
-              return pieceOf(rows(labels, m), b, r);
             case "one":
               return Float32Array.of(1);
             case "lr":
               return Float32Array.of(lr);
             case "step":
               return Float32Array.of(steps);
-            default:
-              throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+            default: {
+              const whole = given[name];
+              if (!whole) throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+              return b.sizes.length === 0 ? whole : pieceOf(rows(whole, m), b, r);
+            }
           }
         };
       const replayed = fleet.beginStep?.() ?? false;
       runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
       // the next batch is read while the device works
-      [, next] = await Promise.all([fleet.finish(), (async () => batch(steps))()]);
+      [, next] = await Promise.all([fleet.finish(), (async () => read(steps))()]);
       const [loss, aux_loss, grad_norm] = await numbers();
       return {
         step: steps,
         loss: loss!,
-        aux_loss: aux_loss!,
+        aux_loss: aux_loss! * (given.aux_weight?.[0] ?? 1),
         grad_norm: grad_norm!,
         lr,
         tokens: train.global_batch * model.seq,

@@ -300,6 +300,12 @@ const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
   steps: count.describe("optimizer steps"),
+  loss_weighting: z
+    .enum(["microbatch", "token"])
+    .default("microbatch")
+    .describe(
+      "where data.labels ignores some tokens, what the loss is a mean of: means of each microbatch, which count alike; or all labels of a step, which count alike",
+    ),
   precision: z
     .enum(["fp32", "bf16"])
     .default("bf16")
@@ -310,9 +316,24 @@ const TrainText = z.strictObject({
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 
-const Data = z.strictObject({
-  path: z.string().describe("the training text, relative to the job file"),
-  tokenizer: z.literal("bytes").default("bytes").describe("bytes: each byte of the text is one token id, 0 to 255"),
+const DataText = z.strictObject({
+  path: z.string().describe("the training text, or its token ids, relative to the job file"),
+  format: z
+    .enum(["text", "tokens"])
+    .optional()
+    .describe("what path holds: a text, or token ids as a tokenizer made them, one after the other; default: tokens where it ends in .bin"),
+  dtype: z
+    .enum(["u16", "u32"])
+    .optional()
+    .describe("of format tokens: what each id is written as, little-endian; default: u16 where all ids below model.vocab fit in it"),
+  labels: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe(
+      "a file with an i32 for each token of path, little-endian: the id to be predicted where that token stands, most often the token itself, or -100 where nothing is to be learnt; null = every token is learnt",
+    ),
+  tokenizer: z.literal("bytes").default("bytes").describe("of format text: each byte of the text is one token id, 0 to 255"),
   order: z
     .enum(["sequential", "shuffled"])
     .default("sequential")
@@ -346,7 +367,7 @@ export const JobText = z.strictObject({
   model: ModelText.describe("the transformer"),
   parallel: ParallelText.prefault({}).describe("how the model and the batch are spread over the ranks"),
   train: TrainText.describe("batch, precision and optimizer"),
-  data: Data.describe("what to train on"),
+  data: DataText.describe("what to train on"),
   cluster: ClusterText.prefault({}).describe("the machines"),
 });
 export type JobText = z.output<typeof JobText>;
@@ -361,13 +382,14 @@ export const Job = JobText.extend({
   }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
+  data: DataText.required({ format: true, dtype: true }),
   cluster: ClusterText.required({ nodes: true }),
 });
 export type Job = z.output<typeof Job>;
 
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
-  const { model, parallel, train, cluster } = text;
+  const { model, parallel, train, cluster, data: corpus } = text;
   const { mla } = model;
   const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
@@ -387,6 +409,11 @@ export function completeJob(text: JobText): Job {
       ...train,
       global_batch: train.global_batch ?? train.micro_batch * data,
       optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? train.steps },
+    },
+    data: {
+      ...corpus,
+      format: corpus.format ?? (corpus.path.endsWith(".bin") ? "tokens" : "text"),
+      dtype: corpus.dtype ?? (model.vocab <= 2 ** 16 ? "u16" : "u32"),
     },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
   };

@@ -10,7 +10,7 @@ import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts
 import { add, gemm, gemmDgrad } from "./ops/linear.ts";
 import { rmsnorm } from "./ops/norm.ts";
 import type { Value } from "./ops/op.ts";
-import { embed, mean, nll, pick, rowMax, sumExp } from "./ops/vocab.ts";
+import { embed, mean, nll, pick, rowMax, sumExp, weightedSum } from "./ops/vocab.ts";
 
 export function buildModel(job: Job): Loss[] {
   const { model: m } = job;
@@ -44,11 +44,13 @@ function logitsOf(part: Part, y: Value, table: Value): Value {
   return gemmDgrad.of({ dy: y, w: parallel.pipeline > 1 ? copyOf(table, part.position) : table }, {}, "logits");
 }
 
-/** Over a vocabulary shard: log Σ exp(x - max) + max - x[target]; its mean over the tokens of a step. */
+/** Over a vocabulary shard: log Σ exp(x - max) + max - x[target]; its mean over the tokens of a step that are learnt from. */
 function crossEntropy(part: Part, logits: Value): Value {
   const max = rowMax.of({ x: logits }, {}, "loss.max");
   const s = sumExp.of({ x: logits, m: max }, {}, "loss.sum_exp");
   const p = pick.of({ x: logits, target: part.input("labels") }, {}, "loss.pick");
-  const { train, model } = part.job;
-  return mean.of({ l: nll.of({ m: max, s, p }, {}, "loss.nll") }, { count: train.global_batch * model.seq }, "loss");
+  const l = nll.of({ m: max, s, p }, {}, "loss.nll");
+  const { train, model, data } = part.job;
+  if (data.labels !== null) return weightedSum.of({ l, weight: part.input("weights", "f32") }, {}, "loss");
+  return mean.of({ l }, { count: train.global_batch * model.seq }, "loss");
 }

@@ -14,6 +14,8 @@ export interface Loss {
   /** `loss` is the cross-entropy people watch; `aux_loss` what balancing adds. Equal names are added up. */
   readonly name: "loss" | "aux_loss";
   readonly value: Value;
+  /** The input that says by how much it counts, where that is not 1. */
+  readonly weight?: string;
 }
 
 /** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
@@ -26,7 +28,8 @@ export interface Part {
   readonly losses: Loss[];
   /** `prefix` and a name. */
   at(name: string): string;
-  input(name: string): Value;
+  /** A number for each token; `i32` if not said. */
+  input(name: string, dtype?: Value["dtype"]): Value;
   /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
@@ -79,7 +82,7 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
     leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
   return {
     ...{ job, position, prefix, losses, at },
-    input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
+    input: (name, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name, position }, dtype),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
     bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),

@@ -127,7 +127,7 @@ export const model: readonly Rule[] = [
     why: "A byte may be any of 0 to 255; an id past the vocabulary has no row in the embedding.",
     level: "error",
     *check({ model: m, data }) {
-      if (data.tokenizer !== "bytes" || m.vocab >= 256) return;
+      if (data.format !== "text" || data.tokenizer !== "bytes" || m.vocab >= 256) return;
       yield {
         at: "model.vocab",
         related: ["data.tokenizer"],
