@@ -83,11 +83,17 @@ withExamples(
 withExamples(
   withSet(withFormat(program.command("inspect").description("show what a plan holds: mesh, memory, collectives and why they exist")))
     .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
-    .option("--rank <rank>", "show this rank: its coordinates, its groups, its program", wholeNumber),
+    .option("--rank <rank>", "show this rank: its coordinates, its groups, its program", wholeNumber)
+    .option("--picture <file>", "draw the schedule and the memory of each stage as an SVG"),
   "inspect plan/",
   "inspect job.yaml --rank 5",
-).action(async (path: string, options: Common & { rank?: number }) => {
+  "inspect job.yaml --picture plan.svg",
+).action(async (path: string, options: Common & { rank?: number; picture?: string }) => {
   const { plan } = await planAt(path, options.set);
+  if (options.picture) {
+    const { drawPlan } = await import("./planPicture.ts");
+    writeFile(options.picture, drawPlan(plan));
+  }
   const { inspectPlan, inspectRank, printInspect, printRank } = await import("./inspect.ts");
   const json = options.format === "json";
   if (options.rank === undefined) {

@@ -50,16 +50,20 @@ function oneForwardOneBackward(m: number, stages: number, stage: number): Work[]
   );
 }
 
-/** Groups of `stages` microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. */
+/**
+ * Groups of `stages` microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. What is over joins
+ * the last group: a smaller one would come back to the first stage before that has work for it, and all would wait.
+ */
 function interleaved(m: number, stages: number, chunks: number, stage: number): Work[] {
-  const all = Array.from({ length: m * chunks }, (_, k) => {
-    const group = Math.floor(k / (stages * chunks));
-    // the last group may be smaller
-    const size = Math.min(stages, m - group * stages);
-    const within = k - group * stages * chunks;
-    return { microbatch: group * stages + (within % size), chunk: Math.floor(within / size) };
-  });
-  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages);
+  const groups = Math.max(1, Math.floor(m / stages));
+  const sizeOf = (group: number): number => (group === groups - 1 ? m - group * stages : stages);
+  const all = Array.from({ length: groups }, (_, group) =>
+    Array.from({ length: sizeOf(group) * chunks }, (_, k) => ({
+      microbatch: group * stages + (k % sizeOf(group)),
+      chunk: Math.floor(k / sizeOf(group)),
+    })),
+  ).flat();
+  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * sizeOf(0));
   return alternate(
     all.map((w) => forward(w.microbatch, w.chunk)),
     all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),

@@ -303,6 +303,7 @@ const anyJob = fc
       { mode: "none" },
       { mode: "selective", modules: ["core_attn", "layernorm"] },
       { mode: "selective", modules: ["moe_act", "layernorm"] },
+      { mode: "selective", modules: ["moe"] },
       { mode: "full", method: "block" },
       { mode: "full", layers: 2 },
     ),

@@ -194,22 +194,4 @@ export const latent: readonly Rule[] = [
     },
     bad: `model: {qkv_bias: true, mla: {rope_dim: 2, ${small}}}`,
   }),
-  rule({
-    code: "M335",
-    title: "recompute mla_up_proj needs latent attention",
-    why: "It names what heads are made with from latents. Without latents there is nothing to make again, and the memory that was to be saved is not.",
-    level: "error",
-    *check({ model: { mla }, train: { recompute } }) {
-      if (mla || recompute.mode !== "selective" || !recompute.modules.includes("mla_up_proj")) return;
-      const others = recompute.modules.filter((name) => name !== "mla_up_proj");
-      yield {
-        at: "train.recompute.modules",
-        related: ["model.mla"],
-        found: "mla_up_proj without model.mla",
-        fix: "core_attn is what usually fills the memory",
-        tries: [{ "train.recompute.modules": others.length ? others : ["core_attn"] }],
-      };
-    },
-    bad: "train: {recompute: {mode: selective, modules: [mla_up_proj]}}",
-  }),
 ];

@@ -1,0 +1,92 @@
+/** B: what backward makes again. */
+import { hasExperts, type Job } from "../../schemas/job.ts";
+import { type Rule, rule } from "./rule.ts";
+
+type Recompute = Job["train"]["recompute"];
+type Module = Recompute["modules"][number];
+
+/** What a module is a part of, where a model may be without it, and the key that would put it there. */
+const needs: Readonly<
+  Partial<
+    Record<Module, { readonly key: "model.mla" | "model.moe" | "model.moe.shared" | "model.moe.layers"; has(m: Job["model"]): boolean }>
+  >
+> = {
+  mla_up_proj: { key: "model.mla", has: (m) => m.mla !== null },
+  moe: { key: "model.moe", has: (m) => m.moe !== null },
+  moe_act: { key: "model.moe", has: (m) => m.moe !== null },
+  shared_experts: { key: "model.moe.shared", has: (m) => m.moe !== null && m.moe.shared !== null },
+  mlp: { key: "model.moe.layers", has: (m) => Array.from({ length: m.layers }, (_, i) => hasExperts(m, i)).includes(false) },
+};
+
+/** Keys that a mode reads. */
+const readBy: Readonly<Record<Recompute["mode"], readonly (keyof Recompute)[]>> = {
+  none: [],
+  selective: ["modules"],
+  full: ["method", "layers"],
+};
+const unwritten: Omit<Recompute, "mode"> = { modules: ["core_attn"], method: "uniform", layers: 1 };
+
+export const recompute: readonly Rule[] = [
+  rule({
+    code: "B230",
+    title: "a recomputed module is a part of the model",
+    why: "Where the model has no such part there is nothing to make again, and the memory that was to be saved is not.",
+    level: "error",
+    *check({ model, train: { recompute: r } }) {
+      if (r.mode !== "selective") return;
+      const missing = r.modules.filter((name) => needs[name]?.has(model) === false);
+      if (missing.length === 0) return;
+      const others = r.modules.filter((name) => !missing.includes(name));
+      yield {
+        at: "train.recompute.modules",
+        related: [needs[missing[0]!]!.key],
+        found: missing
+          .map((name) => `${name}, where ${name === "mlp" ? "every layer has experts" : `${needs[name]!.key} is null`}`)
+          .join("; "),
+        fix: "core_attn is what usually fills the memory",
+        tries: [{ "train.recompute.modules": others.length ? others : ["core_attn"] }],
+      };
+    },
+    bad: "train: {recompute: {mode: selective, modules: [mla_up_proj]}}",
+  }),
+  rule({
+    code: "B231",
+    title: "the recompute mode reads what is written beside it",
+    why: "selective makes named modules again, full whole layers; a key of the other is ignored.",
+    level: "warning",
+    *check({ train: { recompute: r } }) {
+      const idle = (Object.keys(unwritten) as (keyof typeof unwritten)[]).filter(
+        (key) => !readBy[r.mode].includes(key) && String(r[key]) !== String(unwritten[key]),
+      );
+      if (idle.length === 0) return;
+      const mode = idle.includes("modules") ? "selective" : "full";
+      yield {
+        at: "train.recompute.mode",
+        related: idle.map((key) => `train.recompute.${key}` as const),
+        found: `mode ${r.mode} does not read ${idle.join(" and ")}`,
+        fix: `mode ${mode} does`,
+        tries: [{ "train.recompute.mode": mode }, Object.fromEntries(idle.map((key) => [`train.recompute.${key}`, unwritten[key]]))],
+      };
+    },
+    bad: "train: {recompute: {modules: [layernorm]}}",
+  }),
+  rule({
+    code: "B232",
+    title: "as many layers are recomputed as a chunk has",
+    why: "More layers than a stage or chunk has are all of them; a group that is larger than the chunk keeps nothing between.",
+    level: "warning",
+    *check({ model, parallel, train: { recompute: r } }) {
+      if (r.mode !== "full" || parallel.layout !== null) return;
+      const chunk = model.layers / (parallel.pipeline * parallel.virtual_pipeline);
+      if (r.layers <= chunk) return;
+      yield {
+        at: "train.recompute.layers",
+        related: ["model.layers", "parallel.pipeline"],
+        found: `${r.layers} layers, and a ${parallel.virtual_pipeline > 1 ? "chunk" : "stage"} has ${chunk}`,
+        fix: `${chunk} says the same`,
+        tries: [{ "train.recompute.layers": chunk }],
+      };
+    },
+    bad: "train: {recompute: {mode: full, layers: 100}}",
+  }),
+];
