@@ -2,12 +2,12 @@
  * Batches of a corpus: ids [batch, seq], their labels, and what else a plan is fed of them. A batch is a function of the step
  * alone. Where the corpus lies, on a disk or in memory, does not matter.
  */
-import type { Job } from "../schemas/job.ts";
+import { depthsOf, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { HostData } from "./backend.ts";
-import { countOf, type Weighting, weightsOf } from "./learning.ts";
+import { ahead, countOf, type Weighting, weightsOf } from "./learning.ts";
 import { keyOf, philox } from "./philox.ts";
-import { idsOf, labelsOf, type Text, type Tokens, type Written } from "./tokens.ts";
+import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "./tokens.ts";
 
 /** Labels say what is to be predicted; without, it is each token itself. */
 export interface Corpus {
@@ -22,10 +22,13 @@ export interface Reading extends Written {
   /** Whether a plan takes weights of tokens; where the labels are not given after all, every token is learnt. */
   readonly weighed: boolean;
   readonly weighting: Weighting;
+  /** How many tokens after the next are predicted, too. */
+  readonly depths: number;
 }
 /**
  * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and, where they are all that
- * counts, `aux_weight` are there where a plan takes them.
+ * counts, `aux_weight` are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
+ * `weights_k`.
  */
 export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Array; readonly labels: Int32Array };
 export type BatchOf = (step: number) => Batch;
@@ -49,7 +52,7 @@ export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
       // a label stands at the token that it is about: a token is to be followed by the label of the next
       else marks.read(labels.subarray(row * seq, (row + 1) * seq), start + 1);
     }
-    return { ids, labels, ...weightsIn(labels, reading) };
+    return { ids, labels, ...weightsIn(labels, reading), ...further(ids, labels, reading) };
   };
 }
 
@@ -61,6 +64,20 @@ function weightsIn(labels: Int32Array, { weighed, weighting }: Reading): Readonl
   if (!weighed) return {};
   const aux_weight = Float32Array.of(labels.length / Math.max(1, countOf(labels)));
   return { weights: weightsOf(labels, weighting), ...(weighting.by === "token" ? { aux_weight } : {}) };
+}
+
+/**
+ * The depths together count as one loss. With `token`, all labels of a depth count alike; Megatron Core averages a depth over each
+ * microbatch and then over these by their labels for the loss itself, which is the same where nothing is ignored.
+ */
+function further(ids: Int32Array, labels: Int32Array, { seq, depths, weighting }: Reading): Readonly<Record<string, HostData>> {
+  const inputs: Record<string, HostData> = {};
+  for (let k = 1; k <= depths; k++) {
+    const own = ahead(labels, seq, k, IGNORED);
+    Object.assign(inputs, { [`ids_${k}`]: ahead(ids, seq, k, 0), [`labels_${k}`]: own });
+    inputs[`weights_${k}`] = weightsOf(own, weighting, 1 / depths);
+  }
+  return inputs;
 }
 
 /** Where in the corpus a row of a step starts. */
@@ -116,4 +133,5 @@ export const readingOf = ({ train, model, data }: Job): Reading => ({
   ...{ format: data.format, dtype: data.dtype, order: data.order },
   weighed: data.labels !== null,
   weighting: { by: train.loss_weighting, together: train.micro_batch * model.seq },
+  depths: depthsOf(model),
 });

@@ -18,6 +18,8 @@ export interface StepResult {
   readonly step: number;
   /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says. */
   readonly loss: number;
+  /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
+  readonly mtp_loss?: number;
   /** What balancing adds to it; 0 where nothing is balanced. */
   readonly aux_loss: number;
   /** Before clipping. */
@@ -198,13 +200,14 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
   }
 
-  /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
+  /** Losses summed over the stages, and the gradient norm, which is the same on all. */
   async function numbers(): Promise<number[]> {
-    const sums = [0, 0, 0];
+    const losses = ["loss", "aux_loss", "mtp_loss"];
+    const sums = [0, 0, 0, 0];
     for (const { stage, metrics } of programs) {
       const rank = rankAt(mesh, stage, 0);
       if (!ranks.includes(rank)) continue;
-      const names = stage === 0 ? ["loss", "aux_loss", "grad_norm"] : ["loss", "aux_loss"];
+      const names = stage === 0 ? [...losses, "grad_norm"] : losses;
       for (const [i, name] of names.entries())
         for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
     }
@@ -244,6 +247,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
           switch (name) {
             case "one":
               return Float32Array.of(1);
+            case "mtp_coeff":
+              return Float32Array.of(model.mtp!.coeff);
             case "lr":
               return Float32Array.of(lr);
             case "step":
@@ -259,10 +264,11 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
       // the next batch is read while the device works
       [, next] = await Promise.all([fleet.finish(), (async () => read(steps))()]);
-      const [loss, aux_loss, grad_norm] = await numbers();
+      const [loss, aux_loss, mtp_loss, grad_norm] = await numbers();
       return {
         step: steps,
         loss: loss!,
+        ...(model.mtp && { mtp_loss: mtp_loss! }),
         aux_loss: aux_loss! * (given.aux_weight?.[0] ?? 1),
         grad_norm: grad_norm!,
         lr,

@@ -178,6 +178,11 @@ const MoeText = z.strictObject({
     ),
 });
 
+const Mtp = z.strictObject({
+  layers: count.describe("how many tokens after the next are predicted, too: each by a layer of its own, from what the one before it made"),
+  coeff: real.default(0.1).describe("weight of the mean of these losses, beside the loss (DeepSeek-V3: 0.3, then 0.1)"),
+});
+
 const ModelText = z.strictObject({
   layers: count.max(65536).describe("transformer layers"),
   hidden: count.describe("width of the residual stream"),
@@ -207,6 +212,11 @@ const ModelText = z.strictObject({
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
   moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
+  mtp: Mtp.nullable()
+    .default(null)
+    .describe(
+      "multi-token prediction (DeepSeek-V3): further layers, of the kind of the last one, that see the tokens to come; null = none",
+    ),
 });
 
 export const ParallelText = z.strictObject({
@@ -230,7 +240,7 @@ export const ParallelText = z.strictObject({
     .nullable()
     .default(null)
     .describe(
-      "which layers stand where, in place of an even split: E the embedding, t a layer, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
+      "which layers stand where, in place of an even split: E the embedding, t a layer, m one of model.mtp, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
     ),
   schedule: z
     .enum(["1f1b", "zero_bubble"])
@@ -432,6 +442,9 @@ export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): b
   if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
   return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
+
+/** Layers of multi-token prediction. */
+export const depthsOf = ({ mtp }: Pick<Job["model"], "mtp">): number => mtp?.layers ?? 0;
 
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {

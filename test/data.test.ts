@@ -14,6 +14,7 @@ const reading: Reading = {
   ...{ seq: 64, batch: 4, vocab: 256, order: "sequential", seed: 1, format: "text", dtype: "u16" },
   weighed: false,
   weighting: { by: "microbatch", together: 128 },
+  depths: 0,
 };
 const folder = mkdtempSync(join(tmpdir(), "rankc-data-"));
 afterAll(() => rmSync(folder, { recursive: true }));

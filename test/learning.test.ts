@@ -68,7 +68,7 @@ describe("a step of three microbatches of two sequences", () => {
   test.each(["microbatch", "token"])("%s: gradients are slopes of loss and balancing loss", async (by) => {
     const errors = await slopeErrors(jobWith(some.path, by, { moe: experts }), ({ loss, aux_loss }) => loss + aux_loss);
     expect(errors.size).toBeGreaterThan(8);
-    for (const [name, error] of errors) expect(error, name).toBeLessThan(1e-3);
+    for (const [name, error] of errors) expect(error, name).toBeLessThan(2e-3);
   });
 });
 

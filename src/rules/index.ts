@@ -10,12 +10,13 @@ import { memory } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
+import { mtp } from "./mtp.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
-const quick: readonly Rule[] = [...mesh, ...batch, ...recompute, ...model, ...moe, ...router, ...balance, ...cluster];
+const quick: readonly Rule[] = [...mesh, ...batch, ...recompute, ...model, ...mtp, ...moe, ...router, ...balance, ...cluster];
 export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job: each rule's `bad` is laid over it. */
