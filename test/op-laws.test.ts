@@ -214,19 +214,21 @@ test("of equal scores the lower expert is chosen; one whose weight underflowed t
 });
 
 test("loads by force are even, and go on from one piece of the tokens to the next", () => {
-  const of = (B: number, S: number, b0: number, s0: number) => {
+  const of = (B: number, S: number, b0: number, s0: number, order = { chunk: 0, ranks: 1 }) => {
     const c = new Float32Array(B * S * 6);
     const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
-    ops.choose_evenly!.cpu(
-      { x: c, c },
-      { B, S, E: 6, k: 2, S0: 9, E0: 6, chunk: 0, ranks: 1 },
-      { start: (d) => starts[d] ?? 0, rows: new Int32Array(1) },
-    );
+    const d = { B, S, E: 6, k: 2, S0: order.chunk ? 8 : 9, E0: 6, ...order };
+    ops.choose_evenly!.cpu({ x: c, c }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     return [...c];
   };
   const all = of(2, 9, 0, 0);
   expect(Array.from({ length: 6 }, (_, e) => all.filter((x, i) => i % 6 === e && x).length)).toEqual([6, 6, 6, 6, 6, 6]);
   expect(of(1, 4, 1, 5)).toEqual(all.slice((9 + 5) * 6));
+  // the second of two ranks has positions 2 to 5, as they lie 2, 3, 4, 5 and the first 0, 1, 6, 7
+  const zigzag = { chunk: 2, ranks: 2 };
+  const lying = [0, 1, 6, 7, 2, 3, 4, 5].flatMap((t) => of(1, 1, 0, t, { chunk: 0, ranks: 1 }));
+  expect(lying.slice(0, 24)).toEqual(of(1, 4, 0, 0, zigzag));
+  expect(lying.slice(24)).toEqual(of(1, 4, 0, 4, zigzag));
 });
 
 test("the blocked product is the plain one, at sizes that fill no tile or block", () => {

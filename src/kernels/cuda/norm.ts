@@ -49,8 +49,10 @@ function normalizeGrad(use: Use, width: number, arch: Arch): Made {
   const rows = use.size.x! / width;
   const shares = shareRow(width, vectorOf(width, [x!, gain!, dy!, dx!]), 2);
   const groups = shares.threads / shares.lanes;
-  // 1024 threads of 64 registers fill a multiprocessor: what the compiler is told to keep to, and one wave of blocks
-  const resident = 1024 / shares.threads;
+  // 1024 threads of 64 registers fill a multiprocessor: what the compiler is told to keep to, and one wave of blocks. For Blackwell it
+  // needs more of them where a thread has 16 values of a row
+  const together = arch === "sm_100a" && shares.vector * shares.items >= 16 ? 512 : 1024;
+  const resident = Math.max(1, together / shares.threads);
   const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * resident);
   const body = render("cuda/norm_grad.cu", {
     ...{ name: use.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(use.d.eps!) },
