@@ -17,12 +17,17 @@ import { fixture } from "./support.ts";
 
 const ARCH = "sm_90a";
 const MODEL = "mixtral-tiny";
-const meshes = {
-  "one GPU": {},
-  "tensor 2, sequence": { world: 2, tensor: 2, sequence: true },
-  "expert 2": { world: 2, expert: 2 },
-  "pipeline 2": { world: 2, pipeline: 2 },
-  "data 2, distributed optimizer": { world: 2, distributed_optimizer: true },
+const meshes: Readonly<Record<string, { readonly parallel: object; readonly dispatch?: "all_gather" }>> = {
+  "one GPU": { parallel: {} },
+  "tensor 2, sequence": { parallel: { world: 2, tensor: 2, sequence: true } },
+  "expert 2": { parallel: { world: 2, expert: 2 } },
+  "expert 2, tokens gathered": { parallel: { world: 2, expert: 2 }, dispatch: "all_gather" },
+  "pipeline 2": { parallel: { world: 2, pipeline: 2 } },
+  "pipeline 2, two chunks": { parallel: { world: 2, pipeline: 2, virtual_pipeline: 2, layout: "E|t|t|L" } },
+  "pipeline 2, zero-bubble": { parallel: { world: 2, pipeline: 2, schedule: "zero_bubble" } },
+  "context 2, ring": { parallel: { world: 2, context: 2, context_method: "ring", expert: 2 } },
+  "context 2, all-gather": { parallel: { world: 2, context: 2, context_method: "all_gather", expert: 2 } },
+  "data 2, distributed optimizer": { parallel: { world: 2, distributed_optimizer: true } },
 };
 
 const { values } = parseArgs({ options: { out: { type: "string", default: join(root, ".rankc/host") } } });
@@ -31,9 +36,12 @@ rmSync(folder, { recursive: true, force: true });
 mkdirSync(folder, { recursive: true });
 
 const runs: object[] = [];
-for (const [name, parallel] of Object.entries(meshes)) {
+for (const [name, { parallel, dispatch }] of Object.entries(meshes)) {
   const plan = `plan-${name.replaceAll(/[^a-z0-9]+/g, "-")}`;
-  const compiled = compile(referenceJob(MODEL, parallel), { target: await loadTarget(`cuda:${ARCH}`) });
+  const job = referenceJob(MODEL, parallel);
+  const { moe } = job.model;
+  const told = dispatch && moe ? { ...job, model: { ...job.model, moe: { ...moe, dispatch } } } : job;
+  const compiled = compile(told, { target: await loadTarget(`cuda:${ARCH}`) });
   mkdirSync(join(folder, plan, "kernels"), { recursive: true });
   writeFileSync(join(folder, plan, "plan.json"), printPlan(compiled.plan));
   for (const [file, text] of compiled.sources) writeFileSync(join(folder, plan, "kernels", file), text);
