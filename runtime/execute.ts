@@ -10,15 +10,17 @@ import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
-import type { BatchOf } from "./batches.ts";
+import type { Batch, BatchOf } from "./batches.ts";
 import { courseOf } from "./course.ts";
 import { fillNormal } from "./philox.ts";
 
 export interface StepResult {
   /** 1-based. */
   readonly step: number;
-  /** Mean cross-entropy over all tokens of the step, nats. */
+  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says. */
   readonly loss: number;
+  /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
+  readonly mtp_loss?: number;
   /** What balancing adds to it; 0 where nothing is balanced. */
   readonly aux_loss: number;
   /** Before clipping. */
@@ -199,21 +201,22 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   }
 
   /** Tokens of each sequence as they lie over the ranks that share it. */
-  function inOrder({ ids, labels }: ReturnType<BatchOf>): ReturnType<BatchOf> {
+  function inOrder(given: Batch): Readonly<Record<string, HostData>> {
     const { context } = job.parallel;
-    if (context === 1) return { ids, labels };
+    if (context === 1) return given;
     const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
-    const laid = (whole: Int32Array) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
-    return { ids: laid(ids), labels: laid(labels) };
+    const laid = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
+    return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
   }
 
-  /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
+  /** Losses summed over the stages, and the gradient norm, which is the same on all. */
   async function numbers(): Promise<number[]> {
-    const sums = [0, 0, 0];
+    const losses = ["loss", "aux_loss", "mtp_loss"];
+    const sums = [0, 0, 0, 0];
     for (const { stage, metrics } of programs) {
       const rank = rankAt(mesh, stage, 0);
       if (!ranks.includes(rank)) continue;
-      const names = stage === 0 ? ["loss", "aux_loss", "grad_norm"] : ["loss", "aux_loss"];
+      const names = stage === 0 ? [...losses, "grad_norm"] : losses;
       for (const [i, name] of names.entries())
         for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
     }
@@ -229,8 +232,15 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     orders.set(microbatches, known);
     return known;
   }
-  /** The batch of the step to come. */
-  let next: ReturnType<BatchOf> | undefined;
+  const read = (first: number, rows: number): Batch | Error => {
+    try {
+      return batch(first, rows);
+    } catch (error) {
+      return error as Error;
+    }
+  };
+  /** The batch of the step to come, or what is wrong with it: that matters once the step begins. */
+  let next: Batch | Error | undefined;
   return {
     leads: ranks.includes(0),
     mayBegin: () => fleet.mayBegin?.() ?? !stopped,
@@ -242,21 +252,25 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       const begun = performance.now();
       const leg = course.leg();
       const { lr, lossScale, upscale } = leg;
-      const { ids, labels } = inOrder(next ?? batch(leg.first, leg.batch));
+      const now = next ?? read(leg.first, leg.batch);
+      if (now instanceof Error) throw now;
+      const given = inOrder(now);
       steps++;
       scaled = lossScale;
       kept.clear();
-      const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
+      /** What the gradient of a loss begins with. */
+      const begin = lossScale * upscale;
+      const rows = (whole: HostData, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
       const feedOf =
         (r: number) =>
         (b: Buffer, name: string, m: number): HostData => {
           switch (name) {
-            case "ids":
-              return pieceOf(rows(ids, m), b, r);
-            case "labels":
-              return pieceOf(rows(labels, m), b, r);
             case "one":
-              return Float32Array.of(lossScale * upscale);
+              return Float32Array.of(begin);
+            case "mtp_coeff":
+              return Float32Array.of(begin * model.mtp!.coeff);
+            case "aux_weight":
+              return Float32Array.of(begin * given.aux_weight![0]!);
             case "lr":
               return Float32Array.of(lr);
             case "step":
@@ -265,8 +279,11 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
               return Float32Array.of(leg.weightDecay);
             case "loss_scale":
               return Float32Array.of(lossScale);
-            default:
-              throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+            default: {
+              const whole = given[name];
+              if (!whole) throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+              return b.sizes.length === 0 ? whole : pieceOf(rows(whole, m), b, r);
+            }
           }
         };
       const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
@@ -274,14 +291,15 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), (stage) => order[stage]!, replayed)));
       // the next batch is read while the device works
       const after = leg.first + leg.batch;
-      [, next] = await Promise.all([fleet.finish(), (async () => batch(after, batchAt(train, after)))()]);
-      const [loss, aux_loss, grad_norm] = await numbers();
+      [, next] = await Promise.all([fleet.finish(), (async () => read(after, batchAt(train, after)))()]);
+      const [loss, aux_loss, mtp_loss, grad_norm] = await numbers();
       const overflowed = train.precision === "fp16" && !Number.isFinite(grad_norm);
       course.done(overflowed);
       return {
         step: steps,
         loss: loss! * upscale,
-        aux_loss: aux_loss! * upscale,
+        ...(model.mtp && { mtp_loss: mtp_loss! * upscale }),
+        aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),
         grad_norm: grad_norm!,
         lr,
         tokens: leg.batch * model.seq,

@@ -179,6 +179,11 @@ const MoeText = z.strictObject({
     ),
 });
 
+const Mtp = z.strictObject({
+  layers: count.describe("how many tokens after the next are predicted, too: each by a layer of its own, from what the one before it made"),
+  coeff: real.default(0.1).describe("weight of the mean of these losses, beside the loss (DeepSeek-V3: 0.3, then 0.1)"),
+});
+
 const ModelText = z.strictObject({
   layers: count.max(65536).describe("transformer layers"),
   hidden: count.describe("width of the residual stream"),
@@ -208,6 +213,11 @@ const ModelText = z.strictObject({
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
   moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
+  mtp: Mtp.nullable()
+    .default(null)
+    .describe(
+      "multi-token prediction (DeepSeek-V3): further layers, of the kind of the last one, that see the tokens to come; null = none",
+    ),
 });
 
 export const ParallelText = z.strictObject({
@@ -231,7 +241,7 @@ export const ParallelText = z.strictObject({
     .nullable()
     .default(null)
     .describe(
-      "which layers stand where, in place of an even split: E the embedding, t a layer, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
+      "which layers stand where, in place of an even split: E the embedding, t a layer, m one of model.mtp, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
     ),
   schedule: z
     .enum(["1f1b", "zero_bubble"])
@@ -341,6 +351,12 @@ const TrainText = z.strictObject({
   batch_rampup: BatchRampup.nullable()
     .default(null)
     .describe("the batch begins smaller and grows to global_batch; null = it is global_batch from the first step on"),
+  loss_weighting: z
+    .enum(["microbatch", "token"])
+    .default("microbatch")
+    .describe(
+      "where data.labels ignores some tokens, what the loss is a mean of: means of each microbatch, which count alike; or all labels of a step, which count alike",
+    ),
   precision: z
     .enum(["fp32", "bf16", "fp16"])
     .default("bf16")
@@ -358,9 +374,24 @@ const TrainText = z.strictObject({
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 
-const Data = z.strictObject({
-  path: z.string().describe("the training text, relative to the job file"),
-  tokenizer: z.literal("bytes").default("bytes").describe("bytes: each byte of the text is one token id, 0 to 255"),
+const DataText = z.strictObject({
+  path: z.string().describe("the training text, or its token ids, relative to the job file"),
+  format: z
+    .enum(["text", "tokens"])
+    .optional()
+    .describe("what path holds: a text, or token ids as a tokenizer made them, one after the other; default: tokens where it ends in .bin"),
+  dtype: z
+    .enum(["u16", "u32"])
+    .optional()
+    .describe("of format tokens: what each id is written as, little-endian; default: u16 where all ids below model.vocab fit in it"),
+  labels: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe(
+      "a file with an i32 for each token of path, little-endian: the id to be predicted where that token stands, most often the token itself, or -100 where nothing is to be learnt; null = every token is learnt",
+    ),
+  tokenizer: z.literal("bytes").default("bytes").describe("of format text: each byte of the text is one token id, 0 to 255"),
   order: z
     .enum(["sequential", "shuffled"])
     .default("sequential")
@@ -394,7 +425,7 @@ export const JobText = z.strictObject({
   model: ModelText.describe("the transformer"),
   parallel: ParallelText.prefault({}).describe("how the model and the batch are spread over the ranks"),
   train: TrainText.describe("batch, precision and optimizer"),
-  data: Data.describe("what to train on"),
+  data: DataText.describe("what to train on"),
   cluster: ClusterText.prefault({}).describe("the machines"),
 });
 export type JobText = z.output<typeof JobText>;
@@ -409,13 +440,14 @@ export const Job = JobText.extend({
   }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
+  data: DataText.required({ format: true, dtype: true }),
   cluster: ClusterText.required({ nodes: true }),
 });
 export type Job = z.output<typeof Job>;
 
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
-  const { model, parallel, train, cluster } = text;
+  const { model, parallel, train, cluster, data: corpus } = text;
   const { mla } = model;
   const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
@@ -432,6 +464,11 @@ export function completeJob(text: JobText): Job {
     },
     parallel: { ...parallel, data },
     train: completeTrain({ ...train, global_batch: train.global_batch ?? train.micro_batch * data }),
+    data: {
+      ...corpus,
+      format: corpus.format ?? (corpus.path.endsWith(".bin") ? "tokens" : "text"),
+      dtype: corpus.dtype ?? (model.vocab <= 2 ** 16 ? "u16" : "u32"),
+    },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
   };
 }
@@ -457,6 +494,9 @@ export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): b
   if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
   return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
+
+/** Layers of multi-token prediction. */
+export const depthsOf = ({ mtp }: Pick<Job["model"], "mtp">): number => mtp?.layers ?? 0;
 
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {

@@ -155,7 +155,9 @@ export const Program = z.strictObject({
     .describe(
       "read after a step: scalars that say how much was needed of what a plan bounds: rows of experts (model.moe.rows_bound), rounds of a method",
     ),
-  metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
+  metrics: z
+    .record(z.string(), z.array(id))
+    .describe("scalars read after the step block, to be added up: loss, mtp_loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
 });

@@ -50,6 +50,8 @@ interface TransferView {
 export interface RoleView {
   readonly stage: number;
   readonly chunks: readonly { readonly layers: readonly [number, number]; readonly slots: number; readonly activation_per_slot: number }[];
+  /** Layers of multi-token prediction: which stand here. */
+  readonly mtp: readonly number[];
   readonly ranks: readonly number[];
   readonly microbatches: number;
   readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
@@ -176,6 +178,7 @@ function roleView(plan: Plan, program: Program): RoleView {
   return {
     stage: program.stage,
     chunks: program.chunks.map(({ layers, slots }, c) => ({ layers, slots, activation_per_slot: memory.activation[c]! })),
+    mtp: [...new Set(program.parameters.flatMap(({ name }) => /^mtp\.(\d+)\./.exec(name)?.[1] ?? []))].map(Number).sort((a, b) => a - b),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
     instructions: each((instructions) => instructions.length),
@@ -282,9 +285,9 @@ function rampText({ ramp_up }: Inspection["derived"]): string[] {
 }
 
 export function printMemory({ roles, device }: Inspection): string[] {
-  const row = ({ stage, chunks, memory: m }: RoleView): string[] => [
+  const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
     `stage ${stage}`,
-    layersText(chunks),
+    layersText({ chunks, mtp }),
     ...[m.parameter, m.gradient, m.optimizer].map(bytesText),
     chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + "),
     ...[m.workspace, m.peak].map(bytesText),
@@ -306,9 +309,9 @@ export function printMemory({ roles, device }: Inspection): string[] {
   return ["memory of a rank:", ...table([head, ...sameRows(roles.map(row))], [2, 3, 4, 5, 6, 7, 8, 9])];
 }
 
-/** `layers 0..3`; of several chunks `layers 0..3, 8..11`. */
-const layersText = (chunks: RoleView["chunks"]): string =>
-  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}`;
+/** `layers 0..3`; of several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
+const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
+  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
 
 /** Roles between the first and the last are often alike: rows that differ in the stage alone become one. */
 function sameRows(rows: readonly (readonly string[])[]): string[][] {
@@ -358,7 +361,7 @@ function printRole(role: RoleView): string[] {
   const { instructions: n, flops, microbatches, collectives, transfers } = role;
   const weights = (of: number, text: (n: number) => string): string => (n.weights > 0 ? ` + ${text(of)} weights` : "");
   return [
-    `role of stage ${role.stage}: ${layersText(role.chunks)}, ranks ${ranges(role.ranks)}`,
+    `role of stage ${role.stage}: ${layersText(role)}, ranks ${ranges(role.ranks)}`,
     `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
     `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
     `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,

@@ -2,7 +2,7 @@
  * What the parts of a model are built with: its sizes by letter, and the leaves (inputs and parameters) of one position. Weights
  * are [in, out].
  *
- * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
+ * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden (2D two of them), V vocabulary, E experts, F ffn of an
  * expert, L the width that routed experts work in, X ffn of shared experts, H ffn of a dense layer, Q all query heads, KV all key/value
  * heads, C one head, O what all heads give. Of latent attention: QL the queries' latent, KL that of keys and values, KR the same with
  * the channels that positions turn, KU what it becomes for all heads.
@@ -11,9 +11,11 @@ import type { Job } from "../schemas/job.ts";
 import type { Leaf, Value } from "./ops/op.ts";
 
 export interface Loss {
-  /** `loss` is the cross-entropy people watch; `aux_loss` what balancing adds. Equal names are added up. */
-  readonly name: "loss" | "aux_loss";
+  /** `loss` is the cross-entropy people watch; `mtp_loss` that of further tokens; `aux_loss` what balancing adds. Equal names are added up. */
+  readonly name: "loss" | "mtp_loss" | "aux_loss";
   readonly value: Value;
+  /** The input that says by how much it counts, where that is not 1. */
+  readonly weight?: string;
 }
 
 /** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
@@ -26,7 +28,8 @@ export interface Part {
   readonly losses: Loss[];
   /** `prefix` and a name. */
   at(name: string): string;
-  input(name: string): Value;
+  /** A number for each token; `i32` if not said. */
+  input(name: string, dtype?: Value["dtype"]): Value;
   /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
@@ -48,6 +51,7 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
     B: train.micro_batch * parallel.data,
     S: m.seq,
     D: m.hidden,
+    "2D": 2 * m.hidden,
     V: m.vocab,
     Q: m.heads * m.head_dim,
     KV: m.kv_heads * m.head_dim,
@@ -79,7 +83,7 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
     leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
   return {
     ...{ job, position, prefix, losses, at },
-    input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
+    input: (name, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name, position }, dtype),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
     bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),

@@ -109,7 +109,8 @@ interface Routed {
 function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
-  const add = (value: Value) => losses.push({ name: "aux_loss", value });
+  const weight = job.data.labels !== null && train.loss_weighting === "token" ? { weight: "aux_weight" } : {};
+  const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
   const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (weighed.length) {
     const plain = router.groups === 1 && !router.expert_bias && router.force === "none";

@@ -10,6 +10,7 @@ import { axesName, isExpert } from "./mesh.ts";
 import { accumulate, cast } from "./ops/linear.ts";
 import { invariant, type Value } from "./ops/op.ts";
 import * as optimizer from "./ops/optimizer.ts";
+import { headAt } from "./pipeline.ts";
 import type { Role } from "./role.ts";
 import type { Sharded } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
@@ -24,13 +25,12 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 
   // the global norm: every element counted once over all ranks
   scalar("grad_norm.squared", "gradient");
-  for (const p of owned.filter((p) => !p.leaf!.rule)) {
+  const counted = owned.filter((p) => !p.leaf!.rule);
+  // of a stage that has nothing of its own the owners' stages count all; it adds nothing
+  for (const p of counted.length ? counted : mine.slice(0, 1)) {
     const g = buffers.get(gradientOf(p))!;
-    const copies = mesh.per_stage / parts(mesh, g.cuts.flat());
-    emit(
-      blocks.step,
-      elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }),
-    );
+    const scale = counted.length ? parts(mesh, g.cuts.flat()) / mesh.per_stage : 0;
+    emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
   let squared = "grad_norm.squared";
   if (mesh.world > 1) {
@@ -187,35 +187,42 @@ function updateParameter(
   return master;
 }
 
-const tiedWhy: Transfer["why"] = {
-  op: "logits",
-  because: "the embedding is used on the first and on the last stage",
-  path: "model.tie_embeddings",
-};
-const tiedPairs = (graph: Graph) => graph.parameters.flatMap((copy) => (copy.leaf!.tiedTo ? [{ copy, owner: copy.leaf!.tiedTo }] : []));
+/** Copies of parameters, and how what goes between them and their owners is named: a second copy has a name of its own. */
+function tiedPairs({ job }: Role, graph: Graph) {
+  const copies = graph.parameters.filter((p) => p.leaf!.tiedTo);
+  return copies.map((copy, i) => {
+    const { tiedTo, position } = copy.leaf!;
+    const nth = copies.slice(0, i).filter((other) => other.leaf!.tiedTo === tiedTo).length;
+    const ahead = position < headAt(job.model);
+    const why: Transfer["why"] = ahead
+      ? { op: "mtp.0.embedding", because: "the embedding is used on the first stage and by multi-token prediction", path: "model.mtp" }
+      : { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+    return { copy, owner: tiedTo!, name: `tied${nth > 0 ? nth + 1 : ""}`, why };
+  });
+}
 
-/** A parameter that stands on two stages: the copy's gradient goes to the owner's stage and is added there. */
+/** A parameter that stands on several stages: each copy's gradient goes to the owner's stage and is added there. */
 function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): void {
-  for (const { copy, owner } of tiedPairs(graph)) {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
-    const tag = `${idOf(owner)}.grad.tied`;
+    const tag = `${idOf(owner)}.grad.${name}`;
     const ends = { from, to };
-    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, tiedWhy, tag);
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, why, tag);
     if (!role.isMine(to)) continue;
     const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
     invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
     const received = role.add({ ...own, id: tag, kind: "workspace" });
-    role.transfer(role.blocks.step, "recv", received, ends, tiedWhy, tag);
+    role.transfer(role.blocks.step, "recv", received, ends, why, tag);
     role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
   }
 }
 
 /** … and the updated parameter goes back. */
 function returnTied(role: Role, graph: Graph): void {
-  for (const { copy, owner } of tiedPairs(graph)) {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
-    const tag = `${idOf(owner)}.tied`;
-    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, tiedWhy, tag);
-    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, tiedWhy, tag);
+    const tag = `${idOf(owner)}.${name}`;
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, why, tag);
+    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, why, tag);
   }
 }

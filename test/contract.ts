@@ -41,7 +41,7 @@ export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
+const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
 const indices = new Set(["ids", "target"]);
@@ -96,7 +96,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
+const sums = ["mean", "weighted_sum", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];

@@ -246,7 +246,7 @@ const [WARM, COUNTED] = [15, 25];
  */
 async function recording({ plan, sources }: Model) {
   const fleet = await openWebgpu(plan, { kernel: (file) => sources.get(file)! });
-  const corpus = openCorpus(fixture("corpus.txt"), readingOf(plan.job));
+  const corpus = openCorpus({ path: fixture("corpus.txt") }, readingOf(plan.job));
   const milliseconds: number[] = [];
   let begun = 0;
   const timed: Fleet = {

@@ -200,18 +200,53 @@ export const batch = [
   }),
   rule({
     code: "B214",
-    title: "data.path names a file",
-    why: "There is nothing to train on.",
+    title: "data.path and data.labels name files",
+    why: "There is nothing to train on, or nothing that says what is learnt.",
     level: "error",
     *check({ data }) {
-      if (data.path.trim()) return;
-      yield {
-        at: "data.path",
-        found: "an empty path",
-        fix: "name the training text, relative to the job file",
-        tries: [{ "data.path": "corpus.txt" }],
-      };
+      const found = "an empty path";
+      if (!data.path.trim())
+        yield {
+          ...{ at: "data.path", found, fix: "name the training text, or its token ids, relative to the job file" },
+          tries: [{ "data.path": "corpus.txt" }],
+        };
+      if (data.labels !== null && !data.labels.trim())
+        yield { at: "data.labels", found, fix: "name the file of labels, or leave it out", tries: [{ "data.labels": null }] };
     },
     bad: 'data: {path: ""}',
+  }),
+  rule({
+    code: "B234",
+    title: "ids in u16 do not reach the end of the vocabulary",
+    why: "Two bytes hold ids up to 65535; a file of larger ids that is read so is two other tokens in place of each.",
+    level: "warning",
+    *check({ model, data }) {
+      if (data.format !== "tokens" || data.dtype !== "u16" || model.vocab <= 2 ** 16) return;
+      yield {
+        at: "data.dtype",
+        related: ["model.vocab"],
+        found: `dtype u16 with vocab ${model.vocab}`,
+        fix: "u32, unless the file holds u16 all the same",
+        tries: [{ "data.dtype": "u32" }],
+      };
+    },
+    bad: "model: {vocab: 128256}\ndata: {path: tokens.bin, dtype: u16}",
+  }),
+  rule({
+    code: "B235",
+    title: "loss_weighting: token needs labels",
+    why: "Where every token is learnt, all microbatches have as many of them, and means of means are the mean: nothing is weighted.",
+    level: "warning",
+    *check({ train, data }) {
+      if (train.loss_weighting !== "token" || data.labels !== null) return;
+      yield {
+        at: "train.loss_weighting",
+        related: ["data.labels"],
+        found: "loss_weighting: token without data.labels",
+        fix: "leave it out, or name the file that says which tokens are ignored",
+        tries: [{ "train.loss_weighting": "microbatch" }],
+      };
+    },
+    bad: "train: {loss_weighting: token}",
   }),
 ] as const;

@@ -11,6 +11,7 @@ import { memory } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
+import { mtp } from "./mtp.ts";
 import { precision } from "./precision.ts";
 import { rampup } from "./rampup.ts";
 import { recompute } from "./recompute.ts";
@@ -26,6 +27,7 @@ const quick: readonly Rule[] = [
   ...rampup,
   ...recompute,
   ...model,
+  ...mtp,
   ...moe,
   ...router,
   ...balance,

@@ -59,6 +59,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   nll: () => ({ streams: ["m", "s", "p"], outputs: { l: "logf(s) + m - p" } }),
   nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
   mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
+  weighted_sum_grad: () => ({ streams: ["weight"], scalars: ["dy"], outputs: { dl: "weight * dy" } }),
   sum_exp_grad: ({ V }) => ({
     ...{ streams: ["x"], indexed: ["m", "dy"], width: V! },
     row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],

@@ -132,6 +132,7 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
     at: { dy: use.size.dl! },
     results: { dl: `V(dy / ${float(use.d.count!)})` },
   }),
+  weighted_sum_grad: (use) => ({ width: plain(use, "dl"), at: { dy: use.size.dl! }, results: { dl: "weight * V(dy)" } }),
   sum_exp_grad: ({ d }) => ({ width: widthOf(d.V!), at: { m: d.V!, dy: d.V! }, results: { dx: "dy * exp(x - m)" } }),
   pick_grad({ d }) {
     const width = widthOf(d.V!);
