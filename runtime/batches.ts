@@ -4,9 +4,9 @@
  */
 import { depthsOf, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { keyOf, philox } from "../src/ops/philox.ts";
 import type { HostData } from "./backend.ts";
 import { ahead, countOf, type Weighting, weightsOf } from "./learning.ts";
-import { keyOf, philox } from "./philox.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "./tokens.ts";
 
 /** Labels say what is to be predicted; without, it is each token itself. */

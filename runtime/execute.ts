@@ -8,11 +8,11 @@ import { orderOf, workOf } from "../schemas/program.ts";
 import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { fillNormal } from "../src/ops/philox.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { Batch, BatchOf } from "./batches.ts";
 import { courseOf } from "./course.ts";
-import { fillNormal } from "./philox.ts";
 
 export interface StepResult {
   /** 1-based. */
@@ -255,6 +255,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       const now = next ?? read(leg.first, leg.batch);
       if (now instanceof Error) throw now;
       const given = inOrder(now);
+      // sequences by their number since the run began: what is random goes by it
+      const samples = Int32Array.from({ length: leg.batch }, (_, i) => leg.first + i);
       steps++;
       scaled = lossScale;
       kept.clear();
@@ -265,6 +267,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
         (r: number) =>
         (b: Buffer, name: string, m: number): HostData => {
           switch (name) {
+            case "sample":
+              return pieceOf(samples.subarray(m * perMicrobatch, (m + 1) * perMicrobatch), b, r);
             case "one":
               return Float32Array.of(begin);
             case "mtp_coeff":

@@ -66,6 +66,17 @@ const Mla = z.strictObject({
     .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
 });
 
+const Dropout = z.strictObject({
+  attention: real
+    .default(0)
+    .describe(
+      "probability that a weight of attention counts as 0 (what is kept grows by 1 / (1 - p)); on H100 and H200, attention is slower with it",
+    ),
+  hidden: real
+    .default(0)
+    .describe("the same of each element that attention or the feed-forward part adds to the residual stream, and of the embedding"),
+});
+
 const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile"]);
 export type Balance = z.infer<typeof Balance>;
 
@@ -91,6 +102,10 @@ const RouterText = z.strictObject({
     .enum(["model", "fp32"])
     .default("model")
     .describe("what the logits are kept in, and their gradients: as the rest of the model, or in fp32"),
+  jitter: real
+    .nullable()
+    .default(null)
+    .describe("eps: what the router sees is multiplied, element by element, by a random number from 1 - eps to 1 + eps; null = it is not"),
   groups: count
     .default(1)
     .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
@@ -212,6 +227,7 @@ const ModelText = z.strictObject({
     .enum(["none", "head", "full"])
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
+  dropout: Dropout.prefault({}).describe("what training leaves out at random; the same bits on any mesh"),
   moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
   mtp: Mtp.nullable()
     .default(null)
@@ -369,7 +385,7 @@ const TrainText = z.strictObject({
       "fp16: by what the loss is multiplied before backward, so that small gradients do not vanish; a step that overflows is left out. A number stays as it is, a section adapts itself; default with fp16: a section of defaults",
     ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
-  seed: z.int().min(0).default(1234).describe("seed of the initial weights and of the shuffle"),
+  seed: z.int().min(0).default(1234).describe("seed of the initial weights, of the shuffle, and of dropout and jitter"),
   init_std: real.default(0.02).describe("standard deviation of the initial weights"),
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });

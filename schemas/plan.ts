@@ -148,7 +148,7 @@ export const Program = z.strictObject({
   inputs: z
     .record(z.string(), id)
     .describe(
-      "filled by the host: ids, labels, one (the gradient of the loss) per microbatch; lr, step, weight_decay, loss_scale per step",
+      "filled by the host: ids, labels, sample (the number of each sequence since the run began), one (the gradient of the loss) per microbatch; lr, step, weight_decay, loss_scale per step",
     ),
   bounds: z
     .array(z.strictObject({ needed: id, bound: count, of: z.enum(["rows", "rounds"]) }))
@@ -191,7 +191,7 @@ export type TensorMap = z.infer<typeof TensorMap>;
 export const Arg = z
   .union([z.string(), TensorMap])
   .describe(
-    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S",
+    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S; `attr(key0)`: an attribute of the instruction, as 32 bits",
   );
 export type Arg = z.infer<typeof Arg>;
 

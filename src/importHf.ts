@@ -50,6 +50,7 @@ export function importHf(
   const seq = Math.min(positions, FIRST_SEQ);
   const mla = latentOf(family, read);
   const biases = family.bias && (family.bias.key === null || read.flag(family.bias.key, family.bias.otherwise)) ? family.bias.of : "none";
+  const attentionDropout = read.real("attention_dropout", 0);
   const model = {
     layers,
     hidden,
@@ -66,6 +67,7 @@ export function importHf(
     ...(biases === "none" ? {} : { qkv_bias: true }),
     ...(biases === "all" ? { out_bias: true } : {}),
     qk_norm: family.qkNorm,
+    ...(attentionDropout > 0 ? { dropout: { attention: attentionDropout } } : {}),
     moe: family.moe && expertsOf(config, family.moe, read, reasons, layers),
     ...(mtp && { mtp: { layers: read.count("num_nextn_predict_layers"), coeff: DEPTHS_WEIGH } }),
   };

@@ -5,7 +5,7 @@
 import { hasExperts, type Job } from "../schemas/job.ts";
 import { layer } from "./modelLayer.ts";
 import { depths } from "./modelMtp.ts";
-import { copyOf, type Loss, type Part, partOf, streamCut } from "./modelParts.ts";
+import { copyOf, dropped, type Loss, type Part, partsOf, streamCut } from "./modelParts.ts";
 import { gemm, gemmDgrad } from "./ops/linear.ts";
 import { rmsnorm } from "./ops/norm.ts";
 import type { Value } from "./ops/op.ts";
@@ -17,20 +17,22 @@ export function buildModel(job: Job): Loss[] {
   const losses: Loss[] = [];
   const { eps } = m.norm;
 
-  const first = partOf(job, 0, "", losses);
+  const partAt = partsOf(job, losses);
+  const first = partAt(0, "");
   const table = first.weight("embed", "V@tp,D");
   let x = embed.of({ ids: first.input("ids"), table }, {}, "embedding");
   x.cut = streamCut(job);
+  x = dropped(first, x, "embedding.dropout");
 
-  for (let i = 0; i < m.layers; i++) x = layer(partOf(job, layerAt(i), `layers.${i}.`, losses), x, hasExperts(m, i));
+  for (let i = 0; i < m.layers; i++) x = layer(partAt(layerAt(i), `layers.${i}.`), x, hasExperts(m, i));
 
   // where multi-token prediction begins, if there is some; else with the head
-  const after = partOf(job, layerAt(m.layers), "", losses);
+  const after = partAt(layerAt(m.layers), "");
   const y = rmsnorm.of({ x, gain: after.gain("norm", "D") }, { eps }, "final.norm");
   const tableAt = standing(job, table);
-  const further = depths(job, y, tableAt, losses);
+  const further = depths(job, y, tableAt, partAt);
 
-  const last = partOf(job, headAt(m), "", losses);
+  const last = partAt(headAt(m), "");
   const head = m.tie_embeddings ? tableAt(last.position) : last.weight("head", "D,V@tp");
   const logitsOf = (y: Value, id: string): Value =>
     m.tie_embeddings ? gemmDgrad.of({ dy: y, w: head }, {}, id) : gemm.of({ x: y, w: head }, {}, id);

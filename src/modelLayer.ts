@@ -2,7 +2,7 @@
 import { attend } from "./modelAttention.ts";
 import { dense } from "./modelDense.ts";
 import { experts } from "./modelExperts.ts";
-import type { Part } from "./modelParts.ts";
+import { dropped, type Part } from "./modelParts.ts";
 import { add } from "./ops/linear.ts";
 import { rmsnorm } from "./ops/norm.ts";
 import type { Value } from "./ops/op.ts";
@@ -13,7 +13,8 @@ export function layer(part: Part, x: Value, sparse: boolean): Value {
   const { moe, norm } = part.job.model;
   const { eps } = norm;
   const a = rmsnorm.of({ x, gain: gain("norm1", "D") }, { eps }, at("attn.norm"));
-  const attended = add.of({ a: x, b: attend(part, a) }, {}, at("attn.residual"));
+  const attended = add.of({ a: x, b: dropped(part, attend(part, a), "attn.dropout") }, {}, at("attn.residual"));
   const h = rmsnorm.of({ x: attended, gain: gain("norm2", "D") }, { eps }, at("mlp.norm"));
-  return add.of({ a: attended, b: moe && sparse ? experts(part, h, moe) : dense(part, h, "H") }, {}, at("mlp.residual"));
+  const y = moe && sparse ? experts(part, h, moe) : dense(part, h, "H");
+  return add.of({ a: attended, b: dropped(part, y, "mlp.dropout") }, {}, at("mlp.residual"));
 }

@@ -8,7 +8,7 @@
  */
 import { depthsOf, hasExperts, type Job } from "../schemas/job.ts";
 import { layer } from "./modelLayer.ts";
-import { type Loss, partOf, streamCut } from "./modelParts.ts";
+import { dropped, type PartOf, streamCut } from "./modelParts.ts";
 import { join } from "./ops/latent.ts";
 import { gemm } from "./ops/linear.ts";
 import { rmsnorm } from "./ops/norm.ts";
@@ -17,18 +17,18 @@ import { embed } from "./ops/vocab.ts";
 import { depthAt } from "./pipeline.ts";
 
 /** `y` normalised [B,S,D] → what each depth gives the head, the first depth first. `table`: the embedding, where a position finds it. */
-export function depths(job: Job, y: Value, table: (position: number) => Value, losses: Loss[]): Value[] {
+export function depths(job: Job, y: Value, table: (position: number) => Value, partAt: PartOf): Value[] {
   const { model: m } = job;
   const { eps } = m.norm;
   const D = m.hidden;
   const made = [y];
   for (let k = 1; k <= depthsOf(m); k++) {
-    const part = partOf(job, depthAt(m, k), `mtp.${k - 1}.`, losses);
+    const part = partAt(depthAt(m, k), `mtp.${k - 1}.`);
     const { at, gain } = part;
     // ids that are ahead are made by the host: on ranks that share a sequence the next token may be another's
     const seen = embed.of({ ids: part.input(`ids_${k}`), table: table(part.position) }, {}, at("embedding"));
     seen.cut = streamCut(job);
-    const a = rmsnorm.of({ x: seen, gain: gain("enorm", "D") }, { eps }, at("embedding.norm"));
+    const a = rmsnorm.of({ x: dropped(part, seen, "embedding.dropout"), gain: gain("enorm", "D") }, { eps }, at("embedding.norm"));
     const b = rmsnorm.of({ x: made[k - 1]!, gain: gain("hnorm", "D") }, { eps }, at("hidden.norm"));
     const both = join.of({ a, b }, { A: D, R: D, Y: 2 * D }, at("joined"));
     const x = gemm.of({ x: both, w: part.weight("proj", "2D,D@tp") }, {}, at("projected"));

@@ -297,6 +297,7 @@ const router = fc.oneof(
       normalize_top_k: fc.boolean(),
       scaling: oneOf(1, 2.5),
       precision: oneOf("model", "fp32"),
+      jitter: oneOf(null, null, 0.05),
       groups: oneOf(1, 2),
       group_top_k: fc.constant(1),
       expert_bias: fc.boolean(),
@@ -320,6 +321,7 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
+      dropout: oneOf({}, {}, { hidden: 0.1 }, { attention: 0.2 }, { hidden: 0.2, attention: 0.1 }),
       rope: oneOf<object>({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
     }),
     mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }), { freq: 2 }),
@@ -417,7 +419,7 @@ const anyJob = fc
   .filter(({ job }) => job.parallel.world! <= 16 && readJob(stringify(job), "law.yaml").job !== undefined);
 
 test(
-  "on any legal mesh of up to 16 ranks, any small model, labels, optimizer, growth of the batch, schedule, router, capacity and recompute",
+  "on any legal mesh of up to 16 ranks, any small model, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute",
   async () => {
     const whole = new Map<string, Promise<Numbers>>();
     const steps: number[] = [];

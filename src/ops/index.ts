@@ -1,7 +1,9 @@
 /** The op table: every op by its name. */
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
+import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "./attentionDropout.ts";
 import * as balance from "./balance.ts";
 import * as capacity from "./capacity.ts";
+import { dropout, jitter } from "./dropout.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as messages from "./messages.ts";
@@ -17,6 +19,7 @@ const all: readonly AnyOp[] = [
   ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
   ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
+  ...[attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad, dropout, jitter],
   ...[split, join, latentKv, latentKvGrad],
   ...Object.values(vocab),
   ...Object.values(router),

@@ -14,6 +14,7 @@ import { moe } from "./moe.ts";
 import { mtp } from "./mtp.ts";
 import { precision } from "./precision.ts";
 import { rampup } from "./rampup.ts";
+import { random } from "./random.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
@@ -27,6 +28,7 @@ const quick: readonly Rule[] = [
   ...rampup,
   ...recompute,
   ...model,
+  ...random,
   ...mtp,
   ...moe,
   ...router,
