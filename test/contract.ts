@@ -29,7 +29,7 @@ export interface ContractCase {
   readonly title: string;
   readonly use: Use;
   readonly data: Readonly<Buffers>;
-  /** The global index of the first local element of each dim. */
+  /** What a launch is told: the global index of the first local element of each dim, and attributes. */
   readonly starts: Sizes;
   /** Outputs (and `rows`, `needed`) as the reference leaves them. Of ragged ones, the rows that exist. */
   readonly want: Readonly<Buffers>;
@@ -44,7 +44,7 @@ export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.
 const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
-const indices = new Set(["ids", "target"]);
+const indices = new Set(["ids", "target", "sample"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
 function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
@@ -227,7 +227,8 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     data.needed = Int32Array.of(seed % 3);
     want.needed = Int32Array.of(Math.max(seed % 3, count));
   }
-  const own = Object.keys(d).filter((n) => !n.startsWith("#"));
+  const { told = [] } = op;
+  const own = Object.keys(d).filter((n) => !n.startsWith("#") && !told.includes(n));
   return {
     title: [
       `${op.name}: ${name}`,
@@ -242,7 +243,7 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
       size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
     },
     data,
-    starts: Object.fromEntries(Object.keys(d).map((dim) => [dim, start(dim)])),
+    starts: Object.fromEntries(Object.keys(d).map((name) => [name, told.includes(name) ? d[name]! : start(name)])),
     want,
   };
 }
@@ -263,6 +264,7 @@ function fill(
   const positive = () => 1.01 + next();
   // a step that is left out, and one that is not
   if (o.name === "scale" && d.skips && seed % 4 === 1) return out;
+  if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
   if (o.name === "c" && o.slots.at(-1)?.dim === "E")

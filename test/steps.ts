@@ -65,6 +65,7 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
     const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
     const feed = (b: Buffer, name: string, m: number): HostData => {
       if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
+      if (name === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
       return Float32Array.of(told[name]!);
     };
     replayed.push(await step(fleets, plan, feed, microbatches));

@@ -67,13 +67,19 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
       { world: 2, expert: 2 },
       { moe: { ...moe, router, capacity: { factor: 1 }, shared: { ffn: W, gate: true }, latent: W, layers: [0, 1] } },
     ),
-    "latent keys that go around a ring, two chunks a stage": jobWith(
+    "latent keys that go around a ring, two chunks a stage, dropout": jobWith(
       { world: 4, context: 2, pipeline: 2, virtual_pipeline: 2 },
-      { layers: 4, kv_heads: 4, head_dim: 6, mla: { kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 } },
+      {
+        layers: 4,
+        dropout: { attention: 0.2, hidden: 0.1 },
+        kv_heads: 4,
+        head_dim: 6,
+        mla: { kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 },
+      },
     ),
-    "choices that are even by themselves": jobWith(
+    "choices that are even by themselves, of what is jittered": jobWith(
       { world: 1 },
-      { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", normalize_top_k: false, z_coeff: 0.01 } } },
+      { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", jitter: 0.1, normalize_top_k: false, z_coeff: 0.01 } } },
     ),
   };
   const rising = { weight_decay_schedule: "linear", weight_decay_start: 0.1, weight_decay_end: 0.5 };

@@ -2,8 +2,9 @@
 import { bytesOf } from "../../../schemas/layout.ts";
 import type { Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
+import { dropsOf, told } from "../../ops/dropout.ts";
 import type { Arch } from "../../target.ts";
-import type { CudaMaker, Made, Use } from "../kernel.ts";
+import { type CudaMaker, type Made, positionText, type Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
 
 /** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
@@ -24,6 +25,10 @@ export interface Formula {
   readonly row?: readonly string[];
   readonly element?: readonly string[];
   readonly outputs: Readonly<Record<string, string>>;
+  /** What stands before the kernel. */
+  readonly functions?: readonly string[];
+  /** Attributes that it is told at launch, as u32. */
+  readonly attrs?: readonly string[];
 }
 
 type Sizes = Readonly<Record<string, number>>;
@@ -95,6 +100,11 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: [`const float* n = nAt + int(at % (${E} / N)) * N;`],
     outputs: { dp: `${f32(c!)} * dy * n[j]` },
   }),
+  dropout(d, start) {
+    const { threshold, factor } = dropsOf(d.drop!);
+    return atRandom(d, start, `word < ${threshold}u ? 0.0f : x * ${f32(factor)}`);
+  },
+  jitter: (d, start) => atRandom(d, start, `x * (1.0f + ${f32(d.eps!)} * (float(word >> 8) * 0x1p-23f - 1.0f))`),
   // a piece that a query sees nothing of has −∞, and no difference of two is taken
   attention_merge: ({ W }) => ({
     ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
@@ -107,7 +117,22 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   }),
 };
 /** Ops that need to know where a dim begins here. */
-const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V" };
+const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V", dropout: "S", jitter: "S" };
+
+/** Of each element of `x`, a word of its own: `word` (src/ops/dropout.ts). */
+function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): Formula {
+  return {
+    ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: told, functions: [render("cuda/philox.cuh", {})] },
+    row: [
+      `const u32 c = u32(at % (${D} / N)) * N, index = u32(${start}) + u32(row % ${S}), position = ${positionText("index", chunk!, ranks!)};`,
+      `const u32 sequence = u32(sampleAt[row / ${S}]);`,
+      "uint4 words[(N + 3) / 4];",
+      "for (int n = 0; n < (N + 3) / 4; n++) words[n] = philox(uint4{sequence, position, c / 4 + n, 0}, key0, key1);",
+    ],
+    element: ["const u32 word = wordOf(words[j / 4], (c + j) % 4);"],
+    outputs: { y },
+  };
+}
 
 export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
   Object.entries(formulas).map(([op, formula]) => [
@@ -144,6 +169,7 @@ export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string
       ...[...names, ...numbers].map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
       ...(use.bound > 0 ? ["const int* rows"] : []),
       ...(start ? ["int start"] : []),
+      ...(f.attrs ?? []).map((name) => `u32 ${name}`),
     ].join(", "),
     scalars: f.scalars ?? [],
     once: f.once ?? [],
@@ -157,13 +183,16 @@ export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string
     outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
   });
   return {
-    source: source(use, body),
+    source: source(use, [...(f.functions ?? []), body].join("\n")),
     launches: [
       {
         entry: use.name,
         grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
         ...{ threads: THREADS, shared: 0 },
-        args: [...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : []), ...(start ? [`start(${start})`] : [])],
+        args: [
+          ...[...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : [])],
+          ...[...(start ? [`start(${start})`] : []), ...(f.attrs ?? []).map((name) => `attr(${name})`)],
+        ],
       },
     ],
   };
