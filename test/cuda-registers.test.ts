@@ -55,13 +55,17 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
       { op: "attention_part", C: 128, W: 128, ...piece },
       { op: "attention_part", C: 96, W: 96, ...piece },
       { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
+      { op: "attention_dropout", C: 192, W: 128, ...whole },
+      { op: "attention_dropout", C: 128, W: 128, ...gathered },
+      { op: "attention_dropout_part", C: 128, W: 128, ...piece },
+      { op: "attention_dropout_part", C: 64, W: 64, ...piece, chunk: 0 },
     ].flatMap(({ op, ...d }, i) =>
       [op, `${op}_grad`].map((op) => {
         const operands = [...ops[op]!.inputs, ...ops[op]!.outputs].map((o) => o.name);
         return cudaKernels[op]!(
           {
-            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, ...d }, size: {}, keeps: new Set() },
-            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : half])) },
+            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, keeps: new Set() },
+            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])) },
             ...{ bound: 0, makesRows: false, mayOverflow: false },
           },
           arch,
