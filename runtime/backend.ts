@@ -51,8 +51,8 @@ export interface Fleet {
   readonly ranks: readonly number[];
   backend(rank: number): Backend;
   readonly comm: Comm;
-  /** The first call of a step, where a fleet has it. True: the step is replayed as it was issued before; only its writes count. */
-  beginStep?(): boolean;
+  /** The first call of a step of so many microbatches, where a fleet has it. True: the step is replayed as it was issued before; only its writes count. */
+  beginStep?(microbatches: number): boolean;
   /** What ran when in the last step, of a fleet opened for that. */
   profile?(): Promise<readonly Timing[]> | readonly Timing[];
   /** Hands over what was issued and waits until it is done. Throws what went wrong on the way. */

@@ -1,62 +1,104 @@
 /**
- * Batches of a byte-level text: ids [batch, seq] and their labels, the byte that follows each. A batch is a function of the
- * step alone. Where the text lies, on a disk or in memory, does not matter.
+ * Batches of a corpus: ids [rows, seq], their labels, and what else a plan is fed of them. A batch is a function of how many
+ * sequences were read before it, and of its size. Where the corpus lies, on a disk or in memory, does not matter.
  */
-import type { Job } from "../schemas/job.ts";
+import { depthsOf, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import { keyOf, philox } from "./philox.ts";
+import { keyOf, philox } from "../src/ops/philox.ts";
+import type { HostData } from "./backend.ts";
+import { ahead, countOf, type Weighting, weightsOf } from "./learning.ts";
+import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "./tokens.ts";
 
-/** A text that can be read at any place. */
-export interface Text {
-  /** What people know it by. */
-  readonly path: string;
-  readonly bytes: number;
-  /** Fills `into` with the bytes that start at `at`. */
-  readonly read: (into: Uint8Array, at: number) => void;
+/** Labels say what is to be predicted; without, it is each token itself. */
+export interface Corpus {
+  readonly ids: Text;
+  readonly labels?: Text | undefined;
 }
-export type Reading = {
+export interface Reading extends Written {
   readonly seq: number;
   readonly batch: number;
-  readonly vocab: number;
   readonly order: "sequential" | "shuffled";
   readonly seed: number;
-};
-type Batch = { readonly ids: Int32Array; readonly labels: Int32Array };
-export type BatchOf = (step: number) => Batch;
+  /** Whether a plan takes weights of tokens; where the labels are not given after all, every token is learnt. */
+  readonly weighed: boolean;
+  readonly weighting: Weighting;
+  /** How many tokens after the next are predicted, too. */
+  readonly depths: number;
+}
+/**
+ * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and, where they are all that
+ * counts, `aux_weight` are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
+ * `weights_k`. The weights of a batch that is smaller than the whole one are smaller by as much, as the losses of a plan are that
+ * has none.
+ */
+export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Array; readonly labels: Int32Array };
+/** The next `rows` sequences after the first `first` of a run. */
+export type BatchOf = (first: number, rows: number) => Batch;
 
-/** Throws a Trouble where the text is too short, or has bytes outside the vocabulary. */
-export function batchesOf(text: Text, reading: Reading): BatchOf {
-  const { seq, batch } = reading;
-  check(text, reading);
-  const startOf = orders[reading.order](text.bytes, reading);
-  return (step) => {
-    const ids = new Int32Array(batch * seq);
-    const labels = new Int32Array(batch * seq);
-    const window = new Uint8Array(seq + 1);
-    for (let row = 0; row < batch; row++) {
-      text.read(window, startOf(step, row));
+/** Throws a Trouble where the corpus is too short, or not what it is said to be. */
+export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
+  const { seq, vocab } = reading;
+  const tokens = idsOf(corpus.ids, reading);
+  check(tokens, reading);
+  const marks = corpus.labels && labelsOf(corpus.labels, tokens, vocab);
+  const startOf = orders[reading.order](tokens.count, reading);
+  return (first, rows) => {
+    const ids = new Int32Array(rows * seq);
+    const labels = new Int32Array(rows * seq);
+    const window = new Int32Array(seq + 1);
+    for (let row = 0; row < rows; row++) {
+      const start = startOf(first, row);
+      tokens.read(window, start);
       ids.set(window.subarray(0, seq), row * seq);
-      labels.set(window.subarray(1), row * seq);
+      if (!marks) labels.set(window.subarray(1), row * seq);
+      // a label stands at the token that it is about: a token is to be followed by the label of the next
+      else marks.read(labels.subarray(row * seq, (row + 1) * seq), start + 1);
     }
-    return { ids, labels };
+    const share = rows / reading.batch;
+    return { ids, labels, ...weightsIn(labels, reading, share), ...further(ids, labels, reading, share) };
   };
 }
 
-/** Where in the corpus a row of a step starts. */
-type Order = (bytes: number, reading: Reading) => (step: number, row: number) => number;
+/**
+ * `aux_weight`: where all tokens of a step count alike, Megatron Core adds up balancing losses each times the tokens it is
+ * about, learnt from or not, and divides all by the labels there are.
+ */
+function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: number): Readonly<Record<string, HostData>> {
+  if (!weighed) return {};
+  const aux_weight = Float32Array.of(labels.length / Math.max(1, countOf(labels)));
+  return { weights: weightsOf(labels, weighting, share), ...(weighting.by === "token" ? { aux_weight } : {}) };
+}
+
+/**
+ * The depths together count as one loss. With `token`, all labels of a depth count alike; Megatron Core averages a depth over each
+ * microbatch and then over these by their labels for the loss itself, which is the same where nothing is ignored.
+ */
+function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: number): Readonly<Record<string, HostData>> {
+  const { seq, depths, weighting } = reading;
+  const inputs: Record<string, HostData> = {};
+  for (let k = 1; k <= depths; k++) {
+    const own = ahead(labels, seq, k, IGNORED);
+    Object.assign(inputs, { [`ids_${k}`]: ahead(ids, seq, k, 0), [`labels_${k}`]: own });
+    inputs[`weights_${k}`] = weightsOf(own, weighting, share / depths);
+  }
+  return inputs;
+}
+
+/** Where in the corpus a row starts of the step before which so many sequences were read. */
+type Order = (count: number, reading: Reading) => (first: number, row: number) => number;
 
 const orders: Readonly<Record<Reading["order"], Order>> = {
   sequential:
-    (bytes, { seq, batch }) =>
-    (step, row) =>
-      ((step * batch * seq) % (bytes - batch * (seq + 1) - 1)) + row * seq,
-  // Windows of seq bytes, end to end; each pass over the corpus visits all of them in an order of its own.
-  shuffled: (bytes, { seq, batch, seed }) => {
-    const windows = Math.floor((bytes - 1) / seq);
+    (count, { seq, batch }) =>
+    (first, row) =>
+      ((first * seq) % (count - batch * (seq + 1) - 1)) + row * seq,
+  // Windows of seq tokens, end to end; each pass over the corpus visits all of them in an order of its own.
+  shuffled: (count, { seq, seed }) => {
+    const windows = Math.floor((count - 1) / seq);
     let epoch = -1;
     let order = new Uint32Array();
-    return (step, row) => {
-      const sample = step * batch + row;
+    return (first, row) => {
+      const sample = first + row;
       const wanted = Math.floor(sample / windows);
       if (wanted !== epoch) order = permutation(windows, seed, (epoch = wanted));
       return order[sample % windows]! * seq;
@@ -79,35 +121,21 @@ function permutation(length: number, seed: number, epoch: number): Uint32Array<A
   return order;
 }
 
-function check(text: Text, { seq, batch, vocab }: Reading): void {
-  // One byte more than the sequential rule reads: its modulus must be at least 1
+function check(tokens: Tokens, { seq, batch }: Reading): void {
+  // One token more than the sequential rule reads: its modulus must be at least 1
   const needed = batch * (seq + 1) + 2;
-  if (text.bytes < needed) {
-    throw new Trouble(
-      `${text.path}: the corpus has ${text.bytes} bytes; a batch of ${batch} rows of ${seq} takes at least ${needed}`,
-      "use a longer corpus, or lower train.global_batch or model.seq",
-    );
-  }
-  if (vocab >= 256) return;
-  const chunk = new Uint8Array(2 ** 20);
-  for (let at = 0; at < text.bytes; at += chunk.length) {
-    const part = chunk.subarray(0, Math.min(chunk.length, text.bytes - at));
-    text.read(part, at);
-    const wide = part.findIndex((byte) => byte >= vocab);
-    if (wide >= 0) {
-      throw new Trouble(
-        `${text.path}: byte ${at + wide} of the corpus is ${part[wide]}, outside a vocabulary of ${vocab}`,
-        "set model.vocab to 256 or more: tokenizer bytes makes every byte a token",
-      );
-    }
-  }
+  if (tokens.count >= needed) return;
+  throw new Trouble(
+    `${tokens.path}: the corpus has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} takes at least ${needed}`,
+    "use a longer corpus, or lower train.global_batch or model.seq",
+  );
 }
 
-/** How a job reads its text. */
+/** How a job reads its corpus. */
 export const readingOf = ({ train, model, data }: Job): Reading => ({
-  seq: model.seq,
-  batch: train.global_batch,
-  vocab: model.vocab,
-  order: data.order,
-  seed: train.seed,
+  ...{ seq: model.seq, batch: train.global_batch, vocab: model.vocab, seed: train.seed },
+  ...{ format: data.format, dtype: data.dtype, order: data.order },
+  weighed: data.labels !== null,
+  weighting: { by: train.loss_weighting, together: train.micro_batch * model.seq },
+  depths: depthsOf(model),
 });

@@ -5,7 +5,7 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { evenBy, hasExperts, type Job } from "../schemas/job.ts";
+import { depthsOf, evenBy, hasExperts, type Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { type Entry, openSafetensors, type Safetensors } from "./safetensors.ts";
 
@@ -37,7 +37,7 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
     found.set(parameter.name, { parameter, parts });
     for (const part of parts) {
       used.add(part.tensor);
-      const problem = misfit(part, parameter.missing, tensors, there !== undefined);
+      const problem = misfit(part, parameter, tensors, there !== undefined);
       if (problem !== undefined) problems.add(problem);
     }
   }
@@ -135,18 +135,28 @@ function parametersOf(model: Model): readonly Parameter[] {
     );
   };
 
-  const layer = (i: number): readonly Parameter[] => {
-    const ours = `layers.${i}`;
-    const theirs = `model.layers.${i}`;
-    const at = "model.layers";
+  const layer = (ours: string, theirs: string, at: string, sparse: boolean): readonly Parameter[] => {
     return [
       plain(`${ours}.norm1`, at, `${theirs}.input_layernorm.weight`, D),
       ...(model.mla ? latent(ours, `${theirs}.self_attn`, model.mla) : grouped(ours, `${theirs}.self_attn`)),
       ...(model.out_bias ? [plain(`${ours}.bo`, "model.out_bias", `${theirs}.self_attn.o_proj.bias`, D)] : []),
       plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
-      ...(model.moe && hasExperts(model, i)
+      ...(model.moe && sparse
         ? [...experts(ours, theirs, model.moe), ...beside(ours, `${theirs}.mlp`, model.moe)]
         : forward(ours, [`${theirs}.mlp`], model.moe ? "model.moe.layers" : "model.moe", { size: model.ffn, key: "model.ffn" })),
+    ];
+  };
+
+  /** Multi-token prediction follows the layers; what it shares with the model, embedding and head, is there again, and not read. */
+  const depth = (k: number): readonly Parameter[] => {
+    const [ours, theirs] = [`mtp.${k}`, `model.layers.${model.layers + k}`];
+    const at = "model.mtp";
+    return [
+      plain(`${ours}.enorm`, at, `${theirs}.enorm.weight`, D),
+      plain(`${ours}.hnorm`, at, `${theirs}.hnorm.weight`, D),
+      linear(`${ours}.proj`, at, [`${theirs}.eh_proj.weight`], { size: 2 * D.size, key: "2 x model.hidden" }, D),
+      ...layer(ours, theirs, at, hasExperts(model, model.layers - 1)),
+      plain(`${ours}.norm`, at, `${theirs}.shared_head.norm.weight`, D),
     ];
   };
 
@@ -265,7 +275,10 @@ function parametersOf(model: Model): readonly Parameter[] {
 
   return [
     plain("embed", "that this is the whole checkpoint of a causal language model", "model.embed_tokens.weight", V, D),
-    ...Array.from({ length: model.layers }, (_, i) => layer(i)).flat(),
+    ...Array.from({ length: model.layers }, (_, i) =>
+      layer(`layers.${i}`, `model.layers.${i}`, "model.layers", hasExperts(model, i)),
+    ).flat(),
+    ...Array.from({ length: depthsOf(model) }, (_, k) => depth(k)).flat(),
     plain("norm", "that this is the whole checkpoint of a causal language model", "model.norm.weight", D),
     ...(model.tie_embeddings ? [] : [linear("head", "model.tie_embeddings", ["lm_head.weight"], D, V)]),
   ];
@@ -292,14 +305,14 @@ function transpose(rows: number, cols: number, from: Float32Array, fromAt: numbe
   }
 }
 
-function misfit(part: Part, missing: string, { where }: Tensors, layoutFound: boolean): string | undefined {
+function misfit(part: Part, { name, missing }: Parameter, { where }: Tensors, layoutFound: boolean): string | undefined {
   const source = where.get(part.tensor);
   const expected = list(sizesOf(part.shape));
   if (source === undefined) {
     const layer = /^model\.layers\.\d+\./.exec(part.tensor)?.[0];
     const wholeLayer = layer !== undefined && ![...where.keys()].some((name) => name.startsWith(layer));
     // where a layout was found, its first expert is there and this one is not
-    const doubt = layoutFound ? "model.moe.experts" : wholeLayer ? "model.layers" : missing;
+    const doubt = layoutFound ? "model.moe.experts" : wholeLayer ? (name.startsWith("mtp.") ? "model.mtp" : "model.layers") : missing;
     return `${part.tensor} is missing; expected ${expected} (check ${doubt})`;
   }
   const found = source.info(part.tensor).shape;
@@ -311,9 +324,11 @@ function misfit(part: Part, missing: string, { where }: Tensors, layoutFound: bo
 
 /** A tensor of a layer of the job that no parameter comes from: without it the model would be another. */
 function surplus(tensor: string, model: Model): string | undefined {
-  const [, layer, leaf] = /^(?:model\.)?layers\.(\d+)\.(.+)$/.exec(tensor) ?? [];
-  // some old checkpoints hold the frequencies of positions, which follow from the job
-  if (leaf === undefined || Number(layer) >= model.layers || leaf.endsWith("rotary_emb.inv_freq")) return undefined;
+  const [, kind, n, leaf] = /^(?:model\.)?(layers|mtp)\.(\d+)\.(.+)$/.exec(tensor) ?? [];
+  const layer = Number(n) + (kind === "mtp" ? model.layers : 0);
+  if (leaf === undefined || layer >= model.layers + depthsOf(model)) return undefined;
+  // some old checkpoints hold the frequencies of positions, which follow from the job; multi-token prediction's what it shares
+  if (leaf.endsWith("rotary_emb.inv_freq") || (layer >= model.layers && /^(embed_tokens|shared_head\.head)\./.test(leaf))) return undefined;
   const key = doubts.find(([what]) => what.test(leaf))?.[1] ?? "model";
   return `${tensor} is there, and the job has no such part (check ${key})`;
 }

@@ -4,20 +4,23 @@
  */
 import { elementsOf, numberInStage, rangesOf, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
-import { workOf } from "../schemas/program.ts";
+import { orderOf, workOf } from "../schemas/program.ts";
+import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { fillNormal } from "../src/ops/philox.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
-import type { BatchOf } from "./batches.ts";
-import { learningRate } from "./learningRate.ts";
-import { fillNormal } from "./philox.ts";
+import type { Batch, BatchOf } from "./batches.ts";
+import { courseOf } from "./course.ts";
 
 export interface StepResult {
   /** 1-based. */
   readonly step: number;
-  /** Mean cross-entropy over all tokens of the step, nats. */
+  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says. */
   readonly loss: number;
+  /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
+  readonly mtp_loss?: number;
   /** What balancing adds to it; 0 where nothing is balanced. */
   readonly aux_loss: number;
   /** Before clipping. */
@@ -25,6 +28,10 @@ export interface StepResult {
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
+  /** In fp16, what the loss was multiplied by before backward. */
+  readonly loss_scale?: number;
+  /** In fp16, whether gradients overflowed: then the step changed no weights, and grad_norm is no finite number. */
+  readonly skipped?: boolean;
 }
 export interface Tensor {
   readonly shape: readonly number[];
@@ -69,6 +76,9 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   const perMicrobatch = train.micro_batch * job.parallel.data;
   const kept = new Map<string, Promise<HostData>[][]>();
   let steps = 0;
+  const course = courseOf(job);
+  /** What the gradients of the last step were multiplied by. */
+  let scaled = 1;
 
   /** One parameter after the other, on all ranks that have it: a checkpoint's is in memory once, and no longer than it must. */
   function initialize(): void {
@@ -149,6 +159,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     backend: Backend,
     comm: Comm,
     feed: (b: Buffer, name: string, microbatch: number) => HostData,
+    order: (stage: number) => readonly string[],
     replayed: boolean,
   ): Generator<string> {
     const p = programOf(r);
@@ -173,7 +184,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     };
     backend.zeroGradients();
     fill(p.step, ["optimizer"], 0, 0);
-    for (const tag of p.order) {
+    for (const tag of order(p.stage)) {
       const { kind, microbatch, chunk } = workOf(tag);
       const at = { tag, microbatch, slot: microbatch % p.chunks[chunk]!.slots };
       const instructions = p.chunks[chunk]![kind];
@@ -190,21 +201,22 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   }
 
   /** Tokens of each sequence as they lie over the ranks that share it. */
-  function inOrder({ ids, labels }: ReturnType<BatchOf>): ReturnType<BatchOf> {
+  function inOrder(given: Batch): Readonly<Record<string, HostData>> {
     const { context } = job.parallel;
-    if (context === 1) return { ids, labels };
+    if (context === 1) return given;
     const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
-    const laid = (whole: Int32Array) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
-    return { ids: laid(ids), labels: laid(labels) };
+    const laid = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
+    return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
   }
 
-  /** Loss, auxiliary loss and gradient norm: the first two summed over the stages, the last the same on all. */
+  /** Losses summed over the stages, and the gradient norm, which is the same on all. */
   async function numbers(): Promise<number[]> {
-    const sums = [0, 0, 0];
+    const losses = ["loss", "aux_loss", "mtp_loss"];
+    const sums = [0, 0, 0, 0];
     for (const { stage, metrics } of programs) {
       const rank = rankAt(mesh, stage, 0);
       if (!ranks.includes(rank)) continue;
-      const names = stage === 0 ? ["loss", "aux_loss", "grad_norm"] : ["loss", "aux_loss"];
+      const names = stage === 0 ? [...losses, "grad_norm"] : losses;
       for (const [i, name] of names.entries())
         for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
     }
@@ -213,8 +225,22 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
 
   initialize();
   let stopped = false;
-  /** The batch of the step to come. */
-  let next: ReturnType<BatchOf> | undefined;
+  const orders = new Map<number, readonly (readonly string[])[]>();
+  /** By stage; many steps have one. */
+  function ordersOf(microbatches: number): readonly (readonly string[])[] {
+    const known = orders.get(microbatches) ?? programs.map((p) => orderOf(p, microbatches));
+    orders.set(microbatches, known);
+    return known;
+  }
+  const read = (first: number, rows: number): Batch | Error => {
+    try {
+      return batch(first, rows);
+    } catch (error) {
+      return error as Error;
+    }
+  };
+  /** The batch of the step to come, or what is wrong with it: that matters once the step begins. */
+  let next: Batch | Error | undefined;
   return {
     leads: ranks.includes(0),
     mayBegin: () => fleet.mayBegin?.() ?? !stopped,
@@ -224,49 +250,75 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     },
     async step() {
       const begun = performance.now();
-      const { ids, labels } = inOrder(next ?? batch(steps));
-      const lr = learningRate(train.optimizer, steps);
+      const leg = course.leg();
+      const { lr, lossScale, upscale } = leg;
+      const now = next ?? read(leg.first, leg.batch);
+      if (now instanceof Error) throw now;
+      const given = inOrder(now);
+      // sequences by their number since the run began: what is random goes by it
+      const samples = Int32Array.from({ length: leg.batch }, (_, i) => leg.first + i);
       steps++;
+      scaled = lossScale;
       kept.clear();
-      const rows = (whole: Int32Array, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
+      /** What the gradient of a loss begins with. */
+      const begin = lossScale * upscale;
+      const rows = (whole: HostData, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
       const feedOf =
         (r: number) =>
         (b: Buffer, name: string, m: number): HostData => {
           switch (name) {
-            case "ids":
-              return pieceOf(rows(ids, m), b, r);
-            case "labels":
-              return pieceOf(rows(labels, m), b, r);
+            case "sample":
+              return pieceOf(samples.subarray(m * perMicrobatch, (m + 1) * perMicrobatch), b, r);
             case "one":
-              return Float32Array.of(1);
+              return Float32Array.of(begin);
+            case "mtp_coeff":
+              return Float32Array.of(begin * model.mtp!.coeff);
+            case "aux_weight":
+              return Float32Array.of(begin * given.aux_weight![0]!);
             case "lr":
               return Float32Array.of(lr);
             case "step":
-              return Float32Array.of(steps);
-            default:
-              throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+              return Float32Array.of(leg.update);
+            case "weight_decay":
+              return Float32Array.of(leg.weightDecay);
+            case "loss_scale":
+              return Float32Array.of(lossScale);
+            default: {
+              const whole = given[name];
+              if (!whole) throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
+              return b.sizes.length === 0 ? whole : pieceOf(rows(whole, m), b, r);
+            }
           }
         };
-      const replayed = fleet.beginStep?.() ?? false;
-      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), replayed)));
+      const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
+      const order = ordersOf(leg.microbatches);
+      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), (stage) => order[stage]!, replayed)));
       // the next batch is read while the device works
-      [, next] = await Promise.all([fleet.finish(), (async () => batch(steps))()]);
-      const [loss, aux_loss, grad_norm] = await numbers();
+      const after = leg.first + leg.batch;
+      [, next] = await Promise.all([fleet.finish(), (async () => read(after, batchAt(train, after)))()]);
+      const [loss, aux_loss, mtp_loss, grad_norm] = await numbers();
+      const overflowed = train.precision === "fp16" && !Number.isFinite(grad_norm);
+      course.done(overflowed);
       return {
         step: steps,
-        loss: loss!,
-        aux_loss: aux_loss!,
+        loss: loss! * upscale,
+        ...(model.mtp && { mtp_loss: mtp_loss! * upscale }),
+        aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),
         grad_norm: grad_norm!,
         lr,
-        tokens: train.global_batch * model.seq,
+        tokens: leg.batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
+        ...(train.precision === "fp16" ? { loss_scale: lossScale, skipped: overflowed } : {}),
       };
     },
-    gradients: () =>
-      collect(
+    async gradients() {
+      const all = await collect(
         (q) => q.gradient,
-        (q) => q.rule === "adamw",
-      ),
+        (q) => q.rule === train.optimizer.type,
+      );
+      for (const { data } of all.values()) for (let i = 0; i < data.length && scaled !== 1; i++) data[i]! /= scaled;
+      return all;
+    },
     parameters: () => collect((q) => q.master),
     watched: (id) =>
       Promise.all(

@@ -7,12 +7,12 @@ const bits = new Uint32Array(float.buffer);
 /** Rounds into 16 bits each. */
 export function narrow(dtype: Dtype, out: Uint16Array, from: Float32Array): void {
   if (dtype === "bf16") toBf16(out, from);
-  else for (let i = 0; i < out.length; i++) out[i] = toF16(from[i]!);
+  else toF16(out, from);
 }
 export function widen(dtype: Dtype, out: Float32Array, from: Uint16Array): void {
   const words = new Uint32Array(out.buffer, out.byteOffset, out.length);
   if (dtype === "bf16") for (let i = 0; i < from.length; i++) words[i] = from[i]! << 16;
-  else for (let i = 0; i < from.length; i++) out[i] = fromF16(from[i]!);
+  else fromF16(out, from);
 }
 
 function toBf16(out: Uint16Array, from: Float32Array): void {
@@ -24,21 +24,31 @@ function toBf16(out: Uint16Array, from: Float32Array): void {
 }
 
 /** 5 bits of exponent, 10 of mantissa; below 2^-14 steps of 2^-24. */
-function toF16(x: number): number {
-  float[0] = x;
-  const sign = (bits[0]! >>> 16) & 0x8000;
-  const size = Math.abs(float[0]!);
-  if (Number.isNaN(x)) return 0x7e00;
-  if (size >= 65520) return sign | 0x7c00;
-  const exponent = Math.max(-14, Math.floor(Math.log2(size || 2 ** -15)));
-  // in steps of the last bit; rounding up may carry into the exponent, which the sum below takes along
-  const steps = size / 2 ** (exponent - 10);
-  const down = Math.floor(steps);
-  const rest = steps - down;
-  const rounded = down + Number(rest > 0.5 || (rest === 0.5 && down % 2 === 1));
-  return sign | (exponent === -14 && rounded < 1024 ? rounded : (exponent + 14) * 1024 + rounded);
+function toF16(out: Uint16Array, from: Float32Array): void {
+  for (let i = 0; i < out.length; i++) {
+    float[0] = from[i]!;
+    const b = bits[0]! & 0x7fffffff;
+    const sign = (bits[0]! >>> 16) & 0x8000;
+    if (b > 0x7f800000) out[i] = 0x7e00;
+    // from 65520 on
+    else if (b >= 0x477ff000) out[i] = sign | 0x7c00;
+    // rounding up may carry into the exponent, as it should
+    else if (b >= 0x38800000) out[i] = sign | ((b - 0x38000000 + 0xfff + ((b >>> 13) & 1)) >>> 13);
+    else out[i] = sign | inSteps(Math.abs(float[0]) * 2 ** 24);
+  }
 }
-function fromF16(h: number): number {
+function inSteps(x: number): number {
+  const down = Math.floor(x);
+  return down + Number(x - down > 0.5 || (x - down === 0.5 && down % 2 === 1));
+}
+
+/** What each of the 65536 is; made when first needed. */
+let known: Float32Array | undefined;
+function fromF16(out: Float32Array, from: Uint16Array): void {
+  known ??= Float32Array.from({ length: 65536 }, (_, h) => numberOf(h));
+  for (let i = 0; i < from.length; i++) out[i] = known[from[i]!]!;
+}
+function numberOf(h: number): number {
   const sign = h & 0x8000 ? -1 : 1;
   const exponent = (h >>> 10) & 31;
   const mantissa = h & 1023;

@@ -32,7 +32,9 @@ export interface RunSettings {
 export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
   const { initFrom, baseDir, watch } = settings;
   const { job } = plan;
-  const corpus = openCorpus(resolve(baseDir, job.data.path), readingOf(job));
+  const { path, labels } = job.data;
+  const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
+  const corpus = openCorpus(files, readingOf(job));
   const fleet = await openFleet(plan, settings).catch((error: unknown) => {
     corpus.close();
     throw error;

@@ -3,6 +3,7 @@
  * Laws between keys are rules (src/rules); here stand only names, types, ranges and defaults.
  */
 import { z } from "zod";
+import { lengthOf } from "./rampup.ts";
 
 const count = z.int().min(1);
 const real = z.number();
@@ -65,6 +66,17 @@ const Mla = z.strictObject({
     .describe("added to the mean square of a latent under the root; not norm.eps: DeepSeek's models have 1e-6 here whatever that is"),
 });
 
+const Dropout = z.strictObject({
+  attention: real
+    .default(0)
+    .describe(
+      "probability that a weight of attention counts as 0 (what is kept grows by 1 / (1 - p)); on H100 and H200, attention is slower with it",
+    ),
+  hidden: real
+    .default(0)
+    .describe("the same of each element that attention or the feed-forward part adds to the residual stream, and of the embedding"),
+});
+
 const Balance = z.enum(["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile"]);
 export type Balance = z.infer<typeof Balance>;
 
@@ -90,6 +102,10 @@ const RouterText = z.strictObject({
     .enum(["model", "fp32"])
     .default("model")
     .describe("what the logits are kept in, and their gradients: as the rest of the model, or in fp32"),
+  jitter: real
+    .nullable()
+    .default(null)
+    .describe("eps: what the router sees is multiplied, element by element, by a random number from 1 - eps to 1 + eps; null = it is not"),
   groups: count
     .default(1)
     .describe("groups of neighbouring experts; a token's experts come from group_top_k of them, which bounds how far it travels"),
@@ -178,6 +194,11 @@ const MoeText = z.strictObject({
     ),
 });
 
+const Mtp = z.strictObject({
+  layers: count.describe("how many tokens after the next are predicted, too: each by a layer of its own, from what the one before it made"),
+  coeff: real.default(0.1).describe("weight of the mean of these losses, beside the loss (DeepSeek-V3: 0.3, then 0.1)"),
+});
+
 const ModelText = z.strictObject({
   layers: count.max(65536).describe("transformer layers"),
   hidden: count.describe("width of the residual stream"),
@@ -206,7 +227,13 @@ const ModelText = z.strictObject({
     .enum(["none", "head", "full"])
     .default("none")
     .describe("normalise queries and keys: each head by itself, or all heads together (OLMoE)"),
+  dropout: Dropout.prefault({}).describe("what training leaves out at random; the same bits on any mesh"),
   moe: MoeText.nullable().default(null).describe("mixture of experts in place of the dense feed-forward part; null = dense"),
+  mtp: Mtp.nullable()
+    .default(null)
+    .describe(
+      "multi-token prediction (DeepSeek-V3): further layers, of the kind of the last one, that see the tokens to come; null = none",
+    ),
 });
 
 export const ParallelText = z.strictObject({
@@ -230,7 +257,7 @@ export const ParallelText = z.strictObject({
     .nullable()
     .default(null)
     .describe(
-      "which layers stand where, in place of an even split: E the embedding, t a layer, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
+      "which layers stand where, in place of an even split: E the embedding, t a layer, m one of model.mtp, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
     ),
   schedule: z
     .enum(["1f1b", "zero_bubble"])
@@ -265,16 +292,53 @@ export const ParallelText = z.strictObject({
 });
 
 const OptimizerText = z.strictObject({
-  type: z.literal("adamw").default("adamw").describe("AdamW; weight decay applies to parameters with two or more dims"),
+  type: z
+    .enum(["adamw", "adam", "sgd"])
+    .default("adamw")
+    .describe("adamw: weight decay shrinks the weights themselves; adam, sgd: it adds to their gradients, as L2 regularisation does"),
   lr: real.describe("the largest learning rate, reached after warm-up"),
   min_lr: real.default(0).describe("the learning rate at the end of the decay and after it"),
-  warmup_steps: z.int().min(0).default(0).describe("steps in which the learning rate rises linearly from 0"),
-  decay_steps: count.optional().describe("the step at which min_lr is reached, warm-up included; default: train.steps"),
-  schedule: z.enum(["constant", "linear", "cosine"]).default("constant").describe("the shape of the decay after warm-up"),
-  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("decay of the first and of the second moment"),
-  eps: real.default(1e-8).describe("added to the root of the second moment"),
-  weight_decay: real.default(0.1).describe("decoupled weight decay"),
+  warmup_steps: real
+    .min(0)
+    .default(0)
+    .describe("steps in which the learning rate rises linearly from warmup_init; where the batch grows, of global_batch sequences each"),
+  warmup_init: real.default(0).describe("the learning rate at the beginning of the warm-up"),
+  decay_steps: real
+    .min(0)
+    .optional()
+    .describe("the step after which the learning rate is min_lr, warm-up included, counted as warmup_steps; default: the whole run"),
+  schedule: z
+    .enum(["constant", "linear", "cosine", "inverse_square_root", "wsd"])
+    .default("constant")
+    .describe("the shape of the decay after warm-up; wsd: constant, then a fall over the last wsd_decay_steps"),
+  wsd_decay_steps: real.min(0).nullable().default(null).describe("wsd: length of the fall, which ends at decay_steps"),
+  wsd_decay: z.enum(["exponential", "linear", "cosine", "minus_sqrt"]).default("exponential").describe("wsd: the shape of the fall"),
+  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("adamw, adam: decay of the first and of the second moment"),
+  eps: real.default(1e-8).describe("adamw, adam: added to the root of the second moment"),
+  momentum: real.default(0.9).describe("sgd: how much of the step before stays; 0 = none, and no memory for it"),
+  weight_decay: real.default(0.1).describe("weight decay, of parameters with two or more dims"),
+  weight_decay_schedule: z
+    .enum(["constant", "linear", "cosine"])
+    .default("constant")
+    .describe("how weight decay goes over the run: constant at weight_decay, or from weight_decay_start to weight_decay_end"),
+  weight_decay_start: real.nullable().default(null).describe("weight decay of the first step, where it changes"),
+  weight_decay_end: real.nullable().default(null).describe("weight decay at the end of the run, where it changes"),
   clip: real.default(1.0).describe("largest global norm of the gradient; 0 = no clipping"),
+});
+
+const BatchRampup = z.strictObject({
+  start: count.describe("sequences of the first step"),
+  increment: count.describe("by how many sequences the batch grows at once"),
+  samples: count.describe("sequences over which it grows, by steps equally far apart, to global_batch"),
+});
+
+const DynamicLossScale = z.strictObject({
+  initial: real.default(2 ** 32).describe("the first scale"),
+  growth: real.default(2).describe("factor by which it grows"),
+  growth_interval: count.default(1000).describe("steps in a row without overflow after which it grows"),
+  backoff: real.default(0.5).describe("factor by which it shrinks after an overflow"),
+  hysteresis: count.default(2).describe("overflows until it shrinks, once; from then on, until it grows again, each overflow shrinks it"),
+  min: real.default(1).describe("the smallest scale"),
 });
 
 const Recompute = z.strictObject({
@@ -300,19 +364,50 @@ const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
   steps: count.describe("optimizer steps"),
+  batch_rampup: BatchRampup.nullable()
+    .default(null)
+    .describe("the batch begins smaller and grows to global_batch; null = it is global_batch from the first step on"),
+  loss_weighting: z
+    .enum(["microbatch", "token"])
+    .default("microbatch")
+    .describe(
+      "where data.labels ignores some tokens, what the loss is a mean of: means of each microbatch, which count alike; or all labels of a step, which count alike",
+    ),
   precision: z
-    .enum(["fp32", "bf16"])
+    .enum(["fp32", "bf16", "fp16"])
     .default("bf16")
-    .describe("bf16: parameters and activations in bf16, sums, main gradients and optimizer in fp32"),
+    .describe("bf16, fp16: parameters and activations in 16 bits, sums, main gradients and optimizer in fp32"),
+  loss_scale: z
+    .union([real, DynamicLossScale])
+    .nullable()
+    .default(null)
+    .describe(
+      "fp16: by what the loss is multiplied before backward, so that small gradients do not vanish; a step that overflows is left out. A number stays as it is, a section adapts itself; default with fp16: a section of defaults",
+    ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
-  seed: z.int().min(0).default(1234).describe("seed of the initial weights and of the shuffle"),
+  seed: z.int().min(0).default(1234).describe("seed of the initial weights, of the shuffle, and of dropout and jitter"),
   init_std: real.default(0.02).describe("standard deviation of the initial weights"),
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 
-const Data = z.strictObject({
-  path: z.string().describe("the training text, relative to the job file"),
-  tokenizer: z.literal("bytes").default("bytes").describe("bytes: each byte of the text is one token id, 0 to 255"),
+const DataText = z.strictObject({
+  path: z.string().describe("the training text, or its token ids, relative to the job file"),
+  format: z
+    .enum(["text", "tokens"])
+    .optional()
+    .describe("what path holds: a text, or token ids as a tokenizer made them, one after the other; default: tokens where it ends in .bin"),
+  dtype: z
+    .enum(["u16", "u32"])
+    .optional()
+    .describe("of format tokens: what each id is written as, little-endian; default: u16 where all ids below model.vocab fit in it"),
+  labels: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe(
+      "a file with an i32 for each token of path, little-endian: the id to be predicted where that token stands, most often the token itself, or -100 where nothing is to be learnt; null = every token is learnt",
+    ),
+  tokenizer: z.literal("bytes").default("bytes").describe("of format text: each byte of the text is one token id, 0 to 255"),
   order: z
     .enum(["sequential", "shuffled"])
     .default("sequential")
@@ -346,7 +441,7 @@ export const JobText = z.strictObject({
   model: ModelText.describe("the transformer"),
   parallel: ParallelText.prefault({}).describe("how the model and the batch are spread over the ranks"),
   train: TrainText.describe("batch, precision and optimizer"),
-  data: Data.describe("what to train on"),
+  data: DataText.describe("what to train on"),
   cluster: ClusterText.prefault({}).describe("the machines"),
 });
 export type JobText = z.output<typeof JobText>;
@@ -361,13 +456,14 @@ export const Job = JobText.extend({
   }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
+  data: DataText.required({ format: true, dtype: true }),
   cluster: ClusterText.required({ nodes: true }),
 });
 export type Job = z.output<typeof Job>;
 
 /** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
 export function completeJob(text: JobText): Job {
-  const { model, parallel, train, cluster } = text;
+  const { model, parallel, train, cluster, data: corpus } = text;
   const { mla } = model;
   const { scaling } = model.rope;
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
@@ -383,12 +479,21 @@ export function completeJob(text: JobText): Job {
       moe: model.moe && completeMoe(model.moe, ffn),
     },
     parallel: { ...parallel, data },
-    train: {
-      ...train,
-      global_batch: train.global_batch ?? train.micro_batch * data,
-      optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? train.steps },
+    train: completeTrain({ ...train, global_batch: train.global_batch ?? train.micro_batch * data }),
+    data: {
+      ...corpus,
+      format: corpus.format ?? (corpus.path.endsWith(".bin") ? "tokens" : "text"),
+      dtype: corpus.dtype ?? (model.vocab <= 2 ** 16 ? "u16" : "u32"),
     },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },
+  };
+}
+
+function completeTrain(train: Omit<Job["train"], "optimizer"> & Pick<JobText["train"], "optimizer">): Job["train"] {
+  return {
+    ...train,
+    loss_scale: train.precision === "fp16" ? (train.loss_scale ?? DynamicLossScale.parse({})) : train.loss_scale,
+    optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? lengthOf(train) },
   };
 }
 
@@ -405,6 +510,9 @@ export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): b
   if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
   return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
+
+/** Layers of multi-token prediction. */
+export const depthsOf = ({ mtp }: Pick<Job["model"], "mtp">): number => mtp?.layers ?? 0;
 
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {

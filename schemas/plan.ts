@@ -121,7 +121,7 @@ export const Parameter = z.strictObject({
   name: id,
   init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
   rule: z
-    .enum(["adamw", "expert_bias", "quantile"])
+    .enum(["adamw", "adam", "sgd", "expert_bias", "quantile"])
     .describe(
       "how a step changes it; the bias of a router's choice has no gradient: it goes by how many tokens each expert got, or by quantiles of its logits",
     ),
@@ -149,13 +149,19 @@ export const Program = z.strictObject({
     .array(z.string())
     .describe("F<m> forward, B<m> backward, W<m> weights of microbatch m, with .<chunk> where there are several; then the step block once"),
   parameters: z.array(Parameter),
-  inputs: z.record(z.string(), id).describe("filled by the host: ids, labels per microbatch; lr, step per step"),
+  inputs: z
+    .record(z.string(), id)
+    .describe(
+      "filled by the host: ids, labels, sample (the number of each sequence since the run began), one (the gradient of the loss) per microbatch; lr, step, weight_decay, loss_scale per step",
+    ),
   bounds: z
     .array(z.strictObject({ needed: id, bound: count, of: z.enum(["rows", "rounds"]) }))
     .describe(
       "read after a step: scalars that say how much was needed of what a plan bounds: rows of experts (model.moe.rows_bound), rounds of a method",
     ),
-  metrics: z.record(z.string(), z.array(id)).describe("scalars read after the step block, to be added up: loss, aux_loss, grad_norm"),
+  metrics: z
+    .record(z.string(), z.array(id))
+    .describe("scalars read after the step block, to be added up: loss, mtp_loss, aux_loss, grad_norm"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
 });
@@ -189,7 +195,7 @@ export type TensorMap = z.infer<typeof TensorMap>;
 export const Arg = z
   .union([z.string(), TensorMap])
   .describe(
-    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S",
+    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S; `attr(key0)`: an attribute of the instruction, as 32 bits",
   );
 export type Arg = z.infer<typeof Arg>;
 

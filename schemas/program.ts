@@ -40,7 +40,14 @@ export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instr
   return chunks[chunk]![kind];
 }
 
-/** Microbatches of a step. */
+/**
+ * The order of a step of fewer microbatches than the plan's: the same without those from `microbatches` on. What stages wait for in it
+ * comes in the order in which it came, so it waits for nothing that does not come; and no more are in flight.
+ */
+export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): string[] =>
+  order.filter((tag) => workOf(tag).microbatch < microbatches);
+
+/** Microbatches of a step of the whole batch. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
   order.filter((tag) => tag.startsWith("F")).length / chunks.length;
 

@@ -138,7 +138,7 @@ withExamples(
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
     .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")
-    .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
+    .option("--data-dir <dir>", "what data.path and data.labels are relative to (default: the directory of the job or plan)"),
   "run job.yaml --steps 20 --metrics metrics.jsonl",
   "run plan/ --data-dir . --init-from model.safetensors",
   "run job.yaml --backend webgpu",
@@ -153,7 +153,10 @@ withExamples(
   withFormat(program.command("pack").description("put a plan, and all that runs it, into one archive for machines without Node"))
     .argument("<plan>", "a plan (its directory or plan.json)")
     .requiredOption("-o, --out <file>", "the archive to write, a .tar.xz")
-    .option("--data-dir <dir>", "take the corpus along: what data.path is relative to (default: where it is small and beside the plan)")
+    .option(
+      "--data-dir <dir>",
+      "take the corpus along: what data.path and data.labels are relative to (default: where they are small and beside the plan)",
+    )
     .option("--platform <platform>", "the system and processor that it is for, as Node names them (default: this machine's)"),
   "pack plan/ -o tiny.tar.xz",
   "pack plan/ -o tiny.tar.xz --data-dir . --platform linux-x64",
@@ -172,7 +175,7 @@ withExamples(
   )
     .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
     .option("--port <port>", "where the page is, on 127.0.0.1; 0: any port that is free", wholeNumber, 8080)
-    .option("--data-dir <dir>", "what data.path is relative to (default: the directory of the job or plan)"),
+    .option("--data-dir <dir>", "what data.path and data.labels are relative to (default: the directory of the job or plan)"),
   "serve job.yaml",
   "serve plan/ --data-dir . --port 0",
 ).action(async (path: string, options: Pick<Common, "set"> & { target?: string; port: number; dataDir?: string }) => {
@@ -207,9 +210,11 @@ withExamples(
     .command("hf")
     .description("make a job from a Hugging Face config.json (Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek)")
     .argument("<config>", "the config.json")
-    .option("-o, --out <job>", "the file to write; stdout if not given"),
+    .option("-o, --out <job>", "the file to write; stdout if not given")
+    .option("--mtp", "take multi-token prediction (num_nextn_predict_layers) too, which transformers leaves out"),
   "import hf config.json -o job.yaml",
-).action(async (path: string, options: { out?: string }) => {
+  "import hf deepseek-v3/config.json --mtp -o job.yaml",
+).action(async (path: string, options: { out?: string; mtp?: true }) => {
   const [{ importHfText }, { readJobFile }] = await Promise.all([import("./importHf.ts"), import("./files.ts")]);
   const text = readJobFile(path);
   let config: unknown;
@@ -218,7 +223,8 @@ withExamples(
   } catch (error) {
     throw new Trouble(`${path} is not JSON: ${(error as Error).message}`, "name the model's config.json");
   }
-  const job = importHfText(config, basename(dirname(path)) === "." ? basename(path, extname(path)) : basename(dirname(path)));
+  const name = basename(dirname(path)) === "." ? basename(path, extname(path)) : basename(dirname(path));
+  const job = importHfText(config, name, { mtp: options.mtp === true });
   if (options.out) writeFile(options.out, job);
   else print(job);
 });
@@ -269,8 +275,12 @@ async function compileAt(path: string, sets: readonly string[], target = "cpu"):
   const { job, findings } = await readJobAt(path, sets);
   await tellFindings(findings);
   if (!job) throw new Refused();
-  const [{ compile }, { loadTarget }] = await Promise.all([import("./compile.ts"), import("./makers.ts")]);
-  return { ...compile(job, { target: await loadTarget(target) }), findings };
+  const [{ compile }, { loadTarget }, { targetFor }] = await Promise.all([
+    import("./compile.ts"),
+    import("./makers.ts"),
+    import("./target.ts"),
+  ]);
+  return { ...compile(job, { target: await loadTarget(targetFor(target, job)) }), findings };
 }
 
 async function planAt(path: string, sets: readonly string[], target?: string): Promise<Planned> {

@@ -103,8 +103,11 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   }
   if (!run.leads) return interrupted ? 130 : 0;
   if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
-  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss });
-  else print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}`);
+  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss });
+  else {
+    const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
+    print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`);
+  }
   return interrupted ? 130 : 0;
 }
 

@@ -11,7 +11,7 @@ import { pipelineOf, stageOfVirtual } from "./pipeline.ts";
 import { sealPlan } from "./plan.ts";
 import { printProgram } from "./programText.ts";
 import { recomputed } from "./recompute.ts";
-import { printSchedule, schedule } from "./schedule.ts";
+import { printSchedule, schedule, smallerStepsOf } from "./schedule.ts";
 import { type Options, printSharded, shard } from "./shard.ts";
 import type { Stage } from "./stages.ts";
 import { addBackward, printGraph } from "./train.ts";
@@ -44,7 +44,7 @@ export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Com
   });
   const order = schedule(job, pipeline.chunks);
   const lowered = lower(job, mesh, { graph, sharded, pipeline, order });
-  verifyPrograms(lowered, mesh);
+  verifyPrograms(lowered, mesh, smallerStepsOf(job));
   const { programs, kernels, sources } = kernelsOf(lowered, mesh, target);
   const memory = programs.map((p) => layOut(p, kernels));
   for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);

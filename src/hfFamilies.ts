@@ -175,8 +175,7 @@ export const families: Readonly<Record<string, Family>> = {
 export const mustBeOff: Readonly<Record<string, string>> = {
   mlp_bias: "the feed-forward part has no bias",
   clip_qkv: "queries, keys and values are not clipped",
-  attention_dropout: "nothing is dropped",
-  router_jitter_noise: "the router's input is not perturbed",
+  router_jitter_noise: "what is perturbed here is the router's input alone, and there that of the experts, too",
   quantization_config: "weights are trained unquantized",
 };
 

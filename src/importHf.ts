@@ -15,10 +15,22 @@ type Rope = NonNullable<Model["rope"]>;
 /** What a job may have at most; schemas/job.ts. */
 const MOST_LAYERS = 65536;
 
+/** What DeepSeek-V3 ended its training with; configs do not say. */
+const DEPTHS_WEIGH = 0.1;
+
 // Long contexts are for use, not for a first training run: attention memory grows with the square.
 const FIRST_SEQ = 4096;
 
-export function importHf(config: unknown, name: string): { readonly job: JobInput; readonly notes: readonly string[] } {
+export interface ImportSettings {
+  /** Take multi-token prediction, too, which transformers leaves out. */
+  readonly mtp?: boolean;
+}
+
+export function importHf(
+  config: unknown,
+  name: string,
+  { mtp = false }: ImportSettings = {},
+): { readonly job: JobInput; readonly notes: readonly string[] } {
   if (!isRecord(config)) throw new Trouble("the config is not a JSON object", "name the config.json of a Hugging Face model");
   const type = config.model_type;
   const family = typeof type === "string" && Object.hasOwn(families, type) ? families[type] : undefined;
@@ -38,6 +50,7 @@ export function importHf(config: unknown, name: string): { readonly job: JobInpu
   const seq = Math.min(positions, FIRST_SEQ);
   const mla = latentOf(family, read);
   const biases = family.bias && (family.bias.key === null || read.flag(family.bias.key, family.bias.otherwise)) ? family.bias.of : "none";
+  const attentionDropout = read.real("attention_dropout", 0);
   const model = {
     layers,
     hidden,
@@ -54,7 +67,9 @@ export function importHf(config: unknown, name: string): { readonly job: JobInpu
     ...(biases === "none" ? {} : { qkv_bias: true }),
     ...(biases === "all" ? { out_bias: true } : {}),
     qk_norm: family.qkNorm,
+    ...(attentionDropout > 0 ? { dropout: { attention: attentionDropout } } : {}),
     moe: family.moe && expertsOf(config, family.moe, read, reasons, layers),
+    ...(mtp && { mtp: { layers: read.count("num_nextn_predict_layers"), coeff: DEPTHS_WEIGH } }),
   };
   if (mla && model.kv_heads !== heads)
     reasons.push(`num_key_value_heads ${model.kv_heads} is not supported: each of the ${heads} heads has its own keys and values`);
@@ -91,8 +106,8 @@ export function importHf(config: unknown, name: string): { readonly job: JobInpu
 }
 
 /** The same as the text of a job file, with what was assumed as comments above. */
-export function importHfText(config: unknown, name: string): string {
-  const { job, notes } = importHf(config, name);
+export function importHfText(config: unknown, name: string, settings: ImportSettings = {}): string {
+  const { job, notes } = importHf(config, name, settings);
   const document = new Document(job);
   document.commentBefore = [
     ` ${name}: the model is that of the Hugging Face config; parallel, train, data and cluster are a start, to be set.`,
@@ -297,7 +312,7 @@ function unsupported(config: Config, type: string, family: Family, seq: number):
 type Sized = Model & { readonly ffn: number; readonly kv_heads: number };
 
 /** Parameters of the model; of latent attention about. */
-function parametersOf({ layers, hidden, heads, kv_heads, head_dim = 0, mla, vocab, ffn, moe }: Sized): number {
+function parametersOf({ layers, hidden, heads, kv_heads, head_dim = 0, mla, vocab, ffn, moe, mtp }: Sized): number {
   const attention = mla
     ? hidden * (mla.kv_rank + mla.rope_dim + heads * mla.v_dim) +
       mla.kv_rank * heads * (mla.nope_dim + mla.v_dim) +
@@ -308,7 +323,9 @@ function parametersOf({ layers, hidden, heads, kv_heads, head_dim = 0, mla, voca
     Boolean,
   ).length;
   const width = moe ? moe.experts * moe.ffn! + (moe.shared?.ffn ?? 0) : 0;
-  return layers * attention + 3 * hidden * (sparse * width + (layers - sparse) * ffn) + 2 * vocab * hidden;
+  const ahead = mtp?.layers ?? 0;
+  const further = ahead * (attention + 3 * hidden * (moe ? width : ffn) + 2 * hidden * hidden);
+  return layers * attention + 3 * hidden * (sparse * width + (layers - sparse) * ffn) + 2 * vocab * hidden + further;
 }
 
 /** bf16 parameters, f32 gradients, master weights and two moments. */
@@ -339,9 +356,11 @@ function notesOf(config: Config, model: Sized, positions: number): readonly stri
       "model.moe.router.bias_rate: the config does not say how far the experts' biases move in a step; DeepSeek-V3 trained with 0.001.",
     );
   }
-  if (typeof config.num_nextn_predict_layers === "number" && config.num_nextn_predict_layers > 0) {
+  if (model.mtp)
+    notes.push("model.mtp.coeff: the config does not say how much further tokens weigh; DeepSeek-V3 trained with 0.3, then 0.1.");
+  else if (typeof config.num_nextn_predict_layers === "number" && config.num_nextn_predict_layers > 0) {
     notes.push(
-      `model.layers: a checkpoint's further layers (${config.num_nextn_predict_layers}), which predict tokens after the next, are not read.`,
+      `model.layers: a checkpoint's further layers (${config.num_nextn_predict_layers}), which predict tokens after the next, are not read; --mtp takes them.`,
     );
   }
   const bytes = bytesToTrain(model);

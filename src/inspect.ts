@@ -3,6 +3,7 @@ import { devices } from "../schemas/job.ts";
 import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
 import { activationBytes, type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
+import { phasesOf } from "../schemas/rampup.ts";
 import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
@@ -49,6 +50,8 @@ interface TransferView {
 export interface RoleView {
   readonly stage: number;
   readonly chunks: readonly { readonly layers: readonly [number, number]; readonly slots: number; readonly activation_per_slot: number }[];
+  /** Layers of multi-token prediction: which stand here. */
+  readonly mtp: readonly number[];
   readonly ranks: readonly number[];
   readonly microbatches: number;
   readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
@@ -85,6 +88,8 @@ export interface Inspection {
     readonly local_experts: number;
     readonly microbatches: number;
     readonly tokens_per_step: number;
+    /** Smaller batches before the whole one, where the batch grows. */
+    readonly ramp_up: readonly { readonly batch: number; readonly steps: number }[];
     readonly parameters: number;
   };
   readonly device: { readonly name: string; readonly memory: number };
@@ -115,6 +120,9 @@ export function inspectPlan(plan: Plan): Inspection {
       local_experts: job.model.moe ? job.model.moe.experts / mesh.sizes.ep! : 0,
       microbatches,
       tokens_per_step: job.train.global_batch * job.model.seq,
+      ramp_up: phasesOf(job.train)
+        .slice(0, -1)
+        .map(({ batch, steps }) => ({ batch, steps })),
       parameters: plan.programs.reduce((sum, program) => sum + globalElements(program), 0),
     },
     device: { name: job.cluster.device, memory: devices[job.cluster.device].memory },
@@ -170,6 +178,7 @@ function roleView(plan: Plan, program: Program): RoleView {
   return {
     stage: program.stage,
     chunks: program.chunks.map(({ layers, slots }, c) => ({ layers, slots, activation_per_slot: memory.activation[c]! })),
+    mtp: [...new Set(program.parameters.flatMap(({ name }) => /^mtp\.(\d+)\./.exec(name)?.[1] ?? []))].map(Number).sort((a, b) => a - b),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
     instructions: each((instructions) => instructions.length),
@@ -259,14 +268,26 @@ export function printHead({ name, digest, rankc, target, mesh, derived, kernels 
     `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
     ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),
     `derived: data ${derived.data}${experts}, ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")} and ${countText(derived.tokens_per_step)} tokens a step`,
+    ...rampText(derived),
     `model: ${countText(derived.parameters)} parameters; ${plural(kernels, "kernel")}`,
   ];
 }
 
+function rampText({ ramp_up }: Inspection["derived"]): string[] {
+  if (ramp_up.length === 0) return [];
+  const text = ({ batch, steps }: (typeof ramp_up)[number]) => `${countText(batch)} for ${plural(steps, "step")}`;
+  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.at(-1)!];
+  const more = ramp_up.length > 4 ? ["…"] : [];
+  const steps = ramp_up.reduce((sum, p) => sum + p.steps, 0);
+  return [
+    `ramp-up: ${[...shown.map(text), ...more, ...(ramp_up.length > 3 ? [text(last)] : [])].join(", ")}: ${plural(steps, "step")} before the batch is whole`,
+  ];
+}
+
 export function printMemory({ roles, device }: Inspection): string[] {
-  const row = ({ stage, chunks, memory: m }: RoleView): string[] => [
+  const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
     `stage ${stage}`,
-    layersText(chunks),
+    layersText({ chunks, mtp }),
     ...[m.parameter, m.gradient, m.optimizer].map(bytesText),
     chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + "),
     ...[m.workspace, m.peak].map(bytesText),
@@ -288,9 +309,9 @@ export function printMemory({ roles, device }: Inspection): string[] {
   return ["memory of a rank:", ...table([head, ...sameRows(roles.map(row))], [2, 3, 4, 5, 6, 7, 8, 9])];
 }
 
-/** `layers 0..3`; of several chunks `layers 0..3, 8..11`. */
-const layersText = (chunks: RoleView["chunks"]): string =>
-  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}`;
+/** `layers 0..3`; of several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
+const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
+  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
 
 /** Roles between the first and the last are often alike: rows that differ in the stage alone become one. */
 function sameRows(rows: readonly (readonly string[])[]): string[][] {
@@ -340,7 +361,7 @@ function printRole(role: RoleView): string[] {
   const { instructions: n, flops, microbatches, collectives, transfers } = role;
   const weights = (of: number, text: (n: number) => string): string => (n.weights > 0 ? ` + ${text(of)} weights` : "");
   return [
-    `role of stage ${role.stage}: ${layersText(role.chunks)}, ranks ${ranges(role.ranks)}`,
+    `role of stage ${role.stage}: ${layersText(role)}, ranks ${ranges(role.ranks)}`,
     `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
     `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
     `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,

@@ -8,6 +8,7 @@ import { microbatchesIn } from "../schemas/program.ts";
 import type { Use } from "./kernels/kernel.ts";
 import type { Target } from "./makers.ts";
 import type { Mesh } from "./mesh.ts";
+import { ops } from "./ops/index.ts";
 import { canonical, sha256 } from "./plan.ts";
 
 export interface Kernels {
@@ -49,9 +50,11 @@ function useOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buf
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
   const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
+  const { told = [] } = ops[i.op]!;
+  const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !told.includes(name)));
   const use = {
     op: i.op,
-    d: { ...i.attrs, ...Object.fromEntries(local.map(([dim, [size, cut]]) => [dim, size / parts(mesh, cut)])) },
+    d: { ...attrs, ...Object.fromEntries(local.map(([dim, [size, cut]]) => [dim, size / parts(mesh, cut)])) },
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
     keeps: new Set(i.keeps ?? []),

@@ -26,7 +26,15 @@ export async function loadTarget(text: string): Promise<Target> {
     const profile = profiles.find((p) => p === (detail ?? "baseline"));
     if (profile) {
       const { wgslKernels } = await import("./kernels/wgsl/index.ts");
-      return { name: `webgpu:${profile}`, suffix: "wgsl", make: (use) => makerOf(wgslKernels, use)(use, profile) };
+      const make = (use: Use): Made => {
+        if (profile === "baseline" && Object.values(use.dtype).includes("f16"))
+          throw new Trouble(
+            "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
+            "write --target webgpu:f16, or train.precision: fp32",
+          );
+        return makerOf(wgslKernels, use)(use, profile);
+      };
+      return { name: `webgpu:${profile}`, suffix: "wgsl", make };
     }
   }
   if (kind === "cuda") {

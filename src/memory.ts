@@ -37,14 +37,29 @@ export function layOut(program: Program, kernels: readonly Kernel[] = []): Memor
     }
   }
   const activation = timelines(program).map((timeline, c) => pack(lifetimes(program, "activation", timeline, c), offsets));
-  // workspace: blocks never run together, so each starts from nothing
+  // workspace: blocks never run together, so each starts from nothing, but for inputs that several of them read
+  const fixed = placesInAll(program);
   for (const { instructions } of blocksOf(program))
-    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets));
+    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets, fixed));
 
   const { parameter, gradient, optimizer, workspace } = total;
   const scratch = scratchOf(program, kernels);
   const peak = parameter + gradient + optimizer + activationBytes(program, { activation }) + workspace + scratch;
   return { stage: program.stage, ...total, activation, scratch, peak, offsets };
+}
+
+/** Workspace that several blocks touch: inputs, which have one place in all of them, at the beginning. */
+function placesInAll(program: Program): Map<string, number> {
+  const byId = new Map(program.buffers.map((b) => [b.id, b]));
+  const blocks = blocksOf(program).map(({ instructions }) => new Set(instructions.flatMap((i) => [...touched(i, byId)])));
+  const places = new Map<string, number>();
+  let end = 0;
+  for (const b of program.buffers) {
+    if (b.kind !== "workspace" || blocks.filter((ids) => ids.has(b.id)).length < 2) continue;
+    places.set(b.id, end);
+    end += aligned(b);
+  }
+  return places;
 }
 
 /** By chunk, what one microbatch does: forward, then backward. An activation lives from one instruction to another of it. */
@@ -75,10 +90,18 @@ function lifetimes(program: Program, kind: Kind, timeline: readonly Instruction[
   return [...alive.values()].sort((a, b) => a.from - b.from);
 }
 
-/** Best fit in order of birth: the smallest hole that is free, else the end. Returns the bytes of the arena. */
-function pack(lives: readonly Lifetime[], offsets: Record<string, number>): number {
+/** Best fit in order of birth: the smallest hole that is free, else the end; `fixed` have theirs. Returns the bytes of the arena. */
+function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed: ReadonlyMap<string, number> = new Map()): number {
   let end = 0;
   const holes: { at: number; size: number }[] = [];
+  for (const [id, at] of fixed) {
+    const life = lives.find((l) => l.buffer.id === id);
+    if (!life) continue;
+    invariant(life.from === -1, `${id} is no input, and has a place in several blocks`);
+    if (at > end) holes.push({ at: end, size: at - end });
+    offsets[id] = at;
+    end = at + aligned(life.buffer);
+  }
   const dying = [...lives].sort((a, b) => a.to - b.to);
   let dead = 0;
   const free = (at: number, size: number) => {
@@ -93,6 +116,7 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>): numb
   for (const { buffer, from } of lives) {
     // what is read for the last time by an instruction stays until that instruction is over
     for (; dead < dying.length && dying[dead]!.to < from; dead++) free(offsets[dying[dead]!.buffer.id]!, aligned(dying[dead]!.buffer));
+    if (fixed.has(buffer.id)) continue;
     const size = aligned(buffer);
     let best = -1;
     for (const [i, h] of holes.entries()) if (h.size >= size && (best < 0 || h.size < holes[best]!.size)) best = i;

@@ -2,6 +2,7 @@
 import type { Job } from "../schemas/job.ts";
 import { orderOf, type Part, streamCut } from "./modelParts.ts";
 import { attention } from "./ops/attention.ts";
+import { attentionDropout } from "./ops/attentionDropout.ts";
 import { latentKv, split } from "./ops/latent.ts";
 import { addBias, gemm } from "./ops/linear.ts";
 import { headNorm, rmsnorm } from "./ops/norm.ts";
@@ -80,8 +81,12 @@ function latent(part: Part, x: Value, mla: Latent): Value {
 }
 
 /** Attention over the whole sequence. With context_method ring, keys and values are not gathered for it: they go around. */
-function mix({ job, at }: Part, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
-  const mixed = attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"));
+function mix({ job, at, sample, random }: Part, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
+  const drop = job.model.dropout.attention;
+  const mixed =
+    drop === 0
+      ? attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"))
+      : attentionDropout.of({ ...operands, sample }, { ...attrs, drop, ...random("attn.core") }, at("attn.core"));
   const { context, context_method } = job.parallel;
   if (context > 1 && context_method === "ring") mixed.node!.around = { dim: "U", as: "S", path: "parallel.context_method" };
   return mixed;

@@ -2,18 +2,21 @@
  * What the parts of a model are built with: its sizes by letter, and the leaves (inputs and parameters) of one position. Weights
  * are [in, out].
  *
- * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden, V vocabulary, E experts, F ffn of an
+ * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden (2D two of them), V vocabulary, E experts, F ffn of an
  * expert, L the width that routed experts work in, X ffn of shared experts, H ffn of a dense layer, Q all query heads, KV all key/value
  * heads, C one head, O what all heads give. Of latent attention: QL the queries' latent, KL that of keys and values, KR the same with
  * the channels that positions turn, KU what it becomes for all heads.
  */
 import type { Job } from "../schemas/job.ts";
-import type { Leaf, Value } from "./ops/op.ts";
+import { dropout, siteOf } from "./ops/dropout.ts";
+import type { Attrs, Leaf, Value } from "./ops/op.ts";
 
 export interface Loss {
-  /** `loss` is the cross-entropy people watch; `aux_loss` what balancing adds. Equal names are added up. */
-  readonly name: "loss" | "aux_loss";
+  /** `loss` is the cross-entropy people watch; `mtp_loss` that of further tokens; `aux_loss` what balancing adds. Equal names are added up. */
+  readonly name: "loss" | "mtp_loss" | "aux_loss";
   readonly value: Value;
+  /** The input that says by how much it counts, where that is not 1. */
+  readonly weight?: string;
 }
 
 /** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
@@ -26,7 +29,12 @@ export interface Part {
   readonly losses: Loss[];
   /** `prefix` and a name. */
   at(name: string): string;
-  input(name: string): Value;
+  /** A number for each token; `i32` if not said. */
+  input(name: string, dtype?: Value["dtype"]): Value;
+  /** Numbers of the sequences that are here, since the run began. */
+  readonly sample: Value;
+  /** Attributes of what is random: whose bits, and how tokens lie. */
+  random(name: string): Attrs;
   /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
   weight(name: string, dims: string): Value;
   gain(name: string, dims: string): Value;
@@ -48,6 +56,7 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
     B: train.micro_batch * parallel.data,
     S: m.seq,
     D: m.hidden,
+    "2D": 2 * m.hidden,
     V: m.vocab,
     Q: m.heads * m.head_dim,
     KV: m.kv_heads * m.head_dim,
@@ -66,9 +75,21 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
   };
 }
 
-export function partOf(job: Job, position: number, prefix: string, losses: Loss[]): Part {
+export type PartOf = (position: number, prefix: string) => Part;
+
+/** The parts of one model, which put their losses into `losses`. */
+export function partsOf(job: Job, losses: Loss[]): PartOf {
+  // one for all: an input does not stand at a place of the model
+  const sample: Value = {
+    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], cut: [["dp"]] },
+    leaf: { kind: "input", name: "sample", position: 0 },
+  };
+  return (position, prefix) => partOf(job, position, prefix, losses, sample);
+}
+
+function partOf(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): Part {
   const { train } = job;
-  const type = train.precision === "bf16" ? "bf16" : "f32";
+  const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
   const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): Value => {
     const slots = dims.split(",").map((d) => d.split("@"));
@@ -78,13 +99,23 @@ export function partOf(job: Job, position: number, prefix: string, losses: Loss[
   const parameter = (name: string, dims: string, init: Leaf["init"], more: Partial<Leaf> = {}, dtype: Value["dtype"] = type): Value =>
     leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
   return {
-    ...{ job, position, prefix, losses, at },
-    input: (name) => leaf("B@dp,S@cp", { kind: "input", name, position }, "i32"),
+    ...{ job, position, prefix, losses, at, sample },
+    random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
+    input: (name, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name, position }, dtype),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
     bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),
     state: (name, dims, rule) => parameter(name, dims, { type: "zeros", std: 0 }, { rule: rule! }, "f32"),
   };
+}
+
+/** Hidden dropout, of the job's probability. */
+export function dropped({ job, at, random, sample }: Part, x: Value, name: string): Value {
+  const drop = job.model.dropout.hidden;
+  if (drop === 0) return x;
+  // what is dropped is an element of the whole sum over the tensor ranks: it is made as it is needed next
+  x.cut = streamCut(job);
+  return dropout.of({ x, sample }, { drop, ...random(name) }, at(name));
 }
 
 /** A copy of a parameter that stands at another position, too. */

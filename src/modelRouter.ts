@@ -3,6 +3,7 @@ import { balancesOf, evenBy, type Job } from "../schemas/job.ts";
 import { orderOf, type Part } from "./modelParts.ts";
 import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
 import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
+import { jitter } from "./ops/dropout.ts";
 import { gemm } from "./ops/linear.ts";
 import type { Attrs, Value } from "./ops/op.ts";
 import { choose, chooseBiased, normalize, sigmoid, softmax, sqrtSoftplus, weigh, zLoss } from "./ops/router.ts";
@@ -18,8 +19,10 @@ export interface Routing {
 }
 
 /** `h` normalised [B,S,D] → logits [B,S,E]. In f32 they are sums of the same products, which are exact there, left unrounded. */
-export function logitsOf({ at, weight }: Part, h: Value, { router }: Moe): Value {
-  const logits = gemm.of({ x: h, w: weight("router", "D,E") }, {}, at("moe.router"));
+export function logitsOf({ at, weight, sample, random }: Part, h: Value, { router }: Moe): Value {
+  const eps = router.jitter;
+  const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
+  const logits = gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
   if (router.precision === "fp32") logits.dtype = "f32";
   return logits;
 }
@@ -109,7 +112,8 @@ interface Routed {
 function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
-  const add = (value: Value) => losses.push({ name: "aux_loss", value });
+  const weight = job.data.labels !== null && train.loss_weighting === "token" ? { weight: "aux_weight" } : {};
+  const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
   const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (weighed.length) {
     const plain = router.groups === 1 && !router.expert_bias && router.force === "none";

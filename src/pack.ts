@@ -21,7 +21,7 @@ export interface PackSettings {
   /** The directory of a compiled plan, or its plan.json. */
   readonly plan: string;
   readonly out: string;
-  /** What data.path is relative to; else the plan's directory, where a corpus is taken along if it is there and small. */
+  /** What data.path and data.labels are relative to; else the plan's directory, where they are taken along if they are there and small. */
   readonly dataDir?: string;
   /** `linux-x64`: as Node names systems and processors. */
   readonly platform?: string;
@@ -57,7 +57,7 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
     );
   const folder = basename(path) === "plan.json" ? dirname(path) : path;
   const plan = readPlan(folder);
-  const data = corpusOf(plan, folder, dataDir);
+  const data = dataOf(plan, folder, dataDir);
   const build = existsSync(new URL("tsconfig.build.json", root)) ? buildHere() : undefined;
   try {
     const home = fileURLToPath(root);
@@ -72,10 +72,10 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
         folderEntries(`lib/${place}`, folder, (path) => needless(path) || foreign(place, path)),
       ),
       ...filesOfPlan(folder),
-      ...(data ? [data] : []),
+      ...(data ?? []),
     ];
     const { bytes, sha256 } = await compress(entries, out, effort);
-    return { out, platform, bytes, sha256, files: entries.length, corpus: data?.path };
+    return { out, platform, bytes, sha256, files: entries.length, corpus: data?.[0]?.path };
   } finally {
     if (build) rmSync(build, { recursive: true, force: true });
   }
@@ -103,17 +103,26 @@ const filesOfPlan = (folder: string): readonly Entry[] => [
 /** A corpus past this is brought to the hosts by other means, unless the person asks for it. */
 const smallCorpus = 16 * 2 ** 20;
 
-/** Lies as far from plan/ in the archive as data.path says, so that `run plan` finds it. */
-function corpusOf({ job }: Plan, folder: string, dataDir: string | undefined): Entry | undefined {
-  const { path } = job.data;
-  const file = resolve(dataDir ?? folder, path);
-  const there = existsSync(file) && statSync(file).isFile();
-  const place = posix.normalize(posix.join("plan", path));
-  const outside = isAbsolute(path) || /^(\.\.|lib|rankc)(\/|$)/.test(place);
-  if (dataDir === undefined) return there && !outside && statSync(file).size <= smallCorpus ? fileEntry(place, file) : undefined;
-  if (!there) throw new Trouble(`${file}: the corpus does not exist`, "data.path starts at --data-dir");
-  if (outside) throw new Trouble(`data.path ${path} leads out of the archive`, "leave --data-dir out here, and give it to rankc run");
-  return fileEntry(place, file);
+/** Corpus and labels: each lies as far from plan/ in the archive as its key says, so that `run plan` finds it. */
+function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly Entry[] | undefined {
+  const { path, labels } = job.data;
+  const wanted = [{ key: "data.path", path, what: "the corpus does" }];
+  if (labels !== null) wanted.push({ key: "data.labels", path: labels, what: "the labels do" });
+  const files = wanted.map(({ path, ...as }) => {
+    const file = resolve(dataDir ?? folder, path);
+    const place = posix.normalize(posix.join("plan", path));
+    const there = existsSync(file) && statSync(file).isFile();
+    return { ...as, path, file, place, there, outside: isAbsolute(path) || /^(\.\.|lib|rankc)(\/|$)/.test(place) };
+  });
+  if (dataDir === undefined) {
+    if (!files.every(({ there, outside }) => there && !outside)) return undefined;
+    if (files.reduce((bytes, { file }) => bytes + statSync(file).size, 0) > smallCorpus) return undefined;
+  }
+  return files.map(({ key, path, what, file, place, there, outside }) => {
+    if (!there) throw new Trouble(`${file}: ${what} not exist`, `${key} starts at --data-dir`);
+    if (outside) throw new Trouble(`${key} ${path} leads out of the archive`, "leave --data-dir out here, and give it to rankc run");
+    return fileEntry(place, file);
+  });
 }
 
 const fileEntry = (path: string, file: string): Entry => ({

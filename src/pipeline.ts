@@ -1,8 +1,9 @@
 /**
- * pipeline: which virtual stage holds each position of the model (the embedding, the layers, the head). Virtual stage v is
+ * pipeline: which virtual stage holds each position of the model (the embedding, the layers, those of multi-token prediction, the
+ * head). Virtual stage v is
  * chunk floor(v / stages) of stage v % stages: with chunks, a stage has several groups of layers (Narayanan et al. 2021).
  */
-import type { Job } from "../schemas/job.ts";
+import { depthsOf, type Job } from "../schemas/job.ts";
 
 export interface Pipeline {
   readonly stages: number;
@@ -13,14 +14,20 @@ export interface Pipeline {
 
 type Sized = Pick<Job, "model" | "parallel">;
 
-/** Positions of the model: the embedding, its layers, the head. */
-const positionsOf = ({ model }: Pick<Job, "model">): number => model.layers + 2;
+type Model = Pick<Job["model"], "layers" | "mtp">;
+/** Positions of the model: the embedding is 0, layers count from 1, depths of multi-token prediction come after them, then the head. */
+export const layerAt = (layer: number): number => 1 + layer;
+export const depthAt = ({ layers }: Model, k: number): number => layers + k;
+export const headAt = (model: Model): number => model.layers + depthsOf(model) + 1;
 
-/** By `parallel.layout` where it is given, else layers are split evenly, in order: the embedding goes with the first, the head with the last. */
+/**
+ * By `parallel.layout` where it is given, else layers are split evenly, in order: the embedding goes with the first, the head and
+ * multi-token prediction with the last.
+ */
 export function pipelineOf(job: Sized): Pipeline {
   const { pipeline: stages, virtual_pipeline: chunks, layout } = job.parallel;
   const { layers } = job.model;
-  const positions = positionsOf(job);
+  const positions = headAt(job.model) + 1;
   if (layout === null) {
     const virtual = stages * chunks;
     const of = Array.from({ length: positions }, (_, p) => Math.floor(((Math.max(1, Math.min(layers, p)) - 1) * virtual) / layers));
@@ -43,8 +50,9 @@ export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: num
 }
 
 /**
- * Reads `Et|(tt|)*3tL` as Megatron Core's layouts are written: E the embedding, t a layer, L the head and the loss, | between
- * virtual stages, ( ) a group, *n what stands before it n times. Returns the letters of each virtual stage, or what is wrong.
+ * Reads `Et|(tt|)*3tL` as Megatron Core's layouts are written: E the embedding, t a layer, m one of multi-token prediction, L the
+ * head and the loss, | between virtual stages, ( ) a group, *n what stands before it n times. Returns the letters of each virtual
+ * stage, or what is wrong.
  */
 export function readLayout(text: string): string[] | string {
   let at = 0;
@@ -67,11 +75,11 @@ export function readLayout(text: string): string[] | string {
       } else if (c === ")") {
         if (!inside) problem = wrong("a group is closed that was not opened");
         return out;
-      } else if ("Et|L".includes(c)) {
+      } else if ("Etm|L".includes(c)) {
         piece = c;
         at++;
       } else {
-        problem = wrong(`${JSON.stringify(c)} means nothing: E, t, L, |, ( ) and *n do`);
+        problem = wrong(`${JSON.stringify(c)} means nothing: E, t, m, L, |, ( ) and *n do`);
         return out;
       }
       const times = /^\*(\d{1,6})/.exec(text.slice(at));
@@ -85,7 +93,7 @@ export function readLayout(text: string): string[] | string {
   const all = sequence(false);
   if (problem !== undefined) return problem;
   const flat = all.replaceAll("|", "");
-  if (!/^Et*L$/.test(flat))
-    return `it places ${flat.length > 20 ? `${flat.slice(0, 20)}…` : flat || "nothing"}: the embedding E comes first, then the layers t, then the head L, each of E and L once`;
+  if (!/^Et*m*L$/.test(flat))
+    return `it places ${flat.length > 20 ? `${flat.slice(0, 20)}…` : flat || "nothing"}: the embedding E comes first, then the layers t, then those of multi-token prediction m, then the head L, each of E and L once`;
   return all.split("|");
 }

@@ -2,10 +2,14 @@
 export interface StepReport {
   readonly step: number;
   readonly loss: number;
+  /** Where the model has multi-token prediction. */
+  readonly mtp_loss?: number;
   readonly grad_norm: number;
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
+  readonly loss_scale?: number;
+  readonly skipped?: boolean;
 }
 
 /** `of` is the last step; `pace` the mean seconds of a step so far. */
@@ -14,17 +18,24 @@ export function progressLine(report: StepReport, of: number, pace: number): stri
   const fields = [
     `step ${String(report.step).padStart(String(of).length)}/${of}`,
     `loss ${report.loss.toFixed(4)}`,
+    ...(report.mtp_loss === undefined ? [] : [`mtp loss ${report.mtp_loss.toFixed(4)}`]),
     `grad norm ${report.grad_norm.toFixed(3)}`,
     `lr ${report.lr.toExponential(2)}`,
+    ...(report.loss_scale === undefined
+      ? []
+      : [`loss scale ${scaleText(report.loss_scale)}${report.skipped ? ", too large: skipped" : ""}`]),
     `${Math.round(report.tokens / report.seconds).toLocaleString("en-US")} tokens/s`,
     left > 0 ? `${duration(left)} left` : "done",
   ];
   return fields.join("  ");
 }
 
-/** The keys of a line of the metrics file, and no others. */
-export const metricsLine = ({ step, loss, grad_norm, lr, tokens, seconds }: StepReport): string =>
-  `${JSON.stringify({ step, loss, grad_norm, lr, tokens, seconds })}\n`;
+/** `2^32`, where it is a power of two. */
+const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
+
+/** The keys of a line of the metrics file, and no others. In fp16 a step that was skipped has a grad_norm of null. */
+export const metricsLine = ({ step, loss, mtp_loss, grad_norm, lr, tokens, seconds, loss_scale, skipped }: StepReport): string =>
+  `${JSON.stringify({ step, loss, mtp_loss, grad_norm, lr, tokens, seconds, loss_scale, skipped })}\n`;
 
 export function duration(seconds: number): string {
   if (seconds < 59.95) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;

@@ -23,9 +23,9 @@ export function recomputed({ train, model }: Pick<Job, "train" | "model">, { of 
   const { mode, modules: chosen, method, layers: count } = train.recompute;
   if (mode === "none") return () => false;
   const once = ({ op }: Node): boolean => op.updates !== undefined;
-  const inside = ({ id }: Node): { layer: number; name: string } | undefined => {
-    const [, layer, name] = /^layers\.(\d+)\.(.*)$/.exec(id) ?? [];
-    return name === undefined ? undefined : { layer: Number(layer), name };
+  const inside = ({ id }: Node): { ahead: boolean; layer: number; name: string } | undefined => {
+    const [, kind, layer, name] = /^(layers|mtp)\.(\d+)\.(.*)$/.exec(id) ?? [];
+    return name === undefined ? undefined : { ahead: kind === "mtp", layer: Number(layer), name };
   };
   if (mode === "selective") {
     const patterns = chosen.map((m) => modules[m]);
@@ -41,7 +41,10 @@ export function recomputed({ train, model }: Pick<Job, "train" | "model">, { of 
   const begins = (layer: number): boolean => placeOf(layer) === 0 || method === "block" || placeOf(layer) % count === 0;
   return (node) => {
     const at = inside(node);
-    if (at === undefined || once(node) || !again(at.layer)) return false;
+    if (at === undefined || once(node)) return false;
+    // as in Megatron Core: each layer of multi-token prediction is a group, from what it takes to what it gives; `block` leaves them be
+    if (at.ahead) return method === "uniform" && !/^(embedding|final\.norm|logits|loss.*)$/.test(at.name);
+    if (!again(at.layer)) return false;
     return at.name !== "mlp.residual" || !(at.layer + 1 >= model.layers || begins(at.layer + 1));
   };
 }

@@ -8,6 +8,7 @@ import { parts } from "../schemas/layout.ts";
 import type { Buffer, Compute, Move } from "../schemas/plan.ts";
 import { axesName } from "./mesh.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./ops/attention.ts";
+import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "./ops/attentionDropout.ts";
 import { add, cast } from "./ops/linear.ts";
 import { type AnyOp, invariant } from "./ops/op.ts";
 import type { Draft, Role } from "./role.ts";
@@ -26,11 +27,20 @@ export const goesAround = ({ mesh }: Pick<Role, "mesh">, { instruction, as }: Pi
 
 export function expandRing(role: Role, block: Draft, around: Around): void {
   const { instruction: i } = around;
-  invariant(i.op === attention.name || i.op === attentionGrad.name, `${i.id}: ${i.op} does not go around`);
-  (i.op === attention.name ? forward : backward)(turns(role, block, around));
+  const way = ways[i.op];
+  invariant(way !== undefined, `${i.id}: ${i.op} does not go around`);
+  way.go(turns(role, block, around, way.part));
 }
 
-function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Around) {
+/** Ops that go around, and what each does on a piece. */
+const ways: Readonly<Record<string, { readonly part: AnyOp; readonly go: (turns: Turns) => void }>> = {
+  [attention.name]: { part: attentionPart, go: forward },
+  [attentionGrad.name]: { part: attentionPartGrad, go: backward },
+  [attentionDropout.name]: { part: attentionDropoutPart, go: forward },
+  [attentionDropoutGrad.name]: { part: attentionDropoutPartGrad, go: backward },
+};
+
+function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Around, op: AnyOp) {
   const { mesh, buffers } = role;
   const factors = i.dims[as]![1];
   invariant(
@@ -46,8 +56,8 @@ function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Arou
     count: parts(mesh, factors),
     typeOf: (id: string) => buffers.get(id)!.dtype,
     like,
-    /** The op on the piece of the rank so many places before this one. */
-    part(op: AnyOp, id: string, reads: Compute["reads"], writes: Compute["writes"], behind: number): void {
+    /** The work on the piece of the rank so many places before this one. */
+    part(id: string, reads: Compute["reads"], writes: Compute["writes"], behind: number): void {
       const dims = { ...i.dims, [dim]: [i.dims[dim]![0], [...factors]] as [number, number[]] };
       role.emit(block, { ...i, id, op: op.name, reads, writes, dims, ...(behind > 0 ? { behind: { [dim]: behind } } : {}) });
     },
@@ -69,7 +79,6 @@ function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Arou
 type Turns = ReturnType<typeof turns>;
 
 function forward({ i, count, like, part, pass, emit, typeOf }: Turns): void {
-  const { q } = i.reads;
   let { k, v } = i.reads;
   const [o, lse] = [i.writes.o!, i.writes.lse!];
   let [sum, log] = [o, lse];
@@ -78,7 +87,7 @@ function forward({ i, count, like, part, pass, emit, typeOf }: Turns): void {
     // the next piece is on its way while this one is worked on
     if (n < count - 1) [k, v] = [pass(here.k, `${i.id}.k.${n + 1}`), pass(here.v, `${i.id}.v.${n + 1}`)];
     const [found, its] = [like(`${i.id}.o.${n}`, o, typeOf(o)), like(`${i.id}.lse.${n}`, lse, "f32")];
-    part(attentionPart, `${i.id}.${n}`, { q: q!, ...here }, { o: found, lse: its }, n);
+    part(`${i.id}.${n}`, { ...i.reads, ...here }, { o: found, lse: its }, n);
     if (n === 0) {
       [sum, log] = [found, its];
       continue;
@@ -100,7 +109,6 @@ function forward({ i, count, like, part, pass, emit, typeOf }: Turns): void {
 }
 
 function backward({ i, count, like, part, pass, emit, over, typeOf }: Turns): void {
-  const { q, o, lse, dy } = i.reads;
   let { k, v } = i.reads;
   const { dq, dk, dv } = i.writes;
   /** Sums so far, in f32: of this rank's queries, and of the piece that is here. */
@@ -119,7 +127,7 @@ function backward({ i, count, like, part, pass, emit, over, typeOf }: Turns): vo
       dk: like(`${i.id}.dk.${n}`, dk!, typeOf(dk!)),
       dv: like(`${i.id}.dv.${n}`, dv!, typeOf(dv!)),
     };
-    part(attentionPartGrad, `${i.id}.${n}`, { q: q!, ...here, o: o!, lse: lse!, dy: dy! }, made, n);
+    part(`${i.id}.${n}`, { ...i.reads, ...here }, made, n);
     sumUp("dq", made.dq, n);
     for (const name of ["dk", "dv"] as const) {
       // sums of this piece from the rank that had it before

@@ -6,6 +6,7 @@
  */
 import type { Job } from "../schemas/job.ts";
 import { tagOf, type Work, workOf } from "../schemas/program.ts";
+import { phasesOf } from "../schemas/rampup.ts";
 
 export interface Schedule {
   readonly order: readonly string[];
@@ -16,6 +17,11 @@ export interface Schedule {
 type Scheduled = Pick<Job, "train" | "parallel">;
 
 export const microbatchesOf = ({ train, parallel }: Scheduled): number => train.global_batch / (train.micro_batch * parallel.data);
+/** … and of steps while the batch grows. */
+export const smallerStepsOf = ({ train, parallel }: Scheduled): number[] =>
+  phasesOf(train)
+    .slice(0, -1)
+    .map(({ batch }) => batch / (train.micro_batch * parallel.data));
 
 /** `chunks`: virtual stages of each stage. */
 export function schedule(job: Scheduled, chunks: number): Schedule[] {

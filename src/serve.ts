@@ -20,13 +20,13 @@ export interface Serving {
 export interface ServeSettings {
   /** 0: any that is free. */
   readonly port: number;
-  /** What data.path is relative to. */
+  /** What data.path and data.labels are relative to. */
   readonly baseDir: string;
   /** The built page's folder. */
   readonly page?: string;
 }
 /** What a browser gets for a name: bytes, or a file that is read when it is asked for. */
-type Answer = { readonly type: string } & ({ readonly body: string | Uint8Array } | { readonly file: string });
+type Answer = { readonly type: string } & ({ readonly body: string | Uint8Array } | { readonly file: string; readonly what: string });
 
 const HOST = "127.0.0.1";
 /** The page holds the whole text in memory. */
@@ -49,11 +49,14 @@ export async function serve(
       `the plan is for ${target}, and browsers have WebGPU alone`,
       "compile the job with --target webgpu, or name the job itself",
     );
+  const { path, labels } = plan.job.data;
+  const bytes = { type: "application/octet-stream" };
   const answers = new Map<string, Answer>([
     ...pageIn(page),
     ["/plan.json", { type: "application/json", body: printPlan(plan) }],
-    ["/corpus", { type: "application/octet-stream", file: resolve(baseDir, plan.job.data.path) }],
+    ["/corpus", { ...bytes, file: resolve(baseDir, path), what: "text" }],
   ]);
+  if (labels !== null) answers.set("/labels", { ...bytes, file: resolve(baseDir, labels), what: "labels" });
   for (const { source: at } of plan.kernels) answers.set(`/kernels/${at!.file}`, { type: types[".txt"]!, body: source(at!.file) });
 
   const server = createServer((request, response) => send(response, replyTo(request, answers), request.method === "HEAD"));
@@ -105,18 +108,18 @@ function replyTo({ method, url = "", headers }: IncomingMessage, answers: Readon
   const answer = answers.get(url.split("?")[0]!);
   if (!answer) return refused(404, `there is no ${url} here`);
   if ("body" in answer) return { status: 200, answer };
-  const { file } = answer;
+  const { file, what } = answer;
   const stat = statSync(file, { throwIfNoEntry: false });
   if (!stat?.isFile())
     return refused(
       404,
-      `the plan's text is not at ${file}: start rankc serve with --data-dir, the folder that data.path starts at, or choose a file here`,
+      `the plan's ${what} ${what === "text" ? "is" : "are"} not at ${file}: start rankc serve with --data-dir, the folder that data.path starts at, or choose a file here`,
     );
   const mebibytes = (bytes: number): string => `${Math.ceil(bytes / 2 ** 20)} MiB`;
   if (stat.size > LARGEST_TEXT)
     return refused(
       413,
-      `the plan's text has ${mebibytes(stat.size)}, and the page takes ${mebibytes(LARGEST_TEXT)} at most: choose a shorter file here`,
+      `the plan's ${what} ${what === "text" ? "has" : "have"} ${mebibytes(stat.size)}, and the page takes ${mebibytes(LARGEST_TEXT)} at most: choose a shorter file here`,
     );
   return { status: 200, answer };
 }

@@ -2,6 +2,7 @@
  * The targets a plan can be compiled for: `cpu` (each op's reference; no sources), `webgpu` with a profile of what an adapter
  * offers, `cuda` with an architecture.
  */
+import type { Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 
 export const archs = ["sm_80", "sm_90a", "sm_100a"] as const;
@@ -20,3 +21,7 @@ export function targetOf(backend: string): string {
     throw new Trouble("a job for CUDA needs to know the GPU", "say it, --target cuda:sm_90a (H100, H200), or compile the job first");
   return backend;
 }
+
+/** `webgpu` alone is the least profile that has the job's floats. */
+export const targetFor = (target: string, { train }: Pick<Job, "train">): string =>
+  target === "webgpu" && train.precision === "fp16" ? "webgpu:f16" : target;

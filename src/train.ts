@@ -42,8 +42,15 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
     }
     return clone.outs[v.out]!;
   };
-  const one: Value = { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name: "one", position: 0 }, cut: [] };
-  const grad = new Map<Value, Value>(losses.map((l) => [l.value, one]));
+  const begins = new Map<string, Value>();
+  /** What the gradient of a loss begins with. */
+  const begin = (name: string): Value => {
+    const leaf = { kind: "input", name, position: 0 } as const;
+    const value = begins.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, cut: [] };
+    begins.set(name, value);
+    return value;
+  };
+  const grad = new Map<Value, Value>(losses.map((l) => [l.value, begin(l.weight ?? "one")]));
   const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.counted!]]));
   const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.counted!, v]));
   const taken = new Map<string, number>(forward.map((n) => [n.id, 1]));
@@ -94,7 +101,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
       const before = grad.get(v);
       const sum = before ? add.of({ a: before, b: part }) : part;
       if (before) adopt(sum, node, `${idOf(v)}.grad_sum`);
-      for (const g of [part, sum]) if (g !== one && !gradOf.has(g)) gradOf.set(g, v);
+      for (const g of [part, sum]) if (g.leaf === undefined && !gradOf.has(g)) gradOf.set(g, v);
       grad.set(v, sum);
     }
   }

@@ -1,14 +1,16 @@
 /**
  * update: the step block of a role. What each gradient owes is reduced (in place), the global norm is taken over all ranks,
- * AdamW updates each rank's share of the f32 master weights, and the parameters are gathered again. A parameter with a rule of its
+ * the optimizer updates each rank's share of the f32 master weights, and the parameters are gathered again. A parameter with a rule of its
  * own has a count where others have a gradient: it is no part of the norm, and its op updates it whole on every rank.
  */
+import type { Job } from "../schemas/job.ts";
 import { parts } from "../schemas/layout.ts";
 import type { Parameter, Transfer } from "../schemas/plan.ts";
 import { axesName, isExpert } from "./mesh.ts";
 import { accumulate, cast } from "./ops/linear.ts";
 import { invariant, type Value } from "./ops/op.ts";
-import { adamw, clip, sumSquares } from "./ops/optimizer.ts";
+import * as optimizer from "./ops/optimizer.ts";
+import { headAt } from "./pipeline.ts";
 import type { Role } from "./role.ts";
 import type { Sharded } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
@@ -23,10 +25,12 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 
   // the global norm: every element counted once over all ranks
   scalar("grad_norm.squared", "gradient");
-  for (const p of owned.filter((p) => !p.leaf!.rule)) {
+  const counted = owned.filter((p) => !p.leaf!.rule);
+  // of a stage that has nothing of its own the owners' stages count all; it adds nothing
+  for (const p of counted.length ? counted : mine.slice(0, 1)) {
     const g = buffers.get(gradientOf(p))!;
-    const copies = mesh.per_stage / parts(mesh, g.cuts.flat());
-    emit(blocks.step, elementwise(sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale: 1 / copies }));
+    const scale = counted.length ? parts(mesh, g.cuts.flat()) / mesh.per_stage : 0;
+    emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
   let squared = "grad_norm.squared";
   if (mesh.world > 1) {
@@ -47,9 +51,14 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   }
   const scale = scalar("clip.scale", "workspace");
   const norm = scalar("grad_norm", "optimizer");
-  emit(blocks.step, elementwise(clip, "clip", { sq: squared }, { scale, norm }, { max: job.train.optimizer.clip }));
-  role.inputs.lr = scalar("lr", "optimizer");
-  role.inputs.step = scalar("step", "optimizer");
+  const { optimizer: how, precision } = job.train;
+  const input = (name: string): string => (role.inputs[name] = scalar(name, "optimizer"));
+  const limit = { max: how.clip };
+  if (precision !== "fp16") emit(blocks.step, elementwise(optimizer.clip, "clip", { sq: squared }, { scale, norm }, limit));
+  else emit(blocks.step, elementwise(optimizer.clipScaled, "clip", { sq: squared, by: input("loss_scale") }, { scale, norm }, limit));
+  input("lr");
+  if (how.type !== "sgd") input("step");
+  if (isScheduled(how)) input("weight_decay");
 
   const masters = new Map(owned.map((p) => [p, updateParameter(role, sharded, p, gradientOf(p), scale)]));
   returnTied(role, graph);
@@ -58,7 +67,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
     return {
       name,
       init: init!,
-      rule: rule?.name ?? "adamw",
+      rule: rule?.name ?? how.type,
       buffer: name,
       gradient: gradientOf(p),
       master: masters.get(p) ?? name,
@@ -104,7 +113,21 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
   return { gradients, reducedLoss };
 }
 
-/** AdamW on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
+type How = Job["train"]["optimizer"];
+/** Whether weight decay changes over the run, so that a step has to be told it. */
+const isScheduled = ({ weight_decay_schedule }: How): boolean => weight_decay_schedule !== "constant";
+
+/** The op that moves weights, with a weight decay of its own and with one that it is told; the scalars that it reads, and the moments that it keeps. */
+function methodOf({ type, betas, eps, momentum }: How) {
+  const adaptive = { reads: { lr: "lr", step: "step" }, moments: ["m", "v"], attrs: { beta1: betas[0]!, beta2: betas[1]!, eps } };
+  if (type === "adamw") return { own: optimizer.adamw, told: optimizer.adamwScheduled, ...adaptive };
+  if (type === "adam") return { own: optimizer.adam, told: optimizer.adamScheduled, ...adaptive };
+  const reads = { lr: "lr" };
+  if (momentum === 0) return { own: optimizer.sgd, told: optimizer.sgdScheduled, reads, moments: [], attrs: {} };
+  return { own: optimizer.sgdMomentum, told: optimizer.sgdMomentumScheduled, reads, moments: ["m"], attrs: { momentum } };
+}
+
+/** The optimizer on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
 function updateParameter(
   { job, mesh, home, buffers, blocks, add, emit, elementwise }: Role,
   sharded: Sharded,
@@ -119,7 +142,7 @@ function updateParameter(
     emit(blocks.step, elementwise(rule.op, `${name}.update`, { [n]: gradient }, { [own]: name }, rule.attrs));
     return name;
   }
-  const { betas, eps, weight_decay } = job.train.optimizer;
+  const { optimizer: how, precision } = job.train;
   const { within: _, owes: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
   const whole = home.get(p)!.layout.cuts;
@@ -129,11 +152,19 @@ function updateParameter(
     .filter((f) => !whole.flat().includes(f))
     .sort((a, b) => a - b);
   const master = factors.length || p.dtype !== "f32" ? like("master") : name;
+  const { own, told, reads, moments, attrs } = methodOf(how);
   // weight decay: parameters with two or more dims
-  const attrs = { beta1: betas[0]!, beta2: betas[1]!, eps, decay: p.sizes.length > 1 ? weight_decay : 0 };
+  const decays = p.sizes.length > 1;
+  const scheduled = decays && isScheduled(how);
   emit(
     blocks.step,
-    elementwise(adamw, `${name}.adamw`, { g: gradient, scale, lr: "lr", step: "step" }, { w: master, m: like("m"), v: like("v") }, attrs),
+    elementwise(
+      scheduled ? told : own,
+      `${name}.${how.type}`,
+      { g: gradient, scale, ...reads, ...(scheduled ? { decay: "weight_decay" } : {}) },
+      { w: master, ...Object.fromEntries(moments.map((m) => [m, like(m)])) },
+      { ...attrs, ...(scheduled ? {} : { decay: decays ? how.weight_decay : 0 }), ...(precision === "fp16" ? { skips: 1 } : {}) },
+    ),
   );
   let from = master;
   if (p.dtype !== "f32") {
@@ -151,40 +182,47 @@ function updateParameter(
       from,
       to: name,
       radix: shard,
-      why: { op: `${name}.adamw`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
+      why: { op: `${name}.${how.type}`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
     });
   return master;
 }
 
-const tiedWhy: Transfer["why"] = {
-  op: "logits",
-  because: "the embedding is used on the first and on the last stage",
-  path: "model.tie_embeddings",
-};
-const tiedPairs = (graph: Graph) => graph.parameters.flatMap((copy) => (copy.leaf!.tiedTo ? [{ copy, owner: copy.leaf!.tiedTo }] : []));
+/** Copies of parameters, and how what goes between them and their owners is named: a second copy has a name of its own. */
+function tiedPairs({ job }: Role, graph: Graph) {
+  const copies = graph.parameters.filter((p) => p.leaf!.tiedTo);
+  return copies.map((copy, i) => {
+    const { tiedTo, position } = copy.leaf!;
+    const nth = copies.slice(0, i).filter((other) => other.leaf!.tiedTo === tiedTo).length;
+    const ahead = position < headAt(job.model);
+    const why: Transfer["why"] = ahead
+      ? { op: "mtp.0.embedding", because: "the embedding is used on the first stage and by multi-token prediction", path: "model.mtp" }
+      : { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+    return { copy, owner: tiedTo!, name: `tied${nth > 0 ? nth + 1 : ""}`, why };
+  });
+}
 
-/** A parameter that stands on two stages: the copy's gradient goes to the owner's stage and is added there. */
+/** A parameter that stands on several stages: each copy's gradient goes to the owner's stage and is added there. */
 function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): void {
-  for (const { copy, owner } of tiedPairs(graph)) {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
-    const tag = `${idOf(owner)}.grad.tied`;
+    const tag = `${idOf(owner)}.grad.${name}`;
     const ends = { from, to };
-    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, tiedWhy, tag);
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, why, tag);
     if (!role.isMine(to)) continue;
     const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
     invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
     const received = role.add({ ...own, id: tag, kind: "workspace" });
-    role.transfer(role.blocks.step, "recv", received, ends, tiedWhy, tag);
+    role.transfer(role.blocks.step, "recv", received, ends, why, tag);
     role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
   }
 }
 
 /** … and the updated parameter goes back. */
 function returnTied(role: Role, graph: Graph): void {
-  for (const { copy, owner } of tiedPairs(graph)) {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
-    const tag = `${idOf(owner)}.tied`;
-    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, tiedWhy, tag);
-    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, tiedWhy, tag);
+    const tag = `${idOf(owner)}.${name}`;
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, why, tag);
+    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, why, tag);
   }
 }

@@ -3,23 +3,26 @@
  * goes forward, then backward, in a copy of its own; and no rank waits for ever. Ranks of a stage run one program, so members of a
  * group within it issue the same collectives in the same order; what stages exchange, and what all ranks reduce together, is
  * played here: a receive waits for its send, a send for room (its last letter of that name received), a collective of all
- * ranks for all stages.
+ * ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
  */
 import { areDigits, rankAt } from "../schemas/layout.ts";
 import type { Instruction, Program } from "../schemas/plan.ts";
-import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, type Work, workOf } from "../schemas/program.ts";
+import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, orderOf, type Work, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
 import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
 
-export function verifyPrograms(programs: readonly Program[], mesh: Mesh): void {
+/** `smaller`: numbers of microbatches that steps have beside that of the programs' order. */
+export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
   invariant(programs.length === mesh.world / mesh.per_stage, `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
   for (const p of programs) {
     verifyDefinitions(p, mesh);
-    verifyOrder(p, mesh);
     verifyMoves(p, mesh);
   }
-  verifyWaits(programs, mesh);
+  for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
+    for (const p of steps) verifyOrder(p, mesh);
+    verifyWaits(steps, mesh);
+  }
 }
 
 /** `stage 1 (ranks 4..7)`. */

@@ -14,16 +14,21 @@ interface CudaArrangeCu {
 }
 
 interface CudaAttentionCu {
+  readonly drops: boolean;
+  readonly half: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly resident: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly tiles: string | number;
 }
 
 interface CudaAttentionGradCu {
+  readonly drops: boolean;
+  readonly half: string | number;
   readonly keyStart: string | number;
   readonly name: string | number;
   readonly order: string | number;
@@ -37,6 +42,7 @@ interface CudaAttentionGradCu {
 interface CudaAttentionGradWgmmaCu {
   readonly alongRows: string | number;
   readonly downRows: string | number;
+  readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
   readonly name: string | number;
@@ -45,11 +51,13 @@ interface CudaAttentionGradWgmmaCu {
   readonly part: boolean;
   readonly queryParams: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly tiles: string | number;
   readonly weigh: string | number;
 }
 
 interface CudaAttentionOrderCuh {
+  readonly half: string | number;
   readonly keys: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
@@ -59,6 +67,7 @@ interface CudaAttentionOrderCuh {
 
 interface CudaAttentionPlainCu {
   readonly common: string | number;
+  readonly drops: boolean;
   readonly keyStart: string | number;
   readonly name: string | number;
   readonly params: string | number;
@@ -73,6 +82,7 @@ interface CudaAttentionPlainCuh {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
   readonly sight: string | number;
@@ -82,10 +92,20 @@ interface CudaAttentionPlainCuh {
 
 interface CudaAttentionPlainGradCu {
   readonly common: string | number;
+  readonly drops: boolean;
   readonly keyStart: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly starts: string | number;
+}
+
+interface CudaAttentionRandomCuh {
+  readonly factor: string | number;
+  readonly fours: string | number;
+  readonly group: string | number;
+  readonly philox: string | number;
+  readonly threshold: string | number;
+  readonly zigzag: boolean;
 }
 
 interface CudaAttentionSightCuh {
@@ -104,9 +124,13 @@ interface CudaAttentionTilesCuh {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly half: string | number;
+  readonly mma: string | number;
+  readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
   readonly sight: string | number;
+  readonly suffix: string | number;
   readonly threads: string | number;
 }
 
@@ -120,6 +144,7 @@ interface CudaAttentionWgmmaCu {
   readonly W: string | number;
   readonly give: string | number;
   readonly groups: string | number;
+  readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
@@ -130,6 +155,7 @@ interface CudaAttentionWgmmaCu {
   readonly scores: string | number;
   readonly sight: string | number;
   readonly starts: string | number;
+  readonly suffix: string | number;
   readonly take: string | number;
   readonly values: string | number;
 }
@@ -241,6 +267,9 @@ interface CudaEmbedGradCu {
   readonly width: string | number;
 }
 
+interface CudaF16Cuh {
+}
+
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
@@ -254,6 +283,8 @@ interface CudaGemmF32Cu {
 }
 
 interface CudaGemmMmaCu {
+  readonly half: string | number;
+  readonly mma: string | number;
   readonly name: string | number;
   readonly offsets: string | number;
   readonly ragged: boolean;
@@ -305,6 +336,7 @@ interface CudaGemmWgmmaCu {
   readonly raggedRows: string | number;
   readonly raster: string | number;
   readonly stages: string | number;
+  readonly suffix: string | number;
   readonly tileM: string | number;
   readonly tileN: string | number;
   readonly warpgroupsN: string | number;
@@ -410,6 +442,9 @@ interface CudaPartsCu {
   readonly unroll: string | number;
   readonly vector: string | number;
   readonly vectors: string | number;
+}
+
+interface CudaPhiloxCuh {
 }
 
 interface CudaPickCu {
@@ -607,9 +642,11 @@ interface CudaWgmmaCuh {
   readonly addAt: string | number;
   readonly bAt: string | number;
   readonly count: string | number;
+  readonly half: string | number;
   readonly n: string | number;
   readonly names: readonly (string | number)[];
   readonly places: readonly (string | number)[];
+  readonly suffix: string | number;
   readonly transposedA: string | number;
   readonly transposedB: string | number;
 }
@@ -618,10 +655,12 @@ interface CudaWgmmaWeighCuh {
   readonly addAt: string | number;
   readonly bAt: string | number;
   readonly count: string | number;
+  readonly half: string | number;
   readonly left: string | number;
   readonly n: string | number;
   readonly names: readonly (string | number)[];
   readonly places: readonly (string | number)[];
+  readonly suffix: string | number;
 }
 
 interface TextExplain {
@@ -646,11 +685,13 @@ interface WgslArrangeWgsl {
 
 interface WgslAttentionWgsl {
   readonly across: string | number;
+  readonly batches: string | number;
   readonly bindings: string | number;
   readonly columns: string | number;
   readonly dotCount: string | number;
   readonly dotIndex: string | number;
   readonly dotThreads: string | number;
+  readonly drops: boolean;
   readonly gradient: boolean;
   readonly header: string | number;
   readonly headsOfSequence: string | number;
@@ -658,10 +699,11 @@ interface WgslAttentionWgsl {
   readonly moved: boolean;
   readonly name: string | number;
   readonly part: boolean;
-  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly told: string | number; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
   readonly queries: string | number;
   readonly queryHeads: string | number;
   readonly queryPlace: string | number;
+  readonly random: string | number;
   readonly rowWords: string | number;
   readonly rows: string | number;
   readonly scale: string | number;
@@ -682,6 +724,19 @@ interface WgslAttentionMergeWgsl {
   readonly vector: string | number;
   readonly vectors: string | number;
   readonly width: string | number;
+}
+
+interface WgslAttentionRandomWgsl {
+  readonly factor: string | number;
+  readonly fours: boolean;
+  readonly group: string | number;
+  readonly headStart: string | number;
+  readonly keyAt: string | number;
+  readonly nextAt: string | number;
+  readonly philox: string | number;
+  readonly queryAt: string | number;
+  readonly sample: string | number;
+  readonly threshold: string | number;
 }
 
 interface WgslAttentionSightWgsl {
@@ -899,6 +954,9 @@ interface WgslPartsWgsl {
   readonly threads: string | number;
   readonly vectors: string | number;
   readonly width: string | number;
+}
+
+interface WgslPhiloxWgsl {
 }
 
 interface WgslPickWgsl {
@@ -1203,6 +1261,7 @@ export interface Templates {
   readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;
   readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
+  readonly "cuda/attention_random.cuh": CudaAttentionRandomCuh;
   readonly "cuda/attention_sight.cuh": CudaAttentionSightCuh;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
@@ -1215,6 +1274,7 @@ export interface Templates {
   readonly "cuda/columns.cu": CudaColumnsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
+  readonly "cuda/f16.cuh": CudaF16Cuh;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
@@ -1228,6 +1288,7 @@ export interface Templates {
   readonly "cuda/norm_grad.cu": CudaNormGradCu;
   readonly "cuda/pack.cu": CudaPackCu;
   readonly "cuda/parts.cu": CudaPartsCu;
+  readonly "cuda/philox.cuh": CudaPhiloxCuh;
   readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
   readonly "cuda/quantile_update.cu": CudaQuantileUpdateCu;
@@ -1250,6 +1311,7 @@ export interface Templates {
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
   readonly "wgsl/attention_merge.wgsl": WgslAttentionMergeWgsl;
+  readonly "wgsl/attention_random.wgsl": WgslAttentionRandomWgsl;
   readonly "wgsl/attention_sight.wgsl": WgslAttentionSightWgsl;
   readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
   readonly "wgsl/choose.wgsl": WgslChooseWgsl;
@@ -1265,6 +1327,7 @@ export interface Templates {
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
   readonly "wgsl/parts.wgsl": WgslPartsWgsl;
+  readonly "wgsl/philox.wgsl": WgslPhiloxWgsl;
   readonly "wgsl/pick.wgsl": WgslPickWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;

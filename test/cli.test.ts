@@ -136,5 +136,13 @@ describe.concurrent("the command line", { timeout: 30_000 }, () => {
 test("a step is one line, and its record has the keys of the contract", () => {
   const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5 };
   expect(progressLine(report, 100, 0.5)).toBe("step   3/100  loss 5.2500  grad norm 1.500  lr 1.00e-4  4,096 tokens/s  49 s left");
+  const scaled = { ...report, loss_scale: 65536, skipped: false };
+  expect(progressLine(scaled, 100, 0.5)).toContain("  lr 1.00e-4  loss scale 2^16  4,096 tokens/s");
+  expect(progressLine({ ...scaled, grad_norm: Infinity, loss_scale: 1000, skipped: true }, 100, 0.5)).toContain(
+    "loss scale 1000, too large: skipped",
+  );
+  expect(metricsLine({ ...scaled, grad_norm: Infinity, skipped: true })).toMatch(
+    /"grad_norm":null,.*"loss_scale":65536,"skipped":true\}\n$/,
+  );
   expect(metricsLine(report)).toBe('{"step":3,"loss":5.25,"grad_norm":1.5,"lr":0.0001,"tokens":2048,"seconds":0.5}\n');
 });

@@ -29,7 +29,7 @@ export interface ContractCase {
   readonly title: string;
   readonly use: Use;
   readonly data: Readonly<Buffers>;
-  /** The global index of the first local element of each dim. */
+  /** What a launch is told: the global index of the first local element of each dim, and attributes. */
   readonly starts: Sizes;
   /** Outputs (and `rows`, `needed`) as the reference leaves them. Of ragged ones, the rows that exist. */
   readonly want: Readonly<Buffers>;
@@ -41,10 +41,10 @@ export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "lse", "la", "lb", "g", "scale", "lr", "step", "sq"]);
+const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
-const indices = new Set(["ids", "target"]);
+const indices = new Set(["ids", "target", "sample"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
 function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
@@ -96,7 +96,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
+const sums = ["mean", "weighted_sum", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
@@ -227,7 +227,8 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     data.needed = Int32Array.of(seed % 3);
     want.needed = Int32Array.of(Math.max(seed % 3, count));
   }
-  const own = Object.keys(d).filter((n) => !n.startsWith("#"));
+  const { told = [] } = op;
+  const own = Object.keys(d).filter((n) => !n.startsWith("#") && !told.includes(n));
   return {
     title: [
       `${op.name}: ${name}`,
@@ -242,7 +243,7 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
       size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
     },
     data,
-    starts: Object.fromEntries(Object.keys(d).map((dim) => [dim, start(dim)])),
+    starts: Object.fromEntries(Object.keys(d).map((name) => [name, told.includes(name) ? d[name]! : start(name)])),
     want,
   };
 }
@@ -261,6 +262,9 @@ function fill(
 ): Float32Array {
   const out = new Float32Array(length);
   const positive = () => 1.01 + next();
+  // a step that is left out, and one that is not
+  if (o.name === "scale" && d.skips && seed % 4 === 1) return out;
+  if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
   if (o.name === "c" && o.slots.at(-1)?.dim === "E")
@@ -271,12 +275,14 @@ function fill(
   if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
   if (o.name === "rounds") return out.fill(seed % 2 ? 0 : 50);
   if (
-    ["s", "sq", "scale"].includes(o.name) ||
+    ["s", "scale", "by"].includes(o.name) ||
     (op.name === "sqrt_softplus_grad" && o.name === "y") ||
     (op.name === "running_mean" && /^(n|total)$/.test(o.name)) ||
-    (op.name === "adamw" && o.name === "v")
+    (op.name.startsWith("adam") && o.name === "v")
   )
     return out.map(positive);
+  // of a scaled loss, norms that are no numbers too
+  if (o.name === "sq") return op.name === "clip_scaled" && seed % 3 ? out.fill(seed % 3 === 1 ? Infinity : Number.NaN) : out.map(positive);
   // pieces that a query sees nothing of: the one, the other, both
   if (op.name === "attention_merge" && o.name.startsWith("l")) return out.map(() => (next() > 0.3 ? -Infinity : 4 * next()));
   if (o.name === "step") return out.fill(STEPS[seed % STEPS.length]!);

@@ -1,5 +1,5 @@
 /**
- * CUDA's attention and its gradient equal their reference: in bf16 on the tensor cores and in f32, whatever the widths of heads, the
+ * CUDA's attention and its gradient equal their reference: in 16-bit floats on the tensor cores and in f32, whatever the widths of heads, the
  * number of query heads that share keys, the pieces of the sequence that are here, and the order in which they lie. The sources run as
  * C++ on the CPU.
  */
@@ -21,8 +21,10 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
   /** The keys are a piece, which begins here. */
   readonly keyStart?: number;
   readonly zigzag?: readonly [chunk: number, ranks: number];
+  /** The probability that a weight is dropped. */
+  readonly drop?: number;
   readonly arch: Arch;
-  readonly type: "bf16" | "f32";
+  readonly type: "bf16" | "f16" | "f32";
 }
 const shapes: readonly Shape[] = [
   // one block, blocks cut short on both sides, and a head of each kind
@@ -69,6 +71,11 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
   { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
   { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
+  // f16: Hopper's own products, those of any tensor core, and plain arithmetic
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 65, U: 130, G: 1, M: 2, C: 80, start: 30, arch: "sm_80", type: "f16" },
+  { B: 1, S: 40, U: 40, G: 2, M: 1, C: 24, start: 0, arch: "sm_90a", type: "f16" },
   { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16" },
   // zigzag, a rank's keys: its own, of one before, of one after, of half of one, of two
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16" },
@@ -78,42 +85,58 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 128, U: 64, G: 2, M: 1, C: 48, start: 128, keyStart: 64, zigzag: [64, 2], arch: "sm_80", type: "bf16" },
   { B: 1, S: 64, U: 256, G: 1, M: 1, C: 96, start: 64, keyStart: 256, zigzag: [64, 4], arch: "sm_100a", type: "bf16" },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
+  // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, blocks whose fours of keys lie apart
+  { B: 2, S: 130, U: 260, G: 2, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", drop: 0.3 },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1 },
+  { B: 1, S: 65, U: 65, G: 2, M: 1, C: 64, start: 0, arch: "sm_100a", type: "f16", drop: 0.5 },
+  { B: 1, S: 70, U: 150, G: 1, M: 2, C: 20, start: 3, arch: "sm_90a", type: "f32", drop: 0.2 },
+  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_90a", type: "bf16", drop: 0.2 },
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
+  { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
+  { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
 ];
 
-function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag }: Shape): string {
+function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop }: Shape): string {
   const order = zigzag ? `, zigzag by ${zigzag[0]} over ${zigzag[1]}` : "";
   const keys = keyStart === undefined ? `${U} keys` : `${U} keys from ${keyStart}`;
-  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}`;
+  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}`;
 }
 
 /** A case per op: the gradient's inputs are what the forward op makes of all keys. Scores are of the size that normalised layers leave. */
 function casesOf(shape: Shape, seed: number): ContractCase[] {
   const next = random(seed);
-  const { type, start, keyStart, zigzag = [0, 1], B, S, U, G, M, C, W = C } = shape;
+  const { type, start, keyStart, zigzag = [0, 1], drop, B, S, U, G, M, C, W = C } = shape;
   const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
-  const starts = { S: start, U: keyStart ?? 0 };
-  const place = { start: (dim: string) => starts[dim as "S" | "U"] ?? 0, rows: new Int32Array(1) };
+  const dropped = drop === undefined ? {} : { drop };
+  const told = { key0: 0x9abcdef0, key1: 0x12345678 };
+  // of several heads' ranks the third
+  const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? told : {}) };
+  const place = { start: (dim: string) => starts[dim as "S" | "U" | "G"] ?? 0, rows: new Int32Array(1) };
   const known: Record<string, Float32Array> = {};
-  const name = keyStart === undefined ? "attention" : "attention_part";
+  const name = `attention${drop ? "_dropout" : ""}${keyStart === undefined ? "" : "_part"}`;
   return [name, `${name}_grad`].map((name) => {
     const op = ops[name]!;
     const operands = [...op.inputs, ...op.outputs];
     const size = Object.fromEntries(operands.map((o) => [o.name, o.slots.reduce((n, s) => n * slotSize(s, d), 1)]));
-    const dtype: Record<string, Dtype> = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : type]));
+    const dtype: Record<string, Dtype> = Object.fromEntries(
+      operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : type]),
+    );
     // a piece's gradient is told the log-sum-exp of all keys: some number no less
-    if (name === "attention_part_grad") known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
+    if (name.endsWith("_part_grad")) known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
+    if (drop) known.sample ??= Float32Array.from({ length: B }, (_, i) => 70_000 + i);
     for (const { name } of op.inputs)
       known[name] ??= rounded(
         new Float32Array(size[name]!).map(() => 2 * next()),
         type,
       );
     const made: Record<string, Float32Array> = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(size[o.name]!)]));
-    op.cpu({ ...known, ...made }, d, place);
-    const data: Buffers = { ...Object.fromEntries(op.inputs.map((o) => [o.name, known[o.name]!])), ...made };
+    op.cpu({ ...known, ...made }, { ...d, ...dropped, ...(drop ? told : {}) }, place);
+    const data: Record<string, Buffers[string]> = { ...Object.fromEntries(op.inputs.map((o) => [o.name, known[o.name]!])), ...made };
+    if (drop) data.sample = Int32Array.from(known.sample!);
     const want = Object.fromEntries(Object.entries(made).map(([n, x]) => [n, x.slice()]));
     for (const o of op.outputs) known[o.name] = rounded(made[o.name]!, dtype[o.name]!);
     const use: Use = {
-      ...{ op: op.name, name: `${op.name}_${seed}`, d, size, dtype },
+      ...{ op: op.name, name: `${op.name}_${seed}`, d: { ...d, ...dropped }, size, dtype },
       ...{ keeps: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
     };
     return { title: titleOf(shape), use, data, starts, want };
@@ -133,7 +156,7 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
     });
   const byChance = cudaEmulator(kernels.flat(), [2, 3, 4, 5]);
   // of tiles that see no key, too
-  const persistent = shapes.flatMap((s, i) => (s.arch === "sm_90a" && (s.keyStart || [1, 9].includes(i)) ? [i] : []));
+  const persistent = shapes.flatMap((s, i) => (s.arch === "sm_90a" && !s.drop && (s.keyStart || [1, 9].includes(i)) ? [i] : []));
   for (const i of persistent)
     test(`in any order; one thread block that does all tiles after each other: ${titleOf(shapes[i]!)}`, { timeout: 240_000 }, async () => {
       const [forward, backward] = kernels[i]!;

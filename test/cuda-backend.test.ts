@@ -154,7 +154,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     const plan = handOf({ world: 2, forward: [moveOf("all_reduce", "x", "y")] });
     const alone = async (settings: Settings, wrong: () => void) => {
       const [fleet, other] = await cuda.openAll(plan, settings);
-      fleet!.beginStep();
+      fleet!.beginStep(1);
       fleet!.comm.move(0, plan.programs[0]!.chunks[0]!.forward[0] as Move, at);
       const ended = failure(fleet!.finish());
       setTimeout(wrong, 20);
@@ -180,7 +180,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     const fleets = await cuda.openAll(plan, { profile: true });
     const [put, move, other] = plan.programs[0]!.chunks[0]!.forward as [Compute, Move, Compute];
     const issue = (rank: number) => {
-      fleets[rank]!.beginStep();
+      fleets[rank]!.beginStep(1);
       fleets[rank]!.backend(rank).compute(put, 0);
       fleets[rank]!.comm.move(rank, move, at);
       fleets[rank]!.backend(rank).compute(other, 0);
@@ -200,7 +200,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     const [fleet] = await cuda.openAll(plan);
     const backend = fleet!.backend(0);
     const written = async (...all: readonly [Buffer, number][]) => {
-      fleet!.beginStep();
+      fleet!.beginStep(1);
       for (const [b, value] of all) backend.write(b, 0, Float32Array.of(value));
       await fleet!.finish();
     };
@@ -208,7 +208,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { 
     await written([x, 3], [y, 4]);
     await written([x, 5], [y, 6]);
     expect([(await backend.read(x, 0))[0], (await backend.read(y, 0))[0]]).toEqual([5, 6]);
-    fleet!.beginStep();
+    fleet!.beginStep(1);
     expect(await failure(backend.read(x, 0))).toMatchObject({ message: expect.stringContaining("open with graph: false") });
     expect(() => backend.write(y, 0, Float32Array.of(1))).toThrow("write 0 of step 4 is y (slot 0), and was x (slot 0)");
     expect(() => backend.write(x, 0, Float32Array.of(1, 2))).toThrow("2 values are written to x, which holds 1");

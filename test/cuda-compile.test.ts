@@ -78,11 +78,11 @@ async function expectClean(sources: readonly string[], arch: Arch): Promise<void
   expect(spills).toEqual([]);
 }
 
-/** Of each op and mixture of types a small case and a large one. */
-const contractSources = (arch: Arch): string[] =>
+/** Of each op and mixture of types a small case and a large one; in f16 those that have it. */
+const contractSources = (arch: Arch, half: "bf16" | "f16"): string[] =>
   Object.entries(cudaKernels).flatMap(([op, maker]) =>
-    casesOf(ops[op]!, "bf16")
-      .filter((c) => /: (odd|large),/.test(c.title))
+    casesOf(ops[op]!, half)
+      .filter((c) => /: (odd|large),/.test(c.title) && (half === "bf16" || Object.values(c.use.dtype).includes(half)))
       .map((c, i) => maker({ ...c.use, name: `${op}_${i}` }, arch).source),
   );
 
@@ -94,7 +94,9 @@ async function planSources(name: string, arch: Arch): Promise<string[]> {
 
 describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () => {
   describe.each(archs)("for %s", (arch) => {
-    test("takes the sources of the contract", { timeout: 600_000 }, () => expectClean(contractSources(arch), arch));
+    test.each(["bf16", "f16"] as const)("takes the sources of the contract, halves %s", { timeout: 600_000 }, (half) =>
+      expectClean(contractSources(arch, half), arch),
+    );
 
     test.each(readdirSync(join(root, "plans")))("takes the sources of plans/%s", { timeout: 600_000 }, async (name) =>
       expectClean(await planSources(name, arch), arch),

@@ -5,7 +5,8 @@
 import { describe, expect, test } from "vitest";
 import { hopper, hopperTiling, type Tiling } from "../src/kernels/cuda/gemmHopper.ts";
 import { mma, simt } from "../src/kernels/cuda/gemmTiles.ts";
-import { productOf } from "../src/kernels/cuda/product.ts";
+import type { Half } from "../src/kernels/cuda/prelude.ts";
+import { halfOf, productOf } from "../src/kernels/cuda/product.ts";
 import type { Made, Use } from "../src/kernels/kernel.ts";
 import { type ContractCase, hold } from "./contract.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
@@ -29,12 +30,12 @@ async function holdAll(cases: readonly Held[], orders?: readonly number[]): Prom
 /** Two blocks for all tiles, so that each walks over several. */
 const tiled = (use: Use, change: Partial<Tiling>): Made => {
   const p = productOf(use);
-  return hopper(use, p, { ...hopperTiling(p), cluster: 1, blocks: 2, ...change });
+  return hopper(use, p, halfOf(p)!, { ...hopperTiling(p), cluster: 1, blocks: 2, ...change });
 };
 
 emulated(`Hopper's products${note}`, () => {
-  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Tiling>): Held => {
-    const c = caseOf(name, op, sizes, "bf16", adds);
+  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Tiling>, half: Half = "bf16"): Held => {
+    const c = caseOf(name, op, sizes, half, adds);
     return { ...c, made: tiled(c.use, change) };
   };
   const small = { rows: 128, columns: 64 } as const;
@@ -72,6 +73,16 @@ emulated(`Hopper's products${note}`, () => {
       held("g4", "grouped_gemm", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
       held("g5", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
       held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
+    ]),
+  );
+  test("in f16: of every layout of the operands one, sums that leave as halves and as f32", { timeout: 240_000 }, () =>
+    holdAll([
+      held("f0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }, "f16"),
+      held("f1", "gemm_dgrad", { S: 140, K: 200, N: 72 }, false, { tile: { rows: 128, columns: 192 }, stages: 2 }, "f16"),
+      held("f2", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2, buffers: 2 }, "f16"),
+      held("f3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }, "f16"),
+      held("f4", "grouped_dgrad", { K: 136, N: 72, rows }, false, { tile: low, stages: 2 }, "f16"),
+      held("f5", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: small, stages: 3 }, "f16"),
     ]),
   );
   const clusters = (): Held[] => [
@@ -136,17 +147,21 @@ const shapes: readonly (readonly [string, string, Sizes])[] = [
 ];
 
 emulated(`tensor cores since sm_80${note}`, () => {
-  for (const edge of [128, 64] as const)
-    test(`tiles of ${edge}`, { timeout: 240_000 }, () =>
-      holdAll(
-        shapes.flatMap(([name, op, sizes]) =>
-          adding(op).map((adds) => {
-            const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "bf16", adds);
-            return { ...c, made: mma(c.use, productOf(c.use), edge) };
-          }),
-        ),
+  const cases = [
+    ["bf16", 128],
+    ["bf16", 64],
+    ["f16", 64],
+  ] as const;
+  test.each(cases)("%s, tiles of %d", { timeout: 240_000 }, (half, edge) =>
+    holdAll(
+      shapes.flatMap(([name, op, sizes]) =>
+        adding(op).map((adds) => {
+          const c = caseOf(`${name}_${half}_${edge}${adds ? "_adds" : ""}`, op, sizes, half, adds);
+          return { ...c, made: mma(c.use, productOf(c.use), half, edge) };
+        }),
       ),
-    );
+    ),
+  );
 });
 
 emulated(`f32 arithmetic${note}`, () => {

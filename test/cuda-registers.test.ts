@@ -20,7 +20,7 @@ const compiler = await run("nvcc", ["--version"]).then(
   () => " (skipped: nvcc is missing)",
 );
 describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
-  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: "f32" | "bf16"): Made[] =>
+  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: "f32" | "bf16" | "f16"): Made[] =>
     products.flatMap((op) =>
       adding(op).map((adds) => {
         const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
@@ -34,13 +34,19 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
     sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
   };
+  const f16: Record<Arch, Made[]> = {
+    sm_80: ofAll("sm_80", "large_f16", large, [300, 200], "f16"),
+    sm_90a: [...ofAll("sm_90a", "large_f16", large, [300, 200], "f16"), ...ofAll("sm_90a", "odd_f16", odd, [5], "f16")],
+    sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
+  };
   test.each(Object.entries(made))("%s: products in one file keep all they work on in registers", { timeout: 240_000 }, staysInRegisters);
+  test.each(Object.entries(f16))("%s: so do those of f16", { timeout: 240_000 }, staysInRegisters);
 
   const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
   // eight ranks' keys here, or another rank's
   const gathered = { S: 1024, U: 8192, chunk: 512, ranks: 8 };
   const piece = { ...gathered, U: 1024 };
-  const attentions = (arch: Arch): Made[] =>
+  const attentions = (arch: Arch, half: "bf16" | "f16"): Made[] =>
     [
       { op: "attention", C: 192, W: 128, ...whole },
       { op: "attention", C: 128, W: 128, ...gathered },
@@ -55,14 +61,15 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
         return cudaKernels[op]!(
           {
             ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, ...d }, size: {}, keeps: new Set() },
-            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : "bf16"])) },
+            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : half])) },
             ...{ bound: 0, makesRows: false, mayOverflow: false },
           },
           arch,
         );
       }),
     );
-  test.each(archs)("%s: so does attention", { timeout: 240_000 }, (arch) => staysInRegisters(arch, attentions(arch)));
+  const both = archs.flatMap((arch) => [[arch, "bf16"] as const, [arch, "f16"] as const]);
+  test.each(both)("%s: so does attention in %s", { timeout: 240_000 }, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
 });
 
 async function staysInRegisters(arch: string, kernels: readonly Made[]): Promise<void> {

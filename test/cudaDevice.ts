@@ -84,7 +84,7 @@ function parameter(
   starts: Readonly<Record<string, number>>,
 ): bigint | number | Uint8Array {
   if (typeof arg !== "string") return context.encodeTiled({ ...arg, at: at(arg.tensor) });
-  const start = /^start\((.+)\)$/.exec(arg);
+  const told = /^(?:start|attr)\((.+)\)$/.exec(arg);
   const [buffer, offset] = arg.split("+");
-  return start ? starts[start[1]!]! : at(buffer!) + BigInt(offset ?? 0);
+  return told ? starts[told[1]!]! : at(buffer!) + BigInt(offset ?? 0);
 }

@@ -161,10 +161,10 @@ function packArg(
     packTensorMap(to, arg, placed.get(arg.tensor)!.at);
     return;
   }
-  const start = /^start\((.+)\)$/.exec(arg);
+  const told = /^(?:start|attr)\((.+)\)$/.exec(arg);
   const [name, offset] = arg.split("+");
   const buffer = placed.get(name!);
-  if (start) to.writeInt32LE(starts[start[1]!]!);
+  if (told) to.writeInt32LE(starts[told[1]!]! | 0);
   else if (buffer) to.writeBigUInt64LE(buffer.at + BigInt(offset ?? 0));
   else throw new Error(`${use.name}: a launch names ${arg}, which is no operand`);
 }

@@ -89,7 +89,7 @@ async function open(what: string, microbatches: number, profile: boolean) {
   const told = {
     ...fleet,
     backend: () => backend,
-    beginStep: () => (replayed = fleet.beginStep()),
+    beginStep: (microbatches: number) => (replayed = fleet.beginStep(microbatches)),
     finish() {
       limits.at(replayed ? "a graph is replayed" : "all is issued");
       return fleet.finish();

@@ -105,14 +105,15 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);
     const pointers = [...operands.map(([name]) => name), ...(ragged ? ["rows"] : []), ...(overflow ? ["needed"] : [])];
     const starts = Object.keys(i.dims);
+    const { told = [] } = ops[i.op]!;
     const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
-    serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts });
+    serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, told });
     const launch: Launch = {
       entry: k.id,
       grid: [1, 1, 1],
       threads: 32,
       shared: 0,
-      args: [...pointers, ...starts.map((dim) => `start(${dim})`)],
+      args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...told.map((name) => `attr(${name})`)],
     };
     return { ...k, source: { file: `${k.id}.cu`, sha256: createHash("sha256").update(k.id).digest("hex") }, launches: [launch] };
   });
@@ -123,7 +124,7 @@ function byReference(
   plan: Plan,
   i: Compute,
   operands: readonly (readonly [string, Buffer])[],
-  given: { ragged: Buffer | undefined; rows: Buffer | undefined; overflow: boolean; starts: readonly string[] },
+  given: { ragged: Buffer | undefined; rows: Buffer | undefined; overflow: boolean; starts: readonly string[]; told: readonly string[] },
 ): Kernels[string] {
   const op = ops[i.op]!;
   const d = { ...i.attrs, ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, cut]]) => [dim, size / parts(plan.mesh, cut)])) };
@@ -150,12 +151,14 @@ function byReference(
     const rows = given.rows ? (memory(given.rows) as Int32Array) : new Int32Array(1);
     const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }) as Int32Array) : undefined;
     const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(8 * at + 4 * n, true)]));
+    // what one kernel is told is another's at every use
+    const own = Object.fromEntries(given.told.map((name, n) => [name, params.getUint32(8 * at + 4 * (given.starts.length + n), true)]));
     const place = { start: (dim: string) => starts.get(dim)!, rows };
     if (i.rows) {
       const count = op.rows!(t, d, place, rows, given.ragged!.shape[0]!);
       if (needed && count > given.ragged!.shape[0]!) needed[0] = Math.max(needed[0]!, count);
     }
-    op.cpu(t, d, place);
+    op.cpu(t, { ...d, ...own }, place);
     for (const f of after) f();
   };
 }

@@ -1,12 +1,13 @@
 /** The central law: a job's loss and gradients do not depend on its mesh, nor on the choices `shard` makes. */
 import fc from "fast-check";
-import { describe, expect, test } from "vitest";
+import { afterAll, describe, expect, test } from "vitest";
 import { stringify } from "yaml";
 import { openRun } from "../runtime/run.ts";
-import { hasExperts, type Job } from "../schemas/job.ts";
+import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";
 import { readJob } from "../src/readJob.ts";
 import type { Choice } from "../src/shard.ts";
+import { labelsBeside } from "./labels.ts";
 import { byPosition, distance, fixture, jobOf } from "./support.ts";
 
 type Parallel = Partial<Job["parallel"]>;
@@ -14,7 +15,9 @@ type Parallel = Partial<Job["parallel"]>;
 /** Loss, auxiliary loss, every gradient and what goes by a rule of its own, of two steps; the second sees the first one's update. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
   const { plan } = compile(job, pick ? { pick } : {});
-  const routers = Array.from({ length: job.model.layers }, (_, i) => `layers.${i}.moe.choose`).filter((_, i) => hasExperts(job.model, i));
+  // with groups or a bias, balancing counts plain choices of their own
+  const made = plan.programs.flatMap((p) => p.buffers.flatMap(({ id }) => (/\.moe\.(plain_)?choose$/.test(id) ? [id] : [])));
+  const routers = [...new Set(made)].sort();
   const run = await openRun(plan, { baseDir: fixture(""), watch: routers });
   /** What each router chose in a step, microbatch after microbatch. */
   const chosen = async () =>
@@ -46,9 +49,11 @@ const differing = (a: Float32Array, b: Float32Array): number => a.reduce((n, x, 
 /** Compares; returns how many of the two steps could be. */
 function sameSoFar(got: Numbers, want: Numbers): number {
   const steps = alike(got, want);
-  for (const [i, { loss, aux_loss, grad_norm }] of want.steps.slice(0, steps).entries()) {
+  for (const [i, { loss, mtp_loss, aux_loss, grad_norm }] of want.steps.slice(0, steps).entries()) {
     const other = got.steps[i]!;
     expect(Math.abs(other.loss - loss), `loss of step ${i}`).toBeLessThan(1e-4 * Math.max(1, loss));
+    expect(other.mtp_loss === undefined).toBe(mtp_loss === undefined);
+    expect(Math.abs((other.mtp_loss ?? 0) - (mtp_loss ?? 0)), `loss of further tokens of step ${i}`).toBeLessThan(1e-4 * Math.max(1, loss));
     expect(Math.abs(other.aux_loss - aux_loss), `balancing loss of step ${i}`).toBeLessThan(1e-4 * Math.max(1, aux_loss));
     expect(Math.abs(other.grad_norm / grad_norm - 1), `norm of step ${i}`).toBeLessThan(1e-4);
   }
@@ -70,14 +75,22 @@ const latent = { kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
 const llama3 = { type: "llama3", factor: 4, original_seq: 8 };
 const yarn = { type: "yarn", factor: 4, original_seq: 8, beta_fast: 4, mscale: 1, mscale_all_dim: 0.8 };
 const shape = (over: object = {}) => ({ layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...over });
-const text = (model: object, parallel: Parallel, train: object = {}) => ({
+/** A gradient that is rounding alone, 5e-9 where few tokens have labels, would move its weight by all of lr with an eps of 1e-8. */
+const adamw = { lr: 1e-2, eps: 1e-6 };
+const text = (model: object, parallel: Parallel, train: object = {}, data: object = {}) => ({
   name: "law",
   model,
   parallel,
-  train: { micro_batch: 1, global_batch: 16, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+  train: {
+    ...{ micro_batch: 1, global_batch: 16, steps: 2, precision: "fp32", init_std: 0.2 },
+    optimizer: adamw,
+    ...train,
+  },
   // where the text begins, sequences are one letter over and over: equals, among which rounding would choose
-  data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled" },
+  data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled", ...data },
 });
+const some = labelsBeside(fixture("corpus.txt"));
+afterAll(some.remove);
 
 describe("on named meshes", () => {
   const dense: Parallel[] = [
@@ -153,6 +166,50 @@ describe("on named meshes", () => {
       await numbers(jobOf(text(shape({ moe }), { world: 1 }))),
     );
   });
+});
+
+// what a microbatch is says train.micro_batch alone: with microbatch too, where its means are what is averaged, meshes do not matter
+describe.each(["microbatch", "token"])(
+  "labels that ignore some tokens, loss_weighting %s, and multi-token prediction",
+  (loss_weighting) => {
+    const mtp = { layers: 2, coeff: 0.3 };
+    const train = { micro_batch: 2, loss_weighting };
+    const model = shape({ moe, mtp });
+    const numbersOn = (parallel: Parallel, over: object = {}) =>
+      numbers(jobOf(text({ ...model, ...over }, parallel, train, { labels: some.path })));
+    const alone = numbersOn({ world: 1 });
+    const meshes: Parallel[] = [
+      { world: 2, tensor: 2, sequence: true },
+      { world: 4, context: 4, context_method: "all_gather" },
+      { world: 8, expert: 4, expert_tensor: 2, distributed_optimizer: true },
+      { world: 8, tensor: 2, sequence: true, context: 2, pipeline: 2, expert: 2 },
+      { world: 4, pipeline: 2, virtual_pipeline: 1, schedule: "zero_bubble", distributed_optimizer: true },
+      { world: 2, pipeline: 2, layout: "E|t|t|mmL" },
+    ];
+    test.each(meshes.map((p) => [JSON.stringify(p), p] as const))("%s", async (_, parallel) =>
+      same(await numbersOn(parallel), await alone),
+    );
+    // the embedding on the first stage, before the further layers, and as the head: three stages have it
+    test.each<Parallel>([
+      { world: 3, pipeline: 3, layout: "Et|tmm|L" },
+      { world: 8, pipeline: 4, tensor: 2, sequence: true, layout: "E|tt|mm|L", distributed_optimizer: false, schedule: "zero_bubble" },
+      { world: 8, pipeline: 4, layout: "Et|t|mm|L", distributed_optimizer: true, expert: 2 },
+    ])("tied embeddings, the head past the further layers: %j", async (parallel) => {
+      const tied = { tie_embeddings: true };
+      same(await numbersOn(parallel, tied), await numbersOn({ world: 1 }, tied));
+    });
+  },
+);
+
+test("labels, and what they are weighed by, change what is learnt", async () => {
+  const model = shape({ moe });
+  const losses = [
+    await numbers(jobOf(text(model, { world: 1 }))),
+    await numbers(jobOf(text(model, { world: 1 }, {}, { labels: some.path }))),
+    await numbers(jobOf(text(model, { world: 1 }, { loss_weighting: "token" }, { labels: some.path }))),
+    await numbers(jobOf(text(model, { world: 1 }, { micro_batch: 4 }, { labels: some.path }))),
+  ];
+  expect(new Set(losses.map(({ steps }) => steps[0]!.loss)).size).toBe(4);
 });
 
 // an expert has room for so many of the tokens of one rank, as in Megatron Core: it matters in how many pieces the sequence is cut
@@ -240,6 +297,7 @@ const router = fc.oneof(
       normalize_top_k: fc.boolean(),
       scaling: oneOf(1, 2.5),
       precision: oneOf("model", "fp32"),
+      jitter: oneOf(null, null, 0.05),
       groups: oneOf(1, 2),
       group_top_k: fc.constant(1),
       expert_bias: fc.boolean(),
@@ -263,6 +321,7 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
+      dropout: oneOf({}, {}, { hidden: 0.1 }, { attention: 0.2 }, { hidden: 0.2, attention: 0.1 }),
       rope: oneOf<object>({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
     }),
     mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }), { freq: 2 }),
@@ -311,31 +370,56 @@ const anyJob = fc
       { mode: "full", layers: 2 },
     ),
     micro_batch: oneOf(1, 2),
+    mtp: oneOf(null, null, { layers: 1, coeff: 0.3 }, { layers: 2, coeff: 0.5 }),
+    optimizer: oneOf<object>(
+      ...[adamw, adamw],
+      { ...adamw, type: "adam", weight_decay: 0.1 },
+      { type: "sgd", lr: 0.05, momentum: 0.9, weight_decay: 0.1 },
+      { type: "sgd", lr: 0.05, momentum: 0 },
+    ),
+    // the first step has half as many sequences as the second
+    batch_rampup: oneOf(null, null, null, { start: 8, increment: 8, samples: 8 }),
+    learnt: oneOf<[string | null, string]>([null, "microbatch"], [null, "microbatch"], [some.path, "microbatch"], [some.path, "token"]),
   })
-  .map(({ model, mla, experts, parallel: { data, ...drawn }, stages, optimizer_instances, recompute, micro_batch }) => {
-    const uneven = model.layers === 2 ? "Ett|L" : "Et|tttL";
-    const own = {
-      ...(drawn.pipeline === 1 ? {} : "layout" in stages ? { layout: uneven } : stages),
-      ...(drawn.distributed_optimizer ? { optimizer_instances } : {}),
-    };
-    const world = drawn.tensor * drawn.pipeline * drawn.context * data;
-    // heads of a latent have keys and values, and norms, of their own
-    const heads = mla ? { mla, kv_heads: 8, head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
-    const mixed = experts ? { moe: { ffn: 16, ...experts } } : {};
-    const { tensor, context, sequence } = drawn;
-    // an expert's capacity is decided by those who share their tokens: it depends on how a sequence is cut, and by nothing else
-    const cut = { world: tensor * context, tensor, context, sequence };
-    const alone: Parallel = !experts || experts.capacity === "dropless" ? { world: 1 } : cut;
-    const shaped = shape({ ...model, ...mixed, ...heads });
-    return {
-      job: text(shaped, { ...drawn, ...own, world } as Parallel, { micro_batch, recompute }),
-      alone: text(shaped, alone, { micro_batch }),
-    };
-  })
+  .map(
+    ({
+      model,
+      mla,
+      experts,
+      parallel: { data, ...drawn },
+      stages,
+      optimizer_instances,
+      recompute,
+      micro_batch,
+      mtp,
+      learnt,
+      ...course
+    }) => {
+      const uneven = `${model.layers === 2 ? "Ett|" : "Et|ttt"}${"m".repeat(mtp?.layers ?? 0)}L`;
+      const own = {
+        ...(drawn.pipeline === 1 ? {} : "layout" in stages ? { layout: uneven } : stages),
+        ...(drawn.distributed_optimizer ? { optimizer_instances } : {}),
+      };
+      const world = drawn.tensor * drawn.pipeline * drawn.context * data;
+      // heads of a latent have keys and values, and norms, of their own
+      const heads = mla ? { mla, kv_heads: 8, head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
+      const mixed = experts ? { moe: { ffn: 16, ...experts } } : {};
+      const { tensor, context, sequence } = drawn;
+      // an expert's capacity is decided by those who share their tokens: it depends on how a sequence is cut, and by nothing else
+      const cut = { world: tensor * context, tensor, context, sequence };
+      const alone: Parallel = !experts || experts.capacity === "dropless" ? { world: 1 } : cut;
+      const shaped = shape({ ...model, ...mixed, ...heads, mtp });
+      const [labels, loss_weighting] = learnt;
+      return {
+        job: text(shaped, { ...drawn, ...own, world } as Parallel, { micro_batch, recompute, loss_weighting, ...course }, { labels }),
+        alone: text(shaped, alone, { micro_batch, loss_weighting, ...course }, { labels }),
+      };
+    },
+  )
   .filter(({ job }) => job.parallel.world! <= 16 && readJob(stringify(job), "law.yaml").job !== undefined);
 
 test(
-  "on any legal mesh of up to 16 ranks, any small model, schedule, router, capacity and recompute",
+  "on any legal mesh of up to 16 ranks, any small model, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute",
   async () => {
     const whole = new Map<string, Promise<Numbers>>();
     const steps: number[] = [];

@@ -120,6 +120,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "sum_exp: m",
       "pick: target",
       "nll: m",
+      "weighted_sum: weight",
       "weigh: c",
       "aux_loss: n",
       "global_aux_loss: n",
@@ -132,7 +133,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
 
 test("in bf16 a gradient has the type of its value, but of a parameter it is f32", () => {
   // a router's probabilities and what the loss is made of are f32 in any job
-  const always = ["p", "s", "m", "n", "l"];
+  const always = ["p", "s", "m", "n", "l", "weight"];
   for (const o of table.filter((t) => t.grad)) {
     const c = makeCase(o, 1);
     const { values, arrived } = applied(c, (name) => (always.includes(name) ? "f32" : "bf16"));

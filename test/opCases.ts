@@ -23,9 +23,11 @@ const ATTRS = {
   ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
   // latent attention: what is joined, and heads of a latent
   ...{ A: 2, R: 5, Y: 7, Z: 8 },
+  // what is random
+  ...{ drop: 0.25, key0: 0x12345678, key1: 0x9abcdef0 },
   // routers
   ...{ rate: 0.1, groups: 2, group_top_k: 1, group_scores: 2 },
-  ...{ beta1: 0.9, beta2: 0.95, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
+  ...{ beta1: 0.9, beta2: 0.95, momentum: 0.8, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 
 /** Uniform in (−1, 1), the same for the same seed (mulberry32). */
@@ -53,7 +55,8 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
     // sums of exponentials, squares and second moments; a step counts from 1
-    if (["s", "sq", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
+    if (["s", "sq", "by", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
+    if (o.name === "sample") return out.map((_, i) => 10 + i);
     if (o.name === "step") return out.fill(3);
     return out.map(next);
   };

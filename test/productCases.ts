@@ -4,7 +4,7 @@ import { ops } from "../src/ops/index.ts";
 import { type ContractCase, rounded } from "./contract.ts";
 import { random } from "./opCases.ts";
 
-type Half = "f32" | "bf16";
+type Half = "f32" | "bf16" | "f16";
 export interface Sizes {
   readonly S?: number;
   readonly K: number;

@@ -22,7 +22,7 @@ const jobWith = (recompute: object, parallel: object = {}, moe: object | null = 
 async function train(job: ReturnType<typeof jobOf>) {
   const { plan } = compile(job);
   const run = await openRun(plan, { baseDir: fixture("") });
-  const steps = [await run.step(), await run.step()].map(({ loss, aux_loss, grad_norm }) => ({ loss, aux_loss, grad_norm }));
+  const steps = [await run.step(), await run.step()].map(({ seconds: _, ...numbers }) => numbers);
   const gradients = await run.gradients();
   await run.close();
   const again = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.includes(".again") && i.kind === "compute" ? [i.op] : []));
@@ -88,4 +88,25 @@ test("full recomputation keeps what enters a layer, and nothing between", () => 
 test("a dense model's feed-forward part, by name", async () => {
   const { again } = await train(jobWith({ mode: "selective", modules: ["mlp"] }, {}, null));
   expect(again).toEqual(Array.from({ length: 4 }, () => ["gemm", "gemm", "swiglu"]).flat());
+});
+
+// as in Megatron Core: `uniform` makes each of these layers again, `block` none
+test("of multi-token prediction what depths take and give is kept, and named modules and whole layers are made again", async () => {
+  const model = { mtp: { layers: 2, coeff: 0.3 } };
+  for (const parallel of [{}, meshes["two stages of two chunks, expert 2"]]) {
+    const kept = await train(jobWith({ mode: "none" }, parallel, {}, model));
+    const again = async (recompute: object) => {
+      const job = jobWith(recompute, parallel, {}, model);
+      const made = await train(job);
+      expect(made.steps).toEqual(kept.steps);
+      for (const [name, g] of kept.gradients) expect(made.gradients.get(name)!.data, name).toEqual(g.data);
+      const last = compile(job).plan.programs.at(-1)!;
+      return instructionsOf(last).flatMap((i) => (/^mtp\.1\..*\.again$/.test(i.id) ? [i.id.slice("mtp.1.".length, -".again".length)] : []));
+    };
+    expect(await again({ mode: "full", method: "block" })).toEqual([]);
+    expect(await again({ mode: "selective", modules: ["core_attn"] })).toEqual(["attn.core"]);
+    const all = await again({ mode: "full" });
+    expect(all).toEqual(expect.arrayContaining(["embedding.norm", "hidden.norm", "projected", "attn.core", "moe.w1", "mlp.residual"]));
+    expect(all.filter((id) => /^(embedding|final\.norm|logits|loss.*)$/.test(id))).toEqual([]);
+  }
 });

@@ -5,7 +5,7 @@
 import { afterAll, expect, test } from "vitest";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import type { Job } from "../schemas/job.ts";
-import { type Loss, partOf } from "../src/modelParts.ts";
+import { type Loss, partsOf } from "../src/modelParts.ts";
 import { route } from "../src/modelRouter.ts";
 import { biasUpdate } from "../src/ops/balance.ts";
 import { type Grads, op, type Value } from "../src/ops/op.ts";
@@ -107,7 +107,7 @@ test.each(byId(cases))("%s", (id, c) => {
   const { seq, batch, experts: E, microbatches = 1 } = c.params;
   const job = jobFrom(c);
   const losses: Loss[] = [];
-  const part = partOf(job, 1, "layers.0.", losses);
+  const part = partsOf(job, losses)(1, "layers.0.");
   const leaf = (name: string, kind: "parameter" | "input"): Value => ({
     ...{ out: 0, sizes: [batch, seq, E], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind, name, position: 1 } },
   });

@@ -1,17 +1,23 @@
 /** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
 import type { Fleet, HostData, Position } from "../runtime/backend.ts";
+import { courseOf } from "../runtime/course.ts";
 import type { CudaFleet } from "../runtime/cuda/backend.ts";
 import { elementsOf, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
-import { workOf } from "../schemas/program.ts";
+import { microbatchesIn, orderOf, workOf } from "../schemas/program.ts";
 import { random } from "./opCases.ts";
 
 type Feed = (b: Buffer, name: string, m: number) => HostData;
 
-/** One step of all ranks, as runtime/execute.ts walks a plan. Which fleets replayed it. */
-export async function stepTogether(fleets: readonly Fleet[], plan: Plan, feed: Feed): Promise<boolean[]> {
-  const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.() ?? false);
-  const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed)));
+/** One step of all ranks, of so many microbatches, as runtime/execute.ts walks a plan. Which fleets replayed it. */
+export async function stepTogether(
+  fleets: readonly Fleet[],
+  plan: Plan,
+  feed: Feed,
+  microbatches = microbatchesIn(plan.programs[0]!),
+): Promise<boolean[]> {
+  const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.(microbatches) ?? false);
+  const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed, microbatches)));
   for (let left = walks; left.length; ) left = left.filter((w) => !w.next().done);
   await Promise.all(fleets.map((f) => f.finish()));
   return replayed;
@@ -21,8 +27,10 @@ export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
   for (const f of fleets) await f.close();
 }
 
-/** What a rank holds after four steps: its parameters, gradients and optimizer state; and of each step, its metrics. */
-export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether) {
+/** What a rank holds after so many steps: its parameters, gradients and optimizer state; and of each step, its metrics, and whether it was left out. */
+export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether, steps = 4) {
+  const course = courseOf(plan.job);
+  const skipped: boolean[] = [];
   for (const f of fleets)
     for (const r of f.ranks) {
       const p = plan.programs[stageOfRank(plan.mesh, r)]!;
@@ -48,21 +56,28 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
       }
     return found;
   };
-  for (let n = 1; n <= 4; n++) {
+  for (let n = 1; n <= steps; n++) {
+    const { lossScale, upscale, weightDecay, update, microbatches } = course.leg();
+    const told: Readonly<Record<string, number>> = {
+      ...{ one: lossScale * upscale, lr: 0.01 / n, step: update, weight_decay: weightDecay, loss_scale: lossScale },
+    };
     const next = random(n);
     const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
     const feed = (b: Buffer, name: string, m: number): HostData => {
       if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
-      return Float32Array.of(name === "one" ? 1 : name === "lr" ? 0.01 / n : n);
+      if (name === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
+      return Float32Array.of(told[name]!);
     };
-    replayed.push(await step(fleets, plan, feed));
+    replayed.push(await step(fleets, plan, feed, microbatches));
     metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
+    skipped.push((await each((p) => p.metrics.grad_norm!)).some((m) => !Number.isFinite(m[0]!)));
+    course.done(skipped.at(-1)!);
   }
   const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
-  return { metrics, state, replayed };
+  return { metrics, state, replayed, skipped };
 }
 
-function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed): Generator<undefined> {
+function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed, microbatches: number): Generator<undefined> {
   const p = plan.programs[stageOfRank(plan.mesh, r)]!;
   const backend = fleet.backend(r);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
@@ -83,7 +98,7 @@ function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed): Generator<undef
     }
   }
   backend.zeroGradients();
-  for (const tag of p.order) {
+  for (const tag of orderOf(p, microbatches)) {
     const { kind, microbatch, chunk } = workOf(tag);
     const { slots, [kind]: instructions } = p.chunks[chunk]!;
     const kinds: Kind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];

@@ -15,7 +15,7 @@ import { binder } from "../runtime/webgpu/bindings.ts";
 import { commandsOn, type Dispatch } from "../runtime/webgpu/commands.ts";
 import { dawn, openWebgpu } from "../runtime/webgpu/dawn.ts";
 import { openDevice, usage } from "../runtime/webgpu/device.ts";
-import { compiler, isStart, type Pipeline } from "../runtime/webgpu/pipelines.ts";
+import { compiler, isNumber, type Pipeline, uniformOf } from "../runtime/webgpu/pipelines.ts";
 import { bytesOf } from "../schemas/layout.ts";
 import type { Dtype } from "../schemas/plan.ts";
 import { blockOf } from "../schemas/program.ts";
@@ -125,7 +125,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   for (const c of mine) {
     const made: Made = wgslKernels[c.use.op]!(c.use, profile);
     const entries = made.launches.map(({ entry, args }) => ({
-      ...{ entry, buffers: args.filter((a) => !isStart(a)).length, uniform: args.some(isStart) },
+      ...{ entry, buffers: args.filter((a) => !isNumber(a)).length, uniform: args.some(isNumber) },
     }));
     const pipelines: readonly Pipeline[] = await compileKernel({ name: c.name, code: made.source, entries });
     const buffers = new Map(Object.entries(c.use.size).map(([name, n]) => [name, filled(n, c.use.dtype[name]!)]));
@@ -137,13 +137,18 @@ async function measure(profile: Profile, mine: readonly Case[]) {
     const scratch = make(Math.max(256, made.scratch ?? 0));
     const groups = made.launches.map(({ args }, i) => {
       const places = args
-        .filter((a): a is string => typeof a === "string" && !isStart(a))
+        .filter((a): a is string => typeof a === "string" && !isNumber(a))
         .map((a) => {
           const offset = a.startsWith("scratch+") ? Number(a.slice(8)) : 0;
           const buffer = a.startsWith("scratch+") ? scratch : buffers.get(a)!;
           return { buffer, offset, bytes: buffer.size - offset };
         });
-      return bind(c.name, pipelines[i]!.layout, places, args.some(isStart) ? [0, 0, 0, 0] : undefined);
+      return bind(
+        c.name,
+        pipelines[i]!.layout,
+        places,
+        uniformOf(args, () => 0),
+      );
     });
     const run = () => {
       for (const [i, l] of made.launches.entries())
@@ -246,7 +251,7 @@ const [WARM, COUNTED] = [15, 25];
  */
 async function recording({ plan, sources }: Model) {
   const fleet = await openWebgpu(plan, { kernel: (file) => sources.get(file)! });
-  const corpus = openCorpus(fixture("corpus.txt"), readingOf(plan.job));
+  const corpus = openCorpus({ path: fixture("corpus.txt") }, readingOf(plan.job));
   const milliseconds: number[] = [];
   let begun = 0;
   const timed: Fleet = {

@@ -31,12 +31,12 @@ afterAll(() => {
 });
 
 type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
-type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>>;
+type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { readonly drop?: number };
 
 function useOf(op: string, d: Dims, half: Dtype = "f32"): Use {
   const operands = [...ops[op]!.inputs, ...ops[op]!.outputs];
   const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
-  const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : half]));
+  const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : half]));
   return { op, name: `${op}_0`, d, size, dtype, keeps: new Set(), bound: 0, makesRows: false, mayOverflow: false };
 }
 
@@ -46,19 +46,27 @@ function casesOf(op: string, d: Dims, starts: Readonly<Record<string, number>>):
   const data: Record<string, Float32Array> = {};
   return [op, `${op}_grad`].map((op) => {
     const use = useOf(op, d);
+    data.sample ??= Float32Array.from({ length: d.B }, (_, i) => 70_000 + i);
     const outputs = ops[op]!.outputs.map((o) => o.name);
-    if (op === "attention_part_grad") data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
+    if (op.endsWith("_part_grad")) data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
     for (const [name, size] of Object.entries(use.size))
       data[name] ??= outputs.includes(name) ? new Float32Array(size) : new Float32Array(size).map(() => 2 * next());
-    ops[op]!.cpu(data, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    ops[op]!.cpu(data, { ...d, ...told }, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     const pick = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
-    return { title: `${op} ${JSON.stringify(d)}`, use, data: pick(Object.keys(use.size)), starts, want: pick(outputs) };
+    return {
+      title: `${op} ${JSON.stringify(d)}`,
+      use,
+      data: { ...pick(Object.keys(use.size)), ...(use.dtype.sample ? { sample: Int32Array.from(data.sample!) } : {}) },
+      starts: { ...starts, ...told },
+      want: pick(outputs),
+    };
   });
 }
 
+const told = { key0: 0x9abcdef0, key1: 0x12345678 };
 const plain = { chunk: 0, ranks: 1 };
 const small = { B: 2, G: 2, M: 2, C: 8, W: 6 };
-const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks: number }, Record<string, number>])[] = [
+const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks: number; drop?: number }, Record<string, number>])[] = [
   ["heads of 132, values of 70, queries 4 to 22 of 30", "attention", { B: 1, S: 19, U: 30, G: 1, M: 2, C: 132, W: 70, ...plain }, { S: 4 }],
   ["blocks of 64 queries, the last with 2", "attention", { B: 16, S: 66, U: 66, G: 4, M: 1, C: 4, W: 4, ...plain }, {}],
   ["one query, one key, one channel", "attention", { B: 1, S: 1, U: 1, G: 1, M: 1, C: 1, W: 1, ...plain }, {}],
@@ -78,6 +86,15 @@ const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks
     { S: 0, U: 24 },
   ],
   ["zigzag, queries and keys of two ranks each", "attention_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4 }, { S: 40, U: 0 }],
+  ["weights dropped", "attention_dropout", { ...small, S: 50, U: 90, ...plain, drop: 0.3 }, { S: 40, G: 4 }],
+  [
+    "weights dropped, keys across the diagonal",
+    "attention_dropout_part",
+    { ...small, S: 50, U: 40, ...plain, drop: 0.3 },
+    { S: 20, U: 30 },
+  ],
+  ["weights dropped, zigzag", "attention_dropout", { ...small, S: 48, U: 96, chunk: 12, ranks: 4, drop: 0.2 }, { S: 48, G: 2 }],
+  ["weights dropped, zigzag by 10", "attention_dropout_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 }, { S: 40, U: 0 }],
 ];
 test.skipIf(noAdapter).each(shapes)(
   `%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
@@ -89,7 +106,7 @@ test.skipIf(noAdapter).each(shapes)(
 
 test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
   const orders = [plain, { chunk: 256, ranks: 8 }];
-  for (const op of ["attention", "attention_grad", "attention_part", "attention_part_grad"])
+  for (const op of ["attention", "attention_dropout"].flatMap((name) => [name, `${name}_grad`, `${name}_part`, `${name}_part_grad`]))
     for (const [i, [C, W]] of (
       [
         [64, 64],
@@ -100,7 +117,7 @@ test.each(["f32", "f16"] as const)("kernels of real sizes compile within default
         [24, 16],
       ] as const
     ).entries()) {
-      const made = attention[op]!(useOf(op, { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, ...orders[i % 2]! }, half));
+      const made = attention[op]!(useOf(op, { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, drop: 0.1, ...orders[i % 2]! }, half));
       checked.pushErrorScope("validation");
       const module = checked.createShaderModule({ code: made.source });
       for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });

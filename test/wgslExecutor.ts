@@ -5,6 +5,7 @@
  */
 /// <reference types="@webgpu/types" />
 import { narrow, widen } from "../runtime/halves.ts";
+import { isNumber, uniformOf } from "../runtime/webgpu/pipelines.ts";
 import { bytesOf } from "../schemas/layout.ts";
 import type { Dtype, Launch } from "../schemas/plan.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
@@ -77,14 +78,10 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
             : { buffer: arena, offset: offsets[a]!, size: Math.ceil(sizeOf(a) / 4) * 4 };
           return { binding, resource };
         });
-        const dims = names.filter((a) => a.startsWith("start(")).map((a) => a.slice(6, -1));
-        if (dims.length) {
-          const uniform = device.createBuffer({ size: 16, usage: usage.uniform | usage.copyTarget });
-          device.queue.writeBuffer(
-            uniform,
-            0,
-            Int32Array.from([0, 1, 2, 3], (i) => (dims[i] ? starts[dims[i]]! : 0)),
-          );
+        const numbers = uniformOf(names, (_, name) => starts[name]!);
+        if (numbers) {
+          const uniform = device.createBuffer({ size: numbers.length > 4 ? 32 : 16, usage: usage.uniform | usage.copyTarget });
+          device.queue.writeBuffer(uniform, 0, Int32Array.from(numbers));
           entries.push({ binding: buffers.length, resource: { buffer: uniform } });
         }
         const { pipeline, layout } = pipelines[i]!;
@@ -134,6 +131,6 @@ function named(args: Launch["args"]): { names: string[]; buffers: string[] } {
     if (typeof a !== "string") throw new Error("a TensorMap is not for WebGPU");
     return a;
   });
-  return { names, buffers: names.filter((a) => !a.startsWith("start(")) };
+  return { names, buffers: names.filter((a) => !isNumber(a)) };
 }
-const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");
+export const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");

@@ -1,7 +1,8 @@
 /** What `rankc serve` serves beside the page: the plan, its kernels, and its text. */
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Text } from "../batches.ts";
+import type { Corpus } from "../batches.ts";
+import type { Text } from "../tokens.ts";
 
 /** A plan and the text of each of its kernels by the name of its file. */
 export interface Loaded {
@@ -16,7 +17,11 @@ export async function loadPlan(): Promise<Loaded> {
   return { plan, kernel: (file) => texts.get(file)! };
 }
 
-export const loadCorpus = async (path: string): Promise<Text> => textOf(path, await (await get("corpus")).arrayBuffer());
+export async function loadCorpus({ job }: Plan): Promise<Corpus> {
+  const { path, labels } = job.data;
+  const load = async (name: string, as: string): Promise<Text> => textOf(as, await (await get(name)).arrayBuffer());
+  return { ids: await load("corpus", path), ...(labels !== null && { labels: await load("labels", labels) }) };
+}
 
 export async function readText(file: File): Promise<Text> {
   const bytes = await file.arrayBuffer().catch(() => {

@@ -50,7 +50,7 @@ async function train({ plan, kernel }: Loaded): Promise<void> {
   const count = steps.valueAsNumber;
   clear(count);
   say("status", "Reading the text…");
-  const chosen = text.value === "file" ? await readText(file.files![0]!) : await loadCorpus(plan.job.data.path);
+  const chosen = text.value === "file" ? { ids: await readText(file.files![0]!) } : await loadCorpus(plan);
   const batch = batchesOf(chosen, readingOf(plan.job));
   say("status", `Compiling ${plan.kernels.length} kernels…`);
   const fleet = await webgpuOn(browser, plan, { kernel });

@@ -32,8 +32,8 @@ export interface CudaSettings {
   readonly signal?: AbortSignal;
 }
 export interface CudaFleet extends Fleet {
-  /** The first call of a step. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
-  beginStep(): boolean;
+  /** The first call of a step of so many microbatches. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
+  beginStep(microbatches: number): boolean;
   /** Of the time between the last two replayed steps, the share in which the device waited for this process. */
   idle(): number | undefined;
   /** With `profile`: the instructions of the last step in the order of issue, times in µs from its beginning. */
@@ -144,10 +144,10 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       send: (r, i, at) => void (steps.mode() === "replay" || comm.send(r, i, at)),
       recv: (r, i, at) => steps.mode() === "replay" || comm.recv(r, i, at),
     },
-    beginStep() {
+    beginStep(microbatches) {
       broken = true;
       lanes.join();
-      const mode = steps.begin();
+      const mode = steps.begin(microbatches);
       lanes.begin(profile);
       return mode === "replay";
     },

@@ -1,7 +1,8 @@
 /**
  * The step as a CUDA graph. The first step is issued call by call, so that NCCL connects and modules are loaded; the second is
  * captured; from then on a step is one launch of what was captured, and only what the host writes is new. What it writes goes
- * through pinned places of its own, one per write of a step, that the graph's copies read when they run.
+ * through pinned places of its own, one per write of a step, that the graph's copies read when they run. With another number of
+ * microbatches all of this begins anew, in place of the graph before: batches grow, and no number comes again.
  */
 import type { Buffer } from "../../schemas/plan.ts";
 import type { Context, Event, Graph, Pinned, Stream } from "./driver.ts";
@@ -16,7 +17,10 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
   let steps = 0;
   let mode: Mode | undefined;
   let graph: Graph | undefined;
-  const writes: {
+  let microbatches: number | undefined;
+  /** Whether `writes` are those of an earlier step, which this one must repeat. */
+  let known = false;
+  let writes: {
     readonly buffer: Buffer;
     readonly slot: number;
     readonly bytes: number;
@@ -41,32 +45,47 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
     return { at: at + BigInt(used - aligned), staged, from: used - aligned };
   }
 
+  /** The graph, which no step under way is of, and what its steps wrote; the pinned places serve again. */
+  function forget(): void {
+    if (graph) context.destroyGraph(graph);
+    graph = undefined;
+    writes = [];
+    known = false;
+    const [first, ...others] = pinned.splice(0);
+    for (const memory of others) context.unpin(memory);
+    if (first) pinned.push(first);
+    used = 0;
+  }
+
   return {
     /** Undefined between steps. */
     mode: (): Mode | undefined => mode,
-    begin(): Mode {
+    begin(of: number): Mode {
       steps++;
       next = 0;
-      mode = graph ? "replay" : wanted && steps > 1 ? "capture" : "issue";
+      if (of !== microbatches) forget();
+      microbatches = of;
+      mode = graph ? "replay" : wanted && known ? "capture" : "issue";
       if (mode === "capture") context.beginCapture(stream);
       return mode;
     },
     /** The pinned place of the next write of this step. The same writes must come in every step. */
     write(buffer: Buffer, slot: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
-      const known = writes[next];
-      if (known && (known.buffer !== buffer || known.slot !== slot || known.bytes !== bytes))
+      const before = writes[next];
+      if (before && (before.buffer !== buffer || before.slot !== slot || before.bytes !== bytes))
         throw new Error(
-          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${slot}), and was ${known.buffer.id} (slot ${known.slot})`,
+          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${slot}), and was ${before.buffer.id} (slot ${before.slot})`,
         );
-      if (!known && steps > 1) throw new Error(`rankc: step ${steps} writes ${buffer.id}, and steps before it did not`);
-      const write = known ?? { buffer, slot, bytes, ...stage(bytes) };
-      if (!known) writes.push(write);
+      if (!before && known) throw new Error(`rankc: step ${steps} writes ${buffer.id}, and steps before it did not`);
+      const write = before ?? { buffer, slot, bytes, ...stage(bytes) };
+      if (!before) writes.push(write);
       next++;
       return { at: write.at, into: (Type) => new Type(write.staged, write.from, bytes / Type.BYTES_PER_ELEMENT) };
     },
     /** Ends the step; in the end all of it is in the stream. */
     end(): void {
       if (next !== writes.length) throw new Error(`rankc: step ${steps} wrote ${next} of ${writes.length} inputs`);
+      known = true;
       if (mode === "capture") graph = context.endCapture(stream);
       mode = undefined;
       if (!graph) return;

@@ -49,8 +49,9 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
         const { tensor, ...tiled } = arg;
         return context.encodeTiled({ ...tiled, at: place(operands[tensor]!).at });
       }
-      const [, what, of] = /^(scratch\+|start\()([^)]*)\)?$/.exec(arg) ?? [];
+      const [, what, of] = /^(scratch\+|start\(|attr\()([^)]*)\)?$/.exec(arg) ?? [];
       if (what === "scratch+") return arenas.scratch(Number(of));
+      if (what === "attr(") return i.attrs[of!]! | 0;
       if (what === undefined) return pointer(arg);
       return startIn(plan.mesh, i, of!, numberInStage(plan.mesh, rank));
     };

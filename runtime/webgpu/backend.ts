@@ -14,7 +14,7 @@ import { type Bind, binder } from "./bindings.ts";
 import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
 import { type Host, openDevice } from "./device.ts";
 import { deviceLoopback } from "./loopback.ts";
-import { compileKernels, compiler, isStart, type Pipeline } from "./pipelines.ts";
+import { compileKernels, compiler, isNumber, type Pipeline, uniformOf } from "./pipelines.ts";
 
 export interface WebgpuFleet extends Fleet {
   /** What people call the adapter; says so where it is software. */
@@ -110,9 +110,9 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
       const seen = launch.args.join();
       let group = groups.get(seen);
       if (!group) {
-        const places = launch.args.filter((a) => !isStart(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
-        const starts = launch.args.filter(isStart).map((a) => start(i, a));
-        group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, starts.length ? starts : undefined);
+        const places = launch.args.filter((a) => !isNumber(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
+        const numbers = uniformOf(launch.args, (kind, name) => (kind === "attr" ? i.attrs[name]! : start(i, name)));
+        group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, numbers);
         groups.set(seen, group);
       }
       return { pipeline, group, grid: launch.grid, of: { rank, id: i.id, op: i.op, kernel: i.kernel } };
@@ -134,8 +134,8 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} wants ${arg}, which the plan does not give it`);
     return arenas.place(buffer, slot);
   }
-  function start(i: Compute, arg: string): number {
-    return startIn(plan.mesh, i, arg.slice("start(".length, -1), numberInStage(plan.mesh, rank));
+  function start(i: Compute, dim: string): number {
+    return startIn(plan.mesh, i, dim, numberInStage(plan.mesh, rank));
   }
 
   const made = new Map<Compute, Dispatch[][]>();

@@ -1,4 +1,4 @@
-/** Bind groups: the places of a launch's buffers, and its one uniform of four integers. Equal uniforms are one GPUBuffer. */
+/** Bind groups: the places of a launch's buffers, and its one uniform of integers. Equal uniforms are one GPUBuffer. */
 /// <reference types="@webgpu/types" />
 import type { Place } from "./arenas.ts";
 import { type Gpu, usage } from "./device.ts";
@@ -15,11 +15,12 @@ export function binder({ device }: Gpu): Bind {
     const key = values.join();
     const known = uniforms.get(key);
     if (known) return known;
-    const made = device.createBuffer({ label: `starts ${key}`, size: VECTOR, usage: usage.uniform | usage.copyTarget });
+    const size = wholeVectors(4 * values.length);
+    const made = device.createBuffer({ label: `numbers ${key}`, size, usage: usage.uniform | usage.copyTarget });
     device.queue.writeBuffer(
       made,
       0,
-      Int32Array.from({ length: 4 }, (_, i) => values[i] ?? 0),
+      Int32Array.from({ length: size / 4 }, (_, i) => values[i] ?? 0),
     );
     uniforms.set(key, made);
     return made;

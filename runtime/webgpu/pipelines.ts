@@ -1,9 +1,9 @@
 /**
  * The plan's kernels on a device: a pipeline per launch, compiled together. Buffers of a launch are bound as storage in
- * the order of its arguments; all its `start(…)` form one uniform at the end.
+ * the order of its arguments; its numbers, `start(…)` and `attr(…)`, form one uniform at the end.
  */
 /// <reference types="@webgpu/types" />
-import type { Kernel } from "../../schemas/plan.ts";
+import type { Arg, Kernel } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 
@@ -73,7 +73,17 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
   };
 }
 
-export const isStart = (arg: unknown): arg is string => typeof arg === "string" && arg.startsWith("start(");
+/** Arguments that are numbers and no buffers: where a dim begins here, and attributes. */
+export const isNumber = (arg: Arg): arg is string => typeof arg === "string" && /^(start|attr)\(/.test(arg);
+
+/** The uniform of these arguments, if they have one: four places for starts, then the attributes. */
+export function uniformOf(args: readonly Arg[], told: (kind: "start" | "attr", name: string) => number): number[] | undefined {
+  const all = (kind: "start" | "attr"): number[] =>
+    args.filter(isNumber).flatMap((arg) => (arg.startsWith(kind) ? [told(kind, arg.slice(kind.length + 1, -1))] : []));
+  const [starts, attrs] = [all("start"), all("attr")];
+  if (attrs.length) return [0, 1, 2, 3].map((n) => starts[n] ?? 0).concat(attrs);
+  return starts.length ? starts : undefined;
+}
 
 /** By kernel id, a pipeline per launch. */
 export async function compileKernels(
@@ -85,8 +95,8 @@ export async function compileKernels(
     if (!k.source) throw new Error(`rankc: the kernel ${k.id} has no source: the plan is for another target`);
     const entries = k.launches.map(({ entry, args }) => ({
       entry,
-      buffers: args.filter((a) => !isStart(a)).length,
-      uniform: args.some(isStart),
+      buffers: args.filter((a) => !isNumber(a)).length,
+      uniform: args.some(isNumber),
     }));
     return [
       k.id,

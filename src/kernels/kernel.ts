@@ -9,7 +9,7 @@ export interface Use {
   readonly op: string;
   /** A name no other kernel of the plan has, fit for a function: `rmsnorm_1f3a9c02`. Entries are it, or begin with it and `_`. */
   readonly name: string;
-  /** Local sizes of the signature's dims, and attributes. Of `...` operands none: see `size`. */
+  /** Local sizes of the signature's dims, and attributes but those that are told at launch. Of `...` operands none: see `size`. */
   readonly d: Readonly<Record<string, number>>;
   /** Elements of each operand in memory; of ragged ones at their bound. */
   readonly size: Readonly<Record<string, number>>;

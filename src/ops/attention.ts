@@ -2,9 +2,9 @@
 import { type Attrs, type Grads, op, type Place } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
-type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
+export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
 /** Queries and keys have width C, values and outputs W; query head g·M + m reads key head g. `scale`, `chunk` and `ranks` are attributes. */
-type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
+export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
 
 /**
  * A query sees the keys at its own position and before; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, kept for
@@ -14,8 +14,7 @@ export const attention = op({
   name: "attention",
   sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
   types: { lse: "f32" },
-  // a product of 2·S·U·C and one of 2·S·U·W per head, of which causality leaves half
-  flops: ({ B, S, U, G, M, C, W }) => (2 * B * S * U * G * M * (C + W)) / 2,
+  flops: flopsOfMix,
   cpu: mix,
   grad({ q, k, v }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionGrad.all({ q, k, v, o: y, lse: y.node!.outs[1]!, dy }, a);
@@ -29,7 +28,7 @@ export const attention = op({
 export const attentionGrad = op({
   name: "attention_grad",
   sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*W]",
-  flops: gradFlops,
+  flops: flopsOfGrad,
   cpu: mixGrad,
 });
 
@@ -42,15 +41,14 @@ export const attentionPart = op({
   sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
   owes: "merge",
   types: { lse: "f32" },
-  // of its pieces' products causality leaves half, all together
-  flops: ({ B, S, U, G, M, C, W }) => (2 * B * S * U * G * M * (C + W)) / 2,
+  flops: flopsOfMix,
   cpu: mix,
 });
 /** What a piece of the keys gives and gets: o and lse are the whole's, so that the gradients of queries add up over the pieces. */
 export const attentionPartGrad = op({
   name: "attention_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G*C] dv[B,U,G*W]",
-  flops: gradFlops,
+  flops: flopsOfGrad,
   cpu: mixGrad,
 });
 /** Attention to two pieces of the keys from attention to each; of neither where both are nothing. */
@@ -73,12 +71,19 @@ export const attentionMerge = op({
   },
 });
 
+// a product of 2·S·U·C and one of 2·S·U·W per head, of which causality leaves half; of pieces of the keys, all together
+export function flopsOfMix({ B, S, U, G, M, C, W }: Sizes): number {
+  return (2 * B * S * U * G * M * (C + W)) / 2;
+}
 // five products: the scores once more, dq and dk of width C, dw and dv of width W
-function gradFlops({ B, S, U, G, M, C, W }: Sizes): number {
+export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
 }
 
-function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: Place): void {
+/** What a weight counts after the softmax, by query head and local key; as it is where nothing says otherwise. */
+type Kept = (query: number, key: number) => number;
+
+export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: Place, kept?: Kept): void {
   const { G, C, W } = d;
   const weight = new Float64Array(d.U);
   const mean = new Float64Array(W);
@@ -94,7 +99,7 @@ function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Size
     lse[i] = most + Math.log(sum);
     mean.fill(0);
     for (let j = 0; j < seen.length; j++) {
-      const w = weight[j]! / sum;
+      const w = (weight[j]! / sum) * (kept?.(i, seen[j]!) ?? 1);
       const at = (keys + seen[j]! * G) * W;
       for (let c = 0; c < W; c++) mean[c]! += w * v[at + c]!;
     }
@@ -103,7 +108,7 @@ function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Size
 }
 
 type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
-function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: Place): void {
+export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: Place, kept?: Kept): void {
   const { G, C, W } = d;
   const query = new Float64Array(C);
   // many queries meet in one key: their sum is kept in double until the end
@@ -116,12 +121,13 @@ function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: P
       const key = (keys + seen[j]! * G) * C;
       const value = (keys + seen[j]! * G) * W;
       const w = Math.exp(d.scale! * dot(q, i * C, k, key, C) - lse[i]!);
-      const ds = d.scale! * w * (dot(dy, i * W, v, value, W) - mean);
+      const f = kept?.(i, seen[j]!) ?? 1;
+      const ds = d.scale! * w * (f * dot(dy, i * W, v, value, W) - mean);
       for (let c = 0; c < C; c++) {
         query[c]! += ds * k[key + c]!;
         keySums[key + c]! += ds * q[i * C + c]!;
       }
-      for (let c = 0; c < W; c++) valueSums[value + c]! += w * dy[i * W + c]!;
+      for (let c = 0; c < W; c++) valueSums[value + c]! += f * w * dy[i * W + c]!;
     }
     dq.set(query, i * C);
   });

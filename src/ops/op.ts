@@ -55,6 +55,8 @@ export interface Declaration<S extends string> {
   readonly updates?: readonly Out<S>[];
   /** Of outputs that are updated: the attribute that they may not exceed in a step. The run ends with an error where one does. */
   readonly limits?: Partial<Each<Out<S>, string>>;
+  /** Attributes that a kernel is told at launch, as 32 bits: uses that differ in them alone are one kernel. */
+  readonly told?: readonly string[];
   /** Floating-point operations at these sizes (local, or global: the same formula); R is the number of rows. */
   flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
   /** The reference: plain loops over local pieces. bf16 values arrive as f32, and are rounded when stored. */

@@ -1,5 +1,10 @@
-/** The step: the gradients' norm, what clipping leaves of them, and torch.optim.AdamW. Doubles inside, stored as f32. */
-import { op } from "./op.ts";
+/**
+ * The step: the gradients' norm, what clipping leaves of them, and how weights move: torch.optim's AdamW, Adam and SGD. Doubles
+ * inside, stored as f32. An update by a `scale` of 0 leaves everything as it is, where the attribute `skips` says that such steps
+ * exist: gradients of a scaled loss that overflowed. Each update stands twice: with a weight decay that is an attribute, and with one
+ * that changes from step to step.
+ */
+import { type Attrs, op } from "./op.ts";
 
 /** Adds up over the parameters; `scale` undoes the copies that many ranks hold of one parameter. */
 export const sumSquares = op({
@@ -19,26 +24,111 @@ export const clip = op({
   sig: "sq[] -> scale[] norm[]",
   cpu({ sq, scale, norm }, { max }) {
     norm[0] = Math.sqrt(sq[0]!);
-    scale[0] = max! > 0 ? Math.min(1, max! / (Math.sqrt(sq[0]!) + 1e-6)) : 1;
+    scale[0] = left(norm[0], max!);
   },
 });
-/** Decay acts on the weight alone and first; `step` counts from 1. */
+/** The same for gradients of a loss that was multiplied by `by`; where they overflowed, `scale` is 0, and `norm` no finite number. */
+export const clipScaled = op({
+  name: "clip_scaled",
+  sig: "sq[] by[] -> scale[] norm[]",
+  cpu({ sq, by, scale, norm }, { max }) {
+    norm[0] = Math.sqrt(sq[0]!) / by[0]!;
+    scale[0] = Number.isFinite(sq[0]!) ? left(norm[0], max!) / by[0]! : 0;
+  },
+});
+const left = (norm: number, max: number): number => (max > 0 ? Math.min(1, max / (norm + 1e-6)) : 1);
+
+// -- adaptive moments; `step` counts from 1
+
+const moments = { updates: ["w", "m", "v"], types: { w: "f32", m: "f32", v: "f32" } } as const;
+
+/** Decay acts on the weight alone and first. */
 export const adamw = op({
   name: "adamw",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
-  updates: ["w", "m", "v"],
-  types: { w: "f32", m: "f32", v: "f32" },
-  cpu({ g, scale, lr, step, w, m, v }, { beta1, beta2, eps, decay }) {
-    const rate = lr[0]! / (1 - beta1! ** step[0]!);
-    const unbias = Math.sqrt(1 - beta2! ** step[0]!);
-    const keep = 1 - lr[0]! * decay!;
-    for (let i = 0; i < g.length; i++) {
-      const x = g[i]! * scale[0]!;
-      const mean = beta1! * m[i]! + (1 - beta1!) * x;
-      const square = beta2! * v[i]! + (1 - beta2!) * x * x;
-      w[i] = w[i]! * keep - (rate * mean) / (Math.sqrt(square) / unbias + eps!);
-      m[i] = mean;
-      v[i] = square;
-    }
-  },
+  ...moments,
+  cpu: (t, d) => adaptive(t, d, { shrink: d.decay! }),
 });
+export const adamwScheduled = op({
+  name: "adamw_scheduled",
+  sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
+  ...moments,
+  cpu: (t, d) => adaptive(t, d, { shrink: t.decay[0]! }),
+});
+/** Decay is part of the gradient, after clipping: the slope of decay/2 times the weights' squares. */
+export const adam = op({
+  name: "adam",
+  sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
+  ...moments,
+  cpu: (t, d) => adaptive(t, d, { pull: d.decay! }),
+});
+export const adamScheduled = op({
+  name: "adam_scheduled",
+  sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
+  ...moments,
+  cpu: (t, d) => adaptive(t, d, { pull: t.decay[0]! }),
+});
+
+type Tensors<K extends string> = Readonly<Record<K, Float32Array>>;
+const isLeftOut = ({ scale }: Tensors<"scale">, { skips }: Attrs): boolean => skips === 1 && scale[0] === 0;
+
+function adaptive(t: Tensors<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">, d: Attrs, { shrink = 0, pull = 0 }): void {
+  const { g, scale, lr, step, w, m, v } = t;
+  const { beta1, beta2, eps } = d;
+  if (isLeftOut(t, d)) return;
+  const rate = lr[0]! / (1 - beta1! ** step[0]!);
+  const unbias = Math.sqrt(1 - beta2! ** step[0]!);
+  const keep = 1 - lr[0]! * shrink;
+  for (let i = 0; i < g.length; i++) {
+    const x = g[i]! * scale[0]! + pull * w[i]!;
+    const mean = beta1! * m[i]! + (1 - beta1!) * x;
+    const square = beta2! * v[i]! + (1 - beta2!) * x * x;
+    w[i] = w[i]! * keep - (rate * mean) / (Math.sqrt(square) / unbias + eps!);
+    m[i] = mean;
+    v[i] = square;
+  }
+}
+
+// -- down the slope, decay part of the gradient; the momentum m is no running mean: gradients add up in it undampened
+
+export const sgd = op({
+  name: "sgd",
+  sig: "g[...] scale[] lr[] -> w[...]",
+  updates: ["w"],
+  types: { w: "f32" },
+  cpu: (t, d) => descend(t, d, d.decay!),
+});
+export const sgdScheduled = op({
+  name: "sgd_scheduled",
+  sig: "g[...] scale[] lr[] decay[] -> w[...]",
+  updates: ["w"],
+  types: { w: "f32" },
+  cpu: (t, d) => descend(t, d, t.decay[0]!),
+});
+export const sgdMomentum = op({
+  name: "sgd_momentum",
+  sig: "g[...] scale[] lr[] -> w[...] m[...]",
+  updates: ["w", "m"],
+  types: { w: "f32", m: "f32" },
+  cpu: (t, d) => descend(t, d, d.decay!, t.m),
+});
+export const sgdMomentumScheduled = op({
+  name: "sgd_momentum_scheduled",
+  sig: "g[...] scale[] lr[] decay[] -> w[...] m[...]",
+  updates: ["w", "m"],
+  types: { w: "f32", m: "f32" },
+  cpu: (t, d) => descend(t, d, t.decay[0]!, t.m),
+});
+
+function descend(t: Tensors<"g" | "scale" | "lr" | "w">, d: Attrs, decay: number, m?: Float32Array): void {
+  const { g, scale, lr, w } = t;
+  if (isLeftOut(t, d)) return;
+  for (let i = 0; i < g.length; i++) {
+    let x = g[i]! * scale[0]! + decay * w[i]!;
+    if (m) {
+      x += d.momentum! * m[i]!;
+      m[i] = x;
+    }
+    w[i]! -= lr[0]! * x;
+  }
+}

@@ -125,3 +125,22 @@ export const meanGrad = op({
   sig: "l[B,S] dy[] -> dl[B,S]",
   cpu: ({ dy, dl }, { count }) => void dl.fill(dy[0]! / count!),
 });
+/** A mean whose divisors are in the weights: of tokens that count differently, or not at all. */
+export const weightedSum = op({
+  name: "weighted_sum",
+  sig: "l[B,S] weight[B,S] -> y[]",
+  types: { y: "f32" },
+  cpu({ l, weight, y }) {
+    let sum = 0;
+    for (let t = 0; t < l.length; t++) sum += weight[t]! * l[t]!;
+    y[0]! += sum;
+  },
+  grad: ({ weight }, { dy }): Grads => ({ l: weightedSumGrad.of({ weight, dy }) }),
+});
+export const weightedSumGrad = op({
+  name: "weighted_sum_grad",
+  sig: "weight[B,S] dy[] -> dl[B,S]",
+  cpu({ weight, dy, dl }) {
+    for (let t = 0; t < dl.length; t++) dl[t] = weight[t]! * dy[0]!;
+  },
+});

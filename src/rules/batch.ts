@@ -1,5 +1,4 @@
-/** B: the batch, the optimizer and its schedule, the data. */
-
+/** B: the batch, the optimizer, the data; how these go over a run stands in course.ts. */
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
@@ -65,67 +64,12 @@ export const batch = [
     bad: "train: {optimizer: {lr: 0.001, min_lr: 0.01, schedule: cosine}}",
   }),
   rule({
-    code: "B204",
-    title: "warm-up ends before the decay does",
-    why: "decay_steps counts from the first step, warm-up included: with a longer warm-up nothing is left to decay over.",
-    level: "error",
-    *check({ train: { optimizer: o, steps } }) {
-      if (o.schedule === "constant" || o.warmup_steps < o.decay_steps) return;
-      yield {
-        at: "train.optimizer.warmup_steps",
-        related: ["train.optimizer.decay_steps"],
-        found: `warmup_steps ${o.warmup_steps} with decay_steps ${o.decay_steps}`,
-        fix: "shorten the warm-up, or lengthen the decay",
-        tries: [
-          { "train.optimizer.warmup_steps": Math.floor(o.decay_steps / 10) },
-          { "train.optimizer.decay_steps": Math.max(steps, o.warmup_steps + 1) },
-        ],
-      };
-    },
-    bad: "train: {steps: 100, optimizer: {warmup_steps: 50, decay_steps: 40, schedule: cosine}}",
-  }),
-  rule({
-    code: "B205",
-    title: "the run ends within the warm-up",
-    why: "The learning rate rises to lr over the warm-up; this run stops before it gets there.",
-    level: "warning",
-    *check({ train: { optimizer: o, steps } }) {
-      // where warm-up swallows the decay too, B204 has said so
-      if (o.warmup_steps < steps || (o.schedule !== "constant" && o.warmup_steps >= o.decay_steps)) return;
-      yield {
-        at: "train.optimizer.warmup_steps",
-        related: ["train.steps"],
-        found: `warmup_steps ${o.warmup_steps} with steps ${steps}`,
-        fix: "a tenth of the steps at most is usual",
-        tries: [{ "train.optimizer.warmup_steps": Math.floor(steps / 10) }],
-      };
-    },
-    bad: "train: {steps: 10, optimizer: {warmup_steps: 20}}",
-  }),
-  rule({
-    code: "B206",
-    title: "the run ends before the decay does",
-    why: "min_lr is reached at decay_steps; this run stops earlier, at a higher learning rate. That is right for a shortened run and wrong for a whole one.",
-    level: "warning",
-    *check({ train: { optimizer: o, steps } }) {
-      if (o.schedule === "constant" || o.decay_steps <= steps || o.warmup_steps >= steps) return;
-      yield {
-        at: "train.optimizer.decay_steps",
-        related: ["train.steps"],
-        found: `decay_steps ${o.decay_steps} with steps ${steps}`,
-        fix: "leave decay_steps out to decay over the whole run",
-        tries: [{ "train.optimizer.decay_steps": steps }],
-      };
-    },
-    bad: "train: {steps: 100, optimizer: {decay_steps: 200, schedule: linear}}",
-  }),
-  rule({
     code: "B207",
     title: "betas are at least 0 and below 1",
     why: "They are the weights of the past in running means; at 1 a mean never learns anything, and its bias correction divides by zero.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.betas.every((b) => b >= 0 && b < 1)) return;
+      if (o.type === "sgd" || o.betas.every((b) => b >= 0 && b < 1)) return;
       const good = o.betas.map((b, i) => (b >= 0 && b < 1 ? b : [0.9, 0.95][i]));
       yield {
         at: "train.optimizer.betas",
@@ -142,7 +86,7 @@ export const batch = [
     why: "An update divides by the root of the second moment plus eps; an embedding row that was never used has a second moment of 0, and 0 / 0 is not a number.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.eps > 0) return;
+      if (o.type === "sgd" || o.eps > 0) return;
       yield { at: "train.optimizer.eps", found: `eps ${o.eps}`, fix: "1.0e-8 is usual", tries: [{ "train.optimizer.eps": 1e-8 }] };
     },
     bad: "train: {optimizer: {eps: 0}}",
@@ -153,13 +97,16 @@ export const batch = [
     why: "Each step shrinks the weights by lr x weight_decay; a negative one lets them grow without end.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.weight_decay >= 0) return;
-      yield {
-        at: "train.optimizer.weight_decay",
-        found: `weight_decay ${o.weight_decay}`,
-        fix: "0 or more",
-        tries: [{ "train.optimizer.weight_decay": -o.weight_decay }],
-      };
+      for (const key of ["weight_decay", "weight_decay_start", "weight_decay_end"] as const) {
+        const decay = o[key];
+        if (decay === null || decay >= 0) continue;
+        yield {
+          at: `train.optimizer.${key}`,
+          found: `${key} ${decay}`,
+          fix: "0 or more",
+          tries: [{ [`train.optimizer.${key}`]: -decay }, { [`train.optimizer.${key}`]: 0 }],
+        };
+      }
     },
     bad: "train: {optimizer: {weight_decay: -0.1}}",
   }),
@@ -211,36 +158,95 @@ export const batch = [
     bad: "train: {global_batch: 100000000}",
   }),
   rule({
-    code: "B213",
-    title: "min_lr is not used by a constant schedule",
-    why: "A constant schedule stays at lr after warm-up.",
-    level: "warning",
+    code: "B222",
+    title: "momentum is at least 0 and below 1",
+    why: "It is what stays of the step before; at 1 all steps ever taken go on for ever.",
+    level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.schedule !== "constant" || !(o.min_lr > 0) || o.min_lr > o.lr) return;
+      if (o.type !== "sgd" || (o.momentum >= 0 && o.momentum < 1)) return;
       yield {
-        at: "train.optimizer.min_lr",
-        related: ["train.optimizer.schedule"],
-        found: `min_lr ${o.min_lr} with schedule: constant`,
-        fix: "choose a schedule that falls, or leave min_lr out",
-        tries: [{ "train.optimizer.schedule": "cosine" }, { "train.optimizer.min_lr": 0 }],
+        at: "train.optimizer.momentum",
+        found: `momentum ${o.momentum}`,
+        fix: "0.9 is usual",
+        tries: [{ "train.optimizer.momentum": 0.9 }],
       };
     },
-    bad: "train: {optimizer: {lr: 0.001, min_lr: 0.0001}}",
+    bad: "train: {optimizer: {type: sgd, momentum: 1}}",
+  }),
+  rule({
+    code: "B223",
+    title: "a key of another optimizer",
+    why: "sgd has a momentum and no second moment; adamw and adam have betas. What is written for the other one changes nothing.",
+    level: "warning",
+    *check({ train: { optimizer: o } }) {
+      const unused: readonly [at: "train.optimizer.momentum" | "train.optimizer.betas", written: string, usual: unknown][] =
+        o.type !== "sgd"
+          ? o.momentum === 0.9
+            ? []
+            : [["train.optimizer.momentum", `momentum ${o.momentum}`, 0.9]]
+          : o.betas[0] === 0.9 && o.betas[1] === 0.95
+            ? []
+            : [["train.optimizer.betas", `betas [${o.betas.join(", ")}]`, [0.9, 0.95]]];
+      for (const [at, written, usual] of unused)
+        yield {
+          at,
+          related: ["train.optimizer.type"],
+          found: `${written} with type: ${o.type}`,
+          fix: "leave it out",
+          tries: [{ [at]: usual }],
+        };
+    },
+    bad: "train: {optimizer: {type: adam, momentum: 0.5}}",
   }),
   rule({
     code: "B214",
-    title: "data.path names a file",
-    why: "There is nothing to train on.",
+    title: "data.path and data.labels name files",
+    why: "There is nothing to train on, or nothing that says what is learnt.",
     level: "error",
     *check({ data }) {
-      if (data.path.trim()) return;
-      yield {
-        at: "data.path",
-        found: "an empty path",
-        fix: "name the training text, relative to the job file",
-        tries: [{ "data.path": "corpus.txt" }],
-      };
+      const found = "an empty path";
+      if (!data.path.trim())
+        yield {
+          ...{ at: "data.path", found, fix: "name the training text, or its token ids, relative to the job file" },
+          tries: [{ "data.path": "corpus.txt" }],
+        };
+      if (data.labels !== null && !data.labels.trim())
+        yield { at: "data.labels", found, fix: "name the file of labels, or leave it out", tries: [{ "data.labels": null }] };
     },
     bad: 'data: {path: ""}',
+  }),
+  rule({
+    code: "B234",
+    title: "ids in u16 do not reach the end of the vocabulary",
+    why: "Two bytes hold ids up to 65535; a file of larger ids that is read so is two other tokens in place of each.",
+    level: "warning",
+    *check({ model, data }) {
+      if (data.format !== "tokens" || data.dtype !== "u16" || model.vocab <= 2 ** 16) return;
+      yield {
+        at: "data.dtype",
+        related: ["model.vocab"],
+        found: `dtype u16 with vocab ${model.vocab}`,
+        fix: "u32, unless the file holds u16 all the same",
+        tries: [{ "data.dtype": "u32" }],
+      };
+    },
+    bad: "model: {vocab: 128256}\ndata: {path: tokens.bin, dtype: u16}",
+  }),
+  rule({
+    code: "B235",
+    title: "loss_weighting: token needs labels",
+    why: "Where every token is learnt, all microbatches have as many of them, and means of means are the mean: nothing is weighted.",
+    level: "warning",
+    *check({ train, data }) {
+      if (train.loss_weighting !== "token" || data.labels !== null) return;
+      yield {
+        at: "train.loss_weighting",
+        related: ["data.labels"],
+        found: "loss_weighting: token without data.labels",
+        fix: "leave it out, or name the file that says which tokens are ignored",
+        tries: [{ "train.loss_weighting": "microbatch" }],
+      };
+    },
+    bad: "train: {loss_weighting: token}",
   }),
 ] as const;

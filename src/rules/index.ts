@@ -6,16 +6,35 @@ import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
 import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
+import { course } from "./course.ts";
 import { memory } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
+import { mtp } from "./mtp.ts";
+import { precision } from "./precision.ts";
+import { rampup } from "./rampup.ts";
+import { random } from "./random.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
-const quick: readonly Rule[] = [...mesh, ...batch, ...recompute, ...model, ...moe, ...router, ...balance, ...cluster];
+const quick: readonly Rule[] = [
+  ...mesh,
+  ...batch,
+  ...course,
+  ...precision,
+  ...rampup,
+  ...recompute,
+  ...model,
+  ...random,
+  ...mtp,
+  ...moe,
+  ...router,
+  ...balance,
+  ...cluster,
+];
 export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job: each rule's `bad` is laid over it. */

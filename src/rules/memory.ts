@@ -2,7 +2,7 @@
  * Memory: the one rule that needs a compiled program. Where chunks repeat one layer, the peak of a job follows from its compiled form
  * at two and at three layers a chunk; where layers differ, all are compiled. The plan itself then holds the exact figure.
  */
-import { devices, hasExperts, type Job } from "../../schemas/job.ts";
+import { depthsOf, devices, hasExperts, type Job } from "../../schemas/job.ts";
 import { lower } from "../lower.ts";
 import { layOut } from "../memory.ts";
 import { buildMesh } from "../mesh.ts";
@@ -57,11 +57,16 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
   const latents = mla ? (mla.q_rank ?? 0) + mla.kv_rank + mla.rope_dim : 0;
   const heads = mla ? m.heads * (m.head_dim + mla.v_dim) + latents : (m.heads + m.kv_heads) * m.head_dim;
   const ffn = m.moe ? Math.max(m.ffn, m.moe.experts * m.moe.ffn + (m.moe.shared?.ffn ?? 0)) : m.ffn;
-  const parameters = 2 * m.vocab * m.hidden + m.layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2);
+  const ahead = depthsOf(m);
+  const layers = m.layers + ahead;
+  const parameters =
+    2 * m.vocab * m.hidden +
+    layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2) +
+    ahead * 3 * m.hidden ** 2;
   // rows of a token at most: capacity may be padded with any, and experts may all choose the same
   const rows = m.moe && (m.moe.capacity !== "dropless" || m.moe.router.type === "expert_choice") ? m.moe.experts : (m.moe?.top_k ?? 0);
   const active = m.moe ? Math.max(m.ffn, rows * (m.moe.ffn + m.hidden) + 4 * m.moe.experts + (m.moe.shared?.ffn ?? 0)) : m.ffn;
-  const perToken = m.layers * (8 * m.hidden + 8 * heads + 8 * active) + 8 * m.vocab;
+  const perToken = layers * (8 * m.hidden + 8 * heads + 8 * active) + (1 + ahead) * 8 * m.vocab + ahead * 16 * m.hidden;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }
 

@@ -1,5 +1,5 @@
 /** P: the degrees of parallelism, and the two grids they make of the same ranks. */
-import type { Job } from "../../schemas/job.ts";
+import { depthsOf, type Job } from "../../schemas/job.ts";
 import { pipelineOf, readLayout } from "../pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
@@ -230,11 +230,17 @@ export const mesh = [
         yield say(parts, "write it like Et|(tt|)*3tL, or leave it out: layers are then split evenly");
         return;
       }
-      const layers = parts.join("").length - 2;
+      const placed = (letter: string) => parts.join("").split(letter).length - 1;
+      const [layers, ahead] = [placed("t"), placed("m")];
       if (layers !== model.layers)
         yield say(
           `it places ${layers} layers, and the model has ${model.layers}`,
           `write ${model.layers} t, or set model.layers: ${layers}`,
+        );
+      if (ahead !== depthsOf(model))
+        yield say(
+          `it places ${ahead} layers of multi-token prediction, and the model has ${depthsOf(model)}`,
+          `write ${depthsOf(model)} m, or set model.mtp.layers: ${ahead}`,
         );
       if (parts.length % p.pipeline !== 0)
         yield say(

@@ -1,5 +1,5 @@
 /** M: the shape of the model, and what cuts it. */
-import { hasExperts, type Job } from "../../schemas/job.ts";
+import { depthsOf, hasExperts, type Job } from "../../schemas/job.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
@@ -10,7 +10,9 @@ function parameters({ model: m }: Job): number {
   const mlp = m.moe
     ? m.moe.experts * 3 * width * m.moe.ffn + m.hidden * m.moe.experts + 3 * m.hidden * (m.moe.shared?.ffn ?? 0)
     : 3 * m.hidden * m.ffn;
-  return m.layers * (attention + mlp + 2 * m.hidden) + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
+  const ahead = depthsOf(m);
+  const layers = (m.layers + ahead) * (attention + mlp + 2 * m.hidden) + ahead * 2 * m.hidden ** 2;
+  return layers + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
 }
 
 /** What every "tensor divides this" finding has in common. */
@@ -127,7 +129,7 @@ export const model: readonly Rule[] = [
     why: "A byte may be any of 0 to 255; an id past the vocabulary has no row in the embedding.",
     level: "error",
     *check({ model: m, data }) {
-      if (data.tokenizer !== "bytes" || m.vocab >= 256) return;
+      if (data.format !== "text" || data.tokenizer !== "bytes" || m.vocab >= 256) return;
       yield {
         at: "model.vocab",
         related: ["data.tokenizer"],

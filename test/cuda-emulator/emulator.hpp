@@ -358,6 +358,22 @@ inline float bf16(word bits) {
   memcpy(&x, &wide, 4);
   return x;
 }
+/** Of 5 bits of exponent and 10 of mantissa; below 2^-14 in steps of 2^-24. */
+inline float f16(word bits) {
+  const word exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? ldexpf(float(1024 + mantissa), int(exponent) - 25) : ldexpf(float(mantissa), -24);
+  return bits & 0x8000 ? -size : size;
+}
+/** To the nearest, of two equally near the even one; from 65520 on to infinity. */
+inline unsigned short roundToF16(float x) {
+  word bits;
+  memcpy(&bits, &x, 4);
+  const word sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return 0x7fff;
+  if (size >= 0x477ff000) return (unsigned short)(sign | 0x7c00);
+  if (size >= 0x38800000) return (unsigned short)(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+  return (unsigned short)(sign | word(nearbyint(ldexp(double(fabsf(x)), 24))));
+}
 inline float tf32(word bits) {
   bits &= 0xffffe000u;
   float x;
@@ -401,14 +417,16 @@ template <class Complete> inline void mma(const char* what, float* c, const word
   together(~0u, what, 0, complete);
   memcpy(c, mine + 6, 16);
 }
-inline void mmaBf16(float* c, const word* a, const word* b) {
+template <float (*HALF)(word)> inline void mmaHalf(float* c, const word* a, const word* b) {
   mma("mma.m16n8k16", c, a, b, [](Team& t) {
-    auto half = [](word pair, int k) { return bf16(k % 2 ? pair >> 16 : pair & 0xffff); };
+    auto half = [](word pair, int k) { return HALF(k % 2 ? pair >> 16 : pair & 0xffff); };
     multiply<16>(
       t, [half](Team& t, int r, int k) { return half(t.words[r % 8 * 4 + k % 8 / 2][r / 8 + k / 8 * 2], k); },
       [half](Team& t, int k, int n) { return half(t.words[n * 4 + k % 8 / 2][4 + k / 8], k); });
   });
 }
+inline void mmaBf16(float* c, const word* a, const word* b) { mmaHalf<bf16>(c, a, b); }
+inline void mmaF16(float* c, const word* a, const word* b) { mmaHalf<f16>(c, a, b); }
 inline void mmaTf32(float* c, const word* a, const word* b) {
   mma("mma.m16n8k8", c, a, b, [](Team& t) {
     multiply<8>(

@@ -149,7 +149,7 @@ struct Async {
   int storeCount, storeGroups;
   struct Product {
     u64 a, b;
-    bool add, transposedA, transposedB;
+    bool add, transposedA, transposedB, f16;
     int group;
   } products[64];
   int productCount, productGroups, sumCount;
@@ -191,14 +191,15 @@ inline void asyncFence() {}
 // -- products of a warpgroup
 
 /** An element of an operand: row r (of b: column) and k. The layouts of 128-byte swizzle: ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)) along rows, ((8,m),(T,2k)):((8T,SBO),(1,T)) along k. */
-inline float operandElement(u64 descriptor, bool transposed, word r, word k) {
+inline float operandElement(u64 descriptor, bool transposed, word r, word k, bool f16 = false) {
   const word start = word(descriptor & 0x3fff) << 4, lbo = word(descriptor >> 16 & 0x3fff) << 4, sbo = word(descriptor >> 32 & 0x3fff) << 4;
   const word at = transposed ? r / 64 * lbo + k / 8 * sbo + k % 8 * 128 + r % 64 * 2 : r / 8 * sbo + r % 8 * 128 + k * 2;
   unsigned short bits;
   memcpy(&bits, sharedPointer(swizzled(start + at)), 2);
-  return bf16(bits);
+  return f16 ? emulator::f16(bits) : bf16(bits);
 }
-inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB) {
+inline float operandElementF16(u64 descriptor, bool transposed, word r, word k) { return operandElement(descriptor, transposed, r, k, true); }
+inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB, bool f16 = false) {
   Async& m = mine();
   for (u64 d : {a, b})
     if (d >> 62 != 1 || (d >> 49 & 7)) fail("an operand's descriptor %llx is not of the 128-byte swizzle", d);
@@ -210,7 +211,10 @@ inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transpo
     memcpy(m.kept, sums, sizeof(float) * count);
     memset(sums, 0xff, sizeof(float) * count);
   }
-  m.products[m.productCount++] = {a, b, add, transposedA, transposedB, m.productGroups};
+  m.products[m.productCount++] = {a, b, add, transposedA, transposedB, f16, m.productGroups};
+}
+inline void productF16(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB) {
+  product(sums, count, a, b, add, transposedA, transposedB, true);
 }
 inline void productFence() { ballot(~0u, "wgmma.fence", false); }
 inline void productCommit() { mine().productGroups++; }
@@ -222,12 +226,12 @@ inline void productWait(int pending) {
     const Async::Product& p = m.products[done];
     float a[2][16];
     for (int h = 0; h < 2; h++)
-      for (int k = 0; k < 16; k++) a[h][k] = operandElement(p.a, p.transposedA, first + 8 * h, k);
+      for (int k = 0; k < 16; k++) a[h][k] = operandElement(p.a, p.transposedA, first + 8 * h, k, p.f16);
     for (int c = 0; c < m.sumCount / 2; c++) {
       const int column = c / 2 * 8 + lane % 4 * 2 + c % 2;
       double sum[2] = {0, 0};
       for (int k = 0; k < 16; k++) {
-        const float b = operandElement(p.b, p.transposedB, column, k);
+        const float b = operandElement(p.b, p.transposedB, column, k, p.f16);
         for (int h = 0; h < 2; h++) sum[h] += double(a[h][k]) * b;
       }
       for (int h = 0; h < 2; h++) {

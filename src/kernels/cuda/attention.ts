@@ -1,5 +1,5 @@
 /**
- * Causal attention and its gradient, on all keys or a piece of them. In bf16, heads by 16 up to 192 wide, with values by 16 up to 128,
+ * Causal attention and its gradient, on all keys or a piece of them. In 16-bit floats, heads by 16 up to 192 wide, with values by 16 up to 128,
  * run on the tensor cores with asynchronous copies; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
  * inputs give equal bits.
  */
@@ -10,28 +10,36 @@ import type { Arch } from "../../target.ts";
 import { type AttentionSizes, attentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
 import { forwardHopper, gradHopper, isGradOfHopper } from "./attentionHopper.ts";
-import { beginnings, scales, sightText } from "./attentionText.ts";
-import { source } from "./prelude.ts";
+import { beginnings, randomText, scales, sightText } from "./attentionText.ts";
+import { cudaType } from "./elementwise.ts";
+import { type Half, halves, isHalf, source } from "./prelude.ts";
 
 export const attention = {
   attention: forward,
   attention_grad: backward,
   attention_part: forward,
   attention_part_grad: backward,
+  attention_dropout: forward,
+  attention_dropout_grad: backward,
+  attention_dropout_part: forward,
+  attention_dropout_part_grad: backward,
 };
 
 function forward(use: Use, arch: Arch): Made {
-  if (!onTensorCores(use)) return forwardPlain(use);
+  const half = use.dtype.q!;
+  if (!isHalf(half) || !fitsTensorCores(use)) return forwardPlain(use);
   const d = attentionSizes(use);
-  return (arch === "sm_90a" ? forwardHopper(use, d) : undefined) ?? forwardTiles(use, d, arch) ?? forwardPlain(use);
+  // Hopper's own kernels drop nothing
+  return (arch === "sm_90a" && !d.drops ? forwardHopper(use, d, half) : undefined) ?? forwardTiles(use, d, half, arch) ?? forwardPlain(use);
 }
 function backward(use: Use, arch: Arch): Made {
-  return (onTensorCores(use) ? gradTiles(use, attentionSizes(use), arch) : undefined) ?? gradPlain(use);
+  const half = use.dtype.q!;
+  return (isHalf(half) && fitsTensorCores(use) ? gradTiles(use, attentionSizes(use), half, arch) : undefined) ?? gradPlain(use);
 }
 /** Their tiles take rows of queries that lie side by side. */
-function onTensorCores(use: Use): boolean {
+function fitsTensorCores(use: Use): boolean {
   const d = attentionSizes(use);
-  return use.dtype.q === "bf16" && d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
+  return d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
 }
 /** Of numbers of keys the first whose rows lie side by side in any piece. */
 const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
@@ -44,18 +52,25 @@ const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80
 /**
  * 32 query rows in a warp, so that what is read of K and V serves as many; two stages of K and V. 255 registers let 8 warps share a
  * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
- * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one.
+ * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one, and for sm_90a where weights are dropped.
  */
-function forwardTiles(use: Use, d: AttentionSizes, arch: Arch): Made | undefined {
+function forwardTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
   const { B, S, G, M, C, W } = d;
-  const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" ? [48, 32, 16] : [32, 16]);
+  const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
   if (!keys) return undefined;
   const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
   const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
   const threads = 256 / resident;
   const { args, ...texts } = beginnings(d);
-  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d), threads, sight: sightText(d) });
-  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts });
+  const tiles = render("cuda/attention_tiles.cuh", {
+    ...d,
+    ...scales(d),
+    ...halves[half],
+    threads,
+    sight: sightText(d),
+    random: randomText(d),
+  });
+  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts, ...halves[half] });
   const launch: Launch = {
     entry: use.name,
     grid: [B * G * M * ceil(S, threads), 1, 1],
@@ -74,13 +89,13 @@ const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 13
  * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
  * 128 a cycle and computes one in 1.5: by these counts 1.4 times the time.
  */
-function gradTiles(use: Use, d: AttentionSizes, arch: Arch): Made | undefined {
+function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
   const { B, S, U, G, M, C, W, part } = d;
   const [threads, rows, H] = [256, 64, G * M];
   const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
-  // registers have room for the gradients of 128 keys and values where both are at most 128 wide
-  const fits = (keys: number) => keys === 64 || (C + W <= 256 && padded(keys) <= sharedOf(arch).most * 1024);
-  const hopper = arch === "sm_90a" && isGradOfHopper(d);
+  // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
+  const fits = (keys: number) => keys === 64 || (C + W <= (d.drops ? 192 : 256) && padded(keys) <= sharedOf(arch).most * 1024);
+  const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
   const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
@@ -88,11 +103,18 @@ function gradTiles(use: Use, d: AttentionSizes, arch: Arch): Made | undefined {
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = use.name;
   const { args, ...texts } = beginnings(d);
-  const tiles = render("cuda/attention_tiles.cuh", { ...d, ...scales(d), threads, sight: sightText(d) });
-  const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80" });
-  const common = { name, tiles, order, part, ...texts, queryParams: part ? `, ${texts.params}` : "" };
+  const tiles = render("cuda/attention_tiles.cuh", {
+    ...d,
+    ...scales(d),
+    ...halves[half],
+    threads,
+    sight: sightText(d),
+    random: randomText(d),
+  });
+  const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80", ...halves[half] });
+  const common = { name, tiles, order, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
-    ? gradHopper(d, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
+    ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
   const [sums, lse2, delta, counters, scratch] = offsets([
@@ -139,8 +161,8 @@ function offsets(bytes: readonly number[]): number[] {
 function plain(use: Use, columns: number) {
   const d = attentionSizes(use);
   const slices = ceil(columns, 128);
-  const type = use.dtype.q === "bf16" ? "bf16" : "float";
-  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: sightText(d) });
+  const type = cudaType(use.dtype.q!);
+  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: sightText(d), random: randomText(d) });
   return { d, common, threads: 256, tile: 64, slices, ...beginnings(d) };
 }
 

@@ -1,5 +1,5 @@
 /**
- * Attention on Hopper's own tensor-core instructions (sm_90a, bf16): how many warpgroups of queries a block has, and the tensor
+ * Attention on Hopper's own tensor-core instructions (sm_90a, 16-bit floats): how many warpgroups of queries a block has, and the tensor
  * maps by which boxes of 64 columns are copied.
  */
 import type { TensorMap } from "../../../schemas/plan.ts";
@@ -7,7 +7,7 @@ import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
 import { beginnings, scales, sightText } from "./attentionText.ts";
-import { source } from "./prelude.ts";
+import { type Half, halves, source } from "./prelude.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
@@ -17,7 +17,7 @@ const MULTIPROCESSORS = 132;
  * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
  * Keys that lie in blocks elsewhere are copied in blocks that divide those.
  */
-export function forwardHopper(use: Use, d: AttentionSizes): Made | undefined {
+export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | undefined {
   const { B, S, U, G, M, C, W, chunk } = d;
   const keys = isMoved(d, U) ? [128, 64].find((n) => chunk % n === 0) : W === 64 ? 112 : 128;
   const boxes = Math.ceil(C / 64);
@@ -29,11 +29,11 @@ export function forwardHopper(use: Use, d: AttentionSizes): Made | undefined {
   const [give, take] = groups === 3 ? [32, 160] : [24, 240];
   const { args, ...texts } = beginnings(d);
   const body = render("cuda/attention_wgmma.cu", {
-    ...{ name: use.name, ...d, ...scales(d), ...texts, groups, keys, give: give!, take: take! },
+    ...{ name: use.name, ...d, ...scales(d), ...texts, ...halves[half], groups, keys, give: give!, take: take! },
     hopper: render("cuda/hopper.cuh", {}),
     sight: sightText(d),
-    scores: product(keys, 0),
-    values: weigh(W),
+    scores: product(keys, 0, half),
+    values: weigh(W, half),
   });
   const tiles = Math.ceil(S / rows) * B * G * M;
   const launch = {
@@ -41,7 +41,7 @@ export function forwardHopper(use: Use, d: AttentionSizes): Made | undefined {
     grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
     shared: 128 * (boxes * rows + 2 * (boxes + valueBoxes) * keys) + 80,
-    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), "o", "lse", ...args],
+    args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), "o", "lse", ...args],
   };
   return { source: source(use, body), launches: [launch] };
 }
@@ -50,34 +50,39 @@ export function forwardHopper(use: Use, d: AttentionSizes): Made | undefined {
 export const isGradOfHopper = (d: AttentionSizes): boolean => d.C === 128 && d.W === 128 && (!isMoved(d, d.U) || d.chunk % 128 === 0);
 
 /** The main launch of that gradient: what differs from the plain tensor cores'. */
-export function gradHopper(d: AttentionSizes, fillIn: (parts: Record<"hopper" | "alongRows" | "downRows" | "weigh", string>) => string) {
+export function gradHopper(
+  d: AttentionSizes,
+  half: Half,
+  fillIn: (parts: Record<"hopper" | "alongRows" | "downRows" | "weigh", string>) => string,
+) {
   const [rows, keys] = [64, 128];
+  const products = { alongRows: product(rows, 0, half), downRows: product(64, 1, half), weigh: weigh(d.C, half) };
   return {
-    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), alongRows: product(rows, 0), downRows: product(64, 1), weigh: weigh(d.C) }),
+    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products }),
     threads: 384,
     // keys and values; two stages of queries and dy; gradients of scores; two numbers of each query row, per stage; barriers, ticket
     shared: 4 * keys * 128 + 2 * 4 * rows * 128 + keys * 128 + 4 * rows * 4 + 64,
-    args: [boxesOf("q", d, rows), boxesOf("k", d, keys), boxesOf("v", d, keys), boxesOf("dy", d, rows)],
+    args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)],
   };
 }
 
 /** Boxes of 64 columns and `high` rows of one sequence. */
-function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, high: number): TensorMap {
+function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, half: Half, high: number): TensorMap {
   const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
   const row = heads * (tensor === "q" || tensor === "k" ? C : W);
-  return { tensor, dtype: "bf16", sizes: [row, length, B], strides: [row * 2, length * row * 2], box: [64, high, 1], swizzle: "128B" };
+  return { tensor, dtype: half, sizes: [row, length, B], strides: [row * 2, length * row * 2], box: [64, high, 1], swizzle: "128B" };
 }
 
 /** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */
-const product = (n: number, transposed: 0 | 1): string =>
+const product = (n: number, transposed: 0 | 1, half: Half): string =>
   render("cuda/wgmma.cuh", {
-    ...{ n, ...sums(n), transposedA: transposed, transposedB: transposed },
+    ...{ n, ...sums(n), ...halves[half], transposedA: transposed, transposedB: transposed },
     ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
 /** The same with the left operand in registers, and the other lying with n along its rows. */
-const weigh = (n: number): string =>
+const weigh = (n: number, half: Half): string =>
   render("cuda/wgmma_weigh.cuh", {
-    ...{ n, ...sums(n), bAt: n / 2 + 4, addAt: n / 2 + 5 },
+    ...{ n, ...sums(n), ...halves[half], bAt: n / 2 + 4, addAt: n / 2 + 5 },
     left: `{${[0, 1, 2, 3].map((i) => `%${n / 2 + i}`).join(", ")}}`,
   });
 

@@ -2,12 +2,13 @@
 import { bytesOf } from "../../../schemas/layout.ts";
 import type { Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
+import { dropsOf, told } from "../../ops/dropout.ts";
 import type { Arch } from "../../target.ts";
-import type { CudaMaker, Made, Use } from "../kernel.ts";
+import { type CudaMaker, type Made, positionText, type Use } from "../kernel.ts";
 import { source } from "./prelude.ts";
 
 /** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
-interface Formula {
+export interface Formula {
   /** Inputs with as many elements as the outputs. */
   readonly streams: readonly string[];
   /** One value for all. */
@@ -24,6 +25,10 @@ interface Formula {
   readonly row?: readonly string[];
   readonly element?: readonly string[];
   readonly outputs: Readonly<Record<string, string>>;
+  /** What stands before the kernel. */
+  readonly functions?: readonly string[];
+  /** Attributes that it is told at launch, as u32. */
+  readonly attrs?: readonly string[];
 }
 
 type Sizes = Readonly<Record<string, number>>;
@@ -59,6 +64,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   nll: () => ({ streams: ["m", "s", "p"], outputs: { l: "logf(s) + m - p" } }),
   nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
   mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
+  weighted_sum_grad: () => ({ streams: ["weight"], scalars: ["dy"], outputs: { dl: "weight * dy" } }),
   sum_exp_grad: ({ V }) => ({
     ...{ streams: ["x"], indexed: ["m", "dy"], width: V! },
     row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],
@@ -94,10 +100,11 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: [`const float* n = nAt + int(at % (${E} / N)) * N;`],
     outputs: { dp: `${f32(c!)} * dy * n[j]` },
   }),
-  clip: ({ max }) => ({
-    streams: ["sq"],
-    outputs: { scale: max! > 0 ? `fminf(1.0f, ${f32(max!)} / (sqrtf(sq) + 1e-6f))` : "1.0f", norm: "sqrtf(sq)" },
-  }),
+  dropout(d, start) {
+    const { threshold, factor } = dropsOf(d.drop!);
+    return atRandom(d, start, `word < ${threshold}u ? 0.0f : x * ${f32(factor)}`);
+  },
+  jitter: (d, start) => atRandom(d, start, `x * (1.0f + ${f32(d.eps!)} * (float(word >> 8) * 0x1p-23f - 1.0f))`),
   // a piece that a query sees nothing of has −∞, and no difference of two is taken
   attention_merge: ({ W }) => ({
     ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
@@ -108,28 +115,24 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     ],
     outputs: { o: "(wa * a + wb * b) * by" },
   }),
-  // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
-  adamw: ({ beta1, beta2, eps, decay }) => ({
-    ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
-    once: [
-      `const float rate = lr / -expm1f(step * ${f32(Math.log(beta1!))});`,
-      `const float unbias = 1.0f / sqrtf(-expm1f(step * ${f32(Math.log(beta2!))}));`,
-      `const float keep = 1.0f - lr * ${f32(decay!)};`,
-    ],
-    element: [
-      "const float x = g * scale;",
-      `const float mean = ${f32(beta1!)} * m + ${f32(1 - beta1!)} * x;`,
-      `const float square = ${f32(beta2!)} * v + ${f32(1 - beta2!)} * x * x;`,
-    ],
-    outputs: {
-      w: `w * keep - rate * mean * fastReciprocal(sqrtf(square) * unbias + ${f32(eps!)})`,
-      m: "mean",
-      v: "square",
-    },
-  }),
 };
 /** Ops that need to know where a dim begins here. */
-const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V" };
+const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V", dropout: "S", jitter: "S" };
+
+/** Of each element of `x`, a word of its own: `word` (src/ops/dropout.ts). */
+function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): Formula {
+  return {
+    ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: told, functions: [render("cuda/philox.cuh", {})] },
+    row: [
+      `const u32 c = u32(at % (${D} / N)) * N, index = u32(${start}) + u32(row % ${S}), position = ${positionText("index", chunk!, ranks!)};`,
+      `const u32 sequence = u32(sampleAt[row / ${S}]);`,
+      "uint4 words[(N + 3) / 4];",
+      "for (int n = 0; n < (N + 3) / 4; n++) words[n] = philox(uint4{sequence, position, c / 4 + n, 0}, key0, key1);",
+    ],
+    element: ["const u32 word = wordOf(words[j / 4], (c + j) % 4);"],
+    outputs: { y },
+  };
+}
 
 export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
   Object.entries(formulas).map(([op, formula]) => [
@@ -142,7 +145,7 @@ const THREADS = 256;
 /** Multiprocessors: enough blocks for each are better than more vectors per thread. */
 export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
 
-function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undefined): Made {
+export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string): Made {
   const names = Object.keys(f.outputs);
   const numbers = f.numbers ?? [];
   const total = use.size[names[0]!]!;
@@ -166,6 +169,7 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
       ...[...names, ...numbers].map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
       ...(use.bound > 0 ? ["const int* rows"] : []),
       ...(start ? ["int start"] : []),
+      ...(f.attrs ?? []).map((name) => `u32 ${name}`),
     ].join(", "),
     scalars: f.scalars ?? [],
     once: f.once ?? [],
@@ -179,13 +183,16 @@ function makeElementwise(use: Use, arch: Arch, f: Formula, start: string | undef
     outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
   });
   return {
-    source: source(use, body),
+    source: source(use, [...(f.functions ?? []), body].join("\n")),
     launches: [
       {
         entry: use.name,
         grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
         ...{ threads: THREADS, shared: 0 },
-        args: [...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : []), ...(start ? [`start(${start})`] : [])],
+        args: [
+          ...[...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : [])],
+          ...[...(start ? [`start(${start})`] : []), ...(f.attrs ?? []).map((name) => `attr(${name})`)],
+        ],
       },
     ],
   };

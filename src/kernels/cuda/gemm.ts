@@ -4,12 +4,13 @@ import type { Arch } from "../../target.ts";
 import type { Made, Use } from "../kernel.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
-import { productOf } from "./product.ts";
+import { halfOf, productOf } from "./product.ts";
 
 const make = (use: Use, arch: Arch): Made => {
   const p = productOf(use);
-  if (p.a.dtype !== "bf16" || p.b.dtype !== "bf16") return simt(use, p);
-  return arch === "sm_90a" && fitsHopper(p) ? hopper(use, p) : mma(use, p);
+  const half = halfOf(p);
+  if (!half) return simt(use, p);
+  return arch === "sm_90a" && fitsHopper(p) ? hopper(use, p, half) : mma(use, p, half);
 };
 
 export const gemm: Readonly<Record<string, typeof make>> = Object.fromEntries(

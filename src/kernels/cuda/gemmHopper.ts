@@ -1,5 +1,5 @@
 /**
- * Products in bf16 on Hopper's own tensor-core instructions (sm_90a): chooses tile, stages, cluster and raster, and writes the
+ * Products of 16-bit floats on Hopper's own tensor-core instructions (sm_90a): chooses tile, stages, cluster and raster, and writes the
  * tensor maps by which boxes of operands are copied. Possible where rows of all operands are multiples of 16 bytes.
  */
 import { bytesOf } from "../../../schemas/layout.ts";
@@ -7,7 +7,7 @@ import type { Dtype, TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { Made, Use } from "../kernel.ts";
-import { source } from "./prelude.ts";
+import { type Half, halves, source } from "./prelude.ts";
 import { mostTiles, type Product, sidesOf } from "./product.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
@@ -42,16 +42,15 @@ export interface Tiling {
   readonly blocks: number;
 }
 
-/** Rows must be multiples of 16 bytes for tensor maps; sums onto bf16 are left to the plain kernel, which rounds them once. */
+/** Of operands of one 16-bit type. Rows must be multiples of 16 bytes for tensor maps; sums onto halves are left to the plain kernel, which rounds them once. */
 export const fitsHopper = (p: Product): boolean =>
-  [p.a, p.b].every((x) => x.dtype === "bf16") &&
-  (p.c.dtype === "f32" || (p.c.dtype === "bf16" && !p.adds)) &&
+  (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
   [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts stand in shared memory
   p.experts <= 1024;
 
-export function hopper(use: Use, p: Product, tiling: Tiling = hopperTiling(p)): Made {
+export function hopper(use: Use, p: Product, half: Half, tiling: Tiling = hopperTiling(p)): Made {
   const { tile, cluster, stages, buffers, raster, blocks } = tiling;
   const n = columnsOf(tile);
   const count = n / 2;
@@ -62,7 +61,7 @@ export function hopper(use: Use, p: Product, tiling: Tiling = hopperTiling(p)): 
     });
   const transposed = { transposedA: p.a.depthFirst ? 0 : 1, transposedB: p.b.depthFirst ? 0 : 1 };
   const product = render("cuda/wgmma.cuh", {
-    ...{ n, count, ...transposed },
+    ...{ n, count, ...transposed, ...halves[half] },
     ...{ aAt: count, bAt: count + 1, addAt: count + 2 },
     names: register((i) => `%${i}`, 16),
     places: register((i) => `"+f"(sums[${i}])`, 8),
@@ -71,7 +70,7 @@ export function hopper(use: Use, p: Product, tiling: Tiling = hopperTiling(p)): 
   const body = render("cuda/gemm_wgmma.cu", {
     ...{ name: use.name, m: p.m, n: p.n, depth: p.depth, experts: p.experts, offsets: p.offsets },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth"), adds: flag(p.adds) },
-    ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst), out: p.c.dtype === "f32" ? "float" : "bf16" },
+    ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst), out: p.c.dtype === "f32" ? "float" : half, ...halves[half] },
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
@@ -138,7 +137,7 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
 }
 
 /**
- * Cycles of the whole, after DeepGEMM's model: rounds of tiles, each as long as the slowest of multiplying (4096 dense bf16
+ * Cycles of the whole, after DeepGEMM's model: rounds of tiles, each as long as the slowest of multiplying (4096 dense 16-bit
  * operations per cycle and multiprocessor), of what products read in shared memory (128 bytes per cycle; b once per 64 rows)
  * and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store, which nothing hides.
  */
@@ -153,7 +152,7 @@ function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: num
 
 /**
  * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
- * then has room, so that most of it drains while the next tile begins. bf16 gets two buffers and four stages; at most 8 are of use.
+ * then has room, so that most of it drains while the next tile begins. Halves get two buffers and four stages; at most 8 are of use.
  */
 function stagesOf(p: Product, tile: Tile): Pick<Tiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;

@@ -1,7 +1,7 @@
-/** Products by one block per tile of c, which needs no instruction of one architecture: bf16 on tensor cores since sm_80, and f32 arithmetic. */
+/** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
-import { source } from "./prelude.ts";
+import { type Half, halves, source } from "./prelude.ts";
 import { mostTiles, type Product, sidesOf } from "./product.ts";
 
 /** Square tiles of c, the largest first. */
@@ -28,13 +28,13 @@ function launched(use: Use, p: Product, edge: Edge, launch: { readonly threads: 
   return { source: source(use, body), launches: [{ entry: use.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
 
-/** Both operands bf16. */
-export function mma(use: Use, p: Product, edge: 128 | 64 = edgeOf(p, [128, 64])): Made {
+/** Both operands of one 16-bit type. */
+export function mma(use: Use, p: Product, half: Half, edge: 128 | 64 = edgeOf(p, [128, 64])): Made {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
   const whole = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
   const body = render("cuda/gemm_mma.cu", {
-    ...{ name: use.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps },
+    ...{ name: use.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps, ...halves[half] },
     ...{ wholeA: whole("a"), wholeB: whole("b"), tiles: tilesText(p, edge, tileK) },
   });
   return launched(use, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);

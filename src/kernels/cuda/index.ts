@@ -9,6 +9,7 @@ import { latent } from "./latent.ts";
 import { messages } from "./messages.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
+import { optimizer } from "./optimizer.ts";
 import { reduce } from "./reduce.ts";
 import { rope } from "./rope.ts";
 import { rows } from "./rows.ts";
@@ -24,6 +25,7 @@ export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
   ...messages,
   ...moe,
   ...norm,
+  ...optimizer,
   ...reduce,
   ...rope,
   ...rows,

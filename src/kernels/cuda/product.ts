@@ -2,6 +2,7 @@
 import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import { offsetsAt, type Use } from "../kernel.ts";
+import { type Half, isHalf } from "./prelude.ts";
 
 /** An operand. `depthFirst`: the dim that is summed over is contiguous; else the rows (of b: the columns) of c are. */
 export interface Matrix {
@@ -26,6 +27,10 @@ export interface Product {
   /** Where in the index buffer the experts' first rows stand. */
   readonly offsets: number;
 }
+
+/** The type of both operands, where tensor cores multiply it. */
+export const halfOf = ({ a, b }: Pick<Product, "a" | "b">): Half | undefined =>
+  a.dtype === b.dtype && isHalf(a.dtype) ? a.dtype : undefined;
 
 /** The contiguous dim of an operand, and the other. */
 export const sidesOf = (p: Product, operand: "a" | "b"): readonly [number, number] => {

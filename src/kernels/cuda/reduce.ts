@@ -22,6 +22,11 @@ interface Sum {
 
 export const reduce: Readonly<Record<string, CudaMaker>> = {
   mean: (use, arch) => makeSum(use, arch, { over: "l", to: "y", factor: 1 / use.d.count!, term: "x" }),
+  weighted_sum: (use, arch) =>
+    makeSum(use, arch, {
+      ...{ over: "l", to: "y", factor: 1, term: "x * weight[j]", beside: "weight" },
+      row: ["const float* weight = weightAt + i64(at) * N;"],
+    }),
   sum_squares: (use, arch) => makeSum(use, arch, { over: "g", to: "y", factor: use.d.scale!, term: "x * x" }),
   aux_loss: (use, arch) => auxLoss(use, arch, use.d.P! * use.d.S! * use.d.E!),
   global_aux_loss: (use, arch) => auxLoss(use, arch, use.size.p!),

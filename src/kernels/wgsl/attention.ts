@@ -4,6 +4,7 @@
  * queries of a block of keys, of every query head that reads them. Scores are computed anew in each.
  */
 import { render } from "../../../templates/bindings.ts";
+import { told } from "../../ops/dropout.ts";
 import { invariant } from "../../ops/op.ts";
 import { type AttentionSizes, attentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
@@ -11,6 +12,12 @@ import { type Binding, bound, type Entry, float, fold, header, kernel, scalar, s
 
 export const attention: Readonly<Record<string, (use: Use) => Made>> = {
   ...{ attention: forward, attention_grad: backward, attention_part: forward, attention_part_grad: backward },
+  ...{
+    attention_dropout: forward,
+    attention_dropout_grad: backward,
+    attention_dropout_part: forward,
+    attention_dropout_part_grad: backward,
+  },
   attention_merge: merge,
 };
 
@@ -38,7 +45,7 @@ function forward(use: Use): Made {
       by: "queries",
       scores: [{ name: "s", row: "q", column: "k" }],
       sums: [{ name: "s", column: "v", to: "o" }],
-      buffers: ["q", "k", "v", "o", "lse"].map((name) => operand(use, name)),
+      buffers: ["q", "k", "v", ...(use.dtype.sample ? ["sample"] : []), "o", "lse"].map((name) => operand(use, name)),
       start: "start",
     },
   ]);
@@ -86,8 +93,12 @@ const runOf = (use: Use, name: string): 1 | 4 => (channelsOf(use, name) % 4 === 
 /** Of a piece, log-sum-exps are written as bits: WGSL has no number for those of no key. */
 const operand = (use: Use, name: string): Binding => ({
   arg: name,
-  type: name === "lse" ? (use.op === "attention_part" ? "u32" : "f32") : vector(scalar(use.dtype[name]!), runOf(use, name)),
+  type: typeOf(use, name),
 });
+function typeOf(use: Use, name: string): string {
+  if (name === "lse") return use.op.endsWith("_part") ? "u32" : "f32";
+  return name === "sample" ? "i32" : vector(scalar(use.dtype[name]!), runOf(use, name));
+}
 
 /** Rows and threads across of a block: 4 x 4 scores per thread, and per thread at most 64 sums of each kind where widths are at most 256. */
 function blockOf({ B, S, U, G, M, C, W }: AttentionSizes): { rows: number; across: number } {
@@ -100,7 +111,7 @@ function blockOf({ B, S, U, G, M, C, W }: AttentionSizes): { rows: number; acros
 
 function made(use: Use, passes: readonly Pass[]): Made {
   const sizes = attentionSizes(use);
-  const { B, S, U, G, M, W, part, grad, chunk, ranks } = sizes;
+  const { B, S, U, G, M, W, part, grad, chunk, ranks, drops } = sizes;
   invariant(use.keeps.size === 0, `${use.op} adds to nothing`);
   const { rows, across } = blockOf(sizes);
   const columns = across * 4;
@@ -116,24 +127,31 @@ function made(use: Use, passes: readonly Pass[]): Made {
   // as many columns of the summed operand as the stage holds, a power of two
   const lanesOf = (words: number): number => Math.min(columns, 2 ** Math.floor(Math.log2(stageWords / words)));
   const moved = isMoved(sizes, S) || isMoved(sizes, U);
-  const starts = part ? ["S", "U"] : ["S"];
+  const starts = [...(part ? ["S", "U"] : ["S"]), ...(drops ? ["G"] : [])];
+  const attrs = drops ? told : [];
   const count = B * S * G * M;
   const main = passes.map((p): Entry => {
     const { entry, buffers, start } = p;
-    return { entry, grid: places(p), threads, buffers, starts, uniform: start };
+    return { entry, grid: places(p), threads, buffers, starts, attrs, uniform: start };
   });
   const dots: Entry = {
     entry: `${use.name}_dots`,
     grid: Math.ceil(count / DOT_THREADS),
     threads: DOT_THREADS,
-    buffers: [operand(use, "dy"), operand(use, "o"), { arg: "scratch+0", name: "dots_out", type: "f32" }],
+    buffers: [
+      operand(use, "dy"),
+      operand(use, "o"),
+      { arg: "scratch+0", name: "dots_out", type: "f32" },
+      ...(drops ? [operand(use, "sample")] : []),
+    ],
     ...(moved ? { starts, uniform: "start_dots" } : {}),
   };
   const entries = grad ? [dots, ...main] : main;
   const outputs = sums.map((s) => s.to);
   const { bindings, launches } = bound(entries);
   const source = render("wgsl/attention.wgsl", {
-    ...{ header: header(use.dtype), bindings, name: use.name, gradient: grad, part, moved },
+    ...{ header: header(use.dtype), bindings, name: use.name, gradient: grad, part, moved, drops: drops !== undefined },
+    ...{ random: drops ? randomText(sizes, drops) : "", batches: B },
     sight: render("wgsl/attention_sight.wgsl", {
       ...{ zigzag: chunk > 0, chunk, ranks, blocks: 2 * ranks, lastBlock: 2 * ranks - 1, queries: S, keys: U },
       keyStart: part ? "starts.y" : "0",
@@ -142,12 +160,12 @@ function made(use: Use, passes: readonly Pass[]): Made {
     ...{ queries: S, queryHeads: G * M, headsOfSequence: S * G * M, queryPlace: placeOf(sizes, "q"), scale: float(sizes.scale) },
     ...{ dotThreads: DOT_THREADS, dotIndex: fold(dots.grid as number).index, dotCount: count, valueChannels: W },
     loaders: Object.keys(use.dtype)
-      .filter((name) => name !== "lse" && !outputs.includes(name))
+      .filter((name) => name !== "lse" && name !== "sample" && !outputs.includes(name))
       .map((name) => ({ name, ...lie(use, sizes, name), value: loaded(use, name) })),
     writers: outputs.map((name) => ({ name, ...lie(use, sizes, name), text: written(use, name) })),
     passes: passes.map((p) => passText(p)),
   });
-  return { source, launches, ...(grad ? { scratch: scratchBytes(count) } : {}) };
+  return { source, launches, ...(grad ? { scratch: scratchBytes(count + (drops ? 2 * B : 0)) } : {}) };
 
   function places({ by }: Pass): number {
     return by === "queries" ? B * G * M * Math.ceil(S / rows) : B * G * Math.ceil(U / rows);
@@ -168,7 +186,16 @@ function made(use: Use, passes: readonly Pass[]): Made {
     const sum = (to: string, i: number, g: number) => `sum_${to}${i}_${g}`;
     const each = (to: string) => LETTERS.flatMap((letter, i) => groupsOf(to).map((g) => ({ letter, g, sum: sum(to, i, g) })));
     return {
-      ...{ entry: p.entry, index: fold(places(p)).index, places: places(p), byQueries, gradient: grad, online: !grad, start: p.start },
+      ...{
+        entry: p.entry,
+        index: fold(places(p)).index,
+        places: places(p),
+        byQueries,
+        gradient: grad,
+        online: !grad,
+        start: drops ? `${p.start}.start` : p.start,
+        told: p.start,
+      },
       block: byQueries ? `${blocks - 1}u - place / ${B * heads}u` : `place / ${B * heads}u`,
       ...{ heads: B * heads, headsOfOne: heads, group: M, logSum: part ? "log_sum_bits" : "log_sum" },
       mine: byQueries ? queryAt("head") : keyAt("head"),
@@ -202,6 +229,26 @@ function made(use: Use, passes: readonly Pass[]): Made {
       ),
     };
   }
+}
+
+/** What weights are multiplied by. The gradient reads sequences' numbers behind its dots, in halves: of buffers it has as many as may be. */
+function randomText(
+  { B, S, U, G, M, part, grad, chunk }: AttentionSizes,
+  { threshold, factor, fours }: NonNullable<AttentionSizes["drops"]>,
+): string {
+  const [keyStart, headStart] = part ? ["starts.y", "starts.z"] : ["0", "starts.y"];
+  const at = (start: string, count: number, lane: string) =>
+    chunk ? `position_in(runs_of(${start}, ${count}), i32(${lane}))` : `${start} + i32(${lane})`;
+  const behind = B * S * G * M;
+  return render("wgsl/attention_random.wgsl", {
+    ...{ philox: render("wgsl/philox.wgsl", {}), fours, threshold, factor: float(factor), group: M, headStart },
+    ...{
+      queryAt: at("starts.x", S, `min(query, ${S - 1}u)`),
+      keyAt: at(keyStart, U, "key"),
+      nextAt: at(keyStart, U, `min(key + j, ${U - 1}u)`),
+    },
+    sample: grad ? `(u32(dots[${behind}u + batch * 2u]) << 16u) + u32(dots[${behind}u + batch * 2u + 1u])` : "u32(sample[batch])",
+  });
 }
 
 const ofKey = (name: string): boolean => ["k", "v", "dk", "dv"].includes(name);

@@ -3,6 +3,7 @@
  * one template, and per op its formula. A formula speaks of values that are loaded as f32 and rounded when stored.
  */
 import { render } from "../../../templates/bindings.ts";
+import { dropsOf, told } from "../../ops/dropout.ts";
 import { ops } from "../../ops/index.ts";
 import { type Made, positionText, type Use } from "../kernel.ts";
 import { type Binding, type Entry, float, fold, kernel, scalar, vector, widthOf } from "./text.ts";
@@ -24,10 +25,12 @@ export interface Formula {
   /** Elements that one invocation computes. */
   readonly width: 1 | 2 | 4;
   readonly starts?: readonly string[];
+  /** Attributes that it is told, in `start.attr`; starts are then in `start.start`. */
+  readonly attrs?: readonly string[];
 }
 
 /** The kernel of a formula. Of ragged outputs it computes the rows that exist. */
-export function map(use: Use, { at = {}, reads, functions = [], lines = [], results, width, starts = [] }: Formula): Made {
+export function map(use: Use, { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: Formula): Made {
   const { inputs } = ops[use.op]!;
   const outputs = Object.keys(results);
   const total = Math.max(...outputs.map((o) => use.size[o]!));
@@ -50,7 +53,7 @@ export function map(use: Use, { at = {}, reads, functions = [], lines = [], resu
     return `${name}_buf[i] = ${typeOf(name)}(${value});`;
   };
   const body = [...inner.flatMap(load), ...lines, ...outputs.map(store)];
-  const entry: Entry = { entry: use.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts };
+  const entry: Entry = { entry: use.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts, attrs };
   const text = render("wgsl/map.wgsl", {
     op: use.op,
     width,
@@ -83,6 +86,27 @@ function auxLossGrad({ d, size }: Use, batch: number): Formula {
     reads: ["n", "dy"],
     at: { n: "vector", dy: size.dp! },
     results: { dp: `${float(d.c!)} * dy * V(n_buf[i / ${vectors}u * ${experts}u + i % ${experts}u])` },
+  };
+}
+
+/** Of each element of `x`, a word of its own: `bits`. */
+function atRandom({ d }: Use, y: string): Formula {
+  const { S, D, chunk, ranks } = d as Readonly<Record<"S" | "D" | "chunk" | "ranks", number>>;
+  const width = widthOf(D);
+  const wide = D / width;
+  // a vector lies within the four channels of a counter
+  const bits = { 1: "words[c % 4u]", 2: "select(words.xy, words.zw, c % 4u == 2u)", 4: "words" }[width];
+  return {
+    ...{ width, at: { sample: "element" }, starts: ["S"], attrs: told, results: { y } },
+    functions: [render("wgsl/philox.wgsl", {})],
+    lines: [
+      `let token = i / ${wide}u;`,
+      `let c = i % ${wide}u * ${width}u;`,
+      `let index = u32(start.start.x) + token % ${S}u;`,
+      `let position = ${positionText("index", chunk, ranks)};`,
+      `let words = philox(vec4<u32>(u32(sample_buf[token / ${S}u]), position, c / 4u, 0u), start.attr.xy);`,
+      `let bits = ${bits};`,
+    ],
   };
 }
 
@@ -132,6 +156,7 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
     at: { dy: use.size.dl! },
     results: { dl: `V(dy / ${float(use.d.count!)})` },
   }),
+  weighted_sum_grad: (use) => ({ width: plain(use, "dl"), at: { dy: use.size.dl! }, results: { dl: "weight * V(dy)" } }),
   sum_exp_grad: ({ d }) => ({ width: widthOf(d.V!), at: { m: d.V!, dy: d.V! }, results: { dx: "dy * exp(x - m)" } }),
   pick_grad({ d }) {
     const width = widthOf(d.V!);
@@ -179,6 +204,12 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
       results: { c: `select(0.0, 1.0, after < ${k})` },
     };
   },
+  dropout(use) {
+    const { threshold, factor } = dropsOf(use.d.drop!);
+    const none = `${vector("u32", widthOf(use.d.D!))}(${threshold}u)`;
+    return atRandom(use, `select(x * ${float(factor)}, V(), bits < ${none})`);
+  },
+  jitter: (use) => atRandom(use, `x * (1.0 + ${float(use.d.eps!)} * (V(bits >> ${vector("u32", widthOf(use.d.D!))}(8u)) * 0x1p-23 - 1.0))`),
   aux_loss_grad: (use) => auxLossGrad(use, use.d.P! * use.d.S! * use.d.E!),
   global_aux_loss_grad: (use) => auxLossGrad(use, use.size.dp!),
 };

@@ -1,4 +1,4 @@
-/** The step: the sum of squares of a gradient, what clipping leaves, and AdamW. */
+/** The step: the sum of squares of a gradient, what clipping leaves, and how weights move. */
 import type { Made, Use } from "../kernel.ts";
 import { map } from "./elementwise.ts";
 import { scalarSum } from "./reduce.ts";
@@ -15,10 +15,19 @@ function sumSquares(use: Use): Made {
   });
 }
 
+const clipped = (norm: string, max: number): string => (max > 0 ? `min(1.0, ${float(max)} / (${norm} + 1e-6))` : "1.0");
+
 function clip(use: Use): Made {
-  const max = use.d.max!;
-  const left = max > 0 ? `min(1.0, ${float(max)} / (sqrt(sq) + 1e-6))` : "1.0";
-  return map(use, { width: 1, results: { norm: "sqrt(sq)", scale: left } });
+  return map(use, { width: 1, results: { norm: "sqrt(sq)", scale: clipped("sqrt(sq)", use.d.max!) } });
+}
+
+/** WGSL lets compilers take every float for a finite one: what is none is told by its bits, and handed on as it came. */
+function clipScaled(use: Use): Made {
+  return map(use, {
+    width: 1,
+    lines: ["let overflowed = (bitcast<u32>(sq) & 0x7f800000u) == 0x7f800000u;", "let all = sqrt(sq) / by;"],
+    results: { norm: "select(all, sq, overflowed)", scale: `select(${clipped("all", use.d.max!)} / by, 0.0, overflowed)` },
+  });
 }
 
 /**
@@ -34,27 +43,74 @@ const lacks = [
   "}",
 ].join("\n");
 
-function adamw(use: Use): Made {
-  const { beta1, beta2, eps, decay } = use.d as Readonly<Record<"beta1" | "beta2" | "eps" | "decay", number>>;
-  return map(use, {
-    width: widthOf(use.size.g!),
-    reads: ["g", "scale", "lr", "step", "w", "m", "v"],
-    // an operand of one element is no scalar for that
-    at: Object.fromEntries(["scale", "lr", "step"].map((name) => [name, use.size.g!])),
+/** An op's moves: the outputs' formulas, with `decay` an expression of the attribute or the operand. */
+interface Method {
+  readonly scalars: readonly string[];
+  readonly functions?: readonly string[];
+  readonly lines: readonly string[];
+  readonly results: Readonly<Record<string, string>>;
+}
+type Sizes = Use["d"];
+
+function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): Method {
+  return {
+    scalars: ["scale", "lr", "step"],
     functions: [lacks],
     lines: [
-      `let rate = lr / lacks(step * ${float(Math.log(beta1))});`,
-      `let unbias = sqrt(lacks(step * ${float(Math.log(beta2))}));`,
-      "let x = g * scale;",
-      `let mean = ${float(beta1)} * m + ${float(1 - beta1)} * x;`,
-      `let square = ${float(beta2)} * v + ${float(1 - beta2)} * x * x;`,
+      `let rate = lr / lacks(step * ${float(Math.log(beta1!))});`,
+      `let unbias = sqrt(lacks(step * ${float(Math.log(beta2!))}));`,
+      `let x = g * scale${decoupled ? "" : ` + ${decay} * w`};`,
+      `let mean = ${float(beta1!)} * m + ${float(1 - beta1!)} * x;`,
+      `let square = ${float(beta2!)} * v + ${float(1 - beta2!)} * x * x;`,
     ],
     results: {
-      w: `w * (1.0 - lr * ${float(decay)}) - rate * mean / (sqrt(square) / unbias + ${float(eps)})`,
+      w: `w${decoupled ? ` * (1.0 - lr * ${decay})` : ""} - rate * mean / (sqrt(square) / unbias + ${float(eps!)})`,
       m: "mean",
       v: "square",
     },
+  };
+}
+const methods: Readonly<Record<string, (d: Sizes, decay: string) => Method>> = {
+  adamw: (d, decay) => adaptive(d, decay, true),
+  adam: (d, decay) => adaptive(d, decay, false),
+  sgd: (_, decay) => ({ scalars: ["scale", "lr"], lines: [], results: { w: `w - lr * (g * scale + ${decay} * w)` } }),
+  sgd_momentum: ({ momentum }, decay) => ({
+    scalars: ["scale", "lr"],
+    lines: [`let speed = ${float(momentum!)} * m + (g * scale + ${decay} * w);`],
+    results: { w: "w - lr * speed", m: "speed" },
+  }),
+};
+
+function moves(use: Use, { scalars, functions = [], lines, results }: Method): Made {
+  const stays = use.d.skips === 1;
+  return map(use, {
+    width: widthOf(use.size.g!),
+    reads: ["g", ...scalars, ...Object.keys(results)],
+    // an operand of one element is no scalar for that
+    at: Object.fromEntries(scalars.map((name) => [name, use.size.g!])),
+    functions,
+    // by a scale of 0 all stays as it is, whatever the gradients
+    lines: [...lines, ...(stays ? ["let stays = scale == 0.0;"] : [])],
+    results: stays
+      ? Object.fromEntries(Object.entries(results).map(([name, value]) => [name, `select(${value}, ${name}, stays)`]))
+      : results,
   });
 }
 
-export const optimizer = { sum_squares: sumSquares, clip, adamw };
+export const optimizer = {
+  sum_squares: sumSquares,
+  clip,
+  clip_scaled: clipScaled,
+  ...Object.fromEntries(
+    Object.entries(methods).flatMap(([name, of]): [string, (use: Use) => Made][] => [
+      [name, (use) => moves(use, of(use.d, float(use.d.decay!)))],
+      [
+        `${name}_scheduled`,
+        (use) => {
+          const method = of(use.d, "decay");
+          return moves(use, { ...method, scalars: [...method.scalars, "decay"] });
+        },
+      ],
+    ]),
+  ),
+};

@@ -25,6 +25,8 @@ export interface Entry {
   readonly buffers: readonly Binding[];
   /** Dims whose first global index it is told, in the components of the uniform `start` (or as `uniform` calls it): `start.x`, `start.y`, … */
   readonly starts?: readonly string[];
+  /** Attributes it is told, in the components of `<uniform>.attr`, a vec4<u32>; starts are then in `<uniform>.start`. */
+  readonly attrs?: readonly string[];
   readonly uniform?: string;
 }
 
@@ -73,8 +75,9 @@ export function fold(groups: number): { readonly grid: [number, number, number];
 export function bound(entries: readonly Entry[]): { readonly bindings: string; readonly launches: Launch[] } {
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
   // all are told the longest list of starts: a shorter one is where that begins, or its places would be others
-  const starts = entries.map((e) => e.starts ?? []).reduce((longest, s) => (s.length > longest.length ? s : longest), []);
-  const agree = entries.every((e) => (e.starts ?? []).every((dim, i) => dim === starts[i]));
+  const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
+  const within = (some: readonly string[] = [], every: readonly string[]) => some.every((name, i) => name === every[i]);
+  const agree = entries.every((e) => within(e.starts, starts) && within(e.attrs, attrs));
   const together = agree && all.length <= MAX_BUFFERS && scratches(all) <= 1;
   const lines = new Map<string, string>();
   const declare = (name: string, line: string) => {
@@ -88,20 +91,34 @@ export function bound(entries: readonly Entry[]): { readonly bindings: string; r
     for (const { arg, name = arg, type } of e.buffers)
       declare(name, `@group(0) @binding(${args.indexOf(arg)}) var<storage, read_write> ${name}: array<${type}>;`);
     const { uniform = "start" } = e;
-    if (e.starts?.length) declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: vec4<i32>;`);
-    return launch(e, args, together ? starts : (e.starts ?? []));
+    if (e.attrs?.length) declare("Told", "struct Told { start: vec4<i32>, attr: vec4<u32> }");
+    if (e.attrs?.length || e.starts?.length)
+      declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: ${e.attrs?.length ? "Told" : "vec4<i32>"};`);
+    return launch(e, args, together ? { starts, attrs } : { starts: e.starts ?? [], attrs: e.attrs ?? [] });
   });
   return { bindings: [...lines.values()].join("\n"), launches };
 }
 
+const longest = (lists: readonly (readonly string[])[]): readonly string[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
+
 /** Throws where it would break WebGPU's default limits. */
-function launch({ entry, grid, threads }: Entry, args: readonly string[], starts: readonly string[]): Launch {
+function launch(
+  { entry, grid, threads }: Entry,
+  args: readonly string[],
+  { starts, attrs }: { readonly starts: readonly string[]; readonly attrs: readonly string[] },
+): Launch {
   const size = typeof grid === "number" ? fold(grid).grid : grid;
-  invariant(args.length <= MAX_BUFFERS && starts.length <= 4, `${entry}: ${args.length} buffers`);
+  invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
   invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
   // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids
   invariant(scratches(args) <= 1, `${entry}: scratch is bound twice`);
-  return { entry, grid: [...size], threads, shared: 0, args: [...args, ...starts.map((d) => `start(${d})`)] };
+  return {
+    entry,
+    grid: [...size],
+    threads,
+    shared: 0,
+    args: [...args, ...starts.map((d) => `start(${d})`), ...attrs.map((a) => `attr(${a})`)],
+  };
 }
 const scratches = (args: readonly string[]): number => args.filter((arg) => arg.startsWith("scratch+")).length;
 

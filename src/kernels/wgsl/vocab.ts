@@ -109,4 +109,9 @@ export const vocab = {
     scalarSum(use, {
       ...{ buffers: [{ arg: "l", type: "f32" }], count: use.size.l!, term: "l[i]", factor: float(1 / use.d.count!) },
     }),
+  weighted_sum: (use: Use): Made =>
+    scalarSum(use, {
+      buffers: ["l", "weight"].map((arg) => ({ arg, type: "f32" })),
+      ...{ count: use.size.l!, term: "l[i] * weight[i]", factor: "1.0" },
+    }),
 };

@@ -1,0 +1,56 @@
+/**
+ * The course of a run: what each step is told (how many sequences it has and which, its learning rate, weight decay and loss scale),
+ * and what a step that is over changes about it. All ranks follow it by themselves, and are never apart: it goes by numbers that
+ * they agree on.
+ */
+import type { Job } from "../schemas/job.ts";
+import { batchAt } from "../schemas/rampup.ts";
+import { type LossScale, lossScaleOf } from "./lossScale.ts";
+import { learningRate, weightDecay } from "./schedules.ts";
+
+export interface Leg {
+  /** Sequences read before this step. */
+  readonly first: number;
+  /** Sequences of this step. */
+  readonly batch: number;
+  readonly microbatches: number;
+  /** How often it goes into a whole batch: the plan divides losses, and so gradients, by the size of a whole one, and this makes up for it. */
+  readonly upscale: number;
+  readonly lr: number;
+  readonly weightDecay: number;
+  /** What the loss is multiplied by before backward; 1 where nothing is scaled. */
+  readonly lossScale: number;
+  /** Updates of the weights, this one counted. */
+  readonly update: number;
+}
+export interface Course {
+  /** The step to come. */
+  leg(): Leg;
+  /** It is over; if its gradients overflowed, it changed no weights. */
+  done(overflowed: boolean): void;
+}
+
+export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">): Course {
+  const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1);
+  let read = 0;
+  let trained = 0;
+  let updates = 0;
+  return {
+    leg() {
+      const batch = batchAt(train, read);
+      return {
+        ...{ first: read, batch, microbatches: batch / (train.micro_batch * parallel.data), upscale: train.global_batch / batch },
+        ...{ lr: learningRate(train, trained), weightDecay: weightDecay(train, trained), lossScale: scale.value(), update: updates + 1 },
+      };
+    },
+    done(overflowed) {
+      const batch = batchAt(train, read);
+      read += batch;
+      if (!overflowed) {
+        trained += batch;
+        updates++;
+      }
+      scale.done(overflowed);
+    },
+  };
+}

@@ -1,0 +1,38 @@
+/**
+ * The scale of the loss in fp16, as Megatron Core's grad scalers keep it. It lives on the host: that a step overflowed is known there
+ * with the step's numbers, which all ranks agree on, and a step is told its scale like its learning rate, a replayed one too.
+ */
+import type { Job } from "../schemas/job.ts";
+
+export interface LossScale {
+  /** Of the step to come. */
+  value(): number;
+  /** A step is over, and its gradients overflowed or did not. */
+  done(overflowed: boolean): void;
+}
+
+/** Beyond it, what divides by it would vanish. Megatron Core's has no end, and never gets there: gradients overflow long before. */
+const LARGEST = 2 ** 100;
+
+/**
+ * A number stays. A section: after `hysteresis` overflows the scale shrinks, and with every further one, until `growth_interval` steps in
+ * a row went well; then it grows, and the count of overflows begins anew.
+ */
+export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>): LossScale {
+  if (typeof how === "number") return { value: () => how, done() {} };
+  const { initial, growth, growth_interval, backoff, hysteresis, min } = how;
+  let scale = Math.fround(initial);
+  let well = 0;
+  let patience = hysteresis;
+  return {
+    value: () => scale,
+    done(overflowed) {
+      well = overflowed ? 0 : well + 1;
+      if (overflowed && --patience <= 0) scale = Math.max(Math.fround(scale * backoff), min);
+      if (well < growth_interval) return;
+      well = 0;
+      patience = hysteresis;
+      scale = Math.min(Math.fround(scale * growth), LARGEST);
+    },
+  };
+}

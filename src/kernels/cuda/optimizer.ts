@@ -1,0 +1,81 @@
+/** The step on CUDA: what clipping leaves of the gradients, and how weights move. */
+import type { Arch } from "../../target.ts";
+import type { CudaMaker, Use } from "../kernel.ts";
+import { type Formula, f32, makeElementwise } from "./elementwise.ts";
+
+type Sizes = Readonly<Record<string, number>>;
+
+const clipped = (norm: string, { max }: Sizes): string => (max! > 0 ? `fminf(1.0f, ${f32(max!)} / (${norm} + 1e-6f))` : "1.0f");
+
+/** `decay` is an expression: of the attribute, or of the operand. */
+function adaptive({ beta1, beta2, eps, skips }: Sizes, decay: string, decoupled: boolean): Formula {
+  return leftOut(skips, {
+    ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
+    // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
+    once: [
+      `const float rate = lr / -expm1f(step * ${f32(Math.log(beta1!))});`,
+      `const float unbias = 1.0f / sqrtf(-expm1f(step * ${f32(Math.log(beta2!))}));`,
+      ...(decoupled ? [`const float keep = 1.0f - lr * ${decay};`] : []),
+    ],
+    element: [
+      `const float x = g * scale${decoupled ? "" : ` + ${decay} * w`};`,
+      `const float mean = ${f32(beta1!)} * m + ${f32(1 - beta1!)} * x;`,
+      `const float square = ${f32(beta2!)} * v + ${f32(1 - beta2!)} * x * x;`,
+    ],
+    outputs: {
+      w: `w${decoupled ? " * keep" : ""} - rate * mean * fastReciprocal(sqrtf(square) * unbias + ${f32(eps!)})`,
+      m: "mean",
+      v: "square",
+    },
+  });
+}
+
+const plain = ({ skips }: Sizes, decay: string): Formula =>
+  leftOut(skips, {
+    ...{ streams: ["g", "w"], scalars: ["scale", "lr"] },
+    outputs: { w: `w - lr * (g * scale + ${decay} * w)` },
+  });
+
+const withMomentum = ({ momentum, skips }: Sizes, decay: string): Formula =>
+  leftOut(skips, {
+    ...{ streams: ["g", "w", "m"], scalars: ["scale", "lr"] },
+    element: [`const float speed = ${f32(momentum!)} * m + (g * scale + ${decay} * w);`],
+    outputs: { w: "w - lr * speed", m: "speed" },
+  });
+
+/** Where steps may be left out: by a scale of 0 all stays as it is, whatever the gradients. */
+function leftOut(skips: number | undefined, { outputs, once = [], ...formula }: Formula): Formula {
+  if (!skips) return { ...formula, once, outputs };
+  return {
+    ...formula,
+    once: [...once, "const bool stays = scale == 0.0f;"],
+    outputs: Object.fromEntries(Object.entries(outputs).map(([name, value]) => [name, `stays ? ${name} : ${value}`])),
+  };
+}
+
+const methods: Readonly<Record<string, (d: Sizes, decay: string) => Formula>> = {
+  adamw: (d, decay) => adaptive(d, decay, true),
+  adam: (d, decay) => adaptive(d, decay, false),
+  sgd: plain,
+  sgd_momentum: withMomentum,
+};
+const told = (f: Formula): Formula => ({ ...f, scalars: [...f.scalars!, "decay"] });
+
+const formulas: Readonly<Record<string, (d: Sizes) => Formula>> = {
+  clip: (d) => ({ streams: ["sq"], outputs: { scale: clipped("sqrtf(sq)", d), norm: "sqrtf(sq)" } }),
+  clip_scaled: (d) => ({
+    ...{ streams: ["sq"], scalars: ["by"] },
+    element: ["const float norm = sqrtf(sq) / by;", "const bool finite = (__float_as_uint(sq) & 0x7f800000u) != 0x7f800000u;"],
+    outputs: { scale: `finite ? ${clipped("norm", d)} / by : 0.0f`, norm: "norm" },
+  }),
+  ...Object.fromEntries(
+    Object.entries(methods).flatMap(([name, of]): [string, (d: Sizes) => Formula][] => [
+      [name, (d) => of(d, f32(d.decay!))],
+      [`${name}_scheduled`, (d) => told(of(d, "decay"))],
+    ]),
+  ),
+};
+
+export const optimizer: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
+  Object.entries(formulas).map(([op, formula]) => [op, (use: Use, arch: Arch) => makeElementwise(use, arch, formula(use.d))]),
+);

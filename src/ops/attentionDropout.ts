@@ -1,0 +1,74 @@
+/**
+ * Attention that drops weights: after the softmax a weight is 0 with probability `drop`, else it grows by 1 / (1 − drop). `lse` is that of
+ * the softmax, which knows nothing of it; so pieces of the keys are merged as ever (attention_merge). A signature of its own keeps
+ * attention without it as it is.
+ */
+import { type Arrays, flopsOfGrad, flopsOfMix, mix, mixGrad, type Sizes } from "./attention.ts";
+import { dropsOf, told } from "./dropout.ts";
+import { type Grads, op, type Place } from "./op.ts";
+import { philox } from "./philox.ts";
+import { positionOf } from "./positions.ts";
+
+export const attentionDropout = op({
+  name: "attention_dropout",
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  types: { lse: "f32" },
+  told,
+  flops: flopsOfMix,
+  cpu: dropMix,
+  grad({ q, k, v, sample }, { y, dy }, a): Grads {
+    const { dq, dk, dv } = attentionDropoutGrad.all({ q, k, v, sample, o: y, lse: y.node!.outs[1]!, dy }, a);
+    return { q: dq, k: dk, v: dv };
+  },
+});
+/** With f = 0 or 1 / (1 − drop) of each weight: dv = f·w·dy; dw = f·(dy·v); and still Σ w·dw = o·dy. */
+export const attentionDropoutGrad = op({
+  name: "attention_dropout_grad",
+  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*W]",
+  told,
+  flops: flopsOfGrad,
+  cpu: dropMixGrad,
+});
+export const attentionDropoutPart = op({
+  name: "attention_dropout_part",
+  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  owes: "merge",
+  types: { lse: "f32" },
+  told,
+  flops: flopsOfMix,
+  cpu: dropMix,
+});
+export const attentionDropoutPartGrad = op({
+  name: "attention_dropout_part_grad",
+  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G*C] dv[B,U,G*W]",
+  told,
+  flops: flopsOfGrad,
+  cpu: dropMixGrad,
+});
+
+function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: Sizes, p: Place): void {
+  mix(t, d, p, keptOf(t.sample, d, p));
+}
+function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: Sizes, p: Place): void {
+  mixGrad(t, d, p, keptOf(t.sample, d, p));
+}
+
+/** What a weight is multiplied by: key u of a query is word u % 4 at counter (sequence, the query's position, its head, u / 4). */
+function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: Place): (query: number, key: number) => number {
+  const { threshold, factor } = dropsOf(d.drop!);
+  const [heads, firstHead] = [G * M, p.start("G") * M];
+  const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
+  const words = new Uint32Array(4);
+  let [lastQuery, lastBlock] = [-1, -1];
+  return (query, key) => {
+    const at = position("U", key);
+    const block = Math.floor(at / 4);
+    if (query !== lastQuery || block !== lastBlock) {
+      const token = Math.floor(query / heads);
+      const here = position("S", token % S);
+      philox(words, sample[Math.floor(token / S)]!, here, firstHead + (query % heads), block, d.key0!, d.key1!);
+      [lastQuery, lastBlock] = [query, block];
+    }
+    return words[at % 4]! < threshold ? 0 : factor;
+  };
+}

@@ -1,0 +1,86 @@
+/** M, P: multi-token prediction. */
+import { readLayout } from "../pipeline.ts";
+import { divisorsNear, type Rule, rule } from "./rule.ts";
+
+export const mtp: readonly Rule[] = [
+  rule({
+    code: "M340",
+    title: "mtp.layers is less than the tokens of a sequence",
+    why: "Depth k predicts from the tokens that have k more after them in their sequence: in a sequence of k there are none, and nothing is learnt.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mtp || m.mtp.layers < m.seq) return;
+      yield {
+        at: "model.mtp.layers",
+        related: ["model.seq"],
+        found: `${m.mtp.layers} depths in sequences of ${m.seq}`,
+        fix: "1 or 2 are usual",
+        tries: [{ "model.mtp.layers": 1 }, { "model.mtp": null }],
+      };
+    },
+    bad: "model: {mtp: {layers: 48}}",
+  }),
+  rule({
+    code: "M341",
+    title: "mtp.coeff is above 0",
+    why: "With 0 the further layers are computed and learn nothing; below 0 their loss is climbed.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mtp || m.mtp.coeff > 0) return;
+      yield {
+        at: "model.mtp.coeff",
+        found: `coeff ${m.mtp.coeff}`,
+        fix: "0.1 is usual; model.mtp: null trains without",
+        tries: [{ "model.mtp.coeff": 0.1 }],
+      };
+    },
+    bad: "model: {mtp: {layers: 1, coeff: 0}}",
+  }),
+  rule({
+    code: "M342",
+    title: "tensor divides hidden, where there is multi-token prediction",
+    why: "The product that makes one vector of a token's two is cut along its width over the tensor ranks, in equal parts.",
+    level: "error",
+    *check({ model: m, parallel: { tensor } }) {
+      if (!m.mtp || m.hidden % tensor === 0) return;
+      yield {
+        at: "model.hidden",
+        related: ["parallel.tensor"],
+        found: `hidden ${m.hidden} over ${tensor} tensor ranks leaves ${m.hidden % tensor} over`,
+        fix: `tensor must divide ${m.hidden}`,
+        tries: divisorsNear(m.hidden, tensor).map((t) => ({ "parallel.tensor": t })),
+      };
+    },
+    bad: "model: {hidden: 14, head_dim: 4, heads: 4, mtp: {layers: 1}}\nparallel: {world: 4, tensor: 4}",
+  }),
+  rule({
+    code: "P118",
+    title: "layout puts multi-token prediction in one place, in a last chunk past the first stage",
+    why: "Its layers take their turn after all others and share the embedding, which a stage has once: so they stand together, in the last chunk of a stage that is not the first. Megatron-LM's layouts have the same bounds.",
+    level: "error",
+    *check({ parallel: p }) {
+      const parts = p.layout === null ? "" : readLayout(p.layout);
+      if (typeof parts === "string" || p.pipeline === 1 || parts.length % p.pipeline !== 0) return;
+      const places = parts.flatMap((letters, v) => (letters.includes("m") ? [v] : []));
+      const chunk = (v: number) => Math.floor(v / p.pipeline);
+      const last = chunk(parts.length - 1);
+      const wrong =
+        places.length > 1
+          ? `m stands in ${places.length} parts`
+          : places.some((v) => v % p.pipeline === 0)
+            ? "m stands on the first stage"
+            : places.some((v) => chunk(v) < last)
+              ? `m stands in chunk ${chunk(places[0]!)} of 0..${last}`
+              : undefined;
+      if (wrong === undefined) return;
+      yield {
+        at: "parallel.layout",
+        related: ["model.mtp"],
+        found: `${wrong}: ${p.layout}`,
+        fix: "write all m in the part of L, or in one just before it",
+        tries: [{ "parallel.layout": null }],
+      };
+    },
+    bad: "model: {mtp: {layers: 2}}\nparallel: {world: 2, pipeline: 2, layout: Ettttmm|L}\ntrain: {global_batch: 8}",
+  }),
+];

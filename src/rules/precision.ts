@@ -1,0 +1,53 @@
+/** B: 16-bit floats and the scale of the loss. */
+import { rule } from "./rule.ts";
+
+/** The smallest number that a 16-bit float holds: a loss scaled below it vanishes. */
+const SMALLEST = 2 ** -24;
+
+export const precision = [
+  rule({
+    code: "B224",
+    title: "loss_scale is used in fp16 alone",
+    why: "fp32 and bf16 hold numbers down to 1e-38: no gradient of any size vanishes in them, and nothing is scaled.",
+    level: "warning",
+    *check({ train }) {
+      if (train.loss_scale === null || train.precision === "fp16") return;
+      yield {
+        at: "train.loss_scale",
+        related: ["train.precision"],
+        found: `loss_scale with precision: ${train.precision}`,
+        fix: "leave it out",
+        tries: [{ "train.loss_scale": null }],
+      };
+    },
+    bad: "train: {precision: fp32, loss_scale: 1024}",
+  }),
+  rule({
+    code: "B225",
+    title: "a loss scale is a positive number, and adapts itself within bounds",
+    why: "It begins at initial, grows by a factor above 1, shrinks by one between 0 and 1, and never falls below min, which is above 0. A scale beyond 2^100 would leave nothing of what is divided by it again.",
+    level: "error",
+    *check({ train: { loss_scale: scale } }) {
+      if (scale === null) return;
+      const wrong = (key: keyof Exclude<typeof scale, number>, found: number, fix: string, value: number) => ({
+        at: `train.loss_scale.${key}` as const,
+        found: `${key} ${found}`,
+        fix,
+        tries: [{ [`train.loss_scale.${key}`]: value }],
+      });
+      const inRange = (x: number): boolean => x >= SMALLEST && x <= 2 ** 100;
+      if (typeof scale === "number") {
+        if (inRange(scale)) return;
+        yield { at: "train.loss_scale", found: `loss_scale ${scale}`, fix: "65536 is usual", tries: [{ "train.loss_scale": 65536 }] };
+        return;
+      }
+      const { initial, growth, backoff, min } = scale;
+      if (!inRange(min)) yield wrong("min", min, "1 is usual", 1);
+      else if (!inRange(initial) || initial < min)
+        yield wrong("initial", initial, `from min ${min} to 2^100; 2^32 is usual`, Math.max(2 ** 32, min));
+      if (!(growth > 1)) yield wrong("growth", growth, "above 1; 2 is usual", 2);
+      if (!(backoff > 0 && backoff < 1)) yield wrong("backoff", backoff, "between 0 and 1; 0.5 is usual", 0.5);
+    },
+    bad: "train: {precision: fp16, loss_scale: {backoff: 2}}",
+  }),
+] as const;

@@ -1,0 +1,119 @@
+/** B: a batch that grows. */
+import { evenBy } from "../../schemas/job.ts";
+import { lengthOf, MOST_SIZES, phasesOf } from "../../schemas/rampup.ts";
+import { stageRanks } from "./mesh.ts";
+import { downTo, rule, upTo } from "./rule.ts";
+
+export const rampup = [
+  rule({
+    code: "B226",
+    title: "a batch grows from start to global_batch by whole increments",
+    why: "The last increment must arrive at global_batch, or the batch would never be whole.",
+    level: "error",
+    *check({ train: { batch_rampup: ramp, global_batch: whole } }) {
+      if (!ramp || (ramp.start < whole && (whole - ramp.start) % ramp.increment === 0)) return;
+      const found = `from ${ramp.start} by ${ramp.increment} to global_batch ${whole}`;
+      if (ramp.start >= whole) {
+        yield {
+          at: "train.batch_rampup.start",
+          related: ["train.global_batch"],
+          found,
+          fix: "begin below global_batch, or leave batch_rampup out",
+          tries: [{ "train.batch_rampup": null }],
+        };
+        return;
+      }
+      yield {
+        at: "train.batch_rampup.increment",
+        related: ["train.batch_rampup.start", "train.global_batch"],
+        found,
+        fix: "an increment that divides what lies between",
+        tries: [{ "train.batch_rampup.increment": ramp.start }, { "train.batch_rampup.increment": whole - ramp.start }],
+      };
+    },
+    bad: "train: {global_batch: 16, steps: 100, batch_rampup: {start: 4, increment: 5, samples: 40}}",
+  }),
+  rule({
+    code: "B227",
+    title: "micro_batch x data divides every batch on the way",
+    why: "Each step is a whole number of microbatches on every data rank, while the batch grows too. Megatron-LM notices when the first batch comes that is none, in the midst of the run.",
+    level: "error",
+    *check(job) {
+      const { micro_batch: mb, batch_rampup: ramp, global_batch: whole } = job.train;
+      const one = mb * job.parallel.data;
+      if (!ramp || !stageRanks(job) || whole % one !== 0) return;
+      for (const key of ["start", "increment"] as const) {
+        const size = ramp[key];
+        if (size % one === 0) continue;
+        yield {
+          at: `train.batch_rampup.${key}`,
+          related: ["train.micro_batch", "parallel.world"],
+          found: `${key} ${size} with micro_batch ${mb} x data ${job.parallel.data} = ${one}`,
+          fix: `${key} must be a multiple of ${one}`,
+          tries: [{ [`train.batch_rampup.${key}`]: downTo(size, one) }, { [`train.batch_rampup.${key}`]: upTo(size, one) }],
+        };
+      }
+    },
+    bad: "parallel: {world: 4}\ntrain: {global_batch: 16, steps: 100, batch_rampup: {start: 4, increment: 6, samples: 40}}",
+  }),
+  rule({
+    code: "B228",
+    title: "biases that are quantiles need batches of one size",
+    why: "The bias of a step is the mean over the microbatches of a whole batch; of a smaller one it would be too small.",
+    level: "error",
+    *check({ train, model: { moe } }) {
+      if (!train.batch_rampup || !moe || evenBy(moe.router) !== "quantile") return;
+      yield {
+        at: "train.batch_rampup",
+        related: ["model.moe.router.balance"],
+        found: "batch_rampup with balance: quantile",
+        fix: "leave batch_rampup out, or balance by a loss",
+        tries: [{ "train.batch_rampup": null }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: quantile}}}\ntrain: {global_batch: 8, steps: 100, batch_rampup: {start: 4, increment: 4, samples: 40}}",
+  }),
+  rule({
+    code: "B229",
+    title: `a batch grows through fewer than ${MOST_SIZES} sizes`,
+    why: "The order of work of every size is proven free of deadlock before anything runs, and on CUDA each is a graph of its own. So many sizes are mostly a slip in the increment.",
+    level: "error",
+    *check({ train: { batch_rampup: ramp, global_batch: whole } }) {
+      if (!ramp || ramp.start >= whole || (whole - ramp.start) % ramp.increment !== 0) return;
+      const sizes = (whole - ramp.start) / ramp.increment;
+      if (sizes < MOST_SIZES) return;
+      const least = Math.ceil(sizes / (MOST_SIZES - 1));
+      const fewer = Array.from({ length: 64 }, (_, i) => least + i).filter((n) => sizes % n === 0);
+      yield {
+        at: "train.batch_rampup.increment",
+        related: ["train.batch_rampup.start", "train.global_batch"],
+        found: `${sizes} increments of ${ramp.increment} from ${ramp.start} to ${whole}`,
+        fix: "a larger increment",
+        tries: [...fewer, sizes].map((n) => ({ "train.batch_rampup.increment": ramp.increment * n })),
+      };
+    },
+    bad: "train: {global_batch: 2049, steps: 10000, batch_rampup: {start: 1, increment: 1, samples: 4096}}",
+  }),
+  rule({
+    code: "B233",
+    title: "the run ends before its batch is whole",
+    why: "The batch reaches global_batch once more sequences than batch_rampup.samples were read; this run stops before.",
+    level: "warning",
+    *check({ train }) {
+      const { batch_rampup: ramp } = train;
+      const whole = phasesOf(train).at(-1)!;
+      if (!ramp || ramp.start >= train.global_batch || lengthOf(train) * train.global_batch > whole.from) return;
+      yield {
+        at: "train.batch_rampup.samples",
+        related: ["train.steps"],
+        found: `samples ${ramp.samples} with steps ${train.steps}, which read ${Math.round(lengthOf(train) * train.global_batch)}`,
+        fix: "grow over a tenth of the run, or train longer",
+        tries: [
+          { "train.batch_rampup.samples": Math.max(1, Math.floor((train.steps * train.global_batch) / 10)) },
+          { "train.steps": 2 * Math.ceil(phasesOf(train).reduce((sum, p) => sum + (Number.isFinite(p.steps) ? p.steps : 1), 0)) },
+        ],
+      };
+    },
+    bad: "train: {global_batch: 8, steps: 10, batch_rampup: {start: 4, increment: 4, samples: 400}}",
+  }),
+] as const;

@@ -1,0 +1,63 @@
+/** M, E: what is left out or moved at random. */
+import type { Job } from "../../schemas/job.ts";
+import { rule } from "./rule.ts";
+
+export const random = [
+  rule({
+    code: "M350",
+    title: "a dropout is a probability below 1",
+    why: "What is kept grows by 1 / (1 - p), so that the mean stays: with 1 nothing is kept.",
+    level: "error",
+    *check({ model: { dropout } }) {
+      for (const key of ["attention", "hidden"] as const) {
+        const p = dropout[key];
+        if (p >= 0 && p < 1) continue;
+        yield {
+          at: `model.dropout.${key}`,
+          found: `probability ${p}`,
+          fix: "0 drops nothing; 0.1 is usual where something is dropped",
+          tries: [{ [`model.dropout.${key}`]: p > 1 && p < 100 ? p / 100 : 0 }],
+        };
+      }
+    },
+    bad: "model: {dropout: {hidden: 1}}",
+  }),
+  rule({
+    code: "E441",
+    title: "jitter is above 0 and below 1",
+    why: "The router's input is multiplied by numbers from 1 - jitter to 1 + jitter: from 1 on some of them turn its sign.",
+    level: "error",
+    *check({ model: { moe } }) {
+      const jitter = moe?.router.jitter ?? null;
+      if (jitter === null || (jitter > 0 && jitter < 1)) return;
+      yield {
+        at: "model.moe.router.jitter",
+        found: `jitter ${jitter}`,
+        fix: "0.01 is usual; null moves nothing",
+        tries: [{ "model.moe.router.jitter": jitter <= 0 ? null : 0.01 }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01, jitter: 1.5}}}",
+  }),
+  rule({
+    code: "B236",
+    title: "a run numbers its sequences with 31 bits, where something is random",
+    why: "The bits of dropout and jitter go by a sequence's number since the run began, which devices hold in 32 bits: past 2147483647 they would be those of other sequences again.",
+    level: "error",
+    *check(job) {
+      const sequences = job.train.steps * job.train.global_batch;
+      if (!isRandom(job) || sequences < 2 ** 31) return;
+      yield {
+        at: "train.steps",
+        related: ["train.global_batch"],
+        found: `${job.train.steps} steps of ${job.train.global_batch} sequences`,
+        fix: `at most ${Math.floor((2 ** 31 - 1) / job.train.global_batch)} steps`,
+        tries: [{ "train.steps": Math.floor((2 ** 31 - 1) / job.train.global_batch) }],
+      };
+    },
+    bad: "model: {dropout: {hidden: 0.1}}\ntrain: {global_batch: 4096, steps: 1000000}",
+  }),
+];
+
+const isRandom = ({ model: { dropout, moe } }: Job): boolean =>
+  dropout.attention > 0 || dropout.hidden > 0 || (moe?.router.jitter ?? null) !== null;
