@@ -44,6 +44,13 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
       "layers.0.moe.permute.grad [6@ep*edp,12,24] -> layers.0.moe.tokens.grad [3@dp,24@tp,24]",
     ]
   `);
+  const ids = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.endsWith(".fold") ? [i.id] : []));
+  expect(ids.slice(0, 4)).toEqual([
+    "layers.0.moe.tokens@ep*edp,-,-.fold",
+    "layers.0.moe.map@ep*edp,-,-.fold",
+    "layers.0.moe.weights@ep*edp,-,-.fold",
+    "layers.0.moe.combined@dp,tp,-.fold",
+  ]);
   const moves = plan.programs.flatMap((p) => instructionsOf(p)).filter((i): i is Move => i.kind === "move");
   expect(new Set(moves.map((i) => i.axes))).toEqual(new Set(["tp", "dp", "tp*dp", "ep", "edp", "world"]));
 });
