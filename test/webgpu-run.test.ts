@@ -77,6 +77,11 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
         mla: { kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 },
       },
     ),
+    "grids of tokens and experts that do not nest": jobWith(
+      { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },
+      { layers: 1, moe: { ...moe, experts: 6 } },
+      { global_batch: 6 },
+    ),
     "choices that are even by themselves, of what is jittered": jobWith(
       { world: 1 },
       { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", jitter: 0.1, normalize_top_k: false, z_coeff: 0.01 } } },
