@@ -9,14 +9,16 @@ import fc from "fast-check";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
 import type { StepResult } from "../runtime/execute.ts";
 import { copyShared, firstHolders, rangesIn, sharedBy, visitRuns } from "../runtime/pieces.ts";
-import { openRun } from "../runtime/run.ts";
+import { openRun, type RunSettings } from "../runtime/run.ts";
 import { openSafetensors } from "../runtime/safetensors.ts";
 import { openSnapshot } from "../runtime/snapshot.ts";
 import type { Job } from "../schemas/job.ts";
 import { elementsOf } from "../schemas/layout.ts";
 import { compile } from "../src/compile.ts";
+import { loadTarget } from "../src/makers.ts";
 import { buildMesh } from "../src/mesh.ts";
 import { rankc } from "./rankc.ts";
+import { noAdapter } from "./softwareAdapter.ts";
 import { fixture, jobOf } from "./support.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-snapshot-"));
@@ -49,8 +51,8 @@ const jobWith = (parallel: object, train: object = {}, model: object = {}): Job 
   });
 
 /** Numbers of so many steps, the last of which is saved. */
-async function run(job: Job, steps: number, how: { save?: string; resume?: string } = {}): Promise<StepResult[]> {
-  const opened = await openRun(compile(job).plan, { baseDir: fixture(""), version: "test", ...how });
+async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan = compile(job).plan): Promise<StepResult[]> {
+  const opened = await openRun(plan, { baseDir: fixture(""), version: "test", ...how });
   const all: StepResult[] = [];
   for (let i = 0; i < steps; i++) all.push(await opened.step());
   if (how.save) expect(await opened.save()).toBe(join(how.save, `step-${String(all.at(-1)!.step).padStart(8, "0")}`));
@@ -97,6 +99,21 @@ test("on another mesh, and another optimizer's pieces, it has the same numbers",
       expect(Math.abs(grad_norm / whole[3 + i]!.grad_norm - 1), `norm of step ${step}`).toBeLessThan(1e-3);
     }
   }
+});
+
+test.skipIf(noAdapter)(`from WebGPU to the CPU and back${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, { timeout: 240_000 }, async () => {
+  const small = { layers: 1, hidden: 16, ffn: 16, heads: 2, kv_heads: 2, moe: null };
+  const job = jobWith({ world: 2, pipeline: 1, distributed_optimizer: true }, {}, small);
+  const whole = await run(job, 6);
+  const { plan, sources } = compile(job, { target: await loadTarget("webgpu:baseline") });
+  const there = { backend: "webgpu" as const, source: (file: string) => sources.get(file)! };
+  const all = [
+    ...(await run(job, 2, { save: folder, ...there }, plan)),
+    ...(await run(job, 2, { resume: folder, save: folder })),
+    ...(await run(job, 2, { resume: folder, ...there }, plan)),
+  ];
+  expect(all.map(({ step }) => step)).toEqual([1, 2, 3, 4, 5, 6]);
+  for (const [i, { loss }] of all.entries()) expect(Math.abs(loss - whole[i]!.loss), `loss of step ${i + 1}`).toBeLessThan(1e-4);
 });
 
 test("pieces of a tensor come from pieces that were cut in any other way", () => {
