@@ -63,6 +63,8 @@ export interface Fleet {
   stop?(): void;
   /** … and adds up, over the stages, numbers that each stage's first rank knows. */
   combine?(values: readonly number[]): Promise<number[]>;
+  /** … and waits until all of them have come to the place of this name. */
+  meet?(name: string): Promise<void>;
   /** With what went wrong, if something did: the others are told. */
   close(error?: Error): Promise<void>;
 }

@@ -2,7 +2,7 @@
  * Batches of a corpus: ids [rows, seq], their labels, and what else a plan is fed of them. A batch is a function of how many
  * sequences were read before it, and of its size. Where the corpus lies, on a disk or in memory, does not matter.
  */
-import { depthsOf, type Job } from "../schemas/job.ts";
+import type { Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { keyOf, philox } from "../src/ops/philox.ts";
 import type { HostData } from "./backend.ts";
@@ -137,5 +137,5 @@ export const readingOf = ({ train, model, data }: Job): Reading => ({
   ...{ format: data.format, dtype: data.dtype, order: data.order },
   weighed: data.labels !== null,
   weighting: { by: train.loss_weighting, together: train.micro_batch * model.seq },
-  depths: depthsOf(model),
+  depths: model.mtp?.layers ?? 0,
 });

@@ -76,7 +76,7 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
  */
 export function toHuggingFace(
   model: Model,
-  named: ReadonlyMap<string, { readonly shape: readonly number[]; readonly data: Float32Array }>,
+  named: { get(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined },
 ): readonly Entry[] {
   const entries = new Map<string, Entry>();
   for (const { name, shape, layouts, optional } of parametersOf(model)) {

@@ -5,7 +5,7 @@
  */
 import type { Job } from "../schemas/job.ts";
 import { batchAt } from "../schemas/rampup.ts";
-import { type LossScale, lossScaleOf } from "./lossScale.ts";
+import { type LossScale, lossScaleOf, type ScaleState } from "./lossScale.ts";
 import { learningRate, weightDecay } from "./schedules.ts";
 
 export interface Leg {
@@ -23,19 +23,30 @@ export interface Leg {
   /** Updates of the weights, this one counted. */
   readonly update: number;
 }
+/** How far a run is. */
+export interface Milestone {
+  /** Steps that are over. */
+  readonly steps: number;
+  /** Sequences that they read, and of these those whose steps changed weights; and updates of the weights. */
+  readonly read: number;
+  readonly trained: number;
+  readonly updates: number;
+  readonly loss_scale: ScaleState;
+}
 export interface Course {
+  milestone(): Milestone;
   /** The step to come. */
   leg(): Leg;
   /** It is over; if its gradients overflowed, it changed no weights. */
   done(overflowed: boolean): void;
 }
 
-export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">): Course {
-  const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1);
-  let read = 0;
-  let trained = 0;
-  let updates = 0;
+/** From its beginning, or from where another run of the job was. */
+export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">, from?: Milestone): Course {
+  const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1, from?.loss_scale);
+  let { steps, read, trained, updates } = from ?? { steps: 0, read: 0, trained: 0, updates: 0 };
   return {
+    milestone: () => ({ steps, read, trained, updates, loss_scale: scale.state() }),
     leg() {
       const batch = batchAt(train, read);
       return {
@@ -44,6 +55,7 @@ export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">): 
       };
     },
     done(overflowed) {
+      steps++;
       const batch = batchAt(train, read);
       read += batch;
       if (!overflowed) {

@@ -2,7 +2,7 @@
  * execute: plan × fleet → trained steps. Walks each rank's program in the plan's order: forward and backward of every
  * microbatch, then the step block. The ranks of this process run as coroutines, which meet at collectives.
  */
-import { elementsOf, numberInStage, rangesOf, rankAt, stageOfRank } from "../schemas/layout.ts";
+import { elementsOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
 import { orderOf, workOf } from "../schemas/program.ts";
 import { batchAt } from "../schemas/rampup.ts";
@@ -12,7 +12,9 @@ import { fillNormal } from "../src/ops/philox.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { Batch, BatchOf } from "./batches.ts";
-import { courseOf } from "./course.ts";
+import { courseOf, type Milestone } from "./course.ts";
+import { pieceOf as pieceIn, type Ranges, rangesIn, visitRuns } from "./pieces.ts";
+import { rememberedBy } from "./remembered.ts";
 
 export interface StepResult {
   /** 1-based. */
@@ -45,6 +47,10 @@ export interface Run {
   /** This process speaks for all: it holds rank 0. */
   readonly leads: boolean;
   step(): Promise<StepResult>;
+  /** How far the run is, steps before it began counted. */
+  milestone(): Milestone;
+  /** What a rank of this process holds of a buffer, between two steps. */
+  read(rank: number, buffer: Buffer): Promise<HostData>;
   /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
   gradients(): Promise<Map<string, Tensor>>;
   parameters(): Promise<Map<string, Tensor>>;
@@ -61,12 +67,14 @@ export interface Given {
   readonly batch: BatchOf;
   /** The weights to start from, read before this returns; without them, those of the job's seed. */
   readonly checkpoint?: { read(name: string, shape: readonly number[]): Float32Array };
+  /** Where another run was, which this one goes on from: all that it remembered, by name, in whatever pieces this plan has. */
+  readonly from?: { readonly milestone: Milestone; piece(name: string, ranges: Ranges): Float32Array };
   /** Buffers to keep a copy of when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
 }
 
 /** Writes the parameters; the run then stands before its first step. Knows no files and no process: it works in a browser too. */
-export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Given): Run {
+export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }: Given): Run {
   const { mesh, programs, job } = plan;
   const { train, model } = job;
   const { ranks, comm } = fleet;
@@ -75,8 +83,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
   const perMicrobatch = train.micro_batch * job.parallel.data;
   const kept = new Map<string, Promise<HostData>[][]>();
-  let steps = 0;
-  const course = courseOf(job);
+  const course = courseOf(job, from?.milestone);
   /** What the gradients of the last step were multiplied by. */
   let scaled = 1;
 
@@ -95,36 +102,27 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     }
   }
 
-  const ranges = (b: Buffer, r: number) =>
-    b.sizes.map((n, slot) => rangesOf(mesh, n, b.cuts[slot]!, b.cuts[slot]!, numberInStage(mesh, r)));
-  /** Visits a piece as runs along its last dim: the global and the local index of each, and its length. */
-  function visitRuns(b: Buffer, r: number, visit: (global: number, local: number, n: number) => void): void {
-    const all = ranges(b, r);
-    let local = 0;
-    const walk = (dim: number, base: number) => {
-      if (dim === all.length) {
-        visit(base, local++, 1);
-        return;
+  /** All that the other run remembered; copies of parameters, and those in 16 bits beside a main one, follow from that. */
+  function goOn({ piece }: NonNullable<Given["from"]>): void {
+    for (const r of ranks) {
+      const p = programOf(r);
+      for (const { name, buffer } of rememberedBy(p)) fleet.backend(r).write(buffer, 0, piece(name, ranges(buffer, r)));
+      for (const { name, buffer, master, tied_to } of p.parameters) {
+        if (buffer === master && !tied_to) continue;
+        for (const id of new Set([buffer, master])) {
+          const b = bufferOf(r, id);
+          fleet.backend(r).write(b, 0, piece(name, ranges(b, r)));
+        }
       }
-      for (const [from, to] of all[dim]!) {
-        if (dim === all.length - 1) {
-          visit(base * b.sizes[dim]! + from, local, to - from);
-          local += to - from;
-        } else for (let i = from; i < to; i++) walk(dim + 1, base * b.sizes[dim]! + i);
-      }
-    };
-    walk(0, 0);
+    }
   }
-  function pieceOf<T extends HostData>(whole: T, b: Buffer, r: number): T {
-    if (whole.length === elementsOf(b.shape)) return whole;
-    const out = (whole instanceof Int32Array ? new Int32Array(elementsOf(b.shape)) : new Float32Array(elementsOf(b.shape))) as T;
-    visitRuns(b, r, (global, local, n) => out.set(whole.subarray(global, global + n), local));
-    return out;
-  }
+
+  const ranges = (b: Buffer, r: number): Ranges => rangesIn(mesh, b, numberInStage(mesh, r));
+  const pieceOf = <T extends HostData>(whole: T, b: Buffer, r: number): T => pieceIn(whole, b, ranges(b, r));
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
     const out = new Float32Array(elementsOf(b.shape));
     if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);
-    visitRuns(b, r, (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
+    visitRuns(b.sizes, ranges(b, r), (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
     return out;
   }
   /** A value put together from the pieces of the ranks of one stage. */
@@ -134,7 +132,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     for (let n = 0; n < mesh.per_stage; n++) {
       const r = rankAt(mesh, stage, n);
       const piece = await data(r);
-      visitRuns(b, r, (global, local, n) => out.set(piece.subarray(local, local + n), global));
+      visitRuns(b.sizes, ranges(b, r), (global, local, n) => out.set(piece.subarray(local, local + n), global));
     }
     return { shape: b.sizes, data: out };
   }
@@ -223,7 +221,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
     return fleet.combine ? fleet.combine(sums) : sums;
   }
 
-  initialize();
+  if (from) goOn(from);
+  else initialize();
   let stopped = false;
   const orders = new Map<number, readonly (readonly string[])[]>();
   /** By stage; many steps have one. */
@@ -248,6 +247,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       stopped = true;
       fleet.stop?.();
     },
+    milestone: () => course.milestone(),
+    read: (rank, buffer) => fleet.backend(rank).read(buffer, 0),
     async step() {
       const begun = performance.now();
       const leg = course.leg();
@@ -257,7 +258,6 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       const given = inOrder(now);
       // sequences by their number since the run began: what is random goes by it
       const samples = Int32Array.from({ length: leg.batch }, (_, i) => leg.first + i);
-      steps++;
       scaled = lossScale;
       kept.clear();
       /** What the gradient of a loss begins with. */
@@ -300,7 +300,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, watch = [] }: Give
       const overflowed = train.precision === "fp16" && !Number.isFinite(grad_norm);
       course.done(overflowed);
       return {
-        step: steps,
+        step: course.milestone().steps,
         loss: loss! * upscale,
         ...(model.mtp && { mtp_loss: mtp_loss! * upscale }),
         aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),

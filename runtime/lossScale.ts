@@ -4,11 +4,18 @@
  */
 import type { Job } from "../schemas/job.ts";
 
+/** How far a scale that adapts itself has got: the scale, steps in a row that went well, and overflows until it shrinks. */
+export interface ScaleState {
+  readonly scale: number;
+  readonly well: number;
+  readonly patience: number;
+}
 export interface LossScale {
   /** Of the step to come. */
   value(): number;
   /** A step is over, and its gradients overflowed or did not. */
   done(overflowed: boolean): void;
+  state(): ScaleState;
 }
 
 /** Beyond it, what divides by it would vanish. Megatron Core's has no end, and never gets there: gradients overflow long before. */
@@ -18,14 +25,13 @@ const LARGEST = 2 ** 100;
  * A number stays. A section: after `hysteresis` overflows the scale shrinks, and with every further one, until `growth_interval` steps in
  * a row went well; then it grows, and the count of overflows begins anew.
  */
-export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>): LossScale {
-  if (typeof how === "number") return { value: () => how, done() {} };
+export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?: ScaleState): LossScale {
+  if (typeof how === "number") return { value: () => how, done() {}, state: () => ({ scale: how, well: 0, patience: 0 }) };
   const { initial, growth, growth_interval, backoff, hysteresis, min } = how;
-  let scale = Math.fround(initial);
-  let well = 0;
-  let patience = hysteresis;
+  let { scale, well, patience } = from ?? { scale: Math.fround(initial), well: 0, patience: hysteresis };
   return {
     value: () => scale,
+    state: () => ({ scale, well, patience }),
     done(overflowed) {
       well = overflowed ? 0 : well + 1;
       if (overflowed && --patience <= 0) scale = Math.max(Math.fround(scale * backoff), min);

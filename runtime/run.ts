@@ -1,12 +1,14 @@
 /** A run on this machine: opens what a plan needs here (its text, its weights, its devices), and closes all of it with the run. */
 import { resolve } from "node:path";
-import type { Plan } from "../schemas/plan.ts";
+import type { Buffer, Plan } from "../schemas/plan.ts";
+import { Trouble } from "../schemas/trouble.ts";
 import type { Fleet } from "./backend.ts";
 import { readingOf } from "./batches.ts";
 import { checkpointFor } from "./checkpoint.ts";
 import { openCpu } from "./cpu.ts";
 import { openCorpus } from "./data.ts";
 import { type Run, runOn } from "./execute.ts";
+import { expectRoom, openSnapshot, saveSnapshot } from "./snapshot.ts";
 
 export interface RunSettings {
   /** A cubin beside the plan, by the name of its file. */
@@ -23,14 +25,25 @@ export interface RunSettings {
   readonly source?: (file: string) => string;
   /** A Hugging Face checkpoint: a file, an index or a folder. */
   readonly initFrom?: string;
+  /** A folder for snapshots, which `save` writes to. */
+  readonly save?: string;
+  /** A snapshot, or a folder of them, to go on from. */
+  readonly resume?: string;
   /** Where relative paths of the job start: the job file's folder. */
   readonly baseDir: string;
   /** As in `Given`. */
   readonly watch?: readonly string[];
 }
 
-export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
-  const { initFrom, baseDir, watch } = settings;
+export interface OpenRun extends Run {
+  /** Writes a snapshot, where the run was opened to: its folder. All processes of a run do it after the same step. */
+  save(): Promise<string>;
+}
+
+export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRun> {
+  const { initFrom, resume, save: folder, baseDir, watch, version = "" } = settings;
+  if (initFrom !== undefined && resume !== undefined)
+    throw new Trouble("--init-from and --resume both say what to start from", "leave one of them out");
   const { job } = plan;
   const { path, labels } = job.data;
   const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
@@ -44,10 +57,26 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<Run> {
     await fleet.close(error);
   };
   try {
+    const from = resume === undefined ? undefined : openSnapshot(resume);
+    from?.expectFor(plan);
+    if (folder !== undefined && fleet.ranks.includes(0)) expectRoom(folder, from?.milestone.steps ?? 0);
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom);
-    const run = runOn(plan, { fleet, batch: corpus.batch, ...(checkpoint && { checkpoint }), ...(watch && { watch }) });
+    const run = runOn(plan, {
+      fleet,
+      batch: corpus.batch,
+      ...(checkpoint && { checkpoint }),
+      ...(from && { from }),
+      ...(watch && { watch }),
+    });
     checkpoint?.close();
-    return { ...run, close };
+    from?.close();
+    const { ranks, meet = async () => {} } = fleet;
+    const read = async (rank: number, buffer: Buffer) => Float32Array.from(await run.read(rank, buffer));
+    const save = async (): Promise<string> => {
+      if (folder === undefined) throw new Error("the run was opened without a folder for snapshots");
+      return saveSnapshot({ plan, folder, version, ranks, meet, read }, run.milestone());
+    };
+    return { ...run, save, close };
   } catch (error) {
     await close(error as Error);
     throw error;

@@ -25,6 +25,8 @@ export type Safetensors = {
 };
 
 export type Entry = { readonly name: string; readonly dtype: "F32"; readonly shape: readonly number[]; readonly data: Float32Array };
+/** An entry whose values are asked for when it is its turn. */
+export type LateEntry = Omit<Entry, "data"> & { readonly data: () => Promise<Float32Array> };
 
 // The format's own bound: it keeps a flipped bit in the length from becoming an allocation.
 const MAX_HEADER = 100_000_000;
@@ -42,7 +44,7 @@ export function openSafetensors(path: string): Safetensors {
     if (found === undefined) throw new Trouble(`${path}: has no tensor ${name}`, `it holds ${some([...tensors.keys()])}`);
     return found;
   };
-  const bytesOf = ({ start, bytes }: TensorInfo): ArrayBuffer => {
+  const load = ({ start, bytes }: TensorInfo): ArrayBuffer => {
     const buffer = new ArrayBuffer(bytes);
     file.read(new Uint8Array(buffer), start);
     return buffer;
@@ -51,12 +53,12 @@ export function openSafetensors(path: string): Safetensors {
     path,
     names: [...tensors.keys()],
     info,
-    read: (name) => dtypes[info(name).dtype].floats(bytesOf(info(name))),
+    read: (name) => dtypes[info(name).dtype].floats(load(info(name))),
     readInts: (name) => {
       const { dtype } = info(name);
       const ints = (dtypes[dtype] as Decoder).ints;
       if (ints === undefined) throw new Trouble(`${path}: tensor ${name} holds ${dtype}, not integers`, "store it as I32 or I64");
-      const values = ints(bytesOf(info(name)));
+      const values = ints(load(info(name)));
       return Int32Array.from({ length: values.length }, (_, i) => {
         const value = Number(values[i]);
         if (value !== (value | 0))
@@ -71,36 +73,71 @@ export function openSafetensors(path: string): Safetensors {
 /** Writes beside `path` and renames: a reader sees the old file or the whole new one. */
 export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
   const all = [...entries];
-  const header: Record<string, unknown> = Object.create(null);
-  let at = 0;
-  for (const { name, dtype, shape, data } of all) {
-    if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
-    if (name in header) throw new Error(`${name} is written twice`);
-    header[name] = { dtype, shape, data_offsets: [at, (at += data.byteLength)] };
-  }
-  const text = Buffer.from(JSON.stringify(header));
-  // Spaces to the next multiple of 8: the data then lies aligned for whoever maps the file.
-  const padded = Buffer.concat([Buffer.alloc(8), text, Buffer.alloc(-text.length & 7, " ")]);
-  padded.writeBigUInt64LE(BigInt(padded.length - 8));
-
-  const beside = `${path}.${process.pid}.part`;
+  for (const { name, shape, data } of all) expectLength(name, shape, data);
+  const beside = besideOf(path);
   try {
     const fd = openSync(beside, "w");
     try {
-      writeAll(fd, padded);
-      for (const { data } of all) writeAll(fd, new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
+      writeAll(fd, headerOf(all));
+      for (const { data } of all) writeAll(fd, bytesOf(data));
       fsyncSync(fd);
     } finally {
       closeSync(fd);
     }
     renameSync(beside, path);
   } catch (error) {
-    rmSync(beside, { force: true });
-    throw new Trouble(
-      `${path}: cannot be written (${(error as NodeJS.ErrnoException).code ?? error})`,
-      "name a file in a folder you can write to",
-    );
+    throw unwritten(path, beside, error);
   }
+}
+
+/** The same where values come one tensor after the other, so that only one of them is in memory. */
+export async function streamSafetensors(path: string, entries: readonly LateEntry[]): Promise<void> {
+  const beside = besideOf(path);
+  try {
+    const fd = openSync(beside, "w");
+    try {
+      writeAll(fd, headerOf(entries));
+      for (const { name, shape, data } of entries) {
+        const values = await data();
+        expectLength(name, shape, values);
+        writeAll(fd, bytesOf(values));
+      }
+      fsyncSync(fd);
+    } finally {
+      closeSync(fd);
+    }
+    renameSync(beside, path);
+  } catch (error) {
+    throw unwritten(path, beside, error);
+  }
+}
+
+const besideOf = (path: string): string => `${path}.${process.pid}.part`;
+const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+
+function expectLength(name: string, shape: readonly number[], data: Float32Array): void {
+  if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
+}
+
+function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[]): Uint8Array {
+  const header: Record<string, unknown> = Object.create(null);
+  let at = 0;
+  for (const { name, dtype, shape } of entries) {
+    if (name in header) throw new Error(`${name} is written twice`);
+    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes[dtype].bytes)] };
+  }
+  const text = Buffer.from(JSON.stringify(header));
+  // Spaces to the next multiple of 8: the data then lies aligned for whoever maps the file.
+  const padded = Buffer.concat([Buffer.alloc(8), text, Buffer.alloc(-text.length & 7, " ")]);
+  padded.writeBigUInt64LE(BigInt(padded.length - 8));
+  return padded;
+}
+
+/** What is to be thrown where a file could not be written; what was written of it is removed. */
+function unwritten(path: string, beside: string, error: unknown): unknown {
+  rmSync(beside, { force: true });
+  const { code } = error as NodeJS.ErrnoException;
+  return code === undefined ? error : new Trouble(`${path}: cannot be written (${code})`, "name a file in a folder you can write to");
 }
 
 function writeAll(fd: number, bytes: Uint8Array): void {

@@ -27,6 +27,15 @@ export const rankAt = ({ per_stage, stage_stride, world }: Stages, stage: number
 /** This rank's coordinate along one factor; `rank` is its number within its stage, here and below. */
 export const digit = ({ factors }: Factors, rank: number, f: number): number => Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
 
+/**
+ * Whether factors are digits of one number beside each other, so that no two ranks have the same of all of them but by what else they
+ * are. Those of grids that do not nest are not: what both cut would lie twice on some ranks, and on others be missing.
+ */
+export const areDigits = ({ factors }: Factors, fs: readonly number[]): boolean =>
+  [...fs]
+    .sort((f, g) => factors[f]!.stride - factors[g]!.stride)
+    .every((f, i, all) => i === 0 || factors[f]!.stride % (factors[all[i - 1]!]!.stride * factors[all[i - 1]!]!.size) === 0);
+
 /** In how many parts factors cut. */
 export const parts = ({ factors }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * factors[f]!.size, 1);
 

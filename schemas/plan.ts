@@ -24,7 +24,11 @@ export const MeshText = z.strictObject({
   stage_stride: count.describe(
     "ranks of one stage that stand side by side: all of them where stages are the outermost axis; else those up to the first of the next stage",
   ),
-  factors: z.array(Factor).describe("both grids are products of these, smallest stride first"),
+  factors: z
+    .array(Factor)
+    .describe(
+      "both grids are products of these, smallest stride first; where their strides do not nest, the dense grid of the first, the expert grid of the rest",
+    ),
   axes: z.record(z.string(), z.array(count)).describe("the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid)"),
   sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
   gpus_per_node: count,

@@ -12,7 +12,7 @@ import { Trouble } from "../schemas/trouble.ts";
 import type { Planned, RunOptions } from "./cliRun.ts";
 import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
-import { writeFile, writeFolder } from "./outputs.ts";
+import { expectWritable, writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
 import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
 import { type Stage, stages } from "./stages.ts";
@@ -132,9 +132,12 @@ withExamples(
         .choices(["cpu", "webgpu", "cuda"])
         .default("cpu"),
     )
-    .option("--steps <n>", "stop after this many steps (default: train.steps)", atLeastOne)
+    .option("--steps <n>", "stop after this many steps, those before --resume counted (default: train.steps)", atLeastOne)
     .option("--metrics <file>", "write one JSON line for each step")
     .option("--init-from <file>", "start from the weights of a safetensors file")
+    .option("--save <dir>", "write a snapshot at the end, also of a run that is interrupted: weights, optimizer, and how far it was")
+    .option("--save-every <n>", "… and after every n steps", atLeastOne)
+    .option("--resume <dir>", "go on from a snapshot (of the folder of a run's, the last), on this mesh or another")
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
     .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")
@@ -143,6 +146,7 @@ withExamples(
   "run plan/ --data-dir . --init-from model.safetensors",
   "run job.yaml --backend webgpu",
   "run plan/ --backend cuda",
+  "run plan/ --save snapshots/ --save-every 500 --resume snapshots/",
 ).action(async (path: string, options: Common & RunOptions & { target?: string; dataDir?: string }) => {
   const [{ runPlan }, { targetOf }] = await Promise.all([import("./cliRun.ts"), import("./target.ts")]);
   const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
@@ -227,6 +231,32 @@ withExamples(
   const job = importHfText(config, name, { mtp: options.mtp === true });
   if (options.out) writeFile(options.out, job);
   else print(job);
+});
+
+withExamples(
+  program
+    .command("export")
+    .description("make what other tools read of a run")
+    .command("hf")
+    .description("the weights of a snapshot as a Hugging Face checkpoint: one safetensors file, in fp32, under transformers' names")
+    .argument("<snapshot>", "a snapshot, or a folder of them, of which the last")
+    .requiredOption("-o, --out <file>", "the .safetensors file to write"),
+  "export hf snapshots/ -o model.safetensors",
+).action(async (snapshot: string, options: { out: string }) => {
+  const [{ openSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
+    import("../runtime/snapshot.ts"),
+    import("../runtime/checkpoint.ts"),
+    import("../runtime/safetensors.ts"),
+  ]);
+  expectWritable(options.out);
+  const { folder, milestone, model, whole, close } = openSnapshot(snapshot);
+  try {
+    const entries = toHuggingFace(model(), { get: whole });
+    writeSafetensors(options.out, entries);
+    print(`${options.out}: ${entries.length} tensors of ${folder}, after step ${milestone.steps}`);
+  } finally {
+    close();
+  }
 });
 
 withExamples(

@@ -14,6 +14,9 @@ export interface RunOptions {
   readonly steps?: number;
   readonly metrics?: string;
   readonly initFrom?: string;
+  readonly save?: string;
+  readonly saveEvery?: number;
+  readonly resume?: string;
   readonly dumpGrads?: string;
   readonly profile?: string;
   readonly graph: boolean;
@@ -46,18 +49,23 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
   return train(planned, baseDir, options);
 }
 
-/** An interrupt lets the step in hand finish, then ends with what was done. */
+/** An interrupt lets the step in hand finish, then ends with what was done; where the run saves, that is saved. */
 async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {
   const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([import("../runtime/run.ts"), import("./progress.ts")]);
   const steps = options.steps ?? plan.job.train.steps;
+  if (options.saveEvery !== undefined && options.save === undefined)
+    throw new Trouble("--save-every says when, and nothing says where", "name a folder: --save snapshots/");
   for (const path of [options.dumpGrads, options.profile]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {
     ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
     ...(cubin && { cubin }),
     ...(options.initFrom && { initFrom: options.initFrom }),
+    ...(options.save && { save: options.save }),
+    ...(options.resume && { resume: options.resume }),
   };
   const run = await openRun(plan, settings);
-  const metrics = options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics);
+  const metrics =
+    options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics, options.resume === undefined ? "w" : "a");
   let interrupted = false;
   const interrupt = (): void => {
     interrupted = true;
@@ -65,19 +73,31 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   };
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, interrupt);
   let done = 0;
+  let saved: { readonly done: number; readonly folder: string } | undefined;
+  /** All processes of a run come here after the same step. */
+  const save = async (): Promise<void> => {
+    if (options.save === undefined || done === (saved?.done ?? 0)) return;
+    saved = { done, folder: await run.save() };
+    if (run.leads) tellProgress(`saved ${saved.folder}`);
+  };
   let seconds = 0;
   let last: StepResult | undefined;
   let failed: Error | undefined;
   try {
-    while (done < steps && run.mayBegin()) {
+    const before = run.milestone().steps;
+    if (before >= steps)
+      throw new Trouble(`${options.resume} is of step ${before}, and the run ends at step ${steps}`, `--steps ${2 * before} goes on`);
+    while (run.milestone().steps < steps && run.mayBegin()) {
       last = await run.step();
       done++;
       seconds += last.seconds;
       if (metrics !== undefined) writeSync(metrics, metricsLine(last));
       if (run.leads) tellProgress(progressLine(last, steps, seconds / done));
+      if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
       // a step on the CPU leaves no gap for signals: this is one
       await new Promise(setImmediate);
     }
+    await save();
     if (done > 0 && run.leads) endProgress();
     if (options.dumpGrads !== undefined && done > 0) {
       const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
@@ -103,7 +123,8 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   }
   if (!run.leads) return interrupted ? 130 : 0;
   if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
-  if (options.format === "json") printJson({ steps: done, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss });
+  if (options.format === "json")
+    printJson({ steps: done, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved: saved?.folder });
   else {
     const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
     print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`);
@@ -111,9 +132,10 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   return interrupted ? 130 : 0;
 }
 
-function openOutput(path: string): number {
+/** A run that goes on adds to what is there. */
+function openOutput(path: string, how: "w" | "a"): number {
   try {
-    return openSync(path, "w");
+    return openSync(path, how);
   } catch (error) {
     throw new Trouble(`${path} could not be written: ${(error as NodeJS.ErrnoException).code}`, "name a file that you may write to");
   }

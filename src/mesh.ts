@@ -1,6 +1,7 @@
 /**
  * Mesh: two grids over the same ranks (dense: tp, cp, dp; expert: etp, ep, edp; both: pp) and the factors both are
- * products of. An axis is a name for a set of factors, so dense and expert axes meet on one value with no conversion step.
+ * products of. An axis is a name for a set of factors, so dense and expert axes meet on one value with no conversion step. Where
+ * the strides of the grids do not nest they share no factor: tokens go from one to the other by a fold (ops/fold.ts).
  * The first-named axis has stride 1, as in Megatron Core. Factors are digits of a rank's number within its stage, so they do
  * not depend on where stages stand in the order of axes.
  */
@@ -54,6 +55,10 @@ export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "clus
     ...{ factors, axes, sizes, gpus_per_node: cluster.gpus_per_node },
   };
 }
+
+/** Whether the grids have no factor in common, since the strides of one do not divide those of the other: then each is all factors of its own. */
+export const areApart = ({ factors, per_stage }: Pick<Mesh, "factors" | "per_stage">): boolean =>
+  factors.reduce((n, f) => n * f.size, 1) !== per_stage;
 
 /** A set of factors as people name it: `tp`, `dp*cp`, `ep`. Expert names where the value belongs to experts. */
 export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
@@ -110,8 +115,11 @@ export function printMesh(mesh: Mesh): string {
     const shown = gs.slice(0, 8).map(list).join(" ") + (gs.length > 8 ? ` … ${gs.length} groups` : "");
     return `  ${axis.padEnd(4)} ${String(mesh.sizes[axis]).padStart(5)}  ${shown}${crossing ? `  (${crossing} of ${gs.length} cross nodes)` : ""}`;
   };
+  const factorsOf = (grid: readonly string[]) => grid.flatMap((a) => mesh.axes[a]!.map((f) => mesh.factors[f]!));
+  const product = (fs: Mesh["factors"]) => fs.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1";
+  const factors = areApart(mesh) ? [denseAxes, expertAxes].map((grid) => product(factorsOf(grid))).join(" and ") : product(mesh.factors);
   return [
-    `mesh: ${mesh.world} ranks, ${mesh.per_stage} in a stage, factors ${mesh.factors.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1"}`,
+    `mesh: ${mesh.world} ranks, ${mesh.per_stage} in a stage, factors ${factors}`,
     " dense grid",
     ...denseAxes.map(line),
     " expert grid",

@@ -150,6 +150,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     const rest = have.filter((x) => !moved.has(x.key));
     switch (i.how) {
       case "slice":
+      case "fold":
         rearrange(i.id, a.id, have, b.id, want, i.factors);
         return;
       case "all_gather": {

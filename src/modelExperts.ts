@@ -2,9 +2,11 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, and beside it the experts that all tokens share.
  * Dispatch and combine are moves that `shard` inserts between them.
  */
+import { areApart, buildMesh } from "./mesh.ts";
 import { dense } from "./modelDense.ts";
-import type { Part } from "./modelParts.ts";
+import { type Part, streamCut } from "./modelParts.ts";
 import { logitsOf, type Moe, type Routing, route } from "./modelRouter.ts";
+import { folded } from "./ops/fold.ts";
 import { add, gemm, groupedGemm } from "./ops/linear.ts";
 import { gated, pack, permute, swigluRows, unpermute } from "./ops/moe.ts";
 import type { Value } from "./ops/op.ts";
@@ -20,9 +22,26 @@ export function experts(part: Part, h: Value, moe: Moe): Value {
   return withShared(part, h, moe, up);
 }
 
+/** Tokens as the experts' grid cuts them, and back. Where the grids nest that is how they lie; else each rank keeps those it has (P104). */
+function seamOf({ job, at }: Part): Readonly<Record<"enter" | "leave", (v: Value, name: string) => Value>> {
+  const mesh = buildMesh(job);
+  if (!areApart(mesh)) return { enter: (v) => v, leave: (v) => v };
+  const { train, parallel, model } = job;
+  const stream = streamCut(job);
+  const there = [["edp", "ep", "etp"], [], []];
+  const count = [train.micro_batch * mesh.per_stage, model.seq / (parallel.context * parallel.tensor)];
+  const whole = [train.micro_batch * parallel.data, model.seq];
+  return {
+    enter: (v, name) => folded(v, count, { from: stream, to: there }, at(`moe.${name}`)),
+    leave: (v, name) => folded(v, whole, { from: there, to: stream }, at(`moe.${name}`)),
+  };
+}
+
 /** The chosen experts of tokens of a width. */
-function routed(part: Part, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing, width: "D" | "L"): Value {
+function routed(part: Part, h: Value, moe: Moe, { map, weights: chosen, rows: limits }: Routing, width: "D" | "L"): Value {
   const at = (name: string) => part.at(`moe.${name}`);
+  const { enter, leave } = seamOf(part);
+  const [x, c, p] = [enter(h, "tokens"), enter(map, "map"), enter(chosen, "weights")];
   // the dispatcher `all_gather`: tokens are gathered over ep, and each rank permutes those of its own experts
   const pin = (v: Value) => {
     if (moe.dispatch === "all_gather") v.node!.pin = { dim: "E", axis: "ep", path: "model.moe.dispatch" };
@@ -34,7 +53,7 @@ function routed(part: Part, x: Value, moe: Moe, { map: c, weights: p, rows: limi
   const weights = pin(pack.of({ p, c }, limits, at("pack")));
   const into = `E@ep,${width},F@etp`;
   const act = swigluRows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at("swiglu"));
-  return pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
+  return leave(pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute"))), "combined");
 }
 
 function withShared(part: Part, h: Value, { shared }: Moe, y: Value): Value {

@@ -133,7 +133,8 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
       !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
     emit(block, {
       kind: "change",
-      id: `${to}.${name}`,
+      // no collective names the axes of a fold
+      id: `${to}${s.how === "fold" ? layoutText(s.to) : ""}.${name}`,
       how: s.how,
       name,
       axes: axesName(mesh, s.factors, expert),

@@ -12,7 +12,7 @@
  * Any choice gives the same numbers (the cut law); the rules decide only the cost.
  */
 
-import { parts as partsOf } from "../schemas/layout.ts";
+import { areDigits, parts as partsOf } from "../schemas/layout.ts";
 import type { How } from "../schemas/plan.ts";
 import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
 import { expand, invariant, type Node, type Slot, type Value } from "./ops/op.ts";
@@ -29,8 +29,8 @@ export interface Piece {
   readonly layout: Layout;
   readonly note?: string;
 }
-/** How a piece comes into another layout; a `slice` concerns one rank alone. */
-export type Change = How | "slice";
+/** How a piece comes into another layout; a `slice` concerns one rank alone, and so does a `fold`, into another value. */
+export type Change = How | "slice" | "fold";
 interface Reason {
   readonly op: string;
   readonly because: string;
@@ -125,8 +125,15 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
   const made = new Map<Value, Map<string, { piece: Piece; backward: boolean }>>();
 
   const wholeOf = (v: Value): Layout => ({ cuts: v.sizes.map(() => []), sum: [], max: [] });
-  const declared = (v: Value): Layout => ({ ...wholeOf(v), cuts: v.cut!.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed())) });
+  const cutsBy = (cut: NonNullable<Value["cut"]>): Layout["cuts"] => cut.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed()));
+  const declared = (v: Value): Layout => ({ ...wholeOf(v), cuts: cutsBy(v.cut!) });
+  /** A value lies by one grid at a time: the factors of another that does not nest with it mean nothing beside its own. */
+  const inOneGrid = (v: Value, ...layouts: readonly Layout[]) => {
+    const fs = [...new Set(layouts.flatMap((l) => [...l.cuts.flat(), ...l.sum, ...l.max]))];
+    invariant(areDigits(mesh, fs), `${idOf(v)} would be cut by ${axesName(mesh, fs, false)}, of grids that do not nest`);
+  };
   const settle = (v: Value, layout: Layout, stage: number) => {
+    inOneGrid(v, layout);
     for (const [slot, fs] of layout.cuts.entries())
       invariant(v.sizes[slot]! % parts(fs) === 0, `${idOf(v)}: slot ${slot} of ${v.sizes[slot]} over ${parts(fs)}`);
     home.set(v, { layout, stage });
@@ -180,6 +187,21 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return dims;
   }
 
+  /** The factors of each dim around a fold. Both grids tell all ranks of a stage apart, and a rank has as much of each dim in both. */
+  function foldOf(node: Node, { inputs, outputs }: Operands): Map<string, readonly number[]> | undefined {
+    if (!node.fold) return undefined;
+    const [from, to] = [cutsBy(node.fold.from), cutsBy(node.fold.to)];
+    for (const cuts of [from, to])
+      invariant(areDigits(mesh, cuts.flat()) && parts(cuts.flat()) === mesh.per_stage, `${node.id}: two ranks would have the same tokens`);
+    for (const [slot, n] of node.args[0]!.sizes.entries())
+      invariant(
+        n / parts(from[slot]!) === node.outs[0]!.sizes[slot]! / parts(to[slot]!),
+        `${node.id}: a rank has other sizes in slot ${slot}`,
+      );
+    const dims = (slots: readonly Slot[], cuts: Layout["cuts"]) => slots.map((s, i) => [s.dim, cuts[i]!] as const);
+    return new Map([...dims(inputs[0]!.slots, from), ...dims(outputs[0]!.slots, to)]);
+  }
+
   /** Makes a value available at a stage in a layout: sent if need be, then moved; each piece once (all-gathers once per direction). */
   function bring(
     v: Value,
@@ -211,6 +233,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return go(go(start, { ...at.layout, cuts: at.layout.cuts.map((fs, slot) => (crossed[slot] ? [] : fs)) }), want);
 
     function go(first: Piece, target: Layout): Piece {
+      inOneGrid(v, first.layout, target);
       let piece = first;
       const radix = first.layout.cuts.map((fs, slot) => (fs.length > target.cuts[slot]!.length ? fs : target.cuts[slot]!));
       for (const how of sequence) {
@@ -248,11 +271,13 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     const operands = expand(node);
     const { inputs, outputs } = operands;
     const { size } = node;
-    const chosen = every.map((f) => choose(node, f, operands));
-    const dims = nest(node, chosen, operands);
+    const fold = foldOf(node, operands);
+    const chosen = every.map((f) => (fold ? { by: "each rank keeps its tokens" } : choose(node, f, operands)));
+    const dims = fold ?? nest(node, chosen, operands);
     for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
     const owed = every.filter((f) => chosen[f]!.owed);
-    const cutOf = (s: Slot): readonly number[] => dims.get(node.around?.dim === s.dim ? node.around.as : s.whole ? "" : s.dim) ?? [];
+    const cutOf = (s: Slot): readonly number[] =>
+      dims.get(node.around?.dim === s.dim ? node.around.as : s.whole && !fold ? "" : s.dim) ?? [];
     const ins = node.args.map((v, i) => {
       const want: Layout = { cuts: inputs[i]!.slots.map(cutOf), sum: owed, max: [] };
       const why = (fs: readonly number[]): Reason => ({
@@ -278,7 +303,10 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       settle(value, layout, stage);
       return { value, layout };
     });
-    steps.push({ kind: "compute", stage, node, ins, outs, dims });
+    if (fold) {
+      const why = { op: node.id, because: "the grids of tokens and experts do not nest, and each rank keeps its tokens", path: "parallel" };
+      steps.push({ kind: "move", stage, how: "fold", factors: [], from: ins[0]!, to: outs[0]!, radix: [], backward: node.backward, why });
+    } else steps.push({ kind: "compute", stage, node, ins, outs, dims });
     for (const v of node.outs) {
       const rehome = (layout: Layout, because: string) =>
         settle(
@@ -364,7 +392,7 @@ export function printSharded({ steps, deferred }: Sharded, mesh: Mesh): string {
     s.kind === "compute"
       ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`
       : s.kind === "move"
-        ? `${s.stage}   ${s.how} over ${axes(s.factors, s.from.value)}: ${idOf(s.from.value)} ${shape(s.from)} -> ${shape(s.to)}  for ${s.why.op}: ${s.why.because} (${s.why.path})`
+        ? `${s.stage}   ${s.how}${s.factors.length ? ` over ${axes(s.factors, s.from.value)}` : ""}: ${idOf(s.from.value)} ${shape(s.from)} -> ${s.how === "fold" ? `${idOf(s.to.value)} ` : ""}${shape(s.to)}  for ${s.why.op}: ${s.why.because} (${s.why.path})`
         : s.kind === "send"
           ? `${s.stage}   send to ${s.to}: ${idOf(s.piece.value)} ${shape(s.piece)}`
           : `${s.stage}   accumulate ${idOf(s.piece.value)} into the gradient of ${idOf(s.parameter)}`;

@@ -29,7 +29,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
   const clones = new Map<Node, Node>();
   const backwardSees = (v: Value): Value => {
     if (!v.node || !again(v.node)) return v;
-    const { op, args, attrs, id, position, pin, around, outs } = v.node;
+    const { op, args, attrs, id, position, pin, around, fold, outs } = v.node;
     let clone = clones.get(v.node);
     if (!clone) {
       const made = Object.values(
@@ -38,7 +38,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
       clone = made[0]!.node!;
       clones.set(v.node, clone);
       for (const [i, out] of clone.outs.entries()) out.dtype = outs[i]!.dtype;
-      Object.assign(clone, { position, pin, around, backward: true });
+      Object.assign(clone, { position, pin, around, fold, backward: true });
     }
     return clone.outs[v.out]!;
   };

@@ -5,7 +5,7 @@
  * played here: a receive waits for its send, a send for room (its last letter of that name received), a collective of all
  * ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
  */
-import { rankAt } from "../schemas/layout.ts";
+import { areDigits, rankAt } from "../schemas/layout.ts";
 import type { Instruction, Program } from "../schemas/plan.ts";
 import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, orderOf, type Work, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
@@ -107,6 +107,7 @@ function verifyMoves(p: Program, mesh: Mesh): void {
       new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
       `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
     );
+    invariant(i.world || areDigits(mesh, i.factors), `${who}: ${i.id} runs over factors ${i.factors}, of grids that do not nest`);
     invariant(sizesAgree(i, mesh, buffer), `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`);
     invariant(
       buffer(i.from).dtype === buffer(i.to).dtype,

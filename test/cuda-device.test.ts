@@ -21,12 +21,20 @@ const missing: string = (() => {
 
 const model = { layers: 2, hidden: 128, ffn: 192, heads: 4, kv_heads: 2, head_dim: 32, vocab: 256, seq: 64 };
 const moe = { experts: 4, top_k: 2, ffn: 64, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const dropout = { attention: 0.2, hidden: 0.1 };
 const jobFor = (over: object, precision: string) =>
   jobOf({
     name: "device",
     model: { ...model, ...over },
     parallel: { world: 1 },
-    train: { micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
+    train: {
+      micro_batch: 1,
+      global_batch: 4,
+      steps: 4,
+      precision,
+      optimizer: { lr: 1e-2 },
+      ...(precision === "fp16" ? { loss_scale: 2 ** 10 } : {}),
+    },
     data: { path: "corpus.txt" },
   });
 
@@ -36,6 +44,10 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, { timeout: 300_000 }
     ["experts", { moe }, "fp32", 1e-3],
     ["dense", {}, "bf16", 3e-2],
     ["experts", { moe }, "bf16", 3e-2],
+    ["dense", {}, "fp16", 1e-2],
+    ["dropout and jitter", { dropout, moe: { ...moe, router: { ...moe.router, jitter: 0.05 } } }, "fp32", 1e-3],
+    ["dropout", { dropout }, "bf16", 3e-2],
+    ["further tokens", { mtp: { layers: 1, coeff: 0.3 } }, "fp32", 1e-3],
   ] as const;
   test.each(jobs)(
     "%s %j in %s: four steps are the CPU's within %f, and as a graph the same bits",

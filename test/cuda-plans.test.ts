@@ -75,6 +75,11 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
     "keys that go around a ring, bf16": [{ world: 8, context: 4, tensor: 2, sequence: true }, { moe, seq: 32 }, { precision: "bf16" }],
     "keys that are gathered": [{ world: 4, context: 2, context_method: "all_gather", pipeline: 2, virtual_pipeline: 2 }, { layers: 4 }],
     "a zero-bubble schedule": [{ world: 4, pipeline: 4, schedule: "zero_bubble" }, { layers: 4 }],
+    "grids that do not nest, bf16": [
+      { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },
+      { moe: { ...moe, experts: 6 } },
+      { precision: "bf16", global_batch: 12 },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   test.each(Object.entries(meshes))(

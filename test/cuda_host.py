@@ -3,7 +3,8 @@
     python3 test/cuda_host.py FOLDER --out RESULTS [--steps 1000]
 
 Every plan trains so many steps: its first losses must be those of transformers within 2e-4, and one GPU's. Then one rank of two is
-killed, and one is stopped, as if its host hung: the run must end within 30 s and say which. Writes RESULTS/host.md; exits 1 where
+killed, and one is stopped, as if its host hung: the run must end within 30 s and say which. A snapshot of one mesh is gone on from with
+another. Writes RESULTS/host.md; exits 1 where
 one of these does not hold.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,10 +25,11 @@ WITHIN = 2e-4
 SECONDS = 30
 
 
-def command(folder, run, steps, metrics):
+def command(folder, run, steps, metrics, start=None):
+    start = start or ["--init-from", str(folder / "model.safetensors")]
     plan = "plan" if run["ranks"] == 1 and not (folder / run["plan"]).exists() else f"../{run['plan']}"
     return [str(folder / "rankc/rankc"), "run", plan, "--backend", "cuda", "--steps", str(steps), "--metrics", str(metrics),
-            "--init-from", str(folder / "model.safetensors"), "--data-dir", str(folder)]
+            *start, "--data-dir", str(folder)]
 
 
 def environment():
@@ -39,18 +42,29 @@ def lines(metrics):
     return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
 
 
-def train(folder, run, steps):
+def train(folder, run, steps, start=None):
     metrics = folder / f"{run['plan']}.jsonl"
     metrics.unlink(missing_ok=True)
     begun = time.monotonic()
     try:
-        done = subprocess.run(command(folder, run, steps, metrics), cwd=folder / "rankc", env=environment(), capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command(folder, run, steps, metrics, start), cwd=folder / "rankc", env=environment(), capture_output=True, text=True, timeout=240)
         code, said = done.returncode, done.stderr
     except subprocess.TimeoutExpired as late:
         code, said = "none: it did not end within 240 s", (late.stderr or b"").decode()
     rows = lines(metrics)
     return {"code": code, "said": said[-2000:], "seconds": time.monotonic() - begun, "losses": [r["loss"] for r in rows],
             "ms": statistics.median(r["seconds"] for r in rows[10:]) * 1e3 if len(rows) > 10 else float("nan")}
+
+
+def go_on(folder, before, after, alone):
+    """Ten steps of one plan, a snapshot, ten more of another plan from it: how far these are from one GPU's, and the seconds of both runs."""
+    saved = folder / "saved"
+    shutil.rmtree(saved, ignore_errors=True)
+    first = train(folder, before, 10, ["--init-from", str(folder / "model.safetensors"), "--save", str(saved)])
+    then = train(folder, after, 20, ["--resume", str(saved)])
+    complete = first["code"] == 0 and then["code"] == 0 and len(then["losses"]) == 10
+    far = max(abs(x - y) for x, y in zip(then["losses"], alone[10:20])) if complete else float("inf")
+    return far, first["seconds"] + then["seconds"], first["said"] + then["said"]
 
 
 def rank_of(launcher, rank):
@@ -121,6 +135,15 @@ def main():
         table.append(f"| {run['name']} | {run['ranks']} | {len(got['losses'])} | {far[0]:.1e} | {far[1]:.1e} | {got['ms']:.2f} | {got['seconds']:.1f} s |")
         print(table[-1], flush=True)
     faults = []
+    by_name = {run["name"]: run for run in there}
+    for before, after in (("data 2, distributed optimizer", "one GPU"), ("one GPU", "pipeline 2")):
+        if before not in by_name or after not in by_name or not alone:
+            continue
+        far, seconds, said = go_on(folder, by_name[before], by_name[after], alone)
+        faults += ["", f"A snapshot of {before} after 10 steps, gone on from with {after} to 20: {far:.1e} far from one GPU's losses; {seconds:.1f} s in all."]
+        print(faults[-1], flush=True)
+        if not far < WITHIN:
+            bad.append(f"a snapshot of {before} with {after}:\n\n```text\n{said}\n```")
     two = next((run for run in there if run["ranks"] == 2), None)
     for name, how in (("killed (SIGKILL)", signal.SIGKILL), ("stopped (SIGSTOP)", signal.SIGSTOP)) if two else ():
         got = results[name] = lose(folder, two, how)

@@ -5,10 +5,11 @@ import { stringify } from "yaml";
 import { openRun } from "../runtime/run.ts";
 import type { Job } from "../schemas/job.ts";
 import { compile } from "../src/compile.ts";
+import { areApart, buildMesh } from "../src/mesh.ts";
 import { readJob } from "../src/readJob.ts";
 import type { Choice } from "../src/shard.ts";
 import { labelsBeside } from "./labels.ts";
-import { byPosition, distance, fixture, jobOf } from "./support.ts";
+import { byPosition, distance, fixture, jobOf, parallelOf } from "./support.ts";
 
 type Parallel = Partial<Job["parallel"]>;
 
@@ -75,6 +76,9 @@ const latent = { kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
 const llama3 = { type: "llama3", factor: 4, original_seq: 8 };
 const yarn = { type: "yarn", factor: 4, original_seq: 8, beta_fast: 4, mscale: 1, mscale_all_dim: 0.8 };
 const shape = (over: object = {}) => ({ layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...over });
+/** Sizes that thirds and halves divide: grids whose strides do not nest have both. */
+const thirds = { hidden: 36, heads: 12, kv_heads: 6, vocab: 258, seq: 24 };
+const moeOfThirds = { ...moe, experts: 6, ffn: 24 };
 /** A gradient that is rounding alone, 5e-9 where few tokens have labels, would move its weight by all of lr with an eps of 1e-8. */
 const adamw = { lr: 1e-2, eps: 1e-6 };
 const text = (model: object, parallel: Parallel, train: object = {}, data: object = {}) => ({
@@ -165,6 +169,37 @@ describe("on named meshes", () => {
       await numbers(jobOf(text(model, { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }))),
       await numbers(jobOf(text(shape({ moe }), { world: 1 }))),
     );
+  });
+});
+
+// no factor is common to both: tokens cross by a fold, in which each rank keeps those it has
+describe("on grids that do not nest", () => {
+  const pairs: [Parallel, object?, object?][] = [
+    [{ world: 6, tensor: 2, sequence: true, expert: 3 }],
+    [{ world: 6, tensor: 3, sequence: true, expert: 2, distributed_optimizer: true }],
+    [
+      { world: 6, context: 2, expert: 3 },
+      { shared: { ffn: 24, gate: true }, latent: 12 },
+    ],
+    [{ world: 6, tensor: 2, sequence: true, expert_tensor: 3 }],
+    [{ world: 12, pipeline: 2, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true }, { dispatch: "all_gather" }],
+    [{ world: 12, pipeline: 2, schedule: "zero_bubble", tensor: 3, sequence: true, expert: 2 }, {}, { recompute: { mode: "full" } }],
+    [{ world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2, distributed_optimizer: true }],
+    [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
+    [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
+  ];
+  test.each(pairs.map((c) => [JSON.stringify(c), ...c] as const))("%s", async (_, parallel, over = {}, train = {}) => {
+    const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
+    const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
+    expect(areApart(buildMesh(job))).toBe(true);
+    same(await numbers(job), await numbers(jobOf(text(model, { world: 1 }, { global_batch: 12 }))));
+  });
+  test("what an expert has room for is the same where the sequence is cut the same way", async () => {
+    const model = shape({ ...thirds, moe: { ...moeOfThirds, capacity: { factor: 1, pad: true } } });
+    const [got, want] = [{ world: 6, expert: 3 }, { world: 2 }].map((p) =>
+      numbers(jobOf(text(model, { tensor: 2, sequence: true, ...p }, { global_batch: 12, micro_batch: 2 }))),
+    );
+    same(await got!, await want!);
   });
 });
 
@@ -285,6 +320,26 @@ test("bf16 on any of these meshes follows fp32", async () => {
   }
 });
 
+/** All pairs of grids over 6 or 12 ranks whose strides do not nest. */
+const apart = [6, 12].flatMap((ranks) => {
+  const degrees = [1, 2, 3, 4, 6].filter((n) => ranks % n === 0);
+  return degrees.flatMap((tensor) =>
+    degrees.flatMap((context) =>
+      degrees.flatMap((expert) =>
+        degrees.flatMap((expert_tensor) => {
+          const data = ranks / (tensor * context);
+          if (!Number.isInteger(data) || ranks % (expert * expert_tensor) !== 0) return [];
+          const grids = { tensor, context, data, expert, expert_tensor };
+          const mesh = buildMesh({
+            parallel: parallelOf({ world: ranks, ...grids }),
+            cluster: { nodes: 1, gpus_per_node: 8, device: "cpu" },
+          });
+          return areApart(mesh) ? [grids] : [];
+        }),
+      ),
+    ),
+  );
+});
 const power = (max: number) => fc.integer({ min: 0, max }).map((n) => 2 ** n);
 /** Draws are made smaller towards the first of each list. */
 const oneOf = fc.constantFrom;
@@ -352,6 +407,7 @@ const anyJob = fc
       data: power(3),
       expert: power(3),
       expert_tensor: power(2),
+      apart: fc.oneof({ weight: 3, arbitrary: fc.constant(null) }, { weight: 1, arbitrary: oneOf(...apart) }),
       sequence: fc.boolean(),
       distributed_optimizer: fc.boolean(),
       context_method: oneOf("ring", "all_gather"),
@@ -386,15 +442,23 @@ const anyJob = fc
       model,
       mla,
       experts,
-      parallel: { data, ...drawn },
+      parallel: { apart, ...degrees },
       stages,
       optimizer_instances,
       recompute,
       micro_batch,
       mtp,
       learnt,
-      ...course
+      batch_rampup,
+      optimizer,
     }) => {
+      const pair = experts && apart;
+      const { data, ...drawn } = pair ? { ...degrees, ...pair, sequence: true } : degrees;
+      // half as much again of all that a third of the ranks has, but sequences in a step: those are three quarters
+      const half = (n: number) => (pair ? (3 * n) / 2 : n);
+      const step = pair
+        ? { global_batch: 12, ...(batch_rampup ? { batch_rampup: { start: 6, increment: 6, samples: 6 } } : {}) }
+        : { batch_rampup };
       const uneven = `${model.layers === 2 ? "Ett|" : "Et|ttt"}${"m".repeat(mtp?.layers ?? 0)}L`;
       const own = {
         ...(drawn.pipeline === 1 ? {} : "layout" in stages ? { layout: uneven } : stages),
@@ -402,17 +466,18 @@ const anyJob = fc
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;
       // heads of a latent have keys and values, and norms, of their own
-      const heads = mla ? { mla, kv_heads: 8, head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
-      const mixed = experts ? { moe: { ffn: 16, ...experts } } : {};
+      const latents = mla ? { mla, kv_heads: half(8), head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
+      const mixed = experts ? { moe: { ffn: half(16), ...experts, experts: half(experts.experts) } } : {};
       const { tensor, context, sequence } = drawn;
       // an expert's capacity is decided by those who share their tokens: it depends on how a sequence is cut, and by nothing else
       const cut = { world: tensor * context, tensor, context, sequence };
       const alone: Parallel = !experts || experts.capacity === "dropless" ? { world: 1 } : cut;
-      const shaped = shape({ ...model, ...mixed, ...heads, mtp });
+      const shaped = shape({ ...(pair ? thirds : {}), ...model, kv_heads: half(model.kv_heads), ...mixed, ...latents, mtp });
       const [labels, loss_weighting] = learnt;
+      const train = { micro_batch, loss_weighting, optimizer, ...step };
       return {
-        job: text(shaped, { ...drawn, ...own, world } as Parallel, { micro_batch, recompute, loss_weighting, ...course }, { labels }),
-        alone: text(shaped, alone, { micro_batch, loss_weighting, ...course }, { labels }),
+        job: text(shaped, { ...drawn, ...own, world } as Parallel, { ...train, recompute }, { labels }),
+        alone: text(shaped, alone, train, { labels }),
       };
     },
   )
@@ -450,17 +515,21 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
     balance: ["seq_aux_loss", "global_aux_loss"],
     aux_coeff: [0.05, 0.05],
   };
-  const models = {
-    plain: shape({ moe }),
-    rich: shape({ moe: { ...moe, router, capacity: { factor: 1, pad: true }, shared: { ffn: 24, gate: true }, latent: 16 } }),
-    even: shape({ moe: { ...moe, router: { balance: "sinkhorn", normalize_top_k: false } } }),
-    chosen: shape({ moe: { ...moe, router: { type: "expert_choice", normalize_top_k: false } } }),
+  const experts = {
+    plain: {},
+    rich: { router, capacity: { factor: 1, pad: true }, shared: { ffn: 24, gate: true }, latent: 16 },
+    even: { router: { balance: "sinkhorn", normalize_top_k: false } },
+    chosen: { router: { type: "expert_choice", normalize_top_k: false } },
   };
+  const jobFor = (parallel: Parallel, over: object): object =>
+    parallel.world! % 3 === 0
+      ? text(shape({ ...thirds, moe: { ...moeOfThirds, ...over } }), parallel, { global_batch: 12 })
+      : text(shape({ moe: { ...moe, ...over } }), parallel);
   const steps: number[] = [];
   const known = new Map<string, Promise<Numbers>>();
-  const ruled = (model: object, parallel: Parallel) => {
-    const key = JSON.stringify([model, parallel]);
-    if (!known.has(key)) known.set(key, numbers(jobOf(text(model, parallel))));
+  const ruled = (job: object) => {
+    const key = JSON.stringify(job);
+    if (!known.has(key)) known.set(key, numbers(jobOf(job)));
     return known.get(key)!;
   };
   const meshes: Parallel[] = [
@@ -468,22 +537,25 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
     { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
     { world: 8, tensor: 2, sequence: true, expert: 2, expert_tensor: 2, distributed_optimizer: true },
     { world: 8, pipeline: 2, expert: 4 },
+    { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },
+    { world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2 },
   ];
   await fc.assert(
-    fc.asyncProperty(fc.integer(), fc.constantFrom(...meshes), fc.constantFrom(...Object.values(models)), async (seed, parallel, model) => {
+    fc.asyncProperty(fc.integer(), fc.constantFrom(...meshes), fc.constantFrom(...Object.values(experts)), async (seed, parallel, over) => {
       let s = seed;
       const pick = (votes: readonly Choice[]): Choice => {
         s = Math.imul(s, 1664525) + 1013904223;
         return votes[(s >>> 8) % (votes.length + 1)] ?? { by: "nothing" };
       };
-      steps.push(sameSoFar(await numbers(jobOf(text(model, parallel)), pick), await ruled(model, parallel)));
+      const job = jobFor(parallel, over);
+      steps.push(sameSoFar(await numbers(jobOf(job), pick), await ruled(job)));
     }),
     {
       numRuns: runs(20),
       // E cut by the same factors in another order: once two layouts under one name
       examples: [
-        [77, meshes[1]!, models.plain],
-        [1538828707, meshes[1]!, models.plain],
+        [77, meshes[1]!, experts.plain],
+        [1538828707, meshes[1]!, experts.plain],
       ],
     },
   );

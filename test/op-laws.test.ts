@@ -116,6 +116,9 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
     .filter((line) => !line.endsWith(": "));
   expect(without).toMatchInlineSnapshot(`
     [
+      "attention_dropout: sample",
+      "dropout: sample",
+      "jitter: sample",
       "embed: ids",
       "sum_exp: m",
       "pick: target",

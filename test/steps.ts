@@ -59,12 +59,20 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
   for (let n = 1; n <= steps; n++) {
     const { lossScale, upscale, weightDecay, update, microbatches } = course.leg();
     const told: Readonly<Record<string, number>> = {
-      ...{ one: lossScale * upscale, lr: 0.01 / n, step: update, weight_decay: weightDecay, loss_scale: lossScale },
+      ...{
+        one: lossScale * upscale,
+        lr: 0.01 / n,
+        step: update,
+        weight_decay: weightDecay,
+        loss_scale: lossScale,
+        mtp_coeff: lossScale * upscale * 0.3,
+      },
     };
     const next = random(n);
     const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
     const feed = (b: Buffer, name: string, m: number): HostData => {
-      if (name === "ids" || name === "labels") return whole[2 * m + Number(name === "labels")]!.slice(0, elementsOf(b.shape));
+      if (/^(ids|labels)/.test(name)) return whole[2 * m + Number(name.startsWith("labels"))]!.slice(0, elementsOf(b.shape));
+      if (name.startsWith("weights")) return new Float32Array(elementsOf(b.shape)).fill(1 / elementsOf(b.shape) / microbatches);
       if (name === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
       return Float32Array.of(told[name]!);
     };

@@ -36,6 +36,7 @@ const touchFiles = new Map([
   ["runtime/inputFile.ts", "the corpus"],
   ["runtime/checkpoint.ts", "weights to begin with"],
   ["runtime/safetensors.ts", "gradients that are written"],
+  ["runtime/snapshot.ts", "what a run goes on from"],
   ["runtime/cuda/libraries.ts", "which of a library's names is there"],
   ["runtime/cuda/kernels.ts", "what NVRTC compiled before, kept between runs"],
   ["runtime/launch/watchdog.ts", "its last words, past a main thread that is blocked"],

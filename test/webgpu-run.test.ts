@@ -77,6 +77,11 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
         mla: { kv_rank: 8, nope_dim: 4, rope_dim: 2, v_dim: 3 },
       },
     ),
+    "grids of tokens and experts that do not nest": jobWith(
+      { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },
+      { layers: 1, moe: { ...moe, experts: 6 } },
+      { global_batch: 6 },
+    ),
     "choices that are even by themselves, of what is jittered": jobWith(
       { world: 1 },
       { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", jitter: 0.1, normalize_top_k: false, z_coeff: 0.01 } } },
@@ -126,7 +131,7 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
 
   test.skipIf(noHalves)(`in fp16 itself${noHalves ? `: skipped, ${noHalves}` : ""}`, { timeout: 600_000 }, async () => {
     const job = jobWith(
-      { world: 2, tensor: 2, distributed_optimizer: true },
+      { world: 2, tensor: 2, sequence: true, distributed_optimizer: true },
       { moe },
       { steps: 4, precision: "fp16", loss_scale: { hysteresis: 1, backoff: 2 ** -20 } },
     );
@@ -135,8 +140,9 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
     const want = await numbers(compile(job).plan, {}, 4);
     expect(got.metrics.map((m) => [m.skipped, m.loss_scale])).toEqual(want.metrics.map((m) => [m.skipped, m.loss_scale]));
     expect(want.metrics.map((m) => m.skipped)).toEqual([true, false, false, false]);
-    // 2^-12 relative per rounding, in another order, and choices between near equals
+    // 2^-12 relative per rounding, in another order. After the third step a token is so near to two experts that its choice goes by the
+    // rounding: on the CPU itself, meshes that add in another order are 0.034 apart then
     for (const [step, m] of want.metrics.entries())
-      expect(Math.abs(got.metrics[step]!.loss - m.loss), `loss of step ${step}`).toBeLessThan(2e-2);
+      expect(Math.abs(got.metrics[step]!.loss - m.loss), `loss of step ${step}`).toBeLessThan(step < 3 ? 2e-2 : 6e-2);
   });
 });

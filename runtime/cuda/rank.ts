@@ -65,6 +65,10 @@ function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting):
       meeting.report(i.id);
       own.compute(i, slot);
     },
+    read(...[buffer, slot]: Parameters<typeof own.read>) {
+      meeting.report(`reading ${buffer.id}`);
+      return own.read(buffer, slot);
+    },
   };
   return {
     ...fleet,
@@ -99,6 +103,10 @@ function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting):
         for (let i = 0; i < all.length; i++) all[i]! += theirs[i]!;
       }
       return [...all];
+    },
+    async meet(name) {
+      meeting.report(name);
+      await meeting.barrier(name);
     },
     async close(error) {
       // the others hear of it first: what this device is in the midst of may not end before they stop

@@ -133,6 +133,11 @@ export interface Leaf {
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
 }
+/** Per slot the axes that cut it, outermost first, on both sides of a seam: all of one grid, then all of the other. */
+export interface Fold {
+  readonly from: NonNullable<Value["cut"]>;
+  readonly to: NonNullable<Value["cut"]>;
+}
 export interface Node {
   readonly op: AnyOp;
   readonly args: readonly Value[];
@@ -147,6 +152,8 @@ export interface Node {
   pin?: { readonly dim: string; readonly axis: string; readonly path: string } | undefined;
   /** A dim that is read whole need not be brought: its pieces, cut as another dim is, go around the ranks (ring.ts). */
   around?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
+  /** Of `fold` (fold.ts): by which axes its input is cut, and its output. */
+  fold?: Fold | undefined;
 }
 
 export function op<const S extends string>(def: Declaration<S>): Op<S> {

@@ -9,14 +9,6 @@ export function stageRanks({ parallel: p }: Job): number | undefined {
   return p.world === p.tensor * p.pipeline * p.context * p.data && Number.isInteger(p.data) ? p.world / p.pipeline : undefined;
 }
 
-/** The strides at which both grids cut the ranks of a stage, smallest first; `undefined` while P101 or P102 speaks. */
-function strides(job: Job): { dense: number[]; expert: number[] } | undefined {
-  const ranks = stageRanks(job);
-  const { tensor, context, expert, expert_tensor: etp } = job.parallel;
-  if (!ranks || ranks % (etp * expert)) return undefined;
-  return { dense: [tensor, tensor * context, ranks], expert: [etp, etp * expert, ranks] };
-}
-
 const microbatches = (job: Job): number => job.train.global_batch / (job.train.micro_batch * job.parallel.data);
 
 export const mesh = [
@@ -72,32 +64,6 @@ export const mesh = [
       };
     },
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 4, expert: 8}\ntrain: {global_batch: 4}",
-  }),
-  rule({
-    code: "P103",
-    title: "the strides of both grids nest",
-    why: "A value crosses from the dense grid to the expert grid by its shared factors. If neither stride divides the other, a rank's neighbours on one grid are no whole set of neighbours on the other, and no single collective can move the value.",
-    level: "error",
-    *check(job) {
-      const both = strides(job);
-      if (!job.model.moe || !both) return;
-      const all = [...new Set([...both.dense, ...both.expert])].sort((a, b) => a - b);
-      const i = all.findIndex((s, n) => n > 0 && s % all[n - 1]! !== 0);
-      if (i < 0) return;
-      const { expert, expert_tensor: etp } = job.parallel;
-      yield {
-        at: expert > 1 ? "parallel.expert" : "parallel.expert_tensor",
-        related: ["parallel.tensor"],
-        found: `dense groups repeat every ${both.dense.join(", ")} ranks and expert groups every ${both.expert.join(", ")}: ${all[i - 1]} does not divide ${all[i]}`,
-        fix: "choose degrees whose running products divide each other; powers of two always do",
-        tries: [
-          ...divisorsNear(both.dense[2]!, expert).map((e) => ({ "parallel.expert": e })),
-          ...divisorsNear(both.dense[2]!, etp).map((e) => ({ "parallel.expert_tensor": e })),
-          ...divisorsNear(both.dense[2]!, expert).map((e) => ({ "parallel.expert": e, "parallel.expert_tensor": 1 })),
-        ],
-      };
-    },
-    bad: "model: {moe: {experts: 3, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 6, tensor: 2, sequence: true, expert: 3}",
   }),
   rule({
     code: "P104",

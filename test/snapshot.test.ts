@@ -1,0 +1,254 @@
+/**
+ * Snapshots: a run that goes on from one has the numbers of a run that was never interrupted, on the same mesh to the bit, on any other
+ * within rounding; what is saved is whole, or is not there; and what does not fit is said.
+ */
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import fc from "fast-check";
+import { afterAll, beforeEach, describe, expect, test } from "vitest";
+import type { StepResult } from "../runtime/execute.ts";
+import { copyShared, firstHolders, rangesIn, sharedBy, visitRuns } from "../runtime/pieces.ts";
+import { openRun, type RunSettings } from "../runtime/run.ts";
+import { openSafetensors } from "../runtime/safetensors.ts";
+import { openSnapshot } from "../runtime/snapshot.ts";
+import type { Job } from "../schemas/job.ts";
+import { elementsOf } from "../schemas/layout.ts";
+import { compile } from "../src/compile.ts";
+import { loadTarget } from "../src/makers.ts";
+import { buildMesh } from "../src/mesh.ts";
+import { rankc } from "./rankc.ts";
+import { noAdapter } from "./softwareAdapter.ts";
+import { fixture, jobOf } from "./support.ts";
+
+const place = mkdtempSync(join(tmpdir(), "rankc-snapshot-"));
+afterAll(() => rmSync(place, { recursive: true, force: true }));
+let folder: string;
+let made = 0;
+beforeEach(() => {
+  folder = join(place, String(made++));
+});
+
+const router = { score: "sigmoid", expert_bias: true, bias_rate: 0.05, balance: "seq_aux_loss", aux_coeff: 0.01 };
+const jobWith = (parallel: object, train: object = {}, model: object = {}): Job =>
+  jobOf({
+    name: "saved",
+    model: {
+      ...{ layers: 2, hidden: 32, ffn: 48, heads: 4, kv_heads: 2, vocab: 256, seq: 16, dropout: { hidden: 0.1 } },
+      ...{ moe: { experts: 4, top_k: 2, ffn: 16, router }, ...model },
+    },
+    parallel,
+    train: {
+      micro_batch: 1,
+      global_batch: 16,
+      steps: 6,
+      precision: "fp32",
+      init_std: 0.2,
+      optimizer: { lr: 5e-3, eps: 1e-6, warmup_steps: 3 },
+      ...train,
+    },
+    data: { path: "corpus.txt", order: "shuffled" },
+  });
+
+/** Numbers of so many steps, the last of which is saved. */
+async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan = compile(job).plan): Promise<StepResult[]> {
+  const opened = await openRun(plan, { baseDir: fixture(""), version: "test", ...how });
+  const all: StepResult[] = [];
+  for (let i = 0; i < steps; i++) all.push(await opened.step());
+  if (how.save) expect(await opened.save()).toBe(join(how.save, `step-${String(all.at(-1)!.step).padStart(8, "0")}`));
+  await opened.close();
+  return all;
+}
+const figures = (steps: readonly StepResult[]) => steps.map(({ seconds: _, ...numbers }) => numbers);
+
+const meshes = {
+  "one rank": { world: 1 },
+  "tensor, expert and pipeline parallel, moments apart": {
+    ...{ world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true },
+  },
+  "context and data parallel, tied over stages": { world: 4, context: 2, pipeline: 2 },
+};
+const kinds: Readonly<Record<string, object>> = {
+  fp32: {},
+  bf16: { precision: "bf16" },
+  "fp16, of which the first steps overflow": { precision: "fp16", loss_scale: { initial: 2 ** 40, hysteresis: 1, backoff: 2 ** -30 } },
+  "momentum, and a batch that grows": {
+    optimizer: { type: "sgd", lr: 0.05, momentum: 0.9 },
+    batch_rampup: { start: 8, increment: 8, samples: 20 },
+  },
+};
+
+describe.each(Object.entries(meshes))("on %s", (_, mesh) => {
+  test.each(Object.entries(kinds))("in %s, a run that goes on is a run that went on, to the bit", async (_, train) => {
+    const job = jobWith(mesh, train, { tie_embeddings: true });
+    const whole = await run(job, 6);
+    const [before, after] = [await run(job, 3, { save: folder }), await run(job, 3, { resume: folder })];
+    expect(figures([...before, ...after])).toEqual(figures(whole));
+  });
+});
+
+test("on another mesh, and another optimizer's pieces, it has the same numbers", async () => {
+  const [alone, many, other] = Object.values(meshes);
+  const whole = await run(jobWith(alone!), 6);
+  await run(jobWith(many!), 3, { save: folder });
+  for (const mesh of [alone!, other!, { world: 4, expert: 4, distributed_optimizer: true }]) {
+    const after = await run(jobWith(mesh), 3, { resume: folder });
+    for (const [i, { step, loss, grad_norm }] of after.entries()) {
+      expect(step).toBe(4 + i);
+      expect(Math.abs(loss - whole[3 + i]!.loss), `loss of step ${step}`).toBeLessThan(1e-4);
+      expect(Math.abs(grad_norm / whole[3 + i]!.grad_norm - 1), `norm of step ${step}`).toBeLessThan(1e-3);
+    }
+  }
+});
+
+test.skipIf(noAdapter)(`from WebGPU to the CPU and back${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, { timeout: 240_000 }, async () => {
+  const small = { layers: 1, hidden: 16, ffn: 16, heads: 2, kv_heads: 2, moe: null };
+  const job = jobWith({ world: 2, pipeline: 1, distributed_optimizer: true }, {}, small);
+  const whole = await run(job, 6);
+  const { plan, sources } = compile(job, { target: await loadTarget("webgpu:baseline") });
+  const there = { backend: "webgpu" as const, source: (file: string) => sources.get(file)! };
+  const all = [
+    ...(await run(job, 2, { save: folder, ...there }, plan)),
+    ...(await run(job, 2, { resume: folder, save: folder })),
+    ...(await run(job, 2, { resume: folder, ...there }, plan)),
+  ];
+  expect(all.map(({ step }) => step)).toEqual([1, 2, 3, 4, 5, 6]);
+  for (const [i, { loss }] of all.entries()) expect(Math.abs(loss - whole[i]!.loss), `loss of step ${i + 1}`).toBeLessThan(1e-4);
+});
+
+test("pieces of a tensor come from pieces that were cut in any other way", () => {
+  const sizes = [6, 4, 12];
+  const factors = fc.shuffledSubarray([0, 1, 2]);
+  const mesh = buildMesh(jobWith({ world: 8, tensor: 2, sequence: true, context: 2 }));
+  expect(mesh.factors.map((f) => f.size)).toEqual([2, 2, 2]);
+  const cutBy = fc
+    .tuple(factors, fc.nat(2))
+    .map(([fs, dim]) => sizes.map((_, i) => (i === dim && sizes[i]! % 2 ** fs.length === 0 ? fs : [])));
+  const whole = Float32Array.from({ length: elementsOf(sizes) }, (_, i) => i);
+  const pieceFor = (cuts: number[][], n: number) => {
+    const ranges = rangesIn(mesh, { sizes, cuts }, n);
+    const data: number[] = [];
+    visitRuns(sizes, ranges, (from, at, length) => {
+      for (let i = 0; i < length; i++) data[at + i] = whole[from + i]!;
+    });
+    return { ranges, data: Float32Array.from(data) };
+  };
+  fc.assert(
+    fc.property(cutBy, cutBy, fc.nat(7), (saved, asked, rank) => {
+      const want = pieceFor(asked, rank);
+      const out = new Float32Array(want.data.length).fill(-1);
+      for (const n of firstHolders(mesh, { cuts: saved })) {
+        const { ranges, data } = pieceFor(saved, n);
+        const shared = sharedBy(ranges, want.ranges);
+        if (shared) copyShared(shared, [ranges, data], [want.ranges, out]);
+      }
+      expect(out).toEqual(want.data);
+    }),
+    { numRuns: 200 },
+  );
+});
+
+test("each piece is saved once, by the first rank that has it", async () => {
+  const { plan } = compile(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]));
+  await run(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]), 1, { save: folder });
+  const at = join(folder, "step-00000001");
+  const files = readdirSync(at).filter((f) => f.startsWith("rank-"));
+  expect(files.length).toBe(plan.mesh.world);
+  const elements = files.reduce((sum, name) => {
+    const file = openSafetensors(join(at, name));
+    const own = file.names.reduce((n, t) => n + elementsOf(file.info(t).shape), 0);
+    file.close();
+    return sum + own;
+  }, 0);
+  // parameters, and two moments of all but the router's biases
+  const sizes = plan.programs.flatMap((p) =>
+    p.parameters.map((q) => [q.rule, elementsOf(p.buffers.find((b) => b.id === q.buffer)!.sizes)] as const),
+  );
+  expect(elements).toBe(sizes.reduce((n, [rule, size]) => n + (rule === "adamw" ? 3 : 1) * size, 0));
+});
+
+describe("what is wrong", () => {
+  const job = jobWith({ world: 1 });
+  const said = async (how: { save?: string; resume?: string }, of = job): Promise<string> =>
+    openRun(compile(of).plan, { baseDir: fixture(""), ...how }).then(
+      async (opened) => {
+        await opened.close();
+        return "nothing";
+      },
+      (error: Error) => error.message.replaceAll(place, "DIR").replaceAll(/DIR\/\d+/g, "DIR"),
+    );
+
+  test("is said, with what to do", async () => {
+    await run(job, 2, { save: folder });
+    const step = join(folder, "step-00000002");
+    const wider = jobWith({ world: 1 }, {}, { ffn: 64, moe: null });
+    expect(await said({ resume: join(folder, "no") })).toBe("DIR/no holds no snapshot");
+    expect(await said({ resume: folder }, wider)).toMatch(
+      /does not fit the job in \d+ places\n {2}layers\.0\.w1 is \[4, 32, 16\]; the plan's is \[32, 64\]/,
+    );
+    expect(await said({ resume: folder }, jobWith({ world: 1 }, { optimizer: { type: "sgd", lr: 1e-2, momentum: 0.9 } }))).toContain(
+      "was saved by adamw, and the job's train.optimizer.type is sgd",
+    );
+    expect(await said({ save: folder })).toBe("DIR holds a snapshot of step 2, and this run begins after step 0");
+    expect(await said({ save: folder, resume: folder })).toBe("nothing");
+    truncateSync(join(step, "rank-00000.safetensors"), 1000);
+    expect(await said({ resume: folder })).toContain("it was cut");
+    const text = readFileSync(join(step, "snapshot.json"), "utf8");
+    writeFileSync(join(step, "snapshot.json"), text.replace('"format":1', '"format":2'));
+    expect(await said({ resume: folder })).toContain("snapshot.json: format");
+    writeFileSync(join(step, "snapshot.json"), text.slice(0, 100));
+    expect(await said({ resume: folder })).toContain("snapshot.json is not JSON");
+  });
+
+  test("a snapshot that was not finished is not taken for one, and is made anew", async () => {
+    await run(job, 1, { save: folder });
+    mkdirSync(join(folder, "step-00000002.part"));
+    writeFileSync(join(folder, "step-00000002.part", "left"), "");
+    expect(openSnapshot(folder).milestone.steps).toBe(1);
+    const all = await run(job, 1, { save: folder, resume: folder });
+    expect(all[0]!.step).toBe(2);
+    expect(readdirSync(folder).sort()).toEqual(["step-00000001", "step-00000002"]);
+    expect(existsSync(join(folder, "step-00000002", "left"))).toBe(false);
+  });
+});
+
+test("the command line saves, goes on, and exports; a metrics file is added to", { timeout: 60_000 }, async () => {
+  const path = join(place, "job.yaml");
+  writeFileSync(join(place, "corpus.txt"), readFileSync(fixture("corpus.txt")));
+  writeFileSync(
+    path,
+    `name: saved
+model: {layers: 1, hidden: 16, heads: 2, vocab: 256, seq: 8, moe: {experts: 2, top_k: 1, ffn: 8, router: {normalize_top_k: false, aux_coeff: 0.01}}}
+parallel: {world: 2, expert: 2}
+train: {global_batch: 2, steps: 4, precision: fp32, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+`,
+  );
+  const [all, metrics] = [join(place, "all.jsonl"), join(place, "metrics.jsonl")];
+  expect((await rankc("run", path, "--metrics", all)).exit).toBe(0);
+  const first = await rankc("run", path, "--steps", "2", "--save", folder, "--save-every", "1", "--metrics", metrics, "--format", "json");
+  expect(JSON.parse(first.out)).toMatchObject({ steps: 2, saved: join(folder, "step-00000002") });
+  expect(readdirSync(folder).sort()).toEqual(["step-00000001", "step-00000002"]);
+  const second = await rankc("run", path, "--resume", folder, "--metrics", metrics, "--set", "parallel={world: 1, expert: 1}");
+  expect(second.exit, second.err).toBe(0);
+  const losses = (file: string) =>
+    readFileSync(file, "utf8")
+      .trim()
+      .split("\n")
+      .map((line) => JSON.parse(line))
+      .map(({ step, loss }) => [step, loss.toFixed(4)]);
+  expect(losses(metrics)).toEqual(losses(all));
+
+  const model = join(place, "model.safetensors");
+  const exported = await rankc("export", "hf", folder, "-o", model);
+  expect(exported.out).toMatch(/model\.safetensors: \d+ tensors of .*step-00000002, after step 2/);
+  renameSync(join(folder, "step-00000001"), join(place, "moved"));
+  const again = await rankc("run", path, "--init-from", model, "--steps", "1");
+  expect(again.exit, again.err).toBe(0);
+
+  const done = await rankc("run", path, "--resume", folder, "--steps", "2");
+  expect([done.exit, done.err]).toEqual([2, expect.stringContaining("is of step 2, and the run ends at step 2")]);
+  expect((await rankc("run", path, "--save-every", "2")).err).toContain("--save snapshots/");
+  expect((await rankc("run", path, "--resume", folder, "--init-from", model)).err).toContain("leave one of them out");
+  expect((await rankc("export", "hf", join(place, "nowhere"), "-o", model)).err).toContain("holds no snapshot");
+});
