@@ -158,14 +158,14 @@ const drafts: readonly Draft[] = [
   one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, ...ROPE }, "bf16 bf16"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
   one("choose 65536x128, 8", "choose", { ...router, k: 8 }, "bf16 f32"),
-  one("weigh 65536x128, 8", "weigh", { ...router, normalize: 1 }, "f32 f32 f32"),
+  one("weigh 65536x128, 8", "weigh", { ...router, normalize: 1, scale: 1 }, "f32 f32 f32"),
   {
     name: "router 65536x128, 8 (softmax, choose, weigh)",
     kind: "router",
     steps: [
       { op: "softmax", d: router, types: "bf16 f32", as: { y: "p" } },
       { op: "choose", d: { ...router, k: 8 }, types: "bf16 f32" },
-      { op: "weigh", d: { ...router, normalize: 1 }, types: "f32 f32 f32" },
+      { op: "weigh", d: { ...router, normalize: 1, scale: 1 }, types: "f32 f32 f32" },
     ],
     // the probabilities and the map are kept: the router's gradient needs them
     bytes: T * 128 * (2 + 4 + 4 + 4),
