@@ -342,7 +342,8 @@ const doubts = [
   [/expert|router|mlp\.gate\./, "model.moe"],
 ] as const;
 
-function summary(file: string, problems: readonly string[]): string {
+/** What is told of a checkpoint or a snapshot that is another model's: the first ten places, and how many there are. */
+export function summary(file: string, problems: readonly string[]): string {
   const more = problems.length > 10 ? [`and ${problems.length - 10} more`] : [];
   const lines = [...problems.slice(0, 10), ...more].map((line) => `\n  ${line}`);
   return `${file}: does not fit the job in ${problems.length} place${problems.length === 1 ? "" : "s"}${lines.join("")}`;

@@ -106,19 +106,18 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
   function goOn({ piece }: NonNullable<Given["from"]>): void {
     for (const r of ranks) {
       const p = programOf(r);
-      for (const { name, buffer } of rememberedBy(p)) fleet.backend(r).write(buffer, 0, piece(name, ranges(buffer, r)));
-      for (const { name, buffer, master, tied_to } of p.parameters) {
-        if (buffer === master && !tied_to) continue;
-        for (const id of new Set([buffer, master])) {
-          const b = bufferOf(r, id);
-          fleet.backend(r).write(b, 0, piece(name, ranges(b, r)));
-        }
+      const names = new Map(rememberedBy(p).map(({ name, buffer }) => [buffer.id, name]));
+      for (const { name, buffer, master } of p.parameters) names.set(buffer, name).set(master, name);
+      for (const [id, name] of names) {
+        const b = bufferOf(r, id);
+        fleet.backend(r).write(b, 0, piece(name, ranges(b, r)));
       }
     }
   }
 
   const ranges = (b: Buffer, r: number): Ranges => rangesIn(mesh, b, numberInStage(mesh, r));
-  const pieceOf = <T extends HostData>(whole: T, b: Buffer, r: number): T => pieceIn(whole, b, ranges(b, r));
+  const pieceOf = <T extends HostData>(whole: T, b: Buffer, r: number): T =>
+    whole.length === elementsOf(b.shape) ? whole : pieceIn(whole, b, ranges(b, r));
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
     const out = new Float32Array(elementsOf(b.shape));
     if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);

@@ -32,10 +32,9 @@ export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whol
   walk(0, 0);
 }
 
-/** A rank's piece of a whole; the whole itself where it is no longer than that. */
+/** A rank's piece of a whole. */
 export function pieceOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buffer, "sizes" | "shape">, ranges: Ranges): T {
   const length = elementsOf(shape);
-  if (whole.length === length) return whole;
   const out = (whole instanceof Int32Array ? new Int32Array(length) : new Float32Array(length)) as T;
   visitRuns(sizes, ranges, (from, to, n) => out.set(whole.subarray(from, from + n), to));
   return out;

@@ -71,7 +71,8 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     checkpoint?.close();
     from?.close();
     const { ranks, meet = async () => {} } = fleet;
-    const read = async (rank: number, buffer: Buffer) => Float32Array.from(await run.read(rank, buffer));
+    // what is remembered is f32 in any precision
+    const read = async (rank: number, buffer: Buffer) => (await run.read(rank, buffer)) as Float32Array;
     const save = async (): Promise<string> => {
       if (folder === undefined) throw new Error("the run was opened without a folder for snapshots");
       return saveSnapshot({ plan, folder, version, ranks, meet, read }, run.milestone());

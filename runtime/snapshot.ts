@@ -10,7 +10,9 @@ import { Job } from "../schemas/job.ts";
 import { rankAt } from "../schemas/layout.ts";
 import { type Buffer, MeshText, type Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { summary } from "./checkpoint.ts";
 import type { Milestone } from "./course.ts";
+import { ranksText } from "./launch/rankList.ts";
 import { copyShared, firstHolders, type Ranges, rangesIn, sharedBy } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
 import { type LateEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
@@ -82,7 +84,9 @@ export async function saveSnapshot({ plan, folder, version, ranks, meet, read }:
       tensors[name] = { stage: program.stage, sizes: buffer.sizes, cuts: buffer.cuts };
       for (const n of firstHolders(mesh, buffer)) {
         const rank = rankAt(mesh, program.stage, n);
-        files.set(rank, [...(files.get(rank) ?? []), { name, dtype: "F32", shape: buffer.shape, data: () => read(rank, buffer) }]);
+        const own = files.get(rank) ?? [];
+        files.set(rank, own);
+        own.push({ name, dtype: "F32", shape: buffer.shape, data: () => read(rank, buffer) });
       }
     }
   mkdirSync(part, { recursive: true });
@@ -94,10 +98,7 @@ export async function saveSnapshot({ plan, folder, version, ranks, meet, read }:
   if (!leads) return whole;
   const missing = [...files.keys()].filter((rank) => !existsSync(join(part, fileOf(rank))));
   if (missing.length > 0)
-    throw new Trouble(
-      `${part}: the files of ranks ${missing.slice(0, 8).join(", ")}${missing.length > 8 ? ", …" : ""} are not there`,
-      "name a folder after --save that all hosts share",
-    );
+    throw new Trouble(`${part}: the files of ${ranksText(missing)} are not there`, "name a folder after --save that all hosts share");
   const text: SnapshotText = { format: 1, rankc: version, milestone, job: plan.job, mesh, tensors };
   writeFileSync(join(part, TEXT), `${JSON.stringify(text)}\n`);
   rmSync(whole, { recursive: true, force: true });
@@ -181,11 +182,7 @@ export function openSnapshot(folder: string): Snapshot {
         return [found ? `${name} is [${found.join(", ")}]; the plan's is [${sizes.join(", ")}]` : `${name} is not there`];
       });
       if (problems.length === 0) return;
-      const shown = [...problems.slice(0, 10), ...(problems.length > 10 ? [`and ${problems.length - 10} more`] : [])];
-      throw new Trouble(
-        `${at}: does not fit the job in ${problems.length} place${problems.length === 1 ? "" : "s"}\n  ${shown.join("\n  ")}`,
-        "resume with the model and the optimizer that it was saved with; the mesh may be another",
-      );
+      throw new Trouble(summary(at, problems), "resume with the model and the optimizer that it was saved with; the mesh may be another");
     },
   };
 }

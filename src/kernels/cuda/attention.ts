@@ -46,6 +46,10 @@ const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | un
   isMoved(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
 const ceil = (n: number, by: number) => Math.ceil(n / by);
 
+/** What both kernels on the tensor cores begin with. */
+const tilesText = (d: AttentionSizes, half: Half, threads: number): string =>
+  render("cuda/attention_tiles.cuh", { ...d, ...scales(d), ...halves[half], threads, sight: sightText(d), random: randomText(d) });
+
 /** Bytes of shared memory that a multiprocessor has, each block's own KiB left out, and that one block may have. */
 const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80" ? { all: 164, most: 163 } : { all: 228, most: 227 });
 
@@ -62,14 +66,7 @@ function forwardTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made
   const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
   const threads = 256 / resident;
   const { args, ...texts } = beginnings(d);
-  const tiles = render("cuda/attention_tiles.cuh", {
-    ...d,
-    ...scales(d),
-    ...halves[half],
-    threads,
-    sight: sightText(d),
-    random: randomText(d),
-  });
+  const tiles = tilesText(d, half, threads);
   const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts, ...halves[half] });
   const launch: Launch = {
     entry: use.name,
@@ -103,14 +100,7 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = use.name;
   const { args, ...texts } = beginnings(d);
-  const tiles = render("cuda/attention_tiles.cuh", {
-    ...d,
-    ...scales(d),
-    ...halves[half],
-    threads,
-    sight: sightText(d),
-    random: randomText(d),
-  });
+  const tiles = tilesText(d, half, threads);
   const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80", ...halves[half] });
   const common = { name, tiles, order, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
