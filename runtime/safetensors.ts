@@ -6,6 +6,7 @@ import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "n
 import { elementsOf } from "../schemas/layout.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { openInput } from "./inputFile.ts";
+import { unwritten } from "./writing.ts";
 
 /** What is known of a tensor before it is read; `start` counts from the beginning of the file. */
 type TensorInfo = {
@@ -70,7 +71,10 @@ export function openSafetensors(path: string): Safetensors {
   };
 }
 
-/** Writes beside `path` and renames: a reader sees the old file or the whole new one. */
+/** Older versions of transformers refuse a file whose metadata has no `format`, the framework that saved it. */
+const PYTORCH = { format: "pt" };
+
+/** Writes beside `path` and renames: a reader sees the old file or the whole new one. Throws a Trouble where the disk refuses. */
 export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
   const all = [...entries];
   for (const { name, shape, data } of all) expectLength(name, shape, data);
@@ -78,7 +82,7 @@ export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
   try {
     const fd = openSync(beside, "w");
     try {
-      writeAll(fd, headerOf(all));
+      writeAll(fd, headerOf(all, PYTORCH));
       for (const { data } of all) writeAll(fd, bytesOf(data));
       fsyncSync(fd);
     } finally {
@@ -86,7 +90,8 @@ export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
     }
     renameSync(beside, path);
   } catch (error) {
-    throw unwritten(path, beside, error);
+    rmSync(beside, { force: true });
+    throw unwritten(path, error);
   }
 }
 
@@ -96,7 +101,7 @@ export async function streamSafetensors(path: string, entries: readonly LateEntr
   try {
     const fd = openSync(beside, "w");
     try {
-      writeAll(fd, headerOf(entries));
+      writeAll(fd, headerOf(entries, PYTORCH));
       for (const { name, shape, data } of entries) {
         const values = await data();
         expectLength(name, shape, values);
@@ -108,7 +113,8 @@ export async function streamSafetensors(path: string, entries: readonly LateEntr
     }
     renameSync(beside, path);
   } catch (error) {
-    throw unwritten(path, beside, error);
+    rmSync(beside, { force: true });
+    throw unwritten(path, error);
   }
 }
 
@@ -119,8 +125,9 @@ function expectLength(name: string, shape: readonly number[], data: Float32Array
   if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
 }
 
-function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[]): Uint8Array {
-  const header: Record<string, unknown> = Object.create(null);
+type Metadata = Readonly<Record<string, string>>;
+function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
+  const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let at = 0;
   for (const { name, dtype, shape } of entries) {
     if (name in header) throw new Error(`${name} is written twice`);
@@ -131,13 +138,6 @@ function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[]): 
   const padded = Buffer.concat([Buffer.alloc(8), text, Buffer.alloc(-text.length & 7, " ")]);
   padded.writeBigUInt64LE(BigInt(padded.length - 8));
   return padded;
-}
-
-/** What is to be thrown where a file could not be written; what was written of it is removed. */
-function unwritten(path: string, beside: string, error: unknown): unknown {
-  rmSync(beside, { force: true });
-  const { code } = error as NodeJS.ErrnoException;
-  return code === undefined ? error : new Trouble(`${path}: cannot be written (${code})`, "name a file in a folder you can write to");
 }
 
 function writeAll(fd: number, bytes: Uint8Array): void {

@@ -62,6 +62,14 @@ test("what is written is read back, bit for bit, and nothing else is left in the
   );
 });
 
+test("a file that is written says format pt in its metadata, which older transformers need", () => {
+  writeSafetensors(path, [{ name: "a", dtype: "F32", shape: [1], data: Float32Array.of(1) }]);
+  const bytes = readFileSync(path);
+  const header = JSON.parse(bytes.toString("utf8", 8, 8 + Number(bytes.readBigUInt64LE())));
+  expect(header.__metadata__).toEqual({ format: "pt" });
+  expect(openSafetensors(path).names).toEqual(["a"]);
+});
+
 test("a file cut anywhere is a Trouble, never another error", () => {
   const small = join(folder, "whole.safetensors");
   writeSafetensors(small, [
@@ -163,7 +171,7 @@ test("a write that fails leaves the old file and nothing beside it", () => {
   const entries = [{ name: "a", dtype: "F32" as const, shape: [3], data: new Float32Array(2) }];
   expect(() => writeSafetensors(path, entries)).toThrow("2 values for shape [3]");
   expect(readFileSync(path, "utf8")).toBe("old");
-  expect(complaint(() => writeSafetensors(join(folder, "no", "b"), []))).toContain("cannot be written (ENOENT)");
+  expect(complaint(() => writeSafetensors(join(folder, "no", "b"), []))).toContain("cannot be written: the folder does not exist (ENOENT)");
   expect(complaint(() => writeSafetensors(folder, []))).toContain("cannot be written");
   expect(readdirSync(folder)).toEqual(["a.safetensors"]);
 });
