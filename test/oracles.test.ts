@@ -437,6 +437,7 @@ describe("configurations", () => {
     "cfg-0464": { rankc: "accept", why: "the method has a default: uniform" },
     "cfg-0465": { rankc: "accept", why: "the count of layers has a default: one" },
     "cfg-0467": { rankc: "accept", why: "a method is a key of full alone: beside selective it says nothing" },
+    "cfg-0472": { rankc: "accept", why: "B230 warns: a module that the model has not changes no number" },
     "cfg-0539": { rankc: "reject", why: "E417: Megatron fills up with experts of groups that were ruled out" },
     "cfg-0545": { rankc: "reject", why: "E424: Megatron ignores sinkhorn in a list" },
     "cfg-0546": {

@@ -61,6 +61,28 @@ test("fixes still work when several things are wrong at once", () => {
   expect(first.map((f) => f.code)).toEqual(expect.arrayContaining(["P104", "P107", "M301", "M308", "E401", "E402", "B207"]));
 });
 
+const moe = { experts: 8, top_k: 2, router: { aux_coeff: 0.01 } };
+test.each([
+  [
+    "mlp recomputed where every layer has experts",
+    { model: { moe }, recompute: { mode: "selective", modules: ["core_attn", "mlp"] } },
+    "B230",
+  ],
+  ["group_top_k without groups", { model: { moe: { ...moe, router: { ...moe.router, group_top_k: 2 } } } }, "E442"],
+  ["group_scores without groups", { model: { moe: { ...moe, router: { ...moe.router, group_scores: 1 } } } }, "E442"],
+])("%s is a warning: the key changes no number", (_, { model, recompute }: { model: object; recompute?: object }, code) => {
+  const { job, findings } = read(
+    stringify({
+      name: "unread",
+      model: { layers: 2, hidden: 16, heads: 2, vocab: 256, seq: 16, ...model },
+      train: { steps: 1, optimizer: { lr: 1e-3 }, ...(recompute && { recompute }) },
+      data: { path: "corpus.txt" },
+    }),
+  );
+  expect(job).toBeDefined();
+  expect(findings.map(({ code, level }) => [code, level])).toEqual([[code, "warning"]]);
+});
+
 test("every code can be explained", () => {
   for (const code of codes) expect(explain(code)?.finding.code).toBe(code);
   expect(explain("P999")).toBeUndefined();

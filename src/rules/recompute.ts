@@ -29,9 +29,9 @@ const unwritten: Omit<Recompute, "mode"> = { modules: ["core_attn"], method: "un
 export const recompute: readonly Rule[] = [
   rule({
     code: "B230",
-    title: "a recomputed module is a part of the model",
-    why: "Where the model has no such part there is nothing to make again, and the memory that was to be saved is not.",
-    level: "error",
+    title: "a recomputed module is not in the model",
+    why: "Where the model has no such part there is nothing to compute again: the run trains the same numbers, and the memory that was to be saved is not. Megatron-LM ignores most of these modules and refuses mla_up_proj without latent attention.",
+    level: "warning",
     *check({ model, train: { recompute: r } }) {
       if (r.mode !== "selective") return;
       const missing = r.modules.filter((name) => needs[name]?.has(model) === false);

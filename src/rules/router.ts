@@ -40,22 +40,50 @@ export const router = [
   }),
   rule({
     code: "E416",
-    title: "group_top_k is at most groups",
-    why: "A token chooses its experts from group_top_k of the groups; without groups there is but one, of all experts.",
+    title: "group_top_k exceeds groups",
+    why: "A token chooses its experts from group_top_k of the groups.",
     level: "error",
     *check({ model: { moe } }) {
-      if (!moe || moe.router.group_top_k <= moe.router.groups) return;
+      if (!moe || moe.router.groups === 1 || moe.router.group_top_k <= moe.router.groups) return;
       const { groups, group_top_k } = moe.router;
       yield {
         at: "model.moe.router.group_top_k",
         related: ["model.moe.router.groups"],
-        found: `group_top_k ${group_top_k} of ${groups} group${groups === 1 ? "" : "s"}`,
+        found: `group_top_k ${group_top_k} of ${groups} groups`,
         fix: "fewer, or more groups",
         tries: [
-          ...(groups > 1 ? [{ "model.moe.router.group_top_k": Math.max(1, groups / 2) }, { "model.moe.router.group_top_k": groups }] : []),
+          { "model.moe.router.group_top_k": Math.max(1, Math.floor(groups / 2)) },
+          { "model.moe.router.group_top_k": groups },
           ...[group_top_k * 2, group_top_k].map((g) => ({ "model.moe.router.groups": g })),
         ],
       };
+    },
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, groups: 2, group_top_k: 4}}}",
+  }),
+  rule({
+    code: "E442",
+    title: "group keys of a router without groups",
+    why: "Without groups a token may use all experts: group_top_k and group_scores are not read, and nothing bounds how far a token travels. Megatron-LM ignores them too.",
+    level: "warning",
+    *check({ model: { moe } }) {
+      if (!moe || moe.router.groups > 1) return;
+      const { group_top_k, group_scores } = moe.router;
+      // what completeMoe fills in without groups
+      const unread = [
+        ...(group_top_k > 1 ? (["group_top_k"] as const) : []),
+        ...(group_scores !== Math.max(1, Math.floor(moe.top_k / group_top_k)) ? (["group_scores"] as const) : []),
+      ];
+      for (const key of unread.slice(0, 1))
+        yield {
+          at: `model.moe.router.${key}`,
+          related: ["model.moe.router.groups"],
+          found: `${unread.map((k) => `${k} ${moe.router[k]}`).join(" and ")} with groups 1`,
+          fix: "write how many groups there are, or leave the keys out",
+          tries: [group_top_k * 2, group_top_k * 4]
+            .filter((groups) => groups > 1)
+            .map((groups) => ({ "model.moe.router.groups": groups }) as Readonly<Record<string, number>>)
+            .concat({ "model.moe.router.group_top_k": 1, "model.moe.router.group_scores": moe.top_k }),
+        };
     },
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01, group_top_k: 2}}}",
   }),
