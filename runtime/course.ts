@@ -31,7 +31,8 @@ export interface Milestone {
   readonly read: number;
   readonly trained: number;
   readonly updates: number;
-  readonly loss_scale: ScaleState;
+  /** Of a scale that adapts itself. */
+  readonly loss_scale: ScaleState | null;
 }
 export interface Course {
   milestone(): Milestone;

@@ -15,7 +15,8 @@ export interface LossScale {
   value(): number;
   /** A step is over, and its gradients overflowed or did not. */
   done(overflowed: boolean): void;
-  state(): ScaleState;
+  /** Null where it does not adapt. */
+  state(): ScaleState | null;
 }
 
 /** Beyond it, what divides by it would vanish. Megatron Core's has no end, and never gets there: gradients overflow long before. */
@@ -23,12 +24,16 @@ const LARGEST = 2 ** 100;
 
 /**
  * A number stays. A section: after `hysteresis` overflows the scale shrinks, and with every further one, until `growth_interval` steps in
- * a row went well; then it grows, and the count of overflows begins anew.
+ * a row went well; then it grows, and the count of overflows begins anew. `from`: of the run that this one goes on from; a run whose scale
+ * did not adapt has none, and then this begins at `initial`. The job may have changed since, so the limits are applied to it.
  */
-export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?: ScaleState): LossScale {
-  if (typeof how === "number") return { value: () => how, done() {}, state: () => ({ scale: how, well: 0, patience: 0 }) };
+export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?: ScaleState | null): LossScale {
+  if (typeof how === "number") return { value: () => how, done() {}, state: () => null };
   const { initial, growth, growth_interval, backoff, hysteresis, min } = how;
-  let { scale, well, patience } = from ?? { scale: Math.fround(initial), well: 0, patience: hysteresis };
+  const begin = from ?? { scale: Math.fround(initial), well: 0, patience: hysteresis };
+  let { well } = begin;
+  let scale = Math.max(begin.scale, min);
+  let patience = Math.min(begin.patience, hysteresis);
   return {
     value: () => scale,
     state: () => ({ scale, well, patience }),

@@ -8,7 +8,8 @@ import { checkpointFor } from "./checkpoint.ts";
 import { openCpu } from "./cpu.ts";
 import { openCorpus } from "./data.ts";
 import { type Run, runOn } from "./execute.ts";
-import { expectRoom, openSnapshot, saveSnapshot } from "./snapshot.ts";
+import { type Chosen, chooseSnapshot, expectRoom, type FolderLock, lockFolder, newestSnapshot } from "./saveFolder.ts";
+import { openSnapshot, saveSnapshot } from "./snapshot.ts";
 
 export interface RunSettings {
   /** A cubin beside the plan, by the name of its file. */
@@ -27,7 +28,7 @@ export interface RunSettings {
   readonly initFrom?: string;
   /** A folder for snapshots, which `save` writes to. */
   readonly save?: string;
-  /** A snapshot, or a folder of them, to go on from. */
+  /** A snapshot, or a folder of them, to go on from; `auto`: the newest of `save`, or none where it has none. */
   readonly resume?: string;
   /** Where relative paths of the job start: the job file's folder. */
   readonly baseDir: string;
@@ -38,12 +39,15 @@ export interface RunSettings {
 export interface OpenRun extends Run {
   /** Writes a snapshot, where the run was opened to: its folder. All processes of a run do it after the same step. */
   save(): Promise<string>;
+  /** What a person should read about the snapshot or the checkpoint that the run starts from. */
+  readonly notes: readonly string[];
 }
 
 export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRun> {
   const { initFrom, resume, save: folder, baseDir, watch, version = "" } = settings;
   if (initFrom !== undefined && resume !== undefined)
     throw new Trouble("--init-from and --resume both say what to start from", "leave one of them out");
+  const chosen = resume === undefined ? undefined : chosenBy(resume, folder);
   const { job } = plan;
   const { path, labels } = job.data;
   const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
@@ -52,14 +56,17 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     corpus.close();
     throw error;
   });
+  let lock: FolderLock | undefined;
   const close = async (error?: Error): Promise<void> => {
+    lock?.release();
     corpus.close();
     await fleet.close(error);
   };
   try {
-    const from = resume === undefined ? undefined : openSnapshot(resume);
+    if (folder !== undefined && fleet.ranks.includes(0)) lock = lockFolder(folder);
+    const from = chosen?.at === undefined ? undefined : openSnapshot(chosen.at);
     from?.expectFor(plan);
-    if (folder !== undefined && fleet.ranks.includes(0)) expectRoom(folder, from?.milestone.steps ?? 0);
+    if (lock) expectRoom(folder!, from?.milestone.steps ?? 0);
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom);
     const run = runOn(plan, {
       fleet,
@@ -75,13 +82,24 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     const read = async (rank: number, buffer: Buffer) => (await run.read(rank, buffer)) as Float32Array;
     const save = async (): Promise<string> => {
       if (folder === undefined) throw new Error("the run was opened without a folder for snapshots");
+      lock?.expectHeld();
       return saveSnapshot({ plan, folder, version, ranks, meet, read }, run.milestone());
     };
-    return { ...run, save, close };
+    return { ...run, save, close, notes: chosen?.notes ?? [] };
   } catch (error) {
     await close(error as Error);
     throw error;
   }
+}
+
+function chosenBy(resume: string, save: string | undefined): Chosen {
+  if (resume !== "auto") return chooseSnapshot(resume);
+  if (save === undefined)
+    throw new Trouble(
+      "--resume auto needs --save",
+      "name the folder after --save, or a snapshot after --resume (./auto for one of that name)",
+    );
+  return newestSnapshot(save);
 }
 
 async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {

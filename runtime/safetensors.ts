@@ -1,7 +1,10 @@
 /**
  * Safetensors files: 8 bytes of header length, a JSON header, the bytes of all tensors one after another.
  * Opening reads and checks the header alone: after it every tensor is known to lie whole in the file. Writing leaves all or nothing.
+ * A file of a snapshot has the SHA-256 of each tensor in its header's metadata: reading a tensor checks it, without a second pass over
+ * the file, and the SHA-256 of the header stands for the whole file.
  */
+import { createHash } from "node:crypto";
 import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
 import { elementsOf } from "../schemas/layout.ts";
 import { Trouble } from "../schemas/trouble.ts";
@@ -16,9 +19,14 @@ type TensorInfo = {
   readonly bytes: number;
 };
 
+type Metadata = Readonly<Record<string, string>>;
+
 export type Safetensors = {
   readonly path: string;
   readonly names: readonly string[];
+  readonly metadata: Metadata;
+  /** SHA-256 of the header, hexadecimal. */
+  readonly headerDigest: string;
   readonly info: (name: string) => TensorInfo;
   readonly read: (name: string) => Float32Array;
   readonly readInts: (name: string) => Int32Array;
@@ -32,34 +40,42 @@ export type LateEntry = Omit<Entry, "data"> & { readonly data: () => Promise<Flo
 // The format's own bound: it keeps a flipped bit in the length from becoming an allocation.
 const MAX_HEADER = 100_000_000;
 
+/** Throws a Trouble where the file is none, and so do `info` and `read` where a tensor is missing or its digest differs. */
 export function openSafetensors(path: string): Safetensors {
   const file = openInput(path, "the safetensors file", "a relative path starts at the working directory");
-  const tensors = closedOnTrouble(file.close, () => {
+  const { tensors, metadata, headerDigest } = closedOnTrouble(file.close, () => {
     const length = headerLength(path, file.bytes, (into) => file.read(into, 0));
     const header = new Uint8Array(length);
     file.read(header, 8);
-    return readHeader(path, header, 8 + length, file.bytes);
+    return { ...readHeader(path, header, 8 + length, file.bytes), headerDigest: sha256(header) };
   });
   const info = (name: string): TensorInfo => {
     const found = tensors.get(name);
     if (found === undefined) throw new Trouble(`${path}: has no tensor ${name}`, `it holds ${some([...tensors.keys()])}`);
     return found;
   };
-  const load = ({ start, bytes }: TensorInfo): ArrayBuffer => {
+  const load = (name: string): ArrayBuffer => {
+    const { start, bytes } = info(name);
     const buffer = new ArrayBuffer(bytes);
-    file.read(new Uint8Array(buffer), start);
+    const view = new Uint8Array(buffer);
+    file.read(view, start);
+    const digest = metadata[digestKey(name)];
+    if (digest !== undefined && digest !== sha256(view))
+      throw new Trouble(`${path}: the SHA-256 of tensor ${name} differs from the one it was saved with: the file is damaged`, REMAKE);
     return buffer;
   };
   return {
     path,
     names: [...tensors.keys()],
+    metadata,
+    headerDigest,
     info,
-    read: (name) => dtypes[info(name).dtype].floats(load(info(name))),
+    read: (name) => dtypes[info(name).dtype].floats(load(name)),
     readInts: (name) => {
       const { dtype } = info(name);
       const ints = (dtypes[dtype] as Decoder).ints;
       if (ints === undefined) throw new Trouble(`${path}: tensor ${name} holds ${dtype}, not integers`, "store it as I32 or I64");
-      const values = ints(load(info(name)));
+      const values = ints(load(name));
       return Int32Array.from({ length: values.length }, (_, i) => {
         const value = Number(values[i]);
         if (value !== (value | 0))
@@ -95,18 +111,25 @@ export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
   }
 }
 
-/** The same where values come one tensor after the other, so that only one of them is in memory. */
-export async function streamSafetensors(path: string, entries: readonly LateEntry[]): Promise<void> {
+/**
+ * The same where values come one tensor after the other, so that only one of them is in memory. The metadata gets the SHA-256 of each
+ * tensor, too: the header is written with zeros in their place first, and again once all are known.
+ */
+export async function streamSafetensors(path: string, entries: readonly LateEntry[], metadata: Metadata): Promise<void> {
   const beside = besideOf(path);
+  const digests = new Map(entries.map(({ name }) => [digestKey(name), "0".repeat(64)]));
+  const header = () => headerOf(entries, { ...metadata, ...Object.fromEntries(digests) });
   try {
     const fd = openSync(beside, "w");
     try {
-      writeAll(fd, headerOf(entries, PYTORCH));
+      writeAll(fd, header());
       for (const { name, shape, data } of entries) {
         const values = await data();
         expectLength(name, shape, values);
         writeAll(fd, bytesOf(values));
+        digests.set(digestKey(name), sha256(bytesOf(values)));
       }
+      writeAll(fd, header(), 0);
       fsyncSync(fd);
     } finally {
       closeSync(fd);
@@ -118,6 +141,9 @@ export async function streamSafetensors(path: string, entries: readonly LateEntr
   }
 }
 
+/** The metadata key of a tensor's SHA-256. */
+const digestKey = (tensor: string): string => `sha256/${tensor}`;
+const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
 const besideOf = (path: string): string => `${path}.${process.pid}.part`;
 const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 
@@ -125,7 +151,6 @@ function expectLength(name: string, shape: readonly number[], data: Float32Array
   if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
 }
 
-type Metadata = Readonly<Record<string, string>>;
 function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
   const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let at = 0;
@@ -140,8 +165,10 @@ function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[], m
   return padded;
 }
 
-function writeAll(fd: number, bytes: Uint8Array): void {
-  for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30));
+/** `at`: the byte of the file to start at; undefined: after what was written last. */
+function writeAll(fd: number, bytes: Uint8Array, at?: number): void {
+  for (let done = 0; done < bytes.length; )
+    done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), at === undefined ? null : at + done);
 }
 
 type Decoder = {
@@ -200,7 +227,11 @@ function headerLength(path: string, fileBytes: number, readFirst: (into: Uint8Ar
   return Number(length);
 }
 
-function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileBytes: number): ReadonlyMap<string, TensorInfo> {
+interface Header {
+  readonly tensors: ReadonlyMap<string, TensorInfo>;
+  readonly metadata: Metadata;
+}
+function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileBytes: number): Header {
   const header = parse(path, bytes);
   const tensors = new Map<string, TensorInfo>();
   for (const [name, entry] of Object.entries(header)) {
@@ -218,7 +249,14 @@ function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileByte
     before = name;
   }
   if (end !== fileBytes) throw new Trouble(`${path}: the tensors end at byte ${end}, the file at ${fileBytes}`, REMAKE);
-  return tensors;
+  return { tensors, metadata: metadataOf(header) };
+}
+
+/** Some files have null here, and values that are no strings, which the format forbids. */
+function metadataOf(header: object): Metadata {
+  const { __metadata__: given } = header as Record<string, unknown>;
+  const texts = isObject(given) ? Object.entries(given).filter(([, value]) => typeof value === "string") : [];
+  return Object.fromEntries(texts);
 }
 
 function parse(path: string, bytes: Uint8Array): object {

@@ -1,41 +1,27 @@
 /**
  * Snapshots: all that a run remembers between two steps, in a folder for each: `step-00000020/` holds snapshot.json (how far the
- * run was, its job and mesh, and how each tensor is cut) and a safetensors file for each rank that has pieces no rank before it has.
- * A run goes on from one on any mesh and backend: pieces are put together anew. A folder is there whole, or under another name.
+ * run was, its job and mesh, how each tensor is cut, and a digest of each file) and a safetensors file for each rank that has pieces no
+ * rank before it has. A run goes on from one on any mesh and backend: pieces are put together anew. A folder is there whole, or under
+ * another name. Reading a piece checks its digest, and that it is finite.
  */
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { closeSync, existsSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { z } from "zod";
 import { Job } from "../schemas/job.ts";
 import { rankAt } from "../schemas/layout.ts";
-import { type Buffer, MeshText, type Plan } from "../schemas/plan.ts";
+import type { Buffer, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { summary } from "./checkpoint.ts";
 import type { Milestone } from "./course.ts";
+import { expectFinite } from "./finite.ts";
 import { ranksText } from "./launch/rankList.ts";
 import { copyShared, firstHolders, type Ranges, rangesIn, sharedBy } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
 import { type LateEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
+import { folderOf } from "./saveFolder.ts";
+import { printSnapshotText, readSnapshotText, type SnapshotText, TEXT } from "./snapshotText.ts";
+import { unwritten } from "./writing.ts";
 
-const count = z.int().nonnegative();
-const MilestoneText = z.strictObject({
-  ...{ steps: count, read: count, trained: count, updates: count },
-  loss_scale: z.strictObject({ scale: z.number(), well: count, patience: z.int() }),
-});
-const Tensor = z.strictObject({ stage: count, sizes: z.array(count), cuts: z.array(z.array(count)) });
-const SnapshotText = z.strictObject({
-  format: z.literal(1),
-  rankc: z.string(),
-  milestone: MilestoneText.describe("how far the run was"),
-  job: z.looseObject({ model: z.looseObject({}), train: z.looseObject({ optimizer: z.looseObject({ type: z.string() }) }) }),
-  mesh: MeshText,
-  tensors: z.record(z.string(), Tensor).describe("by name: the stage it is on, its whole sizes, and per dim the factors that cut it"),
-});
-type SnapshotText = z.infer<typeof SnapshotText>;
-
-const folderOf = (step: number): string => `step-${String(step).padStart(8, "0")}`;
 const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
-const TEXT = "snapshot.json";
 
 /** Where a run puts its snapshots. */
 export interface Saving {
@@ -50,35 +36,44 @@ export interface Saving {
   readonly read: (rank: number, buffer: Buffer) => Promise<Float32Array>;
 }
 
-/** Before a run: makes the folder, and refuses one whose snapshots the run would stand beside as if they were its own. */
-export function expectRoom(folder: string, done: number): void {
-  try {
-    mkdirSync(folder, { recursive: true });
-  } catch (error) {
-    throw new Trouble(
-      `${folder}: cannot be made (${(error as NodeJS.ErrnoException).code})`,
-      "name a folder you can write to after --save",
-    );
-  }
-  const later = stepsIn(folder).filter((step) => step > done);
-  if (later.length > 0)
-    throw new Trouble(
-      `${folder} holds a snapshot of step ${later.at(-1)}, and this run begins after step ${done}`,
-      "go on from it with --resume, or name another folder after --save",
-    );
-}
-
-/** Writes a snapshot; answers with its folder. All processes of a run call it between the same two steps. */
-export async function saveSnapshot({ plan, folder, version, ranks, meet, read }: Saving, milestone: Milestone): Promise<string> {
-  const { mesh } = plan;
+/**
+ * Writes a snapshot; returns its folder. All processes of a run call it between the same two steps. Throws a Trouble, and leaves nothing
+ * of the snapshot, where the disk refuses or a value is not finite.
+ */
+export async function saveSnapshot(saving: Saving, milestone: Milestone): Promise<string> {
+  const { folder, ranks, meet } = saving;
   const whole = join(folder, folderOf(milestone.steps));
   const part = `${whole}.part`;
   const leads = ranks.includes(0);
-  if (leads) rmSync(part, { recursive: true, force: true });
-  await meet(`${part} is to be written`);
+  try {
+    if (leads) rmSync(part, { recursive: true, force: true });
+    await meet(`${part} is to be written`);
+    const { tensors, files } = contentsOf(saving, milestone);
+    mkdirSync(part, { recursive: true });
+    for (const rank of ranks) {
+      const entries = files.get(rank);
+      if (entries) await streamSafetensors(join(part, fileOf(rank)), entries, { step: String(milestone.steps) });
+    }
+    await meet(`${part} is written`);
+    if (!leads) return whole;
+    writeText(part, saving, { milestone, tensors, files: digestsIn(part, [...files.keys()], milestone.steps) });
+    rmSync(whole, { recursive: true, force: true });
+    renameSync(part, whole);
+    syncFolder(folder);
+    return whole;
+  } catch (error) {
+    if (leads) rmSync(part, { recursive: true, force: true });
+    throw unwritten(whole, error);
+  }
+}
+
+/** How each tensor is cut, and by rank what its file holds. */
+function contentsOf({ plan, read }: Saving, { steps }: Milestone) {
+  const { mesh, programs } = plan;
   const tensors: SnapshotText["tensors"] = {};
   const files = new Map<number, LateEntry[]>();
-  for (const program of plan.programs)
+  const fix = "resume from an earlier snapshot, with a smaller learning rate";
+  for (const program of programs)
     for (const { name, buffer } of rememberedBy(program)) {
       if (name in tensors) throw new Error(`${name} is remembered twice`);
       tensors[name] = { stage: program.stage, sizes: buffer.sizes, cuts: buffer.cuts };
@@ -86,24 +81,47 @@ export async function saveSnapshot({ plan, folder, version, ranks, meet, read }:
         const rank = rankAt(mesh, program.stage, n);
         const own = files.get(rank) ?? [];
         files.set(rank, own);
-        own.push({ name, dtype: "F32", shape: buffer.shape, data: () => read(rank, buffer) });
+        const data = async () => expectFinite(await read(rank, buffer), `no snapshot of step ${steps}: ${name}`, fix);
+        own.push({ name, dtype: "F32", shape: buffer.shape, data });
       }
     }
-  mkdirSync(part, { recursive: true });
-  for (const rank of ranks) {
-    const entries = files.get(rank);
-    if (entries) await streamSafetensors(join(part, fileOf(rank)), entries);
-  }
-  await meet(`${part} is written`);
-  if (!leads) return whole;
-  const missing = [...files.keys()].filter((rank) => !existsSync(join(part, fileOf(rank))));
+  return { tensors, files };
+}
+
+/** Digests of the files that the ranks wrote; throws a Trouble where some are not there. */
+function digestsIn(part: string, ranks: readonly number[], step: number): SnapshotText["files"] {
+  const missing = ranks.filter((rank) => !existsSync(join(part, fileOf(rank))));
   if (missing.length > 0)
     throw new Trouble(`${part}: the files of ${ranksText(missing)} are not there`, "name a folder after --save that all hosts share");
-  const text: SnapshotText = { format: 1, rankc: version, milestone, job: plan.job, mesh, tensors };
-  writeFileSync(join(part, TEXT), `${JSON.stringify(text)}\n`);
-  rmSync(whole, { recursive: true, force: true });
-  renameSync(part, whole);
-  return whole;
+  const digestOf = (name: string) => {
+    const file = openSafetensors(join(part, name));
+    file.close();
+    return [name, { step, header_sha256: file.headerDigest }] as const;
+  };
+  return Object.fromEntries(ranks.map((rank) => digestOf(fileOf(rank))));
+}
+
+function writeText(part: string, { plan, version }: Saving, text: Pick<SnapshotText, "milestone" | "tensors" | "files">): void {
+  const fd = openSync(join(part, TEXT), "w");
+  try {
+    writeFileSync(fd, printSnapshotText({ rankc: version, job: plan.job, mesh: plan.mesh, ...text }));
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
+  syncFolder(part);
+}
+
+/** Makes the names in a folder last. Some file systems cannot, and say EINVAL. */
+function syncFolder(folder: string): void {
+  const fd = openSync(folder, "r");
+  try {
+    fsyncSync(fd);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EINVAL") throw error;
+  } finally {
+    closeSync(fd);
+  }
 }
 
 export interface Snapshot {
@@ -120,10 +138,11 @@ export interface Snapshot {
   close(): void;
 }
 
-/** `folder`: a snapshot, or the folder of a run's snapshots, of which it is the last. */
-export function openSnapshot(folder: string): Snapshot {
-  const at = existsSync(join(folder, TEXT)) ? folder : lastIn(folder);
-  const { milestone, rankc, job, mesh, tensors } = readText(join(at, TEXT));
+const DAMAGED = "take another snapshot of the run";
+
+/** `at`: the folder of a snapshot. Throws a Trouble where its text is damaged. */
+export function openSnapshot(at: string): Snapshot {
+  const { milestone, rankc, job, mesh, tensors, files } = readSnapshotText(join(at, TEXT));
   const open = new Map<number, Safetensors>();
   const close = (): void => {
     for (const file of open.values()) file.close();
@@ -134,8 +153,14 @@ export function openSnapshot(folder: string): Snapshot {
     if (known) return known;
     // a process may open so many files and no more
     if (open.size >= 64) close();
-    const file = openSafetensors(join(at, fileOf(rank)));
+    const path = join(at, fileOf(rank));
+    const file = openSafetensors(path);
     open.set(rank, file);
+    const stated = files[fileOf(rank)];
+    const { step } = file.metadata;
+    if (step !== String(stated?.step)) throw new Trouble(`${path} is of step ${step}, and the snapshot of step ${stated?.step}`, DAMAGED);
+    if (file.headerDigest !== stated?.header_sha256)
+      throw new Trouble(`${path} is not the file that was saved: the SHA-256 of its header differs from ${TEXT}'s`, DAMAGED);
     return file;
   }
   function tensor(name: string) {
@@ -150,7 +175,8 @@ export function openSnapshot(folder: string): Snapshot {
       const theirs = rangesIn(mesh, saved, n);
       const shared = sharedBy(theirs, ranges);
       if (!shared) continue;
-      const values = fileAt(rankAt(mesh, saved.stage, n)).read(name);
+      const file = fileAt(rankAt(mesh, saved.stage, n));
+      const values = expectFinite(file.read(name), `${file.path}: ${name}`, "take a snapshot of an earlier step");
       copyShared(shared, [theirs, values], [ranges, out]);
     }
     return out;
@@ -185,33 +211,4 @@ export function openSnapshot(folder: string): Snapshot {
       throw new Trouble(summary(at, problems), "resume with the model and the optimizer that it was saved with; the mesh may be another");
     },
   };
-}
-
-const stepsIn = (folder: string): number[] =>
-  readdirSync(folder)
-    .flatMap((name) => (/^step-\d+$/.test(name) && existsSync(join(folder, name, TEXT)) ? [Number(name.slice(5))] : []))
-    .sort((a, b) => a - b);
-
-function lastIn(folder: string): string {
-  const there = statSync(folder, { throwIfNoEntry: false })?.isDirectory() ? stepsIn(folder) : [];
-  const last = there.at(-1);
-  if (last === undefined) throw new Trouble(`${folder} holds no snapshot`, "name a folder that `rankc run --save` wrote to");
-  return join(folder, folderOf(last));
-}
-
-function readText(path: string): SnapshotText {
-  let value: unknown;
-  try {
-    value = JSON.parse(readFileSync(path, "utf8"));
-  } catch (error) {
-    const what = error instanceof SyntaxError ? "is not JSON" : `cannot be read (${(error as NodeJS.ErrnoException).code})`;
-    throw new Trouble(`${path} ${what}`, "take another snapshot of the run");
-  }
-  const { success, data, error } = SnapshotText.safeParse(value);
-  if (success) return data;
-  const [issue] = error.issues;
-  throw new Trouble(
-    `${path}: ${issue!.path.join(".") || "the file"}: ${issue!.message}`,
-    "take another snapshot of the run, or this rankc's version of it",
-  );
 }

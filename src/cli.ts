@@ -137,7 +137,10 @@ withExamples(
     .option("--init-from <file>", "start from the weights of a safetensors file")
     .option("--save <dir>", "write a snapshot at the end, also of a run that is interrupted: weights, optimizer, and how far it was")
     .option("--save-every <n>", "… and after every n steps", atLeastOne)
-    .option("--resume <dir>", "go on from a snapshot (of the folder of a run's, the last), on this mesh or another")
+    .option(
+      "--resume <dir>",
+      "go on from a snapshot (of a folder of them, the newest), on this mesh or another; auto: from the newest whole one in --save's folder, if there is one",
+    )
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
     .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")
@@ -146,7 +149,7 @@ withExamples(
   "run plan/ --data-dir . --init-from model.safetensors",
   "run job.yaml --backend webgpu",
   "run plan/ --backend cuda",
-  "run plan/ --save snapshots/ --save-every 500 --resume snapshots/",
+  "run plan/ --save snapshots/ --save-every 500 --resume auto",
 ).action(async (path: string, options: Common & RunOptions & { target?: string; dataDir?: string }) => {
   const [{ runPlan }, { targetOf }] = await Promise.all([import("./cliRun.ts"), import("./target.ts")]);
   const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
@@ -239,17 +242,20 @@ withExamples(
     .description("make what other tools read of a run")
     .command("hf")
     .description("the weights of a snapshot as a Hugging Face checkpoint: one safetensors file, in fp32, under transformers' names")
-    .argument("<snapshot>", "a snapshot, or a folder of them, of which the last")
+    .argument("<snapshot>", "a snapshot, or a folder of them, of which the newest")
     .requiredOption("-o, --out <file>", "the .safetensors file to write"),
   "export hf snapshots/ -o model.safetensors",
 ).action(async (snapshot: string, options: { out: string }) => {
-  const [{ openSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
+  const [{ openSnapshot }, { chooseSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
     import("../runtime/snapshot.ts"),
+    import("../runtime/saveFolder.ts"),
     import("../runtime/checkpoint.ts"),
     import("../runtime/safetensors.ts"),
   ]);
   expectWritable(options.out);
-  const { folder, milestone, model, whole, close } = openSnapshot(snapshot);
+  const { at, notes } = chooseSnapshot(snapshot);
+  for (const note of notes) tell(`note: ${note}`);
+  const { folder, milestone, model, whole, close } = openSnapshot(at);
   try {
     const entries = toHuggingFace(model(), { get: whole });
     writeSafetensors(options.out, entries);

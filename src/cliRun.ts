@@ -34,6 +34,7 @@ export interface Planned {
 /** Runs a plan here; with CUDA and many ranks, in a process for each, unless this is one of them. Answers with the exit code. */
 export async function runPlan(planned: Planned, baseDir: string, options: RunOptions): Promise<number> {
   const { plan } = planned;
+  if (options.save !== undefined) (await import("../runtime/saveFolder.ts")).expectWritableFolder(options.save);
   if (options.backend === "cuda" && plan.mesh.world > 1) {
     if (options.dumpGrads !== undefined)
       throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or leave it out");
@@ -64,8 +65,9 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     ...(options.resume && { resume: options.resume }),
   };
   const run = await openRun(plan, settings);
+  if (run.leads) for (const note of run.notes) tell(`note: ${note}`);
   const metrics =
-    options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics, options.resume === undefined ? "w" : "a");
+    options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics, run.milestone().steps === 0 ? "w" : "a");
   let interrupted = false;
   const interrupt = (): void => {
     interrupted = true;
@@ -86,7 +88,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   try {
     const before = run.milestone().steps;
     if (before >= steps)
-      throw new Trouble(`${options.resume} is of step ${before}, and the run ends at step ${steps}`, `--steps ${2 * before} goes on`);
+      throw new Trouble(`the snapshot is of step ${before}, and the run ends at step ${steps}`, `--steps ${2 * before} goes on`);
     while (run.milestone().steps < steps && run.mayBegin()) {
       last = await run.step();
       done++;

@@ -2,16 +2,31 @@
  * Snapshots: a run that goes on from one has the numbers of a run that was never interrupted, on the same mesh to the bit, on any other
  * within rounding; what is saved is whole, or is not there; and what does not fit is said.
  */
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, truncateSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  truncateSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
+import { hostname, tmpdir } from "node:os";
+import { join, resolve } from "node:path";
 import fc from "fast-check";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
+import { toHuggingFace } from "../runtime/checkpoint.ts";
+import { courseOf } from "../runtime/course.ts";
 import type { StepResult } from "../runtime/execute.ts";
 import { copyShared, firstHolders, rangesIn, sharedBy, visitRuns } from "../runtime/pieces.ts";
 import { openRun, type RunSettings } from "../runtime/run.ts";
-import { openSafetensors } from "../runtime/safetensors.ts";
-import { openSnapshot } from "../runtime/snapshot.ts";
+import { openSafetensors, streamSafetensors } from "../runtime/safetensors.ts";
+import { chooseSnapshot, expectWritableFolder } from "../runtime/saveFolder.ts";
+import { openSnapshot, saveSnapshot } from "../runtime/snapshot.ts";
+import { printSnapshotText, readSnapshotText } from "../runtime/snapshotText.ts";
 import type { Job } from "../schemas/job.ts";
 import { elementsOf } from "../schemas/layout.ts";
 import { compile } from "../src/compile.ts";
@@ -85,6 +100,30 @@ describe.each(Object.entries(meshes))("on %s", (_, mesh) => {
     const [before, after] = [await run(job, 3, { save: folder }), await run(job, 3, { resume: folder })];
     expect(figures([...before, ...after])).toEqual(figures(whole));
   });
+});
+
+test("an fp16 scale that adapts begins at its initial value where the run before had none, and is never below min", async () => {
+  const alone = { world: 1 };
+  const small = { layers: 1, hidden: 16, heads: 2, seq: 8, moe: null };
+  const scaled = (loss_scale: object) => jobWith(alone, { precision: "fp16", loss_scale }, small);
+  const scales = async (job: Job, resume: string) => (await run(job, 1, { resume }))[0]!.loss_scale;
+  const before = [
+    [{ precision: "fp32" }, 512],
+    [{ precision: "bf16" }, 512],
+    [{ precision: "fp16", loss_scale: 8 }, 512],
+    [{ precision: "fp16", loss_scale: { initial: 4, min: 1 } }, 128],
+    [{ precision: "fp16", loss_scale: { initial: 1024, min: 1 } }, 1024],
+  ] as const;
+  for (const [i, [train, expected]] of before.entries()) {
+    const at = join(folder, String(i));
+    await run(jobWith(alone, train, small), 1, { save: at });
+    expect(await scales(scaled({ initial: 512, min: 128, hysteresis: 2 }), at), JSON.stringify(train)).toBe(expected);
+  }
+  const { loss_scale } = courseOf(scaled({ initial: 512, hysteresis: 3 }), {
+    ...{ steps: 1, read: 16, trained: 16, updates: 1 },
+    loss_scale: null,
+  }).milestone();
+  expect(loss_scale).toEqual({ scale: 512, well: 0, patience: 3 });
 });
 
 test("on another mesh, and another optimizer's pieces, it has the same numbers", async () => {
@@ -193,18 +232,135 @@ describe("what is wrong", () => {
     expect(await said({ save: folder, resume: folder })).toBe("nothing");
     truncateSync(join(step, "rank-00000.safetensors"), 1000);
     expect(await said({ resume: folder })).toContain("it was cut");
-    const text = readFileSync(join(step, "snapshot.json"), "utf8");
-    writeFileSync(join(step, "snapshot.json"), text.replace('"format":1', '"format":2'));
-    expect(await said({ resume: folder })).toContain("snapshot.json: format");
-    writeFileSync(join(step, "snapshot.json"), text.slice(0, 100));
-    expect(await said({ resume: folder })).toContain("snapshot.json is not JSON");
+  });
+
+  test("a file that is not the one that was saved is refused: its bytes, its step, its text", async () => {
+    await run(job, 1, { save: folder });
+    await run(job, 1, { save: folder, resume: folder });
+    const [step, earlier] = [join(folder, "step-00000002"), join(folder, "step-00000001")];
+    const [text, tensors] = [join(step, "snapshot.json"), join(step, "rank-00000.safetensors")];
+    const [saved, bytes] = [readFileSync(text, "utf8"), readFileSync(tensors)];
+    const found = async (path: string, content: string | Uint8Array): Promise<string> => {
+      writeFileSync(path, content);
+      const message = await said({ resume: folder });
+      writeFileSync(text, saved);
+      writeFileSync(tensors, bytes);
+      return message;
+    };
+    const flipped = Uint8Array.from(bytes, (byte, i) => (i === bytes.length - 3 ? byte ^ 0x40 : byte));
+    // another digest of the same length, in the header
+    const resealed = Buffer.from(
+      bytes.toString("latin1").replace(/"sha256\/norm":"[0-9a-f]{64}/, `"sha256/norm":"${"0".repeat(64)}`),
+      "latin1",
+    );
+    expect(await found(tensors, flipped)).toMatch(/^DIR\/step-00000002\/rank-00000.safetensors: the SHA-256 of tensor \S+ differs/);
+    expect(await found(tensors, resealed)).toContain("rank-00000.safetensors is not the file that was saved");
+    expect(await found(tensors, readFileSync(join(earlier, "rank-00000.safetensors")))).toBe(
+      "DIR/step-00000002/rank-00000.safetensors is of step 1, and the snapshot of step 2",
+    );
+    expect(await found(text, saved.replace('"read":32', '"read":33'))).toContain("snapshot.json was changed after it was saved");
+    expect(await found(text, saved.replace('"format":2', '"format":1'))).toBe(
+      "DIR/step-00000002/snapshot.json has snapshot format 1, and this rankc reads format 2",
+    );
+    expect(await found(text, saved.slice(0, 100))).toContain("snapshot.json is not JSON");
+    expect(await said({ resume: folder })).toBe("nothing");
+  });
+
+  test("weights that are not finite are neither saved nor resumed nor exported", async () => {
+    const { plan } = compile(job);
+    const milestone = { steps: 1, read: 16, trained: 16, updates: 1, loss_scale: null };
+    const saveNow = (value: number) => {
+      const read = async (_: number, { shape }: { shape: readonly number[] }) => new Float32Array(elementsOf(shape)).fill(value);
+      return saveSnapshot({ plan, folder, version: "test", ranks: [0], meet: async () => {}, read }, milestone);
+    };
+    mkdirSync(folder);
+    await expect(saveNow(Number.NaN)).rejects.toThrow(/no snapshot of step 1: embed holds 8192 of 8192 values that are NaN or infinite/);
+    expect(readdirSync(folder)).toEqual([]);
+    const at = await saveNow(1);
+    const [text, tensors] = [join(at, "snapshot.json"), join(at, "rank-00000.safetensors")];
+    const file = openSafetensors(tensors);
+    const values = (name: string) => (name === "norm" ? file.read(name).fill(Number.POSITIVE_INFINITY, 3, 5) : file.read(name));
+    await streamSafetensors(
+      tensors,
+      file.names.map((name) => ({ name, dtype: "F32", shape: file.info(name).shape, data: async () => values(name) })),
+      { step: "1" },
+    );
+    const header_sha256 = openSafetensors(tensors).headerDigest;
+    const { format: _, ...saved } = readSnapshotText(text);
+    writeFileSync(text, printSnapshotText({ ...saved, files: { "rank-00000.safetensors": { step: 1, header_sha256 } } }));
+    const why = "rank-00000.safetensors: norm holds 2 of 32 values that are NaN or infinite";
+    expect(await said({ resume: folder })).toContain(why);
+    const { model, whole } = openSnapshot(at);
+    expect(() => toHuggingFace(model(), { get: whole })).toThrow(why);
+  });
+
+  test("a newest folder without its text is not passed over: it has to be named, or --resume auto", async () => {
+    await run(job, 1, { save: folder });
+    await run(job, 1, { save: folder, resume: folder });
+    rmSync(join(folder, "step-00000002", "snapshot.json"));
+    expect(await said({ resume: folder })).toBe(
+      "DIR: step-00000002 has no snapshot.json and is no whole snapshot; the newest whole one is step-00000001, and going on from it repeats the steps between",
+    );
+    expect(await said({ resume: join(folder, "step-00000001") })).toBe("nothing");
+    expect(await said({ resume: "auto" })).toBe("--resume auto needs --save");
+    const plan = compile(job).plan;
+    const opened = await openRun(plan, { baseDir: fixture(""), save: folder, resume: "auto" });
+    expect(opened.milestone().steps).toBe(1);
+    expect(opened.notes).toEqual([
+      `${join(folder, "step-00000002")} is unfinished and not used`,
+      `resumed from ${join(folder, "step-00000001")}`,
+    ]);
+    await opened.close();
+    const fresh = await openRun(plan, { baseDir: fixture(""), save: `${folder}-fresh`, resume: "auto" });
+    expect([fresh.milestone().steps, fresh.notes]).toEqual([0, [`${folder}-fresh holds no whole snapshot: the run starts at step 0`]]);
+    await fresh.close();
+  });
+
+  test("one run saves into a folder: a second is refused, until the first is over or its process is gone", async () => {
+    const first = await openRun(compile(job).plan, { baseDir: fixture(""), save: folder });
+    expect(await said({ save: folder })).toContain(`DIR: another run saves there: process ${process.pid} on `);
+    await first.close();
+    expect(await said({ save: folder })).toBe("nothing");
+    const lock = join(folder, "run.lock");
+    const of = (owner: object) => JSON.stringify({ id: "another", host: hostname(), pid: process.pid, since: "then", ...owner });
+    for (const [owner, found] of [
+      [{}, "nothing"],
+      [{ pid: 2 ** 30 }, "nothing"],
+      [{ pid: process.ppid }, "DIR: another run saves there"],
+      [{ host: "elsewhere" }, "DIR: another run saves there: process"],
+    ] as const) {
+      writeFileSync(lock, of(owner));
+      expect(await said({ save: folder }), JSON.stringify(owner)).toContain(found);
+    }
+    const old = new Date(Date.now() - 3_600_000);
+    utimesSync(lock, old, old);
+    expect(await said({ save: folder })).toBe("nothing");
+    const robbed = await openRun(compile(job).plan, { baseDir: fixture(""), save: folder });
+    await robbed.step();
+    writeFileSync(lock, of({ host: "elsewhere" }));
+    await expect(robbed.save()).rejects.toThrow("another run saves there");
+    rmSync(lock);
+    expect(await robbed.save()).toBe(join(folder, "step-00000001"));
+    await robbed.close();
+    expect(readdirSync(folder)).toEqual(["step-00000001"]);
+  });
+
+  test.each([
+    ["a file", "file/below", "ENOTDIR"],
+    ["a place where nothing can be made", "/proc/rankc", "ENOENT"],
+  ])("%s is no folder to save to, which is said before the run", async (_, name, code) => {
+    writeFileSync(join(place, "file"), "");
+    expect(await said({ save: resolve(place, name) })).toContain(code);
+    expect(() => expectWritableFolder(resolve(place, name))).toThrow(code);
   });
 
   test("a snapshot that was not finished is not taken for one, and is made anew", async () => {
     await run(job, 1, { save: folder });
     mkdirSync(join(folder, "step-00000002.part"));
     writeFileSync(join(folder, "step-00000002.part", "left"), "");
-    expect(openSnapshot(folder).milestone.steps).toBe(1);
+    const { at, notes } = chooseSnapshot(folder);
+    expect(openSnapshot(at).milestone.steps).toBe(1);
+    expect(notes).toEqual([`${join(folder, "step-00000002.part")} is unfinished and not used`]);
     const all = await run(job, 1, { save: folder, resume: folder });
     expect(all[0]!.step).toBe(2);
     expect(readdirSync(folder).sort()).toEqual(["step-00000001", "step-00000002"]);
