@@ -5,7 +5,7 @@
  * What a command needs is loaded when it runs, so that `check` and `compile` start fast.
  */
 import { existsSync, readFileSync, statSync } from "node:fs";
-import { basename, dirname, extname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
@@ -216,22 +216,19 @@ withExamples(
     .description("make a job from a model described elsewhere")
     .command("hf")
     .description("make a job from a Hugging Face config.json (Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek)")
-    .argument("<config>", "the config.json")
+    .argument("<config>", "the config.json, or the directory that holds it")
     .option("-o, --out <job>", "the file to write; stdout if not given")
     .option("--mtp", "take multi-token prediction (num_nextn_predict_layers) too, which transformers leaves out"),
   "import hf config.json -o job.yaml",
   "import hf deepseek-v3/config.json --mtp -o job.yaml",
 ).action(async (path: string, options: { out?: string; mtp?: true }) => {
-  const [{ importHfText }, { readJobFile }] = await Promise.all([import("./importHf.ts"), import("./files.ts")]);
-  const text = readJobFile(path);
-  let config: unknown;
-  try {
-    config = JSON.parse(text);
-  } catch (error) {
-    throw new Trouble(`${path} is not JSON: ${(error as Error).message}`, "name the model's config.json");
-  }
-  const name = basename(dirname(path)) === "." ? basename(path, extname(path)) : basename(dirname(path));
-  const job = importHfText(config, name, { mtp: options.mtp === true });
+  const [{ importHfText }, { parseConfig }, { readConfigFile }] = await Promise.all([
+    import("./importHf.ts"),
+    import("./hfReader.ts"),
+    import("./files.ts"),
+  ]);
+  const { text, file, name } = readConfigFile(path);
+  const job = importHfText(parseConfig(text, file), name, { mtp: options.mtp === true });
   if (options.out) writeFile(options.out, job);
   else print(job);
 });

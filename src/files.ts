@@ -1,36 +1,62 @@
 /** Reading what people name: every way in which a file itself can be wrong is a Trouble, found before its bytes are looked at. */
-import { readFileSync, statSync } from "node:fs";
-import { join } from "node:path";
+import { readFileSync, type Stats, statSync } from "node:fs";
+import { basename, dirname, extname, join, resolve } from "node:path";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { sha256 } from "./plan.ts";
 
-const LIMIT = 2 ** 20; // a job is a page of text; 1 MiB is hundreds of times the longest
+/** What a text file is for, in the messages about it. */
+interface TextKind {
+  /** As in "PATH is a directory, not a job". */
+  readonly noun: string;
+  readonly limit: number;
+  readonly fix: string;
+  /** The way out for a file above the limit. */
+  readonly fixLong: string;
+}
+// a job is a page of text, a config a few; lists of layers or of labels can make a config long
+const jobFix = "name a job file; training text belongs in data.path";
+const jobText: TextKind = { noun: "a job", limit: 2 ** 20, fix: "name a YAML file", fixLong: jobFix };
+const configFix = "name the config.json of a Hugging Face model";
+const configText: TextKind = { noun: "a config.json", limit: 64 * 2 ** 20, fix: configFix, fixLong: configFix };
 
+/** The text of a job file. Throws a Trouble if it is no file, longer than 1 MiB, or not UTF-8. */
 export function readJobFile(path: string): string {
   const stat = attempt(path, () => statSync(path));
   if (stat.isDirectory())
     throw new Trouble(`${path} is a directory, not a job`, `name the file, for example ${path.replace(/\/+$/, "")}/job.yaml`);
+  return readText(path, stat, jobText);
+}
+
+/**
+ * The text of a Hugging Face config, its path, and the model's name: that of the directory of a config.json, else that of the file.
+ * A directory stands for the config.json in it. Throws as `readJobFile` does.
+ */
+export function readConfigFile(path: string): { readonly text: string; readonly file: string; readonly name: string } {
+  const file = attempt(path, () => statSync(path)).isDirectory() ? join(path, "config.json") : path;
+  const stat = attempt(file, () => statSync(file));
+  const stem = basename(file, extname(file));
+  const name = stem === "config" ? basename(dirname(resolve(file))) || stem : stem;
+  return { text: readText(file, stat, configText), file, name };
+}
+
+function readText(path: string, stat: Stats, { noun, limit, fix, fixLong }: TextKind): string {
   // a pipe has no size: it is read, then measured; a device such as /dev/zero may never end
-  if (!stat.isFile() && !stat.isFIFO()) throw new Trouble(`${path} is not a file`, "name a YAML file");
-  if (stat.isFile() && stat.size > LIMIT) throw tooBig(path, stat.size);
+  if (!stat.isFile() && !stat.isFIFO()) throw new Trouble(`${path} is not a file`, fix);
+  const tooBig = (size: number) =>
+    new Trouble(`${path} has ${(size / 2 ** 20).toFixed(1)} MiB; ${noun} may have ${limit / 2 ** 20} MiB`, fixLong);
+  if (stat.isFile() && stat.size > limit) throw tooBig(stat.size);
   const bytes = attempt(path, () => readFileSync(path));
-  if (bytes.length > LIMIT) throw tooBig(path, bytes.length);
+  if (bytes.length > limit) throw tooBig(bytes.length);
   let text: string;
   try {
     text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
-    throw new Trouble(`${path} is not text: its bytes are not UTF-8`, "name a YAML file");
+    throw new Trouble(`${path} is not text: its bytes are not UTF-8`, fix);
   }
-  if (text.includes("\0")) throw new Trouble(`${path} is not text: it holds zero bytes`, "name a YAML file");
+  if (text.includes("\0")) throw new Trouble(`${path} is not text: it holds zero bytes`, fix);
   return text;
 }
-
-const tooBig = (path: string, size: number) =>
-  new Trouble(
-    `${path} has ${(size / 2 ** 20).toFixed(1)} MiB; a job may have 1 MiB`,
-    "name a job file; training text belongs in data.path",
-  );
 
 function attempt<T>(path: string, read: () => T): T {
   try {

@@ -3,8 +3,6 @@
  * and what it computes that is not built here.
  */
 
-export type Config = Readonly<Record<string, unknown>>;
-
 export interface Family {
   readonly kvHeads: number | "heads";
   readonly headDim: number | "quotient";
@@ -27,7 +25,8 @@ export interface Experts {
   readonly ffn: string;
   readonly score: "softmax" | "sigmoid";
   readonly normalize: boolean | { readonly key: string; readonly otherwise: boolean };
-  readonly auxCoeff: number;
+  /** The key of the balancing loss's coefficient and its default; the key that makes it a loss of each sequence, true where it is missing. */
+  readonly aux: { readonly key: string; readonly otherwise: number; readonly perSequence: string | null };
   /** Logits in f32, from widened input and weights. */
   readonly exact: boolean;
   readonly scaling: null | number;
@@ -51,20 +50,22 @@ const own = { exact: false, scaling: null, groups: null, expertBias: false, shar
 const windowIfAsked = { otherwise: 4096, only: "use_sliding_window" } as const;
 const biasIfAsked = { key: "attention_bias", of: "all", otherwise: false } as const;
 
+const routerAux = (otherwise: number) => ({ key: "router_aux_loss_coef", otherwise, perSequence: null });
+
 const qwenExperts = {
   ...own,
   count: ["num_local_experts", "num_experts"],
   ffn: "moe_intermediate_size",
   score: "softmax",
   normalize: { key: "norm_topk_prob", otherwise: false },
-  auxCoeff: 0.001,
+  aux: routerAux(0.001),
   layers: "sparse_step",
 } as const;
 const deepseek = { ...dense, kvHeads: "heads", theta: 1e4, eps: 1e-6 } as const;
 const deepseekExperts = {
   count: ["n_routed_experts"],
   ffn: "moe_intermediate_size",
-  auxCoeff: 0,
+  aux: { key: "aux_loss_alpha", otherwise: 0, perSequence: "seq_aux" },
   exact: true,
   shared: { widths: "n_shared_experts", gate: false },
 } as const;
@@ -80,7 +81,7 @@ export const families: Readonly<Record<string, Family>> = {
     theta: 1e6,
     eps: 1e-5,
     window: { otherwise: null },
-    moe: { ...own, count: ["num_local_experts"], ffn: "intermediate_size", score: "softmax", normalize: true, auxCoeff: 0.001 },
+    moe: { ...own, count: ["num_local_experts"], ffn: "intermediate_size", score: "softmax", normalize: true, aux: routerAux(0.001) },
   },
   olmoe: {
     ...dense,
@@ -95,7 +96,7 @@ export const families: Readonly<Record<string, Family>> = {
       ffn: "intermediate_size",
       score: "softmax",
       normalize: { key: "norm_topk_prob", otherwise: false },
-      auxCoeff: 0.01,
+      aux: routerAux(0.01),
     },
   },
   qwen2_moe: {
@@ -160,7 +161,7 @@ export const families: Readonly<Record<string, Family>> = {
       ffn: "intermediate_size",
       score: "softmax",
       normalize: true,
-      auxCoeff: 0.001,
+      aux: routerAux(0.001),
     },
     never: [
       "self_attn.sinks are not supported: softmax here is over the keys alone",
@@ -171,12 +172,14 @@ export const families: Readonly<Record<string, Family>> = {
   },
 };
 
-/** Keys that change what a model computes, where they are not off; by what is missing here. */
+/** Types that are another one under their own name. */
+export const aliases: Readonly<Record<string, string>> = { kimi_k2: "deepseek_v3" };
+
+/** Keys that change what a model computes unless they are off, and what rankc lacks for them. */
 export const mustBeOff: Readonly<Record<string, string>> = {
   mlp_bias: "the feed-forward part has no bias",
   clip_qkv: "queries, keys and values are not clipped",
   router_jitter_noise: "what is perturbed here is the router's input alone, and there that of the experts, too",
-  quantization_config: "weights are trained unquantized",
 };
 
 /** Keys that may only say this. */

@@ -86,11 +86,11 @@ test("everything that is not built here is said at once", () => {
       vocab_size is 0.5; expected a whole number of 1 or more
       rope_theta is "big"; expected a number of 0 or more
       rope of type "longrope" is not supported: wavelengths are stretched by linear, llama3 or yarn
-      norm_topk_prob is "yes"; expected true or false
       num_experts is missing
+      norm_topk_prob is "yes"; expected true or false
       hidden_act "gelu" is not supported: the feed-forward part is silu(gate) x up
       clip_qkv 8 is not supported: queries, keys and values are not clipped
-      sliding_window 128 is shorter than a sequence of 512: attention here sees all earlier tokens"
+      sliding_window 128 is shorter than a sequence of 512: attention here covers all earlier tokens"
   `);
   expect(complaint({ ...llama, model_type: "gpt2" })).toContain('model_type "gpt2" cannot be imported');
   expect(complaint({ ...llama, rope_scaling: { type: "yarn", factor: 2, truncate: false } })).toContain("truncate");
@@ -248,8 +248,7 @@ test("of GPT-OSS everything that is missing here is said", () => {
   expect(complaint(gptOss)).toMatchInlineSnapshot(`
     "this gpt_oss config cannot be imported:
       rope truncate false is not supported: the pairs between which scaling sets in are whole numbers
-      quantization_config {"quant_method":"mxfp4"} is not supported: weights are trained unquantized
-      sliding_window 128 is shorter than a sequence of 4096: attention here sees all earlier tokens
+      sliding_window 128 is shorter than a sequence of 4096: attention here covers all earlier tokens
       self_attn.sinks are not supported: softmax here is over the keys alone
       swiglu_limit is not supported: gate and up are not clamped, and silu has no other slope
       mlp.experts.gate_up_proj_bias and down_proj_bias are not supported: experts have no biases
