@@ -3,11 +3,11 @@
  * reading walks a block one way, writing the other. Hugging Face keeps a linear layer as [out, in], we keep [in, out].
  * Opening reads headers alone and reports everything that does not fit the job at once.
  */
-import { readFileSync, statSync } from "node:fs";
-import { dirname, join } from "node:path";
 import { depthsOf, evenBy, hasExperts, type Job } from "../schemas/job.ts";
-import { Trouble } from "../schemas/trouble.ts";
-import { type Entry, openSafetensors, type Safetensors } from "./safetensors.ts";
+import { expectPrefix, openTensors, type Tensors } from "./checkpointFiles.ts";
+import { expectFinite } from "./finite.ts";
+import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
+import type { Entry } from "./safetensors.ts";
 
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;
@@ -17,12 +17,27 @@ export type Checkpoint = {
   readonly read: (name: string, shape: readonly number[]) => Float32Array;
   /** Tensors of the file that no parameter of the job comes from. */
   readonly unused: readonly string[];
+  /** What a person should read about tensors that are not used. */
+  readonly notes: readonly string[];
   readonly close: () => void;
 };
 
-/** `file`: a .safetensors file, an index.json over several, or a folder that holds either under its usual name. */
-export function checkpointFor(model: Model, file: string): Checkpoint {
+/**
+ * `file`: a .safetensors file, an index.json over several, or a folder that holds either under its usual name. `allowed`: the job keys or
+ * names of tensors (--allow-mismatch) whose differences the person means. Throws a Trouble that lists all others.
+ */
+export function checkpointFor(model: Model, file: string, allowed: readonly string[] = []): Checkpoint {
   const tensors = openTensors(file);
+  try {
+    return fitted(model, file, tensors, allowed);
+  } catch (error) {
+    tensors.close();
+    throw error;
+  }
+}
+
+function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly string[]): Checkpoint {
+  expectPrefix(file, tensors);
   const found = new Map<string, { parameter: Parameter; parts: readonly Part[] }>();
   const used = new Set<string>();
   const problems = new Set<string>();
@@ -41,17 +56,13 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
       if (problem !== undefined) problems.add(problem);
     }
   }
-  for (const name of tensors.where.keys()) {
-    const problem = used.has(name) ? undefined : surplus(name, model);
-    if (problem !== undefined) problems.add(problem);
-  }
-  if (problems.size > 0) {
-    tensors.close();
-    throw new Trouble(
-      summary(file, [...problems]),
-      "make the model section of the job describe this checkpoint, or name another checkpoint",
-    );
-  }
+  const surplus = surplusOf(tensors, used, model);
+  const notes = expectAllowed(
+    file,
+    [...[...problems].map((text) => ({ text })), ...surplus.mismatches],
+    allowed,
+    "make the model section of the job describe this checkpoint, or name another checkpoint",
+  );
   return {
     read: (name, shape) => {
       const known = found.get(name);
@@ -60,12 +71,14 @@ export function checkpointFor(model: Model, file: string): Checkpoint {
       if (`${sizesOf(size)}` !== `${shape}`) throw new Error(`${name} has shape ${list(sizesOf(size))}, asked for ${list(shape)}`);
       const out = new Float32Array(product(size));
       for (const { tensor, blocks } of known.parts) {
-        const data = tensors.where.get(tensor)!.read(tensor);
+        const source = tensors.where.get(tensor)!;
+        const data = expectFinite(source.read(tensor), `${source.path}: ${tensor}`, "name a checkpoint whose weights are finite");
         for (const block of blocks) transpose(block.rows, block.cols, data, block.there, out, block.here);
       }
       return out;
     },
     unused: [...tensors.where.keys()].filter((name) => !used.has(name)),
+    notes: [...surplus.notes, ...notes],
     close: tensors.close,
   };
 }
@@ -322,95 +335,44 @@ function misfit(part: Part, { name, missing }: Parameter, { where }: Tensors, la
   return `${part.tensor} has shape ${list(found)}; expected ${expected} (${why})`;
 }
 
-/** A tensor of a layer of the job that no parameter comes from: without it the model would be another. */
-function surplus(tensor: string, model: Model): string | undefined {
-  const [, kind, n, leaf] = /^(?:model\.)?(layers|mtp)\.(\d+)\.(.+)$/.exec(tensor) ?? [];
-  const layer = Number(n) + (kind === "mtp" ? model.layers : 0);
-  if (leaf === undefined || layer >= model.layers + depthsOf(model)) return undefined;
-  // some old checkpoints hold the frequencies of positions, which follow from the job; multi-token prediction's what it shares
-  if (leaf.endsWith("rotary_emb.inv_freq") || (layer >= model.layers && /^(embed_tokens|shared_head\.head)\./.test(leaf))) return undefined;
-  const key = doubts.find(([what]) => what.test(leaf))?.[1] ?? "model";
-  return `${tensor} is there, and the job has no such part (check ${key})`;
-}
-const doubts = [
-  [/o_proj\.bias$|^bo$/, "model.out_bias"],
-  [/e_score_correction_bias$|^router_bias$/, "model.moe.router.expert_bias"],
-  [/[qkv]_proj\.bias$|^b[qkv]$/, "model.qkv_bias"],
-  [/shared/, "model.moe.shared"],
-  [/_a_|_b_|kv_norm/, "model.mla"],
-  [/[qk]_norm/, "model.qk_norm"],
-  [/expert|router|mlp\.gate\./, "model.moe"],
-] as const;
-
-/** What is told of a checkpoint or a snapshot that is another model's: the first ten places, and how many there are. */
-export function summary(file: string, problems: readonly string[]): string {
-  const more = problems.length > 10 ? [`and ${problems.length - 10} more`] : [];
-  const lines = [...problems.slice(0, 10), ...more].map((line) => `\n  ${line}`);
-  return `${file}: does not fit the job in ${problems.length} place${problems.length === 1 ? "" : "s"}${lines.join("")}`;
-}
-
-/** Which open file holds each tensor. */
-type Tensors = { readonly where: ReadonlyMap<string, Safetensors>; readonly close: () => void };
-
-const INDEX = "model.safetensors.index.json";
-
-function openTensors(path: string): Tensors {
-  const inside = (name: string): string => join(path, name);
-  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) {
-    const file = [INDEX, "model.safetensors"].map(inside).find((name) => statSync(name, { throwIfNoEntry: false }) !== undefined);
-    if (file === undefined)
-      throw new Trouble(`${path}: holds neither ${INDEX} nor model.safetensors`, "name the folder or the file of a safetensors checkpoint");
-    return openTensors(file);
-  }
-  if (path.endsWith(".json")) return openIndex(path);
-  const one = openSafetensors(path);
-  return { where: new Map(one.names.map((name) => [name, one])), close: one.close };
-}
-
-function openIndex(path: string): Tensors {
-  const shards = new Map<string, Safetensors>();
-  const close = () => {
-    for (const shard of shards.values()) shard.close();
+/** Tensors of the file that no parameter of the job comes from: what of them makes another model, and what needs a note only. */
+function surplusOf({ where }: Tensors, used: ReadonlySet<string>, model: Model): { mismatches: Mismatch[]; notes: string[] } {
+  const names = [...where.keys()];
+  const layers = model.layers + depthsOf(model);
+  const numberOf = (name: string): number => Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? -1);
+  const ahead = new Set(names.filter((name) => /\.(enorm|hnorm|eh_proj|shared_head)\./.test(name)).map(numberOf));
+  const isAhead = (name: string): boolean =>
+    (numberOf(name) >= layers && ahead.has(numberOf(name))) || Number(/^mtp\.(\d+)\./.exec(name)?.[1] ?? -1) >= depthsOf(model);
+  const unused = names.filter(isAhead);
+  // frequencies of positions, which some old checkpoints hold, follow from the job
+  const surplus = names.filter((name) => !used.has(name) && !isAhead(name) && !name.endsWith("rotary_emb.inv_freq"));
+  const mismatches = surplus.flatMap((name): Mismatch[] => {
+    const original = originalOf(name, model);
+    if (original === undefined || same(where, name, original)) return [];
+    const key = keyOfTensor(name, model);
+    return [{ key, text: `${name} differs from ${original}, and the job has one of both (check ${key})` }];
+  });
+  const others = surplus.filter((name) => originalOf(name, model) === undefined);
+  return {
+    mismatches: [...mismatches, ...surplusMismatches(others, model)],
+    notes: unused.length === 0 ? [] : [`${unused.length} tensors of multi-token prediction are not used: the job has no such layers`],
   };
-  try {
-    const where = new Map<string, Safetensors>();
-    for (const [tensor, file] of weightMap(path)) {
-      if (!shards.has(file)) shards.set(file, openSafetensors(join(dirname(path), file)));
-      const shard = shards.get(file)!;
-      shard.info(tensor);
-      where.set(tensor, shard);
-    }
-    return { where, close };
-  } catch (error) {
-    close();
-    throw error;
-  }
 }
 
-function weightMap(path: string): readonly (readonly [string, string])[] {
-  let index: unknown;
-  try {
-    index = JSON.parse(readFileSync(path, "utf8"));
-  } catch (error) {
-    throw new Trouble(
-      `${path}: cannot be read as a checkpoint index (${error instanceof SyntaxError ? "not JSON" : (error as NodeJS.ErrnoException).code})`,
-      "name a checkpoint",
-    );
-  }
-  const map = (index as { weight_map?: unknown } | null)?.weight_map;
-  if (typeof map !== "object" || map === null)
-    throw new Trouble(`${path}: has no weight_map, which names the file of each tensor`, "download it again");
-  const entries = Object.entries(map);
-  for (const [tensor, file] of entries) {
-    // shards lie beside their index; a path that leaves the folder is not followed
-    if (typeof file !== "string" || !/^[^/\\]+\.safetensors$/.test(file)) {
-      throw new Trouble(
-        `${path}: tensor ${tensor} is said to be in ${JSON.stringify(file)}, which is no safetensors file beside it`,
-        "download it again",
-      );
-    }
-  }
-  return entries;
+/** The tensor that one of the job's model repeats: the head of a tied model, and what multi-token prediction shares with the model. */
+function originalOf(name: string, { layers, tie_embeddings }: Model): string | undefined {
+  const [embed, head] = ["model.embed_tokens.weight", "lm_head.weight"];
+  if (name === head && tie_embeddings) return embed;
+  const [, n, leaf] = /^model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight$/.exec(name) ?? [];
+  if (leaf === undefined || Number(n) < layers) return undefined;
+  return leaf === "embed_tokens" || tie_embeddings ? embed : head;
+}
+
+function same(where: Tensors["where"], a: string, b: string): boolean {
+  const [one, other] = [where.get(a), where.get(b)];
+  if (!one || !other || `${one.info(a).shape}` !== `${other.info(b).shape}`) return false;
+  const values = other.read(b);
+  return one.read(a).every((value, i) => value === values[i]);
 }
 
 const sizesOf = (shape: readonly Dim[]): number[] => shape.map(({ size }) => size);

@@ -30,6 +30,8 @@ export interface RunSettings {
   readonly save?: string;
   /** A snapshot, or a folder of them, to go on from; `auto`: the newest of `save`, or none where it has none. */
   readonly resume?: string;
+  /** Job keys, or names of tensors, in which what the run starts from may differ from the job. */
+  readonly allowMismatch?: readonly string[];
   /** Where relative paths of the job start: the job file's folder. */
   readonly baseDir: string;
   /** As in `Given`. */
@@ -44,9 +46,11 @@ export interface OpenRun extends Run {
 }
 
 export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRun> {
-  const { initFrom, resume, save: folder, baseDir, watch, version = "" } = settings;
+  const { initFrom, resume, save: folder, baseDir, watch, version = "", allowMismatch = [] } = settings;
   if (initFrom !== undefined && resume !== undefined)
     throw new Trouble("--init-from and --resume both say what to start from", "leave one of them out");
+  if (allowMismatch.length > 0 && initFrom === undefined && resume === undefined)
+    throw new Trouble("--allow-mismatch says what may differ, and nothing is started from", "name it after --resume or --init-from");
   const chosen = resume === undefined ? undefined : chosenBy(resume, folder);
   const { job } = plan;
   const { path, labels } = job.data;
@@ -65,9 +69,9 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   try {
     if (folder !== undefined && fleet.ranks.includes(0)) lock = lockFolder(folder);
     const from = chosen?.at === undefined ? undefined : openSnapshot(chosen.at);
-    from?.expectFor(plan);
+    const differences = from?.expectFor(plan, allowMismatch) ?? [];
     if (lock) expectRoom(folder!, from?.milestone.steps ?? 0);
-    const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom);
+    const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
     const run = runOn(plan, {
       fleet,
       batch: corpus.batch,
@@ -85,7 +89,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       lock?.expectHeld();
       return saveSnapshot({ plan, folder, version, ranks, meet, read }, run.milestone());
     };
-    return { ...run, save, close, notes: chosen?.notes ?? [] };
+    return { ...run, save, close, notes: [...(chosen?.notes ?? []), ...differences, ...(checkpoint?.notes ?? [])] };
   } catch (error) {
     await close(error as Error);
     throw error;

@@ -10,10 +10,10 @@ import { Job } from "../schemas/job.ts";
 import { rankAt } from "../schemas/layout.ts";
 import type { Buffer, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import { summary } from "./checkpoint.ts";
 import type { Milestone } from "./course.ts";
 import { expectFinite } from "./finite.ts";
 import { ranksText } from "./launch/rankList.ts";
+import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
 import { copyShared, firstHolders, type Ranges, rangesIn, sharedBy } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
 import { type LateEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
@@ -127,8 +127,11 @@ function syncFolder(folder: string): void {
 export interface Snapshot {
   readonly folder: string;
   readonly milestone: Milestone;
-  /** Throws a Trouble that names all of what the plan remembers and this does not hold, or holds in another size. */
-  expectFor(plan: Plan): void;
+  /**
+   * Throws a Trouble that lists how the plan's model is another than the one that was saved, beside what `allowed` (--allow-mismatch) names;
+   * returns notes on what may differ.
+   */
+  expectFor(plan: Plan, allowed: readonly string[]): string[];
   /** A rank's piece of a tensor, from the pieces that were saved. */
   piece(name: string, ranges: Ranges): Float32Array;
   /** A whole tensor; undefined where there is none of this name. */
@@ -181,6 +184,13 @@ export function openSnapshot(at: string): Snapshot {
     }
     return out;
   }
+  /** Keys that a later rankc added have their defaults, with which it computes what the one that saved did. */
+  function model(): Job["model"] {
+    const parsed = Job.shape.model.safeParse(job.model);
+    if (parsed.success) return parsed.data;
+    const [issue] = parsed.error.issues;
+    throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `take it with the rankc that saved it, ${rankc}`);
+  }
   return {
     ...{ folder: at, milestone, piece, close },
     whole(name) {
@@ -188,13 +198,8 @@ export function openSnapshot(at: string): Snapshot {
       const all = sizes?.map((n) => [[0, n] as const]);
       return sizes && all && { shape: sizes, data: piece(name, all) };
     },
-    model() {
-      const parsed = Job.shape.model.safeParse(job.model);
-      if (parsed.success) return parsed.data;
-      const [issue] = parsed.error.issues;
-      throw new Trouble(`${at}: model.${issue!.path.join(".")}: ${issue!.message}`, `take it with the rankc that saved it, ${rankc}`);
-    },
-    expectFor(plan) {
+    model,
+    expectFor(plan, allowed) {
       // what adam keeps is what adamw does; another optimizer's moments may have the same names, and are others
       const [saved, asked] = [job.train.optimizer.type, plan.job.train.optimizer.type].map((type) => type.replace("adamw", "adam"));
       if (saved !== asked)
@@ -202,13 +207,27 @@ export function openSnapshot(at: string): Snapshot {
           `${at} was saved by ${job.train.optimizer.type}, and the job's train.optimizer.type is ${plan.job.train.optimizer.type}`,
           "resume with that one, or begin anew from its weights: rankc export hf, then --init-from",
         );
-      const problems = plan.programs.flatMap(rememberedBy).flatMap(({ name, buffer: { sizes } }) => {
-        const found = tensors[name]?.sizes;
-        if (`${found}` === `${sizes}`) return [];
-        return [found ? `${name} is [${found.join(", ")}]; the plan's is [${sizes.join(", ")}]` : `${name} is not there`];
-      });
-      if (problems.length === 0) return;
-      throw new Trouble(summary(at, problems), "resume with the model and the optimizer that it was saved with; the mesh may be another");
+      const { mismatches, notes } = modelDifferences(model(), plan.job.model);
+      const held = tensorDifferences(tensors, plan);
+      const fix = "resume with the model and the optimizer that it was saved with; the mesh may be another";
+      return [...notes, ...held.notes, ...expectAllowed(at, [...mismatches, ...held.mismatches], allowed, fix)];
     },
   };
+}
+
+/** What the plan remembers and the snapshot does not hold, or in another size; and parameters of the snapshot that the plan has not. */
+function tensorDifferences(tensors: SnapshotText["tensors"], plan: Plan): { mismatches: Mismatch[]; notes: string[] } {
+  const remembered = plan.programs.flatMap(rememberedBy);
+  const names = new Set(remembered.map(({ name }) => name));
+  const wrong = remembered.flatMap(({ name, buffer: { sizes } }): Mismatch[] => {
+    const found = tensors[name]?.sizes;
+    if (`${found}` === `${sizes}`) return [];
+    return [{ text: found ? `${name} is [${found.join(", ")}]; the plan's is [${sizes.join(", ")}]` : `${name} is not there` }];
+  });
+  const isState = (name: string): boolean => name.slice(0, name.lastIndexOf(".")) in tensors;
+  const surplus = Object.keys(tensors).filter((name) => !names.has(name) && !name.startsWith("mtp."));
+  const states = surplus.filter((name) => isState(name) && names.has(name.slice(0, name.lastIndexOf("."))));
+  const parameters = surplus.filter((name) => !isState(name));
+  const notes = states.length > 0 ? [`${states.length} tensors of the optimizer's state are not used: train.optimizer changed`] : [];
+  return { mismatches: [...wrong, ...surplusMismatches(parameters, plan.job.model)], notes };
 }

@@ -141,6 +141,12 @@ withExamples(
       "--resume <dir>",
       "go on from a snapshot (of a folder of them, the newest), on this mesh or another; auto: from the newest whole one in --save's folder, if there is one",
     )
+    .option(
+      "--allow-mismatch <key>",
+      "let what --resume or --init-from names differ from the job in this key, or in this tensor that the job has no use for (repeatable)",
+      collect,
+      [],
+    )
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
     .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")

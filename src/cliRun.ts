@@ -17,6 +17,7 @@ export interface RunOptions {
   readonly save?: string;
   readonly saveEvery?: number;
   readonly resume?: string;
+  readonly allowMismatch?: readonly string[];
   readonly dumpGrads?: string;
   readonly profile?: string;
   readonly graph: boolean;
@@ -63,6 +64,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     ...(options.initFrom && { initFrom: options.initFrom }),
     ...(options.save && { save: options.save }),
     ...(options.resume && { resume: options.resume }),
+    ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
   };
   const run = await openRun(plan, settings);
   if (run.leads) for (const note of run.notes) tell(`note: ${note}`);

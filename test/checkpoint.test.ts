@@ -300,13 +300,14 @@ test("the names are transformers'", () => {
   `);
 });
 
-test("layers that no job has are not read; what a job's own layers have too much is refused", () => {
+test("layers of multi-token prediction that the job has not are not read; what a job's own layers have too much is refused", () => {
   const model = imported({ ...tiny, ...kinds["DeepSeek-V3"] });
   const path = join(folder, "more.safetensors");
   const further: Entry = { name: "model.layers.3.eh_proj.weight", dtype: "F32", shape: [2], data: Float32Array.of(1, 2) };
   writeSafetensors(path, [...toHuggingFace(model, random(model)), further]);
   const open = checkpointFor(model, path);
   expect(open.unused).toEqual([further.name]);
+  expect(open.notes).toEqual(["1 tensors of multi-token prediction are not used: the job has no such layers"]);
   open.close();
   const { moe } = model;
   const plain = { ...model, moe: { ...moe!, shared: null, router: { ...moe!.router, expert_bias: false } } };
@@ -324,15 +325,17 @@ test("layers that no job has are not read; what a job's own layers have too much
   const llama = imported({ ...tiny, ...kinds["Llama with biases"] });
   writeSafetensors(path, toHuggingFace(llama, random(llama)));
   expect(complaint(() => checkpointFor({ ...llama, layers: 1, qkv_bias: false, out_bias: false }, path))).toMatchInlineSnapshot(`
-    "DIR/more.safetensors: does not fit the job in 4 places
+    "DIR/more.safetensors: does not fit the job in 6 places
       model.layers.0.self_attn.k_proj.bias is there, and the job has no such part (check model.qkv_bias)
       model.layers.0.self_attn.o_proj.bias is there, and the job has no such part (check model.out_bias)
       model.layers.0.self_attn.q_proj.bias is there, and the job has no such part (check model.qkv_bias)
-      model.layers.0.self_attn.v_proj.bias is there, and the job has no such part (check model.qkv_bias)"
+      model.layers.0.self_attn.v_proj.bias is there, and the job has no such part (check model.qkv_bias)
+      model.layers.1 (13 tensors) is there, and the job has no such part (check model.layers)
+      model.layers.2 (13 tensors) is there, and the job has no such part (check model.layers)"
   `);
   // and what it lacks
   expect(complaint(() => checkpointFor({ ...plain, layers: 1, moe: null }, path))).toMatchInlineSnapshot(`
-    "DIR/more.safetensors: does not fit the job in 14 places
+    "DIR/more.safetensors: does not fit the job in 16 places
       model.layers.0.self_attn.q_a_proj.weight is missing; expected [4, 8] (check model.mla.q_rank)
       model.layers.0.self_attn.q_a_layernorm.weight is missing; expected [4] (check model.mla.q_rank)
       model.layers.0.self_attn.q_b_proj.weight is missing; expected [10, 4] (check model.mla.q_rank)
@@ -341,9 +344,9 @@ test("layers that no job has are not read; what a job's own layers have too much
       model.layers.0.self_attn.kv_b_proj.weight is missing; expected [16, 6] (check model.mla)
       model.layers.0.self_attn.o_proj.weight has shape [8, 8]; expected [8, 10] (model.heads x model.mla.v_dim = 10, here 8)
       model.layers.0.self_attn.k_proj.bias is there, and the job has no such part (check model.qkv_bias)
-      model.layers.0.self_attn.k_proj.weight is there, and the job has no such part (check model)
+      model.layers.0.self_attn.k_proj.weight is there, and the job has no such part (check model.mla)
       model.layers.0.self_attn.o_proj.bias is there, and the job has no such part (check model.out_bias)
-      and 4 more"
+      and 6 more"
   `);
 });
 
@@ -370,23 +373,93 @@ test("a checkpoint that does not fit says everything at once, with the job key t
     "test/fixtures/hf/mixtral-tiny/model.safetensors: does not fit the job in 2 places
       model.embed_tokens.weight has shape [256, 64]; expected [300, 64] (model.vocab = 300, here 256)
       lm_head.weight has shape [256, 64]; expected [300, 64] (model.vocab = 300, here 256)
-    test/fixtures/hf/mixtral-tiny/model.safetensors: does not fit the job in 3 places
+    test/fixtures/hf/mixtral-tiny/model.safetensors: does not fit the job in 4 places
       model.layers.0.mlp.gate.weight has shape [8, 64]; expected [4, 64] (model.moe.experts = 4, here 8)
       model.layers.0.mlp.experts.gate_up_proj has shape [8, 192, 64]; expected [4, 96, 64] (model.moe.experts = 4, here 8; 2 x model.moe.ffn = 96, here 192)
       model.layers.0.mlp.experts.down_proj has shape [8, 64, 96]; expected [4, 64, 48] (model.moe.experts = 4, here 8; model.moe.ffn = 48, here 96)
-    test/fixtures/hf/mixtral-tiny/model.safetensors: does not fit the job in 2 places
+      model.layers.1 (9 tensors) is there, and the job has no such part (check model.layers)
+    test/fixtures/hf/mixtral-tiny/model.safetensors: does not fit the job in 3 places
       model.layers.0.self_attn.q_norm.weight is missing; expected [16] (check model.qk_norm)
-      model.layers.0.self_attn.k_norm.weight is missing; expected [16] (check model.qk_norm)"
+      model.layers.0.self_attn.k_norm.weight is missing; expected [16] (check model.qk_norm)
+      model.layers.1 (9 tensors) is there, and the job has no such part (check model.layers)"
   `);
   expect(say({ moe: null })).toContain("mlp.gate_proj.weight is missing; expected [96, 64] (check model.moe)");
   const hub = join(folder, "mixtral-tiny.safetensors");
   expect(complaint(() => checkpointFor({ ...mixtral, moe: { ...moe, experts: 9 } }, hub))).toContain(
     "experts.8.w1.weight is missing; expected [96, 64] (check model.moe.experts)",
   );
-  const fewer = checkpointFor({ ...mixtral, layers: 1 }, file);
+  const fewer = checkpointFor({ ...mixtral, layers: 1 }, file, ["layers"]);
   expect(fewer.unused.length).toBe(9);
+  expect(fewer.notes).toEqual(["allowed: model.layers.1 (9 tensors) is there, and the job has no such part (check model.layers)"]);
   expect(() => fewer.read("layers.0.wq", [64, 32])).toThrow("asked for [64, 32]");
   fewer.close();
+});
+
+/** A small dense model, its tensors under transformers' names, and what is said of a file of them after a change. */
+const dense = { ...mixtral, moe: null, layers: 2, ffn: 24, hidden: 16, heads: 4, kv_heads: 2, head_dim: 6, vocab: 10 };
+const tied = { ...dense, tie_embeddings: true };
+const rename = (all: readonly Entry[], change: (name: string) => string): Entry[] =>
+  all.map((entry) => ({ ...entry, name: change(entry.name) }));
+const vector = (name: string, ...data: number[]): Entry => ({ name, dtype: "F32", shape: [data.length], data: Float32Array.from(data) });
+const hfDense = toHuggingFace(dense, random(dense));
+const hfTied = toHuggingFace(tied, random(tied));
+const embedding = hfTied.find(({ name }) => name === "model.embed_tokens.weight")!;
+const head = { ...embedding, name: "lm_head.weight" };
+const otherHead = { ...head, data: embedding.data.map((value) => value + 1) };
+
+test.each<[string, Model, readonly Entry[], readonly string[], RegExp]>([
+  ["fewer layers", { ...dense, layers: 1 }, hfDense, ["model.layers"], /model\.layers\.1 \(9 tensors\) is there.*check model\.layers/],
+  ["a bias of the head", dense, [...hfDense, vector("lm_head.bias", 1, 2)], ["lm_head.bias"], /lm_head\.bias is there/],
+  [
+    "a tied head that differs",
+    tied,
+    [...hfTied, otherHead],
+    ["tie_embeddings"],
+    /lm_head\.weight differs from model\.embed_tokens\.weight/,
+  ],
+  ["a vision tower", dense, [...hfDense, vector("vision.tower.w", 1)], ["vision"], /vision\.tower\.w is there/],
+])("%s: refused, and accepted where the person allows it", (_, model, all, allowed, found) => {
+  const path = join(folder, "surplus.safetensors");
+  writeSafetensors(path, all);
+  expect(complaint(() => checkpointFor(model, path))).toMatch(found);
+  const open = checkpointFor(model, path, allowed);
+  expect(open.notes.join()).toMatch(found);
+  open.close();
+});
+
+test.each<[string, Model, readonly Entry[]]>([
+  ["a tied head that is the embedding again", tied, [...hfTied, head]],
+  ["frequencies of positions", dense, [...hfDense, vector("model.layers.0.self_attn.rotary_emb.inv_freq", 1, 0.5)]],
+])("%s: taken without a word", (_, model, all) => {
+  const path = join(folder, "same.safetensors");
+  writeSafetensors(path, all);
+  const open = checkpointFor(model, path);
+  expect(open.notes).toEqual([]);
+  open.close();
+});
+
+test.each<[string, (name: string) => string, string]>([
+  ["of a base model", (name) => name.replace(/^model\./, ""), "named without the prefix model."],
+  ["of a multimodal model", (name) => name.replace(/^model\./, "model.language_model."), "named model.language_model.…"],
+  ["of an older multimodal model", (name) => `language_model.${name}`, "named language_model.model.…"],
+  ["of another wrapper", (name) => `module.${name}`, "named module.model.… instead of model.…"],
+])("names %s get a message of their own", (_, change, found) => {
+  const path = join(folder, "prefix.safetensors");
+  writeSafetensors(path, rename(hfDense, change));
+  expect(complaint(() => checkpointFor(dense, path))).toContain(found);
+});
+
+test("weights that are not finite are refused when they are read", () => {
+  const path = join(folder, "nan.safetensors");
+  const poisoned = hfDense.map((entry) =>
+    entry.name === "model.norm.weight" ? { ...entry, data: entry.data.map(() => Number.NaN) } : entry,
+  );
+  writeSafetensors(path, poisoned);
+  const open = checkpointFor(dense, path);
+  expect(complaint(() => open.read("norm", [16]))).toBe(
+    "DIR/nan.safetensors: model.norm.weight holds 16 of 16 values that are NaN or infinite",
+  );
+  open.close();
 });
 
 test("an index that lies is refused before a tensor is read", () => {

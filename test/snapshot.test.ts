@@ -223,7 +223,7 @@ describe("what is wrong", () => {
     const wider = jobWith({ world: 1 }, {}, { ffn: 64, moe: null });
     expect(await said({ resume: join(folder, "no") })).toBe("DIR/no holds no snapshot");
     expect(await said({ resume: folder }, wider)).toMatch(
-      /does not fit the job in \d+ places\n {2}layers\.0\.w1 is \[4, 32, 16\]; the plan's is \[32, 64\]/,
+      /does not fit the job in \d+ places\n {2}model\.ffn is without effect in the snapshot, 64 in the job\n.* layers\.0\.w1 is \[4, 32, 16\]; the plan's is \[32, 64\]/s,
     );
     expect(await said({ resume: folder }, jobWith({ world: 1 }, { optimizer: { type: "sgd", lr: 1e-2, momentum: 0.9 } }))).toContain(
       "was saved by adamw, and the job's train.optimizer.type is sgd",
@@ -232,6 +232,75 @@ describe("what is wrong", () => {
     expect(await said({ save: folder, resume: folder })).toBe("nothing");
     truncateSync(join(step, "rank-00000.safetensors"), 1000);
     expect(await said({ resume: folder })).toContain("it was cut");
+  });
+
+  test("every key of the model that changes numbers, and every tensor without use", { timeout: 60_000 }, async () => {
+    const router = { score: "sigmoid", groups: 2, group_top_k: 1, group_scores: 1, aux_coeff: 0.01 };
+    const moe = { experts: 4, top_k: 2, ffn: 16, router, shared: { ffn: 16 } };
+    const small = { layers: 2, hidden: 16, heads: 4, kv_heads: 2, seq: 8, qkv_bias: true, qk_norm: "head", moe, mtp: { layers: 1 } };
+    const of = (model: object) => jobWith({ world: 1 }, {}, { ...small, ...model });
+    const moeOf = (change: object, routerChange: object = {}) => ({ moe: { ...moe, ...change, router: { ...router, ...routerChange } } });
+    await run(of({}), 1, { save: folder });
+    const { expectFor } = openSnapshot(chooseSnapshot(folder).at);
+    const judged = (model: object, allowed: readonly string[] = []): string => {
+      try {
+        return `notes: ${expectFor(compile(of(model)).plan, allowed).join("; ")}`;
+      } catch (error) {
+        return (error as Error).message;
+      }
+    };
+    expect(judged({})).toBe("notes: ");
+    const refused: readonly [object, string, string?][] = [
+      [{ tie_embeddings: true }, "model.tie_embeddings is false in the snapshot, true in the job"],
+      [{ tie_embeddings: true }, "head is there, and the job has no such part (check model.tie_embeddings)"],
+      [{ layers: 1 }, "layers.1 (18 tensors) is there, and the job has no such part (check model.layers)"],
+      [moeOf({ shared: null }), "layers.0.shared.w1 is there, and the job has no such part (check model.moe.shared)"],
+      [{ qkv_bias: false }, "layers.0.bq is there"],
+      [{ heads: 2, kv_heads: 1, head_dim: 8, qk_norm: "none" }, "model.heads is 4 in the snapshot, 2 in the job"],
+      [{ rope: { theta: 5e5 } }, "model.rope.theta is 10000 in the snapshot, 500000 in the job"],
+      [{ rope: { scaling: { type: "linear", factor: 2 } } }, "model.rope.scaling is null in the snapshot"],
+      [{ norm: { eps: 1e-6 } }, "model.norm.eps is 0.00001 in the snapshot, 0.000001 in the job"],
+      [moeOf({}, { score: "softmax" }), 'model.moe.router.score is "sigmoid" in the snapshot, "softmax" in the job'],
+      [moeOf({}, { scaling: 2 }), "model.moe.router.scaling is 1 in the snapshot, 2 in the job"],
+      [moeOf({}, { groups: 1, group_top_k: 1 }), "model.moe.router.groups is 2 in the snapshot, 1 in the job"],
+      [moeOf({ top_k: 1 }, { normalize_top_k: false }), "model.moe.top_k is 2 in the snapshot, 1 in the job"],
+      [
+        moeOf({}, { balance: "sinkhorn", aux_coeff: 0, groups: 1, score: "softmax", normalize_top_k: false, group_top_k: 1 }),
+        "model.moe.router.balance",
+      ],
+    ];
+    for (const [model, found] of refused) {
+      expect.soft(judged(model)).toContain(found);
+      expect.soft(judged(model)).toContain("does not fit the job");
+    }
+    const allowed: readonly [object, readonly string[], string][] = [
+      [
+        { tie_embeddings: true },
+        ["model.tie_embeddings"],
+        "notes: allowed: model.tie_embeddings is false in the snapshot, true in the job, and 1 more of model.tie_embeddings",
+      ],
+      [{ rope: { theta: 5e5 } }, ["rope"], "notes: allowed: model.rope.theta is 10000 in the snapshot, 500000 in the job"],
+      [{ dropout: { hidden: 0.2 } }, [], "notes: model.dropout.hidden is 0.1 in the snapshot, 0.2 in the job"],
+      [{ seq: 16 }, [], "notes: model.seq is 8 in the snapshot, 16 in the job"],
+      [moeOf({ rows_bound: 2 }), [], 'notes: model.moe.rows_bound is "worst" in the snapshot, 2 in the job'],
+      [
+        moeOf({}, { aux_coeff: 0.1, jitter: 0.01 }),
+        [],
+        "notes: model.moe.router.jitter is null in the snapshot, 0.01 in the job; model.moe.router.aux_coeff is 0.01 in the snapshot, 0.1 in the job",
+      ],
+      [{ mtp: null }, [], 'notes: model.mtp is {"layers":1,"coeff":0.1} in the snapshot, null in the job'],
+    ];
+    for (const [model, keys, found] of allowed) expect.soft(judged(model, keys)).toBe(found);
+    // weights that the snapshot has not cannot be allowed
+    expect(judged({ out_bias: true }, ["model.out_bias", "model"])).toContain("layers.0.bo is not there");
+    expect(await said({ resume: folder }, of({ rope: { theta: 5e5 } }))).toContain("model.rope.theta");
+    const opened = await openRun(compile(of({ rope: { theta: 5e5 } })).plan, {
+      baseDir: fixture(""),
+      resume: folder,
+      allowMismatch: ["model.rope.theta"],
+    });
+    expect(opened.notes).toEqual(["allowed: model.rope.theta is 10000 in the snapshot, 500000 in the job"]);
+    await opened.close();
   });
 
   test("a file that is not the one that was saved is refused: its bytes, its step, its text", async () => {

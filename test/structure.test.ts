@@ -34,7 +34,7 @@ const touchFiles = new Map([
   ["src/serve.ts", "the built page, and what a plan in a browser reads"],
   ["src/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/inputFile.ts", "the corpus"],
-  ["runtime/checkpoint.ts", "weights to begin with"],
+  ["runtime/checkpointFiles.ts", "weights to begin with"],
   ["runtime/safetensors.ts", "gradients that are written"],
   ["runtime/snapshot.ts", "what a run goes on from"],
   ["runtime/snapshotText.ts", "its text"],
