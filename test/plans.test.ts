@@ -9,6 +9,7 @@ import { compile } from "../src/compile.ts";
 import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
+import { peakOf } from "../src/rules/memory.ts";
 import { root } from "./checkout.ts";
 import { deepseekSets, jobAt, planBytes, scaledJob } from "./scale.ts";
 
@@ -44,6 +45,18 @@ test.each(names.filter((name) => name.startsWith("tiny-")))("plans/%s trains", a
   // bytes begin at ln 256, and these learn which of them are letters
   expect(losses[0]).toBeGreaterThan(5.3);
   expect(losses[3]).toBeLessThan(losses[0]! - 0.3);
+});
+
+test("mixtral-8x7b-16gpu has Megatron's defaults where the launch script is silent, and its variants need what the file says", () => {
+  const { model, parallel, train } = jobAt("mixtral-8x7b-16gpu", {});
+  expect(parallel).toMatchObject({ tensor: 4, expert: 4, expert_tensor: 4, data: 4 });
+  expect([model.rope.theta, model.vocab, train.optimizer.betas[1]]).toEqual([1e4, 32_256, 0.999]);
+  const gib = (sets: Readonly<Record<string, unknown>>) => (peakOf(jobAt("mixtral-8x7b-16gpu", sets)).bytes / 2 ** 30).toFixed(1);
+  const whole = { "parallel.expert_tensor": 1, "parallel.expert": 8 };
+  expect(gib({})).toBe("63.8");
+  expect(gib({ "parallel.expert_tensor": 1 })).toBe("110.7");
+  expect(gib(whole)).toBe("79.1");
+  expect(gib({ ...whole, "parallel.pipeline": 2 })).toBe("62.2");
 });
 
 // What is promised is 2 s for the whole command on a quiet machine; here other tests run beside it.

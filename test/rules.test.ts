@@ -200,12 +200,15 @@ test("a grid that the rules let through can be built, and one they refuse cannot
 // the rule goes through the same passes as `compile`, on fewer layers
 test.each([
   ["mixtral-8x7b-16gpu", []],
-  ["mixtral-8x7b-16gpu", ["parallel.pipeline=4", "train.precision=fp32"]],
+  ["mixtral-8x7b-16gpu", ["parallel.expert_tensor=1", "parallel.pipeline=4", "train.precision=fp32"]],
   [
     "mixtral-8x7b-16gpu",
     ["model.layers=8", "model.moe.layers={first_dense: 3}", "model.moe.shared={ffn: 4096}", "model.moe.capacity={factor: 1.5, pad: true}"],
   ],
-  ["mixtral-8x7b-16gpu", ["parallel.expert=8", "model.moe.dispatch=all_gather", "model.tie_embeddings=true", "parallel.pipeline=2"]],
+  [
+    "mixtral-8x7b-16gpu",
+    ["parallel.expert=8", "parallel.expert_tensor=1", "model.moe.dispatch=all_gather", "model.tie_embeddings=true", "parallel.pipeline=2"],
+  ],
 ])("the peak that C510 speaks of is that of the plan: %s %j", (name, changes) => {
   const text = readFileSync(new URL(`../plans/${name}/job.yaml`, import.meta.url), "utf8");
   const job = read(text, changes).job!;

@@ -19,10 +19,14 @@ export function jobAt(example: string, sets: Readonly<Record<string, unknown>>):
   return job;
 }
 
-/** At 16 ranks and 32 layers it is the job as written. The batch grows with the ranks, so that a step keeps its 32 microbatches. */
+/**
+ * Mixtral 8x7B with whole experts, which are replicated at any number of ranks, so that its collectives are the same.
+ * The batch grows with the ranks: a step keeps its 32 microbatches.
+ */
 export function scaledJob({ ranks = 16, layers = 32 }: { ranks?: number; layers?: number }): Job {
   return jobAt("mixtral-8x7b-16gpu", {
     ...{ "parallel.world": ranks, "cluster.nodes": ranks / 8, "train.global_batch": 8 * ranks, "model.layers": layers },
+    "parallel.expert_tensor": 1,
   });
 }
 
