@@ -5,8 +5,18 @@
 import { z } from "zod";
 import { lengthOf } from "./rampup.ts";
 
+/** Layers of a model at most, those of multi-token prediction beside them: a limit on what one plan holds, far above any model. */
+const LAYERS = 4096;
+const DEPTHS = 64;
+/** The largest finite float32: what a kernel is given is a float32, and anything larger would be infinite there. */
+export const LARGEST = (2 - 2 ** -23) * 2 ** 127;
+/** The smallest float32 that no device flushes to zero. */
+export const SMALLEST = 2 ** -126;
+
 const count = z.int().min(1);
-const real = z.number();
+const real = z.number().min(-LARGEST).max(LARGEST);
+/** A factor that is multiplied by counts (experts, a normal draw) before it is a float32: products stay finite. */
+const factor = z.number().min(-1e30).max(1e30);
 
 const Norm = z.strictObject({
   type: z
@@ -133,7 +143,7 @@ const RouterText = z.strictObject({
       "weight of the balancing loss; of several, a list. The default is 0, as in Megatron Core, so that a moved job trains the same; with 0 nothing balances, and a rule warns",
     ),
   quantile_ema: real.default(0).describe("with balance: quantile, how much of a bias stays after a step"),
-  z_coeff: real
+  z_coeff: factor
     .default(0)
     .describe("weight of the loss on the squared log-sum-exp of the router's logits, which keeps them small; 0 = none"),
   force: z
@@ -169,7 +179,7 @@ const MoeText = z.strictObject({
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
   layers: z
-    .union([z.literal("all"), SomeLayers, z.array(z.int().min(0).max(1))])
+    .union([z.literal("all"), SomeLayers, z.array(z.int().min(0).max(1)).max(LAYERS)])
     .default("all")
     .describe("which layers have experts; the others are dense, of width model.ffn. A list says 1 or 0 for each layer"),
   shared: Shared.nullable().default(null).describe("experts that every token goes to, beside those it chooses: a dense part of its own"),
@@ -187,7 +197,7 @@ const MoeText = z.strictObject({
     .default("dropless")
     .describe("dropless: every routed row is computed; or a limit, beyond which rows are dropped"),
   rows_bound: z
-    .union([z.literal("worst"), z.number().min(1)])
+    .union([z.literal("worst"), real.min(1)])
     .default("worst")
     .describe(
       "rows an expert-parallel rank has memory for, as a multiple of the balanced load; 'worst' is the most that routing can send, and never overflows",
@@ -195,12 +205,14 @@ const MoeText = z.strictObject({
 });
 
 const Mtp = z.strictObject({
-  layers: count.describe("how many tokens after the next are predicted, too: each by a layer of its own, from what the one before it made"),
-  coeff: real.default(0.1).describe("weight of the mean of these losses, beside the loss (DeepSeek-V3: 0.3, then 0.1)"),
+  layers: count
+    .max(DEPTHS)
+    .describe("how many tokens after the next are predicted, too: each by a layer of its own, from what the one before it made"),
+  coeff: factor.default(0.1).describe("weight of the mean of these losses, beside the loss (DeepSeek-V3: 0.3, then 0.1)"),
 });
 
 const ModelText = z.strictObject({
-  layers: count.max(65536).describe("transformer layers"),
+  layers: count.max(LAYERS).describe("transformer layers"),
   hidden: count.describe("width of the residual stream"),
   ffn: count
     .optional()
@@ -341,14 +353,17 @@ const DynamicLossScale = z.strictObject({
   min: real.default(1).describe("the smallest scale"),
 });
 
+const Module = z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]);
+
 const Recompute = z.strictObject({
   mode: z
     .enum(["none", "selective", "full"])
     .default("none")
     .describe("activations that backward makes again instead of keeping them: of named modules, or of whole layers"),
   modules: z
-    .array(z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]))
+    .array(Module)
     .min(1)
+    .max(Module.options.length)
     .default(["core_attn"])
     .describe("mode selective: which modules, by the names that Megatron Core gives them"),
   method: z
@@ -386,7 +401,7 @@ const TrainText = z.strictObject({
     ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of the initial weights, of the shuffle, and of dropout and jitter"),
-  init_std: real.default(0.02).describe("standard deviation of the initial weights"),
+  init_std: factor.default(0.02).describe("standard deviation of the initial weights"),
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 

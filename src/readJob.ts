@@ -67,6 +67,12 @@ export const shapeFaults = {
   },
   choice: { code: "S013", title: "not one of the choices", why: "Nothing else is built.", bad: "model: {activation: gelu}" },
   range: { code: "S014", title: "a number out of range", why: "No such size or count can exist here.", bad: "model: {heads: 0}" },
+  float: {
+    code: "S015",
+    title: "a number that float32 cannot hold",
+    why: "Training computes in float32, which ends at 3.4e38: a larger number, or its product with a count, is infinite there, and weights become NaN.",
+    bad: "train: {optimizer: {lr: 1.0e39}}",
+  },
 } as const;
 
 type Issue = z.core.$ZodIssue;
@@ -76,7 +82,8 @@ type Fault = (typeof shapeFaults)[keyof typeof shapeFaults];
 function ofItsKind(issue: Issue): Issue[] {
   if (issue.code !== "invalid_union") return [issue];
   const within = (errors: readonly Issue[]) => errors.every((e) => e.path.length > 0 || e.code === "unrecognized_keys");
-  const [own, ...others] = issue.errors.filter(within);
+  const isSize = (errors: readonly Issue[]) => errors.every((e) => e.code === "too_small" || e.code === "too_big");
+  const [own, ...others] = issue.errors.filter((errors) => within(errors) || isSize(errors));
   if (!own || others.length) return [issue];
   return own.flatMap((e) => ofItsKind({ ...e, path: [...issue.path, ...e.path] }));
 }
@@ -143,8 +150,10 @@ function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
       ),
     ];
   }
-  if ((issue.code === "too_small" || issue.code === "too_big") && typeof value === "number")
-    return [find(shapeFaults.range, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}`)];
+  if ((issue.code === "too_small" || issue.code === "too_big") && typeof value === "number") {
+    const { fault, limit } = limitOf(issue);
+    return [find(fault, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}${limit}`)];
+  }
   const number = typeof value === "string" ? Number(value.replaceAll("_", "")) : Number.NaN;
   const meant = value !== "" && schema && isNumberOf(schema, number) ? number : undefined;
   return [
@@ -161,6 +170,16 @@ function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
   ];
 }
 
+/** Bounds that no size has: those of float32. */
+function limitOf(issue: Issue): { fault: Fault; limit: string } {
+  const bound = issue.code === "too_big" ? issue.maximum : issue.code === "too_small" ? issue.minimum : 0;
+  if (Math.abs(Number(bound)) < 1e30) return { fault: shapeFaults.range, limit: "" };
+  return {
+    fault: shapeFaults.float,
+    limit: `, ${issue.code === "too_big" ? "at most" : "at least"} ${Number(Number(bound).toPrecision(4))}`,
+  };
+}
+
 /** As much of JSON Schema as jobSchema() makes. */
 interface Schema {
   readonly type?: string;
@@ -170,6 +189,7 @@ interface Schema {
   readonly enum?: readonly unknown[];
   readonly minimum?: number;
   readonly maximum?: number;
+  readonly maxItems?: number;
   readonly properties?: Readonly<Record<string, Schema>>;
   readonly items?: Schema | readonly Schema[];
   readonly anyOf?: readonly Schema[];
@@ -209,7 +229,8 @@ function expected(schema: Schema | undefined): string {
     case "string":
       return "some text";
     case "array":
-      return Array.isArray(schema.items) ? `a list of ${schema.items.length} numbers` : "a list";
+      if (Array.isArray(schema.items)) return `a list of ${schema.items.length} numbers`;
+      return schema.maxItems === undefined ? "a list" : `a list of at most ${schema.maxItems}`;
     default:
       return `a section with the keys ${Object.keys(inside(schema).properties ?? {}).join(", ")}`;
   }

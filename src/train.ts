@@ -27,20 +27,28 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
   const forward = topological([...counted.map((v) => v.leaf!.counted!), ...outcomes].sort((a, b) => a.node!.position - b.node!.position));
   const seen = new Set(forward);
   const clones = new Map<Node, Node>();
+  const sees = (v: Value): Value => (v.node && clones.get(v.node)?.outs[v.out]) ?? v;
+  /** Clones a node whose arguments have their clones. */
+  const clone = ({ op, args, attrs, id, position, pin, around, fold, outs }: Node): Node => {
+    const made = op.all(Object.fromEntries(op.inputs.map((t, i) => [t.name, sees(args[i]!)])), attrs, `${id}.again`);
+    const { node } = Object.values(made)[0]!;
+    invariant(node !== undefined, `${id} has no outputs`);
+    for (const [i, out] of node.outs.entries()) out.dtype = outs[i]!.dtype;
+    return Object.assign(node, { position, pin, around, fold, backward: true });
+  };
+  const isMissing = (node: Node | undefined): node is Node => node !== undefined && again(node) && !clones.has(node);
+  /** The value itself, or its clone. Arguments are cloned first, from a stack: a chain of clones may be as long as the model. */
   const backwardSees = (v: Value): Value => {
-    if (!v.node || !again(v.node)) return v;
-    const { op, args, attrs, id, position, pin, around, fold, outs } = v.node;
-    let clone = clones.get(v.node);
-    if (!clone) {
-      const made = Object.values(
-        op.all(Object.fromEntries(op.inputs.map((t, i) => [t.name, backwardSees(args[i]!)])), attrs, `${id}.again`),
-      );
-      clone = made[0]!.node!;
-      clones.set(v.node, clone);
-      for (const [i, out] of clone.outs.entries()) out.dtype = outs[i]!.dtype;
-      Object.assign(clone, { position, pin, around, fold, backward: true });
+    const open = isMissing(v.node) ? [v.node] : [];
+    for (let node = open.at(-1); node; node = open.at(-1)) {
+      const missing = node.args.map((arg) => arg.node).filter(isMissing);
+      if (missing.length > 0) open.push(...missing.reverse());
+      else {
+        if (isMissing(node)) clones.set(node, clone(node));
+        open.pop();
+      }
     }
-    return clone.outs[v.out]!;
+    return sees(v);
   };
   const begins = new Map<string, Value>();
   /** What the gradient of a loss begins with. */
@@ -112,15 +120,29 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
   return { losses, parameters, order: [...forward, ...back], grad, parameterGrads, gradOf };
 }
 
+/**
+ * The nodes that the roots are made of and that are not in `seen`, each after its arguments: the order of a depth-first search. The
+ * search keeps its own stack, since a chain of nodes is as long as the model has layers.
+ */
 function topological(roots: readonly Value[], seen = new Set<Node>()): Node[] {
   const order: Node[] = [];
-  const visit = (v: Value) => {
-    if (!v.node || seen.has(v.node)) return;
-    seen.add(v.node);
-    v.node.args.forEach(visit);
-    order.push(v.node);
+  const open: { readonly node: Node; next: number }[] = [];
+  const visit = ({ node }: Value): void => {
+    if (!node || seen.has(node)) return;
+    seen.add(node);
+    open.push({ node, next: 0 });
   };
-  roots.forEach(visit);
+  for (const root of roots) {
+    visit(root);
+    for (let top = open.at(-1); top; top = open.at(-1)) {
+      const arg = top.node.args[top.next++];
+      if (arg) visit(arg);
+      else {
+        order.push(top.node);
+        open.pop();
+      }
+    }
+  }
   return order;
 }
 

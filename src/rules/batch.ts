@@ -1,6 +1,7 @@
 /** B: the batch, the optimizer, the data; how these go over a run stands in course.ts. */
+import { SMALLEST } from "../../schemas/job.ts";
 import { stageRanks } from "./mesh.ts";
-import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
+import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
 
 const MICROBATCHES = 65536; // a role's order of work names each of them, forward and backward
 
@@ -32,11 +33,11 @@ export const batch = [
   rule({
     code: "B202",
     title: "the learning rate is above 0",
-    why: "With 0 nothing is learnt, and below 0 the loss is climbed.",
+    why: "With 0 nothing is learnt, and below 0 the loss is climbed. Below 2^-126 a float32 is 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.lr > 0) return;
-      const lr = o.lr < 0 ? -o.lr : 1e-4;
+      if (o.lr >= SMALLEST) return;
+      const lr = o.lr <= -SMALLEST ? -o.lr : 1e-4;
       yield {
         at: "train.optimizer.lr",
         found: `lr ${o.lr}`,
@@ -52,7 +53,7 @@ export const batch = [
     why: "The schedule falls from lr to min_lr.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.lr <= 0 || (o.min_lr >= 0 && o.min_lr <= o.lr)) return;
+      if (o.lr < SMALLEST || (o.min_lr >= 0 && o.min_lr <= o.lr)) return;
       yield {
         at: "train.optimizer.min_lr",
         related: ["train.optimizer.lr"],
@@ -66,11 +67,11 @@ export const batch = [
   rule({
     code: "B207",
     title: "betas are at least 0 and below 1",
-    why: "They are the weights of the past in running means; at 1 a mean never learns anything, and its bias correction divides by zero.",
+    why: "They are the weights of the past in running means; at 1 a mean never learns anything, and its bias correction divides by zero. As a float32, 1 - 2^-26 is 1.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.type === "sgd" || o.betas.every((b) => b >= 0 && b < 1)) return;
-      const good = o.betas.map((b, i) => (b >= 0 && b < 1 ? b : [0.9, 0.95][i]));
+      if (o.type === "sgd" || o.betas.every(isShare)) return;
+      const good = o.betas.map((b, i) => (isShare(b) ? b : [0.9, 0.95][i]));
       yield {
         at: "train.optimizer.betas",
         found: `betas [${o.betas.join(", ")}]`,
@@ -83,10 +84,10 @@ export const batch = [
   rule({
     code: "B208",
     title: "the optimizer's eps is above 0",
-    why: "An update divides by the root of the second moment plus eps; an embedding row that was never used has a second moment of 0, and 0 / 0 is not a number.",
+    why: "An update divides by the root of the second moment plus eps; an embedding row that was never used has a second moment of 0, and 0 / 0 is not a number. Below 2^-126 a float32 is 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.type === "sgd" || o.eps > 0) return;
+      if (o.type === "sgd" || o.eps >= SMALLEST) return;
       yield { at: "train.optimizer.eps", found: `eps ${o.eps}`, fix: "1.0e-8 is usual", tries: [{ "train.optimizer.eps": 1e-8 }] };
     },
     bad: "train: {optimizer: {eps: 0}}",
@@ -132,7 +133,7 @@ export const batch = [
     why: "With all weights 0 every neuron of a layer gets the same gradient, and they stay equal for ever.",
     level: "error",
     *check({ train }) {
-      if (train.init_std > 0) return;
+      if (train.init_std >= SMALLEST) return;
       yield { at: "train.init_std", found: `init_std ${train.init_std}`, fix: "0.02 is usual", tries: [{ "train.init_std": 0.02 }] };
     },
     bad: "train: {init_std: 0}",
@@ -163,7 +164,7 @@ export const batch = [
     why: "It is what stays of the step before; at 1 all steps ever taken go on for ever.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.type !== "sgd" || (o.momentum >= 0 && o.momentum < 1)) return;
+      if (o.type !== "sgd" || isShare(o.momentum)) return;
       yield {
         at: "train.optimizer.momentum",
         found: `momentum ${o.momentum}`,

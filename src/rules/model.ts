@@ -1,5 +1,5 @@
 /** M: the shape of the model, and what cuts it. */
-import { depthsOf, hasExperts, type Job } from "../../schemas/job.ts";
+import { depthsOf, hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
@@ -164,8 +164,8 @@ export const model: readonly Rule[] = [
     level: "error",
     *check({ model: m }) {
       const fix = "a small positive number";
-      if (!(m.norm.eps > 0)) yield { at: "model.norm.eps", found: `eps ${m.norm.eps}`, fix, tries: [{ "model.norm.eps": 1e-5 }] };
-      if (m.mla && !(m.mla.norm_eps > 0))
+      if (!(m.norm.eps >= SMALLEST)) yield { at: "model.norm.eps", found: `eps ${m.norm.eps}`, fix, tries: [{ "model.norm.eps": 1e-5 }] };
+      if (m.mla && !(m.mla.norm_eps >= SMALLEST))
         yield { at: "model.mla.norm_eps", found: `norm_eps ${m.mla.norm_eps}`, fix, tries: [{ "model.mla.norm_eps": 1e-6 }] };
     },
     bad: "model: {norm: {eps: 0}}",

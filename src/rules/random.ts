@@ -1,6 +1,6 @@
 /** M, E: what is left out or moved at random. */
 import type { Job } from "../../schemas/job.ts";
-import { rule } from "./rule.ts";
+import { isShare, rule } from "./rule.ts";
 
 export const random = [
   rule({
@@ -11,7 +11,7 @@ export const random = [
     *check({ model: { dropout } }) {
       for (const key of ["attention", "hidden"] as const) {
         const p = dropout[key];
-        if (p >= 0 && p < 1) continue;
+        if (isShare(p)) continue;
         yield {
           at: `model.dropout.${key}`,
           found: `probability ${p}`,

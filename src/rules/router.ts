@@ -1,5 +1,5 @@
 /** E: how the router scores, and who chooses whom. */
-import { evenBy } from "../../schemas/job.ts";
+import { evenBy, SMALLEST } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 export const router = [
@@ -159,7 +159,7 @@ export const router = [
     why: "It is a factor on all weights: with 0 the experts compute for nothing, and below 0 what they say is turned around.",
     level: "error",
     *check({ model: { moe } }) {
-      if (!moe || moe.router.scaling > 0) return;
+      if (!moe || moe.router.scaling >= SMALLEST) return;
       yield {
         at: "model.moe.router.scaling",
         found: `scaling ${moe.router.scaling}`,

@@ -31,6 +31,9 @@ export interface Rule {
 }
 export const rule = (r: Rule): Rule => r;
 
+/** Whether a float32 of this number is at least 0 and below 1. */
+export const isShare = (n: number): boolean => n >= 0 && Math.fround(n) < 1;
+
 /** Degrees that divide `n`, those closest to `near` first, the smaller of two equals first. */
 export function divisorsNear(n: number, near: number): number[] {
   const found: number[] = [];
