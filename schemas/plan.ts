@@ -9,6 +9,8 @@ export const FORMAT_VERSION = "3.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
+/** A name that a file may have in any folder: no separators, no `..`. */
+const plainName = z.string().regex(/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$/);
 const factors = z.array(count).describe("indices into mesh.factors, outermost first");
 
 export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
@@ -211,14 +213,14 @@ export type Launch = z.infer<typeof Launch>;
 
 /** One specialised kernel: what is computed, at which local sizes, in which types, and how often in a step of this role. */
 export const Kernel = z.strictObject({
-  id,
+  id: plainName,
   op: z.string(),
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
   dims: z.record(z.string(), z.number()).describe("local sizes and attributes"),
   keeps: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
   uses: count,
   source: z
-    .strictObject({ file: z.string(), sha256: z.string().regex(/^[0-9a-f]{64}$/) })
+    .strictObject({ file: plainName, sha256: z.string().regex(/^[0-9a-f]{64}$/) })
     .optional()
     .describe("below kernels/; the target cpu has none"),
   scratch: count.describe("bytes of the scratch arena it uses"),

@@ -29,9 +29,11 @@ export const tagOf = ({ kind, microbatch, chunk }: Work, chunks: number): string
 
 export function workOf(tag: string): Work {
   const kind = microbatchBlocks.find((k) => letters[k] === tag[0]);
-  const [microbatch, chunk = 0] = tag.slice(1).split(".").map(Number);
+  const dot = tag.indexOf(".");
+  const microbatch = Number(dot < 0 ? tag.slice(1) : tag.slice(1, dot));
+  const chunk = dot < 0 ? 0 : Number(tag.slice(dot + 1));
   if (kind === undefined || !Number.isInteger(microbatch) || !Number.isInteger(chunk)) throw new Error(`rankc: ${tag} is no piece of work`);
-  return { kind, microbatch: microbatch!, chunk };
+  return { kind, microbatch, chunk };
 }
 
 /** The instructions of a piece of work, as a program's order names it. */

@@ -10,9 +10,10 @@ import { touched } from "./lower.ts";
 import { invariant } from "./ops/op.ts";
 
 /** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
-const ALIGN = 256;
+export const ALIGN = 256;
 
-const sizeOf = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
+/** Bytes of a buffer on one rank. */
+export const sizeOf = (b: Pick<Buffer, "dtype" | "shape">): number => bytesOf[b.dtype] * elementsOf(b.shape);
 const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
 interface Lifetime {
@@ -65,8 +66,8 @@ function placesInAll(program: Program): Map<string, number> {
 /** By chunk, what one microbatch does: forward, then backward. An activation lives from one instruction to another of it. */
 const timelines = ({ chunks }: Program): Instruction[][] => chunks.map((c) => microbatchBlocks.flatMap((kind) => c[kind]));
 
-/** What the neediest of the program's kernels uses while it runs; none before kernels are known. */
-function scratchOf(program: Program, kernels: readonly Kernel[]): number {
+/** Bytes of scratch of the program's kernel that uses the most; 0 before kernels are known. */
+export function scratchOf(program: Program, kernels: readonly Kernel[]): number {
   const bytes = new Map(kernels.map((k) => [k.id, k.scratch]));
   let most = 0;
   for (const { instructions } of blocksOf(program))

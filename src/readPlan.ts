@@ -2,8 +2,10 @@
 import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
 import { FORMAT_VERSION, type Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { BrokenInvariant } from "./ops/op.ts";
 import { readPackageFile } from "./packageFile.ts";
 import { canonical, type Digests, joined, overall, sections, sha256 } from "./plan.ts";
+import { laws } from "./verifyPlan.ts";
 
 /** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
 export function parsePlan(text: string, file: string): Plan {
@@ -30,7 +32,21 @@ export function parsePlan(text: string, file: string): Plan {
 
   const validate = minor > ownMinor ? validators().additive : validators().exact;
   if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors!)}`);
+  const broken = brokenLaw(value as Plan);
+  if (broken) return refuse(broken);
   return value as Plan;
+}
+
+/** The first law that a plan breaks, with the section it is about; undefined where it keeps all of them. */
+function brokenLaw(plan: Plan): string | undefined {
+  for (const [section, check] of laws)
+    try {
+      check(plan);
+    } catch (error) {
+      if (!(error instanceof BrokenInvariant)) throw error;
+      return `section "${section}" is inconsistent: ${error.law}`;
+    }
+  return undefined;
 }
 
 /** Which section the bytes were changed in, said in words; undefined if the file is as it was written. */
@@ -40,23 +56,38 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
   for (const name of sections) {
     if (!(name in value)) return `section "${name}" is missing`;
   }
-  const printed = sections.map((name) => canonical(value[name]));
-  const actual = Object.fromEntries(sections.map((name, i) => [name, sha256(printed[i]!)])) as Digests;
+  const texts = new Map<string, string>();
+  for (const [key, part] of Object.entries(value)) {
+    const { text, fault } = printed(part);
+    if (text === undefined) return `section "${key}" ${fault}`;
+    texts.set(key, text);
+  }
+  const actual = Object.fromEntries(sections.map((name) => [name, sha256(texts.get(name)!)])) as Digests;
   const wrong = sections.filter((name) => digests[name] !== actual[name]);
   // the overall digest tells a changed section from a changed digest: it was made over the digests as they were
   const sealed = digests.plan === overall(String(value.format_version), digests as Digests);
   if (wrong.length > 0) {
     const names = wrong.map((name) => `"${name}"`).join(" and ");
-    const where = sealed
-      ? `section ${names} was changed after the plan was compiled`
-      : `section "digests" was changed: the digest of ${names} does not fit`;
+    const several = `section "digests" is not of this plan, or sections ${names} were changed after it was compiled`;
+    const where = !sealed
+      ? `section "digests" was changed: the digest of ${names} does not fit`
+      : wrong.length > 1
+        ? several
+        : `section ${names} was changed after the plan was compiled`;
     return `${where} (SHA-256 ${short(actual[wrong[0]!])}, the plan says ${short(digests[wrong[0]!])})`;
   }
   if (!sealed) return `section "digests" or format_version was changed: the sections are whole, the digest over all of them is not`;
-  const rest = Object.keys(value).filter((key) => !(sections as readonly string[]).includes(key));
-  const parts = [...sections.map((name, i) => [name, printed[i]!] as const), ...rest.map((key) => [key, canonical(value[key])] as const)];
-  if (text !== joined(parts)) return "the JSON is not in the form rankc wrote: a byte between its values was changed";
+  if (text !== joined([...texts])) return "the JSON is not in the form rankc wrote: a byte between its values was changed";
   return undefined;
+}
+
+/** The canonical text, but for what JSON admits and no plan holds: numbers such as 1e400, which are read as infinite, and deep nesting. */
+function printed(part: unknown): { readonly text?: string; readonly fault?: string } {
+  try {
+    return { text: canonical(part) };
+  } catch (error) {
+    return { fault: error instanceof RangeError ? "is nested too deeply" : "holds a number beyond the range of 64-bit floats" };
+  }
 }
 
 const short = (digest: unknown): string => (typeof digest === "string" ? `${digest.slice(0, 12)}…` : "nothing");

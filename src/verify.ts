@@ -6,15 +6,15 @@
  * ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
  */
 import { areDigits, rankAt } from "../schemas/layout.ts";
-import type { Instruction, Program } from "../schemas/plan.ts";
-import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, orderOf, type Work, workOf } from "../schemas/program.ts";
+import type { Instruction, Move, Program, Transfer } from "../schemas/plan.ts";
+import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, orderOf, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
 import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
 
 /** `smaller`: numbers of microbatches that steps have beside that of the programs' order. */
 export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
-  invariant(programs.length === mesh.world / mesh.per_stage, `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
+  invariant(programs.length === mesh.world / mesh.per_stage, () => `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
   for (const p of programs) {
     verifyDefinitions(p, mesh);
     verifyMoves(p, mesh);
@@ -38,7 +38,7 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
   for (const id of Object.values(p.inputs)) {
-    invariant(known.has(id), `${who}: the input ${id} is no buffer`);
+    invariant(known.has(id), () => `${who}: the input ${id} is no buffer`);
     made.add(id);
   }
   const ids = new Set<string>();
@@ -57,18 +57,20 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
       for (const id of made) if (!lasting.has(known.get(id)!.kind) && !Object.values(p.inputs).includes(id)) made.delete(id);
     own = block;
     for (const i of block.instructions) {
-      invariant(!ids.has(i.id), `${who}: two instructions are named ${i.id}`);
+      invariant(!ids.has(i.id), () => `${who}: two instructions are named ${i.id}`);
       ids.add(i.id);
-      for (const id of [...read(i), ...written(i)]) invariant(known.has(id), `${who}: ${i.id} names ${id}, which is no buffer`);
-      for (const id of read(i)) {
-        invariant(made.has(id), `${who}: ${i.id} reads ${id} before it is made`);
+      const [ins, outs] = [read(i), written(i)];
+      const unknown = [...ins, ...outs].find((id) => !known.has(id));
+      invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is no buffer`);
+      for (const id of ins) {
         const rows = known.get(id)!.rows;
-        invariant(!rows || made.has(rows), `${who}: ${i.id} reads rows ${rows} before they are made`);
+        if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is made`);
+        if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are made`);
       }
       if (i.kind === "compute")
         for (const name of i.keeps ?? [])
-          invariant(lasting.has(known.get(i.writes[name]!)!.kind), `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
-      for (const id of written(i)) made.add(id);
+          invariant(lasting.has(known.get(i.writes[name]!)!.kind), () => `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
+      for (const id of outs) made.add(id);
     }
   }
 }
@@ -78,22 +80,26 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
   const who = ranksOf(stage, mesh);
   const split = chunks.some((c) => c.weights.length > 0) || order.some((tag) => tag.startsWith("W"));
   const kinds = microbatchBlocks.filter((kind) => kind !== "weights" || split);
-  const next = new Map<string, number>();
-  const done = (kind: Work["kind"], chunk: number): number => next.get(`${kind} ${chunk}`) ?? 0;
+  /** Microbatches done, by kind and chunk. */
+  const done = kinds.map(() => chunks.map(() => 0));
+  const last = kinds.length - 1;
   for (const tag of order) {
     const { kind, microbatch, chunk } = workOf(tag);
-    invariant(chunk < chunks.length, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
-    invariant(microbatch === done(kind, chunk), `${who}: ${tag} comes where microbatch ${done(kind, chunk)} is next`);
     const at = kinds.indexOf(kind);
-    invariant(at === 0 || microbatch < done(kinds[at - 1]!, chunk), `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
-    next.set(`${kind} ${chunk}`, microbatch + 1);
-    const flying = done("forward", chunk) - done(kinds.at(-1)!, chunk);
-    invariant(flying <= chunks[chunk]!.slots, `${who}: at ${tag} ${flying} microbatches are in flight in ${chunks[chunk]!.slots} copies`);
+    if (chunk >= chunks.length) invariant(false, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
+    const next = done[at]![chunk]!;
+    if (microbatch !== next) invariant(false, `${who}: ${tag} comes where microbatch ${next} is next`);
+    if (at > 0 && microbatch >= done[at - 1]![chunk]!)
+      invariant(false, `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
+    done[at]![chunk] = next + 1;
+    const flying = done[0]![chunk]! - done[last]![chunk]!;
+    const { slots } = chunks[chunk]!;
+    if (flying > slots) invariant(false, `${who}: at ${tag} ${flying} microbatches are in flight in ${slots} copies`);
   }
-  const all = done("forward", 0);
-  for (const [chunk] of chunks.entries())
-    for (const kind of kinds)
-      invariant(done(kind, chunk) === all, `${who}: ${done(kind, chunk)} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
+  const all = done[0]![0]!;
+  for (const [at, kind] of kinds.entries())
+    for (const [chunk, n] of done[at]!.entries())
+      invariant(n === all, `${who}: ${n} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
 }
 
 /** Collectives move fixed numbers of elements: no rank waits for its host to learn a count. */
@@ -105,13 +111,16 @@ function verifyMoves(p: Program, mesh: Mesh): void {
     if (i.kind !== "move") continue;
     invariant(
       new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
-      `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
+      () => `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
     );
-    invariant(i.world || areDigits(mesh, i.factors), `${who}: ${i.id} runs over factors ${i.factors}, of grids that do not nest`);
-    invariant(sizesAgree(i, mesh, buffer), `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`);
+    invariant(i.world || areDigits(mesh, i.factors), () => `${who}: ${i.id} runs over factors ${i.factors}, of grids that do not nest`);
+    invariant(
+      sizesAgree(i, mesh, buffer),
+      () => `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`,
+    );
     invariant(
       buffer(i.from).dtype === buffer(i.to).dtype,
-      `${who}: ${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`,
+      () => `${who}: ${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`,
     );
   }
 }
@@ -143,7 +152,7 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
     for (const s of lists.keys())
       for (let w = head(s); w; w = head(s)) {
         if (w.kind === "world") break;
-        invariant(w.peer !== s && w.peer < programs.length, `${name(s, w)} names stage ${w.peer} as its other end`);
+        invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its other end`);
         if (w.kind === "send") {
           const room = `${s} ${w.peer} ${w.id}`;
           if (flying.has(room)) break;
@@ -154,8 +163,8 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
         } else {
           const sent = queues.get(`${w.peer}>${s} ${w.channel}`)?.shift();
           if (!sent || sent.kind === "world") break;
-          invariant(sent.letter === w.letter, `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
-          invariant(sent.bytes === w.bytes, `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
+          invariant(sent.letter === w.letter, () => `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
+          invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
           flying.delete(`${w.peer} ${s} ${sent.id}`);
         }
         at[s]!++;
@@ -167,32 +176,37 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
       for (const [s, w] of heads.entries())
         invariant(
           w!.kind === "world" && w!.what === first!.what,
-          `${name(s, w!)} and ${name(0, first!)} meet in different collectives of all ranks`,
+          () => `${name(s, w!)} and ${name(0, first!)} meet in different collectives of all ranks`,
         );
       for (const s of lists.keys()) at[s]!++;
       moved = true;
     }
   }
   const stuck = [...lists.keys()].flatMap((s) => (head(s) ? [`${name(s, head(s)!)}${peerText(head(s)!)}`] : []));
-  invariant(stuck.length === 0, `these would wait for ever: ${stuck.join("; ")}`);
+  invariant(stuck.length === 0, () => `these would wait for ever: ${stuck.join("; ")}`);
   const [left] = [...queues.values()].flat();
-  invariant(!left, `sent and never received: ${left?.id}, ${left?.at}`);
+  invariant(!left, () => `sent and never received: ${left?.id}, ${left?.at}`);
 }
 const peerText = (w: Wait): string =>
   w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
 
 function waitsOf(p: Program): Wait[] {
-  const of = (block: readonly Instruction[], at: string, part: string): Wait[] =>
-    block.flatMap((i): Wait[] => {
-      if (i.kind === "send" || i.kind === "recv")
-        return [{ kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, at }];
-      return i.kind === "move" && i.world ? [{ kind: "world", id: i.id, what: `${i.how} ${i.id}`, at }] : [];
+  const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
+    block.map((i): Wait => {
+      if (i.kind === "move") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
+      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, at };
     });
+  // a block runs for every microbatch, and few of its instructions wait
+  const known = new Map<readonly Instruction[], readonly Waiting[]>();
+  const waiting = (block: readonly Instruction[]): readonly Waiting[] => {
+    const found = known.get(block) ?? block.filter((i): i is Waiting => i.kind === "send" || i.kind === "recv" || isOfWorld(i));
+    known.set(block, found);
+    return found;
+  };
   return [
-    ...p.order.flatMap((tag) => {
-      const { microbatch } = workOf(tag);
-      return of(blockOf(p, tag), tag, `microbatch ${microbatch}`);
-    }),
-    ...of(p.step, "the step block", "the step"),
+    ...p.order.flatMap((tag) => of(waiting(blockOf(p, tag)), tag, `microbatch ${workOf(tag).microbatch}`)),
+    ...of(waiting(p.step), "the step block", "the step"),
   ];
 }
+type Waiting = Transfer | Move;
+const isOfWorld = (i: Instruction): boolean => i.kind === "move" && i.world === true;

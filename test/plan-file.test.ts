@@ -30,7 +30,7 @@ const sections: Sections = {
       inputs: {},
       bounds: [],
       metrics: {},
-      buffers: [{ id: "x", kind: "workspace", dtype: "f32", shape: [2], sizes: [2], ragged: 0, cuts: [[]] }],
+      buffers: [{ id: "x", kind: "optimizer", dtype: "f32", shape: [2], sizes: [2], ragged: 0, cuts: [[]] }],
       chunks: [
         {
           layers: [0, 4],
@@ -43,7 +43,7 @@ const sections: Sections = {
               kernel: "add_00000000",
               reads: { a: "x", b: "x" },
               writes: { y: "x" },
-              dims: { D: [2, []] },
+              dims: { "#0": [2, []] },
               attrs: { scale: 0.1 },
             },
           ],
@@ -55,9 +55,9 @@ const sections: Sections = {
     },
   ],
   memory: [
-    { stage: 0, parameter: 0, gradient: 0, optimizer: 0, activation: [0], workspace: 256, scratch: 0, peak: 256, offsets: { x: 0 } },
+    { stage: 0, parameter: 0, gradient: 0, optimizer: 256, activation: [0], workspace: 0, scratch: 0, peak: 256, offsets: { x: 0 } },
   ],
-  kernels: [{ id: "add_00000000", op: "add", dtypes: "f32", dims: { D: 2 }, uses: 1, scratch: 0, launches: [] }],
+  kernels: [{ id: "add_00000000", op: "add", dtypes: "f32.f32.f32", dims: {}, uses: 1, scratch: 0, launches: [] }],
   toolchain: { rankc: "0.1.0", target: "cpu" },
 };
 const plan = sealPlan(sections);

@@ -222,9 +222,15 @@ function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, numb
   return size;
 }
 
-/** Our own mistakes throw. */
-export function invariant(ok: boolean, message: string): asserts ok {
-  if (!ok) throw new Error(`rankc: broken invariant: ${message}`);
+/** A law that rankc's own output obeys is broken: a bug where rankc compiles, damage where it reads a plan. */
+export class BrokenInvariant extends Error {
+  constructor(readonly law: string) {
+    super(`rankc: broken invariant: ${law}`);
+  }
+}
+/** Throws a BrokenInvariant with the message where the condition is false; a function makes the text only then, for checks in loops. */
+export function invariant(ok: boolean, message: string | (() => string)): asserts ok {
+  if (!ok) throw new BrokenInvariant(typeof message === "string" ? message : message());
 }
 
 function operands(side: string): Operand[] {
