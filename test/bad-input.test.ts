@@ -57,7 +57,7 @@ beforeAll(() => {
   );
 });
 
-describe.concurrent("bad input", { timeout: 60_000 }, () => {
+describe.concurrent("bad input", () => {
   test.each([
     ["a YAML syntax error", ["compile", "syntax.yaml", "-o", "out"], 1, /error\[S001\][\s\S]*syntax\.yaml:\d+:\d+/],
     ["a duplicate key", ["compile", "duplicate.yaml", "-o", "out"], 1, /error\[S002\]: a key is written twice[\s\S]*duplicate\.yaml:5:1/],

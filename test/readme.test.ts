@@ -1,6 +1,6 @@
 /**
  * The README runs. A yaml block that names a job is saved as job.yaml and passes `check`. Each line of an sh block is run in
- * a copy of the checkout, where `rankc` is the checkout's own; `# exit N` after a line says how it ends; lines that
+ * a copy of the checkout, where `rankc` is the compiled command line; `# exit N` after a line says how it ends; lines that
  * begin with `npm ci` or `npm install` are left out, for the copy has its packages. Every line of a text block stands in what the
  * sh block before it printed; `…` stands for anything.
  */
@@ -9,12 +9,13 @@ import { chmodSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:
 import { delimiter, join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { copyCheckout, root } from "./checkout.ts";
+import { builtCli } from "./rankc.ts";
 
 const copy = copyCheckout();
 afterAll(() => rmSync(copy, { recursive: true, force: true }));
 const bin = join(copy, ".bin");
 mkdirSync(bin);
-writeFileSync(join(bin, "rankc"), `#!/bin/sh\nexec "${process.execPath}" --import tsx "${join(copy, "src/cli.ts")}" "$@"\n`);
+writeFileSync(join(bin, "rankc"), `#!/bin/sh\nexec "${process.execPath}" "${builtCli()}" "$@"\n`);
 chmodSync(join(bin, "rankc"), 0o755);
 const env = { ...process.env, PATH: `${bin}${delimiter}${process.env.PATH}`, NO_COLOR: "1" };
 
@@ -57,7 +58,7 @@ test("every block is of a kind that is checked", () => {
 });
 
 // one after the other: a command reads what the one before it wrote
-test("the commands of the README end as it says, and print what it shows", { timeout: 300_000 }, () => {
+test("the commands of the README end as it says, and print what it shows", () => {
   let printed: string[] | undefined;
   for (const { kind, text, line } of blocks) {
     if (kind === "yaml" && /^name:/m.test(text)) {
