@@ -14,6 +14,7 @@ import { compile } from "../src/compile.ts";
 import { schedule, timesOf } from "../src/schedule.ts";
 import { random } from "./opCases.ts";
 import { distance, fixture, jobOf } from "./support.ts";
+import { isFull } from "./tiers.ts";
 
 const router = {
   balance: ["aux_loss", "seq_aux_loss", "global_aux_loss"],
@@ -157,7 +158,7 @@ describe("in fp16", () => {
     const train = { ...fp16, steps: count, optimizer: { type: "sgd", lr: 0.02 } };
     const exact = await stepsOf(jobWith(model, { world: 1 }, { ...train, precision: "fp32" }), 1);
     let first: StepResult[] | undefined;
-    for (const mesh of meshes) {
+    for (const mesh of isFull ? meshes : [meshes[0]!, meshes[3]!]) {
       const job = jobWith(model, mesh, train);
       const run = await openRun(compile(job).plan, { baseDir: fixture("") });
       const rule = lossScaleOf(job.train.loss_scale!);

@@ -11,8 +11,9 @@ import { ops } from "../src/ops/index.ts";
 import { slotSize } from "../src/ops/op.ts";
 import type { Arch } from "../src/target.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "./contract.ts";
-import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
+import { cudaEmulator, type Emulator, emulatorMissing } from "./cudaEmulator.ts";
 import { random } from "./opCases.ts";
+import { byTier, once } from "./tiers.ts";
 
 interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
   /** The width of values: C if not said. */
@@ -25,13 +26,15 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
   readonly drop?: number;
   readonly arch: Arch;
   readonly type: "bf16" | "f16" | "f32";
+  /** Also in the fast tier: of each kind of kernel one, pieces, zigzag order, f16, dropped weights. */
+  readonly fast?: true;
 }
 const shapes: readonly Shape[] = [
   // one block, blocks cut short on both sides, and a head of each kind
   { B: 1, S: 5, U: 5, G: 1, M: 1, C: 16, start: 0, arch: "sm_90a", type: "bf16" },
-  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", fast: true },
   { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
-  { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16", fast: true },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
   // pieces that see few of the keys, and keys that nobody sees
   { B: 1, S: 33, U: 300, G: 2, M: 4, C: 48, start: 0, arch: "sm_90a", type: "bf16" },
@@ -42,20 +45,20 @@ const shapes: readonly Shape[] = [
   // so many heads that a head's keys are taken in two waves
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_80", type: "bf16" },
   // f32 arithmetic: f32, and heads that the tensor cores do not take
-  { B: 2, S: 67, U: 140, G: 2, M: 2, C: 24, start: 70, arch: "sm_90a", type: "f32" },
+  { B: 2, S: 67, U: 140, G: 2, M: 2, C: 24, start: 70, arch: "sm_90a", type: "f32", fast: true },
   { B: 1, S: 129, U: 129, G: 1, M: 4, C: 128, start: 0, arch: "sm_80", type: "f32" },
   { B: 1, S: 30, U: 150, G: 1, M: 2, C: 7, start: 3, arch: "sm_90a", type: "f32" },
   { B: 1, S: 66, U: 66, G: 2, M: 1, C: 160, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "bf16" },
   // values of a width of their own: latent attention's, narrow and wide ones
-  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16", fast: true },
   { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16" },
   { B: 1, S: 129, U: 129, G: 2, M: 2, C: 48, W: 32, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 140, U: 140, G: 1, M: 1, C: 16, W: 112, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 70, U: 70, G: 2, M: 1, C: 24, W: 16, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 80, G: 1, M: 2, C: 192, W: 130, start: 14, arch: "sm_80", type: "f32" },
   // pieces of the keys: before, across and after the queries, on every kind of kernel
-  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16", fast: true },
   { B: 1, S: 330, U: 200, G: 1, M: 1, C: 128, start: 40, keyStart: 200, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 130, U: 130, G: 2, M: 2, C: 64, start: 0, keyStart: 130, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 200, U: 100, G: 2, M: 1, C: 192, W: 128, start: 10, keyStart: 150, arch: "sm_90a", type: "bf16" },
@@ -63,7 +66,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 70, U: 70, G: 1, M: 1, C: 64, start: 0, keyStart: 70, arch: "sm_100a", type: "bf16" },
   { B: 2, S: 130, U: 70, G: 2, M: 2, C: 24, W: 16, start: 5, keyStart: 60, arch: "sm_80", type: "f32" },
   // zigzag, all keys: blocks that tiles divide, and blocks that they do not
-  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", fast: true },
   { B: 1, S: 128, U: 512, G: 1, M: 2, C: 64, start: 128, zigzag: [64, 4], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 256, U: 768, G: 1, M: 1, C: 64, start: 512, zigzag: [128, 3], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 128, U: 384, G: 2, M: 1, C: 192, W: 128, start: 0, zigzag: [64, 3], arch: "sm_90a", type: "bf16" },
@@ -73,10 +76,10 @@ const shapes: readonly Shape[] = [
   { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
   // f16: Hopper's own products, those of any tensor core, and plain arithmetic
   { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
-  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16", fast: true },
   { B: 1, S: 65, U: 130, G: 1, M: 2, C: 80, start: 30, arch: "sm_80", type: "f16" },
   { B: 1, S: 40, U: 40, G: 2, M: 1, C: 24, start: 0, arch: "sm_90a", type: "f16" },
-  { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16" },
+  { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16", fast: true },
   // zigzag, a rank's keys: its own, of one before, of one after, of half of one, of two
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 256, U: 256, G: 1, M: 2, C: 64, start: 256, keyStart: 0, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
@@ -87,10 +90,10 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
   // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, blocks whose fours of keys lie apart
   { B: 2, S: 130, U: 260, G: 2, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", drop: 0.3 },
-  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1 },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1, fast: true },
   { B: 1, S: 65, U: 65, G: 2, M: 1, C: 64, start: 0, arch: "sm_100a", type: "f16", drop: 0.5 },
   { B: 1, S: 70, U: 150, G: 1, M: 2, C: 20, start: 3, arch: "sm_90a", type: "f32", drop: 0.2 },
-  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_90a", type: "bf16", drop: 0.2 },
+  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_90a", type: "bf16", drop: 0.2, fast: true },
   { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
@@ -145,25 +148,40 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
 
 const missing = await emulatorMissing();
 describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
-  const kernels = shapes.map((shape, i) =>
-    casesOf(shape, i + 1).map((c) => ({ ...c, made: makers[c.use.op as keyof typeof makers](c.use, shape.arch) })),
-  );
-  const executor = cudaEmulator(kernels.flat());
-  for (const [i, [forward, backward]] of kernels.entries())
-    test(titleOf(shapes[i]!), { timeout: 240_000 }, async () => {
-      await hold(executor, forward!.made, forward!);
-      await hold(executor, backward!.made, backward!);
+  interface Numbered {
+    readonly shape: Shape;
+    /** Seeds the data, and names the kernels. */
+    readonly seed: number;
+    readonly title: string;
+  }
+  const numbered = shapes.map((shape, i): Numbered => ({ shape, seed: i + 1, title: titleOf(shape) }));
+  /** Of the first two orders, and of orders by chance. */
+  type Executors = readonly [Emulator, Emulator];
+  const isPersistent = ({ shape: s, seed }: Numbered) => s.arch === "sm_90a" && !s.drop && (!!s.keyStart || [2, 10].includes(seed));
+
+  // each tier's kernels are one library
+  for (const { options, rows } of byTier(numbered, ({ shape }) => shape.fast === true)) {
+    const made = once(() => {
+      const kernels = rows.map(({ shape, seed }) =>
+        casesOf(shape, seed).map((c) => ({ ...c, made: makers[c.use.op as keyof typeof makers](c.use, shape.arch) })),
+      );
+      const executors: Executors = [cudaEmulator(kernels.flat()), cudaEmulator(kernels.flat(), [2, 3, 4, 5])];
+      return { kernels: new Map(rows.map(({ seed }, i) => [seed, kernels[i]!])), executors };
     });
-  const byChance = cudaEmulator(kernels.flat(), [2, 3, 4, 5]);
-  // of tiles that see no key, too
-  const persistent = shapes.flatMap((s, i) => (s.arch === "sm_90a" && !s.drop && (s.keyStart || [1, 9].includes(i)) ? [i] : []));
-  for (const i of persistent)
-    test(`in any order; one thread block that does all tiles after each other: ${titleOf(shapes[i]!)}`, { timeout: 240_000 }, async () => {
-      const [forward, backward] = kernels[i]!;
-      await hold(byChance, backward!.made, backward!);
+    test.each(rows)("$title", options, async ({ seed }) => {
+      const { kernels, executors } = made();
+      for (const kernel of kernels.get(seed)!) await hold(executors[0], kernel.made, kernel);
+    });
+    // of tiles that see no key, too
+    const title = "in any order; one thread block that does all tiles after each other: $title";
+    test.each(rows.filter(isPersistent))(title, options, async ({ seed }) => {
+      const { kernels, executors } = made();
+      const [forward, backward] = kernels.get(seed)!;
+      await hold(executors[1], backward!.made, backward!);
       const launches = forward!.made.launches.map((l): Launch => ({ ...l, grid: [1, 1, 1] }));
-      for (const e of [executor, byChance]) await hold(e, { ...forward!.made, launches }, forward!);
+      for (const e of executors) await hold(e, { ...forward!.made, launches }, forward!);
     });
+  }
 });
 
 test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {

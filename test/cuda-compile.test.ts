@@ -19,6 +19,7 @@ import { readJob } from "../src/readJob.ts";
 import { type Arch, archs } from "../src/target.ts";
 import { root } from "./checkout.ts";
 import { casesOf } from "./contract.ts";
+import { byTier, full } from "./tiers.ts";
 
 const run = promisify(execFile);
 const version = await run("nvcc", ["--version"]).then(
@@ -94,13 +95,13 @@ async function planSources(name: string, arch: Arch): Promise<string[]> {
 
 describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () => {
   describe.each(archs)("for %s", (arch) => {
-    test.each(["bf16", "f16"] as const)("takes the sources of the contract, halves %s", { timeout: 600_000 }, (half) =>
+    test.each(["bf16", "f16"] as const)("takes the sources of the contract, halves %s", full, (half) =>
       expectClean(contractSources(arch, half), arch),
     );
 
-    test.each(readdirSync(join(root, "plans")))("takes the sources of plans/%s", { timeout: 600_000 }, async (name) =>
-      expectClean(await planSources(name, arch), arch),
-    );
+    const plans = readdirSync(join(root, "plans"));
+    for (const { options, rows } of byTier(plans, (name) => name === "tiny-dense" && arch === "sm_90a"))
+      test.each(rows)("takes the sources of plans/%s", options, async (name) => expectClean(await planSources(name, arch), arch));
   });
 });
 
@@ -108,7 +109,6 @@ const nvrtc = findLibrary("nvrtc");
 // it knows no headers at all: what it takes needs none
 test.skipIf("missing" in nvrtc)(
   `NVRTC takes the sources of plans/tiny-mixtral${"missing" in nvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`,
-  { timeout: 600_000 },
   async () => {
     const image = await compileBeside((await planSources("tiny-mixtral", "sm_90a")).join("\n"), {
       ...{ arch: "sm_90a", name: "tiny-mixtral", options: ["--std=c++17", "--diag-suppress=177"] },

@@ -7,16 +7,17 @@ import { cudaKernels } from "../src/kernels/cuda/index.ts";
 import type { CudaMaker, Made } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type Arch, archs } from "../src/target.ts";
-import { type ContractCase, casesOf, type Executor, hold } from "./contract.ts";
+import { type ContractCase, casesInTier, type Executor, hold } from "./contract.ts";
 import { cudaDevice, firstGpu } from "./cudaDevice.ts";
 import { cudaEmulator, emulatorMissing } from "./cudaEmulator.ts";
 import { messageDrafts } from "./messageDrafts.ts";
+import { isFull, once } from "./tiers.ts";
 
 interface MadeCase extends ContractCase {
   readonly made: Made;
 }
 /** The cases with a kernel each, named apart; one for each architecture whose kernel is another. */
-function makeAll(op: string, maker: CudaMaker, on: readonly Arch[], cases = casesOf(ops[op]!, "bf16")): MadeCase[] {
+function makeAll(op: string, maker: CudaMaker, on: readonly Arch[], cases = casesInTier(ops[op]!, "bf16")): MadeCase[] {
   return cases.flatMap((c, i) => {
     const known = new Set<string>();
     return on.flatMap((arch) => {
@@ -40,40 +41,46 @@ async function holdAll(executor: Executor, cases: readonly MadeCase[]): Promise<
 
 /** In the other 16-bit type, which the same makers write: sizes that are multiples of nothing, and sizes that fill vectors and tiles. */
 const inF16 = (op: string): ContractCase[] =>
-  casesOf(ops[op]!, "f16").filter(
+  casesInTier(ops[op]!, "f16").filter(
     (c) => Object.values(c.use.dtype).includes("f16") && (op in messageDrafts || /: (odd|aligned),/.test(c.title)),
   );
 
 const missing = await emulatorMissing();
 describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
-  // made when their turn comes, or while the one before runs: compilers work beside
-  const prepared = new Map<string, { cases: MadeCase[]; executor: ReturnType<typeof cudaEmulator> }>();
-  const prepare = (op: string) => {
-    const cases = [...makeAll(op, cudaKernels[op]!, ["sm_90a", ...archs]), ...makeAll(op, cudaKernels[op]!, ["sm_90a"], inF16(op))];
-    const executor = cudaEmulator(cases);
-    prepared.set(op, { cases, executor });
-    return executor.prepare();
-  };
-  for (const [i, op] of Object.keys(cudaKernels).entries())
-    test(`${op} does what its reference does`, { timeout: 240_000 }, async () => {
-      const first = prepared.has(op) ? prepared.get(op)!.executor.prepare() : prepare(op);
-      const next = Object.keys(cudaKernels)[i + 1];
-      // what goes wrong with the next one, its own test says
-      if (next)
-        Promise.resolve(next)
-          .then(prepare)
-          .catch(() => undefined);
-      await first;
-      const { cases, executor } = prepared.get(op)!;
-      await holdAll(executor, cases);
+  const all = Object.keys(cudaKernels);
+  // the cases of the fast tier are few: several ops share a library, and g++ reads its headers once for them
+  const together = isFull ? 1 : 14;
+  const groups = Array.from({ length: Math.ceil(all.length / together) }, (_, n) => all.slice(n * together, (n + 1) * together));
+  /** The cases of a group by op, and their library; compiled at the first call. */
+  const prepared = groups.map((group) =>
+    once(async () => {
+      const cases = new Map(
+        group.map((op) => [
+          op,
+          [...makeAll(op, cudaKernels[op]!, ["sm_90a", ...archs]), ...makeAll(op, cudaKernels[op]!, ["sm_90a"], inF16(op))],
+        ]),
+      );
+      const executor = cudaEmulator([...cases.values()].flat());
+      await executor.prepare();
+      return { cases, executor };
+    }),
+  );
+  describe.each(groups.map((group, n) => ({ group, n })))("group $n", ({ group, n }) => {
+    test.each(group)("%s does what its reference does", async (op) => {
+      const here = prepared[n]!();
+      // g++ compiles the next group while this one runs; its own tests report its errors
+      prepared[n + 1]?.().catch(() => undefined);
+      const { cases, executor } = await here;
+      await holdAll(executor, cases.get(op)!);
     });
+  });
 });
 
 const gpu = firstGpu();
 const none = typeof gpu === "string";
 describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}`}`, () => {
   for (const [op, maker] of Object.entries(cudaKernels))
-    test(`${op} does what its reference does`, { timeout: 240_000 }, async () => {
+    test(`${op} does what its reference does`, async () => {
       if (none) return;
       const cases = [...makeAll(op, maker, [gpu.arch]), ...makeAll(op, maker, [gpu.arch], inF16(op))];
       await holdAll(cudaDevice(gpu, cases), cases);

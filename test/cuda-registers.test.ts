@@ -13,6 +13,7 @@ import type { Made } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { type Arch, archs } from "../src/target.ts";
 import { adding, products, type Sizes, useOf } from "./productCases.ts";
+import { full } from "./tiers.ts";
 
 const run = promisify(execFile);
 const compiler = await run("nvcc", ["--version"]).then(
@@ -39,8 +40,8 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     sm_90a: [...ofAll("sm_90a", "large_f16", large, [300, 200], "f16"), ...ofAll("sm_90a", "odd_f16", odd, [5], "f16")],
     sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
   };
-  test.each(Object.entries(made))("%s: products in one file keep all they work on in registers", { timeout: 240_000 }, staysInRegisters);
-  test.each(Object.entries(f16))("%s: so do those of f16", { timeout: 240_000 }, staysInRegisters);
+  test.each(Object.entries(made))("%s: products in one file keep all they work on in registers", full, staysInRegisters);
+  test.each(Object.entries(f16))("%s: so do those of f16", full, staysInRegisters);
 
   const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
   // eight ranks' keys here, or another rank's
@@ -73,7 +74,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
       }),
     );
   const both = archs.flatMap((arch) => [[arch, "bf16"] as const, [arch, "f16"] as const]);
-  test.each(both)("%s: so does attention in %s", { timeout: 240_000 }, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
+  test.each(both)("%s: so does attention in %s", full, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
 });
 
 async function staysInRegisters(arch: string, kernels: readonly Made[]): Promise<void> {

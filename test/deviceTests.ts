@@ -29,7 +29,7 @@ const command = ["node_modules/vitest/vitest.mjs", "run", ...files, "-t", only, 
 spawnSync(process.execPath, [...command, "--reporter=json", `--outputFile=${json}`], {
   cwd: root,
   stdio: "inherit",
-  env: { ...process.env, ...env },
+  env: { ...process.env, RANKC_TEST: "full", ...env },
 });
 const { testResults } = JSON.parse(readFileSync(json, "utf8")) as { readonly testResults: readonly Outcome[] };
 const ran = testResults.flatMap((f) =>

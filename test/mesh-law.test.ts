@@ -10,6 +10,7 @@ import { readJob } from "../src/readJob.ts";
 import type { Choice } from "../src/shard.ts";
 import { labelsBeside } from "./labels.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf } from "./support.ts";
+import { byTier, draws, full } from "./tiers.ts";
 
 type Parallel = Partial<Job["parallel"]>;
 
@@ -33,6 +34,16 @@ async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | u
   return { steps: [first, second], choices, gradients, learnt };
 }
 type Numbers = Awaited<ReturnType<typeof numbers>>;
+
+/** The numbers of a job that other meshes are compared with: computed once. */
+function reference(job: object): Promise<Numbers> {
+  const key = JSON.stringify(job);
+  const known = references.get(key) ?? numbers(jobOf(job));
+  references.set(key, known);
+  return known;
+}
+const references = new Map<string, Promise<Numbers>>();
+afterAll(() => references.clear());
 
 /**
  * Steps that routers begin alike. A choice between equals is a matter of rounding, and what follows from another choice is another
@@ -65,8 +76,6 @@ function sameSoFar(got: Numbers, want: Numbers): number {
   return steps;
 }
 const same = (got: Numbers, want: Numbers): void => expect(sameSoFar(got, want), "steps in which routers choose alike").toBe(2);
-/** How many random jobs are drawn: as many as the variable says, or these. */
-const runs = (usual: number): number => Number(process.env.RANKC_RUNS ?? usual);
 /** Over many random jobs: few may end early. */
 const enough = (steps: readonly number[]): void =>
   expect(steps.filter((n) => n < 2).length, "runs that a choice between equals ended").toBeLessThanOrEqual(2 + steps.length / 10);
@@ -104,21 +113,21 @@ describe("on named meshes", () => {
     { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true },
   ];
   test.each(dense.map((p) => [JSON.stringify(p), p] as const))("dense %s", async (_, parallel) => {
-    same(await numbers(jobOf(text(shape(), parallel))), await numbers(jobOf(text(shape(), { world: 1 }))));
+    same(await numbers(jobOf(text(shape(), parallel))), await reference(text(shape(), { world: 1 })));
   });
   test("dense, tied embeddings, q/k norm per head, no sequence parallelism", async () => {
     const model = shape({ tie_embeddings: true, qk_norm: "head" });
     same(
       await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))),
-      await numbers(jobOf(text(model, { world: 1 }))),
+      await reference(text(model, { world: 1 })),
     );
   });
-  test("tied embeddings on the first and the last stage", async () => {
+  test("tied embeddings on the first and the last stage", full, async () => {
     const model = shape({ tie_embeddings: true });
     const train = { global_batch: 8 };
     same(
       await numbers(jobOf(text(model, { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true }, train))),
-      await numbers(jobOf(text(model, { world: 1 }, train))),
+      await reference(text(model, { world: 1 }, train)),
     );
   });
   const schedules: [Parallel, object?][] = [
@@ -143,20 +152,22 @@ describe("on named meshes", () => {
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, { tie_embeddings: true }],
     [{ world: 4, pipeline: 4, layout: "Ett|t|t|L", schedule: "zero_bubble" }, { tie_embeddings: true }],
   ];
-  test.each(schedules.map((c) => [JSON.stringify(c), ...c] as const))(
-    "stages, their order and that of ranks: %s",
-    async (_, parallel, over = {}) => {
-      const model = shape({ layers: 4, moe, ...over });
-      same(await numbers(jobOf(text(model, parallel))), await numbers(jobOf(text(model, { world: 1 }))));
-    },
-  );
+  for (const { options, rows } of byTier(schedules, (_, i) => [2, 3, 6].includes(i)))
+    test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
+      "stages, their order and that of ranks: %s",
+      options,
+      async (_, parallel, over = {}) => {
+        const model = shape({ layers: 4, moe, ...over });
+        same(await numbers(jobOf(text(model, parallel))), await reference(text(model, { world: 1 })));
+      },
+    );
   const attentions = {
     "biases, positions in neighbours": { qkv_bias: true, out_bias: true, rope: { interleaved: true } },
     "latent attention": { mla: latent, kv_heads: 8, head_dim: 10, rope: { scaling: yarn } },
     "latent attention, queries too": { mla: { ...latent, q_rank: 10 }, kv_heads: 8, head_dim: 10, out_bias: true },
   };
   test.each(Object.entries(attentions))("%s", async (_, model) => {
-    const alone = await numbers(jobOf(text(shape(model), { world: 1 })));
+    const alone = await reference(text(shape(model), { world: 1 }));
     for (const parallel of [
       { world: 2, tensor: 2 },
       { world: 8, tensor: 4, sequence: true, context: 2, distributed_optimizer: true },
@@ -167,7 +178,7 @@ describe("on named meshes", () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
       await numbers(jobOf(text(model, { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }))),
-      await numbers(jobOf(text(shape({ moe }), { world: 1 }))),
+      await reference(text(shape({ moe }), { world: 1 })),
     );
   });
 });
@@ -188,12 +199,13 @@ describe("on grids that do not nest", () => {
     [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
     [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
   ];
-  test.each(pairs.map((c) => [JSON.stringify(c), ...c] as const))("%s", async (_, parallel, over = {}, train = {}) => {
-    const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
-    const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
-    expect(areApart(buildMesh(job))).toBe(true);
-    same(await numbers(job), await numbers(jobOf(text(model, { world: 1 }, { global_batch: 12 }))));
-  });
+  for (const { options, rows } of byTier(pairs, (_, i) => [0, 5, 6].includes(i)))
+    test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
+      const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
+      const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
+      expect(areApart(buildMesh(job))).toBe(true);
+      same(await numbers(job), await reference(text(model, { world: 1 }, { global_batch: 12 })));
+    });
   test("what an expert has room for is the same where the sequence is cut the same way", async () => {
     const model = shape({ ...thirds, moe: { ...moeOfThirds, capacity: { factor: 1, pad: true } } });
     const [got, want] = [{ world: 6, expert: 3 }, { world: 2 }].map((p) =>
@@ -212,7 +224,7 @@ describe.each(["microbatch", "token"])(
     const model = shape({ moe, mtp });
     const numbersOn = (parallel: Parallel, over: object = {}) =>
       numbers(jobOf(text({ ...model, ...over }, parallel, train, { labels: some.path })));
-    const alone = numbersOn({ world: 1 });
+    const alone = () => reference(text(model, { world: 1 }, train, { labels: some.path }));
     const meshes: Parallel[] = [
       { world: 2, tensor: 2, sequence: true },
       { world: 4, context: 4, context_method: "all_gather" },
@@ -221,28 +233,32 @@ describe.each(["microbatch", "token"])(
       { world: 4, pipeline: 2, virtual_pipeline: 1, schedule: "zero_bubble", distributed_optimizer: true },
       { world: 2, pipeline: 2, layout: "E|t|t|mmL" },
     ];
-    test.each(meshes.map((p) => [JSON.stringify(p), p] as const))("%s", async (_, parallel) =>
-      same(await numbersOn(parallel), await alone),
-    );
+    for (const { options, rows } of byTier(meshes, (_, i) => i === 3))
+      test.each(rows.map((p) => [JSON.stringify(p), p] as const))("%s", options, async (_, parallel) =>
+        same(await numbersOn(parallel), await alone()),
+      );
     // the embedding on the first stage, before the further layers, and as the head: three stages have it
-    test.each<Parallel>([
+    const layouts: Parallel[] = [
       { world: 3, pipeline: 3, layout: "Et|tmm|L" },
       { world: 8, pipeline: 4, tensor: 2, sequence: true, layout: "E|tt|mm|L", distributed_optimizer: false, schedule: "zero_bubble" },
       { world: 8, pipeline: 4, layout: "Et|t|mm|L", distributed_optimizer: true, expert: 2 },
-    ])("tied embeddings, the head past the further layers: %j", async (parallel) => {
-      const tied = { tie_embeddings: true };
-      same(await numbersOn(parallel, tied), await numbersOn({ world: 1 }, tied));
-    });
+    ];
+    const tied = { tie_embeddings: true };
+    for (const { options, rows } of byTier(layouts, (_, i) => i === 0))
+      test.each(rows)("tied embeddings, the head past the further layers: %j", options, async (parallel) => {
+        const alone = await reference(text({ ...model, ...tied }, { world: 1 }, train, { labels: some.path }));
+        same(await numbersOn(parallel, tied), alone);
+      });
   },
 );
 
-test("labels, and what they are weighed by, change what is learnt", async () => {
+test("labels, and what they are weighed by, change what is learnt", full, async () => {
   const model = shape({ moe });
   const losses = [
-    await numbers(jobOf(text(model, { world: 1 }))),
-    await numbers(jobOf(text(model, { world: 1 }, {}, { labels: some.path }))),
-    await numbers(jobOf(text(model, { world: 1 }, { loss_weighting: "token" }, { labels: some.path }))),
-    await numbers(jobOf(text(model, { world: 1 }, { micro_batch: 4 }, { labels: some.path }))),
+    await reference(text(model, { world: 1 })),
+    await reference(text(model, { world: 1 }, {}, { labels: some.path })),
+    await reference(text(model, { world: 1 }, { loss_weighting: "token" }, { labels: some.path })),
+    await reference(text(model, { world: 1 }, { micro_batch: 4 }, { labels: some.path })),
   ];
   expect(new Set(losses.map(({ steps }) => steps[0]!.loss)).size).toBe(4);
 });
@@ -271,18 +287,20 @@ describe("with a capacity, where the sequence is cut the same way", () => {
     [{ factor: 1, pad: true }, "all_to_all"],
     [{ factor: 1.5, drop: "position", pad: true }, "all_gather"],
   ];
-  test.each(capacities.map(([c, dispatch]) => [JSON.stringify(c), dispatch, c] as const))("%s, %s", async (_, dispatch, capacity) => {
-    const router = { ...moe.router, score: "sigmoid", expert_bias: true, bias_rate: 0.05 };
-    const model = shape({ moe: { ...moe, capacity, dispatch, router } });
-    const train = { micro_batch: 2 };
-    const losses = [];
-    for (const meshes of pieces) {
-      const [first, ...others] = meshes.map((mesh) => numbers(jobOf(text(model, mesh, train))));
-      for (const other of others) same(await other, await first!);
-      losses.push((await first!).steps[0]!.loss);
-    }
-    expect(new Set(losses).size).toBe(pieces.length);
-  });
+  const cases = capacities.map(([c, dispatch]) => [JSON.stringify(c), dispatch, c] as const);
+  for (const { options, rows } of byTier(cases, (_, i) => i === 2))
+    test.each(rows)("%s, %s", options, async (_, dispatch, capacity) => {
+      const router = { ...moe.router, score: "sigmoid", expert_bias: true, bias_rate: 0.05 };
+      const model = shape({ moe: { ...moe, capacity, dispatch, router } });
+      const train = { micro_batch: 2 };
+      const losses = [];
+      for (const meshes of pieces) {
+        const [first, ...others] = meshes.map((mesh) => numbers(jobOf(text(model, mesh, train))));
+        for (const other of others) same(await other, await first!);
+        losses.push((await first!).steps[0]!.loss);
+      }
+      expect(new Set(losses).size).toBe(pieces.length);
+    });
 });
 
 // its counts run over the microbatches of a step, so how many these are is part of it: of two meshes the same number
@@ -293,7 +311,7 @@ test("a loss on the counts of all data ranks, on as many microbatches", async ()
     { world: 16, tensor: 2, sequence: true, context: 2, expert: 4, distributed_optimizer: true },
     { world: 16, pipeline: 2, tensor: 2, sequence: true, expert: 2, expert_tensor: 2 },
   ];
-  const alone = await numbers(jobOf(text(model, { world: 1 }, { micro_batch: 4 })));
+  const alone = await reference(text(model, { world: 1 }, { micro_batch: 4 }));
   expect(alone.steps[0]!.aux_loss).toBeGreaterThan(0.1);
   for (const mesh of meshes) same(await numbers(jobOf(text(model, mesh))), alone);
 });
@@ -308,7 +326,7 @@ test("the same plan on the same inputs gives the same bits", async () => {
 });
 
 test("bf16 on any of these meshes follows fp32", async () => {
-  const alone = await numbers(jobOf(text(shape({ moe }), { world: 1 })));
+  const alone = await reference(text(shape({ moe }), { world: 1 }));
   for (const parallel of [{ world: 1 }, { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 4, distributed_optimizer: true }]) {
     const got = await numbers(jobOf(text(shape({ moe }), parallel, { precision: "bf16" })));
     // bf16 keeps 8 bits: 2^-9 relative per rounding; a few dozen roundings on the way to the loss
@@ -483,29 +501,22 @@ const anyJob = fc
   )
   .filter(({ job }) => job.parallel.world! <= 16 && readJob(stringify(job), "law.yaml").job !== undefined);
 
-test(
-  "on any legal mesh of up to 16 ranks, any small model, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute",
-  async () => {
-    const whole = new Map<string, Promise<Numbers>>();
-    const steps: number[] = [];
-    const { failed, counterexample, errorInstance, seed, counterexamplePath } = await fc.check(
-      fc.asyncProperty(anyJob, async ({ job, alone }) => {
-        const key = JSON.stringify(alone);
-        if (!whole.has(key)) whole.set(key, numbers(jobOf(alone)));
-        steps.push(sameSoFar(await numbers(jobOf(job)), await whole.get(key)!));
-      }),
-      { numRuns: runs(200) },
-    );
-    if (failed)
-      expect.fail(`${(errorInstance as Error).message}
+test("on any legal mesh of up to 16 ranks, any small model, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute", async () => {
+  const steps: number[] = [];
+  const { failed, counterexample, errorInstance, seed, counterexamplePath } = await fc.check(
+    fc.asyncProperty(anyJob, async ({ job, alone }) => {
+      steps.push(sameSoFar(await numbers(jobOf(job)), await reference(alone)));
+    }),
+    { numRuns: draws(12, 200) },
+  );
+  if (failed)
+    expect.fail(`${(errorInstance as Error).message}
 Its numbers are not those of ${JSON.stringify(counterexample![0].alone.parallel)}; drawn by seed ${seed}, path ${counterexamplePath}.
 The smallest job that fails:
 
 ${stringify(counterexample![0].job)}`);
-    enough(steps);
-  },
-  runs(200) * 6_000,
-);
+  enough(steps);
+});
 
 test("any choice of dims gives the same numbers: the rules decide cost, not truth", async () => {
   const router = {
@@ -526,12 +537,6 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
       ? text(shape({ ...thirds, moe: { ...moeOfThirds, ...over } }), parallel, { global_batch: 12 })
       : text(shape({ moe: { ...moe, ...over } }), parallel);
   const steps: number[] = [];
-  const known = new Map<string, Promise<Numbers>>();
-  const ruled = (job: object) => {
-    const key = JSON.stringify(job);
-    if (!known.has(key)) known.set(key, numbers(jobOf(job)));
-    return known.get(key)!;
-  };
   const meshes: Parallel[] = [
     { world: 4, tensor: 2, sequence: true, expert: 2 },
     { world: 8, tensor: 2, sequence: true, context: 2, expert: 4 },
@@ -548,10 +553,10 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
         return votes[(s >>> 8) % (votes.length + 1)] ?? { by: "nothing" };
       };
       const job = jobFor(parallel, over);
-      steps.push(sameSoFar(await numbers(jobOf(job), pick), await ruled(job)));
+      steps.push(sameSoFar(await numbers(jobOf(job), pick), await reference(job)));
     }),
     {
-      numRuns: runs(20),
+      numRuns: draws(4, 20),
       // E cut by the same factors in another order: once two layouts under one name
       examples: [
         [77, meshes[1]!, experts.plain],
@@ -560,4 +565,4 @@ test("any choice of dims gives the same numbers: the rules decide cost, not trut
     },
   );
   enough(steps);
-}, 240_000);
+});

@@ -11,6 +11,7 @@ import { ops } from "../src/ops/index.ts";
 import { readJob } from "../src/readJob.ts";
 import { byId, type Named, near, oracle, unpacked } from "./oracle.ts";
 import { jobOf, parallelOf } from "./support.ts";
+import { byTier } from "./tiers.ts";
 
 /** All 58 cases: both orders of the axes, grids that nest and one (tp 3, ep 4) that do not. */
 describe("rank groups", () => {
@@ -401,9 +402,11 @@ describe("ten steps of training", () => {
     "train-p08": { world: 16, context: 4, pipeline: 2, expert: 2, expert_tensor: 2 },
     "train-p09": { ...wide, context: 4 },
   };
-  test.each(byId(tiny.cases.filter((c) => c.world === 1)))("%s, on many ranks", async (id, c) => {
-    await trains(c, jobOn(c, { ...(widest[id] ?? wide), distributed_optimizer: true }));
-  });
+  const alone = byId(tiny.cases.filter((c) => c.world === 1));
+  for (const { options, rows } of byTier(alone, (_, i) => i === 0))
+    test.each(rows)("%s, on many ranks", options, async (id, c) => {
+      await trains(c, jobOn(c, { ...(widest[id] ?? wide), distributed_optimizer: true }));
+    });
 });
 
 /** 328 of 483 cases: those whose flags all mean something here, or nothing that a job says. */

@@ -5,14 +5,23 @@ import { openCpu } from "../runtime/cpu.ts";
 import { openCorpus } from "../runtime/data.ts";
 import { runOn, type StepResult, type Tensor } from "../runtime/execute.ts";
 import type { Job } from "../schemas/job.ts";
+import type { Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
 import { fixture } from "./support.ts";
 
 export type Weights = ReadonlyMap<string, Tensor>;
 
+const plans = new WeakMap<Job, Plan>();
+/** The plan of a job; compiled once for each job object. */
+function planOf(job: Job): Plan {
+  const plan = plans.get(job) ?? compile(job).plan;
+  plans.set(job, plan);
+  return plan;
+}
+
 /** The first step from these weights, or from those of the job's seed; `weights` are as they were before it. */
 export async function firstStep(job: Job, weights?: Weights, watch: readonly string[] = []) {
-  const { plan } = compile(job);
+  const plan = planOf(job);
   const { path, labels } = job.data;
   const files = { path: resolve(fixture(""), path), labels: labels ?? undefined };
   const { batch, close } = openCorpus(files, readingOf(job));
@@ -33,7 +42,7 @@ export async function firstStep(job: Job, weights?: Weights, watch: readonly str
  * be moved without a router choosing otherwise.
  */
 export async function slopeErrors(job: Job, objective: (metrics: StepResult) => number): Promise<Map<string, number>> {
-  const watch = compile(job).plan.programs.flatMap((p) => p.buffers.flatMap(({ id }) => (id.endsWith(".moe.choose") ? [id] : [])));
+  const watch = planOf(job).programs.flatMap((p) => p.buffers.flatMap(({ id }) => (id.endsWith(".moe.choose") ? [id] : [])));
   const chosen = ({ watched }: Awaited<ReturnType<typeof firstStep>>) =>
     [...watched.values()]
       .flat()

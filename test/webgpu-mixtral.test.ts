@@ -8,6 +8,7 @@ import { loadTarget } from "../src/makers.ts";
 import { readJob } from "../src/readJob.ts";
 import { root } from "./checkout.ts";
 import { noAdapter } from "./softwareAdapter.ts";
+import { full } from "./tiers.ts";
 
 const folder = join(root, "plans/tiny-mixtral");
 const path = join(folder, "job.yaml");
@@ -26,7 +27,7 @@ async function losses(sets: readonly string[], backend: "cpu" | "webgpu"): Promi
   }
 }
 
-describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : ""}`, { timeout: 600_000 }, () => {
+describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : ""}`, full, () => {
   const meshes = {
     "one rank": ["world=1", "tensor=1", "sequence=false", "pipeline=1", "expert=1", "distributed_optimizer=false"],
     "eight ranks: tensor 2, expert 4, pipeline 2": ["world=8"],

@@ -11,6 +11,7 @@ import { ops } from "../src/ops/index.ts";
 import { type ContractCase, hold } from "./contract.ts";
 import { elements, random } from "./opCases.ts";
 import { adapterEnv, noAdapter } from "./softwareAdapter.ts";
+import { byTier } from "./tiers.ts";
 import { wgslExecutor } from "./wgslExecutor.ts";
 
 // the adapter is seen once its environment stands
@@ -22,7 +23,6 @@ const executor = device && wgslExecutor(device, adapter!.info.architecture);
 const checker = create(["backend=null"]);
 const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
 const kept: unknown[] = [gpu, adapter, checker];
-const LONG = 120_000; // a software adapter beside other tests
 afterAll(() => {
   device?.destroy();
   checked.destroy();
@@ -96,13 +96,11 @@ const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks
   ["weights dropped, zigzag", "attention_dropout", { ...small, S: 48, U: 96, chunk: 12, ranks: 4, drop: 0.2 }, { S: 48, G: 2 }],
   ["weights dropped, zigzag by 10", "attention_dropout_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 }, { S: 40, U: 0 }],
 ];
-test.skipIf(noAdapter).each(shapes)(
-  `%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
-  async (_, op, d, starts) => {
+const inFast = ["zigzag, queries and keys of several ranks", "weights dropped, keys across the diagonal"];
+for (const { options, rows } of byTier(shapes, ([name]) => inFast.includes(name)))
+  test.skipIf(noAdapter).each(rows)(`%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, options, async (_, op, d, starts) => {
     for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, attention[c.use.op]!(c.use), c);
-  },
-  LONG,
-);
+  });
 
 test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
   const orders = [plain, { chunk: 256, ranks: 8 }];

@@ -5,8 +5,9 @@ import { create } from "webgpu";
 import { wgslKernels } from "../src/kernels/wgsl/index.ts";
 import { fold } from "../src/kernels/wgsl/text.ts";
 import { ops } from "../src/ops/index.ts";
-import { casesOf, hold } from "./contract.ts";
+import { casesInTier, casesOf, hold } from "./contract.ts";
 import { adapterEnv, noAdapter } from "./softwareAdapter.ts";
+import { once } from "./tiers.ts";
 import { wgslExecutor } from "./wgslExecutor.ts";
 
 // the adapter is seen once its environment stands
@@ -18,7 +19,6 @@ const executor = device && wgslExecutor(device, adapter!.info.architecture);
 const checker = create(["backend=null"]);
 const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
 const kept: unknown[] = [gpu, adapter, checker];
-const LONG = 120_000; // a software adapter beside other tests
 afterAll(() => {
   device?.destroy();
   checked.destroy();
@@ -28,47 +28,36 @@ afterAll(() => {
 
 const table = Object.values(ops).filter((o) => wgslKernels[o.name]);
 describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
-  const cases = once(() => casesOf(op, "f16").map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") })));
+  // the cases of all ops together take seconds to make
+  const cases = once(() => casesInTier(op, "f16").map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") })));
 
-  test.skipIf(noAdapter)(
-    `equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`,
-    async () => {
-      for (const c of cases()) await hold(executor!, c.made, c).catch(failure(c.title));
-    },
-    LONG,
-  );
+  test.skipIf(noAdapter)(`equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, async () => {
+    for (const c of cases()) await hold(executor!, c.made, c).catch(failure(c.title));
+  });
 
-  test.skipIf(noAdapter)(
-    "gives the same bits again",
-    async () => {
-      const { made, use, data, starts } = cases().find((c) => c.title.includes(": long,")) ?? cases().at(-1)!;
-      const bits = async () => {
-        const have = await executor!.run(made, use, data, starts);
-        return Object.entries(have).map(([n, x]) => `${n} ${createHash("sha256").update(x).digest("hex")}`);
-      };
-      expect(await bits()).toEqual(await bits());
-    },
-    LONG,
-  );
+  test.skipIf(noAdapter)("gives the same bits again", async () => {
+    const { made, use, data, starts } = cases().find((c) => c.title.includes(": long,")) ?? cases().at(-1)!;
+    const bits = async () => {
+      const have = await executor!.run(made, use, data, starts);
+      return Object.entries(have).map(([n, x]) => `${n} ${createHash("sha256").update(x).digest("hex")}`);
+    };
+    expect(await bits()).toEqual(await bits());
+  });
 
-  test(
-    "compiles within WebGPU's default limits",
-    async () => {
-      for (const { title, made } of cases()) {
-        checked.pushErrorScope("validation");
-        const module = checked.createShaderModule({ code: made.source });
-        const { messages } = await module.getCompilationInfo();
-        for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
-        const wrong = await checked.popErrorScope();
-        expect(
-          messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`),
-          `${title}\n${made.source}`,
-        ).toEqual([]);
-        expect(wrong?.message, `${title}\n${made.source}`).toBeUndefined();
-      }
-    },
-    LONG,
-  );
+  test("compiles within WebGPU's default limits", async () => {
+    for (const { title, made } of cases()) {
+      checked.pushErrorScope("validation");
+      const module = checked.createShaderModule({ code: made.source });
+      const { messages } = await module.getCompilationInfo();
+      for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
+      const wrong = await checked.popErrorScope();
+      expect(
+        messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`),
+        `${title}\n${made.source}`,
+      ).toEqual([]);
+      expect(wrong?.message, `${title}\n${made.source}`).toBeUndefined();
+    }
+  });
 
   test("the same use makes the same kernel, with all its names its own", () => {
     for (const { use, made } of cases()) {
@@ -120,11 +109,6 @@ test("a folded grid has every index once, within the limit of each dimension", (
   }
 });
 
-/** Made where it is first needed: the cases of all ops together take seconds. */
-function once<T>(make: () => T): () => T {
-  let have: T | undefined;
-  return () => (have ??= make());
-}
 const failure = (title: string) => (error: unknown) => {
   throw error instanceof Error && !error.message.includes(title) ? new Error(`${title}: ${error.message}`, { cause: error }) : error;
 };

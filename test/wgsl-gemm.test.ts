@@ -15,6 +15,7 @@ import { type Profile, profiles } from "../src/target.ts";
 import { type ContractCase, hold } from "./contract.ts";
 import { random } from "./opCases.ts";
 import { adapterEnv, noAdapter } from "./softwareAdapter.ts";
+import { byTier } from "./tiers.ts";
 import { wgslExecutor } from "./wgslExecutor.ts";
 
 // the adapter is seen once its environment stands; it is not asked for f16, so that f32 takes its place everywhere
@@ -28,7 +29,6 @@ const checked = await (await checker.requestAdapter())!.requestDevice({
   requiredFeatures: ["shader-f16", "chromium-experimental-subgroup-matrix" as GPUFeatureName],
 });
 const kept: unknown[] = [gpu, adapter, checker];
-const LONG = 120_000; // a software adapter beside other tests
 const skipped = noAdapter ? ` (skipped: ${noAdapter})` : "";
 afterAll(() => {
   device?.destroy();
@@ -96,54 +96,52 @@ function caseOf(use: Use, { T, counts = [] }: Sizes): ContractCase {
 const odd: Sizes = { T: 133, K: 70, N: 139 };
 const even: Sizes = { T: 140, K: 72, N: 132, counts: [61, 0, 79] };
 // the contract has all layouts, in the tiles of small products
-test.skipIf(noAdapter).each([
+const inTiles = [
   ["gemm", 128, odd, false],
   ["grouped_wgrad", 128, even, true],
   ["gemm_dgrad", 64, odd, false],
   ["grouped_dgrad", 64, even, false],
-] as const)(
-  `%s in tiles of %s${skipped}`,
-  async (op, size, sizes, adds) => {
+] as const;
+for (const { options, rows } of byTier(inTiles, ([op]) => op === "grouped_dgrad"))
+  test.skipIf(noAdapter).each(rows)(`%s in tiles of %s${skipped}`, options, async (op, size, sizes, adds) => {
     const use = useOf(op, sizes, "f32", adds);
     const p = productOf(use);
     const tiles = plainTiles.filter((t) => t.bm === size && t.bn === size);
     await hold(executor!, gemm(p, tilingOf(p, tiles)), caseOf(use, sizes));
-  },
-  LONG,
-);
+  });
 
-test.skipIf(noAdapter).each([
+const deep = [
   ["gemm", { T: 16, K: 2051, N: 12 }, false],
   ["gemm_wgrad", { T: 4100, K: 12, N: 7 }, true],
-] as const)(
-  `a deep product of few tiles is summed in parts, then over the parts: %s${skipped}`,
-  async (op, sizes, adds) => {
-    const use = useOf(op, sizes, "f32", adds);
-    const made = linear[op]!(use, "baseline");
-    expect(made.launches.map((l) => l.entry)).toEqual([use.name, `${use.name}_sum`]);
-    expect(made.launches[0]!.grid[0]).toBeGreaterThan(1);
-    await hold(executor!, made, caseOf(use, sizes));
-  },
-  LONG,
-);
+] as const;
+for (const { options, rows } of byTier(deep, ([op]) => op === "gemm"))
+  test.skipIf(noAdapter).each(rows)(
+    `a deep product of few tiles is summed in parts, then over the parts: %s${skipped}`,
+    options,
+    async (op, sizes, adds) => {
+      const use = useOf(op, sizes, "f32", adds);
+      const made = linear[op]!(use, "baseline");
+      expect(made.launches.map((l) => l.entry)).toEqual([use.name, `${use.name}_sum`]);
+      expect(made.launches[0]!.grid[0]).toBeGreaterThan(1);
+      await hold(executor!, made, caseOf(use, sizes));
+    },
+  );
 
 // with f32 in place of f16, tiles take twice the memory: the larger one is tried with half its depth
-test.skipIf(noAdapter).each([
+const onMatrixUnits = [
   ["gemm", 128, { T: 130, K: 18, N: 132 }],
   ["gemm_wgrad", 64, { T: 70, K: 40, N: 72 }],
   ["grouped_dgrad", 64, { T: 70, K: 36, N: 68, counts: [31, 0, 39] }],
   ["grouped_wgrad", 64, { T: 70, K: 36, N: 68, counts: [31, 0, 39] }],
-] as const)(
-  `%s on matrix units, in tiles of %s${skipped}`,
-  async (op, size, sizes) => {
+] as const;
+for (const { options, rows } of byTier(onMatrixUnits, ([op]) => op === "gemm_wgrad"))
+  test.skipIf(noAdapter).each(rows)(`%s on matrix units, in tiles of %s${skipped}`, options, async (op, size, sizes) => {
     const use = useOf(op, sizes, "f16");
     const p = productOf(use);
     const tiles = matrixTiles.filter((t) => t.bm === size).map((t) => ({ ...t, bk: size > 64 ? 16 : t.bk }));
     const made = gemmMatrix(p, tilingOf(p, tiles));
     await hold(executor!, { ...made, source: spelledOut(made.source) }, caseOf(use, sizes));
-  },
-  LONG,
-);
+  });
 
 test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) => {
   for (const op of Object.keys(operands))
