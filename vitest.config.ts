@@ -2,6 +2,7 @@
 import { basename } from "node:path";
 import { defineConfig } from "vitest/config";
 import { BaseSequencer, type TestSpecification } from "vitest/node";
+import { TierReporter } from "./test/tierReporter.ts";
 import { isFull } from "./test/tiers.ts";
 
 /** Files that start first, so that no core waits for one of them at the end. A fresh clone has no recorded durations. */
@@ -41,6 +42,7 @@ export default defineConfig({
     hookTimeout: HANG,
     tags: [{ name: "full", description: "runs in the full tier alone" }],
     ...(isFull ? {} : { tagsFilter: ["!full"] }),
+    reporters: ["default", new TierReporter()],
     setupFiles: ["test/setup.ts"],
     sequence: { sequencer: LongestFirst },
     projects: [

@@ -16,7 +16,12 @@ export interface Said {
  * starts from it takes half the time of one that transforms TypeScript.
  */
 export function builtCli(): string {
-  const inputs = ["package.json", "tsconfig.json", "tsconfig.build.json", ...["schemas", "src", "runtime", "templates"].flatMap(filesBelow)];
+  const inputs = [
+    "package.json",
+    "tsconfig.json",
+    "tsconfig.build.json",
+    ...["schemas", "src", "runtime", "templates"].flatMap(filesBelow),
+  ];
   const digest = createHash("sha256");
   for (const path of inputs) digest.update(path).update(readFileSync(join(root, path)));
   const cache = join(root, "node_modules/.cache/rankc-build");

@@ -1,4 +1,6 @@
 /** Training on WebGPU: plans of several meshes give the loss and the gradients of the CPU, the reference. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import type { Run } from "../runtime/execute.ts";
 import { openRun, type RunSettings } from "../runtime/run.ts";
@@ -7,9 +9,11 @@ import type { Plan } from "../schemas/plan.ts";
 import { compile } from "../src/compile.ts";
 import { loadTarget } from "../src/makers.ts";
 import { layOut } from "../src/memory.ts";
+import { readJob } from "../src/readJob.ts";
+import { root } from "./checkout.ts";
 import { noAdapter, noHalves } from "./softwareAdapter.ts";
 import { distance, fixture, jobOf } from "./support.ts";
-import { byTier } from "./tiers.ts";
+import { byTier, full } from "./tiers.ts";
 import { withoutF16 } from "./wgslExecutor.ts";
 
 /** One size for all that a product can have, so that many products are one kernel: compiling is what takes time here. */
@@ -147,5 +151,36 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
     // rounding: on the CPU itself, meshes that add in another order are 0.034 apart then
     for (const [step, m] of want.metrics.entries())
       expect(Math.abs(got.metrics[step]!.loss - m.loss), `loss of step ${step}`).toBeLessThan(step < 3 ? 2e-2 : 6e-2);
+  });
+});
+
+const mixtral = join(root, "plans/tiny-mixtral");
+
+/** The losses of three steps of plans/tiny-mixtral. */
+async function losses(sets: readonly string[], backend: "cpu" | "webgpu"): Promise<number[]> {
+  const path = join(mixtral, "job.yaml");
+  const { job } = readJob(readFileSync(path, "utf8"), path, sets);
+  const { plan, sources } = compile(job!, { target: await loadTarget(backend === "cpu" ? "cpu" : "webgpu:baseline") });
+  const settings: RunSettings = { backend, source: (file) => sources.get(file)!, baseDir: mixtral };
+  const run = await openRun(plan, settings);
+  try {
+    const all: number[] = [];
+    for (let step = 0; step < 3; step++) all.push((await run.step()).loss);
+    return all;
+  } finally {
+    await run.close();
+  }
+}
+
+describe.skipIf(noAdapter)(`plans/tiny-mixtral on WebGPU: the losses of the CPU${noAdapter ? `: skipped, ${noAdapter}` : ""}`, full, () => {
+  const meshes = {
+    "one rank": ["world=1", "tensor=1", "sequence=false", "pipeline=1", "expert=1", "distributed_optimizer=false"],
+    "eight ranks: tensor 2, expert 4, pipeline 2": ["world=8"],
+  };
+  test.each(Object.entries(meshes))("%s", async (_, parallel) => {
+    const sets = parallel.map((s) => `parallel.${s}`);
+    const [got, want] = [await losses(sets, "webgpu"), await losses(sets, "cpu")];
+    expect(want[2]).toBeLessThan(want[0]!);
+    for (const [step, loss] of want.entries()) expect(Math.abs(got[step]! - loss), `step ${step + 1}`).toBeLessThan(1e-4);
   });
 });
