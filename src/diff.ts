@@ -6,6 +6,7 @@ import type { Buffer, Instruction, Plan, Program } from "../schemas/plan.ts";
 import { blocksOf } from "../schemas/program.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
 import { anyLayer, layerOf } from "./layerNames.ts";
+import { memoryKinds } from "./memoryBreakdown.ts";
 import { type Phase, phases, shapeText } from "./programText.ts";
 import { bytesText, countText, flopsText, ranges, table } from "./units.ts";
 
@@ -108,8 +109,7 @@ function roleFacts(role: RoleView | undefined): Facts {
   add("microbatches", "count", role.microbatches);
   add("instructions a step", "count", role.instructions.per_step);
   const { memory } = role;
-  for (const kind of ["parameter", "gradient", "optimizer", "activation", "workspace", "peak"] as const)
-    add(`memory ${kind}`, "bytes", memory[kind]);
+  for (const kind of [...memoryKinds, "peak"] as const) add(`memory ${kind}`, "bytes", memory[kind]);
   add(
     "slots",
     "count",

@@ -2,10 +2,11 @@
 import { devices } from "../schemas/job.ts";
 import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
-import { activationBytes, type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
+import { type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
 import { phasesOf } from "../schemas/rampup.ts";
 import { flopsOf, sizesAgree } from "./cost.ts";
 import { anyLayer, fromLayer } from "./layerNames.ts";
+import { type MemoryBreakdown, memoryBreakdown, memoryKinds, memoryNames } from "./memoryBreakdown.ts";
 import { denseAxes, expertAxes, groups } from "./mesh.ts";
 import { ops } from "./ops/index.ts";
 import { blockLines, blockName, type Phase, phases, timesText } from "./programText.ts";
@@ -56,14 +57,8 @@ export interface RoleView {
   readonly microbatches: number;
   readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
   readonly parameters: { readonly tensors: number; readonly elements: number };
-  readonly memory: {
-    readonly parameter: number;
-    readonly gradient: number;
-    readonly optimizer: number;
-    readonly activation: number;
-    readonly workspace: number;
-    readonly peak: number;
-  };
+  /** Bytes; the parts add up to the peak. */
+  readonly memory: MemoryBreakdown & { readonly peak: number };
   readonly flops: { readonly [P in Phase]: number } & { readonly per_step: number };
   readonly collectives: readonly CollectiveView[];
   readonly transfers: readonly TransferView[];
@@ -186,14 +181,7 @@ function roleView(plan: Plan, program: Program): RoleView {
       tensors: program.parameters.length,
       elements: program.parameters.reduce((sum, p) => sum + elementsOf(buffer(p.buffer).shape), 0),
     },
-    memory: {
-      parameter: memory.parameter,
-      gradient: memory.gradient,
-      optimizer: memory.optimizer,
-      activation: activationBytes(program, memory),
-      workspace: memory.workspace,
-      peak: memory.peak,
-    },
+    memory: { ...memoryBreakdown(program, memory), peak: memory.peak },
     flops: each((instructions) =>
       instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0),
     ),
@@ -285,28 +273,27 @@ function rampText({ ramp_up }: Inspection["derived"]): string[] {
 }
 
 export function printMemory({ roles, device }: Inspection): string[] {
+  // kernels of some targets need no scratch
+  const kinds = memoryKinds.filter((kind) => kind !== "scratch" || roles.some(({ memory }) => memory.scratch > 0));
   const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
     `stage ${stage}`,
     layersText({ chunks, mtp }),
-    ...[m.parameter, m.gradient, m.optimizer].map(bytesText),
-    chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + "),
-    ...[m.workspace, m.peak].map(bytesText),
+    ...kinds.map((kind) =>
+      kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + ") : bytesText(m[kind]),
+    ),
+    bytesText(m.peak),
     countText(m.peak),
     `${((100 * m.peak) / device.memory).toFixed(1)} %`,
   ];
-  const head = [
-    "role",
-    "",
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations x slots",
-    "workspace",
-    "peak",
-    "bytes",
-    `of ${device.name}`,
+  const names = kinds.map((kind) => (kind === "activation" ? "activations x slots" : memoryNames[kind]));
+  const head = ["role", "", ...names, "peak", "bytes", `of ${device.name}`];
+  return [
+    "memory of a rank:",
+    ...table(
+      [head, ...sameRows(roles.map(row))],
+      head.flatMap((_, column) => (column < 2 ? [] : [column])),
+    ),
   ];
-  return ["memory of a rank:", ...table([head, ...sameRows(roles.map(row))], [2, 3, 4, 5, 6, 7, 8, 9])];
 }
 
 /** `layers 0..3`; of several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */

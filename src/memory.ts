@@ -5,8 +5,9 @@
  */
 import { bytesOf, elementsOf } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kernel, Kind, Memory, Program } from "../schemas/plan.ts";
-import { activationBytes, blocksOf, microbatchBlocks } from "../schemas/program.ts";
+import { blocksOf, microbatchBlocks } from "../schemas/program.ts";
 import { touched } from "./lower.ts";
+import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "./memoryBreakdown.ts";
 import { invariant } from "./ops/op.ts";
 
 /** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
@@ -43,10 +44,8 @@ export function layOut(program: Program, kernels: readonly Kernel[] = []): Memor
   for (const { instructions } of blocksOf(program))
     total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets, fixed));
 
-  const { parameter, gradient, optimizer, workspace } = total;
-  const scratch = scratchOf(program, kernels);
-  const peak = parameter + gradient + optimizer + activationBytes(program, { activation }) + workspace + scratch;
-  return { stage: program.stage, ...total, activation, scratch, peak, offsets };
+  const arenas = { ...total, activation, scratch: scratchOf(program, kernels) };
+  return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
 }
 
 /** Workspace that several blocks touch: inputs, which have one place in all of them, at the beginning. */
@@ -168,9 +167,12 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
   const lines: string[] = [];
   for (const [s, m] of memory.entries()) {
     const p = programs[s]!;
-    lines.push(
-      `stage ${s}: peak ${m.peak} bytes = parameters ${m.parameter} + gradients ${m.gradient} + optimizer ${m.optimizer} + activations ${p.chunks.map(({ slots }, c) => `${slots} x ${m.activation[c]}`).join(" + ")} + workspace ${m.workspace}${m.scratch ? ` + scratch ${m.scratch}` : ""}`,
-    );
+    const parts = memoryBreakdown(p, m);
+    const slots = p.chunks.map(({ slots }, c) => `${slots} x ${m.activation[c]}`).join(" + ");
+    const terms = memoryKinds
+      .filter((kind) => kind !== "scratch" || parts.scratch > 0)
+      .map((kind) => `${memoryNames[kind]} ${kind === "activation" ? slots : parts[kind]}`);
+    lines.push(`stage ${s}: peak ${m.peak} bytes = ${terms.join(" + ")}`);
     for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
       lines.push(
         `  ${b.kind.padEnd(10)} ${String(m.offsets[b.id]).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`,

@@ -1,7 +1,8 @@
 /** A plan as one SVG for people who would rather look: the schedule over time, stage by stage, and what fills each stage's memory. */
 import { devices } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
-import { activationBytes, workOf } from "../schemas/program.ts";
+import { workOf } from "../schemas/program.ts";
+import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "./memoryBreakdown.ts";
 import { bubbleOf, type Piece, timesOf } from "./schedule.ts";
 import { bytesText, plural } from "./units.ts";
 
@@ -15,13 +16,14 @@ const colours = {
   backward: ["#54a24b", "#7cc074", "#a6d7a0", "#cdeac9"],
   weights: ["#e8973a", "#f2b370", "#f7cd9f", "#fbe4cb"],
 } as const;
-const memoryColours = {
-  parameters: "#4c78a8",
-  gradients: "#54a24b",
+const memoryColours: Readonly<Record<MemoryKind, string>> = {
+  parameter: "#4c78a8",
+  gradient: "#54a24b",
   optimizer: "#e8973a",
-  activations: "#b279a2",
+  activation: "#b279a2",
   workspace: "#9d9da1",
-} as const;
+  scratch: "#d6a5c9",
+};
 
 export function drawPlan(plan: Plan): string {
   const chunks = plan.programs[0]!.chunks.length;
@@ -52,7 +54,10 @@ export function drawPlan(plan: Plan): string {
     ...schedule.lines,
     "</g>",
     text(10, between - 26, `memory of a rank; ${device} has ${bytesText(devices[device].memory)}`, 'font-size="15"'),
-    ...legend(Object.entries(memoryColours), between - 8),
+    ...legend(
+      memoryKinds.map((kind) => [memoryNames[kind], memoryColours[kind]]),
+      between - 8,
+    ),
     `<g transform="translate(0 ${between})">`,
     ...memory.lines,
     "</g>",
@@ -87,25 +92,18 @@ function drawTime(pieces: readonly (readonly Piece[])[], chunks: number): Drawn 
 function drawMemory(plan: Plan): Drawn {
   const bars = plan.memory.map((m) => {
     const program = plan.programs.find((p) => p.stage === m.stage)!;
-    const parts = {
-      parameters: m.parameter,
-      gradients: m.gradient,
-      optimizer: m.optimizer,
-      activations: activationBytes(program, m),
-      workspace: m.workspace,
-    };
-    return { stage: m.stage, peak: m.peak, parts };
+    return { stage: m.stage, peak: m.peak, parts: memoryBreakdown(program, m) };
   });
   const room = devices[plan.job.cluster.device].memory;
-  const fullest = Math.max(...bars.map(({ parts }) => Object.values(parts).reduce((a, b) => a + b)));
+  const fullest = bars.reduce((most, { peak }) => Math.max(most, peak), 0);
   // a job that hardly fills the device would be a line of no width
   const shown = room < 4 * fullest;
   const scale = WIDE / Math.max(fullest, shown ? room : 0);
   const bar = ({ stage, peak, parts }: (typeof bars)[number], i: number): string[] => {
     let x = LEFT;
-    const rects = (Object.keys(parts) as (keyof typeof parts)[]).map((name) => {
-      const w = parts[name] * scale;
-      const rect = `<g><title>${name} ${bytesText(parts[name])}</title><rect x="${round(x)}" y="${i * ROW}" width="${round(w)}" height="${ROW - 3}" fill="${memoryColours[name]}"/></g>`;
+    const rects = memoryKinds.map((kind) => {
+      const w = parts[kind] * scale;
+      const rect = `<g><title>${memoryNames[kind]} ${bytesText(parts[kind])}</title><rect x="${round(x)}" y="${i * ROW}" width="${round(w)}" height="${ROW - 3}" fill="${memoryColours[kind]}"/></g>`;
       x += w;
       return rect;
     });

@@ -4,7 +4,10 @@ import { instructionsOf } from "../schemas/program.ts";
 import { compile } from "../src/compile.ts";
 import { diffPlans, printDiff } from "../src/diff.ts";
 import { inspectPlan, inspectRank, printInspect } from "../src/inspect.ts";
+import { loadTarget } from "../src/makers.ts";
+import { memoryKinds, memoryNames, peakOfParts } from "../src/memoryBreakdown.ts";
 import { printPlan } from "../src/plan.ts";
+import { drawPlan } from "../src/planPicture.ts";
 import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
 import { parsePlan } from "../src/readPlan.ts";
@@ -88,12 +91,36 @@ test("inspect counts each collective with its origin, and the parts are the whol
     const moves = instructionsOf(plan.programs[stage]!).filter((i) => i.kind === "move");
     expect(role.collectives.reduce((sum, c) => sum + c.count, 0)).toBe(moves.length);
     expect(role.collectives.every((c) => c.path !== "" && c.ops.length > 0)).toBe(true);
-    const { parameter, gradient, optimizer, activation, workspace, peak } = role.memory;
-    expect(parameter + gradient + optimizer + activation + workspace).toBe(peak);
+    expect(peakOfParts(role.memory)).toBe(role.memory.peak);
   }
   expect(view.derived).toMatchObject({ data: 2, edp: 2, local_experts: 2, microbatches: 4 });
   expect(printInspect(view)).toContain("layers.*.moe.w1.x: layers.*.w1 is cut along E (parallel.expert)");
 });
+
+test.each(["cpu", "webgpu:baseline", "cuda:sm_90a"])(
+  "the parts of memory, scratch of kernels among them, add up to the peak on %s",
+  async (name) => {
+    const { plan: made } = compile(readJob(text, "job.yaml").job!, { target: await loadTarget(name) });
+    const view = inspectPlan(made);
+    for (const { memory, stage } of view.roles) {
+      expect(peakOfParts(memory)).toBe(memory.peak);
+      expect(memory.peak).toBe(made.memory[stage]!.peak);
+      expect(memory.scratch > 0).toBe(name !== "cpu");
+    }
+    for (const printed of [printInspect(view), printPlanText(made)])
+      expect(/workspace +(scratch +)?peak/.exec(printed)?.[1] !== undefined).toBe(name !== "cpu");
+    expect(diffPlans(plan, made).summary.some(({ what }) => what === "memory scratch")).toBe(name !== "cpu");
+    // the bars of the picture are as wide as the parts, and end at the peak
+    const [{ memory }] = view.roles as [(typeof view.roles)[number]];
+    const bars = [...drawPlan(made).matchAll(/<g><title>(\w+) [\d.]+ \w+<\/title><rect x="([\d.]+)" y="0" width="([\d.]+)"/g)].slice(
+      0,
+      memoryKinds.length,
+    );
+    expect(bars.map(([, part]) => part)).toEqual(memoryKinds.map((kind) => memoryNames[kind]));
+    const unit = Number(bars[0]![3]) / memory.parameter;
+    for (const [i, kind] of memoryKinds.entries()) expect(Number(bars[i]![3]), kind).toBeCloseTo(unit * memory[kind], 0);
+  },
+);
 
 test("every rank stands in its own groups on both grids", () => {
   for (let rank = 0; rank < plan.mesh.world; rank++) {
