@@ -39,8 +39,13 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
   if (options.backend === "cuda" && plan.mesh.world > 1) {
     if (options.dumpGrads !== undefined)
       throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or leave it out");
-    const [{ placeOf }, { launch }] = await Promise.all([import("../runtime/launch/place.ts"), import("../runtime/launch/launcher.ts")]);
-    if (!placeOf(process.env, plan.mesh.world)) {
+    const [{ isLoopback, placeOf }, { launch }] = await Promise.all([
+      import("../runtime/launch/place.ts"),
+      import("../runtime/launch/launcher.ts"),
+    ]);
+    const place = placeOf(process.env, plan.mesh.world);
+    if (place?.rank === 0 && !place.secret && !isLoopback(place.address)) tell(noSecret);
+    if (!place) {
       const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
       const say = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? print(line) : tell(line));
       const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: say });
@@ -50,6 +55,9 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
   }
   return train(planned, baseDir, options);
 }
+
+const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is set: whoever reaches rank 0 over the network can compute this run's token
+  fix: set RANKC_TOKEN_FILE to a file that all hosts share and nobody else reads (openssl rand -hex 32 > FILE)`;
 
 /** An interrupt lets the step in hand finish, then ends with what was done; where the run saves, that is saved. */
 async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {

@@ -1,6 +1,9 @@
 /** A rank's place is read from what started it; half a place, or two that disagree, is refused by name. */
-import { describe, expect, test } from "vitest";
-import { type Env, firstHost, ordinalOf, placeOf } from "../runtime/launch/place.ts";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, describe, expect, test } from "vitest";
+import { type Env, firstHost, isLoopback, ordinalOf, placeOf } from "../runtime/launch/place.ts";
 import { rankList } from "../runtime/launch/rankList.ts";
 import { Trouble } from "../schemas/trouble.ts";
 
@@ -57,6 +60,39 @@ test.each(Object.entries(sites))("%s: all ranks find one port and one token; ano
   const other = placeOf({ ...env, SLURM_JOB_ID: "4712", PMIX_NAMESPACE: "prterun-gpu1-992@1", TORCHELASTIC_RUN_ID: "x" }, 8)!;
   expect(other.token).not.toBe(ranks[0]!.token);
   expect(placeOf({ ...env, RANKC_TOKEN: "ours", RANKC_PORT: "4000" }, 8)).toMatchObject({ token: "ours", port: 4000 });
+});
+
+describe("the token", () => {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-place-"));
+  afterAll(() => rmSync(folder, { recursive: true, force: true }));
+  const put = (name: string, text: string): string => {
+    writeFileSync(join(folder, name), text);
+    return join(folder, name);
+  };
+  const tokenOf = (env: Env) => placeOf({ ...torchrun, ...env }, 8)!;
+
+  test("of the job's identity alone is no secret", () => {
+    expect(tokenOf({}).secret).toBe(false);
+    expect(tokenOf({ RANKC_TOKEN: "ours" })).toMatchObject({ token: "ours", secret: true });
+  });
+  test("of a secret file is the same on all ranks, and another for another file or run", () => {
+    const a = put("a", "a secret of sixteen bytes\n");
+    const of = (env: Env): string => tokenOf({ RANKC_TOKEN_FILE: a, ...env }).token;
+    expect(tokenOf({ RANKC_TOKEN_FILE: a })).toMatchObject({ secret: true, token: expect.stringMatching(/^[0-9a-f]{64}$/) });
+    expect(of({ RANK: "3", LOCAL_RANK: "3" })).toBe(of({}));
+    expect(of({ TORCHELASTIC_RUN_ID: "next" })).not.toBe(of({}));
+    expect(of({ RANKC_TOKEN_FILE: put("b", "another secret, as long") })).not.toBe(of({}));
+  });
+  test.each([
+    ["no file", () => join(folder, "none"), "cannot be read: ENOENT"],
+    ["a folder", () => folder, "is no file"],
+    ["a file without end", () => "/dev/zero", "is no file"],
+    ["a short secret", () => put("short", "hunter2\n"), "fewer than 16 characters"],
+  ])("%s is refused", (_, path, says) => expect(troubleOf({ ...torchrun, RANKC_TOKEN_FILE: path() })).toContain(says));
+  test("addresses of this host alone", () => {
+    expect(["127.0.0.1", "localhost", "::1"].every(isLoopback)).toBe(true);
+    expect(["gpu1", "10.0.0.1", "127-0-0-1.example"].some(isLoopback)).toBe(false);
+  });
 });
 
 describe("torchrun", () => {

@@ -1,7 +1,7 @@
 /** The meeting of ranks: all come or it says who did not; what they share arrives; when one ends, all end, and say why. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { connect, createServer } from "node:net";
+import { connect, createServer, type Socket } from "node:net";
 import { hostname } from "node:os";
 import { fileURLToPath } from "node:url";
 import { afterEach, describe, expect, test } from "vitest";
@@ -227,6 +227,57 @@ test("strangers do no harm: noise, long messages, half a frame, a hello without 
   expect(text).toMatch(/turned away \d times: what it sends is not rankc's \(from .*127\.0\.0\.1\)/);
   expect(text).toContain("turned away once: another token than this run's");
   half.destroy();
+});
+
+/** A connection that never closes its own half, and what it was sent so far. */
+async function knock(port: number): Promise<Socket> {
+  const socket = connect({ port, host: "127.0.0.1", allowHalfOpen: true });
+  socket.on("error", ignore);
+  await once(socket, "connect");
+  return socket;
+}
+const hubOf = (port: number, world: number) =>
+  openHub({ world, port, address: "127.0.0.1", token: "secret", timeout: 20_000, beat: 200, lost: 2000, hang: 60_000 });
+
+describe("before the token is proved", { timeout: 20_000 }, () => {
+  test("a connection with another token is closed at once, both ways", async () => {
+    const port = await freePort();
+    const hub = await hubOf(port, 2);
+    const socket = await knock(port);
+    const hello = { kind: "hello", rank: 1, world: 2, version: "0.1.0", plan: "a", host: "h", pid: 1 } as const;
+    await once(socket, "data");
+    socket.write(frame({ ...hello, proof: proofOf("guess", "00") }));
+    const text = String((await once(socket, "data"))[0]);
+    expect(text).toContain("another token");
+    // a closed connection refuses what is written to it
+    const refused = new Promise((closed) => socket.once("close", closed));
+    const more = setInterval(() => socket.write(Buffer.alloc(2 ** 16)), 20);
+    await refused;
+    clearInterval(more);
+    hub.close();
+  });
+
+  test("hundreds of silent connections lock nobody out", async () => {
+    const port = await freePort();
+    const zero = refusals([settings(0, 2, port)]);
+    let open = 0;
+    const sockets: Socket[] = [];
+    for (let n = 0; n < 300; n++) {
+      const socket = await knock(port).catch(() => undefined);
+      if (!socket) continue;
+      sockets.push(socket);
+      open++;
+      socket.resume().once("close", () => open--);
+      socket.once("end", () => socket.destroy());
+    }
+    expect(sockets.length).toBeGreaterThan(290);
+    const begun = performance.now();
+    expect(await refusals([settings(1, 2, port)])).toEqual(["joined"]);
+    expect(performance.now() - begun).toBeLessThan(5000);
+    expect(open).toBeLessThanOrEqual(64);
+    expect(await zero).toEqual(["joined"]);
+    for (const socket of sockets) socket.destroy();
+  });
 });
 
 /** Ranks as processes, whose main threads block. */

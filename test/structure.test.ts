@@ -41,6 +41,7 @@ const touchFiles = new Map([
   ["runtime/saveFolder.ts", "the folder of a run's snapshots, and its lock"],
   ["runtime/cuda/libraries.ts", "which of a library's names is there"],
   ["runtime/cuda/kernels.ts", "what NVRTC compiled before, kept between runs"],
+  ["runtime/launch/place.ts", "a secret that the ranks share"],
   ["runtime/launch/watchdog.ts", "its last words, past a main thread that is blocked"],
   // development scripts: they write what is committed
   ["schemas/generate.ts", "JSON Schemas"],

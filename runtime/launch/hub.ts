@@ -6,6 +6,7 @@
 import { randomBytes } from "node:crypto";
 import { createServer, type Socket } from "node:net";
 import { Trouble } from "../../schemas/trouble.ts";
+import { isLoopback } from "./place.ts";
 import { rankList, ranksText } from "./rankList.ts";
 import { type Line, limits, line, proves, ToHub, type ToRank } from "./wire.ts";
 
@@ -48,7 +49,8 @@ export interface Hub {
 export async function openHub(settings: HubSettings): Promise<Hub> {
   const { world, port, token, beat, lost, hang } = settings;
   const guests = new Map<number, Guest>();
-  const strangers = new Set<Socket>();
+  /** Connections that have not proved the token, by the address they come from; the oldest first. */
+  const strangers = new Map<Socket, string>();
   const turnedAway = new Map<string, number>();
   const barriers = new Map<string, Set<number>>();
   let phase: "gathering" | "meeting" | "over" = "gathering";
@@ -57,8 +59,6 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   let ticked = performance.now();
 
   const server = createServer((socket) => greet(socket));
-  // room for strangers, but not for a flood of them
-  server.maxConnections = 2 * world + 256;
   await listen(server, settings);
   const patience = setTimeout(() => giveUp(), settings.timeout);
   const watch = setInterval(() => look(), beat);
@@ -67,13 +67,14 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     const nonce = randomBytes(16).toString("hex");
     let guest: Guest | undefined;
     const from = socket.remoteAddress ?? "an unknown address";
-    strangers.add(socket);
-    // who connects and stays silent is sent away
-    const hurry = setTimeout(() => socket.destroy(), 10_000);
+    makeRoom(from);
+    strangers.set(socket, from);
+    const hurry = setTimeout(() => socket.destroy(), HANDSHAKE);
     const done = (): void => {
       clearTimeout(hurry);
       strangers.delete(socket);
     };
+    socket.once("close", done);
     const turnAway = (why: string): void => {
       const said = `${why} (from ${from})`;
       if (turnedAway.size < 20 || turnedAway.has(said)) turnedAway.set(said, (turnedAway.get(said) ?? 0) + 1);
@@ -81,7 +82,6 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     const guestLine = line<ToHub, ToRank>(socket, ToHub, {
       limit: limits.stranger,
       ended: (problem) => {
-        done();
         if (guest) lose(guest, problem);
         else if (problem) turnAway(problem);
       },
@@ -90,12 +90,8 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
         if (message.kind !== "hello") return socket.destroy();
         if (!proves(message.proof, token, nonce)) {
           turnAway("another token than this run's");
-          done();
-          refuse(
-            guestLine,
-            "what listens there is rank 0 of another run: it has another token",
-            "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
-          );
+          guestLine.send({ kind: "refused", ...otherToken });
+          guestLine.cut();
           return;
         }
         done();
@@ -104,6 +100,22 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
       },
     });
     guestLine.send({ kind: "nonce", nonce });
+  }
+
+  /**
+   * Closes the oldest connections without a token where there are as many as are allowed. A rank proves its token within a round trip, so
+   * newcomers are served even in a flood; a rank that is closed all the same connects again.
+   */
+  function makeRoom(from: string): void {
+    const ofAddress = [...strangers].filter(([, address]) => address === from).map(([socket]) => socket);
+    const surplus = [
+      ...ofAddress.slice(0, Math.max(0, ofAddress.length + 1 - strangersOf(world))),
+      ...[...strangers.keys()].slice(0, Math.max(0, strangers.size + 1 - 4 * strangersOf(world))),
+    ];
+    for (const socket of surplus) {
+      strangers.delete(socket);
+      socket.destroy();
+    }
   }
 
   /** Knows the token: from here on what is wrong is wrong with this run, and ends it for all. */
@@ -269,12 +281,20 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   function close(): void {
     rest();
     server.close();
-    for (const socket of strangers) socket.destroy();
+    for (const socket of strangers.keys()) socket.destroy();
   }
 
   return { close };
 }
 
+/** Milliseconds that a connection has to prove the token. */
+const HANDSHAKE = 10_000;
+/** Connections without a token that one address may have: all ranks may be on one host, and connect at once. */
+const strangersOf = (world: number): number => Math.max(64, world);
+const otherToken = {
+  text: "what listens there is rank 0 of another run: it has another token",
+  fix: "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
+};
 const nameOf = ({ rank, host, pid }: Guest): string => `rank ${rank} (${host}, process ${pid})`;
 const seconds = (ms: number): string => `${+(ms / 1000).toFixed(1)} s`;
 const refuse = (line: Line<ToRank>, text: string, fix: string): void => {
@@ -310,7 +330,6 @@ function groups(guests: readonly Guest[], of: (guest: Guest) => string): [string
  * On all addresses, for a host may resolve its own name to one that others cannot reach; on the loopback alone where the address is it.
  */
 function listen(server: ReturnType<typeof createServer>, { address, port }: HubSettings): Promise<void> {
-  const local = /^(127\.|::1$|localhost$)/.test(address);
   return new Promise((resolve, reject) => {
     server.once("error", ({ code }: NodeJS.ErrnoException) => {
       const found = code === "EADDRINUSE" ? "another program listens there" : code;
@@ -318,6 +337,6 @@ function listen(server: ReturnType<typeof createServer>, { address, port }: HubS
         new Trouble(`rank 0 cannot listen on port ${port}: ${found}`, "set MASTER_PORT (or RANKC_PORT) to a free port, on all ranks alike"),
       );
     });
-    server.listen({ port, backlog: 4096, ...(local && { host: address }) }, resolve);
+    server.listen({ port, backlog: 4096, ...(isLoopback(address) && { host: address }) }, resolve);
   });
 }

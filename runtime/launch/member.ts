@@ -67,7 +67,7 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
     let problemNow = "it closes the connection at once";
     const quiet = setTimeout(() => socket.destroy(new Error("no answer")), Math.min(10_000, timeout));
     current = line<ToRank, ToHub>(socket, ToRank, {
-      limit: limits.member,
+      limit: limits.greeting,
       ended: (found) => {
         clearTimeout(quiet);
         if (found) problemNow = found;
@@ -87,6 +87,7 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
         hello.send({ kind: "hello", proof, rank, world, version, plan, host: hostname(), pid: process.pid });
       },
       accepted: () => {
+        hello.allow(limits.member);
         state = "waiting";
         ticked = performance.now();
         pulse = setInterval(breathe, beat);

@@ -2,7 +2,8 @@
  * Place: which rank this process is, as what started it says through the environment. Read from torchrun-style variables, Open MPI or
  * Slurm, in this order; a run that none of them started has no place, and `launch` starts its ranks.
  */
-import { createHash } from "node:crypto";
+import { createHash, createHmac } from "node:crypto";
+import { readFileSync, statSync } from "node:fs";
 import { Trouble } from "../../schemas/trouble.ts";
 
 export type Env = Readonly<Record<string, string | undefined>>;
@@ -18,9 +19,14 @@ export interface Place {
   /** Where rank 0 listens: an address or a host's name. */
   readonly address: string;
   readonly port: number;
-  /** What only the processes of this run know: RANKC_TOKEN; else made from the job's identity, which keeps runs apart but is no secret. */
+  /** What the ranks of this run prove to each other that they have; the same on all. */
   readonly token: string;
+  /** Whether others cannot compute the token: it comes from RANKC_TOKEN or RANKC_TOKEN_FILE, and not from the job's identity alone. */
+  readonly secret: boolean;
 }
+
+/** Whether an address is reached from this host alone. */
+export const isLoopback = (address: string): boolean => /^(127\.|::1$|localhost$)/.test(address);
 
 /** `world`: ranks of the plan. Undefined where nothing in the environment speaks of ranks. Throws a Trouble for half a place. */
 export function placeOf(env: Env, world: number): Place | undefined {
@@ -75,7 +81,7 @@ function torchrun(env: Env): Place | undefined {
     localWorld: wholeIfSet(env, "LOCAL_WORLD_SIZE"),
     address: env.MASTER_ADDR!,
     port: ownPort(env) ?? (taken ? (port === 65535 ? port - 1 : port + 1) : port),
-    token: tokenOf(env, [env.TORCHELASTIC_RUN_ID, env.TORCHELASTIC_RESTART_COUNT, env.MASTER_ADDR, env.MASTER_PORT]),
+    ...tokenOf(env, [env.TORCHELASTIC_RUN_ID, env.TORCHELASTIC_RESTART_COUNT, env.MASTER_ADDR, env.MASTER_PORT]),
   };
 }
 
@@ -106,7 +112,7 @@ function openMpi(env: Env): Place | undefined {
     localWorld,
     address,
     port: ownPort(env) ?? (env.MASTER_PORT ? portOf(env, "MASTER_PORT") : portFrom(`${job}`)),
-    token: tokenOf(env, ["Open MPI", job, env.MASTER_ADDR, env.MASTER_PORT]),
+    ...tokenOf(env, ["Open MPI", job, env.MASTER_ADDR, env.MASTER_PORT]),
   };
 }
 
@@ -134,7 +140,7 @@ function slurm(env: Env): Place | undefined {
     localWorld: oneHost ? world : undefined,
     address,
     port: ownPort(env) ?? (env.MASTER_PORT ? portOf(env, "MASTER_PORT") : portFrom(`Slurm ${job}`)),
-    token: tokenOf(env, ["Slurm", env.SLURM_CLUSTER_NAME, env.SLURM_JOB_UID, job]),
+    ...tokenOf(env, ["Slurm", env.SLURM_CLUSTER_NAME, env.SLURM_JOB_UID, job]),
   };
 }
 
@@ -188,5 +194,33 @@ const ownPort = (env: Env): number | undefined => (env.RANKC_PORT ? portOf(env, 
 /** Below the ports that systems hand out by themselves (32768 and up on Linux). */
 const portFrom = (job: string): number => 20_000 + (createHash("sha256").update(job).digest().readUInt32LE(0) % 12_000);
 
-const tokenOf = (env: Env, job: readonly (string | undefined)[]): string =>
-  env.RANKC_TOKEN || createHash("sha256").update(JSON.stringify(job)).digest("hex");
+/**
+ * RANKC_TOKEN as it is; else the HMAC-SHA-256 of the job's identity under the contents of RANKC_TOKEN_FILE, so that runs which share the
+ * file have tokens of their own; else a hash of that identity, which keeps runs apart and is no secret.
+ */
+function tokenOf(env: Env, job: readonly (string | undefined)[]): Pick<Place, "token" | "secret"> {
+  if (env.RANKC_TOKEN) return { token: env.RANKC_TOKEN, secret: true };
+  const identity = JSON.stringify(job);
+  if (env.RANKC_TOKEN_FILE)
+    return { token: createHmac("sha256", secretIn(env.RANKC_TOKEN_FILE)).update(identity).digest("hex"), secret: true };
+  return { token: createHash("sha256").update(identity).digest("hex"), secret: false };
+}
+
+const SHORTEST_SECRET = 16;
+const LONGEST_SECRET = 2 ** 16;
+
+/** The secret in a file, without white space around it. Throws a Trouble where there is none of 16 bytes to 64 KiB. */
+function secretIn(path: string): string {
+  const make = "make one, the same on all hosts: openssl rand -hex 32 > FILE; chmod 600 FILE";
+  let text: string;
+  try {
+    const stat = statSync(path);
+    if (!stat.isFile() || stat.size > LONGEST_SECRET) throw new Trouble(`RANKC_TOKEN_FILE ${path} is no file of at most 64 KiB`, make);
+    text = readFileSync(path, "utf8").trim();
+  } catch (error) {
+    if (error instanceof Trouble) throw error;
+    throw new Trouble(`RANKC_TOKEN_FILE ${path} cannot be read: ${(error as NodeJS.ErrnoException).code}`, make);
+  }
+  if (text.length < SHORTEST_SECRET) throw new Trouble(`RANKC_TOKEN_FILE ${path} holds fewer than ${SHORTEST_SECRET} characters`, make);
+  return text;
+}

@@ -50,8 +50,15 @@ export type ToRank = z.infer<typeof ToRank>;
 /** "rnk1" */
 const magic = 0x316b6e72;
 const head = 12;
-/** A stranger may send no more than a hello takes; a member's largest message lists the ranks of a group. */
-export const limits = { stranger: { message: 4096, data: 0 }, member: { message: 2 ** 20, data: 2 ** 20 } };
+/**
+ * Before a token is proved, a stranger may send rank 0 no more than a hello takes, and what listens at rank 0's address no more than a
+ * refusal takes. A member's largest message lists the ranks of a group.
+ */
+export const limits = {
+  stranger: { message: 4096, data: 0 },
+  greeting: { message: 2 ** 17, data: 0 },
+  member: { message: 2 ** 20, data: 2 ** 20 },
+};
 export type Limit = (typeof limits)["member"];
 
 export function frame(message: ToHub | ToRank, data: Uint8Array = new Uint8Array()): Uint8Array {
@@ -67,7 +74,10 @@ export interface Line<Out> {
   readonly send: (message: Out, data?: Uint8Array) => void;
   /** From now on what the other side sends may be this large. */
   readonly allow: (limit: Limit) => void;
+  /** Sends no more; what the other side still sends is dropped, and it closes its own half. */
   readonly close: () => void;
+  /** Closes both halves once what was sent before is written, whatever the other side does. */
+  readonly cut: () => void;
 }
 
 /** Speaks frames over a socket. `ended` comes once, with what was wrong with the bytes or the socket, or nothing where it just closed. */
@@ -87,6 +97,8 @@ export function line<In, Out extends ToHub | ToRank>(
   };
   socket.setNoDelay(true);
   socket.on("data", (chunk) => {
+    // nothing is kept for a line that is closed
+    if (over) return;
     pending = pending.length === 0 ? chunk : Buffer.concat([pending, chunk]);
     while (!over && pending.length >= head) {
       if (pending.readUInt32LE(0) !== magic) return end("what it sends is not rankc's");
@@ -108,7 +120,13 @@ export function line<In, Out extends ToHub | ToRank>(
     allow: (limit) => void (allowed = limit),
     close: () => {
       over = true;
+      pending = Buffer.alloc(0);
       socket.end();
+    },
+    cut: () => {
+      over = true;
+      pending = Buffer.alloc(0);
+      socket.destroySoon();
     },
   };
 }
