@@ -34,12 +34,16 @@ export interface Milestone {
   /** Of a scale that adapts itself. */
   readonly loss_scale: ScaleState | null;
 }
+/** What a step did: it updated the weights, or it was skipped, for gradients that the loss scale made overflow, or for another number that is not finite. */
+export type Outcome = "updated" | "overflowed" | "nonfinite";
 export interface Course {
   milestone(): Milestone;
   /** The step to come. */
   leg(): Leg;
-  /** It is over; if its gradients overflowed, it changed no weights. */
-  done(overflowed: boolean): void;
+  /** It is over. A step that was skipped is no update: schedules and the optimizer's bias correction do not advance by it. */
+  done(outcome: Outcome): void;
+  /** As of the loss scale: steps in a row that overflowed at the least one. */
+  hopeless(): number;
 }
 
 /** From its beginning, or from where another run of the job was. */
@@ -55,15 +59,17 @@ export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">, f
         ...{ lr: learningRate(train, trained), weightDecay: weightDecay(train, trained), lossScale: scale.value(), update: updates + 1 },
       };
     },
-    done(overflowed) {
+    hopeless: () => scale.hopeless(),
+    done(outcome) {
       steps++;
       const batch = batchAt(train, read);
       read += batch;
-      if (!overflowed) {
+      if (outcome === "updated") {
         trained += batch;
         updates++;
       }
-      scale.done(overflowed);
+      // a loss that is not finite says nothing about its scale
+      if (outcome !== "nonfinite") scale.done(outcome === "overflowed");
     },
   };
 }

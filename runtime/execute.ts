@@ -9,10 +9,11 @@ import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { fillNormal } from "../src/ops/philox.ts";
-import { positionOf } from "../src/ops/positions.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { Batch, BatchOf } from "./batches.ts";
 import { courseOf, type Milestone } from "./course.ts";
+import { feedOf, inOrder } from "./feed.ts";
+import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { pieceOf as pieceIn, type Ranges, rangesIn, visitRuns } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
 
@@ -32,8 +33,10 @@ export interface StepResult {
   readonly seconds: number;
   /** In fp16, what the loss was multiplied by before backward. */
   readonly loss_scale?: number;
-  /** In fp16, whether gradients overflowed: then the step changed no weights, and grad_norm is no finite number. */
+  /** In fp16, and where train.on_nonfinite is skip: whether the step changed no weights, since its gradients overflowed or since a number is not finite. */
   readonly skipped?: boolean;
+  /** Of a skipped step, what is not finite, and with `debugNonfinite` its origin; not of gradients that overflowed by the loss scale. */
+  readonly nonfinite?: string;
 }
 export interface Tensor {
   readonly shape: readonly number[];
@@ -46,6 +49,7 @@ export interface Run {
   stop(): void;
   /** This process speaks for all: it holds rank 0. */
   readonly leads: boolean;
+  /** Throws a StepFault where a number of the step is not finite and train.on_nonfinite is stop: the run is where it was before it. */
   step(): Promise<StepResult>;
   /** How far the run is, steps before it began counted. */
   milestone(): Milestone;
@@ -71,17 +75,18 @@ export interface Given {
   readonly from?: { readonly milestone: Milestone; piece(name: string, ranges: Ranges): Float32Array };
   /** Buffers to keep a copy of when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
+  /** Runs a step whose numbers are not finite a second time, instruction by instruction, to name the first that made one; no fleet may replay steps. */
+  readonly debugNonfinite?: boolean;
 }
 
 /** Writes the parameters; the run then stands before its first step. Knows no files and no process: it works in a browser too. */
-export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }: Given): Run {
+export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], debugNonfinite = false }: Given): Run {
   const { mesh, programs, job } = plan;
   const { train, model } = job;
   const { ranks, comm } = fleet;
   const programOf = (r: number) => programs[stageOfRank(mesh, r)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
-  const perMicrobatch = train.micro_batch * job.parallel.data;
   const kept = new Map<string, Promise<HostData>[][]>();
   const course = courseOf(job, from?.milestone);
   /** What the gradients of the last step were multiplied by. */
@@ -158,6 +163,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
     feed: (b: Buffer, name: string, microbatch: number) => HostData,
     order: (stage: number) => readonly string[],
     replayed: boolean,
+    inspector?: Inspector,
   ): Generator<string> {
     const p = programOf(r);
     function* block(instructions: readonly Instruction[], at: Position): Generator<string> {
@@ -169,6 +175,9 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
         } else if (i.kind === "move") while (!comm.move(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
         else if (i.kind === "send") comm.send(r, i, at);
         else while (!comm.recv(r, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
+        if (!inspector) continue;
+        inspector.after(r, i, at);
+        yield `${i.id} is inspected, ${at.tag}`;
       }
     }
     /** Those of the inputs that a block reads; elsewhere their bytes may be another's. */
@@ -197,15 +206,6 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
     (all[at.microbatch] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
-  /** Tokens of each sequence as they lie over the ranks that share it. */
-  function inOrder(given: Batch): Readonly<Record<string, HostData>> {
-    const { context } = job.parallel;
-    if (context === 1) return given;
-    const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
-    const laid = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
-    return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
-  }
-
   /** Losses summed over the stages, and the gradient norm, which is the same on all. */
   async function numbers(): Promise<number[]> {
     const losses = ["loss", "aux_loss", "mtp_loss"];
@@ -218,6 +218,14 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
         for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
     }
     return fleet.combine ? fleet.combine(sums) : sums;
+  }
+
+  /** Runs a step again and finds the instruction that made its first value that is not finite. */
+  async function originOf(walkAll: (inspector: Inspector) => Promise<void>): Promise<string | undefined> {
+    const found = inspector(bufferOf, fleet.backend);
+    await walkAll(found);
+    await fleet.finish();
+    return found.origin();
   }
 
   if (from) goOn(from);
@@ -254,52 +262,49 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
       const { lr, lossScale, upscale } = leg;
       const now = next ?? read(leg.first, leg.batch);
       if (now instanceof Error) throw now;
-      const given = inOrder(now);
-      // sequences by their number since the run began: what is random goes by it
-      const samples = Int32Array.from({ length: leg.batch }, (_, i) => leg.first + i);
+      const given = inOrder(job, now);
       scaled = lossScale;
       kept.clear();
-      /** What the gradient of a loss begins with. */
-      const begin = lossScale * upscale;
-      const rows = (whole: HostData, m: number) => whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
-      const feedOf =
-        (r: number) =>
-        (b: Buffer, name: string, m: number): HostData => {
-          switch (name) {
-            case "sample":
-              return pieceOf(samples.subarray(m * perMicrobatch, (m + 1) * perMicrobatch), b, r);
-            case "one":
-              return Float32Array.of(begin);
-            case "mtp_coeff":
-              return Float32Array.of(begin * model.mtp!.coeff);
-            case "aux_weight":
-              return Float32Array.of(begin * given.aux_weight![0]!);
-            case "lr":
-              return Float32Array.of(lr);
-            case "step":
-              return Float32Array.of(leg.update);
-            case "weight_decay":
-              return Float32Array.of(leg.weightDecay);
-            case "loss_scale":
-              return Float32Array.of(lossScale);
-            default: {
-              const whole = given[name];
-              if (!whole) throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
-              return b.sizes.length === 0 ? whole : pieceOf(rows(whole, m), b, r);
-            }
-          }
-        };
-      const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
+      const feed = feedOf(job, leg, given);
       const order = ordersOf(leg.microbatches);
-      runTogether(ranks.map((r) => walk(r, fleet.backend(r), comm, feedOf(r), (stage) => order[stage]!, replayed)));
+      const walkAll = (inspector?: Inspector): Promise<void> => {
+        const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
+        const walks = ranks.map((r) =>
+          walk(
+            r,
+            fleet.backend(r),
+            comm,
+            (b, name, m) => pieceOf(feed(name, m), b, r),
+            (stage) => order[stage]!,
+            replayed,
+            inspector,
+          ),
+        );
+        return runTogether(walks, inspector?.settled);
+      };
+      await walkAll();
       // the next batch is read while the device works
       const after = leg.first + leg.batch;
       [, next] = await Promise.all([fleet.finish(), (async () => read(after, batchAt(train, after)))()]);
       const [loss, aux_loss, mtp_loss, grad_norm] = await numbers();
-      const overflowed = train.precision === "fp16" && !Number.isFinite(grad_norm);
-      course.done(overflowed);
+      const found = nonfiniteIn({ loss, aux_loss, mtp_loss, grad_norm });
+      const fp16 = train.precision === "fp16";
+      const outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
+      const step = course.milestone().steps + 1;
+      let nonfinite: Nonfinite | undefined;
+      if (found && outcome === "nonfinite") {
+        // it changed nothing: the same step gives the same numbers again
+        const origin = debugNonfinite ? await originOf(walkAll) : undefined;
+        nonfinite = { ...found, ...(origin !== undefined && { origin }) };
+        if (train.on_nonfinite === "stop") {
+          next = undefined;
+          throw stopAt(step, nonfinite);
+        }
+      }
+      course.done(outcome);
+      if (train.on_nonfinite === "stop" && course.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
       return {
-        step: course.milestone().steps,
+        step,
         loss: loss! * upscale,
         ...(model.mtp && { mtp_loss: mtp_loss! * upscale }),
         aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),
@@ -307,7 +312,9 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [] }
         lr,
         tokens: leg.batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
-        ...(train.precision === "fp16" ? { loss_scale: lossScale, skipped: overflowed } : {}),
+        ...(fp16 && { loss_scale: lossScale }),
+        ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
+        ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
       };
     },
     async gradients() {
@@ -341,8 +348,11 @@ function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
 const readBy = (i: Instruction): readonly string[] =>
   i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
-/** Runs coroutines until all are done. Where none can go on, it is a deadlock: the plan is wrong, and everyone's place is told. */
-function runTogether(ranks: readonly Generator<string>[]): void {
+/**
+ * Runs coroutines until all are done; where one yields, `settled` is waited for. Throws where none can go on: the plan has a deadlock,
+ * and the message says where each rank waits.
+ */
+async function runTogether(ranks: readonly Generator<string>[], settled?: () => Promise<void>): Promise<void> {
   const waits = new Map<number, string>();
   let left = ranks.map((_, r) => r);
   while (left.length) {
@@ -350,6 +360,7 @@ function runTogether(ranks: readonly Generator<string>[]): void {
     for (const r of left) {
       const before = waits.get(r);
       const { done, value } = ranks[r]!.next();
+      if (settled) await settled();
       if (done) waits.set(r, "");
       else waits.set(r, value);
       if (done || before !== value) moved = true;

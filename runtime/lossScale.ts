@@ -15,6 +15,8 @@ export interface LossScale {
   value(): number;
   /** A step is over, and its gradients overflowed or did not. */
   done(overflowed: boolean): void;
+  /** Steps in a row that overflowed at a scale that cannot shrink, the last one among them; since the process began. */
+  hopeless(): number;
   /** Null where it does not adapt. */
   state(): ScaleState | null;
 }
@@ -28,7 +30,16 @@ const LARGEST = 2 ** 100;
  * did not adapt has none, and then this begins at `initial`. The job may have changed since, so the limits are applied to it.
  */
 export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?: ScaleState | null): LossScale {
-  if (typeof how === "number") return { value: () => how, done() {}, state: () => null };
+  let hopeless = 0;
+  if (typeof how === "number")
+    return {
+      value: () => how,
+      done(overflowed) {
+        hopeless = overflowed ? hopeless + 1 : 0;
+      },
+      hopeless: () => hopeless,
+      state: () => null,
+    };
   const { initial, growth, growth_interval, backoff, hysteresis, min } = how;
   const begin = from ?? { scale: Math.fround(initial), well: 0, patience: hysteresis };
   let { well } = begin;
@@ -37,7 +48,9 @@ export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?:
   return {
     value: () => scale,
     state: () => ({ scale, well, patience }),
+    hopeless: () => hopeless,
     done(overflowed) {
+      hopeless = overflowed && scale <= min ? hopeless + 1 : 0;
       well = overflowed ? 0 : well + 1;
       if (overflowed && --patience <= 0) scale = Math.max(Math.fround(scale * backoff), min);
       if (well < growth_interval) return;

@@ -16,7 +16,7 @@ export function overBound({ needed, bound, of }: Bound, rank: number, found: num
       );
     case "rounds":
       return new Trouble(
-        `${id}, rank ${rank}: the router's choices were not even after ${bound} rounds of Sinkhorn's method: its logits lie too far apart`,
+        `${id}, rank ${rank}: the router's choices were not even after ${bound} rounds of Sinkhorn's method: its logits lie too far apart, or are not finite`,
         "keep them small with model.moe.router.z_coeff or a lower learning rate, or balance with a loss",
       );
     default:

@@ -36,6 +36,8 @@ export interface RunSettings {
   readonly baseDir: string;
   /** As in `Given`. */
   readonly watch?: readonly string[];
+  /** As in `Given`; steps are then not replayed as a graph. */
+  readonly debugNonfinite?: boolean;
 }
 
 export interface OpenRun extends Run {
@@ -73,7 +75,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     if (lock) expectRoom(folder!, from?.milestone.steps ?? 0);
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
     const run = runOn(plan, {
-      fleet,
+      ...{ fleet, debugNonfinite: settings.debugNonfinite ?? false },
       batch: corpus.batch,
       ...(checkpoint && { checkpoint }),
       ...(from && { from }),
@@ -107,7 +109,7 @@ function chosenBy(resume: string, save: string | undefined): Chosen {
 }
 
 async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
-  const { backend = "cpu", source, cubin, graph, profile = false, version = "" } = settings;
+  const { backend = "cpu", source, cubin, graph = true, profile = false, version = "", debugNonfinite = false } = settings;
   switch (backend) {
     case "cpu":
       return openCpu(plan, { profile });
@@ -116,7 +118,7 @@ async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
     case "cuda": {
       const { openRank } = await import("./cuda/rank.ts");
       const files = { source: source!, ...(cubin && { cubin }) };
-      return openRank(plan, { files, env: process.env, version, profile, ...(graph !== undefined && { graph }) });
+      return openRank(plan, { files, env: process.env, version, profile, graph: graph && !debugNonfinite });
     }
     default:
       return backend satisfies never;

@@ -397,7 +397,13 @@ const TrainText = z.strictObject({
     .nullable()
     .default(null)
     .describe(
-      "fp16: by what the loss is multiplied before backward, so that small gradients do not vanish; a step that overflows is left out. A number stays as it is, a section adapts itself; default with fp16: a section of defaults",
+      "fp16: by what the loss is multiplied before backward, so that small gradients do not vanish; a step that overflows is left out, and after 4 in a row at a scale that cannot shrink the run ends. A number stays as it is, a section adapts itself; default with fp16: a section of defaults",
+    ),
+  on_nonfinite: z
+    .enum(["stop", "skip"])
+    .default("stop")
+    .describe(
+      "a step whose loss or gradient norm is not finite changes no weights. stop: the run then ends with an error, and saves no snapshot of the step; skip: it goes on, and counts such steps. In fp16, gradients that overflow by the loss scale are left out either way",
     ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of the initial weights, of the shuffle, and of dropout and jitter"),

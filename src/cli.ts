@@ -149,6 +149,10 @@ withExamples(
     )
     .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
     .option("--profile <file>", "print where the time of the last step went, and write a trace for Perfetto (ui.perfetto.dev)")
+    .option(
+      "--debug-nonfinite",
+      "run a step whose loss or gradient norm is not finite again, and name the first instruction that made such a value",
+    )
     .option("--no-graph", "CUDA: issue every kernel anew, instead of replaying a step as a graph")
     .option("--data-dir <dir>", "what data.path and data.labels are relative to (default: the directory of the job or plan)"),
   "run job.yaml --steps 20 --metrics metrics.jsonl",

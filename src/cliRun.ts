@@ -6,6 +6,7 @@ import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { expectWritable, writeFile } from "./outputs.ts";
 import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
+import { plural } from "./units.ts";
 import { version } from "./version.ts";
 
 export interface RunOptions {
@@ -21,6 +22,7 @@ export interface RunOptions {
   readonly dumpGrads?: string;
   readonly profile?: string;
   readonly graph: boolean;
+  readonly debugNonfinite?: boolean;
   /** The process is to end soon, and by this, whatever its device is in the midst of. */
   readonly leave: (end: (code: number) => void) => void;
 }
@@ -61,13 +63,18 @@ const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is se
 
 /** An interrupt lets the step in hand finish, then ends with what was done; where the run saves, that is saved. */
 async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {
-  const [{ openRun }, { metricsLine, progressLine, duration }] = await Promise.all([import("../runtime/run.ts"), import("./progress.ts")]);
+  const [{ openRun }, { StepFault }, { metricsLine, progressLine, duration }] = await Promise.all([
+    import("../runtime/run.ts"),
+    import("../runtime/nonfinite.ts"),
+    import("./progress.ts"),
+  ]);
   const steps = options.steps ?? plan.job.train.steps;
   if (options.saveEvery !== undefined && options.save === undefined)
     throw new Trouble("--save-every says when, and nothing says where", "name a folder: --save snapshots/");
   for (const path of [options.dumpGrads, options.profile]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {
     ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
+    debugNonfinite: options.debugNonfinite ?? false,
     ...(cubin && { cubin }),
     ...(options.initFrom && { initFrom: options.initFrom }),
     ...(options.save && { save: options.save }),
@@ -93,8 +100,10 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     if (run.leads) tellProgress(`saved ${saved.folder}`);
   };
   let seconds = 0;
+  let skipped = 0;
   let last: StepResult | undefined;
   let failed: Error | undefined;
+  let fault: InstanceType<typeof StepFault> | undefined;
   try {
     const before = run.milestone().steps;
     if (before >= steps)
@@ -103,6 +112,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
       last = await run.step();
       done++;
       seconds += last.seconds;
+      skipped += Number(last.skipped ?? false);
       if (metrics !== undefined) writeSync(metrics, metricsLine(last));
       if (run.leads) tellProgress(progressLine(last, steps, seconds / done));
       if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
@@ -124,22 +134,30 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
       if (run.leads) tell(printProfile(plan, timings));
     }
   } catch (error) {
-    failed = error as Error;
-    if (options.backend === "cuda") options.leave((await import("../runtime/cuda/leave.ts")).endWithoutDriver());
-    throw error;
+    // all processes stand after the same step: they end like a run that is done
+    if (error instanceof StepFault) fault = error;
+    else failed = error as Error;
+    if (failed && options.backend === "cuda") options.leave((await import("../runtime/cuda/leave.ts")).endWithoutDriver());
+    if (failed) throw failed;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
     if (metrics !== undefined) closeSync(metrics);
     // what went wrong first is what is told
     await run.close(failed).catch((error) => (failed ? complain(error) : Promise.reject(error)));
   }
+  if (fault && done > 0 && run.leads) endProgress();
+  // one process of many says it, and one that found where it comes from
+  if (fault && (run.leads || fault.origin !== undefined)) throw fault;
+  if (fault) return fault.exit;
   if (!run.leads) return interrupted ? 130 : 0;
   if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
   if (options.format === "json")
-    printJson({ steps: done, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved: saved?.folder });
+    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved: saved?.folder });
   else {
     const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
-    print(`${done} step${done === 1 ? "" : "s"} in ${duration(seconds)}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`);
+    print(
+      `${plural(done, "step")} in ${duration(seconds)}${skipped > 0 ? `, ${skipped} skipped` : ""}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`,
+    );
   }
   return interrupted ? 130 : 0;
 }

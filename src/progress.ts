@@ -10,6 +10,8 @@ export interface StepReport {
   readonly seconds: number;
   readonly loss_scale?: number;
   readonly skipped?: boolean;
+  /** Of a skipped step, what was not finite, where that is no matter of the loss scale. */
+  readonly nonfinite?: string;
 }
 
 /** `of` is the last step; `pace` the mean seconds of a step so far. */
@@ -23,7 +25,8 @@ export function progressLine(report: StepReport, of: number, pace: number): stri
     `lr ${report.lr.toExponential(2)}`,
     ...(report.loss_scale === undefined
       ? []
-      : [`loss scale ${scaleText(report.loss_scale)}${report.skipped ? ", too large: skipped" : ""}`]),
+      : [`loss scale ${scaleText(report.loss_scale)}${report.skipped && !report.nonfinite ? ", too large: skipped" : ""}`]),
+    ...(report.nonfinite ? [`skipped: ${report.nonfinite}`] : []),
     `${Math.round(report.tokens / report.seconds).toLocaleString("en-US")} tokens/s`,
     left > 0 ? `${duration(left)} left` : "done",
   ];
@@ -33,7 +36,7 @@ export function progressLine(report: StepReport, of: number, pace: number): stri
 /** `2^32`, where it is a power of two. */
 const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
 
-/** The keys of a line of the metrics file, and no others. In fp16 a step that was skipped has a grad_norm of null. */
+/** The keys of a line of the metrics file, and no others. A number that is not finite is null. */
 export const metricsLine = ({ step, loss, mtp_loss, grad_norm, lr, tokens, seconds, loss_scale, skipped }: StepReport): string =>
   `${JSON.stringify({ step, loss, mtp_loss, grad_norm, lr, tokens, seconds, loss_scale, skipped })}\n`;
 

@@ -22,6 +22,8 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
   const owned = mine.filter((p) => !p.leaf!.tiedTo);
+  const losses: Record<string, string[]> = {};
+  for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
 
   // the global norm: every element counted once over all ranks
   scalar("grad_norm.squared", "gradient");
@@ -32,6 +34,10 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
     const scale = counted.length ? parts(mesh, g.cuts.flat()) / mesh.per_stage : 0;
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
+  // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree
+  for (const [name, ids] of Object.entries(losses))
+    for (const x of ids)
+      emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: "grad_norm.squared" }));
   let squared = "grad_norm.squared";
   if (mesh.world > 1) {
     squared = scalar("grad_norm.squared.total", "workspace");
@@ -74,9 +80,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
       ...(tiedTo === undefined ? {} : { tied_to: name }),
     };
   });
-  const metrics: Record<string, string[]> = { grad_norm: [norm] };
-  for (const { name, buffer } of role.accumulators.values()) (metrics[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
-  return { parameters, metrics };
+  return { parameters, metrics: { grad_norm: [norm], ...losses } };
 }
 
 /** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
@@ -139,10 +143,10 @@ function updateParameter(
   const { rule } = p.leaf!;
   if (rule) {
     const [n, own] = [rule.op.inputs[0]!.name, rule.op.outputs[0]!.name];
-    emit(blocks.step, elementwise(rule.op, `${name}.update`, { [n]: gradient }, { [own]: name }, rule.attrs));
+    emit(blocks.step, elementwise(rule.op, `${name}.update`, { [n]: gradient, scale }, { [own]: name }, rule.attrs));
     return name;
   }
-  const { optimizer: how, precision } = job.train;
+  const { optimizer: how } = job.train;
   const { within: _, owes: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
   const whole = home.get(p)!.layout.cuts;
@@ -163,7 +167,7 @@ function updateParameter(
       `${name}.${how.type}`,
       { g: gradient, scale, ...reads, ...(scheduled ? { decay: "weight_decay" } : {}) },
       { w: master, ...Object.fromEntries(moments.map((m) => [m, like(m)])) },
-      { ...attrs, ...(scheduled ? {} : { decay: decays ? how.weight_decay : 0 }), ...(precision === "fp16" ? { skips: 1 } : {}) },
+      { ...attrs, ...(scheduled ? {} : { decay: decays ? how.weight_decay : 0 }) },
     ),
   );
   let from = master;

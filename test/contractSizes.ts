@@ -149,9 +149,5 @@ const variants: Readonly<Record<string, readonly Sizes[]>> = {
   drop: [0, 1].flatMap((position) => [0, 1].map((pad) => ({ position, pad }))),
   weigh: [{}, { normalize: 0 }],
   weigh_grad: [{}, { normalize: 0 }],
-  // a gradient of nothing is known by its scale
-  ...Object.fromEntries(
-    ["adamw", "adam", "sgd", "sgd_momentum"].flatMap((op) => [op, `${op}_scheduled`]).map((op) => [op, [{}, { skips: 1 }]]),
-  ),
 };
 export const variantsOf = (op: string): readonly Sizes[] => variants[op] ?? [{}];

@@ -123,7 +123,7 @@ describe("batch-size ramp-up", () => {
     const course = courseOf(job);
     const legs = Array.from({ length: 11 }, () => {
       const leg = course.leg();
-      course.done(false);
+      course.done("updated");
       return leg;
     });
     expect(legs.map(({ batch }) => batch)).toEqual([8, 8, 8, 8, 16, 16, 24, 24, 32, 32, 32]);
@@ -166,9 +166,9 @@ describe("Megatron Core's loss scale", () => {
   test("a step that overflows trains on nothing: schedules and updates stand still, the text goes on", () => {
     const job = jobWith({ precision: "fp16", loss_scale: how }, { schedule: "linear", warmup_steps: 10 });
     const course = courseOf(job);
-    const legs = [false, true, true, false].map((overflowed) => {
+    const legs = (["updated", "overflowed", "overflowed", "updated"] as const).map((outcome) => {
       const leg = course.leg();
-      course.done(overflowed);
+      course.done(outcome);
       return leg;
     });
     expect(legs.map(({ update }) => update)).toEqual([1, 2, 2, 2]);

@@ -79,7 +79,7 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
     replayed.push(await step(fleets, plan, feed, microbatches));
     metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
     skipped.push((await each((p) => p.metrics.grad_norm!)).some((m) => !Number.isFinite(m[0]!)));
-    course.done(skipped.at(-1)!);
+    course.done(skipped.at(-1) ? "overflowed" : "updated");
   }
   const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
   return { metrics, state, replayed, skipped };

@@ -143,13 +143,14 @@ export const quantile = op({
     }
   },
 });
-/** Towards the quantiles n of the step, by a moving mean; the biases sum to 0. */
+/** Towards the quantiles n of the step, by a moving mean; the biases sum to 0. A step of `scale` 0 is skipped. */
 export const quantileUpdate = op({
   name: "quantile_update",
-  sig: "n[E!] -> bias[E!]",
+  sig: "n[E!] scale[] -> bias[E!]",
   updates: ["bias"],
   types: { bias: "f32" },
-  cpu({ n, bias }, { E, ema }) {
+  cpu({ n, scale, bias }, { E, ema }) {
+    if (scale[0] === 0) return;
     let sum = 0;
     for (let e = 0; e < E; e++) {
       bias[e] = ema! * bias[e]! + (1 - ema!) * n[e]!;
@@ -170,13 +171,14 @@ export const loads = op({
     for (let i = 0; i < c.length; i++) n[i % E]! += c[i]!;
   },
 });
-/** Towards the mean load, by steps of one size whatever the distance (DeepSeek-V3). */
+/** Towards the mean load, by steps of one size whatever the distance (DeepSeek-V3). A step of `scale` 0 is skipped. */
 export const biasUpdate = op({
   name: "bias_update",
-  sig: "n[E!] -> bias[E!]",
+  sig: "n[E!] scale[] -> bias[E!]",
   updates: ["bias"],
   types: { bias: "f32" },
-  cpu({ n, bias }, { E, rate }) {
+  cpu({ n, scale, bias }, { E, rate }) {
+    if (scale[0] === 0) return;
     let sum = 0;
     for (const x of n) sum += x;
     for (let e = 0; e < E; e++) bias[e]! += rate! * Math.sign(sum / E - n[e]!);

@@ -1,8 +1,8 @@
 /**
  * The step: the gradients' norm, what clipping leaves of them, and how weights move: torch.optim's AdamW, Adam and SGD. Doubles
- * inside, stored as f32. An update by a `scale` of 0 leaves everything as it is, where the attribute `skips` says that such steps
- * exist: gradients of a scaled loss that overflowed. Each update stands twice: with a weight decay that is an attribute, and with one
- * that changes from step to step.
+ * inside, stored as f32. `clip` writes a `scale` of 0 where the sum of squares is not finite, and every update by a `scale` of 0
+ * leaves weights, moments and router biases as they are: the step is skipped on the device, and no host has to read anything. Each
+ * update stands twice: with a weight decay that is an attribute, and with one that changes from step to step.
  */
 import { type Attrs, op } from "./op.ts";
 
@@ -18,16 +18,26 @@ export const sumSquares = op({
     y[0]! += scale! * sum;
   },
 });
-/** torch.nn.utils.clip_grad_norm_; a `max` of 0 clips nothing. */
+/** `y` becomes `x` where that is not finite: a loss that is not finite makes the sum of squares so, on every rank once that is reduced. */
+export const markNonfinite = op({
+  name: "mark_nonfinite",
+  sig: "x[] -> y[]",
+  updates: ["y"],
+  types: { y: "f32" },
+  cpu({ x, y }) {
+    if (!Number.isFinite(x[0]!)) y[0] = x[0]!;
+  },
+});
+/** torch.nn.utils.clip_grad_norm_; a `max` of 0 clips nothing. Where `sq` is not finite, `scale` is 0 and `norm` is not finite. */
 export const clip = op({
   name: "clip",
   sig: "sq[] -> scale[] norm[]",
   cpu({ sq, scale, norm }, { max }) {
     norm[0] = Math.sqrt(sq[0]!);
-    scale[0] = left(norm[0], max!);
+    scale[0] = Number.isFinite(sq[0]!) ? left(norm[0], max!) : 0;
   },
 });
-/** The same for gradients of a loss that was multiplied by `by`; where they overflowed, `scale` is 0, and `norm` no finite number. */
+/** The same for gradients of a loss that was multiplied by `by`. */
 export const clipScaled = op({
   name: "clip_scaled",
   sig: "sq[] by[] -> scale[] norm[]",
@@ -70,12 +80,13 @@ export const adamScheduled = op({
 });
 
 type Tensors<K extends string> = Readonly<Record<K, Float32Array>>;
-const isLeftOut = ({ scale }: Tensors<"scale">, { skips }: Attrs): boolean => skips === 1 && scale[0] === 0;
+/** Whether the step is skipped. */
+const isSkipped = ({ scale }: Tensors<"scale">): boolean => scale[0] === 0;
 
 function adaptive(t: Tensors<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">, d: Attrs, { shrink = 0, pull = 0 }): void {
   const { g, scale, lr, step, w, m, v } = t;
   const { beta1, beta2, eps } = d;
-  if (isLeftOut(t, d)) return;
+  if (isSkipped(t)) return;
   const rate = lr[0]! / (1 - beta1! ** step[0]!);
   const unbias = Math.sqrt(1 - beta2! ** step[0]!);
   const keep = 1 - lr[0]! * shrink;
@@ -122,7 +133,7 @@ export const sgdMomentumScheduled = op({
 
 function descend(t: Tensors<"g" | "scale" | "lr" | "w">, d: Attrs, decay: number, m?: Float32Array): void {
   const { g, scale, lr, w } = t;
-  if (isLeftOut(t, d)) return;
+  if (isSkipped(t)) return;
   for (let i = 0; i < g.length; i++) {
     let x = g[i]! * scale[0]! + decay * w[i]!;
     if (m) {

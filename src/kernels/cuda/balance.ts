@@ -13,9 +13,11 @@ export const balance: Readonly<Record<string, CudaMaker>> = {
   loads: (use) => count(use, { batches: 1, tokens: use.d.B! * use.d.S! }),
   running_mean: (use) =>
     oneBlock(use, ["n", "mean", "total"], (v) => render("cuda/running_mean.cu", { ...v, choices: f32(use.d.choices!) })),
-  bias_update: (use) => oneBlock(use, ["n", "bias"], (v) => render("cuda/bias_update.cu", { ...v, rate: f32(use.d.rate!) })),
+  bias_update: (use) => oneBlock(use, ["n", "scale", "bias"], (v) => render("cuda/bias_update.cu", { ...v, rate: f32(use.d.rate!) })),
   quantile_update: (use) =>
-    oneBlock(use, ["n", "bias"], (v) => render("cuda/quantile_update.cu", { ...v, ema: f32(use.d.ema!), rest: f32(1 - use.d.ema!) })),
+    oneBlock(use, ["n", "scale", "bias"], (v) =>
+      render("cuda/quantile_update.cu", { ...v, ema: f32(use.d.ema!), rest: f32(1 - use.d.ema!) }),
+    ),
   sinkhorn,
   quantile,
 };

@@ -7,9 +7,12 @@ type Sizes = Readonly<Record<string, number>>;
 
 const clipped = (norm: string, { max }: Sizes): string => (max! > 0 ? `fminf(1.0f, ${f32(max!)} / (${norm} + 1e-6f))` : "1.0f");
 
+/** By the bits: compilers may take every float for a finite one. */
+const isFiniteText = (x: string): string => `(__float_as_uint(${x}) & 0x7f800000u) != 0x7f800000u`;
+
 /** `decay` is an expression: of the attribute, or of the operand. */
-function adaptive({ beta1, beta2, eps, skips }: Sizes, decay: string, decoupled: boolean): Formula {
-  return leftOut(skips, {
+function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): Formula {
+  return unlessSkipped({
     ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
     // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
     once: [
@@ -30,22 +33,21 @@ function adaptive({ beta1, beta2, eps, skips }: Sizes, decay: string, decoupled:
   });
 }
 
-const plain = ({ skips }: Sizes, decay: string): Formula =>
-  leftOut(skips, {
+const plain = (_: Sizes, decay: string): Formula =>
+  unlessSkipped({
     ...{ streams: ["g", "w"], scalars: ["scale", "lr"] },
     outputs: { w: `w - lr * (g * scale + ${decay} * w)` },
   });
 
-const withMomentum = ({ momentum, skips }: Sizes, decay: string): Formula =>
-  leftOut(skips, {
+const withMomentum = ({ momentum }: Sizes, decay: string): Formula =>
+  unlessSkipped({
     ...{ streams: ["g", "w", "m"], scalars: ["scale", "lr"] },
     element: [`const float speed = ${f32(momentum!)} * m + (g * scale + ${decay} * w);`],
     outputs: { w: "w - lr * speed", m: "speed" },
   });
 
-/** Where steps may be left out: by a scale of 0 all stays as it is, whatever the gradients. */
-function leftOut(skips: number | undefined, { outputs, once = [], ...formula }: Formula): Formula {
-  if (!skips) return { ...formula, once, outputs };
+/** A scale of 0 skips the step: outputs keep their values, whatever the gradients. */
+function unlessSkipped({ outputs, once = [], ...formula }: Formula): Formula {
   return {
     ...formula,
     once: [...once, "const bool stays = scale == 0.0f;"],
@@ -62,11 +64,12 @@ const methods: Readonly<Record<string, (d: Sizes, decay: string) => Formula>> = 
 const told = (f: Formula): Formula => ({ ...f, scalars: [...f.scalars!, "decay"] });
 
 const formulas: Readonly<Record<string, (d: Sizes) => Formula>> = {
-  clip: (d) => ({ streams: ["sq"], outputs: { scale: clipped("sqrtf(sq)", d), norm: "sqrtf(sq)" } }),
+  mark_nonfinite: () => ({ streams: ["x", "y"], outputs: { y: `${isFiniteText("x")} ? y : x` } }),
+  clip: (d) => ({ streams: ["sq"], outputs: { scale: `${isFiniteText("sq")} ? ${clipped("sqrtf(sq)", d)} : 0.0f`, norm: "sqrtf(sq)" } }),
   clip_scaled: (d) => ({
     ...{ streams: ["sq"], scalars: ["by"] },
-    element: ["const float norm = sqrtf(sq) / by;", "const bool finite = (__float_as_uint(sq) & 0x7f800000u) != 0x7f800000u;"],
-    outputs: { scale: `finite ? ${clipped("norm", d)} / by : 0.0f`, norm: "norm" },
+    element: ["const float norm = sqrtf(sq) / by;"],
+    outputs: { scale: `${isFiniteText("sq")} ? ${clipped("norm", d)} / by : 0.0f`, norm: "norm" },
   }),
   ...Object.fromEntries(
     Object.entries(methods).flatMap(([name, of]): [string, (d: Sizes) => Formula][] => [

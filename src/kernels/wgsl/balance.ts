@@ -80,8 +80,11 @@ export const balance = {
   loads: (use: Use): Made => count(use, 1, use.d.B! * use.d.S!),
   running_mean: (use: Use): Made =>
     oneGroup(use, ["n", "mean", "total"], (v) => render("wgsl/running_mean.wgsl", { ...v, choices: float(use.d.choices!) })),
-  bias_update: (use: Use): Made => oneGroup(use, ["n", "bias"], (v) => render("wgsl/bias_update.wgsl", { ...v, rate: float(use.d.rate!) })),
+  bias_update: (use: Use): Made =>
+    oneGroup(use, ["n", "scale", "bias"], (v) => render("wgsl/bias_update.wgsl", { ...v, rate: float(use.d.rate!) })),
   quantile_update: (use: Use): Made =>
-    oneGroup(use, ["n", "bias"], (v) => render("wgsl/quantile_update.wgsl", { ...v, ema: float(use.d.ema!), rest: float(1 - use.d.ema!) })),
+    oneGroup(use, ["n", "scale", "bias"], (v) =>
+      render("wgsl/quantile_update.wgsl", { ...v, ema: float(use.d.ema!), rest: float(1 - use.d.ema!) }),
+    ),
   ...{ sinkhorn, quantile },
 };

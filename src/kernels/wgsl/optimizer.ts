@@ -17,16 +17,20 @@ function sumSquares(use: Use): Made {
 
 const clipped = (norm: string, max: number): string => (max > 0 ? `min(1.0, ${float(max)} / (${norm} + 1e-6))` : "1.0");
 
-function clip(use: Use): Made {
-  return map(use, { width: 1, results: { norm: "sqrt(sq)", scale: clipped("sqrt(sq)", use.d.max!) } });
+/** WGSL lets compilers take every float for a finite one: the bits say which is not, and it is passed on unchanged. */
+const isNonfinite = (x: string): string => `(bitcast<u32>(${x}) & 0x7f800000u) == 0x7f800000u`;
+
+function markNonfinite(use: Use): Made {
+  return map(use, { width: 1, reads: ["x", "y"], results: { y: `select(y, x, ${isNonfinite("x")})` } });
 }
 
-/** WGSL lets compilers take every float for a finite one: what is none is told by its bits, and handed on as it came. */
-function clipScaled(use: Use): Made {
+/** `by` is an expression: what the loss, and so the gradients, were multiplied by. */
+function clip(use: Use, by?: string): Made {
+  const divided = (value: string): string => (by ? `${value} / ${by}` : value);
   return map(use, {
     width: 1,
-    lines: ["let overflowed = (bitcast<u32>(sq) & 0x7f800000u) == 0x7f800000u;", "let all = sqrt(sq) / by;"],
-    results: { norm: "select(all, sq, overflowed)", scale: `select(${clipped("all", use.d.max!)} / by, 0.0, overflowed)` },
+    lines: [`let skipped = ${isNonfinite("sq")};`, `let all = ${divided("sqrt(sq)")};`],
+    results: { norm: "select(all, sq, skipped)", scale: `select(${divided(clipped("all", use.d.max!))}, 0.0, skipped)` },
   });
 }
 
@@ -82,25 +86,23 @@ const methods: Readonly<Record<string, (d: Sizes, decay: string) => Method>> = {
 };
 
 function moves(use: Use, { scalars, functions = [], lines, results }: Method): Made {
-  const stays = use.d.skips === 1;
   return map(use, {
     width: widthOf(use.size.g!),
     reads: ["g", ...scalars, ...Object.keys(results)],
     // an operand of one element is no scalar for that
     at: Object.fromEntries(scalars.map((name) => [name, use.size.g!])),
     functions,
-    // by a scale of 0 all stays as it is, whatever the gradients
-    lines: [...lines, ...(stays ? ["let stays = scale == 0.0;"] : [])],
-    results: stays
-      ? Object.fromEntries(Object.entries(results).map(([name, value]) => [name, `select(${value}, ${name}, stays)`]))
-      : results,
+    // a scale of 0 skips the step: values stay, whatever the gradients
+    lines: [...lines, "let stays = scale == 0.0;"],
+    results: Object.fromEntries(Object.entries(results).map(([name, value]) => [name, `select(${value}, ${name}, stays)`])),
   });
 }
 
 export const optimizer = {
   sum_squares: sumSquares,
-  clip,
-  clip_scaled: clipScaled,
+  mark_nonfinite: markNonfinite,
+  clip: (use: Use): Made => clip(use),
+  clip_scaled: (use: Use): Made => clip(use, "by"),
   ...Object.fromEntries(
     Object.entries(methods).flatMap(([name, of]): [string, (use: Use) => Made][] => [
       [name, (use) => moves(use, of(use.d, float(use.d.decay!)))],
