@@ -7,11 +7,13 @@ import { Trouble } from "../schemas/trouble.ts";
 import { keyOf, philox } from "../src/ops/philox.ts";
 import type { HostData } from "./backend.ts";
 import { ahead, countOf, type Weighting, weightsOf } from "./learning.ts";
+import { readIndex } from "./megatronIndex.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "./tokens.ts";
 
-/** Labels say what is to be predicted; without, it is each token itself. */
+/** Labels are the ids to predict; without them, each token itself. `index`: the index of a Megatron data set, if `ids` has one. */
 export interface Corpus {
   readonly ids: Text;
+  readonly index?: Text | undefined;
   readonly labels?: Text | undefined;
 }
 export interface Reading extends Written {
@@ -35,10 +37,10 @@ export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Ar
 /** The next `rows` sequences after the first `first` of a run. */
 export type BatchOf = (first: number, rows: number) => Batch;
 
-/** Throws a Trouble where the corpus is too short, or not what it is said to be. */
+/** Throws a Trouble if the corpus is too short, or of another format than `reading` says. */
 export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
   const { seq, vocab } = reading;
-  const tokens = idsOf(corpus.ids, reading);
+  const tokens = idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
   check(tokens, reading);
   const marks = corpus.labels && labelsOf(corpus.labels, tokens, vocab);
   const startOf = orders[reading.order](tokens.count, reading);

@@ -1,5 +1,5 @@
 /** An input file, open for reading at any place. What can be wrong with a path is a Trouble that names it. */
-import { closeSync, fstatSync, openSync, readSync } from "node:fs";
+import { closeSync, existsSync, fstatSync, openSync, readSync } from "node:fs";
 import { Trouble } from "../schemas/trouble.ts";
 
 export type InputFile = {
@@ -9,6 +9,9 @@ export type InputFile = {
   readonly read: (into: Uint8Array, at: number) => void;
   readonly close: () => void;
 };
+
+/** Whether there is a file or a directory of this name. */
+export const isThere = (path: string): boolean => existsSync(path);
 
 /** `what` is what the person thinks of it as: "the checkpoint", "the corpus"; `place` says where a path starts. */
 export function openInput(path: string, what: string, place: string): InputFile {

@@ -420,7 +420,9 @@ const DataText = z.strictObject({
   dtype: z
     .enum(["u16", "u32"])
     .optional()
-    .describe("of format tokens: what each id is written as, little-endian; default: u16 where all ids below model.vocab fit in it"),
+    .describe(
+      "of format tokens: the type of each id, little-endian; default: u16 where all ids below model.vocab fit in it. The index of a Megatron data set, PREFIX.idx beside PREFIX.bin, takes precedence",
+    ),
   labels: z
     .string()
     .nullable()

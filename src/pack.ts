@@ -10,6 +10,7 @@ import { basename, dirname, isAbsolute, join, posix, resolve } from "node:path";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
+import { indexPath } from "../schemas/dataFiles.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { expectWritable } from "./outputs.ts";
@@ -103,10 +104,17 @@ const filesOfPlan = (folder: string): readonly Entry[] => [
 /** A corpus past this is brought to the hosts by other means, unless the person asks for it. */
 const smallCorpus = 16 * 2 ** 20;
 
-/** Corpus and labels: each lies as far from plan/ in the archive as its key says, so that `run plan` finds it. */
-function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly Entry[] | undefined {
+/**
+ * Corpus, its index and labels: each has the place relative to plan/ in the archive that its key names, so that `run plan` finds it.
+ * Undefined if `dataDir` is not given and a file is missing, outside of the archive, or large. Throws a Trouble if it is given.
+ */
+export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly Entry[] | undefined {
   const { path, labels } = job.data;
   const wanted = [{ key: "data.path", path, what: "the corpus does" }];
+  // without its index, a Megatron data set would be read by data.dtype
+  const index = indexPath(path);
+  if (index !== undefined && existsSync(resolve(dataDir ?? folder, index)))
+    wanted.push({ key: "data.path", path: index, what: "its index does" });
   if (labels !== null) wanted.push({ key: "data.labels", path: labels, what: "the labels do" });
   const files = wanted.map(({ path, ...as }) => {
     const file = resolve(dataDir ?? folder, path);

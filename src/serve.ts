@@ -7,6 +7,7 @@ import { createServer, type IncomingMessage, type ServerResponse } from "node:ht
 import type { AddressInfo } from "node:net";
 import { extname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
+import { indexPath } from "../schemas/dataFiles.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { root } from "./packageFile.ts";
@@ -56,6 +57,10 @@ export async function serve(
     ["/plan.json", { type: "application/json", body: printPlan(plan) }],
     ["/corpus", { ...bytes, file: resolve(baseDir, path), what: "text" }],
   ]);
+  // empty if there is none
+  const index = indexPath(path);
+  const indexed = index !== undefined && existsSync(resolve(baseDir, index));
+  answers.set("/index", indexed ? { ...bytes, file: resolve(baseDir, index), what: "index" } : { ...bytes, body: "" });
   if (labels !== null) answers.set("/labels", { ...bytes, file: resolve(baseDir, labels), what: "labels" });
   for (const { source: at } of plan.kernels) answers.set(`/kernels/${at!.file}`, { type: types[".txt"]!, body: source(at!.file) });
 
@@ -113,13 +118,13 @@ function replyTo({ method, url = "", headers }: IncomingMessage, answers: Readon
   if (!stat?.isFile())
     return refused(
       404,
-      `the plan's ${what} ${what === "text" ? "is" : "are"} not at ${file}: start rankc serve with --data-dir, the folder that data.path starts at, or choose a file here`,
+      `the plan's ${what} ${what === "labels" ? "are" : "is"} not at ${file}: start rankc serve with --data-dir, the folder that data.path starts at, or choose a file here`,
     );
   const mebibytes = (bytes: number): string => `${Math.ceil(bytes / 2 ** 20)} MiB`;
   if (stat.size > LARGEST_TEXT)
     return refused(
       413,
-      `the plan's ${what} ${what === "text" ? "has" : "have"} ${mebibytes(stat.size)}, and the page takes ${mebibytes(LARGEST_TEXT)} at most: choose a shorter file here`,
+      `the plan's ${what} ${what === "labels" ? "have" : "has"} ${mebibytes(stat.size)}, and the page takes ${mebibytes(LARGEST_TEXT)} at most: choose a shorter file here`,
     );
   return { status: 200, answer };
 }

@@ -69,7 +69,7 @@ test("shuffled: each epoch visits every window once, in an order of its own, wha
 
 test("what is wrong with a corpus is said before the first batch", () => {
   const short = join(folder, "short");
-  writeFileSync(short, Buffer.alloc(4 * 65 + 1));
+  writeFileSync(short, " ".repeat(4 * 65 + 1));
   const said = [
     [short, reading],
     [folder, reading],
@@ -90,7 +90,7 @@ test("what is wrong with a corpus is said before the first batch", () => {
     DIR/no: the corpus does not exist
     test/fixtures/corpus.txt: byte 71 of the corpus is 101, outside a vocabulary of 100"
   `);
-  writeFileSync(short, Buffer.alloc(4 * 65 + 2));
+  writeFileSync(short, " ".repeat(4 * 65 + 2));
   openCorpus({ path: short }, reading).batch(4 * 12345, 4);
 });
 

@@ -18,10 +18,11 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { Trouble } from "../schemas/trouble.ts";
 import { compile } from "../src/compile.ts";
-import { type Packed, pack } from "../src/pack.ts";
+import { dataOf, type Packed, pack } from "../src/pack.ts";
 import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
 import { readJob } from "../src/readJob.ts";
+import { parsePlan } from "../src/readPlan.ts";
 import { tar } from "../src/tar.ts";
 import { root } from "./checkout.ts";
 import { rankc } from "./rankc.ts";
@@ -105,6 +106,20 @@ describe.skipIf(!hasXz)(`a pack${hasXz ? "" : " (skipped: xz is not on this mach
     expect(run("./rankc", ["explain", "P101"], there).status).toBe(0);
     expect(statSync(join(there, "lib/node")).mode & 0o777).toBe(0o755);
   });
+});
+
+test("a corpus of ids is taken along with its index", () => {
+  const folder = join(work, "indexed");
+  mkdirSync(folder);
+  const data = { path: "ids.bin", format: "tokens", dtype: "u16", labels: null, tokenizer: "bytes", order: "sequential" } as const;
+  const packed = () => {
+    const whole = parsePlan(readFileSync(join(plan, "plan.json"), "utf8"), "plan.json");
+    return dataOf({ ...whole, job: { ...whole.job, data } }, folder, undefined)?.map(({ path }) => path);
+  };
+  writeFileSync(join(folder, "ids.bin"), "ids");
+  expect(packed()).toEqual(["plan/ids.bin"]);
+  writeFileSync(join(folder, "ids.idx"), "index");
+  expect(packed()).toEqual(["plan/ids.bin", "plan/ids.idx"]);
 });
 
 test("an archive is a function of its files: sorted, no owner, one time", () => {

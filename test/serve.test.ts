@@ -88,6 +88,15 @@ describe("a plan that is served", () => {
     expect(await ask("/plan.json", { method: "POST" })).toMatchObject({ status: 405 });
   });
 
+  test("has the index of ids, empty if there is none", async () => {
+    expect(await ask("/index")).toMatchObject({ status: 200, text: "" });
+    writeFileSync(join(folder, "ids.idx"), "an index");
+    const indexed = { ...plan, job: { ...plan.job, data: { ...plan.job.data, path: "ids.bin" } } };
+    const other = await serve({ plan: indexed, source }, { port: 0, baseDir: folder, page });
+    expect(await ask("/index", { at: other.address })).toMatchObject({ status: 200, text: "an index" });
+    await other.close();
+  });
+
   test("says where it looked for a text that is not there", async () => {
     const other = await serve({ plan, source }, { port: 0, baseDir: join(folder, "nowhere"), page });
     expect(await ask("/corpus", { at: other.address })).toMatchObject({

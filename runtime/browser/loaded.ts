@@ -1,4 +1,5 @@
 /** What `rankc serve` serves beside the page: the plan, its kernels, and its text. */
+import { indexPath } from "../../schemas/dataFiles.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Corpus } from "../batches.ts";
@@ -17,10 +18,16 @@ export async function loadPlan(): Promise<Loaded> {
   return { plan, kernel: (file) => texts.get(file)! };
 }
 
+/** The files of `data`. An index that has no bytes is none. */
 export async function loadCorpus({ job }: Plan): Promise<Corpus> {
-  const { path, labels } = job.data;
+  const { path, format, labels } = job.data;
   const load = async (name: string, as: string): Promise<Text> => textOf(as, await (await get(name)).arrayBuffer());
-  return { ids: await load("corpus", path), ...(labels !== null && { labels: await load("labels", labels) }) };
+  const index = format === "tokens" ? await load("index", indexPath(path) ?? path) : undefined;
+  return {
+    ids: await load("corpus", path),
+    ...(index && index.bytes > 0 && { index }),
+    ...(labels !== null && { labels: await load("labels", labels) }),
+  };
 }
 
 export async function readText(file: File): Promise<Text> {
