@@ -355,7 +355,7 @@ function surplusOf({ where }: Tensors, used: ReadonlySet<string>, model: Model):
   const others = surplus.filter((name) => originalOf(name, model) === undefined);
   return {
     mismatches: [...mismatches, ...surplusMismatches(others, model)],
-    notes: unused.length === 0 ? [] : [`${unused.length} tensors of multi-token prediction are not used: the job has no such layers`],
+    notes: unused.length === 0 ? [] : [`tensors of multi-token prediction layers that the job has not are not used: ${unused.length}`],
   };
 }
 

@@ -95,8 +95,13 @@ export function expectWritableFolder(folder: string): void {
 function makeFolder(folder: string): void {
   const missing: string[] = [];
   for (let at = resolve(folder); !existsSync(at); at = dirname(at)) missing.unshift(at);
-  // another process may make it at the same time
-  for (const at of missing) if (!existsSync(at)) mkdirSync(at);
+  for (const at of missing)
+    try {
+      mkdirSync(at);
+    } catch (error) {
+      // a process of another host may have made it meanwhile
+      if (!statSync(at, { throwIfNoEntry: false })?.isDirectory()) throw error;
+    }
 }
 
 export interface FolderLock {
@@ -132,9 +137,13 @@ export function lockFolder(folder: string): FolderLock {
   }
   held.add(own.id);
   const isMine = (): boolean => ownerOf(path)?.id === own.id;
-  const touch = setInterval(() => {
-    if (isMine()) utimesSync(path, new Date(), new Date());
-  }, TOUCH_MS).unref();
+  // what fails here fails again when the run saves, where it is reported
+  const attempt = (change: () => void): void => {
+    try {
+      if (isMine()) change();
+    } catch {}
+  };
+  const touch = setInterval(() => attempt(() => utimesSync(path, new Date(), new Date())), TOUCH_MS).unref();
   return {
     expectHeld() {
       const other = ownerOf(path);
@@ -145,7 +154,8 @@ export function lockFolder(folder: string): FolderLock {
     release() {
       clearInterval(touch);
       held.delete(own.id);
-      if (isMine()) rmSync(path, { force: true });
+      // a lock that stays is of a process that is gone
+      attempt(() => rmSync(path, { force: true }));
     },
   };
 }

@@ -228,6 +228,6 @@ function tensorDifferences(tensors: SnapshotText["tensors"], plan: Plan): { mism
   const surplus = Object.keys(tensors).filter((name) => !names.has(name) && !name.startsWith("mtp."));
   const states = surplus.filter((name) => isState(name) && names.has(name.slice(0, name.lastIndexOf("."))));
   const parameters = surplus.filter((name) => !isState(name));
-  const notes = states.length > 0 ? [`${states.length} tensors of the optimizer's state are not used: train.optimizer changed`] : [];
+  const notes = states.length > 0 ? [`tensors of optimizer state that the job's optimizer has not are not used: ${states.length}`] : [];
   return { mismatches: [...wrong, ...surplusMismatches(parameters, plan.job.model)], notes };
 }

@@ -307,7 +307,7 @@ test("layers of multi-token prediction that the job has not are not read; what a
   writeSafetensors(path, [...toHuggingFace(model, random(model)), further]);
   const open = checkpointFor(model, path);
   expect(open.unused).toEqual([further.name]);
-  expect(open.notes).toEqual(["1 tensors of multi-token prediction are not used: the job has no such layers"]);
+  expect(open.notes).toEqual(["tensors of multi-token prediction layers that the job has not are not used: 1"]);
   open.close();
   const { moe } = model;
   const plain = { ...model, moe: { ...moe!, shared: null, router: { ...moe!.router, expert_bias: false } } };
