@@ -28,8 +28,8 @@ export interface Reading extends Written {
   readonly depths: number;
 }
 /**
- * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and, where they are all that
- * counts, `aux_weight` are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
+ * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and `aux_weight`, the weight of
+ * balancing and z losses, are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
  * `weights_k`. The weights of a batch that is smaller than the whole one are smaller by as much, as the losses of a plan are that
  * has none.
  */
@@ -63,12 +63,14 @@ export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
 
 /**
  * `aux_weight`: where all tokens of a step count alike, Megatron Core adds up balancing losses each times the tokens it is
- * about, learnt from or not, and divides all by the labels there are.
+ * about, learnt from or not, and divides all by the labels there are. A step without labels has no weight: its balancing losses
+ * would be the whole gradient.
  */
 function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: number): Readonly<Record<string, HostData>> {
   if (!weighed) return {};
-  const aux_weight = Float32Array.of(labels.length / Math.max(1, countOf(labels)));
-  return { weights: weightsOf(labels, weighting, share), ...(weighting.by === "token" ? { aux_weight } : {}) };
+  const learnt = countOf(labels);
+  const each = weighting.by === "token" ? labels.length / Math.max(1, learnt) : 1;
+  return { weights: weightsOf(labels, weighting, share), aux_weight: Float32Array.of(learnt > 0 ? each : 0) };
 }
 
 /**
@@ -133,11 +135,17 @@ function check(tokens: Tokens, { seq, batch }: Reading): void {
   );
 }
 
+/** How a job weighs the losses of a step's tokens. */
+export const weightingOf = ({ train, model }: Pick<Job, "train" | "model">): Weighting => ({
+  by: train.loss_weighting,
+  together: train.micro_batch * model.seq,
+});
+
 /** How a job reads its corpus. */
 export const readingOf = ({ train, model, data }: Job): Reading => ({
   ...{ seq: model.seq, batch: train.global_batch, vocab: model.vocab, seed: train.seed },
   ...{ format: data.format, dtype: data.dtype, order: data.order },
   weighed: data.labels !== null,
-  weighting: { by: train.loss_weighting, together: train.micro_batch * model.seq },
+  weighting: weightingOf({ train, model }),
   depths: model.mtp?.layers ?? 0,
 });

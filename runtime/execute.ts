@@ -12,7 +12,7 @@ import { fillNormal } from "../src/ops/philox.ts";
 import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { Batch, BatchOf } from "./batches.ts";
 import { courseOf, type Milestone } from "./course.ts";
-import { feedOf, inOrder } from "./feed.ts";
+import { feedOf, inOrder, learntOf } from "./feed.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { pieceOf as pieceIn, type Ranges, rangesIn, visitRuns } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
@@ -20,8 +20,10 @@ import { rememberedBy } from "./remembered.ts";
 export interface StepResult {
   /** 1-based. */
   readonly step: number;
-  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says. */
+  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says, of the microbatches that have labels. */
   readonly loss: number;
+  /** Tokens that are learnt from, where data.labels says which. */
+  readonly labels?: number;
   /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
   readonly mtp_loss?: number;
   /** What balancing adds to it; 0 where nothing is balanced. */
@@ -302,11 +304,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
         }
       }
       course.done(outcome);
+      const learnt = job.data.labels === null ? undefined : learntOf(job, now);
       if (train.on_nonfinite === "stop" && course.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
       return {
         step,
-        loss: loss! * upscale,
-        ...(model.mtp && { mtp_loss: mtp_loss! * upscale }),
+        loss: loss! * upscale * (learnt?.loss ?? 1),
+        ...(learnt && { labels: learnt.labels }),
+        ...(model.mtp && { mtp_loss: mtp_loss! * upscale * (learnt?.mtp ?? 1) }),
         aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),
         grad_norm: grad_norm!,
         lr,

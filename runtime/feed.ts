@@ -1,9 +1,10 @@
 /** The inputs of a plan in one step: those of its batch, as they lie over the ranks, and the numbers of its leg of the run. */
-import type { Job } from "../schemas/job.ts";
+import { depthsOf, type Job } from "../schemas/job.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { HostData } from "./backend.ts";
-import type { Batch } from "./batches.ts";
+import { type Batch, weightingOf } from "./batches.ts";
 import type { Leg } from "./course.ts";
+import { countOf, meanOverLearnt } from "./learning.ts";
 
 /** Tokens of each sequence in the order in which they lie over the ranks that share it; numbers of a whole step as they are. */
 export function inOrder({ model, parallel: { context } }: Job, given: Batch): Readonly<Record<string, HostData>> {
@@ -43,4 +44,11 @@ export function feedOf(
     if (!whole) throw new Error(`rankc: the plan asks for an input ${name}, which this runtime does not know`);
     return whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
   };
+}
+
+/** Labels of a batch, and what its printed losses are multiplied by (learning.ts). */
+export function learntOf(job: Job, batch: Batch): { readonly labels: number; readonly loss: number; readonly mtp: number } {
+  const weighting = weightingOf(job);
+  const ahead = Array.from({ length: depthsOf(job.model) }, (_, k) => batch[`labels_${k + 1}`] as Int32Array);
+  return { labels: countOf(batch.labels), loss: meanOverLearnt([batch.labels], weighting), mtp: meanOverLearnt(ahead, weighting) };
 }

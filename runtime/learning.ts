@@ -29,6 +29,20 @@ export function weightsOf(labels: Int32Array, { by, together }: Weighting, share
 }
 export const countOf = (labels: Int32Array): number => labels.reduce((n, label) => n + Number(label !== IGNORED), 0);
 
+/**
+ * What a printed loss is multiplied by, so that it is the mean over the microbatches that have labels: `weightsOf` counts one without
+ * labels as a loss of 0, which is right for the gradient. Each element of `depths` has the labels of one loss of the sum; 0 where
+ * none has a label.
+ */
+export function meanOverLearnt(depths: readonly Int32Array[], { by, together }: Weighting): number {
+  if (by === "token") return depths.some((labels) => countOf(labels) > 0) ? 1 : 0;
+  let [groups, learnt] = [0, 0];
+  for (const labels of depths)
+    for (let from = 0; from < labels.length; from += together, groups++)
+      learnt += Number(countOf(labels.subarray(from, from + together)) > 0);
+  return learnt > 0 ? groups / learnt : 0;
+}
+
 /** Each sequence moved `by` places ahead; its last places hold `rest`. Megatron Core rolls so: ids end in 0, labels are ignored. */
 export function ahead(whole: Int32Array, seq: number, by: number, rest: number): Int32Array {
   const moved = new Int32Array(whole.length).fill(rest);

@@ -386,7 +386,7 @@ const TrainText = z.strictObject({
     .enum(["microbatch", "token"])
     .default("microbatch")
     .describe(
-      "where data.labels ignores some tokens, what the loss is a mean of: means of each microbatch, which count alike; or all labels of a step, which count alike",
+      "where data.labels ignores some tokens, what the loss is a mean of: means of each microbatch, which count alike; or all labels of a step, which count alike. With token, balancing and z losses are multiplied by tokens / labels of the step, as in Megatron Core: with 10 % of the tokens labelled they weigh 10 times as much beside the loss. A step without labels has no weight at all",
     ),
   precision: z
     .enum(["fp32", "bf16", "fp16"])

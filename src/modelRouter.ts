@@ -112,7 +112,7 @@ interface Routed {
 function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
-  const weight = job.data.labels !== null && train.loss_weighting === "token" ? { weight: "aux_weight" } : {};
+  const weight = job.data.labels !== null ? { weight: "aux_weight" } : {};
   const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
   const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (weighed.length) {

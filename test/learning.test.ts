@@ -54,7 +54,10 @@ describe("a step of three microbatches of two sequences", () => {
   test("microbatch: the mean of means", async () => {
     const { loss, learnt } = await nll(jobWith(some.path, "microbatch"));
     expect(new Set(learnt.map((l) => l.length)).size).toBe(3);
-    expect(loss).toBeCloseTo(sumOf(learnt.map((l) => sumOf(l) / Math.max(1, l.length))) / 3, 5);
+    expect(loss).toBeCloseTo(
+      sumOf(learnt.filter((l) => l.length > 0).map((l) => sumOf(l) / l.length)) / learnt.filter((l) => l.length > 0).length,
+      5,
+    );
   });
   test("token: the mean", async () => {
     const { loss, learnt } = await nll(jobWith(some.path, "token"));
@@ -70,6 +73,38 @@ describe("a step of three microbatches of two sequences", () => {
     expect(errors.size).toBeGreaterThan(8);
     for (const [name, error] of errors) expect(error, name).toBeLessThan(2e-3);
   });
+});
+
+test.each(["microbatch", "token"])("%s: a step without labels has no weight, not even by its balancing losses", async (by) => {
+  const none = labelsBeside(fixture("corpus.txt"), (ids) => new Int32Array(ids.length).fill(N));
+  const { metrics, gradients } = await firstStep(jobWith(none.path, by, { moe: experts }));
+  none.remove();
+  expect(metrics).toMatchObject({ loss: 0, labels: 0, aux_loss: 0, grad_norm: 0 });
+  for (const [name, { data }] of gradients)
+    expect(
+      data.every((x) => x === 0),
+      name,
+    ).toBe(true);
+});
+
+test("the printed loss is the mean over the microbatches that have labels", async () => {
+  // two sequences of eight tokens make a microbatch: some of them have no label
+  const few = labelsBeside(fixture("corpus.txt"), (ids) => Int32Array.from(ids, (id, i) => (i % 48 < 8 ? id : N)));
+  const mtp = { mtp: { layers: 1 } };
+  const { metrics, watched, given } = await firstStep(jobWith(few.path, "microbatch", mtp), undefined, ["loss.nll", "mtp.0.loss.nll"]);
+  few.remove();
+  for (const [got, id, labels] of [
+    [metrics.loss, "loss.nll", given.labels],
+    [metrics.mtp_loss!, "mtp.0.loss.nll", given.labels_1!],
+  ] as const) {
+    const means = watched.get(id)!.flatMap(({ data }, m) => {
+      const learnt = [...data].filter((_, i) => labels[m * 16 + i] !== N);
+      return learnt.length > 0 ? [sumOf(learnt) / learnt.length] : [];
+    });
+    expect([1, 2]).toContain(means.length);
+    expect(got).toBeCloseTo(sumOf(means) / means.length, 5);
+  }
+  expect(metrics.labels).toBe(given.labels.filter((l) => l !== N).length);
 });
 
 test("token: what balances weighs as the tokens it is about, of which not all are labels", async () => {

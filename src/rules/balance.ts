@@ -46,6 +46,27 @@ export const balance = [
     bad: "model: {moe: {experts: 4, top_k: 2, router: {balance: none, aux_coeff: 0.01}}}",
   }),
   rule({
+    code: "E443",
+    title: "loss_weighting: token multiplies balancing losses by tokens / labels",
+    why: "Megatron Core's calculate_per_token_loss adds up balancing and z losses over all tokens and divides by the labels alone, and so does rankc: where a tenth of the tokens of a step are labelled, these losses, and their part of the gradient, are ten times as large beside the loss, and they vary with the labels of each step. A step without labels has no weight at all.",
+    level: "warning",
+    *check({ model: { moe }, train, data }) {
+      if (!moe || data.labels === null || train.loss_weighting !== "token") return;
+      const { router } = moe;
+      const coeffs = { aux_coeff: Math.max(0, ...balancesOf(router).map(({ coeff }) => coeff)), z_coeff: router.z_coeff };
+      const some = Object.entries(coeffs).filter(([, coeff]) => coeff > 0);
+      if (some.length === 0) return;
+      yield {
+        at: "train.loss_weighting",
+        related: ["data.labels", "model.moe.router.aux_coeff", "model.moe.router.z_coeff"],
+        found: `loss_weighting: token with data.labels and ${some.map(([key, coeff]) => `${key} ${coeff}`).join(", ")}`,
+        fix: "multiply the coefficients by the share of labelled tokens, or weigh by microbatch",
+        tries: [{ "train.loss_weighting": "microbatch" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}}}\ntrain: {loss_weighting: token}\ndata: {labels: labels.i32}",
+  }),
+  rule({
     code: "E406",
     title: "router coefficients are not negative",
     why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits; a negative rate sends more tokens to the experts that have most. Megatron-LM accepts them.",
