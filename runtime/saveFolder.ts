@@ -84,10 +84,9 @@ export function expectWritableFolder(folder: string): void {
   try {
     makeFolder(folder);
     writeNew(probe, "probe");
+    rmSync(probe);
   } catch (error) {
     throw unwritten(folder, error);
-  } finally {
-    rmSync(probe, { force: true });
   }
 }
 

@@ -1,7 +1,7 @@
 /** Errors of writing files, each with the way out that fits it. */
 import { Trouble } from "../schemas/trouble.ts";
 
-const PLACE = "name a file in a folder you can write to";
+const PLACE = "name a place that you can write to";
 const SPACE = "free some space, or name a place on another disk";
 const reasons: Readonly<Record<string, readonly [why: string, fix: string]>> = {
   ENOSPC: ["the disk is full", SPACE],

@@ -418,8 +418,9 @@ describe("what is wrong", () => {
   });
 
   test.each([
-    ["a file", "file/below", "ENOTDIR"],
-    ["a place where nothing can be made", "/proc/rankc", "ENOENT"],
+    ["a file", "file", "a part of the path is a file (ENOTDIR)"],
+    ["a place below a file", "file/below", "a part of the path is a file (ENOTDIR)"],
+    ["a place where nothing can be made", "/proc/rankc", "the folder does not exist (ENOENT)"],
   ])("%s is no folder to save to, which is said before the run", async (_, name, code) => {
     writeFileSync(join(place, "file"), "");
     expect(await said({ save: resolve(place, name) })).toContain(code);
