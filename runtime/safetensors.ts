@@ -8,8 +8,8 @@ import { createHash } from "node:crypto";
 import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
 import { elementsOf } from "../schemas/layout.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { unwritten } from "../schemas/writing.ts";
 import { openInput } from "./inputFile.ts";
-import { unwritten } from "./writing.ts";
 
 /** What is known of a tensor before it is read; `start` counts from the beginning of the file. */
 type TensorInfo = {

@@ -3,12 +3,12 @@
  * a run saves there.
  */
 import { randomUUID } from "node:crypto";
-import { closeSync, existsSync, mkdirSync, openSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeSync } from "node:fs";
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeSync } from "node:fs";
 import { hostname } from "node:os";
-import { dirname, join, resolve } from "node:path";
+import { join } from "node:path";
 import { Trouble } from "../schemas/trouble.ts";
+import { makeFolder, unwritten } from "../schemas/writing.ts";
 import { TEXT } from "./snapshotText.ts";
-import { unwritten } from "./writing.ts";
 
 export const folderOf = (step: number): string => `step-${String(step).padStart(8, "0")}`;
 
@@ -88,19 +88,6 @@ export function expectWritableFolder(folder: string): void {
   } catch (error) {
     throw unwritten(folder, error);
   }
-}
-
-/** Not mkdir's own recursion: in Node 20 that never ends below /proc. */
-function makeFolder(folder: string): void {
-  const missing: string[] = [];
-  for (let at = resolve(folder); !existsSync(at); at = dirname(at)) missing.unshift(at);
-  for (const at of missing)
-    try {
-      mkdirSync(at);
-    } catch (error) {
-      // a process of another host may have made it meanwhile
-      if (!statSync(at, { throwIfNoEntry: false })?.isDirectory()) throw error;
-    }
 }
 
 export interface FolderLock {

@@ -4,12 +4,13 @@
  * rank before it has. A run goes on from one on any mesh and backend: pieces are put together anew. A folder is there whole, or under
  * another name. Reading a piece checks its digest, and that it is finite.
  */
-import { closeSync, existsSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { closeSync, existsSync, fsyncSync, openSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Job } from "../schemas/job.ts";
 import { rankAt } from "../schemas/layout.ts";
 import type { Buffer, Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { makeFolder, unwritten } from "../schemas/writing.ts";
 import type { Milestone } from "./course.ts";
 import { expectFinite } from "./finite.ts";
 import { ranksText } from "./launch/rankList.ts";
@@ -19,7 +20,6 @@ import { rememberedBy } from "./remembered.ts";
 import { type LateEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
 import { folderOf } from "./saveFolder.ts";
 import { printSnapshotText, readSnapshotText, type SnapshotText, TEXT } from "./snapshotText.ts";
-import { unwritten } from "./writing.ts";
 
 const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
 
@@ -49,7 +49,7 @@ export async function saveSnapshot(saving: Saving, milestone: Milestone): Promis
     if (leads) rmSync(part, { recursive: true, force: true });
     await meet(`${part} is to be written`);
     const { tensors, files } = contentsOf(saving, milestone);
-    mkdirSync(part, { recursive: true });
+    makeFolder(part);
     for (const rank of ranks) {
       const entries = files.get(rank);
       if (entries) await streamSafetensors(join(part, fileOf(rank)), entries, { step: String(milestone.steps) });

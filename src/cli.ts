@@ -9,10 +9,11 @@ import { basename, dirname, join } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { unwritten } from "../schemas/writing.ts";
 import type { Planned, RunOptions } from "./cliRun.ts";
 import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
-import { expectWritable, writeFile, writeFolder } from "./outputs.ts";
+import { expectWritable, expectWritableFolder, writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
 import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
 import { type Stage, stages } from "./stages.ts";
@@ -65,6 +66,7 @@ withExamples(
   "compile job.yaml --emit sharded",
 ).action(async (path: string, options: Common & { out?: string; emit?: Stage; target?: string; cubins: boolean }) => {
   if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
+  if (options.out) expectWritableFolder(options.out);
   const compiled = await compileAt(path, options.set, options.target);
   const { plan, sources } = compiled;
   if (options.out) {
@@ -89,6 +91,7 @@ withExamples(
   "inspect job.yaml --rank 5",
   "inspect job.yaml --picture plan.svg",
 ).action(async (path: string, options: Common & { rank?: number; picture?: string }) => {
+  if (options.picture) expectWritable(options.picture);
   const { plan } = await planAt(path, options.set);
   if (options.picture) {
     const { drawPlan } = await import("./planPicture.ts");
@@ -413,7 +416,9 @@ function fail(error: unknown): void {
 for (const stream of [process.stdout, process.stderr]) {
   stream.on("error", (error: NodeJS.ErrnoException) => {
     if (error.code === "EPIPE") process.exit(process.exitCode ?? 0);
-    throw error;
+    // nothing can be printed where stderr itself fails
+    if (stream === process.stdout) complain(unwritten("the standard output", error));
+    process.exit(2);
   });
 }
 

@@ -1,10 +1,9 @@
 /** `rankc run`: trains step by step in this process, or starts one process for each rank and forwards what they say. */
-import { closeSync, openSync, writeSync } from "node:fs";
 import type { StepResult } from "../runtime/execute.ts";
 import type { RunSettings } from "../runtime/run.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import { expectWritable, writeFile } from "./outputs.ts";
+import { expectWritable, openLines, writeFile } from "./outputs.ts";
 import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
 import { plural } from "./units.ts";
 import { version } from "./version.ts";
@@ -71,7 +70,9 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   const steps = options.steps ?? plan.job.train.steps;
   if (options.saveEvery !== undefined && options.save === undefined)
     throw new Trouble("--save-every says when, and nothing says where", "name a folder: --save snapshots/");
-  for (const path of [options.dumpGrads, options.profile]) if (path !== undefined) expectWritable(path);
+  // of several processes one writes metrics, and its host may be the only one that has the folder
+  const metricsHere = options.backend !== "cuda" || plan.mesh.world === 1 ? options.metrics : undefined;
+  for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {
     ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
     debugNonfinite: options.debugNonfinite ?? false,
@@ -84,7 +85,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   const run = await openRun(plan, settings);
   if (run.leads) for (const note of run.notes) tell(`note: ${note}`);
   const metrics =
-    options.metrics === undefined || !run.leads ? undefined : openOutput(options.metrics, run.milestone().steps === 0 ? "w" : "a");
+    options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.milestone().steps === 0 ? "new" : "append");
   let interrupted = false;
   const interrupt = (): void => {
     interrupted = true;
@@ -113,7 +114,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
       done++;
       seconds += last.seconds;
       skipped += Number(last.skipped ?? false);
-      if (metrics !== undefined) writeSync(metrics, metricsLine(last));
+      metrics?.add(metricsLine(last));
       if (run.leads) tellProgress(progressLine(last, steps, seconds / done));
       if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
       // a step on the CPU leaves no gap for signals: this is one
@@ -141,7 +142,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     if (failed) throw failed;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
-    if (metrics !== undefined) closeSync(metrics);
+    metrics?.close();
     // what went wrong first is what is told
     await run.close(failed).catch((error) => (failed ? complain(error) : Promise.reject(error)));
   }
@@ -160,13 +161,4 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     );
   }
   return interrupted ? 130 : 0;
-}
-
-/** A run that goes on adds to what is there. */
-function openOutput(path: string, how: "w" | "a"): number {
-  try {
-    return openSync(path, how);
-  } catch (error) {
-    throw new Trouble(`${path} could not be written: ${(error as NodeJS.ErrnoException).code}`, "name a file that you may write to");
-  }
 }

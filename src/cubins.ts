@@ -1,10 +1,11 @@
 /** Kernels compiled by nvcc when the plan is: a cubin for each source, beside it. Where there is no nvcc, the host's NVRTC does it. */
 import { execFile, spawnSync } from "node:child_process";
-import { copyFileSync, existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { copyFileSync, existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { Trouble } from "../schemas/trouble.ts";
+import { makeFolder } from "../schemas/writing.ts";
 
 export interface Unit {
   readonly kernel: string;
@@ -28,7 +29,7 @@ const nvcc = (): string => process.env.RANKC_NVCC ?? "nvcc";
 
 /** Compiles what is not in `folder` yet: a cubin's name holds its source's digest. Throws a Trouble with the compiler's words. */
 export async function compileCubins(folder: string, units: readonly Unit[], { arch, options, told }: CubinSettings): Promise<void> {
-  mkdirSync(folder, { recursive: true });
+  makeFolder(folder);
   const left = units.filter((u) => !existsSync(join(folder, u.cubin)));
   const own = mkdtempSync(join(tmpdir(), "rankc-cubins-"));
   let done = units.length - left.length;

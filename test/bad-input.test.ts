@@ -91,7 +91,7 @@ describe.concurrent("bad input", () => {
       "gradients that could not be written",
       ["run", "good.yaml", "--dump-grads", "/nowhere/grads.safetensors"],
       2,
-      /\/nowhere\/grads\.safetensors could not be written: ENOENT/,
+      /\/nowhere\/grads\.safetensors: cannot be written: the folder does not exist \(ENOENT\)/,
     ],
     [
       "a plan that does not fit this machine",

@@ -177,7 +177,7 @@ describe("what cannot be packed is said before anything is written", () => {
   test.each([
     ["another platform", { platform: "linux-riscv64" }, /the Node of linux-riscv64 is not here/, 3],
     ["no plan", { plan: work }, /holds no plan\.json/, 2],
-    ["no such folder for the archive", { out: join(work, "none", "a.tar.xz") }, /could not be written/, 2],
+    ["no such folder for the archive", { out: join(work, "none", "a.tar.xz") }, /cannot be written/, 2],
     ["a corpus that is not there", { dataDir: work }, /the corpus does not exist/, 2],
   ])("%s", async (_, settings, message, exit) => {
     const trouble = await troubleOf(pack({ plan, out, ...settings }));

@@ -25,8 +25,8 @@ const roomOf = (file: string): number => rooms.findLastIndex((room) => room.hold
 /** cli.ts says how the process ends, cliRun.ts answers with it; say.ts alone prints. */
 const commandLine = ["src/cli.ts", "src/cliRun.ts"];
 const touchFiles = new Map([
+  ["schemas/writing.ts", "folders for what is written"],
   ["src/cli.ts", "is a name a job, a plan or its directory? and plans"],
-  ["src/cliRun.ts", "metrics, a line for each step"],
   ["src/files.ts", "jobs, and kernels beside their plan"],
   ["src/outputs.ts", "what a command leaves behind"],
   ["src/packageFile.ts", "schemas and templates that ship with rankc"],

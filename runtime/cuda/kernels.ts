@@ -4,11 +4,12 @@
  * that they share the work through the cache.
  */
 import { createHash } from "node:crypto";
-import { mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { readFileSync, renameSync, writeFileSync } from "node:fs";
 import { availableParallelism, homedir } from "node:os";
 import { join } from "node:path";
 import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { makeFolder } from "../../schemas/writing.ts";
 import type { Context, Device, Entry } from "./driver.ts";
 import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
 
@@ -152,7 +153,7 @@ function cached(path: string): Uint8Array | undefined {
 function keep(path: string, image: Uint8Array): void {
   const whole = `${path}.${process.pid}`;
   try {
-    mkdirSync(cacheFolder(), { recursive: true });
+    makeFolder(cacheFolder());
     writeFileSync(whole, image);
     renameSync(whole, path);
   } catch {

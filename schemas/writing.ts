@@ -1,5 +1,7 @@
-/** Errors of writing files, each with the way out that fits it. */
-import { Trouble } from "../schemas/trouble.ts";
+/** Writing files: folders that are made for them, and errors, each with the way out that fits it. */
+import { existsSync, mkdirSync, rmdirSync, statSync } from "node:fs";
+import { dirname, resolve } from "node:path";
+import { Trouble } from "./trouble.ts";
 
 const PLACE = "name a place that you can write to";
 const SPACE = "free some space, or name a place on another disk";
@@ -22,4 +24,29 @@ export function unwritten(path: string, error: unknown): unknown {
   if (error instanceof Trouble || code === undefined) return error;
   const [why, fix] = reasons[code] ?? [undefined, PLACE];
   return new Trouble(`${path}: cannot be written${why ? `: ${why}` : ""} (${code})`, fix);
+}
+
+/**
+ * Makes a folder and those above it; returns the outermost that was made. Throws the system's error, and
+ * then leaves none. It stands for mkdir's own recursion, which
+ * in Node 20 never ends below a folder that takes none, such as /proc.
+ */
+export function makeFolder(folder: string): string | undefined {
+  const missing: string[] = [];
+  for (let at = resolve(folder); !existsSync(at); at = dirname(at)) missing.unshift(at);
+  const made: string[] = [];
+  try {
+    for (const at of missing)
+      try {
+        mkdirSync(at);
+        made.unshift(at);
+      } catch (error) {
+        // a process of another host may have made it meanwhile
+        if (!statSync(at, { throwIfNoEntry: false })?.isDirectory()) throw error;
+      }
+  } catch (error) {
+    for (const at of made) rmdirSync(at);
+    throw error;
+  }
+  return made.at(-1);
 }
