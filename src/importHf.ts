@@ -117,14 +117,19 @@ function typeOf({ model_type: type }: Config): string | undefined {
   return Object.hasOwn(families, own) ? own : undefined;
 }
 
+/** Keys under which configs of several modalities have that of their text model. */
+const TEXT_MODELS = ["text_config", "language_config", "llm_config"];
+
 function unknownType(config: Config): Trouble {
   const title = config.model_type == null ? "the config has no model_type" : `model_type ${shown(config.model_type)} cannot be imported`;
-  const inner = isRecord(config.text_config) ? config.text_config : undefined;
-  if (inner && typeOf(inner) !== undefined)
-    return new Trouble(
-      `${title}; its text_config, of type ${shown(inner.model_type)}, can`,
-      "write the value of text_config to a file of its own and import that",
-    );
+  for (const key of TEXT_MODELS) {
+    const inner = config[key];
+    if (isRecord(inner) && typeOf(inner) !== undefined)
+      return new Trouble(
+        `${title}; its ${key}, of type ${shown(inner.model_type)}, can`,
+        `write the value of ${key} to a file of its own and import that`,
+      );
+  }
   const names = [...Object.keys(families).filter((name) => families[name]!.never === undefined), ...Object.keys(aliases)];
   return new Trouble(title, `models of these types can: ${names.sort().join(", ")}`);
 }

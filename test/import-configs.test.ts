@@ -138,10 +138,10 @@ test("types that cannot be imported are not listed; a text_config that can is na
   const message = complaint(() => importHf({ model_type: "gpt2" }, "a"));
   expect(message).toContain("kimi_k2, llama, mistral");
   expect(message).not.toContain("gpt_oss");
-  const kimi = { model_type: "kimi_k25", text_config: read("moonshotai--Kimi-K2-Instruct") };
-  expect(complaint(() => importHf(kimi, "a"))).toContain(
-    'its text_config, of type "kimi_k2", can; write the value of text_config to a file',
-  );
+  for (const key of ["text_config", "language_config", "llm_config"]) {
+    const outer = { model_type: "several", [key]: read("moonshotai--Kimi-K2-Instruct") };
+    expect(complaint(() => importHf(outer, "a"))).toContain(`its ${key}, of type "kimi_k2", can; write the value of ${key} to a file`);
+  }
 });
 
 test("values are shown with at most 300 characters, however long or deep", () => {
