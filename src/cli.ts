@@ -309,16 +309,24 @@ async function addCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: 
   endProgress();
 }
 
-async function readJobAt(path: string, sets: readonly string[]) {
-  const [{ readJobFile }, { readJob }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
-  return readJob(readJobFile(path), path, sets);
+/** Memory is judged with the kernels of `target`, or, where none is named, with those of the job's device. */
+async function readJobAt(path: string, sets: readonly string[], target?: string) {
+  const [{ readJobFile }, { readJobWith }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
+  const load = async () => {
+    const { loadDeviceTargets, loadTarget } = await import("./makers.ts");
+    if (target === undefined || !targetNames.includes(target)) return loadDeviceTargets();
+    const loaded = await loadTarget(target);
+    return () => loaded;
+  };
+  return readJobWith(load, readJobFile(path), path, sets);
 }
 
 /** An invalid job ends here: its findings are told, and the answer is no. */
 class Refused extends Error {}
 
-async function compileAt(path: string, sets: readonly string[], target = "cpu"): Promise<Compiled & { findings: readonly Finding[] }> {
-  const { job, findings } = await readJobAt(path, sets);
+async function compileAt(path: string, sets: readonly string[], named?: string): Promise<Compiled & { findings: readonly Finding[] }> {
+  const target = named ?? "cpu";
+  const { job, findings } = await readJobAt(path, sets, named);
   await tellFindings(findings);
   if (!job) throw new Refused();
   const [{ compile }, { loadTarget }, { targetFor }] = await Promise.all([

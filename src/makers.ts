@@ -2,10 +2,11 @@
  * makers: what the kernels of a plan are made with. The tables of kernels, and the templates that they fill, are loaded for the
  * target alone that asks for them: a plan for the CPU needs none, and starts without.
  */
+import type { Device } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import type { Made, Use } from "./kernels/kernel.ts";
 import { invariant } from "./ops/op.ts";
-import { archs, profiles, targetNames } from "./target.ts";
+import { archs, deviceTargets, profiles, targetNames } from "./target.ts";
 
 export interface Target {
   /** As a plan names it: `cpu`, `webgpu:baseline`, `cuda:sm_90a`. */
@@ -46,6 +47,24 @@ export async function loadTarget(text: string): Promise<Target> {
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
 }
+
+/** The target of each device. A kernel that a target cannot make has no scratch: to refuse it is for `compile`. */
+export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
+  const names = Object.entries(deviceTargets) as [Device, string][];
+  const loaded = new Map(await Promise.all(names.map(async ([device, name]) => [device, lenient(await loadTarget(name))] as const)));
+  return (device) => loaded.get(device) ?? cpu;
+}
+
+const lenient = (target: Target): Target => ({
+  ...target,
+  make: (use) => {
+    try {
+      return target.make(use);
+    } catch {
+      return undefined;
+    }
+  },
+});
 
 function makerOf<M>(table: Readonly<Record<string, M>>, { op }: Use): M {
   const maker = table[op];

@@ -15,7 +15,8 @@ export const ALIGN = 256;
 
 /** Bytes of a buffer on one rank. */
 export const sizeOf = (b: Pick<Buffer, "dtype" | "shape">): number => bytesOf[b.dtype] * elementsOf(b.shape);
-const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
+/** Bytes that a buffer takes in its arena. */
+export const aligned = (b: Pick<Buffer, "dtype" | "shape">): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
 interface Lifetime {
   readonly buffer: Buffer;

@@ -1,9 +1,11 @@
 /** readJob: YAML text → Job. All that is wrong is found in one go, with its place; with an error there is no job. */
 import leven from "leven";
 import type { z } from "zod";
-import { completeJob, type Job, JobText, jobSchema } from "../schemas/job.ts";
+import { completeJob, type Device, type Job, JobText, jobSchema } from "../schemas/job.ts";
 import { type Finding, hasErrors } from "./diagnostic.ts";
-import { jobFindings } from "./rules/index.ts";
+import { cpu, type Target } from "./makers.ts";
+import { jobFindings, memoryFindings } from "./rules/index.ts";
+import { needsPrograms } from "./rules/memory.ts";
 import { copy, dropAt, isObject, type Path, putAt, readSource, type Source, valueAt } from "./source.ts";
 
 export interface JobRead {
@@ -12,7 +14,25 @@ export interface JobRead {
   readonly findings: readonly Finding[];
 }
 
-export function readJob(text: string, file: string, sets: readonly string[] = []): JobRead {
+/** The kernels of a device, whose scratch rule C510 counts. */
+export type TargetOf = (device: Device) => Target;
+
+/** Reads a job and applies all rules. Of a user's mistake nothing throws. */
+export function readJob(text: string, file: string, sets: readonly string[] = [], targetOf: TargetOf = () => cpu): JobRead {
+  return withMemory(readQuickly(text, file, sets), targetOf);
+}
+
+/** … with kernels that are loaded where the job needs them. */
+export async function readJobWith(load: () => Promise<TargetOf>, ...of: Parameters<typeof readQuickly>): Promise<JobRead> {
+  const read = readQuickly(...of);
+  return read.job && needsPrograms(read.job) ? withMemory(read, await load()) : read;
+}
+
+const withMemory = (read: JobRead, targetOf: TargetOf): JobRead =>
+  read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
+
+/** Applies the rules that need no compiled program. */
+function readQuickly(text: string, file: string, sets: readonly string[]): JobRead {
   const { source, findings } = readSource(text, file, sets);
   if (hasErrors(findings)) return { source, findings };
   const read = JobText.safeParse(source.value);

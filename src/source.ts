@@ -20,6 +20,8 @@ export interface Source {
   readonly file: string;
   /** What the text says, with every `--set` laid over it. */
   readonly value: unknown;
+  /** Characters of the text. */
+  readonly size: number;
   /** The place of a path's value (or key), or of its deepest ancestor that is written; `undefined` only for a text with nothing in it. */
   at(path: string | Path, part?: "key" | "value"): At | undefined;
 }
@@ -142,7 +144,7 @@ export function readSource(text: string, file: string, sets: readonly string[] =
     const range = (value ?? pair?.key ?? undefined)?.range;
     return range ? place(range[0], range[1]) : place(0, 1);
   };
-  return { source: { file, value, at }, findings };
+  return { source: { file, value, size: text.length, at }, findings };
 }
 
 export const isObject = (value: unknown): value is Record<string, unknown> =>

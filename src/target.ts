@@ -2,7 +2,7 @@
  * The targets a plan can be compiled for: `cpu` (each op's reference; no sources), `webgpu` with a profile of what an adapter
  * offers, `cuda` with an architecture.
  */
-import type { Job } from "../schemas/job.ts";
+import type { Device, Job } from "../schemas/job.ts";
 import { Trouble } from "../schemas/trouble.ts";
 
 export const archs = ["sm_80", "sm_90a", "sm_100a"] as const;
@@ -14,6 +14,16 @@ export type Profile = (typeof profiles)[number];
 
 /** All names a person may write. */
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
+
+/** The target of each device: what a plan for it runs on. */
+export const deviceTargets = {
+  "a100-40gb": "cuda:sm_80",
+  "a100-80gb": "cuda:sm_80",
+  "h100-80gb": "cuda:sm_90a",
+  "h200-141gb": "cuda:sm_90a",
+  "b200-192gb": "cuda:sm_100a",
+  cpu: "cpu",
+} as const satisfies Record<Device, string>;
 
 /** What a backend runs where nothing else is said; cuda has a target for each architecture. */
 export function targetOf(backend: string): string {

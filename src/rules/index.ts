@@ -1,13 +1,14 @@
 /** All rules over the job, and how they speak: each finding gets its place, and a fix that has been tried. */
-import { completeJob, type Job, JobText } from "../../schemas/job.ts";
+import { completeJob, type Device, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding } from "../diagnostic.ts";
-import { hasErrors, setText } from "../diagnostic.ts";
+import { setText } from "../diagnostic.ts";
+import type { Target } from "../makers.ts";
 import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
 import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { course } from "./course.ts";
-import { memory } from "./memory.ts";
+import { memory, memoryRule } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
@@ -46,17 +47,26 @@ train: {steps: 10, optimizer: {lr: 1.0e-3}}
 data: {path: corpus.txt}
 `;
 
-const TRIES = 100; // each costs one pass of all rules, well under a millisecond
+/** Changes that are tried for one finding: each costs one pass of all rules, well under a millisecond for a job of usual size. */
+const TRIES = 100;
+/** … and those that need compiled programs. */
+const COMPILED = 5;
+/** What the tries of all findings may cost, in characters of text and layers that they copy and walk. */
+const WORK = 4e6;
 
+/** What the rules say that need no compiled program. */
 export function jobFindings(job: Job, source: Source): Finding[] {
-  const spoken = quick.flatMap((rule) => findingsOf(rule, job, source));
-  // memory is asked of jobs that can be compiled
-  return hasErrors(spoken) ? spoken : [...spoken, ...findingsOf(memory, job, source)];
+  const budget = { left: WORK };
+  return quick.flatMap((rule) => findingsOf(rule, job, source, budget));
 }
 
-const findingsOf = (rule: Rule, job: Job, source: Source): Finding[] =>
+/** What the rule says that does, of a job without errors; `targetOf` has the kernels of each device. */
+export const memoryFindings = (job: Job, source: Source, targetOf: (device: Device) => Target): Finding[] =>
+  findingsOf(memoryRule(targetOf), job, source, { left: WORK });
+
+const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number }): Finding[] =>
   [...rule.check(job)].map((said): Finding => {
-    const set = firstCure(rule, said, job, source);
+    const set = firstCure(rule, said, job, source, budget);
     const at = source.at(said.at);
     const related = (said.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
     return {
@@ -76,16 +86,20 @@ const findingsOf = (rule: Rule, job: Job, source: Source): Finding[] =>
 const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
 /** The first change after which the rule is silent there, and no rule says anything new. */
-function firstCure(rule: Rule, said: Said, job: Job, source: Source): Changes | undefined {
+function firstCure(rule: Rule, said: Said, job: Job, source: Source, budget: { left: number }): Changes | undefined {
   const before = new Set(voices(job));
-  let left = TRIES;
+  let [left, compiled] = [TRIES, COMPILED];
   for (const set of said.tries ?? []) {
-    if (left-- <= 0) return undefined;
+    if (left-- <= 0 || budget.left <= 0) return undefined;
+    budget.left -= source.size + 10 * job.model.layers;
     const then = changed(source, set);
     if (!then) continue;
     const after = voices(then);
     if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${said.at}`)) continue;
-    if (!quick.includes(rule) && [...rule.check(then)].length) continue;
+    if (rule.holds) {
+      if (compiled-- <= 0) return undefined;
+      if (!rule.holds(then)) continue;
+    }
     return set;
   }
   return undefined;

@@ -1,54 +1,20 @@
-/**
- * Memory: the one rule that needs a compiled program. Where chunks repeat one layer, the peak of a job follows from its compiled form
- * at two and at three layers a chunk; where layers differ, all are compiled. The plan itself then holds the exact figure.
- */
-import { depthsOf, devices, hasExperts, type Job } from "../../schemas/job.ts";
-import { lower } from "../lower.ts";
-import { layOut } from "../memory.ts";
-import { buildMesh } from "../mesh.ts";
-import { buildModel } from "../model.ts";
-import { pipelineOf, stageOfVirtual } from "../pipeline.ts";
-import { recomputed } from "../recompute.ts";
-import { schedule } from "../schedule.ts";
-import { shard } from "../shard.ts";
-import { addBackward } from "../train.ts";
+/** Memory: the one rule that needs compiled programs (peak.ts). */
+import { type Device, depthsOf, devices, type Job } from "../../schemas/job.ts";
+import { cpu, type Target } from "../makers.ts";
+import { peakOfParts } from "../memoryBreakdown.ts";
+import { memoryOfStages } from "../peak.ts";
 import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";
 
 /** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
-export function peakOf(job: Job): { bytes: number; who: string } {
-  const perChunk = job.model.layers / (job.parallel.pipeline * job.parallel.virtual_pipeline);
-  const two = alike(job) ? peaksAt(job, Math.min(2, perChunk)) : peaksOf(job);
-  const three = alike(job) && perChunk > 2 ? peaksAt(job, 3) : two;
-  const peaks = two.map((bytes, s) => bytes + Math.max(0, perChunk - 2) * (three[s]! - bytes));
+export function peakOf(job: Job, target: Target = cpu): { bytes: number; who: string } {
+  const peaks = memoryOfStages(job, target).map(peakOfParts);
   if (job.cluster.device === "cpu") {
     const ranks = job.parallel.world / job.parallel.pipeline;
     return { bytes: peaks.reduce((sum, n) => sum + n * ranks, 0), who: "all ranks together need" };
   }
-  const bytes = Math.max(...peaks);
+  const bytes = peaks.reduce((most, n) => Math.max(most, n), 0);
   return { bytes, who: `a rank of stage ${peaks.indexOf(bytes)} needs` };
-}
-
-/** Whether all chunks are as many layers of one kind. */
-const alike = ({ model, parallel }: Job): boolean =>
-  parallel.layout === null &&
-  Array.from({ length: model.layers }, (_, i) => hasExperts(model, i)).every((has, _, [first]) => has === first);
-
-const peaksAt = (job: Job, perChunk: number): number[] =>
-  peaksOf({ ...job, model: { ...job.model, layers: perChunk * job.parallel.pipeline * job.parallel.virtual_pipeline } });
-
-function peaksOf(job: Job): number[] {
-  const mesh = buildMesh(job);
-  const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job), recomputed(job, pipeline));
-  const sharded = shard(graph, mesh, {
-    distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
-    stageOf: (position) => pipeline.of[position]!,
-    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
-  });
-  const order = schedule(job, pipeline.chunks);
-  return lower(job, mesh, { graph, sharded, pipeline, order }).map((p) => layOut(p).peak);
 }
 
 /** More than one rank can possibly need, in closed form: when that fits easily, nothing is compiled. Bytes. */
@@ -70,41 +36,95 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }
 
-export const memory: Rule = rule({
-  code: "C510",
-  title: "the plan does not fit the device",
-  why: "A rank that runs out of memory stops the whole job, often only after minutes of start-up. The peak is known now. The job can still be compiled and studied.",
-  level: "warning",
-  *check(job) {
-    const device = devices[job.cluster.device];
-    const ranks = job.cluster.device === "cpu" ? job.parallel.world : 1;
-    if (ceiling(job) * ranks < device.memory) return;
-    const { bytes, who } = peakOf(job);
-    if (bytes <= device.memory) return;
-    const { parallel: p, model } = job;
-    const doubled = [
-      ...(p.distributed_optimizer ? [] : [{ "parallel.distributed_optimizer": true }]),
-      ...(model.moe ? [{ "parallel.expert": p.expert * 2 }, { "parallel.expert_tensor": p.expert_tensor * 2 }] : []),
-      { "parallel.pipeline": p.pipeline * 2 },
-      { "parallel.tensor": p.tensor * 2, "parallel.sequence": true },
-      ...(model.moe
-        ? [{ "parallel.expert_tensor": p.expert_tensor * 4 }, { "parallel.expert": p.expert * 2, "parallel.pipeline": p.pipeline * 2 }]
-        : []),
-      { "parallel.pipeline": p.pipeline * 4 },
-      ...(model.moe ? [{ "parallel.expert": p.expert * 2, "parallel.pipeline": p.pipeline * 4 }] : []),
-    ];
+/** Whether only compiled programs can say that a job fits its device. */
+export const needsPrograms = (job: Job): boolean =>
+  ceiling(job) * (job.cluster.device === "cpu" ? job.parallel.world : 1) >= devices[job.cluster.device].memory;
+
+/** The balanced load that expert rows have memory for, where the worst case does not fit. */
+const ROWS_BOUND = 1.5;
+
+type Try = Readonly<Record<string, unknown>>;
+/** Changes by how much memory they can save at most: a factor, so that hopeless ones are not compiled. */
+function changes({ parallel: p, model }: Job): readonly (readonly [number, Try])[] {
+  const wider = (n: number) => ({ "parallel.tensor": p.tensor * n, "parallel.sequence": true });
+  return [
+    ...(p.distributed_optimizer ? [] : [[8, { "parallel.distributed_optimizer": true }] as const]),
+    ...(model.moe
+      ? ([
+          [2, { "parallel.expert": p.expert * 2 }],
+          [2, { "parallel.expert_tensor": p.expert_tensor * 2 }],
+        ] as const)
+      : []),
+    [2, { "parallel.pipeline": p.pipeline * 2 }],
+    [2, wider(2)],
+    ...(model.moe
+      ? ([
+          [4, { "parallel.expert_tensor": p.expert_tensor * 4 }],
+          [4, { "parallel.expert": p.expert * 2, "parallel.pipeline": p.pipeline * 2 }],
+        ] as const)
+      : []),
+    [4, { "parallel.pipeline": p.pipeline * 4 }],
+    ...(model.moe ? ([[8, { "parallel.expert": p.expert * 2, "parallel.pipeline": p.pipeline * 4 }]] as const) : []),
     // a job with room to grow: more ranks, each with a smaller part
-    const grown = [2, 4, 8].map((n) => ({ "parallel.world": p.world * n, "parallel.tensor": p.tensor * n, "parallel.sequence": true }));
-    const larger = Object.entries(devices)
-      .filter(([, d]) => d.memory > device.memory)
-      .sort(([, a], [, b]) => a.memory - b.memory);
-    yield {
-      at: "cluster.device",
-      related: ["parallel.expert", "parallel.tensor"],
-      found: `${who} ${bytesText(bytes)} at the peak; ${job.cluster.device} has ${bytesText(device.memory)}`,
-      fix: "cut parameters or layers over more ranks, or take a larger device; `rankc inspect` shows what fills it",
-      tries: [...doubled, ...grown, ...larger.map(([name]) => ({ "cluster.device": name }))],
-    };
-  },
-  bad: "model: {layers: 32, hidden: 4096, ffn: 14336, heads: 32, kv_heads: 8, vocab: 32000, seq: 2048}",
+    ...[2, 4, 8].map((n) => [n, { "parallel.world": p.world * n, ...wider(n) }] as const),
+  ];
+}
+
+/** The rule with the kernels of each device: their scratch is a part of the peak. */
+export function memoryRule(targetOf: (device: Device) => Target): Rule {
+  const peaks = new Map<string, ReturnType<typeof peakOf>>();
+  const peak = (job: Job): ReturnType<typeof peakOf> => {
+    const key = JSON.stringify(job);
+    const known = peaks.get(key) ?? peakOf(job, targetOf(job.cluster.device));
+    peaks.set(key, known);
+    return known;
+  };
+  const fits = (job: Job): boolean => !needsPrograms(job) || peak(job).bytes <= devices[job.cluster.device].memory;
+  return rule({
+    code: "C510",
+    title: "the plan does not fit the device",
+    why: "A rank that runs out of memory stops the whole job, often only after minutes of start-up. The peak is known now. The job can still be compiled and studied.",
+    level: "warning",
+    holds: fits,
+    *check(job) {
+      if (fits(job)) return;
+      const { device } = job.cluster;
+      const room = devices[device].memory;
+      const { bytes, who } = peak(job);
+      const bounded = job.model.moe?.rows_bound === "worst" && job.parallel.expert > 1 ? withBound(job) : undefined;
+      const less = bounded && peak(bounded).bytes;
+      const bound: Try = { "model.moe.rows_bound": ROWS_BOUND };
+      const larger = Object.entries(devices)
+        .filter(([, d]) => d.memory > room && d.memory >= bytes)
+        .sort(([, a], [, b]) => a.memory - b.memory);
+      const enough = (need: number) => (of: ReturnType<typeof changes>[number]) => need <= of[0] * room;
+      yield {
+        at: "cluster.device",
+        related: ["parallel.expert", "parallel.tensor"],
+        found: `${who} ${bytesText(bytes)} at the peak${less === undefined ? "" : ` (${bytesText(less)} with model.moe.rows_bound ${ROWS_BOUND})`}; ${device} has ${bytesText(room)}`,
+        fix: `cut parameters or layers over more ranks, or take a larger device; \`rankc inspect\` shows what fills it${less === undefined ? "" : `. rows_bound "worst" has room for all rows that routing can send to a rank, ${ROWS_BOUND} for that many times the balanced load: a step that sends more ends the run with an error, and drops no row`}`,
+        tries: [
+          ...(less === undefined ? [] : [bound]),
+          ...changes(job)
+            .filter(enough(bytes))
+            .map(([, set]) => set),
+          ...larger.map(([name]) => ({ "cluster.device": name })),
+          ...(less === undefined
+            ? []
+            : changes(job)
+                .filter(enough(less))
+                .map(([, set]) => ({ ...bound, ...set }))),
+        ],
+      };
+    },
+    bad: "model: {layers: 32, hidden: 4096, ffn: 14336, heads: 32, kv_heads: 8, vocab: 32000, seq: 2048}",
+  });
+}
+
+const withBound = (job: Job): Job => ({
+  ...job,
+  model: { ...job.model, moe: job.model.moe && { ...job.model.moe, rows_bound: ROWS_BOUND } },
 });
+
+/** … without kernels, which is how the target `cpu` computes. */
+export const memory: Rule = memoryRule(() => cpu);

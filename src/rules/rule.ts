@@ -26,6 +26,8 @@ export interface Rule {
   readonly why: string;
   readonly level: "error" | "warning";
   readonly check: (job: Job) => Iterable<Said>;
+  /** Whether `check` finds nothing, where that costs less to know than what it would say. */
+  readonly holds?: (job: Job) => boolean;
   /** YAML laid over the smallest valid job, on which this rule speaks and no other. */
   readonly bad: string;
 }
