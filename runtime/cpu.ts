@@ -6,6 +6,7 @@
 import { totalmem } from "node:os";
 import { elementsOf, numberInStage, parts, stageOfRank, startIn } from "../schemas/layout.ts";
 import type { Buffer, Compute, Kind, Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { activationBytes, activationStart } from "../schemas/program.ts";
 import type { Timing } from "../schemas/timing.ts";
 import { Trouble } from "../schemas/trouble.ts";
@@ -21,7 +22,7 @@ export function openCpu(plan: Plan, { profile = false } = {}): Fleet {
   const needed = plan.memory.reduce((sum, m) => sum + m.peak * per_stage, 0);
   if (needed > totalmem())
     throw new Trouble(
-      `${plan.job.name} does not fit this machine: its ${world} ranks need ${gib(needed)}, and one process on the CPU holds them all; there are ${gib(totalmem())}`,
+      `${printable(plan.job.name)} does not fit this machine: its ${world} ranks need ${gib(needed)}, and one process on the CPU holds them all; there are ${gib(totalmem())}`,
       "run it on the machines it was compiled for, or make the model smaller",
       3,
     );

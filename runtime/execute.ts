@@ -4,6 +4,7 @@
  */
 import { elementsOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Buffer, Instruction, Kind, Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { orderOf, workOf } from "../schemas/program.ts";
 import { batchAt } from "../schemas/rampup.ts";
 import type { Timing } from "../schemas/timing.ts";
@@ -146,7 +147,7 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
   async function collect(pick: (p: Parameter) => string, wanted: (p: Parameter) => boolean = () => true): Promise<Map<string, Tensor>> {
     if (ranks.length < mesh.world)
       throw new Trouble(
-        `the ranks of ${job.name} run in ${mesh.world} processes, none of which holds all values`,
+        `the ranks of ${printable(job.name)} run in ${mesh.world} processes, none of which holds all values`,
         "run it with --backend cpu or webgpu, which hold all ranks in one process",
       );
     const all = new Map<string, Tensor>();

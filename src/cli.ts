@@ -4,7 +4,7 @@
  * Exit 0: yes. 1: no (the job is invalid, the plans differ). 2: trouble. 3: the plan does not fit this machine.
  * What a command needs is loaded when it runs, so that `check` and `compile` start fast.
  */
-import { existsSync, readFileSync, statSync } from "node:fs";
+import { existsSync, statSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { Command, CommanderError, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../schemas/plan.ts";
@@ -15,7 +15,7 @@ import type { Compiled } from "./compile.ts";
 import type { Finding } from "./diagnostic.ts";
 import { expectWritable, expectWritableFolder, writeFile, writeFolder } from "./outputs.ts";
 import { readPackageFile } from "./packageFile.ts";
-import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./say.ts";
+import { complain, endProgress, type Format, print, printJson, tell, tellProgress, tellStyled } from "./say.ts";
 import { type Stage, stages } from "./stages.ts";
 import { targetNames } from "./target.ts";
 
@@ -345,15 +345,8 @@ async function planAt(path: string, sets: readonly string[], target?: string): P
   }
   if (target !== undefined) throw new Trouble(`--target is for jobs; ${path} is a compiled plan`, "name the job, or leave --target out");
   if (sets.length > 0) throw new Trouble(`--set changes a job; ${path} is a compiled plan`, "name the job, or leave --set out");
-  const { parsePlan } = await import("./readPlan.ts");
-  let text: string;
-  try {
-    text = readFileSync(file, "utf8");
-  } catch (error) {
-    throw new Trouble(`${file} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
-  }
-  const plan = parsePlan(text, file);
-  const { readCubin, readKernel } = await import("./files.ts");
+  const [{ parsePlan }, { readCubin, readKernel, readPlanFile }] = await Promise.all([import("./readPlan.ts"), import("./files.ts")]);
+  const plan = parsePlan(readPlanFile(file), file);
   return {
     plan,
     source: (name) => readKernel(plan, dirname(file), name),
@@ -385,7 +378,7 @@ const isDirectory = (path: string): boolean => existsSync(path) && statSync(path
 async function tellFindings(findings: readonly Finding[]): Promise<void> {
   if (findings.length === 0) return;
   const { renderFindings } = await import("./diagnostic.ts");
-  tell(renderFindings(findings, { color: colorful() }));
+  tellStyled(renderFindings(findings, { color: colorful() }));
 }
 
 const colorful = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";

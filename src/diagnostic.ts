@@ -3,6 +3,7 @@
  * What is wrong around the job (a missing file, a directory) is a Trouble and stops the command.
  */
 import pc from "picocolors";
+import { escaped, unprintable } from "../schemas/printable.ts";
 
 /** A place in a file: 1-based, endCol is one past the last character. */
 export interface Place {
@@ -54,7 +55,7 @@ export function renderFindings(findings: readonly Finding[], { color }: { readon
       const { text, from, to } = window(at);
       const bar = paint.cyan("|");
       return [
-        `${pad}${paint.cyan(i ? ":::" : "-->")} ${at.file}:${at.line}:${at.col}`,
+        `${pad}${paint.cyan(i ? ":::" : "-->")} ${escaped(at.file)}:${at.line}:${at.col}`,
         `${pad} ${bar}`,
         `${paint.cyan(String(at.line).padStart(gutter))} ${bar} ${text}`,
         `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}`,
@@ -86,9 +87,8 @@ function tally(findings: readonly Finding[]): string {
   return [...part("error"), ...part("warning")].join(", ");
 }
 
-// What came from a file may hold terminal escapes; a report must not.
-// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what it looks for
-const printable = (text: string): string => text.replace(/[\u0000-\u001f\u007f-\u009f]/g, (c) => (c === "\t" ? " " : "\ufffd"));
+/** Each character keeps its column, which carets point at. */
+const printable = (text: string): string => text.replace(unprintable, (c) => (c === "\t" ? " " : "\ufffd"));
 
 /** The part of a long line that the caret points into. */
 function window({ lineText, col, endCol }: Place): { text: string; from: number; to: number } {

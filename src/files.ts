@@ -69,14 +69,33 @@ function attempt<T>(path: string, read: () => T): T {
   }
 }
 
+/** JavaScript holds no longer text. */
+const planText: TextKind = {
+  noun: "a plan",
+  limit: 2 ** 29 - 2 ** 20,
+  fix: "name the directory that rankc compile -o wrote",
+  fixLong: "compile the job again",
+};
+
+/** The text of a plan. Throws a Trouble where it is no file, too large, or no text. */
+export const readPlanFile = (path: string): string =>
+  readText(
+    path,
+    attempt(path, () => statSync(path)),
+    planText,
+  );
+
 /** The source of a kernel beside its plan. Throws a Trouble where it is missing, or is not what the plan was sealed with. */
 export function readKernel(plan: Plan, folder: string, file: string): string {
   const path = join(folder, "kernels", file);
   const again = "compile the job again";
   let text: string;
   try {
+    // a symbolic link may lead to a device that never ends
+    if (!statSync(path).isFile()) throw new Trouble(`${path} is not a file`, again);
     text = readFileSync(path, "utf8");
   } catch (error) {
+    if (error instanceof Trouble) throw error;
     throw new Trouble(`${path} cannot be read: ${(error as NodeJS.ErrnoException).code}; the plan's kernels lie beside it`, again);
   }
   const kernel = plan.kernels.find((k) => k.source?.file === file);

@@ -2,6 +2,7 @@
 import { devices } from "../schemas/job.ts";
 import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/layout.ts";
 import type { Instruction, Move, Plan, Program } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { type Block, blocksOf, microbatchesIn } from "../schemas/program.ts";
 import { phasesOf } from "../schemas/rampup.ts";
 import { flopsOf, sizesAgree } from "./cost.ts";
@@ -251,7 +252,7 @@ export function printHead({ name, digest, rankc, target, mesh, derived, kernels 
   const experts =
     derived.local_experts > 0 ? `, ${plural(derived.local_experts, "expert")} on a rank, expert-data (edp) ${derived.edp}` : "";
   return [
-    `${name}: plan ${digest.slice(0, 16)}, rankc ${rankc}, target ${target}`,
+    `${printable(name)}: plan ${digest.slice(0, 16)}, rankc ${rankc}, target ${target}`,
     "",
     `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
     ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),

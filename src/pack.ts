@@ -13,6 +13,7 @@ import { fileURLToPath } from "node:url";
 import { indexPath } from "../schemas/dataFiles.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { readKernel, readPlanFile } from "./files.ts";
 import { expectWritable } from "./outputs.ts";
 import { root } from "./packageFile.ts";
 import { parsePlan } from "./readPlan.ts";
@@ -59,6 +60,7 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
   const folder = basename(path) === "plan.json" ? dirname(path) : path;
   const plan = readPlan(folder);
   const data = dataOf(plan, folder, dataDir);
+  const planned = filesOfPlan(plan, folder);
   const build = existsSync(new URL("tsconfig.build.json", root)) ? buildHere() : undefined;
   try {
     const home = fileURLToPath(root);
@@ -72,7 +74,7 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
       ...packagesOf(home).flatMap(({ place, folder }) =>
         folderEntries(`lib/${place}`, folder, (path) => needless(path) || foreign(place, path)),
       ),
-      ...filesOfPlan(folder),
+      ...planned,
       ...(data ?? []),
     ];
     const { bytes, sha256 } = await compress(entries, out, effort);
@@ -87,19 +89,26 @@ const own = `${process.platform}-${process.arch}`;
 function readPlan(folder: string): Plan {
   const file = join(folder, "plan.json");
   if (!existsSync(file)) throw new Trouble(`${folder} holds no plan.json`, "name the directory that rankc compile -o wrote");
-  const plan = parsePlan(readFileSync(file, "utf8"), file);
+  const plan = parsePlan(readPlanFile(file), file);
   const missing = plan.kernels.find(({ source }) => source && !existsSync(join(folder, "kernels", source.file)));
   if (missing) throw new Trouble(`${folder}: kernels/${missing.source!.file} is missing`, "compile the job again");
   return plan;
 }
 
-/** The plan, its text and its kernels; what else lies in the folder is not the plan's. */
-const filesOfPlan = (folder: string): readonly Entry[] => [
-  ...["plan.json", "plan.txt"]
-    .filter((name) => existsSync(join(folder, name)))
-    .map((name) => fileEntry(`plan/${name}`, join(folder, name))),
-  ...(existsSync(join(folder, "kernels")) ? folderEntries("plan/kernels", join(folder, "kernels"), () => false) : []),
-];
+/** The plan, its text, and the kernels that it names, checked against its digests; what else lies in the folder is not the plan's. */
+function filesOfPlan(plan: Plan, folder: string): readonly Entry[] {
+  const kernels = plan.kernels.flatMap(({ source }) => source?.file ?? []);
+  for (const file of kernels) readKernel(plan, folder, file);
+  const texts = ["plan.json", "plan.txt"].filter((name) => existsSync(join(folder, name)));
+  return [...texts, ...kernels.map((file) => `kernels/${file}`)].map((name) => {
+    const path = join(folder, name);
+    if (!isWithin(realpathSync(path), realpathSync(folder)))
+      throw new Trouble(`${path} leads out of the plan's directory`, "compile the job again, or copy what it leads to into its place");
+    return fileEntry(`plan/${name}`, path);
+  });
+}
+
+const isWithin = (path: string, folder: string): boolean => path.startsWith(join(folder, "/"));
 
 /** A corpus past this is brought to the hosts by other means, unless the person asks for it. */
 const smallCorpus = 16 * 2 ** 20;
@@ -119,7 +128,9 @@ export function dataOf({ job }: Plan, folder: string, dataDir: string | undefine
   const files = wanted.map(({ path, ...as }) => {
     const file = resolve(dataDir ?? folder, path);
     const place = posix.normalize(posix.join("plan", path));
-    const there = existsSync(file) && statSync(file).isFile();
+    // what nobody asked for is taken from its own place alone, not through symbolic links
+    const asked = dataDir !== undefined || (existsSync(file) && realpathSync(file) === resolve(realpathSync(folder), path));
+    const there = asked && existsSync(file) && statSync(file).isFile();
     return { ...as, path, file, place, there, outside: isAbsolute(path) || /^(\.\.|lib|rankc)(\/|$)/.test(place) };
   });
   if (dataDir === undefined) {

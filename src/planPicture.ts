@@ -1,6 +1,7 @@
 /** A plan as one SVG for people who would rather look: the schedule over time, stage by stage, and what fills each stage's memory. */
 import { devices } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { workOf } from "../schemas/program.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "./memoryBreakdown.ts";
 import { bubbleOf, type Piece, timesOf } from "./schedule.ts";
@@ -38,7 +39,7 @@ export function drawPlan(plan: Plan): string {
   const bubble = (100 * bubbleOf(pieces)).toFixed(1);
   const top = 60;
   const between = top + schedule.height + 60;
-  const title = `${name}: ${parallel.schedule}, ${plural(pieces.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
+  const title = `${printable(name)}: ${parallel.schedule}, ${plural(pieces.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
   const key = Object.keys(colours).filter((kind) => pieces.flat().some(({ tag }) => workOf(tag).kind === kind)) as (keyof typeof colours)[];
   const width = LEFT + WIDE + 130;
   const height = between + memory.height + 20;

@@ -1,6 +1,7 @@
 /** readPlan: the text of a plan file → Plan. Versions, digests and the published JSON Schema are checked, in this order. */
 import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
 import { FORMAT_VERSION, type Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { BrokenInvariant } from "./ops/op.ts";
 import { readPackageFile } from "./packageFile.ts";
@@ -10,7 +11,7 @@ import { laws } from "./verifyPlan.ts";
 /** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
 export function parsePlan(text: string, file: string): Plan {
   const refuse = (what: string, fix = "compile the job again"): never => {
-    throw new Trouble(`${file}: ${what}`, fix, 2);
+    throw new Trouble(`${file}: ${printable(what, 600)}`, fix, 2);
   };
   const read = parseJson(text);
   if (!isRecord(read.value)) return refuse(`not a plan: ${read.error ?? "the JSON holds no object"}`);

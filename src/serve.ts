@@ -9,6 +9,7 @@ import { extname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { indexPath } from "../schemas/dataFiles.ts";
 import type { Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { Trouble } from "../schemas/trouble.ts";
 import { root } from "./packageFile.ts";
 import { printPlan } from "./plan.ts";
@@ -106,12 +107,15 @@ interface Reply {
 
 function replyTo({ method, url = "", headers }: IncomingMessage, answers: ReadonlyMap<string, Answer>): Reply {
   const refused = (status: number, why: string): Reply => ({ status, answer: { type: types[".txt"]!, body: `${why}\n` } });
+  // a page of another origin that asks says so; the browser sends no such header for the page's own
+  if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
+    return refused(403, "this server answers its own page only");
   // a foreign name that leads here is a foreign page that asks (DNS rebinding)
   if (!/^(127\.0\.0\.1|localhost)(:\d+)?$/.test(headers.host ?? ""))
     return refused(403, "this server answers at 127.0.0.1 and localhost only");
   if (method !== "GET" && method !== "HEAD") return refused(405, "this server is for reading");
   const answer = answers.get(url.split("?")[0]!);
-  if (!answer) return refused(404, `there is no ${url} here`);
+  if (!answer) return refused(404, `there is no ${printable(url)} here`);
   if ("body" in answer) return { status: 200, answer };
   const { file, what } = answer;
   const stat = statSync(file, { throwIfNoEntry: false });
@@ -144,5 +148,7 @@ function send(response: ServerResponse, { status, answer }: Reply, bodiless: boo
 const always = {
   "Cache-Control": "no-cache",
   "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+  "Cross-Origin-Opener-Policy": "same-origin",
+  "Cross-Origin-Resource-Policy": "same-origin",
   "X-Content-Type-Options": "nosniff",
 };

@@ -1,6 +1,7 @@
 /** What `compile` says about the plan it wrote: a few lines, enough to see that it is the plan that was meant. */
 import { devices } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
+import { printable } from "../schemas/printable.ts";
 import { instructionsOf } from "../schemas/program.ts";
 import { bytesText, plural } from "./units.ts";
 
@@ -31,7 +32,7 @@ export function summarize({ job, digests, mesh, programs, memory }: Plan): Summa
 export function printSummary({ name, digest, ranks, roles, instructions, peak, device }: Summary): string {
   const share = ((100 * peak.bytes) / device.bytes).toFixed(1);
   return [
-    `${name}: ${plural(ranks, "rank")}, ${plural(roles, "role")}, ${plural(instructions, "instruction")}`,
+    `${printable(name)}: ${plural(ranks, "rank")}, ${plural(roles, "role")}, ${plural(instructions, "instruction")}`,
     `peak memory ${bytesText(peak.bytes)} on stage ${peak.stage}, ${share} % of ${device.name} (${bytesText(device.bytes)})`,
     `digest ${digest}`,
     "",

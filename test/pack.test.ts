@@ -18,6 +18,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { Trouble } from "../schemas/trouble.ts";
 import { compile } from "../src/compile.ts";
+import { loadTarget } from "../src/makers.ts";
 import { dataOf, type Packed, pack } from "../src/pack.ts";
 import { printPlan } from "../src/plan.ts";
 import { printPlanText } from "../src/planText.ts";
@@ -46,6 +47,8 @@ function compilePlan(): string {
   writeFileSync(join(folder, "plan.json"), printPlan(plan));
   writeFileSync(join(folder, "plan.txt"), printPlanText(plan));
   writeFileSync(join(folder, "metrics.jsonl"), "not the plan's");
+  mkdirSync(join(folder, "kernels"));
+  writeFileSync(join(folder, "kernels", "stray.cu"), "not the plan's");
   mkdirSync(join(work, "plans/tiny-mixtral"));
   cpSync(join(root, "plans/tiny-mixtral/corpus.txt"), join(work, "plans/tiny-mixtral/corpus.txt"));
   return folder;
@@ -156,6 +159,8 @@ test("the command says what it wrote, and what is left out", { timeout: 120_000 
   writeFileSync(join(bin, "xz"), "#!/bin/sh\nexec cat\n", { mode: 0o755 });
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
+  // a corpus behind a symbolic link is taken where --data-dir asks for it
+  symlinkSync(join(work, "plans/tiny-mixtral"), join(work, "tiny-mixtral"));
   const out = join(work, "alone.tar");
   const { PATH } = process.env;
   process.env.PATH = `${bin}:${PATH}`;
@@ -170,6 +175,26 @@ test("the command says what it wrote, and what is left out", { timeout: 120_000 
   } finally {
     process.env.PATH = PATH;
   }
+});
+
+test("a kernel behind a symbolic link that leads out of the plan is not packed", async () => {
+  const path = join(root, "plans/tiny-dense/job.yaml");
+  const { job } = readJob(readFileSync(path, "utf8"), path, []);
+  const { plan, sources } = compile(job!, { target: await loadTarget("webgpu") });
+  const folder = join(work, "linked");
+  mkdirSync(join(folder, "kernels"), { recursive: true });
+  writeFileSync(join(folder, "plan.json"), printPlan(plan));
+  for (const [file, text] of sources) writeFileSync(join(folder, "kernels", file), text);
+  const [file, text] = [...sources][0]!;
+  const [elsewhere, here] = [join(work, file), join(folder, "kernels", file)];
+  writeFileSync(elsewhere, text);
+  rmSync(here);
+  symlinkSync(elsewhere, here);
+  const out = join(work, "linked.tar.xz");
+  expect((await troubleOf(pack({ plan: folder, out }))).message).toBe(`${here} leads out of the plan's directory`);
+  writeFileSync(elsewhere, "another text");
+  expect((await troubleOf(pack({ plan: folder, out }))).message).toBe(`${here} was changed since the plan was compiled`);
+  expect(existsSync(out)).toBe(false);
 });
 
 describe("what cannot be packed is said before anything is written", () => {

@@ -18,6 +18,7 @@ export interface Said {
 export function builtCli(): string {
   const inputs = [
     "package.json",
+    "LICENSE",
     "tsconfig.json",
     "tsconfig.build.json",
     ...["schemas", "src", "runtime", "templates"].flatMap(filesBelow),
@@ -36,7 +37,7 @@ function build(cache: string, folder: string): void {
   const own = mkdtempSync(`${folder}-`);
   const tsc = join(root, "node_modules/typescript/bin/tsc");
   execFileSync(process.execPath, [tsc, "-p", "tsconfig.build.json", "--outDir", join(own, "dist")], { cwd: root });
-  for (const name of ["package.json", "schemas", "templates"]) cpSync(join(root, name), join(own, name), { recursive: true });
+  for (const name of ["package.json", "LICENSE", "schemas", "templates"]) cpSync(join(root, name), join(own, name), { recursive: true });
   try {
     renameSync(own, folder);
   } catch (error) {

@@ -39,11 +39,11 @@ interface Got {
 /** The path goes out as it stands; `fetch` would take dots out of it. */
 function ask(
   path: string,
-  { at = served.address, method = "GET", host }: { at?: string; method?: string; host?: string } = {},
+  { at = served.address, method = "GET", ...headers }: { at?: string; method?: string; host?: string; origin?: string } = {},
 ): Promise<Got> {
   const { hostname, port } = new URL(at);
   return new Promise((resolve, reject) => {
-    const asked = request({ hostname, port, path, method, ...(host && { headers: { host } }) }, (answer) => {
+    const asked = request({ hostname, port, path, method, headers }, (answer) => {
       let text = "";
       answer.setEncoding("utf8").on("data", (chunk) => (text += chunk));
       answer.on("end", () => resolve({ status: answer.statusCode!, type: answer.headers["content-type"]!, text }));
@@ -95,6 +95,15 @@ describe("a plan that is served", () => {
     const other = await serve({ plan: indexed, source }, { port: 0, baseDir: folder, page });
     expect(await ask("/index", { at: other.address })).toMatchObject({ status: 200, text: "an index" });
     await other.close();
+  });
+
+  test("is not for pages of other origins, which may not embed it either", async () => {
+    const own = served.address.slice(0, -1);
+    expect(await ask("/plan.json", { origin: own })).toMatchObject({ status: 200 });
+    for (const origin of ["https://evil.example", "null", own.replace(/\d+$/, "1"), own.replace("127.0.0.1", "localhost")])
+      expect(await ask("/plan.json", { origin })).toMatchObject({ status: 403, text: "this server answers its own page only\n" });
+    const { headers } = await fetch(new URL("/plan.json", served.address));
+    expect(headers.get("cross-origin-resource-policy")).toBe("same-origin");
   });
 
   test("says where it looked for a text that is not there", async () => {

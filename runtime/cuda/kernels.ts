@@ -8,6 +8,7 @@ import { readFileSync, renameSync, writeFileSync } from "node:fs";
 import { availableParallelism, homedir } from "node:os";
 import { join } from "node:path";
 import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
+import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder } from "../../schemas/writing.ts";
 import type { Context, Device, Entry } from "./driver.ts";
@@ -39,7 +40,7 @@ export function archFor(plan: Plan, device: Device): string {
   const [kind, arch = ""] = plan.toolchain.target.split(":");
   if (kind !== "cuda")
     throw new Trouble(
-      `${plan.job.name} is compiled for ${plan.toolchain.target}, and not for CUDA`,
+      `${printable(plan.job.name)} is compiled for ${plan.toolchain.target}, and not for CUDA`,
       "compile it with --target cuda:sm_90a, or as the device is",
     );
   const [, digits, exact] = /^sm_(\d+)(a?)$/.exec(arch)!;
@@ -48,7 +49,7 @@ export function archFor(plan: Plan, device: Device): string {
   const serves = exact ? device.sm === sm : Math.floor(device.sm / 10) === Math.floor(sm / 10) && device.sm >= sm;
   if (serves) return arch;
   throw new Trouble(
-    `${plan.job.name} is compiled for cuda:${arch}, and device ${device.ordinal} (${device.name}) is of compute capability ${device.sm / 10}`,
+    `${printable(plan.job.name)} is compiled for cuda:${arch}, and device ${device.ordinal} (${device.name}) is of compute capability ${device.sm / 10}`,
     `compile it for this device: --target cuda:sm_${device.sm}${device.sm >= 90 ? "a" : ""}`,
     3,
   );

@@ -5,6 +5,7 @@
 
 import { randomBytes } from "node:crypto";
 import { createServer, type Socket } from "node:net";
+import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { isLoopback } from "./place.ts";
 import { rankList, ranksText } from "./rankList.ts";
@@ -120,7 +121,8 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
 
   /** Knows the token: from here on what is wrong is wrong with this run, and ends it for all. */
   function admit(hello: Extract<ToHub, { kind: "hello" }>, guestLine: Line<ToRank>): Guest | undefined {
-    const { rank, host, pid, version, plan } = hello;
+    const { rank, pid, plan } = hello;
+    const [host, version] = [printable(hello.host), printable(hello.version)];
     const first = guests.get(rank);
     const problem =
       hello.world !== world

@@ -5,6 +5,7 @@
  */
 import { writeSync } from "node:fs";
 import { type MessagePort, Worker, workerData } from "node:worker_threads";
+import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
 import { becomeMember, type Member, type MemberSettings } from "./member.ts";
@@ -94,7 +95,7 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     const kill = (): void => {
       const { step, text: at } = where();
       try {
-        writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${at}`}: ${text}\n`);
+        writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${printable(at)}`}: ${escaped(text)}\n`);
       } catch {
         // nobody reads what we say: it ends all the same
       }
