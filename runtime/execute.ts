@@ -14,6 +14,7 @@ import type { Backend, Comm, Fleet, HostData, Position } from "./backend.ts";
 import type { Batch, BatchOf } from "./batches.ts";
 import { courseOf, type Milestone } from "./course.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
+import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { pieceOf as pieceIn, type Ranges, rangesIn, visitRuns } from "./pieces.ts";
 import { rememberedBy } from "./remembered.ts";
@@ -27,8 +28,14 @@ export interface StepResult {
   readonly labels?: number;
   /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
   readonly mtp_loss?: number;
-  /** What balancing adds to it; 0 where nothing is balanced. */
+  /** What balancing and z losses add to it; 0 where there are none. */
   readonly aux_loss: number;
+  /** Of that the z loss, where the model has one. */
+  readonly z_loss?: number;
+  /** Where the model has experts, how many tokens chose the busiest expert of a layer, over the mean of its experts, before any are dropped; of the layer where that is largest. */
+  readonly expert_load?: number;
+  /** Where experts have a capacity, the rows that are dropped in the step, of all layers. */
+  readonly dropped_rows?: number;
   /** Before clipping. */
   readonly grad_norm: number;
   readonly lr: number;
@@ -209,20 +216,6 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
     (all[at.microbatch] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
   }
 
-  /** Losses summed over the stages, and the gradient norm, which is the same on all. */
-  async function numbers(): Promise<number[]> {
-    const losses = ["loss", "aux_loss", "mtp_loss"];
-    const sums = [0, 0, 0, 0];
-    for (const { stage, metrics } of programs) {
-      const rank = rankAt(mesh, stage, 0);
-      if (!ranks.includes(rank)) continue;
-      const names = stage === 0 ? [...losses, "grad_norm"] : losses;
-      for (const [i, name] of names.entries())
-        for (const id of metrics[name] ?? []) sums[i]! += (await fleet.backend(rank).read(bufferOf(rank, id), 0))[0]!;
-    }
-    return fleet.combine ? fleet.combine(sums) : sums;
-  }
-
   /** Runs a step again and finds the instruction that made its first value that is not finite. */
   async function originOf(walkAll: (inspector: Inspector) => Promise<void>): Promise<string | undefined> {
     const found = inspector(bufferOf, fleet.backend);
@@ -289,8 +282,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
       // the next batch is read while the device works
       const after = leg.first + leg.batch;
       [, next] = await Promise.all([fleet.finish(), (async () => read(after, batchAt(train, after)))()]);
-      const [loss, aux_loss, mtp_loss, grad_norm] = await numbers();
-      const found = nonfiniteIn({ loss, aux_loss, mtp_loss, grad_norm });
+      const numbers = await readNumbers(plan, fleet, bufferOf);
+      const found = nonfiniteIn(numbers);
       const fp16 = train.precision === "fp16";
       const outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
       const step = course.milestone().steps + 1;
@@ -309,11 +302,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
       if (train.on_nonfinite === "stop" && course.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
       return {
         step,
-        loss: loss! * upscale * (learnt?.loss ?? 1),
+        ...reported(numbers, { upscale, aux: given.aux_weight?.[0] ?? 1, loss: learnt?.loss ?? 1, mtp: learnt?.mtp ?? 1 }),
         ...(learnt && { labels: learnt.labels }),
-        ...(model.mtp && { mtp_loss: mtp_loss! * upscale * (learnt?.mtp ?? 1) }),
-        aux_loss: aux_loss! * upscale * (given.aux_weight?.[0] ?? 1),
-        grad_norm: grad_norm!,
         lr,
         tokens: leg.batch * model.seq,
         seconds: (performance.now() - begun) / 1000,

@@ -537,6 +537,12 @@ export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): b
 /** Layers of multi-token prediction. */
 export const depthsOf = ({ mtp }: Pick<Job["model"], "mtp">): number => mtp?.layers ?? 0;
 
+/** Layers with experts, those of multi-token prediction included: they are of the kind of the last one. */
+export function expertLayersOf(model: Pick<Job["model"], "moe" | "mtp" | "layers">): number {
+  const own = Array.from({ length: model.layers }, (_, layer) => layer).filter((layer) => hasExperts(model, layer)).length;
+  return own + (hasExperts(model, model.layers - 1) ? depthsOf(model) : 0);
+}
+
 /** The JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };

@@ -163,7 +163,9 @@ export const Program = z.strictObject({
     ),
   metrics: z
     .record(z.string(), z.array(id))
-    .describe("scalars read after the step block, to be added up: loss, mtp_loss, aux_loss, grad_norm"),
+    .describe(
+      "read after the step block, those of one name to be added up. Scalars: loss, mtp_loss, aux_loss, z_loss, dropped_rows, grad_norm; expert_loads [layers with experts, experts]: how many tokens chose each expert",
+    ),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
 });

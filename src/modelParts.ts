@@ -11,9 +11,16 @@ import type { Job } from "../schemas/job.ts";
 import { dropout, siteOf } from "./ops/dropout.ts";
 import type { Attrs, Leaf, Value } from "./ops/op.ts";
 
+/** What a step counts beside its losses: reduced and reported like them, and without a gradient. */
+export type Count = "expert_loads" | "dropped_rows";
+export const isCount = (name: string): name is Count => name === "expert_loads" || name === "dropped_rows";
+
 export interface Loss {
-  /** `loss` is the cross-entropy people watch; `mtp_loss` that of further tokens; `aux_loss` what balancing adds. Equal names are added up. */
-  readonly name: "loss" | "mtp_loss" | "aux_loss";
+  /**
+   * `loss` is the cross-entropy people watch; `mtp_loss` that of further tokens; `aux_loss` what balancing adds; `z_loss` what keeps logits
+   * small. Of the counts, `expert_loads` are tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are added up.
+   */
+  readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | Count;
   readonly value: Value;
   /** The input that says by how much it counts, where that is not 1. */
   readonly weight?: string;

@@ -1,8 +1,19 @@
 /** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
-import { balancesOf, evenBy, type Job } from "../schemas/job.ts";
+import { balancesOf, evenBy, expertLayersOf, type Job } from "../schemas/job.ts";
 import { orderOf, type Part } from "./modelParts.ts";
-import { auxLoss, biasUpdate, globalAuxLoss, loads, quantile, quantileUpdate, runningMean, sinkhorn, tally } from "./ops/balance.ts";
-import { chooseEvenly, chooseTokens, drop } from "./ops/capacity.ts";
+import {
+  auxLoss,
+  biasUpdate,
+  expertLoads,
+  globalAuxLoss,
+  loads,
+  quantile,
+  quantileUpdate,
+  runningMean,
+  sinkhorn,
+  tally,
+} from "./ops/balance.ts";
+import { chooseEvenly, chooseTokens, drop, droppedRows } from "./ops/capacity.ts";
 import { jitter } from "./ops/dropout.ts";
 import { gemm } from "./ops/linear.ts";
 import type { Attrs, Value } from "./ops/op.ts";
@@ -36,6 +47,7 @@ export function route(part: Part, moe: Moe, logits: Value): Routing {
   const { map, rows } = withinCapacity(part, moe, { ...chosen, weights });
   if (chosen.bias && router.expert_bias) chosen.bias.leaf!.counted = loads.of({ c: map }, {}, at("loads"));
   balance(part, moe, { logits, scores, map: chosen.map });
+  observe(part, chosen.map, map);
   return { map, weights, rows };
 }
 const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
@@ -138,5 +150,20 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
       add(globalAuxLoss.of({ p, n: mean }, { c: c2 }, at("moe.global_aux_loss")));
     }
   }
-  if (router.z_coeff > 0) add(zLoss.of({ x: logits }, { c: router.z_coeff / (train.global_batch * S) }, at("moe.z_loss")));
+  if (router.z_coeff > 0)
+    losses.push({
+      name: "z_loss",
+      ...weight,
+      value: zLoss.of({ x: logits }, { c: router.z_coeff / (train.global_batch * S) }, at("moe.z_loss")),
+    });
+}
+
+/** What a step reports of its routing: how many tokens chose each expert, and of a choice with a capacity the rows that are dropped. */
+function observe({ job, at, losses }: Part, chosen: Value, kept: Value): void {
+  const row = losses.filter(({ name }) => name === "expert_loads").length;
+  losses.push({
+    name: "expert_loads",
+    value: expertLoads.of({ c: chosen }, { T: expertLayersOf(job.model), row }, at("moe.expert_loads")),
+  });
+  if (kept !== chosen) losses.push({ name: "dropped_rows", value: droppedRows.of({ c: chosen, d: kept }, {}, at("moe.dropped_rows")) });
 }

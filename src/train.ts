@@ -2,7 +2,7 @@
  * addBackward: Graph → Graph, extended by the gradient of each parameter, or what is counted in its place. Names no op but `add`,
  * which sums the parts of a gradient.
  */
-import type { Loss } from "./modelParts.ts";
+import { isCount, type Loss } from "./modelParts.ts";
 import { add } from "./ops/linear.ts";
 import { invariant, type Node, type Value } from "./ops/op.ts";
 
@@ -58,7 +58,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
     begins.set(name, value);
     return value;
   };
-  const grad = new Map<Value, Value>(losses.map((l) => [l.value, begin(l.weight ?? "one")]));
+  const grad = new Map<Value, Value>(losses.filter((l) => !isCount(l.name)).map((l) => [l.value, begin(l.weight ?? "one")]));
   const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.counted!]]));
   const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.counted!, v]));
   const taken = new Map<string, number>(forward.map((n) => [n.id, 1]));

@@ -7,6 +7,7 @@ import type { Job } from "../schemas/job.ts";
 import { parts } from "../schemas/layout.ts";
 import type { Parameter, Transfer } from "../schemas/plan.ts";
 import { axesName, isExpert } from "./mesh.ts";
+import { isCount } from "./modelParts.ts";
 import { accumulate, cast } from "./ops/linear.ts";
 import { invariant, type Value } from "./ops/op.ts";
 import * as optimizer from "./ops/optimizer.ts";
@@ -35,7 +36,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
   // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree
-  for (const [name, ids] of Object.entries(losses))
+  for (const [name, ids] of Object.entries(losses).filter(([name]) => !isCount(name)))
     for (const x of ids)
       emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: "grad_norm.squared" }));
   let squared = "grad_norm.squared";
@@ -85,7 +86,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 
 /** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
 function reduce(role: Role, graph: Graph, sharded: Sharded) {
-  const { isMine, buffers, add, local, scalar } = role;
+  const { isMine, buffers, add, local } = role;
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
   const parameterOf = new Map(graph.parameters.map((p) => [sharded.accumulated.get(p)!.value, p]));
@@ -96,7 +97,9 @@ function reduce(role: Role, graph: Graph, sharded: Sharded) {
     if (!p) {
       const loss = role.lossBuffer(s.from.value)!;
       const from = reducedLoss.get(loss) ?? loss;
-      const to = scalar(`${from}.reduced`, "gradient", sum);
+      const { owes: _, ...like } = buffers.get(from)!;
+      const shape = local(s.to.value.sizes, cuts);
+      const to = add({ ...like, id: `${from}.reduced`, shape, cuts: cuts.map((c) => [...c]), ...(sum.length ? { owes: [...sum] } : {}) });
       reducedLoss.set(loss, to);
       role.move(role.blocks.step, s, from, to);
       continue;

@@ -232,6 +232,7 @@ interface CudaCollectCu {
 interface CudaColumnsCu {
   readonly adds: boolean;
   readonly name: string | number;
+  readonly row: boolean;
   readonly rows: string | number;
   readonly type: string | number;
   readonly width: string | number;
@@ -777,6 +778,7 @@ interface WgslChooseWgsl {
 }
 
 interface WgslColumnsWgsl {
+  readonly at: string | number;
   readonly batches: string | number;
   readonly depth: string | number;
   readonly depths: string | number;

@@ -42,7 +42,7 @@ export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
+const always = new Set(["p", "c", "d", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
 const indices = new Set(["ids", "target", "sample"]);
@@ -97,7 +97,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const accumulates = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "weighted_sum", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
+const sums = ["mean", "weighted_sum", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
@@ -276,7 +276,7 @@ function fill(
   if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
-  if (o.name === "c" && o.slots.at(-1)?.dim === "E")
+  if (/^[cd]$/.test(o.name) && o.slots.at(-1)?.dim === "E")
     return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
   // in steps of 1/8, so that some are equal
   if (["drop", "choose_tokens"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);

@@ -87,7 +87,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad choose choose_biased weigh weigh_grad z_loss z_loss_grad tally aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update loads bias_update drop choose_tokens choose_evenly permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad gated gated_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad choose choose_biased weigh weigh_grad z_loss z_loss_grad tally aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update loads expert_loads bias_update drop dropped_rows choose_tokens choose_evenly permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad gated gated_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -162,8 +162,10 @@ test("what each op allows to cut", () => {
     quantile: A
     quantile_update: 
     loads: B S E
+    expert_loads: B S E T
     bias_update: 
     drop: A J E
+    dropped_rows: B S E
     choose_tokens: A E
     choose_evenly: B S E
     permute: B S D E

@@ -171,6 +171,17 @@ export const loads = op({
     for (let i = 0; i < c.length; i++) n[i % E]! += c[i]!;
   },
 });
+/** The same in row `row` of T, the number of layers with experts: the counts of all layers are one buffer, which ranks sum at once. */
+export const expertLoads = op({
+  name: "expert_loads",
+  sig: "c[B,S,E] -> n[T,E]",
+  updates: ["n"],
+  types: { n: "f32" },
+  told: ["row"],
+  cpu({ c, n }, { E, row }) {
+    for (let i = 0; i < c.length; i++) n[row! * E + (i % E)]! += c[i]!;
+  },
+});
 /** Towards the mean load, by steps of one size whatever the distance (DeepSeek-V3). A step of `scale` 0 is skipped. */
 export const biasUpdate = op({
   name: "bias_update",

@@ -32,6 +32,18 @@ export const drop = op({
   },
 });
 
+/** How many rows of the choice c are not among the kept ones d. */
+export const droppedRows = op({
+  name: "dropped_rows",
+  sig: "c[B,S,E] d[B,S,E] -> y[]",
+  types: { y: "f32" },
+  cpu({ c, d, y }) {
+    let sum = 0;
+    for (let i = 0; i < c.length; i++) sum += c[i]! * (1 - d[i]!);
+    y[0]! += sum;
+  },
+});
+
 /** Experts choose: each takes the `capacity` tokens of a microbatch (P sequences) that score highest with it. Scores are 0 or more. */
 export const chooseTokens = op({
   name: "choose_tokens",

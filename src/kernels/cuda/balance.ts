@@ -11,6 +11,7 @@ import { source } from "./prelude.ts";
 export const balance: Readonly<Record<string, CudaMaker>> = {
   tally: (use) => count(use, { batches: use.d.A!, tokens: use.d.P! * use.d.S! }),
   loads: (use) => count(use, { batches: 1, tokens: use.d.B! * use.d.S! }),
+  expert_loads: (use) => count(use, { batches: 1, tokens: use.d.B! * use.d.S! }, "row"),
   running_mean: (use) =>
     oneBlock(use, ["n", "mean", "total"], (v) => render("cuda/running_mean.cu", { ...v, choices: f32(use.d.choices!) })),
   bias_update: (use) => oneBlock(use, ["n", "scale", "bias"], (v) => render("cuda/bias_update.cu", { ...v, rate: f32(use.d.rate!) })),
@@ -22,8 +23,8 @@ export const balance: Readonly<Record<string, CudaMaker>> = {
   quantile,
 };
 
-/** How many of the tokens of each batch chose each expert, to `n`. */
-function count(use: Use, { batches, tokens }: { readonly batches: number; readonly tokens: number }): Made {
+/** How many of the tokens of each batch chose each expert, to `n`; to its row of the number that the attribute `row` says. */
+function count(use: Use, { batches, tokens }: { readonly batches: number; readonly tokens: number }, row?: string): Made {
   const E = use.d.E!;
   invariant(E <= 1024, `counts of ${E} experts`);
   const threads = E > 256 ? 1024 : 256;
@@ -34,7 +35,7 @@ function count(use: Use, { batches, tokens }: { readonly batches: number; readon
   const body = render("cuda/tally.cu", {
     ...{ name: use.name, threads, active, tokens: each, experts: E, batch: tokens * E, batches },
   });
-  const sum = sumColumns(use, { rows: chunks, width: batches * E, to: "n", type: cudaType(use.dtype.n!) });
+  const sum = sumColumns(use, { rows: chunks, width: batches * E, to: "n", type: cudaType(use.dtype.n!), ...(row && { row }) });
   return {
     source: source(use, `${body}\n${sum.body}`),
     scratch: chunks * batches * E * bytesOf.f32,

@@ -88,12 +88,20 @@ function biasGrad(use: Use, arch: Arch): Made {
   };
 }
 
+interface ColumnSums {
+  readonly rows: number;
+  readonly width: number;
+  readonly to: string;
+  readonly type: string;
+  /** The attribute that says which row of `to` takes the sums; the first if not said. */
+  readonly row?: string;
+}
 /** The launch that ends a reduction over blocks: each left a row at the beginning of the scratch arena. */
-export function sumColumns(use: Use, { rows, width, to, type }: { rows: number; width: number; to: string; type: string }) {
+export function sumColumns(use: Use, { rows, width, to, type, row }: ColumnSums) {
   const entry = `${use.name}_sum`;
   const grid: [number, number, number] = [Math.ceil(width / 32), 1, 1];
   return {
-    body: render("cuda/columns.cu", { name: entry, rows, width, type, adds: use.keeps.has(to) }),
-    launch: { entry, grid, threads: 1024, shared: 0, args: ["scratch+0", to] },
+    body: render("cuda/columns.cu", { name: entry, rows, width, type, adds: use.keeps.has(to), row: row !== undefined }),
+    launch: { entry, grid, threads: 1024, shared: 0, args: ["scratch+0", to, ...(row === undefined ? [] : [`attr(${row})`])] },
   };
 }

@@ -27,6 +27,11 @@ export const reduce: Readonly<Record<string, CudaMaker>> = {
       ...{ over: "l", to: "y", factor: 1, term: "x * weight[j]", beside: "weight" },
       row: ["const float* weight = weightAt + i64(at) * N;"],
     }),
+  dropped_rows: (use, arch) =>
+    makeSum(use, arch, {
+      ...{ over: "c", to: "y", factor: 1, term: "x * (1.0f - d[j])", beside: "d" },
+      row: ["const float* d = dAt + i64(at) * N;"],
+    }),
   sum_squares: (use, arch) => makeSum(use, arch, { over: "g", to: "y", factor: use.d.scale!, term: "x * x" }),
   aux_loss: (use, arch) => auxLoss(use, arch, use.d.P! * use.d.S! * use.d.E!),
   global_aux_loss: (use, arch) => auxLoss(use, arch, use.size.p!),

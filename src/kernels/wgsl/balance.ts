@@ -2,13 +2,14 @@
 import { render } from "../../../templates/bindings.ts";
 import type { Made, Use } from "../kernel.ts";
 import { bestExperts, bestTokens } from "./choice.ts";
-import { columnSum, THREADS, totalOver } from "./reduce.ts";
+import { columnSum, scalarSum, THREADS, totalOver } from "./reduce.ts";
 import { type Entry, float, kernel, scalar, scratchBytes } from "./text.ts";
 
-/** How many of the tokens of each batch chose each expert, to `n`. */
-function count(use: Use, batches: number, tokens: number): Made {
+/** How many of the tokens of each batch chose each expert, to `n`; to its row of the number that the attribute `row` says. */
+function count(use: Use, batches: number, tokens: number, row?: string): Made {
   const counts = columnSum(use, {
     ...{ out: "n", batches, rows: tokens, width: use.d.E!, first: 0, buffers: [{ arg: "c", type: "f32" }], term: "c[at]" },
+    ...(row !== undefined && { row }),
   });
   return kernel(use, counts.entries, [counts.text], scratchBytes(counts.words));
 }
@@ -78,6 +79,12 @@ function quantile(use: Use): Made {
 export const balance = {
   tally: (use: Use): Made => count(use, use.d.A!, use.d.P! * use.d.S!),
   loads: (use: Use): Made => count(use, 1, use.d.B! * use.d.S!),
+  dropped_rows: (use: Use): Made =>
+    scalarSum(use, {
+      buffers: ["c", "d"].map((arg) => ({ arg, type: "f32" })),
+      ...{ count: use.size.c!, term: "c[i] * (1.0 - d[i])", factor: "1.0" },
+    }),
+  expert_loads: (use: Use): Made => count(use, 1, use.d.B! * use.d.S!, "row"),
   running_mean: (use: Use): Made =>
     oneGroup(use, ["n", "mean", "total"], (v) => render("wgsl/running_mean.wgsl", { ...v, choices: float(use.d.choices!) })),
   bias_update: (use: Use): Made =>

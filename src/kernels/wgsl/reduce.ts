@@ -61,12 +61,14 @@ export interface ColumnSum {
   readonly term: string;
   /** Words of scratch before those of the sum. */
   readonly first: number;
+  /** The attribute that says which row of `out` takes the sums; the first if not said. */
+  readonly row?: string;
 }
 
 /** out[batch, column] (+)= the sum over rows of the term: entries, their text, and the words of scratch up to their end. */
 export function columnSum(
   use: Use,
-  { out, buffers, batches, rows, width, term, first }: ColumnSum,
+  { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
 ): { entries: Entry[]; text: string; words: number } {
   // both launches walk about as far
   const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
@@ -86,9 +88,11 @@ export function columnSum(
         { ...sums, name: "all_sums" },
         { arg: out, type: "f32" },
       ],
+      ...(row !== undefined && { attrs: [row] }),
     },
   ];
   const text = render("wgsl/columns.wgsl", {
+    at: row === undefined ? "i" : `start.attr.x * ${width}u + i`,
     ...{ entry: use.name, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
     ...{ index: fold(groups).index, outIndex: fold(outGroups).index, outputs, first, term, out, keeps: use.keeps.has(out) },
   });
