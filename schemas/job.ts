@@ -266,6 +266,7 @@ export const ParallelText = z.strictObject({
     ),
   layout: z
     .string()
+    .max(10_000)
     .nullable()
     .default(null)
     .describe(

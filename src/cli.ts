@@ -47,7 +47,7 @@ withExamples(
 ).action(async (path: string, options: Common) => {
   const { findings, job } = await readJobAt(path, options.set);
   const valid = job !== undefined;
-  if (options.format === "json") printJson({ valid, findings });
+  if (options.format === "json") printJson({ valid, ...(await import("./diagnostic.ts")).shown(findings) });
   else {
     await tellFindings(findings);
     if (valid) print(`${path}: valid`);

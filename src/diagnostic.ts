@@ -40,10 +40,27 @@ export const setText = (set: Changes): string =>
     .join(", ");
 
 const WIDTH = 100;
+/** Findings that are shown; of the others there is a count. */
+export const SHOWN = 50;
 
-/** All findings as text, as rustc would print them, and one line that counts them. */
-export function renderFindings(findings: readonly Finding[], { color }: { readonly color: boolean }): string {
-  if (!findings.length) return "";
+export interface Shown {
+  readonly findings: readonly Finding[];
+  /** By code, how many more there are. */
+  readonly more: Readonly<Record<string, number>>;
+}
+
+/** The first findings, and how many of each code are left out. */
+export function shown(all: readonly Finding[]): Shown {
+  const more: Record<string, number> = {};
+  for (const { code } of all.slice(SHOWN)) more[code] = (more[code] ?? 0) + 1;
+  return { findings: all.slice(0, SHOWN), more };
+}
+
+/** The first findings as text, as rustc would print them, a count of the others by code, and one line that counts all. */
+export function renderFindings(all: readonly Finding[], { color }: { readonly color: boolean }): string {
+  if (!all.length) return "";
+  const { findings, more } = shown(all);
+  const left = Object.entries(more).map(([code, n]) => `${n} x ${code}`);
   const paint = pc.createColors(color);
   const one = (f: Finding): string => {
     const head = f.level === "error" ? paint.red : paint.yellow;
@@ -76,7 +93,8 @@ export function renderFindings(findings: readonly Finding[], { color }: { readon
       ...note("fix", f.fix),
     ].join("\n");
   };
-  return `${findings.map(one).join("\n\n")}\n\n${tally(findings)}\n`;
+  const others = left.length ? `… and ${all.length - findings.length} more: ${left.join(", ")}\n\n` : "";
+  return `${findings.map(one).join("\n\n")}\n\n${others}${tally(all)}\n`;
 }
 
 function tally(findings: readonly Finding[]): string {

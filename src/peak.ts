@@ -26,6 +26,8 @@ const KEPT = 3;
 const UNIT = 16;
 /** Stretches of a chunk that are cut, at most. */
 const STRETCHES = 2;
+/** Layers of all distinct chunks that are compiled; of more, the layers of each chunk are put in the order of their kind. */
+const MOST = 192;
 
 /** One position of the model: its letter in a layout, and what tells it apart from others of this letter. */
 interface Place {
@@ -57,11 +59,17 @@ interface ChunkMemory {
 /** The memory of each stage's ranks, as the plan of this target would have it. Bytes. */
 export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
   const pipeline = pipelineOf(job);
-  const virtual = chunkPlaces(job, pipeline).map((places) => ({ places, key: places.map(({ kind }) => kind).join(" ") }));
-  const last = new Map(virtual.map(({ key }, v) => [key, v]));
-  // in order of their last use: the embedding stays first, the head last, and the model's last layer the last of the layers
-  const keys = [...last.keys()].sort((a, b) => (last.get(a) ?? 0) - (last.get(b) ?? 0));
-  const kinds = keys.map((key) => cut(job, virtual[last.get(key) ?? 0]?.places ?? []));
+  const all = chunkPlaces(job, pipeline);
+  const exact = kindsOf(job, all);
+  const size = exact.kinds.reduce((sum, { places }) => sum + places.length, 0);
+  // layers in no order cannot be cut: in order, parameters are the same, and activations but for holes between buffers
+  const { virtual, keys, kinds } =
+    size > MOST
+      ? kindsOf(
+          job,
+          all.map((places) => inOrder(job, places)),
+        )
+      : exact;
   const memories = memoryOfKinds(job, kinds, target);
   const byKey = new Map(keys.map((key, k) => [key, memories[k]]));
   return schedule(job, pipeline.chunks).map(({ slots }, stage) =>
@@ -74,9 +82,33 @@ export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
   );
 }
 
+/** The distinct chunks, cut, and by virtual stage which one it is. */
+function kindsOf(job: Job, chunks: readonly (readonly Place[])[]) {
+  const virtual = chunks.map((places) => ({ places, key: places.map(({ kind }) => kind).join(" ") }));
+  const last = new Map(virtual.map(({ key }, v) => [key, v]));
+  // in order of their last use: the embedding stays first, the head last, and the model's last layer the last of the layers
+  const keys = [...last.keys()].sort((a, b) => (last.get(a) ?? 0) - (last.get(b) ?? 0));
+  return { virtual, keys, kinds: keys.map((key) => cut(job, virtual[last.get(key) ?? 0]?.places ?? [])) };
+}
+
+/** A chunk with its dense layers before those with experts. */
+function inOrder(job: Job, places: readonly Place[]): Place[] {
+  const layers = places.filter(({ letter }) => letter === "t").sort((a, b) => Number(a.experts) - Number(b.experts));
+  let at = 0;
+  return places.map((place) => {
+    const layer = place.letter === "t" ? layers[at++] : undefined;
+    return layer ? layerPlace(job, layer.experts, at - 1) : place;
+  });
+}
+
+/** A layer at a place of its chunk. Full recompute tells layers apart by that: the first of a group, or of the chunk. */
+function layerPlace({ train: { recompute: r } }: Job, experts: boolean, at: number): Place {
+  const again = r.mode !== "full" ? "" : r.method === "uniform" ? (at % r.layers === 0 ? "b" : "n") : at < r.layers ? "a" : "k";
+  return { letter: "t", kind: `${experts ? "x" : "d"}${again}`, experts };
+}
+
 function chunkPlaces(job: Job, { of, stages, chunks }: Pipeline): Place[][] {
   const { model } = job;
-  const { mode, method, layers: count } = job.train.recompute;
   const places = Array.from({ length: stages * chunks }, (): Place[] => []);
   for (const [position, v] of of.entries()) {
     const chunk = places[v];
@@ -87,11 +119,8 @@ function chunkPlaces(job: Job, { of, stages, chunks }: Pipeline): Place[][] {
       chunk.push({ letter, kind: letter, experts: false });
     } else if (layer >= model.layers) chunk.push({ letter: "m", kind: `m${layer}`, experts: false });
     else {
-      const experts = hasExperts(model, layer);
-      const at = chunk.filter(({ letter }) => letter === "t").length;
-      // full recompute tells layers of a chunk apart by their place: the first of a group, or of the chunk
-      const again = mode !== "full" ? "" : method === "uniform" ? (at % count === 0 ? "b" : "n") : at < count ? "a" : "k";
-      chunk.push({ letter: "t", kind: `${experts ? "x" : "d"}${again}`, experts });
+      const at = chunk.length - Number(chunk[0]?.letter === "E");
+      chunk.push(layerPlace(job, hasExperts(model, layer), at));
     }
   }
   return places;

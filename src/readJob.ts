@@ -2,7 +2,7 @@
 import leven from "leven";
 import type { z } from "zod";
 import { completeJob, type Device, type Job, JobText, jobSchema } from "../schemas/job.ts";
-import { type Finding, hasErrors } from "./diagnostic.ts";
+import { type Finding, hasErrors, SHOWN } from "./diagnostic.ts";
 import { cpu, type Target } from "./makers.ts";
 import { jobFindings, memoryFindings } from "./rules/index.ts";
 import { needsPrograms } from "./rules/memory.ts";
@@ -37,7 +37,8 @@ function readQuickly(text: string, file: string, sets: readonly string[]): JobRe
   if (hasErrors(findings)) return { source, findings };
   const read = JobText.safeParse(source.value);
   if (!read.success) {
-    const all = read.error.issues.flatMap(ofItsKind).flatMap((issue) => shapeFaultsOf(issue, source));
+    const issues = read.error.issues.flatMap(ofItsKind).flatMap(oneByOne);
+    const all = issues.flatMap((issue, i) => shapeFaultsOf(issue, source, i < SHOWN));
     // a key under a wrong name is one mistake, not an unknown key and a missing one
     const renamed = all.flatMap(({ meant }) => (meant?.instead ? [meant.path] : []));
     const shape = all.filter(({ finding }) => finding.code !== shapeFaults.missing.code || !renamed.includes(finding.path));
@@ -108,13 +109,18 @@ function ofItsKind(issue: Issue): Issue[] {
   return own.flatMap((e) => ofItsKind({ ...e, path: [...issue.path, ...e.path] }));
 }
 
-function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
+/** Each unknown key as an issue of its own. */
+const oneByOne = (issue: Issue): Issue[] =>
+  issue.code === "unrecognized_keys" ? issue.keys.map((key) => ({ ...issue, keys: [key] })) : [issue];
+
+/** `detailed`: with its place, and what was most likely meant, which costs a look at every key. */
+function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFault[] {
   const path = issue.path.map((p) => (typeof p === "number" ? p : String(p)));
   const dotted = path.join(".");
   const schema = schemaAt(path);
   const meaning = typeof schema?.description === "string" ? `${dotted}: ${schema.description}. ` : "";
   const find = (fault: Fault, where: Path, part: "key" | "value", found: string, fix: string, meant?: ShapeFault["meant"]): ShapeFault => {
-    const at = source.at(where, part);
+    const at = detailed ? source.at(where, part) : undefined;
     const finding: Finding = {
       code: fault.code,
       level: "error",
@@ -132,7 +138,7 @@ function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
   if (issue.code === "unrecognized_keys") {
     return issue.keys.map((key) => {
       const here = [...path, key];
-      const likely = likelyKey(key, path, schema);
+      const likely = detailed ? likelyKey(key, path, schema) : undefined;
       return find(
         shapeFaults.unknown,
         here,
@@ -157,7 +163,7 @@ function shapeFaultsOf(issue: Issue, source: Source): ShapeFault[] {
     ];
   const choices = choicesOf(schema);
   if (choices && (typeof value === "string" || issue.code === "invalid_value")) {
-    const close = typeof value === "string" ? closest(value, choices) : undefined;
+    const close = detailed && typeof value === "string" ? closest(value, choices) : undefined;
     const only = close ?? (choices.length === 1 ? choices[0] : undefined);
     return [
       find(
@@ -210,6 +216,7 @@ interface Schema {
   readonly minimum?: number;
   readonly maximum?: number;
   readonly maxItems?: number;
+  readonly maxLength?: number;
   readonly properties?: Readonly<Record<string, Schema>>;
   readonly items?: Schema | readonly Schema[];
   readonly anyOf?: readonly Schema[];
@@ -247,7 +254,7 @@ function expected(schema: Schema | undefined): string {
     case "boolean":
       return "true or false";
     case "string":
-      return "some text";
+      return schema.maxLength === undefined ? "some text" : `a text of at most ${schema.maxLength} characters`;
     case "array":
       if (Array.isArray(schema.items)) return `a list of ${schema.items.length} numbers`;
       return schema.maxItems === undefined ? "a list" : `a list of at most ${schema.maxItems}`;

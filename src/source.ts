@@ -5,11 +5,13 @@ import {
   isMap,
   isScalar,
   isSeq,
+  Lexer,
   LineCounter,
   type Node,
   type Pair,
   parseDocument,
   parse as parseYaml,
+  visit,
   type YAMLError,
 } from "yaml";
 import type { At, Finding, Place } from "./diagnostic.ts";
@@ -75,13 +77,15 @@ export function readSource(text: string, file: string, sets: readonly string[] =
 
   const doc = parse(text, lines);
   let value: unknown;
-  if (typeof doc === "string") find(textFaults.syntax, "", doc, "nest less deeply", place(0, 1));
+  if (typeof doc === "string") find(textFaults.syntax, "", doc, "a job has a few dozen keys: write those alone", place(0, 1));
   else {
     for (const e of [...doc.errors, ...doc.warnings]) {
       const at = place(e.pos[0], e.pos[1]);
       const [what, fix] = byYaml(e);
       find(what, "", say(e), fix, at);
     }
+    for (const { range } of findings.length ? [] : duplicates(doc))
+      find(textFaults.duplicate, "", "Map keys must be unique", "keep one of them", place(range?.[0] ?? 0, range?.[1] ?? 1));
     if (!findings.length) {
       try {
         value = doc.toJS({ maxAliasCount: 100 });
@@ -201,9 +205,47 @@ function lay(root: Record<string, unknown>, set: string): readonly string[] | st
   }
 }
 
+/** Keys, values and items that a job may have: far above any, and few enough to be parsed in well under a second. */
+const NODES = 2 ** 15;
+const DEPTH = 100;
+
+/** Why a text is not parsed: it has too many nodes, or brackets in brackets. */
+function excess(text: string): string | undefined {
+  let [nodes, depth] = [0, 0];
+  for (const token of new Lexer().lex(text)) {
+    const kind = token[0] ?? "";
+    // the lexer announces a scalar with the control character U+001F
+    if ("\u001f-?:[{&*!".includes(kind)) nodes++;
+    if (kind === "[" || kind === "{") depth++;
+    else if (kind === "]" || kind === "}") depth--;
+    if (depth > DEPTH) return `the text nests more than ${DEPTH} brackets deep`;
+    if (nodes > NODES) return `the text has more than ${NODES} keys and values`;
+  }
+  return undefined;
+}
+
+/** Keys that stand twice in their map. yaml compares each with each, which takes minutes for many. */
+function duplicates(doc: Document.Parsed): Node[] {
+  const found: Node[] = [];
+  visit(doc, {
+    Map(_, { items }) {
+      const seen = new Set<string>();
+      for (const { key } of items) {
+        if (!isScalar(key)) continue;
+        const name = String(key.value);
+        if (seen.has(name)) found.push(key);
+        seen.add(name);
+      }
+    },
+  });
+  return found;
+}
+
 function parse(text: string, lineCounter: LineCounter): Document.Parsed | string {
+  const why = excess(text);
+  if (why !== undefined) return why;
   try {
-    return parseDocument(text, { lineCounter, prettyErrors: false });
+    return parseDocument(text, { lineCounter, prettyErrors: false, uniqueKeys: false });
   } catch {
     return "the text could not be parsed: it nests too deeply"; // the parser recurses; nothing else in it throws
   }
@@ -211,8 +253,6 @@ function parse(text: string, lineCounter: LineCounter): Document.Parsed | string
 
 function byYaml(e: YAMLError): readonly [Fault, string] {
   switch (e.code) {
-    case "DUPLICATE_KEY":
-      return [textFaults.duplicate, "keep one of them"];
     case "MULTIPLE_DOCS":
       return [textFaults.documents, "keep one job in each file"];
     case "BAD_ALIAS":

@@ -1,9 +1,11 @@
 /** B: the batch, the optimizer, the data; how these go over a run stands in course.ts. */
 import { SMALLEST } from "../../schemas/job.ts";
+import { pipelineOf } from "../pipeline.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
 
 const MICROBATCHES = 65536; // a role's order of work names each of them, forward and backward
+const BLOCKS = 2 ** 19; // of all roles together
 
 export const batch = [
   rule({
@@ -157,6 +159,29 @@ export const batch = [
       };
     },
     bad: "train: {global_batch: 100000000}",
+  }),
+  rule({
+    code: "B237",
+    title: `a step has more than ${BLOCKS} blocks`,
+    why: "The plan lists every microbatch on every stage and chunk, forward and backward. This many are mostly a slip in pipeline or global_batch, and no plan of them can be compiled.",
+    level: "error",
+    *check(job) {
+      const { micro_batch: mb, global_batch: gb } = job.train;
+      const { data, pipeline } = job.parallel;
+      const n = gb / (mb * data);
+      const { chunks } = pipelineOf(job);
+      const each = 2 * pipeline * chunks;
+      if (!stageRanks(job) || n > MICROBATCHES || n * each <= BLOCKS) return;
+      const most = Math.floor(BLOCKS / each);
+      yield {
+        at: "train.global_batch",
+        related: ["parallel.pipeline", "parallel.virtual_pipeline"],
+        found: `${Math.ceil(n)} microbatches on ${pipeline} stages${chunks > 1 ? ` of ${chunks} chunks` : ""}: ${Math.ceil(n) * each} blocks`,
+        fix: most > 0 ? `global_batch ${most * mb * data} at most` : "fewer stages",
+        tries: most > 0 ? [{ "train.global_batch": most * mb * data }] : [],
+      };
+    },
+    bad: "model: {layers: 8}\nparallel: {world: 8, pipeline: 8}\ntrain: {global_batch: 65536}",
   }),
   rule({
     code: "B222",

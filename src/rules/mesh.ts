@@ -9,6 +9,17 @@ export function stageRanks({ parallel: p }: Job): number | undefined {
   return p.world === p.tensor * p.pipeline * p.context * p.data && Number.isInteger(p.data) ? p.world / p.pipeline : undefined;
 }
 
+/** Blocks of a schedule up to which it is played to find its bubble. */
+const PLAYED = 4096;
+
+/** The share of a step in which a stage waits: played, or for a long pipeline by the formula of 1F1B. */
+function idleShare(job: Job, m: number, chunks: number): number {
+  const { pipeline } = job.parallel;
+  if (m * pipeline * chunks > PLAYED) return (pipeline - 1) / (m * chunks + pipeline - 1);
+  const orders = schedule(job, chunks).map(({ order }) => order);
+  return bubbleOf(timesOf(orders, chunks));
+}
+
 const microbatches = (job: Job): number => job.train.global_batch / (job.train.micro_batch * job.parallel.data);
 
 export const mesh = [
@@ -153,8 +164,7 @@ export const mesh = [
       if (pipeline === 1 || !stageRanks(job) || !Number.isInteger(m) || m >= pipeline) return;
       const { chunks } = pipelineOf(job);
       if (!Number.isInteger(chunks)) return;
-      const orders = schedule(job, chunks).map(({ order }) => order);
-      const idle = Math.round(100 * bubbleOf(timesOf(orders, chunks)));
+      const idle = Math.round(100 * idleShare(job, m, chunks));
       const { micro_batch } = job.train;
       yield {
         at: "parallel.pipeline",

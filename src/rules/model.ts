@@ -3,6 +3,9 @@ import { depthsOf, hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
+/** Elements up to which sums of bytes are exact. */
+const LARGEST_COUNT = 2 ** 48;
+
 /** Parameters of the whole model. */
 function parameters({ model: m }: Job): number {
   const attention = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads);
@@ -193,7 +196,7 @@ export const model: readonly Rule[] = [
     level: "error",
     *check(job) {
       const n = parameters(job);
-      if (n <= 2 ** 48) return;
+      if (n <= LARGEST_COUNT) return;
       const m = job.model;
       const largest = (["hidden", "ffn", "vocab", "layers"] as const).reduce((a, b) => (m[a] >= m[b] ? a : b));
       yield {
@@ -203,6 +206,25 @@ export const model: readonly Rule[] = [
       };
     },
     bad: "model: {vocab: 1000000000000000}",
+  }),
+  rule({
+    code: "M313",
+    title: "a microbatch is larger than numbers can count",
+    why: "Sizes and byte offsets are exact up to 2^53; past 2^48 elements of one activation, sums of bytes are not.",
+    level: "error",
+    *check(job) {
+      const { model: m, train, parallel: p } = job;
+      const width = Math.max(m.hidden, m.ffn, m.vocab, m.heads * m.head_dim, m.moe ? m.moe.top_k * Math.max(m.moe.ffn, m.hidden) : 0);
+      const tokens = train.micro_batch * p.data * m.seq;
+      if (tokens * width <= LARGEST_COUNT || parameters(job) > LARGEST_COUNT) return;
+      yield {
+        at: m.seq >= train.micro_batch ? "model.seq" : "train.micro_batch",
+        found: `${tokens.toPrecision(2)} tokens of ${width} elements`,
+        fix: "check seq and micro_batch for a stray digit",
+        tries: [{ "train.micro_batch": 1 }, { "model.seq": 4096 }, { "train.micro_batch": 1, "train.global_batch": p.data }],
+      };
+    },
+    bad: "model: {seq: 1000000000000}",
   }),
   ...positions,
   ...latent,

@@ -36,10 +36,10 @@ export const rule = (r: Rule): Rule => r;
 /** Whether a float32 of this number is at least 0 and below 1. */
 export const isShare = (n: number): boolean => n >= 0 && Math.fround(n) < 1;
 
-/** Degrees that divide `n`, those closest to `near` first, the smaller of two equals first. */
+/** Degrees that divide `n` (of a very large one, some), those closest to `near` first, the smaller of two equals first. */
 export function divisorsNear(n: number, near: number): number[] {
   const found: number[] = [];
-  for (let d = 1; d * d <= n && d <= 2 ** 20; d++) if (n % d === 0) found.push(d, n / d);
+  for (let d = 1; d * d <= n && d <= 2 ** 14; d++) if (n % d === 0) found.push(d, n / d);
   const far = (d: number) => Math.abs(Math.log(d / near));
   return [...new Set(found)].sort((a, b) => far(a) - far(b) || a - b);
 }
