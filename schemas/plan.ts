@@ -225,6 +225,10 @@ export const Kernel = z.strictObject({
     .strictObject({ file: plainName, sha256: z.string().regex(/^[0-9a-f]{64}$/) })
     .optional()
     .describe("below kernels/; the target cpu has none"),
+  cubin: z
+    .strictObject({ file: plainName, sha256: z.string().regex(/^[0-9a-f]{64}$/) })
+    .optional()
+    .describe("below kernels/, where nvcc compiled the source with the plan"),
   scratch: count.describe("bytes of the scratch arena it uses"),
   launches: z.array(Launch),
 });

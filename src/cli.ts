@@ -68,12 +68,12 @@ withExamples(
   if (!options.out && !options.emit) throw new Trouble("compile needs -o DIR, or --emit STAGE", "say where the plan goes: -o plan/");
   if (options.out) expectWritableFolder(options.out);
   const compiled = await compileAt(path, options.set, options.target);
-  const { plan, sources } = compiled;
+  const { sources } = compiled;
+  const [plan, cubins] = options.out && options.cubins ? await withCubins(compiled.plan, sources, options.out) : [compiled.plan, new Map()];
   if (options.out) {
     const [{ printPlan }, { printPlanText }] = await Promise.all([import("./plan.ts"), import("./planText.ts")]);
-    const kernels = [...sources].map(([file, text]) => [join("kernels", file), text] as const);
+    const kernels = [...sources, ...cubins].map(([file, content]) => [join("kernels", file), content] as const);
     writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
-    if (options.cubins) await addCubins(plan, sources, options.out);
   }
   if (options.emit) return print(compiled.emit(options.emit));
   const { summarize, printSummary } = await import("./summary.ts");
@@ -294,22 +294,40 @@ withExamples(
   printJson(jobSchema());
 });
 
-/** The kernels of a CUDA plan, compiled where nvcc is. */
-async function addCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: string): Promise<void> {
+/** The plan with its kernels compiled, and the cubins by file; the plan as it is where it is not for CUDA, or nvcc is missing. */
+async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: string): Promise<[Plan, Map<string, Uint8Array>]> {
   const [kind, arch] = plan.toolchain.target.split(":");
-  if (kind !== "cuda") return;
-  const [{ compileCubins, nvccVersion }, { compileOptions, cubinFile }] = await Promise.all([
+  if (kind !== "cuda") return [plan, new Map()];
+  const [{ makeCubins, nvccVersion }, { compileOptions, cubinFile }, { sealCubins }] = await Promise.all([
     import("./cubins.ts"),
     import("../runtime/cuda/kernels.ts"),
+    import("./plan.ts"),
   ]);
-  if (!nvccVersion()) return tell("nvcc is not here: the host that runs the plan compiles its kernels with NVRTC");
+  if (!nvccVersion()) {
+    tell("nvcc is not here: the host that runs the plan compiles its kernels with NVRTC");
+    return [plan, new Map()];
+  }
   const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch!) }));
   const told = (done: number, of: number): void => tellProgress(`nvcc: ${done} of ${of} kernels`);
-  await compileCubins(join(out, "kernels"), units, { arch: arch!, options: compileOptions, told });
+  const cubins = await makeCubins(units, { arch: arch!, options: compileOptions, told, known: await cubinsAt(out) });
   endProgress();
+  return [sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: cubins.get(cubin)! }]))), cubins];
 }
 
-/** Memory is judged with the kernels of `target`, or, where none is named, with those of the job's device. */
+/** The cubins of the plan that a directory holds already, where its digests say that they are whole. */
+async function cubinsAt(out: string): Promise<(file: string) => Uint8Array | undefined> {
+  try {
+    const earlier = planFile(out) ? await planAt(out, []) : undefined;
+    const found = (earlier?.plan.kernels ?? []).flatMap((k) => k.cubin?.file ?? []).map((file) => [file, earlier?.cubin?.(file)] as const);
+    const cubins = new Map(found);
+    return (file) => cubins.get(file);
+  } catch (error) {
+    if (!(error instanceof Trouble)) throw error;
+    // it is about to be replaced
+    return () => undefined;
+  }
+}
+
 async function readJobAt(path: string, sets: readonly string[], target?: string) {
   const [{ readJobFile }, { readJobWith }] = await Promise.all([import("./files.ts"), import("./readJob.ts")]);
   const load = async () => {
@@ -350,7 +368,7 @@ async function planAt(path: string, sets: readonly string[], target?: string): P
   return {
     plan,
     source: (name) => readKernel(plan, dirname(file), name),
-    cubin: (name) => readCubin(dirname(file), name),
+    cubin: (name) => readCubin(plan, dirname(file), name),
   };
 }
 

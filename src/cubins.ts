@@ -1,6 +1,6 @@
 /** Kernels compiled by nvcc when the plan is: a cubin for each source, beside it. Where there is no nvcc, the host's NVRTC does it. */
 import { execFile, spawnSync } from "node:child_process";
-import { copyFileSync, existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { copyFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
@@ -55,5 +55,23 @@ export async function compileCubins(folder: string, units: readonly Unit[], { ar
     await Promise.all(Array.from({ length: availableParallelism() }, work));
   } finally {
     rmSync(own, { recursive: true, force: true });
+  }
+}
+
+/** The cubins of all units by file; what `known` has is not compiled again. Throws a Trouble with the compiler's words. */
+export async function makeCubins(
+  units: readonly Unit[],
+  { known, ...settings }: CubinSettings & { readonly known: (file: string) => Uint8Array | undefined },
+): Promise<Map<string, Uint8Array>> {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-cubins-"));
+  try {
+    for (const { cubin } of units) {
+      const bytes = known(cubin);
+      if (bytes) writeFileSync(join(folder, cubin), bytes);
+    }
+    await compileCubins(folder, units, settings);
+    return new Map(units.map(({ cubin }) => [cubin, readFileSync(join(folder, cubin))]));
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
   }
 }

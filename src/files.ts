@@ -103,12 +103,14 @@ export function readKernel(plan: Plan, folder: string, file: string): string {
   return text;
 }
 
-/** A cubin beside its plan; undefined where there is none. */
-export function readCubin(folder: string, file: string): Uint8Array | undefined {
-  try {
-    return readFileSync(join(folder, "kernels", file));
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw new Trouble(`${join(folder, "kernels", file)} cannot be read: ${(error as NodeJS.ErrnoException).code}`, "check its permissions");
-  }
+/** A cubin that the plan was sealed with; undefined where it was not, or the file is missing. Throws a Trouble where it is another. */
+export function readCubin(plan: Plan, folder: string, file: string): Uint8Array | undefined {
+  const sealed = plan.kernels.find((k) => k.cubin?.file === file)?.cubin;
+  const path = join(folder, "kernels", file);
+  const stat = statSync(path, { throwIfNoEntry: false });
+  if (!sealed || !stat) return undefined;
+  if (!stat.isFile()) throw new Trouble(`${path} is not a file`, "compile the job again");
+  const bytes = attempt(path, () => readFileSync(path));
+  if (sha256(bytes) !== sealed.sha256) throw new Trouble(`${path} was changed since the plan was compiled`, "compile the job again");
+  return bytes;
 }

@@ -13,7 +13,7 @@ import { fileURLToPath } from "node:url";
 import { indexPath } from "../schemas/dataFiles.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
-import { readKernel, readPlanFile } from "./files.ts";
+import { readCubin, readKernel, readPlanFile } from "./files.ts";
 import { expectWritable } from "./outputs.ts";
 import { root } from "./packageFile.ts";
 import { parsePlan } from "./readPlan.ts";
@@ -97,10 +97,11 @@ function readPlan(folder: string): Plan {
 
 /** The plan, its text, and the kernels that it names, checked against its digests; what else lies in the folder is not the plan's. */
 function filesOfPlan(plan: Plan, folder: string): readonly Entry[] {
-  const kernels = plan.kernels.flatMap(({ source }) => source?.file ?? []);
-  for (const file of kernels) readKernel(plan, folder, file);
+  const sources = plan.kernels.flatMap(({ source }) => source?.file ?? []);
+  for (const file of sources) readKernel(plan, folder, file);
+  const cubins = plan.kernels.flatMap(({ cubin }) => cubin?.file ?? []).filter((file) => readCubin(plan, folder, file));
   const texts = ["plan.json", "plan.txt"].filter((name) => existsSync(join(folder, name)));
-  return [...texts, ...kernels.map((file) => `kernels/${file}`)].map((name) => {
+  return [...texts, ...[...sources, ...cubins].map((file) => `kernels/${file}`)].map((name) => {
     const path = join(folder, name);
     if (!isWithin(realpathSync(path), realpathSync(folder)))
       throw new Trouble(`${path} leads out of the plan's directory`, "compile the job again, or copy what it leads to into its place");

@@ -18,6 +18,20 @@ export function sealPlan(parts: Sections): Plan {
   return plan;
 }
 
+/** A cubin of a kernel: the name of its file below kernels/, and what that holds. */
+export interface Cubin {
+  readonly file: string;
+  readonly bytes: Uint8Array;
+}
+/** The plan with the cubins of its kernels, by kernel id: their digests are a part of its own. */
+export function sealCubins({ format_version: _, digests: __, ...parts }: Plan, cubins: ReadonlyMap<string, Cubin>): Plan {
+  const kernels = parts.kernels.map((kernel) => {
+    const cubin = cubins.get(kernel.id);
+    return cubin ? { ...kernel, cubin: { file: cubin.file, sha256: sha256(cubin.bytes) } } : kernel;
+  });
+  return sealPlan({ ...parts, kernels });
+}
+
 /** Texts of plans sealed in this process: a plan is large, and is written right after. */
 const sealed = new WeakMap<Plan, string>();
 
@@ -31,7 +45,7 @@ export function joined(parts: readonly (readonly [name: string, text: string])[]
   const sorted = [...parts].sort(([a], [b]) => (a < b ? -1 : 1));
   return `{${sorted.map(([name, text]) => `${JSON.stringify(name)}:${text}`).join(",")}}\n`;
 }
-export const sha256 = (text: string): string => createHash("sha256").update(text).digest("hex");
+export const sha256 = (content: string | Uint8Array): string => createHash("sha256").update(content).digest("hex");
 
 /** The version is sealed too: a flipped minor would otherwise pass. */
 export function overall(version: string, digests: Digests): string {

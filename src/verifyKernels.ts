@@ -36,6 +36,11 @@ function verifyKernel(k: Kernel, target: string): void {
   const suffix = { cpu: undefined, webgpu: "wgsl", cuda: "cu" }[target.split(":")[0]!];
   must((k.source !== undefined) === (suffix !== undefined), () => `a plan for ${target} ${suffix ? "needs a source" : "has no sources"}`);
   must(k.source === undefined || k.source.file === `${k.id}.${suffix}`, () => `its source is ${k.source?.file}, not ${k.id}.${suffix}`);
+  must(
+    k.cubin === undefined || (suffix === "cu" && /^\.\w+\.\w+\.cubin$/.test(k.cubin.file.slice(k.id.length))),
+    () => `its cubin is ${k.cubin?.file}`,
+  );
+  must(k.cubin === undefined || k.cubin.file.startsWith(`${k.id}.`), () => `its cubin is ${k.cubin?.file}`);
   must(k.source === undefined || k.launches.length > 0, () => "nothing launches it");
   for (const { entry, grid, threads, shared } of k.launches) {
     must(/^\w{1,200}$/.test(entry), () => `${JSON.stringify(entry)} names no function`);

@@ -87,7 +87,7 @@ export const imagesOf = (plan: Plan) => ({
     throw new Error(`${file} is not to be compiled`);
   },
   cubin: (file: string): Uint8Array => {
-    const kernel = plan.kernels.find((k) => file === cubinFile(k, "sm_90a"))!;
+    const kernel = plan.kernels.find((k) => file === k.cubin?.file)!;
     return new TextEncoder().encode(`\x7fELF\n${kernel.launches.map((l) => `${l.entry}\n`).join("")}\0`);
   },
 });
@@ -115,7 +115,9 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
       shared: 0,
       args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...told.map((name) => `attr(${name})`)],
     };
-    return { ...k, source: { file: `${k.id}.cu`, sha256: createHash("sha256").update(k.id).digest("hex") }, launches: [launch] };
+    const sha256 = createHash("sha256").update(k.id).digest("hex");
+    const made: Kernel = { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
+    return { ...made, cubin: { file: cubinFile(made, "sm_90a"), sha256 } };
   });
   return { plan: { ...plan, kernels, toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
 }

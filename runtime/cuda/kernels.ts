@@ -73,7 +73,7 @@ export async function loadKernels(
   const entries = new Map<string, Entry>();
 
   async function load(kernel: Kernel): Promise<void> {
-    const image = files.cubin?.(cubinFile(kernel, arch)) ?? (await compiled(kernel, arch, files.source(kernel.source!.file)));
+    const image = (kernel.cubin && files.cubin?.(kernel.cubin.file)) ?? (await compiled(kernel, arch, files.source(kernel.source!.file)));
     await naming(kernel, () => {
       const module = context.load(image);
       modules.set(kernel.id, module);
