@@ -26,6 +26,8 @@ type Must = (ok: boolean, what: () => string) => void;
 
 /** Bytes that a plan may give to one buffer: a pebibyte, far from where integers lose digits. */
 const LARGEST = 2 ** 50;
+/** Dims that a tensor may have; rankc's have 4 at most. */
+const MOST_SLOTS = 8;
 
 /** Throws a BrokenInvariant that names the stage and the buffer or instruction. */
 export function verifyShapes(program: Program, around: Around): void {
@@ -71,6 +73,7 @@ function faultOfBuffer(b: Buffer, { mesh, program, buffers }: Known): string | u
   const { id, ragged, sizes, shape, cuts, owes, kind, chunk, fanout, rows } = b;
   if (id === "__proto__") return "this name is reserved";
   if (ragged !== 0 && ragged !== 3) return `${ragged} ragged slots`;
+  if (sizes.length > MOST_SLOTS) return `${sizes.length} dims, and a tensor has ${MOST_SLOTS} at most`;
   if (cuts.length !== sizes.length) return `${cuts.length} cuts of ${sizes.length} sizes`;
   if (shape.length !== sizes.length - Math.max(0, ragged - 1)) return `the shape [${shape}] is not of ${sizes.length} sizes`;
   if (!areFactors(cuts.flat(), mesh) || (owes && !areFactors(owes, mesh))) return "its factors are not those of the mesh, each once";
@@ -102,7 +105,7 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Known): string | undefine
     if (!Number.isInteger(d[dim])) return `${dim} of ${size} is not cut evenly`;
   }
   for (const dim in i.behind) if (!Object.hasOwn(i.dims, dim)) return `it has no dim ${dim} to be behind on`;
-  const { inputs, outputs } = expandLike(op, likeOf(op, i, buffers));
+  const { inputs, outputs } = operandsOf(op, i, buffers);
   const fault = faultOfOperands(inputs, i.reads, d, buffers) ?? faultOfOperands(outputs, i.writes, d, buffers);
   if (fault) return fault;
   for (const { name } of inputs) if (!Object.hasOwn(i.reads, name)) return `${i.op} lacks its operand ${name}`;
@@ -114,11 +117,18 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Known): string | undefine
   return faultOfCounts(i, d, buffers);
 }
 
-/** What `...` stands for: as many slots as the first such operand has. */
-function likeOf(op: AnyOp, i: Compute, buffers: Buffers): { slots: number; ragged: number } | undefined {
+/** Operands met before, by op and by the slots that `...` stands for. */
+const expanded = new Map<string, Pick<AnyOp, "inputs" | "outputs">>();
+
+/** An op's operands, with `...` as many slots as the first such operand has. */
+function operandsOf(op: AnyOp, i: Compute, buffers: Buffers): Pick<AnyOp, "inputs" | "outputs"> {
   const any = op.inputs.find((o) => o.any) ?? op.outputs.find((o) => o.any);
   const b = any && buffers.get(i.reads[any.name] ?? i.writes[any.name] ?? "");
-  return b && { slots: b.sizes.length, ragged: b.ragged };
+  if (!b) return op;
+  const key = `${op.name} ${b.sizes.length} ${b.ragged}`;
+  const found = expanded.get(key) ?? expandLike(op, { slots: b.sizes.length, ragged: b.ragged });
+  expanded.set(key, found);
+  return found;
 }
 
 /** Operands are known to the op, and as large as the local dims say. Ops about messages leave some of their outputs out. */
