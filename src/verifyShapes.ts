@@ -175,6 +175,7 @@ const sizeIn = (buffers: Buffers, id = ""): number => elementsOf(buffers.get(id)
 /** Ops that compute places from attributes: what is wrong with these. `size` gives the elements of an operand. */
 const places: Readonly<Record<string, (d: Dims, i: Compute, size: (name: string) => number) => string | undefined>> = {
   arrange: faultOfArrange,
+  expert_loads: ({ row = 0, T = 0 }) => (Number.isInteger(row) && row >= 0 && row < T ? undefined : `row ${row} of ${T} layers`),
   take_rows: ({ N = 0, width = 0 }, _, size) => (N * width === size("y") ? undefined : `${N} rows of ${width} are not ${size("y")}`),
   split_rows: ({ cap = 0 }, _, size) => (size("lists") % (1 + 3 * cap) === 0 ? undefined : `${size("lists")} are no lists of ${cap} rows`),
   merge_rows: ({ count = 0, cap = 0, bound = 0, E = 0 }, _, size) =>
@@ -253,9 +254,13 @@ function verifyInputs(known: Known): void {
   }
 }
 
-/** What the host reads after a step is scalars. */
-function verifyReadings(known: Known): void {
-  const { metrics, bounds } = known.program;
-  for (const id of [...Object.values(metrics).flat(), ...bounds.map(({ needed }) => needed)])
-    invariant(bufferNamed(id, "a metric or bound", known).shape.length === 0, () => `${known.who}: ${id} is read as a number, and is none`);
+/** What the host reads after a step is scalars, but for the tokens of each layer and expert. */
+function verifyReadings({ who, program, buffers }: Known): void {
+  const dimsOf = (id: string): number | undefined => buffers.get(id)?.shape.length;
+  for (const [name, ids] of Object.entries(program.metrics))
+    for (const id of ids) {
+      const dims = name === "expert_loads" ? 2 : 0;
+      invariant(dimsOf(id) === dims, () => `${who}: the metric ${name} has ${dims} dims, and ${id} ${dimsOf(id)}`);
+    }
+  for (const { needed } of program.bounds) invariant(dimsOf(needed) === 0, () => `${who}: ${needed} is read as a number, and is none`);
 }

@@ -137,7 +137,7 @@ const damages: Readonly<Record<string, Damage>> = {
   "a collective that says other bytes": [(d) => (move(d).bytes += 1), "programs", /and says/],
   "an input that no host has": [(d) => (d.programs[0]!.inputs.password = parameter(d).id), "programs", /no input is named password/],
   "an input of other size": [(d) => (d.programs[0]!.inputs.lr = parameter(d).id), "programs", /the input lr has 1 elements/],
-  "a metric that is no scalar": [(d) => (d.programs[0]!.metrics.loss = [parameter(d).id]), "programs", /read as a number/],
+  "a metric that is no scalar": [(d) => (d.programs[0]!.metrics.loss = [parameter(d).id]), "programs", /the metric loss has 0 dims/],
   "a parameter without a buffer": [(d) => (d.programs[0]!.parameters[0]!.master = "nowhere"), "programs", /nowhere, which is no buffer/],
   "a parameter twice": [(d) => d.programs[0]!.parameters.push(d.programs[0]!.parameters[0]!), "programs", /it is there twice/],
   "a kernel that does not exist": [(d) => (compute(d, "rmsnorm").kernel = "none"), "kernels", /kernel none, which is not there/],
