@@ -4,7 +4,7 @@
  * and its memory grows linearly from there. A stage is then the sum of its chunks, with as many copies of their activations as the
  * job's own schedule keeps in flight.
  */
-import { hasExperts, type Job } from "../schemas/job.ts";
+import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
 import { kernelsOf } from "./kernels.ts";
 import { layerOf } from "./layerNames.ts";
@@ -219,17 +219,18 @@ function compiled(job: Job, chunks: readonly (readonly Place[])[], target: Targe
   const mesh = buildMesh(small);
   const programs = lowered(small, mesh);
   const made = target.name === "cpu" ? { programs, kernels: [] } : kernelsOf(programs, mesh, target);
-  return made.programs.map((program) => chunkMemory(program, layOut(program, made.kernels)));
+  return made.programs.map((program) => chunkMemory(program, layOut(program, made.kernels), expertLayersOf(model)));
 }
 
-function chunkMemory({ buffers, chunks, inputs: filled }: Program, memory: ReturnType<typeof layOut>): ChunkMemory {
+function chunkMemory({ buffers, chunks, inputs: filled }: Program, memory: ReturnType<typeof layOut>, expertLayers: number): ChunkMemory {
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
   const own = { parameter: memory.parameter, gradient: memory.gradient, optimizer: memory.optimizer };
   for (const { id, kind, within, ...b } of buffers) {
     if (within || kind === "activation" || kind === "workspace" || layerOf(id) !== undefined) continue;
-    const bytes = aligned(b);
-    shared.set(id, { kind, bytes });
-    own[kind] -= bytes;
+    // a stage counts the tokens of experts in a table of all layers of the model, not of those that were compiled
+    const shape = id.startsWith("expert_loads") ? [expertLayers, ...b.shape.slice(1)] : b.shape;
+    shared.set(id, { kind, bytes: aligned({ ...b, shape }) });
+    own[kind] -= aligned(b);
   }
   const activation = chunks.reduce((sum, _, c) => sum + (memory.activation[c] ?? 0), 0);
   const host = new Set(Object.values(filled));
