@@ -40,8 +40,7 @@ interface CudaAttentionGradCu {
 }
 
 interface CudaAttentionGradWgmmaCu {
-  readonly alongRows: string | number;
-  readonly downRows: string | number;
+  readonly buffers: string | number;
   readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
@@ -49,18 +48,25 @@ interface CudaAttentionGradWgmmaCu {
   readonly order: string | number;
   readonly params: string | number;
   readonly part: boolean;
+  readonly queries: string | number;
   readonly queryParams: string | number;
+  readonly rest: string | number;
+  readonly scores: string | number;
   readonly starts: string | number;
+  readonly sub: string | number;
   readonly suffix: string | number;
   readonly tiles: string | number;
-  readonly weigh: string | number;
+  readonly weighDy: string | number;
+  readonly weighQueries: string | number;
 }
 
 interface CudaAttentionOrderCuh {
+  readonly alternating: string | number;
   readonly half: string | number;
   readonly keys: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
+  readonly rows: string | number;
   readonly vectors: boolean;
   readonly wave: string | number;
 }

@@ -6,6 +6,7 @@
 import { describe, expect, test } from "vitest";
 import type { Dtype, Launch } from "../schemas/plan.ts";
 import { attention as makers } from "../src/kernels/cuda/attention.ts";
+import { orderOf, stepsOf } from "../src/kernels/cuda/attentionOrder.ts";
 import type { Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { slotSize } from "../src/ops/op.ts";
@@ -74,6 +75,11 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
   { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
   { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
+  // gradients on Hopper's own products: every pair of widths, rows of which the last block has one more, several key blocks in alternating waves
+  { B: 1, S: 129, U: 129, G: 1, M: 2, C: 64, W: 128, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 65, U: 130, G: 2, M: 1, C: 128, W: 64, start: 65, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 70, U: 70, G: 1, M: 1, C: 192, W: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 60, U: 520, G: 32, M: 1, C: 64, start: 460, arch: "sm_90a", type: "bf16" },
   // f16: Hopper's own products, those of any tensor core, and plain arithmetic
   { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
   { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16", fast: true },
@@ -185,9 +191,39 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
 });
 
 test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {
-  const [, c] = casesOf({ ...shapes[3]!, type: "bf16" }, 1);
-  const made = makers.attention_grad(c!.use, "sm_90a");
-  const { B, S, G, M, C } = shapes[3]!;
-  const rows = B * G * M * Math.ceil(S / 64) * 64;
-  expect(made.scratch! - rows * (4 * C + 8)).toBeLessThan(4 * rows);
+  for (const arch of ["sm_90a", "sm_100a"] as const) {
+    const [, c] = casesOf({ ...shapes[3]!, type: "bf16" }, 1);
+    const made = makers.attention_grad(c!.use, arch);
+    const { B, S, G, M, C } = shapes[3]!;
+    // Hopper's own kernel takes 128 rows of such heads at a time
+    const step = arch === "sm_90a" ? 128 : 64;
+    const rows = B * G * M * Math.ceil(S / step) * step;
+    expect(made.scratch! - rows * (4 * C + 8)).toBeLessThan(4 * rows);
+  }
+});
+
+describe("the order of key blocks", () => {
+  const ofGrad = { C: 128, W: 128, scale: 1, chunk: 0, ranks: 1, part: false, grad: true };
+  const tiling = { rows: 64, keys: 128, multiprocessors: 132 };
+  const causal = (S: number) => Int32Array.from({ length: S / 128 }, (_, i) => 2 * i);
+  // sequences, key heads, query heads of each; steps over those of a device that is always busy
+  test.each([
+    [2, 4, 8, 4096, 1.1],
+    [2, 8, 4, 4096, 1.1],
+    [4, 8, 4, 4096, 1.1],
+    [1, 8, 4, 8192, 1.1],
+    [1, 8, 4, 4096, 1.12],
+    [1, 128, 1, 4096, 1.1],
+  ])("%i sequences of %i·%i heads and %i tokens keep 132 multiprocessors busy", (B, G, M, S, most) => {
+    const d = { B, G, M, S, U: S, ...ofGrad };
+    const blocks = S / 64;
+    const ideal = (B * G * M * (S / 128) * (blocks + 2)) / 2 / tiling.multiprocessors;
+    expect(stepsOf(orderOf(d, tiling), d, causal(S), tiling)).toBeLessThan(most * ideal);
+  });
+  test("few key heads: blocks from the last to the first would take half as long again", () => {
+    const d = { B: 2, G: 4, M: 8, S: 4096, U: 4096, ...ofGrad };
+    const alike = stepsOf({ wave: 17, alternating: false }, d, causal(4096), tiling);
+    expect(orderOf(d, tiling)).toEqual({ wave: 16, alternating: true });
+    expect(alike / stepsOf(orderOf(d, tiling), d, causal(4096), tiling)).toBeGreaterThan(1.4);
+  });
 });

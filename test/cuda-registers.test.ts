@@ -51,6 +51,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   const attentions = (arch: Arch, half: "bf16" | "f16"): Made[] =>
     [
       { op: "attention", C: 192, W: 128, ...whole },
+      { op: "attention", C: 192, W: 128, ...gathered },
       { op: "attention", C: 128, W: 128, ...gathered },
       { op: "attention", C: 64, W: 64, ...gathered },
       { op: "attention_part", C: 192, W: 128, ...piece },

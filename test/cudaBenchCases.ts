@@ -116,12 +116,30 @@ function unevenCounts(rows: number, E: number, uneven: number): number[] {
 const heads = (C: number, W: number) => ({ C, W, scale: 1 / Math.sqrt(C), chunk: 0, ranks: 1 });
 const [T, D] = [65536, 4096];
 const attentionSizes = { B: 4, S: 4096, U: 4096, G: 8, M: 4, ...heads(128, 128) };
-const latentSizes = { B: 4, S: 4096, U: 4096, G: 16, M: 1, ...heads(192, 128) };
 // the first of eight ranks: with all keys, and with its own alone
 const zigzag = { ...attentionSizes, chunk: 2048, ranks: 8 };
 const gathered = { ...zigzag, B: 1, U: 32768 };
 const attentionTypes = "bf16 bf16 bf16 bf16 f32";
 const attentionGradTypes = `${attentionTypes} bf16 bf16 bf16 bf16`;
+/** Sequences, query heads, key heads, length, widths: of a small model, of Llama, Qwen3 and Gemma, and of latent attention. */
+const attentionShapes = [
+  [16, 12, 12, 1024, 64, 64],
+  [4, 32, 8, 4096, 64, 64],
+  [2, 32, 4, 4096, 128, 128],
+  [2, 32, 8, 4096, 128, 128],
+  [4, 32, 8, 4096, 128, 128],
+  [1, 32, 8, 32768, 128, 128],
+  [1, 32, 4, 4096, 128, 128],
+  [1, 128, 128, 4096, 192, 128],
+  [4, 16, 16, 4096, 192, 128],
+  [2, 16, 8, 4096, 256, 256],
+] as const;
+/** Forward and backward at one shape. */
+function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number]): Draft[] {
+  const d = { B, S, U: S, G, M: H / G, ...heads(C, W) };
+  const name = `${B}x${H}${G < H ? `/${G}` : ""}x${S}x${C}${C === W ? "" : `, values of ${W}`}`;
+  return [one(`attention ${name}`, "attention", d, attentionTypes), one(`attention_grad ${name}`, "attention_grad", d, attentionGradTypes)];
+}
 const router = { B: 1, S: T, E: 128 };
 const rowsSizes = { B: 1, S: 16384, D: 4096, E: 64 };
 const rowsBound = 8 * 16384;
@@ -140,10 +158,7 @@ const drafts: readonly Draft[] = [
   ...grouped("DSv3 EP8 gate+up", 32768, 4096, 7168, 32, 3.1),
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
   one("gemm f32 4096x4096x4096", "gemm", { B: 1, S: 4096, K: 4096, N: 4096 }, "f32 f32 f32"),
-  one("attention 4x32/8x4096x128", "attention", attentionSizes, attentionTypes),
-  one("attention_grad 4x32/8x4096x128", "attention_grad", attentionSizes, attentionGradTypes),
-  one("attention 4x16x4096x192, values of 128", "attention", latentSizes, attentionTypes),
-  one("attention_grad 4x16x4096x192, values of 128", "attention_grad", latentSizes, attentionGradTypes),
+  ...attentionShapes.flatMap(attentions),
   one("attention zigzag 1x32/8x4096x128 of 32768 keys", "attention", gathered, attentionTypes),
   one("attention_grad zigzag 1x32/8x4096x128 of 32768 keys", "attention_grad", gathered, attentionGradTypes),
   one("attention_part zigzag 4x32/8x4096x128", "attention_part", zigzag, attentionTypes),

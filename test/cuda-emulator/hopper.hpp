@@ -143,18 +143,35 @@ struct Store {
   int at[3], group;
   bool add;
 };
+/** Bytes in a row from shared memory to global memory: read no later than the group's wait for reading, written no later than its wait for all. */
+struct Bulk {
+  float* to;
+  word from, bytes;
+  int group;
+  bool add;
+  unsigned char* read;
+};
 /** What a thread has under way beside its copies. */
 struct Async {
   Store stores[64];
   int storeCount, storeGroups;
+  Bulk bulks[16];
+  int bulkCount;
+  /** Sums that products under way add to: NaN where the thread has them until the last of these products is done. */
+  struct Sums {
+    float* sums;
+    int count, pending;
+    float kept[256];
+  } sums[8];
+  int sumsCount;
   struct Product {
     u64 a, b;
-    bool add, transposedA, transposedB, f16;
+    float rows[2][16];
+    float* sums;
+    bool add, inRegisters, transposedA, transposedB, f16;
     int group;
-  } products[64];
-  int productCount, productGroups, sumCount;
-  float* sums;
-  float kept[256];
+  } products[128];
+  int productCount, productGroups;
 };
 static Async asyncs[maxThreads];
 inline Async& mine() { return asyncs[current]; }
@@ -166,7 +183,39 @@ inline void tensorStore(const TensorMap& map, word from, int x, int y, int z, bo
   a.stores[a.storeCount++] = {map, from, {x, y, z}, a.storeGroups, add};
 }
 inline void storeCommit() { mine().storeGroups++; }
+inline void bulkStore(float* to, word from, word bytes, bool add) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || from % 16 || bytes % 16) fail("a copy of bytes in a row whose places or number are no multiples of 16");
+  Async& a = mine();
+  if (a.bulkCount == 16) fail("more than 16 copies of bytes in a row under way");
+  a.bulks[a.bulkCount++] = {to, from, bytes, a.storeGroups, add, nullptr};
+}
+inline void bulkRead(int pending) {
+  Async& a = mine();
+  for (int i = 0; i < a.bulkCount; i++) {
+    Bulk& b = a.bulks[i];
+    if (b.read || b.group >= a.storeGroups - pending) continue;
+    b.read = static_cast<unsigned char*>(malloc(b.bytes));
+    memcpy(b.read, sharedPointer(b.from), b.bytes);
+  }
+}
+inline void storeWritten(int pending) {
+  bulkRead(pending);
+  Async& a = mine();
+  int left = 0;
+  for (int i = 0; i < a.bulkCount; i++) {
+    const Bulk b = a.bulks[i];
+    if (b.group >= a.storeGroups - pending) {
+      a.bulks[left++] = b;
+      continue;
+    }
+    const float* const from = reinterpret_cast<const float*>(b.read);
+    for (word n = 0; n < b.bytes / 4; n++) b.to[n] = b.add ? b.to[n] + from[n] : from[n];
+    free(b.read);
+  }
+  a.bulkCount = left;
+}
 inline void storeRead(int pending) {
+  bulkRead(pending);
   Async& a = mine();
   int left = 0;
   for (int i = 0; i < a.storeCount; i++) {
@@ -199,23 +248,59 @@ inline float operandElement(u64 descriptor, bool transposed, word r, word k, boo
   return f16 ? emulator::f16(bits) : bf16(bits);
 }
 inline float operandElementF16(u64 descriptor, bool transposed, word r, word k) { return operandElement(descriptor, transposed, r, k, true); }
-inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB, bool f16 = false) {
+inline void checkOperand(u64 descriptor) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) fail("an operand's descriptor %llx is not of the 128-byte swizzle", descriptor);
+}
+inline Async::Sums& sumsOf(Async& m, float* sums) {
+  for (int i = 0; i < m.sumsCount; i++)
+    if (m.sums[i].sums == sums) return m.sums[i];
+  fail("no product adds to these sums");
+}
+inline Async::Product& begin(float* sums, int count, bool add) {
   Async& m = mine();
-  for (u64 d : {a, b})
-    if (d >> 62 != 1 || (d >> 49 & 7)) fail("an operand's descriptor %llx is not of the 128-byte swizzle", d);
-  if (m.productCount == 64) fail("more than 64 products under way");
-  if (m.productCount && m.sums != sums) fail("products onto other sums while some are under way");
-  if (!m.productCount) {
-    m.sums = sums;
-    m.sumCount = count;
-    memcpy(m.kept, sums, sizeof(float) * count);
+  if (m.productCount == 128) fail("more than 128 products under way");
+  bool known = false;
+  for (int i = 0; i < m.sumsCount; i++) known |= m.sums[i].sums == sums;
+  if (!known) {
+    if (m.sumsCount == 8) fail("products onto more than 8 sums under way");
+    Async::Sums& to = m.sums[m.sumsCount++];
+    to.sums = sums;
+    to.count = count;
+    to.pending = 0;
+    memcpy(to.kept, sums, sizeof(float) * count);
     memset(sums, 0xff, sizeof(float) * count);
   }
-  m.products[m.productCount++] = {a, b, add, transposedA, transposedB, f16, m.productGroups};
+  sumsOf(m, sums).pending++;
+  Async::Product& p = m.products[m.productCount++];
+  p.sums = sums;
+  p.add = add;
+  p.group = m.productGroups;
+  return p;
+}
+inline void product(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB, bool f16 = false) {
+  checkOperand(a);
+  checkOperand(b);
+  Async::Product& p = begin(sums, count, add);
+  p.a = a;
+  p.b = b;
+  p.inRegisters = false;
+  p.transposedA = transposedA;
+  p.transposedB = transposedB;
+  p.f16 = f16;
 }
 inline void productF16(float* sums, int count, u64 a, u64 b, bool add, bool transposedA, bool transposedB) {
   product(sums, count, a, b, add, transposedA, transposedB, true);
 }
+/** a: the thread's two rows of the left operand, which its warp has in registers. */
+inline void weigh(float* sums, int count, const float (&a)[2][16], u64 b, bool add, bool f16 = false) {
+  checkOperand(b);
+  Async::Product& p = begin(sums, count, add);
+  memcpy(p.rows, a, sizeof a);
+  p.b = b;
+  p.inRegisters = p.transposedB = true;
+  p.f16 = f16;
+}
+inline void weighF16(float* sums, int count, const float (&a)[2][16], u64 b, bool add) { weigh(sums, count, a, b, add, true); }
 inline void productFence() { ballot(~0u, "wgmma.fence", false); }
 inline void productCommit() { mine().productGroups++; }
 inline void productWait(int pending) {
@@ -223,26 +308,30 @@ inline void productWait(int pending) {
   const int lane = current % 32, first = current / 32 % 4 * 16 + lane / 4;
   int done = 0;
   for (; done < m.productCount && m.products[done].group < m.productGroups - pending; done++) {
-    const Async::Product& p = m.products[done];
-    float a[2][16];
-    for (int h = 0; h < 2; h++)
-      for (int k = 0; k < 16; k++) a[h][k] = operandElement(p.a, p.transposedA, first + 8 * h, k, p.f16);
-    for (int c = 0; c < m.sumCount / 2; c++) {
+    Async::Product& p = m.products[done];
+    Async::Sums& to = sumsOf(m, p.sums);
+    if (!p.inRegisters)
+      for (int h = 0; h < 2; h++)
+        for (int k = 0; k < 16; k++) p.rows[h][k] = operandElement(p.a, p.transposedA, first + 8 * h, k, p.f16);
+    for (int c = 0; c < to.count / 2; c++) {
       const int column = c / 2 * 8 + lane % 4 * 2 + c % 2;
       double sum[2] = {0, 0};
       for (int k = 0; k < 16; k++) {
         const float b = operandElement(p.b, p.transposedB, column, k, p.f16);
-        for (int h = 0; h < 2; h++) sum[h] += double(a[h][k]) * b;
+        for (int h = 0; h < 2; h++) sum[h] += double(p.rows[h][k]) * b;
       }
       for (int h = 0; h < 2; h++) {
-        float& to = m.kept[c / 2 * 4 + h * 2 + c % 2];
-        to = float(sum[h] + (p.add ? to : 0.0f));
+        float& x = to.kept[c / 2 * 4 + h * 2 + c % 2];
+        x = float(sum[h] + (p.add ? x : 0.0f));
       }
+    }
+    if (--to.pending == 0) {
+      memcpy(to.sums, to.kept, sizeof(float) * to.count);
+      to = m.sums[--m.sumsCount];
     }
   }
   m.productCount -= done;
   memmove(m.products, m.products + done, sizeof(Async::Product) * m.productCount);
-  if (done && !m.productCount) memcpy(m.sums, m.kept, sizeof(float) * m.sumCount);
   // .sync.aligned: the lanes go on together
   ballot(~0u, "wgmma.wait_group", false);
 }
@@ -265,14 +354,14 @@ inline void beginCluster() {
   loadCount = arrivalCount = 0;
   for (int i = 0; i < count; i++) {
     Async& a = asyncs[i];
-    if (a.storeGroups | a.productGroups | a.storeCount | a.productCount) a.storeCount = a.storeGroups = a.productCount = a.productGroups = 0;
+    if (a.storeGroups | a.productGroups | a.storeCount | a.bulkCount | a.productCount) a.storeCount = a.bulkCount = a.storeGroups = a.productCount = a.productGroups = a.sumsCount = 0;
   }
 }
 inline void endCluster() {
   if (loadCount) fail("%d loads are still under way where all threads have ended", loadCount);
   if (arrivalCount) mustLive(arrivals[0].rank, "an arrival", arrivals[0].address);
   for (int i = 0; i < count; i++)
-    if (asyncs[i].storeCount || asyncs[i].productCount) fail("thread %d has ended with stores or products under way", i);
+    if (asyncs[i].storeCount || asyncs[i].bulkCount || asyncs[i].productCount) fail("thread %d has ended with stores or products under way", i);
 }
 
 }  // namespace emulator

@@ -9,7 +9,8 @@ import { render } from "../../../templates/bindings.ts";
 import type { Arch } from "../../target.ts";
 import { type AttentionSizes, attentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
-import { forwardHopper, gradHopper, isGradOfHopper } from "./attentionHopper.ts";
+import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
+import { orderOf } from "./attentionOrder.ts";
 import { beginnings, randomText, scales, sightText } from "./attentionText.ts";
 import { cudaType } from "./elementwise.ts";
 import { type Half, halves, isHalf, source } from "./prelude.ts";
@@ -88,21 +89,24 @@ const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 13
  */
 function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
   const { B, S, U, G, M, C, W, part } = d;
-  const [threads, rows, H] = [256, 64, G * M];
+  const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
+  const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
   const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
   // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
   const fits = (keys: number) => keys === 64 || (C + W <= (d.drops ? 192 : 256) && padded(keys) <= sharedOf(arch).most * 1024);
-  const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
   const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
-  const wave = Math.min(keyBlocks, ceil(multiprocessors[arch], B * G));
+  const order = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch] });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = use.name;
   const { args, ...texts } = beginnings(d);
   const tiles = tilesText(d, half, threads);
-  const order = render("cuda/attention_order.cuh", { name, keys, wave, lanes, vectors: arch !== "sm_80", ...halves[half] });
-  const common = { name, tiles, order, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
+  const orderText = render("cuda/attention_order.cuh", {
+    ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...halves[half] },
+    ...{ wave: order.wave, alternating: order.alternating ? "true" : "false" },
+  });
+  const common = { name, tiles, order: orderText, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
@@ -124,7 +128,7 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
     },
     {
       entry: use.name,
-      grid: [B * G * ceil(keyBlocks, wave) * wave, 1, 1],
+      grid: [B * G * ceil(keyBlocks, order.wave) * order.wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
       args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", ...args],

@@ -11,6 +11,8 @@ import { type Half, halves, source } from "./prelude.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
+/** Bytes of shared memory that a block may have. */
+const SHARED = 227 * 1024;
 
 /**
  * Per thread, scores take 64 registers, weights 32 and outputs W/2: with values of at most 64 three warpgroups of queries have
@@ -46,22 +48,44 @@ export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | u
   return { source: source(use, body), launches: [launch] };
 }
 
-/** Whether the gradient of such heads has a launch of its own here: in registers there is room for two gradients of 128 by 128. */
-export const isGradOfHopper = (d: AttentionSizes): boolean => d.C === 128 && d.W === 128 && (!isMoved(d, d.U) || d.chunk % 128 === 0);
+/** Whether the gradient of such heads has a launch of its own here: in registers there is room for gradients of 64 keys, 192 and 128 wide. */
+export const isGradOfHopper = (d: AttentionSizes): boolean =>
+  [64, 128, 192].includes(d.C) && (d.W === 64 || d.W === 128) && (!isMoved(d, d.U) || d.chunk % 128 === 0);
 
-/** The main launch of that gradient: what differs from the plain tensor cores'. */
+/** Rows of queries in a step: of narrow heads as many as make a warpgroup's gradients of queries 64 by 64. */
+export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 64);
+
+/**
+ * The main launch of that gradient: what differs from the plain tensor cores'. Per thread, gradients of keys and values take (C + W) / 2 registers;
+ * beside 192 and 128 there is room for the scores of 32 queries at a time, and for gradients of queries 64 and 32 columns after each other.
+ */
 export function gradHopper(
   d: AttentionSizes,
   half: Half,
-  fillIn: (parts: Record<"hopper" | "alongRows" | "downRows" | "weigh", string>) => string,
+  fillIn: (
+    parts: Record<"hopper" | "scores" | "queries" | "rest" | "weighQueries" | "weighDy", string> & { sub: number; buffers: number },
+  ) => string,
 ) {
-  const [rows, keys] = [64, 128];
-  const products = { alongRows: product(rows, 0, half), downRows: product(64, 1, half), weigh: weigh(d.C, half) };
+  const { C, W } = d;
+  const [rows, keys] = [rowsOfGrad(d), 128];
+  const sub = C + W > 256 ? 32 : 64;
+  const boxes = (C + W) / 64;
+  const columns = (rows * C) / 128 - 64;
+  const grads = 2 * keys * rows;
+  // keys and values; two stages of queries and dy; gradients of queries; two numbers of each query row, per stage; barriers, ticket
+  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 4 * rows * C + 16 * rows + 80;
+  const buffers = others + 2 * grads <= SHARED ? 2 : 1;
+  const products = {
+    scores: product(sub, 0, half),
+    queries: product(64, 1, half),
+    rest: columns > 0 ? product(columns, 1, half) : "",
+    weighQueries: weigh(C, half),
+    weighDy: weigh(W, half),
+  };
   return {
-    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products }),
+    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products, sub, buffers }),
     threads: 384,
-    // keys and values; two stages of queries and dy; gradients of scores; two numbers of each query row, per stage; barriers, ticket
-    shared: 4 * keys * 128 + 2 * 4 * rows * 128 + keys * 128 + 4 * rows * 4 + 64,
+    shared: others + buffers * grads,
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)],
   };
 }
