@@ -40,7 +40,7 @@ async function lossesOn(text: string, steps: number): Promise<number[]> {
 
 beforeAll(async () => {
   await build({ configFile: join(root, "runtime/browser/vite.config.ts"), build: { outDir: page }, logLevel: "error" });
-}, 60_000);
+});
 
 test("the page is one small script that knows nothing of Node", () => {
   const scripts = readdirSync(join(page, "assets")).filter((name) => name.endsWith(".js"));
@@ -51,14 +51,14 @@ test("the page is one small script that knows nothing of Node", () => {
   expect(script).not.toMatch(/node:|process\.|Buffer\.(from|alloc)|browser-external/);
 });
 
-describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: skipped, ${noBrowser}` : ""}`, { timeout: 240_000 }, () => {
+describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: skipped, ${noBrowser}` : ""}`, () => {
   let served: Serving;
   let browser: Browser;
   beforeAll(async () => {
     const { plan, sources } = compile(job, { target: await loadTarget("webgpu") });
     served = await serve({ plan, source: (file) => sources.get(file)! }, { port: 0, baseDir: home, page });
     browser = await launch();
-  }, 60_000);
+  });
   afterAll(async () => {
     await browser?.close();
     await served?.close();

@@ -12,7 +12,7 @@ beforeAll(async () => {
 });
 afterAll(() => vi.unstubAllEnvs());
 
-describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, { timeout: 60_000 }, () => {
+describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
   test("parameters are packed as the kernel declares them: pointers, ints, tensor maps, scratch", async () => {
     const map: Arg = { tensor: "x", dtype: "bf16", sizes: [72, 5], strides: [144], box: [64, 2], swizzle: "128B" };
     const args: Arg[] = ["start(S)", "y", map, "rows", "scratch+512", "start(T)", "needed", map];
@@ -89,7 +89,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, { timeout
   });
 });
 
-describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, { timeout: 60_000 }, () => {
+describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, () => {
   afterEach(() => {
     vi.stubEnv("STAND_IN_FREE", undefined);
     cuda.failNccl(0);

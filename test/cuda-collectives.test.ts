@@ -20,7 +20,7 @@ const valuesOf = (dtype: Dtype, count: number, seed: number): HostData => {
   const all = Array.from({ length: count }, () => Math.round(next() * 100));
   return dtype === "i32" ? Int32Array.from(all) : Float32Array.from(all);
 };
-describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, { timeout: 60_000 }, () => {
+describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
   const g = 4;
   const n = 5;
   type Case = { readonly from: number; readonly to: number; readonly want: (held: readonly HostData[], r: number) => number[] };

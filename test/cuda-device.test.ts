@@ -38,7 +38,7 @@ const jobFor = (over: object, precision: string) =>
     data: { path: "corpus.txt" },
   });
 
-describe.skipIf(missing)(`on this machine's GPU${missing}`, { timeout: 300_000 }, () => {
+describe.skipIf(missing)(`on this machine's GPU${missing}`, () => {
   const jobs = [
     ["dense", {}, "fp32", 1e-3],
     ["experts", { moe }, "fp32", 1e-3],

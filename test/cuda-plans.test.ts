@@ -35,7 +35,7 @@ async function expectSame(parallel: object, over: object = {}, how: object = {},
   return got;
 }
 
-describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noCompiler}`, { timeout: 120_000 }, () => {
+describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noCompiler}`, () => {
   const meshes = {
     "one rank": [{ world: 1 }, {}],
     "one rank with experts, bf16": [{ world: 1 }, { moe }, { precision: "bf16" }],
@@ -154,35 +154,31 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
   });
 });
 
-test.skipIf(noCompiler)(
-  `a profile has every instruction, its lane and its times, before stand-ins${noCompiler}`,
-  { timeout: 120_000 },
-  async () => {
-    const reference = planOf({ world: 4, pipeline: 2, distributed_optimizer: true });
-    const { plan, kernels } = asCuda(reference);
-    cuda.serve(kernels);
-    const fleets = await cuda.openAll(plan, { profile: true });
-    const { replayed } = await train(fleets, plan, cuda.step);
-    expect(replayed.flat()).not.toContain(true);
-    for (const [r, f] of fleets.entries()) {
-      const p = plan.programs[Math.floor(r / 2)]!;
-      const all = f.profile();
-      const inOrder = [
-        ...p.order.flatMap((tag) => {
-          const { kind, chunk } = workOf(tag);
-          return p.chunks[chunk]![kind];
-        }),
-        ...p.step,
-      ];
-      expect(all.map(({ id }) => id)).toEqual(inOrder.map(({ id }) => id));
-      expect(new Set(all.map(({ stream }) => stream))).toEqual(
-        new Set(["compute", "comm", r < 2 ? "send 1 forward" : "send 0 backward", r < 2 ? "recv 1 backward" : "recv 0 forward"]),
-      );
-      for (const [n, t] of all.entries()) {
-        expect(t.end_us).toBeGreaterThan(t.begin_us);
-        expect([t.rank, t.kernel]).toEqual([r, inOrder[n]!.kind === "compute" ? (inOrder[n] as Compute).kernel : ""]);
-      }
+test.skipIf(noCompiler)(`a profile has every instruction, its lane and its times, before stand-ins${noCompiler}`, async () => {
+  const reference = planOf({ world: 4, pipeline: 2, distributed_optimizer: true });
+  const { plan, kernels } = asCuda(reference);
+  cuda.serve(kernels);
+  const fleets = await cuda.openAll(plan, { profile: true });
+  const { replayed } = await train(fleets, plan, cuda.step);
+  expect(replayed.flat()).not.toContain(true);
+  for (const [r, f] of fleets.entries()) {
+    const p = plan.programs[Math.floor(r / 2)]!;
+    const all = f.profile();
+    const inOrder = [
+      ...p.order.flatMap((tag) => {
+        const { kind, chunk } = workOf(tag);
+        return p.chunks[chunk]![kind];
+      }),
+      ...p.step,
+    ];
+    expect(all.map(({ id }) => id)).toEqual(inOrder.map(({ id }) => id));
+    expect(new Set(all.map(({ stream }) => stream))).toEqual(
+      new Set(["compute", "comm", r < 2 ? "send 1 forward" : "send 0 backward", r < 2 ? "recv 1 backward" : "recv 0 forward"]),
+    );
+    for (const [n, t] of all.entries()) {
+      expect(t.end_us).toBeGreaterThan(t.begin_us);
+      expect([t.rank, t.kernel]).toEqual([r, inOrder[n]!.kind === "compute" ? (inOrder[n] as Compute).kernel : ""]);
     }
-    await closeAll(fleets);
-  },
-);
+  }
+  await closeAll(fleets);
+});

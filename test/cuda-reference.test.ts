@@ -10,7 +10,7 @@ import { fixture } from "./support.ts";
 const gpu = firstGpu();
 const none = typeof gpu === "string";
 
-describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}`}`, { timeout: 300_000 }, () => {
+describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}`}`, () => {
   // bf16 keeps 8 bits: 2^-9 relative per rounding
   const precisions = [
     ["fp32", 2e-4],

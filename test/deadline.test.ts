@@ -29,13 +29,13 @@ test.each([
     "w1.wgrad is issued; the main thread does not answer: it computes, or is within a call",
   ],
   ["waits", "limits.at('all is issued'); setInterval(() => {}, 10);", "all is issued; the device is at w1.wgrad"],
-])("a main thread that %s", { timeout: 30_000 }, async (_, rest, words) => {
+])("a main thread that %s", async (_, rest, words) => {
   const { signal, said } = await ended(rest, "'the device is at w1.wgrad'");
   expect(signal).toBe("SIGKILL");
   expect(said).toMatch(/^ +\d+\.\d s {2}weights\n +\d+\.\d s {2}step 3\n/);
   expect(said).toContain(`bench: no end of step 3 within 0.5 s; ${words}\nthe device: 100 %\n`);
 });
 
-test("a script that ends in time just ends", { timeout: 30_000 }, async () => {
+test("a script that ends in time just ends", async () => {
   expect(await ended("limits.at('all is done')")).toMatchObject({ code: 0, signal: null });
 });

@@ -120,7 +120,7 @@ describe("the diagnosis", () => {
   }
   const nowhere = { VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
 
-  test("never throws; each failure says what was found and what to do", { timeout: 60_000 }, async () => {
+  test("never throws; each failure says what was found and what to do", async () => {
     const { verdict, works, checks } = await of();
     const names = ["node", "system", "koffi", "driver", "nvrtc", "launch", "nccl", "nvcc", "webgpu", "cpu"];
     expect(checks.map(({ name }) => name)).toEqual(expect.arrayContaining(names));
@@ -133,7 +133,7 @@ describe("the diagnosis", () => {
     if (noGpu) expect(verdict).toBe("no");
   });
 
-  test("a backend works where all that it needs is in order, whatever else is missing", { timeout: 60_000 }, async () => {
+  test("a backend works where all that it needs is in order, whatever else is missing", async () => {
     const diagnosis = await of({ nvcc: undefined });
     for (const backend of ["cpu", "webgpu", "cuda"] as const)
       expect(diagnosis.works[backend]).toBe(diagnosis.checks.filter((c) => c.for.includes(backend)).every(({ ok }) => ok));
@@ -141,7 +141,7 @@ describe("the diagnosis", () => {
     expect(named(diagnosis, "nvcc")).toMatchObject({ ok: false, for: [], fix: expect.stringContaining("RANKC_NVCC") });
   });
 
-  test.skipIf(noAdapter)(`with an adapter: its name, profiles, features and limits${because(noAdapter)}`, { timeout: 60_000 }, async () => {
+  test.skipIf(noAdapter)(`with an adapter: its name, profiles, features and limits${because(noAdapter)}`, async () => {
     const diagnosis = await asked(adapterEnv);
     const webgpu = diagnosis.webgpu!;
     expect(diagnosis.works.webgpu).toBe(true);
@@ -154,7 +154,7 @@ describe("the diagnosis", () => {
       expect(found).toContain(word);
   });
 
-  test("no adapter is a failure of WebGPU alone; the exit says whether CUDA is ready", { timeout: 60_000 }, async () => {
+  test("no adapter is a failure of WebGPU alone; the exit says whether CUDA is ready", async () => {
     const { exit, ...diagnosis } = await asked(nowhere);
     expect(exit).toBe(diagnosis.verdict === "ready" ? 0 : 3);
     expect(diagnosis.verdict === "ready").toBe(diagnosis.works.cuda);
@@ -167,7 +167,7 @@ describe("the diagnosis", () => {
   test.skipIf(noCompiler || process.platform !== "linux").each([
     ["does not answer", "pause()", /did not answer for 2 s/],
     ["ends the process", "abort()", /ended by SIGABRT/],
-  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, { timeout: 60_000 }, async (_, does, told) => {
+  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, async (_, does, told) => {
     for (const [name, value] of Object.entries(vulkanThat(does))) vi.stubEnv(name, value);
     const diagnosis = await of({ webgpuLimit: 2000 });
     expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(told) });
@@ -316,7 +316,7 @@ test.skipIf(noGpu || noNvrtc)(`a GPU adds vectors of odd sizes, and touches noth
   context.close();
 });
 
-test.skipIf(noGpu || noNccl)(`an all-reduce over one rank gives back what was sent${because(noGpu, noNccl)}`, { timeout: 60_000 }, () => {
+test.skipIf(noGpu || noNccl)(`an all-reduce over one rank gives back what was sent${because(noGpu, noNccl)}`, () => {
   const context = driver().open(driver().devices[0]!);
   const sent = Float32Array.from({ length: 1003 }, Math.random);
   const got = new Float32Array(sent.length);

@@ -189,7 +189,7 @@ test("Python's literals, a byte order mark, a directory and 3 MB are read; the n
   expect(readConfigFile(fixture("hf-configs/mistralai--Mistral-7B-v0.1.json")).name).toBe("mistralai--Mistral-7B-v0.1");
 });
 
-test("a long list of dense layers is looked up in constant time", { timeout: 10_000 }, () => {
+test("a long list of dense layers is looked up in constant time", () => {
   const qwen = read("Qwen--Qwen3-235B-A22B") as object;
   const many = { ...qwen, num_hidden_layers: 65_536, mlp_only_layers: Array.from({ length: 4e5 }, (_, i) => i + 65_536) };
   expect(modelOf(many).moe?.layers).toBe("all");

@@ -37,7 +37,7 @@ const alive = (pid: number): boolean => {
 const pidsIn = (lines: readonly string[]): number[] => lines.flatMap((line) => /pid (\d+)/.exec(line)?.[1] ?? []).map(Number);
 const forever = "console.error('pid', process.pid); setInterval(() => {}, 1000);";
 
-describe("ranks", { timeout: 30_000 }, () => {
+describe("ranks", () => {
   test("know their place, all of them one meeting point, and keep NVLink multicast off", async () => {
     const { code, out, err } = await ranks(3, "console.log(JSON.stringify(process.env))", {
       env: { PATH: process.env.PATH, OURS: "1", RANK: "77" },
@@ -112,7 +112,7 @@ describe("ranks", { timeout: 30_000 }, () => {
 });
 
 /** The launcher as a process of its own, which can be sent signals. */
-describe("signals", { timeout: 30_000 }, () => {
+describe("signals", () => {
   const launcher = fileURLToPath(new URL("../runtime/launch/launcher.ts", import.meta.url));
   let child: ChildProcess | undefined;
   afterEach(() => void child?.kill("SIGKILL"));

@@ -42,9 +42,9 @@ beforeAll(() => {
     }),
   );
   npm(home, "ci", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error");
-}, 120_000);
+});
 
-describe("the installed package", { timeout: 60_000 }, () => {
+describe("the installed package", () => {
   const job = "node_modules/rankc/plans/tiny-dense/job.yaml";
 
   test("holds what it needs and nothing of the workshop", () => {

@@ -53,7 +53,7 @@ async function refusals(all: readonly JoinSettings[]): Promise<string[]> {
 const ignore = (): void => {};
 const leave = (all: readonly Meeting[]) => Promise.all(all.map((m) => m.close()));
 
-describe("ranks that agree", { timeout: 30_000 }, () => {
+describe("ranks that agree", () => {
   test("share bytes of rank 0, and within groups of their own", async () => {
     const all = await meet(4);
     const random = () => crypto.getRandomValues(new Uint8Array(128));
@@ -124,7 +124,7 @@ describe("ranks that agree", { timeout: 30_000 }, () => {
   });
 });
 
-describe("ranks that do not agree", { timeout: 30_000 }, () => {
+describe("ranks that do not agree", () => {
   test("who is missing is said, in runs, to all who came", async () => {
     const port = await freePort();
     const short = { times: { ...times, timeout: 1.5 } };
@@ -194,7 +194,7 @@ describe("ranks that do not agree", { timeout: 30_000 }, () => {
   });
 });
 
-test("strangers do no harm: noise, long messages, half a frame, a hello without the token", { timeout: 30_000 }, async () => {
+test("strangers do no harm: noise, long messages, half a frame, a hello without the token", async () => {
   const port = await freePort();
   const zero = refusals([settings(0, 2, port, { times: { ...times, timeout: 3 } })]);
   const long = Buffer.concat([frame({ kind: "stop" }).subarray(0, 4), Buffer.from([255, 255, 255, 127, 0, 0, 0, 0])]);
@@ -281,7 +281,7 @@ describe("before the token is proved", { timeout: 20_000 }, () => {
 });
 
 /** Ranks as processes, whose main threads block. */
-describe("when a rank ends, all end and say why", { timeout: 40_000 }, () => {
+describe("when a rank ends, all end and say why", () => {
   const script = fileURLToPath(new URL("rank.ts", import.meta.url));
   let children: ChildProcess[] = [];
   afterEach(() => {

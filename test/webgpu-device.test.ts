@@ -67,7 +67,7 @@ const addPlan = (elements: number, more: Partial<Parameters<typeof handPlan>[0]>
     ...more,
   });
 
-describe.skipIf(noAdapter)(`the backend${reason}`, { timeout: 30_000 }, () => {
+describe.skipIf(noAdapter)(`the backend${reason}`, () => {
   test("what is issued is done in order: writes, dispatches, clearing, reads", async () => {
     const plan = addPlan(5);
     await using(plan, { scale: scaled(2) }, async (fleet) => {
@@ -238,7 +238,7 @@ describe("an arena is cut", () => {
   });
 });
 
-describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, { timeout: 30_000 }, () => {
+describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
   test("a plan for another target", async () => {
     const trouble = await troubleOf(openWebgpu(addPlan(1, { target: "cuda:sm_90a" }), sourcesOf({})));
     expect(trouble.message).toContain("cuda:sm_90a");
@@ -314,7 +314,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, { timeout: 30_000
   });
 });
 
-describe.skipIf(noAdapter)(`a process${reason}`, { timeout: 30_000 }, () => {
+describe.skipIf(noAdapter)(`a process${reason}`, () => {
   const script = (body: string) =>
     `import { openWebgpu } from "./runtime/webgpu/dawn.ts"; import { handPlan } from "./test/handPlan.ts";\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
