@@ -19,6 +19,7 @@ const sets = ["parallel.world=1", "parallel.tensor=1", "model.ffn=64", "model.kv
 const home = join(root, "plans/tiny-dense");
 const job = readJob(readFileSync(join(home, "job.yaml"), "utf8"), "job.yaml", sets).job!;
 const STEPS = 3;
+const PATIENT = { timeout: 600_000 };
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-browser-"));
 const page = join(folder, "page");
@@ -67,6 +68,8 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
   /** The page, ready; `before` runs in it first. Everything it logs is an error. */
   async function opened(before?: string): Promise<Page> {
     const page = await browser.newPage();
+    // the limit is the test's
+    page.setDefaultTimeout(0);
     page.on("pageerror", (error) => said.push(String(error)));
     page.on("console", (message) => said.push(message.text()));
     if (before) await page.addInitScript({ content: before });
@@ -80,7 +83,7 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
       .locator("#rows td:nth-child(2)")
       .allTextContents()
       .then((cells) => cells.map(Number));
-  const ends = (page: Page) => page.waitForSelector("#start:enabled", { timeout: 200_000 });
+  const ends = (page: Page) => page.waitForSelector("#start:enabled");
 
   test("the plan's text, then one's own: the losses of the CPU", async () => {
     const page = await opened();
@@ -100,7 +103,7 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     expect(await page.textContent("#speed")).toMatch(/^[\d,]+$/);
 
     // the curve has a point for each step, and the value of a step is read from it by pointer and by keys
-    await expect.poll(async () => (await page.getAttribute("#chart polyline", "points"))?.trim().split(/\s+/).length).toBe(STEPS);
+    await expect.poll(async () => (await page.getAttribute("#chart polyline", "points"))?.trim().split(/\s+/).length, PATIENT).toBe(STEPS);
     await page.focus("#chart svg");
     await page.keyboard.press("End");
     expect(await page.getAttribute("#chart svg", "aria-valuetext")).toBe(`step ${STEPS}: loss ${want[STEPS - 1]!.toFixed(4)}`);

@@ -165,11 +165,11 @@ describe("the diagnosis", () => {
   });
 
   test.skipIf(noCompiler || process.platform !== "linux").each([
-    ["does not answer", "pause()", /did not answer for 2 s/],
-    ["ends the process", "abort()", /ended by SIGABRT/],
-  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, async (_, does, told) => {
+    ["does not answer", "pause()", 2000, /did not answer for 2 s/],
+    ["ends the process", "abort()", 600_000, /ended by SIGABRT/],
+  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, async (_, does, webgpuLimit, told) => {
     for (const [name, value] of Object.entries(vulkanThat(does))) vi.stubEnv(name, value);
-    const diagnosis = await of({ webgpuLimit: 2000 });
+    const diagnosis = await of({ webgpuLimit });
     expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(told) });
     expect(diagnosis.works).toMatchObject({ cpu: true, webgpu: false });
   });

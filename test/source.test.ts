@@ -44,9 +44,11 @@ test("what is wrong with a text is said in plain words", () => {
 test("an alias bomb is refused at once", () => {
   const level = (n: number) => `k${n}: &k${n} [${Array.from({ length: 10 }, () => `*k${n - 1}`).join(", ")}]\n`;
   const bomb = `k0: &k0 [lol]\n${Array.from({ length: 9 }, (_, i) => level(i + 1)).join("")}`;
-  const began = performance.now();
+  // processor time: other tests run at the same time
+  const before = process.cpuUsage();
   expect(say(bomb)).toEqual([expect.stringMatching(/^S003 /)]);
-  expect(performance.now() - began).toBeLessThan(1000);
+  const { user, system } = process.cpuUsage(before);
+  expect((user + system) / 1e6).toBeLessThan(1);
 });
 
 test("an unknown key is answered with the key that was meant", () => {
