@@ -270,7 +270,7 @@ export const ParallelText = z.strictObject({
     .nullable()
     .default(null)
     .describe(
-      "which layers stand where, in place of an even split: E the embedding, t a layer, m one of model.mtp, L the head and the loss, | between (virtual) stages, ( ) a group, *n repeats; Et|(tt|)*3tL",
+      "which layers stand where, in place of an even split: E the embedding, t a layer, m one of model.mtp, L the head and the loss, | between (virtual) stages, which may be empty, ( ) a group, *n repeats, commas mean nothing; Et*3|(tt|)*29,m|L",
     ),
   schedule: z
     .enum(["1f1b", "zero_bubble"])

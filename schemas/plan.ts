@@ -112,6 +112,7 @@ export const Transfer = z.strictObject({
   peer: count.describe("the other stage; the rank with the same number within it"),
   channel: z.string().describe("what goes from one stage to another by one channel is received in the order in which it was sent"),
   bytes: count,
+  in_flight: count.min(2).optional().describe("of a send: how many messages may be sent before the first is received; 1 if absent"),
   why: Why,
 });
 export type Transfer = z.infer<typeof Transfer>;

@@ -11,24 +11,17 @@ import { toMessages } from "./messages.ts";
 import { accumulate } from "./ops/linear.ts";
 import * as messages from "./ops/messages.ts";
 import { expand, invariant } from "./ops/op.ts";
-import { chunkOfVirtual, layersOf, type Pipeline } from "./pipeline.ts";
+import { chunkOfVirtual, layersOf } from "./pipeline.ts";
 import { expandRing, goesAround } from "./ring.ts";
-import { type Draft, openRole, type Role } from "./role.ts";
-import type { Schedule } from "./schedule.ts";
-import type { Sharded, Step } from "./shard.ts";
-import { type Graph, idOf } from "./train.ts";
+import { type Draft, type Lowered, openRole, type Role } from "./role.ts";
+import type { Step } from "./shard.ts";
+import { idOf } from "./train.ts";
 import { updateStep } from "./update.ts";
 
-export interface Lowered {
-  readonly graph: Graph;
-  readonly sharded: Sharded;
-  readonly pipeline: Pipeline;
-  readonly order: readonly Schedule[];
-}
-
-export function lower(job: Job, mesh: Mesh, { graph, sharded, pipeline, order }: Lowered): Program[] {
-  return order.map(({ order, slots }, stage) => {
-    const role = openRole(job, mesh, graph, sharded, pipeline, stage);
+export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
+  const { graph, sharded, pipeline } = lowered;
+  return lowered.order.map(({ order, slots }, stage) => {
+    const role = openRole(job, mesh, lowered, stage);
     for (const p of graph.parameters) {
       const { layout, stage: at } = sharded.home.get(p)!;
       if (!role.isMine(at)) continue;
@@ -148,8 +141,9 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
   for (const s of steps) {
     if (s.kind === "send") {
       const ends = { from: s.stage, to: s.to };
-      if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.piece), ends, s.why);
-      if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.piece), ends, s.why);
+      const tag = idOf(s.piece.value) + (s.received.note ?? "");
+      if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.piece), ends, s.why, tag);
+      if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.received), ends, s.why, tag);
     } else if (!isMine(s.stage)) continue;
     else if (s.kind === "compute") compute(s);
     else if (s.kind === "move") role.move(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));

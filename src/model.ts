@@ -10,7 +10,7 @@ import { gemm, gemmDgrad } from "./ops/linear.ts";
 import { rmsnorm } from "./ops/norm.ts";
 import type { Value } from "./ops/op.ts";
 import { embed, mean, nll, pick, rowMax, sumExp, weightedSum } from "./ops/vocab.ts";
-import { headAt, layerAt, pipelineOf } from "./pipeline.ts";
+import { headAt, layerAt, pipelineOf, stageOfVirtual } from "./pipeline.ts";
 
 export function buildModel(job: Job): Loss[] {
   const { model: m } = job;
@@ -45,13 +45,14 @@ export function buildModel(job: Job): Loss[] {
   return losses;
 }
 
-/** The embedding's table, where a position finds it: one that stages share stands on each of them. */
+/** The embedding's table by position: each stage that uses it has one copy. */
 function standing(job: Job, table: Value): (position: number) => Value {
-  const { of } = pipelineOf(job);
-  const copies = new Map([[of[0], table]]);
+  const pipeline = pipelineOf(job);
+  const stageOf = (position: number): number => stageOfVirtual(pipeline, pipeline.of[position]!);
+  const copies = new Map([[stageOf(0), table]]);
   return (position) => {
-    const copy = copies.get(of[position]) ?? copyOf(table, position);
-    copies.set(of[position], copy);
+    const copy = copies.get(stageOf(position)) ?? copyOf(table, position);
+    copies.set(stageOf(position), copy);
     return copy;
   };
 }

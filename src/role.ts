@@ -10,6 +10,7 @@ import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { indexLength } from "./ops/messages.ts";
 import { type AnyOp, invariant, type Value } from "./ops/op.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
+import type { Schedule } from "./schedule.ts";
 import { type Change, layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 
@@ -26,9 +27,17 @@ export interface LayoutChange extends Omit<Move, "kind" | "how" | "bytes"> {
   /** Per slot, the factors by which blocks are counted on both sides. */
   readonly radix: readonly (readonly number[])[];
 }
+/** What roles are made of. */
+export interface Lowered {
+  readonly graph: Graph;
+  readonly sharded: Sharded;
+  readonly pipeline: Pipeline;
+  /** By stage. */
+  readonly order: readonly Schedule[];
+}
 export type Role = ReturnType<typeof openRole>;
 
-export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, pipeline: Pipeline, stage: number) {
+export function openRole(job: Job, mesh: Mesh, { graph, sharded: { home }, pipeline, order }: Lowered, stage: number) {
   const buffers = new Map<string, Buffer>();
   const draft = (kind: Draft["kind"], chunk = 0): Draft => ({ kind, chunk, list: [] });
   const each = Array.from({ length: pipeline.chunks }, (_, chunk) => chunk);
@@ -146,12 +155,15 @@ export function openRole(job: Job, mesh: Mesh, graph: Graph, { home }: Sharded, 
     });
   }
   /** `from` and `to` are virtual stages; whatever goes from one to another in one kind of block goes by one channel. */
-  function transfer(block: Draft, kind: Transfer["kind"], buffer: string, { from, to }: Ends, why: Transfer["why"], tag = buffer): void {
+  function transfer(block: Draft, kind: Transfer["kind"], buffer: string, { from, to }: Ends, why: Transfer["why"], tag: string): void {
     const peer = stageOfVirtual(pipeline, kind === "send" ? to : from);
     invariant(peer !== stage, `${tag}: stage ${stage} would send to itself`);
-    const channel =
-      block.kind === "step" ? "step" : `${block.kind}${pipeline.chunks > 1 ? ` of chunk ${chunkOfVirtual(pipeline, from)}` : ""}`;
-    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: bytes(buffer), why: { ...why } });
+    const [chunk, next] = [from, to].map((v) => chunkOfVirtual(pipeline, v));
+    const channel = block.kind === "step" ? "step" : `${block.kind}${pipeline.chunks > 1 ? ` of chunk ${chunk}` : ""}`;
+    const { inFlight } = order[stage]!;
+    const several = kind === "send" && block.kind !== "step" && chunk !== next && inFlight > 1;
+    const ahead = several ? { in_flight: inFlight } : {};
+    emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: bytes(buffer), ...ahead, why: { ...why } });
   }
   /** An op over whole buffers. */
   function elementwise(

@@ -1,7 +1,7 @@
 /**
  * schedule: the order of work of each stage. 1F1B: stage s runs ahead by stages - s - 1 forwards, then alternates one
- * forward and one backward. Interleaved (Narayanan et al. 2021): the same over chunks, microbatches in groups of as many as
- * there are stages. Zero-bubble (Qi et al. 2023, ZB-H1): the gradients of weights wait for the gaps; no stage holds more
+ * forward and one backward. Interleaved (Narayanan et al. 2021): the same over chunks, microbatches in groups of at least as
+ * many as there are stages. Zero-bubble (Qi et al. 2023, ZB-H1): the gradients of weights wait for the gaps; no stage holds more
  * microbatches than the first one does under 1F1B.
  */
 import type { Job } from "../schemas/job.ts";
@@ -10,6 +10,8 @@ import { phasesOf } from "../schemas/rampup.ts";
 
 export interface Schedule {
   readonly order: readonly string[];
+  /** Messages of one name that a chunk has sent to the next chunk before the first of them is received, at most. */
+  readonly inFlight: number;
   /** Per chunk, microbatches in flight at most: copies of every activation that backward needs. */
   readonly slots: readonly number[];
 }
@@ -33,7 +35,9 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
       : Array.from({ length: stages }, (_, stage) =>
           chunks > 1 ? interleaved(m, stages, chunks, stage) : oneForwardOneBackward(m, stages, stage),
         );
-  return orders.map((order) => ({ order: order.map((w) => tagOf(w, chunks)), slots: slotsOf(order, chunks) }));
+  // a group leaves a chunk on the last stage before the first stage is free for the next chunk, but for the stages that it is spread over
+  const inFlight = chunks > 1 ? Math.max(1, groupsOf(m, stages)[0]! - stages + 1) : 1;
+  return orders.map((order) => ({ order: order.map((w) => tagOf(w, chunks)), inFlight, slots: slotsOf(order, chunks) }));
 }
 
 const forward = (microbatch: number, chunk = 0): Work => ({ kind: "forward", microbatch, chunk });
@@ -57,19 +61,27 @@ function oneForwardOneBackward(m: number, stages: number, stage: number): Work[]
 }
 
 /**
- * Groups of `stages` microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. What is over joins
- * the last group: a smaller one would come back to the first stage before that has work for it, and all would wait.
+ * Sizes of the groups of interleaved microbatches. A group of fewer microbatches than stages would return to the first stage before
+ * it is free, so a remainder is spread over the groups, the first of them first.
+ */
+function groupsOf(m: number, stages: number): number[] {
+  const groups = Math.max(1, Math.floor(m / stages));
+  return Array.from({ length: groups }, (_, group) => Math.floor((m + groups - 1 - group) / groups));
+}
+
+/**
+ * Groups of microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. The warm-up is as long as
+ * the largest group, the first, needs.
  */
 function interleaved(m: number, stages: number, chunks: number, stage: number): Work[] {
-  const groups = Math.max(1, Math.floor(m / stages));
-  const sizeOf = (group: number): number => (group === groups - 1 ? m - group * stages : stages);
-  const all = Array.from({ length: groups }, (_, group) =>
-    Array.from({ length: sizeOf(group) * chunks }, (_, k) => ({
-      microbatch: group * stages + (k % sizeOf(group)),
-      chunk: Math.floor(k / sizeOf(group)),
-    })),
-  ).flat();
-  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * sizeOf(0));
+  const sizes = groupsOf(m, stages);
+  let first = 0;
+  const all = sizes.flatMap((size) => {
+    const from = first;
+    first += size;
+    return Array.from({ length: size * chunks }, (_, k) => ({ microbatch: from + (k % size), chunk: Math.floor(k / size) }));
+  });
+  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * sizes[0]!);
   return alternate(
     all.map((w) => forward(w.microbatch, w.chunk)),
     all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),
@@ -141,30 +153,34 @@ export interface Piece {
 const unitsOf = ({ kind }: Work, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
 
 /**
- * Each stage does its own list in order, at the speed of `unitsOf`, transfers are free: a forward waits for the virtual stage
- * before, a backward for the one after. A stage that would wait for ever stops where it stands.
+ * Each stage executes its own list in order, at the speed of `unitsOf`; transfers are free. A forward waits for the virtual stage
+ * before, a backward for its own forward and for the virtual stage after, the gradients of weights for their backward. A stage that
+ * would wait for ever stops where it stands: its list of pieces is then shorter than its order.
  */
 export function timesOf(orders: readonly (readonly string[])[], chunks: number): Piece[][] {
   const stages = orders.length;
   const split = orders.some((order) => order.some((tag) => tag.startsWith("W")));
-  const done = new Map<string, number>();
+  const ends = new Map<string, number>();
   const pieces: Piece[][] = orders.map(() => []);
   const clock = orders.map(() => 0);
   const key = (kind: Work["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
+  const needs = ({ kind, microbatch }: Work, v: number): string[] => {
+    if (kind === "forward") return v > 0 ? [key("forward", microbatch, v - 1)] : [];
+    if (kind === "weights") return [key("backward", microbatch, v)];
+    return [key("forward", microbatch, v), ...(v < stages * chunks - 1 ? [key("backward", microbatch, v + 1)] : [])];
+  };
   for (let moved = true; moved; ) {
     moved = false;
     for (const [stage, order] of orders.entries())
       for (let tag = order[pieces[stage]!.length]; tag !== undefined; tag = order[pieces[stage]!.length]) {
         const work = workOf(tag);
-        const { kind, microbatch } = work;
         const v = work.chunk * stages + stage;
-        const from = kind === "forward" ? v - 1 : kind === "backward" ? v + 1 : -1;
-        const ready = from < 0 || from >= stages * chunks ? 0 : done.get(key(kind, microbatch, from));
-        if (ready === undefined) break;
-        const start = Math.max(clock[stage]!, ready);
+        const ready = needs(work, v).map((need) => ends.get(need));
+        if (ready.includes(undefined)) break;
+        const start = Math.max(clock[stage]!, ...ready.map((end) => end ?? 0));
         const end = start + unitsOf(work, split);
         pieces[stage]!.push({ tag, start, end });
-        done.set(key(kind, microbatch, v), end);
+        ends.set(key(work.kind, work.microbatch, v), end);
         clock[stage] = end;
         moved = true;
       }

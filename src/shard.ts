@@ -56,7 +56,8 @@ export type Step =
       backward: boolean;
       why: Reason;
     }
-  | { kind: "send"; stage: number; to: number; piece: Piece; backward: boolean; why: Reason }
+  /** From a virtual stage to the one beside it; `received` is the copy there. */
+  | { kind: "send"; stage: number; to: number; piece: Piece; received: Piece; backward: boolean; why: Reason }
   /** A part of a parameter's gradient is complete for this microbatch, and is added up. */
   | { kind: "accumulate"; stage: number; parameter: Value; piece: Piece };
 export interface Sharded {
@@ -87,6 +88,8 @@ export interface Options {
 }
 
 type Operands = ReturnType<typeof expand>;
+/** Key of stage and layout → the piece, and in which direction it was made. */
+type Made = Map<string, { piece: Piece; backward: boolean }>;
 
 const WHOLE = -1;
 const SUM = -2;
@@ -121,8 +124,8 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
   const parts = (fs: readonly number[]) => partsOf(mesh, fs);
   const home = new Map<Value, { layout: Layout; stage: number }>();
   const steps: Step[] = [];
-  /** Pieces that exist, per value: key of stage and layout → the piece, and in which direction it was made. */
-  const made = new Map<Value, Map<string, { piece: Piece; backward: boolean }>>();
+  /** Pieces that exist, per value. */
+  const made = new Map<Value, Made>();
 
   const wholeOf = (v: Value): Layout => ({ cuts: v.sizes.map(() => []), sum: [], max: [] });
   const cutsBy = (cut: NonNullable<Value["cut"]>): Layout["cuts"] => cut.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed()));
@@ -202,6 +205,37 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return new Map([...dims(inputs[0]!.slots, from), ...dims(outputs[0]!.slots, to)]);
   }
 
+  /** What tells the pieces of a value at a virtual stage apart from those at an earlier one of the same ranks: they live in other chunks. */
+  const copies = new Map<Value, Map<number, number>>();
+  const copyNote = (v: Value, stage: number): string => {
+    const holders = copies.get(v) ?? new Map([[roleOf(home.get(v)!.stage), home.get(v)!.stage]]);
+    copies.set(v, holders);
+    const holder = holders.get(roleOf(stage)) ?? stage;
+    holders.set(roleOf(stage), holder);
+    return holder === stage ? "" : `.v${stage}`;
+  };
+
+  /** Sends a value from the virtual stage that has it to another, by way of those between: a stage receives from its neighbours alone. */
+  function deliver(v: Value, stage: number, known: Made, backward: boolean, why: Reason, into: Step[]): Piece {
+    const at = home.get(v)!;
+    let piece: Piece = { value: v, layout: at.layout };
+    // an input is there on every stage, a parameter in all chunks of its ranks
+    if (v.leaf?.kind === "input" || (v.leaf && roleOf(at.stage) === roleOf(stage))) return piece;
+    const way = Math.sign(stage - at.stage);
+    for (let from = at.stage; from !== stage; from += way) {
+      const to = from + way;
+      const note = copyNote(v, to);
+      const received: Piece = { value: v, layout: at.layout, ...(note ? { note } : {}) };
+      const key = `${to}|${layoutKey(received)}`;
+      if (!known.has(key)) {
+        into.push({ kind: "send", stage: from, to, piece, received, backward, why });
+        known.set(key, { piece: received, backward });
+      }
+      piece = received;
+    }
+    return piece;
+  }
+
   /** Makes a value available at a stage in a layout: sent if need be, then moved; each piece once (all-gathers once per direction). */
   function bring(
     v: Value,
@@ -212,21 +246,11 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     into: Step[],
   ): Piece {
     const at = home.get(v)!;
-    const known = made.get(v) ?? new Map<string, { piece: Piece; backward: boolean }>();
+    const known: Made = made.get(v) ?? new Map();
     made.set(v, known);
-    const start: Piece = { value: v, layout: at.layout };
-    const sent = `${stage}|${layoutKey(start)}`;
-    if (v.leaf?.kind !== "input" && at.stage !== stage && !known.has(sent)) {
-      into.push({
-        kind: "send",
-        stage: at.stage,
-        to: stage,
-        piece: start,
-        backward,
-        why: { ...why([]), because: "the next layer is on another stage", path: "parallel.pipeline" },
-      });
-      known.set(sent, { piece: start, backward });
-    }
+    const because = { because: "the next layer is on another stage", path: "parallel.pipeline" };
+    const start = deliver(v, stage, known, backward, { ...why([]), ...because }, into);
+    const copy = copyNote(v, stage);
     const crossed = at.layout.cuts.map((fs, slot) => !continues(fs, want.cuts[slot]!) && !continues(want.cuts[slot]!, fs));
     if (!crossed.some(Boolean)) return go(start, want);
     // a factor would cross another that stays: by way of whole
@@ -248,7 +272,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
         // counted in blocks of factors that do not cut it: no layout of its own
         const halfway = layout.cuts.every((fs, slot) => continues(fs, radix[slot]!)) ? "" : `~${radix.map((c) => c.join(".")).join(",")}`;
         const source = piece.note?.includes("again") ? ".again" : "";
-        const note = halfway + source;
+        const note = copy + halfway + source;
         const to: Piece = { value: v, layout, ...(note ? { note } : {}) };
         const key = `${stage}|${layoutKey(to)}`;
         const before = known.get(key);
@@ -337,7 +361,9 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
   const update = new Map<Value, Piece>();
   for (const p of graph.parameters) {
     const piece = accumulated.get(p)!;
-    const { layout, stage } = home.get(p)!;
+    const { layout } = home.get(p)!;
+    // a parameter that several chunks use has its gradient where the last of them adds to it
+    const { stage } = home.get(piece.value)!;
     const owed = piece.layout.sum.toReversed();
     // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
     const shared = owed.filter(shares);
@@ -382,19 +408,3 @@ const keyOfAxis: Readonly<Record<string, string>> = {
   ep: "parallel.expert",
   edp: "parallel.data",
 };
-
-/** Text of the pieces and moves, for `compile --emit sharded`. */
-export function printSharded({ steps, deferred }: Sharded, mesh: Mesh): string {
-  const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
-  const shape = ({ value: v, layout }: Piece) =>
-    `[${v.sizes.map((n, slot) => `${n}${layout.cuts[slot]!.length ? `@${axes(layout.cuts[slot]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.sum.length ? ` owes ${axes(layout.sum, v)}` : ""}${layout.max.length ? ` owes max ${axes(layout.max, v)}` : ""}`;
-  const line = (s: Step): string =>
-    s.kind === "compute"
-      ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`
-      : s.kind === "move"
-        ? `${s.stage}   ${s.how}${s.factors.length ? ` over ${axes(s.factors, s.from.value)}` : ""}: ${idOf(s.from.value)} ${shape(s.from)} -> ${s.how === "fold" ? `${idOf(s.to.value)} ` : ""}${shape(s.to)}  for ${s.why.op}: ${s.why.because} (${s.why.path})`
-        : s.kind === "send"
-          ? `${s.stage}   send to ${s.to}: ${idOf(s.piece.value)} ${shape(s.piece)}`
-          : `${s.stage}   accumulate ${idOf(s.piece.value)} into the gradient of ${idOf(s.parameter)}`;
-  return [...steps.map(line), "end of step", ...deferred.map(line), ""].join("\n");
-}

@@ -26,13 +26,12 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   const losses: Record<string, string[]> = {};
   for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
 
-  // the global norm: every element counted once over all ranks
+  // the global norm: every element counted once over all ranks; a stage without parameters of its own adds zero
   scalar("grad_norm.squared", "gradient");
-  const counted = owned.filter((p) => !p.leaf!.rule);
-  // of a stage that has nothing of its own the owners' stages count all; it adds nothing
-  for (const p of counted.length ? counted : mine.slice(0, 1)) {
+  for (const p of owned) {
+    if (p.leaf!.rule) continue;
     const g = buffers.get(gradientOf(p))!;
-    const scale = counted.length ? parts(mesh, g.cuts.flat()) / mesh.per_stage : 0;
+    const scale = parts(mesh, g.cuts.flat()) / mesh.per_stage;
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
   // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree

@@ -2,12 +2,12 @@
  * verify: laws of programs, checked on every compile, before anything is written or run. What is read was made; each microbatch
  * goes forward, then backward, in a copy of its own; and no rank waits for ever. Ranks of a stage run one program, so members of a
  * group within it issue the same collectives in the same order; what stages exchange, and what all ranks reduce together, is
- * played here: a receive waits for its send, a send for room (its last letter of that name received), a collective of all
- * ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
+ * played here: a receive waits for its send, a send until fewer messages of its name are in flight than it may have, a collective of
+ * all ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
  */
 import { areDigits, rankAt } from "../schemas/layout.ts";
 import type { Instruction, Move, Program, Transfer } from "../schemas/plan.ts";
-import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, orderOf, workOf } from "../schemas/program.ts";
+import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, microbatchesIn, orderOf, workOf } from "../schemas/program.ts";
 import { sizesAgree } from "./cost.ts";
 import type { Mesh } from "./mesh.ts";
 import { invariant } from "./ops/op.ts";
@@ -50,6 +50,10 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   };
   const read = (i: Instruction): string[] =>
     i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  // to a sum of all ranks, a stage without a part in it adds the zero that its accumulator begins with
+  const all = instructionsOf(p);
+  const filled = new Set(all.flatMap(written));
+  for (const i of all) if (i.kind === "move" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // what one chunk, or the microbatches, have made is not there in the next, but for what lasts
@@ -107,7 +111,13 @@ function verifyMoves(p: Program, mesh: Mesh): void {
   const who = ranksOf(p.stage, mesh);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string) => buffers.get(id)!;
+  const microbatches = microbatchesIn(p);
   for (const i of instructionsOf(p)) {
+    if (i.kind === "send")
+      invariant(
+        (i.in_flight ?? 1) <= microbatches,
+        () => `${who}: ${i.id} has ${i.in_flight} messages in flight of ${microbatches} microbatches`,
+      );
     if (i.kind !== "move") continue;
     invariant(
       new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
@@ -134,6 +144,8 @@ type Wait =
       readonly channel: string;
       readonly letter: string;
       readonly bytes: number;
+      /** Of a send: messages of its name in flight at most. */
+      readonly most: number;
       readonly at: string;
     }
   | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
@@ -142,8 +154,8 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
   const lists = programs.map((p) => waitsOf(p));
   const at = lists.map(() => 0);
   const queues = new Map<string, Wait[]>();
-  /** Letters under way, by sender and name: there is room for one. */
-  const flying = new Set<string>();
+  /** Messages in flight, by sender and name. */
+  const flying = new Map<string, number>();
   const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
   const head = (s: number): Wait | undefined => lists[s]![at[s]!];
 
@@ -155,8 +167,9 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
         invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its other end`);
         if (w.kind === "send") {
           const room = `${s} ${w.peer} ${w.id}`;
-          if (flying.has(room)) break;
-          flying.add(room);
+          const sent = flying.get(room) ?? 0;
+          if (sent >= w.most) break;
+          flying.set(room, sent + 1);
           const queue = queues.get(`${s}>${w.peer} ${w.channel}`) ?? [];
           queue.push(w);
           queues.set(`${s}>${w.peer} ${w.channel}`, queue);
@@ -165,7 +178,8 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
           if (!sent || sent.kind === "world") break;
           invariant(sent.letter === w.letter, () => `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
           invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
-          flying.delete(`${w.peer} ${s} ${sent.id}`);
+          const room = `${w.peer} ${s} ${sent.id}`;
+          flying.set(room, (flying.get(room) ?? 0) - 1);
         }
         at[s]!++;
         moved = true;
@@ -194,7 +208,8 @@ function waitsOf(p: Program): Wait[] {
   const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
     block.map((i): Wait => {
       if (i.kind === "move") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
-      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, at };
+      const most = i.in_flight ?? 1;
+      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
     });
   // a block runs for every microbatch, and few of its instructions wait
   const known = new Map<readonly Instruction[], readonly Waiting[]>();

@@ -74,6 +74,11 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
     ],
     "keys that go around a ring, bf16": [{ world: 8, context: 4, tensor: 2, sequence: true }, { moe, seq: 32 }, { precision: "bf16" }],
     "keys that are gathered": [{ world: 4, context: 2, context_method: "all_gather", pipeline: 2, virtual_pipeline: 2 }, { layers: 4 }],
+    "several messages in flight, and parts without a layer": [
+      { world: 2, pipeline: 2, layout: "E||tttt|L" },
+      { layers: 4 },
+      { global_batch: 5 },
+    ],
     "a zero-bubble schedule": [{ world: 4, pipeline: 4, schedule: "zero_bubble" }, { layers: 4 }],
     "grids that do not nest, bf16": [
       { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },

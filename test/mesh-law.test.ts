@@ -130,7 +130,7 @@ describe("on named meshes", () => {
       await reference(text(model, { world: 1 }, train)),
     );
   });
-  const schedules: [Parallel, object?][] = [
+  const schedules: [Parallel, object?, object?][] = [
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }],
     [{ world: 4, pipeline: 4, schedule: "zero_bubble" }],
     [{ world: 8, pipeline: 2, virtual_pipeline: 2, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true }],
@@ -151,14 +151,23 @@ describe("on named meshes", () => {
     [{ world: 2, pipeline: 2, layout: "Ett|t|t|L" }],
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, { tie_embeddings: true }],
     [{ world: 4, pipeline: 4, layout: "Ett|t|t|L", schedule: "zero_bubble" }, { tie_embeddings: true }],
+    // parts without a layer pass on what they receive
+    [{ world: 4, pipeline: 4, layout: "Ett||tt|L" }],
+    [{ world: 2, pipeline: 2, layout: "E||tt,tt|L" }],
+    [{ world: 2, pipeline: 2, layout: "Etttt|||L", tensor: 1, distributed_optimizer: true }, { tie_embeddings: true }],
+    [{ world: 3, pipeline: 3, layout: "||Et|tt|tL|" }, { tie_embeddings: true }],
+    [{ world: 1, layout: "Et||tt|t|L" }],
+    // microbatches that are no multiple of the stages
+    [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, {}, { global_batch: 5 }],
+    [{ world: 3, pipeline: 3, layout: "E|t|t|t|t|L" }, {}, { global_batch: 11 }],
   ];
-  for (const { options, rows } of byTier(schedules, (_, i) => [2, 3, 6].includes(i)))
+  for (const { options, rows } of byTier(schedules, (_, i) => [2, 3, 6, 11, 14].includes(i)))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
       "stages, their order and that of ranks: %s",
       options,
-      async (_, parallel, over = {}) => {
+      async (_, parallel, over = {}, train = {}) => {
         const model = shape({ layers: 4, moe, ...over });
-        same(await numbers(jobOf(text(model, parallel))), await reference(text(model, { world: 1 })));
+        same(await numbers(jobOf(text(model, parallel, train))), await reference(text(model, { world: 1 }, train)));
       },
     );
   const attentions = {
@@ -358,6 +367,14 @@ const apart = [6, 12].flatMap((ranks) => {
     ),
   );
 });
+/** Layouts for two stages, of so many layers (t) and with what goes before the head (m). */
+const layouts: Readonly<Record<string, (t: number, m: string) => string>> = {
+  uneven: (t, m) => `${t === 2 ? "Ett|" : "Et|ttt"}${m}L`,
+  "empty between": (t, m) => `E||t*${t},|${m}L`,
+  "two empty": (t, m) => `Et*${t}|||${m}L`,
+  "the first empty": (t, m) => `|Et|t*${t - 1}|${m}L`,
+  "the last empty": (t, m) => (m ? `Et*${t}|${m}L` : `Et*${t - 1}|t|L|`),
+};
 const power = (max: number) => fc.integer({ min: 0, max }).map((n) => 2 ** n);
 /** Draws are made smaller towards the first of each list. */
 const oneOf = fc.constantFrom;
@@ -432,7 +449,9 @@ const anyJob = fc
       order: oneOf("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"),
     }),
     // what asks for stages, or for a shared state, is taken where there is one
-    stages: oneOf({}, { virtual_pipeline: 2 }, { schedule: "zero_bubble" }, { layout: "uneven" }),
+    stages: oneOf({}, { virtual_pipeline: 2 }, { schedule: "zero_bubble" }, ...Object.keys(layouts).map((layout) => ({ layout }))),
+    // of chunks, an odd number of microbatches
+    odd: fc.boolean(),
     optimizer_instances: power(1),
     recompute: oneOf<object>(
       { mode: "none" },
@@ -462,6 +481,7 @@ const anyJob = fc
       experts,
       parallel: { apart, ...degrees },
       stages,
+      odd,
       optimizer_instances,
       recompute,
       micro_batch,
@@ -476,10 +496,12 @@ const anyJob = fc
       const half = (n: number) => (pair ? (3 * n) / 2 : n);
       const step = pair
         ? { global_batch: 12, ...(batch_rampup ? { batch_rampup: { start: 6, increment: 6, samples: 6 } } : {}) }
-        : { batch_rampup };
-      const uneven = `${model.layers === 2 ? "Ett|" : "Et|ttt"}${"m".repeat(mtp?.layers ?? 0)}L`;
+        : odd && data <= 2 && ("layout" in stages || "virtual_pipeline" in stages)
+          ? { global_batch: 5 * micro_batch * data }
+          : { batch_rampup };
+      const layout = "layout" in stages ? layouts[stages.layout]!(model.layers, "m".repeat(mtp?.layers ?? 0)) : undefined;
       const own = {
-        ...(drawn.pipeline === 1 ? {} : "layout" in stages ? { layout: uneven } : stages),
+        ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
         ...(drawn.distributed_optimizer ? { optimizer_instances } : {}),
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;

@@ -445,7 +445,7 @@ describe("configurations", () => {
     "cfg-0545": { rankc: "reject", why: "E424: Megatron ignores sinkhorn in a list" },
     "cfg-0546": {
       rankc: "accept",
-      why: "interleaved stages take any number of microbatches, in groups that may be smaller than the stages",
+      why: "interleaved stages take any number of microbatches: a remainder is spread over the groups",
     },
     "cfg-0548": { rankc: "accept", why: "the same" },
     "cfg-0549": { rankc: "accept", why: "the same" },

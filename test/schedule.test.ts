@@ -100,6 +100,10 @@ describe("layouts", () => {
     ["E t | t t L", ["Et", "ttL"]],
     ["Et*3|(tt|)*2L", ["Ettt", "tt", "tt", "L"]],
     ["E|((t)*2|)*2tL", ["E", "tt", "tt", "tL"]],
+    // Megatron Core drops commas before it reads anything else
+    ["Et*3|(tt|)*2,m|L", ["Ettt", "tt", "tt", "m", "L"]],
+    [",E(t,t|),*2,L", ["Ett", "tt", "L"]],
+    ["|E||t*0|tt|L|", ["", "E", "", "", "tt", "L", ""]],
   ])("%s", (text, parts) => expect(readLayout(text)).toEqual(parts));
   test.each([
     ["Et|xL", /"x" means nothing.* at character 4/],
@@ -109,9 +113,17 @@ describe("layouts", () => {
     ["t|EL", /the embedding E comes first/],
     ["Et|tLL", /each of E and L once/],
     ["", /it places nothing/],
+    ["*2EtL", /nothing stands before \* at character 1/],
+    ["Et*2*2L", /nothing stands before \* at character 5/],
     ["E(t*999999)*9L", /longer than any model/],
+    ["E(t*999999)*999999L", /longer than any model/],
   ])("%j is refused", (text, why) => expect(readLayout(text)).toMatch(why));
 
+  test("nesting and numbers of any size end in parts or in a fault", () => {
+    expect(readLayout(`${"(".repeat(1e5)}E${")".repeat(1e5)}tL`)).toEqual(["EtL"]);
+    expect(readLayout(`Et*${"9".repeat(400)}L`)).toMatch(/longer than any model/);
+    expect(readLayout("Et*1".repeat(1e5))).toMatch(/it places EtEt/);
+  });
   test("without one, layers are split evenly, and positions never fall", () =>
     fc.assert(
       fc.property(

@@ -8,7 +8,7 @@ import { compile } from "../src/compile.ts";
 import { verifyPrograms } from "../src/verify.ts";
 import { jobOf } from "./support.ts";
 
-const plan = (parallel: object) =>
+const plan = (parallel: object, global_batch = 16) =>
   compile(
     jobOf({
       name: "spoiled",
@@ -17,7 +17,7 @@ const plan = (parallel: object) =>
         moe: { experts: 4, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.1 } },
       },
       parallel,
-      train: { global_batch: 16, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
+      train: { global_batch, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
       data: { path: "corpus.txt" },
     }),
   ).plan;
@@ -185,4 +185,23 @@ test("two stages that would each send first, and have no room, are refused", () 
   first!.chunks[0] = { ...first!.chunks[0]!, slots: forwards.length };
   second!.order.reverse();
   expect(() => verifyPrograms(late, mesh)).toThrow(/stage 1 \(ranks 2\.\.3\)/);
+});
+
+test("a chunk that sends more messages than may be in flight is refused", () => {
+  const { programs, mesh } = plan({ world: 4, pipeline: 2, virtual_pipeline: 2, data: 2 }, 10);
+  expect(() => verifyPrograms(programs, mesh)).not.toThrow();
+  const alone = structuredClone(programs) as Program[];
+  for (const p of alone)
+    for (const { forward, backward } of p.chunks) for (const i of [...forward, ...backward] as { in_flight?: number }[]) delete i.in_flight;
+  expect(() => verifyPrograms(alone, mesh)).toThrow(/wait for ever: .*send, B\d\.1, for room at stage 1/);
+});
+
+test("a stage without parameters adds zero to the gradient's norm; one with parameters adds before the sum", () => {
+  const { programs, mesh } = plan({ world: 3, pipeline: 3, layout: "Etttt||L" }, 12);
+  expect(programs[1]!.parameters).toEqual([]);
+  expect(() => verifyPrograms(programs, mesh)).not.toThrow();
+  const late = structuredClone(programs) as Program[];
+  const isPart = (i: Instruction): boolean => i.kind === "compute" && Object.values(i.writes).includes("grad_norm.squared");
+  late[0]!.step = [...late[0]!.step.filter((i) => !isPart(i)), ...late[0]!.step.filter(isPart)];
+  expect(() => verifyPrograms(late, mesh)).toThrow(/stage 0 .*: \S+ reads grad_norm.squared before it is made/);
 });

@@ -45,7 +45,7 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
   const sends = new Map<string, number>();
   let spare = 0;
   for (const i of instructionsOf(program)) {
-    if (i.kind === "send") sends.set(mailbox(i), bytes(i.buffer));
+    if (i.kind === "send") for (let n = 0; n < (i.in_flight ?? 1); n++) sends.set(mailbox(i, n), bytes(i.buffer));
     if (
       i.kind === "move" &&
       (i.how === "all_to_all" || i.how === "shift") &&
@@ -56,7 +56,8 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
   }
   return { sends, spare };
 }
-const mailbox = (i: Transfer): string => `${i.peer} ${i.tag}`;
+/** Where a message lies until it is received: as many places in turn as may be in flight. */
+const mailbox = (i: Transfer, microbatch: number): string => `${i.peer} ${i.tag} ${Math.max(0, microbatch) % (i.in_flight ?? 1)}`;
 const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
 
 export interface CommNeeds {
@@ -155,9 +156,9 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       else if (from.at !== to.at) lanes.run(touch, labelOf(i), (stream) => context.copy(to.at, from.at, from.bytes, stream));
       return true;
     },
-    send(_, i, { slot }) {
+    send(_, i, { slot, microbatch }) {
       const from = place(i.buffer, slot);
-      const at = mailboxes.get(mailbox(i))!;
+      const at = mailboxes.get(mailbox(i, microbatch))!;
       const box = [Number(at), Number(at) + from.bytes] as const;
       lanes.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
       lanes.beside(lanes.lane(`send ${i.peer} ${i.channel}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
