@@ -31,7 +31,11 @@ export const MeshText = z.strictObject({
     .describe(
       "both grids are products of these, smallest stride first; where their strides do not nest, the dense grid of the first, the expert grid of the rest",
     ),
-  axes: z.record(z.string(), z.array(count)).describe("the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid)"),
+  axes: z
+    .record(z.string(), z.array(count))
+    .describe(
+      "the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid); kv: those of tp between ranks with different key/value heads; copies: those of tp between ranks with copies of one",
+    ),
   sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
   gpus_per_node: count,
 });

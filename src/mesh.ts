@@ -13,8 +13,15 @@ export type Mesh = MeshData;
 export const denseAxes = ["tp", "cp", "dp"] as const;
 export const expertAxes = ["etp", "ep", "edp"] as const;
 
-export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "cluster">): Mesh {
+type Meshed = Pick<Job, "parallel" | "cluster"> & { readonly model: Pick<Job["model"], "kv_heads"> };
+
+/** Tensor ranks side by side that each have a copy of one key/value head; 1 where there are heads enough for all. */
+export const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
+  tensor % kv_heads === 0 ? tensor / kv_heads : 1;
+
+export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const perStage = p.tensor * p.context * p.data;
+  const copies = copiesOfHead({ model, parallel: p });
   const sizes: Record<string, number> = {
     tp: p.tensor,
     cp: p.context,
@@ -23,6 +30,8 @@ export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "clus
     ep: p.expert,
     edp: perStage / (p.expert_tensor * p.expert),
     pp: p.pipeline,
+    kv: p.tensor / copies,
+    copies,
   };
   const spansOf = (grid: readonly string[]) => {
     let stride = 1;
@@ -33,7 +42,7 @@ export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "clus
   const between = (bounds: readonly number[]) => bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
   const whole = (fs: readonly { size: number }[]) => fs.every((f) => Number.isInteger(f.size));
   const instances = perStage / p.optimizer_instances;
-  const own = grids.map((spans) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances]));
+  const own = grids.map((spans, g) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances, ...(g === 0 ? [copies] : [])]));
   const shared = between(ascending(own.flat()));
   // where the strides of one grid do not divide the other's, each grid has factors of its own
   const factors = whole(shared) ? shared : own.flatMap(between);
@@ -48,6 +57,8 @@ export function buildMesh({ parallel: p, cluster }: Pick<Job, "parallel" | "clus
       ]),
     ),
   );
+  axes.kv = axes.tp!.filter((f) => factors[f]!.stride >= copies);
+  axes.copies = axes.tp!.filter((f) => factors[f]!.stride < copies);
   return {
     world: perStage * p.pipeline,
     per_stage: perStage,

@@ -1,5 +1,6 @@
 /** The attention of one layer: queries, keys and values, their norms and positions, and what mixes them. */
 import type { Job } from "../schemas/job.ts";
+import { copiesOfHead } from "./mesh.ts";
 import { orderOf, type Part, streamCut } from "./modelParts.ts";
 import { attention } from "./ops/attention.ts";
 import { attentionDropout } from "./ops/attentionDropout.ts";
@@ -27,15 +28,20 @@ export function attend(part: Part, x: Value): Value {
 const product = ({ at, weight }: Part, name: string, dims: string, x: Value): Value =>
   gemm.of({ x, w: weight(name, dims) }, {}, at(`attn.${name}`));
 
-/** Grouped queries: head width C, M query heads per key/value head. */
+/**
+ * Grouped queries: head width C, M query heads per key/value head. With more tensor ranks than key/value heads, a rank has a copy of one
+ * head, whose gradients are summed over the copies; its M query heads are a part of those that read it.
+ */
 function grouped(part: Part, x: Value): Value {
   const { at, gain, bias } = part;
   const { model: m } = part.job;
   const { eps } = m.norm;
   const C = m.head_dim;
+  const copies = copiesOfHead(part.job);
   const projected = (name: "q" | "k" | "v", dim: string): Value => {
-    const y = product(part, `w${name}`, `D,${dim}@tp`, x);
-    return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, `${dim}@tp`) }, {}, at(`attn.w${name}_bias`)) : y;
+    const y = product(part, `w${name}`, `D,${dim}`, x);
+    if (name !== "q" && copies > 1) y.node!.pin = { axis: "copies", path: "parallel.tensor" };
+    return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, dim) }, {}, at(`attn.w${name}_bias`)) : y;
   };
   const normed = (name: string, dims: string, y: Value): Value =>
     m.qk_norm === "none"
@@ -44,10 +50,16 @@ function grouped(part: Part, x: Value): Value {
         ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
         : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
   const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(part.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
-  const q = turned("q", normed("q_norm", "Q", projected("q", "Q")));
-  const k = turned("k", normed("k_norm", "KV", projected("k", "KV")));
-  const v = projected("v", "KV");
-  return mix(part, { q, k, v }, { C, W: C, M: m.heads / m.kv_heads, scale: C ** -0.5 });
+  const q = turned("q", normed("q_norm", "Q", projected("q", "Q@tp")));
+  const k = turned("k", normed("k_norm", "KV", projected("k", "KV@kv")));
+  const v = projected("v", "KV@kv");
+  const mixed = mix(
+    part,
+    { q, k, v },
+    { C, W: C, M: m.heads / (m.kv_heads * copies), scale: C ** -0.5, ...(copies > 1 ? { copies } : {}) },
+  );
+  if (copies > 1) mixed.node!.pin = { dim: "G", axis: "tp", path: "parallel.tensor" };
+  return mixed;
 }
 
 /**

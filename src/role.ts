@@ -9,9 +9,10 @@ import { boundOfRows } from "./cost.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { indexLength } from "./ops/messages.ts";
 import { type AnyOp, invariant, type Value } from "./ops/op.ts";
+import { type Change, layoutKey, type Piece } from "./pieces.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
 import type { Schedule } from "./schedule.ts";
-import { type Change, layoutKey, type Piece, type Sharded, type Step } from "./shard.ts";
+import type { Sharded, Step } from "./shard.ts";
 import { type Graph, idOf } from "./train.ts";
 
 /** A block under construction. */

@@ -8,29 +8,17 @@
  *   2  the cut of a parameter: parameters do not move
  *   3  what its cut inputs agree on
  *   4  a dim of the output before one that would owe a sum, then the first operand's
- * and one invariant (5): a complete gradient lies as its value lies; only a parameter's may owe sums, to the end of the step.
+ * and one invariant (5): a complete gradient lies as its value lies; only a parameter's may owe sums, to the end of the step, and
+ * that of a value of which ranks have copies, over the copies, to the parameter's.
  * Any choice gives the same numbers (the cut law); the rules decide only the cost.
  */
 
 import { areDigits, parts as partsOf } from "../schemas/layout.ts";
-import type { How } from "../schemas/plan.ts";
 import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
-import { expand, invariant, type Node, type Slot, type Value } from "./ops/op.ts";
+import { expand, invariant, type Node, type Slot, sharersOf, type Value } from "./ops/op.ts";
+import { type Change, continues, howOf, type Layout, layoutKey, MAX, type Piece, placeOf, SUM, sequence, WHOLE } from "./pieces.ts";
 import { type Graph, idOf } from "./train.ts";
 
-export interface Layout {
-  readonly cuts: readonly (readonly number[])[];
-  readonly sum: readonly number[];
-  readonly max: readonly number[];
-}
-/** A value in one layout. `note` tells copies apart that are made more than once, or stand halfway between two moves. */
-export interface Piece {
-  readonly value: Value;
-  readonly layout: Layout;
-  readonly note?: string;
-}
-/** How a piece comes into another layout; a `slice` concerns one rank alone, and so does a `fold`, into another value. */
-export type Change = How | "slice" | "fold";
 interface Reason {
   readonly op: string;
   readonly because: string;
@@ -71,8 +59,10 @@ export interface Sharded {
   readonly home: ReadonlyMap<Value, { readonly layout: Layout; readonly stage: number }>;
 }
 export interface Choice {
-  readonly dim?: string;
+  readonly dim?: string | undefined;
   readonly owed?: true;
+  /** The one input whose sum stays owed; all of them if absent. */
+  readonly of?: number;
   readonly by: string;
 }
 export interface Options {
@@ -90,34 +80,6 @@ export interface Options {
 type Operands = ReturnType<typeof expand>;
 /** Key of stage and layout → the piece, and in which direction it was made. */
 type Made = Map<string, { piece: Piece; backward: boolean }>;
-
-const WHOLE = -1;
-const SUM = -2;
-const MAX = -3;
-/** What a factor does to a tensor: the slot it cuts, or WHOLE, SUM, MAX. */
-const placeOf = (l: Layout, f: number): number =>
-  l.sum.includes(f) ? SUM : l.max.includes(f) ? MAX : l.cuts.findIndex((c) => c.includes(f));
-export const layoutKey = ({ layout: l, note = "" }: Piece): string =>
-  `${l.cuts.map((c) => c.join(".")).join(",")}${l.sum.length ? `+${l.sum.join(".")}` : ""}${l.max.length ? `^${l.max.join(".")}` : ""}${note}`;
-
-/** Moves of one value run in this order. */
-const sequence: readonly Change[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];
-const howOf = (from: number, to: number): Change | undefined =>
-  from === to
-    ? undefined
-    : from === MAX
-      ? "all_reduce_max"
-      : from === SUM
-        ? to === WHOLE
-          ? "all_reduce"
-          : "reduce_scatter"
-        : from === WHOLE
-          ? "slice"
-          : to === WHOLE
-            ? "all_gather"
-            : "all_to_all";
-/** Blocks nest when one list of factors continues the other: factors join and leave a slot at its inner end. */
-const continues = (a: readonly number[], b: readonly number[]) => a.every((f, i) => b[i] === f);
 
 export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, stageOf, roleOf, pick }: Options): Sharded {
   const every = mesh.factors.map((_, f) => f);
@@ -151,9 +113,14 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return axis ? keyOfAxis[axis]! : "parallel";
   };
 
+  /** Gradients that owe a sum over ranks with copies of the same elements, and those factors. It may stay owed until a parameter's gradient. */
+  const copiesOf = new Map<Value, readonly number[]>();
+
   function choose(node: Node, f: number, { inputs, outputs }: Operands): Choice {
+    const of = node.args.findIndex((v, i) => copiesOf.get(v)?.includes(f) && node.op.linearIn === inputs[i]!.name);
+    if (of >= 0) return { owed: true, of, by: "copies owe a sum" };
     if (node.pin && mesh.axes[node.pin.axis]!.includes(f))
-      return { dim: node.pin.dim, by: `the model pins ${node.pin.dim} at ${node.pin.axis} (${node.pin.path})` };
+      return { dim: node.pin.dim, by: `the model pins ${node.pin.dim ?? "no dim"} at ${node.pin.axis} (${node.pin.path})` };
     const at = node.args.map((v) => placeOf(home.get(v)!.layout, f));
     if (node.op.linear && at.every((p) => p === SUM)) return { owed: true, by: "all inputs owe a sum" };
     const votes = node.args.flatMap((v, i) => {
@@ -189,6 +156,12 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     }
     return dims;
   }
+
+  /** Of the factors that cut a dim, those that cut a slot of it: not those between neighbours that share an element. */
+  const apart = (s: Slot, size: Node["size"], fs: readonly number[]): readonly number[] => {
+    const elements = size[s.dim]! / sharersOf(s, size);
+    return s.shared === undefined ? fs : fs.filter((_, i) => elements % parts(fs.slice(0, i + 1)) === 0);
+  };
 
   /** The factors of each dim around a fold. Both grids tell all ranks of a stage apart, and a rank has as much of each dim in both. */
   function foldOf(node: Node, { inputs, outputs }: Operands): Map<string, readonly number[]> | undefined {
@@ -301,9 +274,10 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
     const owed = every.filter((f) => chosen[f]!.owed);
     const cutOf = (s: Slot): readonly number[] =>
-      dims.get(node.around?.dim === s.dim ? node.around.as : s.whole && !fold ? "" : s.dim) ?? [];
+      apart(s, size, dims.get(node.around?.dim === s.dim ? node.around.as : s.whole && !fold ? "" : s.dim) ?? []);
     const ins = node.args.map((v, i) => {
-      const want: Layout = { cuts: inputs[i]!.slots.map(cutOf), sum: owed, max: [] };
+      const sum = owed.filter((f) => (chosen[f]!.of ?? i) === i);
+      const want: Layout = { cuts: inputs[i]!.slots.map(cutOf), sum, max: [] };
       const why = (fs: readonly number[]): Reason => ({
         op: `${node.id}.${inputs[i]!.name}`,
         because: [
@@ -320,11 +294,14 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       return bring(v, want, stage, node.backward, why, steps);
     });
     const outs = node.outs.map((value, i): Piece => {
-      const cuts = outputs[i]!.slots.map((s) => (node.around?.dim === s.dim ? cutOf(s) : (dims.get(s.dim) ?? [])));
+      const cuts = outputs[i]!.slots.map((s) => (node.around?.dim === s.dim ? cutOf(s) : apart(s, size, dims.get(s.dim) ?? [])));
       const gone = every.filter((f) => chosen[f]!.dim && !cuts.some((fs) => fs.includes(f)));
       const layout: Layout =
         node.op.owes === "max" ? { cuts, sum: owed, max: gone } : { cuts, sum: [...owed, ...gone].sort((a, b) => a - b), max: [] };
       settle(value, layout, stage);
+      const between = (f: number) => outputs[i]!.slots.some((s) => s.shared !== undefined && s.dim === chosen[f]!.dim);
+      const copied = layout.sum.filter((f) => chosen[f]!.of !== undefined || between(f));
+      if (copied.length) copiesOf.set(value, copied);
       return { value, layout };
     });
     if (fold) {
@@ -344,9 +321,10 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       const { layout } = home.get(of)!;
       const parameter = of.leaf?.kind === "parameter";
       if (!parameter && graph.grad.get(of) !== v) continue;
-      const still = every.filter(
-        (f) => placeOf(home.get(v)!.layout, f) === SUM && (parameter ? [WHOLE] : [SUM, MAX]).includes(placeOf(layout, f)),
-      );
+      const still = every.filter((f) => {
+        const mayOwe = parameter || copiesOf.get(v)?.includes(f) ? [WHOLE] : [SUM, MAX];
+        return placeOf(home.get(v)!.layout, f) === SUM && mayOwe.includes(placeOf(layout, f));
+      });
       rehome({ ...layout, sum: still, max: [] }, `the gradient of ${idOf(of)} lies as it does`);
       if (!parameter) continue;
       const piece: Piece = { value: v, layout: home.get(v)!.layout };

@@ -1,7 +1,8 @@
 /** Text of the pieces, the moves between them and the transfers between stages, for `compile --emit sharded`. */
 import { axesName, type Mesh } from "./mesh.ts";
 import type { Value } from "./ops/op.ts";
-import type { Piece, Sharded, Step } from "./shard.ts";
+import type { Piece } from "./pieces.ts";
+import type { Sharded, Step } from "./shard.ts";
 import { idOf } from "./train.ts";
 
 /** A line for each step: those of a microbatch, then those at the end of a step. */

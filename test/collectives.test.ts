@@ -47,6 +47,18 @@ test("tensor without sequence: one all-reduce after attention, one after the mlp
   expect(count(p, "backward")).toEqual({ "all_reduce tp": 2 });
 });
 
+test("copies of key/value heads: a layer communicates as without them, and a step sums the gradients of keys and values over the copies", () => {
+  const axes = "tp/2@1";
+  for (const sequence of [true, false]) {
+    const [copied, plain] = [2, 4].map((kv_heads) =>
+      plan({ world: 4, tensor: 4, sequence }, { kv_heads, qk_norm: "head", qkv_bias: true }),
+    );
+    for (const block of ["forward", "backward"] as const) expect(count(copied!, block)).toEqual(count(plain!, block));
+    expect(count(copied!, "step", /layers\.1\.(w[kv]|b[kv])\.grad/)).toEqual({ [`all_reduce ${axes}`]: 4 });
+    expect(count(plain!, "step", /layers\.1\.(w[kv]|b[kv])\.grad/)).toEqual({});
+  }
+});
+
 test("expert tensor parallelism gathers rows inside the dispatch and scatters them inside the combine", () => {
   const p = plan({ world: 8, tensor: 2, sequence: true, expert: 2, expert_tensor: 2 });
   expect(count(p, "forward")).toMatchObject({ "dispatch ep": 2, "all_gather etp": 2, "reduce_scatter etp": 1, "combine ep": 1 });

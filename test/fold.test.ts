@@ -77,7 +77,7 @@ test("whatever a plan cuts is cut by digits of one number, and each rank's are i
 });
 
 describe("the cutter refuses", () => {
-  const mesh = buildMesh({ parallel: parallelOf({ world: 6, tensor: 2, data: 3, expert: 3 }), cluster });
+  const mesh = buildMesh({ model: { kv_heads: 2 }, parallel: parallelOf({ world: 6, tensor: 2, data: 3, expert: 3 }), cluster });
   const leaf = (name: string, sizes: number[], cut: string[][]): Value => ({
     ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", sizes, cut, leaf: { kind: "input", name, position: 0 } },
   });

@@ -183,6 +183,30 @@ describe("on named meshes", () => {
     ])
       same(await numbers(jobOf(text(shape(model), parallel))), alone);
   });
+  // some tensor ranks have copies of one key/value head, whose gradients are summed
+  const sharedHeads: [object, Parallel[]][] = [
+    [
+      { kv_heads: 2 },
+      [
+        { world: 4, tensor: 4 },
+        { world: 8, tensor: 8, sequence: true, distributed_optimizer: true },
+      ],
+    ],
+    [{ kv_heads: 1, qkv_bias: true, qk_norm: "head" }, [{ world: 8, tensor: 4, sequence: true, context: 2 }]],
+    [{ kv_heads: 2, qk_norm: "full", tie_embeddings: true }, [{ world: 8, tensor: 4, sequence: true, pipeline: 2 }]],
+    [{ kv_heads: 2, moe, dropout: { attention: 0.2 } }, [{ world: 8, tensor: 4, sequence: true, expert: 4, expert_tensor: 2 }]],
+    [{ ...thirds, kv_heads: 2, moe: moeOfThirds }, [{ world: 6, tensor: 6, sequence: true, expert: 2, expert_tensor: 1 }]],
+  ];
+  for (const { options, rows } of byTier(sharedHeads, (_, i) => i === 1 || i === 4))
+    test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
+      "key/value heads fewer than tensor ranks: %s",
+      options,
+      async (_, model, meshes) => {
+        const train = { global_batch: 12 };
+        const alone = await reference(text(shape(model), { world: 1 }, train));
+        for (const mesh of meshes) same(await numbers(jobOf(text(shape(model), mesh, train))), alone);
+      },
+    );
   test("the dispatcher all_gather", async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -358,6 +382,7 @@ const apart = [6, 12].flatMap((ranks) => {
           if (!Number.isInteger(data) || ranks % (expert * expert_tensor) !== 0) return [];
           const grids = { tensor, context, data, expert, expert_tensor };
           const mesh = buildMesh({
+            model: { kv_heads: tensor },
             parallel: parallelOf({ world: ranks, ...grids }),
             cluster: { nodes: 1, gpus_per_node: 8, device: "cpu" },
           });
@@ -406,7 +431,7 @@ const anyJob = fc
   .record({
     model: fc.record({
       layers: oneOf(2, 4),
-      kv_heads: oneOf(4, 8),
+      kv_heads: oneOf(4, 8, 2, 1),
       qk_norm: oneOf("none", "head", "full"),
       tie_embeddings: fc.boolean(),
       qkv_bias: fc.boolean(),
@@ -512,7 +537,14 @@ const anyJob = fc
       // an expert's capacity is decided by those who share their tokens: it depends on how a sequence is cut, and by nothing else
       const cut = { world: tensor * context, tensor, context, sequence };
       const alone: Parallel = !experts || experts.capacity === "dropless" ? { world: 1 } : cut;
-      const shaped = shape({ ...(pair ? thirds : {}), ...model, kv_heads: half(model.kv_heads), ...mixed, ...latents, mtp });
+      const shaped = shape({
+        ...(pair ? thirds : {}),
+        ...model,
+        kv_heads: half(pair ? Math.max(2, model.kv_heads) : model.kv_heads),
+        ...mixed,
+        ...latents,
+        mtp,
+      });
       const [labels, loss_weighting] = learnt;
       const train = { micro_batch, loss_weighting, optimizer, ...step };
       return {

@@ -163,28 +163,47 @@ test("gradients of parameters add to what is there: microbatches need no buffer 
   }
 });
 
+/** Holds an op to f(a + b) = f(a) + f(b), where `names` of its inputs are a and b and the others are the same. */
+function expectLinear(o: AnyOp, names: readonly string[]): void {
+  const without = (c: Case): Case => ({ ...c, arrays: Object.fromEntries(o.inputs.map((i) => [i.name, c.arrays[i.name]!])) });
+  law(
+    fc.property(seed, seed, (s, t) => {
+      const [a, other] = [without(makeCase(o, s)), without(makeCase(o, t))];
+      const inputs = (of: (name: string) => Float32Array): Case => ({
+        ...a,
+        arrays: { ...a.arrays, ...Object.fromEntries(names.map((name) => [name, of(name)])) },
+      });
+      const b = inputs((name) => other.arrays[name]!);
+      const sum = inputs((name) => a.arrays[name]!.map((x, i) => x + other.arrays[name]![i]!));
+      const [ya, yb, ysum] = [a, b, sum].map((c) => execute(c));
+      for (const { name } of o.outputs) {
+        const added = ya![name]!.map((x, i) => x + yb![name]![i]!);
+        expect(distance(ysum![name]!, added), `${o.name}.${name}`).toBeLessThan(ROUNDING);
+      }
+    }),
+  );
+}
+
 test("what is declared linear is", () => {
   const linear = table.filter((o) => o.linear);
   expect(linear.map((o) => o.name)).toEqual(["add", "accumulate", "cast", "arrange"]);
-  for (const o of linear) {
-    const without = (c: Case): Case => ({ ...c, arrays: Object.fromEntries(o.inputs.map((i) => [i.name, c.arrays[i.name]!])) });
-    law(
-      fc.property(seed, seed, (s, t) => {
-        const [a, b] = [without(makeCase(o, s)), without(makeCase(o, t))];
-        const sum = {
-          ...a,
-          arrays: Object.fromEntries(o.inputs.map(({ name }) => [name, a.arrays[name]!.map((x, i) => x + b.arrays[name]![i]!)])),
-        };
-        const [ya, yb, ysum] = [a, b, sum].map((c) => execute(c).y!);
-        expect(
-          distance(
-            ysum!,
-            ya!.map((x, i) => x + yb![i]!),
-          ),
-        ).toBeLessThan(ROUNDING);
-      }),
+  for (const o of linear)
+    expectLinear(
+      o,
+      o.inputs.map((i) => i.name),
     );
-  }
+});
+
+test("what is declared linear in one input is", () => {
+  const linear = table.flatMap((o) => (o.linearIn === undefined ? [] : [[o, o.linearIn] as const]));
+  expect(linear.map(([o, name]) => `${o.name} ${name}`).sort()).toEqual([
+    "bias_grad dy",
+    "gemm_dgrad dy",
+    "gemm_wgrad dy",
+    "head_norm_grad dy",
+    "rope x",
+  ]);
+  for (const [o, name] of linear) expectLinear(o, [name]);
 });
 
 test("rows are the (b,s,e) with a one in the map, by expert, sequence and token; the count needed is told even past the bound", () => {

@@ -20,6 +20,7 @@ describe("rank groups", () => {
   const { families, cases } = oracle<{ families: string[]; cases: Case[] }>("rank-groups");
   test.each(byId(cases))("%s", (_, c) => {
     const mesh = buildMesh({
+      model: { kv_heads: c.tp },
       parallel: parallelOf({
         ...{ world: c.world, tensor: c.tp, context: c.cp, pipeline: c.pp, data: c.world / (c.tp * c.cp * c.pp) },
         ...{ expert: c.ep, expert_tensor: c.etp, order: c.order ?? "tp-cp-ep-dp-pp" },
@@ -430,10 +431,6 @@ describe("configurations", () => {
   /** Where the verdicts differ, and why they should. */
   const differences: Readonly<Record<string, { readonly rankc: "accept" | "reject"; readonly why: string }>> = {
     "cfg-0113": { rankc: "reject", why: "S013: a router's logits are kept in fp32 at most" },
-    "cfg-0290": {
-      rankc: "reject",
-      why: "M303: fewer key and value heads than tensor ranks need copies of them, which rankc does not make",
-    },
     "cfg-0312": { rankc: "accept", why: "a stage may have no layers: it passes on" },
     "cfg-0387": { rankc: "reject", why: "E424: Megatron ignores the coefficient beside quantiles" },
     "cfg-0391": { rankc: "reject", why: "E425: Megatron ignores the bias beside quantiles" },

@@ -3,10 +3,12 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Plan, Sections } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { compile } from "../src/compile.ts";
 import { printPlan, sealPlan } from "../src/plan.ts";
 import { readJob } from "../src/readJob.ts";
 import { parsePlan } from "../src/readPlan.ts";
 import { smallest } from "../src/rules/index.ts";
+import { jobOf } from "./support.ts";
 
 const { job } = readJob(smallest, "job.yaml");
 
@@ -18,8 +20,8 @@ const sections: Sections = {
     per_stage: 1,
     stage_stride: 1,
     factors: [],
-    axes: { tp: [], cp: [], dp: [], etp: [], ep: [], edp: [] },
-    sizes: { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, pp: 1 },
+    axes: { tp: [], cp: [], dp: [], etp: [], ep: [], edp: [], kv: [], copies: [] },
+    sizes: { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, pp: 1, kv: 1, copies: 1 },
     gpus_per_node: 8,
   },
   programs: [
@@ -78,6 +80,25 @@ describe("a plan as a file", () => {
   test("parse(print(plan)) is the plan", () => {
     expect(parsePlan(text, "plan.json")).toEqual(plan);
     expect(printPlan(parsePlan(text, "plan.json"))).toBe(text);
+  });
+
+  test.each([
+    ["copies of key/value heads", { kv_heads: 2 }, { world: 8, tensor: 8, sequence: true }],
+    ["copies of key/value heads around a ring", { kv_heads: 1 }, { world: 8, tensor: 4, sequence: true, context: 2 }],
+    ["parts without a layer", {}, { world: 3, pipeline: 3, layout: "E||tt||L|" }],
+    ["several messages in flight", {}, { world: 2, pipeline: 2, layout: "E|t|t|L" }],
+  ])("a compiled plan with %s is read as it was written", (_, model, parallel) => {
+    const made = compile(
+      jobOf({
+        name: "read",
+        model: { layers: 2, hidden: 32, heads: 8, vocab: 256, seq: 16, ...model },
+        parallel,
+        train: { global_batch: 5, steps: 1, optimizer: { lr: 1e-3 } },
+        data: { path: "corpus.txt" },
+      }),
+    ).plan;
+    const written = printPlan(made);
+    expect(printPlan(parsePlan(written, "plan.json"))).toBe(written);
   });
 
   test("equal sections have equal bytes, whatever the order of their keys", () => {

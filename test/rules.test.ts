@@ -188,7 +188,9 @@ test("a grid that the rules let through can be built, and one they refuse cannot
       );
       const errors = findings.flatMap((f) => (f.level === "error" ? [f] : []));
       expect(errors.every((f) => f.code === "P102" && f.set)).toBe(true);
-      expect(isBuilt({ parallel: parallelOf({ world, sequence: true, ...degrees }), cluster })).toBe(errors.length === 0);
+      expect(isBuilt({ model: { kv_heads: degrees.tensor }, parallel: parallelOf({ world, sequence: true, ...degrees }), cluster })).toBe(
+        errors.length === 0,
+      );
     }),
     { numRuns: 150 },
   );

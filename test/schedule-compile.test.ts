@@ -12,6 +12,7 @@ import { shard } from "../src/shard.ts";
 import { addBackward } from "../src/train.ts";
 import { verifyPrograms } from "../src/verify.ts";
 import { jobOf } from "./support.ts";
+import { draws } from "./tiers.ts";
 
 const jobWith = (model: object, parallel: object, global_batch = 1): Job =>
   jobOf({
@@ -83,14 +84,15 @@ const layouts = fc
     };
   });
 
-test("300 random layouts, with empty parts, commas and tied embeddings", () => {
+const runs = draws(150, 300);
+test(`${runs} random layouts, with empty parts, commas and tied embeddings`, () => {
   let empty = 0;
   fc.assert(
     fc.property(layouts, ({ model, parallel, microbatches }) => {
       verifyAll(jobWith(model, parallel), [microbatches]);
       if (parallel.layout.split("|").includes("")) empty++;
     }),
-    { numRuns: 300 },
+    { numRuns: runs },
   );
-  expect(empty).toBeGreaterThan(100);
-}, 240_000);
+  expect(empty).toBeGreaterThan(runs / 3);
+});

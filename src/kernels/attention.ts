@@ -23,6 +23,7 @@ export function attentionSizes({ op, d }: Use): AttentionSizes {
   // pieces that a mesh cuts are all of one size: such a one begins with a block, or lies within one
   for (const n of chunk ? [S, U] : [])
     invariant(n % chunk === 0 || chunk % n === 0, `${op}: a piece of ${n} tokens is neither blocks of ${chunk} nor in one`);
+  invariant((d.copies ?? 1) === 1 || G === 1, `${op}: ${G} groups on a rank share key heads`);
   const drops = !op.startsWith("attention_dropout") ? {} : { drops: { ...dropsOf(d.drop!), fours: chunk % 4 === 0 } };
   return { B, S, U, G, M, C, W, scale, chunk, ranks, part: op.includes("_part"), grad: op.endsWith("_grad"), ...drops };
 }

@@ -3,7 +3,10 @@ import { type Attrs, type Grads, op, type Place } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
 export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
-/** Queries and keys have width C, values and outputs W; query head g·M + m reads key head g. `scale`, `chunk` and `ranks` are attributes. */
+/**
+ * Queries and keys have width C, values and outputs W; query head g·M + m reads key head ⌊g/copies⌋: groups that share a key head may be on
+ * different ranks, each with a copy of it. `scale`, `chunk` and `ranks` are attributes.
+ */
 export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
 
 /**
@@ -12,7 +15,7 @@ export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", num
  */
 export const attention = op({
   name: "attention",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
   types: { lse: "f32" },
   flops: flopsOfMix,
   cpu: mix,
@@ -27,7 +30,7 @@ export const attention = op({
  */
 export const attentionGrad = op({
   name: "attention_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*W]",
+  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
   flops: flopsOfGrad,
   cpu: mixGrad,
 });
@@ -38,7 +41,7 @@ export const attentionGrad = op({
  */
 export const attentionPart = op({
   name: "attention_part",
-  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
   owes: "merge",
   types: { lse: "f32" },
   flops: flopsOfMix,
@@ -47,7 +50,7 @@ export const attentionPart = op({
 /** What a piece of the keys gives and gets: o and lse are the whole's, so that the gradients of queries add up over the pieces. */
 export const attentionPartGrad = op({
   name: "attention_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G*C] dv[B,U,G*W]",
+  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
   flops: flopsOfGrad,
   cpu: mixGrad,
 });
@@ -84,13 +87,14 @@ export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
 type Kept = (query: number, key: number) => number;
 
 export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: Place, kept?: Kept): void {
-  const { G, C, W } = d;
+  const { C, W } = d;
+  const K = keyHeadsOf(k, d);
   const weight = new Float64Array(d.U);
   const mean = new Float64Array(W);
-  eachQuery(d, p, (i, keys, seen) => {
+  eachQuery(d, K, p, (i, keys, seen) => {
     let most = -Infinity;
     for (let j = 0; j < seen.length; j++) {
-      weight[j] = d.scale! * dot(q, i * C, k, (keys + seen[j]! * G) * C, C);
+      weight[j] = d.scale! * dot(q, i * C, k, (keys + seen[j]! * K) * C, C);
       most = Math.max(most, weight[j]!);
     }
     let sum = 0;
@@ -100,7 +104,7 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
     mean.fill(0);
     for (let j = 0; j < seen.length; j++) {
       const w = (weight[j]! / sum) * (kept?.(i, seen[j]!) ?? 1);
-      const at = (keys + seen[j]! * G) * W;
+      const at = (keys + seen[j]! * K) * W;
       for (let c = 0; c < W; c++) mean[c]! += w * v[at + c]!;
     }
     o.set(mean, i * W);
@@ -109,17 +113,18 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
 
 type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
 export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: Place, kept?: Kept): void {
-  const { G, C, W } = d;
+  const { C, W } = d;
+  const K = keyHeadsOf(k, d);
   const query = new Float64Array(C);
   // many queries meet in one key: their sum is kept in double until the end
   const keySums = new Float64Array(dk.length);
   const valueSums = new Float64Array(dv.length);
-  eachQuery(d, p, (i, keys, seen) => {
+  eachQuery(d, K, p, (i, keys, seen) => {
     const mean = dot(dy, i * W, o, i * W, W);
     query.fill(0);
     for (let j = 0; j < seen.length; j++) {
-      const key = (keys + seen[j]! * G) * C;
-      const value = (keys + seen[j]! * G) * W;
+      const key = (keys + seen[j]! * K) * C;
+      const value = (keys + seen[j]! * K) * W;
       const w = Math.exp(d.scale! * dot(q, i * C, k, key, C) - lse[i]!);
       const f = kept?.(i, seen[j]!) ?? 1;
       const ds = d.scale! * w * (f * dot(dy, i * W, v, value, W) - mean);
@@ -135,15 +140,19 @@ export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Size
   dv.set(valueSums);
 }
 
-/** Visits each query head: its number, that of its first key's head (the next key's is G on), and the local keys that it sees. */
-function eachQuery({ B, S, U, G, M, ...d }: Sizes, p: Place, visit: (i: number, keys: number, seen: Int32Array) => void): void {
+/** Local heads of keys: fewer than G where groups share one. */
+const keyHeadsOf = (k: Float32Array, { B, U, C }: Sizes): number => k.length / (B * U * C);
+
+/** Visits each query head: its number, that of its first key's head (the next key's is K on), and the local keys that it sees. */
+function eachQuery({ B, S, U, G, M, ...d }: Sizes, K: number, p: Place, visit: (i: number, keys: number, seen: Int32Array) => void): void {
   const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
   const of = Int32Array.from({ length: U }, (_, u) => position("U", u));
   const every = Int32Array.from(of.keys());
   for (let s = 0; s < S; s++) {
     const here = position("S", s);
     const seen = every.filter((u) => of[u]! <= here);
-    for (let b = 0; b < B; b++) for (let h = 0; h < G * M; h++) visit((b * S + s) * G * M + h, b * U * G + Math.floor(h / M), seen);
+    for (let b = 0; b < B; b++)
+      for (let h = 0; h < G * M; h++) visit((b * S + s) * G * M + h, b * U * K + Math.floor((h * K) / (G * M)), seen);
   }
 }
 

@@ -11,7 +11,7 @@ import { positionOf } from "./positions.ts";
 
 export const attentionDropout = op({
   name: "attention_dropout",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
   types: { lse: "f32" },
   told,
   flops: flopsOfMix,
@@ -24,14 +24,14 @@ export const attentionDropout = op({
 /** With f = 0 or 1 / (1 − drop) of each weight: dv = f·w·dy; dw = f·(dy·v); and still Σ w·dw = o·dy. */
 export const attentionDropoutGrad = op({
   name: "attention_dropout_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G*C] dv[B,U!,G*W]",
+  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
   told,
   flops: flopsOfGrad,
   cpu: dropMixGrad,
 });
 export const attentionDropoutPart = op({
   name: "attention_dropout_part",
-  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
   owes: "merge",
   types: { lse: "f32" },
   told,
@@ -40,7 +40,7 @@ export const attentionDropoutPart = op({
 });
 export const attentionDropoutPartGrad = op({
   name: "attention_dropout_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G*C] dv[B,U,G*W]",
+  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
   told,
   flops: flopsOfGrad,
   cpu: dropMixGrad,

@@ -13,6 +13,7 @@ export const gemm = op({
 export const gemmDgrad = op({
   name: "gemm_dgrad",
   sig: "dy[B,S,N] w[K,N] -> dx[B,S,K]",
+  linearIn: "dy",
   suffix: "dgrad",
   flops: ({ B, S, K, N }) => 2 * B * S * K * N,
   cpu: ({ dy, w, dx }, { B, S, K, N }) => product(dx, dy, w, { m: B * S, n: K, k: N, tb: true }),
@@ -21,6 +22,7 @@ export const gemmDgrad = op({
 export const gemmWgrad = op({
   name: "gemm_wgrad",
   sig: "x[B,S,K] dy[B,S,N] -> dw[K,N]",
+  linearIn: "dy",
   suffix: "wgrad",
   types: { dw: "f32" },
   flops: ({ B, S, K, N }) => 2 * B * S * K * N,
@@ -77,6 +79,7 @@ export const addBias = op({
 export const biasGrad = op({
   name: "bias_grad",
   sig: "dy[B,S,N] -> dbias[N]",
+  linearIn: "dy",
   types: { dbias: "f32" },
   cpu({ dy, dbias }, { N }) {
     const sum = new Float64Array(N);

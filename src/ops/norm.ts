@@ -29,6 +29,7 @@ export const headNorm = op({
 export const headNormGrad = op({
   name: "head_norm_grad",
   sig: "x[B,S,H*C] gain[C!] dy[B,S,H*C] -> dx[B,S,H*C] dgain[C!]",
+  linearIn: "dy",
   types: { dgain: "f32" },
   cpu: ({ x, gain, dy, dx, dgain }, { C, eps }) => normalizeGrad(x, gain, dy, dx, dgain, C, eps!),
 });

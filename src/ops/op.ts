@@ -4,6 +4,7 @@
  *
  *   D!      read whole: may not be cut
  *   G*M*C   one dim in memory; only its leading factor may be cut, the others are attributes
+ *   G/N*C   N neighbours of G share an element: factors that cut G finer than that leave it whole; N is an attribute, 1 if absent
  *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be cut
  *   ...     any dims, the same for every operand that says so
  */
@@ -13,7 +14,8 @@ type Words<S extends string> = S extends `${infer A} ${infer B}` ? A | Words<B> 
 type Side<S extends string, At extends "in" | "out"> = S extends `${infer I} -> ${infer O}` ? Words<At extends "in" ? I : O> : never;
 type Split<S extends string, By extends string> = S extends `${infer A}${By}${infer B}` ? A | Split<B, By> : S;
 type Bare<D extends string> = D extends `${infer N}!` ? N : D;
-type DimsOf<W extends string> = W extends `${string}[${infer D}]` ? Bare<Split<Split<Split<D, ",">, "~">, "*">> : never;
+type Unshared<D extends string> = D extends `${infer N}/${string}` ? N : D;
+type DimsOf<W extends string> = W extends `${string}[${infer D}]` ? Unshared<Bare<Split<Split<Split<D, ",">, "~">, "*">>> : never;
 type NameOf<W extends string> = W extends `${infer N}[${string}]` ? N : never;
 type In<S extends string> = NameOf<Side<S, "in">>;
 type Out<S extends string> = NameOf<Side<S, "out">>;
@@ -45,6 +47,8 @@ export interface Declaration<S extends string> {
   readonly owes?: "max" | "merge";
   /** f(a+a', b+b') = f(a,b) + f(a',b'): sums owed by all inputs may stay owed by the output. */
   readonly linear?: true;
+  /** f is linear in this input alone: a sum that copies of the same rows owe of it may stay owed by all outputs. */
+  readonly linearIn?: In<S>;
   /** Types of outputs that are not simply that of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
   /** Outputs through which a gradient arrives, in the order of `dys`; the first if not said. */
@@ -70,6 +74,8 @@ export interface Declaration<S extends string> {
 export interface Slot {
   readonly dim: string;
   readonly inner: readonly string[];
+  /** The attribute that says how many neighbours along the dim share an element. */
+  readonly shared?: string;
   readonly whole: boolean;
 }
 /** `ragged` counts the leading slots that share the first dim in memory; `any` says `...`. */
@@ -80,11 +86,13 @@ export interface Operand {
   readonly any: boolean;
 }
 /** An op as the passes and the runtime see it: names are strings. */
-export interface AnyOp extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "limits" | "carries"> {
+export interface AnyOp
+  extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "limits" | "carries" | "linearIn"> {
   /** Applies the op; its outputs by name. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
+  readonly linearIn?: string;
   readonly types?: Readonly<Record<string, Dtype>>;
   readonly updates?: readonly string[];
   readonly limits?: Readonly<Record<string, string>>;
@@ -149,7 +157,8 @@ export interface Node {
   /** Where in the model it stands, which decides its stage: 0 the embedding, from 1 on the layers, last the head. */
   position: number;
   backward: boolean;
-  pin?: { readonly dim: string; readonly axis: string; readonly path: string } | undefined;
+  /** The dim that an axis cuts; without a dim, it cuts none, and its ranks repeat the work. */
+  pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
   /** A dim that is read whole need not be brought: its pieces, cut as another dim is, go around the ranks (ring.ts). */
   around?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
   /** Of `fold` (fold.ts): by which axes its input is cut, and its output. */
@@ -205,8 +214,13 @@ export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | u
   return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
 }
 
-/** Elements of one slot: its dim times its inner dims. */
-export const slotSize = (s: Slot, size: Readonly<Record<string, number>>): number => s.inner.reduce((n, d) => n * size[d]!, size[s.dim]!);
+/** How many neighbours along a slot's dim share an element. */
+export const sharersOf = ({ shared }: Slot, size: Readonly<Record<string, number>>): number =>
+  shared === undefined ? 1 : (size[shared] ?? 1);
+
+/** Elements of one slot: its dim, by those who share an element, times its inner dims. A piece of some who share one has that one. */
+export const slotSize = (s: Slot, size: Readonly<Record<string, number>>): number =>
+  s.inner.reduce((n, d) => n * size[d]!, Math.max(1, size[s.dim]! / sharersOf(s, size)));
 
 /** What each dim measures at one use. Throws where shapes disagree. */
 function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, number> {
@@ -215,7 +229,7 @@ function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, numb
     const have = node.args[i]!.sizes;
     invariant(have.length === slots.length, `${node.op.name}.${name}: ${have.length} dims where the signature has ${slots.length}`);
     for (const [j, s] of slots.entries()) {
-      const n = have[j]! / s.inner.reduce((p, d) => p * size[d]!, 1);
+      const n = (have[j]! * sharersOf(s, size)) / s.inner.reduce((p, d) => p * size[d]!, 1);
       invariant((size[s.dim] ??= n) === n && Number.isInteger(n), `${node.op.name}.${name}: ${s.dim} is ${size[s.dim]} and ${n}`);
     }
   }
@@ -239,8 +253,9 @@ function operands(side: string): Operand[] {
     const slots = parts
       .flatMap((p) => p.split("~"))
       .map((p) => {
-        const [dim, ...inner] = p.replace("!", "").split("*");
-        return { dim: dim!, inner, whole: p.endsWith("!") };
+        const [outer, ...inner] = p.replace("!", "").split("*");
+        const [dim, shared] = outer!.split("/");
+        return { dim: dim!, inner, ...(shared === undefined ? {} : { shared }), whole: p.endsWith("!") };
       });
     return { name: name!, slots, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
   });

@@ -16,6 +16,7 @@ export const unscaled = { scaling: 0, factor: 1, original: 0, low: 0, high: 0, g
 export const rope = op({
   name: "rope",
   sig: "x[B,S,H*C] -> y[B,S,H*C]",
+  linearIn: "x",
   suffix: "grad",
   cpu({ x, y }, d, p) {
     const { B, S, H, C } = d;

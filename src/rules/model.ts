@@ -54,19 +54,26 @@ export const model: readonly Rule[] = [
     title: "tensor divides heads",
     why: "Tensor parallelism gives each rank whole attention heads.",
     level: "error",
-    // kv_heads divides heads, so what cuts kv_heads cuts heads: M303 speaks for both there
     check: (job) => byTensor(job, "model.heads", job.model.heads, "query heads"),
     bad: "model: {heads: 4, kv_heads: 1, head_dim: 8}\nparallel: {world: 3, tensor: 3}\n",
   }),
   rule({
     code: "M303",
-    title: "tensor divides kv_heads",
-    why: "Each tensor rank computes the query heads of whole key and value heads. Sharing one such head between ranks would need copies of it whose gradients are added; rankc makes no such copies.",
+    title: "tensor ranks and key/value heads are not multiples of each other",
+    why: "Each tensor rank computes the query heads of whole key/value heads, or, with more ranks than such heads, those of one head of which equally many ranks have a copy. Megatron-LM has the same rule.",
     level: "error",
-    *check(job) {
-      if (job.model.heads % job.parallel.tensor === 0) yield* byTensor(job, "model.kv_heads", job.model.kv_heads, "key and value heads");
+    *check({ model: { heads, kv_heads }, parallel: { tensor } }) {
+      if (heads % tensor !== 0 || kv_heads % tensor === 0 || tensor % kv_heads === 0) return;
+      const degrees = divisorsNear(heads, tensor).filter((t) => kv_heads % t === 0 || t % kv_heads === 0);
+      yield {
+        at: "model.kv_heads",
+        related: ["parallel.tensor"],
+        found: `${kv_heads} key/value heads over ${tensor} tensor ranks`,
+        fix: `tensor must divide ${kv_heads} or be a multiple of it`,
+        tries: degrees.map((t) => ({ "parallel.tensor": t })),
+      };
     },
-    bad: "model: {kv_heads: 1}\nparallel: {world: 2, tensor: 2}",
+    bad: "model: {heads: 12, kv_heads: 6, head_dim: 8}\nparallel: {world: 4, tensor: 4}",
   }),
   rule({
     code: "M304",
