@@ -1,4 +1,5 @@
-/** How the tests run: by tier (test/tiers.ts), the longest files first, and as many files as there are cores at a time. */
+/** How the tests run: by tier (test/tiers.ts), the longest files first. */
+import { availableParallelism } from "node:os";
 import { basename } from "node:path";
 import { defineConfig } from "vitest/config";
 import { BaseSequencer, type TestSpecification } from "vitest/node";
@@ -18,8 +19,8 @@ const longest = [
   "mesh-law",
 ];
 
-/** Files that change their process (mocks, environment variables, signal handlers, devices) run in a process of their own. */
-const alone = ["cuda-*", "wgsl-*", "webgpu-*", "browser", "doctor", "oracles", "snapshot"].map((name) => `test/${name}.test.ts`);
+/** Files that mock modules, or open a WebGPU device or a browser, run in a process of their own; the others share one for each core. */
+const alone = ["wgsl-*", "webgpu-*", "browser", "doctor", "oracles", "snapshot"].map((name) => `test/${name}.test.ts`);
 
 class LongestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
@@ -32,12 +33,13 @@ class LongestFirst extends BaseSequencer {
   }
 }
 
-/** A limit against hangs alone: 20 times what the longest test of the tier takes on an idle machine. */
-const HANG = isFull ? 3_600_000 : 600_000;
+/** A limit against hangs alone, in milliseconds: far beyond the longest test on a machine that does much else. */
+const HANG = 3_600_000;
 
 export default defineConfig({
   test: {
-    maxWorkers: "100%",
+    // some tests wait for processes: one more worker than cores uses the time
+    maxWorkers: availableParallelism() + 1,
     testTimeout: HANG,
     hookTimeout: HANG,
     tags: [{ name: "full", description: "runs in the full tier alone" }],

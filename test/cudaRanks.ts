@@ -22,7 +22,7 @@ export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
       return (id ??= make());
     };
     const ranks = Array.from({ length: plan.mesh.world }, (_, r) => r);
-    const signal = AbortSignal.timeout(100_000);
+    const signal = AbortSignal.timeout(3_600_000);
     return Promise.all(ranks.map((rank) => cuda.openCuda(plan, { rank, device: rank, files: imagesOf(plan), share, signal, ...settings })));
   }
 

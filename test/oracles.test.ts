@@ -11,7 +11,7 @@ import { ops } from "../src/ops/index.ts";
 import { readJob } from "../src/readJob.ts";
 import { byId, type Named, near, oracle, unpacked } from "./oracle.ts";
 import { jobOf, parallelOf } from "./support.ts";
-import { byTier } from "./tiers.ts";
+import { byTier, isFull } from "./tiers.ts";
 
 /** All 58 cases: both orders of the axes, grids that nest and one (tp 3, ep 4) that do not. */
 describe("rank groups", () => {
@@ -248,14 +248,16 @@ describe("floating-point operations", () => {
     const norms = mla ? 6 * layers * ((mla.q_rank ?? 0) + mla.kv_rank) : 0;
     return step / (job.train.global_batch * job.model.seq) + norms;
   }
-  test.each(byId(cases))("%s", (_, c) => {
-    const job = jobOf(jobFrom({ ...base, ...c.args }, c.world, c.vocab));
-    near(flopsPerToken(job), c.flops_per_token, 1e-12, c.name);
-  });
+  // a large model takes seconds to compile
+  for (const { options, rows } of byTier(byId(cases), ([, c]) => c.name.startsWith("tiny") || c.name.includes("q-lora")))
+    test.each(rows)("%s", options, (_, c) => {
+      const job = jobOf(jobFrom({ ...base, ...c.args }, c.world, c.vocab));
+      near(flopsPerToken(job), c.flops_per_token, 1e-12, c.name);
+    });
 
   // none of the cases has it; what it adds is Megatron's sum: a layer of the last kind, a product of 2D and D, three norms, the head again
   test("multi-token prediction", () => {
-    for (const name of ["tiny list of layers", "deepseek-v3 without MTP"]) {
+    for (const name of ["tiny list of layers", ...(isFull ? ["deepseek-v3 without MTP"] : [])]) {
       const c = cases.find((x) => x.name === name)!;
       const without = jobOf(jobFrom({ ...base, ...c.args }, c.world, c.vocab));
       const { model } = without;
@@ -574,17 +576,19 @@ describe("configurations", () => {
     const reasons = new Set(cases.map((c) => c.reason));
     expect(Object.keys(said).filter((reason) => !reasons.has(reason))).toEqual([]);
   });
-  test.each(byId(cases))("%s", (id, c) => {
-    const findings = read(c);
-    const errors = findings.filter((f) => f.level === "error").map((f) => `${f.code} ${f.path}: ${f.found}`);
-    const difference = differences[id];
-    expect(errors.length ? "reject" : "accept", `${c.reason}; ${errors.join("; ")}`).toBe(difference?.rankc ?? c.verdict);
-    if (difference) expect(difference.rankc).not.toBe(c.verdict);
-    if (c.phase === null || difference?.rankc === "accept") return;
-    const wanted = c.verdict === "reject" ? errors.map((e) => e.slice(0, 4)) : findings.map((f) => f.code);
-    expect(
-      [said[c.reason]].flat().filter((code) => wanted.includes(code!)),
-      `${c.reason}: ${wanted}`,
-    ).not.toEqual([]);
-  });
+  // the rule on memory compiles a job that has no other mistake: on many ranks that takes seconds
+  for (const { options, rows } of byTier(byId(cases), ([, c]) => c.world < 64 || c.verdict === "reject"))
+    test.each(rows)("%s", options, (id, c) => {
+      const findings = read(c);
+      const errors = findings.filter((f) => f.level === "error").map((f) => `${f.code} ${f.path}: ${f.found}`);
+      const difference = differences[id];
+      expect(errors.length ? "reject" : "accept", `${c.reason}; ${errors.join("; ")}`).toBe(difference?.rankc ?? c.verdict);
+      if (difference) expect(difference.rankc).not.toBe(c.verdict);
+      if (c.phase === null || difference?.rankc === "accept") return;
+      const wanted = c.verdict === "reject" ? errors.map((e) => e.slice(0, 4)) : findings.map((f) => f.code);
+      expect(
+        [said[c.reason]].flat().filter((code) => wanted.includes(code!)),
+        `${c.reason}: ${wanted}`,
+      ).not.toEqual([]);
+    });
 });

@@ -11,6 +11,7 @@ import { becomeMember } from "../runtime/launch/member.ts";
 import { type JoinSettings, join, type Meeting, timesOf } from "../runtime/launch/rendezvous.ts";
 import { frame, proofOf } from "../runtime/launch/wire.ts";
 import { Trouble } from "../schemas/trouble.ts";
+import { full } from "./tiers.ts";
 
 /** Limits that no test waits for: a busy machine delays every rank. A test that waits for one of them has its own. */
 const times = { ...timesOf({}), timeout: 600, beat: 0.2, lost: 600, hang: 600 };
@@ -329,19 +330,19 @@ describe("when a rank ends, all end and say why", () => {
     }
   });
 
-  test("rank 0 killed: the others know it without it", async () => {
+  test("rank 0 killed: the others know it without it", full, async () => {
     const { ended } = await run(3, "kill", 0, { QUICK: "1" });
     const [, one, two] = await Promise.all(ended);
     for (const { err } of [one!, two!]) expect(err).toMatch(/stops in step 7, all_reduce grads: rank 0 at 127\.0\.0\.1:\d+ is gone/);
   });
 
-  test("killed: a main thread that listens ends in its own way", async () => {
+  test("killed: a main thread that listens ends in its own way", full, async () => {
     const { ended } = await run(3, "listen", 1, { QUICK: "1" });
     const [zero, , two] = await Promise.all(ended);
     for (const { code, err } of [zero!, two!]) expect([code, err]).toEqual([4, expect.stringMatching(/heard by \d: rank 1 .+ is gone/)]);
   });
 
-  test("an exception is a death like any other; a failure that is told comes with its reason", async () => {
+  test("an exception is a death like any other; a failure that is told comes with its reason", full, async () => {
     const thrown = await Promise.all((await run(2, "throw", 1, { QUICK: "1" })).ended);
     expect(thrown[1]).toMatchObject({ code: 1, err: expect.stringContaining("it broke") });
     expect(thrown[0]!.err).toMatch(/rank 1 .+ is gone/);
