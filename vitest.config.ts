@@ -1,6 +1,7 @@
 /** How the tests run: by tier (test/tiers.ts), the longest files first. */
+import { readdirSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
-import { basename } from "node:path";
+import { basename, join } from "node:path";
 import { defineConfig } from "vitest/config";
 import { BaseSequencer, type TestSpecification } from "vitest/node";
 import { TierReporter } from "./test/tierReporter.ts";
@@ -20,7 +21,10 @@ const longest = [
 ];
 
 /** Files that mock modules, or open a WebGPU device or a browser, run in a process of their own; the others share one for each core. */
-const alone = ["wgsl-*", "webgpu-*", "browser", "doctor", "oracles", "snapshot"].map((name) => `test/${name}.test.ts`);
+const needsProcess = /\bvi\.mock\(|\/(softwareAdapter|chromium)\.ts"|from "webgpu"/;
+const alone = readdirSync("test", { recursive: true, encoding: "utf8" })
+  .map((path) => join("test", path))
+  .filter((path) => path.endsWith(".test.ts") && needsProcess.test(readFileSync(path, "utf8")));
 
 class LongestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
@@ -49,7 +53,7 @@ export default defineConfig({
     sequence: { sequencer: LongestFirst },
     projects: [
       { extends: true, test: { name: "alone", include: alone } },
-      { extends: true, test: { name: "together", include: ["test/*.test.ts"], exclude: alone, isolate: false } },
+      { extends: true, test: { name: "together", include: ["test/**/*.test.ts"], exclude: alone, isolate: false } },
     ],
   },
 });

@@ -561,7 +561,7 @@ test("on any legal mesh of up to 16 ranks, any small model, labels, dropout and 
     fc.asyncProperty(anyJob, async ({ job, alone }) => {
       steps.push(sameSoFar(await numbers(jobOf(job)), await reference(alone)));
     }),
-    { numRuns: draws(12, 200) },
+    { numRuns: draws(6, 200) },
   );
   if (failed)
     expect.fail(`${(errorInstance as Error).message}

@@ -185,10 +185,10 @@ describe("a plan as a file", () => {
     const forward = Array.from({ length: 20_000 }, (_, i) => ({ ...chunk!.forward[0]!, id: `layers.${i}.add` }));
     const big = printPlan(sealPlan({ ...sections, programs: [{ ...program!, chunks: [{ ...chunk!, forward }] }] }));
     expect(big.length).toBeGreaterThan(2.5e6);
-    // processor time: other tests run at the same time, which doubles it on a shared core
+    // against quadratic time: it takes 0.3 s of processor time on an idle machine
     const start = process.cpuUsage();
     parsePlan(big, "plan.json");
     const { user, system } = process.cpuUsage(start);
-    expect((user + system) / 1e6).toBeLessThan(2);
+    expect((user + system) / 1e6).toBeLessThan(6);
   });
 });

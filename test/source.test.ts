@@ -44,7 +44,7 @@ test("what is wrong with a text is said in plain words", () => {
 test("an alias bomb is refused at once", () => {
   const level = (n: number) => `k${n}: &k${n} [${Array.from({ length: 10 }, () => `*k${n - 1}`).join(", ")}]\n`;
   const bomb = `k0: &k0 [lol]\n${Array.from({ length: 9 }, (_, i) => level(i + 1)).join("")}`;
-  // processor time: other tests run at the same time
+  // against exponential time: it takes milliseconds of processor time
   const before = process.cpuUsage();
   expect(say(bomb)).toEqual([expect.stringMatching(/^S003 /)]);
   const { user, system } = process.cpuUsage(before);

@@ -8,6 +8,7 @@ import { loadTarget } from "../src/makers.ts";
 import { readJob } from "../src/readJob.ts";
 import { profiles } from "../src/target.ts";
 import { root } from "./checkout.ts";
+import { byTier } from "./tiers.ts";
 
 /** Dawn without a device. It checks sources and pipelines as it does for any device, and knows all features. */
 const dawn = create(["backend=null", "enable-dawn-features=allow_unsafe_apis"]);
@@ -25,7 +26,14 @@ afterAll(() => {
 
 const folder = join(root, "plans");
 const plans = readdirSync(folder, { withFileTypes: true }).filter((f) => f.isDirectory());
-describe.each(plans.map((f) => f.name))("%s", (name) => {
+const [some, others] = byTier(
+  plans.map((f) => f.name),
+  (name) => ["tiny-mixtral", "tiny-shared-experts", "tiny-mla"].includes(name),
+);
+describe.each(some.rows)("%s", some.options, (name) => compiles(name));
+describe.each(others.rows)("%s", others.options, (name) => compiles(name));
+
+function compiles(name: string): void {
   // WebGPU has no bf16
   const text = readFileSync(join(folder, name, "job.yaml"), "utf8").replace("precision: bf16", "precision: fp32");
 
@@ -52,4 +60,4 @@ describe.each(plans.map((f) => f.name))("%s", (name) => {
     const entries = plan.kernels.flatMap((k) => k.launches.map((l) => l.entry));
     expect(new Set(entries).size).toBe(entries.length);
   });
-});
+}
