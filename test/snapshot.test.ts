@@ -201,7 +201,7 @@ test("each piece is saved once, by the first rank that has it", async () => {
     const own = file.names.reduce((n, t) => n + elementsOf(file.info(t).shape), 0);
     file.close();
     return sum + own;
-  });
+  }, 0);
   // parameters, and two moments of all but the router's biases
   const sizes = plan.programs.flatMap((p) =>
     p.parameters.map((q) => [q.rule, elementsOf(p.buffers.find((b) => b.id === q.buffer)!.sizes)] as const),
