@@ -3,7 +3,8 @@
  * reading walks a block one way, writing the other. Hugging Face keeps a linear layer as [out, in], we keep [in, out].
  * Opening reads headers alone and reports everything that does not fit the job at once.
  */
-import { depthsOf, evenBy, hasExperts, type Job } from "../schemas/job.ts";
+import { evenBy, hasExperts, type Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 import { expectPrefix, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";

@@ -1,5 +1,6 @@
 /** The inputs of a plan in one step: those of its batch, as they lie over the ranks, and the numbers of its leg of the run. */
-import { depthsOf, type Job } from "../schemas/job.ts";
+import type { Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 import { positionOf } from "../src/ops/positions.ts";
 import type { HostData } from "./backend.ts";
 import { type Batch, weightingOf } from "./batches.ts";

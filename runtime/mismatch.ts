@@ -1,7 +1,8 @@
 /**
  * A snapshot or a checkpoint of another model: which differences are errors, unless the person allows them, and which need a note only.
  */
-import { depthsOf, evenBy, hasExperts, type Job } from "../schemas/job.ts";
+import { evenBy, hasExperts, type Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 import { Trouble } from "../schemas/trouble.ts";
 
 type Model = Job["model"];

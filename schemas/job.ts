@@ -2,7 +2,9 @@
  * The job: what a person writes, and every default. `JobText` is the file as written; `Job` is the same with nothing optional.
  * Laws between keys are rules (src/rules); here stand only names, types, ranges and defaults.
  */
+
 import { z } from "zod";
+import { depthsOf } from "./mtp.ts";
 import { lengthOf } from "./rampup.ts";
 
 /** Layers of a model at most, those of multi-token prediction beside them: a limit on what one plan holds, far above any model. */
@@ -534,9 +536,6 @@ export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): b
   if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
   return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
-
-/** Layers of multi-token prediction. */
-export const depthsOf = ({ mtp }: Pick<Job["model"], "mtp">): number => mtp?.layers ?? 0;
 
 /** Layers with experts, those of multi-token prediction included: they are of the kind of the last one. */
 export function expertLayersOf(model: Pick<Job["model"], "moe" | "mtp" | "layers">): number {

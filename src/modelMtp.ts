@@ -6,7 +6,8 @@
  * depth takes is the model's output after its last norm, as in Megatron Core and where DeepSeek's weights are used to draft tokens.
  * A token's embedding comes first in the product: so lie the weights of both.
  */
-import { depthsOf, hasExperts, type Job } from "../schemas/job.ts";
+import { hasExperts, type Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 import { layer } from "./modelLayer.ts";
 import { dropped, type PartOf, streamCut } from "./modelParts.ts";
 import { join } from "./ops/latent.ts";

@@ -1,4 +1,5 @@
-import { balancesOf, depthsOf, hasExperts, type Job } from "../schemas/job.ts";
+import { balancesOf, hasExperts, type Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;

@@ -3,7 +3,8 @@
  * head). Virtual stage v is chunk floor(v / stages) of stage v % stages: with chunks, a stage has several groups of layers
  * (Narayanan et al. 2021). A virtual stage may hold no position.
  */
-import { depthsOf, type Job } from "../schemas/job.ts";
+import type { Job } from "../schemas/job.ts";
+import { depthsOf } from "../schemas/mtp.ts";
 
 export interface Pipeline {
   readonly stages: number;

@@ -1,5 +1,6 @@
 /** Memory: the one rule that needs compiled programs (peak.ts). */
-import { type Device, depthsOf, devices, type Job } from "../../schemas/job.ts";
+import { type Device, devices, type Job } from "../../schemas/job.ts";
+import { depthsOf } from "../../schemas/mtp.ts";
 import { cpu, type Target } from "../makers.ts";
 import { peakOfParts } from "../memoryBreakdown.ts";
 import { memoryOfStages } from "../peak.ts";

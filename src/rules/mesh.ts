@@ -1,5 +1,6 @@
 /** P: the degrees of parallelism, and the two grids they make of the same ranks. */
-import { depthsOf, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { depthsOf } from "../../schemas/mtp.ts";
 import { pipelineOf, readLayout } from "../pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";

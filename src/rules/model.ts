@@ -1,5 +1,6 @@
 /** M: the shape of the model, and what cuts it. */
-import { depthsOf, hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
+import { hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
+import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
 
