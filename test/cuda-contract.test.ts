@@ -57,7 +57,10 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
       const cases = new Map(
         group.map((op) => [
           op,
-          [...makeAll(op, cudaKernels[op]!, ["sm_90a", ...archs]), ...makeAll(op, cudaKernels[op]!, ["sm_90a"], inF16(op))],
+          [
+            ...makeAll(op, cudaKernels[op]!, isFull ? ["sm_90a", ...archs] : ["sm_90a", "sm_80"]),
+            ...makeAll(op, cudaKernels[op]!, ["sm_90a"], inF16(op)),
+          ],
         ]),
       );
       const executor = cudaEmulator([...cases.values()].flat());
