@@ -1,24 +1,14 @@
-/** How the tests run: by tier (test/tiers.ts), the longest files first. */
+/** How the tests run: by tier (test/support/tiers.ts), the longest files first. */
 import { readdirSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { basename, join } from "node:path";
 import { defineConfig } from "vitest/config";
 import { BaseSequencer, type TestSpecification } from "vitest/node";
-import { TierReporter } from "./test/tierReporter.ts";
-import { isFull } from "./test/tiers.ts";
+import { TierReporter } from "./test/support/tierReporter.ts";
+import { isFull } from "./test/support/tiers.ts";
 
 /** Files that start first, so that no core waits for one of them at the end. A fresh clone has no recorded durations. */
-const longest = [
-  "cuda-compile",
-  "cuda-contract",
-  "wgsl-contract",
-  "cuda-whole",
-  "webgpu-run",
-  "oracles",
-  "cuda-gemm",
-  "readme",
-  "mesh-law",
-];
+const longest = ["cuda-compile", "cuda-contract", "wgsl-contract", "cuda-whole", "webgpu-run", "oracles", "cuda-gemm", "docs", "mesh-law"];
 
 /** Files that mock modules, or open a WebGPU device or a browser, run in a process of their own; the others share one for each core. */
 const needsProcess = /\bvi\.mock\(|\/(softwareAdapter|chromium)\.ts"|from "webgpu"/;
@@ -49,7 +39,7 @@ export default defineConfig({
     tags: [{ name: "full", description: "runs in the full tier alone" }],
     ...(isFull ? {} : { tagsFilter: ["!full"] }),
     reporters: ["default", new TierReporter()],
-    setupFiles: ["test/setup.ts"],
+    setupFiles: ["test/support/setup.ts"],
     sequence: { sequencer: LongestFirst },
     projects: [
       { extends: true, test: { name: "alone", include: alone } },

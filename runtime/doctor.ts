@@ -8,7 +8,7 @@ import { type Context, type Device, driver, packParams } from "./cuda/driver.ts"
 import { koffi } from "./cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
 import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
-import { lookForWebgpu, type Survey } from "./webgpu/look.ts";
+import { lookForWebgpu, type Survey } from "./webgpu/probe.ts";
 
 type Backend = "cpu" | "webgpu" | "cuda";
 export type Check = {

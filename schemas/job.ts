@@ -4,8 +4,8 @@
  */
 
 import { z } from "zod";
+import { lengthOf } from "./batchRampup.ts";
 import { depthsOf } from "./mtp.ts";
-import { lengthOf } from "./rampup.ts";
 
 /** Layers of a model at most, those of multi-token prediction beside them: a limit on what one plan holds, far above any model. */
 const LAYERS = 4096;

@@ -1,22 +1,22 @@
 /** compile: the whole compiler on one screen. Job → mesh → graph → pieces and moves → programs → memory → plan. */
 import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
-import { kernelsOf, printKernels } from "./kernels.ts";
-import { lower } from "./lower.ts";
-import { cpu, type Target } from "./makers.ts";
-import { layOut, printMemory, verifyMemory } from "./memory.ts";
-import { buildMesh, printMesh } from "./mesh.ts";
-import { buildModel } from "./model.ts";
-import { pipelineOf, stageOfVirtual } from "./pipeline.ts";
-import { sealPlan } from "./plan.ts";
-import { printProgram } from "./programText.ts";
-import { recomputed } from "./recompute.ts";
-import { printSchedule, schedule, smallerStepsOf } from "./schedule.ts";
-import { type Options, shard } from "./shard.ts";
-import { printSharded } from "./shardText.ts";
-import type { Stage } from "./stages.ts";
-import { addBackward, printGraph } from "./train.ts";
-import { verifyPrograms } from "./verify.ts";
+import { kernelsOf, printKernels } from "./codegen/generateKernels.ts";
+import { cpu, type Target } from "./codegen/targets.ts";
+import { buildModel } from "./model/model.ts";
+import { addBackward, printGraph } from "./passes/backward.ts";
+import { lower } from "./passes/lower.ts";
+import { layOut, printMemory, verifyMemory } from "./passes/memory.ts";
+import { buildMesh, printMesh } from "./passes/mesh.ts";
+import type { Stage } from "./passes/passNames.ts";
+import { pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
+import { recomputed } from "./passes/recompute.ts";
+import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
+import { type Options, shard } from "./passes/shard.ts";
+import { printSharded } from "./passes/shardText.ts";
+import { verifyPrograms } from "./passes/verify.ts";
+import { sealPlan } from "./plan/seal.ts";
+import { printProgram } from "./report/programText.ts";
 import { version } from "./version.ts";
 
 export interface Compiled {

@@ -6,20 +6,20 @@
  */
 import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
-import { kernelsOf } from "./kernels.ts";
-import { layerOf } from "./layerNames.ts";
-import { lower } from "./lower.ts";
-import type { Target } from "./makers.ts";
-import { aligned, layOut } from "./memory.ts";
-import { type MemoryBreakdown, memoryKinds } from "./memoryBreakdown.ts";
-import { buildMesh, type Mesh } from "./mesh.ts";
-import { buildModel } from "./model.ts";
-import { chunkOfVirtual, headAt, type Pipeline, pipelineOf, stageOfVirtual } from "./pipeline.ts";
-import { recomputed } from "./recompute.ts";
-import type { Lowered } from "./role.ts";
-import { schedule } from "./schedule.ts";
-import { shard } from "./shard.ts";
-import { addBackward } from "./train.ts";
+import { layerOf } from "./analysis/layerNames.ts";
+import { type MemoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
+import { kernelsOf } from "./codegen/generateKernels.ts";
+import type { Target } from "./codegen/targets.ts";
+import { buildModel } from "./model/model.ts";
+import { addBackward } from "./passes/backward.ts";
+import { lower } from "./passes/lower.ts";
+import { aligned, layOut } from "./passes/memory.ts";
+import { buildMesh, type Mesh } from "./passes/mesh.ts";
+import { chunkOfVirtual, headAt, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
+import type { Lowered } from "./passes/programBuilder.ts";
+import { recomputed } from "./passes/recompute.ts";
+import { schedule } from "./passes/schedule.ts";
+import { shard } from "./passes/shard.ts";
 
 /** Repetitions of a stretch that are compiled: from here on, one more adds the same bytes. */
 const KEPT = 3;

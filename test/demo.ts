@@ -6,7 +6,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const rankc = (args: string, { shown = true } = {}): string => {
   const line = args.split(" ");
   process.stdout.write(`\n$ rankc ${args}\n`);
-  const { status, stdout, error } = spawnSync(process.execPath, ["--import", "tsx", "src/cli.ts", ...line], {
+  const { status, stdout, error } = spawnSync(process.execPath, ["--import", "tsx", "src/cli/main.ts", ...line], {
     cwd: root,
     encoding: "utf8",
     maxBuffer: 2 ** 26,

@@ -2,8 +2,8 @@
 import { indexPath } from "../../schemas/dataFiles.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Corpus } from "../batches.ts";
-import type { Text } from "../tokens.ts";
+import type { Text } from "../data/tokens.ts";
+import type { Corpus } from "../train/inputs.ts";
 
 /** A plan and the text of each of its kernels by the name of its file. */
 export interface Loaded {

@@ -1,8 +1,8 @@
 /** The page: loads a plan and a text, trains the model on the browser's GPU, and draws the loss. Errors are told in words. */
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { batchesOf, readingOf } from "../batches.ts";
-import { type Run, runOn, type StepResult } from "../execute.ts";
+import { batchesOf, readingOf } from "../train/inputs.ts";
+import { type Run, runOn, type StepResult } from "../train/loop.ts";
 import { webgpuOn } from "../webgpu/backend.ts";
 import { chartIn } from "./chart.ts";
 import { browser } from "./host.ts";

@@ -2,12 +2,13 @@
  * Arenas: the device memory of one rank, one allocation per kind, every buffer at the place the plan gives it. What the
  * device cannot hold is said, with the numbers, before anything is allocated.
  */
-import { bytesOf, elementsOf, stageOfRank } from "../../schemas/layout.ts";
+
 import type { Dtype, Kind, Plan } from "../../schemas/plan.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
-import type { Span } from "./lanes.ts";
+import type { Span } from "./streams.ts";
 
 /** Where a buffer lies. */
 export interface Place {

@@ -3,20 +3,20 @@
  * what ranks exchange runs beside the kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setImmediate, setTimeout } from "node:timers/promises";
-import { stageOfRank } from "../../schemas/layout.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
-import { narrow, widen } from "../halves.ts";
-import { overBound } from "../overBound.ts";
+import { overBound } from "../capacityExceeded.ts";
+import { narrow, widen } from "../float16.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm, type Share } from "./comm.ts";
 import { driver, type Event, type Pinned } from "./driver.ts";
 import { openSteps } from "./graph.ts";
 import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
-import { type Label, openLanes, type Timed } from "./lanes.ts";
 import { type Bound, binder } from "./launches.ts";
+import { type Label, openLanes, type Timed } from "./streams.ts";
 
 export interface CudaSettings {
   readonly rank: number;

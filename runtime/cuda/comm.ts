@@ -3,14 +3,15 @@
  * id is all that ranks must share. Collectives have one lane, in the plan's order; each channel between two stages has a
  * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
  */
-import { bytesOf, membersOf, numberInStage, rankAt, stageOfRank } from "../../schemas/layout.ts";
+
 import type { How, Move, Plan, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { bytesOf, membersOf, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
 import type { Comm } from "../backend.ts";
 import { moved, type Place } from "./arenas.ts";
 import type { Context, Stream } from "./driver.ts";
-import type { Label, Lanes, Touch } from "./lanes.ts";
 import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
+import type { Label, Lanes, Touch } from "./streams.ts";
 
 /** Gives all members of a set of ranks what one of them makes. */
 export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;

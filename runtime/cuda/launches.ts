@@ -2,12 +2,13 @@
  * What a compute instruction is on the device: the launches of its kernel with their parameters packed, and the bytes it
  * touches. Made once per instruction and slot; after that a launch is one call of the driver.
  */
-import { numberInStage, stageOfRank, startIn } from "../../schemas/layout.ts";
+
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
+import { numberInStage, stageOfRank, startIn } from "../../schemas/sharding.ts";
 import type { Arenas, Place } from "./arenas.ts";
 import { type Context, packParams, type Stream } from "./driver.ts";
 import { type Kernels, named } from "./kernels.ts";
-import type { Touch } from "./lanes.ts";
+import type { Touch } from "./streams.ts";
 
 export interface Bound {
   readonly touch: Touch;

@@ -1,8 +1,8 @@
 /** NCCL: collectives between GPUs, one communicator per process and group. Its calls go into streams of the current context. */
 
 import type { LibraryHandle } from "koffi";
-import { bytesOf } from "../../schemas/layout.ts";
 import type { Dtype } from "../../schemas/plan.ts";
+import { bytesOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { DevicePointer, Stream } from "./driver.ts";
 import { koffi, openLibrary } from "./libraries.ts";

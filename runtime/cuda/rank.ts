@@ -2,8 +2,9 @@
  * One rank of a plan in this process: where it stands among the others (the environment says), the meeting of all, and its
  * GPU. A plan of one rank needs no meeting.
  */
-import { numberInStage } from "../../schemas/layout.ts";
+
 import type { Plan } from "../../schemas/plan.ts";
+import { numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Fleet } from "../backend.ts";
 import { type Env, ordinalOf, type Place, placeOf } from "../launch/place.ts";

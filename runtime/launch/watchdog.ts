@@ -8,7 +8,7 @@ import { type MessagePort, Worker, workerData } from "node:worker_threads";
 import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
-import { becomeMember, type Member, type MemberSettings } from "./member.ts";
+import { becomeMember, type Member, type MemberSettings } from "./peer.ts";
 
 /** Cells of what both threads see, all i32. */
 export const cells = {

@@ -3,8 +3,9 @@
  * one of them per copy of the activations, lie in one GPUBuffer, since each further one that a dispatch sees costs the host
  * time whenever it is recorded; in several where the device makes none that large. No buffer lies in two.
  */
-import { bytesOf, elementsOf, stageOfRank } from "../../schemas/layout.ts";
+
 import type { Buffer, Kind, Plan } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 

@@ -3,17 +3,18 @@
  * once and recorded every time.
  */
 /// <reference types="@webgpu/types" />
-import { elementsOf, numberInStage, stageOfRank, startIn } from "../../schemas/layout.ts";
+
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
+import { elementsOf, numberInStage, stageOfRank, startIn } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Backend, Fleet, HostData } from "../backend.ts";
-import { narrow, widen } from "../halves.ts";
-import { overBound } from "../overBound.ts";
+import { overBound } from "../capacityExceeded.ts";
+import { narrow, widen } from "../float16.ts";
 import { type Arenas, type Limits, makeArenas, type Place } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
+import { deviceLoopback } from "./comm.ts";
 import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
 import { type Host, openDevice } from "./device.ts";
-import { deviceLoopback } from "./loopback.ts";
 import { compileKernels, compiler, isNumber, type Pipeline, uniformOf } from "./pipelines.ts";
 
 export interface WebgpuFleet extends Fleet {

@@ -6,13 +6,13 @@ import * as capacity from "./capacity.ts";
 import { dropout, jitter } from "./dropout.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
-import * as messages from "./messages.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
 import { rope } from "./rope.ts";
 import * as router from "./router.ts";
+import * as messages from "./transport.ts";
 import * as vocab from "./vocab.ts";
 
 const all: readonly AnyOp[] = [

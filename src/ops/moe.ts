@@ -1,6 +1,7 @@
 /** The rows that experts work on, their activation, and a gate. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
-import { markExperts } from "./messages.ts";
+
 import { type Grads, op, type Place } from "./op.ts";
+import { markExperts } from "./transport.ts";
 
 // -- rows
 

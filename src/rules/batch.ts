@@ -1,6 +1,6 @@
 /** B: the batch, the optimizer, the data; how these go over a run stands in course.ts. */
 import { SMALLEST } from "../../schemas/job.ts";
-import { pipelineOf } from "../pipeline.ts";
+import { pipelineOf } from "../passes/pipeline.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
 

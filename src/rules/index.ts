@@ -1,13 +1,12 @@
 /** All rules over the job, and how they speak: each finding gets its place, and a fix that has been tried. */
 import { completeJob, type Device, type Job, JobText } from "../../schemas/job.ts";
-import type { Changes, Finding } from "../diagnostic.ts";
-import { setText } from "../diagnostic.ts";
-import type { Target } from "../makers.ts";
-import { copy, isObject, putAt, type Source, valueAt } from "../source.ts";
+import type { Target } from "../codegen/targets.ts";
+import type { Changes, Finding } from "../frontend/diagnostic.ts";
+import { setText } from "../frontend/diagnostic.ts";
+import { copy, isObject, putAt, type Source, valueAt } from "../frontend/source.ts";
 import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
-import { course } from "./course.ts";
 import { memory, memoryRule } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
@@ -19,6 +18,7 @@ import { random } from "./random.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule, Said } from "./rule.ts";
+import { course } from "./trainingSchedule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
 const quick: readonly Rule[] = [

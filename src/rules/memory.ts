@@ -1,8 +1,8 @@
 /** Memory: the one rule that needs compiled programs (peak.ts). */
 import { type Device, devices, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { cpu, type Target } from "../makers.ts";
-import { peakOfParts } from "../memoryBreakdown.ts";
+import { peakOfParts } from "../analysis/memoryBreakdown.ts";
+import { cpu, type Target } from "../codegen/targets.ts";
 import { memoryOfStages } from "../peak.ts";
 import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";

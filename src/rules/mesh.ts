@@ -1,8 +1,8 @@
 /** P: the degrees of parallelism, and the two grids they make of the same ranks. */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { pipelineOf, readLayout } from "../pipeline.ts";
-import { bubbleOf, schedule, timesOf } from "../schedule.ts";
+import { pipelineOf, readLayout } from "../passes/pipeline.ts";
+import { bubbleOf, schedule, timesOf } from "../passes/schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 /** Ranks in one pipeline stage, when `world` is a product as P101 asks. */

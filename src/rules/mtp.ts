@@ -1,5 +1,5 @@
 /** M, P: multi-token prediction. */
-import { readLayout } from "../pipeline.ts";
+import { readLayout } from "../passes/pipeline.ts";
 import { divisorsNear, type Rule, rule } from "./rule.ts";
 
 export const mtp: readonly Rule[] = [

@@ -1,6 +1,7 @@
 /** B: a batch that grows. */
+
+import { lengthOf, MOST_SIZES, phasesOf } from "../../schemas/batchRampup.ts";
 import { evenBy } from "../../schemas/job.ts";
-import { lengthOf, MOST_SIZES, phasesOf } from "../../schemas/rampup.ts";
 import { stageRanks } from "./mesh.ts";
 import { downTo, rule, upTo } from "./rule.ts";
 

@@ -1,0 +1,93 @@
+/** The files of a checkpoint: one, or several under an index that names the file of each tensor. */
+import { readFileSync, statSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { Trouble } from "../../schemas/trouble.ts";
+import { openSafetensors, type Safetensors } from "./safetensors.ts";
+
+/** Which open file holds each tensor. */
+export type Tensors = { readonly where: ReadonlyMap<string, Safetensors>; readonly close: () => void };
+
+const INDEX = "model.safetensors.index.json";
+
+/** Throws a Trouble where `path` is no checkpoint. Reads headers alone. */
+export function openTensors(path: string): Tensors {
+  const inside = (name: string): string => join(path, name);
+  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) {
+    const file = [INDEX, "model.safetensors"].map(inside).find((name) => statSync(name, { throwIfNoEntry: false }) !== undefined);
+    if (file === undefined)
+      throw new Trouble(`${path}: holds neither ${INDEX} nor model.safetensors`, "name the folder or the file of a safetensors checkpoint");
+    return openTensors(file);
+  }
+  if (path.endsWith(".json")) return openIndex(path);
+  const one = openSafetensors(path);
+  return { where: new Map(one.names.map((name) => [name, one])), close: one.close };
+}
+
+function openIndex(path: string): Tensors {
+  const shards = new Map<string, Safetensors>();
+  const close = () => {
+    for (const shard of shards.values()) shard.close();
+  };
+  try {
+    const where = new Map<string, Safetensors>();
+    for (const [tensor, file] of weightMap(path)) {
+      if (!shards.has(file)) shards.set(file, openSafetensors(join(dirname(path), file)));
+      const shard = shards.get(file)!;
+      shard.info(tensor);
+      where.set(tensor, shard);
+    }
+    return { where, close };
+  } catch (error) {
+    close();
+    throw error;
+  }
+}
+
+function weightMap(path: string): readonly (readonly [string, string])[] {
+  let index: unknown;
+  try {
+    index = JSON.parse(readFileSync(path, "utf8"));
+  } catch (error) {
+    throw new Trouble(
+      `${path}: cannot be read as a checkpoint index (${error instanceof SyntaxError ? "not JSON" : (error as NodeJS.ErrnoException).code})`,
+      "name a checkpoint",
+    );
+  }
+  const map = (index as { weight_map?: unknown } | null)?.weight_map;
+  if (typeof map !== "object" || map === null)
+    throw new Trouble(`${path}: has no weight_map, which names the file of each tensor`, "download it again");
+  const entries = Object.entries(map);
+  for (const [tensor, file] of entries) {
+    // shards lie beside their index; a path that leaves the folder is not followed
+    if (typeof file !== "string" || !/^[^/\\]+\.safetensors$/.test(file)) {
+      throw new Trouble(
+        `${path}: tensor ${tensor} is said to be in ${JSON.stringify(file)}, which is no safetensors file beside it`,
+        "download it again",
+      );
+    }
+  }
+  return entries;
+}
+
+/** Throws a Trouble where the tensors are those of a model under names that begin otherwise than a causal language model's. */
+export function expectPrefix(file: string, { where }: Tensors): void {
+  const names = [...where.keys()];
+  if (names.some((name) => name === "embed" || name === "model.embed_tokens.weight")) return;
+  const first = names.flatMap(
+    (name) => /^((?!.*layers\.).*?)embed_tokens\.weight$|^(.*?)layers\.0\.input_layernorm\.weight$/.exec(name) ?? [],
+  );
+  const prefix = first[1] ?? first[2];
+  if (prefix === undefined || prefix === "model.") return;
+  if (prefix === "")
+    throw new Trouble(
+      `${file}: its tensors are named without the prefix model.: it holds a base model, saved without the head of a language model`,
+      "save it with AutoModelForCausalLM: its names begin with model., and lm_head.weight is among them where embeddings are not tied",
+    );
+  const multimodal = prefix.includes("language_model.");
+  throw new Trouble(
+    `${file}: its tensors are named ${prefix}… instead of model.…${multimodal ? ": it holds a multimodal model, of which that is the language model" : ""}`,
+    multimodal
+      ? "save the language model by itself (AutoModelForCausalLM), or rename its tensors and leave the others out"
+      : `rename its tensors from ${prefix}… to model.…`,
+  );
+}

@@ -1,0 +1,307 @@
+/**
+ * Safetensors files: 8 bytes of header length, a JSON header, the bytes of all tensors one after another.
+ * Opening reads and checks the header alone: after it every tensor is known to lie whole in the file. Writing leaves all or nothing.
+ * A file of a snapshot has the SHA-256 of each tensor in its header's metadata: reading a tensor checks it, without a second pass over
+ * the file, and the SHA-256 of the header stands for the whole file.
+ */
+import { createHash } from "node:crypto";
+import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
+import { elementsOf } from "../../schemas/sharding.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { unwritten } from "../../schemas/writing.ts";
+import { openInput } from "../data/inputFile.ts";
+
+/** What is known of a tensor before it is read; `start` counts from the beginning of the file. */
+type TensorInfo = {
+  readonly dtype: Dtype;
+  readonly shape: readonly number[];
+  readonly start: number;
+  readonly bytes: number;
+};
+
+type Metadata = Readonly<Record<string, string>>;
+
+export type Safetensors = {
+  readonly path: string;
+  readonly names: readonly string[];
+  readonly metadata: Metadata;
+  /** SHA-256 of the header, hexadecimal. */
+  readonly headerDigest: string;
+  readonly info: (name: string) => TensorInfo;
+  readonly read: (name: string) => Float32Array;
+  readonly readInts: (name: string) => Int32Array;
+  readonly close: () => void;
+};
+
+export type Entry = { readonly name: string; readonly dtype: "F32"; readonly shape: readonly number[]; readonly data: Float32Array };
+/** An entry whose values are asked for when it is its turn. */
+export type LateEntry = Omit<Entry, "data"> & { readonly data: () => Promise<Float32Array> };
+
+// The format's own bound: it keeps a flipped bit in the length from becoming an allocation.
+const MAX_HEADER = 100_000_000;
+
+/** Throws a Trouble where the file is none, and so do `info` and `read` where a tensor is missing or its digest differs. */
+export function openSafetensors(path: string): Safetensors {
+  const file = openInput(path, "the safetensors file", "a relative path starts at the working directory");
+  const { tensors, metadata, headerDigest } = closedOnTrouble(file.close, () => {
+    const length = headerLength(path, file.bytes, (into) => file.read(into, 0));
+    const header = new Uint8Array(length);
+    file.read(header, 8);
+    return { ...readHeader(path, header, 8 + length, file.bytes), headerDigest: sha256(header) };
+  });
+  const info = (name: string): TensorInfo => {
+    const found = tensors.get(name);
+    if (found === undefined) throw new Trouble(`${path}: has no tensor ${name}`, `it holds ${some([...tensors.keys()])}`);
+    return found;
+  };
+  const load = (name: string): ArrayBuffer => {
+    const { start, bytes } = info(name);
+    const buffer = new ArrayBuffer(bytes);
+    const view = new Uint8Array(buffer);
+    file.read(view, start);
+    const digest = metadata[digestKey(name)];
+    if (digest !== undefined && digest !== sha256(view))
+      throw new Trouble(`${path}: the SHA-256 of tensor ${name} differs from the one it was saved with: the file is damaged`, REMAKE);
+    return buffer;
+  };
+  return {
+    path,
+    names: [...tensors.keys()],
+    metadata,
+    headerDigest,
+    info,
+    read: (name) => dtypes[info(name).dtype].floats(load(name)),
+    readInts: (name) => {
+      const { dtype } = info(name);
+      const ints = (dtypes[dtype] as Decoder).ints;
+      if (ints === undefined) throw new Trouble(`${path}: tensor ${name} holds ${dtype}, not integers`, "store it as I32 or I64");
+      const values = ints(load(name));
+      return Int32Array.from({ length: values.length }, (_, i) => {
+        const value = Number(values[i]);
+        if (value !== (value | 0))
+          throw new Trouble(`${path}: tensor ${name} holds ${values[i]}, which 32 bits do not`, "store smaller integers");
+        return value;
+      });
+    },
+    close: file.close,
+  };
+}
+
+/** Older versions of transformers refuse a file whose metadata has no `format`, the framework that saved it. */
+const PYTORCH = { format: "pt" };
+
+/** Writes beside `path` and renames: a reader sees the old file or the whole new one. Throws a Trouble where the disk refuses. */
+export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
+  const all = [...entries];
+  for (const { name, shape, data } of all) expectLength(name, shape, data);
+  const beside = besideOf(path);
+  try {
+    const fd = openSync(beside, "w");
+    try {
+      writeAll(fd, headerOf(all, PYTORCH));
+      for (const { data } of all) writeAll(fd, bytesOf(data));
+      fsyncSync(fd);
+    } finally {
+      closeSync(fd);
+    }
+    renameSync(beside, path);
+  } catch (error) {
+    rmSync(beside, { force: true });
+    throw unwritten(path, error);
+  }
+}
+
+/**
+ * The same where values come one tensor after the other, so that only one of them is in memory. The metadata gets the SHA-256 of each
+ * tensor, too: the header is written with zeros in their place first, and again once all are known.
+ */
+export async function streamSafetensors(path: string, entries: readonly LateEntry[], metadata: Metadata): Promise<void> {
+  const beside = besideOf(path);
+  const digests = new Map(entries.map(({ name }) => [digestKey(name), "0".repeat(64)]));
+  const header = () => headerOf(entries, { ...metadata, ...Object.fromEntries(digests) });
+  try {
+    const fd = openSync(beside, "w");
+    try {
+      writeAll(fd, header());
+      for (const { name, shape, data } of entries) {
+        const values = await data();
+        expectLength(name, shape, values);
+        writeAll(fd, bytesOf(values));
+        digests.set(digestKey(name), sha256(bytesOf(values)));
+      }
+      writeAll(fd, header(), 0);
+      fsyncSync(fd);
+    } finally {
+      closeSync(fd);
+    }
+    renameSync(beside, path);
+  } catch (error) {
+    rmSync(beside, { force: true });
+    throw unwritten(path, error);
+  }
+}
+
+/** The metadata key of a tensor's SHA-256. */
+const digestKey = (tensor: string): string => `sha256/${tensor}`;
+const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
+const besideOf = (path: string): string => `${path}.${process.pid}.part`;
+const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+
+function expectLength(name: string, shape: readonly number[], data: Float32Array): void {
+  if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
+}
+
+function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
+  const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
+  let at = 0;
+  for (const { name, dtype, shape } of entries) {
+    if (name in header) throw new Error(`${name} is written twice`);
+    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes[dtype].bytes)] };
+  }
+  const text = Buffer.from(JSON.stringify(header));
+  // Spaces to the next multiple of 8: the data then lies aligned for whoever maps the file.
+  const padded = Buffer.concat([Buffer.alloc(8), text, Buffer.alloc(-text.length & 7, " ")]);
+  padded.writeBigUInt64LE(BigInt(padded.length - 8));
+  return padded;
+}
+
+/** `at`: the byte of the file to start at; undefined: after what was written last. */
+function writeAll(fd: number, bytes: Uint8Array, at?: number): void {
+  for (let done = 0; done < bytes.length; )
+    done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), at === undefined ? null : at + done);
+}
+
+type Decoder = {
+  readonly bytes: number;
+  readonly floats: (buffer: ArrayBuffer) => Float32Array;
+  readonly ints?: (buffer: ArrayBuffer) => ArrayLike<number> | ArrayLike<bigint>;
+};
+
+// Multi-byte values are little-endian in the format, as on every machine Node runs a GPU on.
+const dtypes = {
+  F64: { bytes: 8, floats: (b) => Float32Array.from(new Float64Array(b)) },
+  F32: { bytes: 4, floats: (b) => new Float32Array(b) },
+  F16: { bytes: 2, floats: (b) => Float32Array.from(new Uint16Array(b), half) },
+  BF16: { bytes: 2, floats: bfloat },
+  I64: { bytes: 8, floats: (b) => Float32Array.from(Array.from(new BigInt64Array(b), Number)), ints: (b) => new BigInt64Array(b) },
+  I32: { bytes: 4, floats: (b) => Float32Array.from(new Int32Array(b)), ints: (b) => new Int32Array(b) },
+  U8: { bytes: 1, floats: (b) => Float32Array.from(new Uint8Array(b)), ints: (b) => new Uint8Array(b) },
+} as const satisfies Record<string, Decoder>;
+type Dtype = keyof typeof dtypes;
+
+/** A bfloat16 is the upper half of a float32. */
+function bfloat(buffer: ArrayBuffer): Float32Array {
+  const halves = new Uint16Array(buffer);
+  const words = new Uint32Array(halves.length);
+  for (let i = 0; i < halves.length; i++) words[i] = halves[i]! << 16;
+  return new Float32Array(words.buffer);
+}
+
+function half(bits: number): number {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  if (exponent === 31) return fraction === 0 ? sign * Number.POSITIVE_INFINITY : Number.NaN;
+  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+}
+
+const REMAKE = "download or save it again";
+
+function headerLength(path: string, fileBytes: number, readFirst: (into: Uint8Array) => void): number {
+  if (fileBytes < 8)
+    throw new Trouble(
+      `${path}: ${fileBytes} bytes is too short for a safetensors file, which starts with 8 bytes of header length`,
+      REMAKE,
+    );
+  const first = Buffer.alloc(8);
+  readFirst(first);
+  const length = first.readBigUInt64LE();
+  if (length > MAX_HEADER)
+    throw new Trouble(
+      `${path}: claims a header of ${length} bytes, over the format's 100 MB: not a safetensors file`,
+      "name a safetensors file",
+    );
+  if (8n + length > BigInt(fileBytes))
+    throw new Trouble(`${path}: the header should end at byte ${8n + length}, the file ends at ${fileBytes}: it was cut`, REMAKE);
+  return Number(length);
+}
+
+interface Header {
+  readonly tensors: ReadonlyMap<string, TensorInfo>;
+  readonly metadata: Metadata;
+}
+function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileBytes: number): Header {
+  const header = parse(path, bytes);
+  const tensors = new Map<string, TensorInfo>();
+  for (const [name, entry] of Object.entries(header)) {
+    if (name !== "__metadata__") tensors.set(name, readEntry(`${path}: tensor ${name}`, entry, dataStart, fileBytes));
+  }
+  // Tensors lie one after another, and the last one ends the file: so no two share bytes, and a cut anywhere shows.
+  let end = dataStart;
+  let before = "the header";
+  for (const [name, { start, bytes: size }] of [...tensors].sort(([, a], [, b]) => a.start - b.start || a.bytes - b.bytes)) {
+    if (start !== end) {
+      const how = start < end ? `overlaps ${before} by ${end - start} bytes` : `leaves ${start - end} unused bytes after ${before}`;
+      throw new Trouble(`${path}: tensor ${name} ${how}`, REMAKE);
+    }
+    end = start + size;
+    before = name;
+  }
+  if (end !== fileBytes) throw new Trouble(`${path}: the tensors end at byte ${end}, the file at ${fileBytes}`, REMAKE);
+  return { tensors, metadata: metadataOf(header) };
+}
+
+/** Some files have null here, and values that are no strings, which the format forbids. */
+function metadataOf(header: object): Metadata {
+  const { __metadata__: given } = header as Record<string, unknown>;
+  const texts = isObject(given) ? Object.entries(given).filter(([, value]) => typeof value === "string") : [];
+  return Object.fromEntries(texts);
+}
+
+function parse(path: string, bytes: Uint8Array): object {
+  let header: unknown;
+  try {
+    header = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  } catch {
+    throw new Trouble(`${path}: the header is not JSON: not a safetensors file, or a damaged one`, REMAKE);
+  }
+  if (!isObject(header)) throw new Trouble(`${path}: the header is not a JSON object`, REMAKE);
+  return header;
+}
+
+function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: number): TensorInfo {
+  if (!isObject(entry)) throw new Trouble(`${at} is described by something that is not an object`, REMAKE);
+  const { dtype, shape, data_offsets: offsets } = entry as Record<string, unknown>;
+  if (typeof dtype !== "string" || !Object.hasOwn(dtypes, dtype)) {
+    throw new Trouble(
+      `${at} has dtype ${JSON.stringify(dtype)}, which is not read here`,
+      `convert it to one of ${Object.keys(dtypes).join(", ")}`,
+    );
+  }
+  if (!isCounts(shape)) throw new Trouble(`${at} has no valid shape: ${JSON.stringify(shape)}`, REMAKE);
+  if (!isCounts(offsets) || offsets.length !== 2 || offsets[0]! > offsets[1]!) {
+    throw new Trouble(`${at} has no valid data_offsets: ${JSON.stringify(offsets)}`, REMAKE);
+  }
+  const [from, to] = offsets as [number, number];
+  const bytes = elementsOf(shape) * dtypes[dtype as Dtype].bytes;
+  if (to - from !== bytes) throw new Trouble(`${at} has ${to - from} bytes; ${dtype} ${list(shape)} takes ${bytes}`, REMAKE);
+  if (dataStart + to > fileBytes)
+    throw new Trouble(`${at} should end at byte ${dataStart + to}, the file ends at ${fileBytes}: it was cut`, REMAKE);
+  return { dtype: dtype as Dtype, shape, start: dataStart + from, bytes };
+}
+
+const isObject = (value: unknown): value is object => typeof value === "object" && value !== null && !Array.isArray(value);
+const isCounts = (value: unknown): value is number[] => Array.isArray(value) && value.every((n) => Number.isSafeInteger(n) && n >= 0);
+const list = (shape: readonly number[]): string => `[${shape.join(", ")}]`;
+const some = (names: readonly string[]): string =>
+  names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
+
+function closedOnTrouble<T>(close: () => void, body: () => T): T {
+  try {
+    return body();
+  } catch (error) {
+    close();
+    throw error;
+  }
+}

@@ -1,0 +1,49 @@
+/**
+ * Comm in one process: ranks are coroutines that meet at collectives. Buffers are contiguous blocks; sums run in the order of
+ * the group's members, so the same plan gives the same bits.
+ */
+import type { How, Plan } from "../../schemas/plan.ts";
+import type { Comm, HostData, OpenBackend } from "../backend.ts";
+import { meetHere, ranksOf } from "../inProcessComm.ts";
+
+export function loopback(plan: Plan, backends: readonly OpenBackend[]): Comm {
+  const ranks = ranksOf(plan);
+  const { bufferOf } = ranks;
+  return meetHere<HostData>(plan, ranks, {
+    perform(group, i, slot) {
+      const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), slot));
+      const made = group.map((_, member) => collective[i.how](held, member));
+      // written last: source and destination may be the same bytes
+      for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), slot, made[member]!);
+    },
+    post: (rank, b, slot) => backends[rank]!.peek(b, slot).slice(),
+    take: (rank, b, slot, letter) => backends[rank]!.write(b, slot, letter),
+  });
+}
+
+/** What a member gets, from what all members hold. */
+const collective: Readonly<Record<How, (held: readonly HostData[], member: number) => HostData>> = {
+  all_gather: (held) => blocks(held),
+  all_to_all: (held, member) => blocks(held.map((h) => blockOf(h, member, held.length))),
+  reduce_scatter: (held, member) =>
+    held.map((h) => blockOf(h, member, held.length)).reduce(sum, new Float32Array(held[0]!.length / held.length)),
+  all_reduce: (held) => held.reduce(sum, new Float32Array(held[0]!.length)),
+  shift: (held, member) => held[(member + held.length - 1) % held.length]!.slice(),
+  all_reduce_max: (held) => held.reduce<HostData>((out, x) => out.map((y, i) => Math.max(y, x[i]!)), held[0]!.slice()),
+};
+const blockOf = (x: HostData, block: number, of: number): HostData => x.subarray((block * x.length) / of, ((block + 1) * x.length) / of);
+
+function blocks(all: readonly HostData[]): HostData {
+  const length = all.reduce((n, x) => n + x.length, 0);
+  const out = all[0] instanceof Int32Array ? new Int32Array(length) : new Float32Array(length);
+  let at = 0;
+  for (const x of all) {
+    out.set(x, at);
+    at += x.length;
+  }
+  return out;
+}
+function sum(out: HostData, x: HostData): HostData {
+  for (let i = 0; i < out.length; i++) out[i]! += x[i]!;
+  return out;
+}

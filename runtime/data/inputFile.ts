@@ -1,0 +1,58 @@
+/** An input file, open for reading at any place. What can be wrong with a path is a Trouble that names it. */
+import { closeSync, existsSync, fstatSync, openSync, readSync } from "node:fs";
+import { Trouble } from "../../schemas/trouble.ts";
+
+export type InputFile = {
+  readonly path: string;
+  readonly bytes: number;
+  /** Fills `into` with the bytes that start at `at`. */
+  readonly read: (into: Uint8Array, at: number) => void;
+  readonly close: () => void;
+};
+
+/** Whether there is a file or a directory of this name. */
+export const isThere = (path: string): boolean => existsSync(path);
+
+/** `what` is what the person thinks of it as: "the checkpoint", "the corpus"; `place` says where a path starts. */
+export function openInput(path: string, what: string, place: string): InputFile {
+  const fd = attempt(path, what, () => openSync(path, "r"), place);
+  const stat = fstatSync(fd);
+  if (!stat.isFile()) {
+    closeSync(fd);
+    const found = stat.isDirectory() ? "a directory" : "not a regular file";
+    throw new Trouble(`${path}: ${what} is ${found}`, "name a file");
+  }
+  return {
+    path,
+    bytes: stat.size,
+    read: (into, at) => {
+      let done = 0;
+      while (done < into.length) {
+        // 1 GiB at a time: one call reads less than 2 GiB
+        const length = Math.min(into.length - done, 2 ** 30);
+        const got = attempt(path, what, () => readSync(fd, into, done, length, at + done));
+        if (got === 0)
+          throw new Trouble(`${path}: ${what} ends at byte ${at + done}; it was cut while it was read`, "read it once nobody writes it");
+        done += got;
+      }
+    },
+    close: () => closeSync(fd),
+  };
+}
+
+const waysOut: Readonly<Record<string, readonly [string, string]>> = {
+  ENOENT: ["does not exist", "check the path"],
+  ENOTDIR: ["does not exist", "a part of the path is a file, not a directory"],
+  EACCES: ["may not be read", "give yourself the right to read it"],
+  EISDIR: ["is a directory", "name a file"],
+};
+
+function attempt<T>(path: string, what: string, io: () => T, place?: string): T {
+  try {
+    return io();
+  } catch (error) {
+    const code = (error as NodeJS.ErrnoException).code ?? String(error);
+    const [found, fix] = waysOut[code] ?? [`cannot be read (${code})`, "check the path and the disk"];
+    throw new Trouble(`${path}: ${what} ${found}`, place && code === "ENOENT" ? `${fix}; ${place}` : fix);
+  }
+}

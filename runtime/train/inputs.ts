@@ -1,0 +1,151 @@
+/**
+ * Batches of a corpus: ids [rows, seq], their labels, and what else a plan is fed of them. A batch is a function of how many
+ * sequences were read before it, and of its size. Where the corpus lies, on a disk or in memory, does not matter.
+ */
+import type { Job } from "../../schemas/job.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { keyOf, philox } from "../../src/ops/philox.ts";
+import type { HostData } from "../backend.ts";
+import { readIndex } from "../data/megatronIndex.ts";
+import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "../data/tokens.ts";
+import { ahead, countOf, type Weighting, weightsOf } from "./tokenWeights.ts";
+
+/** Labels are the ids to predict; without them, each token itself. `index`: the index of a Megatron data set, if `ids` has one. */
+export interface Corpus {
+  readonly ids: Text;
+  readonly index?: Text | undefined;
+  readonly labels?: Text | undefined;
+}
+export interface Reading extends Written {
+  readonly seq: number;
+  readonly batch: number;
+  readonly order: "sequential" | "shuffled";
+  readonly seed: number;
+  /** Whether a plan takes weights of tokens; where the labels are not given after all, every token is learnt. */
+  readonly weighed: boolean;
+  readonly weighting: Weighting;
+  /** How many tokens after the next are predicted, too. */
+  readonly depths: number;
+}
+/**
+ * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and `aux_weight`, the weight of
+ * balancing and z losses, are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
+ * `weights_k`. The weights of a batch that is smaller than the whole one are smaller by as much, as the losses of a plan are that
+ * has none.
+ */
+export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Array; readonly labels: Int32Array };
+/** The next `rows` sequences after the first `first` of a run. */
+export type BatchOf = (first: number, rows: number) => Batch;
+
+/** Throws a Trouble if the corpus is too short, or of another format than `reading` says. */
+export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
+  const { seq, vocab } = reading;
+  const tokens = idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
+  check(tokens, reading);
+  const marks = corpus.labels && labelsOf(corpus.labels, tokens, vocab);
+  const startOf = orders[reading.order](tokens.count, reading);
+  return (first, rows) => {
+    const ids = new Int32Array(rows * seq);
+    const labels = new Int32Array(rows * seq);
+    const window = new Int32Array(seq + 1);
+    for (let row = 0; row < rows; row++) {
+      const start = startOf(first, row);
+      tokens.read(window, start);
+      ids.set(window.subarray(0, seq), row * seq);
+      if (!marks) labels.set(window.subarray(1), row * seq);
+      // a label stands at the token that it is about: a token is to be followed by the label of the next
+      else marks.read(labels.subarray(row * seq, (row + 1) * seq), start + 1);
+    }
+    const share = rows / reading.batch;
+    return { ids, labels, ...weightsIn(labels, reading, share), ...further(ids, labels, reading, share) };
+  };
+}
+
+/**
+ * `aux_weight`: where all tokens of a step count alike, Megatron Core adds up balancing losses each times the tokens it is
+ * about, learnt from or not, and divides all by the labels there are. A step without labels has no weight: its balancing losses
+ * would be the whole gradient.
+ */
+function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: number): Readonly<Record<string, HostData>> {
+  if (!weighed) return {};
+  const learnt = countOf(labels);
+  const each = weighting.by === "token" ? labels.length / Math.max(1, learnt) : 1;
+  return { weights: weightsOf(labels, weighting, share), aux_weight: Float32Array.of(learnt > 0 ? each : 0) };
+}
+
+/**
+ * The depths together count as one loss. With `token`, all labels of a depth count alike; Megatron Core averages a depth over each
+ * microbatch and then over these by their labels for the loss itself, which is the same where nothing is ignored.
+ */
+function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: number): Readonly<Record<string, HostData>> {
+  const { seq, depths, weighting } = reading;
+  const inputs: Record<string, HostData> = {};
+  for (let k = 1; k <= depths; k++) {
+    const own = ahead(labels, seq, k, IGNORED);
+    Object.assign(inputs, { [`ids_${k}`]: ahead(ids, seq, k, 0), [`labels_${k}`]: own });
+    inputs[`weights_${k}`] = weightsOf(own, weighting, share / depths);
+  }
+  return inputs;
+}
+
+/** Where in the corpus a row starts of the step before which so many sequences were read. */
+type Order = (count: number, reading: Reading) => (first: number, row: number) => number;
+
+const orders: Readonly<Record<Reading["order"], Order>> = {
+  sequential:
+    (count, { seq, batch }) =>
+    (first, row) =>
+      ((first * seq) % (count - batch * (seq + 1) - 1)) + row * seq,
+  // Windows of seq tokens, end to end; each pass over the corpus visits all of them in an order of its own.
+  shuffled: (count, { seq, seed }) => {
+    const windows = Math.floor((count - 1) / seq);
+    let epoch = -1;
+    let order = new Uint32Array();
+    return (first, row) => {
+      const sample = first + row;
+      const wanted = Math.floor(sample / windows);
+      if (wanted !== epoch) order = permutation(windows, seed, (epoch = wanted));
+      return order[sample % windows]! * seq;
+    };
+  },
+};
+
+/** Fisher-Yates; the draw for place i is a pure function of seed, epoch and i. */
+function permutation(length: number, seed: number, epoch: number): Uint32Array<ArrayBuffer> {
+  const [k0, k1] = keyOf(seed, "data.order");
+  const words = new Uint32Array(4);
+  const order = Uint32Array.from({ length }, (_, i) => i);
+  for (let i = length - 1; i > 0; i--) {
+    philox(words, i, 0, epoch, 0, k0, k1);
+    // 53 random bits in [0, 1): no place is favoured by more than i / 2^53
+    const uniform = (words[0]! * 2 ** 21 + (words[1]! >>> 11)) * 2 ** -53;
+    const j = Math.floor(uniform * (i + 1));
+    [order[i], order[j]] = [order[j]!, order[i]!];
+  }
+  return order;
+}
+
+function check(tokens: Tokens, { seq, batch }: Reading): void {
+  // One token more than the sequential rule reads: its modulus must be at least 1
+  const needed = batch * (seq + 1) + 2;
+  if (tokens.count >= needed) return;
+  throw new Trouble(
+    `${tokens.path}: the corpus has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} takes at least ${needed}`,
+    "use a longer corpus, or lower train.global_batch or model.seq",
+  );
+}
+
+/** How a job weighs the losses of a step's tokens. */
+export const weightingOf = ({ train, model }: Pick<Job, "train" | "model">): Weighting => ({
+  by: train.loss_weighting,
+  together: train.micro_batch * model.seq,
+});
+
+/** How a job reads its corpus. */
+export const readingOf = ({ train, model, data }: Job): Reading => ({
+  ...{ seq: model.seq, batch: train.global_batch, vocab: model.vocab, seed: train.seed },
+  ...{ format: data.format, dtype: data.dtype, order: data.order },
+  weighed: data.labels !== null,
+  weighting: weightingOf({ train, model }),
+  depths: model.mtp?.layers ?? 0,
+});

@@ -1,0 +1,77 @@
+/** The numbers of a step, as the device has collected them: read once, after the step. */
+
+import type { Buffer, Plan } from "../../schemas/plan.ts";
+import { rankAt } from "../../schemas/sharding.ts";
+import type { Fleet, HostData } from "../backend.ts";
+
+/** Sums over the stages by name; those that no stage has are missing. */
+export interface StepNumbers {
+  readonly loss: number;
+  /** Balancing losses, and apart from them the z loss. */
+  readonly aux_loss?: number;
+  readonly z_loss?: number;
+  readonly mtp_loss?: number;
+  /** Rows beyond a capacity, of all layers. */
+  readonly dropped_rows?: number;
+  readonly grad_norm: number;
+  /** Tokens of the expert that most tokens chose, over the mean of its layer: of the layer where that is largest. */
+  readonly expert_load?: number;
+}
+
+const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows"] as const;
+
+/** Reads the metrics of the stages whose first rank is in this process, and adds those of the others. */
+export async function readNumbers(
+  { programs, mesh }: Plan,
+  { ranks, backend, combine = async (values) => [...values] }: Pick<Fleet, "ranks" | "backend" | "combine">,
+  bufferOf: (rank: number, id: string) => Buffer,
+): Promise<StepNumbers> {
+  const sums = summed.map(() => 0);
+  let norm = 0;
+  const loads = programs.map(() => 0);
+  for (const { stage, metrics } of programs) {
+    const rank = rankAt(mesh, stage, 0);
+    if (!ranks.includes(rank)) continue;
+    const read = (name: string): Promise<HostData[]> =>
+      Promise.all((metrics[name] ?? []).map((id) => backend(rank).read(bufferOf(rank, id), 0)));
+    for (const [i, name] of summed.entries()) for (const [value] of await read(name)) sums[i]! += value!;
+    // the gradient norm is the same on all
+    if (stage === 0) norm = (await read("grad_norm"))[0]![0]!;
+    const counts = await read("expert_loads");
+    if (counts.length > 0) loads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
+  }
+  const all = await combine([...sums, norm, ...loads]);
+  const has = (name: string): boolean => programs.some(({ metrics }) => name in metrics);
+  return {
+    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[i]!]] : []))),
+    loss: all[0]!,
+    grad_norm: all[summed.length]!,
+    ...(has("expert_loads") && { expert_load: Math.max(...all.slice(summed.length + 1)) }),
+  };
+}
+
+/** Over the rows (layers) of counts that are added up, of so many experts each: the largest count over the mean; 0 where nothing is counted. */
+function largestLoad(parts: readonly HostData[], experts: number): number {
+  let largest = 0;
+  for (let row = 0; row < parts[0]!.length; row += experts) {
+    const counts = Array.from({ length: experts }, (_, e) => parts.reduce((sum, part) => sum + part[row + e]!, 0));
+    const total = counts.reduce((a, b) => a + b, 0);
+    if (total > 0) largest = Math.max(largest, (Math.max(...counts) * experts) / total);
+  }
+  return largest;
+}
+
+/** What a step reports. `upscale`: a whole batch over that of the step; `aux`: the weight of balancing and z losses; `loss`, `mtp`: as `meanOverLearnt`. */
+export function reported(
+  { loss, mtp_loss, aux_loss = 0, z_loss, ...counts }: StepNumbers,
+  by: { readonly upscale: number; readonly aux: number; readonly loss: number; readonly mtp: number },
+) {
+  const added = by.upscale * by.aux;
+  return {
+    loss: loss * by.upscale * by.loss,
+    ...(mtp_loss !== undefined && { mtp_loss: mtp_loss * by.upscale * by.mtp }),
+    aux_loss: (aux_loss + (z_loss ?? 0)) * added,
+    ...(z_loss !== undefined && { z_loss: z_loss * added }),
+    ...counts,
+  };
+}

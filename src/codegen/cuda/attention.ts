@@ -1,0 +1,194 @@
+/**
+ * Causal attention and its gradient, on all keys or a piece of them. In 16-bit floats, heads by 16 up to 192 wide, with values by 16 up to 128,
+ * run on the tensor cores with asynchronous copies; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
+ * inputs give equal bits.
+ */
+
+import type { Launch } from "../../../schemas/plan.ts";
+import { render } from "../../../templates/bindings.ts";
+import { type AttentionSizes, attentionSizes, isMoved } from "../attentionSizes.ts";
+import type { Made, Use } from "../kernelSpec.ts";
+import type { Arch } from "../targetNames.ts";
+import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
+import { orderOf } from "./attentionOrder.ts";
+import { beginnings, randomText, scales, sightText } from "./attentionText.ts";
+import { cudaType } from "./elementwise.ts";
+import { type Half, halves, isHalf, source } from "./prelude.ts";
+
+export const attention = {
+  attention: forward,
+  attention_grad: backward,
+  attention_part: forward,
+  attention_part_grad: backward,
+  attention_dropout: forward,
+  attention_dropout_grad: backward,
+  attention_dropout_part: forward,
+  attention_dropout_part_grad: backward,
+};
+
+function forward(use: Use, arch: Arch): Made {
+  const half = use.dtype.q!;
+  if (!isHalf(half) || !fitsTensorCores(use)) return forwardPlain(use);
+  const d = attentionSizes(use);
+  // Hopper's own kernels drop nothing
+  return (arch === "sm_90a" && !d.drops ? forwardHopper(use, d, half) : undefined) ?? forwardTiles(use, d, half, arch) ?? forwardPlain(use);
+}
+function backward(use: Use, arch: Arch): Made {
+  const half = use.dtype.q!;
+  return (isHalf(half) && fitsTensorCores(use) ? gradTiles(use, attentionSizes(use), half, arch) : undefined) ?? gradPlain(use);
+}
+/** Their tiles take rows of queries that lie side by side. */
+function fitsTensorCores(use: Use): boolean {
+  const d = attentionSizes(use);
+  return d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
+}
+/** Of numbers of keys the first whose rows lie side by side in any piece. */
+const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
+  isMoved(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
+const ceil = (n: number, by: number) => Math.ceil(n / by);
+
+/** What both kernels on the tensor cores begin with. */
+const tilesText = (d: AttentionSizes, half: Half, threads: number): string =>
+  render("cuda/attention_tiles.cuh", { ...d, ...scales(d), ...halves[half], threads, sight: sightText(d), random: randomText(d) });
+
+/** Bytes of shared memory that a multiprocessor has, each block's own KiB left out, and that one block may have. */
+const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80" ? { all: 164, most: 163 } : { all: 228, most: 227 });
+
+/**
+ * 32 query rows in a warp, so that what is read of K and V serves as many; two stages of K and V. 255 registers let 8 warps share a
+ * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
+ * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one, and for sm_90a where weights are dropped.
+ */
+function forwardTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
+  const { B, S, G, M, C, W } = d;
+  const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
+  if (!keys) return undefined;
+  const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
+  const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
+  const threads = 256 / resident;
+  const { args, ...texts } = beginnings(d);
+  const tiles = tilesText(d, half, threads);
+  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts, ...halves[half] });
+  const launch: Launch = {
+    entry: use.name,
+    grid: [B * G * M * ceil(S, threads), 1, 1],
+    threads,
+    shared: shared(threads),
+    args: ["q", "k", "v", "o", "lse", ...args],
+  };
+  return { source: source(use, body), launches: [launch] };
+}
+
+/** Multiprocessors of the largest part sold. It decides an order of work, nothing else. */
+const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
+
+/**
+ * Five products, the query gradients added up in f32 by one key block after the other. A launch of its own for them would repeat
+ * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
+ * 128 a cycle and computes one in 1.5: by these counts 1.4 times the time.
+ */
+function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
+  const { B, S, U, G, M, C, W, part } = d;
+  const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
+  const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
+  const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
+  // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
+  const fits = (keys: number) => keys === 64 || (C + W <= (d.drops ? 192 : 256) && padded(keys) <= sharedOf(arch).most * 1024);
+  const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
+  if (!keys) return undefined;
+  const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
+  const order = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch] });
+  const lanes = 2 ** Math.ceil(Math.log2(W / 8));
+  const name = use.name;
+  const { args, ...texts } = beginnings(d);
+  const tiles = tilesText(d, half, threads);
+  const orderText = render("cuda/attention_order.cuh", {
+    ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...halves[half] },
+    ...{ wave: order.wave, alternating: order.alternating ? "true" : "false" },
+  });
+  const common = { name, tiles, order: orderText, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
+  const main = hopper
+    ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
+    : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
+  const tilesOfQueries = B * H * queryBlocks;
+  const [sums, lse2, delta, counters, scratch] = offsets([
+    4 * tilesOfQueries * rows * C,
+    4 * tilesOfQueries * rows,
+    4 * tilesOfQueries * rows,
+    4 * tilesOfQueries + 4,
+  ]);
+  const at = (offset: number) => `scratch+${offset}`;
+  const launches: Launch[] = [
+    {
+      entry: `${use.name}_rows`,
+      grid: [ceil(tilesOfQueries * rows * lanes, threads), 1, 1],
+      threads,
+      shared: 0,
+      args: ["o", "lse", "dy", at(lse2!), at(delta!), at(counters!)],
+    },
+    {
+      entry: use.name,
+      grid: [B * G * ceil(keyBlocks, order.wave) * order.wave, 1, 1],
+      threads: main.threads,
+      shared: main.shared,
+      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", ...args],
+    },
+    {
+      entry: `${use.name}_queries`,
+      grid: [tilesOfQueries, 1, 1],
+      threads,
+      shared: rows * (C + 8) * 2,
+      args: [at(sums!), "dq", ...(part ? args : [])],
+    },
+  ];
+  return { source: source(use, main.body), launches, scratch: scratch! };
+}
+
+/** Where parts of these many bytes begin, one after the other on multiples of 256; last, where the next would. */
+function offsets(bytes: readonly number[]): number[] {
+  const at = [0];
+  for (const n of bytes) at.push(at.at(-1)! + ceil(n, 256) * 256);
+  return at;
+}
+
+/** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */
+function plain(use: Use, columns: number) {
+  const d = attentionSizes(use);
+  const slices = ceil(columns, 128);
+  const type = cudaType(use.dtype.q!);
+  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: sightText(d), random: randomText(d) });
+  return { d, common, threads: 256, tile: 64, slices, ...beginnings(d) };
+}
+
+function forwardPlain(use: Use): Made {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(use, use.d.W!);
+  const body = render("cuda/attention_plain.cu", { name: use.name, common, ...texts });
+  const grid: Launch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
+  return {
+    source: source(use, body),
+    launches: [{ entry: use.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", ...args] }],
+  };
+}
+
+function gradPlain(use: Use): Made {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(use, Math.max(use.d.C!, use.d.W!));
+  const { B, S, U, G, M, C } = d;
+  const body = render("cuda/attention_plain_grad.cu", { name: use.name, common, ...texts });
+  const reads = ["q", "k", "v", "dy", "lse", "scratch+0"];
+  const launch = (entry: string, blocks: number, args: string[]): Launch => ({
+    entry: `${use.name}_${entry}`,
+    grid: [blocks, 1, 1],
+    threads,
+    shared: 0,
+    args,
+  });
+  return {
+    source: source(use, body),
+    launches: [
+      launch("rows", ceil(B * S * G * M, threads / 32), ["o", "dy", "scratch+0"]),
+      launch("keys", slices * B * G * ceil(U, tile), [...reads, "dk", "dv", ...args]),
+      launch("queries", ceil(C, 128) * B * G * M * ceil(S, tile), [...reads, "dq", ...args]),
+    ],
+    scratch: 4 * B * S * G * M,
+  };
+}

@@ -1,0 +1,112 @@
+/**
+ * The order in which thread blocks take blocks of keys in the gradient of attention, chosen by a simulation of the launch: causal blocks are of
+ * unequal length, and one that adds to the gradients of queries waits for those before it. The result depends on the sizes alone; every
+ * order leaves the same sums up to rounding.
+ */
+import { positionOf } from "../../ops/positions.ts";
+import type { AttentionSizes } from "../attentionSizes.ts";
+
+/** Key blocks side by side in a wave; whether every second wave runs from its first block to its last (templates/cuda/attention_order.cuh). */
+export interface Order {
+  readonly wave: number;
+  readonly alternating: boolean;
+}
+
+/** Rows of queries and keys of a step, and the multiprocessors, each with one thread block. */
+export interface Tiling {
+  readonly rows: number;
+  readonly keys: number;
+  readonly multiprocessors: number;
+}
+
+/** In steps: from one block's addition to the next one's, and what a block does before its first step and after its last. */
+const [HANDOVER, OUTSIDE] = [0.3, 1];
+/**
+ * What a step is longer, on average, because the first block of a wave finds queries and their sums in memory, no longer in the cache. Fitted to an
+ * H200: heads of 192 without sharing take 1.5 times as long in waves of one, 1.05 in waves of two, the same from four on.
+ */
+const fetching = (wave: number): number => 0.4 / wave ** 2 + 0.2 / wave;
+/** Of longer launches the sequences and key heads left out change little. */
+const MOST_STEPS = 2 ** 22;
+
+/** The shortest of the orders: blocks of each key head from the last to the first, or alternating, in waves about as wide as the device. */
+export function orderOf(d: AttentionSizes, tiling: Tiling): Order {
+  const { multiprocessors, keys } = tiling;
+  const groups = d.B * d.G;
+  const keyBlocks = Math.ceil(d.U / keys);
+  const wave = (n: number) => Math.min(keyBlocks, Math.max(1, Math.floor(n)));
+  const candidates: readonly Order[] = [
+    { wave: wave(multiprocessors / groups), alternating: true },
+    ...[Math.ceil(multiprocessors / groups), 4, 8, 16, 32].map((n) => ({ wave: wave(n), alternating: false })),
+  ];
+  const first = firstQueryBlocks(d, tiling);
+  const times = candidates.map((order) => stepsOf(order, d, first, tiling));
+  return candidates[times.indexOf(Math.min(...times))] ?? { wave: 1, alternating: false };
+}
+
+/** Of each key block the first block of queries that sees it, where the piece of the queries is the last of an unbroken sequence, or the first rank's. */
+function firstQueryBlocks({ S, U, chunk, ranks, part }: AttentionSizes, { rows, keys }: Tiling): Int32Array {
+  const positions = (count: number, start: number) =>
+    Int32Array.from({ length: count }, (_, i) => positionOf(start + i, chunk, ranks)).sort();
+  const queries = positions(S, chunk > 0 || part ? 0 : Math.max(0, U - S));
+  const keyPositions = positions(U, 0);
+  let seer = 0;
+  return Int32Array.from({ length: Math.ceil(U / keys) }, (_, block) => {
+    while (seer < S && (queries[seer] ?? 0) < (keyPositions[block * keys] ?? 0)) seer++;
+    return seer < S ? Math.floor(seer / rows) : Math.ceil(S / rows);
+  });
+}
+
+/** How many steps a launch takes, from its first block's begin to its last one's end. */
+export function stepsOf({ wave, alternating }: Order, { B, G, M, S }: AttentionSizes, first: Int32Array, tiling: Tiling): number {
+  const queryBlocks = Math.ceil(S / tiling.rows);
+  const [groups, waves] = [B * G, Math.ceil(first.length / wave)];
+  const heads = Math.max(1, Math.min(M, Math.floor(MOST_STEPS / (groups * first.length * queryBlocks))));
+  const added = new Float64Array(groups * heads * queryBlocks).fill(Number.NEGATIVE_INFINITY);
+  const length = 1 + fetching(wave);
+  const free = new Earliest(tiling.multiprocessors);
+  let end = 0;
+  for (let ticket = 0; ticket < waves * groups * wave; ticket++) {
+    const rest = ticket % (groups * wave);
+    const [place, group] = alternating ? [Math.floor(rest / groups), rest % groups] : [rest % wave, Math.floor(rest / wave)];
+    const turn = Math.floor(ticket / (groups * wave));
+    const block = turn * wave + (alternating && turn % 2 ? place : wave - 1 - place);
+    const begin = first[block];
+    if (begin === undefined) continue;
+    let now = free.time() + OUTSIDE / 2;
+    for (let head = group * heads; head < group * heads + heads; head++)
+      for (let at = head * queryBlocks + begin; at < (head + 1) * queryBlocks; at++) {
+        now = Math.max(now + length, (added[at] ?? 0) + HANDOVER);
+        added[at] = now;
+      }
+    now += OUTSIDE / 2;
+    free.take(now);
+    end = Math.max(end, now);
+  }
+  return end;
+}
+
+/** The times at which multiprocessors are free: a heap, the earliest first. */
+class Earliest {
+  readonly #times: Float64Array;
+  constructor(count: number) {
+    this.#times = new Float64Array(count);
+  }
+  time(): number {
+    return this.#times[0] ?? 0;
+  }
+  /** The earliest is free again at this time. */
+  take(time: number): void {
+    const times = this.#times;
+    let at = 0;
+    for (;;) {
+      const left = 2 * at + 1;
+      const child = left + 1 < times.length && (times[left + 1] ?? 0) < (times[left] ?? 0) ? left + 1 : left;
+      const least = times[child];
+      if (least === undefined || least >= time) break;
+      times[at] = least;
+      at = child;
+    }
+    times[at] = time;
+  }
+}

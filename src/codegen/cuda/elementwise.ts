@@ -1,0 +1,215 @@
+/** Kernels whose every output element comes from the inputs' at the same place, and from what is one per row or one alone. */
+
+import type { Dtype } from "../../../schemas/plan.ts";
+import { bytesOf } from "../../../schemas/sharding.ts";
+import { render } from "../../../templates/bindings.ts";
+import { dropsOf, told } from "../../ops/dropout.ts";
+import { type CudaMaker, type Made, positionText, type Use } from "../kernelSpec.ts";
+import type { Arch } from "../targetNames.ts";
+import { source } from "./prelude.ts";
+
+/** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
+export interface Formula {
+  /** Inputs with as many elements as the outputs. */
+  readonly streams: readonly string[];
+  /** One value for all. */
+  readonly scalars?: readonly string[];
+  /** Inputs that `row` or `element` index themselves. */
+  readonly indexed?: readonly string[];
+  /** Elements that share what `row` reads; a vector lies within one. */
+  readonly width?: number;
+  /** Outputs of one number a row, that `row` writes itself where a row begins. */
+  readonly numbers?: readonly string[];
+  /** How a vector that is no stream's comes to `nameIn[k]`, by input; `at` counts the outputs' vectors. */
+  readonly gathers?: Readonly<Record<string, string>>;
+  readonly once?: readonly string[];
+  readonly row?: readonly string[];
+  readonly element?: readonly string[];
+  readonly outputs: Readonly<Record<string, string>>;
+  /** What stands before the kernel. */
+  readonly functions?: readonly string[];
+  /** Attributes that it is told at launch, as u32. */
+  readonly attrs?: readonly string[];
+}
+
+type Sizes = Readonly<Record<string, number>>;
+const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> = {
+  add: () => ({ streams: ["a", "b"], outputs: { y: "a + b" } }),
+  accumulate: () => ({ streams: ["x", "y"], outputs: { y: "y + x" } }),
+  add_bias: ({ N }) => ({
+    ...{ streams: ["x"], width: N! },
+    gathers: { bias: `biasIn[k] = biasIn[k].load(biasAt + int(at % (${N} / N)) * N);` },
+    outputs: { y: "x + bias" },
+  }),
+  cast: () => ({ streams: ["x"], outputs: { y: "x" } }),
+  swiglu: () => ({ streams: ["gate", "up"], outputs: { y: "gate * sigmoid(gate) * up" } }),
+  swiglu_grad: () => ({
+    streams: ["gate", "up", "dy"],
+    element: ["const float s = sigmoid(gate);"],
+    outputs: { dgate: "dy * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * gate * s" },
+  }),
+  swiglu_rows: ({ F }) => ({
+    ...{ streams: ["gate", "up"], indexed: ["p"], width: F! },
+    row: ["const float p = widen(pAt[row]);"],
+    outputs: { y: "gate * sigmoid(gate) * up * p" },
+  }),
+  gated: ({ C }) => ({
+    ...{ streams: ["x"], indexed: ["gate"], width: C! },
+    row: ["const float share = sigmoid(widen(gateAt[row]));"],
+    outputs: { y: "x * share" },
+  }),
+  sigmoid: () => ({ streams: ["x"], outputs: { y: "sigmoid(x)" } }),
+  sigmoid_grad: () => ({ streams: ["y", "dy"], outputs: { dx: "dy * y * (1.0f - y)" } }),
+  sqrt_softplus: () => ({ streams: ["x"], outputs: { y: "sqrtf(fmaxf(x, 0.0f) + log1pf(fastExp(-fabsf(x))))" } }),
+  sqrt_softplus_grad: () => ({ streams: ["x", "y", "dy"], outputs: { dx: "y > 0.0f ? dy * sigmoid(x) / (2.0f * y) : 0.0f" } }),
+  nll: () => ({ streams: ["m", "s", "p"], outputs: { l: "logf(s) + m - p" } }),
+  nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
+  mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
+  weighted_sum_grad: () => ({ streams: ["weight"], scalars: ["dy"], outputs: { dl: "weight * dy" } }),
+  sum_exp_grad: ({ V }) => ({
+    ...{ streams: ["x"], indexed: ["m", "dy"], width: V! },
+    row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],
+    outputs: { dx: "dy * fastExp(x - m)" },
+  }),
+  embed: ({ V, D }, start) => ({
+    ...{ streams: [], indexed: ["ids"], width: D! },
+    gathers: {
+      table: [
+        `const int id = idsAt[at / (${D} / N)] - ${start};`,
+        "tableIn[k] = {};",
+        `if (id >= 0 && id < ${V}) tableIn[k] = tableIn[k].load(tableAt + i64(id) * ${D} + at % (${D} / N) * N);`,
+      ].join(" "),
+    },
+    outputs: { x: "table" },
+  }),
+  pick_grad: ({ V }, start) => ({
+    ...{ streams: [], indexed: ["target", "dy"], width: V! },
+    row: [
+      "const float dy = widen(dyAt[row]);",
+      // an id of another piece is below 0 or beyond V: it meets no place
+      `const int here = targetAt[row] - ${start} - int(at % (${V} / N)) * N;`,
+    ],
+    outputs: { dx: "j == here ? dy : 0.0f" },
+  }),
+  aux_loss_grad: ({ P, S, E, c }) => ({
+    ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
+    row: [`const float* n = nAt + i64(row / ${P! * S!}) * ${E} + int(at % (${E} / N)) * N;`],
+    outputs: { dp: `${f32(c!)} * dy * n[j]` },
+  }),
+  global_aux_loss_grad: ({ E, c }) => ({
+    ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
+    row: [`const float* n = nAt + int(at % (${E} / N)) * N;`],
+    outputs: { dp: `${f32(c!)} * dy * n[j]` },
+  }),
+  dropout(d, start) {
+    const { threshold, factor } = dropsOf(d.drop!);
+    return atRandom(d, start, `word < ${threshold}u ? 0.0f : x * ${f32(factor)}`);
+  },
+  jitter: (d, start) => atRandom(d, start, `x * (1.0f + ${f32(d.eps!)} * (float(word >> 8) * 0x1p-23f - 1.0f))`),
+  // a piece that a query sees nothing of has −∞, and no difference of two is taken
+  attention_merge: ({ W }) => ({
+    ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
+    row: [
+      "const float la = laAt[row], lb = lbAt[row], most = fmaxf(la, lb), from = most == Max::none ? 0.0f : most;",
+      "const float wa = fastExp(la - from), wb = fastExp(lb - from), sum = wa + wb, by = sum > 0.0f ? 1.0f / sum : 0.0f;",
+      `if (at % (${W} / N) == 0) lseAt[row] = from + logf(sum);`,
+    ],
+    outputs: { o: "(wa * a + wb * b) * by" },
+  }),
+};
+/** Ops that need to know where a dim begins here. */
+const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V", dropout: "S", jitter: "S" };
+
+/** Of each element of `x`, a word of its own: `word` (src/ops/dropout.ts). */
+function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): Formula {
+  return {
+    ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: told, functions: [render("cuda/philox.cuh", {})] },
+    row: [
+      `const u32 c = u32(at % (${D} / N)) * N, index = u32(${start}) + u32(row % ${S}), position = ${positionText("index", chunk!, ranks!)};`,
+      `const u32 sequence = u32(sampleAt[row / ${S}]);`,
+      "uint4 words[(N + 3) / 4];",
+      "for (int n = 0; n < (N + 3) / 4; n++) words[n] = philox(uint4{sequence, position, c / 4 + n, 0}, key0, key1);",
+    ],
+    element: ["const u32 word = wordOf(words[j / 4], (c + j) % 4);"],
+    outputs: { y },
+  };
+}
+
+export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
+  Object.entries(formulas).map(([op, formula]) => [
+    op,
+    (use: Use, arch: Arch) => makeElementwise(use, arch, formula(use.d, "start"), starts[op]),
+  ]),
+);
+
+const THREADS = 256;
+/** Multiprocessors: enough blocks for each are better than more vectors per thread. */
+export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
+
+export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string): Made {
+  const names = Object.keys(f.outputs);
+  const numbers = f.numbers ?? [];
+  const total = use.size[names[0]!]!;
+  const row = f.width ?? (use.bound > 0 ? total / use.bound : total);
+  const loaded = [...f.streams, ...Object.keys(f.gathers ?? {})];
+  const types = [...loaded, ...names].map((name) => use.dtype[name]!);
+  const width = vectorOf(row, types);
+  // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
+  const inFlight = loaded.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
+  let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
+  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
+  const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
+  const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
+  const vectors = total / width;
+  const body = render("cuda/elementwise.cu", {
+    ...{ name: use.name, width, unroll, threads: THREADS },
+    index: vectors + THREADS * unroll < 2 ** 31 ? "u32" : "u64",
+    end: use.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
+    params: [
+      ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* __restrict__ ${name}At`),
+      ...[...names, ...numbers].map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
+      ...(use.bound > 0 ? ["const int* rows"] : []),
+      ...(start ? ["int start"] : []),
+      ...(f.attrs ?? []).map((name) => `u32 ${name}`),
+    ].join(", "),
+    scalars: f.scalars ?? [],
+    once: f.once ?? [],
+    row: f.width && f.row ? [`const Index row = at / (${row} / N);`, ...f.row] : [],
+    element: f.element ?? [],
+    inputs: loaded.map((name) => ({
+      name,
+      type: cudaType(use.dtype[name]!),
+      load: f.gathers?.[name] ?? `${name}In[k] = ${name}In[k].load(${name}At + i64(at) * N);`,
+    })),
+    outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
+  });
+  return {
+    source: source(use, [...(f.functions ?? []), body].join("\n")),
+    launches: [
+      {
+        entry: use.name,
+        grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
+        ...{ threads: THREADS, shared: 0 },
+        args: [
+          ...[...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : [])],
+          ...[...(start ? [`start(${start})`] : []), ...(f.attrs ?? []).map((name) => `attr(${name})`)],
+        ],
+      },
+    ],
+  };
+}
+
+/** Elements that are moved at once: 16 bytes of the narrowest type where the row's length allows it. */
+export function vectorOf(row: number, types: readonly Dtype[]): number {
+  let width = 16 / Math.min(...types.map((t) => bytesOf[t]));
+  while (row % width !== 0) width /= 2;
+  return width;
+}
+
+export const cudaType = (t: Dtype): string => (t === "f32" ? "float" : t === "i32" ? "int" : t);
+
+/** A number as an f32 literal. */
+export function f32(x: number): string {
+  const text = String(Math.fround(x));
+  return /[.e]/.test(text) ? `${text}f` : `${text}.0f`;
+}

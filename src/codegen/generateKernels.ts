@@ -1,0 +1,101 @@
+/**
+ * kernels: which specialised kernels a program needs: an op, its local sizes, attributes and types; and their sources for a
+ * target. Equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and has no sources.
+ */
+
+import type { Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
+import { microbatchesIn } from "../../schemas/program.ts";
+import { elementsOf, parts } from "../../schemas/sharding.ts";
+import { ops } from "../ops/index.ts";
+import type { Mesh } from "../passes/mesh.ts";
+import { canonical, sha256 } from "../plan/seal.ts";
+import type { Use } from "./kernelSpec.ts";
+import type { Target } from "./targets.ts";
+
+export interface Kernels {
+  /** The programs, with a kernel named by every compute instruction. */
+  readonly programs: Program[];
+  readonly kernels: Kernel[];
+  /** By file name, what lies beside the plan in kernels/. */
+  readonly sources: ReadonlyMap<string, string>;
+}
+
+export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Target): Kernels {
+  const kernels = new Map<string, Kernel>();
+  const sources = new Map<string, string>();
+  const named = programs.map((p): Program => {
+    const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+    const microbatches = microbatchesIn(p);
+    const name = (i: Compute, uses: number): Compute => {
+      const use = useOf(i, mesh, buffers);
+      const known = kernels.get(use.name);
+      const kernel = known ?? kernelOf(use, target, sources);
+      kernels.set(use.name, { ...kernel, uses: kernel.uses + uses });
+      return { ...i, kernel: use.name };
+    };
+    const block = (instructions: readonly Instruction[], times: number) =>
+      instructions.map((i) => (i.kind === "compute" ? name(i, times) : i));
+    const chunks = p.chunks.map((c) => ({
+      ...c,
+      forward: block(c.forward, microbatches),
+      backward: block(c.backward, microbatches),
+      weights: block(c.weights, microbatches),
+    }));
+    return { ...p, chunks, step: block(p.step, 1) };
+  });
+  return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
+}
+
+/** What a kernel depends on: nothing that differs from rank to rank, or from layer to layer. */
+function useOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): Use {
+  const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
+  const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
+  const ragged = operands.find(([, b]) => b.ragged)?.[1];
+  const { told = [] } = ops[i.op]!;
+  const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !told.includes(name)));
+  const use = {
+    op: i.op,
+    d: { ...attrs, ...Object.fromEntries(local.map(([dim, [size, cut]]) => [dim, size / parts(mesh, cut)])) },
+    size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
+    dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
+    keeps: new Set(i.keeps ?? []),
+    bound: ragged ? ragged.shape[0]! : 0,
+    makesRows: i.rows !== undefined,
+    mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
+  };
+  return { ...use, name: nameOf(use) };
+}
+
+/** Names of uses met before: a layer's are those of the one above. */
+const names = new Map<string, string>();
+function nameOf(use: Omit<Use, "name">): string {
+  const text = JSON.stringify({ ...use, keeps: [...use.keeps] });
+  let name = names.get(text);
+  if (!name) names.set(text, (name = `${use.op}_${sha256(canonical({ ...use, keeps: [...use.keeps].sort() })).slice(0, 8)}`));
+  return name;
+}
+
+function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kernel {
+  const made = target.make(use);
+  const file = `${use.name}.${target.suffix}`;
+  if (made) sources.set(file, made.source);
+  return {
+    id: use.name,
+    op: use.op,
+    dtypes: Object.values(use.dtype).join("."),
+    dims: use.d,
+    ...(use.keeps.size ? { keeps: [...use.keeps] } : {}),
+    uses: 0,
+    ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
+    scratch: made?.scratch ?? 0,
+    launches: made ? [...made.launches] : [],
+  };
+}
+
+export const printKernels = (kernels: readonly Kernel[]): string =>
+  kernels
+    .map((k) => {
+      const dims = Object.entries(k.dims).map(([d, n]) => `${d}=${n}`);
+      return `${String(k.uses).padStart(8)} x ${[k.id, k.dtypes, ...dims].join(" ")}\n`;
+    })
+    .join("");

@@ -1,0 +1,73 @@
+/**
+ * makers: what the kernels of a plan are made with. The tables of kernels, and the templates that they fill, are loaded for the
+ * target alone that asks for them: a plan for the CPU needs none, and starts without.
+ */
+import type { Device } from "../../schemas/job.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { invariant } from "../ops/op.ts";
+import type { Made, Use } from "./kernelSpec.ts";
+import { archs, deviceTargets, profiles, targetNames } from "./targetNames.ts";
+
+export interface Target {
+  /** As a plan names it: `cpu`, `webgpu:baseline`, `cuda:sm_90a`. */
+  readonly name: string;
+  /** What the names of its sources end in. */
+  readonly suffix: string;
+  /** The source of one use of an op; undefined where the target runs the op's reference. */
+  make(use: Use): Made | undefined;
+}
+
+export const cpu: Target = { name: "cpu", suffix: "", make: () => undefined };
+
+/** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
+export async function loadTarget(text: string): Promise<Target> {
+  const [kind, detail] = text.split(":");
+  if (text === "cpu") return cpu;
+  if (kind === "webgpu") {
+    const profile = profiles.find((p) => p === (detail ?? "baseline"));
+    if (profile) {
+      const { wgslKernels } = await import("./wgsl/index.ts");
+      const make = (use: Use): Made => {
+        if (profile === "baseline" && Object.values(use.dtype).includes("f16"))
+          throw new Trouble(
+            "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
+            "write --target webgpu:f16, or train.precision: fp32",
+          );
+        return makerOf(wgslKernels, use)(use, profile);
+      };
+      return { name: `webgpu:${profile}`, suffix: "wgsl", make };
+    }
+  }
+  if (kind === "cuda") {
+    const arch = archs.find((a) => a === detail);
+    if (arch) {
+      const { cudaKernels } = await import("./cuda/index.ts");
+      return { name: text, suffix: "cu", make: (use) => makerOf(cudaKernels, use)(use, arch) };
+    }
+  }
+  throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
+}
+
+/** The target of each device. A kernel that a target cannot make has no scratch: to refuse it is for `compile`. */
+export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
+  const names = Object.entries(deviceTargets) as [Device, string][];
+  const loaded = new Map(await Promise.all(names.map(async ([device, name]) => [device, lenient(await loadTarget(name))] as const)));
+  return (device) => loaded.get(device) ?? cpu;
+}
+
+const lenient = (target: Target): Target => ({
+  ...target,
+  make: (use) => {
+    try {
+      return target.make(use);
+    } catch {
+      return undefined;
+    }
+  },
+});
+
+function makerOf<M>(table: Readonly<Record<string, M>>, { op }: Use): M {
+  const maker = table[op];
+  invariant(maker !== undefined, `no kernel for ${op}`);
+  return maker;
+}

@@ -1,0 +1,118 @@
+/** The step: the sum of squares of a gradient, what clipping leaves, and how weights move. */
+import type { Made, Use } from "../kernelSpec.ts";
+import { map } from "./elementwise.ts";
+import { scalarSum } from "./reduce.ts";
+import { float, horizontal, scalar, vector, widthOf } from "./text.ts";
+
+function sumSquares(use: Use): Made {
+  const width = widthOf(use.size.g!);
+  return scalarSum(use, {
+    buffers: [{ arg: "g", type: vector(scalar(use.dtype.g!), width) }],
+    count: use.size.g! / width,
+    lines: [`let v = ${vector("f32", width)}(g[i]);`, "let square = v * v;"],
+    term: horizontal("square", width),
+    factor: float(use.d.scale!),
+  });
+}
+
+const clipped = (norm: string, max: number): string => (max > 0 ? `min(1.0, ${float(max)} / (${norm} + 1e-6))` : "1.0");
+
+/** WGSL lets compilers take every float for a finite one: the bits say which is not, and it is passed on unchanged. */
+const isNonfinite = (x: string): string => `(bitcast<u32>(${x}) & 0x7f800000u) == 0x7f800000u`;
+
+function markNonfinite(use: Use): Made {
+  return map(use, { width: 1, reads: ["x", "y"], results: { y: `select(y, x, ${isNonfinite("x")})` } });
+}
+
+/** `by` is an expression: what the loss, and so the gradients, were multiplied by. */
+function clip(use: Use, by?: string): Made {
+  const divided = (value: string): string => (by ? `${value} / ${by}` : value);
+  return map(use, {
+    width: 1,
+    lines: [`let skipped = ${isNonfinite("sq")};`, `let all = ${divided("sqrt(sq)")};`],
+    results: { norm: "select(all, sq, skipped)", scale: `select(${divided(clipped("all", use.d.max!))}, 0.0, skipped)` },
+  });
+}
+
+/**
+ * 1 − e^z for z ≤ 0. beta^step = e^(step·ln beta), and 1 − beta^step near 0 would lose the digits it is divided by: there
+ * the series of expm1, whose first term left out is z^8/9! ≈ 1e-8 of it.
+ */
+const lacks = [
+  "fn lacks(z: f32) -> f32 {",
+  "  if (z < -0.5) {",
+  "    return 1.0 - exp(z);",
+  "  }",
+  `  return ${[8, 7, 6, 5, 4, 3, 2].reduce((inner, n) => `(1.0 + z / ${float(n)} * ${inner})`, "1.0")} * -z;`,
+  "}",
+].join("\n");
+
+/** An op's moves: the outputs' formulas, with `decay` an expression of the attribute or the operand. */
+interface Method {
+  readonly scalars: readonly string[];
+  readonly functions?: readonly string[];
+  readonly lines: readonly string[];
+  readonly results: Readonly<Record<string, string>>;
+}
+type Sizes = Use["d"];
+
+function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): Method {
+  return {
+    scalars: ["scale", "lr", "step"],
+    functions: [lacks],
+    lines: [
+      `let rate = lr / lacks(step * ${float(Math.log(beta1!))});`,
+      `let unbias = sqrt(lacks(step * ${float(Math.log(beta2!))}));`,
+      `let x = g * scale${decoupled ? "" : ` + ${decay} * w`};`,
+      `let mean = ${float(beta1!)} * m + ${float(1 - beta1!)} * x;`,
+      `let square = ${float(beta2!)} * v + ${float(1 - beta2!)} * x * x;`,
+    ],
+    results: {
+      w: `w${decoupled ? ` * (1.0 - lr * ${decay})` : ""} - rate * mean / (sqrt(square) / unbias + ${float(eps!)})`,
+      m: "mean",
+      v: "square",
+    },
+  };
+}
+const methods: Readonly<Record<string, (d: Sizes, decay: string) => Method>> = {
+  adamw: (d, decay) => adaptive(d, decay, true),
+  adam: (d, decay) => adaptive(d, decay, false),
+  sgd: (_, decay) => ({ scalars: ["scale", "lr"], lines: [], results: { w: `w - lr * (g * scale + ${decay} * w)` } }),
+  sgd_momentum: ({ momentum }, decay) => ({
+    scalars: ["scale", "lr"],
+    lines: [`let speed = ${float(momentum!)} * m + (g * scale + ${decay} * w);`],
+    results: { w: "w - lr * speed", m: "speed" },
+  }),
+};
+
+function moves(use: Use, { scalars, functions = [], lines, results }: Method): Made {
+  return map(use, {
+    width: widthOf(use.size.g!),
+    reads: ["g", ...scalars, ...Object.keys(results)],
+    // an operand of one element is no scalar for that
+    at: Object.fromEntries(scalars.map((name) => [name, use.size.g!])),
+    functions,
+    // a scale of 0 skips the step: values stay, whatever the gradients
+    lines: [...lines, "let stays = scale == 0.0;"],
+    results: Object.fromEntries(Object.entries(results).map(([name, value]) => [name, `select(${value}, ${name}, stays)`])),
+  });
+}
+
+export const optimizer = {
+  sum_squares: sumSquares,
+  mark_nonfinite: markNonfinite,
+  clip: (use: Use): Made => clip(use),
+  clip_scaled: (use: Use): Made => clip(use, "by"),
+  ...Object.fromEntries(
+    Object.entries(methods).flatMap(([name, of]): [string, (use: Use) => Made][] => [
+      [name, (use) => moves(use, of(use.d, float(use.d.decay!)))],
+      [
+        `${name}_scheduled`,
+        (use) => {
+          const method = of(use.d, "decay");
+          return moves(use, { ...method, scalars: [...method.scalars, "decay"] });
+        },
+      ],
+    ]),
+  ),
+};

@@ -1,0 +1,100 @@
+/**
+ * Sums without float atomics, the same bits every time: among the invocations of a workgroup, of a whole operand to one
+ * number, and down the columns of an operand.
+ */
+import { render } from "../../../templates/bindings.ts";
+import type { Made, Use } from "../kernelSpec.ts";
+import { type Binding, type Entry, fold, kernel, scratchBytes } from "./text.ts";
+
+export const THREADS = 256;
+
+/** Invocations of a row that join what the others hold. */
+const SOME = 16;
+
+/** The function `total(value, lane)`: over `lanes` invocations (a power of two), what all of them hold. `combine` joins `a` and `b`. */
+export const totalOver = (lanes: number, { type = "f32", combine = "a + b" } = {}): string =>
+  render("wgsl/total.wgsl", { lanes, threads: THREADS, type, combine, deep: lanes > SOME, some: Math.min(SOME, lanes) });
+
+/** Workgroups of a sum at most: as many as the second launch has invocations. */
+const SHARES = THREADS;
+
+export interface ScalarSum {
+  readonly buffers: readonly Binding[];
+  /** Terms to add up; `term` says the i-th, after `lines`. */
+  readonly count: number;
+  readonly term: string;
+  readonly lines?: readonly string[];
+  readonly functions?: readonly string[];
+  readonly factor: string;
+}
+
+/** y (+)= factor · the sum of the terms. */
+export function scalarSum(use: Use, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): Made {
+  const groups = Math.min(SHARES, Math.ceil(count / THREADS));
+  const shares = { arg: "scratch+0", type: "f32" };
+  const entries: Entry[] = [
+    { entry: `${use.name}_shares`, grid: [groups, 1, 1], threads: THREADS, buffers: [...buffers, { ...shares, name: "shares" }] },
+    {
+      entry: use.name,
+      grid: [1, 1, 1],
+      threads: THREADS,
+      buffers: [
+        { ...shares, name: "all_shares" },
+        { arg: "y", type: "f32" },
+      ],
+    },
+  ];
+  const text = render("wgsl/scalar.wgsl", {
+    ...{ op: use.op, entry: use.name, threads: THREADS, groups, count, stride: groups * THREADS },
+    ...{ functions: [...functions], lines: [...lines], term, factor, keeps: use.keeps.has("y") },
+  });
+  return kernel(use, entries, [totalOver(THREADS), text], scratchBytes(SHARES));
+}
+
+export interface ColumnSum {
+  readonly out: string;
+  readonly buffers: readonly Binding[];
+  readonly batches: number;
+  readonly rows: number;
+  readonly width: number;
+  /** The element of `row` and `column`, `at = row · width + column`. */
+  readonly term: string;
+  /** Words of scratch before those of the sum. */
+  readonly first: number;
+  /** The attribute that says which row of `out` takes the sums; the first if not said. */
+  readonly row?: string;
+}
+
+/** out[batch, column] (+)= the sum over rows of the term: entries, their text, and the words of scratch up to their end. */
+export function columnSum(
+  use: Use,
+  { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
+): { entries: Entry[]; text: string; words: number } {
+  // both launches walk about as far
+  const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
+  const depths = Math.ceil(rows / depth);
+  const parts = batches * depths * width;
+  const outputs = batches * width;
+  const [groups, outGroups] = [Math.ceil(parts / THREADS), Math.ceil(outputs / THREADS)];
+  const sums = { arg: "scratch+0", type: "f32" };
+  // one binding of scratch per launch: a term that reads it calls it sums too
+  const entries: Entry[] = [
+    { entry: `${use.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
+    {
+      entry: `${use.name}_columns`,
+      grid: outGroups,
+      threads: THREADS,
+      buffers: [
+        { ...sums, name: "all_sums" },
+        { arg: out, type: "f32" },
+      ],
+      ...(row !== undefined && { attrs: [row] }),
+    },
+  ];
+  const text = render("wgsl/columns.wgsl", {
+    at: row === undefined ? "i" : `start.attr.x * ${width}u + i`,
+    ...{ entry: use.name, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
+    ...{ index: fold(groups).index, outIndex: fold(outGroups).index, outputs, first, term, out, keeps: use.keeps.has(out) },
+  });
+  return { entries, text, words: first + parts };
+}

@@ -1,0 +1,145 @@
+/**
+ * What all WGSL sources share: how an entry's arguments are bound, how a grid is folded, and how a dtype is called. The
+ * text of the bindings and the launch that fills them come from one list, so they cannot disagree.
+ */
+import type { Dtype, Launch } from "../../../schemas/plan.ts";
+import { Trouble } from "../../../schemas/trouble.ts";
+import { invariant } from "../../ops/op.ts";
+import type { Made, Use } from "../kernelSpec.ts";
+
+/** A storage buffer of an entry: what the launch binds, the variable it is in the source, and the type of its elements. */
+export interface Binding {
+  /** As in `Launch.args`: an operand, `rows`, `needed`, `scratch+N`. */
+  readonly arg: string;
+  /** The variable; `arg` if not said. Entries of one source may share a variable only at the same place. */
+  readonly name?: string;
+  /** `f32`, `vec4<f16>`, `atomic<u32>`. */
+  readonly type: string;
+}
+
+export interface Entry {
+  readonly entry: string;
+  /** How many workgroups: a number is folded (see `fold`). */
+  readonly grid: number | readonly [number, number, number];
+  readonly threads: number;
+  readonly buffers: readonly Binding[];
+  /** Dims whose first global index it is told, in the components of the uniform `start` (or as `uniform` calls it): `start.x`, `start.y`, … */
+  readonly starts?: readonly string[];
+  /** Attributes it is told, in the components of `<uniform>.attr`, a vec4<u32>; starts are then in `<uniform>.start`. */
+  readonly attrs?: readonly string[];
+  readonly uniform?: string;
+}
+
+/** WebGPU's default limits, which the profile `baseline` keeps. */
+const MAX_GROUPS = 65535;
+const MAX_BUFFERS = 8;
+const MAX_THREADS = 256;
+
+/** The type of an element, as WGSL calls it. Throws a Trouble for bf16, which has no name there. */
+export function scalar(dtype: Dtype): "f32" | "f16" | "i32" {
+  if (dtype === "bf16")
+    throw new Trouble("the job trains in bf16, which WebGPU does not have", "write train.precision: fp32, or compile for cuda");
+  return dtype;
+}
+
+/** `f32`, or `vec4<f32>` where `width` is 4. */
+export const vector = (type: string, width: number): string => (width === 1 ? type : `vec${width}<${type}>`);
+
+/** The widest vector (1, 2 or 4 elements) that divides all of these. */
+export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as const).find((w) => sizes.every((n) => n % w === 0)) ?? 1;
+
+/** What a source with such operands begins with. */
+export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
+
+/** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
+export function kernel(use: Use, entries: readonly Entry[], texts: readonly string[], scratch = 0): Made {
+  const { bindings, launches } = bound(entries);
+  return { source: [`${header(use.dtype)}${bindings}\n`, ...texts].join("\n"), launches, scratch };
+}
+
+/**
+ * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
+ * `@builtin(workgroup_id) group`. Indices may go past `groups`: entries check.
+ */
+export function fold(groups: number): { readonly grid: [number, number, number]; readonly index: string } {
+  const high = Math.max(1, Math.ceil(groups / MAX_GROUPS));
+  const wide = Math.max(1, Math.ceil(groups / high));
+  return { grid: [wide, high, 1], index: high === 1 ? "group.x" : `(group.y * ${wide}u + group.x)` };
+}
+
+/**
+ * The declarations of all bindings of these entries, and their launches. Entries bind the same buffers in the same places
+ * where the limits allow, each also those that only others use: one bind group then serves all launches of a kernel, and
+ * setting another would cost the host about a third of a launch.
+ */
+export function bound(entries: readonly Entry[]): { readonly bindings: string; readonly launches: Launch[] } {
+  const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
+  // all are told the longest list of starts: a shorter one is where that begins, or its places would be others
+  const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
+  const within = (some: readonly string[] = [], every: readonly string[]) => some.every((name, i) => name === every[i]);
+  const agree = entries.every((e) => within(e.starts, starts) && within(e.attrs, attrs));
+  const together = agree && all.length <= MAX_BUFFERS && scratches(all) <= 1;
+  const lines = new Map<string, string>();
+  const declare = (name: string, line: string) => {
+    invariant((lines.get(name) ?? line) === line, `two bindings are called ${name}: ${line}`);
+    lines.set(name, line);
+  };
+  const launches = entries.map((e) => {
+    const own = e.buffers.map(({ arg }) => arg);
+    invariant(new Set(own).size === own.length, `${e.entry} binds a buffer twice: ${own}`);
+    const args = together ? all : own;
+    for (const { arg, name = arg, type } of e.buffers)
+      declare(name, `@group(0) @binding(${args.indexOf(arg)}) var<storage, read_write> ${name}: array<${type}>;`);
+    const { uniform = "start" } = e;
+    if (e.attrs?.length) declare("Told", "struct Told { start: vec4<i32>, attr: vec4<u32> }");
+    if (e.attrs?.length || e.starts?.length)
+      declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: ${e.attrs?.length ? "Told" : "vec4<i32>"};`);
+    return launch(e, args, together ? { starts, attrs } : { starts: e.starts ?? [], attrs: e.attrs ?? [] });
+  });
+  return { bindings: [...lines.values()].join("\n"), launches };
+}
+
+const longest = (lists: readonly (readonly string[])[]): readonly string[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
+
+/** Throws where it would break WebGPU's default limits. */
+function launch(
+  { entry, grid, threads }: Entry,
+  args: readonly string[],
+  { starts, attrs }: { readonly starts: readonly string[]; readonly attrs: readonly string[] },
+): Launch {
+  const size = typeof grid === "number" ? fold(grid).grid : grid;
+  invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
+  invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
+  // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids
+  invariant(scratches(args) <= 1, `${entry}: scratch is bound twice`);
+  return {
+    entry,
+    grid: [...size],
+    threads,
+    shared: 0,
+    args: [...args, ...starts.map((d) => `start(${d})`), ...attrs.map((a) => `attr(${a})`)],
+  };
+}
+const scratches = (args: readonly string[]): number => args.filter((arg) => arg.startsWith("scratch+")).length;
+
+/** A number as a WGSL literal of a float. */
+export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);
+
+/** The sum of a vector's elements. */
+export const horizontal = (name: string, width: number): string =>
+  width === 1
+    ? name
+    : `(${["x", "y", "z", "w"]
+        .slice(0, width)
+        .map((part) => `${name}.${part}`)
+        .join(" + ")})`;
+
+/** Invocations that share a row of so many vectors: a power of two, at most a workgroup. */
+export function lanesOf(vectors: number, threads = 256): number {
+  let lanes = 1;
+  while (lanes < threads && lanes < vectors) lanes *= 2;
+  return lanes;
+}
+
+/** Scratch, in whole steps of its alignment. */
+export const scratchBytes = (words: number): number => Math.ceil((4 * words) / 256) * 256;

@@ -1,0 +1,105 @@
+/** What an imported job assumes or leaves out, as lines above its text; and the device that it names. */
+import { type Device, devices, type Job } from "../../schemas/job.ts";
+import { parameterCount } from "../analysis/parameterCount.ts";
+import { countText } from "../units.ts";
+import type { Experts } from "./hfFamilies.ts";
+import { type Config, isRecord, shown } from "./hfReader.ts";
+
+type Model = Job["model"];
+
+/** bf16 parameters, f32 gradients, master weights and two moments. */
+export const bytesToTrain = (model: Model): number => 18 * parameterCount(model);
+
+/** The smallest GPU with twice this memory, since activations need room as well; else the largest. */
+export function roomiest(bytes: number): Device {
+  const gpus = Object.entries(devices).filter(([name]) => name !== "cpu");
+  const bySize = gpus.sort(([, a], [, b]) => a.memory - b.memory).map(([name, { memory }]) => ({ name: name as Device, memory }));
+  return (bySize.find(({ memory }) => memory > 2 * bytes) ?? bySize.at(-1)!).name;
+}
+
+export interface Imported {
+  /** How the family's experts differ; null if it has none. */
+  readonly experts: Experts | null;
+  /** The longest sequence that the config allows. */
+  readonly positions: number;
+  /** Tokens that a layer's attention covers; null: all. */
+  readonly window: unknown;
+}
+
+/** One line each, without the sign of a comment. */
+export function notesOf(config: Config, model: Model, { experts, positions, window }: Imported): readonly string[] {
+  return [
+    ...sequenceNotes(model, positions, window),
+    ...(model.moe && experts ? expertNotes(model.moe, experts) : []),
+    ...restNotes(config, model),
+  ];
+}
+
+function sequenceNotes(model: Model, positions: number, window: unknown): readonly string[] {
+  const notes: string[] = [];
+  if (model.seq < positions) notes.push(`model.seq: the model takes up to ${positions} tokens; training starts with ${model.seq}.`);
+  if (typeof window === "number" && window < positions)
+    notes.push(
+      `model.seq: keep it at ${window} or less. In this model a token attends to the last ${window} tokens (sliding_window); rankc has no window,`,
+      "and with longer sequences it trains another model.",
+    );
+  if (model.vocab !== 256)
+    notes.push(
+      `data: the text is read as bytes, of which a vocabulary of ${model.vocab} uses ${model.vocab < 256 ? "too few: ASCII at most" : "the first 256 ids"}.`,
+    );
+  return notes;
+}
+
+function expertNotes({ experts: count, router }: NonNullable<Model["moe"]>, { aux, exact }: Experts): readonly string[] {
+  const notes: string[] = [];
+  if (router.balance !== "none") {
+    notes.push(
+      ...(aux.perSequence === null
+        ? [
+            `model.moe.router.aux_coeff: taken from ${aux.key}; transformers counts over all layers and all k choices at once, here each layer is`,
+            "balanced by itself, as in Megatron Core: the same number weighs differently.",
+          ]
+        : [
+            `model.moe.router.balance: taken from ${aux.key} and ${aux.perSequence}, as in DeepSeek's own code; transformers has no such loss.`,
+          ]),
+    );
+  }
+  if (router.precision === "fp32" && !exact)
+    notes.push(
+      `model.moe.router.precision: logits of ${count} experts are often equal in bf16; transformers keeps them in the model's type.`,
+    );
+  if (router.expert_bias)
+    notes.push(
+      "model.moe.router.bias_rate: the config does not say how far the experts' biases move in a step; DeepSeek-V3 trained with 0.001.",
+    );
+  return notes;
+}
+
+function restNotes(config: Config, model: Model): readonly string[] {
+  const notes: string[] = [];
+  if (model.mtp)
+    notes.push("model.mtp.coeff: the config does not say how much further tokens weigh; DeepSeek-V3 trained with 0.3, then 0.1.");
+  else if (typeof config.num_nextn_predict_layers === "number" && config.num_nextn_predict_layers > 0) {
+    notes.push(
+      `model.layers: a checkpoint's further layers (${config.num_nextn_predict_layers}), which predict tokens after the next, are not read; --mtp takes them.`,
+    );
+  }
+  const bytes = bytesToTrain(model);
+  if (bytes > devices["b200-192gb"].memory)
+    notes.push(
+      `parallel: weights, gradients and optimizer take about ${countText(Math.round(bytes / 1e9))} GB: raise world and the degrees before a run.`,
+    );
+  const quantized = config.quantization_config;
+  if (quantized != null) {
+    const method = isRecord(quantized) ? quantized.quant_method : quantized;
+    notes.push(
+      `model: the checkpoint's weights are quantized (quantization_config, ${shown(method)}): convert them to 16 bits before --init-from reads them.`,
+    );
+  }
+  const dtype = config.dtype ?? config.torch_dtype;
+  if (dtype !== undefined) {
+    const named = typeof dtype === "string" && /^\w{1,40}$/.test(dtype) ? dtype : shown(dtype);
+    notes.push(`train.precision: the checkpoint is kept in ${named}; training here is bf16 with f32 master weights.`);
+  }
+  return notes;
+}

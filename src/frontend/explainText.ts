@@ -1,0 +1,24 @@
+/** The page of a code, from its template. */
+import leven from "leven";
+import { Trouble } from "../../schemas/trouble.ts";
+import { render } from "../../templates/bindings.ts";
+import { renderFindings } from "./diagnostic.ts";
+import { codes, type Explanation, explain } from "./explain.ts";
+
+export function explained(code: string): Explanation {
+  const wanted = code.toUpperCase();
+  const found = explain(wanted);
+  if (found) return found;
+  const near = codes.filter((known) => leven(known, wanted) <= 1).slice(0, 3);
+  throw new Trouble(
+    `no finding has the code ${code}`,
+    near.length > 0 ? `did you mean ${near.join(" or ")}?` : "rankc explain lists them all",
+  );
+}
+
+export function printExplanation({ code, level, title, why, bad, finding }: Explanation): string {
+  const lines = (text: string): string[] => text.trimEnd().split("\n");
+  return render("text/explain", { code, level, title, why, example: lines(bad), said: lines(renderFindings([finding], { color: false })) });
+}
+
+export const explainAll = (): Explanation[] => codes.map(explained);

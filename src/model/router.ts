@@ -1,0 +1,169 @@
+/** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
+import { balancesOf, evenBy, expertLayersOf, type Job } from "../../schemas/job.ts";
+import {
+  auxLoss,
+  biasUpdate,
+  expertLoads,
+  globalAuxLoss,
+  loads,
+  quantile,
+  quantileUpdate,
+  runningMean,
+  sinkhorn,
+  tally,
+} from "../ops/balance.ts";
+import { chooseEvenly, chooseTokens, drop, droppedRows } from "../ops/capacity.ts";
+import { jitter } from "../ops/dropout.ts";
+import { gemm } from "../ops/linear.ts";
+import type { Attrs, Value } from "../ops/op.ts";
+import { choose, chooseBiased, normalize, sigmoid, softmax, sqrtSoftplus, weigh, zLoss } from "../ops/router.ts";
+import { orderOf, type Part } from "./builder.ts";
+
+export type Moe = NonNullable<Job["model"]["moe"]>;
+export interface Routing {
+  /** c[B,S,E]: ones where a token has a row at an expert. */
+  readonly map: Value;
+  /** p[B,S,E]: what each of those counts for. */
+  readonly weights: Value;
+  /** Attributes of what makes rows: how many there may be. */
+  readonly rows: Attrs;
+}
+
+/** `h` normalised [B,S,D] → logits [B,S,E]. In f32 they are sums of the same products, which are exact there, left unrounded. */
+export function logitsOf({ at, weight, sample, random }: Part, h: Value, { router }: Moe): Value {
+  const eps = router.jitter;
+  const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
+  const logits = gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
+  if (router.precision === "fp32") logits.dtype = "f32";
+  return logits;
+}
+
+export function route(part: Part, moe: Moe, logits: Value): Routing {
+  const { router } = moe;
+  const at = (name: string) => part.at(`moe.${name}`);
+  const scores = scoresOf[router.score].of({ x: logits }, {}, at("scores"));
+  const chosen = choice(part, moe, logits, scores);
+  const weights = weigh.of({ p: scores, c: chosen.map }, { normalize: Number(router.normalize_top_k), scale: router.scaling }, at("weigh"));
+  const { map, rows } = withinCapacity(part, moe, { ...chosen, weights });
+  if (chosen.bias && router.expert_bias) chosen.bias.leaf!.counted = loads.of({ c: map }, {}, at("loads"));
+  balance(part, moe, { logits, scores, map: chosen.map });
+  observe(part, chosen.map, map);
+  return { map, weights, rows };
+}
+const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
+
+interface Choice {
+  readonly map: Value;
+  readonly rows: Attrs;
+  /** What the choice was biased by. */
+  readonly bias?: Value;
+}
+/** Rounds of Sinkhorn's method at most; some ten are usual. */
+const MOST_ROUNDS = 1000;
+
+/** Which experts each token goes to. */
+function choice(part: Part, moe: Moe, logits: Value, scores: Value): Choice {
+  const { top_k: k, experts: E, router } = moe;
+  const { train, model } = part.job;
+  const id = part.at("moe.choose");
+  const P = train.micro_batch;
+  const rows = { k };
+  if (router.force === "uniform")
+    return { map: chooseEvenly.of({ x: logits }, { k, S0: model.seq, E0: E, ...orderOf(part.job) }, id), rows };
+  if (router.type === "expert_choice") {
+    const quota = roomOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
+    const map = chooseTokens.of({ p: scores }, { P, capacity: quota }, id);
+    return { map, rows: { k: E, quota, sequences: P, positions: model.seq } };
+  }
+  const by = evenBy(router);
+  if (by === "sinkhorn") {
+    const even = sinkhorn.of({ x: logits }, { P, most: MOST_ROUNDS }, part.at("moe.sinkhorn"));
+    return { map: choose.of({ x: even }, { k }, id), rows };
+  }
+  if (by === "quantile") {
+    const bias = part.state("router_beta", "E", { name: "quantile", op: quantileUpdate, attrs: { ema: router.quantile_ema } });
+    bias.leaf!.counted = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, part.at("moe.quantile"));
+    return { map: chooseBiased.of({ x: logits, bias }, { k, sign: -1 }, id), rows };
+  }
+  const { groups, group_top_k, group_scores } = router;
+  const limits = { k, ...(groups > 1 ? { groups, group_top_k, group_scores } : {}) };
+  // normalised, a softmax over the chosen logits alone: the others play no part, and groups are worth what their logits are
+  const x = router.score === "softmax" && router.normalize_top_k ? logits : scores;
+  if (!router.expert_bias) return { map: choose.of({ x }, limits, id), rows };
+  const bias = part.state("router_bias", "E", { name: "expert_bias", op: biasUpdate, attrs: { rate: router.bias_rate } });
+  return { map: chooseBiased.of({ x, bias }, { ...limits, sign: 1 }, id), bias, rows };
+}
+
+/** How many of these tokens an expert has room for; no more than there are. */
+const roomOf = ({ top_k, experts }: Moe, tokens: number, factor: number): number =>
+  Math.min(tokens, Math.ceil(((tokens * top_k) / experts) * factor));
+
+/** What of the choice is left where experts have a capacity: of the tokens that one rank routes at once, after sequence and context are cut. */
+function withinCapacity({ job, at }: Part, moe: Moe, { map, rows, weights }: Choice & { weights: Value }): Pick<Routing, "map" | "rows"> {
+  const { capacity, router } = moe;
+  if (capacity === "dropless" || router.type === "expert_choice") return { map, rows };
+  const { parallel, model, train } = job;
+  const P = train.micro_batch;
+  const L = model.seq / (parallel.context * (parallel.sequence ? parallel.tensor : 1));
+  const room = roomOf(moe, P * L, capacity.factor);
+  if (room === P * L && !capacity.pad) return { map, rows };
+  const attrs = { P, L, capacity: room, position: Number(capacity.drop === "position"), pad: Number(capacity.pad) };
+  const quota = { quota: room, sequences: P, positions: L };
+  return { map: drop.of({ p: weights, c: map }, attrs, at("moe.drop")), rows: { k: capacity.pad ? moe.experts : moe.top_k, ...quota } };
+}
+
+interface Routed {
+  readonly logits: Value;
+  readonly scores: Value;
+  readonly map: Value;
+}
+/**
+ * Losses on Σ_e n_e · Σ_t p_te (Switch, GShard), averaged over what they are computed for: n counts plain choices, the k best
+ * scores with no bias, no groups, and before anything is dropped; p are the scores' shares.
+ */
+function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
+  const { train, parallel, model } = job;
+  const S = model.seq;
+  const weight = job.data.labels !== null ? { weight: "aux_weight" } : {};
+  const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
+  const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
+  if (weighed.length) {
+    const plain = router.groups === 1 && !router.expert_bias && router.force === "none";
+    const c = plain ? map : choose.of({ x: logits }, { k }, at("moe.plain_choose"));
+    const p = router.score === "softmax" ? scores : normalize.of({ p: scores }, {}, at("moe.shares"));
+    /** The loss of `tokens` tokens that are counted together, of which a step has `count`. */
+    const factor = (coeff: number, tokens: number, count: number): number => (coeff * E) / (k * tokens * tokens * count);
+    const per = (name: string, P: number, coeff: number): Value => {
+      const n = tally.of({ c }, { P }, at(`moe.${name}_tally`));
+      return auxLoss.of({ p, n }, { P, c: factor(coeff, P * S, train.global_batch / P) }, at(`moe.${name}`));
+    };
+    for (const { by, coeff } of weighed) {
+      if (by === "aux_loss") add(per(by, train.micro_batch, coeff));
+      if (by === "seq_aux_loss") add(per(by, 1, coeff));
+      if (by !== "global_aux_loss") continue;
+      // one loss for the microbatch of all data ranks; Megatron Core adds up over them what it divided by their tokens, and then averages
+      // over them, so that there the weight falls with their number
+      const sequences = train.micro_batch * parallel.data;
+      const n = loads.of({ c }, {}, at("moe.global_loads"));
+      const mean = runningMean.of({ n }, { choices: sequences * S * k }, at("moe.global_mean"));
+      const c2 = factor(coeff, sequences * S, train.global_batch / sequences);
+      add(globalAuxLoss.of({ p, n: mean }, { c: c2 }, at("moe.global_aux_loss")));
+    }
+  }
+  if (router.z_coeff > 0)
+    losses.push({
+      name: "z_loss",
+      ...weight,
+      value: zLoss.of({ x: logits }, { c: router.z_coeff / (train.global_batch * S) }, at("moe.z_loss")),
+    });
+}
+
+/** What a step reports of its routing: how many tokens chose each expert, and of a choice with a capacity the rows that are dropped. */
+function observe({ job, at, losses }: Part, chosen: Value, kept: Value): void {
+  const row = losses.filter(({ name }) => name === "expert_loads").length;
+  losses.push({
+    name: "expert_loads",
+    value: expertLoads.of({ c: chosen }, { T: expertLayersOf(job.model), row }, at("moe.expert_loads")),
+  });
+  if (kept !== chosen) losses.push({ name: "dropped_rows", value: droppedRows.of({ c: chosen, d: kept }, {}, at("moe.dropped_rows")) });
+}

@@ -1,0 +1,326 @@
+/**
+ * messages: moves between layouts → what goes over the wire. After this pass a move is one raw collective on contiguous
+ * buffers (runtime/backend.ts, `Comm`), and ops around it lay blocks out. A piece is a list of axes in memory: per slot of the
+ * tensor the digits of the mesh that do not cut it, then what is left. Rows travel in lists of a fixed capacity, each
+ * beside its index: how many there are is known on the device alone.
+ */
+
+import type { Buffer, Compute, Dtype, How, Instruction } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import { boundOfRows, bytesSent } from "../analysis/cost.ts";
+import { type AnyOp, invariant } from "../ops/op.ts";
+import { arrange, invertRows, mergeRows, splitRows, takeRows } from "../ops/transport.ts";
+import type { Draft, LayoutChange, Role } from "./programBuilder.ts";
+
+/** One axis of a piece in memory: a digit of the mesh (a factor) in a slot, what a slot has inside, or a list of rows. */
+interface Axis {
+  readonly key: string;
+  readonly size: number;
+  readonly factor?: number;
+}
+const digitOf = (f: number): string => `digit ${f}`;
+const inside = (slot: number): string => `slot ${slot}`;
+const ROWS = "rows";
+
+/** How the rows of one index come to be the rows of another. */
+interface Route {
+  /** The map of blocks by destination, [lists · cap], where rows are told apart by where they go. */
+  readonly split?: string;
+  /** The map of the rows received, where lists are put together. */
+  readonly merged?: string;
+}
+
+/** The blocks of a role with raw collectives; forward and backward by chunk. */
+export function toMessages(role: Role): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
+  const { mesh, buffers, blocks, job } = role;
+  const bound = job.model.moe?.rows_bound ?? "worst";
+  const routes = new Map<string, Route>();
+  /** Index buffers that some instruction has made: a row's place depends on the routing and the cut alone. */
+  const indexed = new Set<string>();
+  let out: Instruction[] = [];
+
+  /** Ops that share a routing share its index: the first makes it. */
+  function onceIndexed(i: Compute): Compute {
+    if (!i.rows) return i;
+    const { rows, ...rest } = i;
+    if (indexed.has(rows)) return rest;
+    indexed.add(rows);
+    const ragged = Object.values(i.writes).find((id) => buffers.get(id)!.ragged)!;
+    if (bound !== "worst") role.needed(rows, buffers.get(ragged)!.shape[0]!);
+    return i;
+  }
+
+  const temporary = (id: string, dtype: Dtype, shape: readonly number[]): string =>
+    role.add({ id, kind: "workspace", dtype, shape: [...shape], sizes: [...shape], ragged: 0, cuts: shape.map(() => []) });
+  const lengthOf = (id: string): number => elementsOf(buffers.get(id)!.shape);
+
+  function compute(
+    op: AnyOp,
+    id: string,
+    reads: Record<string, string>,
+    writes: Record<string, string>,
+    attrs: Record<string, number>,
+    own: Compute["dims"] = {},
+  ): void {
+    const dims: Compute["dims"] = { ...own };
+    for (const [operands, named] of [
+      [op.inputs, reads],
+      [op.outputs, writes],
+    ] as const)
+      for (const o of operands) {
+        const dim = o.slots[0]?.dim;
+        if (dim && named[o.name]) dims[dim] = [lengthOf(named[o.name]!), []];
+      }
+    const keeps = op.updates?.filter((name) => writes[name]);
+    out.push({ kind: "compute", id, op: op.name, kernel: "", reads, writes, dims, attrs, ...(keeps?.length ? { keeps: [...keeps] } : {}) });
+  }
+
+  /** Copies a piece into other axes. An axis that `from` lacks repeats it; of the digits in `pick` only this rank's is taken. */
+  function rearrange(
+    id: string,
+    from: string,
+    have: readonly Axis[],
+    to: string,
+    want: readonly Axis[],
+    pick: readonly number[] = [],
+  ): void {
+    const stride = new Map<string, number>();
+    let step = 1;
+    for (const a of have.toReversed()) {
+      stride.set(a.key, step);
+      step *= a.size;
+    }
+    const dims: { n: number; s: number }[] = [];
+    for (const a of want) {
+      if (a.size === 1) continue;
+      const s = stride.get(a.key) ?? 0;
+      const last = dims.at(-1);
+      if (last && last.s === s * a.size) dims[dims.length - 1] = { n: last.n * a.size, s };
+      else dims.push({ n: a.size, s });
+    }
+    if (!dims.length) dims.push({ n: 1, s: 1 });
+    const attrs = Object.fromEntries(dims.flatMap(({ n, s }, j) => [[`n${j}`, n] as const, [`s${j}`, s] as const]));
+    const at: Compute["dims"] = {};
+    for (const [j, f] of pick.entries()) at[`@${j}`] = [stride.get(digitOf(f))! * mesh.factors[f]!.size, [f]];
+    compute(arrange, id, { x: from }, { y: to }, attrs, at);
+  }
+
+  /** Whether two lists of axes are the same memory. */
+  const alike = (a: readonly Axis[], b: readonly Axis[]): boolean => {
+    const real = (axes: readonly Axis[]) => axes.filter((x) => x.size > 1).map((x) => x.key);
+    return real(a).join() === real(b).join();
+  };
+  const countOf = (axes: readonly Axis[]): number => axes.reduce((n, a) => n * a.size, 1);
+  const digits = (fs: readonly number[]): Axis[] => fs.map((f) => ({ key: digitOf(f), size: mesh.factors[f]!.size, factor: f }));
+
+  /** The axes of a piece from a slot on. */
+  function axesOf(b: Buffer, radix: LayoutChange["radix"], first: number): Axis[] {
+    return b.sizes.flatMap((n, slot) => {
+      if (slot < first) return [];
+      const counted = radix[slot] ?? b.cuts[slot]!;
+      const left = counted.filter((f) => !b.cuts[slot]!.includes(f));
+      return [...digits(left), { key: inside(slot), size: n / parts(mesh, counted) }];
+    });
+  }
+
+  /** The raw collective of a move, between contiguous buffers. */
+  function raw(i: LayoutChange, id: string, from: string, to: string, name = i.name): void {
+    const bytes = (b: string) => bytesOf[buffers.get(b)!.dtype] * lengthOf(b);
+    const how = i.how as How; // a slice never gets here
+    const sent = bytesSent(how, i.world ? mesh.world : parts(mesh, i.factors), bytes(from), bytes(to));
+    const { radix: _, ...rest } = i;
+    out.push({ ...rest, kind: "move", how, id, name, from, to, bytes: sent });
+  }
+
+  function expand(i: LayoutChange): void {
+    const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
+    if (i.how === "all_reduce" || i.how === "all_reduce_max") {
+      raw(i, i.id, i.from, i.to);
+      return;
+    }
+    // members of a group stand in ascending order of rank: the digit of the largest stride is the outermost
+    const group = digits([...i.factors].sort((f, g) => mesh.factors[g]!.stride - mesh.factors[f]!.stride));
+    if (a.ragged) expandRows(i, a, b, group);
+    else exchange(i, axesOf(a, i.radix, 0), axesOf(b, i.radix, 0), group);
+  }
+
+  /** A dense move: pack, collective, unpack; a copy less wherever the axes already lie as they must. */
+  function exchange(i: LayoutChange, have: readonly Axis[], want: readonly Axis[], group: readonly Axis[]): void {
+    const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
+    const moved = new Set(group.map((g) => g.key));
+    const rest = have.filter((x) => !moved.has(x.key));
+    switch (i.how) {
+      case "slice":
+      case "fold":
+        rearrange(i.id, a.id, have, b.id, want, i.factors);
+        return;
+      case "all_gather": {
+        const received = [...group, ...have];
+        const blocks = alike(received, want) ? b.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(have)]);
+        raw(i, i.id, a.id, blocks);
+        if (blocks !== b.id) rearrange(`${i.id}.unpack`, blocks, received, b.id, want);
+        return;
+      }
+      case "reduce_scatter": {
+        const sent = [...group, ...want];
+        const packed = alike(sent, have) ? a.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(want)]);
+        if (packed !== a.id) rearrange(`${i.id}.pack`, a.id, have, packed, sent);
+        // into the bytes it reads, it would overwrite what others have yet to read
+        const own = packed === a.id && b.within ? temporary(`${i.id}.own`, b.dtype, [countOf(want)]) : b.id;
+        raw(i, i.id, packed, own);
+        if (own !== b.id) rearrange(`${i.id}.keep`, own, want, b.id, want);
+        return;
+      }
+      case "all_to_all": {
+        const blocks = [...group, ...rest];
+        const shape = [countOf(group), countOf(rest)];
+        const sent = alike(blocks, have) ? a.id : temporary(`${i.id}.sent`, a.dtype, shape);
+        if (sent !== a.id) rearrange(`${i.id}.pack`, a.id, have, sent, blocks);
+        const received = alike(blocks, want) ? b.id : temporary(`${i.id}.received`, a.dtype, shape);
+        raw(i, i.id, sent, received);
+        if (received !== b.id) rearrange(`${i.id}.unpack`, received, blocks, b.id, want);
+        return;
+      }
+      default:
+        throw new Error(`rankc: ${i.how} is no exchange of blocks`);
+    }
+  }
+
+  /** A move of rows: told apart by where they go, packed into lists of a fixed capacity, exchanged, and put together in order. */
+  function expandRows(i: LayoutChange, a: Buffer, b: Buffer, group: readonly Axis[]): void {
+    const factorsIn = (cuts: Buffer["cuts"]) => i.factors.filter((f) => cuts.slice(0, 3).some((c) => c.includes(f)));
+    const order = (fs: readonly number[]): Axis[] => group.filter((g) => fs.includes(g.factor!));
+    const into = order(factorsIn(b.cuts));
+    const outOf = order(factorsIn(a.cuts));
+    const cuts = [0, 1, 2].map((slot) => [...a.cuts[slot]!, ...b.cuts[slot]!.filter((f) => i.factors.includes(f))]);
+    const cap = into.length ? boundOfRows(mesh, a, cuts, bound) : a.shape[0]!;
+    const route = routeOf(i, a, b, { into, outOf, group, cap });
+
+    const rows: Axis = { key: ROWS, size: cap };
+    const [denseA, denseB] = [axesOf(a, i.radix, 3), axesOf(b, i.radix, 3)];
+    let from = a.id;
+    let have: Axis[] = [rows, ...denseA];
+    if (route.split) {
+      have = [...into, ...have];
+      from = temporary(`${i.id}.lists`, a.dtype, [countOf(into), cap, countOf(denseA)]);
+      compute(takeRows, `${i.id}.take`, { x: a.id, from: route.split }, { y: from }, { width: countOf(denseA) });
+    }
+    const merged = route.merged !== undefined;
+    const want: Axis[] = merged ? [...outOf, rows, ...denseB] : [rows, ...denseB];
+    invariant(merged || b.shape[0] === cap, `${i.id}: ${b.shape[0]} rows where ${cap} arrive`);
+    const to = merged ? temporary(`${i.id}.merged`, b.dtype, [countOf(outOf), cap, countOf(denseB)]) : b.id;
+    exchange({ ...i, from, to }, have, want, group);
+    if (merged) compute(takeRows, `${i.id}.place`, { x: to, from: route.merged! }, { y: b.id }, { width: countOf(denseB) });
+  }
+
+  interface Lists {
+    readonly into: readonly Axis[];
+    readonly outOf: readonly Axis[];
+    readonly group: readonly Axis[];
+    readonly cap: number;
+  }
+  /** The maps between the rows of two cuts, and the index of the second; made once for all values with these rows. */
+  function routeOf(i: LayoutChange, a: Buffer, b: Buffer, { into, outOf, group, cap }: Lists): Route {
+    const [from, to] = [a.rows!, b.rows!];
+    const nameOf = (dest: string, source: string): string => `${dest}<${source.slice(source.lastIndexOf("@"))}.${i.how}`;
+    const name = nameOf(to, from);
+    const known = routes.get(name);
+    if (known) return known;
+    const remember = (route: Route): Route => {
+      routes.set(name, route);
+      return route;
+    };
+    if (from === to) return remember({});
+    const back = routes.get(nameOf(from, to));
+    const all = into.length === group.length && outOf.length === group.length;
+    if (i.how === "all_to_all" && all && back?.split && back.merged && indexed.has(to)) {
+      // what was received last time goes back to where it stood
+      const turn = (map: string, id: string, length: number): string => {
+        compute(invertRows, id, { from: map }, { to: temporary(id, "i32", [length]) }, {});
+        return id;
+      };
+      return remember({
+        split: turn(back.merged, `${name}.split`, countOf(into) * cap),
+        merged: turn(back.split, `${name}.merged`, b.shape[0]!),
+      });
+    }
+
+    const overflow = (id: string, most: number): Record<string, string> => (bound === "worst" ? {} : { needed: role.needed(id, most) });
+    let lists = from;
+    let length = lengthOf(from);
+    let split: string | undefined;
+    if (into.length) {
+      length = 1 + 3 * cap;
+      lists = temporary(`${name}.lists`, "i32", [countOf(into), length]);
+      split = temporary(`${name}.split`, "i32", [countOf(into) * cap]);
+      compute(
+        splitRows,
+        `${name}.split`,
+        { index: from },
+        { lists, from: split, ...overflow(`${name}.split`, cap) },
+        { cap, ...destinations(i, b, into) },
+      );
+    }
+    if (!outOf.length && indexed.has(to)) return remember({ ...(split ? { split } : {}) });
+    // the lists themselves travel as the rows do; where no row changes its rank, this rank's own is its index
+    const one: Axis = { key: ROWS, size: length };
+    let have: readonly Axis[] = [...into, one];
+    if (outOf.length) {
+      const received = temporary(`${name}.received`, "i32", [countOf(group), length]);
+      if (i.how === "all_to_all" && into.length) {
+        const sent = alike([...group, one], have) ? lists : temporary(`${name}.sent`, "i32", [countOf(group), length]);
+        if (sent !== lists) rearrange(`${name}.send`, lists, have, sent, [...group, one]);
+        raw(i, `${name}.exchange`, sent, received, `${i.name}_index`);
+      } else raw({ ...i, how: "all_gather" }, `${name}.exchange`, lists, received, `${i.name}_index`);
+      lists = received;
+      have = [...group, one];
+      if (!alike([...outOf, one], have)) {
+        lists = temporary(`${name}.kept`, "i32", [countOf(outOf), length]);
+        rearrange(`${name}.keep`, received, have, lists, [...outOf, one]);
+      }
+    }
+    const merged = temporary(`${name}.merged`, "i32", [b.shape[0]!]);
+    const dims: Compute["dims"] = { E: [b.sizes[2]!, [...b.cuts[2]!]] };
+    if (!outOf.length) for (const [j, x] of into.entries()) dims[`@${j}`] = [countOf(into.slice(j + 1)) * length * x.size, [x.factor!]];
+    compute(
+      mergeRows,
+      `${name}.merge`,
+      { lists },
+      { index: to, from: merged, ...overflow(`${name}.merge`, b.shape[0]!) },
+      { count: countOf(outOf), length, cap, bound: b.shape[0]!, B0: b.sizes[0]!, S0: b.sizes[1]! },
+      dims,
+    );
+    indexed.add(to);
+    return remember({ ...(split ? { split } : {}), ...(outOf.length ? { merged } : {}) });
+  }
+
+  /** What `split_rows` must know to tell a row's destination from its coordinates. */
+  function destinations(i: LayoutChange, b: Buffer, into: readonly Axis[]): Record<string, number> {
+    return Object.fromEntries(
+      into.flatMap((axis, n) => {
+        const slot = [0, 1, 2].find((s) => b.cuts[s]!.includes(axis.factor!))!;
+        const counted = i.radix[slot]!;
+        const at = counted.indexOf(axis.factor!);
+        const block = b.sizes[slot]! / parts(mesh, counted);
+        const div = block * parts(mesh, counted.slice(at + 1));
+        return [
+          [`slot${n}`, slot],
+          [`div${n}`, div],
+          [`mod${n}`, axis.size],
+          [`mul${n}`, countOf(into.slice(n + 1))],
+        ] as [string, number][];
+      }),
+    );
+  }
+
+  function expanded({ list }: Draft): Instruction[] {
+    out = [];
+    for (const i of list) {
+      if (i.kind === "change") expand(i);
+      else out.push(i.kind === "compute" ? onceIndexed(i) : i);
+    }
+    return out;
+  }
+  // rows that forward has sent one way go back in backward
+  return { forward: blocks.forward.map(expanded), backward: blocks.backward.map(expanded), step: expanded(blocks.step) };
+}

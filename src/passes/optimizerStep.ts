@@ -1,0 +1,234 @@
+/**
+ * update: the step block of a role. What each gradient owes is reduced (in place), the global norm is taken over all ranks,
+ * the optimizer updates each rank's share of the f32 master weights, and the parameters are gathered again. A parameter with a rule of its
+ * own has a count where others have a gradient: it is no part of the norm, and its op updates it whole on every rank.
+ */
+import type { Job } from "../../schemas/job.ts";
+import type { Parameter, Transfer } from "../../schemas/plan.ts";
+import { parts } from "../../schemas/sharding.ts";
+import { isCount } from "../model/builder.ts";
+import { accumulate, cast } from "../ops/linear.ts";
+import { invariant, type Value } from "../ops/op.ts";
+import * as optimizer from "../ops/optimizer.ts";
+import { type Graph, idOf } from "./backward.ts";
+import { axesName, isExpert } from "./mesh.ts";
+import { headAt } from "./pipeline.ts";
+import type { Role } from "./programBuilder.ts";
+import type { Sharded } from "./shard.ts";
+
+export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parameters: Parameter[]; metrics: Record<string, string[]> } {
+  const { job, mesh, isMine, home, buffers, blocks, emit, scalar, elementwise } = role;
+  const mine = graph.parameters.filter((p) => isMine(home.get(p)!.stage));
+  const { gradients, reducedLoss } = reduce(role, graph, sharded);
+  const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
+  shareTied(role, graph, gradientOf);
+  const owned = mine.filter((p) => !p.leaf!.tiedTo);
+  const losses: Record<string, string[]> = {};
+  for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
+
+  // the global norm: every element counted once over all ranks; a stage without parameters of its own adds zero
+  scalar("grad_norm.squared", "gradient");
+  for (const p of owned) {
+    if (p.leaf!.rule) continue;
+    const g = buffers.get(gradientOf(p))!;
+    const scale = parts(mesh, g.cuts.flat()) / mesh.per_stage;
+    emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
+  }
+  // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree
+  for (const [name, ids] of Object.entries(losses).filter(([name]) => !isCount(name)))
+    for (const x of ids)
+      emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: "grad_norm.squared" }));
+  let squared = "grad_norm.squared";
+  if (mesh.world > 1) {
+    squared = scalar("grad_norm.squared.total", "workspace");
+    emit(blocks.step, {
+      kind: "change",
+      id: `${squared}.all_reduce`,
+      how: "all_reduce",
+      name: "all_reduce",
+      axes: "world",
+      factors: mesh.factors.map((_, f) => f),
+      world: true,
+      from: "grad_norm.squared",
+      to: squared,
+      radix: [],
+      why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
+    });
+  }
+  const scale = scalar("clip.scale", "workspace");
+  const norm = scalar("grad_norm", "optimizer");
+  const { optimizer: how, precision } = job.train;
+  const input = (name: string): string => (role.inputs[name] = scalar(name, "optimizer"));
+  const limit = { max: how.clip };
+  if (precision !== "fp16") emit(blocks.step, elementwise(optimizer.clip, "clip", { sq: squared }, { scale, norm }, limit));
+  else emit(blocks.step, elementwise(optimizer.clipScaled, "clip", { sq: squared, by: input("loss_scale") }, { scale, norm }, limit));
+  input("lr");
+  if (how.type !== "sgd") input("step");
+  if (isScheduled(how)) input("weight_decay");
+
+  const masters = new Map(owned.map((p) => [p, updateParameter(role, sharded, p, gradientOf(p), scale)]));
+  returnTied(role, graph);
+  const parameters = mine.map((p): Parameter => {
+    const { name, init, rule, tiedTo } = p.leaf!;
+    return {
+      name,
+      init: init!,
+      rule: rule?.name ?? how.type,
+      buffer: name,
+      gradient: gradientOf(p),
+      master: masters.get(p) ?? name,
+      ...(tiedTo === undefined ? {} : { tied_to: name }),
+    };
+  });
+  return { parameters, metrics: { grad_norm: [norm], ...losses } };
+}
+
+/** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
+function reduce(role: Role, graph: Graph, sharded: Sharded) {
+  const { isMine, buffers, add, local } = role;
+  const gradients = new Map<Value, string>();
+  const reducedLoss = new Map<string, string>();
+  const parameterOf = new Map(graph.parameters.map((p) => [sharded.accumulated.get(p)!.value, p]));
+  for (const s of sharded.deferred) {
+    if (s.kind !== "move" || !isMine(s.stage)) continue;
+    const p = parameterOf.get(s.from.value);
+    const { cuts, sum } = s.to.layout;
+    if (!p) {
+      const loss = role.lossBuffer(s.from.value)!;
+      const from = reducedLoss.get(loss) ?? loss;
+      const { owes: _, ...like } = buffers.get(from)!;
+      const shape = local(s.to.value.sizes, cuts);
+      const to = add({ ...like, id: `${from}.reduced`, shape, cuts: cuts.map((c) => [...c]), ...(sum.length ? { owes: [...sum] } : {}) });
+      reducedLoss.set(loss, to);
+      role.move(role.blocks.step, s, from, to);
+      continue;
+    }
+    const from = gradients.get(p) ?? `${idOf(p)}.grad`;
+    const { owes: _, ...source } = buffers.get(from)!;
+    const to = add({
+      ...source,
+      id: `${idOf(p)}.grad${role.layoutText(s.to, isExpert(p))}`,
+      within: source.within ?? source.id,
+      shape: local(p.sizes, cuts),
+      cuts: cuts.map((c) => [...c]),
+      ...(sum.length ? { owes: [...sum] } : {}),
+    });
+    gradients.set(p, to);
+    role.move(role.blocks.step, s, from, to, isExpert(p));
+  }
+  return { gradients, reducedLoss };
+}
+
+type How = Job["train"]["optimizer"];
+/** Whether weight decay changes over the run, so that a step has to be told it. */
+const isScheduled = ({ weight_decay_schedule }: How): boolean => weight_decay_schedule !== "constant";
+
+/** The op that moves weights, with a weight decay of its own and with one that it is told; the scalars that it reads, and the moments that it keeps. */
+function methodOf({ type, betas, eps, momentum }: How) {
+  const adaptive = { reads: { lr: "lr", step: "step" }, moments: ["m", "v"], attrs: { beta1: betas[0]!, beta2: betas[1]!, eps } };
+  if (type === "adamw") return { own: optimizer.adamw, told: optimizer.adamwScheduled, ...adaptive };
+  if (type === "adam") return { own: optimizer.adam, told: optimizer.adamScheduled, ...adaptive };
+  const reads = { lr: "lr" };
+  if (momentum === 0) return { own: optimizer.sgd, told: optimizer.sgdScheduled, reads, moments: [], attrs: {} };
+  return { own: optimizer.sgdMomentum, told: optimizer.sgdMomentumScheduled, reads, moments: ["m"], attrs: { momentum } };
+}
+
+/** The optimizer on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
+function updateParameter(
+  { job, mesh, home, buffers, blocks, add, emit, elementwise }: Role,
+  sharded: Sharded,
+  p: Value,
+  gradient: string,
+  scale: string,
+): string {
+  const name = idOf(p);
+  const { rule } = p.leaf!;
+  if (rule) {
+    const [n, own] = [rule.op.inputs[0]!.name, rule.op.outputs[0]!.name];
+    emit(blocks.step, elementwise(rule.op, `${name}.update`, { [n]: gradient, scale }, { [own]: name }, rule.attrs));
+    return name;
+  }
+  const { optimizer: how } = job.train;
+  const { within: _, owes: __, ...state } = buffers.get(gradient)!;
+  const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
+  const whole = home.get(p)!.layout.cuts;
+  const shard = sharded.update.get(p)!.layout.cuts;
+  const factors = shard
+    .flat()
+    .filter((f) => !whole.flat().includes(f))
+    .sort((a, b) => a - b);
+  const master = factors.length || p.dtype !== "f32" ? like("master") : name;
+  const { own, told, reads, moments, attrs } = methodOf(how);
+  // weight decay: parameters with two or more dims
+  const decays = p.sizes.length > 1;
+  const scheduled = decays && isScheduled(how);
+  emit(
+    blocks.step,
+    elementwise(
+      scheduled ? told : own,
+      `${name}.${how.type}`,
+      { g: gradient, scale, ...reads, ...(scheduled ? { decay: "weight_decay" } : {}) },
+      { w: master, ...Object.fromEntries(moments.map((m) => [m, like(m)])) },
+      { ...attrs, ...(scheduled ? {} : { decay: decays ? how.weight_decay : 0 }) },
+    ),
+  );
+  let from = master;
+  if (p.dtype !== "f32") {
+    from = factors.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
+    emit(blocks.step, elementwise(cast, `${name}.cast`, { x: master }, { y: from }));
+  }
+  if (factors.length)
+    emit(blocks.step, {
+      kind: "change",
+      id: `${name}.all_gather`,
+      how: "all_gather",
+      name: "all_gather",
+      axes: axesName(mesh, factors, isExpert(p)),
+      factors,
+      from,
+      to: name,
+      radix: shard,
+      why: { op: `${name}.${how.type}`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
+    });
+  return master;
+}
+
+/** Copies of parameters, and how what goes between them and their owners is named: a second copy has a name of its own. */
+function tiedPairs({ job }: Role, graph: Graph) {
+  const copies = graph.parameters.filter((p) => p.leaf!.tiedTo);
+  return copies.map((copy, i) => {
+    const { tiedTo, position } = copy.leaf!;
+    const nth = copies.slice(0, i).filter((other) => other.leaf!.tiedTo === tiedTo).length;
+    const ahead = position < headAt(job.model);
+    const why: Transfer["why"] = ahead
+      ? { op: "mtp.0.embedding", because: "the embedding is used on the first stage and by multi-token prediction", path: "model.mtp" }
+      : { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+    return { copy, owner: tiedTo!, name: `tied${nth > 0 ? nth + 1 : ""}`, why };
+  });
+}
+
+/** A parameter that stands on several stages: each copy's gradient goes to the owner's stage and is added there. */
+function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): void {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
+    const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
+    const tag = `${idOf(owner)}.grad.${name}`;
+    const ends = { from, to };
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, why, tag);
+    if (!role.isMine(to)) continue;
+    const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
+    invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
+    const received = role.add({ ...own, id: tag, kind: "workspace" });
+    role.transfer(role.blocks.step, "recv", received, ends, why, tag);
+    role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
+  }
+}
+
+/** … and the updated parameter goes back. */
+function returnTied(role: Role, graph: Graph): void {
+  for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
+    const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
+    const tag = `${idOf(owner)}.${name}`;
+    if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, why, tag);
+    if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, why, tag);
+  }
+}

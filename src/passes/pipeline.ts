@@ -1,0 +1,100 @@
+/**
+ * pipeline: which virtual stage holds each position of the model (the embedding, the layers, those of multi-token prediction, the
+ * head). Virtual stage v is chunk floor(v / stages) of stage v % stages: with chunks, a stage has several groups of layers
+ * (Narayanan et al. 2021). A virtual stage may hold no position.
+ */
+import type { Job } from "../../schemas/job.ts";
+import { depthsOf } from "../../schemas/mtp.ts";
+
+export interface Pipeline {
+  readonly stages: number;
+  readonly chunks: number;
+  /** By position: the virtual stage, in ascending order. */
+  readonly of: readonly number[];
+}
+
+type Sized = Pick<Job, "model" | "parallel">;
+
+type Model = Pick<Job["model"], "layers" | "mtp">;
+/** Positions of the model: the embedding is 0, layers count from 1, depths of multi-token prediction come after them, then the head. */
+export const layerAt = (layer: number): number => 1 + layer;
+export const depthAt = ({ layers }: Model, k: number): number => layers + k;
+export const headAt = (model: Model): number => model.layers + depthsOf(model) + 1;
+
+/**
+ * By `parallel.layout` where it is given, else layers are split evenly, in order: the embedding goes with the first, the head and
+ * multi-token prediction with the last. A single stage is one chunk, however many parts the layout has: it waits for no other stage.
+ */
+export function pipelineOf(job: Sized): Pipeline {
+  const { pipeline: stages, virtual_pipeline, layout } = job.parallel;
+  const { layers } = job.model;
+  if (layout === null) {
+    const virtual = stages * virtual_pipeline;
+    const first = (p: number): number => Math.max(1, Math.min(layers, p)) - 1;
+    const of = Array.from({ length: headAt(job.model) + 1 }, (_, p) => Math.floor((first(p) * virtual) / layers));
+    return { stages, chunks: virtual_pipeline, of };
+  }
+  const parts = readLayout(layout);
+  if (typeof parts === "string") return { stages, chunks: 1, of: [] };
+  const virtual = (v: number): number => (stages === 1 ? 0 : v);
+  return {
+    stages,
+    chunks: stages === 1 ? 1 : parts.length / stages,
+    of: parts.flatMap((part, v) => Array.from(part, () => virtual(v))),
+  };
+}
+
+export const stageOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number): number => v % stages;
+export const chunkOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number): number => Math.floor(v / stages);
+
+/** The layers of a virtual stage: the first, and one past the last; where it has none, both are where they would be. */
+export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: number): [number, number] {
+  const layer = (p: number) => Math.max(0, Math.min(model.layers, p - 1));
+  const first = of.findIndex((at) => at >= v);
+  const after = of.findIndex((at) => at > v);
+  return [layer(first < 0 ? of.length : first), layer(after < 0 ? of.length : after)];
+}
+
+/** Characters of a layout without groups and repetitions, at most: more than any model has layers. */
+const LONGEST = 1e6;
+
+/**
+ * Reads a layout as Megatron Core's are written, `Et*3|(tt|)*29,m|L`: E the embedding, t a layer, m one of multi-token prediction, L
+ * the head and the loss, | between virtual stages, ( ) a group, *n repeats the item before it n times; commas and spaces mean nothing.
+ * Returns the letters of each virtual stage, or the fault with its place.
+ */
+export function readLayout(text: string): string[] | string {
+  /** Open groups, the whole text outermost: what is complete, and the last item, which a repetition may follow. */
+  const outer: { text: string; item: string }[] = [];
+  let group = { text: "", item: "" };
+  const next = (item: string): void => {
+    group = { text: group.text + group.item, item };
+  };
+  for (const { 0: token, index } of text.matchAll(/\*\d*|./gsu)) {
+    const wrong = (what: string): string => `${what} at character ${index + 1}`;
+    if (token === "(") {
+      outer.push(group);
+      group = { text: "", item: "" };
+    } else if (token === ")") {
+      const whole = group.text + group.item;
+      const around = outer.pop();
+      if (!around) return wrong("a group is closed that was not opened");
+      group = around;
+      next(whole);
+    } else if (token.startsWith("*")) {
+      if (token === "*") return wrong("a number must follow *");
+      if (group.item === "") return wrong("nothing stands before *");
+      const times = Number(token.slice(1));
+      if (times > LONGEST || group.text.length + group.item.length * times > LONGEST) return wrong("the layout is longer than any model");
+      group = { text: group.text + group.item.repeat(times), item: "" };
+    } else if ("Etm|L".includes(token)) next(token);
+    else if (token !== " " && token !== ",") return wrong(`${JSON.stringify(token)} means nothing: E, t, m, L, |, ( ), commas and *n do`);
+    if (group.text.length > LONGEST) return wrong("the layout is longer than any model");
+  }
+  if (outer.length > 0) return `a group is not closed at character ${text.length + 1}`;
+  const all = group.text + group.item;
+  const flat = all.replaceAll("|", "");
+  if (!/^Et*m*L$/.test(flat))
+    return `it places ${flat.length > 20 ? `${flat.slice(0, 20)}…` : flat || "nothing"}: the embedding E comes first, then the layers t, then those of multi-token prediction m, then the head L, each of E and L once`;
+  return all.split("|");
+}

@@ -1,0 +1,228 @@
+/**
+ * verify: laws of programs, checked on every compile, before anything is written or run. What is read was made; each microbatch
+ * goes forward, then backward, in a copy of its own; and no rank waits for ever. Ranks of a stage run one program, so members of a
+ * group within it issue the same collectives in the same order; what stages exchange, and what all ranks reduce together, is
+ * played here: a receive waits for its send, a send until fewer messages of its name are in flight than it may have, a collective of
+ * all ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
+ */
+
+import type { Instruction, Move, Program, Transfer } from "../../schemas/plan.ts";
+import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, microbatchesIn, orderOf, workOf } from "../../schemas/program.ts";
+import { areDigits, rankAt } from "../../schemas/sharding.ts";
+import { sizesAgree } from "../analysis/cost.ts";
+import { invariant } from "../ops/op.ts";
+import type { Mesh } from "./mesh.ts";
+
+/** `smaller`: numbers of microbatches that steps have beside that of the programs' order. */
+export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
+  invariant(programs.length === mesh.world / mesh.per_stage, () => `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
+  for (const p of programs) {
+    verifyDefinitions(p, mesh);
+    verifyMoves(p, mesh);
+  }
+  for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
+    for (const p of steps) verifyOrder(p, mesh);
+    verifyWaits(steps, mesh);
+  }
+}
+
+/** `stage 1 (ranks 4..7)`. */
+function ranksOf(stage: number, mesh: Mesh): string {
+  const [first, last] = [rankAt(mesh, stage, 0), rankAt(mesh, stage, mesh.per_stage - 1)];
+  const by = mesh.stage_stride < mesh.per_stage && mesh.stage_stride > 1 ? ` in runs of ${mesh.stage_stride}` : "";
+  return `stage ${stage} (${first === last ? `rank ${first}` : `ranks ${first}..${last}${by}`})`;
+}
+
+function verifyDefinitions(p: Program, mesh: Mesh): void {
+  const who = ranksOf(p.stage, mesh);
+  const lasting = new Set(["parameter", "optimizer", "gradient"]);
+  const known = new Map(p.buffers.map((b) => [b.id, b]));
+  const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
+  for (const id of Object.values(p.inputs)) {
+    invariant(known.has(id), () => `${who}: the input ${id} is no buffer`);
+    made.add(id);
+  }
+  const ids = new Set<string>();
+  // gradients are zeroed at the start of a step: adding to one makes it
+  const written = (i: Instruction): string[] => {
+    if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
+    if (i.kind === "move") return [i.to, known.get(i.to)?.rows ?? i.to];
+    return i.kind === "recv" ? [i.buffer, known.get(i.buffer)?.rows ?? i.buffer] : [];
+  };
+  const read = (i: Instruction): string[] =>
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  // to a sum of all ranks, a stage without a part in it adds the zero that its accumulator begins with
+  const all = instructionsOf(p);
+  const filled = new Set(all.flatMap(written));
+  for (const i of all) if (i.kind === "move" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
+  let own: Block | undefined;
+  for (const block of blocksOf(p)) {
+    // what one chunk, or the microbatches, have made is not there in the next, but for what lasts
+    if (own && (own.chunk !== block.chunk || block.kind === "step"))
+      for (const id of made) if (!lasting.has(known.get(id)!.kind) && !Object.values(p.inputs).includes(id)) made.delete(id);
+    own = block;
+    for (const i of block.instructions) {
+      invariant(!ids.has(i.id), () => `${who}: two instructions are named ${i.id}`);
+      ids.add(i.id);
+      const [ins, outs] = [read(i), written(i)];
+      const unknown = [...ins, ...outs].find((id) => !known.has(id));
+      invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is no buffer`);
+      for (const id of ins) {
+        const rows = known.get(id)!.rows;
+        if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is made`);
+        if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are made`);
+      }
+      if (i.kind === "compute")
+        for (const name of i.keeps ?? [])
+          invariant(lasting.has(known.get(i.writes[name]!)!.kind), () => `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
+      for (const id of outs) made.add(id);
+    }
+  }
+}
+
+/** Every microbatch goes through every block of every chunk once, in order, and no two are in one copy of the activations. */
+function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
+  const who = ranksOf(stage, mesh);
+  const split = chunks.some((c) => c.weights.length > 0) || order.some((tag) => tag.startsWith("W"));
+  const kinds = microbatchBlocks.filter((kind) => kind !== "weights" || split);
+  /** Microbatches done, by kind and chunk. */
+  const done = kinds.map(() => chunks.map(() => 0));
+  const last = kinds.length - 1;
+  for (const tag of order) {
+    const { kind, microbatch, chunk } = workOf(tag);
+    const at = kinds.indexOf(kind);
+    if (chunk >= chunks.length) invariant(false, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
+    const next = done[at]![chunk]!;
+    if (microbatch !== next) invariant(false, `${who}: ${tag} comes where microbatch ${next} is next`);
+    if (at > 0 && microbatch >= done[at - 1]![chunk]!)
+      invariant(false, `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
+    done[at]![chunk] = next + 1;
+    const flying = done[0]![chunk]! - done[last]![chunk]!;
+    const { slots } = chunks[chunk]!;
+    if (flying > slots) invariant(false, `${who}: at ${tag} ${flying} microbatches are in flight in ${slots} copies`);
+  }
+  const all = done[0]![0]!;
+  for (const [at, kind] of kinds.entries())
+    for (const [chunk, n] of done[at]!.entries())
+      invariant(n === all, `${who}: ${n} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
+}
+
+/** Collectives move fixed numbers of elements: no rank waits for its host to learn a count. */
+function verifyMoves(p: Program, mesh: Mesh): void {
+  const who = ranksOf(p.stage, mesh);
+  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+  const buffer = (id: string) => buffers.get(id)!;
+  const microbatches = microbatchesIn(p);
+  for (const i of instructionsOf(p)) {
+    if (i.kind === "send")
+      invariant(
+        (i.in_flight ?? 1) <= microbatches,
+        () => `${who}: ${i.id} has ${i.in_flight} messages in flight of ${microbatches} microbatches`,
+      );
+    if (i.kind !== "move") continue;
+    invariant(
+      new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
+      () => `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
+    );
+    invariant(i.world || areDigits(mesh, i.factors), () => `${who}: ${i.id} runs over factors ${i.factors}, of grids that do not nest`);
+    invariant(
+      sizesAgree(i, mesh, buffer),
+      () => `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`,
+    );
+    invariant(
+      buffer(i.from).dtype === buffer(i.to).dtype,
+      () => `${who}: ${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`,
+    );
+  }
+}
+
+/** What makes a stage wait, or others wait for it. */
+type Wait =
+  | {
+      readonly kind: "send" | "recv";
+      readonly id: string;
+      readonly peer: number;
+      readonly channel: string;
+      readonly letter: string;
+      readonly bytes: number;
+      /** Of a send: messages of its name in flight at most. */
+      readonly most: number;
+      readonly at: string;
+    }
+  | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
+
+function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
+  const lists = programs.map((p) => waitsOf(p));
+  const at = lists.map(() => 0);
+  const queues = new Map<string, Wait[]>();
+  /** Messages in flight, by sender and name. */
+  const flying = new Map<string, number>();
+  const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
+  const head = (s: number): Wait | undefined => lists[s]![at[s]!];
+
+  for (let moved = true; moved; ) {
+    moved = false;
+    for (const s of lists.keys())
+      for (let w = head(s); w; w = head(s)) {
+        if (w.kind === "world") break;
+        invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its other end`);
+        if (w.kind === "send") {
+          const room = `${s} ${w.peer} ${w.id}`;
+          const sent = flying.get(room) ?? 0;
+          if (sent >= w.most) break;
+          flying.set(room, sent + 1);
+          const queue = queues.get(`${s}>${w.peer} ${w.channel}`) ?? [];
+          queue.push(w);
+          queues.set(`${s}>${w.peer} ${w.channel}`, queue);
+        } else {
+          const sent = queues.get(`${w.peer}>${s} ${w.channel}`)?.shift();
+          if (!sent || sent.kind === "world") break;
+          invariant(sent.letter === w.letter, () => `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
+          invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
+          const room = `${w.peer} ${s} ${sent.id}`;
+          flying.set(room, (flying.get(room) ?? 0) - 1);
+        }
+        at[s]!++;
+        moved = true;
+      }
+    const heads = [...lists.keys()].map(head);
+    if (heads.every((w) => w?.kind === "world")) {
+      const [first] = heads as Extract<Wait, { kind: "world" }>[];
+      for (const [s, w] of heads.entries())
+        invariant(
+          w!.kind === "world" && w!.what === first!.what,
+          () => `${name(s, w!)} and ${name(0, first!)} meet in different collectives of all ranks`,
+        );
+      for (const s of lists.keys()) at[s]!++;
+      moved = true;
+    }
+  }
+  const stuck = [...lists.keys()].flatMap((s) => (head(s) ? [`${name(s, head(s)!)}${peerText(head(s)!)}`] : []));
+  invariant(stuck.length === 0, () => `these would wait for ever: ${stuck.join("; ")}`);
+  const [left] = [...queues.values()].flat();
+  invariant(!left, () => `sent and never received: ${left?.id}, ${left?.at}`);
+}
+const peerText = (w: Wait): string =>
+  w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
+
+function waitsOf(p: Program): Wait[] {
+  const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
+    block.map((i): Wait => {
+      if (i.kind === "move") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
+      const most = i.in_flight ?? 1;
+      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
+    });
+  // a block runs for every microbatch, and few of its instructions wait
+  const known = new Map<readonly Instruction[], readonly Waiting[]>();
+  const waiting = (block: readonly Instruction[]): readonly Waiting[] => {
+    const found = known.get(block) ?? block.filter((i): i is Waiting => i.kind === "send" || i.kind === "recv" || isOfWorld(i));
+    known.set(block, found);
+    return found;
+  };
+  return [
+    ...p.order.flatMap((tag) => of(waiting(blockOf(p, tag)), tag, `microbatch ${workOf(tag).microbatch}`)),
+    ...of(waiting(p.step), "the step block", "the step"),
+  ];
+}
+type Waiting = Transfer | Move;
+const isOfWorld = (i: Instruction): boolean => i.kind === "move" && i.world === true;

@@ -1,0 +1,140 @@
+/** readPlan: the text of a plan file → Plan. Versions, digests and the published JSON Schema are checked, in this order. */
+import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
+import { FORMAT_VERSION, type Plan } from "../../schemas/plan.ts";
+import { printable } from "../../schemas/printable.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { BrokenInvariant } from "../ops/op.ts";
+import { readPackageFile } from "../packageFile.ts";
+import { canonical, type Digests, joined, overall, sections, sha256 } from "./seal.ts";
+import { laws } from "./verifyPlan.ts";
+
+/** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
+export function parsePlan(text: string, file: string): Plan {
+  const refuse = (what: string, fix = "compile the job again"): never => {
+    throw new Trouble(`${file}: ${printable(what, 600)}`, fix, 2);
+  };
+  const read = parseJson(text);
+  if (!isRecord(read.value)) return refuse(`not a plan: ${read.error ?? "the JSON holds no object"}`);
+  const value = read.value;
+  const version = majorMinor(value.format_version);
+  if (!version) return refuse("not a plan: no format_version such as 1.0");
+  const [major, minor] = version;
+  const [ownMajor, ownMinor] = majorMinor(FORMAT_VERSION)!;
+  if (major > ownMajor) {
+    return refuse(
+      `format_version ${value.format_version} is newer than this rankc reads (${FORMAT_VERSION})`,
+      "use a newer rankc, or compile again",
+    );
+  }
+  if (major < ownMajor) return refuse(`format_version ${value.format_version} is older than this rankc reads (${FORMAT_VERSION})`);
+
+  const changed = changedSection(value, text);
+  if (changed) return refuse(changed);
+
+  const validate = minor > ownMinor ? validators().additive : validators().exact;
+  if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors!)}`);
+  const broken = brokenLaw(value as Plan);
+  if (broken) return refuse(broken);
+  return value as Plan;
+}
+
+/** The first law that a plan breaks, with the section it is about; undefined where it keeps all of them. */
+function brokenLaw(plan: Plan): string | undefined {
+  for (const [section, check] of laws)
+    try {
+      check(plan);
+    } catch (error) {
+      if (!(error instanceof BrokenInvariant)) throw error;
+      return `section "${section}" is inconsistent: ${error.law}`;
+    }
+  return undefined;
+}
+
+/** Which section the bytes were changed in, said in words; undefined if the file is as it was written. */
+function changedSection(value: Record<string, unknown>, text: string): string | undefined {
+  const digests = value.digests;
+  if (!isRecord(digests)) return "not a plan: it holds no digests";
+  for (const name of sections) {
+    if (!(name in value)) return `section "${name}" is missing`;
+  }
+  const texts = new Map<string, string>();
+  for (const [key, part] of Object.entries(value)) {
+    const { text, fault } = printed(part);
+    if (text === undefined) return `section "${key}" ${fault}`;
+    texts.set(key, text);
+  }
+  const actual = Object.fromEntries(sections.map((name) => [name, sha256(texts.get(name)!)])) as Digests;
+  const wrong = sections.filter((name) => digests[name] !== actual[name]);
+  // the overall digest tells a changed section from a changed digest: it was made over the digests as they were
+  const sealed = digests.plan === overall(String(value.format_version), digests as Digests);
+  if (wrong.length > 0) {
+    const names = wrong.map((name) => `"${name}"`).join(" and ");
+    const several = `section "digests" is not of this plan, or sections ${names} were changed after it was compiled`;
+    const where = !sealed
+      ? `section "digests" was changed: the digest of ${names} does not fit`
+      : wrong.length > 1
+        ? several
+        : `section ${names} was changed after the plan was compiled`;
+    return `${where} (SHA-256 ${short(actual[wrong[0]!])}, the plan says ${short(digests[wrong[0]!])})`;
+  }
+  if (!sealed) return `section "digests" or format_version was changed: the sections are whole, the digest over all of them is not`;
+  if (text !== joined([...texts])) return "the JSON is not in the form rankc wrote: a byte between its values was changed";
+  return undefined;
+}
+
+/** The canonical text, but for what JSON admits and no plan holds: numbers such as 1e400, which are read as infinite, and deep nesting. */
+function printed(part: unknown): { readonly text?: string; readonly fault?: string } {
+  try {
+    return { text: canonical(part) };
+  } catch (error) {
+    return { fault: error instanceof RangeError ? "is nested too deeply" : "holds a number beyond the range of 64-bit floats" };
+  }
+}
+
+const short = (digest: unknown): string => (typeof digest === "string" ? `${digest.slice(0, 12)}…` : "nothing");
+
+function parseJson(text: string): { readonly value?: unknown; readonly error?: string } {
+  try {
+    return { value: JSON.parse(text) };
+  } catch (error) {
+    return { error: `broken JSON (${(error as Error).message.replace(/\s+/g, " ").slice(0, 120)})` };
+  }
+}
+
+const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null && !Array.isArray(value);
+
+function majorMinor(version: unknown): readonly [number, number] | undefined {
+  const match = typeof version === "string" ? /^(\d+)\.(\d+)$/.exec(version) : null;
+  return match ? [Number(match[1]), Number(match[2])] : undefined;
+}
+
+interface Validators {
+  readonly exact: ValidateFunction;
+  /** A newer minor version may only add keys: they are let through. */
+  readonly additive: ValidateFunction;
+}
+
+let made: Validators | undefined;
+function validators(): Validators {
+  const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false }).compile(schema);
+  const text = (): string => readPackageFile("schemas/plan.schema.json");
+  let exact: ValidateFunction | undefined;
+  let additive: ValidateFunction | undefined;
+  made ??= {
+    get exact() {
+      return (exact ??= compile(JSON.parse(text())));
+    },
+    get additive() {
+      const open = (key: string, value: unknown): unknown => (key === "additionalProperties" && value === false ? undefined : value);
+      return (additive ??= compile(JSON.parse(text(), open)));
+    },
+  };
+  return made;
+}
+
+/** Alternatives all report; the error that got deepest is the one about what is there. */
+function firstError(errors: readonly ErrorObject[]): string {
+  const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
+  const deepest = [...errors].sort((a, b) => depth(b) - depth(a))[0]!;
+  return `${deepest.instancePath || "the plan"} ${deepest.message}`;
+}

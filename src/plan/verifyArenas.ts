@@ -1,0 +1,56 @@
+/** verifyArenas: every buffer of a plan has a place in the arena of its kind, and the parts add up to the peak. */
+import type { Buffer, Kind, Memory, Plan, Program } from "../../schemas/plan.ts";
+import { activationBytes } from "../../schemas/program.ts";
+import { invariant } from "../ops/op.ts";
+import { ALIGN, scratchOf, sizeOf, verifyMemory } from "../passes/memory.ts";
+
+/** Throws a BrokenInvariant that names the stage and the buffer. */
+export function verifyArenas({ programs, memory, kernels }: Plan): void {
+  invariant(memory.length === programs.length, () => `${memory.length} memories for ${programs.length} stages`);
+  for (const [stage, p] of programs.entries()) {
+    const m = memory[stage]!;
+    const who = `stage ${stage}`;
+    invariant(m.stage === stage, () => `the memory at place ${stage} is of stage ${m.stage}`);
+    invariant(
+      m.activation.length === p.chunks.length,
+      () => `${who}: ${m.activation.length} activation arenas for ${p.chunks.length} chunks`,
+    );
+    verifyPlaces(p, m, who);
+    const { parameter, gradient, optimizer, workspace, scratch, peak } = m;
+    const needed = scratchOf(p, kernels);
+    invariant(scratch >= needed, () => `${who}: ${scratch} bytes of scratch, and its kernels use ${needed}`);
+    const sum = parameter + gradient + optimizer + activationBytes(p, m) + workspace + scratch;
+    invariant(Number.isSafeInteger(sum) && sum === peak, () => `${who}: the peak is ${peak} bytes, and the arenas have ${sum}`);
+    verifyMemory(p, m);
+  }
+}
+
+/** Buffers lie within their arenas at aligned places; those that live for good share bytes only where one is said to lie within the other. */
+function verifyPlaces(p: Program, m: Memory, who: string): void {
+  const arena: { readonly [K in Kind]: (b: Buffer) => number } = {
+    parameter: () => m.parameter,
+    gradient: () => m.gradient,
+    optimizer: () => m.optimizer,
+    workspace: () => m.workspace,
+    activation: ({ chunk = 0 }) => m.activation[chunk]!,
+  };
+  invariant(
+    Object.keys(m.offsets).length === p.buffers.length,
+    () => `${who}: ${Object.keys(m.offsets).length} offsets for ${p.buffers.length} buffers`,
+  );
+  const lasting: { readonly kind: Kind; readonly id: string; readonly from: number; readonly to: number }[] = [];
+  for (const b of p.buffers) {
+    invariant(Object.hasOwn(m.offsets, b.id), () => `${who}: ${b.id} has no offset`);
+    const from = m.offsets[b.id]!;
+    const to = from + sizeOf(b);
+    const bytes = arena[b.kind](b);
+    invariant(from % ALIGN === 0 && to <= bytes, () => `${who}: ${b.id} at ${from} leaves the ${b.kind} arena of ${bytes}`);
+    if (b.within !== undefined) invariant(from === m.offsets[b.within], () => `${who}: ${b.id} does not begin where ${b.within} does`);
+    else if (b.kind === "parameter" || b.kind === "gradient" || b.kind === "optimizer") lasting.push({ kind: b.kind, id: b.id, from, to });
+  }
+  lasting.sort((a, b) => (a.kind === b.kind ? a.from - b.from : a.kind < b.kind ? -1 : 1));
+  for (const [at, b] of lasting.entries()) {
+    const next = lasting[at + 1];
+    invariant(!next || next.kind !== b.kind || next.from >= b.to, () => `${who}: ${b.id} and ${next?.id} overlap`);
+  }
+}

@@ -1,0 +1,293 @@
+/**
+ * What differs between two plans, in three levels: the keys of the job, the summary of each role, the instructions.
+ * Instructions are matched by their ids, which are stable names; a change that repeats over layers and stages is said once.
+ */
+import { isDeepStrictEqual } from "node:util";
+import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import { blocksOf } from "../../schemas/program.ts";
+import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { memoryKinds } from "../analysis/memoryBreakdown.ts";
+import { bytesText, countText, flopsText, ranges, table } from "../units.ts";
+import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
+import { type Phase, phases, shapeText } from "./programText.ts";
+
+interface FieldChange {
+  readonly path: string;
+  /** Absent where the key does not exist. */
+  readonly old?: unknown;
+  readonly new?: unknown;
+}
+
+interface SummaryChange {
+  /** Stages with the same change. */
+  readonly stages: readonly number[];
+  readonly what: string;
+  readonly unit: "bytes" | "flops" | "count";
+  readonly old: number;
+  readonly new: number;
+}
+
+interface ProgramChange {
+  readonly change: "added" | "removed" | "changed";
+  readonly phase: Phase;
+  /** With `layers.*` where it holds for all of `layers`. */
+  readonly id: string;
+  readonly does: string;
+  readonly layers: readonly number[];
+  readonly stages: readonly number[];
+  readonly differences: readonly { readonly what: string; readonly old: string; readonly new: string }[];
+}
+
+export interface PlanDiff {
+  readonly changes: boolean;
+  readonly digests: readonly [string, string];
+  /** Sections whose digests differ. */
+  readonly sections: readonly string[];
+  readonly job: readonly FieldChange[];
+  readonly summary: readonly SummaryChange[];
+  readonly program: readonly ProgramChange[];
+}
+
+export function diffPlans(a: Plan, b: Plan): PlanDiff {
+  const names = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const;
+  const sections = names.filter((name) => a.digests[name] !== b.digests[name] && !(name === "kernels" && haveSameSources(a, b)));
+  const differs = (name: (typeof names)[number]): boolean => sections.includes(name);
+  return {
+    changes: sections.length > 0 || a.format_version !== b.format_version,
+    digests: [a.digests.plan, b.digests.plan],
+    sections,
+    job: [
+      ...(differs("job") ? fieldChanges(a.job, b.job, "") : []),
+      ...(differs("toolchain") ? fieldChanges(a.toolchain, b.toolchain, "toolchain") : []),
+    ],
+    summary: sections.length > 0 ? summaryChanges(inspectPlan(a), inspectPlan(b)) : [],
+    program: differs("programs") ? programChanges(a.programs, b.programs) : [],
+  };
+}
+
+/** Kernels that differ in nothing but what nvcc made of them, which is no part of a job. */
+function haveSameSources(a: Plan, b: Plan): boolean {
+  const [x, y] = [a, b].map(({ kernels }) => kernels.map(({ cubin: _, ...kernel }) => kernel));
+  return isDeepStrictEqual(x, y);
+}
+
+function fieldChanges(a: unknown, b: unknown, path: string): FieldChange[] {
+  if (isRecord(a) && isRecord(b)) {
+    const keys = [...new Set([...Object.keys(a), ...Object.keys(b)])].sort();
+    return keys.flatMap((key) => fieldChanges(a[key], b[key], path ? `${path}.${key}` : key));
+  }
+  if (JSON.stringify(a) === JSON.stringify(b)) return [];
+  return [{ path, ...(a === undefined ? {} : { old: a }), ...(b === undefined ? {} : { new: b }) }];
+}
+
+const isRecord = (value: unknown): value is Record<string, unknown> => typeof value === "object" && value !== null && !Array.isArray(value);
+
+type Facts = ReadonlyMap<string, { readonly unit: SummaryChange["unit"]; readonly value: number }>;
+
+function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
+  const found = new Map<string, SummaryChange & { stages: number[] }>();
+  for (let stage = 0; stage < Math.max(a.roles.length, b.roles.length); stage++) {
+    const [before, after] = [roleFacts(a.roles[stage]), roleFacts(b.roles[stage])];
+    for (const what of new Set([...before.keys(), ...after.keys()])) {
+      const [from, to] = [before.get(what)?.value ?? 0, after.get(what)?.value ?? 0];
+      if (from === to) continue;
+      const key = `${what}|${from}|${to}`;
+      const same = found.get(key);
+      if (same) same.stages.push(stage);
+      else found.set(key, { stages: [stage], what, unit: (before.get(what) ?? after.get(what))!.unit, old: from, new: to });
+    }
+  }
+  return [...found.values()];
+}
+
+/** A role that one of the plans does not have counts as nothing everywhere. */
+function roleFacts(role: RoleView | undefined): Facts {
+  const facts = new Map<string, { unit: SummaryChange["unit"]; value: number }>();
+  if (!role) return facts;
+  const add = (what: string, unit: SummaryChange["unit"], value: number): void => {
+    facts.set(what, { unit, value: (facts.get(what)?.value ?? 0) + value });
+  };
+  add(
+    "layers",
+    "count",
+    role.chunks.reduce((sum, { layers }) => sum + layers[1] - layers[0], 0),
+  );
+  add("parameters", "count", role.parameters.elements);
+  add("microbatches", "count", role.microbatches);
+  add("instructions a step", "count", role.instructions.per_step);
+  const { memory } = role;
+  for (const kind of [...memoryKinds, "peak"] as const) add(`memory ${kind}`, "bytes", memory[kind]);
+  add(
+    "slots",
+    "count",
+    role.chunks.reduce((sum, { slots }) => sum + slots, 0),
+  );
+  add("flops a step", "flops", role.flops.per_step);
+  add("host syncs a step", "count", role.host_syncs_per_step);
+  for (const c of role.collectives) {
+    add(`${c.name} over ${c.axes}: number a step`, "count", c.per_step);
+    add(`${c.name} over ${c.axes}: sent a step`, "bytes", c.bytes_per_step);
+  }
+  for (const t of role.transfers) {
+    add(`${t.kind}: number a step`, "count", t.per_step);
+    add(`${t.kind}: bytes a step`, "bytes", t.bytes * t.per_step);
+  }
+  return facts;
+}
+
+interface Placed {
+  readonly stage: number;
+  readonly does: string;
+  readonly facts: ReadonlyMap<string, string>;
+}
+
+function programChanges(a: readonly Program[], b: readonly Program[]): ProgramChange[] {
+  const found = new Map<string, ProgramChange & { layers: number[]; stages: number[] }>();
+  const note = (
+    change: ProgramChange["change"],
+    phase: Phase,
+    id: string,
+    { stage, does }: Placed,
+    differences: ProgramChange["differences"],
+  ): void => {
+    const name = anyLayer(id);
+    const key = JSON.stringify([change, phase, name, does, differences]);
+    const entry = found.get(key) ?? { change, phase, id: name, does, layers: [], stages: [], differences };
+    const layer = layerOf(id);
+    if (layer !== undefined) entry.layers.push(layer);
+    if (!entry.stages.includes(stage)) entry.stages.push(stage);
+    found.set(key, entry);
+  };
+  for (const phase of phases) {
+    const [before, after] = [placed(a, phase), placed(b, phase)];
+    for (const id of new Set([...before.keys(), ...after.keys()])) {
+      const olds = before.get(id) ?? [];
+      const news = after.get(id) ?? [];
+      for (const old of olds) {
+        const same = news.find((n) => n.stage === old.stage) ?? moved(old, olds, news);
+        if (!same) note("removed", phase, id, old, []);
+        else {
+          const differences = factChanges(old, same);
+          if (differences.length > 0) note("changed", phase, id, same, differences);
+        }
+      }
+      for (const added of news) {
+        if (!olds.some((o) => o.stage === added.stage) && !moved(added, news, olds)) note("added", phase, id, added, []);
+      }
+    }
+  }
+  return [...found.values()];
+}
+
+/** With another number of stages a layer lives elsewhere: an id that stands once on both sides is the same instruction. */
+const moved = (one: Placed, own: readonly Placed[], others: readonly Placed[]): Placed | undefined =>
+  own.length === 1 && others.length === 1 && others[0]!.stage !== one.stage ? others[0] : undefined;
+
+function placed(programs: readonly Program[], phase: Phase): Map<string, Placed[]> {
+  const all = new Map<string, Placed[]>();
+  for (const program of programs) {
+    const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+    for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
+      const one = { stage: program.stage, does: doing(instruction), facts: factsOf(instruction, buffers) };
+      const before = all.get(instruction.id);
+      if (before) before.push(one);
+      else all.set(instruction.id, [one]);
+    }
+  }
+  return all;
+}
+
+function doing(i: Instruction): string {
+  switch (i.kind) {
+    case "compute":
+      return i.op;
+    case "move":
+      return i.name;
+    default:
+      return i.kind;
+  }
+}
+
+/** All that a reader would call a change, as text; layers in names are left out, they are the id's. */
+function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<string, string> {
+  const facts = new Map<string, string>();
+  const operand = (name: string, id: string): void => {
+    const buffer = buffers.get(id)!;
+    facts.set(`${name} shape`, shapeText(buffer));
+    facts.set(`${name} dtype`, buffer.dtype);
+    facts.set(`${name} buffer`, anyLayer(id));
+  };
+  facts.set("does", doing(i));
+  switch (i.kind) {
+    case "compute":
+      for (const [name, id] of Object.entries(i.reads)) operand(name, id);
+      for (const [name, id] of Object.entries(i.writes)) operand(name, id);
+      for (const [name, value] of Object.entries(i.attrs)) facts.set(`attribute ${name}`, String(value));
+      facts.set("keeps", (i.keeps ?? []).join(" "));
+      break;
+    case "move":
+      operand("from", i.from);
+      operand("to", i.to);
+      facts.set("how", i.how);
+      facts.set("axes", i.axes);
+      facts.set("bytes", bytesText(i.bytes));
+      facts.set("needed by", `${anyLayer(i.why.op)}: ${anyLayer(i.why.because)} (${i.why.path})`);
+      break;
+    case "send":
+    case "recv":
+      operand("buffer", i.buffer);
+      facts.set("peer", `stage ${i.peer}`);
+      facts.set("channel", i.channel);
+      facts.set("bytes", bytesText(i.bytes));
+      break;
+  }
+  return facts;
+}
+
+function factChanges(a: Placed, b: Placed): { what: string; old: string; new: string }[] {
+  const changes = a.stage === b.stage ? [] : [{ what: "stage", old: String(a.stage), new: String(b.stage) }];
+  for (const what of new Set([...a.facts.keys(), ...b.facts.keys()])) {
+    const [old, now] = [a.facts.get(what) ?? "none", b.facts.get(what) ?? "none"];
+    if (old !== now) changes.push({ what, old, new: now });
+  }
+  return changes;
+}
+
+export function printDiff(diff: PlanDiff): string {
+  if (!diff.changes) return "the plans are the same\n";
+  const value = (change: FieldChange, side: "old" | "new"): string => (side in change ? JSON.stringify(change[side]) : "absent");
+  const job = diff.job.map((change) => [change.path, `${value(change, "old")} -> ${value(change, "new")}`]);
+  const unit = { bytes: bytesText, flops: flopsText, count: countText } as const;
+  const summary = diff.summary.map((c) => [
+    stagesText(c.stages),
+    c.what,
+    unit[c.unit](c.old),
+    "->",
+    unit[c.unit](c.new),
+    percent(c.old, c.new),
+  ]);
+  return [
+    `sections that differ: ${diff.sections.join(", ")}`,
+    "",
+    ...(job.length > 0 ? ["job:", ...table(job), ""] : []),
+    ...(summary.length > 0 ? ["summary:", ...table(summary, [2, 4, 5]), ""] : []),
+    ...(diff.program.length > 0 ? ["program:", ...diff.program.map(programLine), ""] : []),
+  ].join("\n");
+}
+
+const stagesText = (stages: readonly number[]): string => `stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`;
+
+function percent(from: number, to: number): string {
+  if (from === 0 || to === 0) return from === 0 ? "new" : "gone";
+  const change = (100 * (to - from)) / from;
+  return `${change > 0 ? "+" : ""}${change.toFixed(Math.abs(change) < 10 ? 1 : 0)} %`;
+}
+
+function programLine({ change, phase, id, does, layers, stages, differences }: ProgramChange): string {
+  const sign = { added: "+", removed: "-", changed: "~" }[change];
+  const where = [layers.length > 0 ? `layer${new Set(layers).size > 1 ? "s" : ""} ${ranges(layers)}` : "", stagesText(stages)]
+    .filter(Boolean)
+    .join(", ");
+  const what = differences.map((d) => `${d.what} ${d.old} -> ${d.new}`).join("; ");
+  return `  ${sign} ${phase} ${where}: ${id} (${does})${what ? `: ${what}` : ""}`;
+}

@@ -1,0 +1,37 @@
+/** plan.txt: the plan for a person. Who the ranks are, what they hold, what each role does and sends, and why. */
+import type { Plan, Program } from "../../schemas/plan.ts";
+import { inspectPlan, printHead, printMemory, printRoles, printSchedule } from "./inspect.ts";
+import { printProgram, programShape } from "./programText.ts";
+
+export function printPlanText(plan: Plan): string {
+  const view = inspectPlan(plan);
+  return [
+    ...printHead(view),
+    "",
+    ...printMemory(view),
+    "",
+    ...printSchedule(view),
+    "",
+    ...printRoles(view),
+    ...programs(plan.programs),
+  ].join("\n");
+}
+
+/** A stage that does what the stage before it does is named, not repeated. */
+function programs(all: readonly Program[]): string[] {
+  const blocks: { readonly program: Program; readonly lines: readonly string[]; readonly shape: string; last: number }[] = [];
+  for (const program of all) {
+    const lines = printProgram(program);
+    const shape = programShape(program, lines);
+    const before = blocks.at(-1);
+    if (before?.shape === shape) before.last = program.stage;
+    else blocks.push({ program, lines, shape, last: program.stage });
+  }
+  return blocks.flatMap(({ program, lines, last }) => {
+    const same =
+      last === program.stage
+        ? ""
+        : ` (stage${last > program.stage + 1 ? "s" : ""} ${program.stage + 1}${last > program.stage + 1 ? `..${last}` : ""} the same on their layers)`;
+    return [`program of stage ${program.stage}${same}`, ...lines];
+  });
+}

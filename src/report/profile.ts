@@ -1,0 +1,133 @@
+/**
+ * profile: what ran when → where a step's time went, per instruction (layers told as one), and a trace for Perfetto. Rates are
+ * of the work that the plan says: flops by the op's formula, bytes as each operand read or written once.
+ */
+
+import { devices } from "../../schemas/job.ts";
+import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import type { Timing } from "../../schemas/timing.ts";
+import { expectedRows, flopsOf } from "../analysis/cost.ts";
+import { anyLayer } from "../analysis/layerNames.ts";
+import { ops } from "../ops/index.ts";
+import { countText, table } from "../units.ts";
+
+export interface ProfileRow {
+  readonly id: string;
+  readonly op: string;
+  readonly calls: number;
+  readonly milliseconds: number;
+  /** Of the time of all instructions together. */
+  readonly share: number;
+  readonly tflops: number;
+  readonly gigabytes_per_second: number;
+  /** Of the device's peak: the larger of arithmetic and bandwidth. */
+  readonly of_peak: number;
+}
+
+/** Rows by falling time. `microbatches` of a step are calls of one instruction. */
+export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[] {
+  const device = devices[plan.job.cluster.device];
+  const work = plan.programs.map((p) => workOf(plan, p));
+  const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number }>();
+  let launched: Timing | undefined;
+  for (const t of timings) {
+    const { flops, bytes } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? { flops: 0, bytes: 0 };
+    const key = anyLayer(t.id);
+    const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0 };
+    // the launches of one instruction follow each other
+    const again = launched?.id === t.id && launched.rank === t.rank && launched.stream === t.stream && t.begin_us >= launched.end_us;
+    launched = t;
+    g.us += t.end_us - t.begin_us;
+    if (!again) {
+      g.calls++;
+      g.flops += flops;
+      g.bytes += bytes;
+    }
+    groups.set(key, g);
+  }
+  const total = [...groups.values()].reduce((sum, g) => sum + g.us, 0);
+  return [...groups]
+    .map(([id, { op, calls, us, flops, bytes }]) => ({
+      id,
+      op,
+      calls,
+      milliseconds: us / 1e3,
+      share: us / total,
+      tflops: flops / us / 1e6,
+      gigabytes_per_second: bytes / us / 1e3,
+      of_peak: Math.max(flops / us / 1e-6 / device.bf16Flops, bytes / us / 1e-6 / device.bandwidth),
+    }))
+    .sort((a, b) => b.milliseconds - a.milliseconds);
+}
+
+/** Floating-point operations and bytes of each instruction of a role, on one rank. */
+function workOf(plan: Plan, p: Program): Map<string, { flops: number; bytes: number }> {
+  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+  const buffer = (id: string): Buffer => buffers.get(id)!;
+  const bytes = (id: string): number => {
+    const b = buffer(id);
+    const rows = b.ragged ? expectedRows(plan.mesh, b, b.cuts) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
+    return bytesOf[b.dtype] * rows;
+  };
+  const touched = (i: Instruction): number => {
+    if (i.kind !== "compute") return i.bytes;
+    const kept = (i.keeps ?? []).map((name) => i.writes[name]!);
+    return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
+  };
+  return new Map(
+    instructionsOf(p).map((i) => [
+      i.id,
+      { flops: i.kind === "compute" ? flopsOf(ops[i.op]!, i, plan.mesh, buffer) : 0, bytes: touched(i) },
+    ]),
+  );
+}
+
+/** The table: at most `most` rows, and what the others take together. */
+export function printProfile(plan: Plan, timings: readonly Timing[], most = 40): string {
+  const rows = profileRows(plan, timings);
+  const shown = rows.slice(0, most);
+  const rest = rows.slice(most);
+  const number = (x: number): string => (x === 0 ? "" : x.toPrecision(3));
+  const percent = (x: number): string => `${(100 * x).toFixed(1)} %`;
+  const cells = shown.map((r) => [
+    r.milliseconds.toFixed(3),
+    percent(r.share),
+    countText(r.calls),
+    number(r.tflops),
+    number(r.gigabytes_per_second),
+    percent(r.of_peak),
+    r.op,
+    r.id,
+  ]);
+  const head = ["ms", "share", "calls", "TFLOP/s", "GB/s", "of peak", "op", "instruction"];
+  const others = rest.reduce((sum, r) => sum + r.milliseconds, 0);
+  const lines = table([head, ...cells], [0, 1, 2, 3, 4, 5]);
+  if (rest.length) lines.push(`  ${others.toFixed(3)} ms in ${rest.length} others`);
+  const begin = timings.reduce((least, t) => Math.min(least, t.begin_us), Number.POSITIVE_INFINITY);
+  const end = timings.reduce((greatest, t) => Math.max(greatest, t.end_us), 0);
+  const ranks = new Set(timings.map((t) => t.rank)).size;
+  return `where the time of a step went: ${((end - begin) / 1e3).toFixed(3)} ms from first to last, ${ranks} rank${ranks === 1 ? "" : "s"}; peak of ${plan.job.cluster.device}\n${lines.join("\n")}\n`;
+}
+
+/** A trace as Chrome's and Perfetto's viewers read it: a process per rank, a track per stream. */
+export function traceOf(timings: readonly Timing[]): string {
+  const streams = [...new Set(timings.map((t) => t.stream))].sort();
+  const ranks = [...new Set(timings.map((t) => t.rank))].sort((a, b) => a - b);
+  const named = (name: string, pid: number, tid: number | undefined, value: string) => ({
+    ...{ name, ph: "M", pid },
+    ...(tid === undefined ? {} : { tid }),
+    args: { name: value },
+  });
+  const traceEvents = [
+    ...ranks.flatMap((rank) => [
+      named("process_name", rank, undefined, `rank ${rank}`),
+      ...streams.map((stream, tid) => named("thread_name", rank, tid, stream)),
+    ]),
+    ...timings.map((t) => ({
+      ...{ name: t.id, cat: t.op, ph: "X", ts: t.begin_us, dur: t.end_us - t.begin_us, pid: t.rank, tid: streams.indexOf(t.stream) },
+    })),
+  ];
+  return `${JSON.stringify({ displayTimeUnit: "ms", traceEvents })}\n`;
+}

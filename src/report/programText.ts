@@ -1,0 +1,85 @@
+/** A program as lines, one an instruction: id, what is done, local shapes, bytes, and for what moves, why. */
+import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
+import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
+import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
+import { ops } from "../ops/index.ts";
+import { bytesText } from "../units.ts";
+
+export const phases = [...microbatchBlocks, "step"] as const;
+export type Phase = (typeof phases)[number];
+
+/** `forward`; with several chunks `forward of chunk 1`. */
+export const blockName = ({ kind, chunk }: Block, { chunks }: Pick<Program, "chunks">): string =>
+  kind === "step" || chunks.length === 1 ? kind : `${kind} of chunk ${chunk}`;
+export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" : "for each microbatch");
+
+export function blockLines(program: Program, { instructions }: Block): Line[] {
+  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+  const ids = Math.min(48, Math.max(0, ...instructions.map((i) => i.id.length)));
+  const names = Math.max(0, ...instructions.map((i) => verb(i).length));
+  return instructions.map((i) => ({ id: i.id, text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}` }));
+}
+
+/** The program of a role for a reader: layers that repeat are said once. */
+export function printProgram(program: Program): string[] {
+  const said = new Map<Block["kind"], { readonly chunk: number; readonly shape: string }>();
+  return blocksOf(program).flatMap((block) => {
+    const { kind, chunk, instructions } = block;
+    const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
+    const lines = collapseLayers(blockLines(program, block));
+    // a chunk that does what the one before it does is named
+    const shape = shapeOf(lines, program.chunks[chunk]!.layers[0], program.stage);
+    const before = said.get(kind);
+    if (before?.shape === shape) return [`${head}, as chunk ${before.chunk} on its layers`, ""];
+    said.set(kind, { chunk, shape });
+    return [head, ...lines, ""];
+  });
+}
+
+/** Equal for two roles that do the same on their own layers. `lines`: as `printProgram` says them. */
+export const programShape = (program: Program, lines: readonly string[]): string =>
+  shapeOf(lines, program.chunks[0]!.layers[0], program.stage);
+
+/** Equal for lines that do the same, counted from their first layer and their stage. */
+const shapeOf = (lines: readonly string[], layer: number, stage: number): string =>
+  lines
+    .map((line) => fromLayer(line, layer).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - stage}`))
+    .map((line) => line.replace(/layers? [\d, .-]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
+    .join("\n");
+
+function verb(i: Instruction): string {
+  switch (i.kind) {
+    case "compute":
+      return i.op;
+    case "move":
+      return `${i.name} ${i.axes}`.trimEnd();
+    case "send":
+      return `send to stage ${i.peer}`;
+    case "recv":
+      return `recv from stage ${i.peer}`;
+  }
+}
+
+function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string {
+  const shape = (id: string): string => shapeText(buffers.get(id)!);
+  // in the order of the signature: a plan that was read back has its keys sorted
+  const named = (operand: Readonly<Record<string, string>>, signature: readonly { readonly name: string }[]): string =>
+    signature.flatMap(({ name }) => (operand[name] === undefined ? [] : [`${name}${shape(operand[name])}`])).join(" ");
+  switch (i.kind) {
+    case "compute": {
+      const { inputs, outputs } = ops[i.op]!;
+      const types = [...new Set(outputs.flatMap((o) => buffers.get(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
+      const kept = i.keeps?.length ? `  keeps ${i.keeps.join(" ")}` : "";
+      return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
+    }
+    case "move": {
+      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+    }
+    case "send":
+    case "recv":
+      return `${i.buffer} ${shape(i.buffer)} ${buffers.get(i.buffer)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+  }
+}
+
+/** Rows are a bound: at most so many exist. */
+export const shapeText = ({ shape, ragged }: Pick<Buffer, "shape" | "ragged">): string => `[${ragged ? "<=" : ""}${shape.join(",")}]`;

@@ -1,0 +1,40 @@
+/** What `compile` says about the plan it wrote: a few lines, enough to see that it is the plan that was meant. */
+import { devices } from "../../schemas/job.ts";
+import type { Plan } from "../../schemas/plan.ts";
+import { printable } from "../../schemas/printable.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { bytesText, plural } from "../units.ts";
+
+export interface Summary {
+  readonly name: string;
+  readonly digest: string;
+  readonly ranks: number;
+  readonly roles: number;
+  readonly instructions: number;
+  /** Of the role that needs most. */
+  readonly peak: { readonly stage: number; readonly bytes: number };
+  readonly device: { readonly name: string; readonly bytes: number };
+}
+
+export function summarize({ job, digests, mesh, programs, memory }: Plan): Summary {
+  const peak = memory.reduce((most, m) => (m.peak > most.peak ? m : most));
+  return {
+    name: job.name,
+    digest: digests.plan,
+    ranks: mesh.world,
+    roles: programs.length,
+    instructions: programs.reduce((sum, p) => sum + instructionsOf(p).length, 0),
+    peak: { stage: peak.stage, bytes: peak.peak },
+    device: { name: job.cluster.device, bytes: devices[job.cluster.device].memory },
+  };
+}
+
+export function printSummary({ name, digest, ranks, roles, instructions, peak, device }: Summary): string {
+  const share = ((100 * peak.bytes) / device.bytes).toFixed(1);
+  return [
+    `${printable(name)}: ${plural(ranks, "rank")}, ${plural(roles, "role")}, ${plural(instructions, "instruction")}`,
+    `peak memory ${bytesText(peak.bytes)} on stage ${peak.stage}, ${share} % of ${device.name} (${bytesText(device.bytes)})`,
+    `digest ${digest}`,
+    "",
+  ].join("\n");
+}

@@ -1,0 +1,148 @@
+import { spawn } from "node:child_process";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, describe, expect, test } from "vitest";
+import { metricsLine, progressLine } from "../../src/cli/progress.ts";
+import { builtCli, rankc } from "../support/rankc.ts";
+
+const folder = mkdtempSync(join(tmpdir(), "rankc-cli-"));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+const place = (name: string, text: string): string => {
+  const path = join(folder, name);
+  writeFileSync(path, text);
+  return path;
+};
+
+const job = place(
+  "job.yaml",
+  `name: small
+model: {layers: 2, hidden: 16, ffn: 32, heads: 2, vocab: 256, seq: 8}
+parallel: {world: 2, tensor: 2, sequence: true}
+train: {global_batch: 2, steps: 3, precision: fp32, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+`,
+);
+place("corpus.txt", "It was the best of times, it was the worst of times. ".repeat(40));
+const bad = place("bad.yaml", readFileSync(job, "utf8").replace("sequence: true", "sequense: true").replace("heads: 2", "heads: two"));
+
+describe.concurrent("the command line", () => {
+  test("check tells all findings at once and says no", async () => {
+    const { exit, out, err } = await rankc("check", bad);
+    expect(exit).toBe(1);
+    expect(out).toBe("");
+    expect(err).toContain("sequense");
+    expect(err).toContain("heads");
+    expect(err).toMatch(/2 errors/);
+  });
+
+  test("check as JSON puts the findings on stdout", async () => {
+    const { exit, out, err } = await rankc("check", bad, "--format", "json");
+    expect(exit).toBe(1);
+    expect(err).toBe("");
+    expect(JSON.parse(out)).toMatchObject({ valid: false, findings: [{ level: "error" }, { level: "error" }] });
+  });
+
+  test("compile writes a whole plan, the same each time, and nothing for an invalid job", async () => {
+    const [one, two, none] = [join(folder, "one"), join(folder, "sub", "two"), join(folder, "none")];
+    const said = await Promise.all([rankc("compile", job, "-o", one), rankc("compile", job, "-o", two), rankc("compile", bad, "-o", none)]);
+    expect(said.map((s) => s.exit)).toEqual([0, 0, 1]);
+    expect(said[0]!.out).toContain("2 ranks, 1 role");
+    expect(readdirSync(one).sort()).toEqual(["plan.json", "plan.txt"]);
+    expect(readFileSync(join(two, "plan.json"), "utf8")).toBe(readFileSync(join(one, "plan.json"), "utf8"));
+    expect(existsSync(none)).toBe(false);
+
+    const [same, differ, inspected] = await Promise.all([
+      rankc("diff", one, job),
+      rankc("diff", one, job, "--set", "train.optimizer.lr=0.01", "--format", "json"),
+      rankc("inspect", one, "--rank", "1"),
+    ]);
+    expect(same).toMatchObject({ exit: 0, out: "the plans are the same\n" });
+    expect(differ.exit).toBe(1);
+    expect(JSON.parse(differ.out)).toMatchObject({ changes: true, job: [{ path: "train.optimizer.lr", old: 0.001, new: 0.01 }] });
+    expect(inspected.out).toContain("rank 1: stage 0, node 0");
+
+    const plan = readFileSync(join(one, "plan.json"), "utf8");
+    writeFileSync(join(one, "plan.json"), plan.replace('"vocab":256', '"vocab":257'));
+    const refused = await rankc("run", one);
+    expect(refused).toMatchObject({ exit: 2, out: "" });
+    expect(refused.err).toContain('section "job" was changed');
+    expect(refused.err).not.toMatch(/^\s+at /m);
+  });
+
+  test("run trains, and leaves one line of metrics for each step", async () => {
+    const metrics = join(folder, "metrics.jsonl");
+    const { exit, out, err } = await rankc(
+      "run",
+      job,
+      "--steps",
+      "2",
+      "--metrics",
+      metrics,
+      "--dump-grads",
+      join(folder, "grads.safetensors"),
+    );
+    expect(err).toMatch(/step 1\/2 {2}loss 5\.\d+/);
+    expect(exit).toBe(0);
+    expect(out).toContain("2 steps");
+    const lines = readFileSync(metrics, "utf8")
+      .trimEnd()
+      .split("\n")
+      .map((line) => JSON.parse(line));
+    expect(lines.map((line) => Object.keys(line))).toEqual(Array(2).fill(["step", "loss", "grad_norm", "lr", "tokens", "seconds"]));
+    expect(lines.map((line) => line.step)).toEqual([1, 2]);
+    expect(existsSync(join(folder, "grads.safetensors"))).toBe(true);
+  });
+
+  test.each([
+    [["chek", job], /unknown command 'chek'[\s\S]*check/],
+    [["compile", job], /compile needs -o DIR/],
+    [["run", job, "--steps", "0"], /at least 1/],
+    [["inspect", job, "--rank", "2"], /there is no rank 2/],
+    [["check", join(folder, "nowhere.yaml")], /does not exist/],
+    [["check", folder], /directory/],
+    [["explain", "P10"], /did you mean P101/],
+    [["compile", job, "-o", join(folder, "corpus.txt")], /is a file, not a directory/],
+  ] as const)("trouble is one message and exit 2: %j", async (args, message) => {
+    const { exit, out, err } = await rankc(...args);
+    expect(err).toMatch(message);
+    expect(err).not.toMatch(/^\s+at /m);
+    expect(out).toBe("");
+    expect(exit).toBe(2);
+  });
+
+  test("an interrupted run finishes its step and says what was done", async () => {
+    const child = spawn(process.execPath, [builtCli(), "run", job, "--steps", "100000"]);
+    let err = "";
+    child.stderr.on("data", (chunk) => {
+      const first = !err.includes("step ");
+      err += chunk;
+      // once: a second interrupt ends it on the spot
+      if (first && err.includes("step ")) child.kill("SIGINT");
+    });
+    const exit = await new Promise((resolve) => child.on("close", resolve));
+    expect(err).toMatch(/interrupted: \d+ of 100000 steps were done/);
+    expect(exit).toBe(130);
+  });
+
+  test("help shows examples, and asking for it is no mistake", async () => {
+    const { exit, out } = await rankc("compile", "--help");
+    expect(exit).toBe(0);
+    expect(out).toContain("$ rankc compile job.yaml -o plan/");
+  });
+});
+
+test("a step is one line, and its record has the keys of the contract", () => {
+  const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5 };
+  expect(progressLine(report, 100, 0.5)).toBe("step   3/100  loss 5.2500  grad norm 1.500  lr 1.00e-4  4,096 tokens/s  49 s left");
+  const scaled = { ...report, loss_scale: 65536, skipped: false };
+  expect(progressLine(scaled, 100, 0.5)).toContain("  lr 1.00e-4  loss scale 2^16  4,096 tokens/s");
+  expect(progressLine({ ...scaled, grad_norm: Infinity, loss_scale: 1000, skipped: true }, 100, 0.5)).toContain(
+    "loss scale 1000, too large: skipped",
+  );
+  expect(metricsLine({ ...scaled, grad_norm: Infinity, skipped: true })).toMatch(
+    /"grad_norm":null,.*"loss_scale":65536,"skipped":true\}\n$/,
+  );
+  expect(metricsLine(report)).toBe('{"step":3,"loss":5.25,"grad_norm":1.5,"lr":0.0001,"tokens":2048,"seconds":0.5}\n');
+});

@@ -1,0 +1,144 @@
+import { expect, test } from "vitest";
+import type { Plan } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { memoryKinds, memoryNames, peakOfParts } from "../../src/analysis/memoryBreakdown.ts";
+import { loadTarget } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJob.ts";
+import { parsePlan } from "../../src/plan/read.ts";
+import { printPlan } from "../../src/plan/seal.ts";
+import { diffPlans, printDiff } from "../../src/report/diff.ts";
+import { inspectPlan, inspectRank, printInspect } from "../../src/report/inspect.ts";
+import { drawPlan } from "../../src/report/planPicture.ts";
+import { printPlanText } from "../../src/report/planText.ts";
+import { drawSchedule } from "../../src/report/schedulePicture.ts";
+
+const text = `
+name: small
+model: {layers: 4, hidden: 32, ffn: 48, heads: 4, kv_heads: 2, vocab: 256, seq: 16, moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}}}
+parallel: {world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true}
+train: {global_batch: 8, steps: 10, precision: fp32, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+`;
+
+function planOf(...sets: string[]): Plan {
+  const { job, findings } = readJob(text, "job.yaml", sets);
+  if (!job) throw new Error(findings.map((f) => f.found).join("; "));
+  return compile(job).plan;
+}
+const plan = planOf();
+
+test("a plan does not differ from itself, compiled again or read back", () => {
+  const again = planOf();
+  expect(printPlan(again)).toBe(printPlan(plan));
+  expect(diffPlans(plan, parsePlan(printPlan(again), "plan.json"))).toMatchObject({
+    changes: false,
+    sections: [],
+    job: [],
+    summary: [],
+    program: [],
+  });
+  expect(printDiff(diffPlans(plan, again))).toBe("the plans are the same\n");
+});
+
+test("what a reader sees does not depend on whether the plan was just compiled or read back", () => {
+  expect(printPlanText(parsePlan(printPlan(plan), "plan.json"))).toBe(printPlanText(plan));
+});
+
+test("a change of the learning rate is a change of the job and of nothing that is done", () => {
+  const diff = diffPlans(plan, planOf("train.optimizer.lr=2.0e-3"));
+  expect(diff.job).toEqual([{ path: "train.optimizer.lr", old: 0.001, new: 0.002 }]);
+  expect(diff.summary).toEqual([]);
+});
+
+test("a change that repeats over layers and stages is said once", () => {
+  const { program, summary } = diffPlans(plan, planOf("train.precision=bf16"));
+  const router = program.filter((change) => change.id === "layers.*.moe.w1");
+  expect(router).toHaveLength(1);
+  expect(router[0]).toMatchObject({ change: "changed", phase: "forward", stages: [0, 1] });
+  expect([...router[0]!.layers].sort()).toEqual([0, 1, 2, 3]);
+  expect(router[0]!.differences).toContainEqual({ what: "y dtype", old: "f32", new: "bf16" });
+  expect(summary.find((change) => change.what === "memory parameter" && change.stages.includes(0))?.new).toBeLessThan(
+    inspectPlan(plan).roles[0]!.memory.parameter,
+  );
+});
+
+test("turning it round turns added into removed, and old into new", () => {
+  const other = planOf("parallel.expert=1");
+  const [there, back] = [diffPlans(plan, other), diffPlans(other, plan)];
+  const names = (diff: typeof there, change: string) =>
+    diff.program
+      .filter((c) => c.change === change)
+      .map((c) => `${c.phase} ${c.id} ${c.layers.length}`)
+      .sort();
+  expect(names(there, "added")).toEqual(names(back, "removed"));
+  expect(names(there, "removed")).toEqual(names(back, "added"));
+  expect(names(there, "removed").join("\n")).toContain("dispatch");
+  expect(there.summary.map((c) => [c.what, c.old, c.new])).toEqual(expect.arrayContaining(back.summary.map((c) => [c.what, c.new, c.old])));
+});
+
+test("with another number of stages a layer moves, it is not removed and made again", () => {
+  const { program } = diffPlans(plan, planOf("parallel.pipeline=1", "parallel.data=4"));
+  const moved = program.find(
+    (c) => c.phase === "forward" && c.id === "layers.*.attn.core" && c.differences.some((d) => d.what === "stage"),
+  );
+  expect(moved).toMatchObject({ change: "changed", differences: [{ what: "stage", old: "1", new: "0" }] });
+});
+
+test("inspect counts each collective with its origin, and the parts are the whole", () => {
+  const view = inspectPlan(plan);
+  for (const [stage, role] of view.roles.entries()) {
+    const moves = instructionsOf(plan.programs[stage]!).filter((i) => i.kind === "move");
+    expect(role.collectives.reduce((sum, c) => sum + c.count, 0)).toBe(moves.length);
+    expect(role.collectives.every((c) => c.path !== "" && c.ops.length > 0)).toBe(true);
+    expect(peakOfParts(role.memory)).toBe(role.memory.peak);
+  }
+  expect(view.derived).toMatchObject({ data: 2, edp: 2, local_experts: 2, microbatches: 4 });
+  expect(printInspect(view)).toContain("layers.*.moe.w1.x: layers.*.w1 is cut along E (parallel.expert)");
+});
+
+test.each(["cpu", "webgpu:baseline", "cuda:sm_90a"])(
+  "the parts of memory, scratch of kernels among them, add up to the peak on %s",
+  async (name) => {
+    const { plan: made } = compile(readJob(text, "job.yaml").job!, { target: await loadTarget(name) });
+    const view = inspectPlan(made);
+    for (const { memory, stage } of view.roles) {
+      expect(peakOfParts(memory)).toBe(memory.peak);
+      expect(memory.peak).toBe(made.memory[stage]!.peak);
+      expect(memory.scratch > 0).toBe(name !== "cpu");
+    }
+    for (const printed of [printInspect(view), printPlanText(made)])
+      expect(/workspace +(scratch +)?peak/.exec(printed)?.[1] !== undefined).toBe(name !== "cpu");
+    expect(diffPlans(plan, made).summary.some(({ what }) => what === "memory scratch")).toBe(name !== "cpu");
+    // the bars of the picture are as wide as the parts, and end at the peak
+    const [{ memory }] = view.roles as [(typeof view.roles)[number]];
+    const bars = [...drawPlan(made).matchAll(/<g><title>(\w+) [\d.]+ \w+<\/title><rect x="([\d.]+)" y="0" width="([\d.]+)"/g)].slice(
+      0,
+      memoryKinds.length,
+    );
+    expect(bars.map(([, part]) => part)).toEqual(memoryKinds.map((kind) => memoryNames[kind]));
+    const unit = Number(bars[0]![3]) / memory.parameter;
+    for (const [i, kind] of memoryKinds.entries()) expect(Number(bars[i]![3]), kind).toBeCloseTo(unit * memory[kind], 0);
+  },
+);
+
+test("every rank stands in its own groups on both grids", () => {
+  for (let rank = 0; rank < plan.mesh.world; rank++) {
+    const { axes } = inspectRank(plan, rank);
+    for (const { axis, coordinate, size, group } of axes) {
+      expect(group, axis).toHaveLength(size);
+      expect(group[coordinate], axis).toBe(rank);
+    }
+  }
+});
+
+test("1F1B, drawn: a stage waits for the one before it, and backward for the one after", () => {
+  const orders = [
+    ["F0", "F1", "B0", "F2", "B1", "B2"],
+    ["F0", "B0", "F1", "B1", "F2", "B2"],
+  ];
+  expect(drawSchedule(orders, 1).rows.join("\n")).toMatchInlineSnapshot(`
+    "stage 0 | F0 F1 .  .  B0 -- F2 B1 -- .  B2 --
+    stage 1 | .  F0 B0 -- F1 B1 -- F2 B2 -- .  ."
+  `);
+});

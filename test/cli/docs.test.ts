@@ -1,0 +1,116 @@
+/**
+ * The README and the pages of docs/ run. On each page, a yaml block that names a job is saved as job.yaml and passes `check`. Each line
+ * of an sh block runs in a copy of the checkout, where `rankc` is the compiled command line; `# exit N` after a line gives its exit code;
+ * lines that begin with `npm ci` or `npm install` are left out, because the copy has its packages. Every line of a text block that follows
+ * an sh block was printed by that block; `…` stands for anything.
+ */
+import { spawnSync } from "node:child_process";
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { delimiter, dirname, join } from "node:path";
+import { afterAll, expect, test } from "vitest";
+import { copyCheckout, root } from "../support/checkout.ts";
+import { builtCli } from "../support/rankc.ts";
+
+interface Block {
+  readonly kind: string;
+  readonly text: string;
+  readonly line: number;
+}
+
+const pages = [
+  "README.md",
+  "CONTRIBUTING.md",
+  ...readdirSync(join(root, "docs"))
+    .filter((name) => name.endsWith(".md"))
+    .map((name) => `docs/${name}`),
+];
+const textOf = (page: string): string => readFileSync(join(root, page), "utf8");
+const blocksOf = (page: string): Block[] => {
+  const text = textOf(page);
+  return [...text.matchAll(/^```(\w+)\n([\s\S]*?)^```$/gm)].map((found) => ({
+    kind: found[1]!,
+    text: found[2]!,
+    line: text.slice(0, found.index).split("\n").length,
+  }));
+};
+const runnable = pages.filter((page) => blocksOf(page).some(({ kind }) => kind === "sh"));
+
+const copy = copyCheckout();
+afterAll(() => rmSync(copy, { recursive: true, force: true }));
+const bin = join(copy, ".bin");
+mkdirSync(bin);
+writeFileSync(join(bin, "rankc"), `#!/bin/sh\nexec "${process.execPath}" "${builtCli()}" "$@"\n`);
+chmodSync(join(bin, "rankc"), 0o755);
+const env = { ...process.env, PATH: `${bin}${delimiter}${process.env.PATH}`, NO_COLOR: "1" };
+
+function run(command: string): string {
+  const expected = Number(/# exit (\d)$/.exec(command)?.[1] ?? 0);
+  const { status, stdout, stderr } = spawnSync("bash", ["-c", command], { cwd: copy, env, encoding: "utf8" });
+  expect(status, `${command}\n${stderr}`).toBe(expected);
+  return stdout + stderr;
+}
+
+const pattern = (line: string): RegExp =>
+  new RegExp(
+    `^${line
+      .split("…")
+      .map((part) =>
+        part
+          .trim()
+          .replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
+          .replace(/ +/g, " +"),
+      )
+      .join(".*")}$`,
+  );
+
+test("every block is of a kind that is checked, and the README has commands", () => {
+  expect(runnable).toContain("README.md");
+  const kinds = pages.flatMap((page) => blocksOf(page).map(({ kind }) => kind));
+  expect(kinds.filter((kind) => !["sh", "yaml", "text", "json", "ts"].includes(kind))).toEqual([]);
+});
+
+test("every relative link of a page names an existing file", () => {
+  const broken = pages.flatMap((page) =>
+    [...textOf(page).matchAll(/\]\((?!https?:|#)([^)#]+)/g)]
+      .map((found) => found[1]!)
+      .filter((target) => !existsSync(join(root, dirname(page), target)))
+      .map((target) => `${page} -> ${target}`),
+  );
+  expect(broken).toEqual([]);
+});
+
+test("every file that a page names exists", () => {
+  const named = (page: string) => [
+    ...textOf(page).matchAll(/(?<![\w./-])((?:src|runtime|schemas|test|templates|plans)\/[\w./-]+\.(?:ts|json|hbs|md|txt|yaml))/g),
+  ];
+  const missing = pages.flatMap((page) =>
+    named(page)
+      .map((found) => found[1]!)
+      .filter((target) => !existsSync(join(root, target)))
+      .map((target) => `${page}: ${target}`),
+  );
+  expect(missing).toEqual([]);
+});
+
+// one after the other: a command reads what an earlier one wrote
+test.each(runnable)("the commands of %s end as it says, and print what it shows", { timeout: 600_000 }, (page) => {
+  let printed: string[] | undefined;
+  for (const { kind, text, line } of blocksOf(page)) {
+    if (kind === "yaml" && /^name:/m.test(text)) {
+      writeFileSync(join(copy, "job.yaml"), text);
+      run("rankc check job.yaml");
+    }
+    if (kind === "sh") {
+      const commands = text.trimEnd().split("\n");
+      const kept = commands.filter((command) => !/^npm (ci|install)\b/.test(command));
+      printed = kept.flatMap((command) => run(command).split("\n")).map((output) => output.trim());
+    } else if (kind === "text" && printed) {
+      const missing = text
+        .trimEnd()
+        .split("\n")
+        .filter((shown) => !printed!.some((output) => pattern(shown).test(output)));
+      expect(missing, `${page}:${line}`).toEqual([]);
+      printed = undefined;
+    }
+  }
+});

@@ -1,0 +1,80 @@
+/** The package: packed and installed in an empty folder, it gives a working `rankc`. */
+import { execFileSync } from "node:child_process";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { copyCheckout } from "../support/checkout.ts";
+
+interface Lock {
+  readonly packages: Readonly<Record<string, { readonly dev?: boolean; readonly dependencies?: object }>>;
+}
+
+const checkout = copyCheckout();
+const home = mkdtempSync(join(tmpdir(), "rankc-installed-"));
+afterAll(() => [checkout, home].forEach((folder) => void rmSync(folder, { recursive: true, force: true })));
+
+const npm = (cwd: string, ...args: string[]): string =>
+  execFileSync("npm", args, { cwd, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
+const rankc = (...args: string[]): string =>
+  execFileSync(join(home, "node_modules/.bin/rankc"), args, { cwd: home, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
+
+beforeAll(() => {
+  npm(checkout, "pack", "--pack-destination", home, "--loglevel=error");
+  const tarball = readdirSync(home).find((name) => name.endsWith(".tgz"))!;
+  // with the versions of this checkout's lock file, npm needs its cache and no network
+  const { packages } = JSON.parse(readFileSync(join(checkout, "package-lock.json"), "utf8")) as Lock;
+  const used = Object.fromEntries(Object.entries(packages).filter(([path, entry]) => path !== "" && !entry.dev));
+  const rankcEntry = {
+    version: "0.1.0",
+    resolved: `file:${tarball}`,
+    bin: { rankc: "dist/src/cli/main.js" },
+    dependencies: packages[""]!.dependencies,
+  };
+  const dependencies = { rankc: `file:${tarball}` };
+  writeFileSync(join(home, "package.json"), JSON.stringify({ name: "home", private: true, dependencies }));
+  writeFileSync(
+    join(home, "package-lock.json"),
+    JSON.stringify({
+      name: "home",
+      lockfileVersion: 3,
+      packages: { "": { name: "home", dependencies }, "node_modules/rankc": rankcEntry, ...used },
+    }),
+  );
+  npm(home, "ci", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error");
+});
+
+describe("the installed package", () => {
+  const job = "node_modules/rankc/plans/tiny-dense/job.yaml";
+
+  test("holds what it needs and nothing of the workshop", () => {
+    expect(readdirSync(join(home, "node_modules/rankc")).sort()).toEqual([
+      "LICENSE",
+      "README.md",
+      "dist",
+      "package.json",
+      "plans",
+      "schemas",
+      "templates",
+    ]);
+    expect(existsSync(join(home, "node_modules/rankc/dist/test"))).toBe(false);
+    expect(existsSync(join(home, "node_modules/typescript"))).toBe(false);
+  });
+
+  test("names its version, checks a job, compiles it and reads the plan back", () => {
+    expect(rankc("--version")).toBe("0.1.0\n");
+    expect(rankc("check", job)).toContain("valid");
+    rankc("compile", job, "-o", "plan");
+    expect(readdirSync(join(home, "plan")).sort()).toEqual(["plan.json", "plan.txt"]);
+    expect(rankc("inspect", "plan")).toContain("tiny-dense");
+  });
+
+  test("trains a step", () => {
+    expect(rankc("run", job, "--steps", "1")).toMatch(/^1 steps? in .* loss 5\.\d+/);
+  });
+
+  test("finds its templates and schemas", () => {
+    expect(rankc("explain", "P104")).toContain("P104");
+    expect(JSON.parse(rankc("schema"))).toMatchObject({ title: "rankc job" });
+  });
+});

@@ -1,0 +1,197 @@
+import fc from "fast-check";
+import { expect, test } from "vitest";
+import { stringify } from "yaml";
+import { areDigits, parts } from "../../schemas/sharding.ts";
+import { type Changes, renderFindings } from "../../src/frontend/diagnostic.ts";
+import { badJob, codes, explain } from "../../src/frontend/explain.ts";
+import { readJob } from "../../src/frontend/readJob.ts";
+import { buildMesh, denseAxes, expertAxes } from "../../src/passes/mesh.ts";
+import { rules, smallest } from "../../src/rules/index.ts";
+import { parallelOf } from "../support/job.ts";
+
+const sets = (changes: Changes): string[] => Object.entries(changes).map(([path, value]) => `${path}=${JSON.stringify(value)}`);
+const read = (text: string, set: readonly string[] = []) => readJob(text, "job.yaml", set);
+
+test("the smallest job is valid, and no rule speaks of it", () => {
+  const { job, findings } = read(smallest);
+  expect(findings).toEqual([]);
+  expect(job?.parallel.data).toBe(1);
+});
+
+test("there are at least 30 rules, each with a code of its own", () => {
+  expect(rules.length).toBeGreaterThanOrEqual(30);
+  expect(new Set(codes).size).toBe(codes.length);
+});
+
+test.each(rules.map((r) => [r.code, r] as const))("%s speaks on its own bad example, and no other rule does", (code, rule) => {
+  const { findings, job } = read(badJob(rule.bad));
+  expect(findings.map((f) => f.code)).toEqual([code]);
+  expect(job === undefined).toBe(rule.level === "error");
+  const [finding] = findings;
+  expect(finding?.at).toMatchObject({ file: "job.yaml" });
+  expect(finding?.found).not.toMatch(/undefined|NaN|\[object/);
+});
+
+test.each(rules.map((r) => [r.code, r] as const))("%s names a fix that works", (code, rule) => {
+  const [finding] = read(badJob(rule.bad)).findings;
+  if (!finding?.set) return expect(["P112", "M312"]).toContain(code); // their way out is a choice, not a value
+  const after = read(badJob(rule.bad), sets(finding.set));
+  expect(after.findings.filter((f) => f.code === code || f.level === "error")).toEqual([]);
+});
+
+test("fixes still work when several things are wrong at once", () => {
+  const text = stringify({
+    name: "wrong",
+    model: { layers: 5, hidden: 64, heads: 6, kv_heads: 4, head_dim: 16, vocab: 250, seq: 30, moe: { experts: 6, top_k: 7 } },
+    parallel: { world: 16, tensor: 4, pipeline: 2, expert: 4 },
+    train: { steps: 10, global_batch: 3, optimizer: { lr: 1e-3, betas: [1, 2] } },
+    data: { path: "x" },
+  });
+  const first = read(text).findings;
+  for (const f of first) {
+    if (!f.set) continue;
+    const after = read(text, sets(f.set)).findings;
+    expect(after.some((g) => g.code === f.code && g.path === f.path)).toBe(false);
+    const known = new Set(first.map((g) => `${g.code} ${g.path}`));
+    expect(after.filter((g) => !known.has(`${g.code} ${g.path}`))).toEqual([]);
+  }
+  expect(first.map((f) => f.code)).toEqual(expect.arrayContaining(["P104", "P107", "M301", "M308", "E401", "E402", "B207"]));
+});
+
+const moe = { experts: 8, top_k: 2, router: { aux_coeff: 0.01 } };
+test.each([
+  [
+    "mlp recomputed where every layer has experts",
+    { model: { moe }, recompute: { mode: "selective", modules: ["core_attn", "mlp"] } },
+    "B230",
+  ],
+  ["group_top_k without groups", { model: { moe: { ...moe, router: { ...moe.router, group_top_k: 2 } } } }, "E442"],
+  ["group_scores without groups", { model: { moe: { ...moe, router: { ...moe.router, group_scores: 1 } } } }, "E442"],
+])("%s is a warning: the key changes no number", (_, { model, recompute }: { model: object; recompute?: object }, code) => {
+  const { job, findings } = read(
+    stringify({
+      name: "unread",
+      model: { layers: 2, hidden: 16, heads: 2, vocab: 256, seq: 16, ...model },
+      train: { steps: 1, optimizer: { lr: 1e-3 }, ...(recompute && { recompute }) },
+      data: { path: "corpus.txt" },
+    }),
+  );
+  expect(job).toBeDefined();
+  expect(findings.map(({ code, level }) => [code, level])).toEqual([[code, "warning"]]);
+});
+
+test("every code can be explained", () => {
+  for (const code of codes) expect(explain(code)?.finding.code).toBe(code);
+  expect(explain("P999")).toBeUndefined();
+});
+
+test("a finding shows the keys that disagree, what was found, why, and the way out", () => {
+  const { findings } = read(`name: mixtral
+model: {layers: 2, hidden: 64, heads: 4, vocab: 256, seq: 64, moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}}}
+parallel:
+  world: 8
+  tensor: 2
+  expert: 4
+train: {steps: 10, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+`);
+  expect(renderFindings(findings, { color: false })).toMatchInlineSnapshot(`
+    "error[P104]: EP with TP requires SP: experts beside tensor parallelism need the sequence cut
+     --> job.yaml:3:1
+      |
+    3 | parallel:
+      | ^^^^^^^^
+     ::: job.yaml:6:11
+      |
+    6 |   expert: 4
+      |           -
+     ::: job.yaml:5:11
+      |
+    5 |   tensor: 2
+      |           -
+      = found: tensor 2 and expert 4 with sequence: false
+      = why:   Without sequence parallelism every tensor rank holds the same tokens, so each routes and
+               sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns
+               while it reads the arguments and then stops at the first forward, after the cluster was
+               booked (Megatron-LM #1587, NeMo-RL #1075).
+      = fix:   parallel.sequence: true (cut the sequence over the tensor ranks, or give up tensor
+               parallelism)
+
+    1 error
+    "
+  `);
+});
+
+test("a job moved from Megatron's configurations that fail late is refused before anything runs", () => {
+  const moe = { experts: 8, top_k: 2, router: { aux_coeff: 0.01 } };
+  const job = (over: { model?: object; parallel?: object }) =>
+    stringify({
+      name: "gap",
+      model: { layers: 32, hidden: 4096, ffn: 14336, heads: 32, kv_heads: 8, vocab: 32000, seq: 2048, ...over.model },
+      parallel: { world: 16, tensor: 4, sequence: true, expert: 4, ...over.parallel },
+      train: { steps: 10, global_batch: 128, optimizer: { lr: 1e-4 } },
+      data: { path: "corpus.txt" },
+    });
+  const errors = (over: { model?: object; parallel?: object }) =>
+    read(job(over)).findings.flatMap((f) => (f.level === "error" ? [f.code] : []));
+  expect(errors({ model: { moe } })).toEqual([]);
+  expect(errors({ model: { moe }, parallel: { sequence: false } })).toEqual(["P104"]);
+  expect(errors({ model: { moe }, parallel: { expert: 8, expert_tensor: 4 } })).toEqual(["P102"]);
+  expect(errors({ model: { moe: { ...moe, top_k: 9 } } })).toEqual(["E401"]);
+  expect(errors({ model: { moe: { ...moe, ffn: 14337 } }, parallel: { expert_tensor: 2 } })).toEqual(["E403"]);
+  expect(errors({ model: { moe, seq: 2046 } })).toEqual(["P111"]);
+  expect(errors({ model: { ffn: 14338 }, parallel: { expert: 1 } })).toEqual(["M305"]);
+});
+
+const cluster = { nodes: 1, gpus_per_node: 8, device: "cpu" } as const;
+
+/** Whether the mesh can be built, each grid of factors that tell all ranks apart, and every axis is the product of its own. */
+function isBuilt(job: Parameters<typeof buildMesh>[0]): boolean {
+  try {
+    const mesh = buildMesh(job);
+    const { axes, factors, sizes, per_stage } = mesh;
+    for (const grid of [denseAxes, expertAxes]) {
+      const own = grid.flatMap((axis) => axes[axis]!);
+      if (!areDigits(mesh, own) || parts(mesh, own) !== per_stage) return false;
+    }
+    return Object.entries(axes).every(([axis, of]) => of.reduce((n, f) => n * factors[f]!.size, 1) === sizes[axis]);
+  } catch {
+    return false;
+  }
+}
+
+test("a grid that the rules let through can be built, and one they refuse cannot", () => {
+  const degree = fc.constantFrom(1, 2, 3, 4, 6, 8);
+  const grids = fc.record({
+    tensor: degree,
+    pipeline: fc.constantFrom(1, 2, 4),
+    context: degree,
+    data: degree,
+    expert: degree,
+    expert_tensor: degree,
+  });
+  fc.assert(
+    fc.property(grids, (degrees) => {
+      const world = degrees.tensor * degrees.pipeline * degrees.context * degrees.data;
+      const model = {
+        ...{ layers: 4, hidden: 48, ffn: 48, heads: 24, kv_heads: 24, head_dim: 2, vocab: 768, seq: 2304 },
+        moe: { experts: 24, top_k: 2, router: { aux_coeff: 0.01 } },
+      };
+      const { findings } = read(
+        stringify({
+          name: "grid",
+          model,
+          parallel: { world, sequence: true, ...degrees },
+          train: { steps: 1, optimizer: { lr: 1 } },
+          data: { path: "x" },
+        }),
+      );
+      const errors = findings.flatMap((f) => (f.level === "error" ? [f] : []));
+      expect(errors.every((f) => f.code === "P102" && f.set)).toBe(true);
+      expect(isBuilt({ model: { kv_heads: degrees.tensor }, parallel: parallelOf({ world, sequence: true, ...degrees }), cluster })).toBe(
+        errors.length === 0,
+      );
+    }),
+    { numRuns: 150 },
+  );
+});

@@ -1,0 +1,174 @@
+/** What a layer communicates. Mistakes of cost never show in numbers, so the collectives themselves are held here: Megatron Core's, one by one. */
+
+import { expect, test } from "vitest";
+import { blocksOf, instructionsOf } from "../../schemas/program.ts";
+import { compile } from "../../src/compile.ts";
+import { microbatchesOf } from "../../src/passes/schedule.ts";
+import { jobOf } from "../support/job.ts";
+
+const moe = { experts: 8, top_k: 2, ffn: 32, router: { balance: "aux_loss", aux_coeff: 0.01 } };
+const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
+  compile(
+    jobOf({
+      name: "collectives",
+      model: { layers: 4, hidden: 32, ffn: 32, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...model },
+      parallel,
+      train: { micro_batch: 1, global_batch: 16, steps: 1, optimizer: { lr: 1e-3 }, ...train },
+      data: { path: "corpus.txt" },
+    }),
+  ).plan;
+
+/** Moves between ranks in layer 1, or in the step block: `block name axes` → how many. */
+function count(p: ReturnType<typeof plan>, block: "forward" | "backward" | "step", where = /layers\.1\./): Record<string, number> {
+  const counts: Record<string, number> = {};
+  for (const i of blocksOf(p.programs[0]!).flatMap((b) => (b.kind === block ? b.instructions : [])))
+    if (i.kind === "move" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
+  return counts;
+}
+
+test("tensor with sequence, experts over data: gather, scatter, dispatch, combine", () => {
+  const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
+  // tokens before attention and after it; counts for the balancing loss; which rows, they and their weights out, rows back
+  expect(count(p, "forward")).toEqual({
+    "all_gather tp": 1,
+    "reduce_scatter tp": 1,
+    "all_reduce tp": 1,
+    "dispatch_index ep": 1,
+    "dispatch ep": 2,
+    "combine ep": 1,
+  });
+  // tokens again for the weight gradient, dy of wo once for both of its gradients
+  expect(count(p, "backward")).toEqual({ "dispatch ep": 1, "combine ep": 2, "all_gather tp": 2, "reduce_scatter tp": 1 });
+});
+
+test("tensor without sequence: one all-reduce after attention, one after the mlp, and their mirrors", () => {
+  const p = plan({ world: 2, tensor: 2 }, {});
+  expect(count(p, "forward")).toEqual({ "all_reduce tp": 2 });
+  expect(count(p, "backward")).toEqual({ "all_reduce tp": 2 });
+});
+
+test("copies of key/value heads: a layer communicates as without them, and a step sums the gradients of keys and values over the copies", () => {
+  const axes = "tp/2@1";
+  for (const sequence of [true, false]) {
+    const [copied, plain] = [2, 4].map((kv_heads) =>
+      plan({ world: 4, tensor: 4, sequence }, { kv_heads, qk_norm: "head", qkv_bias: true }),
+    );
+    for (const block of ["forward", "backward"] as const) expect(count(copied!, block)).toEqual(count(plain!, block));
+    expect(count(copied!, "step", /layers\.1\.(w[kv]|b[kv])\.grad/)).toEqual({ [`all_reduce ${axes}`]: 4 });
+    expect(count(plain!, "step", /layers\.1\.(w[kv]|b[kv])\.grad/)).toEqual({});
+  }
+});
+
+test("expert tensor parallelism gathers rows inside the dispatch and scatters them inside the combine", () => {
+  const p = plan({ world: 8, tensor: 2, sequence: true, expert: 2, expert_tensor: 2 });
+  expect(count(p, "forward")).toMatchObject({ "dispatch ep": 2, "all_gather etp": 2, "reduce_scatter etp": 1, "combine ep": 1 });
+});
+
+test("latent attention gathers latents over the tensor ranks, not the residual stream; each owes its sum once", () => {
+  const mla = { q_rank: 12, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
+  const model = { mla, kv_heads: 8, head_dim: 10 };
+  const p = plan({ world: 2, tensor: 2, sequence: true }, model);
+  // the queries' latent, that of keys and values, and the keys' turned channels; then the heads come together, and the mlp
+  expect(count(p, "forward")).toEqual({ "all_gather tp": 4, "reduce_scatter tp": 2 });
+  const forward = blocksOf(p.programs[0]!).flatMap((b) => (b.kind === "forward" ? b.instructions : []));
+  const gathered = forward.flatMap((i) => (i.kind === "move" && i.name === "all_gather" ? [i.from] : []));
+  expect(gathered.filter((id) => /layers\.1\.attn/.test(id))).toEqual([
+    "layers.1.attn.q_norm",
+    "layers.1.attn.kv_norm",
+    "layers.1.attn.k_rope",
+  ]);
+  expect(count(p, "backward")).toEqual({ "all_gather tp": 5, "reduce_scatter tp": 4 });
+  // what makes latents is whole on each rank, which saw its own tokens
+  expect(count(p, "step", /layers\.1\.w(q|kv)_a/)).toEqual({ "all_reduce tp": 2 });
+  expect(count(p, "step", /layers\.1\.(wq_b|wkv_b|wo)/)).toEqual({});
+  // without the sequence cut they are made on every rank, and only gradients of latents are added up
+  const whole = plan({ world: 2, tensor: 2 }, model);
+  expect(count(whole, "forward")).toEqual({ "all_reduce tp": 2 });
+  expect(count(whole, "backward")).toEqual({ "all_reduce tp": 4 });
+});
+
+test("biases cost no collective: the one after attention is added where the sum over the tensor ranks lies", () => {
+  const bias = { qkv_bias: true, out_bias: true };
+  for (const parallel of [
+    { world: 2, tensor: 2 },
+    { world: 2, tensor: 2, sequence: true },
+  ])
+    for (const block of ["forward", "backward"] as const)
+      expect(count(plan(parallel, bias), block)).toEqual(count(plan(parallel, {}), block));
+  const p = plan({ world: 4, tensor: 2, sequence: true }, bias);
+  expect(count(p, "step", /layers\.1\.bo/)).toEqual({ "all_reduce tp*dp": 1 });
+  expect(count(p, "step", /layers\.1\.bq/)).toEqual({ "all_reduce dp": 1 });
+});
+
+test("context parallelism gathers keys and values, and scatters their gradients", () => {
+  const p = plan({ world: 4, context: 4, context_method: "all_gather" }, {});
+  expect(count(p, "forward")).toEqual({ "all_gather cp": 2 });
+  expect(count(p, "backward")).toEqual({ "all_gather cp": 2, "reduce_scatter cp": 2 });
+});
+
+test("in a ring, keys and values go three places on of four; back with them their sums, four, home", () => {
+  const p = plan({ world: 4, context: 4, context_method: "ring" }, {});
+  expect(count(p, "forward")).toEqual({ "ring cp": 6 });
+  expect(count(p, "backward")).toEqual({ "ring cp": 6 + 8 });
+  const forward = p.programs[0]!.chunks[0]!.forward.filter((i) => /^layers\.1\.attn\.core/.test(i.id));
+  expect(forward.map((i) => (i.kind === "move" ? i.name : i.kind === "compute" ? i.op : i.kind))).toEqual([
+    ...["ring", "ring", "attention_part"],
+    ...["ring", "ring", "attention_part", "attention_merge"],
+    ...["ring", "ring", "attention_part", "attention_merge"],
+    ...["attention_part", "attention_merge"],
+  ]);
+  // each rank works on the pieces of those before it
+  expect(forward.flatMap((i) => (i.kind === "compute" && i.op === "attention_part" ? [i.behind?.U ?? 0] : []))).toEqual([0, 1, 2, 3]);
+});
+
+test("the end of a step: what a gradient owes is its bucket", () => {
+  const step = (distributed_optimizer: boolean, where: RegExp) =>
+    count(plan({ world: 16, tensor: 2, sequence: true, context: 2, expert: 4, distributed_optimizer }), "step", where);
+  expect(step(false, /layers\.1\.wq/)).toEqual({ "all_reduce cp*dp": 1 });
+  expect(step(false, /layers\.1\.norm1/)).toEqual({ "all_reduce tp*cp*dp": 1 });
+  expect(step(false, /layers\.1\.router/)).toEqual({ "all_reduce tp*cp*dp": 1 });
+  expect(step(false, /layers\.1\.w1/)).toEqual({ "all_reduce edp": 1 });
+  expect(step(true, /layers\.1\.wq/)).toEqual({ "reduce_scatter cp*dp": 1, "all_gather cp*dp": 1 });
+  expect(step(true, /layers\.1\.w1/)).toEqual({ "reduce_scatter edp": 1, "all_gather edp": 1 });
+});
+
+test("gradients are reduced once a step, whatever the number of microbatches", () => {
+  const p = plan({ world: 2, distributed_optimizer: true });
+  expect(microbatchesOf(p.job)).toBe(8);
+  expect(count(p, "backward", /./)).toEqual({});
+});
+
+test("the pipeline sends one activation forward and its gradient back for each microbatch", () => {
+  const p = plan({ world: 4, pipeline: 4 }, {});
+  const transfers = p.programs.map((r) =>
+    instructionsOf(r).flatMap((i) => (i.kind === "send" || i.kind === "recv" ? [`${i.kind} ${i.peer}`] : [])),
+  );
+  expect(transfers).toEqual([
+    ["send 1", "recv 1"],
+    ["recv 0", "send 2", "recv 2", "send 0"],
+    ["recv 1", "send 3", "recv 3", "send 1"],
+    ["recv 2", "send 2"],
+  ]);
+  expect(p.programs.map((r) => r.chunks[0]!.slots)).toEqual([4, 3, 2, 1]);
+});
+
+test("each collective says which use and which job key made it necessary", () => {
+  const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
+  const why = (id: RegExp) => p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "move" && id.test(i.id) ? [i.why] : []))[0];
+  expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
+    op: "layers.1.attn.wq.x",
+    because: "layers.1.wq is cut along N",
+    path: "parallel.tensor",
+  });
+  expect(why(/layers\.1\.moe\.permute@.*dispatch/)).toEqual({
+    op: "layers.1.moe.w1.x",
+    because: "layers.1.w1 is cut along E",
+    path: "parallel.expert",
+  });
+});
+
+test("a program does not grow with the number of ranks", () => {
+  const bytes = (world: number) =>
+    JSON.stringify(plan({ world, tensor: 2, sequence: true, expert: 2 }, { moe }, { global_batch: world * 8 }).programs).length;
+  expect(bytes(1024) / bytes(16)).toBeLessThan(1.05);
+});

@@ -1,0 +1,90 @@
+/** The memory that rule C510 judges is that of the plan, to the byte, though equal chunks and layers are compiled once. */
+import { readFileSync } from "node:fs";
+import { expect, test } from "vitest";
+import { memoryBreakdown } from "../../src/analysis/memoryBreakdown.ts";
+import { cpu, loadDeviceTargets, loadTarget } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob, readJobWith } from "../../src/frontend/readJob.ts";
+import { memoryOfStages } from "../../src/peak.ts";
+import { bytesText } from "../../src/units.ts";
+import { jobOf } from "../support/job.ts";
+
+const moe = (more: object = {}, router: object = { aux_coeff: 0.01 }) => ({ moe: { experts: 4, top_k: 2, ffn: 32, router, ...more } });
+const job = (model: object, parallel: object = {}, train: object = {}) =>
+  jobOf({
+    name: "peak",
+    model: { hidden: 32, heads: 4, head_dim: 8, vocab: 256, seq: 64, ffn: 64, ...model },
+    parallel,
+    train: { steps: 10, global_batch: 32, optimizer: { lr: 1e-3 }, ...train },
+    data: { path: "corpus.txt" },
+  });
+const bias = { score: "sigmoid", expert_bias: true, balance: "none" };
+
+test.each([
+  ["dense layers", { layers: 12 }, {}, {}],
+  ["three dense layers, then experts", { layers: 14, ...moe({ layers: { first_dense: 3 } }) }, {}, {}],
+  ["two long stretches", { layers: 20, ...moe({ layers: { first_dense: 8 } }) }, {}, {}],
+  ["experts in every third layer", { layers: 23, ...moe({ layers: { every: 3 } }) }, {}, {}],
+  ["layers in no order", { layers: 12, ...moe({ layers: [1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0, 0] }) }, {}, {}],
+  ["interleaved chunks", { layers: 16, ...moe() }, { world: 8, pipeline: 4, virtual_pipeline: 2, expert: 2 }, {}],
+  [
+    "chunks, biases of experts, distributed optimizer",
+    { layers: 16, ...moe({}, bias) },
+    { world: 8, pipeline: 2, virtual_pipeline: 4, expert: 2, distributed_optimizer: true },
+    {},
+  ],
+  ["zero bubble", { layers: 24, ...moe() }, { world: 4, pipeline: 4, schedule: "zero_bubble" }, {}],
+  [
+    "tied embeddings and dropout in chunks",
+    { layers: 16, tie_embeddings: true, dropout: { hidden: 0.1, attention: 0.1 } },
+    { world: 2, pipeline: 2, virtual_pipeline: 4 },
+    {},
+  ],
+  [
+    "a layout with multi-token prediction",
+    { layers: 12, mtp: { layers: 2 }, ...moe() },
+    { world: 4, pipeline: 2, layout: "Etttt|tt|ttt|tttmmL" },
+    {},
+  ],
+  ["groups of three computed again", { layers: 20 }, {}, { recompute: { mode: "full", layers: 3 } }],
+  ["five layers computed again", { layers: 20 }, {}, { recompute: { mode: "full", method: "block", layers: 5 } }],
+  [
+    "modules computed again",
+    { layers: 10, ...moe() },
+    {},
+    { recompute: { mode: "selective", modules: ["core_attn", "moe_act", "layernorm"] } },
+  ],
+])("%s", (_, model, parallel, train) => {
+  const of = job(model, parallel, train);
+  const { memory, programs } = compile(of).plan;
+  expect(memoryOfStages(of, cpu)).toEqual(programs.map((p, stage) => memoryBreakdown(p, memory[stage]!)));
+});
+
+test("the scratch of kernels is a part of it", async () => {
+  const target = await loadTarget("cuda:sm_90a");
+  const of = job({ layers: 8, ...moe() }, { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 });
+  const { memory } = compile(of, { target }).plan;
+  expect(memoryOfStages(of, target).map(({ scratch }) => scratch)).toEqual(memory.map(({ scratch }) => scratch));
+  expect(Math.max(...memory.map(({ scratch }) => scratch))).toBeGreaterThan(0);
+});
+
+const published = (name: string): string => readFileSync(new URL(`../../plans/${name}/job.yaml`, import.meta.url), "utf8");
+
+test("a recipe whose worst case does not fit is told what rows_bound would need, and what it means", async () => {
+  const sets = ["model.moe.rows_bound=worst", "cluster.device=h100-80gb"];
+  const { findings } = await readJobWith(loadDeviceTargets, published("deepseek-v3-1024gpu"), "job.yaml", sets);
+  const found = findings.find(({ code }) => code === "C510");
+  expect(found?.found).toMatch(/needs .* at the peak \(\d+(\.\d+)? \wiB with model\.moe\.rows_bound 1\.5\)/);
+  expect(found?.fix).toContain(
+    "1.5 for that many times the balanced load: a step that sends more ends the run with an error, and drops no row",
+  );
+  expect(found?.set).toMatchObject({ "model.moe.rows_bound": 1.5 });
+});
+
+test("C510 counts scratch of the device's kernels", async () => {
+  const sets = ["cluster.device=h100-80gb", "parallel.expert=1", "parallel.world=2", "parallel.distributed_optimizer=false"];
+  const { job: read, findings } = await readJobWith(loadDeviceTargets, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
+  const peaks = memoryOfStages(read!, await loadTarget("cuda:sm_90a")).map((m) => Object.values(m).reduce((a, b) => a + b));
+  expect(findings.find(({ code }) => code === "C510")?.found).toContain(bytesText(Math.max(...peaks)));
+  expect(readJob(published("qwen3-30b-a3b-16gpu"), "job.yaml").job).toBeDefined();
+});

@@ -1,0 +1,129 @@
+/** The folders: which may import which, who prints, who touches files. docs/concepts.md draws the same. */
+import { dirname, join, relative } from "node:path";
+import { Project, type SourceFile, SyntaxKind } from "ts-morph";
+import { expect, test } from "vitest";
+import { root } from "../support/checkout.ts";
+
+/** Layers of the compiler, lowest first: a file may import from its own layer and from lower ones. A file belongs to the first layer that matches. */
+const layers = [
+  { name: "schemas", holds: /^schemas\// },
+  { name: "text and package files", holds: /^src\/(units|version|packageFile)\.ts$/ },
+  { name: "ops", holds: /^src\/ops\// },
+  { name: "templates", holds: /^templates\/[^/]+$/ },
+  { name: "kernel specs", holds: /^src\/codegen\/(targetNames|kernelSpec|slices|attentionSizes)\.ts$/ },
+  { name: "kernel generators", holds: /^src\/codegen\/(cuda|wgsl)\// },
+  { name: "mesh and pipeline", holds: /^src\/passes\/(mesh|pipeline|passNames)\.ts$/ },
+  { name: "analysis", holds: /^src\/analysis\// },
+  { name: "sealing", holds: /^src\/plan\/seal\.ts$/ },
+  { name: "model", holds: /^src\/model\// },
+  { name: "passes", holds: /^src\/passes\// },
+  { name: "codegen", holds: /^src\/codegen\// },
+  { name: "plan files", holds: /^src\/plan\// },
+  { name: "peak memory", holds: /^src\/peak\.ts$/ },
+  { name: "reports", holds: /^src\/report\// },
+  { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic)\.ts$/ },
+  { name: "rules", holds: /^src\/rules\// },
+  { name: "frontend", holds: /^src\/frontend\/(readJob|explain)\.ts$/ },
+  { name: "compile", holds: /^src\/compile\.ts$/ },
+  { name: "explanations that compile a job", holds: /^src\/frontend\// },
+  { name: "converters", holds: /^src\/convert\// },
+  { name: "command line", holds: /^src\/cli\// },
+] as const;
+const layerOf = (file: string): number => layers.findIndex((layer) => layer.holds.test(file));
+
+/** Commands that open the runtime. */
+const opensRuntime = ["src/cli/main.ts", "src/cli/run.ts"];
+const touchFiles = new Map([
+  ["schemas/writing.ts", "folders of written files"],
+  ["src/cli/main.ts", "finds the plan of a directory"],
+  ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
+  ["src/cli/outputFiles.ts", "the files that a command writes"],
+  ["src/packageFile.ts", "schemas and templates of the package"],
+  ["src/cli/pack.ts", "an archive of a plan and all that runs it"],
+  ["src/cli/serve.ts", "the built page, and what a plan in a browser reads"],
+  ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
+  ["runtime/data/inputFile.ts", "the corpus"],
+  ["runtime/checkpoint/checkpointFiles.ts", "initial weights"],
+  ["runtime/checkpoint/safetensors.ts", "tensors that are written"],
+  ["runtime/checkpoint/checkpoint.ts", "checkpoints of a run"],
+  ["runtime/checkpoint/checkpointFile.ts", "the description of a checkpoint"],
+  ["runtime/checkpoint/saveFolder.ts", "the folder of a run's checkpoints, and its lock"],
+  ["runtime/cuda/libraries.ts", "which name of a library exists"],
+  ["runtime/cuda/kernels.ts", "cubins compiled by NVRTC, kept between runs"],
+  ["runtime/launch/place.ts", "a secret that the ranks share"],
+  ["runtime/launch/watchdog.ts", "the last message, while the main thread is blocked"],
+  // development scripts: they write what is committed
+  ["schemas/generate.ts", "JSON Schemas"],
+  ["templates/generate.ts", "bindings"],
+]);
+
+const project = new Project({ skipAddingFilesFromTsConfig: true, compilerOptions: { allowImportingTsExtensions: true } });
+project.addSourceFilesAtPaths(["schemas", "src", "runtime", "templates"].map((folder) => join(root, folder, "**/*.ts")));
+const files = new Map(project.getSourceFiles().map((file) => [relative(root, file.getFilePath()), file]));
+
+/** Every module that a file names in `import`, `export … from` or `import()`; own modules as a path from the root. */
+function importsOf(path: string, file: SourceFile): string[] {
+  const declared = [...file.getImportDeclarations(), ...file.getExportDeclarations()].flatMap((d) => d.getModuleSpecifierValue() ?? []);
+  const loaded = file
+    .getDescendantsOfKind(SyntaxKind.CallExpression)
+    .filter((call) => call.getExpression().getKind() === SyntaxKind.ImportKeyword)
+    .map((call) => call.getArguments()[0]!.asKindOrThrow(SyntaxKind.StringLiteral).getLiteralValue());
+  return [...declared, ...loaded].map((name) => (name.startsWith(".") ? join(dirname(path), name) : name));
+}
+const imports = new Map([...files].map(([path, file]) => [path, importsOf(path, file)]));
+const ownImports = (path: string): string[] => imports.get(path)!.filter((target) => imports.has(target));
+
+/** The pairs `from -> to` that a law forbids. */
+const offences = (forbidden: (from: string, to: string) => boolean): string[] =>
+  [...imports].flatMap(([from, targets]) => targets.filter((to) => forbidden(from, to)).map((to) => `${from} -> ${to}`));
+
+test("every own import names an existing file", () => {
+  expect(files.size).toBeGreaterThan(40);
+  expect(offences((_, to) => /^(schemas|src|runtime|templates)\//.test(to) && !imports.has(to))).toEqual([]);
+});
+
+test("every file of the compiler belongs to a layer, and imports only from its own layer and lower ones", () => {
+  expect([...files.keys()].filter((path) => !path.startsWith("runtime/") && layerOf(path) < 0)).toEqual([]);
+  expect(offences((from, to) => layerOf(from) >= 0 && layerOf(to) > layerOf(from))).toEqual([]);
+});
+
+test("the runtime imports schemas and ops; only commands import the runtime", () => {
+  const allowed = /^(runtime|schemas|src\/ops)\//;
+  expect(offences((from, to) => from.startsWith("runtime/") && imports.has(to) && !allowed.test(to))).toEqual([]);
+  expect(offences((from, to) => to.startsWith("runtime/") && !from.startsWith("runtime/") && !opensRuntime.includes(from))).toEqual([]);
+});
+
+test("no import cycle", () => {
+  const done = new Set<string>();
+  const cycles: string[] = [];
+  const walk = (path: string, trail: readonly string[]): void => {
+    if (trail.includes(path)) cycles.push([...trail.slice(trail.indexOf(path)), path].join(" -> "));
+    if (done.has(path) || trail.includes(path)) return;
+    for (const target of ownImports(path)) walk(target, [...trail, path]);
+    done.add(path);
+  };
+  for (const path of imports.keys()) walk(path, []);
+  expect(cycles).toEqual([]);
+});
+
+/** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 asks whether the owner of a lock still runs. */
+const exceptions = ["runtime/launch/watchdog.ts: process.kill", "runtime/checkpoint/saveFolder.ts: process.kill"];
+
+test("only the command line prints and ends the process; the watchdog of a blocked rank may kill it", () => {
+  const effects = /^(console\.\w+|process\.(exit|exitCode|stdout|stderr|abort|kill))$/;
+  const uses = [...files].flatMap(([path, file]) =>
+    file
+      .getDescendantsOfKind(SyntaxKind.PropertyAccessExpression)
+      .filter((access) => effects.test(access.getText()))
+      .map((access) => `${path}: ${access.getText()}`),
+  );
+  const isAllowed = (use: string): boolean =>
+    exceptions.includes(use) || use.startsWith("src/cli/main.ts: ") || /^src\/cli\/output\.ts: process\.(stdout|stderr)$/.test(use);
+  expect(uses.filter((use) => !isAllowed(use))).toEqual([]);
+});
+
+test("only listed files touch the file system", () => {
+  const touches = (to: string): boolean => /^(node:)?fs(\/|$)/.test(to);
+  expect(offences((from, to) => touches(to) && !touchFiles.has(from))).toEqual([]);
+  expect([...touchFiles.keys()].filter((path) => !imports.get(path)?.some(touches))).toEqual([]);
+});

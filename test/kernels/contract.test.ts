@@ -1,0 +1,89 @@
+/** The contract of kernels speaks of what plans do, and lets nothing pass that is off. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { cudaKernels } from "../../src/codegen/cuda/index.ts";
+import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJob.ts";
+import { ops } from "../../src/ops/index.ts";
+import { root } from "../support/checkout.ts";
+import { type Buffers, casesOf, type Executor, hold, mixtures } from "../support/contract.ts";
+
+test("every op of the table has a kernel on every device", () => {
+  const lacking = (kernels: object) => Object.keys(ops).filter((name) => !(name in kernels));
+  expect({ webgpu: lacking(wgslKernels), cuda: lacking(cudaKernels) }).toEqual({ webgpu: [], cuda: [] });
+  expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !ops[name])).toEqual([]);
+});
+
+const router = (keys: Readonly<Record<string, unknown>>): string[] =>
+  Object.entries(keys).map(([key, value]) => `model.moe.router.${key}=${JSON.stringify(value)}`);
+test.each([
+  ["as it is", []],
+  ["latent attention", ["model.mla={q_rank: 8, kv_rank: 8, nope_dim: 6, rope_dim: 2, v_dim: 8}", "model.kv_heads=4", "model.head_dim=8"]],
+  ["biases", ["model.qkv_bias=true", "model.out_bias=true"]],
+  [
+    "a router in fp32, with a bias and losses",
+    router({
+      ...{ score: "sigmoid", precision: "fp32", expert_bias: true },
+      ...{ balance: ["seq_aux_loss", "global_aux_loss"], aux_coeff: [0.01, 0.01] },
+    }),
+  ],
+  [
+    "groups and a capacity",
+    [...router({ score: "sqrt_softplus", groups: 4, group_top_k: 2, z_coeff: 0.001 }), "model.moe.capacity={factor: 1}"],
+  ],
+  ["Sinkhorn's method", router({ balance: "sinkhorn", aux_coeff: 0, normalize_top_k: false })],
+  ["quantiles", router({ balance: "quantile", aux_coeff: 0, precision: "fp32" })],
+  ["experts that choose", router({ type: "expert_choice", aux_coeff: 0 })],
+  ["even loads", router({ force: "uniform" })],
+  [
+    "shared experts, a latent width, a dense layer",
+    ["model.moe.shared={ffn: 64, gate: true}", "model.moe.latent=32", "model.moe.layers=[0, 1]"],
+  ],
+])("the types it asks for in half precision are those of a plan: %s", (_, sets) => {
+  const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
+  const { plan } = compile(readJob(text, "job.yaml", sets).job!);
+  const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
+  const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
+  expect(missing).toEqual([]);
+});
+
+const made = { source: "", launches: [] };
+/** Answers what the reference answers, changed. */
+const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Executor => ({
+  name: "answers",
+  async run(_made, _use, data) {
+    const all = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
+    for (const [n, x] of Object.entries(want)) all[n]!.set(x);
+    change(all);
+    return all;
+  },
+});
+
+test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
+  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "choose", "adamw", "split_rows"]) {
+    const [c] = casesOf(ops[name]!, "bf16");
+    const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);
+    const out = ops[name]!.outputs[0]!.name;
+    const input = ops[name]!.inputs[0]!.name;
+    await run(() => {});
+    await expect(run((all) => all[out]!.set([all[out]![3]! * 1.001 + 1e-3 + Number(all[out] instanceof Int32Array)], 3))).rejects.toThrow(
+      `${out}[3]`,
+    );
+    await expect(run((all) => all[out]!.set([all[out] instanceof Int32Array ? -7 : Number.NaN], 2))).rejects.toThrow(out);
+    await expect(run((all) => all[input]!.set([9], 0))).rejects.toThrow(`${input} is only read`);
+  }
+});
+
+test("rows that a kernel makes are compared with their offsets", async () => {
+  const c = casesOf(ops.permute!, "bf16").find((x) => x.use.makesRows)!;
+  for (const at of [0, 1, c.data.rows!.length - 1])
+    await expect(
+      hold(
+        answering(c.want, (all) => all.rows!.set([77], at)),
+        made,
+        c,
+      ),
+    ).rejects.toThrow("rows");
+});

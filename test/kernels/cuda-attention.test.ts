@@ -1,0 +1,229 @@
+/**
+ * CUDA's attention and its gradient equal their reference: in 16-bit floats on the tensor cores and in f32, whatever the widths of heads, the
+ * number of query heads that share keys, the pieces of the sequence that are here, and the order in which they lie. The sources run as
+ * C++ on the CPU.
+ */
+import { describe, expect, test } from "vitest";
+import type { Dtype, Launch } from "../../schemas/plan.ts";
+import { attention as makers } from "../../src/codegen/cuda/attention.ts";
+import { orderOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
+import type { Use } from "../../src/codegen/kernelSpec.ts";
+import type { Arch } from "../../src/codegen/targetNames.ts";
+import { ops } from "../../src/ops/index.ts";
+import { slotSize } from "../../src/ops/op.ts";
+import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";
+import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
+import { random } from "../support/opCases.ts";
+import { byTier, once } from "../support/tiers.ts";
+
+interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
+  /** The width of values: C if not said. */
+  readonly W?: number;
+  readonly start: number;
+  /** The keys are a piece, which begins here. */
+  readonly keyStart?: number;
+  readonly zigzag?: readonly [chunk: number, ranks: number];
+  /** The probability that a weight is dropped. */
+  readonly drop?: number;
+  readonly arch: Arch;
+  readonly type: "bf16" | "f16" | "f32";
+  /** Also in the fast tier: of each kind of kernel one, pieces, zigzag order, f16, dropped weights. */
+  readonly fast?: true;
+}
+const shapes: readonly Shape[] = [
+  // one block, blocks cut short on both sides, and a head of each kind
+  { B: 1, S: 5, U: 5, G: 1, M: 1, C: 16, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
+  { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16", fast: true },
+  { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
+  // pieces that see few of the keys, and keys that nobody sees
+  { B: 1, S: 33, U: 300, G: 2, M: 4, C: 48, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 65, U: 513, G: 1, M: 1, C: 80, start: 129, arch: "sm_80", type: "bf16" },
+  { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 66, U: 66, G: 1, M: 2, C: 112, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  // so many heads that a head's keys are taken in two waves
+  { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_80", type: "bf16" },
+  // f32 arithmetic: f32, and heads that the tensor cores do not take
+  { B: 2, S: 67, U: 140, G: 2, M: 2, C: 24, start: 70, arch: "sm_90a", type: "f32", fast: true },
+  { B: 1, S: 129, U: 129, G: 1, M: 4, C: 128, start: 0, arch: "sm_80", type: "f32" },
+  { B: 1, S: 30, U: 150, G: 1, M: 2, C: 7, start: 3, arch: "sm_90a", type: "f32" },
+  { B: 1, S: 66, U: 66, G: 2, M: 1, C: 160, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 66, U: 66, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "bf16" },
+  // values of a width of their own: latent attention's, narrow and wide ones
+  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16" },
+  { B: 1, S: 129, U: 129, G: 2, M: 2, C: 48, W: 32, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 140, U: 140, G: 1, M: 1, C: 16, W: 112, start: 0, arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 70, U: 70, G: 2, M: 1, C: 24, W: 16, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 66, U: 80, G: 1, M: 2, C: 192, W: 130, start: 14, arch: "sm_80", type: "f32" },
+  // pieces of the keys: before, across and after the queries, on every kind of kernel
+  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 330, U: 200, G: 1, M: 1, C: 128, start: 40, keyStart: 200, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 130, U: 130, G: 2, M: 2, C: 64, start: 0, keyStart: 130, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 100, G: 2, M: 1, C: 192, W: 128, start: 10, keyStart: 150, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_80", type: "bf16" },
+  { B: 1, S: 70, U: 70, G: 1, M: 1, C: 64, start: 0, keyStart: 70, arch: "sm_100a", type: "bf16" },
+  { B: 2, S: 130, U: 70, G: 2, M: 2, C: 24, W: 16, start: 5, keyStart: 60, arch: "sm_80", type: "f32" },
+  // zigzag, all keys: blocks that tiles divide, and blocks that they do not
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 128, U: 512, G: 1, M: 2, C: 64, start: 128, zigzag: [64, 4], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 768, G: 1, M: 1, C: 64, start: 512, zigzag: [128, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 128, U: 384, G: 2, M: 1, C: 192, W: 128, start: 0, zigzag: [64, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 64, U: 256, G: 1, M: 2, C: 80, start: 192, zigzag: [64, 2], arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
+  { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
+  // gradients on Hopper's own products: every pair of widths, rows of which the last block has one more, several key blocks in alternating waves
+  { B: 1, S: 129, U: 129, G: 1, M: 2, C: 64, W: 128, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 65, U: 130, G: 2, M: 1, C: 128, W: 64, start: 65, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 70, U: 70, G: 1, M: 1, C: 192, W: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 60, U: 520, G: 32, M: 1, C: 64, start: 460, arch: "sm_90a", type: "bf16" },
+  // f16: Hopper's own products, those of any tensor core, and plain arithmetic
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16", fast: true },
+  { B: 1, S: 65, U: 130, G: 1, M: 2, C: 80, start: 30, arch: "sm_80", type: "f16" },
+  { B: 1, S: 40, U: 40, G: 2, M: 1, C: 24, start: 0, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16", fast: true },
+  // zigzag, a rank's keys: its own, of one before, of one after, of half of one, of two
+  { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 256, G: 1, M: 2, C: 64, start: 256, keyStart: 0, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 256, U: 256, G: 1, M: 1, C: 128, start: 0, keyStart: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 140, U: 140, G: 1, M: 2, C: 192, W: 128, start: 140, keyStart: 140, zigzag: [70, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 128, U: 64, G: 2, M: 1, C: 48, start: 128, keyStart: 64, zigzag: [64, 2], arch: "sm_80", type: "bf16" },
+  { B: 1, S: 64, U: 256, G: 1, M: 1, C: 96, start: 64, keyStart: 256, zigzag: [64, 4], arch: "sm_100a", type: "bf16" },
+  { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
+  // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, blocks whose fours of keys lie apart
+  { B: 2, S: 130, U: 260, G: 2, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", drop: 0.3 },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1, fast: true },
+  { B: 1, S: 65, U: 65, G: 2, M: 1, C: 64, start: 0, arch: "sm_100a", type: "f16", drop: 0.5 },
+  { B: 1, S: 70, U: 150, G: 1, M: 2, C: 20, start: 3, arch: "sm_90a", type: "f32", drop: 0.2 },
+  { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_90a", type: "bf16", drop: 0.2, fast: true },
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
+  { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
+  { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
+];
+
+function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop }: Shape): string {
+  const order = zigzag ? `, zigzag by ${zigzag[0]} over ${zigzag[1]}` : "";
+  const keys = keyStart === undefined ? `${U} keys` : `${U} keys from ${keyStart}`;
+  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}`;
+}
+
+/** A case per op: the gradient's inputs are what the forward op makes of all keys. Scores are of the size that normalised layers leave. */
+function casesOf(shape: Shape, seed: number): ContractCase[] {
+  const next = random(seed);
+  const { type, start, keyStart, zigzag = [0, 1], drop, B, S, U, G, M, C, W = C } = shape;
+  const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
+  const dropped = drop === undefined ? {} : { drop };
+  const told = { key0: 0x9abcdef0, key1: 0x12345678 };
+  // of several heads' ranks the third
+  const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? told : {}) };
+  const place = { start: (dim: string) => starts[dim as "S" | "U" | "G"] ?? 0, rows: new Int32Array(1) };
+  const known: Record<string, Float32Array> = {};
+  const name = `attention${drop ? "_dropout" : ""}${keyStart === undefined ? "" : "_part"}`;
+  return [name, `${name}_grad`].map((name) => {
+    const op = ops[name]!;
+    const operands = [...op.inputs, ...op.outputs];
+    const size = Object.fromEntries(operands.map((o) => [o.name, o.slots.reduce((n, s) => n * slotSize(s, d), 1)]));
+    const dtype: Record<string, Dtype> = Object.fromEntries(
+      operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : type]),
+    );
+    // a piece's gradient is told the log-sum-exp of all keys: some number no less
+    if (name.endsWith("_part_grad")) known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
+    if (drop) known.sample ??= Float32Array.from({ length: B }, (_, i) => 70_000 + i);
+    for (const { name } of op.inputs)
+      known[name] ??= rounded(
+        new Float32Array(size[name]!).map(() => 2 * next()),
+        type,
+      );
+    const made: Record<string, Float32Array> = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(size[o.name]!)]));
+    op.cpu({ ...known, ...made }, { ...d, ...dropped, ...(drop ? told : {}) }, place);
+    const data: Record<string, Buffers[string]> = { ...Object.fromEntries(op.inputs.map((o) => [o.name, known[o.name]!])), ...made };
+    if (drop) data.sample = Int32Array.from(known.sample!);
+    const want = Object.fromEntries(Object.entries(made).map(([n, x]) => [n, x.slice()]));
+    for (const o of op.outputs) known[o.name] = rounded(made[o.name]!, dtype[o.name]!);
+    const use: Use = {
+      ...{ op: op.name, name: `${op.name}_${seed}`, d: { ...d, ...dropped }, size, dtype },
+      ...{ keeps: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
+    };
+    return { title: titleOf(shape), use, data, starts, want };
+  });
+}
+
+const missing = await emulatorMissing();
+describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
+  interface Numbered {
+    readonly shape: Shape;
+    /** Seeds the data, and names the kernels. */
+    readonly seed: number;
+    readonly title: string;
+  }
+  const numbered = shapes.map((shape, i): Numbered => ({ shape, seed: i + 1, title: titleOf(shape) }));
+  /** Of the first two orders, and of orders by chance. */
+  type Executors = readonly [Emulator, Emulator];
+  const isPersistent = ({ shape: s, seed }: Numbered) => s.arch === "sm_90a" && !s.drop && (!!s.keyStart || [2, 10].includes(seed));
+
+  // each tier's kernels are one library
+  for (const { options, rows } of byTier(numbered, ({ shape }) => shape.fast === true)) {
+    const made = once(() => {
+      const kernels = rows.map(({ shape, seed }) =>
+        casesOf(shape, seed).map((c) => ({ ...c, made: makers[c.use.op as keyof typeof makers](c.use, shape.arch) })),
+      );
+      const executors: Executors = [cudaEmulator(kernels.flat()), cudaEmulator(kernels.flat(), [2, 3, 4, 5])];
+      return { kernels: new Map(rows.map(({ seed }, i) => [seed, kernels[i]!])), executors };
+    });
+    test.each(rows)("$title", options, async ({ seed }) => {
+      const { kernels, executors } = made();
+      for (const kernel of kernels.get(seed)!) await hold(executors[0], kernel.made, kernel);
+    });
+    // of tiles that see no key, too
+    const title = "in any order; one thread block that does all tiles after each other: $title";
+    test.each(rows.filter(isPersistent))(title, options, async ({ seed }) => {
+      const { kernels, executors } = made();
+      const [forward, backward] = kernels.get(seed)!;
+      await hold(executors[1], backward!.made, backward!);
+      const launches = forward!.made.launches.map((l): Launch => ({ ...l, grid: [1, 1, 1] }));
+      for (const e of executors) await hold(e, { ...forward!.made, launches }, forward!);
+    });
+  }
+});
+
+test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {
+  for (const arch of ["sm_90a", "sm_100a"] as const) {
+    const [, c] = casesOf({ ...shapes[3]!, type: "bf16" }, 1);
+    const made = makers.attention_grad(c!.use, arch);
+    const { B, S, G, M, C } = shapes[3]!;
+    // Hopper's own kernel takes 128 rows of such heads at a time
+    const step = arch === "sm_90a" ? 128 : 64;
+    const rows = B * G * M * Math.ceil(S / step) * step;
+    expect(made.scratch! - rows * (4 * C + 8)).toBeLessThan(4 * rows);
+  }
+});
+
+describe("the order of key blocks", () => {
+  const ofGrad = { C: 128, W: 128, scale: 1, chunk: 0, ranks: 1, part: false, grad: true };
+  const tiling = { rows: 64, keys: 128, multiprocessors: 132 };
+  const causal = (S: number) => Int32Array.from({ length: S / 128 }, (_, i) => 2 * i);
+  // sequences, key heads, query heads of each; steps over those of a device that is always busy
+  test.each([
+    [2, 4, 8, 4096, 1.1],
+    [2, 8, 4, 4096, 1.1],
+    [4, 8, 4, 4096, 1.1],
+    [1, 8, 4, 8192, 1.1],
+    [1, 8, 4, 4096, 1.12],
+    [1, 128, 1, 4096, 1.1],
+  ])("%i sequences of %i·%i heads and %i tokens keep 132 multiprocessors busy", (B, G, M, S, most) => {
+    const d = { B, G, M, S, U: S, ...ofGrad };
+    const blocks = S / 64;
+    const ideal = (B * G * M * (S / 128) * (blocks + 2)) / 2 / tiling.multiprocessors;
+    expect(stepsOf(orderOf(d, tiling), d, causal(S), tiling)).toBeLessThan(most * ideal);
+  });
+  test("few key heads: blocks from the last to the first would take half as long again", () => {
+    const d = { B: 2, G: 4, M: 8, S: 4096, U: 4096, ...ofGrad };
+    const alike = stepsOf({ wave: 17, alternating: false }, d, causal(4096), tiling);
+    expect(orderOf(d, tiling)).toEqual({ wave: 16, alternating: true });
+    expect(alike / stepsOf(orderOf(d, tiling), d, causal(4096), tiling)).toBeGreaterThan(1.4);
+  });
+});

@@ -1,0 +1,118 @@
+/**
+ * NVIDIA's compiler takes every CUDA source, for each architecture, without a warning, and gives every kernel all its values in
+ * registers: nothing is spilled, no thread has a stack. Sources of the contract's cases, and of the worked examples' plans.
+ */
+import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { describe, expect, test } from "vitest";
+import { findLibrary } from "../../runtime/cuda/libraries.ts";
+import { compileBeside } from "../../runtime/cuda/nvrtc.ts";
+import { cudaKernels } from "../../src/codegen/cuda/index.ts";
+import { type Arch, archs } from "../../src/codegen/targetNames.ts";
+import { loadTarget } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJob.ts";
+import { ops } from "../../src/ops/index.ts";
+import { root } from "../support/checkout.ts";
+import { casesOf } from "../support/contract.ts";
+import { byTier, full } from "../support/tiers.ts";
+
+const run = promisify(execFile);
+const version = await run("nvcc", ["--version"]).then(
+  ({ stdout }) => /V[\d.]+/.exec(stdout)?.[0] ?? "unknown",
+  () => undefined,
+);
+const cache = join(root, "node_modules/.cache/rankc-nvcc");
+
+/** What the compiler says of sources that are put one after the other; kept by their digest. */
+async function said(sources: readonly string[], arch: Arch): Promise<string> {
+  const text = sources.join("\n");
+  const digest = createHash("sha256").update(`${version} ${arch} ${text}`).digest("hex");
+  const known = join(cache, `${digest}.txt`);
+  if (existsSync(known)) return readFileSync(known, "utf8");
+  const folder = mkdtempSync(join(tmpdir(), "rankc-nvcc-"));
+  try {
+    writeFileSync(join(folder, "all.cu"), text);
+    const code = arch.slice(3);
+    // of a template's constants an instance may need only some
+    const options = [
+      "-std=c++17",
+      "-diag-suppress=177",
+      `-gencode=arch=compute_${code},code=sm_${code}`,
+      "-cubin",
+      "-Xptxas",
+      "-v",
+      "-o",
+      "all.cubin",
+      "all.cu",
+    ];
+    const { stdout, stderr } = await run("nvcc", options, { cwd: folder, maxBuffer: 1 << 26 }).catch((error) => {
+      throw new Error(`nvcc refuses a source for ${arch}:\n${String(error.stderr).slice(0, 4000)}`);
+    });
+    mkdirSync(cache, { recursive: true });
+    writeFileSync(known, stdout + stderr);
+    return stdout + stderr;
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+/** The kernels that do not keep to their registers, the warnings, and how many kernels there are. */
+function faults(text: string): { kernels: number; spills: string[]; warnings: string[] } {
+  const reports = text.split("Compiling entry function '").slice(1);
+  const spills = reports.flatMap((report) => {
+    const [, name] = /^(\w+)'/.exec(report)!;
+    const [, stack, stores, loads] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(report)!;
+    return [stack, stores, loads].every((n) => n === "0") ? [] : [`${name}: ${stack} bytes of stack, ${stores} spilled`];
+  });
+  return { kernels: reports.length, spills, warnings: text.split("\n").filter((line) => /warning|C75\d\d/.test(line)) };
+}
+
+async function expectClean(sources: readonly string[], arch: Arch): Promise<void> {
+  const { kernels, spills, warnings } = faults(await said(sources, arch));
+  expect(kernels).toBeGreaterThanOrEqual(sources.length);
+  expect(warnings).toEqual([]);
+  expect(spills).toEqual([]);
+}
+
+/** Of each op and mixture of types a small case and a large one; in f16 those that have it. */
+const contractSources = (arch: Arch, half: "bf16" | "f16"): string[] =>
+  Object.entries(cudaKernels).flatMap(([op, maker]) =>
+    casesOf(ops[op]!, half)
+      .filter((c) => /: (odd|large),/.test(c.title) && (half === "bf16" || Object.values(c.use.dtype).includes(half)))
+      .map((c, i) => maker({ ...c.use, name: `${op}_${i}` }, arch).source),
+  );
+
+async function planSources(name: string, arch: Arch): Promise<string[]> {
+  const path = join(root, "plans", name, "job.yaml");
+  const { job } = readJob(readFileSync(path, "utf8"), path);
+  return [...compile(job!, { target: await loadTarget(`cuda:${arch}`) }).sources.values()];
+}
+
+describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () => {
+  describe.each(archs)("for %s", (arch) => {
+    test.each(["bf16", "f16"] as const)("takes the sources of the contract, halves %s", full, (half) =>
+      expectClean(contractSources(arch, half), arch),
+    );
+
+    const plans = readdirSync(join(root, "plans"));
+    for (const { options, rows } of byTier(plans, (name) => name === "tiny-dense" && arch === "sm_90a"))
+      test.each(rows)("takes the sources of plans/%s", options, async (name) => expectClean(await planSources(name, arch), arch));
+  });
+});
+
+const nvrtc = findLibrary("nvrtc");
+// it knows no headers at all: what it takes needs none
+test.skipIf("missing" in nvrtc)(
+  `NVRTC takes the sources of plans/tiny-mixtral${"missing" in nvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`,
+  async () => {
+    const image = await compileBeside((await planSources("tiny-mixtral", "sm_90a")).join("\n"), {
+      ...{ arch: "sm_90a", name: "tiny-mixtral", options: ["--std=c++17", "--diag-suppress=177"] },
+    });
+    expect(image.length).toBeGreaterThan(0);
+  },
+);

@@ -1,0 +1,198 @@
+/**
+ * Products on CUDA do what their reference does, in every tile that may be chosen: many tiles to a block, experts without rows
+ * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
+ */
+import { describe, expect, test } from "vitest";
+import { hopper, hopperTiling, type Tiling } from "../../src/codegen/cuda/gemmHopper.ts";
+import { mma, simt } from "../../src/codegen/cuda/gemmTiles.ts";
+import type { Half } from "../../src/codegen/cuda/prelude.ts";
+import { halfOf, productOf } from "../../src/codegen/cuda/product.ts";
+import type { Made, Use } from "../../src/codegen/kernelSpec.ts";
+import { type ContractCase, hold } from "../support/contract.ts";
+import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
+import { random } from "../support/opCases.ts";
+import { adding, caseOf, products, type Sizes, useOf } from "../support/productCases.ts";
+import { byTier, full, isFull } from "../support/tiers.ts";
+
+interface Held extends ContractCase {
+  readonly made: Made;
+}
+const missing = await emulatorMissing();
+const emulated = describe.skipIf(missing);
+const note = missing ? ` (skipped: ${missing})` : "";
+
+async function holdAll(cases: readonly Held[], orders?: readonly number[]): Promise<void> {
+  const executor = await cudaEmulator(cases, orders);
+  const failed: string[] = [];
+  for (const c of cases) await hold(executor, c.made, c).catch((error) => failed.push(String(error.message)));
+  expect(failed).toEqual([]);
+}
+
+/** Two blocks for all tiles, so that each walks over several. */
+const tiled = (use: Use, change: Partial<Tiling>): Made => {
+  const p = productOf(use);
+  return hopper(use, p, halfOf(p)!, { ...hopperTiling(p), cluster: 1, blocks: 2, ...change });
+};
+
+emulated(`Hopper's products${note}`, () => {
+  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Tiling>, half: Half = "bf16"): Held => {
+    const c = caseOf(name, op, sizes, half, adds);
+    return { ...c, made: tiled(c.use, change) };
+  };
+  const small = { rows: 128, columns: 64 } as const;
+
+  const wide = { rows: 128, columns: 128 } as const;
+  const low = { rows: 64, columns: 128 } as const;
+  const rows = [130, 0, 17, 128, 1, 200];
+
+  test("dense: one tile and several, tails in every dim, sums onto what is there", () =>
+    holdAll([
+      held("a0", "gemm", { S: 128, K: 64, N: 64 }, false, { tile: small, stages: 2 }),
+      held("a1", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }),
+      held("a2", "gemm_dgrad", { S: 300, K: 200, N: 136 }, false, { tile: small, stages: 2 }),
+      held("a3", "gemm_wgrad", { S: 150, K: 136, N: 200 }, false, { tile: small, stages: 2 }),
+      held("a4", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2, buffers: 2 }),
+      held("a5", "gemm", { S: 70, K: 64, N: 8 }, false, { tile: small, stages: 8 }),
+    ]));
+  test("every tile", full, () =>
+    holdAll([
+      held("t0", "gemm", { S: 140, K: 72, N: 264 }, false, { tile: { rows: 128, columns: 256 }, stages: 2 }),
+      held("t1", "gemm_dgrad", { S: 140, K: 200, N: 72 }, false, { tile: { rows: 128, columns: 192 }, stages: 2 }),
+      held("t2", "gemm_wgrad", { S: 72, K: 136, N: 136 }, true, { tile: wide, stages: 2 }),
+      held("t3", "gemm", { S: 72, K: 72, N: 264 }, false, { tile: { rows: 64, columns: 256 }, stages: 2 }),
+      held("t4", "gemm_dgrad", { S: 72, K: 136, N: 72 }, false, { tile: low, stages: 2 }),
+      held("t5", "gemm_wgrad", { S: 72, K: 72, N: 136 }, false, { tile: low, stages: 2 }),
+    ]),
+  );
+  test("grouped: experts without rows, with few and with several tiles", () =>
+    holdAll([
+      held("g0", "grouped_gemm", { K: 72, N: 136, rows }, false, { tile: small, stages: 3 }),
+      held("g1", "grouped_dgrad", { K: 136, N: 72, rows }, false, { tile: small, stages: 2, raster: 4 }),
+      held("g2", "grouped_wgrad", { K: 72, N: 136, rows }, false, { tile: small, stages: 2 }),
+      held("g3", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: small, stages: 3 }),
+      held("g4", "grouped_gemm", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
+      held("g5", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
+      held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
+    ]));
+  test("in f16: of every layout of the operands one, sums that leave as halves and as f32", full, () =>
+    holdAll([
+      held("f0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }, "f16"),
+      held("f1", "gemm_dgrad", { S: 140, K: 200, N: 72 }, false, { tile: { rows: 128, columns: 192 }, stages: 2 }, "f16"),
+      held("f2", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2, buffers: 2 }, "f16"),
+      held("f3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }, "f16"),
+      held("f4", "grouped_dgrad", { K: 136, N: 72, rows }, false, { tile: low, stages: 2 }, "f16"),
+      held("f5", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: small, stages: 3 }, "f16"),
+    ]),
+  );
+  const clusters = (): Held[] => [
+    held("c0", "gemm", { S: 400, K: 200, N: 264 }, false, { tile: wide, stages: 2, cluster: 2, blocks: 4, raster: 4 }),
+    held("c1", "gemm_dgrad", { S: 400, K: 264, N: 200 }, false, { tile: wide, stages: 3, cluster: 2 }),
+    held("c2", "gemm_wgrad", { S: 200, K: 264, N: 136 }, true, { tile: wide, stages: 2, cluster: 2 }),
+    held("c3", "grouped_gemm", { K: 200, N: 264, rows: [300, 0, 17, 384, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    held("c4", "grouped_dgrad", { K: 264, N: 200, rows: [300, 0, 17, 384, 1] }, false, { tile: low, stages: 3, cluster: 2, blocks: 4 }),
+    held("c5", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
+    // three tiles: one block's neighbour ends before it
+    held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
+    held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    // one step of depth to a tile
+    held("c8", "gemm_dgrad", { S: 400, K: 264, N: 8 }, false, { tile: wide, stages: 4, cluster: 2, blocks: 4 }),
+  ];
+  // also what hardware may do: blocks of a cluster drift apart, and what they tell each other comes late
+  test("clusters of two blocks, which share b where they can; in any order", () =>
+    isFull ? holdAll(clusters(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]) : holdAll(clusters().slice(3, 6), [0, 1, 2]));
+
+  const rowsOf = (S: number, name: string) => held(name, "gemm", { S, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 });
+  const without = (c: Held, text: string, other: string): Held => {
+    expect(c.made.source).toContain(text);
+    return { ...c, made: { ...c.made, source: c.made.source.replace(text, other) } };
+  };
+  test.each([
+    ["a neighbour that has ended is not answered for", without(rowsOf(300, "h0"), "neighbour ? u32(lane) : rank", "u32(lane)"), /deadlock/],
+    [
+      "blocks of a cluster walk unequal depths",
+      held("h1", "grouped_wgrad", { K: 72, N: 72, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+      /deadlock|more arrivals/,
+    ],
+    [
+      "a block ends while its neighbour still arrives at it",
+      without(rowsOf(256, "h2"), "  __syncwarp();\n  if constexpr (CLUSTER > 1) clusterBarrier();\n}", "}"),
+      /a block that has ended/,
+    ],
+  ])("what would hang is seen: %s", async (_, c, message) => {
+    for (const order of [0, 1, 2, 3]) await expect(hold(cudaEmulator([c], [order]), c.made, c), `order ${order}`).rejects.toThrow(message);
+  });
+});
+
+const rows = [70, 0, 17, 64, 1, 40];
+const shapes: readonly (readonly [string, string, Sizes])[] = [
+  // nothing a multiple of anything; rows of 16 bytes and tails in tiles only; whole tiles
+  ...products
+    .slice(0, 3)
+    .flatMap((op) => [
+      [`${op}_odd`, op, { S: 77, K: 35, N: 131 }] as const,
+      [`${op}_tails`, op, { S: 200, K: 72, N: 136 }] as const,
+      [`${op}_whole`, op, { S: 128, K: 128, N: 128 }] as const,
+      [`${op}_thin`, op, { S: 3, K: 2, N: 1 }] as const,
+    ]),
+  ...products
+    .slice(3)
+    .flatMap((op) => [
+      [`${op}_odd`, op, { K: 35, N: 67, rows }] as const,
+      [`${op}_tails`, op, { K: 72, N: 136, rows }] as const,
+      [`${op}_many`, op, { K: 8, N: 8, rows: Array.from({ length: 70 }, (_, e) => (e * 7) % 5) }] as const,
+      [`${op}_none`, op, { K: 8, N: 8, rows: [0, 0] }] as const,
+    ]),
+];
+
+emulated(`tensor cores since sm_80${note}`, () => {
+  const cases = [
+    ["bf16", 128],
+    ["bf16", 64],
+    ["f16", 64],
+  ] as const;
+  for (const { options, rows } of byTier(cases, ([half, edge]) => half === "bf16" && edge === 64))
+    test.each(rows)("%s, tiles of %d", options, (half, edge) =>
+      holdAll(
+        shapes.flatMap(([name, op, sizes]) =>
+          adding(op).map((adds) => {
+            const c = caseOf(`${name}_${half}_${edge}${adds ? "_adds" : ""}`, op, sizes, half, adds);
+            return { ...c, made: mma(c.use, productOf(c.use), half, edge) };
+          }),
+        ),
+      ),
+    );
+});
+
+emulated(`f32 arithmetic${note}`, () => {
+  for (const edge of [128, 64, 32] as const)
+    test(`tiles of ${edge}`, edge === 32 ? {} : full, () =>
+      holdAll(
+        shapes.flatMap(([name, op, sizes]) =>
+          adding(op).map((adds) => {
+            const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
+            return { ...c, made: simt(c.use, productOf(c.use), edge) };
+          }),
+        ),
+      ),
+    );
+});
+
+test("Hopper's tilings: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
+  const resized = (op: string, d: Record<string, number>, bound: number) => {
+    const small = useOf("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
+    return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
+  };
+  expect(resized("gemm", { S: 8192, K: 8192, N: 8192 }, 0)).toEqual({
+    ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, stages: 4, buffers: 2 },
+  });
+  expect(resized("gemm", { S: 16384, K: 4096, N: 8 }, 0)).toMatchObject({ tile: { rows: 128, columns: 64 }, blocks: 128 });
+  const next = random(5);
+  const size = (most: number) => 8 * Math.ceil(((next() + 1) / 2) * (most / 8));
+  for (let i = 0; i < 200; i++) {
+    const op = products[i % 6]!;
+    const tiling = resized(op, { S: size(20000), K: size(8192), N: size(16384), E: size(256) }, i % 6 < 3 ? 0 : size(100000));
+    expect(tiling.stages).toBeGreaterThanOrEqual(3);
+    expect(tiling.blocks % tiling.cluster).toBe(0);
+    expect(tiling.tile.columns % (64 * tiling.cluster)).toBe(0);
+  }
+});

@@ -1,0 +1,108 @@
+/** What the contract's sizes do not reach in the CUDA kernels: long lists of one id, far positions, rows in any order, garbage behind the rows. */
+import { describe, expect, test } from "vitest";
+import type { Dtype } from "../../schemas/plan.ts";
+import { cudaKernels } from "../../src/codegen/cuda/index.ts";
+import { offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { ops } from "../../src/ops/index.ts";
+import { unscaled } from "../../src/ops/rope.ts";
+import { type Buffers, type ContractCase, hold } from "../support/contract.ts";
+import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
+import { random } from "../support/opCases.ts";
+
+const next = random(5);
+const noise = (length: number) => new Float32Array(length).map(next);
+
+interface Draft {
+  readonly op: string;
+  readonly d: Readonly<Record<string, number>>;
+  readonly data: Readonly<Buffers>;
+  readonly keeps?: readonly string[];
+  readonly starts?: Readonly<Record<string, number>>;
+  readonly bound?: number;
+}
+/** All in f32; what the reference makes of it is wanted, of ragged outputs the rows that exist. */
+function caseOf({ op, d, data, keeps = [], starts = {}, bound = 0 }: Draft): ContractCase {
+  const { outputs } = ops[op]!;
+  const start = (dim: string) => starts[dim] ?? 0;
+  const before = Object.fromEntries(
+    Object.entries(data).map(([n, x]) => [
+      n,
+      outputs.some((o) => o.name === n) && !keeps.includes(n) ? new Float32Array(x.length) : Float32Array.from(x),
+    ]),
+  );
+  const rows = (data.rows ?? new Int32Array(1)) as Int32Array;
+  ops[op]!.cpu(before, d, { start, rows });
+  const operands = Object.entries(data).filter(([n]) => n !== "rows");
+  const dtype = Object.fromEntries(operands.map(([n, x]): [string, Dtype] => [n, x instanceof Int32Array ? "i32" : "f32"]));
+  const size = Object.fromEntries(operands.map(([n, x]) => [n, x.length]));
+  const use: Use = { op, name: `${op}_own`, d, size, dtype, keeps: new Set(keeps), bound, makesRows: false, mayOverflow: false };
+  const exists = (o: (typeof outputs)[number]) => (o.ragged ? (size[o.name]! / bound) * rows[0]! : size[o.name]!);
+  const want = Object.fromEntries(outputs.map((o) => [o.name, before[o.name]!.subarray(0, exists(o))]));
+  return { title: op, use, data, starts: Object.fromEntries(["B", "S", "E", "V"].map((n) => [n, start(n)])), want };
+}
+
+/** Rows of 3 sequences of 7 tokens and 5 experts, each expert's in an order of its own; as many again hold garbage. */
+function shuffledRows() {
+  const [B, S, E] = [3, 7, 5];
+  const p = new Float32Array(B * S * E).map(() => Math.max(0, next()));
+  const list: number[][] = [];
+  const offsets = [0];
+  for (let e = 0; e < E; e++) {
+    const own: { row: number[]; by: number }[] = [];
+    for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (p[(b * S + s) * E + e]! > 0) own.push({ row: [b, s, e], by: next() });
+    list.push(...own.sort((x, y) => x.by - y.by).map((x) => x.row));
+    offsets.push(list.length);
+  }
+  const bound = 2 * list.length;
+  const rows = new Int32Array(offsetsAt(bound) + E + 1).fill(1 << 30);
+  rows.set([list.length, ...list.flat()]);
+  rows.set(offsets, offsetsAt(bound));
+  const ragged = (width: number) => noise(bound * width).fill(Number.NaN, list.length * width);
+  return { d: { B, S, E, D: 12, F: 40 }, p, rows, bound, ragged };
+}
+
+const missing = await emulatorMissing();
+describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
+  const holds = async (draft: Draft) => {
+    const c = caseOf(draft);
+    const made = cudaKernels[draft.op]!(c.use, "sm_90a");
+    await hold(cudaEmulator([{ use: c.use, made }]), made, c);
+  };
+
+  test("embed_grad adds up lists longer than a block holds", async () => {
+    const [B, S, V, D] = [1, 5000, 300, 8];
+    // one id has nearly all tokens, and others come in between
+    const ids = Int32Array.from({ length: S }, () => (next() < 0.9 ? 7 : Math.floor(150 * (next() + 1))));
+    const data = { ids, table: noise(V * D), dy: noise(S * D), dtable: noise(V * D) };
+    await holds({ op: "embed_grad", d: { B, S, V, D }, data, keeps: ["dtable"] });
+  });
+
+  test("rope keeps its precision a million positions on", async () => {
+    const [B, S, H, C] = [1, 6, 3, 64];
+    const data = { x: noise(B * S * H * C), y: new Float32Array(B * S * H * C) };
+    await holds({
+      op: "rope",
+      d: { B, S, H, C, ...unscaled, ...{ theta: 10_000, sign: 1, first: 0, width: C, interleaved: 0, chunk: 0, ranks: 1 } },
+      data,
+      starts: { S: 1_000_003 },
+    });
+  });
+
+  const { d, p, rows, bound, ragged } = shuffledRows();
+  const tokens = d.B * d.S;
+  const per = (op: string, data: Buffers) => ({ op, d, bound, data: { ...data, rows } });
+  test.each([
+    per("permute", { x: noise(tokens * d.D), p, r: ragged(d.D) }),
+    per("unpermute", { r: ragged(d.D), p, x: noise(tokens * d.D) }),
+    per("pack", { p, r: ragged(1) }),
+    per("pack_grad", { dy: ragged(1), p, dp: noise(p.length) }),
+    per("swiglu_rows", { gate: ragged(d.F), up: ragged(d.F), p: ragged(1), y: ragged(d.F) }),
+    per("swiglu_rows_grad", {
+      ...{ gate: ragged(d.F), up: ragged(d.F), p: ragged(1), dy: ragged(d.F) },
+      ...{ dgate: ragged(d.F), dup: ragged(d.F), dp: ragged(1) },
+    }),
+  ])("$op takes an expert's rows in any order, and none that does not exist", async (draft) => {
+    await holds(draft);
+    expect(draft.data.rows![0]).toBeGreaterThan(20);
+  });
+});

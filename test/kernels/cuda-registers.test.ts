@@ -1,0 +1,96 @@
+/**
+ * What ptxas makes of products and of attention at the sizes of real jobs: everything stays in registers, and nothing it says asks for
+ * another form (C75..: products of warpgroups put in a row).
+ */
+import { execFile } from "node:child_process";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { describe, expect, test } from "vitest";
+import { cudaKernels } from "../../src/codegen/cuda/index.ts";
+import type { Made } from "../../src/codegen/kernelSpec.ts";
+import { type Arch, archs } from "../../src/codegen/targetNames.ts";
+import { ops } from "../../src/ops/index.ts";
+import { adding, products, type Sizes, useOf } from "../support/productCases.ts";
+import { byTier, full } from "../support/tiers.ts";
+
+const run = promisify(execFile);
+const compiler = await run("nvcc", ["--version"]).then(
+  () => "",
+  () => " (skipped: nvcc is missing)",
+);
+describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
+  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: "f32" | "bf16" | "f16"): Made[] =>
+    products.flatMap((op) =>
+      adding(op).map((adds) => {
+        const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
+        return cudaKernels[op]!(useOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds), arch);
+      }),
+    );
+  const large = { S: 1024, K: 512, N: 1024 };
+  const odd = { S: 77, K: 35, N: 131 };
+  const made: Record<Arch, Made[]> = {
+    sm_80: [...ofAll("sm_80", "odd", odd, [5], "bf16"), ...ofAll("sm_80", "large", large, [300, 200], "bf16")],
+    sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
+    sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
+  };
+  const f16: Record<Arch, Made[]> = {
+    sm_80: ofAll("sm_80", "large_f16", large, [300, 200], "f16"),
+    sm_90a: [...ofAll("sm_90a", "large_f16", large, [300, 200], "f16"), ...ofAll("sm_90a", "odd_f16", odd, [5], "f16")],
+    sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
+  };
+  for (const { options, rows } of byTier(Object.entries(made), ([arch]) => arch === "sm_100a"))
+    test.each(rows)("%s: products in one file keep all they work on in registers", options, staysInRegisters);
+  test.each(Object.entries(f16))("%s: so do those of f16", full, staysInRegisters);
+
+  const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
+  // eight ranks' keys here, or another rank's
+  const gathered = { S: 1024, U: 8192, chunk: 512, ranks: 8 };
+  const piece = { ...gathered, U: 1024 };
+  const attentions = (arch: Arch, half: "bf16" | "f16"): Made[] =>
+    [
+      { op: "attention", C: 192, W: 128, ...whole },
+      { op: "attention", C: 192, W: 128, ...gathered },
+      { op: "attention", C: 128, W: 128, ...gathered },
+      { op: "attention", C: 64, W: 64, ...gathered },
+      { op: "attention_part", C: 192, W: 128, ...piece },
+      { op: "attention_part", C: 128, W: 128, ...piece },
+      { op: "attention_part", C: 96, W: 96, ...piece },
+      { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
+      { op: "attention_dropout", C: 192, W: 128, ...whole },
+      { op: "attention_dropout", C: 128, W: 128, ...gathered },
+      { op: "attention_dropout_part", C: 128, W: 128, ...piece },
+      { op: "attention_dropout_part", C: 64, W: 64, ...piece, chunk: 0 },
+    ].flatMap(({ op, ...d }, i) =>
+      [op, `${op}_grad`].map((op) => {
+        const operands = [...ops[op]!.inputs, ...ops[op]!.outputs].map((o) => o.name);
+        return cudaKernels[op]!(
+          {
+            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, keeps: new Set() },
+            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])) },
+            ...{ bound: 0, makesRows: false, mayOverflow: false },
+          },
+          arch,
+        );
+      }),
+    );
+  const both = archs.flatMap((arch) => [[arch, "bf16"] as const, [arch, "f16"] as const]);
+  test.each(both)("%s: so does attention in %s", full, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
+});
+
+async function staysInRegisters(arch: string, kernels: readonly Made[]): Promise<void> {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-registers-"));
+  try {
+    writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));
+    const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
+    const options = ["-std=c++17", "-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"];
+    const { stdout, stderr } = await run("nvcc", options, { cwd: folder, maxBuffer: 1 << 26 });
+    const said = stdout + stderr;
+    expect(said.match(/\(C7\d+\).*/g)).toBeNull();
+    const entries = kernels.reduce((n, k) => n + new Set(k.launches.map((l) => l.entry)).size, 0);
+    expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(entries);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}

@@ -1,0 +1,124 @@
+/**
+ * Attention in WGSL beyond the contract's small sizes: wide heads, blocks of 64 queries, a piece of the sequence in its midst, and
+ * pieces of the keys, in plain and in zigzag order, of which queries see all, some or none.
+ */
+import { afterAll, expect, test } from "vitest";
+import { create } from "webgpu";
+import type { Dtype } from "../../schemas/plan.ts";
+import type { Use } from "../../src/codegen/kernelSpec.ts";
+import { attention } from "../../src/codegen/wgsl/attention.ts";
+import { ops } from "../../src/ops/index.ts";
+import { type ContractCase, hold } from "../support/contract.ts";
+import { elements, random } from "../support/opCases.ts";
+import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
+import { byTier } from "../support/tiers.ts";
+import { wgslExecutor } from "../support/wgslExecutor.ts";
+
+// the adapter is seen once its environment stands
+const gpu = adapterEnv && !noAdapter ? create([]) : undefined;
+const adapter = await gpu?.requestAdapter();
+const device = await adapter?.requestDevice();
+const executor = device && wgslExecutor(device, adapter!.info.architecture);
+/** Dawn without a device: it knows f16, and has WebGPU's default limits. */
+const checker = create(["backend=null"]);
+const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
+const kept: unknown[] = [gpu, adapter, checker];
+afterAll(() => {
+  device?.destroy();
+  checked.destroy();
+  // Dawn's objects do not keep what they came from
+  kept.length = 0;
+});
+
+type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
+type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { readonly drop?: number };
+
+function useOf(op: string, d: Dims, half: Dtype = "f32"): Use {
+  const operands = [...ops[op]!.inputs, ...ops[op]!.outputs];
+  const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
+  const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : half]));
+  return { op, name: `${op}_0`, d, size, dtype, keeps: new Set(), bound: 0, makesRows: false, mayOverflow: false };
+}
+
+/** Both kernels on the same data: the gradient's own inputs are what the forward left of all keys, but for a piece's, which are any. */
+function casesOf(op: string, d: Dims, starts: Readonly<Record<string, number>>): ContractCase[] {
+  const next = random(d.C);
+  const data: Record<string, Float32Array> = {};
+  return [op, `${op}_grad`].map((op) => {
+    const use = useOf(op, d);
+    data.sample ??= Float32Array.from({ length: d.B }, (_, i) => 70_000 + i);
+    const outputs = ops[op]!.outputs.map((o) => o.name);
+    if (op.endsWith("_part_grad")) data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
+    for (const [name, size] of Object.entries(use.size))
+      data[name] ??= outputs.includes(name) ? new Float32Array(size) : new Float32Array(size).map(() => 2 * next());
+    ops[op]!.cpu(data, { ...d, ...told }, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    const pick = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
+    return {
+      title: `${op} ${JSON.stringify(d)}`,
+      use,
+      data: { ...pick(Object.keys(use.size)), ...(use.dtype.sample ? { sample: Int32Array.from(data.sample!) } : {}) },
+      starts: { ...starts, ...told },
+      want: pick(outputs),
+    };
+  });
+}
+
+const told = { key0: 0x9abcdef0, key1: 0x12345678 };
+const plain = { chunk: 0, ranks: 1 };
+const small = { B: 2, G: 2, M: 2, C: 8, W: 6 };
+const shapes: readonly (readonly [string, string, Sizes & { chunk: number; ranks: number; drop?: number }, Record<string, number>])[] = [
+  ["heads of 132, values of 70, queries 4 to 22 of 30", "attention", { B: 1, S: 19, U: 30, G: 1, M: 2, C: 132, W: 70, ...plain }, { S: 4 }],
+  ["blocks of 64 queries, the last with 2", "attention", { B: 16, S: 66, U: 66, G: 4, M: 1, C: 4, W: 4, ...plain }, {}],
+  ["one query, one key, one channel", "attention", { B: 1, S: 1, U: 1, G: 1, M: 1, C: 1, W: 1, ...plain }, {}],
+  ["keys before all queries", "attention_part", { ...small, S: 19, U: 40, ...plain }, { S: 80, U: 40 }],
+  ["keys across the diagonal", "attention_part", { ...small, S: 50, U: 40, ...plain }, { S: 20, U: 30 }],
+  ["keys after all queries", "attention_part", { ...small, S: 50, U: 40, ...plain }, { S: 0, U: 50 }],
+  ["zigzag, blocks of 6 of which a tile has many", "attention", { ...small, S: 12, U: 48, chunk: 6, ranks: 4 }, { S: 24 }],
+  ["zigzag, queries and keys of several ranks", "attention", { ...small, S: 48, U: 96, chunk: 12, ranks: 4 }, { S: 48 }],
+  ["zigzag, half a block of queries", "attention", { ...small, S: 32, U: 256, chunk: 64, ranks: 2 }, { S: 96 }],
+  ["zigzag, a rank's own keys", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 64, U: 64 }],
+  ["zigzag, keys of a rank before", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 128, U: 64 }],
+  ["zigzag, keys of a rank after", "attention_part", { ...small, S: 64, U: 64, chunk: 32, ranks: 3 }, { S: 0, U: 128 }],
+  [
+    "zigzag, the first block of queries and the last of keys",
+    "attention_part",
+    { ...small, S: 24, U: 24, chunk: 24, ranks: 2 },
+    { S: 0, U: 24 },
+  ],
+  ["zigzag, queries and keys of two ranks each", "attention_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4 }, { S: 40, U: 0 }],
+  ["weights dropped", "attention_dropout", { ...small, S: 50, U: 90, ...plain, drop: 0.3 }, { S: 40, G: 4 }],
+  [
+    "weights dropped, keys across the diagonal",
+    "attention_dropout_part",
+    { ...small, S: 50, U: 40, ...plain, drop: 0.3 },
+    { S: 20, U: 30 },
+  ],
+  ["weights dropped, zigzag", "attention_dropout", { ...small, S: 48, U: 96, chunk: 12, ranks: 4, drop: 0.2 }, { S: 48, G: 2 }],
+  ["weights dropped, zigzag by 10", "attention_dropout_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 }, { S: 40, U: 0 }],
+];
+const inFast = ["zigzag, queries and keys of several ranks", "weights dropped, keys across the diagonal"];
+for (const { options, rows } of byTier(shapes, ([name]) => inFast.includes(name)))
+  test.skipIf(noAdapter).each(rows)(`%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, options, async (_, op, d, starts) => {
+    for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, attention[c.use.op]!(c.use), c);
+  });
+
+test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
+  const orders = [plain, { chunk: 256, ranks: 8 }];
+  for (const op of ["attention", "attention_dropout"].flatMap((name) => [name, `${name}_grad`, `${name}_part`, `${name}_part_grad`]))
+    for (const [i, [C, W]] of (
+      [
+        [64, 64],
+        [80, 80],
+        [128, 128],
+        [256, 256],
+        [192, 128],
+        [24, 16],
+      ] as const
+    ).entries()) {
+      const made = attention[op]!(useOf(op, { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, drop: 0.1, ...orders[i % 2]! }, half));
+      checked.pushErrorScope("validation");
+      const module = checked.createShaderModule({ code: made.source });
+      for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
+      expect((await checked.popErrorScope())?.message, `${op} ${C}`).toBeUndefined();
+    }
+});

@@ -1,0 +1,118 @@
+/** The contract of kernels on WebGPU: every WGSL kernel is its op's reference, within default limits. */
+import { createHash } from "node:crypto";
+import { afterAll, describe, expect, test } from "vitest";
+import { create } from "webgpu";
+import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { fold } from "../../src/codegen/wgsl/text.ts";
+import { ops } from "../../src/ops/index.ts";
+import type { AnyOp } from "../../src/ops/op.ts";
+import { type ContractCase, casesInTier, casesOf, hold } from "../support/contract.ts";
+import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
+import { isFull, once } from "../support/tiers.ts";
+import { wgslExecutor } from "../support/wgslExecutor.ts";
+
+// the adapter is seen once its environment stands
+const gpu = adapterEnv && !noAdapter ? create([]) : undefined;
+const adapter = await gpu?.requestAdapter();
+const device = await adapter?.requestDevice({ requiredFeatures: [...adapter.features].filter((f) => f === "shader-f16") });
+const executor = device && wgslExecutor(device, adapter!.info.architecture);
+/** Dawn without a device: it knows f16, and has WebGPU's default limits. */
+const checker = create(["backend=null"]);
+const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
+const kept: unknown[] = [gpu, adapter, checker];
+afterAll(() => {
+  device?.destroy();
+  checked.destroy();
+  // Dawn's objects do not keep what they came from
+  kept.length = 0;
+});
+
+// a software adapter takes most of its time to compile: in the fast tier one case of each op
+const inTier = (op: AnyOp): ContractCase[] => casesInTier(op, "f16").slice(0, isFull ? undefined : 1);
+
+const table = Object.values(ops).filter((o) => wgslKernels[o.name]);
+describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
+  // the cases of all ops together take seconds to make
+  const cases = once(() => inTier(op).map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") })));
+
+  test.skipIf(noAdapter)(`equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, async () => {
+    for (const c of cases()) await hold(executor!, c.made, c).catch(failure(c.title));
+  });
+
+  test.skipIf(noAdapter)("gives the same bits again", async () => {
+    const { made, use, data, starts } = cases().find((c) => c.title.includes(": long,")) ?? cases().at(-1)!;
+    const bits = async () => {
+      const have = await executor!.run(made, use, data, starts);
+      return Object.entries(have).map(([n, x]) => `${n} ${createHash("sha256").update(x).digest("hex")}`);
+    };
+    expect(await bits()).toEqual(await bits());
+  });
+
+  test("compiles within WebGPU's default limits", async () => {
+    for (const { title, made } of cases()) {
+      checked.pushErrorScope("validation");
+      const module = checked.createShaderModule({ code: made.source });
+      const { messages } = await module.getCompilationInfo();
+      for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
+      const wrong = await checked.popErrorScope();
+      expect(
+        messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`),
+        `${title}\n${made.source}`,
+      ).toEqual([]);
+      expect(wrong?.message, `${title}\n${made.source}`).toBeUndefined();
+    }
+  });
+
+  test("the same use makes the same kernel, with all its names its own", () => {
+    for (const { use, made } of cases()) {
+      expect(wgslKernels[name]!(use, "f16")).toEqual(made);
+      for (const l of made.launches) expect(l.entry === use.name || l.entry.startsWith(`${use.name}_`), l.entry).toBe(true);
+    }
+  });
+});
+
+describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
+  /** A case of an op with other data; the largest difference from the reference, relative to the largest number. */
+  async function error(
+    name: string,
+    starts: Record<string, number>,
+    change: (data: Record<string, Float32Array>) => void,
+  ): Promise<number> {
+    const c = casesOf(ops[name]!, "f16")[0]!;
+    const data = Object.fromEntries(Object.entries(c.data).map(([n, x]) => [n, Float32Array.from(x)]));
+    change(data);
+    const want = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
+    ops[name]!.cpu(want, c.use.d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    const have = await executor!.run(wgslKernels[name]!(c.use, "baseline"), c.use, data, { ...c.starts, ...starts });
+    const out = ops[name]!.outputs[0]!.name;
+    const largest = Math.max(...want[out]!.map(Math.abs));
+    return Math.max(...want[out]!.map((x, i) => Math.abs(x - have[out]![i]!))) / largest;
+  }
+
+  test.each([1, 2, 10, 100, 500, 1000, 10_000, 100_000])("adamw's step %d: what the moments lack of unbiased", async (step) => {
+    const off = error("adamw", {}, (data) => {
+      for (const name of ["w", "m", "v"]) data[name]!.fill(0);
+      data.step!.fill(step);
+    });
+    expect(await off).toBeLessThan(1e-6);
+  });
+
+  test.each([0, 4095, 131_067, 1_000_003])("rope from position %d on", async (S) => {
+    expect(await error("rope", { S }, () => {})).toBeLessThan(3e-7);
+  });
+});
+
+test("a folded grid has every index once, within the limit of each dimension", () => {
+  for (const groups of [1, 2, 65535, 65536, 131071, 1_000_003, 65535 * 7 + 1]) {
+    const { grid, index } = fold(groups);
+    expect(Math.max(...grid)).toBeLessThanOrEqual(65535);
+    const [, wide] = /group\.y \* (\d+)u \+ group\.x/.exec(index) ?? [];
+    expect(Number(wide ?? grid[0])).toBe(grid[0]);
+    expect(grid[0] * grid[1]).toBeGreaterThanOrEqual(groups);
+    expect(grid[0] * (grid[1] - 1)).toBeLessThan(groups);
+  }
+});
+
+const failure = (title: string) => (error: unknown) => {
+  throw error instanceof Error && !error.message.includes(title) ? new Error(`${title}: ${error.message}`, { cause: error }) : error;
+};

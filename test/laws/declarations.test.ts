@@ -1,0 +1,244 @@
+/** What a declaration says, and that one which lies is caught by the cut law. */
+import { describe, expect, test } from "vitest";
+import { attention } from "../../src/ops/attention.ts";
+import * as balance from "../../src/ops/balance.ts";
+import { ops } from "../../src/ops/index.ts";
+import { add, groupedGemm } from "../../src/ops/linear.ts";
+import * as moe from "../../src/ops/moe.ts";
+import { rmsnorm } from "../../src/ops/norm.ts";
+import { type AnyOp, op, type Place, type Value } from "../../src/ops/op.ts";
+import { rope } from "../../src/ops/rope.ts";
+import * as router from "../../src/ops/router.ts";
+import * as vocab from "../../src/ops/vocab.ts";
+import { cutError, cuttable, makeCase } from "../support/opCases.ts";
+
+const local = (p: Place): Place => ({ rows: p.rows, start: () => 0 });
+
+describe("a signature that lies is caught", () => {
+  const lies: Record<string, AnyOp> = {
+    "a norm that may be cut in its width": op({ name: "rmsnorm", sig: "x[B,S,D] gain[D] -> y[B,S,D]", cpu: rmsnorm.cpu }),
+    "attention over a piece of the keys": op({
+      name: "attention",
+      sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+      cpu: attention.cpu,
+    }),
+    "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
+    "a sum that owes a maximum": op({ name: "tally", sig: "c[A*P,S,E] -> n[A,E]", owes: "max", cpu: balance.tally.cpu }),
+    "a mean over the tokens that are here": op({
+      name: "mean",
+      sig: "l[B,S] -> y[]",
+      cpu({ l, y }) {
+        for (const x of l) y[0]! += x / l.length;
+      },
+    }),
+    "positions counted from the piece's first token": op({
+      name: "rope",
+      sig: "x[B,S,H*C] -> y[B,S,H*C]",
+      cpu: (t, d, p) => rope.cpu(t, d, local(p)),
+    }),
+    "a causal mask that starts with the piece": op({
+      name: "attention",
+      sig: "q[B,S,G*M*C] k[B,U!,G*C] v[B,U!,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+      cpu: (t, d, p) => attention.cpu(t, d, local(p)),
+    }),
+    "ids counted from the piece of the vocabulary": op({
+      name: "embed",
+      sig: "ids[B,S] table[V,D] -> x[B,S,D]",
+      cpu: (t, d, p) => vocab.embed.cpu(t, d, local(p)),
+    }),
+    "a softmax over some of the experts": op({ name: "softmax", sig: "x[B,S,E] -> y[B,S,E]", cpu: router.softmax.cpu }),
+    "the square of a sum over some of the experts": op({ name: "z_loss", sig: "x[B,S,E] -> y[]", cpu: router.zLoss.cpu }),
+    "a balancing loss with the counts of the tokens that are here": op({
+      name: "aux_loss",
+      sig: "p[A*P,S,E] -> y[]",
+      cpu({ p, y }, { A, P, S, E }, place) {
+        const n = new Float32Array(A * E);
+        balance.tally.cpu({ c: p, n }, { A, P, S, E }, place);
+        balance.auxLoss.cpu({ p, n, y }, { A, P, S, E, c: 1 }, place);
+      },
+    }),
+    "experts counted from the job's first": op({
+      name: "grouped_gemm",
+      sig: "x[B~S~E,K] w[E,K,N] -> y[B~S~E,N]",
+      cpu: (t, d, p) => groupedGemm.cpu(t, d, local(p)),
+    }),
+    "rows named by the piece's own coordinates": op({
+      name: "permute",
+      sig: "x[B,S,D] c[B,S,E] -> r[B~S~E,D]",
+      rows: (t, d, p, rows, bound) => moe.permute.rows!(t, d, local(p), rows, bound),
+      cpu: moe.permute.cpu,
+    }),
+    "an activation divided by the width that is here": op({
+      name: "swiglu_rows",
+      sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] -> y[B~S~E,F]",
+      cpu(t, d, p) {
+        moe.swigluRows.cpu(t, d, p);
+        for (let i = 0; i < t.y.length; i++) t.y[i]! /= d.F;
+      },
+    }),
+  };
+  test.each(Object.entries(lies))("%s", (_, lie) => {
+    const c = makeCase(lie, 3);
+    expect(Math.max(...cuttable(c).map((dim) => cutError(c, dim, 1)))).toBeGreaterThan(1e-3);
+  });
+});
+
+test("the table has each op once, under the name that plans say", () => {
+  for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
+  expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
+  expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad choose choose_biased weigh weigh_grad z_loss z_loss_grad tally aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update loads expert_loads bias_update drop dropped_rows choose_tokens choose_evenly permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad gated gated_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
+  );
+});
+
+test("what each op allows to cut", () => {
+  const text = Object.values(ops).map((o) => `${o.name}: ${cuttable(o).join(" ")}${o.owes ? ` (${o.owes})` : ""}`);
+  expect(text.join("\n")).toMatchInlineSnapshot(`
+    "gemm: B S K N
+    gemm_dgrad: B S N K
+    gemm_wgrad: B S K N
+    grouped_gemm: B S E K N
+    grouped_dgrad: B S E N K
+    grouped_wgrad: B S E K N
+    add: ...
+    accumulate: ...
+    cast: ...
+    add_bias: B S N
+    bias_grad: B S N
+    rmsnorm: B S
+    rmsnorm_grad: B S
+    head_norm: B S H
+    head_norm_grad: B S H
+    rope: B S H
+    attention: B S G
+    attention_grad: B S G
+    attention_part: B S G U (merge)
+    attention_part_grad: B S G U
+    attention_merge: B S H
+    attention_dropout: B S G
+    attention_dropout_grad: B S G
+    attention_dropout_part: B S G U (merge)
+    attention_dropout_part_grad: B S G U
+    dropout: B S
+    jitter: B S
+    split: B S
+    join: B S
+    latent_kv: B S H
+    latent_kv_grad: B S H
+    embed: B S V D
+    embed_grad: B S V D
+    row_max: B S V (max)
+    sum_exp: B S V
+    sum_exp_grad: B S V
+    pick: B S V
+    pick_grad: B S V
+    nll: B S
+    nll_grad: B S
+    mean: B S
+    mean_grad: B S
+    weighted_sum: B S
+    weighted_sum_grad: B S
+    softmax: B S
+    softmax_grad: B S
+    sigmoid: B S E
+    sigmoid_grad: B S E
+    sqrt_softplus: B S E
+    sqrt_softplus_grad: B S E
+    normalize: B S
+    normalize_grad: B S
+    choose: B S
+    choose_biased: B S
+    weigh: B S
+    weigh_grad: B S
+    z_loss: B S
+    z_loss_grad: B S
+    tally: A S E
+    aux_loss: A S E
+    aux_loss_grad: A S E
+    running_mean: 
+    global_aux_loss: B S E
+    global_aux_loss_grad: B S E
+    sinkhorn: A (max)
+    quantile: A
+    quantile_update: 
+    loads: B S E
+    expert_loads: B S E T
+    bias_update: 
+    drop: A J E
+    dropped_rows: B S E
+    choose_tokens: A E
+    choose_evenly: B S E
+    permute: B S D E
+    unpermute: B S E D
+    pack: B S E
+    pack_grad: B S E
+    swiglu: B S F
+    swiglu_grad: B S F
+    swiglu_rows: B S E F
+    swiglu_rows_grad: B S E F
+    gated: B S N
+    gated_grad: B S N
+    sum_squares: ...
+    mark_nonfinite: 
+    clip: 
+    clip_scaled: 
+    adamw: ...
+    adamw_scheduled: ...
+    adam: ...
+    adam_scheduled: ...
+    sgd: ...
+    sgd_scheduled: ...
+    sgd_momentum: ...
+    sgd_momentum_scheduled: ...
+    arrange: 
+    take_rows: 
+    invert_rows: 
+    split_rows: 
+    merge_rows: "
+  `);
+});
+
+const input = (name: string, ...sizes: number[]): Value => ({
+  ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name, position: 2 } },
+  sizes,
+});
+const product = op({ name: "product", sig: "x[B,K] w[K,N] -> y[B,N]", cpu: () => {} });
+
+test("a signature is read by TypeScript too: a wrong name or dim does not compile", () => {
+  const [x, w] = [input("x", 2, 3), input("w", 3, 4)];
+  expect(product.of({ x, w }).sizes).toEqual([2, 4]);
+  // @ts-expect-error: there is no argument v
+  expect(() => product.of({ x, v: w })).toThrow();
+  // @ts-expect-error: there is no output z
+  expect(product.all({ x, w }).z).toBeUndefined();
+  // @ts-expect-error: there is no argument v to compute from
+  op({ name: "copy", sig: "x[B,K] -> y[B,K]", cpu: ({ v, y }) => y.set(v) });
+});
+
+test("shapes that disagree throw with the place", () => {
+  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 5, 4) })).toThrow("product.w: K is 3 and 5");
+  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 3) })).toThrow("product.w: 1 dims where the signature has 2");
+  const heads = op({ name: "heads", sig: "x[B,H*C] -> y[B,H*C]", cpu: () => {} });
+  expect(() => heads.of({ x: input("x", 2, 6) }, { C: 4 })).toThrow("heads.x: H is 1.5");
+});
+
+test("an inner factor comes from the attributes, and its dim from what is left of the size", () => {
+  const o = attention.of({ q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 15) }, { M: 2, C: 4, W: 5 });
+  expect(o.node!.size).toMatchObject({ G: 3, S: 4, U: 4 });
+  expect(o.sizes).toEqual([1, 4, 30]);
+});
+
+test("a ragged value has its slots first, and keeps how many rows a token has", () => {
+  const r = moe.permute.of({ x: input("x", 2, 4, 6), c: input("c", 2, 4, 8) }, { k: 2 });
+  expect([r.sizes, r.ragged, r.fanout]).toEqual([[2, 4, 8, 6], 3, 2]);
+  const y = add.of({ a: r, b: r });
+  expect([y.sizes, y.ragged, y.fanout]).toEqual([[2, 4, 8, 6], 3, 2]);
+});
+
+test("an output has the type of the first operand that is not made of ids, unless declared", () => {
+  const ids: Value = { ...input("ids", 2, 4), dtype: "i32" };
+  const table: Value = { ...input("table", 9, 6), dtype: "bf16" };
+  const x = vocab.embed.of({ ids, table });
+  expect(x.dtype).toBe("bf16");
+  expect(vocab.embedGrad.of({ ids, table, dy: x }).dtype).toBe("f32");
+});

@@ -1,0 +1,161 @@
+/**
+ * How parameters move: each optimizer, step by step, is what plain loops make of the run's own gradients and rates; on one rank, and
+ * where ranks keep shares of the state. Gradients of a step's microbatches add up in f32, whatever the model computes in.
+ */
+import { describe, expect, test } from "vitest";
+import { openCpu } from "../../runtime/cpu/backend.ts";
+import { runOn, type Tensor } from "../../runtime/train/loop.ts";
+import { openRun } from "../../runtime/train/openRun.ts";
+import { weightDecay } from "../../runtime/train/rates.ts";
+import type { Job } from "../../schemas/job.ts";
+import { compile } from "../../src/compile.ts";
+import { ops } from "../../src/ops/index.ts";
+import { rounded } from "../support/contract.ts";
+import { distance, fixture, jobOf } from "../support/job.ts";
+import { random } from "../support/opCases.ts";
+
+const jobWith = (optimizer: object, parallel: object = {}, train: object = {}): Job =>
+  jobOf({
+    name: "moves",
+    model: { layers: 2, hidden: 32, ffn: 48, heads: 4, kv_heads: 2, vocab: 256, seq: 16, qkv_bias: true },
+    parallel,
+    train: { global_batch: 4, steps: 5, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2, ...optimizer }, ...train },
+    data: { path: "corpus.txt", order: "shuffled" },
+  });
+
+/** One parameter and its state, in doubles. */
+interface State {
+  readonly w: Float64Array;
+  readonly m: Float64Array;
+  readonly v: Float64Array;
+}
+const stateOf = (t: Tensor): State => ({
+  w: Float64Array.from(t.data),
+  m: new Float64Array(t.data.length),
+  v: new Float64Array(t.data.length),
+});
+
+/** As the papers write them, and torch.optim does. */
+function move(
+  { w, m, v }: State,
+  g: Float32Array,
+  how: Job["train"]["optimizer"],
+  told: { clip: number; lr: number; decay: number; step: number },
+): void {
+  const [b1, b2] = how.betas as [number, number];
+  for (let i = 0; i < w.length; i++) {
+    const gradient = g[i]! * told.clip + (how.type === "adamw" ? 0 : told.decay * w[i]!);
+    if (how.type === "sgd") {
+      m[i] = how.momentum * m[i]! + gradient;
+      w[i]! -= told.lr * m[i]!;
+      continue;
+    }
+    if (how.type === "adamw") w[i]! -= told.lr * told.decay * w[i]!;
+    m[i] = b1 * m[i]! + (1 - b1) * gradient;
+    v[i] = b2 * v[i]! + (1 - b2) * gradient ** 2;
+    w[i]! -= (told.lr * (m[i]! / (1 - b1 ** told.step))) / (Math.sqrt(v[i]! / (1 - b2 ** told.step)) + how.eps);
+  }
+}
+
+const rising = { weight_decay_schedule: "linear", weight_decay_start: 0, weight_decay_end: 0.5 };
+const methods: Readonly<Record<string, object>> = {
+  adamw: { type: "adamw" },
+  "adamw, a weight decay that rises": { type: "adamw", ...rising },
+  adam: { type: "adam", weight_decay: 0.3 },
+  "adam, a weight decay that rises, no clipping": { type: "adam", ...rising, clip: 0 },
+  "sgd with momentum": { type: "sgd", lr: 0.1, weight_decay: 0.3, clip: 0.5 },
+  "sgd without": { type: "sgd", lr: 0.3, momentum: 0, weight_decay: 0.2 },
+  "sgd, a weight decay that rises by a cosine": { type: "sgd", lr: 0.05, ...rising, weight_decay_schedule: "cosine" },
+  "sgd without momentum, a weight decay that rises": { type: "sgd", lr: 0.1, momentum: 0, ...rising },
+};
+const meshes = { "one rank": {}, "shares over data, tensor and stages": { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true } };
+
+describe.each(Object.entries(meshes))("on %s", (_, parallel) => {
+  test.each(Object.entries(methods))("%s", async (_, optimizer) => {
+    const job = jobWith({ schedule: "linear", warmup_steps: 2, ...optimizer }, parallel);
+    const { train } = job;
+    const run = await openRun(compile(job).plan, { baseDir: fixture("") });
+    const own = new Map([...(await run.parameters())].map(([name, t]) => [name, stateOf(t)]));
+    for (let step = 1; step <= 5; step++) {
+      const { grad_norm, lr } = await run.step();
+      const clip = train.optimizer.clip > 0 ? Math.min(1, train.optimizer.clip / (grad_norm + 1e-6)) : 1;
+      if (step === 1 && train.optimizer.clip > 0) expect(clip).toBeLessThan(1);
+      const decay = weightDecay(train, (step - 1) * train.global_batch);
+      for (const [name, { shape, data }] of await run.gradients())
+        move(own.get(name)!, data, train.optimizer, { clip, lr, step, decay: shape.length > 1 ? decay : 0 });
+    }
+    const have = await run.parameters();
+    await run.close();
+    expect([...own.keys()].sort()).toEqual([...have.keys()].sort());
+    // the state is kept in f32: 2^-24 of what is added, some times over
+    for (const [name, { w }] of own) expect(distance(have.get(name)!.data, w), name).toBeLessThan(1e-6);
+  });
+});
+
+test.each([
+  ["sgd_momentum", { momentum: 0.9, decay: 0.1 }, [0.89, 0.6821]],
+  ["sgd", { decay: 0.1 }, [0.89, 0.7811]],
+  // where the gradient is one number, a first step of Adam is lr, whatever that is
+  ["adam", { beta1: 0.9, beta2: 0.95, eps: 0, decay: 0.1 }, [0.9]],
+  ["adamw", { beta1: 0.9, beta2: 0.95, eps: 0, decay: 0.1 }, [0.89]],
+])("%s from 1 down a slope of 1, by 0.1", (name, attrs, want) => {
+  const t = { g: [1], scale: [1], lr: [0.1], step: [1], w: [1], m: [0], v: [0] };
+  const arrays = Object.fromEntries(Object.entries(t).map(([n, x]) => [n, Float32Array.from(x)]));
+  for (const w of want) {
+    ops[name]!.cpu(arrays, attrs, { start: () => 0, rows: new Int32Array(1) });
+    expect(arrays.w![0]).toBeCloseTo(w, 6);
+  }
+});
+
+test("small steps are not lost in bf16: the weights that move are f32, and the model's are these, rounded", async () => {
+  const job = jobWith({ type: "sgd", lr: 1e-5, momentum: 0, clip: 0, weight_decay: 0 }, {}, { precision: "bf16" });
+  const run = await openRun(compile(job).plan, { baseDir: fixture("") });
+  const before = await run.parameters();
+  await run.step();
+  const [gradients, after] = [await run.gradients(), await run.parameters()];
+  await run.close();
+  let [moved, unseen] = [0, 0];
+  for (const [name, { data }] of gradients) {
+    const [w0, w1] = [before.get(name)!.data, after.get(name)!.data];
+    // of weights up to 1 the last place is 2^-24
+    for (const [i, g] of data.entries()) expect(Math.abs(w1[i]! - (w0[i]! - 1e-5 * g)), name).toBeLessThan(2 ** -23);
+    const [seen0, seen1] = [rounded(w0, "bf16"), rounded(w1, "bf16")];
+    for (let i = 0; i < data.length; i++) {
+      moved += Number(w0[i] !== w1[i]);
+      unseen += Number(w0[i] !== w1[i] && seen0[i] === seen1[i]);
+    }
+  }
+  expect(unseen / moved).toBeGreaterThan(0.9);
+});
+
+test.each(["bf16", "fp16"] as const)(
+  "in %s the gradient of many microbatches is the mean of theirs, to the last places of f32",
+  async (precision) => {
+    const SEQUENCES = 16;
+    const seq = 16;
+    const next = random(3);
+    const text = Int32Array.from({ length: SEQUENCES * (seq + 1) }, () => Math.floor((next() + 1) * 127.9));
+    const rows = (first: number, n: number, from: number) =>
+      Int32Array.from({ length: n * seq }, (_, i) => text[(first + Math.floor(i / seq)) * (seq + 1) + (i % seq) + from]!);
+    /** Of sequences from `first` on, as many as the job's batch. */
+    async function gradients(global_batch: number, first: number) {
+      const { plan } = compile(
+        jobWith({}, {}, { precision, global_batch, ...(precision === "fp16" ? { loss_scale: 1024 * global_batch } : {}) }),
+      );
+      const run = runOn(plan, {
+        fleet: openCpu(plan),
+        batch: (at, n) => ({ ids: rows(first + (at % SEQUENCES), n, 0), labels: rows(first + (at % SEQUENCES), n, 1) }),
+      });
+      await run.step();
+      return run.gradients();
+    }
+    const all = await gradients(SEQUENCES, 0);
+    const each: Map<string, Tensor>[] = [];
+    for (let i = 0; i < SEQUENCES; i++) each.push(await gradients(1, i));
+    for (const [name, { data }] of all) {
+      const mean = data.map((_, i) => each.reduce((sum, g) => sum + g.get(name)!.data[i]!, 0) / SEQUENCES);
+      // added up in bf16 it would be off by 2^-9 a time
+      expect(distance(data, mean), name).toBeLessThan(1e-6);
+    }
+  },
+);

@@ -1,0 +1,145 @@
+/** Orders of work: every block once, as few waits as the literature says, no more activations than it allows; and layouts. */
+import fc from "fast-check";
+import { describe, expect, test } from "vitest";
+import { workOf } from "../../schemas/program.ts";
+import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipeline.ts";
+import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
+import { jobOf } from "../support/job.ts";
+
+type Kind = "1f1b" | "zero_bubble";
+const jobWith = (stages: number, microbatches: number, chunks: number, kind: Kind) => {
+  const job = jobOf({
+    name: "order",
+    model: { layers: stages * chunks, hidden: 8, heads: 2, vocab: 256, seq: 8 },
+    parallel: { world: stages, pipeline: stages },
+    train: { micro_batch: 1, global_batch: microbatches, steps: 1, optimizer: { lr: 1e-3 } },
+    data: { path: "corpus.txt" },
+  });
+  return { ...job, parallel: { ...job.parallel, virtual_pipeline: chunks, schedule: kind } };
+};
+const played = (stages: number, microbatches: number, chunks: number, kind: Kind) => {
+  const all = schedule(jobWith(stages, microbatches, chunks, kind), chunks);
+  const pieces = timesOf(
+    all.map((s) => s.order),
+    chunks,
+  );
+  return { all, pieces };
+};
+
+const sizes = fc.record({ stages: fc.integer({ min: 1, max: 8 }), microbatches: fc.integer({ min: 1, max: 24 }) });
+
+describe("bubbles, of units where a forward is one", () => {
+  test("1F1B: p - 1 microbatches' time of m + p - 1", () =>
+    fc.assert(
+      fc.property(sizes, ({ stages: p, microbatches: m }) => {
+        expect(bubbleOf(played(p, m, 1, "1f1b").pieces)).toBeCloseTo((p - 1) / (m + p - 1), 12);
+      }),
+    ));
+  // Narayanan et al. 2021: a v-th of it, where groups of microbatches are full
+  test("interleaved over v chunks: p - 1 of v m + p - 1", () =>
+    fc.assert(
+      fc.property(sizes, fc.integer({ min: 2, max: 4 }), ({ stages: p, microbatches: groups }, v) => {
+        fc.pre(p > 1 && groups <= 6);
+        const m = p * groups;
+        expect(bubbleOf(played(p, m, v, "1f1b").pieces)).toBeCloseTo((p - 1) / (v * m + p - 1), 12);
+      }),
+    ));
+  // Qi et al. 2023, ZB-H1: (p - 1)(F + B - W) with all three one unit
+  test("zero-bubble: p - 1 units of 3 m + p - 1, where there are microbatches enough", () =>
+    fc.assert(
+      fc.property(sizes, ({ stages: p, microbatches: m }) => {
+        fc.pre(m >= p);
+        expect(bubbleOf(played(p, m, 1, "zero_bubble").pieces)).toBeCloseTo((p - 1) / (3 * m + p - 1), 12);
+      }),
+    ));
+});
+
+test("every block once, in the order of microbatches, and nobody waits for ever", () => {
+  const each = (n: number) => Array.from({ length: n }, (_, i) => i);
+  const cases = each(6).flatMap((p) => each(16).flatMap((m) => each(4).map((v) => [p + 1, m + 1, v] as const)));
+  for (const [stages, microbatches, v] of cases) {
+    const [kind, chunks]: [Kind, number] = v === 0 ? ["zero_bubble", 1] : ["1f1b", stages === 1 ? 1 : v];
+    const { all, pieces } = played(stages, microbatches, chunks, kind);
+    const kinds = kind === "zero_bubble" ? ["forward", "backward", "weights"] : ["forward", "backward"];
+    for (const [stage, { order }] of all.entries()) {
+      const where = `${kind}, ${microbatches} microbatches, stage ${stage} of ${stages} with ${chunks} chunks`;
+      expect(pieces[stage]!.length, where).toBe(order.length);
+      expect(order.length, where).toBe(microbatches * chunks * kinds.length);
+      const works = order.map(workOf);
+      for (const k of kinds)
+        for (const chunk of each(chunks))
+          expect(
+            works.filter((w) => w.kind === k && w.chunk === chunk).map((w) => w.microbatch),
+            where,
+          ).toEqual(each(microbatches));
+    }
+  }
+});
+
+describe("microbatches in flight", () => {
+  const inFlight = (stages: number, m: number, chunks: number, kind: Kind) => played(stages, m, chunks, kind).all.map((s) => s.slots);
+  test("1F1B: a stage holds as many as there are stages from it on", () => {
+    expect(inFlight(4, 16, 1, "1f1b")).toEqual([[4], [3], [2], [1]]);
+    expect(inFlight(4, 2, 1, "1f1b")).toEqual([[2], [2], [2], [1]]);
+  });
+  test("zero-bubble: no stage more than the first one under 1F1B", () => {
+    for (const slots of inFlight(4, 16, 1, "zero_bubble").flat()) expect(slots).toBeLessThanOrEqual(4);
+  });
+  test("interleaved: earlier chunks hold more", () =>
+    expect(inFlight(2, 8, 2, "1f1b")).toEqual(
+      [
+        [4, 2],
+        [3, 1],
+      ].map((s) => s),
+    ));
+});
+
+describe("layouts", () => {
+  test.each([
+    ["Et|tL", ["Et", "tL"]],
+    ["E t | t t L", ["Et", "ttL"]],
+    ["Et*3|(tt|)*2L", ["Ettt", "tt", "tt", "L"]],
+    ["E|((t)*2|)*2tL", ["E", "tt", "tt", "tL"]],
+    // Megatron Core drops commas before it reads anything else
+    ["Et*3|(tt|)*2,m|L", ["Ettt", "tt", "tt", "m", "L"]],
+    [",E(t,t|),*2,L", ["Ett", "tt", "L"]],
+    ["|E||t*0|tt|L|", ["", "E", "", "", "tt", "L", ""]],
+  ])("%s", (text, parts) => expect(readLayout(text)).toEqual(parts));
+  test.each([
+    ["Et|xL", /"x" means nothing.* at character 4/],
+    ["E(t|L", /a group is not closed/],
+    ["Et)|L", /closed that was not opened at character 3/],
+    ["Et*|L", /a number must follow \*/],
+    ["t|EL", /the embedding E comes first/],
+    ["Et|tLL", /each of E and L once/],
+    ["", /it places nothing/],
+    ["*2EtL", /nothing stands before \* at character 1/],
+    ["Et*2*2L", /nothing stands before \* at character 5/],
+    ["E(t*999999)*9L", /longer than any model/],
+    ["E(t*999999)*999999L", /longer than any model/],
+  ])("%j is refused", (text, why) => expect(readLayout(text)).toMatch(why));
+
+  test("nesting and numbers of any size end in parts or in a fault", () => {
+    expect(readLayout(`${"(".repeat(1e5)}E${")".repeat(1e5)}tL`)).toEqual(["EtL"]);
+    expect(readLayout(`Et*${"9".repeat(400)}L`)).toMatch(/longer than any model/);
+    expect(readLayout("Et*1".repeat(1e5))).toMatch(/it places EtEt/);
+  });
+  test("without one, layers are split evenly, and positions never fall", () =>
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 8 }),
+        fc.integer({ min: 1, max: 4 }),
+        fc.integer({ min: 1, max: 5 }),
+        (stages, chunks, each) => {
+          const job = jobWith(stages, stages, chunks, "1f1b");
+          const layers = stages * chunks * each;
+          const sized = { ...job, model: { ...job.model, layers } };
+          const pipeline = pipelineOf(sized);
+          const ranges = Array.from({ length: stages * chunks }, (_, v) => layersOf(pipeline, sized, v));
+          expect(ranges).toEqual(ranges.map((_, v) => [v * each, (v + 1) * each]));
+          expect(pipeline.of[0]).toBe(0);
+          expect(pipeline.of.at(-1)).toBe(stages * chunks - 1);
+        },
+      ),
+    ));
+});

@@ -1,0 +1,230 @@
+/** The CUDA backend before stand-ins for the driver and NCCL: what a launch is given, and what goes wrong. */
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
+import type { Arg, Buffer, Compute, Kernel, Move } from "../../schemas/plan.ts";
+import {
+  at,
+  failure,
+  handOf,
+  launchOf,
+  moveOf,
+  planOf,
+  putAndSpoil,
+  type Ranks,
+  runs,
+  type Settings,
+  standInRanks,
+} from "../support/cudaRanks.ts";
+import { asCuda, bytesAt, noCompiler } from "../support/cudaStandIn.ts";
+import { bufferIn, type Hand, handPlan } from "../support/handPlan.ts";
+import { closeAll } from "../support/steps.ts";
+
+let cuda: Ranks;
+beforeAll(async () => {
+  if (!noCompiler) cuda = await standInRanks();
+});
+afterAll(() => vi.unstubAllEnvs());
+
+describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
+  test("parameters are packed as the kernel declares them: pointers, ints, tensor maps, scratch", async () => {
+    const map: Arg = { tensor: "x", dtype: "bf16", sizes: [72, 5], strides: [144], box: [64, 2], swizzle: "128B" };
+    const args: Arg[] = ["start(S)", "y", map, "rows", "scratch+512", "start(T)", "needed", map];
+    const kernel: Kernel = {
+      ...launchOf("look"),
+      scratch: 1024,
+      launches: [{ entry: "look", grid: [3, 2, 1], threads: 96, shared: 0, args }],
+    };
+    const buffers = {
+      x: { kind: "activation", dtype: "bf16", shape: [5, 72] },
+      y: { kind: "activation", shape: [5], ragged: 3, rows: "r" },
+      r: { kind: "activation", dtype: "i32", shape: [16] },
+      "r.needed": { kind: "gradient", dtype: "i32", shape: [] },
+    } as const satisfies Hand["buffers"];
+    const look: Compute = { ...runs("look", "y"), reads: { x: "x" }, rows: "r", dims: { S: [8, [0]], T: [30, [0]] } };
+    const plan = handPlan({ world: 2, slots: 2, target: "cuda:sm_90a", buffers, kernels: [kernel], forward: [look] });
+    const seen: { params: DataView; how: object }[] = [];
+    cuda.serve({ look: (params, how) => void seen.push({ params, how }) });
+    const fleets = await cuda.openAll(plan);
+    for (const slot of [0, 1]) fleets[1]!.backend(1).compute(look, slot);
+    await fleets[1]!.finish();
+    await closeAll(fleets);
+    const [first, second] = seen.map(({ params }) => params) as [DataView, DataView];
+    const pointer = (view: DataView, at: number) => Number(view.getBigUint64(at, true));
+    const mapAt = (view: DataView, at: number) => ({
+      tensor: pointer(view, at),
+      sizes: [pointer(view, at + 8), pointer(view, at + 16), pointer(view, at + 24)],
+      strides: [pointer(view, at + 48), pointer(view, at + 56)],
+      rest: [...new Uint8Array(view.buffer, view.byteOffset + at + 80, 9)],
+    });
+    // int 0, y 8, map 64, rows 192, scratch 200, int 208, needed 216, map 256
+    expect(seen.map(({ how }) => how)).toEqual(seen.map(() => ({ grid: [3, 2, 1], threads: 96, shared: 0 })));
+    expect([first.getInt32(0, true), first.getInt32(208, true)]).toEqual([4, 15]);
+    const x = mapAt(first, 64);
+    // box less one of each dim; bf16 is 9, rank 2, swizzle of 128 bytes 3, promotion to 128 bytes 2
+    expect(x).toEqual({ tensor: x.tensor, sizes: [72, 5, 0], strides: [144, 0], rest: [63, 1, 0, 0, 0, 9, 2, 3, 2] });
+    expect(mapAt(first, 256)).toEqual(x);
+    const { offsets, activation } = plan.memory[0]!;
+    const base = x.tensor - offsets.x!;
+    expect([pointer(first, 8), pointer(first, 192)]).toEqual([base + offsets.y!, base + offsets.r!]);
+    // the other slot's activations lie one arena on; scratch and gradients are the same
+    for (const at of [8, 64, 192, 256]) expect(pointer(second, at) - pointer(first, at)).toBe(activation[0]);
+    for (const at of [200, 216]) expect(pointer(second, at)).toBe(pointer(first, at));
+  });
+
+  test("more than 48 KiB of shared memory is asked for; more than a block may have is an error", async () => {
+    const withShared = (shared: number) =>
+      handOf({
+        kernels: [{ ...launchOf("put"), launches: launchOf("put").launches.map((l) => ({ ...l, shared })) }],
+        forward: [runs("put", "x")],
+      });
+    cuda.serve(putAndSpoil);
+    const plan = withShared(200 << 10);
+    const fleets = await cuda.openAll(plan);
+    await cuda.step(fleets, plan, () => Float32Array.of());
+    await closeAll(fleets);
+    expect(await failure(cuda.openAll(withShared(228 << 10)))).toMatchObject({
+      message: expect.stringMatching(/^kernel put \(put in f32\): put wants 16 \+ 233472 bytes of shared memory.* 232448$/),
+    });
+  });
+
+  test("a launch that the driver refuses says which kernel it was", async () => {
+    const plan = handOf({
+      kernels: [
+        { ...launchOf("put"), launches: launchOf("put").launches.map((l) => ({ ...l, grid: [1, 70_000, 1] as [number, number, number] })) },
+      ],
+      forward: [runs("put", "x")],
+    });
+    const [fleet] = await cuda.openAll(plan);
+    expect(() => fleet!.backend(0).compute(plan.programs[0]!.chunks[0]!.forward[0] as Compute, 0)).toThrow(
+      "kernel put (put in f32): put, 1x70000x1 blocks of 1, 0 bytes: cuLaunchKernel: CUresult 1: CUresult 1",
+    );
+    await fleet!.close();
+  });
+});
+
+describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, () => {
+  afterEach(() => {
+    vi.stubEnv("STAND_IN_FREE", undefined);
+    cuda.failNccl(0);
+  });
+
+  test("a device that lacks the memory is said before anything is allocated, with the numbers", async () => {
+    const plan = planOf({ world: 1 });
+    vi.stubEnv("STAND_IN_FREE", String(plan.memory[0]!.peak - 1));
+    const trouble = await failure(cuda.openAll(asCuda(plan).plan));
+    expect(trouble).toMatchObject({
+      name: "Trouble",
+      exit: 3,
+      message: expect.stringMatching(/^rank 0 needs \d+\.\d\d GiB of device 0 \(Stand-in 0\): \d.* of its 141\.00 GiB are free$/),
+    });
+  });
+
+  test.each([
+    ["cuda:sm_80", /for cuda:sm_80, and device 0 \(Stand-in 0\) is of compute capability 9/, 3],
+    ["cuda:sm_100a", /for cuda:sm_100a, .* 9/, 3],
+    ["cpu", /is compiled for cpu, and not for CUDA/, 2],
+  ])("a plan for %s does not run on an sm_90", async (target, message, exit) => {
+    const { plan } = asCuda(planOf({ world: 1 }));
+    const other = { ...plan, toolchain: { ...plan.toolchain, target } };
+    expect(await failure(cuda.openAll(other))).toMatchObject({
+      name: "Trouble",
+      exit,
+      message: expect.stringMatching(message),
+      fix: expect.stringContaining("cuda:sm_90a"),
+    });
+  });
+
+  test("a device that is not there", async () => {
+    expect(await failure(cuda.openAll(handOf({}), { device: 99 }))).toMatchObject({
+      name: "Trouble",
+      exit: 3,
+      message: expect.stringContaining("device 99"),
+    });
+  });
+
+  test("rows beyond their bound end the step, eagerly and replayed", async () => {
+    const needed: Compute = { ...runs("count", "n"), dims: {} };
+    const kernel = { ...launchOf("count"), launches: launchOf("count").launches.map((l) => ({ ...l, args: ["y"] })) };
+    const plan = handOf({
+      kernels: [kernel],
+      buffers: { n: { kind: "gradient", dtype: "i32", shape: [] } },
+      bounds: [{ needed: "n", bound: 8 }],
+      forward: [needed],
+    });
+    const [fleet] = await cuda.openAll(plan);
+    let rows = 8;
+    cuda.serve({ count: (params) => new Int32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(rows) });
+    for (let n = 0; n < 3; n++) await cuda.step([fleet!], plan, () => Float32Array.of());
+    rows = 9;
+    expect(await failure(cuda.step([fleet!], plan, () => Float32Array.of()))).toMatchObject({
+      name: "Trouble",
+      message: "n, rank 0: the router sent 9 rows, and the plan holds at most 8",
+    });
+    await fleet!.close();
+  });
+
+  test("a rank that fails ends the wait of the others; so does an abort from outside", async () => {
+    const plan = handOf({ world: 2, forward: [moveOf("all_reduce", "x", "y")] });
+    const alone = async (settings: Settings, wrong: () => void) => {
+      const [fleet, other] = await cuda.openAll(plan, settings);
+      fleet!.beginStep(1);
+      fleet!.comm.move(0, plan.programs[0]!.chunks[0]!.forward[0] as Move, at);
+      const ended = failure(fleet!.finish());
+      setTimeout(wrong, 20);
+      const error = await ended;
+      await closeAll([fleet!, other!]);
+      return error;
+    };
+    expect(await alone({}, () => cuda.failNccl(1))).toMatchObject({
+      name: "Trouble",
+      exit: 3,
+      message: expect.stringContaining("remote process exited"),
+    });
+    cuda.failNccl(0);
+    const controller = new AbortController();
+    expect(await alone({ signal: controller.signal }, () => controller.abort(new Error("rank 1 has left")))).toMatchObject({
+      message: "rank 1 has left",
+    });
+  });
+
+  test("a step that does not end says where the device stands", async () => {
+    const plan = handOf({ world: 2, forward: [runs("put", "x"), moveOf("all_reduce", "x", "y"), runs("put", "z")] });
+    cuda.serve(putAndSpoil);
+    const fleets = await cuda.openAll(plan, { profile: true });
+    const [put, move, other] = plan.programs[0]!.chunks[0]!.forward as [Compute, Move, Compute];
+    const issue = (rank: number) => {
+      fleets[rank]!.beginStep(1);
+      fleets[rank]!.backend(rank).compute(put, 0);
+      fleets[rank]!.comm.move(rank, move, at);
+      fleets[rank]!.backend(rank).compute(other, 0);
+      return fleets[rank]!.finish();
+    };
+    // the other rank has not come
+    const first = issue(0);
+    expect(fleets[0]!.underWay()).toMatchObject({ id: "y.all_reduce", op: "all_reduce" });
+    await Promise.all([first, issue(1)]);
+    expect(fleets[0]!.underWay()).toBeUndefined();
+    await closeAll(fleets);
+  });
+
+  test("within a step that is a graph nothing is read, and the writes of all steps are alike", async () => {
+    const plan = handOf({});
+    const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
+    const [fleet] = await cuda.openAll(plan);
+    const backend = fleet!.backend(0);
+    const written = async (...all: readonly [Buffer, number][]) => {
+      fleet!.beginStep(1);
+      for (const [b, value] of all) backend.write(b, 0, Float32Array.of(value));
+      await fleet!.finish();
+    };
+    await written([x, 1], [y, 2]);
+    await written([x, 3], [y, 4]);
+    await written([x, 5], [y, 6]);
+    expect([(await backend.read(x, 0))[0], (await backend.read(y, 0))[0]]).toEqual([5, 6]);
+    fleet!.beginStep(1);
+    expect(await failure(backend.read(x, 0))).toMatchObject({ message: expect.stringContaining("open with graph: false") });
+    expect(() => backend.write(y, 0, Float32Array.of(1))).toThrow("write 0 of step 4 is y (slot 0), and was x (slot 0)");
+    expect(() => backend.write(x, 0, Float32Array.of(1, 2))).toThrow("2 values are written to x, which holds 1");
+    expect(await failure(fleet!.finish())).toMatchObject({ message: expect.stringContaining("wrote 0 of 2 inputs") });
+    await fleet!.close();
+  });
+});

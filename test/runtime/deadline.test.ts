@@ -1,0 +1,43 @@
+/** A script whose device hangs says where it stood and ends, whatever its main thread does. */
+import { spawn } from "node:child_process";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { root } from "../support/checkout.ts";
+
+/** How a script ends that has `seconds` for its second part; `rest` is what it does in it, and `grace` how long its main thread has to answer. */
+async function ended(
+  rest: string,
+  { explain = "undefined", seconds = 0.5, grace = 300 } = {},
+): Promise<{ code: number | null; signal: string | null; said: string }> {
+  const script = `
+    import { startDeadline } from ${JSON.stringify(join(root, "test/support/deadline.ts"))};
+    const limits = startDeadline("bench", () => ${explain}, { grace: ${grace}, told: [process.execPath, "-e", "console.log('the device: 100 %')"] });
+    limits.part("weights", 60);
+    limits.part("step 3", ${seconds});
+    ${rest}`;
+  const child = spawn(process.execPath, ["--import", "tsx/esm", "--input-type=module", "-e", script], {
+    cwd: root,
+  });
+  let said = "";
+  child.stderr.on("data", (data) => (said += data));
+  return new Promise((done) => child.on("close", (code, signal) => done({ code, signal, said })));
+}
+
+test.each([
+  [
+    "computes",
+    "limits.at('w1.wgrad is issued'); for (;;) {}",
+    300,
+    "w1.wgrad is issued; the main thread does not answer: it computes, or is within a call",
+  ],
+  ["waits", "limits.at('all is issued'); setInterval(() => {}, 10);", 600_000, "all is issued; the device is at w1.wgrad"],
+] as const)("a main thread that %s", async (_, rest, grace, words) => {
+  const { signal, said } = await ended(rest, { explain: "'the device is at w1.wgrad'", grace });
+  expect(signal).toBe("SIGKILL");
+  expect(said).toMatch(/^ +\d+\.\d s {2}weights\n +\d+\.\d s {2}step 3\n/);
+  expect(said).toContain(`bench: no end of step 3 within 0.5 s; ${words}\nthe device: 100 %\n`);
+});
+
+test("a script that ends in time just ends", async () => {
+  expect(await ended("limits.at('all is done')", { seconds: 600 })).toMatchObject({ code: 0, signal: null });
+});

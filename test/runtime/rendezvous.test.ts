@@ -1,0 +1,374 @@
+/** The meeting of ranks: all come or it says who did not; what they share arrives; when one ends, all end, and say why. */
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { connect, createServer, type Socket } from "node:net";
+import { hostname } from "node:os";
+import { fileURLToPath } from "node:url";
+import { afterEach, describe, expect, test } from "vitest";
+import { openHub } from "../../runtime/launch/hub.ts";
+import { freePort } from "../../runtime/launch/launcher.ts";
+import { becomeMember } from "../../runtime/launch/peer.ts";
+import { type JoinSettings, join, type Meeting, timesOf } from "../../runtime/launch/rendezvous.ts";
+import { frame, proofOf } from "../../runtime/launch/wire.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { full } from "../support/tiers.ts";
+
+/** Limits that no test waits for: a busy machine delays every rank. A test that waits for one of them has its own. */
+const times = { ...timesOf({}), timeout: 600, beat: 0.2, lost: 600, hang: 600 };
+type Changes = Partial<JoinSettings>;
+const settings = (rank: number, world: number, port: number, changes: Changes = {}): JoinSettings => ({
+  ...{ rank, world, port, address: "127.0.0.1", token: "secret", plan: "a".repeat(64), version: "0.1.0", times },
+  ...changes,
+});
+/** All ranks in this process, each with its own thread and its own connection. */
+async function meet(world: number, changes: (rank: number) => Changes = () => ({})): Promise<Meeting[]> {
+  const port = await freePort();
+  return Promise.all(Array.from({ length: world }, (_, r) => join(settings(r, world, port, changes(r)))));
+}
+/** What each rank is refused with, "joined" where it is not. Without the threads, which take their time to start. */
+async function refusals(all: readonly JoinSettings[]): Promise<string[]> {
+  const open: { close: () => void }[] = [];
+  const said = all.map(async (who): Promise<string> => {
+    const { timeout, beat, lost, hang } = who.times;
+    const settings = { ...who, timeout: timeout * 1000, beat: beat * 1000, lost: lost * 1000, hang: hang * 1000 };
+    try {
+      if (who.rank === 0) open.push(await openHub(settings));
+    } catch (error) {
+      expect(error).toBeInstanceOf(Trouble);
+      return (error as Trouble).message;
+    }
+    const deaf = { shared: ignore, released: ignore, abort: ignore, hold: ignore, last: ignore, bye: ignore };
+    return new Promise((done) => {
+      open.push(
+        becomeMember(settings, () => ({ kind: "beat", ...{ reports: 0, step: 0, text: "" } }), {
+          ...deaf,
+          welcome: () => done("joined"),
+          refused: done,
+        }),
+      );
+    });
+  });
+  const texts = await Promise.all(said);
+  for (const { close } of open) close();
+  return texts;
+}
+const ignore = (): void => {};
+const leave = (all: readonly Meeting[]) => Promise.all(all.map((m) => m.close()));
+
+describe("ranks that agree", () => {
+  test("share bytes of rank 0, and within groups of their own", async () => {
+    const all = await meet(4);
+    const random = () => crypto.getRandomValues(new Uint8Array(128));
+    const id = random();
+    const got = await Promise.all(all.map((m, r) => m.broadcast("world", r === 0 ? id : undefined)));
+    for (const bytes of got) expect(bytes).toEqual(id);
+
+    const pairs = { "a 0,2": [0, 2], "b 3,1": [3, 1] };
+    for (const [name, members] of Object.entries(pairs)) {
+      const made = random();
+      const [first, second] = await Promise.all(
+        members.map((r) => all[r]!.share(name, members, () => (r === members[0] ? made : random()))),
+      );
+      expect(first).toEqual(made);
+      expect(second).toEqual(made);
+    }
+    expect(await all[2]!.share("alone", [2], () => id)).toEqual(id);
+    await leave(all);
+  });
+
+  test("a name used again gives what was given again, in order", async () => {
+    const [a, b] = (await meet(2)) as [Meeting, Meeting];
+    await a.broadcast("x", Uint8Array.of(1));
+    await a.broadcast("x", Uint8Array.of(2));
+    expect([await b.broadcast("x", undefined), await b.broadcast("x", undefined)]).toEqual([Uint8Array.of(1), Uint8Array.of(2)]);
+    await leave([a, b]);
+  });
+
+  test("nobody passes a barrier before all have come", async () => {
+    const all = await meet(3);
+    const passed: number[] = [];
+    const first = [0, 1].map((r) => all[r]!.barrier("b").then(() => passed.push(r)));
+    await new Promise((r) => setTimeout(r, 200));
+    expect(passed).toEqual([]);
+    await Promise.all([...first, all[2]!.barrier("b")]);
+    await Promise.all(all.map((m) => m.barrier("b")));
+    await leave(all);
+  });
+
+  test("a meeting of one", async () => {
+    const [only] = (await meet(1)) as [Meeting];
+    await only.barrier("b");
+    expect(await only.broadcast("x", Uint8Array.of(7))).toEqual(Uint8Array.of(7));
+    expect(only.begin(1)).toBe(true);
+    await only.close();
+  });
+
+  test("asked to stop, all run the same number of steps, wherever each was", async () => {
+    const world = 4;
+    const all = await meet(world);
+    const ran = new Array<number>(world).fill(0);
+    const run = async (r: number): Promise<void> => {
+      for (let step = 1; all[r]!.begin(step); step++) {
+        ran[r] = step;
+        if (r === 2 && step === 5) all[2]!.stop();
+        await new Promise((done) => setTimeout(done, Math.random() * 5 * (r + 1)));
+        if (step === 5) all[r]!.stop();
+      }
+    };
+    await Promise.all(all.map((_, r) => run(r)));
+    expect(new Set(ran).size).toBe(1);
+    expect(ran[0]).toBeGreaterThanOrEqual(5);
+    await leave(all);
+  });
+
+  test.each(["::1", "localhost", hostname()])("meet at %s", async (address) => {
+    await leave(await meet(2, () => ({ address })));
+  });
+});
+
+describe("ranks that do not agree", () => {
+  test("who is missing is said, in runs, to all who came", async () => {
+    const port = await freePort();
+    const short = { times: { ...times, timeout: 8 } };
+    const said = [0, 3].map((r) => join(settings(r, 8, port, short)).catch((reason: unknown) => reason));
+    for (const reason of await Promise.all(said)) {
+      expect(reason).toBeInstanceOf(Trouble);
+      const { message, fix } = reason as Trouble;
+      expect(message).toBe(`ranks 1-2, 4-7 of 8 did not come to rank 0 at 127.0.0.1:${port} within 8 s`);
+      expect(fix).toContain("RANKC_TIMEOUT");
+    }
+  });
+
+  test("rank 0 that is not there is said, with where it was looked for", async () => {
+    const port = await freePort();
+    const [text] = await refusals([settings(1, 2, port, { times: { ...times, timeout: 2 } })]);
+    expect(text).toBe(`rank 1 could not reach rank 0 at 127.0.0.1:${port} within 2 s: ECONNREFUSED`);
+    const [unknown] = await refusals([settings(1, 2, port, { address: "no-such-host.invalid", times: { ...times, timeout: 10 } })]);
+    expect(unknown).toMatch(/rank 0 at no-such-host\.invalid:\d+ within 10 s: (ENOTFOUND|EAI_AGAIN)/);
+  });
+
+  test("another plan or another rankc: by rank", async () => {
+    const of = async (change: (r: number) => Changes) => {
+      const port = await freePort();
+      return refusals([0, 1, 2, 3].map((r) => settings(r, 4, port, change(r))));
+    };
+    const plans = await of((r) => (r === 2 ? { plan: "b".repeat(64) } : {}));
+    expect(new Set(plans)).toEqual(
+      new Set([`the ranks do not run the same plan: ranks 0-1, 3 have ${"a".repeat(16)}, rank 2 has ${"b".repeat(16)}`]),
+    );
+    const versions = await of((r) => (r === 3 ? { version: "0.2.0" } : {}));
+    expect(new Set(versions)).toEqual(new Set(["the ranks do not run the same rankc: ranks 0-2 have 0.1.0, rank 3 has 0.2.0"]));
+  });
+
+  test("a rank that comes twice, one beyond the world, one of another world", async () => {
+    const of = async (world: number, ...others: Changes[]) => {
+      const port = await freePort();
+      return (await refusals([{}, ...others].map((c, i) => settings(i, world, port, c))))[0];
+    };
+    expect(await of(3, {}, { rank: 1 })).toMatch(/^rank 1 came twice: from rank 1 \(.+, process \d+\), and from /);
+    expect(await of(3, { rank: 3 })).toMatch(/^rank 3 came from .+; in a world of 3, ranks end at 2$/);
+    expect(await of(3, { world: 4 })).toMatch(/^rank 1 on .+ was started in a world of 4, rank 0 in one of 3$/);
+  });
+
+  test("another token: the stranger is told, the run waits for its own", async () => {
+    const port = await freePort();
+    const zero = join(settings(0, 2, port));
+    const [stranger] = await refusals([settings(1, 2, port, { token: "guess" })]);
+    expect(stranger).toBe("what listens there is rank 0 of another run: it has another token");
+    await leave(await Promise.all([zero, join(settings(1, 2, port))]));
+  });
+
+  test("a taken port is named", async () => {
+    const server = createServer().listen(0, "127.0.0.1");
+    await once(server, "listening");
+    const { port } = server.address() as { port: number };
+    expect(await refusals([settings(0, 1, port)])).toEqual([`rank 0 cannot listen on port ${port}: another program listens there`]);
+    server.close();
+  });
+
+  test("what listens at rank 0's port is something else", async () => {
+    const server = createServer((socket) => socket.end("SSH-2.0-OpenSSH_9.6\r\n")).listen(0, "127.0.0.1");
+    await once(server, "listening");
+    const { port } = server.address() as { port: number };
+    const [text] = await refusals([settings(1, 2, port, { times: { ...times, timeout: 2 } })]);
+    expect(text).toContain("what it sends is not rankc's");
+    server.close();
+  });
+});
+
+test("strangers do no harm: noise, long messages, half a frame, a hello without the token", async () => {
+  const port = await freePort();
+  const zero = refusals([settings(0, 2, port, { times: { ...times, timeout: 15 } })]);
+  const long = Buffer.concat([frame({ kind: "stop" }).subarray(0, 4), Buffer.from([255, 255, 255, 127, 0, 0, 0, 0])]);
+  const hello = { kind: "hello", rank: 1, world: 2, version: "0.1.0", plan: "a", host: "h", pid: 1 } as const;
+  const texts: [string, Uint8Array][] = [
+    ["a browser", Buffer.from("GET / HTTP/1.1\r\nHost: gpu1\r\n\r\n")],
+    ["noise", crypto.getRandomValues(new Uint8Array(4096)).fill(0, 0, 1)],
+    ["a message too long", long],
+    ["no hello", frame({ kind: "stop" })],
+    ["a proof for another nonce", frame({ ...hello, proof: proofOf("secret", "00") })],
+    ["no JSON", Buffer.concat([frame({ kind: "bye" }).subarray(0, 12), Buffer.from('{"kind":"bye!"')])],
+  ];
+  for (const [, bytes] of texts) {
+    for (;;) {
+      const socket = connect(port, "127.0.0.1");
+      socket.on("error", () => {});
+      socket.resume();
+      socket.once("connect", () => socket.write(bytes));
+      const closed = new Promise((r) => socket.once("close", r));
+      await closed;
+      if (socket.bytesRead > 0) break; // the hub was up, sent its greeting, and closed the connection
+      await new Promise((r) => setTimeout(r, 50));
+    }
+  }
+  const half = connect(port, "127.0.0.1");
+  half.write(frame({ kind: "stop" }).subarray(0, 7));
+  const [text] = await zero;
+  expect(text).toContain("rank 1 of 2 did not come");
+  expect(text).toMatch(/turned away \d times: what it sends is not rankc's \(from .*127\.0\.0\.1\)/);
+  expect(text).toContain("turned away once: another token than this run's");
+  half.destroy();
+});
+
+/** A connection that never closes its own half, and what it was sent so far. */
+async function knock(port: number): Promise<Socket> {
+  const socket = connect({ port, host: "127.0.0.1", allowHalfOpen: true });
+  socket.on("error", ignore);
+  await once(socket, "connect");
+  return socket;
+}
+const hubOf = (port: number, world: number) =>
+  openHub({ world, port, address: "127.0.0.1", token: "secret", timeout: 600_000, beat: 200, lost: 600_000, hang: 600_000 });
+
+describe("before the token is proved", () => {
+  test("a connection with another token is closed at once, both ways", async () => {
+    const port = await freePort();
+    const hub = await hubOf(port, 2);
+    const socket = await knock(port);
+    const hello = { kind: "hello", rank: 1, world: 2, version: "0.1.0", plan: "a", host: "h", pid: 1 } as const;
+    await once(socket, "data");
+    socket.write(frame({ ...hello, proof: proofOf("guess", "00") }));
+    const text = String((await once(socket, "data"))[0]);
+    expect(text).toContain("another token");
+    // a closed connection refuses what is written to it
+    const refused = new Promise((closed) => socket.once("close", closed));
+    const more = setInterval(() => socket.write(Buffer.alloc(2 ** 16)), 20);
+    await refused;
+    clearInterval(more);
+    hub.close();
+  });
+
+  test("hundreds of silent connections lock nobody out", async () => {
+    const port = await freePort();
+    const zero = refusals([settings(0, 2, port)]);
+    let open = 0;
+    const sockets: Socket[] = [];
+    for (let n = 0; n < 300; n++) {
+      const socket = await knock(port).catch(() => undefined);
+      if (!socket) continue;
+      sockets.push(socket);
+      open++;
+      socket.resume().once("close", () => open--);
+      socket.once("end", () => socket.destroy());
+    }
+    expect(sockets.length).toBeGreaterThan(290);
+    expect(await refusals([settings(1, 2, port)])).toEqual(["joined"]);
+    expect(open).toBeLessThanOrEqual(64);
+    expect(await zero).toEqual(["joined"]);
+    for (const socket of sockets) socket.destroy();
+  });
+});
+
+/** Ranks as processes, whose main threads block. */
+describe("when a rank ends, all end and say why", () => {
+  const script = fileURLToPath(new URL("../support/rank.ts", import.meta.url));
+  let children: ChildProcess[] = [];
+  afterEach(() => {
+    for (const child of children) child.kill("SIGKILL");
+    children = [];
+  });
+
+  interface Ended {
+    readonly code: number | null;
+    readonly signal: string | null;
+    readonly err: string;
+  }
+  async function run(world: number, mode: string, who: number, env: Record<string, string> = {}): Promise<{ ended: Promise<Ended>[] }> {
+    const place = { WORLD_SIZE: `${world}`, MASTER_ADDR: "127.0.0.1", MASTER_PORT: `${await freePort()}`, RANKC_TOKEN: "t", ...env };
+    const ended = Array.from({ length: world }, async (_, r): Promise<Ended> => {
+      const child = spawn(process.execPath, ["--import", "tsx", script, mode, `${who}`], {
+        env: { PATH: process.env.PATH!, ...place, RANK: `${r}`, LOCAL_RANK: `${r}` },
+        stdio: ["ignore", "ignore", "pipe"],
+      });
+      children.push(child);
+      let err = "";
+      child.stderr!.on("data", (chunk) => (err += chunk));
+      const [code, signal] = (await once(child, "close")) as [number | null, string | null];
+      return { code, signal, err };
+    });
+    return { ended };
+  }
+
+  test("all is well: all leave in peace", async () => {
+    const { ended } = await run(3, "fine", -1);
+    for (const { code, err } of await Promise.all(ended)) expect([code, err]).toEqual([0, expect.stringContaining("done")]);
+  });
+
+  test("killed: the others, blocked as they are, end within seconds", async () => {
+    const { ended } = await run(3, "kill", 2, { QUICK: "1" });
+    const all = await Promise.all(ended);
+    for (const [r, { signal, err }] of all.entries()) {
+      expect(signal).toBe("SIGKILL");
+      if (r === 2) continue;
+      expect(err).toMatch(
+        new RegExp(
+          `^rankc: rank ${r} stops in step 7, all_reduce grads: rank 2 \\(.+, process \\d+\\) is gone: it was killed, or it crashed$`,
+          "m",
+        ),
+      );
+      expect(err).toContain("  0-1: step 7, all_reduce grads\n  2: step 7, layers.2.w1\n");
+    }
+  });
+
+  test("rank 0 killed: the others know it without it", full, async () => {
+    const { ended } = await run(3, "kill", 0, { QUICK: "1" });
+    const [, one, two] = await Promise.all(ended);
+    for (const { err } of [one!, two!]) expect(err).toMatch(/stops in step 7, all_reduce grads: rank 0 at 127\.0\.0\.1:\d+ is gone/);
+  });
+
+  test("killed: a main thread that listens ends in its own way", full, async () => {
+    const { ended } = await run(3, "listen", 1, { QUICK: "1" });
+    const [zero, , two] = await Promise.all(ended);
+    for (const { code, err } of [zero!, two!]) expect([code, err]).toEqual([4, expect.stringMatching(/heard by \d: rank 1 .+ is gone/)]);
+  });
+
+  test("an exception is a death like any other; a failure that is told comes with its reason", full, async () => {
+    const thrown = await Promise.all((await run(2, "throw", 1, { QUICK: "1" })).ended);
+    expect(thrown[1]).toMatchObject({ code: 1, err: expect.stringContaining("it broke") });
+    expect(thrown[0]!.err).toMatch(/rank 1 .+ is gone/);
+    const told = await Promise.all((await run(3, "fail", 0, { QUICK: "1" })).ended);
+    expect(told[0]!.code).toBe(3);
+    for (const r of [1, 2])
+      expect(told[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nwhere the ranks were last heard of:\n.+1-2: step 7/s);
+  });
+
+  test("standing still: a process that is stopped, and one that does not move on", async () => {
+    const stopped = (await run(3, "stop", 1, { QUICK: "1" })).ended;
+    for (const r of [0, 2]) expect((await stopped[r]!).err).toMatch(/rank 1 \(.+\): nothing was heard for 5 s/);
+    children[1]!.kill("SIGKILL");
+    const hung = await Promise.all((await run(2, "hang", 1, { QUICK: "1" })).ended);
+    for (const { signal, err } of hung)
+      expect([signal, err]).toEqual(["SIGKILL", expect.stringMatching(/rank \d \(.+\) hangs: it has not moved on for 5 s/)]);
+  });
+
+  test("the launcher is gone: the rank stops", async () => {
+    const { ended } = await run(1, "block", -1, { RANKC_LAUNCHER: "1", QUICK: "1" });
+    const [{ err }] = (await Promise.all(ended)) as [Ended];
+    expect(err).toContain("the process that started it is gone");
+  });
+});
+
+test("times are given in seconds", () => {
+  expect(timesOf({ RANKC_TIMEOUT: "12.5", RANKC_HANG: "90" })).toMatchObject({ timeout: 12.5, hang: 90 });
+  expect(() => timesOf({ RANKC_HANG: "soon" })).toThrow('RANKC_HANG is "soon", not a number of seconds');
+});

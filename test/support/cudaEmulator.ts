@@ -1,0 +1,208 @@
+/**
+ * Runs generated CUDA sources on the CPU: compiled by g++ behind test/cuda-emulator, called by koffi. Every kernel runs twice,
+ * forwards and backwards through its blocks and threads, or in more orders: all must leave the same bits, in every buffer.
+ */
+import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { cpus } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { koffi } from "../../runtime/cuda/libraries.ts";
+import { narrow, widen } from "../../runtime/float16.ts";
+import type { Launch, TensorMap } from "../../schemas/plan.ts";
+import { bytesOf } from "../../schemas/sharding.ts";
+import type { Made, Use } from "../../src/codegen/kernelSpec.ts";
+import { ops } from "../../src/ops/index.ts";
+import { root } from "./checkout.ts";
+import type { Buffers, Executor } from "./contract.ts";
+
+export interface Compiled {
+  readonly use: Use;
+  readonly made: Made;
+}
+
+const headers = ["emulator.hpp", "hopper.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
+const options = ["-std=c++20", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-x", "c++"];
+const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
+
+/** Why this machine has no emulator, or nothing. */
+export async function emulatorMissing(): Promise<string | undefined> {
+  return await run("g++", ["--version"]).then(
+    () => undefined,
+    () => "g++ is missing",
+  );
+}
+const run = promisify(execFile);
+
+export interface Emulator extends Executor {
+  /** Compiles what is not compiled yet; `run` does it too. */
+  prepare(): Promise<void>;
+}
+
+/**
+ * Kernels that are compiled together, once they are asked for; the library is kept below node_modules. `orders`: 0 is forwards, 1
+ * backwards, any other the seed of an order by chance.
+ */
+export function cudaEmulator(kernels: readonly Compiled[], orders: readonly number[] = [0, 1]): Emulator {
+  let library: Promise<Library> | undefined;
+  const get = () => (library ??= compile(kernels).then(open));
+  return {
+    name: "emulated CUDA",
+    prepare: async () => void (await get()),
+    async run(made, use, data, starts) {
+      const compiled = await get();
+      const [first, ...others] = orders.map((order) => runOn(compiled, made, use, data, starts, order));
+      for (const [name, bytes] of Object.entries(first!))
+        for (const other of others)
+          if (Buffer.compare(bytes, other[name]!) !== 0) throw new Error(`${use.name}: ${name} depends on the order of threads or blocks`);
+      return Object.fromEntries(Object.keys(data).map((name) => [name, unpack(first![name]!, name, use)]));
+    },
+  };
+}
+
+/** The path of a library that holds these kernels. */
+async function compile(group: readonly Compiled[]): Promise<string> {
+  const entries = group.flatMap(({ made }) => [...new Set(made.launches.map((l) => l.entry))].map((entry) => ({ made, entry })));
+  const text = [
+    `#include ${JSON.stringify(headers[0])}`,
+    ...group.map((k) => k.made.source),
+    ...group.map((k) => `namespace ${k.use.name}_ns {} using namespace ${k.use.name}_ns;`),
+    "const emulator::Entry emulator::entries[] = {",
+    ...entries.map(({ made, entry }) => `  emulator::entry<${entry}>("${entry}", ${clusterOf(made, entry)}),`),
+    "  {}};",
+  ].join("\n");
+  const digest = createHash("sha256");
+  for (const part of [text, options.join(" "), cpus()[0]?.model ?? "", ...headers.map((h) => readFileSync(h, "utf8"))]) digest.update(part);
+  const path = join(cache, `${group[0]!.use.op}-${digest.digest("hex").slice(0, 16)}`);
+  if (existsSync(`${path}.so`)) return `${path}.so`;
+  mkdirSync(cache, { recursive: true });
+  const own = `${path}.${process.pid}`;
+  writeFileSync(`${own}.cu`, text);
+  await run("g++", [...options, "-o", `${own}.so`, `${own}.cu`], { maxBuffer: 1 << 26 }).catch((error) => {
+    throw new Error(`g++ refuses ${own}.cu:\n${String(error.stderr).slice(0, 4000)}`);
+  });
+  renameSync(`${own}.cu`, `${path}.cu`);
+  renameSync(`${own}.so`, `${path}.so`);
+  return `${path}.so`;
+}
+
+/** Blocks in a cluster of an entry, which stands in its source: `__cluster_dims__(2, 1, 1)`. */
+const clusterOf = ({ source }: Made, entry: string): number =>
+  Number(new RegExp(`__cluster_dims__\\((\\d+)[^{]*\\b${entry}\\(`).exec(source)?.[1] ?? 1);
+
+type Library = ReturnType<typeof open>;
+function open(path: string) {
+  const library = koffi().load(path);
+  const alloc = library.func("emulatorAlloc", "uint64_t", ["uint64_t"]);
+  return {
+    alloc: (bytes: number) => BigInt(alloc(bytes)),
+    freeAll: library.func("emulatorFreeAll", "str", []) as () => string | null,
+    launch: library.func("emulatorLaunch", "str", ["str", "void *", "uint32_t", "uint32_t", "void *", "uint32_t", "uint32_t"]),
+  };
+}
+
+interface Placed {
+  readonly at: bigint;
+  readonly bytes: Buffer;
+}
+
+function runOn(
+  library: Library,
+  made: Made,
+  use: Use,
+  data: Readonly<Buffers>,
+  starts: Readonly<Record<string, number>>,
+  order: number,
+): Record<string, Buffer> {
+  const placed = new Map<string, Placed>();
+  const place = (name: string, length: number): Placed => {
+    const at = library.alloc(length);
+    const buffer = { at, bytes: Buffer.from(koffi().view(at, length)) };
+    placed.set(name, buffer);
+    return buffer;
+  };
+  try {
+    for (const name of Object.keys(data)) {
+      const bytes = initial(name, data, use);
+      place(name, bytes.length).bytes.set(bytes);
+    }
+    place("scratch", made.scratch ?? 0).bytes.fill(0xff);
+    for (const launch of made.launches) {
+      const args = Buffer.alloc(launch.args.length * 128);
+      for (const [i, arg] of launch.args.entries()) packArg(args.subarray(i * 128), arg, placed, starts, use);
+      const wrong = library.launch(
+        launch.entry,
+        Uint32Array.from(launch.grid),
+        launch.threads,
+        launch.shared,
+        args,
+        launch.args.length,
+        order,
+      );
+      if (wrong) throw new Error(`${launch.entry}: ${wrong} (buffers: ${[...placed.keys()].join(", ")})`);
+    }
+    return Object.fromEntries([...placed].filter(([name]) => name !== "scratch").map(([name, { bytes }]) => [name, Buffer.from(bytes)]));
+  } finally {
+    const wrong = library.freeAll();
+    // biome-ignore lint/correctness/noUnsafeFinally: nothing else is thrown where this is: a launch that fails writes nothing more
+    if (wrong) throw new Error(`${use.name}: ${wrong} (buffers: ${[...placed.keys()].join(", ")})`);
+  }
+}
+
+function packArg(
+  to: Buffer,
+  arg: Launch["args"][number],
+  placed: ReadonlyMap<string, Placed>,
+  starts: Readonly<Record<string, number>>,
+  use: Use,
+): void {
+  if (typeof arg !== "string") {
+    packTensorMap(to, arg, placed.get(arg.tensor)!.at);
+    return;
+  }
+  const told = /^(?:start|attr)\((.+)\)$/.exec(arg);
+  const [name, offset] = arg.split("+");
+  const buffer = placed.get(name!);
+  if (told) to.writeInt32LE(starts[told[1]!]! | 0);
+  else if (buffer) to.writeBigUInt64LE(buffer.at + BigInt(offset ?? 0));
+  else throw new Error(`${use.name}: a launch names ${arg}, which is no operand`);
+}
+/** As emulator.hpp lays it out. */
+function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: TensorMap, at: bigint): void {
+  to.writeBigUInt64LE(at);
+  for (const [i, x] of [sizes.length, bytesOf[dtype], swizzle === "none" ? 0 : Number.parseInt(swizzle, 10)].entries())
+    to.writeUInt32LE(x, 8 + 4 * i);
+  for (const [i, x] of sizes.entries()) to.writeBigUInt64LE(BigInt(x), 24 + 8 * i);
+  for (const [i, x] of strides.entries()) to.writeBigUInt64LE(BigInt(x), 64 + 8 * i);
+  for (const [i, x] of box.entries()) to.writeUInt32LE(x, 104 + 4 * i);
+}
+
+// -- buffers as a device holds them; shared with the run on a real one
+
+/** What a buffer holds before the kernel runs: outputs that are made anew hold 0xFF. */
+export function initial(name: string, data: Readonly<Buffers>, use: Use): Uint8Array {
+  const values = data[name]!;
+  if (isMadeAnew(name, use)) return new Uint8Array(values.length * bytesOf[typeOf(name, use)]).fill(0xff);
+  if (values instanceof Int32Array || typeOf(name, use) === "f32")
+    return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+  const words = new Uint16Array(values.length);
+  narrow(typeOf(name, use), words, values);
+  return new Uint8Array(words.buffer);
+}
+const typeOf = (name: string, use: Use) => use.dtype[name] ?? "i32";
+function isMadeAnew(name: string, use: Use): boolean {
+  if (name === "rows") return use.makesRows;
+  return name in use.dtype && outputs(use).includes(name) && !use.keeps.has(name);
+}
+const outputs = (use: Use): string[] => ops[use.op]!.outputs.map((o) => o.name);
+
+export function unpack(bytes: Buffer, name: string, use: Use): Float32Array | Int32Array {
+  const type = typeOf(name, use);
+  const own = new Uint8Array(bytes).buffer;
+  if (type === "i32") return new Int32Array(own);
+  if (type === "f32") return new Float32Array(own);
+  const out = new Float32Array(bytes.length / 2);
+  widen(type, out, new Uint16Array(own));
+  return out;
+}

@@ -1,0 +1,82 @@
+/** Ranks on the stand-ins: opening all of a plan's in this process, walking a step of them, and small plans for them. */
+import { expect } from "vitest";
+import type { CudaFleet } from "../../runtime/cuda/backend.ts";
+import type { Compute, How, Kernel, Move, Plan } from "../../schemas/plan.ts";
+import { compile } from "../../src/compile.ts";
+import { bytesAt, imagesOf, standIn } from "./cudaStandIn.ts";
+import { type Hand, handPlan } from "./handPlan.ts";
+import { jobOf } from "./job.ts";
+import { stepTogether } from "./steps.ts";
+
+export type Settings = Partial<Parameters<Awaited<ReturnType<typeof standIn>>["openCuda"]>[1]>;
+export type Ranks = Awaited<ReturnType<typeof standInRanks>>;
+
+export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
+  const cuda = await standIn(how);
+
+  /** All ranks of a plan, each a fleet of its own. */
+  async function openAll(plan: Plan, settings: Settings = {}): Promise<CudaFleet[]> {
+    let id: Uint8Array | undefined;
+    const share = async (_: string, members: readonly number[], make: () => Uint8Array) => {
+      expect(members.length).toBe(plan.mesh.world);
+      return (id ??= make());
+    };
+    const ranks = Array.from({ length: plan.mesh.world }, (_, r) => r);
+    const signal = AbortSignal.timeout(3_600_000);
+    return Promise.all(ranks.map((rank) => cuda.openCuda(plan, { rank, device: rank, files: imagesOf(plan), share, signal, ...settings })));
+  }
+
+  /** One step of all ranks; what a kernel threw is thrown. */
+  async function step(...all: Parameters<typeof stepTogether>): Promise<boolean[]> {
+    const replayed = await stepTogether(...all);
+    const complaint = cuda.complaint();
+    if (complaint) throw complaint;
+    return replayed;
+  }
+
+  return { ...cuda, openAll, step };
+}
+
+const model = { layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 };
+export const moe = { experts: 4, top_k: 2, ffn: 8, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+export const planOf = (parallel: object, over: object = {}, train: object = {}): Plan =>
+  compile(
+    jobOf({
+      name: "stand-in",
+      model: { ...model, ...over },
+      parallel,
+      train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+      data: { path: "corpus.txt" },
+    }),
+  ).plan;
+
+export const moveOf = (how: How, from: string, to: string, more: Partial<Move> = {}): Move => ({
+  ...{ kind: "move", id: `${to}.${how}`, how, name: how, axes: "dp", factors: [0], from, to, bytes: 0 },
+  why: { op: "", because: "", path: "" },
+  ...more,
+});
+export const at = { tag: "F0", microbatch: 0, slot: 0 };
+
+export const launchOf = (id: string): Kernel => ({
+  ...{ id, op: id, dtypes: "f32", dims: {}, uses: 1, scratch: 0 },
+  source: { file: `${id}.cu`, sha256: "0".repeat(64) },
+  launches: [{ entry: id, grid: [1, 1, 1], threads: 1, shared: 0, args: ["y", "start(S)"] }],
+});
+export const runs = (kernel: string, y: string): Compute => ({
+  ...{ kind: "compute", id: `${kernel} ${y}`, op: kernel, kernel, reads: {}, writes: { y }, dims: { S: [8, [0]] }, attrs: {} },
+});
+/** put writes the rank's start, spoil what no one may see. */
+export const putAndSpoil = {
+  put: (params: DataView) => new Float32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(100 + params.getInt32(8, true)),
+  spoil: (params: DataView) => new Float32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(-1e6),
+};
+export const small = { x: { shape: [1] }, y: { shape: [1] }, z: { shape: [1] } };
+
+/** One rank, or more, each with buffers x and y of one value, and kernels put and spoil. */
+export const handOf = (over: Partial<Hand>): Plan =>
+  handPlan({ target: "cuda:sm_90a", buffers: small, kernels: ["put", "spoil"].map(launchOf), ...over });
+export const failure = (promise: Promise<unknown>): Promise<Error> =>
+  promise.then(
+    () => expect.fail("nothing was thrown"),
+    (error) => error,
+  );

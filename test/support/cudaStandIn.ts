@@ -1,0 +1,166 @@
+/**
+ * CUDA without a GPU: the backend before stand-ins for the driver and for NCCL (test/fixtures/standIn*.c), all ranks in this
+ * process. Kernels are the ops' references, run on the bytes that a launch's parameters point at, when the stand-in's
+ * streams get there: late, and in random order where nothing orders them.
+ */
+
+import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { vi } from "vitest";
+import { cubinFile } from "../../runtime/cuda/kernels.ts";
+import { koffi } from "../../runtime/cuda/libraries.ts";
+import { narrow, widen } from "../../runtime/float16.ts";
+import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import { ops } from "../../src/ops/index.ts";
+import { fixture } from "./job.ts";
+
+const cc = process.env.CC ?? "cc";
+/** Why there is no stand-in, or nothing. */
+export const noCompiler: string = (() => {
+  try {
+    execFileSync(cc, ["--version"], { stdio: "ignore" });
+    return "";
+  } catch {
+    return ` [skipped: no C compiler ${cc}]`;
+  }
+})();
+
+export type Kernels = Readonly<Record<string, (params: DataView, launch: Pick<Launch, "grid" | "threads" | "shared">) => void>>;
+
+/** Memory at an address. */
+export const bytesAt = (at: bigint, bytes: number): ArrayBuffer => koffi().view(at, bytes);
+
+export async function standIn({ oldNccl = false } = {}) {
+  const folder = mkdtempSync(join(tmpdir(), "rankc-stand-in-"));
+  const [driver, nccl] = ["standInDriver", "standInNccl"].map((name) => join(folder, `${name}.so`)) as [string, string];
+  const build = (into: string, ...from: readonly string[]) => execFileSync(cc, ["-shared", "-fPIC", "-O2", "-w", "-o", into, ...from]);
+  build(driver, fixture("standInDriver.c"));
+  build(nccl, fixture("standInNccl.c"), driver, ...(oldNccl ? ["-DOLD"] : []));
+  vi.stubEnv("RANKC_LIBCUDA", driver);
+  vi.stubEnv("RANKC_LIBNCCL", nccl);
+  vi.stubEnv("STAND_IN_DEVICES", "32");
+  vi.resetModules();
+  const { openCuda } = await import("../../runtime/cuda/backend.ts");
+  const { load, proto, pointer, register } = koffi();
+  const at = { driver: load(driver), nccl: load(nccl) };
+  let known: Kernels = {};
+  let went: unknown;
+  const callback = register(
+    (name: string, params: bigint, size: number, x: number, y: number, z: number, threads: number, shared: number) => {
+      try {
+        known[name]!(new DataView(bytesAt(params, size).slice(0)), { grid: [x, y, z], threads, shared });
+      } catch (error) {
+        went ??= error;
+      }
+    },
+    pointer(proto("void", ["str", "uintptr_t", "int", "uint", "uint", "uint", "uint", "uint"])),
+  );
+  at.driver.func("standInOnLaunch", "void", ["void *"])(callback);
+  return {
+    openCuda,
+    /** What kernels do from now on, by the name of their function. */
+    serve: (kernels: Kernels): void => {
+      known = kernels;
+    },
+    /** What a kernel threw since it was asked last. */
+    complaint: (): unknown => {
+      const said = went;
+      went = undefined;
+      return said;
+    },
+    seed: at.driver.func("standInSeed", "void", ["uint"]) as (seed: number) => void,
+    /** Work that waits in streams. */
+    queued: at.driver.func("standInQueued", "int", []) as () => number,
+    /** From now on NCCL says that another rank has failed, or no more. */
+    failNccl: at.nccl.func("standInFail", "void", ["int"]) as (yes: number) => void,
+  };
+}
+
+/** Kernel files as the stand-in takes them: the functions' names. */
+export const imagesOf = (plan: Plan) => ({
+  source: (file: string): string => {
+    throw new Error(`${file} is not to be compiled`);
+  },
+  cubin: (file: string): Uint8Array => {
+    const kernel = plan.kernels.find((k) => file === k.cubin?.file)!;
+    return new TextEncoder().encode(`\x7fELF\n${kernel.launches.map((l) => `${l.entry}\n`).join("")}\0`);
+  },
+});
+
+/** A plan for the CPU as one for CUDA, each op one launch that takes its operands, its rows and its starts; and what those launches do. */
+export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Kernels } {
+  const instructions = plan.programs.flatMap((p) =>
+    instructionsOf(p).flatMap((i) => (i.kind === "compute" ? [{ i, buffers: new Map(p.buffers.map((b) => [b.id, b])) }] : [])),
+  );
+  const serve: Record<string, Kernels[string]> = {};
+  const kernels = plan.kernels.map((k): Kernel => {
+    const { i, buffers } = instructions.find((found) => found.i.kernel === k.id)!;
+    const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
+    const ragged = operands.find(([, b]) => b.ragged)?.[1];
+    const overflow = i.rows && buffers.has(`${i.rows}.needed`);
+    const pointers = [...operands.map(([name]) => name), ...(ragged ? ["rows"] : []), ...(overflow ? ["needed"] : [])];
+    const starts = Object.keys(i.dims);
+    const { told = [] } = ops[i.op]!;
+    const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
+    serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, told });
+    const launch: Launch = {
+      entry: k.id,
+      grid: [1, 1, 1],
+      threads: 32,
+      shared: 0,
+      args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...told.map((name) => `attr(${name})`)],
+    };
+    const sha256 = createHash("sha256").update(k.id).digest("hex");
+    const made: Kernel = { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
+    return { ...made, cubin: { file: cubinFile(made, "sm_90a"), sha256 } };
+  });
+  return { plan: { ...plan, kernels, toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
+}
+
+function byReference(
+  plan: Plan,
+  i: Compute,
+  operands: readonly (readonly [string, Buffer])[],
+  given: { ragged: Buffer | undefined; rows: Buffer | undefined; overflow: boolean; starts: readonly string[]; told: readonly string[] },
+): Kernels[string] {
+  const op = ops[i.op]!;
+  const d = { ...i.attrs, ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, cut]]) => [dim, size / parts(plan.mesh, cut)])) };
+  return (params) => {
+    let at = 0;
+    const memory = (b: Pick<Buffer, "dtype" | "shape">) => {
+      const count = elementsOf(b.shape);
+      const bytes = bytesAt(params.getBigUint64(8 * at++, true), count * bytesOf[b.dtype]);
+      return b.dtype === "f32" ? new Float32Array(bytes) : b.dtype === "i32" ? new Int32Array(bytes) : new Uint16Array(bytes);
+    };
+    const after: (() => void)[] = [];
+    const t = Object.fromEntries(
+      operands.map(([name, b]) => {
+        const own = memory(b);
+        const output = name in i.writes;
+        const keeps = i.keeps?.includes(name);
+        const view = own instanceof Uint16Array ? new Float32Array(own.length) : (own as Float32Array);
+        if (own instanceof Uint16Array && (!output || keeps)) widen(b.dtype, view, own);
+        if (output && !keeps) view.fill(0);
+        if (own instanceof Uint16Array && output) after.push(() => narrow(b.dtype, own, view));
+        return [name, view];
+      }),
+    );
+    const rows = given.rows ? (memory(given.rows) as Int32Array) : new Int32Array(1);
+    const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }) as Int32Array) : undefined;
+    const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(8 * at + 4 * n, true)]));
+    // what one kernel is told is another's at every use
+    const own = Object.fromEntries(given.told.map((name, n) => [name, params.getUint32(8 * at + 4 * (given.starts.length + n), true)]));
+    const place = { start: (dim: string) => starts.get(dim)!, rows };
+    if (i.rows) {
+      const count = op.rows!(t, d, place, rows, given.ragged!.shape[0]!);
+      if (needed && count > given.ragged!.shape[0]!) needed[0] = Math.max(needed[0]!, count);
+    }
+    op.cpu(t, { ...d, ...own }, place);
+    for (const f of after) f();
+  };
+}

@@ -1,0 +1,186 @@
+/** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
+import { attentionMerge } from "../../src/ops/attention.ts";
+import { type AnyOp, type Attrs, expandLike, type Operand, type Slot, slotSize } from "../../src/ops/op.ts";
+
+export type Sizes = Readonly<Record<string, number>>;
+type Arrays = Readonly<Record<string, Float32Array>>;
+export interface Case {
+  readonly op: AnyOp;
+  readonly inputs: readonly Operand[];
+  readonly outputs: readonly Operand[];
+  readonly attrs: Attrs;
+  readonly sizes: Sizes;
+  /** The inputs, and what outputs that are updated hold before. */
+  readonly arrays: Arrays;
+  readonly rows: Int32Array;
+}
+
+// small, different where they may differ, and none of them 1, so that every dim has two pieces
+const SIZES = { A: 2, B: 4, S: 3, U: 3, D: 6, K: 5, N: 7, I: 24, O: 24, V: 9, E: 4, F: 5, H: 3, G: 2, J: 2, "#0": 3, "#1": 4 };
+const ATTRS = {
+  ...{ C: 8, W: 6, M: 2, P: 2, k: 2, normalize: 1, eps: 0.1, sign: 1, count: 12, c: 0.3, scale: 0.5, max: 1, chunk: 0, ranks: 2 },
+  // rope: the middle of a head turns
+  ...{ first: 2, width: 4, interleaved: 1, theta: 100, scaling: 2, factor: 2, original: 40, low: 1, high: 8, gain: 1.5 },
+  // latent attention: what is joined, and heads of a latent
+  ...{ A: 2, R: 5, Y: 7, Z: 8 },
+  // what is random
+  ...{ drop: 0.25, key0: 0x12345678, key1: 0x9abcdef0 },
+  // routers
+  ...{ rate: 0.1, groups: 2, group_top_k: 1, group_scores: 2 },
+  ...{ beta1: 0.9, beta2: 0.95, momentum: 0.8, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
+};
+
+/** Uniform in (−1, 1), the same for the same seed (mulberry32). */
+export function random(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2147483648 - 1;
+  };
+}
+
+export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof typeof ATTRS, number>> = {}): Case {
+  const next = random(seed);
+  const { inputs, outputs } = expandLike(op, { slots: 2, ragged: 0 });
+  const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES };
+  const { B, S, E, V } = SIZES;
+  const chosen = someExperts(B * S, E, next);
+  const rows = rowsOf(chosen, B, S, E);
+  const fill = (o: Operand): Float32Array => {
+    const out = new Float32Array(elements(o, sizes));
+    if (o.name === "c" && o.slots.at(-1)?.dim === "E") return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
+    // weights are above 0, and their sums well above
+    if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
+    if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
+    // sums of exponentials, squares and second moments; a step counts from 1
+    if (["s", "sq", "by", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
+    if (o.name === "sample") return out.map((_, i) => 10 + i);
+    if (o.name === "step") return out.fill(3);
+    return out.map(next);
+  };
+  const updated = outputs.filter((o) => op.updates?.includes(o.name));
+  const arrays = Object.fromEntries(
+    [...inputs, ...updated].map((o) => [o.name, o.slots.length || !updated.includes(o) ? fill(o) : new Float32Array(1)]),
+  );
+  return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
+}
+
+/** The map of a router: two or three experts of a token. */
+function someExperts(tokens: number, E: number, next: () => number): Float32Array {
+  const c = new Float32Array(tokens * E);
+  for (let t = 0; t < tokens; t++) {
+    const order = Array.from({ length: E }, (_, e) => ({ e, by: next() })).sort((a, b) => a.by - b.by);
+    for (const { e } of order.slice(0, next() > 0 ? 2 : 3)) c[t * E + e] = 1;
+  }
+  return c;
+}
+function rowsOf(c: Float32Array, B: number, S: number, E: number): Int32Array {
+  const rows: number[][] = [];
+  for (let e = 0; e < E; e++) for (let b = 0; b < B; b++) for (let s = 0; s < S; s++) if (c[(b * S + s) * E + e]) rows.push([b, s, e]);
+  return Int32Array.from([rows.length, ...rows.flat()]);
+}
+
+/** Elements of an operand; a ragged one at the bound where every (b,s,e) is a row. */
+export const elements = (o: Operand, sizes: Sizes) => o.slots.reduce((n, s) => n * slotSize(s, sizes), 1);
+
+/** Runs the op on one place; arrays of outputs are new. */
+export function execute(c: Case, start: (dim: string) => number = () => 0): Record<string, Float32Array> {
+  const out = Object.fromEntries(c.outputs.map((o) => [o.name, c.arrays[o.name]?.slice() ?? new Float32Array(elements(o, c.sizes))]));
+  const place = { start, rows: c.rows };
+  if (c.op.rows) {
+    const bound = c.sizes.B! * c.sizes.S! * c.sizes.E!;
+    place.rows = new Int32Array(1 + 3 * bound);
+    c.op.rows(c.arrays, c.sizes, { start, rows: new Int32Array(1) }, place.rows, bound);
+  }
+  c.op.cpu({ ...c.arrays, ...out }, c.sizes, place);
+  return out;
+}
+
+/** The dims that the signature allows to cut: leading factors, nowhere read whole. */
+export function cuttable({ inputs, outputs }: Pick<Case, "inputs" | "outputs">): string[] {
+  const slots = [...inputs, ...outputs].flatMap((o) => o.slots);
+  const fixed = new Set(slots.flatMap((s) => (s.whole ? [s.dim, ...s.inner] : s.inner)));
+  return [...new Set(slots.map((s) => s.dim))].filter((d) => !fixed.has(d));
+}
+
+/** Cuts `dim` at `at`, runs both pieces, and puts them together as the signature says; how far that is from the whole. */
+export function cutError(c: Case, dim: string, at: number): number {
+  const whole = execute(c);
+  const spans = [
+    [0, at],
+    [at, c.sizes[dim]!],
+  ] as const;
+  const pieces = spans.map(([from, to]) => {
+    const piece: Case = {
+      ...c,
+      sizes: { ...c.sizes, [dim]: to - from },
+      arrays: Object.fromEntries(
+        [...c.inputs, ...c.outputs].filter((o) => c.arrays[o.name]).map((o) => [o.name, take(c.arrays[o.name]!, o, c, dim, from, to)]),
+      ),
+      rows: Int32Array.from([
+        keptRows(c.rows, dim, from, to).length,
+        ...keptRows(c.rows, dim, from, to).flatMap((r) => [...c.rows.subarray(1 + 3 * r, 4 + 3 * r)]),
+      ]),
+    };
+    return execute(piece, (d) => (d === dim ? from : 0));
+  });
+  let error = 0;
+  for (const o of c.outputs) {
+    const has = o.slots.some((s) => s.dim === dim);
+    const want = has ? spans.map(([from, to]) => take(whole[o.name]!, o, c, dim, from, to)) : [whole[o.name]!];
+    const [a, b] = pieces.map((p) => p[o.name]!) as [Float32Array, Float32Array];
+    const have = has ? [a, b] : [c.op.owes === "merge" ? merged(c, pieces)[o.name]! : together(c.op.owes, a, b)];
+    for (const [i, w] of want.entries()) error = Math.max(error, distance(have[i]!, w));
+  }
+  return error;
+}
+
+const together = (owes: "max" | undefined, a: Float32Array, b: Float32Array): Float32Array =>
+  a.map((x, i) => (owes === "max" ? Math.max(x, b[i]!) : x + b[i]!));
+/** What attention to two pieces of the keys makes of the whole. */
+function merged({ sizes }: Case, [a, b]: readonly Record<string, Float32Array>[]): Record<string, Float32Array> {
+  const out = { o: new Float32Array(a!.o!.length), lse: new Float32Array(a!.lse!.length) };
+  const d = { B: sizes.B!, S: sizes.S!, H: sizes.G! * sizes.M!, W: sizes.W! };
+  attentionMerge.cpu({ a: a!.o!, la: a!.lse!, b: b!.o!, lb: b!.lse!, ...out }, d, { start: () => 0, rows: new Int32Array(1) });
+  return out;
+}
+
+/** The largest difference, relative where numbers are large; NaN counts as infinitely far. */
+export function distance(have: Float32Array, want: Float32Array): number {
+  let error = have.length >= want.length ? 0 : Infinity;
+  for (let i = 0; i < want.length; i++) {
+    if (have[i] === want[i]) continue;
+    const d = Math.abs(have[i]! - want[i]!) / (1 + Math.abs(want[i]!));
+    error = d >= 0 ? Math.max(error, d) : Infinity;
+  }
+  return error;
+}
+
+const RAGGED = ["B", "S", "E"];
+const keptRows = (rows: Int32Array, dim: string, from: number, to: number): number[] => {
+  const by = RAGGED.indexOf(dim);
+  return Array.from({ length: rows[0]! }, (_, r) => r).filter(
+    (r) => by < 0 || (rows[1 + 3 * r + by]! >= from && rows[1 + 3 * r + by]! < to),
+  );
+};
+
+/** The part of an operand that lies within a span of a dim; of ragged operands only the rows that exist. */
+function take(x: Float32Array, o: Operand, c: Case, dim: string, from: number, to: number): Float32Array {
+  const tail = o.slots.slice(o.ragged);
+  const width = tail.reduce((n, s) => n * slotSize(s, c.sizes), 1);
+  const dense = (part: Float32Array, slots: readonly Slot[]) => {
+    const i = slots.findIndex((s) => s.dim === dim);
+    if (i < 0) return part;
+    const sizes = slots.map((s) => slotSize(s, c.sizes));
+    const inner = sizes.slice(i + 1).reduce((n, s) => n * s, 1) * (sizes[i]! / c.sizes[dim]!);
+    const stride = inner * c.sizes[dim]!;
+    const outer = Array.from({ length: part.length / stride }, (_, j) => [
+      ...part.subarray(j * stride + from * inner, j * stride + to * inner),
+    ]);
+    return Float32Array.from(outer.flat());
+  };
+  if (!o.ragged) return dense(x, o.slots);
+  return Float32Array.from(keptRows(c.rows, dim, from, to).flatMap((r) => [...dense(x.subarray(r * width, r * width + width), tail)]));
+}

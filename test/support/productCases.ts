@@ -1,0 +1,70 @@
+/** Products of any sizes as cases of the contract: every op with weights, rows of experts as told, NaN where nobody may read. */
+import { offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { ops } from "../../src/ops/index.ts";
+import { type ContractCase, rounded } from "./contract.ts";
+import { random } from "./opCases.ts";
+
+type Half = "f32" | "bf16" | "f16";
+export interface Sizes {
+  readonly S?: number;
+  readonly K: number;
+  readonly N: number;
+  /** Rows of each expert. */
+  readonly rows?: readonly number[];
+}
+export const products = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"] as const;
+/** Outputs that a plan may let add to what is there: gradients of weights. */
+export const adding = (op: string): boolean[] => (op.endsWith("wgrad") ? [false, true] : [false]);
+
+const namesOf = (op: string): [string, string, string] =>
+  op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
+
+/** What a maker is told of a product; `spare` rows more than there are may come. */
+export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): Use {
+  const bound = rows ? rows.reduce((a, b) => a + b, 0) + spare : 0;
+  const height = rows ? bound : S;
+  const weights = K * N * (rows?.length ?? 1);
+  const names = namesOf(op);
+  return {
+    ...{ op, name, bound, makesRows: false, mayOverflow: false },
+    d: { B: 1, S: height, K, N, E: rows?.length ?? 1 },
+    size: { x: height * K, dx: height * K, dy: height * N, y: height * N, w: weights, dw: weights },
+    dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half])),
+    keeps: new Set(adds ? [names[2]] : []),
+  };
+}
+
+/** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
+export function caseOf(name: string, op: string, sizes: Sizes, half: Half, adds = false, spare = 29): ContractCase {
+  const use = useOf(name, op, sizes, half, adds, spare);
+  const { bound, d, size, dtype } = use;
+  const { rows } = sizes;
+  const next = random(name.length * 31 + d.K!);
+  const count = rows ? bound - spare : 0;
+  const names = namesOf(op);
+  const output = names[2];
+  const data: Record<string, Float32Array | Int32Array> = {};
+  for (const n of names) {
+    const values = new Float32Array(size[n]!).map(() => (n === output && !adds ? 0 : next()));
+    if (rows && n !== output && n !== "w") values.fill(Number.NaN, (values.length / bound) * count);
+    data[n] = rounded(values, dtype[n]!);
+  }
+  const index = new Int32Array(rows ? offsetsAt(bound) + rows.length + 1 : 1).fill(-1);
+  if (rows) {
+    index[0] = count;
+    let at = 0;
+    for (const [e, n] of rows.entries()) {
+      index[offsetsAt(bound) + e] = at;
+      for (let i = 0; i < n; i++, at++) index.set([0, at, e], 1 + 3 * at);
+    }
+    index[offsetsAt(bound) + rows.length] = at;
+    data.rows = index;
+  }
+  const after = Object.fromEntries(names.map((n) => [n, (data[n] as Float32Array).slice()]));
+  ops[op]!.cpu(after, d, { start: () => 0, rows: index });
+  const exists = rows && output !== "dw" ? (size[output]! / bound) * count : size[output]!;
+  return {
+    title: `${name}: ${op} ${half}${adds ? " adding" : ""} ${JSON.stringify(sizes)}`,
+    ...{ use, data, starts: {}, want: { [output]: after[output]!.subarray(0, exists) } },
+  };
+}

@@ -1,0 +1,116 @@
+/** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
+import type { Fleet, HostData, Position } from "../../runtime/backend.ts";
+import type { CudaFleet } from "../../runtime/cuda/backend.ts";
+import { courseOf } from "../../runtime/train/schedule.ts";
+import type { Buffer, Instruction, Kind, Plan } from "../../schemas/plan.ts";
+import { microbatchesIn, orderOf, workOf } from "../../schemas/program.ts";
+import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { random } from "./opCases.ts";
+
+type Feed = (b: Buffer, name: string, m: number) => HostData;
+
+/** One step of all ranks, of so many microbatches, as runtime/train/loop.ts walks a plan. Which fleets replayed it. */
+export async function stepTogether(
+  fleets: readonly Fleet[],
+  plan: Plan,
+  feed: Feed,
+  microbatches = microbatchesIn(plan.programs[0]!),
+): Promise<boolean[]> {
+  const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.(microbatches) ?? false);
+  const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed, microbatches)));
+  for (let left = walks; left.length; ) left = left.filter((w) => !w.next().done);
+  await Promise.all(fleets.map((f) => f.finish()));
+  return replayed;
+}
+
+export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
+  for (const f of fleets) await f.close();
+}
+
+/** What a rank holds after so many steps: its parameters, gradients and optimizer state; and of each step, its metrics, and whether it was left out. */
+export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether, steps = 4) {
+  const course = courseOf(plan.job);
+  const skipped: boolean[] = [];
+  for (const f of fleets)
+    for (const r of f.ranks) {
+      const p = plan.programs[stageOfRank(plan.mesh, r)]!;
+      for (const q of p.parameters)
+        for (const id of new Set([q.buffer, q.master])) {
+          const b = p.buffers.find((x) => x.id === id)!;
+          const next = random(q.name.length * 31 + b.shape.length);
+          f.backend(r).write(
+            b,
+            0,
+            Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
+          );
+        }
+    }
+  const replayed: boolean[][] = [];
+  const metrics: number[][] = [];
+  const each = async (pick: (p: Plan["programs"][number]) => readonly string[]) => {
+    const found: HostData[] = [];
+    for (const f of fleets)
+      for (const r of f.ranks) {
+        const p = plan.programs[stageOfRank(plan.mesh, r)]!;
+        for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
+      }
+    return found;
+  };
+  for (let n = 1; n <= steps; n++) {
+    const { lossScale, upscale, weightDecay, update, microbatches } = course.leg();
+    const told: Readonly<Record<string, number>> = {
+      ...{
+        one: lossScale * upscale,
+        lr: 0.01 / n,
+        step: update,
+        weight_decay: weightDecay,
+        loss_scale: lossScale,
+        mtp_coeff: lossScale * upscale * 0.3,
+      },
+    };
+    const next = random(n);
+    const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
+    const feed = (b: Buffer, name: string, m: number): HostData => {
+      if (/^(ids|labels)/.test(name)) return whole[2 * m + Number(name.startsWith("labels"))]!.slice(0, elementsOf(b.shape));
+      if (name.startsWith("weights")) return new Float32Array(elementsOf(b.shape)).fill(1 / elementsOf(b.shape) / microbatches);
+      if (name === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
+      return Float32Array.of(told[name]!);
+    };
+    replayed.push(await step(fleets, plan, feed, microbatches));
+    metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
+    skipped.push((await each((p) => p.metrics.grad_norm!)).some((m) => !Number.isFinite(m[0]!)));
+    course.done(skipped.at(-1) ? "overflowed" : "updated");
+  }
+  const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
+  return { metrics, state, replayed, skipped };
+}
+
+function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed, microbatches: number): Generator<undefined> {
+  const p = plan.programs[stageOfRank(plan.mesh, r)]!;
+  const backend = fleet.backend(r);
+  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+  const read = (i: Instruction) =>
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  function* block(instructions: readonly Instruction[], kinds: readonly Kind[], at: Position): Generator<undefined> {
+    const { slot, microbatch } = at;
+    const used = new Set(instructions.flatMap(read));
+    for (const [name, id] of Object.entries(p.inputs)) {
+      const b = buffers.get(id)!;
+      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, Math.max(0, microbatch)));
+    }
+    for (const i of instructions) {
+      if (i.kind === "compute") backend.compute(i, slot);
+      else if (i.kind === "move") while (!fleet.comm.move(r, i, at)) yield;
+      else if (i.kind === "send") fleet.comm.send(r, i, at);
+      else while (!fleet.comm.recv(r, i, at)) yield;
+    }
+  }
+  backend.zeroGradients();
+  for (const tag of orderOf(p, microbatches)) {
+    const { kind, microbatch, chunk } = workOf(tag);
+    const { slots, [kind]: instructions } = p.chunks[chunk]!;
+    const kinds: Kind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];
+    yield* block(instructions, kinds, { tag, microbatch, slot: microbatch % slots });
+  }
+  yield* block(p.step, ["optimizer"], { tag: "step", microbatch: -1, slot: 0 });
+}
