@@ -3,33 +3,33 @@
  * ranks; a Fleet is the ranks that one process runs on one kind of device. `execute` walks programs through them and knows
  * no device.
  */
-import type { Buffer, Compute, Move, Transfer } from "../schemas/plan.ts";
+import type { Buffer, Collective, Compute, Transfer } from "../schemas/plan.ts";
 import type { Timing } from "../schemas/timing.ts";
 
 /** Values of a buffer as the host sees them: bf16 and f16 arrive and leave as f32. */
 export type HostData = Float32Array | Int32Array;
 
 /** Calls are issued in order and done in order; only `read` waits for them. */
-export interface Backend {
+export interface RankDevice {
   /** Sets gradients and metric accumulators to zero: the start of a step. */
   zeroGradients(): void;
   /** Runs one op. `slot` says which copy of the activations. */
-  compute(i: Compute, slot: number): void;
-  write(buffer: Buffer, slot: number, data: HostData): void;
+  compute(i: Compute, copy: number): void;
+  write(buffer: Buffer, copy: number, data: HostData): void;
   /** A copy of what the buffer holds when all that was issued before is done. */
-  read(buffer: Buffer, slot: number): Promise<HostData>;
+  read(buffer: Buffer, copy: number): Promise<HostData>;
 }
 
 /** A backend whose memory is the host's: it can look at it where it lies. */
-export interface OpenBackend extends Backend {
-  peek(buffer: Buffer, slot: number): HostData;
+export interface HostRankDevice extends RankDevice {
+  peek(buffer: Buffer, copy: number): HostData;
 }
 
 /** Where a rank stands: the block (`F3`, `B0.1`, `step`), its microbatch (−1 in the step block), and the copy of the activations it works on. */
-export interface Position {
+export interface BlockPosition {
   readonly tag: string;
   readonly microbatch: number;
-  readonly slot: number;
+  readonly copy: number;
 }
 
 /**
@@ -41,15 +41,15 @@ export interface Position {
  */
 export interface Comm {
   /** True once the move has been issued for this rank; false while members of its group have not arrived. Asked again after each false. */
-  move(rank: number, i: Move, at: Position): boolean;
-  send(rank: number, i: Transfer, at: Position): void;
+  collective(rank: number, i: Collective, at: BlockPosition): boolean;
+  send(rank: number, i: Transfer, at: BlockPosition): void;
   /** False while nothing has arrived. */
-  recv(rank: number, i: Transfer, at: Position): boolean;
+  recv(rank: number, i: Transfer, at: BlockPosition): boolean;
 }
 
-export interface Fleet {
+export interface LocalRanks {
   readonly ranks: readonly number[];
-  backend(rank: number): Backend;
+  rankDevice(rank: number): RankDevice;
   readonly comm: Comm;
   /** The first call of a step of so many microbatches, where a fleet has it. True: the step is replayed as it was issued before; only its writes count. */
   beginStep?(microbatches: number): boolean;

@@ -5,7 +5,7 @@ import { Trouble } from "../schemas/trouble.ts";
 type Bound = Program["bounds"][number];
 
 /** `found` is what was needed. */
-export function overBound({ needed, bound, of }: Bound, rank: number, found: number): Trouble {
+export function capacityExceeded({ needed, bound, of }: Bound, rank: number, found: number): Trouble {
   const id = needed.replace(/\.needed$/, "");
   switch (of) {
     // a static bound of rows was too small for what the router chose: nothing is dropped in silence

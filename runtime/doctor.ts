@@ -4,7 +4,7 @@
  */
 import { availableParallelism, totalmem } from "node:os";
 import { Trouble } from "../schemas/trouble.ts";
-import { type Context, type Device, driver, packParams } from "./cuda/driver.ts";
+import { type Context, type CudaDevice, driver, packParams } from "./cuda/driver.ts";
 import { koffi } from "./cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
 import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
@@ -42,16 +42,16 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
     const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
     checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix, for: backends });
   };
-  const checkFor = <T>(backends: readonly Backend[], name: string, look: () => readonly [found: string, result?: T]): T | undefined => {
+  const checkFor = <T>(backends: readonly Backend[], name: string, probe: () => readonly [found: string, result?: T]): T | undefined => {
     try {
-      const [found, result] = look();
+      const [found, result] = probe();
       checks.push({ name, ok: true, found, for: backends });
       return result;
     } catch (error) {
       return fails(name, backends, error);
     }
   };
-  const check = <T>(name: string, look: () => readonly [found: string, result?: T]): T | undefined => checkFor(["cuda"], name, look);
+  const check = <T>(name: string, probe: () => readonly [found: string, result?: T]): T | undefined => checkFor(["cuda"], name, probe);
 
   checkFor(["cpu", "webgpu", "cuda"], "node", () => [nodeVersion()]);
   check("system", () => [system()]);
@@ -154,7 +154,7 @@ function callLibc(): string {
   return "calls native libraries";
 }
 
-function describe({ name, bytes, sm, uuid }: Device): string {
+function describe({ name, bytes, sm, uuid }: CudaDevice): string {
   const found = `${name}, ${gib(bytes)}, sm_${sm}, ${uuid}`;
   if (sm < 80) throw new Trouble(`${found}: older than sm_80`, "hide it by CUDA_VISIBLE_DEVICES; plans run on Ampere and later");
   return found;
@@ -167,7 +167,7 @@ const addSource = `extern "C" __global__ void add(const float* a, const float* b
 `;
 
 /** For the device, or as for an H100 where there is none. From sm_90 on, plans use what only that very architecture has: the `a`. */
-function compileAdd(device: Device | undefined): readonly [string, Uint8Array] {
+function compileAdd(device: CudaDevice | undefined): readonly [string, Uint8Array] {
   const { version, path } = nvrtcVersion();
   const arch = `sm_${device?.sm ?? 90}${(device?.sm ?? 90) >= 90 ? "a" : ""}`;
   const began = performance.now();

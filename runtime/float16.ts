@@ -5,11 +5,11 @@ const float = new Float32Array(1);
 const bits = new Uint32Array(float.buffer);
 
 /** Rounds into 16 bits each. */
-export function narrow(dtype: Dtype, out: Uint16Array, from: Float32Array): void {
+export function encodeFloat16(dtype: Dtype, out: Uint16Array, from: Float32Array): void {
   if (dtype === "bf16") toBf16(out, from);
   else toF16(out, from);
 }
-export function widen(dtype: Dtype, out: Float32Array, from: Uint16Array): void {
+export function decodeFloat16(dtype: Dtype, out: Float32Array, from: Uint16Array): void {
   const words = new Uint32Array(out.buffer, out.byteOffset, out.length);
   if (dtype === "bf16") for (let i = 0; i < from.length; i++) words[i] = from[i]! << 16;
   else fromF16(out, from);

@@ -3,32 +3,32 @@
  * letter waits for its receiver. How values move is for those who hold them.
  */
 
-import type { Buffer, Move, Plan } from "../schemas/plan.ts";
-import { membersOf, numberInStage, rankAt, stageOfRank } from "../schemas/sharding.ts";
+import type { Buffer, Collective, Plan } from "../schemas/plan.ts";
+import { groupMembers, numberInStage, rankAt, stageOfRank } from "../schemas/sharding.ts";
 import type { Comm } from "./backend.ts";
 
-export interface Carrier<Letter> {
+export interface Transport<Message> {
   /** All members of the group, ascending, stand at the move. */
-  perform(group: readonly number[], i: Move, slot: number): void;
+  perform(group: readonly number[], i: Collective, copy: number): void;
   /** A copy of what a rank sends. */
-  post(rank: number, buffer: Buffer, slot: number): Letter;
-  take(rank: number, buffer: Buffer, slot: number, letter: Letter): void;
+  send(rank: number, buffer: Buffer, copy: number): Message;
+  receive(rank: number, buffer: Buffer, copy: number, message: Message): void;
 }
-export interface Ranks {
+export interface RankTable {
   stageOf(rank: number): number;
   bufferOf(rank: number, id: string): Buffer;
   /** Who takes part in a move of this rank's, ascending. */
-  groupOf(rank: number, i: Move): readonly number[];
+  groupOf(rank: number, i: Collective): readonly number[];
 }
 
-export function ranksOf({ mesh, programs }: Plan): Ranks {
+export function rankTable({ mesh, programs }: Plan): RankTable {
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
   const stageOf = (rank: number): number => stageOfRank(mesh, rank);
-  const find = (rank: number, i: Move): readonly number[] =>
-    i.world ? everyone : membersOf(mesh, numberInStage(mesh, rank), i.factors).map((m) => rankAt(mesh, stageOf(rank), m));
+  const find = (rank: number, i: Collective): readonly number[] =>
+    i.world ? everyone : groupMembers(mesh, numberInStage(mesh, rank), i.subAxes).map((m) => rankAt(mesh, stageOf(rank), m));
   /** By rank: asked for every time that a rank looks whether the others are there. */
-  const known = everyone.map(() => new Map<Move, readonly number[]>());
+  const known = everyone.map(() => new Map<Collective, readonly number[]>());
   return {
     stageOf,
     bufferOf: (rank, id) => buffers[stageOf(rank)]!.get(id)!,
@@ -40,14 +40,18 @@ export function ranksOf({ mesh, programs }: Plan): Ranks {
   };
 }
 
-export function meetHere<Letter>({ mesh }: Plan, { stageOf, bufferOf, groupOf }: Ranks, { perform, post, take }: Carrier<Letter>): Comm {
+export function inProcessComm<Message>(
+  { mesh }: Plan,
+  { stageOf, bufferOf, groupOf }: RankTable,
+  { perform, send, receive }: Transport<Message>,
+): Comm {
   const waiting = new Map<string, Set<number>>();
   const done = new Map<string, Set<number>>();
-  const mail = new Map<string, Letter[]>();
+  const mail = new Map<string, Message[]>();
   const peerOf = (rank: number, stage: number): number => rankAt(mesh, stage, numberInStage(mesh, rank));
 
   return {
-    move(rank, i, at) {
+    collective(rank, i, at) {
       const group = groupOf(rank, i);
       const key = `${i.id}|${at.tag}|${i.world ? "world" : stageOf(rank)}|${group[0]}`;
       const ready = done.get(key);
@@ -59,19 +63,19 @@ export function meetHere<Letter>({ mesh }: Plan, { stageOf, bufferOf, groupOf }:
       waiting.set(key, here);
       if (here.size < group.length) return false;
       waiting.delete(key);
-      perform(group, i, at.slot);
+      perform(group, i, at.copy);
       if (group.length > 1) done.set(key, new Set(group.filter((r) => r !== rank)));
       return true;
     },
     send(rank, i, at) {
       const key = `${rank}>${peerOf(rank, i.peer)}|${i.tag}|${at.microbatch}`;
-      mail.set(key, [...(mail.get(key) ?? []), post(rank, bufferOf(rank, i.buffer), at.slot)]);
+      mail.set(key, [...(mail.get(key) ?? []), send(rank, bufferOf(rank, i.buffer), at.copy)]);
     },
     recv(rank, i, at) {
       const key = `${peerOf(rank, i.peer)}>${rank}|${i.tag}|${at.microbatch}`;
       const letters = mail.get(key);
       if (!letters) return false;
-      take(rank, bufferOf(rank, i.buffer), at.slot, letters.shift()!);
+      receive(rank, bufferOf(rank, i.buffer), at.copy, letters.shift()!);
       if (!letters.length) mail.delete(key);
       return true;
     },

@@ -4,22 +4,22 @@
  */
 
 import type { Buffer } from "../schemas/plan.ts";
-import { digit, elementsOf, type MeshData, rangesOf } from "../schemas/sharding.ts";
+import { dimRanges, elementsOf, type MeshData, rankCoordinate } from "../schemas/sharding.ts";
 import type { HostData } from "./backend.ts";
 
 /** By dim, the whole's indices [from, to) that a piece holds. */
 export type Ranges = readonly (readonly (readonly [from: number, to: number])[])[];
-type Cut = Pick<Buffer, "sizes" | "cuts">;
-type Factors = Pick<MeshData, "factors" | "per_stage">;
+type Cut = Pick<Buffer, "sizes" | "shardedBy">;
+type Factors = Pick<MeshData, "subAxes" | "per_stage">;
 
 /** Of the rank with this number in its stage. */
-export const rangesIn = (mesh: Factors, { sizes, cuts }: Cut, number: number): Ranges =>
-  sizes.map((n, slot) => rangesOf(mesh, n, cuts[slot]!, cuts[slot]!, number));
+export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Cut, number: number): Ranges =>
+  sizes.map((n, dim) => dimRanges(mesh, n, shardedBy[dim]!, shardedBy[dim]!, number));
 
 const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
 
 /** Visits a piece as runs along its last dim: the index of each in the whole and in the piece, and its length. A scalar is one run. */
-export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, piece: number, length: number) => void): void {
+export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, shard: number, length: number) => void): void {
   let at = 0;
   const walk = (dim: number, base: number) => {
     if (dim === ranges.length) return visit(base, at++, 1);
@@ -34,7 +34,7 @@ export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whol
 }
 
 /** A rank's piece of a whole. */
-export function pieceOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buffer, "sizes" | "shape">, ranges: Ranges): T {
+export function shardOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buffer, "sizes" | "shape">, ranges: Ranges): T {
   const length = elementsOf(shape);
   const out = (whole instanceof Int32Array ? new Int32Array(length) : new Float32Array(length)) as T;
   visitRuns(sizes, ranges, (from, to, n) => out.set(whole.subarray(from, from + n), to));
@@ -94,14 +94,14 @@ export function copyShared(
 }
 
 /** Of the ranks of a stage that hold the same piece, the first: by number in the stage, who is the first of each piece. */
-export function firstHolders(mesh: Factors, { cuts }: Pick<Buffer, "cuts">): readonly number[] {
-  const factors = cuts.flat();
+export function firstHolders(mesh: Factors, { shardedBy }: Pick<Buffer, "shardedBy">): readonly number[] {
+  const subAxes = shardedBy.flat();
   const seen = new Set<string>();
   const first: number[] = [];
   for (let n = 0; n < mesh.per_stage; n++) {
-    const piece = factors.map((f) => digit(mesh, n, f)).join();
-    if (!seen.has(piece)) first.push(n);
-    seen.add(piece);
+    const shard = subAxes.map((f) => rankCoordinate(mesh, n, f)).join();
+    if (!seen.has(shard)) first.push(n);
+    seen.add(shard);
   }
   return first;
 }

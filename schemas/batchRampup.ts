@@ -14,7 +14,7 @@ interface Growing {
 }
 
 /** Steps in a row that have as many sequences. */
-export interface Phase {
+export interface RampupPhase {
   readonly batch: number;
   /** Sequences read before its first step. */
   readonly from: number;
@@ -33,10 +33,10 @@ export function batchAt({ global_batch, batch_rampup: ramp }: Growing, samples: 
 const sizesBefore = (whole: number, { start, increment }: Ramp): number => (whole - start) / increment;
 
 /** The whole run, phase by phase. A ramp-up that no run can have, which the rules refuse, is taken for none. */
-export function phasesOf(train: Growing): Phase[] {
+export function phasesOf(train: Growing): RampupPhase[] {
   const { global_batch, batch_rampup: ramp } = train;
   const sizes = ramp ? sizesBefore(global_batch, ramp) : 0;
-  const phases: Phase[] = [];
+  const phases: RampupPhase[] = [];
   for (let from = 0; Number.isInteger(sizes) && sizes < MOST_SIZES; ) {
     const batch = batchAt(train, from);
     if (batch >= global_batch) return [...phases, { batch: global_batch, from, steps: Infinity }];

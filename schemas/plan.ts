@@ -5,13 +5,13 @@
 import { z } from "zod";
 import { Job } from "./job.ts";
 
-export const FORMAT_VERSION = "3.0";
+export const FORMAT_VERSION = "4.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
 /** A name that a file may have in any folder: no separators, no `..`. */
 const plainName = z.string().regex(/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$/);
-const factors = z.array(count).describe("indices into mesh.factors, outermost first");
+const subAxes = z.array(count).describe("indices into mesh.factors, outermost first");
 
 export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
 export type Dtype = z.infer<typeof Dtype>;
@@ -26,7 +26,7 @@ export const MeshText = z.strictObject({
   stage_stride: count.describe(
     "ranks of one stage that stand side by side: all of them where stages are the outermost axis; else those up to the first of the next stage",
   ),
-  factors: z
+  subAxes: z
     .array(Factor)
     .describe(
       "both grids are products of these, smallest stride first; where their strides do not nest, the dense grid of the first, the expert grid of the rest",
@@ -41,12 +41,12 @@ export const MeshText = z.strictObject({
 });
 
 /** Where the bytes of a buffer live. Activations have one copy per microbatch in flight (a slot); workspace is shared by all. */
-export const Kind = z.enum(["parameter", "gradient", "optimizer", "activation", "workspace"]);
-export type Kind = z.infer<typeof Kind>;
+export const BufferKind = z.enum(["parameter", "gradient", "optimizer", "activation", "workspace"]);
+export type BufferKind = z.infer<typeof BufferKind>;
 
 export const Buffer = z.strictObject({
   id,
-  kind: Kind,
+  kind: BufferKind,
   dtype: Dtype,
   shape: z.array(count).describe("local sizes in memory; for rows: the bound, then the rest"),
   sizes: z.array(count).describe("global sizes, one per slot; a ragged value has its ragged slots first"),
@@ -58,8 +58,8 @@ export const Buffer = z.strictObject({
     .strictObject({ rows: count, sequences: count, positions: count })
     .optional()
     .describe("… and per expert at most `rows` of any group of so many sequences and positions: its capacity"),
-  cuts: z.array(factors).describe("per slot, the factors that cut it"),
-  owes: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
+  shardedBy: z.array(subAxes).describe("per slot, the factors that cut it"),
+  partial: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
   chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
@@ -79,34 +79,34 @@ export const Compute = z.strictObject({
   kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
   writes: z.record(z.string(), id),
-  dims: z.record(z.string(), z.tuple([count, factors])).describe("global size of each dim, and the factors that cut it"),
+  dims: z.record(z.string(), z.tuple([count, subAxes])).describe("global size of each dim, and the factors that cut it"),
   attrs: z.record(z.string(), z.number()),
-  behind: z
+  ringOffset: z
     .record(z.string(), count)
     .optional()
     .describe("dims of which this rank works on another's piece: that of the rank so many places before it among those that cut the dim"),
-  keeps: z.array(z.string()).optional().describe("outputs that are added to (or updated in place) rather than made anew"),
+  accumulates: z.array(z.string()).optional().describe("outputs that are added to (or updated in place) rather than made anew"),
   rows: id.optional().describe("the index buffer this op makes (permute, pack)"),
 });
 export type Compute = z.infer<typeof Compute>;
 
-export const How = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max", "shift"]);
-export type How = z.infer<typeof How>;
+export const CollectiveKind = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max", "shift"]);
+export type CollectiveKind = z.infer<typeof CollectiveKind>;
 /** One collective on contiguous buffers; what each kind does stands with `Comm` in runtime/backend.ts. */
-export const Move = z.strictObject({
-  kind: z.literal("move"),
+export const Collective = z.strictObject({
+  kind: z.literal("collective"),
   id,
-  how: How,
+  how: CollectiveKind,
   name: z.string().describe("what people call it: dispatch, combine, or as `how`"),
   axes: z.string().describe("the axes it runs over, as people name them: tp, ep, dp*cp"),
-  factors: z.array(count),
+  subAxes: z.array(count),
   world: z.boolean().optional().describe("over all ranks of all stages"),
   from: id,
   to: id,
   bytes: count.describe("bytes each rank sends, ring algorithms; lists of rows at their full capacity"),
   why: Why,
 });
-export type Move = z.infer<typeof Move>;
+export type Collective = z.infer<typeof Collective>;
 
 export const Transfer = z.strictObject({
   kind: z.enum(["send", "recv"]),
@@ -121,7 +121,7 @@ export const Transfer = z.strictObject({
 });
 export type Transfer = z.infer<typeof Transfer>;
 
-export const Instruction = z.discriminatedUnion("kind", [Compute, Move, Transfer]);
+export const Instruction = z.discriminatedUnion("kind", [Compute, Collective, Transfer]);
 export type Instruction = z.infer<typeof Instruction>;
 
 export const Parameter = z.strictObject({
@@ -142,7 +142,7 @@ export type Parameter = z.infer<typeof Parameter>;
 /** The layers of a stage that stand together; a virtual pipeline gives a stage several. */
 export const Chunk = z.strictObject({
   layers: z.tuple([count, count]).describe("first layer, and one past the last"),
-  slots: count.describe("microbatches in flight at most: copies of its activations"),
+  copies: count.describe("microbatches in flight at most: copies of its activations"),
   forward: z.array(Instruction),
   backward: z.array(Instruction),
   weights: z.array(Instruction).describe("gradients of weights, where they are made apart from those of inputs"),
@@ -224,7 +224,7 @@ export const Kernel = z.strictObject({
   op: z.string(),
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
   dims: z.record(z.string(), z.number()).describe("local sizes and attributes"),
-  keeps: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
+  accumulates: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
   uses: count,
   source: z
     .strictObject({ file: plainName, sha256: z.string().regex(/^[0-9a-f]{64}$/) })

@@ -18,16 +18,16 @@ export function blocksOf({ chunks, step }: Pick<Program, "chunks" | "step">): Bl
 export const instructionsOf = (p: Pick<Program, "chunks" | "step">): Instruction[] => blocksOf(p).flatMap((b) => b.instructions);
 
 /** One block of one microbatch, as `Program.order` names it: `F3`, `B0`, `W2`; with several chunks `F3.1`. */
-export interface Work {
+export interface BlockRun {
   readonly kind: MicrobatchBlock;
   readonly microbatch: number;
   readonly chunk: number;
 }
 const letters: Readonly<Record<MicrobatchBlock, string>> = { forward: "F", backward: "B", weights: "W" };
-export const tagOf = ({ kind, microbatch, chunk }: Work, chunks: number): string =>
+export const blockTag = ({ kind, microbatch, chunk }: BlockRun, chunks: number): string =>
   `${letters[kind]}${microbatch}${chunks > 1 ? `.${chunk}` : ""}`;
 
-export function workOf(tag: string): Work {
+export function parseTag(tag: string): BlockRun {
   const kind = microbatchBlocks.find((k) => letters[k] === tag[0]);
   const dot = tag.indexOf(".");
   const microbatch = Number(dot < 0 ? tag.slice(1) : tag.slice(1, dot));
@@ -38,7 +38,7 @@ export function workOf(tag: string): Work {
 
 /** The instructions of a piece of work, as a program's order names it. */
 export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instruction[] {
-  const { kind, chunk } = workOf(tag);
+  const { kind, chunk } = parseTag(tag);
   return chunks[chunk]![kind];
 }
 
@@ -47,7 +47,7 @@ export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instr
  * comes in the order in which it came, so it waits for nothing that does not come; and no more are in flight.
  */
 export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): string[] =>
-  order.filter((tag) => workOf(tag).microbatch < microbatches);
+  order.filter((tag) => parseTag(tag).microbatch < microbatches);
 
 /** Microbatches of a step of the whole batch. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
@@ -55,12 +55,12 @@ export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "orde
 
 /** Bytes of all copies of all chunks' activations. */
 export const activationBytes = ({ chunks }: Pick<Program, "chunks">, { activation }: Pick<Memory, "activation">): number =>
-  chunks.reduce((sum, { slots }, c) => sum + slots * activation[c]!, 0);
+  chunks.reduce((sum, { copies }, c) => sum + copies * activation[c]!, 0);
 
 /** Where a copy of a chunk's activations begins in their arena: chunk after chunk, slot after slot. */
 export const activationStart = (
   { chunks }: Pick<Program, "chunks">,
   { activation }: Pick<Memory, "activation">,
   { chunk = 0 }: Pick<Buffer, "chunk">,
-  slot: number,
-): number => activationBytes({ chunks: chunks.slice(0, chunk) }, { activation }) + slot * activation[chunk]!;
+  copy: number,
+): number => activationBytes({ chunks: chunks.slice(0, chunk) }, { activation }) + copy * activation[chunk]!;

@@ -7,7 +7,7 @@ import type { z } from "zod";
 import type { Compute, Dtype, MeshText } from "./plan.ts";
 
 export type MeshData = z.infer<typeof MeshText>;
-type Factors = Pick<MeshData, "factors">;
+type Factors = Pick<MeshData, "subAxes">;
 
 export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 /** How many elements a shape holds; 1 for a scalar. */
@@ -25,49 +25,56 @@ export const rankAt = ({ per_stage, stage_stride, world }: Stages, stage: number
   (number % stage_stride) + stage * stage_stride + Math.floor(number / stage_stride) * (world / per_stage) * stage_stride;
 
 /** This rank's coordinate along one factor; `rank` is its number within its stage, here and below. */
-export const digit = ({ factors }: Factors, rank: number, f: number): number => Math.floor(rank / factors[f]!.stride) % factors[f]!.size;
+export const rankCoordinate = ({ subAxes }: Factors, rank: number, f: number): number =>
+  Math.floor(rank / subAxes[f]!.stride) % subAxes[f]!.size;
 
 /**
  * Whether factors are digits of one number beside each other, so that no two ranks have the same of all of them but by what else they
  * are. Those of grids that do not nest are not: what both cut would lie twice on some ranks, and on others be missing.
  */
-export const areDigits = ({ factors }: Factors, fs: readonly number[]): boolean =>
+export const isDisjointSubAxes = ({ subAxes }: Factors, fs: readonly number[]): boolean =>
   [...fs]
-    .sort((f, g) => factors[f]!.stride - factors[g]!.stride)
-    .every((f, i, all) => i === 0 || factors[f]!.stride % (factors[all[i - 1]!]!.stride * factors[all[i - 1]!]!.size) === 0);
+    .sort((f, g) => subAxes[f]!.stride - subAxes[g]!.stride)
+    .every((f, i, all) => i === 0 || subAxes[f]!.stride % (subAxes[all[i - 1]!]!.stride * subAxes[all[i - 1]!]!.size) === 0);
 
 /** In how many parts factors cut. */
-export const parts = ({ factors }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * factors[f]!.size, 1);
+export const shardCount = ({ subAxes }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * subAxes[f]!.size, 1);
 
 /** The first global index of a rank's contiguous piece of `size` elements, cut by `cut` (outermost first). */
-function startOf(mesh: Factors, size: number, cut: readonly number[], rank: number, behind: number): number {
+function startOf(mesh: Factors, size: number, subAxes: readonly number[], rank: number, ringOffset: number): number {
   let block = 0;
-  for (const f of cut) block = block * mesh.factors[f]!.size + digit(mesh, rank, f);
-  const blocks = parts(mesh, cut);
-  return ((block + blocks - (behind % blocks)) % blocks) * (size / blocks);
+  for (const f of subAxes) block = block * mesh.subAxes[f]!.size + rankCoordinate(mesh, rank, f);
+  const blocks = shardCount(mesh, subAxes);
+  return ((block + blocks - (ringOffset % blocks)) % blocks) * (size / blocks);
 }
 
 /** The first global index, along a dim, of what an instruction of a rank works on. */
-export function startIn(mesh: Factors, { dims, behind }: Pick<Compute, "dims" | "behind">, dim: string, rank: number): number {
-  const [size, cut] = dims[dim]!;
-  return startOf(mesh, size, cut, rank, behind?.[dim] ?? 0);
+export function globalStart(mesh: Factors, { dims, ringOffset }: Pick<Compute, "dims" | "ringOffset">, dim: string, rank: number): number {
+  const [size, subAxes] = dims[dim]!;
+  return startOf(mesh, size, subAxes, rank, ringOffset?.[dim] ?? 0);
 }
 
 /**
  * The global indices a rank holds of one slot whose blocks are counted by `radix` and of which the factors `cut` cut it.
  * Ranges [start, end), ascending; one range where `cut` is a prefix of `radix`.
  */
-export function rangesOf(mesh: Factors, size: number, cut: readonly number[], radix: readonly number[], rank: number): [number, number][] {
-  const blocks = parts(mesh, radix);
+export function dimRanges(
+  mesh: Factors,
+  size: number,
+  subAxes: readonly number[],
+  blockAxes: readonly number[],
+  rank: number,
+): [number, number][] {
+  const blocks = shardCount(mesh, blockAxes);
   const width = size / blocks;
   const ranges: [number, number][] = [];
   for (let b = 0; b < blocks; b++) {
     let rest = b;
     let mine = true;
-    for (let i = radix.length - 1; i >= 0; i--) {
-      const f = radix[i]!;
-      const n = mesh.factors[f]!.size;
-      if (cut.includes(f) && rest % n !== digit(mesh, rank, f)) mine = false;
+    for (let i = blockAxes.length - 1; i >= 0; i--) {
+      const f = blockAxes[i]!;
+      const n = mesh.subAxes[f]!.size;
+      if (subAxes.includes(f) && rest % n !== rankCoordinate(mesh, rank, f)) mine = false;
       rest = Math.floor(rest / n);
     }
     if (!mine) continue;
@@ -79,12 +86,12 @@ export function rangesOf(mesh: Factors, size: number, cut: readonly number[], ra
 }
 
 /** The ranks (numbers within a stage) that share all digits with `rank` but those of `fs`, ascending. */
-export function membersOf(mesh: Factors, rank: number, fs: readonly number[]): number[] {
+export function groupMembers(mesh: Factors, rank: number, fs: readonly number[]): number[] {
   let base = rank;
-  for (const f of fs) base -= digit(mesh, rank, f) * mesh.factors[f]!.stride;
+  for (const f of fs) base -= rankCoordinate(mesh, rank, f) * mesh.subAxes[f]!.stride;
   let members = [base];
   for (const f of [...fs].sort((a, b) => a - b)) {
-    const { stride, size } = mesh.factors[f]!;
+    const { stride, size } = mesh.subAxes[f]!;
     members = Array.from({ length: size }, (_, d) => members.map((m) => m + d * stride)).flat();
   }
   return members.sort((a, b) => a - b);

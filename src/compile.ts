@@ -1,18 +1,18 @@
 /** compile: the whole compiler on one screen. Job → mesh → graph → pieces and moves → programs → memory → plan. */
 import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
-import { kernelsOf, printKernels } from "./codegen/generateKernels.ts";
+import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
 import { cpu, type Target } from "./codegen/targets.ts";
 import { buildModel } from "./model/model.ts";
 import { addBackward, printGraph } from "./passes/backward.ts";
 import { lower } from "./passes/lower.ts";
-import { layOut, printMemory, verifyMemory } from "./passes/memory.ts";
+import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
 import type { Stage } from "./passes/passNames.ts";
 import { pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
-import { recomputed } from "./passes/recompute.ts";
+import { isRecomputed } from "./passes/recompute.ts";
 import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
-import { type Options, shard } from "./passes/shard.ts";
+import { type ShardOptions, shard } from "./passes/shard.ts";
 import { printSharded } from "./passes/shardText.ts";
 import { verifyPrograms } from "./passes/verify.ts";
 import { sealPlan } from "./plan/seal.ts";
@@ -27,7 +27,7 @@ export interface Compiled {
   emit(stage: Stage): string;
 }
 
-export interface Settings extends Pick<Options, "pick"> {
+export interface Settings extends Pick<ShardOptions, "pick"> {
   readonly target?: Target;
 }
 
@@ -35,10 +35,10 @@ export interface Settings extends Pick<Options, "pick"> {
 export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
   const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job), recomputed(job, pipeline));
+  const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
+    shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
     stageOf: (position) => pipeline.of[position]!,
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
     ...laws,
@@ -46,8 +46,8 @@ export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Com
   const order = schedule(job, pipeline.chunks);
   const lowered = lower(job, mesh, { graph, sharded, pipeline, order });
   verifyPrograms(lowered, mesh, smallerStepsOf(job));
-  const { programs, kernels, sources } = kernelsOf(lowered, mesh, target);
-  const memory = programs.map((p) => layOut(p, kernels));
+  const { programs, kernels, sources } = generateKernels(lowered, mesh, target);
+  const memory = programs.map((p) => planMemory(p, kernels));
   for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);
   const plan = sealPlan({ job, mesh, programs, memory, kernels, toolchain: { rankc: version, target: target.name } });
   const text: Record<Stage, () => string> = {

@@ -8,16 +8,16 @@ import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
 import { layerOf } from "./analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
-import { kernelsOf } from "./codegen/generateKernels.ts";
+import { generateKernels } from "./codegen/generateKernels.ts";
 import type { Target } from "./codegen/targets.ts";
 import { buildModel } from "./model/model.ts";
 import { addBackward } from "./passes/backward.ts";
 import { lower } from "./passes/lower.ts";
-import { aligned, layOut } from "./passes/memory.ts";
+import { aligned, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
 import { chunkOfVirtual, headAt, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
-import { recomputed } from "./passes/recompute.ts";
+import { isRecomputed } from "./passes/recompute.ts";
 import { schedule } from "./passes/schedule.ts";
 import { shard } from "./passes/shard.ts";
 
@@ -73,11 +73,11 @@ export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
       : exact;
   const memories = memoryOfKinds(job, kinds, target);
   const byKey = new Map(keys.map((key, k) => [key, memories[k]]));
-  return schedule(job, pipeline.chunks).map(({ slots }, stage) =>
+  return schedule(job, pipeline.chunks).map(({ copies }, stage) =>
     together(
       virtual.flatMap(({ key }, v) => {
         const memory = byKey.get(key);
-        return stageOfVirtual(pipeline, v) === stage && memory ? [{ memory, slots: slots[chunkOfVirtual(pipeline, v)] ?? 0 }] : [];
+        return stageOfVirtual(pipeline, v) === stage && memory ? [{ memory, copies: copies[chunkOfVirtual(pipeline, v)] ?? 0 }] : [];
       }),
     ),
   );
@@ -219,11 +219,15 @@ function compiled(job: Job, chunks: readonly (readonly Place[])[], target: Targe
   };
   const mesh = buildMesh(small);
   const programs = lowered(small, mesh);
-  const made = target.name === "cpu" ? { programs, kernels: [] } : kernelsOf(programs, mesh, target);
-  return made.programs.map((program) => chunkMemory(program, layOut(program, made.kernels), expertLayersOf(model)));
+  const made = target.name === "cpu" ? { programs, kernels: [] } : generateKernels(programs, mesh, target);
+  return made.programs.map((program) => chunkMemory(program, planMemory(program, made.kernels), expertLayersOf(model)));
 }
 
-function chunkMemory({ buffers, chunks, inputs: filled }: Program, memory: ReturnType<typeof layOut>, expertLayers: number): ChunkMemory {
+function chunkMemory(
+  { buffers, chunks, inputs: filled }: Program,
+  memory: ReturnType<typeof planMemory>,
+  expertLayers: number,
+): ChunkMemory {
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
   const own = { parameter: memory.parameter, gradient: memory.gradient, optimizer: memory.optimizer };
   for (const { id, kind, within, ...b } of buffers) {
@@ -240,7 +244,7 @@ function chunkMemory({ buffers, chunks, inputs: filled }: Program, memory: Retur
 }
 
 /** A stage of several chunks: each has its own layers and activations; workspace and scratch are used by one chunk at a time. */
-function together(chunks: readonly { readonly memory: ChunkMemory; readonly slots: number }[]): MemoryBreakdown {
+function together(chunks: readonly { readonly memory: ChunkMemory; readonly copies: number }[]): MemoryBreakdown {
   const shared = new Map(chunks.flatMap(({ memory }) => [...memory.shared]));
   const sum = (of: (c: (typeof chunks)[number]) => number): number => chunks.reduce((n, c) => n + of(c), 0);
   const readers = (id: string): number => sum(({ memory }) => Number(memory.inputs.has(id)));
@@ -249,7 +253,7 @@ function together(chunks: readonly { readonly memory: ChunkMemory; readonly slot
   return eachKind((kind) => {
     if (kind === "scratch") return Math.max(0, ...chunks.map(({ memory }) => memory.own.scratch));
     if (kind === "workspace") return Math.max(0, ...chunks.map(({ memory }) => memory.own.workspace + inCommon(memory)));
-    if (kind === "activation") return sum(({ memory, slots }) => slots * (memory.own.activation - inCommon(memory)));
+    if (kind === "activation") return sum(({ memory, copies }) => copies * (memory.own.activation - inCommon(memory)));
     const common = [...shared.values()].reduce((n, b) => n + (b.kind === kind ? b.bytes : 0), 0);
     return common + sum(({ memory }) => memory.own[kind]);
   });
@@ -259,12 +263,12 @@ const eachKind = (of: (kind: keyof MemoryBreakdown) => number): MemoryBreakdown 
   Object.fromEntries(memoryKinds.map((kind) => [kind, of(kind)])) as unknown as MemoryBreakdown;
 
 /** The programs of a job: the passes of `compile`, without its laws. */
-export function lowered(job: Job, mesh: Mesh): Program[] {
+function lowered(job: Job, mesh: Mesh): Program[] {
   const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job), recomputed(job, pipeline));
+  const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
   const sharded = shard(graph, mesh, {
     distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.factors[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
+    shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
     stageOf: (position) => pipeline.of[position]!,
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
   });

@@ -60,6 +60,14 @@ interface CudaAttentionGradWgmmaCu {
   readonly weighQueries: string | number;
 }
 
+interface CudaAttentionMaskCuh {
+  readonly chunk: string | number;
+  readonly part: string | number;
+  readonly plain: string | number;
+  readonly ranks: string | number;
+  readonly zigzag: boolean;
+}
+
 interface CudaAttentionOrderCuh {
   readonly alternating: string | number;
   readonly half: string | number;
@@ -107,18 +115,10 @@ interface CudaAttentionPlainGradCu {
 
 interface CudaAttentionRandomCuh {
   readonly factor: string | number;
-  readonly fours: string | number;
   readonly group: string | number;
+  readonly keysAligned4: string | number;
   readonly philox: string | number;
   readonly threshold: string | number;
-  readonly zigzag: boolean;
-}
-
-interface CudaAttentionSightCuh {
-  readonly chunk: string | number;
-  readonly part: string | number;
-  readonly plain: string | number;
-  readonly ranks: string | number;
   readonly zigzag: boolean;
 }
 
@@ -184,35 +184,16 @@ interface CudaBiasUpdateCu {
   readonly threads: string | number;
 }
 
-interface CudaChooseCu {
-  readonly bias: boolean;
-  readonly groupScores: string | number;
-  readonly groupSize: string | number;
-  readonly groupTopK: string | number;
-  readonly grouped: boolean;
-  readonly groups: string | number;
+interface CudaBroadcastCu {
+  readonly experts: string | number;
   readonly items: string | number;
-  readonly k: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
-  readonly rows: string | number;
-  readonly sign: string | number;
   readonly threads: string | number;
-  readonly threshold: boolean;
+  readonly tokens: string | number;
+  readonly type: string | number;
   readonly vector: string | number;
   readonly width: string | number;
-  readonly x: string | number;
-}
-
-interface CudaChooseEvenlyCu {
-  readonly allExperts: string | number;
-  readonly allPositions: string | number;
-  readonly cells: string | number;
-  readonly experts: string | number;
-  readonly k: string | number;
-  readonly name: string | number;
-  readonly position: string | number;
-  readonly positions: string | number;
 }
 
 interface CudaClearCu {
@@ -221,27 +202,27 @@ interface CudaClearCu {
   readonly words: string | number;
 }
 
-interface CudaCollectCu {
-  readonly deep: string | number;
-  readonly experts: string | number;
-  readonly items: string | number;
-  readonly lanes: string | number;
-  readonly name: string | number;
-  readonly out: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly type: string | number;
-  readonly vector: string | number;
-  readonly width: string | number;
-}
-
-interface CudaColumnsCu {
+interface CudaColumnReduceCu {
   readonly adds: boolean;
   readonly name: string | number;
   readonly row: boolean;
   readonly rows: string | number;
   readonly type: string | number;
   readonly width: string | number;
+}
+
+interface CudaCopySlicesCu {
+  readonly end: string | number;
+  readonly heads: string | number;
+  readonly index: string | number;
+  readonly name: string | number;
+  readonly params: string | number;
+  readonly slices: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly unroll: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
 }
 
 interface CudaElementwiseCu {
@@ -274,7 +255,25 @@ interface CudaEmbedGradCu {
   readonly width: string | number;
 }
 
+interface CudaExpertCountsCu {
+  readonly active: string | number;
+  readonly batch: string | number;
+  readonly batches: string | number;
+  readonly experts: string | number;
+  readonly name: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+}
+
 interface CudaF16Cuh {
+}
+
+interface CudaGatherCu {
+  readonly name: string | number;
+  readonly p: string | number;
+  readonly rows: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
 }
 
 interface CudaGemmF32Cu {
@@ -437,29 +436,7 @@ interface CudaPackCu {
   readonly what: string | number;
 }
 
-interface CudaPartsCu {
-  readonly end: string | number;
-  readonly heads: string | number;
-  readonly index: string | number;
-  readonly name: string | number;
-  readonly params: string | number;
-  readonly pieces: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
-  readonly threads: string | number;
-  readonly type: string | number;
-  readonly unroll: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-}
-
 interface CudaPhiloxCuh {
-}
-
-interface CudaPickCu {
-  readonly name: string | number;
-  readonly p: string | number;
-  readonly rows: string | number;
-  readonly width: string | number;
-  readonly x: string | number;
 }
 
 interface CudaPreludeCuh {
@@ -472,6 +449,20 @@ interface CudaQuantileUpdateCu {
   readonly name: string | number;
   readonly rest: string | number;
   readonly threads: string | number;
+}
+
+interface CudaReducePartialsCu {
+  readonly deep: string | number;
+  readonly experts: string | number;
+  readonly items: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly out: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
 }
 
 interface CudaRopeCu {
@@ -547,9 +538,9 @@ interface CudaSelectCu {
   readonly length: string | number;
   readonly name: string | number;
   readonly params: string | number;
-  readonly pieces: string | number;
   readonly positions: string | number;
   readonly sequences: string | number;
+  readonly slices: string | number;
   readonly top: string | number;
   readonly write: string | number;
 }
@@ -573,18 +564,6 @@ interface CudaSplitRowsCu {
   readonly factors: readonly { readonly div: string | number; readonly mod: string | number; readonly mul: string | number; readonly slot: string | number }[];
   readonly name: string | number;
   readonly threads: string | number;
-}
-
-interface CudaSpreadCu {
-  readonly experts: string | number;
-  readonly items: string | number;
-  readonly lanes: string | number;
-  readonly name: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly type: string | number;
-  readonly vector: string | number;
-  readonly width: string | number;
 }
 
 interface CudaSumCu {
@@ -626,14 +605,24 @@ interface CudaTakeRowsCu {
   readonly width: string | number;
 }
 
-interface CudaTallyCu {
-  readonly active: string | number;
-  readonly batch: string | number;
-  readonly batches: string | number;
-  readonly experts: string | number;
+interface CudaTopKMaskCu {
+  readonly bias: boolean;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
+  readonly items: string | number;
+  readonly k: string | number;
+  readonly lanes: string | number;
   readonly name: string | number;
+  readonly rows: string | number;
+  readonly sign: string | number;
   readonly threads: string | number;
-  readonly tokens: string | number;
+  readonly threshold: boolean;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
 }
 
 interface CudaTotalCu {
@@ -642,6 +631,17 @@ interface CudaTotalCu {
   readonly name: string | number;
   readonly threads: string | number;
   readonly type: string | number;
+}
+
+interface CudaUniformMaskCu {
+  readonly allExperts: string | number;
+  readonly allPositions: string | number;
+  readonly cells: string | number;
+  readonly experts: string | number;
+  readonly k: string | number;
+  readonly name: string | number;
+  readonly position: string | number;
+  readonly positions: string | number;
 }
 
 interface CudaWgmmaCuh {
@@ -706,7 +706,7 @@ interface WgslAttentionWgsl {
   readonly moved: boolean;
   readonly name: string | number;
   readonly part: boolean;
-  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly told: string | number; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly runtimeAttrs: string | number; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
   readonly queries: string | number;
   readonly queryHeads: string | number;
   readonly queryPlace: string | number;
@@ -722,6 +722,17 @@ interface WgslAttentionWgsl {
   readonly writers: readonly { readonly channels: string | number; readonly last: string | number; readonly name: string | number; readonly place: string | number; readonly stride: string | number; readonly text: string | number }[];
 }
 
+interface WgslAttentionMaskWgsl {
+  readonly blocks: string | number;
+  readonly chunk: string | number;
+  readonly keyStart: string | number;
+  readonly keys: string | number;
+  readonly lastBlock: string | number;
+  readonly queries: string | number;
+  readonly ranks: string | number;
+  readonly zigzag: boolean;
+}
+
 interface WgslAttentionMergeWgsl {
   readonly count: string | number;
   readonly entry: string | number;
@@ -735,26 +746,15 @@ interface WgslAttentionMergeWgsl {
 
 interface WgslAttentionRandomWgsl {
   readonly factor: string | number;
-  readonly fours: boolean;
   readonly group: string | number;
   readonly headStart: string | number;
   readonly keyAt: string | number;
+  readonly keysAligned4: boolean;
   readonly nextAt: string | number;
   readonly philox: string | number;
   readonly queryAt: string | number;
   readonly sample: string | number;
   readonly threshold: string | number;
-}
-
-interface WgslAttentionSightWgsl {
-  readonly blocks: string | number;
-  readonly chunk: string | number;
-  readonly keyStart: string | number;
-  readonly keys: string | number;
-  readonly lastBlock: string | number;
-  readonly queries: string | number;
-  readonly ranks: string | number;
-  readonly zigzag: boolean;
 }
 
 interface WgslBiasUpdateWgsl {
@@ -764,26 +764,8 @@ interface WgslBiasUpdateWgsl {
   readonly threads: string | number;
 }
 
-interface WgslChooseWgsl {
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly groupScores: string | number;
-  readonly groupSize: string | number;
-  readonly groupTopK: string | number;
-  readonly grouped: boolean;
-  readonly groups: string | number;
-  readonly index: string | number;
-  readonly k: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly score: string | number;
-  readonly threads: string | number;
-  readonly threshold: boolean;
-  readonly tokens: string | number;
-  readonly words: string | number;
-}
-
-interface WgslColumnsWgsl {
+interface WgslColumnReduceWgsl {
+  readonly accumulates: boolean;
   readonly at: string | number;
   readonly batches: string | number;
   readonly depth: string | number;
@@ -791,7 +773,6 @@ interface WgslColumnsWgsl {
   readonly entry: string | number;
   readonly first: string | number;
   readonly index: string | number;
-  readonly keeps: boolean;
   readonly out: string | number;
   readonly outIndex: string | number;
   readonly outputs: string | number;
@@ -800,6 +781,30 @@ interface WgslColumnsWgsl {
   readonly rows: string | number;
   readonly term: string | number;
   readonly threads: string | number;
+  readonly width: string | number;
+}
+
+interface WgslCombineWeightsWgsl {
+  readonly dot: string | number;
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly value: string | number;
+}
+
+interface WgslCopySlicesWgsl {
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly op: string | number;
+  readonly slices: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
+  readonly threads: string | number;
+  readonly vectors: string | number;
   readonly width: string | number;
 }
 
@@ -827,18 +832,12 @@ interface WgslFillWgsl {
   readonly value: string | number;
 }
 
-interface WgslGatedGradWgsl {
-  readonly blocks: string | number;
-  readonly dgate: string | number;
-  readonly dx: string | number;
+interface WgslGatherWgsl {
+  readonly columns: string | number;
   readonly entry: string | number;
   readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly sum: string | number;
   readonly threads: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
+  readonly tokens: string | number;
 }
 
 interface WgslGemmWgsl {
@@ -953,26 +952,7 @@ interface WgslMergeRowsWgsl {
   readonly threads: string | number;
 }
 
-interface WgslPartsWgsl {
-  readonly count: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly op: string | number;
-  readonly pieces: readonly { readonly begin: string | number; readonly from: string | number; readonly fromAt: string | number; readonly fromWidth: string | number; readonly source: string | number; readonly test: string | number; readonly to: string | number; readonly toAt: string | number; readonly toWidth: string | number }[];
-  readonly threads: string | number;
-  readonly vectors: string | number;
-  readonly width: string | number;
-}
-
 interface WgslPhiloxWgsl {
-}
-
-interface WgslPickWgsl {
-  readonly columns: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
 }
 
 interface WgslProductWgsl {
@@ -1096,12 +1076,12 @@ interface WgslRunningMeanWgsl {
 }
 
 interface WgslScalarWgsl {
+  readonly accumulates: boolean;
   readonly count: string | number;
   readonly entry: string | number;
   readonly factor: string | number;
   readonly functions: readonly (string | number)[];
   readonly groups: string | number;
-  readonly keeps: boolean;
   readonly lines: readonly (string | number)[];
   readonly op: string | number;
   readonly stride: string | number;
@@ -1121,11 +1101,25 @@ interface WgslSelectWgsl {
   readonly length: string | number;
   readonly op: string | number;
   readonly passes: string | number;
-  readonly pieces: string | number;
   readonly positions: string | number;
   readonly run: string | number;
   readonly sequences: string | number;
+  readonly slices: string | number;
   readonly write: string | number;
+}
+
+interface WgslSigmoidGateGradWgsl {
+  readonly blocks: string | number;
+  readonly dgate: string | number;
+  readonly dx: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
 }
 
 interface WgslSinkhornWgsl {
@@ -1208,6 +1202,25 @@ interface WgslTakeRowsWgsl {
   readonly width: string | number;
 }
 
+interface WgslTopKMaskWgsl {
+  readonly entry: string | number;
+  readonly experts: string | number;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
+  readonly index: string | number;
+  readonly k: string | number;
+  readonly op: string | number;
+  readonly out: string | number;
+  readonly score: string | number;
+  readonly threads: string | number;
+  readonly threshold: boolean;
+  readonly tokens: string | number;
+  readonly words: string | number;
+}
+
 interface WgslTotalWgsl {
   readonly combine: string | number;
   readonly deep: boolean;
@@ -1247,42 +1260,30 @@ interface WgslVocabRowWgsl {
   readonly vectors: string | number;
 }
 
-interface WgslWeighWgsl {
-  readonly dot: string | number;
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly index: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly value: string | number;
-}
-
 export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
   readonly "cuda/attention_grad.cu": CudaAttentionGradCu;
   readonly "cuda/attention_grad_wgmma.cu": CudaAttentionGradWgmmaCu;
+  readonly "cuda/attention_mask.cuh": CudaAttentionMaskCuh;
   readonly "cuda/attention_order.cuh": CudaAttentionOrderCuh;
   readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;
   readonly "cuda/attention_plain.cuh": CudaAttentionPlainCuh;
   readonly "cuda/attention_plain_grad.cu": CudaAttentionPlainGradCu;
   readonly "cuda/attention_random.cuh": CudaAttentionRandomCuh;
-  readonly "cuda/attention_sight.cuh": CudaAttentionSightCuh;
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/bias_grad.cu": CudaBiasGradCu;
   readonly "cuda/bias_update.cu": CudaBiasUpdateCu;
-  readonly "cuda/choose.cu": CudaChooseCu;
-  readonly "cuda/choose_evenly.cu": CudaChooseEvenlyCu;
+  readonly "cuda/broadcast.cu": CudaBroadcastCu;
   readonly "cuda/clear.cu": CudaClearCu;
-  readonly "cuda/collect.cu": CudaCollectCu;
-  readonly "cuda/columns.cu": CudaColumnsCu;
+  readonly "cuda/column_reduce.cu": CudaColumnReduceCu;
+  readonly "cuda/copy_slices.cu": CudaCopySlicesCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
+  readonly "cuda/expert_counts.cu": CudaExpertCountsCu;
   readonly "cuda/f16.cuh": CudaF16Cuh;
+  readonly "cuda/gather.cu": CudaGatherCu;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
@@ -1295,11 +1296,10 @@ export interface Templates {
   readonly "cuda/norm.cu": CudaNormCu;
   readonly "cuda/norm_grad.cu": CudaNormGradCu;
   readonly "cuda/pack.cu": CudaPackCu;
-  readonly "cuda/parts.cu": CudaPartsCu;
   readonly "cuda/philox.cuh": CudaPhiloxCuh;
-  readonly "cuda/pick.cu": CudaPickCu;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
   readonly "cuda/quantile_update.cu": CudaQuantileUpdateCu;
+  readonly "cuda/reduce_partials.cu": CudaReducePartialsCu;
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
@@ -1307,26 +1307,27 @@ export interface Templates {
   readonly "cuda/select.cu": CudaSelectCu;
   readonly "cuda/sinkhorn.cu": CudaSinkhornCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
-  readonly "cuda/spread.cu": CudaSpreadCu;
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/sum_heads.cu": CudaSumHeadsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
-  readonly "cuda/tally.cu": CudaTallyCu;
+  readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
   readonly "cuda/total.cu": CudaTotalCu;
+  readonly "cuda/uniform_mask.cu": CudaUniformMaskCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;
   readonly "wgsl/attention.wgsl": WgslAttentionWgsl;
+  readonly "wgsl/attention_mask.wgsl": WgslAttentionMaskWgsl;
   readonly "wgsl/attention_merge.wgsl": WgslAttentionMergeWgsl;
   readonly "wgsl/attention_random.wgsl": WgslAttentionRandomWgsl;
-  readonly "wgsl/attention_sight.wgsl": WgslAttentionSightWgsl;
   readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
-  readonly "wgsl/choose.wgsl": WgslChooseWgsl;
-  readonly "wgsl/columns.wgsl": WgslColumnsWgsl;
+  readonly "wgsl/column_reduce.wgsl": WgslColumnReduceWgsl;
+  readonly "wgsl/combine_weights.wgsl": WgslCombineWeightsWgsl;
+  readonly "wgsl/copy_slices.wgsl": WgslCopySlicesWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
-  readonly "wgsl/gated_grad.wgsl": WgslGatedGradWgsl;
+  readonly "wgsl/gather.wgsl": WgslGatherWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
   readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;
@@ -1334,9 +1335,7 @@ export interface Templates {
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
-  readonly "wgsl/parts.wgsl": WgslPartsWgsl;
   readonly "wgsl/philox.wgsl": WgslPhiloxWgsl;
-  readonly "wgsl/pick.wgsl": WgslPickWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
   readonly "wgsl/quantile_update.wgsl": WgslQuantileUpdateWgsl;
@@ -1347,6 +1346,7 @@ export interface Templates {
   readonly "wgsl/running_mean.wgsl": WgslRunningMeanWgsl;
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
   readonly "wgsl/select.wgsl": WgslSelectWgsl;
+  readonly "wgsl/sigmoid_gate_grad.wgsl": WgslSigmoidGateGradWgsl;
   readonly "wgsl/sinkhorn.wgsl": WgslSinkhornWgsl;
   readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
@@ -1354,10 +1354,10 @@ export interface Templates {
   readonly "wgsl/sum_heads.wgsl": WgslSumHeadsWgsl;
   readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
+  readonly "wgsl/top_k_mask.wgsl": WgslTopKMaskWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;
   readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;
   readonly "wgsl/vocab_row.wgsl": WgslVocabRowWgsl;
-  readonly "wgsl/weigh.wgsl": WgslWeighWgsl;
 }
 
 export const render = <N extends keyof Templates>(name: N, values: Templates[N]): string => fill(name, values);

@@ -53,13 +53,13 @@ async function train({ plan, kernel }: Loaded): Promise<void> {
   const chosen = text.value === "file" ? { ids: await readText(file.files![0]!) } : await loadCorpus(plan);
   const batch = batchesOf(chosen, readingOf(plan.job));
   say("status", `Compiling ${plan.kernels.length} kernels…`);
-  const fleet = await webgpuOn(browser, plan, { kernel });
-  say("adapter", fleet.adapter);
+  const localRanks = await webgpuOn(browser, plan, { kernel });
+  say("adapter", localRanks.adapter);
   let run: Run;
   try {
-    run = runOn(plan, { fleet, batch });
+    run = runOn(plan, { localRanks, batch });
   } catch (error) {
-    await fleet.close();
+    await localRanks.close();
     throw error;
   }
   try {
@@ -102,7 +102,7 @@ function show(result: StepResult): void {
     row.insertCell().textContent = cell;
 }
 
-function tell(error: unknown): void {
+function showError(error: unknown): void {
   const [what, fix] = error instanceof Trouble ? [error.message, error.fix] : [error instanceof Error ? error.message : String(error)];
   const head = document.createElement("strong");
   head.textContent = "It cannot go on: ";
@@ -128,7 +128,7 @@ async function open(): Promise<void> {
     wanted = true;
     enable("running");
     train(loaded)
-      .catch(tell)
+      .catch(showError)
       .finally(() => {
         wanted = false;
         enable("idle");
@@ -148,4 +148,4 @@ async function open(): Promise<void> {
   await browser.gpu({ enable: [], disable: [] });
 }
 
-open().catch(tell);
+open().catch(showError);

@@ -12,14 +12,14 @@ import { rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
 import { ranksText } from "../launch/rankList.ts";
-import { copyShared, firstHolders, type Ranges, rangesIn, sharedBy } from "../shards.ts";
-import type { Milestone } from "../train/schedule.ts";
+import { copyShared, firstHolders, type Ranges, shardRanges, sharedBy } from "../shards.ts";
+import type { RunProgress } from "../train/schedule.ts";
 import { printSnapshotText, readSnapshotText, type SnapshotText, TEXT } from "./checkpointFile.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
-import { type LateEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
+import { type DeferredTensorEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
 import { folderOf } from "./saveFolder.ts";
-import { rememberedBy } from "./state.ts";
+import { checkpointState } from "./state.ts";
 
 const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
 
@@ -40,23 +40,23 @@ export interface Saving {
  * Writes a snapshot; returns its folder. All processes of a run call it between the same two steps. Throws a Trouble, and leaves nothing
  * of the snapshot, where the disk refuses or a value is not finite.
  */
-export async function saveSnapshot(saving: Saving, milestone: Milestone): Promise<string> {
+export async function saveCheckpoint(saving: Saving, progress: RunProgress): Promise<string> {
   const { folder, ranks, meet } = saving;
-  const whole = join(folder, folderOf(milestone.steps));
+  const whole = join(folder, folderOf(progress.steps));
   const part = `${whole}.part`;
   const leads = ranks.includes(0);
   try {
     if (leads) rmSync(part, { recursive: true, force: true });
     await meet(`${part} is to be written`);
-    const { tensors, files } = contentsOf(saving, milestone);
+    const { tensors, files } = contentsOf(saving, progress);
     makeFolder(part);
     for (const rank of ranks) {
       const entries = files.get(rank);
-      if (entries) await streamSafetensors(join(part, fileOf(rank)), entries, { step: String(milestone.steps) });
+      if (entries) await streamSafetensors(join(part, fileOf(rank)), entries, { step: String(progress.steps) });
     }
     await meet(`${part} is written`);
     if (!leads) return whole;
-    writeText(part, saving, { milestone, tensors, files: digestsIn(part, [...files.keys()], milestone.steps) });
+    writeText(part, saving, { progress, tensors, files: digestsIn(part, [...files.keys()], progress.steps) });
     rmSync(whole, { recursive: true, force: true });
     renameSync(part, whole);
     syncFolder(folder);
@@ -68,15 +68,15 @@ export async function saveSnapshot(saving: Saving, milestone: Milestone): Promis
 }
 
 /** How each tensor is cut, and by rank what its file holds. */
-function contentsOf({ plan, read }: Saving, { steps }: Milestone) {
+function contentsOf({ plan, read }: Saving, { steps }: RunProgress) {
   const { mesh, programs } = plan;
   const tensors: SnapshotText["tensors"] = {};
-  const files = new Map<number, LateEntry[]>();
+  const files = new Map<number, DeferredTensorEntry[]>();
   const fix = "resume from an earlier snapshot, with a smaller learning rate";
   for (const program of programs)
-    for (const { name, buffer } of rememberedBy(program)) {
+    for (const { name, buffer } of checkpointState(program)) {
       if (name in tensors) throw new Error(`${name} is remembered twice`);
-      tensors[name] = { stage: program.stage, sizes: buffer.sizes, cuts: buffer.cuts };
+      tensors[name] = { stage: program.stage, sizes: buffer.sizes, shardedBy: buffer.shardedBy };
       for (const n of firstHolders(mesh, buffer)) {
         const rank = rankAt(mesh, program.stage, n);
         const own = files.get(rank) ?? [];
@@ -101,7 +101,7 @@ function digestsIn(part: string, ranks: readonly number[], step: number): Snapsh
   return Object.fromEntries(ranks.map((rank) => digestOf(fileOf(rank))));
 }
 
-function writeText(part: string, { plan, version }: Saving, text: Pick<SnapshotText, "milestone" | "tensors" | "files">): void {
+function writeText(part: string, { plan, version }: Saving, text: Pick<SnapshotText, "progress" | "tensors" | "files">): void {
   const fd = openSync(join(part, TEXT), "w");
   try {
     writeFileSync(fd, printSnapshotText({ rankc: version, job: plan.job, mesh: plan.mesh, ...text }));
@@ -124,16 +124,16 @@ function syncFolder(folder: string): void {
   }
 }
 
-export interface Snapshot {
+export interface OpenCheckpoint {
   readonly folder: string;
-  readonly milestone: Milestone;
+  readonly progress: RunProgress;
   /**
    * Throws a Trouble that lists how the plan's model is another than the one that was saved, beside what `allowed` (--allow-mismatch) names;
    * returns notes on what may differ.
    */
   expectFor(plan: Plan, allowed: readonly string[]): string[];
   /** A rank's piece of a tensor, from the pieces that were saved. */
-  piece(name: string, ranges: Ranges): Float32Array;
+  shard(name: string, ranges: Ranges): Float32Array;
   /** A whole tensor; undefined where there is none of this name. */
   whole(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined;
   /** The model that was trained. */
@@ -144,8 +144,8 @@ export interface Snapshot {
 const DAMAGED = "take another snapshot of the run";
 
 /** `at`: the folder of a snapshot. Throws a Trouble where its text is damaged. */
-export function openSnapshot(at: string): Snapshot {
-  const { milestone, rankc, job, mesh, tensors, files } = readSnapshotText(join(at, TEXT));
+export function openCheckpoint(at: string): OpenCheckpoint {
+  const { progress, rankc, job, mesh, tensors, files } = readSnapshotText(join(at, TEXT));
   const open = new Map<number, Safetensors>();
   const close = (): void => {
     for (const file of open.values()) file.close();
@@ -171,11 +171,11 @@ export function openSnapshot(at: string): Snapshot {
     if (!found) throw new Error(`${at} holds no ${name}`);
     return found;
   }
-  function piece(name: string, ranges: Ranges): Float32Array {
+  function shard(name: string, ranges: Ranges): Float32Array {
     const saved = tensor(name);
     const out = new Float32Array(ranges.reduce((n, dim) => n * dim.reduce((m, [from, to]) => m + to - from, 0), 1));
     for (const n of firstHolders(mesh, saved)) {
-      const theirs = rangesIn(mesh, saved, n);
+      const theirs = shardRanges(mesh, saved, n);
       const shared = sharedBy(theirs, ranges);
       if (!shared) continue;
       const file = fileAt(rankAt(mesh, saved.stage, n));
@@ -192,11 +192,11 @@ export function openSnapshot(at: string): Snapshot {
     throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `take it with the rankc that saved it, ${rankc}`);
   }
   return {
-    ...{ folder: at, milestone, piece, close },
+    ...{ folder: at, progress, shard, close },
     whole(name) {
       const sizes = tensors[name]?.sizes;
       const all = sizes?.map((n) => [[0, n] as const]);
-      return sizes && all && { shape: sizes, data: piece(name, all) };
+      return sizes && all && { shape: sizes, data: shard(name, all) };
     },
     model,
     expectFor(plan, allowed) {
@@ -217,7 +217,7 @@ export function openSnapshot(at: string): Snapshot {
 
 /** What the plan remembers and the snapshot does not hold, or in another size; and parameters of the snapshot that the plan has not. */
 function tensorDifferences(tensors: SnapshotText["tensors"], plan: Plan): { mismatches: Mismatch[]; notes: string[] } {
-  const remembered = plan.programs.flatMap(rememberedBy);
+  const remembered = plan.programs.flatMap(checkpointState);
   const names = new Set(remembered.map(({ name }) => name));
   const wrong = remembered.flatMap(({ name, buffer: { sizes } }): Mismatch[] => {
     const found = tensors[name]?.sizes;

@@ -17,12 +17,12 @@ const MilestoneText = z.strictObject({
     .nullable()
     .describe("of an fp16 scale that adapts itself; null where there is none"),
 });
-const Tensor = z.strictObject({ stage: count, sizes: z.array(count), cuts: z.array(z.array(count)) });
+const Tensor = z.strictObject({ stage: count, sizes: z.array(count), shardedBy: z.array(z.array(count)) });
 const File = z.strictObject({ step: count, header_sha256: sha256.describe("of the header, which holds a SHA-256 of each tensor") });
 const SnapshotText = z.strictObject({
   format: z.literal(FORMAT),
   rankc: z.string(),
-  milestone: MilestoneText.describe("how far the run was"),
+  progress: MilestoneText.describe("how far the run was"),
   job: z.looseObject({ model: z.looseObject({}), train: z.looseObject({ optimizer: z.looseObject({ type: z.string() }) }) }),
   mesh: MeshText,
   tensors: z.record(z.string(), Tensor).describe("by name: the stage it is on, its whole sizes, and per dim the factors that cut it"),

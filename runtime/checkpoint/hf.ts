@@ -8,12 +8,12 @@ import { depthsOf } from "../../schemas/mtp.ts";
 import { expectPrefix, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
-import type { Entry } from "./safetensors.ts";
+import type { TensorEntry } from "./safetensors.ts";
 
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;
 
-export type Checkpoint = {
+export type HfCheckpoint = {
   /** The parameter of this name; `shape` must be the parameter's whole shape. */
   readonly read: (name: string, shape: readonly number[]) => Float32Array;
   /** Tensors of the file that no parameter of the job comes from. */
@@ -27,7 +27,7 @@ export type Checkpoint = {
  * `file`: a .safetensors file, an index.json over several, or a folder that holds either under its usual name. `allowed`: the job keys or
  * names of tensors (--allow-mismatch) whose differences the person means. Throws a Trouble that lists all others.
  */
-export function checkpointFor(model: Model, file: string, allowed: readonly string[] = []): Checkpoint {
+export function checkpointFor(model: Model, file: string, allowed: readonly string[] = []): HfCheckpoint {
   const tensors = openTensors(file);
   try {
     return fitted(model, file, tensors, allowed);
@@ -37,9 +37,9 @@ export function checkpointFor(model: Model, file: string, allowed: readonly stri
   }
 }
 
-function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly string[]): Checkpoint {
+function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly string[]): HfCheckpoint {
   expectPrefix(file, tensors);
-  const found = new Map<string, { parameter: Parameter; parts: readonly Part[] }>();
+  const found = new Map<string, { parameter: Parameter; parts: readonly TensorSlice[] }>();
   const used = new Set<string>();
   const problems = new Set<string>();
   for (const parameter of parametersOf(model)) {
@@ -91,8 +91,8 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
 export function toHuggingFace(
   model: Model,
   named: { get(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined },
-): readonly Entry[] {
-  const entries = new Map<string, Entry>();
+): readonly TensorEntry[] {
+  const entries = new Map<string, TensorEntry>();
   for (const { name, shape, layouts, optional } of parametersOf(model)) {
     const value = named.get(name);
     if (value === undefined && optional) continue;
@@ -117,13 +117,13 @@ type Dim = { readonly size: number; readonly key: string };
 
 /** A matrix [rows, cols] that starts at `there` in the checkpoint's tensor and lies transposed, [cols, rows], at `here` in ours. */
 type Block = { readonly there: number; readonly here: number; readonly rows: number; readonly cols: number };
-type Part = { readonly tensor: string; readonly shape: readonly Dim[]; readonly blocks: readonly Block[] };
+type TensorSlice = { readonly tensor: string; readonly shape: readonly Dim[]; readonly blocks: readonly Block[] };
 
 type Parameter = {
   readonly name: string;
   readonly shape: readonly Dim[];
   /** Our own layout first, then Hugging Face's from the newest. */
-  readonly layouts: readonly (readonly Part[])[];
+  readonly layouts: readonly (readonly TensorSlice[])[];
   /** The job key to doubt when the tensor is not there. */
   readonly missing: string;
   /** Zeros where it is not there: what a router has learnt about loads, which few checkpoints hold, and no gradient has. */
@@ -301,7 +301,7 @@ function parametersOf(model: Model): readonly Parameter[] {
 const headDim = (model: Model): Dim => ({ size: model.head_dim, key: "model.head_dim (or model.qk_norm)" });
 
 /** A parameter that its own name also finds, as it is: what the runtime writes. */
-function own(name: string, missing: string, shape: readonly Dim[], layouts: readonly (readonly Part[])[]): Parameter {
+function own(name: string, missing: string, shape: readonly Dim[], layouts: readonly (readonly TensorSlice[])[]): Parameter {
   return { name, shape, missing, layouts: [[{ tensor: name, shape, blocks: asIs(shape) }], ...layouts] };
 }
 
@@ -319,7 +319,7 @@ function transpose(rows: number, cols: number, from: Float32Array, fromAt: numbe
   }
 }
 
-function misfit(part: Part, { name, missing }: Parameter, { where }: Tensors, layoutFound: boolean): string | undefined {
+function misfit(part: TensorSlice, { name, missing }: Parameter, { where }: Tensors, layoutFound: boolean): string | undefined {
   const source = where.get(part.tensor);
   const expected = list(sizesOf(part.shape));
   if (source === undefined) {

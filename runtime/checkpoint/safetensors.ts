@@ -33,9 +33,9 @@ export type Safetensors = {
   readonly close: () => void;
 };
 
-export type Entry = { readonly name: string; readonly dtype: "F32"; readonly shape: readonly number[]; readonly data: Float32Array };
+export type TensorEntry = { readonly name: string; readonly dtype: "F32"; readonly shape: readonly number[]; readonly data: Float32Array };
 /** An entry whose values are asked for when it is its turn. */
-export type LateEntry = Omit<Entry, "data"> & { readonly data: () => Promise<Float32Array> };
+export type DeferredTensorEntry = Omit<TensorEntry, "data"> & { readonly data: () => Promise<Float32Array> };
 
 // The format's own bound: it keeps a flipped bit in the length from becoming an allocation.
 const MAX_HEADER = 100_000_000;
@@ -91,7 +91,7 @@ export function openSafetensors(path: string): Safetensors {
 const PYTORCH = { format: "pt" };
 
 /** Writes beside `path` and renames: a reader sees the old file or the whole new one. Throws a Trouble where the disk refuses. */
-export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
+export function writeSafetensors(path: string, entries: Iterable<TensorEntry>): void {
   const all = [...entries];
   for (const { name, shape, data } of all) expectLength(name, shape, data);
   const beside = besideOf(path);
@@ -115,7 +115,7 @@ export function writeSafetensors(path: string, entries: Iterable<Entry>): void {
  * The same where values come one tensor after the other, so that only one of them is in memory. The metadata gets the SHA-256 of each
  * tensor, too: the header is written with zeros in their place first, and again once all are known.
  */
-export async function streamSafetensors(path: string, entries: readonly LateEntry[], metadata: Metadata): Promise<void> {
+export async function streamSafetensors(path: string, entries: readonly DeferredTensorEntry[], metadata: Metadata): Promise<void> {
   const beside = besideOf(path);
   const digests = new Map(entries.map(({ name }) => [digestKey(name), "0".repeat(64)]));
   const header = () => headerOf(entries, { ...metadata, ...Object.fromEntries(digests) });
@@ -151,7 +151,7 @@ function expectLength(name: string, shape: readonly number[], data: Float32Array
   if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
 }
 
-function headerOf(entries: readonly Pick<Entry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
+function headerOf(entries: readonly Pick<TensorEntry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
   const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let at = 0;
   for (const { name, dtype, shape } of entries) {
@@ -191,9 +191,9 @@ type Dtype = keyof typeof dtypes;
 
 /** A bfloat16 is the upper half of a float32. */
 function bfloat(buffer: ArrayBuffer): Float32Array {
-  const halves = new Uint16Array(buffer);
-  const words = new Uint32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) words[i] = halves[i]! << 16;
+  const bf16 = new Uint16Array(buffer);
+  const words = new Uint32Array(bf16.length);
+  for (let i = 0; i < bf16.length; i++) words[i] = bf16[i]! << 16;
   return new Float32Array(words.buffer);
 }
 

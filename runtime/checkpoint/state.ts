@@ -2,7 +2,7 @@
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 
 /** A tensor, and the buffer that holds a rank's piece of it. */
-export interface Remembered {
+export interface StateTensor {
   readonly name: string;
   readonly buffer: Buffer;
 }
@@ -11,7 +11,7 @@ export interface Remembered {
  * Of one stage: the main copy of each parameter under the parameter's name, and what the optimizer keeps of it. Copies of a
  * parameter that belongs to another stage follow from that.
  */
-export function rememberedBy({ parameters, buffers }: Plan["programs"][number]): Remembered[] {
+export function checkpointState({ parameters, buffers }: Plan["programs"][number]): StateTensor[] {
   const byId = new Map(buffers.map((b) => [b.id, b]));
   const masters = new Set(parameters.map((p) => p.master));
   const own = parameters.filter((p) => !p.tied_to);

@@ -2,27 +2,27 @@
  * Comm in one process: ranks are coroutines that meet at collectives. Buffers are contiguous blocks; sums run in the order of
  * the group's members, so the same plan gives the same bits.
  */
-import type { How, Plan } from "../../schemas/plan.ts";
-import type { Comm, HostData, OpenBackend } from "../backend.ts";
-import { meetHere, ranksOf } from "../inProcessComm.ts";
+import type { CollectiveKind, Plan } from "../../schemas/plan.ts";
+import type { Comm, HostData, HostRankDevice } from "../backend.ts";
+import { inProcessComm, rankTable } from "../inProcessComm.ts";
 
-export function loopback(plan: Plan, backends: readonly OpenBackend[]): Comm {
-  const ranks = ranksOf(plan);
+export function cpuComm(plan: Plan, backends: readonly HostRankDevice[]): Comm {
+  const ranks = rankTable(plan);
   const { bufferOf } = ranks;
-  return meetHere<HostData>(plan, ranks, {
-    perform(group, i, slot) {
-      const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), slot));
+  return inProcessComm<HostData>(plan, ranks, {
+    perform(group, i, copy) {
+      const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), copy));
       const made = group.map((_, member) => collective[i.how](held, member));
       // written last: source and destination may be the same bytes
-      for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), slot, made[member]!);
+      for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), copy, made[member]!);
     },
-    post: (rank, b, slot) => backends[rank]!.peek(b, slot).slice(),
-    take: (rank, b, slot, letter) => backends[rank]!.write(b, slot, letter),
+    send: (rank, b, copy) => backends[rank]!.peek(b, copy).slice(),
+    receive: (rank, b, copy, message) => backends[rank]!.write(b, copy, message),
   });
 }
 
 /** What a member gets, from what all members hold. */
-const collective: Readonly<Record<How, (held: readonly HostData[], member: number) => HostData>> = {
+const collective: Readonly<Record<CollectiveKind, (held: readonly HostData[], member: number) => HostData>> = {
   all_gather: (held) => blocks(held),
   all_to_all: (held, member) => blocks(held.map((h) => blockOf(h, member, held.length))),
   reduce_scatter: (held, member) =>

@@ -3,7 +3,7 @@
  * device cannot hold is said, with the numbers, before anything is allocated.
  */
 
-import type { Dtype, Kind, Plan } from "../../schemas/plan.ts";
+import type { BufferKind, Dtype, Plan } from "../../schemas/plan.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -11,7 +11,7 @@ import type { Context, DevicePointer, Stream } from "./driver.ts";
 import type { Span } from "./streams.ts";
 
 /** Where a buffer lies. */
-export interface Place {
+export interface DeviceRange {
   readonly at: DevicePointer;
   /** Elements. */
   readonly count: number;
@@ -19,9 +19,9 @@ export interface Place {
   readonly dtype: Dtype;
   readonly span: Span;
 }
-export type Arenas = ReturnType<typeof openArenas>;
+export type CudaArenas = ReturnType<typeof openArenas>;
 
-const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const satisfies readonly Kind[];
+const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const satisfies readonly BufferKind[];
 
 /** `beside`: bytes that the caller will allocate beyond the plan's. All memory is zero once the stream gets there. */
 export function openArenas(context: Context, plan: Plan, rank: number, beside: number, stream: Stream) {
@@ -41,33 +41,36 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
   const sizes = {
     ...Object.fromEntries(kinds.map((kind) => [kind, kind === "activation" ? activationBytes(program, memory) : memory[kind]])),
     scratch: memory.scratch,
-  } as Record<Kind | "scratch", number>;
+  } as Record<BufferKind | "scratch", number>;
   const bases = Object.fromEntries(
     Object.entries(sizes).map(([kind, bytes]) => {
       const at = bytes > 0 ? context.alloc(bytes) : (0n as DevicePointer);
       if (bytes > 0) context.fillIn(at, 0, bytes, stream);
       return [kind, at];
     }),
-  ) as Record<Kind | "scratch", DevicePointer>;
+  ) as Record<BufferKind | "scratch", DevicePointer>;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const spanOf = (at: DevicePointer, bytes: number): Span => [Number(at), Number(at) + bytes];
 
   return {
-    place(id: string, slot: number): Place {
+    place(id: string, copy: number): DeviceRange {
       const b = buffers.get(id)!;
       const count = elementsOf(b.shape);
       const bytes = count * bytesOf[b.dtype];
-      const at = moved(bases[b.kind], memory.offsets[id]! + (b.kind === "activation" ? activationStart(program, memory, b, slot) : 0));
+      const at = offsetPointer(
+        bases[b.kind],
+        memory.offsets[id]! + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0),
+      );
       return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
     },
     /** The whole arena of gradients. */
     gradients: { at: bases.gradient, bytes: sizes.gradient, span: spanOf(bases.gradient, sizes.gradient) },
-    scratch: (offset: number): DevicePointer => moved(bases.scratch, offset),
+    scratch: (offset: number): DevicePointer => offsetPointer(bases.scratch, offset),
     close(): void {
-      for (const [kind, bytes] of Object.entries(sizes)) if (bytes > 0) context.free(bases[kind as Kind]);
+      for (const [kind, bytes] of Object.entries(sizes)) if (bytes > 0) context.free(bases[kind as BufferKind]);
     },
   };
 }
 
-export const moved = (at: DevicePointer, bytes: number): DevicePointer => (at + BigInt(bytes)) as DevicePointer;
+export const offsetPointer = (at: DevicePointer, bytes: number): DevicePointer => (at + BigInt(bytes)) as DevicePointer;
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;

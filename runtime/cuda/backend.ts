@@ -7,16 +7,16 @@ import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Backend, Fleet, HostData } from "../backend.ts";
-import { overBound } from "../capacityExceeded.ts";
-import { narrow, widen } from "../float16.ts";
+import type { HostData, LocalRanks, RankDevice } from "../backend.ts";
+import { capacityExceeded } from "../capacityExceeded.ts";
+import { decodeFloat16, encodeFloat16 } from "../float16.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm, type Share } from "./comm.ts";
 import { driver, type Event, type Pinned } from "./driver.ts";
 import { openSteps } from "./graph.ts";
 import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
 import { type Bound, binder } from "./launches.ts";
-import { type Label, openLanes, type Timed } from "./streams.ts";
+import { type Label, openStreams, type Timed } from "./streams.ts";
 
 export interface CudaSettings {
   readonly rank: number;
@@ -31,7 +31,7 @@ export interface CudaSettings {
   /** When it is aborted, what is under way ends at once: another rank has failed. */
   readonly signal?: AbortSignal;
 }
-export interface CudaFleet extends Fleet {
+export interface CudaRanks extends LocalRanks {
   /** The first call of a step of so many microbatches. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
   beginStep(microbatches: number): boolean;
   /** Of the time between the last two replayed steps, the share in which the device waited for this process. */
@@ -42,7 +42,7 @@ export interface CudaFleet extends Fleet {
   underWay(): Label | undefined;
 }
 
-export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaFleet> {
+export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaRanks> {
   const { rank, files, share, profile = false, signal } = settings;
   const { devices, open } = driver();
   const device = devices[settings.device];
@@ -55,8 +55,8 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   archFor(plan, device);
   const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const context = open(device);
-  const lanes = openLanes(context);
-  const stream = lanes.compute.stream;
+  const streams = openStreams(context);
+  const stream = streams.compute.stream;
   const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), stream);
   const ids = new Set(instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel] : [])));
   const kernels = await loadKernels(context, { plan, ids, files, rank });
@@ -76,7 +76,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     context.record(done, stream);
     await happens(done);
   }
-  const comm = await openComm({ plan, rank, context, lanes, place: arenas.place, share, settled });
+  const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled });
   check = () => {
     signal?.throwIfAborted();
     comm.check();
@@ -96,35 +96,35 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     return at >= 0 ? idle.splice(at, 1)[0]! : context.pin(Math.max(bytes, 4096));
   }
 
-  const backend: Backend = {
+  const backend: RankDevice = {
     zeroGradients() {
       const { at, bytes, span } = arenas.gradients;
       if (steps.mode() === "replay" || bytes === 0) return;
-      lanes.run({ reads: [], writes: [span] }, undefined, (s) => context.fillIn(at, 0, bytes, s));
+      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.fillIn(at, 0, bytes, s));
     },
-    compute(i, slot) {
+    compute(i, copy) {
       if (steps.mode() === "replay") return;
-      const slots = bound.get(i) ?? [];
-      bound.set(i, slots);
-      const { touch, issue } = (slots[slot] ??= bind(i, slot));
-      lanes.run(touch, { id: i.id, op: i.op, kernel: i.kernel }, issue);
+      const copies = bound.get(i) ?? [];
+      bound.set(i, copies);
+      const { touch, issue } = (copies[copy] ??= bind(i, copy));
+      streams.run(touch, { id: i.id, op: i.op, kernel: i.kernel }, issue);
     },
-    write(buffer, slot, data) {
-      const { at, bytes, span, count } = arenas.place(buffer.id, slot);
+    write(buffer, copy, data) {
+      const { at, bytes, span, count } = arenas.place(buffer.id, copy);
       if (data.length !== count) throw new Error(`rankc: ${data.length} values are written to ${buffer.id}, which holds ${count}`);
       const mode = steps.mode();
-      const staged = mode && steps.write(buffer, slot, bytes);
+      const staged = mode && steps.write(buffer, copy, bytes);
       const image = imageOf(buffer, data, staged?.into);
       if (mode === "replay") return;
-      lanes.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, staged?.at ?? image, bytes, s));
+      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, staged?.at ?? image, bytes, s));
     },
-    async read(buffer, slot) {
+    async read(buffer, copy) {
       if (steps.mode() === "capture" || steps.mode() === "replay")
         throw new Error(`rankc: ${buffer.id} is read within a step that is a graph: open with graph: false`);
-      const { at, bytes, span, count } = arenas.place(buffer.id, slot);
+      const { at, bytes, span, count } = arenas.place(buffer.id, copy);
       const pinned = borrow(bytes);
       const copied = context.createEvent("order");
-      lanes.run({ reads: [span], writes: [] }, undefined, (s) => {
+      streams.run({ reads: [span], writes: [] }, undefined, (s) => {
         context.copyOut(pinned.at, at, bytes, s);
         context.record(copied, s);
       });
@@ -138,36 +138,36 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
 
   return {
     ranks: [rank],
-    backend: () => backend,
+    rankDevice: () => backend,
     comm: {
-      move: (r, i, at) => steps.mode() === "replay" || comm.move(r, i, at),
+      collective: (r, i, at) => steps.mode() === "replay" || comm.collective(r, i, at),
       send: (r, i, at) => void (steps.mode() === "replay" || comm.send(r, i, at)),
       recv: (r, i, at) => steps.mode() === "replay" || comm.recv(r, i, at),
     },
     beginStep(microbatches) {
       broken = true;
-      lanes.join();
+      streams.join();
       const mode = steps.begin(microbatches);
-      lanes.begin(profile);
+      streams.begin(profile);
       return mode === "replay";
     },
     async finish() {
       const mode = steps.mode();
       if (mode !== "replay") {
-        lanes.join();
+        streams.join();
         for (const { place, at } of limits)
-          lanes.run({ reads: [place.span], writes: [] }, undefined, (s) => context.copyOut(found!.at + BigInt(at), place.at, 4, s));
+          streams.run({ reads: [place.span], writes: [] }, undefined, (s) => context.copyOut(found!.at + BigInt(at), place.at, 4, s));
       }
       if (mode) steps.end();
       await settled();
       check();
       broken = false;
       const counts = found && new Int32Array(found.bytes);
-      for (const [n, { limit }] of limits.entries()) if (counts![n]! > limit.bound) throw overBound(limit, rank, counts![n]!);
+      for (const [n, { limit }] of limits.entries()) if (counts![n]! > limit.bound) throw capacityExceeded(limit, rank, counts![n]!);
     },
     idle: () => steps.idle(),
-    profile: () => lanes.timed().map((t) => ({ rank, ...t })),
-    underWay: () => lanes.underWay(),
+    profile: () => streams.timed().map((t) => ({ rank, ...t })),
+    underWay: () => streams.underWay(),
     async close(error) {
       if (error || broken || signal?.aborted) {
         const aborted = comm.abort();
@@ -183,7 +183,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       }
       for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
       context.destroyEvent(done);
-      lanes.close();
+      streams.close();
       kernels.close();
       arenas.close();
       context.close();
@@ -219,7 +219,7 @@ function imageOf(b: Buffer, data: HostData, into?: (Type: Words) => InstanceType
     return image;
   }
   const image = into ? (into(Uint16Array) as Uint16Array) : new Uint16Array(data.length);
-  narrow(b.dtype, image, data as Float32Array);
+  encodeFloat16(b.dtype, image, data as Float32Array);
   return image;
 }
 /** A copy of what the device held. */
@@ -228,6 +228,6 @@ function dataOf(b: Buffer, bytes: ArrayBuffer, count: number): HostData {
   const image = new Type(bytes, 0, count);
   if (!(image instanceof Uint16Array)) return image.slice();
   const wide = new Float32Array(count);
-  widen(b.dtype, wide, image);
+  decodeFloat16(b.dtype, wide, image);
   return wide;
 }

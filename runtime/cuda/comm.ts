@@ -4,14 +4,14 @@
  * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
  */
 
-import type { How, Move, Plan, Transfer } from "../../schemas/plan.ts";
+import type { Collective, CollectiveKind, Plan, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, membersOf, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
+import { bytesOf, groupMembers, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
 import type { Comm } from "../backend.ts";
-import { moved, type Place } from "./arenas.ts";
+import { type DeviceRange, offsetPointer } from "./arenas.ts";
 import type { Context, Stream } from "./driver.ts";
 import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
-import type { Label, Lanes, Touch } from "./streams.ts";
+import type { Label, RankStreams, Touch } from "./streams.ts";
 
 /** Gives all members of a set of ranks what one of them makes. */
 export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;
@@ -48,7 +48,7 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
   for (const i of instructionsOf(program)) {
     if (i.kind === "send") for (let n = 0; n < (i.in_flight ?? 1); n++) sends.set(mailbox(i, n), bytes(i.buffer));
     if (
-      i.kind === "move" &&
+      i.kind === "collective" &&
       (i.how === "all_to_all" || i.how === "shift") &&
       buffers.get(i.from)!.kind === buffers.get(i.to)!.kind &&
       offsets[i.from] === offsets[i.to]
@@ -65,14 +65,14 @@ export interface CommNeeds {
   readonly plan: Plan;
   readonly rank: number;
   readonly context: Context;
-  readonly lanes: Lanes;
-  readonly place: (id: string, slot: number) => Place;
+  readonly streams: RankStreams;
+  readonly place: (id: string, copy: number) => DeviceRange;
   readonly share: Share;
   /** Waits until all that was issued is done. */
   readonly settled: () => Promise<void>;
 }
 
-export async function openComm({ plan, rank, context, lanes, place, share, settled }: CommNeeds): Promise<CudaComm> {
+export async function openComm({ plan, rank, context, streams, place, share, settled }: CommNeeds): Promise<CudaComm> {
   const { mesh } = plan;
   const stage = stageOfRank(mesh, rank);
   const local = numberInStage(mesh, rank);
@@ -81,7 +81,7 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
   const communicators = mesh.world > 1 ? await connect() : undefined;
   const mailboxes = new Map([...sends].map(([key, bytes]) => [key, context.alloc(bytes)]));
   const aside = spare > 0 ? context.alloc(spare) : undefined;
-  const collectives = lanes.lane("comm");
+  const collectives = streams.rankStream("comm");
 
   async function connect(): Promise<Communicators> {
     const everyone = Array.from({ length: mesh.world }, (_, r) => r);
@@ -94,8 +94,8 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       return own;
     };
     // all ranks split by the same list, in the same order, those also whose stage has no use for it
-    for (const { key, factors, stages } of groupings(plan)) {
-      const group = split(stages.has(stage) ? membersOf(mesh, local, factors).map((m) => rankAt(mesh, stage, m)) : undefined);
+    for (const { key, subAxes, stages } of groupings(plan)) {
+      const group = split(stages.has(stage) ? groupMembers(mesh, local, subAxes).map((m) => rankAt(mesh, stage, m)) : undefined);
       if (group) groups.set(key, group);
     }
     const channels = new Map<string, Communicator>();
@@ -105,33 +105,33 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       );
       if (pair) channels.set(key, pair);
     }
-    await greet(channels);
+    await warmUpChannels(channels);
     return { world, groups, channels, made };
   }
 
   /** NCCL connects two ranks when they first exchange, and the host waits for it: here, in one order on all ranks. */
-  async function greet(channels: ReadonlyMap<string, Communicator>): Promise<void> {
+  async function warmUpChannels(channels: ReadonlyMap<string, Communicator>): Promise<void> {
     const word = context.alloc(256);
     for (const { key, source, target } of channelsOf(plan)) {
-      if (stage === source) channels.get(key)!.send(word, 1, peerOf(source, target), lanes.compute.stream, "i32");
-      else if (stage === target) channels.get(key)!.recv(word, 1, peerOf(target, source), lanes.compute.stream, "i32");
+      if (stage === source) channels.get(key)!.send(word, 1, peerOf(source, target), streams.compute.stream, "i32");
+      else if (stage === target) channels.get(key)!.recv(word, 1, peerOf(target, source), streams.compute.stream, "i32");
       else continue;
       await settled();
     }
     context.free(word);
   }
 
-  const perform: Record<How, (group: Communicator, from: Place, to: Place, stream: Stream) => void> = {
+  const perform: Record<CollectiveKind, (group: Communicator, from: DeviceRange, to: DeviceRange, stream: Stream) => void> = {
     all_reduce: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum"),
     all_reduce_max: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "max"),
     // NCCL reads and writes one memory only where the rank's part has its place in the whole
     all_gather(group, from, to, stream) {
-      const own = from.at === to.at ? moved(to.at, group.rank * from.bytes) : from.at;
+      const own = from.at === to.at ? offsetPointer(to.at, group.rank * from.bytes) : from.at;
       if (own !== from.at) context.copy(own, from.at, from.bytes, stream);
       group.allGather(own, to.at, from.count, stream, from.dtype);
     },
     reduce_scatter(group, from, to, stream) {
-      const own = from.at === to.at ? moved(from.at, group.rank * to.bytes) : to.at;
+      const own = from.at === to.at ? offsetPointer(from.at, group.rank * to.bytes) : to.at;
       group.reduceScatter(from.at, own, to.count, stream, from.dtype);
       if (own !== to.at) context.copy(to.at, own, to.bytes, stream);
     },
@@ -146,29 +146,29 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
       group.shift(source, to.at, from.count, stream, from.dtype);
     },
   };
-  const labelOf = (i: Move | Transfer): Label => ({ id: i.id, op: i.kind === "move" ? i.how : i.kind, kernel: "" });
+  const labelOf = (i: Collective | Transfer): Label => ({ id: i.id, op: i.kind === "collective" ? i.how : i.kind, kernel: "" });
 
   return {
-    move(_, i, { slot }) {
-      const [from, to] = [place(i.from, slot), place(i.to, slot)];
+    collective(_, i, { copy }) {
+      const [from, to] = [place(i.from, copy), place(i.to, copy)];
       const touch: Touch = { reads: [from.span], writes: i.how === "reduce_scatter" && from.at === to.at ? [from.span] : [to.span] };
-      const group = i.world ? communicators?.world : communicators?.groups.get(keyOf(mesh, i.factors));
-      if (group) lanes.beside(collectives, touch, labelOf(i), (stream) => perform[i.how](group, from, to, stream));
-      else if (from.at !== to.at) lanes.run(touch, labelOf(i), (stream) => context.copy(to.at, from.at, from.bytes, stream));
+      const group = i.world ? communicators?.world : communicators?.groups.get(keyOf(mesh, i.subAxes));
+      if (group) streams.beside(collectives, touch, labelOf(i), (stream) => perform[i.how](group, from, to, stream));
+      else if (from.at !== to.at) streams.run(touch, labelOf(i), (stream) => context.copy(to.at, from.at, from.bytes, stream));
       return true;
     },
-    send(_, i, { slot, microbatch }) {
-      const from = place(i.buffer, slot);
+    send(_, i, { copy, microbatch }) {
+      const from = place(i.buffer, copy);
       const at = mailboxes.get(mailbox(i, microbatch))!;
       const box = [Number(at), Number(at) + from.bytes] as const;
-      lanes.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
-      lanes.beside(lanes.lane(`send ${i.peer} ${i.channel}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
+      streams.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
+      streams.beside(streams.rankStream(`send ${i.peer} ${i.channel}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
         communicators!.channels.get(channelKey(stage, i.peer, i))!.send(at, from.count, peerOf(stage, i.peer), stream, from.dtype),
       );
     },
-    recv(_, i, { slot }) {
-      const to = place(i.buffer, slot);
-      lanes.beside(lanes.lane(`recv ${i.peer} ${i.channel}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
+    recv(_, i, { copy }) {
+      const to = place(i.buffer, copy);
+      streams.beside(streams.rankStream(`recv ${i.peer} ${i.channel}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
         communicators!.channels.get(channelKey(i.peer, stage, i))!.recv(to.at, to.count, peerOf(stage, i.peer), stream, to.dtype),
       );
       return true;
@@ -190,22 +190,22 @@ export async function openComm({ plan, rank, context, lanes, place, share, settl
 const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
 
 /** Factors that make groups of more than one rank: those of one rank need no communicator. */
-const keyOf = ({ factors }: Plan["mesh"], fs: readonly number[]): string =>
+const keyOf = ({ subAxes }: Plan["mesh"], fs: readonly number[]): string =>
   fs
-    .filter((f) => factors[f]!.size > 1)
+    .filter((f) => subAxes[f]!.size > 1)
     .sort((a, b) => a - b)
     .join();
 
 /** The sets of factors that moves run over, each with the stages that use it; in an order that all ranks find. */
-function groupings(plan: Plan): { key: string; factors: number[]; stages: Set<number> }[] {
+function groupings(plan: Plan): { key: string; subAxes: number[]; stages: Set<number> }[] {
   const found = new Map<string, Set<number>>();
   for (const p of plan.programs)
     for (const i of instructionsOf(p)) {
-      if (i.kind !== "move" || i.world) continue;
-      const key = keyOf(plan.mesh, i.factors);
+      if (i.kind !== "collective" || i.world) continue;
+      const key = keyOf(plan.mesh, i.subAxes);
       if (key) found.set(key, (found.get(key) ?? new Set()).add(p.stage));
     }
-  return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, factors: key.split(",").map(Number), stages }));
+  return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, subAxes: key.split(",").map(Number), stages }));
 }
 
 interface Channel {
@@ -231,9 +231,9 @@ function channelsOf(plan: Plan): Channel[] {
 function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
   const { mesh } = plan;
   for (const i of instructionsOf(plan.programs[stage]!)) {
-    if (i.kind !== "move") continue;
+    if (i.kind !== "collective") continue;
     const [from, to] = [place(i.from, 0), place(i.to, 0)];
-    const g = i.world ? mesh.world : i.factors.reduce((n, f) => n * mesh.factors[f]!.size, 1);
+    const g = i.world ? mesh.world : i.subAxes.reduce((n, f) => n * mesh.subAxes[f]!.size, 1);
     const [a, b] =
       i.how === "all_gather"
         ? [from.count * g, to.count]

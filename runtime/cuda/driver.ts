@@ -11,13 +11,13 @@ export type DevicePointer = Handle<"memory">;
 export type Stream = Handle<"stream">;
 export type Event = Handle<"event">;
 type Module = Handle<"module">;
-export type Entry = Handle<"kernel">;
+export type KernelFunction = Handle<"kernel">;
 /** A captured graph, ready to be launched. */
-export type Graph = Handle<"graph">;
+export type ExecutableGraph = Handle<"graph">;
 /** Page-locked memory of the host: what copies read and write while the host goes on. */
 export type Pinned = { readonly at: bigint; readonly bytes: ArrayBuffer };
 
-export type Device = {
+export type CudaDevice = {
   readonly ordinal: number;
   readonly name: string;
   readonly uuid: string;
@@ -26,7 +26,7 @@ export type Device = {
   readonly sm: number;
 };
 type Extent = readonly [x: number, y?: number, z?: number];
-export type Launch = {
+export type KernelLaunch = {
   readonly grid: Extent;
   readonly block: Extent;
   /** Bytes of dynamic shared memory. */
@@ -46,12 +46,12 @@ export type Driver = {
   readonly path: string;
   /** The newest CUDA that the driver serves: "13.0". */
   readonly version: string;
-  readonly devices: readonly Device[];
+  readonly devices: readonly CudaDevice[];
   /** Makes the device's primary context current in this thread. */
-  readonly open: (device: Device) => Context;
+  readonly open: (device: CudaDevice) => Context;
 };
 export type Context = {
-  readonly device: Device;
+  readonly device: CudaDevice;
   /** Bytes of shared memory that one block may have, if it asks. */
   readonly sharedLimit: number;
   readonly alloc: (bytes: number) => DevicePointer;
@@ -81,18 +81,18 @@ export type Context = {
   readonly elapsed: (from: Event, to: Event) => number;
   /** From here on, this thread's calls into the stream, and into those that wait for it, are kept rather than run. */
   readonly beginCapture: (stream: Stream) => void;
-  readonly endCapture: (stream: Stream) => Graph;
-  readonly replay: (graph: Graph, stream: Stream) => void;
-  readonly destroyGraph: (graph: Graph) => void;
+  readonly endCapture: (stream: Stream) => ExecutableGraph;
+  readonly replay: (graph: ExecutableGraph, stream: Stream) => void;
+  readonly destroyGraph: (graph: ExecutableGraph) => void;
   /** A module from a cubin, or from PTX that ends in a zero byte. */
   readonly load: (image: Uint8Array) => Module;
   readonly unload: (module: Module) => void;
-  readonly kernel: (module: Module, name: string) => Entry;
+  readonly kernel: (module: Module, name: string) => KernelFunction;
   /** Bytes of shared memory that the kernel has of itself. */
-  readonly sharedOf: (kernel: Entry) => number;
+  readonly sharedOf: (kernel: KernelFunction) => number;
   /** Lets launches ask for that many bytes of dynamic shared memory; without it they get 48 KiB. */
-  readonly allowShared: (kernel: Entry, bytes: number) => void;
-  readonly launch: (kernel: Entry, how: Launch, params: Params) => void;
+  readonly allowShared: (kernel: KernelFunction, bytes: number) => void;
+  readonly launch: (kernel: KernelFunction, how: KernelLaunch, params: Params) => void;
   /** The 128 bytes that a kernel takes as a CUtensorMap. */
   readonly encodeTiled: (tiled: Tiled) => Uint8Array;
   /** Waits for one stream, or for the whole device. */
@@ -201,7 +201,7 @@ function openDriver(): Driver {
   >;
   const { out, pointer } = koffi();
   const describe = ["cuGetErrorName", "cuGetErrorString"].map((name) => handle.func(name, "int", ["int", out(pointer("str"))]));
-  const complain = (name: Call, code: number): never => {
+  const fail = (name: Call, code: number): never => {
     const [symbol, text] = describe.map((by) => {
       const said: (string | null)[] = [null];
       by(code, said);
@@ -213,12 +213,12 @@ function openDriver(): Driver {
   const call: Calls = Object.assign(
     (name: Call, ...args: readonly unknown[]): void => {
       const code: number = bound[name](...args);
-      if (code !== 0) complain(name, code);
+      if (code !== 0) fail(name, code);
     },
     {
       unready: (name: Call, ...args: readonly unknown[]): boolean => {
         const code: number = bound[name](...args);
-        if (code !== 0 && code !== CUDA_ERROR_NOT_READY) complain(name, code);
+        if (code !== 0 && code !== CUDA_ERROR_NOT_READY) fail(name, code);
         return code !== 0;
       },
     },
@@ -246,7 +246,7 @@ function openDriver(): Driver {
   };
 }
 
-function readDevice(call: Calls, int: (name: Call, ...args: readonly unknown[]) => number, ordinal: number): Device {
+function readDevice(call: Calls, int: (name: Call, ...args: readonly unknown[]) => number, ordinal: number): CudaDevice {
   const device = int("cuDeviceGet", ordinal);
   const name = new Uint8Array(256);
   call("cuDeviceGetName", name, name.length, device);
@@ -282,7 +282,7 @@ const tensorMapBytes = 128;
 /** Bytes of a kernel's parameters: the driver's limit since sm_70; and how many there may be. */
 const [paramLimit, mostParams] = [32_764, 256];
 
-function openContext(call: Calls, device: Device, cuDevice: number, sharedLimit: number): Context {
+function openContext(call: Calls, device: CudaDevice, cuDevice: number, sharedLimit: number): Context {
   const handle = <Kind extends string>(name: Call, ...args: readonly unknown[]): Handle<Kind> => {
     const into = new BigUint64Array(1);
     call(name, into, ...args);

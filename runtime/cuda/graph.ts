@@ -5,7 +5,7 @@
  * microbatches all of this begins anew, in place of the graph before: batches grow, and no number comes again.
  */
 import type { Buffer } from "../../schemas/plan.ts";
-import type { Context, Event, Graph, Pinned, Stream } from "./driver.ts";
+import type { Context, Event, ExecutableGraph, Pinned, Stream } from "./driver.ts";
 
 /** issue: calls go to the device. capture: they go into the graph. replay: they are in the graph already. */
 export type Mode = "issue" | "capture" | "replay";
@@ -16,13 +16,13 @@ const pinnedAtOnce = 1 << 20;
 export function openSteps(context: Context, stream: Stream, { graph: wanted }: { readonly graph: boolean }) {
   let steps = 0;
   let mode: Mode | undefined;
-  let graph: Graph | undefined;
+  let graph: ExecutableGraph | undefined;
   let microbatches: number | undefined;
   /** Whether `writes` are those of an earlier step, which this one must repeat. */
   let known = false;
   let writes: {
     readonly buffer: Buffer;
-    readonly slot: number;
+    readonly copy: number;
     readonly bytes: number;
     readonly at: bigint;
     readonly staged: ArrayBuffer;
@@ -70,14 +70,14 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       return mode;
     },
     /** The pinned place of the next write of this step. The same writes must come in every step. */
-    write(buffer: Buffer, slot: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
+    write(buffer: Buffer, copy: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
       const before = writes[next];
-      if (before && (before.buffer !== buffer || before.slot !== slot || before.bytes !== bytes))
+      if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
         throw new Error(
-          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${slot}), and was ${before.buffer.id} (slot ${before.slot})`,
+          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${copy}), and was ${before.buffer.id} (slot ${before.copy})`,
         );
       if (!before && known) throw new Error(`rankc: step ${steps} writes ${buffer.id}, and steps before it did not`);
-      const write = before ?? { buffer, slot, bytes, ...stage(bytes) };
+      const write = before ?? { buffer, copy, bytes, ...stage(bytes) };
       if (!before) writes.push(write);
       next++;
       return { at: write.at, into: (Type) => new Type(write.staged, write.from, bytes / Type.BYTES_PER_ELEMENT) };

@@ -11,7 +11,7 @@ import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder } from "../../schemas/writing.ts";
-import type { Context, Device, Entry } from "./driver.ts";
+import type { Context, CudaDevice, KernelFunction } from "./driver.ts";
 import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
 
 /** How all sources are compiled, by NVRTC as by nvcc, beside the architecture. */
@@ -29,14 +29,14 @@ export interface KernelFiles {
   /** A cubin beside the plan, where there is one. */
   readonly cubin?: (file: string) => Uint8Array | undefined;
 }
-export interface Kernels {
+export interface LoadedKernels {
   /** The function of one launch of a kernel. */
-  readonly entry: (kernel: Kernel, launch: Launch) => Entry;
+  readonly entry: (kernel: Kernel, launch: Launch) => KernelFunction;
   readonly close: () => void;
 }
 
 /** The architecture a plan is compiled for; a Trouble where the device is another. */
-export function archFor(plan: Plan, device: Device): string {
+export function archFor(plan: Plan, device: CudaDevice): string {
   const [kind, arch = ""] = plan.toolchain.target.split(":");
   if (kind !== "cuda")
     throw new Trouble(
@@ -64,13 +64,13 @@ export async function loadKernels(
     files,
     rank,
   }: { readonly plan: Plan; readonly ids: ReadonlySet<string>; readonly files: KernelFiles; readonly rank: number },
-): Promise<Kernels> {
+): Promise<LoadedKernels> {
   const arch = archFor(plan, context.device);
   const used = plan.kernels.filter((k) => ids.has(k.id));
   const first = Math.floor(((rank % plan.mesh.gpus_per_node) * used.length) / plan.mesh.gpus_per_node);
   const queue = [...used.slice(first), ...used.slice(0, first)];
   const modules = new Map<string, ReturnType<Context["load"]>>();
-  const entries = new Map<string, Entry>();
+  const entries = new Map<string, KernelFunction>();
 
   async function load(kernel: Kernel): Promise<void> {
     const image = (kernel.cubin && files.cubin?.(kernel.cubin.file)) ?? (await compiled(kernel, arch, files.source(kernel.source!.file)));
@@ -103,7 +103,7 @@ export async function loadKernels(
 /** What a launch may ask for without a word: 48 KiB, static shared memory included. */
 const sharedUnasked = 48 << 10;
 
-function allowShared(context: Context, name: string, entry: Entry, bytes: number): void {
+function allowShared(context: Context, name: string, entry: KernelFunction, bytes: number): void {
   const own = context.sharedOf(entry);
   if (own + bytes <= sharedUnasked) return;
   if (own + bytes > context.sharedLimit)

@@ -4,10 +4,10 @@
  */
 
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
-import { numberInStage, stageOfRank, startIn } from "../../schemas/sharding.ts";
-import type { Arenas, Place } from "./arenas.ts";
+import { globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
+import type { CudaArenas, DeviceRange } from "./arenas.ts";
 import { type Context, packParams, type Stream } from "./driver.ts";
-import { type Kernels, named } from "./kernels.ts";
+import { type LoadedKernels, named } from "./kernels.ts";
 import type { Touch } from "./streams.ts";
 
 export interface Bound {
@@ -19,19 +19,19 @@ export interface Ground {
   readonly plan: Plan;
   readonly rank: number;
   readonly context: Context;
-  readonly arenas: Arenas;
-  readonly kernels: Kernels;
+  readonly arenas: CudaArenas;
+  readonly kernels: LoadedKernels;
 }
 
 /** Binds instructions to the memory of a rank. */
-export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, slot: number) => Bound {
+export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
   const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
 
-  return (i, slot) => {
+  return (i, copy) => {
     const kernel = byId.get(i.kernel)!;
-    const place = (id: string): Place => arenas.place(id, slot);
+    const place = (id: string): DeviceRange => arenas.place(id, copy);
     const operands = { ...i.reads, ...i.writes };
     const rows =
       i.rows ??
@@ -54,7 +54,7 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
       if (what === "scratch+") return arenas.scratch(Number(of));
       if (what === "attr(") return i.attrs[of!]! | 0;
       if (what === undefined) return pointer(arg);
-      return startIn(plan.mesh, i, of!, numberInStage(plan.mesh, rank));
+      return globalStart(plan.mesh, i, of!, numberInStage(plan.mesh, rank));
     };
     const launches = kernel.launches.map((l) => ({
       entry: kernels.entry(kernel, l),

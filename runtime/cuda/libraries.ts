@@ -12,7 +12,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 export type Library = "cuda" | "nvrtc" | "nccl";
 
 export type Attempt = { readonly place: string; readonly failed: string };
-export type Found = {
+export type FoundLibrary = {
   readonly path: string;
   readonly handle: LibraryHandle;
   /** What it loads by itself, and only if that is loaded already or on the loader's path. */
@@ -60,7 +60,7 @@ export function koffi(): typeof import("koffi") {
 }
 
 /** The library, open; throws a Trouble that says every place tried. */
-export function openLibrary(library: Library): Found {
+export function openLibrary(library: Library): FoundLibrary {
   const found = findLibrary(library);
   if ("handle" in found) return found;
   const tried = found.tried.map(({ place, failed }) => `\n  ${place}: ${failed}`).join("");
@@ -68,9 +68,9 @@ export function openLibrary(library: Library): Found {
 }
 
 /** What was found stays open, and stays what it is: the loader answers a bare name with what is loaded already. */
-const inUse = new Map<string, Found>();
+const inUse = new Map<string, FoundLibrary>();
 
-export function findLibrary(library: Library): Found | Missing {
+export function findLibrary(library: Library): FoundLibrary | Missing {
   const named = process.env[libraries[library].env];
   const key = `${library} ${named ?? ""}`;
   const result = inUse.get(key) ?? lookFor(library, named);
@@ -78,7 +78,7 @@ export function findLibrary(library: Library): Found | Missing {
   return result;
 }
 
-function lookFor(library: Library, named: string | undefined): Found | Missing {
+function lookFor(library: Library, named: string | undefined): FoundLibrary | Missing {
   const { env, files, what, fix } = libraries[library];
   if (named) {
     const opened = open(library, named);
@@ -102,7 +102,7 @@ function lookFor(library: Library, named: string | undefined): Found | Missing {
 }
 
 /** The open library, or why it is none. */
-function open(library: Library, path: string): Found | string {
+function open(library: Library, path: string): FoundLibrary | string {
   const { load } = koffi();
   const { probe, companion } = libraries[library];
   const beside = companion === undefined || !path.includes("/") ? [] : newestFirst(dirname(path), companion);
@@ -125,11 +125,11 @@ function open(library: Library, path: string): Found | string {
 
 const firstLine = (error: unknown): string => (error instanceof Error ? error.message : String(error)).split("\n")[0]!;
 
-type Place = { readonly place: string; readonly paths: readonly string[] };
+type LibraryPath = { readonly place: string; readonly paths: readonly string[] };
 
-function* places(library: Library): Generator<Place> {
+function* places(library: Library): Generator<LibraryPath> {
   const { files } = libraries[library];
-  const within = (place: string, folders: readonly string[]): Place => ({
+  const within = (place: string, folders: readonly string[]): LibraryPath => ({
     place,
     paths: folders.flatMap((folder) => files.map((file) => join(folder, file))).filter((path) => existsSync(path)),
   });

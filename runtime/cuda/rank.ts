@@ -6,8 +6,8 @@
 import type { Plan } from "../../schemas/plan.ts";
 import { numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Fleet } from "../backend.ts";
-import { type Env, ordinalOf, type Place, placeOf } from "../launch/place.ts";
+import type { LocalRanks } from "../backend.ts";
+import { type Env, ordinalOf, placeOf, type RankPlace } from "../launch/place.ts";
 import { join, launcherOf, type Meeting, timesOf } from "../launch/rendezvous.ts";
 import { openCuda } from "./backend.ts";
 import { driver } from "./driver.ts";
@@ -23,7 +23,7 @@ export interface RankSettings {
 }
 
 /** Throws a Trouble where the environment names no place for this process, and the plan has more than one rank. */
-export async function openRank(plan: Plan, { files, env, version, ...how }: RankSettings): Promise<Fleet> {
+export async function openRank(plan: Plan, { files, env, version, ...how }: RankSettings): Promise<LocalRanks> {
   const { world } = plan.mesh;
   const place = placeOf(env, world);
   if (!place && world > 1)
@@ -38,15 +38,15 @@ export async function openRank(plan: Plan, { files, env, version, ...how }: Rank
   const rank = place?.rank ?? 0;
   try {
     const share = meeting ? meeting.share : async (_: string, __: readonly number[], make: () => Uint8Array) => make();
-    const fleet = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how });
-    return meeting ? together(plan, rank, fleet, meeting) : fleet;
+    const localRanks = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how });
+    return meeting ? together(plan, rank, localRanks, meeting) : localRanks;
   } catch (error) {
     await meeting?.fail((error as Error).message);
     throw error;
   }
 }
 
-const meet = ({ digests, mesh }: Plan, place: Place, env: Env, version: string, over: AbortController): Promise<Meeting> =>
+const meet = ({ digests, mesh }: Plan, place: RankPlace, env: Env, version: string, over: AbortController): Promise<Meeting> =>
   join({
     ...{ rank: place.rank, world: mesh.world, address: place.address, port: place.port, token: place.token },
     ...{ plan: digests.plan, version, times: timesOf(env), ...launcherOf(env) },
@@ -54,30 +54,30 @@ const meet = ({ digests, mesh }: Plan, place: Place, env: Env, version: string, 
   });
 
 /** The fleet of one rank, which the others hear of. */
-function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting): Fleet {
+function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting: Meeting): LocalRanks {
   let step = 0;
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
   const leaders = ranks.filter((r) => numberInStage(mesh, r) === 0);
-  const { comm } = fleet;
-  const own = fleet.backend(rank);
+  const { comm } = localRanks;
+  const own = localRanks.rankDevice(rank);
   const backend = {
     ...own,
-    compute(...[i, slot]: Parameters<typeof own.compute>) {
+    compute(...[i, copy]: Parameters<typeof own.compute>) {
       meeting.report(i.id);
-      own.compute(i, slot);
+      own.compute(i, copy);
     },
-    read(...[buffer, slot]: Parameters<typeof own.read>) {
+    read(...[buffer, copy]: Parameters<typeof own.read>) {
       meeting.report(`reading ${buffer.id}`);
-      return own.read(buffer, slot);
+      return own.read(buffer, copy);
     },
   };
   return {
-    ...fleet,
-    backend: () => backend,
+    ...localRanks,
+    rankDevice: () => backend,
     comm: {
-      move(r, i, at) {
+      collective(r, i, at) {
         meeting.report(`${i.id} (${i.name} over ${i.axes}), ${at.tag}`);
-        return comm.move(r, i, at);
+        return comm.collective(r, i, at);
       },
       send(r, i, at) {
         meeting.report(`${i.id} to stage ${i.peer}, ${at.tag}`);
@@ -92,7 +92,7 @@ function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting):
     stop: () => meeting.stop(),
     async finish() {
       meeting.report("the end of the step");
-      await fleet.finish();
+      await localRanks.finish();
     },
     /** Every stage's first rank tells its own; they add up in the order of the stages. */
     async combine(values) {
@@ -112,7 +112,7 @@ function together({ mesh }: Plan, rank: number, fleet: Fleet, meeting: Meeting):
     async close(error) {
       // the others hear of it first: what this device is in the midst of may not end before they stop
       if (error) await meeting.fail(error.message);
-      await fleet.close(error);
+      await localRanks.close(error);
       if (!error) await meeting.close();
     },
   };

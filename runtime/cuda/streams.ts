@@ -17,7 +17,7 @@ export interface Label {
   /** Empty for what is no kernel. */
   readonly kernel: string;
 }
-export interface Lane {
+export interface RankStream {
   readonly name: string;
   readonly stream: Stream;
 }
@@ -27,22 +27,22 @@ export interface Timed extends Label {
   readonly end_us: number;
 }
 
-interface OwnLane extends Lane {
+interface OwnLane extends RankStream {
   /** How much compute had been issued when this lane last waited for it. */
   seen: number;
 }
 interface Pending extends Touch {
-  readonly lane: OwnLane;
+  readonly rankStream: OwnLane;
   readonly order: number;
   readonly event: Event;
 }
 
-export type Lanes = ReturnType<typeof openLanes>;
+export type RankStreams = ReturnType<typeof openStreams>;
 
-export function openLanes(context: Context) {
+export function openStreams(context: Context) {
   const open = (name: string): OwnLane => ({ name, stream: context.createStream(), seen: -1 });
   const compute = open("compute");
-  const lanes = new Map([[compute.name, compute]]);
+  const streams = new Map([[compute.name, compute]]);
   const computed = context.createEvent("order");
   /** Work of other lanes that compute has not waited for, in the order of issue. */
   let pending: Pending[] = [];
@@ -50,41 +50,41 @@ export function openLanes(context: Context) {
   let issued = 0;
   let order = 0;
   let timing:
-    | { readonly began: Event; readonly marks: { label: Label; lane: Lane; from: Event; to: Event }[]; readonly spare: Event[] }
+    | { readonly began: Event; readonly marks: { label: Label; rankStream: RankStream; from: Event; to: Event }[]; readonly spare: Event[] }
     | undefined;
 
   const event = (): Event => spare.pop() ?? context.createEvent("order");
   const clock = (): Event => timing!.spare.pop() ?? context.createEvent();
 
   /** The stream waits for what touches the same bytes on other lanes: for the last of each, those before it are done then too. */
-  function waitFor(lane: OwnLane, touch: Touch | "everything"): void {
+  function waitFor(rankStream: OwnLane, touch: Touch | "everything"): void {
     const last = new Map<OwnLane, Pending>();
-    for (const p of pending) if (p.lane !== lane && (touch === "everything" || conflict(p, touch))) last.set(p.lane, p);
-    for (const p of last.values()) context.wait(lane.stream, p.event);
-    if (lane !== compute || last.size === 0) return;
-    const over = (p: Pending): boolean => p.order <= (last.get(p.lane)?.order ?? -1);
+    for (const p of pending) if (p.rankStream !== rankStream && (touch === "everything" || conflict(p, touch))) last.set(p.rankStream, p);
+    for (const p of last.values()) context.wait(rankStream.stream, p.event);
+    if (rankStream !== compute || last.size === 0) return;
+    const over = (p: Pending): boolean => p.order <= (last.get(p.rankStream)?.order ?? -1);
     spare.push(...pending.filter(over).map((p) => p.event));
     pending = pending.filter((p) => !over(p));
   }
 
-  function timed(label: Label | undefined, lane: Lane, issue: (stream: Stream) => void): void {
+  function timed(label: Label | undefined, rankStream: RankStream, issue: (stream: Stream) => void): void {
     if (!timing || !label) {
-      issue(lane.stream);
+      issue(rankStream.stream);
       return;
     }
     const [from, to] = [clock(), clock()];
-    context.record(from, lane.stream);
-    issue(lane.stream);
-    context.record(to, lane.stream);
-    timing.marks.push({ label, lane, from, to });
+    context.record(from, rankStream.stream);
+    issue(rankStream.stream);
+    context.record(to, rankStream.stream);
+    timing.marks.push({ label, rankStream, from, to });
   }
 
   return {
-    compute: compute as Lane,
+    compute: compute as RankStream,
     /** A lane by its name, made when first asked for. */
-    lane(name: string): Lane {
-      const known = lanes.get(name) ?? open(name);
-      lanes.set(name, known);
+    rankStream(name: string): RankStream {
+      const known = streams.get(name) ?? open(name);
+      streams.set(name, known);
       return known;
     },
     /** Issues work on the compute lane. */
@@ -94,8 +94,8 @@ export function openLanes(context: Context) {
       timed(label, compute, issue);
     },
     /** Issues work beside compute: after all compute issued so far, and after what touches the same bytes on other lanes. */
-    beside(lane: Lane, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
-      const own = lanes.get(lane.name)!;
+    beside(rankStream: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
+      const own = streams.get(rankStream.name)!;
       if (own.seen !== issued) {
         context.record(computed, compute.stream);
         context.wait(own.stream, computed);
@@ -105,7 +105,7 @@ export function openLanes(context: Context) {
       timed(label, own, issue);
       const done = event();
       context.record(done, own.stream);
-      pending.push({ ...touch, lane: own, order: order++, event: done });
+      pending.push({ ...touch, rankStream: own, order: order++, event: done });
     },
     /** Compute goes no further before all lanes are done. */
     join(): void {
@@ -113,7 +113,7 @@ export function openLanes(context: Context) {
     },
     /** Forgets what was issued before: it is done, and a capture must not wait for it. */
     begin(profile: boolean): void {
-      for (const lane of lanes.values()) lane.seen = -1;
+      for (const rankStream of streams.values()) rankStream.seen = -1;
       if (timing) timing.spare.push(timing.began, ...timing.marks.flatMap(({ from, to }) => [from, to]));
       const kept = timing?.spare ?? [];
       timing = undefined;
@@ -124,9 +124,9 @@ export function openLanes(context: Context) {
     /** Since the last `begin(true)`, when all is done: what ran where, and when, in the order of issue. */
     timed: (): Timed[] =>
       timing
-        ? timing.marks.map(({ label, lane, from, to }) => ({
+        ? timing.marks.map(({ label, rankStream, from, to }) => ({
             ...label,
-            stream: lane.name,
+            stream: rankStream.name,
             begin_us: 1000 * context.elapsed(timing!.began, from),
             end_us: 1000 * context.elapsed(timing!.began, to),
           }))
@@ -136,7 +136,7 @@ export function openLanes(context: Context) {
     close(): void {
       const clocks = timing ? [timing.began, ...timing.spare, ...timing.marks.flatMap(({ from, to }) => [from, to])] : [];
       for (const e of [...spare, ...clocks, ...pending.map((p) => p.event), computed]) context.destroyEvent(e);
-      for (const lane of lanes.values()) context.destroyStream(lane.stream);
+      for (const rankStream of streams.values()) context.destroyStream(rankStream.stream);
     },
   };
 }

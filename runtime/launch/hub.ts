@@ -9,7 +9,7 @@ import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { isLoopback } from "./place.ts";
 import { rankList, ranksText } from "./rankList.ts";
-import { type Line, limits, line, proves, ToHub, type ToRank } from "./wire.ts";
+import { type FramedConnection, framedConnection, limits, proves, ToHub, type ToRank } from "./wire.ts";
 
 /** Times in milliseconds. */
 export interface HubSettings {
@@ -26,13 +26,13 @@ export interface HubSettings {
   readonly hang: number;
 }
 
-interface Guest {
+interface Peer {
   readonly rank: number;
   readonly host: string;
   readonly pid: number;
   readonly version: string;
   readonly plan: string;
-  readonly line: Line<ToRank>;
+  readonly line: FramedConnection<ToRank>;
   heard: number;
   reports: number;
   moved: number;
@@ -49,7 +49,7 @@ export interface Hub {
 /** Resolves once it listens. Throws a Trouble where the port cannot be had. */
 export async function openHub(settings: HubSettings): Promise<Hub> {
   const { world, port, token, beat, lost, hang } = settings;
-  const guests = new Map<number, Guest>();
+  const peers = new Map<number, Peer>();
   /** Connections that have not proved the token, by the address they come from; the oldest first. */
   const strangers = new Map<Socket, string>();
   const turnedAway = new Map<string, number>();
@@ -59,20 +59,20 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   let stopping = false;
   let ticked = performance.now();
 
-  const server = createServer((socket) => greet(socket));
+  const server = createServer((socket) => onConnection(socket));
   await listen(server, settings);
   const patience = setTimeout(() => giveUp(), settings.timeout);
-  const watch = setInterval(() => look(), beat);
+  const watch = setInterval(() => checkPeers(), beat);
 
-  function greet(socket: Socket): void {
+  function onConnection(socket: Socket): void {
     const nonce = randomBytes(16).toString("hex");
-    let guest: Guest | undefined;
+    let peer: Peer | undefined;
     const from = socket.remoteAddress ?? "an unknown address";
     makeRoom(from);
     strangers.set(socket, from);
-    const hurry = setTimeout(() => socket.destroy(), HANDSHAKE);
+    const handshakeTimeout = setTimeout(() => socket.destroy(), HANDSHAKE);
     const done = (): void => {
-      clearTimeout(hurry);
+      clearTimeout(handshakeTimeout);
       strangers.delete(socket);
     };
     socket.once("close", done);
@@ -80,27 +80,27 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
       const said = `${why} (from ${from})`;
       if (turnedAway.size < 20 || turnedAway.has(said)) turnedAway.set(said, (turnedAway.get(said) ?? 0) + 1);
     };
-    const guestLine = line<ToHub, ToRank>(socket, ToHub, {
+    const peerLine = framedConnection<ToHub, ToRank>(socket, ToHub, {
       limit: limits.stranger,
       ended: (problem) => {
-        if (guest) lose(guest, problem);
+        if (peer) peerLost(peer, problem);
         else if (problem) turnAway(problem);
       },
       heard: (message, data) => {
-        if (guest) return hear(guest, message, data);
+        if (peer) return onMessage(peer, message, data);
         if (message.kind !== "hello") return socket.destroy();
         if (!proves(message.proof, token, nonce)) {
           turnAway("another token than this run's");
-          guestLine.send({ kind: "refused", ...otherToken });
-          guestLine.cut();
+          peerLine.send({ kind: "refused", ...otherToken });
+          peerLine.cut();
           return;
         }
         done();
-        guestLine.allow(limits.member);
-        guest = admit(message, guestLine);
+        peerLine.allow(limits.member);
+        peer = admit(message, peerLine);
       },
     });
-    guestLine.send({ kind: "nonce", nonce });
+    peerLine.send({ kind: "nonce", nonce });
   }
 
   /**
@@ -120,10 +120,10 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   }
 
   /** Knows the token: from here on what is wrong is wrong with this run, and ends it for all. */
-  function admit(hello: Extract<ToHub, { kind: "hello" }>, guestLine: Line<ToRank>): Guest | undefined {
+  function admit(hello: Extract<ToHub, { kind: "hello" }>, peerLine: FramedConnection<ToRank>): Peer | undefined {
     const { rank, pid, plan } = hello;
     const [host, version] = [printable(hello.host), printable(hello.version)];
-    const first = guests.get(rank);
+    const first = peers.get(rank);
     const problem =
       hello.world !== world
         ? `rank ${rank} on ${host} was started in a world of ${hello.world}, rank 0 in one of ${world}`
@@ -134,25 +134,25 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
             : undefined;
     if (phase !== "gathering" || problem) {
       const { text, fix } = verdict ?? { text: problem ?? "the run is over", fix: "start each rank once, all with the same world size" };
-      refuse(guestLine, text, fix);
+      refuse(peerLine, text, fix);
       // a run that goes well is not ended by a latecomer
       if (phase === "gathering") failAll(text, fix);
       return undefined;
     }
     const now = performance.now();
-    const guest: Guest = {
-      ...{ rank, host, pid, version, plan, line: guestLine },
+    const peer: Peer = {
+      ...{ rank, host, pid, version, plan, line: peerLine },
       ...{ heard: now, reports: 0, moved: now, step: 0, at: "", left: false, begun: undefined },
     };
-    guests.set(rank, guest);
-    guestLine.send({ kind: "accepted" });
-    if (guests.size === world) start();
-    return guest;
+    peers.set(rank, peer);
+    peerLine.send({ kind: "accepted" });
+    if (peers.size === world) start();
+    return peer;
   }
 
   function start(): void {
     clearTimeout(patience);
-    const all = [...guests.values()];
+    const all = [...peers.values()];
     const version = differing(all, ({ version }) => version);
     const plan = differing(all, ({ plan }) => plan.slice(0, 16));
     if (version) failAll(`the ranks do not run the same rankc: ${version}`, "install one version on all hosts");
@@ -163,7 +163,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   }
 
   function giveUp(): void {
-    const missing = Array.from({ length: world }, (_, r) => r).filter((r) => !guests.has(r));
+    const missing = Array.from({ length: world }, (_, r) => r).filter((r) => !peers.has(r));
     const others = [...turnedAway].map(([why, times]) => `\n  turned away ${times === 1 ? "once" : `${times} times`}: ${why}`);
     failAll(
       `${ranksText(missing)} of ${world} did not come to rank 0 at ${settings.address}:${port} within ${seconds(settings.timeout)}${others.join("")}`,
@@ -171,80 +171,80 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     );
   }
 
-  const hear = (guest: Guest, message: ToHub, data: Uint8Array): void => {
+  const onMessage = (peer: Peer, message: ToHub, data: Uint8Array): void => {
     if (phase === "over") return;
-    guest.heard = performance.now();
-    heard[message.kind](guest, message as never, data);
+    peer.heard = performance.now();
+    heard[message.kind](peer, message as never, data);
   };
-  const heard: { [K in ToHub["kind"]]: (guest: Guest, message: Extract<ToHub, { kind: K }>, data: Uint8Array) => void } = {
-    hello: (guest) => abort(`${nameOf(guest)} said hello twice`),
-    beat: (guest, { reports, step, text: at }) => {
-      if (reports !== guest.reports) guest.moved = guest.heard;
-      Object.assign(guest, { reports, step, at });
+  const heard: { [K in ToHub["kind"]]: (peer: Peer, message: Extract<ToHub, { kind: K }>, data: Uint8Array) => void } = {
+    hello: (peer) => abort(`${nameOf(peer)} said hello twice`),
+    beat: (peer, { reports, step, text: at }) => {
+      if (reports !== peer.reports) peer.moved = peer.heard;
+      Object.assign(peer, { reports, step, at });
     },
-    share: (guest, message, data) => {
-      for (const member of message.members) if (member !== guest.rank) guests.get(member)?.line.send(message, data);
+    share: (peer, message, data) => {
+      for (const member of message.members) if (member !== peer.rank) peers.get(member)?.line.send(message, data);
     },
     barrier: ({ rank }, { name }) => {
       const waiting = barriers.get(name) ?? new Set();
       barriers.set(name, waiting.add(rank));
       if (waiting.size < world) return expectReachable();
       barriers.delete(name);
-      for (const { line } of guests.values()) line.send({ kind: "release", name });
+      for (const { line } of peers.values()) line.send({ kind: "release", name });
     },
-    fail: (guest, { text, step, at }) => {
-      Object.assign(guest, { step, at, left: true });
-      guest.line.send({ kind: "bye" });
-      abort(`${nameOf(guest)} failed: ${text}`);
+    fail: (peer, { text, step, at }) => {
+      Object.assign(peer, { step, at, left: true });
+      peer.line.send({ kind: "bye" });
+      abort(`${nameOf(peer)} failed: ${text}`);
     },
     stop: () => {
       // once: a rank that was held names a step that it then does not run
-      if (!stopping) for (const { line } of guests.values()) line.send({ kind: "hold" });
+      if (!stopping) for (const { line } of peers.values()) line.send({ kind: "hold" });
       stopping = true;
     },
-    begun: (guest, { step }) => {
-      guest.begun = step;
+    begun: (peer, { step }) => {
+      peer.begun = step;
       agreeOnLast();
     },
-    bye: (guest) => {
-      guest.left = true;
-      if (guest.rank !== 0) guest.line.send({ kind: "bye" });
+    bye: (peer) => {
+      peer.left = true;
+      if (peer.rank !== 0) peer.line.send({ kind: "bye" });
       expectReachable();
       agreeOnLast();
       // rank 0 leaves last: the hub goes with it
-      if ([...guests.values()].every(({ left }) => left)) guests.get(0)!.line.send({ kind: "bye" });
+      if ([...peers.values()].every(({ left }) => left)) peers.get(0)!.line.send({ kind: "bye" });
     },
   };
 
   function agreeOnLast(): void {
-    const steps = [...guests.values()].map(({ begun, left }) => (left ? 0 : begun));
+    const steps = [...peers.values()].map(({ begun, left }) => (left ? 0 : begun));
     if (!stopping || steps.includes(undefined)) return;
     const step = Math.max(...(steps as number[]));
-    for (const { line } of guests.values()) line.send({ kind: "last", step });
+    for (const { line } of peers.values()) line.send({ kind: "last", step });
   }
 
   function expectReachable(): void {
-    const left = [...guests.values()].filter((guest) => guest.left).map(({ rank }) => rank);
+    const left = [...peers.values()].filter((peer) => peer.left).map(({ rank }) => rank);
     if (left.length === 0) return;
     for (const [name, waiting] of barriers)
       if (phase !== "over") abort(`${ranksText([...waiting])} wait at "${name}", where ${ranksText(left)} will not come: they have ended`);
   }
 
-  function lose(guest: Guest, problem?: string): void {
-    if (guest.left || phase === "over") return;
-    guest.left = true;
+  function peerLost(peer: Peer, problem?: string): void {
+    if (peer.left || phase === "over") return;
+    peer.left = true;
     const how = problem && problem !== "ECONNRESET" ? `its connection broke (${problem})` : "it was killed, or it crashed";
-    abort(`${nameOf(guest)} is gone: ${how}`);
+    abort(`${nameOf(peer)} is gone: ${how}`);
   }
 
-  function look(): void {
+  function checkPeers(): void {
     const now = performance.now();
     // this process itself may have stood still: then nobody else is to blame
     const late = now - ticked > 3 * beat;
     ticked = now;
     if (phase === "over") return;
-    const present = [...guests.values()].filter(({ left }) => !left);
-    if (late) for (const guest of present) guest.heard = now;
+    const present = [...peers.values()].filter(({ left }) => !left);
+    if (late) for (const peer of present) peer.heard = now;
     for (const { line } of present) line.send({ kind: "beat" });
     const silent = present.filter(({ heard }) => now - heard > lost);
     const stuck = present.filter(({ reports, moved }) => reports !== 0 && now - moved > hang);
@@ -259,7 +259,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   /** Before the meeting has begun. Whoever still comes, rank 0 itself perhaps, hears the same. */
   function failAll(text: string, fix: string): void {
     verdict = { text, fix };
-    for (const { line } of guests.values()) refuse(line, text, fix);
+    for (const { line } of peers.values()) refuse(line, text, fix);
     rest();
   }
 
@@ -268,8 +268,8 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
       failAll(text, "see what that rank says");
       return;
     }
-    const whole = `${text}${whereText([...guests.values()])}`;
-    for (const { line, left } of guests.values()) if (!left) line.send({ kind: "abort", text: whole.slice(0, 20_000) });
+    const whole = `${text}${whereText([...peers.values()])}`;
+    for (const { line, left } of peers.values()) if (!left) line.send({ kind: "abort", text: whole.slice(0, 20_000) });
     rest();
   }
 
@@ -297,24 +297,24 @@ const otherToken = {
   text: "what listens there is rank 0 of another run: it has another token",
   fix: "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
 };
-const nameOf = ({ rank, host, pid }: Guest): string => `rank ${rank} (${host}, process ${pid})`;
+const nameOf = ({ rank, host, pid }: Peer): string => `rank ${rank} (${host}, process ${pid})`;
 const seconds = (ms: number): string => `${+(ms / 1000).toFixed(1)} s`;
-const refuse = (line: Line<ToRank>, text: string, fix: string): void => {
+const refuse = (line: FramedConnection<ToRank>, text: string, fix: string): void => {
   line.send({ kind: "refused", text: text.slice(0, 20_000), fix });
   line.close();
 };
 
 /** Nothing where all are alike; else who has what, the most common first. */
-function differing(guests: readonly Guest[], of: (guest: Guest) => string): string | undefined {
-  const ranks = groups(guests, of);
+function differing(peers: readonly Peer[], of: (peer: Peer) => string): string | undefined {
+  const ranks = groups(peers, of);
   if (ranks.length === 1) return undefined;
   return ranks.map(([value, ranks]) => `${ranksText(ranks)} ${ranks.length === 1 ? "has" : "have"} ${value}`).join(", ");
 }
 
 /** Where the ranks were when they were last heard, those in one place together. */
-function whereText(guests: readonly Guest[]): string {
+function whereText(peers: readonly Peer[]): string {
   const places = groups(
-    guests.filter(({ reports, at, step }) => reports !== 0 || at !== "" || step !== 0),
+    peers.filter(({ reports, at, step }) => reports !== 0 || at !== "" || step !== 0),
     ({ step, at }) => `step ${step}${at && `, ${at}`}`,
   );
   const shown = places.slice(0, 16).map(([place, ranks]) => `\n  ${rankList(ranks)}: ${place}`);
@@ -322,9 +322,9 @@ function whereText(guests: readonly Guest[]): string {
   return places.length === 0 ? "" : `\nwhere the ranks were last heard of:${shown.join("")}${more}`;
 }
 
-function groups(guests: readonly Guest[], of: (guest: Guest) => string): [string, number[]][] {
+function groups(peers: readonly Peer[], of: (peer: Peer) => string): [string, number[]][] {
   const found = new Map<string, number[]>();
-  for (const guest of guests) found.set(of(guest), [...(found.get(of(guest)) ?? []), guest.rank]);
+  for (const peer of peers) found.set(of(peer), [...(found.get(of(peer)) ?? []), peer.rank]);
   return [...found].sort(([, a], [, b]) => b.length - a.length);
 }
 

@@ -1,10 +1,10 @@
 /** A rank's line to the hub: it connects with patience, proves that it knows the token, and then says and hears what the meeting needs. */
 import { connect } from "node:net";
 import { hostname } from "node:os";
-import { type Line, limits, line, proofOf, type ToHub, ToRank } from "./wire.ts";
+import { type FramedConnection, framedConnection, limits, proofOf, type ToHub, ToRank } from "./wire.ts";
 
 /** Times in milliseconds. */
-export interface MemberSettings {
+export interface PeerSettings {
   readonly rank: number;
   readonly world: number;
   readonly address: string;
@@ -17,7 +17,7 @@ export interface MemberSettings {
   readonly lost: number;
 }
 
-export interface MemberEvents {
+export interface PeerEvents {
   readonly welcome: () => void;
   /** Before the welcome: the meeting will not be. */
   readonly refused: (text: string, fix: string) => void;
@@ -30,33 +30,33 @@ export interface MemberEvents {
   readonly bye: () => void;
 }
 
-export interface Member {
+export interface PeerConnection {
   readonly send: (message: ToHub, data?: Uint8Array) => void;
   readonly close: () => void;
 }
 
-export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<ToHub, { kind: "beat" }>, events: MemberEvents): Member {
+export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHub, { kind: "beat" }>, events: PeerEvents): PeerConnection {
   const { rank, world, address, port, token, plan, version, timeout, beat, lost } = settings;
   const place = `rank 0 at ${address}:${port}`;
   const deadline = performance.now() + timeout;
   let state: "knocking" | "waiting" | "in" | "over" = "knocking";
-  let current: Line<ToHub> | undefined;
+  let current: FramedConnection<ToHub> | undefined;
   let heard = 0;
   let ticked = 0;
   let pulse: NodeJS.Timeout | undefined;
 
-  const end = (tell: () => void): void => {
+  const end = (notify: () => void): void => {
     if (state === "over") return;
     state = "over";
     clearInterval(pulse);
-    tell();
+    notify();
   };
-  const lose = (text: string): void => {
+  const peerLost = (text: string): void => {
     const early = state !== "in";
     end(() => (early ? events.refused(text, "look at what rank 0 says") : events.abort(text)));
   };
 
-  function knock(wait: number, problem: string): void {
+  function connectWithRetry(wait: number, problem: string): void {
     if (state === "over") return;
     if (performance.now() > deadline) {
       const text = `rank ${rank} could not reach ${place} within ${+(timeout / 1000).toFixed(1)} s: ${problem}`;
@@ -66,13 +66,13 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
     const socket = connect({ host: address, port });
     let problemNow = "it closes the connection at once";
     const quiet = setTimeout(() => socket.destroy(new Error("no answer")), Math.min(10_000, timeout));
-    current = line<ToRank, ToHub>(socket, ToRank, {
+    current = framedConnection<ToRank, ToHub>(socket, ToRank, {
       limit: limits.greeting,
       ended: (found) => {
         clearTimeout(quiet);
         if (found) problemNow = found;
-        if (state === "knocking") setTimeout(() => knock(Math.min(wait * 1.5, 1000), problemNow), wait);
-        else lose(`${place} is gone: its process was killed, or it crashed`);
+        if (state === "knocking") setTimeout(() => connectWithRetry(Math.min(wait * 1.5, 1000), problemNow), wait);
+        else peerLost(`${place} is gone: its process was killed, or it crashed`);
       },
       heard: (message, data) => {
         heard = performance.now();
@@ -90,7 +90,7 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
         hello.allow(limits.member);
         state = "waiting";
         ticked = performance.now();
-        pulse = setInterval(breathe, beat);
+        pulse = setInterval(heartbeat, beat);
       },
       refused: ({ text, fix }) => end(() => events.refused(text, fix)),
       welcome: () => {
@@ -99,7 +99,7 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
       },
       share: ({ name, members }, data) => events.shared(name, members, data),
       release: ({ name }) => events.released(name),
-      abort: ({ text }) => (state === "in" ? end(() => events.abort(text)) : lose(text)),
+      abort: ({ text }) => (state === "in" ? end(() => events.abort(text)) : peerLost(text)),
       hold: events.hold,
       last: ({ step }) => events.last(step),
       beat: () => {},
@@ -107,16 +107,17 @@ export function becomeMember(settings: MemberSettings, whereAmI: () => Extract<T
     };
   }
 
-  function breathe(): void {
+  function heartbeat(): void {
     const now = performance.now();
     // this process itself may have stood still: then the hub is not to blame
     if (now - ticked > 3 * beat) heard = now;
     ticked = now;
     current!.send(whereAmI());
-    if (now - heard > lost) lose(`nothing was heard from ${place} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
+    if (now - heard > lost)
+      peerLost(`nothing was heard from ${place} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
   }
 
-  knock(100, "it did not answer");
+  connectWithRetry(100, "it did not answer");
   return {
     send: (message, data) => current?.send(message, data),
     close: () => {

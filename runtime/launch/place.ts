@@ -8,7 +8,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 
 export type Env = Readonly<Record<string, string | undefined>>;
 
-export interface Place {
+export interface RankPlace {
   readonly by: "RANK" | "Open MPI" | "Slurm";
   readonly rank: number;
   readonly world: number;
@@ -29,7 +29,7 @@ export interface Place {
 export const isLoopback = (address: string): boolean => /^(127\.|::1$|localhost$)/.test(address);
 
 /** `world`: ranks of the plan. Undefined where nothing in the environment speaks of ranks. Throws a Trouble for half a place. */
-export function placeOf(env: Env, world: number): Place | undefined {
+export function placeOf(env: Env, world: number): RankPlace | undefined {
   const place = torchrun(env) ?? openMpi(env) ?? slurm(env);
   if (!place) {
     refuseRemains(env);
@@ -51,7 +51,7 @@ export function placeOf(env: Env, world: number): Place | undefined {
 }
 
 /** The ordinal of this rank's GPU among those the driver shows. A site that binds one GPU to each task shows one to each rank. */
-export function ordinalOf({ by, localRank }: Pick<Place, "by" | "localRank">, devices: number): number {
+export function ordinalOf({ by, localRank }: Pick<RankPlace, "by" | "localRank">, devices: number): number {
   if (localRank < devices) return localRank;
   if (devices === 1 && by !== "RANK") return 0;
   throw new Trouble(
@@ -64,7 +64,7 @@ export function ordinalOf({ by, localRank }: Pick<Place, "by" | "localRank">, de
 const startWays =
   "start every rank by torchrun --no-python, srun or mpirun; without their variables, rankc run starts the ranks of this host";
 
-function torchrun(env: Env): Place | undefined {
+function torchrun(env: Env): RankPlace | undefined {
   if (!env.RANK) return undefined;
   const needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"];
   const missing = needed.filter((name) => !env[name]);
@@ -85,7 +85,7 @@ function torchrun(env: Env): Place | undefined {
   };
 }
 
-function openMpi(env: Env): Place | undefined {
+function openMpi(env: Env): RankPlace | undefined {
   const names = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"] as const;
   if (!names.some((name) => env[name])) return undefined;
   expectAll(env, names, "mpirun sets all of them: do not unset one");
@@ -117,7 +117,7 @@ function openMpi(env: Env): Place | undefined {
 }
 
 /** A batch script has SLURM_PROCID=0 too, and a shell is a step of one task: only a task of a step with several is a rank. */
-function slurm(env: Env): Place | undefined {
+function slurm(env: Env): RankPlace | undefined {
   const marks = ["SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_LAUNCH_NODE_IPADDR"];
   if (!marks.some((name) => env[name])) return undefined;
   const size = env.SLURM_STEP_NUM_TASKS ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS";
@@ -198,7 +198,7 @@ const portFrom = (job: string): number => 20_000 + (createHash("sha256").update(
  * RANKC_TOKEN as it is; else the HMAC-SHA-256 of the job's identity under the contents of RANKC_TOKEN_FILE, so that runs which share the
  * file have tokens of their own; else a hash of that identity, which keeps runs apart and is no secret.
  */
-function tokenOf(env: Env, job: readonly (string | undefined)[]): Pick<Place, "token" | "secret"> {
+function tokenOf(env: Env, job: readonly (string | undefined)[]): Pick<RankPlace, "token" | "secret"> {
   if (env.RANKC_TOKEN) return { token: env.RANKC_TOKEN, secret: true };
   const identity = JSON.stringify(job);
   if (env.RANKC_TOKEN_FILE)

@@ -5,7 +5,7 @@
 import { MessageChannel, receiveMessageOnPort } from "node:worker_threads";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Env } from "./place.ts";
-import { cells, type News, type Order, startWatchdog, unknown } from "./watchdog.ts";
+import { cells, startWatchdog, unknown, type WatchdogCommand, type WatchdogMessage } from "./watchdog.ts";
 
 export interface JoinSettings {
   readonly rank: number;
@@ -86,16 +86,16 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
 
   const texts = new Map([["", 0]]);
   const waiting = new Map<string, Waiting[]>();
-  const arrived = new Map<string, News[]>();
+  const arrived = new Map<string, WatchdogMessage[]>();
   let over: Trouble | undefined;
   let left = false;
 
   /** The next news of this kind and name. While somebody waits, the process stays alive. */
-  function next<K extends News["kind"]>(kind: K, name = ""): Promise<Extract<News, { kind: K }>> {
+  function next<K extends WatchdogMessage["kind"]>(kind: K, name = ""): Promise<Extract<WatchdogMessage, { kind: K }>> {
     if (over) return Promise.reject(over);
     const key = `${kind} ${name}`;
     const there = arrived.get(key)?.shift();
-    if (there) return Promise.resolve(there as Extract<News, { kind: K }>);
+    if (there) return Promise.resolve(there as Extract<WatchdogMessage, { kind: K }>);
     port.ref();
     return new Promise((resolve, reject) => {
       const mine: Waiting = { resolve: resolve as Waiting["resolve"], reject };
@@ -113,29 +113,29 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
     rest();
     for (const { reject } of all) reject(reason);
   }
-  function hear(news: News): void {
-    if (news.kind === "abort") {
+  function onMessage(message: WatchdogMessage): void {
+    if (message.kind === "abort") {
       Atomics.store(cell, cells.over, 2);
-      end(new Trouble(news.text));
+      end(new Trouble(message.text));
       onAbort?.(over!);
       return;
     }
-    if (news.kind === "refused") {
-      end(new Trouble(news.text, news.fix));
+    if (message.kind === "refused") {
+      end(new Trouble(message.text, message.fix));
       return;
     }
-    const key = `${news.kind} ${"name" in news ? news.name : ""}`;
+    const key = `${message.kind} ${"name" in message ? message.name : ""}`;
     const first = waiting.get(key)?.shift();
-    if (first) first.resolve(news);
-    else arrived.set(key, [...(arrived.get(key) ?? []), news]);
+    if (first) first.resolve(message);
+    else arrived.set(key, [...(arrived.get(key) ?? []), message]);
     rest();
   }
   const hearNow = (): void => {
-    for (let got = receiveMessageOnPort(port); got; got = receiveMessageOnPort(port)) hear(got.message as News);
+    for (let got = receiveMessageOnPort(port); got; got = receiveMessageOnPort(port)) onMessage(got.message as WatchdogMessage);
   };
-  const order = (given: Order): void => port.postMessage(given);
+  const order = (given: WatchdogCommand): void => port.postMessage(given);
 
-  port.on("message", hear);
+  port.on("message", onMessage);
   port.unref();
   watchdog.on("error", (error) => {
     end(error as Trouble);
@@ -148,17 +148,17 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
     if (!members.includes(who.rank)) throw new Error(`rank ${who.rank} is no member of ${name}: ${members}`);
     if (over) throw over;
     if (members[0] !== who.rank) {
-      const news = await next("shared", name);
-      if (`${news.members}` !== `${members}`)
-        throw new Error(`${name} was shared with ${news.members}; rank ${who.rank} expects ${members}`);
-      return news.data;
+      const message = await next("shared", name);
+      if (`${message.members}` !== `${members}`)
+        throw new Error(`${name} was shared with ${message.members}; rank ${who.rank} expects ${members}`);
+      return message.data;
     }
     const data = make();
     if (data.length > 2 ** 20) throw new Error(`${name} has ${data.length} bytes: more than a message takes`);
     if (members.length > 1) order({ kind: "share", name, members, data });
     return data;
   }
-  async function leave(how: Order): Promise<void> {
+  async function leave(how: WatchdogCommand): Promise<void> {
     if (left || over) return;
     order(how);
     await next("bye");
@@ -208,6 +208,6 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
 }
 
 interface Waiting {
-  readonly resolve: (news: News) => void;
+  readonly resolve: (message: WatchdogMessage) => void;
   readonly reject: (reason: Trouble) => void;
 }

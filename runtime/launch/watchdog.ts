@@ -8,7 +8,7 @@ import { type MessagePort, Worker, workerData } from "node:worker_threads";
 import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
-import { becomeMember, type Member, type MemberSettings } from "./peer.ts";
+import { connectPeer, type PeerConnection, type PeerSettings } from "./peer.ts";
 
 /** Cells of what both threads see, all i32. */
 export const cells = {
@@ -27,7 +27,7 @@ export const cells = {
 } as const;
 export const unknown = -2;
 
-export interface WatchdogSettings extends HubSettings, MemberSettings {
+export interface WatchdogSettings extends HubSettings, PeerSettings {
   /** How long a main thread that does not hear is waited for; one that hears has three times as long. Milliseconds. */
   readonly grace: number;
   /** The process that must stay this one's parent. */
@@ -35,7 +35,7 @@ export interface WatchdogSettings extends HubSettings, MemberSettings {
 }
 
 /** From the main thread to the watchdog. */
-export type Order =
+export type WatchdogCommand =
   | { readonly kind: "text"; readonly index: number; readonly text: string }
   | { readonly kind: "share"; readonly name: string; readonly members: readonly number[]; readonly data: Uint8Array }
   | { readonly kind: "barrier"; readonly name: string }
@@ -44,7 +44,7 @@ export type Order =
   | { readonly kind: "bye" };
 
 /** From the watchdog to the main thread. */
-export type News =
+export type WatchdogMessage =
   | { readonly kind: "welcome" }
   | { readonly kind: "refused"; readonly text: string; readonly fix: string }
   | { readonly kind: "shared"; readonly name: string; readonly members: readonly number[]; readonly data: Uint8Array }
@@ -71,9 +71,9 @@ export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, sha
 async function serve({ watchdog: settings, port, shared }: Given): Promise<void> {
   const cell = new Int32Array(shared);
   const texts = [""];
-  const say = (news: News): void => port.postMessage(news);
+  const say = (message: WatchdogMessage): void => port.postMessage(message);
   let hub: Hub | undefined;
-  let member: Member | undefined;
+  let member: PeerConnection | undefined;
   let parent: NodeJS.Timeout | undefined;
 
   const where = () => ({ step: Atomics.load(cell, cells.step), text: texts[Atomics.load(cell, cells.text)] ?? "" });
@@ -112,7 +112,7 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     say({ kind: "refused", text: message, fix });
     return port.close();
   }
-  member = becomeMember(settings, () => ({ kind: "beat", reports: Atomics.load(cell, cells.reports), ...where() }), {
+  member = connectPeer(settings, () => ({ kind: "beat", reports: Atomics.load(cell, cells.reports), ...where() }), {
     welcome: () => say({ kind: "welcome" }),
     refused: (text, fix) => {
       say({ kind: "refused", text, fix });
@@ -133,7 +133,7 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     },
   });
   const line = member;
-  const orders: { [K in Order["kind"]]: (order: Extract<Order, { kind: K }>) => void } = {
+  const orders: { [K in WatchdogCommand["kind"]]: (order: Extract<WatchdogCommand, { kind: K }>) => void } = {
     text: ({ index, text }) => void (texts[index] = text.slice(0, 1000)),
     share: ({ name, members, data }) => line.send({ kind: "share", name, members: [...members] }, data),
     barrier: ({ name }) => line.send({ kind: "barrier", name }),
@@ -144,7 +144,7 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     stop: () => line.send({ kind: "stop" }),
     bye: () => line.send({ kind: "bye" }),
   };
-  port.on("message", (order: Order) => orders[order.kind](order as never));
+  port.on("message", (order: WatchdogCommand) => orders[order.kind](order as never));
   if (settings.launcher !== undefined)
     parent = setInterval(() => {
       if (process.ppid !== settings.launcher) abort("the process that started it is gone");

@@ -70,7 +70,7 @@ export function frame(message: ToHub | ToRank, data: Uint8Array = new Uint8Array
   return Buffer.concat([start, body, data]);
 }
 
-export interface Line<Out> {
+export interface FramedConnection<Out> {
   readonly send: (message: Out, data?: Uint8Array) => void;
   /** From now on what the other side sends may be this large. */
   readonly allow: (limit: Limit) => void;
@@ -81,11 +81,11 @@ export interface Line<Out> {
 }
 
 /** Speaks frames over a socket. `ended` comes once, with what was wrong with the bytes or the socket, or nothing where it just closed. */
-export function line<In, Out extends ToHub | ToRank>(
+export function framedConnection<In, Out extends ToHub | ToRank>(
   socket: Socket,
   schema: z.ZodType<In>,
   { limit, heard, ended }: { limit: Limit; heard: (message: In, data: Uint8Array) => void; ended: (problem?: string) => void },
-): Line<Out> {
+): FramedConnection<Out> {
   let pending = Buffer.alloc(0);
   let allowed = limit;
   let over = false;

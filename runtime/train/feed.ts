@@ -4,7 +4,7 @@ import { depthsOf } from "../../schemas/mtp.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 import type { HostData } from "../backend.ts";
 import { type Batch, weightingOf } from "./inputs.ts";
-import type { Leg } from "./schedule.ts";
+import type { StepParameters } from "./schedule.ts";
 import { countOf, meanOverLearnt } from "./tokenWeights.ts";
 
 /** Tokens of each sequence in the order in which they lie over the ranks that share it; numbers of a whole step as they are. */
@@ -21,7 +21,7 @@ export function inOrder({ model, parallel: { context } }: Job, given: Batch): Re
  */
 export function feedOf(
   { model, train, parallel }: Job,
-  leg: Leg,
+  leg: StepParameters,
   given: Readonly<Record<string, HostData>>,
 ): (name: string, microbatch: number) => HostData {
   const perMicrobatch = train.micro_batch * parallel.data;

@@ -8,7 +8,7 @@ import { keyOf, philox } from "../../src/ops/philox.ts";
 import type { HostData } from "../backend.ts";
 import { readIndex } from "../data/megatronIndex.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "../data/tokens.ts";
-import { ahead, countOf, type Weighting, weightsOf } from "./tokenWeights.ts";
+import { countOf, shiftLeft, type Weighting, weightsOf } from "./tokenWeights.ts";
 
 /** Labels are the ids to predict; without them, each token itself. `index`: the index of a Megatron data set, if `ids` has one. */
 export interface Corpus {
@@ -81,8 +81,8 @@ function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: n
   const { seq, depths, weighting } = reading;
   const inputs: Record<string, HostData> = {};
   for (let k = 1; k <= depths; k++) {
-    const own = ahead(labels, seq, k, IGNORED);
-    Object.assign(inputs, { [`ids_${k}`]: ahead(ids, seq, k, 0), [`labels_${k}`]: own });
+    const own = shiftLeft(labels, seq, k, IGNORED);
+    Object.assign(inputs, { [`ids_${k}`]: shiftLeft(ids, seq, k, 0), [`labels_${k}`]: own });
     inputs[`weights_${k}`] = weightsOf(own, weighting, share / depths);
   }
   return inputs;

@@ -4,21 +4,21 @@
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
-import type { Buffer, Instruction, Kind, Plan } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Instruction, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
-import { orderOf, workOf } from "../../schemas/program.ts";
+import { orderOf, parseTag } from "../../schemas/program.ts";
 import { elementsOf, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { fillNormal } from "../../src/ops/philox.ts";
-import type { Backend, Comm, Fleet, HostData, Position } from "../backend.ts";
-import { rememberedBy } from "../checkpoint/state.ts";
-import { pieceOf as pieceIn, type Ranges, rangesIn, visitRuns } from "../shards.ts";
+import type { BlockPosition, Comm, HostData, LocalRanks, RankDevice } from "../backend.ts";
+import { checkpointState } from "../checkpoint/state.ts";
+import { shardOf as pieceIn, type Ranges, shardRanges, visitRuns } from "../shards.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
-import { courseOf, type Milestone } from "./schedule.ts";
+import { type RunProgress, trainingSchedule } from "./schedule.ts";
 
 export interface StepResult {
   /** 1-based. */
@@ -63,7 +63,7 @@ export interface Run {
   /** Throws a StepFault where a number of the step is not finite and train.on_nonfinite is stop: the run is where it was before it. */
   step(): Promise<StepResult>;
   /** How far the run is, steps before it began counted. */
-  milestone(): Milestone;
+  progress(): RunProgress;
   /** What a rank of this process holds of a buffer, between two steps. */
   read(rank: number, buffer: Buffer): Promise<HostData>;
   /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
@@ -77,13 +77,13 @@ export interface Run {
   close(error?: Error): Promise<void>;
 }
 /** What a plan is run with: opened before, and closed with the run. */
-export interface Given {
-  readonly fleet: Fleet;
+export interface RunInputs {
+  readonly localRanks: LocalRanks;
   readonly batch: BatchOf;
   /** The weights to start from, read before this returns; without them, those of the job's seed. */
   readonly checkpoint?: { read(name: string, shape: readonly number[]): Float32Array };
   /** Where another run was, which this one goes on from: all that it remembered, by name, in whatever pieces this plan has. */
-  readonly from?: { readonly milestone: Milestone; piece(name: string, ranges: Ranges): Float32Array };
+  readonly from?: { readonly progress: RunProgress; shard(name: string, ranges: Ranges): Float32Array };
   /** Buffers to keep a copy of when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
   /** Runs a step whose numbers are not finite a second time, instruction by instruction, to name the first that made one; no fleet may replay steps. */
@@ -91,15 +91,15 @@ export interface Given {
 }
 
 /** Writes the parameters; the run then stands before its first step. Knows no files and no process: it works in a browser too. */
-export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], debugNonfinite = false }: Given): Run {
+export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch = [], debugNonfinite = false }: RunInputs): Run {
   const { mesh, programs, job } = plan;
   const { train, model } = job;
-  const { ranks, comm } = fleet;
+  const { ranks, comm } = localRanks;
   const programOf = (r: number) => programs[stageOfRank(mesh, r)]!;
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
   const kept = new Map<string, Promise<HostData>[][]>();
-  const course = courseOf(job, from?.milestone);
+  const schedule = trainingSchedule(job, from?.progress);
   /** What the gradients of the last step were multiplied by. */
   let scaled = 1;
 
@@ -113,25 +113,25 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
         for (const id of new Set([p.buffer, p.master])) {
           const b = bufferOf(r, id);
           if (checkpoint) whole ??= checkpoint.read(name, b.sizes);
-          fleet.backend(r).write(b, 0, whole ? pieceOf(whole, b, r) : initial(name, p.init, b, r));
+          localRanks.rankDevice(r).write(b, 0, whole ? pieceOf(whole, b, r) : initial(name, p.init, b, r));
         }
     }
   }
 
   /** All that the other run remembered; copies of parameters, and those in 16 bits beside a main one, follow from that. */
-  function goOn({ piece }: NonNullable<Given["from"]>): void {
+  function restore({ shard }: NonNullable<RunInputs["from"]>): void {
     for (const r of ranks) {
       const p = programOf(r);
-      const names = new Map(rememberedBy(p).map(({ name, buffer }) => [buffer.id, name]));
+      const names = new Map(checkpointState(p).map(({ name, buffer }) => [buffer.id, name]));
       for (const { name, buffer, master } of p.parameters) names.set(buffer, name).set(master, name);
       for (const [id, name] of names) {
         const b = bufferOf(r, id);
-        fleet.backend(r).write(b, 0, piece(name, ranges(b, r)));
+        localRanks.rankDevice(r).write(b, 0, shard(name, ranges(b, r)));
       }
     }
   }
 
-  const ranges = (b: Buffer, r: number): Ranges => rangesIn(mesh, b, numberInStage(mesh, r));
+  const ranges = (b: Buffer, r: number): Ranges => shardRanges(mesh, b, numberInStage(mesh, r));
   const pieceOf = <T extends HostData>(whole: T, b: Buffer, r: number): T =>
     whole.length === elementsOf(b.shape) ? whole : pieceIn(whole, b, ranges(b, r));
   function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
@@ -146,8 +146,8 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
     const out = new Float32Array(elementsOf(b.sizes));
     for (let n = 0; n < mesh.per_stage; n++) {
       const r = rankAt(mesh, stage, n);
-      const piece = await data(r);
-      visitRuns(b.sizes, ranges(b, r), (global, local, n) => out.set(piece.subarray(local, local + n), global));
+      const shard = await data(r);
+      visitRuns(b.sizes, ranges(b, r), (global, local, n) => out.set(shard.subarray(local, local + n), global));
     }
     return { shape: b.sizes, data: out };
   }
@@ -162,14 +162,14 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
     for (const p of programs)
       for (const q of p.parameters)
         if (!q.tied_to && wanted(q))
-          all.set(q.name, await assemble(p.stage, pick(q), (r) => fleet.backend(r).read(bufferOf(r, pick(q)), 0)));
+          all.set(q.name, await assemble(p.stage, pick(q), (r) => localRanks.rankDevice(r).read(bufferOf(r, pick(q)), 0)));
     return all;
   }
 
   /** One rank's step. Yields where it has to wait, saying for what. */
   function* walk(
     r: number,
-    backend: Backend,
+    backend: RankDevice,
     comm: Comm,
     feed: (b: Buffer, name: string, microbatch: number) => HostData,
     order: (stage: number) => readonly string[],
@@ -177,13 +177,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
     inspector?: Inspector,
   ): Generator<string> {
     const p = programOf(r);
-    function* block(instructions: readonly Instruction[], at: Position): Generator<string> {
+    function* block(instructions: readonly Instruction[], at: BlockPosition): Generator<string> {
       if (replayed) return;
       for (const i of instructions) {
         if (i.kind === "compute") {
-          backend.compute(i, at.slot);
+          backend.compute(i, at.copy);
           for (const id of watch) if (Object.values(i.writes).includes(id)) keep(id, at, r);
-        } else if (i.kind === "move") while (!comm.move(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
+        } else if (i.kind === "collective") while (!comm.collective(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
         else if (i.kind === "send") comm.send(r, i, at);
         else while (!comm.recv(r, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
         if (!inspector) continue;
@@ -192,40 +192,40 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
       }
     }
     /** Those of the inputs that a block reads; elsewhere their bytes may be another's. */
-    const fill = (block: readonly Instruction[], kinds: readonly Kind[], slot: number, m: number) => {
+    const fill = (block: readonly Instruction[], kinds: readonly BufferKind[], copy: number, m: number) => {
       const read = inputsReadBy(block);
       for (const [name, id] of Object.entries(p.inputs)) {
         const b = bufferOf(r, id);
-        if (read.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, m));
+        if (read.has(id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, name, m));
       }
     };
     backend.zeroGradients();
     fill(p.step, ["optimizer"], 0, 0);
     for (const tag of order(p.stage)) {
-      const { kind, microbatch, chunk } = workOf(tag);
-      const at = { tag, microbatch, slot: microbatch % p.chunks[chunk]!.slots };
+      const { kind, microbatch, chunk } = parseTag(tag);
+      const at = { tag, microbatch, copy: microbatch % p.chunks[chunk]!.copies };
       const instructions = p.chunks[chunk]![kind];
       // workspace is filled for each block; activations are written by the forward block and stay
-      fill(instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.slot, microbatch);
+      fill(instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
       yield* block(instructions, at);
     }
-    yield* block(p.step, { tag: "step", microbatch: -1, slot: 0 });
+    yield* block(p.step, { tag: "step", microbatch: -1, copy: 0 });
   }
-  function keep(id: string, at: Position, r: number): void {
+  function keep(id: string, at: BlockPosition, r: number): void {
     const all = kept.get(id) ?? [];
     kept.set(id, all);
-    (all[at.microbatch] ??= [])[r] = fleet.backend(r).read(bufferOf(r, id), at.slot);
+    (all[at.microbatch] ??= [])[r] = localRanks.rankDevice(r).read(bufferOf(r, id), at.copy);
   }
 
   /** Runs a step again and finds the instruction that made its first value that is not finite. */
   async function originOf(walkAll: (inspector: Inspector) => Promise<void>): Promise<string | undefined> {
-    const found = inspector(bufferOf, fleet.backend);
+    const found = inspector(bufferOf, localRanks.rankDevice);
     await walkAll(found);
-    await fleet.finish();
+    await localRanks.finish();
     return found.origin();
   }
 
-  if (from) goOn(from);
+  if (from) restore(from);
   else initialize();
   let stopped = false;
   const orders = new Map<number, readonly (readonly string[])[]>();
@@ -246,30 +246,30 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
   let next: Batch | Error | undefined;
   return {
     leads: ranks.includes(0),
-    mayBegin: () => fleet.mayBegin?.() ?? !stopped,
+    mayBegin: () => localRanks.mayBegin?.() ?? !stopped,
     stop() {
       stopped = true;
-      fleet.stop?.();
+      localRanks.stop?.();
     },
-    milestone: () => course.milestone(),
-    read: (rank, buffer) => fleet.backend(rank).read(buffer, 0),
+    progress: () => schedule.progress(),
+    read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
     async step() {
       const begun = performance.now();
-      const leg = course.leg();
-      const { lr, lossScale, upscale } = leg;
-      const now = next ?? read(leg.first, leg.batch);
+      const parameters = schedule.next();
+      const { lr, lossScale, upscale } = parameters;
+      const now = next ?? read(parameters.first, parameters.batch);
       if (now instanceof Error) throw now;
       const given = inOrder(job, now);
       scaled = lossScale;
       kept.clear();
-      const feed = feedOf(job, leg, given);
-      const order = ordersOf(leg.microbatches);
+      const feed = feedOf(job, parameters, given);
+      const order = ordersOf(parameters.microbatches);
       const walkAll = (inspector?: Inspector): Promise<void> => {
-        const replayed = fleet.beginStep?.(leg.microbatches) ?? false;
+        const replayed = localRanks.beginStep?.(parameters.microbatches) ?? false;
         const walks = ranks.map((r) =>
           walk(
             r,
-            fleet.backend(r),
+            localRanks.rankDevice(r),
             comm,
             (b, name, m) => pieceOf(feed(name, m), b, r),
             (stage) => order[stage]!,
@@ -281,13 +281,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
       };
       await walkAll();
       // the next batch is read while the device works
-      const after = leg.first + leg.batch;
-      [, next] = await Promise.all([fleet.finish(), (async () => read(after, batchAt(train, after)))()]);
-      const numbers = await readNumbers(plan, fleet, bufferOf);
+      const after = parameters.first + parameters.batch;
+      [, next] = await Promise.all([localRanks.finish(), (async () => read(after, batchAt(train, after)))()]);
+      const numbers = await readNumbers(plan, localRanks, bufferOf);
       const found = nonfiniteIn(numbers);
       const fp16 = train.precision === "fp16";
       const outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
-      const step = course.milestone().steps + 1;
+      const step = schedule.progress().steps + 1;
       let nonfinite: Nonfinite | undefined;
       if (found && outcome === "nonfinite") {
         // it changed nothing: the same step gives the same numbers again
@@ -298,15 +298,15 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
           throw stopAt(step, nonfinite);
         }
       }
-      course.done(outcome);
+      schedule.done(outcome);
       const learnt = job.data.labels === null ? undefined : learntOf(job, now);
-      if (train.on_nonfinite === "stop" && course.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
+      if (train.on_nonfinite === "stop" && schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
       return {
         step,
         ...reported(numbers, { upscale, aux: given.aux_weight?.[0] ?? 1, loss: learnt?.loss ?? 1, mtp: learnt?.mtp ?? 1 }),
         ...(learnt && { labels: learnt.labels }),
         lr,
-        tokens: leg.batch * model.seq,
+        tokens: parameters.batch * model.seq,
         seconds: (performance.now() - begun) / 1000,
         ...(fp16 && { loss_scale: lossScale }),
         ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
@@ -324,13 +324,13 @@ export function runOn(plan: Plan, { fleet, batch, checkpoint, from, watch = [], 
     parameters: () => collect((q) => q.master),
     watched: (id) =>
       Promise.all(
-        (kept.get(id) ?? []).map((pieces) => {
-          const stage = programs.findIndex((p) => pieces[rankAt(mesh, p.stage, 0)]);
-          return assemble(stage, id, (r) => pieces[r]!);
+        (kept.get(id) ?? []).map((shards) => {
+          const stage = programs.findIndex((p) => shards[rankAt(mesh, p.stage, 0)]);
+          return assemble(stage, id, (r) => shards[r]!);
         }),
       ),
-    profile: async () => (await fleet.profile?.()) ?? [],
-    close: (error) => fleet.close(error),
+    profile: async () => (await localRanks.profile?.()) ?? [],
+    close: (error) => localRanks.close(error),
   };
 }
 
@@ -342,7 +342,7 @@ function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
   return found;
 }
 const readBy = (i: Instruction): readonly string[] =>
-  i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
 /**
  * Runs coroutines until all are done; where one yields, `settled` is waited for. Throws where none can go on: the plan has a deadlock,

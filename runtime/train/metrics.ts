@@ -2,7 +2,7 @@
 
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
-import type { Fleet, HostData } from "../backend.ts";
+import type { HostData, LocalRanks } from "../backend.ts";
 
 /** Sums over the stages by name; those that no stage has are missing. */
 export interface StepNumbers {
@@ -23,24 +23,24 @@ const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows"] as con
 /** Reads the metrics of the stages whose first rank is in this process, and adds those of the others. */
 export async function readNumbers(
   { programs, mesh }: Plan,
-  { ranks, backend, combine = async (values) => [...values] }: Pick<Fleet, "ranks" | "backend" | "combine">,
+  { ranks, rankDevice, combine = async (values) => [...values] }: Pick<LocalRanks, "ranks" | "rankDevice" | "combine">,
   bufferOf: (rank: number, id: string) => Buffer,
 ): Promise<StepNumbers> {
   const sums = summed.map(() => 0);
   let norm = 0;
-  const loads = programs.map(() => 0);
+  const largestLoads = programs.map(() => 0);
   for (const { stage, metrics } of programs) {
     const rank = rankAt(mesh, stage, 0);
     if (!ranks.includes(rank)) continue;
     const read = (name: string): Promise<HostData[]> =>
-      Promise.all((metrics[name] ?? []).map((id) => backend(rank).read(bufferOf(rank, id), 0)));
+      Promise.all((metrics[name] ?? []).map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
     for (const [i, name] of summed.entries()) for (const [value] of await read(name)) sums[i]! += value!;
     // the gradient norm is the same on all
     if (stage === 0) norm = (await read("grad_norm"))[0]![0]!;
     const counts = await read("expert_loads");
-    if (counts.length > 0) loads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
+    if (counts.length > 0) largestLoads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
   }
-  const all = await combine([...sums, norm, ...loads]);
+  const all = await combine([...sums, norm, ...largestLoads]);
   const has = (name: string): boolean => programs.some(({ metrics }) => name in metrics);
   return {
     ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[i]!]] : []))),

@@ -5,7 +5,7 @@
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import * as messages from "../../src/ops/transport.ts";
-import type { Backend, HostData, Position } from "../backend.ts";
+import type { BlockPosition, HostData, RankDevice } from "../backend.ts";
 
 /** A number of a step that is not finite. */
 export interface Nonfinite {
@@ -67,7 +67,7 @@ export const stopAtScale = (step: number, scale: number): StepFault =>
 /** Observes a step that is run again, instruction by instruction. */
 export interface Inspector {
   /** Begins to read what an instruction has written; nothing else may be issued before `settled`. */
-  after(rank: number, i: Instruction, at: Position): void;
+  after(rank: number, i: Instruction, at: BlockPosition): void;
   settled(): Promise<void>;
   /** Undefined where no instruction of this process made a value that is not finite. */
   origin(): string | undefined;
@@ -79,7 +79,7 @@ const mayBeInfinite = new Set(["lse", "la", "lb"]);
 const copies = new Set(Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])));
 
 /** `bufferOf`: of a rank, by id. */
-export function inspector(bufferOf: (rank: number, id: string) => Buffer, backend: (rank: number) => Backend): Inspector {
+export function inspector(bufferOf: (rank: number, id: string) => Buffer, backend: (rank: number) => RankDevice): Inspector {
   let pending = Promise.resolve();
   let made: string | undefined;
   let passed: string | undefined;
@@ -87,27 +87,27 @@ export function inspector(bufferOf: (rank: number, id: string) => Buffer, backen
   const held = new Map<string, number>();
 
   /** The first value of a buffer that is not finite; of rows, of those that exist. */
-  async function badIn(rank: number, id: string, slot: number): Promise<number | undefined> {
+  async function badIn(rank: number, id: string, copy: number): Promise<number | undefined> {
     const b = bufferOf(rank, id);
     if (b.dtype === "i32") return undefined;
-    const index = b.rows === undefined ? undefined : await backend(rank).read(bufferOf(rank, b.rows), slot);
-    const data: HostData = await backend(rank).read(b, slot);
+    const index = b.rows === undefined ? undefined : await backend(rank).read(bufferOf(rank, b.rows), copy);
+    const data: HostData = await backend(rank).read(b, copy);
     const used = index ? (data.length / b.shape[0]!) * index[0]! : data.length;
     return data.subarray(0, used).find((x) => !Number.isFinite(x));
   }
-  async function inspect(rank: number, i: Compute, { tag, slot }: Position): Promise<void> {
+  async function inspect(rank: number, i: Compute, { tag, copy }: BlockPosition): Promise<void> {
     for (const [name, id] of Object.entries(i.writes)) {
       if (mayBeInfinite.has(name)) continue;
       const key = `${rank} ${id}`;
-      const before = i.keeps?.includes(name) ? held.get(key) : undefined;
-      const value = await badIn(rank, id, slot);
+      const before = i.accumulates?.includes(name) ? held.get(key) : undefined;
+      const value = await badIn(rank, id, copy);
       if (value === undefined) held.delete(key);
       else held.set(key, value);
       if (value === undefined || before !== undefined || made !== undefined) continue;
       const where = `${value} in ${id}, by ${i.id} (${i.op}) of rank ${rank}, ${tag}`;
       let source: string | undefined;
       for (const [operand, from] of Object.entries(i.reads))
-        if (!mayBeInfinite.has(operand) && (await badIn(rank, from, slot)) !== undefined) source ??= from;
+        if (!mayBeInfinite.has(operand) && (await badIn(rank, from, copy)) !== undefined) source ??= from;
       if (source === undefined) made = `the first value that is not finite is ${where}, from operands that are`;
       else
         passed ??= `the first value that is not finite is ${where}, which read ${source}: that was not finite when the step began, or came from another rank`;

@@ -2,8 +2,8 @@
 import { resolve } from "node:path";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Fleet } from "../backend.ts";
-import { openSnapshot, saveSnapshot } from "../checkpoint/checkpoint.ts";
+import type { LocalRanks } from "../backend.ts";
+import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseSnapshot, expectRoom, type FolderLock, lockFolder, newestSnapshot } from "../checkpoint/saveFolder.ts";
 import { openCpu } from "../cpu/backend.ts";
@@ -58,7 +58,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   const { path, labels } = job.data;
   const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
   const corpus = openCorpus(files, readingOf(job));
-  const fleet = await openFleet(plan, settings).catch((error: unknown) => {
+  const localRanks = await openBackend(plan, settings).catch((error: unknown) => {
     corpus.close();
     throw error;
   });
@@ -66,16 +66,16 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   const close = async (error?: Error): Promise<void> => {
     lock?.release();
     corpus.close();
-    await fleet.close(error);
+    await localRanks.close(error);
   };
   try {
-    if (folder !== undefined && fleet.ranks.includes(0)) lock = lockFolder(folder);
-    const from = chosen?.at === undefined ? undefined : openSnapshot(chosen.at);
+    if (folder !== undefined && localRanks.ranks.includes(0)) lock = lockFolder(folder);
+    const from = chosen?.at === undefined ? undefined : openCheckpoint(chosen.at);
     const differences = from?.expectFor(plan, allowMismatch) ?? [];
-    if (lock) expectRoom(folder!, from?.milestone.steps ?? 0);
+    if (lock) expectRoom(folder!, from?.progress.steps ?? 0);
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
     const run = runOn(plan, {
-      ...{ fleet, debugNonfinite: settings.debugNonfinite ?? false },
+      ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
       batch: corpus.batch,
       ...(checkpoint && { checkpoint }),
       ...(from && { from }),
@@ -83,13 +83,13 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     });
     checkpoint?.close();
     from?.close();
-    const { ranks, meet = async () => {} } = fleet;
+    const { ranks, meet = async () => {} } = localRanks;
     // what is remembered is f32 in any precision
     const read = async (rank: number, buffer: Buffer) => (await run.read(rank, buffer)) as Float32Array;
     const save = async (): Promise<string> => {
       if (folder === undefined) throw new Error("the run was opened without a folder for snapshots");
       lock?.expectHeld();
-      return saveSnapshot({ plan, folder, version, ranks, meet, read }, run.milestone());
+      return saveCheckpoint({ plan, folder, version, ranks, meet, read }, run.progress());
     };
     return { ...run, save, close, notes: [...(chosen?.notes ?? []), ...differences, ...(checkpoint?.notes ?? [])] };
   } catch (error) {
@@ -108,7 +108,7 @@ function chosenBy(resume: string, save: string | undefined): Chosen {
   return newestSnapshot(save);
 }
 
-async function openFleet(plan: Plan, settings: RunSettings): Promise<Fleet> {
+async function openBackend(plan: Plan, settings: RunSettings): Promise<LocalRanks> {
   const { backend = "cpu", source, cubin, graph = true, profile = false, version = "", debugNonfinite = false } = settings;
   switch (backend) {
     case "cpu":

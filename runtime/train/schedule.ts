@@ -9,7 +9,7 @@ import type { Job } from "../../schemas/job.ts";
 import { type LossScale, lossScaleOf, type ScaleState } from "./lossScale.ts";
 import { learningRate, weightDecay } from "./rates.ts";
 
-export interface Leg {
+export interface StepParameters {
   /** Sequences read before this step. */
   readonly first: number;
   /** Sequences of this step. */
@@ -25,7 +25,7 @@ export interface Leg {
   readonly update: number;
 }
 /** How far a run is. */
-export interface Milestone {
+export interface RunProgress {
   /** Steps that are over. */
   readonly steps: number;
   /** Sequences that they read, and of these those whose steps changed weights; and updates of the weights. */
@@ -37,10 +37,10 @@ export interface Milestone {
 }
 /** What a step did: it updated the weights, or it was skipped, for gradients that the loss scale made overflow, or for another number that is not finite. */
 export type Outcome = "updated" | "overflowed" | "nonfinite";
-export interface Course {
-  milestone(): Milestone;
+export interface TrainingSchedule {
+  progress(): RunProgress;
   /** The step to come. */
-  leg(): Leg;
+  next(): StepParameters;
   /** It is over. A step that was skipped is no update: schedules and the optimizer's bias correction do not advance by it. */
   done(outcome: Outcome): void;
   /** As of the loss scale: steps in a row that overflowed at the least one. */
@@ -48,12 +48,12 @@ export interface Course {
 }
 
 /** From its beginning, or from where another run of the job was. */
-export function courseOf({ train, parallel }: Pick<Job, "train" | "parallel">, from?: Milestone): Course {
+export function trainingSchedule({ train, parallel }: Pick<Job, "train" | "parallel">, from?: RunProgress): TrainingSchedule {
   const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1, from?.loss_scale);
   let { steps, read, trained, updates } = from ?? { steps: 0, read: 0, trained: 0, updates: 0 };
   return {
-    milestone: () => ({ steps, read, trained, updates, loss_scale: scale.state() }),
-    leg() {
+    progress: () => ({ steps, read, trained, updates, loss_scale: scale.state() }),
+    next() {
       const batch = batchAt(train, read);
       return {
         ...{ first: read, batch, microbatches: batch / (train.micro_batch * parallel.data), upscale: train.global_batch / batch },

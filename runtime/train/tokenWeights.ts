@@ -44,7 +44,7 @@ export function meanOverLearnt(depths: readonly Int32Array[], { by, together }: 
 }
 
 /** Each sequence moved `by` places ahead; its last places hold `rest`. Megatron Core rolls so: ids end in 0, labels are ignored. */
-export function ahead(whole: Int32Array, seq: number, by: number, rest: number): Int32Array {
+export function shiftLeft(whole: Int32Array, seq: number, by: number, rest: number): Int32Array {
   const moved = new Int32Array(whole.length).fill(rest);
   for (let row = 0; row < whole.length; row += seq) moved.set(whole.subarray(row + by, row + seq), row);
   return moved;

@@ -4,13 +4,13 @@
  * time whenever it is recorded; in several where the device makes none that large. No buffer lies in two.
  */
 
-import type { Buffer, Kind, Plan } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Plan } from "../../schemas/plan.ts";
 import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 
 /** Bytes on the device. */
-export interface Place {
+export interface BufferRange {
   readonly buffer: GPUBuffer;
   readonly offset: number;
   readonly bytes: number;
@@ -22,16 +22,16 @@ export interface Limits {
   readonly binding: number;
 }
 
-export interface Arenas {
-  place(b: Buffer, slot: number): Place;
+export interface GpuArenas {
+  place(b: Buffer, copy: number): BufferRange;
   /** All of the gradients and accumulators: zero when a step begins. */
-  readonly gradients: readonly Place[];
-  readonly scratch: Place;
+  readonly gradients: readonly BufferRange[];
+  readonly scratch: BufferRange;
 }
 
 export const bytesOfBuffer = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
 
-export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): Arenas {
+export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): GpuArenas {
   const stage = stageOfRank(plan.mesh, rank);
   const { buffers, chunks } = plan.programs[stage]!;
   const memory = plan.memory[stage]!;
@@ -44,7 +44,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
       );
 
   /** One copy of an arena, cut where the limit demands it: its parts, ascending. */
-  const arena = (kind: Kind, total: number, copy = "", chunk = 0): Part[] => {
+  const arena = (kind: BufferKind, total: number, copy = "", chunk = 0): ArenaSegment[] => {
     const own = buffers
       .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
       .map((b) => ({ id: b.id, from: memory.offsets[b.id]!, to: memory.offsets[b.id]! + aligned(b) }));
@@ -55,9 +55,9 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
       bytes: (starts[part + 1] ?? total) - from,
     }));
   };
-  const activations = chunks.map(({ slots }, chunk) =>
-    Array.from({ length: slots }, (_, slot) =>
-      arena("activation", memory.activation[chunk]!, ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${slot}`, chunk),
+  const activations = chunks.map(({ copies }, chunk) =>
+    Array.from({ length: copies }, (_, copy) =>
+      arena("activation", memory.activation[chunk]!, ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${copy}`, chunk),
     ),
   );
   const single = {
@@ -66,11 +66,11 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
     gradient: arena("gradient", memory.gradient),
     optimizer: arena("optimizer", memory.optimizer),
   };
-  const scratch: Part = { label: "scratch", from: 0, bytes: Math.max(ALIGN, Math.ceil(memory.scratch / ALIGN) * ALIGN) };
+  const scratch: ArenaSegment = { label: "scratch", from: 0, bytes: Math.max(ALIGN, Math.ceil(memory.scratch / ALIGN) * ALIGN) };
   const { workspace, parameter, gradient, optimizer } = single;
   // where one GPUBuffer does not hold all, neighbours share one: what most dispatches see, and last what only the optimizer does
   const all = [...activations.flat(2), ...workspace, scratch, ...parameter, ...gradient, ...optimizer];
-  const places = new Map<Part, Place>();
+  const places = new Map<ArenaSegment, BufferRange>();
   for (const shared of shareBuffers(all, limits.buffer)) {
     const label = `rank ${rank} ${shared.map(({ label }) => label).join(", ")}`;
     const buffer = gpu.make(label, bytesOfAll(shared));
@@ -78,8 +78,8 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   }
 
   return {
-    place(b, slot) {
-      const parts = b.kind === "activation" ? activations[b.chunk ?? 0]![slot]! : single[b.kind];
+    place(b, copy) {
+      const parts = b.kind === "activation" ? activations[b.chunk ?? 0]![copy]! : single[b.kind];
       const at = memory.offsets[b.id]!;
       const part = parts.findLast(({ from }) => from <= at)!;
       const { buffer, offset } = places.get(part)!;
@@ -91,7 +91,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
 }
 
 /** A piece of an arena that lies in one GPUBuffer. */
-interface Part {
+interface ArenaSegment {
   readonly label: string;
   /** Where it begins in its arena. */
   readonly from: number;
@@ -123,12 +123,12 @@ export function cutArena(held: readonly { id: string; from: number; to: number }
   if (bytes <= limit) return [0];
   const starts = [0];
   let end = 0;
-  let seam = 0;
+  let boundary = 0;
   for (const b of [...held].sort((x, y) => x.from - y.from)) {
     // nothing before this buffer reaches into it
-    if (b.from >= end) seam = b.from;
+    if (b.from >= end) boundary = b.from;
     end = Math.max(end, b.to);
-    if (end - starts.at(-1)! > limit && seam > starts.at(-1)!) starts.push(seam);
+    if (end - starts.at(-1)! > limit && boundary > starts.at(-1)!) starts.push(boundary);
     if (end - starts.at(-1)! > limit)
       throw new Trouble(
         `${what} has ${bytes} bytes; its buffers up to ${b.id} lie in one piece, and the device makes none above ${limit} bytes (maxBufferSize)`,

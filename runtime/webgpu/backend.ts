@@ -5,24 +5,24 @@
 /// <reference types="@webgpu/types" />
 
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
-import { elementsOf, numberInStage, stageOfRank, startIn } from "../../schemas/sharding.ts";
+import { elementsOf, globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { Backend, Fleet, HostData } from "../backend.ts";
-import { overBound } from "../capacityExceeded.ts";
-import { narrow, widen } from "../float16.ts";
-import { type Arenas, type Limits, makeArenas, type Place } from "./arenas.ts";
+import type { HostData, LocalRanks, RankDevice } from "../backend.ts";
+import { capacityExceeded } from "../capacityExceeded.ts";
+import { decodeFloat16, encodeFloat16 } from "../float16.ts";
+import { type BufferRange, type GpuArenas, type Limits, makeArenas } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
-import { deviceLoopback } from "./comm.ts";
-import { type Commands, commandsOn, type Dispatch, type Timing } from "./commands.ts";
+import { webgpuComm } from "./comm.ts";
+import { type Commands, commandsOn, type Dispatch, type DispatchTiming } from "./commands.ts";
 import { type Host, openDevice } from "./device.ts";
-import { compileKernels, compiler, isNumber, type Pipeline, uniformOf } from "./pipelines.ts";
+import { type ComputePipeline, compileKernels, compiler, isNumber, uniformOf } from "./pipelines.ts";
 
-export interface WebgpuFleet extends Fleet {
+export interface WebgpuRanks extends LocalRanks {
   /** What people call the adapter; says so where it is software. */
   readonly adapter: string;
   readonly device: GPUDevice;
   /** What ran when, since the last time this was asked; empty where the fleet was not opened for it or the adapter has no clock. */
-  profile(): Promise<readonly Timing[]>;
+  profile(): Promise<readonly DispatchTiming[]>;
 }
 export interface WebgpuSettings {
   /** Takes the time of every dispatch, which makes them run one by one. */
@@ -40,7 +40,7 @@ export async function webgpuOn(
   plan: Plan,
   sources: Sources,
   { profile = false, limits = {} }: WebgpuSettings = {},
-): Promise<WebgpuFleet> {
+): Promise<WebgpuRanks> {
   const [kind, detail] = plan.toolchain.target.split(":");
   if (kind !== "webgpu")
     throw new Trouble(`the plan is for ${plan.toolchain.target}, and WebGPU cannot run it`, "compile the job for the target webgpu");
@@ -55,8 +55,8 @@ export async function webgpuOn(
     const commands = commandsOn(gpu, { timed: profile });
     const own = { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize };
     const arenas = ranks.map((r) => makeArenas(gpu, plan, r, { ...own, ...limits }));
-    const place = (rank: number, b: Buffer, slot: number) => arenas[rank]!.place(b, slot);
-    const comm = await deviceLoopback(plan, { gpu, commands, compile, bind, place });
+    const place = (rank: number, b: Buffer, copy: number) => arenas[rank]!.place(b, copy);
+    const comm = await webgpuComm(plan, { gpu, commands, compile, bind, place });
     // what was made is there, or this says why not
     await commands.finish();
     const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
@@ -66,7 +66,7 @@ export async function webgpuOn(
     });
     return {
       ranks,
-      backend: (rank) => backends[rank]!,
+      rankDevice: (rank) => backends[rank]!,
       comm,
       adapter,
       device,
@@ -75,7 +75,7 @@ export async function webgpuOn(
         const found = await commands.read(bounds.map(({ at }) => at));
         for (const [k, { rank, limit }] of bounds.entries()) {
           const needed = new Int32Array(found[k]!)[0]!;
-          if (needed > limit.bound) throw overBound(limit, rank, needed);
+          if (needed > limit.bound) throw capacityExceeded(limit, rank, needed);
         }
       },
       profile: () => commands.timings(),
@@ -90,19 +90,19 @@ export async function webgpuOn(
 }
 
 interface Own {
-  readonly arenas: Arenas;
+  readonly arenas: GpuArenas;
   readonly commands: Commands;
-  readonly kernels: ReadonlyMap<string, readonly Pipeline[]>;
+  readonly kernels: ReadonlyMap<string, readonly ComputePipeline[]>;
   readonly bind: Bind;
 }
 
-function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): Backend {
+function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): RankDevice {
   const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 
   /** An op bound to its buffers in one slot: a dispatch per launch of its kernel. */
-  function bound(i: Compute, slot: number): Dispatch[] {
+  function bound(i: Compute, copy: number): Dispatch[] {
     const kernel = launches.get(i.kernel)!;
     // launches that see the same buffers share a bind group, which is then set once
     const groups = new Map<string, GPUBindGroup>();
@@ -111,7 +111,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
       const seen = launch.args.join();
       let group = groups.get(seen);
       if (!group) {
-        const places = launch.args.filter((a) => !isNumber(a)).map((a) => placeOf(i, slot, a, launch, kernel.scratch));
+        const places = launch.args.filter((a) => !isNumber(a)).map((a) => placeOf(i, copy, a, launch, kernel.scratch));
         const numbers = uniformOf(launch.args, (kind, name) => (kind === "attr" ? i.attrs[name]! : start(i, name)));
         group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, numbers);
         groups.set(seen, group);
@@ -119,10 +119,10 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
       return { pipeline, group, grid: launch.grid, of: { rank, id: i.id, op: i.op, kernel: i.kernel } };
     });
   }
-  function placeOf(i: Compute, slot: number, arg: Arg, { args }: Launch, scratch: number): Place {
+  function placeOf(i: Compute, copy: number, arg: Arg, { args }: Launch, scratch: number): BufferRange {
     if (typeof arg !== "string") throw new Error(`rankc: ${i.kernel} wants a tensor map, which WebGPU has not`);
     const operand = i.reads[arg] ?? i.writes[arg];
-    if (operand) return arenas.place(buffers.get(operand)!, slot);
+    if (operand) return arenas.place(buffers.get(operand)!, copy);
     const from = scratchFrom(arg);
     if (from !== undefined) {
       // parts of the scratch arena that one launch sees must not overlap: each ends where the next begins
@@ -133,10 +133,10 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     const named = arg === "rows" ? rows : arg === "needed" ? `${rows}.needed` : undefined;
     const buffer = buffers.get(named ?? "");
     if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} wants ${arg}, which the plan does not give it`);
-    return arenas.place(buffer, slot);
+    return arenas.place(buffer, copy);
   }
   function start(i: Compute, dim: string): number {
-    return startIn(plan.mesh, i, dim, numberInStage(plan.mesh, rank));
+    return globalStart(plan.mesh, i, dim, numberInStage(plan.mesh, rank));
   }
 
   const made = new Map<Compute, Dispatch[][]>();
@@ -144,18 +144,18 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     zeroGradients() {
       for (const place of arenas.gradients) commands.clear(place);
     },
-    compute(i, slot) {
-      let slots = made.get(i);
-      if (!slots) made.set(i, (slots = []));
-      for (const d of (slots[slot] ??= bound(i, slot))) commands.dispatch(d);
+    compute(i, copy) {
+      let copies = made.get(i);
+      if (!copies) made.set(i, (copies = []));
+      for (const d of (copies[copy] ??= bound(i, copy))) commands.dispatch(d);
     },
-    write(b, slot, data) {
+    write(b, copy, data) {
       const half = b.dtype === "bf16" || b.dtype === "f16" ? new Uint16Array(data.length) : undefined;
-      if (half) narrow(b.dtype, half, data as Float32Array);
-      commands.write(arenas.place(b, slot), half ?? data);
+      if (half) encodeFloat16(b.dtype, half, data as Float32Array);
+      commands.write(arenas.place(b, copy), half ?? data);
     },
-    async read(b, slot) {
-      const [bytes] = await commands.read([arenas.place(b, slot)]);
+    async read(b, copy) {
+      const [bytes] = await commands.read([arenas.place(b, copy)]);
       return hostData(b, bytes!);
     },
   };
@@ -173,6 +173,6 @@ function hostData(b: Buffer, bytes: ArrayBuffer): HostData {
   if (b.dtype === "i32") return new Int32Array(bytes);
   if (b.dtype === "f32") return new Float32Array(bytes);
   const wide = new Float32Array(elementsOf(b.shape));
-  widen(b.dtype, wide, new Uint16Array(bytes));
+  decodeFloat16(b.dtype, wide, new Uint16Array(bytes));
   return wide;
 }

@@ -1,9 +1,9 @@
 /** Bind groups: the places of a launch's buffers, and its one uniform of integers. Equal uniforms are one GPUBuffer. */
 /// <reference types="@webgpu/types" />
-import type { Place } from "./arenas.ts";
+import type { BufferRange } from "./arenas.ts";
 import { type Gpu, usage } from "./device.ts";
 
-export type Bind = (label: string, layout: GPUBindGroupLayout, places: readonly Place[], uniform?: readonly number[]) => GPUBindGroup;
+export type Bind = (label: string, layout: GPUBindGroupLayout, places: readonly BufferRange[], uniform?: readonly number[]) => GPUBindGroup;
 
 /** Kernels read whole vectors, also where a buffer ends within one: places are further apart than that. */
 const VECTOR = 16;

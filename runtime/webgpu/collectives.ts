@@ -3,7 +3,7 @@
  * groups are. Sums and maxima are taken in f32, in the order of the sources.
  */
 import type { Dtype } from "../../schemas/plan.ts";
-import type { Source } from "./pipelines.ts";
+import type { ShaderSource } from "./pipelines.ts";
 
 export type Reduction = "sum" | "max";
 const THREADS = 256;
@@ -29,7 +29,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
 `;
 
 /** total[i] = the reduction of x0[i], x1[i], …; total is f32 and as long as its binding. */
-export function reduceSource({ reduction, dtype, sources, more }: Reduce): Source {
+export function reduceSource({ reduction, dtype, sources, more }: Reduce): ShaderSource {
   const values = Array.from({ length: sources }, (_, s) => `f32(x${s}[i])`);
   const all = more ? ["total[i]", ...values] : values;
   const combined = all.reduce((left, right) => (reduction === "sum" ? `${left} + ${right}` : `max(${left}, ${right})`));
@@ -46,7 +46,7 @@ ${entry}  if (i >= arrayLength(&total)) { return; }
 }
 
 /** to[place.y + i] = from[place.x + i] for i < place.z: for blocks of 16-bit values that begin or end within a word, and to round. */
-export function placeSource(from: Dtype, to: Dtype): Source {
+export function placeSource(from: Dtype, to: Dtype): ShaderSource {
   const code = `${enable([from, to])}${buffer(0, "source", wgslType[from])}${buffer(1, "result", wgslType[to])}@group(0) @binding(2) var<uniform> place: vec4u;
 
 ${entry}  if (i >= place.z) { return; }

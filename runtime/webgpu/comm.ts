@@ -4,44 +4,44 @@
  * of members, in f32, and are rounded once.
  */
 
-import type { Buffer, Dtype, How, Move, Plan } from "../../schemas/plan.ts";
+import type { Buffer, Collective, CollectiveKind, Dtype, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, rankAt } from "../../schemas/sharding.ts";
 import type { Comm } from "../backend.ts";
-import { meetHere, ranksOf } from "../inProcessComm.ts";
-import { bytesOfBuffer, type Place } from "./arenas.ts";
+import { inProcessComm, rankTable } from "../inProcessComm.ts";
+import { type BufferRange, bytesOfBuffer } from "./arenas.ts";
 import type { Bind } from "./bindings.ts";
 import { gridOf, MOST_SOURCES, placeSource, type Reduce, type Reduction, reduceSource } from "./collectives.ts";
 import type { Commands, Dispatch, Origin } from "./commands.ts";
 import type { Gpu } from "./device.ts";
-import type { Compile, Pipeline } from "./pipelines.ts";
+import type { Compile, ComputePipeline } from "./pipelines.ts";
 
-type Copy = { readonly from: Place; readonly to: Place };
+type Copy = { readonly from: BufferRange; readonly to: BufferRange };
 type Step = Dispatch | Copy;
 
-export interface Device {
+export interface CommDevice {
   readonly gpu: Gpu;
   readonly commands: Commands;
   readonly compile: Compile;
   readonly bind: Bind;
-  place(rank: number, b: Buffer, slot: number): Place;
+  place(rank: number, b: Buffer, copy: number): BufferRange;
 }
 
-export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind, place }: Device): Promise<Comm> {
+export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, place }: CommDevice): Promise<Comm> {
   const { mesh, programs } = plan;
-  const ranks = ranksOf(plan);
+  const ranks = rankTable(plan);
   const { bufferOf, groupOf } = ranks;
 
   const { kernels, aside } = await prepareAll();
-  const kernel = (name: string): Pipeline => kernels.get(name)!;
+  const kernel = (name: string): ComputePipeline => kernels.get(name)!;
 
   /** What the plan's moves need: each kernel, and room to take sources aside, one GPUBuffer per member. */
-  async function prepareAll(): Promise<{ kernels: Map<string, Pipeline>; aside: GPUBuffer[] }> {
+  async function prepareAll(): Promise<{ kernels: Map<string, ComputePipeline>; aside: GPUBuffer[] }> {
     const sources = new Map<string, ReturnType<typeof reduceSource>>();
     const room: number[] = [];
     for (const p of programs)
       for (const i of instructionsOf(p)) {
-        if (i.kind !== "move") continue;
+        if (i.kind !== "collective") continue;
         const one = rankAt(mesh, p.stage, 0);
         const [from, to] = [bufferOf(one, i.from), bufferOf(one, i.to)];
         const g = groupOf(one, i).length;
@@ -61,24 +61,33 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
     return { kernels: new Map(await Promise.all(made)), aside };
   }
 
-  function steps(i: Move, group: readonly number[], slot: number): Step[] {
+  function steps(i: Collective, group: readonly number[], copy: number): Step[] {
     const origin = (rank: number, kernel: string): Origin => ({ rank, id: i.id, op: i.how, kernel });
-    const run = (name: string, rank: number, places: readonly Place[], elements: number, uniform?: readonly number[]): Dispatch => {
+    const run = (name: string, rank: number, places: readonly BufferRange[], elements: number, uniform?: readonly number[]): Dispatch => {
       const { pipeline, layout } = kernel(name);
       return { pipeline, group: bind(`${i.id}, rank ${rank}`, layout, places, uniform), grid: gridOf(elements), of: origin(rank, name) };
     };
     /** A block, by its first element and length, to another place of the same type or of a rounded one. */
-    const block = (rank: number, from: Place, at: number, fromType: Dtype, to: Place, start: number, n: number, toType: Dtype): Step => {
+    const block = (
+      rank: number,
+      from: BufferRange,
+      at: number,
+      fromType: Dtype,
+      to: BufferRange,
+      start: number,
+      n: number,
+      toType: Dtype,
+    ): Step => {
       const [a, b, bytes] = [at * bytesOf[fromType], start * bytesOf[toType], n * bytesOf[toType]];
       if (fromType === toType && [a, b, bytes].every((x) => x % 4 === 0))
         return { from: { ...from, offset: from.offset + a, bytes }, to: { ...to, offset: to.offset + b, bytes } };
       return run(placing(fromType, toType), rank, [from, to], n, [at, start, n]);
     };
-    const held = group.map((rank) => ({ rank, b: bufferOf(rank, i.from), at: place(rank, bufferOf(rank, i.from), slot) }));
-    const wanted = group.map((rank) => ({ rank, b: bufferOf(rank, i.to), at: place(rank, bufferOf(rank, i.to), slot) }));
+    const held = group.map((rank) => ({ rank, b: bufferOf(rank, i.from), at: place(rank, bufferOf(rank, i.from), copy) }));
+    const wanted = group.map((rank) => ({ rank, b: bufferOf(rank, i.to), at: place(rank, bufferOf(rank, i.to), copy) }));
     const [from, to] = [held[0]!.b, wanted[0]!.b];
     const [n, m, g] = [elementsOf(from.shape), elementsOf(to.shape), group.length];
-    const expected: Record<How, number> = {
+    const expected: Record<CollectiveKind, number> = {
       ...{ all_gather: n * g, reduce_scatter: n / g, all_to_all: n },
       ...{ all_reduce: n, all_reduce_max: n, shift: n },
     };
@@ -107,12 +116,12 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
   }
 
   /** Made when first needed; the same in every step. */
-  const prepared = new Map<Move, Map<string, Step[]>>();
-  function perform(group: readonly number[], i: Move, slot: number): void {
+  const prepared = new Map<Collective, Map<string, Step[]>>();
+  function perform(group: readonly number[], i: Collective, copy: number): void {
     const known = prepared.get(i) ?? new Map<string, Step[]>();
     prepared.set(i, known);
-    const key = `${group[0]}|${slot}`;
-    if (!known.has(key)) known.set(key, steps(i, group, slot));
+    const key = `${group[0]}|${copy}`;
+    if (!known.has(key)) known.set(key, steps(i, group, copy));
     for (const s of known.get(key)!) {
       if ("pipeline" in s) commands.dispatch(s);
       else commands.copy(s.from, s.to);
@@ -121,23 +130,23 @@ export async function deviceLoopback(plan: Plan, { gpu, commands, compile, bind,
 
   /** Read letters, by size: a new one may be written over them, for the device does things in order. */
   const read = new Map<number, GPUBuffer[]>();
-  return meetHere<GPUBuffer>(plan, ranks, {
+  return inProcessComm<GPUBuffer>(plan, ranks, {
     perform,
-    post(rank, b, slot) {
-      const from = place(rank, b, slot);
-      const letter = read.get(from.bytes)?.pop() ?? gpu.make(`what rank ${rank} sends`, Math.ceil(from.bytes / 4) * 4);
-      commands.copy(from, { buffer: letter, offset: 0, bytes: from.bytes });
-      return letter;
+    send(rank, b, copy) {
+      const from = place(rank, b, copy);
+      const message = read.get(from.bytes)?.pop() ?? gpu.make(`what rank ${rank} sends`, Math.ceil(from.bytes / 4) * 4);
+      commands.copy(from, { buffer: message, offset: 0, bytes: from.bytes });
+      return message;
     },
-    take(rank, b, slot, letter) {
-      const to = place(rank, b, slot);
-      commands.copy({ buffer: letter, offset: 0, bytes: to.bytes }, to);
-      read.set(to.bytes, [...(read.get(to.bytes) ?? []), letter]);
+    receive(rank, b, copy, message) {
+      const to = place(rank, b, copy);
+      commands.copy({ buffer: message, offset: 0, bytes: to.bytes }, to);
+      read.set(to.bytes, [...(read.get(to.bytes) ?? []), message]);
     },
   });
 }
 
-const reductionOf = (i: Move): Reduction | undefined =>
+const reductionOf = (i: Collective): Reduction | undefined =>
   i.how === "all_reduce" || i.how === "reduce_scatter" ? "sum" : i.how === "all_reduce_max" ? "max" : undefined;
 
 /** The launches that reduce a group's pieces, as many sources at once as a launch can see. */

@@ -3,7 +3,7 @@
  * host writes join them in order, and only reading waits.
  */
 /// <reference types="@webgpu/types" />
-import type { Place } from "./arenas.ts";
+import type { BufferRange } from "./arenas.ts";
 import { type Gpu, mapRead, usage } from "./device.ts";
 
 /** A dispatch with its buffers bound, made once and recorded many times. */
@@ -21,7 +21,7 @@ export interface Origin {
   readonly kernel: string;
 }
 /** When a dispatch ran: microseconds on the device's clock, 0 at the first dispatch that was timed. */
-export interface Timing extends Origin {
+export interface DispatchTiming extends Origin {
   readonly stream: "compute";
   readonly begin_us: number;
   readonly end_us: number;
@@ -30,15 +30,15 @@ export interface Timing extends Origin {
 export interface Commands {
   dispatch(d: Dispatch): void;
   /** As many bytes as the destination holds; between two GPUBuffers. */
-  copy(from: Place, to: Place): void;
-  clear(place: Place): void;
-  write(place: Place, data: ArrayBufferView): void;
+  copy(from: BufferRange, to: BufferRange): void;
+  clear(place: BufferRange): void;
+  write(place: BufferRange, data: ArrayBufferView): void;
   /** Copies of what the places hold when all that was recorded before is done. */
-  read(places: readonly Place[]): Promise<ArrayBuffer[]>;
+  read(places: readonly BufferRange[]): Promise<ArrayBuffer[]>;
   /** Waits until all that was recorded is done. */
   finish(): Promise<void>;
   /** What was timed since the last time this was asked. */
-  timings(): Promise<Timing[]>;
+  timings(): Promise<DispatchTiming[]>;
 }
 
 /** Dispatches in one submission: enough that submitting costs next to nothing, few enough that the device starts early. */
@@ -182,10 +182,10 @@ function timer(gpu: Gpu) {
       open = [];
       staging = undefined;
     },
-    async taken(): Promise<Timing[]> {
+    async taken(): Promise<DispatchTiming[]> {
       const all = sent;
       sent = [];
-      const timings: Timing[] = [];
+      const timings: DispatchTiming[] = [];
       for (const { origins, staging } of all) {
         await gpu.done(staging.mapAsync(mapRead));
         const ns = new BigUint64Array(staging.getMappedRange().slice(0));

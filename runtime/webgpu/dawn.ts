@@ -5,10 +5,10 @@
 /// <reference types="@webgpu/types" />
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { type Sources, type WebgpuFleet, type WebgpuSettings, webgpuOn } from "./backend.ts";
+import { type Sources, type WebgpuRanks, type WebgpuSettings, webgpuOn } from "./backend.ts";
 import type { Host } from "./device.ts";
 
-export const openWebgpu = (plan: Plan, sources: Sources, settings: WebgpuSettings = {}): Promise<WebgpuFleet> =>
+export const openWebgpu = (plan: Plan, sources: Sources, settings: WebgpuSettings = {}): Promise<WebgpuRanks> =>
   webgpuOn(dawn, plan, sources, settings);
 
 export const dawn: Host = {

@@ -9,17 +9,17 @@ import type { Gpu } from "./device.ts";
 
 const COMPUTE_STAGE = 4;
 
-export interface Pipeline {
+export interface ComputePipeline {
   readonly pipeline: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
-export interface Source {
+export interface ShaderSource {
   /** What people find it by: the kernel's id and op. */
   readonly name: string;
   readonly code: string;
   readonly entries: readonly { readonly entry: string; readonly buffers: number; readonly uniform: boolean }[];
 }
-export type Compile = (source: Source) => Promise<readonly Pipeline[]>;
+export type Compile = (source: ShaderSource) => Promise<readonly ComputePipeline[]>;
 
 export function compiler({ device, done, adapter }: Gpu): Compile {
   const layouts = new Map<string, GPUBindGroupLayout>();
@@ -77,9 +77,9 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
 export const isNumber = (arg: Arg): arg is string => typeof arg === "string" && /^(start|attr)\(/.test(arg);
 
 /** The uniform of these arguments, if they have one: four places for starts, then the attributes. */
-export function uniformOf(args: readonly Arg[], told: (kind: "start" | "attr", name: string) => number): number[] | undefined {
+export function uniformOf(args: readonly Arg[], integerOf: (kind: "start" | "attr", name: string) => number): number[] | undefined {
   const all = (kind: "start" | "attr"): number[] =>
-    args.filter(isNumber).flatMap((arg) => (arg.startsWith(kind) ? [told(kind, arg.slice(kind.length + 1, -1))] : []));
+    args.filter(isNumber).flatMap((arg) => (arg.startsWith(kind) ? [integerOf(kind, arg.slice(kind.length + 1, -1))] : []));
   const [starts, attrs] = [all("start"), all("attr")];
   if (attrs.length) return [0, 1, 2, 3].map((n) => starts[n] ?? 0).concat(attrs);
   return starts.length ? starts : undefined;
@@ -90,7 +90,7 @@ export async function compileKernels(
   compile: Compile,
   kernels: readonly Kernel[],
   text: (file: string) => string,
-): Promise<Map<string, readonly Pipeline[]>> {
+): Promise<Map<string, readonly ComputePipeline[]>> {
   const made = kernels.map(async (k) => {
     if (!k.source) throw new Error(`rankc: the kernel ${k.id} has no source: the plan is for another target`);
     const entries = k.launches.map(({ entry, args }) => ({

@@ -15,7 +15,7 @@ import type { Compiled } from "../compile.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
 import { readPackageFile } from "../packageFile.ts";
 import { type Stage, stages } from "../passes/passNames.ts";
-import { complain, endProgress, type Format, print, printJson, tell, tellProgress, tellStyled } from "./output.ts";
+import { endProgress, type Format, printError, printJson, printProgress, printStderr, printStdout, tellStyled } from "./output.ts";
 import { expectWritable, expectWritableFolder, writeFile, writeFolder } from "./outputFiles.ts";
 import type { Planned, RunOptions } from "./run.ts";
 
@@ -50,7 +50,7 @@ withExamples(
   if (options.format === "json") printJson({ valid, ...(await import("../frontend/diagnostic.ts")).shown(findings) });
   else {
     await tellFindings(findings);
-    if (valid) print(`${path}: valid`);
+    if (valid) printStdout(`${path}: valid`);
   }
   if (!valid) process.exitCode = 1;
 });
@@ -75,11 +75,11 @@ withExamples(
     const kernels = [...sources, ...cubins].map(([file, content]) => [join("kernels", file), content] as const);
     writeFolder(options.out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
   }
-  if (options.emit) return print(compiled.emit(options.emit));
+  if (options.emit) return printStdout(compiled.emit(options.emit));
   const { summarize, printSummary } = await import("../report/summary.ts");
   const summary = summarize(plan);
   if (options.format === "json") printJson({ ...summary, out: options.out, findings: compiled.findings });
-  else print(`${printSummary(summary)}written to ${join(options.out!, "plan.json")} and plan.txt`);
+  else printStdout(`${printSummary(summary)}written to ${join(options.out!, "plan.json")} and plan.txt`);
 });
 
 withExamples(
@@ -101,13 +101,13 @@ withExamples(
   const json = options.format === "json";
   if (options.rank === undefined) {
     const view = inspectPlan(plan);
-    return json ? printJson(view) : print(printInspect(view));
+    return json ? printJson(view) : printStdout(printInspect(view));
   }
   const { world } = plan.mesh;
   if (options.rank >= world)
     throw new Trouble(`there is no rank ${options.rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
   const view = inspectRank(plan, options.rank);
-  return json ? printJson(view) : print(printRank(view));
+  return json ? printJson(view) : printStdout(printRank(view));
 });
 
 withExamples(
@@ -123,7 +123,7 @@ withExamples(
   const { diffPlans, printDiff } = await import("../report/diff.ts");
   const diff = diffPlans(before.plan, after.plan);
   if (options.format === "json") printJson(diff);
-  else print(printDiff(diff));
+  else printStdout(printDiff(diff));
   if (diff.changes) process.exitCode = 1;
 });
 
@@ -185,8 +185,10 @@ withExamples(
   const { format, ...settings } = options;
   const packed = await pack({ plan, ...settings });
   if (format === "json") return printJson(packed);
-  print(`${packed.out}: ${bytesText(packed.bytes)}, ${plural(packed.files, "file")}, for ${packed.platform}\nsha256 ${packed.sha256}`);
-  if (packed.corpus === undefined) tell("the corpus is not in it: rankc run needs --data-dir there (or pack it: --data-dir here)");
+  printStdout(
+    `${packed.out}: ${bytesText(packed.bytes)}, ${plural(packed.files, "file")}, for ${packed.platform}\nsha256 ${packed.sha256}`,
+  );
+  if (packed.corpus === undefined) printStderr("the corpus is not in it: rankc run needs --data-dir there (or pack it: --data-dir here)");
 });
 
 withExamples(
@@ -203,8 +205,8 @@ withExamples(
   const planned = await planAt(path, options.set, options.target ?? (planFile(path) ? undefined : "webgpu"));
   const baseDir = options.dataDir ?? (isDirectory(path) ? path : dirname(path));
   const { address, close } = await serve(planned, { port: options.port, baseDir });
-  print(address);
-  tell("open it in a browser with WebGPU; Ctrl-C ends it");
+  printStdout(address);
+  printStderr("open it in a browser with WebGPU; Ctrl-C ends it");
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => void close());
 });
 
@@ -218,9 +220,9 @@ withExamples(
 ).action(async (code: string | undefined, options: Pick<Common, "format">) => {
   const { explainAll, explained, printExplanation } = await import("../frontend/explainText.ts");
   const json = options.format === "json";
-  if (code !== undefined) return json ? printJson(explained(code)) : print(printExplanation(explained(code)));
+  if (code !== undefined) return json ? printJson(explained(code)) : printStdout(printExplanation(explained(code)));
   const all = explainAll().map(({ code, level, title }) => ({ code, level, title }));
-  return json ? printJson(all) : print(all.map((e) => `${e.code}  ${e.title}`).join("\n"));
+  return json ? printJson(all) : printStdout(all.map((e) => `${e.code}  ${e.title}`).join("\n"));
 });
 
 withExamples(
@@ -243,7 +245,7 @@ withExamples(
   const { text, file, name } = readConfigFile(path);
   const job = importHfText(parseConfig(text, file), name, { mtp: options.mtp === true });
   if (options.out) writeFile(options.out, job);
-  else print(job);
+  else printStdout(job);
 });
 
 withExamples(
@@ -256,7 +258,7 @@ withExamples(
     .requiredOption("-o, --out <file>", "the .safetensors file to write"),
   "export hf snapshots/ -o model.safetensors",
 ).action(async (snapshot: string, options: { out: string }) => {
-  const [{ openSnapshot }, { chooseSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
+  const [{ openCheckpoint }, { chooseSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
     import("../../runtime/checkpoint/checkpoint.ts"),
     import("../../runtime/checkpoint/saveFolder.ts"),
     import("../../runtime/checkpoint/hf.ts"),
@@ -264,12 +266,12 @@ withExamples(
   ]);
   expectWritable(options.out);
   const { at, notes } = chooseSnapshot(snapshot);
-  for (const note of notes) tell(`note: ${note}`);
-  const { folder, milestone, model, whole, close } = openSnapshot(at);
+  for (const note of notes) printStderr(`note: ${note}`);
+  const { folder, progress, model, whole, close } = openCheckpoint(at);
   try {
     const entries = toHuggingFace(model(), { get: whole });
     writeSafetensors(options.out, entries);
-    print(`${options.out}: ${entries.length} tensors of ${folder}, after step ${milestone.steps}`);
+    printStdout(`${options.out}: ${entries.length} tensors of ${folder}, after step ${progress.steps}`);
   } finally {
     close();
   }
@@ -285,7 +287,7 @@ withExamples(
   ]);
   const diagnosis = await diagnose({ nvcc: nvccVersion() });
   if (options.format === "json") printJson(diagnosis);
-  else print(printDiagnosis(diagnosis));
+  else printStdout(printDiagnosis(diagnosis));
   if (diagnosis.verdict !== "ready") process.exitCode = 3;
 });
 
@@ -307,12 +309,12 @@ async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out:
     import("../plan/seal.ts"),
   ]);
   if (!nvccVersion()) {
-    tell("nvcc is not here: the host that runs the plan compiles its kernels with NVRTC");
+    printStderr("nvcc is not here: the host that runs the plan compiles its kernels with NVRTC");
     return [plan, new Map()];
   }
   const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch!) }));
-  const told = (done: number, of: number): void => tellProgress(`nvcc: ${done} of ${of} kernels`);
-  const cubins = await makeCubins(units, { arch: arch!, options: compileOptions, told, known: await cubinsAt(out) });
+  const onProgress = (done: number, of: number): void => printProgress(`nvcc: ${done} of ${of} kernels`);
+  const cubins = await makeCubins(units, { arch: arch!, options: compileOptions, onProgress, known: await cubinsAt(out) });
   endProgress();
   return [sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: cubins.get(cubin)! }]))), cubins];
 }
@@ -432,7 +434,7 @@ function fail(error: unknown): void {
   } else if (error instanceof Refused) {
     process.exitCode = 1;
   } else {
-    complain(error);
+    printError(error);
     process.exitCode = error instanceof Trouble ? error.exit : 2;
   }
 }
@@ -442,7 +444,7 @@ for (const stream of [process.stdout, process.stderr]) {
   stream.on("error", (error: NodeJS.ErrnoException) => {
     if (error.code === "EPIPE") process.exit(process.exitCode ?? 0);
     // nothing can be printed where stderr itself fails
-    if (stream === process.stdout) complain(unwritten("the standard output", error));
+    if (stream === process.stdout) printError(unwritten("the standard output", error));
     process.exit(2);
   });
 }

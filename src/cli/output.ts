@@ -5,26 +5,26 @@ import { Trouble } from "../../schemas/trouble.ts";
 export type Format = "text" | "json";
 
 const ended = (text: string): string => (text.endsWith("\n") ? text : `${text}\n`);
-export const print = (text: string): void => void process.stdout.write(ended(escaped(text)));
-export const printJson = (value: unknown): void => print(JSON.stringify(value, null, 2).replace(unprintable, asJson));
+export const printStdout = (text: string): void => void process.stdout.write(ended(escaped(text)));
+export const printJson = (value: unknown): void => printStdout(JSON.stringify(value, null, 2).replace(unprintable, asJson));
 /** JSON has escapes of its own, of four digits. */
 const asJson = (c: string): string => (c === "\n" ? c : `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-export const tell = (text: string): void => tellStyled(escaped(text));
+export const printStderr = (text: string): void => tellStyled(escaped(text));
 /** Text that holds colours, and in which nothing else is left to escape. */
 export const tellStyled = (text: string): void => void process.stderr.write(ended(text));
 /** A line that the next one replaces, where a person watches; else a line. */
-export const tellProgress = (line: string): void =>
+export const printProgress = (line: string): void =>
   void process.stderr.write(process.stderr.isTTY ? `\r${escaped(line)}\u001b[K` : `${escaped(line)}\n`);
 /** The last of them stays. */
 export const endProgress = (): void => void (process.stderr.isTTY && process.stderr.write("\n"));
 
 /** An error as people read it. */
-export function complain(error: unknown): void {
+export function printError(error: unknown): void {
   if (error instanceof Trouble) {
-    tell(`rankc: ${error.message}${error.fix ? `\n  fix: ${error.fix}` : ""}`);
+    printStderr(`rankc: ${error.message}${error.fix ? `\n  fix: ${error.fix}` : ""}`);
     return;
   }
   const text = error instanceof Error ? error.message : String(error);
-  tell(`rankc: internal error: ${text.split("\n")[0]}\n  this is a bug in rankc; RANKC_DEBUG=1 shows where`);
-  if (process.env.RANKC_DEBUG && error instanceof Error) tell(error.stack ?? "");
+  printStderr(`rankc: internal error: ${text.split("\n")[0]}\n  this is a bug in rankc; RANKC_DEBUG=1 shows where`);
+  if (process.env.RANKC_DEBUG && error instanceof Error) printStderr(error.stack ?? "");
 }

@@ -17,7 +17,7 @@ import { root } from "../packageFile.ts";
 import { parsePlan } from "../plan/read.ts";
 import { readCubin, readKernel, readPlanFile } from "./inputFiles.ts";
 import { expectWritable } from "./outputFiles.ts";
-import { type Entry, tar } from "./tar.ts";
+import { type TarEntry, tar } from "./tar.ts";
 
 export interface PackSettings {
   /** The directory of a compiled plan, or its plan.json. */
@@ -96,7 +96,7 @@ function readPlan(folder: string): Plan {
 }
 
 /** The plan, its text, and the kernels that it names, checked against its digests; what else lies in the folder is not the plan's. */
-function filesOfPlan(plan: Plan, folder: string): readonly Entry[] {
+function filesOfPlan(plan: Plan, folder: string): readonly TarEntry[] {
   const sources = plan.kernels.flatMap(({ source }) => source?.file ?? []);
   for (const file of sources) readKernel(plan, folder, file);
   const cubins = plan.kernels.flatMap(({ cubin }) => cubin?.file ?? []).filter((file) => readCubin(plan, folder, file));
@@ -118,7 +118,7 @@ const smallCorpus = 16 * 2 ** 20;
  * Corpus, its index and labels: each has the place relative to plan/ in the archive that its key names, so that `run plan` finds it.
  * Undefined if `dataDir` is not given and a file is missing, outside of the archive, or large. Throws a Trouble if it is given.
  */
-export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly Entry[] | undefined {
+export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
   const { path, labels } = job.data;
   const wanted = [{ key: "data.path", path, what: "the corpus does" }];
   // without its index, a Megatron data set would be read by data.dtype
@@ -145,15 +145,15 @@ export function dataOf({ job }: Plan, folder: string, dataDir: string | undefine
   });
 }
 
-const fileEntry = (path: string, file: string): Entry => ({
+const fileEntry = (path: string, file: string): TarEntry => ({
   path,
   executable: (statSync(file).mode & 0o100) !== 0,
   read: () => readFileSync(file),
 });
 
 /** All files below a folder whose path in it is not left out; links are followed. */
-function folderEntries(place: string, folder: string, leftOut: (path: string) => boolean): readonly Entry[] {
-  const walk = (at: string): Entry[] =>
+function folderEntries(place: string, folder: string, leftOut: (path: string) => boolean): readonly TarEntry[] {
+  const walk = (at: string): TarEntry[] =>
     readdirSync(join(folder, at)).flatMap((name) => {
       const path = posix.join(at, name);
       if (name === "node_modules" || leftOut(path)) return [];
@@ -226,7 +226,7 @@ function buildHere(): string {
 }
 
 /** Blocks of a fixed size, by several threads: the bytes do not depend on how many there are. */
-async function compress(entries: readonly Entry[], out: string, effort: number): Promise<{ bytes: number; sha256: string }> {
+async function compress(entries: readonly TarEntry[], out: string, effort: number): Promise<{ bytes: number; sha256: string }> {
   const threads = Math.max(2, availableParallelism());
   const filters = process.arch === "x64" ? ["--x86", `--lzma2=preset=${effort}`] : [`--lzma2=preset=${effort}`];
   const { XZ_OPT: _, XZ_DEFAULTS: __, ...env } = process.env;

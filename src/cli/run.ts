@@ -5,7 +5,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
 import { version } from "../version.ts";
-import { complain, endProgress, type Format, print, printJson, tell, tellProgress } from "./output.ts";
+import { endProgress, type Format, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritable, openLines, writeFile } from "./outputFiles.ts";
 
 export interface RunOptions {
@@ -45,12 +45,12 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
       import("../../runtime/launch/launcher.ts"),
     ]);
     const place = placeOf(process.env, plan.mesh.world);
-    if (place?.rank === 0 && !place.secret && !isLoopback(place.address)) tell(noSecret);
+    if (place?.rank === 0 && !place.secret && !isLoopback(place.address)) printStderr(noSecret);
     if (!place) {
       const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
-      const say = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? print(line) : tell(line));
+      const say = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? printStdout(line) : printStderr(line));
       const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: say });
-      if (failed) tell(`rankc: rank ${failed.rank} ${failed.how}`);
+      if (failed) printStderr(`rankc: rank ${failed.rank} ${failed.how}`);
       return code;
     }
   }
@@ -83,9 +83,9 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
   };
   const run = await openRun(plan, settings);
-  if (run.leads) for (const note of run.notes) tell(`note: ${note}`);
+  if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
-    options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.milestone().steps === 0 ? "new" : "append");
+    options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
   let interrupted = false;
   const interrupt = (): void => {
     interrupted = true;
@@ -98,7 +98,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   const save = async (): Promise<void> => {
     if (options.save === undefined || done === (saved?.done ?? 0)) return;
     saved = { done, folder: await run.save() };
-    if (run.leads) tellProgress(`saved ${saved.folder}`);
+    if (run.leads) printProgress(`saved ${saved.folder}`);
   };
   let seconds = 0;
   let skipped = 0;
@@ -106,16 +106,16 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   let failed: Error | undefined;
   let fault: InstanceType<typeof StepFault> | undefined;
   try {
-    const before = run.milestone().steps;
+    const before = run.progress().steps;
     if (before >= steps)
       throw new Trouble(`the snapshot is of step ${before}, and the run ends at step ${steps}`, `--steps ${2 * before} goes on`);
-    while (run.milestone().steps < steps && run.mayBegin()) {
+    while (run.progress().steps < steps && run.mayBegin()) {
       last = await run.step();
       done++;
       seconds += last.seconds;
       skipped += Number(last.skipped ?? false);
       metrics?.add(metricsLine(last));
-      if (run.leads) tellProgress(progressLine(last, steps, seconds / done));
+      if (run.leads) printProgress(progressLine(last, steps, seconds / done));
       if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
       // a step on the CPU leaves no gap for signals: this is one
       await new Promise(setImmediate);
@@ -132,31 +132,31 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
     if (options.profile !== undefined && done > 0) {
       const [timings, { printProfile, traceOf }] = [await run.profile(), await import("../report/profile.ts")];
       writeFile(run.leads ? options.profile : `${options.profile}.rank${timings[0]?.rank}`, traceOf(timings));
-      if (run.leads) tell(printProfile(plan, timings));
+      if (run.leads) printStderr(printProfile(plan, timings));
     }
   } catch (error) {
     // all processes stand after the same step: they end like a run that is done
     if (error instanceof StepFault) fault = error;
     else failed = error as Error;
-    if (failed && options.backend === "cuda") options.leave((await import("../../runtime/cuda/hardExit.ts")).endWithoutDriver());
+    if (failed && options.backend === "cuda") options.leave((await import("../../runtime/cuda/hardExit.ts")).hardExit());
     if (failed) throw failed;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
     metrics?.close();
     // what went wrong first is what is told
-    await run.close(failed).catch((error) => (failed ? complain(error) : Promise.reject(error)));
+    await run.close(failed).catch((error) => (failed ? printError(error) : Promise.reject(error)));
   }
   if (fault && done > 0 && run.leads) endProgress();
   // one process of many says it, and one that found where it comes from
   if (fault && (run.leads || fault.origin !== undefined)) throw fault;
   if (fault) return fault.exit;
   if (!run.leads) return interrupted ? 130 : 0;
-  if (interrupted) tell(`interrupted: ${done} of ${steps} steps were done`);
+  if (interrupted) printStderr(`interrupted: ${done} of ${steps} steps were done`);
   if (options.format === "json")
     printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved: saved?.folder });
   else {
     const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
-    print(
+    printStdout(
       `${plural(done, "step")} in ${duration(seconds)}${skipped > 0 ? `, ${skipped} skipped` : ""}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`,
     );
   }

@@ -1,6 +1,6 @@
 /** tar: files → the bytes of a ustar archive. A function of paths, modes and contents alone: sorted, one time, no owner. */
 
-export interface Entry {
+export interface TarEntry {
   /** With slashes, relative. */
   readonly path: string;
   readonly executable: boolean;
@@ -11,7 +11,7 @@ export interface Entry {
 const time = 946_684_800;
 const block = 512;
 
-export function* tar(entries: readonly Entry[]): Generator<Uint8Array> {
+export function* tar(entries: readonly TarEntry[]): Generator<Uint8Array> {
   for (const { path, executable, read } of [...entries].sort((a, b) => (a.path < b.path ? -1 : 1))) {
     const bytes = read();
     yield header(path, executable ? 0o755 : 0o644, bytes.length);

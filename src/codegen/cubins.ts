@@ -17,7 +17,7 @@ export interface CubinSettings {
   /** `sm_90a` */
   readonly arch: string;
   readonly options: readonly string[];
-  readonly told: (done: number, of: number) => void;
+  readonly onProgress: (done: number, of: number) => void;
 }
 
 /** The version of the nvcc that would be used; undefined where there is none on the path (or at RANKC_NVCC). */
@@ -28,7 +28,7 @@ export function nvccVersion(): string | undefined {
 const nvcc = (): string => process.env.RANKC_NVCC ?? "nvcc";
 
 /** Compiles what is not in `folder` yet: a cubin's name holds its source's digest. Throws a Trouble with the compiler's words. */
-export async function compileCubins(folder: string, units: readonly Unit[], { arch, options, told }: CubinSettings): Promise<void> {
+export async function compileCubins(folder: string, units: readonly Unit[], { arch, options, onProgress }: CubinSettings): Promise<void> {
   makeFolder(folder);
   const left = units.filter((u) => !existsSync(join(folder, u.cubin)));
   const own = mkdtempSync(join(tmpdir(), "rankc-cubins-"));
@@ -48,7 +48,7 @@ export async function compileCubins(folder: string, units: readonly Unit[], { ar
         );
       }
       copyFileSync(made, join(folder, unit.cubin));
-      told(++done, units.length);
+      onProgress(++done, units.length);
     }
   };
   try {

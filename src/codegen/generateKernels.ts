@@ -5,14 +5,14 @@
 
 import type { Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchesIn } from "../../schemas/program.ts";
-import { elementsOf, parts } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical, sha256 } from "../plan/seal.ts";
-import type { Use } from "./kernelSpec.ts";
+import type { KernelSpec } from "./kernelSpec.ts";
 import type { Target } from "./targets.ts";
 
-export interface Kernels {
+export interface GeneratedKernels {
   /** The programs, with a kernel named by every compute instruction. */
   readonly programs: Program[];
   readonly kernels: Kernel[];
@@ -20,18 +20,18 @@ export interface Kernels {
   readonly sources: ReadonlyMap<string, string>;
 }
 
-export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Target): Kernels {
+export function generateKernels(programs: readonly Program[], mesh: Mesh, target: Target): GeneratedKernels {
   const kernels = new Map<string, Kernel>();
   const sources = new Map<string, string>();
   const named = programs.map((p): Program => {
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
     const microbatches = microbatchesIn(p);
     const name = (i: Compute, uses: number): Compute => {
-      const use = useOf(i, mesh, buffers);
-      const known = kernels.get(use.name);
-      const kernel = known ?? kernelOf(use, target, sources);
-      kernels.set(use.name, { ...kernel, uses: kernel.uses + uses });
-      return { ...i, kernel: use.name };
+      const spec = kernelSpecOf(i, mesh, buffers);
+      const known = kernels.get(spec.name);
+      const kernel = known ?? generateKernel(spec, target, sources);
+      kernels.set(spec.name, { ...kernel, uses: kernel.uses + uses });
+      return { ...i, kernel: spec.name };
     };
     const block = (instructions: readonly Instruction[], times: number) =>
       instructions.map((i) => (i.kind === "compute" ? name(i, times) : i));
@@ -47,44 +47,45 @@ export function kernelsOf(programs: readonly Program[], mesh: Mesh, target: Targ
 }
 
 /** What a kernel depends on: nothing that differs from rank to rank, or from layer to layer. */
-function useOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): Use {
+function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
   const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
-  const { told = [] } = ops[i.op]!;
-  const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !told.includes(name)));
-  const use = {
+  const { runtimeAttrs = [] } = ops[i.op]!;
+  const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !runtimeAttrs.includes(name)));
+  const spec = {
     op: i.op,
-    d: { ...attrs, ...Object.fromEntries(local.map(([dim, [size, cut]]) => [dim, size / parts(mesh, cut)])) },
+    d: { ...attrs, ...Object.fromEntries(local.map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])) },
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
-    keeps: new Set(i.keeps ?? []),
+    accumulates: new Set(i.accumulates ?? []),
     bound: ragged ? ragged.shape[0]! : 0,
     makesRows: i.rows !== undefined,
     mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
   };
-  return { ...use, name: nameOf(use) };
+  return { ...spec, name: nameOf(spec) };
 }
 
 /** Names of uses met before: a layer's are those of the one above. */
 const names = new Map<string, string>();
-function nameOf(use: Omit<Use, "name">): string {
-  const text = JSON.stringify({ ...use, keeps: [...use.keeps] });
+function nameOf(spec: Omit<KernelSpec, "name">): string {
+  const text = JSON.stringify({ ...spec, accumulates: [...spec.accumulates] });
   let name = names.get(text);
-  if (!name) names.set(text, (name = `${use.op}_${sha256(canonical({ ...use, keeps: [...use.keeps].sort() })).slice(0, 8)}`));
+  if (!name)
+    names.set(text, (name = `${spec.op}_${sha256(canonical({ ...spec, accumulates: [...spec.accumulates].sort() })).slice(0, 8)}`));
   return name;
 }
 
-function kernelOf(use: Use, target: Target, sources: Map<string, string>): Kernel {
-  const made = target.make(use);
-  const file = `${use.name}.${target.suffix}`;
+function generateKernel(spec: KernelSpec, target: Target, sources: Map<string, string>): Kernel {
+  const made = target.generate(spec);
+  const file = `${spec.name}.${target.suffix}`;
   if (made) sources.set(file, made.source);
   return {
-    id: use.name,
-    op: use.op,
-    dtypes: Object.values(use.dtype).join("."),
-    dims: use.d,
-    ...(use.keeps.size ? { keeps: [...use.keeps] } : {}),
+    id: spec.name,
+    op: spec.op,
+    dtypes: Object.values(spec.dtype).join("."),
+    dims: spec.d,
+    ...(spec.accumulates.size ? { accumulates: [...spec.accumulates] } : {}),
     uses: 0,
     ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
     scratch: made?.scratch ?? 0,

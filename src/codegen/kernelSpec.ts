@@ -5,7 +5,7 @@
 import type { Dtype, Launch } from "../../schemas/plan.ts";
 import type { Arch, Profile } from "./targetNames.ts";
 
-export interface Use {
+export interface KernelSpec {
   readonly op: string;
   /** A name no other kernel of the plan has, fit for a function: `rmsnorm_1f3a9c02`. Entries are it, or begin with it and `_`. */
   readonly name: string;
@@ -15,7 +15,7 @@ export interface Use {
   readonly size: Readonly<Record<string, number>>;
   readonly dtype: Readonly<Record<string, Dtype>>;
   /** Outputs that are added to (or updated in place) rather than made anew. */
-  readonly keeps: ReadonlySet<string>;
+  readonly accumulates: ReadonlySet<string>;
   /** Rows that ragged operands hold at most; 0 where none is ragged. */
   readonly bound: number;
   /** The op makes the index buffer (see below) rather than reading it. */
@@ -24,15 +24,15 @@ export interface Use {
   readonly mayOverflow: boolean;
 }
 
-export interface Made {
+export interface GeneratedKernel {
   readonly source: string;
   readonly launches: readonly Launch[];
   /** Bytes; `scratch+N` in a launch's arguments points into them. */
   readonly scratch?: number;
 }
 
-export type WgslMaker = (use: Use, profile: Profile) => Made;
-export type CudaMaker = (use: Use, arch: Arch) => Made;
+export type WgslGenerator = (spec: KernelSpec, profile: Profile) => GeneratedKernel;
+export type CudaGenerator = (spec: KernelSpec, arch: Arch) => GeneratedKernel;
 
 /**
  * The index buffer `rows` of ragged operands, i32: the count of rows; (b, s, e) of each, global, up to the bound; then, for
@@ -42,15 +42,15 @@ export type CudaMaker = (use: Use, arch: Arch) => Made;
 export const offsetsAt = (bound: number): number => 1 + 3 * bound;
 
 /** The values of numbered attributes or dims: `n0`, `n1`, … of `arrange`. */
-export function numbered({ d }: Pick<Use, "d">, prefix: string): number[] {
+export function numbered({ d }: Pick<KernelSpec, "d">, prefix: string): number[] {
   const all: number[] = [];
   while (d[`${prefix}${all.length}`] !== undefined) all.push(d[`${prefix}${all.length}`]!);
   return all;
 }
 
 /** How `split_rows` tells a row's destination from its coordinates: one term for each factor. */
-export const destinationsOf = (use: Pick<Use, "d">) =>
-  numbered(use, "slot").map((slot, i) => ({ slot, div: use.d[`div${i}`]!, mod: use.d[`mod${i}`]!, mul: use.d[`mul${i}`]! }));
+export const destinationsOf = (spec: Pick<KernelSpec, "d">) =>
+  numbered(spec, "slot").map((slot, i) => ({ slot, div: spec.d[`div${i}`]!, mod: spec.d[`mod${i}`]!, mul: spec.d[`mul${i}`]! }));
 
 /** `positionOf` (src/ops/positions.ts) of an unsigned index, as an expression of WGSL and of CUDA alike. */
 export function positionText(index: string, chunk: number, ranks: number): string {

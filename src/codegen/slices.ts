@@ -1,7 +1,7 @@
 /** Ops that only cut vectors apart and put them together, as pieces that are copied: the same list for every target. */
 
 /** So many channels of each head, from one operand to another. */
-export interface Piece {
+export interface Slice {
   readonly from: string;
   readonly to: string;
   readonly length: number;
@@ -13,21 +13,21 @@ export interface Piece {
   readonly toWidth: number;
   readonly shared?: true;
 }
-export interface Parts {
+export interface SliceCopy {
   readonly tokens: number;
   readonly heads: number;
-  readonly pieces: readonly Piece[];
+  readonly slices: readonly Slice[];
 }
 
 type Sizes = Readonly<Record<string, number>>;
 const sizes = (d: Sizes) => d as Readonly<Record<"B" | "S" | "H" | "A" | "R" | "W" | "Y" | "Z", number>>;
 
-export const partsOf: Readonly<Record<string, (d: Sizes) => Parts>> = {
+export const sliceCopies: Readonly<Record<string, (d: Sizes) => SliceCopy>> = {
   split(d) {
     const { B, S, A, R, Y } = sizes(d);
     return {
       ...{ tokens: B * S, heads: 1 },
-      pieces: [
+      slices: [
         { from: "x", to: "a", length: A, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: A },
         { from: "x", to: "b", length: R, fromAt: A, toAt: 0, fromWidth: Y, toWidth: R },
       ],
@@ -37,7 +37,7 @@ export const partsOf: Readonly<Record<string, (d: Sizes) => Parts>> = {
     const { B, S, A, R, Y } = sizes(d);
     return {
       ...{ tokens: B * S, heads: 1 },
-      pieces: [
+      slices: [
         { from: "a", to: "y", length: A, fromAt: 0, toAt: 0, fromWidth: A, toWidth: Y },
         { from: "b", to: "y", length: R, fromAt: 0, toAt: A, fromWidth: R, toWidth: Y },
       ],
@@ -48,7 +48,7 @@ export const partsOf: Readonly<Record<string, (d: Sizes) => Parts>> = {
     const own = Y - R;
     return {
       ...{ tokens: B * S, heads: H },
-      pieces: [
+      slices: [
         { from: "x", to: "k", length: own, fromAt: 0, toAt: 0, fromWidth: Z, toWidth: Y },
         { from: "r", to: "k", length: R, fromAt: 0, toAt: own, fromWidth: R, toWidth: Y, shared: true },
         { from: "x", to: "v", length: W, fromAt: own, toAt: 0, fromWidth: Z, toWidth: W },
@@ -61,7 +61,7 @@ export const partsOf: Readonly<Record<string, (d: Sizes) => Parts>> = {
     const own = Y - R;
     return {
       ...{ tokens: B * S, heads: H },
-      pieces: [
+      slices: [
         { from: "dk", to: "dx", length: own, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: Z },
         { from: "dv", to: "dx", length: W, fromAt: 0, toAt: own, fromWidth: W, toWidth: Z },
       ],
@@ -70,5 +70,5 @@ export const partsOf: Readonly<Record<string, (d: Sizes) => Parts>> = {
 };
 
 /** Offsets and lengths that a vector of elements must divide. */
-export const alignmentsOf = ({ pieces }: Parts): number[] =>
-  pieces.flatMap((p) => [p.length, p.fromAt, p.toAt, p.fromWidth, p.toWidth]).filter((n) => n > 0);
+export const alignmentsOf = ({ slices }: SliceCopy): number[] =>
+  slices.flatMap((p) => [p.length, p.fromAt, p.toAt, p.fromWidth, p.toWidth]).filter((n) => n > 0);

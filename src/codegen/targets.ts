@@ -5,7 +5,7 @@
 import type { Device } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { invariant } from "../ops/op.ts";
-import type { Made, Use } from "./kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
 import { archs, deviceTargets, profiles, targetNames } from "./targetNames.ts";
 
 export interface Target {
@@ -14,10 +14,10 @@ export interface Target {
   /** What the names of its sources end in. */
   readonly suffix: string;
   /** The source of one use of an op; undefined where the target runs the op's reference. */
-  make(use: Use): Made | undefined;
+  generate(spec: KernelSpec): GeneratedKernel | undefined;
 }
 
-export const cpu: Target = { name: "cpu", suffix: "", make: () => undefined };
+export const cpu: Target = { name: "cpu", suffix: "", generate: () => undefined };
 
 /** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
 export async function loadTarget(text: string): Promise<Target> {
@@ -27,22 +27,22 @@ export async function loadTarget(text: string): Promise<Target> {
     const profile = profiles.find((p) => p === (detail ?? "baseline"));
     if (profile) {
       const { wgslKernels } = await import("./wgsl/index.ts");
-      const make = (use: Use): Made => {
-        if (profile === "baseline" && Object.values(use.dtype).includes("f16"))
+      const generate = (spec: KernelSpec): GeneratedKernel => {
+        if (profile === "baseline" && Object.values(spec.dtype).includes("f16"))
           throw new Trouble(
             "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
             "write --target webgpu:f16, or train.precision: fp32",
           );
-        return makerOf(wgslKernels, use)(use, profile);
+        return generatorOf(wgslKernels, spec)(spec, profile);
       };
-      return { name: `webgpu:${profile}`, suffix: "wgsl", make };
+      return { name: `webgpu:${profile}`, suffix: "wgsl", generate };
     }
   }
   if (kind === "cuda") {
     const arch = archs.find((a) => a === detail);
     if (arch) {
       const { cudaKernels } = await import("./cuda/index.ts");
-      return { name: text, suffix: "cu", make: (use) => makerOf(cudaKernels, use)(use, arch) };
+      return { name: text, suffix: "cu", generate: (spec) => generatorOf(cudaKernels, spec)(spec, arch) };
     }
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
@@ -57,16 +57,16 @@ export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
 
 const lenient = (target: Target): Target => ({
   ...target,
-  make: (use) => {
+  generate: (spec) => {
     try {
-      return target.make(use);
+      return target.generate(spec);
     } catch {
       return undefined;
     }
   },
 });
 
-function makerOf<M>(table: Readonly<Record<string, M>>, { op }: Use): M {
+function generatorOf<M>(table: Readonly<Record<string, M>>, { op }: KernelSpec): M {
   const maker = table[op];
   invariant(maker !== undefined, `no kernel for ${op}`);
   return maker;

@@ -6,14 +6,14 @@ import pc from "picocolors";
 import { escaped, unprintable } from "../../schemas/printable.ts";
 
 /** A place in a file: 1-based, endCol is one past the last character. */
-export interface Place {
+export interface SourceLocation {
   readonly file: string;
   readonly line: number;
   readonly col: number;
   readonly endCol: number;
   readonly lineText: string;
 }
-export type At = Place | { readonly set: string };
+export type At = SourceLocation | { readonly set: string };
 
 /** Key paths and their new values: the fix in a form that `--set` understands. */
 export type Changes = Readonly<Record<string, unknown>>;
@@ -94,10 +94,10 @@ export function renderFindings(all: readonly Finding[], { color }: { readonly co
     ].join("\n");
   };
   const others = left.length ? `… and ${all.length - findings.length} more: ${left.join(", ")}\n\n` : "";
-  return `${findings.map(one).join("\n\n")}\n\n${others}${tally(all)}\n`;
+  return `${findings.map(one).join("\n\n")}\n\n${others}${countByLevel(all)}\n`;
 }
 
-function tally(findings: readonly Finding[]): string {
+function countByLevel(findings: readonly Finding[]): string {
   const part = (level: Finding["level"]) => {
     const n = findings.filter((f) => f.level === level).length;
     return n ? [`${n} ${level}${n > 1 ? "s" : ""}`] : [];
@@ -109,7 +109,7 @@ function tally(findings: readonly Finding[]): string {
 const printable = (text: string): string => text.replace(unprintable, (c) => (c === "\t" ? " " : "\ufffd"));
 
 /** The part of a long line that the caret points into. */
-function window({ lineText, col, endCol }: Place): { text: string; from: number; to: number } {
+function window({ lineText, col, endCol }: SourceLocation): { text: string; from: number; to: number } {
   const start = col - 1 > WIDTH - 20 ? col - 1 - 30 : 0;
   const cut = lineText.slice(start, start + WIDTH);
   const lead = start ? "…" : "";

@@ -3,7 +3,7 @@ import { stringify } from "yaml";
 import { rules, smallest } from "../rules/index.ts";
 import type { Finding } from "./diagnostic.ts";
 import { readJob, shapeFaults } from "./readJob.ts";
-import { layOver, textFaults } from "./source.ts";
+import { mergeYaml, textFaults } from "./source.ts";
 
 export interface Explanation {
   readonly code: string;
@@ -32,7 +32,7 @@ export function explain(code: string): Explanation | undefined {
 }
 
 /** The smallest valid job with `bad` laid over it. */
-export const badJob = (bad: string): string => stringify(layOver(smallest, bad));
+export const badJob = (bad: string): string => stringify(mergeYaml(smallest, bad));
 
 function of(what: Omit<Explanation, "level" | "finding">, level: Finding["level"], job: string, sets: readonly string[] = []): Explanation {
   const { code, title, why, bad } = what;

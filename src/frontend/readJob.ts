@@ -6,7 +6,7 @@ import { cpu, type Target } from "../codegen/targets.ts";
 import { jobFindings, memoryFindings } from "../rules/index.ts";
 import { needsPrograms } from "../rules/memory.ts";
 import { type Finding, hasErrors, SHOWN } from "./diagnostic.ts";
-import { copy, dropAt, isObject, type Path, putAt, readSource, type Source, valueAt } from "./source.ts";
+import { copy, deletePath, isObject, type Path, readSource, type Source, setPath, valueAt } from "./source.ts";
 
 export interface JobRead {
   readonly job?: Job;
@@ -47,8 +47,8 @@ function readQuickly(text: string, file: string, sets: readonly string[]): JobRe
     return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired.job, repaired.source) : [])] };
   }
   const job = completeJob(read.data);
-  const spoken = jobFindings(job, source);
-  return hasErrors(spoken) ? { source, findings: spoken } : { job, source, findings: spoken };
+  const reportedCodes = jobFindings(job, source);
+  return hasErrors(reportedCodes) ? { source, findings: reportedCodes } : { job, source, findings: reportedCodes };
 }
 
 /** A finding, and what was most likely meant: a key under its right name, a value of the right kind. */
@@ -62,10 +62,10 @@ function repair(source: Source, shape: readonly ShapeFault[]): { job: Job; sourc
   const value = copy(source.value);
   for (const { meant } of shape) {
     if (!meant) return undefined;
-    if (meant.instead) dropAt(value, meant.instead);
+    if (meant.instead) deletePath(value, meant.instead);
     const path = meant.path.split(".");
     if (meant.instead && valueAt(value, path) !== undefined) continue; // both names are written: the right one counts
-    if (putAt(value, path, meant.value)) return undefined;
+    if (setPath(value, path, meant.value)) return undefined;
   }
   const read = JobText.safeParse(value);
   return read.success ? { job: completeJob(read.data), source: { ...source, value } } : undefined;
@@ -286,7 +286,7 @@ const isNumberOf = ({ type, minimum = -Infinity, maximum = Infinity }: Schema, n
   (type === "integer" ? Number.isInteger(n) : type === "number" && Number.isFinite(n)) && n >= minimum && n <= maximum;
 
 /** What other tools call our keys. */
-const elsewhere: Readonly<Record<string, string>> = {
+const foreignKeys: Readonly<Record<string, string>> = {
   tp: "parallel.tensor",
   tensor_parallel: "parallel.tensor",
   tensor_model_parallel_size: "parallel.tensor",
@@ -371,7 +371,7 @@ function likelyKey(key: string, path: Path, schema: Schema | undefined): string 
   if (sibling) return [...path, sibling].join(".");
   const every = everyKey(root, "");
   const last = (k: string) => k.split(".").at(-1)!;
-  const known = (Object.hasOwn(elsewhere, word) ? elsewhere[word] : undefined) ?? every.find((k) => last(k) === word);
+  const known = (Object.hasOwn(foreignKeys, word) ? foreignKeys[word] : undefined) ?? every.find((k) => last(k) === word);
   if (known) return known;
   const near = closest(word, every.map(last));
   return near && every.find((k) => last(k) === near);

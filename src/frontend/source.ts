@@ -14,7 +14,7 @@ import {
   visit,
   type YAMLError,
 } from "yaml";
-import type { At, Finding, Place } from "./diagnostic.ts";
+import type { At, Finding, SourceLocation } from "./diagnostic.ts";
 
 export type Path = readonly (string | number)[];
 
@@ -65,7 +65,7 @@ export function readSource(text: string, file: string, sets: readonly string[] =
   const lines = new LineCounter();
   const findings: Finding[] = [];
   const rows = text.split(/\r?\n/);
-  const place = (from: number, to: number): Place => {
+  const place = (from: number, to: number): SourceLocation => {
     const a = lines.linePos(Math.min(from, text.length));
     const line = Math.max(1, a.line);
     const lineText = rows[line - 1] ?? "";
@@ -165,7 +165,7 @@ export function valueAt(value: unknown, path: Path): unknown {
 }
 
 /** Puts a value at a path, making the maps on the way. Returns what stands in the way, if anything does. */
-export function putAt(root: Record<string, unknown>, path: readonly string[], value: unknown): string | undefined {
+export function setPath(root: Record<string, unknown>, path: readonly string[], value: unknown): string | undefined {
   let here: unknown = root;
   for (const [i, key] of path.entries()) {
     const last = i === path.length - 1;
@@ -182,7 +182,7 @@ export function putAt(root: Record<string, unknown>, path: readonly string[], va
   return undefined;
 }
 
-export function dropAt(root: unknown, path: Path): void {
+export function deletePath(root: unknown, path: Path): void {
   const holder = valueAt(root, path.slice(0, -1));
   if (isObject(holder)) delete holder[path.at(-1)!];
 }
@@ -199,7 +199,7 @@ function lay(root: Record<string, unknown>, set: string): readonly string[] | st
   const error = doc.errors[0] ?? doc.warnings[0];
   if (error) return `the value is not YAML: ${say(error)}`;
   try {
-    return putAt(root, path, doc.toJS({ maxAliasCount: 100 })) ?? path;
+    return setPath(root, path, doc.toJS({ maxAliasCount: 100 })) ?? path;
   } catch (e) {
     return e instanceof Error ? e.message : String(e);
   }
@@ -271,7 +271,7 @@ function byYaml(e: YAMLError): readonly [Fault, string] {
 const say = (e: YAMLError): string => e.message.split("\n")[0]!;
 
 /** Two YAML maps, the second over the first, key by key. */
-export function layOver(under: string, over: string): Record<string, unknown> {
+export function mergeYaml(under: string, over: string): Record<string, unknown> {
   const merge = (a: unknown, b: unknown): unknown => {
     if (!isObject(a) || !isObject(b)) return b;
     return { ...a, ...Object.fromEntries(Object.entries(b).map(([key, value]) => [key, merge(a[key], value)])) };

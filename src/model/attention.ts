@@ -8,38 +8,38 @@ import { headNorm, rmsnorm } from "../ops/norm.ts";
 import type { Attrs, Value } from "../ops/op.ts";
 import { rope, scalings, unscaled } from "../ops/rope.ts";
 import { copiesOfHead } from "../passes/mesh.ts";
-import { orderOf, type Part, streamCut } from "./builder.ts";
+import { type ModuleBuilder, orderOf, streamCut } from "./builder.ts";
 
 type Model = Job["model"];
 type Latent = NonNullable<Model["mla"]>;
 
 /** `x` normalised [B,S,D] → what is added to the residual stream [B,S,D]. */
-export function attend(part: Part, x: Value): Value {
-  const { at, bias } = part;
-  const { model: m } = part.job;
-  const mixed = m.mla ? latent(part, x, m.mla) : grouped(part, x);
-  const out = product(part, "wo", "O@tp,D", mixed);
+export function attend(module: ModuleBuilder, x: Value): Value {
+  const { at, bias } = module;
+  const { model: m } = module.job;
+  const mixed = m.mla ? latent(module, x, m.mla) : grouped(module, x);
+  const out = product(module, "wo", "O@tp,D", mixed);
   if (!m.out_bias) return out;
   // a bias is added once, to the whole sum over the tensor ranks: it is made as it is needed next
-  out.cut = streamCut(part.job);
+  out.shardAxes = streamCut(module.job);
   return addBias.of({ x: out, bias: bias("bo", "D") }, {}, at("attn.wo_bias"));
 }
 
-const product = ({ at, weight }: Part, name: string, dims: string, x: Value): Value =>
+const product = ({ at, weight }: ModuleBuilder, name: string, dims: string, x: Value): Value =>
   gemm.of({ x, w: weight(name, dims) }, {}, at(`attn.${name}`));
 
 /**
  * Grouped queries: head width C, M query heads per key/value head. With more tensor ranks than key/value heads, a rank has a copy of one
  * head, whose gradients are summed over the copies; its M query heads are a part of those that read it.
  */
-function grouped(part: Part, x: Value): Value {
-  const { at, gain, bias } = part;
-  const { model: m } = part.job;
+function grouped(module: ModuleBuilder, x: Value): Value {
+  const { at, gain, bias } = module;
+  const { model: m } = module.job;
   const { eps } = m.norm;
   const C = m.head_dim;
-  const copies = copiesOfHead(part.job);
+  const copies = copiesOfHead(module.job);
   const projected = (name: "q" | "k" | "v", dim: string): Value => {
-    const y = product(part, `w${name}`, `D,${dim}`, x);
+    const y = product(module, `w${name}`, `D,${dim}`, x);
     if (name !== "q" && copies > 1) y.node!.pin = { axis: "copies", path: "parallel.tensor" };
     return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, dim) }, {}, at(`attn.w${name}_bias`)) : y;
   };
@@ -49,12 +49,12 @@ function grouped(part: Part, x: Value): Value {
       : m.qk_norm === "full"
         ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
         : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
-  const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(part.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
+  const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(module.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
   const q = turned("q", normed("q_norm", "Q", projected("q", "Q@tp")));
   const k = turned("k", normed("k_norm", "KV", projected("k", "KV@kv")));
   const v = projected("v", "KV@kv");
   const mixed = mix(
-    part,
+    module,
     { q, k, v },
     { C, W: C, M: m.heads / (m.kv_heads * copies), scale: C ** -0.5, ...(copies > 1 ? { copies } : {}) },
   );
@@ -66,41 +66,41 @@ function grouped(part: Part, x: Value): Value {
  * DeepSeek's: the keys and values of all heads come from one latent, normalised, and so may queries. Of a query or key head the last
  * `rope_dim` channels turn; the keys' are made beside the latent, once for all heads.
  */
-function latent(part: Part, x: Value, mla: Latent): Value {
-  const { at, gain } = part;
-  const { model: m } = part.job;
+function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
+  const { at, gain } = module;
+  const { model: m } = module.job;
   const { kv_rank, nope_dim, rope_dim: R, v_dim: W } = mla;
   const C = nope_dim + R;
   const normed = (name: string, dim: string, y: Value): Value =>
     rmsnorm.of({ x: y, gain: gain(name, dim) }, { eps: mla.norm_eps }, at(`attn.${name}`));
   const turned = (name: string, y: Value, head: Attrs) =>
-    rope.of({ x: y }, { ...rotary(part.job), width: R, ...head }, at(`attn.${name}_rope`));
+    rope.of({ x: y }, { ...rotary(module.job), width: R, ...head }, at(`attn.${name}_rope`));
 
   const queries =
     mla.q_rank === null
-      ? product(part, "wq", "D,Q@tp", x)
-      : product(part, "wq_b", "QL,Q@tp", normed("q_norm", "QL", product(part, "wq_a", "D,QL", x)));
+      ? product(module, "wq", "D,Q@tp", x)
+      : product(module, "wq_b", "QL,Q@tp", normed("q_norm", "QL", product(module, "wq_a", "D,QL", x)));
   const q = turned("q", queries, { C, first: nope_dim });
   const { a: kept, b: shared } = split.all(
-    { x: product(part, "wkv_a", "D,KR", x) },
+    { x: product(module, "wkv_a", "D,KR", x) },
     { A: kv_rank, R, Y: kv_rank + R },
     at("attn.kv_split"),
   );
-  const heads = product(part, "wkv_b", "KL,KU@tp", normed("kv_norm", "KL", kept));
+  const heads = product(module, "wkv_b", "KL,KU@tp", normed("kv_norm", "KL", kept));
   const r = turned("k", shared, { C: R, first: 0 });
   const { k, v } = latentKv.all({ x: heads, r }, { R, W, Y: C, Z: nope_dim + W }, at("attn.kv"));
-  return mix(part, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoresGrow(m) });
+  return mix(module, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoresGrow(m) });
 }
 
 /** Attention over the whole sequence. With context_method ring, keys and values are not gathered for it: they go around. */
-function mix({ job, at, sample, random }: Part, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
+function mix({ job, at, sample, random }: ModuleBuilder, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
   const drop = job.model.dropout.attention;
   const mixed =
     drop === 0
       ? attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"))
       : attentionDropout.of({ ...operands, sample }, { ...attrs, drop, ...random("attn.core") }, at("attn.core"));
   const { context, context_method } = job.parallel;
-  if (context > 1 && context_method === "ring") mixed.node!.around = { dim: "U", as: "S", path: "parallel.context_method" };
+  if (context > 1 && context_method === "ring") mixed.node!.ring = { dim: "U", as: "S", path: "parallel.context_method" };
   return mixed;
 }
 

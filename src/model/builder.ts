@@ -27,7 +27,7 @@ export interface Loss {
 }
 
 /** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
-export interface Part {
+export interface ModuleBuilder {
   readonly job: Job;
   /** A number that grows from the embedding to the head; see `Node.position`. */
   readonly position: number;
@@ -51,7 +51,7 @@ export interface Part {
 }
 
 /** How the residual stream [B,S,D] lies: between matrices, tensor ranks share out its tokens, too. */
-export const streamCut = ({ parallel }: Job): NonNullable<Value["cut"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
+export const streamCut = ({ parallel }: Job): NonNullable<Value["shardAxes"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
 /** How the tokens of a sequence lie over the ranks that share it (ops/positions.ts). */
 export const orderOf = ({ model, parallel: { context } }: Job) => ({ chunk: context > 1 ? model.seq / (2 * context) : 0, ranks: context });
@@ -82,25 +82,33 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
   };
 }
 
-export type PartOf = (position: number, prefix: string) => Part;
+export type ModuleBuilderAt = (position: number, prefix: string) => ModuleBuilder;
 
 /** The parts of one model, which put their losses into `losses`. */
-export function partsOf(job: Job, losses: Loss[]): PartOf {
+export function moduleBuilders(job: Job, losses: Loss[]): ModuleBuilderAt {
   // one for all: an input does not stand at a place of the model
   const sample: Value = {
-    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], cut: [["dp"]] },
+    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], shardAxes: [["dp"]] },
     leaf: { kind: "input", name: "sample", position: 0 },
   };
   return (position, prefix) => partOf(job, position, prefix, losses, sample);
 }
 
-function partOf(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): Part {
+function partOf(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): ModuleBuilder {
   const { train } = job;
   const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
   const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): Value => {
-    const slots = dims.split(",").map((d) => d.split("@"));
-    return { out: 0, leaf: of, ragged: 0, fanout: 0, dtype, sizes: slots.map(([d]) => size[d!]!), cut: slots.map(([, ...axes]) => axes) };
+    const dimSpecs = dims.split(",").map((d) => d.split("@"));
+    return {
+      out: 0,
+      leaf: of,
+      ragged: 0,
+      fanout: 0,
+      dtype,
+      sizes: dimSpecs.map(([d]) => size[d!]!),
+      shardAxes: dimSpecs.map(([, ...axes]) => axes),
+    };
   };
   const at = (name: string): string => prefix + name;
   const parameter = (name: string, dims: string, init: Leaf["init"], more: Partial<Leaf> = {}, dtype: Value["dtype"] = type): Value =>
@@ -117,11 +125,11 @@ function partOf(job: Job, position: number, prefix: string, losses: Loss[], samp
 }
 
 /** Hidden dropout, of the job's probability. */
-export function dropped({ job, at, random, sample }: Part, x: Value, name: string): Value {
+export function dropped({ job, at, random, sample }: ModuleBuilder, x: Value, name: string): Value {
   const drop = job.model.dropout.hidden;
   if (drop === 0) return x;
   // what is dropped is an element of the whole sum over the tensor ranks: it is made as it is needed next
-  x.cut = streamCut(job);
+  x.shardAxes = streamCut(job);
   return dropout.of({ x, sample }, { drop, ...random(name) }, at(name));
 }
 

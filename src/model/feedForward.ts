@@ -3,10 +3,10 @@
 import { gemm } from "../ops/linear.ts";
 import { swiglu } from "../ops/moe.ts";
 import type { Value } from "../ops/op.ts";
-import type { Part } from "./builder.ts";
+import type { ModuleBuilder } from "./builder.ts";
 
 /** `h` [B,S,D] → [B,S,D] by way of `width`; its weights are called `<weights>w1`, w3 and w2. */
-export function dense({ at, weight }: Part, h: Value, width: "H" | "X", weights = "", nodes = "mlp"): Value {
+export function dense({ at, weight }: ModuleBuilder, h: Value, width: "H" | "X", weights = "", nodes = "mlp"): Value {
   const w = (name: string, dims: string, x: Value): Value =>
     gemm.of({ x, w: weight(`${weights}${name}`, dims) }, {}, at(`${nodes}.${name}`));
   const act = swiglu.of({ gate: w("w1", `D,${width}@tp`, h), up: w("w3", `D,${width}@tp`, h) }, {}, at(`${nodes}.swiglu`));

@@ -6,9 +6,9 @@ import { hasExperts, type Job } from "../../schemas/job.ts";
 import { gemm, gemmDgrad } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
-import { embed, mean, nll, pick, rowMax, sumExp, weightedSum } from "../ops/vocab.ts";
+import { embed, gather, mean, nll, rowMax, sumExp, weightedSum } from "../ops/vocab.ts";
 import { headAt, layerAt, pipelineOf, stageOfVirtual } from "../passes/pipeline.ts";
-import { copyOf, dropped, type Loss, type Part, partsOf, streamCut } from "./builder.ts";
+import { copyOf, dropped, type Loss, type ModuleBuilder, moduleBuilders, streamCut } from "./builder.ts";
 import { layer } from "./layer.ts";
 import { depths } from "./mtp.ts";
 
@@ -17,11 +17,11 @@ export function buildModel(job: Job): Loss[] {
   const losses: Loss[] = [];
   const { eps } = m.norm;
 
-  const partAt = partsOf(job, losses);
+  const partAt = moduleBuilders(job, losses);
   const first = partAt(0, "");
   const table = first.weight("embed", "V@tp,D");
   let x = embed.of({ ids: first.input("ids"), table }, {}, "embedding");
-  x.cut = streamCut(job);
+  x.shardAxes = streamCut(job);
   x = dropped(first, x, "embedding.dropout");
 
   for (let i = 0; i < m.layers; i++) x = layer(partAt(layerAt(i), `layers.${i}.`), x, hasExperts(m, i));
@@ -58,14 +58,18 @@ function standing(job: Job, table: Value): (position: number) => Value {
 }
 
 /** Over a vocabulary shard: log Σ exp(x - max) + max - x[target]; its mean over the tokens of a step that are learnt from. */
-function crossEntropy(part: Part, logits: Value, { prefix, suffix }: { readonly prefix: string; readonly suffix: string }): Value {
+function crossEntropy(
+  module: ModuleBuilder,
+  logits: Value,
+  { prefix, suffix }: { readonly prefix: string; readonly suffix: string },
+): Value {
   const at = (name: string): string => `${prefix}${name}`;
   const max = rowMax.of({ x: logits }, {}, at("loss.max"));
   const s = sumExp.of({ x: logits, m: max }, {}, at("loss.sum_exp"));
-  const p = pick.of({ x: logits, target: part.input(`labels${suffix}`) }, {}, at("loss.pick"));
+  const p = gather.of({ x: logits, target: module.input(`labels${suffix}`) }, {}, at("loss.pick"));
   const l = nll.of({ m: max, s, p }, {}, at("loss.nll"));
-  const { train, model, data } = part.job;
+  const { train, model, data } = module.job;
   // the last tokens of a sequence have nothing further to predict
-  if (data.labels !== null || suffix) return weightedSum.of({ l, weight: part.input(`weights${suffix}`, "f32") }, {}, at("loss"));
+  if (data.labels !== null || suffix) return weightedSum.of({ l, weight: module.input(`weights${suffix}`, "f32") }, {}, at("loss"));
   return mean.of({ l }, { count: train.global_batch * model.seq }, at("loss"));
 }

@@ -14,27 +14,27 @@ import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
 import { embed } from "../ops/vocab.ts";
 import { depthAt } from "../passes/pipeline.ts";
-import { dropped, type PartOf, streamCut } from "./builder.ts";
+import { dropped, type ModuleBuilderAt, streamCut } from "./builder.ts";
 import { layer } from "./layer.ts";
 
 /** `y` normalised [B,S,D] → what each depth gives the head, the first depth first. `table`: the embedding, where a position finds it. */
-export function depths(job: Job, y: Value, table: (position: number) => Value, partAt: PartOf): Value[] {
+export function depths(job: Job, y: Value, table: (position: number) => Value, partAt: ModuleBuilderAt): Value[] {
   const { model: m } = job;
   const { eps } = m.norm;
   const D = m.hidden;
   const made = [y];
   for (let k = 1; k <= depthsOf(m); k++) {
-    const part = partAt(depthAt(m, k), `mtp.${k - 1}.`);
-    const { at, gain } = part;
+    const module = partAt(depthAt(m, k), `mtp.${k - 1}.`);
+    const { at, gain } = module;
     // ids that are ahead are made by the host: on ranks that share a sequence the next token may be another's
-    const seen = embed.of({ ids: part.input(`ids_${k}`), table: table(part.position) }, {}, at("embedding"));
-    seen.cut = streamCut(job);
-    const a = rmsnorm.of({ x: dropped(part, seen, "embedding.dropout"), gain: gain("enorm", "D") }, { eps }, at("embedding.norm"));
+    const seen = embed.of({ ids: module.input(`ids_${k}`), table: table(module.position) }, {}, at("embedding"));
+    seen.shardAxes = streamCut(job);
+    const a = rmsnorm.of({ x: dropped(module, seen, "embedding.dropout"), gain: gain("enorm", "D") }, { eps }, at("embedding.norm"));
     const b = rmsnorm.of({ x: made[k - 1]!, gain: gain("hnorm", "D") }, { eps }, at("hidden.norm"));
     const both = join.of({ a, b }, { A: D, R: D, Y: 2 * D }, at("joined"));
-    const x = gemm.of({ x: both, w: part.weight("proj", "2D,D@tp") }, {}, at("projected"));
-    x.cut = streamCut(job);
-    const out = layer(part, x, hasExperts(m, m.layers - 1));
+    const x = gemm.of({ x: both, w: module.weight("proj", "2D,D@tp") }, {}, at("projected"));
+    x.shardAxes = streamCut(job);
+    const out = layer(module, x, hasExperts(m, m.layers - 1));
     made.push(rmsnorm.of({ x: out, gain: gain("norm", "D") }, { eps }, at("final.norm")));
   }
   return made.slice(1);

@@ -3,21 +3,21 @@ import { balancesOf, evenBy, expertLayersOf, type Job } from "../../schemas/job.
 import {
   auxLoss,
   biasUpdate,
+  expertCounts,
+  expertLoad,
   expertLoads,
   globalAuxLoss,
-  loads,
   quantile,
   quantileUpdate,
   runningMean,
   sinkhorn,
-  tally,
 } from "../ops/balance.ts";
-import { chooseEvenly, chooseTokens, drop, droppedRows } from "../ops/capacity.ts";
+import { drop, droppedRows, expertChoiceMask, uniformMask } from "../ops/capacity.ts";
 import { jitter } from "../ops/dropout.ts";
 import { gemm } from "../ops/linear.ts";
 import type { Attrs, Value } from "../ops/op.ts";
-import { choose, chooseBiased, normalize, sigmoid, softmax, sqrtSoftplus, weigh, zLoss } from "../ops/router.ts";
-import { orderOf, type Part } from "./builder.ts";
+import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
+import { type ModuleBuilder, orderOf } from "./builder.ts";
 
 export type Moe = NonNullable<Job["model"]["moe"]>;
 export interface Routing {
@@ -30,7 +30,7 @@ export interface Routing {
 }
 
 /** `h` normalised [B,S,D] → logits [B,S,E]. In f32 they are sums of the same products, which are exact there, left unrounded. */
-export function logitsOf({ at, weight, sample, random }: Part, h: Value, { router }: Moe): Value {
+export function logitsOf({ at, weight, sample, random }: ModuleBuilder, h: Value, { router }: Moe): Value {
   const eps = router.jitter;
   const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
   const logits = gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
@@ -38,16 +38,20 @@ export function logitsOf({ at, weight, sample, random }: Part, h: Value, { route
   return logits;
 }
 
-export function route(part: Part, moe: Moe, logits: Value): Routing {
+export function route(module: ModuleBuilder, moe: Moe, logits: Value): Routing {
   const { router } = moe;
-  const at = (name: string) => part.at(`moe.${name}`);
+  const at = (name: string) => module.at(`moe.${name}`);
   const scores = scoresOf[router.score].of({ x: logits }, {}, at("scores"));
-  const chosen = choice(part, moe, logits, scores);
-  const weights = weigh.of({ p: scores, c: chosen.map }, { normalize: Number(router.normalize_top_k), scale: router.scaling }, at("weigh"));
-  const { map, rows } = withinCapacity(part, moe, { ...chosen, weights });
-  if (chosen.bias && router.expert_bias) chosen.bias.leaf!.counted = loads.of({ c: map }, {}, at("loads"));
-  balance(part, moe, { logits, scores, map: chosen.map });
-  observe(part, chosen.map, map);
+  const chosen = choice(module, moe, logits, scores);
+  const weights = combineWeights.of(
+    { p: scores, c: chosen.map },
+    { normalize: Number(router.normalize_top_k), scale: router.scaling },
+    at("combine_weights"),
+  );
+  const { map, rows } = withinCapacity(module, moe, { ...chosen, weights });
+  if (chosen.bias && router.expert_bias) chosen.bias.leaf!.updateInput = expertLoad.of({ c: map }, {}, at("expert_load"));
+  balance(module, moe, { logits, scores, map: chosen.map });
+  observe(module, chosen.map, map);
   return { map, weights, rows };
 }
 const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
@@ -62,36 +66,36 @@ interface Choice {
 const MOST_ROUNDS = 1000;
 
 /** Which experts each token goes to. */
-function choice(part: Part, moe: Moe, logits: Value, scores: Value): Choice {
+function choice(module: ModuleBuilder, moe: Moe, logits: Value, scores: Value): Choice {
   const { top_k: k, experts: E, router } = moe;
-  const { train, model } = part.job;
-  const id = part.at("moe.choose");
+  const { train, model } = module.job;
+  const id = module.at("moe.top_k_mask");
   const P = train.micro_batch;
   const rows = { k };
   if (router.force === "uniform")
-    return { map: chooseEvenly.of({ x: logits }, { k, S0: model.seq, E0: E, ...orderOf(part.job) }, id), rows };
+    return { map: uniformMask.of({ x: logits }, { k, S0: model.seq, E0: E, ...orderOf(module.job) }, id), rows };
   if (router.type === "expert_choice") {
     const quota = roomOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
-    const map = chooseTokens.of({ p: scores }, { P, capacity: quota }, id);
+    const map = expertChoiceMask.of({ p: scores }, { P, capacity: quota }, id);
     return { map, rows: { k: E, quota, sequences: P, positions: model.seq } };
   }
   const by = evenBy(router);
   if (by === "sinkhorn") {
-    const even = sinkhorn.of({ x: logits }, { P, most: MOST_ROUNDS }, part.at("moe.sinkhorn"));
-    return { map: choose.of({ x: even }, { k }, id), rows };
+    const even = sinkhorn.of({ x: logits }, { P, most: MOST_ROUNDS }, module.at("moe.sinkhorn"));
+    return { map: topKMask.of({ x: even }, { k }, id), rows };
   }
   if (by === "quantile") {
-    const bias = part.state("router_beta", "E", { name: "quantile", op: quantileUpdate, attrs: { ema: router.quantile_ema } });
-    bias.leaf!.counted = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, part.at("moe.quantile"));
-    return { map: chooseBiased.of({ x: logits, bias }, { k, sign: -1 }, id), rows };
+    const bias = module.state("router_beta", "E", { name: "quantile", op: quantileUpdate, attrs: { ema: router.quantile_ema } });
+    bias.leaf!.updateInput = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, module.at("moe.quantile"));
+    return { map: topKMaskBiased.of({ x: logits, bias }, { k, sign: -1 }, id), rows };
   }
   const { groups, group_top_k, group_scores } = router;
   const limits = { k, ...(groups > 1 ? { groups, group_top_k, group_scores } : {}) };
   // normalised, a softmax over the chosen logits alone: the others play no part, and groups are worth what their logits are
   const x = router.score === "softmax" && router.normalize_top_k ? logits : scores;
-  if (!router.expert_bias) return { map: choose.of({ x }, limits, id), rows };
-  const bias = part.state("router_bias", "E", { name: "expert_bias", op: biasUpdate, attrs: { rate: router.bias_rate } });
-  return { map: chooseBiased.of({ x, bias }, { ...limits, sign: 1 }, id), bias, rows };
+  if (!router.expert_bias) return { map: topKMask.of({ x }, limits, id), rows };
+  const bias = module.state("router_bias", "E", { name: "expert_bias", op: biasUpdate, attrs: { rate: router.bias_rate } });
+  return { map: topKMaskBiased.of({ x, bias }, { ...limits, sign: 1 }, id), bias, rows };
 }
 
 /** How many of these tokens an expert has room for; no more than there are. */
@@ -99,7 +103,11 @@ const roomOf = ({ top_k, experts }: Moe, tokens: number, factor: number): number
   Math.min(tokens, Math.ceil(((tokens * top_k) / experts) * factor));
 
 /** What of the choice is left where experts have a capacity: of the tokens that one rank routes at once, after sequence and context are cut. */
-function withinCapacity({ job, at }: Part, moe: Moe, { map, rows, weights }: Choice & { weights: Value }): Pick<Routing, "map" | "rows"> {
+function withinCapacity(
+  { job, at }: ModuleBuilder,
+  moe: Moe,
+  { map, rows, weights }: Choice & { weights: Value },
+): Pick<Routing, "map" | "rows"> {
   const { capacity, router } = moe;
   if (capacity === "dropless" || router.type === "expert_choice") return { map, rows };
   const { parallel, model, train } = job;
@@ -109,7 +117,10 @@ function withinCapacity({ job, at }: Part, moe: Moe, { map, rows, weights }: Cho
   if (room === P * L && !capacity.pad) return { map, rows };
   const attrs = { P, L, capacity: room, position: Number(capacity.drop === "position"), pad: Number(capacity.pad) };
   const quota = { quota: room, sequences: P, positions: L };
-  return { map: drop.of({ p: weights, c: map }, attrs, at("moe.drop")), rows: { k: capacity.pad ? moe.experts : moe.top_k, ...quota } };
+  return {
+    map: drop.of({ p: weights, c: map }, attrs, at("moe.apply_capacity")),
+    rows: { k: capacity.pad ? moe.experts : moe.top_k, ...quota },
+  };
 }
 
 interface Routed {
@@ -121,7 +132,7 @@ interface Routed {
  * Losses on Σ_e n_e · Σ_t p_te (Switch, GShard), averaged over what they are computed for: n counts plain choices, the k best
  * scores with no bias, no groups, and before anything is dropped; p are the scores' shares.
  */
-function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
+function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
   const weight = job.data.labels !== null ? { weight: "aux_weight" } : {};
@@ -129,12 +140,12 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
   const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (weighed.length) {
     const plain = router.groups === 1 && !router.expert_bias && router.force === "none";
-    const c = plain ? map : choose.of({ x: logits }, { k }, at("moe.plain_choose"));
+    const c = plain ? map : topKMask.of({ x: logits }, { k }, at("moe.plain_top_k_mask"));
     const p = router.score === "softmax" ? scores : normalize.of({ p: scores }, {}, at("moe.shares"));
     /** The loss of `tokens` tokens that are counted together, of which a step has `count`. */
     const factor = (coeff: number, tokens: number, count: number): number => (coeff * E) / (k * tokens * tokens * count);
     const per = (name: string, P: number, coeff: number): Value => {
-      const n = tally.of({ c }, { P }, at(`moe.${name}_tally`));
+      const n = expertCounts.of({ c }, { P }, at(`moe.${name}_counts`));
       return auxLoss.of({ p, n }, { P, c: factor(coeff, P * S, train.global_batch / P) }, at(`moe.${name}`));
     };
     for (const { by, coeff } of weighed) {
@@ -144,7 +155,7 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
       // one loss for the microbatch of all data ranks; Megatron Core adds up over them what it divided by their tokens, and then averages
       // over them, so that there the weight falls with their number
       const sequences = train.micro_batch * parallel.data;
-      const n = loads.of({ c }, {}, at("moe.global_loads"));
+      const n = expertLoad.of({ c }, {}, at("moe.global_load"));
       const mean = runningMean.of({ n }, { choices: sequences * S * k }, at("moe.global_mean"));
       const c2 = factor(coeff, sequences * S, train.global_batch / sequences);
       add(globalAuxLoss.of({ p, n: mean }, { c: c2 }, at("moe.global_aux_loss")));
@@ -159,7 +170,7 @@ function balance({ at, job, losses }: Part, { top_k: k, experts: E, router }: Mo
 }
 
 /** What a step reports of its routing: how many tokens chose each expert, and of a choice with a capacity the rows that are dropped. */
-function observe({ job, at, losses }: Part, chosen: Value, kept: Value): void {
+function observe({ job, at, losses }: ModuleBuilder, chosen: Value, kept: Value): void {
   const row = losses.filter(({ name }) => name === "expert_loads").length;
   losses.push({
     name: "expert_loads",

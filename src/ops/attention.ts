@@ -1,5 +1,5 @@
 /** Causal grouped-query attention, on all keys or on a piece of them. Positions are global, whatever piece of the sequence is here. */
-import { type Attrs, type Grads, op, type Place } from "./op.ts";
+import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
 export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
@@ -42,7 +42,7 @@ export const attentionGrad = op({
 export const attentionPart = op({
   name: "attention_part",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  owes: "merge",
+  reduction: "merge",
   types: { lse: "f32" },
   flops: flopsOfMix,
   cpu: mix,
@@ -86,7 +86,7 @@ export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
 /** What a weight counts after the softmax, by query head and local key; as it is where nothing says otherwise. */
 type Kept = (query: number, key: number) => number;
 
-export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: Place, kept?: Kept): void {
+export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: ShardContext, kept?: Kept): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
   const weight = new Float64Array(d.U);
@@ -112,7 +112,7 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
 }
 
 type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
-export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: Place, kept?: Kept): void {
+export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: ShardContext, kept?: Kept): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
   const query = new Float64Array(C);
@@ -144,7 +144,12 @@ export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Size
 const keyHeadsOf = (k: Float32Array, { B, U, C }: Sizes): number => k.length / (B * U * C);
 
 /** Visits each query head: its number, that of its first key's head (the next key's is K on), and the local keys that it sees. */
-function eachQuery({ B, S, U, G, M, ...d }: Sizes, K: number, p: Place, visit: (i: number, keys: number, seen: Int32Array) => void): void {
+function eachQuery(
+  { B, S, U, G, M, ...d }: Sizes,
+  K: number,
+  p: ShardContext,
+  visit: (i: number, keys: number, seen: Int32Array) => void,
+): void {
   const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
   const of = Int32Array.from({ length: U }, (_, u) => position("U", u));
   const every = Int32Array.from(of.keys());

@@ -4,8 +4,8 @@
  * attention without it as it is.
  */
 import { type Arrays, flopsOfGrad, flopsOfMix, mix, mixGrad, type Sizes } from "./attention.ts";
-import { dropsOf, told } from "./dropout.ts";
-import { type Grads, op, type Place } from "./op.ts";
+import { dropsOf, runtimeAttrs } from "./dropout.ts";
+import { type Grads, op, type ShardContext } from "./op.ts";
 import { philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
@@ -13,7 +13,7 @@ export const attentionDropout = op({
   name: "attention_dropout",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
   types: { lse: "f32" },
-  told,
+  runtimeAttrs,
   flops: flopsOfMix,
   cpu: dropMix,
   grad({ q, k, v, sample }, { y, dy }, a): Grads {
@@ -25,36 +25,36 @@ export const attentionDropout = op({
 export const attentionDropoutGrad = op({
   name: "attention_dropout_grad",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
-  told,
+  runtimeAttrs,
   flops: flopsOfGrad,
   cpu: dropMixGrad,
 });
 export const attentionDropoutPart = op({
   name: "attention_dropout_part",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  owes: "merge",
+  reduction: "merge",
   types: { lse: "f32" },
-  told,
+  runtimeAttrs,
   flops: flopsOfMix,
   cpu: dropMix,
 });
 export const attentionDropoutPartGrad = op({
   name: "attention_dropout_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
-  told,
+  runtimeAttrs,
   flops: flopsOfGrad,
   cpu: dropMixGrad,
 });
 
-function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: Sizes, p: Place): void {
+function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: Sizes, p: ShardContext): void {
   mix(t, d, p, keptOf(t.sample, d, p));
 }
-function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: Sizes, p: Place): void {
+function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: Sizes, p: ShardContext): void {
   mixGrad(t, d, p, keptOf(t.sample, d, p));
 }
 
 /** What a weight is multiplied by: key u of a query is word u % 4 at counter (sequence, the query's position, its head, u / 4). */
-function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: Place): (query: number, key: number) => number {
+function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: ShardContext): (query: number, key: number) => number {
   const { threshold, factor } = dropsOf(d.drop!);
   const [heads, firstHead] = [G * M, p.start("G") * M];
   const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);

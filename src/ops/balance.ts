@@ -4,8 +4,8 @@ import { type Grads, op } from "./op.ts";
 // -- for each microbatch of P sequences, or with P = 1 for each sequence
 
 /** How many of its tokens chose each expert. */
-export const tally = op({
-  name: "tally",
+export const expertCounts = op({
+  name: "expert_counts",
   sig: "c[A*P,S,E] -> n[A,E]",
   types: { n: "f32" },
   cpu({ c, n }, { P, S, E }) {
@@ -39,7 +39,7 @@ export const auxLossGrad = op({
 export const runningMean = op({
   name: "running_mean",
   sig: "n[E!] -> mean[E!] total[E!]",
-  updates: ["total"],
+  inPlace: ["total"],
   cpu({ n, mean, total }, { E, choices }) {
     let sum = 0;
     for (let e = 0; e < E; e++) {
@@ -80,8 +80,8 @@ export const globalAuxLossGrad = op({
 export const sinkhorn = op({
   name: "sinkhorn",
   sig: "x[A*P,S!,E!] -> y[A*P,S!,E!] rounds[]",
-  owes: "max",
-  updates: ["rounds"],
+  reduction: "max",
+  inPlace: ["rounds"],
   limits: { rounds: "most" },
   types: { y: "f32", rounds: "i32" },
   cpu({ x, y, rounds }, { A, P, S, E, most }) {
@@ -147,7 +147,7 @@ export const quantile = op({
 export const quantileUpdate = op({
   name: "quantile_update",
   sig: "n[E!] scale[] -> bias[E!]",
-  updates: ["bias"],
+  inPlace: ["bias"],
   types: { bias: "f32" },
   cpu({ n, scale, bias }, { E, ema }) {
     if (scale[0] === 0) return;
@@ -163,8 +163,8 @@ export const quantileUpdate = op({
 // -- a bias of the choice in place of a loss: once a step, by what was counted in it
 
 /** How many tokens chose each expert. */
-export const loads = op({
-  name: "loads",
+export const expertLoad = op({
+  name: "expert_load",
   sig: "c[B,S,E] -> n[E]",
   types: { n: "f32" },
   cpu({ c, n }, { E }) {
@@ -175,9 +175,9 @@ export const loads = op({
 export const expertLoads = op({
   name: "expert_loads",
   sig: "c[B,S,E] -> n[T,E]",
-  updates: ["n"],
+  inPlace: ["n"],
   types: { n: "f32" },
-  told: ["row"],
+  runtimeAttrs: ["row"],
   cpu({ c, n }, { E, row }) {
     for (let i = 0; i < c.length; i++) n[row! * E + (i % E)]! += c[i]!;
   },
@@ -186,7 +186,7 @@ export const expertLoads = op({
 export const biasUpdate = op({
   name: "bias_update",
   sig: "n[E!] scale[] -> bias[E!]",
-  updates: ["bias"],
+  inPlace: ["bias"],
   types: { bias: "f32" },
   cpu({ n, scale, bias }, { E, rate }) {
     if (scale[0] === 0) return;

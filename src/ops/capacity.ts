@@ -18,7 +18,7 @@ const best = (n: number, count: number, key: (i: number) => number): number[] =>
  * not choose it, the first ones, so that every expert gets `capacity` rows exactly. Weights are 0 or more.
  */
 export const drop = op({
-  name: "drop",
+  name: "apply_capacity",
   sig: "p[A*P,J*L,E] c[A*P,J*L,E] -> d[A*P,J*L,E]",
   cpu({ p, c, d }, { A, P, J, L, E, capacity, position, pad }) {
     for (let group = 0; group < A * J; group++) {
@@ -45,8 +45,8 @@ export const droppedRows = op({
 });
 
 /** Experts choose: each takes the `capacity` tokens of a microbatch (P sequences) that score highest with it. Scores are 0 or more. */
-export const chooseTokens = op({
-  name: "choose_tokens",
+export const expertChoiceMask = op({
+  name: "expert_choice_mask",
   sig: "p[A*P,S!,E] -> c[A*P,S!,E]",
   cpu({ p, c }, { A, P, S, E, capacity }) {
     for (let a = 0; a < A; a++)
@@ -61,8 +61,8 @@ export const chooseTokens = op({
  * Loads that are even whatever the scores, for benchmarks: token t, counted by its position, takes the k experts from t·k on. `S0` and
  * `E0` are the global sizes, `chunk` and `ranks` say how tokens lie (positions.ts); of `x` only the shape is read.
  */
-export const chooseEvenly = op({
-  name: "choose_evenly",
+export const uniformMask = op({
+  name: "uniform_mask",
   sig: "x[B,S,E] -> c[B,S,E]",
   types: { c: "f32" },
   cpu({ c }, { B, S, E, k, S0, E0, chunk, ranks }, place) {

@@ -3,7 +3,7 @@
  * at a counter that says which element of all it is: its sequence since the run began, its position there, and its channel, or head and
  * key. So they do not depend on the mesh, on microbatches or on when an op runs: backward, and a forward that is repeated, make them again.
  */
-import { type Attrs, type Grads, op, type Place } from "./op.ts";
+import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
 import { keyOf, philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
@@ -12,7 +12,7 @@ export function siteOf(seed: number, name: string): { readonly key0: number; rea
   const [key0, key1] = keyOf(seed, name);
   return { key0, key1 };
 }
-export const told = ["key0", "key1"] as const;
+export const runtimeAttrs = ["key0", "key1"] as const;
 
 /** A word below `threshold`, of 2^32, drops its element; what is kept grows by `factor`, so that the mean stays. */
 export const dropsOf = (drop: number): { readonly threshold: number; readonly factor: number } => ({
@@ -24,7 +24,7 @@ export const dropsOf = (drop: number): { readonly threshold: number; readonly fa
 function eachWord(
   sample: Float32Array,
   { B, S, D, ...d }: Readonly<Record<"B" | "S" | "D", number>> & Attrs,
-  p: Place,
+  p: ShardContext,
   visit: (i: number, word: number) => void,
 ): void {
   const words = new Uint32Array(4);
@@ -41,7 +41,7 @@ function eachWord(
 export const dropout = op({
   name: "dropout",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
-  told,
+  runtimeAttrs,
   suffix: "grad",
   cpu({ x, sample, y }, d, p) {
     const { threshold, factor } = dropsOf(d.drop!);
@@ -56,7 +56,7 @@ export const dropout = op({
 export const jitter = op({
   name: "jitter",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
-  told,
+  runtimeAttrs,
   suffix: "grad",
   cpu({ x, sample, y }, d, p) {
     eachWord(sample, d, p, (i, word) => {

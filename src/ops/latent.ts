@@ -5,7 +5,7 @@ import { type Grads, op } from "./op.ts";
 export const split = op({
   name: "split",
   sig: "x[B,S,Y!] -> a[B,S,A!] b[B,S,R!]",
-  carries: ["a", "b"],
+  gradOutputs: ["a", "b"],
   cpu({ x, a, b }, { B, S, Y, A, R }) {
     for (let t = 0; t < B * S; t++) {
       a.set(x.subarray(t * Y, t * Y + A), t * A);
@@ -36,7 +36,7 @@ export const join = op({
 export const latentKv = op({
   name: "latent_kv",
   sig: "x[B,S,H*Z] r[B,S,R!] -> k[B,S,H*Y] v[B,S,H*W]",
-  carries: ["k", "v"],
+  gradOutputs: ["k", "v"],
   cpu({ x, r, k, v }, { B, S, H, Z, R, Y, W }) {
     const A = Y - R;
     for (let h = 0; h < B * S * H; h++) {

@@ -114,7 +114,7 @@ export const accumulate = op({
   name: "accumulate",
   sig: "x[...] -> y[...]",
   linear: true,
-  updates: ["y"],
+  inPlace: ["y"],
   types: { y: "f32" },
   cpu({ x, y }) {
     for (let i = 0; i < y.length; i++) y[i]! += x[i]!;

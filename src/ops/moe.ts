@@ -1,13 +1,13 @@
 /** The rows that experts work on, their activation, and a gate. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
 
-import { type Grads, op, type Place } from "./op.ts";
+import { type Grads, op, type ShardContext } from "./op.ts";
 import { markExperts } from "./transport.ts";
 
 // -- rows
 
 type Sizes = Readonly<Record<"B" | "S" | "E", number>>;
 
-function chosen({ c }: { c: Float32Array }, { B, S, E }: Sizes, place: Place, rows: Int32Array, bound: number): number {
+function chosen({ c }: { c: Float32Array }, { B, S, E }: Sizes, place: ShardContext, rows: Int32Array, bound: number): number {
   const [b0, s0, e0] = [place.start("B"), place.start("S"), place.start("E")];
   let count = 0;
   for (let e = 0; e < E; e++)
@@ -22,7 +22,7 @@ function chosen({ c }: { c: Float32Array }, { B, S, E }: Sizes, place: Place, ro
   return count;
 }
 /** Visits each row with its local token and the local index of its (b,s,e). */
-function eachRow({ S, E }: Omit<Sizes, "B">, place: Place, visit: (r: number, token: number, choice: number) => void): void {
+function eachRow({ S, E }: Omit<Sizes, "B">, place: ShardContext, visit: (r: number, token: number, choice: number) => void): void {
   const { rows } = place;
   const [b0, s0, e0] = [place.start("B"), place.start("S"), place.start("E")];
   for (let r = 0; r < rows[0]!; r++) {
@@ -138,20 +138,20 @@ export const swigluRowsGrad = op({
 // -- a gate
 
 /** Blocks of C channels, each times the sigmoid of its gate. */
-export const gated = op({
-  name: "gated",
+export const sigmoidGate = op({
+  name: "sigmoid_gate",
   sig: "x[B,S,N*C] gate[B,S,N] -> y[B,S,N*C]",
   cpu({ x, gate, y }, { C }) {
     for (let i = 0; i < y.length; i++) y[i] = x[i]! * sigmoid(gate[Math.floor(i / C)]!);
   },
   grad({ x, gate }, { dy }, a): Grads {
-    const { dx, dgate } = gatedGrad.all({ x, gate, dy }, a);
+    const { dx, dgate } = sigmoidGateGrad.all({ x, gate, dy }, a);
     return { x: dx, gate: dgate };
   },
 });
 /** dgate = σ·(1 − σ) · Σ x·dy */
-export const gatedGrad = op({
-  name: "gated_grad",
+export const sigmoidGateGrad = op({
+  name: "sigmoid_gate_grad",
   sig: "x[B,S,N*C] gate[B,S,N] dy[B,S,N*C] -> dx[B,S,N*C] dgate[B,S,N]",
   cpu({ x, gate, dy, dx, dgate }, { C }) {
     for (let block = 0; block < gate.length; block++) {

@@ -26,14 +26,14 @@ export type Attrs = Readonly<Record<string, number>>;
 export type Grads = Readonly<Record<string, Value>>;
 
 /** The first output and its gradient; and the gradients of all outputs that carry one. */
-export interface Arrived {
+export interface OutputGrads {
   readonly y: Value;
   readonly dy: Value;
   readonly dys: readonly Value[];
 }
 
 /** What a cut op knows besides its local sizes. It never divides by a local size: constants of the job are attributes. */
-export interface Place {
+export interface ShardContext {
   /** The global index of a dim's first local element; local pieces are contiguous. */
   start(dim: string): number;
   /** The rows of the ragged operands: [count, b0, s0, e0, b1, …], global coordinates. */
@@ -44,7 +44,7 @@ export interface Declaration<S extends string> {
   readonly name: string;
   readonly sig: S;
   /** What an output owes over a dim it lost; a sum if not said. `merge`: attention_merge of the pieces' outputs, which a graph cannot owe. */
-  readonly owes?: "max" | "merge";
+  readonly reduction?: "max" | "merge";
   /** f(a+a', b+b') = f(a,b) + f(a',b'): sums owed by all inputs may stay owed by the output. */
   readonly linear?: true;
   /** f is linear in this input alone: a sum that copies of the same rows owe of it may stay owed by all outputs. */
@@ -52,55 +52,61 @@ export interface Declaration<S extends string> {
   /** Types of outputs that are not simply that of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
   /** Outputs through which a gradient arrives, in the order of `dys`; the first if not said. */
-  readonly carries?: readonly Out<S>[];
+  readonly gradOutputs?: readonly Out<S>[];
   /** Last part of the id of a backward node; `grad` if not said. */
   readonly suffix?: string;
   /** Outputs that `cpu` reads and updates in place; all others it finds zeroed. */
-  readonly updates?: readonly Out<S>[];
+  readonly inPlace?: readonly Out<S>[];
   /** Of outputs that are updated: the attribute that they may not exceed in a step. The run ends with an error where one does. */
   readonly limits?: Partial<Each<Out<S>, string>>;
   /** Attributes that a kernel is told at launch, as 32 bits: uses that differ in them alone are one kernel. */
-  readonly told?: readonly string[];
+  readonly runtimeAttrs?: readonly string[];
   /** Floating-point operations at these sizes (local, or global: the same formula); R is the number of rows. */
   flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
   /** The reference: plain loops over local pieces. bf16 values arrive as f32, and are rounded when stored. */
-  cpu(t: Each<In<S> | Out<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: Place): void;
+  cpu(t: Each<In<S> | Out<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext): void;
   /** For ops that make a ragged value out of dense ones: writes [count, b, s, e, …] (global) into `rows`, at most `bound` rows; returns the count needed. */
-  rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: Place, rows: Int32Array, bound: number): number;
+  rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext, rows: Int32Array, bound: number): number;
   /** Gradient of each differentiable input, as ops. A name left out takes no gradient. */
-  grad?(t: Each<In<S>, Value>, g: Arrived, a: Attrs): Grads;
+  grad?(t: Each<In<S>, Value>, g: OutputGrads, a: Attrs): Grads;
 }
 
-export interface Slot {
+export interface DimSpec {
   readonly dim: string;
   readonly inner: readonly string[];
   /** The attribute that says how many neighbours along the dim share an element. */
   readonly shared?: string;
-  readonly whole: boolean;
+  readonly replicated: boolean;
 }
 /** `ragged` counts the leading slots that share the first dim in memory; `any` says `...`. */
 export interface Operand {
   readonly name: string;
-  readonly slots: readonly Slot[];
+  readonly dimSpecs: readonly DimSpec[];
   readonly ragged: number;
   readonly any: boolean;
 }
 /** An op as the passes and the runtime see it: names are strings. */
 export interface AnyOp
-  extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "updates" | "limits" | "carries" | "linearIn"> {
+  extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"> {
   /** Applies the op; its outputs by name. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
   readonly linearIn?: string;
   readonly types?: Readonly<Record<string, Dtype>>;
-  readonly updates?: readonly string[];
+  readonly inPlace?: readonly string[];
   readonly limits?: Readonly<Record<string, string>>;
   flops?(d: Readonly<Record<string, number>>): number;
-  cpu(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place): void;
-  rows?(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: Place, rows: Int32Array, bound: number): number;
-  readonly carries?: readonly string[];
-  grad?(t: Readonly<Record<string, Value>>, g: Arrived, a: Attrs): Grads;
+  cpu(t: Readonly<Record<string, Float32Array>>, d: Readonly<Record<string, number>>, p: ShardContext): void;
+  rows?(
+    t: Readonly<Record<string, Float32Array>>,
+    d: Readonly<Record<string, number>>,
+    p: ShardContext,
+    rows: Int32Array,
+    bound: number,
+  ): number;
+  readonly gradOutputs?: readonly string[];
+  grad?(t: Readonly<Record<string, Value>>, g: OutputGrads, a: Attrs): Grads;
 }
 export interface Op<S extends string> extends AnyOp {
   /** Applies the op; the first output. */
@@ -126,7 +132,7 @@ export interface Value {
   readonly leaf?: Leaf;
   dtype: Dtype;
   /** Per slot, the axes it is declared to be cut along; absent: as it falls out. */
-  cut?: readonly (readonly string[])[];
+  shardAxes?: readonly (readonly string[])[];
 }
 /** A parameter or an input. */
 export interface Leaf {
@@ -137,14 +143,14 @@ export interface Leaf {
   /** A parameter that no gradient teaches: a step updates it by an op of what was counted in it. */
   readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };
   /** … the value of the forward pass whose sum over the step that is. */
-  counted?: Value;
+  updateInput?: Value;
   /** The parameter of another stage that this one is a copy of, under the same name. */
   readonly tiedTo?: Value;
 }
 /** Per slot the axes that cut it, outermost first, on both sides of a seam: all of one grid, then all of the other. */
-export interface Fold {
-  readonly from: NonNullable<Value["cut"]>;
-  readonly to: NonNullable<Value["cut"]>;
+export interface Regrid {
+  readonly from: NonNullable<Value["shardAxes"]>;
+  readonly to: NonNullable<Value["shardAxes"]>;
 }
 export interface Node {
   readonly op: AnyOp;
@@ -160,9 +166,9 @@ export interface Node {
   /** The dim that an axis cuts; without a dim, it cuts none, and its ranks repeat the work. */
   pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
   /** A dim that is read whole need not be brought: its pieces, cut as another dim is, go around the ranks (ring.ts). */
-  around?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
+  ring?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
   /** Of `fold` (fold.ts): by which axes its input is cut, and its output. */
-  fold?: Fold | undefined;
+  regrid?: Regrid | undefined;
 }
 
 export function op<const S extends string>(def: Declaration<S>): Op<S> {
@@ -181,7 +187,7 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
         ragged: o.ragged,
         fanout: o.ragged ? rows.fanout : 0,
         ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
-        sizes: o.slots.map((s) => slotSize(s, size)),
+        sizes: o.dimSpecs.map((s) => dimSize(s, size)),
         dtype: self.types?.[o.name] ?? like,
       });
     return Object.fromEntries(outputs.map((o, i) => [o.name, node.outs[i]!])) as Each<Out<S>, Value>;
@@ -202,33 +208,37 @@ const quotaOf = ({ quota, sequences, positions }: Attrs): Quota => ({ rows: quot
 /** An op's operands at one use: `...` replaced by as many dims as the argument has. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {
   const like = args[o.inputs.findIndex((i) => i.any)];
-  return expandLike(o, like ? { slots: like.sizes.length, ragged: like.ragged } : undefined);
+  return expandLike(o, like ? { dimSpecs: like.sizes.length, ragged: like.ragged } : undefined);
 }
 /** The same when only the shape of a `...` argument is known. */
-export function expandLike(o: AnyOp, like: { slots: number; ragged: number } | undefined): Pick<AnyOp, "inputs" | "outputs"> {
+export function expandLike(o: AnyOp, like: { dimSpecs: number; ragged: number } | undefined): Pick<AnyOp, "inputs" | "outputs"> {
   if (!like) return o;
   const fill = (t: Operand): Operand =>
     t.any
-      ? { ...t, ragged: like.ragged, slots: Array.from({ length: like.slots }, (_, i) => ({ dim: `#${i}`, inner: [], whole: false })) }
+      ? {
+          ...t,
+          ragged: like.ragged,
+          dimSpecs: Array.from({ length: like.dimSpecs }, (_, i) => ({ dim: `#${i}`, inner: [], replicated: false })),
+        }
       : t;
   return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
 }
 
 /** How many neighbours along a slot's dim share an element. */
-export const sharersOf = ({ shared }: Slot, size: Readonly<Record<string, number>>): number =>
+export const sharersOf = ({ shared }: DimSpec, size: Readonly<Record<string, number>>): number =>
   shared === undefined ? 1 : (size[shared] ?? 1);
 
 /** Elements of one slot: its dim, by those who share an element, times its inner dims. A piece of some who share one has that one. */
-export const slotSize = (s: Slot, size: Readonly<Record<string, number>>): number =>
+export const dimSize = (s: DimSpec, size: Readonly<Record<string, number>>): number =>
   s.inner.reduce((n, d) => n * size[d]!, Math.max(1, size[s.dim]! / sharersOf(s, size)));
 
 /** What each dim measures at one use. Throws where shapes disagree. */
 function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, number> {
   const size: Record<string, number> = { ...node.attrs };
-  for (const [i, { slots, name }] of expand(node).inputs.entries()) {
+  for (const [i, { dimSpecs, name }] of expand(node).inputs.entries()) {
     const have = node.args[i]!.sizes;
-    invariant(have.length === slots.length, `${node.op.name}.${name}: ${have.length} dims where the signature has ${slots.length}`);
-    for (const [j, s] of slots.entries()) {
+    invariant(have.length === dimSpecs.length, `${node.op.name}.${name}: ${have.length} dims where the signature has ${dimSpecs.length}`);
+    for (const [j, s] of dimSpecs.entries()) {
       const n = (have[j]! * sharersOf(s, size)) / s.inner.reduce((p, d) => p * size[d]!, 1);
       invariant((size[s.dim] ??= n) === n && Number.isInteger(n), `${node.op.name}.${name}: ${s.dim} is ${size[s.dim]} and ${n}`);
     }
@@ -250,13 +260,13 @@ export function invariant(ok: boolean, message: string | (() => string)): assert
 function operands(side: string): Operand[] {
   return [...side.matchAll(/(\w+)\[([^\]]*)\]/g)].map(([, name, text]) => {
     const parts = text!.split(",").filter(Boolean);
-    const slots = parts
+    const dimSpecs = parts
       .flatMap((p) => p.split("~"))
       .map((p) => {
         const [outer, ...inner] = p.replace("!", "").split("*");
         const [dim, shared] = outer!.split("/");
-        return { dim: dim!, inner, ...(shared === undefined ? {} : { shared }), whole: p.endsWith("!") };
+        return { dim: dim!, inner, ...(shared === undefined ? {} : { shared }), replicated: p.endsWith("!") };
       });
-    return { name: name!, slots, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
+    return { name: name!, dimSpecs, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
   });
 }

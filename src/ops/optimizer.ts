@@ -10,7 +10,7 @@ import { type Attrs, op } from "./op.ts";
 export const sumSquares = op({
   name: "sum_squares",
   sig: "g[...] -> y[]",
-  updates: ["y"],
+  inPlace: ["y"],
   types: { y: "f32" },
   cpu({ g, y }, { scale }) {
     let sum = 0;
@@ -22,7 +22,7 @@ export const sumSquares = op({
 export const markNonfinite = op({
   name: "mark_nonfinite",
   sig: "x[] -> y[]",
-  updates: ["y"],
+  inPlace: ["y"],
   types: { y: "f32" },
   cpu({ x, y }) {
     if (!Number.isFinite(x[0]!)) y[0] = x[0]!;
@@ -50,7 +50,7 @@ const left = (norm: number, max: number): number => (max > 0 ? Math.min(1, max /
 
 // -- adaptive moments; `step` counts from 1
 
-const moments = { updates: ["w", "m", "v"], types: { w: "f32", m: "f32", v: "f32" } } as const;
+const moments = { inPlace: ["w", "m", "v"], types: { w: "f32", m: "f32", v: "f32" } } as const;
 
 /** Decay acts on the weight alone and first. */
 export const adamw = op({
@@ -105,28 +105,28 @@ function adaptive(t: Tensors<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">, d
 export const sgd = op({
   name: "sgd",
   sig: "g[...] scale[] lr[] -> w[...]",
-  updates: ["w"],
+  inPlace: ["w"],
   types: { w: "f32" },
   cpu: (t, d) => descend(t, d, d.decay!),
 });
 export const sgdScheduled = op({
   name: "sgd_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...]",
-  updates: ["w"],
+  inPlace: ["w"],
   types: { w: "f32" },
   cpu: (t, d) => descend(t, d, t.decay[0]!),
 });
 export const sgdMomentum = op({
   name: "sgd_momentum",
   sig: "g[...] scale[] lr[] -> w[...] m[...]",
-  updates: ["w", "m"],
+  inPlace: ["w", "m"],
   types: { w: "f32", m: "f32" },
   cpu: (t, d) => descend(t, d, d.decay!, t.m),
 });
 export const sgdMomentumScheduled = op({
   name: "sgd_momentum_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...] m[...]",
-  updates: ["w", "m"],
+  inPlace: ["w", "m"],
   types: { w: "f32", m: "f32" },
   cpu: (t, d) => descend(t, d, t.decay[0]!, t.m),
 });

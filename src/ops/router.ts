@@ -121,8 +121,8 @@ const TINY = 1e-20;
  * The k largest scores, of equal ones the lower index. With `groups`, of those alone that are in the `group_top_k` groups worth most; a
  * group of neighbours is worth the sum of its `group_scores` largest.
  */
-export const choose = op({
-  name: "choose",
+export const topKMask = op({
+  name: "top_k_mask",
   sig: "x[B,S,E!] -> c[B,S,E!]",
   types: { c: "f32" },
   cpu({ x, c }, { E, ...limits }) {
@@ -130,8 +130,8 @@ export const choose = op({
   },
 });
 /** The same of x + sign · bias. */
-export const chooseBiased = op({
-  name: "choose_biased",
+export const topKMaskBiased = op({
+  name: "top_k_mask_biased",
   sig: "x[B,S,E!] bias[E!] -> c[B,S,E!]",
   types: { c: "f32" },
   cpu({ x, bias, c }, { E, sign, ...limits }) {
@@ -171,8 +171,8 @@ function largest(x: Float32Array, open: Uint8Array): number {
 }
 
 /** y = p · scale where c holds a one, else 0; with `normalize` divided by the sum of those p. */
-export const weigh = op({
-  name: "weigh",
+export const combineWeights = op({
+  name: "combine_weights",
   sig: "p[B,S,E!] c[B,S,E!] -> y[B,S,E!]",
   types: { y: "f32" },
   cpu({ p, c, y }, { E, normalize, scale }) {
@@ -183,11 +183,11 @@ export const weigh = op({
       for (let e = 0; e < E; e++) y[o + e] = c[o + e]! * p[o + e]! * share;
     }
   },
-  grad: ({ p, c }, { dy }, a): Grads => ({ p: weighGrad.of({ p, c, dy }, a) }),
+  grad: ({ p, c }, { dy }, a): Grads => ({ p: combineWeightsGrad.of({ p, c, dy }, a) }),
 });
 /** dp = scale · dy for those chosen; normalised, y = scale · p/Σp gives dp = scale · (dy − Σ p·dy/Σp)/Σp. */
-export const weighGrad = op({
-  name: "weigh_grad",
+export const combineWeightsGrad = op({
+  name: "combine_weights_grad",
   sig: "p[B,S,E!] c[B,S,E!] dy[B,S,E!] -> dp[B,S,E!]",
   cpu({ p, c, dy, dp }, { E, normalize, scale }) {
     for (let o = 0; o < dp.length; o += E) {

@@ -2,7 +2,7 @@
  * What stands around a collective: copies that lay a piece out as blocks for its group, and put received blocks where they
  * belong. Rows are sent in lists of a fixed capacity, so that the host never needs a count. Unused entries are −1.
  */
-import { op, type Place } from "./op.ts";
+import { op, type ShardContext } from "./op.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -13,7 +13,7 @@ const countOf = (d: Sizes, prefix: string): number => {
   return n;
 };
 /** Where a rank's part begins: a dim `@0` of size · stride that a factor of the mesh cuts starts at digit · stride. */
-const picked = (d: Sizes, place: Place): number => {
+const picked = (d: Sizes, place: ShardContext): number => {
   let at = 0;
   for (let i = 0; i < countOf(d, "@"); i++) at += place.start(`@${i}`);
   return at;
@@ -70,7 +70,7 @@ export const splitRows = op({
   name: "split_rows",
   sig: "index[I!] -> lists[O!] from[N!] needed[]",
   types: { lists: "i32", from: "i32", needed: "i32" },
-  updates: ["needed"],
+  inPlace: ["needed"],
   cpu({ index, lists, from, needed }, d: Sizes) {
     const cap = d.cap!;
     const factors = countOf(d, "slot");
@@ -101,7 +101,7 @@ export const mergeRows = op({
   name: "merge_rows",
   sig: "lists[I!] -> index[O!] from[N!] needed[]",
   types: { index: "i32", from: "i32", needed: "i32" },
-  updates: ["needed"],
+  inPlace: ["needed"],
   cpu({ lists, index, from, needed }, d: Sizes, place) {
     const { count, length, cap, bound, E } = d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
     const first = picked(d, place);

@@ -34,7 +34,7 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
 export const rowMax = op({
   name: "row_max",
   sig: "x[B,S,V] -> m[B,S]",
-  owes: "max",
+  reduction: "max",
   types: { m: "f32" },
   cpu({ x, m }, { V }) {
     for (let t = 0; t < m.length; t++) {
@@ -65,8 +65,8 @@ export const sumExpGrad = op({
     for (let t = 0; t < dy.length; t++) for (let v = 0; v < V; v++) dx[t * V + v] = dy[t]! * Math.exp(x[t * V + v]! - m[t]!);
   },
 });
-export const pick = op({
-  name: "pick",
+export const gather = op({
+  name: "gather",
   sig: "x[B,S,V] target[B,S] -> p[B,S]",
   types: { p: "f32" },
   cpu({ x, target, p }, { V }, place) {
@@ -74,11 +74,11 @@ export const pick = op({
       p[t] = x[t * V + v]!;
     });
   },
-  grad: ({ x, target }, { dy }): Grads => ({ x: pickGrad.of({ x, target, dy }) }),
+  grad: ({ x, target }, { dy }): Grads => ({ x: gatherGrad.of({ x, target, dy }) }),
 });
 /** Of `x` only the shape is read. */
-export const pickGrad = op({
-  name: "pick_grad",
+export const gatherGrad = op({
+  name: "gather_grad",
   sig: "x[B,S,V] target[B,S] dy[B,S] -> dx[B,S,V]",
   cpu({ target, dy, dx }, { V }, p) {
     here(target, p.start("V"), V, (t, v) => {

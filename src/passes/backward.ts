@@ -22,19 +22,21 @@ export interface Graph {
 /** `again` says which nodes' outputs backward makes once more, from what it has: it sees clones of them. */
 export function addBackward(losses: readonly Loss[], again: (node: Node) => boolean = () => false): Graph {
   const outcomes = losses.map((l) => l.value);
-  const counted = [...new Set(topological(outcomes).flatMap((n) => n.args))].filter((v) => v.leaf?.counted);
+  const counted = [...new Set(topological(outcomes).flatMap((n) => n.args))].filter((v) => v.leaf?.updateInput);
   // a count belongs to its layer, not behind the loss
-  const forward = topological([...counted.map((v) => v.leaf!.counted!), ...outcomes].sort((a, b) => a.node!.position - b.node!.position));
+  const forward = topological(
+    [...counted.map((v) => v.leaf!.updateInput!), ...outcomes].sort((a, b) => a.node!.position - b.node!.position),
+  );
   const seen = new Set(forward);
   const clones = new Map<Node, Node>();
   const sees = (v: Value): Value => (v.node && clones.get(v.node)?.outs[v.out]) ?? v;
   /** Clones a node whose arguments have their clones. */
-  const clone = ({ op, args, attrs, id, position, pin, around, fold, outs }: Node): Node => {
+  const clone = ({ op, args, attrs, id, position, pin, ring, regrid, outs }: Node): Node => {
     const made = op.all(Object.fromEntries(op.inputs.map((t, i) => [t.name, sees(args[i]!)])), attrs, `${id}.again`);
     const { node } = Object.values(made)[0]!;
     invariant(node !== undefined, `${id} has no outputs`);
     for (const [i, out] of node.outs.entries()) out.dtype = outs[i]!.dtype;
-    return Object.assign(node, { position, pin, around, fold, backward: true });
+    return Object.assign(node, { position, pin, ring, regrid, backward: true });
   };
   const isMissing = (node: Node | undefined): node is Node => node !== undefined && again(node) && !clones.has(node);
   /** The value itself, or its clone. Arguments are cloned first, from a stack: a chain of clones may be as long as the model. */
@@ -54,13 +56,13 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
   /** What the gradient of a loss begins with. */
   const begin = (name: string): Value => {
     const leaf = { kind: "input", name, position: 0 } as const;
-    const value = begins.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, cut: [] };
+    const value = begins.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, shardAxes: [] };
     begins.set(name, value);
     return value;
   };
   const grad = new Map<Value, Value>(losses.filter((l) => !isCount(l.name)).map((l) => [l.value, begin(l.weight ?? "one")]));
-  const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.counted!]]));
-  const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.counted!, v]));
+  const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.updateInput!]]));
+  const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.updateInput!, v]));
   const taken = new Map<string, number>(forward.map((n) => [n.id, 1]));
   const back: Node[] = [];
 
@@ -77,7 +79,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
       n.id = unique(id ?? `${from.id}.${n.op.suffix ?? "grad"}`);
       n.position = from.position;
       n.backward = true;
-      if (n.op !== add) Object.assign(n, { pin: from.pin, around: from.around });
+      if (n.op !== add) Object.assign(n, { pin: from.pin, ring: from.ring });
     }
   };
 
@@ -85,7 +87,7 @@ export function addBackward(losses: readonly Loss[], again: (node: Node) => bool
     const y = node.outs[0]!;
     const dy = grad.get(y);
     if (!dy || !node.op.grad) continue;
-    const carried = node.op.carries?.map((name) => node.outs[node.op.outputs.findIndex((o) => o.name === name)]!) ?? [y];
+    const carried = node.op.gradOutputs?.map((name) => node.outs[node.op.outputs.findIndex((o) => o.name === name)]!) ?? [y];
     const dys = carried.map((v) => {
       const arrived = grad.get(v);
       invariant(arrived !== undefined, `${idOf(v)} is not used: no gradient arrives`);

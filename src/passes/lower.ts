@@ -10,38 +10,38 @@ import { accumulate } from "../ops/linear.ts";
 import { expand, invariant } from "../ops/op.ts";
 import * as messages from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
-import { toMessages } from "./lowerCollectives.ts";
+import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
-import { updateStep } from "./optimizerStep.ts";
+import { optimizerStep } from "./optimizerStep.ts";
 import { chunkOfVirtual, layersOf } from "./pipeline.ts";
-import { type Draft, type Lowered, openRole, type Role } from "./programBuilder.ts";
-import { expandRing, goesAround } from "./ring.ts";
-import type { Step } from "./shard.ts";
+import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } from "./programBuilder.ts";
+import { expandRing, isRing } from "./ring.ts";
+import type { ShardStep } from "./shard.ts";
 
 export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
   const { graph, sharded, pipeline } = lowered;
-  return lowered.order.map(({ order, slots }, stage) => {
-    const role = openRole(job, mesh, lowered, stage);
+  return lowered.order.map(({ order, copies }, stage) => {
+    const role = programBuilder(job, mesh, lowered, stage);
     for (const p of graph.parameters) {
-      const { layout, stage: at } = sharded.home.get(p)!;
+      const { layout, stage: at } = sharded.placement.get(p)!;
       if (!role.isMine(at)) continue;
       role.add({
         id: idOf(p),
         kind: "parameter",
         dtype: p.dtype,
-        shape: role.local(p.sizes, layout.cuts),
+        shape: role.local(p.sizes, layout.shardedBy),
         sizes: [...p.sizes],
         ragged: 0,
-        cuts: layout.cuts.map((c) => [...c]),
+        shardedBy: layout.shardedBy.map((c) => [...c]),
       });
     }
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
-    const { parameters, metrics } = updateStep(role, graph, sharded);
-    const { forward, backward, step } = toMessages(role);
+    const { parameters, metrics } = optimizerStep(role, graph, sharded);
+    const { forward, backward, step } = lowerCollectives(role);
     const split = order.some((tag) => tag.startsWith("W"));
     const chunks = forward.map((block, c) => ({
       layers: layersOf(pipeline, job, c * pipeline.stages + stage),
-      slots: slots[c]!,
+      copies: copies[c]!,
       forward: block,
       ...(split ? apart(backward[c]!, role.buffers) : { backward: backward[c]!, weights: [] }),
     }));
@@ -71,7 +71,8 @@ function apart(block: readonly Instruction[], buffers: ReadonlyMap<string, Buffe
     const made = madeBy(i, buffers);
     const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id)!.kind === "gradient");
     const serves =
-      (i.kind === "move" || (i.kind === "compute" && surrounds.has(i.op))) && made.every((id) => buffers.get(id)!.kind === "workspace");
+      (i.kind === "collective" || (i.kind === "compute" && surrounds.has(i.op))) &&
+      made.every((id) => buffers.get(id)!.kind === "workspace");
     if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => wanted.has(id)))
       ofWeights.add(i);
     else for (const id of touched(i, buffers)) wanted.add(id);
@@ -84,26 +85,27 @@ const surrounds = new Set([...Object.values(messages).flatMap((o) => (typeof o =
 function madeBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
   if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
   if (i.kind === "send") return [];
-  const to = i.kind === "move" ? i.to : i.buffer;
+  const to = i.kind === "collective" ? i.to : i.buffer;
   const { rows } = buffers.get(to)!;
   return rows ? [to, rows] : [to];
 }
 
 /** The steps of one microbatch that concern this role, as instructions. */
-function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet<unknown>): void {
+function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {
   const { isMine, pipeline, blocks, buffers, bufferOf, emit } = role;
-  const producers = new Map<string, { at: number; block: Draft; out: string }>();
-  const blockOf = (backward: boolean, virtual: number): Draft =>
+  const producers = new Map<string, { at: number; block: BlockBuilder; out: string }>();
+  const blockOf = (backward: boolean, virtual: number): BlockBuilder =>
     blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)]!;
 
-  function compute({ stage, node, ins, outs, dims: cuts }: Extract<Step, { kind: "compute" }>) {
+  function compute({ stage, node, ins, outs, dims: shardedBy }: Extract<ShardStep, { kind: "compute" }>) {
     const { inputs, outputs } = expand(node);
     const block = blockOf(node.backward, stage);
     const dims: Compute["dims"] = {};
-    for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.slots)) dims[dim] = [node.size[dim]!, [...(cuts.get(dim) ?? [])]];
+    for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.dimSpecs))
+      dims[dim] = [node.size[dim]!, [...(shardedBy.get(dim) ?? [])]];
     const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
     const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
-    const keeps = outputs.filter((o, i) => losses.has(outs[i]!.value) || node.op.updates?.includes(o.name)).map((o) => o.name);
+    const accumulates = outputs.filter((o, i) => losses.has(outs[i]!.value) || node.op.inPlace?.includes(o.name)).map((o) => o.name);
     for (const [out, by] of Object.entries(node.op.limits ?? {}))
       role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
     const rows = node.op.rows ? buffers.get(writes[outputs[0]!.name]!)!.rows! : undefined;
@@ -116,37 +118,37 @@ function lowerMicrobatch(role: Role, steps: readonly Step[], losses: ReadonlySet
       writes,
       dims,
       attrs: { ...node.attrs },
-      ...(keeps.length ? { keeps } : {}),
+      ...(accumulates.length ? { accumulates } : {}),
       ...(rows ? { rows } : {}),
     };
-    if (node.around && goesAround(role, { instruction, ...node.around })) {
-      expandRing(role, block, { instruction, ...node.around });
+    if (node.ring && isRing(role, { instruction, ...node.ring })) {
+      expandRing(role, block, { instruction, ...node.ring });
       return;
     }
     emit(block, instruction);
     for (const o of outputs) producers.set(writes[o.name]!, { at: block.list.length - 1, block, out: o.name });
   }
   /** Points the op that made a gradient at the accumulator; where the gradient was moved since, adds it up. */
-  function accumulateInto({ stage, parameter, piece }: Extract<Step, { kind: "accumulate" }>) {
+  function accumulateInto({ stage, parameter, shardedValue }: Extract<ShardStep, { kind: "accumulate" }>) {
     const target = `${idOf(parameter)}.grad`;
-    const made = bufferOf(piece);
+    const made = bufferOf(shardedValue);
     role.add({ ...buffers.get(made)!, id: target, kind: "gradient", dtype: "f32" });
     const by = producers.get(made);
     if (!by) return emit(blockOf(true, stage), role.elementwise(accumulate, `${target}.accumulate`, { x: made }, { y: target }));
     const i = by.block.list[by.at] as Compute;
-    by.block.list[by.at] = { ...i, writes: { ...i.writes, [by.out]: target }, keeps: [...(i.keeps ?? []), by.out] };
+    by.block.list[by.at] = { ...i, writes: { ...i.writes, [by.out]: target }, accumulates: [...(i.accumulates ?? []), by.out] };
     buffers.delete(made);
   }
 
   for (const s of steps) {
     if (s.kind === "send") {
       const ends = { from: s.stage, to: s.to };
-      const tag = idOf(s.piece.value) + (s.received.note ?? "");
-      if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.piece), ends, s.why, tag);
+      const tag = idOf(s.shardedValue.value) + (s.received.note ?? "");
+      if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.shardedValue), ends, s.why, tag);
       if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.received), ends, s.why, tag);
     } else if (!isMine(s.stage)) continue;
     else if (s.kind === "compute") compute(s);
-    else if (s.kind === "move") role.move(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));
+    else if (s.kind === "collective") role.move(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));
     else accumulateInto(s);
   }
 }
@@ -184,7 +186,7 @@ export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): S
     for (const name in i.reads) add(i.reads[name]!);
     for (const name in i.writes) add(i.writes[name]!);
     if (i.rows) ids.add(i.rows);
-  } else if (i.kind === "move") {
+  } else if (i.kind === "collective") {
     add(i.from);
     add(i.to);
   } else add(i.buffer);

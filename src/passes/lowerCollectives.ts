@@ -5,12 +5,12 @@
  * beside its index: how many there are is known on the device alone.
  */
 
-import type { Buffer, Compute, Dtype, How, Instruction } from "../../schemas/plan.ts";
-import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import type { Buffer, CollectiveKind, Compute, Dtype, Instruction } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { boundOfRows, bytesSent } from "../analysis/cost.ts";
 import { type AnyOp, invariant } from "../ops/op.ts";
 import { arrange, invertRows, mergeRows, splitRows, takeRows } from "../ops/transport.ts";
-import type { Draft, LayoutChange, Role } from "./programBuilder.ts";
+import type { BlockBuilder, ProgramBuilder, Reshard } from "./programBuilder.ts";
 
 /** One axis of a piece in memory: a digit of the mesh (a factor) in a slot, what a slot has inside, or a list of rows. */
 interface Axis {
@@ -18,8 +18,8 @@ interface Axis {
   readonly size: number;
   readonly factor?: number;
 }
-const digitOf = (f: number): string => `digit ${f}`;
-const inside = (slot: number): string => `slot ${slot}`;
+const subAxisKey = (f: number): string => `digit ${f}`;
+const dimKey = (slot: number): string => `slot ${slot}`;
 const ROWS = "rows";
 
 /** How the rows of one index come to be the rows of another. */
@@ -31,7 +31,7 @@ interface Route {
 }
 
 /** The blocks of a role with raw collectives; forward and backward by chunk. */
-export function toMessages(role: Role): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
+export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
   const { mesh, buffers, blocks, job } = role;
   const bound = job.model.moe?.rows_bound ?? "worst";
   const routes = new Map<string, Route>();
@@ -51,7 +51,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
   }
 
   const temporary = (id: string, dtype: Dtype, shape: readonly number[]): string =>
-    role.add({ id, kind: "workspace", dtype, shape: [...shape], sizes: [...shape], ragged: 0, cuts: shape.map(() => []) });
+    role.add({ id, kind: "workspace", dtype, shape: [...shape], sizes: [...shape], ragged: 0, shardedBy: shape.map(() => []) });
   const lengthOf = (id: string): number => elementsOf(buffers.get(id)!.shape);
 
   function compute(
@@ -68,11 +68,21 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
       [op.outputs, writes],
     ] as const)
       for (const o of operands) {
-        const dim = o.slots[0]?.dim;
+        const dim = o.dimSpecs[0]?.dim;
         if (dim && named[o.name]) dims[dim] = [lengthOf(named[o.name]!), []];
       }
-    const keeps = op.updates?.filter((name) => writes[name]);
-    out.push({ kind: "compute", id, op: op.name, kernel: "", reads, writes, dims, attrs, ...(keeps?.length ? { keeps: [...keeps] } : {}) });
+    const accumulates = op.inPlace?.filter((name) => writes[name]);
+    out.push({
+      kind: "compute",
+      id,
+      op: op.name,
+      kernel: "",
+      reads,
+      writes,
+      dims,
+      attrs,
+      ...(accumulates?.length ? { accumulates: [...accumulates] } : {}),
+    });
   }
 
   /** Copies a piece into other axes. An axis that `from` lacks repeats it; of the digits in `pick` only this rank's is taken. */
@@ -101,7 +111,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     if (!dims.length) dims.push({ n: 1, s: 1 });
     const attrs = Object.fromEntries(dims.flatMap(({ n, s }, j) => [[`n${j}`, n] as const, [`s${j}`, s] as const]));
     const at: Compute["dims"] = {};
-    for (const [j, f] of pick.entries()) at[`@${j}`] = [stride.get(digitOf(f))! * mesh.factors[f]!.size, [f]];
+    for (const [j, f] of pick.entries()) at[`@${j}`] = [stride.get(subAxisKey(f))! * mesh.subAxes[f]!.size, [f]];
     compute(arrange, id, { x: from }, { y: to }, attrs, at);
   }
 
@@ -111,48 +121,48 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     return real(a).join() === real(b).join();
   };
   const countOf = (axes: readonly Axis[]): number => axes.reduce((n, a) => n * a.size, 1);
-  const digits = (fs: readonly number[]): Axis[] => fs.map((f) => ({ key: digitOf(f), size: mesh.factors[f]!.size, factor: f }));
+  const subAxisDims = (fs: readonly number[]): Axis[] => fs.map((f) => ({ key: subAxisKey(f), size: mesh.subAxes[f]!.size, factor: f }));
 
   /** The axes of a piece from a slot on. */
-  function axesOf(b: Buffer, radix: LayoutChange["radix"], first: number): Axis[] {
+  function axesOf(b: Buffer, blockAxes: Reshard["blockAxes"], first: number): Axis[] {
     return b.sizes.flatMap((n, slot) => {
       if (slot < first) return [];
-      const counted = radix[slot] ?? b.cuts[slot]!;
-      const left = counted.filter((f) => !b.cuts[slot]!.includes(f));
-      return [...digits(left), { key: inside(slot), size: n / parts(mesh, counted) }];
+      const counted = blockAxes[slot] ?? b.shardedBy[slot]!;
+      const left = counted.filter((f) => !b.shardedBy[slot]!.includes(f));
+      return [...subAxisDims(left), { key: dimKey(slot), size: n / shardCount(mesh, counted) }];
     });
   }
 
   /** The raw collective of a move, between contiguous buffers. */
-  function raw(i: LayoutChange, id: string, from: string, to: string, name = i.name): void {
+  function raw(i: Reshard, id: string, from: string, to: string, name = i.name): void {
     const bytes = (b: string) => bytesOf[buffers.get(b)!.dtype] * lengthOf(b);
-    const how = i.how as How; // a slice never gets here
-    const sent = bytesSent(how, i.world ? mesh.world : parts(mesh, i.factors), bytes(from), bytes(to));
-    const { radix: _, ...rest } = i;
-    out.push({ ...rest, kind: "move", how, id, name, from, to, bytes: sent });
+    const how = i.how as CollectiveKind; // a slice never gets here
+    const sent = bytesSent(how, i.world ? mesh.world : shardCount(mesh, i.subAxes), bytes(from), bytes(to));
+    const { blockAxes: _, ...rest } = i;
+    out.push({ ...rest, kind: "collective", how, id, name, from, to, bytes: sent });
   }
 
-  function expand(i: LayoutChange): void {
+  function expand(i: Reshard): void {
     const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
     if (i.how === "all_reduce" || i.how === "all_reduce_max") {
       raw(i, i.id, i.from, i.to);
       return;
     }
     // members of a group stand in ascending order of rank: the digit of the largest stride is the outermost
-    const group = digits([...i.factors].sort((f, g) => mesh.factors[g]!.stride - mesh.factors[f]!.stride));
+    const group = subAxisDims([...i.subAxes].sort((f, g) => mesh.subAxes[g]!.stride - mesh.subAxes[f]!.stride));
     if (a.ragged) expandRows(i, a, b, group);
-    else exchange(i, axesOf(a, i.radix, 0), axesOf(b, i.radix, 0), group);
+    else exchange(i, axesOf(a, i.blockAxes, 0), axesOf(b, i.blockAxes, 0), group);
   }
 
   /** A dense move: pack, collective, unpack; a copy less wherever the axes already lie as they must. */
-  function exchange(i: LayoutChange, have: readonly Axis[], want: readonly Axis[], group: readonly Axis[]): void {
+  function exchange(i: Reshard, have: readonly Axis[], want: readonly Axis[], group: readonly Axis[]): void {
     const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
     const moved = new Set(group.map((g) => g.key));
     const rest = have.filter((x) => !moved.has(x.key));
     switch (i.how) {
       case "slice":
-      case "fold":
-        rearrange(i.id, a.id, have, b.id, want, i.factors);
+      case "regrid":
+        rearrange(i.id, a.id, have, b.id, want, i.subAxes);
         return;
       case "all_gather": {
         const received = [...group, ...have];
@@ -187,17 +197,17 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
   }
 
   /** A move of rows: told apart by where they go, packed into lists of a fixed capacity, exchanged, and put together in order. */
-  function expandRows(i: LayoutChange, a: Buffer, b: Buffer, group: readonly Axis[]): void {
-    const factorsIn = (cuts: Buffer["cuts"]) => i.factors.filter((f) => cuts.slice(0, 3).some((c) => c.includes(f)));
+  function expandRows(i: Reshard, a: Buffer, b: Buffer, group: readonly Axis[]): void {
+    const factorsIn = (shardedBy: Buffer["shardedBy"]) => i.subAxes.filter((f) => shardedBy.slice(0, 3).some((c) => c.includes(f)));
     const order = (fs: readonly number[]): Axis[] => group.filter((g) => fs.includes(g.factor!));
-    const into = order(factorsIn(b.cuts));
-    const outOf = order(factorsIn(a.cuts));
-    const cuts = [0, 1, 2].map((slot) => [...a.cuts[slot]!, ...b.cuts[slot]!.filter((f) => i.factors.includes(f))]);
-    const cap = into.length ? boundOfRows(mesh, a, cuts, bound) : a.shape[0]!;
+    const into = order(factorsIn(b.shardedBy));
+    const outOf = order(factorsIn(a.shardedBy));
+    const shardedBy = [0, 1, 2].map((slot) => [...a.shardedBy[slot]!, ...b.shardedBy[slot]!.filter((f) => i.subAxes.includes(f))]);
+    const cap = into.length ? boundOfRows(mesh, a, shardedBy, bound) : a.shape[0]!;
     const route = routeOf(i, a, b, { into, outOf, group, cap });
 
     const rows: Axis = { key: ROWS, size: cap };
-    const [denseA, denseB] = [axesOf(a, i.radix, 3), axesOf(b, i.radix, 3)];
+    const [denseA, denseB] = [axesOf(a, i.blockAxes, 3), axesOf(b, i.blockAxes, 3)];
     let from = a.id;
     let have: Axis[] = [rows, ...denseA];
     if (route.split) {
@@ -220,7 +230,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     readonly cap: number;
   }
   /** The maps between the rows of two cuts, and the index of the second; made once for all values with these rows. */
-  function routeOf(i: LayoutChange, a: Buffer, b: Buffer, { into, outOf, group, cap }: Lists): Route {
+  function routeOf(i: Reshard, a: Buffer, b: Buffer, { into, outOf, group, cap }: Lists): Route {
     const [from, to] = [a.rows!, b.rows!];
     const nameOf = (dest: string, source: string): string => `${dest}<${source.slice(source.lastIndexOf("@"))}.${i.how}`;
     const name = nameOf(to, from);
@@ -280,7 +290,7 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
       }
     }
     const merged = temporary(`${name}.merged`, "i32", [b.shape[0]!]);
-    const dims: Compute["dims"] = { E: [b.sizes[2]!, [...b.cuts[2]!]] };
+    const dims: Compute["dims"] = { E: [b.sizes[2]!, [...b.shardedBy[2]!]] };
     if (!outOf.length) for (const [j, x] of into.entries()) dims[`@${j}`] = [countOf(into.slice(j + 1)) * length * x.size, [x.factor!]];
     compute(
       mergeRows,
@@ -295,14 +305,14 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
   }
 
   /** What `split_rows` must know to tell a row's destination from its coordinates. */
-  function destinations(i: LayoutChange, b: Buffer, into: readonly Axis[]): Record<string, number> {
+  function destinations(i: Reshard, b: Buffer, into: readonly Axis[]): Record<string, number> {
     return Object.fromEntries(
       into.flatMap((axis, n) => {
-        const slot = [0, 1, 2].find((s) => b.cuts[s]!.includes(axis.factor!))!;
-        const counted = i.radix[slot]!;
+        const slot = [0, 1, 2].find((s) => b.shardedBy[s]!.includes(axis.factor!))!;
+        const counted = i.blockAxes[slot]!;
         const at = counted.indexOf(axis.factor!);
-        const block = b.sizes[slot]! / parts(mesh, counted);
-        const div = block * parts(mesh, counted.slice(at + 1));
+        const block = b.sizes[slot]! / shardCount(mesh, counted);
+        const div = block * shardCount(mesh, counted.slice(at + 1));
         return [
           [`slot${n}`, slot],
           [`div${n}`, div],
@@ -313,10 +323,10 @@ export function toMessages(role: Role): { forward: Instruction[][]; backward: In
     );
   }
 
-  function expanded({ list }: Draft): Instruction[] {
+  function expanded({ list }: BlockBuilder): Instruction[] {
     out = [];
     for (const i of list) {
-      if (i.kind === "change") expand(i);
+      if (i.kind === "reshard") expand(i);
       else out.push(i.kind === "compute" ? onceIndexed(i) : i);
     }
     return out;

@@ -4,7 +4,7 @@
  * workspace within one block. Two buffers share bytes only if never alive together.
  */
 
-import type { Buffer, Instruction, Kernel, Kind, Memory, Program } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
@@ -25,7 +25,7 @@ interface Lifetime {
   to: number;
 }
 
-export function layOut(program: Program, kernels: readonly Kernel[] = []): Memory {
+export function planMemory(program: Program, kernels: readonly Kernel[] = []): Memory {
   const offsets: Record<string, number> = {};
   const total = { parameter: 0, gradient: 0, optimizer: 0, workspace: 0 };
 
@@ -77,7 +77,7 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
 }
 
 /** From the first instruction that touches a buffer to the last. Inputs are filled before the block starts. */
-function lifetimes(program: Program, kind: Kind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
+function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
   const inputs = new Set(Object.values(program.inputs));
   const alive = new Map<string, Lifetime>();
@@ -170,10 +170,10 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
   for (const [s, m] of memory.entries()) {
     const p = programs[s]!;
     const parts = memoryBreakdown(p, m);
-    const slots = p.chunks.map(({ slots }, c) => `${slots} x ${m.activation[c]}`).join(" + ");
+    const copies = p.chunks.map(({ copies }, c) => `${copies} x ${m.activation[c]}`).join(" + ");
     const terms = memoryKinds
       .filter((kind) => kind !== "scratch" || parts.scratch > 0)
-      .map((kind) => `${memoryNames[kind]} ${kind === "activation" ? slots : parts[kind]}`);
+      .map((kind) => `${memoryNames[kind]} ${kind === "activation" ? copies : parts[kind]}`);
     lines.push(`stage ${s}: peak ${m.peak} bytes = ${terms.join(" + ")}`);
     for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
       lines.push(

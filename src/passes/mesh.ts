@@ -6,7 +6,7 @@
  * not depend on where stages stand in the order of axes.
  */
 import type { Job } from "../../schemas/job.ts";
-import { type MeshData, membersOf, rankAt } from "../../schemas/sharding.ts";
+import { groupMembers, type MeshData, rankAt } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
 
 export type Mesh = MeshData;
@@ -45,31 +45,31 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const own = grids.map((spans, g) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances, ...(g === 0 ? [copies] : [])]));
   const shared = between(ascending(own.flat()));
   // where the strides of one grid do not divide the other's, each grid has factors of its own
-  const factors = whole(shared) ? shared : own.flatMap(between);
-  invariant(whole(factors), `the axes are no product: strides ${own.join(" and ")}`);
+  const subAxes = whole(shared) ? shared : own.flatMap(between);
+  invariant(whole(subAxes), `the axes are no product: strides ${own.join(" and ")}`);
   const first = whole(shared) ? [0, 0] : [0, own[0]!.length - 1];
-  const last = whole(shared) ? [factors.length, factors.length] : [first[1]!, factors.length];
+  const last = whole(shared) ? [subAxes.length, subAxes.length] : [first[1]!, subAxes.length];
   const axes = Object.fromEntries(
     grids.flatMap((spans, g) =>
       spans.map((s) => [
         s.name,
-        factors.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
+        subAxes.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
       ]),
     ),
   );
-  axes.kv = axes.tp!.filter((f) => factors[f]!.stride >= copies);
-  axes.copies = axes.tp!.filter((f) => factors[f]!.stride < copies);
+  axes.kv = axes.tp!.filter((f) => subAxes[f]!.stride >= copies);
+  axes.copies = axes.tp!.filter((f) => subAxes[f]!.stride < copies);
   return {
     world: perStage * p.pipeline,
     per_stage: perStage,
     stage_stride: p.order === "tp-cp-ep-pp-dp" ? p.tensor * p.context : perStage,
-    ...{ factors, axes, sizes, gpus_per_node: cluster.gpus_per_node },
+    ...{ subAxes, axes, sizes, gpus_per_node: cluster.gpus_per_node },
   };
 }
 
 /** Whether the grids have no factor in common, since the strides of one do not divide those of the other: then each is all factors of its own. */
-export const areApart = ({ factors, per_stage }: Pick<Mesh, "factors" | "per_stage">): boolean =>
-  factors.reduce((n, f) => n * f.size, 1) !== per_stage;
+export const hasSeparateGrids = ({ subAxes, per_stage }: Pick<Mesh, "subAxes" | "per_stage">): boolean =>
+  subAxes.reduce((n, f) => n * f.size, 1) !== per_stage;
 
 /** A set of factors as people name it: `tp`, `dp*cp`, `ep`. Expert names where the value belongs to experts. */
 export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
@@ -83,13 +83,13 @@ export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): st
 
 /** Rows and the weights of experts are spoken of in expert axes. */
 export const isExpert = (v: Value): boolean =>
-  v.ragged > 0 || (v.cut?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
+  v.ragged > 0 || (v.shardAxes?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
 
 /** A factor that is only a part of an axis: `dp/2` says the digit of dp whose size is 2. */
 function partName(mesh: Mesh, f: number, expert: boolean): string {
   const owner = (grid: readonly string[]) => grid.find((n) => mesh.axes[n]!.includes(f));
   const name = expert ? (owner(expertAxes) ?? owner(denseAxes)) : (owner(denseAxes) ?? owner(expertAxes));
-  return mesh.axes[name!]!.length === 1 ? name! : `${name}/${mesh.factors[f]!.size}@${mesh.factors[f]!.stride}`;
+  return mesh.axes[name!]!.length === 1 ? name! : `${name}/${mesh.subAxes[f]!.size}@${mesh.subAxes[f]!.stride}`;
 }
 
 /** All groups of some axes, over all stages, as lists of ranks. `pp` may be among the axes. */
@@ -100,7 +100,7 @@ export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
   const within: number[][] = [];
   for (let r = 0; r < mesh.per_stage; r++) {
     if (seen.has(r)) continue;
-    const g = membersOf(mesh, r, fs);
+    const g = groupMembers(mesh, r, fs);
     for (const m of g) seen.add(m);
     within.push(g);
   }
@@ -126,11 +126,13 @@ export function printMesh(mesh: Mesh): string {
     const shown = gs.slice(0, 8).map(list).join(" ") + (gs.length > 8 ? ` … ${gs.length} groups` : "");
     return `  ${axis.padEnd(4)} ${String(mesh.sizes[axis]).padStart(5)}  ${shown}${crossing ? `  (${crossing} of ${gs.length} cross nodes)` : ""}`;
   };
-  const factorsOf = (grid: readonly string[]) => grid.flatMap((a) => mesh.axes[a]!.map((f) => mesh.factors[f]!));
-  const product = (fs: Mesh["factors"]) => fs.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1";
-  const factors = areApart(mesh) ? [denseAxes, expertAxes].map((grid) => product(factorsOf(grid))).join(" and ") : product(mesh.factors);
+  const factorsOf = (grid: readonly string[]) => grid.flatMap((a) => mesh.axes[a]!.map((f) => mesh.subAxes[f]!));
+  const product = (fs: Mesh["subAxes"]) => fs.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1";
+  const subAxes = hasSeparateGrids(mesh)
+    ? [denseAxes, expertAxes].map((grid) => product(factorsOf(grid))).join(" and ")
+    : product(mesh.subAxes);
   return [
-    `mesh: ${mesh.world} ranks, ${mesh.per_stage} in a stage, factors ${factors}`,
+    `mesh: ${mesh.world} ranks, ${mesh.per_stage} in a stage, factors ${subAxes}`,
     " dense grid",
     ...denseAxes.map(line),
     " expert grid",

@@ -5,7 +5,7 @@
  */
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter, Transfer } from "../../schemas/plan.ts";
-import { parts } from "../../schemas/sharding.ts";
+import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
 import { accumulate, cast } from "../ops/linear.ts";
 import { invariant, type Value } from "../ops/op.ts";
@@ -13,12 +13,16 @@ import * as optimizer from "../ops/optimizer.ts";
 import { type Graph, idOf } from "./backward.ts";
 import { axesName, isExpert } from "./mesh.ts";
 import { headAt } from "./pipeline.ts";
-import type { Role } from "./programBuilder.ts";
-import type { Sharded } from "./shard.ts";
+import type { ProgramBuilder } from "./programBuilder.ts";
+import type { ShardedGraph } from "./shard.ts";
 
-export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parameters: Parameter[]; metrics: Record<string, string[]> } {
-  const { job, mesh, isMine, home, buffers, blocks, emit, scalar, elementwise } = role;
-  const mine = graph.parameters.filter((p) => isMine(home.get(p)!.stage));
+export function optimizerStep(
+  role: ProgramBuilder,
+  graph: Graph,
+  sharded: ShardedGraph,
+): { parameters: Parameter[]; metrics: Record<string, string[]> } {
+  const { job, mesh, isMine, placement, buffers, blocks, emit, scalar, elementwise } = role;
+  const mine = graph.parameters.filter((p) => isMine(placement.get(p)!.stage));
   const { gradients, reducedLoss } = reduce(role, graph, sharded);
   const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
@@ -31,7 +35,7 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   for (const p of owned) {
     if (p.leaf!.rule) continue;
     const g = buffers.get(gradientOf(p))!;
-    const scale = parts(mesh, g.cuts.flat()) / mesh.per_stage;
+    const scale = shardCount(mesh, g.shardedBy.flat()) / mesh.per_stage;
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
   // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree
@@ -42,16 +46,16 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
   if (mesh.world > 1) {
     squared = scalar("grad_norm.squared.total", "workspace");
     emit(blocks.step, {
-      kind: "change",
+      kind: "reshard",
       id: `${squared}.all_reduce`,
       how: "all_reduce",
       name: "all_reduce",
       axes: "world",
-      factors: mesh.factors.map((_, f) => f),
+      subAxes: mesh.subAxes.map((_, f) => f),
       world: true,
       from: "grad_norm.squared",
       to: squared,
-      radix: [],
+      blockAxes: [],
       why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
     });
   }
@@ -84,34 +88,40 @@ export function updateStep(role: Role, graph: Graph, sharded: Sharded): { parame
 }
 
 /** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
-function reduce(role: Role, graph: Graph, sharded: Sharded) {
+function reduce(role: ProgramBuilder, graph: Graph, sharded: ShardedGraph) {
   const { isMine, buffers, add, local } = role;
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
   const parameterOf = new Map(graph.parameters.map((p) => [sharded.accumulated.get(p)!.value, p]));
   for (const s of sharded.deferred) {
-    if (s.kind !== "move" || !isMine(s.stage)) continue;
+    if (s.kind !== "collective" || !isMine(s.stage)) continue;
     const p = parameterOf.get(s.from.value);
-    const { cuts, sum } = s.to.layout;
+    const { shardedBy, partialSum } = s.to.layout;
     if (!p) {
       const loss = role.lossBuffer(s.from.value)!;
       const from = reducedLoss.get(loss) ?? loss;
-      const { owes: _, ...like } = buffers.get(from)!;
-      const shape = local(s.to.value.sizes, cuts);
-      const to = add({ ...like, id: `${from}.reduced`, shape, cuts: cuts.map((c) => [...c]), ...(sum.length ? { owes: [...sum] } : {}) });
+      const { partial: _, ...like } = buffers.get(from)!;
+      const shape = local(s.to.value.sizes, shardedBy);
+      const to = add({
+        ...like,
+        id: `${from}.reduced`,
+        shape,
+        shardedBy: shardedBy.map((c) => [...c]),
+        ...(partialSum.length ? { partial: [...partialSum] } : {}),
+      });
       reducedLoss.set(loss, to);
       role.move(role.blocks.step, s, from, to);
       continue;
     }
     const from = gradients.get(p) ?? `${idOf(p)}.grad`;
-    const { owes: _, ...source } = buffers.get(from)!;
+    const { partial: _, ...source } = buffers.get(from)!;
     const to = add({
       ...source,
       id: `${idOf(p)}.grad${role.layoutText(s.to, isExpert(p))}`,
       within: source.within ?? source.id,
-      shape: local(p.sizes, cuts),
-      cuts: cuts.map((c) => [...c]),
-      ...(sum.length ? { owes: [...sum] } : {}),
+      shape: local(p.sizes, shardedBy),
+      shardedBy: shardedBy.map((c) => [...c]),
+      ...(partialSum.length ? { partial: [...partialSum] } : {}),
     });
     gradients.set(p, to);
     role.move(role.blocks.step, s, from, to, isExpert(p));
@@ -126,17 +136,17 @@ const isScheduled = ({ weight_decay_schedule }: How): boolean => weight_decay_sc
 /** The op that moves weights, with a weight decay of its own and with one that it is told; the scalars that it reads, and the moments that it keeps. */
 function methodOf({ type, betas, eps, momentum }: How) {
   const adaptive = { reads: { lr: "lr", step: "step" }, moments: ["m", "v"], attrs: { beta1: betas[0]!, beta2: betas[1]!, eps } };
-  if (type === "adamw") return { own: optimizer.adamw, told: optimizer.adamwScheduled, ...adaptive };
-  if (type === "adam") return { own: optimizer.adam, told: optimizer.adamScheduled, ...adaptive };
+  if (type === "adamw") return { own: optimizer.adamw, scheduledOp: optimizer.adamwScheduled, ...adaptive };
+  if (type === "adam") return { own: optimizer.adam, scheduledOp: optimizer.adamScheduled, ...adaptive };
   const reads = { lr: "lr" };
-  if (momentum === 0) return { own: optimizer.sgd, told: optimizer.sgdScheduled, reads, moments: [], attrs: {} };
-  return { own: optimizer.sgdMomentum, told: optimizer.sgdMomentumScheduled, reads, moments: ["m"], attrs: { momentum } };
+  if (momentum === 0) return { own: optimizer.sgd, scheduledOp: optimizer.sgdScheduled, reads, moments: [], attrs: {} };
+  return { own: optimizer.sgdMomentum, scheduledOp: optimizer.sgdMomentumScheduled, reads, moments: ["m"], attrs: { momentum } };
 }
 
 /** The optimizer on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
 function updateParameter(
-  { job, mesh, home, buffers, blocks, add, emit, elementwise }: Role,
-  sharded: Sharded,
+  { job, mesh, placement, buffers, blocks, add, emit, elementwise }: ProgramBuilder,
+  sharded: ShardedGraph,
   p: Value,
   gradient: string,
   scale: string,
@@ -149,23 +159,23 @@ function updateParameter(
     return name;
   }
   const { optimizer: how } = job.train;
-  const { within: _, owes: __, ...state } = buffers.get(gradient)!;
+  const { within: _, partial: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
-  const whole = home.get(p)!.layout.cuts;
-  const shard = sharded.update.get(p)!.layout.cuts;
-  const factors = shard
+  const whole = placement.get(p)!.layout.shardedBy;
+  const shard = sharded.update.get(p)!.layout.shardedBy;
+  const subAxes = shard
     .flat()
     .filter((f) => !whole.flat().includes(f))
     .sort((a, b) => a - b);
-  const master = factors.length || p.dtype !== "f32" ? like("master") : name;
-  const { own, told, reads, moments, attrs } = methodOf(how);
+  const master = subAxes.length || p.dtype !== "f32" ? like("master") : name;
+  const { own, scheduledOp, reads, moments, attrs } = methodOf(how);
   // weight decay: parameters with two or more dims
   const decays = p.sizes.length > 1;
   const scheduled = decays && isScheduled(how);
   emit(
     blocks.step,
     elementwise(
-      scheduled ? told : own,
+      scheduled ? scheduledOp : own,
       `${name}.${how.type}`,
       { g: gradient, scale, ...reads, ...(scheduled ? { decay: "weight_decay" } : {}) },
       { w: master, ...Object.fromEntries(moments.map((m) => [m, like(m)])) },
@@ -174,27 +184,27 @@ function updateParameter(
   );
   let from = master;
   if (p.dtype !== "f32") {
-    from = factors.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
+    from = subAxes.length ? add({ ...state, id: `${name}.cast`, kind: "workspace", dtype: p.dtype }) : name;
     emit(blocks.step, elementwise(cast, `${name}.cast`, { x: master }, { y: from }));
   }
-  if (factors.length)
+  if (subAxes.length)
     emit(blocks.step, {
-      kind: "change",
+      kind: "reshard",
       id: `${name}.all_gather`,
       how: "all_gather",
       name: "all_gather",
-      axes: axesName(mesh, factors, isExpert(p)),
-      factors,
+      axes: axesName(mesh, subAxes, isExpert(p)),
+      subAxes,
       from,
       to: name,
-      radix: shard,
+      blockAxes: shard,
       why: { op: `${name}.${how.type}`, because: "each rank updated its shard", path: "parallel.distributed_optimizer" },
     });
   return master;
 }
 
 /** Copies of parameters, and how what goes between them and their owners is named: a second copy has a name of its own. */
-function tiedPairs({ job }: Role, graph: Graph) {
+function tiedPairs({ job }: ProgramBuilder, graph: Graph) {
   const copies = graph.parameters.filter((p) => p.leaf!.tiedTo);
   return copies.map((copy, i) => {
     const { tiedTo, position } = copy.leaf!;
@@ -208,15 +218,15 @@ function tiedPairs({ job }: Role, graph: Graph) {
 }
 
 /** A parameter that stands on several stages: each copy's gradient goes to the owner's stage and is added there. */
-function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): void {
+function shareTied(role: ProgramBuilder, graph: Graph, gradientOf: (p: Value) => string): void {
   for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
-    const [from, to] = [role.home.get(copy)!.stage, role.home.get(owner)!.stage];
+    const [from, to] = [role.placement.get(copy)!.stage, role.placement.get(owner)!.stage];
     const tag = `${idOf(owner)}.grad.${name}`;
     const ends = { from, to };
     if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, why, tag);
     if (!role.isMine(to)) continue;
     const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
-    invariant(!own.owes?.length, `${tag}: the owner's gradient still owes a sum`);
+    invariant(!own.partial?.length, `${tag}: the owner's gradient still owes a sum`);
     const received = role.add({ ...own, id: tag, kind: "workspace" });
     role.transfer(role.blocks.step, "recv", received, ends, why, tag);
     role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
@@ -224,9 +234,9 @@ function shareTied(role: Role, graph: Graph, gradientOf: (p: Value) => string): 
 }
 
 /** … and the updated parameter goes back. */
-function returnTied(role: Role, graph: Graph): void {
+function returnTied(role: ProgramBuilder, graph: Graph): void {
   for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
-    const [from, to] = [role.home.get(owner)!.stage, role.home.get(copy)!.stage];
+    const [from, to] = [role.placement.get(owner)!.stage, role.placement.get(copy)!.stage];
     const tag = `${idOf(owner)}.${name}`;
     if (role.isMine(from)) role.transfer(role.blocks.step, "send", idOf(owner), { from, to }, why, tag);
     if (role.isMine(to)) role.transfer(role.blocks.step, "recv", idOf(copy), { from, to }, why, tag);

@@ -19,10 +19,10 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], Reg
 };
 
 /** Whether backward makes the outputs of a node again. Ops that keep a state across microbatches run once. */
-export function recomputed({ train, model }: Pick<Job, "train" | "model">, { of }: Pick<Pipeline, "of">): (node: Node) => boolean {
+export function isRecomputed({ train, model }: Pick<Job, "train" | "model">, { of }: Pick<Pipeline, "of">): (node: Node) => boolean {
   const { mode, modules: chosen, method, layers: count } = train.recompute;
   if (mode === "none") return () => false;
-  const once = ({ op }: Node): boolean => op.updates !== undefined;
+  const once = ({ op }: Node): boolean => op.inPlace !== undefined;
   const inside = ({ id }: Node): { ahead: boolean; layer: number; name: string } | undefined => {
     const [, kind, layer, name] = /^(layers|mtp)\.(\d+)\.(.*)$/.exec(id) ?? [];
     return name === undefined ? undefined : { ahead: kind === "mtp", layer: Number(layer), name };

@@ -4,17 +4,17 @@
  * each piece is merged; in backward the sums for keys and values travel with their piece, and come home after the last turn.
  */
 
-import type { Buffer, Compute, Move } from "../../schemas/plan.ts";
-import { parts } from "../../schemas/sharding.ts";
+import type { Buffer, Collective, Compute } from "../../schemas/plan.ts";
+import { shardCount } from "../../schemas/sharding.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "../ops/attention.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "../ops/attentionDropout.ts";
 import { add, cast } from "../ops/linear.ts";
 import { type AnyOp, invariant } from "../ops/op.ts";
 import { axesName } from "./mesh.ts";
-import type { Draft, Role } from "./programBuilder.ts";
+import type { BlockBuilder, ProgramBuilder } from "./programBuilder.ts";
 
 /** An instruction as it would be if its keys were here, and the dim whose pieces go around, cut like another. */
-export interface Around {
+export interface RingUse {
   readonly instruction: Compute;
   readonly dim: string;
   readonly as: string;
@@ -22,29 +22,29 @@ export interface Around {
 }
 
 /** Whether the pieces of a dim are on different ranks. */
-export const goesAround = ({ mesh }: Pick<Role, "mesh">, { instruction, as }: Pick<Around, "instruction" | "as">): boolean =>
-  parts(mesh, instruction.dims[as]![1]) > 1;
+export const isRing = ({ mesh }: Pick<ProgramBuilder, "mesh">, { instruction, as }: Pick<RingUse, "instruction" | "as">): boolean =>
+  shardCount(mesh, instruction.dims[as]![1]) > 1;
 
-export function expandRing(role: Role, block: Draft, around: Around): void {
-  const { instruction: i } = around;
-  const way = ways[i.op];
-  invariant(way !== undefined, `${i.id}: ${i.op} does not go around`);
-  way.go(turns(role, block, around, way.part));
+export function expandRing(role: ProgramBuilder, block: BlockBuilder, ring: RingUse): void {
+  const { instruction: i } = ring;
+  const ringOp = ringOps[i.op];
+  invariant(ringOp !== undefined, `${i.id}: ${i.op} does not go around`);
+  ringOp.go(ringSteps(role, block, ring, ringOp.part));
 }
 
 /** Ops that go around, and what each does on a piece. */
-const ways: Readonly<Record<string, { readonly part: AnyOp; readonly go: (turns: Turns) => void }>> = {
+const ringOps: Readonly<Record<string, { readonly part: AnyOp; readonly go: (ringSteps: RingSteps) => void }>> = {
   [attention.name]: { part: attentionPart, go: forward },
   [attentionGrad.name]: { part: attentionPartGrad, go: backward },
   [attentionDropout.name]: { part: attentionDropoutPart, go: forward },
   [attentionDropoutGrad.name]: { part: attentionDropoutPartGrad, go: backward },
 };
 
-function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Around, op: AnyOp) {
+function ringSteps(role: ProgramBuilder, block: BlockBuilder, { instruction: i, dim, as, path }: RingUse, op: AnyOp) {
   const { mesh, buffers } = role;
-  const factors = i.dims[as]![1];
+  const subAxes = i.dims[as]![1];
   invariant(
-    factors.every((f, n) => n === 0 || mesh.factors[f]!.stride < mesh.factors[factors[n - 1]!]!.stride),
+    subAxes.every((f, n) => n === 0 || mesh.subAxes[f]!.stride < mesh.subAxes[subAxes[n - 1]!]!.stride),
     `${i.id}: pieces of ${dim} do not lie in the order of ranks`,
   );
   const like = (id: string, from: string, dtype: Buffer["dtype"]): string => {
@@ -53,19 +53,19 @@ function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Arou
   };
   return {
     i,
-    count: parts(mesh, factors),
+    count: shardCount(mesh, subAxes),
     typeOf: (id: string) => buffers.get(id)!.dtype,
     like,
     /** The work on the piece of the rank so many places before this one. */
-    part(id: string, reads: Compute["reads"], writes: Compute["writes"], behind: number): void {
-      const dims = { ...i.dims, [dim]: [i.dims[dim]![0], [...factors]] as [number, number[]] };
-      role.emit(block, { ...i, id, op: op.name, reads, writes, dims, ...(behind > 0 ? { behind: { [dim]: behind } } : {}) });
+    part(id: string, reads: Compute["reads"], writes: Compute["writes"], ringOffset: number): void {
+      const dims = { ...i.dims, [dim]: [i.dims[dim]![0], [...subAxes]] as [number, number[]] };
+      role.emit(block, { ...i, id, op: op.name, reads, writes, dims, ...(ringOffset > 0 ? { ringOffset: { [dim]: ringOffset } } : {}) });
     },
     /** What this rank holds goes to the next one, and what the one before holds comes here. */
     pass(from: string, to: string): string {
-      const move: Move = {
-        ...{ kind: "move", id: `${to}.shift`, how: "shift", name: "ring", axes: axesName(mesh, factors, false) },
-        ...{ factors: [...factors], from, to: like(to, from, buffers.get(from)!.dtype), bytes: role.bytes(from) },
+      const move: Collective = {
+        ...{ kind: "collective", id: `${to}.shift`, how: "shift", name: "ring", axes: axesName(mesh, subAxes, false) },
+        ...{ subAxes: [...subAxes], from, to: like(to, from, buffers.get(from)!.dtype), bytes: role.bytes(from) },
         why: { op: i.id, because: `pieces of ${dim} are on other ranks`, path },
       };
       role.emit(block, move);
@@ -76,9 +76,9 @@ function turns(role: Role, block: Draft, { instruction: i, dim, as, path }: Arou
     over: role.elementwise,
   };
 }
-type Turns = ReturnType<typeof turns>;
+type RingSteps = ReturnType<typeof ringSteps>;
 
-function forward({ i, count, like, part, pass, emit, typeOf }: Turns): void {
+function forward({ i, count, like, part, pass, emit, typeOf }: RingSteps): void {
   let { k, v } = i.reads;
   const [o, lse] = [i.writes.o!, i.writes.lse!];
   let [sum, log] = [o, lse];
@@ -108,7 +108,7 @@ function forward({ i, count, like, part, pass, emit, typeOf }: Turns): void {
   }
 }
 
-function backward({ i, count, like, part, pass, emit, over, typeOf }: Turns): void {
+function backward({ i, count, like, part, pass, emit, over, typeOf }: RingSteps): void {
   let { k, v } = i.reads;
   const { dq, dk, dv } = i.writes;
   /** Sums so far, in f32: of this rank's queries, and of the piece that is here. */

@@ -7,14 +7,14 @@
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
-import { tagOf, type Work, workOf } from "../../schemas/program.ts";
+import { type BlockRun, blockTag, parseTag } from "../../schemas/program.ts";
 
 export interface Schedule {
   readonly order: readonly string[];
   /** Messages of one name that a chunk has sent to the next chunk before the first of them is received, at most. */
   readonly inFlight: number;
   /** Per chunk, microbatches in flight at most: copies of every activation that backward needs. */
-  readonly slots: readonly number[];
+  readonly copies: readonly number[];
 }
 
 type Scheduled = Pick<Job, "train" | "parallel">;
@@ -38,21 +38,21 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
         );
   // a group leaves a chunk on the last stage before the first stage is free for the next chunk, but for the stages that it is spread over
   const inFlight = chunks > 1 ? Math.max(1, groupsOf(m, stages)[0]! - stages + 1) : 1;
-  return orders.map((order) => ({ order: order.map((w) => tagOf(w, chunks)), inFlight, slots: slotsOf(order, chunks) }));
+  return orders.map((order) => ({ order: order.map((w) => blockTag(w, chunks)), inFlight, copies: slotsOf(order, chunks) }));
 }
 
-const forward = (microbatch: number, chunk = 0): Work => ({ kind: "forward", microbatch, chunk });
-const backward = (microbatch: number, chunk = 0): Work => ({ kind: "backward", microbatch, chunk });
-const weights = (microbatch: number): Work => ({ kind: "weights", microbatch, chunk: 0 });
+const forward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "forward", microbatch, chunk });
+const backward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "backward", microbatch, chunk });
+const weights = (microbatch: number): BlockRun => ({ kind: "weights", microbatch, chunk: 0 });
 
 /** `ahead` forwards, then one backward for each forward, then the rest. */
-const alternate = (forwards: readonly Work[], backwards: readonly Work[], ahead: number): Work[] => [
+const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number): BlockRun[] => [
   ...forwards.slice(0, ahead),
   ...forwards.slice(ahead).flatMap((f, i) => [f, backwards[i]!]),
   ...backwards.slice(forwards.length - ahead),
 ];
 
-function oneForwardOneBackward(m: number, stages: number, stage: number): Work[] {
+function oneForwardOneBackward(m: number, stages: number, stage: number): BlockRun[] {
   const each = Array.from({ length: m }, (_, i) => i);
   return alternate(
     each.map((i) => forward(i)),
@@ -74,7 +74,7 @@ function groupsOf(m: number, stages: number): number[] {
  * Groups of microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. The warm-up is as long as
  * the largest group, the first, needs.
  */
-function interleaved(m: number, stages: number, chunks: number, stage: number): Work[] {
+function interleaved(m: number, stages: number, chunks: number, stage: number): BlockRun[] {
   const sizes = groupsOf(m, stages);
   let first = 0;
   const all = sizes.flatMap((size) => {
@@ -94,9 +94,9 @@ function interleaved(m: number, stages: number, chunks: number, stage: number): 
  * Found by playing it, every block one unit of time. Stage s runs ahead by stages - s forwards; then come, in turns, a backward, the
  * gradients of weights of the microbatch s before it, and a forward. Who has to wait for a backward makes gradients of weights.
  */
-function zeroBubble(m: number, stages: number): Work[][] {
+function zeroBubble(m: number, stages: number): BlockRun[][] {
   const played = Array.from({ length: stages }, () => ({
-    order: [] as Work[],
+    order: [] as BlockRun[],
     forwards: [] as number[],
     backwards: [] as number[],
     weights: 0,
@@ -130,8 +130,8 @@ function zeroBubble(m: number, stages: number): Work[][] {
 }
 
 /** A microbatch is in flight from its forward to the last block that is made of it. */
-function slotsOf(order: readonly Work[], chunks: number): number[] {
-  const last: Work["kind"] = order.some((w) => w.kind === "weights") ? "weights" : "backward";
+function slotsOf(order: readonly BlockRun[], chunks: number): number[] {
+  const last: BlockRun["kind"] = order.some((w) => w.kind === "weights") ? "weights" : "backward";
   return Array.from({ length: chunks }, (_, chunk) => {
     let [now, most] = [0, 0];
     for (const w of order) {
@@ -151,7 +151,7 @@ export interface Piece {
 }
 
 /** Units of time. A backward that leaves the gradients of weights to later takes half of a whole one. */
-const unitsOf = ({ kind }: Work, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
+const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
 
 /**
  * Each stage executes its own list in order, at the speed of `unitsOf`; transfers are free. A forward waits for the virtual stage
@@ -164,8 +164,8 @@ export function timesOf(orders: readonly (readonly string[])[], chunks: number):
   const ends = new Map<string, number>();
   const pieces: Piece[][] = orders.map(() => []);
   const clock = orders.map(() => 0);
-  const key = (kind: Work["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
-  const needs = ({ kind, microbatch }: Work, v: number): string[] => {
+  const key = (kind: BlockRun["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
+  const needs = ({ kind, microbatch }: BlockRun, v: number): string[] => {
     if (kind === "forward") return v > 0 ? [key("forward", microbatch, v - 1)] : [];
     if (kind === "weights") return [key("backward", microbatch, v)];
     return [key("forward", microbatch, v), ...(v < stages * chunks - 1 ? [key("backward", microbatch, v + 1)] : [])];
@@ -174,7 +174,7 @@ export function timesOf(orders: readonly (readonly string[])[], chunks: number):
     moved = false;
     for (const [stage, order] of orders.entries())
       for (let tag = order[pieces[stage]!.length]; tag !== undefined; tag = order[pieces[stage]!.length]) {
-        const work = workOf(tag);
+        const work = parseTag(tag);
         const v = work.chunk * stages + stage;
         const ready = needs(work, v).map((need) => ends.get(need));
         if (ready.includes(undefined)) break;
@@ -197,5 +197,5 @@ export function bubbleOf(pieces: readonly (readonly Piece[])[]): number {
 }
 
 export function printSchedule(roles: readonly Schedule[]): string {
-  return roles.map((r, s) => `stage ${s}  ${r.slots.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
+  return roles.map((r, s) => `stage ${s}  ${r.copies.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
 }

@@ -6,9 +6,18 @@
  * all ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
  */
 
-import type { Instruction, Move, Program, Transfer } from "../../schemas/plan.ts";
-import { type Block, blockOf, blocksOf, instructionsOf, microbatchBlocks, microbatchesIn, orderOf, workOf } from "../../schemas/program.ts";
-import { areDigits, rankAt } from "../../schemas/sharding.ts";
+import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import {
+  type Block,
+  blockOf,
+  blocksOf,
+  instructionsOf,
+  microbatchBlocks,
+  microbatchesIn,
+  orderOf,
+  parseTag,
+} from "../../schemas/program.ts";
+import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { sizesAgree } from "../analysis/cost.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
@@ -46,15 +55,16 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   // gradients are zeroed at the start of a step: adding to one makes it
   const written = (i: Instruction): string[] => {
     if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
-    if (i.kind === "move") return [i.to, known.get(i.to)?.rows ?? i.to];
+    if (i.kind === "collective") return [i.to, known.get(i.to)?.rows ?? i.to];
     return i.kind === "recv" ? [i.buffer, known.get(i.buffer)?.rows ?? i.buffer] : [];
   };
   const read = (i: Instruction): string[] =>
-    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
   // to a sum of all ranks, a stage without a part in it adds the zero that its accumulator begins with
   const all = instructionsOf(p);
   const filled = new Set(all.flatMap(written));
-  for (const i of all) if (i.kind === "move" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
+  for (const i of all)
+    if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // what one chunk, or the microbatches, have made is not there in the next, but for what lasts
@@ -73,7 +83,7 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
         if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are made`);
       }
       if (i.kind === "compute")
-        for (const name of i.keeps ?? [])
+        for (const name of i.accumulates ?? [])
           invariant(lasting.has(known.get(i.writes[name]!)!.kind), () => `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
       for (const id of outs) made.add(id);
     }
@@ -89,7 +99,7 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
   const done = kinds.map(() => chunks.map(() => 0));
   const last = kinds.length - 1;
   for (const tag of order) {
-    const { kind, microbatch, chunk } = workOf(tag);
+    const { kind, microbatch, chunk } = parseTag(tag);
     const at = kinds.indexOf(kind);
     if (chunk >= chunks.length) invariant(false, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
     const next = done[at]![chunk]!;
@@ -98,8 +108,8 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
       invariant(false, `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
     done[at]![chunk] = next + 1;
     const flying = done[0]![chunk]! - done[last]![chunk]!;
-    const { slots } = chunks[chunk]!;
-    if (flying > slots) invariant(false, `${who}: at ${tag} ${flying} microbatches are in flight in ${slots} copies`);
+    const { copies } = chunks[chunk]!;
+    if (flying > copies) invariant(false, `${who}: at ${tag} ${flying} microbatches are in flight in ${copies} copies`);
   }
   const all = done[0]![0]!;
   for (const [at, kind] of kinds.entries())
@@ -119,12 +129,15 @@ function verifyMoves(p: Program, mesh: Mesh): void {
         (i.in_flight ?? 1) <= microbatches,
         () => `${who}: ${i.id} has ${i.in_flight} messages in flight of ${microbatches} microbatches`,
       );
-    if (i.kind !== "move") continue;
+    if (i.kind !== "collective") continue;
     invariant(
-      new Set(i.factors).size === i.factors.length && i.factors.every((f) => f < mesh.factors.length),
-      () => `${who}: ${i.id} runs over factors ${i.factors}, which the mesh has not`,
+      new Set(i.subAxes).size === i.subAxes.length && i.subAxes.every((f) => f < mesh.subAxes.length),
+      () => `${who}: ${i.id} runs over factors ${i.subAxes}, which the mesh has not`,
     );
-    invariant(i.world || areDigits(mesh, i.factors), () => `${who}: ${i.id} runs over factors ${i.factors}, of grids that do not nest`);
+    invariant(
+      i.world || isDisjointSubAxes(mesh, i.subAxes),
+      () => `${who}: ${i.id} runs over factors ${i.subAxes}, of grids that do not nest`,
+    );
     invariant(
       sizesAgree(i, mesh, buffer),
       () => `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`,
@@ -143,7 +156,7 @@ type Wait =
       readonly id: string;
       readonly peer: number;
       readonly channel: string;
-      readonly letter: string;
+      readonly message: string;
       readonly bytes: number;
       /** Of a send: messages of its name in flight at most. */
       readonly most: number;
@@ -177,7 +190,10 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
         } else {
           const sent = queues.get(`${w.peer}>${s} ${w.channel}`)?.shift();
           if (!sent || sent.kind === "world") break;
-          invariant(sent.letter === w.letter, () => `${name(s, w)} waits for ${w.letter}, and ${name(w.peer, sent)} sends ${sent.letter}`);
+          invariant(
+            sent.message === w.message,
+            () => `${name(s, w)} waits for ${w.message}, and ${name(w.peer, sent)} sends ${sent.message}`,
+          );
           invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
           const room = `${w.peer} ${s} ${sent.id}`;
           flying.set(room, (flying.get(room) ?? 0) - 1);
@@ -208,9 +224,9 @@ const peerText = (w: Wait): string =>
 function waitsOf(p: Program): Wait[] {
   const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
     block.map((i): Wait => {
-      if (i.kind === "move") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
+      if (i.kind === "collective") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
       const most = i.in_flight ?? 1;
-      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, letter: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
+      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, message: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
     });
   // a block runs for every microbatch, and few of its instructions wait
   const known = new Map<readonly Instruction[], readonly Waiting[]>();
@@ -220,9 +236,9 @@ function waitsOf(p: Program): Wait[] {
     return found;
   };
   return [
-    ...p.order.flatMap((tag) => of(waiting(blockOf(p, tag)), tag, `microbatch ${workOf(tag).microbatch}`)),
+    ...p.order.flatMap((tag) => of(waiting(blockOf(p, tag)), tag, `microbatch ${parseTag(tag).microbatch}`)),
     ...of(waiting(p.step), "the step block", "the step"),
   ];
 }
-type Waiting = Transfer | Move;
-const isOfWorld = (i: Instruction): boolean => i.kind === "move" && i.world === true;
+type Waiting = Transfer | Collective;
+const isOfWorld = (i: Instruction): boolean => i.kind === "collective" && i.world === true;

@@ -1,5 +1,5 @@
 /** verifyArenas: every buffer of a plan has a place in the arena of its kind, and the parts add up to the peak. */
-import type { Buffer, Kind, Memory, Plan, Program } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Memory, Plan, Program } from "../../schemas/plan.ts";
 import { activationBytes } from "../../schemas/program.ts";
 import { invariant } from "../ops/op.ts";
 import { ALIGN, scratchOf, sizeOf, verifyMemory } from "../passes/memory.ts";
@@ -27,7 +27,7 @@ export function verifyArenas({ programs, memory, kernels }: Plan): void {
 
 /** Buffers lie within their arenas at aligned places; those that live for good share bytes only where one is said to lie within the other. */
 function verifyPlaces(p: Program, m: Memory, who: string): void {
-  const arena: { readonly [K in Kind]: (b: Buffer) => number } = {
+  const arena: { readonly [K in BufferKind]: (b: Buffer) => number } = {
     parameter: () => m.parameter,
     gradient: () => m.gradient,
     optimizer: () => m.optimizer,
@@ -38,7 +38,7 @@ function verifyPlaces(p: Program, m: Memory, who: string): void {
     Object.keys(m.offsets).length === p.buffers.length,
     () => `${who}: ${Object.keys(m.offsets).length} offsets for ${p.buffers.length} buffers`,
   );
-  const lasting: { readonly kind: Kind; readonly id: string; readonly from: number; readonly to: number }[] = [];
+  const lasting: { readonly kind: BufferKind; readonly id: string; readonly from: number; readonly to: number }[] = [];
   for (const b of p.buffers) {
     invariant(Object.hasOwn(m.offsets, b.id), () => `${who}: ${b.id} has no offset`);
     const from = m.offsets[b.id]!;

@@ -2,7 +2,7 @@
 
 import type { Arg, Compute, Kernel, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
@@ -62,7 +62,10 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
   const types = operands.flatMap((id) => (id === undefined ? [] : buffers.get(id)!.dtype)).join(".");
   must(k.dtypes === types, () => `is of types ${k.dtypes}, not ${types}`);
   for (const [dim, [size, cut]] of Object.entries(i.dims))
-    must(dim.startsWith("#") || k.dims[dim] === size / parts(mesh, cut), () => `has ${dim} ${k.dims[dim]}, not ${size / parts(mesh, cut)}`);
+    must(
+      dim.startsWith("#") || k.dims[dim] === size / shardCount(mesh, cut),
+      () => `has ${dim} ${k.dims[dim]}, not ${size / shardCount(mesh, cut)}`,
+    );
 }
 
 /** Every argument of a launch is something that the instruction has, and lies within it. */

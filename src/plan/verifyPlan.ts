@@ -6,7 +6,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan, Program } from "../../schemas/plan.ts";
-import { microbatchBlocks, tagOf } from "../../schemas/program.ts";
+import { blockTag, microbatchBlocks } from "../../schemas/program.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import { invariant } from "../ops/op.ts";
 import { buildMesh } from "../passes/mesh.ts";
@@ -57,7 +57,10 @@ function verifyTags({ stage, chunks, order }: Program, count: number, microbatch
     const [, letter, m, c = "0"] = /^([FBW])(\d{1,15})(?:\.(\d{1,5}))?$/.exec(tag) ?? [];
     const kind = microbatchBlocks.find((k) => k[0]?.toUpperCase() === letter);
     const work = kind && { kind, microbatch: Number(m), chunk: Number(c) };
-    invariant(work !== undefined && tagOf(work, count) === tag && !tags.has(tag), `stage ${stage}: the order holds ${JSON.stringify(tag)}`);
+    invariant(
+      work !== undefined && blockTag(work, count) === tag && !tags.has(tag),
+      `stage ${stage}: the order holds ${JSON.stringify(tag)}`,
+    );
     tags.add(tag);
   }
   const forward = order.filter((tag) => tag.startsWith("F")).length;
@@ -65,11 +68,11 @@ function verifyTags({ stage, chunks, order }: Program, count: number, microbatch
     forward === microbatches * count,
     `stage ${stage}: ${forward} forward blocks for ${microbatches} microbatches of ${count} chunks`,
   );
-  for (const { layers, slots } of chunks) {
+  for (const { layers, copies } of chunks) {
     invariant(layers[0] <= layers[1], `stage ${stage}: layers ${layers.join(" to ")}`);
     invariant(
-      slots >= 1 && slots <= Math.max(1, microbatches),
-      `stage ${stage}: ${slots} copies of activations, ${microbatches} microbatches`,
+      copies >= 1 && copies <= Math.max(1, microbatches),
+      `stage ${stage}: ${copies} copies of activations, ${microbatches} microbatches`,
     );
   }
 }

@@ -1,11 +1,11 @@
 /** verifyShapes: what a program says of sizes fits together: buffers, the operands of its instructions, what the host fills and reads. */
 import type { Job } from "../../schemas/job.ts";
-import type { Buffer, Compute, Move, Program, Transfer } from "../../schemas/plan.ts";
+import type { Buffer, Collective, Compute, Program, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { ops } from "../ops/index.ts";
-import { type AnyOp, expandLike, invariant, type Operand, slotSize } from "../ops/op.ts";
+import { type AnyOp, dimSize, expandLike, invariant, type Operand } from "../ops/op.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
 
@@ -47,7 +47,8 @@ export function verifyShapes(program: Program, around: Around): void {
     before.add(b.id);
   }
   for (const i of instructionsOf(program)) {
-    const fault = i.kind === "compute" ? faultOfCompute(i, known) : i.kind === "move" ? faultOfMove(i, known) : faultOfTransfer(i, known);
+    const fault =
+      i.kind === "compute" ? faultOfCompute(i, known) : i.kind === "collective" ? faultOfMove(i, known) : faultOfTransfer(i, known);
     if (fault !== undefined) invariant(false, `${known.who}: ${i.id}: ${fault}`);
   }
   verifyParameters(known);
@@ -63,23 +64,24 @@ function bufferNamed(id: string, by: string, { who, buffers }: Known): Buffer {
 
 /** Whether these are factors of the mesh, each once. */
 function areFactors(fs: readonly number[], mesh: Mesh): boolean {
-  for (let at = 0; at < fs.length; at++) if (fs[at]! >= mesh.factors.length || fs.indexOf(fs[at]!) !== at) return false;
+  for (let at = 0; at < fs.length; at++) if (fs[at]! >= mesh.subAxes.length || fs.indexOf(fs[at]!) !== at) return false;
   return true;
 }
 const areSame = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((n, i) => n === b[i]);
 
 /** What is wrong with a buffer by itself; undefined where nothing is. */
 function faultOfBuffer(b: Buffer, { mesh, program, buffers }: Known): string | undefined {
-  const { id, ragged, sizes, shape, cuts, owes, kind, chunk, fanout, rows } = b;
+  const { id, ragged, sizes, shape, shardedBy, partial, kind, chunk, fanout, rows } = b;
   if (id === "__proto__") return "this name is reserved";
   if (ragged !== 0 && ragged !== 3) return `${ragged} ragged slots`;
   if (sizes.length > MOST_SLOTS) return `${sizes.length} dims, and a tensor has ${MOST_SLOTS} at most`;
-  if (cuts.length !== sizes.length) return `${cuts.length} cuts of ${sizes.length} sizes`;
+  if (shardedBy.length !== sizes.length) return `${shardedBy.length} cuts of ${sizes.length} sizes`;
   if (shape.length !== sizes.length - Math.max(0, ragged - 1)) return `the shape [${shape}] is not of ${sizes.length} sizes`;
-  if (!areFactors(cuts.flat(), mesh) || (owes && !areFactors(owes, mesh))) return "its factors are not those of the mesh, each once";
+  if (!areFactors(shardedBy.flat(), mesh) || (partial && !areFactors(partial, mesh)))
+    return "its factors are not those of the mesh, each once";
   if (elementsOf(sizes) * bytesOf[b.dtype] > LARGEST || sizeOf(b) > LARGEST) return "it is too large";
   for (let slot = ragged; slot < sizes.length; slot++) {
-    const [local, cut] = [shape[ragged ? slot - 2 : slot]!, parts(mesh, cuts[slot]!)];
+    const [local, cut] = [shape[ragged ? slot - 2 : slot]!, shardCount(mesh, shardedBy[slot]!)];
     if (local * cut !== sizes[slot]) return `${sizes[slot]} in ${cut} parts are not ${local}`;
   }
   if (chunk !== undefined && (chunk >= program.chunks.length || kind !== "activation")) return `there is no chunk ${chunk}`;
@@ -101,15 +103,15 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Known): string | undefine
   for (const dim in i.dims) {
     const [size, cut] = i.dims[dim]!;
     if (!areFactors(cut, mesh)) return `${dim} is cut by factors ${cut}`;
-    d[dim] = size / parts(mesh, cut);
+    d[dim] = size / shardCount(mesh, cut);
     if (!Number.isInteger(d[dim])) return `${dim} of ${size} is not cut evenly`;
   }
-  for (const dim in i.behind) if (!Object.hasOwn(i.dims, dim)) return `it has no dim ${dim} to be behind on`;
+  for (const dim in i.ringOffset) if (!Object.hasOwn(i.dims, dim)) return `it has no dim ${dim} to be behind on`;
   const { inputs, outputs } = operandsOf(op, i, buffers);
   const fault = faultOfOperands(inputs, i.reads, d, buffers) ?? faultOfOperands(outputs, i.writes, d, buffers);
   if (fault) return fault;
   for (const { name } of inputs) if (!Object.hasOwn(i.reads, name)) return `${i.op} lacks its operand ${name}`;
-  for (const name of i.keeps ?? []) if (!Object.hasOwn(i.writes, name)) return `it keeps ${name}, which it does not write`;
+  for (const name of i.accumulates ?? []) if (!Object.hasOwn(i.writes, name)) return `it keeps ${name}, which it does not write`;
   if (i.rows === undefined) return faultOfCounts(i, d, buffers);
   if (!op.rows) return `${i.op} makes no rows`;
   if (buffers.get(Object.values(i.writes)[0] ?? "")?.rows !== i.rows)
@@ -126,7 +128,7 @@ function operandsOf(op: AnyOp, i: Compute, buffers: Buffers): Pick<AnyOp, "input
   const b = any && buffers.get(i.reads[any.name] ?? i.writes[any.name] ?? "");
   if (!b) return op;
   const key = `${op.name} ${b.sizes.length} ${b.ragged}`;
-  const found = expanded.get(key) ?? expandLike(op, { slots: b.sizes.length, ragged: b.ragged });
+  const found = expanded.get(key) ?? expandLike(op, { dimSpecs: b.sizes.length, ragged: b.ragged });
   expanded.set(key, found);
   return found;
 }
@@ -144,9 +146,9 @@ function faultOfOperands(
     const b = buffers.get(named[name]!);
     if (!b) return `it names ${named[name]}, which is no buffer`;
     // ops about messages take a buffer of any shape as one dim
-    const flat = o.slots.length === 1 && o.ragged === 0;
+    const flat = o.dimSpecs.length === 1 && o.ragged === 0;
     const have = flat ? [elementsOf(b.shape)] : b.shape.slice(o.ragged ? 1 : 0);
-    const want = o.slots.slice(o.ragged).map((s) => slotSize(s, d));
+    const want = o.dimSpecs.slice(o.ragged).map((s) => dimSize(s, d));
     if (!areSame(have, want) || (!flat && b.ragged !== o.ragged)) return `${name} is [${want}], and ${b.id} [${have}]`;
   }
   return undefined;
@@ -199,11 +201,11 @@ function faultOfArrange(d: Dims, { dims }: Compute): string | undefined {
   return n > 0 && elements === d.O && last < d.I! ? undefined : `it reads element ${last} of ${d.I}, and writes ${elements} of ${d.O}`;
 }
 
-function faultOfMove({ how, world, factors, from, to, bytes }: Move, { mesh, buffers }: Known): string | undefined {
+function faultOfMove({ how, world, subAxes, from, to, bytes }: Collective, { mesh, buffers }: Known): string | undefined {
   const [a, b] = [buffers.get(from), buffers.get(to)];
   if (!a || !b) return `it names ${a ? to : from}, which is no buffer`;
-  if (!areFactors(factors, mesh)) return `it runs over factors ${factors}, which the mesh has not`;
-  const sent = bytesSent(how, world ? mesh.world : parts(mesh, factors), sizeOf(a), sizeOf(b));
+  if (!areFactors(subAxes, mesh)) return `it runs over factors ${subAxes}, which the mesh has not`;
+  const sent = bytesSent(how, world ? mesh.world : shardCount(mesh, subAxes), sizeOf(a), sizeOf(b));
   return bytes === sent ? undefined : `it sends ${sent} bytes, and says ${bytes}`;
 }
 

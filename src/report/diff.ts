@@ -9,7 +9,7 @@ import { anyLayer, layerOf } from "../analysis/layerNames.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, flopsText, ranges, table } from "../units.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
-import { type Phase, phases, shapeText } from "./programText.ts";
+import { type BlockPhase, phases, shapeText } from "./programText.ts";
 
 interface FieldChange {
   readonly path: string;
@@ -29,7 +29,7 @@ interface SummaryChange {
 
 interface ProgramChange {
   readonly change: "added" | "removed" | "changed";
-  readonly phase: Phase;
+  readonly phase: BlockPhase;
   /** With `layers.*` where it holds for all of `layers`. */
   readonly id: string;
   readonly does: string;
@@ -118,9 +118,9 @@ function roleFacts(role: RoleView | undefined): Facts {
   const { memory } = role;
   for (const kind of [...memoryKinds, "peak"] as const) add(`memory ${kind}`, "bytes", memory[kind]);
   add(
-    "slots",
+    "copies",
     "count",
-    role.chunks.reduce((sum, { slots }) => sum + slots, 0),
+    role.chunks.reduce((sum, { copies }) => sum + copies, 0),
   );
   add("flops a step", "flops", role.flops.per_step);
   add("host syncs a step", "count", role.host_syncs_per_step);
@@ -145,7 +145,7 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
   const found = new Map<string, ProgramChange & { layers: number[]; stages: number[] }>();
   const note = (
     change: ProgramChange["change"],
-    phase: Phase,
+    phase: BlockPhase,
     id: string,
     { stage, does }: Placed,
     differences: ProgramChange["differences"],
@@ -183,7 +183,7 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
 const moved = (one: Placed, own: readonly Placed[], others: readonly Placed[]): Placed | undefined =>
   own.length === 1 && others.length === 1 && others[0]!.stage !== one.stage ? others[0] : undefined;
 
-function placed(programs: readonly Program[], phase: Phase): Map<string, Placed[]> {
+function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Placed[]> {
   const all = new Map<string, Placed[]>();
   for (const program of programs) {
     const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
@@ -201,7 +201,7 @@ function doing(i: Instruction): string {
   switch (i.kind) {
     case "compute":
       return i.op;
-    case "move":
+    case "collective":
       return i.name;
     default:
       return i.kind;
@@ -223,9 +223,9 @@ function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<stri
       for (const [name, id] of Object.entries(i.reads)) operand(name, id);
       for (const [name, id] of Object.entries(i.writes)) operand(name, id);
       for (const [name, value] of Object.entries(i.attrs)) facts.set(`attribute ${name}`, String(value));
-      facts.set("keeps", (i.keeps ?? []).join(" "));
+      facts.set("accumulates", (i.accumulates ?? []).join(" "));
       break;
-    case "move":
+    case "collective":
       operand("from", i.from);
       operand("to", i.to);
       facts.set("how", i.how);

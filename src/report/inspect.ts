@@ -2,17 +2,17 @@
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import { devices } from "../../schemas/job.ts";
-import type { Instruction, Move, Plan, Program } from "../../schemas/plan.ts";
+import type { Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";
-import { digit, elementsOf, membersOf, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
+import { elementsOf, groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank } from "../../schemas/sharding.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
 import { anyLayer, fromLayer } from "../analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { ops } from "../ops/index.ts";
 import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "../units.ts";
-import { blockLines, blockName, type Phase, phases, timesText } from "./programText.ts";
+import { type BlockPhase, blockLines, blockName, phases, timesText } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 
 interface AxisView {
@@ -26,9 +26,9 @@ interface AxisView {
 
 /** Collectives that do the same for the same reason. */
 interface CollectiveView {
-  readonly phase: Phase;
+  readonly phase: BlockPhase;
   readonly name: string;
-  readonly how: Move["how"];
+  readonly how: Collective["how"];
   readonly axes: string;
   readonly count: number;
   readonly per_step: number;
@@ -42,7 +42,7 @@ interface CollectiveView {
 }
 
 interface TransferView {
-  readonly phase: Phase;
+  readonly phase: BlockPhase;
   readonly kind: "send" | "recv";
   readonly peer: number;
   readonly buffer: string;
@@ -52,16 +52,16 @@ interface TransferView {
 
 export interface RoleView {
   readonly stage: number;
-  readonly chunks: readonly { readonly layers: readonly [number, number]; readonly slots: number; readonly activation_per_slot: number }[];
+  readonly chunks: readonly { readonly layers: readonly [number, number]; readonly copies: number; readonly activation_per_slot: number }[];
   /** Layers of multi-token prediction: which stand here. */
   readonly mtp: readonly number[];
   readonly ranks: readonly number[];
   readonly microbatches: number;
-  readonly instructions: { readonly [P in Phase]: number } & { readonly per_step: number };
+  readonly instructions: { readonly [P in BlockPhase]: number } & { readonly per_step: number };
   readonly parameters: { readonly tensors: number; readonly elements: number };
   /** Bytes; the parts add up to the peak. */
   readonly memory: MemoryBreakdown & { readonly peak: number };
-  readonly flops: { readonly [P in Phase]: number } & { readonly per_step: number };
+  readonly flops: { readonly [P in BlockPhase]: number } & { readonly per_step: number };
   readonly collectives: readonly CollectiveView[];
   readonly transfers: readonly TransferView[];
   readonly host_syncs_per_step: number;
@@ -174,7 +174,7 @@ function roleView(plan: Plan, program: Program): RoleView {
   });
   return {
     stage: program.stage,
-    chunks: program.chunks.map(({ layers, slots }, c) => ({ layers, slots, activation_per_slot: memory.activation[c]! })),
+    chunks: program.chunks.map(({ layers, copies }, c) => ({ layers, copies, activation_per_slot: memory.activation[c]! })),
     mtp: [...new Set(program.parameters.flatMap(({ name }) => /^mtp\.(\d+)\./.exec(name)?.[1] ?? []))].map(Number).sort((a, b) => a - b),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
@@ -196,16 +196,16 @@ function roleView(plan: Plan, program: Program): RoleView {
       ),
     ),
     host_syncs_per_step: blocks.reduce(
-      (sum, block) => sum + block.instructions.filter((i) => i.kind === "move" && !sizesAgree(i, mesh, buffer)).length * times(block),
+      (sum, block) => sum + block.instructions.filter((i) => i.kind === "collective" && !sizesAgree(i, mesh, buffer)).length * times(block),
       0,
     ),
   };
 }
 
-function collectiveViews(instructions: readonly Instruction[], phase: Phase, times: number): CollectiveView[] {
+function collectiveViews(instructions: readonly Instruction[], phase: BlockPhase, times: number): CollectiveView[] {
   const found = new Map<string, CollectiveView & { ops: string[] }>();
   for (const i of instructions) {
-    if (i.kind !== "move") continue;
+    if (i.kind !== "collective") continue;
     const { name, how, axes, bytes, why } = i;
     const key = [name, how, axes, bytes, anyLayer(why.because), why.path].join("\n");
     const before = found.get(key);
@@ -281,7 +281,7 @@ export function printMemory({ roles, device }: Inspection): string[] {
     `stage ${stage}`,
     layersText({ chunks, mtp }),
     ...kinds.map((kind) =>
-      kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.slots}`).join(" + ") : bytesText(m[kind]),
+      kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.copies}`).join(" + ") : bytesText(m[kind]),
     ),
     bytesText(m.peak),
     countText(m.peak),
@@ -415,10 +415,10 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
   const local = numberInStage(mesh, rank);
   const program = plan.programs.find((p) => p.stage === stage)!;
   const axis = (name: string) => {
-    const factors = mesh.axes[name]!;
+    const subAxes = mesh.axes[name]!;
     let coordinate = 0;
-    for (const f of [...factors].reverse()) coordinate = coordinate * mesh.factors[f]!.size + digit(mesh, local, f);
-    const group = membersOf(mesh, local, factors).map((n) => rankAt(mesh, stage, n));
+    for (const f of [...subAxes].reverse()) coordinate = coordinate * mesh.subAxes[f]!.size + rankCoordinate(mesh, local, f);
+    const group = groupMembers(mesh, local, subAxes).map((n) => rankAt(mesh, stage, n));
     return { axis: name, coordinate, size: mesh.sizes[name]!, group };
   };
   const stages = Array.from({ length: mesh.sizes.pp! }, (_, s) => rankAt(mesh, s, local));

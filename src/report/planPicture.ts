@@ -2,7 +2,7 @@
 import { devices } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
-import { workOf } from "../../schemas/program.ts";
+import { parseTag } from "../../schemas/program.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bubbleOf, type Piece, timesOf } from "../passes/schedule.ts";
 import { bytesText, plural } from "../units.ts";
@@ -28,23 +28,26 @@ const memoryColours: Readonly<Record<MemoryKind, string>> = {
 
 export function drawPlan(plan: Plan): string {
   const chunks = plan.programs[0]!.chunks.length;
-  const pieces = timesOf(
+  const lanes = timesOf(
     plan.programs.map((p) => p.order),
     chunks,
   );
-  const schedule = drawTime(pieces, chunks);
+  const schedule = drawTime(lanes, chunks);
   const memory = drawMemory(plan);
   const { name, parallel, cluster } = plan.job;
   const { device } = cluster;
-  const bubble = (100 * bubbleOf(pieces)).toFixed(1);
+  const bubble = (100 * bubbleOf(lanes)).toFixed(1);
   const top = 60;
   const between = top + schedule.height + 60;
-  const title = `${printable(name)}: ${parallel.schedule}, ${plural(pieces.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
-  const key = Object.keys(colours).filter((kind) => pieces.flat().some(({ tag }) => workOf(tag).kind === kind)) as (keyof typeof colours)[];
+  const title = `${printable(name)}: ${parallel.schedule}, ${plural(lanes.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
+  const key = Object.keys(colours).filter((kind) =>
+    lanes.flat().some(({ tag }) => parseTag(tag).kind === kind),
+  ) as (keyof typeof colours)[];
   const width = LEFT + WIDE + 130;
   const height = between + memory.height + 20;
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" font-family="sans-serif" font-size="11">`,
+    `<title>${escaped(title)}</title>`,
     `<rect width="${width}" height="${height}" fill="white"/>`,
     text(10, 22, title, 'font-size="15"'),
     ...legend(
@@ -72,11 +75,11 @@ interface Drawn {
   readonly height: number;
 }
 
-function drawTime(pieces: readonly (readonly Piece[])[], chunks: number): Drawn {
-  const units = Math.max(1, ...pieces.flat().map((p) => p.end));
+function drawTime(lanes: readonly (readonly Piece[])[], chunks: number): Drawn {
+  const units = Math.max(1, ...lanes.flat().map((p) => p.end));
   const unit = Math.min(40, WIDE / units);
-  const piece = (stage: number, { tag, start, end }: Piece): string => {
-    const { kind, microbatch, chunk } = workOf(tag);
+  const lane = (stage: number, { tag, start, end }: Piece): string => {
+    const { kind, microbatch, chunk } = parseTag(tag);
     const [x, y, w] = [LEFT + start * unit, stage * ROW, (end - start) * unit];
     const what = `microbatch ${microbatch}${chunks > 1 ? `, chunk ${chunk}` : ""}: ${kind}, units ${start} to ${end}`;
     const label =
@@ -85,8 +88,8 @@ function drawTime(pieces: readonly (readonly Piece[])[], chunks: number): Drawn 
     return `<g><title>${what}</title><rect x="${round(x)}" y="${y}" width="${round(w)}" height="${ROW - 3}" fill="${colour}"${w > 4 ? ' stroke="white" stroke-width="0.5"' : ""}/>${label}</g>`;
   };
   return {
-    lines: pieces.flatMap((all, stage) => [text(10, stage * ROW + 14, `stage ${stage}`), ...all.map((p) => piece(stage, p))]),
-    height: pieces.length * ROW,
+    lines: lanes.flatMap((all, stage) => [text(10, stage * ROW + 14, `stage ${stage}`), ...all.map((p) => lane(stage, p))]),
+    height: lanes.length * ROW,
   };
 }
 
@@ -132,6 +135,7 @@ const legend = (entries: readonly (readonly [name: string, colour: string])[], y
   ]);
 
 const escapes: Readonly<Record<string, string>> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
+const escaped = (words: string): string => words.replace(/[&<>"]/g, (c) => escapes[c]!);
 const text = (x: number, y: number, words: string, more = ""): string =>
-  `<text x="${round(x)}" y="${round(y)}"${more ? ` ${more}` : ""}>${words.replace(/[&<>"]/g, (c) => escapes[c]!)}</text>`;
+  `<text x="${round(x)}" y="${round(y)}"${more ? ` ${more}` : ""}>${escaped(words)}</text>`;
 const round = (n: number): number => Number(n.toFixed(2));

@@ -29,7 +29,7 @@ export interface ProfileRow {
 /** Rows by falling time. `microbatches` of a step are calls of one instruction. */
 export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[] {
   const device = devices[plan.job.cluster.device];
-  const work = plan.programs.map((p) => workOf(plan, p));
+  const work = plan.programs.map((p) => timedInstructions(plan, p));
   const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number }>();
   let launched: Timing | undefined;
   for (const t of timings) {
@@ -63,17 +63,17 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
 }
 
 /** Floating-point operations and bytes of each instruction of a role, on one rank. */
-function workOf(plan: Plan, p: Program): Map<string, { flops: number; bytes: number }> {
+function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number }> {
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string): Buffer => buffers.get(id)!;
   const bytes = (id: string): number => {
     const b = buffer(id);
-    const rows = b.ragged ? expectedRows(plan.mesh, b, b.cuts) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
+    const rows = b.ragged ? expectedRows(plan.mesh, b, b.shardedBy) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
     return bytesOf[b.dtype] * rows;
   };
   const touched = (i: Instruction): number => {
     if (i.kind !== "compute") return i.bytes;
-    const kept = (i.keeps ?? []).map((name) => i.writes[name]!);
+    const kept = (i.accumulates ?? []).map((name) => i.writes[name]!);
     return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
   };
   return new Map(

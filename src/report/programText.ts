@@ -6,7 +6,7 @@ import { ops } from "../ops/index.ts";
 import { bytesText } from "../units.ts";
 
 export const phases = [...microbatchBlocks, "step"] as const;
-export type Phase = (typeof phases)[number];
+export type BlockPhase = (typeof phases)[number];
 
 /** `forward`; with several chunks `forward of chunk 1`. */
 export const blockName = ({ kind, chunk }: Block, { chunks }: Pick<Program, "chunks">): string =>
@@ -51,7 +51,7 @@ function verb(i: Instruction): string {
   switch (i.kind) {
     case "compute":
       return i.op;
-    case "move":
+    case "collective":
       return `${i.name} ${i.axes}`.trimEnd();
     case "send":
       return `send to stage ${i.peer}`;
@@ -69,10 +69,10 @@ function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string 
     case "compute": {
       const { inputs, outputs } = ops[i.op]!;
       const types = [...new Set(outputs.flatMap((o) => buffers.get(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
-      const kept = i.keeps?.length ? `  keeps ${i.keeps.join(" ")}` : "";
+      const kept = i.accumulates?.length ? `  keeps ${i.accumulates.join(" ")}` : "";
       return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
     }
-    case "move": {
+    case "collective": {
       return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
     }
     case "send":

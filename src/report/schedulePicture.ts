@@ -18,13 +18,13 @@ const widest = 100;
 
 export function drawSchedule(orders: readonly (readonly string[])[], chunks: number): SchedulePicture {
   const stages = timesOf(orders, chunks);
-  const units = Math.max(0, ...stages.flat().map((piece) => piece.end));
+  const units = Math.max(0, ...stages.flat().map((lane) => lane.end));
   const width = Math.max(2, ...orders.flat().map((tag) => tag.length)) + 1;
   const shown = Math.max(6, Math.floor(widest / width));
   const cut = units > shown ? { from: Math.ceil(shown / 2), to: units - Math.floor(shown / 2) + 1 } : undefined;
-  const rows = stages.map((pieces, stage) => {
+  const rows = stages.map((lanes, stage) => {
     const cells = Array.from({ length: units }, () => ".");
-    for (const { tag, start, end } of pieces) for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
+    for (const { tag, start, end } of lanes) for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
     const visible = cut ? [...cells.slice(0, cut.from), "…", ...cells.slice(cut.to)] : cells;
     return `stage ${String(stage).padStart(String(orders.length - 1).length)} | ${visible.map((cell) => cell.padEnd(width)).join("")}`.trimEnd();
   });

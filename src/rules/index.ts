@@ -3,7 +3,7 @@ import { completeJob, type Device, type Job, JobText } from "../../schemas/job.t
 import type { Target } from "../codegen/targets.ts";
 import type { Changes, Finding } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
-import { copy, isObject, putAt, type Source, valueAt } from "../frontend/source.ts";
+import { copy, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
 import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
@@ -17,14 +17,14 @@ import { rampup } from "./rampup.ts";
 import { random } from "./random.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
-import type { Rule, Said } from "./rule.ts";
-import { course } from "./trainingSchedule.ts";
+import type { Rule, RuleResult } from "./rule.ts";
+import { trainingSchedule } from "./trainingSchedule.ts";
 
 /** Cheap rules, asked again of every change that a fix tries. */
 const quick: readonly Rule[] = [
   ...mesh,
   ...batch,
-  ...course,
+  ...trainingSchedule,
   ...precision,
   ...rampup,
   ...recompute,
@@ -65,18 +65,18 @@ export const memoryFindings = (job: Job, source: Source, targetOf: (device: Devi
   findingsOf(memoryRule(targetOf), job, source, { left: WORK });
 
 const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number }): Finding[] =>
-  [...rule.check(job)].map((said): Finding => {
-    const set = firstCure(rule, said, job, source, budget);
-    const at = source.at(said.at);
-    const related = (said.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
+  [...rule.check(job)].map((result): Finding => {
+    const set = firstCure(rule, result, job, source, budget);
+    const at = source.at(result.at);
+    const related = (result.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
     return {
       code: rule.code,
       level: rule.level,
       title: rule.title,
-      path: said.at,
-      found: said.found,
+      path: result.at,
+      found: result.found,
       why: rule.why,
-      fix: set ? `${setText(set)} (${said.fix})` : said.fix,
+      fix: set ? `${setText(set)} (${result.fix})` : result.fix,
       ...(set && { set }),
       ...(at && { at }),
       ...(related.length && { related }),
@@ -86,16 +86,16 @@ const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number
 const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
 /** The first change after which the rule is silent there, and no rule says anything new. */
-function firstCure(rule: Rule, said: Said, job: Job, source: Source, budget: { left: number }): Changes | undefined {
+function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, budget: { left: number }): Changes | undefined {
   const before = new Set(voices(job));
   let [left, compiled] = [TRIES, COMPILED];
-  for (const set of said.tries ?? []) {
+  for (const set of result.tries ?? []) {
     if (left-- <= 0 || budget.left <= 0) return undefined;
     budget.left -= source.size + 10 * job.model.layers;
     const then = changed(source, set);
     if (!then) continue;
     const after = voices(then);
-    if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${said.at}`)) continue;
+    if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${result.at}`)) continue;
     if (rule.holds) {
       if (compiled-- <= 0) return undefined;
       if (!rule.holds(then)) continue;
@@ -105,12 +105,12 @@ function firstCure(rule: Rule, said: Said, job: Job, source: Source, budget: { l
   return undefined;
 }
 
-const voices = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((said) => `${r.code} ${said.at}`));
+const voices = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
 
 function changed(source: Source, set: Changes): Job | undefined {
   if (!isObject(source.value)) return undefined;
   const value = copy(source.value);
-  for (const [path, v] of Object.entries(set)) if (putAt(value, path.split("."), v)) return undefined;
+  for (const [path, v] of Object.entries(set)) if (setPath(value, path.split("."), v)) return undefined;
   const text = JobText.safeParse(value);
   return text.success ? completeJob(text.data) : undefined;
 }

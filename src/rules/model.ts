@@ -2,7 +2,7 @@
 import { hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
-import { divisorsNear, downTo, type JobPath, type Rule, rule, type Said, upTo } from "./rule.ts";
+import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule, upTo } from "./rule.ts";
 
 /** Elements up to which sums of bytes are exact. */
 const LARGEST_COUNT = 2 ** 48;
@@ -20,7 +20,7 @@ function parameters({ model: m }: Job): number {
 }
 
 /** What every "tensor divides this" finding has in common. */
-function* byTensor(job: Job, at: JobPath, size: number, what: string, more: Said["tries"] = []): Iterable<Said> {
+function* byTensor(job: Job, at: JobPath, size: number, what: string, more: RuleResult["tries"] = []): Iterable<RuleResult> {
   const { tensor } = job.parallel;
   if (size % tensor === 0) return;
   yield {

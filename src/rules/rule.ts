@@ -10,7 +10,7 @@ type PathOf<T> = T extends readonly unknown[]
 /** Every key of a job, dotted: a rule that points at a key that does not exist does not compile. */
 export type JobPath = PathOf<Job>;
 
-export interface Said {
+export interface RuleResult {
   readonly at: JobPath;
   /** Other keys that take part in the disagreement. */
   readonly related?: readonly JobPath[];
@@ -25,7 +25,7 @@ export interface Rule {
   readonly title: string;
   readonly why: string;
   readonly level: "error" | "warning";
-  readonly check: (job: Job) => Iterable<Said>;
+  readonly check: (job: Job) => Iterable<RuleResult>;
   /** Whether `check` finds nothing, where that costs less to know than what it would say. */
   readonly holds?: (job: Job) => boolean;
   /** YAML laid over the smallest valid job, on which this rule speaks and no other. */

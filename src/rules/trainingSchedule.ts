@@ -2,7 +2,7 @@
 import { lengthOf } from "../../schemas/batchRampup.ts";
 import { rule } from "./rule.ts";
 
-export const course = [
+export const trainingSchedule = [
   rule({
     code: "B204",
     title: "warm-up ends before the decay does",

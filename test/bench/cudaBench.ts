@@ -53,7 +53,7 @@ async function compileAll(all: readonly BenchCase[]): Promise<Map<string, string
       await compileCubins(folder, [{ kernel: cubin.replace(".cubin", ""), text, cubin }], {
         arch: ARCH,
         options: compileOptions,
-        told: () => {},
+        onProgress: () => {},
       }).catch((error: Error) => {
         said.set(cubin, error.message);
         process.stderr.write(`${error.message}\n`);

@@ -3,9 +3,9 @@
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
-import { type Made, offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { expandLike, slotSize } from "../../src/ops/op.ts";
+import { dimSize, expandLike } from "../../src/ops/op.ts";
 import { unscaled } from "../../src/ops/rope.ts";
 
 type Sizes = Readonly<Record<string, number>>;
@@ -18,8 +18,8 @@ export interface BenchBuffer {
   readonly role: "in" | "out" | "kept";
 }
 export interface BenchKernel {
-  readonly use: Use;
-  readonly made: Made;
+  readonly use: KernelSpec;
+  readonly made: GeneratedKernel;
   /** The buffer of each operand that has another name. */
   readonly as: Readonly<Record<string, string>>;
 }
@@ -173,15 +173,15 @@ const drafts: readonly Draft[] = [
   one("swiglu_grad 65536x4096", "swiglu_grad", { B: 1, S: T, F: D }, "bf16 bf16 bf16 bf16 bf16"),
   one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, ...ROPE }, "bf16 bf16"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
-  one("choose 65536x128, 8", "choose", { ...router, k: 8 }, "bf16 f32"),
-  one("weigh 65536x128, 8", "weigh", { ...router, normalize: 1, scale: 1 }, "f32 f32 f32"),
+  one("choose 65536x128, 8", "top_k_mask", { ...router, k: 8 }, "bf16 f32"),
+  one("weigh 65536x128, 8", "combine_weights", { ...router, normalize: 1, scale: 1 }, "f32 f32 f32"),
   {
     name: "router 65536x128, 8 (softmax, choose, weigh)",
     kind: "router",
     steps: [
       { op: "softmax", d: router, types: "bf16 f32", as: { y: "p" } },
-      { op: "choose", d: { ...router, k: 8 }, types: "bf16 f32" },
-      { op: "weigh", d: { ...router, normalize: 1, scale: 1 }, types: "f32 f32 f32" },
+      { op: "top_k_mask", d: { ...router, k: 8 }, types: "bf16 f32" },
+      { op: "combine_weights", d: { ...router, normalize: 1, scale: 1 }, types: "f32 f32 f32" },
     ],
     // the probabilities and the map are kept: the router's gradient needs them
     bytes: T * 128 * (2 + 4 + 4 + 4),
@@ -197,7 +197,7 @@ const drafts: readonly Draft[] = [
     steps: [
       { op: "row_max", d: logits, types: "bf16 f32" },
       { op: "sum_exp", d: logits, types: "bf16 f32 f32" },
-      { op: "pick", d: logits, types: "bf16 i32 f32" },
+      { op: "gather", d: logits, types: "bf16 i32 f32" },
       { op: "nll", d: logits, types: "f32 f32 f32 f32" },
     ],
     bytes: 8192 * (32000 * 2 + 8),
@@ -241,12 +241,12 @@ function caseOf(draft: Draft, index: number): BenchCase {
 function kernelOf(step: Step, name: string, buffers: Map<string, BenchBuffer>): BenchKernel {
   const { d, as = {}, counts, makesRows = false } = step;
   const op = ops[step.op]!;
-  const { inputs, outputs } = expandLike(op, { slots: 1, ragged: 0 });
+  const { inputs, outputs } = expandLike(op, { dimSpecs: 1, ragged: 0 });
   const operands = [...inputs, ...outputs];
   const types = step.types.split(" ") as Dtype[];
   const bound = step.bound ?? counts?.reduce((a, b) => a + b) ?? 0;
-  const updated = op.updates ?? [];
-  const shapes = operands.map((o) => [...(o.ragged ? [bound] : []), ...o.slots.slice(o.ragged).map((s) => slotSize(s, d))]);
+  const updated = op.inPlace ?? [];
+  const shapes = operands.map((o) => [...(o.ragged ? [bound] : []), ...o.dimSpecs.slice(o.ragged).map((s) => dimSize(s, d))]);
   const add = (b: BenchBuffer) => {
     if (!buffers.has(b.name)) buffers.set(b.name, b);
   };
@@ -258,8 +258,8 @@ function kernelOf(step: Step, name: string, buffers: Map<string, BenchBuffer>): 
       role: updated.includes(o.name) ? "kept" : i < inputs.length ? "in" : "out",
     });
   if (bound) add({ name: "rows", dtype: "i32", shape: [offsetsAt(bound) + d.E! + 1], role: makesRows ? "out" : "in" });
-  const use: Use = {
-    ...{ op: step.op, name, bound, makesRows, mayOverflow: false, keeps: new Set(updated) },
+  const use: KernelSpec = {
+    ...{ op: step.op, name, bound, makesRows, mayOverflow: false, accumulates: new Set(updated) },
     d: Object.fromEntries(Object.entries(d).filter(([dim]) => !dim.startsWith("#"))),
     size: Object.fromEntries(operands.map((o, i) => [o.name, shapes[i]!.reduce((x, y) => x * y, 1)])),
     dtype: Object.fromEntries(operands.map((o, i) => [o.name, types[i]!])),

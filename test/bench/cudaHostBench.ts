@@ -40,8 +40,8 @@ for (const [name, { parallel, dispatch }] of Object.entries(meshes)) {
   const plan = `plan-${name.replaceAll(/[^a-z0-9]+/g, "-")}`;
   const job = referenceJob(MODEL, parallel);
   const { moe } = job.model;
-  const told = dispatch && moe ? { ...job, model: { ...job.model, moe: { ...moe, dispatch } } } : job;
-  const compiled = compile(told, { target: await loadTarget(`cuda:${ARCH}`) });
+  const onProgress = dispatch && moe ? { ...job, model: { ...job.model, moe: { ...moe, dispatch } } } : job;
+  const compiled = compile(onProgress, { target: await loadTarget(`cuda:${ARCH}`) });
   mkdirSync(join(folder, plan, "kernels"), { recursive: true });
   writeFileSync(join(folder, plan, "plan.json"), printPlan(compiled.plan));
   for (const [file, text] of compiled.sources) writeFileSync(join(folder, plan, "kernels", file), text);
@@ -53,7 +53,7 @@ for (const [name, { parallel, dispatch }] of Object.entries(meshes)) {
     text: compiled.sources.get(k.source!.file)!,
     cubin: cubinFile(k, ARCH),
   }));
-  await compileCubins(join(folder, plan, "kernels"), units, { arch: ARCH, options: compileOptions, told: () => {} });
+  await compileCubins(join(folder, plan, "kernels"), units, { arch: ARCH, options: compileOptions, onProgress: () => {} });
   const { bytes } = await pack({ plan: join(folder, plan), out: join(folder, "rankc.tar.xz") });
   process.stdout.write(`rankc.tar.xz: ${bytes} bytes, with ${units.length} cubins\n`);
   rmSync(join(folder, plan), { recursive: true });

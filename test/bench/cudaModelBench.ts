@@ -11,7 +11,7 @@
  */
 
 import { parseArgs } from "node:util";
-import { type CudaFleet, openCuda } from "../../runtime/cuda/backend.ts";
+import { type CudaRanks, openCuda } from "../../runtime/cuda/backend.ts";
 import { runOn } from "../../runtime/train/loop.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -32,7 +32,7 @@ const [layers, steps, limit] = [values.layers, values.steps, values.limit].map(N
 const [hidden, ffn, heads, kv, head, vocab, seq, experts, topK, B] = [4096, 14336, 32, 8, 128, 32000, 4096, 8, 2, 2];
 const next = random(3);
 
-let running: CudaFleet | undefined;
+let running: CudaRanks | undefined;
 const limits = startDeadline("cudaModelBench", () => {
   const at = running?.underWay();
   return at && `the device has not done ${at.id} (${at.kernel})`;
@@ -72,27 +72,27 @@ async function open(what: string, microbatches: number, profile: boolean) {
     limits.at(`${file} is compiled`);
     return sources.get(file)!;
   };
-  const fleet = await openCuda(plan, {
+  const localRanks = await openCuda(plan, {
     ...{ rank: 0, device: 0, profile, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },
     files: { source },
   });
-  running = fleet;
-  const own = fleet.backend(0);
+  running = localRanks;
+  const own = localRanks.rankDevice(0);
   const backend: typeof own = {
     ...own,
-    compute(i, slot) {
+    compute(i, copy) {
       limits.at(`${i.id} is issued`);
-      own.compute(i, slot);
+      own.compute(i, copy);
     },
   };
   let replayed = false;
-  const told = {
-    ...fleet,
+  const onProgress = {
+    ...localRanks,
     backend: () => backend,
-    beginStep: (microbatches: number) => (replayed = fleet.beginStep(microbatches)),
+    beginStep: (microbatches: number) => (replayed = localRanks.beginStep(microbatches)),
     finish() {
       limits.at(replayed ? "a graph is replayed" : "all is issued");
-      return fleet.finish();
+      return localRanks.finish();
     },
   };
   const batch = () => {
@@ -100,9 +100,9 @@ async function open(what: string, microbatches: number, profile: boolean) {
     return { ids: tokens(), labels: tokens() };
   };
   limits.part(`${what}: weights`, 300);
-  const run = runOn(plan, { fleet: told, batch, checkpoint: { read: weights } });
+  const run = runOn(plan, { localRanks: onProgress, batch, checkpoint: { read: weights } });
   return {
-    ...{ plan, fleet, run },
+    ...{ plan, localRanks, run },
     async step(n: number) {
       limits.part(`${what}: step ${n}`, limit);
       const result = await run.step();
@@ -120,7 +120,7 @@ const median = (all: readonly number[]): number => [...all].sort((a, b) => a - b
 
 /** Medians of all steps but the first four. */
 async function secondsOf(microbatches: number) {
-  const { plan, fleet, step, close } = await open(`${microbatches} microbatches`, microbatches, values.issue);
+  const { plan, localRanks, step, close } = await open(`${microbatches} microbatches`, microbatches, values.issue);
   const seconds: number[] = [];
   const idle: number[] = [];
   let loss = 0;
@@ -129,7 +129,7 @@ async function secondsOf(microbatches: number) {
     loss = result.loss;
     if (n <= Math.min(4, steps - 1)) continue;
     seconds.push(result.seconds);
-    const share = fleet.idle();
+    const share = localRanks.idle();
     if (share !== undefined) idle.push(share);
   }
   await close();

@@ -5,9 +5,9 @@
  */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Fleet } from "../../runtime/backend.ts";
+import type { LocalRanks } from "../../runtime/backend.ts";
 import { openCorpus } from "../../runtime/data/corpus.ts";
-import { narrow } from "../../runtime/float16.ts";
+import { encodeFloat16 } from "../../runtime/float16.ts";
 import { readingOf } from "../../runtime/train/inputs.ts";
 import { runOn } from "../../runtime/train/loop.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
@@ -15,11 +15,11 @@ import { binder } from "../../runtime/webgpu/bindings.ts";
 import { commandsOn, type Dispatch } from "../../runtime/webgpu/commands.ts";
 import { dawn, openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import { openDevice, usage } from "../../runtime/webgpu/device.ts";
-import { compiler, isNumber, type Pipeline, uniformOf } from "../../runtime/webgpu/pipelines.ts";
+import { type ComputePipeline, compiler, isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { blockOf } from "../../schemas/program.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
-import { type Made, offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import type { Profile } from "../../src/codegen/targetNames.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
@@ -32,7 +32,7 @@ import { random } from "../support/opCases.ts";
 interface Case {
   readonly name: string;
   readonly profile: Profile;
-  readonly use: Use;
+  readonly use: KernelSpec;
   readonly flops: number;
   readonly rows?: Int32Array;
   readonly floor?: string;
@@ -41,8 +41,14 @@ const ROUNDS = 12;
 /** Milliseconds of work before anything is measured. */
 const WAKING = 1000;
 
-const useOf = (op: string, d: Record<string, number>, size: Record<string, number>, dtype: Dtype, more: Partial<Use> = {}): Use => ({
-  ...{ op, name: `${op}_bench`, d, size, keeps: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
+const useOf = (
+  op: string,
+  d: Record<string, number>,
+  size: Record<string, number>,
+  dtype: Dtype,
+  more: Partial<KernelSpec> = {},
+): KernelSpec => ({
+  ...{ op, name: `${op}_bench`, d, size, accumulates: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
   dtype: Object.fromEntries(Object.keys(size).map((name) => [name, name === "lse" || name === "dw" ? "f32" : dtype])),
   ...more,
 });
@@ -112,7 +118,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const next = random(7);
   const pattern = Float32Array.from({ length: 1 << 20 }, next);
   const halves = new Uint16Array(pattern.length);
-  narrow("f16", halves, pattern);
+  encodeFloat16("f16", halves, pattern);
   const make = (bytes: number) =>
     device.createBuffer({ size: Math.ceil(bytes / 16) * 16, usage: usage.storage | usage.copyTarget | usage.copySource });
   const filled = (elements: number, dtype: Dtype) => {
@@ -125,11 +131,11 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const milliseconds = new Map<Case, number[]>();
   const checked = new Map<Case, number>();
   for (const c of mine) {
-    const made: Made = wgslKernels[c.use.op]!(c.use, profile);
+    const made: GeneratedKernel = wgslKernels[c.use.op]!(c.use, profile);
     const entries = made.launches.map(({ entry, args }) => ({
       ...{ entry, buffers: args.filter((a) => !isNumber(a)).length, uniform: args.some(isNumber) },
     }));
-    const pipelines: readonly Pipeline[] = await compileKernel({ name: c.name, code: made.source, entries });
+    const pipelines: readonly ComputePipeline[] = await compileKernel({ name: c.name, code: made.source, entries });
     const buffers = new Map(Object.entries(c.use.size).map(([name, n]) => [name, filled(n, c.use.dtype[name]!)]));
     if (c.rows) {
       const rows = make(c.rows.byteLength);
@@ -255,29 +261,29 @@ const [WARM, COUNTED] = [15, 25];
  * and submissions, until the last has been handed over. What is waited for comes after.
  */
 async function recording({ plan, sources }: Model) {
-  const fleet = await openWebgpu(plan, { kernel: (file) => sources.get(file)! });
+  const localRanks = await openWebgpu(plan, { kernel: (file) => sources.get(file)! });
   const corpus = openCorpus({ path: fixture("corpus.txt") }, readingOf(plan.job));
   const milliseconds: number[] = [];
   let begun = 0;
-  const timed: Fleet = {
-    ...fleet,
+  const timed: LocalRanks = {
+    ...localRanks,
     beginStep() {
       begun = performance.now();
       return false;
     },
     finish() {
       // all is submitted when this returns; what it promises is that the device is done
-      const done = fleet.finish();
+      const done = localRanks.finish();
       milliseconds.push(performance.now() - begun);
       return done;
     },
   };
   try {
-    const run = runOn(plan, { fleet: timed, batch: corpus.batch });
+    const run = runOn(plan, { localRanks: timed, batch: corpus.batch });
     for (let step = 0; step < WARM + COUNTED; step++) await run.step();
   } finally {
     corpus.close();
-    await fleet.close();
+    await localRanks.close();
   }
   const launches = new Map(plan.kernels.map((k) => [k.id, k.launches.length]));
   const program = plan.programs[0]!;

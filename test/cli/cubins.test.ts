@@ -38,7 +38,7 @@ function standInNvcc(): void {
 test("cubins are made but for those that are known, sealed with the plan, and found again", async () => {
   standInNvcc();
   const known = (file: string) => (file === first.cubin ? Buffer.from("known") : undefined);
-  const cubins = await makeCubins(units, { arch: "sm_90a", options: [], told: () => {}, known });
+  const cubins = await makeCubins(units, { arch: "sm_90a", options: [], onProgress: () => {}, known });
   expect([...cubins.keys()]).toEqual(units.map((u) => u.cubin));
   expect(`${cubins.get(first.cubin)}`).toBe("known");
   expect(`${cubins.get(second.cubin)}`).toBe(`made\nsource of ${second.kernel}`);

@@ -88,7 +88,7 @@ test("with another number of stages a layer moves, it is not removed and made ag
 test("inspect counts each collective with its origin, and the parts are the whole", () => {
   const view = inspectPlan(plan);
   for (const [stage, role] of view.roles.entries()) {
-    const moves = instructionsOf(plan.programs[stage]!).filter((i) => i.kind === "move");
+    const moves = instructionsOf(plan.programs[stage]!).filter((i) => i.kind === "collective");
     expect(role.collectives.reduce((sum, c) => sum + c.count, 0)).toBe(moves.length);
     expect(role.collectives.every((c) => c.path !== "" && c.ops.length > 0)).toBe(true);
     expect(peakOfParts(role.memory)).toBe(role.memory.peak);

@@ -6,7 +6,7 @@ import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import type { Leaf, Value } from "../../src/ops/op.ts";
-import { mean, pick } from "../../src/ops/vocab.ts";
+import { gather, mean } from "../../src/ops/vocab.ts";
 import { addBackward } from "../../src/passes/backward.ts";
 
 test.each([
@@ -14,13 +14,13 @@ test.each([
   ["computed again", true],
 ])("a graph of 10,000 nodes in a row has a backward, outputs %s", (_, again) => {
   const leaf = (kind: Leaf["kind"], name: string, sizes: readonly number[]): Value => ({
-    ...{ out: 0, sizes, ragged: 0, fanout: 0, dtype: "f32", cut: sizes.map(() => []) },
+    ...{ out: 0, sizes, ragged: 0, fanout: 0, dtype: "f32", shardAxes: sizes.map(() => []) },
     leaf: { kind, name, position: 0 },
   });
   const gain = leaf("parameter", "gain", [4]);
   let x = leaf("input", "x", [1, 1, 4]);
   for (let i = 0; i < 10_000; i++) x = rmsnorm.of({ x, gain }, { eps: 1e-5 }, `norm${i}`);
-  const l = pick.of({ x, target: { ...leaf("input", "target", [1, 1]), dtype: "i32" } }, {}, "picked");
+  const l = gather.of({ x, target: { ...leaf("input", "target", [1, 1]), dtype: "i32" } }, {}, "picked");
   const value = mean.of({ l }, { count: 1 }, "loss");
   const { order, parameterGrads } = addBackward([{ name: "loss", value }], ({ op }) => again && op === rmsnorm);
   expect(parameterGrads.get(gain)!.length).toBe(10_000);

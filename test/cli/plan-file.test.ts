@@ -19,7 +19,7 @@ const sections: Sections = {
     world: 1,
     per_stage: 1,
     stage_stride: 1,
-    factors: [],
+    subAxes: [],
     axes: { tp: [], cp: [], dp: [], etp: [], ep: [], edp: [], kv: [], copies: [] },
     sizes: { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, pp: 1, kv: 1, copies: 1 },
     gpus_per_node: 8,
@@ -32,11 +32,11 @@ const sections: Sections = {
       inputs: {},
       bounds: [],
       metrics: {},
-      buffers: [{ id: "x", kind: "optimizer", dtype: "f32", shape: [2], sizes: [2], ragged: 0, cuts: [[]] }],
+      buffers: [{ id: "x", kind: "optimizer", dtype: "f32", shape: [2], sizes: [2], ragged: 0, shardedBy: [[]] }],
       chunks: [
         {
           layers: [0, 4],
-          slots: 1,
+          copies: 1,
           forward: [
             {
               kind: "compute",
@@ -167,7 +167,7 @@ describe("a plan as a file", () => {
   });
 
   test("a newer major version is named before anything else is looked at", () => {
-    const { message, fix } = refusal(JSON.stringify({ format_version: "4.0", unheard: "of" }));
+    const { message, fix } = refusal(JSON.stringify({ format_version: "5.0", unheard: "of" }));
     expect(message).toBe("plan.json: format_version 4.0 is newer than this rankc reads (3.0)");
     expect(fix).toContain("newer rankc");
   });

@@ -62,3 +62,7 @@ test("gradients of weights have a colour of their own, and names are escaped", (
   expect(svg).toContain("gradients of weights");
   expect(svg).toContain("a&lt;b");
 });
+
+test("the picture of the README is the picture of plans/tiny-interleaved", async () => {
+  await expect(drawn().svg).toMatchFileSnapshot("../../docs/images/tiny-interleaved.svg");
+});

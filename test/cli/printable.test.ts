@@ -2,7 +2,7 @@
 import { afterEach, describe, expect, test, vi } from "vitest";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { complain, print, printJson } from "../../src/cli/output.ts";
+import { printError, printJson, printStdout } from "../../src/cli/output.ts";
 import { renderFindings } from "../../src/frontend/diagnostic.ts";
 import { printSummary } from "../../src/report/summary.ts";
 
@@ -34,9 +34,9 @@ describe("what is printed", () => {
     written.length = 0;
   });
   test.each<[string, () => void]>([
-    ["a message with its way out", () => complain(new Trouble(`${hostile} is missing`, `name ${hostile}`))],
-    ["an internal error", () => complain(new Error(hostile))],
-    ["data", () => print(hostile)],
+    ["a message with its way out", () => printError(new Trouble(`${hostile} is missing`, `name ${hostile}`))],
+    ["an internal error", () => printError(new Error(hostile))],
+    ["data", () => printStdout(hostile)],
     ["JSON", () => printJson({ [hostile]: hostile })],
   ])("%s", (_, act) => {
     watch(process.stdout);

@@ -1,7 +1,7 @@
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import { stringify } from "yaml";
-import { areDigits, parts } from "../../schemas/sharding.ts";
+import { isDisjointSubAxes, shardCount } from "../../schemas/sharding.ts";
 import { type Changes, renderFindings } from "../../src/frontend/diagnostic.ts";
 import { badJob, codes, explain } from "../../src/frontend/explain.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
@@ -149,12 +149,12 @@ const cluster = { nodes: 1, gpus_per_node: 8, device: "cpu" } as const;
 function isBuilt(job: Parameters<typeof buildMesh>[0]): boolean {
   try {
     const mesh = buildMesh(job);
-    const { axes, factors, sizes, per_stage } = mesh;
+    const { axes, subAxes, sizes, per_stage } = mesh;
     for (const grid of [denseAxes, expertAxes]) {
       const own = grid.flatMap((axis) => axes[axis]!);
-      if (!areDigits(mesh, own) || parts(mesh, own) !== per_stage) return false;
+      if (!isDisjointSubAxes(mesh, own) || shardCount(mesh, own) !== per_stage) return false;
     }
-    return Object.entries(axes).every(([axis, of]) => of.reduce((n, f) => n * factors[f]!.size, 1) === sizes[axis]);
+    return Object.entries(axes).every(([axis, of]) => of.reduce((n, f) => n * subAxes[f]!.size, 1) === sizes[axis]);
   } catch {
     return false;
   }

@@ -22,7 +22,7 @@ const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
 function count(p: ReturnType<typeof plan>, block: "forward" | "backward" | "step", where = /layers\.1\./): Record<string, number> {
   const counts: Record<string, number> = {};
   for (const i of blocksOf(p.programs[0]!).flatMap((b) => (b.kind === block ? b.instructions : [])))
-    if (i.kind === "move" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
+    if (i.kind === "collective" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
   return counts;
 }
 
@@ -71,7 +71,7 @@ test("latent attention gathers latents over the tensor ranks, not the residual s
   // the queries' latent, that of keys and values, and the keys' turned channels; then the heads come together, and the mlp
   expect(count(p, "forward")).toEqual({ "all_gather tp": 4, "reduce_scatter tp": 2 });
   const forward = blocksOf(p.programs[0]!).flatMap((b) => (b.kind === "forward" ? b.instructions : []));
-  const gathered = forward.flatMap((i) => (i.kind === "move" && i.name === "all_gather" ? [i.from] : []));
+  const gathered = forward.flatMap((i) => (i.kind === "collective" && i.name === "all_gather" ? [i.from] : []));
   expect(gathered.filter((id) => /layers\.1\.attn/.test(id))).toEqual([
     "layers.1.attn.q_norm",
     "layers.1.attn.kv_norm",
@@ -111,14 +111,14 @@ test("in a ring, keys and values go three places on of four; back with them thei
   expect(count(p, "forward")).toEqual({ "ring cp": 6 });
   expect(count(p, "backward")).toEqual({ "ring cp": 6 + 8 });
   const forward = p.programs[0]!.chunks[0]!.forward.filter((i) => /^layers\.1\.attn\.core/.test(i.id));
-  expect(forward.map((i) => (i.kind === "move" ? i.name : i.kind === "compute" ? i.op : i.kind))).toEqual([
+  expect(forward.map((i) => (i.kind === "collective" ? i.name : i.kind === "compute" ? i.op : i.kind))).toEqual([
     ...["ring", "ring", "attention_part"],
     ...["ring", "ring", "attention_part", "attention_merge"],
     ...["ring", "ring", "attention_part", "attention_merge"],
     ...["attention_part", "attention_merge"],
   ]);
   // each rank works on the pieces of those before it
-  expect(forward.flatMap((i) => (i.kind === "compute" && i.op === "attention_part" ? [i.behind?.U ?? 0] : []))).toEqual([0, 1, 2, 3]);
+  expect(forward.flatMap((i) => (i.kind === "compute" && i.op === "attention_part" ? [i.ringOffset?.U ?? 0] : []))).toEqual([0, 1, 2, 3]);
 });
 
 test("the end of a step: what a gradient owes is its bucket", () => {
@@ -149,12 +149,13 @@ test("the pipeline sends one activation forward and its gradient back for each m
     ["recv 1", "send 3", "recv 3", "send 1"],
     ["recv 2", "send 2"],
   ]);
-  expect(p.programs.map((r) => r.chunks[0]!.slots)).toEqual([4, 3, 2, 1]);
+  expect(p.programs.map((r) => r.chunks[0]!.copies)).toEqual([4, 3, 2, 1]);
 });
 
 test("each collective says which use and which job key made it necessary", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
-  const why = (id: RegExp) => p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "move" && id.test(i.id) ? [i.why] : []))[0];
+  const why = (id: RegExp) =>
+    p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "collective" && id.test(i.id) ? [i.why] : []))[0];
   expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
     op: "layers.1.attn.wq.x",
     because: "layers.1.wq is cut along N",

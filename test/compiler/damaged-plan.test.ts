@@ -3,7 +3,7 @@
  * that names the section, before anything runs.
  */
 import { describe, expect, test } from "vitest";
-import type { Compute, Instruction, Launch, Move, Plan, Program, Sections, Transfer } from "../../schemas/plan.ts";
+import type { Collective, Compute, Instruction, Launch, Plan, Program, Sections, Transfer } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -58,7 +58,7 @@ function instruction<T extends Instruction>(d: Draft, is: (i: Free<Instruction>)
 }
 const compute = (d: Draft, op: string, stage = 0): Free<Compute> =>
   instruction<Compute>(d, (i) => i.kind === "compute" && i.op === op, stage);
-const move = (d: Draft): Free<Move> => instruction<Move>(d, (i) => i.kind === "move");
+const move = (d: Draft): Free<Collective> => instruction<Collective>(d, (i) => i.kind === "collective");
 const send = (d: Draft): Free<Transfer> => instruction<Transfer>(d, (i) => i.kind === "send");
 function buffer(d: Draft, is: (b: Program["buffers"][number]) => boolean): Draft["programs"][number]["buffers"][number] {
   const found = d.programs[0]!.buffers.find(is);
@@ -79,8 +79,8 @@ const damages: Readonly<Record<string, Damage>> = {
   "a world that the mesh cannot hold": [(d) => (d.job.parallel.world = d.mesh.world = 2 ** 20), "mesh"],
   "stages of no ranks": [(d) => (d.mesh.per_stage = 0), "mesh"],
   "no stride between stages": [(d) => (d.mesh.stage_stride = 0), "mesh"],
-  "a factor of size 0": [(d) => (d.mesh.factors[0]!.size = 0), "mesh"],
-  "a factor of stride 0": [(d) => (d.mesh.factors[0]!.stride = 0), "mesh"],
+  "a factor of size 0": [(d) => (d.mesh.subAxes[0]!.size = 0), "mesh"],
+  "a factor of stride 0": [(d) => (d.mesh.subAxes[0]!.stride = 0), "mesh"],
   "an axis over a factor that does not exist": [(d) => (d.mesh.axes.tp = [99]), "mesh"],
   "an axis less": [(d) => delete d.mesh.axes.ep, "mesh"],
   "more microbatches in the job than in the order": [(d) => (d.job.train.global_batch = 2 ** 40), "programs", /microbatches/],
@@ -92,11 +92,15 @@ const damages: Readonly<Record<string, Damage>> = {
   "a tag twice": [(d) => d.programs[0]!.order.push("F0"), "programs", /the order holds "F0"/],
   "an order that ends early": [(d) => d.programs[0]!.order.splice(1), "programs"],
   "a backward before its forward": [(d) => d.programs[0]!.order.reverse(), "programs"],
-  "more copies of activations than microbatches": [(d) => (d.programs[0]!.chunks[0]!.slots = 2 ** 40), "programs", /copies of activations/],
+  "more copies of activations than microbatches": [
+    (d) => (d.programs[0]!.chunks[0]!.copies = 2 ** 40),
+    "programs",
+    /copies of activations/,
+  ],
   "two buffers of one name": [(d) => (d.programs[0]!.buffers[1]!.id = d.programs[0]!.buffers[0]!.id), "programs", /two buffers/],
   "a buffer of 2^60 elements": [(d) => (parameter(d).shape = parameter(d).sizes = [2 ** 30, 2 ** 30]), "programs", /too large/],
   "a shape that its sizes do not have": [(d) => (parameter(d).shape = [1, 1]), "programs", /in 2 parts are not 1/],
-  "a cut by a factor that does not exist": [(d) => (parameter(d).cuts = [[7], []]), "programs", /factors/],
+  "a cut by a factor that does not exist": [(d) => (parameter(d).shardedBy = [[7], []]), "programs", /factors/],
   "a buffer within itself": [(d) => (parameter(d).within = parameter(d).id), "programs", /cannot lie within/],
   "buffers within each other": [
     (d) => {
@@ -116,8 +120,8 @@ const damages: Readonly<Record<string, Damage>> = {
   "a dim of 2^50": [(d) => (compute(d, "gemm").dims.K = [2 ** 50, []]), "programs"],
   "a dim cut by a factor twice": [(d) => (compute(d, "gemm").dims.K![1] = [0, 0]), "programs", /cut by factors/],
   "a buffer that does not exist": [(d) => (compute(d, "rmsnorm").writes.y = "nowhere"), "programs", /nowhere, which is no buffer/],
-  "an output that it keeps and does not have": [(d) => (compute(d, "rmsnorm").keeps = ["z"]), "programs", /keeps z/],
-  "more experts chosen than there are": [(d) => (compute(d, "choose").attrs.k = 2 ** 40), "programs", /k is 1099511627776/],
+  "an output that it keeps and does not have": [(d) => (compute(d, "rmsnorm").accumulates = ["z"]), "programs", /keeps z/],
+  "more experts chosen than there are": [(d) => (compute(d, "top_k_mask").attrs.k = 2 ** 40), "programs", /k is 1099511627776/],
   "rows of 2^50 elements": [(d) => (compute(d, "take_rows").attrs.width = 2 ** 50), "programs", /rows of/],
   "rounds without end": [(d) => (compute(d, "sinkhorn").attrs.most = 2 ** 50), "programs", /most is/],
   "a copy of 2^50 elements": [(d) => (compute(d, "arrange").attrs.n0 = 2 ** 50), "programs"],
@@ -133,7 +137,7 @@ const damages: Readonly<Record<string, Damage>> = {
     "programs",
     /wait for ever/,
   ],
-  "a collective over factors that do not exist": [(d) => (move(d).factors = [9]), "programs", /factors 9/],
+  "a collective over factors that do not exist": [(d) => (move(d).subAxes = [9]), "programs", /factors 9/],
   "a collective that says other bytes": [(d) => (move(d).bytes += 1), "programs", /and says/],
   "an input that no host has": [(d) => (d.programs[0]!.inputs.password = parameter(d).id), "programs", /no input is named password/],
   "an input of other size": [(d) => (d.programs[0]!.inputs.lr = parameter(d).id), "programs", /the input lr has 1 elements/],

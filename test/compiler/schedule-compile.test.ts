@@ -5,7 +5,7 @@ import type { Job } from "../../schemas/job.ts";
 import { buildModel } from "../../src/model/model.ts";
 import { addBackward } from "../../src/passes/backward.ts";
 import { lower } from "../../src/passes/lower.ts";
-import { layOut } from "../../src/passes/memory.ts";
+import { planMemory } from "../../src/passes/memory.ts";
 import { buildMesh } from "../../src/passes/mesh.ts";
 import { pipelineOf, stageOfVirtual } from "../../src/passes/pipeline.ts";
 import { schedule } from "../../src/passes/schedule.ts";
@@ -38,7 +38,7 @@ function verifyAll(job: Job, microbatches: readonly number[]): void {
     const order = schedule({ ...job, train: { ...job.train, global_batch: m } }, pipeline.chunks);
     const programs = lower(job, mesh, { graph, sharded, pipeline, order });
     verifyPrograms(programs, mesh, m === microbatches.at(-1) ? each(m - 1) : []);
-    for (const p of programs) layOut(p);
+    for (const p of programs) planMemory(p);
   }
 }
 

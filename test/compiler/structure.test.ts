@@ -27,12 +27,13 @@ const layers = [
   { name: "compile", holds: /^src\/compile\.ts$/ },
   { name: "explanations that compile a job", holds: /^src\/frontend\// },
   { name: "converters", holds: /^src\/convert\// },
+  { name: "library", holds: /^src\/index\.ts$/ },
   { name: "command line", holds: /^src\/cli\// },
 ] as const;
 const layerOf = (file: string): number => layers.findIndex((layer) => layer.holds.test(file));
 
-/** Commands that open the runtime. */
-const opensRuntime = ["src/cli/main.ts", "src/cli/run.ts"];
+/** The commands and the library open the runtime. */
+const opensRuntime = ["src/cli/main.ts", "src/cli/run.ts", "src/index.ts"];
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
   ["src/cli/main.ts", "finds the plan of a directory"],
@@ -87,7 +88,7 @@ test("every file of the compiler belongs to a layer, and imports only from its o
   expect(offences((from, to) => layerOf(from) >= 0 && layerOf(to) > layerOf(from))).toEqual([]);
 });
 
-test("the runtime imports schemas and ops; only commands import the runtime", () => {
+test("the runtime imports schemas and ops; only commands and the library import the runtime", () => {
   const allowed = /^(runtime|schemas|src\/ops)\//;
   expect(offences((from, to) => from.startsWith("runtime/") && imports.has(to) && !allowed.test(to))).toEqual([]);
   expect(offences((from, to) => to.startsWith("runtime/") && !from.startsWith("runtime/") && !opensRuntime.includes(from))).toEqual([]);

@@ -3,7 +3,7 @@
  * refusal names the ranks and the instruction.
  */
 import { describe, expect, test } from "vitest";
-import type { Instruction, Move, Program, Transfer } from "../../schemas/plan.ts";
+import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf } from "../support/job.ts";
@@ -89,7 +89,7 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     /stage 0 .*(are done backward|comes before the backward)/,
   ],
   "a stage has fewer copies of its activations than microbatches in flight": [
-    (ps) => void (ps[0]!.chunks[0] = { ...ps[0]!.chunks[0]!, slots: 1 }),
+    (ps) => void (ps[0]!.chunks[0] = { ...ps[0]!.chunks[0]!, copies: 1 }),
     /stage 0 .*: at F1.* 2 microbatches are in flight in 1 copies/,
   ],
   "a chunk that there is not": [(ps) => ps[0]!.order.push("F0.7"), /F0\.7 is of chunk 7/],
@@ -107,7 +107,7 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     /stage 0 .*: two instructions are named embedding/,
   ],
   "a buffer that there is not": [
-    (ps) => change<Move>(block(ps[0]!, "forward"), find(block(ps[0]!, "forward"), "move"), { from: "nowhere" }),
+    (ps) => change<Collective>(block(ps[0]!, "forward"), find(block(ps[0]!, "forward"), "collective"), { from: "nowhere" }),
     /stage 0 .*: \S+ names nowhere, which is no buffer/,
   ],
   "an op adds to what does not last": [
@@ -115,29 +115,29 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
       const list = block(ps[0]!, "forward");
       const at = find(list, "compute", 1);
       const i = list[at]!;
-      if (i.kind === "compute") list[at] = { ...i, keeps: Object.keys(i.writes) };
+      if (i.kind === "compute") list[at] = { ...i, accumulates: Object.keys(i.writes) };
     },
     /stage 0 .*: \S+ adds to \S+, which does not last/,
   ],
   "a collective of the wrong kind": [
     (ps) => {
       const list = block(ps[0]!, "forward");
-      change<Move>(list, find(list, "move"), { how: "all_gather" });
+      change<Collective>(list, find(list, "collective"), { how: "all_gather" });
     },
     /stage 0 .*: \S+: all_gather of \[[\d,]*\] cannot give \[[\d,]*\]/,
   ],
   "a collective over factors that there are not": [
     (ps) => {
       const list = block(ps[0]!, "forward");
-      change<Move>(list, find(list, "move"), { factors: [9] });
+      change<Collective>(list, find(list, "collective"), { subAxes: [9] });
     },
     /stage 0 .*: \S+ runs over factors 9/,
   ],
   "one stage leaves out what all ranks reduce": [
     (ps) => {
       const { step } = ps[1]!;
-      const at = step.findIndex((i) => i.kind === "move" && i.world);
-      const { from, to } = step[at] as Move;
+      const at = step.findIndex((i) => i.kind === "collective" && i.world);
+      const { from, to } = step[at] as Collective;
       step.splice(at, 1);
       for (const i of step) if (i.kind === "compute") for (const [name, id] of Object.entries(i.reads)) if (id === to) i.reads[name] = from;
     },
@@ -145,9 +145,9 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
   ],
   "stages meet in different collectives": [
     (ps) =>
-      change<Move>(
+      change<Collective>(
         ps[1]!.step,
-        ps[1]!.step.findIndex((i) => i.kind === "move" && i.world),
+        ps[1]!.step.findIndex((i) => i.kind === "collective" && i.world),
         { id: "another" },
       ),
     /stage 1 .* at another, the step block and stage 0 .* at grad_norm\S*, the step block meet in different collectives of all ranks/,
@@ -182,7 +182,7 @@ test("two stages that would each send first, and have no room, are refused", () 
   const [first, second] = late;
   const forwards = first!.order.filter((t) => t.startsWith("F"));
   first!.order.splice(0, first!.order.length, ...forwards, ...first!.order.filter((t) => t.startsWith("B")));
-  first!.chunks[0] = { ...first!.chunks[0]!, slots: forwards.length };
+  first!.chunks[0] = { ...first!.chunks[0]!, copies: forwards.length };
   second!.order.reverse();
   expect(() => verifyPrograms(late, mesh)).toThrow(/stage 1 \(ranks 2\.\.3\)/);
 });

@@ -62,7 +62,7 @@ const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Exe
 });
 
 test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
-  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "choose", "adamw", "split_rows"]) {
+  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k_mask", "adamw", "split_rows"]) {
     const [c] = casesOf(ops[name]!, "bf16");
     const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);
     const out = ops[name]!.outputs[0]!.name;

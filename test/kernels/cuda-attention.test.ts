@@ -7,10 +7,10 @@ import { describe, expect, test } from "vitest";
 import type { Dtype, Launch } from "../../schemas/plan.ts";
 import { attention as makers } from "../../src/codegen/cuda/attention.ts";
 import { orderOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
-import type { Use } from "../../src/codegen/kernelSpec.ts";
+import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import type { Arch } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
-import { slotSize } from "../../src/ops/op.ts";
+import { dimSize } from "../../src/ops/op.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";
 import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
@@ -126,7 +126,7 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
   return [name, `${name}_grad`].map((name) => {
     const op = ops[name]!;
     const operands = [...op.inputs, ...op.outputs];
-    const size = Object.fromEntries(operands.map((o) => [o.name, o.slots.reduce((n, s) => n * slotSize(s, d), 1)]));
+    const size = Object.fromEntries(operands.map((o) => [o.name, o.dimSpecs.reduce((n, s) => n * dimSize(s, d), 1)]));
     const dtype: Record<string, Dtype> = Object.fromEntries(
       operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : type]),
     );
@@ -144,9 +144,9 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
     if (drop) data.sample = Int32Array.from(known.sample!);
     const want = Object.fromEntries(Object.entries(made).map(([n, x]) => [n, x.slice()]));
     for (const o of op.outputs) known[o.name] = rounded(made[o.name]!, dtype[o.name]!);
-    const use: Use = {
+    const use: KernelSpec = {
       ...{ op: op.name, name: `${op.name}_${seed}`, d: { ...d, ...dropped }, size, dtype },
-      ...{ keeps: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
+      ...{ accumulates: new Set<string>(), bound: 0, makesRows: false, mayOverflow: false },
     };
     return { title: titleOf(shape), use, data, starts, want };
   });

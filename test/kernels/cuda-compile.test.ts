@@ -66,8 +66,8 @@ function faults(text: string): { kernels: number; spills: string[]; warnings: st
   const reports = text.split("Compiling entry function '").slice(1);
   const spills = reports.flatMap((report) => {
     const [, name] = /^(\w+)'/.exec(report)!;
-    const [, stack, stores, loads] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(report)!;
-    return [stack, stores, loads].every((n) => n === "0") ? [] : [`${name}: ${stack} bytes of stack, ${stores} spilled`];
+    const [, stack, stores, expertLoad] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(report)!;
+    return [stack, stores, expertLoad].every((n) => n === "0") ? [] : [`${name}: ${stack} bytes of stack, ${stores} spilled`];
   });
   return { kernels: reports.length, spills, warnings: text.split("\n").filter((line) => /warning|C75\d\d/.test(line)) };
 }

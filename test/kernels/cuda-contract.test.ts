@@ -4,7 +4,7 @@
  */
 import { describe, expect, test } from "vitest";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
-import type { CudaMaker, Made } from "../../src/codegen/kernelSpec.ts";
+import type { CudaGenerator, GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
 import { type Arch, archs } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, casesInTier, type Executor, hold } from "../support/contract.ts";
@@ -14,10 +14,10 @@ import { isFull, once } from "../support/tiers.ts";
 import { messageDrafts } from "../support/transportCases.ts";
 
 interface MadeCase extends ContractCase {
-  readonly made: Made;
+  readonly made: GeneratedKernel;
 }
 /** The cases with a kernel each, named apart; one for each architecture whose kernel is another. */
-function makeAll(op: string, maker: CudaMaker, on: readonly Arch[], cases = casesInTier(ops[op]!, "bf16")): MadeCase[] {
+function makeAll(op: string, maker: CudaGenerator, on: readonly Arch[], cases = casesInTier(ops[op]!, "bf16")): MadeCase[] {
   return cases.flatMap((c, i) => {
     const known = new Set<string>();
     return on.flatMap((arch) => {

@@ -1,7 +1,7 @@
 /** What the emulator of a GPU promises: kernels that are wrong fail, and their errors say how. */
 import { describe, expect, test } from "vitest";
 import { source } from "../../src/codegen/cuda/prelude.ts";
-import type { Made, Use } from "../../src/codegen/kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 
 /** 64 threads in two blocks, y[64] from a[64] and b[64]; `t` is the thread's number in the grid. */
@@ -22,11 +22,11 @@ const bodies = {
 } as const;
 type Name = keyof typeof bodies;
 
-const use = (name: string): Use => ({
+const use = (name: string): KernelSpec => ({
   ...{ op: "add", name, d: {}, size: { a: 64, b: 64, y: 64 }, dtype: { a: "f32", b: "f32", y: "f32" } },
-  ...{ keeps: new Set(), bound: 0, makesRows: false, mayOverflow: false },
+  ...{ accumulates: new Set(), bound: 0, makesRows: false, mayOverflow: false },
 });
-const made = (name: Name): Made => ({
+const made = (name: Name): GeneratedKernel => ({
   source: source(
     use(name),
     `extern "C" __global__ void ${name}(const float* a, const float* b, float* y) { const u32 t = blockIdx.x * 32 + threadIdx.x; ${bodies[name]} }`,

@@ -3,11 +3,11 @@
  * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
 import { describe, expect, test } from "vitest";
-import { hopper, hopperTiling, type Tiling } from "../../src/codegen/cuda/gemmHopper.ts";
+import { type HopperTiling, hopper, hopperTiling } from "../../src/codegen/cuda/gemmHopper.ts";
 import { mma, simt } from "../../src/codegen/cuda/gemmTiles.ts";
-import type { Half } from "../../src/codegen/cuda/prelude.ts";
+import type { Float16 } from "../../src/codegen/cuda/prelude.ts";
 import { halfOf, productOf } from "../../src/codegen/cuda/product.ts";
-import type { Made, Use } from "../../src/codegen/kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
@@ -15,7 +15,7 @@ import { adding, caseOf, products, type Sizes, useOf } from "../support/productC
 import { byTier, full, isFull } from "../support/tiers.ts";
 
 interface Held extends ContractCase {
-  readonly made: Made;
+  readonly made: GeneratedKernel;
 }
 const missing = await emulatorMissing();
 const emulated = describe.skipIf(missing);
@@ -29,13 +29,13 @@ async function holdAll(cases: readonly Held[], orders?: readonly number[]): Prom
 }
 
 /** Two blocks for all tiles, so that each walks over several. */
-const tiled = (use: Use, change: Partial<Tiling>): Made => {
+const tiled = (use: KernelSpec, change: Partial<HopperTiling>): GeneratedKernel => {
   const p = productOf(use);
   return hopper(use, p, halfOf(p)!, { ...hopperTiling(p), cluster: 1, blocks: 2, ...change });
 };
 
 emulated(`Hopper's products${note}`, () => {
-  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<Tiling>, half: Half = "bf16"): Held => {
+  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>, half: Float16 = "bf16"): Held => {
     const c = caseOf(name, op, sizes, half, adds);
     return { ...c, made: tiled(c.use, change) };
   };

@@ -2,7 +2,7 @@
 import { describe, expect, test } from "vitest";
 import type { Dtype } from "../../schemas/plan.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
-import { offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
 import { unscaled } from "../../src/ops/rope.ts";
 import { type Buffers, type ContractCase, hold } from "../support/contract.ts";
@@ -16,18 +16,18 @@ interface Draft {
   readonly op: string;
   readonly d: Readonly<Record<string, number>>;
   readonly data: Readonly<Buffers>;
-  readonly keeps?: readonly string[];
+  readonly accumulates?: readonly string[];
   readonly starts?: Readonly<Record<string, number>>;
   readonly bound?: number;
 }
 /** All in f32; what the reference makes of it is wanted, of ragged outputs the rows that exist. */
-function caseOf({ op, d, data, keeps = [], starts = {}, bound = 0 }: Draft): ContractCase {
+function caseOf({ op, d, data, accumulates = [], starts = {}, bound = 0 }: Draft): ContractCase {
   const { outputs } = ops[op]!;
   const start = (dim: string) => starts[dim] ?? 0;
   const before = Object.fromEntries(
     Object.entries(data).map(([n, x]) => [
       n,
-      outputs.some((o) => o.name === n) && !keeps.includes(n) ? new Float32Array(x.length) : Float32Array.from(x),
+      outputs.some((o) => o.name === n) && !accumulates.includes(n) ? new Float32Array(x.length) : Float32Array.from(x),
     ]),
   );
   const rows = (data.rows ?? new Int32Array(1)) as Int32Array;
@@ -35,7 +35,17 @@ function caseOf({ op, d, data, keeps = [], starts = {}, bound = 0 }: Draft): Con
   const operands = Object.entries(data).filter(([n]) => n !== "rows");
   const dtype = Object.fromEntries(operands.map(([n, x]): [string, Dtype] => [n, x instanceof Int32Array ? "i32" : "f32"]));
   const size = Object.fromEntries(operands.map(([n, x]) => [n, x.length]));
-  const use: Use = { op, name: `${op}_own`, d, size, dtype, keeps: new Set(keeps), bound, makesRows: false, mayOverflow: false };
+  const use: KernelSpec = {
+    op,
+    name: `${op}_own`,
+    d,
+    size,
+    dtype,
+    accumulates: new Set(accumulates),
+    bound,
+    makesRows: false,
+    mayOverflow: false,
+  };
   const exists = (o: (typeof outputs)[number]) => (o.ragged ? (size[o.name]! / bound) * rows[0]! : size[o.name]!);
   const want = Object.fromEntries(outputs.map((o) => [o.name, before[o.name]!.subarray(0, exists(o))]));
   return { title: op, use, data, starts: Object.fromEntries(["B", "S", "E", "V"].map((n) => [n, start(n)])), want };
@@ -74,7 +84,7 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     // one id has nearly all tokens, and others come in between
     const ids = Int32Array.from({ length: S }, () => (next() < 0.9 ? 7 : Math.floor(150 * (next() + 1))));
     const data = { ids, table: noise(V * D), dy: noise(S * D), dtable: noise(V * D) };
-    await holds({ op: "embed_grad", d: { B, S, V, D }, data, keeps: ["dtable"] });
+    await holds({ op: "embed_grad", d: { B, S, V, D }, data, accumulates: ["dtable"] });
   });
 
   test("rope keeps its precision a million positions on", async () => {

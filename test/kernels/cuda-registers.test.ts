@@ -9,7 +9,7 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
-import type { Made } from "../../src/codegen/kernelSpec.ts";
+import type { GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
 import { type Arch, archs } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
 import { adding, products, type Sizes, useOf } from "../support/productCases.ts";
@@ -21,7 +21,7 @@ const compiler = await run("nvcc", ["--version"]).then(
   () => " (skipped: nvcc is missing)",
 );
 describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
-  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: "f32" | "bf16" | "f16"): Made[] =>
+  const ofAll = (arch: Arch, name: string, sizes: Sizes, rows: readonly number[], half: "f32" | "bf16" | "f16"): GeneratedKernel[] =>
     products.flatMap((op) =>
       adding(op).map((adds) => {
         const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
@@ -30,12 +30,12 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     );
   const large = { S: 1024, K: 512, N: 1024 };
   const odd = { S: 77, K: 35, N: 131 };
-  const made: Record<Arch, Made[]> = {
+  const made: Record<Arch, GeneratedKernel[]> = {
     sm_80: [...ofAll("sm_80", "odd", odd, [5], "bf16"), ...ofAll("sm_80", "large", large, [300, 200], "bf16")],
     sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
     sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
   };
-  const f16: Record<Arch, Made[]> = {
+  const f16: Record<Arch, GeneratedKernel[]> = {
     sm_80: ofAll("sm_80", "large_f16", large, [300, 200], "f16"),
     sm_90a: [...ofAll("sm_90a", "large_f16", large, [300, 200], "f16"), ...ofAll("sm_90a", "odd_f16", odd, [5], "f16")],
     sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
@@ -48,7 +48,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   // eight ranks' keys here, or another rank's
   const gathered = { S: 1024, U: 8192, chunk: 512, ranks: 8 };
   const piece = { ...gathered, U: 1024 };
-  const attentions = (arch: Arch, half: "bf16" | "f16"): Made[] =>
+  const attentions = (arch: Arch, half: "bf16" | "f16"): GeneratedKernel[] =>
     [
       { op: "attention", C: 192, W: 128, ...whole },
       { op: "attention", C: 192, W: 128, ...gathered },
@@ -67,7 +67,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
         const operands = [...ops[op]!.inputs, ...ops[op]!.outputs].map((o) => o.name);
         return cudaKernels[op]!(
           {
-            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, keeps: new Set() },
+            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, accumulates: new Set() },
             ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])) },
             ...{ bound: 0, makesRows: false, mayOverflow: false },
           },
@@ -79,7 +79,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   test.each(both)("%s: so does attention in %s", full, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
 });
 
-async function staysInRegisters(arch: string, kernels: readonly Made[]): Promise<void> {
+async function staysInRegisters(arch: string, kernels: readonly GeneratedKernel[]): Promise<void> {
   const folder = mkdtempSync(join(tmpdir(), "rankc-registers-"));
   try {
     writeFileSync(join(folder, "all.cu"), kernels.map((k) => k.source).join("\n"));

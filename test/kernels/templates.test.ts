@@ -17,7 +17,7 @@ function errorsOfCaller(templates: readonly Template[], name: string, values: st
   project.createSourceFile("templates/fill.ts", "export declare function fill(name: string, values: object): string;");
   const caller = project.createSourceFile(
     "src/caller.ts",
-    `import { render } from "../../templates/bindings.ts"; render("${name}", ${values});`,
+    `import { render } from "../templates/bindings.ts"; render("${name}", ${values});`,
   );
   return caller.getPreEmitDiagnostics().map((d) => d.getMessageText().toString());
 }

@@ -5,7 +5,7 @@
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";
 import type { Dtype } from "../../schemas/plan.ts";
-import type { Use } from "../../src/codegen/kernelSpec.ts";
+import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { attention } from "../../src/codegen/wgsl/attention.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
@@ -33,11 +33,11 @@ afterAll(() => {
 type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
 type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { readonly drop?: number };
 
-function useOf(op: string, d: Dims, half: Dtype = "f32"): Use {
+function useOf(op: string, d: Dims, half: Dtype = "f32"): KernelSpec {
   const operands = [...ops[op]!.inputs, ...ops[op]!.outputs];
   const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
   const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : half]));
-  return { op, name: `${op}_0`, d, size, dtype, keeps: new Set(), bound: 0, makesRows: false, mayOverflow: false };
+  return { op, name: `${op}_0`, d, size, dtype, accumulates: new Set(), bound: 0, makesRows: false, mayOverflow: false };
 }
 
 /** Both kernels on the same data: the gradient's own inputs are what the forward left of all keys, but for a piece's, which are any. */
@@ -52,13 +52,13 @@ function casesOf(op: string, d: Dims, starts: Readonly<Record<string, number>>):
     for (const [name, size] of Object.entries(use.size))
       data[name] ??= outputs.includes(name) ? new Float32Array(size) : new Float32Array(size).map(() => 2 * next());
     ops[op]!.cpu(data, { ...d, ...told }, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
-    const pick = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
+    const gather = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
     return {
       title: `${op} ${JSON.stringify(d)}`,
       use,
-      data: { ...pick(Object.keys(use.size)), ...(use.dtype.sample ? { sample: Int32Array.from(data.sample!) } : {}) },
+      data: { ...gather(Object.keys(use.size)), ...(use.dtype.sample ? { sample: Int32Array.from(data.sample!) } : {}) },
       starts: { ...starts, ...told },
-      want: pick(outputs),
+      want: gather(outputs),
     };
   });
 }

@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { afterAll, describe, expect, test } from "vitest";
 import { create } from "webgpu";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
-import { fold } from "../../src/codegen/wgsl/text.ts";
+import { foldGrid } from "../../src/codegen/wgsl/text.ts";
 import { ops } from "../../src/ops/index.ts";
 import type { AnyOp } from "../../src/ops/op.ts";
 import { type ContractCase, casesInTier, casesOf, hold } from "../support/contract.ts";
@@ -104,7 +104,7 @@ describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
 
 test("a folded grid has every index once, within the limit of each dimension", () => {
   for (const groups of [1, 2, 65535, 65536, 131071, 1_000_003, 65535 * 7 + 1]) {
-    const { grid, index } = fold(groups);
+    const { grid, index } = foldGrid(groups);
     expect(Math.max(...grid)).toBeLessThanOrEqual(65535);
     const [, wide] = /group\.y \* (\d+)u \+ group\.x/.exec(index) ?? [];
     expect(Number(wide ?? grid[0])).toBe(grid[0]);

@@ -5,7 +5,7 @@
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";
 import type { Dtype } from "../../schemas/plan.ts";
-import { type Made, offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { type Profile, profiles } from "../../src/codegen/targetNames.ts";
 import { gemm, plainTiles } from "../../src/codegen/wgsl/gemm.ts";
 import { gemmMatrix, matrixTiles } from "../../src/codegen/wgsl/gemmMatrix.ts";
@@ -53,13 +53,13 @@ interface Sizes {
   readonly counts?: readonly number[];
 }
 
-function useOf(op: string, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): Use {
+function useOf(op: string, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): KernelSpec {
   const bound = counts.length ? T + 20 : 0;
   const rows = bound || T;
   const all = { x: rows * K, dx: rows * K, y: rows * N, dy: rows * N, w: K * N * (counts.length || 1), dw: K * N * (counts.length || 1) };
   const names = operands[op]!;
   return {
-    ...{ op, name: `${op}_0`, d: { B: 1, S: T, K, N, E: counts.length }, keeps: new Set(adds ? [names[2]] : []), bound },
+    ...{ op, name: `${op}_0`, d: { B: 1, S: T, K, N, E: counts.length }, accumulates: new Set(adds ? [names[2]] : []), bound },
     size: Object.fromEntries(names.map((n) => [n, all[n as keyof typeof all]])),
     dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half])),
     ...{ makesRows: false, mayOverflow: false },
@@ -67,12 +67,12 @@ function useOf(op: string, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32",
 }
 
 /** Random operands; rows past the last are NaN. */
-function caseOf(use: Use, { T, counts = [] }: Sizes): ContractCase {
+function caseOf(use: KernelSpec, { T, counts = [] }: Sizes): ContractCase {
   const next = random(use.size[operands[use.op]![0]]!);
   const [, , out] = operands[use.op]!;
   const data: Record<string, Float32Array> = {};
   for (const [name, size] of Object.entries(use.size)) {
-    data[name] = name === out && !use.keeps.has(out) ? new Float32Array(size) : new Float32Array(size).map(next);
+    data[name] = name === out && !use.accumulates.has(out) ? new Float32Array(size) : new Float32Array(size).map(next);
     if (use.bound && "x dx y dy".split(" ").includes(name) && name !== out) data[name]!.fill(Number.NaN, (size / use.bound) * T);
   }
   const rows = new Int32Array(use.bound ? offsetsAt(use.bound) + counts.length + 1 : 1).fill(-1);
@@ -158,7 +158,7 @@ test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) 
 });
 
 /** What Dawn says against a kernel. Matrix kernels need more workgroup memory than it has without a device: of them no pipeline is made. */
-async function compiled(made: Made, profile: Profile): Promise<string[]> {
+async function compiled(made: GeneratedKernel, profile: Profile): Promise<string[]> {
   checked.pushErrorScope("validation");
   const module = checked.createShaderModule({ code: made.source });
   const { messages } = await module.getCompilationInfo();

@@ -5,7 +5,7 @@
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "../../src/ops/attention.ts";
-import type { AnyOp, Place } from "../../src/ops/op.ts";
+import type { AnyOp, ShardContext } from "../../src/ops/op.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 import { distance, elements, random } from "../support/opCases.ts";
 
@@ -24,13 +24,13 @@ const layouts = fc
   .map((l): Layout => ({ ...l, tokens: 2 * l.block * l.ranks }));
 const law = <T>(p: fc.IProperty<T>) => fc.assert(p, { numRuns: 60, seed: 1 });
 
-const place = (starts: Readonly<Record<string, number>>): Place => ({ start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+const place = (starts: Readonly<Record<string, number>>): ShardContext => ({ start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
 const widthOf = (x: Float32Array, l: Layout): number => x.length / l.B / l.tokens;
 
 /** What an op makes of a piece of the queries and one of the keys. What it leaves alone is NaN. */
 function ran(op: AnyOp, l: Layout, chunk: number, all: Arrays, queries: Span, keys: Span): Arrays {
   const d = { ...l, scale: 0.8, chunk, S: queries[1] - queries[0], U: keys[1] - keys[0] };
-  const taken = op.inputs.map((o) => [o.name, piece(all[o.name]!, l, o.slots[1]!.dim === "S" ? queries : keys)]);
+  const taken = op.inputs.map((o) => [o.name, piece(all[o.name]!, l, o.dimSpecs[1]!.dim === "S" ? queries : keys)]);
   const made = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(elements(o, d)).fill(NaN)]));
   op.cpu({ ...Object.fromEntries(taken), ...made }, d, place({ S: queries[0], U: keys[0] }));
   return made;

@@ -6,13 +6,13 @@ import { ops } from "../../src/ops/index.ts";
 import { add, groupedGemm } from "../../src/ops/linear.ts";
 import * as moe from "../../src/ops/moe.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
-import { type AnyOp, op, type Place, type Value } from "../../src/ops/op.ts";
+import { type AnyOp, op, type ShardContext, type Value } from "../../src/ops/op.ts";
 import { rope } from "../../src/ops/rope.ts";
 import * as router from "../../src/ops/router.ts";
 import * as vocab from "../../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "../support/opCases.ts";
 
-const local = (p: Place): Place => ({ rows: p.rows, start: () => 0 });
+const local = (p: ShardContext): ShardContext => ({ rows: p.rows, start: () => 0 });
 
 describe("a signature that lies is caught", () => {
   const lies: Record<string, AnyOp> = {
@@ -23,7 +23,12 @@ describe("a signature that lies is caught", () => {
       cpu: attention.cpu,
     }),
     "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
-    "a sum that owes a maximum": op({ name: "tally", sig: "c[A*P,S,E] -> n[A,E]", owes: "max", cpu: balance.tally.cpu }),
+    "a sum that owes a maximum": op({
+      name: "expert_counts",
+      sig: "c[A*P,S,E] -> n[A,E]",
+      reduction: "max",
+      cpu: balance.expertCounts.cpu,
+    }),
     "a mean over the tokens that are here": op({
       name: "mean",
       sig: "l[B,S] -> y[]",
@@ -53,7 +58,7 @@ describe("a signature that lies is caught", () => {
       sig: "p[A*P,S,E] -> y[]",
       cpu({ p, y }, { A, P, S, E }, place) {
         const n = new Float32Array(A * E);
-        balance.tally.cpu({ c: p, n }, { A, P, S, E }, place);
+        balance.expertCounts.cpu({ c: p, n }, { A, P, S, E }, place);
         balance.auxLoss.cpu({ p, n, y }, { A, P, S, E, c: 1 }, place);
       },
     }),
@@ -87,12 +92,12 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad pick pick_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad choose choose_biased weigh weigh_grad z_loss z_loss_grad tally aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update loads expert_loads bias_update drop dropped_rows choose_tokens choose_evenly permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad gated gated_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad gather gather_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sigmoid_gate sigmoid_gate_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
 test("what each op allows to cut", () => {
-  const text = Object.values(ops).map((o) => `${o.name}: ${cuttable(o).join(" ")}${o.owes ? ` (${o.owes})` : ""}`);
+  const text = Object.values(ops).map((o) => `${o.name}: ${cuttable(o).join(" ")}${o.reduction ? ` (${o.reduction})` : ""}`);
   expect(text.join("\n")).toMatchInlineSnapshot(`
     "gemm: B S K N
     gemm_dgrad: B S N K
@@ -130,8 +135,8 @@ test("what each op allows to cut", () => {
     row_max: B S V (max)
     sum_exp: B S V
     sum_exp_grad: B S V
-    pick: B S V
-    pick_grad: B S V
+    gather: B S V
+    gather_grad: B S V
     nll: B S
     nll_grad: B S
     mean: B S
@@ -146,13 +151,13 @@ test("what each op allows to cut", () => {
     sqrt_softplus_grad: B S E
     normalize: B S
     normalize_grad: B S
-    choose: B S
-    choose_biased: B S
-    weigh: B S
-    weigh_grad: B S
+    top_k_mask: B S
+    top_k_mask_biased: B S
+    combine_weights: B S
+    combine_weights_grad: B S
     z_loss: B S
     z_loss_grad: B S
-    tally: A S E
+    expert_counts: A S E
     aux_loss: A S E
     aux_loss_grad: A S E
     running_mean: 
@@ -161,13 +166,13 @@ test("what each op allows to cut", () => {
     sinkhorn: A (max)
     quantile: A
     quantile_update: 
-    loads: B S E
+    expert_load: B S E
     expert_loads: B S E T
     bias_update: 
-    drop: A J E
+    apply_capacity: A J E
     dropped_rows: B S E
-    choose_tokens: A E
-    choose_evenly: B S E
+    expert_choice_mask: A E
+    uniform_mask: B S E
     permute: B S D E
     unpermute: B S E D
     pack: B S E
@@ -176,8 +181,8 @@ test("what each op allows to cut", () => {
     swiglu_grad: B S F
     swiglu_rows: B S E F
     swiglu_rows_grad: B S E F
-    gated: B S N
-    gated_grad: B S N
+    sigmoid_gate: B S N
+    sigmoid_gate_grad: B S N
     sum_squares: ...
     mark_nonfinite: 
     clip: 

@@ -1,16 +1,16 @@
 /** The two 16-bit floats: every number they have is itself, and what lies between two goes to the nearer one, or to the even one. */
 import { expect, test } from "vitest";
-import { narrow, widen } from "../../runtime/float16.ts";
+import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
 
 const all = Uint16Array.from({ length: 65536 }, (_, h) => h);
 const wide = (dtype: "bf16" | "f16", halves: Uint16Array): Float32Array => {
   const out = new Float32Array(halves.length);
-  widen(dtype, out, halves);
+  decodeFloat16(dtype, out, halves);
   return out;
 };
 const rounded = (dtype: "bf16" | "f16", values: readonly number[]): number[] => {
   const out = new Uint16Array(values.length);
-  narrow(dtype, out, Float32Array.from(values));
+  encodeFloat16(dtype, out, Float32Array.from(values));
   return [...out];
 };
 

@@ -6,7 +6,7 @@ import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
-import { areApart, buildMesh } from "../../src/passes/mesh.ts";
+import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import type { Choice } from "../../src/passes/shard.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf } from "../support/job.ts";
 import { labelsBeside } from "../support/labels.ts";
@@ -18,7 +18,7 @@ type Parallel = Partial<Job["parallel"]>;
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
   const { plan } = compile(job, pick ? { pick } : {});
   // with groups or a bias, balancing counts plain choices of their own
-  const made = plan.programs.flatMap((p) => p.buffers.flatMap(({ id }) => (/\.moe\.(plain_)?choose$/.test(id) ? [id] : [])));
+  const made = plan.programs.flatMap((p) => p.buffers.flatMap(({ id }) => (/\.moe\.(plain_)?top_k_mask$/.test(id) ? [id] : [])));
   const routers = [...new Set(made)].sort();
   const run = await openRun(plan, { baseDir: fixture(""), watch: routers });
   /** What each router chose in a step, microbatch after microbatch. */
@@ -236,7 +236,7 @@ describe("on grids that do not nest", () => {
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
       const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
       const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
-      expect(areApart(buildMesh(job))).toBe(true);
+      expect(hasSeparateGrids(buildMesh(job))).toBe(true);
       same(await numbers(job), await reference(text(model, { world: 1 }, { global_batch: 12 })));
     });
   test("what an expert has room for is the same where the sequence is cut the same way", async () => {
@@ -386,7 +386,7 @@ const apart = [6, 12].flatMap((ranks) => {
             parallel: parallelOf({ world: ranks, ...grids }),
             cluster: { nodes: 1, gpus_per_node: 8, device: "cpu" },
           });
-          return areApart(mesh) ? [grids] : [];
+          return hasSeparateGrids(mesh) ? [grids] : [];
         }),
       ),
     ),

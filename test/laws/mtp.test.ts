@@ -1,7 +1,7 @@
 /** Multi-token prediction: what the host makes for it, its losses by plain loops, its gradients by slopes, where it stands in a plan. */
 import { afterAll, describe, expect, test } from "vitest";
 import { IGNORED } from "../../runtime/data/tokens.ts";
-import { ahead } from "../../runtime/train/tokenWeights.ts";
+import { shiftLeft } from "../../runtime/train/tokenWeights.ts";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
 import { inspectPlan, printInspect } from "../../src/report/inspect.ts";
@@ -29,8 +29,8 @@ const jobWith = (model: object = {}, parallel: object = {}, train: object = {}, 
 describe("what the host makes for it", () => {
   test("sequences end where they end: no depth looks into the next", () => {
     const whole = Int32Array.of(1, 2, 3, 4, 5, 6, 7, 8);
-    expect([...ahead(whole, 4, 1, 0)]).toEqual([2, 3, 4, 0, 6, 7, 8, 0]);
-    expect([...ahead(whole, 4, 3, N)]).toEqual([4, N, N, N, 8, N, N, N]);
+    expect([...shiftLeft(whole, 4, 1, 0)]).toEqual([2, 3, 4, 0, 6, 7, 8, 0]);
+    expect([...shiftLeft(whole, 4, 3, N)]).toEqual([4, N, N, N, 8, N, N, N]);
   });
   test("depth k has k labels less in each sequence, and the depths together weigh as one loss", async () => {
     const { given } = await firstStep(jobWith());

@@ -3,7 +3,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { ops } from "../../src/ops/index.ts";
 import { gemm } from "../../src/ops/loops.ts";
-import type { AnyOp, Arrived, Node, Value } from "../../src/ops/op.ts";
+import type { AnyOp, Node, OutputGrads, Value } from "../../src/ops/op.ts";
 import { type Case, cutError, cuttable, distance, elements, execute, makeCase, random } from "../support/opCases.ts";
 
 const table = Object.values(ops);
@@ -75,14 +75,15 @@ function slope(c: Case, s: number): void {
     throw new Error(`${c.op.name}: the slope is ${measured}, its gradient says ${told}`);
 }
 
-const carriedBy = ({ op, outputs }: Case) => (op.carries ? op.carries.map((name) => outputs.find((o) => o.name === name)!) : [outputs[0]!]);
+const carriedBy = ({ op, outputs }: Case) =>
+  op.gradOutputs ? op.gradOutputs.map((name) => outputs.find((o) => o.name === name)!) : [outputs[0]!];
 
 /** The op applied to leaves, and leaves for the gradients that arrive. */
-function applied(c: Case, type: (name: string) => Value["dtype"] = () => "f32"): { values: Record<string, Value>; arrived: Arrived } {
+function applied(c: Case, type: (name: string) => Value["dtype"] = () => "f32"): { values: Record<string, Value>; arrived: OutputGrads } {
   const leaf = (name: string, sizes: readonly number[], ragged: number, dtype = type(name)): Value => ({
     ...{ out: 0, sizes, ragged, fanout: ragged ? c.attrs.k! : 0, dtype, leaf: { kind: "input", name, position: 0 } },
   });
-  const sizes = (o: Case["inputs"][number]) => o.slots.map((s) => elements({ ...o, slots: [s] }, c.sizes));
+  const sizes = (o: Case["inputs"][number]) => o.dimSpecs.map((s) => elements({ ...o, dimSpecs: [s] }, c.sizes));
   const values = Object.fromEntries(c.inputs.map((o) => [o.name, leaf(o.name, sizes(o), o.ragged)]));
   const y = (c.op as AnyOp & { of(args: Record<string, Value>, attrs: object): Value }).of(values, c.attrs);
   const dys = carriedBy(c).map((o) => {
@@ -121,10 +122,10 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
       "jitter: sample",
       "embed: ids",
       "sum_exp: m",
-      "pick: target",
+      "gather: target",
       "nll: m",
       "weighted_sum: weight",
-      "weigh: c",
+      "combine_weights: c",
       "aux_loss: n",
       "global_aux_loss: n",
       "permute: c",
@@ -225,9 +226,9 @@ test("of equal scores the lower expert is chosen; one whose weight underflowed t
     const place = { start: () => 0, rows };
     const p = Float32Array.from(scores);
     const [c, y, dp] = [new Float32Array(4), new Float32Array(4), new Float32Array(4)];
-    ops.choose!.cpu({ x: p, c }, d, place);
-    ops.weigh!.cpu({ p, c, y }, d, place);
-    ops.weigh_grad!.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
+    ops.top_k_mask!.cpu({ x: p, c }, d, place);
+    ops.combine_weights!.cpu({ p, c, y }, d, place);
+    ops.combine_weights_grad!.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
     // 0 times a negative number is −0
     return { y: [...y], dp: Array.from(dp, (x) => x + 0), rows: ops.permute!.rows!({ c }, d, place, rows, 4) };
   };
@@ -240,7 +241,7 @@ test("loads by force are even, and go on from one piece of the tokens to the nex
     const c = new Float32Array(B * S * 6);
     const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
     const d = { B, S, E: 6, k: 2, S0: order.chunk ? 8 : 9, E0: 6, ...order };
-    ops.choose_evenly!.cpu({ x: c, c }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    ops.uniform_mask!.cpu({ x: c, c }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     return [...c];
   };
   const all = of(2, 9, 0, 0);

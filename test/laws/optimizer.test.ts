@@ -143,7 +143,7 @@ test.each(["bf16", "fp16"] as const)(
         jobWith({}, {}, { precision, global_batch, ...(precision === "fp16" ? { loss_scale: 1024 * global_batch } : {}) }),
       );
       const run = runOn(plan, {
-        fleet: openCpu(plan),
+        localRanks: openCpu(plan),
         batch: (at, n) => ({ ids: rows(first + (at % SEQUENCES), n, 0), labels: rows(first + (at % SEQUENCES), n, 1) }),
       });
       await run.step();

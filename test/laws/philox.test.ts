@@ -36,13 +36,13 @@ test("however a range is cut, each global element is the same", () => {
   // the last start is past 2^32 blocks, where the counter carries into its second word
   const origin = fc.oneof(fc.nat(50), fc.integer({ min: 2 ** 34 - 50, max: 2 ** 34 }));
   fc.assert(
-    fc.property(origin, fc.array(fc.nat(9), { maxLength: 12 }), (start, cuts) => {
-      const length = cuts.reduce((a, b) => a + b, 0);
+    fc.property(origin, fc.array(fc.nat(9), { maxLength: 12 }), (start, shardedBy) => {
+      const length = shardedBy.reduce((a, b) => a + b, 0);
       const whole = new Float32Array(length);
       fillNormal(whole, 7, "layers.0.wq", start, 0.02);
-      const pieces = cuts.flatMap((size, i) => {
+      const pieces = shardedBy.flatMap((size, i) => {
         const piece = new Float32Array(size);
-        fillNormal(piece, 7, "layers.0.wq", start + cuts.slice(0, i).reduce((a, b) => a + b, 0), 0.02);
+        fillNormal(piece, 7, "layers.0.wq", start + shardedBy.slice(0, i).reduce((a, b) => a + b, 0), 0.02);
         return [...piece];
       });
       expect(pieces).toEqual([...whole]);

@@ -3,7 +3,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { lossScaleOf } from "../../runtime/train/lossScale.ts";
 import { learningRate, weightDecay } from "../../runtime/train/rates.ts";
-import { courseOf } from "../../runtime/train/schedule.ts";
+import { trainingSchedule } from "../../runtime/train/schedule.ts";
 import { type batchAt, lengthOf, phasesOf, samplesOf } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
 import { jobOf } from "../support/job.ts";
@@ -120,9 +120,9 @@ describe("batch-size ramp-up", () => {
   test("schedules count samples: a decay that is not written ends with the run, and a warm-up is as long in samples as without", () => {
     const job = jobWith({ ...ramp, steps: 10 }, { schedule: "linear", warmup_steps: 2 });
     expect(job.train.optimizer.decay_steps).toBe(176 / 32);
-    const course = courseOf(job);
+    const course = trainingSchedule(job);
     const legs = Array.from({ length: 11 }, () => {
-      const leg = course.leg();
+      const leg = course.next();
       course.done("updated");
       return leg;
     });
@@ -165,9 +165,9 @@ describe("Megatron Core's loss scale", () => {
   });
   test("a step that overflows trains on nothing: schedules and updates stand still, the text goes on", () => {
     const job = jobWith({ precision: "fp16", loss_scale: how }, { schedule: "linear", warmup_steps: 10 });
-    const course = courseOf(job);
+    const course = trainingSchedule(job);
     const legs = (["updated", "overflowed", "overflowed", "updated"] as const).map((outcome) => {
-      const leg = course.leg();
+      const leg = course.next();
       course.done(outcome);
       return leg;
     });

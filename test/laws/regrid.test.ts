@@ -3,14 +3,14 @@
  * lie twice on some ranks and be missing on others, and is refused.
  */
 import { describe, expect, test } from "vitest";
-import type { Instruction, Move, Plan } from "../../schemas/plan.ts";
+import type { Collective, Instruction, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { areDigits, digit, parts } from "../../schemas/sharding.ts";
+import { isDisjointSubAxes, rankCoordinate, shardCount } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
 import { add } from "../../src/ops/linear.ts";
 import type { Value } from "../../src/ops/op.ts";
-import { folded } from "../../src/ops/regrid.ts";
-import { areApart, buildMesh } from "../../src/passes/mesh.ts";
+import { regridded } from "../../src/ops/regrid.ts";
+import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import { shard } from "../../src/passes/shard.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf, parallelOf } from "../support/job.ts";
@@ -18,7 +18,7 @@ import { jobOf, parallelOf } from "../support/job.ts";
 const cluster = { nodes: 1, gpus_per_node: 8, device: "cpu" } as const;
 const job = (parallel: object) =>
   jobOf({
-    name: "fold",
+    name: "regrid",
     model: {
       ...{ layers: 1, hidden: 24, heads: 6, vocab: 258, seq: 24 },
       moe: { experts: 6, top_k: 2, ffn: 24, router: { balance: "aux_loss", aux_coeff: 0.1 } },
@@ -36,8 +36,8 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
   expect(seams).toMatchInlineSnapshot(`
     [
       "layers.0.mlp.norm [3@dp,24@tp,24] -> layers.0.moe.tokens [6@ep*edp,12,24]",
-      "layers.0.moe.choose [3@dp,24@tp,6] -> layers.0.moe.map [6@ep*edp,12,6]",
-      "layers.0.moe.weigh [3@dp,24@tp,6] -> layers.0.moe.weights [6@ep*edp,12,6]",
+      "layers.0.moe.top_k_mask [3@dp,24@tp,6] -> layers.0.moe.map [6@ep*edp,12,6]",
+      "layers.0.moe.combine_weights [3@dp,24@tp,6] -> layers.0.moe.weights [6@ep*edp,12,6]",
       "layers.0.moe.unpermute [6@ep*edp,12,24] -> layers.0.moe.combined [3@dp,24@tp,24]",
       "final.norm.grad.dx [3@dp,24@tp,24] -> layers.0.moe.combined.grad [6@ep*edp,12,24]",
       "layers.0.moe.pack.grad [6@ep*edp,12,6] -> layers.0.moe.weights.grad [3@dp,24@tp,6]",
@@ -48,10 +48,10 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
   expect(ids.slice(0, 4)).toEqual([
     "layers.0.moe.tokens@ep*edp,-,-.fold",
     "layers.0.moe.map@ep*edp,-,-.fold",
-    "layers.0.moe.weights@ep*edp,-,-.fold",
+    "layers.0.moe.weights@ep*edp,-,-.regrid",
     "layers.0.moe.combined@dp,tp,-.fold",
   ]);
-  const moves = plan.programs.flatMap((p) => instructionsOf(p)).filter((i): i is Move => i.kind === "move");
+  const moves = plan.programs.flatMap((p) => instructionsOf(p)).filter((i): i is Collective => i.kind === "collective");
   expect(new Set(moves.map((i) => i.axes))).toEqual(new Set(["tp", "dp", "tp*dp", "ep", "edp", "world"]));
 });
 
@@ -66,20 +66,20 @@ test("whatever a plan cuts is cut by digits of one number, and each rank's are i
     { world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2 },
   ]) {
     const { mesh, programs } = compile(job(parallel)).plan;
-    expect(areApart(mesh)).toBe(true);
-    for (const { id, cuts, owes = [] } of programs.flatMap((p) => p.buffers)) {
-      const fs = [...cuts.flat(), ...owes];
-      expect(areDigits(mesh, fs), id).toBe(true);
-      const seen = new Set(Array.from({ length: mesh.per_stage }, (_, r) => fs.map((f) => digit(mesh, r, f)).join()));
-      expect(seen.size, id).toBe(parts(mesh, fs));
+    expect(hasSeparateGrids(mesh)).toBe(true);
+    for (const { id, shardedBy, partial = [] } of programs.flatMap((p) => p.buffers)) {
+      const fs = [...shardedBy.flat(), ...partial];
+      expect(isDisjointSubAxes(mesh, fs), id).toBe(true);
+      const seen = new Set(Array.from({ length: mesh.per_stage }, (_, r) => fs.map((f) => rankCoordinate(mesh, r, f)).join()));
+      expect(seen.size, id).toBe(shardCount(mesh, fs));
     }
   }
 });
 
 describe("the cutter refuses", () => {
   const mesh = buildMesh({ model: { kv_heads: 2 }, parallel: parallelOf({ world: 6, tensor: 2, data: 3, expert: 3 }), cluster });
-  const leaf = (name: string, sizes: number[], cut: string[][]): Value => ({
-    ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", sizes, cut, leaf: { kind: "input", name, position: 0 } },
+  const leaf = (name: string, sizes: number[], shardAxes: string[][]): Value => ({
+    ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", sizes, shardAxes, leaf: { kind: "input", name, position: 0 } },
   });
   const cutUp = (y: Value): unknown => {
     const [none, nothing] = [[], new Map()] as const;
@@ -87,32 +87,32 @@ describe("the cutter refuses", () => {
     return shard(graph, mesh, { distributedOptimizer: false, shares: () => true, stageOf: () => 0, roleOf: () => 0 });
   };
   const seam = { from: [["dp"], ["tp"], []], to: [["edp", "ep"], [], []] };
-  const tokens = (cut: string[][] = seam.from) => leaf("x", [6, 4, 2], cut);
+  const tokens = (shardAxes: string[][] = seam.from) => leaf("x", [6, 4, 2], shardAxes);
 
   test("nothing of a fold between cuts that tell all ranks apart", () =>
-    expect(() => cutUp(folded(tokens(), [12, 2], seam))).not.toThrow());
+    expect(() => cutUp(regridded(tokens(), [12, 2], seam))).not.toThrow());
   test("an op on values of two grids", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["tp"], []]), b: leaf("b", [6, 6], [[], ["ep"]]) }, {}, "y");
     expect(() => cutUp(y)).toThrow("a would be cut by tp*ep, of grids that do not nest");
   });
   test("a move from one grid to the other", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["dp"], []]), b: leaf("b", [6, 6], [["dp"], []]) }, {}, "y");
-    y.cut = [[], ["ep"]];
+    y.shardAxes = [[], ["ep"]];
     expect(() => cutUp(y)).toThrow("y would be cut by dp*ep, of grids that do not nest");
   });
   test("a fold of tokens that several ranks have", () =>
-    expect(() => cutUp(folded(tokens(), [12, 2], { ...seam, from: [["dp"], [], []] }, "y"))).toThrow(
+    expect(() => cutUp(regridded(tokens(), [12, 2], { ...seam, from: [["dp"], [], []] }, "y"))).toThrow(
       "y: two ranks would have the same tokens",
     ));
   test("a fold into more tokens than a rank has", () =>
-    expect(() => cutUp(folded(tokens(), [12, 4], seam, "y"))).toThrow("y: a rank has other sizes in slot 1"));
+    expect(() => cutUp(regridded(tokens(), [12, 4], seam, "y"))).toThrow("y: a rank has other sizes in slot 1"));
 });
 
 test("a collective over factors of both grids is refused in a program", () => {
   const { programs, mesh } = structuredClone(compile(job(sixRanks)).plan) as Plan;
   const list = programs[0]!.chunks[0]!.forward as Instruction[];
-  const at = list.findIndex((i) => i.kind === "move" && i.axes === "ep");
-  const i = list[at] as Move;
-  list[at] = { ...i, factors: [...mesh.axes.tp!, ...i.factors] };
+  const at = list.findIndex((i) => i.kind === "collective" && i.axes === "ep");
+  const i = list[at] as Collective;
+  list[at] = { ...i, subAxes: [...mesh.axes.tp!, ...i.subAxes] };
   expect(() => verifyPrograms(programs, mesh)).toThrow(`${i.id} runs over factors 0,2, of grids that do not nest`);
 });

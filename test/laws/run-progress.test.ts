@@ -9,7 +9,7 @@ import { runOn, type StepResult, type Tensor } from "../../runtime/train/loop.ts
 import { lossScaleOf } from "../../runtime/train/lossScale.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
-import { orderOf, workOf } from "../../schemas/program.ts";
+import { orderOf, parseTag } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { schedule, timesOf } from "../../src/passes/schedule.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
@@ -59,7 +59,7 @@ describe("a batch that grows", () => {
     };
     const open = (job: Job, from = 0) => {
       const { plan } = compile(job);
-      return runOn(plan, { fleet: openCpu(plan), batch: (first, n) => batch(from + first, n) });
+      return runOn(plan, { localRanks: openCpu(plan), batch: (first, n) => batch(from + first, n) });
     };
     // a bias of the choice would move, and choices with it
     const model = { layers: 2, moe: { ...moe, router: { ...router, expert_bias: false } } };
@@ -126,9 +126,9 @@ describe("a batch that grows", () => {
           const last = kind === "zero_bubble" ? "weights" : "backward";
           for (let chunk = 0; chunk < chunks; chunk++) {
             let flying = 0;
-            for (const work of order.map(workOf).filter((w) => w.chunk === chunk)) {
+            for (const work of order.map(parseTag).filter((w) => w.chunk === chunk)) {
               flying += Number(work.kind === "forward") - Number(work.kind === last);
-              expect(flying).toBeLessThanOrEqual(whole[stage]!.slots[chunk]!);
+              expect(flying).toBeLessThanOrEqual(whole[stage]!.copies[chunk]!);
             }
           }
         }

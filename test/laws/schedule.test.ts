@@ -1,7 +1,7 @@
 /** Orders of work: every block once, as few waits as the literature says, no more activations than it allows; and layouts. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { workOf } from "../../schemas/program.ts";
+import { parseTag } from "../../schemas/program.ts";
 import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
 import { jobOf } from "../support/job.ts";
@@ -65,7 +65,7 @@ test("every block once, in the order of microbatches, and nobody waits for ever"
       const where = `${kind}, ${microbatches} microbatches, stage ${stage} of ${stages} with ${chunks} chunks`;
       expect(pieces[stage]!.length, where).toBe(order.length);
       expect(order.length, where).toBe(microbatches * chunks * kinds.length);
-      const works = order.map(workOf);
+      const works = order.map(parseTag);
       for (const k of kinds)
         for (const chunk of each(chunks))
           expect(
@@ -77,13 +77,13 @@ test("every block once, in the order of microbatches, and nobody waits for ever"
 });
 
 describe("microbatches in flight", () => {
-  const inFlight = (stages: number, m: number, chunks: number, kind: Kind) => played(stages, m, chunks, kind).all.map((s) => s.slots);
+  const inFlight = (stages: number, m: number, chunks: number, kind: Kind) => played(stages, m, chunks, kind).all.map((s) => s.copies);
   test("1F1B: a stage holds as many as there are stages from it on", () => {
     expect(inFlight(4, 16, 1, "1f1b")).toEqual([[4], [3], [2], [1]]);
     expect(inFlight(4, 2, 1, "1f1b")).toEqual([[2], [2], [2], [1]]);
   });
   test("zero-bubble: no stage more than the first one under 1F1B", () => {
-    for (const slots of inFlight(4, 16, 1, "zero_bubble").flat()) expect(slots).toBeLessThanOrEqual(4);
+    for (const copies of inFlight(4, 16, 1, "zero_bubble").flat()) expect(copies).toBeLessThanOrEqual(4);
   });
   test("interleaved: earlier chunks hold more", () =>
     expect(inFlight(2, 8, 2, "1f1b")).toEqual(

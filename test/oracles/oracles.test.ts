@@ -318,7 +318,7 @@ interface Training extends Named {
 }
 
 // the oracle's sequences do not lie end to end as in a text: each has a last label of its own
-vi.mock("../runtime/data.ts", () => ({
+vi.mock("../../runtime/data/corpus.ts", () => ({
   openCorpus: (_: string, { seq }: { seq: number }) => {
     const tokens = Buffer.from(tiny.tokens, "base64");
     const rows = (first: number, rows: number, from: number) =>
@@ -357,7 +357,7 @@ describe("ten steps of training", () => {
   }
 
   async function trains(c: Training, job: Job): Promise<void> {
-    const maps = [0, 1].map((i) => `layers.${i}.moe.${c.config.moe_expert_capacity_factor ? "drop" : "choose"}`);
+    const maps = [0, 1].map((i) => `layers.${i}.moe.${c.config.moe_expert_capacity_factor ? "apply_capacity" : "top_k_mask"}`);
     const run = await openRun(compile(job).plan, { baseDir: "", initFrom: weights, watch: maps });
     for (const [step, loss] of c.lm_loss.entries()) {
       const got = await run.step();

@@ -18,15 +18,15 @@ import { hostname, tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import fc from "fast-check";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
-import { openSnapshot, saveSnapshot } from "../../runtime/checkpoint/checkpoint.ts";
+import { openCheckpoint, saveCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { printSnapshotText, readSnapshotText } from "../../runtime/checkpoint/checkpointFile.ts";
 import { toHuggingFace } from "../../runtime/checkpoint/hf.ts";
 import { openSafetensors, streamSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { chooseSnapshot, expectWritableFolder } from "../../runtime/checkpoint/saveFolder.ts";
-import { copyShared, firstHolders, rangesIn, sharedBy, visitRuns } from "../../runtime/shards.ts";
+import { copyShared, firstHolders, shardRanges, sharedBy, visitRuns } from "../../runtime/shards.ts";
 import type { StepResult } from "../../runtime/train/loop.ts";
 import { openRun, type RunSettings } from "../../runtime/train/openRun.ts";
-import { courseOf } from "../../runtime/train/schedule.ts";
+import { trainingSchedule } from "../../runtime/train/schedule.ts";
 import type { Job } from "../../schemas/job.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -122,10 +122,10 @@ test("an fp16 scale that adapts begins at its initial value where the run before
     await run(jobWith(alone, train, small), 1, { save: at });
     expect(await scales(scaled({ initial: 512, min: 128, hysteresis: 2 }), at), JSON.stringify(train)).toBe(expected);
   }
-  const { loss_scale } = courseOf(scaled({ initial: 512, hysteresis: 3 }), {
+  const { loss_scale } = trainingSchedule(scaled({ initial: 512, hysteresis: 3 }), {
     ...{ steps: 1, read: 16, trained: 16, updates: 1 },
     loss_scale: null,
-  }).milestone();
+  }).progress();
   expect(loss_scale).toEqual({ scale: 512, well: 0, patience: 3 });
 });
 
@@ -160,15 +160,15 @@ test.skipIf(noAdapter)(`from WebGPU to the CPU and back${noAdapter ? ` (skipped:
 
 test("pieces of a tensor come from pieces that were cut in any other way", () => {
   const sizes = [6, 4, 12];
-  const factors = fc.shuffledSubarray([0, 1, 2]);
+  const subAxes = fc.shuffledSubarray([0, 1, 2]);
   const mesh = buildMesh(jobWith({ world: 8, tensor: 2, sequence: true, context: 2 }));
-  expect(mesh.factors.map((f) => f.size)).toEqual([2, 2, 2]);
+  expect(mesh.subAxes.map((f) => f.size)).toEqual([2, 2, 2]);
   const cutBy = fc
-    .tuple(factors, fc.nat(2))
+    .tuple(subAxes, fc.nat(2))
     .map(([fs, dim]) => sizes.map((_, i) => (i === dim && sizes[i]! % 2 ** fs.length === 0 ? fs : [])));
   const whole = Float32Array.from({ length: elementsOf(sizes) }, (_, i) => i);
-  const pieceFor = (cuts: number[][], n: number) => {
-    const ranges = rangesIn(mesh, { sizes, cuts }, n);
+  const pieceFor = (shardedBy: number[][], n: number) => {
+    const ranges = shardRanges(mesh, { sizes, shardedBy }, n);
     const data: number[] = [];
     visitRuns(sizes, ranges, (from, at, length) => {
       for (let i = 0; i < length; i++) data[at + i] = whole[from + i]!;
@@ -179,7 +179,7 @@ test("pieces of a tensor come from pieces that were cut in any other way", () =>
     fc.property(cutBy, cutBy, fc.nat(7), (saved, asked, rank) => {
       const want = pieceFor(asked, rank);
       const out = new Float32Array(want.data.length).fill(-1);
-      for (const n of firstHolders(mesh, { cuts: saved })) {
+      for (const n of firstHolders(mesh, { shardedBy: saved })) {
         const { ranges, data } = pieceFor(saved, n);
         const shared = sharedBy(ranges, want.ranges);
         if (shared) copyShared(shared, [ranges, data], [want.ranges, out]);
@@ -244,7 +244,7 @@ describe("what is wrong", () => {
     const of = (model: object) => jobWith({ world: 1 }, {}, { ...small, ...model });
     const moeOf = (change: object, routerChange: object = {}) => ({ moe: { ...moe, ...change, router: { ...router, ...routerChange } } });
     await run(of({}), 1, { save: folder });
-    const { expectFor } = openSnapshot(chooseSnapshot(folder).at);
+    const { expectFor } = openCheckpoint(chooseSnapshot(folder).at);
     const judged = (model: object, allowed: readonly string[] = []): string => {
       try {
         return `notes: ${expectFor(compile(of(model)).plan, allowed).join("; ")}`;
@@ -340,10 +340,10 @@ describe("what is wrong", () => {
 
   test("weights that are not finite are neither saved nor resumed nor exported", async () => {
     const { plan } = compile(job);
-    const milestone = { steps: 1, read: 16, trained: 16, updates: 1, loss_scale: null };
+    const progress = { steps: 1, read: 16, trained: 16, updates: 1, loss_scale: null };
     const saveNow = (value: number) => {
       const read = async (_: number, { shape }: { shape: readonly number[] }) => new Float32Array(elementsOf(shape)).fill(value);
-      return saveSnapshot({ plan, folder, version: "test", ranks: [0], meet: async () => {}, read }, milestone);
+      return saveCheckpoint({ plan, folder, version: "test", ranks: [0], meet: async () => {}, read }, progress);
     };
     mkdirSync(folder);
     await expect(saveNow(Number.NaN)).rejects.toThrow(/no snapshot of step 1: embed holds 8192 of 8192 values that are NaN or infinite/);
@@ -362,7 +362,7 @@ describe("what is wrong", () => {
     writeFileSync(text, printSnapshotText({ ...saved, files: { "rank-00000.safetensors": { step: 1, header_sha256 } } }));
     const why = "rank-00000.safetensors: norm holds 2 of 32 values that are NaN or infinite";
     expect(await said({ resume: folder })).toContain(why);
-    const { model, whole } = openSnapshot(at);
+    const { model, whole } = openCheckpoint(at);
     expect(() => toHuggingFace(model(), { get: whole })).toThrow(why);
   });
 
@@ -377,14 +377,14 @@ describe("what is wrong", () => {
     expect(await said({ resume: "auto" })).toBe("--resume auto needs --save");
     const plan = compile(job).plan;
     const opened = await openRun(plan, { baseDir: fixture(""), save: folder, resume: "auto" });
-    expect(opened.milestone().steps).toBe(1);
+    expect(opened.progress().steps).toBe(1);
     expect(opened.notes).toEqual([
       `${join(folder, "step-00000002")} is unfinished and not used`,
       `resumed from ${join(folder, "step-00000001")}`,
     ]);
     await opened.close();
     const fresh = await openRun(plan, { baseDir: fixture(""), save: `${folder}-fresh`, resume: "auto" });
-    expect([fresh.milestone().steps, fresh.notes]).toEqual([0, [`${folder}-fresh holds no whole snapshot: the run starts at step 0`]]);
+    expect([fresh.progress().steps, fresh.notes]).toEqual([0, [`${folder}-fresh holds no whole snapshot: the run starts at step 0`]]);
     await fresh.close();
   });
 
@@ -432,7 +432,7 @@ describe("what is wrong", () => {
     mkdirSync(join(folder, "step-00000002.part"));
     writeFileSync(join(folder, "step-00000002.part", "left"), "");
     const { at, notes } = chooseSnapshot(folder);
-    expect(openSnapshot(at).milestone.steps).toBe(1);
+    expect(openCheckpoint(at).progress.steps).toBe(1);
     expect(notes).toEqual([`${join(folder, "step-00000002.part")} is unfinished and not used`]);
     const all = await run(job, 1, { save: folder, resume: folder });
     expect(all[0]!.step).toBe(2);

@@ -1,6 +1,6 @@
 /** The CUDA backend before stand-ins for the driver and NCCL: what a launch is given, and what goes wrong. */
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
-import type { Arg, Buffer, Compute, Kernel, Move } from "../../schemas/plan.ts";
+import type { Arg, Buffer, Collective, Compute, Kernel } from "../../schemas/plan.ts";
 import {
   at,
   failure,
@@ -40,11 +40,11 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
       "r.needed": { kind: "gradient", dtype: "i32", shape: [] },
     } as const satisfies Hand["buffers"];
     const look: Compute = { ...runs("look", "y"), reads: { x: "x" }, rows: "r", dims: { S: [8, [0]], T: [30, [0]] } };
-    const plan = handPlan({ world: 2, slots: 2, target: "cuda:sm_90a", buffers, kernels: [kernel], forward: [look] });
+    const plan = handPlan({ world: 2, copies: 2, target: "cuda:sm_90a", buffers, kernels: [kernel], forward: [look] });
     const seen: { params: DataView; how: object }[] = [];
     cuda.serve({ look: (params, how) => void seen.push({ params, how }) });
     const fleets = await cuda.openAll(plan);
-    for (const slot of [0, 1]) fleets[1]!.backend(1).compute(look, slot);
+    for (const copy of [0, 1]) fleets[1]!.rankDevice(1).compute(look, copy);
     await fleets[1]!.finish();
     await closeAll(fleets);
     const [first, second] = seen.map(({ params }) => params) as [DataView, DataView];
@@ -93,11 +93,11 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
       ],
       forward: [runs("put", "x")],
     });
-    const [fleet] = await cuda.openAll(plan);
-    expect(() => fleet!.backend(0).compute(plan.programs[0]!.chunks[0]!.forward[0] as Compute, 0)).toThrow(
+    const [localRanks] = await cuda.openAll(plan);
+    expect(() => localRanks!.rankDevice(0).compute(plan.programs[0]!.chunks[0]!.forward[0] as Compute, 0)).toThrow(
       "kernel put (put in f32): put, 1x70000x1 blocks of 1, 0 bytes: cuLaunchKernel: CUresult 1: CUresult 1",
     );
-    await fleet!.close();
+    await localRanks!.close();
   });
 });
 
@@ -150,28 +150,28 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
       bounds: [{ needed: "n", bound: 8 }],
       forward: [needed],
     });
-    const [fleet] = await cuda.openAll(plan);
+    const [localRanks] = await cuda.openAll(plan);
     let rows = 8;
     cuda.serve({ count: (params) => new Int32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(rows) });
-    for (let n = 0; n < 3; n++) await cuda.step([fleet!], plan, () => Float32Array.of());
+    for (let n = 0; n < 3; n++) await cuda.step([localRanks!], plan, () => Float32Array.of());
     rows = 9;
-    expect(await failure(cuda.step([fleet!], plan, () => Float32Array.of()))).toMatchObject({
+    expect(await failure(cuda.step([localRanks!], plan, () => Float32Array.of()))).toMatchObject({
       name: "Trouble",
       message: "n, rank 0: the router sent 9 rows, and the plan holds at most 8",
     });
-    await fleet!.close();
+    await localRanks!.close();
   });
 
   test("a rank that fails ends the wait of the others; so does an abort from outside", async () => {
     const plan = handOf({ world: 2, forward: [moveOf("all_reduce", "x", "y")] });
     const alone = async (settings: Settings, wrong: () => void) => {
-      const [fleet, other] = await cuda.openAll(plan, settings);
-      fleet!.beginStep(1);
-      fleet!.comm.move(0, plan.programs[0]!.chunks[0]!.forward[0] as Move, at);
-      const ended = failure(fleet!.finish());
+      const [localRanks, other] = await cuda.openAll(plan, settings);
+      localRanks!.beginStep(1);
+      localRanks!.comm.collective(0, plan.programs[0]!.chunks[0]!.forward[0] as Collective, at);
+      const ended = failure(localRanks!.finish());
       setTimeout(wrong, 20);
       const error = await ended;
-      await closeAll([fleet!, other!]);
+      await closeAll([localRanks!, other!]);
       return error;
     };
     expect(await alone({}, () => cuda.failNccl(1))).toMatchObject({
@@ -190,12 +190,12 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
     const plan = handOf({ world: 2, forward: [runs("put", "x"), moveOf("all_reduce", "x", "y"), runs("put", "z")] });
     cuda.serve(putAndSpoil);
     const fleets = await cuda.openAll(plan, { profile: true });
-    const [put, move, other] = plan.programs[0]!.chunks[0]!.forward as [Compute, Move, Compute];
+    const [put, move, other] = plan.programs[0]!.chunks[0]!.forward as [Compute, Collective, Compute];
     const issue = (rank: number) => {
       fleets[rank]!.beginStep(1);
-      fleets[rank]!.backend(rank).compute(put, 0);
-      fleets[rank]!.comm.move(rank, move, at);
-      fleets[rank]!.backend(rank).compute(other, 0);
+      fleets[rank]!.rankDevice(rank).compute(put, 0);
+      fleets[rank]!.comm.collective(rank, move, at);
+      fleets[rank]!.rankDevice(rank).compute(other, 0);
       return fleets[rank]!.finish();
     };
     // the other rank has not come
@@ -209,22 +209,22 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
   test("within a step that is a graph nothing is read, and the writes of all steps are alike", async () => {
     const plan = handOf({});
     const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
-    const [fleet] = await cuda.openAll(plan);
-    const backend = fleet!.backend(0);
+    const [localRanks] = await cuda.openAll(plan);
+    const backend = localRanks!.rankDevice(0);
     const written = async (...all: readonly [Buffer, number][]) => {
-      fleet!.beginStep(1);
+      localRanks!.beginStep(1);
       for (const [b, value] of all) backend.write(b, 0, Float32Array.of(value));
-      await fleet!.finish();
+      await localRanks!.finish();
     };
     await written([x, 1], [y, 2]);
     await written([x, 3], [y, 4]);
     await written([x, 5], [y, 6]);
     expect([(await backend.read(x, 0))[0], (await backend.read(y, 0))[0]]).toEqual([5, 6]);
-    fleet!.beginStep(1);
+    localRanks!.beginStep(1);
     expect(await failure(backend.read(x, 0))).toMatchObject({ message: expect.stringContaining("open with graph: false") });
     expect(() => backend.write(y, 0, Float32Array.of(1))).toThrow("write 0 of step 4 is y (slot 0), and was x (slot 0)");
     expect(() => backend.write(x, 0, Float32Array.of(1, 2))).toThrow("2 values are written to x, which holds 1");
-    expect(await failure(fleet!.finish())).toMatchObject({ message: expect.stringContaining("wrote 0 of 2 inputs") });
-    await fleet!.close();
+    expect(await failure(localRanks!.finish())).toMatchObject({ message: expect.stringContaining("wrote 0 of 2 inputs") });
+    await localRanks!.close();
   });
 });

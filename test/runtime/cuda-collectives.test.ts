@@ -1,7 +1,7 @@
 /** NCCL's collectives and transfers, before stand-ins for it and the driver: what each rank gets, and what waits for what. */
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import type { HostData } from "../../runtime/backend.ts";
-import type { Dtype, How, Instruction, Move, Plan } from "../../schemas/plan.ts";
+import type { Collective, CollectiveKind, Dtype, Instruction, Plan } from "../../schemas/plan.ts";
 import { at, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "../support/cudaRanks.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
 import { bufferIn, type Hand, handPlan, withForward } from "../support/handPlan.ts";
@@ -25,7 +25,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
   const n = 5;
   type Case = { readonly from: number; readonly to: number; readonly want: (held: readonly HostData[], r: number) => number[] };
   const sum = (held: readonly HostData[], i: number): number => held.reduce((s, h) => s + h[i]!, 0);
-  const cases: Record<How, Case> = {
+  const cases: Record<CollectiveKind, Case> = {
     all_gather: { from: n, to: g * n, want: (held) => held.flatMap((h) => [...h]) },
     reduce_scatter: { from: g * n, to: n, want: (held, r) => Array.from({ length: n }, (_, i) => sum(held, r * n + i)) },
     all_to_all: { from: g * n, to: g * n, want: (held, r) => held.flatMap((h) => [...h.slice(r * n, (r + 1) * n)]) },
@@ -33,9 +33,9 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
     all_reduce_max: { from: n, to: n, want: (held) => Array.from({ length: n }, (_, i) => Math.max(...held.map((h) => h[i]!))) },
     shift: { from: n, to: n, want: (held, r) => [...held[(r + g - 1) % g]!] },
   };
-  const all = Object.keys(cases) as How[];
+  const all = Object.keys(cases) as CollectiveKind[];
 
-  async function expectMoved(how: How, dtype: Dtype, within: boolean, from: Ranks): Promise<void> {
+  async function expectMoved(how: CollectiveKind, dtype: Dtype, within: boolean, from: Ranks): Promise<void> {
     const { from: a, to: b, want } = cases[how];
     const [x, y] = [
       { dtype, shape: [a] },
@@ -46,11 +46,12 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
     const plan = handPlan({ world: g, target: "cuda:sm_90a", buffers, forward: [moveOf(how, "x", "y")] });
     const fleets = await from.openAll(plan);
     const held = fleets.map((_, r) => valuesOf(dtype, a, r));
-    for (const [r, f] of fleets.entries()) f.backend(r).write(bufferIn(plan, "x"), 0, held[r]!);
-    for (const [r, f] of fleets.entries()) expect(f.comm.move(r, plan.programs[0]!.chunks[0]!.forward[0] as Move, at)).toBe(true);
+    for (const [r, f] of fleets.entries()) f.rankDevice(r).write(bufferIn(plan, "x"), 0, held[r]!);
+    for (const [r, f] of fleets.entries())
+      expect(f.comm.collective(r, plan.programs[0]!.chunks[0]!.forward[0] as Collective, at)).toBe(true);
     await Promise.all(fleets.map((f) => f.finish()));
     for (const [r, f] of fleets.entries())
-      expect([...(await f.backend(r).read(bufferIn(plan, "y"), 0))], `rank ${r}`).toEqual(want(held, r));
+      expect([...(await f.rankDevice(r).read(bufferIn(plan, "y"), 0))], `rank ${r}`).toEqual(want(held, r));
     await closeAll(fleets);
   }
   test.each(all)("%s, in each type, apart and in the source's own place", async (how) => {
@@ -67,23 +68,23 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
       target: "cuda:sm_90a",
       buffers: { x: { shape: [1] }, y: { shape: [1] }, z: { shape: [1] }, w: { shape: [1] } },
     });
-    const factors = [
+    const subAxes = [
       { stride: 1, size: 2 },
       { stride: 2, size: 1 },
       { stride: 2, size: 4 },
     ];
     const forward = [
-      moveOf("all_reduce", "x", "y", { factors: [2, 1] }),
-      moveOf("all_reduce", "x", "z", { world: true, factors: [0, 2] }),
-      moveOf("all_reduce", "x", "w", { factors: [1] }),
+      moveOf("all_reduce", "x", "y", { subAxes: [2, 1] }),
+      moveOf("all_reduce", "x", "z", { world: true, subAxes: [0, 2] }),
+      moveOf("all_reduce", "x", "w", { subAxes: [1] }),
     ];
-    const plan: Plan = { ...hand, mesh: { ...hand.mesh, factors }, programs: hand.programs.map((p) => withForward(p, forward)) };
+    const plan: Plan = { ...hand, mesh: { ...hand.mesh, subAxes }, programs: hand.programs.map((p) => withForward(p, forward)) };
     const fleets = await cuda.openAll(plan);
     for (const [r, f] of fleets.entries()) {
-      f.backend(r).write(bufferIn(plan, "x"), 0, Float32Array.of(2 ** r));
-      for (const i of forward) f.comm.move(r, i, at);
+      f.rankDevice(r).write(bufferIn(plan, "x"), 0, Float32Array.of(2 ** r));
+      for (const i of forward) f.comm.collective(r, i, at);
     }
-    const read = (r: number, id: string) => fleets[r]!.backend(r).read(bufferIn(plan, id), 0);
+    const read = (r: number, id: string) => fleets[r]!.rankDevice(r).read(bufferIn(plan, id), 0);
     for (let r = 0; r < 8; r++)
       expect([(await read(r, "y"))[0], (await read(r, "z"))[0], (await read(r, "w"))[0]]).toEqual([
         r % 2 ? 0b10101010 : 0b1010101,
@@ -111,7 +112,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
         await cuda.step(fleets, plan, () => Float32Array.of());
         for (const [r, f] of fleets.entries())
           for (const [id, want] of Object.entries({ x: -1e6, y: 204, z: 408 }))
-            expect([id, (await f.backend(r).read(bufferIn(plan, id), 0))[0]]).toEqual([id, want]);
+            expect([id, (await f.rankDevice(r).read(bufferIn(plan, id), 0))[0]]).toEqual([id, want]);
       }
       await closeAll(fleets);
     }
@@ -143,7 +144,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
         const fleets = await cuda.openAll(plan, { graph });
         for (let n = 1; n <= 3; n++) {
           await cuda.step(fleets, plan, () => Float32Array.of());
-          for (const [r, f] of fleets.entries()) expect((await f.backend(r).read(bufferIn(plan, "y"), 0))[0]).toBe(r < 2 ? -2e6 : 204);
+          for (const [r, f] of fleets.entries()) expect((await f.rankDevice(r).read(bufferIn(plan, "y"), 0))[0]).toBe(r < 2 ? -2e6 : 204);
         }
         await closeAll(fleets);
       }

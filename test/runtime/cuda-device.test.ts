@@ -58,12 +58,12 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, () => {
       const { sm } = driver().devices[0]!;
       const { plan, sources } = compile(job, { target: await loadTarget(`cuda:sm_${sm}${sm >= 90 ? "a" : ""}`) });
       const run = async (graph: boolean) => {
-        const fleet = await openCuda(plan, {
+        const localRanks = await openCuda(plan, {
           ...{ rank: 0, device: 0, graph, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },
           files: { source: (file) => sources.get(file)! },
         });
-        const got = await train([fleet], plan);
-        await closeAll([fleet]);
+        const got = await train([localRanks], plan);
+        await closeAll([localRanks]);
         return got;
       };
       const [eager, graph] = [await run(false), await run(true)];

@@ -6,7 +6,7 @@
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import type { Compute } from "../../schemas/plan.ts";
-import { workOf } from "../../schemas/program.ts";
+import { parseTag } from "../../schemas/program.ts";
 import { moe, planOf, type Ranks, type Settings, standInRanks } from "../support/cudaRanks.ts";
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
 import { closeAll, train } from "../support/steps.ts";
@@ -178,7 +178,7 @@ test.skipIf(noCompiler)(`a profile has every instruction, its lane and its times
     const all = f.profile();
     const inOrder = [
       ...p.order.flatMap((tag) => {
-        const { kind, chunk } = workOf(tag);
+        const { kind, chunk } = parseTag(tag);
         return p.chunks[chunk]![kind];
       }),
       ...p.step,

@@ -72,7 +72,7 @@ async function emulated(plan: Plan, sources: ReadonlyMap<string, string>): Promi
     for (const k of group)
       for (const l of k.launches)
         serve[l.entry] = (params, { grid, threads, shared }) => {
-          const wrong = launch(l.entry, Uint32Array.from(grid), threads, shared, slots(params, l), l.args.length, 0);
+          const wrong = launch(l.entry, Uint32Array.from(grid), threads, shared, copies(params, l), l.args.length, 0);
           if (wrong) throw new Error(`${l.entry}: ${wrong}`);
         };
   }
@@ -80,7 +80,7 @@ async function emulated(plan: Plan, sources: ReadonlyMap<string, string>): Promi
 }
 
 /** Packed parameters as the emulator takes them: one every 128 bytes, tensor maps as emulator.hpp has them. */
-function slots(params: DataView, { args }: Launch): Uint8Array {
+function copies(params: DataView, { args }: Launch): Uint8Array {
   const out = new Uint8Array(128 * args.length);
   const view = new DataView(out.buffer);
   let at = 0;

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { checkpointFor, toHuggingFace } from "../../runtime/checkpoint/hf.ts";
-import { type Entry, openSafetensors, writeSafetensors } from "../../runtime/checkpoint/safetensors.ts";
+import { openSafetensors, type TensorEntry, writeSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { completeJob, hasExperts, type Job, JobText } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { importHf } from "../../src/convert/hf.ts";
@@ -101,9 +101,9 @@ const random = (model: Model): Named =>
       { shape, data: Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, Math.random) },
     ]),
   );
-const entries = (file: string): Entry[] => {
+const entries = (file: string): TensorEntry[] => {
   const open = openSafetensors(file);
-  const all = open.names.map((name): Entry => ({ name, dtype: "F32", shape: open.info(name).shape, data: open.read(name) }));
+  const all = open.names.map((name): TensorEntry => ({ name, dtype: "F32", shape: open.info(name).shape, data: open.read(name) }));
   open.close();
   return all;
 };
@@ -125,7 +125,7 @@ test.each(references)("%s: read as ours and written back, weights and gradients 
     const stateless = { ...model, moe: model.moe && { ...model.moe, router: { ...model.moe.router, expert_bias: false } } };
     const back = toHuggingFace(model, readAll(file === "grads" ? stateless : model, path));
     // transformers saves one tensor an expert, and has them in one while it runs
-    const byName = (all: readonly Entry[]) =>
+    const byName = (all: readonly TensorEntry[]) =>
       digests(perExpert(all, hubOlmoe).map((entry) => [entry.name, entry] as const)).sort(([a], [b]) => (a! < b! ? -1 : 1));
     expect(byName(back)).toEqual(byName(entries(path)));
   }
@@ -145,7 +145,7 @@ test("a linear layer is transposed, gate and up are the halves of the fused tens
 });
 
 /** The layouts of the Hub: one tensor an expert. */
-function perExpert(all: readonly Entry[], names: { gate: string; up: string; down: string; router: string }): Entry[] {
+function perExpert(all: readonly TensorEntry[], names: { gate: string; up: string; down: string; router: string }): TensorEntry[] {
   return all.flatMap((entry) => {
     const [, layer, leaf] = /^(model\.layers\.\d+)\.mlp\.(.*)$/.exec(entry.name) ?? [];
     if (leaf === undefined || !/^gate\.weight$|^experts\.(gate_up|down)_proj$/.test(leaf)) return [entry];
@@ -155,7 +155,7 @@ function perExpert(all: readonly Entry[], names: { gate: string; up: string; dow
     const size = (out / parts.length) * input;
     return Array.from({ length: E }, (_, e) =>
       parts.map(
-        (part, i): Entry => ({
+        (part, i): TensorEntry => ({
           name: `${layer}.${part.replace("*", String(e))}.weight`,
           dtype: "F32",
           shape: [out / parts.length, input],
@@ -238,7 +238,7 @@ test.each(Object.entries(kinds))("%s: the same parameters from fused tensors, fr
   const named = random(model);
   const path = join(folder, "kind.safetensors");
   const fused = toHuggingFace(model, named);
-  const ours = [...named].map(([name, value]): Entry => ({ name, dtype: "F32", ...value }));
+  const ours = [...named].map(([name, value]): TensorEntry => ({ name, dtype: "F32", ...value }));
   for (const all of [fused, perExpert(fused, hubOlmoe), ours]) {
     writeSafetensors(path, all);
     expect(readAll(model, path)).toEqual(named);
@@ -303,7 +303,7 @@ test("the names are transformers'", () => {
 test("layers of multi-token prediction that the job has not are not read; what a job's own layers have too much is refused", () => {
   const model = imported({ ...tiny, ...kinds["DeepSeek-V3"] });
   const path = join(folder, "more.safetensors");
-  const further: Entry = { name: "model.layers.3.eh_proj.weight", dtype: "F32", shape: [2], data: Float32Array.of(1, 2) };
+  const further: TensorEntry = { name: "model.layers.3.eh_proj.weight", dtype: "F32", shape: [2], data: Float32Array.of(1, 2) };
   writeSafetensors(path, [...toHuggingFace(model, random(model)), further]);
   const open = checkpointFor(model, path);
   expect(open.unused).toEqual([further.name]);
@@ -398,16 +398,21 @@ test("a checkpoint that does not fit says everything at once, with the job key t
 /** A small dense model, its tensors under transformers' names, and what is said of a file of them after a change. */
 const dense = { ...mixtral, moe: null, layers: 2, ffn: 24, hidden: 16, heads: 4, kv_heads: 2, head_dim: 6, vocab: 10 };
 const tied = { ...dense, tie_embeddings: true };
-const rename = (all: readonly Entry[], change: (name: string) => string): Entry[] =>
+const rename = (all: readonly TensorEntry[], change: (name: string) => string): TensorEntry[] =>
   all.map((entry) => ({ ...entry, name: change(entry.name) }));
-const vector = (name: string, ...data: number[]): Entry => ({ name, dtype: "F32", shape: [data.length], data: Float32Array.from(data) });
+const vector = (name: string, ...data: number[]): TensorEntry => ({
+  name,
+  dtype: "F32",
+  shape: [data.length],
+  data: Float32Array.from(data),
+});
 const hfDense = toHuggingFace(dense, random(dense));
 const hfTied = toHuggingFace(tied, random(tied));
 const embedding = hfTied.find(({ name }) => name === "model.embed_tokens.weight")!;
 const head = { ...embedding, name: "lm_head.weight" };
 const otherHead = { ...head, data: embedding.data.map((value) => value + 1) };
 
-test.each<[string, Model, readonly Entry[], readonly string[], RegExp]>([
+test.each<[string, Model, readonly TensorEntry[], readonly string[], RegExp]>([
   ["fewer layers", { ...dense, layers: 1 }, hfDense, ["model.layers"], /model\.layers\.1 \(9 tensors\) is there.*check model\.layers/],
   ["a bias of the head", dense, [...hfDense, vector("lm_head.bias", 1, 2)], ["lm_head.bias"], /lm_head\.bias is there/],
   [
@@ -427,7 +432,7 @@ test.each<[string, Model, readonly Entry[], readonly string[], RegExp]>([
   open.close();
 });
 
-test.each<[string, Model, readonly Entry[]]>([
+test.each<[string, Model, readonly TensorEntry[]]>([
   ["a tied head that is the embedding again", tied, [...hfTied, head]],
   ["frequencies of positions", dense, [...hfDense, vector("model.layers.0.self_attn.rotary_emb.inv_freq", 1, 0.5)]],
 ])("%s: taken without a word", (_, model, all) => {

@@ -36,7 +36,7 @@ async function firstOf(job: ReturnType<typeof jobWith>, watch: readonly string[]
 const capacity = { factor: 0.75, drop: "position" };
 test("expert load and dropped rows are those of the choices, the z loss is a part of the auxiliary loss", async () => {
   const layers = [0, 1];
-  const ids = ["choose", "drop"].flatMap((name) => layers.map((l) => `layers.${l}.moe.${name}`));
+  const ids = ["top_k_mask", "apply_capacity"].flatMap((name) => layers.map((l) => `layers.${l}.moe.${name}`));
   const { step, watched } = await firstOf(jobWith({ capacity }), ids);
   const sums = watched.map((microbatches) => {
     const counts = Array<number>(E).fill(0);

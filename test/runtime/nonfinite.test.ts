@@ -3,7 +3,7 @@ import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { rememberedBy } from "../../runtime/checkpoint/state.ts";
+import { checkpointState } from "../../runtime/checkpoint/state.ts";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import { type Run, runOn, type StepResult } from "../../runtime/train/loop.ts";
 import { MOST_OVERFLOWS, StepFault } from "../../runtime/train/nonfinite.ts";
@@ -44,7 +44,7 @@ function runWith(plan: Plan, bad: ReadonlyMap<number, number> = new Map(), steps
     if (value !== undefined) weights[size - 1] = value;
     return { ids: ids(), labels: ids(), weights };
   };
-  return runOn(plan, { fleet: openCpu(plan), batch, debugNonfinite });
+  return runOn(plan, { localRanks: openCpu(plan), batch, debugNonfinite });
 }
 
 /** All that a run remembers between two steps: weights, moments and router biases of all ranks. */
@@ -52,7 +52,7 @@ async function stateOf(run: Run, plan: Plan): Promise<Map<string, ArrayLike<numb
   const state = new Map<string, ArrayLike<number>>();
   for (const p of plan.programs)
     for (let n = 0; n < plan.mesh.per_stage; n++)
-      for (const { name, buffer } of rememberedBy(p)) {
+      for (const { name, buffer } of checkpointState(p)) {
         const rank = rankAt(plan.mesh, p.stage, n);
         state.set(`${name} of rank ${rank}`, (await run.read(rank, buffer)).slice());
       }
@@ -83,19 +83,19 @@ test.each([
   const numbers = ({ loss, grad_norm, lr }: StepResult) => [loss, grad_norm, lr];
   expect([first!, ...rest].map(numbers)).toEqual(steps.map(numbers));
   expect(await stateOf(got, plan)).toEqual(await stateOf(want, plan));
-  expect(got.milestone()).toMatchObject({ steps: 4, updates: 3, trained: 12, read: 16 });
+  expect(got.progress()).toMatchObject({ steps: 4, updates: 3, trained: 12, read: 16 });
 });
 
 test("stop: the step is named with its value, and the run is where it was", async () => {
   for (const plan of [planOf(), planOf({}, many)]) {
     const run = runWith(plan, new Map([[1, Number.NaN]]));
     await run.step();
-    const [state, milestone] = [await stateOf(run, plan), run.milestone()];
+    const [state, progress] = [await stateOf(run, plan), run.progress()];
     const fault = await run.step().catch((error: unknown) => error);
     expect(fault).toBeInstanceOf(StepFault);
     expect(fault).toMatchObject({ exit: 2, message: "step 2: the loss is NaN; the step changed no weights, and the run ends" });
     expect(await stateOf(run, plan)).toEqual(state);
-    expect(run.milestone()).toEqual(milestone);
+    expect(run.progress()).toEqual(progress);
   }
 });
 
@@ -150,7 +150,7 @@ test(`fp16: after ${MOST_OVERFLOWS} overflows in a row at the least scale the ru
 test("fp16: a loss that is not finite stops the run at once, and is no overflow of the scale", async () => {
   const run = runWith(planOf({ precision: "fp16", loss_scale: { initial: 256 } }), new Map([[0, Number.NaN]]));
   await expect(run.step()).rejects.toThrow("step 1: the loss is NaN");
-  expect(run.milestone().loss_scale?.scale).toBe(256);
+  expect(run.progress().loss_scale?.scale).toBe(256);
 });
 
 test("the command line ends with exit 2 and saves no snapshot of the step; skip goes on and counts", { timeout: 60_000 }, async () => {

@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import { afterEach, describe, expect, test } from "vitest";
 import { openHub } from "../../runtime/launch/hub.ts";
 import { freePort } from "../../runtime/launch/launcher.ts";
-import { becomeMember } from "../../runtime/launch/peer.ts";
+import { connectPeer } from "../../runtime/launch/peer.ts";
 import { type JoinSettings, join, type Meeting, timesOf } from "../../runtime/launch/rendezvous.ts";
 import { frame, proofOf } from "../../runtime/launch/wire.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -40,7 +40,7 @@ async function refusals(all: readonly JoinSettings[]): Promise<string[]> {
     const deaf = { shared: ignore, released: ignore, abort: ignore, hold: ignore, last: ignore, bye: ignore };
     return new Promise((done) => {
       open.push(
-        becomeMember(settings, () => ({ kind: "beat", ...{ reports: 0, step: 0, text: "" } }), {
+        connectPeer(settings, () => ({ kind: "beat", ...{ reports: 0, step: 0, text: "" } }), {
           ...deaf,
           welcome: () => done("joined"),
           refused: done,

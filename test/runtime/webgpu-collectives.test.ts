@@ -3,23 +3,23 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { HostData } from "../../runtime/backend.ts";
 import { openWebgpu } from "../../runtime/webgpu/dawn.ts";
-import type { Dtype, How, Move, Transfer } from "../../schemas/plan.ts";
+import type { Collective, CollectiveKind, Dtype, Transfer } from "../../schemas/plan.ts";
 import { bufferIn, handPlan } from "../support/handPlan.ts";
 import { noAdapter, noHalves } from "../support/softwareAdapter.ts";
 
-const at = { tag: "F0", microbatch: 0, slot: 0 };
+const at = { tag: "F0", microbatch: 0, copy: 0 };
 const noSources = {
   kernel: (): string => {
     throw new Error("no kernels here");
   },
 };
-const move = (how: How): Move => ({
-  ...{ kind: "move", id: "m", how, name: how, axes: "tp", factors: [0], from: "from", to: "to", bytes: 0 },
+const move = (how: CollectiveKind): Collective => ({
+  ...{ kind: "collective", id: "m", how, name: how, axes: "tp", subAxes: [0], from: "from", to: "to", bytes: 0 },
   why: { op: "", because: "", path: "" },
 });
 
 /** What member k gets of [length of a piece] × members, by the definition of each collective. */
-const wanted: Record<How, (held: readonly HostData[], k: number) => number[]> = {
+const wanted: Record<CollectiveKind, (held: readonly HostData[], k: number) => number[]> = {
   all_gather: (held) => held.flatMap((h) => [...h]),
   all_to_all: (held, k) => held.flatMap((h) => block(h, k, held.length)),
   reduce_scatter: (held, k) => block(sums(held), k, held.length),
@@ -32,7 +32,7 @@ const sums = (held: readonly HostData[]): Float32Array =>
   held.slice(1).reduce<Float32Array>((sum, h) => sum.map((x, i) => x + h[i]!), Float32Array.from(held[0]!));
 
 /** Fills a block on every rank with small numbers, moves it, and says what each rank got and should have. */
-async function moved(how: How, dtype: Dtype, members: number, n: number, shared: boolean) {
+async function moved(how: CollectiveKind, dtype: Dtype, members: number, n: number, shared: boolean) {
   const from = how === "reduce_scatter" || how === "all_to_all" ? n * members : n;
   const to = how === "all_gather" || how === "all_to_all" ? n * members : n;
   const m = move(how);
@@ -44,27 +44,27 @@ async function moved(how: How, dtype: Dtype, members: number, n: number, shared:
     buffers: { [large]: shapes[large], [small]: { ...shapes[small], ...(shared ? { within: large } : {}) }, after: { shape: [3] } },
     forward: [m],
   });
-  const fleet = await openWebgpu(plan, noSources);
+  const localRanks = await openWebgpu(plan, noSources);
   try {
-    const held = fleet.ranks.map((r) => {
+    const held = localRanks.ranks.map((r) => {
       const whole = Array.from({ length: from }, (_, i) => ((r * 31 + i * 7) % 61) - 30);
       // sums of fractions depend on their order; 16 bits hold small integers, and their sums, without rounding
       return dtype === "i32" ? Int32Array.from(whole) : Float32Array.from(whole, (x, i) => (dtype === "f32" ? x + Math.sin(r + i) : x));
     });
-    for (const r of fleet.ranks) fleet.backend(r).write(bufferIn(plan, "after"), 0, Float32Array.of(1, 2, 3));
-    for (const r of fleet.ranks) fleet.backend(r).write(bufferIn(plan, "from"), 0, held[r]!);
-    for (const r of fleet.ranks) expect(fleet.comm.move(r, m, at)).toBe(r === members - 1);
-    for (const r of fleet.ranks.slice(0, -1)) expect(fleet.comm.move(r, m, at)).toBe(true);
-    await fleet.finish();
-    const got = await Promise.all(fleet.ranks.map((r) => fleet.backend(r).read(bufferIn(plan, "to"), 0)));
-    for (const r of fleet.ranks) expect([...(await fleet.backend(r).read(bufferIn(plan, "after"), 0))]).toEqual([1, 2, 3]);
-    return { got: got.map((x) => [...x]), should: fleet.ranks.map((k) => wanted[how](held, k)) };
+    for (const r of localRanks.ranks) localRanks.rankDevice(r).write(bufferIn(plan, "after"), 0, Float32Array.of(1, 2, 3));
+    for (const r of localRanks.ranks) localRanks.rankDevice(r).write(bufferIn(plan, "from"), 0, held[r]!);
+    for (const r of localRanks.ranks) expect(localRanks.comm.collective(r, m, at)).toBe(r === members - 1);
+    for (const r of localRanks.ranks.slice(0, -1)) expect(localRanks.comm.collective(r, m, at)).toBe(true);
+    await localRanks.finish();
+    const got = await Promise.all(localRanks.ranks.map((r) => localRanks.rankDevice(r).read(bufferIn(plan, "to"), 0)));
+    for (const r of localRanks.ranks) expect([...(await localRanks.rankDevice(r).read(bufferIn(plan, "after"), 0))]).toEqual([1, 2, 3]);
+    return { got: got.map((x) => [...x]), should: localRanks.ranks.map((k) => wanted[how](held, k)) };
   } finally {
-    await fleet.close();
+    await localRanks.close();
   }
 }
 
-const hows: readonly How[] = ["all_gather", "all_to_all", "reduce_scatter", "all_reduce", "all_reduce_max"];
+const hows: readonly CollectiveKind[] = ["all_gather", "all_to_all", "reduce_scatter", "all_reduce", "all_reduce_max"];
 
 describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, ${noAdapter}` : ""}`, () => {
   describe.each(hows)("%s", (how) => {
@@ -94,28 +94,28 @@ describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, $
       ...{ kind, id: `${kind} ${buffer}`, buffer, tag: "t", peer, channel: "forward", bytes: 20 },
       why: { op: "", because: "", path: "" },
     });
-    const fleet = await openWebgpu(plan, noSources);
+    const localRanks = await openWebgpu(plan, noSources);
     try {
-      const { comm } = fleet;
+      const { comm } = localRanks;
       const value = (rank: number, letter: number) => Float32Array.from({ length: 5 }, (_, i) => 100 * rank + 10 * letter + i);
       expect(comm.recv(2, transfer("recv", "y", 0), at)).toBe(false);
       // twice, so that the second round is written into the letters of the first
       for (let round = 0; round < 2; round++) {
         for (const r of [0, 1])
           for (const letter of [0, 1]) {
-            fleet.backend(r).write(x, 0, value(r, letter + 2 * round));
+            localRanks.rankDevice(r).write(x, 0, value(r, letter + 2 * round));
             comm.send(r, transfer("send", "x", 1), at);
-            fleet.backend(r).write(x, 0, Float32Array.of(0, 0, 0, 0, 0));
+            localRanks.rankDevice(r).write(x, 0, Float32Array.of(0, 0, 0, 0, 0));
           }
         for (const letter of [0, 1])
           for (const r of [2, 3]) {
             expect(comm.recv(r, transfer("recv", "y", 0), at)).toBe(true);
-            expect([...(await fleet.backend(r).read(y, 0))]).toEqual([...value(r - 2, letter + 2 * round)]);
+            expect([...(await localRanks.rankDevice(r).read(y, 0))]).toEqual([...value(r - 2, letter + 2 * round)]);
           }
         expect(comm.recv(3, transfer("recv", "y", 0), at)).toBe(false);
       }
     } finally {
-      await fleet.close();
+      await localRanks.close();
     }
   });
 });

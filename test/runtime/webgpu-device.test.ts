@@ -3,7 +3,7 @@ import { spawn } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import { cutArena, shareBuffers } from "../../runtime/webgpu/arenas.ts";
-import type { Sources, WebgpuFleet, WebgpuSettings } from "../../runtime/webgpu/backend.ts";
+import type { Sources, WebgpuRanks, WebgpuSettings } from "../../runtime/webgpu/backend.ts";
 import { openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import type { Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -34,14 +34,14 @@ const sourcesOf = (texts: Readonly<Record<string, string>>): Sources => ({ kerne
 async function using<T>(
   plan: Plan,
   texts: Readonly<Record<string, string>>,
-  work: (fleet: WebgpuFleet) => Promise<T>,
+  work: (localRanks: WebgpuRanks) => Promise<T>,
   settings: WebgpuSettings = {},
 ): Promise<T> {
-  const fleet = await openWebgpu(plan, sourcesOf(texts), settings);
+  const localRanks = await openWebgpu(plan, sourcesOf(texts), settings);
   try {
-    return await work(fleet);
+    return await work(localRanks);
   } finally {
-    await fleet.close();
+    await localRanks.close();
   }
 }
 const troubleOf = async (work: Promise<unknown>): Promise<Trouble> => {
@@ -52,8 +52,8 @@ const troubleOf = async (work: Promise<unknown>): Promise<Trouble> => {
   expect(error).toBeInstanceOf(Trouble);
   return error as Trouble;
 };
-const read = async (fleet: WebgpuFleet, plan: Plan, rank: number, id: string, slot = 0): Promise<number[]> => [
-  ...(await fleet.backend(rank).read(bufferIn(plan, id), slot)),
+const read = async (localRanks: WebgpuRanks, plan: Plan, rank: number, id: string, copy = 0): Promise<number[]> => [
+  ...(await localRanks.rankDevice(rank).read(bufferIn(plan, id), copy)),
 ];
 const reason = noAdapter ? `: skipped, ${noAdapter}` : "";
 
@@ -70,38 +70,38 @@ const addPlan = (elements: number, more: Partial<Parameters<typeof handPlan>[0]>
 describe.skipIf(noAdapter)(`the backend${reason}`, () => {
   test("what is issued is done in order: writes, dispatches, clearing, reads", async () => {
     const plan = addPlan(5);
-    await using(plan, { scale: scaled(2) }, async (fleet) => {
-      const b = fleet.backend(0);
+    await using(plan, { scale: scaled(2) }, async (localRanks) => {
+      const b = localRanks.rankDevice(0);
       const x = bufferIn(plan, "x");
       const seen: Promise<number[]>[] = [];
       b.write(x, 0, Float32Array.of(1, 2, 3, 4, 5));
       b.compute(add, 0);
-      seen.push(read(fleet, plan, 0, "y"));
+      seen.push(read(localRanks, plan, 0, "y"));
       b.write(x, 0, Float32Array.of(10, 10, 10, 10, 10));
       b.compute(add, 0);
-      seen.push(read(fleet, plan, 0, "y"));
+      seen.push(read(localRanks, plan, 0, "y"));
       b.zeroGradients();
       b.compute(add, 0);
-      seen.push(read(fleet, plan, 0, "y"));
+      seen.push(read(localRanks, plan, 0, "y"));
       expect(await Promise.all(seen)).toEqual([
         [2, 4, 6, 8, 10],
         [22, 24, 26, 28, 30],
         [20, 20, 20, 20, 20],
       ]);
-      await fleet.finish();
+      await localRanks.finish();
     });
   });
 
   test("more writes than are in flight at once, small and large, none of them early or late", async () => {
     const plan = addPlan(100_000);
-    await using(plan, { scale: scaled(1) }, async (fleet) => {
-      const b = fleet.backend(0);
+    await using(plan, { scale: scaled(1) }, async (localRanks) => {
+      const b = localRanks.rankDevice(0);
       // past half of the bytes in flight at the third
       for (let i = 1; i <= 12; i++) {
         b.write(bufferIn(plan, "x"), 0, new Float32Array(i % 3 ? 60_000 : 100_000).fill(i));
         b.compute(add, 0);
       }
-      const y = await read(fleet, plan, 0, "y");
+      const y = await read(localRanks, plan, 0, "y");
       expect([y[0], y[59_999], y[60_000], y[99_999]]).toEqual([78, 78, 3 * 3 + 6 * 3 + 9 * 3 + 12, 3 * 3 + 6 * 3 + 9 * 3 + 12]);
     });
   });
@@ -109,16 +109,18 @@ describe.skipIf(noAdapter)(`the backend${reason}`, () => {
   test("ranks and copies of the activations have their own memory; what was never written is zero", async () => {
     const plan = addPlan(3, {
       world: 2,
-      slots: 2,
+      copies: 2,
       buffers: { x: { kind: "activation", shape: [3] }, y: { kind: "activation", shape: [3] } },
     });
-    await using(plan, { scale: scaled(1) }, async (fleet) => {
-      for (const rank of fleet.ranks)
-        for (const slot of [0, 1]) {
-          fleet.backend(rank).write(bufferIn(plan, "x"), slot, Float32Array.of(rank, slot, 7));
-          if (rank + slot < 2) fleet.backend(rank).compute(add, slot);
+    await using(plan, { scale: scaled(1) }, async (localRanks) => {
+      for (const rank of localRanks.ranks)
+        for (const copy of [0, 1]) {
+          localRanks.rankDevice(rank).write(bufferIn(plan, "x"), copy, Float32Array.of(rank, copy, 7));
+          if (rank + copy < 2) localRanks.rankDevice(rank).compute(add, copy);
         }
-      const all = await Promise.all(fleet.ranks.flatMap((r) => [read(fleet, plan, r, "y", 0), read(fleet, plan, r, "y", 1)]));
+      const all = await Promise.all(
+        localRanks.ranks.flatMap((r) => [read(localRanks, plan, r, "y", 0), read(localRanks, plan, r, "y", 1)]),
+      );
       expect(all).toEqual([
         [0, 0, 7],
         [0, 1, 7],
@@ -164,15 +166,15 @@ struct Starts { B: i32, S: i32, }
       kernels: [kernelOf("two", launches, 768)],
       bounds: [{ needed: "index.needed", bound: 6 }],
     });
-    await using(plan, { two: source }, async (fleet) => {
-      for (const r of fleet.ranks) {
-        fleet.backend(r).write(bufferIn(plan, "x"), 0, Float32Array.of(0.5));
-        fleet.backend(r).compute(i, 0);
+    await using(plan, { two: source }, async (localRanks) => {
+      for (const r of localRanks.ranks) {
+        localRanks.rankDevice(r).write(bufferIn(plan, "x"), 0, Float32Array.of(0.5));
+        localRanks.rankDevice(r).compute(i, 0);
       }
-      expect(await read(fleet, plan, 0, "y")).toEqual([64, 128.5, 0, 0]);
-      expect(await read(fleet, plan, 1, "y")).toEqual([64, 128.5, 3, 0]);
-      expect((await read(fleet, plan, 1, "index"))[0]).toBe(3);
-      const overflow = await troubleOf(fleet.finish());
+      expect(await read(localRanks, plan, 0, "y")).toEqual([64, 128.5, 0, 0]);
+      expect(await read(localRanks, plan, 1, "y")).toEqual([64, 128.5, 3, 0]);
+      expect((await read(localRanks, plan, 1, "index"))[0]).toBe(3);
+      const overflow = await troubleOf(localRanks.finish());
       expect(overflow.message).toContain("index, rank 1: the router sent 7 rows, and the plan holds at most 6");
       expect(overflow.fix).toContain("model.moe.rows_bound");
     });
@@ -183,12 +185,12 @@ struct Starts { B: i32, S: i32, }
     await using(
       plan,
       { scale: scaled(3) },
-      async (fleet) => {
-        fleet.backend(0).write(bufferIn(plan, "x"), 0, new Float32Array(300).fill(2));
-        fleet.backend(0).write(bufferIn(plan, "between"), 0, new Float32Array(300).fill(-1));
-        fleet.backend(0).compute(add, 0);
-        expect(await read(fleet, plan, 0, "y")).toEqual(Array(300).fill(6));
-        expect(await read(fleet, plan, 0, "between")).toEqual(Array(300).fill(-1));
+      async (localRanks) => {
+        localRanks.rankDevice(0).write(bufferIn(plan, "x"), 0, new Float32Array(300).fill(2));
+        localRanks.rankDevice(0).write(bufferIn(plan, "between"), 0, new Float32Array(300).fill(-1));
+        localRanks.rankDevice(0).compute(add, 0);
+        expect(await read(localRanks, plan, 0, "y")).toEqual(Array(300).fill(6));
+        expect(await read(localRanks, plan, 0, "between")).toEqual(Array(300).fill(-1));
       },
       { limits: { buffer: 1536 } },
     );
@@ -199,16 +201,16 @@ struct Starts { B: i32, S: i32, }
     await using(
       plan,
       { scale: scaled(1) },
-      async (fleet) => {
-        for (let n = 0; n < 3000; n++) fleet.backend(0).compute(add, 0);
-        const times = await fleet.profile();
+      async (localRanks) => {
+        for (let n = 0; n < 3000; n++) localRanks.rankDevice(0).compute(add, 0);
+        const times = await localRanks.profile();
         expect(times).toHaveLength(3000);
         expect(times[7]).toMatchObject({ rank: 0, stream: "compute", id: "layers.0.add", op: "op_of_scale", kernel: "scale" });
         for (const [n, t] of times.entries()) {
           expect(t.end_us).toBeGreaterThanOrEqual(t.begin_us);
           if (n) expect(t.begin_us).toBeGreaterThanOrEqual(times[n - 1]!.begin_us);
         }
-        expect(await fleet.profile()).toEqual([]);
+        expect(await localRanks.profile()).toEqual([]);
       },
       { profile: true },
     );
@@ -281,22 +283,22 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
     // both operands in the same bytes, and one of them written
     const same = compute("layers.1.add", "scale", { x: "x" }, { y: "x" });
     const plan = addPlan(4);
-    await using(plan, { scale: scaled(1) }, async (fleet) => {
-      fleet.backend(0).compute(same, 0);
-      await expect(fleet.finish()).rejects.toThrow(/layers\.1\.add, rank 0/);
-      await expect(fleet.finish()).rejects.toThrow(/layers\.1\.add, rank 0/);
+    await using(plan, { scale: scaled(1) }, async (localRanks) => {
+      localRanks.rankDevice(0).compute(same, 0);
+      await expect(localRanks.finish()).rejects.toThrow(/layers\.1\.add, rank 0/);
+      await expect(localRanks.finish()).rejects.toThrow(/layers\.1\.add, rank 0/);
     });
   });
 
   test("a device that is lost in the middle of a run", async () => {
     const plan = addPlan(1000);
-    await using(plan, { scale: scaled(1) }, async (fleet) => {
-      const b = fleet.backend(0);
+    await using(plan, { scale: scaled(1) }, async (localRanks) => {
+      const b = localRanks.rankDevice(0);
       for (let n = 0; n < 100; n++) b.compute(add, 0);
-      const pending = fleet.backend(0).read(bufferIn(plan, "y"), 0);
-      fleet.device.destroy();
+      const pending = localRanks.rankDevice(0).read(bufferIn(plan, "y"), 0);
+      localRanks.device.destroy();
       for (let n = 0; n < 1000; n++) b.compute(add, 0);
-      for (const trouble of await Promise.all([pending, fleet.finish(), read(fleet, plan, 0, "y")].map(troubleOf))) {
+      for (const trouble of await Promise.all([pending, localRanks.finish(), read(localRanks, plan, 0, "y")].map(troubleOf))) {
         expect(trouble.exit).toBe(3);
         expect(trouble.message).toMatch(/the GPU .* was lost: /);
         expect(trouble.fix).toContain("checkpoint");
@@ -316,7 +318,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
 
 describe.skipIf(noAdapter)(`a process${reason}`, () => {
   const script = (body: string) =>
-    `import { openWebgpu } from "./webgpu/dawn.ts"; import { handPlan } from "../test/handPlan.ts";\n${body}`;
+    `import { openWebgpu } from "./runtime/webgpu/dawn.ts"; import { handPlan } from "./test/support/handPlan.ts";\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
     const child = spawn(process.execPath, ["--import", "tsx", "--input-type=module", "-e", script(body)], {
       env,

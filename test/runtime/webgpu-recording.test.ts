@@ -5,7 +5,7 @@
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";
 import { runOn } from "../../runtime/train/loop.ts";
-import { type WebgpuFleet, webgpuOn } from "../../runtime/webgpu/backend.ts";
+import { type WebgpuRanks, webgpuOn } from "../../runtime/webgpu/backend.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { blockOf } from "../../schemas/program.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -31,11 +31,11 @@ afterAll(() => expect(dawn).toBeDefined());
 const host = { gpu: async () => dawn, noAdapter: () => new Error("Dawn has no null backend") as never };
 
 /** Everything that a step tells WebGPU, in order. */
-async function recorded(fleet: WebgpuFleet, plan: Plan) {
+async function recorded(localRanks: WebgpuRanks, plan: Plan) {
   const bound: GPUBindGroupDescriptor[] = [];
   const calls: string[] = [];
   let passes = 0;
-  const { device } = fleet;
+  const { device } = localRanks;
   const spied = <T extends object>(
     on: T,
     names: readonly (keyof T)[],
@@ -61,7 +61,7 @@ async function recorded(fleet: WebgpuFleet, plan: Plan) {
     }),
   );
   const tokens = job.train.global_batch * job.model.seq;
-  await runOn(plan, { fleet, batch: () => ({ ids: new Int32Array(tokens), labels: new Int32Array(tokens) }) }).step();
+  await runOn(plan, { localRanks, batch: () => ({ ids: new Int32Array(tokens), labels: new Int32Array(tokens) }) }).step();
   const count = (name: string): number => calls.filter((n) => n === name).length;
   return { bound, dispatches: count("dispatchWorkgroups"), groups: count("setBindGroup"), pipelines: count("setPipeline"), passes };
 }
@@ -72,9 +72,9 @@ const [program] = plan.programs as [Plan["programs"][number]];
 const issued = [...program.order.map((tag) => blockOf(program, tag)), program.step].flat().filter((i) => i.kind === "compute");
 
 test("a dispatch sees one GPUBuffer of its rank, and an instruction sets one bind group for all of its launches", async () => {
-  const fleet = await webgpuOn(host, plan, { kernel: (file) => sources.get(file)! });
+  const localRanks = await webgpuOn(host, plan, { kernel: (file) => sources.get(file)! });
   try {
-    const { bound, dispatches, groups, pipelines, passes } = await recorded(fleet, plan);
+    const { bound, dispatches, groups, pipelines, passes } = await recorded(localRanks, plan);
     for (const { label, entries } of bound) {
       const resources = [...entries].map(({ resource }) => resource as GPUBufferBinding);
       const storage = resources.filter(({ offset }) => offset !== undefined);
@@ -91,7 +91,7 @@ test("a dispatch sees one GPUBuffer of its rank, and an instruction sets one bin
     // a bind group is made once, not whenever it is set
     expect(bound.length).toBeLessThan(groups);
   } finally {
-    await fleet.close();
+    await localRanks.close();
   }
 });
 

@@ -9,7 +9,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
-import { layOut } from "../../src/passes/memory.ts";
+import { planMemory } from "../../src/passes/memory.ts";
 import { root } from "../support/checkout.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { noAdapter, noHalves } from "../support/softwareAdapter.ts";
@@ -49,7 +49,7 @@ function inF32({ plan, sources }: ReturnType<typeof compile>): { plan: Plan; sou
     ...p,
     buffers: p.buffers.map((b) => ({ ...b, dtype: b.dtype === "f16" ? ("f32" as const) : b.dtype })),
   }));
-  const memory = programs.map((p) => layOut(p, plan.kernels));
+  const memory = programs.map((p) => planMemory(p, plan.kernels));
   const toolchain = { ...plan.toolchain, target: "webgpu:baseline" };
   return { plan: { ...plan, programs, memory, toolchain }, sources: new Map([...sources].map(([file, text]) => [file, withoutF16(text)])) };
 }

@@ -3,12 +3,12 @@
  * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
  */
 import { expect } from "vitest";
-import { narrow, widen } from "../../runtime/float16.ts";
+import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
-import { type Made, offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { type AnyOp, expandLike, type Operand, slotSize } from "../../src/ops/op.ts";
+import { type AnyOp, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
 import { type RowsMode, type Set as SizeSet, sets, sizesAt, variantsOf } from "./contractSizes.ts";
 import { random, type Sizes } from "./opCases.ts";
 import { isFull } from "./tiers.ts";
@@ -23,12 +23,12 @@ export interface Executor {
    * Runs a kernel. `data` holds every operand, and `rows` and `needed` where there are: bf16 and f16 as f32, to be packed by
    * the executor. Outputs that are not kept it fills with 0xFF bytes. Returns every buffer as it is afterwards.
    */
-  run(made: Made, use: Use, data: Readonly<Buffers>, starts: Sizes): Promise<Buffers>;
+  run(made: GeneratedKernel, use: KernelSpec, data: Readonly<Buffers>, starts: Sizes): Promise<Buffers>;
 }
 
 export interface ContractCase {
   readonly title: string;
-  readonly use: Use;
+  readonly use: KernelSpec;
   readonly data: Readonly<Buffers>;
   /** What a launch is told: the global index of the first local element of each dim, and attributes. */
   readonly starts: Sizes;
@@ -53,8 +53,8 @@ function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
   const of = forward && forward !== op ? typesOf(forward, half) : {};
   const result = forward && forward !== op ? of[forward.outputs[0]!.name] : undefined;
   const types: Record<string, Dtype> = {};
-  for (const { name, slots, any } of op.inputs) {
-    const f32 = (always.has(name) && !inModel(op.name, name)) || (slots.length === 0 && !any);
+  for (const { name, dimSpecs, any } of op.inputs) {
+    const f32 = (always.has(name) && !inModel(op.name, name)) || (dimSpecs.length === 0 && !any);
     types[name] = indices.has(name) ? "i32" : result && (name === "dy" || name === "y") ? result : f32 ? "f32" : half;
   }
   const like = op.inputs.map((o) => types[o.name]!).find((t) => t !== "i32") ?? "f32";
@@ -87,17 +87,17 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
   if (bytesOf[dtype] !== 2) return x.slice();
   const words = new Uint16Array(x.length);
   const out = new Float32Array(x.length);
-  narrow(dtype, words, x);
-  widen(dtype, out, words);
+  encodeFloat16(dtype, words, x);
+  decodeFloat16(dtype, out, words);
   return out;
 }
 
 // -- cases
 
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
-const accumulates = (op: AnyOp): string[] =>
+const addsUp = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "weighted_sum", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "loads", "quantile"];
+const sums = ["mean", "weighted_sum", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "expert_load", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
@@ -109,11 +109,11 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
     if (set.light && op.flops) continue;
     if (set.rows === "none" && !hasRows(op)) continue;
     const types = mixtures(op, half);
-    const more = accumulates(op);
-    const keeps = more.length ? [[], more] : [[]];
+    const more = addsUp(op);
+    const accumulates = more.length ? [[], more] : [[]];
     const combinations = types.flatMap((t, i) =>
-      keeps
-        .filter((_, j) => set.full || keeps.length === 1 || i === j)
+      accumulates
+        .filter((_, j) => set.full || accumulates.length === 1 || i === j)
         .flatMap((k) => variantsOf(op.name).map((attrs) => [t, k, attrs] as const)),
     );
     for (const [dtype, kept, attrs] of combinations) {
@@ -164,7 +164,7 @@ function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts = {} 
     title: `${op.name}: ${title}, ${Object.values(dtype).join(".")}`,
     use: {
       ...{ op: op.name, name: `${op.name}_${seed}`, d, dtype, bound: 0, makesRows: false, mayOverflow: false },
-      keeps: new Set((op.updates ?? []).filter((n) => n in inputs)),
+      accumulates: new Set((op.inPlace ?? []).filter((n) => n in inputs)),
       size: Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.length])),
     },
     data: typed(data),
@@ -194,9 +194,9 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     ...{ ...sizesAt(op.name, name), ...attrs },
     ...(ragged ? { "#0": set.sizes.B!, "#1": set.sizes.S!, "#2": set.sizes.E!, "#3": set.sizes.D! } : {}),
   };
-  const { inputs, outputs } = expandLike(op, ragged ? { slots: 4, ragged: 3 } : { slots: 2, ragged: 0 });
+  const { inputs, outputs } = expandLike(op, ragged ? { dimSpecs: 4, ragged: 3 } : { dimSpecs: 2, ragged: 0 });
   const operands = [...inputs, ...outputs];
-  const whole = (dim: string) => operands.some((o) => o.slots.some((slot) => slot.dim === dim && slot.whole));
+  const whole = (dim: string) => operands.some((o) => o.dimSpecs.some((slot) => slot.dim === dim && slot.replicated));
   const start = (dim: string) => (ragged || whole(dim) ? 0 : (set.starts[dim] ?? 0));
 
   const mask = choices(d, set.rows, next);
@@ -207,12 +207,13 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     : 0;
   const overflows = count > bound;
 
-  const lengthOf = (o: Operand): number => o.slots.slice(o.ragged).reduce((n, slot) => n * slotSize(slot, d), o.ragged ? bound : 1);
-  const keeps = new Set([...(op.updates ?? []), ...kept]);
+  const lengthOf = (o: Operand): number => o.dimSpecs.slice(o.ragged).reduce((n, slot) => n * dimSize(slot, d), o.ragged ? bound : 1);
+  const accumulates = new Set([...(op.inPlace ?? []), ...kept]);
   const host: Record<string, Float32Array> = {};
   for (const [i, o] of operands.entries()) {
     const output = i >= inputs.length;
-    const values = output && !keeps.has(o.name) ? new Float32Array(lengthOf(o)) : fill(op, o, lengthOf(o), d, start, mask, seed, next);
+    const values =
+      output && !accumulates.has(o.name) ? new Float32Array(lengthOf(o)) : fill(op, o, lengthOf(o), d, start, mask, seed, next);
     host[o.name] = rounded(values, dtype[o.name]!);
   }
 
@@ -236,8 +237,8 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     data.needed = Int32Array.of(seed % 3);
     want.needed = Int32Array.of(Math.max(seed % 3, count));
   }
-  const { told = [] } = op;
-  const own = Object.keys(d).filter((n) => !n.startsWith("#") && !told.includes(n));
+  const { runtimeAttrs = [] } = op;
+  const own = Object.keys(d).filter((n) => !n.startsWith("#") && !runtimeAttrs.includes(n));
   return {
     title: [
       `${op.name}: ${name}`,
@@ -247,12 +248,12 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
       ...(index ? [`${count} of ${bound} rows${makesRows ? " made" : ""}`] : []),
     ].join(", "),
     use: {
-      ...{ op: op.name, name: `${op.name}_${seed}`, dtype, keeps, bound, makesRows, mayOverflow },
+      ...{ op: op.name, name: `${op.name}_${seed}`, dtype, accumulates, bound, makesRows, mayOverflow },
       d: Object.fromEntries(own.map((n) => [n, d[n]!])),
       size: Object.fromEntries(operands.map((o) => [o.name, lengthOf(o)])),
     },
     data,
-    starts: Object.fromEntries(Object.keys(d).map((name) => [name, told.includes(name) ? d[name]! : start(name)])),
+    starts: Object.fromEntries(Object.keys(d).map((name) => [name, runtimeAttrs.includes(name) ? d[name]! : start(name)])),
     want,
   };
 }
@@ -276,12 +277,12 @@ function fill(
   if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
-  if (/^[cd]$/.test(o.name) && o.slots.at(-1)?.dim === "E")
+  if (/^[cd]$/.test(o.name) && o.dimSpecs.at(-1)?.dim === "E")
     return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
   // in steps of 1/8, so that some are equal
-  if (["drop", "choose_tokens"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);
-  if (op.name.startsWith("choose") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
-  if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(positive);
+  if (["apply_capacity", "expert_choice_mask"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);
+  if (op.name.startsWith("top_k_mask") && o.name === "x") return out.map(() => Math.floor(8 * next()) / 8);
+  if (o.name === "p" && o.dimSpecs.at(-1)?.dim === "E") return out.map(positive);
   if (o.name === "rounds") return out.fill(seed % 2 ? 0 : 50);
   if (
     ["s", "scale", "by"].includes(o.name) ||
@@ -338,7 +339,7 @@ function rowsBuffer(index: readonly number[], bound: number, E: number, first: n
 // -- the check
 
 /** Runs a case's kernel and compares. Fails with the first element that is off. */
-export async function hold(executor: Executor, made: Made, c: ContractCase): Promise<void> {
+export async function hold(executor: Executor, made: GeneratedKernel, c: ContractCase): Promise<void> {
   const have = await executor.run(made, c.use, c.data, c.starts);
   for (const [name, before] of Object.entries(c.data)) {
     const want = c.want[name];
@@ -363,7 +364,7 @@ const stepOf: Readonly<Record<Dtype, number>> = { f32: 2 ** -24, bf16: 2 ** -9, 
 /** Ops whose NaN is a result; elsewhere it stands for what the reference leaves alone. */
 const passesOnNaN = new Set(["mark_nonfinite", "clip", "clip_scaled"]);
 
-function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array, use: Use, name: string, label: string): void {
+function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array, use: KernelSpec, name: string, label: string): void {
   const dtype = use.dtype[name]!;
   if (!dtype || dtype === "i32") {
     const at = want.findIndex((x, i) => have[i] !== x);

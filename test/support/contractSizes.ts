@@ -129,9 +129,9 @@ const own: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
       },
     ]),
   ),
-  choose_evenly: { four: { chunk: 2, ranks: 2 } },
+  uniform_mask: { four: { chunk: 2, ranks: 2 } },
   // few heads to a gate, so that rows stay short
-  ...Object.fromEntries(["gated", "gated_grad"].map((op) => [op, { long: { N: 2 }, wide: { N: 3 } }])),
+  ...Object.fromEntries(["sigmoid_gate", "sigmoid_gate_grad"].map((op) => [op, { long: { N: 2 }, wide: { N: 3 } }])),
 };
 
 /** All sizes and attributes of an op at a set. */
@@ -145,10 +145,10 @@ export function sizesAt(op: string, set: string): Sizes {
 
 /** Attributes that make another kernel of an op: each of its cases is there with all of these. */
 const variants: Readonly<Record<string, readonly Sizes[]>> = {
-  choose: [{}, { groups: 1 }],
-  choose_biased: [{}, { groups: 1, sign: -1 }],
+  top_k_mask: [{}, { groups: 1 }],
+  top_k_mask_biased: [{}, { groups: 1, sign: -1 }],
   drop: [0, 1].flatMap((position) => [0, 1].map((pad) => ({ position, pad }))),
-  weigh: [{}, { normalize: 0 }],
-  weigh_grad: [{}, { normalize: 0 }],
+  combine_weights: [{}, { normalize: 0 }],
+  combine_weights_grad: [{}, { normalize: 0 }],
 };
 export const variantsOf = (op: string): readonly Sizes[] => variants[op] ?? [{}];

@@ -1,5 +1,5 @@
 /** Runs generated CUDA sources on this machine's first GPU, as the runtime does: compiled by NVRTC, launched through the driver. */
-import { type Context, type Device, type DevicePointer, driver, packParams } from "../../runtime/cuda/driver.ts";
+import { type Context, type CudaDevice, type DevicePointer, driver, packParams } from "../../runtime/cuda/driver.ts";
 import { compileBeside, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
 import type { Launch } from "../../schemas/plan.ts";
 import { type Arch, archs } from "../../src/codegen/targetNames.ts";
@@ -24,7 +24,7 @@ export function firstGpu(): Gpu | string {
     return error instanceof Error ? error.message.split("\n")[0]!.replace(/; tried:$/, "") : String(error);
   }
 }
-const archOf = ({ sm }: Device): Arch | undefined =>
+const archOf = ({ sm }: CudaDevice): Arch | undefined =>
   archs.find((a) => a === `sm_${sm}a`) ?? (Math.floor(sm / 10) === 8 ? "sm_80" : undefined);
 
 /** What lies behind every buffer and must stay as it is. */

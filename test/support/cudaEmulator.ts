@@ -9,17 +9,17 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { koffi } from "../../runtime/cuda/libraries.ts";
-import { narrow, widen } from "../../runtime/float16.ts";
+import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
 import type { Launch, TensorMap } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
-import type { Made, Use } from "../../src/codegen/kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
 import { root } from "./checkout.ts";
 import type { Buffers, Executor } from "./contract.ts";
 
 export interface Compiled {
-  readonly use: Use;
-  readonly made: Made;
+  readonly use: KernelSpec;
+  readonly made: GeneratedKernel;
 }
 
 const headers = ["emulator.hpp", "hopper.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
@@ -88,7 +88,7 @@ async function compile(group: readonly Compiled[]): Promise<string> {
 }
 
 /** Blocks in a cluster of an entry, which stands in its source: `__cluster_dims__(2, 1, 1)`. */
-const clusterOf = ({ source }: Made, entry: string): number =>
+const clusterOf = ({ source }: GeneratedKernel, entry: string): number =>
   Number(new RegExp(`__cluster_dims__\\((\\d+)[^{]*\\b${entry}\\(`).exec(source)?.[1] ?? 1);
 
 type Library = ReturnType<typeof open>;
@@ -109,8 +109,8 @@ interface Placed {
 
 function runOn(
   library: Library,
-  made: Made,
-  use: Use,
+  made: GeneratedKernel,
+  use: KernelSpec,
   data: Readonly<Buffers>,
   starts: Readonly<Record<string, number>>,
   order: number,
@@ -155,7 +155,7 @@ function packArg(
   arg: Launch["args"][number],
   placed: ReadonlyMap<string, Placed>,
   starts: Readonly<Record<string, number>>,
-  use: Use,
+  use: KernelSpec,
 ): void {
   if (typeof arg !== "string") {
     packTensorMap(to, arg, placed.get(arg.tensor)!.at);
@@ -181,28 +181,28 @@ function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: Tens
 // -- buffers as a device holds them; shared with the run on a real one
 
 /** What a buffer holds before the kernel runs: outputs that are made anew hold 0xFF. */
-export function initial(name: string, data: Readonly<Buffers>, use: Use): Uint8Array {
+export function initial(name: string, data: Readonly<Buffers>, use: KernelSpec): Uint8Array {
   const values = data[name]!;
   if (isMadeAnew(name, use)) return new Uint8Array(values.length * bytesOf[typeOf(name, use)]).fill(0xff);
   if (values instanceof Int32Array || typeOf(name, use) === "f32")
     return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
   const words = new Uint16Array(values.length);
-  narrow(typeOf(name, use), words, values);
+  encodeFloat16(typeOf(name, use), words, values);
   return new Uint8Array(words.buffer);
 }
-const typeOf = (name: string, use: Use) => use.dtype[name] ?? "i32";
-function isMadeAnew(name: string, use: Use): boolean {
+const typeOf = (name: string, use: KernelSpec) => use.dtype[name] ?? "i32";
+function isMadeAnew(name: string, use: KernelSpec): boolean {
   if (name === "rows") return use.makesRows;
-  return name in use.dtype && outputs(use).includes(name) && !use.keeps.has(name);
+  return name in use.dtype && outputs(use).includes(name) && !use.accumulates.has(name);
 }
-const outputs = (use: Use): string[] => ops[use.op]!.outputs.map((o) => o.name);
+const outputs = (use: KernelSpec): string[] => ops[use.op]!.outputs.map((o) => o.name);
 
-export function unpack(bytes: Buffer, name: string, use: Use): Float32Array | Int32Array {
+export function unpack(bytes: Buffer, name: string, use: KernelSpec): Float32Array | Int32Array {
   const type = typeOf(name, use);
   const own = new Uint8Array(bytes).buffer;
   if (type === "i32") return new Int32Array(own);
   if (type === "f32") return new Float32Array(own);
   const out = new Float32Array(bytes.length / 2);
-  widen(type, out, new Uint16Array(own));
+  decodeFloat16(type, out, new Uint16Array(own));
   return out;
 }

@@ -1,7 +1,7 @@
 /** Ranks on the stand-ins: opening all of a plan's in this process, walking a step of them, and small plans for them. */
 import { expect } from "vitest";
-import type { CudaFleet } from "../../runtime/cuda/backend.ts";
-import type { Compute, How, Kernel, Move, Plan } from "../../schemas/plan.ts";
+import type { CudaRanks } from "../../runtime/cuda/backend.ts";
+import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
 import { bytesAt, imagesOf, standIn } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
@@ -15,7 +15,7 @@ export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
   const cuda = await standIn(how);
 
   /** All ranks of a plan, each a fleet of its own. */
-  async function openAll(plan: Plan, settings: Settings = {}): Promise<CudaFleet[]> {
+  async function openAll(plan: Plan, settings: Settings = {}): Promise<CudaRanks[]> {
     let id: Uint8Array | undefined;
     const share = async (_: string, members: readonly number[], make: () => Uint8Array) => {
       expect(members.length).toBe(plan.mesh.world);
@@ -50,12 +50,12 @@ export const planOf = (parallel: object, over: object = {}, train: object = {}):
     }),
   ).plan;
 
-export const moveOf = (how: How, from: string, to: string, more: Partial<Move> = {}): Move => ({
-  ...{ kind: "move", id: `${to}.${how}`, how, name: how, axes: "dp", factors: [0], from, to, bytes: 0 },
+export const moveOf = (how: CollectiveKind, from: string, to: string, more: Partial<Collective> = {}): Collective => ({
+  ...{ kind: "collective", id: `${to}.${how}`, how, name: how, axes: "dp", subAxes: [0], from, to, bytes: 0 },
   why: { op: "", because: "", path: "" },
   ...more,
 });
-export const at = { tag: "F0", microbatch: 0, slot: 0 };
+export const at = { tag: "F0", microbatch: 0, copy: 0 };
 
 export const launchOf = (id: string): Kernel => ({
   ...{ id, op: id, dtypes: "f32", dims: {}, uses: 1, scratch: 0 },

@@ -12,10 +12,10 @@ import { join } from "node:path";
 import { vi } from "vitest";
 import { cubinFile } from "../../runtime/cuda/kernels.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
-import { narrow, widen } from "../../runtime/float16.ts";
+import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
 import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, parts } from "../../schemas/sharding.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../../src/ops/index.ts";
 import { fixture } from "./job.ts";
 
@@ -105,15 +105,15 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);
     const pointers = [...operands.map(([name]) => name), ...(ragged ? ["rows"] : []), ...(overflow ? ["needed"] : [])];
     const starts = Object.keys(i.dims);
-    const { told = [] } = ops[i.op]!;
+    const { runtimeAttrs = [] } = ops[i.op]!;
     const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
-    serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, told });
+    serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, runtimeAttrs });
     const launch: Launch = {
       entry: k.id,
       grid: [1, 1, 1],
       threads: 32,
       shared: 0,
-      args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...told.map((name) => `attr(${name})`)],
+      args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...runtimeAttrs.map((name) => `attr(${name})`)],
     };
     const sha256 = createHash("sha256").update(k.id).digest("hex");
     const made: Kernel = { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
@@ -126,10 +126,19 @@ function byReference(
   plan: Plan,
   i: Compute,
   operands: readonly (readonly [string, Buffer])[],
-  given: { ragged: Buffer | undefined; rows: Buffer | undefined; overflow: boolean; starts: readonly string[]; told: readonly string[] },
+  given: {
+    ragged: Buffer | undefined;
+    rows: Buffer | undefined;
+    overflow: boolean;
+    starts: readonly string[];
+    runtimeAttrs: readonly string[];
+  },
 ): Kernels[string] {
   const op = ops[i.op]!;
-  const d = { ...i.attrs, ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, cut]]) => [dim, size / parts(plan.mesh, cut)])) };
+  const d = {
+    ...i.attrs,
+    ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, cut]]) => [dim, size / shardCount(plan.mesh, cut)])),
+  };
   return (params) => {
     let at = 0;
     const memory = (b: Pick<Buffer, "dtype" | "shape">) => {
@@ -142,11 +151,11 @@ function byReference(
       operands.map(([name, b]) => {
         const own = memory(b);
         const output = name in i.writes;
-        const keeps = i.keeps?.includes(name);
+        const accumulates = i.accumulates?.includes(name);
         const view = own instanceof Uint16Array ? new Float32Array(own.length) : (own as Float32Array);
-        if (own instanceof Uint16Array && (!output || keeps)) widen(b.dtype, view, own);
-        if (output && !keeps) view.fill(0);
-        if (own instanceof Uint16Array && output) after.push(() => narrow(b.dtype, own, view));
+        if (own instanceof Uint16Array && (!output || accumulates)) decodeFloat16(b.dtype, view, own);
+        if (output && !accumulates) view.fill(0);
+        if (own instanceof Uint16Array && output) after.push(() => encodeFloat16(b.dtype, own, view));
         return [name, view];
       }),
     );
@@ -154,7 +163,9 @@ function byReference(
     const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }) as Int32Array) : undefined;
     const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(8 * at + 4 * n, true)]));
     // what one kernel is told is another's at every use
-    const own = Object.fromEntries(given.told.map((name, n) => [name, params.getUint32(8 * at + 4 * (given.starts.length + n), true)]));
+    const own = Object.fromEntries(
+      given.runtimeAttrs.map((name, n) => [name, params.getUint32(8 * at + 4 * (given.starts.length + n), true)]),
+    );
     const place = { start: (dim: string) => starts.get(dim)!, rows };
     if (i.rows) {
       const count = op.rows!(t, d, place, rows, given.ragged!.shape[0]!);

@@ -1,10 +1,10 @@
 /** Plans made by hand, for tests of a runtime alone: every rank runs the one program, its buffers one behind the other. */
 
-import type { Buffer, Dtype, Instruction, Kernel, Kind, Plan, Program } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Dtype, Instruction, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
 
 interface HandBuffer {
-  readonly kind?: Kind;
+  readonly kind?: BufferKind;
   readonly dtype?: Dtype;
   readonly shape: readonly number[];
   /** Begins where that one begins. */
@@ -16,7 +16,7 @@ interface HandBuffer {
 export interface Hand {
   readonly world?: number;
   readonly stages?: number;
-  readonly slots?: number;
+  readonly copies?: number;
   readonly target?: string;
   readonly buffers: Readonly<Record<string, HandBuffer>>;
   readonly forward?: readonly Instruction[];
@@ -25,10 +25,10 @@ export interface Hand {
 }
 
 export function handPlan(hand: Hand): Plan {
-  const { world = 1, stages = 1, slots = 1, target = "webgpu:baseline", forward = [], bounds = [], kernels = [] } = hand;
+  const { world = 1, stages = 1, copies = 1, target = "webgpu:baseline", forward = [], bounds = [], kernels = [] } = hand;
   const buffers = Object.entries(hand.buffers).map(([id, { kind = "workspace", dtype = "f32", shape, ...rest }]): Buffer => {
     const { within, rows, ragged = 0 } = rest;
-    const cuts = shape.map(() => []);
+    const shardedBy = shape.map(() => []);
     return {
       id,
       kind,
@@ -36,12 +36,12 @@ export function handPlan(hand: Hand): Plan {
       shape: [...shape],
       sizes: [...shape],
       ragged,
-      cuts,
+      shardedBy,
       ...(within ? { within } : {}),
       ...(rows ? { rows } : {}),
     };
   });
-  const total: Record<Kind, number> = { parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 0 };
+  const total: Record<BufferKind, number> = { parameter: 0, gradient: 0, optimizer: 0, activation: 0, workspace: 0 };
   const offsets: Record<string, number> = {};
   for (const b of buffers) {
     offsets[b.id] = b.within ? offsets[b.within]! : total[b.kind];
@@ -49,11 +49,11 @@ export function handPlan(hand: Hand): Plan {
   }
   const scratch = Math.max(0, ...kernels.map((k) => k.scratch));
   const perStage = world / stages;
-  const factors = [{ stride: 1, size: perStage }];
+  const subAxes = [{ stride: 1, size: perStage }];
   const plan: Pick<Plan, "mesh" | "programs" | "memory" | "kernels" | "toolchain"> = {
-    mesh: { world, per_stage: perStage, stage_stride: perStage, factors, axes: {}, sizes: {}, gpus_per_node: world },
+    mesh: { world, per_stage: perStage, stage_stride: perStage, subAxes, axes: {}, sizes: {}, gpus_per_node: world },
     programs: Array.from({ length: stages }, (_, stage) => ({
-      chunks: [{ layers: [0, 1], slots, forward: [...forward], backward: [], weights: [] }],
+      chunks: [{ layers: [0, 1], copies, forward: [...forward], backward: [], weights: [] }],
       ...{ stage, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), step: [], order: ["F0"] },
       ...{ parameters: [], inputs: {}, metrics: {} },
     })),

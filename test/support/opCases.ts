@@ -1,6 +1,6 @@
 /** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
 import { attentionMerge } from "../../src/ops/attention.ts";
-import { type AnyOp, type Attrs, expandLike, type Operand, type Slot, slotSize } from "../../src/ops/op.ts";
+import { type AnyOp, type Attrs, type DimSpec, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
 
 export type Sizes = Readonly<Record<string, number>>;
 type Arrays = Readonly<Record<string, Float32Array>>;
@@ -43,16 +43,17 @@ export function random(seed: number): () => number {
 
 export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof typeof ATTRS, number>> = {}): Case {
   const next = random(seed);
-  const { inputs, outputs } = expandLike(op, { slots: 2, ragged: 0 });
+  const { inputs, outputs } = expandLike(op, { dimSpecs: 2, ragged: 0 });
   const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES };
   const { B, S, E, V } = SIZES;
   const chosen = someExperts(B * S, E, next);
   const rows = rowsOf(chosen, B, S, E);
   const fill = (o: Operand): Float32Array => {
     const out = new Float32Array(elements(o, sizes));
-    if (o.name === "c" && o.slots.at(-1)?.dim === "E") return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
+    if (o.name === "c" && o.dimSpecs.at(-1)?.dim === "E")
+      return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
     // weights are above 0, and their sums well above
-    if (o.name === "p" && o.slots.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
+    if (o.name === "p" && o.dimSpecs.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
     // sums of exponentials, squares and second moments; a step counts from 1
     if (["s", "sq", "by", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
@@ -60,9 +61,9 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     if (o.name === "step") return out.fill(3);
     return out.map(next);
   };
-  const updated = outputs.filter((o) => op.updates?.includes(o.name));
+  const updated = outputs.filter((o) => op.inPlace?.includes(o.name));
   const arrays = Object.fromEntries(
-    [...inputs, ...updated].map((o) => [o.name, o.slots.length || !updated.includes(o) ? fill(o) : new Float32Array(1)]),
+    [...inputs, ...updated].map((o) => [o.name, o.dimSpecs.length || !updated.includes(o) ? fill(o) : new Float32Array(1)]),
   );
   return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
 }
@@ -83,7 +84,7 @@ function rowsOf(c: Float32Array, B: number, S: number, E: number): Int32Array {
 }
 
 /** Elements of an operand; a ragged one at the bound where every (b,s,e) is a row. */
-export const elements = (o: Operand, sizes: Sizes) => o.slots.reduce((n, s) => n * slotSize(s, sizes), 1);
+export const elements = (o: Operand, sizes: Sizes) => o.dimSpecs.reduce((n, s) => n * dimSize(s, sizes), 1);
 
 /** Runs the op on one place; arrays of outputs are new. */
 export function execute(c: Case, start: (dim: string) => number = () => 0): Record<string, Float32Array> {
@@ -100,9 +101,9 @@ export function execute(c: Case, start: (dim: string) => number = () => 0): Reco
 
 /** The dims that the signature allows to cut: leading factors, nowhere read whole. */
 export function cuttable({ inputs, outputs }: Pick<Case, "inputs" | "outputs">): string[] {
-  const slots = [...inputs, ...outputs].flatMap((o) => o.slots);
-  const fixed = new Set(slots.flatMap((s) => (s.whole ? [s.dim, ...s.inner] : s.inner)));
-  return [...new Set(slots.map((s) => s.dim))].filter((d) => !fixed.has(d));
+  const dimSpecs = [...inputs, ...outputs].flatMap((o) => o.dimSpecs);
+  const fixed = new Set(dimSpecs.flatMap((s) => (s.replicated ? [s.dim, ...s.inner] : s.inner)));
+  return [...new Set(dimSpecs.map((s) => s.dim))].filter((d) => !fixed.has(d));
 }
 
 /** Cuts `dim` at `at`, runs both pieces, and puts them together as the signature says; how far that is from the whole. */
@@ -128,17 +129,17 @@ export function cutError(c: Case, dim: string, at: number): number {
   });
   let error = 0;
   for (const o of c.outputs) {
-    const has = o.slots.some((s) => s.dim === dim);
+    const has = o.dimSpecs.some((s) => s.dim === dim);
     const want = has ? spans.map(([from, to]) => take(whole[o.name]!, o, c, dim, from, to)) : [whole[o.name]!];
     const [a, b] = pieces.map((p) => p[o.name]!) as [Float32Array, Float32Array];
-    const have = has ? [a, b] : [c.op.owes === "merge" ? merged(c, pieces)[o.name]! : together(c.op.owes, a, b)];
+    const have = has ? [a, b] : [c.op.reduction === "merge" ? merged(c, pieces)[o.name]! : together(c.op.reduction, a, b)];
     for (const [i, w] of want.entries()) error = Math.max(error, distance(have[i]!, w));
   }
   return error;
 }
 
-const together = (owes: "max" | undefined, a: Float32Array, b: Float32Array): Float32Array =>
-  a.map((x, i) => (owes === "max" ? Math.max(x, b[i]!) : x + b[i]!));
+const together = (reduction: "max" | undefined, a: Float32Array, b: Float32Array): Float32Array =>
+  a.map((x, i) => (reduction === "max" ? Math.max(x, b[i]!) : x + b[i]!));
 /** What attention to two pieces of the keys makes of the whole. */
 function merged({ sizes }: Case, [a, b]: readonly Record<string, Float32Array>[]): Record<string, Float32Array> {
   const out = { o: new Float32Array(a!.o!.length), lse: new Float32Array(a!.lse!.length) };
@@ -168,12 +169,12 @@ const keptRows = (rows: Int32Array, dim: string, from: number, to: number): numb
 
 /** The part of an operand that lies within a span of a dim; of ragged operands only the rows that exist. */
 function take(x: Float32Array, o: Operand, c: Case, dim: string, from: number, to: number): Float32Array {
-  const tail = o.slots.slice(o.ragged);
-  const width = tail.reduce((n, s) => n * slotSize(s, c.sizes), 1);
-  const dense = (part: Float32Array, slots: readonly Slot[]) => {
-    const i = slots.findIndex((s) => s.dim === dim);
+  const tail = o.dimSpecs.slice(o.ragged);
+  const width = tail.reduce((n, s) => n * dimSize(s, c.sizes), 1);
+  const dense = (part: Float32Array, dimSpecs: readonly DimSpec[]) => {
+    const i = dimSpecs.findIndex((s) => s.dim === dim);
     if (i < 0) return part;
-    const sizes = slots.map((s) => slotSize(s, c.sizes));
+    const sizes = dimSpecs.map((s) => dimSize(s, c.sizes));
     const inner = sizes.slice(i + 1).reduce((n, s) => n * s, 1) * (sizes[i]! / c.sizes[dim]!);
     const stride = inner * c.sizes[dim]!;
     const outer = Array.from({ length: part.length / stride }, (_, j) => [
@@ -181,6 +182,6 @@ function take(x: Float32Array, o: Operand, c: Case, dim: string, from: number, t
     ]);
     return Float32Array.from(outer.flat());
   };
-  if (!o.ragged) return dense(x, o.slots);
+  if (!o.ragged) return dense(x, o.dimSpecs);
   return Float32Array.from(keptRows(c.rows, dim, from, to).flatMap((r) => [...dense(x.subarray(r * width, r * width + width), tail)]));
 }

@@ -1,5 +1,5 @@
 /** Products of any sizes as cases of the contract: every op with weights, rows of experts as told, NaN where nobody may read. */
-import { offsetsAt, type Use } from "../../src/codegen/kernelSpec.ts";
+import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, rounded } from "./contract.ts";
 import { random } from "./opCases.ts";
@@ -20,7 +20,7 @@ const namesOf = (op: string): [string, string, string] =>
   op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
 
 /** What a maker is told of a product; `spare` rows more than there are may come. */
-export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): Use {
+export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): KernelSpec {
   const bound = rows ? rows.reduce((a, b) => a + b, 0) + spare : 0;
   const height = rows ? bound : S;
   const weights = K * N * (rows?.length ?? 1);
@@ -30,7 +30,7 @@ export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, ha
     d: { B: 1, S: height, K, N, E: rows?.length ?? 1 },
     size: { x: height * K, dx: height * K, dy: height * N, y: height * N, w: weights, dw: weights },
     dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half])),
-    keeps: new Set(adds ? [names[2]] : []),
+    accumulates: new Set(adds ? [names[2]] : []),
   };
 }
 

@@ -26,7 +26,7 @@ export async function firstStep(job: Job, weights?: Weights, watch: readonly str
   const files = { path: resolve(fixture(""), path), labels: labels ?? undefined };
   const { batch, close } = openCorpus(files, readingOf(job));
   const checkpoint = { read: (name: string) => weights!.get(name)!.data };
-  const run = runOn(plan, { fleet: openCpu(plan), batch, watch, ...(weights && { checkpoint }) });
+  const run = runOn(plan, { localRanks: openCpu(plan), batch, watch, ...(weights && { checkpoint }) });
   const before = await run.parameters();
   const metrics = await run.step();
   const watched = new Map(await Promise.all(watch.map(async (id) => [id, await run.watched(id)] as const)));
@@ -42,7 +42,7 @@ export async function firstStep(job: Job, weights?: Weights, watch: readonly str
  * be moved without a router choosing otherwise.
  */
 export async function slopeErrors(job: Job, objective: (metrics: StepResult) => number): Promise<Map<string, number>> {
-  const watch = planOf(job).programs.flatMap((p) => p.buffers.flatMap(({ id }) => (id.endsWith(".moe.choose") ? [id] : [])));
+  const watch = planOf(job).programs.flatMap((p) => p.buffers.flatMap(({ id }) => (id.endsWith(".moe.top_k_mask") ? [id] : [])));
   const chosen = ({ watched }: Awaited<ReturnType<typeof firstStep>>) =>
     [...watched.values()]
       .flat()

@@ -1,9 +1,9 @@
 /** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
-import type { Fleet, HostData, Position } from "../../runtime/backend.ts";
-import type { CudaFleet } from "../../runtime/cuda/backend.ts";
-import { courseOf } from "../../runtime/train/schedule.ts";
-import type { Buffer, Instruction, Kind, Plan } from "../../schemas/plan.ts";
-import { microbatchesIn, orderOf, workOf } from "../../schemas/program.ts";
+import type { BlockPosition, HostData, LocalRanks } from "../../runtime/backend.ts";
+import type { CudaRanks } from "../../runtime/cuda/backend.ts";
+import { trainingSchedule } from "../../runtime/train/schedule.ts";
+import type { Buffer, BufferKind, Instruction, Plan } from "../../schemas/plan.ts";
+import { microbatchesIn, orderOf, parseTag } from "../../schemas/program.ts";
 import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { random } from "./opCases.ts";
 
@@ -11,25 +11,25 @@ type Feed = (b: Buffer, name: string, m: number) => HostData;
 
 /** One step of all ranks, of so many microbatches, as runtime/train/loop.ts walks a plan. Which fleets replayed it. */
 export async function stepTogether(
-  fleets: readonly Fleet[],
+  fleets: readonly LocalRanks[],
   plan: Plan,
   feed: Feed,
   microbatches = microbatchesIn(plan.programs[0]!),
 ): Promise<boolean[]> {
-  const replayed = fleets.map((f) => (f as Partial<CudaFleet>).beginStep?.(microbatches) ?? false);
+  const replayed = fleets.map((f) => (f as Partial<CudaRanks>).beginStep?.(microbatches) ?? false);
   const walks = fleets.flatMap((f) => f.ranks.map((r) => walk(f, plan, r, feed, microbatches)));
   for (let left = walks; left.length; ) left = left.filter((w) => !w.next().done);
   await Promise.all(fleets.map((f) => f.finish()));
   return replayed;
 }
 
-export async function closeAll(fleets: readonly Fleet[]): Promise<void> {
+export async function closeAll(fleets: readonly LocalRanks[]): Promise<void> {
   for (const f of fleets) await f.close();
 }
 
 /** What a rank holds after so many steps: its parameters, gradients and optimizer state; and of each step, its metrics, and whether it was left out. */
-export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTogether, steps = 4) {
-  const course = courseOf(plan.job);
+export async function train(fleets: readonly LocalRanks[], plan: Plan, step = stepTogether, steps = 4) {
+  const course = trainingSchedule(plan.job);
   const skipped: boolean[] = [];
   for (const f of fleets)
     for (const r of f.ranks) {
@@ -38,7 +38,7 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
         for (const id of new Set([q.buffer, q.master])) {
           const b = p.buffers.find((x) => x.id === id)!;
           const next = random(q.name.length * 31 + b.shape.length);
-          f.backend(r).write(
+          f.rankDevice(r).write(
             b,
             0,
             Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
@@ -47,17 +47,17 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
     }
   const replayed: boolean[][] = [];
   const metrics: number[][] = [];
-  const each = async (pick: (p: Plan["programs"][number]) => readonly string[]) => {
+  const each = async (gather: (p: Plan["programs"][number]) => readonly string[]) => {
     const found: HostData[] = [];
     for (const f of fleets)
       for (const r of f.ranks) {
         const p = plan.programs[stageOfRank(plan.mesh, r)]!;
-        for (const id of pick(p)) found.push(await f.backend(r).read(p.buffers.find((b) => b.id === id)!, 0));
+        for (const id of gather(p)) found.push(await f.rankDevice(r).read(p.buffers.find((b) => b.id === id)!, 0));
       }
     return found;
   };
   for (let n = 1; n <= steps; n++) {
-    const { lossScale, upscale, weightDecay, update, microbatches } = course.leg();
+    const { lossScale, upscale, weightDecay, update, microbatches } = course.next();
     const told: Readonly<Record<string, number>> = {
       ...{
         one: lossScale * upscale,
@@ -85,32 +85,32 @@ export async function train(fleets: readonly Fleet[], plan: Plan, step = stepTog
   return { metrics, state, replayed, skipped };
 }
 
-function* walk(fleet: Fleet, plan: Plan, r: number, feed: Feed, microbatches: number): Generator<undefined> {
+function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microbatches: number): Generator<undefined> {
   const p = plan.programs[stageOfRank(plan.mesh, r)]!;
-  const backend = fleet.backend(r);
+  const backend = localRanks.rankDevice(r);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const read = (i: Instruction) =>
-    i.kind === "compute" ? Object.values(i.reads) : i.kind === "move" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
-  function* block(instructions: readonly Instruction[], kinds: readonly Kind[], at: Position): Generator<undefined> {
-    const { slot, microbatch } = at;
+    i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+  function* block(instructions: readonly Instruction[], kinds: readonly BufferKind[], at: BlockPosition): Generator<undefined> {
+    const { copy, microbatch } = at;
     const used = new Set(instructions.flatMap(read));
     for (const [name, id] of Object.entries(p.inputs)) {
       const b = buffers.get(id)!;
-      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, slot, feed(b, name, Math.max(0, microbatch)));
+      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, name, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
-      if (i.kind === "compute") backend.compute(i, slot);
-      else if (i.kind === "move") while (!fleet.comm.move(r, i, at)) yield;
-      else if (i.kind === "send") fleet.comm.send(r, i, at);
-      else while (!fleet.comm.recv(r, i, at)) yield;
+      if (i.kind === "compute") backend.compute(i, copy);
+      else if (i.kind === "collective") while (!localRanks.comm.collective(r, i, at)) yield;
+      else if (i.kind === "send") localRanks.comm.send(r, i, at);
+      else while (!localRanks.comm.recv(r, i, at)) yield;
     }
   }
   backend.zeroGradients();
   for (const tag of orderOf(p, microbatches)) {
-    const { kind, microbatch, chunk } = workOf(tag);
-    const { slots, [kind]: instructions } = p.chunks[chunk]!;
-    const kinds: Kind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];
-    yield* block(instructions, kinds, { tag, microbatch, slot: microbatch % slots });
+    const { kind, microbatch, chunk } = parseTag(tag);
+    const { copies, [kind]: instructions } = p.chunks[chunk]!;
+    const kinds: BufferKind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];
+    yield* block(instructions, kinds, { tag, microbatch, copy: microbatch % copies });
   }
-  yield* block(p.step, ["optimizer"], { tag: "step", microbatch: -1, slot: 0 });
+  yield* block(p.step, ["optimizer"], { tag: "step", microbatch: -1, copy: 0 });
 }

@@ -113,7 +113,7 @@ function splitRows(): Drafted[] {
     const rows = rowsOf(B, S, E, share, i);
     const lists = product(digits.map((g) => g.mod));
     const index = listOf(rows, 1 + 3 * (rows.length + 5) + E + 1);
-    const factors = digits.flatMap((g, j) => [
+    const subAxes = digits.flatMap((g, j) => [
       [`slot${j}`, g.slot] as const,
       [`div${j}`, g.div] as const,
       [`mod${j}`, g.mod] as const,
@@ -121,7 +121,7 @@ function splitRows(): Drafted[] {
     ]);
     const sizes = { lists: lists * (1 + 3 * cap), from: lists * cap };
     return withNeeded(i, {
-      ...{ title, d: { I: index.length, O: sizes.lists, N: sizes.from, cap, ...Object.fromEntries(factors) }, outputs: sizes },
+      ...{ title, d: { I: index.length, O: sizes.lists, N: sizes.from, cap, ...Object.fromEntries(subAxes) }, outputs: sizes },
       ...{ dtype: { index: "i32", lists: "i32", from: "i32" }, inputs: { index } },
     });
   });
@@ -129,20 +129,20 @@ function splitRows(): Drafted[] {
 
 /** Rows cut by sequence into lists, each sorted as all are; `spare` entries of the bound stay free, or are lacking. */
 const merges: Readonly<
-  Record<string, { B: number; S: number; E: number; share: number; count: number; cap: number; spare: number; pick?: number }>
+  Record<string, { B: number; S: number; E: number; share: number; count: number; cap: number; spare: number; gather?: number }>
 > = {
   "two lists": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 9 },
   "one list": { B: 2, S: 5, E: 3, share: 0.4, count: 1, cap: 30, spare: 0 },
   "many rows": { B: 8, S: 100, E: 4, share: 0.3, count: 4, cap: 800, spare: 100 },
   "a bound too small": { B: 4, S: 5, E: 3, share: 0.8, count: 4, cap: 15, spare: -7 },
   "no rows": { B: 2, S: 5, E: 3, share: 0, count: 2, cap: 15, spare: 4 },
-  "lists of another rank before": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 3, pick: 2 },
+  "lists of another rank before": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 3, gather: 2 },
 };
 /** The first local expert, and the experts beside those that rows speak of. */
 const FIRST = 5;
 
 function mergeRows(): Drafted[] {
-  return Object.entries(merges).flatMap(([title, { B, S, E, share, count, cap, spare, pick = 0 }], i) => {
+  return Object.entries(merges).flatMap(([title, { B, S, E, share, count, cap, spare, gather = 0 }], i) => {
     const rows = rowsOf(B, S, E, share, i).map(([b, s, e]): Row => [b, s, e + FIRST]);
     const length = 1 + 3 * cap + (i % 2);
     const bound = Math.max(1, rows.length + spare);
@@ -152,15 +152,15 @@ function mergeRows(): Drafted[] {
         length,
       ),
     );
-    const lists = Float32Array.from([...new Float32Array(pick * length), ...pieces.flatMap((p) => [...p])]);
+    const lists = Float32Array.from([...new Float32Array(gather * length), ...pieces.flatMap((p) => [...p])]);
     const sizes = { index: 1 + 3 * bound + E + 1, from: bound };
     return withNeeded(i, {
       ...{ title, outputs: sizes, dtype: { lists: "i32", index: "i32", from: "i32" }, inputs: { lists } },
       d: {
         ...{ I: lists.length, O: sizes.index, N: bound, count, length, cap, bound, E, B0: B, S0: S },
-        ...(pick ? { "@0": length } : {}),
+        ...(gather ? { "@0": length } : {}),
       },
-      starts: { E: FIRST, ...(pick ? { "@0": pick * length } : {}) },
+      starts: { E: FIRST, ...(gather ? { "@0": gather * length } : {}) },
     });
   });
 }

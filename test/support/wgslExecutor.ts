@@ -4,7 +4,7 @@
  * f32 in its place: that shows everything but the rounding.
  */
 /// <reference types="@webgpu/types" />
-import { narrow, widen } from "../../runtime/float16.ts";
+import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
 import { isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
 import type { Dtype, Launch } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
@@ -55,7 +55,7 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
       }
       const before = new Uint8Array(bytes).fill(0xff);
       for (const [name, x] of Object.entries(data)) {
-        if (name in use.dtype && isOutput(use.op, name) && !use.keeps.has(name)) continue;
+        if (name in use.dtype && isOutput(use.op, name) && !use.accumulates.has(name)) continue;
         before.set(packed(x, stored(use.dtype[name])), offsets[name]);
       }
       const sizeOf = (name: string) => data[name]!.length * bytesOf[stored(use.dtype[name])];
@@ -116,13 +116,13 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
 function packed(x: Float32Array | Int32Array, dtype: Dtype): Uint8Array {
   if (bytesOf[dtype] !== 2) return new Uint8Array(x.buffer, x.byteOffset, x.byteLength);
   const words = new Uint16Array(x.length);
-  narrow(dtype, words, x as Float32Array);
+  encodeFloat16(dtype, words, x as Float32Array);
   return new Uint8Array(words.buffer);
 }
 function unpacked(bytes: Uint8Array, like: Float32Array | Int32Array, dtype: Dtype): Float32Array | Int32Array {
   if (bytesOf[dtype] !== 2) return like instanceof Int32Array ? new Int32Array(bytes.buffer) : new Float32Array(bytes.buffer);
   const out = new Float32Array(like.length);
-  widen(dtype, out, new Uint16Array(bytes.buffer));
+  decodeFloat16(dtype, out, new Uint16Array(bytes.buffer));
   return out;
 }
 /** The arguments of a launch, and those that are buffers. */

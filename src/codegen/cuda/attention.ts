@@ -6,14 +6,14 @@
 
 import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import { type AttentionSizes, attentionSizes, isMoved } from "../attentionSizes.ts";
-import type { Made, Use } from "../kernelSpec.ts";
+import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
 import { orderOf } from "./attentionOrder.ts";
-import { beginnings, randomText, scales, sightText } from "./attentionText.ts";
+import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { cudaType } from "./elementwise.ts";
-import { type Half, halves, isHalf, source } from "./prelude.ts";
+import { type Float16, float16Types, isFloat16, source } from "./prelude.ts";
 
 export const attention = {
   attention: forward,
@@ -26,30 +26,39 @@ export const attention = {
   attention_dropout_part_grad: backward,
 };
 
-function forward(use: Use, arch: Arch): Made {
-  const half = use.dtype.q!;
-  if (!isHalf(half) || !fitsTensorCores(use)) return forwardPlain(use);
-  const d = attentionSizes(use);
+function forward(spec: KernelSpec, arch: Arch): GeneratedKernel {
+  const half = spec.dtype.q!;
+  if (!isFloat16(half) || !fitsTensorCores(spec)) return forwardPlain(spec);
+  const d = attentionSizes(spec);
   // Hopper's own kernels drop nothing
-  return (arch === "sm_90a" && !d.drops ? forwardHopper(use, d, half) : undefined) ?? forwardTiles(use, d, half, arch) ?? forwardPlain(use);
+  return (
+    (arch === "sm_90a" && !d.drops ? forwardHopper(spec, d, half) : undefined) ?? forwardTiles(spec, d, half, arch) ?? forwardPlain(spec)
+  );
 }
-function backward(use: Use, arch: Arch): Made {
-  const half = use.dtype.q!;
-  return (isHalf(half) && fitsTensorCores(use) ? gradTiles(use, attentionSizes(use), half, arch) : undefined) ?? gradPlain(use);
+function backward(spec: KernelSpec, arch: Arch): GeneratedKernel {
+  const half = spec.dtype.q!;
+  return (isFloat16(half) && fitsTensorCores(spec) ? gradTiles(spec, attentionSizes(spec), half, arch) : undefined) ?? gradPlain(spec);
 }
 /** Their tiles take rows of queries that lie side by side. */
-function fitsTensorCores(use: Use): boolean {
-  const d = attentionSizes(use);
-  return d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
+function fitsTensorCores(spec: KernelSpec): boolean {
+  const d = attentionSizes(spec);
+  return d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isReordered(d, d.S);
 }
 /** Of numbers of keys the first whose rows lie side by side in any piece. */
 const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
-  isMoved(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
+  isReordered(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
 const ceil = (n: number, by: number) => Math.ceil(n / by);
 
 /** What both kernels on the tensor cores begin with. */
-const tilesText = (d: AttentionSizes, half: Half, threads: number): string =>
-  render("cuda/attention_tiles.cuh", { ...d, ...scales(d), ...halves[half], threads, sight: sightText(d), random: randomText(d) });
+const tilesText = (d: AttentionSizes, half: Float16, threads: number): string =>
+  render("cuda/attention_tiles.cuh", {
+    ...d,
+    ...scales(d),
+    ...float16Types[half],
+    threads,
+    sight: causalMaskText(d),
+    random: randomText(d),
+  });
 
 /** Bytes of shared memory that a multiprocessor has, each block's own KiB left out, and that one block may have. */
 const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80" ? { all: 164, most: 163 } : { all: 228, most: 227 });
@@ -59,24 +68,24 @@ const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80
  * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
  * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one, and for sm_90a where weights are dropped.
  */
-function forwardTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
+function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arch): GeneratedKernel | undefined {
   const { B, S, G, M, C, W } = d;
   const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
   if (!keys) return undefined;
   const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
   const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
   const threads = 256 / resident;
-  const { args, ...texts } = beginnings(d);
+  const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
-  const body = render("cuda/attention.cu", { name: use.name, tiles, keys, resident, ...texts, ...halves[half] });
+  const body = render("cuda/attention.cu", { name: spec.name, tiles, keys, resident, ...texts, ...float16Types[half] });
   const launch: Launch = {
-    entry: use.name,
+    entry: spec.name,
     grid: [B * G * M * ceil(S, threads), 1, 1],
     threads,
     shared: shared(threads),
     args: ["q", "k", "v", "o", "lse", ...args],
   };
-  return { source: source(use, body), launches: [launch] };
+  return { source: source(spec, body), launches: [launch] };
 }
 
 /** Multiprocessors of the largest part sold. It decides an order of work, nothing else. */
@@ -87,7 +96,7 @@ const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 13
  * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
  * 128 a cycle and computes one in 1.5: by these counts 1.4 times the time.
  */
-function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
+function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arch): GeneratedKernel | undefined {
   const { B, S, U, G, M, C, W, part } = d;
   const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
   const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
@@ -99,14 +108,14 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
   const order = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch] });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
-  const name = use.name;
-  const { args, ...texts } = beginnings(d);
+  const name = spec.name;
+  const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
   const orderText = render("cuda/attention_order.cuh", {
-    ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...halves[half] },
+    ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...float16Types[half] },
     ...{ wave: order.wave, alternating: order.alternating ? "true" : "false" },
   });
-  const common = { name, tiles, order: orderText, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
+  const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
@@ -120,28 +129,28 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
   const at = (offset: number) => `scratch+${offset}`;
   const launches: Launch[] = [
     {
-      entry: `${use.name}_rows`,
+      entry: `${spec.name}_rows`,
       grid: [ceil(tilesOfQueries * rows * lanes, threads), 1, 1],
       threads,
       shared: 0,
       args: ["o", "lse", "dy", at(lse2!), at(delta!), at(counters!)],
     },
     {
-      entry: use.name,
+      entry: spec.name,
       grid: [B * G * ceil(keyBlocks, order.wave) * order.wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
       args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", ...args],
     },
     {
-      entry: `${use.name}_queries`,
+      entry: `${spec.name}_queries`,
       grid: [tilesOfQueries, 1, 1],
       threads,
       shared: rows * (C + 8) * 2,
       args: [at(sums!), "dq", ...(part ? args : [])],
     },
   ];
-  return { source: source(use, main.body), launches, scratch: scratch! };
+  return { source: source(spec, main.body), launches, scratch: scratch! };
 }
 
 /** Where parts of these many bytes begin, one after the other on multiples of 256; last, where the next would. */
@@ -152,38 +161,38 @@ function offsets(bytes: readonly number[]): number[] {
 }
 
 /** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */
-function plain(use: Use, columns: number) {
-  const d = attentionSizes(use);
+function plain(spec: KernelSpec, columns: number) {
+  const d = attentionSizes(spec);
   const slices = ceil(columns, 128);
-  const type = cudaType(use.dtype.q!);
-  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: sightText(d), random: randomText(d) });
-  return { d, common, threads: 256, tile: 64, slices, ...beginnings(d) };
+  const type = cudaType(spec.dtype.q!);
+  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: causalMaskText(d), random: randomText(d) });
+  return { d, common, threads: 256, tile: 64, slices, ...startTexts(d) };
 }
 
-function forwardPlain(use: Use): Made {
-  const { d, common, threads, tile, slices, args, ...texts } = plain(use, use.d.W!);
-  const body = render("cuda/attention_plain.cu", { name: use.name, common, ...texts });
+function forwardPlain(spec: KernelSpec): GeneratedKernel {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, spec.d.W!);
+  const body = render("cuda/attention_plain.cu", { name: spec.name, common, ...texts });
   const grid: Launch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
   return {
-    source: source(use, body),
-    launches: [{ entry: use.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", ...args] }],
+    source: source(spec, body),
+    launches: [{ entry: spec.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", ...args] }],
   };
 }
 
-function gradPlain(use: Use): Made {
-  const { d, common, threads, tile, slices, args, ...texts } = plain(use, Math.max(use.d.C!, use.d.W!));
+function gradPlain(spec: KernelSpec): GeneratedKernel {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, Math.max(spec.d.C!, spec.d.W!));
   const { B, S, U, G, M, C } = d;
-  const body = render("cuda/attention_plain_grad.cu", { name: use.name, common, ...texts });
+  const body = render("cuda/attention_plain_grad.cu", { name: spec.name, common, ...texts });
   const reads = ["q", "k", "v", "dy", "lse", "scratch+0"];
   const launch = (entry: string, blocks: number, args: string[]): Launch => ({
-    entry: `${use.name}_${entry}`,
+    entry: `${spec.name}_${entry}`,
     grid: [blocks, 1, 1],
     threads,
     shared: 0,
     args,
   });
   return {
-    source: source(use, body),
+    source: source(spec, body),
     launches: [
       launch("rows", ceil(B * S * G * M, threads / 32), ["o", "dy", "scratch+0"]),
       launch("keys", slices * B * G * ceil(U, tile), [...reads, "dk", "dv", ...args]),

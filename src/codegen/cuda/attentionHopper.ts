@@ -4,10 +4,10 @@
  */
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import { type AttentionSizes, isMoved } from "../attentionSizes.ts";
-import type { Made, Use } from "../kernelSpec.ts";
-import { beginnings, scales, sightText } from "./attentionText.ts";
-import { type Half, halves, source } from "./prelude.ts";
+import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { causalMaskText, scales, startTexts } from "./attentionText.ts";
+import { type Float16, float16Types, source } from "./prelude.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
@@ -19,9 +19,9 @@ const SHARED = 227 * 1024;
  * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
  * Keys that lie in blocks elsewhere are copied in blocks that divide those.
  */
-export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | undefined {
+export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16): GeneratedKernel | undefined {
   const { B, S, U, G, M, C, W, chunk } = d;
-  const keys = isMoved(d, U) ? [128, 64].find((n) => chunk % n === 0) : W === 64 ? 112 : 128;
+  const keys = isReordered(d, U) ? [128, 64].find((n) => chunk % n === 0) : W === 64 ? 112 : 128;
   const boxes = Math.ceil(C / 64);
   const valueBoxes = Math.ceil(W / 64);
   // no box is wider than the rows of any operand, and outputs leave through the queries' place
@@ -29,28 +29,28 @@ export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | u
   const groups = W < 64 || (W === 64 && keys < 128) ? 3 : 2;
   const rows = 64 * groups;
   const [give, take] = groups === 3 ? [32, 160] : [24, 240];
-  const { args, ...texts } = beginnings(d);
+  const { args, ...texts } = startTexts(d);
   const body = render("cuda/attention_wgmma.cu", {
-    ...{ name: use.name, ...d, ...scales(d), ...texts, ...halves[half], groups, keys, give: give!, take: take! },
+    ...{ name: spec.name, ...d, ...scales(d), ...texts, ...float16Types[half], groups, keys, give: give!, take: take! },
     hopper: render("cuda/hopper.cuh", {}),
-    sight: sightText(d),
+    sight: causalMaskText(d),
     scores: product(keys, 0, half),
     values: weigh(W, half),
   });
   const tiles = Math.ceil(S / rows) * B * G * M;
   const launch = {
-    entry: use.name,
+    entry: spec.name,
     grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
     shared: 128 * (boxes * rows + 2 * (boxes + valueBoxes) * keys) + 80,
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), "o", "lse", ...args],
   };
-  return { source: source(use, body), launches: [launch] };
+  return { source: source(spec, body), launches: [launch] };
 }
 
 /** Whether the gradient of such heads has a launch of its own here: in registers there is room for gradients of 64 keys, 192 and 128 wide. */
 export const isGradOfHopper = (d: AttentionSizes): boolean =>
-  [64, 128, 192].includes(d.C) && (d.W === 64 || d.W === 128) && (!isMoved(d, d.U) || d.chunk % 128 === 0);
+  [64, 128, 192].includes(d.C) && (d.W === 64 || d.W === 128) && (!isReordered(d, d.U) || d.chunk % 128 === 0);
 
 /** Rows of queries in a step: of narrow heads as many as make a warpgroup's gradients of queries 64 by 64. */
 export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 64);
@@ -61,7 +61,7 @@ export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 6
  */
 export function gradHopper(
   d: AttentionSizes,
-  half: Half,
+  half: Float16,
   fillIn: (
     parts: Record<"hopper" | "scores" | "queries" | "rest" | "weighQueries" | "weighDy", string> & { sub: number; buffers: number },
   ) => string,
@@ -91,22 +91,22 @@ export function gradHopper(
 }
 
 /** Boxes of 64 columns and `high` rows of one sequence. */
-function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, half: Half, high: number): TensorMap {
+function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, half: Float16, high: number): TensorMap {
   const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
   const row = heads * (tensor === "q" || tensor === "k" ? C : W);
   return { tensor, dtype: half, sizes: [row, length, B], strides: [row * 2, length * row * 2], box: [64, high, 1], swizzle: "128B" };
 }
 
 /** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */
-const product = (n: number, transposed: 0 | 1, half: Half): string =>
+const product = (n: number, transposed: 0 | 1, half: Float16): string =>
   render("cuda/wgmma.cuh", {
-    ...{ n, ...sums(n), ...halves[half], transposedA: transposed, transposedB: transposed },
+    ...{ n, ...sums(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
     ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
 /** The same with the left operand in registers, and the other lying with n along its rows. */
-const weigh = (n: number, half: Half): string =>
+const weigh = (n: number, half: Float16): string =>
   render("cuda/wgmma_weigh.cuh", {
-    ...{ n, ...sums(n), ...halves[half], bAt: n / 2 + 4, addAt: n / 2 + 5 },
+    ...{ n, ...sums(n), ...float16Types[half], bAt: n / 2 + 4, addAt: n / 2 + 5 },
     left: `{${[0, 1, 2, 3].map((i) => `%${n / 2 + i}`).join(", ")}}`,
   });
 

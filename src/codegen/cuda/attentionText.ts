@@ -1,6 +1,6 @@
 /** What all CUDA sources of attention say alike: how scores are scaled, which keys a query sees, and where a piece begins. */
 import { render } from "../../../templates/bindings.ts";
-import { told } from "../../ops/dropout.ts";
+import { runtimeAttrs } from "../../ops/dropout.ts";
 import type { AttentionSizes } from "../attentionSizes.ts";
 import { f32 } from "./elementwise.ts";
 
@@ -11,20 +11,20 @@ export const scales = ({ scale }: AttentionSizes) => ({ scale: scale.toPrecision
 export const randomText = ({ drops, chunk, M }: AttentionSizes): string =>
   drops
     ? render("cuda/attention_random.cuh", {
-        ...{ philox: render("cuda/philox.cuh", {}), zigzag: chunk > 0, fours: flag(drops.fours) },
+        ...{ philox: render("cuda/philox.cuh", {}), zigzag: chunk > 0, keysAligned4: flag(drops.keysAligned4) },
         ...{ threshold: `${drops.threshold}u`, factor: f32(drops.factor), group: M },
       })
     : "";
 
-export const sightText = ({ chunk, ranks, part }: AttentionSizes): string =>
-  render("cuda/attention_sight.cuh", { zigzag: chunk > 0, part: flag(part), plain: flag(!part && chunk === 0), chunk, ranks });
+export const causalMaskText = ({ chunk, ranks, part }: AttentionSizes): string =>
+  render("cuda/attention_mask.cuh", { zigzag: chunk > 0, part: flag(part), plain: flag(!part && chunk === 0), chunk, ranks });
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /**
  * How an entry is told where queries begin, keys where they are a piece, and whose bits drop weights: its parameters, what `sightOf` takes
  * of them, a launch's arguments.
  */
-export const beginnings = ({ part, drops }: AttentionSizes) => ({
+export const startTexts = ({ part, drops }: AttentionSizes) => ({
   params: [part ? "int start, int keyStart" : "int start", ...(drops ? ["const int* sample, int headStart, u32 key0, u32 key1"] : [])].join(
     ", ",
   ),
@@ -33,6 +33,6 @@ export const beginnings = ({ part, drops }: AttentionSizes) => ({
   drops: drops !== undefined,
   args: [
     ...(part ? ["start(S)", "start(U)"] : ["start(S)"]),
-    ...(drops ? ["sample", "start(G)", ...told.map((name) => `attr(${name})`)] : []),
+    ...(drops ? ["sample", "start(G)", ...runtimeAttrs.map((name) => `attr(${name})`)] : []),
   ],
 });

@@ -2,53 +2,61 @@
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import type { CudaMaker, Made, Use } from "../kernelSpec.ts";
+import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { cudaType, f32 } from "./elementwise.ts";
 import { sumColumns } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { bestExperts, bestTokens } from "./router.ts";
 
-export const balance: Readonly<Record<string, CudaMaker>> = {
-  tally: (use) => count(use, { batches: use.d.A!, tokens: use.d.P! * use.d.S! }),
-  loads: (use) => count(use, { batches: 1, tokens: use.d.B! * use.d.S! }),
-  expert_loads: (use) => count(use, { batches: 1, tokens: use.d.B! * use.d.S! }, "row"),
-  running_mean: (use) =>
-    oneBlock(use, ["n", "mean", "total"], (v) => render("cuda/running_mean.cu", { ...v, choices: f32(use.d.choices!) })),
-  bias_update: (use) => oneBlock(use, ["n", "scale", "bias"], (v) => render("cuda/bias_update.cu", { ...v, rate: f32(use.d.rate!) })),
-  quantile_update: (use) =>
-    oneBlock(use, ["n", "scale", "bias"], (v) =>
-      render("cuda/quantile_update.cu", { ...v, ema: f32(use.d.ema!), rest: f32(1 - use.d.ema!) }),
+export const balance: Readonly<Record<string, CudaGenerator>> = {
+  expert_counts: (spec) => count(spec, { batches: spec.d.A!, tokens: spec.d.P! * spec.d.S! }),
+  expert_load: (spec) => count(spec, { batches: 1, tokens: spec.d.B! * spec.d.S! }),
+  expert_loads: (spec) => count(spec, { batches: 1, tokens: spec.d.B! * spec.d.S! }, "row"),
+  running_mean: (spec) =>
+    oneBlock(spec, ["n", "mean", "total"], (v) => render("cuda/running_mean.cu", { ...v, choices: f32(spec.d.choices!) })),
+  bias_update: (spec) => oneBlock(spec, ["n", "scale", "bias"], (v) => render("cuda/bias_update.cu", { ...v, rate: f32(spec.d.rate!) })),
+  quantile_update: (spec) =>
+    oneBlock(spec, ["n", "scale", "bias"], (v) =>
+      render("cuda/quantile_update.cu", { ...v, ema: f32(spec.d.ema!), rest: f32(1 - spec.d.ema!) }),
     ),
   sinkhorn,
   quantile,
 };
 
 /** How many of the tokens of each batch chose each expert, to `n`; to its row of the number that the attribute `row` says. */
-function count(use: Use, { batches, tokens }: { readonly batches: number; readonly tokens: number }, row?: string): Made {
-  const E = use.d.E!;
+function count(
+  spec: KernelSpec,
+  { batches, tokens }: { readonly batches: number; readonly tokens: number },
+  row?: string,
+): GeneratedKernel {
+  const E = spec.d.E!;
   invariant(E <= 1024, `counts of ${E} experts`);
   const threads = E > 256 ? 1024 : 256;
   const active = Math.floor(threads / E) * E;
   // some 32 elements a thread
   const each = 32 * (active / E);
   const chunks = Math.ceil(tokens / each);
-  const body = render("cuda/tally.cu", {
-    ...{ name: use.name, threads, active, tokens: each, experts: E, batch: tokens * E, batches },
+  const body = render("cuda/expert_counts.cu", {
+    ...{ name: spec.name, threads, active, tokens: each, experts: E, batch: tokens * E, batches },
   });
-  const sum = sumColumns(use, { rows: chunks, width: batches * E, to: "n", type: cudaType(use.dtype.n!), ...(row && { row }) });
+  const sum = sumColumns(spec, { rows: chunks, width: batches * E, to: "n", type: cudaType(spec.dtype.n!), ...(row && { row }) });
   return {
-    source: source(use, `${body}\n${sum.body}`),
+    source: source(spec, `${body}\n${sum.body}`),
     scratch: chunks * batches * E * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [chunks, batches, 1], threads, shared: 0, args: ["c", "scratch+0"] }, sum.launch],
+    launches: [{ entry: spec.name, grid: [chunks, batches, 1], threads, shared: 0, args: ["c", "scratch+0"] }, sum.launch],
   };
 }
 
 /** A few numbers per expert: one block is enough. */
-function oneBlock(use: Use, args: string[], body: (values: { name: string; threads: number; experts: number }) => string): Made {
+function oneBlock(
+  spec: KernelSpec,
+  args: string[],
+  body: (values: { name: string; threads: number; experts: number }) => string,
+): GeneratedKernel {
   const threads = 1024;
   return {
-    source: source(use, body({ name: use.name, threads, experts: use.d.E! })),
-    launches: [{ entry: use.name, grid: [1, 1, 1], threads, shared: 0, args }],
+    source: source(spec, body({ name: spec.name, threads, experts: spec.d.E! })),
+    launches: [{ entry: spec.name, grid: [1, 1, 1], threads, shared: 0, args }],
   };
 }
 
@@ -56,8 +64,8 @@ function oneBlock(use: Use, args: string[], body: (values: { name: string; threa
 const MOST_ITEMS = 40;
 
 /** One block a microbatch turns until it is even: on a device a rank has one microbatch at a time, and no block may wait for another. */
-function sinkhorn(use: Use): Made {
-  const { A, P, S, E, most } = use.d;
+function sinkhorn(spec: KernelSpec): GeneratedKernel {
+  const { A, P, S, E, most } = spec.d;
   const items = Math.ceil(E! / 32);
   invariant(items <= MOST_ITEMS, `the balance of ${E} experts`);
   // 65536 registers for all threads
@@ -65,39 +73,39 @@ function sinkhorn(use: Use): Made {
   const tokens = P! * S!;
   const words = tokens + E! + (threads / 32) * E!;
   const body = render("cuda/sinkhorn.cu", {
-    ...{ name: use.name, threads, experts: E!, items, tokens, words, most: most!, x: cudaType(use.dtype.x!) },
+    ...{ name: spec.name, threads, experts: E!, items, tokens, words, most: most!, x: cudaType(spec.dtype.x!) },
     ...{ perToken: f32(1 / tokens), perExpert: f32(1 / E!) },
   });
   return {
-    source: source(use, body),
+    source: source(spec, body),
     scratch: A! * words * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [A!, 1, 1], threads, shared: 0, args: ["x", "y", "rounds", "scratch+0"] }],
+    launches: [{ entry: spec.name, grid: [A!, 1, 1], threads, shared: 0, args: ["x", "y", "rounds", "scratch+0"] }],
   };
 }
 
 /** What each token must exceed, what of each expert's surpluses is the quantile, and their mean. */
-function quantile(use: Use): Made {
-  const { A, P, S, E, k, count: microbatches } = use.d;
+function quantile(spec: KernelSpec): GeneratedKernel {
+  const { A, P, S, E, k, count: microbatches } = spec.d;
   const tokens = P! * S!;
   const surpluses = Math.ceil((A! * tokens * bytesOf.f32) / 256) * 256;
-  const least = bestExperts(use, { name: `${use.name}_least`, k: k! + 1, sign: -1, groups: 1, threshold: "scratch+0" });
+  const least = bestExperts(spec, { name: `${spec.name}_least`, k: k! + 1, sign: -1, groups: 1, threshold: "scratch+0" });
   const select = bestTokens(
-    use,
+    spec,
     {
-      ...{ groups: A!, pieces: 1, sequences: P!, length: S!, experts: E!, count: Math.floor((tokens * k!) / E!) + 1, bits: 32 },
+      ...{ groups: A!, slices: 1, sequences: P!, length: S!, experts: E!, count: Math.floor((tokens * k!) / E!) + 1, bits: 32 },
       ...{
-        params: `const ${cudaType(use.dtype.x!)}* x, const float* least, float* quantiles`,
+        params: `const ${cudaType(spec.dtype.x!)}* x, const float* least, float* quantiles`,
         args: ["x", "scratch+0", `scratch+${surpluses}`],
       },
       // bits of floats in the order of integers: those of negative ones are turned around
       key: "const u32 bits = __float_as_uint(widen(x[at]) - least[token]); return bits ^ (u32(int(bits) >> 31) | 0x80000000u);",
       last: `quantiles[group * EXPERTS + e] = __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key) * ${f32(1 / microbatches!)};`,
     },
-    `${use.name}_select`,
+    `${spec.name}_select`,
   );
-  const sum = sumColumns(use, { rows: A!, width: E!, to: "q", type: "float" });
+  const sum = sumColumns(spec, { rows: A!, width: E!, to: "q", type: "float" });
   return {
-    source: source(use, [least.body, select.body, sum.body].join("\n")),
+    source: source(spec, [least.body, select.body, sum.body].join("\n")),
     scratch: surpluses + A! * E! * bytesOf.f32,
     launches: [least.launch, select.launch, { ...sum.launch, args: [`scratch+${surpluses}`, "q"] }],
   };

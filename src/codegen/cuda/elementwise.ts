@@ -3,13 +3,13 @@
 import type { Dtype } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
-import { dropsOf, told } from "../../ops/dropout.ts";
-import { type CudaMaker, type Made, positionText, type Use } from "../kernelSpec.ts";
+import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
+import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { source } from "./prelude.ts";
 
 /** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
-export interface Formula {
+export interface CudaFormula {
   /** Inputs with as many elements as the outputs. */
   readonly streams: readonly string[];
   /** One value for all. */
@@ -33,7 +33,7 @@ export interface Formula {
 }
 
 type Sizes = Readonly<Record<string, number>>;
-const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> = {
+const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormula>> = {
   add: () => ({ streams: ["a", "b"], outputs: { y: "a + b" } }),
   accumulate: () => ({ streams: ["x", "y"], outputs: { y: "y + x" } }),
   add_bias: ({ N }) => ({
@@ -53,7 +53,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     row: ["const float p = widen(pAt[row]);"],
     outputs: { y: "gate * sigmoid(gate) * up * p" },
   }),
-  gated: ({ C }) => ({
+  sigmoid_gate: ({ C }) => ({
     ...{ streams: ["x"], indexed: ["gate"], width: C! },
     row: ["const float share = sigmoid(widen(gateAt[row]));"],
     outputs: { y: "x * share" },
@@ -82,7 +82,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
     },
     outputs: { x: "table" },
   }),
-  pick_grad: ({ V }, start) => ({
+  gather_grad: ({ V }, start) => ({
     ...{ streams: [], indexed: ["target", "dy"], width: V! },
     row: [
       "const float dy = widen(dyAt[row]);",
@@ -118,12 +118,12 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => Formula>> 
   }),
 };
 /** Ops that need to know where a dim begins here. */
-const starts: Readonly<Record<string, string>> = { embed: "V", pick_grad: "V", dropout: "S", jitter: "S" };
+const starts: Readonly<Record<string, string>> = { embed: "V", gather_grad: "V", dropout: "S", jitter: "S" };
 
 /** Of each element of `x`, a word of its own: `word` (src/ops/dropout.ts). */
-function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): Formula {
+function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): CudaFormula {
   return {
-    ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: told, functions: [render("cuda/philox.cuh", {})] },
+    ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: runtimeAttrs, functions: [render("cuda/philox.cuh", {})] },
     row: [
       `const u32 c = u32(at % (${D} / N)) * N, index = u32(${start}) + u32(row % ${S}), position = ${positionText("index", chunk!, ranks!)};`,
       `const u32 sequence = u32(sampleAt[row / ${S}]);`,
@@ -135,10 +135,10 @@ function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): Form
   };
 }
 
-export const elementwise: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
+export const elementwise: Readonly<Record<string, CudaGenerator>> = Object.fromEntries(
   Object.entries(formulas).map(([op, formula]) => [
     op,
-    (use: Use, arch: Arch) => makeElementwise(use, arch, formula(use.d, "start"), starts[op]),
+    (spec: KernelSpec, arch: Arch) => makeElementwise(spec, arch, formula(spec.d, "start"), starts[op]),
   ]),
 );
 
@@ -146,29 +146,29 @@ const THREADS = 256;
 /** Multiprocessors: enough blocks for each are better than more vectors per thread. */
 export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
 
-export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string): Made {
+export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, start?: string): GeneratedKernel {
   const names = Object.keys(f.outputs);
   const numbers = f.numbers ?? [];
-  const total = use.size[names[0]!]!;
-  const row = f.width ?? (use.bound > 0 ? total / use.bound : total);
+  const total = spec.size[names[0]!]!;
+  const row = f.width ?? (spec.bound > 0 ? total / spec.bound : total);
   const loaded = [...f.streams, ...Object.keys(f.gathers ?? {})];
-  const types = [...loaded, ...names].map((name) => use.dtype[name]!);
+  const types = [...loaded, ...names].map((name) => spec.dtype[name]!);
   const width = vectorOf(row, types);
   // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
-  const inFlight = loaded.reduce((n, name) => n + width * bytesOf[use.dtype[name]!], 0) || 32;
+  const inFlight = loaded.reduce((n, name) => n + width * bytesOf[spec.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
   while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
   const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
   const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
   const vectors = total / width;
   const body = render("cuda/elementwise.cu", {
-    ...{ name: use.name, width, unroll, threads: THREADS },
+    ...{ name: spec.name, width, unroll, threads: THREADS },
     index: vectors + THREADS * unroll < 2 ** 31 ? "u32" : "u64",
-    end: use.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
+    end: spec.bound > 0 ? `Index(rows[0]) * ${row / width}` : vectors,
     params: [
-      ...inputs.map((name) => `const ${cudaType(use.dtype[name]!)}* __restrict__ ${name}At`),
-      ...[...names, ...numbers].map((name) => `${cudaType(use.dtype[name]!)}* ${name}At`),
-      ...(use.bound > 0 ? ["const int* rows"] : []),
+      ...inputs.map((name) => `const ${cudaType(spec.dtype[name]!)}* __restrict__ ${name}At`),
+      ...[...names, ...numbers].map((name) => `${cudaType(spec.dtype[name]!)}* ${name}At`),
+      ...(spec.bound > 0 ? ["const int* rows"] : []),
       ...(start ? ["int start"] : []),
       ...(f.attrs ?? []).map((name) => `u32 ${name}`),
     ].join(", "),
@@ -178,20 +178,20 @@ export function makeElementwise(use: Use, arch: Arch, f: Formula, start?: string
     element: f.element ?? [],
     inputs: loaded.map((name) => ({
       name,
-      type: cudaType(use.dtype[name]!),
+      type: cudaType(spec.dtype[name]!),
       load: f.gathers?.[name] ?? `${name}In[k] = ${name}In[k].load(${name}At + i64(at) * N);`,
     })),
     outputs: names.map((name) => ({ name, value: f.outputs[name]! })),
   });
   return {
-    source: source(use, [...(f.functions ?? []), body].join("\n")),
+    source: source(spec, [...(f.functions ?? []), body].join("\n")),
     launches: [
       {
-        entry: use.name,
+        entry: spec.name,
         grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1],
         ...{ threads: THREADS, shared: 0 },
         args: [
-          ...[...inputs, ...names, ...numbers, ...(use.bound > 0 ? ["rows"] : [])],
+          ...[...inputs, ...names, ...numbers, ...(spec.bound > 0 ? ["rows"] : [])],
           ...[...(start ? [`start(${start})`] : []), ...(f.attrs ?? []).map((name) => `attr(${name})`)],
         ],
       },

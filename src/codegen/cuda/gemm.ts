@@ -1,16 +1,16 @@
 /** Products with weights on CUDA: each goes to the fastest kernel that its types, sizes and architecture allow. */
 
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
 import { halfOf, productOf } from "./product.ts";
 
-const make = (use: Use, arch: Arch): Made => {
-  const p = productOf(use);
+const make = (spec: KernelSpec, arch: Arch): GeneratedKernel => {
+  const p = productOf(spec);
   const half = halfOf(p);
-  if (!half) return simt(use, p);
-  return arch === "sm_90a" && fitsHopper(p) ? hopper(use, p, half) : mma(use, p, half);
+  if (!half) return simt(spec, p);
+  return arch === "sm_90a" && fitsHopper(p) ? hopper(spec, p, half) : mma(spec, p, half);
 };
 
 export const gemm: Readonly<Record<string, typeof make>> = Object.fromEntries(

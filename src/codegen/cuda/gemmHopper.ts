@@ -7,9 +7,9 @@ import type { Dtype, TensorMap } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import type { Made, Use } from "../kernelSpec.ts";
-import { type Half, halves, source } from "./prelude.ts";
-import { mostTiles, type Product, sidesOf } from "./product.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type Float16, float16Types, source } from "./prelude.ts";
+import { type CudaProduct, mostTiles, sidesOf } from "./product.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
 const MULTIPROCESSORS = 132;
@@ -33,7 +33,7 @@ const tiles: readonly Tile[] = [
   { rows: 64, columns: 128 },
 ];
 
-export interface Tiling {
+export interface HopperTiling {
   readonly tile: Tile;
   readonly cluster: 1 | 2;
   readonly raster: number;
@@ -44,14 +44,14 @@ export interface Tiling {
 }
 
 /** Of operands of one 16-bit type. Rows must be multiples of 16 bytes for tensor maps; sums onto halves are left to the plain kernel, which rounds them once. */
-export const fitsHopper = (p: Product): boolean =>
+export const fitsHopper = (p: CudaProduct): boolean =>
   (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
   [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts stand in shared memory
   p.experts <= 1024;
 
-export function hopper(use: Use, p: Product, half: Half, tiling: Tiling = hopperTiling(p)): Made {
+export function hopper(spec: KernelSpec, p: CudaProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
   const { tile, cluster, stages, buffers, raster, blocks } = tiling;
   const n = columnsOf(tile);
   const count = n / 2;
@@ -62,16 +62,21 @@ export function hopper(use: Use, p: Product, half: Half, tiling: Tiling = hopper
     });
   const transposed = { transposedA: p.a.depthFirst ? 0 : 1, transposedB: p.b.depthFirst ? 0 : 1 };
   const product = render("cuda/wgmma.cuh", {
-    ...{ n, count, ...transposed, ...halves[half] },
+    ...{ n, count, ...transposed, ...float16Types[half] },
     ...{ aAt: count, bAt: count + 1, addAt: count + 2 },
     names: register((i) => `%${i}`, 16),
     places: register((i) => `"+f"(sums[${i}])`, 8),
   });
   const ragged = p.ragged !== undefined;
   const body = render("cuda/gemm_wgmma.cu", {
-    ...{ name: use.name, m: p.m, n: p.n, depth: p.depth, experts: p.experts, offsets: p.offsets },
+    ...{ name: spec.name, m: p.m, n: p.n, depth: p.depth, experts: p.experts, offsets: p.offsets },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth"), adds: flag(p.adds) },
-    ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst), out: p.c.dtype === "f32" ? "float" : half, ...halves[half] },
+    ...{
+      depthFirstA: flag(p.a.depthFirst),
+      depthFirstB: flag(p.b.depthFirst),
+      out: p.c.dtype === "f32" ? "float" : half,
+      ...float16Types[half],
+    },
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
@@ -81,15 +86,15 @@ export function hopper(use: Use, p: Product, half: Half, tiling: Tiling = hopper
   });
   const args = [...mapsOf(p, tiling), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? ["rows"] : [])];
   return {
-    source: source(use, body),
-    launches: [{ entry: use.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, tiling), args }],
+    source: source(spec, body),
+    launches: [{ entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, tiling), args }],
   };
 }
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /** Boxes are 128 bytes wide. Of a: all rows of a tile at once; of b: what one block of the cluster loads; of c: what a warp stores. */
-function mapsOf(p: Product, { tile, cluster }: Tiling): TensorMap[] {
+function mapsOf(p: CudaProduct, { tile, cluster }: HopperTiling): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
     ...{ tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
@@ -104,7 +109,7 @@ function mapsOf(p: Product, { tile, cluster }: Tiling): TensorMap[] {
 }
 
 /** The tile that should be fastest: the least cycles, of equal ones the first. */
-export function hopperTiling(p: Product): Tiling {
+export function hopperTiling(p: CudaProduct): HopperTiling {
   const tilings = tiles.map((tile) => {
     const rows = tilesOf(p, tile);
     const columns = Math.ceil(p.n / tile.columns);
@@ -120,13 +125,13 @@ export function hopperTiling(p: Product): Tiling {
 }
 
 /** Rows of tiles per expert, were all alike. */
-const tilesOf = (p: Product, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);
+const tilesOf = (p: CudaProduct, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);
 
 /**
  * Two neighbours in a column of tiles can share b. They walk equal depths together, so both must always have the same one: of
  * ragged depth, an expert's tiles must be even in number. With few rows of tiles pairs seldom lie in one column.
  */
-function clusterOf(p: Product, tile: Tile, rows: number, columns: number): 1 | 2 {
+function clusterOf(p: CudaProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
   if (tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
@@ -142,7 +147,7 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
  * operations per cycle and multiprocessor), of what products read in shared memory (128 bytes per cycle; b once per 64 rows)
  * and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store, which nothing hides.
  */
-function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: number): number {
+function cyclesOf(p: CudaProduct, { rows, columns }: Tile, cluster: number, all: number): number {
   const depth = Math.ceil((p.ragged === "depth" ? p.depth / p.experts : p.depth) / DEPTH) * DEPTH;
   const math = (2 * rows * columns * depth) / 4096;
   const memory = (2 * (64 + columnsOf({ rows, columns })) * depth * 2) / 128;
@@ -155,7 +160,7 @@ function cyclesOf(p: Product, { rows, columns }: Tile, cluster: number, all: num
  * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
  * then has room, so that most of it drains while the next tile begins. Halves get two buffers and four stages; at most 8 are of use.
  */
-function stagesOf(p: Product, tile: Tile): Pick<Tiling, "stages" | "buffers"> {
+function stagesOf(p: CudaProduct, tile: Tile): Pick<HopperTiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
   const [least, wanted] = p.c.dtype === "f32" ? [3, chunks] : [4, Math.min(2, chunks)];
   for (let buffers = wanted; buffers > 0; buffers--)
@@ -164,5 +169,5 @@ function stagesOf(p: Product, tile: Tile): Pick<Tiling, "stages" | "buffers"> {
 }
 
 /** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
-const sharedOf = (p: Product, { tile, stages, buffers }: Pick<Tiling, "tile" | "stages" | "buffers">): number =>
+const sharedOf = (p: CudaProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH + 8 * buffers * 2048 + 16 * stages + (p.ragged ? 4 * (p.experts + 1) : 0);

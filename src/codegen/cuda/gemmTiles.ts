@@ -1,8 +1,8 @@
 /** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernelSpec.ts";
-import { type Half, halves, source } from "./prelude.ts";
-import { mostTiles, type Product, sidesOf } from "./product.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type Float16, float16Types, source } from "./prelude.ts";
+import { type CudaProduct, mostTiles, sidesOf } from "./product.ts";
 
 /** Square tiles of c, the largest first. */
 type Edge = 128 | 64 | 32;
@@ -12,9 +12,9 @@ const ENOUGH = 100;
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 const typeOf = { f32: "float", bf16: "bf16", f16: "f16", i32: "int" } as const;
 
-const edgeOf = <E extends Edge>(p: Product, edges: readonly E[]): E => edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
+const edgeOf = <E extends Edge>(p: CudaProduct, edges: readonly E[]): E => edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
-function tilesText(p: Product, edge: Edge, tileK: number): string {
+function tilesText(p: CudaProduct, edge: Edge, tileK: number): string {
   return render("cuda/gemm_tiles.cuh", {
     ...{ m: p.m, n: p.n, depth: p.depth, experts: p.experts, adds: flag(p.adds), out: typeOf[p.c.dtype] },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
@@ -23,30 +23,36 @@ function tilesText(p: Product, edge: Edge, tileK: number): string {
   });
 }
 
-function launched(use: Use, p: Product, edge: Edge, launch: { readonly threads: number; readonly shared: number }, body: string): Made {
+function launched(
+  spec: KernelSpec,
+  p: CudaProduct,
+  edge: Edge,
+  launch: { readonly threads: number; readonly shared: number },
+  body: string,
+): GeneratedKernel {
   const args = [p.a.name, p.b.name, p.c.name, ...(p.ragged ? ["rows"] : [])];
-  return { source: source(use, body), launches: [{ entry: use.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
+  return { source: source(spec, body), launches: [{ entry: spec.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
 
 /** Both operands of one 16-bit type. */
-export function mma(use: Use, p: Product, half: Half, edge: 128 | 64 = edgeOf(p, [128, 64])): Made {
+export function mma(spec: KernelSpec, p: CudaProduct, half: Float16, edge: 128 | 64 = edgeOf(p, [128, 64])): GeneratedKernel {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
   const whole = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
   const body = render("cuda/gemm_mma.cu", {
-    ...{ name: use.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps, ...halves[half] },
+    ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps, ...float16Types[half] },
     ...{ wholeA: whole("a"), wholeB: whole("b"), tiles: tilesText(p, edge, tileK) },
   });
-  return launched(use, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
+  return launched(spec, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
 }
 
 /** Operands of any float type. */
-export function simt(use: Use, p: Product, edge: Edge = edgeOf(p, [128, 64, 32])): Made {
+export function simt(spec: KernelSpec, p: CudaProduct, edge: Edge = edgeOf(p, [128, 64, 32])): GeneratedKernel {
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (sidesOf(p, operand)[0] % 4 === 0 ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
-    ...{ name: use.name, ragged: p.ragged !== undefined, offsets: p.offsets, perThread: each, a: typeOf[p.a.dtype], b: typeOf[p.b.dtype] },
+    ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, perThread: each, a: typeOf[p.a.dtype], b: typeOf[p.b.dtype] },
     ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, 16) },
   });
-  return launched(use, p, edge, { threads: (edge / each) ** 2, shared: 0 }, body);
+  return launched(spec, p, edge, { threads: (edge / each) ** 2, shared: 0 }, body);
 }

@@ -1,5 +1,5 @@
 /** The CUDA kernel of every op, by the op's name. */
-import type { CudaMaker } from "../kernelSpec.ts";
+import type { CudaGenerator } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
 import { elementwise } from "./elementwise.ts";
@@ -15,7 +15,7 @@ import { rows } from "./rows.ts";
 import { messages } from "./transport.ts";
 import { vocab } from "./vocab.ts";
 
-export const cudaKernels: Readonly<Record<string, CudaMaker>> = {
+export const cudaKernels: Readonly<Record<string, CudaGenerator>> = {
   ...attention,
   ...balance,
   ...choice,

@@ -1,16 +1,16 @@
 /** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. And sums down columns. */
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
-import type { CudaMaker, Made, Use } from "../kernelSpec.ts";
+import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
-export const norm: Readonly<Record<string, CudaMaker>> = {
-  rmsnorm: (use) => normalize(use, use.d.D!),
-  head_norm: (use) => normalize(use, use.d.C!),
-  rmsnorm_grad: (use, arch) => normalizeGrad(use, use.d.D!, arch),
-  head_norm_grad: (use, arch) => normalizeGrad(use, use.d.C!, arch),
+export const norm: Readonly<Record<string, CudaGenerator>> = {
+  rmsnorm: (spec) => normalize(spec, spec.d.D!),
+  head_norm: (spec) => normalize(spec, spec.d.C!),
+  rmsnorm_grad: (spec, arch) => normalizeGrad(spec, spec.d.D!, arch),
+  head_norm_grad: (spec, arch) => normalizeGrad(spec, spec.d.C!, arch),
   bias_grad: biasGrad,
 };
 
@@ -32,21 +32,24 @@ export function shareRow(width: number, vector: number, most: number): Shares {
   return { vector, lanes, items: Math.ceil(vectors / lanes), threads: lanes > 32 ? lanes : 256 };
 }
 
-function normalize(use: Use, width: number): Made {
-  const { x, gain, y } = use.dtype as Record<string, "f32">;
-  const rows = use.size.x! / width;
+function normalize(spec: KernelSpec, width: number): GeneratedKernel {
+  const { x, gain, y } = spec.dtype as Record<string, "f32">;
+  const rows = spec.size.x! / width;
   const shares = shareRow(width, vectorOf(width, [x!, gain!, y!]), 4);
   const body = render("cuda/norm.cu", {
-    ...{ name: use.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(use.d.eps!) },
+    ...{ name: spec.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(spec.d.eps!) },
     ...{ x: cudaType(x!), gain: cudaType(gain!), y: cudaType(y!) },
   });
   const grid = [Math.ceil(rows / (shares.threads / shares.lanes)), 1, 1] as [number, number, number];
-  return { source: source(use, body), launches: [{ entry: use.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", "y"] }] };
+  return {
+    source: source(spec, body),
+    launches: [{ entry: spec.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", "y"] }],
+  };
 }
 
-function normalizeGrad(use: Use, width: number, arch: Arch): Made {
-  const { x, gain, dy, dx, dgain } = use.dtype as Record<string, "f32">;
-  const rows = use.size.x! / width;
+function normalizeGrad(spec: KernelSpec, width: number, arch: Arch): GeneratedKernel {
+  const { x, gain, dy, dx, dgain } = spec.dtype as Record<string, "f32">;
+  const rows = spec.size.x! / width;
   const shares = shareRow(width, vectorOf(width, [x!, gain!, dy!, dx!]), 2);
   const groups = shares.threads / shares.lanes;
   // 1024 threads of 64 registers fill a multiprocessor: what the compiler is told to keep to, and one wave of blocks. For Blackwell it
@@ -55,36 +58,39 @@ function normalizeGrad(use: Use, width: number, arch: Arch): Made {
   const resident = Math.max(1, together / shares.threads);
   const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * resident);
   const body = render("cuda/norm_grad.cu", {
-    ...{ name: use.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(use.d.eps!) },
+    ...{ name: spec.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(spec.d.eps!) },
     ...{ x: cudaType(x!), gain: cudaType(gain!), dy: cudaType(dy!), dx: cudaType(dx!) },
   });
-  const sum = sumColumns(use, { rows: blocks, width, to: "dgain", type: cudaType(dgain!) });
+  const sum = sumColumns(spec, { rows: blocks, width, to: "dgain", type: cudaType(dgain!) });
   return {
-    source: source(use, `${body}\n${sum.body}`),
+    source: source(spec, `${body}\n${sum.body}`),
     scratch: blocks * width * bytesOf.f32,
     launches: [
-      { entry: use.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", "scratch+0"] },
+      { entry: spec.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", "scratch+0"] },
       sum.launch,
     ],
   };
 }
 
 /** Columns side by side in a block, rows in as many blocks as keep the device busy. */
-function biasGrad(use: Use, arch: Arch): Made {
-  const width = use.d.N!;
-  const rows = use.size.dy! / width;
-  const vector = vectorOf(width, [use.dtype.dy!]);
+function biasGrad(spec: KernelSpec, arch: Arch): GeneratedKernel {
+  const width = spec.d.N!;
+  const rows = spec.size.dy! / width;
+  const vector = vectorOf(width, [spec.dtype.dy!]);
   const [lanes, strands] = [32, 8];
   const columns = Math.ceil(width / (lanes * vector));
   const blocks = Math.max(1, Math.min(Math.ceil(rows / (4 * strands)), Math.ceil((4 * processors[arch]) / columns)));
   const depth = Math.ceil(rows / blocks);
   const depths = Math.ceil(rows / depth);
-  const body = render("cuda/bias_grad.cu", { name: use.name, vector, lanes, strands, width, rows, depth, type: cudaType(use.dtype.dy!) });
-  const sum = sumColumns(use, { rows: depths, width, to: "dbias", type: cudaType(use.dtype.dbias!) });
+  const body = render("cuda/bias_grad.cu", { name: spec.name, vector, lanes, strands, width, rows, depth, type: cudaType(spec.dtype.dy!) });
+  const sum = sumColumns(spec, { rows: depths, width, to: "dbias", type: cudaType(spec.dtype.dbias!) });
   return {
-    source: source(use, `${body}\n${sum.body}`),
+    source: source(spec, `${body}\n${sum.body}`),
     scratch: depths * width * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", "scratch+0"] }, sum.launch],
+    launches: [
+      { entry: spec.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", "scratch+0"] },
+      sum.launch,
+    ],
   };
 }
 
@@ -97,11 +103,11 @@ interface ColumnSums {
   readonly row?: string;
 }
 /** The launch that ends a reduction over blocks: each left a row at the beginning of the scratch arena. */
-export function sumColumns(use: Use, { rows, width, to, type, row }: ColumnSums) {
-  const entry = `${use.name}_sum`;
+export function sumColumns(spec: KernelSpec, { rows, width, to, type, row }: ColumnSums) {
+  const entry = `${spec.name}_sum`;
   const grid: [number, number, number] = [Math.ceil(width / 32), 1, 1];
   return {
-    body: render("cuda/columns.cu", { name: entry, rows, width, type, adds: use.keeps.has(to), row: row !== undefined }),
+    body: render("cuda/column_reduce.cu", { name: entry, rows, width, type, adds: spec.accumulates.has(to), row: row !== undefined }),
     launch: { entry, grid, threads: 1024, shared: 0, args: ["scratch+0", to, ...(row === undefined ? [] : [`attr(${row})`])] },
   };
 }

@@ -1,8 +1,8 @@
 /** The step on CUDA: what clipping leaves of the gradients, and how weights move. */
 
-import type { CudaMaker, Use } from "../kernelSpec.ts";
+import type { CudaGenerator, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
-import { type Formula, f32, makeElementwise } from "./elementwise.ts";
+import { type CudaFormula, f32, makeElementwise } from "./elementwise.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -12,7 +12,7 @@ const clipped = (norm: string, { max }: Sizes): string => (max! > 0 ? `fminf(1.0
 const isFiniteText = (x: string): string => `(__float_as_uint(${x}) & 0x7f800000u) != 0x7f800000u`;
 
 /** `decay` is an expression: of the attribute, or of the operand. */
-function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): Formula {
+function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): CudaFormula {
   return unlessSkipped({
     ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
     // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
@@ -34,13 +34,13 @@ function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolea
   });
 }
 
-const plain = (_: Sizes, decay: string): Formula =>
+const plain = (_: Sizes, decay: string): CudaFormula =>
   unlessSkipped({
     ...{ streams: ["g", "w"], scalars: ["scale", "lr"] },
     outputs: { w: `w - lr * (g * scale + ${decay} * w)` },
   });
 
-const withMomentum = ({ momentum }: Sizes, decay: string): Formula =>
+const withMomentum = ({ momentum }: Sizes, decay: string): CudaFormula =>
   unlessSkipped({
     ...{ streams: ["g", "w", "m"], scalars: ["scale", "lr"] },
     element: [`const float speed = ${f32(momentum!)} * m + (g * scale + ${decay} * w);`],
@@ -48,7 +48,7 @@ const withMomentum = ({ momentum }: Sizes, decay: string): Formula =>
   });
 
 /** A scale of 0 skips the step: outputs keep their values, whatever the gradients. */
-function unlessSkipped({ outputs, once = [], ...formula }: Formula): Formula {
+function unlessSkipped({ outputs, once = [], ...formula }: CudaFormula): CudaFormula {
   return {
     ...formula,
     once: [...once, "const bool stays = scale == 0.0f;"],
@@ -56,15 +56,15 @@ function unlessSkipped({ outputs, once = [], ...formula }: Formula): Formula {
   };
 }
 
-const methods: Readonly<Record<string, (d: Sizes, decay: string) => Formula>> = {
+const methods: Readonly<Record<string, (d: Sizes, decay: string) => CudaFormula>> = {
   adamw: (d, decay) => adaptive(d, decay, true),
   adam: (d, decay) => adaptive(d, decay, false),
   sgd: plain,
   sgd_momentum: withMomentum,
 };
-const told = (f: Formula): Formula => ({ ...f, scalars: [...f.scalars!, "decay"] });
+const runtimeAttrs = (f: CudaFormula): CudaFormula => ({ ...f, scalars: [...f.scalars!, "decay"] });
 
-const formulas: Readonly<Record<string, (d: Sizes) => Formula>> = {
+const formulas: Readonly<Record<string, (d: Sizes) => CudaFormula>> = {
   mark_nonfinite: () => ({ streams: ["x", "y"], outputs: { y: `${isFiniteText("x")} ? y : x` } }),
   clip: (d) => ({ streams: ["sq"], outputs: { scale: `${isFiniteText("sq")} ? ${clipped("sqrtf(sq)", d)} : 0.0f`, norm: "sqrtf(sq)" } }),
   clip_scaled: (d) => ({
@@ -73,13 +73,13 @@ const formulas: Readonly<Record<string, (d: Sizes) => Formula>> = {
     outputs: { scale: `${isFiniteText("sq")} ? ${clipped("norm", d)} / by : 0.0f`, norm: "norm" },
   }),
   ...Object.fromEntries(
-    Object.entries(methods).flatMap(([name, of]): [string, (d: Sizes) => Formula][] => [
+    Object.entries(methods).flatMap(([name, of]): [string, (d: Sizes) => CudaFormula][] => [
       [name, (d) => of(d, f32(d.decay!))],
-      [`${name}_scheduled`, (d) => told(of(d, "decay"))],
+      [`${name}_scheduled`, (d) => runtimeAttrs(of(d, "decay"))],
     ]),
   ),
 };
 
-export const optimizer: Readonly<Record<string, CudaMaker>> = Object.fromEntries(
-  Object.entries(formulas).map(([op, formula]) => [op, (use: Use, arch: Arch) => makeElementwise(use, arch, formula(use.d))]),
+export const optimizer: Readonly<Record<string, CudaGenerator>> = Object.fromEntries(
+  Object.entries(formulas).map(([op, formula]) => [op, (spec: KernelSpec, arch: Arch) => makeElementwise(spec, arch, formula(spec.d))]),
 );

@@ -1,8 +1,8 @@
 /** The products of matrices behind six ops: which operand is a, b and c, how they lie in memory, and what about them is ragged. */
 import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
-import { offsetsAt, type Use } from "../kernelSpec.ts";
-import { type Half, isHalf } from "./prelude.ts";
+import { type KernelSpec, offsetsAt } from "../kernelSpec.ts";
+import { type Float16, isFloat16 } from "./prelude.ts";
 
 /** An operand. `depthFirst`: the dim that is summed over is contiguous; else the rows (of b: the columns) of c are. */
 export interface Matrix {
@@ -12,7 +12,7 @@ export interface Matrix {
 }
 
 /** c[m,n] = a[m,depth]·b[depth,n], per expert; ragged sizes at their bound, which is over all experts together. */
-export interface Product {
+export interface CudaProduct {
   readonly a: Matrix;
   readonly b: Matrix;
   readonly c: { readonly name: string; readonly dtype: Dtype };
@@ -29,32 +29,32 @@ export interface Product {
 }
 
 /** The type of both operands, where tensor cores multiply it. */
-export const halfOf = ({ a, b }: Pick<Product, "a" | "b">): Half | undefined =>
-  a.dtype === b.dtype && isHalf(a.dtype) ? a.dtype : undefined;
+export const halfOf = ({ a, b }: Pick<CudaProduct, "a" | "b">): Float16 | undefined =>
+  a.dtype === b.dtype && isFloat16(a.dtype) ? a.dtype : undefined;
 
 /** The contiguous dim of an operand, and the other. */
-export const sidesOf = (p: Product, operand: "a" | "b"): readonly [number, number] => {
+export const sidesOf = (p: CudaProduct, operand: "a" | "b"): readonly [number, number] => {
   const across = operand === "a" ? p.m : p.n;
   return p[operand].depthFirst ? [p.depth, across] : [across, p.depth];
 };
 
 /** Tiles of c at most, over all experts: the rows of each end in a tile of their own. */
-export function mostTiles(p: Product, rows: number, columns: number): number {
+export function mostTiles(p: CudaProduct, rows: number, columns: number): number {
   const high = p.ragged === "rows" ? Math.min(p.m, Math.floor((p.m + p.experts * (rows - 1)) / rows)) : Math.ceil(p.m / rows);
   return high * Math.ceil(p.n / columns) * (p.ragged === "depth" ? p.experts : 1);
 }
 
 /** The names of a forward are x, w and y; of a dgrad dy, w and dx; of a wgrad x, dy and dw. */
-export function productOf({ op, d, dtype, keeps, bound }: Use): Product {
+export function productOf({ op, d, dtype, accumulates, bound }: KernelSpec): CudaProduct {
   const grouped = op.startsWith("grouped_");
   const rows = grouped ? bound : d.B! * d.S!;
   const matrix = (name: string, depthFirst: boolean): Matrix => ({ name, dtype: dtype[name]!, depthFirst });
-  const product = (kind: "rows" | "depth", sizes: Pick<Product, "a" | "b" | "m" | "n" | "depth">, c: string): Product => ({
+  const product = (kind: "rows" | "depth", sizes: Pick<CudaProduct, "a" | "b" | "m" | "n" | "depth">, c: string): CudaProduct => ({
     ...sizes,
     c: { name: c, dtype: dtype[c]! },
     experts: grouped ? d.E! : 1,
     ...(grouped ? { ragged: kind } : {}),
-    adds: keeps.has(c),
+    adds: accumulates.has(c),
     offsets: offsetsAt(bound),
   });
   const { K, N } = d as { K: number; N: number };

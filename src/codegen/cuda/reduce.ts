@@ -3,7 +3,7 @@
 import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
-import type { CudaMaker, Made, Use } from "../kernelSpec.ts";
+import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
@@ -21,27 +21,27 @@ interface Sum {
   readonly row?: readonly string[];
 }
 
-export const reduce: Readonly<Record<string, CudaMaker>> = {
-  mean: (use, arch) => makeSum(use, arch, { over: "l", to: "y", factor: 1 / use.d.count!, term: "x" }),
-  weighted_sum: (use, arch) =>
-    makeSum(use, arch, {
+export const reduce: Readonly<Record<string, CudaGenerator>> = {
+  mean: (spec, arch) => makeSum(spec, arch, { over: "l", to: "y", factor: 1 / spec.d.count!, term: "x" }),
+  weighted_sum: (spec, arch) =>
+    makeSum(spec, arch, {
       ...{ over: "l", to: "y", factor: 1, term: "x * weight[j]", beside: "weight" },
       row: ["const float* weight = weightAt + i64(at) * N;"],
     }),
-  dropped_rows: (use, arch) =>
-    makeSum(use, arch, {
+  dropped_rows: (spec, arch) =>
+    makeSum(spec, arch, {
       ...{ over: "c", to: "y", factor: 1, term: "x * (1.0f - d[j])", beside: "d" },
       row: ["const float* d = dAt + i64(at) * N;"],
     }),
-  sum_squares: (use, arch) => makeSum(use, arch, { over: "g", to: "y", factor: use.d.scale!, term: "x * x" }),
-  aux_loss: (use, arch) => auxLoss(use, arch, use.d.P! * use.d.S! * use.d.E!),
-  global_aux_loss: (use, arch) => auxLoss(use, arch, use.size.p!),
+  sum_squares: (spec, arch) => makeSum(spec, arch, { over: "g", to: "y", factor: spec.d.scale!, term: "x * x" }),
+  aux_loss: (spec, arch) => auxLoss(spec, arch, spec.d.P! * spec.d.S! * spec.d.E!),
+  global_aux_loss: (spec, arch) => auxLoss(spec, arch, spec.size.p!),
 };
 
 /** Σ p·n, with counts for every `batch` elements of p. */
-function auxLoss(use: Use, arch: Arch, batch: number): Made {
-  const { E, c } = use.d;
-  return makeSum(use, arch, {
+function auxLoss(spec: KernelSpec, arch: Arch, batch: number): GeneratedKernel {
+  const { E, c } = spec.d;
+  return makeSum(spec, arch, {
     ...{ over: "p", to: "y", factor: c!, term: "x * n[j]", beside: "n", width: E! },
     row: [`const float* n = nAt + i64(at / (${batch} / N)) * ${E} + int(at % (${E} / N)) * N;`],
   });
@@ -49,33 +49,33 @@ function auxLoss(use: Use, arch: Arch, batch: number): Made {
 
 const BLOCKS_EACH = 8;
 
-function makeSum(use: Use, arch: Arch, s: Sum): Made {
-  const type = use.dtype[s.over]!;
-  const total = use.size[s.over]!;
+function makeSum(spec: KernelSpec, arch: Arch, s: Sum): GeneratedKernel {
+  const type = spec.dtype[s.over]!;
+  const total = spec.size[s.over]!;
   const vector = vectorOf(s.width ?? total, [type]);
   const unroll = 4;
   const grid = Math.min(Math.ceil(total / (vector * unroll * 256)), processors[arch] * BLOCKS_EACH);
   const beside = s.beside ? [s.beside] : [];
   const body = render("cuda/sum.cu", {
-    ...{ name: use.name, vector, unroll, grid, factor: f32(s.factor), term: s.term, type: cudaType(type), row: s.row ?? [] },
+    ...{ name: spec.name, vector, unroll, grid, factor: f32(s.factor), term: s.term, type: cudaType(type), row: s.row ?? [] },
     index: total / vector + 1024 * grid < 2 ** 31 ? "u32" : "u64",
     end: total / vector,
-    params: [`const ${cudaType(type)}* xAt`, ...beside.map((n) => `const ${cudaType(use.dtype[n]!)}* ${n}At`)].join(", "),
+    params: [`const ${cudaType(type)}* xAt`, ...beside.map((n) => `const ${cudaType(spec.dtype[n]!)}* ${n}At`)].join(", "),
   });
-  const last = addParts(use, grid, s.to);
+  const last = addParts(spec, grid, s.to);
   return {
-    source: source(use, `${body}\n${last.body}`),
+    source: source(spec, `${body}\n${last.body}`),
     scratch: grid * bytesOf.f32,
-    launches: [{ entry: use.name, grid: [grid, 1, 1], threads: 256, shared: 0, args: [s.over, ...beside, "scratch+0"] }, last.launch],
+    launches: [{ entry: spec.name, grid: [grid, 1, 1], threads: 256, shared: 0, args: [s.over, ...beside, "scratch+0"] }, last.launch],
   };
 }
 
 /** The launch that adds `count` parts, which lie at the beginning of the scratch arena, to (or into) a scalar. */
-export function addParts(use: Use, count: number, to: string): { body: string; launch: Launch } {
-  const entry = `${use.name}_total`;
+export function addParts(spec: KernelSpec, count: number, to: string): { body: string; launch: Launch } {
+  const entry = `${spec.name}_total`;
   const threads = count > 256 ? 1024 : 256;
   return {
-    body: render("cuda/total.cu", { name: entry, count, threads, type: cudaType(use.dtype[to]!), adds: use.keeps.has(to) }),
+    body: render("cuda/total.cu", { name: entry, count, threads, type: cudaType(spec.dtype[to]!), adds: spec.accumulates.has(to) }),
     launch: { entry, grid: [1, 1, 1], threads, shared: 0, args: ["scratch+0", to] },
   };
 }

@@ -2,22 +2,22 @@
 import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import { type CudaMaker, type Made, positionText, type Use } from "../kernelSpec.ts";
+import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 
-export const choice: Readonly<Record<string, CudaMaker>> = {
-  choose: (use) => made(use, bestExperts(use)),
-  choose_biased: (use) => made(use, bestExperts(use)),
-  drop(use) {
-    const { A, P, J, L, E, capacity, position, pad } = use.d;
+export const choice: Readonly<Record<string, CudaGenerator>> = {
+  top_k_mask: (spec) => made(spec, bestExperts(spec)),
+  top_k_mask_biased: (spec) => made(spec, bestExperts(spec)),
+  apply_capacity(spec) {
+    const { A, P, J, L, E, capacity, position, pad } = spec.d;
     const key = position ? "return c[at] > 0.0f;" : "return c[at] > 0.0f ? __float_as_uint(p[at]) + 1 : 0;";
-    const column = { groups: A! * J!, pieces: J!, sequences: P!, length: L!, experts: E!, count: capacity! };
+    const column = { groups: A! * J!, slices: J!, sequences: P!, length: L!, experts: E!, count: capacity! };
     const operands = position ? { params: "const float* c, float* d", args: ["c", "d"] } : undefined;
     return made(
-      use,
-      bestTokens(use, {
+      spec,
+      bestTokens(spec, {
         params: "const float* p, const float* c, float* d",
         args: ["p", "c", "d"],
         ...operands,
@@ -28,12 +28,12 @@ export const choice: Readonly<Record<string, CudaMaker>> = {
       }),
     );
   },
-  choose_tokens(use) {
-    const { A, P, S, E, capacity } = use.d;
-    const column = { groups: A!, pieces: 1, sequences: P!, length: S!, experts: E!, count: capacity! };
+  expert_choice_mask(spec) {
+    const { A, P, S, E, capacity } = spec.d;
+    const column = { groups: A!, slices: 1, sequences: P!, length: S!, experts: E!, count: capacity! };
     return made(
-      use,
-      bestTokens(use, {
+      spec,
+      bestTokens(spec, {
         ...column,
         params: "const float* p, float* c",
         args: ["p", "c"],
@@ -43,10 +43,10 @@ export const choice: Readonly<Record<string, CudaMaker>> = {
       }),
     );
   },
-  choose_evenly(use) {
-    const { B, S, E, k, S0, E0, chunk, ranks } = use.d;
-    const body = render("cuda/choose_evenly.cu", {
-      name: use.name,
+  uniform_mask(spec) {
+    const { B, S, E, k, S0, E0, chunk, ranks } = spec.d;
+    const body = render("cuda/uniform_mask.cu", {
+      name: spec.name,
       cells: B! * S! * E!,
       positions: S!,
       experts: E!,
@@ -56,29 +56,29 @@ export const choice: Readonly<Record<string, CudaMaker>> = {
       allExperts: E0!,
     });
     const args = ["c", "start(B)", "start(S)", "start(E)"];
-    return made(use, { body, launch: { entry: use.name, grid: [Math.ceil((B! * S! * E!) / 256), 1, 1], threads: 256, shared: 0, args } });
+    return made(spec, { body, launch: { entry: spec.name, grid: [Math.ceil((B! * S! * E!) / 256), 1, 1], threads: 256, shared: 0, args } });
   },
 };
-const made = (use: Use, { body, launch }: Part): Made => ({ source: source(use, body), launches: [launch] });
+const made = (spec: KernelSpec, { body, launch }: KernelPart): GeneratedKernel => ({ source: source(spec, body), launches: [launch] });
 
-interface Part {
+interface KernelPart {
   readonly body: string;
   readonly launch: Launch;
 }
 
 /** Per token the map of its k best; or, where it is told a buffer for that, the k-th best score. */
 export function bestExperts(
-  use: Use,
-  { name = use.name, k = use.d.k!, sign = use.d.sign ?? 0, groups = use.d.groups ?? 1, threshold = "" } = {},
-): Part {
-  const { E, group_top_k = 1, group_scores = 0 } = use.d;
-  const rows = use.size.x! / E!;
+  spec: KernelSpec,
+  { name = spec.name, k = spec.d.k!, sign = spec.d.sign ?? 0, groups = spec.d.groups ?? 1, threshold = "" } = {},
+): KernelPart {
+  const { E, group_top_k = 1, group_scores = 0 } = spec.d;
+  const rows = spec.size.x! / E!;
   // one warp at most, whatever it has to hold
-  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, [use.dtype.x!, "f32"]), Number.POSITIVE_INFINITY);
+  const { lanes, ...shares } = shareRow(E!, vectorOf(E!, [spec.dtype.x!, "f32"]), Number.POSITIVE_INFINITY);
   invariant(k <= E!, `${k} of ${E} experts`);
-  const bias = use.dtype.bias !== undefined;
-  const body = render("cuda/choose.cu", {
-    ...{ name, ...shares, lanes, width: E!, rows, k, x: cudaType(use.dtype.x!), bias, sign: f32(sign), threshold: threshold !== "" },
+  const bias = spec.dtype.bias !== undefined;
+  const body = render("cuda/top_k_mask.cu", {
+    ...{ name, ...shares, lanes, width: E!, rows, k, x: cudaType(spec.dtype.x!), bias, sign: f32(sign), threshold: threshold !== "" },
     ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
   });
   const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
@@ -91,7 +91,7 @@ export function bestExperts(
 interface Column {
   /** Groups of tokens: of `sequences`, and of the positions one of `pieces` of `length`. */
   readonly groups: number;
-  readonly pieces: number;
+  readonly slices: number;
   readonly sequences: number;
   readonly length: number;
   readonly experts: number;
@@ -106,15 +106,15 @@ interface Column {
   readonly write?: string;
   readonly last?: string;
 }
-export function bestTokens(use: Use, c: Column, name = use.name): Part {
+export function bestTokens(spec: KernelSpec, c: Column, name = spec.name): KernelPart {
   const entries = c.sequences * c.length;
   const body = render("cuda/select.cu", {
     ...{ name, params: c.params, key: c.key, entries, experts: c.experts, count: Math.min(c.count, entries), top: c.bits - 8 },
     ...{
-      pieces: c.pieces,
+      slices: c.slices,
       sequences: c.sequences,
       length: c.length,
-      positions: c.pieces * c.length,
+      positions: c.slices * c.length,
       write: c.write ?? "",
       last: c.last ?? "",
     },

@@ -1,7 +1,7 @@
 /** What stands around a collective: blocks in another order, rows by destination, and lists of rows put together. */
 import type { Arg, Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import { destinationsOf, type Made, numbered, offsetsAt, type Use } from "../kernelSpec.ts";
+import { destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt } from "../kernelSpec.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
@@ -18,77 +18,77 @@ const launch = (entry: string, items: number, each: number, args: Arg[]): Launch
 });
 const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % b));
 /** Names of the parameters that say where this rank's part begins, and the arguments that fill them. */
-const picked = (use: Use) => {
-  const dims = numbered(use, "@");
+const picked = (spec: KernelSpec) => {
+  const dims = numbered(spec, "@");
   return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => `start(@${i})`) };
 };
 
-function arrange(use: Use): Made {
-  const [sizes, strides] = [numbered(use, "n"), numbered(use, "s")];
+function arrange(spec: KernelSpec): GeneratedKernel {
+  const [sizes, strides] = [numbered(spec, "n"), numbered(spec, "s")];
   const inner = sizes.length - 1;
   const width =
-    strides[inner] === 1 ? vectorOf([sizes[inner]!, ...strides.slice(0, -1), ...numbered(use, "@")].reduce(divisor), [use.dtype.x!]) : 1;
+    strides[inner] === 1 ? vectorOf([sizes[inner]!, ...strides.slice(0, -1), ...numbered(spec, "@")].reduce(divisor), [spec.dtype.x!]) : 1;
   const dims = sizes.map((size, i) => (i === inner ? { size: size / width, stride: strides[i]! * width } : { size, stride: strides[i]! }));
-  const vectors = use.size.y! / width;
-  const { starts, args } = picked(use);
+  const vectors = spec.size.y! / width;
+  const { starts, args } = picked(spec);
   const values = {
-    ...{ name: use.name, type: cudaType(use.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, starts },
+    ...{ name: spec.name, type: cudaType(spec.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, starts },
     ...{ index: vectors + THREADS * UNROLL > INT_MAX ? "i64" : "int", dims: dims.toReversed() },
   };
   return {
-    source: source(use, render("cuda/arrange.cu", values)),
-    launches: [launch(use.name, vectors, THREADS * UNROLL, ["x", "y", ...args])],
+    source: source(spec, render("cuda/arrange.cu", values)),
+    launches: [launch(spec.name, vectors, THREADS * UNROLL, ["x", "y", ...args])],
   };
 }
 
-function takeRows(use: Use): Made {
-  const width = vectorOf(use.d.width!, [use.dtype.x!]);
-  const vectors = use.d.width! / width;
-  const total = use.d.N! * vectors;
+function takeRows(spec: KernelSpec): GeneratedKernel {
+  const width = vectorOf(spec.d.width!, [spec.dtype.x!]);
+  const vectors = spec.d.width! / width;
+  const total = spec.d.N! * vectors;
   const values = {
-    ...{ name: use.name, type: cudaType(use.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, total },
+    ...{ name: spec.name, type: cudaType(spec.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, total },
     index: total + THREADS * UNROLL > INT_MAX ? "i64" : "int",
   };
   return {
-    source: source(use, render("cuda/take_rows.cu", values)),
-    launches: [launch(use.name, total, THREADS * UNROLL, ["x", "from", "y"])],
+    source: source(spec, render("cuda/take_rows.cu", values)),
+    launches: [launch(spec.name, total, THREADS * UNROLL, ["x", "from", "y"])],
   };
 }
 
-function invertRows(use: Use): Made {
-  const [sources, targets] = [use.size.from!, use.size.to!];
+function invertRows(spec: KernelSpec): GeneratedKernel {
+  const [sources, targets] = [spec.size.from!, spec.size.to!];
   return {
-    source: source(use, render("cuda/invert_rows.cu", { name: use.name, sources, targets })),
-    launches: [launch(`${use.name}_clear`, targets, THREADS, ["to"]), launch(use.name, sources, THREADS, ["from", "to"])],
+    source: source(spec, render("cuda/invert_rows.cu", { name: spec.name, sources, targets })),
+    launches: [launch(`${spec.name}_clear`, targets, THREADS, ["to"]), launch(spec.name, sources, THREADS, ["from", "to"])],
   };
 }
 
-function splitRows(use: Use): Made {
-  const cap = use.d.cap!;
-  const factors = destinationsOf(use);
-  const checked = use.dtype.needed !== undefined;
-  const lists = use.size.lists! / (1 + 3 * cap);
+function splitRows(spec: KernelSpec): GeneratedKernel {
+  const cap = spec.d.cap!;
+  const factors = destinationsOf(spec);
+  const checked = spec.dtype.needed !== undefined;
+  const lists = spec.size.lists! / (1 + 3 * cap);
   return {
-    source: source(use, render("cuda/split_rows.cu", { name: use.name, threads: THREADS, cap, factors, checked })),
-    launches: [launch(use.name, lists, 1, ["index", "lists", "from", ...(checked ? ["needed"] : [])])],
+    source: source(spec, render("cuda/split_rows.cu", { name: spec.name, threads: THREADS, cap, factors, checked })),
+    launches: [launch(spec.name, lists, 1, ["index", "lists", "from", ...(checked ? ["needed"] : [])])],
   };
 }
 
-function mergeRows(use: Use): Made {
-  const { count, length, cap, bound, E } = use.d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
-  const { starts, args } = picked(use);
-  const checked = use.dtype.needed !== undefined;
-  const [indexLength, fromLength] = [use.size.index!, use.size.from!];
+function mergeRows(spec: KernelSpec): GeneratedKernel {
+  const { count, length, cap, bound, E } = spec.d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
+  const { starts, args } = picked(spec);
+  const checked = spec.dtype.needed !== undefined;
+  const [indexLength, fromLength] = [spec.size.index!, spec.size.from!];
   const values = {
-    ...{ name: use.name, count, length, cap, bound, starts, checked, indexLength, fromLength },
+    ...{ name: spec.name, count, length, cap, bound, starts, checked, indexLength, fromLength },
     ...{ experts: E, offsets: offsetsAt(bound) },
   };
   return {
-    source: source(use, render("cuda/merge_rows.cu", values)),
+    source: source(spec, render("cuda/merge_rows.cu", values)),
     launches: [
-      launch(`${use.name}_clear`, Math.max(indexLength, fromLength), THREADS, ["index", "from"]),
-      launch(use.name, count * cap, THREADS, ["lists", "index", "from", ...args]),
-      launch(`${use.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), "start(E)", ...args]),
+      launch(`${spec.name}_clear`, Math.max(indexLength, fromLength), THREADS, ["index", "from"]),
+      launch(spec.name, count * cap, THREADS, ["lists", "index", "from", ...args]),
+      launch(`${spec.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), "start(E)", ...args]),
     ],
   };
 }

@@ -4,13 +4,13 @@
  * queries of a block of keys, of every query head that reads them. Scores are computed anew in each.
  */
 import { render } from "../../../templates/bindings.ts";
-import { told } from "../../ops/dropout.ts";
+import { runtimeAttrs } from "../../ops/dropout.ts";
 import { invariant } from "../../ops/op.ts";
-import { type AttentionSizes, attentionSizes, isMoved } from "../attentionSizes.ts";
-import type { Made, Use } from "../kernelSpec.ts";
-import { type Binding, bound, type Entry, float, fold, header, kernel, scalar, scratchBytes, vector, widthOf } from "./text.ts";
+import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type Binding, bound, type EntryPoint, float, foldGrid, header, kernel, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
-export const attention: Readonly<Record<string, (use: Use) => Made>> = {
+export const attention: Readonly<Record<string, (spec: KernelSpec) => GeneratedKernel>> = {
   ...{ attention: forward, attention_grad: backward, attention_part: forward, attention_part_grad: backward },
   ...{
     attention_dropout: forward,
@@ -38,20 +38,20 @@ interface Pass {
   readonly start: string;
 }
 
-function forward(use: Use): Made {
-  return made(use, [
+function forward(spec: KernelSpec): GeneratedKernel {
+  return made(spec, [
     {
-      entry: use.name,
+      entry: spec.name,
       by: "queries",
       scores: [{ name: "s", row: "q", column: "k" }],
       sums: [{ name: "s", column: "v", to: "o" }],
-      buffers: ["q", "k", "v", ...(use.dtype.sample ? ["sample"] : []), "o", "lse"].map((name) => operand(use, name)),
+      buffers: ["q", "k", "v", ...(spec.dtype.sample ? ["sample"] : []), "o", "lse"].map((name) => operand(spec, name)),
       start: "start",
     },
   ]);
 }
 
-function backward(use: Use): Made {
+function backward(spec: KernelSpec): GeneratedKernel {
   const scores = (own: "q" | "k") =>
     own === "q"
       ? ([
@@ -62,42 +62,42 @@ function backward(use: Use): Made {
           { name: "s", row: "k", column: "q" },
           { name: "w", row: "v", column: "dy" },
         ] as const);
-  const reads = [...["dy", "q", "k", "v", "lse"].map((name) => operand(use, name)), { arg: "scratch+0", name: "dots", type: "f32" }];
-  return made(use, [
+  const reads = [...["dy", "q", "k", "v", "lse"].map((name) => operand(spec, name)), { arg: "scratch+0", name: "dots", type: "f32" }];
+  return made(spec, [
     {
-      entry: `${use.name}_dq`,
+      entry: `${spec.name}_dq`,
       by: "queries",
       scores: scores("q"),
       sums: [{ name: "w", column: "k", to: "dq" }],
-      buffers: [...reads, operand(use, "dq")],
+      buffers: [...reads, operand(spec, "dq")],
       start: "start",
     },
     {
-      entry: `${use.name}_dkv`,
+      entry: `${spec.name}_dkv`,
       by: "keys",
       scores: scores("k"),
       sums: [
         { name: "s", column: "dy", to: "dv" },
         { name: "w", column: "q", to: "dk" },
       ],
-      buffers: [...reads, operand(use, "dk"), operand(use, "dv")],
+      buffers: [...reads, operand(spec, "dk"), operand(spec, "dv")],
       start: "start_keys",
     },
   ]);
 }
 
 /** Queries and keys have one width, values and outputs another. */
-const channelsOf = (use: Use, name: string): number => (["q", "k", "dq", "dk"].includes(name) ? use.d.C! : use.d.W!);
-const wordsOf = (use: Use, name: string): number => Math.ceil(channelsOf(use, name) / 4);
-const runOf = (use: Use, name: string): 1 | 4 => (channelsOf(use, name) % 4 === 0 ? 4 : 1);
+const channelsOf = (spec: KernelSpec, name: string): number => (["q", "k", "dq", "dk"].includes(name) ? spec.d.C! : spec.d.W!);
+const wordsOf = (spec: KernelSpec, name: string): number => Math.ceil(channelsOf(spec, name) / 4);
+const runOf = (spec: KernelSpec, name: string): 1 | 4 => (channelsOf(spec, name) % 4 === 0 ? 4 : 1);
 /** Of a piece, log-sum-exps are written as bits: WGSL has no number for those of no key. */
-const operand = (use: Use, name: string): Binding => ({
+const operand = (spec: KernelSpec, name: string): Binding => ({
   arg: name,
-  type: typeOf(use, name),
+  type: typeOf(spec, name),
 });
-function typeOf(use: Use, name: string): string {
-  if (name === "lse") return use.op.endsWith("_part") ? "u32" : "f32";
-  return name === "sample" ? "i32" : vector(scalar(use.dtype[name]!), runOf(use, name));
+function typeOf(spec: KernelSpec, name: string): string {
+  if (name === "lse") return spec.op.endsWith("_part") ? "u32" : "f32";
+  return name === "sample" ? "i32" : vector(scalar(spec.dtype[name]!), runOf(spec, name));
 }
 
 /** Rows and threads across of a block: 4 x 4 scores per thread, and per thread at most 64 sums of each kind where widths are at most 256. */
@@ -109,40 +109,40 @@ function blockOf({ B, S, U, G, M, C, W }: AttentionSizes): { rows: number; acros
   return { rows: rows ?? (Math.max(S, U) > 16 ? 32 : 16), across };
 }
 
-function made(use: Use, passes: readonly Pass[]): Made {
-  const sizes = attentionSizes(use);
+function made(spec: KernelSpec, passes: readonly Pass[]): GeneratedKernel {
+  const sizes = attentionSizes(spec);
   const { B, S, U, G, M, W, part, grad, chunk, ranks, drops } = sizes;
-  invariant(use.keeps.size === 0, `${use.op} adds to nothing`);
+  invariant(spec.accumulates.size === 0, `${spec.op} adds to nothing`);
   const { rows, across } = blockOf(sizes);
   const columns = across * 4;
   const threads = (rows / 4) * across;
-  const stepOf = (row: string): number => [STEP, 8, 4].find((s) => wordsOf(use, row) % (s / 4) === 0)!;
+  const stepOf = (row: string): number => [STEP, 8, 4].find((s) => wordsOf(spec, row) % (s / 4) === 0)!;
   const scores = passes.flatMap((p) => p.scores);
   const sums = passes.flatMap((p) => p.sums);
   const stageWords = Math.max(
     ...scores.map((s) => stepOf(s.row) * (rows / 4 + across)),
     threads,
-    ...sums.map((s) => wordsOf(use, s.column)),
+    ...sums.map((s) => wordsOf(spec, s.column)),
   );
   // as many columns of the summed operand as the stage holds, a power of two
   const lanesOf = (words: number): number => Math.min(columns, 2 ** Math.floor(Math.log2(stageWords / words)));
-  const moved = isMoved(sizes, S) || isMoved(sizes, U);
+  const moved = isReordered(sizes, S) || isReordered(sizes, U);
   const starts = [...(part ? ["S", "U"] : ["S"]), ...(drops ? ["G"] : [])];
-  const attrs = drops ? told : [];
+  const attrs = drops ? runtimeAttrs : [];
   const count = B * S * G * M;
-  const main = passes.map((p): Entry => {
+  const main = passes.map((p): EntryPoint => {
     const { entry, buffers, start } = p;
     return { entry, grid: places(p), threads, buffers, starts, attrs, uniform: start };
   });
-  const dots: Entry = {
-    entry: `${use.name}_dots`,
+  const dots: EntryPoint = {
+    entry: `${spec.name}_dots`,
     grid: Math.ceil(count / DOT_THREADS),
     threads: DOT_THREADS,
     buffers: [
-      operand(use, "dy"),
-      operand(use, "o"),
+      operand(spec, "dy"),
+      operand(spec, "o"),
       { arg: "scratch+0", name: "dots_out", type: "f32" },
-      ...(drops ? [operand(use, "sample")] : []),
+      ...(drops ? [operand(spec, "sample")] : []),
     ],
     ...(moved ? { starts, uniform: "start_dots" } : {}),
   };
@@ -150,19 +150,19 @@ function made(use: Use, passes: readonly Pass[]): Made {
   const outputs = sums.map((s) => s.to);
   const { bindings, launches } = bound(entries);
   const source = render("wgsl/attention.wgsl", {
-    ...{ header: header(use.dtype), bindings, name: use.name, gradient: grad, part, moved, drops: drops !== undefined },
+    ...{ header: header(spec.dtype), bindings, name: spec.name, gradient: grad, part, moved, drops: drops !== undefined },
     ...{ random: drops ? randomText(sizes, drops) : "", batches: B },
-    sight: render("wgsl/attention_sight.wgsl", {
+    sight: render("wgsl/attention_mask.wgsl", {
       ...{ zigzag: chunk > 0, chunk, ranks, blocks: 2 * ranks, lastBlock: 2 * ranks - 1, queries: S, keys: U },
       keyStart: part ? "starts.y" : "0",
     }),
     ...{ threads, rows, columns, across, stageWords, weightWords: (columns * rows) / 4, rowWords: rows / 4 },
     ...{ queries: S, queryHeads: G * M, headsOfSequence: S * G * M, queryPlace: placeOf(sizes, "q"), scale: float(sizes.scale) },
-    ...{ dotThreads: DOT_THREADS, dotIndex: fold(dots.grid as number).index, dotCount: count, valueChannels: W },
-    loaders: Object.keys(use.dtype)
+    ...{ dotThreads: DOT_THREADS, dotIndex: foldGrid(dots.grid as number).index, dotCount: count, valueChannels: W },
+    loaders: Object.keys(spec.dtype)
       .filter((name) => name !== "lse" && name !== "sample" && !outputs.includes(name))
-      .map((name) => ({ name, ...lie(use, sizes, name), value: loaded(use, name) })),
-    writers: outputs.map((name) => ({ name, ...lie(use, sizes, name), text: written(use, name) })),
+      .map((name) => ({ name, ...lie(spec, sizes, name), value: loaded(spec, name) })),
+    writers: outputs.map((name) => ({ name, ...lie(spec, sizes, name), text: written(spec, name) })),
     passes: passes.map((p) => passText(p)),
   });
   return { source, launches, ...(grad ? { scratch: scratchBytes(count + (drops ? 2 * B : 0)) } : {}) };
@@ -177,7 +177,7 @@ function made(use: Use, passes: readonly Pass[]): Made {
     const blocks = Math.ceil((byQueries ? S : U) / rows);
     const queryAt = (head: string) => `batch * ${S * G * M}u + ${head}`;
     const keyAt = (head: string) => `batch * ${U * G}u + ${head}`;
-    const groupsOf = (to: string) => Array.from({ length: Math.ceil(wordsOf(use, to) / across) }, (_, g) => g);
+    const groupsOf = (to: string) => Array.from({ length: Math.ceil(wordsOf(spec, to) / across) }, (_, g) => g);
     // the last run of threads may have fewer channels than threads: they repeat the last, and do not store
     const word = (g: number, words: number) => {
       const at = g ? `tx + ${g * across}u` : "tx";
@@ -188,13 +188,13 @@ function made(use: Use, passes: readonly Pass[]): Made {
     return {
       ...{
         entry: p.entry,
-        index: fold(places(p)).index,
+        index: foldGrid(places(p)).index,
         places: places(p),
         byQueries,
         gradient: grad,
         online: !grad,
         start: drops ? `${p.start}.start` : p.start,
-        told: p.start,
+        runtimeAttrs: p.start,
       },
       block: byQueries ? `${blocks - 1}u - place / ${B * heads}u` : `place / ${B * heads}u`,
       ...{ heads: B * heads, headsOfOne: heads, group: M, logSum: part ? "log_sum_bits" : "log_sum" },
@@ -204,7 +204,7 @@ function made(use: Use, passes: readonly Pass[]): Made {
       scores: p.scores.map(({ name, row, column }) => {
         const step = stepOf(row);
         return {
-          ...{ row, column, step, wide: wordsOf(use, row) * 4, runsOfStep: step / 4 },
+          ...{ row, column, step, wide: wordsOf(spec, row) * 4, runsOfStep: step / 4 },
           ...{ rowRuns: (rows * step) / 4, columnRuns: (columns * step) / 4, columnsAt: (step * rows) / 4 },
           products: LETTERS.map((letter, j) => ({ name: `${name}${j}`, letter })),
         };
@@ -212,7 +212,7 @@ function made(use: Use, passes: readonly Pass[]): Made {
       four: LETTERS.map((letter, number) => ({ letter, number })),
       shrinks: p.sums.flatMap(({ to }) => each(to)),
       weighted: p.sums.map(({ name, column, to }) => {
-        const channelWords = wordsOf(use, column);
+        const channelWords = wordsOf(spec, column);
         const lanes = lanesOf(channelWords);
         return {
           ...{ column, channelWords, lanes, laneRuns: lanes * channelWords },
@@ -234,20 +234,20 @@ function made(use: Use, passes: readonly Pass[]): Made {
 /** What weights are multiplied by. The gradient reads sequences' numbers behind its dots, in halves: of buffers it has as many as may be. */
 function randomText(
   { B, S, U, G, M, part, grad, chunk }: AttentionSizes,
-  { threshold, factor, fours }: NonNullable<AttentionSizes["drops"]>,
+  { threshold, factor, keysAligned4 }: NonNullable<AttentionSizes["drops"]>,
 ): string {
   const [keyStart, headStart] = part ? ["starts.y", "starts.z"] : ["0", "starts.y"];
   const at = (start: string, count: number, lane: string) =>
     chunk ? `position_in(runs_of(${start}, ${count}), i32(${lane}))` : `${start} + i32(${lane})`;
-  const behind = B * S * G * M;
+  const ringOffset = B * S * G * M;
   return render("wgsl/attention_random.wgsl", {
-    ...{ philox: render("wgsl/philox.wgsl", {}), fours, threshold, factor: float(factor), group: M, headStart },
+    ...{ philox: render("wgsl/philox.wgsl", {}), keysAligned4, threshold, factor: float(factor), group: M, headStart },
     ...{
       queryAt: at("starts.x", S, `min(query, ${S - 1}u)`),
       keyAt: at(keyStart, U, "key"),
       nextAt: at(keyStart, U, `min(key + j, ${U - 1}u)`),
     },
-    sample: grad ? `(u32(dots[${behind}u + batch * 2u]) << 16u) + u32(dots[${behind}u + batch * 2u + 1u])` : "u32(sample[batch])",
+    sample: grad ? `(u32(dots[${ringOffset}u + batch * 2u]) << 16u) + u32(dots[${ringOffset}u + batch * 2u + 1u])` : "u32(sample[batch])",
   });
 }
 
@@ -255,31 +255,31 @@ const ofKey = (name: string): boolean => ["k", "v", "dk", "dv"].includes(name);
 /** Where a lane, counted in the order of positions as `at`, lies in its piece. */
 function placeOf(sizes: AttentionSizes, name: string): string {
   const [count, start] = ofKey(name) ? [sizes.U, sizes.part ? "here.y" : "0"] : [sizes.S, "here.x"];
-  return isMoved(sizes, count) ? `place_in(${start}, ${count}, at)` : "at";
+  return isReordered(sizes, count) ? `place_in(${start}, ${count}, at)` : "at";
 }
 /** How lanes lie: the last, from one to the next in heads, and the channels of each. */
-function lie(use: Use, sizes: AttentionSizes, name: string) {
+function lie(spec: KernelSpec, sizes: AttentionSizes, name: string) {
   const { S, U, G, M } = sizes;
   const [last, stride] = ofKey(name) ? [U - 1, G] : [S - 1, G * M];
-  return { last, stride, channels: channelsOf(use, name), place: placeOf(sizes, name) };
+  return { last, stride, channels: channelsOf(spec, name), place: placeOf(sizes, name) };
 }
-function loaded(use: Use, name: string): string {
-  if (runOf(use, name) === 4) return `vec4<f32>(${name}[i / 4u])`;
-  const channels = channelsOf(use, name);
+function loaded(spec: KernelSpec, name: string): string {
+  if (runOf(spec, name) === 4) return `vec4<f32>(${name}[i / 4u])`;
+  const channels = channelsOf(spec, name);
   // the last channel stands for those past it, which count as zero
   const one = (j: number) => `select(0.0, f32(${name}[i - c + min(c + ${j}u, ${channels - 1}u)]), c + ${j}u < ${channels}u)`;
   return `vec4<f32>(${[0, 1, 2, 3].map(one).join(", ")})`;
 }
-function written(use: Use, name: string): string {
-  const type = scalar(use.dtype[name]!);
-  if (runOf(use, name) === 4) return `  ${name}[i / 4u] = vec4<${type}>(sum);`;
+function written(spec: KernelSpec, name: string): string {
+  const type = scalar(spec.dtype[name]!);
+  if (runOf(spec, name) === 4) return `  ${name}[i / 4u] = vec4<${type}>(sum);`;
   const store = (j: number) => `${name}[i + ${j}u] = ${type}(sum.${LETTERS[j]});`;
-  return [0, 1, 2, 3].map((j) => (j ? `  if (c + ${j}u < ${channelsOf(use, name)}u) { ${store(j)} }` : `  ${store(j)}`)).join("\n");
+  return [0, 1, 2, 3].map((j) => (j ? `  if (c + ${j}u < ${channelsOf(spec, name)}u) { ${store(j)} }` : `  ${store(j)}`)).join("\n");
 }
 
 const MERGE_THREADS = 256;
-function merge(use: Use): Made {
-  const { d, dtype } = use;
+function merge(spec: KernelSpec): GeneratedKernel {
+  const { d, dtype } = spec;
   const width = widthOf(d.W!);
   const count = (d.B! * d.S! * d.H! * d.W!) / width;
   const wide = (name: string): Binding => ({ arg: name, type: vector(scalar(dtype[name]!), width) });
@@ -287,8 +287,8 @@ function merge(use: Use): Made {
   const grid = Math.ceil(count / MERGE_THREADS);
   const buffers = [wide("a"), bits("la"), wide("b"), bits("lb"), wide("o"), bits("lse")];
   const text = render("wgsl/attention_merge.wgsl", {
-    ...{ entry: use.name, threads: MERGE_THREADS, index: fold(grid).index, count, width, vectors: d.W! / width },
+    ...{ entry: spec.name, threads: MERGE_THREADS, index: foldGrid(grid).index, count, width, vectors: d.W! / width },
     ...{ vector: vector("f32", width), type: vector(scalar(dtype.o!), width) },
   });
-  return kernel(use, [{ entry: use.name, grid, threads: MERGE_THREADS, buffers }], [text]);
+  return kernel(spec, [{ entry: spec.name, grid, threads: MERGE_THREADS, buffers }], [text]);
 }

@@ -1,34 +1,34 @@
 /** Who goes where, as a map of ones among zeros: a token's best experts, by one invocation; an expert's best tokens, by one workgroup. */
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { THREADS } from "./reduce.ts";
-import { type Binding, type Entry, float, fold, kernel, scalar } from "./text.ts";
+import { type Binding, type EntryPoint, float, foldGrid, kernel, scalar } from "./text.ts";
 
-export interface Part {
-  readonly entry: Entry;
+export interface ShaderPart {
+  readonly entry: EntryPoint;
   readonly text: string;
 }
-const made = (use: Use, { entry, text }: Part): Made => kernel(use, [entry], [text]);
+const made = (spec: KernelSpec, { entry, text }: ShaderPart): GeneratedKernel => kernel(spec, [entry], [text]);
 
 /** Per token the map of its k best; or, where it is told a buffer for that, the k-th best score. */
 export function bestExperts(
-  use: Use,
+  spec: KernelSpec,
   {
-    entry: name = use.name,
-    k = use.d.k!,
-    sign = use.d.sign ?? 0,
-    groups = use.d.groups ?? 1,
+    entry: name = spec.name,
+    k = spec.d.k!,
+    sign = spec.d.sign ?? 0,
+    groups = spec.d.groups ?? 1,
     to = { arg: "c", type: "f32" },
     threshold = false,
   } = {},
-): Part {
-  const { E, group_top_k = 1, group_scores = 0 } = use.d;
-  const bias = use.dtype.bias !== undefined;
-  const tokens = use.size.x! / E!;
+): ShaderPart {
+  const { E, group_top_k = 1, group_scores = 0 } = spec.d;
+  const bias = spec.dtype.bias !== undefined;
+  const tokens = spec.size.x! / E!;
   const workgroups = Math.ceil(tokens / THREADS);
-  const operands: Binding[] = ["x", ...(bias ? ["bias"] : [])].map((arg) => ({ arg, type: scalar(use.dtype[arg]!) }));
-  const text = render("wgsl/choose.wgsl", {
-    ...{ op: use.op, entry: name, threads: THREADS, index: fold(workgroups).index, tokens, experts: E! },
+  const operands: Binding[] = ["x", ...(bias ? ["bias"] : [])].map((arg) => ({ arg, type: scalar(spec.dtype[arg]!) }));
+  const text = render("wgsl/top_k_mask.wgsl", {
+    ...{ op: spec.op, entry: name, threads: THREADS, index: foldGrid(workgroups).index, tokens, experts: E! },
     ...{ k, words: Math.ceil(E! / 32), out: threshold ? "least" : "c", threshold },
     score: bias ? `f32(x[first + e]) + ${float(sign)} * bias[e]` : "f32(x[first + e])",
     ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
@@ -40,7 +40,7 @@ export function bestExperts(
 interface Column {
   /** Groups of tokens: of `sequences`, and of the positions one of `pieces` of `length`. */
   readonly groups: number;
-  readonly pieces: number;
+  readonly slices: number;
   readonly sequences: number;
   readonly length: number;
   readonly experts: number;
@@ -54,23 +54,32 @@ interface Column {
   readonly write?: string;
   readonly last?: string;
 }
-export function bestTokens({ op, name }: Pick<Use, "op" | "name">, c: Column): Part {
+export function bestTokens({ op, name }: Pick<KernelSpec, "op" | "name">, c: Column): ShaderPart {
   const entries = c.sequences * c.length;
   const columns = c.groups * c.experts;
   const text = render("wgsl/select.wgsl", {
-    ...{ op, entry: name, index: fold(columns).index, columns, key: c.key, entries, experts: c.experts, count: Math.min(c.count, entries) },
-    ...{ passes: c.bits / 8, run: Math.ceil(entries / THREADS), pieces: c.pieces, sequences: c.sequences, length: c.length },
-    ...{ positions: c.pieces * c.length, write: c.write ?? "", last: c.last ?? "" },
+    ...{
+      op,
+      entry: name,
+      index: foldGrid(columns).index,
+      columns,
+      key: c.key,
+      entries,
+      experts: c.experts,
+      count: Math.min(c.count, entries),
+    },
+    ...{ passes: c.bits / 8, run: Math.ceil(entries / THREADS), slices: c.slices, sequences: c.sequences, length: c.length },
+    ...{ positions: c.slices * c.length, write: c.write ?? "", last: c.last ?? "" },
   });
   return { entry: { entry: name, grid: columns, threads: THREADS, buffers: c.buffers }, text };
 }
 
-function drop(use: Use): Made {
-  const { A, P, J, L, E, capacity, position, pad } = use.d;
+function drop(spec: KernelSpec): GeneratedKernel {
+  const { A, P, J, L, E, capacity, position, pad } = spec.d;
   return made(
-    use,
-    bestTokens(use, {
-      ...{ groups: A! * J!, pieces: J!, sequences: P!, length: L!, experts: E!, count: capacity! },
+    spec,
+    bestTokens(spec, {
+      ...{ groups: A! * J!, slices: J!, sequences: P!, length: L!, experts: E!, count: capacity! },
       buffers: (position ? ["c", "d"] : ["p", "c", "d"]).map((arg) => ({ arg, type: "f32" })),
       key: position ? "return select(0u, 1u, c[at] > 0.0);" : "return select(0u, bitcast<u32>(p[at]) + 1u, c[at] > 0.0);",
       bits: position ? 8 : 32,
@@ -78,12 +87,12 @@ function drop(use: Use): Made {
     }),
   );
 }
-function chooseTokens(use: Use): Made {
-  const { A, P, S, E, capacity } = use.d;
+function expertChoiceMask(spec: KernelSpec): GeneratedKernel {
+  const { A, P, S, E, capacity } = spec.d;
   return made(
-    use,
-    bestTokens(use, {
-      ...{ groups: A!, pieces: 1, sequences: P!, length: S!, experts: E!, count: capacity! },
+    spec,
+    bestTokens(spec, {
+      ...{ groups: A!, slices: 1, sequences: P!, length: S!, experts: E!, count: capacity! },
       buffers: ["p", "c"].map((arg) => ({ arg, type: "f32" })),
       ...{ key: "return bitcast<u32>(p[at]);", bits: 32, write: "c[at] = select(0.0, 1.0, taken);" },
     }),
@@ -91,7 +100,7 @@ function chooseTokens(use: Use): Made {
 }
 
 export const choice = {
-  choose: (use: Use): Made => made(use, bestExperts(use)),
-  choose_biased: (use: Use): Made => made(use, bestExperts(use)),
-  ...{ drop, choose_tokens: chooseTokens },
+  top_k_mask: (spec: KernelSpec): GeneratedKernel => made(spec, bestExperts(spec)),
+  top_k_mask_biased: (spec: KernelSpec): GeneratedKernel => made(spec, bestExperts(spec)),
+  ...{ apply_capacity: drop, expert_choice_mask: expertChoiceMask },
 };

@@ -3,14 +3,14 @@
  * one template, and per op its formula. A formula speaks of values that are loaded as f32 and rounded when stored.
  */
 import { render } from "../../../templates/bindings.ts";
-import { dropsOf, told } from "../../ops/dropout.ts";
+import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
 import { ops } from "../../ops/index.ts";
-import { type Made, positionText, type Use } from "../kernelSpec.ts";
-import { type Binding, type Entry, float, fold, kernel, scalar, vector, widthOf } from "./text.ts";
+import { type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
+import { type Binding, type EntryPoint, float, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
 
-export interface Formula {
+export interface WgslFormula {
   /**
    * Where inputs are found that are neither of the output's size nor scalars. A number: elements of the output that share one
    * of its own. `vector` and `element`: the source indexes the buffer `<name>_buf` itself.
@@ -30,18 +30,21 @@ export interface Formula {
 }
 
 /** The kernel of a formula. Of ragged outputs it computes the rows that exist. */
-export function map(use: Use, { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: Formula): Made {
-  const { inputs } = ops[use.op]!;
+export function map(
+  spec: KernelSpec,
+  { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: WgslFormula,
+): GeneratedKernel {
+  const { inputs } = ops[spec.op]!;
   const outputs = Object.keys(results);
-  const total = Math.max(...outputs.map((o) => use.size[o]!));
+  const total = Math.max(...outputs.map((o) => spec.size[o]!));
   const inner = reads ?? inputs.map((o) => o.name);
-  const wide = (name: string): boolean => at[name] === "vector" || (at[name] === undefined && use.size[name] === total);
-  const typeOf = (name: string): string => (wide(name) ? vector(scalar(use.dtype[name]!), width) : scalar(use.dtype[name]!));
+  const wide = (name: string): boolean => at[name] === "vector" || (at[name] === undefined && spec.size[name] === total);
+  const typeOf = (name: string): string => (wide(name) ? vector(scalar(spec.dtype[name]!), width) : scalar(spec.dtype[name]!));
   const V = vector("f32", width);
 
   const names = [...inner, ...outputs.filter((o) => !inner.includes(o))];
   const buffers: Binding[] = names.map((name) => ({ arg: name, name: `${name}_buf`, type: typeOf(name) }));
-  if (use.bound) buffers.push({ arg: "rows", type: "i32" });
+  if (spec.bound) buffers.push({ arg: "rows", type: "i32" });
   const load = (name: string): string[] => {
     const where = at[name];
     if (where === "vector" || where === "element") return [];
@@ -49,23 +52,23 @@ export function map(use: Use, { at = {}, reads, functions = [], lines = [], resu
     return wide(name) ? [`let ${name} = V(${name}_buf[i]);`] : [`let ${name} = f32(${name}_buf[0]);`];
   };
   const store = (name: string): string => {
-    const value = use.keeps.has(name) && !inner.includes(name) ? `V(${name}_buf[i]) + (${results[name]})` : results[name]!;
+    const value = spec.accumulates.has(name) && !inner.includes(name) ? `V(${name}_buf[i]) + (${results[name]})` : results[name]!;
     return `${name}_buf[i] = ${typeOf(name)}(${value});`;
   };
   const body = [...inner.flatMap(load), ...lines, ...outputs.map(store)];
-  const entry: Entry = { entry: use.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts, attrs };
+  const entry: EntryPoint = { entry: spec.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts, attrs };
   const text = render("wgsl/map.wgsl", {
-    op: use.op,
+    op: spec.op,
     width,
     vector: V,
     functions: [...functions],
     threads: THREADS,
-    entry: use.name,
-    index: fold(Math.ceil(total / width / THREADS)).index,
-    count: use.bound ? `u32(rows[0]) * ${total / use.bound / width}u` : `${total / width}u`,
+    entry: spec.name,
+    index: foldGrid(Math.ceil(total / width / THREADS)).index,
+    count: spec.bound ? `u32(rows[0]) * ${total / spec.bound / width}u` : `${total / width}u`,
     lines: body,
   });
-  return kernel(use, [entry], [text]);
+  return kernel(spec, [entry], [text]);
 }
 
 /** e^80 is finite, and what is below -80 counts for nothing. */
@@ -75,10 +78,10 @@ export const sigmoid = "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(mi
 const log1p = "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }";
 
 /** The width for an op on whole operands: of ragged ones a row is a multiple of it. */
-const plain = (use: Use, name: string): 1 | 2 | 4 => widthOf(use.size[name]! / (use.bound || 1));
+const plain = (spec: KernelSpec, name: string): 1 | 2 | 4 => widthOf(spec.size[name]! / (spec.bound || 1));
 
 /** With counts for every `batch` elements of dp. */
-function auxLossGrad({ d, size }: Use, batch: number): Formula {
+function auxLossGrad({ d, size }: KernelSpec, batch: number): WgslFormula {
   const width = widthOf(d.E!);
   const [experts, vectors] = [d.E! / width, batch / width];
   return {
@@ -90,14 +93,14 @@ function auxLossGrad({ d, size }: Use, batch: number): Formula {
 }
 
 /** Of each element of `x`, a word of its own: `bits`. */
-function atRandom({ d }: Use, y: string): Formula {
+function atRandom({ d }: KernelSpec, y: string): WgslFormula {
   const { S, D, chunk, ranks } = d as Readonly<Record<"S" | "D" | "chunk" | "ranks", number>>;
   const width = widthOf(D);
   const wide = D / width;
   // a vector lies within the four channels of a counter
   const bits = { 1: "words[c % 4u]", 2: "select(words.xy, words.zw, c % 4u == 2u)", 4: "words" }[width];
   return {
-    ...{ width, at: { sample: "element" }, starts: ["S"], attrs: told, results: { y } },
+    ...{ width, at: { sample: "element" }, starts: ["S"], attrs: runtimeAttrs, results: { y } },
     functions: [render("wgsl/philox.wgsl", {})],
     lines: [
       `let token = i / ${wide}u;`,
@@ -112,53 +115,53 @@ function atRandom({ d }: Use, y: string): Formula {
 
 const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
 
-const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
-  add: (use) => ({ width: plain(use, "y"), results: { y: "a + b" } }),
-  accumulate: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+const formulas: Readonly<Record<string, (spec: KernelSpec) => WgslFormula>> = {
+  add: (spec) => ({ width: plain(spec, "y"), results: { y: "a + b" } }),
+  accumulate: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
   add_bias({ d }) {
     const width = widthOf(d.N!);
     const wide = d.N! / width;
     return { width, at: { bias: "vector" }, results: { y: `x + V(bias_buf[i % ${wide}u])` } };
   },
-  cast: (use) => ({ width: plain(use, "y"), results: { y: "x" } }),
+  cast: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
 
-  swiglu: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "gate * sigmoid(gate) * up" } }),
-  swiglu_grad: (use) => ({
+  swiglu: (spec) => ({ functions: [sigmoid], width: plain(spec, "y"), results: { y: "gate * sigmoid(gate) * up" } }),
+  swiglu_grad: (spec) => ({
     functions: [sigmoid],
-    width: plain(use, "dy"),
+    width: plain(spec, "dy"),
     lines: ["let s = sigmoid(gate);"],
     results: { dgate: `dy * ${silu.dgate}`, dup: `dy * ${silu.dup}` },
   }),
-  gated: ({ d }) => ({
+  sigmoid_gate: ({ d }) => ({
     ...{ functions: [sigmoid], width: widthOf(d.C!), at: { gate: d.C! } },
     results: { y: "x * sigmoid(V(gate))" },
   }),
-  swiglu_rows: (use) => ({
+  swiglu_rows: (spec) => ({
     functions: [sigmoid],
-    width: widthOf(use.d.F!),
-    at: { p: use.d.F! },
+    width: widthOf(spec.d.F!),
+    at: { p: spec.d.F! },
     results: { y: "gate * sigmoid(gate) * up * p" },
   }),
 
-  sigmoid: (use) => ({ functions: [sigmoid], width: plain(use, "y"), results: { y: "sigmoid(x)" } }),
-  sigmoid_grad: (use) => ({ width: plain(use, "dx"), results: { dx: "dy * y * (V(1.0) - y)" } }),
-  sqrt_softplus: (use) => ({ functions: [log1p], width: plain(use, "y"), results: { y: "sqrt(max(x, V(0.0)) + log1p(exp(-abs(x))))" } }),
-  sqrt_softplus_grad: (use) => ({
-    ...{ functions: [sigmoid], width: plain(use, "dx") },
+  sigmoid: (spec) => ({ functions: [sigmoid], width: plain(spec, "y"), results: { y: "sigmoid(x)" } }),
+  sigmoid_grad: (spec) => ({ width: plain(spec, "dx"), results: { dx: "dy * y * (V(1.0) - y)" } }),
+  sqrt_softplus: (spec) => ({ functions: [log1p], width: plain(spec, "y"), results: { y: "sqrt(max(x, V(0.0)) + log1p(exp(-abs(x))))" } }),
+  sqrt_softplus_grad: (spec) => ({
+    ...{ functions: [sigmoid], width: plain(spec, "dx") },
     results: { dx: "select(V(0.0), dy * sigmoid(x) / (2.0 * y), y > V(0.0))" },
   }),
 
-  nll: (use) => ({ width: plain(use, "l"), results: { l: "log(s) + m - p" } }),
-  nll_grad: (use) => ({ width: plain(use, "ds"), results: { ds: "dy / s", dp: "-dy" } }),
-  mean_grad: (use) => ({
-    width: plain(use, "dl"),
+  nll: (spec) => ({ width: plain(spec, "l"), results: { l: "log(s) + m - p" } }),
+  nll_grad: (spec) => ({ width: plain(spec, "ds"), results: { ds: "dy / s", dp: "-dy" } }),
+  mean_grad: (spec) => ({
+    width: plain(spec, "dl"),
     reads: ["dy"],
-    at: { dy: use.size.dl! },
-    results: { dl: `V(dy / ${float(use.d.count!)})` },
+    at: { dy: spec.size.dl! },
+    results: { dl: `V(dy / ${float(spec.d.count!)})` },
   }),
-  weighted_sum_grad: (use) => ({ width: plain(use, "dl"), at: { dy: use.size.dl! }, results: { dl: "weight * V(dy)" } }),
+  weighted_sum_grad: (spec) => ({ width: plain(spec, "dl"), at: { dy: spec.size.dl! }, results: { dl: "weight * V(dy)" } }),
   sum_exp_grad: ({ d }) => ({ width: widthOf(d.V!), at: { m: d.V!, dy: d.V! }, results: { dx: "dy * exp(x - m)" } }),
-  pick_grad({ d }) {
+  gather_grad({ d }) {
     const width = widthOf(d.V!);
     const I = vector("i32", width);
     const lanes = width === 1 ? "0" : `${I}(${[0, 1, 2, 3].slice(0, width)})`;
@@ -191,7 +194,7 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
       results: { x: "V(row)" },
     };
   },
-  choose_evenly: ({ d }) => {
+  uniform_mask: ({ d }) => {
     const { S, E, k, S0, E0, chunk, ranks } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0" | "chunk" | "ranks", number>>;
     return {
       ...{ width: 1, reads: [], starts: ["B", "S", "E"] },
@@ -204,16 +207,17 @@ const formulas: Readonly<Record<string, (use: Use) => Formula>> = {
       results: { c: `select(0.0, 1.0, after < ${k})` },
     };
   },
-  dropout(use) {
-    const { threshold, factor } = dropsOf(use.d.drop!);
-    const none = `${vector("u32", widthOf(use.d.D!))}(${threshold}u)`;
-    return atRandom(use, `select(x * ${float(factor)}, V(), bits < ${none})`);
+  dropout(spec) {
+    const { threshold, factor } = dropsOf(spec.d.drop!);
+    const none = `${vector("u32", widthOf(spec.d.D!))}(${threshold}u)`;
+    return atRandom(spec, `select(x * ${float(factor)}, V(), bits < ${none})`);
   },
-  jitter: (use) => atRandom(use, `x * (1.0 + ${float(use.d.eps!)} * (V(bits >> ${vector("u32", widthOf(use.d.D!))}(8u)) * 0x1p-23 - 1.0))`),
-  aux_loss_grad: (use) => auxLossGrad(use, use.d.P! * use.d.S! * use.d.E!),
-  global_aux_loss_grad: (use) => auxLossGrad(use, use.size.dp!),
+  jitter: (spec) =>
+    atRandom(spec, `x * (1.0 + ${float(spec.d.eps!)} * (V(bits >> ${vector("u32", widthOf(spec.d.D!))}(8u)) * 0x1p-23 - 1.0))`),
+  aux_loss_grad: (spec) => auxLossGrad(spec, spec.d.P! * spec.d.S! * spec.d.E!),
+  global_aux_loss_grad: (spec) => auxLossGrad(spec, spec.size.dp!),
 };
 
 export const elementwise = Object.fromEntries(
-  Object.entries(formulas).map(([op, formula]) => [op, (use: Use): Made => map(use, formula(use))]),
+  Object.entries(formulas).map(([op, formula]) => [op, (spec: KernelSpec): GeneratedKernel => map(spec, formula(spec))]),
 );

@@ -3,9 +3,9 @@
  * workgroup memory. Sums are f32. Odd sizes are right; where sizes divide, nothing is checked.
  */
 import { render } from "../../../templates/bindings.ts";
-import type { Made } from "../kernelSpec.ts";
-import type { Product, Tile, Tiling } from "./product.ts";
-import { type Letter, productKernel } from "./productText.ts";
+import type { GeneratedKernel } from "../kernelSpec.ts";
+import type { Tile, WgslProduct, WgslTiling } from "./product.ts";
+import { type OperandName, productKernel } from "./productText.ts";
 
 export interface PlainTile extends Tile {
   readonly by: "plain";
@@ -24,7 +24,7 @@ export const plainTiles: readonly PlainTile[] = [
   { by: "plain", bm: 16, bn: 64, bk: 16, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
 ];
 
-export function gemm(p: Product, t: Tiling<PlainTile>): Made {
+export function gemm(p: WgslProduct, t: WgslTiling<PlainTile>): GeneratedKernel {
   const { bm, bn, bk, rm, rn, unrolled } = t.tile;
   const threads = (bm / rm) * (bn / rn);
   const half = ((bm + bn) * bk) / 4;
@@ -52,7 +52,7 @@ function arrangement({ bm, bn, rm, rn }: PlainTile): { readonly ty: string; read
 }
 
 /** What each thread brings from an operand per step of the depth: runs of four as they lie, put into words of four lanes. */
-function fetches(p: Product, { bm, bn, bk }: PlainTile, letter: Letter, threads: number, from: number) {
+function fetches(p: WgslProduct, { bm, bn, bk }: PlainTile, letter: OperandName, threads: number, from: number) {
   const lanes = letter === "a" ? bm : bn;
   const base = letter === "a" ? 0 : (bm * bk) / 4;
   const side = { side: letter, first: letter === "a" ? "m0" : "n0" };

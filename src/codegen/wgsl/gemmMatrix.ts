@@ -3,9 +3,9 @@
  * 16 x 16 x 16 from f16 into f32. Operands pass through workgroup memory as they lie: a matrix is loaded by rows or by columns.
  */
 import { render } from "../../../templates/bindings.ts";
-import type { Made } from "../kernelSpec.ts";
-import type { Product, Tile, Tiling } from "./product.ts";
-import { isWide, type Letter, productKernel } from "./productText.ts";
+import type { GeneratedKernel } from "../kernelSpec.ts";
+import type { Tile, WgslProduct, WgslTiling } from "./product.ts";
+import { isWide, type OperandName, productKernel } from "./productText.ts";
 
 export interface MatrixTile extends Tile {
   readonly by: "matrix";
@@ -23,7 +23,7 @@ const SIDE = 16;
 /** Elements between rows beyond the row: 16 bytes, so that the rows of a matrix begin in different banks. */
 const PAD = 8;
 
-export function gemmMatrix(p: Product, t: Tiling<MatrixTile>): Made {
+export function gemmMatrix(p: WgslProduct, t: WgslTiling<MatrixTile>): GeneratedKernel {
   const { bm, bn, bk, down, across } = t.tile;
   const subgroups = (bm / down) * (bn / across);
   const threads = subgroups * LANES;
@@ -50,7 +50,7 @@ export function gemmMatrix(p: Product, t: Tiling<MatrixTile>): Made {
 const range = (size: number): number[] => Array.from({ length: size / SIDE }, (_, i) => i * SIDE);
 
 /** How an operand lies in workgroup memory, what each thread brings there, and the matrices a subgroup reads in one step of 16. */
-function staged(p: Product, { bm, bn, bk, down, across }: MatrixTile, letter: Letter, threads: number) {
+function staged(p: WgslProduct, { bm, bn, bk, down, across }: MatrixTile, letter: OperandName, threads: number) {
   const lanes = letter === "a" ? bm : bn;
   const own = letter === "a" ? down : across;
   const deep = p[letter].along === "deep";

@@ -1,5 +1,5 @@
 /** The WGSL kernel of every op, by the op's name. */
-import type { WgslMaker } from "../kernelSpec.ts";
+import type { WgslGenerator } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
 import { choice } from "./choice.ts";
@@ -14,7 +14,7 @@ import { router } from "./router.ts";
 import { messages } from "./transport.ts";
 import { vocab } from "./vocab.ts";
 
-export const wgslKernels: Readonly<Record<string, WgslMaker>> = {
+export const wgslKernels: Readonly<Record<string, WgslGenerator>> = {
   ...attention,
   ...elementwise,
   ...latent,

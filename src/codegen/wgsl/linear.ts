@@ -3,14 +3,14 @@
  * that is done first decides how it is multiplied: matrix units lose where tiles are few or mostly empty.
  */
 
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import type { Profile } from "../targetNames.ts";
 import { gemm, plainTiles } from "./gemm.ts";
 import { gemmMatrix, matrixTiles } from "./gemmMatrix.ts";
 import { productOf, tilingOf } from "./product.ts";
 
-function product(use: Use, profile: Profile): Made {
-  const p = productOf(use);
+function product(spec: KernelSpec, profile: Profile): GeneratedKernel {
+  const p = productOf(spec);
   const matrix = profile === "matrix" && p.a.dtype === "f16" && p.b.dtype === "f16";
   const t = tilingOf(p, matrix ? [...matrixTiles, ...plainTiles] : plainTiles);
   const { tile } = t;

@@ -1,17 +1,17 @@
 /** The step: the sum of squares of a gradient, what clipping leaves, and how weights move. */
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { map } from "./elementwise.ts";
 import { scalarSum } from "./reduce.ts";
 import { float, horizontal, scalar, vector, widthOf } from "./text.ts";
 
-function sumSquares(use: Use): Made {
-  const width = widthOf(use.size.g!);
-  return scalarSum(use, {
-    buffers: [{ arg: "g", type: vector(scalar(use.dtype.g!), width) }],
-    count: use.size.g! / width,
+function sumSquares(spec: KernelSpec): GeneratedKernel {
+  const width = widthOf(spec.size.g!);
+  return scalarSum(spec, {
+    buffers: [{ arg: "g", type: vector(scalar(spec.dtype.g!), width) }],
+    count: spec.size.g! / width,
     lines: [`let v = ${vector("f32", width)}(g[i]);`, "let square = v * v;"],
     term: horizontal("square", width),
-    factor: float(use.d.scale!),
+    factor: float(spec.d.scale!),
   });
 }
 
@@ -20,17 +20,17 @@ const clipped = (norm: string, max: number): string => (max > 0 ? `min(1.0, ${fl
 /** WGSL lets compilers take every float for a finite one: the bits say which is not, and it is passed on unchanged. */
 const isNonfinite = (x: string): string => `(bitcast<u32>(${x}) & 0x7f800000u) == 0x7f800000u`;
 
-function markNonfinite(use: Use): Made {
-  return map(use, { width: 1, reads: ["x", "y"], results: { y: `select(y, x, ${isNonfinite("x")})` } });
+function markNonfinite(spec: KernelSpec): GeneratedKernel {
+  return map(spec, { width: 1, reads: ["x", "y"], results: { y: `select(y, x, ${isNonfinite("x")})` } });
 }
 
 /** `by` is an expression: what the loss, and so the gradients, were multiplied by. */
-function clip(use: Use, by?: string): Made {
+function clip(spec: KernelSpec, by?: string): GeneratedKernel {
   const divided = (value: string): string => (by ? `${value} / ${by}` : value);
-  return map(use, {
+  return map(spec, {
     width: 1,
     lines: [`let skipped = ${isNonfinite("sq")};`, `let all = ${divided("sqrt(sq)")};`],
-    results: { norm: "select(all, sq, skipped)", scale: `select(${divided(clipped("all", use.d.max!))}, 0.0, skipped)` },
+    results: { norm: "select(all, sq, skipped)", scale: `select(${divided(clipped("all", spec.d.max!))}, 0.0, skipped)` },
   });
 }
 
@@ -54,7 +54,7 @@ interface Method {
   readonly lines: readonly string[];
   readonly results: Readonly<Record<string, string>>;
 }
-type Sizes = Use["d"];
+type Sizes = KernelSpec["d"];
 
 function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): Method {
   return {
@@ -85,12 +85,12 @@ const methods: Readonly<Record<string, (d: Sizes, decay: string) => Method>> = {
   }),
 };
 
-function moves(use: Use, { scalars, functions = [], lines, results }: Method): Made {
-  return map(use, {
-    width: widthOf(use.size.g!),
+function moves(spec: KernelSpec, { scalars, functions = [], lines, results }: Method): GeneratedKernel {
+  return map(spec, {
+    width: widthOf(spec.size.g!),
     reads: ["g", ...scalars, ...Object.keys(results)],
     // an operand of one element is no scalar for that
-    at: Object.fromEntries(scalars.map((name) => [name, use.size.g!])),
+    at: Object.fromEntries(scalars.map((name) => [name, spec.size.g!])),
     functions,
     // a scale of 0 skips the step: values stay, whatever the gradients
     lines: [...lines, "let stays = scale == 0.0;"],
@@ -101,16 +101,16 @@ function moves(use: Use, { scalars, functions = [], lines, results }: Method): M
 export const optimizer = {
   sum_squares: sumSquares,
   mark_nonfinite: markNonfinite,
-  clip: (use: Use): Made => clip(use),
-  clip_scaled: (use: Use): Made => clip(use, "by"),
+  clip: (spec: KernelSpec): GeneratedKernel => clip(spec),
+  clip_scaled: (spec: KernelSpec): GeneratedKernel => clip(spec, "by"),
   ...Object.fromEntries(
-    Object.entries(methods).flatMap(([name, of]): [string, (use: Use) => Made][] => [
-      [name, (use) => moves(use, of(use.d, float(use.d.decay!)))],
+    Object.entries(methods).flatMap(([name, of]): [string, (spec: KernelSpec) => GeneratedKernel][] => [
+      [name, (spec) => moves(spec, of(spec.d, float(spec.d.decay!)))],
       [
         `${name}_scheduled`,
-        (use) => {
-          const method = of(use.d, "decay");
-          return moves(use, { ...method, scalars: [...method.scalars, "decay"] });
+        (spec) => {
+          const method = of(spec.d, "decay");
+          return moves(spec, { ...method, scalars: [...method.scalars, "decay"] });
         },
       ],
     ]),

@@ -4,7 +4,7 @@
  */
 import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
-import type { Use } from "../kernelSpec.ts";
+import type { KernelSpec } from "../kernelSpec.ts";
 
 /** An operand: its lanes are rows of a, or columns of b; deep is the dim summed over. */
 export interface Side {
@@ -15,8 +15,8 @@ export interface Side {
   readonly lanes: number;
 }
 
-export interface Product {
-  readonly use: Use;
+export interface WgslProduct {
+  readonly spec: KernelSpec;
   readonly a: Side;
   readonly b: Side;
   readonly out: { readonly name: string; readonly dtype: Dtype; readonly adds: boolean };
@@ -30,29 +30,29 @@ export interface Product {
   readonly experts: number;
 }
 
-export function productOf(use: Use): Product {
-  const { B = 0, S = 0, K = 0, N = 0, E = 0 } = use.d;
-  const side = (name: string, along: Side["along"], lanes: number): Side => ({ name, dtype: use.dtype[name]!, along, lanes });
-  const out = (name: string) => ({ name, dtype: use.dtype[name]!, adds: use.keeps.has(name) });
-  const grouped = use.op.startsWith("grouped_");
+export function productOf(spec: KernelSpec): WgslProduct {
+  const { B = 0, S = 0, K = 0, N = 0, E = 0 } = spec.d;
+  const side = (name: string, along: Side["along"], lanes: number): Side => ({ name, dtype: spec.dtype[name]!, along, lanes });
+  const out = (name: string) => ({ name, dtype: spec.dtype[name]!, adds: spec.accumulates.has(name) });
+  const grouped = spec.op.startsWith("grouped_");
   // numbers of rows travel through f32 words of workgroup memory
-  invariant(!grouped || use.bound < 2 ** 24, `${use.op}: ${use.bound} rows`);
-  const rows = grouped ? use.bound : B * S;
+  invariant(!grouped || spec.bound < 2 ** 24, `${spec.op}: ${spec.bound} rows`);
+  const rows = grouped ? spec.bound : B * S;
   const experts = grouped ? E : 0;
-  switch (use.op) {
+  switch (spec.op) {
     case "gemm":
     case "grouped_gemm": {
       const by = grouped ? "rows" : "dense";
-      return { use, a: side("x", "deep", rows), b: side("w", "lane", N), out: out("y"), m: rows, n: N, k: K, by, experts };
+      return { spec, a: side("x", "deep", rows), b: side("w", "lane", N), out: out("y"), m: rows, n: N, k: K, by, experts };
     }
     case "gemm_dgrad":
     case "grouped_dgrad": {
       const by = grouped ? "rows" : "dense";
-      return { use, a: side("dy", "deep", rows), b: side("w", "deep", K), out: out("dx"), m: rows, n: K, k: N, by, experts };
+      return { spec, a: side("dy", "deep", rows), b: side("w", "deep", K), out: out("dx"), m: rows, n: K, k: N, by, experts };
     }
     default: {
       const by = grouped ? "depth" : "dense";
-      return { use, a: side("x", "lane", K), b: side("dy", "lane", N), out: out("dw"), m: K, n: N, k: rows, by, experts };
+      return { spec, a: side("x", "lane", K), b: side("dy", "lane", N), out: out("dw"), m: K, n: N, k: rows, by, experts };
     }
   }
 }
@@ -67,7 +67,7 @@ export interface Tile {
 }
 
 /** The tiles of a product: `layers` (experts, or parts of the depth) of `down` by `across`. */
-export interface Tiling<T extends Tile> {
+export interface WgslTiling<T extends Tile> {
   readonly tile: T;
   readonly down: number;
   readonly across: number;
@@ -84,8 +84,8 @@ const LAUNCH = 1e6;
 const PART = 512;
 
 /** The tiling that is done first where `UNITS` tiles run at once, each as fast as its shape allows. */
-export function tilingOf<T extends Tile>({ m, n, k, by, experts }: Product, tiles: readonly T[]): Tiling<T> {
-  let best: { cost: number; tiling: Tiling<T> } | undefined;
+export function tilingOf<T extends Tile>({ m, n, k, by, experts }: WgslProduct, tiles: readonly T[]): WgslTiling<T> {
+  let best: { cost: number; tiling: WgslTiling<T> } | undefined;
   for (const tile of tiles) {
     // experts are taken to have equally many rows; the grid has tiles for any distribution
     const down = by === "rows" ? experts * Math.ceil(m / experts / tile.bm) : Math.ceil(m / tile.bm);

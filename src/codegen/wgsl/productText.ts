@@ -1,13 +1,13 @@
 /** What the kernels of products share, however they multiply: bindings, where a workgroup's tile is, loads and stores with their guards. */
 import { render } from "../../../templates/bindings.ts";
-import { type Made, offsetsAt } from "../kernelSpec.ts";
-import type { Product, Side, Tile, Tiling } from "./product.ts";
-import { bound, type Entry, fold, header, scalar, scratchBytes, vector } from "./text.ts";
+import { type GeneratedKernel, offsetsAt } from "../kernelSpec.ts";
+import type { Side, Tile, WgslProduct, WgslTiling } from "./product.ts";
+import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
 
-export type Letter = "a" | "b";
+export type OperandName = "a" | "b";
 
 /** How one way of multiplying a tile fits into the kernel. */
-export interface Way {
+export interface ProductVariant {
   readonly threads: number;
   /** The type in which operands reach workgroup memory. */
   readonly stage: "f32" | "f16";
@@ -31,14 +31,14 @@ interface Frame {
 }
 interface Store {
   readonly name: string;
-  readonly dtype: Product["out"]["dtype"];
+  readonly dtype: WgslProduct["out"]["dtype"];
   readonly adds: boolean;
 }
 
 const SUM_THREADS = 256;
 
-export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
-  const { name } = p.use;
+export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductVariant): GeneratedKernel {
+  const { name } = p.spec;
   const places = t.layers * t.down * t.across;
   const split = t.parts > 1;
   const to: Store = split ? { name: "partial", dtype: "f32", adds: false } : p.out;
@@ -47,7 +47,7 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
     arg: side.name,
     type: isWide(p, side, way) ? "vec4<u32>" : vector(scalar(side.dtype), runOf(p, side)),
   });
-  const product: Entry = {
+  const product: EntryPoint = {
     entry: name,
     grid: places,
     threads: way.threads,
@@ -59,7 +59,7 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
     ],
   };
   const count = (p.m * p.n) / run;
-  const sum: Entry = {
+  const sum: EntryPoint = {
     entry: `${name}_sum`,
     grid: Math.ceil(count / SUM_THREADS),
     threads: SUM_THREADS,
@@ -73,17 +73,17 @@ export function productKernel(p: Product, t: Tiling<Tile>, way: Way): Made {
   const frame = {
     name,
     threads: way.threads,
-    index: fold(places).index,
+    index: foldGrid(places).index,
     places,
     place: placeText(p, t, way),
     span: grouped ? ", span" : "",
   };
   const { bindings, launches } = bound(entries);
   const source = render("wgsl/product.wgsl", {
-    ...{ header: header(p.use.dtype) + (way.directives ?? ""), bindings, name },
+    ...{ header: header(p.spec.dtype) + (way.directives ?? ""), bindings, name },
     loaders: [loader(p, t, "a", way), loader(p, t, "b", way)],
     ...{ spanParameter: grouped ? ", span: vec2<u32>" : "", ...store(p, t, to), main: way.main(frame).trimEnd() },
-    ...{ split, parts: t.parts, sumThreads: SUM_THREADS, sumCount: count, sumIndex: fold(Math.ceil(count / SUM_THREADS)).index },
+    ...{ split, parts: t.parts, sumThreads: SUM_THREADS, sumCount: count, sumIndex: foldGrid(Math.ceil(count / SUM_THREADS)).index },
     sumStore: put(p.out, "i", "sum", run),
   });
   return { source, launches, ...(split ? { scratch: scratchBytes(t.parts * p.m * p.n) } : {}) };
@@ -96,23 +96,23 @@ const BAND = 8;
  * Text that finds, from `place` and `l`, this workgroup's tile: `m0`, `n0` (its first row and column), `begin`, `end` (its depth),
  * `at` (where its matrix begins in the output) and, for experts, `span` (the expert, and the end of its rows).
  */
-const placeText = ({ m, n, k, by, experts, use }: Product, t: Tiling<Tile>, { threads, words }: Way): string =>
+const placeText = ({ m, n, k, by, experts, spec }: WgslProduct, t: WgslTiling<Tile>, { threads, words }: ProductVariant): string =>
   render("wgsl/product_place.wgsl", {
     ...words,
     ...{ band: BAND, bandTiles: BAND * t.across, down: t.down, tiles: t.down * t.across },
-    ...{ bm: t.tile.bm, bn: t.tile.bn, area: m * n, depth: k, slice: t.slice, experts, threads, offsets: offsetsAt(use.bound) },
+    ...{ bm: t.tile.bm, bn: t.tile.bn, area: m * n, depth: k, slice: t.slice, experts, threads, offsets: offsetsAt(spec.bound) },
     ...{ dense: by === "dense", byRows: by === "rows", byDepth: by === "depth" },
   }).trimEnd();
 
 /** The widest run of 1 or 4 elements that never crosses the end of a dim. */
-const runOf = (p: Product, side: Side): 1 | 4 => (alongOf(p, side) % 4 === 0 ? 4 : 1);
-const alongOf = (p: Product, side: Side): number => (side.along === "deep" ? p.k : side.lanes);
+const runOf = (p: WgslProduct, side: Side): 1 | 4 => (alongOf(p, side) % 4 === 0 ? 4 : 1);
+const alongOf = (p: WgslProduct, side: Side): number => (side.along === "deep" ? p.k : side.lanes);
 
 /** Whether an operand is read as words of 8 halves. */
-export const isWide = (p: Product, side: Side, { wide = false }: Pick<Way, "wide">): boolean =>
+export const isWide = (p: WgslProduct, side: Side, { wide = false }: Pick<ProductVariant, "wide">): boolean =>
   wide && side.dtype === "f16" && alongOf(p, side) % 8 === 0;
 
-function loader(p: Product, { tile }: Tiling<Tile>, letter: Letter, way: Way) {
+function loader(p: WgslProduct, { tile }: WgslTiling<Tile>, letter: OperandName, way: ProductVariant) {
   const type = way.stage;
   const side = p[letter];
   const { name } = side;
@@ -147,7 +147,7 @@ function loader(p: Product, { tile }: Tiling<Tile>, letter: Letter, way: Way) {
   };
 }
 
-function store(p: Product, { tile }: Tiling<Tile>, to: Store) {
+function store(p: WgslProduct, { tile }: WgslTiling<Tile>, to: Store) {
   const outside = [
     ...(p.by === "rows" ? ["row >= span.y"] : p.m % tile.bm ? [`row >= ${p.m}u`] : []),
     ...(p.n % tile.bn ? [`column >= ${p.n}u`] : []),

@@ -3,8 +3,8 @@
  * number, and down the columns of an operand.
  */
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernelSpec.ts";
-import { type Binding, type Entry, fold, kernel, scratchBytes } from "./text.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type Binding, type EntryPoint, foldGrid, kernel, scratchBytes } from "./text.ts";
 
 export const THREADS = 256;
 
@@ -29,13 +29,13 @@ export interface ScalarSum {
 }
 
 /** y (+)= factor · the sum of the terms. */
-export function scalarSum(use: Use, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): Made {
+export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): GeneratedKernel {
   const groups = Math.min(SHARES, Math.ceil(count / THREADS));
   const shares = { arg: "scratch+0", type: "f32" };
-  const entries: Entry[] = [
-    { entry: `${use.name}_shares`, grid: [groups, 1, 1], threads: THREADS, buffers: [...buffers, { ...shares, name: "shares" }] },
+  const entries: EntryPoint[] = [
+    { entry: `${spec.name}_shares`, grid: [groups, 1, 1], threads: THREADS, buffers: [...buffers, { ...shares, name: "shares" }] },
     {
-      entry: use.name,
+      entry: spec.name,
       grid: [1, 1, 1],
       threads: THREADS,
       buffers: [
@@ -45,10 +45,10 @@ export function scalarSum(use: Use, { buffers, count, term, lines = [], function
     },
   ];
   const text = render("wgsl/scalar.wgsl", {
-    ...{ op: use.op, entry: use.name, threads: THREADS, groups, count, stride: groups * THREADS },
-    ...{ functions: [...functions], lines: [...lines], term, factor, keeps: use.keeps.has("y") },
+    ...{ op: spec.op, entry: spec.name, threads: THREADS, groups, count, stride: groups * THREADS },
+    ...{ functions: [...functions], lines: [...lines], term, factor, accumulates: spec.accumulates.has("y") },
   });
-  return kernel(use, entries, [totalOver(THREADS), text], scratchBytes(SHARES));
+  return kernel(spec, entries, [totalOver(THREADS), text], scratchBytes(SHARES));
 }
 
 export interface ColumnSum {
@@ -67,9 +67,9 @@ export interface ColumnSum {
 
 /** out[batch, column] (+)= the sum over rows of the term: entries, their text, and the words of scratch up to their end. */
 export function columnSum(
-  use: Use,
+  spec: KernelSpec,
   { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
-): { entries: Entry[]; text: string; words: number } {
+): { entries: EntryPoint[]; text: string; words: number } {
   // both launches walk about as far
   const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
   const depths = Math.ceil(rows / depth);
@@ -78,10 +78,10 @@ export function columnSum(
   const [groups, outGroups] = [Math.ceil(parts / THREADS), Math.ceil(outputs / THREADS)];
   const sums = { arg: "scratch+0", type: "f32" };
   // one binding of scratch per launch: a term that reads it calls it sums too
-  const entries: Entry[] = [
-    { entry: `${use.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
+  const entries: EntryPoint[] = [
+    { entry: `${spec.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
     {
-      entry: `${use.name}_columns`,
+      entry: `${spec.name}_columns`,
       grid: outGroups,
       threads: THREADS,
       buffers: [
@@ -91,10 +91,18 @@ export function columnSum(
       ...(row !== undefined && { attrs: [row] }),
     },
   ];
-  const text = render("wgsl/columns.wgsl", {
+  const text = render("wgsl/column_reduce.wgsl", {
     at: row === undefined ? "i" : `start.attr.x * ${width}u + i`,
-    ...{ entry: use.name, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
-    ...{ index: fold(groups).index, outIndex: fold(outGroups).index, outputs, first, term, out, keeps: use.keeps.has(out) },
+    ...{ entry: spec.name, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
+    ...{
+      index: foldGrid(groups).index,
+      outIndex: foldGrid(outGroups).index,
+      outputs,
+      first,
+      term,
+      out,
+      accumulates: spec.accumulates.has(out),
+    },
   });
   return { entries, text, words: first + parts };
 }

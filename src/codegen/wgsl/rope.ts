@@ -1,21 +1,21 @@
 /** Rotary positions: each pair is turned in f32 by an angle kept in whole units of 2^-32 turns, exact modulo a turn, whatever the position. */
 import { render } from "../../../templates/bindings.ts";
 import { frequenciesOf } from "../../ops/rope.ts";
-import { type Made, positionText, type Use } from "../kernelSpec.ts";
-import { type Entry, float, fold, kernel, scalar } from "./text.ts";
+import { type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
+import { type EntryPoint, float, foldGrid, kernel, scalar } from "./text.ts";
 
 const THREADS = 256;
 
 export const rope = { rope: makeRope };
 
-function makeRope(use: Use): Made {
-  const { B, S, H, C, first, width, interleaved, sign, gain, chunk, ranks } = use.d;
+function makeRope(spec: KernelSpec): GeneratedKernel {
+  const { B, S, H, C, first, width, interleaved, sign, gain, chunk, ranks } = spec.d;
   const pairs = width! / 2;
-  const turns = frequenciesOf(use.d).map((frequency) => (frequency / (2 * Math.PI)) * 2 ** 32);
-  const type = scalar(use.dtype.x!);
+  const turns = frequenciesOf(spec.d).map((frequency) => (frequency / (2 * Math.PI)) * 2 ** 32);
+  const type = scalar(spec.dtype.x!);
   const groups = Math.ceil((S! * pairs) / THREADS);
-  const entry: Entry = {
-    ...{ entry: use.name, grid: groups, threads: THREADS, starts: ["S"] },
+  const entry: EntryPoint = {
+    ...{ entry: spec.name, grid: groups, threads: THREADS, starts: ["S"] },
     buffers: ["x", "y"].map((arg) => ({ arg, type })),
   };
   const text = render("wgsl/rope.wgsl", {
@@ -23,8 +23,8 @@ function makeRope(use: Use): Made {
     frequencies: turns.map((t) => `${Math.round(t)}u`).join(", "),
     rests: turns.map((t) => float(t - Math.round(t))).join(", "),
     threads: THREADS,
-    entry: use.name,
-    index: fold(groups).index,
+    entry: spec.name,
+    index: foldGrid(groups).index,
     count: S! * pairs,
     position: positionText("index", chunk!, ranks!),
     radians: (2 * Math.PI) / 2 ** 32,
@@ -40,5 +40,5 @@ function makeRope(use: Use): Made {
     passing: C! - width!,
     type,
   });
-  return kernel(use, [entry], [text]);
+  return kernel(spec, [entry], [text]);
 }

@@ -5,7 +5,7 @@
 import type { Dtype, Launch } from "../../../schemas/plan.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { invariant } from "../../ops/op.ts";
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 
 /** A storage buffer of an entry: what the launch binds, the variable it is in the source, and the type of its elements. */
 export interface Binding {
@@ -17,7 +17,7 @@ export interface Binding {
   readonly type: string;
 }
 
-export interface Entry {
+export interface EntryPoint {
   readonly entry: string;
   /** How many workgroups: a number is folded (see `fold`). */
   readonly grid: number | readonly [number, number, number];
@@ -52,16 +52,16 @@ export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as co
 export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
 
 /** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
-export function kernel(use: Use, entries: readonly Entry[], texts: readonly string[], scratch = 0): Made {
+export function kernel(spec: KernelSpec, entries: readonly EntryPoint[], texts: readonly string[], scratch = 0): GeneratedKernel {
   const { bindings, launches } = bound(entries);
-  return { source: [`${header(use.dtype)}${bindings}\n`, ...texts].join("\n"), launches, scratch };
+  return { source: [`${header(spec.dtype)}${bindings}\n`, ...texts].join("\n"), launches, scratch };
 }
 
 /**
  * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
  * `@builtin(workgroup_id) group`. Indices may go past `groups`: entries check.
  */
-export function fold(groups: number): { readonly grid: [number, number, number]; readonly index: string } {
+export function foldGrid(groups: number): { readonly grid: [number, number, number]; readonly index: string } {
   const high = Math.max(1, Math.ceil(groups / MAX_GROUPS));
   const wide = Math.max(1, Math.ceil(groups / high));
   return { grid: [wide, high, 1], index: high === 1 ? "group.x" : `(group.y * ${wide}u + group.x)` };
@@ -72,7 +72,7 @@ export function fold(groups: number): { readonly grid: [number, number, number];
  * where the limits allow, each also those that only others use: one bind group then serves all launches of a kernel, and
  * setting another would cost the host about a third of a launch.
  */
-export function bound(entries: readonly Entry[]): { readonly bindings: string; readonly launches: Launch[] } {
+export function bound(entries: readonly EntryPoint[]): { readonly bindings: string; readonly launches: Launch[] } {
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
   // all are told the longest list of starts: a shorter one is where that begins, or its places would be others
   const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
@@ -103,11 +103,11 @@ const longest = (lists: readonly (readonly string[])[]): readonly string[] => li
 
 /** Throws where it would break WebGPU's default limits. */
 function launch(
-  { entry, grid, threads }: Entry,
+  { entry, grid, threads }: EntryPoint,
   args: readonly string[],
   { starts, attrs }: { readonly starts: readonly string[]; readonly attrs: readonly string[] },
 ): Launch {
-  const size = typeof grid === "number" ? fold(grid).grid : grid;
+  const size = typeof grid === "number" ? foldGrid(grid).grid : grid;
   invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
   invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
   // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids

@@ -1,8 +1,8 @@
 /** Whatever meets the vocabulary and is no formula per element: numbers per row of logits, and the embedding's gradient. */
 import { render } from "../../../templates/bindings.ts";
-import type { Made, Use } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { scalarSum, THREADS, totalOver } from "./reduce.ts";
-import { type Entry, float, fold, horizontal, kernel, lanesOf, scalar, scratchBytes, vector, widthOf } from "./text.ts";
+import { type EntryPoint, float, foldGrid, horizontal, kernel, lanesOf, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
 interface RowNumber {
   readonly inputs: readonly string[];
@@ -15,103 +15,110 @@ interface RowNumber {
 }
 
 /** Of each row of V logits one number. */
-function perRow(use: Use, { inputs, out, initial, step, before = [], max }: RowNumber): Made {
-  const columns = use.d.V!;
-  const rows = use.size.x! / columns;
+function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max }: RowNumber): GeneratedKernel {
+  const columns = spec.d.V!;
+  const rows = spec.size.x! / columns;
   const wide = widthOf(columns);
   const lanes = lanesOf(columns / wide, THREADS);
   const groups = Math.ceil((rows * lanes) / THREADS);
   const parts = ["x", "y", "z", "w"].slice(0, wide).map((part) => `acc.${part}`);
-  const entry: Entry = {
-    ...{ entry: use.name, grid: groups, threads: THREADS },
+  const entry: EntryPoint = {
+    ...{ entry: spec.name, grid: groups, threads: THREADS },
     buffers: [
-      { arg: "x", type: vector(scalar(use.dtype.x!), wide) },
+      { arg: "x", type: vector(scalar(spec.dtype.x!), wide) },
       ...inputs.map((arg) => ({ arg, type: "f32" })),
       { arg: out, type: "f32" },
     ],
   };
   const text = render("wgsl/vocab_row.wgsl", {
-    ...{ op: use.op, entry: use.name, threads: THREADS, lanes, columns, vectors: columns / wide, perGroup: THREADS / lanes, rows },
-    ...{ index: fold(groups).index, vector: vector("f32", wide), before: [...before], initial, step, out },
+    ...{ op: spec.op, entry: spec.name, threads: THREADS, lanes, columns, vectors: columns / wide, perGroup: THREADS / lanes, rows },
+    ...{ index: foldGrid(groups).index, vector: vector("f32", wide), before: [...before], initial, step, out },
     horizontal: max && wide > 1 ? parts.reduce((a, b) => `max(${a}, ${b})`) : horizontal("acc", wide),
   });
-  return kernel(use, [entry], [totalOver(lanes, max ? { combine: "max(a, b)" } : {}), text]);
+  return kernel(spec, [entry], [totalOver(lanes, max ? { combine: "max(a, b)" } : {}), text]);
 }
 
 /** Of each token the logit of its target, or 0 where another piece holds that. */
-function pick(use: Use): Made {
-  const tokens = use.size.p!;
+function gather(spec: KernelSpec): GeneratedKernel {
+  const tokens = spec.size.p!;
   const groups = Math.ceil(tokens / THREADS);
-  const entry: Entry = {
-    ...{ entry: use.name, grid: groups, threads: THREADS, starts: ["V"] },
+  const entry: EntryPoint = {
+    ...{ entry: spec.name, grid: groups, threads: THREADS, starts: ["V"] },
     buffers: [
-      { arg: "x", type: scalar(use.dtype.x!) },
+      { arg: "x", type: scalar(spec.dtype.x!) },
       { arg: "target", name: "wanted", type: "i32" },
       { arg: "p", type: "f32" },
     ],
   };
-  const text = render("wgsl/pick.wgsl", { entry: use.name, threads: THREADS, index: fold(groups).index, tokens, columns: use.d.V! });
-  return kernel(use, [entry], [text]);
+  const text = render("wgsl/gather.wgsl", {
+    entry: spec.name,
+    threads: THREADS,
+    index: foldGrid(groups).index,
+    tokens,
+    columns: spec.d.V!,
+  });
+  return kernel(spec, [entry], [text]);
 }
 
 /** Links the tokens of each id, in one workgroup and in linear time; then every id's rows are added up in their order. */
-function embedGrad(use: Use): Made {
-  const { V: ids, D } = use.d as Readonly<Record<"V" | "D", number>>;
-  const tokens = use.size.ids!;
+function embedGrad(spec: KernelSpec): GeneratedKernel {
+  const { V: ids, D } = spec.d as Readonly<Record<"V" | "D", number>>;
+  const tokens = spec.size.ids!;
   const wide = widthOf(D);
   const vectors = D / wide;
-  const clears = !use.keeps.has("dtable");
+  const clears = !spec.accumulates.has("dtable");
   const cleared = ids * vectors;
   const [groups, clearGroups] = [Math.ceil((tokens * vectors) / THREADS), Math.ceil(cleared / THREADS)];
   const type = vector("f32", wide);
   const links = { arg: "scratch+0", type: "i32" };
-  const entries: Entry[] = [
+  const entries: EntryPoint[] = [
     {
-      ...{ entry: `${use.name}_link`, grid: [1, 1, 1], threads: THREADS, starts: ["V"] },
+      ...{ entry: `${spec.name}_link`, grid: [1, 1, 1], threads: THREADS, starts: ["V"] },
       buffers: [
         { arg: "ids", type: "i32" },
         { ...links, name: "links" },
       ],
     },
     {
-      ...{ entry: use.name, grid: groups, threads: THREADS, starts: ["V"], uniform: "start_at" },
+      ...{ entry: spec.name, grid: groups, threads: THREADS, starts: ["V"], uniform: "start_at" },
       buffers: [
         { arg: "ids", name: "token_ids", type: "i32" },
-        { arg: "dy", type: vector(scalar(use.dtype.dy!), wide) },
+        { arg: "dy", type: vector(scalar(spec.dtype.dy!), wide) },
         { arg: "dtable", type },
         { ...links, name: "linked" },
       ],
     },
   ];
-  const clear: Entry = {
-    ...{ entry: `${use.name}_clear`, grid: clearGroups, threads: THREADS },
+  const clear: EntryPoint = {
+    ...{ entry: `${spec.name}_clear`, grid: clearGroups, threads: THREADS },
     buffers: [{ arg: "dtable", name: "cleared", type }],
   };
   const text = render("wgsl/embed_grad.wgsl", {
-    ...{ entry: use.name, threads: THREADS, clears, clearIndex: fold(clearGroups).index, cleared, type },
-    ...{ ids, tokens, firstAt: ids + tokens, width: wide, vectors, index: fold(groups).index },
+    ...{ entry: spec.name, threads: THREADS, clears, clearIndex: foldGrid(clearGroups).index, cleared, type },
+    ...{ ids, tokens, firstAt: ids + tokens, width: wide, vectors, index: foldGrid(groups).index },
   });
-  return kernel(use, clears ? [clear, ...entries] : entries, [text], scratchBytes(ids + 2 * tokens));
+  return kernel(spec, clears ? [clear, ...entries] : entries, [text], scratchBytes(ids + 2 * tokens));
 }
 
 export const vocab = {
   // the smallest f32: any logit is above it
-  row_max: (use: Use): Made => perRow(use, { inputs: [], out: "m", initial: "-0x1.fffffep+127", step: "max(acc, v)", max: true }),
-  sum_exp: (use: Use): Made =>
-    perRow(use, {
+  row_max: (spec: KernelSpec): GeneratedKernel =>
+    perRow(spec, { inputs: [], out: "m", initial: "-0x1.fffffep+127", step: "max(acc, v)", max: true }),
+  sum_exp: (spec: KernelSpec): GeneratedKernel =>
+    perRow(spec, {
       ...{ inputs: ["m"], out: "s", initial: "0.0" },
-      before: [`let largest = m[min(row, ${use.size.m! - 1}u)];`],
+      before: [`let largest = m[min(row, ${spec.size.m! - 1}u)];`],
       step: "acc + exp(v - largest)",
     }),
-  pick,
+  gather: gather,
   embed_grad: embedGrad,
-  mean: (use: Use): Made =>
-    scalarSum(use, {
-      ...{ buffers: [{ arg: "l", type: "f32" }], count: use.size.l!, term: "l[i]", factor: float(1 / use.d.count!) },
+  mean: (spec: KernelSpec): GeneratedKernel =>
+    scalarSum(spec, {
+      ...{ buffers: [{ arg: "l", type: "f32" }], count: spec.size.l!, term: "l[i]", factor: float(1 / spec.d.count!) },
     }),
-  weighted_sum: (use: Use): Made =>
-    scalarSum(use, {
+  weighted_sum: (spec: KernelSpec): GeneratedKernel =>
+    scalarSum(spec, {
       buffers: ["l", "weight"].map((arg) => ({ arg, type: "f32" })),
-      ...{ count: use.size.l!, term: "l[i] * weight[i]", factor: "1.0" },
+      ...{ count: spec.size.l!, term: "l[i] * weight[i]", factor: "1.0" },
     }),
 };
