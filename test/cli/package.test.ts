@@ -1,6 +1,6 @@
 /** The package: packed and installed in an empty folder, it gives a working `rankc`. */
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
@@ -71,6 +71,17 @@ describe("the installed package", () => {
 
   test("trains a step", () => {
     expect(rankc("run", job, "--steps", "1")).toMatch(/^1 steps? in .* loss 5\.\d+/);
+  });
+
+  test("is a library: the example of docs/library.md type-checks and runs", () => {
+    const [, example] = /^```ts\n([\s\S]*?)^```$/m.exec(readFileSync(join(checkout, "docs/library.md"), "utf8")) ?? [];
+    writeFileSync(join(home, "example.mts"), example!);
+    cpSync(join(checkout, "plans/tiny-mixtral/corpus.txt"), join(home, "corpus.txt"));
+    const tsc = join(checkout, "node_modules/typescript/bin/tsc");
+    const types = join(checkout, "node_modules/@types");
+    const options = ["--module", "nodenext", "--target", "es2022", "--strict", "--skipLibCheck", "--types", "node", "--typeRoots", types];
+    execFileSync(process.execPath, [tsc, ...options, "example.mts"], { cwd: home, encoding: "utf8" });
+    expect(execFileSync(process.execPath, ["example.mjs"], { cwd: home, encoding: "utf8" })).toMatch(/tp[\s\S]*\n5\.\d\d\n$/);
   });
 
   test("finds its templates and schemas", () => {

@@ -1,0 +1,22 @@
+/**
+ * The library: everything that the command line does, as functions. docs/library.md shows a job read, compiled, inspected, compared
+ * and trained. Functions throw a `Trouble` for what a caller can correct, and any other error for a bug of rankc.
+ */
+
+export type { Run, StepResult, Tensor } from "../runtime/train/loop.ts";
+export { type OpenRun, openRun, type RunSettings } from "../runtime/train/openRun.ts";
+export type { Job } from "../schemas/job.ts";
+export type { Instruction, Kernel, Memory, Plan, Program } from "../schemas/plan.ts";
+export { Trouble } from "../schemas/trouble.ts";
+export { loadTarget, type Target } from "./codegen/targets.ts";
+export { type Compiled, compile, type Settings } from "./compile.ts";
+export { importHf, importHfText } from "./convert/hf.ts";
+export { type Finding, renderFindings } from "./frontend/diagnostic.ts";
+export { explained as explainCode } from "./frontend/explainText.ts";
+export { type JobRead, readJob } from "./frontend/readJob.ts";
+export { parsePlan as readPlan } from "./plan/read.ts";
+export { printPlan } from "./plan/seal.ts";
+export { diffPlans, type PlanDiff, printDiff } from "./report/diff.ts";
+export { inspectPlan, inspectRank, printInspect } from "./report/inspect.ts";
+export { printPlanText } from "./report/planText.ts";
+export { version } from "./version.ts";
