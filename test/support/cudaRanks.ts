@@ -3,7 +3,7 @@ import { expect } from "vitest";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
-import { bytesAt, imagesOf, standIn } from "./cudaStandIn.ts";
+import { bytesAt, imagesOf, standIn, withCubins } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
 import { jobOf } from "./job.ts";
 import { stepTogether } from "./steps.ts";
@@ -14,8 +14,9 @@ export type Ranks = Awaited<ReturnType<typeof standInRanks>>;
 export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
   const cuda = await standIn(how);
 
-  /** All ranks of a plan, each a fleet of its own. */
-  async function openAll(plan: Plan, settings: Settings = {}): Promise<CudaRanks[]> {
+  /** Opens all ranks of a plan, each as local ranks of its own. */
+  async function openAll(compiled: Plan, settings: Settings = {}): Promise<CudaRanks[]> {
+    const plan = withCubins(compiled);
     let id: Uint8Array | undefined;
     const share = async (_: string, members: readonly number[], make: () => Uint8Array) => {
       expect(members.length).toBe(plan.mesh.world);

@@ -92,6 +92,12 @@ export const imagesOf = (plan: Plan) => ({
   },
 });
 
+/** The plan with a cubin for each kernel that has none: the stand-ins compile nothing. */
+export const withCubins = (plan: Plan): Plan => ({
+  ...plan,
+  kernels: plan.kernels.map((k) => (k.cubin || !k.source ? k : { ...k, cubin: { file: cubinFile(k, "sm_90a"), sha256: k.source.sha256 } })),
+});
+
 /** A plan for the CPU as one for CUDA, each op one launch that takes its operands, its rows and its starts; and what those launches do. */
 export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Kernels } {
   const instructions = plan.programs.flatMap((p) =>
@@ -116,8 +122,7 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
       args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...runtimeAttrs.map((name) => `attr(${name})`)],
     };
     const sha256 = createHash("sha256").update(k.id).digest("hex");
-    const made: Kernel = { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
-    return { ...made, cubin: { file: cubinFile(made, "sm_90a"), sha256 } };
+    return { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
   });
   return { plan: { ...plan, kernels, toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
 }
