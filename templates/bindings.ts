@@ -41,6 +41,7 @@ interface CudaAttentionGradCu {
 
 interface CudaAttentionGradWgmmaCu {
   readonly buffers: string | number;
+  readonly drops: boolean;
   readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
@@ -52,9 +53,11 @@ interface CudaAttentionGradWgmmaCu {
   readonly queryParams: string | number;
   readonly rest: string | number;
   readonly scores: string | number;
+  readonly split: boolean;
   readonly starts: string | number;
   readonly sub: string | number;
   readonly suffix: string | number;
+  readonly tileBuffers: string | number;
   readonly tiles: string | number;
   readonly weighDy: string | number;
   readonly weighQueries: string | number;
@@ -67,6 +70,7 @@ interface CudaAttentionOrderCuh {
   readonly lanes: string | number;
   readonly name: string | number;
   readonly rows: string | number;
+  readonly split: string | number;
   readonly vectors: boolean;
   readonly wave: string | number;
 }
@@ -148,6 +152,7 @@ interface CudaAttentionWgmmaCu {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly drops: boolean;
   readonly give: string | number;
   readonly groups: string | number;
   readonly half: string | number;
@@ -155,10 +160,13 @@ interface CudaAttentionWgmmaCu {
   readonly keyStart: string | number;
   readonly keys: string | number;
   readonly name: string | number;
+  readonly names: string | number;
   readonly params: string | number;
+  readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
   readonly scores: string | number;
+  readonly share: string | number;
   readonly sight: string | number;
   readonly starts: string | number;
   readonly suffix: string | number;

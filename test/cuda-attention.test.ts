@@ -6,7 +6,7 @@
 import { describe, expect, test } from "vitest";
 import type { Dtype, Launch } from "../schemas/plan.ts";
 import { attention as makers } from "../src/kernels/cuda/attention.ts";
-import { orderOf, stepsOf } from "../src/kernels/cuda/attentionOrder.ts";
+import { orderOf, shareOf, stepsOf } from "../src/kernels/cuda/attentionOrder.ts";
 import type { Use } from "../src/kernels/kernel.ts";
 import { ops } from "../src/ops/index.ts";
 import { slotSize } from "../src/ops/op.ts";
@@ -43,8 +43,9 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 112, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
-  // so many heads that a head's keys are taken in two waves
+  // so many heads that a head's keys are taken in waves: from the last to the first, and alternating
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_80", type: "bf16" },
+  { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_90a", type: "bf16" },
   // f32 arithmetic: f32, and heads that the tensor cores do not take
   { B: 2, S: 67, U: 140, G: 2, M: 2, C: 24, start: 70, arch: "sm_90a", type: "f32", fast: true },
   { B: 1, S: 129, U: 129, G: 1, M: 4, C: 128, start: 0, arch: "sm_80", type: "f32" },
@@ -75,11 +76,19 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16" },
   { B: 1, S: 32, U: 256, G: 1, M: 2, C: 32, start: 96, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
   { B: 2, S: 24, U: 96, G: 2, M: 2, C: 24, start: 48, zigzag: [12, 4], arch: "sm_90a", type: "f32" },
-  // gradients on Hopper's own products: every pair of widths, rows of which the last block has one more, several key blocks in alternating waves
+  // gradients on Hopper's own products: every pair of widths, rows of which the last block has one more
   { B: 1, S: 129, U: 129, G: 1, M: 2, C: 64, W: 128, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 65, U: 130, G: 2, M: 1, C: 128, W: 64, start: 65, arch: "sm_90a", type: "f16" },
   { B: 1, S: 70, U: 70, G: 1, M: 1, C: 192, W: 64, start: 0, arch: "sm_90a", type: "bf16" },
-  { B: 2, S: 60, U: 520, G: 32, M: 1, C: 64, start: 460, arch: "sm_90a", type: "bf16" },
+  // query heads of a key head: not to be split, and split in four
+  { B: 1, S: 70, U: 70, G: 1, M: 3, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 200, U: 200, G: 1, M: 8, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  // heads up to 256 wide: Hopper's own products forward, those of any tensor core backward
+  { B: 1, S: 130, U: 170, G: 1, M: 2, C: 256, start: 40, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 70, U: 100, G: 1, M: 1, C: 256, W: 192, start: 10, keyStart: 20, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 64, U: 256, G: 2, M: 1, C: 256, W: 144, start: 64, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 66, U: 66, G: 1, M: 1, C: 256, W: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 66, U: 66, G: 1, M: 1, C: 256, start: 0, arch: "sm_100a", type: "bf16", drop: 0.1 },
   // f16: Hopper's own products, those of any tensor core, and plain arithmetic
   { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
   { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16", fast: true },
@@ -190,11 +199,29 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
   }
 });
 
+describe.skipIf(missing)("heads in shares", () => {
+  // kernels take shares from sizes at which keys and values exceed the cache: here three of eight heads, and a rest of two
+  test("every tile of queries is some thread block's", async () => {
+    const [forward] = casesOf({ B: 2, S: 200, U: 200, G: 2, M: 2, C: 64, start: 0, arch: "sm_90a", type: "bf16" }, 99);
+    const made = makers.attention(forward!.use, "sm_90a");
+    expect(made.source).toContain("SHARE = 8;");
+    const shared = { ...made, source: made.source.replace("SHARE = 8;", "SHARE = 3;") };
+    await hold(cudaEmulator([{ ...forward!, made: shared }]), shared, forward!);
+  });
+  test("as many as the cache holds, so that all thread blocks have equal work", () => {
+    const tiling = { rows: 128, keys: 128, multiprocessors: 132 };
+    const d = { S: 4096, U: 4096, M: 1, scale: 1, chunk: 0, ranks: 1, part: false, grad: false };
+    expect(shareOf({ ...d, B: 1, G: 128, C: 192, W: 128 }, tiling)).toBe(9);
+    expect(shareOf({ ...d, B: 1, G: 4, M: 8, C: 128, W: 128 }, tiling)).toBe(32);
+  });
+});
+
 test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {
   for (const arch of ["sm_90a", "sm_100a"] as const) {
-    const [, c] = casesOf({ ...shapes[3]!, type: "bf16" }, 1);
+    const shape: Shape = { B: 2, S: 131, U: 131, G: 2, M: 1, C: 64, start: 0, arch, type: "bf16" };
+    const [, c] = casesOf(shape, 1);
     const made = makers.attention_grad(c!.use, arch);
-    const { B, S, G, M, C } = shapes[3]!;
+    const { B, S, G, M, C } = shape;
     // Hopper's own kernel takes 128 rows of such heads at a time
     const step = arch === "sm_90a" ? 128 : 64;
     const rows = B * G * M * Math.ceil(S / step) * step;
@@ -204,15 +231,16 @@ test("one attention's gradient needs f32 sums of the queries' gradients, and a f
 
 describe("the order of key blocks", () => {
   const ofGrad = { C: 128, W: 128, scale: 1, chunk: 0, ranks: 1, part: false, grad: true };
-  const tiling = { rows: 64, keys: 128, multiprocessors: 132 };
+  const tiling = { rows: 64, keys: 128, multiprocessors: 132, splits: true };
   const causal = (S: number) => Int32Array.from({ length: S / 128 }, (_, i) => 2 * i);
   // sequences, key heads, query heads of each; steps over those of a device that is always busy
   test.each([
-    [2, 4, 8, 4096, 1.1],
-    [2, 8, 4, 4096, 1.1],
+    [2, 4, 8, 4096, 1.15],
+    [2, 8, 4, 4096, 1.15],
     [4, 8, 4, 4096, 1.1],
-    [1, 8, 4, 8192, 1.1],
-    [1, 8, 4, 4096, 1.12],
+    [1, 8, 4, 8192, 1.15],
+    [1, 8, 4, 4096, 1.2],
+    [1, 4, 8, 4096, 1.2],
     [1, 128, 1, 4096, 1.1],
   ])("%i sequences of %i·%i heads and %i tokens keep 132 multiprocessors busy", (B, G, M, S, most) => {
     const d = { B, G, M, S, U: S, ...ofGrad };
@@ -222,8 +250,8 @@ describe("the order of key blocks", () => {
   });
   test("few key heads: blocks from the last to the first would take half as long again", () => {
     const d = { B: 2, G: 4, M: 8, S: 4096, U: 4096, ...ofGrad };
-    const alike = stepsOf({ wave: 17, alternating: false }, d, causal(4096), tiling);
-    expect(orderOf(d, tiling)).toEqual({ wave: 16, alternating: true });
-    expect(alike / stepsOf(orderOf(d, tiling), d, causal(4096), tiling)).toBeGreaterThan(1.4);
+    const alike = stepsOf({ wave: 17, alternating: false, split: 1 }, d, causal(4096), tiling);
+    expect(orderOf(d, tiling)).toEqual({ wave: 8, alternating: true, split: 2 });
+    expect(alike / stepsOf(orderOf(d, tiling), d, causal(4096), tiling)).toBeGreaterThan(1.35);
   });
 });

@@ -134,10 +134,18 @@ const attentionShapes = [
   [4, 16, 16, 4096, 192, 128],
   [2, 16, 8, 4096, 256, 256],
 ] as const;
-/** Forward and backward at one shape. */
-function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number]): Draft[] {
+/** Forward and backward at one shape, of weights some dropped. */
+function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number], drop = 0): Draft[] {
   const d = { B, S, U: S, G, M: H / G, ...heads(C, W) };
   const name = `${B}x${H}${G < H ? `/${G}` : ""}x${S}x${C}${C === W ? "" : `, values of ${W}`}`;
+  if (drop > 0) {
+    const types = attentionTypes.replace("bf16 bf16 bf16", "bf16 bf16 bf16 i32");
+    const gradTypes = attentionGradTypes.replace("bf16 bf16 bf16", "bf16 bf16 bf16 i32");
+    return [
+      one(`attention_dropout ${name}`, "attention_dropout", { ...d, drop }, types),
+      one(`attention_dropout_grad ${name}`, "attention_dropout_grad", { ...d, drop }, gradTypes),
+    ];
+  }
   return [one(`attention ${name}`, "attention", d, attentionTypes), one(`attention_grad ${name}`, "attention_grad", d, attentionGradTypes)];
 }
 const router = { B: 1, S: T, E: 128 };
@@ -158,7 +166,9 @@ const drafts: readonly Draft[] = [
   ...grouped("DSv3 EP8 gate+up", 32768, 4096, 7168, 32, 3.1),
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
   one("gemm f32 4096x4096x4096", "gemm", { B: 1, S: 4096, K: 4096, N: 4096 }, "f32 f32 f32"),
-  ...attentionShapes.flatMap(attentions),
+  ...attentionShapes.flatMap((shape) => attentions(shape)),
+  ...attentions([2, 32, 8, 4096, 128, 128], 0.1),
+  ...attentions([16, 12, 12, 1024, 64, 64], 0.1),
   one("attention zigzag 1x32/8x4096x128 of 32768 keys", "attention", gathered, attentionTypes),
   one("attention_grad zigzag 1x32/8x4096x128 of 32768 keys", "attention_grad", gathered, attentionGradTypes),
   one("attention_part zigzag 4x32/8x4096x128", "attention_part", zigzag, attentionTypes),

@@ -25,7 +25,7 @@ from pathlib import Path
 from cuda.bindings import driver as cu
 
 sys.dont_write_bytecode = True
-from cuda_bench_torch import Cases, poison, torch  # noqa: E402
+from cuda_bench_torch import DROP_KEY, Cases, poison, torch  # noqa: E402
 
 CASE_SECONDS = 150
 FLUSH_BYTES = 256 << 20
@@ -87,6 +87,8 @@ def prepared(case, functions, buffers):
                 values.append(tensor_map(arg, buffers[arg["tensor"]]))
             elif arg.startswith("start("):
                 values.append(ctypes.c_int(0))
+            elif arg.startswith("attr("):
+                values.append(ctypes.c_uint(DROP_KEY[int(arg[-2])]))
             else:
                 name, _, offset = arg.partition("+")
                 values.append(ctypes.c_void_p(buffers[name].data_ptr() + int(offset or 0)))

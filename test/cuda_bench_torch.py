@@ -113,13 +113,13 @@ class Cases:
 
     def reference_attention(self, d, b, case):
         o, lse = torch.empty_like(b["o"], dtype=torch.float32), torch.empty_like(b["lse"])
-        for q, k, v, out, log, mask in heads(d, q=b["q"], k=b["k"], v=b["v"], o=o, lse=lse):
+        for n, (q, k, v, out, log, mask) in enumerate(heads(d, q=b["q"], k=b["k"], v=b["v"], o=o, lse=lse)):
             scores = (q @ k.t() * d["scale"]).masked_fill_(mask, float("-inf"))
             log.copy_(scores.logsumexp(-1))
-            out.copy_(scores.softmax(-1) @ v)
+            out.copy_((scores.softmax(-1) * drop_factors(d, b, n)) @ v)
         return {"o": o, "lse": lse}
 
-    reference_attention_part = reference_attention
+    reference_attention_part = reference_attention_dropout = reference_attention
 
     def peers_attention(self, d, b, case):
         if d["chunk"]:
@@ -128,32 +128,37 @@ class Cases:
 
         def run(backend):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=d.get("drop", 0), enable_gqa=True)
 
         return {"SDPA cuDNN": lambda: run(SDPBackend.CUDNN_ATTENTION), "SDPA FA2": lambda: run(SDPBackend.FLASH_ATTENTION)}
 
-    peers_attention_part = peers_attention
+    peers_attention_part = peers_attention_dropout = peers_attention
+
+    def fill_attention_dropout(self, d, b, case):
+        b["sample"].copy_(torch.arange(1000, 1000 + d["B"]))
 
     def fill_attention_grad(self, d, b, case):
+        if "drop" in d:
+            self.fill_attention_dropout(d, b, case)
         with torch.no_grad():
             for name, value in self.reference_attention(d, b, case).items():
                 b[name].copy_(value)
 
-    fill_attention_part_grad = fill_attention_grad
+    fill_attention_part_grad = fill_attention_dropout_grad = fill_attention_grad
 
     def reference_attention_grad(self, d, b, case):
         want = {name: torch.zeros_like(b[name], dtype=torch.float32) for name in ("dq", "dk", "dv")}
         parts = heads(d, q=b["q"], k=b["k"], v=b["v"], dy=b["dy"], **want)
-        for q, k, v, dy, dq, dk, dv, mask in parts:
-            weight = (q @ k.t() * d["scale"]).masked_fill_(mask, float("-inf")).softmax(-1)
-            dv += weight.t() @ dy
-            slope = dy @ v.t()
+        for n, (q, k, v, dy, dq, dk, dv, mask) in enumerate(parts):
+            weight, factor = (q @ k.t() * d["scale"]).masked_fill_(mask, float("-inf")).softmax(-1), drop_factors(d, b, n)
+            dv += (weight * factor).t() @ dy
+            slope = dy @ v.t() * factor
             slope = weight * (slope - (weight * slope).sum(-1, keepdim=True)) * d["scale"]
             dq.copy_(slope @ k)
             dk += slope.t() @ q
         return want
 
-    reference_attention_part_grad = reference_attention_grad
+    reference_attention_part_grad = reference_attention_dropout_grad = reference_attention_grad
 
     def peers_attention_grad(self, d, b, case):
         if d["chunk"]:
@@ -164,13 +169,13 @@ class Cases:
         for name, backend in {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FA2": SDPBackend.FLASH_ATTENTION}.items():
             try:
                 with sdpa_kernel(backend):
-                    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=d.get("drop", 0), enable_gqa=True)
             except RuntimeError:
                 continue
             peers[f"{name} backward"] = lambda o=o: torch.autograd.grad(o, (q, k, v), dy, retain_graph=True)
         return peers
 
-    peers_attention_part_grad = peers_attention_grad
+    peers_attention_part_grad = peers_attention_dropout_grad = peers_attention_grad
 
     def reference_attention_merge(self, d, b, case):
         weights = torch.stack([b["la"], b["lb"]]).softmax(0).repeat_interleave(d["W"], -1)
@@ -482,6 +487,39 @@ def heads(d, **tensors):
             parts = [v[batch, :, h if count == queries else h * keys // queries] for count, v in views]
             # inputs in half precision are widened; f32 ones are results, and stay views
             yield *[(p.float() if p.dtype == torch.bfloat16 else p).squeeze(-1) for p in parts], mask
+
+
+# the key of the random bits of kernels that drop something
+DROP_KEY = (0x243F6A88, 0x85A308D3)
+
+
+def drop_factors(d, b, n):
+    """What the weights of the n-th of all query heads are multiplied by, [S,U] (src/ops/attentionDropout.ts); 1 where none is dropped."""
+    if "drop" not in d:
+        return 1
+    batch, head = divmod(n, d["G"] * d["M"])
+    count = d["U"] // 4
+    fours = torch.arange(count, device="cuda").expand(d["S"], count)
+    rows = torch.arange(d["S"], device="cuda")[:, None].expand(d["S"], count)
+    c = [torch.full_like(fours, int(b["sample"][batch])), rows, torch.full_like(fours, head), fours]
+    words = torch.stack(philox(c, *DROP_KEY), -1).flatten(1)
+    return (words >= round(d["drop"] * 2**32)).float() / (1 - d["drop"])
+
+
+def philox(c, key0, key1):
+    """Philox 4x32-10 of four tensors of 32-bit words in i64 (src/ops/philox.ts)."""
+    for _ in range(10):
+        (x_high, x_low), (z_high, z_low) = wide_product(c[0], 0xD2511F53), wide_product(c[2], 0xCD9E8D57)
+        c = [z_high ^ c[1] ^ key0, z_low, x_high ^ c[3] ^ key1, x_low]
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c
+
+
+def wide_product(x, by):
+    """The high and the low word of the product of 32-bit words, of which i64 holds no more than 63 bits."""
+    low, high = (x & 0xFFFF) * by, (x >> 16) * by
+    middle = (low >> 16) + high
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def normed(x, gain, eps):

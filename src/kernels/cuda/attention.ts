@@ -1,6 +1,7 @@
 /**
  * Causal attention and its gradient, on all keys or a piece of them. In 16-bit floats, heads by 16 up to 192 wide, with values by 16 up to 128,
- * run on the tensor cores with asynchronous copies; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
+ * run on the tensor cores with asynchronous copies, on Hopper up to 256 and 256 where no weights are dropped, and gradients wherever shared memory has
+ * room; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
  * inputs give equal bits.
  */
 
@@ -28,20 +29,17 @@ export const attention = {
 
 function forward(use: Use, arch: Arch): Made {
   const half = use.dtype.q!;
-  if (!isHalf(half) || !fitsTensorCores(use)) return forwardPlain(use);
   const d = attentionSizes(use);
-  // Hopper's own kernels drop nothing
-  return (arch === "sm_90a" && !d.drops ? forwardHopper(use, d, half) : undefined) ?? forwardTiles(use, d, half, arch) ?? forwardPlain(use);
+  if (!isHalf(half) || !fitsTensorCores(d)) return forwardPlain(use);
+  return (arch === "sm_90a" ? forwardHopper(use, d, half) : undefined) ?? forwardTiles(use, d, half, arch) ?? forwardPlain(use);
 }
 function backward(use: Use, arch: Arch): Made {
   const half = use.dtype.q!;
-  return (isHalf(half) && fitsTensorCores(use) ? gradTiles(use, attentionSizes(use), half, arch) : undefined) ?? gradPlain(use);
+  const d = attentionSizes(use);
+  return (isHalf(half) && fitsTensorCores(d) ? gradTiles(use, d, half, arch) : undefined) ?? gradPlain(use);
 }
 /** Their tiles take rows of queries that lie side by side. */
-function fitsTensorCores(use: Use): boolean {
-  const d = attentionSizes(use);
-  return d.C % 16 === 0 && d.C <= 192 && d.W % 16 === 0 && d.W <= 128 && !isMoved(d, d.S);
-}
+const fitsTensorCores = (d: AttentionSizes): boolean => d.C % 16 === 0 && d.C <= 256 && d.W % 16 === 0 && d.W <= 256 && !isMoved(d, d.S);
 /** Of numbers of keys the first whose rows lie side by side in any piece. */
 const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
   isMoved(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
@@ -61,6 +59,7 @@ const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80
  */
 function forwardTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
   const { B, S, G, M, C, W } = d;
+  if (C > 192 || W > 128) return undefined;
   const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
   if (!keys) return undefined;
   const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
@@ -89,33 +88,34 @@ const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 13
  */
 function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | undefined {
   const { B, S, U, G, M, C, W, part } = d;
-  const hopper = arch === "sm_90a" && !d.drops && isGradOfHopper(d);
+  const hopper = arch === "sm_90a" && isGradOfHopper(d);
   const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
   const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
   // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
-  const fits = (keys: number) => keys === 64 || (C + W <= (d.drops ? 192 : 256) && padded(keys) <= sharedOf(arch).most * 1024);
+  const fits = (keys: number) => padded(keys) <= sharedOf(arch).most * 1024 && (keys === 64 || C + W <= (d.drops ? 192 : 256));
   const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
-  const order = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch] });
+  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch], splits: hopper });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = use.name;
   const { args, ...texts } = beginnings(d);
   const tiles = tilesText(d, half, threads);
   const orderText = render("cuda/attention_order.cuh", {
     ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...halves[half] },
-    ...{ wave: order.wave, alternating: order.alternating ? "true" : "false" },
+    ...{ wave, alternating: `${alternating}`, split },
   });
   const common = { name, tiles, order: orderText, part, ...texts, ...halves[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
-    ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more }))
+    ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
-  const [sums, lse2, delta, counters, scratch] = offsets([
+  const [sums, lse2, delta, counters, keyParts, scratch] = offsets([
     4 * tilesOfQueries * rows * C,
     4 * tilesOfQueries * rows,
     4 * tilesOfQueries * rows,
     4 * tilesOfQueries + 4,
+    split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
   ]);
   const at = (offset: number) => `scratch+${offset}`;
   const launches: Launch[] = [
@@ -128,10 +128,10 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
     },
     {
       entry: use.name,
-      grid: [B * G * ceil(keyBlocks, order.wave) * order.wave, 1, 1],
+      grid: [B * G * split * ceil(keyBlocks, wave) * wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
-      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), "dk", "dv", ...args],
+      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), ...(split > 1 ? [at(keyParts!)] : ["dk", "dv"]), ...args],
     },
     {
       entry: `${use.name}_queries`,
@@ -141,6 +141,14 @@ function gradTiles(use: Use, d: AttentionSizes, half: Half, arch: Arch): Made | 
       args: [at(sums!), "dq", ...(part ? args : [])],
     },
   ];
+  if (split > 1)
+    launches.push({
+      entry: `${use.name}_keys`,
+      grid: [B * G * keyBlocks, 1, 1],
+      threads,
+      shared: keys * (Math.max(C, W) + 8) * 2,
+      args: [at(keyParts!), "dk", "dv", ...args],
+    });
   return { source: source(use, main.body), launches, scratch: scratch! };
 }
 

@@ -6,7 +6,8 @@ import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, isMoved } from "../attention.ts";
 import type { Made, Use } from "../kernel.ts";
-import { beginnings, scales, sightText } from "./attentionText.ts";
+import { shareOf } from "./attentionOrder.ts";
+import { beginnings, randomText, scales, sightText } from "./attentionText.ts";
 import { type Half, halves, source } from "./prelude.ts";
 
 /** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
@@ -16,24 +17,43 @@ const SHARED = 227 * 1024;
 
 /**
  * Per thread, scores take 64 registers, weights 32 and outputs W/2: with values of at most 64 three warpgroups of queries have
- * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240). More rows make more of each block of keys.
+ * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240; beyond 128 with blocks of 80). More rows make more of each
+ * block of keys.
  * Keys that lie in blocks elsewhere are copied in blocks that divide those.
  */
 export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | undefined {
   const { B, S, U, G, M, C, W, chunk } = d;
-  const keys = isMoved(d, U) ? [128, 64].find((n) => chunk % n === 0) : W === 64 ? 112 : 128;
   const boxes = Math.ceil(C / 64);
   const valueBoxes = Math.ceil(W / 64);
   // no box is wider than the rows of any operand, and outputs leave through the queries' place
-  if (!keys || G * Math.min(C, W) < 64 || valueBoxes > boxes) return undefined;
-  const groups = W < 64 || (W === 64 && keys < 128) ? 3 : 2;
+  // three warpgroups that draw random words are slower than warps with more registers (measured, heads of 64)
+  if (G * Math.min(C, W) < 64 || valueBoxes > boxes || (d.drops && W <= 64)) return undefined;
+  const groupsOf = (keys: number) => (W < 64 || (W === 64 && keys < 128) ? 3 : 2);
+  const sharedOf = (keys: number) => 128 * (64 * boxes * groupsOf(keys) + 2 * (boxes + valueBoxes) * keys) + 80;
+  const keys = (isMoved(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 ? 112 : 128, 80]).find(
+    (n) => sharedOf(n) <= SHARED && (W <= 128 || n <= 80),
+  );
+  if (!keys) return undefined;
+  const groups = groupsOf(keys);
   const rows = 64 * groups;
   const [give, take] = groups === 3 ? [32, 160] : [24, 240];
   const { args, ...texts } = beginnings(d);
   const body = render("cuda/attention_wgmma.cu", {
-    ...{ name: use.name, ...d, ...scales(d), ...texts, ...halves[half], groups, keys, give: give!, take: take! },
+    ...{
+      name: use.name,
+      ...d,
+      ...scales(d),
+      ...texts,
+      ...halves[half],
+      groups,
+      keys,
+      give: give!,
+      take: take!,
+      share: shareOf(d, { rows, keys, multiprocessors: MULTIPROCESSORS }),
+    },
     hopper: render("cuda/hopper.cuh", {}),
     sight: sightText(d),
+    random: randomText(d),
     scores: product(keys, 0, half),
     values: weigh(W, half),
   });
@@ -42,15 +62,21 @@ export function forwardHopper(use: Use, d: AttentionSizes, half: Half): Made | u
     entry: use.name,
     grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
-    shared: 128 * (boxes * rows + 2 * (boxes + valueBoxes) * keys) + 80,
+    shared: sharedOf(keys),
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), "o", "lse", ...args],
   };
   return { source: source(use, body), launches: [launch] };
 }
 
-/** Whether the gradient of such heads has a launch of its own here: in registers there is room for gradients of 64 keys, 192 and 128 wide. */
+/**
+ * Whether the gradient of such heads has a launch of its own here: in registers there is room for gradients of 64 keys, 192 and 128 wide, or where
+ * weights are dropped 256 in all.
+ */
 export const isGradOfHopper = (d: AttentionSizes): boolean =>
-  [64, 128, 192].includes(d.C) && (d.W === 64 || d.W === 128) && (!isMoved(d, d.U) || d.chunk % 128 === 0);
+  [64, 128, 192].includes(d.C) &&
+  (d.W === 64 || d.W === 128) &&
+  (!d.drops || d.C + d.W <= 256) &&
+  (!isMoved(d, d.U) || d.chunk % 128 === 0);
 
 /** Rows of queries in a step: of narrow heads as many as make a warpgroup's gradients of queries 64 by 64. */
 export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 64);
@@ -63,7 +89,11 @@ export function gradHopper(
   d: AttentionSizes,
   half: Half,
   fillIn: (
-    parts: Record<"hopper" | "scores" | "queries" | "rest" | "weighQueries" | "weighDy", string> & { sub: number; buffers: number },
+    parts: Record<"hopper" | "scores" | "queries" | "rest" | "weighQueries" | "weighDy", string> & {
+      sub: number;
+      buffers: number;
+      tileBuffers: number;
+    },
   ) => string,
 ) {
   const { C, W } = d;
@@ -72,9 +102,12 @@ export function gradHopper(
   const boxes = (C + W) / 64;
   const columns = (rows * C) / 128 - 64;
   const grads = 2 * keys * rows;
-  // keys and values; two stages of queries and dy; gradients of queries; two numbers of each query row, per stage; barriers, ticket
-  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 4 * rows * C + 16 * rows + 80;
-  const buffers = others + 2 * grads <= SHARED ? 2 : 1;
+  // keys and values; two stages of queries and dy; two numbers of each query row, per stage; barriers, ticket
+  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96;
+  const tile = 4 * rows * C;
+  // gradients of scores, and of queries: two of each where there is room
+  const buffers = others + 2 * grads + tile <= SHARED ? 2 : 1;
+  const tileBuffers = others + buffers * grads + 2 * tile <= SHARED ? 2 : 1;
   const products = {
     scores: product(sub, 0, half),
     queries: product(64, 1, half),
@@ -83,9 +116,9 @@ export function gradHopper(
     weighDy: weigh(W, half),
   };
   return {
-    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products, sub, buffers }),
+    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products, sub, buffers, tileBuffers }),
     threads: 384,
-    shared: others + buffers * grads,
+    shared: others + buffers * grads + tileBuffers * tile,
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)],
   };
 }

@@ -6,17 +6,22 @@
 import { positionOf } from "../../ops/positions.ts";
 import type { AttentionSizes } from "../attention.ts";
 
-/** Key blocks side by side in a wave; whether every second wave runs from its first block to its last (templates/cuda/attention_order.cuh). */
+/**
+ * Key blocks side by side in a wave; whether every second wave runs from its first block to its last; among how many thread blocks the query heads
+ * of a key head are split (templates/cuda/attention_order.cuh).
+ */
 export interface Order {
   readonly wave: number;
   readonly alternating: boolean;
+  readonly split: number;
 }
 
-/** Rows of queries and keys of a step, and the multiprocessors, each with one thread block. */
+/** Rows of queries and keys of a step; the multiprocessors, each with one thread block; whether the kernel can split query heads. */
 export interface Tiling {
   readonly rows: number;
   readonly keys: number;
   readonly multiprocessors: number;
+  readonly splits: boolean;
 }
 
 /** In steps: from one block's addition to the next one's, and what a block does before its first step and after its last. */
@@ -26,22 +31,40 @@ const [HANDOVER, OUTSIDE] = [0.3, 1];
  * H200: heads of 192 without sharing take 1.5 times as long in waves of one, 1.05 in waves of two, the same from four on.
  */
 const fetching = (wave: number): number => 0.4 / wave ** 2 + 0.2 / wave;
+/** What a step is longer for each block of an alternating wave, whose blocks meet at the rows of the last head (fitted to waves of 8 and 16). */
+const MEETING = 0.006;
 /** Of longer launches the sequences and key heads left out change little. */
 const MOST_STEPS = 2 ** 22;
 
-/** The shortest of the orders: blocks of each key head from the last to the first, or alternating, in waves about as wide as the device. */
+/** Operations a second of a multiprocessor in a step, and bytes a second of memory (an H200); seconds of one more launch. */
+const [RATE, MEMORY, LAUNCH] = [4e12, 4e12, 5e-6];
+
+/**
+ * The shortest of the orders: blocks of each key head from the last to the first, or alternating, in waves about as wide as the device; query
+ * heads in two parts where key heads are few, each with its own f32 gradients of keys and values, which one more launch adds up.
+ */
 export function orderOf(d: AttentionSizes, tiling: Tiling): Order {
   const { multiprocessors, keys } = tiling;
-  const groups = d.B * d.G;
   const keyBlocks = Math.ceil(d.U / keys);
-  const wave = (n: number) => Math.min(keyBlocks, Math.max(1, Math.floor(n)));
-  const candidates: readonly Order[] = [
-    { wave: wave(multiprocessors / groups), alternating: true },
-    ...[Math.ceil(multiprocessors / groups), 4, 8, 16, 32].map((n) => ({ wave: wave(n), alternating: false })),
-  ];
+  const candidates = [1, 2]
+    .filter((split) => split === 1 || (tiling.splits && d.M % split === 0 && d.B * d.G * keyBlocks < 4 * multiprocessors))
+    .flatMap((split): Order[] => {
+      const groups = d.B * d.G * split;
+      const wave = (n: number) => Math.min(keyBlocks, Math.max(1, Math.floor(n)));
+      return [
+        { split, wave: wave(multiprocessors / groups), alternating: true },
+        ...[Math.ceil(multiprocessors / groups), 4, 8, 16, 32].map((n) => ({ split, wave: wave(n), alternating: false })),
+      ];
+    });
   const first = firstQueryBlocks(d, tiling);
-  const times = candidates.map((order) => stepsOf(order, d, first, tiling));
-  return candidates[times.indexOf(Math.min(...times))] ?? { wave: 1, alternating: false };
+  const times = candidates.map((order) => stepsOf(order, d, first, tiling) + stepsOfSum(order, d, tiling));
+  return candidates[times.indexOf(Math.min(...times))] ?? { wave: 1, alternating: false, split: 1 };
+}
+
+/** The time of adding up parts, in steps. */
+function stepsOfSum({ split }: Order, { B, G, U, C, W }: AttentionSizes, { rows, keys }: Tiling): number {
+  const step = (2 * rows * keys * (3 * C + 2 * W)) / RATE;
+  return split === 1 ? 0 : (LAUNCH + (2 * split * B * G * U * (C + W) * 4) / MEMORY) / step;
 }
 
 /** Of each key block the first block of queries that sees it, where the piece of the queries is the last of an unbroken sequence, or the first rank's. */
@@ -58,12 +81,12 @@ function firstQueryBlocks({ S, U, chunk, ranks, part }: AttentionSizes, { rows, 
 }
 
 /** How many steps a launch takes, from its first block's begin to its last one's end. */
-export function stepsOf({ wave, alternating }: Order, { B, G, M, S }: AttentionSizes, first: Int32Array, tiling: Tiling): number {
+export function stepsOf({ wave, alternating, split }: Order, { B, G, M, S }: AttentionSizes, first: Int32Array, tiling: Tiling): number {
   const queryBlocks = Math.ceil(S / tiling.rows);
-  const [groups, waves] = [B * G, Math.ceil(first.length / wave)];
-  const heads = Math.max(1, Math.min(M, Math.floor(MOST_STEPS / (groups * first.length * queryBlocks))));
+  const [groups, waves] = [B * G * split, Math.ceil(first.length / wave)];
+  const heads = Math.max(1, Math.min(M / split, Math.floor(MOST_STEPS / (groups * first.length * queryBlocks))));
   const added = new Float64Array(groups * heads * queryBlocks).fill(Number.NEGATIVE_INFINITY);
-  const length = 1 + fetching(wave);
+  const length = 1 + fetching(wave) + (alternating ? MEETING * wave : 0);
   const free = new Earliest(tiling.multiprocessors);
   let end = 0;
   for (let ticket = 0; ticket < waves * groups * wave; ticket++) {
@@ -84,6 +107,34 @@ export function stepsOf({ wave, alternating }: Order, { B, G, M, S }: AttentionS
     end = Math.max(end, now);
   }
   return end;
+}
+
+/** Bytes of keys and values that stay in the cache of an H100 or H200, of 50 or 60 MB, beside all else. */
+const CACHE = 24e6;
+
+/**
+ * In the forward pass, whose persistent thread blocks take tiles of queries by turns: how many heads run side by side. Those whose keys and values fit
+ * the cache, and of such numbers the one that leaves the longest thread block shortest; all heads where not even those of one key head fit.
+ */
+export function shareOf(d: AttentionSizes, { rows, keys, multiprocessors }: Omit<Tiling, "splits">): number {
+  const { B, G, M, S, U, C, W } = d;
+  const [all, blocks] = [B * G * M, Math.ceil(S / rows)];
+  const most = Math.floor(CACHE / (2 * U * (C + W)));
+  const least = Math.ceil(multiprocessors / (blocks * M));
+  const shares = Array.from({ length: Math.max(0, most - least + 1) }, (_, i) => (least + i) * M).filter((share) => share < all);
+  const longest = (share: number): number => {
+    const steps = new Float64Array(multiprocessors);
+    for (let turn = 0; turn < all * blocks; turn++) {
+      const [index, rest] = [Math.floor(turn / (share * blocks)), turn % (share * blocks)];
+      const level = Math.floor(rest / Math.min(share, all - index * share));
+      const row = index % 2 ? level : blocks - 1 - level;
+      const at = turn % multiprocessors;
+      steps[at] = (steps[at] ?? 0) + Math.ceil(Math.min(U, (row + 1) * rows) / keys) + 1;
+    }
+    return Math.max(...steps);
+  };
+  const times = shares.map(longest);
+  return most * M >= all ? all : (shares[times.indexOf(Math.min(...times))] ?? all);
 }
 
 /** The times at which multiprocessors are free: a heap, the earliest first. */

@@ -28,6 +28,7 @@ export const beginnings = ({ part, drops }: AttentionSizes) => ({
   params: [part ? "int start, int keyStart" : "int start", ...(drops ? ["const int* sample, int headStart, u32 key0, u32 key1"] : [])].join(
     ", ",
   ),
+  names: [part ? "start, keyStart" : "start", ...(drops ? ["sample, headStart, key0, key1"] : [])].join(", "),
   starts: part ? "start, keyStart" : "start, 0",
   keyStart: part ? "keyStart" : "0",
   drops: drops !== undefined,
