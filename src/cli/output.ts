@@ -1,24 +1,37 @@
-/** What the command line says: data to stdout, all else to stderr. Characters that a terminal would act on are escaped. */
+/** Prints the command line's output: data to stdout, all other text to stderr. Escapes control characters that a terminal would obey. */
 import { escaped, unprintable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 
+/** A value of `--format`. */
 export type Format = "text" | "json";
 
-const ended = (text: string): string => (text.endsWith("\n") ? text : `${text}\n`);
-export const printStdout = (text: string): void => void process.stdout.write(ended(escaped(text)));
-export const printJson = (value: unknown): void => printStdout(JSON.stringify(value, null, 2).replace(unprintable, asJson));
-/** JSON has escapes of its own, of four digits. */
-const asJson = (c: string): string => (c === "\n" ? c : `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-export const printStderr = (text: string): void => tellStyled(escaped(text));
-/** Text that holds colours, and in which nothing else is left to escape. */
-export const tellStyled = (text: string): void => void process.stderr.write(ended(text));
-/** A line that the next one replaces, where a person watches; else a line. */
+const withNewline = (text: string): string => (text.endsWith("\n") ? text : `${text}\n`);
+
+/** Prints data to stdout, with a final newline. */
+export const printStdout = (text: string): void => void process.stdout.write(withNewline(escaped(text)));
+
+/** Prints a value to stdout as indented JSON. */
+export const printJson = (value: unknown): void => printStdout(JSON.stringify(value, null, 2).replace(unprintable, jsonEscape));
+
+const jsonEscape = (c: string): string => (c === "\n" ? c : `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
+/** Prints a message to stderr, with a final newline. */
+export const printStderr = (text: string): void => printStyled(escaped(text));
+
+/** Prints text with color codes to stderr. The caller has escaped all other control characters. */
+export const printStyled = (text: string): void => void process.stderr.write(withNewline(text));
+
+/** Returns whether stderr shows colors: it is a terminal, and neither NO_COLOR nor TERM=dumb is set. */
+export const hasColor = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
+
+/** Prints a progress line to stderr. On a terminal the next progress line overwrites it. */
 export const printProgress = (line: string): void =>
   void process.stderr.write(process.stderr.isTTY ? `\r${escaped(line)}\u001b[K` : `${escaped(line)}\n`);
-/** The last of them stays. */
+
+/** Ends the current progress line, so that it stays visible. */
 export const endProgress = (): void => void (process.stderr.isTTY && process.stderr.write("\n"));
 
-/** An error as people read it. */
+/** Prints a user error with its fix, or an internal error; with RANKC_DEBUG also the stack of the latter. */
 export function printError(error: unknown): void {
   if (error instanceof Trouble) {
     printStderr(`rankc: ${error.message}${error.fix ? `\n  fix: ${error.fix}` : ""}`);

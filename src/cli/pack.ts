@@ -1,263 +1,29 @@
-/**
- * pack: a plan and all that runs it, in one archive: Node, rankc, the packages it uses, and the plan. The host that unpacks it needs tar,
- * xz and the system's C and C++ libraries; no Node, no npm, no network. Equal inputs give equal bytes.
- */
-import { execFileSync, spawn, spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
-import { createWriteStream, existsSync, mkdtempSync, readdirSync, readFileSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
-import { availableParallelism, tmpdir } from "node:os";
-import { basename, dirname, isAbsolute, join, posix, resolve } from "node:path";
-import { Readable } from "node:stream";
-import { pipeline } from "node:stream/promises";
-import { fileURLToPath } from "node:url";
-import { indexPath } from "../../schemas/dataFiles.ts";
-import type { Plan } from "../../schemas/plan.ts";
-import { Trouble } from "../../schemas/trouble.ts";
-import { root } from "../packageFile.ts";
-import { parsePlan } from "../plan/read.ts";
-import { readCubin, readKernel, readPlanFile } from "./inputFiles.ts";
-import { expectWritable } from "./outputFiles.ts";
-import { type TarEntry, tar } from "./tar.ts";
+import type { Command } from "commander";
+import { type CommonOptions, withExamples, withFormat } from "./options.ts";
+import { printJson, printStderr, printStdout } from "./output.ts";
 
-export interface PackSettings {
-  /** The directory of a compiled plan, or its plan.json. */
-  readonly plan: string;
-  readonly out: string;
-  /** What data.path and data.labels are relative to; else the plan's directory, where they are taken along if they are there and small. */
-  readonly dataDir?: string;
-  /** `linux-x64`: as Node names systems and processors. */
-  readonly platform?: string;
-  /** xz's preset, 0 to 9. 0: 35 MiB in 14 s of CPU time; 6, the default: 28 MiB in 90 s (2 slow cores, plans/tiny-dense). */
-  readonly effort?: number;
-}
-
-export interface Packed {
-  readonly out: string;
-  readonly platform: string;
-  readonly bytes: number;
-  readonly sha256: string;
-  readonly files: number;
-  /** Where the corpus lies in the archive; undefined where it was left out: `run` then needs --data-dir. */
-  readonly corpus: string | undefined;
-}
-
-const start = `#!/bin/sh
-# Starts the rankc of this folder with the Node beside it.
-here=$(dirname "$(readlink -f "$0")")
-exec "$here/lib/node" "$here/lib/dist/src/cli/main.js" "$@"
-`;
-
-export async function pack({ plan: path, out, dataDir, platform = own, effort = 6 }: PackSettings): Promise<Packed> {
-  if (platform !== own)
-    throw new Trouble(`this is ${own}: the Node of ${platform} is not here`, `run rankc pack on a ${platform} machine`, 3);
-  expectWritable(out);
-  if (spawnSync("xz", ["--version"]).error)
-    throw new Trouble(
-      "xz, which packs the archive, is not on this machine",
-      "install it (Debian and Ubuntu: xz-utils; macOS: brew install xz)",
-      3,
+/** Registers `pack`: writes a plan, rankc and Node into one archive. */
+export function registerPack(program: Command): void {
+  withExamples(
+    withFormat(program.command("pack").description("pack a plan, rankc and Node into one archive for machines without Node"))
+      .argument("<plan>", "a plan (its directory or plan.json)")
+      .requiredOption("-o, --out <file>", "the archive to write, a .tar.xz")
+      .option(
+        "--data-dir <dir>",
+        "include the corpus; the base directory of data.path and data.labels (default: the plan's directory, if the files there are small)",
+      )
+      .option("--platform <platform>", "the operating system and processor, in Node's names (default: those of this machine)"),
+    "pack plan/ -o tiny.tar.xz",
+    "pack plan/ -o tiny.tar.xz --data-dir . --platform linux-x64",
+  ).action(async (plan: string, options: Pick<CommonOptions, "format"> & { out: string; dataDir?: string; platform?: string }) => {
+    const [{ pack }, { bytesText, plural }] = await Promise.all([import("./archive.ts"), import("../units.ts")]);
+    const { format, ...settings } = options;
+    const packed = await pack({ plan, ...settings });
+    if (format === "json") return printJson(packed);
+    printStdout(
+      `${packed.out}: ${bytesText(packed.bytes)}, ${plural(packed.files, "file")}, for ${packed.platform}\nsha256 ${packed.sha256}`,
     );
-  const folder = basename(path) === "plan.json" ? dirname(path) : path;
-  const plan = readPlan(folder);
-  const data = dataOf(plan, folder, dataDir);
-  const planned = filesOfPlan(plan, folder);
-  const build = existsSync(new URL("tsconfig.build.json", root)) ? buildHere() : undefined;
-  try {
-    const home = fileURLToPath(root);
-    const entries = [
-      { path: "rankc", executable: true, read: () => Buffer.from(start) },
-      { path: "lib/node", executable: true, read: () => readFileSync(process.execPath) },
-      ...["package.json", "LICENSE"].map((name) => fileEntry(`lib/${name}`, join(home, name))),
-      ...folderEntries("lib/dist", build ?? join(home, "dist"), needless),
-      ...folderEntries("lib/schemas", join(home, "schemas"), needless),
-      ...folderEntries("lib/templates", join(home, "templates"), needless),
-      ...packagesOf(home).flatMap(({ place, folder }) =>
-        folderEntries(`lib/${place}`, folder, (path) => needless(path) || foreign(place, path)),
-      ),
-      ...planned,
-      ...(data ?? []),
-    ];
-    const { bytes, sha256 } = await compress(entries, out, effort);
-    return { out, platform, bytes, sha256, files: entries.length, corpus: data?.[0]?.path };
-  } finally {
-    if (build) rmSync(build, { recursive: true, force: true });
-  }
-}
-
-const own = `${process.platform}-${process.arch}`;
-
-function readPlan(folder: string): Plan {
-  const file = join(folder, "plan.json");
-  if (!existsSync(file)) throw new Trouble(`${folder} holds no plan.json`, "name the directory that rankc compile -o wrote");
-  const plan = parsePlan(readPlanFile(file), file);
-  const missing = plan.kernels.find(({ source }) => source && !existsSync(join(folder, "kernels", source.file)));
-  if (missing) throw new Trouble(`${folder}: kernels/${missing.source!.file} is missing`, "compile the job again");
-  return plan;
-}
-
-/** The plan, its text, and the kernels that it names, checked against its digests; what else lies in the folder is not the plan's. */
-function filesOfPlan(plan: Plan, folder: string): readonly TarEntry[] {
-  const sources = plan.kernels.flatMap(({ source }) => source?.file ?? []);
-  for (const file of sources) readKernel(plan, folder, file);
-  const cubins = plan.kernels.flatMap(({ cubin }) => cubin?.file ?? []).filter((file) => readCubin(plan, folder, file));
-  const texts = ["plan.json", "plan.txt"].filter((name) => existsSync(join(folder, name)));
-  return [...texts, ...[...sources, ...cubins].map((file) => `kernels/${file}`)].map((name) => {
-    const path = join(folder, name);
-    if (!isWithin(realpathSync(path), realpathSync(folder)))
-      throw new Trouble(`${path} leads out of the plan's directory`, "compile the job again, or copy what it leads to into its place");
-    return fileEntry(`plan/${name}`, path);
+    if (packed.corpus === undefined)
+      printStderr("the archive has no corpus: pass --data-dir to rankc run on the host, or to rankc pack here");
   });
-}
-
-const isWithin = (path: string, folder: string): boolean => path.startsWith(join(folder, "/"));
-
-/** A corpus past this is brought to the hosts by other means, unless the person asks for it. */
-const smallCorpus = 16 * 2 ** 20;
-
-/**
- * Corpus, its index and labels: each has the place relative to plan/ in the archive that its key names, so that `run plan` finds it.
- * Undefined if `dataDir` is not given and a file is missing, outside of the archive, or large. Throws a Trouble if it is given.
- */
-export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
-  const { path, labels } = job.data;
-  const wanted = [{ key: "data.path", path, what: "the corpus does" }];
-  // without its index, a Megatron data set would be read by data.dtype
-  const index = indexPath(path);
-  if (index !== undefined && existsSync(resolve(dataDir ?? folder, index)))
-    wanted.push({ key: "data.path", path: index, what: "its index does" });
-  if (labels !== null) wanted.push({ key: "data.labels", path: labels, what: "the labels do" });
-  const files = wanted.map(({ path, ...as }) => {
-    const file = resolve(dataDir ?? folder, path);
-    const place = posix.normalize(posix.join("plan", path));
-    // what nobody asked for is taken from its own place alone, not through symbolic links
-    const asked = dataDir !== undefined || (existsSync(file) && realpathSync(file) === resolve(realpathSync(folder), path));
-    const there = asked && existsSync(file) && statSync(file).isFile();
-    return { ...as, path, file, place, there, outside: isAbsolute(path) || /^(\.\.|lib|rankc)(\/|$)/.test(place) };
-  });
-  if (dataDir === undefined) {
-    if (!files.every(({ there, outside }) => there && !outside)) return undefined;
-    if (files.reduce((bytes, { file }) => bytes + statSync(file).size, 0) > smallCorpus) return undefined;
-  }
-  return files.map(({ key, path, what, file, place, there, outside }) => {
-    if (!there) throw new Trouble(`${file}: ${what} not exist`, `${key} starts at --data-dir`);
-    if (outside) throw new Trouble(`${key} ${path} leads out of the archive`, "leave --data-dir out here, and give it to rankc run");
-    return fileEntry(place, file);
-  });
-}
-
-const fileEntry = (path: string, file: string): TarEntry => ({
-  path,
-  executable: (statSync(file).mode & 0o100) !== 0,
-  read: () => readFileSync(file),
-});
-
-/** All files below a folder whose path in it is not left out; links are followed. */
-function folderEntries(place: string, folder: string, leftOut: (path: string) => boolean): readonly TarEntry[] {
-  const walk = (at: string): TarEntry[] =>
-    readdirSync(join(folder, at)).flatMap((name) => {
-      const path = posix.join(at, name);
-      if (name === "node_modules" || leftOut(path)) return [];
-      return statSync(join(folder, path)).isDirectory() ? walk(path) : [fileEntry(`${place}/${path}`, join(folder, path))];
-    });
-  return walk("");
-}
-
-/** What is for reading and building, not for running. Licences stay. */
-const needless = (path: string): boolean => /\.(ts|mts|cts|map|md|flow|c|cc|cpp|h|hh|hpp|inc|S|asm)$/.test(path);
-
-/** Binaries for other systems. */
-const foreign = (place: string, path: string): boolean =>
-  place === "node_modules/webgpu" && /^dist\/[^/]+$/.test(path) && !path.endsWith(own) && path !== `dist/${process.platform}-universal`;
-
-interface Manifest {
-  readonly dependencies?: Readonly<Record<string, string>>;
-  readonly optionalDependencies?: Readonly<Record<string, string>>;
-  readonly os?: readonly string[];
-  readonly cpu?: readonly string[];
-}
-const manifestOf = (folder: string): Manifest => JSON.parse(readFileSync(join(folder, "package.json"), "utf8")) as Manifest;
-
-/** The packages that rankc uses, those that they use, and of their optional ones the binaries for this system. */
-function packagesOf(home: string): readonly { readonly place: string; readonly folder: string }[] {
-  const placed = new Map<string, string>();
-  const visit = (folder: string, at: string): void => {
-    const { dependencies = {}, optionalDependencies = {} } = manifestOf(folder);
-    for (const name of Object.keys({ ...optionalDependencies, ...dependencies }).sort()) {
-      const found = find(name, folder);
-      if (name in optionalDependencies && !(found && isForHere(manifestOf(found)))) continue;
-      if (!found) throw new Trouble(`the package ${name} is not installed`, "run npm ci in the folder of rankc");
-      // beside the others, or where another version of it is there, below the one that uses it
-      const top = `node_modules/${name}`;
-      const place = (placed.get(top) ?? found) === found ? top : `${at}${top}`;
-      if (placed.has(place)) continue;
-      placed.set(place, found);
-      visit(found, `${place}/`);
-    }
-  };
-  visit(home, "");
-  return [...placed].map(([place, folder]) => ({ place, folder }));
-}
-const isForHere = ({ os, cpu }: Manifest): boolean => Boolean(os?.includes(process.platform) && cpu?.includes(process.arch));
-
-/** As Node looks for packages: in each node_modules on the way up. */
-function find(name: string, from: string): string | undefined {
-  for (let at = from; ; at = dirname(at)) {
-    const folder = join(at, "node_modules", name);
-    if (existsSync(join(folder, "package.json"))) return realpathSync(folder);
-    if (at === dirname(at)) return undefined;
-  }
-}
-
-/** In a checkout there may be an older build, or none: this one is made of the sources as they are. */
-function buildHere(): string {
-  const home = fileURLToPath(root);
-  const compiler = find("typescript", home);
-  if (!compiler)
-    throw new Trouble("rankc runs from a checkout, and the compiler that builds it is not installed", "run npm ci in the checkout");
-  const folder = mkdtempSync(join(tmpdir(), "rankc-build-"));
-  const args = [join(compiler, "bin/tsc"), "-p", "tsconfig.build.json", "--outDir", folder, "--noCheck", "--declaration", "false"];
-  try {
-    execFileSync(process.execPath, args, { cwd: home, stdio: ["ignore", "pipe", "pipe"] });
-  } catch (error) {
-    rmSync(folder, { recursive: true, force: true });
-    throw new Trouble(`rankc could not be built: ${String((error as { stdout?: unknown }).stdout)}`, "see what npm run build says");
-  }
-  return folder;
-}
-
-/** Blocks of a fixed size, by several threads: the bytes do not depend on how many there are. */
-async function compress(entries: readonly TarEntry[], out: string, effort: number): Promise<{ bytes: number; sha256: string }> {
-  const threads = Math.max(2, availableParallelism());
-  const filters = process.arch === "x64" ? ["--x86", `--lzma2=preset=${effort}`] : [`--lzma2=preset=${effort}`];
-  const { XZ_OPT: _, XZ_DEFAULTS: __, ...env } = process.env;
-  const xz = spawn("xz", ["--compress", "--stdout", "--format=xz", `--threads=${threads}`, "--block-size=24MiB", ...filters], {
-    env,
-    stdio: ["pipe", "pipe", "pipe"],
-  });
-  const temporary = `${out}.${process.pid}.tmp`;
-  const hash = createHash("sha256");
-  let bytes = 0;
-  let said = "";
-  xz.stderr.on("data", (chunk) => (said += chunk));
-  const ended = new Promise<void>((done, fail) => {
-    xz.once("error", fail);
-    xz.once("close", (code) => (code === 0 ? done() : fail(new Trouble(`xz failed: ${said.trim()}`, "see that there is memory and disk"))));
-  });
-  async function* counted(chunks: AsyncIterable<Buffer>) {
-    for await (const chunk of chunks) {
-      hash.update(chunk);
-      bytes += chunk.length;
-      yield chunk;
-    }
-  }
-  try {
-    // what xz says goes before what its broken pipe says
-    const flows = [pipeline(Readable.from(tar(entries)), xz.stdin), pipeline(xz.stdout, counted, createWriteStream(temporary))];
-    const [end, ...flown] = await Promise.allSettled([ended, ...flows]);
-    for (const result of [end!, ...flown]) if (result.status === "rejected") throw result.reason;
-    renameSync(temporary, out);
-  } finally {
-    rmSync(temporary, { force: true });
-  }
-  return { bytes, sha256: hash.digest("hex") };
 }

@@ -1,15 +1,27 @@
-/** `rankc run`: trains step by step in this process, or starts one process for each rank and forwards what they say. */
+/** `rankc run`: trains in this process, or starts one process per rank and forwards their output. */
+import { type Command, Option } from "commander";
 import type { StepResult } from "../../runtime/train/loop.ts";
 import type { RunSettings } from "../../runtime/train/openRun.ts";
-import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
 import { version } from "../version.ts";
-import { endProgress, type Format, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { dataDirOf, type LoadedPlan, loadPlan, planFile } from "./loadPlan.ts";
+import {
+  atLeastOne,
+  type CommonOptions,
+  collect,
+  dataDirHelp,
+  type ProcessExit,
+  planOrJob,
+  withExamples,
+  withFormat,
+  withSet,
+  withTarget,
+} from "./options.ts";
+import { endProgress, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritable, openLines, writeFile } from "./outputFiles.ts";
 
-export interface RunOptions {
-  readonly format: Format;
+interface RunOptions extends CommonOptions {
   readonly backend: "cpu" | "webgpu" | "cuda";
   readonly steps?: number;
   readonly metrics?: string;
@@ -22,24 +34,69 @@ export interface RunOptions {
   readonly profile?: string;
   readonly graph: boolean;
   readonly debugNonfinite?: boolean;
-  /** The process is to end soon, and by this, whatever its device is in the midst of. */
-  readonly leave: (end: (code: number) => void) => void;
 }
 
-/** What a run needs of a plan: itself, and its kernels by the name of their file. */
-export interface Planned {
-  readonly plan: Plan;
-  source(file: string): string;
-  cubin?(file: string): Uint8Array | undefined;
+/** Registers `run`: trains a plan. The exit code is 130 after an interrupt. */
+export function registerRun(program: Command, exit: ProcessExit): void {
+  withExamples(
+    withCheckpointOptions(
+      withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine"))))
+        .argument("<plan|job>", planOrJob)
+        .addOption(
+          new Option("--backend <backend>", "the backend: cpu and webgpu run all ranks in this process, cuda one process and GPU per rank")
+            .choices(["cpu", "webgpu", "cuda"])
+            .default("cpu"),
+        )
+        .option("--steps <n>", "stop after step n; steps before --resume count (default: train.steps)", atLeastOne)
+        .option("--metrics <file>", "write one JSON line per step"),
+    )
+      .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
+      .option("--profile <file>", "print a time profile of the last step, and write a trace for Perfetto (ui.perfetto.dev)")
+      .option(
+        "--debug-nonfinite",
+        "repeat a step whose loss or gradient norm is not finite, and report the first instruction with a non-finite output",
+      )
+      .option("--no-graph", "CUDA: launch each kernel, instead of replaying a step as a CUDA graph")
+      .option("--data-dir <dir>", dataDirHelp),
+    "run job.yaml --steps 20 --metrics metrics.jsonl",
+    "run plan/ --data-dir . --init-from model.safetensors",
+    "run job.yaml --backend webgpu",
+    "run plan/ --backend cuda",
+    "run plan/ --save checkpoints/ --save-every 500 --resume auto",
+  ).action(async (path: string, options: RunOptions & { target?: string; dataDir?: string }) => {
+    const { targetOf } = await import("../codegen/targetNames.ts");
+    const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
+    exit.setCode(await runPlan(loaded, options.dataDir ?? dataDirOf(path), options, exit));
+  });
 }
 
-/** Runs a plan here; with CUDA and many ranks, in a process for each, unless this is one of them. Answers with the exit code. */
-export async function runPlan(planned: Planned, baseDir: string, options: RunOptions): Promise<number> {
-  const { plan } = planned;
+/** Adds the options that read and write checkpoints. */
+const withCheckpointOptions = (command: Command): Command =>
+  command
+    .option("--init-from <file>", "start from the weights of a safetensors file")
+    .option("--save <dir>", "write a checkpoint at the end of the run, also after an interrupt: weights, optimizer state, run progress")
+    .option("--save-every <n>", "also write a checkpoint after every n steps", atLeastOne)
+    .option(
+      "--resume <dir>",
+      "resume from a checkpoint, or from the newest in a folder, on the same mesh or another; auto: from the newest complete checkpoint in the --save folder, or from step 0 if there is none",
+    )
+    .option(
+      "--allow-mismatch <key>",
+      "accept that the source of --resume or --init-from differs from the job in this key, or has this tensor in addition (repeatable)",
+      collect,
+      [],
+    );
+
+/**
+ * Runs a plan and returns the exit code. With CUDA and several ranks it starts one process per rank, unless this process is one of them.
+ * Throws a Trouble.
+ */
+async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
+  const { plan } = loaded;
   if (options.save !== undefined) (await import("../../runtime/checkpoint/saveFolder.ts")).expectWritableFolder(options.save);
   if (options.backend === "cuda" && plan.mesh.world > 1) {
     if (options.dumpGrads !== undefined)
-      throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or leave it out");
+      throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or omit --dump-grads");
     const [{ isLoopback, placeOf }, { launch }] = await Promise.all([
       import("../../runtime/launch/place.ts"),
       import("../../runtime/launch/launcher.ts"),
@@ -48,20 +105,20 @@ export async function runPlan(planned: Planned, baseDir: string, options: RunOpt
     if (place?.rank === 0 && !place.secret && !isLoopback(place.address)) printStderr(noSecret);
     if (!place) {
       const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
-      const say = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? printStdout(line) : printStderr(line));
-      const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: say });
+      const forward = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? printStdout(line) : printStderr(line));
+      const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: forward });
       if (failed) printStderr(`rankc: rank ${failed.rank} ${failed.how}`);
       return code;
     }
   }
-  return train(planned, baseDir, options);
+  return train(loaded, baseDir, options, exit);
 }
 
-const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is set: whoever reaches rank 0 over the network can compute this run's token
-  fix: set RANKC_TOKEN_FILE to a file that all hosts share and nobody else reads (openssl rand -hex 32 > FILE)`;
+const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is set: anyone who reaches rank 0 over the network can compute this run's token
+  fix: set RANKC_TOKEN_FILE to a file that all hosts share and only you can read (openssl rand -hex 32 > FILE)`;
 
-/** An interrupt lets the step in hand finish, then ends with what was done; where the run saves, that is saved. */
-async function train({ plan, source, cubin }: Planned, baseDir: string, options: RunOptions): Promise<number> {
+/** Trains until the last step or an interrupt. After an interrupt the current step completes, and `--save` writes its checkpoint. */
+async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const [{ openRun }, { StepFault }, { metricsLine, progressLine, duration }] = await Promise.all([
     import("../../runtime/train/openRun.ts"),
     import("../../runtime/train/nonfinite.ts"),
@@ -69,8 +126,8 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   ]);
   const steps = options.steps ?? plan.job.train.steps;
   if (options.saveEvery !== undefined && options.save === undefined)
-    throw new Trouble("--save-every says when, and nothing says where", "name a folder: --save snapshots/");
-  // of several processes one writes metrics, and its host may be the only one that has the folder
+    throw new Trouble("--save-every needs --save", "name a folder: --save checkpoints/");
+  // one process of several writes metrics; the folder may exist on its host alone
   const metricsHere = options.backend !== "cuda" || plan.mesh.world === 1 ? options.metrics : undefined;
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {
@@ -94,7 +151,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, interrupt);
   let done = 0;
   let saved: { readonly done: number; readonly folder: string } | undefined;
-  /** All processes of a run come here after the same step. */
+  /** All processes of a run call it after the same step: the checkpoint has the shards of every rank. */
   const save = async (): Promise<void> => {
     if (options.save === undefined || done === (saved?.done ?? 0)) return;
     saved = { done, folder: await run.save() };
@@ -108,7 +165,10 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
   try {
     const before = run.progress().steps;
     if (before >= steps)
-      throw new Trouble(`the snapshot is of step ${before}, and the run ends at step ${steps}`, `--steps ${2 * before} goes on`);
+      throw new Trouble(
+        `the checkpoint is of step ${before}, and the run ends at step ${steps}`,
+        `set a later step: --steps ${2 * before}`,
+      );
     while (run.progress().steps < steps && run.mayBegin()) {
       last = await run.step();
       done++;
@@ -117,7 +177,7 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
       metrics?.add(metricsLine(last));
       if (run.leads) printProgress(progressLine(last, steps, seconds / done));
       if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
-      // a step on the CPU leaves no gap for signals: this is one
+      // a step on the CPU blocks the event loop; signals arrive here
       await new Promise(setImmediate);
     }
     await save();
@@ -135,19 +195,19 @@ async function train({ plan, source, cubin }: Planned, baseDir: string, options:
       if (run.leads) printStderr(printProfile(plan, timings));
     }
   } catch (error) {
-    // all processes stand after the same step: they end like a run that is done
+    // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
     else failed = error as Error;
-    if (failed && options.backend === "cuda") options.leave((await import("../../runtime/cuda/hardExit.ts")).hardExit());
+    if (failed && options.backend === "cuda") exit.exitSoon((await import("../../runtime/cuda/hardExit.ts")).hardExit());
     if (failed) throw failed;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
     metrics?.close();
-    // what went wrong first is what is told
+    // report the first error; an error of close() follows from it
     await run.close(failed).catch((error) => (failed ? printError(error) : Promise.reject(error)));
   }
   if (fault && done > 0 && run.leads) endProgress();
-  // one process of many says it, and one that found where it comes from
+  // the leading process reports the fault, and so does the process that located its origin
   if (fault && (run.leads || fault.origin !== undefined)) throw fault;
   if (fault) return fault.exit;
   if (!run.leads) return interrupted ? 130 : 0;

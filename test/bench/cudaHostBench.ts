@@ -6,7 +6,7 @@ import { cpSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { compileOptions, cubinFile } from "../../runtime/cuda/kernels.ts";
-import { pack } from "../../src/cli/pack.ts";
+import { pack } from "../../src/cli/archive.ts";
 import { compileCubins } from "../../src/codegen/cubins.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";

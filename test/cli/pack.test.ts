@@ -17,7 +17,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { Trouble } from "../../schemas/trouble.ts";
-import { dataOf, type Packed, pack } from "../../src/cli/pack.ts";
+import { dataOf, type Packed, pack } from "../../src/cli/archive.ts";
 import { tar } from "../../src/cli/tar.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -171,7 +171,7 @@ test("the command says what it wrote, and what is left out", async () => {
       0,
       expect.stringMatching(new RegExp(`^${out}: [\\d.]+ MiB, [\\d,]+ files, for ${process.platform}-.+\nsha256 ${sha256}\n$`)),
     ]);
-    expect(said.err).toContain("the corpus is not in it");
+    expect(said.err).toContain("the archive has no corpus");
   } finally {
     process.env.PATH = PATH;
   }

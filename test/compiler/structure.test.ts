@@ -33,15 +33,15 @@ const layers = [
 const layerOf = (file: string): number => layers.findIndex((layer) => layer.holds.test(file));
 
 /** The commands and the library open the runtime. */
-const opensRuntime = ["src/cli/main.ts", "src/cli/run.ts", "src/index.ts"];
+const opensRuntime = ["src/cli/compile.ts", "src/cli/doctor.ts", "src/cli/export.ts", "src/cli/run.ts", "src/index.ts"];
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
-  ["src/cli/main.ts", "finds the plan of a directory"],
+  ["src/cli/loadPlan.ts", "finds the plan of a directory"],
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/packageFile.ts", "schemas and templates of the package"],
-  ["src/cli/pack.ts", "an archive of a plan and all that runs it"],
-  ["src/cli/serve.ts", "the built page, and what a plan in a browser reads"],
+  ["src/cli/archive.ts", "an archive of a plan and all that runs it"],
+  ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
   ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/data/inputFile.ts", "the corpus"],
   ["runtime/checkpoint/checkpointFiles.ts", "initial weights"],

@@ -477,7 +477,7 @@ data: {path: corpus.txt}
 
   const done = await rankc("run", path, "--resume", folder, "--steps", "2");
   expect([done.exit, done.err]).toEqual([2, expect.stringContaining("is of step 2, and the run ends at step 2")]);
-  expect((await rankc("run", path, "--save-every", "2")).err).toContain("--save snapshots/");
+  expect((await rankc("run", path, "--save-every", "2")).err).toContain("--save checkpoints/");
   expect((await rankc("run", path, "--resume", folder, "--init-from", model)).err).toContain("leave one of them out");
   expect((await rankc("export", "hf", join(place, "nowhere"), "-o", model)).err).toContain("holds no snapshot");
 });

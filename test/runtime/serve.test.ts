@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import type { Plan } from "../../schemas/plan.ts";
-import { serve } from "../../src/cli/serve.ts";
+import { serve } from "../../src/cli/pageServer.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { printPlan } from "../../src/plan/seal.ts";

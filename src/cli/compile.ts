@@ -1,0 +1,83 @@
+import { join } from "node:path";
+import { type Command, Option } from "commander";
+import type { Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { type Stage, stages } from "../passes/passNames.ts";
+import { compileAt, loadPlan, planFile } from "./loadPlan.ts";
+import { type CommonOptions, withExamples, withFormat, withSet, withTarget } from "./options.ts";
+import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
+
+interface CompileOptions extends CommonOptions {
+  readonly out?: string;
+  readonly emit?: Stage;
+  readonly target?: string;
+  readonly cubins: boolean;
+}
+
+/** Registers `compile`: writes plan.json, plan.txt and the kernels of a job, or prints the text of one pass. */
+export function registerCompile(program: Command): void {
+  withExamples(
+    withTarget(withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks"))))
+      .argument("<job>", "the job's YAML file")
+      .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
+      .option("--no-cubins", "CUDA: write kernel sources only; the host compiles them with NVRTC")
+      .addOption(new Option("--emit <stage>", "print the text form of a compiler stage").choices(stages)),
+    "compile job.yaml -o plan/",
+    "compile job.yaml -o plan/ --target cuda:sm_90a",
+    "compile job.yaml --emit sharded",
+  ).action(runCompile);
+}
+
+async function runCompile(path: string, options: CompileOptions): Promise<void> {
+  const { out, emit } = options;
+  if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit STAGE", "name the output directory: -o plan/");
+  if (out) expectWritableFolder(out);
+  const compiled = await compileAt(path, options.set, options.target);
+  const { sources } = compiled;
+  const [plan, cubins] = out && options.cubins ? await withCubins(compiled.plan, sources, out) : [compiled.plan, new Map()];
+  if (out) {
+    const [{ printPlan }, { printPlanText }] = await Promise.all([import("../plan/seal.ts"), import("../report/planText.ts")]);
+    const kernels = [...sources, ...cubins].map(([file, content]) => [join("kernels", file), content] as const);
+    writeFolder(out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
+  }
+  if (emit) return printStdout(compiled.emit(emit));
+  const { summarize, printSummary } = await import("../report/summary.ts");
+  const summary = summarize(plan);
+  if (options.format === "json") printJson({ ...summary, out, findings: compiled.findings });
+  else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
+}
+
+/** Compiles the kernels of a CUDA plan with nvcc. Returns the plan unchanged if it is for another backend, or if nvcc is missing. */
+async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: string): Promise<[Plan, Map<string, Uint8Array>]> {
+  const [kind, arch] = plan.toolchain.target.split(":");
+  if (kind !== "cuda") return [plan, new Map()];
+  const [{ makeCubins, nvccVersion }, { compileOptions, cubinFile }, { sealCubins }] = await Promise.all([
+    import("../codegen/cubins.ts"),
+    import("../../runtime/cuda/kernels.ts"),
+    import("../plan/seal.ts"),
+  ]);
+  if (!nvccVersion()) {
+    printStderr("nvcc is not installed: the host that runs the plan compiles its kernels with NVRTC");
+    return [plan, new Map()];
+  }
+  const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch!) }));
+  const onProgress = (done: number, of: number): void => printProgress(`nvcc: ${done} of ${of} kernels`);
+  const cubins = await makeCubins(units, { arch: arch!, options: compileOptions, onProgress, known: await cubinsAt(out) });
+  endProgress();
+  return [sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: cubins.get(cubin)! }]))), cubins];
+}
+
+/** Returns the intact cubins of the plan that a directory already holds, so that nvcc compiles only changed kernels. */
+async function cubinsAt(out: string): Promise<(file: string) => Uint8Array | undefined> {
+  try {
+    const earlier = planFile(out) ? await loadPlan(out, []) : undefined;
+    const found = (earlier?.plan.kernels ?? []).flatMap((k) => k.cubin?.file ?? []).map((file) => [file, earlier?.cubin?.(file)] as const);
+    const cubins = new Map(found);
+    return (file) => cubins.get(file);
+  } catch (error) {
+    if (!(error instanceof Trouble)) throw error;
+    // the command overwrites a damaged plan
+    return () => undefined;
+  }
+}

@@ -1,0 +1,30 @@
+import type { Command } from "commander";
+import { withExamples } from "./options.ts";
+import { printStdout } from "./output.ts";
+import { writeFile } from "./outputFiles.ts";
+
+/** Registers `import hf`: writes a job for the model of a Hugging Face config.json. */
+export function registerImport(program: Command): void {
+  withExamples(
+    program
+      .command("import")
+      .description("make a job from the model description of another tool")
+      .command("hf")
+      .description("make a job from a Hugging Face config.json (Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek)")
+      .argument("<config>", "the config.json, or its directory")
+      .option("-o, --out <job>", "the file to write (default: stdout)")
+      .option("--mtp", "include multi-token prediction (num_nextn_predict_layers), which transformers omits"),
+    "import hf config.json -o job.yaml",
+    "import hf deepseek-v3/config.json --mtp -o job.yaml",
+  ).action(async (path: string, options: { out?: string; mtp?: true }) => {
+    const [{ importHfText }, { parseConfig }, { readConfigFile }] = await Promise.all([
+      import("../convert/hf.ts"),
+      import("../convert/hfReader.ts"),
+      import("./inputFiles.ts"),
+    ]);
+    const { text, file, name } = readConfigFile(path);
+    const job = importHfText(parseConfig(text, file), name, { mtp: options.mtp === true });
+    if (options.out) writeFile(options.out, job);
+    else printStdout(job);
+  });
+}

@@ -1,0 +1,91 @@
+/** Loads jobs and plans for the commands. Compiler modules are imported on use, so that `check` and `explain` start fast. */
+import { existsSync, statSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
+import type { Plan } from "../../schemas/plan.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { targetNames } from "../codegen/targetNames.ts";
+import type { Compiled } from "../compile.ts";
+import type { Finding } from "../frontend/diagnostic.ts";
+import { hasColor, printStyled } from "./output.ts";
+
+/** A plan with access to the kernel files that belong to it. */
+export interface LoadedPlan {
+  readonly plan: Plan;
+  /** Returns the source text of a kernel file. */
+  source(file: string): string;
+  /** Returns the bytes of a cubin; undefined if the plan has none of this name. */
+  cubin?(file: string): Uint8Array | undefined;
+}
+
+/** The job is invalid and its findings are printed: the command exits with code 1. */
+export class InvalidJob extends Error {}
+
+/** Reads a job file and checks it for `target`, or for all device targets. Throws a Trouble if the file cannot be read. */
+export async function readJobAt(path: string, sets: readonly string[], target?: string) {
+  const [{ readJobFile }, { readJobWith }] = await Promise.all([import("./inputFiles.ts"), import("../frontend/readJob.ts")]);
+  const load = async () => {
+    const { loadDeviceTargets, loadTarget } = await import("../codegen/targets.ts");
+    if (target === undefined || !targetNames.includes(target)) return loadDeviceTargets();
+    const loaded = await loadTarget(target);
+    return () => loaded;
+  };
+  return readJobWith(load, readJobFile(path), path, sets);
+}
+
+/** Compiles a job for a target (default: cpu) and prints its findings. Throws InvalidJob, or a Trouble if the file cannot be read. */
+export async function compileAt(
+  path: string,
+  sets: readonly string[],
+  named?: string,
+): Promise<Compiled & { findings: readonly Finding[] }> {
+  const target = named ?? "cpu";
+  const { job, findings } = await readJobAt(path, sets, named);
+  await printFindings(findings);
+  if (!job) throw new InvalidJob();
+  const [{ compile }, { loadTarget }, { targetFor }] = await Promise.all([
+    import("../compile.ts"),
+    import("../codegen/targets.ts"),
+    import("../codegen/targetNames.ts"),
+  ]);
+  return { ...compile(job, { target: await loadTarget(targetFor(target, job)) }), findings };
+}
+
+/** Reads a plan, or compiles a job. Throws a Trouble if `--target` or `--set` is given for a plan, and whatever `compileAt` throws. */
+export async function loadPlan(path: string, sets: readonly string[], target?: string): Promise<LoadedPlan> {
+  const file = planFile(path);
+  if (!file) {
+    const { plan, sources } = await compileAt(path, sets, target);
+    return { plan, source: (name) => sources.get(name)! };
+  }
+  if (target !== undefined) throw new Trouble(`--target needs a job; ${path} is a compiled plan`, "name the job, or omit --target");
+  if (sets.length > 0) throw new Trouble(`--set needs a job; ${path} is a compiled plan`, "name the job, or omit --set");
+  const [{ parsePlan }, { readCubin, readKernel, readPlanFile }] = await Promise.all([
+    import("../plan/read.ts"),
+    import("./inputFiles.ts"),
+  ]);
+  const plan = parsePlan(readPlanFile(file), file);
+  return {
+    plan,
+    source: (name) => readKernel(plan, dirname(file), name),
+    cubin: (name) => readCubin(plan, dirname(file), name),
+  };
+}
+
+/** Returns the plan.json that a path names, by itself or by its directory; undefined if the path names a job. */
+export function planFile(path: string): string | undefined {
+  if (basename(path) === "plan.json") return existsSync(path) && !isDirectory(path) ? path : undefined;
+  const inside = join(path, "plan.json");
+  return isDirectory(path) && existsSync(inside) ? inside : undefined;
+}
+
+/** Returns the default base directory of data.path: the directory of the job or plan. */
+export const dataDirOf = (path: string): string => (isDirectory(path) ? path : dirname(path));
+
+const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();
+
+/** Prints findings to stderr, in color on a terminal. */
+export async function printFindings(findings: readonly Finding[]): Promise<void> {
+  if (findings.length === 0) return;
+  const { renderFindings } = await import("../frontend/diagnostic.ts");
+  printStyled(renderFindings(findings, { color: hasColor() }));
+}

@@ -1,0 +1,57 @@
+/** Options and help text that several commands share. */
+import { type Command, InvalidArgumentError, Option } from "commander";
+import { targetNames } from "../codegen/targetNames.ts";
+import type { Format } from "./output.ts";
+
+/** Options of most commands. */
+export interface CommonOptions {
+  readonly format: Format;
+  readonly set: readonly string[];
+}
+
+/** How a command ends the process. The process is passed in, so that only main.ts changes its state. */
+export interface ProcessExit {
+  /** Sets the exit code; the process ends when the command is done. */
+  setCode(code: number): void;
+  /** Waits up to 5 s for output to flush, then exits through `end(code)`. */
+  exitSoon(end: (code: number) => void): void;
+}
+
+/** Adds `--format text|json`. */
+export const withFormat = (command: Command): Command =>
+  command.addOption(new Option("--format <format>", "the output format").choices(["text", "json"]).default("text"));
+
+/** Adds the repeatable `--set path=value`. */
+export const withSet = (command: Command): Command =>
+  command.option("--set <path=value>", "override a key of the job (repeatable)", collect, []);
+
+/** Adds `--target`. */
+export const withTarget = (command: Command): Command =>
+  command.option("--target <target>", `the backend to generate kernels for: ${targetNames.join(", ")}`);
+
+/** Appends example lines, without `rankc`, to the help text. */
+export const withExamples = (command: Command, ...lines: string[]): Command =>
+  command.addHelpText("after", `\nExamples:\n${lines.map((line) => `  $ rankc ${line}`).join("\n")}`);
+
+/** Description of the argument of commands that take a plan or a job. */
+export const planOrJob = "a plan (its directory or plan.json), or a job";
+
+/** Description of `--data-dir` for commands that read the corpus. */
+export const dataDirHelp = "the base directory of data.path and data.labels (default: the directory of the job or plan)";
+
+/** Parser of a repeatable option: appends the value to the list. */
+export function collect(value: string, all: readonly string[]): string[] {
+  return [...all, value];
+}
+
+/** Parses an integer from 0 to 999,999,999. Throws InvalidArgumentError. */
+export function wholeNumber(text: string): number {
+  if (!/^\d{1,9}$/.test(text)) throw new InvalidArgumentError("It is not a whole number.");
+  return Number(text);
+}
+
+/** Parses an integer from 1 to 999,999,999. Throws InvalidArgumentError. */
+export function atLeastOne(text: string): number {
+  if (wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
+  return Number(text);
+}

@@ -1,0 +1,154 @@
+/**
+ * `rankc serve`: a page on this machine alone that trains a plan in the browser. It serves what is known when it starts, each
+ * under one name: the built page, the plan, its kernels, its text. No name is ever made into a path.
+ */
+import { createReadStream, existsSync, readdirSync, readFileSync, statSync } from "node:fs";
+import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
+import type { AddressInfo } from "node:net";
+import { extname, join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
+import { indexPath } from "../../schemas/dataFiles.ts";
+import type { Plan } from "../../schemas/plan.ts";
+import { printable } from "../../schemas/printable.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { root } from "../packageFile.ts";
+import { printPlan } from "../plan/seal.ts";
+
+export interface Serving {
+  /** Where the page is. */
+  readonly address: string;
+  close(): Promise<void>;
+}
+export interface ServeSettings {
+  /** 0: any that is free. */
+  readonly port: number;
+  /** What data.path and data.labels are relative to. */
+  readonly baseDir: string;
+  /** The built page's folder. */
+  readonly page?: string;
+}
+/** What a browser gets for a name: bytes, or a file that is read when it is asked for. */
+type Answer = { readonly type: string } & ({ readonly body: string | Uint8Array } | { readonly file: string; readonly what: string });
+
+const HOST = "127.0.0.1";
+/** The page holds the whole text in memory. */
+const LARGEST_TEXT = 2 ** 28;
+const types: Readonly<Record<string, string>> = {
+  ".html": "text/html; charset=utf-8",
+  ".js": "text/javascript; charset=utf-8",
+  ".css": "text/css; charset=utf-8",
+  ".txt": "text/plain; charset=utf-8",
+};
+
+export async function serve(
+  { plan, source }: { readonly plan: Plan; source(file: string): string },
+  { port, baseDir, page = fileURLToPath(new URL("dist/browser", root)) }: ServeSettings,
+): Promise<Serving> {
+  if (port > 65535) throw new Trouble(`there is no port ${port}`, "name one up to 65535, or 0 for any that is free");
+  const { target } = plan.toolchain;
+  if (!target.startsWith("webgpu:"))
+    throw new Trouble(
+      `the plan is for ${target}, and browsers have WebGPU alone`,
+      "compile the job with --target webgpu, or name the job itself",
+    );
+  const { path, labels } = plan.job.data;
+  const bytes = { type: "application/octet-stream" };
+  const answers = new Map<string, Answer>([
+    ...pageIn(page),
+    ["/plan.json", { type: "application/json", body: printPlan(plan) }],
+    ["/corpus", { ...bytes, file: resolve(baseDir, path), what: "text" }],
+  ]);
+  // empty if there is none
+  const index = indexPath(path);
+  const indexed = index !== undefined && existsSync(resolve(baseDir, index));
+  answers.set("/index", indexed ? { ...bytes, file: resolve(baseDir, index), what: "index" } : { ...bytes, body: "" });
+  if (labels !== null) answers.set("/labels", { ...bytes, file: resolve(baseDir, labels), what: "labels" });
+  for (const { source: at } of plan.kernels) answers.set(`/kernels/${at!.file}`, { type: types[".txt"]!, body: source(at!.file) });
+
+  const server = createServer((request, response) => send(response, replyTo(request, answers), request.method === "HEAD"));
+  await new Promise<void>((listening, reject) => {
+    server.once("error", (error: NodeJS.ErrnoException) => reject(notServed(error, port)));
+    server.listen(port, HOST, listening);
+  });
+  return {
+    address: `http://${HOST}:${(server.address() as AddressInfo).port}/`,
+    close: () =>
+      new Promise((closed) => {
+        server.close(() => closed());
+        server.closeAllConnections();
+      }),
+  };
+}
+
+function notServed({ code }: NodeJS.ErrnoException, port: number): Trouble {
+  if (code === "EADDRINUSE") return new Trouble(`port ${port} is taken`, "name another: --port 0 takes any that is free");
+  if (code === "EACCES") return new Trouble(`port ${port} may not be taken`, "name one from 1024 on");
+  return new Trouble(`port ${port} cannot be listened on: ${code}`, "name another: --port 0 takes any that is free");
+}
+
+/** The files of the built page by their address. */
+function pageIn(folder: string): [string, Answer][] {
+  if (!existsSync(join(folder, "index.html"))) throw new Trouble(`the page is not built: ${folder} has no index.html`, "npm run build");
+  const files = readdirSync(folder, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
+  return files.map((entry) => {
+    const path = join(entry.parentPath, entry.name);
+    const address = path.slice(folder.length).replaceAll("\\", "/").replace(/^\/*/, "/");
+    return [
+      address === "/index.html" ? "/" : address,
+      { type: types[extname(path)] ?? "application/octet-stream", body: readFileSync(path) },
+    ];
+  });
+}
+
+interface Reply {
+  readonly status: number;
+  readonly answer: Answer;
+}
+
+function replyTo({ method, url = "", headers }: IncomingMessage, answers: ReadonlyMap<string, Answer>): Reply {
+  const refused = (status: number, why: string): Reply => ({ status, answer: { type: types[".txt"]!, body: `${why}\n` } });
+  // a page of another origin that asks says so; the browser sends no such header for the page's own
+  if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
+    return refused(403, "this server answers its own page only");
+  // a foreign name that leads here is a foreign page that asks (DNS rebinding)
+  if (!/^(127\.0\.0\.1|localhost)(:\d+)?$/.test(headers.host ?? ""))
+    return refused(403, "this server answers at 127.0.0.1 and localhost only");
+  if (method !== "GET" && method !== "HEAD") return refused(405, "this server is for reading");
+  const answer = answers.get(url.split("?")[0]!);
+  if (!answer) return refused(404, `there is no ${printable(url)} here`);
+  if ("body" in answer) return { status: 200, answer };
+  const { file, what } = answer;
+  const stat = statSync(file, { throwIfNoEntry: false });
+  if (!stat?.isFile())
+    return refused(
+      404,
+      `the plan's ${what} ${what === "labels" ? "are" : "is"} not at ${file}: start rankc serve with --data-dir, the folder that data.path starts at, or choose a file here`,
+    );
+  const mebibytes = (bytes: number): string => `${Math.ceil(bytes / 2 ** 20)} MiB`;
+  if (stat.size > LARGEST_TEXT)
+    return refused(
+      413,
+      `the plan's ${what} ${what === "labels" ? "have" : "has"} ${mebibytes(stat.size)}, and the page takes ${mebibytes(LARGEST_TEXT)} at most: choose a shorter file here`,
+    );
+  return { status: 200, answer };
+}
+
+function send(response: ServerResponse, { status, answer }: Reply, bodiless: boolean): void {
+  response.writeHead(status, { ...always, "Content-Type": answer.type });
+  if (bodiless) response.end();
+  else if ("body" in answer) response.end(answer.body);
+  // a file that cannot be read after all breaks the answer off, which the browser tells
+  else
+    createReadStream(answer.file)
+      .on("error", () => response.destroy())
+      .pipe(response);
+}
+
+/** The page loads nothing from elsewhere, and no page elsewhere shows it. */
+const always = {
+  "Cache-Control": "no-cache",
+  "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+  "Cross-Origin-Opener-Policy": "same-origin",
+  "Cross-Origin-Resource-Policy": "same-origin",
+  "X-Content-Type-Options": "nosniff",
+};
