@@ -55,8 +55,9 @@ export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: num
   return [layer(first < 0 ? of.length : first), layer(after < 0 ? of.length : after)];
 }
 
-/** Characters of a layout without groups and repetitions, at most: more than any model has layers. */
+/** Letters of a layout after its repetitions are written out, at most: far more than the 4,096 layers that a model may have. */
 const LONGEST = 1e6;
+const TOO_LONG = `repetitions make the layout longer than ${LONGEST.toLocaleString("en-US")} letters`;
 
 /**
  * Reads a layout as Megatron Core's are written, `Et*3|(tt|)*29,m|L`: E the embedding, t a layer, m one of multi-token prediction, L
@@ -85,11 +86,11 @@ export function readLayout(text: string): string[] | string {
       if (token === "*") return wrong("a number must follow *");
       if (group.item === "") return wrong("nothing stands before *");
       const times = Number(token.slice(1));
-      if (times > LONGEST || group.text.length + group.item.length * times > LONGEST) return wrong("the layout is longer than any model");
+      if (times > LONGEST || group.text.length + group.item.length * times > LONGEST) return wrong(TOO_LONG);
       group = { text: group.text + group.item.repeat(times), item: "" };
     } else if ("Etm|L".includes(token)) next(token);
     else if (token !== " " && token !== ",") return wrong(`${JSON.stringify(token)} means nothing: E, t, m, L, |, ( ), commas and *n do`);
-    if (group.text.length > LONGEST) return wrong("the layout is longer than any model");
+    if (group.text.length > LONGEST) return wrong(TOO_LONG);
   }
   if (outer.length > 0) return `a group is not closed at character ${text.length + 1}`;
   const all = group.text + group.item;

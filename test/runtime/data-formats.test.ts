@@ -12,6 +12,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { compile } from "../../src/compile.ts";
 import { fixture, jobOf } from "../support/job.ts";
 import { littleEndian } from "../support/labels.ts";
+import { megatronIndex } from "../support/megatronIndex.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-formats-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -188,20 +189,6 @@ test("UTF-8 is what RFC 3629 says, as TextDecoder does", () => {
     for (let to = from; to <= text.length; to++)
       expect(invalidUtf8(text.subarray(from, to), { first: from === 0, last: to === text.length })).toBe(undefined);
 });
-
-/** The index that Megatron Core writes: documents of one sequence each. */
-function megatronIndex(code: number, width: number, lengths: readonly number[]): Buffer {
-  const header = Buffer.alloc(34);
-  header.write("MMIDIDX");
-  header.writeBigUInt64LE(1n, 9);
-  header.writeUInt8(code, 17);
-  header.writeBigUInt64LE(BigInt(lengths.length), 18);
-  header.writeBigUInt64LE(BigInt(lengths.length + 1), 26);
-  const i64 = (numbers: readonly number[]) => Buffer.from(BigInt64Array.from(numbers, BigInt).buffer);
-  let end = 0;
-  const offsets = lengths.map((length) => (end += length * width) - length * width);
-  return Buffer.concat([header, littleEndian(lengths, "i32"), i64(offsets), i64([...lengths.keys(), lengths.length])]);
-}
 
 test("where PREFIX.idx lies beside PREFIX.bin, it says what the ids are written as", () => {
   const text = openCorpus({ path: fixture("corpus.txt") }, reading);
