@@ -14,6 +14,13 @@ function scaled(n: number, base: number, units: readonly string[]): string {
   return `${i === 0 ? value : value.toFixed(value < 10 ? 2 : 1)} ${units[i]}`;
 }
 
+/** The largest `of` of all items, and at least `least`. Any number of items: as arguments of Math.max, too many overflow the stack. */
+export function largest<T>(items: Iterable<T>, of: (item: T) => number, least = 0): number {
+  let most = least;
+  for (const item of items) most = Math.max(most, of(item));
+  return most;
+}
+
 /** Columns padded to their widest cell; those named in `right` are flush right. */
 export function table(rows: readonly (readonly string[])[], right: readonly number[] = [], indent = "  "): string[] {
   const widths: number[] = [];

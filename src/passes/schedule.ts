@@ -8,6 +8,7 @@
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
 import { type BlockRun, blockTag, parseTag } from "../../schemas/program.ts";
+import { largest } from "../units.ts";
 
 export interface Schedule {
   readonly order: readonly string[];
@@ -189,9 +190,12 @@ export function timesOf(orders: readonly (readonly string[])[], chunks: number):
   return pieces;
 }
 
+/** Units of time until every stage is done. */
+export const durationOf = (pieces: readonly (readonly Piece[])[]): number => largest(pieces, (stage) => stage.at(-1)?.end ?? 0);
+
 /** The share of the time, from the first block to the last, in which a stage waits; over all stages. */
 export function bubbleOf(pieces: readonly (readonly Piece[])[]): number {
-  const units = Math.max(0, ...pieces.flat().map((p) => p.end));
+  const units = durationOf(pieces);
   const busy = pieces.flat().reduce((sum, { start, end }) => sum + end - start, 0);
   return units === 0 ? 0 : 1 - busy / (units * pieces.length);
 }

@@ -4,7 +4,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { parseTag } from "../../schemas/program.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
-import { bubbleOf, type Piece, timesOf } from "../passes/schedule.ts";
+import { bubbleOf, durationOf, type Piece, timesOf } from "../passes/schedule.ts";
 import { bytesText, plural } from "../units.ts";
 
 const LEFT = 90;
@@ -76,7 +76,7 @@ interface Drawn {
 }
 
 function drawTime(lanes: readonly (readonly Piece[])[], chunks: number): Drawn {
-  const units = Math.max(1, ...lanes.flat().map((p) => p.end));
+  const units = Math.max(1, durationOf(lanes));
   const unit = Math.min(40, WIDE / units);
   const lane = (stage: number, { tag, start, end }: Piece): string => {
     const { kind, microbatch, chunk } = parseTag(tag);

@@ -3,7 +3,7 @@ import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
 import { ops } from "../ops/index.ts";
-import { bytesText } from "../units.ts";
+import { bytesText, largest } from "../units.ts";
 
 export const phases = [...microbatchBlocks, "step"] as const;
 export type BlockPhase = (typeof phases)[number];
@@ -15,8 +15,11 @@ export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" 
 
 export function blockLines(program: Program, { instructions }: Block): Line[] {
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
-  const ids = Math.min(48, Math.max(0, ...instructions.map((i) => i.id.length)));
-  const names = Math.max(0, ...instructions.map((i) => verb(i).length));
+  const ids = Math.min(
+    48,
+    largest(instructions, (i) => i.id.length),
+  );
+  const names = largest(instructions, (i) => verb(i).length);
   return instructions.map((i) => ({ id: i.id, text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}` }));
 }
 

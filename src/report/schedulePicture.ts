@@ -2,7 +2,8 @@
  * The order of microbatches as a picture: a row per stage, a column per unit of time (schedule.ts says what takes how many). It
  * shows who waits for whom, not seconds.
  */
-import { bubbleOf, timesOf } from "../passes/schedule.ts";
+import { bubbleOf, durationOf, timesOf } from "../passes/schedule.ts";
+import { largest } from "../units.ts";
 
 export interface SchedulePicture {
   readonly rows: readonly string[];
@@ -18,8 +19,8 @@ const widest = 100;
 
 export function drawSchedule(orders: readonly (readonly string[])[], chunks: number): SchedulePicture {
   const stages = timesOf(orders, chunks);
-  const units = Math.max(0, ...stages.flat().map((lane) => lane.end));
-  const width = Math.max(2, ...orders.flat().map((tag) => tag.length)) + 1;
+  const units = durationOf(stages);
+  const width = largest(orders.flat(), (tag) => tag.length, 2) + 1;
   const shown = Math.max(6, Math.floor(widest / width));
   const cut = units > shown ? { from: Math.ceil(shown / 2), to: units - Math.floor(shown / 2) + 1 } : undefined;
   const rows = stages.map((lanes, stage) => {

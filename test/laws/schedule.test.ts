@@ -4,6 +4,7 @@ import { describe, expect, test } from "vitest";
 import { parseTag } from "../../schemas/program.ts";
 import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
+import { drawSchedule } from "../../src/report/schedulePicture.ts";
 import { jobOf } from "../support/job.ts";
 
 type Kind = "1f1b" | "zero_bubble";
@@ -115,13 +116,13 @@ describe("layouts", () => {
     ["", /it places nothing/],
     ["*2EtL", /nothing stands before \* at character 1/],
     ["Et*2*2L", /nothing stands before \* at character 5/],
-    ["E(t*999999)*9L", /longer than any model/],
-    ["E(t*999999)*999999L", /longer than any model/],
+    ["E(t*999999)*9L", /longer than 1,000,000 letters/],
+    ["E(t*999999)*999999L", /longer than 1,000,000 letters/],
   ])("%j is refused", (text, why) => expect(readLayout(text)).toMatch(why));
 
   test("nesting and numbers of any size end in parts or in a fault", () => {
     expect(readLayout(`${"(".repeat(1e5)}E${")".repeat(1e5)}tL`)).toEqual(["EtL"]);
-    expect(readLayout(`Et*${"9".repeat(400)}L`)).toMatch(/longer than any model/);
+    expect(readLayout(`Et*${"9".repeat(400)}L`)).toMatch(/longer than 1,000,000 letters/);
     expect(readLayout("Et*1".repeat(1e5))).toMatch(/it places EtEt/);
   });
   test("without one, layers are split evenly, and positions never fall", () =>
@@ -142,4 +143,10 @@ describe("layouts", () => {
         },
       ),
     ));
+});
+
+test("the bubble and the picture of a schedule of 150,000 blocks", () => {
+  const order = Array.from({ length: 75_000 }, (_, i) => [`F${i}`, `B${i}`]).flat();
+  expect(bubbleOf(timesOf([order], 1))).toBe(0);
+  expect(drawSchedule([order], 1).units).toBe(225_000);
 });
