@@ -1,5 +1,5 @@
 import type { Command } from "commander";
-import { printFindings, readJobAt } from "./loadPlan.ts";
+import { printFindings, readJobAt, shownFindings } from "./loadPlan.ts";
 import { type CommonOptions, type ProcessExit, withExamples, withFormat, withSet } from "./options.ts";
 import { printJson, printStdout } from "./output.ts";
 
@@ -15,7 +15,7 @@ export function registerCheck(program: Command, exit: ProcessExit): void {
   ).action(async (path: string, options: CommonOptions) => {
     const { findings, job } = await readJobAt(path, options.set);
     const valid = job !== undefined;
-    if (options.format === "json") printJson({ valid, ...(await import("../frontend/diagnostic.ts")).shown(findings) });
+    if (options.format === "json") printJson({ valid, ...(await shownFindings(findings)) });
     else {
       await printFindings(findings);
       if (valid) printStdout(`${path}: valid`);

@@ -3,7 +3,7 @@ import { type Command, Option } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Stage, stages } from "../passes/passNames.ts";
-import { compileAt, loadPlan, planFile } from "./loadPlan.ts";
+import { compileAt, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
 import { type CommonOptions, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
@@ -44,7 +44,7 @@ async function runCompile(path: string, options: CompileOptions): Promise<void> 
   if (emit) return printStdout(compiled.emit(emit));
   const { summarize, printSummary } = await import("../report/summary.ts");
   const summary = summarize(plan);
-  if (options.format === "json") printJson({ ...summary, out, findings: compiled.findings });
+  if (options.format === "json") printJson({ ...summary, out, ...(await shownFindings(compiled.findings)) });
   else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
 }
 

@@ -83,6 +83,9 @@ export const dataDirOf = (path: string): string => (isDirectory(path) ? path : d
 
 const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();
 
+/** What `--format json` prints of a job's findings: as many as the text shows, and a count of the others by code. */
+export const shownFindings = async (findings: readonly Finding[]) => (await import("../frontend/diagnostic.ts")).shown(findings);
+
 /** Prints findings to stderr, in color on a terminal. */
 export async function printFindings(findings: readonly Finding[]): Promise<void> {
   if (findings.length === 0) return;
