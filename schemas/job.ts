@@ -235,7 +235,12 @@ const ModelText = z.strictObject({
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
   rope: RopeText.prefault({}).describe("rotary position embedding"),
-  activation: z.literal("swiglu").default("swiglu").describe("activation of the feed-forward part: silu(gate) x up"),
+  activation: z
+    .enum(["swiglu", "geglu"])
+    .default("swiglu")
+    .describe(
+      "activation of the feed-forward part and of experts: silu(gate) x up, or gelu(gate) x up with the tanh approximation of gelu",
+    ),
   tie_embeddings: z.boolean().default(false).describe("the head uses the embedding's weights"),
   qk_norm: z
     .enum(["none", "head", "full"])

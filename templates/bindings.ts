@@ -840,6 +840,23 @@ interface WgslFillWgsl {
   readonly value: string | number;
 }
 
+interface WgslGatedRowsGradWgsl {
+  readonly argument: string | number;
+  readonly dgate: string | number;
+  readonly dp: string | number;
+  readonly dup: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly perGroup: string | number;
+  readonly sigmoid: string | number;
+  readonly slope: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+}
+
 interface WgslGatherWgsl {
   readonly columns: string | number;
   readonly entry: string | number;
@@ -1185,21 +1202,6 @@ interface WgslSumHeadsWgsl {
   readonly width: string | number;
 }
 
-interface WgslSwigluRowsGradWgsl {
-  readonly dgate: string | number;
-  readonly dp: string | number;
-  readonly dup: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly sigmoid: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-}
-
 interface WgslTakeRowsWgsl {
   readonly entry: string | number;
   readonly index: string | number;
@@ -1335,6 +1337,7 @@ export interface Templates {
   readonly "wgsl/copy_slices.wgsl": WgslCopySlicesWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
+  readonly "wgsl/gated_rows_grad.wgsl": WgslGatedRowsGradWgsl;
   readonly "wgsl/gather.wgsl": WgslGatherWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
@@ -1360,7 +1363,6 @@ export interface Templates {
   readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
   readonly "wgsl/sum_heads.wgsl": WgslSumHeadsWgsl;
-  readonly "wgsl/swiglu_rows_grad.wgsl": WgslSwigluRowsGradWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
   readonly "wgsl/top_k_mask.wgsl": WgslTopKMaskWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;

@@ -3,8 +3,9 @@
  * Dispatch and combine are moves that `shard` inserts between them.
  */
 
+import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, gemm, groupedGemm } from "../ops/linear.ts";
-import { pack, permute, sigmoidGate, swigluRows, unpermute } from "../ops/moe.ts";
+import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
 import type { Value } from "../ops/op.ts";
 import { regridded } from "../ops/regrid.ts";
 import { buildMesh, hasSeparateGrids } from "../passes/mesh.ts";
@@ -53,7 +54,8 @@ function routed(module: ModuleBuilder, h: Value, moe: Moe, { map, weights: chose
   // the router's weight travels beside the row and is applied inside the activation, as Megatron Core does
   const weights = pin(pack.of({ p, c }, limits, at("pack")));
   const into = `E@ep,${width},F@etp`;
-  const act = swigluRows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at("swiglu"));
+  const { activation } = module.job.model;
+  const act = gatedUnits[activation].rows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at(activation));
   return leave(pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute"))), "combined");
 }
 

@@ -4,6 +4,7 @@ import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attention
 import * as balance from "./balance.ts";
 import * as capacity from "./capacity.ts";
 import { dropout, jitter } from "./dropout.ts";
+import { gatedUnits } from "./gatedUnits.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as moe from "./moe.ts";
@@ -26,6 +27,7 @@ const all: readonly AnyOp[] = [
   ...Object.values(balance),
   ...Object.values(capacity),
   ...Object.values(moe),
+  ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }): readonly AnyOp[] => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];

@@ -1,5 +1,6 @@
-/** The rows that experts work on, their activation, and a gate. A row is a (b,s,e) that the map c of the router holds a 1 for, whatever its weight. */
+/** The rows that experts process, and the sigmoid gate. A row is a (b,s,e) where the top-k mask c of the router is 1, whatever its weight. */
 
+import { sigmoid } from "./gatedUnits.ts";
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { markExperts } from "./transport.ts";
 
@@ -74,64 +75,6 @@ export const packGrad = op({
     eachRow(d, place, (row, _, choice) => {
       dp[choice] = dy[row]!;
     });
-  },
-});
-
-// -- the activation: silu(gate)·up, silu(x) = x·σ(x), silu′ = σ·(1 + x·(1 − σ))
-
-const sigmoid = (x: number) => 1 / (1 + Math.exp(-x));
-
-export const swiglu = op({
-  name: "swiglu",
-  sig: "gate[B,S,F] up[B,S,F] -> y[B,S,F]",
-  cpu({ gate, up, y }) {
-    for (let i = 0; i < y.length; i++) y[i] = gate[i]! * sigmoid(gate[i]!) * up[i]!;
-  },
-  grad({ gate, up }, { dy }): Grads {
-    const { dgate, dup } = swigluGrad.all({ gate, up, dy });
-    return { gate: dgate, up: dup };
-  },
-});
-export const swigluGrad = op({
-  name: "swiglu_grad",
-  sig: "gate[B,S,F] up[B,S,F] dy[B,S,F] -> dgate[B,S,F] dup[B,S,F]",
-  cpu({ gate, up, dy, dgate, dup }) {
-    for (let i = 0; i < dy.length; i++) {
-      const g = gate[i]!;
-      const s = sigmoid(g);
-      dgate[i] = dy[i]! * up[i]! * s * (1 + g * (1 - s));
-      dup[i] = dy[i]! * g * s;
-    }
-  },
-});
-/** The router's weight is applied inside the activation, as Megatron does: what comes after is linear, and rows need no weighting later. */
-export const swigluRows = op({
-  name: "swiglu_rows",
-  sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] -> y[B~S~E,F]",
-  cpu({ gate, up, p, y }, { F }, { rows }) {
-    for (let i = 0; i < rows[0]! * F; i++) y[i] = gate[i]! * sigmoid(gate[i]!) * up[i]! * p[Math.floor(i / F)]!;
-  },
-  grad({ gate, up, p }, { dy }): Grads {
-    const { dgate, dup, dp } = swigluRowsGrad.all({ gate, up, p, dy });
-    return { gate: dgate, up: dup, p: dp };
-  },
-});
-export const swigluRowsGrad = op({
-  name: "swiglu_rows_grad",
-  sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] dy[B~S~E,F] -> dgate[B~S~E,F] dup[B~S~E,F] dp[B~S~E]",
-  types: { dp: "f32" },
-  cpu({ gate, up, p, dy, dgate, dup, dp }, { F }, { rows }) {
-    for (let r = 0; r < rows[0]!; r++) {
-      let sum = 0;
-      for (let i = r * F; i < r * F + F; i++) {
-        const g = gate[i]!;
-        const s = sigmoid(g);
-        dgate[i] = dy[i]! * p[r]! * up[i]! * s * (1 + g * (1 - s));
-        dup[i] = dy[i]! * p[r]! * g * s;
-        sum += dy[i]! * g * s * up[i]!;
-      }
-      dp[r] = sum;
-    }
   },
 });
 

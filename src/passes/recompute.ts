@@ -3,6 +3,7 @@
  * stands in the plan: clones of ops (their ids end in `.again`), their collectives, and the memory of the activations.
  */
 import type { Job } from "../../schemas/job.ts";
+import { gatedUnits } from "../ops/gatedUnits.ts";
 import type { Node } from "../ops/op.ts";
 import type { Pipeline } from "./pipeline.ts";
 
@@ -14,7 +15,7 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], Reg
   mla_up_proj: /^attn\.(q_norm|wq_b|q_rope|kv_norm|wkv_b|k_rope|kv)$/,
   mlp: /^mlp\.(?!norm|residual)/,
   moe: /^moe\./,
-  moe_act: /^moe\.swiglu$/,
+  moe_act: new RegExp(`^moe\\.(${Object.keys(gatedUnits).join("|")})$`),
   shared_experts: /^moe\.shared\./,
 };
 

@@ -106,11 +106,13 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     per("unpermute", { r: ragged(d.D), p, x: noise(tokens * d.D) }),
     per("pack", { p, r: ragged(1) }),
     per("pack_grad", { dy: ragged(1), p, dp: noise(p.length) }),
-    per("swiglu_rows", { gate: ragged(d.F), up: ragged(d.F), p: ragged(1), y: ragged(d.F) }),
-    per("swiglu_rows_grad", {
-      ...{ gate: ragged(d.F), up: ragged(d.F), p: ragged(1), dy: ragged(d.F) },
-      ...{ dgate: ragged(d.F), dup: ragged(d.F), dp: ragged(1) },
-    }),
+    ...["swiglu", "geglu"].flatMap((name) => [
+      per(`${name}_rows`, { gate: ragged(d.F), up: ragged(d.F), p: ragged(1), y: ragged(d.F) }),
+      per(`${name}_rows_grad`, {
+        ...{ gate: ragged(d.F), up: ragged(d.F), p: ragged(1), dy: ragged(d.F) },
+        ...{ dgate: ragged(d.F), dup: ragged(d.F), dp: ragged(1) },
+      }),
+    ]),
   ])("$op takes an expert's rows in any order, and none that does not exist", async (draft) => {
     await holds(draft);
     expect(draft.data.rows![0]).toBeGreaterThan(20);

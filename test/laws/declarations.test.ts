@@ -2,6 +2,7 @@
 import { describe, expect, test } from "vitest";
 import { attention } from "../../src/ops/attention.ts";
 import * as balance from "../../src/ops/balance.ts";
+import { gatedUnits } from "../../src/ops/gatedUnits.ts";
 import { ops } from "../../src/ops/index.ts";
 import { add, groupedGemm } from "../../src/ops/linear.ts";
 import * as moe from "../../src/ops/moe.ts";
@@ -77,7 +78,7 @@ describe("a signature that lies is caught", () => {
       name: "swiglu_rows",
       sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] -> y[B~S~E,F]",
       cpu(t, d, p) {
-        moe.swigluRows.cpu(t, d, p);
+        gatedUnits.swiglu.rows.cpu(t, d, p);
         for (let i = 0; i < t.y.length; i++) t.y[i]! /= d.F;
       },
     }),
@@ -92,7 +93,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad gather gather_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad sigmoid_gate sigmoid_gate_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max sum_exp sum_exp_grad gather gather_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad sigmoid_gate sigmoid_gate_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad geglu geglu_grad geglu_rows geglu_rows_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_scheduled adam adam_scheduled sgd sgd_scheduled sgd_momentum sgd_momentum_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -177,12 +178,16 @@ test("what each op allows to cut", () => {
     unpermute: B S E D
     pack: B S E
     pack_grad: B S E
+    sigmoid_gate: B S N
+    sigmoid_gate_grad: B S N
     swiglu: B S F
     swiglu_grad: B S F
     swiglu_rows: B S E F
     swiglu_rows_grad: B S E F
-    sigmoid_gate: B S N
-    sigmoid_gate_grad: B S N
+    geglu: B S F
+    geglu_grad: B S F
+    geglu_rows: B S E F
+    geglu_rows_grad: B S E F
     sum_squares: ...
     mark_nonfinite: 
     clip: 

@@ -437,6 +437,7 @@ const anyJob = fc
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
       dropout: oneOf({}, {}, { hidden: 0.1 }, { attention: 0.2 }, { hidden: 0.2, attention: 0.1 }),
+      activation: fc.oneof({ weight: 5, arbitrary: fc.constant("swiglu") }, { weight: 1, arbitrary: fc.constant("geglu") }),
       rope: oneOf<object>({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
     }),
     mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }), { freq: 2 }),

@@ -63,6 +63,7 @@ describe("by plain loops", () => {
   test.each([
     ["a head of its own", {}],
     ["the embedding as the head", { tie_embeddings: true }],
+    ["geglu", { activation: "geglu" }],
   ])("%s", async (_, model) => {
     const job = jobWith(model);
     const { metrics, weights, given } = await firstStep(job);

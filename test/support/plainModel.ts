@@ -6,6 +6,12 @@ type Vector = readonly number[];
 const dot = (a: ArrayLike<number>, b: ArrayLike<number>): number => Array.from(a).reduce((sum, x, i) => sum + x * b[i]!, 0);
 const plus = (a: Vector, b: Vector): Vector => a.map((x, i) => x + b[i]!);
 
+/** The factor of `up`: silu, or gelu with the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2). */
+export const activations: Readonly<Record<Job["model"]["activation"], (x: number) => number>> = {
+  swiglu: (x) => x / (1 + Math.exp(-x)),
+  geglu: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+};
+
 /** The mean cross-entropy of the next token, and of the k-th after it for each depth; rows of ids of seq + 1 tokens. */
 export function plainLosses({ model: m }: Job, weights: Weights, rows: readonly (readonly number[])[]): { loss: number; depths: number[] } {
   const D = m.hidden;
@@ -53,7 +59,7 @@ export function plainLosses({ model: m }: Job, weights: Weights, rows: readonly 
       const y = plus(x, mixed[t]!);
       const h = norm(`${at}.norm2`, y);
       const up = times(`${at}.w3`, h);
-      const inner = times(`${at}.w1`, h).map((g, i) => (g / (1 + Math.exp(-g))) * up[i]!);
+      const inner = times(`${at}.w1`, h).map((g, i) => activations[m.activation](g) * up[i]!);
       return plus(y, times(`${at}.w2`, inner));
     });
   };

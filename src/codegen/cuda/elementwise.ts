@@ -4,6 +4,7 @@ import type { Dtype } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
+import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { source } from "./prelude.ts";
@@ -42,17 +43,23 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
     outputs: { y: "x + bias" },
   }),
   cast: () => ({ streams: ["x"], outputs: { y: "x" } }),
-  swiglu: () => ({ streams: ["gate", "up"], outputs: { y: "gate * sigmoid(gate) * up" } }),
-  swiglu_grad: () => ({
-    streams: ["gate", "up", "dy"],
-    element: ["const float s = sigmoid(gate);"],
-    outputs: { dgate: "dy * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * gate * s" },
+  ...perGatedUnit("dense", (unit) => () => ({
+    ...{ streams: ["gate", "up"] },
+    outputs: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", f32).argument}) * up` },
+  })),
+  ...perGatedUnit("denseGrad", (unit) => () => {
+    const { argument, slope } = gatedUnitText(unit, "gate", f32);
+    return {
+      streams: ["gate", "up", "dy"],
+      element: [`const float s = sigmoid(${argument});`],
+      outputs: { dgate: `dy * up * ${slope}`, dup: "dy * gate * s" },
+    };
   }),
-  swiglu_rows: ({ F }) => ({
+  ...perGatedUnit("rows", (unit) => ({ F }: Sizes) => ({
     ...{ streams: ["gate", "up"], indexed: ["p"], width: F! },
     row: ["const float p = widen(pAt[row]);"],
-    outputs: { y: "gate * sigmoid(gate) * up * p" },
-  }),
+    outputs: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", f32).argument}) * up * p` },
+  })),
   sigmoid_gate: ({ C }) => ({
     ...{ streams: ["x"], indexed: ["gate"], width: C! },
     row: ["const float share = sigmoid(widen(gateAt[row]));"],

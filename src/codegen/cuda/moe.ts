@@ -1,6 +1,7 @@
 /** What is reduced over a row in registers: a router's scores and weights of a token, their losses; and rows' activation gradient. */
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
+import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
@@ -45,14 +46,16 @@ export const moe: Readonly<Record<string, CudaGenerator>> = {
       ...{ width: spec.d.E!, inputs: ["x"], scalars: ["dy"], stages: logSumExp },
       outputs: { dx: `${f32(2 * spec.d.c!)} * dy * log * fastExp(x - log)` },
     }),
-  swiglu_rows_grad: (spec) =>
-    makeRows(spec, {
+  ...perGatedUnit("rowsGrad", (unit) => (spec: KernelSpec) => {
+    const { argument, slope } = gatedUnitText(unit, "gate", f32);
+    return makeRows(spec, {
       ...{ width: spec.d.F!, inputs: ["gate", "up", "dy"], perRow: ["p"] },
-      element: ["const float s = sigmoid(gate);"],
+      element: [`const float s = sigmoid(${argument});`],
       stages: [{ name: "slope", op: "Sum", term: "dy * gate * s * up" }],
-      outputs: { dgate: "dy * p * up * s * (1.0f + gate * (1.0f - s))", dup: "dy * p * gate * s" },
+      outputs: { dgate: `dy * p * up * ${slope}`, dup: "dy * p * gate * s" },
       rowOutputs: { dp: "slope" },
-    }),
+    });
+  }),
   sigmoid_gate_grad: (spec) =>
     makeRows(spec, {
       ...{ width: spec.d.C!, inputs: ["x", "dy"], perRow: ["gate"] },

@@ -5,6 +5,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
 import { ops } from "../../ops/index.ts";
+import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
 import { type Binding, type EntryPoint, float, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
 
@@ -113,8 +114,6 @@ function atRandom({ d }: KernelSpec, y: string): WgslFormula {
   };
 }
 
-const silu = { dgate: "up * s * (1.0 + gate * (1.0 - s))", dup: "gate * s" };
-
 const formulas: Readonly<Record<string, (spec: KernelSpec) => WgslFormula>> = {
   add: (spec) => ({ width: plain(spec, "y"), results: { y: "a + b" } }),
   accumulate: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
@@ -125,22 +124,25 @@ const formulas: Readonly<Record<string, (spec: KernelSpec) => WgslFormula>> = {
   },
   cast: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
 
-  swiglu: (spec) => ({ functions: [sigmoid], width: plain(spec, "y"), results: { y: "gate * sigmoid(gate) * up" } }),
-  swiglu_grad: (spec) => ({
-    functions: [sigmoid],
-    width: plain(spec, "dy"),
-    lines: ["let s = sigmoid(gate);"],
-    results: { dgate: `dy * ${silu.dgate}`, dup: `dy * ${silu.dup}` },
+  ...perGatedUnit("dense", (unit) => (spec: KernelSpec) => ({
+    ...{ functions: [sigmoid], width: plain(spec, "y") },
+    results: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", float).argument}) * up` },
+  })),
+  ...perGatedUnit("denseGrad", (unit) => (spec: KernelSpec) => {
+    const { argument, slope } = gatedUnitText(unit, "gate", float);
+    return {
+      ...{ functions: [sigmoid], width: plain(spec, "dy") },
+      lines: [`let s = sigmoid(${argument});`],
+      results: { dgate: `dy * up * ${slope}`, dup: "dy * gate * s" },
+    };
   }),
+  ...perGatedUnit("rows", (unit) => ({ d }: KernelSpec) => ({
+    ...{ functions: [sigmoid], width: widthOf(d.F!), at: { p: d.F! } },
+    results: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", float).argument}) * up * p` },
+  })),
   sigmoid_gate: ({ d }) => ({
     ...{ functions: [sigmoid], width: widthOf(d.C!), at: { gate: d.C! } },
     results: { y: "x * sigmoid(V(gate))" },
-  }),
-  swiglu_rows: (spec) => ({
-    functions: [sigmoid],
-    width: widthOf(spec.d.F!),
-    at: { p: spec.d.F! },
-    results: { y: "gate * sigmoid(gate) * up * p" },
   }),
 
   sigmoid: (spec) => ({ functions: [sigmoid], width: plain(spec, "y"), results: { y: "sigmoid(x)" } }),

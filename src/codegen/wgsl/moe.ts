@@ -1,9 +1,23 @@
 /** The rows that experts work on: their index, copies of tokens and back, and the gradient of their activation. Counts stay on the device. */
 import { render } from "../../../templates/bindings.ts";
+import type { SigmoidArgument } from "../../ops/gatedUnits.ts";
+import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../kernelSpec.ts";
 import { sigmoid } from "./elementwise.ts";
 import { THREADS, totalOver } from "./reduce.ts";
-import { type Binding, type EntryPoint, foldGrid, horizontal, kernel, lanesOf, scalar, scratchBytes, vector, widthOf } from "./text.ts";
+import {
+  type Binding,
+  type EntryPoint,
+  float,
+  foldGrid,
+  horizontal,
+  kernel,
+  lanesOf,
+  scalar,
+  scratchBytes,
+  vector,
+  widthOf,
+} from "./text.ts";
 
 /** Tokens that one invocation counts: few enough that a batch fills a device, many enough that the counts are few. */
 const BLOCK = 32;
@@ -169,7 +183,7 @@ function unpermute(spec: KernelSpec): GeneratedKernel {
   return joined(spec, [fill(`${spec.name}_clear`, { ...inverse, name: "cleared" }, choices, "-1"), scatter, sum], choices);
 }
 
-function swigluRowsGrad(spec: KernelSpec): GeneratedKernel {
+function gatedRowsGrad(unit: SigmoidArgument, spec: KernelSpec): GeneratedKernel {
   const F = spec.d.F!;
   const width = widthOf(F);
   const vectors = F / width;
@@ -180,8 +194,9 @@ function swigluRowsGrad(spec: KernelSpec): GeneratedKernel {
     ...{ entry: spec.name, grid: groups, threads: THREADS },
     buffers: [...["gate", "up", "p", "dy", "dgate", "dup", "dp"].map((arg) => ({ arg, type: type(arg) })), { arg: "rows", type: "i32" }],
   };
-  const text = render("wgsl/swiglu_rows_grad.wgsl", {
+  const text = render("wgsl/gated_rows_grad.wgsl", {
     ...{ entry: spec.name, threads: THREADS, index: foldGrid(groups).index, lanes, perGroup: THREADS / lanes, vectors, sigmoid },
+    ...gatedUnitText(unit, "g", float),
     ...{ vector: vector("f32", width), sum: horizontal("sum", width), dgate: type("dgate"), dup: type("dup"), dp: type("dp") },
   });
   return kernel(spec, [entry], [totalOver(lanes), text]);
@@ -206,4 +221,7 @@ function sigmoidGateGrad(spec: KernelSpec): GeneratedKernel {
   return kernel(spec, [entry], [totalOver(lanes), text]);
 }
 
-export const moe = { sigmoid_gate_grad: sigmoidGateGrad, permute, unpermute, pack, pack_grad: packGrad, swiglu_rows_grad: swigluRowsGrad };
+export const moe = {
+  ...{ sigmoid_gate_grad: sigmoidGateGrad, permute, unpermute, pack, pack_grad: packGrad },
+  ...perGatedUnit("rowsGrad", (unit) => (spec: KernelSpec) => gatedRowsGrad(unit, spec)),
+};
