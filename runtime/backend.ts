@@ -1,31 +1,32 @@
 /**
- * The interfaces of the runtime. A Backend owns the memory of one rank and runs ops there; a Comm moves buffers between
- * ranks; a Fleet is the ranks that one process runs on one kind of device. `execute` walks programs through them and knows
- * no device.
+ * The interfaces of the runtime. A RankDevice owns the memory of one rank and runs ops there; a Comm moves buffers between ranks;
+ * LocalRanks are the ranks that one process runs on one kind of device. The training loop (train/loop.ts) uses only these interfaces.
  */
 import type { Buffer, Collective, Compute, Transfer } from "../schemas/plan.ts";
 import type { Timing } from "../schemas/timing.ts";
 
-/** Values of a buffer as the host sees them: bf16 and f16 arrive and leave as f32. */
+/** Values of a buffer on the host; bf16 and f16 are converted to f32. */
 export type HostData = Float32Array | Int32Array;
 
-/** Calls are issued in order and done in order; only `read` waits for them. */
+/** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
-  /** Sets gradients and metric accumulators to zero: the start of a step. */
+  /** Sets gradients and metric accumulators to zero, at the start of a step. */
   zeroGradients(): void;
-  /** Runs one op. `slot` says which copy of the activations. */
+  /** Runs one op. `copy`: the activation copy. */
   compute(i: Compute, copy: number): void;
+  /** Writes the values of a buffer. */
   write(buffer: Buffer, copy: number, data: HostData): void;
-  /** A copy of what the buffer holds when all that was issued before is done. */
+  /** Returns a copy of a buffer after all preceding calls. */
   read(buffer: Buffer, copy: number): Promise<HostData>;
 }
 
-/** A backend whose memory is the host's: it can look at it where it lies. */
+/** A rank device in host memory. */
 export interface HostRankDevice extends RankDevice {
+  /** Returns a view of a buffer, without a copy if it is f32 or i32. */
   peek(buffer: Buffer, copy: number): HostData;
 }
 
-/** Where a rank stands: the block (`F3`, `B0.1`, `step`), its microbatch (−1 in the step block), and the copy of the activations it works on. */
+/** The position of a rank: the block run (`F3`, `B0.1`, `step`), its microbatch (−1 in the step block), and its activation copy. */
 export interface BlockPosition {
   readonly tag: string;
   readonly microbatch: number;
@@ -35,36 +36,36 @@ export interface BlockPosition {
 /**
  * Collectives on contiguous buffers; groups are the plan's, their members in ascending order of rank. With g members:
  * all_gather [n] → [g,n]; reduce_scatter [g,n] → [n], sums in the order of members; all_to_all [g,n] → [g,n], block i of
- * member j becomes block j of member i; all_reduce and all_reduce_max [n] → [n]; shift [n] → [n], what member i has goes to
- * member i + 1, of the last to the first. Source and destination may begin at the
- * same byte.
+ * member j becomes block j of member i; all_reduce and all_reduce_max [n] → [n]; shift [n] → [n], from member i to
+ * member (i + 1) mod g. Source and destination may begin at the same byte.
  */
 export interface Comm {
-  /** True once the move has been issued for this rank; false while members of its group have not arrived. Asked again after each false. */
+  /** Returns true when the collective is issued for this rank, false while members of its group are missing; the caller then retries. */
   collective(rank: number, i: Collective, at: BlockPosition): boolean;
   send(rank: number, i: Transfer, at: BlockPosition): void;
-  /** False while nothing has arrived. */
+  /** Returns false while the message has not arrived; the caller then retries. */
   recv(rank: number, i: Transfer, at: BlockPosition): boolean;
 }
 
+/** The ranks of one process, on one kind of device. */
 export interface LocalRanks {
   readonly ranks: readonly number[];
   rankDevice(rank: number): RankDevice;
   readonly comm: Comm;
-  /** The first call of a step of so many microbatches, where a fleet has it. True: the step is replayed as it was issued before; only its writes count. */
+  /** Begins a step of `microbatches`. Returns true if the step is replayed as a graph; then only writes of inputs have an effect. */
   beginStep?(microbatches: number): boolean;
-  /** What ran when in the last step, of a fleet opened for that. */
+  /** Returns the instruction times of the last step, if opened with `profile`. */
   profile?(): Promise<readonly Timing[]> | readonly Timing[];
-  /** Hands over what was issued and waits until it is done. Throws what went wrong on the way. */
+  /** Submits all issued work and waits for it. Throws errors of that work. */
   finish(): Promise<void>;
-  /** Where ranks of other processes run along: whether all begin another step. */
+  /** With ranks in other processes: returns whether all ranks begin another step. */
   mayBegin?(): boolean;
-  /** … and asks that they stop after this one, all after the same. */
+  /** With ranks in other processes: requests that all ranks stop after the same step. */
   stop?(): void;
-  /** … and adds up, over the stages, numbers that each stage's first rank knows. */
+  /** With ranks in other processes: sums values of the stages' first ranks over all stages. */
   combine?(values: readonly number[]): Promise<number[]>;
-  /** … and waits until all of them have come to the place of this name. */
+  /** With ranks in other processes: waits at the named barrier. */
   meet?(name: string): Promise<void>;
-  /** With what went wrong, if something did: the others are told. */
+  /** Closes the ranks. `error`: the error that ended the run; other processes abort with it. */
   close(error?: Error): Promise<void>;
 }

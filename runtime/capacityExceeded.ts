@@ -1,14 +1,14 @@
-/** What a run ends with where a step needed more than its plan bounds. Apart from the backends, which all look for it. */
+/** The error of a step that exceeds a bound of its plan, for all backends. */
 import type { Program } from "../schemas/plan.ts";
 import { Trouble } from "../schemas/trouble.ts";
 
 type Bound = Program["bounds"][number];
 
-/** `found` is what was needed. */
+/** Returns the error. `found`: the number of rows or rounds that the step needed. */
 export function capacityExceeded({ needed, bound, of }: Bound, rank: number, found: number): Trouble {
   const id = needed.replace(/\.needed$/, "");
   switch (of) {
-    // a static bound of rows was too small for what the router chose: nothing is dropped in silence
+    // tokens are never dropped silently, so a static bound that is too small is an error
     case "rows":
       return new Trouble(
         `${id}, rank ${rank}: the router sent ${found} rows, and the plan holds at most ${bound}`,

@@ -1,33 +1,36 @@
 /**
- * Comm among ranks that are coroutines of one process: a collective is performed when the last of its group has come, and a
- * letter waits for its receiver. How values move is for those who hold them.
+ * Communication among ranks that are coroutines of one process. A collective is performed when the last rank of its group arrives; a
+ * message waits for its receiver. The transport moves the values.
  */
 
 import type { Buffer, Collective, Plan } from "../schemas/plan.ts";
 import { groupMembers, numberInStage, rankAt, stageOfRank } from "../schemas/sharding.ts";
 import type { Comm } from "./backend.ts";
 
+/** Moves values between local ranks. */
 export interface Transport<Message> {
-  /** All members of the group, ascending, stand at the move. */
+  /** Performs a collective when all members of the group (ascending) have arrived. */
   perform(group: readonly number[], i: Collective, copy: number): void;
-  /** A copy of what a rank sends. */
+  /** Returns a copy of the buffer that a rank sends. */
   send(rank: number, buffer: Buffer, copy: number): Message;
   receive(rank: number, buffer: Buffer, copy: number, message: Message): void;
 }
+/** Lookups of stages, buffers and groups by rank. */
 export interface RankTable {
   stageOf(rank: number): number;
   bufferOf(rank: number, id: string): Buffer;
-  /** Who takes part in a move of this rank's, ascending. */
+  /** Returns the group of a rank in a collective, ascending. */
   groupOf(rank: number, i: Collective): readonly number[];
 }
 
+/** Returns the lookups of a plan. */
 export function rankTable({ mesh, programs }: Plan): RankTable {
   const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
   const stageOf = (rank: number): number => stageOfRank(mesh, rank);
   const find = (rank: number, i: Collective): readonly number[] =>
     i.world ? everyone : groupMembers(mesh, numberInStage(mesh, rank), i.subAxes).map((m) => rankAt(mesh, stageOf(rank), m));
-  /** By rank: asked for every time that a rank looks whether the others are there. */
+  /** Cache by rank: `groupOf` is called on every retry of a collective. */
   const known = everyone.map(() => new Map<Collective, readonly number[]>());
   return {
     stageOf,
@@ -40,6 +43,7 @@ export function rankTable({ mesh, programs }: Plan): RankTable {
   };
 }
 
+/** Returns the communication of all ranks of a plan over a transport. */
 export function inProcessComm<Message>(
   { mesh }: Plan,
   { stageOf, bufferOf, groupOf }: RankTable,
@@ -47,7 +51,7 @@ export function inProcessComm<Message>(
 ): Comm {
   const waiting = new Map<string, Set<number>>();
   const done = new Map<string, Set<number>>();
-  const mail = new Map<string, Message[]>();
+  const messages = new Map<string, Message[]>();
   const peerOf = (rank: number, stage: number): number => rankAt(mesh, stage, numberInStage(mesh, rank));
 
   return {
@@ -69,14 +73,14 @@ export function inProcessComm<Message>(
     },
     send(rank, i, at) {
       const key = `${rank}>${peerOf(rank, i.peer)}|${i.tag}|${at.microbatch}`;
-      mail.set(key, [...(mail.get(key) ?? []), send(rank, bufferOf(rank, i.buffer), at.copy)]);
+      messages.set(key, [...(messages.get(key) ?? []), send(rank, bufferOf(rank, i.buffer), at.copy)]);
     },
     recv(rank, i, at) {
       const key = `${peerOf(rank, i.peer)}>${rank}|${i.tag}|${at.microbatch}`;
-      const letters = mail.get(key);
-      if (!letters) return false;
-      receive(rank, bufferOf(rank, i.buffer), at.copy, letters.shift()!);
-      if (!letters.length) mail.delete(key);
+      const queue = messages.get(key);
+      if (!queue) return false;
+      receive(rank, bufferOf(rank, i.buffer), at.copy, queue.shift()!);
+      if (!queue.length) messages.delete(key);
       return true;
     },
   };

@@ -1,24 +1,24 @@
 /**
- * Pieces of a tensor: which of its elements a rank holds and in which order, and how they go from one way of cutting to another.
- * A piece holds, of each dim, ascending ranges of the whole's indices, one behind the other.
+ * Shards of a tensor: the elements that a rank holds, and copies between different shardings. A shard is the product of ascending index
+ * ranges per dim, stored contiguously.
  */
 
 import type { Buffer } from "../schemas/plan.ts";
 import { dimRanges, elementsOf, type MeshData, rankCoordinate } from "../schemas/sharding.ts";
 import type { HostData } from "./backend.ts";
 
-/** By dim, the whole's indices [from, to) that a piece holds. */
+/** Per dim, the index ranges [from, to) of the whole tensor that a shard holds. */
 export type Ranges = readonly (readonly (readonly [from: number, to: number])[])[];
-type Cut = Pick<Buffer, "sizes" | "shardedBy">;
+type Sharding = Pick<Buffer, "sizes" | "shardedBy">;
 type Factors = Pick<MeshData, "subAxes" | "per_stage">;
 
-/** Of the rank with this number in its stage. */
-export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Cut, number: number): Ranges =>
+/** Returns the ranges of the rank with this number in its stage. */
+export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Sharding, number: number): Ranges =>
   sizes.map((n, dim) => dimRanges(mesh, n, shardedBy[dim]!, shardedBy[dim]!, number));
 
 const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
 
-/** Visits a piece as runs along its last dim: the index of each in the whole and in the piece, and its length. A scalar is one run. */
+/** Visits a shard as contiguous runs along its last dim: the start in the whole and in the shard, and the length. A scalar is one run. */
 export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, shard: number, length: number) => void): void {
   let at = 0;
   const walk = (dim: number, base: number) => {
@@ -33,7 +33,7 @@ export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whol
   walk(0, 0);
 }
 
-/** A rank's piece of a whole. */
+/** Returns a rank's shard of a whole tensor. */
 export function shardOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buffer, "sizes" | "shape">, ranges: Ranges): T {
   const length = elementsOf(shape);
   const out = (whole instanceof Int32Array ? new Int32Array(length) : new Float32Array(length)) as T;
@@ -41,7 +41,7 @@ export function shardOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buf
   return out;
 }
 
-/** Runs that two pieces share along one dim. */
+/** An index range that two shards share along one dim, with its start in each. */
 interface Shared {
   readonly from: number;
   readonly to: number;
@@ -66,13 +66,13 @@ function sharedAlong(from: Ranges[number], to: Ranges[number]): Shared[] {
   return out;
 }
 
-/** What two pieces of one whole share: nothing where this is undefined. */
+/** Returns the intersection of two shards per dim; undefined if it is empty. */
 export function sharedBy(from: Ranges, to: Ranges): Shared[][] | undefined {
   const dims = from.map((dim, i) => sharedAlong(dim, to[i]!));
   return dims.every((runs) => runs.length > 0) ? dims : undefined;
 }
 
-/** Copies what `sharedBy` found from one piece's values to the other's. */
+/** Copies the intersection that `sharedBy` returned from one shard to the other. */
 export function copyShared(
   shared: readonly (readonly Shared[])[],
   [from, values]: readonly [Ranges, Float32Array],
@@ -93,7 +93,7 @@ export function copyShared(
   walk(0, 0, 0);
 }
 
-/** Of the ranks of a stage that hold the same piece, the first: by number in the stage, who is the first of each piece. */
+/** Returns the first holder of each distinct shard, as numbers within the stage. */
 export function firstHolders(mesh: Factors, { shardedBy }: Pick<Buffer, "shardedBy">): readonly number[] {
   const subAxes = shardedBy.flat();
   const seen = new Set<string>();

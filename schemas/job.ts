@@ -411,7 +411,7 @@ const TrainText = z.strictObject({
     .enum(["stop", "skip"])
     .default("stop")
     .describe(
-      "a step whose loss or gradient norm is not finite changes no weights. stop: the run then ends with an error, and saves no snapshot of the step; skip: it goes on, and counts such steps. In fp16, gradients that overflow by the loss scale are left out either way",
+      "a step whose loss or gradient norm is not finite changes no weights. stop: the run then ends with an error, and saves no checkpoint of the step; skip: it goes on, and counts such steps. In fp16, gradients that overflow by the loss scale are left out either way",
     ),
   recompute: Recompute.prefault({}).describe("what backward computes again, to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of the initial weights, of the shuffle, and of dropout and jitter"),

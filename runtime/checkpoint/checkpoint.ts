@@ -1,8 +1,8 @@
 /**
- * Snapshots: all that a run remembers between two steps, in a folder for each: `step-00000020/` holds snapshot.json (how far the
- * run was, its job and mesh, how each tensor is cut, and a digest of each file) and a safetensors file for each rank that has pieces no
- * rank before it has. A run goes on from one on any mesh and backend: pieces are put together anew. A folder is there whole, or under
- * another name. Reading a piece checks its digest, and that it is finite.
+ * Writes and reads checkpoints. A checkpoint is a folder `step-00000020/` with snapshot.json (run progress, job, mesh, the sharding of
+ * each tensor, a digest of each file) and one safetensors file per rank that is the first holder of a shard. A run may resume on any mesh
+ * and backend, because shards are reassembled. The folder is renamed to its final name when it is complete. Reading a shard verifies its
+ * digest and that all values are finite.
  */
 import { closeSync, existsSync, fsyncSync, openSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -14,7 +14,7 @@ import { makeFolder, unwritten } from "../../schemas/writing.ts";
 import { ranksText } from "../launch/rankList.ts";
 import { copyShared, firstHolders, type Ranges, shardRanges, sharedBy } from "../shards.ts";
 import type { RunProgress } from "../train/schedule.ts";
-import { printSnapshotText, readSnapshotText, type SnapshotText, TEXT } from "./checkpointFile.ts";
+import { type CheckpointText, printCheckpointText, readCheckpointText, TEXT } from "./checkpointFile.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
 import { type DeferredTensorEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
@@ -23,22 +23,22 @@ import { checkpointState } from "./state.ts";
 
 const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
 
-/** Where a run puts its snapshots. */
+/** What saveCheckpoint needs of a run. */
 export interface Saving {
   readonly plan: Plan;
   readonly folder: string;
-  /** rankc's. */
+  /** The version of rankc. */
   readonly version: string;
-  /** The ranks of this process, and whether rank 0 is among them. */
+  /** The ranks of this process. */
   readonly ranks: readonly number[];
-  /** Waits for the other processes of the run. */
+  /** A named barrier among the processes of the run. */
   readonly meet: (name: string) => Promise<void>;
   readonly read: (rank: number, buffer: Buffer) => Promise<Float32Array>;
 }
 
 /**
- * Writes a snapshot; returns its folder. All processes of a run call it between the same two steps. Throws a Trouble, and leaves nothing
- * of the snapshot, where the disk refuses or a value is not finite.
+ * Writes a checkpoint and returns its folder. All processes of a run call it between the same two steps. Throws a Trouble, and removes the
+ * incomplete checkpoint, if the file system returns an error or a value is not finite.
  */
 export async function saveCheckpoint(saving: Saving, progress: RunProgress): Promise<string> {
   const { folder, ranks, meet } = saving;
@@ -67,32 +67,32 @@ export async function saveCheckpoint(saving: Saving, progress: RunProgress): Pro
   }
 }
 
-/** How each tensor is cut, and by rank what its file holds. */
+/** Returns the sharding of each tensor, and the file entries of each rank that is the first holder of a shard. */
 function contentsOf({ plan, read }: Saving, { steps }: RunProgress) {
   const { mesh, programs } = plan;
-  const tensors: SnapshotText["tensors"] = {};
+  const tensors: CheckpointText["tensors"] = {};
   const files = new Map<number, DeferredTensorEntry[]>();
-  const fix = "resume from an earlier snapshot, with a smaller learning rate";
+  const fix = "resume from an earlier checkpoint, with a smaller learning rate";
   for (const program of programs)
     for (const { name, buffer } of checkpointState(program)) {
-      if (name in tensors) throw new Error(`${name} is remembered twice`);
+      if (name in tensors) throw new Error(`${name} is in the checkpoint state twice`);
       tensors[name] = { stage: program.stage, sizes: buffer.sizes, shardedBy: buffer.shardedBy };
       for (const n of firstHolders(mesh, buffer)) {
         const rank = rankAt(mesh, program.stage, n);
         const own = files.get(rank) ?? [];
         files.set(rank, own);
-        const data = async () => expectFinite(await read(rank, buffer), `no snapshot of step ${steps}: ${name}`, fix);
+        const data = async () => expectFinite(await read(rank, buffer), `no checkpoint of step ${steps}: ${name}`, fix);
         own.push({ name, dtype: "F32", shape: buffer.shape, data });
       }
     }
   return { tensors, files };
 }
 
-/** Digests of the files that the ranks wrote; throws a Trouble where some are not there. */
-function digestsIn(part: string, ranks: readonly number[], step: number): SnapshotText["files"] {
+/** Returns the digests of the files that the ranks wrote. Throws a Trouble if some are missing. */
+function digestsIn(part: string, ranks: readonly number[], step: number): CheckpointText["files"] {
   const missing = ranks.filter((rank) => !existsSync(join(part, fileOf(rank))));
   if (missing.length > 0)
-    throw new Trouble(`${part}: the files of ${ranksText(missing)} are not there`, "name a folder after --save that all hosts share");
+    throw new Trouble(`${part}: the files of ${ranksText(missing)} are missing`, "use a --save folder that all hosts share");
   const digestOf = (name: string) => {
     const file = openSafetensors(join(part, name));
     file.close();
@@ -101,10 +101,10 @@ function digestsIn(part: string, ranks: readonly number[], step: number): Snapsh
   return Object.fromEntries(ranks.map((rank) => digestOf(fileOf(rank))));
 }
 
-function writeText(part: string, { plan, version }: Saving, text: Pick<SnapshotText, "progress" | "tensors" | "files">): void {
+function writeText(part: string, { plan, version }: Saving, text: Pick<CheckpointText, "progress" | "tensors" | "files">): void {
   const fd = openSync(join(part, TEXT), "w");
   try {
-    writeFileSync(fd, printSnapshotText({ rankc: version, job: plan.job, mesh: plan.mesh, ...text }));
+    writeFileSync(fd, printCheckpointText({ rankc: version, job: plan.job, mesh: plan.mesh, ...text }));
     fsyncSync(fd);
   } finally {
     closeSync(fd);
@@ -112,7 +112,7 @@ function writeText(part: string, { plan, version }: Saving, text: Pick<SnapshotT
   syncFolder(part);
 }
 
-/** Makes the names in a folder last. Some file systems cannot, and say EINVAL. */
+/** Flushes the entries of a folder to disk. File systems without support return EINVAL, which is ignored. */
 function syncFolder(folder: string): void {
   const fd = openSync(folder, "r");
   try {
@@ -124,28 +124,29 @@ function syncFolder(folder: string): void {
   }
 }
 
+/** An open checkpoint. */
 export interface OpenCheckpoint {
   readonly folder: string;
   readonly progress: RunProgress;
   /**
-   * Throws a Trouble that lists how the plan's model is another than the one that was saved, beside what `allowed` (--allow-mismatch) names;
-   * returns notes on what may differ.
+   * Compares the checkpoint with a plan. Throws a Trouble that lists the differences of the model, except those that `allowed`
+   * (--allow-mismatch) names. Returns notes on differences that are valid.
    */
   expectFor(plan: Plan, allowed: readonly string[]): string[];
-  /** A rank's piece of a tensor, from the pieces that were saved. */
+  /** Assembles the values of `ranges` of a tensor from the saved shards. */
   shard(name: string, ranges: Ranges): Float32Array;
-  /** A whole tensor; undefined where there is none of this name. */
+  /** Returns a whole tensor; undefined if the checkpoint has none of this name. */
   whole(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined;
-  /** The model that was trained. */
+  /** Returns the model section of the saved job. Throws a Trouble if this version of rankc cannot read it. */
   model(): Job["model"];
   close(): void;
 }
 
-const DAMAGED = "take another snapshot of the run";
+const DAMAGED = "use another checkpoint of the run";
 
-/** `at`: the folder of a snapshot. Throws a Trouble where its text is damaged. */
+/** Opens the checkpoint in folder `at`. Throws a Trouble if snapshot.json is damaged. */
 export function openCheckpoint(at: string): OpenCheckpoint {
-  const { progress, rankc, job, mesh, tensors, files } = readSnapshotText(join(at, TEXT));
+  const { progress, rankc, job, mesh, tensors, files } = readCheckpointText(join(at, TEXT));
   const open = new Map<number, Safetensors>();
   const close = (): void => {
     for (const file of open.values()) file.close();
@@ -154,14 +155,15 @@ export function openCheckpoint(at: string): OpenCheckpoint {
   function fileAt(rank: number): Safetensors {
     const known = open.get(rank);
     if (known) return known;
-    // a process may open so many files and no more
+    // stay below the limit of open files of a process
     if (open.size >= 64) close();
     const path = join(at, fileOf(rank));
     const file = openSafetensors(path);
     open.set(rank, file);
     const stated = files[fileOf(rank)];
     const { step } = file.metadata;
-    if (step !== String(stated?.step)) throw new Trouble(`${path} is of step ${step}, and the snapshot of step ${stated?.step}`, DAMAGED);
+    if (step !== String(stated?.step))
+      throw new Trouble(`${path} is of step ${step}, but the checkpoint is of step ${stated?.step}`, DAMAGED);
     if (file.headerDigest !== stated?.header_sha256)
       throw new Trouble(`${path} is not the file that was saved: the SHA-256 of its header differs from ${TEXT}'s`, DAMAGED);
     return file;
@@ -179,17 +181,17 @@ export function openCheckpoint(at: string): OpenCheckpoint {
       const shared = sharedBy(theirs, ranges);
       if (!shared) continue;
       const file = fileAt(rankAt(mesh, saved.stage, n));
-      const values = expectFinite(file.read(name), `${file.path}: ${name}`, "take a snapshot of an earlier step");
+      const values = expectFinite(file.read(name), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
       copyShared(shared, [theirs, values], [ranges, out]);
     }
     return out;
   }
-  /** Keys that a later rankc added have their defaults, with which it computes what the one that saved did. */
+  /** Keys that a later rankc added get their defaults, which keep the arithmetic of the rankc that saved. */
   function model(): Job["model"] {
     const parsed = Job.shape.model.safeParse(job.model);
     if (parsed.success) return parsed.data;
     const [issue] = parsed.error.issues;
-    throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `take it with the rankc that saved it, ${rankc}`);
+    throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `read it with the rankc that saved it, ${rankc}`);
   }
   return {
     ...{ folder: at, progress, shard, close },
@@ -200,34 +202,34 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     },
     model,
     expectFor(plan, allowed) {
-      // what adam keeps is what adamw does; another optimizer's moments may have the same names, and are others
+      // adam and adamw have the same state; other optimizers have other state under the same names
       const [saved, asked] = [job.train.optimizer.type, plan.job.train.optimizer.type].map((type) => type.replace("adamw", "adam"));
       if (saved !== asked)
         throw new Trouble(
-          `${at} was saved by ${job.train.optimizer.type}, and the job's train.optimizer.type is ${plan.job.train.optimizer.type}`,
-          "resume with that one, or begin anew from its weights: rankc export hf, then --init-from",
+          `${at} was saved with train.optimizer.type ${job.train.optimizer.type}, and the job has ${plan.job.train.optimizer.type}`,
+          "resume with the same optimizer, or start a new run from the weights: rankc export hf, then --init-from",
         );
       const { mismatches, notes } = modelDifferences(model(), plan.job.model);
       const held = tensorDifferences(tensors, plan);
-      const fix = "resume with the model and the optimizer that it was saved with; the mesh may be another";
+      const fix = "resume with the saved model and optimizer; the mesh may differ";
       return [...notes, ...held.notes, ...expectAllowed(at, [...mismatches, ...held.mismatches], allowed, fix)];
     },
   };
 }
 
-/** What the plan remembers and the snapshot does not hold, or in another size; and parameters of the snapshot that the plan has not. */
-function tensorDifferences(tensors: SnapshotText["tensors"], plan: Plan): { mismatches: Mismatch[]; notes: string[] } {
-  const remembered = plan.programs.flatMap(checkpointState);
-  const names = new Set(remembered.map(({ name }) => name));
-  const wrong = remembered.flatMap(({ name, buffer: { sizes } }): Mismatch[] => {
+/** Lists tensors of the plan that the checkpoint lacks or has in another size, and parameters of the checkpoint that the plan lacks. */
+function tensorDifferences(tensors: CheckpointText["tensors"], plan: Plan): { mismatches: Mismatch[]; notes: string[] } {
+  const state = plan.programs.flatMap(checkpointState);
+  const names = new Set(state.map(({ name }) => name));
+  const wrong = state.flatMap(({ name, buffer: { sizes } }): Mismatch[] => {
     const found = tensors[name]?.sizes;
     if (`${found}` === `${sizes}`) return [];
-    return [{ text: found ? `${name} is [${found.join(", ")}]; the plan's is [${sizes.join(", ")}]` : `${name} is not there` }];
+    return [{ text: found ? `${name} is [${found.join(", ")}]; the plan's is [${sizes.join(", ")}]` : `${name} is missing` }];
   });
   const isState = (name: string): boolean => name.slice(0, name.lastIndexOf(".")) in tensors;
   const surplus = Object.keys(tensors).filter((name) => !names.has(name) && !name.startsWith("mtp."));
   const states = surplus.filter((name) => isState(name) && names.has(name.slice(0, name.lastIndexOf("."))));
   const parameters = surplus.filter((name) => !isState(name));
-  const notes = states.length > 0 ? [`tensors of optimizer state that the job's optimizer has not are not used: ${states.length}`] : [];
+  const notes = states.length > 0 ? [`unused optimizer state tensors, which the job's optimizer does not have: ${states.length}`] : [];
   return { mismatches: [...wrong, ...surplusMismatches(parameters, plan.job.model)], notes };
 }

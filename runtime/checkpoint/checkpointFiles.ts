@@ -1,15 +1,15 @@
-/** The files of a checkpoint: one, or several under an index that names the file of each tensor. */
+/** Opens the files of a Hugging Face checkpoint: one file, or several under an index that names the file of each tensor. */
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { Trouble } from "../../schemas/trouble.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
 
-/** Which open file holds each tensor. */
+/** The open file of each tensor, by tensor name. */
 export type Tensors = { readonly where: ReadonlyMap<string, Safetensors>; readonly close: () => void };
 
 const INDEX = "model.safetensors.index.json";
 
-/** Throws a Trouble where `path` is no checkpoint. Reads headers alone. */
+/** Opens a checkpoint and reads the headers of its files. Throws a Trouble if `path` is not a checkpoint. */
 export function openTensors(path: string): Tensors {
   const inside = (name: string): string => join(path, name);
   if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) {
@@ -58,7 +58,7 @@ function weightMap(path: string): readonly (readonly [string, string])[] {
     throw new Trouble(`${path}: has no weight_map, which names the file of each tensor`, "download it again");
   const entries = Object.entries(map);
   for (const [tensor, file] of entries) {
-    // shards lie beside their index; a path that leaves the folder is not followed
+    // shards are in the folder of their index; a path that leaves the folder is rejected
     if (typeof file !== "string" || !/^[^/\\]+\.safetensors$/.test(file)) {
       throw new Trouble(
         `${path}: tensor ${tensor} is said to be in ${JSON.stringify(file)}, which is no safetensors file beside it`,
@@ -69,7 +69,7 @@ function weightMap(path: string): readonly (readonly [string, string])[] {
   return entries;
 }
 
-/** Throws a Trouble where the tensors are those of a model under names that begin otherwise than a causal language model's. */
+/** Throws a Trouble if the tensor names have a prefix that causal language models do not have. */
 export function expectPrefix(file: string, { where }: Tensors): void {
   const names = [...where.keys()];
   if (names.some((name) => name === "embed" || name === "model.embed_tokens.weight")) return;

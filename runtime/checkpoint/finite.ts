@@ -1,7 +1,7 @@
-/** Weights that are NaN or infinite: training cannot go on from them, and no file should hold them. */
+/** Checks weights for NaN and infinity: a run cannot resume from them, and no file may contain them. */
 import { Trouble } from "../../schemas/trouble.ts";
 
-/** Returns `values`; throws a Trouble where one is NaN or infinite. `where` names the tensor: "FILE: tensor NAME". */
+/** Returns `values`; throws a Trouble if one is NaN or infinite. `where` names the tensor: "FILE: tensor NAME". */
 export function expectFinite(values: Float32Array, where: string, fix: string): Float32Array {
   let wrong = 0;
   for (const value of values) if (!Number.isFinite(value)) wrong++;

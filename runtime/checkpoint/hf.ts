@@ -13,12 +13,13 @@ import type { TensorEntry } from "./safetensors.ts";
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;
 
+/** An open Hugging Face checkpoint that matches a model. */
 export type HfCheckpoint = {
-  /** The parameter of this name; `shape` must be the parameter's whole shape. */
+  /** Reads the parameter of this name; `shape` is its whole shape. */
   readonly read: (name: string, shape: readonly number[]) => Float32Array;
-  /** Tensors of the file that no parameter of the job comes from. */
+  /** Tensors of the file that no parameter of the job reads. */
   readonly unused: readonly string[];
-  /** What a person should read about tensors that are not used. */
+  /** Messages about unused tensors. */
   readonly notes: readonly string[];
   readonly close: () => void;
 };
@@ -43,7 +44,7 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
   const used = new Set<string>();
   const problems = new Set<string>();
   for (const parameter of parametersOf(model)) {
-    // A layout is recognised by its first tensor; where none is there, the first layout says what is missed.
+    // The first tensor of a layout identifies it; if no layout matches, the error names the first tensor of the first layout.
     const there = parameter.layouts.find((parts) => tensors.where.has(parts[0]!.tensor));
     if (!there && parameter.optional) {
       found.set(parameter.name, { parameter, parts: [] });
@@ -112,7 +113,7 @@ export function toHuggingFace(
   return [...entries.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
 }
 
-/** A dim: its size, and the job key that says so. */
+/** A dim: its size, and the job key that sets it. */
 type Dim = { readonly size: number; readonly key: string };
 
 /** A matrix [rows, cols] that starts at `there` in the checkpoint's tensor and lies transposed, [cols, rows], at `here` in ours. */
@@ -122,16 +123,16 @@ type TensorSlice = { readonly tensor: string; readonly shape: readonly Dim[]; re
 type Parameter = {
   readonly name: string;
   readonly shape: readonly Dim[];
-  /** Our own layout first, then Hugging Face's from the newest. */
+  /** rankc's layout first, then those of Hugging Face from the newest. */
   readonly layouts: readonly (readonly TensorSlice[])[];
-  /** The job key to doubt when the tensor is not there. */
+  /** The job key to report if the tensor is missing. */
   readonly missing: string;
   /** Zeros where it is not there: what a router has learnt about loads, which few checkpoints hold, and no gradient has. */
   readonly optional?: true;
 };
 const PREFERRED = 1;
 
-/** Every parameter of the model, with all the ways in which it is found in checkpoints. */
+/** Lists every parameter of the model with all its layouts in checkpoints. */
 function parametersOf(model: Model): readonly Parameter[] {
   const V = { size: model.vocab, key: "model.vocab" };
   const D = { size: model.hidden, key: "model.hidden" };
@@ -307,7 +308,7 @@ function own(name: string, missing: string, shape: readonly Dim[], layouts: read
 
 const asIs = (shape: readonly Dim[]): readonly Block[] => [{ there: 0, here: 0, rows: 1, cols: product(shape) }];
 
-/** to[c, r] = from[r, c]; with one row it copies. */
+/** Transposes: to[c, r] = from[r, c]. */
 function transpose(rows: number, cols: number, from: Float32Array, fromAt: number, to: Float32Array, toAt: number): void {
   if (rows === 1) {
     to.set(from.subarray(fromAt, fromAt + cols), toAt);
@@ -325,7 +326,7 @@ function misfit(part: TensorSlice, { name, missing }: Parameter, { where }: Tens
   if (source === undefined) {
     const layer = /^model\.layers\.\d+\./.exec(part.tensor)?.[0];
     const wholeLayer = layer !== undefined && ![...where.keys()].some((name) => name.startsWith(layer));
-    // where a layout was found, its first expert is there and this one is not
+    // the layout was identified by its first expert; this expert is missing
     const doubt = layoutFound ? "model.moe.experts" : wholeLayer ? (name.startsWith("mtp.") ? "model.mtp" : "model.layers") : missing;
     return `${part.tensor} is missing; expected ${expected} (check ${doubt})`;
   }
@@ -336,7 +337,7 @@ function misfit(part: TensorSlice, { name, missing }: Parameter, { where }: Tens
   return `${part.tensor} has shape ${list(found)}; expected ${expected} (${why})`;
 }
 
-/** Tensors of the file that no parameter of the job comes from: what of them makes another model, and what needs a note only. */
+/** Classifies tensors that no parameter of the job reads: mismatches of the model, and notes. */
 function surplusOf({ where }: Tensors, used: ReadonlySet<string>, model: Model): { mismatches: Mismatch[]; notes: string[] } {
   const names = [...where.keys()];
   const layers = model.layers + depthsOf(model);
@@ -345,7 +346,7 @@ function surplusOf({ where }: Tensors, used: ReadonlySet<string>, model: Model):
   const isAhead = (name: string): boolean =>
     (numberOf(name) >= layers && ahead.has(numberOf(name))) || Number(/^mtp\.(\d+)\./.exec(name)?.[1] ?? -1) >= depthsOf(model);
   const unused = names.filter(isAhead);
-  // frequencies of positions, which some old checkpoints hold, follow from the job
+  // some old checkpoints have RoPE frequencies, which follow from the job
   const surplus = names.filter((name) => !used.has(name) && !isAhead(name) && !name.endsWith("rotary_emb.inv_freq"));
   const mismatches = surplus.flatMap((name): Mismatch[] => {
     const original = originalOf(name, model);

@@ -1,5 +1,5 @@
 /**
- * A snapshot or a checkpoint of another model: which differences are errors, unless the person allows them, and which need a note only.
+ * Compares the model of a checkpoint with the model of a job: which differences are errors unless --allow-mismatch names them, and which are notes.
  */
 import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
@@ -7,37 +7,37 @@ import { Trouble } from "../../schemas/trouble.ts";
 
 type Model = Job["model"];
 
-/** A difference. `key`: what --allow-mismatch takes to allow it; without one it cannot be allowed, as weights would be missing. */
+/** A difference. `key`: the argument of --allow-mismatch that allows it; undefined if weights would be missing. */
 export interface Mismatch {
   readonly key?: string;
   readonly text: string;
 }
 
-/** Keys of the model section that say how it is trained; the function of its weights is the same whatever they are. */
+/** Keys of the model section that affect training only; the forward function does not depend on them. */
 const training = [
   ...["model.seq", "model.dropout", "model.mtp"],
   ...["model.moe.dispatch", "model.moe.capacity", "model.moe.rows_bound"],
   ...["balance", "aux_coeff", "z_coeff", "jitter", "bias_rate", "quantile_ema", "precision"].map((key) => `model.moe.router.${key}`),
 ];
 
-/** Whether `key` is `outer` or stands below it. */
+/** Returns whether `key` is `outer` or a key below it. */
 const below = (outer: string, key: string): boolean => key === outer || key.startsWith(`${outer}.`);
 
-/** Every key of two model sections that differs: those that change numbers as mismatches, training choices as notes. */
+/** Compares two model sections. Keys that change the forward function are mismatches; training choices are notes. */
 export function modelDifferences(saved: Model, asked: Model): { readonly mismatches: Mismatch[]; readonly notes: string[] } {
   const layers = Math.min(saved.layers, asked.layers);
   const differences = [...diff(effective(saved, layers), effective(asked, layers), "model")];
   const even = [saved, asked].map(({ moe }) => moe && evenBy(moe.router));
   const isTraining = (key: string): boolean =>
     training.some((outer) => below(outer, key)) && !(key === "model.moe.router.balance" && even[0] !== even[1]);
-  const all = differences.map(([key, a, b]) => ({ key, text: `${key} is ${textOf(a)} in the snapshot, ${textOf(b)} in the job` }));
+  const all = differences.map(([key, a, b]) => ({ key, text: `${key} is ${textOf(a)} in the checkpoint, ${textOf(b)} in the job` }));
   return {
     mismatches: all.filter(({ key }) => !isTraining(key)),
     notes: all.filter(({ key }) => isTraining(key)).map(({ text }) => text),
   };
 }
 
-/** What each kind of stretching goes by, beside its type. */
+/** The keys that each type of RoPE scaling uses. */
 const stretching = {
   linear: ["factor"],
   llama3: ["factor", "original_seq", "low_freq", "high_freq"],
@@ -77,7 +77,7 @@ function textOf(value: unknown): string {
   return text.length > 60 ? `${text.slice(0, 60)}…` : text;
 }
 
-/** Tensors that no parameter of the job comes from; of layers beyond the job's, one mismatch a layer. */
+/** Returns mismatches for tensors that no parameter of the job reads; layers beyond the job's give one mismatch each. */
 export function surplusMismatches(names: readonly string[], model: Model): Mismatch[] {
   const found = new Map<string, string[]>();
   for (const name of names) {
@@ -91,7 +91,7 @@ export function surplusMismatches(names: readonly string[], model: Model): Misma
   });
 }
 
-/** The job key that decides whether a tensor is part of the model; the tensor's own name where none does. */
+/** Returns the job key that decides whether a tensor is part of the model; the name of the tensor if there is no such key. */
 export function keyOfTensor(name: string, model: Model): string {
   const [, theirs, kind, n, leaf] = /^(model\.)?(layers|mtp)\.(\d+)\.(.+)$/.exec(name) ?? [];
   if (leaf === undefined) return name === "head" || name === "lm_head.weight" ? "model.tie_embeddings" : name;
@@ -140,7 +140,7 @@ export function expectAllowed(file: string, mismatches: readonly Mismatch[], all
   });
 }
 
-/** What is told of a checkpoint or a snapshot that is another model's: the first ten places, and how many there are. */
+/** The error text for mismatches: the first ten, and the number of all. */
 function summary(file: string, problems: readonly string[]): string {
   const more = problems.length > 10 ? [`and ${problems.length - 10} more`] : [];
   const lines = [...problems.slice(0, 10), ...more].map((line) => `\n  ${line}`);

@@ -1,7 +1,7 @@
 /**
  * Safetensors files: 8 bytes of header length, a JSON header, the bytes of all tensors one after another.
  * Opening reads and checks the header alone: after it every tensor is known to lie whole in the file. Writing leaves all or nothing.
- * A file of a snapshot has the SHA-256 of each tensor in its header's metadata: reading a tensor checks it, without a second pass over
+ * A file of a checkpoint has the SHA-256 of each tensor in its header's metadata: reading a tensor checks it, without a second pass over
  * the file, and the SHA-256 of the header stands for the whole file.
  */
 import { createHash } from "node:crypto";
@@ -11,7 +11,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { unwritten } from "../../schemas/writing.ts";
 import { openInput } from "../data/inputFile.ts";
 
-/** What is known of a tensor before it is read; `start` counts from the beginning of the file. */
+/** The header entry of a tensor. `start`: bytes from the beginning of the file. */
 type TensorInfo = {
   readonly dtype: Dtype;
   readonly shape: readonly number[];
@@ -21,6 +21,7 @@ type TensorInfo = {
 
 type Metadata = Readonly<Record<string, string>>;
 
+/** An open safetensors file. */
 export type Safetensors = {
   readonly path: string;
   readonly names: readonly string[];
@@ -33,14 +34,15 @@ export type Safetensors = {
   readonly close: () => void;
 };
 
+/** A tensor to write. */
 export type TensorEntry = { readonly name: string; readonly dtype: "F32"; readonly shape: readonly number[]; readonly data: Float32Array };
-/** An entry whose values are asked for when it is its turn. */
+/** A tensor to write whose values are read just before they are written. */
 export type DeferredTensorEntry = Omit<TensorEntry, "data"> & { readonly data: () => Promise<Float32Array> };
 
-// The format's own bound: it keeps a flipped bit in the length from becoming an allocation.
+// The bound of the format. It prevents a huge allocation for a damaged length.
 const MAX_HEADER = 100_000_000;
 
-/** Throws a Trouble where the file is none, and so do `info` and `read` where a tensor is missing or its digest differs. */
+/** Opens a safetensors file. Throws a Trouble if it is invalid; `info` and `read` throw one if a tensor is missing or its digest differs. */
 export function openSafetensors(path: string): Safetensors {
   const file = openInput(path, "the safetensors file", "a relative path starts at the working directory");
   const { tensors, metadata, headerDigest } = closedOnTrouble(file.close, () => {
@@ -87,10 +89,10 @@ export function openSafetensors(path: string): Safetensors {
   };
 }
 
-/** Older versions of transformers refuse a file whose metadata has no `format`, the framework that saved it. */
+/** Older versions of transformers reject a file without the metadata key `format`, the framework that saved it. */
 const PYTORCH = { format: "pt" };
 
-/** Writes beside `path` and renames: a reader sees the old file or the whole new one. Throws a Trouble where the disk refuses. */
+/** Writes a temporary file and renames it to `path`, so that a reader sees the old file or the complete new one. Throws a Trouble on a file system error. */
 export function writeSafetensors(path: string, entries: Iterable<TensorEntry>): void {
   const all = [...entries];
   for (const { name, shape, data } of all) expectLength(name, shape, data);
@@ -159,13 +161,13 @@ function headerOf(entries: readonly Pick<TensorEntry, "name" | "dtype" | "shape"
     header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes[dtype].bytes)] };
   }
   const text = Buffer.from(JSON.stringify(header));
-  // Spaces to the next multiple of 8: the data then lies aligned for whoever maps the file.
+  // Pad with spaces to a multiple of 8, so that tensors are aligned when the file is mapped.
   const padded = Buffer.concat([Buffer.alloc(8), text, Buffer.alloc(-text.length & 7, " ")]);
   padded.writeBigUInt64LE(BigInt(padded.length - 8));
   return padded;
 }
 
-/** `at`: the byte of the file to start at; undefined: after what was written last. */
+/** `at`: the byte offset to write at; undefined: the current position. */
 function writeAll(fd: number, bytes: Uint8Array, at?: number): void {
   for (let done = 0; done < bytes.length; )
     done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), at === undefined ? null : at + done);
@@ -237,7 +239,7 @@ function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileByte
   for (const [name, entry] of Object.entries(header)) {
     if (name !== "__metadata__") tensors.set(name, readEntry(`${path}: tensor ${name}`, entry, dataStart, fileBytes));
   }
-  // Tensors lie one after another, and the last one ends the file: so no two share bytes, and a cut anywhere shows.
+  // Tensors are contiguous and the last one ends the file; this detects overlaps and truncation.
   let end = dataStart;
   let before = "the header";
   for (const [name, { start, bytes: size }] of [...tensors].sort(([, a], [, b]) => a.start - b.start || a.bytes - b.bytes)) {
@@ -252,7 +254,7 @@ function readHeader(path: string, bytes: Uint8Array, dataStart: number, fileByte
   return { tensors, metadata: metadataOf(header) };
 }
 
-/** Some files have null here, and values that are no strings, which the format forbids. */
+/** Returns the string values of the metadata. Some files have null, or other values, against the format. */
 function metadataOf(header: object): Metadata {
   const { __metadata__: given } = header as Record<string, unknown>;
   const texts = isObject(given) ? Object.entries(given).filter(([, value]) => typeof value === "string") : [];
@@ -271,11 +273,11 @@ function parse(path: string, bytes: Uint8Array): object {
 }
 
 function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: number): TensorInfo {
-  if (!isObject(entry)) throw new Trouble(`${at} is described by something that is not an object`, REMAKE);
+  if (!isObject(entry)) throw new Trouble(`${at} has a header entry that is not an object`, REMAKE);
   const { dtype, shape, data_offsets: offsets } = entry as Record<string, unknown>;
   if (typeof dtype !== "string" || !Object.hasOwn(dtypes, dtype)) {
     throw new Trouble(
-      `${at} has dtype ${JSON.stringify(dtype)}, which is not read here`,
+      `${at} has dtype ${JSON.stringify(dtype)}, which rankc does not read`,
       `convert it to one of ${Object.keys(dtypes).join(", ")}`,
     );
   }

@@ -1,6 +1,6 @@
 /**
- * The folder of a run's snapshots: `step-00000020/` for each, `.part` behind the name of one that is being written, and `run.lock` while
- * a run saves there.
+ * The folder of a run's checkpoints: `step-00000020/` for each, with the suffix `.part` while it is written, and `run.lock` while a run
+ * saves there.
  */
 import { randomUUID } from "node:crypto";
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeSync } from "node:fs";
@@ -10,10 +10,11 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
 import { TEXT } from "./checkpointFile.ts";
 
+/** Returns the folder name of the checkpoint of a step. */
 export const folderOf = (step: number): string => `step-${String(step).padStart(8, "0")}`;
 
-/** The snapshots of a folder by step, ascending; `whole`: snapshot.json is there, which is written last. */
-function snapshotsIn(folder: string): { readonly name: string; readonly step: number; readonly whole: boolean }[] {
+/** Lists the checkpoints of a folder by ascending step. `whole`: snapshot.json exists, which is written last. */
+function checkpointsIn(folder: string): { readonly name: string; readonly step: number; readonly whole: boolean }[] {
   if (!statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return [];
   return readdirSync(folder)
     .flatMap((name) => {
@@ -25,60 +26,61 @@ function snapshotsIn(folder: string): { readonly name: string; readonly step: nu
     .sort((a, b) => a.step - b.step);
 }
 
+/** The checkpoint that a run resumes from. */
 export interface Chosen {
-  /** The folder of the snapshot; undefined where there is none, and the run starts at its beginning. */
+  /** The folder of the checkpoint; undefined if there is none and the run starts at step 0. */
   readonly at: string | undefined;
-  /** What a person should read about the choice. */
+  /** Messages about the choice. */
   readonly notes: readonly string[];
 }
 
 /**
- * The snapshot that a path names: itself, or the newest in a folder of them. Throws a Trouble where there is none, or where the newest
- * lost its snapshot.json: an older one would then undo steps that the person believes saved.
+ * Returns the checkpoint that a path names: the path itself, or the newest checkpoint in it. Throws a Trouble if there is none, or if the
+ * newest has no snapshot.json: an older checkpoint would silently repeat steps that were saved.
  */
-export function chooseSnapshot(path: string): Chosen & { readonly at: string } {
+export function chooseCheckpoint(path: string): Chosen & { readonly at: string } {
   if (existsSync(join(path, TEXT))) return { at: path, notes: [] };
   const { newest, broken, parts } = newestIn(path);
-  if (!newest && broken.length === 0) throw new Trouble(`${path} holds no snapshot`, "name a folder that `rankc run --save` wrote to");
+  if (!newest && broken.length === 0) throw new Trouble(`${path} contains no checkpoint`, "name a folder that `rankc run --save` wrote to");
   if (!newest || broken.length > 0) {
-    const older = newest ? `; the newest whole one is ${newest}, and going on from it repeats the steps between` : "";
+    const older = newest ? `; the newest complete one is ${newest}, and a resume from it repeats the steps between` : "";
     throw new Trouble(
-      `${path}: ${broken.at(-1)} has no ${TEXT} and is no whole snapshot${older}`,
+      `${path}: ${broken.at(-1)} is incomplete: it has no ${TEXT}${older}`,
       newest
-        ? `name the one that is meant: ${join(path, newest)}; or for a run that saves here: --resume auto, which takes the newest whole one`
-        : "take another snapshot of the run",
+        ? `name a checkpoint: ${join(path, newest)}; a run that saves here can use --resume auto, which selects the newest complete one`
+        : "use another checkpoint of the run",
     );
   }
   return { at: join(path, newest), notes: parts.map((name) => `${join(path, name)} is unfinished and not used`) };
 }
 
-/** `--resume auto`: the newest whole snapshot of the folder that the run saves to; undefined where there is none yet. */
-export function newestSnapshot(folder: string): Chosen {
+/** Returns the newest complete checkpoint of a folder, for `--resume auto`; `at` is undefined if there is none. */
+export function newestCheckpoint(folder: string): Chosen {
   const { newest, broken, parts } = newestIn(folder);
   const at = newest && join(folder, newest);
-  const begins = at ? `resumed from ${at}` : `${folder} holds no whole snapshot: the run starts at step 0`;
+  const begins = at ? `resumed from ${at}` : `${folder} contains no complete checkpoint: the run starts at step 0`;
   return { at, notes: [...[...broken, ...parts].map((name) => `${join(folder, name)} is unfinished and not used`), begins] };
 }
 
 function newestIn(folder: string) {
-  const all = snapshotsIn(folder);
+  const all = checkpointsIn(folder);
   const newest = all.findLast(({ whole }) => whole);
   const later = all.filter(({ step, whole }) => !whole && step > (newest?.step ?? -1)).map(({ name }) => name);
   const parts = later.filter((name) => name.endsWith(".part"));
   return { newest: newest?.name, broken: later.filter((name) => !name.endsWith(".part")), parts };
 }
 
-/** Throws a Trouble where a run that begins after step `done` would leave snapshots of another run's later steps beside its own. */
+/** Throws a Trouble if the folder has a checkpoint of a step after `done`: the later steps of another run would mix with this run's. */
 export function expectRoom(folder: string, done: number): void {
-  const later = snapshotsIn(folder).findLast(({ step, whole }) => whole && step > done);
+  const later = checkpointsIn(folder).findLast(({ step, whole }) => whole && step > done);
   if (later)
     throw new Trouble(
-      `${folder} holds a snapshot of step ${later.step}, and this run begins after step ${done}`,
-      "go on from it with --resume, or name another folder after --save",
+      `${folder} contains a checkpoint of step ${later.step}, and this run begins after step ${done}`,
+      "resume from it with --resume, or use another --save folder",
     );
 }
 
-/** Makes the folder and writes to it, so that a run which cannot save ends before it trains. Throws a Trouble. */
+/** Creates the folder and writes a probe file, so that a run that cannot save fails before it trains. Throws a Trouble. */
 export function expectWritableFolder(folder: string): void {
   const probe = join(folder, `probe.${randomUUID()}`);
   try {
@@ -90,8 +92,9 @@ export function expectWritableFolder(folder: string): void {
   }
 }
 
+/** The claim of a run on its save folder. */
 export interface FolderLock {
-  /** Throws a Trouble where another run took the folder over, or the folder can no longer be written. */
+  /** Throws a Trouble if another run has claimed the folder, or if the folder is no longer writable. */
   expectHeld(): void;
   release(): void;
 }
@@ -102,13 +105,13 @@ interface Owner {
   readonly pid: number;
   readonly since: string;
 }
-/** The ids of this process's own locks. */
+/** The ids of the locks that this process holds. */
 const held = new Set<string>();
 const TOUCH_MS = 60_000;
-/** A lock of another host that was not touched for so long is of a run that ended without a word. */
+/** A lock of another host is stale after this time without an update: its run ended without removing it. */
 const STALE_MS = 10 * TOUCH_MS;
 
-/** Claims the folder for one run, until `release` or the end of the process. Throws a Trouble where another run saves there. */
+/** Claims the folder for one run, until `release` or the end of the process. Throws a Trouble if another run saves there. */
 export function lockFolder(folder: string): FolderLock {
   const path = join(folder, "run.lock");
   const own: Owner = { id: randomUUID(), host: hostname(), pid: process.pid, since: new Date().toISOString() };
@@ -123,7 +126,7 @@ export function lockFolder(folder: string): FolderLock {
   }
   held.add(own.id);
   const isMine = (): boolean => ownerOf(path)?.id === own.id;
-  // what fails here fails again when the run saves, where it is reported
+  // an error here recurs when the run saves, and is reported then
   const attempt = (change: () => void): void => {
     try {
       if (isMine()) change();
@@ -134,13 +137,13 @@ export function lockFolder(folder: string): FolderLock {
     expectHeld() {
       const other = ownerOf(path);
       if (other && other.id !== own.id) throw taken(folder, path, other);
-      // somebody removed it
+      // the lock file was removed
       if (!other) claim(path, own);
     },
     release() {
       clearInterval(touch);
       held.delete(own.id);
-      // a lock that stays is of a process that is gone
+      // if the removal fails, the lock names a process that has ended, and the next run replaces it
       attempt(() => rmSync(path, { force: true }));
     },
   };
@@ -149,25 +152,25 @@ export function lockFolder(folder: string): FolderLock {
 const taken = (folder: string, path: string, { host, pid, since }: Owner): Trouble =>
   new Trouble(
     `${folder}: another run saves there: process ${pid} on ${host}, since ${since}`,
-    `name another folder after --save; if that run is over, remove ${path}`,
+    `use another --save folder; if that run has ended, remove ${path}`,
   );
 
 function ownerOf(path: string): Owner | undefined {
   try {
     return JSON.parse(readFileSync(path, "utf8"));
   } catch {
-    // it is not there, or its writer ended before the text was whole
+    // the file does not exist, or its writer ended before the text was complete
     return undefined;
   }
 }
 
-/** Whether the run that holds the lock still runs: on this host by its process, on another by the lock's age. */
+/** Returns whether the owner of a lock still runs: by its process on this host, by the age of the lock on another host. */
 function isAlive(path: string, { id, host, pid }: Owner): boolean {
   if (host !== hostname()) return Date.now() - (statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0) < STALE_MS;
-  // a process that was started anew may have the number of the one before it
+  // a restarted process may have the process id of its predecessor
   if (pid === process.pid) return held.has(id);
   try {
-    // signal 0 asks only
+    // signal 0 only tests whether the process exists
     process.kill(pid, 0);
     return true;
   } catch (error) {
@@ -180,7 +183,7 @@ function claim(path: string, owner: Owner): void {
   writeNew(path, JSON.stringify(owner));
 }
 
-/** Throws the system's error where the file is there already. */
+/** Creates a file. Throws the system error if it exists. */
 function writeNew(path: string, text: string): void {
   const fd = openSync(path, "wx");
   try {

@@ -1,15 +1,15 @@
-/** What a run remembers from one step to the next, beside how far it is. */
+/** The checkpoint state of a stage: tensors that continue from step to step. */
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 
-/** A tensor, and the buffer that holds a rank's piece of it. */
+/** A tensor, and the buffer that holds a rank's shard of it. */
 export interface StateTensor {
   readonly name: string;
   readonly buffer: Buffer;
 }
 
 /**
- * Of one stage: the main copy of each parameter under the parameter's name, and what the optimizer keeps of it. Copies of a
- * parameter that belongs to another stage follow from that.
+ * Returns the checkpoint state of one stage: the main copy of each parameter under the parameter's name, and its optimizer state. Tied
+ * copies of another stage's parameter are not included; they are restored from the owner.
  */
 export function checkpointState({ parameters, buffers }: Plan["programs"][number]): StateTensor[] {
   const byId = new Map(buffers.map((b) => [b.id, b]));

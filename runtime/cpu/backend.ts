@@ -1,7 +1,6 @@
 /**
- * The CPU, the reference: all ranks in this process, each with its arenas as typed arrays, every buffer at the place the plan
- * gives it, every op by its declaration's plain loops. bf16 and f16 buffers hold halves: values are widened when read and
- * rounded when stored.
+ * The CPU backend, the reference: all ranks in this process, arenas as typed arrays, buffers at the plan's offsets, ops as the loops of
+ * their declarations. bf16 and f16 buffers are converted to f32 when read and rounded when written.
  */
 import { totalmem } from "node:os";
 import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
@@ -17,6 +16,7 @@ import { capacityExceeded } from "../capacityExceeded.ts";
 import { decodeFloat16, encodeFloat16 } from "../float16.ts";
 import { cpuComm } from "./comm.ts";
 
+/** Opens all ranks of a plan on the CPU. Throws a Trouble (exit 3) if the plan needs more memory than this machine has. */
 export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
   const { world, per_stage } = plan.mesh;
   const needed = plan.memory.reduce((sum, m) => sum + m.peak * per_stage, 0);
@@ -87,7 +87,7 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
     else own.set(data);
   };
 
-  /** An op bound to its buffers in one slot; made once, run every microbatch. */
+  /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
   function bind(i: Compute, copy: number): () => void {
     const op = ops[i.op]!;
     const names = [...Object.entries(i.reads), ...Object.entries(i.writes)];

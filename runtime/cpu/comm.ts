@@ -1,11 +1,11 @@
 /**
- * Comm in one process: ranks are coroutines that meet at collectives. Buffers are contiguous blocks; sums run in the order of
- * the group's members, so the same plan gives the same bits.
+ * Collectives on host memory. Sums run in the order of the group's members, so equal plans give equal bits.
  */
 import type { CollectiveKind, Plan } from "../../schemas/plan.ts";
 import type { Comm, HostData, HostRankDevice } from "../backend.ts";
 import { inProcessComm, rankTable } from "../inProcessComm.ts";
 
+/** Returns the communication of all ranks on the CPU. */
 export function cpuComm(plan: Plan, backends: readonly HostRankDevice[]): Comm {
   const ranks = rankTable(plan);
   const { bufferOf } = ranks;
@@ -13,7 +13,7 @@ export function cpuComm(plan: Plan, backends: readonly HostRankDevice[]): Comm {
     perform(group, i, copy) {
       const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), copy));
       const made = group.map((_, member) => collective[i.how](held, member));
-      // written last: source and destination may be the same bytes
+      // write after all reads: source and destination may overlap
       for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), copy, made[member]!);
     },
     send: (rank, b, copy) => backends[rank]!.peek(b, copy).slice(),
@@ -21,7 +21,7 @@ export function cpuComm(plan: Plan, backends: readonly HostRankDevice[]): Comm {
   });
 }
 
-/** What a member gets, from what all members hold. */
+/** The result of a member, from the buffers of all members. */
 const collective: Readonly<Record<CollectiveKind, (held: readonly HostData[], member: number) => HostData>> = {
   all_gather: (held) => blocks(held),
   all_to_all: (held, member) => blocks(held.map((h) => blockOf(h, member, held.length))),

@@ -1,6 +1,6 @@
 /**
- * The hub: rank 0's side of a meeting. It gathers all ranks, compares what they run, hands on what they share, and watches them: when a
- * rank dies, hangs or fails, all others are told at once which one it was and where each of them is.
+ * The hub of rank 0. It accepts all peers, verifies that they run the same plan and version, relays shared bytes, and monitors heartbeats.
+ * When a peer is lost, hangs or fails, it sends all others an abort that names the peer and the position of every rank.
  */
 
 import { randomBytes } from "node:crypto";
@@ -11,18 +11,18 @@ import { isLoopback } from "./place.ts";
 import { rankList, ranksText } from "./rankList.ts";
 import { type FramedConnection, framedConnection, limits, proves, ToHub, type ToRank } from "./wire.ts";
 
-/** Times in milliseconds. */
+/** Settings of the hub. Times are in milliseconds. */
 export interface HubSettings {
   readonly world: number;
   readonly address: string;
   readonly port: number;
   readonly token: string;
-  /** All ranks must have come by then. */
+  /** The time limit for all ranks to connect. */
   readonly timeout: number;
   readonly beat: number;
-  /** A rank that has said nothing for so long is lost. */
+  /** A peer without a message for this time is lost. */
   readonly lost: number;
-  /** A rank that has not moved on for so long hangs. */
+  /** A peer without progress for this time hangs. */
   readonly hang: number;
 }
 
@@ -42,15 +42,16 @@ interface Peer {
   begun: number | undefined;
 }
 
+/** A listening hub. */
 export interface Hub {
   readonly close: () => void;
 }
 
-/** Resolves once it listens. Throws a Trouble where the port cannot be had. */
+/** Opens the hub; resolves when it listens. Throws a Trouble if the port is not available. */
 export async function openHub(settings: HubSettings): Promise<Hub> {
   const { world, port, token, beat, lost, hang } = settings;
   const peers = new Map<number, Peer>();
-  /** Connections that have not proved the token, by the address they come from; the oldest first. */
+  /** Connections before the handshake, with their remote addresses; the oldest first. */
   const strangers = new Map<Socket, string>();
   const turnedAway = new Map<string, number>();
   const barriers = new Map<string, Set<number>>();
@@ -104,8 +105,8 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   }
 
   /**
-   * Closes the oldest connections without a token where there are as many as are allowed. A rank proves its token within a round trip, so
-   * newcomers are served even in a flood; a rank that is closed all the same connects again.
+   * Closes the oldest connections before the handshake if there are too many. A handshake takes one round trip, so peers can connect
+   * during a flood; a peer that is closed retries.
    */
   function makeRoom(from: string): void {
     const ofAddress = [...strangers].filter(([, address]) => address === from).map(([socket]) => socket);
@@ -119,7 +120,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     }
   }
 
-  /** Knows the token: from here on what is wrong is wrong with this run, and ends it for all. */
+  /** Admits a peer after the handshake. An error from here on is an error of this run and ends it on all ranks. */
   function admit(hello: Extract<ToHub, { kind: "hello" }>, peerLine: FramedConnection<ToRank>): Peer | undefined {
     const { rank, pid, plan } = hello;
     const [host, version] = [printable(hello.host), printable(hello.version)];
@@ -135,7 +136,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     if (phase !== "gathering" || problem) {
       const { text, fix } = verdict ?? { text: problem ?? "the run is over", fix: "start each rank once, all with the same world size" };
       refuse(peerLine, text, fix);
-      // a run that goes well is not ended by a latecomer
+      // a late peer does not end a run that is in progress
       if (phase === "gathering") failAll(text, fix);
       return undefined;
     }
@@ -198,7 +199,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
       abort(`${nameOf(peer)} failed: ${text}`);
     },
     stop: () => {
-      // once: a rank that was held names a step that it then does not run
+      // send `hold` once: a held rank reports a step that it does not run
       if (!stopping) for (const { line } of peers.values()) line.send({ kind: "hold" });
       stopping = true;
     },
@@ -211,7 +212,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
       if (peer.rank !== 0) peer.line.send({ kind: "bye" });
       expectReachable();
       agreeOnLast();
-      // rank 0 leaves last: the hub goes with it
+      // rank 0 leaves last, because its process runs the hub
       if ([...peers.values()].every(({ left }) => left)) peers.get(0)!.line.send({ kind: "bye" });
     },
   };
@@ -239,7 +240,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
 
   function checkPeers(): void {
     const now = performance.now();
-    // this process itself may have stood still: then nobody else is to blame
+    // if this process was suspended, the silence is not the peers'
     const late = now - ticked > 3 * beat;
     ticked = now;
     if (phase === "over") return;
@@ -256,7 +257,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     }
   }
 
-  /** Before the meeting has begun. Whoever still comes, rank 0 itself perhaps, hears the same. */
+  /** Ends the run before all ranks are admitted. Later peers, including rank 0, get the same error. */
   function failAll(text: string, fix: string): void {
     verdict = { text, fix };
     for (const { line } of peers.values()) refuse(line, text, fix);
@@ -265,7 +266,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
 
   function abort(text: string): void {
     if (phase === "gathering") {
-      failAll(text, "see what that rank says");
+      failAll(text, "see the output of that rank");
       return;
     }
     const whole = `${text}${whereText([...peers.values()])}`;
@@ -279,7 +280,7 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
     clearInterval(watch);
   }
 
-  /** Lines to guests stay open: each guest closes its own when it has read what was said. */
+  /** Connections of peers stay open: each peer closes its own after it has read the last message. */
   function close(): void {
     rest();
     server.close();
@@ -289,12 +290,12 @@ export async function openHub(settings: HubSettings): Promise<Hub> {
   return { close };
 }
 
-/** Milliseconds that a connection has to prove the token. */
+/** The handshake timeout in milliseconds. */
 const HANDSHAKE = 10_000;
-/** Connections without a token that one address may have: all ranks may be on one host, and connect at once. */
+/** The limit of connections before the handshake per address: all ranks may be on one host and connect simultaneously. */
 const strangersOf = (world: number): number => Math.max(64, world);
 const otherToken = {
-  text: "what listens there is rank 0 of another run: it has another token",
+  text: "rank 0 there belongs to another run: it has another token",
   fix: "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
 };
 const nameOf = ({ rank, host, pid }: Peer): string => `rank ${rank} (${host}, process ${pid})`;
@@ -304,14 +305,14 @@ const refuse = (line: FramedConnection<ToRank>, text: string, fix: string): void
   line.close();
 };
 
-/** Nothing where all are alike; else who has what, the most common first. */
+/** Returns undefined if all values are equal; else the ranks of each value, the most common first. */
 function differing(peers: readonly Peer[], of: (peer: Peer) => string): string | undefined {
   const ranks = groups(peers, of);
   if (ranks.length === 1) return undefined;
   return ranks.map(([value, ranks]) => `${ranksText(ranks)} ${ranks.length === 1 ? "has" : "have"} ${value}`).join(", ");
 }
 
-/** Where the ranks were when they were last heard, those in one place together. */
+/** Lists the last known positions, with the ranks at each. */
 function whereText(peers: readonly Peer[]): string {
   const places = groups(
     peers.filter(({ reports, at, step }) => reports !== 0 || at !== "" || step !== 0),
@@ -328,15 +329,13 @@ function groups(peers: readonly Peer[], of: (peer: Peer) => string): [string, nu
   return [...found].sort(([, a], [, b]) => b.length - a.length);
 }
 
-/**
- * On all addresses, for a host may resolve its own name to one that others cannot reach; on the loopback alone where the address is it.
- */
+/** Listens on all addresses, because a host may resolve its own name to an address that others cannot reach; on loopback if the address is loopback. */
 function listen(server: ReturnType<typeof createServer>, { address, port }: HubSettings): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once("error", ({ code }: NodeJS.ErrnoException) => {
       const found = code === "EADDRINUSE" ? "another program listens there" : code;
       reject(
-        new Trouble(`rank 0 cannot listen on port ${port}: ${found}`, "set MASTER_PORT (or RANKC_PORT) to a free port, on all ranks alike"),
+        new Trouble(`rank 0 cannot listen on port ${port}: ${found}`, "set MASTER_PORT (or RANKC_PORT) to a free port, equal on all ranks"),
       );
     });
     server.listen({ port, backlog: 4096, ...(isLoopback(address) && { host: address }) }, resolve);

@@ -1,6 +1,6 @@
 /**
- * The launcher: starts the ranks of this host, one process each, and ends when all have ended. It forwards what they say line by line;
- * when one fails, none of the others stays; signals reach all of them, once.
+ * The launcher: starts one process per rank on this host, and returns when all have ended. It forwards their output line by line and
+ * signals to all of them. If one rank fails, it ends the others.
  */
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
@@ -11,27 +11,29 @@ import { createInterface } from "node:readline";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Env } from "./place.ts";
 
+/** Settings of `launch`. */
 export interface LaunchSettings {
   readonly command: string;
   readonly args: readonly string[];
   readonly ranks: number;
   readonly env: Env;
-  /** A line of a rank, without its line feed. What rank 0 says to stdout is data and comes as it is; all else has its rank in front: `[3] …`. */
+  /** Receives a line of output, without its line feed. Lines that rank 0 prints to stdout are data and unchanged; all others begin with the rank: `[3] …`. */
   readonly onLine: (stream: "stdout" | "stderr", line: string) => void;
-  /** What a rank that failed first gives the others to end by themselves, each with its message; then what SIGTERM gives them. Milliseconds. */
+  /** Milliseconds from the first failure to SIGTERM, in which the other ranks end with their own messages (`settle`); then to SIGKILL (`grace`). */
   readonly settle?: number;
   readonly grace?: number;
 }
 
+/** The result of `launch`. */
 export interface Launched {
-  /** Of the first that failed, as a shell counts: 128 + n where signal n ended it. 0: all is well. */
+  /** The exit code of the first rank that failed, 128 + n after signal n; 0 if all succeeded. */
   readonly code: number;
   readonly failed?: { readonly rank: number; readonly how: string };
-  /** The signal that the launcher was sent, if any. */
+  /** The signal that the launcher received, if any. */
   readonly signal?: "SIGINT" | "SIGTERM" | "SIGHUP";
 }
 
-/** Throws a Trouble where the command does not start. The GPU of a rank is for it to choose, by LOCAL_RANK. */
+/** Starts the ranks and waits for them. Each rank selects its GPU by LOCAL_RANK. Throws a Trouble if the command does not start. */
 export async function launch({ command, args, ranks, env, onLine, settle = 3000, grace = 5000 }: LaunchSettings): Promise<Launched> {
   const port = await freePort();
   const shared = {
@@ -45,7 +47,7 @@ export async function launch({ command, args, ranks, env, onLine, settle = 3000,
     // NVLink multicast stays off
     NCCL_NVLS_ENABLE: "0",
   };
-  // what a site says about this process is not true of its ranks
+  // these variables describe the launcher's own process, not its ranks
   for (const name of ["RANKC_PORT", "TORCHELASTIC_USE_AGENT_STORE"]) delete (shared as Record<string, string | undefined>)[name];
 
   let failed: { rank: number; how: string; code: number } | undefined;
@@ -53,7 +55,7 @@ export async function launch({ command, args, ranks, env, onLine, settle = 3000,
   const timers: NodeJS.Timeout[] = [];
   const width = `${ranks - 1}`.length;
   const children = Array.from({ length: ranks }, (_, rank) =>
-    // a session of its own: what a terminal sends comes to the launcher alone, which hands it on
+    // a separate session: signals of the terminal reach only the launcher, which forwards them
     spawn(command, args, {
       env: { ...shared, RANK: `${rank}`, LOCAL_RANK: `${rank}` },
       stdio: ["ignore", "pipe", "pipe"],
@@ -124,14 +126,14 @@ function endOf(child: ChildProcess): Promise<{ code: number; ended: string }> {
   });
 }
 
-/** Resolves when the stream has ended and all its lines are handed on. */
+/** Forwards lines until the stream ends. */
 async function forward(child: ChildProcess, stream: "stdout" | "stderr", prefix: string, onLine: LaunchSettings["onLine"]): Promise<void> {
   const lines = createInterface({ input: child[stream]!, crlfDelay: Number.POSITIVE_INFINITY });
   lines.on("line", (text) => onLine(stream, prefix + text));
   await once(lines, "close");
 }
 
-/** A port of this host that nobody listens on now. */
+/** Returns a free port on this host. */
 export async function freePort(): Promise<number> {
   const server = createServer().listen(0, "127.0.0.1");
   await once(server, "listening");

@@ -1,9 +1,9 @@
-/** A rank's line to the hub: it connects with patience, proves that it knows the token, and then says and hears what the meeting needs. */
+/** The connection of a peer to the hub of rank 0: connect with retry, handshake with the token, then messages and heartbeats. */
 import { connect } from "node:net";
 import { hostname } from "node:os";
 import { type FramedConnection, framedConnection, limits, proofOf, type ToHub, ToRank } from "./wire.ts";
 
-/** Times in milliseconds. */
+/** Settings of a peer. Times are in milliseconds. */
 export interface PeerSettings {
   readonly rank: number;
   readonly world: number;
@@ -17,24 +17,27 @@ export interface PeerSettings {
   readonly lost: number;
 }
 
+/** Callbacks of a peer connection. */
 export interface PeerEvents {
   readonly welcome: () => void;
-  /** Before the welcome: the meeting will not be. */
+  /** The hub rejected the peer, or could not be reached, before `welcome`. */
   readonly refused: (text: string, fix: string) => void;
   readonly shared: (name: string, members: readonly number[], data: Uint8Array) => void;
   readonly released: (name: string) => void;
-  /** After the welcome: the run is over. Comes once. */
+  /** The run was aborted after `welcome`. Called once. */
   readonly abort: (text: string) => void;
   readonly hold: () => void;
   readonly last: (step: number) => void;
   readonly bye: () => void;
 }
 
+/** An open connection to the hub. */
 export interface PeerConnection {
   readonly send: (message: ToHub, data?: Uint8Array) => void;
   readonly close: () => void;
 }
 
+/** Connects to the hub, and retries until `timeout`. `whereAmI` returns the heartbeat message. */
 export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHub, { kind: "beat" }>, events: PeerEvents): PeerConnection {
   const { rank, world, address, port, token, plan, version, timeout, beat, lost } = settings;
   const place = `rank 0 at ${address}:${port}`;
@@ -53,7 +56,7 @@ export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHu
   };
   const peerLost = (text: string): void => {
     const early = state !== "in";
-    end(() => (early ? events.refused(text, "look at what rank 0 says") : events.abort(text)));
+    end(() => (early ? events.refused(text, "see the output of rank 0") : events.abort(text)));
   };
 
   function connectWithRetry(wait: number, problem: string): void {
@@ -64,7 +67,7 @@ export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHu
       return;
     }
     const socket = connect({ host: address, port });
-    let problemNow = "it closes the connection at once";
+    let problemNow = "it closed the connection immediately";
     const quiet = setTimeout(() => socket.destroy(new Error("no answer")), Math.min(10_000, timeout));
     current = framedConnection<ToRank, ToHub>(socket, ToRank, {
       limit: limits.greeting,
@@ -109,7 +112,7 @@ export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHu
 
   function heartbeat(): void {
     const now = performance.now();
-    // this process itself may have stood still: then the hub is not to blame
+    // if this process was suspended, the silence is not the hub's
     if (now - ticked > 3 * beat) heard = now;
     ticked = now;
     current!.send(whereAmI());

@@ -1,34 +1,36 @@
 /**
- * Place: which rank this process is, as what started it says through the environment. Read from torchrun-style variables, Open MPI or
- * Slurm, in this order; a run that none of them started has no place, and `launch` starts its ranks.
+ * Reads the rank of this process from the environment: from torchrun-style variables, Open MPI or Slurm, in this order. Without any of
+ * them, `launch` starts the ranks.
  */
 import { createHash, createHmac } from "node:crypto";
 import { readFileSync, statSync } from "node:fs";
 import { Trouble } from "../../schemas/trouble.ts";
 
+/** Environment variables. */
 export type Env = Readonly<Record<string, string | undefined>>;
 
+/** The rank of this process, and the address of rank 0. */
 export interface RankPlace {
   readonly by: "RANK" | "Open MPI" | "Slurm";
   readonly rank: number;
   readonly world: number;
-  /** Among the ranks of this host. */
+  /** The index among the ranks of this host. */
   readonly localRank: number;
-  /** Ranks of this host, where the site says so. */
+  /** The number of ranks of this host; undefined if the environment does not contain it. */
   readonly localWorld: number | undefined;
-  /** Where rank 0 listens: an address or a host's name. */
+  /** The address or host name where rank 0 listens. */
   readonly address: string;
   readonly port: number;
-  /** What the ranks of this run prove to each other that they have; the same on all. */
+  /** The token that a peer proves in the handshake; equal on all ranks of the run. */
   readonly token: string;
-  /** Whether others cannot compute the token: it comes from RANKC_TOKEN or RANKC_TOKEN_FILE, and not from the job's identity alone. */
+  /** Whether the token is secret: it comes from RANKC_TOKEN or RANKC_TOKEN_FILE, not only from the identity of the job. */
   readonly secret: boolean;
 }
 
-/** Whether an address is reached from this host alone. */
+/** Returns whether only this host can reach an address. */
 export const isLoopback = (address: string): boolean => /^(127\.|::1$|localhost$)/.test(address);
 
-/** `world`: ranks of the plan. Undefined where nothing in the environment speaks of ranks. Throws a Trouble for half a place. */
+/** Returns the rank of this process; undefined if the environment has no ranks. `world`: ranks of the plan. Throws a Trouble if variables are missing or contradict each other. */
 export function placeOf(env: Env, world: number): RankPlace | undefined {
   const place = torchrun(env) ?? openMpi(env) ?? slurm(env);
   if (!place) {
@@ -50,7 +52,7 @@ export function placeOf(env: Env, world: number): RankPlace | undefined {
   return place;
 }
 
-/** The ordinal of this rank's GPU among those the driver shows. A site that binds one GPU to each task shows one to each rank. */
+/** Returns the driver's ordinal of this rank's GPU. A scheduler that binds one GPU to each task shows one device to each rank. Throws a Trouble (exit 3) if there is no GPU for the rank. */
 export function ordinalOf({ by, localRank }: Pick<RankPlace, "by" | "localRank">, devices: number): number {
   if (localRank < devices) return localRank;
   if (devices === 1 && by !== "RANK") return 0;
@@ -71,7 +73,7 @@ function torchrun(env: Env): RankPlace | undefined {
   if (missing.length > 0)
     throw new Trouble(`RANK is set, but ${missing.join(", ")} ${missing.length === 1 ? "is" : "are"} not`, `${startWays}; or unset RANK`);
   const port = portOf(env, "MASTER_PORT");
-  // the agent of torchrun itself listens on the port that it hands out, and says so
+  // the agent of torchrun may listen on MASTER_PORT itself
   const taken = env.TORCHELASTIC_USE_AGENT_STORE === "True";
   return {
     by: "RANK",
@@ -116,7 +118,7 @@ function openMpi(env: Env): RankPlace | undefined {
   };
 }
 
-/** A batch script has SLURM_PROCID=0 too, and a shell is a step of one task: only a task of a step with several is a rank. */
+/** A batch script also has SLURM_PROCID=0, and a shell is a step of one task: only a task of a step with several tasks is a rank. */
 function slurm(env: Env): RankPlace | undefined {
   const marks = ["SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_LAUNCH_NODE_IPADDR"];
   if (!marks.some((name) => env[name])) return undefined;
@@ -128,7 +130,7 @@ function slurm(env: Env): RankPlace | undefined {
   agree(env, { WORLD_SIZE: world, LOCAL_RANK: localRank }, "Slurm");
   const oneHost = env.SLURM_STEP_NUM_NODES === "1";
   const first = env.SLURM_STEP_NODELIST && firstHost(env.SLURM_STEP_NODELIST);
-  // where srun was called may be a login node, which is not the host of rank 0: it is asked last
+  // SLURM_LAUNCH_NODE_IPADDR may be a login node, which is not the host of rank 0, so it comes last
   const address = env.MASTER_ADDR || (oneHost ? "127.0.0.1" : first || env.SLURM_LAUNCH_NODE_IPADDR);
   if (!address) throw new Trouble("Slurm: SLURM_STEP_NODELIST is not set", "export MASTER_ADDR=<host of rank 0> before srun");
   const job = [env.SLURM_JOB_ID ?? env.SLURM_JOBID, env.SLURM_STEP_ID ?? env.SLURM_STEPID, env.SLURM_RESTART_COUNT].join(".");
@@ -144,13 +146,13 @@ function slurm(env: Env): RankPlace | undefined {
   };
 }
 
-/** `gpu[003-006,9],login1` → gpu003; `r[1-2]n[07-08]` → r1n07. */
+/** Returns the first host of a Slurm node list: `gpu[003-006,9],login1` → gpu003; `r[1-2]n[07-08]` → r1n07. */
 export function firstHost(nodes: string): string {
   const depthZero = /^(?:[^,[]|\[[^\]]*\])*/.exec(nodes)![0];
   return depthZero.replaceAll(/\[([^\],-]*)[^\]]*\]/g, "$1");
 }
 
-/** Nothing started us as a rank: then what speaks of ranks all the same is half a place. */
+/** Throws a Trouble if variables of a rank are set although no launcher is detected. */
 function refuseRemains(env: Env): void {
   const remains = ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"].filter((name) => env[name]);
   if (remains.length > 0) {
@@ -169,7 +171,7 @@ function expectAll(env: Env, names: readonly string[], fix: string): void {
   throw new Trouble(`${there.join(", ") || "a task"} is set, but ${missing.join(", ")} ${missing.length === 1 ? "is" : "are"} not`, fix);
 }
 
-/** Variables that a script sets beside the site's own must say the same. */
+/** Throws a Trouble if torchrun-style variables contradict those of the scheduler. */
 function agree<T extends Readonly<Record<string, number>>>(env: Env, own: T, by: string): T {
   for (const [name, value] of Object.entries(own))
     if (env[name] && whole(env, name) !== value)
@@ -191,12 +193,12 @@ function portOf(env: Env, name: string): number {
 }
 const ownPort = (env: Env): number | undefined => (env.RANKC_PORT ? portOf(env, "RANKC_PORT") : undefined);
 
-/** Below the ports that systems hand out by themselves (32768 and up on Linux). */
+/** A port below the ephemeral range (32768 and up on Linux), from a hash of the job. */
 const portFrom = (job: string): number => 20_000 + (createHash("sha256").update(job).digest().readUInt32LE(0) % 12_000);
 
 /**
- * RANKC_TOKEN as it is; else the HMAC-SHA-256 of the job's identity under the contents of RANKC_TOKEN_FILE, so that runs which share the
- * file have tokens of their own; else a hash of that identity, which keeps runs apart and is no secret.
+ * Returns the token: RANKC_TOKEN; else the HMAC-SHA-256 of the job's identity with the secret in RANKC_TOKEN_FILE, so that runs that share
+ * the file have different tokens; else a hash of the identity, which separates runs but is not secret.
  */
 function tokenOf(env: Env, job: readonly (string | undefined)[]): Pick<RankPlace, "token" | "secret"> {
   if (env.RANKC_TOKEN) return { token: env.RANKC_TOKEN, secret: true };
@@ -209,7 +211,7 @@ function tokenOf(env: Env, job: readonly (string | undefined)[]): Pick<RankPlace
 const SHORTEST_SECRET = 16;
 const LONGEST_SECRET = 2 ** 16;
 
-/** The secret in a file, without white space around it. Throws a Trouble where there is none of 16 bytes to 64 KiB. */
+/** Reads the secret in a file and trims white space. Throws a Trouble if it is shorter than 16 characters or the file exceeds 64 KiB. */
 function secretIn(path: string): string {
   const make = "make one, the same on all hosts: openssl rand -hex 32 > FILE; chmod 600 FILE";
   let text: string;

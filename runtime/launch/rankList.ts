@@ -1,4 +1,4 @@
-/** Ranks as people read them: `0-2, 5, 7-9`. */
+/** Formats ranks as ranges: `0-2, 5, 7-9`. */
 export function rankList(ranks: readonly number[]): string {
   const sorted = [...ranks].sort((a, b) => a - b);
   const runs: [number, number][] = [];
@@ -10,4 +10,5 @@ export function rankList(ranks: readonly number[]): string {
   return runs.map(([from, to]) => (from === to ? `${from}` : `${from}-${to}`)).join(", ");
 }
 
+/** Formats ranks with the noun: `rank 3`, `ranks 0-2, 5`. */
 export const ranksText = (ranks: readonly number[]): string => `rank${ranks.length === 1 ? "" : "s"} ${rankList(ranks)}`;

@@ -1,12 +1,14 @@
 /**
- * The meeting of all ranks of a run, one process each: `join` returns when all are there and run the same plan with the same rankc.
- * They then share bytes (NCCL's ids), wait for each other, and stop together: when one rank dies, hangs or fails, all others are told.
+ * The rendezvous of all ranks of a run, one process each. `join` returns when all ranks are connected and run the same plan with the same
+ * rankc. They then share bytes (NCCL ids), synchronize at barriers, and stop after the same step. If a rank is lost, hangs or fails, all
+ * others abort.
  */
 import { MessageChannel, receiveMessageOnPort } from "node:worker_threads";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Env } from "./place.ts";
 import { cells, startWatchdog, unknown, type WatchdogCommand, type WatchdogMessage } from "./watchdog.ts";
 
+/** Settings of `join`. */
 export interface JoinSettings {
   readonly rank: number;
   readonly world: number;
@@ -17,51 +19,52 @@ export interface JoinSettings {
   readonly plan: string;
   readonly version: string;
   readonly times: Times;
-  /** The launcher's process, where one started this rank: when it is gone, the rank stops. */
+  /** The process id of the launcher, if one started this rank: when it ends, the rank aborts. */
   readonly launcher?: number;
-  /** The run is over, and not by this rank. Whoever waits for the meeting hears the same. The process has six seconds to end. */
+  /** Called when another rank aborts the run. Pending calls reject with the same error. The process has six seconds to end. */
   readonly onAbort?: (reason: Trouble) => void;
 }
 
-/** In seconds. */
+/** Time limits in seconds. */
 export interface Times {
-  /** How long all ranks are waited for at the start. */
+  /** For all ranks to connect. */
   readonly timeout: number;
-  /** How long a rank may stand still in one instruction. */
+  /** For one instruction of a rank. */
   readonly hang: number;
   readonly beat: number;
-  /** How long a rank may say nothing. */
+  /** Without a message from a rank. */
   readonly lost: number;
   readonly grace: number;
 }
 
+/** The connection to the other ranks of the run. */
 export interface Meeting {
-  /** Rank 0 gives the bytes, all others receive them. A name may be used again: the n-th call receives what the n-th call gave. */
+  /** Sends bytes from rank 0 to all others. A name may be reused: the n-th call receives the bytes of the n-th call. */
   broadcast(name: string, bytes: Uint8Array | undefined): Promise<Uint8Array>;
-  /** The same within a group: its first member makes the bytes. At most 1 MiB. */
+  /** Sends bytes from the first member of a group to the others. At most 1 MiB. */
   share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array>;
-  /** Waits until all ranks have come to the barrier of this name. */
+  /** Waits until all ranks have reached the barrier of this name. */
   barrier(name: string): Promise<void>;
-  /** Says that a step (from 1 on) begins. False: the ranks have agreed to stop before it. Throws where the run is over. */
+  /** Reports the begin of a step (from 1). Returns false if the ranks have agreed to stop before it. Throws if the run is aborted. */
   begin(step: number): boolean;
-  /** Says which instruction the rank is in. Costs two stores; a text not said before, a message. */
+  /** Reports the current instruction. Costs two stores, and a message for a new text. */
   report(instruction: string): void;
-  /** Asks all ranks to stop after the same step, the first that none of them has gone beyond. */
+  /** Requests that all ranks stop after the same step: the last that any rank has begun. */
   stop(): void;
-  /** Tells all others that this rank has failed, and leaves. */
+  /** Aborts the run on all other ranks, and leaves. */
   fail(reason: string): Promise<void>;
-  /** Leaves in peace. Rank 0 waits until all others have left. */
+  /** Leaves the run. Rank 0 waits until all others have left. */
   close(): Promise<void>;
 }
 
 const defaults: Times = { timeout: 300, hang: 600, beat: 2, lost: 15, grace: 2 };
 
-/** RANKC_TIMEOUT and RANKC_HANG in seconds. */
+/** Returns the time limits, with RANKC_TIMEOUT and RANKC_HANG (seconds) from the environment. Throws a Trouble if a value is invalid. */
 export function timesOf(env: Env): Times {
   return { ...defaults, timeout: secondsOf(env, "RANKC_TIMEOUT") ?? defaults.timeout, hang: secondsOf(env, "RANKC_HANG") ?? defaults.hang };
 }
 
-/** The launcher's process, for `join`: set by it for its ranks. */
+/** Returns the launcher's process id from the environment, for `join`. */
 export const launcherOf = (env: Env): { readonly launcher?: number } =>
   env.RANKC_LAUNCHER ? { launcher: Number(env.RANKC_LAUNCHER) } : {};
 
@@ -70,11 +73,11 @@ function secondsOf(env: Env, name: string): number | undefined {
   if (!text) return undefined;
   const value = Number(text);
   if (!(value > 0 && value <= 1e6))
-    throw new Trouble(`${name} is ${JSON.stringify(text)}, not a number of seconds`, `set ${name}=600, or leave it out`);
+    throw new Trouble(`${name} is ${JSON.stringify(text)}, not a number of seconds`, `set ${name}=600, or unset it`);
   return value;
 }
 
-/** Throws a Trouble that names the ranks that are missing, or that differ. */
+/** Joins the run. Throws a Trouble that names missing ranks, or ranks with another plan or version. */
 export async function join({ times, launcher, onAbort, ...who }: JoinSettings): Promise<Meeting> {
   const milliseconds = Object.fromEntries(Object.entries(times).map(([name, s]) => [name, s * 1000])) as unknown as Times;
   const shared = new SharedArrayBuffer(4 * Object.keys(cells).length);
@@ -90,7 +93,7 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
   let over: Trouble | undefined;
   let left = false;
 
-  /** The next news of this kind and name. While somebody waits, the process stays alive. */
+  /** Returns the next message of this kind and name. A pending wait keeps the process alive. */
   function next<K extends WatchdogMessage["kind"]>(kind: K, name = ""): Promise<Extract<WatchdogMessage, { kind: K }>> {
     if (over) return Promise.reject(over);
     const key = `${kind} ${name}`;
@@ -130,7 +133,7 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
     else arrived.set(key, [...(arrived.get(key) ?? []), message]);
     rest();
   }
-  const hearNow = (): void => {
+  const receiveNow = (): void => {
     for (let got = receiveMessageOnPort(port); got; got = receiveMessageOnPort(port)) onMessage(got.message as WatchdogMessage);
   };
   const order = (given: WatchdogCommand): void => port.postMessage(given);
@@ -163,7 +166,7 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
     order(how);
     await next("bye");
     left = true;
-    // the watchdog ends by itself, when what it sent has arrived
+    // the watchdog ends when its last message has arrived
     port.close();
   }
 
@@ -184,7 +187,7 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
       Atomics.store(cell, cells.text, 0);
       Atomics.add(cell, cells.reports, 1);
       if (Atomics.load(cell, cells.hold) === 1) Atomics.wait(cell, cells.last, unknown);
-      if (Atomics.load(cell, cells.over) !== 0) hearNow();
+      if (Atomics.load(cell, cells.over) !== 0) receiveNow();
       if (over) throw over;
       const last = Atomics.load(cell, cells.last);
       return last === unknown || step <= last;
@@ -200,7 +203,7 @@ export async function join({ times, launcher, onAbort, ...who }: JoinSettings): 
     },
     stop: () => order({ kind: "stop" }),
     async fail(reason) {
-      // who is the cause of the end does not hear of it again; a hub that is gone does not answer
+      // ignore the abort that this rank caused; a lost hub does not answer
       await Promise.race([leave({ kind: "fail", text: reason }), new Promise((r) => setTimeout(r, 1000).unref())]).catch(() => {});
     },
     close: () => leave({ kind: "bye" }),

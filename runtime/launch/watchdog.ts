@@ -1,7 +1,7 @@
 /**
- * The watchdog: a thread of each rank that holds its line to the others, for NCCL and CUDA block the main thread for as long as they
- * like. When the run is over, the main thread is told; where it is blocked and cannot hear, the watchdog says why and ends the process.
- * That is the one place beside the command line that prints and ends a process: nobody else is awake.
+ * The watchdog: a thread of each rank that owns its connection to the hub, because NCCL and CUDA may block the main thread indefinitely.
+ * When the run is aborted, it notifies the main thread; if that is blocked, the watchdog prints the reason and kills the process. It is
+ * the only code besides the command line that does so.
  */
 import { writeSync } from "node:fs";
 import { type MessagePort, Worker, workerData } from "node:worker_threads";
@@ -10,31 +10,33 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
 import { connectPeer, type PeerConnection, type PeerSettings } from "./peer.ts";
 
-/** Cells of what both threads see, all i32. */
+/** Indices of the i32 cells that both threads share. */
 export const cells = {
-  /** Counts what the main thread reports: it moves on. */
+  /** Counter of the main thread's reports; it increases while the thread makes progress. */
   reports: 0,
-  /** The last step it has begun. */
+  /** The last step that the main thread has begun. */
   step: 1,
-  /** The number of the text that says where it is. */
+  /** The index of the text of the current instruction. */
   text: 2,
-  /** 1: begin no step before `last` is known. */
+  /** 1: the main thread begins no step before `last` is set. */
   hold: 3,
-  /** The last step to run; `unknown` until the ranks have agreed. */
+  /** The last step to run; `unknown` until all ranks agree. */
   last: 4,
-  /** 1: the run is over. 2: and the main thread knows. */
+  /** 1: the run is aborted. 2: the main thread has received the abort. */
   over: 5,
 } as const;
+/** Value of the cell `last` before all ranks agree. */
 export const unknown = -2;
 
+/** Settings of the watchdog thread. */
 export interface WatchdogSettings extends HubSettings, PeerSettings {
-  /** How long a main thread that does not hear is waited for; one that hears has three times as long. Milliseconds. */
+  /** Milliseconds from an abort to the kill of a blocked main thread; a main thread that has received the abort gets three times as long. */
   readonly grace: number;
-  /** The process that must stay this one's parent. */
+  /** The process id of the launcher; if it is no longer the parent, the rank aborts. */
   readonly launcher: number | undefined;
 }
 
-/** From the main thread to the watchdog. */
+/** A message from the main thread to the watchdog. */
 export type WatchdogCommand =
   | { readonly kind: "text"; readonly index: number; readonly text: string }
   | { readonly kind: "share"; readonly name: string; readonly members: readonly number[]; readonly data: Uint8Array }
@@ -43,7 +45,7 @@ export type WatchdogCommand =
   | { readonly kind: "stop" }
   | { readonly kind: "bye" };
 
-/** From the watchdog to the main thread. */
+/** A message from the watchdog to the main thread. */
 export type WatchdogMessage =
   | { readonly kind: "welcome" }
   | { readonly kind: "refused"; readonly text: string; readonly fix: string }
@@ -58,7 +60,7 @@ interface Given {
   readonly shared: SharedArrayBuffer;
 }
 
-/** Starts the thread. From a checkout, where this file is TypeScript, the thread needs the loader that the process itself runs under. */
+/** Starts the watchdog thread. In a checkout this file is TypeScript, and the thread registers the tsx loader first. */
 export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, shared: SharedArrayBuffer): Worker {
   const here = import.meta.url;
   const given = { workerData: { watchdog, port, shared } satisfies Given, transferList: [port] };
@@ -71,7 +73,7 @@ export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, sha
 async function serve({ watchdog: settings, port, shared }: Given): Promise<void> {
   const cell = new Int32Array(shared);
   const texts = [""];
-  const say = (message: WatchdogMessage): void => port.postMessage(message);
+  const post = (message: WatchdogMessage): void => port.postMessage(message);
   let hub: Hub | undefined;
   let member: PeerConnection | undefined;
   let parent: NodeJS.Timeout | undefined;
@@ -91,13 +93,13 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
     if (Atomics.compareExchange(cell, cells.over, 0, 1) !== 0) return;
     clearInterval(parent);
     settle(-1);
-    say({ kind: "abort", text });
+    post({ kind: "abort", text });
     const kill = (): void => {
       const { step, text: at } = where();
       try {
         writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${printable(at)}`}: ${escaped(text)}\n`);
       } catch {
-        // nobody reads what we say: it ends all the same
+        // stderr is closed; kill the process anyway
       }
       process.kill(process.pid, "SIGKILL");
     };
@@ -109,26 +111,26 @@ async function serve({ watchdog: settings, port, shared }: Given): Promise<void>
   } catch (error) {
     const { message, fix = "" } = error as Trouble;
     if (!(error instanceof Trouble)) throw error;
-    say({ kind: "refused", text: message, fix });
+    post({ kind: "refused", text: message, fix });
     return port.close();
   }
   member = connectPeer(settings, () => ({ kind: "beat", reports: Atomics.load(cell, cells.reports), ...where() }), {
-    welcome: () => say({ kind: "welcome" }),
+    welcome: () => post({ kind: "welcome" }),
     refused: (text, fix) => {
-      say({ kind: "refused", text, fix });
+      post({ kind: "refused", text, fix });
       close();
     },
-    shared: (name, members, data) => say({ kind: "shared", name, members, data }),
-    released: (name) => say({ kind: "released", name }),
+    shared: (name, members, data) => post({ kind: "shared", name, members, data }),
+    released: (name) => post({ kind: "released", name }),
     abort,
-    // the flag first, then the step: either the main thread sees the flag before it begins another, or we see that other
+    // set the flag before the step is read: the main thread sees the flag before its next step, or that step is read here
     hold: () => {
       Atomics.store(cell, cells.hold, 1);
       member!.send({ kind: "begun", step: Atomics.load(cell, cells.step) });
     },
     last: settle,
     bye: () => {
-      say({ kind: "bye" });
+      post({ kind: "bye" });
       close();
     },
   });

@@ -1,6 +1,6 @@
 /**
- * What rank 0 and the others say to each other over TCP. A frame: the magic, the bytes of the message and of what it carries (u32 each,
- * little-endian), the message as JSON, the bytes it carries. Whatever is no such frame ends the connection.
+ * The TCP protocol between rank 0 and its peers. A frame: the magic, the byte lengths of message and data (u32 each, little-endian), the
+ * message as JSON, the data. An invalid frame closes the connection.
  */
 import { createHmac, timingSafeEqual } from "node:crypto";
 import type { Socket } from "node:net";
@@ -10,6 +10,7 @@ const rank = z.int().min(0).max(1_000_000);
 const name = z.string().min(1).max(1000);
 const text = z.string().max(20_000);
 
+/** Messages from a peer to the hub. */
 export const ToHub = z.discriminatedUnion("kind", [
   z.strictObject({
     kind: z.literal("hello"),
@@ -32,6 +33,7 @@ export const ToHub = z.discriminatedUnion("kind", [
 ]);
 export type ToHub = z.infer<typeof ToHub>;
 
+/** Messages from the hub to a peer. */
 export const ToRank = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("nonce"), nonce: z.string().max(64) }),
   z.strictObject({ kind: z.literal("accepted") }),
@@ -51,16 +53,18 @@ export type ToRank = z.infer<typeof ToRank>;
 const magic = 0x316b6e72;
 const head = 12;
 /**
- * Before a token is proved, a stranger may send rank 0 no more than a hello takes, and what listens at rank 0's address no more than a
- * refusal takes. A member's largest message lists the ranks of a group.
+ * Limits in bytes. Before the handshake, a client may send at most a hello (`stranger`) and a server at most a refusal (`greeting`). After
+ * it, the largest message lists the ranks of a group (`member`).
  */
 export const limits = {
   stranger: { message: 4096, data: 0 },
   greeting: { message: 2 ** 17, data: 0 },
   member: { message: 2 ** 20, data: 2 ** 20 },
 };
+/** Largest message and data of a frame, in bytes. */
 export type Limit = (typeof limits)["member"];
 
+/** Encodes a frame. */
 export function frame(message: ToHub | ToRank, data: Uint8Array = new Uint8Array()): Uint8Array {
   const body = Buffer.from(JSON.stringify(message));
   const start = Buffer.alloc(head);
@@ -70,17 +74,18 @@ export function frame(message: ToHub | ToRank, data: Uint8Array = new Uint8Array
   return Buffer.concat([start, body, data]);
 }
 
+/** A connection that sends and receives frames. */
 export interface FramedConnection<Out> {
   readonly send: (message: Out, data?: Uint8Array) => void;
-  /** From now on what the other side sends may be this large. */
+  /** Sets the limit of received frames. */
   readonly allow: (limit: Limit) => void;
-  /** Sends no more; what the other side still sends is dropped, and it closes its own half. */
+  /** Closes the sending half and drops received data; the other side closes its half. */
   readonly close: () => void;
-  /** Closes both halves once what was sent before is written, whatever the other side does. */
+  /** Closes both halves after pending data is written. */
   readonly cut: () => void;
 }
 
-/** Speaks frames over a socket. `ended` comes once, with what was wrong with the bytes or the socket, or nothing where it just closed. */
+/** Sends and receives frames over a socket. `heard` receives each valid message. `ended` is called once, with a problem or, after a normal close, without one. */
 export function framedConnection<In, Out extends ToHub | ToRank>(
   socket: Socket,
   schema: z.ZodType<In>,
@@ -97,11 +102,11 @@ export function framedConnection<In, Out extends ToHub | ToRank>(
   };
   socket.setNoDelay(true);
   socket.on("data", (chunk) => {
-    // nothing is kept for a line that is closed
+    // drop data of a closed connection
     if (over) return;
     pending = pending.length === 0 ? chunk : Buffer.concat([pending, chunk]);
     while (!over && pending.length >= head) {
-      if (pending.readUInt32LE(0) !== magic) return end("what it sends is not rankc's");
+      if (pending.readUInt32LE(0) !== magic) return end("its data is not in rankc's protocol");
       const [message, data] = [pending.readUInt32LE(4), pending.readUInt32LE(8)];
       if (message > allowed.message || data > allowed.data) return end(`a message of ${message} + ${data} bytes is too long`);
       if (pending.length < head + message + data) return;
@@ -109,7 +114,7 @@ export function framedConnection<In, Out extends ToHub | ToRank>(
       const carried = new Uint8Array(pending.subarray(head + message, head + message + data));
       pending = pending.subarray(head + message + data);
       const parsed = schema.safeParse(jsonOf(body));
-      if (!parsed.success) return end("a message of it makes no sense");
+      if (!parsed.success) return end("it sent an invalid message");
       heard(parsed.data, carried);
     }
   });
@@ -139,9 +144,10 @@ function jsonOf(text: string): unknown {
   }
 }
 
+/** Returns the handshake proof: HMAC-SHA-256 of the nonce with the token. */
 export const proofOf = (token: string, nonce: string): string => createHmac("sha256", token).update(nonce).digest("hex");
 
-/** In constant time: an answer tells nothing about how much of a guess was right. */
+/** Verifies a handshake proof in constant time. */
 export function proves(proof: string, token: string, nonce: string): boolean {
   const [given, wanted] = [Buffer.from(proof), Buffer.from(proofOf(token, nonce))];
   return given.length === wanted.length && timingSafeEqual(given, wanted);

@@ -1,6 +1,6 @@
 /**
- * Batches of a corpus: ids [rows, seq], their labels, and what else a plan is fed of them. A batch is a function of how many
- * sequences were read before it, and of its size. Where the corpus lies, on a disk or in memory, does not matter.
+ * Batches of a corpus: ids [rows, seq], their labels, and the other inputs of a plan that derive from them. A batch is a function of the
+ * number of sequences read before it, and of its size. The corpus may be on a disk or in memory.
  */
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -10,34 +10,34 @@ import { readIndex } from "../data/megatronIndex.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "../data/tokens.ts";
 import { countOf, shiftLeft, type Weighting, weightsOf } from "./tokenWeights.ts";
 
-/** Labels are the ids to predict; without them, each token itself. `index`: the index of a Megatron data set, if `ids` has one. */
+/** The texts of a corpus. Without `labels` the tokens themselves are the labels. `index`: the index of a Megatron data set. */
 export interface Corpus {
   readonly ids: Text;
   readonly index?: Text | undefined;
   readonly labels?: Text | undefined;
 }
+/** How a job reads its corpus. */
 export interface Reading extends Written {
   readonly seq: number;
   readonly batch: number;
   readonly order: "sequential" | "shuffled";
   readonly seed: number;
-  /** Whether a plan takes weights of tokens; where the labels are not given after all, every token is learnt. */
+  /** Whether the plan has token weights as inputs. Without labels every token counts. */
   readonly weighed: boolean;
   readonly weighting: Weighting;
-  /** How many tokens after the next are predicted, too. */
+  /** Depths of multi-token prediction. */
   readonly depths: number;
 }
 /**
- * Inputs of a plan by their names: one value for each token of the step, or one alone. `weights` and `aux_weight`, the weight of
- * balancing and z losses, are there where a plan takes them; for depth k of multi-token prediction `ids_k`, `labels_k` and
- * `weights_k`. The weights of a batch that is smaller than the whole one are smaller by as much, as the losses of a plan are that
- * has none.
+ * Inputs of a plan by name: one value per token of the step, or one value. `weights` and `aux_weight` (the weight of balancing and z
+ * losses) exist if the plan has them; depth k of multi-token prediction has `ids_k`, `labels_k` and `weights_k`. The weights of a batch
+ * below the full size are scaled by batch / full batch, like the losses of a plan without weights.
  */
 export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Array; readonly labels: Int32Array };
-/** The next `rows` sequences after the first `first` of a run. */
+/** Returns the `rows` sequences after the first `first` of a run. */
 export type BatchOf = (first: number, rows: number) => Batch;
 
-/** Throws a Trouble if the corpus is too short, or of another format than `reading` says. */
+/** Opens a corpus for batches. Throws a Trouble if the corpus is too short, or does not have the format of `reading`. */
 export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
   const { seq, vocab } = reading;
   const tokens = idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
@@ -53,7 +53,7 @@ export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
       tokens.read(window, start);
       ids.set(window.subarray(0, seq), row * seq);
       if (!marks) labels.set(window.subarray(1), row * seq);
-      // a label stands at the token that it is about: a token is to be followed by the label of the next
+      // labels are aligned with their tokens; a token predicts the label of the next token
       else marks.read(labels.subarray(row * seq, (row + 1) * seq), start + 1);
     }
     const share = rows / reading.batch;
@@ -62,9 +62,9 @@ export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
 }
 
 /**
- * `aux_weight`: where all tokens of a step count alike, Megatron Core adds up balancing losses each times the tokens it is
- * about, learnt from or not, and divides all by the labels there are. A step without labels has no weight: its balancing losses
- * would be the whole gradient.
+ * Returns `weights` and `aux_weight`. With loss_weighting `token`, Megatron Core multiplies each balancing loss by its number of tokens,
+ * labelled or not, and divides the sum by the number of labels. A step without labels has weight 0, because its balancing losses would be
+ * the whole gradient.
  */
 function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: number): Readonly<Record<string, HostData>> {
   if (!weighed) return {};
@@ -74,8 +74,8 @@ function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: n
 }
 
 /**
- * The depths together count as one loss. With `token`, all labels of a depth count alike; Megatron Core averages a depth over each
- * microbatch and then over these by their labels for the loss itself, which is the same where nothing is ignored.
+ * Returns the inputs of multi-token prediction. All depths together have the weight of one loss. With `token`, all labels of a depth have
+ * equal weights; Megatron Core averages a depth over each microbatch first, which is equal if no label is ignored.
  */
 function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: number): Readonly<Record<string, HostData>> {
   const { seq, depths, weighting } = reading;
@@ -88,7 +88,7 @@ function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: n
   return inputs;
 }
 
-/** Where in the corpus a row starts of the step before which so many sequences were read. */
+/** Returns the start of a row in the corpus; `first`: the sequences read before the step. */
 type Order = (count: number, reading: Reading) => (first: number, row: number) => number;
 
 const orders: Readonly<Record<Reading["order"], Order>> = {
@@ -96,7 +96,7 @@ const orders: Readonly<Record<Reading["order"], Order>> = {
     (count, { seq, batch }) =>
     (first, row) =>
       ((first * seq) % (count - batch * (seq + 1) - 1)) + row * seq,
-  // Windows of seq tokens, end to end; each pass over the corpus visits all of them in an order of its own.
+  // Contiguous windows of seq tokens; each epoch visits all of them in its own random order.
   shuffled: (count, { seq, seed }) => {
     const windows = Math.floor((count - 1) / seq);
     let epoch = -1;
@@ -117,7 +117,7 @@ function permutation(length: number, seed: number, epoch: number): Uint32Array<A
   const order = Uint32Array.from({ length }, (_, i) => i);
   for (let i = length - 1; i > 0; i--) {
     philox(words, i, 0, epoch, 0, k0, k1);
-    // 53 random bits in [0, 1): no place is favoured by more than i / 2^53
+    // 53 random bits in [0, 1): the bias of an index is at most i / 2^53
     const uniform = (words[0]! * 2 ** 21 + (words[1]! >>> 11)) * 2 ** -53;
     const j = Math.floor(uniform * (i + 1));
     [order[i], order[j]] = [order[j]!, order[i]!];
@@ -130,18 +130,18 @@ function check(tokens: Tokens, { seq, batch }: Reading): void {
   const needed = batch * (seq + 1) + 2;
   if (tokens.count >= needed) return;
   throw new Trouble(
-    `${tokens.path}: the corpus has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} takes at least ${needed}`,
+    `${tokens.path}: the corpus has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} needs at least ${needed}`,
     "use a longer corpus, or lower train.global_batch or model.seq",
   );
 }
 
-/** How a job weighs the losses of a step's tokens. */
+/** Returns how a job weights the losses of tokens. */
 export const weightingOf = ({ train, model }: Pick<Job, "train" | "model">): Weighting => ({
   by: train.loss_weighting,
   together: train.micro_batch * model.seq,
 });
 
-/** How a job reads its corpus. */
+/** Returns how a job reads its corpus. */
 export const readingOf = ({ train, model, data }: Job): Reading => ({
   ...{ seq: model.seq, batch: train.global_batch, vocab: model.vocab, seed: train.seed },
   ...{ format: data.format, dtype: data.dtype, order: data.order },

@@ -1,6 +1,6 @@
 /**
- * execute: plan × fleet → trained steps. Walks each rank's program in the plan's order: forward and backward of every
- * microbatch, then the step block. The ranks of this process run as coroutines, which meet at collectives.
+ * The training loop: runs the plan on the local ranks, step by step. Each rank executes its block runs in the plan's order: forward and
+ * backward of every microbatch, then the step block. Local ranks are coroutines that synchronize at collectives.
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
@@ -20,77 +20,81 @@ import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { type RunProgress, trainingSchedule } from "./schedule.ts";
 
+/** The metrics of a step. */
 export interface StepResult {
   /** 1-based. */
   readonly step: number;
-  /** Mean cross-entropy over all tokens of the step that are learnt from, nats; as train.loss_weighting says, of the microbatches that have labels. */
+  /** Mean cross-entropy of the labelled tokens, in nats; train.loss_weighting sets the weights; microbatches without labels are excluded. */
   readonly loss: number;
-  /** Tokens that are learnt from, where data.labels says which. */
+  /** Labelled tokens, if the job has data.labels. */
   readonly labels?: number;
-  /** Of multi-token prediction, where the model has it: the mean of that over the depths. model.mtp.coeff of it is added to the loss. */
+  /** The loss of multi-token prediction, mean over the depths. The training loss includes model.mtp.coeff times it. */
   readonly mtp_loss?: number;
-  /** What balancing and z losses add to it; 0 where there are none. */
+  /** The sum of balancing and z losses; 0 if there are none. */
   readonly aux_loss: number;
-  /** Of that the z loss, where the model has one. */
+  /** The z loss within aux_loss. */
   readonly z_loss?: number;
-  /** Where the model has experts, how many tokens chose the busiest expert of a layer, over the mean of its experts, before any are dropped; of the layer where that is largest. */
+  /** Tokens of the busiest expert over the mean of its layer, before tokens are dropped; the maximum over layers. */
   readonly expert_load?: number;
-  /** Where experts have a capacity, the rows that are dropped in the step, of all layers. */
+  /** Rows dropped because of the capacity, summed over layers. */
   readonly dropped_rows?: number;
   /** Before clipping. */
   readonly grad_norm: number;
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
-  /** In fp16, what the loss was multiplied by before backward. */
+  /** In fp16: the loss scale of the step. */
   readonly loss_scale?: number;
-  /** In fp16, and where train.on_nonfinite is skip: whether the step changed no weights, since its gradients overflowed or since a number is not finite. */
+  /** In fp16 and with train.on_nonfinite skip: whether the step was skipped because of an overflow or a non-finite metric. */
   readonly skipped?: boolean;
-  /** Of a skipped step, what is not finite, and with `debugNonfinite` its origin; not of gradients that overflowed by the loss scale. */
+  /** Of a skipped step: the non-finite metric, with `debugNonfinite` also its origin. Not set for fp16 overflows. */
   readonly nonfinite?: string;
 }
+/** A whole tensor on the host. */
 export interface Tensor {
   readonly shape: readonly number[];
   readonly data: Float32Array;
 }
+/** A run of a plan on the local ranks. */
 export interface Run {
-  /** Whether another step begins: with other processes, all of them have agreed to it. Asked once before each step. */
+  /** Returns whether another step begins; all processes of a run agree. Call it once before each step. */
   mayBegin(): boolean;
-  /** Asks that no further step begins. */
+  /** Requests the end of the run after the current step. */
   stop(): void;
-  /** This process speaks for all: it holds rank 0. */
+  /** Whether this process has rank 0, and so prints for all. */
   readonly leads: boolean;
-  /** Throws a StepFault where a number of the step is not finite and train.on_nonfinite is stop: the run is where it was before it. */
+  /** Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. */
   step(): Promise<StepResult>;
-  /** How far the run is, steps before it began counted. */
+  /** Returns the run progress, including steps before a resume. */
   progress(): RunProgress;
-  /** What a rank of this process holds of a buffer, between two steps. */
+  /** Reads a local rank's shard of a buffer, between two steps. */
   read(rank: number, buffer: Buffer): Promise<HostData>;
-  /** The gradient of the last step by parameter name: mean over the step's tokens, before clipping, put together from all ranks. */
+  /** Returns the whole gradients of the last step by parameter name: mean over tokens, before clipping. Throws a Trouble unless all ranks are local. */
   gradients(): Promise<Map<string, Tensor>>;
+  /** Returns the whole parameters by name. Throws a Trouble unless all ranks are local. */
   parameters(): Promise<Map<string, Tensor>>;
-  /** A buffer named in `watch`, per microbatch, put together from all ranks; tokens as they lie (src/ops/positions.ts). */
+  /** Returns a buffer named in `watch`, whole, one per microbatch; tokens in the order of the ranks (src/ops/positions.ts). */
   watched(id: string): Promise<Tensor[]>;
-  /** What ran when in the last step, where it was opened with `profile`. */
+  /** Returns the times of the instructions of the last step, if the run was opened with `profile`. */
   profile(): Promise<readonly Timing[]>;
-  /** With what went wrong, if something did. */
+  /** Closes the local ranks. `error`: the error that ended the run. */
   close(error?: Error): Promise<void>;
 }
-/** What a plan is run with: opened before, and closed with the run. */
+/** The inputs of a run. The run closes `localRanks`. */
 export interface RunInputs {
   readonly localRanks: LocalRanks;
   readonly batch: BatchOf;
-  /** The weights to start from, read before this returns; without them, those of the job's seed. */
+  /** The initial weights; default: random weights of the job's seed. */
   readonly checkpoint?: { read(name: string, shape: readonly number[]): Float32Array };
-  /** Where another run was, which this one goes on from: all that it remembered, by name, in whatever pieces this plan has. */
+  /** The checkpoint to resume from: run progress, and shards of the checkpoint state by name and ranges. */
   readonly from?: { readonly progress: RunProgress; shard(name: string, ranges: Ranges): Float32Array };
-  /** Buffers to keep a copy of when they are written, for tests and debugging. */
+  /** Buffers to copy when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
-  /** Runs a step whose numbers are not finite a second time, instruction by instruction, to name the first that made one; no fleet may replay steps. */
+  /** Repeats a non-finite step instruction by instruction to locate its origin. The local ranks must not replay steps as graphs. */
   readonly debugNonfinite?: boolean;
 }
 
-/** Writes the parameters; the run then stands before its first step. Knows no files and no process: it works in a browser too. */
+/** Writes the initial or restored parameters to the local ranks, and returns the run. Uses no files and no process, so it works in a browser. */
 export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch = [], debugNonfinite = false }: RunInputs): Run {
   const { mesh, programs, job } = plan;
   const { train, model } = job;
@@ -100,10 +104,10 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
   const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
   const kept = new Map<string, Promise<HostData>[][]>();
   const schedule = trainingSchedule(job, from?.progress);
-  /** What the gradients of the last step were multiplied by. */
+  /** The loss scale of the last step's gradients. */
   let scaled = 1;
 
-  /** One parameter after the other, on all ranks that have it: a checkpoint's is in memory once, and no longer than it must. */
+  /** Writes one parameter after the other to all its ranks, so that one whole parameter at a time is in host memory. */
   function initialize(): void {
     const all = new Map<string, { r: number; p: Plan["programs"][number]["parameters"][number] }[]>();
     for (const r of ranks) for (const p of programOf(r).parameters) all.set(p.name, [...(all.get(p.name) ?? []), { r, p }]);
@@ -118,7 +122,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
     }
   }
 
-  /** All that the other run remembered; copies of parameters, and those in 16 bits beside a main one, follow from that. */
+  /** Writes the checkpoint state; tied copies and 16-bit copies are filled from the main parameter. */
   function restore({ shard }: NonNullable<RunInputs["from"]>): void {
     for (const r of ranks) {
       const p = programOf(r);
@@ -140,7 +144,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
     visitRuns(b.sizes, ranges(b, r), (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
     return out;
   }
-  /** A value put together from the pieces of the ranks of one stage. */
+  /** Assembles a whole value from the shards of the ranks of one stage. */
   async function assemble(stage: number, id: string, data: (r: number) => Promise<HostData>): Promise<Tensor> {
     const b = buffers[stage]!.get(id)!;
     const out = new Float32Array(elementsOf(b.sizes));
@@ -155,7 +159,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
   async function collect(pick: (p: Parameter) => string, wanted: (p: Parameter) => boolean = () => true): Promise<Map<string, Tensor>> {
     if (ranks.length < mesh.world)
       throw new Trouble(
-        `the ranks of ${printable(job.name)} run in ${mesh.world} processes, none of which holds all values`,
+        `the ranks of ${printable(job.name)} run in ${mesh.world} processes, and no process has all values`,
         "run it with --backend cpu or webgpu, which hold all ranks in one process",
       );
     const all = new Map<string, Tensor>();
@@ -166,7 +170,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
     return all;
   }
 
-  /** One rank's step. Yields where it has to wait, saying for what. */
+  /** Executes one step of a rank. Yields a description of the operation that it waits for. */
   function* walk(
     r: number,
     backend: RankDevice,
@@ -191,7 +195,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
         yield `${i.id} is inspected, ${at.tag}`;
       }
     }
-    /** Those of the inputs that a block reads; elsewhere their bytes may be another's. */
+    /** Writes the inputs that a block reads. Other inputs are skipped, because their memory may be in use by another buffer. */
     const fill = (block: readonly Instruction[], kinds: readonly BufferKind[], copy: number, m: number) => {
       const read = inputsReadBy(block);
       for (const [name, id] of Object.entries(p.inputs)) {
@@ -205,7 +209,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
       const { kind, microbatch, chunk } = parseTag(tag);
       const at = { tag, microbatch, copy: microbatch % p.chunks[chunk]!.copies };
       const instructions = p.chunks[chunk]![kind];
-      // workspace is filled for each block; activations are written by the forward block and stay
+      // fill workspace inputs for each block; activation inputs persist from the forward block
       fill(instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
       yield* block(instructions, at);
     }
@@ -217,7 +221,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
     (all[at.microbatch] ??= [])[r] = localRanks.rankDevice(r).read(bufferOf(r, id), at.copy);
   }
 
-  /** Runs a step again and finds the instruction that made its first value that is not finite. */
+  /** Repeats a step and locates the instruction that produced its first non-finite value. */
   async function originOf(walkAll: (inspector: Inspector) => Promise<void>): Promise<string | undefined> {
     const found = inspector(bufferOf, localRanks.rankDevice);
     await walkAll(found);
@@ -229,7 +233,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
   else initialize();
   let stopped = false;
   const orders = new Map<number, readonly (readonly string[])[]>();
-  /** By stage; many steps have one. */
+  /** Returns the block runs by stage; cached, because most steps have the same number of microbatches. */
   function ordersOf(microbatches: number): readonly (readonly string[])[] {
     const known = orders.get(microbatches) ?? programs.map((p) => orderOf(p, microbatches));
     orders.set(microbatches, known);
@@ -242,7 +246,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
       return error as Error;
     }
   };
-  /** The batch of the step to come, or what is wrong with it: that matters once the step begins. */
+  /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
   let next: Batch | Error | undefined;
   return {
     leads: ranks.includes(0),
@@ -280,7 +284,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
         return runTogether(walks, inspector?.settled);
       };
       await walkAll();
-      // the next batch is read while the device works
+      // read the next batch while the device computes
       const after = parameters.first + parameters.batch;
       [, next] = await Promise.all([localRanks.finish(), (async () => read(after, batchAt(train, after)))()]);
       const numbers = await readNumbers(plan, localRanks, bufferOf);
@@ -290,7 +294,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
       const step = schedule.progress().steps + 1;
       let nonfinite: Nonfinite | undefined;
       if (found && outcome === "nonfinite") {
-        // it changed nothing: the same step gives the same numbers again
+        // the step changed no weights, so a repetition gives the same values
         const origin = debugNonfinite ? await originOf(walkAll) : undefined;
         nonfinite = { ...found, ...(origin !== undefined && { origin }) };
         if (train.on_nonfinite === "stop") {
@@ -334,7 +338,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
   };
 }
 
-/** What a block reads, found once: a block runs every microbatch. */
+/** Cache of the buffers that a block reads; a block runs for every microbatch. */
 const known = new WeakMap<readonly Instruction[], ReadonlySet<string>>();
 function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
   const found = known.get(block) ?? new Set(block.flatMap(readBy));
@@ -345,8 +349,8 @@ const readBy = (i: Instruction): readonly string[] =>
   i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
 /**
- * Runs coroutines until all are done; where one yields, `settled` is waited for. Throws where none can go on: the plan has a deadlock,
- * and the message says where each rank waits.
+ * Runs the coroutines round-robin until all are done, and awaits `settled` after each resumption. Throws if no coroutine can proceed: the
+ * plan has a deadlock; the message lists the operation that each rank waits for.
  */
 async function runTogether(ranks: readonly Generator<string>[], settled?: () => Promise<void>): Promise<void> {
   const waits = new Map<number, string>();

@@ -1,33 +1,35 @@
 /**
- * The scale of the loss in fp16, as Megatron Core's grad scalers keep it. It lives on the host: that a step overflowed is known there
- * with the step's numbers, which all ranks agree on, and a step is told its scale like its learning rate, a replayed one too.
+ * The loss scale of fp16, as in Megatron Core's grad scalers. The host updates it: a step's metrics, which all ranks agree on, contain the
+ * overflow, and the scale is an input of a step like the learning rate, also of a replayed step.
  */
 import type { Job } from "../../schemas/job.ts";
 
-/** How far a scale that adapts itself has got: the scale, steps in a row that went well, and overflows until it shrinks. */
+/** The state of a dynamic loss scale: the scale, consecutive steps without overflow, and overflows left until it shrinks. */
 export interface ScaleState {
   readonly scale: number;
   readonly well: number;
   readonly patience: number;
 }
+/** The loss scale of a run. */
 export interface LossScale {
-  /** Of the step to come. */
+  /** Returns the scale of the next step. */
   value(): number;
-  /** A step is over, and its gradients overflowed or did not. */
+  /** Updates the scale after a step. */
   done(overflowed: boolean): void;
-  /** Steps in a row that overflowed at a scale that cannot shrink, the last one among them; since the process began. */
+  /** Returns the consecutive overflows at a scale that cannot shrink, up to the last step; counted from the start of the process. */
   hopeless(): number;
-  /** Null where it does not adapt. */
+  /** Returns the state; null if the scale is fixed. */
   state(): ScaleState | null;
 }
 
-/** Beyond it, what divides by it would vanish. Megatron Core's has no end, and never gets there: gradients overflow long before. */
+/** Above this bound 1 / scale underflows. Megatron Core has no bound; gradients overflow long before it. */
 const LARGEST = 2 ** 100;
 
 /**
- * A number stays. A section: after `hysteresis` overflows the scale shrinks, and with every further one, until `growth_interval` steps in
- * a row went well; then it grows, and the count of overflows begins anew. `from`: of the run that this one goes on from; a run whose scale
- * did not adapt has none, and then this begins at `initial`. The job may have changed since, so the limits are applied to it.
+ * Returns the loss scale of train.loss_scale. A number is a fixed scale. A dynamic scale shrinks after `hysteresis` overflows and after
+ * each further one; after `growth_interval` consecutive steps without overflow it grows, and the overflow count is reset. `from`: the
+ * state of the resumed run, or null if its scale was fixed; then the scale starts at `initial`. The limits of the job apply to `from`,
+ * because the job may have changed.
  */
 export function lossScaleOf(how: NonNullable<Job["train"]["loss_scale"]>, from?: ScaleState | null): LossScale {
   let hopeless = 0;

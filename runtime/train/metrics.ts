@@ -1,26 +1,26 @@
-/** The numbers of a step, as the device has collected them: read once, after the step. */
+/** Reads the metrics of a step from the device, once, after the step. */
 
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
 
-/** Sums over the stages by name; those that no stage has are missing. */
+/** Sums over the stages; a metric that no stage has is missing. */
 export interface StepNumbers {
   readonly loss: number;
-  /** Balancing losses, and apart from them the z loss. */
+  /** The sum of the balancing losses, without the z loss. */
   readonly aux_loss?: number;
   readonly z_loss?: number;
   readonly mtp_loss?: number;
-  /** Rows beyond a capacity, of all layers. */
+  /** Rows dropped because of a capacity, summed over layers. */
   readonly dropped_rows?: number;
   readonly grad_norm: number;
-  /** Tokens of the expert that most tokens chose, over the mean of its layer: of the layer where that is largest. */
+  /** Tokens of the busiest expert over the mean of its layer; the maximum over layers. */
   readonly expert_load?: number;
 }
 
 const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows"] as const;
 
-/** Reads the metrics of the stages whose first rank is in this process, and adds those of the others. */
+/** Reads the metrics of stages whose first rank is a local rank, and combines them with those of other processes. */
 export async function readNumbers(
   { programs, mesh }: Plan,
   { ranks, rankDevice, combine = async (values) => [...values] }: Pick<LocalRanks, "ranks" | "rankDevice" | "combine">,
@@ -35,7 +35,7 @@ export async function readNumbers(
     const read = (name: string): Promise<HostData[]> =>
       Promise.all((metrics[name] ?? []).map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
     for (const [i, name] of summed.entries()) for (const [value] of await read(name)) sums[i]! += value!;
-    // the gradient norm is the same on all
+    // the gradient norm is equal on all ranks
     if (stage === 0) norm = (await read("grad_norm"))[0]![0]!;
     const counts = await read("expert_loads");
     if (counts.length > 0) largestLoads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
@@ -50,7 +50,7 @@ export async function readNumbers(
   };
 }
 
-/** Over the rows (layers) of counts that are added up, of so many experts each: the largest count over the mean; 0 where nothing is counted. */
+/** Returns the maximum over rows (layers) of the largest count over the mean; `parts` are summed first; 0 if all counts are 0. */
 function largestLoad(parts: readonly HostData[], experts: number): number {
   let largest = 0;
   for (let row = 0; row < parts[0]!.length; row += experts) {
@@ -61,7 +61,7 @@ function largestLoad(parts: readonly HostData[], experts: number): number {
   return largest;
 }
 
-/** What a step reports. `upscale`: a whole batch over that of the step; `aux`: the weight of balancing and z losses; `loss`, `mtp`: as `meanOverLearnt`. */
+/** Returns the metrics to report. `upscale`: global_batch / batch; `aux`: the weight of balancing and z losses; `loss`, `mtp`: factors of `meanOverLearnt`. */
 export function reported(
   { loss, mtp_loss, aux_loss = 0, z_loss, ...counts }: StepNumbers,
   by: { readonly upscale: number; readonly aux: number; readonly loss: number; readonly mtp: number },

@@ -1,24 +1,24 @@
 /**
- * Steps that change no weights since a number in them is not finite: which number it is, how a run ends by it, and which instruction
- * made it. The device skips such a step by itself (src/ops/optimizer.ts); here the host learns of it, with the step's metrics.
+ * Steps that change no weights because a metric is not finite: which metric, the error that ends the run, and the instruction that
+ * produced the value. The device skips such a step (src/ops/optimizer.ts); the host detects it from the metrics.
  */
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import * as messages from "../../src/ops/transport.ts";
 import type { BlockPosition, HostData, RankDevice } from "../backend.ts";
 
-/** A number of a step that is not finite. */
+/** A non-finite metric of a step. */
 export interface Nonfinite {
   readonly metric: keyof typeof names;
   readonly value: number;
-  /** With `debugNonfinite`, what is known of its origin. */
+  /** With `debugNonfinite`: the description of its origin. */
   readonly origin?: string;
 }
 
-/** How the metrics of a step are called in messages, in the order in which the first that is not finite is named. */
+/** Names of the metrics in messages. The first non-finite one in this order is reported. */
 const names = { loss: "loss", aux_loss: "auxiliary loss", z_loss: "z loss", mtp_loss: "mtp loss", grad_norm: "gradient norm" };
 
-/** The first of a step's numbers that is not finite: a loss before the gradient norm, which a loss makes so too. */
+/** Returns the first non-finite metric. Losses come first, because a non-finite loss makes the gradient norm non-finite. */
 export function nonfiniteIn(numbers: { readonly [K in keyof typeof names]?: number | undefined }): Nonfinite | undefined {
   for (const metric of Object.keys(names) as (keyof typeof names)[]) {
     const value = numbers[metric];
@@ -26,67 +26,65 @@ export function nonfiniteIn(numbers: { readonly [K in keyof typeof names]?: numb
   }
   return undefined;
 }
-/** `loss NaN`, and its origin where that is known. */
+/** Returns `loss NaN`, followed by the origin if there is one. */
 export const nonfiniteText = ({ metric, value, origin }: Nonfinite): string =>
   `${names[metric]} ${value}${origin === undefined ? "" : `; ${origin}`}`;
 
-/** What ends a run after a step that changed nothing. All processes of the run throw it after the same step, with nothing under way. */
+/** Ends a run after a step that changed no weights. All processes throw it after the same step, with no work in flight. */
 export class StepFault extends Trouble {
   constructor(
     message: string,
     fix: string,
-    /** With `debugNonfinite`: this process has found the origin. */
+    /** With `debugNonfinite`: the origin, if this process located it. */
     readonly origin?: string,
   ) {
     super(origin === undefined ? message : `${message}\n  ${origin}`, fix);
   }
 }
 
-/** train.on_nonfinite is `stop`. */
+/** Returns the error for train.on_nonfinite: stop. */
 export function stopAt(step: number, found: Nonfinite): StepFault {
   const { metric, value, origin } = found;
   const debug = origin === undefined ? "; --debug-nonfinite names the instruction" : "";
   return new StepFault(
     `step ${step}: the ${names[metric]} is ${value}; the step changed no weights, and the run ends`,
-    `lower train.optimizer.lr or train.init_std, or clip gradients; train.on_nonfinite: skip trains on without such steps${debug}`,
+    `lower train.optimizer.lr or train.init_std, or clip gradients; train.on_nonfinite: skip continues without such steps${debug}`,
     origin,
   );
 }
 
-/**
- * In fp16: overflows in a row, at a loss scale that cannot shrink, after which a run ends. A skipped step leaves the weights as they
- * are, so that the next one overflows for the same reason.
- */
+/** In fp16: a run ends after this number of consecutive overflows at the smallest loss scale. Skipped steps keep the weights, so overflows repeat. */
 export const MOST_OVERFLOWS = 4;
+/** Returns the error for repeated overflows at the smallest loss scale. */
 export const stopAtScale = (step: number, scale: number): StepFault =>
   new StepFault(
-    `step ${step}: gradients overflowed in ${MOST_OVERFLOWS} steps in a row at the loss scale ${scale}, which is the least that train.loss_scale allows; no weights changed in them`,
+    `step ${step}: gradients overflowed in ${MOST_OVERFLOWS} steps in a row at the loss scale ${scale}, the smallest that train.loss_scale allows; no weights changed in them`,
     "lower train.loss_scale (or its min), train.init_std or train.optimizer.lr, or train in bf16",
   );
 
-/** Observes a step that is run again, instruction by instruction. */
+/** Inspects a repeated step, instruction by instruction. */
 export interface Inspector {
-  /** Begins to read what an instruction has written; nothing else may be issued before `settled`. */
+  /** Starts to read the outputs of an instruction; the caller waits for `settled` before it issues another. */
   after(rank: number, i: Instruction, at: BlockPosition): void;
   settled(): Promise<void>;
-  /** Undefined where no instruction of this process made a value that is not finite. */
+  /** Returns the origin; undefined if no instruction of this process produced a non-finite value. */
   origin(): string | undefined;
 }
 
-/** Outputs that may be infinite: the log-sum-exp of a query that sees no key of a piece. */
+/** Outputs that may be infinite: the log-sum-exp of a query without visible keys in a block. */
 const mayBeInfinite = new Set(["lse", "la", "lb"]);
-/** Ops around a collective copy values, and their buffers have room that is not used. */
+/** Ops around a collective only copy values, and their buffers may have unused rows. */
 const copies = new Set(Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])));
 
-/** `bufferOf`: of a rank, by id. */
+/** Returns an inspector. `bufferOf` returns a buffer of a rank by id. */
 export function inspector(bufferOf: (rank: number, id: string) => Buffer, backend: (rank: number) => RankDevice): Inspector {
   let pending = Promise.resolve();
   let made: string | undefined;
   let passed: string | undefined;
-  /** Buffers that held such a value before, by rank: an op that adds to one did not make it. */
+  /** Buffers that already had a non-finite value, by rank and id: an op that accumulates into one did not produce it. */
   const held = new Map<string, number>();
 
-  /** The first value of a buffer that is not finite; of rows, of those that exist. */
+  /** Returns the first non-finite value of a buffer; of ragged buffers only existing rows are read. */
   async function badIn(rank: number, id: string, copy: number): Promise<number | undefined> {
     const b = bufferOf(rank, id);
     if (b.dtype === "i32") return undefined;

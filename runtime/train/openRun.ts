@@ -5,34 +5,34 @@ import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
 import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
-import { type Chosen, chooseSnapshot, expectRoom, type FolderLock, lockFolder, newestSnapshot } from "../checkpoint/saveFolder.ts";
+import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
 import { openCpu } from "../cpu/backend.ts";
 import { openCorpus } from "../data/corpus.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 
 export interface RunSettings {
-  /** A cubin beside the plan, by the name of its file. */
+  /** Returns a cubin of the plan by its file name. */
   readonly cubin?: (file: string) => Uint8Array | undefined;
-  /** CUDA: steps are replayed as a graph, unless this is false. */
+  /** CUDA: replay steps as a graph (default: true). */
   readonly graph?: boolean;
   /** rankc's version, the same in all processes of a run. */
   readonly version?: string;
-  /** Takes times; slower. */
+  /** Record the times of instructions. A profiled run is slower. */
   readonly profile?: boolean;
-  /** `cuda` runs one rank in this process; the environment says which. */
+  /** The backend. `cuda` runs one rank in this process, read from the environment. */
   readonly backend?: "cpu" | "webgpu" | "cuda";
-  /** The text of a kernel of the plan, by the name of its file; the backend `cpu` needs none. */
+  /** Returns the source of a kernel by its file name; the backend `cpu` needs none. */
   readonly source?: (file: string) => string;
   /** A Hugging Face checkpoint: a file, an index or a folder. */
   readonly initFrom?: string;
-  /** A folder for snapshots, which `save` writes to. */
+  /** The folder that `save` writes checkpoints to. */
   readonly save?: string;
-  /** A snapshot, or a folder of them, to go on from; `auto`: the newest of `save`, or none where it has none. */
+  /** A checkpoint, or a folder of checkpoints, to resume from. `auto`: the newest in `save`, or none if `save` has none. */
   readonly resume?: string;
-  /** Job keys, or names of tensors, in which what the run starts from may differ from the job. */
+  /** Job keys and tensor names in which the checkpoint may differ from the job. */
   readonly allowMismatch?: readonly string[];
-  /** Where relative paths of the job start: the job file's folder. */
+  /** The base directory of relative paths in the job. */
   readonly baseDir: string;
   /** As in `Given`. */
   readonly watch?: readonly string[];
@@ -41,18 +41,18 @@ export interface RunSettings {
 }
 
 export interface OpenRun extends Run {
-  /** Writes a snapshot, where the run was opened to: its folder. All processes of a run do it after the same step. */
+  /** Writes a checkpoint to the `save` folder and returns its path. All processes of a run call it after the same step. */
   save(): Promise<string>;
-  /** What a person should read about the snapshot or the checkpoint that the run starts from. */
+  /** Messages about the checkpoint that the run starts from. */
   readonly notes: readonly string[];
 }
 
+/** Opens a plan on a backend, with its corpus and its start weights. Throws a Trouble, and then closes all that it opened. */
 export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRun> {
   const { initFrom, resume, save: folder, baseDir, watch, version = "", allowMismatch = [] } = settings;
-  if (initFrom !== undefined && resume !== undefined)
-    throw new Trouble("--init-from and --resume both say what to start from", "leave one of them out");
+  if (initFrom !== undefined && resume !== undefined) throw new Trouble("--init-from and --resume exclude each other", "omit one of them");
   if (allowMismatch.length > 0 && initFrom === undefined && resume === undefined)
-    throw new Trouble("--allow-mismatch says what may differ, and nothing is started from", "name it after --resume or --init-from");
+    throw new Trouble("--allow-mismatch needs --resume or --init-from", "add one of them, or omit --allow-mismatch");
   const chosen = resume === undefined ? undefined : chosenBy(resume, folder);
   const { job } = plan;
   const { path, labels } = job.data;
@@ -84,10 +84,10 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     checkpoint?.close();
     from?.close();
     const { ranks, meet = async () => {} } = localRanks;
-    // what is remembered is f32 in any precision
+    // checkpoint state is f32 in every precision
     const read = async (rank: number, buffer: Buffer) => (await run.read(rank, buffer)) as Float32Array;
     const save = async (): Promise<string> => {
-      if (folder === undefined) throw new Error("the run was opened without a folder for snapshots");
+      if (folder === undefined) throw new Error("the run was opened without a folder for checkpoints");
       lock?.expectHeld();
       return saveCheckpoint({ plan, folder, version, ranks, meet, read }, run.progress());
     };
@@ -99,13 +99,10 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
 }
 
 function chosenBy(resume: string, save: string | undefined): Chosen {
-  if (resume !== "auto") return chooseSnapshot(resume);
+  if (resume !== "auto") return chooseCheckpoint(resume);
   if (save === undefined)
-    throw new Trouble(
-      "--resume auto needs --save",
-      "name the folder after --save, or a snapshot after --resume (./auto for one of that name)",
-    );
-  return newestSnapshot(save);
+    throw new Trouble("--resume auto needs --save", "add --save DIR, or name a checkpoint after --resume (./auto for a folder named auto)");
+  return newestCheckpoint(save);
 }
 
 async function openBackend(plan: Plan, settings: RunSettings): Promise<LocalRanks> {

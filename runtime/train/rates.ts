@@ -1,7 +1,6 @@
 /**
- * Learning rate and weight decay of a step, as Megatron Core's OptimizerParamScheduler sets them. Schedules count samples, the
- * sequences that steps before this one have trained on; those of steps that were left out do not count. Lengths are in steps of
- * global_batch sequences: without a ramp-up a schedule counts steps.
+ * Learning rate and weight decay of a step, as in Megatron Core's OptimizerParamScheduler. Schedules count samples trained before the
+ * step; skipped steps do not count. Lengths are in steps of global_batch sequences, so without a batch ramp-up a schedule counts steps.
  */
 
 import { lengthOf } from "../../schemas/batchRampup.ts";
@@ -10,6 +9,7 @@ import type { Job } from "../../schemas/job.ts";
 type Optimizer = Job["train"]["optimizer"];
 
 /**
+ * Returns the learning rate after `samples` trained sequences.
  * With t = samples / global_batch, w = warmup_steps, d = decay_steps, which includes the warm-up, f = wsd_decay_steps:
  *   t <= w, w > 0:        warmup_init + (lr - warmup_init) * t / w         (so the first step of a warm-up has rate warmup_init)
  *   constant:             lr
@@ -35,7 +35,7 @@ type Rates = Pick<
   "schedule" | "lr" | "min_lr" | "warmup_steps" | "warmup_init" | "decay_steps" | "wsd_decay" | "wsd_decay_steps"
 >;
 
-/** Of what lies between lr and min_lr, the share that is left. */
+/** Returns the fraction of lr - min_lr that remains at time t (steps). */
 function left({ schedule, warmup_steps: w, decay_steps: d, wsd_decay, wsd_decay_steps }: Rates, t: number): number {
   if (schedule !== "wsd") return shapes[schedule === "linear" ? "linear" : "cosine"](d > w ? (t - w) / (d - w) : 1);
   const f = wsd_decay_steps!;
@@ -48,7 +48,7 @@ const shapes: Readonly<Record<Optimizer["wsd_decay"], (x: number) => number>> = 
   minus_sqrt: (x) => 1 - Math.sqrt(x),
 };
 
-/** From weight_decay_start to weight_decay_end over the whole run, by a line or by half a cosine. */
+/** Returns the weight decay: from weight_decay_start to weight_decay_end over the whole run, linear or half a cosine. */
 export function weightDecay(train: Parameters<typeof lengthOf>[0] & { readonly optimizer: Decays }, samples: number): number {
   const { weight_decay, weight_decay_schedule: schedule, weight_decay_start: start, weight_decay_end: end } = train.optimizer;
   if (schedule === "constant") return weight_decay;

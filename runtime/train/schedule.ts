@@ -1,7 +1,6 @@
 /**
- * The course of a run: what each step is told (how many sequences it has and which, its learning rate, weight decay and loss scale),
- * and what a step that is over changes about it. All ranks follow it by themselves, and are never apart: it goes by numbers that
- * they agree on.
+ * The training schedule: batch, learning rate, weight decay and loss scale of each step, and the run progress after it. Every rank
+ * computes it without communication; all ranks agree, because it depends only on the job and on reduced metrics.
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
@@ -9,45 +8,47 @@ import type { Job } from "../../schemas/job.ts";
 import { type LossScale, lossScaleOf, type ScaleState } from "./lossScale.ts";
 import { learningRate, weightDecay } from "./rates.ts";
 
+/** The parameters of one step. */
 export interface StepParameters {
   /** Sequences read before this step. */
   readonly first: number;
   /** Sequences of this step. */
   readonly batch: number;
   readonly microbatches: number;
-  /** How often it goes into a whole batch: the plan divides losses, and so gradients, by the size of a whole one, and this makes up for it. */
+  /** global_batch / batch. The plan divides losses by global_batch; this factor corrects the losses and gradients of a smaller batch. */
   readonly upscale: number;
   readonly lr: number;
   readonly weightDecay: number;
-  /** What the loss is multiplied by before backward; 1 where nothing is scaled. */
+  /** The factor of the loss before the backward pass; 1 without loss scaling. */
   readonly lossScale: number;
-  /** Updates of the weights, this one counted. */
+  /** Weight updates so far, including this step. */
   readonly update: number;
 }
-/** How far a run is. */
+/** The run progress. */
 export interface RunProgress {
-  /** Steps that are over. */
+  /** Completed steps. */
   readonly steps: number;
-  /** Sequences that they read, and of these those whose steps changed weights; and updates of the weights. */
+  /** Sequences read; sequences of steps that changed the weights; weight updates. */
   readonly read: number;
   readonly trained: number;
   readonly updates: number;
-  /** Of a scale that adapts itself. */
+  /** The state of a dynamic loss scale; null if the scale is fixed. */
   readonly loss_scale: ScaleState | null;
 }
-/** What a step did: it updated the weights, or it was skipped, for gradients that the loss scale made overflow, or for another number that is not finite. */
+/** The outcome of a step: it updated the weights, or it was skipped because of an fp16 gradient overflow or another non-finite number. */
 export type Outcome = "updated" | "overflowed" | "nonfinite";
+/** The schedule of a run, advanced step by step. */
 export interface TrainingSchedule {
   progress(): RunProgress;
-  /** The step to come. */
+  /** Returns the parameters of the next step. */
   next(): StepParameters;
-  /** It is over. A step that was skipped is no update: schedules and the optimizer's bias correction do not advance by it. */
+  /** Completes the step. A skipped step does not advance the learning rate, the weight decay or the bias correction. */
   done(outcome: Outcome): void;
-  /** As of the loss scale: steps in a row that overflowed at the least one. */
+  /** Returns the consecutive overflows at the smallest loss scale. */
   hopeless(): number;
 }
 
-/** From its beginning, or from where another run of the job was. */
+/** Returns the training schedule of a job, from step 0 or from the progress of a resumed run. */
 export function trainingSchedule({ train, parallel }: Pick<Job, "train" | "parallel">, from?: RunProgress): TrainingSchedule {
   const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1, from?.loss_scale);
   let { steps, read, trained, updates } = from ?? { steps: 0, read: 0, trained: 0, updates: 0 };
@@ -69,7 +70,7 @@ export function trainingSchedule({ train, parallel }: Pick<Job, "train" | "paral
         trained += batch;
         updates++;
       }
-      // a loss that is not finite says nothing about its scale
+      // a non-finite loss is not an overflow of the scaled gradients
       if (outcome !== "nonfinite") scale.done(outcome === "overflowed");
     },
   };

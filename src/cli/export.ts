@@ -15,14 +15,14 @@ export function registerExport(program: Command): void {
       .requiredOption("-o, --out <file>", "the .safetensors file to write"),
     "export hf checkpoints/ -o model.safetensors",
   ).action(async (checkpoint: string, options: { out: string }) => {
-    const [{ openCheckpoint }, { chooseSnapshot }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
+    const [{ openCheckpoint }, { chooseCheckpoint }, { toHuggingFace }, { writeSafetensors }] = await Promise.all([
       import("../../runtime/checkpoint/checkpoint.ts"),
       import("../../runtime/checkpoint/saveFolder.ts"),
       import("../../runtime/checkpoint/hf.ts"),
       import("../../runtime/checkpoint/safetensors.ts"),
     ]);
     expectWritable(options.out);
-    const { at, notes } = chooseSnapshot(checkpoint);
+    const { at, notes } = chooseCheckpoint(checkpoint);
     for (const note of notes) printStderr(`note: ${note}`);
     const { folder, progress, model, whole, close } = openCheckpoint(at);
     try {

@@ -1,5 +1,5 @@
 /**
- * Snapshots: a run that goes on from one has the numbers of a run that was never interrupted, on the same mesh to the bit, on any other
+ * Checkpoints: a run that goes on from one has the numbers of a run that was never interrupted, on the same mesh to the bit, on any other
  * within rounding; what is saved is whole, or is not there; and what does not fit is said.
  */
 import {
@@ -19,10 +19,10 @@ import { join, resolve } from "node:path";
 import fc from "fast-check";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
 import { openCheckpoint, saveCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
-import { printSnapshotText, readSnapshotText } from "../../runtime/checkpoint/checkpointFile.ts";
+import { printCheckpointText, readCheckpointText } from "../../runtime/checkpoint/checkpointFile.ts";
 import { toHuggingFace } from "../../runtime/checkpoint/hf.ts";
 import { openSafetensors, streamSafetensors } from "../../runtime/checkpoint/safetensors.ts";
-import { chooseSnapshot, expectWritableFolder } from "../../runtime/checkpoint/saveFolder.ts";
+import { chooseCheckpoint, expectWritableFolder } from "../../runtime/checkpoint/saveFolder.ts";
 import { copyShared, firstHolders, shardRanges, sharedBy, visitRuns } from "../../runtime/shards.ts";
 import type { StepResult } from "../../runtime/train/loop.ts";
 import { openRun, type RunSettings } from "../../runtime/train/openRun.ts";
@@ -37,7 +37,7 @@ import { rankc } from "../support/rankc.ts";
 import { noAdapter } from "../support/softwareAdapter.ts";
 import { byTier, full } from "../support/tiers.ts";
 
-const place = mkdtempSync(join(tmpdir(), "rankc-snapshot-"));
+const place = mkdtempSync(join(tmpdir(), "rankc-checkpoint-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
 let folder: string;
 let made = 0;
@@ -224,14 +224,14 @@ describe("what is wrong", () => {
     await run(job, 2, { save: folder });
     const step = join(folder, "step-00000002");
     const wider = jobWith({ world: 1 }, {}, { ffn: 64, moe: null });
-    expect(await said({ resume: join(folder, "no") })).toBe("DIR/no holds no snapshot");
+    expect(await said({ resume: join(folder, "no") })).toBe("DIR/no contains no checkpoint");
     expect(await said({ resume: folder }, wider)).toMatch(
-      /does not fit the job in \d+ places\n {2}model\.ffn is without effect in the snapshot, 64 in the job\n.* layers\.0\.w1 is \[4, 32, 16\]; the plan's is \[32, 64\]/s,
+      /does not fit the job in \d+ places\n {2}model\.ffn is without effect in the checkpoint, 64 in the job\n.* layers\.0\.w1 is \[4, 32, 16\]; the plan's is \[32, 64\]/s,
     );
     expect(await said({ resume: folder }, jobWith({ world: 1 }, { optimizer: { type: "sgd", lr: 1e-2, momentum: 0.9 } }))).toContain(
-      "was saved by adamw, and the job's train.optimizer.type is sgd",
+      "was saved with train.optimizer.type adamw, and the job has sgd",
     );
-    expect(await said({ save: folder })).toBe("DIR holds a snapshot of step 2, and this run begins after step 0");
+    expect(await said({ save: folder })).toBe("DIR contains a checkpoint of step 2, and this run begins after step 0");
     expect(await said({ save: folder, resume: folder })).toBe("nothing");
     truncateSync(join(step, "rank-00000.safetensors"), 1000);
     expect(await said({ resume: folder })).toContain("it was cut");
@@ -244,7 +244,7 @@ describe("what is wrong", () => {
     const of = (model: object) => jobWith({ world: 1 }, {}, { ...small, ...model });
     const moeOf = (change: object, routerChange: object = {}) => ({ moe: { ...moe, ...change, router: { ...router, ...routerChange } } });
     await run(of({}), 1, { save: folder });
-    const { expectFor } = openCheckpoint(chooseSnapshot(folder).at);
+    const { expectFor } = openCheckpoint(chooseCheckpoint(folder).at);
     const judged = (model: object, allowed: readonly string[] = []): string => {
       try {
         return `notes: ${expectFor(compile(of(model)).plan, allowed).join("; ")}`;
@@ -254,19 +254,19 @@ describe("what is wrong", () => {
     };
     expect(judged({})).toBe("notes: ");
     const refused: readonly [object, string, string?][] = [
-      [{ tie_embeddings: true }, "model.tie_embeddings is false in the snapshot, true in the job"],
+      [{ tie_embeddings: true }, "model.tie_embeddings is false in the checkpoint, true in the job"],
       [{ tie_embeddings: true }, "head is there, and the job has no such part (check model.tie_embeddings)"],
       [{ layers: 1 }, "layers.1 (18 tensors) is there, and the job has no such part (check model.layers)"],
       [moeOf({ shared: null }), "layers.0.shared.w1 is there, and the job has no such part (check model.moe.shared)"],
       [{ qkv_bias: false }, "layers.0.bq is there"],
-      [{ heads: 2, kv_heads: 1, head_dim: 8, qk_norm: "none" }, "model.heads is 4 in the snapshot, 2 in the job"],
-      [{ rope: { theta: 5e5 } }, "model.rope.theta is 10000 in the snapshot, 500000 in the job"],
-      [{ rope: { scaling: { type: "linear", factor: 2 } } }, "model.rope.scaling is null in the snapshot"],
-      [{ norm: { eps: 1e-6 } }, "model.norm.eps is 0.00001 in the snapshot, 0.000001 in the job"],
-      [moeOf({}, { score: "softmax" }), 'model.moe.router.score is "sigmoid" in the snapshot, "softmax" in the job'],
-      [moeOf({}, { scaling: 2 }), "model.moe.router.scaling is 1 in the snapshot, 2 in the job"],
-      [moeOf({}, { groups: 1, group_top_k: 1 }), "model.moe.router.groups is 2 in the snapshot, 1 in the job"],
-      [moeOf({ top_k: 1 }, { normalize_top_k: false }), "model.moe.top_k is 2 in the snapshot, 1 in the job"],
+      [{ heads: 2, kv_heads: 1, head_dim: 8, qk_norm: "none" }, "model.heads is 4 in the checkpoint, 2 in the job"],
+      [{ rope: { theta: 5e5 } }, "model.rope.theta is 10000 in the checkpoint, 500000 in the job"],
+      [{ rope: { scaling: { type: "linear", factor: 2 } } }, "model.rope.scaling is null in the checkpoint"],
+      [{ norm: { eps: 1e-6 } }, "model.norm.eps is 0.00001 in the checkpoint, 0.000001 in the job"],
+      [moeOf({}, { score: "softmax" }), 'model.moe.router.score is "sigmoid" in the checkpoint, "softmax" in the job'],
+      [moeOf({}, { scaling: 2 }), "model.moe.router.scaling is 1 in the checkpoint, 2 in the job"],
+      [moeOf({}, { groups: 1, group_top_k: 1 }), "model.moe.router.groups is 2 in the checkpoint, 1 in the job"],
+      [moeOf({ top_k: 1 }, { normalize_top_k: false }), "model.moe.top_k is 2 in the checkpoint, 1 in the job"],
       [
         moeOf({}, { balance: "sinkhorn", aux_coeff: 0, groups: 1, score: "softmax", normalize_top_k: false, group_top_k: 1 }),
         "model.moe.router.balance",
@@ -280,29 +280,29 @@ describe("what is wrong", () => {
       [
         { tie_embeddings: true },
         ["model.tie_embeddings"],
-        "notes: allowed: model.tie_embeddings is false in the snapshot, true in the job, and 1 more of model.tie_embeddings",
+        "notes: allowed: model.tie_embeddings is false in the checkpoint, true in the job, and 1 more of model.tie_embeddings",
       ],
-      [{ rope: { theta: 5e5 } }, ["rope"], "notes: allowed: model.rope.theta is 10000 in the snapshot, 500000 in the job"],
-      [{ dropout: { hidden: 0.2 } }, [], "notes: model.dropout.hidden is 0.1 in the snapshot, 0.2 in the job"],
-      [{ seq: 16 }, [], "notes: model.seq is 8 in the snapshot, 16 in the job"],
-      [moeOf({ rows_bound: 2 }), [], 'notes: model.moe.rows_bound is "worst" in the snapshot, 2 in the job'],
+      [{ rope: { theta: 5e5 } }, ["rope"], "notes: allowed: model.rope.theta is 10000 in the checkpoint, 500000 in the job"],
+      [{ dropout: { hidden: 0.2 } }, [], "notes: model.dropout.hidden is 0.1 in the checkpoint, 0.2 in the job"],
+      [{ seq: 16 }, [], "notes: model.seq is 8 in the checkpoint, 16 in the job"],
+      [moeOf({ rows_bound: 2 }), [], 'notes: model.moe.rows_bound is "worst" in the checkpoint, 2 in the job'],
       [
         moeOf({}, { aux_coeff: 0.1, jitter: 0.01 }),
         [],
-        "notes: model.moe.router.jitter is null in the snapshot, 0.01 in the job; model.moe.router.aux_coeff is 0.01 in the snapshot, 0.1 in the job",
+        "notes: model.moe.router.jitter is null in the checkpoint, 0.01 in the job; model.moe.router.aux_coeff is 0.01 in the checkpoint, 0.1 in the job",
       ],
-      [{ mtp: null }, [], 'notes: model.mtp is {"layers":1,"coeff":0.1} in the snapshot, null in the job'],
+      [{ mtp: null }, [], 'notes: model.mtp is {"layers":1,"coeff":0.1} in the checkpoint, null in the job'],
     ];
     for (const [model, keys, found] of allowed) expect.soft(judged(model, keys)).toBe(found);
-    // weights that the snapshot has not cannot be allowed
-    expect(judged({ out_bias: true }, ["model.out_bias", "model"])).toContain("layers.0.bo is not there");
+    // weights that the checkpoint has not cannot be allowed
+    expect(judged({ out_bias: true }, ["model.out_bias", "model"])).toContain("layers.0.bo is missing");
     expect(await said({ resume: folder }, of({ rope: { theta: 5e5 } }))).toContain("model.rope.theta");
     const opened = await openRun(compile(of({ rope: { theta: 5e5 } })).plan, {
       baseDir: fixture(""),
       resume: folder,
       allowMismatch: ["model.rope.theta"],
     });
-    expect(opened.notes).toEqual(["allowed: model.rope.theta is 10000 in the snapshot, 500000 in the job"]);
+    expect(opened.notes).toEqual(["allowed: model.rope.theta is 10000 in the checkpoint, 500000 in the job"]);
     await opened.close();
   });
 
@@ -328,11 +328,11 @@ describe("what is wrong", () => {
     expect(await found(tensors, flipped)).toMatch(/^DIR\/step-00000002\/rank-00000.safetensors: the SHA-256 of tensor \S+ differs/);
     expect(await found(tensors, resealed)).toContain("rank-00000.safetensors is not the file that was saved");
     expect(await found(tensors, readFileSync(join(earlier, "rank-00000.safetensors")))).toBe(
-      "DIR/step-00000002/rank-00000.safetensors is of step 1, and the snapshot of step 2",
+      "DIR/step-00000002/rank-00000.safetensors is of step 1, but the checkpoint is of step 2",
     );
     expect(await found(text, saved.replace('"read":32', '"read":33'))).toContain("snapshot.json was changed after it was saved");
     expect(await found(text, saved.replace('"format":2', '"format":1'))).toBe(
-      "DIR/step-00000002/snapshot.json has snapshot format 1, and this rankc reads format 2",
+      "DIR/step-00000002/snapshot.json has checkpoint format 1, and this version of rankc reads format 2",
     );
     expect(await found(text, saved.slice(0, 100))).toContain("snapshot.json is not JSON");
     expect(await said({ resume: folder })).toBe("nothing");
@@ -346,7 +346,7 @@ describe("what is wrong", () => {
       return saveCheckpoint({ plan, folder, version: "test", ranks: [0], meet: async () => {}, read }, progress);
     };
     mkdirSync(folder);
-    await expect(saveNow(Number.NaN)).rejects.toThrow(/no snapshot of step 1: embed holds 8192 of 8192 values that are NaN or infinite/);
+    await expect(saveNow(Number.NaN)).rejects.toThrow(/no checkpoint of step 1: embed holds 8192 of 8192 values that are NaN or infinite/);
     expect(readdirSync(folder)).toEqual([]);
     const at = await saveNow(1);
     const [text, tensors] = [join(at, "snapshot.json"), join(at, "rank-00000.safetensors")];
@@ -358,8 +358,8 @@ describe("what is wrong", () => {
       { step: "1" },
     );
     const header_sha256 = openSafetensors(tensors).headerDigest;
-    const { format: _, ...saved } = readSnapshotText(text);
-    writeFileSync(text, printSnapshotText({ ...saved, files: { "rank-00000.safetensors": { step: 1, header_sha256 } } }));
+    const { format: _, ...saved } = readCheckpointText(text);
+    writeFileSync(text, printCheckpointText({ ...saved, files: { "rank-00000.safetensors": { step: 1, header_sha256 } } }));
     const why = "rank-00000.safetensors: norm holds 2 of 32 values that are NaN or infinite";
     expect(await said({ resume: folder })).toContain(why);
     const { model, whole } = openCheckpoint(at);
@@ -371,7 +371,7 @@ describe("what is wrong", () => {
     await run(job, 1, { save: folder, resume: folder });
     rmSync(join(folder, "step-00000002", "snapshot.json"));
     expect(await said({ resume: folder })).toBe(
-      "DIR: step-00000002 has no snapshot.json and is no whole snapshot; the newest whole one is step-00000001, and going on from it repeats the steps between",
+      "DIR: step-00000002 is incomplete: it has no snapshot.json; the newest complete one is step-00000001, and a resume from it repeats the steps between",
     );
     expect(await said({ resume: join(folder, "step-00000001") })).toBe("nothing");
     expect(await said({ resume: "auto" })).toBe("--resume auto needs --save");
@@ -384,7 +384,10 @@ describe("what is wrong", () => {
     ]);
     await opened.close();
     const fresh = await openRun(plan, { baseDir: fixture(""), save: `${folder}-fresh`, resume: "auto" });
-    expect([fresh.progress().steps, fresh.notes]).toEqual([0, [`${folder}-fresh holds no whole snapshot: the run starts at step 0`]]);
+    expect([fresh.progress().steps, fresh.notes]).toEqual([
+      0,
+      [`${folder}-fresh contains no complete checkpoint: the run starts at step 0`],
+    ]);
     await fresh.close();
   });
 
@@ -427,11 +430,11 @@ describe("what is wrong", () => {
     expect(() => expectWritableFolder(resolve(place, name))).toThrow(code);
   });
 
-  test("a snapshot that was not finished is not taken for one, and is made anew", async () => {
+  test("a checkpoint that was not finished is not taken for one, and is made anew", async () => {
     await run(job, 1, { save: folder });
     mkdirSync(join(folder, "step-00000002.part"));
     writeFileSync(join(folder, "step-00000002.part", "left"), "");
-    const { at, notes } = chooseSnapshot(folder);
+    const { at, notes } = chooseCheckpoint(folder);
     expect(openCheckpoint(at).progress.steps).toBe(1);
     expect(notes).toEqual([`${join(folder, "step-00000002.part")} is unfinished and not used`]);
     const all = await run(job, 1, { save: folder, resume: folder });
@@ -478,6 +481,6 @@ data: {path: corpus.txt}
   const done = await rankc("run", path, "--resume", folder, "--steps", "2");
   expect([done.exit, done.err]).toEqual([2, expect.stringContaining("is of step 2, and the run ends at step 2")]);
   expect((await rankc("run", path, "--save-every", "2")).err).toContain("--save checkpoints/");
-  expect((await rankc("run", path, "--resume", folder, "--init-from", model)).err).toContain("leave one of them out");
-  expect((await rankc("export", "hf", join(place, "nowhere"), "-o", model)).err).toContain("holds no snapshot");
+  expect((await rankc("run", path, "--resume", folder, "--init-from", model)).err).toContain("omit one of them");
+  expect((await rankc("export", "hf", join(place, "nowhere"), "-o", model)).err).toContain("contains no checkpoint");
 });

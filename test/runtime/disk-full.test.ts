@@ -1,4 +1,4 @@
-/** A disk that fills up while a run saves: one error that says so, and nothing of the snapshot remains. */
+/** A disk that fills up while a run saves: one error that says so, and nothing of the checkpoint remains. */
 import type * as fs from "node:fs";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -37,7 +37,7 @@ vi.mock("node:fs", async (original) => {
 const place = mkdtempSync(join(tmpdir(), "rankc-full-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
 
-test("is one error, and the snapshot before stays whole", async () => {
+test("is one error, and the checkpoint before stays whole", async () => {
   const job = jobOf({
     name: "full",
     model: { layers: 1, hidden: 16, heads: 2, vocab: 256, seq: 8 },

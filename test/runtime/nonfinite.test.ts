@@ -141,7 +141,7 @@ test(`fp16: after ${MOST_OVERFLOWS} overflows in a row at the least scale the ru
     const state = await stateOf(run, plan);
     for (const step of await stepsOf(run, last - 1)) expect(step).toMatchObject({ skipped: true });
     await expect(run.step()).rejects.toThrow(
-      `step ${last}: gradients overflowed in ${MOST_OVERFLOWS} steps in a row at the loss scale ${2 ** 40}, which is the least`,
+      `step ${last}: gradients overflowed in ${MOST_OVERFLOWS} steps in a row at the loss scale ${2 ** 40}, the smallest`,
     );
     expect(await stateOf(run, plan)).toEqual(state);
   }
@@ -153,7 +153,7 @@ test("fp16: a loss that is not finite stops the run at once, and is no overflow 
   expect(run.progress().loss_scale?.scale).toBe(256);
 });
 
-test("the command line ends with exit 2 and saves no snapshot of the step; skip goes on and counts", { timeout: 60_000 }, async () => {
+test("the command line ends with exit 2 and saves no checkpoint of the step; skip goes on and counts", { timeout: 60_000 }, async () => {
   const place = mkdtempSync(join(tmpdir(), "rankc-nonfinite-"));
   try {
     const path = join(place, "job.yaml");

@@ -174,7 +174,7 @@ describe("ranks that do not agree", () => {
     const port = await freePort();
     const zero = join(settings(0, 2, port));
     const [stranger] = await refusals([settings(1, 2, port, { token: "guess" })]);
-    expect(stranger).toBe("what listens there is rank 0 of another run: it has another token");
+    expect(stranger).toBe("rank 0 there belongs to another run: it has another token");
     await leave(await Promise.all([zero, join(settings(1, 2, port))]));
   });
 
@@ -191,7 +191,7 @@ describe("ranks that do not agree", () => {
     await once(server, "listening");
     const { port } = server.address() as { port: number };
     const [text] = await refusals([settings(1, 2, port, { times: { ...times, timeout: 2 } })]);
-    expect(text).toContain("what it sends is not rankc's");
+    expect(text).toContain("its data is not in rankc's protocol");
     server.close();
   });
 });
@@ -225,7 +225,7 @@ test("strangers do no harm: noise, long messages, half a frame, a hello without 
   half.write(frame({ kind: "stop" }).subarray(0, 7));
   const [text] = await zero;
   expect(text).toContain("rank 1 of 2 did not come");
-  expect(text).toMatch(/turned away \d times: what it sends is not rankc's \(from .*127\.0\.0\.1\)/);
+  expect(text).toMatch(/turned away \d times: its data is not in rankc's protocol \(from .*127\.0\.0\.1\)/);
   expect(text).toContain("turned away once: another token than this run's");
   half.destroy();
 });

@@ -124,8 +124,8 @@ test("each way a file can lie has its message", () => {
     DIR/a.safetensors: claims a header of 9223372036854775808 bytes, over the format's 100 MB: not a safetensors file
     DIR/a.safetensors: the header is not JSON: not a safetensors file, or a damaged one
     DIR/a.safetensors: the header is not a JSON object
-    DIR/a.safetensors: tensor t has dtype "F7", which is not read here
-    DIR/a.safetensors: tensor t has dtype "toString", which is not read here
+    DIR/a.safetensors: tensor t has dtype "F7", which rankc does not read
+    DIR/a.safetensors: tensor t has dtype "toString", which rankc does not read
     DIR/a.safetensors: tensor t has no valid shape: [-2]
     DIR/a.safetensors: tensor t has 8 bytes; F32 [3] takes 12
     DIR/a.safetensors: tensor t has no valid data_offsets: [8,0]
