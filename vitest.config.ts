@@ -10,8 +10,8 @@ import { isFull } from "./test/support/tiers.ts";
 /** Files that start first, so that no core waits for one of them at the end. A fresh clone has no recorded durations. */
 const longest = ["cuda-compile", "cuda-contract", "wgsl-contract", "cuda-whole", "webgpu-run", "oracles", "cuda-gemm", "docs", "mesh-law"];
 
-/** Files that mock modules, or open a WebGPU device or a browser, run in a process of their own; the others share one for each core. */
-const needsProcess = /\bvi\.mock\(|\/(softwareAdapter|chromium)\.ts"|from "webgpu"/;
+/** Files that mock modules, load stand-in libraries, or open a WebGPU device or a browser run in a process of their own; others share one for each core. */
+const needsProcess = /\bvi\.mock\(|\/(softwareAdapter|chromium|cudaStandIn|cudaRanks)\.ts"|from "webgpu"/;
 const alone = readdirSync("test", { recursive: true, encoding: "utf8" })
   .map((path) => join("test", path))
   .filter((path) => path.endsWith(".test.ts") && needsProcess.test(readFileSync(path, "utf8")));
