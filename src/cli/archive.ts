@@ -1,6 +1,6 @@
 /**
- * pack: a plan and all that runs it, in one archive: Node, rankc, the packages it uses, and the plan. The host that unpacks it needs tar,
- * xz and the system's C and C++ libraries; no Node, no npm, no network. Equal inputs give equal bytes.
+ * Writes an archive with Node, rankc, its packages and a plan. The host needs tar, xz and the system's C and C++ libraries, but no Node, npm
+ * or network. Equal inputs give equal bytes.
  */
 import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -19,25 +19,27 @@ import { readCubin, readKernel, readPlanFile } from "./inputFiles.ts";
 import { expectWritable } from "./outputFiles.ts";
 import { type TarEntry, tar } from "./tar.ts";
 
+/** Settings of `pack`. */
 export interface PackSettings {
   /** The directory of a compiled plan, or its plan.json. */
   readonly plan: string;
   readonly out: string;
-  /** What data.path and data.labels are relative to; else the plan's directory, where they are taken along if they are there and small. */
+  /** The base directory of data.path and data.labels. Default: the plan's directory; the files are then included only if they exist and are small. */
   readonly dataDir?: string;
-  /** `linux-x64`: as Node names systems and processors. */
+  /** Operating system and processor in Node's names: `linux-x64`. */
   readonly platform?: string;
   /** xz's preset, 0 to 9. 0: 35 MiB in 14 s of CPU time; 6, the default: 28 MiB in 90 s (2 slow cores, plans/tiny-dense). */
   readonly effort?: number;
 }
 
+/** The archive that `pack` wrote. */
 export interface Packed {
   readonly out: string;
   readonly platform: string;
   readonly bytes: number;
   readonly sha256: string;
   readonly files: number;
-  /** Where the corpus lies in the archive; undefined where it was left out: `run` then needs --data-dir. */
+  /** The path of the corpus in the archive; undefined if it is not included, so that `run` needs --data-dir. */
   readonly corpus: string | undefined;
 }
 
@@ -47,13 +49,14 @@ here=$(dirname "$(readlink -f "$0")")
 exec "$here/lib/node" "$here/lib/dist/src/cli/main.js" "$@"
 `;
 
+/** Writes the archive. Throws a Trouble if the platform differs, xz is missing, the plan is damaged or a file cannot be written. */
 export async function pack({ plan: path, out, dataDir, platform = own, effort = 6 }: PackSettings): Promise<Packed> {
   if (platform !== own)
-    throw new Trouble(`this is ${own}: the Node of ${platform} is not here`, `run rankc pack on a ${platform} machine`, 3);
+    throw new Trouble(`Node for ${platform} is not available: this machine is ${own}`, `run rankc pack on a ${platform} machine`, 3);
   expectWritable(out);
   if (spawnSync("xz", ["--version"]).error)
     throw new Trouble(
-      "xz, which packs the archive, is not on this machine",
+      "xz is not installed: it compresses the archive",
       "install it (Debian and Ubuntu: xz-utils; macOS: brew install xz)",
       3,
     );
@@ -95,7 +98,7 @@ function readPlan(folder: string): Plan {
   return plan;
 }
 
-/** The plan, its text, and the kernels that it names, checked against its digests; what else lies in the folder is not the plan's. */
+/** Returns the entries of the plan: plan.json, plan.txt and its kernels, verified against the digests. Other files of the folder are skipped. */
 function filesOfPlan(plan: Plan, folder: string): readonly TarEntry[] {
   const sources = plan.kernels.flatMap(({ source }) => source?.file ?? []);
   for (const file of sources) readKernel(plan, folder, file);
@@ -111,17 +114,17 @@ function filesOfPlan(plan: Plan, folder: string): readonly TarEntry[] {
 
 const isWithin = (path: string, folder: string): boolean => path.startsWith(join(folder, "/"));
 
-/** A corpus past this is brought to the hosts by other means, unless the person asks for it. */
+/** A corpus above this size in bytes is included only with --data-dir. */
 const smallCorpus = 16 * 2 ** 20;
 
 /**
- * Corpus, its index and labels: each has the place relative to plan/ in the archive that its key names, so that `run plan` finds it.
- * Undefined if `dataDir` is not given and a file is missing, outside of the archive, or large. Throws a Trouble if it is given.
+ * Returns the entries of the corpus, its index and its labels, at the paths relative to plan/ that the job names. If a file is missing,
+ * outside of the archive or too large: returns undefined without `dataDir`, throws a Trouble with it.
  */
 export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
   const { path, labels } = job.data;
   const wanted = [{ key: "data.path", path, what: "the corpus does" }];
-  // without its index, a Megatron data set would be read by data.dtype
+  // without its index, a Megatron data set would be read as data.dtype
   const index = indexPath(path);
   if (index !== undefined && existsSync(resolve(dataDir ?? folder, index)))
     wanted.push({ key: "data.path", path: index, what: "its index does" });
@@ -129,7 +132,7 @@ export function dataOf({ job }: Plan, folder: string, dataDir: string | undefine
   const files = wanted.map(({ path, ...as }) => {
     const file = resolve(dataDir ?? folder, path);
     const place = posix.normalize(posix.join("plan", path));
-    // what nobody asked for is taken from its own place alone, not through symbolic links
+    // without --data-dir, files behind symbolic links are not included
     const asked = dataDir !== undefined || (existsSync(file) && realpathSync(file) === resolve(realpathSync(folder), path));
     const there = asked && existsSync(file) && statSync(file).isFile();
     return { ...as, path, file, place, there, outside: isAbsolute(path) || /^(\.\.|lib|rankc)(\/|$)/.test(place) };
@@ -140,7 +143,7 @@ export function dataOf({ job }: Plan, folder: string, dataDir: string | undefine
   }
   return files.map(({ key, path, what, file, place, there, outside }) => {
     if (!there) throw new Trouble(`${file}: ${what} not exist`, `${key} starts at --data-dir`);
-    if (outside) throw new Trouble(`${key} ${path} leads out of the archive`, "leave --data-dir out here, and give it to rankc run");
+    if (outside) throw new Trouble(`${key} ${path} leads out of the archive`, "omit --data-dir here, and pass it to rankc run");
     return fileEntry(place, file);
   });
 }
@@ -151,7 +154,7 @@ const fileEntry = (path: string, file: string): TarEntry => ({
   read: () => readFileSync(file),
 });
 
-/** All files below a folder whose path in it is not left out; links are followed. */
+/** Returns all files below a folder, except those that `leftOut` selects; follows links. */
 function folderEntries(place: string, folder: string, leftOut: (path: string) => boolean): readonly TarEntry[] {
   const walk = (at: string): TarEntry[] =>
     readdirSync(join(folder, at)).flatMap((name) => {
@@ -162,10 +165,10 @@ function folderEntries(place: string, folder: string, leftOut: (path: string) =>
   return walk("");
 }
 
-/** What is for reading and building, not for running. Licences stay. */
+/** Returns whether a file is not needed at run time. Licences are kept. */
 const needless = (path: string): boolean => /\.(ts|mts|cts|map|md|flow|c|cc|cpp|h|hh|hpp|inc|S|asm)$/.test(path);
 
-/** Binaries for other systems. */
+/** Returns whether a file is a binary for another system. */
 const foreign = (place: string, path: string): boolean =>
   place === "node_modules/webgpu" && /^dist\/[^/]+$/.test(path) && !path.endsWith(own) && path !== `dist/${process.platform}-universal`;
 
@@ -177,7 +180,7 @@ interface Manifest {
 }
 const manifestOf = (folder: string): Manifest => JSON.parse(readFileSync(join(folder, "package.json"), "utf8")) as Manifest;
 
-/** The packages that rankc uses, those that they use, and of their optional ones the binaries for this system. */
+/** Returns all transitive dependencies of rankc, with the optional ones for this system. */
 function packagesOf(home: string): readonly { readonly place: string; readonly folder: string }[] {
   const placed = new Map<string, string>();
   const visit = (folder: string, at: string): void => {
@@ -186,7 +189,7 @@ function packagesOf(home: string): readonly { readonly place: string; readonly f
       const found = find(name, folder);
       if (name in optionalDependencies && !(found && isForHere(manifestOf(found)))) continue;
       if (!found) throw new Trouble(`the package ${name} is not installed`, "run npm ci in the folder of rankc");
-      // beside the others, or where another version of it is there, below the one that uses it
+      // top level, or below its user if the top level has another version
       const top = `node_modules/${name}`;
       const place = (placed.get(top) ?? found) === found ? top : `${at}${top}`;
       if (placed.has(place)) continue;
@@ -199,7 +202,7 @@ function packagesOf(home: string): readonly { readonly place: string; readonly f
 }
 const isForHere = ({ os, cpu }: Manifest): boolean => Boolean(os?.includes(process.platform) && cpu?.includes(process.arch));
 
-/** As Node looks for packages: in each node_modules on the way up. */
+/** Resolves a package like Node: in the node_modules of each parent directory. */
 function find(name: string, from: string): string | undefined {
   for (let at = from; ; at = dirname(at)) {
     const folder = join(at, "node_modules", name);
@@ -208,7 +211,7 @@ function find(name: string, from: string): string | undefined {
   }
 }
 
-/** In a checkout there may be an older build, or none: this one is made of the sources as they are. */
+/** Builds rankc from the sources of a checkout into a temporary folder, because its build may be old or missing. */
 function buildHere(): string {
   const home = fileURLToPath(root);
   const compiler = find("typescript", home);
@@ -225,7 +228,7 @@ function buildHere(): string {
   return folder;
 }
 
-/** Blocks of a fixed size, by several threads: the bytes do not depend on how many there are. */
+/** Compresses blocks of a fixed size in several threads; the bytes do not depend on the number of threads. */
 async function compress(entries: readonly TarEntry[], out: string, effort: number): Promise<{ bytes: number; sha256: string }> {
   const threads = Math.max(2, availableParallelism());
   const filters = process.arch === "x64" ? ["--x86", `--lzma2=preset=${effort}`] : [`--lzma2=preset=${effort}`];
@@ -241,7 +244,7 @@ async function compress(entries: readonly TarEntry[], out: string, effort: numbe
   xz.stderr.on("data", (chunk) => (said += chunk));
   const ended = new Promise<void>((done, fail) => {
     xz.once("error", fail);
-    xz.once("close", (code) => (code === 0 ? done() : fail(new Trouble(`xz failed: ${said.trim()}`, "see that there is memory and disk"))));
+    xz.once("close", (code) => (code === 0 ? done() : fail(new Trouble(`xz failed: ${said.trim()}`, "check free memory and disk space"))));
   });
   async function* counted(chunks: AsyncIterable<Buffer>) {
     for await (const chunk of chunks) {
@@ -251,7 +254,7 @@ async function compress(entries: readonly TarEntry[], out: string, effort: numbe
     }
   }
   try {
-    // what xz says goes before what its broken pipe says
+    // report the error of xz before the error of its broken pipe
     const flows = [pipeline(Readable.from(tar(entries)), xz.stdin), pipeline(xz.stdout, counted, createWriteStream(temporary))];
     const [end, ...flown] = await Promise.allSettled([ended, ...flows]);
     for (const result of [end!, ...flown]) if (result.status === "rejected") throw result.reason;

@@ -1,26 +1,26 @@
-/** Reading what people name: every way in which a file itself can be wrong is a Trouble, found before its bytes are looked at. */
+/** Reads the files that a command line names. A file that is missing, too large or not text is a Trouble. */
 import { readFileSync, type Stats, statSync } from "node:fs";
 import { basename, dirname, extname, join, resolve } from "node:path";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { sha256 } from "../plan/seal.ts";
 
-/** What a text file is for, in the messages about it. */
+/** The kind of a text file: words for its messages, and its size limit in bytes. */
 interface TextKind {
   /** As in "PATH is a directory, not a job". */
   readonly noun: string;
   readonly limit: number;
   readonly fix: string;
-  /** The way out for a file above the limit. */
+  /** The fix for a file above the limit. */
   readonly fixLong: string;
 }
-// a job is a page of text, a config a few; lists of layers or of labels can make a config long
+// configs may contain long lists of layers or labels
 const jobFix = "name a job file; training text belongs in data.path";
 const jobText: TextKind = { noun: "a job", limit: 2 ** 20, fix: "name a YAML file", fixLong: jobFix };
 const configFix = "name the config.json of a Hugging Face model";
 const configText: TextKind = { noun: "a config.json", limit: 64 * 2 ** 20, fix: configFix, fixLong: configFix };
 
-/** The text of a job file. Throws a Trouble if it is no file, longer than 1 MiB, or not UTF-8. */
+/** Reads a job file. Throws a Trouble if it is not a file, longer than 1 MiB, or not UTF-8. */
 export function readJobFile(path: string): string {
   const stat = attempt(path, () => statSync(path));
   if (stat.isDirectory())
@@ -29,8 +29,8 @@ export function readJobFile(path: string): string {
 }
 
 /**
- * The text of a Hugging Face config, its path, and the model's name: that of the directory of a config.json, else that of the file.
- * A directory stands for the config.json in it. Throws as `readJobFile` does.
+ * Reads a Hugging Face config: `path` is the file, or the directory of a config.json. The model's name is that of the directory of a
+ * config.json, or that of another file. Throws like `readJobFile`.
  */
 export function readConfigFile(path: string): { readonly text: string; readonly file: string; readonly name: string } {
   const file = attempt(path, () => statSync(path)).isDirectory() ? join(path, "config.json") : path;
@@ -41,7 +41,7 @@ export function readConfigFile(path: string): { readonly text: string; readonly 
 }
 
 function readText(path: string, stat: Stats, { noun, limit, fix, fixLong }: TextKind): string {
-  // a pipe has no size: it is read, then measured; a device such as /dev/zero may never end
+  // a pipe has no size and is measured after reading; a device such as /dev/zero may be endless
   if (!stat.isFile() && !stat.isFIFO()) throw new Trouble(`${path} is not a file`, fix);
   const tooBig = (size: number) =>
     new Trouble(`${path} has ${(size / 2 ** 20).toFixed(1)} MiB; ${noun} may have ${limit / 2 ** 20} MiB`, fixLong);
@@ -69,7 +69,7 @@ function attempt<T>(path: string, read: () => T): T {
   }
 }
 
-/** JavaScript holds no longer text. */
+/** The limit is the longest string of JavaScript. */
 const planText: TextKind = {
   noun: "a plan",
   limit: 2 ** 29 - 2 ** 20,
@@ -77,7 +77,7 @@ const planText: TextKind = {
   fixLong: "compile the job again",
 };
 
-/** The text of a plan. Throws a Trouble where it is no file, too large, or no text. */
+/** Reads a plan file. Throws a Trouble if it is not a file, too large, or not text. */
 export const readPlanFile = (path: string): string =>
   readText(
     path,
@@ -85,25 +85,28 @@ export const readPlanFile = (path: string): string =>
     planText,
   );
 
-/** The source of a kernel beside its plan. Throws a Trouble where it is missing, or is not what the plan was sealed with. */
+/** Reads the source of a kernel of a plan. Throws a Trouble if it is missing, or its digest differs from the plan's. */
 export function readKernel(plan: Plan, folder: string, file: string): string {
   const path = join(folder, "kernels", file);
   const again = "compile the job again";
   let text: string;
   try {
-    // a symbolic link may lead to a device that never ends
+    // a symbolic link may lead to an endless device
     if (!statSync(path).isFile()) throw new Trouble(`${path} is not a file`, again);
     text = readFileSync(path, "utf8");
   } catch (error) {
     if (error instanceof Trouble) throw error;
-    throw new Trouble(`${path} cannot be read: ${(error as NodeJS.ErrnoException).code}; the plan's kernels lie beside it`, again);
+    throw new Trouble(
+      `${path} cannot be read: ${(error as NodeJS.ErrnoException).code}; a plan needs the kernels/ folder next to it`,
+      again,
+    );
   }
   const kernel = plan.kernels.find((k) => k.source?.file === file);
   if (kernel?.source?.sha256 !== sha256(text)) throw new Trouble(`${path} was changed since the plan was compiled`, again);
   return text;
 }
 
-/** A cubin that the plan was sealed with; undefined where it was not, or the file is missing. Throws a Trouble where it is another. */
+/** Reads a cubin of a plan; undefined if the plan has no such cubin, or the file is missing. Throws a Trouble if its digest differs from the plan's. */
 export function readCubin(plan: Plan, folder: string, file: string): Uint8Array | undefined {
   const sealed = plan.kernels.find((k) => k.cubin?.file === file)?.cubin;
   const path = join(folder, "kernels", file);

@@ -1,6 +1,6 @@
 /**
- * Files that a command leaves behind: all of them whole, or none. Each is written beside its place, then renamed into it; but what is no
- * regular file, such as /dev/stdout or a pipe, is written to as it is.
+ * Writes the files of a command: all of them completely, or none. Each is written to a temporary file and renamed; special files, such as
+ * /dev/stdout or a pipe, are written directly.
  */
 import {
   accessSync,
@@ -21,7 +21,7 @@ import { dirname, join, resolve } from "node:path";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
 
-/** Names may lie in folders below. Throws a Trouble, and then leaves nothing. */
+/** Writes files into a folder; names may contain subfolders. On an error it removes what it created and throws a Trouble. */
 export function writeFolder(folder: string, files: Readonly<Record<string, string | Uint8Array>>): void {
   const made: string[] = [];
   try {
@@ -33,7 +33,7 @@ export function writeFolder(folder: string, files: Readonly<Record<string, strin
   }
 }
 
-/** Throws a Trouble, and then leaves the file as it was. */
+/** Writes a file. On an error the old file is unchanged and it throws a Trouble. */
 export function writeFile(path: string, content: string | Uint8Array): void {
   try {
     writeTogether([[path, content]]);
@@ -42,7 +42,7 @@ export function writeFile(path: string, content: string | Uint8Array): void {
   }
 }
 
-/** Throws the Trouble that writing the file later would throw, so that no work is done in vain. Leaves nothing. */
+/** Throws the Trouble that writing the file would throw, before expensive work starts. Creates no file. */
 export function expectWritable(path: string): void {
   try {
     const stat = statSync(path, { throwIfNoEntry: false });
@@ -54,7 +54,7 @@ export function expectWritable(path: string): void {
   }
 }
 
-/** The same of a folder that `writeFolder` is to make. */
+/** Throws the Trouble that `writeFolder` would throw. */
 export function expectWritableFolder(folder: string): void {
   if (existsSync(folder) && !statSync(folder).isDirectory())
     throw new Trouble(`${folder} is a file, not a directory`, "name another directory after -o");
@@ -67,7 +67,7 @@ export function expectWritableFolder(folder: string): void {
   }
 }
 
-/** Writes a small file into a folder, and removes it. Throws the system's error. */
+/** Writes a small file into a folder, and removes it. Throws the system error. */
 function probe(folder: string): void {
   const path = join(folder, `.rankc-${process.pid}.tmp`);
   try {
@@ -77,14 +77,14 @@ function probe(folder: string): void {
   }
 }
 
-/** A file that grows by whole lines. */
+/** A file to which complete lines are appended. */
 export interface Lines {
-  /** Throws a Trouble where the line could not be written; what was written of it is taken back. */
+  /** Appends a line. On an error it removes the incomplete line and throws a Trouble. */
   add(line: string): void;
   close(): void;
 }
 
-/** Opens a file anew, or to go on behind what it holds. Throws a Trouble. */
+/** Opens a file for lines: `new` truncates it, `append` keeps its content. Throws a Trouble. */
 export function openLines(path: string, how: "new" | "append"): Lines {
   const attempt = <T>(act: () => T): T => {
     try {
@@ -110,7 +110,7 @@ export function openLines(path: string, how: "new" | "append"): Lines {
   };
 }
 
-/** Where a path leads: through symbolic links, which stay. */
+/** Resolves symbolic links, so that a write keeps them. */
 const targetOf = (path: string): string => (existsSync(path) ? realpathSync(path) : path);
 
 function writeTogether(files: readonly (readonly [string, string | Uint8Array])[]): void {

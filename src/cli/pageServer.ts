@@ -1,6 +1,6 @@
 /**
- * `rankc serve`: a page on this machine alone that trains a plan in the browser. It serves what is known when it starts, each
- * under one name: the built page, the plan, its kernels, its text. No name is ever made into a path.
+ * Serves the page that trains a plan in the browser, on 127.0.0.1 only: the built page, the plan, its kernels and its corpus. The set of
+ * addresses is fixed at the start; an address is never converted to a path.
  */
 import { createReadStream, existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
@@ -14,24 +14,26 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { root } from "../packageFile.ts";
 import { printPlan } from "../plan/seal.ts";
 
+/** A running server. */
 export interface Serving {
-  /** Where the page is. */
+  /** The URL of the page. */
   readonly address: string;
   close(): Promise<void>;
 }
+/** Settings of `serve`. */
 export interface ServeSettings {
-  /** 0: any that is free. */
+  /** The port; 0 selects a free port. */
   readonly port: number;
-  /** What data.path and data.labels are relative to. */
+  /** The base directory of data.path and data.labels. */
   readonly baseDir: string;
-  /** The built page's folder. */
+  /** The folder of the built page. */
   readonly page?: string;
 }
-/** What a browser gets for a name: bytes, or a file that is read when it is asked for. */
+/** The content of an address: bytes, or a file that is read on request. */
 type Answer = { readonly type: string } & ({ readonly body: string | Uint8Array } | { readonly file: string; readonly what: string });
 
 const HOST = "127.0.0.1";
-/** The page holds the whole text in memory. */
+/** Limit in bytes: the page holds the whole text in memory. */
 const LARGEST_TEXT = 2 ** 28;
 const types: Readonly<Record<string, string>> = {
   ".html": "text/html; charset=utf-8",
@@ -40,6 +42,7 @@ const types: Readonly<Record<string, string>> = {
   ".txt": "text/plain; charset=utf-8",
 };
 
+/** Serves a WebGPU plan. Throws a Trouble if the plan is for another target, the page is not built, or the port is not available. */
 export async function serve(
   { plan, source }: { readonly plan: Plan; source(file: string): string },
   { port, baseDir, page = fileURLToPath(new URL("dist/browser", root)) }: ServeSettings,
@@ -58,7 +61,7 @@ export async function serve(
     ["/plan.json", { type: "application/json", body: printPlan(plan) }],
     ["/corpus", { ...bytes, file: resolve(baseDir, path), what: "text" }],
   ]);
-  // empty if there is none
+  // an empty body if there is no index
   const index = indexPath(path);
   const indexed = index !== undefined && existsSync(resolve(baseDir, index));
   answers.set("/index", indexed ? { ...bytes, file: resolve(baseDir, index), what: "index" } : { ...bytes, body: "" });
@@ -86,7 +89,7 @@ function notServed({ code }: NodeJS.ErrnoException, port: number): Trouble {
   return new Trouble(`port ${port} cannot be listened on: ${code}`, "name another: --port 0 takes any that is free");
 }
 
-/** The files of the built page by their address. */
+/** Returns the files of the built page by address. */
 function pageIn(folder: string): [string, Answer][] {
   if (!existsSync(join(folder, "index.html"))) throw new Trouble(`the page is not built: ${folder} has no index.html`, "npm run build");
   const files = readdirSync(folder, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
@@ -107,10 +110,10 @@ interface Reply {
 
 function replyTo({ method, url = "", headers }: IncomingMessage, answers: ReadonlyMap<string, Answer>): Reply {
   const refused = (status: number, why: string): Reply => ({ status, answer: { type: types[".txt"]!, body: `${why}\n` } });
-  // a page of another origin that asks says so; the browser sends no such header for the page's own
+  // browsers send the origin header for requests of other pages
   if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
     return refused(403, "this server answers its own page only");
-  // a foreign name that leads here is a foreign page that asks (DNS rebinding)
+  // another host name that resolves to this address indicates DNS rebinding
   if (!/^(127\.0\.0\.1|localhost)(:\d+)?$/.test(headers.host ?? ""))
     return refused(403, "this server answers at 127.0.0.1 and localhost only");
   if (method !== "GET" && method !== "HEAD") return refused(405, "this server is for reading");
@@ -137,14 +140,14 @@ function send(response: ServerResponse, { status, answer }: Reply, bodiless: boo
   response.writeHead(status, { ...always, "Content-Type": answer.type });
   if (bodiless) response.end();
   else if ("body" in answer) response.end(answer.body);
-  // a file that cannot be read after all breaks the answer off, which the browser tells
+  // on a read error the connection is closed, which the browser reports
   else
     createReadStream(answer.file)
       .on("error", () => response.destroy())
       .pipe(response);
 }
 
-/** The page loads nothing from elsewhere, and no page elsewhere shows it. */
+/** Headers of every response: the page loads nothing from other origins, and other pages cannot embed it. */
 const always = {
   "Cache-Control": "no-cache",
   "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",

@@ -1,28 +1,30 @@
-/** What a run says while it trains: one step as one line. */
+/** Progress lines and metrics lines of a run. */
+
+/** The metrics of a step that a run prints. */
 export interface StepReport {
   readonly step: number;
   readonly loss: number;
-  /** Where the model has multi-token prediction. */
+  /** With multi-token prediction. */
   readonly mtp_loss?: number;
-  /** Of balancing and z losses together. */
+  /** The sum of balancing and z losses. */
   readonly aux_loss?: number;
   readonly z_loss?: number;
   readonly grad_norm: number;
-  /** Tokens of the busiest expert over the mean. */
+  /** Tokens of the busiest expert over the mean of its layer. */
   readonly expert_load?: number;
   readonly dropped_rows?: number;
-  /** Tokens that are learnt from, where labels say which. */
+  /** Labelled tokens, if the job has data.labels. */
   readonly labels?: number;
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
   readonly loss_scale?: number;
   readonly skipped?: boolean;
-  /** Of a skipped step, what was not finite, where that is no matter of the loss scale. */
+  /** Of a skipped step: the non-finite metric; not set for fp16 overflows. */
   readonly nonfinite?: string;
 }
 
-/** `of` is the last step; `pace` the mean seconds of a step so far. */
+/** Formats a step as a progress line. `of`: the last step; `pace`: mean seconds per step. */
 export function progressLine(report: StepReport, of: number, pace: number): string {
   const left = (of - report.step) * pace;
   const added = addedBy(report);
@@ -47,13 +49,13 @@ export function progressLine(report: StepReport, of: number, pace: number): stri
   return fields.join("  ");
 }
 
-/** What a router's losses add; undefined where the model has no experts. */
+/** Returns the auxiliary loss; undefined if the model has no experts. */
 const addedBy = ({ aux_loss, expert_load }: StepReport): number | undefined => (expert_load === undefined ? undefined : aux_loss);
 
-/** `2^32`, where it is a power of two. */
+/** Formats a loss scale; a power of two as `2^32`. */
 const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
 
-/** The keys of a line of the metrics file, and no others. A number that is not finite is null. */
+/** Formats a step as a JSON line of the metrics file. A non-finite number is null. */
 export function metricsLine(report: StepReport): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds } = report;
   const { loss_scale, skipped } = report;
@@ -61,6 +63,7 @@ export function metricsLine(report: StepReport): string {
   return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, seconds, loss_scale, skipped })}\n`;
 }
 
+/** Formats seconds as `4.2 s`, `12 min`, `3 h 5 min` or `4 days`. */
 export function duration(seconds: number): string {
   if (seconds < 59.95) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
   const minutes = Math.round(seconds / 60);

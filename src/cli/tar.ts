@@ -1,16 +1,18 @@
-/** tar: files → the bytes of a ustar archive. A function of paths, modes and contents alone: sorted, one time, no owner. */
+/** Writes ustar archives. The bytes depend only on paths, modes and contents: entries are sorted, with a constant time and no owner. */
 
+/** A file of an archive. */
 export interface TarEntry {
-  /** With slashes, relative. */
+  /** The relative path, with slashes. */
   readonly path: string;
   readonly executable: boolean;
   readonly read: () => Uint8Array;
 }
 
-/** 2000-01-01: tar warns of files from before its own time. */
+/** 2000-01-01, in seconds; tar warns about very old times. */
 const time = 946_684_800;
 const block = 512;
 
+/** Yields the bytes of an archive. Throws if a path is too long for the format. */
 export function* tar(entries: readonly TarEntry[]): Generator<Uint8Array> {
   for (const { path, executable, read } of [...entries].sort((a, b) => (a.path < b.path ? -1 : 1))) {
     const bytes = read();
@@ -45,7 +47,7 @@ function header(path: string, mode: number, size: number): Uint8Array {
   return out;
 }
 
-/** A path longer than the name field goes on in the prefix field, cut at a slash. */
+/** Splits a long path at a slash into the prefix field and the name field. */
 function split(path: string): readonly [prefix: string, name: string] {
   if (Buffer.byteLength(path) <= 100) return ["", path];
   for (let at = path.indexOf("/"); at >= 0; at = path.indexOf("/", at + 1)) {

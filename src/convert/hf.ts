@@ -1,6 +1,6 @@
 /**
- * A Hugging Face config.json to a job: `model` is the architecture of the config, the rest is a small run on one rank to start from.
- * A config that needs what rankc does not compute is refused with every reason: a model that is nearly the same trains to other numbers.
+ * Converts a Hugging Face config.json to a job. `model` is the architecture of the config; the other sections are defaults for one rank.
+ * A config with features that rankc lacks is rejected with all reasons, because a similar model would give other numbers.
  */
 import { Document } from "yaml";
 import type { z } from "zod";
@@ -17,20 +17,22 @@ type Rope = NonNullable<Model["rope"]>;
 /** The limit of model.layers in schemas/job.ts. */
 const MOST_LAYERS = 65536;
 
-/** The coefficient at the end of DeepSeek-V3's training; a config has none. */
+/** The coefficient at the end of DeepSeek-V3's training; configs do not contain it. */
 const MTP_COEFF = 0.1;
 
-// A long context is for use, not for a first training run: attention memory grows with its square.
+// A first training run uses a shorter context: attention memory grows with its square.
 const FIRST_SEQ = 4096;
 
-// From so many experts on, several logits of a token are equal in bf16 (rule E423).
+// With more experts, several logits of a token are equal in bf16 (rule E423).
 const MANY_EXPERTS = 32;
 
+/** Settings of the import. */
 export interface ImportSettings {
-  /** Take multi-token prediction, too, which transformers leaves out. */
+  /** Include multi-token prediction, which transformers omits. */
   readonly mtp?: boolean;
 }
 
+/** Converts a config to a job. Throws a Trouble that lists all unsupported features. */
 export function importHf(
   config: unknown,
   name: string,
@@ -99,7 +101,7 @@ export function importHf(
   };
   const { data, error } = JobText.safeParse(job);
   if (error) {
-    // a size above the limits of the schema, such as a million layers
+    // a size above the limits of the schema
     const lines = error.issues.map(({ path, message }) => `\n  ${path.join(".")}: ${message}`);
     throw new Trouble(`this ${type} config makes no valid job:${lines.join("")}`, "import a smaller model");
   }
@@ -110,14 +112,14 @@ export function importHf(
   };
 }
 
-/** The key of `families` for a config; undefined if rankc has no such model. */
+/** Returns the key in `families` for a config; undefined if rankc does not support the model. */
 function typeOf({ model_type: type }: Config): string | undefined {
   if (typeof type !== "string") return undefined;
   const own = Object.hasOwn(aliases, type) ? aliases[type]! : type;
   return Object.hasOwn(families, own) ? own : undefined;
 }
 
-/** Keys under which configs of several modalities have that of their text model. */
+/** Keys of the text model's config in multimodal configs. */
 const TEXT_MODELS = ["text_config", "language_config", "llm_config"];
 
 function unknownType(config: Config): Trouble {
@@ -134,12 +136,12 @@ function unknownType(config: Config): Trouble {
   return new Trouble(title, `models of these types can: ${names.sort().join(", ")}`);
 }
 
-/** The job of `importHf` as the text of a job file, its notes as comments above. */
+/** Returns the text of a job file, with notes as comments. Throws like `importHf`. */
 export function importHfText(config: unknown, name: string, settings: ImportSettings = {}): string {
   const { job, notes } = importHf(config, name, settings);
   const document = new Document(job);
   document.commentBefore = [
-    // a carriage return would end the comment
+    // a carriage return ends a YAML comment
     ` ${name.replace(/\p{Cc}/gu, " ")}: the model is that of the Hugging Face config; parallel, train, data and cluster are a start, to be set.`,
     ...notes.map((note) => ` ${note}`),
   ].join("\n");
@@ -164,7 +166,7 @@ function latentOf({ latent }: Family, read: Reader): Model["mla"] {
   };
 }
 
-/** transformers 5 writes rope_parameters; before it, rope_theta and (for stretched contexts) rope_scaling. */
+/** Reads RoPE: transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling. */
 function ropeOf(config: Config, family: Family, read: Reader, reasons: string[]): Rope {
   const inner = isRecord(config.rope_parameters) ? config.rope_parameters : isRecord(config.rope_scaling) ? config.rope_scaling : {};
   const part = inner.partial_rotary_factor ?? config.partial_rotary_factor ?? 1;
@@ -179,7 +181,7 @@ function ropeOf(config: Config, family: Family, read: Reader, reasons: string[])
 
 function scalingOf(inner: Config, config: Config, own: Reader, reasons: string[]): Rope["scaling"] {
   const type = inner.rope_type ?? inner.type ?? "default";
-  // a model's own key counts more than the one inside, as in transformers
+  // the outer key has precedence, as in transformers
   const original = (): number => {
     const above = reader(config, reasons);
     return (
@@ -202,7 +204,7 @@ function scalingOf(inner: Config, config: Config, own: Reader, reasons: string[]
         reasons.push("rope truncate false is not supported: the pairs between which scaling sets in are whole numbers");
       const seq = original();
       const above = typeof config.max_position_embeddings === "number" ? config.max_position_embeddings : seq;
-      // null and 0 count as not given
+      // null and 0 mean not set
       const given = (key: string) => (inner[key] ? own.real(key, 0) : null);
       return {
         ...{ type: "yarn" as const, factor: own.real("factor", above / seq), original_seq: seq },
@@ -281,7 +283,7 @@ function balanceOf({ aux }: Experts, read: Reader) {
   return { balance: perSequence ? "seq_aux_loss" : "aux_loss", aux_coeff: coefficient } as const;
 }
 
-/** Keys that change what the model computes. */
+/** Checks keys that change the arithmetic of the model. */
 function unsupported(config: Config, type: string, family: Family): readonly string[] {
   const reasons: string[] = [];
   const { hidden_act: act = null } = config;
@@ -302,7 +304,7 @@ function unsupported(config: Config, type: string, family: Family): readonly str
 
 const isOff = (value: unknown): boolean => value == null || value === false || value === 0;
 
-/** Tokens that a layer's attention covers; null: all. */
+/** Returns the attention window in tokens; null: no limit. */
 function windowOf(config: Config, { window }: Family): unknown {
   const asked = window?.only === undefined ? config.use_sliding_window !== false : config[window.only] === true;
   const width = config.sliding_window === undefined ? (window?.otherwise ?? null) : config.sliding_window;

@@ -1,26 +1,27 @@
 /**
- * How the architectures of Hugging Face transformers differ: what each takes where config.json is silent, what its keys are called,
- * and what it computes that is not built here.
+ * Tables of the model families of Hugging Face transformers: defaults of missing keys, names of keys, and unsupported features.
  */
 
+/** A model family. */
 export interface Family {
   readonly kvHeads: number | "heads";
   readonly headDim: number | "quotient";
   readonly theta: number;
   readonly eps: number;
   readonly qkNorm: "none" | "head" | "full";
-  /** Keys that give q, k and v, or them and the product after attention, biases; and what a silent config has. */
+  /** Keys of the biases of q, k and v, or of these and the output projection; and their defaults. */
   readonly bias: null | { readonly key: string | null; readonly of: "qkv" | "all"; readonly otherwise: boolean };
-  /** Tokens that a layer sees, and the key without which it sees all. */
+  /** The key of the attention window, and the key that enables it. */
   readonly window: null | { readonly otherwise: number | null; readonly only?: string };
   readonly latent: null | { readonly queryRank: number; readonly interleaved: boolean | string };
   readonly moe: null | Experts;
-  /** What these models always do and a rankc job cannot say. */
+  /** Features of all models of the family that rankc lacks. */
   readonly never?: readonly string[];
 }
 
+/** The keys of a family with experts. */
 export interface Experts {
-  /** Keys of the number of experts, the newest first. */
+  /** Keys of the number of experts, newest first. */
   readonly count: readonly string[];
   readonly ffn: string;
   readonly score: "softmax" | "sigmoid";
@@ -41,7 +42,7 @@ export interface Experts {
     | null
     | { readonly widths: string; readonly gate: false; readonly otherwise: number }
     | { readonly ffn: string; readonly gate: true };
-  /** Which layers have experts: all; all after the first ones; or those that two keys choose. */
+  /** The layers with experts: all; all after the first ones; or a selection by two keys. */
   readonly layers: "all" | { readonly after: string; readonly otherwise: number } | "sparse_step";
 }
 
@@ -70,6 +71,7 @@ const deepseekExperts = {
   shared: { widths: "n_shared_experts", gate: false },
 } as const;
 
+/** The supported families, by model_type. */
 export const families: Readonly<Record<string, Family>> = {
   llama: { ...dense, kvHeads: "heads", theta: 1e4, eps: 1e-6, bias: biasIfAsked },
   mistral: { ...dense, kvHeads: 8, theta: 1e4, eps: 1e-6, window: { otherwise: 4096 } },
@@ -172,17 +174,17 @@ export const families: Readonly<Record<string, Family>> = {
   },
 };
 
-/** Types that are another one under their own name. */
+/** Model types that equal another type. */
 export const aliases: Readonly<Record<string, string>> = { kimi_k2: "deepseek_v3" };
 
-/** Keys that change what a model computes unless they are off, and what rankc lacks for them. */
+/** Keys that must be off, and the feature that rankc lacks for each. */
 export const mustBeOff: Readonly<Record<string, string>> = {
   mlp_bias: "the feed-forward part has no bias",
   clip_qkv: "queries, keys and values are not clipped",
   router_jitter_noise: "what is perturbed here is the router's input alone, and there that of the experts, too",
 };
 
-/** Keys that may only say this. */
+/** Keys with one supported value. */
 export const mustBe: Readonly<Record<string, Readonly<Record<string, { readonly value: unknown; readonly why: string }>>>> = {
   deepseek_v2: {
     norm_topk_prob: {

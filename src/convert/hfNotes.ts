@@ -1,4 +1,4 @@
-/** What an imported job assumes or leaves out, as lines above its text; and the device that it names. */
+/** The notes of an imported job: assumptions and omissions; and the selection of its device. */
 import { type Device, devices, type Job } from "../../schemas/job.ts";
 import { parameterCount } from "../analysis/parameterCount.ts";
 import { countText } from "../units.ts";
@@ -7,26 +7,27 @@ import { type Config, isRecord, shown } from "./hfReader.ts";
 
 type Model = Job["model"];
 
-/** bf16 parameters, f32 gradients, master weights and two moments. */
+/** Returns the bytes to train a model on one rank: bf16 parameters, f32 gradients, main weights and two moments. */
 export const bytesToTrain = (model: Model): number => 18 * parameterCount(model);
 
-/** The smallest GPU with twice this memory, since activations need room as well; else the largest. */
+/** Returns the smallest GPU with twice this memory, because activations need memory too; else the largest. */
 export function roomiest(bytes: number): Device {
   const gpus = Object.entries(devices).filter(([name]) => name !== "cpu");
   const bySize = gpus.sort(([, a], [, b]) => a.memory - b.memory).map(([name, { memory }]) => ({ name: name as Device, memory }));
   return (bySize.find(({ memory }) => memory > 2 * bytes) ?? bySize.at(-1)!).name;
 }
 
+/** The facts of an import that notes report. */
 export interface Imported {
-  /** How the family's experts differ; null if it has none. */
+  /** The experts of the family; null if it has none. */
   readonly experts: Experts | null;
-  /** The longest sequence that the config allows. */
+  /** The longest sequence of the config. */
   readonly positions: number;
-  /** Tokens that a layer's attention covers; null: all. */
+  /** The attention window in tokens; null: no limit. */
   readonly window: unknown;
 }
 
-/** One line each, without the sign of a comment. */
+/** Returns the notes, one line each, without comment signs. */
 export function notesOf(config: Config, model: Model, { experts, positions, window }: Imported): readonly string[] {
   return [
     ...sequenceNotes(model, positions, window),

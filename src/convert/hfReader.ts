@@ -1,9 +1,10 @@
-/** The keys of a Hugging Face config.json: what Python's json writes, and what a key must hold. */
+/** Reads Hugging Face config.json files, as Python's json module writes them, with type checks of keys. */
 import { Trouble } from "../../schemas/trouble.ts";
 
+/** A JSON object. */
 export type Config = Readonly<Record<string, unknown>>;
 
-/** The JSON of `text`, and Python's literals Infinity, -Infinity and NaN (as the string "NaN", which no key takes). Throws a Trouble that names `path`. */
+/** Parses JSON with Python's literals Infinity, -Infinity and NaN (returned as the string "NaN", which is invalid for every key). Throws a Trouble that names `path`. */
 export function parseConfig(text: string, path: string): unknown {
   try {
     // JSON.parse reads a number past the largest double as Infinity. A string that does not end reaches the end of the text.
@@ -16,11 +17,12 @@ export function parseConfig(text: string, path: string): unknown {
   }
 }
 
+/** Returns whether a value is a JSON object. */
 export const isRecord = (value: unknown): value is Config => typeof value === "object" && value !== null && !Array.isArray(value);
 
 const LONGEST = 300;
 
-/** A value as text on one line: JSON, cut after 300 characters. */
+/** Formats a value as JSON on one line, at most 300 characters. */
 export function shown(value: unknown): string {
   let text: string;
   try {
@@ -31,19 +33,20 @@ export function shown(value: unknown): string {
   return text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text;
 }
 
+/** Readers of typed keys. */
 export interface Reader {
-  /** A whole number of 1 or more. */
+  /** Reads an integer of at least 1. */
   count(key: string, otherwise?: number): number;
-  /** The first of these keys that is given. */
+  /** Reads the first of these keys that is set. */
   countOf(keys: readonly string[]): number;
-  /** null means none; a key that is missing has the default. */
+  /** Reads an integer or null (none); a missing key has the default. */
   countOrNone(key: string, otherwise: number | null): number | null;
-  /** A number of 0 or more. */
+  /** Reads a number of at least 0. */
   real(key: string, otherwise: number): number;
   flag(key: string, otherwise: boolean): boolean;
 }
 
-/** Reads keys of `config`. A key that is missing or has another type adds to `reasons`, and reading goes on; null counts as not given, as in transformers. */
+/** Returns readers of the keys of `config`. A missing or mistyped key adds to `reasons`; null means not set, as in transformers. */
 export function reader(config: Config, reasons: string[]): Reader {
   const refuse = (key: string, wanted: string): number => {
     reasons.push(config[key] == null ? `${key} is missing` : `${key} is ${shown(config[key])}; expected ${wanted}`);

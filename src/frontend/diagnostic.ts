@@ -1,11 +1,11 @@
 /**
- * What a person is told about a job: a Finding, collected with all others, placed, and with a way out.
- * What is wrong around the job (a missing file, a directory) is a Trouble and stops the command.
+ * Findings: errors and warnings of a job, with code, place, reason and fix. All findings are collected. Errors around a job, such as a
+ * missing file, are a Trouble and stop the command.
  */
 import pc from "picocolors";
 import { escaped, unprintable } from "../../schemas/printable.ts";
 
-/** A place in a file: 1-based, endCol is one past the last character. */
+/** A place in a file. Lines and columns start at 1; endCol is one past the last character. */
 export interface SourceLocation {
   readonly file: string;
   readonly line: number;
@@ -13,11 +13,13 @@ export interface SourceLocation {
   readonly endCol: number;
   readonly lineText: string;
 }
+/** The place of a finding: in the file, or in a `--set` option. */
 export type At = SourceLocation | { readonly set: string };
 
-/** Key paths and their new values: the fix in a form that `--set` understands. */
+/** Key paths and new values of a fix, as for `--set`. */
 export type Changes = Readonly<Record<string, unknown>>;
 
+/** One error or warning of `check`. */
 export interface Finding {
   readonly code: string;
   readonly level: "error" | "warning";
@@ -26,37 +28,40 @@ export interface Finding {
   readonly found: string;
   readonly why: string;
   readonly fix: string;
-  /** Present when it has been tried: with these changes the finding goes away and no new error comes. */
+  /** A tested fix: these changes remove the finding and cause no new error. */
   readonly set?: Changes;
   readonly at?: At;
   readonly related?: readonly At[];
 }
 
+/** Returns whether any finding is an error. */
 export const hasErrors = (findings: readonly Finding[]): boolean => findings.some((f) => f.level === "error");
 
+/** Formats changes as `--set` options. */
 export const setText = (set: Changes): string =>
   Object.entries(set)
     .map(([path, value]) => `${path}: ${Array.isArray(value) ? `[${value.join(", ")}]` : String(value)}`)
     .join(", ");
 
 const WIDTH = 100;
-/** Findings that are shown; of the others there is a count. */
+/** The maximum number of printed findings; the others are counted. */
 export const SHOWN = 50;
 
+/** The first findings, and counts of the others. */
 export interface Shown {
   readonly findings: readonly Finding[];
-  /** By code, how many more there are. */
+  /** The number of omitted findings by code. */
   readonly more: Readonly<Record<string, number>>;
 }
 
-/** The first findings, and how many of each code are left out. */
+/** Returns the first findings, and the number of omitted ones by code. */
 export function shown(all: readonly Finding[]): Shown {
   const more: Record<string, number> = {};
   for (const { code } of all.slice(SHOWN)) more[code] = (more[code] ?? 0) + 1;
   return { findings: all.slice(0, SHOWN), more };
 }
 
-/** The first findings as text, as rustc would print them, a count of the others by code, and one line that counts all. */
+/** Formats the first findings in the style of rustc, the number of omitted ones by code, and the total. */
 export function renderFindings(all: readonly Finding[], { color }: { readonly color: boolean }): string {
   if (!all.length) return "";
   const { findings, more } = shown(all);
@@ -105,10 +110,10 @@ function countByLevel(findings: readonly Finding[]): string {
   return [...part("error"), ...part("warning")].join(", ");
 }
 
-/** Each character keeps its column, which carets point at. */
+/** Replaces control characters, and keeps the columns that carets point at. */
 const printable = (text: string): string => text.replace(unprintable, (c) => (c === "\t" ? " " : "\ufffd"));
 
-/** The part of a long line that the caret points into. */
+/** Returns the part of a long line around the caret. */
 function window({ lineText, col, endCol }: SourceLocation): { text: string; from: number; to: number } {
   const start = col - 1 > WIDTH - 20 ? col - 1 - 30 : 0;
   const cut = lineText.slice(start, start + WIDTH);

@@ -1,26 +1,29 @@
-/** explain: all there is to say about a code. The example is read by the real checks, so it cannot go stale. */
+/** Explanations of codes. The example is checked by the rules themselves, so it stays correct. */
 import { stringify } from "yaml";
 import { rules, smallest } from "../rules/index.ts";
 import type { Finding } from "./diagnostic.ts";
 import { readJob, shapeFaults } from "./readJob.ts";
 import { mergeYaml, textFaults } from "./source.ts";
 
+/** The explanation of a code. */
 export interface Explanation {
   readonly code: string;
   readonly level: Finding["level"];
   readonly title: string;
   readonly why: string;
-  /** The part of a job (or the command line) that is wrong. */
+  /** The invalid part of a job or of the command line. */
   readonly bad: string;
-  /** What is said about it. */
+  /** The finding that it causes. */
   readonly finding: Finding;
 }
 
 const texts = Object.values(textFaults);
 const laid = [...Object.values(shapeFaults).map((f) => ({ ...f, level: "error" as const })), ...rules];
 
+/** All codes, sorted. */
 export const codes: readonly string[] = [...texts, ...laid].map((r) => r.code).sort();
 
+/** Returns the explanation of a code; undefined if the code does not exist. */
 export function explain(code: string): Explanation | undefined {
   const text = texts.find((f) => f.code === code);
   if (text) {
@@ -31,7 +34,7 @@ export function explain(code: string): Explanation | undefined {
   return over && of(over, over.level, badJob(over.bad));
 }
 
-/** The smallest valid job with `bad` laid over it. */
+/** Returns the smallest valid job, merged with `bad`. */
 export const badJob = (bad: string): string => stringify(mergeYaml(smallest, bad));
 
 function of(what: Omit<Explanation, "level" | "finding">, level: Finding["level"], job: string, sets: readonly string[] = []): Explanation {

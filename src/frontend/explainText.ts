@@ -1,10 +1,11 @@
-/** The page of a code, from its template. */
+/** Texts of `rankc explain`. */
 import leven from "leven";
 import { Trouble } from "../../schemas/trouble.ts";
 import { render } from "../../templates/bindings.ts";
 import { renderFindings } from "./diagnostic.ts";
 import { codes, type Explanation, explain } from "./explain.ts";
 
+/** Returns the explanation of a code. Throws a Trouble if the code does not exist. */
 export function explained(code: string): Explanation {
   const wanted = code.toUpperCase();
   const found = explain(wanted);
@@ -16,9 +17,11 @@ export function explained(code: string): Explanation {
   );
 }
 
+/** Formats an explanation. */
 export function printExplanation({ code, level, title, why, bad, finding }: Explanation): string {
   const lines = (text: string): string[] => text.trimEnd().split("\n");
   return render("text/explain", { code, level, title, why, example: lines(bad), said: lines(renderFindings([finding], { color: false })) });
 }
 
+/** Returns the explanations of all codes. */
 export const explainAll = (): Explanation[] => codes.map(explained);

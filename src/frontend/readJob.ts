@@ -1,4 +1,4 @@
-/** readJob: YAML text → Job. All that is wrong is found in one go, with its place; with an error there is no job. */
+/** Reads a job from YAML text. Returns all findings with their places; there is no job if one of them is an error. */
 import leven from "leven";
 import type { z } from "zod";
 import { completeJob, type Device, type Job, JobText, jobSchema } from "../../schemas/job.ts";
@@ -8,21 +8,22 @@ import { needsPrograms } from "../rules/memory.ts";
 import { type Finding, hasErrors, SHOWN } from "./diagnostic.ts";
 import { copy, deletePath, isObject, type Path, readSource, type Source, setPath, valueAt } from "./source.ts";
 
+/** The result of readJob. */
 export interface JobRead {
   readonly job?: Job;
   readonly source: Source;
   readonly findings: readonly Finding[];
 }
 
-/** The kernels of a device, whose scratch rule C510 counts. */
+/** Returns the target of a device, whose kernel scratch rule C510 counts. */
 export type TargetOf = (device: Device) => Target;
 
-/** Reads a job and applies all rules. Of a user's mistake nothing throws. */
+/** Reads a job and applies all rules. User errors are findings; it does not throw. */
 export function readJob(text: string, file: string, sets: readonly string[] = [], targetOf: TargetOf = () => cpu): JobRead {
   return withMemory(readQuickly(text, file, sets), targetOf);
 }
 
-/** … with kernels that are loaded where the job needs them. */
+/** Like readJob, but loads kernel generators only if the job needs them. */
 export async function readJobWith(load: () => Promise<TargetOf>, ...of: Parameters<typeof readQuickly>): Promise<JobRead> {
   const read = readQuickly(...of);
   return read.job && needsPrograms(read.job) ? withMemory(read, await load()) : read;
@@ -31,7 +32,7 @@ export async function readJobWith(load: () => Promise<TargetOf>, ...of: Paramete
 const withMemory = (read: JobRead, targetOf: TargetOf): JobRead =>
   read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
 
-/** Applies the rules that need no compiled program. */
+/** Reads a job and applies the rules that need no compiled program. */
 function readQuickly(text: string, file: string, sets: readonly string[]): JobRead {
   const { source, findings } = readSource(text, file, sets);
   if (hasErrors(findings)) return { source, findings };
@@ -39,11 +40,11 @@ function readQuickly(text: string, file: string, sets: readonly string[]): JobRe
   if (!read.success) {
     const issues = read.error.issues.flatMap(ofItsKind).flatMap(oneByOne);
     const all = issues.flatMap((issue, i) => shapeFaultsOf(issue, source, i < SHOWN));
-    // a key under a wrong name is one mistake, not an unknown key and a missing one
+    // a misspelt key is one finding, not an unknown key and a missing key
     const renamed = all.flatMap(({ meant }) => (meant?.instead ? [meant.path] : []));
     const shape = all.filter(({ finding }) => finding.code !== shapeFaults.missing.code || !renamed.includes(finding.path));
     const repaired = repair(source, shape);
-    // with what was meant in its place, the rules can speak in the same run
+    // with the likely value in its place, the rules can check the job in the same run
     return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired.job, repaired.source) : [])] };
   }
   const job = completeJob(read.data);
@@ -51,7 +52,7 @@ function readQuickly(text: string, file: string, sets: readonly string[]): JobRe
   return hasErrors(reportedCodes) ? { source, findings: reportedCodes } : { job, source, findings: reportedCodes };
 }
 
-/** A finding, and what was most likely meant: a key under its right name, a value of the right kind. */
+/** A finding with the likely intent: the correct key name, or a value of the correct type. */
 interface ShapeFault {
   readonly finding: Finding;
   readonly meant?: { readonly path: string; readonly value: unknown; readonly instead?: Path };
@@ -64,14 +65,14 @@ function repair(source: Source, shape: readonly ShapeFault[]): { job: Job; sourc
     if (!meant) return undefined;
     if (meant.instead) deletePath(value, meant.instead);
     const path = meant.path.split(".");
-    if (meant.instead && valueAt(value, path) !== undefined) continue; // both names are written: the right one counts
+    if (meant.instead && valueAt(value, path) !== undefined) continue; // both names exist: the correct one has precedence
     if (setPath(value, path, meant.value)) return undefined;
   }
   const read = JobText.safeParse(value);
   return read.success ? { job: completeJob(read.data), source: { ...source, value } } : undefined;
 }
 
-/** What can be wrong with the keys and values of a text that is YAML. */
+/** The faults of keys and values in valid YAML. */
 export const shapeFaults = {
   unknown: {
     code: "S010",
@@ -99,7 +100,7 @@ export const shapeFaults = {
 type Issue = z.core.$ZodIssue;
 type Fault = (typeof shapeFaults)[keyof typeof shapeFaults];
 
-/** Of a value that may be of several kinds, what is wrong with it as one of the kind that it is; where it is of none, that. */
+/** For a union type, returns the issues of the variant that the value matches; if none matches, the union error. */
 function ofItsKind(issue: Issue): Issue[] {
   if (issue.code !== "invalid_union") return [issue];
   const within = (errors: readonly Issue[]) => errors.every((e) => e.path.length > 0 || e.code === "unrecognized_keys");
@@ -109,11 +110,11 @@ function ofItsKind(issue: Issue): Issue[] {
   return own.flatMap((e) => ofItsKind({ ...e, path: [...issue.path, ...e.path] }));
 }
 
-/** Each unknown key as an issue of its own. */
+/** Splits an issue with several unknown keys into one issue per key. */
 const oneByOne = (issue: Issue): Issue[] =>
   issue.code === "unrecognized_keys" ? issue.keys.map((key) => ({ ...issue, keys: [key] })) : [issue];
 
-/** `detailed`: with its place, and what was most likely meant, which costs a look at every key. */
+/** Returns the finding of an issue. `detailed`: with its place and a suggestion, which needs a search of all keys. */
 function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFault[] {
   const path = issue.path.map((p) => (typeof p === "number" ? p : String(p)));
   const dotted = path.join(".");
@@ -196,7 +197,7 @@ function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFa
   ];
 }
 
-/** Bounds that no size has: those of float32. */
+/** The float32 bounds, which are not printed as bounds of a size. */
 function limitOf(issue: Issue): { fault: Fault; limit: string } {
   const bound = issue.code === "too_big" ? issue.maximum : issue.code === "too_small" ? issue.minimum : 0;
   if (Math.abs(Number(bound)) < 1e30) return { fault: shapeFaults.range, limit: "" };
@@ -206,7 +207,7 @@ function limitOf(issue: Issue): { fault: Fault; limit: string } {
   };
 }
 
-/** As much of JSON Schema as jobSchema() makes. */
+/** The subset of JSON Schema that jobSchema() uses. */
 interface Schema {
   readonly type?: string;
   readonly description?: string;
@@ -224,7 +225,7 @@ interface Schema {
 
 const root = jobSchema() as Schema;
 
-/** The schema of a section, past "or null". */
+/** Returns the schema of a section without its null variant. */
 const inside = (schema: Schema): Schema => schema.anyOf?.find((s) => s.properties) ?? schema;
 const nullable = (schema: Schema | undefined): boolean => schema?.anyOf?.some((s) => s.type === "null") ?? false;
 
@@ -239,7 +240,7 @@ function schemaAt(path: Path): Schema | undefined {
   return here;
 }
 
-/** What may stand there, in words. */
+/** Describes the valid values of a schema. */
 function expected(schema: Schema | undefined): string {
   if (!schema) return "a value";
   if (schema.anyOf) return schema.anyOf.map((s) => (s.type === "null" ? "null" : expected(s))).join(" or ");
@@ -285,7 +286,7 @@ function show(value: unknown): string {
 const isNumberOf = ({ type, minimum = -Infinity, maximum = Infinity }: Schema, n: number): boolean =>
   (type === "integer" ? Number.isInteger(n) : type === "number" && Number.isFinite(n)) && n >= minimum && n <= maximum;
 
-/** What other tools call our keys. */
+/** Names of other tools for keys of a job. */
 const foreignKeys: Readonly<Record<string, string>> = {
   tp: "parallel.tensor",
   tensor_parallel: "parallel.tensor",
@@ -364,7 +365,7 @@ const foreignKeys: Readonly<Record<string, string>> = {
 
 const keysOf = (schema: Schema | undefined): string[] => Object.keys((schema && inside(schema).properties) ?? {});
 
-/** The key that was most likely meant: a sibling that is spelt nearly so, its name elsewhere in the job or in other tools, or nearly that. */
+/** Returns the likely key: a sibling with a similar spelling, a key of the same name elsewhere in the job, or an alias of another tool. */
 function likelyKey(key: string, path: Path, schema: Schema | undefined): string | undefined {
   const word = key.toLowerCase().replaceAll("-", "_");
   const sibling = closest(word, keysOf(schema));
@@ -382,7 +383,7 @@ function everyKey(schema: Schema, prefix: string): string[] {
 }
 
 function closest(word: string, words: readonly string[]): string | undefined {
-  if (word.length > 40) return undefined; // no key is near, and the distance costs its square
+  if (word.length > 40) return undefined; // keys are shorter, and the edit distance has quadratic cost
   const ranked = words.map((w) => ({ w, far: leven(word.toLowerCase(), w) })).sort((a, b) => a.far - b.far);
   const best = ranked[0];
   return best && best.far <= Math.max(1, Math.floor(best.w.length / 3)) ? best.w : undefined;

@@ -1,4 +1,4 @@
-/** Source: YAML text as plain values, and the place of every path in it. Whatever is wrong with the text is a finding; nothing throws. */
+/** Parses YAML text into plain values with the place of every path. Errors of the text are findings; nothing throws. */
 import {
   type Document,
   isAlias,
@@ -16,15 +16,17 @@ import {
 } from "yaml";
 import type { At, Finding, SourceLocation } from "./diagnostic.ts";
 
+/** The path of a value: keys and indices. */
 export type Path = readonly (string | number)[];
 
+/** A parsed text. */
 export interface Source {
   readonly file: string;
-  /** What the text says, with every `--set` laid over it. */
+  /** The values, with every `--set` applied. */
   readonly value: unknown;
-  /** Characters of the text. */
+  /** The length of the text in characters. */
   readonly size: number;
-  /** The place of a path's value (or key), or of its deepest ancestor that is written; `undefined` only for a text with nothing in it. */
+  /** Returns the place of the value (or key) of a path, or of its deepest existing ancestor; undefined only for an empty text. */
   at(path: string | Path, part?: "key" | "value"): At | undefined;
 }
 
@@ -36,7 +38,7 @@ interface Fault {
 }
 const fault = (code: string, title: string, why: string, bad: string): Fault => ({ code, title, why, bad });
 
-/** What can be wrong with a text before it is read as a job. `bad` is the text `explain` shows. */
+/** The faults of a text before it is read as a job. `bad`: the example of `explain`. */
 export const textFaults = {
   syntax: fault("S001", "this is not YAML", "Everything after a syntax error could be read in more than one way.", "name: [a\nmodel: {}\n"),
   duplicate: fault(
@@ -61,6 +63,7 @@ export const textFaults = {
   set: fault("S006", "--set is not understood", "A value that lands nowhere would be ignored in silence.", "--set model.layers\n"),
 } as const satisfies Record<string, Fault>;
 
+/** Parses a text and applies `--set` options. */
 export function readSource(text: string, file: string, sets: readonly string[] = []): { source: Source; findings: readonly Finding[] } {
   const lines = new LineCounter();
   const findings: Finding[] = [];
@@ -151,10 +154,11 @@ export function readSource(text: string, file: string, sets: readonly string[] =
   return { source: { file, value, size: text.length, at }, findings };
 }
 
+/** Returns whether a value is a plain object. */
 export const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 
-/** The value at a path of plain data. */
+/** Returns the value at a path; undefined if it does not exist. */
 export function valueAt(value: unknown, path: Path): unknown {
   let here = value;
   for (const key of path) {
@@ -164,7 +168,7 @@ export function valueAt(value: unknown, path: Path): unknown {
   return here;
 }
 
-/** Puts a value at a path, making the maps on the way. Returns what stands in the way, if anything does. */
+/** Sets the value at a path, and creates missing maps. Returns the obstacle if a value on the path is not a map. */
 export function setPath(root: Record<string, unknown>, path: readonly string[], value: unknown): string | undefined {
   let here: unknown = root;
   for (const [i, key] of path.entries()) {
@@ -175,18 +179,20 @@ export function setPath(root: Record<string, unknown>, path: readonly string[], 
     } else if (!isObject(here)) return `${path.slice(0, i).join(".")} is a value and has no keys`;
     const holder = here as Record<string, unknown>;
     const next = last ? value : Object.hasOwn(holder, key) && holder[key] !== null ? holder[key] : {};
-    // defineProperty: a key named __proto__ must stay a key
+    // defineProperty keeps a key named __proto__ a plain key
     Object.defineProperty(holder, key, { value: next, enumerable: true, writable: true, configurable: true });
     here = next;
   }
   return undefined;
 }
 
+/** Deletes the value at a path. */
 export function deletePath(root: unknown, path: Path): void {
   const holder = valueAt(root, path.slice(0, -1));
   if (isObject(holder)) delete holder[path.at(-1)!];
 }
 
+/** Returns a deep copy. */
 export const copy = (value: Record<string, unknown>): Record<string, unknown> => structuredClone(value);
 
 function lay(root: Record<string, unknown>, set: string): readonly string[] | string {
@@ -205,11 +211,11 @@ function lay(root: Record<string, unknown>, set: string): readonly string[] | st
   }
 }
 
-/** Keys, values and items that a job may have: far above any, and few enough to be parsed in well under a second. */
+/** The limit of keys, values and items of a job: far above real jobs, and parsed in well under a second. */
 const NODES = 2 ** 15;
 const DEPTH = 100;
 
-/** Why a text is not parsed: it has too many nodes, or brackets in brackets. */
+/** Returns why a text is too large to parse: too many nodes, or nesting that is too deep. */
 function excess(text: string): string | undefined {
   let [nodes, depth] = [0, 0];
   for (const token of new Lexer().lex(text)) {
@@ -224,7 +230,7 @@ function excess(text: string): string | undefined {
   return undefined;
 }
 
-/** Keys that stand twice in their map. yaml compares each with each, which takes minutes for many. */
+/** Finds duplicate keys. The check of the yaml package has quadratic cost. */
 function duplicates(doc: Document.Parsed): Node[] {
   const found: Node[] = [];
   visit(doc, {
@@ -247,7 +253,7 @@ function parse(text: string, lineCounter: LineCounter): Document.Parsed | string
   try {
     return parseDocument(text, { lineCounter, prettyErrors: false, uniqueKeys: false });
   } catch {
-    return "the text could not be parsed: it nests too deeply"; // the parser recurses; nothing else in it throws
+    return "the text could not be parsed: it nests too deeply"; // the parser is recursive and throws only on stack overflow
   }
 }
 
@@ -270,7 +276,7 @@ function byYaml(e: YAMLError): readonly [Fault, string] {
 
 const say = (e: YAMLError): string => e.message.split("\n")[0]!;
 
-/** Two YAML maps, the second over the first, key by key. */
+/** Merges two YAML maps key by key; the second has precedence. */
 export function mergeYaml(under: string, over: string): Record<string, unknown> {
   const merge = (a: unknown, b: unknown): unknown => {
     if (!isObject(a) || !isObject(b)) return b;

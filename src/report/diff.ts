@@ -1,6 +1,6 @@
 /**
- * What differs between two plans, in three levels: the keys of the job, the summary of each role, the instructions.
- * Instructions are matched by their ids, which are stable names; a change that repeats over layers and stages is said once.
+ * Compares two plans on three levels: job keys, the summary of each stage, instructions. Instructions are matched by id; a change that
+ * repeats over layers and stages is reported once.
  */
 import { isDeepStrictEqual } from "node:util";
 import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
@@ -13,13 +13,13 @@ import { type BlockPhase, phases, shapeText } from "./programText.ts";
 
 interface FieldChange {
   readonly path: string;
-  /** Absent where the key does not exist. */
+  /** Undefined if the key does not exist. */
   readonly old?: unknown;
   readonly new?: unknown;
 }
 
 interface SummaryChange {
-  /** Stages with the same change. */
+  /** The stages that have this change. */
   readonly stages: readonly number[];
   readonly what: string;
   readonly unit: "bytes" | "flops" | "count";
@@ -30,7 +30,7 @@ interface SummaryChange {
 interface ProgramChange {
   readonly change: "added" | "removed" | "changed";
   readonly phase: BlockPhase;
-  /** With `layers.*` where it holds for all of `layers`. */
+  /** The id, with `layers.*` if the change applies to all of `layers`. */
   readonly id: string;
   readonly does: string;
   readonly layers: readonly number[];
@@ -38,16 +38,18 @@ interface ProgramChange {
   readonly differences: readonly { readonly what: string; readonly old: string; readonly new: string }[];
 }
 
+/** The differences of two plans. */
 export interface PlanDiff {
   readonly changes: boolean;
   readonly digests: readonly [string, string];
-  /** Sections whose digests differ. */
+  /** The plan sections with different digests. */
   readonly sections: readonly string[];
   readonly job: readonly FieldChange[];
   readonly summary: readonly SummaryChange[];
   readonly program: readonly ProgramChange[];
 }
 
+/** Compares two plans. */
 export function diffPlans(a: Plan, b: Plan): PlanDiff {
   const names = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const;
   const sections = names.filter((name) => a.digests[name] !== b.digests[name] && !(name === "kernels" && haveSameSources(a, b)));
@@ -65,7 +67,7 @@ export function diffPlans(a: Plan, b: Plan): PlanDiff {
   };
 }
 
-/** Kernels that differ in nothing but what nvcc made of them, which is no part of a job. */
+/** Returns whether kernels differ only in their cubins, which depend on nvcc and not on the job. */
 function haveSameSources(a: Plan, b: Plan): boolean {
   const [x, y] = [a, b].map(({ kernels }) => kernels.map(({ cubin: _, ...kernel }) => kernel));
   return isDeepStrictEqual(x, y);
@@ -100,7 +102,7 @@ function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
   return [...found.values()];
 }
 
-/** A role that one of the plans does not have counts as nothing everywhere. */
+/** A stage that one plan lacks has zeros there. */
 function roleFacts(role: RoleView | undefined): Facts {
   const facts = new Map<string, { unit: SummaryChange["unit"]; value: number }>();
   if (!role) return facts;
@@ -179,7 +181,7 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
   return [...found.values()];
 }
 
-/** With another number of stages a layer lives elsewhere: an id that stands once on both sides is the same instruction. */
+/** Layers move between stages if the number of stages differs, so instructions with an id that is unique in both plans are matched. */
 const moved = (one: Placed, own: readonly Placed[], others: readonly Placed[]): Placed | undefined =>
   own.length === 1 && others.length === 1 && others[0]!.stage !== one.stage ? others[0] : undefined;
 
@@ -208,7 +210,7 @@ function doing(i: Instruction): string {
   }
 }
 
-/** All that a reader would call a change, as text; layers in names are left out, they are the id's. */
+/** Returns the text of an instruction for comparison, without the layers in names. */
 function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<string, string> {
   const facts = new Map<string, string>();
   const operand = (name: string, id: string): void => {
@@ -253,6 +255,7 @@ function factChanges(a: Placed, b: Placed): { what: string; old: string; new: st
   return changes;
 }
 
+/** Formats the differences as text. */
 export function printDiff(diff: PlanDiff): string {
   if (!diff.changes) return "the plans are the same\n";
   const value = (change: FieldChange, side: "old" | "new"): string => (side in change ? JSON.stringify(change[side]) : "absent");

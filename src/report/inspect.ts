@@ -1,4 +1,4 @@
-/** What a plan holds, counted and grouped for a reader: `inspectPlan` is the data (and the JSON), `printInspect` its text. */
+/** Summaries of a plan: `inspectPlan` returns the data (the JSON output), `printInspect` the text. */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import { devices } from "../../schemas/job.ts";
@@ -24,7 +24,7 @@ interface AxisView {
   readonly first_group: readonly number[];
 }
 
-/** Collectives that do the same for the same reason. */
+/** Collectives of the same kind and origin. */
 interface CollectiveView {
   readonly phase: BlockPhase;
   readonly name: string;
@@ -32,12 +32,12 @@ interface CollectiveView {
   readonly axes: string;
   readonly count: number;
   readonly per_step: number;
-  /** Sent by each rank, each time. */
+  /** Bytes that each rank sends per execution. */
   readonly bytes: number;
   readonly bytes_per_step: number;
   readonly because: string;
   readonly path: string;
-  /** The uses that made them necessary, layers collapsed. */
+  /** Their origins, with equal layers merged. */
   readonly ops: readonly string[];
 }
 
@@ -50,16 +50,17 @@ interface TransferView {
   readonly per_step: number;
 }
 
+/** The summary of one stage. */
 export interface RoleView {
   readonly stage: number;
   readonly chunks: readonly { readonly layers: readonly [number, number]; readonly copies: number; readonly activation_per_slot: number }[];
-  /** Layers of multi-token prediction: which stand here. */
+  /** The layers of multi-token prediction of this stage. */
   readonly mtp: readonly number[];
   readonly ranks: readonly number[];
   readonly microbatches: number;
   readonly instructions: { readonly [P in BlockPhase]: number } & { readonly per_step: number };
   readonly parameters: { readonly tensors: number; readonly elements: number };
-  /** Bytes; the parts add up to the peak. */
+  /** Memory in bytes; the parts sum to the peak. */
   readonly memory: MemoryBreakdown & { readonly peak: number };
   readonly flops: { readonly [P in BlockPhase]: number } & { readonly per_step: number };
   readonly collectives: readonly CollectiveView[];
@@ -67,6 +68,7 @@ export interface RoleView {
   readonly host_syncs_per_step: number;
 }
 
+/** The summary of a plan. */
 export interface Inspection {
   readonly name: string;
   readonly digest: string;
@@ -85,7 +87,7 @@ export interface Inspection {
     readonly local_experts: number;
     readonly microbatches: number;
     readonly tokens_per_step: number;
-    /** Smaller batches before the whole one, where the batch grows. */
+    /** The batch sizes of the ramp-up. */
     readonly ramp_up: readonly { readonly batch: number; readonly steps: number }[];
     readonly parameters: number;
   };
@@ -95,6 +97,7 @@ export interface Inspection {
   readonly kernels: number;
 }
 
+/** Summarizes a plan. */
 export function inspectPlan(plan: Plan): Inspection {
   const { job, mesh } = plan;
   const roles = plan.programs.map((program) => roleView(plan, program));
@@ -231,16 +234,18 @@ function collectiveViews(instructions: readonly Instruction[], phase: BlockPhase
   return [...found.values()];
 }
 
-/** Of the whole model: a parameter that is a copy of another stage's is counted there. */
+/** Counts the parameters of the whole model; tied copies are not counted. */
 function globalElements(program: Program): number {
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
   return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : elementsOf(buffers.get(p.buffer)!.sizes)), 0);
 }
 
+/** Formats the summary of a plan as text. */
 export function printInspect(view: Inspection): string {
   return [...printHead(view), "", ...printMemory(view), "", ...printRoles(view), ...printSchedule(view), ""].join("\n");
 }
 
+/** Formats name, digest, mesh and kernels. */
 export function printHead({ name, digest, rankc, target, mesh, derived, kernels }: Inspection): string[] {
   const axis = ({ axis, grid, size, groups: n, cross_nodes, first_group }: AxisView): string[] => [
     axis,
@@ -274,8 +279,9 @@ function rampText({ ramp_up }: Inspection["derived"]): string[] {
   ];
 }
 
+/** Formats the memory of each stage as a table. */
 export function printMemory({ roles, device }: Inspection): string[] {
-  // kernels of some targets need no scratch
+  // omit the scratch column if no kernel needs scratch
   const kinds = memoryKinds.filter((kind) => kind !== "scratch" || roles.some(({ memory }) => memory.scratch > 0));
   const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
     `stage ${stage}`,
@@ -298,11 +304,11 @@ export function printMemory({ roles, device }: Inspection): string[] {
   ];
 }
 
-/** `layers 0..3`; of several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
+/** Formats the layers of a stage: `layers 0..3`; with several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
 const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
   `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
 
-/** Roles between the first and the last are often alike: rows that differ in the stage alone become one. */
+/** Merges rows that differ only in the stage: the middle stages are often equal. */
 function sameRows(rows: readonly (readonly string[])[]): string[][] {
   const out: { from: string; to: string; row: readonly string[] }[] = [];
   for (const row of rows) {
@@ -312,7 +318,7 @@ function sameRows(rows: readonly (readonly string[])[]): string[][] {
   }
   const stage = (text: string): string => text.split(" ")[1]!;
   const layers = (text: string): string => text.split(" ").slice(3).join(" ");
-  // of stages with one run of layers each, the first and the last of all
+  // for stages with one layer range each: the first and the last layer
   const span = (from: string, to: string): string =>
     [from, to].every((text) => /^\d+\.\.\d+$/.test(text)) ? `${from.split("..")[0]}..${to.split("..")[1]}` : `${from} … ${to}`;
   return out.map(({ from, to, row }) =>
@@ -320,7 +326,7 @@ function sameRows(rows: readonly (readonly string[])[]): string[][] {
   );
 }
 
-/** A role that does what the one before it does, on its own layers, is named and not repeated. */
+/** Formats the stages. A stage that equals the preceding one except for its layers is only named. */
 export function printRoles({ roles }: Inspection): string[] {
   const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
   for (const role of roles) {
@@ -389,11 +395,13 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
   ];
 }
 
+/** Formats the schedule. */
 export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
   `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
   ...schedule.rows.map((row) => `  ${row}`),
 ];
 
+/** The view of one rank. */
 export interface RankInspection {
   readonly rank: number;
   readonly stage: number;
@@ -408,7 +416,7 @@ export interface RankInspection {
   readonly order: readonly string[];
 }
 
-/** One rank: where it stands on both grids, with whom, and its program line by line. The rank must exist. */
+/** Returns the coordinates, the groups and the program of a rank. The rank must exist. */
 export function inspectRank(plan: Plan, rank: number): RankInspection {
   const { mesh } = plan;
   const stage = stageOfRank(mesh, rank);
@@ -436,6 +444,7 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
   };
 }
 
+/** Formats the view of one rank as text. */
 export function printRank({ rank, stage, node, axes, program, order }: RankInspection): string {
   return [
     `rank ${rank}: stage ${stage}, node ${node}`,

@@ -1,4 +1,4 @@
-/** A plan as one SVG for people who would rather look: the schedule over time, stage by stage, and what fills each stage's memory. */
+/** Draws a plan as an SVG: the schedule of each stage over time, and the memory of each stage. */
 import { devices } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
@@ -11,7 +11,7 @@ const LEFT = 90;
 const ROW = 22;
 const WIDE = 1500;
 
-/** Chunks differ in shade. */
+/** One shade per chunk. */
 const colours = {
   forward: ["#4c78a8", "#72a0cf", "#9ec0e3", "#c6dbf0"],
   backward: ["#54a24b", "#7cc074", "#a6d7a0", "#cdeac9"],
@@ -26,6 +26,7 @@ const memoryColours: Readonly<Record<MemoryKind, string>> = {
   scratch: "#d6a5c9",
 };
 
+/** Returns the SVG text of a plan. */
 export function drawPlan(plan: Plan): string {
   const chunks = plan.programs[0]!.chunks.length;
   const lanes = timesOf(
@@ -100,7 +101,7 @@ function drawMemory(plan: Plan): Drawn {
   });
   const room = devices[plan.job.cluster.device].memory;
   const fullest = bars.reduce((most, { peak }) => Math.max(most, peak), 0);
-  // a job that hardly fills the device would be a line of no width
+  // keep bars visible if the job uses a small part of the device
   const shown = room < 4 * fullest;
   const scale = WIDE / Math.max(fullest, shown ? room : 0);
   const bar = ({ stage, peak, parts }: (typeof bars)[number], i: number): string[] => {

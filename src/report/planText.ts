@@ -1,8 +1,9 @@
-/** plan.txt: the plan for a person. Who the ranks are, what they hold, what each role does and sends, and why. */
+/** Formats plan.txt: mesh, memory, programs and collectives with their origins. */
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { inspectPlan, printHead, printMemory, printRoles, printSchedule } from "./inspect.ts";
 import { printProgram, programShape } from "./programText.ts";
 
+/** Returns the text of plan.txt. */
 export function printPlanText(plan: Plan): string {
   const view = inspectPlan(plan);
   return [
@@ -17,7 +18,7 @@ export function printPlanText(plan: Plan): string {
   ].join("\n");
 }
 
-/** A stage that does what the stage before it does is named, not repeated. */
+/** A stage that equals the preceding one is only named. */
 function programs(all: readonly Program[]): string[] {
   const blocks: { readonly program: Program; readonly lines: readonly string[]; readonly shape: string; last: number }[] = [];
   for (const program of all) {

@@ -1,6 +1,6 @@
 /**
- * profile: what ran when → where a step's time went, per instruction (layers told as one), and a trace for Perfetto. Rates are
- * of the work that the plan says: flops by the op's formula, bytes as each operand read or written once.
+ * Profiles of a step: time per instruction with equal layers merged, and a trace for Perfetto. Rates use the work in the plan: flops by the
+ * formula of the op, and bytes with each operand read or written once.
  */
 
 import { devices } from "../../schemas/job.ts";
@@ -13,20 +13,21 @@ import { anyLayer } from "../analysis/layerNames.ts";
 import { ops } from "../ops/index.ts";
 import { countText, table } from "../units.ts";
 
+/** The time and rates of an instruction. */
 export interface ProfileRow {
   readonly id: string;
   readonly op: string;
   readonly calls: number;
   readonly milliseconds: number;
-  /** Of the time of all instructions together. */
+  /** The share of the total time of all instructions. */
   readonly share: number;
   readonly tflops: number;
   readonly gigabytes_per_second: number;
-  /** Of the device's peak: the larger of arithmetic and bandwidth. */
+  /** The fraction of the device's peak: the larger of arithmetic and bandwidth. */
   readonly of_peak: number;
 }
 
-/** Rows by falling time. `microbatches` of a step are calls of one instruction. */
+/** Returns the rows by descending time. An instruction is called once per microbatch. */
 export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[] {
   const device = devices[plan.job.cluster.device];
   const work = plan.programs.map((p) => timedInstructions(plan, p));
@@ -36,7 +37,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
     const { flops, bytes } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? { flops: 0, bytes: 0 };
     const key = anyLayer(t.id);
     const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0 };
-    // the launches of one instruction follow each other
+    // launches of one instruction are consecutive
     const again = launched?.id === t.id && launched.rank === t.rank && launched.stream === t.stream && t.begin_us >= launched.end_us;
     launched = t;
     g.us += t.end_us - t.begin_us;
@@ -62,7 +63,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
     .sort((a, b) => b.milliseconds - a.milliseconds);
 }
 
-/** Floating-point operations and bytes of each instruction of a role, on one rank. */
+/** Returns flops and bytes of each instruction of a stage, on one rank. */
 function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number }> {
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string): Buffer => buffers.get(id)!;
@@ -84,7 +85,7 @@ function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number;
   );
 }
 
-/** The table: at most `most` rows, and what the others take together. */
+/** Formats the profile as a table: at most `most` rows, and the sum of the others. */
 export function printProfile(plan: Plan, timings: readonly Timing[], most = 40): string {
   const rows = profileRows(plan, timings);
   const shown = rows.slice(0, most);
@@ -111,7 +112,7 @@ export function printProfile(plan: Plan, timings: readonly Timing[], most = 40):
   return `where the time of a step went: ${((end - begin) / 1e3).toFixed(3)} ms from first to last, ${ranks} rank${ranks === 1 ? "" : "s"}; peak of ${plan.job.cluster.device}\n${lines.join("\n")}\n`;
 }
 
-/** A trace as Chrome's and Perfetto's viewers read it: a process per rank, a track per stream. */
+/** Returns a trace in the Chrome trace format: one process per rank, one track per stream. */
 export function traceOf(timings: readonly Timing[]): string {
   const streams = [...new Set(timings.map((t) => t.stream))].sort();
   const ranks = [...new Set(timings.map((t) => t.rank))].sort((a, b) => a - b);

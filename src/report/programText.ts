@@ -1,18 +1,22 @@
-/** A program as lines, one an instruction: id, what is done, local shapes, bytes, and for what moves, why. */
+/** Formats programs, one line per instruction: id, operation, local shapes, bytes, and the origin of collectives. */
 import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
 import { ops } from "../ops/index.ts";
 import { bytesText, largest } from "../units.ts";
 
+/** The kinds of blocks in order. */
 export const phases = [...microbatchBlocks, "step"] as const;
+/** The kind of a block. */
 export type BlockPhase = (typeof phases)[number];
 
-/** `forward`; with several chunks `forward of chunk 1`. */
+/** Formats the name of a block: `forward`; with several chunks `forward of chunk 1`. */
 export const blockName = ({ kind, chunk }: Block, { chunks }: Pick<Program, "chunks">): string =>
   kind === "step" || chunks.length === 1 ? kind : `${kind} of chunk ${chunk}`;
+/** Formats how often a block runs in a step. */
 export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" : "for each microbatch");
 
+/** Returns one line per instruction of a block. */
 export function blockLines(program: Program, { instructions }: Block): Line[] {
   const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
   const ids = Math.min(
@@ -23,14 +27,14 @@ export function blockLines(program: Program, { instructions }: Block): Line[] {
   return instructions.map((i) => ({ id: i.id, text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}` }));
 }
 
-/** The program of a role for a reader: layers that repeat are said once. */
+/** Formats the program of a stage; repeated layers are printed once. */
 export function printProgram(program: Program): string[] {
   const said = new Map<Block["kind"], { readonly chunk: number; readonly shape: string }>();
   return blocksOf(program).flatMap((block) => {
     const { kind, chunk, instructions } = block;
     const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
     const lines = collapseLayers(blockLines(program, block));
-    // a chunk that does what the one before it does is named
+    // a chunk that equals the preceding one is only named
     const shape = shapeOf(lines, program.chunks[chunk]!.layers[0], program.stage);
     const before = said.get(kind);
     if (before?.shape === shape) return [`${head}, as chunk ${before.chunk} on its layers`, ""];
@@ -39,11 +43,11 @@ export function printProgram(program: Program): string[] {
   });
 }
 
-/** Equal for two roles that do the same on their own layers. `lines`: as `printProgram` says them. */
+/** Returns a text that is equal for stages that differ only in their layers. `lines`: the output of `printProgram`. */
 export const programShape = (program: Program, lines: readonly string[]): string =>
   shapeOf(lines, program.chunks[0]!.layers[0], program.stage);
 
-/** Equal for lines that do the same, counted from their first layer and their stage. */
+/** Returns a text that is equal for lines that differ only in the first layer and the stage. */
 const shapeOf = (lines: readonly string[], layer: number, stage: number): string =>
   lines
     .map((line) => fromLayer(line, layer).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - stage}`))
@@ -65,7 +69,7 @@ function verb(i: Instruction): string {
 
 function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string {
   const shape = (id: string): string => shapeText(buffers.get(id)!);
-  // in the order of the signature: a plan that was read back has its keys sorted
+  // in the order of the signature, because a plan that is read from a file has sorted keys
   const named = (operand: Readonly<Record<string, string>>, signature: readonly { readonly name: string }[]): string =>
     signature.flatMap(({ name }) => (operand[name] === undefined ? [] : [`${name}${shape(operand[name])}`])).join(" ");
   switch (i.kind) {
@@ -84,5 +88,5 @@ function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string 
   }
 }
 
-/** Rows are a bound: at most so many exist. */
+/** Formats a local shape. `<=` marks ragged rows, whose number is a bound. */
 export const shapeText = ({ shape, ragged }: Pick<Buffer, "shape" | "ragged">): string => `[${ragged ? "<=" : ""}${shape.join(",")}]`;

@@ -1,22 +1,24 @@
 /**
- * The order of microbatches as a picture: a row per stage, a column per unit of time (schedule.ts says what takes how many). It
- * shows who waits for whom, not seconds.
+ * Draws a schedule as text: one row per stage, one column per unit of time (schedule.ts defines the units of each block). It shows
+ * dependencies, not seconds.
  */
 import { bubbleOf, durationOf, timesOf } from "../passes/schedule.ts";
 import { largest } from "../units.ts";
 
+/** A drawn schedule. */
 export interface SchedulePicture {
   readonly rows: readonly string[];
-  /** What a name stands for, and how long it takes. */
+  /** The meaning and the length of each block name. */
   readonly legend: string;
-  /** Units from the first forward to the last block. */
+  /** The length of the schedule in units. */
   readonly units: number;
-  /** Share of the units in which a stage waits, over all stages. */
+  /** The fraction of idle units, over all stages. */
   readonly bubble: number;
 }
 
 const widest = 100;
 
+/** Draws the block runs of all stages. */
 export function drawSchedule(orders: readonly (readonly string[])[], chunks: number): SchedulePicture {
   const stages = timesOf(orders, chunks);
   const units = durationOf(stages);

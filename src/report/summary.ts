@@ -1,21 +1,23 @@
-/** What `compile` says about the plan it wrote: a few lines, enough to see that it is the plan that was meant. */
+/** The summary of a plan that `compile` prints. */
 import { devices } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesText, plural } from "../units.ts";
 
+/** The summary of a plan. */
 export interface Summary {
   readonly name: string;
   readonly digest: string;
   readonly ranks: number;
   readonly roles: number;
   readonly instructions: number;
-  /** Of the role that needs most. */
+  /** The maximum over stages, in bytes. */
   readonly peak: { readonly stage: number; readonly bytes: number };
   readonly device: { readonly name: string; readonly bytes: number };
 }
 
+/** Summarizes a plan. */
 export function summarize({ job, digests, mesh, programs, memory }: Plan): Summary {
   const peak = memory.reduce((most, m) => (m.peak > most.peak ? m : most));
   return {
@@ -29,6 +31,7 @@ export function summarize({ job, digests, mesh, programs, memory }: Plan): Summa
   };
 }
 
+/** Formats a summary as text. */
 export function printSummary({ name, digest, ranks, roles, instructions, peak, device }: Summary): string {
   const share = ((100 * peak.bytes) / device.bytes).toFixed(1);
   return [

@@ -200,7 +200,7 @@ test("a kernel behind a symbolic link that leads out of the plan is not packed",
 describe("what cannot be packed is said before anything is written", () => {
   const out = join(work, "no.tar.xz");
   test.each([
-    ["another platform", { platform: "linux-riscv64" }, /the Node of linux-riscv64 is not here/, 3],
+    ["another platform", { platform: "linux-riscv64" }, /Node for linux-riscv64 is not available/, 3],
     ["no plan", { plan: work }, /holds no plan\.json/, 2],
     ["no such folder for the archive", { out: join(work, "none", "a.tar.xz") }, /cannot be written/, 2],
     ["a corpus that is not there", { dataDir: work }, /the corpus does not exist/, 2],
@@ -216,7 +216,7 @@ describe("what cannot be packed is said before anything is written", () => {
     process.env.PATH = join(work, "nothing");
     try {
       const trouble = await troubleOf(pack({ plan, out }));
-      expect([trouble.message, trouble.exit]).toEqual(["xz, which packs the archive, is not on this machine", 3]);
+      expect([trouble.message, trouble.exit]).toEqual(["xz is not installed: it compresses the archive", 3]);
     } finally {
       process.env.PATH = PATH;
     }
