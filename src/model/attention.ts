@@ -1,4 +1,4 @@
-/** The attention of one layer: queries, keys and values, their norms and positions, and what mixes them. */
+/** The attention block of one layer: projections, norms, rotary embedding, attention and output projection. */
 import type { Job } from "../../schemas/job.ts";
 import { attention } from "../ops/attention.ts";
 import { attentionDropout } from "../ops/attentionDropout.ts";
@@ -8,29 +8,30 @@ import { headNorm, rmsnorm } from "../ops/norm.ts";
 import type { Attrs, Value } from "../ops/op.ts";
 import { rope, scalings, unscaled } from "../ops/rope.ts";
 import { copiesOfHead } from "../passes/mesh.ts";
-import { type ModuleBuilder, orderOf, streamCut } from "./builder.ts";
+import { type ModuleBuilder, orderOf, streamAxes } from "./builder.ts";
 
 type Model = Job["model"];
 type Latent = NonNullable<Model["mla"]>;
 
-/** `x` normalised [B,S,D] → what is added to the residual stream [B,S,D]. */
+/** Builds the attention block: the normalised stream `x` [B,S,D] → the addend of the residual stream [B,S,D]. */
 export function attend(module: ModuleBuilder, x: Value): Value {
   const { at, bias } = module;
   const { model: m } = module.job;
   const mixed = m.mla ? latent(module, x, m.mla) : grouped(module, x);
   const out = product(module, "wo", "O@tp,D", mixed);
   if (!m.out_bias) return out;
-  // a bias is added once, to the whole sum over the tensor ranks: it is made as it is needed next
-  out.shardAxes = streamCut(module.job);
+  // the bias is added after the reduction over tensor ranks, in the layout of the residual stream
+  out.shardAxes = streamAxes(module.job);
   return addBias.of({ x: out, bias: bias("bo", "D") }, {}, at("attn.wo_bias"));
 }
 
+/** `x` times the weight `name`. */
 const product = ({ at, weight }: ModuleBuilder, name: string, dims: string, x: Value): Value =>
   gemm.of({ x, w: weight(name, dims) }, {}, at(`attn.${name}`));
 
 /**
- * Grouped queries: head width C, M query heads per key/value head. With more tensor ranks than key/value heads, a rank has a copy of one
- * head, whose gradients are summed over the copies; its M query heads are a part of those that read it.
+ * Grouped-query attention. C is the head width, M the number of query heads per key/value head. With more tensor ranks than key/value
+ * heads, each rank has a copy of one head and M of the query heads that read it; gradients of the head are summed over the copies.
  */
 function grouped(module: ModuleBuilder, x: Value): Value {
   const { at, gain, bias } = module;
@@ -49,11 +50,11 @@ function grouped(module: ModuleBuilder, x: Value): Value {
       : m.qk_norm === "full"
         ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
         : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
-  const turned = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(module.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
-  const q = turned("q", normed("q_norm", "Q", projected("q", "Q@tp")));
-  const k = turned("k", normed("k_norm", "KV", projected("k", "KV@kv")));
+  const rotated = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(module.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
+  const q = rotated("q", normed("q_norm", "Q", projected("q", "Q@tp")));
+  const k = rotated("k", normed("k_norm", "KV", projected("k", "KV@kv")));
   const v = projected("v", "KV@kv");
-  const mixed = mix(
+  const mixed = attentionCore(
     module,
     { q, k, v },
     { C, W: C, M: m.heads / (m.kv_heads * copies), scale: C ** -0.5, ...(copies > 1 ? { copies } : {}) },
@@ -63,8 +64,8 @@ function grouped(module: ModuleBuilder, x: Value): Value {
 }
 
 /**
- * DeepSeek's: the keys and values of all heads come from one latent, normalised, and so may queries. Of a query or key head the last
- * `rope_dim` channels turn; the keys' are made beside the latent, once for all heads.
+ * Multi-head latent attention (DeepSeek-V2). Keys and values of all heads are projected from one normalised latent; queries may be too.
+ * The last `rope_dim` channels of a query or key head are rotated. Those of keys are computed next to the latent and shared by all heads.
  */
 function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
   const { at, gain } = module;
@@ -73,27 +74,31 @@ function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
   const C = nope_dim + R;
   const normed = (name: string, dim: string, y: Value): Value =>
     rmsnorm.of({ x: y, gain: gain(name, dim) }, { eps: mla.norm_eps }, at(`attn.${name}`));
-  const turned = (name: string, y: Value, head: Attrs) =>
+  const rotated = (name: string, y: Value, head: Attrs) =>
     rope.of({ x: y }, { ...rotary(module.job), width: R, ...head }, at(`attn.${name}_rope`));
 
   const queries =
     mla.q_rank === null
       ? product(module, "wq", "D,Q@tp", x)
       : product(module, "wq_b", "QL,Q@tp", normed("q_norm", "QL", product(module, "wq_a", "D,QL", x)));
-  const q = turned("q", queries, { C, first: nope_dim });
+  const q = rotated("q", queries, { C, first: nope_dim });
   const { a: kept, b: shared } = split.all(
     { x: product(module, "wkv_a", "D,KR", x) },
     { A: kv_rank, R, Y: kv_rank + R },
     at("attn.kv_split"),
   );
   const heads = product(module, "wkv_b", "KL,KU@tp", normed("kv_norm", "KL", kept));
-  const r = turned("k", shared, { C: R, first: 0 });
+  const r = rotated("k", shared, { C: R, first: 0 });
   const { k, v } = latentKv.all({ x: heads, r }, { R, W, Y: C, Z: nope_dim + W }, at("attn.kv"));
-  return mix(module, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoresGrow(m) });
+  return attentionCore(module, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoreGain(m) });
 }
 
-/** Attention over the whole sequence. With context_method ring, keys and values are not gathered for it: they go around. */
-function mix({ job, at, sample, random }: ModuleBuilder, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
+/** Attention over the whole sequence. With context_method ring, keys and values are not gathered: they shift around the ring. */
+function attentionCore(
+  { job, at, sample, random }: ModuleBuilder,
+  operands: Readonly<Record<"q" | "k" | "v", Value>>,
+  attrs: Attrs,
+): Value {
   const drop = job.model.dropout.attention;
   const mixed =
     drop === 0
@@ -104,7 +109,7 @@ function mix({ job, at, sample, random }: ModuleBuilder, operands: Readonly<Reco
   return mixed;
 }
 
-/** What the rotary embedding of a model is like, as attributes of `rope`. */
+/** Returns the attributes of `rope` for a model. */
 function rotary(job: Job): Attrs {
   const { theta, interleaved, scaling } = job.model.rope;
   const own = { theta, sign: 1, interleaved: Number(interleaved), ...unscaled, ...orderOf(job) };
@@ -126,10 +131,10 @@ function rotary(job: Job): Attrs {
   }
 }
 
-/** YaRN: by what the scores of longer sequences grow. */
+/** YaRN (arXiv 2309.00071): the factor on scores of longer sequences. */
 const growth = (factor: number, mscale: number): number => (factor > 1 ? 0.1 * mscale * Math.log(factor) + 1 : 1);
 
-/** YaRN in latent attention: by what softmax is made sharper, beside the gain of queries and keys. */
-function scoresGrow({ rope: { scaling } }: Model): number {
+/** YaRN in latent attention: the factor on scores, in addition to the gain of queries and keys. */
+function scoreGain({ rope: { scaling } }: Model): number {
   return scaling?.mscale_all_dim ? growth(scaling.factor, scaling.mscale_all_dim) ** 2 : 1;
 }

@@ -1,59 +1,62 @@
 /**
- * What the parts of a model are built with: its sizes by letter, and the leaves (inputs and parameters) of one position. Weights
- * are [in, out].
+ * Module builders create the leaves (inputs and parameters) of one position of the model. Weights are [in, out].
  *
- * Letters: B sequences of one microbatch on all data-parallel ranks, S tokens, D hidden (2D two of them), V vocabulary, E experts, F ffn of an
- * expert, L the width that routed experts work in, X ffn of shared experts, H ffn of a dense layer, Q all query heads, KV all key/value
- * heads, C one head, O what all heads give. Of latent attention: QL the queries' latent, KL that of keys and values, KR the same with
- * the channels that positions turn, KU what it becomes for all heads.
+ * Letters of dims: B sequences of one microbatch on all data-parallel ranks, S tokens of a sequence, D hidden (2D: two of them),
+ * V vocabulary, E experts, F ffn of an expert, L latent width of routed experts, X ffn of shared experts, H ffn of a dense layer,
+ * Q all query heads, KV all key/value heads, C one head, O output of all heads. Latent attention: QL latent of queries, KL latent of
+ * keys and values, KR KL with the rotary channels, KU keys and values of all heads.
  */
 import type { Job } from "../../schemas/job.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";
 import type { Attrs, Leaf, Value } from "../ops/op.ts";
 
-/** What a step counts beside its losses: reduced and reported like them, and without a gradient. */
+/** Counts of a step. They are reduced and reported like losses, but have no gradient. */
 export type Count = "expert_loads" | "dropped_rows";
+/** Returns whether the name of a loss is a count. */
 export const isCount = (name: string): name is Count => name === "expert_loads" || name === "dropped_rows";
 
+/** A scalar (or the table of expert loads) that a step reduces and reports. */
 export interface Loss {
   /**
-   * `loss` is the cross-entropy people watch; `mtp_loss` that of further tokens; `aux_loss` what balancing adds; `z_loss` what keeps logits
-   * small. Of the counts, `expert_loads` are tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are added up.
+   * `loss` is the cross-entropy of the next token, `mtp_loss` that of further tokens, `aux_loss` the balancing loss, `z_loss` the loss
+   * on router logits. `expert_loads` counts tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are summed.
    */
   readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | Count;
   readonly value: Value;
-  /** The input that says by how much it counts, where that is not 1. */
+  /** The input that holds the weight of the loss; 1 if absent. */
   readonly weight?: string;
 }
 
-/** One place of the model: the embedding, a layer, or the head. All that is made of its leaves belongs to its stage. */
+/** Creates the leaves of one position of the model: embedding, layer or head. Nodes that use them run on its stage. */
 export interface ModuleBuilder {
   readonly job: Job;
-  /** A number that grows from the embedding to the head; see `Node.position`. */
+  /** Ascends from the embedding to the head; see `Node.position`. */
   readonly position: number;
-  /** Ids of nodes and names of parameters begin so: `layers.3.`. */
+  /** Prefix of node ids and parameter names: `layers.3.`. */
   readonly prefix: string;
   readonly losses: Loss[];
-  /** `prefix` and a name. */
+  /** Returns `prefix` + `name`. */
   at(name: string): string;
-  /** A number for each token; `i32` if not said. */
+  /** An input with one number per token [B,S]; `i32` by default. */
   input(name: string, dtype?: Value["dtype"]): Value;
-  /** Numbers of the sequences that are here, since the run began. */
+  /** An input [B]: the indices of the sequences of a microbatch, counted from the start of the run. */
   readonly sample: Value;
-  /** Attributes of what is random: whose bits, and how tokens lie. */
+  /** Returns the attributes of a random op: its site and the token order. */
   random(name: string): Attrs;
-  /** `D,F@etp`: dims by letter, and the axes that cut each, outermost first. */
+  /** A parameter with normal initialisation. `dims` is like `D,F@etp`: letters of dims, and the axes that shard each, outermost first. */
   weight(name: string, dims: string): Value;
+  /** A parameter that starts as ones. */
   gain(name: string, dims: string): Value;
+  /** A parameter that starts as zeros. */
   bias(name: string, dims: string): Value;
-  /** Begins as zeros, in f32, and changes once a step by a rule of its own. */
+  /** An f32 parameter that starts as zeros and has a custom update rule. */
   state(name: string, dims: string, rule: Leaf["rule"]): Value;
 }
 
-/** How the residual stream [B,S,D] lies: between matrices, tensor ranks share out its tokens, too. */
-export const streamCut = ({ parallel }: Job): NonNullable<Value["shardAxes"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
+/** Returns the axes that shard the residual stream [B,S,D]. With sequence parallelism, tensor ranks shard tokens too. */
+export const streamAxes = ({ parallel }: Job): NonNullable<Value["shardAxes"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
-/** How the tokens of a sequence lie over the ranks that share it (ops/positions.ts). */
+/** Returns the attributes for the order of a sequence's tokens over context ranks (ops/positions.ts). */
 export const orderOf = ({ model, parallel: { context } }: Job) => ({ chunk: context > 1 ? model.seq / (2 * context) : 0, ranks: context });
 
 type Sizes = Readonly<Record<string, number>>;
@@ -82,19 +85,20 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
   };
 }
 
+/** Creates the module builder of a position. */
 export type ModuleBuilderAt = (position: number, prefix: string) => ModuleBuilder;
 
-/** The parts of one model, which put their losses into `losses`. */
+/** Returns the factory of module builders of one model. They append losses to `losses`. */
 export function moduleBuilders(job: Job, losses: Loss[]): ModuleBuilderAt {
-  // one for all: an input does not stand at a place of the model
+  // one input for all positions
   const sample: Value = {
     ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], shardAxes: [["dp"]] },
     leaf: { kind: "input", name: "sample", position: 0 },
   };
-  return (position, prefix) => partOf(job, position, prefix, losses, sample);
+  return (position, prefix) => moduleBuilder(job, position, prefix, losses, sample);
 }
 
-function partOf(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): ModuleBuilder {
+function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): ModuleBuilder {
   const { train } = job;
   const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
@@ -124,14 +128,14 @@ function partOf(job: Job, position: number, prefix: string, losses: Loss[], samp
   };
 }
 
-/** Hidden dropout, of the job's probability. */
+/** Applies hidden dropout with the job's probability. */
 export function dropped({ job, at, random, sample }: ModuleBuilder, x: Value, name: string): Value {
   const drop = job.model.dropout.hidden;
   if (drop === 0) return x;
-  // what is dropped is an element of the whole sum over the tensor ranks: it is made as it is needed next
-  x.shardAxes = streamCut(job);
+  // dropout is applied after the reduction over tensor ranks, in the layout of the residual stream
+  x.shardAxes = streamAxes(job);
   return dropout.of({ x, sample }, { drop, ...random(name) }, at(name));
 }
 
-/** A copy of a parameter that stands at another position, too. */
+/** Returns a tied copy of a parameter at another position. */
 export const copyOf = (of: Value, position: number): Value => ({ ...of, leaf: { ...of.leaf!, position, tiedTo: of } });

@@ -1,6 +1,6 @@
 /**
- * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, and beside it the experts that all tokens share.
- * Dispatch and combine are moves that `shard` inserts between them.
+ * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
+ * collectives that `shard` inserts.
  */
 
 import { gatedUnits } from "../ops/gatedUnits.ts";
@@ -9,11 +9,11 @@ import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
 import type { Value } from "../ops/op.ts";
 import { regridded } from "../ops/regrid.ts";
 import { buildMesh, hasSeparateGrids } from "../passes/mesh.ts";
-import { type ModuleBuilder, streamCut } from "./builder.ts";
+import { type ModuleBuilder, streamAxes } from "./builder.ts";
 import { dense } from "./feedForward.ts";
 import { logitsOf, type Moe, type Routing, route } from "./router.ts";
 
-/** `h` normalised [B,S,D] → what is added to the residual stream [B,S,D]. */
+/** Builds the experts of a layer: the normalised stream `h` [B,S,D] → the addend of the residual stream [B,S,D]. */
 export function experts(module: ModuleBuilder, h: Value, moe: Moe): Value {
   const { weight } = module;
   const at = (name: string) => module.at(`moe.${name}`);
@@ -24,34 +24,34 @@ export function experts(module: ModuleBuilder, h: Value, moe: Moe): Value {
   return withShared(module, h, moe, up);
 }
 
-/** Tokens as the experts' grid cuts them, and back. Where the grids nest that is how they lie; else each rank keeps those it has (P104). */
+/** Returns the conversions of tokens to the expert grid and back: regrids if the grids do not nest (P104), else the identity. */
 function regridOf({ job, at }: ModuleBuilder): Readonly<Record<"enter" | "leave", (v: Value, name: string) => Value>> {
   const mesh = buildMesh(job);
   if (!hasSeparateGrids(mesh)) return { enter: (v) => v, leave: (v) => v };
   const { train, parallel, model } = job;
-  const stream = streamCut(job);
-  const there = [["edp", "ep", "etp"], [], []];
-  const count = [train.micro_batch * mesh.per_stage, model.seq / (parallel.context * parallel.tensor)];
-  const whole = [train.micro_batch * parallel.data, model.seq];
+  const stream = streamAxes(job);
+  const expertStream = [["edp", "ep", "etp"], [], []];
+  const expertSizes = [train.micro_batch * mesh.per_stage, model.seq / (parallel.context * parallel.tensor)];
+  const tokenSizes = [train.micro_batch * parallel.data, model.seq];
   return {
-    enter: (v, name) => regridded(v, count, { from: stream, to: there }, at(`moe.${name}`)),
-    leave: (v, name) => regridded(v, whole, { from: there, to: stream }, at(`moe.${name}`)),
+    enter: (v, name) => regridded(v, expertSizes, { from: stream, to: expertStream }, at(`moe.${name}`)),
+    leave: (v, name) => regridded(v, tokenSizes, { from: expertStream, to: stream }, at(`moe.${name}`)),
   };
 }
 
-/** The chosen experts of tokens of a width. */
+/** Applies the routed experts to tokens [B,S,width]. */
 function routed(module: ModuleBuilder, h: Value, moe: Moe, { map, weights: chosen, rows: limits }: Routing, width: "D" | "L"): Value {
   const at = (name: string) => module.at(`moe.${name}`);
   const { enter, leave } = regridOf(module);
   const [x, c, p] = [enter(h, "tokens"), enter(map, "map"), enter(chosen, "weights")];
-  // the dispatcher `all_gather`: tokens are gathered over ep, and each rank permutes those of its own experts
+  // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
   const pin = (v: Value) => {
     if (moe.dispatch === "all_gather") v.node!.pin = { dim: "E", axis: "ep", path: "model.moe.dispatch" };
     return v;
   };
   const rows = pin(permute.of({ x, c }, limits, at("permute")));
   const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: module.weight(name, dims) }, {}, at(name));
-  // the router's weight travels beside the row and is applied inside the activation, as Megatron Core does
+  // the combine weight is sent with the row and applied inside the activation, as in Megatron Core
   const weights = pin(pack.of({ p, c }, limits, at("pack")));
   const into = `E@ep,${width},F@etp`;
   const { activation } = module.job.model;
@@ -59,13 +59,14 @@ function routed(module: ModuleBuilder, h: Value, moe: Moe, { map, weights: chose
   return leave(pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute"))), "combined");
 }
 
+/** Adds the shared experts of `h` to `y`, if the model has them. */
 function withShared(module: ModuleBuilder, h: Value, { shared }: Moe, y: Value): Value {
   if (shared === null) return y;
   const at = (name: string) => module.at(`moe.shared.${name}`);
   const all = dense(module, h, "X", "shared.", "moe.shared");
-  const weighed = () => {
+  const gated = () => {
     const gate = gemm.of({ x: h, w: module.weight("shared.gate", "D,1") }, {}, at("gate"));
     return sigmoidGate.of({ x: all, gate }, { C: module.job.model.hidden }, at("sigmoid_gate"));
   };
-  return add.of({ a: y, b: shared.gate ? weighed() : all }, {}, at("sum"));
+  return add.of({ a: y, b: shared.gate ? gated() : all }, {}, at("sum"));
 }

@@ -1,11 +1,11 @@
-/** A dense feed-forward part, cut along its inner width: of a layer, or of the experts that all its tokens share. */
+/** The dense gated feed-forward block, sharded along its inner width: of a layer, or the shared experts. */
 
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { gemm } from "../ops/linear.ts";
 import type { Value } from "../ops/op.ts";
 import type { ModuleBuilder } from "./builder.ts";
 
-/** `h` [B,S,D] → [B,S,D] by way of `width`; its weights are called `<weights>w1`, w3 and w2. */
+/** Builds the block: `h` [B,S,D] → [B,S,D] with inner width `width`. Its weights are named `<weights>w1`, w3 and w2. */
 export function dense({ at, weight, job }: ModuleBuilder, h: Value, width: "H" | "X", weights = "", nodes = "mlp"): Value {
   const w = (name: string, dims: string, x: Value): Value =>
     gemm.of({ x, w: weight(`${weights}${name}`, dims) }, {}, at(`${nodes}.${name}`));

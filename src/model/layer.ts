@@ -1,4 +1,4 @@
-/** One transformer layer: attention and a feed-forward part, dense or of experts, each normalised before and added after. */
+/** One pre-norm transformer layer: attention, then a dense or mixture-of-experts feed-forward block. */
 
 import { add } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
@@ -8,7 +8,7 @@ import { dropped, type ModuleBuilder } from "./builder.ts";
 import { experts } from "./experts.ts";
 import { dense } from "./feedForward.ts";
 
-/** [B,S,D] → [B,S,D]. */
+/** Builds a layer: [B,S,D] → [B,S,D]. `sparse` selects the mixture of experts. */
 export function layer(module: ModuleBuilder, x: Value, sparse: boolean): Value {
   const { at, gain } = module;
   const { moe, norm } = module.job.model;

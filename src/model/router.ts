@@ -1,4 +1,4 @@
-/** The router of one layer: logits → the map of experts that each token goes to, and their weights. Balancing stands beside. */
+/** The router of one layer: logits → top-k mask and combine weights. Also the balancing losses and the routing counts. */
 import { balancesOf, evenBy, expertLayersOf, type Job } from "../../schemas/job.ts";
 import {
   auxLoss,
@@ -19,17 +19,19 @@ import type { Attrs, Value } from "../ops/op.ts";
 import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
 import { type ModuleBuilder, orderOf } from "./builder.ts";
 
+/** The `model.moe` section of a job. */
 export type Moe = NonNullable<Job["model"]["moe"]>;
+/** The result of routing. */
 export interface Routing {
-  /** c[B,S,E]: ones where a token has a row at an expert. */
+  /** c[B,S,E]: 1 where a token is routed to an expert, else 0. */
   readonly map: Value;
-  /** p[B,S,E]: what each of those counts for. */
+  /** p[B,S,E]: the combine weights. */
   readonly weights: Value;
-  /** Attributes of what makes rows: how many there may be. */
+  /** Attributes of `permute` and `pack`: the largest number of rows. */
   readonly rows: Attrs;
 }
 
-/** `h` normalised [B,S,D] → logits [B,S,E]. In f32 they are sums of the same products, which are exact there, left unrounded. */
+/** Builds the logits: `h` normalised [B,S,D] → [B,S,E]. With precision fp32 the f32 sums of products are not rounded. */
 export function logitsOf({ at, weight, sample, random }: ModuleBuilder, h: Value, { router }: Moe): Value {
   const eps = router.jitter;
   const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
@@ -38,11 +40,12 @@ export function logitsOf({ at, weight, sample, random }: ModuleBuilder, h: Value
   return logits;
 }
 
+/** Builds the routing of logits [B,S,E], with balancing losses and counts. */
 export function route(module: ModuleBuilder, moe: Moe, logits: Value): Routing {
   const { router } = moe;
   const at = (name: string) => module.at(`moe.${name}`);
   const scores = scoresOf[router.score].of({ x: logits }, {}, at("scores"));
-  const chosen = choice(module, moe, logits, scores);
+  const chosen = chooseExperts(module, moe, logits, scores);
   const weights = combineWeights.of(
     { p: scores, c: chosen.map },
     { normalize: Number(router.normalize_top_k), scale: router.scaling },
@@ -51,22 +54,23 @@ export function route(module: ModuleBuilder, moe: Moe, logits: Value): Routing {
   const { map, rows } = withinCapacity(module, moe, { ...chosen, weights });
   if (chosen.bias && router.expert_bias) chosen.bias.leaf!.updateInput = expertLoad.of({ c: map }, {}, at("expert_load"));
   balance(module, moe, { logits, scores, map: chosen.map });
-  observe(module, chosen.map, map);
+  addCounts(module, chosen.map, map);
   return { map, weights, rows };
 }
 const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
 
+/** A map of experts and the limits on its rows. */
 interface Choice {
   readonly map: Value;
   readonly rows: Attrs;
-  /** What the choice was biased by. */
+  /** The bias that was added to scores. */
   readonly bias?: Value;
 }
-/** Rounds of Sinkhorn's method at most; some ten are usual. */
+/** The largest number of iterations of Sinkhorn's method; about ten are usual. */
 const MOST_ROUNDS = 1000;
 
-/** Which experts each token goes to. */
-function choice(module: ModuleBuilder, moe: Moe, logits: Value, scores: Value): Choice {
+/** Builds the map of experts for each token, before capacity is applied. */
+function chooseExperts(module: ModuleBuilder, moe: Moe, logits: Value, scores: Value): Choice {
   const { top_k: k, experts: E, router } = moe;
   const { train, model } = module.job;
   const id = module.at("moe.top_k_mask");
@@ -75,7 +79,7 @@ function choice(module: ModuleBuilder, moe: Moe, logits: Value, scores: Value): 
   if (router.force === "uniform")
     return { map: uniformMask.of({ x: logits }, { k, S0: model.seq, E0: E, ...orderOf(module.job) }, id), rows };
   if (router.type === "expert_choice") {
-    const quota = roomOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
+    const quota = capacityOf(moe, P * model.seq, moe.capacity === "dropless" ? 1 : moe.capacity.factor);
     const map = expertChoiceMask.of({ p: scores }, { P, capacity: quota }, id);
     return { map, rows: { k: E, quota, sequences: P, positions: model.seq } };
   }
@@ -91,18 +95,18 @@ function choice(module: ModuleBuilder, moe: Moe, logits: Value, scores: Value): 
   }
   const { groups, group_top_k, group_scores } = router;
   const limits = { k, ...(groups > 1 ? { groups, group_top_k, group_scores } : {}) };
-  // normalised, a softmax over the chosen logits alone: the others play no part, and groups are worth what their logits are
+  // normalised softmax weights depend on the chosen logits only, so experts and groups are ranked by logits
   const x = router.score === "softmax" && router.normalize_top_k ? logits : scores;
   if (!router.expert_bias) return { map: topKMask.of({ x }, limits, id), rows };
   const bias = module.state("router_bias", "E", { name: "expert_bias", op: biasUpdate, attrs: { rate: router.bias_rate } });
   return { map: topKMaskBiased.of({ x, bias }, { ...limits, sign: 1 }, id), bias, rows };
 }
 
-/** How many of these tokens an expert has room for; no more than there are. */
-const roomOf = ({ top_k, experts }: Moe, tokens: number, factor: number): number =>
+/** Returns the capacity of an expert for `tokens` tokens: factor × its even share, at most all tokens. */
+const capacityOf = ({ top_k, experts }: Moe, tokens: number, factor: number): number =>
   Math.min(tokens, Math.ceil(((tokens * top_k) / experts) * factor));
 
-/** What of the choice is left where experts have a capacity: of the tokens that one rank routes at once, after sequence and context are cut. */
+/** Applies the capacity of experts. It counts the tokens that one rank routes at once, after sequence and context sharding. */
 function withinCapacity(
   { job, at }: ModuleBuilder,
   moe: Moe,
@@ -113,10 +117,10 @@ function withinCapacity(
   const { parallel, model, train } = job;
   const P = train.micro_batch;
   const L = model.seq / (parallel.context * (parallel.sequence ? parallel.tensor : 1));
-  const room = roomOf(moe, P * L, capacity.factor);
-  if (room === P * L && !capacity.pad) return { map, rows };
-  const attrs = { P, L, capacity: room, position: Number(capacity.drop === "position"), pad: Number(capacity.pad) };
-  const quota = { quota: room, sequences: P, positions: L };
+  const limit = capacityOf(moe, P * L, capacity.factor);
+  if (limit === P * L && !capacity.pad) return { map, rows };
+  const attrs = { P, L, capacity: limit, position: Number(capacity.drop === "position"), pad: Number(capacity.pad) };
+  const quota = { quota: limit, sequences: P, positions: L };
   return {
     map: drop.of({ p: weights, c: map }, attrs, at("moe.apply_capacity")),
     rows: { k: capacity.pad ? moe.experts : moe.top_k, ...quota },
@@ -129,31 +133,31 @@ interface Routed {
   readonly map: Value;
 }
 /**
- * Losses on Σ_e n_e · Σ_t p_te (Switch, GShard), averaged over what they are computed for: n counts plain choices, the k best
- * scores with no bias, no groups, and before anything is dropped; p are the scores' shares.
+ * Adds balancing losses on Σ_e n_e · Σ_t p_te (Switch, GShard), averaged over the groups of tokens that they are computed for. n counts
+ * the k best scores per token without bias, groups and capacity; p are the normalised scores.
  */
 function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
   const weight = job.data.labels !== null ? { weight: "aux_weight" } : {};
   const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
-  const weighed = balancesOf(router).filter(({ coeff }) => coeff > 0);
-  if (weighed.length) {
+  const active = balancesOf(router).filter(({ coeff }) => coeff > 0);
+  if (active.length) {
     const plain = router.groups === 1 && !router.expert_bias && router.force === "none";
     const c = plain ? map : topKMask.of({ x: logits }, { k }, at("moe.plain_top_k_mask"));
     const p = router.score === "softmax" ? scores : normalize.of({ p: scores }, {}, at("moe.shares"));
-    /** The loss of `tokens` tokens that are counted together, of which a step has `count`. */
+    /** Returns the factor of a loss over groups of `tokens` tokens, `count` groups per step. */
     const factor = (coeff: number, tokens: number, count: number): number => (coeff * E) / (k * tokens * tokens * count);
     const per = (name: string, P: number, coeff: number): Value => {
       const n = expertCounts.of({ c }, { P }, at(`moe.${name}_counts`));
       return auxLoss.of({ p, n }, { P, c: factor(coeff, P * S, train.global_batch / P) }, at(`moe.${name}`));
     };
-    for (const { by, coeff } of weighed) {
+    for (const { by, coeff } of active) {
       if (by === "aux_loss") add(per(by, train.micro_batch, coeff));
       if (by === "seq_aux_loss") add(per(by, 1, coeff));
       if (by !== "global_aux_loss") continue;
-      // one loss for the microbatch of all data ranks; Megatron Core adds up over them what it divided by their tokens, and then averages
-      // over them, so that there the weight falls with their number
+      // one loss for the microbatch of all data ranks; in Megatron Core the weight of this loss falls with the number of data ranks,
+      // because it averages over them a sum that is already divided by their tokens
       const sequences = train.micro_batch * parallel.data;
       const n = expertLoad.of({ c }, {}, at("moe.global_load"));
       const mean = runningMean.of({ n }, { choices: sequences * S * k }, at("moe.global_mean"));
@@ -169,8 +173,8 @@ function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, rou
     });
 }
 
-/** What a step reports of its routing: how many tokens chose each expert, and of a choice with a capacity the rows that are dropped. */
-function observe({ job, at, losses }: ModuleBuilder, chosen: Value, kept: Value): void {
+/** Adds the counts of a step: tokens per expert, and the dropped rows if a capacity applies. */
+function addCounts({ job, at, losses }: ModuleBuilder, chosen: Value, kept: Value): void {
   const row = losses.filter(({ name }) => name === "expert_loads").length;
   losses.push({
     name: "expert_loads",

@@ -1,31 +1,40 @@
-/** Layouts of a value over the factors of a mesh, and the moves between two of them. */
+/** Layouts of a value over the sub-axes of a mesh, and the reshard steps between two layouts. */
 import type { CollectiveKind } from "../../schemas/plan.ts";
 import type { Value } from "../ops/op.ts";
 
+/** How a value is distributed. All numbers are indices of sub-axes of the mesh. */
 export interface Layout {
+  /** Per dim, the sub-axes that shard it, outermost first. */
   readonly shardedBy: readonly (readonly number[])[];
+  /** Sub-axes over which a sum is pending. */
   readonly partialSum: readonly number[];
+  /** Sub-axes over which a maximum is pending. */
   readonly partialMax: readonly number[];
 }
-/** A value in one layout. `note` tells copies apart that are made more than once, or stand halfway between two moves. */
+/** A value in one layout. `note` distinguishes copies with the same layout: repeated gathers and intermediate reshard results. */
 export interface ShardedValue {
   readonly value: Value;
   readonly layout: Layout;
   readonly note?: string;
 }
-/** How a piece comes into another layout; a `slice` concerns one rank alone, and so does a `fold`, into another value. */
+/** One reshard step: a collective, or a local copy. `slice` takes this rank's block; `regrid` renumbers tokens into another value. */
 export type ReshardKind = CollectiveKind | "slice" | "regrid";
+/** The value does not depend on the coordinate of a sub-axis. Result of `shardingOf`, like the two below. */
 export const REPLICATED = -1;
+/** A sum over a sub-axis is pending. */
 export const PARTIAL_SUM = -2;
+/** A maximum over a sub-axis is pending. */
 export const PARTIAL_MAX = -3;
-/** What a factor does to a tensor: the slot it cuts, or WHOLE, SUM, MAX. */
+/** Returns the dim that sub-axis `f` shards, or REPLICATED, PARTIAL_SUM or PARTIAL_MAX. */
 export const shardingOf = (l: Layout, f: number): number =>
   l.partialSum.includes(f) ? PARTIAL_SUM : l.partialMax.includes(f) ? PARTIAL_MAX : l.shardedBy.findIndex((c) => c.includes(f));
+/** Returns a key that is equal for two copies of one value if and only if layout and note are equal. */
 export const layoutKey = ({ layout: l, note = "" }: ShardedValue): string =>
   `${l.shardedBy.map((c) => c.join(".")).join(",")}${l.partialSum.length ? `+${l.partialSum.join(".")}` : ""}${l.partialMax.length ? `^${l.partialMax.join(".")}` : ""}${note}`;
 
-/** Moves of one value run in this order. */
+/** The order in which the reshard steps of one value run. */
 export const reshardOrder: readonly ReshardKind[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];
+/** Returns the reshard step of one sub-axis between two results of `shardingOf`; undefined if they are equal. */
 export const reshardKind = (from: number, to: number): ReshardKind | undefined =>
   from === to
     ? undefined
@@ -40,5 +49,5 @@ export const reshardKind = (from: number, to: number): ReshardKind | undefined =
           : to === REPLICATED
             ? "all_gather"
             : "all_to_all";
-/** Blocks nest when one list of factors continues the other: factors join and leave a slot at its inner end. */
+/** Returns whether `b` starts with `a`. Then blocks nest: sub-axes are added and removed at the inner end of a dim. */
 export const continues = (a: readonly number[], b: readonly number[]) => a.every((f, i) => b[i] === f);

@@ -1,14 +1,13 @@
 /**
- * lower: pieces and moves → one Program per role: buffers with stable names and instructions in blocks (forward and
- * backward of one microbatch, for each chunk of layers; the step block once). Backward adds parameter gradients up where they
- * lie.
+ * Lowering of the sharded graph to programs. A program has buffers with stable names and blocks of instructions: forward and backward
+ * of one microbatch for each chunk of layers, and one step block. Backward accumulates parameter gradients in place.
  */
 import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import { accumulate } from "../ops/linear.ts";
 import { expand, invariant } from "../ops/op.ts";
-import * as messages from "../ops/transport.ts";
+import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
@@ -18,6 +17,7 @@ import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } 
 import { expandRing, isRing } from "./ring.ts";
 import type { ShardStep } from "./shard.ts";
 
+/** Returns one program per stage, without kernels and memory. `lowered` has the results of the passes before. */
 export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
   const { graph, sharded, pipeline } = lowered;
   return lowered.order.map(({ order, copies }, stage) => {
@@ -43,7 +43,7 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
       layers: layersOf(pipeline, job, c * pipeline.stages + stage),
       copies: copies[c]!,
       forward: block,
-      ...(split ? apart(backward[c]!, role.buffers) : { backward: backward[c]!, weights: [] }),
+      ...(split ? splitBackward(backward[c]!, role.buffers) : { backward: backward[c]!, weights: [] }),
     }));
     return {
       stage,
@@ -53,36 +53,37 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
       inputs: role.inputs,
       bounds: role.bounds,
       metrics,
-      buffers: place(role.buffers, { chunks, step, inputs: role.inputs }),
+      buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs }),
       step,
     };
   });
 }
 
 /**
- * Backward in two: what makes the gradients of weights and nothing else, with the moves and copies that serve it alone, and the
- * rest, which the stage before waits for.
+ * Splits a backward block in two. `weights` computes gradients of weights only, with the collectives and copies that nothing else
+ * reads. `backward` has the rest, which the previous stage waits for.
  */
-function apart(block: readonly Instruction[], buffers: ReadonlyMap<string, Buffer>): Pick<Chunk, "backward" | "weights"> {
+function splitBackward(block: readonly Instruction[], buffers: ReadonlyMap<string, Buffer>): Pick<Chunk, "backward" | "weights"> {
   const ofWeights = new Set<Instruction>();
-  /** Read by an instruction that is no gradient of weights, or kept beyond the block. */
-  const wanted = new Set<string>();
+  /** Buffers that an instruction outside of `ofWeights` touches. */
+  const needed = new Set<string>();
   for (const i of block.toReversed()) {
-    const made = madeBy(i, buffers);
+    const made = writtenBy(i, buffers);
     const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id)!.kind === "gradient");
     const serves =
-      (i.kind === "collective" || (i.kind === "compute" && surrounds.has(i.op))) &&
+      (i.kind === "collective" || (i.kind === "compute" && transportOps.has(i.op))) &&
       made.every((id) => buffers.get(id)!.kind === "workspace");
-    if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => wanted.has(id)))
+    if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => needed.has(id)))
       ofWeights.add(i);
-    else for (const id of touched(i, buffers)) wanted.add(id);
+    else for (const id of touched(i, buffers)) needed.add(id);
   }
   return { backward: block.filter((i) => !ofWeights.has(i)), weights: block.filter((i) => ofWeights.has(i)) };
 }
-/** Ops that stand around a collective, and what makes two gradients one. */
-const surrounds = new Set([...Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])), accumulate.name]);
+/** Names of the ops that pack and unpack the buffers of a collective, and of the op that adds gradients up. */
+const transportOps = new Set([...Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])), accumulate.name]);
 
-function madeBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
+/** Returns the buffers that an instruction writes, index buffers included. */
+function writtenBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
   if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
   if (i.kind === "send") return [];
   const to = i.kind === "collective" ? i.to : i.buffer;
@@ -90,7 +91,7 @@ function madeBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] 
   return rows ? [to, rows] : [to];
 }
 
-/** The steps of one microbatch that concern this role, as instructions. */
+/** Lowers the steps of one microbatch that run on this stage. Values in `losses` accumulate over microbatches. */
 function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {
   const { isMine, pipeline, blocks, buffers, bufferOf, emit } = role;
   const producers = new Map<string, { at: number; block: BlockBuilder; out: string }>();
@@ -128,7 +129,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
     emit(block, instruction);
     for (const o of outputs) producers.set(writes[o.name]!, { at: block.list.length - 1, block, out: o.name });
   }
-  /** Points the op that made a gradient at the accumulator; where the gradient was moved since, adds it up. */
+  /** Redirects the op that writes a gradient to the accumulator. A gradient that was resharded since is added by an op instead. */
   function accumulateInto({ stage, parameter, shardedValue }: Extract<ShardStep, { kind: "accumulate" }>) {
     const target = `${idOf(parameter)}.grad`;
     const made = bufferOf(shardedValue);
@@ -148,13 +149,16 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
       if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.received), ends, s.why, tag);
     } else if (!isMine(s.stage)) continue;
     else if (s.kind === "compute") compute(s);
-    else if (s.kind === "collective") role.move(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));
+    else if (s.kind === "collective") role.reshard(blockOf(s.backward, s.stage), s, bufferOf(s.from), bufferOf(s.to));
     else accumulateInto(s);
   }
 }
 
-/** Buffers that a later block of a microbatch still reads are activations (one copy per microbatch in flight); drops those nobody uses. */
-function place(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
+/**
+ * Decides which buffers are activations: those that several blocks of one microbatch use. They exist once per microbatch in flight.
+ * Drops workspace that no instruction uses. Throws an invariant if blocks without a common copy use one buffer.
+ */
+function assignKinds(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
   const inputs = new Set(Object.values(program.inputs));
   const usedIn = new Map<string, Set<Block>>();
   for (const block of blocksOf(program))
@@ -164,17 +168,17 @@ function place(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chu
     if (used.length === 0 && b.kind === "workspace") return [];
     if (b.kind !== "workspace" || used.length === 1) return [b];
     const [chunk, another] = new Set(used.map((u) => u.chunk));
-    // what the host fills it fills for each block, where one copy does not serve all
+    // several chunks read this input: it stays workspace, and the host fills it for each block
     if (another !== undefined && inputs.has(b.id)) return [b];
     invariant(
       used.every((u) => u.kind !== "step" && u.chunk === chunk),
-      `${b.id} is used by blocks that share no copy of it`,
+      `${b.id} is used by blocks that have no common activation copy`,
     );
     return [{ ...b, kind: "activation" as const, ...(chunk ? { chunk } : {}) }];
   });
 }
 
-/** The buffers an instruction reads or writes, index buffers included. */
+/** Returns the buffers that an instruction reads or writes, index buffers included. */
 export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Set<string> {
   const ids = new Set<string>();
   const add = (id: string) => {

@@ -1,8 +1,8 @@
 /**
- * messages: moves between layouts → what goes over the wire. After this pass a move is one raw collective on contiguous
- * buffers (runtime/backend.ts, `Comm`), and ops around it lay blocks out. A piece is a list of axes in memory: per slot of the
- * tensor the digits of the mesh that do not cut it, then what is left. Rows travel in lists of a fixed capacity, each
- * beside its index: how many there are is known on the device alone.
+ * Lowering of reshard steps to raw collectives. After this pass a reshard step is one collective on contiguous buffers
+ * (runtime/backend.ts, `Comm`), with ops before and after it that arrange blocks. A sharded value is described by its axes in memory:
+ * per dim the sub-axes that do not shard it, then the local block. Ragged rows travel in lists of a fixed capacity, each with its
+ * index, because the number of rows is known on the device only.
  */
 
 import type { Buffer, CollectiveKind, Compute, Dtype, Instruction } from "../../schemas/plan.ts";
@@ -12,35 +12,35 @@ import { type AnyOp, invariant } from "../ops/op.ts";
 import { arrange, invertRows, mergeRows, splitRows, takeRows } from "../ops/transport.ts";
 import type { BlockBuilder, ProgramBuilder, Reshard } from "./programBuilder.ts";
 
-/** One axis of a piece in memory: a digit of the mesh (a factor) in a slot, what a slot has inside, or a list of rows. */
+/** One axis of a sharded value in memory: a sub-axis within a dim, the local block of a dim, or a list of rows. */
 interface Axis {
   readonly key: string;
   readonly size: number;
   readonly factor?: number;
 }
-const subAxisKey = (f: number): string => `digit ${f}`;
-const dimKey = (slot: number): string => `slot ${slot}`;
+const subAxisKey = (f: number): string => `sub-axis ${f}`;
+const dimKey = (dim: number): string => `dim ${dim}`;
 const ROWS = "rows";
 
-/** How the rows of one index come to be the rows of another. */
+/** The buffers that map the rows of one index to the rows of another. */
 interface Route {
-  /** The map of blocks by destination, [lists · cap], where rows are told apart by where they go. */
+  /** Row map of the lists by destination, [lists · cap]; absent if rows are not split by destination. */
   readonly split?: string;
-  /** The map of the rows received, where lists are put together. */
+  /** Row map of the merged lists; absent if received lists are not merged. */
   readonly merged?: string;
 }
 
-/** The blocks of a role with raw collectives; forward and backward by chunk. */
+/** Returns the blocks of a stage with raw collectives in place of reshard steps; forward and backward by chunk. Adds temporary buffers. */
 export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
   const { mesh, buffers, blocks, job } = role;
   const bound = job.model.moe?.rows_bound ?? "worst";
   const routes = new Map<string, Route>();
-  /** Index buffers that some instruction has made: a row's place depends on the routing and the cut alone. */
+  /** Index buffers that an instruction has written. The place of a row depends on routing and sharding only. */
   const indexed = new Set<string>();
   let out: Instruction[] = [];
 
-  /** Ops that share a routing share its index: the first makes it. */
-  function onceIndexed(i: Compute): Compute {
+  /** Removes the index output of all but the first op of one routing: they share the index. */
+  function indexOnce(i: Compute): Compute {
     if (!i.rows) return i;
     const { rows, ...rest } = i;
     if (indexed.has(rows)) return rest;
@@ -85,7 +85,7 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
     });
   }
 
-  /** Copies a piece into other axes. An axis that `from` lacks repeats it; of the digits in `pick` only this rank's is taken. */
+  /** Copies a buffer into other axes. An axis that `have` lacks is repeated; along the sub-axes in `pick` only this rank's block is read. */
   function rearrange(
     id: string,
     from: string,
@@ -115,15 +115,15 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
     compute(arrange, id, { x: from }, { y: to }, attrs, at);
   }
 
-  /** Whether two lists of axes are the same memory. */
-  const alike = (a: readonly Axis[], b: readonly Axis[]): boolean => {
+  /** Returns whether two lists of axes describe the same memory. */
+  const sameMemory = (a: readonly Axis[], b: readonly Axis[]): boolean => {
     const real = (axes: readonly Axis[]) => axes.filter((x) => x.size > 1).map((x) => x.key);
     return real(a).join() === real(b).join();
   };
   const countOf = (axes: readonly Axis[]): number => axes.reduce((n, a) => n * a.size, 1);
   const subAxisDims = (fs: readonly number[]): Axis[] => fs.map((f) => ({ key: subAxisKey(f), size: mesh.subAxes[f]!.size, factor: f }));
 
-  /** The axes of a piece from a slot on. */
+  /** Returns the axes in memory of a buffer, from dim `first` on. */
   function axesOf(b: Buffer, blockAxes: Reshard["blockAxes"], first: number): Axis[] {
     return b.sizes.flatMap((n, slot) => {
       if (slot < first) return [];
@@ -133,10 +133,10 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
     });
   }
 
-  /** The raw collective of a move, between contiguous buffers. */
+  /** Emits the collective of a reshard step, between contiguous buffers. */
   function raw(i: Reshard, id: string, from: string, to: string, name = i.name): void {
     const bytes = (b: string) => bytesOf[buffers.get(b)!.dtype] * lengthOf(b);
-    const how = i.how as CollectiveKind; // a slice never gets here
+    const how = i.how as CollectiveKind; // slices and regrids are copies: they never reach this function
     const sent = bytesSent(how, i.world ? mesh.world : shardCount(mesh, i.subAxes), bytes(from), bytes(to));
     const { blockAxes: _, ...rest } = i;
     out.push({ ...rest, kind: "collective", how, id, name, from, to, bytes: sent });
@@ -148,13 +148,13 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
       raw(i, i.id, i.from, i.to);
       return;
     }
-    // members of a group stand in ascending order of rank: the digit of the largest stride is the outermost
+    // members of a group are in ascending order of rank: the sub-axis with the largest stride is the outermost
     const group = subAxisDims([...i.subAxes].sort((f, g) => mesh.subAxes[g]!.stride - mesh.subAxes[f]!.stride));
     if (a.ragged) expandRows(i, a, b, group);
     else exchange(i, axesOf(a, i.blockAxes, 0), axesOf(b, i.blockAxes, 0), group);
   }
 
-  /** A dense move: pack, collective, unpack; a copy less wherever the axes already lie as they must. */
+  /** Emits a dense reshard step: pack, collective, unpack. A copy is left out where the axes are in the right order already. */
   function exchange(i: Reshard, have: readonly Axis[], want: readonly Axis[], group: readonly Axis[]): void {
     const [a, b] = [buffers.get(i.from)!, buffers.get(i.to)!];
     const moved = new Set(group.map((g) => g.key));
@@ -166,16 +166,16 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
         return;
       case "all_gather": {
         const received = [...group, ...have];
-        const blocks = alike(received, want) ? b.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(have)]);
+        const blocks = sameMemory(received, want) ? b.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(have)]);
         raw(i, i.id, a.id, blocks);
         if (blocks !== b.id) rearrange(`${i.id}.unpack`, blocks, received, b.id, want);
         return;
       }
       case "reduce_scatter": {
         const sent = [...group, ...want];
-        const packed = alike(sent, have) ? a.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(want)]);
+        const packed = sameMemory(sent, have) ? a.id : temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(want)]);
         if (packed !== a.id) rearrange(`${i.id}.pack`, a.id, have, packed, sent);
-        // into the bytes it reads, it would overwrite what others have yet to read
+        // a result in the bytes of its source would overwrite blocks that other ranks have yet to read
         const own = packed === a.id && b.within ? temporary(`${i.id}.own`, b.dtype, [countOf(want)]) : b.id;
         raw(i, i.id, packed, own);
         if (own !== b.id) rearrange(`${i.id}.keep`, own, want, b.id, want);
@@ -184,24 +184,24 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
       case "all_to_all": {
         const blocks = [...group, ...rest];
         const shape = [countOf(group), countOf(rest)];
-        const sent = alike(blocks, have) ? a.id : temporary(`${i.id}.sent`, a.dtype, shape);
+        const sent = sameMemory(blocks, have) ? a.id : temporary(`${i.id}.sent`, a.dtype, shape);
         if (sent !== a.id) rearrange(`${i.id}.pack`, a.id, have, sent, blocks);
-        const received = alike(blocks, want) ? b.id : temporary(`${i.id}.received`, a.dtype, shape);
+        const received = sameMemory(blocks, want) ? b.id : temporary(`${i.id}.received`, a.dtype, shape);
         raw(i, i.id, sent, received);
         if (received !== b.id) rearrange(`${i.id}.unpack`, received, blocks, b.id, want);
         return;
       }
       default:
-        throw new Error(`rankc: ${i.how} is no exchange of blocks`);
+        throw new Error(`rankc: ${i.how} does not exchange blocks`);
     }
   }
 
-  /** A move of rows: told apart by where they go, packed into lists of a fixed capacity, exchanged, and put together in order. */
+  /** Emits a reshard step of ragged rows: split by destination, pack into lists of a fixed capacity, exchange, merge in order. */
   function expandRows(i: Reshard, a: Buffer, b: Buffer, group: readonly Axis[]): void {
-    const factorsIn = (shardedBy: Buffer["shardedBy"]) => i.subAxes.filter((f) => shardedBy.slice(0, 3).some((c) => c.includes(f)));
+    const subAxesIn = (shardedBy: Buffer["shardedBy"]) => i.subAxes.filter((f) => shardedBy.slice(0, 3).some((c) => c.includes(f)));
     const order = (fs: readonly number[]): Axis[] => group.filter((g) => fs.includes(g.factor!));
-    const into = order(factorsIn(b.shardedBy));
-    const outOf = order(factorsIn(a.shardedBy));
+    const into = order(subAxesIn(b.shardedBy));
+    const outOf = order(subAxesIn(a.shardedBy));
     const shardedBy = [0, 1, 2].map((slot) => [...a.shardedBy[slot]!, ...b.shardedBy[slot]!.filter((f) => i.subAxes.includes(f))]);
     const cap = into.length ? boundOfRows(mesh, a, shardedBy, bound) : a.shape[0]!;
     const route = routeOf(i, a, b, { into, outOf, group, cap });
@@ -223,35 +223,36 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
     if (merged) compute(takeRows, `${i.id}.place`, { x: to, from: route.merged! }, { y: b.id }, { width: countOf(denseB) });
   }
 
+  /** Arguments of `routeOf`: axes that rows are sent along and received from, the group, and the capacity of a list in rows. */
   interface Lists {
     readonly into: readonly Axis[];
     readonly outOf: readonly Axis[];
     readonly group: readonly Axis[];
     readonly cap: number;
   }
-  /** The maps between the rows of two cuts, and the index of the second; made once for all values with these rows. */
+  /** Emits the row maps between two layouts and the index of the second, once for all values with these rows. Returns the maps. */
   function routeOf(i: Reshard, a: Buffer, b: Buffer, { into, outOf, group, cap }: Lists): Route {
     const [from, to] = [a.rows!, b.rows!];
     const nameOf = (dest: string, source: string): string => `${dest}<${source.slice(source.lastIndexOf("@"))}.${i.how}`;
     const name = nameOf(to, from);
     const known = routes.get(name);
     if (known) return known;
-    const remember = (route: Route): Route => {
+    const save = (route: Route): Route => {
       routes.set(name, route);
       return route;
     };
-    if (from === to) return remember({});
+    if (from === to) return save({});
     const back = routes.get(nameOf(from, to));
     const all = into.length === group.length && outOf.length === group.length;
     if (i.how === "all_to_all" && all && back?.split && back.merged && indexed.has(to)) {
-      // what was received last time goes back to where it stood
-      const turn = (map: string, id: string, length: number): string => {
+      // the inverse of an earlier exchange: rows return to their old places
+      const inverse = (map: string, id: string, length: number): string => {
         compute(invertRows, id, { from: map }, { to: temporary(id, "i32", [length]) }, {});
         return id;
       };
-      return remember({
-        split: turn(back.merged, `${name}.split`, countOf(into) * cap),
-        merged: turn(back.split, `${name}.merged`, b.shape[0]!),
+      return save({
+        split: inverse(back.merged, `${name}.split`, countOf(into) * cap),
+        merged: inverse(back.split, `${name}.merged`, b.shape[0]!),
       });
     }
 
@@ -271,20 +272,20 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
         { cap, ...destinations(i, b, into) },
       );
     }
-    if (!outOf.length && indexed.has(to)) return remember({ ...(split ? { split } : {}) });
-    // the lists themselves travel as the rows do; where no row changes its rank, this rank's own is its index
+    if (!outOf.length && indexed.has(to)) return save({ ...(split ? { split } : {}) });
+    // index lists are exchanged like the rows; if no row changes its rank, this rank's own list is the index
     const one: Axis = { key: ROWS, size: length };
     let have: readonly Axis[] = [...into, one];
     if (outOf.length) {
       const received = temporary(`${name}.received`, "i32", [countOf(group), length]);
       if (i.how === "all_to_all" && into.length) {
-        const sent = alike([...group, one], have) ? lists : temporary(`${name}.sent`, "i32", [countOf(group), length]);
+        const sent = sameMemory([...group, one], have) ? lists : temporary(`${name}.sent`, "i32", [countOf(group), length]);
         if (sent !== lists) rearrange(`${name}.send`, lists, have, sent, [...group, one]);
         raw(i, `${name}.exchange`, sent, received, `${i.name}_index`);
       } else raw({ ...i, how: "all_gather" }, `${name}.exchange`, lists, received, `${i.name}_index`);
       lists = received;
       have = [...group, one];
-      if (!alike([...outOf, one], have)) {
+      if (!sameMemory([...outOf, one], have)) {
         lists = temporary(`${name}.kept`, "i32", [countOf(outOf), length]);
         rearrange(`${name}.keep`, received, have, lists, [...outOf, one]);
       }
@@ -301,10 +302,10 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
       dims,
     );
     indexed.add(to);
-    return remember({ ...(split ? { split } : {}), ...(outOf.length ? { merged } : {}) });
+    return save({ ...(split ? { split } : {}), ...(outOf.length ? { merged } : {}) });
   }
 
-  /** What `split_rows` must know to tell a row's destination from its coordinates. */
+  /** Returns the attributes from which `split_rows` computes the destination of a row from its coordinates. */
   function destinations(i: Reshard, b: Buffer, into: readonly Axis[]): Record<string, number> {
     return Object.fromEntries(
       into.flatMap((axis, n) => {
@@ -323,14 +324,14 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
     );
   }
 
-  function expanded({ list }: BlockBuilder): Instruction[] {
+  function expandBlock({ list }: BlockBuilder): Instruction[] {
     out = [];
     for (const i of list) {
       if (i.kind === "reshard") expand(i);
-      else out.push(i.kind === "compute" ? onceIndexed(i) : i);
+      else out.push(i.kind === "compute" ? indexOnce(i) : i);
     }
     return out;
   }
-  // rows that forward has sent one way go back in backward
-  return { forward: blocks.forward.map(expanded), backward: blocks.backward.map(expanded), step: expanded(blocks.step) };
+  // forward first: backward reuses its routes in the opposite direction
+  return { forward: blocks.forward.map(expandBlock), backward: blocks.backward.map(expandBlock), step: expandBlock(blocks.step) };
 }

@@ -1,7 +1,7 @@
 /**
- * Memory: gives every buffer of a program its place. Parameters, gradients and optimizer state live for good; activations
- * (one copy per microbatch in flight and chunk) from the forward op that makes them to the last backward op that reads them;
- * workspace within one block. Two buffers share bytes only if never alive together.
+ * Memory planning: assigns an offset to every buffer of a program. Parameters, gradients and optimizer state live for the whole run.
+ * Activations (one copy per chunk and microbatch in flight) live from the forward op that writes them to the last backward op that
+ * reads them. Workspace lives within one block. Two buffers share bytes only if their lifetimes do not overlap.
  */
 
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
@@ -11,20 +11,22 @@ import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analy
 import { invariant } from "../ops/op.ts";
 import { touched } from "./lower.ts";
 
-/** Places begin at multiples of this many bytes: what vector loads and tensor-memory descriptors need. */
+/** Alignment of offsets in bytes. Vector loads and tensor-memory descriptors need it. */
 export const ALIGN = 256;
 
-/** Bytes of a buffer on one rank. */
+/** Returns the bytes of a buffer on one rank. */
 export const sizeOf = (b: Pick<Buffer, "dtype" | "shape">): number => bytesOf[b.dtype] * elementsOf(b.shape);
-/** Bytes that a buffer takes in its arena. */
+/** Returns the bytes that a buffer occupies in its arena: its size, rounded up to the alignment. */
 export const aligned = (b: Pick<Buffer, "dtype" | "shape">): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
+/** A buffer with the first and the last instruction that touches it, as indices of a timeline; -1 for inputs, which exist before. */
 interface Lifetime {
   readonly buffer: Buffer;
   from: number;
   to: number;
 }
 
+/** Returns the offsets of all buffers and the bytes of each arena. Without kernels, scratch is 0. */
 export function planMemory(program: Program, kernels: readonly Kernel[] = []): Memory {
   const offsets: Record<string, number> = {};
   const total = { parameter: 0, gradient: 0, optimizer: 0, workspace: 0 };
@@ -41,8 +43,8 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
     }
   }
   const activation = timelines(program).map((timeline, c) => pack(lifetimes(program, "activation", timeline, c), offsets));
-  // workspace: blocks never run together, so each starts from nothing, but for inputs that several of them read
-  const fixed = placesInAll(program);
+  // blocks run one after another, so their workspace overlaps, except inputs that several blocks read
+  const fixed = sharedInputOffsets(program);
   for (const { instructions } of blocksOf(program))
     total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets, fixed));
 
@@ -50,24 +52,24 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
   return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
 }
 
-/** Workspace that several blocks touch: inputs, which have one place in all of them, at the beginning. */
-function placesInAll(program: Program): Map<string, number> {
+/** Returns the offsets of workspace that several blocks touch. These are inputs; they are at the start of the arena. */
+function sharedInputOffsets(program: Program): Map<string, number> {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
   const blocks = blocksOf(program).map(({ instructions }) => new Set(instructions.flatMap((i) => [...touched(i, byId)])));
-  const places = new Map<string, number>();
+  const offsets = new Map<string, number>();
   let end = 0;
   for (const b of program.buffers) {
     if (b.kind !== "workspace" || blocks.filter((ids) => ids.has(b.id)).length < 2) continue;
-    places.set(b.id, end);
+    offsets.set(b.id, end);
     end += aligned(b);
   }
-  return places;
+  return offsets;
 }
 
-/** By chunk, what one microbatch does: forward, then backward. An activation lives from one instruction to another of it. */
+/** Returns per chunk the instructions of one microbatch, forward and then backward: the timeline of its activations. */
 const timelines = ({ chunks }: Program): Instruction[][] => chunks.map((c) => microbatchBlocks.flatMap((kind) => c[kind]));
 
-/** Bytes of scratch of the program's kernel that uses the most; 0 before kernels are known. */
+/** Returns the largest scratch of the kernels that a program launches, in bytes, aligned; 0 without kernels. */
 export function scratchOf(program: Program, kernels: readonly Kernel[]): number {
   const bytes = new Map(kernels.map((k) => [k.id, k.scratch]));
   let most = 0;
@@ -76,7 +78,7 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 
-/** From the first instruction that touches a buffer to the last. Inputs are filled before the block starts. */
+/** Returns the lifetimes of the buffers of one kind, sorted by their first instruction. Inputs are filled before the block starts. */
 function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
   const inputs = new Set(Object.values(program.inputs));
@@ -92,20 +94,23 @@ function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instru
   return [...alive.values()].sort((a, b) => a.from - b.from);
 }
 
-/** Best fit in order of birth: the smallest hole that is free, else the end; `fixed` have theirs. Returns the bytes of the arena. */
+/**
+ * Assigns offsets by best fit, in order of the first instruction: the smallest free hole, or the end of the arena. Buffers in `fixed`
+ * keep their offsets. Returns the bytes of the arena.
+ */
 function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed: ReadonlyMap<string, number> = new Map()): number {
   let end = 0;
   const holes: { at: number; size: number }[] = [];
   for (const [id, at] of fixed) {
     const life = lives.find((l) => l.buffer.id === id);
     if (!life) continue;
-    invariant(life.from === -1, `${id} is no input, and has a place in several blocks`);
+    invariant(life.from === -1, `${id} is not an input, but several blocks share it`);
     if (at > end) holes.push({ at: end, size: at - end });
     offsets[id] = at;
     end = at + aligned(life.buffer);
   }
-  const dying = [...lives].sort((a, b) => a.to - b.to);
-  let dead = 0;
+  const byEnd = [...lives].sort((a, b) => a.to - b.to);
+  let freed = 0;
   const free = (at: number, size: number) => {
     let i = holes.findIndex((h) => h.at > at);
     if (i < 0) i = holes.length;
@@ -116,8 +121,8 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
     }
   };
   for (const { buffer, from } of lives) {
-    // what is read for the last time by an instruction stays until that instruction is over
-    for (; dead < dying.length && dying[dead]!.to < from; dead++) free(offsets[dying[dead]!.buffer.id]!, aligned(dying[dead]!.buffer));
+    // a buffer is free after the last instruction that reads it, so that instruction cannot write over it
+    for (; freed < byEnd.length && byEnd[freed]!.to < from; freed++) free(offsets[byEnd[freed]!.buffer.id]!, aligned(byEnd[freed]!.buffer));
     if (fixed.has(buffer.id)) continue;
     const size = aligned(buffer);
     let best = -1;
@@ -129,7 +134,7 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
       else holes[best] = { at: h.at + size, size: h.size - size };
       continue;
     }
-    // the last hole may reach to the end: grow it
+    // a hole at the end of the arena is extended
     const last = holes.at(-1);
     const at = last && last.at + last.size === end ? last.at : end;
     if (last && at === last.at) holes.pop();
@@ -139,7 +144,7 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
   return end;
 }
 
-/** Law: buffers that are alive together in one timeline do not overlap, and all lie within their arena. */
+/** Throws an invariant if two buffers with overlapping lifetimes overlap in memory, or if one is misaligned or outside of its arena. */
 export function verifyMemory(program: Program, memory: Memory): void {
   const check = (kind: "activation" | "workspace", timeline: readonly Instruction[], bytes: number, chunk = 0) => {
     const lives = lifetimes(program, kind, timeline, chunk);
@@ -147,14 +152,17 @@ export function verifyMemory(program: Program, memory: Memory): void {
     for (const l of lives) {
       const start = memory.offsets[l.buffer.id]!;
       const stop = start + sizeOf(l.buffer);
-      invariant(start % ALIGN === 0 && stop <= bytes, `${l.buffer.id} at ${start} leaves the ${kind} arena of ${bytes}`);
+      invariant(
+        start % ALIGN === 0 && stop <= bytes,
+        `${l.buffer.id} at ${start} is misaligned or outside of the ${kind} arena of ${bytes} bytes`,
+      );
       for (let i = open.length - 1; i >= 0; i--) {
         const other = open[i]!;
         if (other.to < l.from) {
           open.splice(i, 1);
           continue;
         }
-        // asked before the words are made: pairs are many
+        // the condition is tested first: building a message for every pair is slow
         if (stop > other.start && other.stop > start) invariant(false, `${l.buffer.id} and ${other.id} overlap`);
       }
       open.push({ id: l.buffer.id, to: l.to, start, stop });
@@ -164,7 +172,7 @@ export function verifyMemory(program: Program, memory: Memory): void {
   for (const { instructions } of blocksOf(program)) check("workspace", instructions, memory.workspace);
 }
 
-/** Text of the memory map: the table of arenas, then every buffer at its place. */
+/** Prints the memory of each stage: the sizes of its arenas, then every buffer with offset and size. */
 export function printMemory(programs: readonly Program[], memory: readonly Memory[]): string {
   const lines: string[] = [];
   for (const [s, m] of memory.entries()) {

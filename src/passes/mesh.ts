@@ -1,24 +1,28 @@
 /**
- * Mesh: two grids over the same ranks (dense: tp, cp, dp; expert: etp, ep, edp; both: pp) and the factors both are
- * products of. An axis is a name for a set of factors, so dense and expert axes meet on one value with no conversion step. Where
- * the strides of the grids do not nest they share no factor: tokens go from one to the other by a fold (ops/fold.ts).
- * The first-named axis has stride 1, as in Megatron Core. Factors are digits of a rank's number within its stage, so they do
- * not depend on where stages stand in the order of axes.
+ * Mesh: two grids over the same ranks (dense: tp, cp, dp; expert: etp, ep, edp; both: pp) and the sub-axes that both are products
+ * of. An axis is a set of sub-axes, so a value may be sharded by dense and expert axes without a conversion. If the strides of the
+ * grids do not nest, the grids share no sub-axis, and a regrid converts tokens between them (ops/regrid.ts).
+ * The first axis has stride 1, as in Megatron Core. Sub-axes are factors of the number of a rank within its stage, so they do not
+ * depend on the order of pipeline stages among the axes.
  */
 import type { Job } from "../../schemas/job.ts";
 import { groupMembers, type MeshData, rankAt } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
 
+/** The mesh as the plan stores it. */
 export type Mesh = MeshData;
+/** Axes of the dense grid, ascending stride. */
 export const denseAxes = ["tp", "cp", "dp"] as const;
+/** Axes of the expert grid, ascending stride. */
 export const expertAxes = ["etp", "ep", "edp"] as const;
 
 type Meshed = Pick<Job, "parallel" | "cluster"> & { readonly model: Pick<Job["model"], "kv_heads"> };
 
-/** Tensor ranks side by side that each have a copy of one key/value head; 1 where there are heads enough for all. */
+/** Returns how many neighbouring tensor ranks hold copies of one key/value head; 1 if there are at least as many heads as ranks. */
 export const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
   tensor % kv_heads === 0 ? tensor / kv_heads : 1;
 
+/** Builds the mesh of a job that passed all rules. Throws an invariant if the axes have no common sub-axes. */
 export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const perStage = p.tensor * p.context * p.data;
   const copies = copiesOfHead({ model, parallel: p });
@@ -40,15 +44,15 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const grids = [spansOf(denseAxes), spansOf(expertAxes)];
   const ascending = (bounds: readonly number[]) => [...new Set(bounds)].sort((a, b) => a - b);
   const between = (bounds: readonly number[]) => bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
-  const whole = (fs: readonly { size: number }[]) => fs.every((f) => Number.isInteger(f.size));
+  const hasIntegerSizes = (fs: readonly { size: number }[]) => fs.every((f) => Number.isInteger(f.size));
   const instances = perStage / p.optimizer_instances;
   const own = grids.map((spans, g) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances, ...(g === 0 ? [copies] : [])]));
   const shared = between(ascending(own.flat()));
-  // where the strides of one grid do not divide the other's, each grid has factors of its own
-  const subAxes = whole(shared) ? shared : own.flatMap(between);
-  invariant(whole(subAxes), `the axes are no product: strides ${own.join(" and ")}`);
-  const first = whole(shared) ? [0, 0] : [0, own[0]!.length - 1];
-  const last = whole(shared) ? [subAxes.length, subAxes.length] : [first[1]!, subAxes.length];
+  // if the strides of one grid do not divide those of the other, each grid has its own sub-axes
+  const subAxes = hasIntegerSizes(shared) ? shared : own.flatMap(between);
+  invariant(hasIntegerSizes(subAxes), `the axes are not products of sub-axes: strides ${own.join(" and ")}`);
+  const first = hasIntegerSizes(shared) ? [0, 0] : [0, own[0]!.length - 1];
+  const last = hasIntegerSizes(shared) ? [subAxes.length, subAxes.length] : [first[1]!, subAxes.length];
   const axes = Object.fromEntries(
     grids.flatMap((spans, g) =>
       spans.map((s) => [
@@ -67,32 +71,32 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   };
 }
 
-/** Whether the grids have no factor in common, since the strides of one do not divide those of the other: then each is all factors of its own. */
+/** Returns whether the two grids share no sub-axis, because the strides of one do not divide those of the other. */
 export const hasSeparateGrids = ({ subAxes, per_stage }: Pick<Mesh, "subAxes" | "per_stage">): boolean =>
   subAxes.reduce((n, f) => n * f.size, 1) !== per_stage;
 
-/** A set of factors as people name it: `tp`, `dp*cp`, `ep`. Expert names where the value belongs to experts. */
+/** Returns the name of a set of sub-axes: `tp`, `dp*cp`, `ep`. Names of the expert grid are preferred if `expert` is true. */
 export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
   const cover = (grid: readonly string[]) => {
     const names = grid.filter((n) => mesh.axes[n]!.length > 0 && mesh.axes[n]!.every((f) => fs.includes(f)));
     return names.flatMap((n) => mesh.axes[n]!).length === fs.length ? names.join("*") : undefined;
   };
   const grids = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
-  return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => partName(mesh, f, expert)).join("*");
+  return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => subAxisName(mesh, f, expert)).join("*");
 }
 
-/** Rows and the weights of experts are spoken of in expert axes. */
+/** Returns whether a value is named in expert axes: ragged rows and weights of experts. */
 export const isExpert = (v: Value): boolean =>
   v.ragged > 0 || (v.shardAxes?.flat().some((a) => (expertAxes as readonly string[]).includes(a)) ?? false);
 
-/** A factor that is only a part of an axis: `dp/2` says the digit of dp whose size is 2. */
-function partName(mesh: Mesh, f: number, expert: boolean): string {
+/** Returns the name of one sub-axis: its axis, or with size and stride if the axis has several: `dp/2@4`. */
+function subAxisName(mesh: Mesh, f: number, expert: boolean): string {
   const owner = (grid: readonly string[]) => grid.find((n) => mesh.axes[n]!.includes(f));
   const name = expert ? (owner(expertAxes) ?? owner(denseAxes)) : (owner(denseAxes) ?? owner(expertAxes));
   return mesh.axes[name!]!.length === 1 ? name! : `${name}/${mesh.subAxes[f]!.size}@${mesh.subAxes[f]!.stride}`;
 }
 
-/** All groups of some axes, over all stages, as lists of ranks. `pp` may be among the axes. */
+/** Returns all groups of ranks along some axes, over all stages; `pp` may be one of them. */
 export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
   const fs = axes.flatMap((a) => (a === "pp" ? [] : mesh.axes[a]!));
   const stages = mesh.world / mesh.per_stage;

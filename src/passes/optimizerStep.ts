@@ -1,7 +1,7 @@
 /**
- * update: the step block of a role. What each gradient owes is reduced (in place), the global norm is taken over all ranks,
- * the optimizer updates each rank's share of the f32 master weights, and the parameters are gathered again. A parameter with a rule of its
- * own has a count where others have a gradient: it is no part of the norm, and its op updates it whole on every rank.
+ * The step block of a stage. It reduces partial gradients in place, computes the global norm over all ranks, updates each rank's shard
+ * of the f32 master weights, and gathers the parameters. A parameter with a custom update rule (expert bias) has token counts in place
+ * of a gradient. The norm excludes it, and its op updates all of it on every rank.
  */
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter, Transfer } from "../../schemas/plan.ts";
@@ -16,6 +16,7 @@ import { headAt } from "./pipeline.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";
 import type { ShardedGraph } from "./shard.ts";
 
+/** Fills the step block. Returns the parameters of this stage, and per metric the buffers whose sum is its value. */
 export function optimizerStep(
   role: ProgramBuilder,
   graph: Graph,
@@ -23,14 +24,14 @@ export function optimizerStep(
 ): { parameters: Parameter[]; metrics: Record<string, string[]> } {
   const { job, mesh, isMine, placement, buffers, blocks, emit, scalar, elementwise } = role;
   const mine = graph.parameters.filter((p) => isMine(placement.get(p)!.stage));
-  const { gradients, reducedLoss } = reduce(role, graph, sharded);
+  const { gradients, reducedLoss } = reduceDeferred(role, graph, sharded);
   const gradientOf = (p: Value) => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
   const owned = mine.filter((p) => !p.leaf!.tiedTo);
   const losses: Record<string, string[]> = {};
   for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
 
-  // the global norm: every element counted once over all ranks; a stage without parameters of its own adds zero
+  // the global norm counts every element once over all ranks; a stage without parameters adds zero
   scalar("grad_norm.squared", "gradient");
   for (const p of owned) {
     if (p.leaf!.rule) continue;
@@ -38,7 +39,7 @@ export function optimizerStep(
     const scale = shardCount(mesh, g.shardedBy.flat()) / mesh.per_stage;
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g: g.id }, { y: "grad_norm.squared" }, { scale }));
   }
-  // a loss that is not finite skips the step too: in the sum that all ranks reduce, so that all agree
+  // a loss that is not finite skips the step too; the mark is part of the sum that all ranks reduce, so all ranks agree
   for (const [name, ids] of Object.entries(losses).filter(([name]) => !isCount(name)))
     for (const x of ids)
       emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: "grad_norm.squared" }));
@@ -87,8 +88,8 @@ export function optimizerStep(
   return { parameters, metrics: { grad_norm: [norm], ...losses } };
 }
 
-/** The deferred moves: gradients over what they owe, each in the bytes of its accumulator; and the losses. */
-function reduce(role: ProgramBuilder, graph: Graph, sharded: ShardedGraph) {
+/** Emits the deferred reductions of gradients, each in the bytes of its accumulator, and of losses. Returns the reduced buffers. */
+function reduceDeferred(role: ProgramBuilder, graph: Graph, sharded: ShardedGraph) {
   const { isMine, buffers, add, local } = role;
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
@@ -110,7 +111,7 @@ function reduce(role: ProgramBuilder, graph: Graph, sharded: ShardedGraph) {
         ...(partialSum.length ? { partial: [...partialSum] } : {}),
       });
       reducedLoss.set(loss, to);
-      role.move(role.blocks.step, s, from, to);
+      role.reshard(role.blocks.step, s, from, to);
       continue;
     }
     const from = gradients.get(p) ?? `${idOf(p)}.grad`;
@@ -124,17 +125,17 @@ function reduce(role: ProgramBuilder, graph: Graph, sharded: ShardedGraph) {
       ...(partialSum.length ? { partial: [...partialSum] } : {}),
     });
     gradients.set(p, to);
-    role.move(role.blocks.step, s, from, to, isExpert(p));
+    role.reshard(role.blocks.step, s, from, to, isExpert(p));
   }
   return { gradients, reducedLoss };
 }
 
-type How = Job["train"]["optimizer"];
-/** Whether weight decay changes over the run, so that a step has to be told it. */
-const isScheduled = ({ weight_decay_schedule }: How): boolean => weight_decay_schedule !== "constant";
+type OptimizerOptions = Job["train"]["optimizer"];
+/** Returns whether weight decay changes over the run, so that it is an input of the step. */
+const isScheduled = ({ weight_decay_schedule }: OptimizerOptions): boolean => weight_decay_schedule !== "constant";
 
-/** The op that moves weights, with a weight decay of its own and with one that it is told; the scalars that it reads, and the moments that it keeps. */
-function methodOf({ type, betas, eps, momentum }: How) {
+/** Returns the update op with constant and with scheduled weight decay, the scalars that it reads, its moments and its attributes. */
+function methodOf({ type, betas, eps, momentum }: OptimizerOptions) {
   const adaptive = { reads: { lr: "lr", step: "step" }, moments: ["m", "v"], attrs: { beta1: betas[0]!, beta2: betas[1]!, eps } };
   if (type === "adamw") return { own: optimizer.adamw, scheduledOp: optimizer.adamwScheduled, ...adaptive };
   if (type === "adam") return { own: optimizer.adam, scheduledOp: optimizer.adamScheduled, ...adaptive };
@@ -143,7 +144,7 @@ function methodOf({ type, betas, eps, momentum }: How) {
   return { own: optimizer.sgdMomentum, scheduledOp: optimizer.sgdMomentumScheduled, reads, moments: ["m"], attrs: { momentum } };
 }
 
-/** The optimizer on this rank's share, then the parameter made whole again; or its own rule. Returns the buffer that holds the f32 weights. */
+/** Emits the update of this rank's shard and the all-gather of the parameter, or its custom rule. Returns the buffer of the f32 weights. */
 function updateParameter(
   { job, mesh, placement, buffers, blocks, add, emit, elementwise }: ProgramBuilder,
   sharded: ShardedGraph,
@@ -161,15 +162,15 @@ function updateParameter(
   const { optimizer: how } = job.train;
   const { within: _, partial: __, ...state } = buffers.get(gradient)!;
   const like = (suffix: string) => add({ ...state, id: `${name}.${suffix}`, kind: "optimizer", dtype: "f32" });
-  const whole = placement.get(p)!.layout.shardedBy;
+  const parameterSharding = placement.get(p)!.layout.shardedBy;
   const shard = sharded.update.get(p)!.layout.shardedBy;
   const subAxes = shard
     .flat()
-    .filter((f) => !whole.flat().includes(f))
+    .filter((f) => !parameterSharding.flat().includes(f))
     .sort((a, b) => a - b);
   const master = subAxes.length || p.dtype !== "f32" ? like("master") : name;
   const { own, scheduledOp, reads, moments, attrs } = methodOf(how);
-  // weight decay: parameters with two or more dims
+  // weight decay applies to parameters with two or more dims
   const decays = p.sizes.length > 1;
   const scheduled = decays && isScheduled(how);
   emit(
@@ -203,21 +204,21 @@ function updateParameter(
   return master;
 }
 
-/** Copies of parameters, and how what goes between them and their owners is named: a second copy has a name of its own. */
+/** Returns the tied copies of parameters with their owner, the origin of their transfers, and a name that is unique per owner. */
 function tiedPairs({ job }: ProgramBuilder, graph: Graph) {
   const copies = graph.parameters.filter((p) => p.leaf!.tiedTo);
   return copies.map((copy, i) => {
     const { tiedTo, position } = copy.leaf!;
     const nth = copies.slice(0, i).filter((other) => other.leaf!.tiedTo === tiedTo).length;
-    const ahead = position < headAt(job.model);
-    const why: Transfer["why"] = ahead
+    const isMtp = position < headAt(job.model);
+    const why: Transfer["why"] = isMtp
       ? { op: "mtp.0.embedding", because: "the embedding is used on the first stage and by multi-token prediction", path: "model.mtp" }
       : { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
     return { copy, owner: tiedTo!, name: `tied${nth > 0 ? nth + 1 : ""}`, why };
   });
 }
 
-/** A parameter that stands on several stages: each copy's gradient goes to the owner's stage and is added there. */
+/** Emits the transfer of the gradient of each tied copy to the stage of its owner, and its addition there. */
 function shareTied(role: ProgramBuilder, graph: Graph, gradientOf: (p: Value) => string): void {
   for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.placement.get(copy)!.stage, role.placement.get(owner)!.stage];
@@ -226,14 +227,14 @@ function shareTied(role: ProgramBuilder, graph: Graph, gradientOf: (p: Value) =>
     if (role.isMine(from)) role.transfer(role.blocks.step, "send", gradientOf(copy), ends, why, tag);
     if (!role.isMine(to)) continue;
     const { within: _, ...own } = role.buffers.get(gradientOf(owner))!;
-    invariant(!own.partial?.length, `${tag}: the owner's gradient still owes a sum`);
+    invariant(!own.partial?.length, `${tag}: the gradient of the owner is still partial`);
     const received = role.add({ ...own, id: tag, kind: "workspace" });
     role.transfer(role.blocks.step, "recv", received, ends, why, tag);
     role.emit(role.blocks.step, role.elementwise(accumulate, `${tag}.accumulate`, { x: received }, { y: own.id }));
   }
 }
 
-/** … and the updated parameter goes back. */
+/** Emits the transfer of the updated parameter from its owner to each tied copy. */
 function returnTied(role: ProgramBuilder, graph: Graph): void {
   for (const { copy, owner, name, why } of tiedPairs(role, graph)) {
     const [from, to] = [role.placement.get(owner)!.stage, role.placement.get(copy)!.stage];

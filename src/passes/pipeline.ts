@@ -1,29 +1,32 @@
 /**
- * pipeline: which virtual stage holds each position of the model (the embedding, the layers, those of multi-token prediction, the
- * head). Virtual stage v is chunk floor(v / stages) of stage v % stages: with chunks, a stage has several groups of layers
- * (Narayanan et al. 2021). A virtual stage may hold no position.
+ * Assignment of the positions of the model (embedding, layers, layers of multi-token prediction, head) to virtual stages. Virtual
+ * stage v is chunk floor(v / stages) of stage v % stages (Narayanan et al. 2021). A virtual stage may hold no position.
  */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
+/** Stages, chunks of each stage, and the virtual stage of each position. */
 export interface Pipeline {
   readonly stages: number;
   readonly chunks: number;
-  /** By position: the virtual stage, in ascending order. */
+  /** The virtual stage of each position, ascending. */
   readonly of: readonly number[];
 }
 
 type Sized = Pick<Job, "model" | "parallel">;
 
 type Model = Pick<Job["model"], "layers" | "mtp">;
-/** Positions of the model: the embedding is 0, layers count from 1, depths of multi-token prediction come after them, then the head. */
+/** Returns the position of a layer. The embedding is 0; layers, then depths of multi-token prediction, then the head follow. */
 export const layerAt = (layer: number): number => 1 + layer;
+/** Returns the position of depth `k` of multi-token prediction, `k` from 1. */
 export const depthAt = ({ layers }: Model, k: number): number => layers + k;
+/** Returns the position of the head. */
 export const headAt = (model: Model): number => model.layers + depthsOf(model) + 1;
 
 /**
- * By `parallel.layout` where it is given, else layers are split evenly, in order: the embedding goes with the first, the head and
- * multi-token prediction with the last. A single stage is one chunk, however many parts the layout has: it waits for no other stage.
+ * Returns the pipeline of a job. `parallel.layout` decides if present; otherwise layers are split evenly in order, the embedding is
+ * with the first layer, and the head and multi-token prediction are with the last. A single stage always has one chunk. A layout that
+ * cannot be read gives a pipeline without positions; a rule reports it.
  */
 export function pipelineOf(job: Sized): Pipeline {
   const { pipeline: stages, virtual_pipeline, layout } = job.parallel;
@@ -44,10 +47,12 @@ export function pipelineOf(job: Sized): Pipeline {
   };
 }
 
+/** Returns the stage that runs virtual stage `v`. */
 export const stageOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number): number => v % stages;
+/** Returns the chunk that virtual stage `v` is on its stage. */
 export const chunkOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number): number => Math.floor(v / stages);
 
-/** The layers of a virtual stage: the first, and one past the last; where it has none, both are where they would be. */
+/** Returns the range [first, end) of layers of a virtual stage; first = end if it has no layer. */
 export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: number): [number, number] {
   const layer = (p: number) => Math.max(0, Math.min(model.layers, p - 1));
   const first = of.findIndex((at) => at >= v);
@@ -55,17 +60,17 @@ export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: num
   return [layer(first < 0 ? of.length : first), layer(after < 0 ? of.length : after)];
 }
 
-/** Letters of a layout after its repetitions are written out, at most: far more than the 4,096 layers that a model may have. */
+/** The largest number of letters of a layout after its repetitions are expanded, far more than the 4,096 layers that a model may have. */
 const LONGEST = 1e6;
 const TOO_LONG = `repetitions make the layout longer than ${LONGEST.toLocaleString("en-US")} letters`;
 
 /**
- * Reads a layout as Megatron Core's are written, `Et*3|(tt|)*29,m|L`: E the embedding, t a layer, m one of multi-token prediction, L
- * the head and the loss, | between virtual stages, ( ) a group, *n repeats the item before it n times; commas and spaces mean nothing.
- * Returns the letters of each virtual stage, or the fault with its place.
+ * Parses a pipeline layout in the notation of Megatron Core, `Et*3|(tt|)*29,m|L`. E is the embedding, t a layer, m a layer of
+ * multi-token prediction, L the head and the loss. | separates virtual stages, ( ) groups, *n repeats the item before it; commas and
+ * spaces are ignored. Returns the letters of each virtual stage as a list, or an error message with the character position.
  */
 export function readLayout(text: string): string[] | string {
-  /** Open groups, the whole text outermost: what is complete, and the last item, which a repetition may follow. */
+  /** Open groups, outermost first: the complete text, and the last item, which a repetition may follow. */
   const outer: { text: string; item: string }[] = [];
   let group = { text: "", item: "" };
   const next = (item: string): void => {

@@ -1,6 +1,6 @@
 /**
- * One role under construction: its buffers by stable name, and the instructions of its blocks. Pieces of `shard` become
- * buffers here; `lower` fills forward and backward of each chunk, `update` the step block.
+ * The program builder collects the buffers and the instructions of one stage. It maps sharded values to buffers with stable names.
+ * `lower` fills the forward and backward blocks, `optimizerStep` the step block.
  */
 import type { Job } from "../../schemas/job.ts";
 import type { Buffer, BufferKind, Collective, Compute, Instruction, Program, Transfer } from "../../schemas/plan.ts";
@@ -21,77 +21,89 @@ export interface BlockBuilder {
   readonly chunk: number;
   readonly list: (Instruction | Reshard)[];
 }
-/** A piece comes into another layout: what `messages` turns into a collective and the copies around it. */
+/** One reshard step. `lowerCollectives` replaces it by a collective and the copies before and after it. */
 export interface Reshard extends Omit<Collective, "kind" | "how" | "bytes"> {
   readonly kind: "reshard";
   readonly how: ReshardKind;
-  /** Per slot, the factors by which blocks are counted on both sides. */
+  /** Per dim, the sub-axes that number the blocks on both sides. */
   readonly blockAxes: readonly (readonly number[])[];
 }
-/** What roles are made of. */
+/** Results of the passes before lowering. */
 export interface Lowered {
   readonly graph: Graph;
   readonly sharded: ShardedGraph;
   readonly pipeline: Pipeline;
-  /** By stage. */
+  /** The schedule of each stage. */
   readonly order: readonly Schedule[];
 }
+/** Buffers, blocks and the functions that add to them. */
 export type ProgramBuilder = ReturnType<typeof programBuilder>;
 
+/** Creates an empty program builder for a stage. */
 export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placement }, pipeline, order }: Lowered, stage: number) {
   const buffers = new Map<string, Buffer>();
-  const draft = (kind: BlockBuilder["kind"], chunk = 0): BlockBuilder => ({ kind, chunk, list: [] });
+  const emptyBlock = (kind: BlockBuilder["kind"], chunk = 0): BlockBuilder => ({ kind, chunk, list: [] });
   const each = Array.from({ length: pipeline.chunks }, (_, chunk) => chunk);
-  const blocks = { forward: each.map((c) => draft("forward", c)), backward: each.map((c) => draft("backward", c)), step: draft("step") };
-  /** Whether a virtual stage is this role's. */
+  const blocks = {
+    forward: each.map((c) => emptyBlock("forward", c)),
+    backward: each.map((c) => emptyBlock("backward", c)),
+    step: emptyBlock("step"),
+  };
+  /** Returns whether this stage runs a virtual stage. */
   const isMine = (virtual: number): boolean => stageOfVirtual(pipeline, virtual) === stage;
   const inputs: Record<string, string> = {};
   const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
-  /** Losses of one name that owe the same share an accumulator; by name and layout. */
+  /** Accumulators of losses, by name and layout. Losses with equal names and layouts share one. */
   const accumulators = new Map<string, { readonly name: string; readonly buffer: string }>();
-  const taken = new Map<string, number>();
+  const idCounts = new Map<string, number>();
 
+  /** Appends an instruction to a block. Repeated ids get a suffix: `#2`. */
   const emit = ({ list }: BlockBuilder, i: Instruction | Reshard): void => {
-    const n = (taken.get(i.id) ?? 0) + 1;
-    taken.set(i.id, n);
+    const n = (idCounts.get(i.id) ?? 0) + 1;
+    idCounts.set(i.id, n);
     list.push(n === 1 ? i : { ...i, id: `${i.id}#${n}` });
   };
+  /** Adds a buffer unless its id exists. Returns the id. */
   const add = (b: Buffer): string => {
     if (!buffers.has(b.id)) buffers.set(b.id, b);
     return b.id;
   };
+  /** Returns the local shape of a tensor. */
   const local = (sizes: readonly number[], shardedBy: ShardedValue["layout"]["shardedBy"]) =>
     sizes.map((n, slot) => n / shardCount(mesh, shardedBy[slot]!));
+  /** Adds an f32 scalar. Returns its id. */
   const scalar = (id: string, kind: BufferKind, partial: readonly number[] = []): string =>
     add({ id, kind, dtype: "f32", shape: [], sizes: [], ragged: 0, shardedBy: [], ...(partial.length ? { partial: [...partial] } : {}) });
 
-  /** Where an instruction says how many rows it needed, and how many there is room for. */
+  /** Per check, the buffer to which an instruction writes the number of rows that it needed, and the capacity. */
   const bounds: Program["bounds"] = [];
+  /** Adds the i32 buffer for the number of rows that `id` needed, with its capacity. Returns its id. */
   const needed = (id: string, bound: number): string => {
     const buffer = add({ id: `${id}.needed`, kind: "gradient", dtype: "i32", shape: [], sizes: [], ragged: 0, shardedBy: [] });
     if (!bounds.some((b) => b.needed === buffer)) bounds.push({ needed: buffer, bound, of: "rows" });
     return buffer;
   };
 
-  /** The axes that cut a slot; where a smaller stride is the outer one, which is rare, each factor by itself: `ep>edp`. */
-  const cutName = (fs: readonly number[], expert: boolean): string =>
+  /** Returns the name of the sub-axes of a dim. If the outer one has the smaller stride, which is rare, each is named: `ep>edp`. */
+  const dimAxesName = (fs: readonly number[], expert: boolean): string =>
     fs.every((f, i) => i === 0 || f < fs[i - 1]!) ? axesName(mesh, fs, expert) : fs.map((f) => axesName(mesh, [f], expert)).join(">");
-  /** A layout as part of a name: `@dp,tp,-` says which axes cut each slot, `+tp` over which a sum is owed. */
+  /** Returns a layout as part of a name: `@dp,tp,-` gives the axes of each dim, `+tp` a pending sum, `^tp` a pending maximum. */
   const layoutText = ({ layout: l, value: v, note = "" }: ShardedValue, expert = isExpert(v)): string => {
-    const name = (fs: readonly number[]) => cutName(fs, expert);
+    const name = (fs: readonly number[]) => dimAxesName(fs, expert);
     const shardedBy = l.shardedBy.map((fs) => (fs.length ? name(fs) : "-")).join(",");
     return `@${shardedBy}${l.partialSum.length ? `+${name(l.partialSum)}` : ""}${l.partialMax.length ? `^${name(l.partialMax)}` : ""}${note.replace(/~[\d.,]*/, "~")}`;
   };
 
-  /** The index buffer of a ragged piece, shared by all values with the same rows. */
+  /** Adds the index buffer of a ragged value; all values with the same rows share it. Returns its id. */
   function rowsOf({ value: v, layout, note = "" }: ShardedValue, bound: number): string {
-    const shardedBy = layout.shardedBy.slice(0, 3).map((fs) => (fs.length ? cutName(fs, true) : "-"));
-    // halfway between two moves, which rows are here depends on the blocks they are counted in
+    const shardedBy = layout.shardedBy.slice(0, 3).map((fs) => (fs.length ? dimAxesName(fs, true) : "-"));
+    // for an intermediate reshard result, the rows depend on how blocks are numbered
     const counted = /~([\d.]*,[\d.]*,[\d.]*)/.exec(note)?.[1];
     const id = `${rowsetOf(v)}.rows@${shardedBy.join(",")}${counted === undefined ? "" : `~${counted}`}`;
     const length = indexLength(bound, v.sizes[2]! / shardCount(mesh, layout.shardedBy[2]!));
     return add({ id, kind: "workspace", dtype: "i32", shape: [length], sizes: [length], ragged: 0, shardedBy: [[]] });
   }
+  /** Returns the id of the accumulator of a loss; undefined for any other value. */
   function lossBuffer(value: Value): string | undefined {
     const name = losses.get(value);
     if (!name) return undefined;
@@ -104,13 +116,14 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     accumulators.set(key, { name, buffer });
     return buffer;
   }
+  /** Adds the buffer of a sharded value unless it exists. Returns its id. */
   function bufferOf(shardedValue: ShardedValue): string {
     const { value: v, layout } = shardedValue;
-    const atHome = layoutKey(shardedValue) === layoutKey({ value: v, layout: placement.get(v)!.layout });
+    const isPlacement = layoutKey(shardedValue) === layoutKey({ value: v, layout: placement.get(v)!.layout });
     const loss = lossBuffer(v);
-    const id = loss ?? idOf(v) + (atHome ? "" : layoutText(shardedValue));
+    const id = loss ?? idOf(v) + (isPlacement ? "" : layoutText(shardedValue));
     if (buffers.has(id)) return id;
-    if (v.leaf?.kind === "input" && atHome) inputs[v.leaf.name] = id;
+    if (v.leaf?.kind === "input" && isPlacement) inputs[v.leaf.name] = id;
     const partial = [...layout.partialSum, ...layout.partialMax];
     const common = {
       id,
@@ -120,9 +133,9 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
       shardedBy: layout.shardedBy.map((c) => [...c]),
       ...(partial.length ? { partial } : {}),
     };
-    // what one microbatch leaves to the next is kept over the step, and zeroed with the gradients
-    const kept = loss !== undefined || v.node?.op.inPlace?.includes(v.node.op.outputs[v.out]!.name);
-    if (!v.ragged) return add({ ...common, kind: kept ? "gradient" : "workspace", shape: local(v.sizes, layout.shardedBy) });
+    // state that one microbatch passes to the next lives for the whole step and is zeroed with the gradients
+    const lasting = loss !== undefined || v.node?.op.inPlace?.includes(v.node.op.outputs[v.out]!.name);
+    if (!v.ragged) return add({ ...common, kind: lasting ? "gradient" : "workspace", shape: local(v.sizes, layout.shardedBy) });
     const bound = boundOfRows(mesh, v, layout.shardedBy, job.model.moe?.rows_bound ?? "worst");
     const rest = local(v.sizes, layout.shardedBy).slice(3);
     return add({
@@ -136,7 +149,8 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
   }
   const bytes = (id: string): number => bytesOf[buffers.get(id)!.dtype] * elementsOf(buffers.get(id)!.shape);
 
-  function move(
+  /** Emits a reshard step of `shard` between two buffers. */
+  function reshard(
     block: BlockBuilder,
     s: Extract<ShardStep, { kind: "collective" }>,
     from: string,
@@ -144,13 +158,13 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     expert = isExpert(s.from.value),
   ): void {
     const ragged = s.from.value.ragged > 0;
-    const slotOf = (l: ShardedValue["layout"]) => l.shardedBy.findIndex((c) => c.includes(s.subAxes[0]!));
-    // rows that go to where their experts are, and come back
+    const dimOf = (l: ShardedValue["layout"]) => l.shardedBy.findIndex((c) => c.includes(s.subAxes[0]!));
+    // ragged rows are sent to the ranks of their experts, and back
     const name =
-      !ragged || s.how !== "all_to_all" ? s.how : slotOf(s.to.layout) === 2 ? "dispatch" : slotOf(s.from.layout) === 2 ? "combine" : s.how;
+      !ragged || s.how !== "all_to_all" ? s.how : dimOf(s.to.layout) === 2 ? "dispatch" : dimOf(s.from.layout) === 2 ? "combine" : s.how;
     emit(block, {
       kind: "reshard",
-      // no collective names the axes of a fold
+      // no collective names the axes of a regrid
       id: `${to}${s.how === "regrid" ? layoutText(s.to) : ""}.${name}`,
       how: s.how,
       name,
@@ -162,7 +176,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
       why: { ...s.why },
     });
   }
-  /** `from` and `to` are virtual stages; whatever goes from one to another in one kind of block goes by one channel. */
+  /** Emits a send or a receive between two virtual stages. All transfers between them in one kind of block use one channel. */
   function transfer(
     block: BlockBuilder,
     kind: Transfer["kind"],
@@ -180,7 +194,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     const ahead = several ? { in_flight: inFlight } : {};
     emit(block, { kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: bytes(buffer), ...ahead, why: { ...why } });
   }
-  /** An op over whole buffers. */
+  /** Returns a compute instruction that applies an op to all local elements of its buffers. */
   function elementwise(
     op: AnyOp,
     id: string,
@@ -228,7 +242,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     lossBuffer,
     bufferOf,
     bytes,
-    move,
+    reshard,
     transfer,
     elementwise,
   };
@@ -239,7 +253,7 @@ interface Ends {
   readonly to: number;
 }
 
-/** Values made from the same routing have the same rows: the id of the routing they came from. */
+/** Returns the id of the routing that a ragged value comes from. Values of one routing have the same rows. */
 function rowsetOf(v: Value): string {
   const node = v.node!;
   if (node.op.rows) return idOf(node.args[node.op.inputs.findIndex((i) => i.name === "c")]!);

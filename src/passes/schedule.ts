@@ -1,8 +1,8 @@
 /**
- * schedule: the order of work of each stage. 1F1B: stage s runs ahead by stages - s - 1 forwards, then alternates one
- * forward and one backward. Interleaved (Narayanan et al. 2021): the same over chunks, microbatches in groups of at least as
- * many as there are stages. Zero-bubble (Qi et al. 2023, ZB-H1): the gradients of weights wait for the gaps; no stage holds more
- * microbatches than the first one does under 1F1B.
+ * The order in which each stage runs its blocks. 1F1B: stage s starts with stages - s - 1 forwards, then alternates one forward and
+ * one backward. Interleaved (Narayanan et al. 2021): 1F1B over chunks, with microbatches in groups of at least as many as there are
+ * stages. Zero-bubble (Qi et al. 2023, ZB-H1): gradients of weights fill the bubbles; no stage holds more microbatches in flight than
+ * the first stage does under 1F1B.
  */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
@@ -10,24 +10,27 @@ import type { Job } from "../../schemas/job.ts";
 import { type BlockRun, blockTag, parseTag } from "../../schemas/program.ts";
 import { largest } from "../units.ts";
 
+/** The block runs of one stage, and the capacities that they need. */
 export interface Schedule {
+  /** Tags of block runs (`F0`, `B0.1`), in the order in which they run. */
   readonly order: readonly string[];
-  /** Messages of one name that a chunk has sent to the next chunk before the first of them is received, at most. */
+  /** The largest number of messages of one name that are sent to the next chunk and not yet received. */
   readonly inFlight: number;
-  /** Per chunk, microbatches in flight at most: copies of every activation that backward needs. */
+  /** Per chunk, the largest number of microbatches in flight: the number of activation copies. */
   readonly copies: readonly number[];
 }
 
 type Scheduled = Pick<Job, "train" | "parallel">;
 
+/** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesOf = ({ train, parallel }: Scheduled): number => train.global_batch / (train.micro_batch * parallel.data);
-/** … and of steps while the batch grows. */
+/** Returns the numbers of microbatches of the steps during batch ramp-up. */
 export const smallerStepsOf = ({ train, parallel }: Scheduled): number[] =>
   phasesOf(train)
     .slice(0, -1)
     .map(({ batch }) => batch / (train.micro_batch * parallel.data));
 
-/** `chunks`: virtual stages of each stage. */
+/** Returns the schedule of each stage. `chunks` is the number of virtual stages per stage. */
 export function schedule(job: Scheduled, chunks: number): Schedule[] {
   const m = microbatchesOf(job);
   const stages = job.parallel.pipeline;
@@ -37,16 +40,16 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
       : Array.from({ length: stages }, (_, stage) =>
           chunks > 1 ? interleaved(m, stages, chunks, stage) : oneForwardOneBackward(m, stages, stage),
         );
-  // a group leaves a chunk on the last stage before the first stage is free for the next chunk, but for the stages that it is spread over
+  // the last stage sends up to a whole group before the first stage starts the next chunk; stages - 1 microbatches are still on their way
   const inFlight = chunks > 1 ? Math.max(1, groupsOf(m, stages)[0]! - stages + 1) : 1;
-  return orders.map((order) => ({ order: order.map((w) => blockTag(w, chunks)), inFlight, copies: slotsOf(order, chunks) }));
+  return orders.map((order) => ({ order: order.map((w) => blockTag(w, chunks)), inFlight, copies: copiesOf(order, chunks) }));
 }
 
 const forward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "forward", microbatch, chunk });
 const backward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "backward", microbatch, chunk });
 const weights = (microbatch: number): BlockRun => ({ kind: "weights", microbatch, chunk: 0 });
 
-/** `ahead` forwards, then one backward for each forward, then the rest. */
+/** Returns `ahead` forwards, then one forward and one backward in turn, then the remaining backwards. */
 const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number): BlockRun[] => [
   ...forwards.slice(0, ahead),
   ...forwards.slice(ahead).flatMap((f, i) => [f, backwards[i]!]),
@@ -63,8 +66,8 @@ function oneForwardOneBackward(m: number, stages: number, stage: number): BlockR
 }
 
 /**
- * Sizes of the groups of interleaved microbatches. A group of fewer microbatches than stages would return to the first stage before
- * it is free, so a remainder is spread over the groups, the first of them first.
+ * Returns the sizes of the groups of interleaved microbatches. A group with fewer microbatches than stages would leave bubbles, so a
+ * remainder is spread over the groups, starting with the first.
  */
 function groupsOf(m: number, stages: number): number[] {
   const groups = Math.max(1, Math.floor(m / stages));
@@ -72,8 +75,8 @@ function groupsOf(m: number, stages: number): number[] {
 }
 
 /**
- * Groups of microbatches go through chunk 0, then through chunk 1, and so on; backward the other way round. The warm-up is as long as
- * the largest group, the first, needs.
+ * Returns the interleaved order of a stage. Each group of microbatches runs through chunk 0, chunk 1, and so on; backward in reverse.
+ * The length of the warm-up follows from the first group, the largest.
  */
 function interleaved(m: number, stages: number, chunks: number, stage: number): BlockRun[] {
   const sizes = groupsOf(m, stages);
@@ -92,33 +95,34 @@ function interleaved(m: number, stages: number, chunks: number, stage: number): 
 }
 
 /**
- * Found by playing it, every block one unit of time. Stage s runs ahead by stages - s forwards; then come, in turns, a backward, the
- * gradients of weights of the microbatch s before it, and a forward. Who has to wait for a backward makes gradients of weights.
+ * Returns the ZB-H1 order of every stage, by simulation with one unit of time per block. Stage s starts with stages - s forwards. Then
+ * it repeats a backward, the weight gradients of the microbatch s before, and a forward. A stage without a ready backward computes
+ * weight gradients.
  */
 function zeroBubble(m: number, stages: number): BlockRun[][] {
-  const played = Array.from({ length: stages }, () => ({
+  const simulated = Array.from({ length: stages }, () => ({
     order: [] as BlockRun[],
     forwards: [] as number[],
     backwards: [] as number[],
     weights: 0,
   }));
-  /** When a block was over, and whether it is by now. */
-  const over = (ends: readonly number[] | undefined, i: number, now: number): boolean => (ends?.[i] ?? Infinity) <= now;
-  for (let now = 0; played.some((p) => p.weights < m); now++)
-    for (const [s, own] of played.entries()) {
+  /** Returns whether block `i` has ended by time `now`. */
+  const hasEnded = (ends: readonly number[] | undefined, i: number, now: number): boolean => (ends?.[i] ?? Infinity) <= now;
+  for (let now = 0; simulated.some((p) => p.weights < m); now++)
+    for (const [s, own] of simulated.entries()) {
       const [f, b, w] = [own.forwards.length, own.backwards.length, own.weights];
       const last = own.order.at(-1)?.kind;
-      const forwardMay = f < m && f - b < stages - s && (s === 0 || over(played[s - 1]!.forwards, f, now));
-      const backwardMay = b < m && over(own.forwards, b, now) && (s === stages - 1 || over(played[s + 1]!.backwards, b, now));
+      const canForward = f < m && f - b < stages - s && (s === 0 || hasEnded(simulated[s - 1]!.forwards, f, now));
+      const canBackward = b < m && hasEnded(own.forwards, b, now) && (s === stages - 1 || hasEnded(simulated[s + 1]!.backwards, b, now));
       const due = b - w > s;
       const next =
         due && last === "backward" && f < m
           ? "weights"
-          : forwardMay && last !== "forward"
+          : canForward && last !== "forward"
             ? "forward"
-            : backwardMay
+            : canBackward
               ? "backward"
-              : forwardMay
+              : canForward
                 ? "forward"
                 : w < b
                   ? "weights"
@@ -127,11 +131,11 @@ function zeroBubble(m: number, stages: number): BlockRun[][] {
       else if (next === "backward") own.order.push(backward(own.backwards.push(now + 1) - 1));
       else if (next === "weights") own.order.push(weights(own.weights++));
     }
-  return played.map((p) => p.order);
+  return simulated.map((p) => p.order);
 }
 
-/** A microbatch is in flight from its forward to the last block that is made of it. */
-function slotsOf(order: readonly BlockRun[], chunks: number): number[] {
+/** Returns per chunk the largest number of microbatches in flight: from the forward of a microbatch to its last block. */
+function copiesOf(order: readonly BlockRun[], chunks: number): number[] {
   const last: BlockRun["kind"] = order.some((w) => w.kind === "weights") ? "weights" : "backward";
   return Array.from({ length: chunks }, (_, chunk) => {
     let [now, most] = [0, 0];
@@ -144,20 +148,20 @@ function slotsOf(order: readonly BlockRun[], chunks: number): number[] {
   });
 }
 
-/** A block of a stage in time; a unit is a forward. */
+/** A block run of a simulated stage, in units of the duration of a forward. */
 export interface Piece {
   readonly tag: string;
   readonly start: number;
   readonly end: number;
 }
 
-/** Units of time. A backward that leaves the gradients of weights to later takes half of a whole one. */
+/** Returns the duration of a block run. A backward without weight gradients takes half as long as a whole one. */
 const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
 
 /**
- * Each stage executes its own list in order, at the speed of `unitsOf`; transfers are free. A forward waits for the virtual stage
- * before, a backward for its own forward and for the virtual stage after, the gradients of weights for their backward. A stage that
- * would wait for ever stops where it stands: its list of pieces is then shorter than its order.
+ * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time. A
+ * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
+ * backward. A stage that would wait for ever stops: its result is then shorter than its order.
  */
 export function timesOf(orders: readonly (readonly string[])[], chunks: number): Piece[][] {
   const stages = orders.length;
@@ -190,16 +194,17 @@ export function timesOf(orders: readonly (readonly string[])[], chunks: number):
   return pieces;
 }
 
-/** Units of time until every stage is done. */
+/** Returns the units of time until every stage has ended. */
 export const durationOf = (pieces: readonly (readonly Piece[])[]): number => largest(pieces, (stage) => stage.at(-1)?.end ?? 0);
 
-/** The share of the time, from the first block to the last, in which a stage waits; over all stages. */
+/** Returns the bubble of a simulated pipeline: the share of time in which stages wait, from 0 to 1. */
 export function bubbleOf(pieces: readonly (readonly Piece[])[]): number {
   const units = durationOf(pieces);
   const busy = pieces.flat().reduce((sum, { start, end }) => sum + end - start, 0);
   return units === 0 ? 0 : 1 - busy / (units * pieces.length);
 }
 
-export function printSchedule(roles: readonly Schedule[]): string {
-  return roles.map((r, s) => `stage ${s}  ${r.copies.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
+/** Prints the schedule of each stage on one line. */
+export function printSchedule(schedules: readonly Schedule[]): string {
+  return schedules.map((r, s) => `stage ${s}  ${r.copies.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
 }

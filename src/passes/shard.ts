@@ -1,16 +1,17 @@
 /**
- * shard: Graph × Mesh → instructions on pieces, and the moves between them. It names no op, no parameter and no axis.
+ * The sharding pass: graph and mesh → instructions on sharded values, and the reshard steps between them. The pass names no op, no
+ * parameter and no axis.
  *
- * A layout says, per slot of a tensor, which factors of the mesh cut it, outermost first, and over which factors a sum
- * or a maximum is owed. Each op gives each factor one of its dims, by the first rule that speaks:
- *   0  the model pins it
- *   1  all inputs owe a sum and the op is linear: the sum stays owed
- *   2  the cut of a parameter: parameters do not move
- *   3  what its cut inputs agree on
- *   4  a dim of the output before one that would owe a sum, then the first operand's
- * and one invariant (5): a complete gradient lies as its value lies; only a parameter's may owe sums, to the end of the step, and
- * that of a value of which ranks have copies, over the copies, to the parameter's.
- * Any choice gives the same numbers (the cut law); the rules decide only the cost.
+ * A layout gives per dim of a tensor the sub-axes that shard it, outermost first, and the sub-axes over which a sum or a maximum is
+ * pending. Each op assigns to each sub-axis one of its dims. The first rule that applies decides:
+ *   0  the model pins the sub-axis
+ *   1  all inputs are partial sums and the op is linear: the output is partial
+ *   2  the sharding of a parameter, since parameters are never resharded
+ *   3  the dim by which all sharded inputs agree
+ *   4  a dim of the output (a dim of inputs only would make it partial), then the dim of the first operand
+ * One invariant (5) holds: a complete gradient has the layout of its value. Two gradients may be partial: that of a parameter until
+ * the end of the step, and that of a value with copies on several ranks, over those ranks, until it reaches a parameter.
+ * Every choice gives the same numbers (a law that tests check); the rules decide only the cost.
  */
 
 import { isDisjointSubAxes, shardCount as partsOf } from "../../schemas/sharding.ts";
@@ -31,11 +32,13 @@ import {
 } from "./layout.ts";
 import { axesName, denseAxes, expertAxes, type Mesh } from "./mesh.ts";
 
+/** The origin of a collective: the use, the sharding decision and the job key. */
 interface Reason {
   readonly op: string;
   readonly because: string;
   readonly path: string;
 }
+/** One instruction of the sharded graph. `stage` is a virtual stage. */
 export type ShardStep =
   | {
       kind: "compute";
@@ -56,69 +59,82 @@ export type ShardStep =
       backward: boolean;
       why: Reason;
     }
-  /** From a virtual stage to the one beside it; `received` is the copy there. */
+  /** A transfer to a neighbouring virtual stage; `received` is the copy there. */
   | { kind: "send"; stage: number; to: number; shardedValue: ShardedValue; received: ShardedValue; backward: boolean; why: Reason }
-  /** A part of a parameter's gradient is complete for this microbatch, and is added up. */
+  /** Adds an addend of a parameter's gradient to its accumulator. */
   | { kind: "accumulate"; stage: number; parameter: Value; shardedValue: ShardedValue };
+/** The result of the sharding pass. */
 export interface ShardedGraph {
+  /** Instructions of one microbatch, in order. */
   readonly steps: readonly ShardStep[];
-  /** After all microbatches: what each parameter's gradient, and each loss, still owes. */
+  /** After all microbatches: the pending reductions of gradients and losses. */
   readonly deferred: readonly ShardStep[];
-  /** How each parameter's reduced gradient and optimizer state lie: as the parameter, or scattered. */
+  /** Per parameter, the reduced gradient, in the layout of the optimizer state: that of the parameter, or sharded further. */
   readonly update: ReadonlyMap<Value, ShardedValue>;
-  /** How each parameter's accumulated gradient lies before it is reduced. */
+  /** Per parameter, the accumulated gradient before its reduction. */
   readonly accumulated: ReadonlyMap<Value, ShardedValue>;
+  /** Per value, the layout and the virtual stage in which it is first produced. */
   readonly placement: ReadonlyMap<Value, { readonly layout: Layout; readonly stage: number }>;
 }
+/** The dim of an op that a sub-axis shards, or that the output stays partial. */
 export interface Choice {
   readonly dim?: string | undefined;
   readonly partial?: true;
-  /** The one input whose sum stays owed; all of them if absent. */
+  /** The index of the input that stays partial; all inputs if absent. */
   readonly of?: number;
+  /** The reason, as the plan states it. */
   readonly by: string;
 }
+/** Decisions of the job that the pass needs. */
 export interface ShardOptions {
+  /** Whether optimizer state is sharded over the sub-axes that gradients are summed over. */
   readonly distributedOptimizer: boolean;
-  /** The virtual stage of a position of the model; a stage below is always a virtual one. */
+  /** Returns the virtual stage of a position of the model. In this file a stage is always a virtual stage. */
   readonly stageOf: (position: number) => number;
-  /** The stage whose ranks run a virtual one. */
+  /** Returns the physical stage whose ranks run a virtual stage. */
   readonly roleOf: (stage: number) => number;
-  /** Of gradients summed over several factors, those that share the optimizer's state out; over the others it is kept again. */
+  /** Returns whether optimizer state is sharded over a sub-axis; over the other sub-axes it is replicated. */
   readonly shares: (factor: number) => boolean;
-  /** Laws answer in place of the rules. */
+  /** Replaces rules 2 to 4; tests use it to try random choices. */
   readonly pick?: (votes: readonly Choice[]) => Choice | undefined;
 }
 
 type Operands = ReturnType<typeof expand>;
-/** Key of stage and layout → the piece, and in which direction it was made. */
+/** Copies of one value, by stage and layout, and whether each was made in backward. */
 type Available = Map<string, { shardedValue: ShardedValue; backward: boolean }>;
 
+/** Shards a graph. Throws an invariant if a dim does not divide by its sub-axes, or if uses of a parameter have different partial sums. */
 export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, stageOf, roleOf, pick }: ShardOptions): ShardedGraph {
   const every = mesh.subAxes.map((_, f) => f);
   const parts = (fs: readonly number[]) => partsOf(mesh, fs);
   const placement = new Map<Value, { layout: Layout; stage: number }>();
   const steps: ShardStep[] = [];
-  /** Pieces that exist, per value. */
-  const made = new Map<Value, Available>();
+  /** Per value, the copies that exist. */
+  const copiesMade = new Map<Value, Available>();
 
-  const wholeOf = (v: Value): Layout => ({ shardedBy: v.sizes.map(() => []), partialSum: [], partialMax: [] });
-  const cutsBy = (cut: NonNullable<Value["shardAxes"]>): Layout["shardedBy"] =>
-    cut.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed()));
-  const declared = (v: Value): Layout => ({ ...wholeOf(v), shardedBy: cutsBy(v.shardAxes!) });
-  /** A value lies by one grid at a time: the factors of another that does not nest with it mean nothing beside its own. */
-  const inOneGrid = (v: Value, ...layouts: readonly Layout[]) => {
+  const replicated = (v: Value): Layout => ({ shardedBy: v.sizes.map(() => []), partialSum: [], partialMax: [] });
+  const shardingBy = (axesOfDims: NonNullable<Value["shardAxes"]>): Layout["shardedBy"] =>
+    axesOfDims.map((axes) => axes.flatMap((a) => mesh.axes[a]!.toReversed()));
+  const declaredLayout = (v: Value): Layout => ({ ...replicated(v), shardedBy: shardingBy(v.shardAxes!) });
+  /** Throws an invariant if layouts of a value use sub-axes of both grids where the grids do not nest. */
+  const requireOneGrid = (v: Value, ...layouts: readonly Layout[]) => {
     const fs = [...new Set(layouts.flatMap((l) => [...l.shardedBy.flat(), ...l.partialSum, ...l.partialMax]))];
-    invariant(isDisjointSubAxes(mesh, fs), `${idOf(v)} would be cut by ${axesName(mesh, fs, false)}, of grids that do not nest`);
+    invariant(
+      isDisjointSubAxes(mesh, fs),
+      `${idOf(v)} would be sharded by ${axesName(mesh, fs, false)}, which are of grids that do not nest`,
+    );
   };
-  const settle = (v: Value, layout: Layout, stage: number) => {
-    inOneGrid(v, layout);
+  /** Records the placement of a value. */
+  const setPlacement = (v: Value, layout: Layout, stage: number) => {
+    requireOneGrid(v, layout);
     for (const [slot, fs] of layout.shardedBy.entries())
-      invariant(v.sizes[slot]! % parts(fs) === 0, `${idOf(v)}: slot ${slot} of ${v.sizes[slot]} over ${parts(fs)}`);
+      invariant(v.sizes[slot]! % parts(fs) === 0, `${idOf(v)}: dim ${slot} of ${v.sizes[slot]} elements does not divide by ${parts(fs)}`);
     placement.set(v, { layout, stage });
   };
-  for (const v of graph.order.flatMap((n) => n.args)) if (v.leaf && !placement.has(v)) settle(v, declared(v), stageOf(v.leaf.position));
+  for (const v of graph.order.flatMap((n) => n.args))
+    if (v.leaf && !placement.has(v)) setPlacement(v, declaredLayout(v), stageOf(v.leaf.position));
 
-  /** The job key that set a factor, for the origin of a collective. */
+  /** Returns the job key that set the size of a sub-axis, for the origin of a collective. */
   const pathOf = (fs: readonly number[], expert: boolean): string => {
     const f = fs[0];
     const grids = expert ? [...expertAxes, ...denseAxes] : [...denseAxes, ...expertAxes];
@@ -126,9 +142,10 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return axis ? keyOfAxis[axis]! : "parallel";
   };
 
-  /** Gradients that owe a sum over ranks with copies of the same elements, and those factors. It may stay owed until a parameter's gradient. */
+  /** Gradients that are partial over ranks with copies of the same elements, and those sub-axes. They may stay partial until they reach a parameter. */
   const copiesOf = new Map<Value, readonly number[]>();
 
+  /** Applies the rules 0 to 4 to one op and one sub-axis. */
   function choose(node: Node, f: number, { inputs, outputs }: Operands): Choice {
     const of = node.args.findIndex((v, i) => copiesOf.get(v)?.includes(f) && node.op.linearIn === inputs[i]!.name);
     if (of >= 0) return { partial: true, of, by: "copies owe a sum" };
@@ -157,8 +174,8 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return votes.find((x) => outputs[0]!.dimSpecs.some((s) => s.dim === x.dim)) ?? votes[0]!;
   }
 
-  /** The factors of each dim, outermost first: as the operand that is cut most along it has them (a parameter first), then larger strides. */
-  function nest(node: Node, chosen: readonly Choice[], { inputs }: Operands): Map<string, number[]> {
+  /** Returns the sub-axes of each dim, outermost first: in the order of a parameter, else of the operand with the most; then by stride. */
+  function orderSubAxes(node: Node, chosen: readonly Choice[], { inputs }: Operands): Map<string, number[]> {
     const dims = new Map<string, number[]>();
     for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
       const mine = every.filter((f) => chosen[f]!.dim === dim).reverse();
@@ -174,16 +191,16 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return dims;
   }
 
-  /** Of the factors that cut a dim, those that cut a slot of it: not those between neighbours that share an element. */
-  const apart = (s: DimSpec, size: Node["size"], fs: readonly number[]): readonly number[] => {
+  /** Returns the sub-axes of a dim that separate its elements, without those whose neighbouring ranks share one element. */
+  const separating = (s: DimSpec, size: Node["size"], fs: readonly number[]): readonly number[] => {
     const elements = size[s.dim]! / sharersOf(s, size);
     return s.shared === undefined ? fs : fs.filter((_, i) => elements % parts(fs.slice(0, i + 1)) === 0);
   };
 
-  /** The factors of each dim around a fold. Both grids tell all ranks of a stage apart, and a rank has as much of each dim in both. */
-  function foldOf(node: Node, { inputs, outputs }: Operands): Map<string, readonly number[]> | undefined {
+  /** Returns the sub-axes of each dim of a regrid. Each grid must give every rank of a stage its own block, of the same size in both. */
+  function regridDims(node: Node, { inputs, outputs }: Operands): Map<string, readonly number[]> | undefined {
     if (!node.regrid) return undefined;
-    const [from, to] = [cutsBy(node.regrid.from), cutsBy(node.regrid.to)];
+    const [from, to] = [shardingBy(node.regrid.from), shardingBy(node.regrid.to)];
     for (const shardedBy of [from, to])
       invariant(
         isDisjointSubAxes(mesh, shardedBy.flat()) && parts(shardedBy.flat()) === mesh.per_stage,
@@ -192,13 +209,13 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     for (const [slot, n] of node.args[0]!.sizes.entries())
       invariant(
         n / parts(from[slot]!) === node.outs[0]!.sizes[slot]! / parts(to[slot]!),
-        `${node.id}: a rank has other sizes in slot ${slot}`,
+        `${node.id}: the local size of dim ${slot} differs between the grids`,
       );
     const dims = (dimSpecs: readonly DimSpec[], shardedBy: Layout["shardedBy"]) => dimSpecs.map((s, i) => [s.dim, shardedBy[i]!] as const);
     return new Map([...dims(inputs[0]!.dimSpecs, from), ...dims(outputs[0]!.dimSpecs, to)]);
   }
 
-  /** What tells the pieces of a value at a virtual stage apart from those at an earlier one of the same ranks: they live in other chunks. */
+  /** Per value, for each physical stage the virtual stage that first has a copy. Copies of later virtual stages get a note. */
   const copies = new Map<Value, Map<number, number>>();
   const copyNote = (v: Value, stage: number): string => {
     const holders = copies.get(v) ?? new Map([[roleOf(placement.get(v)!.stage), placement.get(v)!.stage]]);
@@ -208,15 +225,15 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return holder === stage ? "" : `.v${stage}`;
   };
 
-  /** Sends a value from the virtual stage that has it to another, by way of those between: a stage receives from its neighbours alone. */
+  /** Sends a value from its virtual stage to another through all stages between: a stage receives from its neighbours only. */
   function deliver(v: Value, stage: number, known: Available, backward: boolean, why: Reason, into: ShardStep[]): ShardedValue {
     const at = placement.get(v)!;
     let shardedValue: ShardedValue = { value: v, layout: at.layout };
-    // an input is there on every stage, a parameter in all chunks of its ranks
+    // every stage has the inputs; all chunks of a rank share its parameters
     if (v.leaf?.kind === "input" || (v.leaf && roleOf(at.stage) === roleOf(stage))) return shardedValue;
-    const way = Math.sign(stage - at.stage);
-    for (let from = at.stage; from !== stage; from += way) {
-      const to = from + way;
+    const direction = Math.sign(stage - at.stage);
+    for (let from = at.stage; from !== stage; from += direction) {
+      const to = from + direction;
       const note = copyNote(v, to);
       const received: ShardedValue = { value: v, layout: at.layout, ...(note ? { note } : {}) };
       const key = `${to}|${layoutKey(received)}`;
@@ -229,8 +246,11 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     return shardedValue;
   }
 
-  /** Makes a value available at a stage in a layout: sent if need be, then moved; each piece once (all-gathers once per direction). */
-  function bring(
+  /**
+   * Makes a value available on a stage in a layout: emits transfers, then reshard steps. Each copy is made once; all-gathers are
+   * repeated in backward, so that gathered values do not stay in memory. Returns the copy.
+   */
+  function reshard(
     v: Value,
     want: Layout,
     stage: number,
@@ -239,18 +259,21 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     into: ShardStep[],
   ): ShardedValue {
     const at = placement.get(v)!;
-    const known: Available = made.get(v) ?? new Map();
-    made.set(v, known);
+    const known: Available = copiesMade.get(v) ?? new Map();
+    copiesMade.set(v, known);
     const because = { because: "the next layer is on another stage", path: "parallel.pipeline" };
     const start = deliver(v, stage, known, backward, { ...why([]), ...because }, into);
     const copy = copyNote(v, stage);
-    const crossed = at.layout.shardedBy.map((fs, slot) => !continues(fs, want.shardedBy[slot]!) && !continues(want.shardedBy[slot]!, fs));
-    if (!crossed.some(Boolean)) return go(start, want);
-    // a factor would cross another that stays: by way of whole
-    return go(go(start, { ...at.layout, shardedBy: at.layout.shardedBy.map((fs, slot) => (crossed[slot] ? [] : fs)) }), want);
+    const reordered = at.layout.shardedBy.map((fs, slot) => !continues(fs, want.shardedBy[slot]!) && !continues(want.shardedBy[slot]!, fs));
+    if (!reordered.some(Boolean)) return reshardFrom(start, want);
+    // sub-axes of a dim change their order: gather that dim first
+    return reshardFrom(
+      reshardFrom(start, { ...at.layout, shardedBy: at.layout.shardedBy.map((fs, slot) => (reordered[slot] ? [] : fs)) }),
+      want,
+    );
 
-    function go(first: ShardedValue, target: Layout): ShardedValue {
-      inOneGrid(v, first.layout, target);
+    function reshardFrom(first: ShardedValue, target: Layout): ShardedValue {
+      requireOneGrid(v, first.layout, target);
       let shardedValue = first;
       const blockAxes = first.layout.shardedBy.map((fs, slot) =>
         fs.length > target.shardedBy[slot]!.length ? fs : target.shardedBy[slot]!,
@@ -264,7 +287,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
           partialSum: every.filter((f) => now(f) === PARTIAL_SUM),
           partialMax: every.filter((f) => now(f) === PARTIAL_MAX),
         };
-        // counted in blocks of factors that do not cut it: no layout of its own
+        // blocks are numbered by sub-axes that do not shard the dim: the layout alone does not identify the copy
         const halfway = layout.shardedBy.every((fs, slot) => continues(fs, blockAxes[slot]!))
           ? ""
           : `~${blockAxes.map((c) => c.join(".")).join(",")}`;
@@ -292,16 +315,17 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
     const operands = expand(node);
     const { inputs, outputs } = operands;
     const { size } = node;
-    const regrid = foldOf(node, operands);
+    const regrid = regridDims(node, operands);
     const chosen = every.map((f) => (regrid ? { by: "each rank keeps its tokens" } : choose(node, f, operands)));
-    const dims = regrid ?? nest(node, chosen, operands);
-    for (const [dim, fs] of dims) invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} over ${parts(fs)}`);
+    const dims = regrid ?? orderSubAxes(node, chosen, operands);
+    for (const [dim, fs] of dims)
+      invariant(size[dim]! % parts(fs) === 0, `${node.id}: ${dim} of ${size[dim]} elements does not divide by ${parts(fs)}`);
     const partial = every.filter((f) => chosen[f]!.partial);
-    const cutOf = (s: DimSpec): readonly number[] =>
-      apart(s, size, dims.get(node.ring?.dim === s.dim ? node.ring.as : s.replicated && !regrid ? "" : s.dim) ?? []);
+    const shardingOfDim = (s: DimSpec): readonly number[] =>
+      separating(s, size, dims.get(node.ring?.dim === s.dim ? node.ring.as : s.replicated && !regrid ? "" : s.dim) ?? []);
     const ins = node.args.map((v, i) => {
       const partialSum = partial.filter((f) => (chosen[f]!.of ?? i) === i);
-      const want: Layout = { shardedBy: inputs[i]!.dimSpecs.map(cutOf), partialSum, partialMax: [] };
+      const want: Layout = { shardedBy: inputs[i]!.dimSpecs.map(shardingOfDim), partialSum, partialMax: [] };
       const why = (fs: readonly number[]): Reason => ({
         op: `${node.id}.${inputs[i]!.name}`,
         because: [
@@ -315,16 +339,18 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
         ].join("; "),
         path: pathOf(fs, v.ragged > 0),
       });
-      return bring(v, want, stage, node.backward, why, steps);
+      return reshard(v, want, stage, node.backward, why, steps);
     });
     const outs = node.outs.map((value, i): ShardedValue => {
-      const shardedBy = outputs[i]!.dimSpecs.map((s) => (node.ring?.dim === s.dim ? cutOf(s) : apart(s, size, dims.get(s.dim) ?? [])));
+      const shardedBy = outputs[i]!.dimSpecs.map((s) =>
+        node.ring?.dim === s.dim ? shardingOfDim(s) : separating(s, size, dims.get(s.dim) ?? []),
+      );
       const gone = every.filter((f) => chosen[f]!.dim && !shardedBy.some((fs) => fs.includes(f)));
       const layout: Layout =
         node.op.reduction === "max"
           ? { shardedBy, partialSum: partial, partialMax: gone }
           : { shardedBy, partialSum: [...partial, ...gone].sort((a, b) => a - b), partialMax: [] };
-      settle(value, layout, stage);
+      setPlacement(value, layout, stage);
       const between = (f: number) => outputs[i]!.dimSpecs.some((s) => s.shared !== undefined && s.dim === chosen[f]!.dim);
       const copied = layout.partialSum.filter((f) => chosen[f]!.of !== undefined || between(f));
       if (copied.length) copiesOf.set(value, copied);
@@ -345,28 +371,28 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       });
     } else steps.push({ kind: "compute", stage, node, ins, outs, dims });
     for (const v of node.outs) {
-      const rehome = (layout: Layout, because: string) =>
-        settle(
+      const moveTo = (layout: Layout, because: string) =>
+        setPlacement(
           v,
-          bring(v, layout, stage, node.backward, (fs) => ({ op: node.id, because, path: pathOf(fs, v.ragged > 0) }), steps).layout,
+          reshard(v, layout, stage, node.backward, (fs) => ({ op: node.id, because, path: pathOf(fs, v.ragged > 0) }), steps).layout,
           stage,
         );
-      if (v.shardAxes) rehome(declared(v), "the model lays it so");
+      if (v.shardAxes) moveTo(declaredLayout(v), "the model lays it so");
       const of = graph.gradOf.get(v);
       if (!of) continue;
       const { layout } = placement.get(of)!;
       const parameter = of.leaf?.kind === "parameter";
       if (!parameter && graph.grad.get(of) !== v) continue;
-      const still = every.filter((f) => {
-        const mayOwe = parameter || copiesOf.get(v)?.includes(f) ? [REPLICATED] : [PARTIAL_SUM, PARTIAL_MAX];
-        return shardingOf(placement.get(v)!.layout, f) === PARTIAL_SUM && mayOwe.includes(shardingOf(layout, f));
+      const staysPartial = every.filter((f) => {
+        const allowed = parameter || copiesOf.get(v)?.includes(f) ? [REPLICATED] : [PARTIAL_SUM, PARTIAL_MAX];
+        return shardingOf(placement.get(v)!.layout, f) === PARTIAL_SUM && allowed.includes(shardingOf(layout, f));
       });
-      rehome({ ...layout, partialSum: still, partialMax: [] }, `the gradient of ${idOf(of)} lies as it does`);
+      moveTo({ ...layout, partialSum: staysPartial, partialMax: [] }, `the gradient of ${idOf(of)} lies as it does`);
       if (!parameter) continue;
       const shardedValue: ShardedValue = { value: v, layout: placement.get(v)!.layout };
       steps.push({ kind: "accumulate", stage, parameter: of, shardedValue });
       const first = accumulated.get(of);
-      invariant(!first || layoutKey(first) === layoutKey(shardedValue), `${idOf(of)}: its uses owe different sums`);
+      invariant(!first || layoutKey(first) === layoutKey(shardedValue), `${idOf(of)}: its uses have different partial sums`);
       if (!first) accumulated.set(of, shardedValue);
     }
   }
@@ -376,14 +402,14 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
   for (const p of graph.parameters) {
     const shardedValue = accumulated.get(p)!;
     const { layout } = placement.get(p)!;
-    // a parameter that several chunks use has its gradient where the last of them adds to it
+    // the gradient of a parameter that several chunks use is on the stage of the last one
     const { stage } = placement.get(shardedValue.value)!;
     const partial = shardedValue.layout.partialSum.toReversed();
-    // the owed factors join a dim they divide: a reduce-scatter; where none fits, an all-reduce
+    // pending sub-axes shard a dim that they divide, by a reduce-scatter; if none divides, an all-reduce
     const shared = partial.filter(shares);
-    // what goes by a count of its own rule needs all of it
-    const joins = distributedOptimizer && !p.leaf!.rule;
-    const slot = joins ? p.sizes.findIndex((n, i) => n % parts([...layout.shardedBy[i]!, ...shared]) === 0) : -1;
+    // parameters with a custom update rule (expert bias) need the full count, so they are not sharded
+    const isScattered = distributedOptimizer && !p.leaf!.rule;
+    const slot = isScattered ? p.sizes.findIndex((n, i) => n % parts([...layout.shardedBy[i]!, ...shared]) === 0) : -1;
     const target: Layout = { ...layout, shardedBy: layout.shardedBy.map((fs, i) => (i === slot ? [...fs, ...shared] : fs)) };
     const expert =
       partial.length > 0 &&
@@ -394,17 +420,17 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
       because: "each rank saw other tokens",
       path: pathOf(fs, expert),
     });
-    update.set(p, bring(shardedValue.value, target, stage, true, why, deferred));
+    update.set(p, reshard(shardedValue.value, target, stage, true, why, deferred));
   }
   const reduced = new Set<string>();
   for (const { name, value } of graph.losses) {
     const { layout, stage } = placement.get(value)!;
     const key = `${name}|${roleOf(stage)}|${layoutKey({ value, layout })}`;
-    if (reduced.has(key)) continue; // what owes the same is added up before it is reduced
+    if (reduced.has(key)) continue; // losses with equal names and layouts share an accumulator
     reduced.add(key);
-    bring(
+    reshard(
       value,
-      wholeOf(value),
+      replicated(value),
       stage,
       true,
       (fs) => ({ op: name, because: "each rank saw other tokens", path: pathOf(fs, false) }),
@@ -414,6 +440,7 @@ export function shard(graph: Graph, mesh: Mesh, { distributedOptimizer, shares, 
   return { steps, deferred, update, accumulated, placement };
 }
 
+/** The job key that sets the size of each axis. */
 const keyOfAxis: Readonly<Record<string, string>> = {
   tp: "parallel.tensor",
   cp: "parallel.context",

@@ -1,4 +1,4 @@
-/** Text of the pieces, the moves between them and the transfers between stages, for `compile --emit sharded`. */
+/** Text of the sharded graph, for `compile --emit sharded`. */
 
 import type { Value } from "../ops/op.ts";
 import { idOf } from "./backward.ts";
@@ -6,11 +6,11 @@ import type { ShardedValue } from "./layout.ts";
 import { axesName, type Mesh } from "./mesh.ts";
 import type { ShardedGraph, ShardStep } from "./shard.ts";
 
-/** A line for each step: those of a microbatch, then those at the end of a step. */
+/** Prints one line per instruction of a microbatch, then one per deferred reduction at the end of the step. */
 export function printSharded({ steps, deferred }: ShardedGraph, mesh: Mesh): string {
   const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
   const shape = ({ value: v, layout }: ShardedValue) =>
-    `[${v.sizes.map((n, slot) => `${n}${layout.shardedBy[slot]!.length ? `@${axes(layout.shardedBy[slot]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` owes ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` owes max ${axes(layout.partialMax, v)}` : ""}`;
+    `[${v.sizes.map((n, dim) => `${n}${layout.shardedBy[dim]!.length ? `@${axes(layout.shardedBy[dim]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` owes ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` owes max ${axes(layout.partialMax, v)}` : ""}`;
   const line = (s: ShardStep): string =>
     s.kind === "compute"
       ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`

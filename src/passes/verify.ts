@@ -1,9 +1,9 @@
 /**
- * verify: laws of programs, checked on every compile, before anything is written or run. What is read was made; each microbatch
- * goes forward, then backward, in a copy of its own; and no rank waits for ever. Ranks of a stage run one program, so members of a
- * group within it issue the same collectives in the same order; what stages exchange, and what all ranks reduce together, is
- * played here: a receive waits for its send, a send until fewer messages of its name are in flight than it may have, a collective of
- * all ranks for all stages. Steps of fewer microbatches, while a batch grows, are played one by one too.
+ * Laws of programs, checked on every compile before anything is written or run. Every buffer is written before it is read. Each
+ * microbatch runs forward, then backward, in its own activation copy. No rank waits for ever. Ranks of a stage run one program, so
+ * members of a group within a stage issue the same collectives in the same order. Transfers between stages and collectives of all
+ * ranks are simulated: a receive waits for its send, a send waits while the permitted number of messages of its name is in flight, a
+ * collective of all ranks waits for all stages. The smaller steps of a batch ramp-up are simulated as well.
  */
 
 import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
@@ -22,12 +22,12 @@ import { sizesAgree } from "../analysis/cost.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
 
-/** `smaller`: numbers of microbatches that steps have beside that of the programs' order. */
+/** Throws an invariant if the programs break a law. `smaller` lists the numbers of microbatches of the steps during batch ramp-up. */
 export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
   invariant(programs.length === mesh.world / mesh.per_stage, () => `${programs.length} programs for ${mesh.world / mesh.per_stage} stages`);
   for (const p of programs) {
     verifyDefinitions(p, mesh);
-    verifyMoves(p, mesh);
+    verifyCollectives(p, mesh);
   }
   for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
     for (const p of steps) verifyOrder(p, mesh);
@@ -35,24 +35,25 @@ export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller
   }
 }
 
-/** `stage 1 (ranks 4..7)`. */
+/** Returns the name of a stage with its ranks: `stage 1 (ranks 4..7)`. */
 function ranksOf(stage: number, mesh: Mesh): string {
   const [first, last] = [rankAt(mesh, stage, 0), rankAt(mesh, stage, mesh.per_stage - 1)];
   const by = mesh.stage_stride < mesh.per_stage && mesh.stage_stride > 1 ? ` in runs of ${mesh.stage_stride}` : "";
   return `stage ${stage} (${first === last ? `rank ${first}` : `ranks ${first}..${last}${by}`})`;
 }
 
+/** Throws an invariant if an instruction reads a buffer before it is written, names an unknown buffer, or repeats an id. */
 function verifyDefinitions(p: Program, mesh: Mesh): void {
   const who = ranksOf(p.stage, mesh);
   const lasting = new Set(["parameter", "optimizer", "gradient"]);
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
   for (const id of Object.values(p.inputs)) {
-    invariant(known.has(id), () => `${who}: the input ${id} is no buffer`);
+    invariant(known.has(id), () => `${who}: the input ${id} is not a buffer`);
     made.add(id);
   }
   const ids = new Set<string>();
-  // gradients are zeroed at the start of a step: adding to one makes it
+  // gradients are zeroed at the start of a step, so accumulation defines them
   const written = (i: Instruction): string[] => {
     if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
     if (i.kind === "collective") return [i.to, known.get(i.to)?.rows ?? i.to];
@@ -60,37 +61,40 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   };
   const read = (i: Instruction): string[] =>
     i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
-  // to a sum of all ranks, a stage without a part in it adds the zero that its accumulator begins with
+  // a stage without an addend contributes its zeroed accumulator to a sum over all ranks
   const all = instructionsOf(p);
   const filled = new Set(all.flatMap(written));
   for (const i of all)
     if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
-    // what one chunk, or the microbatches, have made is not there in the next, but for what lasts
+    // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
     if (own && (own.chunk !== block.chunk || block.kind === "step"))
       for (const id of made) if (!lasting.has(known.get(id)!.kind) && !Object.values(p.inputs).includes(id)) made.delete(id);
     own = block;
     for (const i of block.instructions) {
-      invariant(!ids.has(i.id), () => `${who}: two instructions are named ${i.id}`);
+      invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);
       ids.add(i.id);
       const [ins, outs] = [read(i), written(i)];
       const unknown = [...ins, ...outs].find((id) => !known.has(id));
-      invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is no buffer`);
+      invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is not a buffer`);
       for (const id of ins) {
         const rows = known.get(id)!.rows;
-        if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is made`);
-        if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are made`);
+        if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
+        if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are written`);
       }
       if (i.kind === "compute")
         for (const name of i.accumulates ?? [])
-          invariant(lasting.has(known.get(i.writes[name]!)!.kind), () => `${who}: ${i.id} adds to ${i.writes[name]}, which does not last`);
+          invariant(
+            lasting.has(known.get(i.writes[name]!)!.kind),
+            () => `${who}: ${i.id} accumulates into ${i.writes[name]}, which is not a lasting buffer`,
+          );
       for (const id of outs) made.add(id);
     }
   }
 }
 
-/** Every microbatch goes through every block of every chunk once, in order, and no two are in one copy of the activations. */
+/** Throws an invariant unless every microbatch runs every block of every chunk once, in order, and activation copies suffice. */
 function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
   const who = ranksOf(stage, mesh);
   const split = chunks.some((c) => c.weights.length > 0) || order.some((tag) => tag.startsWith("W"));
@@ -101,15 +105,15 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
   for (const tag of order) {
     const { kind, microbatch, chunk } = parseTag(tag);
     const at = kinds.indexOf(kind);
-    if (chunk >= chunks.length) invariant(false, `${who}: ${tag} is of chunk ${chunk}, and there are ${chunks.length}`);
+    if (chunk >= chunks.length) invariant(false, `${who}: ${tag} names chunk ${chunk} of ${chunks.length} chunks`);
     const next = done[at]![chunk]!;
-    if (microbatch !== next) invariant(false, `${who}: ${tag} comes where microbatch ${next} is next`);
+    if (microbatch !== next) invariant(false, `${who}: ${tag} is out of order: microbatch ${next} is next`);
     if (at > 0 && microbatch >= done[at - 1]![chunk]!)
       invariant(false, `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
     done[at]![chunk] = next + 1;
-    const flying = done[0]![chunk]! - done[last]![chunk]!;
+    const inFlight = done[0]![chunk]! - done[last]![chunk]!;
     const { copies } = chunks[chunk]!;
-    if (flying > copies) invariant(false, `${who}: at ${tag} ${flying} microbatches are in flight in ${copies} copies`);
+    if (inFlight > copies) invariant(false, `${who}: at ${tag} ${inFlight} microbatches are in flight in ${copies} copies`);
   }
   const all = done[0]![0]!;
   for (const [at, kind] of kinds.entries())
@@ -117,8 +121,8 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
       invariant(n === all, `${who}: ${n} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
 }
 
-/** Collectives move fixed numbers of elements: no rank waits for its host to learn a count. */
-function verifyMoves(p: Program, mesh: Mesh): void {
+/** Throws an invariant if a collective does not fit its buffers. Sizes are known at compile time, so no rank waits for its host. */
+function verifyCollectives(p: Program, mesh: Mesh): void {
   const who = ranksOf(p.stage, mesh);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string) => buffers.get(id)!;
@@ -132,11 +136,11 @@ function verifyMoves(p: Program, mesh: Mesh): void {
     if (i.kind !== "collective") continue;
     invariant(
       new Set(i.subAxes).size === i.subAxes.length && i.subAxes.every((f) => f < mesh.subAxes.length),
-      () => `${who}: ${i.id} runs over factors ${i.subAxes}, which the mesh has not`,
+      () => `${who}: ${i.id} runs over unknown or repeated sub-axes ${i.subAxes}`,
     );
     invariant(
       i.world || isDisjointSubAxes(mesh, i.subAxes),
-      () => `${who}: ${i.id} runs over factors ${i.subAxes}, of grids that do not nest`,
+      () => `${who}: ${i.id} runs over sub-axes ${i.subAxes} of grids that do not nest`,
     );
     invariant(
       sizesAgree(i, mesh, buffer),
@@ -144,12 +148,12 @@ function verifyMoves(p: Program, mesh: Mesh): void {
     );
     invariant(
       buffer(i.from).dtype === buffer(i.to).dtype,
-      () => `${who}: ${i.id}: ${buffer(i.from).dtype} becomes ${buffer(i.to).dtype} on the way`,
+      () => `${who}: ${i.id}: source is ${buffer(i.from).dtype}, destination is ${buffer(i.to).dtype}`,
     );
   }
 }
 
-/** What makes a stage wait, or others wait for it. */
+/** An instruction at which a stage may wait for another. */
 type Wait =
   | {
       readonly kind: "send" | "recv";
@@ -158,32 +162,33 @@ type Wait =
       readonly channel: string;
       readonly message: string;
       readonly bytes: number;
-      /** Of a send: messages of its name in flight at most. */
+      /** Of a send: the largest number of messages of its name in flight. */
       readonly most: number;
       readonly at: string;
     }
   | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
 
+/** Simulates transfers and collectives of all ranks. Throws an invariant on a deadlock, a mismatch or an unreceived message. */
 function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
   const lists = programs.map((p) => waitsOf(p));
   const at = lists.map(() => 0);
   const queues = new Map<string, Wait[]>();
   /** Messages in flight, by sender and name. */
-  const flying = new Map<string, number>();
+  const inFlight = new Map<string, number>();
   const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
   const head = (s: number): Wait | undefined => lists[s]![at[s]!];
 
-  for (let moved = true; moved; ) {
-    moved = false;
+  for (let progress = true; progress; ) {
+    progress = false;
     for (const s of lists.keys())
       for (let w = head(s); w; w = head(s)) {
         if (w.kind === "world") break;
-        invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its other end`);
+        invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its peer`);
         if (w.kind === "send") {
-          const room = `${s} ${w.peer} ${w.id}`;
-          const sent = flying.get(room) ?? 0;
+          const key = `${s} ${w.peer} ${w.id}`;
+          const sent = inFlight.get(key) ?? 0;
           if (sent >= w.most) break;
-          flying.set(room, sent + 1);
+          inFlight.set(key, sent + 1);
           const queue = queues.get(`${s}>${w.peer} ${w.channel}`) ?? [];
           queue.push(w);
           queues.set(`${s}>${w.peer} ${w.channel}`, queue);
@@ -195,11 +200,11 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
             () => `${name(s, w)} waits for ${w.message}, and ${name(w.peer, sent)} sends ${sent.message}`,
           );
           invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
-          const room = `${w.peer} ${s} ${sent.id}`;
-          flying.set(room, (flying.get(room) ?? 0) - 1);
+          const key = `${w.peer} ${s} ${sent.id}`;
+          inFlight.set(key, (inFlight.get(key) ?? 0) - 1);
         }
         at[s]!++;
-        moved = true;
+        progress = true;
       }
     const heads = [...lists.keys()].map(head);
     if (heads.every((w) => w?.kind === "world")) {
@@ -207,10 +212,10 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
       for (const [s, w] of heads.entries())
         invariant(
           w!.kind === "world" && w!.what === first!.what,
-          () => `${name(s, w!)} and ${name(0, first!)} meet in different collectives of all ranks`,
+          () => `${name(s, w!)} and ${name(0, first!)} run different collectives of all ranks`,
         );
       for (const s of lists.keys()) at[s]!++;
-      moved = true;
+      progress = true;
     }
   }
   const stuck = [...lists.keys()].flatMap((s) => (head(s) ? [`${name(s, head(s)!)}${peerText(head(s)!)}`] : []));
@@ -221,6 +226,7 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
 const peerText = (w: Wait): string =>
   w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
 
+/** Returns the instructions of a step at which a stage may wait, in order. */
 function waitsOf(p: Program): Wait[] {
   const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
     block.map((i): Wait => {
@@ -228,7 +234,7 @@ function waitsOf(p: Program): Wait[] {
       const most = i.in_flight ?? 1;
       return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, message: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
     });
-  // a block runs for every microbatch, and few of its instructions wait
+  // cached per block: it runs for every microbatch, and few of its instructions wait
   const known = new Map<readonly Instruction[], readonly Waiting[]>();
   const waiting = (block: readonly Instruction[]): readonly Waiting[] => {
     const found = known.get(block) ?? block.filter((i): i is Waiting => i.kind === "send" || i.kind === "recv" || isOfWorld(i));

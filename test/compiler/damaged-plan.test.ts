@@ -126,7 +126,7 @@ const damages: Readonly<Record<string, Damage>> = {
   "rounds without end": [(d) => (compute(d, "sinkhorn").attrs.most = 2 ** 50), "programs", /most is/],
   "a copy of 2^50 elements": [(d) => (compute(d, "arrange").attrs.n0 = 2 ** 50), "programs"],
   "a value that is read before it is written": [(d) => forward(d).reverse(), "programs"],
-  "one instruction twice": [(d) => forward(d).push(forward(d)[0]!), "programs", /two instructions are named/],
+  "one instruction twice": [(d) => forward(d).push(forward(d)[0]!), "programs", /two instructions have the id/],
   "a send to a stage that does not exist": [(d) => (send(d).peer = 9), "programs", /names stage 9/],
   "a send of other bytes": [(d) => (send(d).bytes = 4), "programs", /bytes/],
   "a receive that nothing is sent for": [

@@ -74,11 +74,11 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
   ],
   "a stage does its backward before its forward": [
     (ps) => ps[0]!.order.reverse(),
-    /stage 0 \(ranks .*\): [BW]\d+.* comes where microbatch 0 is next/,
+    /stage 0 \(ranks .*\): [BW]\d+.* is out of order: microbatch 0 is next/,
   ],
   "a microbatch is left out": [
     (ps) => ps[1]!.order.splice(ps[1]!.order.indexOf(ps[1]!.order.find((t) => t.startsWith("F1"))!), 1),
-    /stage 1 .*: F2.* comes where microbatch 1 is next/,
+    /stage 1 .*: F2.* is out of order: microbatch 1 is next/,
   ],
   "the last backward is left out": [
     (ps) =>
@@ -92,32 +92,32 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     (ps) => void (ps[0]!.chunks[0] = { ...ps[0]!.chunks[0]!, copies: 1 }),
     /stage 0 .*: at F1.* 2 microbatches are in flight in 1 copies/,
   ],
-  "a chunk that there is not": [(ps) => ps[0]!.order.push("F0.7"), /F0\.7 is of chunk 7/],
-  "a value is read before it is made": [
+  "a chunk that does not exist": [(ps) => ps[0]!.order.push("F0.7"), /F0\.7 names chunk 7/],
+  "a value is read before it is written": [
     (ps) => swap(block(ps[0]!, "forward"), 0, 3),
-    /stage 0 \(ranks 0\.\.\d\): \S+ reads \S+ before it is made/,
+    /stage 0 \(ranks 0\.\.\d\): \S+ reads \S+ before it is written/,
   ],
   "a value of backward is read in forward": [
     (ps) =>
       block(ps[0]!, "forward").push({ ...(block(ps[0]!, "backward").find((i) => i.kind === "compute") as Instruction), id: "too.early" }),
-    /stage 0 .*: too\.early reads \S+ before it is made/,
+    /stage 0 .*: too\.early reads \S+ before it is written/,
   ],
   "two instructions have one name": [
     (ps) => change(block(ps[0]!, "forward"), 1, { id: block(ps[0]!, "forward")[0]!.id }),
-    /stage 0 .*: two instructions are named embedding/,
+    /stage 0 .*: two instructions have the id embedding/,
   ],
   "a buffer that there is not": [
     (ps) => change<Collective>(block(ps[0]!, "forward"), find(block(ps[0]!, "forward"), "collective"), { from: "nowhere" }),
-    /stage 0 .*: \S+ names nowhere, which is no buffer/,
+    /stage 0 .*: \S+ names nowhere, which is not a buffer/,
   ],
-  "an op adds to what does not last": [
+  "an op accumulates into a buffer that is not lasting": [
     (ps) => {
       const list = block(ps[0]!, "forward");
       const at = find(list, "compute", 1);
       const i = list[at]!;
       if (i.kind === "compute") list[at] = { ...i, accumulates: Object.keys(i.writes) };
     },
-    /stage 0 .*: \S+ adds to \S+, which does not last/,
+    /stage 0 .*: \S+ accumulates into \S+, which is not a lasting buffer/,
   ],
   "a collective of the wrong kind": [
     (ps) => {
@@ -126,12 +126,12 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     },
     /stage 0 .*: \S+: all_gather of \[[\d,]*\] cannot give \[[\d,]*\]/,
   ],
-  "a collective over factors that there are not": [
+  "a collective over sub-axes that do not exist": [
     (ps) => {
       const list = block(ps[0]!, "forward");
       change<Collective>(list, find(list, "collective"), { subAxes: [9] });
     },
-    /stage 0 .*: \S+ runs over factors 9/,
+    /stage 0 .*: \S+ runs over unknown or repeated sub-axes 9/,
   ],
   "one stage leaves out what all ranks reduce": [
     (ps) => {
@@ -143,14 +143,14 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     },
     /wait for ever: .*stage 0 \(ranks 0\.\.\d\) at grad_norm\S*, the step block, for all other stages/,
   ],
-  "stages meet in different collectives": [
+  "stages run different collectives": [
     (ps) =>
       change<Collective>(
         ps[1]!.step,
         ps[1]!.step.findIndex((i) => i.kind === "collective" && i.world),
         { id: "another" },
       ),
-    /stage 1 .* at another, the step block and stage 0 .* at grad_norm\S*, the step block meet in different collectives of all ranks/,
+    /stage 1 .* at another, the step block and stage 0 .* at grad_norm\S*, the step block run different collectives of all ranks/,
   ],
   "a stage waits for a letter before it meets all others, who wait for it": [
     (ps) => {
@@ -203,5 +203,5 @@ test("a stage without parameters adds zero to the gradient's norm; one with para
   const late = structuredClone(programs) as Program[];
   const isPart = (i: Instruction): boolean => i.kind === "compute" && Object.values(i.writes).includes("grad_norm.squared");
   late[0]!.step = [...late[0]!.step.filter((i) => !isPart(i)), ...late[0]!.step.filter(isPart)];
-  expect(() => verifyPrograms(late, mesh)).toThrow(/stage 0 .*: \S+ reads grad_norm.squared before it is made/);
+  expect(() => verifyPrograms(late, mesh)).toThrow(/stage 0 .*: \S+ reads grad_norm.squared before it is written/);
 });

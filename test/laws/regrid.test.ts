@@ -32,8 +32,8 @@ const sixRanks = { world: 6, tensor: 2, sequence: true, expert: 3 };
 test("tokens and the map, then the weights, go to the experts' grid; what experts give comes back; no byte leaves a rank", () => {
   const { plan, emit } = compile(job(sixRanks));
   const lines = emit("sharded").split("\n");
-  const seams = lines.filter((l) => / fold: /.test(l)).map((l) => l.replace(/^\d+ +fold: (.*) {2}for .*/, "$1"));
-  expect(seams).toMatchInlineSnapshot(`
+  const regrids = lines.filter((l) => / regrid: /.test(l)).map((l) => l.replace(/^\d+ +regrid: (.*) {2}for .*/, "$1"));
+  expect(regrids).toMatchInlineSnapshot(`
     [
       "layers.0.mlp.norm [3@dp,24@tp,24] -> layers.0.moe.tokens [6@ep*edp,12,24]",
       "layers.0.moe.top_k_mask [3@dp,24@tp,6] -> layers.0.moe.map [6@ep*edp,12,6]",
@@ -44,12 +44,12 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
       "layers.0.moe.permute.grad [6@ep*edp,12,24] -> layers.0.moe.tokens.grad [3@dp,24@tp,24]",
     ]
   `);
-  const ids = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.endsWith(".fold") ? [i.id] : []));
+  const ids = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.endsWith(".regrid") ? [i.id] : []));
   expect(ids.slice(0, 4)).toEqual([
-    "layers.0.moe.tokens@ep*edp,-,-.fold",
-    "layers.0.moe.map@ep*edp,-,-.fold",
+    "layers.0.moe.tokens@ep*edp,-,-.regrid",
+    "layers.0.moe.map@ep*edp,-,-.regrid",
     "layers.0.moe.weights@ep*edp,-,-.regrid",
-    "layers.0.moe.combined@dp,tp,-.fold",
+    "layers.0.moe.combined@dp,tp,-.regrid",
   ]);
   const moves = plan.programs.flatMap((p) => instructionsOf(p)).filter((i): i is Collective => i.kind === "collective");
   expect(new Set(moves.map((i) => i.axes))).toEqual(new Set(["tp", "dp", "tp*dp", "ep", "edp", "world"]));
@@ -93,19 +93,19 @@ describe("the cutter refuses", () => {
     expect(() => cutUp(regridded(tokens(), [12, 2], seam))).not.toThrow());
   test("an op on values of two grids", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["tp"], []]), b: leaf("b", [6, 6], [[], ["ep"]]) }, {}, "y");
-    expect(() => cutUp(y)).toThrow("a would be cut by tp*ep, of grids that do not nest");
+    expect(() => cutUp(y)).toThrow("a would be sharded by tp*ep, which are of grids that do not nest");
   });
   test("a move from one grid to the other", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["dp"], []]), b: leaf("b", [6, 6], [["dp"], []]) }, {}, "y");
     y.shardAxes = [[], ["ep"]];
-    expect(() => cutUp(y)).toThrow("y would be cut by dp*ep, of grids that do not nest");
+    expect(() => cutUp(y)).toThrow("y would be sharded by dp*ep, which are of grids that do not nest");
   });
   test("a fold of tokens that several ranks have", () =>
     expect(() => cutUp(regridded(tokens(), [12, 2], { ...seam, from: [["dp"], [], []] }, "y"))).toThrow(
       "y: two ranks would have the same tokens",
     ));
   test("a fold into more tokens than a rank has", () =>
-    expect(() => cutUp(regridded(tokens(), [12, 4], seam, "y"))).toThrow("y: a rank has other sizes in slot 1"));
+    expect(() => cutUp(regridded(tokens(), [12, 4], seam, "y"))).toThrow("y: the local size of dim 1 differs between the grids"));
 });
 
 test("a collective over factors of both grids is refused in a program", () => {
@@ -114,5 +114,5 @@ test("a collective over factors of both grids is refused in a program", () => {
   const at = list.findIndex((i) => i.kind === "collective" && i.axes === "ep");
   const i = list[at] as Collective;
   list[at] = { ...i, subAxes: [...mesh.axes.tp!, ...i.subAxes] };
-  expect(() => verifyPrograms(programs, mesh)).toThrow(`${i.id} runs over factors 0,2, of grids that do not nest`);
+  expect(() => verifyPrograms(programs, mesh)).toThrow(`${i.id} runs over sub-axes 0,2 of grids that do not nest`);
 });
