@@ -1,4 +1,4 @@
-/** compile: the whole compiler on one screen. Job → mesh → graph → pieces and moves → programs → memory → plan. */
+/** The compiler pipeline: job → mesh → graph → sharded graph → programs → kernels → memory → plan. */
 import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
@@ -19,20 +19,22 @@ import { sealPlan } from "./plan/seal.ts";
 import { printProgram } from "./report/programText.ts";
 import { version } from "./version.ts";
 
+/** The result of `compile`. */
 export interface Compiled {
   readonly plan: Plan;
-  /** By file name, the kernels' sources: what lies beside the plan in kernels/. */
+  /** Kernel sources by file name, for the folder kernels/ next to the plan. */
   readonly sources: ReadonlyMap<string, string>;
-  /** The text of one stage of the compiler. */
+  /** Returns the text form of a compiler stage. */
   emit(stage: Stage): string;
 }
 
+/** Options of `compile`: the target (default cpu), and `pick` for tests of sharding. */
 export interface Settings extends Pick<ShardOptions, "pick"> {
   readonly target?: Target;
 }
 
-/** Compiles a job that has no findings. Throws only where rankc itself is wrong. */
-export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Compiled {
+/** Compiles a job that has no findings. Throws only broken invariants, which are bugs of rankc. */
+export function compile(job: Job, { target = cpu, ...pick }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
   const pipeline = pipelineOf(job);
   const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
@@ -41,7 +43,7 @@ export function compile(job: Job, { target = cpu, ...laws }: Settings = {}): Com
     shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
     stageOf: (position) => pipeline.of[position]!,
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
-    ...laws,
+    ...pick,
   });
   const order = schedule(job, pipeline.chunks);
   const lowered = lower(job, mesh, { graph, sharded, pipeline, order });

@@ -1,28 +1,30 @@
+/** Text about layers: ids contain the layer (`layers.3.wq`), and reports show equal layers once. */
 import { ranges } from "../units.ts";
 
-/** Ids carry their layer (`layers.3.wq`): these say what stays equal from layer to layer, so that a reader sees it once. */
 const mark = /\blayers\.(\d+)/;
 const marks = /\blayers\.(\d+)/g;
 
+/** Returns the layer in an id; undefined if it names none. */
 export function layerOf(id: string): number | undefined {
   const match = mark.exec(id);
   return match ? Number(match[1]) : undefined;
 }
 
-/** `layers.3.wq` → `layers.*.wq`. */
+/** Replaces layer numbers: `layers.3.wq` → `layers.*.wq`. */
 export const anyLayer = (text: string): string => text.replace(marks, "layers.*");
 
-/** Layer numbers counted from `base`: two layers that do the same have the same text. */
+/** Makes layer numbers relative to `base`, so that equal layers have equal text. */
 export const fromLayer = (text: string, base: number): string =>
   text.replace(marks, (_, n: string) => `layers.${signed(Number(n) - base)}`);
 const signed = (n: number): string => (n < 0 ? `${n}` : `+${n}`);
 
+/** A line of a report and the id that gives its layer. */
 export interface Line {
   readonly id: string;
   readonly text: string;
 }
 
-/** Runs of lines of one layer; a run that repeats the one before it becomes a single line that says so. */
+/** Replaces the lines of layers that equal a layer before by one line that names them. */
 export function collapseLayers(lines: readonly Line[]): string[] {
   const runs: { layer: number | undefined; texts: string[] }[] = [];
   for (const { id, text } of lines) {
@@ -50,5 +52,5 @@ export function collapseLayers(lines: readonly Line[]): string[] {
   return out;
 }
 
-/** Columns are padded by the width of ids, and layer 10 is wider than layer 9. */
+/** Removes padding: columns are padded to the width of ids, and layer 10 is wider than layer 9. */
 const squeeze = (text: string): string => text.replace(/ +/g, " ");

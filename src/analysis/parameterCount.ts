@@ -1,19 +1,20 @@
+/** The number of parameters of a model in closed form. */
 import { balancesOf, hasExperts, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;
 
-/** Parameters of a model, all ranks together; a tied head and the biases that choose experts count once. In closed form: nothing is compiled. */
+/** Returns the number of parameters of a model over all ranks, without compiling. A tied head counts once; router biases are included. */
 export function parameterCount(model: Model): number {
   const { layers, hidden, vocab } = model;
-  const attention = attentionCount(model) + 2 * hidden; // the norms before attention and before the feed-forward part
+  const attention = attentionCount(model) + 2 * hidden; // two norms: before attention and before the feed-forward block
   const dense = attention + 3 * hidden * model.ffn;
   const sparse = model.moe ? attention + expertsCount(model.moe, hidden) : dense;
   const layer = (l: number): number => (hasExperts(model, l) ? sparse : dense);
   let sum = (model.tie_embeddings ? 1 : 2) * vocab * hidden + hidden;
   for (let l = 0; l < layers; l++) sum += layer(l);
-  // each depth of multi-token prediction: a layer of the last one's kind, the projection of two vectors to one, three norms
+  // each depth of multi-token prediction has a layer of the last layer's kind, a projection 2D → D, and three norms
   return sum + depthsOf(model) * (layer(layers - 1) + 2 * hidden ** 2 + 3 * hidden);
 }
 
@@ -25,13 +26,13 @@ function attentionCount({ hidden, heads, kv_heads, head_dim, mla, qkv_bias, out_
   }
   const { q_rank, kv_rank, nope_dim, rope_dim, v_dim } = mla;
   const queries = heads * (nope_dim + rope_dim);
-  // a latent has a matrix on either side and a norm between them
-  const made = q_rank === null ? hidden * queries : q_rank * (hidden + 1 + queries);
-  return made + hidden * (kv_rank + rope_dim) + kv_rank * (1 + heads * (nope_dim + v_dim)) + heads * v_dim * hidden + bias;
+  // a latent has a projection before, a norm, and a projection after
+  const queryCount = q_rank === null ? hidden * queries : q_rank * (hidden + 1 + queries);
+  return queryCount + hidden * (kv_rank + rope_dim) + kv_rank * (1 + heads * (nope_dim + v_dim)) + heads * v_dim * hidden + bias;
 }
 
 function expertsCount({ experts, ffn, latent, shared, router }: Moe, hidden: number): number {
   const routed = latent === null ? 3 * experts * hidden * ffn : 3 * experts * latent * ffn + 2 * hidden * latent;
-  const chosenBy = hidden * experts + (router.expert_bias || balancesOf(router).some(({ by }) => by === "quantile") ? experts : 0);
-  return routed + chosenBy + (shared ? 3 * hidden * shared.ffn + (shared.gate ? hidden : 0) : 0);
+  const routerCount = hidden * experts + (router.expert_bias || balancesOf(router).some(({ by }) => by === "quantile") ? experts : 0);
+  return routed + routerCount + (shared ? 3 * hidden * shared.ffn + (shared.gate ? hidden : 0) : 0);
 }
