@@ -1,8 +1,7 @@
 /**
- * peak: the memory of every stage without compiling the whole job. Chunks of equal layers have equal memory, so each distinct chunk is
- * compiled once, as a stage of a pipeline of its own; within a chunk a long stretch that repeats some layers is compiled at two lengths,
- * and its memory grows linearly from there. A stage is then the sum of its chunks, with as many copies of their activations as the
- * job's own schedule keeps in flight.
+ * The memory of every stage, without compiling the whole job. Chunks with equal layers have equal memory, so each distinct chunk is
+ * compiled once, as a stage of a pipeline of distinct chunks. A long repetition of layers within a chunk is compiled at two lengths and
+ * extrapolated linearly. The memory of a stage is the sum of its chunks, with the activation copies of the job's schedule.
  */
 import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
@@ -21,60 +20,61 @@ import { isRecomputed } from "./passes/recompute.ts";
 import { schedule } from "./passes/schedule.ts";
 import { shard } from "./passes/shard.ts";
 
-/** Repetitions of a stretch that are compiled: from here on, one more adds the same bytes. */
+/** Compiled repetitions of a stretch. Each further repetition adds the same bytes. */
 const KEPT = 3;
-/** Layers of a repeating unit at most. */
+/** The largest number of layers of a repeating unit. */
 const UNIT = 16;
-/** Stretches of a chunk that are cut, at most. */
+/** The largest number of stretches that are shortened per chunk. */
 const STRETCHES = 2;
-/** Layers of all distinct chunks that are compiled; of more, the layers of each chunk are put in the order of their kind. */
+/** The largest number of compiled positions. Beyond it, the layers of each chunk are sorted by kind. */
 const MOST = 192;
 
-/** One position of the model: its letter in a layout, and what tells it apart from others of this letter. */
-interface Place {
+/** One position of the model: its letter in a layout, and the kind that distinguishes positions of one letter. */
+interface ModelPosition {
   readonly letter: "E" | "t" | "m" | "L";
   readonly kind: string;
   readonly experts: boolean;
 }
 
-/** A repeated unit of places that was cut to `KEPT` repetitions. */
+/** A repeated unit of positions that was shortened to `KEPT` + 1 repetitions. */
 interface Stretch {
   readonly from: number;
   readonly unit: number;
   readonly removed: number;
 }
 
+/** A distinct chunk, shortened, with the stretches that were shortened. */
 interface ChunkKind {
-  readonly places: readonly Place[];
+  readonly places: readonly ModelPosition[];
   readonly stretches: readonly Stretch[];
 }
 
-/** The memory of a chunk; `shared` are buffers of a stage that its chunks have in common, by id. */
+/** The memory of a chunk. `shared` are the buffers that the chunks of a stage share, by id. */
 interface ChunkMemory {
   readonly own: MemoryBreakdown;
   readonly shared: ReadonlyMap<string, { readonly kind: "parameter" | "gradient" | "optimizer"; readonly bytes: number }>;
-  /** Inputs among the activations, in bytes: where several chunks of a stage read one, it is workspace, filled for each block. */
+  /** Bytes of inputs that are activations here. If several chunks of a stage read one, it is workspace instead. */
   readonly inputs: ReadonlyMap<string, number>;
 }
 
-/** The memory of each stage's ranks, as the plan of this target would have it. Bytes. */
+/** Returns the memory breakdown of a rank of each stage, in bytes, as the plan for `target` would state it. */
 export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
   const pipeline = pipelineOf(job);
-  const all = chunkPlaces(job, pipeline);
+  const all = chunkPositions(job, pipeline);
   const exact = kindsOf(job, all);
   const size = exact.kinds.reduce((sum, { places }) => sum + places.length, 0);
-  // layers in no order cannot be cut: in order, parameters are the same, and activations but for holes between buffers
+  // unsorted layers have no repetitions to shorten; sorting keeps parameters, and activations up to gaps between buffers
   const { virtual, keys, kinds } =
     size > MOST
       ? kindsOf(
           job,
-          all.map((places) => inOrder(job, places)),
+          all.map((places) => sortLayers(job, places)),
         )
       : exact;
   const memories = memoryOfKinds(job, kinds, target);
   const byKey = new Map(keys.map((key, k) => [key, memories[k]]));
   return schedule(job, pipeline.chunks).map(({ copies }, stage) =>
-    together(
+    combineChunks(
       virtual.flatMap(({ key }, v) => {
         const memory = byKey.get(key);
         return stageOfVirtual(pipeline, v) === stage && memory ? [{ memory, copies: copies[chunkOfVirtual(pipeline, v)] ?? 0 }] : [];
@@ -83,34 +83,35 @@ export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
   );
 }
 
-/** The distinct chunks, cut, and by virtual stage which one it is. */
-function kindsOf(job: Job, chunks: readonly (readonly Place[])[]) {
+/** Returns the distinct chunks, shortened, and the key of each virtual stage. */
+function kindsOf(job: Job, chunks: readonly (readonly ModelPosition[])[]) {
   const virtual = chunks.map((places) => ({ places, key: places.map(({ kind }) => kind).join(" ") }));
   const last = new Map(virtual.map(({ key }, v) => [key, v]));
-  // in order of their last use: the embedding stays first, the head last, and the model's last layer the last of the layers
+  // sorted by last use: the embedding stays first, the head last, and the last layer of the model stays the last layer
   const keys = [...last.keys()].sort((a, b) => (last.get(a) ?? 0) - (last.get(b) ?? 0));
-  return { virtual, keys, kinds: keys.map((key) => cut(job, virtual[last.get(key) ?? 0]?.places ?? [])) };
+  return { virtual, keys, kinds: keys.map((key) => shorten(job, virtual[last.get(key) ?? 0]?.places ?? [])) };
 }
 
-/** A chunk with its dense layers before those with experts. */
-function inOrder(job: Job, places: readonly Place[]): Place[] {
+/** Returns a chunk with its dense layers before those with experts. */
+function sortLayers(job: Job, places: readonly ModelPosition[]): ModelPosition[] {
   const layers = places.filter(({ letter }) => letter === "t").sort((a, b) => Number(a.experts) - Number(b.experts));
   let at = 0;
   return places.map((place) => {
     const layer = place.letter === "t" ? layers[at++] : undefined;
-    return layer ? layerPlace(job, layer.experts, at - 1) : place;
+    return layer ? layerPosition(job, layer.experts, at - 1) : place;
   });
 }
 
-/** A layer at a place of its chunk. Full recompute tells layers apart by that: the first of a group, or of the chunk. */
-function layerPlace({ train: { recompute: r } }: Job, experts: boolean, at: number): Place {
+/** Returns a layer at an index of its chunk. The kind depends on the index under full recompute: first of a group, or of the chunk. */
+function layerPosition({ train: { recompute: r } }: Job, experts: boolean, at: number): ModelPosition {
   const again = r.mode !== "full" ? "" : r.method === "uniform" ? (at % r.layers === 0 ? "b" : "n") : at < r.layers ? "a" : "k";
   return { letter: "t", kind: `${experts ? "x" : "d"}${again}`, experts };
 }
 
-function chunkPlaces(job: Job, { of, stages, chunks }: Pipeline): Place[][] {
+/** Returns the positions of each virtual stage. */
+function chunkPositions(job: Job, { of, stages, chunks }: Pipeline): ModelPosition[][] {
   const { model } = job;
-  const places = Array.from({ length: stages * chunks }, (): Place[] => []);
+  const places = Array.from({ length: stages * chunks }, (): ModelPosition[] => []);
   for (const [position, v] of of.entries()) {
     const chunk = places[v];
     if (!chunk) continue;
@@ -121,22 +122,22 @@ function chunkPlaces(job: Job, { of, stages, chunks }: Pipeline): Place[][] {
     } else if (layer >= model.layers) chunk.push({ letter: "m", kind: `m${layer}`, experts: false });
     else {
       const at = chunk.length - Number(chunk[0]?.letter === "E");
-      chunk.push(layerPlace(job, hasExperts(model, layer), at));
+      chunk.push(layerPosition(job, hasExperts(model, layer), at));
     }
   }
   return places;
 }
 
-/** Cuts the longest stretches of a chunk that repeat a unit. */
-function cut({ train: { recompute: r }, parallel }: Job, all: readonly Place[]): ChunkKind {
+/** Shortens the longest repetitions of a chunk. */
+function shorten({ train: { recompute: r }, parallel }: Job, all: readonly ModelPosition[]): ChunkKind {
   let places = all;
   const stretches: Stretch[] = [];
   const layers = all.filter(({ letter }) => letter === "t").length;
-  // what full recompute does with a layer depends on its place in the chunk: what is removed must not move the others
+  // full recompute depends on the index of a layer in its chunk, so removed layers must not change that of the others
   const grouped = r.mode === "full" && r.layers < layers;
-  // with gradients of weights apart, the free places of two layers in a row differ: their arena grows by turns
-  const turns = parallel.schedule === "zero_bubble" ? 2 : 1;
-  const step = turns * (grouped && r.method === "uniform" ? r.layers : 1);
+  // with split backward, free holes alternate between layers, so the arena grows with a period of two layers
+  const period = parallel.schedule === "zero_bubble" ? 2 : 1;
+  const step = period * (grouped && r.method === "uniform" ? r.layers : 1);
   const fixed = grouped && r.method === "block" ? "a" : undefined;
   while (stretches.length < STRETCHES) {
     const found = longest(places, step, fixed, stretches);
@@ -148,8 +149,13 @@ function cut({ train: { recompute: r }, parallel }: Job, all: readonly Place[]):
   return { places, stretches };
 }
 
-/** The repetition whose cut removes the most layers: at `from`, one more than `KEPT` times at least. */
-function longest(places: readonly Place[], step: number, fixed: string | undefined, before: readonly Stretch[]): Stretch | undefined {
+/** Returns the repetition that removes the most layers; it has more than `KEPT` + 1 repetitions. */
+function longest(
+  places: readonly ModelPosition[],
+  step: number,
+  fixed: string | undefined,
+  before: readonly Stretch[],
+): Stretch | undefined {
   let best: Stretch | undefined;
   const taken = (i: number): boolean => before.some((s) => i >= s.from && i < s.from + KEPT * s.unit);
   for (let unit = step; unit <= Math.max(step, UNIT) && unit * (KEPT + 1) < places.length; unit += step) {
@@ -159,7 +165,7 @@ function longest(places: readonly Place[], step: number, fixed: string | undefin
       const same = a?.letter === "t" && a.kind === b?.kind && !(fixed && a.kind.endsWith(fixed)) && !taken(i) && !taken(i + unit);
       run = same ? run + 1 : 0;
       const removed = Math.floor(run / unit) + 1 - KEPT - 1;
-      // the last repetition stays as it is: a stretch of one more than those that are kept has nothing to be cut
+      // the last repetition always stays, so KEPT + 1 repetitions have nothing to remove
       if (removed > 0 && removed * unit > (best ? best.removed * best.unit : 0)) {
         const length = (removed + KEPT + 1) * unit;
         best = { from: i + unit + 1 - length, unit, removed };
@@ -169,7 +175,7 @@ function longest(places: readonly Place[], step: number, fixed: string | undefin
   return best;
 }
 
-/** Compiles all kinds as the stages of one pipeline, and once more for each stretch, one repetition longer. */
+/** Compiles all distinct chunks as the stages of one pipeline, and once more per stretch with one repetition more. */
 function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: Target): ChunkMemory[] {
   const base = compiled(
     job,
@@ -193,8 +199,8 @@ function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: Target): C
   return memories;
 }
 
-/** The places of a chunk with one more repetition of its n-th stretch. Later cuts may have moved it. */
-function lengthened({ places, stretches }: ChunkKind, n: number): readonly Place[] {
+/** Returns the positions of a chunk with one more repetition of its n-th stretch. Later removals may have moved the stretch. */
+function lengthened({ places, stretches }: ChunkKind, n: number): readonly ModelPosition[] {
   const stretch = stretches[n];
   if (!stretch) return places;
   const moved = stretches.slice(n + 1).reduce((sum, s) => sum + (s.from < stretch.from ? s.removed * s.unit : 0), 0);
@@ -202,7 +208,8 @@ function lengthened({ places, stretches }: ChunkKind, n: number): readonly Place
   return [...places.slice(0, from + stretch.unit), ...places.slice(from)];
 }
 
-function compiled(job: Job, chunks: readonly (readonly Place[])[], target: Target): ChunkMemory[] {
+/** Compiles chunks as the stages of one pipeline and returns their memory. */
+function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], target: Target): ChunkMemory[] {
   const all = chunks.flat();
   const layers = all.filter(({ letter }) => letter === "t");
   const { model, parallel } = job;
@@ -223,6 +230,7 @@ function compiled(job: Job, chunks: readonly (readonly Place[])[], target: Targe
   return made.programs.map((program) => chunkMemory(program, planMemory(program, made.kernels), expertLayersOf(model)));
 }
 
+/** Splits the memory of a compiled stage into its own part and the part that chunks of one stage share. */
 function chunkMemory(
   { buffers, chunks, inputs: filled }: Program,
   memory: ReturnType<typeof planMemory>,
@@ -232,7 +240,7 @@ function chunkMemory(
   const own = { parameter: memory.parameter, gradient: memory.gradient, optimizer: memory.optimizer };
   for (const { id, kind, within, ...b } of buffers) {
     if (within || kind === "activation" || kind === "workspace" || layerOf(id) !== undefined) continue;
-    // a stage counts the tokens of experts in a table of all layers of the model, not of those that were compiled
+    // the table of expert loads has a row for every expert layer of the model, not only for the compiled ones
     const shape = id.startsWith("expert_loads") ? [expertLayers, ...b.shape.slice(1)] : b.shape;
     shared.set(id, { kind, bytes: aligned({ ...b, shape }) });
     own[kind] -= aligned(b);
@@ -243,12 +251,12 @@ function chunkMemory(
   return { own: { ...own, activation, workspace: memory.workspace, scratch: memory.scratch }, shared, inputs };
 }
 
-/** A stage of several chunks: each has its own layers and activations; workspace and scratch are used by one chunk at a time. */
-function together(chunks: readonly { readonly memory: ChunkMemory; readonly copies: number }[]): MemoryBreakdown {
+/** Returns the memory of a stage with several chunks. Parameters and activations add up; workspace and scratch are the maximum. */
+function combineChunks(chunks: readonly { readonly memory: ChunkMemory; readonly copies: number }[]): MemoryBreakdown {
   const shared = new Map(chunks.flatMap(({ memory }) => [...memory.shared]));
   const sum = (of: (c: (typeof chunks)[number]) => number): number => chunks.reduce((n, c) => n + of(c), 0);
   const readers = (id: string): number => sum(({ memory }) => Number(memory.inputs.has(id)));
-  /** Bytes of a chunk's inputs that another chunk reads too. */
+  /** Returns the bytes of a chunk's inputs that another chunk reads too. */
   const inCommon = ({ inputs }: ChunkMemory): number => [...inputs].reduce((n, [id, bytes]) => n + (readers(id) > 1 ? bytes : 0), 0);
   return eachKind((kind) => {
     if (kind === "scratch") return Math.max(0, ...chunks.map(({ memory }) => memory.own.scratch));
@@ -262,7 +270,7 @@ function together(chunks: readonly { readonly memory: ChunkMemory; readonly copi
 const eachKind = (of: (kind: keyof MemoryBreakdown) => number): MemoryBreakdown =>
   Object.fromEntries(memoryKinds.map((kind) => [kind, of(kind)])) as unknown as MemoryBreakdown;
 
-/** The programs of a job: the passes of `compile`, without its laws. */
+/** Returns the programs of a job: the passes of `compile` without verification. */
 function lowered(job: Job, mesh: Mesh): Program[] {
   const pipeline = pipelineOf(job);
   const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
@@ -272,7 +280,7 @@ function lowered(job: Job, mesh: Mesh): Program[] {
     stageOf: (position) => pipeline.of[position]!,
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
   });
-  // the order of work says whether gradients of weights are apart; how many microbatches there are changes no memory but slots
+  // two microbatches suffice: the schedule decides whether backward is split, their number only the activation copies
   const few: Lowered["order"] = schedule(
     { ...job, train: { ...job.train, batch_rampup: null, global_batch: job.train.micro_batch * job.parallel.data * 2 } },
     pipeline.chunks,

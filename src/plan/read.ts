@@ -1,4 +1,4 @@
-/** readPlan: the text of a plan file → Plan. Versions, digests and the published JSON Schema are checked, in this order. */
+/** Parsing of plan files. Version, digests, the published JSON Schema and the laws of plans are checked, in this order. */
 import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
 import { FORMAT_VERSION, type Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
@@ -8,7 +8,7 @@ import { readPackageFile } from "../packageFile.ts";
 import { canonical, type Digests, joined, overall, sections, sha256 } from "./seal.ts";
 import { laws } from "./verifyPlan.ts";
 
-/** Every way in which a plan can be damaged ends here, in one message: no reader after this checks again. */
+/** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. */
 export function parsePlan(text: string, file: string): Plan {
   const refuse = (what: string, fix = "compile the job again"): never => {
     throw new Trouble(`${file}: ${printable(what, 600)}`, fix, 2);
@@ -38,7 +38,7 @@ export function parsePlan(text: string, file: string): Plan {
   return value as Plan;
 }
 
-/** The first law that a plan breaks, with the section it is about; undefined where it keeps all of them. */
+/** Returns the first law that a plan breaks, with its section; undefined if it breaks none. */
 function brokenLaw(plan: Plan): string | undefined {
   for (const [section, check] of laws)
     try {
@@ -50,10 +50,10 @@ function brokenLaw(plan: Plan): string | undefined {
   return undefined;
 }
 
-/** Which section the bytes were changed in, said in words; undefined if the file is as it was written. */
+/** Returns a message about the section that was changed after compilation; undefined if none was. */
 function changedSection(value: Record<string, unknown>, text: string): string | undefined {
   const digests = value.digests;
-  if (!isRecord(digests)) return "not a plan: it holds no digests";
+  if (!isRecord(digests)) return "not a plan: it has no digests";
   for (const name of sections) {
     if (!(name in value)) return `section "${name}" is missing`;
   }
@@ -65,7 +65,7 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
   }
   const actual = Object.fromEntries(sections.map((name) => [name, sha256(texts.get(name)!)])) as Digests;
   const wrong = sections.filter((name) => digests[name] !== actual[name]);
-  // the overall digest tells a changed section from a changed digest: it was made over the digests as they were
+  // the overall digest covers the original digests, so it distinguishes a changed section from a changed digest
   const sealed = digests.plan === overall(String(value.format_version), digests as Digests);
   if (wrong.length > 0) {
     const names = wrong.map((name) => `"${name}"`).join(" and ");
@@ -82,7 +82,7 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
   return undefined;
 }
 
-/** The canonical text, but for what JSON admits and no plan holds: numbers such as 1e400, which are read as infinite, and deep nesting. */
+/** Returns the canonical text of a section, or a fault: numbers such as 1e400, which parse as infinity, and deep nesting. */
 function printed(part: unknown): { readonly text?: string; readonly fault?: string } {
   try {
     return { text: canonical(part) };
@@ -110,17 +110,18 @@ function majorMinor(version: unknown): readonly [number, number] | undefined {
 
 interface Validators {
   readonly exact: ValidateFunction;
-  /** A newer minor version may only add keys: they are let through. */
+  /** For newer minor versions, which may add keys: unknown keys are valid. */
   readonly additive: ValidateFunction;
 }
 
-let made: Validators | undefined;
+let cached: Validators | undefined;
+/** Returns the validators; each is compiled on first use. */
 function validators(): Validators {
   const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false }).compile(schema);
   const text = (): string => readPackageFile("schemas/plan.schema.json");
   let exact: ValidateFunction | undefined;
   let additive: ValidateFunction | undefined;
-  made ??= {
+  cached ??= {
     get exact() {
       return (exact ??= compile(JSON.parse(text())));
     },
@@ -129,10 +130,10 @@ function validators(): Validators {
       return (additive ??= compile(JSON.parse(text(), open)));
     },
   };
-  return made;
+  return cached;
 }
 
-/** Alternatives all report; the error that got deepest is the one about what is there. */
+/** Returns the deepest error as text. Every variant of a union reports errors; the deepest is about the variant that matches best. */
 function firstError(errors: readonly ErrorObject[]): string {
   const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
   const deepest = [...errors].sort((a, b) => depth(b) - depth(a))[0]!;

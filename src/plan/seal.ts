@@ -1,14 +1,17 @@
 /**
- * The plan as a file: canonical JSON (RFC 8785), so that equal plans are equal bytes, and a digest per section, so that a
- * plan that was changed says where. `readPlan.ts` reads it back: what `parsePlan` returns is exactly what `printPlan` wrote.
+ * The plan as a file: canonical JSON (RFC 8785), so that equal plans have equal bytes, with a digest per section, so that a change is
+ * located. `parsePlan` (read.ts) returns exactly the plan that `printPlan` wrote.
  */
 import { createHash } from "node:crypto";
 import canonicalize from "canonicalize";
 import { FORMAT_VERSION, type Plan, type Sections } from "../../schemas/plan.ts";
 
+/** Sections that have a digest. */
 export const sections = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const satisfies readonly (keyof Sections)[];
+/** SHA-256 of each section, and of all together. */
 export type Digests = Plan["digests"];
 
+/** Builds a plan from its sections: adds format version and digests. */
 export function sealPlan(parts: Sections): Plan {
   const texts = Object.fromEntries(sections.map((name) => [name, canonical(parts[name])]));
   const digests = Object.fromEntries(sections.map((name) => [name, sha256(texts[name]!)])) as Digests;
@@ -18,12 +21,12 @@ export function sealPlan(parts: Sections): Plan {
   return plan;
 }
 
-/** A cubin of a kernel: the name of its file below kernels/, and what that holds. */
+/** The compiled binary of a kernel: file name below kernels/, and content. */
 export interface Cubin {
   readonly file: string;
   readonly bytes: Uint8Array;
 }
-/** The plan with the cubins of its kernels, by kernel id: their digests are a part of its own. */
+/** Returns the plan with the digests of cubins, which `cubins` maps by kernel id, sealed again. */
 export function sealCubins({ format_version: _, digests: __, ...parts }: Plan, cubins: ReadonlyMap<string, Cubin>): Plan {
   const kernels = parts.kernels.map((kernel) => {
     const cubin = cubins.get(kernel.id);
@@ -32,22 +35,25 @@ export function sealCubins({ format_version: _, digests: __, ...parts }: Plan, c
   return sealPlan({ ...parts, kernels });
 }
 
-/** Texts of plans sealed in this process: a plan is large, and is written right after. */
+/** Cached texts of plans sealed in this process: plans are large and usually printed right after sealing. */
 const sealed = new WeakMap<Plan, string>();
 
+/** Returns the text of a plan file. */
 export const printPlan = (plan: Plan): string =>
   sealed.get(plan) ?? joined(Object.entries(plan).map(([name, value]) => [name, canonical(value)] as const));
 
+/** Returns canonical JSON (RFC 8785). Throws on values that JSON cannot hold. */
 export const canonical = (value: unknown): string => canonicalize(value)!;
 
-/** The text of a plan from those of its parts, which need not be walked again. */
+/** Joins the canonical texts of the top-level keys to the text of a plan. */
 export function joined(parts: readonly (readonly [name: string, text: string])[]): string {
   const sorted = [...parts].sort(([a], [b]) => (a < b ? -1 : 1));
   return `{${sorted.map(([name, text]) => `${JSON.stringify(name)}:${text}`).join(",")}}\n`;
 }
+/** Returns the SHA-256 in hexadecimal. */
 export const sha256 = (content: string | Uint8Array): string => createHash("sha256").update(content).digest("hex");
 
-/** The version is sealed too: a flipped minor would otherwise pass. */
+/** Returns the digest over all section digests and the format version, so that a changed version is detected too. */
 export function overall(version: string, digests: Digests): string {
   return sha256(canonical({ format_version: version, ...Object.fromEntries(sections.map((name) => [name, digests[name]])) }));
 }

@@ -1,21 +1,21 @@
-/** verifyArenas: every buffer of a plan has a place in the arena of its kind, and the parts add up to the peak. */
+/** Checks of the memory section: every buffer lies in the arena of its kind, and the parts add up to the peak. */
 import type { Buffer, BufferKind, Memory, Plan, Program } from "../../schemas/plan.ts";
 import { activationBytes } from "../../schemas/program.ts";
 import { invariant } from "../ops/op.ts";
 import { ALIGN, scratchOf, sizeOf, verifyMemory } from "../passes/memory.ts";
 
-/** Throws a BrokenInvariant that names the stage and the buffer. */
+/** Throws a BrokenInvariant that names stage and buffer if the memory of a plan does not fit its programs. */
 export function verifyArenas({ programs, memory, kernels }: Plan): void {
   invariant(memory.length === programs.length, () => `${memory.length} memories for ${programs.length} stages`);
   for (const [stage, p] of programs.entries()) {
     const m = memory[stage]!;
     const who = `stage ${stage}`;
-    invariant(m.stage === stage, () => `the memory at place ${stage} is of stage ${m.stage}`);
+    invariant(m.stage === stage, () => `memory entry ${stage} is for stage ${m.stage}`);
     invariant(
       m.activation.length === p.chunks.length,
       () => `${who}: ${m.activation.length} activation arenas for ${p.chunks.length} chunks`,
     );
-    verifyPlaces(p, m, who);
+    verifyOffsets(p, m, who);
     const { parameter, gradient, optimizer, workspace, scratch, peak } = m;
     const needed = scratchOf(p, kernels);
     invariant(scratch >= needed, () => `${who}: ${scratch} bytes of scratch, and its kernels use ${needed}`);
@@ -25,8 +25,8 @@ export function verifyArenas({ programs, memory, kernels }: Plan): void {
   }
 }
 
-/** Buffers lie within their arenas at aligned places; those that live for good share bytes only where one is said to lie within the other. */
-function verifyPlaces(p: Program, m: Memory, who: string): void {
+/** Checks that buffers are aligned and inside their arenas, and that lasting buffers overlap only if one is declared `within` the other. */
+function verifyOffsets(p: Program, m: Memory, who: string): void {
   const arena: { readonly [K in BufferKind]: (b: Buffer) => number } = {
     parameter: () => m.parameter,
     gradient: () => m.gradient,
@@ -44,8 +44,12 @@ function verifyPlaces(p: Program, m: Memory, who: string): void {
     const from = m.offsets[b.id]!;
     const to = from + sizeOf(b);
     const bytes = arena[b.kind](b);
-    invariant(from % ALIGN === 0 && to <= bytes, () => `${who}: ${b.id} at ${from} leaves the ${b.kind} arena of ${bytes}`);
-    if (b.within !== undefined) invariant(from === m.offsets[b.within], () => `${who}: ${b.id} does not begin where ${b.within} does`);
+    invariant(
+      from % ALIGN === 0 && to <= bytes,
+      () => `${who}: ${b.id} at ${from} is misaligned or outside of the ${b.kind} arena of ${bytes} bytes`,
+    );
+    if (b.within !== undefined)
+      invariant(from === m.offsets[b.within], () => `${who}: ${b.id} does not start at the offset of ${b.within}`);
     else if (b.kind === "parameter" || b.kind === "gradient" || b.kind === "optimizer") lasting.push({ kind: b.kind, id: b.id, from, to });
   }
   lasting.sort((a, b) => (a.kind === b.kind ? a.from - b.from : a.kind < b.kind ? -1 : 1));

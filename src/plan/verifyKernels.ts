@@ -1,4 +1,4 @@
-/** verifyKernels: the kernels of a plan are those that its instructions use, at their sizes; and their launches reach no byte beyond. */
+/** Checks of the kernels section: kernels match the instructions that use them, and launches stay inside their buffers. */
 
 import type { Arg, Compute, Kernel, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
@@ -7,10 +7,10 @@ import { ops } from "../ops/index.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
 
-/** Throws a BrokenInvariant that names the kernel. */
+/** Throws a BrokenInvariant that names the kernel if kernels and instructions of a plan do not match. */
 export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): void {
   const byId = new Map(kernels.map((k) => [k.id, k]));
-  invariant(byId.size === kernels.length, () => "two kernels have one name");
+  invariant(byId.size === kernels.length, () => "two kernels have the same id");
   for (const k of kernels) verifyKernel(k, toolchain.target);
   const seen = new Set<string>();
   for (const p of programs) {
@@ -18,9 +18,9 @@ export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): voi
     for (const i of instructionsOf(p)) {
       if (i.kind !== "compute") continue;
       const kernel = byId.get(i.kernel);
-      invariant(kernel !== undefined, () => `stage ${p.stage}: ${i.id} runs kernel ${i.kernel}, which is not there`);
+      invariant(kernel !== undefined, () => `stage ${p.stage}: ${i.id} runs kernel ${i.kernel}, which does not exist`);
       verifyUse(kernel, i, { mesh, buffers });
-      // uses of one kernel are alike in all that its launches depend on
+      // all uses of one kernel agree in everything that its launches depend on
       if (!seen.has(kernel.id)) for (const launch of kernel.launches) verifyArgs(kernel, launch, i, buffers);
       seen.add(kernel.id);
     }
@@ -29,7 +29,7 @@ export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): voi
 
 type Buffers = ReadonlyMap<string, Program["buffers"][number]>;
 
-/** Limits of CUDA: blocks along x, and along y and z; threads of a block; bytes of shared memory that any device has. */
+/** Limits of CUDA: blocks along x; blocks along y and z; threads of a block; the largest shared memory of any device, in bytes. */
 const [BLOCKS, BLOCKS_YZ, THREADS, SHARED] = [2 ** 31 - 1, 65_535, 1024, 2 ** 18];
 
 function verifyKernel(k: Kernel, target: string): void {
@@ -42,9 +42,9 @@ function verifyKernel(k: Kernel, target: string): void {
     () => `its cubin is ${k.cubin?.file}`,
   );
   must(k.cubin === undefined || k.cubin.file.startsWith(`${k.id}.`), () => `its cubin is ${k.cubin?.file}`);
-  must(k.source === undefined || k.launches.length > 0, () => "nothing launches it");
+  must(k.source === undefined || k.launches.length > 0, () => "it has a source but no launches");
   for (const { entry, grid, threads, shared } of k.launches) {
-    must(/^\w{1,200}$/.test(entry), () => `${JSON.stringify(entry)} names no function`);
+    must(/^\w{1,200}$/.test(entry), () => `${JSON.stringify(entry)} is not a function name`);
     must(
       grid.every((n, axis) => n >= 1 && n <= (axis === 0 ? BLOCKS : BLOCKS_YZ)),
       () => `no device launches ${grid.join("x")} blocks`,
@@ -53,7 +53,7 @@ function verifyKernel(k: Kernel, target: string): void {
   }
 }
 
-/** The instruction has the kernel's op, types and local sizes. */
+/** Checks that an instruction has the op, types and local sizes of its kernel. */
 function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Mesh; readonly buffers: Buffers }): void {
   const must = (ok: boolean, what: () => string): void => invariant(ok, () => `${i.id}: its kernel ${k.id} ${what()}`);
   must(k.op === i.op, () => `is of op ${k.op}, not ${i.op}`);
@@ -68,12 +68,12 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
     );
 }
 
-/** Every argument of a launch is something that the instruction has, and lies within it. */
+/** Checks that every argument of a launch exists in the instruction and stays inside its buffer. */
 function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buffers): void {
   const must = (ok: boolean, arg: Arg): void =>
     invariant(
       ok,
-      () => `kernel ${k.id}: ${entry} takes ${typeof arg === "string" ? arg : `a map of ${arg.tensor}`}, which ${i.id} has not`,
+      () => `kernel ${k.id}: ${entry} takes ${typeof arg === "string" ? arg : `a map of ${arg.tensor}`}, which ${i.id} does not provide`,
     );
   const operands = new Map(Object.entries({ ...i.reads, ...i.writes }));
   const rows = i.rows ?? [...operands.values()].map((id) => buffers.get(id)!.rows).find((id) => id !== undefined);

@@ -1,7 +1,7 @@
 /**
- * verifyPlan: the laws of a whole plan, checked when a plan is read. A file with right digests is no proof that rankc wrote it: who
- * edits a plan can seal it again. So what the compiler guarantees is checked here before anything allocates, loops or opens a file by
- * what the plan says: the laws of `verifyPrograms` and `verifyMemory`, and the bounds that the compiler keeps by construction.
+ * The laws of a whole plan, checked when a plan is read. Correct digests do not prove that rankc wrote a file, because an edited plan
+ * can be sealed again. So everything that the compiler guarantees is checked before the plan decides allocations, loops or file names:
+ * the laws of `verifyPrograms` and `verifyMemory`, and the bounds that the compiler keeps by construction.
  */
 import { isDeepStrictEqual } from "node:util";
 import type { Job } from "../../schemas/job.ts";
@@ -19,37 +19,38 @@ import { verifyShapes } from "./verifyShapes.ts";
 
 type Law = readonly [section: (typeof sections)[number], check: (plan: Plan) => void];
 
-/** In this order: each law may rely on those before it. */
+/** The laws by section, in order: each may rely on those before it. */
 export const laws: readonly Law[] = [
-  ["toolchain", ({ toolchain: { target } }) => invariant(targetNames.includes(target), `no target is named ${target}`)],
+  ["toolchain", ({ toolchain: { target } }) => invariant(targetNames.includes(target), `unknown target ${target}`)],
   ["mesh", verifyMesh],
-  ["programs", verifyRoles],
+  ["programs", verifyStages],
   ["kernels", verifyKernels],
   ["programs", ({ job, mesh, programs }) => verifyPrograms(programs, mesh, smallerSteps(job, programs))],
   ["memory", verifyArenas],
 ];
 
-/** The mesh is a function of the job. */
+/** Checks that the mesh is the one that the job defines. */
 function verifyMesh({ job, mesh }: Plan): void {
-  invariant(job.parallel.world === mesh.world, `${mesh.world} ranks, and the job has ${job.parallel.world}`);
-  const made = buildMesh(job);
-  for (const key of Object.keys(made) as (keyof typeof made)[])
-    invariant(isDeepStrictEqual(mesh[key], made[key]), `"${key}" is not what the job's parallel keys give`);
+  invariant(job.parallel.world === mesh.world, `the mesh has ${mesh.world} ranks, the job ${job.parallel.world}`);
+  const expected = buildMesh(job);
+  for (const key of Object.keys(expected) as (keyof typeof expected)[])
+    invariant(isDeepStrictEqual(mesh[key], expected[key]), `"${key}" does not match the parallel keys of the job`);
 }
 
-/** Programs stand in the order of their stages, have the same chunks, and do the microbatches that the job has. */
-function verifyRoles({ job, mesh, programs }: Plan): void {
+/** Checks that programs are in the order of stages, with equal numbers of chunks and the microbatches of the job. */
+function verifyStages({ job, mesh, programs }: Plan): void {
   const stages = mesh.world / mesh.per_stage;
   invariant(programs.length === stages, `${programs.length} programs for ${stages} stages`);
   const microbatches = microbatchesOf(job);
-  invariant(Number.isInteger(microbatches), `the job's global batch is no multiple of a microbatch on all data ranks`);
+  invariant(Number.isInteger(microbatches), `the global batch of the job is not a multiple of one microbatch on all data ranks`);
   for (const [stage, p] of programs.entries()) {
-    invariant(p.stage === stage, `the program at place ${stage} is of stage ${p.stage}`);
+    invariant(p.stage === stage, `program ${stage} is for stage ${p.stage}`);
     verifyTags(p, programs[0]!.chunks.length, microbatches);
     verifyShapes(p, { job, mesh, stages: programs });
   }
 }
 
+/** Checks the chunks of a program and the tags of its order. */
 function verifyTags({ stage, chunks, order }: Program, count: number, microbatches: number): void {
   invariant(chunks.length === count, `stage ${stage} has ${chunks.length} chunks, stage 0 has ${count}`);
   const tags = new Set<string>();
@@ -59,7 +60,7 @@ function verifyTags({ stage, chunks, order }: Program, count: number, microbatch
     const work = kind && { kind, microbatch: Number(m), chunk: Number(c) };
     invariant(
       work !== undefined && blockTag(work, count) === tag && !tags.has(tag),
-      `stage ${stage}: the order holds ${JSON.stringify(tag)}`,
+      `stage ${stage}: the order contains the invalid or repeated tag ${JSON.stringify(tag)}`,
     );
     tags.add(tag);
   }
@@ -77,14 +78,14 @@ function verifyTags({ stage, chunks, order }: Program, count: number, microbatch
   }
 }
 
-/** Pieces of work that are played through at most; what a smaller step waits for is a part of what the whole one waits for. */
-const PLAYED = 2 ** 22;
+/** The largest number of block runs that are simulated. The waits of a smaller step are a subset of those of the whole step. */
+const MOST_SIMULATED = 2 ** 22;
 
-/** Microbatches of the steps while the batch grows, as many as `PLAYED` has room for. */
+/** Returns the numbers of microbatches of the steps during batch ramp-up, limited by `MOST_SIMULATED`. */
 function smallerSteps(job: Job, programs: readonly Program[]): number[] {
   const perMicrobatch = programs.length * programs[0]!.chunks.length * microbatchBlocks.length;
   const orders = programs.reduce((sum, p) => sum + p.order.length, 0);
-  let left = PLAYED;
+  let left = MOST_SIMULATED;
   return [...new Set(smallerStepsOf(job))].filter((m) => {
     left -= m * perMicrobatch + orders;
     return left >= 0;
