@@ -1,12 +1,12 @@
 /**
- * An op is one declaration. From its signature line come the argument names, the shape rule, the bytes touched and,
- * per output, the cut rule: a dim that stands in the output is concatenated, one that stands only in the inputs owes a sum.
+ * An op is one declaration. Its signature gives the argument names, the shape rule, the bytes touched and the sharding rule of each
+ * output: a dim of the output may be sharded; sharding a dim that only inputs have makes the output partial.
  *
- *   D!      read whole: may not be cut
- *   G*M*C   one dim in memory; only its leading factor may be cut, the others are attributes
- *   G/N*C   N neighbours of G share an element: factors that cut G finer than that leave it whole; N is an attribute, 1 if absent
- *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be cut
- *   ...     any dims, the same for every operand that says so
+ *   D!      replicated: must not be sharded
+ *   G*M*C   one dim in memory; only the leading factor may be sharded, the others are attributes
+ *   G/N*C   N neighbours of G share an element: sub-axes that shard G more finely leave it replicated; N is an attribute, default 1
+ *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be sharded
+ *   ...     any dims, equal in all operands with `...`
  */
 import type { Dtype } from "../../schemas/plan.ts";
 
@@ -25,70 +25,71 @@ type Each<K extends string, T> = Readonly<Record<K, T>>;
 export type Attrs = Readonly<Record<string, number>>;
 export type Grads = Readonly<Record<string, Value>>;
 
-/** The first output and its gradient; and the gradients of all outputs that carry one. */
+/** The first output `y`, its gradient `dy`, and in `dys` the gradients of all `gradOutputs`. */
 export interface OutputGrads {
   readonly y: Value;
   readonly dy: Value;
   readonly dys: readonly Value[];
 }
 
-/** What a cut op knows besides its local sizes. It never divides by a local size: constants of the job are attributes. */
+/** Global coordinates of the shard that an op computes. An op never divides by a local size: constants of the job are attributes. */
 export interface ShardContext {
-  /** The global index of a dim's first local element; local pieces are contiguous. */
+  /** Returns the global index of the first local element of a dim; shards are contiguous. */
   start(dim: string): number;
-  /** The rows of the ragged operands: [count, b0, s0, e0, b1, …], global coordinates. */
+  /** The rows of the ragged operands: [count, b0, s0, e0, b1, …] in global coordinates. */
   readonly rows: Int32Array;
 }
 
 export interface Declaration<S extends string> {
   readonly name: string;
   readonly sig: S;
-  /** What an output owes over a dim it lost; a sum if not said. `merge`: attention_merge of the pieces' outputs, which a graph cannot owe. */
+  /** The pending reduction of a partial output; default: sum. `merge` is attention_merge of the partial outputs; values of a graph cannot be partial by it. */
   readonly reduction?: "max" | "merge";
-  /** f(a+a', b+b') = f(a,b) + f(a',b'): sums owed by all inputs may stay owed by the output. */
+  /** f(a+a', b+b') = f(a,b) + f(a',b'): if all inputs are partial sums, the output may stay partial. */
   readonly linear?: true;
-  /** f is linear in this input alone: a sum that copies of the same rows owe of it may stay owed by all outputs. */
+  /** f is linear in this input alone: if it is a partial sum over copies of the same rows, all outputs may stay partial. */
   readonly linearIn?: In<S>;
-  /** Types of outputs that are not simply that of the first float input. */
+  /** Types of outputs; default: the type of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
-  /** Outputs through which a gradient arrives, in the order of `dys`; the first if not said. */
+  /** Outputs that receive a gradient, in the order of `dys`; default: the first output. */
   readonly gradOutputs?: readonly Out<S>[];
-  /** Last part of the id of a backward node; `grad` if not said. */
+  /** Last part of the id of a backward node; default: `grad`. */
   readonly suffix?: string;
-  /** Outputs that `cpu` reads and updates in place; all others it finds zeroed. */
+  /** Outputs that `cpu` reads and updates in place. All other outputs are zero before `cpu` runs. */
   readonly inPlace?: readonly Out<S>[];
-  /** Of outputs that are updated: the attribute that they may not exceed in a step. The run ends with an error where one does. */
+  /** Per updated output, the attribute that holds its maximum in a step. A run in which the output exceeds it ends with an error. */
   readonly limits?: Partial<Each<Out<S>, string>>;
-  /** Attributes that a kernel is told at launch, as 32 bits: uses that differ in them alone are one kernel. */
+  /** Attributes that a kernel receives at launch as 32 bits: uses that differ only in these share one kernel. */
   readonly runtimeAttrs?: readonly string[];
-  /** Floating-point operations at these sizes (local, or global: the same formula); R is the number of rows. */
+  /** Returns the number of floating-point operations at local or global sizes; R is the number of rows. */
   flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
-  /** The reference: plain loops over local pieces. bf16 values arrive as f32, and are rounded when stored. */
+  /** The reference arithmetic: plain loops over local shards. bf16 values are passed as f32 and rounded when stored. */
   cpu(t: Each<In<S> | Out<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext): void;
-  /** For ops that make a ragged value out of dense ones: writes [count, b, s, e, …] (global) into `rows`, at most `bound` rows; returns the count needed. */
+  /** For ops that make a ragged value from dense ones: writes at most `bound` rows as [count, b, s, e, …] (global) into `rows`; returns the count needed. */
   rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext, rows: Int32Array, bound: number): number;
-  /** Gradient of each differentiable input, as ops. A name left out takes no gradient. */
+  /** Returns the gradient of each differentiable input as ops. Inputs left out have no gradient. */
   grad?(t: Each<In<S>, Value>, g: OutputGrads, a: Attrs): Grads;
 }
 
+/** One dim of an operand in a signature: `dim` with its `inner` factors. */
 export interface DimSpec {
   readonly dim: string;
   readonly inner: readonly string[];
-  /** The attribute that says how many neighbours along the dim share an element. */
+  /** The attribute that holds how many neighbours along the dim share an element. */
   readonly shared?: string;
   readonly replicated: boolean;
 }
-/** `ragged` counts the leading slots that share the first dim in memory; `any` says `...`. */
+/** An operand of a signature. `ragged` counts the leading dims that are one dim in memory; `any` marks `...`. */
 export interface Operand {
   readonly name: string;
   readonly dimSpecs: readonly DimSpec[];
   readonly ragged: number;
   readonly any: boolean;
 }
-/** An op as the passes and the runtime see it: names are strings. */
+/** An op with its operand names as plain strings: the form that passes and the runtime use. */
 export interface AnyOp
   extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"> {
-  /** Applies the op; its outputs by name. */
+  /** Adds a node of this op to the graph and returns its outputs by name. Throws a BrokenInvariant where shapes disagree. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
@@ -108,69 +109,73 @@ export interface AnyOp
   readonly gradOutputs?: readonly string[];
   grad?(t: Readonly<Record<string, Value>>, g: OutputGrads, a: Attrs): Grads;
 }
+/** An op whose operand names are checked at compile time. */
 export interface Op<S extends string> extends AnyOp {
-  /** Applies the op; the first output. */
+  /** Adds a node of this op to the graph and returns its first output. */
   of(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Value;
   all(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Each<Out<S>, Value>;
 }
 
+/** The largest number of `rows` per expert in each group of `sequences` × `positions` tokens. */
 export interface Quota {
   readonly rows: number;
   readonly sequences: number;
   readonly positions: number;
 }
-/** A logical tensor of the graph: global sizes, one per slot (a ragged value has its ragged slots first). */
+/** A tensor of the graph with global sizes, one per dim. The ragged dims come first. */
 export interface Value {
   readonly node?: Node;
   readonly out: number;
   readonly sizes: readonly number[];
   readonly ragged: number;
-  /** Rows per (b,s) of a ragged value at most: the router's top_k. */
+  /** Largest number of rows per (b,s) of a ragged value: top_k of the router. */
   readonly fanout: number;
-  /** … and per expert, of any group of so many sequences and positions. */
+  /** Largest number of rows per expert of a ragged value. */
   readonly quota?: Quota;
   readonly leaf?: Leaf;
   dtype: Dtype;
-  /** Per slot, the axes it is declared to be cut along; absent: as it falls out. */
+  /** Per dim the mesh axes that must shard it; absent: `shard` decides. */
   shardAxes?: readonly (readonly string[])[];
 }
-/** A parameter or an input. */
+/** A parameter or an input of the graph. */
 export interface Leaf {
   readonly kind: "parameter" | "input";
   readonly name: string;
   readonly position: number;
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
-  /** A parameter that no gradient teaches: a step updates it by an op of what was counted in it. */
+  /** The update rule of a parameter without a gradient: an op on a statistic of the step. */
   readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };
-  /** … the value of the forward pass whose sum over the step that is. */
+  /** The value of the forward pass whose sum over the step the update rule reads. */
   updateInput?: Value;
-  /** The parameter of another stage that this one is a copy of, under the same name. */
+  /** For a tied copy, the parameter of another stage with the same name. */
   readonly tiedTo?: Value;
 }
-/** Per slot the axes that cut it, outermost first, on both sides of a seam: all of one grid, then all of the other. */
+/** Per dim the mesh axes that shard it, outermost first, before and after a regrid: all axes of one grid, then all of the other. */
 export interface Regrid {
   readonly from: NonNullable<Value["shardAxes"]>;
   readonly to: NonNullable<Value["shardAxes"]>;
 }
+/** One use of an op in the graph. */
 export interface Node {
   readonly op: AnyOp;
   readonly args: readonly Value[];
   readonly attrs: Attrs;
   readonly outs: Value[];
-  /** What each dim measures here (global sizes), attributes included. */
+  /** Global size of each dim, and the attributes. */
   readonly size: Readonly<Record<string, number>>;
   id: string;
-  /** Where in the model it stands, which decides its stage: 0 the embedding, from 1 on the layers, last the head. */
+  /** Position in the model, which decides the stage: 0 the embedding, from 1 the layers, last the head. */
   position: number;
   backward: boolean;
-  /** The dim that an axis cuts; without a dim, it cuts none, and its ranks repeat the work. */
+  /** The dim that a mesh axis must shard. Without a dim the axis shards none: its ranks repeat the work. */
   pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
-  /** A dim that is read whole need not be brought: its pieces, cut as another dim is, go around the ranks (ring.ts). */
+  /** A replicated dim that need not be gathered: its shards, laid out like dim `as`, pass around a ring of ranks (ring.ts). */
   ring?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
-  /** Of `fold` (fold.ts): by which axes its input is cut, and its output. */
+  /** Of a regrid node: the axes that shard its input and its output. */
   regrid?: Regrid | undefined;
 }
 
+/** Makes an op from its declaration; the signature is parsed here and by the type checker. */
 export function op<const S extends string>(def: Declaration<S>): Op<S> {
   const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operands);
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
@@ -202,15 +207,15 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
   return self;
 }
 
-/** Of an op that makes rows: `k` of a token at most, `quota` of an expert in each group. */
+/** Reads the quota of an op that makes rows from its attributes. */
 const quotaOf = ({ quota, sequences, positions }: Attrs): Quota => ({ rows: quota!, sequences: sequences!, positions: positions! });
 
-/** An op's operands at one use: `...` replaced by as many dims as the argument has. */
+/** Returns the operands of one use of an op, with `...` replaced by the dims of the argument. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {
   const like = args[o.inputs.findIndex((i) => i.any)];
   return expandLike(o, like ? { dimSpecs: like.sizes.length, ragged: like.ragged } : undefined);
 }
-/** The same when only the shape of a `...` argument is known. */
+/** Returns the operands of an op, with `...` replaced by `like.dimSpecs` dims of which `like.ragged` are ragged. */
 export function expandLike(o: AnyOp, like: { dimSpecs: number; ragged: number } | undefined): Pick<AnyOp, "inputs" | "outputs"> {
   if (!like) return o;
   const fill = (t: Operand): Operand =>
@@ -224,15 +229,15 @@ export function expandLike(o: AnyOp, like: { dimSpecs: number; ragged: number } 
   return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
 }
 
-/** How many neighbours along a slot's dim share an element. */
+/** Returns how many neighbours along a dim share an element. */
 export const sharersOf = ({ shared }: DimSpec, size: Readonly<Record<string, number>>): number =>
   shared === undefined ? 1 : (size[shared] ?? 1);
 
-/** Elements of one slot: its dim, by those who share an element, times its inner dims. A piece of some who share one has that one. */
+/** Returns the elements along one dim in memory: its size divided by the number of sharers (at least 1), times its inner factors. */
 export const dimSize = (s: DimSpec, size: Readonly<Record<string, number>>): number =>
   s.inner.reduce((n, d) => n * size[d]!, Math.max(1, size[s.dim]! / sharersOf(s, size)));
 
-/** What each dim measures at one use. Throws where shapes disagree. */
+/** Returns the size of each dim at one use, and the attributes. Throws a BrokenInvariant where shapes disagree. */
 function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, number> {
   const size: Record<string, number> = { ...node.attrs };
   for (const [i, { dimSpecs, name }] of expand(node).inputs.entries()) {
@@ -246,13 +251,13 @@ function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, numb
   return size;
 }
 
-/** A law that rankc's own output obeys is broken: a bug where rankc compiles, damage where it reads a plan. */
+/** A condition that rankc itself guarantees is false: a bug in the compiler, or a damaged plan file. */
 export class BrokenInvariant extends Error {
   constructor(readonly law: string) {
     super(`rankc: broken invariant: ${law}`);
   }
 }
-/** Throws a BrokenInvariant with the message where the condition is false; a function makes the text only then, for checks in loops. */
+/** Throws a BrokenInvariant if `ok` is false. A function as message is called only then, which keeps checks in loops cheap. */
 export function invariant(ok: boolean, message: string | (() => string)): asserts ok {
   if (!ok) throw new BrokenInvariant(typeof message === "string" ? message : message());
 }
