@@ -1,17 +1,17 @@
-/** Causal grouped-query attention, on all keys or on a piece of them. Positions are global, whatever piece of the sequence is here. */
+/** Causal grouped-query attention over all keys or over a shard of them. Positions are global on every shard. */
 import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
 export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
 /**
- * Queries and keys have width C, values and outputs W; query head g·M + m reads key head ⌊g/copies⌋: groups that share a key head may be on
- * different ranks, each with a copy of it. `scale`, `chunk` and `ranks` are attributes.
+ * Queries and keys have width C, values and outputs W. Query head g·M + m reads key head ⌊g/copies⌋: groups that share a key head may be on
+ * different ranks, each of which holds a copy of that head. `scale`, `chunk` and `ranks` are attributes.
  */
 export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
 
 /**
- * A query sees the keys at its own position and before; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, kept for
- * the gradient. With a `chunk`, queries and keys lie in zigzag order over `ranks` ranks (positions.ts).
+ * A query attends to the keys at its own and earlier positions; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, which
+ * the gradient reads. With a `chunk`, queries and keys are in zigzag order over `ranks` ranks (positions.ts).
  */
 export const attention = op({
   name: "attention",
@@ -25,7 +25,7 @@ export const attention = op({
   },
 });
 /**
- * With weights w = exp(score − lse) of one query: dv = w·dy; dw = dy·v; the softmax takes ds = w·(dw − Σ w·dw), and Σ w·dw = o·dy;
+ * With weights w = exp(score − lse) of one query: dv = w·dy; dw = dy·v; softmax gradient ds = w·(dw − Σ w·dw), where Σ w·dw = o·dy;
  * dq = Σ ds·scale·k, dk = ds·scale·q.
  */
 export const attentionGrad = op({
@@ -36,8 +36,8 @@ export const attentionGrad = op({
 });
 
 /**
- * Attention to a piece of the keys, for compilers that bring pieces past the queries: attention_merge makes the whole of two. A query that
- * sees no key of the piece has o = 0 and lse = −∞.
+ * Attention to a shard of the keys, used by ring attention; attention_merge combines the results of two shards. A query that attends to no key
+ * of the shard has o = 0 and lse = −∞.
  */
 export const attentionPart = op({
   name: "attention_part",
@@ -47,14 +47,14 @@ export const attentionPart = op({
   flops: flopsOfMix,
   cpu: mix,
 });
-/** What a piece of the keys gives and gets: o and lse are the whole's, so that the gradients of queries add up over the pieces. */
+/** Gradient of attention to a shard of the keys. `o` and `lse` are those of all keys, so gradients of queries are partial sums over the shards. */
 export const attentionPartGrad = op({
   name: "attention_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
   flops: flopsOfGrad,
   cpu: mixGrad,
 });
-/** Attention to two pieces of the keys from attention to each; of neither where both are nothing. */
+/** Combines attention to two shards of the keys. Where both have lse = −∞, so has the result, with o = 0. */
 export const attentionMerge = op({
   name: "attention_merge",
   sig: "a[B,S,H*W] la[B,S,H] b[B,S,H*W] lb[B,S,H] -> o[B,S,H*W] lse[B,S,H]",
@@ -74,16 +74,16 @@ export const attentionMerge = op({
   },
 });
 
-// a product of 2·S·U·C and one of 2·S·U·W per head, of which causality leaves half; of pieces of the keys, all together
+// per head one product of 2·S·U·C and one of 2·S·U·W, half of which causality skips; for shards of the keys this holds for their sum
 export function flopsOfMix({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (C + W)) / 2;
 }
-// five products: the scores once more, dq and dk of width C, dw and dv of width W
+// five products: the recomputed scores, dq and dk of width C; dw and dv of width W
 export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
 }
 
-/** What a weight counts after the softmax, by query head and local key; as it is where nothing says otherwise. */
+/** The factor of a weight after the softmax, by query head and local key; default: 1. */
 type Kept = (query: number, key: number) => number;
 
 export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: ShardContext, kept?: Kept): void {
@@ -99,7 +99,7 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
     }
     let sum = 0;
     for (let j = 0; j < seen.length; j++) sum += weight[j] = Math.exp(weight[j]! - most);
-    // of no keys −∞
+    // −∞ without keys
     lse[i] = most + Math.log(sum);
     mean.fill(0);
     for (let j = 0; j < seen.length; j++) {
@@ -116,7 +116,7 @@ export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Size
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
   const query = new Float64Array(C);
-  // many queries meet in one key: their sum is kept in double until the end
+  // many queries contribute to one key: the sum stays in double precision until the end
   const keySums = new Float64Array(dk.length);
   const valueSums = new Float64Array(dv.length);
   eachQuery(d, K, p, (i, keys, seen) => {
@@ -140,10 +140,10 @@ export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Size
   dv.set(valueSums);
 }
 
-/** Local heads of keys: fewer than G where groups share one. */
+/** Number of local key heads: fewer than G where groups share a head. */
 const keyHeadsOf = (k: Float32Array, { B, U, C }: Sizes): number => k.length / (B * U * C);
 
-/** Visits each query head: its number, that of its first key's head (the next key's is K on), and the local keys that it sees. */
+/** Visits each query head: its index, the index of its head in the first key (the next key is K further), and the local keys it attends to. */
 function eachQuery(
   { B, S, U, G, M, ...d }: Sizes,
   K: number,

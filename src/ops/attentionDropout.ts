@@ -1,7 +1,7 @@
 /**
- * Attention that drops weights: after the softmax a weight is 0 with probability `drop`, else it grows by 1 / (1 − drop). `lse` is that of
- * the softmax, which knows nothing of it; so pieces of the keys are merged as ever (attention_merge). A signature of its own keeps
- * attention without it as it is.
+ * Attention with dropped weights: after the softmax a weight is 0 with probability `drop`, else it is multiplied by 1 / (1 − drop). `lse` is
+ * that of the softmax before dropout, so shards of the keys are combined by attention_merge as without dropout. These are separate ops because
+ * their signatures have the additional input `sample`.
  */
 import { type Arrays, flopsOfGrad, flopsOfMix, mix, mixGrad, type Sizes } from "./attention.ts";
 import { dropsOf, runtimeAttrs } from "./dropout.ts";
@@ -21,7 +21,7 @@ export const attentionDropout = op({
     return { q: dq, k: dk, v: dv };
   },
 });
-/** With f = 0 or 1 / (1 − drop) of each weight: dv = f·w·dy; dw = f·(dy·v); and still Σ w·dw = o·dy. */
+/** With the factor f = 0 or 1 / (1 − drop) of each weight: dv = f·w·dy; dw = f·(dy·v); Σ w·dw = o·dy holds as without dropout. */
 export const attentionDropoutGrad = op({
   name: "attention_dropout_grad",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
@@ -53,7 +53,7 @@ function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" |
   mixGrad(t, d, p, keptOf(t.sample, d, p));
 }
 
-/** What a weight is multiplied by: key u of a query is word u % 4 at counter (sequence, the query's position, its head, u / 4). */
+/** Returns the factor of each weight: key u of a query uses word u % 4 at counter (sequence, position of the query, head, u / 4). */
 function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: ShardContext): (query: number, key: number) => number {
   const { threshold, factor } = dropsOf(d.drop!);
   const [heads, firstHead] = [G * M, p.start("G") * M];

@@ -1,9 +1,9 @@
-/** What keeps tokens spread over the experts: losses on how often each was chosen, or a bias that goes by it. */
+/** Load balancing of experts: losses on the expert counts, biases updated from them, and balanced assignments. */
 import { type Grads, op } from "./op.ts";
 
-// -- for each microbatch of P sequences, or with P = 1 for each sequence
+// -- per microbatch of P sequences, or with P = 1 per sequence
 
-/** How many of its tokens chose each expert. */
+/** Counts the tokens of each group that chose each expert. */
 export const expertCounts = op({
   name: "expert_counts",
   sig: "c[A*P,S,E] -> n[A,E]",
@@ -12,7 +12,7 @@ export const expertCounts = op({
     for (let i = 0; i < c.length; i++) n[Math.floor(i / (P * S * E)) * E + (i % E)]! += c[i]!;
   },
 });
-/** c · Σ p·n: its sum over tokens is owed, while the counts are needed whole. The counts take no gradient. */
+/** c · Σ p·n: partial over shards of tokens, while the counts are those of the whole group. The counts have no gradient. */
 export const auxLoss = op({
   name: "aux_loss",
   sig: "p[A*P,S,E] n[A,E] -> y[]",
@@ -24,7 +24,7 @@ export const auxLoss = op({
   },
   grad: ({ p, n }, { dy }, a): Grads => ({ p: auxLossGrad.of({ p, n, dy }, a) }),
 });
-/** Of `p` only the shape is read. */
+/** Gradient with respect to p; only the shape of `p` is read. */
 export const auxLossGrad = op({
   name: "aux_loss_grad",
   sig: "p[A*P,S,E] n[A,E] dy[] -> dp[A*P,S,E]",
@@ -33,9 +33,9 @@ export const auxLossGrad = op({
   },
 });
 
-// -- the same over all microbatches of the step so far
+// -- over all microbatches of the step so far
 
-/** The running sum of a step's counts, `total`, over the number of microbatches in it: each has `choices` of them. */
+/** Adds the counts to `total`, the running sum of the step, and returns `total` divided by its number of microbatches (`choices` counts each). */
 export const runningMean = op({
   name: "running_mean",
   sig: "n[E!] -> mean[E!] total[E!]",
@@ -49,7 +49,7 @@ export const runningMean = op({
     for (let e = 0; e < E; e++) mean[e] = (total[e]! * choices!) / sum;
   },
 });
-/** c · Σ p·n, with one count for all microbatches. */
+/** c · Σ p·n, with one count vector for all microbatches. */
 export const globalAuxLoss = op({
   name: "global_aux_loss",
   sig: "p[B,S,E] n[E] -> y[]",
@@ -61,7 +61,7 @@ export const globalAuxLoss = op({
   },
   grad: ({ p, n }, { dy }, a): Grads => ({ p: globalAuxLossGrad.of({ p, n, dy }, a) }),
 });
-/** Of `p` only the shape is read. */
+/** Gradient with respect to p; only the shape of `p` is read. */
 export const globalAuxLossGrad = op({
   name: "global_aux_loss_grad",
   sig: "p[B,S,E] n[E] dy[] -> dp[B,S,E]",
@@ -70,12 +70,12 @@ export const globalAuxLossGrad = op({
   },
 });
 
-// -- choices that are even by themselves
+// -- balanced assignments
 
 /**
- * S-BASE: exp(x) of a microbatch of P sequences, its rows and columns scaled in turns until all tokens weigh the same and all experts do;
- * until the columns' factors move by 1e-4 in the mean, as in Megatron Core. `rounds` becomes the number of turns if that is more; past
- * `most` it gives up, and the run ends with an error.
+ * Sinkhorn iteration (S-BASE) on exp(x) of a microbatch of P sequences: rows and columns are scaled in turns until all rows have equal sums
+ * and all columns have. It stops when the column factors change by less than 1e-4 on average, as in Megatron Core. `rounds` becomes
+ * max(rounds, iterations); after `most` iterations the op stops, and the run ends with an error.
  */
 export const sinkhorn = op({
   name: "sinkhorn",
@@ -91,7 +91,7 @@ export const sinkhorn = op({
       const cost = Float64Array.from(x.subarray(a * T * E, (a + 1) * T * E), Math.exp);
       const d1 = new Float64Array(E).fill(1);
       let turn = 0;
-      // what is no number is not even
+      // NaN is not converged
       for (let moved = 1; !(moved <= 1e-4) && turn <= most!; turn++) {
         const columns = new Float64Array(E);
         for (let t = 0; t < T; t++) {
@@ -114,9 +114,9 @@ export const sinkhorn = op({
 });
 
 /**
- * The bias under which the experts of a microbatch of P sequences would be loaded evenly: with α of a token its (k+1)-th largest of
- * x − bias, what it takes to get in, the bias of an expert would let in T·k/E of its tokens: the next largest of x − α. Over `count`
- * microbatches the mean.
+ * The bias that would balance the experts of a microbatch of P sequences. With α of a token its (k+1)-th largest x − bias (the threshold of
+ * its top k), the bias of an expert is its (⌊T·k/E⌋ + 1)-th largest x − α, so that T·k/E tokens exceed it. The result is the mean
+ * over `count` microbatches.
  */
 export const quantile = op({
   name: "quantile",
@@ -143,7 +143,7 @@ export const quantile = op({
     }
   },
 });
-/** Towards the quantiles n of the step, by a moving mean; the biases sum to 0. A step of `scale` 0 is skipped. */
+/** Moves the biases towards the quantiles n of the step by an exponential moving average; the biases sum to 0. `scale` 0 skips the update. */
 export const quantileUpdate = op({
   name: "quantile_update",
   sig: "n[E!] scale[] -> bias[E!]",
@@ -160,9 +160,9 @@ export const quantileUpdate = op({
   },
 });
 
-// -- a bias of the choice in place of a loss: once a step, by what was counted in it
+// -- expert bias instead of a loss: updated once per step from the expert loads
 
-/** How many tokens chose each expert. */
+/** Counts the tokens that chose each expert. */
 export const expertLoad = op({
   name: "expert_load",
   sig: "c[B,S,E] -> n[E]",
@@ -171,7 +171,7 @@ export const expertLoad = op({
     for (let i = 0; i < c.length; i++) n[i % E]! += c[i]!;
   },
 });
-/** The same in row `row` of T, the number of layers with experts: the counts of all layers are one buffer, which ranks sum at once. */
+/** Like expert_load, into row `row` of T, the number of layers with experts: one buffer holds the loads of all layers, so one collective sums them. */
 export const expertLoads = op({
   name: "expert_loads",
   sig: "c[B,S,E] -> n[T,E]",
@@ -182,7 +182,7 @@ export const expertLoads = op({
     for (let i = 0; i < c.length; i++) n[row! * E + (i % E)]! += c[i]!;
   },
 });
-/** Towards the mean load, by steps of one size whatever the distance (DeepSeek-V3). A step of `scale` 0 is skipped. */
+/** Moves each bias by a fixed step towards the mean load (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `scale` 0 skips the update. */
 export const biasUpdate = op({
   name: "bias_update",
   sig: "n[E!] scale[] -> bias[E!]",

@@ -1,11 +1,11 @@
 /**
- * Which tokens an expert takes, where not every token that wants it gets it: its best ones, among a group of tokens whose size the
- * job knows. Of equals the earlier position is better, then the lower sequence.
+ * Selection of tokens by experts of limited capacity: the highest weights within a group of tokens whose size the job fixes. Ties go to the
+ * earlier position, then to the lower sequence.
  */
 import { op } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
-/** The numbers from 0 to before n, those with the largest keys first; only the first `count` of them. */
+/** Returns the `count` indices below n with the largest keys, in descending order of keys. */
 const best = (n: number, count: number, key: (i: number) => number): number[] =>
   Array.from({ length: n }, (_, i) => ({ i, key: key(i) }))
     .sort((a, b) => b.key - a.key || a.i - b.i)
@@ -13,9 +13,9 @@ const best = (n: number, count: number, key: (i: number) => number): number[] =>
     .map(({ i }) => i);
 
 /**
- * Of the tokens that chose an expert, those it has room for: `capacity` among P sequences × L positions, which is what a rank routes at
- * once. Kept are those of the largest weights, or with `position` the first ones. With `pad` room that is left goes to tokens that did
- * not choose it, the first ones, so that every expert gets `capacity` rows exactly. Weights are 0 or more.
+ * Keeps at most `capacity` tokens per expert among P sequences × L positions, the tokens that a rank routes at once. It keeps the largest
+ * weights, or with `position` the first tokens. With `pad`, free capacity is filled with the first tokens that did not choose the expert, so
+ * that every expert has exactly `capacity` rows. Weights are 0 or more.
  */
 export const drop = op({
   name: "apply_capacity",
@@ -32,7 +32,7 @@ export const drop = op({
   },
 });
 
-/** How many rows of the choice c are not among the kept ones d. */
+/** Counts the rows of the mask c that the mask d does not keep. */
 export const droppedRows = op({
   name: "dropped_rows",
   sig: "c[B,S,E] d[B,S,E] -> y[]",
@@ -44,7 +44,7 @@ export const droppedRows = op({
   },
 });
 
-/** Experts choose: each takes the `capacity` tokens of a microbatch (P sequences) that score highest with it. Scores are 0 or more. */
+/** Expert choice: each expert takes the `capacity` tokens of a microbatch (P sequences) with its highest scores. Scores are 0 or more. */
 export const expertChoiceMask = op({
   name: "expert_choice_mask",
   sig: "p[A*P,S!,E] -> c[A*P,S!,E]",
@@ -58,8 +58,8 @@ export const expertChoiceMask = op({
 });
 
 /**
- * Loads that are even whatever the scores, for benchmarks: token t, counted by its position, takes the k experts from t·k on. `S0` and
- * `E0` are the global sizes, `chunk` and `ranks` say how tokens lie (positions.ts); of `x` only the shape is read.
+ * Uniform loads for benchmarks, independent of the scores: token t, numbered by position, takes the k experts from t·k on, modulo E0. `S0` and
+ * `E0` are the global sizes, `chunk` and `ranks` give the order of tokens (positions.ts); only the shape of `x` is read.
  */
 export const uniformMask = op({
   name: "uniform_mask",

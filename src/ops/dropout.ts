@@ -1,26 +1,27 @@
 /**
- * What is random in a step: dropout, and jitter of a router's input. The bits are Philox's under a key of the job's seed and the site,
- * at a counter that says which element of all it is: its sequence since the run began, its position there, and its channel, or head and
- * key. So they do not depend on the mesh, on microbatches or on when an op runs: backward, and a forward that is repeated, make them again.
+ * Random ops of a step: dropout, and jitter of the router's input. The bits come from Philox. The key is made of the job's seed and the site;
+ * the counter identifies the element globally: sequence since the start of the run, position, and channel (or head and key). The bits thus
+ * do not depend on the mesh, on microbatches or on the time of execution: backward and recomputed forward ops reproduce them.
  */
 import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
 import { keyOf, philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
-/** The key of a site, as attributes; one kernel serves all sites, and is told it at launch. */
+/** Returns the Philox key of a site as attributes. Kernels receive it at launch, so one kernel serves all sites. */
 export function siteOf(seed: number, name: string): { readonly key0: number; readonly key1: number } {
   const [key0, key1] = keyOf(seed, name);
   return { key0, key1 };
 }
+/** Names of the attributes of `siteOf`. */
 export const runtimeAttrs = ["key0", "key1"] as const;
 
-/** A word below `threshold`, of 2^32, drops its element; what is kept grows by `factor`, so that the mean stays. */
+/** Returns `threshold` and `factor` for a drop probability: an element with a 32-bit word below `threshold` is dropped; kept elements are multiplied by `factor`, which preserves the mean. */
 export const dropsOf = (drop: number): { readonly threshold: number; readonly factor: number } => ({
   threshold: Math.min(2 ** 32 - 1, Math.round(drop * 2 ** 32)),
   factor: 1 / (1 - drop),
 });
 
-/** Channel c of a token is word c % 4 at counter (sequence, position, c / 4, 0). */
+/** Visits each element with its word: channel c of a token uses word c % 4 at counter (sequence, position, c / 4, 0). */
 function eachWord(
   sample: Float32Array,
   { B, S, D, ...d }: Readonly<Record<"B" | "S" | "D", number>> & Attrs,
@@ -37,7 +38,7 @@ function eachWord(
   }
 }
 
-/** `drop`: the probability. `chunk` and `ranks` say how tokens lie (positions.ts). Linear in x: its gradient is itself, with the same bits. */
+/** `drop` is the probability; `chunk` and `ranks` give the order of tokens (positions.ts). The op is linear in x: its gradient is the same op with the same bits. */
 export const dropout = op({
   name: "dropout",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
@@ -52,7 +53,7 @@ export const dropout = op({
   grad: ({ sample }, { dy }, a): Grads => ({ x: dropout.of({ x: dy, sample }, a) }),
 });
 
-/** y = x·u with u uniform from 1 − eps to 1 + eps, of the upper 24 bits of a word: exact in f32. */
+/** y = x·u with u uniform in [1 − eps, 1 + eps), made from the upper 24 bits of a word, which f32 represents exactly. */
 export const jitter = op({
   name: "jitter",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
