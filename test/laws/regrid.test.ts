@@ -56,7 +56,7 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
 });
 
 test("where the grids nest there is none", () => {
-  expect(compile(job({ world: 6, tensor: 2, sequence: true, expert: 6 })).emit("sharded")).not.toMatch(/ fold: /);
+  expect(compile(job({ world: 6, tensor: 2, sequence: true, expert: 6 })).emit("sharded")).not.toMatch(/ regrid: /);
 });
 
 test("whatever a plan cuts is cut by digits of one number, and each rank's are its own", () => {

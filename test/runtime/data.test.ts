@@ -85,7 +85,7 @@ test("what is wrong with a corpus is said before the first batch", () => {
     return "nothing";
   });
   expect(said.join("\n")).toMatchInlineSnapshot(`
-    "DIR/short: the corpus has 261 bytes; a batch of 4 rows of 64 takes at least 262
+    "DIR/short: the corpus has 261 bytes; a batch of 4 rows of 64 needs at least 262
     DIR: the corpus is a directory
     DIR/no: the corpus does not exist
     test/fixtures/corpus.txt: byte 71 of the corpus is 101, outside a vocabulary of 100"
@@ -206,7 +206,7 @@ test("what is wrong with ids and labels is said with its place", () => {
   ).toMatchInlineSnapshot(`
     "DIR/odd.bin: the corpus has 81 bytes, which is no whole number of ids in u16
     DIR/odd.bin: the corpus has 81 bytes, which is no whole number of ids in u32
-    DIR/few.bin: the corpus has 40 tokens; a batch of 2 rows of 20 takes at least 44
+    DIR/few.bin: the corpus has 40 tokens; a batch of 2 rows of 20 needs at least 44
     DIR/few.bin: token 9 of the corpus is 9, outside a vocabulary of 9
     nothing
     DIR/minus.bin: token 0 of the corpus is 4294967295, outside a vocabulary of 256

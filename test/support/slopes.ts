@@ -2,6 +2,7 @@
 import { resolve } from "node:path";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import { openCorpus } from "../../runtime/data/corpus.ts";
+import { learntOf } from "../../runtime/train/feed.ts";
 import { readingOf } from "../../runtime/train/inputs.ts";
 import { runOn, type StepResult, type Tensor } from "../../runtime/train/loop.ts";
 import type { Job } from "../../schemas/job.ts";
@@ -37,6 +38,13 @@ export async function firstStep(job: Job, weights?: Weights, watch: readonly str
   return { metrics, gradients, watched, weights: before, given };
 }
 
+/** The metrics with the losses that gradients are of: means over all microbatches, where the printed ones are over those with labels. */
+function minimised(job: Job, { metrics, given }: Awaited<ReturnType<typeof firstStep>>): StepResult {
+  const printed = learntOf(job, given);
+  const { loss, mtp_loss } = metrics;
+  return { ...metrics, loss: loss / printed.loss, ...(mtp_loss !== undefined && { mtp_loss: mtp_loss / printed.mtp }) };
+}
+
 /**
  * How far each told slope is from the measured one, relative to it; weights that have no gradient are left out, and those that cannot
  * be moved without a router choosing otherwise.
@@ -58,7 +66,7 @@ export async function slopeErrors(job: Job, objective: (metrics: StepResult) => 
       const { shape, data } = here.weights.get(name)!;
       const moved = new Map(here.weights).set(name, { shape, data: data.map((x, i) => x + (h * g[i]!) / told) });
       const there = await firstStep(job, moved, watch);
-      return chosen(there) === chosen(here) ? objective(there.metrics) : Number.NaN;
+      return chosen(there) === chosen(here) ? objective(minimised(job, there)) : Number.NaN;
     };
     const central = async (h: number): Promise<number> => ((await at(h)) - (await at(-h))) / (2 * h);
     for (const h of [0.03, 0.01, 0.004]) {
