@@ -9,6 +9,8 @@ import { depthsOf } from "./mtp.ts";
 
 /** Layers of a model at most, those of multi-token prediction beside them: a limit on what one plan holds, far above any model. */
 const LAYERS = 4096;
+/** Attention of each layer visits as many ranks one after another, and each visit is instructions of the plan. */
+const CONTEXT = 256;
 const DEPTHS = 64;
 /** The largest finite float32: what a kernel is given is a float32, and anything larger would be infinite there. */
 export const LARGEST = (2 - 2 ** -23) * 2 ** 127;
@@ -288,6 +290,7 @@ export const ParallelText = z.strictObject({
     .default(1)
     .describe("ranks that share the matrices of one expert; not taken from tensor: whole experts are the usual choice"),
   context: count
+    .max(CONTEXT)
     .default(1)
     .describe(
       "ranks that share the tokens of one sequence; each has one piece of its first half and the mirrored one of its second, so that causal attention is equal work",

@@ -230,14 +230,17 @@ export const batch = [
     why: "There is nothing to train on, or nothing that says what is learnt.",
     level: "error",
     *check({ data }) {
-      const found = "an empty path";
-      if (!data.path.trim())
+      const fault = (path: string): string | undefined =>
+        path.trim() === "" ? "an empty path" : path.includes("\0") ? "a path with a NUL character, which no file has" : undefined;
+      const found = fault(data.path);
+      if (found)
         yield {
           ...{ at: "data.path", found, fix: "name the training text, or its token ids, relative to the job file" },
           tries: [{ "data.path": "corpus.txt" }],
         };
-      if (data.labels !== null && !data.labels.trim())
-        yield { at: "data.labels", found, fix: "name the file of labels, or leave it out", tries: [{ "data.labels": null }] };
+      const inLabels = data.labels === null ? undefined : fault(data.labels);
+      if (inLabels)
+        yield { at: "data.labels", found: inLabels, fix: "name the file of labels, or leave it out", tries: [{ "data.labels": null }] };
     },
     bad: 'data: {path: ""}',
   }),

@@ -45,6 +45,7 @@ test.each([
   ["10,000 unknown keys", job({ model: unknown(10_000) }), "S010"],
   ["10,000 equal keys", "name: a\n".repeat(10_000), "S002"],
   ["1 MiB of brackets", `a: ${"[".repeat(MIB - 10)}`, "S001"],
+  ["attention over 4,096 context ranks", job({ width: 8192, parallel: "{world: 4096, context: 4096}" }), "S014"],
   ["a layout whose repetitions are too long", job({ parallel: '{layout: "E(t*999999)*999999L"}' }), "P113"],
   ["a layout of 1 MiB", job({ parallel: `{layout: "${"(".repeat(MIB - 500)}"}` }), "S012"],
   ["a sequence beyond exact numbers", job({}).replace("seq: 64", "seq: 9007199254740991"), "M313"],

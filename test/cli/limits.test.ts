@@ -83,6 +83,9 @@ test.each([
 
 test.each([
   ["model.layers", "4097", /from 1 to 4096/],
+  ["parallel.context", "257", /from 1 to 256/],
+  ["data.path", '"corpus\\0.txt"', /name the training text/],
+  ["data.labels", '"labels\\0.i32"', /name the file of labels/],
   ["model.mtp.layers", "65", /from 1 to 64/],
   ["model.moe.layers", `[${Array(5000).fill(1)}]`, /a list of at most 4096/],
   ["train.recompute.modules", `[${Array(9).fill("mlp")}]`, /a list of at most 7/],
