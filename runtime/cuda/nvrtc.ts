@@ -33,6 +33,12 @@ export function nvrtcVersion(): { readonly version: string; readonly path: strin
   return { version: `${major[0]}.${minor[0]}`, path: nvrtc.path };
 }
 
+/**
+ * The sources are device code alone. nvcc gives a lambda the execution space of the function around it; NVRTC 13.0 does not where the
+ * lambda is generic, and refuses it as a host function without this option.
+ */
+const DEVICE_CODE = "--device-as-default-execution-space";
+
 /** nvrtcResult: the options are refused; in ours only the architecture can be unknown. The source is refused. */
 const [INVALID_OPTION, COMPILATION] = [5, 6];
 
@@ -76,7 +82,7 @@ function begin(source: string, { arch, name, options: own = [] }: CompileOptions
   const program = into[0]!;
   return {
     program,
-    options: [`--gpu-architecture=${arch}`, ...own],
+    options: [`--gpu-architecture=${arch}`, DEVICE_CODE, ...own],
     result(code: number): Uint8Array {
       if (code === INVALID_OPTION || code === COMPILATION) {
         const log = Buffer.from(output(nvrtc, "log", program))

@@ -1,6 +1,7 @@
 /**
- * NVIDIA's compiler takes every CUDA source, for each architecture, without a warning, and gives every kernel all its values in
- * registers: nothing is spilled, no thread has a stack. Sources of the contract's cases, and of the worked examples' plans.
+ * nvcc takes every CUDA source, for each architecture, without a warning, and gives every kernel all its values in
+ * registers: nothing is spilled, no thread has a stack. NVRTC, which compiles at run time, takes them too.
+ * Sources of the contract's cases, and of the worked examples' plans.
  */
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -9,6 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
+import { compileOptions } from "../../runtime/cuda/kernels.ts";
 import { findLibrary } from "../../runtime/cuda/libraries.ts";
 import { compileBeside } from "../../runtime/cuda/nvrtc.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
@@ -80,11 +82,11 @@ async function expectClean(sources: readonly string[], arch: Arch): Promise<void
 }
 
 /** Of each op and mixture of types a small case and a large one; in f16 those that have it. */
-const contractSources = (arch: Arch, half: "bf16" | "f16"): string[] =>
-  Object.entries(cudaKernels).flatMap(([op, maker]) =>
+const contractSources = (arch: Arch, half: "bf16" | "f16", of = Object.keys(cudaKernels)): string[] =>
+  of.flatMap((op) =>
     casesOf(ops[op]!, half)
       .filter((c) => /: (odd|large),/.test(c.title) && (half === "bf16" || Object.values(c.use.dtype).includes(half)))
-      .map((c, i) => maker({ ...c.use, name: `${op}_${i}` }, arch).source),
+      .map((c, i) => cudaKernels[op]!({ ...c.use, name: `${op}_${i}` }, arch).source),
   );
 
 async function planSources(name: string, arch: Arch): Promise<string[]> {
@@ -106,13 +108,25 @@ describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () 
 });
 
 const nvrtc = findLibrary("nvrtc");
-// it knows no headers at all: what it takes needs none
-test.skipIf("missing" in nvrtc)(
-  `NVRTC takes the sources of plans/tiny-mixtral${"missing" in nvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`,
-  async () => {
-    const image = await compileBeside((await planSources("tiny-mixtral", "sm_90a")).join("\n"), {
-      ...{ arch: "sm_90a", name: "tiny-mixtral", options: ["--std=c++17", "--diag-suppress=177"] },
-    });
+const noNvrtc = "missing" in nvrtc;
+const options = [...compileOptions, "--diag-suppress=177"];
+
+describe.skipIf(noNvrtc)(`NVRTC${noNvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`, () => {
+  const expectImage = async (sources: readonly string[], name: string): Promise<void> => {
+    const image = await compileBeside(sources.join("\n"), { arch: "sm_90a", name, options });
     expect(image.length).toBeGreaterThan(0);
-  },
-);
+  };
+
+  // it knows no headers at all: what it takes needs none
+  test("takes the sources of plans/tiny-mixtral", async () => expectImage(await planSources("tiny-mixtral", "sm_90a"), "tiny-mixtral"));
+
+  test("takes a generic lambda in a kernel", () =>
+    expectImage(
+      [`extern "C" __global__ void twice(float* x) { auto add = [&](auto& to, auto by) { to += by; }; add(x[threadIdx.x], x[0]); }`],
+      "twice",
+    ));
+
+  test.each(Object.keys(cudaKernels))("takes the contract's sources of %s", full, (op) =>
+    expectImage(contractSources("sm_90a", "bf16", [op]), op),
+  );
+});
