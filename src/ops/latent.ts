@@ -1,7 +1,7 @@
-/** Latent attention: what a product gives in one vector is cut apart, and heads get their keys and values from a latent they share. */
+/** Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): ops that split and join channels, and that make keys and values per head. */
 import { type Grads, op } from "./op.ts";
 
-/** The first A channels of a token, and the R after them. */
+/** Splits the channels of each token: the first A, then R. */
 export const split = op({
   name: "split",
   sig: "x[B,S,Y!] -> a[B,S,A!] b[B,S,R!]",
@@ -14,6 +14,7 @@ export const split = op({
   },
   grad: (_, { dys: [a, b] }, at): Grads => ({ x: join.of({ a: a!, b: b! }, at) }),
 });
+/** Concatenates A and R channels of each token. */
 export const join = op({
   name: "join",
   sig: "a[B,S,A!] b[B,S,R!] -> y[B,S,Y!]",
@@ -30,8 +31,8 @@ export const join = op({
 });
 
 /**
- * Each head's vector x (Z = A + W channels) holds A channels of its key and the W of its value; its key (Y = A + R) ends in the R
- * channels of r, which are the same for every head.
+ * Makes keys and values. The vector x of a head (Z = A + W channels) holds A channels of its key and the W channels of its value; the key
+ * (Y = A + R) ends with the R channels of r, which all heads share.
  */
 export const latentKv = op({
   name: "latent_kv",

@@ -1,4 +1,4 @@
-/** Products with weights, per token or per row of an expert, and what adds and converts. Products add to their output. */
+/** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
 import { gemm as product } from "./loops.ts";
 import { type Grads, op } from "./op.ts";
 
@@ -9,7 +9,7 @@ export const gemm = op({
   cpu: ({ x, w, y }, { B, S, K, N }) => product(y, x, w, { m: B * S, n: N, k: K }),
   grad: ({ x, w }, { dy }): Grads => ({ x: gemmDgrad.of({ dy, w }), w: gemmWgrad.of({ x, dy }) }),
 });
-/** Also the forward of a tied head: logits = x·tableᵀ, x standing for `dy` and the table for `w`. */
+/** Gradient with respect to x. Also the forward of a tied head: logits = x·tableᵀ, with x as `dy` and the table as `w`. */
 export const gemmDgrad = op({
   name: "gemm_dgrad",
   sig: "dy[B,S,N] w[K,N] -> dx[B,S,K]",
@@ -57,7 +57,7 @@ export const groupedWgrad = op({
     runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N }));
   },
 });
-/** Rows stand sorted by expert: each local expert that has any, its first row and how many. */
+/** Visits each local expert that has rows, with its first row and its number of rows. Rows are sorted by expert. */
 function runs(rows: Int32Array, first: number, visit: (e: number, row: number, count: number) => void): void {
   const end = rows[0]!;
   for (let r = 0; r < end; ) {
@@ -97,7 +97,7 @@ export const add = op({
   },
   grad: (_, { dy }): Grads => ({ a: dy, b: dy }),
 });
-/** To another type, which whoever applies it sets on the result. */
+/** Converts to another type, which the caller sets on the result. */
 export const cast = op({
   name: "cast",
   sig: "x[...] -> y[...]",
@@ -109,7 +109,7 @@ export const cast = op({
     return { x: dx };
   },
 });
-/** One microbatch's gradient onto those before it. */
+/** Adds the gradient of one microbatch to the sum of the earlier ones. */
 export const accumulate = op({
   name: "accumulate",
   sig: "x[...] -> y[...]",

@@ -1,8 +1,9 @@
-/** The one product of matrices: c += a·b over pieces of typed arrays, in double, rounded once per block of K when stored. */
+/** Matrix product of the reference: c += a·b over slices of typed arrays, in double precision, rounded once per block of K when stored. */
 
-/** Elements of K per block: a panel of 4 × 256 doubles is 8 KiB, so that it and a strip stay in the first cache. */
+/** Elements of K per block: a panel of 4 × 256 doubles is 8 KiB, so that a panel and a strip fit in the L1 cache. */
 const BLOCK = 256;
 
+/** Sizes and layout of c[m,n] += a[m,k]·b[k,n]. */
 export interface Product {
   readonly m: number;
   readonly n: number;
@@ -11,12 +12,13 @@ export interface Product {
   readonly ta?: boolean;
   /** `b` is stored [n,k] rather than [k,n]. */
   readonly tb?: boolean;
-  /** Where in each array its matrix begins. */
+  /** Index of the first element of each matrix in its array; default: 0. */
   readonly a0?: number;
   readonly b0?: number;
   readonly c0?: number;
 }
 
+/** Adds the product of `a` and `b` to `c`. */
 export function gemm(
   c: Float32Array,
   a: Float32Array,
@@ -39,20 +41,20 @@ export function gemm(
   }
 }
 
-/** Buffers kept between calls: one thread, and no product runs inside another. */
+/** Buffers reused between calls: there is one thread, and products do not nest. */
 const kept: Record<string, Float64Array> = {};
 function scratch(name: string, length: number): Float64Array {
   const have = kept[name];
   return have && have.length >= length ? have : (kept[name] = new Float64Array(length));
 }
 
-/** How a strip lies in memory: where it begins, from one lane to the next, from one step of K to the next. */
+/** Memory layout of a strip: index of its first element, stride between lanes, stride along K. */
 interface Lie {
   readonly first: number;
   readonly lane: number;
   readonly deep: number;
 }
-/** Lanes side by side, as doubles, step after step of K; missing lanes are zeros. */
+/** Copies `width` lanes as doubles into a strip, lanes contiguous for each step of K. Lanes beyond `lanes` are zero. */
 function pack(
   to: Float64Array,
   at: number,
@@ -68,7 +70,7 @@ function pack(
   }
 }
 
-/** A 2 × 4 tile of c: its sums and operands fit in 16 registers. The whole product does 2.2 to 4.3 GFLOP/s at 256³ and 512³ (Node 20, a shared EPYC core). */
+/** Computes a 2 × 4 tile of c: its sums and operands fit in 16 registers. The product reaches 2.2 to 4.3 GFLOP/s at 256³ and 512³ (Node 20, a shared EPYC core). */
 function tile(
   c: Float32Array,
   at: number,

@@ -4,7 +4,7 @@ import { sigmoid } from "./gatedUnits.ts";
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { markExperts } from "./transport.ts";
 
-// -- rows
+// -- rows of experts
 
 type Sizes = Readonly<Record<"B" | "S" | "E", number>>;
 
@@ -32,7 +32,7 @@ function eachRow({ S, E }: Omit<Sizes, "B">, place: ShardContext, visit: (r: num
   }
 }
 
-/** A copy of a token's vector for each of its experts. */
+/** Copies the vector of each token once per expert of the token. */
 export const permute = op({
   name: "permute",
   sig: "x[B,S,D] c[B,S,E] -> r[B~S~E,D]",
@@ -43,7 +43,7 @@ export const permute = op({
   },
   grad: ({ c }, { dy }, a): Grads => ({ x: unpermute.of({ r: dy, c }, a) }),
 });
-/** The sum of a token's rows; of `c` only the shape is read. */
+/** Sums the rows of each token; only the shape of `c` is read. */
 export const unpermute = op({
   name: "unpermute",
   sig: "r[B~S~E,D] c[B,S,E] -> x[B,S,D]",
@@ -55,7 +55,7 @@ export const unpermute = op({
   },
   grad: ({ c }, { dy }, a): Grads => ({ r: permute.of({ x: dy, c }, a) }),
 });
-/** The weight of each row. */
+/** Gathers the combine weight of each row. */
 export const pack = op({
   name: "pack",
   sig: "p[B,S,E] c[B,S,E] -> r[B~S~E]",
@@ -67,7 +67,7 @@ export const pack = op({
   },
   grad: ({ c }, { dy }, a): Grads => ({ p: packGrad.of({ dy, c }, a) }),
 });
-/** Of `c` only the shape is read. */
+/** Gradient of pack with respect to p; only the shape of `c` is read. */
 export const packGrad = op({
   name: "pack_grad",
   sig: "dy[B~S~E] c[B,S,E] -> dp[B,S,E]",
@@ -78,9 +78,9 @@ export const packGrad = op({
   },
 });
 
-// -- a gate
+// -- sigmoid gate
 
-/** Blocks of C channels, each times the sigmoid of its gate. */
+/** Multiplies each block of C channels by the sigmoid of its gate. */
 export const sigmoidGate = op({
   name: "sigmoid_gate",
   sig: "x[B,S,N*C] gate[B,S,N] -> y[B,S,N*C]",
@@ -92,7 +92,7 @@ export const sigmoidGate = op({
     return { x: dx, gate: dgate };
   },
 });
-/** dgate = σ·(1 − σ) · Σ x·dy */
+/** dx = σ·dy; dgate = σ·(1 − σ) · Σ x·dy. */
 export const sigmoidGateGrad = op({
   name: "sigmoid_gate_grad",
   sig: "x[B,S,N*C] gate[B,S,N] dy[B,S,N*C] -> dx[B,S,N*C] dgate[B,S,N]",

@@ -1,4 +1,4 @@
-/** Root-mean-square norms, over the model's width or over each head: y = x · gain / sqrt(mean(x²) + eps). */
+/** Root-mean-square norms over the width of the model or of each head: y = x · gain / sqrt(mean(x²) + eps). */
 import { type Grads, op } from "./op.ts";
 
 export const rmsnorm = op({
@@ -41,7 +41,7 @@ function normalize(x: Float32Array, gain: Float32Array, y: Float32Array, width: 
   }
 }
 
-/** With r = 1/rms: dx = r·(gain·dy − x·r²·mean(x·gain·dy)), as dr/dx = −x·r³/width; dgain = Σ x·r·dy. */
+/** Gradient. With r = 1/rms: dx = r·(gain·dy − x·r²·mean(x·gain·dy)), as dr/dx = −x·r³/width; dgain = Σ x·r·dy. */
 function normalizeGrad(
   x: Float32Array,
   gain: Float32Array,

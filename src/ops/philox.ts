@@ -1,11 +1,11 @@
 /**
  * Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four 32-bit words as a pure function of a
- * 128-bit counter and a 64-bit key. A value here depends on seed, name and global index alone, never on who asks for it.
+ * 128-bit counter and a 64-bit key. A value depends on seed, name and global index only, not on the rank that computes it.
  */
 
 export type Words = [number, number, number, number];
 
-/** Writes the four words of this counter and key into `out`. */
+/** Writes the four words of a counter and a key into `out`. */
 export function philox(out: Words | Uint32Array, c0: number, c1: number, c2: number, c3: number, k0: number, k1: number): void {
   let [a, b, c, d, key0, key1] = [c0 >>> 0, c1 >>> 0, c2 >>> 0, c3 >>> 0, k0 >>> 0, k1 >>> 0];
   for (let round = 0; round < 10; round++) {
@@ -26,7 +26,7 @@ export function philox(out: Words | Uint32Array, c0: number, c1: number, c2: num
   out[3] = d;
 }
 
-/** The key of a stream: 64-bit FNV-1a of the seed's 8 little-endian bytes, then the UTF-8 bytes of the name; low word first. */
+/** Returns the key of a stream, low word first: 64-bit FNV-1a of the seed's 8 little-endian bytes, then of the UTF-8 bytes of the name. */
 export function keyOf(seed: number, name: string): readonly [number, number] {
   const seedBytes = new Uint8Array(8);
   new DataView(seedBytes.buffer).setBigInt64(0, BigInt(seed), true);
@@ -36,7 +36,7 @@ export function keyOf(seed: number, name: string): readonly [number, number] {
 }
 
 /**
- * Fills `out[j]` with element `start + j` of the normal stream (seed, name), mean 0. Element i is lane i % 4 of counter floor(i / 4);
+ * Fills `out[j]` with element `start + j` of the normal stream (seed, name) with mean 0. Element i is lane i % 4 of counter floor(i / 4);
  * lanes (0, 1) and (2, 3) are the cosine and the sine of one Box-Muller pair.
  */
 export function fillNormal(out: Float32Array, seed: number, name: string, start: number, std: number): void {
@@ -53,14 +53,14 @@ export function fillNormal(out: Float32Array, seed: number, name: string, start:
 }
 
 function boxMuller(lanes: Float64Array, at: number, x: number, y: number): void {
-  // (x + 0.5) / 2^32 is never 0: its logarithm is finite
+  // (x + 0.5) / 2^32 is above 0, so its logarithm is finite
   const radius = Math.sqrt(-2 * Math.log((x + 0.5) * 2 ** -32));
   const angle = 2 * Math.PI * y * 2 ** -32;
   lanes[at] = radius * Math.cos(angle);
   lanes[at + 1] = radius * Math.sin(angle);
 }
 
-/** Bits 32 to 63 of the product, from 16-bit halves: no partial sum here reaches 2^32. */
+/** Returns bits 32 to 63 of a product of two 32-bit words, computed from 16-bit halves so that no partial sum reaches 2^32. */
 function highProduct(x: number, y: number): number {
   const xLow = x & 0xffff;
   const xHigh = x >>> 16;

@@ -1,10 +1,10 @@
 /**
- * Where a token stands in its sequence. Causal attention costs a token as much as it has tokens before it, so ranks with equal
- * pieces of the plain order would not have equal work. In zigzag order a sequence of chunk·2·ranks tokens is 2·ranks blocks, of which
- * rank r holds two side by side: the r-th from the front and the r-th from the back.
+ * Positions of tokens in their sequences. The cost of causal attention grows with the position, so contiguous shards of a sequence would give
+ * ranks unequal work. In zigzag order a sequence of chunk·2·ranks tokens is divided into 2·ranks blocks; rank r holds the r-th block from the
+ * front and the r-th from the back, adjacent in memory.
  */
 
-/** The position in its sequence of the token that lies at `index`, a global one; chunk 0 is plain order. */
+/** Returns the position in its sequence of the token at the global `index`; chunk 0 means plain order. */
 export function positionOf(index: number, chunk: number, ranks: number): number {
   if (chunk === 0) return index;
   const block = Math.floor(index / chunk);

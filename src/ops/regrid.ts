@@ -1,11 +1,11 @@
 /**
- * fold: the seam between two grids whose strides do not nest. The tokens of a value, cut by all factors of one grid, are counted
- * anew, cut by all factors of the other: each rank keeps the tokens it has, and no byte leaves it. On both sides every rank has
- * tokens of its own, so which index a token goes by is the only difference. No program runs this op: `shard` makes a move of it.
+ * Regrid: the change of tokens between two grids whose strides do not nest. Before, the tokens are sharded over all sub-axes of one grid;
+ * after, over all sub-axes of the other. Each rank keeps its tokens, so no data is sent: only the index of a token changes. No program runs
+ * this op: `shard` turns it into a reshard.
  */
 import { type Grads, op, type Regrid, type Value } from "./op.ts";
 
-/** T·L tokens are the B·S of x. Neither may be cut but as `Node.fold` says. */
+/** The T·L tokens of y are the B·S tokens of x; `Node.regrid` gives the only allowed sharding. */
 const regrid = op({
   name: "regrid",
   sig: "x[B!,S!,D] -> y[T!,L!,D]",
@@ -18,7 +18,7 @@ const regrid = op({
   },
 });
 
-/** The same tokens in a shape [T,L,…], as the other grid cuts them. */
+/** Returns the tokens of x as [T,L,…], sharded as in the target grid. */
 export function regridded(x: Value, [T, L]: readonly number[], regridAt: Regrid, id = ""): Value {
   const y = regrid.of({ x }, { T: T!, L: L! }, id);
   y.node!.regrid = regridAt;

@@ -1,17 +1,17 @@
-/** Rotary positions: pairs of channels turn by an angle that grows with the token's position. */
+/** Rotary position embedding (arXiv:2104.09864): rotates pairs of channels by an angle proportional to the position of the token. */
 import { type Attrs, type Grads, op } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
-/** How frequencies change so that a model reads longer sequences than it was first trained on; `scaling` is the place in this list. */
+/** Frequency scalings for sequences longer than those of pretraining; the attribute `scaling` is an index into this list. */
 export const scalings = ["none", "linear", "llama3", "yarn"] as const;
 
-/** The attributes of an embedding that is not scaled. */
+/** The attributes of an embedding without scaling. */
 export const unscaled = { scaling: 0, factor: 1, original: 0, low: 0, high: 0, gain: 1 };
 
 /**
- * Of each head's C channels, `width` turn, from `first` on; the others pass. Pair c turns by sign · position · frequency[c] and grows by
- * `gain`: channels (c, c + width/2), as in most of Hugging Face's models, or, interleaved, (2c, 2c + 1), as in DeepSeek's. The
- * gradient turns back.
+ * Rotates `width` of the C channels of each head, beginning at channel `first`; the other channels are copied. Pair c is rotated by
+ * sign · position · frequency[c] and multiplied by `gain`. A pair is (c, c + width/2), as in most models of Hugging Face, or with
+ * `interleaved` (2c, 2c + 1), as in DeepSeek's models. The gradient is the rotation with the opposite sign.
  */
 export const rope = op({
   name: "rope",
@@ -46,10 +46,10 @@ export const rope = op({
 type Embedding = Readonly<Record<"width" | "theta" | "factor" | "original" | "low" | "high", number>>;
 
 /**
- * Radians per position of each pair: theta^(−2c/width), part or all of which is divided by `factor`.
- *   linear   all of each
- *   llama3   the less, the more often the pair turns within `original` tokens: all up to `low` turns, none from `high` on
- *   yarn     the same, but the part grows evenly with c between the pairs that make `high` and `low` turns
+ * Returns the frequency of each pair in radians per position: theta^(−2c/width), of which a share s is divided by `factor`.
+ *   linear   s = 1
+ *   llama3   s falls with the number of rotations of the pair within `original` tokens: 1 up to `low` rotations, 0 from `high` on
+ *   yarn     s rises linearly with c, from 0 at the pair with `high` rotations to 1 at the pair with `low` rotations
  */
 export function frequenciesOf(d: Attrs): number[] {
   const { width, theta, factor, original, low, high } = d as Embedding;
@@ -71,7 +71,7 @@ export function frequenciesOf(d: Attrs): number[] {
       const pairThatTurns = (times: number) => (width * Math.log(original / (times * 2 * Math.PI))) / (2 * Math.log(theta));
       const from = Math.max(Math.floor(pairThatTurns(high)), 0);
       const to = Math.min(Math.ceil(pairThatTurns(low)), width - 1);
-      // a step where both fall on one pair, as transformers has it
+      // if both bounds are one pair, the ramp is a step, as in Hugging Face transformers
       return stretched((_, c) => (c - from) / (from === to ? 0.001 : to - from));
     }
     default:
@@ -79,7 +79,7 @@ export function frequenciesOf(d: Attrs): number[] {
   }
 }
 
-/** One table per embedding and piece of the sequence: a process runs few of them, all layers share them. */
+/** Cache of tables, one per embedding and shard of the sequence: all layers share a table, and a process uses few. */
 const tables = new Map<string, { cos: Float64Array; sin: Float64Array }>();
 function turns(d: Attrs, start: number, count: number) {
   const { width, theta, scaling, factor, original, low, high, gain, chunk, ranks } = d;

@@ -1,6 +1,6 @@
 /**
- * The router: scores of all experts, which of them a token chooses, as a map c of ones and zeros, and what each chosen one weighs.
- * The map takes no gradient: a small change of the scores changes no choice.
+ * The router: scores of all experts, the top-k mask c of ones and zeros, and the combine weights of the chosen experts. The mask has no
+ * gradient: a small change of the scores does not change the choice.
  */
 import { type Attrs, type Grads, op } from "./op.ts";
 
@@ -82,7 +82,7 @@ export const sqrtSoftplusGrad = op({
   },
 });
 
-/** Scores as shares of a token: divided by their sum. Those of a softmax are so already. */
+/** Divides the scores of a token by their sum. Softmax scores are normalised already. */
 export const normalize = op({
   name: "normalize",
   sig: "p[B,S,E!] -> y[B,S,E!]",
@@ -112,14 +112,14 @@ export const normalizeGrad = op({
     }
   },
 });
-/** Added to a sum that is divided by, as in Megatron Core: a sum of zeros gives zeros. */
+/** Added to the sum in a denominator, as in Megatron Core, so that a sum of zeros gives zeros. */
 const TINY = 1e-20;
 
-// -- the choice
+// -- top-k mask
 
 /**
- * The k largest scores, of equal ones the lower index. With `groups`, of those alone that are in the `group_top_k` groups worth most; a
- * group of neighbours is worth the sum of its `group_scores` largest.
+ * Marks the k largest scores; ties go to the lower index. With `groups`, only experts of the `group_top_k` best groups are eligible; the value
+ * of a group of adjacent experts is the sum of its `group_scores` largest scores.
  */
 export const topKMask = op({
   name: "top_k_mask",
@@ -129,7 +129,7 @@ export const topKMask = op({
     for (let o = 0; o < x.length; o += E) chooseAmong(x.subarray(o, o + E), c.subarray(o, o + E), limits);
   },
 });
-/** The same of x + sign · bias. */
+/** Marks the k largest x + sign · bias by the same rules. */
 export const topKMaskBiased = op({
   name: "top_k_mask_biased",
   sig: "x[B,S,E!] bias[E!] -> c[B,S,E!]",
@@ -162,7 +162,7 @@ function chooseAmong(score: Float32Array, c: Float32Array, { k, groups = 1, grou
     if (best >= 0) c[best] = 1;
   }
 }
-/** The place of the largest number that is open, of equal ones the first, and closes it; −1 where there is none. */
+/** Returns the index of the largest open element (ties: the first) and closes it; −1 if no element is open. */
 function largest(x: Float32Array, open: Uint8Array): number {
   let best = -1;
   for (let e = 0; e < open.length; e++) if (open[e] && (best < 0 ? x[e]! >= Number.NEGATIVE_INFINITY : x[e]! > x[best]!)) best = e;
@@ -170,7 +170,7 @@ function largest(x: Float32Array, open: Uint8Array): number {
   return best;
 }
 
-/** y = p · scale where c holds a one, else 0; with `normalize` divided by the sum of those p. */
+/** y = p · scale where c is 1, else 0; with `normalize`, divided by the sum of the chosen p. */
 export const combineWeights = op({
   name: "combine_weights",
   sig: "p[B,S,E!] c[B,S,E!] -> y[B,S,E!]",
@@ -185,7 +185,7 @@ export const combineWeights = op({
   },
   grad: ({ p, c }, { dy }, a): Grads => ({ p: combineWeightsGrad.of({ p, c, dy }, a) }),
 });
-/** dp = scale · dy for those chosen; normalised, y = scale · p/Σp gives dp = scale · (dy − Σ p·dy/Σp)/Σp. */
+/** dp = scale · dy for chosen experts; with `normalize`, y = scale · p/Σp gives dp = scale · (dy − Σ p·dy/Σp)/Σp. */
 export const combineWeightsGrad = op({
   name: "combine_weights_grad",
   sig: "p[B,S,E!] c[B,S,E!] dy[B,S,E!] -> dp[B,S,E!]",
@@ -203,7 +203,7 @@ export const combineWeightsGrad = op({
     }
   },
 });
-// -- the loss that keeps logits small
+// -- z-loss, which keeps logits small (arXiv:2202.08906)
 
 /** c · Σ logsumexp(x)² */
 export const zLoss = op({

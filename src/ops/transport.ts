@@ -1,25 +1,25 @@
 /**
- * What stands around a collective: copies that lay a piece out as blocks for its group, and put received blocks where they
- * belong. Rows are sent in lists of a fixed capacity, so that the host never needs a count. Unused entries are −1.
+ * Copies before and after a collective: they arrange a shard as blocks for the ranks of a group, and put received blocks in place. Rows are
+ * sent in lists of fixed capacity, so that the host needs no count. Unused entries are −1.
  */
 import { op, type ShardContext } from "./op.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
-/** How many `prefix0`, `prefix1`, … there are. */
+/** Returns the number of attributes `prefix0`, `prefix1`, … */
 const countOf = (d: Sizes, prefix: string): number => {
   let n = 0;
   while (d[`${prefix}${n}`] !== undefined) n++;
   return n;
 };
-/** Where a rank's part begins: a dim `@0` of size · stride that a factor of the mesh cuts starts at digit · stride. */
+/** Returns the first element of a rank's block: a dim `@0` of size · stride that a sub-axis shards starts at coordinate · stride. */
 const picked = (d: Sizes, place: ShardContext): number => {
   let at = 0;
   for (let i = 0; i < countOf(d, "@"); i++) at += place.start(`@${i}`);
   return at;
 };
 
-/** y[i0, i1, …] = x[first + i0·s0 + i1·s1 + …] over sizes n0, n1, …: blocks in another order, repeated, or one of them. */
+/** y[i0, i1, …] = x[first + i0·s0 + i1·s1 + …] over sizes n0, n1, …: reorders, repeats or selects blocks. */
 export const arrange = op({
   name: "arrange",
   sig: "x[I!] -> y[O!]",
@@ -41,7 +41,7 @@ export const arrange = op({
   },
 });
 
-/** y row i = x row from[i], of `width` elements; rows with from[i] < 0 are left alone. */
+/** y row i = x row from[i], of `width` elements; rows with from[i] < 0 keep their value. */
 export const takeRows = op({
   name: "take_rows",
   sig: "x[I!] from[N!] -> y[O!]",
@@ -50,7 +50,7 @@ export const takeRows = op({
   },
 });
 
-/** The other way round: to[from[i]] = i, and −1 where nothing comes from. */
+/** Inverts an index: to[from[i]] = i, and −1 for values that `from` does not contain. */
 export const invertRows = op({
   name: "invert_rows",
   sig: "from[I!] -> to[N!]",
@@ -62,9 +62,9 @@ export const invertRows = op({
 });
 
 /**
- * The rows of `index` by destination, order kept: list d is [count, b, s, e, …] of `cap` rows, and from[d·cap + j] the row that
- * is its j-th. A row's destination is the sum over f of (coordinate[slot_f] / div_f % mod_f) · mul_f. `needed` becomes the
- * longest list's length if that is more.
+ * Divides the rows of `index` by destination and keeps their order: list d is [count, b, s, e, …] of `cap` rows, and from[d·cap + j] is the
+ * row at its place j. The destination of a row is the sum over f of (coordinate[slot_f] / div_f % mod_f) · mul_f. `needed` becomes
+ * max(needed, length of the longest list).
  */
 export const splitRows = op({
   name: "split_rows",
@@ -93,9 +93,9 @@ export const splitRows = op({
 });
 
 /**
- * One index of `bound` rows out of `count` lists, each sorted by (e, b, s), that lie `length` apart and hold at most `cap`:
- * sorted so, with the offsets of the local experts, which begin at the place of E; from[i] = list · cap + j says where row i
- * stood. `B0` and `S0` are the global sizes.
+ * Merges `count` lists into one index of `bound` rows, sorted by (e, b, s). The lists are sorted likewise, have stride `length` and hold at
+ * most `cap` rows. The index ends with the row offsets of the local experts, the first of which is start(E). from[i] = list · cap + j is
+ * the origin of row i. `B0` and `S0` are the global sizes.
  */
 export const mergeRows = op({
   name: "merge_rows",
@@ -131,7 +131,7 @@ const require = (needed: Float32Array | undefined, count: number): void => {
   if (needed) needed[0] = Math.max(needed[0]!, count);
 };
 
-/** The tail of an index of `bound` rows: where each local expert's rows begin, and the end of the last. */
+/** Writes the tail of an index of `bound` rows: the first row of each local expert, and the end of the last one. */
 export function markExperts(index: Int32Array | Float32Array, bound: number, first: number, experts: number): void {
   let r = 0;
   for (let e = 0; e <= experts; e++) {
@@ -139,5 +139,5 @@ export function markExperts(index: Int32Array | Float32Array, bound: number, fir
     index[1 + 3 * bound + e] = r;
   }
 }
-/** Elements of an index of so many rows and local experts: count, rows, offsets. */
+/** Returns the number of elements of an index: count, rows, offsets of local experts. */
 export const indexLength = (bound: number, experts: number): number => 1 + 3 * bound + experts + 1;

@@ -1,4 +1,4 @@
-/** Whatever meets the vocabulary. V may be cut: an id belongs to the piece that holds it, and the loss is put together from parts. */
+/** Embedding and cross-entropy. V may be sharded: one shard holds the row of an id, and the loss is composed of partial values. */
 import { type Grads, op } from "./op.ts";
 
 export const embed = op({
@@ -9,7 +9,7 @@ export const embed = op({
   },
   grad: ({ ids, table }, { dy }): Grads => ({ table: embedGrad.of({ ids, table, dy }) }),
 });
-/** Of the table only the shape is read. */
+/** Gradient with respect to the table, of which only the shape is read. */
 export const embedGrad = op({
   name: "embed_grad",
   sig: "ids[B,S] table[V,D] dy[B,S,D] -> dtable[V,D]",
@@ -21,7 +21,7 @@ export const embedGrad = op({
     });
   },
 });
-/** Each token whose id this piece of the vocabulary holds, and the id's local index. */
+/** Visits each token whose id this shard of the vocabulary holds, with the local index of the id. */
 function here(ids: Float32Array, start: number, V: number, visit: (t: number, v: number) => void): void {
   for (let t = 0; t < ids.length; t++) {
     const v = ids[t]! - start;
@@ -29,7 +29,7 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
   }
 }
 
-// The loss in parts that each survive a cut of V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
+// The loss as a sum of terms that are partial under a sharded V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
 
 export const rowMax = op({
   name: "row_max",
@@ -44,7 +44,7 @@ export const rowMax = op({
     }
   },
 });
-/** `m` takes no gradient: what it adds here `nll` takes away. */
+/** `m` has no gradient: its contributions here and in `nll` cancel. */
 export const sumExp = op({
   name: "sum_exp",
   sig: "x[B,S,V] m[B,S] -> s[B,S]",
@@ -76,7 +76,7 @@ export const gather = op({
   },
   grad: ({ x, target }, { dy }): Grads => ({ x: gatherGrad.of({ x, target, dy }) }),
 });
-/** Of `x` only the shape is read. */
+/** Gradient with respect to x, of which only the shape is read. */
 export const gatherGrad = op({
   name: "gather_grad",
   sig: "x[B,S,V] target[B,S] dy[B,S] -> dx[B,S,V]",
@@ -108,7 +108,7 @@ export const nllGrad = op({
     }
   },
 });
-/** `count` is the job's number of tokens: a cut op knows only its own. */
+/** Divides by the attribute `count`, the number of tokens of the job, because a shard has only its own tokens. */
 export const mean = op({
   name: "mean",
   sig: "l[B,S] -> y[]",
@@ -125,7 +125,7 @@ export const meanGrad = op({
   sig: "l[B,S] dy[] -> dl[B,S]",
   cpu: ({ dy, dl }, { count }) => void dl.fill(dy[0]! / count!),
 });
-/** A mean whose divisors are in the weights: of tokens that count differently, or not at all. */
+/** Weighted mean of token losses; the weights contain the divisor, and are 0 for ignored tokens. */
 export const weightedSum = op({
   name: "weighted_sum",
   sig: "l[B,S] weight[B,S] -> y[]",
