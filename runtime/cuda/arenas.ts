@@ -1,6 +1,6 @@
 /**
- * Arenas: the device memory of one rank, one allocation per kind, every buffer at the place the plan gives it. What the
- * device cannot hold is said, with the numbers, before anything is allocated.
+ * Arenas: the device memory of one rank, one allocation per buffer kind, with buffers at the plan's offsets. If the device has too little
+ * memory, the error with the sizes comes before any allocation.
  */
 
 import type { BufferKind, Dtype, Plan } from "../../schemas/plan.ts";
@@ -10,20 +10,21 @@ import { Trouble } from "../../schemas/trouble.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
 import type { Span } from "./streams.ts";
 
-/** Where a buffer lies. */
+/** The device range of a buffer. */
 export interface DeviceRange {
   readonly at: DevicePointer;
-  /** Elements. */
+  /** Number of elements. */
   readonly count: number;
   readonly bytes: number;
   readonly dtype: Dtype;
   readonly span: Span;
 }
+/** The open arenas of a rank. */
 export type CudaArenas = ReturnType<typeof openArenas>;
 
 const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const satisfies readonly BufferKind[];
 
-/** `beside`: bytes that the caller will allocate beyond the plan's. All memory is zero once the stream gets there. */
+/** Allocates the arenas and zeroes them on `stream`. `beside`: bytes that the caller allocates in addition. Throws a Trouble (exit 3) if they do not fit. */
 export function openArenas(context: Context, plan: Plan, rank: number, beside: number, stream: Stream) {
   const stage = stageOfRank(plan.mesh, rank);
   const program = plan.programs[stage]!;
@@ -63,7 +64,7 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
       );
       return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
     },
-    /** The whole arena of gradients. */
+    /** The gradient arena. */
     gradients: { at: bases.gradient, bytes: sizes.gradient, span: spanOf(bases.gradient, sizes.gradient) },
     scratch: (offset: number): DevicePointer => offsetPointer(bases.scratch, offset),
     close(): void {
@@ -72,5 +73,6 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
   };
 }
 
+/** Returns a pointer plus an offset in bytes. */
 export const offsetPointer = (at: DevicePointer, bytes: number): DevicePointer => (at + BigInt(bytes)) as DevicePointer;
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;

@@ -1,6 +1,6 @@
 /**
- * CUDA: one rank of a plan on one device of this process. Calls go to the device in the plan's order and are not waited for;
- * what ranks exchange runs beside the kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
+ * The CUDA backend: one rank of a plan on one device. Calls are asynchronous and execute in the plan's order; communication overlaps with
+ * kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setImmediate, setTimeout } from "node:timers/promises";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
@@ -18,30 +18,33 @@ import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
 import { type Bound, binder } from "./launches.ts";
 import { type Label, openStreams, type Timed } from "./streams.ts";
 
+/** Settings of `openCuda`. */
 export interface CudaSettings {
   readonly rank: number;
-  /** Which of the devices that this process sees. */
+  /** The ordinal among the devices of this process. */
   readonly device: number;
   readonly files: KernelFiles;
   readonly share: Share;
-  /** Replay steps as a CUDA graph. Without it, values may be read within a step. */
+  /** Replay steps as a CUDA graph. Only without it can values be read within a step. */
   readonly graph?: boolean;
-  /** Keep the times of every instruction of the last step; no graph then. */
+  /** Record the times of every instruction of the last step; disables the graph. */
   readonly profile?: boolean;
-  /** When it is aborted, what is under way ends at once: another rank has failed. */
+  /** Aborted when another rank fails: pending communication then ends immediately. */
   readonly signal?: AbortSignal;
 }
+/** The local rank of a CUDA process. */
 export interface CudaRanks extends LocalRanks {
-  /** The first call of a step of so many microbatches. True: the step is replayed, only its writes count; all other calls do nothing, and may be left out. */
+  /** Begins a step of `microbatches`. Returns true if the step is replayed: only writes have an effect; other calls do nothing and may be omitted. */
   beginStep(microbatches: number): boolean;
-  /** Of the time between the last two replayed steps, the share in which the device waited for this process. */
+  /** Returns the fraction of the time between the last two replays in which the device waited for the host. */
   idle(): number | undefined;
-  /** With `profile`: the instructions of the last step in the order of issue, times in µs from its beginning. */
+  /** With `profile`: the instructions of the last step in issue order, times in µs from its begin. */
   profile(): (Timed & { readonly rank: number })[];
-  /** With `profile`: the first instruction of this step that the device has not done: where it stands, or hangs. */
+  /** With `profile`: the first instruction of this step that the device has not completed. */
   underWay(): Label | undefined;
 }
 
+/** Opens one rank on a CUDA device. Throws a Trouble if the device or the plan is not suitable. */
 export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaRanks> {
   const { rank, files, share, profile = false, signal } = settings;
   const { devices, open } = driver();
@@ -63,12 +66,12 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const done = context.createEvent("order");
   let check = (): void => signal?.throwIfAborted();
 
-  /** Until what was issued before the event was recorded is done; a rank that fails meanwhile ends the wait. */
+  /** Waits until the event is complete; the failure of another rank ends the wait. */
   async function happens(event: Event): Promise<void> {
     const begun = performance.now();
     for (let asked = 0; !context.happened(event); asked++) {
       if (asked % 256 === 0) check();
-      // a step that takes long can wait a moment longer
+      // poll less often for long steps
       await (performance.now() - begun < 1000 ? setImmediate() : setTimeout(1));
     }
   }
@@ -87,10 +90,10 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const limits = program.bounds.map((limit, n) => ({ limit, at: 4 * n, place: arenas.place(limit.needed, 0) }));
   const found = limits.length ? context.pin(4 * limits.length) : undefined;
   const idle: Pinned[] = [];
-  /** A step has begun and has not ended well: what is under way may never be done. */
+  /** A step has begun and not completed: pending work may never complete. */
   let broken = false;
 
-  /** Pinned memory of at least so many bytes, to be given back into `idle`. */
+  /** Returns pinned memory of at least this size; the caller returns it to `idle`. */
   function borrow(bytes: number): Pinned {
     const at = idle.findIndex((p) => p.bytes.byteLength >= bytes);
     return at >= 0 ? idle.splice(at, 1)[0]! : context.pin(Math.max(bytes, 4096));
@@ -172,12 +175,12 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       if (error || broken || signal?.aborted) {
         const aborted = comm.abort();
         context.record(done, stream);
-        // what does not end leaves all as it is: the process ends soon, and the driver takes it back
+        // if pending work does not end, skip the cleanup: the process ends soon and the driver frees its memory
         if (!(await within(PATIENCE, () => context.happened(done)))) return;
         steps.close();
         await Promise.race([aborted, setTimeout(PATIENCE)]);
       } else {
-        // NCCL would wait for ever for a graph that holds its calls
+        // destroy graphs first: NCCL waits for graphs that contain its calls
         steps.close();
         comm.close();
       }
@@ -191,7 +194,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   };
 }
 
-/** Milliseconds that what is aborted may take to end. */
+/** Time limit in milliseconds for the abort of pending work. */
 const PATIENCE = 2000;
 async function within(milliseconds: number, asked: () => boolean): Promise<boolean> {
   const last = performance.now() + milliseconds;
@@ -209,7 +212,7 @@ async function within(milliseconds: number, asked: () => boolean): Promise<boole
 type Words = typeof Float32Array | typeof Int32Array | typeof Uint16Array;
 const wordsOf = { f32: Float32Array, i32: Int32Array, bf16: Uint16Array, f16: Uint16Array } as const;
 
-/** Values as the device holds them: into the place given, or new. */
+/** Encodes values for the device, into the given memory or new memory. */
 function imageOf(b: Buffer, data: HostData, into?: (Type: Words) => InstanceType<Words>): ArrayBufferView {
   const Type = wordsOf[b.dtype];
   if (Type !== Uint16Array) {
@@ -222,7 +225,7 @@ function imageOf(b: Buffer, data: HostData, into?: (Type: Words) => InstanceType
   encodeFloat16(b.dtype, image, data as Float32Array);
   return image;
 }
-/** A copy of what the device held. */
+/** Decodes a copy of device memory. */
 function dataOf(b: Buffer, bytes: ArrayBuffer, count: number): HostData {
   const Type = wordsOf[b.dtype];
   const image = new Type(bytes, 0, count);

@@ -1,7 +1,7 @@
 /**
- * Comm over NCCL, one rank per process. Every communicator is split from the world's, by the same list on all ranks, so one
- * id is all that ranks must share. Collectives have one lane, in the plan's order; each channel between two stages has a
- * communicator and a lane of its own, and what is sent is copied aside first: a rank that sends goes on, as plans expect.
+ * Communication over NCCL, one rank per process. All ranks split their communicators from the world's in the same order, so they share only
+ * one NCCL id. Collectives run on one stream in the plan's order. Each channel between two stages has its own communicator and stream; a
+ * send copies its buffer first, so that it does not block.
  */
 
 import type { Collective, CollectiveKind, Plan, Transfer } from "../../schemas/plan.ts";
@@ -13,27 +13,28 @@ import type { Context, Stream } from "./driver.ts";
 import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
 import type { Label, RankStreams, Touch } from "./streams.ts";
 
-/** Gives all members of a set of ranks what one of them makes. */
+/** Sends bytes from the first member of a group to the others. */
 export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;
 
-/** Communicators of one rank: of the world, of each set of factors it moves things over, and of each channel to and from a stage. */
+/** The communicators of a rank: the world, each group of its collectives, and each channel to and from a stage. */
 interface Communicators {
   readonly world: Communicator;
   readonly groups: ReadonlyMap<string, Communicator>;
   readonly channels: ReadonlyMap<string, Communicator>;
-  /** In the order they were made, which is one on all ranks: those of one node must end them together. */
+  /** In creation order, which is equal on all ranks: the ranks of a node must destroy them together. */
   readonly made: readonly Communicator[];
 }
+/** The NCCL communication of a rank. */
 export interface CudaComm extends Comm {
-  /** Throws when a rank has failed. */
+  /** Throws if a rank has failed. */
   check(): void;
-  /** Ends what is under way after a failure; see `Communicator.abort`. */
+  /** Aborts pending communication after a failure; see `Communicator.abort`. */
   abort(): Promise<void>;
-  /** In good order: graphs that hold its calls have ended before. */
+  /** Destroys the communicators; graphs that contain their calls must be destroyed before. */
   close(): void;
 }
 
-/** Device memory that comm needs beyond the plan's: copies of what is sent, and room for exchanges in place. */
+/** Returns the bytes that communication needs in addition to the plan: copies of sends, and space for in-place exchanges. */
 export function bytesBeside(plan: Plan, rank: number): number {
   const { sends, spare } = besides(plan, stageOfRank(plan.mesh, rank));
   return [...sends.values()].reduce((sum, n) => sum + n, spare);
@@ -57,10 +58,11 @@ function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare
   }
   return { sends, spare };
 }
-/** Where a message lies until it is received: as many places in turn as may be in flight. */
+/** A ring of buffers for messages in flight. */
 const mailbox = (i: Transfer, microbatch: number): string => `${i.peer} ${i.tag} ${Math.max(0, microbatch) % (i.in_flight ?? 1)}`;
 const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
 
+/** What openComm needs of a rank. */
 export interface CommNeeds {
   readonly plan: Plan;
   readonly rank: number;
@@ -68,10 +70,11 @@ export interface CommNeeds {
   readonly streams: RankStreams;
   readonly place: (id: string, copy: number) => DeviceRange;
   readonly share: Share;
-  /** Waits until all that was issued is done. */
+  /** Waits until all issued work is complete. */
   readonly settled: () => Promise<void>;
 }
 
+/** Opens the communicators of a rank. */
 export async function openComm({ plan, rank, context, streams, place, share, settled }: CommNeeds): Promise<CudaComm> {
   const { mesh } = plan;
   const stage = stageOfRank(mesh, rank);
@@ -93,7 +96,7 @@ export async function openComm({ plan, rank, context, streams, place, share, set
       if (own) made.push(own);
       return own;
     };
-    // all ranks split by the same list, in the same order, those also whose stage has no use for it
+    // all ranks split in the same order, including ranks whose stage does not use the group
     for (const { key, subAxes, stages } of groupings(plan)) {
       const group = split(stages.has(stage) ? groupMembers(mesh, local, subAxes).map((m) => rankAt(mesh, stage, m)) : undefined);
       if (group) groups.set(key, group);
@@ -109,7 +112,7 @@ export async function openComm({ plan, rank, context, streams, place, share, set
     return { world, groups, channels, made };
   }
 
-  /** NCCL connects two ranks when they first exchange, and the host waits for it: here, in one order on all ranks. */
+  /** Connects the ranks now and in one order: NCCL otherwise connects at the first exchange and blocks the host. */
   async function warmUpChannels(channels: ReadonlyMap<string, Communicator>): Promise<void> {
     const word = context.alloc(256);
     for (const { key, source, target } of channelsOf(plan)) {
@@ -124,7 +127,7 @@ export async function openComm({ plan, rank, context, streams, place, share, set
   const perform: Record<CollectiveKind, (group: Communicator, from: DeviceRange, to: DeviceRange, stream: Stream) => void> = {
     all_reduce: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum"),
     all_reduce_max: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "max"),
-    // NCCL reads and writes one memory only where the rank's part has its place in the whole
+    // NCCL supports in-place exchange only at the rank's own offset
     all_gather(group, from, to, stream) {
       const own = from.at === to.at ? offsetPointer(to.at, group.rank * from.bytes) : from.at;
       if (own !== from.at) context.copy(own, from.at, from.bytes, stream);
@@ -186,17 +189,17 @@ export async function openComm({ plan, rank, context, streams, place, share, set
   };
 }
 
-/** The rank in a communicator of two: the lower stage's is 0. */
+/** Returns the rank in a channel's communicator: 0 for the lower stage. */
 const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
 
-/** Factors that make groups of more than one rank: those of one rank need no communicator. */
+/** Returns whether the sub-axes form groups of more than one rank. */
 const keyOf = ({ subAxes }: Plan["mesh"], fs: readonly number[]): string =>
   fs
     .filter((f) => subAxes[f]!.size > 1)
     .sort((a, b) => a - b)
     .join();
 
-/** The sets of factors that moves run over, each with the stages that use it; in an order that all ranks find. */
+/** Lists the sub-axis sets of collectives with their stages, in an order that is equal on all ranks. */
 function groupings(plan: Plan): { key: string; subAxes: number[]; stages: Set<number> }[] {
   const found = new Map<string, Set<number>>();
   for (const p of plan.programs)
@@ -215,7 +218,7 @@ interface Channel {
 }
 const channelKey = (source: number, target: number, { channel }: Pick<Transfer, "channel">): string => `${source}>${target} ${channel}`;
 
-/** What goes from stage to stage, in an order that all ranks find. */
+/** Lists the channels between stages, in an order that is equal on all ranks. */
 function channelsOf(plan: Plan): Channel[] {
   const found = new Map<string, Channel>();
   for (const p of plan.programs)
@@ -227,7 +230,7 @@ function channelsOf(plan: Plan): Channel[] {
   return [...found.values()].sort((a, b) => a.source - b.source || a.target - b.target || (a.key < b.key ? -1 : 1));
 }
 
-/** Law: a move's source and destination are as long as its collective makes them, and of one type. */
+/** Verifies that source and destination of a collective have matching lengths and equal types. */
 function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
   const { mesh } = plan;
   for (const i of instructionsOf(plan.programs[stage]!)) {

@@ -1,24 +1,24 @@
 /**
- * The step as a CUDA graph. The first step is issued call by call, so that NCCL connects and modules are loaded; the second is
- * captured; from then on a step is one launch of what was captured, and only what the host writes is new. What it writes goes
- * through pinned places of its own, one per write of a step, that the graph's copies read when they run. With another number of
- * microbatches all of this begins anew, in place of the graph before: batches grow, and no number comes again.
+ * Steps as CUDA graphs. The first step is issued call by call, so that NCCL connects and modules load; the second is captured; later steps
+ * launch the graph. The host writes inputs to pinned memory, one block per write of a step, which the graph's copies read. Another number
+ * of microbatches replaces the graph, because batch sizes only grow.
  */
 import type { Buffer } from "../../schemas/plan.ts";
 import type { Context, Event, ExecutableGraph, Pinned, Stream } from "./driver.ts";
 
-/** issue: calls go to the device. capture: they go into the graph. replay: they are in the graph already. */
+/** issue: calls execute on the device. capture: calls are recorded into the graph. replay: the graph contains the calls. */
 export type Mode = "issue" | "capture" | "replay";
 
-/** Staging is pinned by at least this much at once: page-locking costs far more than a write. */
+/** The smallest allocation of pinned memory in bytes: page-locking costs far more than a write. */
 const pinnedAtOnce = 1 << 20;
 
+/** Returns the step controller of a rank. */
 export function openSteps(context: Context, stream: Stream, { graph: wanted }: { readonly graph: boolean }) {
   let steps = 0;
   let mode: Mode | undefined;
   let graph: ExecutableGraph | undefined;
   let microbatches: number | undefined;
-  /** Whether `writes` are those of an earlier step, which this one must repeat. */
+  /** Whether `writes` are of an earlier step, whose sequence this step must repeat. */
   let known = false;
   let writes: {
     readonly buffer: Buffer;
@@ -31,7 +31,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
   let next = 0;
   const pinned: Pinned[] = [];
   let used = 0;
-  /** When the last two replays began and ended, on the device's clock. */
+  /** Events of the begin and the end of the last two replays. */
   const replays: { readonly began: Event; readonly ended: Event }[] = [];
 
   function stage(bytes: number): { at: bigint; staged: ArrayBuffer; from: number } {
@@ -45,7 +45,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
     return { at: at + BigInt(used - aligned), staged, from: used - aligned };
   }
 
-  /** The graph, which no step under way is of, and what its steps wrote; the pinned places serve again. */
+  /** Destroys the graph when no step uses it, and recycles its pinned memory. */
   function forget(): void {
     if (graph) context.destroyGraph(graph);
     graph = undefined;
@@ -58,7 +58,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
   }
 
   return {
-    /** Undefined between steps. */
+    /** The mode of the current step; undefined between steps. */
     mode: (): Mode | undefined => mode,
     begin(of: number): Mode {
       steps++;
@@ -69,7 +69,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       if (mode === "capture") context.beginCapture(stream);
       return mode;
     },
-    /** The pinned place of the next write of this step. The same writes must come in every step. */
+    /** Returns the pinned memory of the next write. Every step must make the same writes. */
     write(buffer: Buffer, copy: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
       const before = writes[next];
       if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
@@ -82,7 +82,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       next++;
       return { at: write.at, into: (Type) => new Type(write.staged, write.from, bytes / Type.BYTES_PER_ELEMENT) };
     },
-    /** Ends the step; in the end all of it is in the stream. */
+    /** Ends the step; all its work is then issued. */
     end(): void {
       if (next !== writes.length) throw new Error(`rankc: step ${steps} wrote ${next} of ${writes.length} inputs`);
       known = true;
@@ -95,7 +95,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       context.replay(graph, stream);
       context.record(span.ended, stream);
     },
-    /** The share of the time from one replay to the next in which the device waited for this process; once both are done. */
+    /** Returns the fraction of the time between two completed replays in which the device waited for the host. */
     idle(): number | undefined {
       const [before, now] = replays;
       if (!before || !now) return undefined;

@@ -1,4 +1,4 @@
-/** The C library's `_exit`: unlike `process.exit` it does not run the driver's last rites, which wait for a device that may never be done. */
+/** Returns the C library's `_exit`. Unlike `process.exit` it skips the driver's exit handlers, which wait for a device that may never complete. */
 import { koffi } from "./libraries.ts";
 
 export const hardExit = (): ((code: number) => void) => koffi().load(null).func("_exit", "void", ["int"]);

@@ -1,6 +1,6 @@
 /**
- * What a compute instruction is on the device: the launches of its kernel with their parameters packed, and the bytes it
- * touches. Made once per instruction and slot; after that a launch is one call of the driver.
+ * Binds compute instructions to a device: kernel launches with packed parameters, and the memory that they access. Each instruction is
+ * bound once per activation copy; a launch is then one driver call.
  */
 
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
@@ -10,11 +10,13 @@ import { type Context, packParams, type Stream } from "./driver.ts";
 import { type LoadedKernels, named } from "./kernels.ts";
 import type { Touch } from "./streams.ts";
 
+/** A bound instruction. */
 export interface Bound {
   readonly touch: Touch;
   readonly issue: (stream: Stream) => void;
 }
 
+/** What the binder needs of a rank. */
 export interface Ground {
   readonly plan: Plan;
   readonly rank: number;
@@ -23,7 +25,7 @@ export interface Ground {
   readonly kernels: LoadedKernels;
 }
 
-/** Binds instructions to the memory of a rank. */
+/** Returns a function that binds instructions to the memory of a rank. */
 export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
   const program = plan.programs[stageOfRank(plan.mesh, rank)]!;

@@ -1,6 +1,6 @@
 /**
- * One rank of a plan in this process: where it stands among the others (the environment says), the meeting of all, and its
- * GPU. A plan of one rank needs no meeting.
+ * Opens one rank of a plan in this process: its rank from the environment, the rendezvous with the other ranks, and its GPU. A plan of one
+ * rank needs no rendezvous.
  */
 
 import type { Plan } from "../../schemas/plan.ts";
@@ -13,16 +13,17 @@ import { openCuda } from "./backend.ts";
 import { driver } from "./driver.ts";
 import type { KernelFiles } from "./kernels.ts";
 
+/** Settings of `openRank`. */
 export interface RankSettings {
   readonly files: KernelFiles;
   readonly env: Env;
-  /** rankc's: the same on all ranks. */
+  /** The version of rankc; equal on all ranks. */
   readonly version: string;
   readonly graph?: boolean;
   readonly profile?: boolean;
 }
 
-/** Throws a Trouble where the environment names no place for this process, and the plan has more than one rank. */
+/** Opens the rank of this process. Throws a Trouble if the environment has no rank and the plan has more than one. */
 export async function openRank(plan: Plan, { files, env, version, ...how }: RankSettings): Promise<LocalRanks> {
   const { world } = plan.mesh;
   const place = placeOf(env, world);
@@ -53,7 +54,7 @@ const meet = ({ digests, mesh }: Plan, place: RankPlace, env: Env, version: stri
     onAbort: (reason) => over.abort(reason),
   });
 
-/** The fleet of one rank, which the others hear of. */
+/** Returns the local rank with the functions that need the other processes. */
 function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting: Meeting): LocalRanks {
   let step = 0;
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
@@ -94,7 +95,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       meeting.report("the end of the step");
       await localRanks.finish();
     },
-    /** Every stage's first rank tells its own; they add up in the order of the stages. */
+    /** Sums the values of the first rank of each stage, in stage order. */
     async combine(values) {
       const all = new Float64Array(values.length);
       for (const leader of leaders) {
@@ -110,7 +111,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       await meeting.barrier(name);
     },
     async close(error) {
-      // the others hear of it first: what this device is in the midst of may not end before they stop
+      // notify the others first: pending work of this device may depend on them
       if (error) await meeting.fail(error.message);
       await localRanks.close(error);
       if (!error) await meeting.close();

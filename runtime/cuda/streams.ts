@@ -1,50 +1,55 @@
 /**
- * Lanes: the streams of one rank. Kernels run on the compute lane; what moves between ranks runs on lanes of its own, beside
- * the kernels that follow, until one of them touches the same bytes. So results are those of the plan's order.
+ * The streams of one rank. Kernels run on the compute stream; communication runs on other streams, concurrently with later kernels, until
+ * one of them accesses the same bytes. The results equal those of the plan's order.
  */
 import type { Context, Event, Stream } from "./driver.ts";
 
 /** Bytes of device memory, [begin, end). */
 export type Span = readonly [number, number];
+/** The device memory that a piece of work reads and writes. */
 export interface Touch {
   readonly reads: readonly Span[];
   readonly writes: readonly Span[];
 }
-/** What a piece of work is called in a profile. */
+/** The name of a piece of work in a profile. */
 export interface Label {
   readonly id: string;
   readonly op: string;
-  /** Empty for what is no kernel. */
+  /** The kernel id; empty for other work. */
   readonly kernel: string;
 }
+/** A named stream. */
 export interface RankStream {
   readonly name: string;
   readonly stream: Stream;
 }
+/** The time of a piece of work, in µs. */
 export interface Timed extends Label {
   readonly stream: string;
   readonly begin_us: number;
   readonly end_us: number;
 }
 
-interface OwnLane extends RankStream {
-  /** How much compute had been issued when this lane last waited for it. */
+interface OwnStream extends RankStream {
+  /** The number of compute operations at this stream's last wait for compute. */
   seen: number;
 }
 interface Pending extends Touch {
-  readonly rankStream: OwnLane;
+  readonly rankStream: OwnStream;
   readonly order: number;
   readonly event: Event;
 }
 
+/** The open streams of a rank. */
 export type RankStreams = ReturnType<typeof openStreams>;
 
+/** Opens the streams of a rank. */
 export function openStreams(context: Context) {
-  const open = (name: string): OwnLane => ({ name, stream: context.createStream(), seen: -1 });
+  const open = (name: string): OwnStream => ({ name, stream: context.createStream(), seen: -1 });
   const compute = open("compute");
   const streams = new Map([[compute.name, compute]]);
   const computed = context.createEvent("order");
-  /** Work of other lanes that compute has not waited for, in the order of issue. */
+  /** Work of other streams that compute has not waited for, in issue order. */
   let pending: Pending[] = [];
   const spare: Event[] = [];
   let issued = 0;
@@ -56,9 +61,9 @@ export function openStreams(context: Context) {
   const event = (): Event => spare.pop() ?? context.createEvent("order");
   const clock = (): Event => timing!.spare.pop() ?? context.createEvent();
 
-  /** The stream waits for what touches the same bytes on other lanes: for the last of each, those before it are done then too. */
-  function waitFor(rankStream: OwnLane, touch: Touch | "everything"): void {
-    const last = new Map<OwnLane, Pending>();
+  /** Makes the stream wait for conflicting work of other streams; the last conflict of each stream suffices. */
+  function waitFor(rankStream: OwnStream, touch: Touch | "everything"): void {
+    const last = new Map<OwnStream, Pending>();
     for (const p of pending) if (p.rankStream !== rankStream && (touch === "everything" || conflict(p, touch))) last.set(p.rankStream, p);
     for (const p of last.values()) context.wait(rankStream.stream, p.event);
     if (rankStream !== compute || last.size === 0) return;
@@ -81,19 +86,19 @@ export function openStreams(context: Context) {
 
   return {
     compute: compute as RankStream,
-    /** A lane by its name, made when first asked for. */
+    /** Returns a stream by name; creates it on first use. */
     rankStream(name: string): RankStream {
       const known = streams.get(name) ?? open(name);
       streams.set(name, known);
       return known;
     },
-    /** Issues work on the compute lane. */
+    /** Issues work on the compute stream. */
     run(touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
       waitFor(compute, touch);
       issued++;
       timed(label, compute, issue);
     },
-    /** Issues work beside compute: after all compute issued so far, and after what touches the same bytes on other lanes. */
+    /** Issues work on another stream, after all compute issued so far and after conflicting work of other streams. */
     beside(rankStream: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
       const own = streams.get(rankStream.name)!;
       if (own.seen !== issued) {
@@ -107,11 +112,11 @@ export function openStreams(context: Context) {
       context.record(done, own.stream);
       pending.push({ ...touch, rankStream: own, order: order++, event: done });
     },
-    /** Compute goes no further before all lanes are done. */
+    /** Makes compute wait for all other streams. */
     join(): void {
       waitFor(compute, "everything");
     },
-    /** Forgets what was issued before: it is done, and a capture must not wait for it. */
+    /** Clears completed work, so that a capture does not wait for it. */
     begin(profile: boolean): void {
       for (const rankStream of streams.values()) rankStream.seen = -1;
       if (timing) timing.spare.push(timing.began, ...timing.marks.flatMap(({ from, to }) => [from, to]));
@@ -121,7 +126,7 @@ export function openStreams(context: Context) {
       timing = { began: kept.pop() ?? context.createEvent(), marks: [], spare: kept };
       context.record(timing.began, compute.stream);
     },
-    /** Since the last `begin(true)`, when all is done: what ran where, and when, in the order of issue. */
+    /** Returns the times of all work since the last `begin(true)`, in issue order. All work must be complete. */
     timed: (): Timed[] =>
       timing
         ? timing.marks.map(({ label, rankStream, from, to }) => ({
@@ -131,7 +136,7 @@ export function openStreams(context: Context) {
             end_us: 1000 * context.elapsed(timing!.began, to),
           }))
         : [],
-    /** Since the last `begin(true)`: the first work, in the order of issue, that is not done. */
+    /** Returns the first incomplete work since the last `begin(true)`, in issue order. */
     underWay: (): Label | undefined => timing?.marks.find(({ to }) => !context.happened(to))?.label,
     close(): void {
       const clocks = timing ? [timing.began, ...timing.spare, ...timing.marks.flatMap(({ from, to }) => [from, to])] : [];

@@ -1,4 +1,4 @@
-/** M32, M33: rotary positions that are stretched, and latent attention. */
+/** Rules M32, M33: RoPE scaling and latent attention. */
 import type { Job } from "../../schemas/job.ts";
 import { type JobPath, type Rule, rule } from "./rule.ts";
 
@@ -16,6 +16,7 @@ const readers: readonly (readonly [keyof Scaling, Scaling["type"], number | null
 ];
 const scalingKey = <K extends keyof Scaling>(key: K): JobPath => `model.rope.scaling.${key}` as JobPath;
 
+/** Rules of RoPE scaling. */
 export const positions: readonly Rule[] = [
   rule({
     code: "M320",
@@ -108,6 +109,7 @@ export const positions: readonly Rule[] = [
 
 const small = "kv_rank: 8, nope_dim: 4, v_dim: 4";
 
+/** Rules of latent attention. */
 export const latent: readonly Rule[] = [
   rule({
     code: "M330",

@@ -1,7 +1,8 @@
-/** E: what balances the experts: losses, a bias, choices that are even by themselves. */
+/** Rules E: load balancing of experts by losses, a bias, or balanced selection. */
 import { balancesOf, evenBy } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
+/** Rules of load balancing. */
 export const balance = [
   rule({
     code: "E404",
@@ -9,7 +10,7 @@ export const balance = [
     why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
     level: "warning",
     *check({ model: { moe } }) {
-      // a bias balances too, and experts that choose need nothing that does
+      // a bias balances too, and expert choice needs no balancing
       if (!moe || evenBy(moe.router) || moe.router.expert_bias || moe.router.type === "expert_choice") return;
       const idle = balancesOf(moe.router).find(({ by, coeff }) => by !== "none" && coeff === 0);
       if (!idle) return;

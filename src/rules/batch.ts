@@ -1,12 +1,13 @@
-/** B: the batch, the optimizer, the data; how these go over a run stands in course.ts. */
+/** Rules B: batch, optimizer and data. trainingSchedule.ts has the rules of schedules. */
 import { SMALLEST } from "../../schemas/job.ts";
 import { pipelineOf } from "../passes/pipeline.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
 
-const MICROBATCHES = 65536; // a role's order of work names each of them, forward and backward
-const BLOCKS = 2 ** 19; // of all roles together
+const MICROBATCHES = 65536; // the order of a stage lists each of them, forward and backward
+const BLOCKS = 2 ** 19; // of all stages together
 
+/** Rules of batch, optimizer and data. */
 export const batch = [
   rule({
     code: "B201",

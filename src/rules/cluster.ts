@@ -1,4 +1,4 @@
-/** C: the machines, and which groups leave a node. Memory that does not fit (C510) has a room of its own. */
+/** Rules C: the cluster, and groups that span nodes. memory.ts has the rule of device memory (C510). */
 import type { Job } from "../../schemas/job.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, rule } from "./rule.ts";
@@ -7,6 +7,7 @@ import { divisorsNear, downTo, rule } from "./rule.ts";
 const crosses = ({ parallel, cluster }: Job, span: number): boolean =>
   parallel.world > cluster.gpus_per_node && cluster.gpus_per_node % span !== 0;
 
+/** Rules of the cluster. */
 export const cluster = [
   rule({
     code: "C501",

@@ -1,4 +1,4 @@
-/** All rules over the job, and how they speak: each finding gets its place, and a fix that has been tried. */
+/** Applies all rules to a job. Each finding gets its place and, if a candidate change works, a tested fix. */
 import { completeJob, type Device, type Job, JobText } from "../../schemas/job.ts";
 import type { Target } from "../codegen/targets.ts";
 import type { Changes, Finding } from "../frontend/diagnostic.ts";
@@ -20,7 +20,7 @@ import { router } from "./router.ts";
 import type { Rule, RuleResult } from "./rule.ts";
 import { trainingSchedule } from "./trainingSchedule.ts";
 
-/** Cheap rules, asked again of every change that a fix tries. */
+/** Rules without compiled programs; they are applied again to every candidate change. */
 const quick: readonly Rule[] = [
   ...mesh,
   ...batch,
@@ -36,9 +36,10 @@ const quick: readonly Rule[] = [
   ...balance,
   ...cluster,
 ];
+/** All rules. */
 export const rules: readonly Rule[] = [...quick, memory];
 
-/** The smallest valid job: each rule's `bad` is laid over it. */
+/** The smallest valid job, into which the example of each rule is merged. */
 export const smallest = `
 name: smallest
 model: {layers: 4, hidden: 16, ffn: 48, heads: 4, kv_heads: 4, vocab: 768, seq: 48}
@@ -47,20 +48,20 @@ train: {steps: 10, optimizer: {lr: 1.0e-3}}
 data: {path: corpus.txt}
 `;
 
-/** Changes that are tried for one finding: each costs one pass of all rules, well under a millisecond for a job of usual size. */
+/** Limit of candidate changes per finding. Each costs one pass of all rules, below a millisecond for a typical job. */
 const TRIES = 100;
-/** … and those that need compiled programs. */
+/** Limit of candidate changes per finding that need compiled programs. */
 const COMPILED = 5;
-/** What the tries of all findings may cost, in characters of text and layers that they copy and walk. */
+/** Budget of all candidate changes of a job, in copied characters and layers. */
 const WORK = 4e6;
 
-/** What the rules say that need no compiled program. */
+/** Returns the findings of the rules that need no compiled program. */
 export function jobFindings(job: Job, source: Source): Finding[] {
   const budget = { left: WORK };
   return quick.flatMap((rule) => findingsOf(rule, job, source, budget));
 }
 
-/** What the rule says that does, of a job without errors; `targetOf` has the kernels of each device. */
+/** Returns the findings of the memory rule, which compiles a job without errors. `targetOf` returns the kernel target of a device. */
 export const memoryFindings = (job: Job, source: Source, targetOf: (device: Device) => Target): Finding[] =>
   findingsOf(memoryRule(targetOf), job, source, { left: WORK });
 
@@ -85,16 +86,16 @@ const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number
 
 const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
-/** The first change after which the rule is silent there, and no rule says anything new. */
+/** Returns the first candidate change that removes the finding and causes no other. */
 function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, budget: { left: number }): Changes | undefined {
-  const before = new Set(voices(job));
+  const before = new Set(reportedCodes(job));
   let [left, compiled] = [TRIES, COMPILED];
   for (const set of result.tries ?? []) {
     if (left-- <= 0 || budget.left <= 0) return undefined;
     budget.left -= source.size + 10 * job.model.layers;
     const then = changed(source, set);
     if (!then) continue;
-    const after = voices(then);
+    const after = reportedCodes(then);
     if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${result.at}`)) continue;
     if (rule.holds) {
       if (compiled-- <= 0) return undefined;
@@ -105,7 +106,7 @@ function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, bud
   return undefined;
 }
 
-const voices = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
+const reportedCodes = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
 
 function changed(source: Source, set: Changes): Job | undefined {
   if (!isObject(source.value)) return undefined;

@@ -1,4 +1,4 @@
-/** Memory: the one rule that needs compiled programs (peak.ts). */
+/** The memory rule, the only rule that needs compiled programs (peak.ts). */
 import { type Device, devices, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { peakOfParts } from "../analysis/memoryBreakdown.ts";
@@ -7,7 +7,7 @@ import { memoryOfStages } from "../peak.ts";
 import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";
 
-/** Bytes that the stage with the highest peak needs, and which stage it is. On the CPU one process holds all ranks. */
+/** Returns the highest peak in bytes, and its stage. On the CPU one process holds all ranks. */
 export function peakOf(job: Job, target: Target = cpu): { bytes: number; who: string } {
   const peaks = memoryOfStages(job, target).map(peakOfParts);
   if (job.cluster.device === "cpu") {
@@ -18,7 +18,7 @@ export function peakOf(job: Job, target: Target = cpu): { bytes: number; who: st
   return { bytes, who: `a rank of stage ${peaks.indexOf(bytes)} needs` };
 }
 
-/** More than one rank can possibly need, in closed form: when that fits easily, nothing is compiled. Bytes. */
+/** Returns an upper bound of a rank's memory in bytes, in closed form. If it fits, nothing is compiled. */
 function ceiling({ model: m, parallel: p, train }: Job): number {
   const { mla } = m;
   const latents = mla ? (mla.q_rank ?? 0) + mla.kv_rank + mla.rope_dim : 0;
@@ -30,22 +30,22 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
     2 * m.vocab * m.hidden +
     layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2) +
     ahead * 3 * m.hidden ** 2;
-  // rows of a token at most: capacity may be padded with any, and experts may all choose the same
+  // the most rows of a token: capacity may be padded, and all experts may choose the same token
   const rows = m.moe && (m.moe.capacity !== "dropless" || m.moe.router.type === "expert_choice") ? m.moe.experts : (m.moe?.top_k ?? 0);
   const active = m.moe ? Math.max(m.ffn, rows * (m.moe.ffn + m.hidden) + 4 * m.moe.experts + (m.moe.shared?.ffn ?? 0)) : m.ffn;
   const perToken = layers * (8 * m.hidden + 8 * heads + 8 * active) + (1 + ahead) * 8 * m.vocab + ahead * 16 * m.hidden;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }
 
-/** Whether only compiled programs can say that a job fits its device. */
+/** Returns whether the bound is not sufficient, so that programs must be compiled. */
 export const needsPrograms = (job: Job): boolean =>
   ceiling(job) * (job.cluster.device === "cpu" ? job.parallel.world : 1) >= devices[job.cluster.device].memory;
 
-/** The balanced load that expert rows have memory for, where the worst case does not fit. */
+/** The multiple of the balanced load for expert rows, if the worst case does not fit. */
 const ROWS_BOUND = 1.5;
 
 type Try = Readonly<Record<string, unknown>>;
-/** Changes by how much memory they can save at most: a factor, so that hopeless ones are not compiled. */
+/** Candidate changes with the largest factor that each can save, so that insufficient ones are not compiled. */
 function changes({ parallel: p, model }: Job): readonly (readonly [number, Try])[] {
   const wider = (n: number) => ({ "parallel.tensor": p.tensor * n, "parallel.sequence": true });
   return [
@@ -66,12 +66,12 @@ function changes({ parallel: p, model }: Job): readonly (readonly [number, Try])
       : []),
     [4, { "parallel.pipeline": p.pipeline * 4 }],
     ...(model.moe ? ([[8, { "parallel.expert": p.expert * 2, "parallel.pipeline": p.pipeline * 4 }]] as const) : []),
-    // a job with room to grow: more ranks, each with a smaller part
+    // more ranks with smaller shards
     ...[2, 4, 8].map((n) => [n, { "parallel.world": p.world * n, ...wider(n) }] as const),
   ];
 }
 
-/** The rule with the kernels of each device: their scratch is a part of the peak. */
+/** Returns the rule with the kernels of each device, whose scratch is part of the peak. */
 export function memoryRule(targetOf: (device: Device) => Target): Rule {
   const peaks = new Map<string, ReturnType<typeof peakOf>>();
   const peak = (job: Job): ReturnType<typeof peakOf> => {
@@ -127,5 +127,5 @@ const withBound = (job: Job): Job => ({
   model: { ...job.model, moe: job.model.moe && { ...job.model.moe, rows_bound: ROWS_BOUND } },
 });
 
-/** … without kernels, which is how the target `cpu` computes. */
+/** The rule for the target `cpu`, which has no kernels. */
 export const memory: Rule = memoryRule(() => cpu);

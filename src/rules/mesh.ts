@@ -1,19 +1,19 @@
-/** P: the degrees of parallelism, and the two grids they make of the same ranks. */
+/** Rules P: the parallelism degrees, and the dense and the expert grid. */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { pipelineOf, readLayout } from "../passes/pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../passes/schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
-/** Ranks in one pipeline stage, when `world` is a product as P101 asks. */
+/** Returns the ranks per pipeline stage; undefined if the job violates P101. */
 export function stageRanks({ parallel: p }: Job): number | undefined {
   return p.world === p.tensor * p.pipeline * p.context * p.data && Number.isInteger(p.data) ? p.world / p.pipeline : undefined;
 }
 
-/** Blocks of a schedule up to which it is played to find its bubble. */
+/** Largest number of blocks of a schedule that is simulated to compute its bubble. */
 const PLAYED = 4096;
 
-/** The share of a step in which a stage waits: played, or for a long pipeline by the formula of 1F1B. */
+/** Returns the idle fraction of a step: simulated, or for long schedules by the formula of 1F1B. */
 function idleShare(job: Job, m: number, chunks: number): number {
   const { pipeline } = job.parallel;
   if (m * pipeline * chunks > PLAYED) return (pipeline - 1) / (m * chunks + pipeline - 1);
@@ -23,6 +23,7 @@ function idleShare(job: Job, m: number, chunks: number): number {
 
 const microbatches = (job: Job): number => job.train.global_batch / (job.train.micro_batch * job.parallel.data);
 
+/** Rules of parallelism degrees. */
 export const mesh = [
   rule({
     code: "P101",
@@ -207,7 +208,7 @@ export const mesh = [
     level: "error",
     *check({ model, parallel: p }) {
       const tensor = p.sequence ? p.tensor : 1;
-      // a context rank's two pieces are whole, and so is what each of its tensor ranks has of them
+      // the two zigzag blocks of a context rank have whole lengths, also after division over tensor ranks
       const parts = p.context * (p.context > 1 && tensor % 2 === 1 ? 2 * tensor : tensor);
       if (model.seq % parts === 0) return;
       yield {

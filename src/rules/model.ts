@@ -1,13 +1,13 @@
-/** M: the shape of the model, and what cuts it. */
+/** Rules M: the shape of the model, and its sharding. */
 import { hasExperts, type Job, SMALLEST } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule, upTo } from "./rule.ts";
 
-/** Elements up to which sums of bytes are exact. */
+/** The largest element count with exact sums of bytes. */
 const LARGEST_COUNT = 2 ** 48;
 
-/** Parameters of the whole model. */
+/** Returns the number of parameters of the whole model. */
 function parameters({ model: m }: Job): number {
   const attention = m.hidden * m.head_dim * (2 * m.heads + 2 * m.kv_heads);
   const width = m.moe?.latent ?? m.hidden;
@@ -19,7 +19,7 @@ function parameters({ model: m }: Job): number {
   return layers + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
 }
 
-/** What every "tensor divides this" finding has in common. */
+/** Builds a finding for a size that `tensor` does not divide. */
 function* byTensor(job: Job, at: JobPath, size: number, what: string, more: RuleResult["tries"] = []): Iterable<RuleResult> {
   const { tensor } = job.parallel;
   if (size % tensor === 0) return;
@@ -32,6 +32,7 @@ function* byTensor(job: Job, at: JobPath, size: number, what: string, more: Rule
   };
 }
 
+/** Rules of the model shape. */
 export const model: readonly Rule[] = [
   rule({
     code: "M301",

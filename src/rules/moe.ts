@@ -1,4 +1,4 @@
-/** E: experts, their capacity, and how rows travel. How tokens find them: router.ts, balance.ts. */
+/** Rules E: experts, capacity and token dispatch. See also router.ts and balance.ts. */
 import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
@@ -14,6 +14,7 @@ function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): n
   return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
 }
 
+/** Rules of experts. */
 export const moe = [
   rule({
     code: "E401",

@@ -1,7 +1,8 @@
-/** M, P: multi-token prediction. */
+/** Rules M, P: multi-token prediction. */
 import { readLayout } from "../passes/pipeline.ts";
 import { divisorsNear, type Rule, rule } from "./rule.ts";
 
+/** Rules of multi-token prediction. */
 export const mtp: readonly Rule[] = [
   rule({
     code: "M340",

@@ -1,9 +1,10 @@
-/** B: 16-bit floats and the scale of the loss. */
+/** Rules B: 16-bit types and loss scaling. */
 import { rule } from "./rule.ts";
 
-/** The smallest number that a 16-bit float holds: a loss scaled below it vanishes. */
+/** The smallest positive f16 value: a smaller loss scale makes the loss zero. */
 const SMALLEST = 2 ** -24;
 
+/** Rules of precision. */
 export const precision = [
   rule({
     code: "B224",

@@ -1,10 +1,11 @@
-/** B: a batch that grows. */
+/** Rules B: the batch ramp-up. */
 
 import { lengthOf, MOST_SIZES, phasesOf } from "../../schemas/batchRampup.ts";
 import { evenBy } from "../../schemas/job.ts";
 import { stageRanks } from "./mesh.ts";
 import { downTo, rule, upTo } from "./rule.ts";
 
+/** Rules of the batch ramp-up. */
 export const rampup = [
   rule({
     code: "B226",

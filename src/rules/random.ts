@@ -1,7 +1,8 @@
-/** M, E: what is left out or moved at random. */
+/** Rules M, E: dropout and jitter. */
 import type { Job } from "../../schemas/job.ts";
 import { isShare, rule } from "./rule.ts";
 
+/** Rules of dropout and jitter. */
 export const random = [
   rule({
     code: "M350",

@@ -1,11 +1,11 @@
-/** B: what backward makes again. */
+/** Rules B: recomputation in the backward pass. */
 import { hasExperts, type Job } from "../../schemas/job.ts";
 import { type Rule, rule } from "./rule.ts";
 
 type Recompute = Job["train"]["recompute"];
 type Module = Recompute["modules"][number];
 
-/** What a module is a part of, where a model may be without it, and the key that would put it there. */
+/** The part of the model that a module needs, and the key that enables it. */
 const needs: Readonly<
   Partial<
     Record<Module, { readonly key: "model.mla" | "model.moe" | "model.moe.shared" | "model.moe.layers"; has(m: Job["model"]): boolean }>
@@ -18,7 +18,7 @@ const needs: Readonly<
   mlp: { key: "model.moe.layers", has: (m) => Array.from({ length: m.layers }, (_, i) => hasExperts(m, i)).includes(false) },
 };
 
-/** Keys that a mode reads. */
+/** The keys of each mode. */
 const readBy: Readonly<Record<Recompute["mode"], readonly (keyof Recompute)[]>> = {
   none: [],
   selective: ["modules"],
@@ -26,6 +26,7 @@ const readBy: Readonly<Record<Recompute["mode"], readonly (keyof Recompute)[]>> 
 };
 const unwritten: Omit<Recompute, "mode"> = { modules: ["core_attn"], method: "uniform", layers: 1 };
 
+/** Rules of recomputation. */
 export const recompute: readonly Rule[] = [
   rule({
     code: "B230",

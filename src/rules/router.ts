@@ -1,7 +1,8 @@
-/** E: how the router scores, and who chooses whom. */
+/** Rules E: router scores and selection. */
 import { evenBy, SMALLEST } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
+/** Rules of the router. */
 export const router = [
   rule({
     code: "E412",
@@ -68,7 +69,7 @@ export const router = [
     *check({ model: { moe } }) {
       if (!moe || moe.router.groups > 1) return;
       const { group_top_k, group_scores } = moe.router;
-      // what completeMoe fills in without groups
+      // the value that completeMoe sets without groups
       const unread = [
         ...(group_top_k > 1 ? (["group_top_k"] as const) : []),
         ...(group_scores !== Math.max(1, Math.floor(moe.top_k / group_top_k)) ? (["group_scores"] as const) : []),
@@ -113,7 +114,7 @@ export const router = [
     why: "The worth of a group is the sum of its group_scores largest scores.",
     level: "error",
     *check({ model: { moe } }) {
-      // what the groups lack, other rules say
+      // other rules report missing groups
       if (!moe || moe.router.groups === 1 || moe.experts % moe.router.groups) return;
       const { groups, group_scores, group_top_k } = moe.router;
       const size = moe.experts / groups;

@@ -1,7 +1,8 @@
-/** B: how learning rate and weight decay go over a run. */
+/** Rules B: schedules of learning rate and weight decay. */
 import { lengthOf } from "../../schemas/batchRampup.ts";
 import { rule } from "./rule.ts";
 
+/** Rules of schedules. */
 export const trainingSchedule = [
   rule({
     code: "B204",
@@ -32,7 +33,7 @@ export const trainingSchedule = [
     *check({ train }) {
       const { optimizer: o } = train;
       const length = lengthOf(train);
-      // where warm-up swallows the decay too, B204 has said so
+      // if warm-up also exceeds the decay, B204 reports it
       if (o.warmup_steps < length || (o.schedule !== "constant" && o.warmup_steps >= o.decay_steps)) return;
       yield {
         at: "train.optimizer.warmup_steps",
@@ -215,7 +216,7 @@ export const trainingSchedule = [
   }),
 ] as const;
 
-/** How long a run is, in the steps that schedules count. */
+/** Returns the length of a run in the steps that schedules count. */
 const lengthText = (train: Parameters<typeof lengthOf>[0]): string =>
   train.batch_rampup
     ? `steps ${train.steps}, whose sequences are those of ${Number(lengthOf(train).toPrecision(6))} whole batches`
