@@ -1,26 +1,28 @@
 /**
- * What kernels of attention are told, on any device. They take queries and keys in the order of their positions: then what a query sees
- * are the first keys, and what sees a key are the last queries, also in zigzag order, where a piece in that order is two runs of positions.
+ * Sizes of attention kernels, for all targets. Kernels iterate in position order, so causality is a prefix of keys (forward) and a suffix of
+ * queries (backward), also under zigzag sharding, where a shard consists of two ranges of positions.
  */
 import { dropsOf } from "../ops/dropout.ts";
 import { invariant } from "../ops/op.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
 
 type Numbers = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks", number>>;
+/** Local sizes and variant of one attention kernel. */
 export interface AttentionSizes extends Numbers {
-  /** The keys are a piece: it begins at start(U), and some queries may see none of it. */
+  /** The keys are a shard that begins at start(U); some queries may attend to none of them. */
   readonly part: boolean;
   readonly grad: boolean;
-  /** Weights are dropped (ops/attentionDropout.ts): a word below the threshold drops, what is kept grows by the factor. */
+  /** Dropout of weights (ops/attentionDropout.ts): a word below the threshold drops a weight; kept weights are multiplied by the factor. */
   readonly drops?: ReturnType<typeof dropsOf> & {
-    /** Four keys beside each other are at four positions beside each other wherever the first one's is a multiple of four. */
+    /** Whether four consecutive keys have four consecutive positions if the first index is a multiple of four. */
     readonly keysAligned4: boolean;
   };
 }
 
+/** Reads the sizes from a kernel spec. Throws a BrokenInvariant for shards that no mesh makes. */
 export function attentionSizes({ op, d }: KernelSpec): AttentionSizes {
   const { B, S, U, G, M, C, W, scale, chunk, ranks } = d as Numbers;
-  // pieces that a mesh cuts are all of one size: such a one begins with a block, or lies within one
+  // shards have equal sizes: each consists of whole zigzag blocks or lies within one
   for (const n of chunk ? [S, U] : [])
     invariant(n % chunk === 0 || chunk % n === 0, `${op}: a piece of ${n} tokens is neither blocks of ${chunk} nor in one`);
   invariant((d.copies ?? 1) === 1 || G === 1, `${op}: ${G} groups on a rank share key heads`);
@@ -28,5 +30,5 @@ export function attentionSizes({ op, d }: KernelSpec): AttentionSizes {
   return { B, S, U, G, M, C, W, scale, chunk, ranks, part: op.includes("_part"), grad: op.endsWith("_grad"), ...drops };
 }
 
-/** A piece of so many tokens lies otherwise than in the order of positions: it has more blocks than one rank's two. */
+/** Returns whether a shard of `count` tokens is not in position order: it has more than the two zigzag blocks of one rank. */
 export const isReordered = ({ chunk }: Pick<AttentionSizes, "chunk">, count: number): boolean => chunk > 0 && count > 2 * chunk;

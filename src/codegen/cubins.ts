@@ -1,4 +1,4 @@
-/** Kernels compiled by nvcc when the plan is: a cubin for each source, beside it. Where there is no nvcc, the host's NVRTC does it. */
+/** Compilation of CUDA sources to cubins by nvcc at the time the plan is compiled. Without nvcc, the host compiles the sources by NVRTC at start. */
 import { execFile, spawnSync } from "node:child_process";
 import { copyFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { availableParallelism, tmpdir } from "node:os";
@@ -7,27 +7,29 @@ import { promisify } from "node:util";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder } from "../../schemas/writing.ts";
 
+/** One CUDA source to compile. */
 export interface Unit {
   readonly kernel: string;
   readonly text: string;
-  /** The name of its cubin. */
+  /** File name of the cubin. */
   readonly cubin: string;
 }
+/** Architecture and options of nvcc, and a callback that receives the number of compiled units. */
 export interface CubinSettings {
-  /** `sm_90a` */
+  /** For example `sm_90a`. */
   readonly arch: string;
   readonly options: readonly string[];
   readonly onProgress: (done: number, of: number) => void;
 }
 
-/** The version of the nvcc that would be used; undefined where there is none on the path (or at RANKC_NVCC). */
+/** Returns the version of nvcc (RANKC_NVCC, or `nvcc` on the path); undefined if it does not run. */
 export function nvccVersion(): string | undefined {
   const { stdout, error } = spawnSync(nvcc(), ["--version"], { encoding: "utf8", timeout: 10_000 });
   return error ? undefined : /release ([\d.]+)/.exec(stdout)?.[1];
 }
 const nvcc = (): string => process.env.RANKC_NVCC ?? "nvcc";
 
-/** Compiles what is not in `folder` yet: a cubin's name holds its source's digest. Throws a Trouble with the compiler's words. */
+/** Compiles the units whose cubins are not in `folder`; the name of a cubin contains the digest of its source. Throws a Trouble with the output of nvcc. */
 export async function compileCubins(folder: string, units: readonly Unit[], { arch, options, onProgress }: CubinSettings): Promise<void> {
   makeFolder(folder);
   const left = units.filter((u) => !existsSync(join(folder, u.cubin)));
@@ -58,7 +60,7 @@ export async function compileCubins(folder: string, units: readonly Unit[], { ar
   }
 }
 
-/** The cubins of all units by file; what `known` has is not compiled again. Throws a Trouble with the compiler's words. */
+/** Returns the cubins of all units by file name. Cubins that `known` returns are not compiled. Throws a Trouble with the output of nvcc. */
 export async function makeCubins(
   units: readonly Unit[],
   { known, ...settings }: CubinSettings & { readonly known: (file: string) => Uint8Array | undefined },

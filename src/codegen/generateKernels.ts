@@ -1,6 +1,6 @@
 /**
- * kernels: which specialised kernels a program needs: an op, its local sizes, attributes and types; and their sources for a
- * target. Equal work over layers and stages is one kernel. The target `cpu` calls each op's reference and has no sources.
+ * Pass `kernels`: finds the kernel specs (op, local sizes, attributes, types) that the programs need, and generates their sources for a target.
+ * Layers and stages with equal specs share one kernel. The target `cpu` runs the reference of each op and has no sources.
  */
 
 import type { Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
@@ -12,14 +12,16 @@ import { canonical, sha256 } from "../plan/seal.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
 import type { Target } from "./targets.ts";
 
+/** The result of the pass. */
 export interface GeneratedKernels {
-  /** The programs, with a kernel named by every compute instruction. */
+  /** The programs; each compute instruction has the name of its kernel. */
   readonly programs: Program[];
   readonly kernels: Kernel[];
-  /** By file name, what lies beside the plan in kernels/. */
+  /** Contents of the folder kernels/ of the plan, by file name. */
   readonly sources: ReadonlyMap<string, string>;
 }
 
+/** Generates the kernels of all programs and names them in the compute instructions. */
 export function generateKernels(programs: readonly Program[], mesh: Mesh, target: Target): GeneratedKernels {
   const kernels = new Map<string, Kernel>();
   const sources = new Map<string, string>();
@@ -46,7 +48,7 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
   return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
 }
 
-/** What a kernel depends on: nothing that differs from rank to rank, or from layer to layer. */
+/** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */
 function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
   const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
@@ -66,7 +68,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
   return { ...spec, name: nameOf(spec) };
 }
 
-/** Names of uses met before: a layer's are those of the one above. */
+/** Cache of kernel names: layers repeat the same specs. */
 const names = new Map<string, string>();
 function nameOf(spec: Omit<KernelSpec, "name">): string {
   const text = JSON.stringify({ ...spec, accumulates: [...spec.accumulates] });

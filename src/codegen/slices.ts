@@ -1,18 +1,19 @@
-/** Ops that only cut vectors apart and put them together, as pieces that are copied: the same list for every target. */
+/** Ops that only split and join vectors, as lists of slices to copy. All targets use the same lists. */
 
-/** So many channels of each head, from one operand to another. */
+/** A copy of `length` channels of each head from one operand to another. */
 export interface Slice {
   readonly from: string;
   readonly to: string;
   readonly length: number;
-  /** The first channel of either, within a head's vector. */
+  /** The first channel within the vector of a head, in source and destination. */
   readonly fromAt: number;
   readonly toAt: number;
-  /** Width of a head's vector in either. A source that all heads of a token share has one vector for all of them. */
+  /** Width of the vector of a head in source and destination. A `shared` source has one vector for all heads of a token. */
   readonly fromWidth: number;
   readonly toWidth: number;
   readonly shared?: true;
 }
+/** The slices of one op, copied for each token and head. */
 export interface SliceCopy {
   readonly tokens: number;
   readonly heads: number;
@@ -22,6 +23,7 @@ export interface SliceCopy {
 type Sizes = Readonly<Record<string, number>>;
 const sizes = (d: Sizes) => d as Readonly<Record<"B" | "S" | "H" | "A" | "R" | "W" | "Y" | "Z", number>>;
 
+/** Slices by op name. */
 export const sliceCopies: Readonly<Record<string, (d: Sizes) => SliceCopy>> = {
   split(d) {
     const { B, S, A, R, Y } = sizes(d);
@@ -55,7 +57,7 @@ export const sliceCopies: Readonly<Record<string, (d: Sizes) => SliceCopy>> = {
       ],
     };
   },
-  /** Beside these, `dr` is a sum over heads. */
+  /** `dr` is not a copy: it is a sum over heads. */
   latent_kv_grad(d) {
     const { B, S, H, R, W, Y, Z } = sizes(d);
     const own = Y - R;
@@ -69,6 +71,6 @@ export const sliceCopies: Readonly<Record<string, (d: Sizes) => SliceCopy>> = {
   },
 };
 
-/** Offsets and lengths that a vector of elements must divide. */
+/** Returns the offsets, lengths and widths that a vector width must divide. */
 export const alignmentsOf = ({ slices }: SliceCopy): number[] =>
   slices.flatMap((p) => [p.length, p.fromAt, p.toAt, p.fromWidth, p.toWidth]).filter((n) => n > 0);

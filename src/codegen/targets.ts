@@ -1,6 +1,6 @@
 /**
- * makers: what the kernels of a plan are made with. The tables of kernels, and the templates that they fill, are loaded for the
- * target alone that asks for them: a plan for the CPU needs none, and starts without.
+ * Targets with their kernel generators. The kernel tables and templates of a target are imported when it is requested, so that compiling for
+ * the CPU does not load them.
  */
 import type { Device } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -8,18 +8,20 @@ import { invariant } from "../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
 import { archs, deviceTargets, profiles, targetNames } from "./targetNames.ts";
 
+/** A backend with a profile or an architecture. */
 export interface Target {
-  /** As a plan names it: `cpu`, `webgpu:baseline`, `cuda:sm_90a`. */
+  /** The name in plans: `cpu`, `webgpu:baseline`, `cuda:sm_90a`. */
   readonly name: string;
-  /** What the names of its sources end in. */
+  /** File name extension of sources. */
   readonly suffix: string;
-  /** The source of one use of an op; undefined where the target runs the op's reference. */
+  /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
   generate(spec: KernelSpec): GeneratedKernel | undefined;
 }
 
+/** The target that runs the reference of each op. */
 export const cpu: Target = { name: "cpu", suffix: "", generate: () => undefined };
 
-/** `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for anything else. */
+/** Loads a target by name, such as `cpu`, `webgpu`, `webgpu:f16`, `cuda:sm_90a`. Throws a Trouble for an unknown name. */
 export async function loadTarget(text: string): Promise<Target> {
   const [kind, detail] = text.split(":");
   if (text === "cpu") return cpu;
@@ -48,7 +50,7 @@ export async function loadTarget(text: string): Promise<Target> {
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
 }
 
-/** The target of each device. A kernel that a target cannot make has no scratch: to refuse it is for `compile`. */
+/** Loads the target of each device for size estimates: a kernel that a target cannot generate counts no scratch; `compile` reports it as an error. */
 export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
   const names = Object.entries(deviceTargets) as [Device, string][];
   const loaded = new Map(await Promise.all(names.map(async ([device, name]) => [device, lenient(await loadTarget(name))] as const)));

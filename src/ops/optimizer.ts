@@ -1,12 +1,12 @@
 /**
- * The step: the gradients' norm, what clipping leaves of them, and how weights move: torch.optim's AdamW, Adam and SGD. Doubles
- * inside, stored as f32. `clip` writes a `scale` of 0 where the sum of squares is not finite, and every update by a `scale` of 0
- * leaves weights, moments and router biases as they are: the step is skipped on the device, and no host has to read anything. Each
- * update stands twice: with a weight decay that is an attribute, and with one that changes from step to step.
+ * The optimizer step: gradient norm, clipping, and the updates of torch.optim's AdamW, Adam and SGD. Arithmetic is in double precision, storage
+ * in f32. `clip` writes a `scale` of 0 if the sum of squares is not finite, and an update with a `scale` of 0 changes neither weights nor
+ * moments nor router biases: the device skips the step, and the host reads nothing. Each update exists in two forms: with a constant weight
+ * decay (an attribute) and with one that is scheduled (an operand).
  */
 import { type Attrs, op } from "./op.ts";
 
-/** Adds up over the parameters; `scale` undoes the copies that many ranks hold of one parameter. */
+/** Adds the squares of one gradient to `y`. `scale` is 1 / the number of ranks that hold a copy of the parameter. */
 export const sumSquares = op({
   name: "sum_squares",
   sig: "g[...] -> y[]",
@@ -18,7 +18,7 @@ export const sumSquares = op({
     y[0]! += scale! * sum;
   },
 });
-/** `y` becomes `x` where that is not finite: a loss that is not finite makes the sum of squares so, on every rank once that is reduced. */
+/** Copies `x` to `y` if `x` is not finite: a non-finite loss makes the sum of squares non-finite, on all ranks after the reduction. */
 export const markNonfinite = op({
   name: "mark_nonfinite",
   sig: "x[] -> y[]",
@@ -28,7 +28,7 @@ export const markNonfinite = op({
     if (!Number.isFinite(x[0]!)) y[0] = x[0]!;
   },
 });
-/** torch.nn.utils.clip_grad_norm_; a `max` of 0 clips nothing. Where `sq` is not finite, `scale` is 0 and `norm` is not finite. */
+/** torch.nn.utils.clip_grad_norm_; a `max` of 0 disables clipping. If `sq` is not finite, `scale` is 0 and `norm` is not finite. */
 export const clip = op({
   name: "clip",
   sig: "sq[] -> scale[] norm[]",
@@ -37,7 +37,7 @@ export const clip = op({
     scale[0] = Number.isFinite(sq[0]!) ? left(norm[0], max!) : 0;
   },
 });
-/** The same for gradients of a loss that was multiplied by `by`. */
+/** Like clip, for gradients of a loss that was multiplied by `by`. */
 export const clipScaled = op({
   name: "clip_scaled",
   sig: "sq[] by[] -> scale[] norm[]",
@@ -52,7 +52,7 @@ const left = (norm: number, max: number): number => (max > 0 ? Math.min(1, max /
 
 const moments = { inPlace: ["w", "m", "v"], types: { w: "f32", m: "f32", v: "f32" } } as const;
 
-/** Decay acts on the weight alone and first. */
+/** Decoupled weight decay: shrinks the weight before the update. */
 export const adamw = op({
   name: "adamw",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
@@ -65,7 +65,7 @@ export const adamwScheduled = op({
   ...moments,
   cpu: (t, d) => adaptive(t, d, { shrink: t.decay[0]! }),
 });
-/** Decay is part of the gradient, after clipping: the slope of decay/2 times the weights' squares. */
+/** Adds decay · w, the gradient of decay/2 · w², to the clipped gradient. */
 export const adam = op({
   name: "adam",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
@@ -100,7 +100,7 @@ function adaptive(t: Tensors<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">, d
   }
 }
 
-// -- down the slope, decay part of the gradient; the momentum m is no running mean: gradients add up in it undampened
+// -- stochastic gradient descent with decay · w added to the gradient; the momentum m has no dampening: m = momentum · m + g
 
 export const sgd = op({
   name: "sgd",
