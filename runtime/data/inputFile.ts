@@ -1,5 +1,5 @@
 /** An input file, open for reading at any place. What can be wrong with a path is a Trouble that names it. */
-import { closeSync, existsSync, fstatSync, openSync, readSync } from "node:fs";
+import { closeSync, constants, existsSync, fstatSync, openSync, readSync } from "node:fs";
 import { Trouble } from "../../schemas/trouble.ts";
 
 export type InputFile = {
@@ -15,7 +15,9 @@ export const isThere = (path: string): boolean => existsSync(path);
 
 /** `what` is what the person thinks of it as: "the checkpoint", "the corpus"; `place` says where a path starts. */
 export function openInput(path: string, what: string, place: string): InputFile {
-  const fd = attempt(path, what, () => openSync(path, "r"), place);
+  // without O_NONBLOCK, which Windows lacks, opening a pipe waits for its writer
+  const flags = constants.O_RDONLY | (constants.O_NONBLOCK ?? 0);
+  const fd = attempt(path, what, () => openSync(path, flags), place);
   const stat = fstatSync(fd);
   if (!stat.isFile()) {
     closeSync(fd);

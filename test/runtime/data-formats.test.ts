@@ -1,4 +1,5 @@
 /** Files that are no plain corpus: each is refused by its bytes or its name, or read as its index says. */
+import { execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -112,6 +113,12 @@ test("a file is refused by the end of its name, whatever its bytes", () => {
   `);
   expect(outcome(put("part.jsonl", corpus))).toContain("jq -r .text part.jsonl > corpus.txt");
   for (const end of ["txt", "md", "py", "dat", "text.v2"]) expect(outcome(put(`part.${end}`, corpus)), end).toBe("read");
+});
+
+test.skipIf(process.platform === "win32")("a named pipe is refused without waiting for its writer", () => {
+  const pipe = join(folder, "pipe.txt");
+  execFileSync("mkfifo", [pipe]);
+  expect(outcome(pipe)).toBe("pipe.txt: the corpus is not a regular file; name a file");
 });
 
 test("text in another encoding is refused, with the byte that is not UTF-8", () => {
