@@ -168,6 +168,8 @@ function latentOf({ latent }: Family, read: Reader): Model["mla"] {
 
 /** Reads RoPE: transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling. */
 function ropeOf(config: Config, family: Family, read: Reader, reasons: string[]): Rope {
+  for (const key of ["rope_parameters", "rope_scaling"])
+    if (config[key] != null && !isRecord(config[key])) reasons.push(`${key} is ${shown(config[key])}; expected an object`);
   const inner = isRecord(config.rope_parameters) ? config.rope_parameters : isRecord(config.rope_scaling) ? config.rope_scaling : {};
   const part = inner.partial_rotary_factor ?? config.partial_rotary_factor ?? 1;
   if (part !== 1) reasons.push(`partial_rotary_factor ${shown(part)} is not supported: the whole head is rotated`);
