@@ -1,38 +1,38 @@
 /**
- * Batch-size ramp-up: how many sequences a step has while the batch grows. It grows by the sequences read so far, as Megatron
- * Core's does. Arithmetic over the job, shared by compiler and runtime.
+ * Batch-size ramp-up: the number of sequences of each step while the batch grows with the sequences read so far, as in Megatron Core.
+ * Arithmetic over the job, shared by compiler and runtime.
  */
 interface Ramp {
   readonly start: number;
   readonly increment: number;
   readonly samples: number;
 }
-/** `train` of a job. */
+/** The keys of `train` that decide the batch. */
 interface Growing {
   readonly global_batch: number;
   readonly batch_rampup: Ramp | null;
 }
 
-/** Steps in a row that have as many sequences. */
+/** Consecutive steps with the same number of sequences. */
 export interface RampupPhase {
   readonly batch: number;
-  /** Sequences read before its first step. */
+  /** Sequences read before the first step of the phase. */
   readonly from: number;
-  /** Infinity where the batch has grown up. */
+  /** The number of steps; Infinity for the phase with the full batch. */
   readonly steps: number;
 }
 
-/** Sizes that a batch may go through: each is an order of work of its own, and on CUDA a graph. */
+/** The largest number of batch sizes. Each has its own schedule, and on CUDA its own graph. */
 export const MOST_SIZES = 1024;
 
-/** Sequences of the step that begins when `samples` have been read. */
+/** Returns the sequences of the step that starts after `samples` sequences. */
 export function batchAt({ global_batch, batch_rampup: ramp }: Growing, samples: number): number {
   if (!ramp || samples > ramp.samples) return global_batch;
   return ramp.start + Math.floor(samples / (ramp.samples / sizesBefore(global_batch, ramp))) * ramp.increment;
 }
-const sizesBefore = (whole: number, { start, increment }: Ramp): number => (whole - start) / increment;
+const sizesBefore = (globalBatch: number, { start, increment }: Ramp): number => (globalBatch - start) / increment;
 
-/** The whole run, phase by phase. A ramp-up that no run can have, which the rules refuse, is taken for none. */
+/** Returns the phases of a run. An invalid ramp-up, which a rule reports, counts as none. */
 export function phasesOf(train: Growing): RampupPhase[] {
   const { global_batch, batch_rampup: ramp } = train;
   const sizes = ramp ? sizesBefore(global_batch, ramp) : 0;
@@ -40,7 +40,7 @@ export function phasesOf(train: Growing): RampupPhase[] {
   for (let from = 0; Number.isInteger(sizes) && sizes < MOST_SIZES; ) {
     const batch = batchAt(train, from);
     if (batch >= global_batch) return [...phases, { batch: global_batch, from, steps: Infinity }];
-    // the least number of steps after which another size is due; the quotient may be off by its rounding
+    // the smallest number of steps after which the size changes; the quotient may be off by rounding
     const due = (((batch - ramp!.start) / ramp!.increment + 1) * ramp!.samples) / sizes;
     let steps = Math.max(1, Math.ceil((due - from) / batch) - 1);
     while (batchAt(train, from + steps * batch) === batch) steps++;
@@ -50,7 +50,7 @@ export function phasesOf(train: Growing): RampupPhase[] {
   return [{ batch: global_batch, from: 0, steps: Infinity }];
 }
 
-/** Sequences that a run of so many steps reads. */
+/** Returns the sequences that a run of `steps` steps reads. */
 export function samplesOf(train: Growing, steps: number): number {
   let [left, samples] = [steps, 0];
   for (const { batch, steps: most } of phasesOf(train)) {
@@ -61,5 +61,5 @@ export function samplesOf(train: Growing, steps: number): number {
   return samples;
 }
 
-/** What the schedules of a run count: its sequences, in steps of whole batches. */
+/** Returns the length of a run for learning-rate schedules: its sequences, in steps of the full batch. */
 export const lengthOf = (train: Growing & { readonly steps: number }): number => samplesOf(train, train.steps) / train.global_batch;

@@ -1,2 +1,2 @@
-/** The index of a Megatron data set lies beside its ids: PREFIX.idx for PREFIX.bin; undefined for any other name. */
+/** Returns the index file of a Megatron data set: PREFIX.idx for PREFIX.bin; undefined for any other name. */
 export const indexPath = (path: string): string | undefined => (path.endsWith(".bin") ? `${path.slice(0, -".bin".length)}.idx` : undefined);

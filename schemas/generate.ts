@@ -6,7 +6,7 @@ import { Plan } from "./plan.ts";
 
 const text = (schema: Record<string, unknown>): string => `${JSON.stringify(schema, null, 2)}\n`;
 
-/** What each committed file must hold. */
+/** Returns the content of each committed schema file. */
 export const generated = (): Record<"job.schema.json" | "plan.schema.json", string> => ({
   "job.schema.json": text(jobSchema()),
   "plan.schema.json": text({ title: "rankc plan", ...z.toJSONSchema(Plan, { target: "draft-07", io: "output" }) }),

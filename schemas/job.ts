@@ -1,25 +1,25 @@
 /**
- * The job: what a person writes, and every default. `JobText` is the file as written; `Job` is the same with nothing optional.
- * Laws between keys are rules (src/rules); here stand only names, types, ranges and defaults.
+ * The schema of jobs: names, types, ranges and defaults. `JobText` is the file as written; `Job` is the same with every default filled
+ * in. Conditions between keys are rules (src/rules).
  */
 
 import { z } from "zod";
 import { lengthOf } from "./batchRampup.ts";
 import { depthsOf } from "./mtp.ts";
 
-/** Layers of a model at most, those of multi-token prediction beside them: a limit on what one plan holds, far above any model. */
+/** The largest number of layers, and of depths of multi-token prediction: bounds on the size of a plan, far above any model. */
 const LAYERS = 4096;
 /** Attention of each layer visits as many ranks one after another, and each visit is instructions of the plan. */
 const CONTEXT = 256;
 const DEPTHS = 64;
-/** The largest finite float32: what a kernel is given is a float32, and anything larger would be infinite there. */
+/** The largest finite float32. Kernels receive float32 attributes, and larger numbers would be infinite. */
 export const LARGEST = (2 - 2 ** -23) * 2 ** 127;
 /** The smallest float32 that no device flushes to zero. */
 export const SMALLEST = 2 ** -126;
 
 const count = z.int().min(1);
 const real = z.number().min(-LARGEST).max(LARGEST);
-/** A factor that is multiplied by counts (experts, a normal draw) before it is a float32: products stay finite. */
+/** A factor that is multiplied by counts or normal draws before conversion to float32; the bound keeps products finite. */
 const factor = z.number().min(-1e30).max(1e30);
 
 const Norm = z.strictObject({
@@ -448,16 +448,17 @@ const DataText = z.strictObject({
     .describe("walk through the text from its start, or draw seeded random places"),
 });
 
-/** What one device offers. Peak and bandwidth are the vendor's figures for the SXM parts, dense bf16 without sparsity. */
+/** Memory in bytes, dense bf16 peak in FLOP/s and bandwidth in bytes/s of each device, by the vendor's data sheets of SXM parts. */
 export const devices = {
   "a100-40gb": { memory: 40 * 2 ** 30, bf16Flops: 312e12, bandwidth: 1.555e12 },
   "a100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 312e12, bandwidth: 2.039e12 },
   "h100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 989e12, bandwidth: 3.35e12 },
   "h200-141gb": { memory: 141e9, bf16Flops: 989e12, bandwidth: 4.8e12 },
   "b200-192gb": { memory: 192e9, bf16Flops: 2250e12, bandwidth: 8e12 },
-  // one core of the reference backend; the memory is what Node may hold for all ranks of a small job
+  // one core of the reference backend; the memory is the limit of Node for all ranks of a small job
   cpu: { memory: 4 * 2 ** 30, bf16Flops: 2e9, bandwidth: 1e10 },
 } as const satisfies Record<string, { memory: number; bf16Flops: number; bandwidth: number }>;
+/** The name of a device. */
 export type Device = keyof typeof devices;
 
 const ClusterText = z.strictObject({
@@ -469,7 +470,7 @@ const ClusterText = z.strictObject({
     .describe("the GPU: its memory, peak and bandwidth are looked up"),
 });
 
-/** The job as a person writes it. */
+/** The job as written. */
 export const JobText = z.strictObject({
   name: z.string().min(1).describe("what the job is called in reports"),
   model: ModelText.describe("the transformer"),
@@ -482,7 +483,7 @@ export type JobText = z.output<typeof JobText>;
 
 const Moe = MoeText.required({ ffn: true }).extend({ router: RouterText.required({ group_top_k: true, group_scores: true }) });
 
-/** The job with every default filled in: what the compiler reads and the plan records. */
+/** The job with every default filled in. The compiler reads it, and the plan contains it. */
 export const Job = JobText.extend({
   model: ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({
     rope: RopeText.extend({ scaling: RopeScalingText.required({ original_seq: true }).nullable() }),
@@ -495,7 +496,7 @@ export const Job = JobText.extend({
 });
 export type Job = z.output<typeof Job>;
 
-/** The defaults that follow from other keys. A quotient may come out broken here; the rules say so before anything reads it. */
+/** Fills in defaults that depend on other keys. A quotient may be fractional here; a rule reports that before the job is compiled. */
 export function completeJob(text: JobText): Job {
   const { model, parallel, train, cluster, data: corpus } = text;
   const { mla } = model;
@@ -538,31 +539,31 @@ function completeMoe(moe: z.output<typeof MoeText>, ffn: number): z.output<typeo
   return { ...moe, ffn: moe.ffn ?? ffn, router: { ...router, group_top_k: groupTopK, group_scores: groupScores } };
 }
 
-/** Whether a layer has experts. */
+/** Returns whether a layer has experts. */
 export function hasExperts({ moe }: Pick<Job["model"], "moe">, layer: number): boolean {
   if (moe === null || moe.layers === "all") return moe !== null;
   if (Array.isArray(moe.layers)) return moe.layers[layer] === 1;
   return layer >= moe.layers.first_dense && layer % moe.layers.every === 0;
 }
 
-/** Layers with experts, those of multi-token prediction included: they are of the kind of the last one. */
+/** Returns the number of layers with experts, including depths of multi-token prediction, which are of the last layer's kind. */
 export function expertLayersOf(model: Pick<Job["model"], "moe" | "mtp" | "layers">): number {
   const own = Array.from({ length: model.layers }, (_, layer) => layer).filter((layer) => hasExperts(model, layer)).length;
   return own + (hasExperts(model, model.layers - 1) ? depthsOf(model) : 0);
 }
 
-/** The JSON Schema of a job file, for editors. */
+/** Returns the JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
 }
 
 type Router = NonNullable<Job["model"]["moe"]>["router"];
-/** What balances, and the weight of each; lists of different lengths end with the shorter one. */
+/** Returns the balancing methods with their weights. Lists of different lengths are cut to the shorter one. */
 export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly by: Balance; readonly coeff: number }[] {
   const by = Array.isArray(balance) ? balance : [balance];
   const coeffs = Array.isArray(aux_coeff) ? aux_coeff : [aux_coeff];
   return by.slice(0, coeffs.length).map((b, i) => ({ by: b, coeff: coeffs[i]! }));
 }
-/** Of the kinds of balancing the one that is a choice, even by itself, and no loss. */
+/** Returns the balancing method that changes the choice of experts instead of adding a loss; undefined if there is none. */
 export const evenBy = ({ balance }: Router): "sinkhorn" | "quantile" | undefined =>
   [balance].flat().find((by): by is "sinkhorn" | "quantile" => by === "sinkhorn" || by === "quantile");

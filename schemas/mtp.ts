@@ -1,4 +1,4 @@
-/** Multi-token prediction in a model, apart from the job's schema: the page in a browser has no schema. */
+/** Depths of multi-token prediction. Not in job.ts, because the page in a browser loads no schema. */
 
-/** The layers of multi-token prediction; 0 without it. */
+/** Returns the number of depths of multi-token prediction; 0 without it. */
 export const depthsOf = ({ mtp }: { readonly mtp?: { readonly layers: number } | null }): number => mtp?.layers ?? 0;

@@ -1,6 +1,6 @@
 /**
- * The plan: the file where compiler and runtime meet. One program per role (a pipeline stage), never one per rank.
- * Everything here is a function of the job and of rankc's version; ids are stable names, so that two plans can be compared.
+ * The schema of plans, the files that the compiler writes and the runtime reads. A plan has one program per pipeline stage, not per
+ * rank. It is a function of the job and the version of rankc. Ids are stable names, so that two plans can be compared.
  */
 import { z } from "zod";
 import { Job } from "./job.ts";
@@ -9,16 +9,16 @@ export const FORMAT_VERSION = "4.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
-/** A name that a file may have in any folder: no separators, no `..`. */
+/** A file name without separators and `..`. */
 const plainName = z.string().regex(/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$/);
-const subAxes = z.array(count).describe("indices into mesh.factors, outermost first");
+const subAxes = z.array(count).describe("indices into mesh.subAxes, outermost first");
 
 export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
 export type Dtype = z.infer<typeof Dtype>;
 
 const Factor = z
   .strictObject({ stride: count, size: count })
-  .describe("a digit of the rank's number within its stage: floor(rank / stride) % size");
+  .describe("the coordinate of a rank is floor(number within its stage / stride) % size");
 
 export const MeshText = z.strictObject({
   world: count,
@@ -34,13 +34,13 @@ export const MeshText = z.strictObject({
   axes: z
     .record(z.string(), z.array(count))
     .describe(
-      "the factors of tp, cp, dp (dense grid) and etp, ep, edp (expert grid); kv: those of tp between ranks with different key/value heads; copies: those of tp between ranks with copies of one",
+      "the sub-axes of tp, cp, dp (dense grid) and etp, ep, edp (expert grid); kv: those of tp between ranks with different key/value heads; copies: those of tp between ranks with copies of one head",
     ),
   sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
   gpus_per_node: count,
 });
 
-/** Where the bytes of a buffer live. Activations have one copy per microbatch in flight (a slot); workspace is shared by all. */
+/** The arena of a buffer. Activations have one copy per microbatch in flight; all blocks share the workspace. */
 export const BufferKind = z.enum(["parameter", "gradient", "optimizer", "activation", "workspace"]);
 export type BufferKind = z.infer<typeof BufferKind>;
 
@@ -49,8 +49,8 @@ export const Buffer = z.strictObject({
   kind: BufferKind,
   dtype: Dtype,
   shape: z.array(count).describe("local sizes in memory; for rows: the bound, then the rest"),
-  sizes: z.array(count).describe("global sizes, one per slot; a ragged value has its ragged slots first"),
-  ragged: count.describe("leading slots that share the first dim in memory: 3 for rows B~S~E, else 0"),
+  sizes: z.array(count).describe("global sizes, one per dim; a ragged value has its ragged dims first"),
+  ragged: count.describe("leading dims that share the first dim in memory: 3 for rows B~S~E, else 0"),
   fanout: count
     .optional()
     .describe("rows of a ragged value per token at most: the router's top_k, or all experts where these choose or are padded"),
@@ -58,8 +58,8 @@ export const Buffer = z.strictObject({
     .strictObject({ rows: count, sequences: count, positions: count })
     .optional()
     .describe("… and per expert at most `rows` of any group of so many sequences and positions: its capacity"),
-  shardedBy: z.array(subAxes).describe("per slot, the factors that cut it"),
-  partial: z.array(count).optional().describe("factors over which a sum (or maximum) is still owed"),
+  shardedBy: z.array(subAxes).describe("per dim, the sub-axes that shard it"),
+  partial: z.array(count).optional().describe("sub-axes over which a sum (or maximum) is pending"),
   chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
@@ -79,20 +79,22 @@ export const Compute = z.strictObject({
   kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
   writes: z.record(z.string(), id),
-  dims: z.record(z.string(), z.tuple([count, subAxes])).describe("global size of each dim, and the factors that cut it"),
+  dims: z.record(z.string(), z.tuple([count, subAxes])).describe("global size of each dim, and the sub-axes that shard it"),
   attrs: z.record(z.string(), z.number()),
   ringOffset: z
     .record(z.string(), count)
     .optional()
-    .describe("dims of which this rank works on another's piece: that of the rank so many places before it among those that cut the dim"),
-  accumulates: z.array(z.string()).optional().describe("outputs that are added to (or updated in place) rather than made anew"),
-  rows: id.optional().describe("the index buffer this op makes (permute, pack)"),
+    .describe(
+      "dims of which this rank processes the block of another rank: the one so many places before it along the sub-axes of the dim",
+    ),
+  accumulates: z.array(z.string()).optional().describe("outputs that are added to or updated in place"),
+  rows: id.optional().describe("the index buffer that this op writes (permute, pack)"),
 });
 export type Compute = z.infer<typeof Compute>;
 
 export const CollectiveKind = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max", "shift"]);
 export type CollectiveKind = z.infer<typeof CollectiveKind>;
-/** One collective on contiguous buffers; what each kind does stands with `Comm` in runtime/backend.ts. */
+/** One collective on contiguous buffers; `Comm` in runtime/backend.ts documents each kind. */
 export const Collective = z.strictObject({
   kind: z.literal("collective"),
   id,
@@ -139,7 +141,7 @@ export const Parameter = z.strictObject({
 });
 export type Parameter = z.infer<typeof Parameter>;
 
-/** The layers of a stage that stand together; a virtual pipeline gives a stage several. */
+/** Consecutive layers of a stage; with virtual pipelining a stage has several chunks. */
 export const Chunk = z.strictObject({
   layers: z.tuple([count, count]).describe("first layer, and one past the last"),
   copies: count.describe("microbatches in flight at most: copies of its activations"),
@@ -182,15 +184,15 @@ export const Memory = z.strictObject({
   parameter: count,
   gradient: count,
   optimizer: count,
-  activation: z.array(count).describe("of one slot, per chunk"),
+  activation: z.array(count).describe("of one copy, per chunk"),
   workspace: count,
-  scratch: count.describe("what kernels need while they run; one at a time"),
-  peak: count.describe("all arenas together, activations once per slot"),
+  scratch: count.describe("temporary memory of kernels, which run one at a time"),
+  peak: count.describe("all arenas together, activations once per copy"),
   offsets: z.record(z.string(), count),
 });
 export type Memory = z.infer<typeof Memory>;
 
-/** A TMA descriptor of an operand, as cuTensorMapEncodeTiled takes it: innermost dim first. What is out of bounds reads as zero. */
+/** The arguments of cuTensorMapEncodeTiled for an operand, innermost dim first. Elements out of bounds read as zero. */
 export const TensorMap = z.strictObject({
   tensor: z.string().describe("the operand"),
   dtype: Dtype,
@@ -218,7 +220,7 @@ export const Launch = z.strictObject({
 });
 export type Launch = z.infer<typeof Launch>;
 
-/** One specialised kernel: what is computed, at which local sizes, in which types, and how often in a step of this role. */
+/** One kernel: op, local sizes, types, sources and launches, and the number of instructions that use it. */
 export const Kernel = z.strictObject({
   id: plainName,
   op: z.string(),

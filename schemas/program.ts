@@ -1,63 +1,68 @@
-/** How a program is walked: its blocks, the order of its work, and where its activations lie. Arithmetic over the plan, shared by compiler and runtime. */
+/** Blocks of a program, the order of block runs, and offsets of activation copies. Arithmetic over the plan, shared by compiler and runtime. */
 import type { Buffer, Instruction, Memory, Program } from "./plan.ts";
 
-/** A block of instructions. `weights` has the gradients of weights where they are made apart from those of inputs. */
+/** A block of instructions. `weights` has the gradients of weights if they are computed separately from those of inputs. */
 export interface Block {
   readonly kind: "forward" | "backward" | "weights" | "step";
   readonly chunk: number;
   readonly instructions: readonly Instruction[];
 }
+/** The blocks of one microbatch, in order. */
 export const microbatchBlocks = ["forward", "backward", "weights"] as const;
 type MicrobatchBlock = (typeof microbatchBlocks)[number];
 
-/** All blocks that have instructions, chunk by chunk, then the step block. */
+/** Returns all blocks with instructions, chunk by chunk, then the step block. */
 export function blocksOf({ chunks, step }: Pick<Program, "chunks" | "step">): Block[] {
   const all: Block[] = chunks.flatMap((c, chunk) => microbatchBlocks.map((kind) => ({ kind, chunk, instructions: c[kind] })));
   return [...all.filter((b) => b.instructions.length > 0), { kind: "step", chunk: 0, instructions: step }];
 }
+/** Returns all instructions of a program, in the order of `blocksOf`. */
 export const instructionsOf = (p: Pick<Program, "chunks" | "step">): Instruction[] => blocksOf(p).flatMap((b) => b.instructions);
 
-/** One block of one microbatch, as `Program.order` names it: `F3`, `B0`, `W2`; with several chunks `F3.1`. */
+/** One block for one microbatch. Its tag in `Program.order` is `F3`, `B0`, `W2`; with several chunks `F3.1`. */
 export interface BlockRun {
   readonly kind: MicrobatchBlock;
   readonly microbatch: number;
   readonly chunk: number;
 }
 const letters: Readonly<Record<MicrobatchBlock, string>> = { forward: "F", backward: "B", weights: "W" };
+/** Returns the tag of a block run. */
 export const blockTag = ({ kind, microbatch, chunk }: BlockRun, chunks: number): string =>
   `${letters[kind]}${microbatch}${chunks > 1 ? `.${chunk}` : ""}`;
 
+/** Parses a tag. Throws if it is not one. */
 export function parseTag(tag: string): BlockRun {
   const kind = microbatchBlocks.find((k) => letters[k] === tag[0]);
   const dot = tag.indexOf(".");
   const microbatch = Number(dot < 0 ? tag.slice(1) : tag.slice(1, dot));
   const chunk = dot < 0 ? 0 : Number(tag.slice(dot + 1));
-  if (kind === undefined || !Number.isInteger(microbatch) || !Number.isInteger(chunk)) throw new Error(`rankc: ${tag} is no piece of work`);
+  if (kind === undefined || !Number.isInteger(microbatch) || !Number.isInteger(chunk))
+    throw new Error(`rankc: ${tag} is not the tag of a block run`);
   return { kind, microbatch, chunk };
 }
 
-/** The instructions of a piece of work, as a program's order names it. */
+/** Returns the instructions of the block run with this tag. */
 export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instruction[] {
   const { kind, chunk } = parseTag(tag);
   return chunks[chunk]![kind];
 }
 
 /**
- * The order of a step of fewer microbatches than the plan's: the same without those from `microbatches` on. What stages wait for in it
- * comes in the order in which it came, so it waits for nothing that does not come; and no more are in flight.
+ * Returns the order of a step with fewer microbatches: the order of the plan without microbatches from `microbatches` on. The remaining
+ * transfers keep their order, so the step cannot deadlock, and no more microbatches are in flight.
  */
 export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): string[] =>
   order.filter((tag) => parseTag(tag).microbatch < microbatches);
 
-/** Microbatches of a step of the whole batch. */
+/** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
   order.filter((tag) => tag.startsWith("F")).length / chunks.length;
 
-/** Bytes of all copies of all chunks' activations. */
+/** Returns the bytes of all activation copies of all chunks. */
 export const activationBytes = ({ chunks }: Pick<Program, "chunks">, { activation }: Pick<Memory, "activation">): number =>
   chunks.reduce((sum, { copies }, c) => sum + copies * activation[c]!, 0);
 
-/** Where a copy of a chunk's activations begins in their arena: chunk after chunk, slot after slot. */
+/** Returns the byte offset of an activation copy of a chunk in the arena: chunk after chunk, copy after copy. */
 export const activationStart = (
   { chunks }: Pick<Program, "chunks">,
   { activation }: Pick<Memory, "activation">,

@@ -1,65 +1,67 @@
 /**
- * Where a rank's piece of a tensor lies: arithmetic over the plan's mesh, shared by the compiler and the runtime.
- * A factor is a digit of the rank's number within its stage; a slot cut by factors [f, g] is counted in blocks, f outermost.
+ * Blocks of sharded tensors: arithmetic over the mesh of a plan, shared by compiler and runtime. The coordinate of a rank along a
+ * sub-axis is floor(number within its stage / stride) % size. A dim that is sharded by sub-axes [f, g] has its blocks numbered with f
+ * outermost.
  */
 
 import type { z } from "zod";
 import type { Compute, Dtype, MeshText } from "./plan.ts";
 
+/** The mesh of a plan. */
 export type MeshData = z.infer<typeof MeshText>;
-type Factors = Pick<MeshData, "subAxes">;
+type SubAxes = Pick<MeshData, "subAxes">;
 
 export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
-/** How many elements a shape holds; 1 for a scalar. */
+/** Returns the number of elements of a shape; 1 for a scalar. */
 export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
 
 type Stages = Pick<MeshData, "per_stage" | "stage_stride" | "world">;
-/** The pipeline stage of a rank. */
+/** Returns the pipeline stage of a rank. */
 export const stageOfRank = ({ per_stage, stage_stride, world }: Stages, rank: number): number =>
   Math.floor(rank / stage_stride) % (world / per_stage);
-/** A rank's number within its stage: what its digits are read off. */
+/** Returns the number of a rank within its stage; coordinates are computed from it. */
 export const numberInStage = ({ per_stage, stage_stride, world }: Stages, rank: number): number =>
   (rank % stage_stride) + Math.floor(rank / ((world / per_stage) * stage_stride)) * stage_stride;
-/** The rank with this number in this stage. */
+/** Returns the rank with a number within a stage. */
 export const rankAt = ({ per_stage, stage_stride, world }: Stages, stage: number, number: number): number =>
   (number % stage_stride) + stage * stage_stride + Math.floor(number / stage_stride) * (world / per_stage) * stage_stride;
 
-/** This rank's coordinate along one factor; `rank` is its number within its stage, here and below. */
-export const rankCoordinate = ({ subAxes }: Factors, rank: number, f: number): number =>
+/** Returns the coordinate of a rank along a sub-axis. Here and below, `rank` is the number of a rank within its stage. */
+export const rankCoordinate = ({ subAxes }: SubAxes, rank: number, f: number): number =>
   Math.floor(rank / subAxes[f]!.stride) % subAxes[f]!.size;
 
 /**
- * Whether factors are digits of one number beside each other, so that no two ranks have the same of all of them but by what else they
- * are. Those of grids that do not nest are not: what both cut would lie twice on some ranks, and on others be missing.
+ * Returns whether no two sub-axes overlap as factors of the rank number. Sub-axes of grids that do not nest overlap: a tensor that both
+ * shard would have blocks that two ranks hold and blocks that no rank holds.
  */
-export const isDisjointSubAxes = ({ subAxes }: Factors, fs: readonly number[]): boolean =>
+export const isDisjointSubAxes = ({ subAxes }: SubAxes, fs: readonly number[]): boolean =>
   [...fs]
     .sort((f, g) => subAxes[f]!.stride - subAxes[g]!.stride)
     .every((f, i, all) => i === 0 || subAxes[f]!.stride % (subAxes[all[i - 1]!]!.stride * subAxes[all[i - 1]!]!.size) === 0);
 
-/** In how many parts factors cut. */
-export const shardCount = ({ subAxes }: Factors, fs: readonly number[]): number => fs.reduce((n, f) => n * subAxes[f]!.size, 1);
+/** Returns the number of blocks that sub-axes shard a dim into. */
+export const shardCount = ({ subAxes }: SubAxes, fs: readonly number[]): number => fs.reduce((n, f) => n * subAxes[f]!.size, 1);
 
-/** The first global index of a rank's contiguous piece of `size` elements, cut by `cut` (outermost first). */
-function startOf(mesh: Factors, size: number, subAxes: readonly number[], rank: number, ringOffset: number): number {
+/** Returns the first global index of a rank's block of a dim of `size` elements, sharded by `subAxes` (outermost first). */
+function startOf(mesh: SubAxes, size: number, subAxes: readonly number[], rank: number, ringOffset: number): number {
   let block = 0;
   for (const f of subAxes) block = block * mesh.subAxes[f]!.size + rankCoordinate(mesh, rank, f);
   const blocks = shardCount(mesh, subAxes);
   return ((block + blocks - (ringOffset % blocks)) % blocks) * (size / blocks);
 }
 
-/** The first global index, along a dim, of what an instruction of a rank works on. */
-export function globalStart(mesh: Factors, { dims, ringOffset }: Pick<Compute, "dims" | "ringOffset">, dim: string, rank: number): number {
+/** Returns the first global index along a dim of the block that an instruction processes on a rank. */
+export function globalStart(mesh: SubAxes, { dims, ringOffset }: Pick<Compute, "dims" | "ringOffset">, dim: string, rank: number): number {
   const [size, subAxes] = dims[dim]!;
   return startOf(mesh, size, subAxes, rank, ringOffset?.[dim] ?? 0);
 }
 
 /**
- * The global indices a rank holds of one slot whose blocks are counted by `radix` and of which the factors `cut` cut it.
- * Ranges [start, end), ascending; one range where `cut` is a prefix of `radix`.
+ * Returns the global indices that a rank holds of a dim whose blocks are numbered by `blockAxes` and that is sharded by `subAxes`:
+ * ascending ranges [start, end), one range if `subAxes` is a prefix of `blockAxes`.
  */
 export function dimRanges(
-  mesh: Factors,
+  mesh: SubAxes,
   size: number,
   subAxes: readonly number[],
   blockAxes: readonly number[],
@@ -85,8 +87,8 @@ export function dimRanges(
   return ranges;
 }
 
-/** The ranks (numbers within a stage) that share all digits with `rank` but those of `fs`, ascending. */
-export function groupMembers(mesh: Factors, rank: number, fs: readonly number[]): number[] {
+/** Returns the group of `rank` along `fs`: the ranks whose other coordinates are equal, as ascending numbers within a stage. */
+export function groupMembers(mesh: SubAxes, rank: number, fs: readonly number[]): number[] {
   let base = rank;
   for (const f of fs) base -= rankCoordinate(mesh, rank, f) * mesh.subAxes[f]!.stride;
   let members = [base];

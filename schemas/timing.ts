@@ -1,4 +1,4 @@
-/** When an instruction, or one launch of it, ran: what a runtime measures and a profile tells. Microseconds on the device's clock. */
+/** The measured time of an instruction or of one launch, in microseconds of the device clock. */
 export interface Timing {
   readonly rank: number;
   readonly stream: string;

@@ -1,6 +1,7 @@
-/** Trouble: what a person can put right, as one message and a way out. Whoever prints it shows no stack; any other error is our mistake. */
+/** User errors. They are printed without a stack; any other error is a bug. */
 import { escaped } from "./printable.ts";
 
+/** An error that a person can correct: a message, a fix, and the exit code of the process. Unprintable characters are escaped. */
 export class Trouble extends Error {
   override readonly name = "Trouble";
   readonly fix?: string;

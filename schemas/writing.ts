@@ -1,4 +1,4 @@
-/** Writing files: folders that are made for them, and errors, each with the way out that fits it. */
+/** Helpers for writing files: creation of folders, and errors with a fix for each cause. */
 import { existsSync, mkdirSync, rmdirSync, statSync } from "node:fs";
 import { dirname, resolve } from "node:path";
 import { Trouble } from "./trouble.ts";
@@ -18,7 +18,7 @@ const reasons: Readonly<Record<string, readonly [why: string, fix: string]>> = {
   EIO: ["the disk reported an error", "check the disk, or name a place on another one"],
 };
 
-/** A system error of writing `path` as a Trouble that states the cause; any other error as it is. */
+/** Returns a system error of writing `path` as Trouble with cause and fix; returns any other error unchanged. */
 export function unwritten(path: string, error: unknown): unknown {
   const { code } = error as NodeJS.ErrnoException;
   if (error instanceof Trouble || code === undefined) return error;
@@ -27,9 +27,8 @@ export function unwritten(path: string, error: unknown): unknown {
 }
 
 /**
- * Makes a folder and those above it; returns the outermost that was made. Throws the system's error, and
- * then leaves none. It stands for mkdir's own recursion, which
- * in Node 20 never ends below a folder that takes none, such as /proc.
+ * Creates a folder and its missing parents. Returns the outermost folder that was created. On failure it removes them and throws the
+ * system error. It replaces the recursive mkdir, which in Node 20 never returns below a folder that accepts none, such as /proc.
  */
 export function makeFolder(folder: string): string | undefined {
   const missing: string[] = [];
@@ -41,7 +40,7 @@ export function makeFolder(folder: string): string | undefined {
         mkdirSync(at);
         made.unshift(at);
       } catch (error) {
-        // a process of another host may have made it meanwhile
+        // another process may have created it meanwhile
         if (!statSync(at, { throwIfNoEntry: false })?.isDirectory()) throw error;
       }
   } catch (error) {
