@@ -64,9 +64,9 @@ function withShared(module: ModuleBuilder, h: Value, { shared }: Moe, y: Value):
   if (shared === null) return y;
   const at = (name: string) => module.at(`moe.shared.${name}`);
   const all = dense(module, h, "X", "shared.", "moe.shared");
-  const gated = () => {
+  const gatedSum = () => {
     const gate = gemm.of({ x: h, w: module.weight("shared.gate", "D,1") }, {}, at("gate"));
     return sigmoidGate.of({ x: all, gate }, { C: module.job.model.hidden }, at("sigmoid_gate"));
   };
-  return add.of({ a: y, b: shared.gate ? gated() : all }, {}, at("sum"));
+  return add.of({ a: y, b: shared.gate ? gatedSum() : all }, {}, at("sum"));
 }
