@@ -83,7 +83,7 @@ export const shapeFaults = {
   missing: { code: "S011", title: "a key is missing", why: "It has no default: only you can know it.", bad: "train: {steps: null}" },
   type: {
     code: "S012",
-    title: "a value of the wrong kind",
+    title: "a value of the wrong type",
     why: "A guess at what was meant could train another model.",
     bad: "model: {layers: two}",
   },

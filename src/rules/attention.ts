@@ -20,7 +20,7 @@ const scalingKey = <K extends keyof Scaling>(key: K): JobPath => `model.rope.sca
 export const positions: readonly Rule[] = [
   rule({
     code: "M320",
-    title: "rope.scaling.factor is 1 or more",
+    title: "rope.scaling.factor is below 1",
     why: "Wavelengths are stretched so that longer sequences look to the model like those it knows; below 1 they would shrink.",
     level: "error",
     *check({ model: { rope } }) {
@@ -37,7 +37,7 @@ export const positions: readonly Rule[] = [
   }),
   rule({
     code: "M321",
-    title: "wavelengths that stretch wholly turn less often than those that stay",
+    title: "the RoPE frequency bounds are in the wrong order",
     why: "Between the two numbers of turns the stretch fades out. The wrong way round, short wavelengths, which tell neighbours apart, would be stretched and long ones not.",
     level: "error",
     *check({ model: { rope } }) {
@@ -62,7 +62,7 @@ export const positions: readonly Rule[] = [
   }),
   rule({
     code: "M322",
-    title: "a scaling key that nothing reads",
+    title: "a scaling key has no effect",
     why: "Each kind of scaling has its own keys. One that belongs to another kind would be ignored in silence, and the model would not be the one it was copied from.",
     level: "error",
     *check({ model: { rope } }) {
@@ -90,7 +90,7 @@ export const positions: readonly Rule[] = [
   }),
   rule({
     code: "M323",
-    title: "rope.scaling.attention_factor is above 0",
+    title: "rope.scaling.attention_factor is not above 0",
     why: "Turned queries and keys are multiplied by it: at 0 nothing is left of them.",
     level: "error",
     *check({ model: { rope } }) {
@@ -113,7 +113,7 @@ const small = "kv_rank: 8, nope_dim: 4, v_dim: 4";
 export const latent: readonly Rule[] = [
   rule({
     code: "M330",
-    title: "latent attention has keys and values for every head",
+    title: "latent attention needs kv_heads equal to heads",
     why: "Heads get their own keys and values from the latent, which is what is small; sharing them between heads as well is not part of it, in DeepSeek's models or in Megatron-LM, which refuses both together.",
     level: "error",
     *check({ model: m }) {
@@ -130,7 +130,7 @@ export const latent: readonly Rule[] = [
   }),
   rule({
     code: "M331",
-    title: "the latents of latent attention have norms of their own",
+    title: "latent attention excludes qk_norm",
     why: "Queries and keys are made from latents that are normalised; their heads are not normalised again. What Megatron-LM calls qk_layernorm there is the norm of the latents, which is always on here.",
     level: "error",
     *check({ model: m }) {
@@ -147,7 +147,7 @@ export const latent: readonly Rule[] = [
   }),
   rule({
     code: "M332",
-    title: "mla.rope_dim is even",
+    title: "mla.rope_dim is odd",
     why: "Rotary position embedding turns channels in pairs.",
     level: "error",
     *check({ model: { mla } }) {
@@ -164,7 +164,7 @@ export const latent: readonly Rule[] = [
   }),
   rule({
     code: "M333",
-    title: "head_dim is mla.nope_dim + mla.rope_dim",
+    title: "head_dim is not mla.nope_dim + mla.rope_dim",
     why: "In latent attention those two say how wide a query or key head is; another head_dim would be ignored.",
     level: "error",
     *check({ model: { mla, head_dim } }) {
@@ -181,7 +181,7 @@ export const latent: readonly Rule[] = [
   }),
   rule({
     code: "M334",
-    title: "latent attention has no query, key and value biases",
+    title: "latent attention excludes query, key and value biases",
     why: "Its queries, keys and values come from latents through products without biases, in every published model.",
     level: "error",
     *check({ model: m }) {

@@ -6,7 +6,7 @@ import { divisorsNear, rule } from "./rule.ts";
 export const balance = [
   rule({
     code: "E404",
-    title: "a balancing loss with coefficient 0 balances nothing",
+    title: "a balancing loss has coefficient 0",
     why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -30,7 +30,7 @@ export const balance = [
   }),
   rule({
     code: "E405",
-    title: "a balancing coefficient that is not used",
+    title: "a balancing coefficient is not used",
     why: "With balance: none there is no balancing loss to weigh. Megatron-LM ignores the coefficient in silence.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -69,7 +69,7 @@ export const balance = [
   }),
   rule({
     code: "E406",
-    title: "router coefficients are not negative",
+    title: "a router coefficient is negative",
     why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits; a negative rate sends more tokens to the experts that have most. Megatron-LM accepts them.",
     level: "error",
     *check({ model: { moe } }) {
@@ -86,7 +86,7 @@ export const balance = [
   }),
   rule({
     code: "E413",
-    title: "each kind of balancing has its coefficient",
+    title: "balancing kinds and coefficients do not match",
     why: "Losses of different kinds have different weights: the lists of balance and of aux_coeff go side by side.",
     level: "error",
     *check({ model: { moe } }) {
@@ -106,7 +106,7 @@ export const balance = [
   }),
   rule({
     code: "E414",
-    title: "a list of balancing names each kind once",
+    title: "a balancing kind is listed twice",
     why: "Two losses of one kind are one with their weights added. Megatron-LM takes the first weight and ignores the other in silence.",
     level: "error",
     *check({ model: { moe } }) {
@@ -130,7 +130,7 @@ export const balance = [
   }),
   rule({
     code: "E420",
-    title: "a bias of the choice needs scores by themselves",
+    title: "a routing bias needs scores that do not depend on each other",
     why: "The bias is added to scores from 0 to 1 that do not depend on each other. A softmax's scores shrink with the number of experts: the same bias would outweigh them. Megatron-LM refuses the same.",
     level: "error",
     *check({ model: { moe } }) {
@@ -147,7 +147,7 @@ export const balance = [
   }),
   rule({
     code: "E421",
-    title: "a bias and its rate go together",
+    title: "the bias and its rate are not both set",
     why: "bias_rate moves the bias of expert_bias: at 0 it stays 0, and without the bias the rate is ignored. Megatron-LM accepts either alone, and nothing balances.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -170,7 +170,7 @@ export const balance = [
   }),
   rule({
     code: "E424",
-    title: "choices that are even by themselves take no balancing loss",
+    title: "balanced selection excludes balancing losses",
     why: "Sinkhorn's method and quantiles spread the tokens as they choose; a loss beside them would pull at logits that are even already. Megatron-LM finds it in the first forward.",
     level: "error",
     *check({ model: { moe } }) {
@@ -190,7 +190,7 @@ export const balance = [
   }),
   rule({
     code: "E425",
-    title: "choices that are even by themselves have no groups and no bias",
+    title: "balanced selection excludes groups and a bias",
     why: "They are made of the logits of all experts at once. Megatron-LM ignores groups and bias beside sinkhorn in silence, and refuses groups beside quantiles.",
     level: "error",
     *check({ model: { moe } }) {
@@ -241,7 +241,7 @@ export const balance = [
   }),
   rule({
     code: "E427",
-    title: "quantiles need an even share of the tokens, and one expert to spare",
+    title: "quantile balancing needs an equal number of tokens per expert, and a spare expert",
     why: "An expert's bias is the quantile that lets in tokens x top_k / experts of a microbatch: a whole number. And what a token must exceed to get in is its best score of those not chosen.",
     level: "error",
     *check({ model: { moe, seq }, train }) {
@@ -266,7 +266,7 @@ export const balance = [
   }),
   rule({
     code: "E428",
-    title: "quantile_ema lies from 0 to below 1, and goes with quantiles",
+    title: "quantile_ema is not from 0 to below 1, or has no quantiles",
     why: "It is how much of a bias stays after a step: at 1 it would never learn. Without balance: quantile there is no such bias.",
     level: "error",
     *check({ model: { moe } }) {
@@ -285,7 +285,7 @@ export const balance = [
   }),
   rule({
     code: "E430",
-    title: "experts that choose take as many tokens each",
+    title: "tokens do not divide evenly among experts that choose",
     why: "Their loads are even as they are: there is nothing to balance by a loss, a bias or even choices, no groups to choose from, and nothing to drop or to pad.",
     level: "error",
     *check({ model: { moe } }) {

@@ -11,7 +11,7 @@ const BLOCKS = 2 ** 19; // of all stages together
 export const batch = [
   rule({
     code: "B201",
-    title: "micro_batch x data divides global_batch",
+    title: "micro_batch x data does not divide global_batch",
     why: "A step is a whole number of microbatches on every data rank. Megatron-LM catches this too, in a message about another argument (eval_global_batch_size).",
     level: "error",
     *check(job) {
@@ -35,7 +35,7 @@ export const batch = [
   }),
   rule({
     code: "B202",
-    title: "the learning rate is above 0",
+    title: "the learning rate is not above 0",
     why: "With 0 nothing is learnt, and below 0 the loss is climbed. Below 2^-126 a float32 is 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -52,7 +52,7 @@ export const batch = [
   }),
   rule({
     code: "B203",
-    title: "min_lr lies between 0 and lr",
+    title: "min_lr is not between 0 and lr",
     why: "The schedule falls from lr to min_lr.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -69,7 +69,7 @@ export const batch = [
   }),
   rule({
     code: "B207",
-    title: "betas are at least 0 and below 1",
+    title: "a beta is not from 0 to below 1",
     why: "They are the weights of the past in running means; at 1 a mean never learns anything, and its bias correction divides by zero. As a float32, 1 - 2^-26 is 1.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -86,7 +86,7 @@ export const batch = [
   }),
   rule({
     code: "B208",
-    title: "the optimizer's eps is above 0",
+    title: "the optimizer's eps is not above 0",
     why: "An update divides by the root of the second moment plus eps; an embedding row that was never used has a second moment of 0, and 0 / 0 is not a number. Below 2^-126 a float32 is 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -97,7 +97,7 @@ export const batch = [
   }),
   rule({
     code: "B209",
-    title: "weight decay is not negative",
+    title: "weight decay is negative",
     why: "Each step shrinks the weights by lr x weight_decay; a negative one lets them grow without end.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -116,7 +116,7 @@ export const batch = [
   }),
   rule({
     code: "B210",
-    title: "clip is not negative",
+    title: "clip is negative",
     why: "The gradient is scaled down to this norm; a negative one would turn it around. 0 means no clipping.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -132,7 +132,7 @@ export const batch = [
   }),
   rule({
     code: "B211",
-    title: "init_std is above 0",
+    title: "init_std is not above 0",
     why: "With all weights 0 every neuron of a layer gets the same gradient, and they stay equal for ever.",
     level: "error",
     *check({ train }) {
@@ -186,7 +186,7 @@ export const batch = [
   }),
   rule({
     code: "B222",
-    title: "momentum is at least 0 and below 1",
+    title: "momentum is not from 0 to below 1",
     why: "It is what stays of the step before; at 1 all steps ever taken go on for ever.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -202,7 +202,7 @@ export const batch = [
   }),
   rule({
     code: "B223",
-    title: "a key of another optimizer",
+    title: "a key of another optimizer is set",
     why: "sgd has a momentum and no second moment; adamw and adam have betas. What is written for the other one changes nothing.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
@@ -227,7 +227,7 @@ export const batch = [
   }),
   rule({
     code: "B214",
-    title: "data.path and data.labels name files",
+    title: "data.path or data.labels names no file",
     why: "There is nothing to train on, or nothing that says what is learnt.",
     level: "error",
     *check({ data }) {
@@ -247,7 +247,7 @@ export const batch = [
   }),
   rule({
     code: "B234",
-    title: "ids in u16 do not reach the end of the vocabulary",
+    title: "u16 ids do not cover the vocabulary",
     why: "Two bytes hold ids up to 65535; a file of larger ids that is read so is two other tokens in place of each.",
     level: "warning",
     *check({ model, data }) {

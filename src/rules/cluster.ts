@@ -11,7 +11,7 @@ const crosses = ({ parallel, cluster }: Job, span: number): boolean =>
 export const cluster = [
   rule({
     code: "C501",
-    title: "the cluster has a GPU for every rank",
+    title: "the cluster has fewer GPUs than ranks",
     why: "One rank is one process on one GPU.",
     level: "error",
     *check({ parallel: p, cluster: c }) {

@@ -27,7 +27,7 @@ const microbatches = (job: Job): number => job.train.global_batch / (job.train.m
 export const mesh = [
   rule({
     code: "P101",
-    title: "world is the product of tensor, pipeline, context and data",
+    title: "world is not the product of tensor, pipeline, context and data",
     why: "Every rank has one coordinate on each axis of the dense grid, so the degrees must multiply to the number of ranks exactly.",
     level: "error",
     *check({ parallel: p }) {
@@ -57,7 +57,7 @@ export const mesh = [
   }),
   rule({
     code: "P102",
-    title: "the expert grid divides the ranks of a pipeline stage",
+    title: "the expert grid does not divide the ranks of a pipeline stage",
     why: "The experts' grid lies over the same ranks as the dense one: expert_tensor x expert x (expert data) = tensor x context x data. Megatron-LM notices a misfit only when it creates its process groups, on the cluster.",
     level: "error",
     *check(job) {
@@ -80,7 +80,7 @@ export const mesh = [
   }),
   rule({
     code: "P104",
-    title: "EP with TP requires SP: experts beside tensor parallelism need the sequence cut",
+    title: "expert and tensor parallelism need sequence parallelism",
     why: "Without sequence parallelism every tensor rank holds the same tokens, so each routes and sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns while it reads the arguments and then stops at the first forward, after the cluster was booked (Megatron-LM #1587, NeMo-RL #1075).",
     level: "error",
     *check({ model, parallel: p }) {
@@ -97,7 +97,7 @@ export const mesh = [
   }),
   rule({
     code: "P105",
-    title: "sequence does nothing without tensor",
+    title: "sequence has no effect without tensor",
     why: "Sequence parallelism cuts along the tensor ranks; with one of them there is nothing to cut. Megatron-LM switches it off without a word.",
     level: "warning",
     *check({ parallel: p }) {
@@ -114,7 +114,7 @@ export const mesh = [
   }),
   rule({
     code: "P106",
-    title: "expert degrees need experts",
+    title: "expert degrees without experts",
     why: "A dense model has no experts to spread; the ranks asked for here would repeat each other's work.",
     level: "error",
     *check({ model, parallel: p }) {
@@ -134,7 +134,7 @@ export const mesh = [
   }),
   rule({
     code: "P107",
-    title: "pipeline and virtual_pipeline divide layers",
+    title: "pipeline x virtual_pipeline does not divide layers",
     why: "Every stage, and every chunk of it, runs the same number of layers: the slowest stage sets the pace of all of them. Stages of different sizes are written as parallel.layout.",
     level: "error",
     *check({ model, parallel: p }) {
@@ -183,7 +183,7 @@ export const mesh = [
   }),
   rule({
     code: "P110",
-    title: "distributed_optimizer has nothing to share out",
+    title: "distributed_optimizer has no ranks to shard over",
     why: "The optimizer's state is shared over ranks that hold the same parameter. With data, context and expert data all 1 there are none, and no memory is saved.",
     level: "warning",
     *check(job) {
@@ -203,7 +203,7 @@ export const mesh = [
   }),
   rule({
     code: "P111",
-    title: "context, and tensor under sequence, divide the sequence",
+    title: "context and sequence shards do not divide the sequence",
     why: "Each rank holds as many tokens of every sequence as the others, and with context parallelism a piece of its first half and the mirrored one of its second. Megatron-LM does not check the cut over tensor ranks while it reads the arguments.",
     level: "error",
     *check({ model, parallel: p }) {
@@ -226,7 +226,7 @@ export const mesh = [
   }),
   rule({
     code: "P113",
-    title: "layout places every layer, over a whole number of chunks",
+    title: "layout does not match the layers, stages or chunks",
     why: "The layout is the only word on which stage runs what. A layer that is left out, or one too many, would train another model than the one described; stages must have equally many chunks, for they take turns. Megatron-LM's layouts read the same.",
     level: "error",
     *check({ model, parallel: p }) {
@@ -295,7 +295,7 @@ export const mesh = [
   }),
   rule({
     code: "P115",
-    title: "zero_bubble is for one chunk a stage",
+    title: "zero_bubble needs one chunk per stage",
     why: "Interleaved chunks and separate gradients of weights both fill the bubble, in orders that contradict each other; the one order that does both (ZB-V) needs the layers placed in a V, which rankc does not do.",
     level: "error",
     *check(job) {
@@ -313,7 +313,7 @@ export const mesh = [
   }),
   rule({
     code: "P116",
-    title: "optimizer_instances divides the data ranks",
+    title: "optimizer_instances does not divide the data ranks",
     why: "The optimizer's state is shared out among neighbouring data ranks and kept once per group of them: both the dense and the expert data ranks must fall into that many equal groups. Megatron-LM finds out when it creates its groups.",
     level: "error",
     *check(job) {
@@ -363,7 +363,7 @@ export const mesh = [
   }),
   rule({
     code: "P112",
-    title: "some parameters stay whole under the distributed optimizer",
+    title: "some parameters stay replicated under the distributed optimizer",
     why: "A parameter's state is shared out along one of its dims, in equal parts. Where no dim divides (norm gains have only `hidden`) every data rank keeps all of it.",
     level: "warning",
     *check(job) {

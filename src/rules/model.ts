@@ -36,7 +36,7 @@ function* byTensor(job: Job, at: JobPath, size: number, what: string, more: Rule
 export const model: readonly Rule[] = [
   rule({
     code: "M301",
-    title: "kv_heads divides heads",
+    title: "kv_heads does not divide heads",
     why: "In grouped-query attention each key and value head serves the same number of query heads.",
     level: "error",
     *check({ model: m }) {
@@ -53,7 +53,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M302",
-    title: "tensor divides heads",
+    title: "tensor does not divide heads",
     why: "Tensor parallelism gives each rank whole attention heads.",
     level: "error",
     check: (job) => byTensor(job, "model.heads", job.model.heads, "query heads"),
@@ -79,7 +79,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M304",
-    title: "tensor divides vocab",
+    title: "tensor does not divide vocab",
     why: "The embedding and the head are cut by vocabulary, in equal parts; padding rows would change the loss's shape, so they are yours to add.",
     level: "error",
     check: (job) =>
@@ -88,7 +88,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M305",
-    title: "tensor divides ffn",
+    title: "tensor does not divide ffn",
     why: "The dense feed-forward part is cut along its inner width. Megatron-LM accepts any width while it reads the arguments and fails when it builds the layer.",
     level: "error",
     *check(job) {
@@ -102,7 +102,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M306",
-    title: "head_dim is a whole number",
+    title: "head_dim is not a whole number",
     why: "Left out, head_dim is hidden / heads; a head cannot have a fraction of a channel.",
     level: "error",
     *check({ model: m }) {
@@ -120,7 +120,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M307",
-    title: "head_dim is even",
+    title: "head_dim is odd",
     why: "Rotary position embedding turns channels in pairs.",
     level: "error",
     *check({ model: m }) {
@@ -137,7 +137,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M308",
-    title: "the byte tokenizer needs 256 ids",
+    title: "vocab is below the 256 ids of the byte tokenizer",
     why: "A byte may be any of 0 to 255; an id past the vocabulary has no row in the embedding.",
     level: "error",
     *check({ model: m, data }) {
@@ -171,7 +171,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M310",
-    title: "norm.eps is above 0",
+    title: "norm.eps is not above 0",
     why: "It keeps the root of the mean square away from zero: a token whose vector is zero would divide by it.",
     level: "error",
     *check({ model: m }) {
@@ -184,7 +184,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M311",
-    title: "rope.theta is above 1",
+    title: "rope.theta is not above 1",
     why: "The wavelengths are powers of theta: at 1 all channels turn alike and at 0 or below there are none.",
     level: "error",
     *check({ model: m }) {
@@ -200,7 +200,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M312",
-    title: "the model is larger than numbers can count",
+    title: "the model exceeds the range of exact numbers",
     why: "Sizes and byte offsets are exact up to 2^53; past 2^48 parameters, sums of bytes are not, and no cluster holds them.",
     level: "error",
     *check(job) {
@@ -218,7 +218,7 @@ export const model: readonly Rule[] = [
   }),
   rule({
     code: "M313",
-    title: "a microbatch is larger than numbers can count",
+    title: "a microbatch exceeds the range of exact numbers",
     why: "Sizes and byte offsets are exact up to 2^53; past 2^48 elements of one activation, sums of bytes are not.",
     level: "error",
     *check(job) {

@@ -18,7 +18,7 @@ function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): n
 export const moe = [
   rule({
     code: "E401",
-    title: "top_k is at most experts",
+    title: "top_k exceeds experts",
     why: "A token goes to top_k different experts. Megatron-LM accepts the arguments and fails in the first forward.",
     level: "error",
     *check({ model: { moe } }) {
@@ -35,7 +35,7 @@ export const moe = [
   }),
   rule({
     code: "E402",
-    title: "expert divides experts",
+    title: "expert does not divide experts",
     why: "Each expert rank holds the same number of whole experts, so that its memory and its matrices have one shape.",
     level: "error",
     *check({ model: { moe }, parallel: p }) {
@@ -55,7 +55,7 @@ export const moe = [
   }),
   rule({
     code: "E403",
-    title: "expert_tensor divides the experts' ffn",
+    title: "expert_tensor does not divide the experts' ffn",
     why: "expert_tensor cuts each expert's matrices along their inner width. Megatron-LM does not check it before it builds the model.",
     level: "error",
     *check({ model: { moe }, parallel: p }) {
@@ -89,7 +89,7 @@ export const moe = [
   }),
   rule({
     code: "E408",
-    title: "experts are cut although whole ones fit the ranks",
+    title: "experts are sharded although whole ones fit the ranks",
     why: "Cutting experts makes narrow matrices, which run slower, and adds an all-gather and a reduce-scatter of rows; spreading whole experts over the same ranks does neither. In Megatron-LM the cut comes unasked: there expert_tensor defaults to tensor.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
@@ -158,7 +158,7 @@ export const moe = [
   }),
   rule({
     code: "E433",
-    title: "the capacity factor is above 0",
+    title: "the capacity factor is not above 0",
     why: "It is room for so many times the even share of tokens. Megatron-LM takes a negative factor for none at all, and drops nothing, in silence.",
     level: "error",
     *check({ model: { moe } }) {
@@ -174,7 +174,7 @@ export const moe = [
   }),
   rule({
     code: "E434",
-    title: "a capacity goes with choices that a loss or a bias balances",
+    title: "a capacity with balanced selection",
     why: "Sinkhorn's method and quantiles choose evenly already; Megatron-LM refuses a capacity beside them.",
     level: "error",
     *check({ model: { moe } }) {
@@ -212,7 +212,7 @@ export const moe = [
   }),
   rule({
     code: "E436",
-    title: "a bias that goes by loads which padding makes equal",
+    title: "padding equalizes the loads that the bias uses",
     why: "The bias moves by how many rows each expert got, padding included, as in Megatron Core: padded, all have the same, and it stays where it is.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -229,7 +229,7 @@ export const moe = [
   }),
   rule({
     code: "E437",
-    title: "layers says of each layer whether it has experts",
+    title: "layers has the wrong number of entries",
     why: "A list of another length leaves layers over, or speaks of layers that are not there. Megatron-LM finds it when it builds the model.",
     level: "error",
     *check({ model: { moe, layers } }) {
@@ -246,7 +246,7 @@ export const moe = [
   }),
   rule({
     code: "E438",
-    title: "some layer has experts",
+    title: "no layer has experts",
     why: "A model without any is dense: say so, and what only experts need falls away.",
     level: "error",
     *check({ model }) {
@@ -265,7 +265,7 @@ export const moe = [
   }),
   rule({
     code: "E439",
-    title: "tensor divides the width of shared experts",
+    title: "tensor does not divide the width of shared experts",
     why: "Every token goes to the shared experts: they are cut along their inner width over the tensor ranks, as a dense layer is.",
     level: "error",
     *check({ model: { moe }, parallel: p }) {
@@ -282,7 +282,7 @@ export const moe = [
   }),
   rule({
     code: "E440",
-    title: "a latent width that is no narrower than the model",
+    title: "the latent width is not below hidden",
     why: "Tokens are projected to it so that less travels and experts are smaller. As wide as the model, two more matrices come on top and nothing is saved.",
     level: "warning",
     *check({ model: { moe, hidden } }) {

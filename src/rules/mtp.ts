@@ -6,7 +6,7 @@ import { divisorsNear, type Rule, rule } from "./rule.ts";
 export const mtp: readonly Rule[] = [
   rule({
     code: "M340",
-    title: "mtp.layers is less than the tokens of a sequence",
+    title: "mtp.layers reaches past the sequence",
     why: "Depth k predicts from the tokens that have k more after them in their sequence: in a sequence of k there are none, and nothing is learnt.",
     level: "error",
     *check({ model: m }) {
@@ -23,7 +23,7 @@ export const mtp: readonly Rule[] = [
   }),
   rule({
     code: "M341",
-    title: "mtp.coeff is above 0",
+    title: "mtp.coeff is not above 0",
     why: "With 0 the further layers are computed and learn nothing; below 0 their loss is climbed.",
     level: "error",
     *check({ model: m }) {
@@ -39,7 +39,7 @@ export const mtp: readonly Rule[] = [
   }),
   rule({
     code: "M342",
-    title: "tensor divides hidden, where there is multi-token prediction",
+    title: "tensor does not divide hidden, as multi-token prediction needs",
     why: "The product that makes one vector of a token's two is cut along its width over the tensor ranks, in equal parts.",
     level: "error",
     *check({ model: m, parallel: { tensor } }) {
@@ -56,7 +56,7 @@ export const mtp: readonly Rule[] = [
   }),
   rule({
     code: "P118",
-    title: "layout puts multi-token prediction in one place, in a last chunk past the first stage",
+    title: "layout splits multi-token prediction, or places it too early",
     why: "Its layers take their turn after all others and share the embedding, which a stage has once: so they stand together, in the last chunk of a stage that is not the first. Megatron-LM's layouts have the same bounds.",
     level: "error",
     *check({ parallel: p }) {

@@ -8,7 +8,7 @@ const SMALLEST = 2 ** -24;
 export const precision = [
   rule({
     code: "B224",
-    title: "loss_scale is used in fp16 alone",
+    title: "loss_scale needs precision fp16",
     why: "fp32 and bf16 hold numbers down to 1e-38: no gradient of any size vanishes in them, and nothing is scaled.",
     level: "warning",
     *check({ train }) {
@@ -25,7 +25,7 @@ export const precision = [
   }),
   rule({
     code: "B225",
-    title: "a loss scale is a positive number, and adapts itself within bounds",
+    title: "loss_scale is out of range",
     why: "It begins at initial, grows by a factor above 1, shrinks by one between 0 and 1, and never falls below min, which is above 0. A scale beyond 2^100 would leave nothing of what is divided by it again.",
     level: "error",
     *check({ train: { loss_scale: scale } }) {

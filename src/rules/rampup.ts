@@ -9,7 +9,7 @@ import { downTo, rule, upTo } from "./rule.ts";
 export const rampup = [
   rule({
     code: "B226",
-    title: "a batch grows from start to global_batch by whole increments",
+    title: "the batch ramp-up does not fit global_batch",
     why: "The last increment must arrive at global_batch, or the batch would never be whole.",
     level: "error",
     *check({ train: { batch_rampup: ramp, global_batch: whole } }) {
@@ -37,7 +37,7 @@ export const rampup = [
   }),
   rule({
     code: "B227",
-    title: "micro_batch x data divides every batch on the way",
+    title: "micro_batch x data does not divide every batch of the ramp-up",
     why: "Each step is a whole number of microbatches on every data rank, while the batch grows too. Megatron-LM notices when the first batch comes that is none, in the midst of the run.",
     level: "error",
     *check(job) {
@@ -60,7 +60,7 @@ export const rampup = [
   }),
   rule({
     code: "B228",
-    title: "biases that are quantiles need batches of one size",
+    title: "quantile balancing needs a constant batch size",
     why: "The bias of a step is the mean over the microbatches of a whole batch; of a smaller one it would be too small.",
     level: "error",
     *check({ train, model: { moe } }) {

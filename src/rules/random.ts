@@ -6,7 +6,7 @@ import { isShare, rule } from "./rule.ts";
 export const random = [
   rule({
     code: "M350",
-    title: "a dropout is a probability below 1",
+    title: "a dropout is not a probability below 1",
     why: "What is kept grows by 1 / (1 - p), so that the mean stays: with 1 nothing is kept.",
     level: "error",
     *check({ model: { dropout } }) {
@@ -25,7 +25,7 @@ export const random = [
   }),
   rule({
     code: "E441",
-    title: "jitter is above 0 and below 1",
+    title: "jitter is not between 0 and 1",
     why: "The router's input is multiplied by numbers from 1 - jitter to 1 + jitter: from 1 on some of them turn its sign.",
     level: "error",
     *check({ model: { moe } }) {

@@ -52,7 +52,7 @@ export const recompute: readonly Rule[] = [
   }),
   rule({
     code: "B231",
-    title: "the recompute mode reads what is written beside it",
+    title: "the recompute mode ignores a key",
     why: "selective makes named modules again, full whole layers; a key of the other is ignored.",
     level: "warning",
     *check({ train: { recompute: r } }) {
@@ -73,7 +73,7 @@ export const recompute: readonly Rule[] = [
   }),
   rule({
     code: "B232",
-    title: "as many layers are recomputed as a chunk has",
+    title: "more layers are recomputed than a chunk has",
     why: "More layers than a stage or chunk has are all of them; a group that is larger than the chunk keeps nothing between.",
     level: "warning",
     *check({ model, parallel, train: { recompute: r } }) {

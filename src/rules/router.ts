@@ -6,7 +6,7 @@ import { divisorsNear, rule } from "./rule.ts";
 export const router = [
   rule({
     code: "E412",
-    title: "top_k 1 with normalised weights teaches the router nothing",
+    title: "top_k 1 with normalised weights gives the router no gradient",
     why: "One weight divided by itself is 1 whatever the router says, so no gradient of the loss reaches it. Megatron-LM refuses the same choice.",
     level: "error",
     *check({ model: { moe } }) {
@@ -23,7 +23,7 @@ export const router = [
   }),
   rule({
     code: "E415",
-    title: "groups divides experts",
+    title: "groups does not divide experts",
     why: "Groups of experts are of one size: the experts of a node, or of a device.",
     level: "error",
     *check({ model: { moe } }) {
@@ -63,7 +63,7 @@ export const router = [
   }),
   rule({
     code: "E442",
-    title: "group keys of a router without groups",
+    title: "group keys without groups",
     why: "Without groups a token may use all experts: group_top_k and group_scores are not read, and nothing bounds how far a token travels. Megatron-LM ignores them too.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -90,7 +90,7 @@ export const router = [
   }),
   rule({
     code: "E417",
-    title: "the groups of a token hold as many experts as it needs",
+    title: "the groups of a token hold fewer experts than top_k",
     why: "A token takes top_k experts from group_top_k groups. Where these hold fewer, Megatron-LM fills up with experts of groups that were ruled out, which of them is chance.",
     level: "error",
     *check({ model: { moe } }) {
@@ -110,7 +110,7 @@ export const router = [
   }),
   rule({
     code: "E418",
-    title: "a group is worth no more scores than it has",
+    title: "a group scores more experts than it has",
     why: "The worth of a group is the sum of its group_scores largest scores.",
     level: "error",
     *check({ model: { moe } }) {
@@ -131,7 +131,7 @@ export const router = [
   }),
   rule({
     code: "E419",
-    title: "groups that limit nothing",
+    title: "groups have no effect",
     why: "Kept groups are all of them, or more than a token has experts: it cannot use so many. Megatron-LM takes the sum of the 0 best scores as the worth of a group then, and keeps groups at random in silence.",
     level: "warning",
     *check({ model: { moe } }) {
@@ -156,7 +156,7 @@ export const router = [
   }),
   rule({
     code: "E422",
-    title: "scaling is above 0",
+    title: "scaling is not above 0",
     why: "It is a factor on all weights: with 0 the experts compute for nothing, and below 0 what they say is turned around.",
     level: "error",
     *check({ model: { moe } }) {

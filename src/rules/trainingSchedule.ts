@@ -6,7 +6,7 @@ import { rule } from "./rule.ts";
 export const trainingSchedule = [
   rule({
     code: "B204",
-    title: "warm-up ends before the decay does",
+    title: "warm-up does not end before the decay",
     why: "decay_steps counts from the first step, warm-up included: with a longer warm-up nothing is left to decay over.",
     level: "error",
     *check({ train }) {
@@ -66,7 +66,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B213",
-    title: "min_lr is not used by a constant schedule",
+    title: "min_lr has no effect with a constant schedule",
     why: "A constant schedule stays at lr after warm-up.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
@@ -83,7 +83,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B215",
-    title: "warmup_init lies between 0 and lr",
+    title: "warmup_init is not between 0 and lr",
     why: "The warm-up rises from warmup_init to lr.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -100,7 +100,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B216",
-    title: "schedule wsd says how long its fall is",
+    title: "schedule wsd needs wsd_decay_steps",
     why: "Warm-up, stable, decay: the last part has a length of its own, which only you can know.",
     level: "error",
     *check({ train }) {
@@ -118,7 +118,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B217",
-    title: "wsd_decay_steps is used by schedule wsd alone",
+    title: "wsd_decay_steps needs schedule wsd",
     why: "Other schedules fall from the end of the warm-up on, or not at all.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
@@ -135,7 +135,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B218",
-    title: "schedule wsd has a stable part",
+    title: "schedule wsd has no stable phase",
     why: "A fall that is longer than what the warm-up leaves of decay_steps has begun before the warm-up ends: the learning rate jumps down there, and never stays at lr. Megatron-LM accepts it in silence.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
@@ -153,7 +153,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B219",
-    title: "a weight decay that changes says from where to where",
+    title: "a weight decay schedule needs its start and end",
     why: "With weight_decay_schedule linear or cosine, weight_decay itself is not used.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -177,7 +177,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B220",
-    title: "a constant weight decay has no start and no end",
+    title: "a constant weight decay has a start or an end",
     why: "Nothing would read them: weight_decay is what counts.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -198,7 +198,7 @@ export const trainingSchedule = [
   }),
   rule({
     code: "B221",
-    title: "weight decay rises",
+    title: "weight decay falls over the run",
     why: "A weight decay that changes is meant to grow with the run, as the gradients shrink; Megatron-LM refuses one that falls. It works, and is mostly a slip.",
     level: "warning",
     *check({ train: { optimizer: o } }) {

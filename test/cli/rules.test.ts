@@ -96,7 +96,7 @@ train: {steps: 10, optimizer: {lr: 1.0e-3}}
 data: {path: corpus.txt}
 `);
   expect(renderFindings(findings, { color: false })).toMatchInlineSnapshot(`
-    "error[P104]: EP with TP requires SP: experts beside tensor parallelism need the sequence cut
+    "error[P104]: expert and tensor parallelism need sequence parallelism
      --> job.yaml:3:1
       |
     3 | parallel:

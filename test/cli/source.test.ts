@@ -103,7 +103,7 @@ parallel:
 test("--set is checked as if it were written, and is named as the place", () => {
   const { findings } = readJob(smallest, "job.yaml", ["parallel.world=6", "parallel.tensor=4"]);
   expect(renderFindings(findings, { color: false })).toMatchInlineSnapshot(`
-    "error[P101]: world is the product of tensor, pipeline, context and data
+    "error[P101]: world is not the product of tensor, pipeline, context and data
      --> --set parallel.world=6
      ::: --set parallel.tensor=4
       = found: world 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4
