@@ -1,4 +1,4 @@
-/** Kernels whose every output element comes from the inputs' at the same place, and from what is one per row or one alone. */
+/** Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. */
 
 import type { Dtype } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
@@ -9,27 +9,27 @@ import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText
 import type { Arch } from "../targetNames.ts";
 import { source } from "./prelude.ts";
 
-/** In an expression an operand's name is its element, `row` the row, and nameAt the pointer of an operand that is not streamed. */
+/** The formula of an elementwise kernel. In expressions the name of an operand is its element, `row` the row index, and `<name>At` the pointer of an indexed operand. */
 export interface CudaFormula {
   /** Inputs with as many elements as the outputs. */
   readonly streams: readonly string[];
-  /** One value for all. */
+  /** Inputs with a single element. */
   readonly scalars?: readonly string[];
-  /** Inputs that `row` or `element` index themselves. */
+  /** Inputs that the statements in `row` or `element` index. */
   readonly indexed?: readonly string[];
-  /** Elements that share what `row` reads; a vector lies within one. */
+  /** Elements per row; a vector does not cross the end of a row. */
   readonly width?: number;
-  /** Outputs of one number a row, that `row` writes itself where a row begins. */
+  /** Outputs with one element per row, written by the statements in `row` at the start of a row. */
   readonly numbers?: readonly string[];
-  /** How a vector that is no stream's comes to `nameIn[k]`, by input; `at` counts the outputs' vectors. */
+  /** By input, the statement that loads a vector into `<name>In[k]`; `at` is the index of the output vector. */
   readonly gathers?: Readonly<Record<string, string>>;
   readonly once?: readonly string[];
   readonly row?: readonly string[];
   readonly element?: readonly string[];
   readonly outputs: Readonly<Record<string, string>>;
-  /** What stands before the kernel. */
+  /** Declarations before the kernel. */
   readonly functions?: readonly string[];
-  /** Attributes that it is told at launch, as u32. */
+  /** Runtime attributes, passed as u32. */
   readonly attrs?: readonly string[];
 }
 
@@ -93,7 +93,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
     ...{ streams: [], indexed: ["target", "dy"], width: V! },
     row: [
       "const float dy = widen(dyAt[row]);",
-      // an id of another piece is below 0 or beyond V: it meets no place
+      // an id of another shard is below 0 or at least V, so it matches no element
       `const int here = targetAt[row] - ${start} - int(at % (${V} / N)) * N;`,
     ],
     outputs: { dx: "j == here ? dy : 0.0f" },
@@ -113,7 +113,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
     return atRandom(d, start, `word < ${threshold}u ? 0.0f : x * ${f32(factor)}`);
   },
   jitter: (d, start) => atRandom(d, start, `x * (1.0f + ${f32(d.eps!)} * (float(word >> 8) * 0x1p-23f - 1.0f))`),
-  // a piece that a query sees nothing of has −∞, and no difference of two is taken
+  // a shard without visible keys has lse = −∞; the difference of two −∞ is avoided
   attention_merge: ({ W }) => ({
     ...{ streams: ["a", "b"], indexed: ["la", "lb"], numbers: ["lse"], width: W! },
     row: [
@@ -124,10 +124,10 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
     outputs: { o: "(wa * a + wb * b) * by" },
   }),
 };
-/** Ops that need to know where a dim begins here. */
+/** The dim whose start an op needs, by op. */
 const starts: Readonly<Record<string, string>> = { embed: "V", gather_grad: "V", dropout: "S", jitter: "S" };
 
-/** Of each element of `x`, a word of its own: `word` (src/ops/dropout.ts). */
+/** Formula with a random word per element of `x`, named `word` (src/ops/dropout.ts). */
 function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): CudaFormula {
   return {
     ...{ streams: ["x"], indexed: ["sample"], width: D!, attrs: runtimeAttrs, functions: [render("cuda/philox.cuh", {})] },
@@ -150,7 +150,7 @@ export const elementwise: Readonly<Record<string, CudaGenerator>> = Object.fromE
 );
 
 const THREADS = 256;
-/** Multiprocessors: enough blocks for each are better than more vectors per thread. */
+/** Number of multiprocessors: blocks for all of them take precedence over more vectors per thread. */
 export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
 
 export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, start?: string): GeneratedKernel {
@@ -161,7 +161,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, st
   const loaded = [...f.streams, ...Object.keys(f.gathers ?? {})];
   const types = [...loaded, ...names].map((name) => spec.dtype[name]!);
   const width = vectorOf(row, types);
-  // 128 bytes on their way per thread keep memory busy; no loads, and stores alone decide
+  // 128 bytes in flight per thread saturate memory; without loads the stores decide
   const inFlight = loaded.reduce((n, name) => n + width * bytesOf[spec.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
   while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
@@ -206,7 +206,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, st
   };
 }
 
-/** Elements that are moved at once: 16 bytes of the narrowest type where the row's length allows it. */
+/** Returns the vector width in elements: 16 bytes of the narrowest type, halved until it divides the row. */
 export function vectorOf(row: number, types: readonly Dtype[]): number {
   let width = 16 / Math.min(...types.map((t) => bytesOf[t]));
   while (row % width !== 0) width /= 2;
@@ -215,7 +215,7 @@ export function vectorOf(row: number, types: readonly Dtype[]): number {
 
 export const cudaType = (t: Dtype): string => (t === "f32" ? "float" : t === "i32" ? "int" : t);
 
-/** A number as an f32 literal. */
+/** Returns a number as a CUDA f32 literal. */
 export function f32(x: number): string {
   const text = String(Math.fround(x));
   return /[.e]/.test(text) ? `${text}f` : `${text}.0f`;

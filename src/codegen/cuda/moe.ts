@@ -1,4 +1,4 @@
-/** What is reduced over a row in registers: a router's scores and weights of a token, their losses; and rows' activation gradient. */
+/** Kernels that reduce over a row held in registers: router scores and combine weights of a token, router losses, and the activation gradient of rows of experts. */
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
@@ -8,7 +8,7 @@ import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
 import { addParts } from "./reduce.ts";
 
-/** A row in registers: what is reduced over it, one after the other, and what comes of each element. */
+/** The formula of a row kernel: reductions over the row in sequence, then the outputs per element. */
 interface RowFormula {
   readonly width: number;
   readonly inputs: readonly string[];
@@ -23,7 +23,7 @@ interface RowFormula {
   }[];
   readonly outputs?: Readonly<Record<string, string>>;
   readonly rowOutputs?: Readonly<Record<string, string>>;
-  /** What a row adds to the scalar output `y`. */
+  /** The addend of a row to the scalar output `y`. */
   readonly part?: string;
 }
 
@@ -137,7 +137,7 @@ function makeRows(spec: KernelSpec, f: RowFormula): GeneratedKernel {
   };
 }
 
-/** What each chosen weight is multiplied by, so that they sum to the scaling factor. */
+/** The factor by which the chosen weights sum to the scaling factor. */
 const share = ({ d }: KernelSpec): RowFormula["stages"][number] => ({
   ...{ name: "sum", op: "Sum", term: "c * p", after: [`const float share = ${f32(d.scale!)} / (sum + 1e-20f);`] },
 });

@@ -1,4 +1,4 @@
-/** The products of matrices behind six ops: which operand is a, b and c, how they lie in memory, and what about them is ragged. */
+/** The matrix products of six ops: which operands are a, b and c, their memory layout, and which sizes are ragged. */
 import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import { type KernelSpec, offsetsAt } from "../kernelSpec.ts";
@@ -11,7 +11,7 @@ export interface Matrix {
   readonly depthFirst: boolean;
 }
 
-/** c[m,n] = a[m,depth]·b[depth,n], per expert; ragged sizes at their bound, which is over all experts together. */
+/** c[m,n] = a[m,depth]·b[depth,n] per expert; ragged sizes are given at their bound over all experts. */
 export interface CudaProduct {
   readonly a: Matrix;
   readonly b: Matrix;
@@ -22,29 +22,29 @@ export interface CudaProduct {
   /** Matrices of weights (ragged rows) or of c (ragged depth); 1 where nothing is ragged. */
   readonly experts: number;
   readonly ragged?: "rows" | "depth";
-  /** c is added to. */
+  /** Whether the product is added to c. */
   readonly adds: boolean;
-  /** Where in the index buffer the experts' first rows stand. */
+  /** Index of the experts' first rows in the index buffer. */
   readonly offsets: number;
 }
 
-/** The type of both operands, where tensor cores multiply it. */
+/** Returns the type of both operands if tensor cores support it. */
 export const halfOf = ({ a, b }: Pick<CudaProduct, "a" | "b">): Float16 | undefined =>
   a.dtype === b.dtype && isFloat16(a.dtype) ? a.dtype : undefined;
 
-/** The contiguous dim of an operand, and the other. */
+/** The contiguous dim of an operand and the other dim. */
 export const sidesOf = (p: CudaProduct, operand: "a" | "b"): readonly [number, number] => {
   const across = operand === "a" ? p.m : p.n;
   return p[operand].depthFirst ? [p.depth, across] : [across, p.depth];
 };
 
-/** Tiles of c at most, over all experts: the rows of each end in a tile of their own. */
+/** Returns the largest number of tiles of c over all experts: the rows of each expert end in a separate tile. */
 export function mostTiles(p: CudaProduct, rows: number, columns: number): number {
   const high = p.ragged === "rows" ? Math.min(p.m, Math.floor((p.m + p.experts * (rows - 1)) / rows)) : Math.ceil(p.m / rows);
   return high * Math.ceil(p.n / columns) * (p.ragged === "depth" ? p.experts : 1);
 }
 
-/** The names of a forward are x, w and y; of a dgrad dy, w and dx; of a wgrad x, dy and dw. */
+/** Operand names: forward x, w, y; dgrad dy, w, dx; wgrad x, dy, dw. */
 export function productOf({ op, d, dtype, accumulates, bound }: KernelSpec): CudaProduct {
   const grouped = op.startsWith("grouped_");
   const rows = grouped ? bound : d.B! * d.S!;

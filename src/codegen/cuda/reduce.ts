@@ -1,4 +1,4 @@
-/** Sums that end in one number, in two launches: blocks leave their parts in the scratch arena, one block adds these in a fixed order. */
+/** Reductions to a scalar in two launches: blocks write partial sums to scratch, then one block adds them in a fixed order. */
 
 import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
@@ -9,14 +9,14 @@ import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
 interface Sum {
-  /** The operand whose elements are `x` in the term. */
+  /** The operand with the elements `x` of the term. */
   readonly over: string;
   readonly to: string;
   readonly factor: number;
   readonly term: string;
-  /** A further input, which `row` and the term index. */
+  /** An additional input that `row` and the term index. */
   readonly beside?: string;
-  /** Elements within which a vector lies. */
+  /** Elements per row; a vector does not cross the end of a row. */
   readonly width?: number;
   readonly row?: readonly string[];
 }
@@ -38,7 +38,7 @@ export const reduce: Readonly<Record<string, CudaGenerator>> = {
   global_aux_loss: (spec, arch) => auxLoss(spec, arch, spec.size.p!),
 };
 
-/** Σ p·n, with counts for every `batch` elements of p. */
+/** Σ p·n, with one count vector per `batch` elements of p. */
 function auxLoss(spec: KernelSpec, arch: Arch, batch: number): GeneratedKernel {
   const { E, c } = spec.d;
   return makeSum(spec, arch, {
@@ -70,7 +70,7 @@ function makeSum(spec: KernelSpec, arch: Arch, s: Sum): GeneratedKernel {
   };
 }
 
-/** The launch that adds `count` parts, which lie at the beginning of the scratch arena, to (or into) a scalar. */
+/** Returns the launch that sums `count` partial sums at the beginning of scratch and stores or adds the result to a scalar. */
 export function addParts(spec: KernelSpec, count: number, to: string): { body: string; launch: Launch } {
   const entry = `${spec.name}_total`;
   const threads = count > 256 ? 1024 : 256;

@@ -1,4 +1,4 @@
-/** What stands around a collective: blocks in another order, rows by destination, and lists of rows put together. */
+/** Copies around a collective: reordering of blocks, rows by destination, merging of row lists. */
 import type { Arg, Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt } from "../kernelSpec.ts";
@@ -17,7 +17,7 @@ const launch = (entry: string, items: number, each: number, args: Arg[]): Launch
   args,
 });
 const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % b));
-/** Names of the parameters that say where this rank's part begins, and the arguments that fill them. */
+/** Names of the parameters that hold the start of this rank's block, and their launch arguments. */
 const picked = (spec: KernelSpec) => {
   const dims = numbered(spec, "@");
   return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => `start(@${i})`) };

@@ -1,6 +1,6 @@
 /**
- * Ops whose every element of the output comes from the same elements of the inputs, from a number per row, or from a scalar:
- * one template, and per op its formula. A formula speaks of values that are loaded as f32 and rounded when stored.
+ * Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. One template
+ * serves all ops; each op has a formula on values that are loaded as f32 and rounded when stored.
  */
 import { render } from "../../../templates/bindings.ts";
 import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
@@ -13,24 +13,24 @@ const THREADS = 256;
 
 export interface WgslFormula {
   /**
-   * Where inputs are found that are neither of the output's size nor scalars. A number: elements of the output that share one
-   * of its own. `vector` and `element`: the source indexes the buffer `<name>_buf` itself.
+   * Access to inputs that have neither the size of the output nor one element. A number: output elements per input element.
+   * `vector` and `element`: the formula indexes the buffer `<name>_buf`.
    */
   readonly at?: Readonly<Record<string, number | "vector" | "element">>;
-  /** Inputs, and outputs that are updated, of which this reads; all inputs if not said. */
+  /** Inputs and updated outputs that the formula reads; default: all inputs. */
   readonly reads?: readonly string[];
   readonly functions?: readonly string[];
   readonly lines?: readonly string[];
-  /** The value of each output, of type V. An output that is kept is added to, unless it is among what is read. */
+  /** The value of each output, of type V. It is added to an accumulating output, unless `reads` contains the output. */
   readonly results: Readonly<Record<string, string>>;
-  /** Elements that one invocation computes. */
+  /** Elements per invocation. */
   readonly width: 1 | 2 | 4;
   readonly starts?: readonly string[];
-  /** Attributes that it is told, in `start.attr`; starts are then in `start.start`. */
+  /** Runtime attributes, in `start.attr`; starts are then in `start.start`. */
   readonly attrs?: readonly string[];
 }
 
-/** The kernel of a formula. Of ragged outputs it computes the rows that exist. */
+/** Generates the kernel of a formula. For ragged outputs it computes only the rows that exist. */
 export function map(
   spec: KernelSpec,
   { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: WgslFormula,
@@ -72,16 +72,16 @@ export function map(
   return kernel(spec, [entry], [text]);
 }
 
-/** e^80 is finite, and what is below -80 counts for nothing. */
+/** The argument is clamped because e^80 is finite; sigmoid(-80) is about 2e-35. */
 export const sigmoid = "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }";
 
-/** log(1 + z) for z from 0 to 1; near 0 the digits that 1 + z would lose, by the series, whose first term left out is z^5/5 ≈ 1e-8 of z. */
+/** log(1 + z) for z in [0, 1]. Near 0, where 1 + z loses digits, a series; its first omitted term is z^5/5, about 1e-8 of z. */
 const log1p = "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }";
 
-/** The width for an op on whole operands: of ragged ones a row is a multiple of it. */
+/** Returns the vector width of an op without rows; for ragged operands it divides the row. */
 const plain = (spec: KernelSpec, name: string): 1 | 2 | 4 => widthOf(spec.size[name]! / (spec.bound || 1));
 
-/** With counts for every `batch` elements of dp. */
+/** Formula with one count vector per `batch` elements of dp. */
 function auxLossGrad({ d, size }: KernelSpec, batch: number): WgslFormula {
   const width = widthOf(d.E!);
   const [experts, vectors] = [d.E! / width, batch / width];
@@ -93,12 +93,12 @@ function auxLossGrad({ d, size }: KernelSpec, batch: number): WgslFormula {
   };
 }
 
-/** Of each element of `x`, a word of its own: `bits`. */
+/** Formula with a random word per element of `x`, named `bits`. */
 function atRandom({ d }: KernelSpec, y: string): WgslFormula {
   const { S, D, chunk, ranks } = d as Readonly<Record<"S" | "D" | "chunk" | "ranks", number>>;
   const width = widthOf(D);
   const wide = D / width;
-  // a vector lies within the four channels of a counter
+  // a vector does not cross the four channels of a counter
   const bits = { 1: "words[c % 4u]", 2: "select(words.xy, words.zw, c % 4u == 2u)", 4: "words" }[width];
   return {
     ...{ width, at: { sample: "element" }, starts: ["S"], attrs: runtimeAttrs, results: { y } },

@@ -1,17 +1,17 @@
 /**
- * What all WGSL sources share: how an entry's arguments are bound, how a grid is folded, and how a dtype is called. The
- * text of the bindings and the launch that fills them come from one list, so they cannot disagree.
+ * Helpers of all WGSL sources: bindings, grids and type names. The text of the bindings and the arguments of the launch are made from one
+ * list, so that they agree.
  */
 import type { Dtype, Launch } from "../../../schemas/plan.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 
-/** A storage buffer of an entry: what the launch binds, the variable it is in the source, and the type of its elements. */
+/** A storage buffer of an entry: launch argument, variable in the source, element type. */
 export interface Binding {
   /** As in `Launch.args`: an operand, `rows`, `needed`, `scratch+N`. */
   readonly arg: string;
-  /** The variable; `arg` if not said. Entries of one source may share a variable only at the same place. */
+  /** The variable; default: `arg`. Entries of one source may share a variable only at the same binding. */
   readonly name?: string;
   /** `f32`, `vec4<f16>`, `atomic<u32>`. */
   readonly type: string;
@@ -30,25 +30,25 @@ export interface EntryPoint {
   readonly uniform?: string;
 }
 
-/** WebGPU's default limits, which the profile `baseline` keeps. */
+/** Default limits of WebGPU, which the profile `baseline` requires. */
 const MAX_GROUPS = 65535;
 const MAX_BUFFERS = 8;
 const MAX_THREADS = 256;
 
-/** The type of an element, as WGSL calls it. Throws a Trouble for bf16, which has no name there. */
+/** Returns the WGSL type of an element. Throws a Trouble for bf16, which WGSL does not have. */
 export function scalar(dtype: Dtype): "f32" | "f16" | "i32" {
   if (dtype === "bf16")
     throw new Trouble("the job trains in bf16, which WebGPU does not have", "write train.precision: fp32, or compile for cuda");
   return dtype;
 }
 
-/** `f32`, or `vec4<f32>` where `width` is 4. */
+/** Returns the vector type of a width: `f32`, or `vec4<f32>` for width 4. */
 export const vector = (type: string, width: number): string => (width === 1 ? type : `vec${width}<${type}>`);
 
-/** The widest vector (1, 2 or 4 elements) that divides all of these. */
+/** Returns the largest vector width (1, 2 or 4) that divides all sizes. */
 export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as const).find((w) => sizes.every((n) => n % w === 0)) ?? 1;
 
-/** What a source with such operands begins with. */
+/** Returns the directives of a source with these operands. */
 export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
 
 /** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
@@ -74,7 +74,7 @@ export function foldGrid(groups: number): { readonly grid: [number, number, numb
  */
 export function bound(entries: readonly EntryPoint[]): { readonly bindings: string; readonly launches: Launch[] } {
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
-  // all are told the longest list of starts: a shorter one is where that begins, or its places would be others
+  // all entries share the longest start list; shorter lists must be a prefix of it so that offsets agree
   const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
   const within = (some: readonly string[] = [], every: readonly string[]) => some.every((name, i) => name === every[i]);
   const agree = entries.every((e) => within(e.starts, starts) && within(e.attrs, attrs));
@@ -101,7 +101,7 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
 
 const longest = (lists: readonly (readonly string[])[]): readonly string[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
 
-/** Throws where it would break WebGPU's default limits. */
+/** Returns the launch of an entry. Throws a BrokenInvariant if it exceeds the default limits of WebGPU. */
 function launch(
   { entry, grid, threads }: EntryPoint,
   args: readonly string[],
@@ -110,7 +110,7 @@ function launch(
   const size = typeof grid === "number" ? foldGrid(grid).grid : grid;
   invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
   invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
-  // all of scratch from there on is bound: two such ranges would overlap, which WebGPU forbids
+  // a scratch binding extends to the end of scratch: two of them would overlap, which WebGPU forbids
   invariant(scratches(args) <= 1, `${entry}: scratch is bound twice`);
   return {
     entry,
@@ -122,10 +122,10 @@ function launch(
 }
 const scratches = (args: readonly string[]): number => args.filter((arg) => arg.startsWith("scratch+")).length;
 
-/** A number as a WGSL literal of a float. */
+/** Returns a number as a WGSL float literal. */
 export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);
 
-/** The sum of a vector's elements. */
+/** Returns an expression for the sum of the elements of a vector. */
 export const horizontal = (name: string, width: number): string =>
   width === 1
     ? name
@@ -134,7 +134,7 @@ export const horizontal = (name: string, width: number): string =>
         .map((part) => `${name}.${part}`)
         .join(" + ")})`;
 
-/** Invocations that share a row of so many vectors: a power of two, at most a workgroup. */
+/** Returns the number of invocations that share a row of `vectors` vectors: a power of two, at most `threads`. */
 export function lanesOf(vectors: number, threads = 256): number {
   let lanes = 1;
   while (lanes < threads && lanes < vectors) lanes *= 2;
