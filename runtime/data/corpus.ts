@@ -1,9 +1,10 @@
-/** The corpus of a job on the disk: its tokens, an index or labels beside them, open until closed, and its batches. */
+/** Opens the corpus of a job on disk: tokens, optional index and labels, and batches of them. */
 import { indexPath } from "../../schemas/dataFiles.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type BatchOf, batchesOf, type Reading } from "../train/inputs.ts";
 import { isThere, openInput } from "./inputFile.ts";
 
+/** An open corpus. */
 export type Opened = { readonly batch: BatchOf; readonly close: () => void };
 
 /**

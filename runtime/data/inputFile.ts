@@ -1,7 +1,8 @@
-/** An input file, open for reading at any place. What can be wrong with a path is a Trouble that names it. */
+/** Opens input files for random access. Errors of a path are a Trouble that names it. */
 import { closeSync, constants, existsSync, fstatSync, openSync, readSync } from "node:fs";
 import { Trouble } from "../../schemas/trouble.ts";
 
+/** An open file. */
 export type InputFile = {
   readonly path: string;
   readonly bytes: number;
@@ -10,10 +11,10 @@ export type InputFile = {
   readonly close: () => void;
 };
 
-/** Whether there is a file or a directory of this name. */
+/** Returns whether a path exists. */
 export const isThere = (path: string): boolean => existsSync(path);
 
-/** `what` is what the person thinks of it as: "the checkpoint", "the corpus"; `place` says where a path starts. */
+/** Opens a file. `what`: its role in messages, such as "the corpus"; `place`: a hint about the base directory. Throws a Trouble. */
 export function openInput(path: string, what: string, place: string): InputFile {
   // without O_NONBLOCK, which Windows lacks, opening a pipe waits for its writer
   const flags = constants.O_RDONLY | (constants.O_NONBLOCK ?? 0);

@@ -1,28 +1,30 @@
-/** A corpus as numbers: the bytes of a text, ids as a tokenizer wrote them, labels beside them. Files are read a slice at a time. */
+/** Reads a corpus as tokens: bytes of a text, or token ids; and labels. Files are read in slices. */
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { formatOf, HEAD, invalidUtf8, wideTextOf } from "./fileFormat.ts";
 
-/** A file that can be read at any place. */
+/** A file with random access. */
 export interface Text {
-  /** The name that messages have for it. */
+  /** The name in messages. */
   readonly path: string;
   readonly bytes: number;
   /** Fills `into` with the bytes that start at `at`. */
   readonly read: (into: Uint8Array, at: number) => void;
 }
 
-/** The label of a token that is ignored in the loss; the number that PyTorch and Hugging Face have for it. */
+/** The label of tokens that the loss ignores, as in PyTorch and Hugging Face. */
 export const IGNORED = -100;
 
+/** Tokens with random access. */
 export interface Tokens {
   readonly path: string;
   readonly count: number;
-  /** What is counted: `bytes` of a text, else `tokens`. */
+  /** The unit in messages: `bytes` of a text, else `tokens`. */
   readonly unit: "bytes" | "tokens";
-  /** Fills `into` with those that start at token `at`. Throws a Trouble if one of them is not valid. */
+  /** Fills `into` with the tokens from `at`. Throws a Trouble if one is invalid. */
   read(into: Int32Array, at: number): void;
 }
+/** How a job describes its corpus. */
 export type Written = Pick<Job["data"], "format" | "dtype"> & Pick<Job["model"], "vocab">;
 
 /** Ids are little-endian whole numbers. */
@@ -35,23 +37,24 @@ const idTypes = {
   i32: { width: 4, at: (view: DataView, byte: number) => view.getInt32(byte, true) },
   i64: { width: 8, at: (view: DataView, byte: number) => Number(view.getBigInt64(byte, true)) },
 } as const;
+/** The type of token ids. */
 export type IdType = keyof typeof idTypes;
 
 /** Bytes of one id. */
 export const widthOf = (type: IdType): number => idTypes[type].width;
 
-/** What an index beside a file of ids says of it. */
+/** The content of a Megatron index. */
 export interface Index {
   readonly dtype: IdType;
-  /** Ids of all documents. */
+  /** The number of ids of all documents. */
   readonly count: number;
   readonly documents: number;
 }
 
 interface Checks {
-  /** What is wrong with number `x` at place `at`. */
+  /** Returns the error of number `x` at index `at`, if it is invalid. */
   readonly number: (x: number, at: number) => Trouble | undefined;
-  /** What is wrong with the bytes that start at byte `at`. */
+  /** Returns the error of the bytes from offset `at`, if they are invalid. */
   readonly slice?: (bytes: Uint8Array, at: number) => Trouble | undefined;
 }
 
@@ -164,7 +167,7 @@ function indexedIds(file: Text, vocab: number, { dtype, count, documents }: Inde
   return numbersOf(file, dtype, "tokens", { number: outside(file, vocab, fix) });
 }
 
-/** Whether ids of twice the width are read: the upper half of each small one is 0. */
+/** Returns whether the ids have twice the assumed width: every second id is then 0. */
 function zeroEverySecond(file: Text, dtype: IdType): boolean {
   const ids = numbersOf(file, dtype, "tokens", { number: () => undefined });
   const head = new Int32Array(Math.min(1024, ids.count));
@@ -173,7 +176,7 @@ function zeroEverySecond(file: Text, dtype: IdType): boolean {
   return head.every((id, i) => i % 2 === 0 || id === 0) && head.some((id) => id !== 0);
 }
 
-/** One label for each token of the corpus. Throws a Trouble if their number differs, and, as they are read, at one that is no id. */
+/** Opens the labels, one per token. Throws a Trouble if their number differs, and on reading if one is invalid. */
 export function labelsOf(file: Text, ids: Tokens, vocab: number): Tokens {
   refuseFormat(file, "the file of labels is read as i32", formatOf);
   if (file.bytes !== 4 * ids.count)

@@ -1,7 +1,6 @@
 /**
- * The memory of one rank on the device: every buffer of its program at the place the plan gives it in its arena. All arenas,
- * one of them per copy of the activations, lie in one GPUBuffer, since each further one that a dispatch sees costs the host
- * time whenever it is recorded; in several where the device makes none that large. No buffer lies in two.
+ * The device memory of one rank, with buffers at the plan's offsets. All arenas share one GPUBuffer, because each GPUBuffer that a dispatch
+ * binds costs host time; they are split over several only if the device's limit requires it. A buffer is never split.
  */
 
 import type { Buffer, BufferKind, Plan } from "../../schemas/plan.ts";
@@ -9,28 +8,31 @@ import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 
-/** Bytes on the device. */
+/** A byte range on the device. */
 export interface BufferRange {
   readonly buffer: GPUBuffer;
   readonly offset: number;
   readonly bytes: number;
 }
 
-/** Bytes: the largest GPUBuffer, and the largest part of one that a kernel may see. */
+/** Limits in bytes: the largest GPUBuffer, and the largest binding. */
 export interface Limits {
   readonly buffer: number;
   readonly binding: number;
 }
 
+/** The arenas of a rank. */
 export interface GpuArenas {
   place(b: Buffer, copy: number): BufferRange;
-  /** All of the gradients and accumulators: zero when a step begins. */
+  /** Gradients and accumulators, which are zeroed at the start of a step. */
   readonly gradients: readonly BufferRange[];
   readonly scratch: BufferRange;
 }
 
+/** Returns the size of a buffer in bytes. */
 export const bytesOfBuffer = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
 
+/** Allocates the arenas of a rank. Throws a Trouble if the limits do not suffice. */
 export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): GpuArenas {
   const stage = stageOfRank(plan.mesh, rank);
   const { buffers, chunks } = plan.programs[stage]!;
@@ -43,7 +45,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
         3,
       );
 
-  /** One copy of an arena, cut where the limit demands it: its parts, ascending. */
+  /** Returns the parts of an arena copy, ascending, split if the limit requires it. */
   const arena = (kind: BufferKind, total: number, copy = "", chunk = 0): ArenaSegment[] => {
     const own = buffers
       .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
@@ -68,7 +70,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   };
   const scratch: ArenaSegment = { label: "scratch", from: 0, bytes: Math.max(ALIGN, Math.ceil(memory.scratch / ALIGN) * ALIGN) };
   const { workspace, parameter, gradient, optimizer } = single;
-  // where one GPUBuffer does not hold all, neighbours share one: what most dispatches see, and last what only the optimizer does
+  // if one GPUBuffer is too small, neighbours share one: first the arenas of most dispatches, last those of the optimizer
   const all = [...activations.flat(2), ...workspace, scratch, ...parameter, ...gradient, ...optimizer];
   const places = new Map<ArenaSegment, BufferRange>();
   for (const shared of shareBuffers(all, limits.buffer)) {
@@ -90,15 +92,15 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   };
 }
 
-/** A piece of an arena that lies in one GPUBuffer. */
+/** A part of an arena within one GPUBuffer. */
 interface ArenaSegment {
   readonly label: string;
-  /** Where it begins in its arena. */
+  /** The start within the arena, in bytes. */
   readonly from: number;
   readonly bytes: number;
 }
 
-/** Parts in order, as many to a GPUBuffer as the limit allows. */
+/** Groups consecutive parts into GPUBuffers up to the limit. */
 export function shareBuffers<T extends { readonly bytes: number }>(parts: readonly T[], limit: number): T[][] {
   const all: T[][] = [];
   for (const part of parts) {
@@ -110,13 +112,13 @@ export function shareBuffers<T extends { readonly bytes: number }>(parts: readon
 }
 const bytesOfAll = (parts: readonly { readonly bytes: number }[]): number => parts.reduce((sum, { bytes }) => sum + bytes, 0);
 
-/** Places are multiples of this many bytes apart: the plan's promise, and what a binding's offset needs. */
+/** Alignment in bytes of buffers in a plan, and of binding offsets. */
 const ALIGN = 256;
 const aligned = (b: Buffer): number => Math.max(ALIGN, Math.ceil(bytesOfBuffer(b) / ALIGN) * ALIGN);
 
 /**
- * Where the parts of an arena begin, so that none is larger than `limit` and no buffer lies in two. Parts are as large as
- * they can be; buffers that share bytes at different times may tie the arena together, and then it cannot be cut.
+ * Returns the starts of the parts of an arena: no part exceeds `limit`, no buffer is split, and parts are as large as possible. Throws a
+ * Trouble if overlapping buffers make that impossible.
  */
 export function cutArena(held: readonly { id: string; from: number; to: number }[], bytes: number, limit: number, what: string): number[] {
   if (bytes === 0) return [];
@@ -125,7 +127,7 @@ export function cutArena(held: readonly { id: string; from: number; to: number }
   let end = 0;
   let boundary = 0;
   for (const b of [...held].sort((x, y) => x.from - y.from)) {
-    // nothing before this buffer reaches into it
+    // no earlier buffer overlaps this one
     if (b.from >= end) boundary = b.from;
     end = Math.max(end, b.to);
     if (end - starts.at(-1)! > limit && boundary > starts.at(-1)!) starts.push(boundary);

@@ -1,6 +1,5 @@
 /**
- * WebGPU: all ranks of a plan on one device, each with its arenas there. Kernels come with the plan; a dispatch is bound
- * once and recorded every time.
+ * The WebGPU backend: all ranks of a plan on one device. Kernels are part of the plan; a dispatch is bound once and recorded for every use.
  */
 /// <reference types="@webgpu/types" />
 
@@ -17,24 +16,27 @@ import { type Commands, commandsOn, type Dispatch, type DispatchTiming } from ".
 import { type Host, openDevice } from "./device.ts";
 import { type ComputePipeline, compileKernels, compiler, isNumber, uniformOf } from "./pipelines.ts";
 
+/** The local ranks on a WebGPU device. */
 export interface WebgpuRanks extends LocalRanks {
-  /** What people call the adapter; says so where it is software. */
+  /** The name of the adapter; software adapters are marked. */
   readonly adapter: string;
   readonly device: GPUDevice;
-  /** What ran when, since the last time this was asked; empty where the fleet was not opened for it or the adapter has no clock. */
+  /** Returns the times since the last call; empty without `profile`, or if the adapter has no timestamps. */
   profile(): Promise<readonly DispatchTiming[]>;
 }
+/** Settings of the backend. */
 export interface WebgpuSettings {
-  /** Takes the time of every dispatch, which makes them run one by one. */
+  /** Records the time of every dispatch; dispatches then run one after another. */
   readonly profile?: boolean;
-  /** Below the device's own. */
+  /** Smaller limits than the device's, for tests. */
   readonly limits?: Partial<Limits>;
 }
-/** What lies beside the plan in kernels/. */
+/** The kernel files of the plan. */
 export interface Sources {
   kernel(file: string): string;
 }
 
+/** Opens all ranks of a plan on a WebGPU device. Throws a Trouble if the device is not suitable. */
 export async function webgpuOn(
   host: Host,
   plan: Plan,
@@ -57,7 +59,7 @@ export async function webgpuOn(
     const arenas = ranks.map((r) => makeArenas(gpu, plan, r, { ...own, ...limits }));
     const place = (rank: number, b: Buffer, copy: number) => arenas[rank]!.place(b, copy);
     const comm = await webgpuComm(plan, { gpu, commands, compile, bind, place });
-    // what was made is there, or this says why not
+    // throws if an allocation failed
     await commands.finish();
     const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
     const bounds = ranks.flatMap((rank) => {
@@ -101,10 +103,10 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 
-  /** An op bound to its buffers in one slot: a dispatch per launch of its kernel. */
+  /** Binds an op to its buffers in one activation copy: one dispatch per launch of its kernel. */
   function bound(i: Compute, copy: number): Dispatch[] {
     const kernel = launches.get(i.kernel)!;
-    // launches that see the same buffers share a bind group, which is then set once
+    // launches with equal buffers share a bind group
     const groups = new Map<string, GPUBindGroup>();
     return kernel.launches.map((launch, n) => {
       const { pipeline, layout } = kernels.get(i.kernel)![n]!;
@@ -125,7 +127,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     if (operand) return arenas.place(buffers.get(operand)!, copy);
     const from = scratchFrom(arg);
     if (from !== undefined) {
-      // parts of the scratch arena that one launch sees must not overlap: each ends where the next begins
+      // bindings of the scratch arena in one launch must not overlap: each ends where the next begins
       const next = args.map((a) => scratchFrom(a) ?? 0).filter((at) => at > from);
       return { ...arenas.scratch, offset: arenas.scratch.offset + from, bytes: Math.min(scratch, ...next) - from };
     }
@@ -165,7 +167,7 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
 const scratchFrom = (arg: Arg): number | undefined =>
   typeof arg === "string" && arg.startsWith("scratch+") ? Number(arg.slice("scratch+".length)) : undefined;
 
-/** The index that an op makes, or goes by. */
+/** Returns the row index that an op writes or reads. */
 const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>
   i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)!).find((b) => b.ragged)?.rows;
 

@@ -1,14 +1,16 @@
-/** Bind groups: the places of a launch's buffers, and its one uniform of integers. Equal uniforms are one GPUBuffer. */
+/** Bind groups: the buffer ranges of a launch, and one uniform of integers. Equal uniforms share a GPUBuffer. */
 /// <reference types="@webgpu/types" />
 import type { BufferRange } from "./arenas.ts";
 import { type Gpu, usage } from "./device.ts";
 
+/** Creates a bind group. */
 export type Bind = (label: string, layout: GPUBindGroupLayout, places: readonly BufferRange[], uniform?: readonly number[]) => GPUBindGroup;
 
-/** Kernels read whole vectors, also where a buffer ends within one: places are further apart than that. */
+/** Kernels read whole vectors, also at the end of a buffer; the alignment of buffers leaves room for it. */
 const VECTOR = 16;
 const wholeVectors = (bytes: number): number => Math.max(1, Math.ceil(bytes / VECTOR)) * VECTOR;
 
+/** Returns a function that creates bind groups, with a cache of uniforms. */
 export function binder({ device }: Gpu): Bind {
   const uniforms = new Map<string, GPUBuffer>();
   const uniformOf = (values: readonly number[]): GPUBuffer => {

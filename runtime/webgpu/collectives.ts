@@ -1,21 +1,23 @@
 /**
- * The kernels of collectives among ranks that share a device: small enough to stand here, and known only when the plan's
- * groups are. Sums and maxima are taken in f32, in the order of the sources.
+ * Kernels of collectives among ranks that share a device; they depend on the plan's groups. Sums and maxima are computed in f32, in the
+ * order of the sources.
  */
 import type { Dtype } from "../../schemas/plan.ts";
 import type { ShaderSource } from "./pipelines.ts";
 
+/** The operation of a reduction. */
 export type Reduction = "sum" | "max";
 const THREADS = 256;
-/** One of the 8 storage buffers that every adapter allows is the result. */
+/** Every adapter allows 8 storage buffers; one is the result. */
 export const MOST_SOURCES = 7;
 const LARGEST_GRID = 65535;
 
+/** A reduction kernel. */
 export interface Reduce {
   readonly reduction: Reduction;
   readonly dtype: Dtype;
   readonly sources: number;
-  /** The result goes on from what it holds, rather than beginning with the first source. */
+  /** Whether the result accumulates onto its current value. */
   readonly more: boolean;
 }
 
@@ -45,7 +47,7 @@ ${entry}  if (i >= arrayLength(&total)) { return; }
   };
 }
 
-/** to[place.y + i] = from[place.x + i] for i < place.z: for blocks of 16-bit values that begin or end within a word, and to round. */
+/** Returns the kernel to[place.y + i] = from[place.x + i], i < place.z: copies 16-bit blocks that are not word-aligned, and converts types. */
 export function placeSource(from: Dtype, to: Dtype): ShaderSource {
   const code = `${enable([from, to])}${buffer(0, "source", wgslType[from])}${buffer(1, "result", wgslType[to])}@group(0) @binding(2) var<uniform> place: vec4u;
 
@@ -56,7 +58,7 @@ ${entry}  if (i >= place.z) { return; }
   return { name: `a block of ${from} as ${to}`, code, entries: [{ entry: "main", buffers: 2, uniform: true }] };
 }
 
-/** Workgroups for so many elements, folded where one row of them would be too long. */
+/** Returns the workgroup grid of a number of elements, in two dims if one is too long. */
 export function gridOf(elements: number): [number, number, number] {
   const groups = Math.ceil(elements / THREADS);
   const rows = Math.max(1, Math.ceil(groups / LARGEST_GRID));

@@ -1,7 +1,6 @@
 /**
- * Comm among ranks that share one device: collectives are copies and sums there, recorded when the last member of a group
- * arrives. Sources are taken aside before anything is written, so source and destination may share bytes. Sums run in the order
- * of members, in f32, and are rounded once.
+ * Communication among ranks that share one device: collectives are copies and sums, recorded when the last member of a group arrives.
+ * Sources are copied first, so source and destination may overlap. Sums run in the order of members, in f32, and are rounded once.
  */
 
 import type { Buffer, Collective, CollectiveKind, Dtype, Plan } from "../../schemas/plan.ts";
@@ -19,6 +18,7 @@ import type { Compile, ComputePipeline } from "./pipelines.ts";
 type Copy = { readonly from: BufferRange; readonly to: BufferRange };
 type Step = Dispatch | Copy;
 
+/** What webgpuComm needs of the device. */
 export interface CommDevice {
   readonly gpu: Gpu;
   readonly commands: Commands;
@@ -27,6 +27,7 @@ export interface CommDevice {
   place(rank: number, b: Buffer, copy: number): BufferRange;
 }
 
+/** Returns the communication of all ranks on one device. */
 export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, place }: CommDevice): Promise<Comm> {
   const { mesh, programs } = plan;
   const ranks = rankTable(plan);
@@ -35,7 +36,7 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
   const { kernels, aside } = await prepareAll();
   const kernel = (name: string): ComputePipeline => kernels.get(name)!;
 
-  /** What the plan's moves need: each kernel, and room to take sources aside, one GPUBuffer per member. */
+  /** The kernels of the plan's collectives, and a staging GPUBuffer per member. */
   async function prepareAll(): Promise<{ kernels: Map<string, ComputePipeline>; aside: GPUBuffer[] }> {
     const sources = new Map<string, ReturnType<typeof reduceSource>>();
     const room: number[] = [];
@@ -67,7 +68,7 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
       const { pipeline, layout } = kernel(name);
       return { pipeline, group: bind(`${i.id}, rank ${rank}`, layout, places, uniform), grid: gridOf(elements), of: origin(rank, name) };
     };
-    /** A block, by its first element and length, to another place of the same type or of a rounded one. */
+    /** Copies a block (first element, length) to a buffer of the same type, or rounds it to another type. */
     const block = (
       rank: number,
       from: BufferRange,
@@ -115,7 +116,7 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
     return [...copies, ...blocks];
   }
 
-  /** Made when first needed; the same in every step. */
+  /** Created on first use; equal in every step. */
   const prepared = new Map<Collective, Map<string, Step[]>>();
   function perform(group: readonly number[], i: Collective, copy: number): void {
     const known = prepared.get(i) ?? new Map<string, Step[]>();
@@ -128,7 +129,7 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
     }
   }
 
-  /** Read letters, by size: a new one may be written over them, for the device does things in order. */
+  /** Message buffers for reuse, by size; reuse is safe because the device executes in order. */
   const read = new Map<number, GPUBuffer[]>();
   return inProcessComm<GPUBuffer>(plan, ranks, {
     perform,
@@ -149,7 +150,7 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
 const reductionOf = (i: Collective): Reduction | undefined =>
   i.how === "all_reduce" || i.how === "reduce_scatter" ? "sum" : i.how === "all_reduce_max" ? "max" : undefined;
 
-/** The launches that reduce a group's pieces, as many sources at once as a launch can see. */
+/** Returns the launches that reduce the shards of a group, each with as many sources as it can bind. */
 const reductions = (reduction: Reduction, dtype: Dtype, members: number): Reduce[] =>
   Array.from({ length: Math.ceil(members / MOST_SOURCES) }, (_, k) => ({
     reduction,

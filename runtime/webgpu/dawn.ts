@@ -1,6 +1,5 @@
 /**
- * WebGPU in Node: Dawn, from the npm package `webgpu`. It is loaded at first use, so that this room can be imported on any
- * machine.
+ * WebGPU in Node: Dawn, from the npm package `webgpu`. It is loaded on first use, so that this module can be imported on any machine.
  */
 /// <reference types="@webgpu/types" />
 import type { Plan } from "../../schemas/plan.ts";
@@ -8,9 +7,11 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { type Sources, type WebgpuRanks, type WebgpuSettings, webgpuOn } from "./backend.ts";
 import type { Host } from "./device.ts";
 
+/** Opens all ranks of a plan on Dawn's adapter. */
 export const openWebgpu = (plan: Plan, sources: Sources, settings: WebgpuSettings = {}): Promise<WebgpuRanks> =>
   webgpuOn(dawn, plan, sources, settings);
 
+/** The WebGPU host of Node. */
 export const dawn: Host = {
   async gpu({ enable, disable }) {
     const { create } = await loadDawn();
