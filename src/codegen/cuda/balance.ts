@@ -1,4 +1,4 @@
-/** What balances a router: counts of its choices, choices that are even by themselves, and the step of what goes by either. */
+/** Kernels of load balancing: expert counts, balanced assignments (Sinkhorn, quantile), and the updates of expert biases. */
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
@@ -47,7 +47,7 @@ function count(
   };
 }
 
-/** A few numbers per expert: one block is enough. */
+/** One block: there are few values per expert. */
 function oneBlock(
   spec: KernelSpec,
   args: string[],
@@ -60,10 +60,10 @@ function oneBlock(
   };
 }
 
-/** Experts of one lane at most: three numbers of each are in registers. */
+/** Largest number of experts per lane: each needs three registers. */
 const MOST_ITEMS = 40;
 
-/** One block a microbatch turns until it is even: on a device a rank has one microbatch at a time, and no block may wait for another. */
+/** One block iterates per microbatch until convergence: a rank processes one microbatch at a time, and no block may wait for another. */
 function sinkhorn(spec: KernelSpec): GeneratedKernel {
   const { A, P, S, E, most } = spec.d;
   const items = Math.ceil(E! / 32);
@@ -83,7 +83,7 @@ function sinkhorn(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-/** What each token must exceed, what of each expert's surpluses is the quantile, and their mean. */
+/** Threshold of each token, quantile of the surpluses of each expert, and their mean (src/ops/balance.ts). */
 function quantile(spec: KernelSpec): GeneratedKernel {
   const { A, P, S, E, k, count: microbatches } = spec.d;
   const tokens = P! * S!;
@@ -97,7 +97,7 @@ function quantile(spec: KernelSpec): GeneratedKernel {
         params: `const ${cudaType(spec.dtype.x!)}* x, const float* least, float* quantiles`,
         args: ["x", "scratch+0", `scratch+${surpluses}`],
       },
-      // bits of floats in the order of integers: those of negative ones are turned around
+      // bits of floats in integer order: those of negative floats are inverted
       key: "const u32 bits = __float_as_uint(widen(x[at]) - least[token]); return bits ^ (u32(int(bits) >> 31) | 0x80000000u);",
       last: `quantiles[group * EXPERTS + e] = __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key) * ${f32(1 / microbatches!)};`,
     },

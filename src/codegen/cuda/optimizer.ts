@@ -1,4 +1,4 @@
-/** The step on CUDA: what clipping leaves of the gradients, and how weights move. */
+/** Kernels of the optimizer step: clipping and updates. */
 
 import type { CudaGenerator, KernelSpec } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
@@ -8,14 +8,14 @@ type Sizes = Readonly<Record<string, number>>;
 
 const clipped = (norm: string, { max }: Sizes): string => (max! > 0 ? `fminf(1.0f, ${f32(max!)} / (${norm} + 1e-6f))` : "1.0f");
 
-/** By the bits: compilers may take every float for a finite one. */
+/** Tests the bits, because compilers may assume finite floats. */
 const isFiniteText = (x: string): string => `(__float_as_uint(${x}) & 0x7f800000u) != 0x7f800000u`;
 
 /** `decay` is an expression: of the attribute, or of the operand. */
 function adaptive({ beta1, beta2, eps }: Sizes, decay: string, decoupled: boolean): CudaFormula {
   return unlessSkipped({
     ...{ streams: ["g", "w", "m", "v"], scalars: ["scale", "lr", "step"] },
-    // 1 − βᵗ by expm1: for β near 1 the difference would lose what matters
+    // 1 − βᵗ by expm1: for β near 1 the difference loses digits
     once: [
       `const float rate = lr / -expm1f(step * ${f32(Math.log(beta1!))});`,
       `const float unbias = 1.0f / sqrtf(-expm1f(step * ${f32(Math.log(beta2!))}));`,
@@ -47,7 +47,7 @@ const withMomentum = ({ momentum }: Sizes, decay: string): CudaFormula =>
     outputs: { w: "w - lr * speed", m: "speed" },
   });
 
-/** A scale of 0 skips the step: outputs keep their values, whatever the gradients. */
+/** A scale of 0 skips the step: outputs keep their values for any gradients. */
 function unlessSkipped({ outputs, once = [], ...formula }: CudaFormula): CudaFormula {
   return {
     ...formula,

@@ -1,4 +1,4 @@
-/** What meets the vocabulary, beside what is elementwise: reductions over a row of logits, the target's logit, the table's gradient. */
+/** Kernels of embedding and loss that are not elementwise: reductions over a row of logits, the logit of the target, the gradient of the table. */
 
 import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
@@ -56,7 +56,7 @@ function gather(spec: KernelSpec): GeneratedKernel {
 }
 
 const THREADS = 128;
-/** Tokens that a block lists before it adds them up: 13 bytes each. */
+/** Tokens that a block lists before it sums their rows: 13 bytes each. */
 const CAPACITY = 2048;
 
 function embedGrad(spec: KernelSpec): GeneratedKernel {
@@ -90,7 +90,7 @@ function embedGrad(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-/** A launch that fills an operand with zeros; its bytes are a multiple of 4. */
+/** Returns a launch that fills an operand with zeros; its size is a multiple of 4 bytes. */
 export function clearBuffer(spec: KernelSpec, name: string): { body: string; launch: Launch } {
   const entry = `${spec.name}_clear`;
   const words = Math.ceil((spec.size[name]! * bytesOf[spec.dtype[name]!]) / 4);

@@ -1,4 +1,4 @@
-/** What balances a router: counts of its choices, choices that are even by themselves, and the step of what goes by either. */
+/** Kernels of load balancing: expert counts, balanced assignments (Sinkhorn, quantile), and the updates of expert biases. */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { bestExperts, bestTokens } from "./choice.ts";
@@ -14,7 +14,7 @@ function count(spec: KernelSpec, batches: number, tokens: number, row?: string):
   return kernel(spec, counts.entries, [counts.text], scratchBytes(counts.words));
 }
 
-/** A few numbers per expert: one workgroup is enough. */
+/** One workgroup: there are few values per expert. */
 function oneGroup(
   spec: KernelSpec,
   args: readonly string[],
@@ -25,7 +25,7 @@ function oneGroup(
   return kernel(spec, [entry], [totalOver(THREADS), body({ entry: spec.name, threads: THREADS, experts: spec.d.E! })]);
 }
 
-/** One workgroup a microbatch turns until it is even. Scratch: the factors of its tokens. */
+/** One workgroup iterates per microbatch until convergence. Scratch: the row factors of the tokens. */
 function sinkhorn(spec: KernelSpec): GeneratedKernel {
   const { A, P, S, E, most } = spec.d;
   const tokens = P! * S!;
@@ -47,7 +47,7 @@ function sinkhorn(spec: KernelSpec): GeneratedKernel {
   return kernel(spec, [entry], [totalOver(THREADS), text], scratchBytes(A! * tokens));
 }
 
-/** What each token must exceed, what of each expert's surpluses is the quantile, and their mean. */
+/** Threshold of each token, quantile of the surpluses of each expert, and their mean (src/ops/balance.ts). */
 function quantile(spec: KernelSpec): GeneratedKernel {
   const { A, P, S, E, k, count: microbatches } = spec.d;
   const tokens = P! * S!;
@@ -68,7 +68,7 @@ function quantile(spec: KernelSpec): GeneratedKernel {
         { arg: "x", type: scalar(spec.dtype.x!) },
         { arg: "scratch+0", name: "numbers", type: "f32" },
       ],
-      // bits of floats in the order of integers: those of negative ones are turned around
+      // bits of floats in integer order: those of negative floats are inverted
       key: "let bits = bitcast<u32>(f32(x[at]) - numbers[token]); return bits ^ (select(0u, 0xffffffffu, bits >> 31u == 1u) | 0x80000000u);",
       last: `numbers[${first}u + column] = bitcast<f32>(select(~key, key ^ 0x80000000u, key >> 31u == 1u));`,
     },

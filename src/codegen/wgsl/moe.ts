@@ -1,4 +1,4 @@
-/** The rows that experts work on: their index, copies of tokens and back, and the gradient of their activation. Counts stay on the device. */
+/** Kernels of rows of experts: the row index, permute and unpermute, and the gradient of the activation. Counts stay on the device. */
 import { render } from "../../../templates/bindings.ts";
 import type { SigmoidArgument } from "../../ops/gatedUnits.ts";
 import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
@@ -19,7 +19,7 @@ import {
   widthOf,
 } from "./text.ts";
 
-/** Tokens that one invocation counts: few enough that a batch fills a device, many enough that the counts are few. */
+/** Tokens per invocation of the count: fewer give more parallelism, more give fewer counts to combine. */
 const BLOCK = 32;
 const PLACE = ["B", "S", "E"];
 
@@ -28,7 +28,7 @@ interface ShaderPart {
   readonly text: string;
 }
 
-/** Makes the index buffer from the map c. Scratch: a count per expert and block. */
+/** Makes the index buffer from the top-k mask c. Scratch: one count per expert and block. */
 function makeRows(spec: KernelSpec): ShaderPart & { readonly words: number } {
   const { B, S, E } = spec.d as Readonly<Record<"B" | "S" | "E", number>>;
   const blocks = Math.ceil((B * S) / BLOCK);
@@ -65,7 +65,7 @@ function makeRows(spec: KernelSpec): ShaderPart & { readonly words: number } {
   return { entries, text, words: counts };
 }
 
-/** An entry that does `line` for every `width` elements (of `vectors · width`) of each row. */
+/** Returns an entry that executes `line` for each vector of `width` elements of each row; a row has `vectors` vectors. */
 function eachRow(spec: KernelSpec, { entry = spec.name, vectors = 1, width = 1, buffers, line }: EachRow): ShaderPart {
   const groups = Math.ceil((spec.bound * vectors) / THREADS);
   const choice = line.includes("choice");
@@ -101,7 +101,7 @@ const joined = (spec: KernelSpec, parts: readonly ShaderPart[], words = 0): Gene
     scratchBytes(words),
   );
 
-/** Before its copies, the index where this op makes it. */
+/** Prepends the kernels of the row index if the op makes it. */
 function withRows(spec: KernelSpec, copies: ShaderPart): GeneratedKernel {
   if (!spec.makesRows) return joined(spec, [copies]);
   const rows = makeRows(spec);
@@ -150,7 +150,7 @@ function packGrad(spec: KernelSpec): GeneratedKernel {
   return joined(spec, [fill(`${spec.name}_clear`, { arg: "dp", name: "cleared", type }, spec.size.dp!, "0.0"), copies]);
 }
 
-/** First the row of every (b,s,e), or −1; then each token adds up its rows by expert. Holds for rows in any order. */
+/** First writes the row of each (b,s,e), or −1; then each token sums its rows in the order of experts. Rows may be in any order. */
 function unpermute(spec: KernelSpec): GeneratedKernel {
   const { B, S, D, E } = spec.d as Readonly<Record<"B" | "S" | "D" | "E", number>>;
   const width = widthOf(D);

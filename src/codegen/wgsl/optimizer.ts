@@ -1,4 +1,4 @@
-/** The step: the sum of squares of a gradient, what clipping leaves, and how weights move. */
+/** Kernels of the optimizer step: sum of squares, clipping and updates. */
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { map } from "./elementwise.ts";
 import { scalarSum } from "./reduce.ts";
@@ -17,14 +17,14 @@ function sumSquares(spec: KernelSpec): GeneratedKernel {
 
 const clipped = (norm: string, max: number): string => (max > 0 ? `min(1.0, ${float(max)} / (${norm} + 1e-6))` : "1.0");
 
-/** WGSL lets compilers take every float for a finite one: the bits say which is not, and it is passed on unchanged. */
+/** WGSL compilers may assume finite floats, so non-finite values are detected by their bits; they are copied unchanged. */
 const isNonfinite = (x: string): string => `(bitcast<u32>(${x}) & 0x7f800000u) == 0x7f800000u`;
 
 function markNonfinite(spec: KernelSpec): GeneratedKernel {
   return map(spec, { width: 1, reads: ["x", "y"], results: { y: `select(y, x, ${isNonfinite("x")})` } });
 }
 
-/** `by` is an expression: what the loss, and so the gradients, were multiplied by. */
+/** `by` is an expression for the loss scale of the gradients. */
 function clip(spec: KernelSpec, by?: string): GeneratedKernel {
   const divided = (value: string): string => (by ? `${value} / ${by}` : value);
   return map(spec, {
@@ -35,8 +35,8 @@ function clip(spec: KernelSpec, by?: string): GeneratedKernel {
 }
 
 /**
- * 1 − e^z for z ≤ 0. beta^step = e^(step·ln beta), and 1 − beta^step near 0 would lose the digits it is divided by: there
- * the series of expm1, whose first term left out is z^8/9! ≈ 1e-8 of it.
+ * 1 − e^z for z ≤ 0. beta^step = e^(step·ln beta), and the difference 1 − beta^step loses digits near 0, where the series of expm1 is
+ * used; the relative size of its first omitted term is z^8/9!, about 1e-8.
  */
 const lacks = [
   "fn lacks(z: f32) -> f32 {",
@@ -92,7 +92,7 @@ function moves(spec: KernelSpec, { scalars, functions = [], lines, results }: Me
     // an operand of one element is no scalar for that
     at: Object.fromEntries(scalars.map((name) => [name, spec.size.g!])),
     functions,
-    // a scale of 0 skips the step: values stay, whatever the gradients
+    // a scale of 0 skips the step: outputs keep their values for any gradients
     lines: [...lines, "let stays = scale == 0.0;"],
     results: Object.fromEntries(Object.entries(results).map(([name, value]) => [name, `select(${value}, ${name}, stays)`])),
   });

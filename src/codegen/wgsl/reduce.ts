@@ -1,6 +1,6 @@
 /**
- * Sums without float atomics, the same bits every time: among the invocations of a workgroup, of a whole operand to one
- * number, and down the columns of an operand.
+ * Deterministic sums without float atomics: over the invocations of a workgroup, of an operand to a scalar, and over the columns of an
+ * operand.
  */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
@@ -11,16 +11,16 @@ export const THREADS = 256;
 /** Invocations of a row that join what the others hold. */
 const SOME = 16;
 
-/** The function `total(value, lane)`: over `lanes` invocations (a power of two), what all of them hold. `combine` joins `a` and `b`. */
+/** Returns the function `total(value, lane)`, which reduces over `lanes` invocations (a power of two). `combine` is an expression of `a` and `b`. */
 export const totalOver = (lanes: number, { type = "f32", combine = "a + b" } = {}): string =>
   render("wgsl/total.wgsl", { lanes, threads: THREADS, type, combine, deep: lanes > SOME, some: Math.min(SOME, lanes) });
 
-/** Workgroups of a sum at most: as many as the second launch has invocations. */
+/** Largest number of workgroups of a sum: the number of invocations of the second launch. */
 const SHARES = THREADS;
 
 export interface ScalarSum {
   readonly buffers: readonly Binding[];
-  /** Terms to add up; `term` says the i-th, after `lines`. */
+  /** Number of terms; `term` is the i-th one, evaluated after `lines`. */
   readonly count: number;
   readonly term: string;
   readonly lines?: readonly string[];
@@ -28,7 +28,7 @@ export interface ScalarSum {
   readonly factor: string;
 }
 
-/** y (+)= factor · the sum of the terms. */
+/** Kernel for y (+)= factor · the sum of the terms. */
 export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): GeneratedKernel {
   const groups = Math.min(SHARES, Math.ceil(count / THREADS));
   const shares = { arg: "scratch+0", type: "f32" };
@@ -59,7 +59,7 @@ export interface ColumnSum {
   readonly width: number;
   /** The element of `row` and `column`, `at = row · width + column`. */
   readonly term: string;
-  /** Words of scratch before those of the sum. */
+  /** Words of scratch before those that the sum uses. */
   readonly first: number;
   /** The attribute that says which row of `out` takes the sums; the first if not said. */
   readonly row?: string;
@@ -70,7 +70,7 @@ export function columnSum(
   spec: KernelSpec,
   { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
 ): { entries: EntryPoint[]; text: string; words: number } {
-  // both launches walk about as far
+  // balances the loop lengths of both launches
   const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
   const depths = Math.ceil(rows / depth);
   const parts = batches * depths * width;

@@ -1,4 +1,4 @@
-/** Whatever meets the vocabulary and is no formula per element: numbers per row of logits, and the embedding's gradient. */
+/** Kernels of embedding and loss that are not elementwise: reductions over a row of logits and the gradient of the embedding. */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { scalarSum, THREADS, totalOver } from "./reduce.ts";
@@ -8,13 +8,13 @@ interface RowNumber {
   readonly inputs: readonly string[];
   readonly out: string;
   readonly initial: string;
-  /** What becomes of `acc` by the next `v`. */
+  /** The next value of `acc`, an expression of `acc` and `v`. */
   readonly step: string;
   readonly before?: readonly string[];
   readonly max?: true;
 }
 
-/** Of each row of V logits one number. */
+/** Reduces each row of V logits to one value. */
 function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max }: RowNumber): GeneratedKernel {
   const columns = spec.d.V!;
   const rows = spec.size.x! / columns;
@@ -38,7 +38,7 @@ function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max
   return kernel(spec, [entry], [totalOver(lanes, max ? { combine: "max(a, b)" } : {}), text]);
 }
 
-/** Of each token the logit of its target, or 0 where another piece holds that. */
+/** Gathers the logit of the target of each token, or 0 if another shard holds it. */
 function gather(spec: KernelSpec): GeneratedKernel {
   const tokens = spec.size.p!;
   const groups = Math.ceil(tokens / THREADS);
@@ -60,7 +60,7 @@ function gather(spec: KernelSpec): GeneratedKernel {
   return kernel(spec, [entry], [text]);
 }
 
-/** Links the tokens of each id, in one workgroup and in linear time; then every id's rows are added up in their order. */
+/** Links the tokens of each id in one workgroup and in linear time; then sums the rows of each id in order. */
 function embedGrad(spec: KernelSpec): GeneratedKernel {
   const { V: ids, D } = spec.d as Readonly<Record<"V" | "D", number>>;
   const tokens = spec.size.ids!;
@@ -101,7 +101,7 @@ function embedGrad(spec: KernelSpec): GeneratedKernel {
 }
 
 export const vocab = {
-  // the smallest f32: any logit is above it
+  // the lowest f32, below any logit
   row_max: (spec: KernelSpec): GeneratedKernel =>
     perRow(spec, { inputs: [], out: "m", initial: "-0x1.fffffep+127", step: "max(acc, v)", max: true }),
   sum_exp: (spec: KernelSpec): GeneratedKernel =>
