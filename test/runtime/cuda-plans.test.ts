@@ -32,6 +32,7 @@ async function expectSame(parallel: object, over: object = {}, how: object = {},
   const kept = want.metrics.filter((_, n) => !want.skipped[n]);
   expect(new Set(kept.map((m) => m[0])).size).toBe(kept.length);
   expect(got.metrics).toEqual(want.metrics);
+  expect(got.counts).toEqual(want.counts);
   for (const [n, values] of want.state.entries()) expect(got.state[n], `piece ${n}`).toEqual(values);
   return got;
 }

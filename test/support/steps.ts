@@ -27,7 +27,13 @@ export async function closeAll(fleets: readonly LocalRanks[]): Promise<void> {
   for (const f of fleets) await f.close();
 }
 
-/** What a rank holds after so many steps: its parameters, gradients and optimizer state; and of each step, its metrics, and whether it was left out. */
+/** Metrics that count tokens. In 16-bit floats a near tie sends a token to another expert, which changes a count by a whole number. */
+const isCount = (name: string): boolean => name === "expert_loads" || name === "dropped_rows";
+
+/**
+ * Trains some steps. Returns what each rank holds afterwards (parameters, gradients, optimizer state) and, for each step, the losses and
+ * norms, the counts of tokens, and whether the step was skipped.
+ */
 export async function train(fleets: readonly LocalRanks[], plan: Plan, step = stepTogether, steps = 4) {
   const course = trainingSchedule(plan.job);
   const skipped: boolean[] = [];
@@ -47,6 +53,9 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
     }
   const replayed: boolean[][] = [];
   const metrics: number[][] = [];
+  const counts: number[][] = [];
+  const named = ({ metrics: all }: Plan["programs"][number], has: (name: string) => boolean) =>
+    Object.entries(all).flatMap(([name, ids]) => (has(name) ? ids : []));
   const each = async (gather: (p: Plan["programs"][number]) => readonly string[]) => {
     const found: HostData[] = [];
     for (const f of fleets)
@@ -77,12 +86,13 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
       return Float32Array.of(told[name]!);
     };
     replayed.push(await step(fleets, plan, feed, microbatches));
-    metrics.push((await each((p) => Object.values(p.metrics).flat())).map((m) => m[0]!));
+    metrics.push((await each((p) => named(p, (name) => !isCount(name)))).map((m) => m[0]!));
+    counts.push((await each((p) => named(p, isCount))).flatMap((m) => [...m]));
     skipped.push((await each((p) => p.metrics.grad_norm!)).some((m) => !Number.isFinite(m[0]!)));
     course.done(skipped.at(-1) ? "overflowed" : "updated");
   }
   const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
-  return { metrics, state, replayed, skipped };
+  return { metrics, counts, state, replayed, skipped };
 }
 
 function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microbatches: number): Generator<undefined> {
