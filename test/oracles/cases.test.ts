@@ -137,8 +137,8 @@ describe("resume", () => {
   });
 
   test.each([
-    ["tie_embeddings true", [...parts, "model.tie_embeddings=true"], ["model.tie_embeddings is false in the snapshot, true in the job"]],
-    ["layers 1", [...parts, "model.layers=1"], ["model.layers is 4 in the snapshot, 1 in the job"]],
+    ["tie_embeddings true", [...parts, "model.tie_embeddings=true"], ["model.tie_embeddings is false in the checkpoint, true in the job"]],
+    ["layers 1", [...parts, "model.layers=1"], ["model.layers is 4 in the checkpoint, 1 in the job"]],
     ["none of the three", [], ["model.qkv_bias is true", 'model.qk_norm is "head"', 'model.moe.shared is {"ffn":64,"gate":false}']],
   ])("resume-other-model, %s: refused with the differences", async (_, sets, differences) => {
     const { message, fix } = await troubleOf(base, [...sets, ...train], 1, await from());

@@ -70,13 +70,15 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, () => {
       expect(graph.replayed).toEqual([[false], [false], [true], [true]]);
       expect([graph.metrics, graph.counts, graph.state]).toEqual([eager.metrics, eager.counts, eager.state]);
       if (precision === "fp32") expect(eager.counts).toEqual(want.counts);
-      for (const [n, step] of want.metrics.entries())
+      // in bf16 a near tie sends a token to another expert; from the next step on the weights differ, and with them what routers choose
+      const apart = want.counts.findIndex((counts, n) => `${counts}` !== `${eager.counts[n]}`);
+      const comparable = precision === "bf16" && apart >= 0 ? apart + 1 : want.metrics.length;
+      for (const [n, step] of want.metrics.slice(0, comparable).entries())
         expect(
           distance(eager.metrics[n]!, step),
           `metrics of step ${n + 1}: ${eager.metrics[n]} on the GPU, ${step} on the CPU; counts ${eager.counts[n]} and ${want.counts[n]}`,
         ).toBeLessThan(tolerance);
-      // in bf16 a near tie sends a token to another expert, and all of a small expert's moments with it
-      if (precision === "bf16" && "moe" in over) return;
+      if (comparable < want.metrics.length) return;
       for (const [n, piece] of want.state.entries()) expect(distance(eager.state[n]!, piece), `piece ${n}`).toBeLessThan(20 * tolerance);
     },
   );
