@@ -3,16 +3,14 @@ import type { Job } from "../schemas/job.ts";
 import type { Plan } from "../schemas/plan.ts";
 import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
 import { cpu, type Target } from "./codegen/targets.ts";
-import { buildModel } from "./model/model.ts";
-import { addBackward, printGraph } from "./passes/backward.ts";
+import { printGraph } from "./passes/backward.ts";
 import { lower } from "./passes/lower.ts";
 import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
 import type { Stage } from "./passes/passNames.ts";
-import { pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
-import { isRecomputed } from "./passes/recompute.ts";
 import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
-import { type ShardOptions, shard } from "./passes/shard.ts";
+import type { ShardOptions } from "./passes/shard.ts";
+import { shardJob } from "./passes/shardJob.ts";
 import { printSharded } from "./passes/shardText.ts";
 import { verifyPrograms } from "./passes/verify.ts";
 import { sealPlan } from "./plan/seal.ts";
@@ -36,15 +34,7 @@ export interface Settings extends Pick<ShardOptions, "pick"> {
 /** Compiles a job that has no findings. Throws only broken invariants, which are bugs of rankc. */
 export function compile(job: Job, { target = cpu, ...pick }: Settings = {}): Compiled {
   const mesh = buildMesh(job);
-  const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
-  const sharded = shard(graph, mesh, {
-    distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
-    stageOf: (position) => pipeline.of[position]!,
-    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
-    ...pick,
-  });
+  const { graph, sharded, pipeline } = shardJob(job, mesh, pick);
   const order = schedule(job, pipeline.chunks);
   const lowered = lower(job, mesh, { graph, sharded, pipeline, order });
   verifyPrograms(lowered, mesh, smallerStepsOf(job));

@@ -9,16 +9,13 @@ import { layerOf } from "./analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
 import { generateKernels } from "./codegen/generateKernels.ts";
 import type { Target } from "./codegen/targets.ts";
-import { buildModel } from "./model/model.ts";
-import { addBackward } from "./passes/backward.ts";
 import { lower } from "./passes/lower.ts";
 import { aligned, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
 import { chunkOfVirtual, headAt, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
-import { isRecomputed } from "./passes/recompute.ts";
 import { schedule } from "./passes/schedule.ts";
-import { shard } from "./passes/shard.ts";
+import { shardJob } from "./passes/shardJob.ts";
 
 /** Compiled repetitions of a stretch. Each further repetition adds the same bytes. */
 const KEPT = 3;
@@ -272,14 +269,7 @@ const eachKind = (of: (kind: keyof MemoryBreakdown) => number): MemoryBreakdown 
 
 /** Returns the programs of a job: the passes of `compile` without verification. */
 function lowered(job: Job, mesh: Mesh): Program[] {
-  const pipeline = pipelineOf(job);
-  const graph = addBackward(buildModel(job), isRecomputed(job, pipeline));
-  const sharded = shard(graph, mesh, {
-    distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
-    stageOf: (position) => pipeline.of[position]!,
-    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
-  });
+  const { graph, sharded, pipeline } = shardJob(job, mesh);
   // two microbatches suffice: the schedule decides whether backward is split, their number only the activation copies
   const few: Lowered["order"] = schedule(
     { ...job, train: { ...job.train, batch_rampup: null, global_batch: job.train.micro_batch * job.parallel.data * 2 } },

@@ -1,4 +1,4 @@
-/** The worked examples: each job compiles to the plan.txt beside it. `npm run plans` writes them anew. */
+/** The worked examples: each job compiles to the plan.txt beside it. `npm run plans` updates them. */
 import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
