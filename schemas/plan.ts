@@ -4,6 +4,7 @@
  */
 import { z } from "zod";
 import { Job } from "./job.ts";
+import { opNames } from "./opNames.ts";
 
 export const FORMAT_VERSION = "4.0";
 
@@ -75,7 +76,7 @@ const Why = z.strictObject({
 export const Compute = z.strictObject({
   kind: z.literal("compute"),
   id,
-  op: z.string(),
+  op: z.enum(opNames),
   kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
   writes: z.record(z.string(), id),
@@ -223,7 +224,7 @@ export type Launch = z.infer<typeof Launch>;
 /** One kernel: op, local sizes, types, sources and launches, and the number of instructions that use it. */
 export const Kernel = z.strictObject({
   id: plainName,
-  op: z.string(),
+  op: z.enum(opNames),
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
   dims: z.record(z.string(), z.number()).describe("local sizes and attributes"),
   accumulates: z.array(z.string()).optional().describe("outputs that it adds to or updates"),

@@ -89,7 +89,7 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
 
   /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
   function bind(i: Compute, copy: number): () => void {
-    const op = ops[i.op]!;
+    const op = ops[i.op];
     const names = [...Object.entries(i.reads), ...Object.entries(i.writes)];
     const of = (id: string) => buffers.get(id)!;
     const reads = Object.keys(i.reads).length;

@@ -2,6 +2,7 @@
  * Steps that change no weights because a metric is not finite: which metric, the error that ends the run, and the instruction that
  * produced the value. The device skips such a step (src/ops/optimizer.ts); the host detects it from the metrics.
  */
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import * as messages from "../../src/ops/transport.ts";
@@ -74,7 +75,7 @@ export interface Inspector {
 /** Outputs that may be infinite: the log-sum-exp of a query without visible keys in a block. */
 const mayBeInfinite = new Set(["lse", "la", "lb"]);
 /** Ops around a collective only copy values, and their buffers may have unused rows. */
-const copies = new Set(Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])));
+const copies: ReadonlySet<OpName> = new Set(Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])));
 
 /** Returns an inspector. `bufferOf` returns a buffer of a rank by id. */
 export function inspector(bufferOf: (rank: number, id: string) => Buffer, backend: (rank: number) => RankDevice): Inspector {

@@ -53,7 +53,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
   const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
-  const { runtimeAttrs = [] } = ops[i.op]!;
+  const { runtimeAttrs = [] } = ops[i.op];
   const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !runtimeAttrs.includes(name)));
   const spec = {
     op: i.op,

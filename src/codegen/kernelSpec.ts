@@ -2,12 +2,13 @@
  * The input and output of kernel generators. A generator chooses tiles, vector widths and grids in typed code; its template only inserts
  * them. All fields of a kernel spec are constants in the generated source.
  */
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype, Launch } from "../../schemas/plan.ts";
 import type { Arch, Profile } from "./targetNames.ts";
 
 /** An op with its local sizes, types and attributes: everything a kernel depends on. */
 export interface KernelSpec {
-  readonly op: string;
+  readonly op: OpName;
   /** The unique name of the kernel in the plan, a valid identifier: `rmsnorm_1f3a9c02`. Entry points are named `name` or `name_…`. */
   readonly name: string;
   /** Local sizes of the dims in the signature, and attributes without runtime attributes. `...` has no entries: see `size`. */

@@ -1,4 +1,5 @@
 /** The op table: every op by its name. */
+import type { OpName } from "../../schemas/opNames.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "./attentionDropout.ts";
 import * as balance from "./balance.ts";
@@ -16,7 +17,7 @@ import * as router from "./router.ts";
 import * as messages from "./transport.ts";
 import * as vocab from "./vocab.ts";
 
-const all: readonly AnyOp[] = [
+const all = [
   ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
   ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
@@ -27,8 +28,13 @@ const all: readonly AnyOp[] = [
   ...Object.values(balance),
   ...Object.values(capacity),
   ...Object.values(moe),
-  ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }): readonly AnyOp[] => [dense, denseGrad, rows, rowsGrad]),
+  ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];
-export const ops: Readonly<Record<string, AnyOp>> = Object.fromEntries(all.map((o) => [o.name, o]));
+/** Maps ops by their names. */
+const byName = <O extends AnyOp>(table: readonly O[]) =>
+  Object.fromEntries(table.map((o) => [o.name, o])) as { readonly [N in O["name"]]: Extract<O, { readonly name: N }> };
+
+/** Every op by its name. An op that `OpName` lists and no file declares does not compile. */
+export const ops: Readonly<Record<OpName, AnyOp>> = byName(all) satisfies Record<OpName, AnyOp>;

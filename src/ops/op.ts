@@ -8,6 +8,7 @@
  *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be sharded
  *   ...     any dims, equal in all operands with `...`
  */
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 
 type Words<S extends string> = S extends `${infer A} ${infer B}` ? A | Words<B> : S;
@@ -40,8 +41,12 @@ export interface ShardContext {
   readonly rows: Int32Array;
 }
 
-export interface Declaration<S extends string> {
-  readonly name: string;
+/** The name of an op that a graph may use. `shard` replaces each `regrid` by a reshard step, so no instruction has that name. */
+export type GraphOpName = OpName | "regrid";
+
+export interface Declaration<S extends string, N extends GraphOpName = GraphOpName> {
+  /** The name in plans. `npm run schemas` adds a new one to schemas/opNames.ts. */
+  readonly name: N;
   readonly sig: S;
   /** The pending reduction of a partial output; default: sum. `merge` is attention_merge of the partial outputs; values of a graph cannot be partial by it. */
   readonly reduction?: "max" | "merge";
@@ -86,9 +91,9 @@ export interface Operand {
   readonly ragged: number;
   readonly any: boolean;
 }
-/** An op with its operand names as plain strings: the form that passes and the runtime use. */
-export interface AnyOp
-  extends Omit<Declaration<string>, "cpu" | "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"> {
+/** An op with its operand names as plain strings: the form that passes and the runtime use. By default an op of the table (index.ts). */
+export interface AnyOp<N extends GraphOpName = OpName>
+  extends Omit<Declaration<string, N>, "cpu" | "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"> {
   /** Adds a node of this op to the graph and returns its outputs by name. Throws a BrokenInvariant where shapes disagree. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
@@ -110,7 +115,7 @@ export interface AnyOp
   grad?(t: Readonly<Record<string, Value>>, g: OutputGrads, a: Attrs): Grads;
 }
 /** An op whose operand names are checked at compile time. */
-export interface Op<S extends string> extends AnyOp {
+export interface Op<S extends string, N extends GraphOpName = GraphOpName> extends AnyOp<N> {
   /** Adds a node of this op to the graph and returns its first output. */
   of(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Value;
   all(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Each<Out<S>, Value>;
@@ -157,7 +162,7 @@ export interface Regrid {
 }
 /** One use of an op in the graph. */
 export interface Node {
-  readonly op: AnyOp;
+  readonly op: AnyOp<GraphOpName>;
   readonly args: readonly Value[];
   readonly attrs: Attrs;
   readonly outs: Value[];
@@ -176,7 +181,7 @@ export interface Node {
 }
 
 /** Makes an op from its declaration; the signature is parsed here and by the type checker. */
-export function op<const S extends string>(def: Declaration<S>): Op<S> {
+export function op<const S extends string, const N extends GraphOpName>(def: Declaration<S, N>): Op<S, N> {
   const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operands);
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
     const args = inputs.map((i) => named[i.name as In<S>]);
@@ -197,8 +202,8 @@ export function op<const S extends string>(def: Declaration<S>): Op<S> {
       });
     return Object.fromEntries(outputs.map((o, i) => [o.name, node.outs[i]!])) as Each<Out<S>, Value>;
   };
-  const self: Op<S> = {
-    ...(def as unknown as AnyOp),
+  const self: Op<S, N> = {
+    ...(def as unknown as AnyOp<N>),
     inputs,
     outputs,
     all,
@@ -216,7 +221,10 @@ export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: re
   return expandLike(o, like ? { dimSpecs: like.sizes.length, ragged: like.ragged } : undefined);
 }
 /** Returns the operands of an op, with `...` replaced by `like.dimSpecs` dims of which `like.ragged` are ragged. */
-export function expandLike(o: AnyOp, like: { dimSpecs: number; ragged: number } | undefined): Pick<AnyOp, "inputs" | "outputs"> {
+export function expandLike(
+  o: AnyOp<GraphOpName>,
+  like: { dimSpecs: number; ragged: number } | undefined,
+): Pick<AnyOp, "inputs" | "outputs"> {
   if (!like) return o;
   const fill = (t: Operand): Operand =>
     t.any

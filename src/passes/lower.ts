@@ -2,7 +2,9 @@
  * Lowering of the sharded graph to programs. A program has buffers with stable names and blocks of instructions: forward and backward
  * of one microbatch for each chunk of layers, and one step block. Backward accumulates parameter gradients in place.
  */
+
 import type { Job } from "../../schemas/job.ts";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import { accumulate } from "../ops/linear.ts";
@@ -80,7 +82,10 @@ function splitBackward(block: readonly Instruction[], buffers: ReadonlyMap<strin
   return { backward: block.filter((i) => !ofWeights.has(i)), weights: block.filter((i) => ofWeights.has(i)) };
 }
 /** Names of the ops that pack and unpack the buffers of a collective, and of the op that adds gradients up. */
-const transportOps = new Set([...Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])), accumulate.name]);
+const transportOps: ReadonlySet<OpName> = new Set([
+  ...Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])),
+  accumulate.name,
+]);
 
 /** Returns the buffers that an instruction writes, index buffers included. */
 function writtenBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
@@ -100,6 +105,8 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
 
   function compute({ stage, node, ins, outs, dims: shardedBy }: Extract<ShardStep, { kind: "compute" }>) {
     const { inputs, outputs } = expand(node);
+    const { name } = node.op;
+    invariant(name !== "regrid", `${node.id}: a regrid is a reshard step`);
     const block = blockOf(node.backward, stage);
     const dims: Compute["dims"] = {};
     for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.dimSpecs))
@@ -113,7 +120,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
     const instruction: Compute = {
       kind: "compute",
       id: node.id,
-      op: node.op.name,
+      op: name,
       kernel: "",
       reads,
       writes,

@@ -117,7 +117,7 @@ interface Validators {
 let cached: Validators | undefined;
 /** Returns the validators; each is compiled on first use. */
 function validators(): Validators {
-  const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false }).compile(schema);
+  const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false, verbose: true }).compile(schema);
   const text = (): string => readPackageFile("schemas/plan.schema.json");
   let exact: ValidateFunction | undefined;
   let additive: ValidateFunction | undefined;
@@ -137,5 +137,6 @@ function validators(): Validators {
 function firstError(errors: readonly ErrorObject[]): string {
   const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
   const deepest = [...errors].sort((a, b) => depth(b) - depth(a))[0]!;
-  return `${deepest.instancePath || "the plan"} ${deepest.message}`;
+  const fault = deepest.keyword === "enum" ? `is ${JSON.stringify(deepest.data)}, which is not one of the allowed values` : deepest.message;
+  return `${deepest.instancePath || "the plan"} ${fault}`;
 }

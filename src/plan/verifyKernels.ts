@@ -57,7 +57,7 @@ function verifyKernel(k: Kernel, target: string): void {
 function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Mesh; readonly buffers: Buffers }): void {
   const must = (ok: boolean, what: () => string): void => invariant(ok, () => `${i.id}: its kernel ${k.id} ${what()}`);
   must(k.op === i.op, () => `is of op ${k.op}, not ${i.op}`);
-  const { inputs, outputs } = ops[i.op]!;
+  const { inputs, outputs } = ops[i.op];
   const operands = [...inputs.map(({ name }) => i.reads[name]), ...outputs.map(({ name }) => i.writes[name])];
   const types = operands.flatMap((id) => (id === undefined ? [] : buffers.get(id)!.dtype)).join(".");
   must(k.dtypes === types, () => `is of types ${k.dtypes}, not ${types}`);

@@ -102,8 +102,7 @@ type Dims = Readonly<Record<string, number>>;
 
 /** Returns the fault of a compute instruction; undefined if there is none. */
 function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefined {
-  if (!Object.hasOwn(ops, i.op)) return `unknown op ${i.op}`;
-  const op = ops[i.op]!;
+  const op = ops[i.op];
   const d: Record<string, number> = { ...i.attrs };
   for (const dim in i.dims) {
     const [size, cut] = i.dims[dim]!;

@@ -188,7 +188,7 @@ function roleView(plan: Plan, program: Program): RoleView {
     },
     memory: { ...memoryBreakdown(program, memory), peak: memory.peak },
     flops: each((instructions) =>
-      instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op]!, i, mesh, buffer) : 0), 0),
+      instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op], i, mesh, buffer) : 0), 0),
     ),
     collectives,
     transfers: blocks.flatMap((block) =>

@@ -78,10 +78,7 @@ function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number;
     return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
   };
   return new Map(
-    instructionsOf(p).map((i) => [
-      i.id,
-      { flops: i.kind === "compute" ? flopsOf(ops[i.op]!, i, plan.mesh, buffer) : 0, bytes: touched(i) },
-    ]),
+    instructionsOf(p).map((i) => [i.id, { flops: i.kind === "compute" ? flopsOf(ops[i.op], i, plan.mesh, buffer) : 0, bytes: touched(i) }]),
   );
 }
 

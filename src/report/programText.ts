@@ -74,7 +74,7 @@ function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string 
     signature.flatMap(({ name }) => (operand[name] === undefined ? [] : [`${name}${shape(operand[name])}`])).join(" ");
   switch (i.kind) {
     case "compute": {
-      const { inputs, outputs } = ops[i.op]!;
+      const { inputs, outputs } = ops[i.op];
       const types = [...new Set(outputs.flatMap((o) => buffers.get(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
       const kept = i.accumulates?.length ? `  keeps ${i.accumulates.join(" ")}` : "";
       return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;

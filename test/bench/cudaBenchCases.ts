@@ -1,5 +1,6 @@
 /** What the bench of CUDA kernels measures: ops at sizes of real jobs, as a plan would use them, and what each costs at least. */
 
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
@@ -40,7 +41,7 @@ export interface BenchCase {
 }
 
 interface Step {
-  readonly op: string;
+  readonly op: OpName;
   /** Sizes and attributes; `#0` is the size of a `...` operand. */
   readonly d: Sizes;
   /** Types of the operands, in the order of the signature. */
@@ -60,7 +61,7 @@ interface Draft {
   readonly bytes?: number;
 }
 
-const one = (name: string, op: string, d: Sizes, types: string, more: Omit<Draft, "name" | "steps"> & Partial<Step> = {}): Draft => {
+const one = (name: string, op: OpName, d: Sizes, types: string, more: Omit<Draft, "name" | "steps"> & Partial<Step> = {}): Draft => {
   const { unread, bytes, kind, ...step } = more;
   return {
     name,
@@ -80,10 +81,15 @@ const gemm = (size: number, suffix: keyof typeof products): Draft =>
 /** Forward, dgrad and wgrad of one product of rows with their experts' weights. */
 function grouped(model: string, rows: number, N: number, K: number, E: number, uneven: number): Draft[] {
   const counts = unevenCounts(rows, E, uneven);
-  return Object.entries(products).map(([suffix, types]) =>
+  const ofRows = [
+    ["grouped_gemm", products[""]],
+    ["grouped_dgrad", products._dgrad],
+    ["grouped_wgrad", products._wgrad],
+  ] as const;
+  return ofRows.map(([op, types]) =>
     one(
-      `grouped ${model}${suffix.replace("_", " ")} ${rows}x${N}x${K}, ${E} experts`,
-      `grouped${suffix || "_gemm"}`,
+      `grouped ${model}${op === "grouped_gemm" ? "" : op.replace("grouped_", " ")} ${rows}x${N}x${K}, ${E} experts`,
+      op,
       { B: 1, S: rows, K, N, E },
       types,
       {
@@ -227,8 +233,8 @@ function caseOf(draft: Draft, index: number): BenchCase {
   const buffers = new Map<string, BenchBuffer>();
   const kernels = draft.steps.map((step, i) => kernelOf(step, `bench${index}_${i}`, buffers));
   const uses = kernels.map((k) => k.use);
-  const [first] = draft.steps;
-  const counts = first!.counts ?? [];
+  const first = draft.steps[0]!;
+  const counts = first.counts ?? [];
   const unread = new Set(draft.unread);
   const bytes = [...buffers.values()].reduce(
     (n, b) => n + (unread.has(b.name) ? 0 : b.shape.reduce((x, y) => x * y, 1) * bytesOf[b.dtype] * (b.role === "kept" ? 2 : 1)),
@@ -237,10 +243,10 @@ function caseOf(draft: Draft, index: number): BenchCase {
   const rows = uses[0]!.bound;
   return {
     name: draft.name,
-    kind: draft.kind ?? first!.op,
+    kind: draft.kind ?? first.op,
     d: Object.assign({}, ...draft.steps.map((s) => s.d), { bound: rows, offsets: offsetsAt(rows) }),
-    dtype: uses[0]!.dtype[ops[first!.op]!.inputs[0]!.name]!,
-    flops: draft.steps.reduce((n, s) => n + (ops[s.op]!.flops?.({ ...s.d, R: rows }) ?? 0), 0),
+    dtype: uses[0]!.dtype[ops[first.op].inputs[0]!.name]!,
+    flops: draft.steps.reduce((n, s) => n + (ops[s.op].flops?.({ ...s.d, R: rows }) ?? 0), 0),
     bytes: draft.bytes ?? bytes,
     buffers: [...buffers.values()],
     kernels,
@@ -250,7 +256,7 @@ function caseOf(draft: Draft, index: number): BenchCase {
 
 function kernelOf(step: Step, name: string, buffers: Map<string, BenchBuffer>): BenchKernel {
   const { d, as = {}, counts, makesRows = false } = step;
-  const op = ops[step.op]!;
+  const op = ops[step.op];
   const { inputs, outputs } = expandLike(op, { dimSpecs: 1, ragged: 0 });
   const operands = [...inputs, ...outputs];
   const types = step.types.split(" ") as Dtype[];

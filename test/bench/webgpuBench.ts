@@ -16,6 +16,7 @@ import { commandsOn, type Dispatch } from "../../runtime/webgpu/commands.ts";
 import { dawn, openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import { openDevice, usage } from "../../runtime/webgpu/device.ts";
 import { type ComputePipeline, compiler, isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { blockOf } from "../../schemas/program.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
@@ -42,7 +43,7 @@ const ROUNDS = 12;
 const WAKING = 1000;
 
 const useOf = (
-  op: string,
+  op: OpName,
   d: Record<string, number>,
   size: Record<string, number>,
   dtype: Dtype,

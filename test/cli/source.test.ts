@@ -9,6 +9,7 @@ import { readJobFile } from "../../src/cli/inputFiles.ts";
 import { renderFindings } from "../../src/frontend/diagnostic.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { readSource } from "../../src/frontend/source.ts";
+import { opNamesText } from "../../src/ops/generateNames.ts";
 import { smallest } from "../../src/rules/index.ts";
 
 const root = new URL("../..", import.meta.url).pathname;
@@ -176,7 +177,8 @@ test.each([
   expect(Job.parse(job)).toEqual(job); // nothing optional is left
 });
 
-test("the committed JSON Schemas are up to date: npx tsx schemas/generate.ts writes them", () => {
+test("the committed names of ops and JSON Schemas are up to date: npm run schemas writes them", () => {
+  expect(readFileSync(join(root, "schemas/opNames.ts"), "utf8")).toBe(opNamesText());
   for (const [file, content] of Object.entries(generated()))
     expect(readFileSync(join(root, "schemas", file), "utf8") === content, file).toBe(true);
 });

@@ -113,8 +113,16 @@ const damages: Readonly<Record<string, Damage>> = {
   "rows without an index": [(d) => delete rows(d).rows, "programs", /without a fanout or an index/],
   "rows whose index is another buffer": [(d) => (rows(d).rows = parameter(d).id), "programs", /is not an index of its rows/],
   "a chunk that does not exist": [(d) => (buffer(d, (b) => b.kind === "activation").chunk = 5), "programs", /no chunk 5/],
-  "an op that does not exist": [(d) => (compute(d, "rmsnorm").op = "format_disk"), "programs", /unknown op format_disk/],
-  "an op by the name of a method": [(d) => (compute(d, "rmsnorm").op = "toString"), "programs", /unknown op toString/],
+  "an op that does not exist": [
+    (d) => Object.assign(compute(d, "rmsnorm"), { op: "format_disk" }),
+    "programs",
+    /"format_disk", which is not one of the allowed values/,
+  ],
+  "an op by the name of a method": [
+    (d) => Object.assign(compute(d, "rmsnorm"), { op: "toString" }),
+    "programs",
+    /"toString", which is not one of the allowed values/,
+  ],
   "an operand less": [(d) => delete compute(d, "rmsnorm").reads.gain, "programs", /lacks its operand gain/],
   "an operand of another size": [(d) => (compute(d, "gemm").reads.w = parameter(d).id), "programs"],
   "a dim of 2^50": [(d) => (compute(d, "gemm").dims.K = [2 ** 50, []]), "programs"],

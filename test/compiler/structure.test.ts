@@ -54,6 +54,7 @@ const touchFiles = new Map([
   ["runtime/launch/place.ts", "a secret that the ranks share"],
   ["runtime/launch/watchdog.ts", "the last message, while the main thread is blocked"],
   // development scripts: they write what is committed
+  ["src/ops/generateNames.ts", "names of ops"],
   ["schemas/generate.ts", "JSON Schemas"],
   ["templates/generate.ts", "bindings"],
 ]);

@@ -2,6 +2,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
+import type { OpName } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { compile } from "../../src/compile.ts";
@@ -13,7 +14,7 @@ import { type Buffers, casesOf, type Executor, hold, mixtures } from "../support
 test("every op of the table has a kernel on every device", () => {
   const lacking = (kernels: object) => Object.keys(ops).filter((name) => !(name in kernels));
   expect({ webgpu: lacking(wgslKernels), cuda: lacking(cudaKernels) }).toEqual({ webgpu: [], cuda: [] });
-  expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !ops[name])).toEqual([]);
+  expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !Object.hasOwn(ops, name))).toEqual([]);
 });
 
 const router = (keys: Readonly<Record<string, unknown>>): string[] =>
@@ -44,7 +45,7 @@ test.each([
 ])("the types it asks for in half precision are those of a plan: %s", (_, sets) => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
   const { plan } = compile(readJob(text, "job.yaml", sets).job!);
-  const asked = (op: string) => new Set(mixtures(ops[op]!, "bf16").map((types) => Object.values(types).join(".")));
+  const asked = (op: OpName) => new Set(mixtures(ops[op], "bf16").map((types) => Object.values(types).join(".")));
   const missing = plan.kernels.filter((k) => !asked(k.op).has(k.dtypes)).map((k) => `${k.op} ${k.dtypes}`);
   expect(missing).toEqual([]);
 });
@@ -62,11 +63,11 @@ const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Exe
 });
 
 test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
-  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k_mask", "adamw", "split_rows"]) {
-    const [c] = casesOf(ops[name]!, "bf16");
+  for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k_mask", "adamw", "split_rows"] as const) {
+    const [c] = casesOf(ops[name], "bf16");
     const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);
-    const out = ops[name]!.outputs[0]!.name;
-    const input = ops[name]!.inputs[0]!.name;
+    const out = ops[name].outputs[0]!.name;
+    const input = ops[name].inputs[0]!.name;
     await run(() => {});
     await expect(run((all) => all[out]!.set([all[out]![3]! * 1.001 + 1e-3 + Number(all[out] instanceof Int32Array)], 3))).rejects.toThrow(
       `${out}[3]`,
@@ -77,7 +78,7 @@ test("a kernel that answers right passes; one that is off by a little, leaves a 
 });
 
 test("rows that a kernel makes are compared with their offsets", async () => {
-  const c = casesOf(ops.permute!, "bf16").find((x) => x.use.makesRows)!;
+  const c = casesOf(ops.permute, "bf16").find((x) => x.use.makesRows)!;
   for (const at of [0, 1, c.data.rows!.length - 1])
     await expect(
       hold(

@@ -131,9 +131,9 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
   const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? told : {}) };
   const place = { start: (dim: string) => starts[dim as "S" | "U" | "G"] ?? 0, rows: new Int32Array(1) };
   const known: Record<string, Float32Array> = {};
-  const name = `attention${drop ? "_dropout" : ""}${keyStart === undefined ? "" : "_part"}`;
-  return [name, `${name}_grad`].map((name) => {
-    const op = ops[name]!;
+  const name = `attention${drop ? "_dropout" : ""}${keyStart === undefined ? "" : "_part"}` as const;
+  return [name, `${name}_grad` as const].map((name) => {
+    const op = ops[name];
     const operands = [...op.inputs, ...op.outputs];
     const size = Object.fromEntries(operands.map((o) => [o.name, o.dimSpecs.reduce((n, s) => n * dimSize(s, d), 1)]));
     const dtype: Record<string, Dtype> = Object.fromEntries(

@@ -3,6 +3,7 @@
  * Their sources run as C++ on the CPU, those of every architecture that differ; and on a real device where there is one.
  */
 import { describe, expect, test } from "vitest";
+import { type OpName, opNames } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import type { CudaGenerator, GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
 import { type Arch, archs } from "../../src/codegen/targetNames.ts";
@@ -17,7 +18,7 @@ interface MadeCase extends ContractCase {
   readonly made: GeneratedKernel;
 }
 /** The cases with a kernel each, named apart; one for each architecture whose kernel is another. */
-function makeAll(op: string, maker: CudaGenerator, on: readonly Arch[], cases = casesInTier(ops[op]!, "bf16")): MadeCase[] {
+function makeAll(op: OpName, maker: CudaGenerator, on: readonly Arch[], cases = casesInTier(ops[op], "bf16")): MadeCase[] {
   return cases.flatMap((c, i) => {
     const known = new Set<string>();
     return on.flatMap((arch) => {
@@ -40,14 +41,14 @@ async function holdAll(executor: Executor, cases: readonly MadeCase[]): Promise<
 }
 
 /** In the other 16-bit type, which the same makers write: sizes that are multiples of nothing, and sizes that fill vectors and tiles. */
-const inF16 = (op: string): ContractCase[] =>
-  casesInTier(ops[op]!, "f16").filter(
+const inF16 = (op: OpName): ContractCase[] =>
+  casesInTier(ops[op], "f16").filter(
     (c) => Object.values(c.use.dtype).includes("f16") && (op in messageDrafts || /: (odd|aligned),/.test(c.title)),
   );
 
 const missing = await emulatorMissing();
 describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
-  const all = Object.keys(cudaKernels);
+  const all = opNames;
   // the cases of the fast tier are few: several ops share a library, and g++ reads its headers once for them
   const together = isFull ? 1 : 14;
   const groups = Array.from({ length: Math.ceil(all.length / together) }, (_, n) => all.slice(n * together, (n + 1) * together));
@@ -82,10 +83,10 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
 const gpu = firstGpu();
 const none = typeof gpu === "string";
 describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}`}`, () => {
-  for (const [op, maker] of Object.entries(cudaKernels))
+  for (const op of opNames)
     test(`${op} does what its reference does`, async () => {
       if (none) return;
-      const cases = [...makeAll(op, maker, [gpu.arch]), ...makeAll(op, maker, [gpu.arch], inF16(op))];
+      const cases = [...makeAll(op, cudaKernels[op]!, [gpu.arch]), ...makeAll(op, cudaKernels[op]!, [gpu.arch], inF16(op))];
       await holdAll(cudaDevice(gpu, cases), cases);
     });
 });

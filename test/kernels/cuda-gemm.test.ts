@@ -3,6 +3,7 @@
  * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
 import { describe, expect, test } from "vitest";
+import type { OpName } from "../../schemas/opNames.ts";
 import { type HopperTiling, hopper, hopperTiling } from "../../src/codegen/cuda/gemmHopper.ts";
 import { mma, simt } from "../../src/codegen/cuda/gemmTiles.ts";
 import type { Float16 } from "../../src/codegen/cuda/prelude.ts";
@@ -35,7 +36,7 @@ const tiled = (use: KernelSpec, change: Partial<HopperTiling>): GeneratedKernel 
 };
 
 emulated(`Hopper's products${note}`, () => {
-  const held = (name: string, op: string, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>, half: Float16 = "bf16"): Held => {
+  const held = (name: string, op: OpName, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>, half: Float16 = "bf16"): Held => {
     const c = caseOf(name, op, sizes, half, adds);
     return { ...c, made: tiled(c.use, change) };
   };
@@ -124,7 +125,7 @@ emulated(`Hopper's products${note}`, () => {
 });
 
 const rows = [70, 0, 17, 64, 1, 40];
-const shapes: readonly (readonly [string, string, Sizes])[] = [
+const shapes: readonly (readonly [string, OpName, Sizes])[] = [
   // nothing a multiple of anything; rows of 16 bytes and tails in tiles only; whole tiles
   ...products
     .slice(0, 3)
@@ -178,7 +179,7 @@ emulated(`f32 arithmetic${note}`, () => {
 });
 
 test("Hopper's tilings: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
-  const resized = (op: string, d: Record<string, number>, bound: number) => {
+  const resized = (op: OpName, d: Record<string, number>, bound: number) => {
     const small = useOf("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
     return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };

@@ -1,5 +1,6 @@
 /** What the contract's sizes do not reach in the CUDA kernels: long lists of one id, far positions, rows in any order, garbage behind the rows. */
 import { describe, expect, test } from "vitest";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
@@ -13,7 +14,7 @@ const next = random(5);
 const noise = (length: number) => new Float32Array(length).map(next);
 
 interface Draft {
-  readonly op: string;
+  readonly op: OpName;
   readonly d: Readonly<Record<string, number>>;
   readonly data: Readonly<Buffers>;
   readonly accumulates?: readonly string[];
@@ -22,7 +23,7 @@ interface Draft {
 }
 /** All in f32; what the reference makes of it is wanted, of ragged outputs the rows that exist. */
 function caseOf({ op, d, data, accumulates = [], starts = {}, bound = 0 }: Draft): ContractCase {
-  const { outputs } = ops[op]!;
+  const { outputs } = ops[op];
   const start = (dim: string) => starts[dim] ?? 0;
   const before = Object.fromEntries(
     Object.entries(data).map(([n, x]) => [
@@ -31,7 +32,7 @@ function caseOf({ op, d, data, accumulates = [], starts = {}, bound = 0 }: Draft
     ]),
   );
   const rows = (data.rows ?? new Int32Array(1)) as Int32Array;
-  ops[op]!.cpu(before, d, { start, rows });
+  ops[op].cpu(before, d, { start, rows });
   const operands = Object.entries(data).filter(([n]) => n !== "rows");
   const dtype = Object.fromEntries(operands.map(([n, x]): [string, Dtype] => [n, x instanceof Int32Array ? "i32" : "f32"]));
   const size = Object.fromEntries(operands.map(([n, x]) => [n, x.length]));
@@ -100,13 +101,13 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
 
   const { d, p, rows, bound, ragged } = shuffledRows();
   const tokens = d.B * d.S;
-  const per = (op: string, data: Buffers) => ({ op, d, bound, data: { ...data, rows } });
+  const per = (op: OpName, data: Buffers) => ({ op, d, bound, data: { ...data, rows } });
   test.each([
     per("permute", { x: noise(tokens * d.D), p, r: ragged(d.D) }),
     per("unpermute", { r: ragged(d.D), p, x: noise(tokens * d.D) }),
     per("pack", { p, r: ragged(1) }),
     per("pack_grad", { dy: ragged(1), p, dp: noise(p.length) }),
-    ...["swiglu", "geglu"].flatMap((name) => [
+    ...(["swiglu", "geglu"] as const).flatMap((name) => [
       per(`${name}_rows`, { gate: ragged(d.F), up: ragged(d.F), p: ragged(1), y: ragged(d.F) }),
       per(`${name}_rows_grad`, {
         ...{ gate: ragged(d.F), up: ragged(d.F), p: ragged(1), dy: ragged(d.F) },

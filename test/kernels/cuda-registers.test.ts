@@ -49,22 +49,24 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   const gathered = { S: 1024, U: 8192, chunk: 512, ranks: 8 };
   const piece = { ...gathered, U: 1024 };
   const attentions = (arch: Arch, half: "bf16" | "f16"): GeneratedKernel[] =>
-    [
-      { op: "attention", C: 192, W: 128, ...whole },
-      { op: "attention", C: 192, W: 128, ...gathered },
-      { op: "attention", C: 128, W: 128, ...gathered },
-      { op: "attention", C: 64, W: 64, ...gathered },
-      { op: "attention_part", C: 192, W: 128, ...piece },
-      { op: "attention_part", C: 128, W: 128, ...piece },
-      { op: "attention_part", C: 96, W: 96, ...piece },
-      { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
-      { op: "attention_dropout", C: 192, W: 128, ...whole },
-      { op: "attention_dropout", C: 128, W: 128, ...gathered },
-      { op: "attention_dropout_part", C: 128, W: 128, ...piece },
-      { op: "attention_dropout_part", C: 64, W: 64, ...piece, chunk: 0 },
-    ].flatMap(({ op, ...d }, i) =>
-      [op, `${op}_grad`].map((op) => {
-        const operands = [...ops[op]!.inputs, ...ops[op]!.outputs].map((o) => o.name);
+    (
+      [
+        { op: "attention", C: 192, W: 128, ...whole },
+        { op: "attention", C: 192, W: 128, ...gathered },
+        { op: "attention", C: 128, W: 128, ...gathered },
+        { op: "attention", C: 64, W: 64, ...gathered },
+        { op: "attention_part", C: 192, W: 128, ...piece },
+        { op: "attention_part", C: 128, W: 128, ...piece },
+        { op: "attention_part", C: 96, W: 96, ...piece },
+        { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
+        { op: "attention_dropout", C: 192, W: 128, ...whole },
+        { op: "attention_dropout", C: 128, W: 128, ...gathered },
+        { op: "attention_dropout_part", C: 128, W: 128, ...piece },
+        { op: "attention_dropout_part", C: 64, W: 64, ...piece, chunk: 0 },
+      ] as const
+    ).flatMap(({ op, ...d }, i) =>
+      [op, `${op}_grad` as const].map((op) => {
+        const operands = [...ops[op].inputs, ...ops[op].outputs].map((o) => o.name);
         return cudaKernels[op]!(
           {
             ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, accumulates: new Set() },

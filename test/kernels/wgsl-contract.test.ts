@@ -2,6 +2,7 @@
 import { createHash } from "node:crypto";
 import { afterAll, describe, expect, test } from "vitest";
 import { create } from "webgpu";
+import type { OpName } from "../../schemas/opNames.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { foldGrid } from "../../src/codegen/wgsl/text.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -74,17 +75,17 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
 describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
   /** A case of an op with other data; the largest difference from the reference, relative to the largest number. */
   async function error(
-    name: string,
+    name: OpName,
     starts: Record<string, number>,
     change: (data: Record<string, Float32Array>) => void,
   ): Promise<number> {
-    const c = casesOf(ops[name]!, "f16")[0]!;
+    const c = casesOf(ops[name], "f16")[0]!;
     const data = Object.fromEntries(Object.entries(c.data).map(([n, x]) => [n, Float32Array.from(x)]));
     change(data);
     const want = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
-    ops[name]!.cpu(want, c.use.d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    ops[name].cpu(want, c.use.d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     const have = await executor!.run(wgslKernels[name]!(c.use, "baseline"), c.use, data, { ...c.starts, ...starts });
-    const out = ops[name]!.outputs[0]!.name;
+    const out = ops[name].outputs[0]!.name;
     const largest = Math.max(...want[out]!.map(Math.abs));
     return Math.max(...want[out]!.map((x, i) => Math.abs(x - have[out]![i]!))) / largest;
   }

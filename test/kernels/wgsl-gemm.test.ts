@@ -4,6 +4,7 @@
  */
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { type Profile, profiles } from "../../src/codegen/targetNames.ts";
@@ -14,6 +15,7 @@ import { productOf, tilingOf } from "../../src/codegen/wgsl/product.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { random } from "../support/opCases.ts";
+import { products } from "../support/productCases.ts";
 import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
 import { byTier } from "../support/tiers.ts";
 import { wgslExecutor } from "../support/wgslExecutor.ts";
@@ -53,7 +55,7 @@ interface Sizes {
   readonly counts?: readonly number[];
 }
 
-function useOf(op: string, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): KernelSpec {
+function useOf(op: OpName, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): KernelSpec {
   const bound = counts.length ? T + 20 : 0;
   const rows = bound || T;
   const all = { x: rows * K, dx: rows * K, y: rows * N, dy: rows * N, w: K * N * (counts.length || 1), dw: K * N * (counts.length || 1) };
@@ -84,7 +86,7 @@ function caseOf(use: KernelSpec, { T, counts = [] }: Sizes): ContractCase {
   }
   if (use.bound) rows[offsetsAt(use.bound) + counts.length] = row;
   const want = { ...data, [out]: data[out]!.slice() };
-  ops[use.op]!.cpu(want, use.d, { start: () => 0, rows });
+  ops[use.op].cpu(want, use.d, { start: () => 0, rows });
   const exists = use.bound && out !== "dw" ? (use.size[out]! / use.bound) * T : use.size[out]!;
   return {
     ...{ title: `${use.op} of ${Object.values(use.d)}`, use, starts: {} },
@@ -144,7 +146,7 @@ for (const { options, rows } of byTier(onMatrixUnits, ([op]) => op === "gemm_wgr
   });
 
 test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) => {
-  for (const op of Object.keys(operands))
+  for (const op of products)
     for (const half of profile === "baseline" ? (["f32"] as const) : (["f16", "f32"] as const))
       for (const [T, K, N] of [
         [4096, 4096, 4096],
@@ -169,7 +171,7 @@ async function compiled(made: GeneratedKernel, profile: Profile): Promise<string
 }
 
 test("large products take large tiles, small ones are cut small", () => {
-  const tileOf = (op: string, sizes: Sizes, tiles: Parameters<typeof tilingOf>[1] = plainTiles) => {
+  const tileOf = (op: OpName, sizes: Sizes, tiles: Parameters<typeof tilingOf>[1] = plainTiles) => {
     const { tile, parts } = tilingOf(productOf(useOf(op, sizes, "f16")), tiles);
     return `${tile.bm}x${tile.bn}${parts > 1 ? ` in ${parts}` : ""}`;
   };

@@ -212,7 +212,7 @@ const input = (name: string, ...sizes: number[]): Value => ({
   ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", leaf: { kind: "input", name, position: 2 } },
   sizes,
 });
-const product = op({ name: "product", sig: "x[B,K] w[K,N] -> y[B,N]", cpu: () => {} });
+const product = op({ name: "gemm", sig: "x[B,K] w[K,N] -> y[B,N]", cpu: () => {} });
 
 test("a signature is read by TypeScript too: a wrong name or dim does not compile", () => {
   const [x, w] = [input("x", 2, 3), input("w", 3, 4)];
@@ -222,14 +222,14 @@ test("a signature is read by TypeScript too: a wrong name or dim does not compil
   // @ts-expect-error: there is no output z
   expect(product.all({ x, w }).z).toBeUndefined();
   // @ts-expect-error: there is no argument v to compute from
-  op({ name: "copy", sig: "x[B,K] -> y[B,K]", cpu: ({ v, y }) => y.set(v) });
+  op({ name: "cast", sig: "x[B,K] -> y[B,K]", cpu: ({ v, y }) => y.set(v) });
 });
 
 test("shapes that disagree throw with the place", () => {
-  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 5, 4) })).toThrow("product.w: K is 3 and 5");
-  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 3) })).toThrow("product.w: 1 dims where the signature has 2");
-  const heads = op({ name: "heads", sig: "x[B,H*C] -> y[B,H*C]", cpu: () => {} });
-  expect(() => heads.of({ x: input("x", 2, 6) }, { C: 4 })).toThrow("heads.x: H is 1.5");
+  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 5, 4) })).toThrow("gemm.w: K is 3 and 5");
+  expect(() => product.of({ x: input("x", 2, 3), w: input("w", 3) })).toThrow("gemm.w: 1 dims where the signature has 2");
+  const heads = op({ name: "rope", sig: "x[B,H*C] -> y[B,H*C]", cpu: () => {} });
+  expect(() => heads.of({ x: input("x", 2, 6) }, { C: 4 })).toThrow("rope.x: H is 1.5");
 });
 
 test("an inner factor comes from the attributes, and its dim from what is left of the size", () => {

@@ -36,7 +36,7 @@ describe("the gradient run through its ops is the measured slope", () => {
 });
 
 test("a gradient that is off by a little is caught", () => {
-  const wrong: AnyOp = { ...ops.rmsnorm!, grad: (t, g, a) => ops.rmsnorm!.grad!(t, g, { ...a, eps: 1.1 * a.eps! }) };
+  const wrong: AnyOp = { ...ops.rmsnorm, grad: (t, g, a) => ops.rmsnorm.grad!(t, g, { ...a, eps: 1.1 * a.eps! }) };
   expect(() => slope(makeCase(wrong, 1), 1)).toThrow("rmsnorm: the slope is");
 });
 
@@ -226,11 +226,11 @@ test("of equal scores the lower expert is chosen; one whose weight underflowed t
     const place = { start: () => 0, rows };
     const p = Float32Array.from(scores);
     const [c, y, dp] = [new Float32Array(4), new Float32Array(4), new Float32Array(4)];
-    ops.top_k_mask!.cpu({ x: p, c }, d, place);
-    ops.combine_weights!.cpu({ p, c, y }, d, place);
-    ops.combine_weights_grad!.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
+    ops.top_k_mask.cpu({ x: p, c }, d, place);
+    ops.combine_weights.cpu({ p, c, y }, d, place);
+    ops.combine_weights_grad.cpu({ p, c, dy: Float32Array.of(1, 0, 0, 0), dp }, d, place);
     // 0 times a negative number is −0
-    return { y: [...y], dp: Array.from(dp, (x) => x + 0), rows: ops.permute!.rows!({ c }, d, place, rows, 4) };
+    return { y: [...y], dp: Array.from(dp, (x) => x + 0), rows: ops.permute.rows!({ c }, d, place, rows, 4) };
   };
   expect(run([0.25, 0.25, 0.25, 0.25])).toEqual({ y: [0.5, 0.5, 0, 0], dp: [1, -1, 0, 0], rows: 2 });
   expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 2 });
@@ -241,7 +241,7 @@ test("loads by force are even, and go on from one piece of the tokens to the nex
     const c = new Float32Array(B * S * 6);
     const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };
     const d = { B, S, E: 6, k: 2, S0: order.chunk ? 8 : 9, E0: 6, ...order };
-    ops.uniform_mask!.cpu({ x: c, c }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    ops.uniform_mask.cpu({ x: c, c }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     return [...c];
   };
   const all = of(2, 9, 0, 0);

@@ -98,11 +98,11 @@ test.each([
   // where the gradient is one number, a first step of Adam is lr, whatever that is
   ["adam", { beta1: 0.9, beta2: 0.95, eps: 0, decay: 0.1 }, [0.9]],
   ["adamw", { beta1: 0.9, beta2: 0.95, eps: 0, decay: 0.1 }, [0.89]],
-])("%s from 1 down a slope of 1, by 0.1", (name, attrs, want) => {
+] as const)("%s from 1 down a slope of 1, by 0.1", (name, attrs, want) => {
   const t = { g: [1], scale: [1], lr: [0.1], step: [1], w: [1], m: [0], v: [0] };
   const arrays = Object.fromEntries(Object.entries(t).map(([n, x]) => [n, Float32Array.from(x)]));
   for (const w of want) {
-    ops[name]!.cpu(arrays, attrs, { start: () => 0, rows: new Int32Array(1) });
+    ops[name].cpu(arrays, attrs, { start: () => 0, rows: new Int32Array(1) });
     expect(arrays.w![0]).toBeCloseTo(w, 6);
   }
 });

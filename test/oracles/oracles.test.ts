@@ -238,7 +238,7 @@ describe("floating-point operations", () => {
       const buffers = new Map(p.buffers.map((b) => [b.id, b]));
       return [...p.chunks[0]!.forward, ...p.chunks[0]!.backward].reduce((sum, i) => {
         if (i.kind !== "compute" || /\.moe\.(router|shared\.gate)/.test(i.id)) return sum;
-        const flops = flopsOf(ops[i.op]!, i, mesh, (id) => buffers.get(id)!);
+        const flops = flopsOf(ops[i.op], i, mesh, (id) => buffers.get(id)!);
         const [C, W] = [i.attrs.C!, i.attrs.W!];
         return sum + (/^attention(_part)?_grad$/.test(i.op) ? (flops * 2 * (C + W)) / (3 * C + 2 * W) : flops);
       }, 0);

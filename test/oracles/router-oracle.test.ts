@@ -68,7 +68,7 @@ function jobFrom({ params: p }: Case): Job {
 
 /** Σ p·w, of which w is the gradient. */
 const dot = op({
-  name: "dot",
+  name: "weighted_sum",
   sig: "p[B,S,E] w[B,S,E] -> y[]",
   cpu({ p, w, y }) {
     for (const [i, x] of p.entries()) y[0]! += x * w[i]!;

@@ -82,7 +82,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
     await cuda.step(fleets, plan, () => Float32Array.of());
     await closeAll(fleets);
     expect(await failure(cuda.openAll(withShared(228 << 10)))).toMatchObject({
-      message: expect.stringMatching(/^kernel put \(put in f32\): put wants 16 \+ 233472 bytes of shared memory.* 232448$/),
+      message: expect.stringMatching(/^kernel put \(add in f32\): put wants 16 \+ 233472 bytes of shared memory.* 232448$/),
     });
   });
 
@@ -95,7 +95,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
     });
     const [localRanks] = await cuda.openAll(plan);
     expect(() => localRanks!.rankDevice(0).compute(plan.programs[0]!.chunks[0]!.forward[0] as Compute, 0)).toThrow(
-      "kernel put (put in f32): put, 1x70000x1 blocks of 1, 0 bytes: cuLaunchKernel: CUresult 1: CUresult 1",
+      "kernel put (add in f32): put, 1x70000x1 blocks of 1, 0 bytes: cuLaunchKernel: CUresult 1: CUresult 1",
     );
     await localRanks!.close();
   });

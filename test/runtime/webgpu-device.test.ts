@@ -23,11 +23,11 @@ const launch = (entry: string, args: string[], grid: [number, number, number] = 
   args,
 });
 const kernelOf = (id: string, launches: Launch[], scratch = 0): Kernel => ({
-  ...{ id, op: `op_of_${id}`, dtypes: "", dims: {}, uses: 1, scratch, launches },
+  ...{ id, op: "add", dtypes: "", dims: {}, uses: 1, scratch, launches },
   source: { file: `${id}.wgsl`, sha256: "" },
 });
 const compute = (id: string, kernel: string, reads: Compute["reads"], writes: Compute["writes"], dims: Compute["dims"] = {}): Compute => ({
-  ...{ kind: "compute", id, op: `op_of_${kernel}`, kernel, reads, writes, dims, attrs: {} },
+  ...{ kind: "compute", id, op: "add", kernel, reads, writes, dims, attrs: {} },
 });
 const sourcesOf = (texts: Readonly<Record<string, string>>): Sources => ({ kernel: (file) => texts[file.replace(".wgsl", "")]! });
 
@@ -205,7 +205,7 @@ struct Starts { B: i32, S: i32, }
         for (let n = 0; n < 3000; n++) localRanks.rankDevice(0).compute(add, 0);
         const times = await localRanks.profile();
         expect(times).toHaveLength(3000);
-        expect(times[7]).toMatchObject({ rank: 0, stream: "compute", id: "layers.0.add", op: "op_of_scale", kernel: "scale" });
+        expect(times[7]).toMatchObject({ rank: 0, stream: "compute", id: "layers.0.add", op: "add", kernel: "scale" });
         for (const [n, t] of times.entries()) {
           expect(t.end_us).toBeGreaterThanOrEqual(t.begin_us);
           if (n) expect(t.begin_us).toBeGreaterThanOrEqual(times[n - 1]!.begin_us);
@@ -272,9 +272,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
     const broken = scaled(1).replace("y[at.x] =", "z[at.x] =");
     const trouble = await troubleOf(openWebgpu(addPlan(1), sourcesOf({ scale: broken })));
     expect(trouble.exit).toBe(3);
-    expect(trouble.message).toMatch(
-      /kernel scale of op_of_scale \(kernels\/scale\.wgsl\) does not compile .*line 5:\d+: unresolved value 'z'/,
-    );
+    expect(trouble.message).toMatch(/kernel scale of add \(kernels\/scale\.wgsl\) does not compile .*line 5:\d+: unresolved value 'z'/);
     const nameless = await troubleOf(openWebgpu(addPlan(1), sourcesOf({ scale: scaled(1).replace("fn scale", "fn other") })));
     expect(nameless.message).toContain("scale");
   });

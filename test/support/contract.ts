@@ -4,6 +4,7 @@
  */
 import { expect } from "vitest";
 import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
@@ -37,7 +38,7 @@ export interface ContractCase {
 }
 
 /** Outputs of an op, which arrive poisoned unless they are kept. */
-export const isOutput = (op: string, name: string): boolean => ops[op]!.outputs.some((o) => o.name === name);
+export const isOutput = (op: OpName, name: string): boolean => ops[op].outputs.some((o) => o.name === name);
 
 // -- types
 
@@ -49,7 +50,7 @@ const indices = new Set(["ids", "target", "sample"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
 function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
-  const forward = ops[op.name.replace(/_grad$/, "")];
+  const forward = Object.values(ops).find(({ name }) => name === op.name.replace(/_grad$/, ""));
   const of = forward && forward !== op ? typesOf(forward, half) : {};
   const result = forward && forward !== op ? of[forward.outputs[0]!.name] : undefined;
   const types: Record<string, Dtype> = {};

@@ -195,7 +195,7 @@ function isMadeAnew(name: string, use: KernelSpec): boolean {
   if (name === "rows") return use.makesRows;
   return name in use.dtype && outputs(use).includes(name) && !use.accumulates.has(name);
 }
-const outputs = (use: KernelSpec): string[] => ops[use.op]!.outputs.map((o) => o.name);
+const outputs = (use: KernelSpec): string[] => ops[use.op].outputs.map((o) => o.name);
 
 export function unpack(bytes: Buffer, name: string, use: KernelSpec): Float32Array | Int32Array {
   const type = typeOf(name, use);

@@ -59,12 +59,12 @@ export const moveOf = (how: CollectiveKind, from: string, to: string, more: Part
 export const at = { tag: "F0", microbatch: 0, copy: 0 };
 
 export const launchOf = (id: string): Kernel => ({
-  ...{ id, op: id, dtypes: "f32", dims: {}, uses: 1, scratch: 0 },
+  ...{ id, op: "add", dtypes: "f32", dims: {}, uses: 1, scratch: 0 },
   source: { file: `${id}.cu`, sha256: "0".repeat(64) },
   launches: [{ entry: id, grid: [1, 1, 1], threads: 1, shared: 0, args: ["y", "start(S)"] }],
 });
 export const runs = (kernel: string, y: string): Compute => ({
-  ...{ kind: "compute", id: `${kernel} ${y}`, op: kernel, kernel, reads: {}, writes: { y }, dims: { S: [8, [0]] }, attrs: {} },
+  ...{ kind: "compute", id: `${kernel} ${y}`, op: "add", kernel, reads: {}, writes: { y }, dims: { S: [8, [0]] }, attrs: {} },
 });
 /** put writes the rank's start, spoil what no one may see. */
 export const putAndSpoil = {

@@ -111,7 +111,7 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);
     const pointers = [...operands.map(([name]) => name), ...(ragged ? ["rows"] : []), ...(overflow ? ["needed"] : [])];
     const starts = Object.keys(i.dims);
-    const { runtimeAttrs = [] } = ops[i.op]!;
+    const { runtimeAttrs = [] } = ops[i.op];
     const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
     serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, runtimeAttrs });
     const launch: Launch = {
@@ -139,7 +139,7 @@ function byReference(
     runtimeAttrs: readonly string[];
   },
 ): Kernels[string] {
-  const op = ops[i.op]!;
+  const op = ops[i.op];
   const d = {
     ...i.attrs,
     ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, cut]]) => [dim, size / shardCount(plan.mesh, cut)])),

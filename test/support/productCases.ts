@@ -1,4 +1,5 @@
 /** Products of any sizes as cases of the contract: every op with weights, rows of experts as told, NaN where nobody may read. */
+import type { OpName } from "../../schemas/opNames.ts";
 import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, rounded } from "./contract.ts";
@@ -14,13 +15,13 @@ export interface Sizes {
 }
 export const products = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"] as const;
 /** Outputs that a plan may let add to what is there: gradients of weights. */
-export const adding = (op: string): boolean[] => (op.endsWith("wgrad") ? [false, true] : [false]);
+export const adding = (op: OpName): boolean[] => (op.endsWith("wgrad") ? [false, true] : [false]);
 
-const namesOf = (op: string): [string, string, string] =>
+const namesOf = (op: OpName): [string, string, string] =>
   op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
 
 /** What a maker is told of a product; `spare` rows more than there are may come. */
-export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): KernelSpec {
+export function useOf(name: string, op: OpName, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): KernelSpec {
   const bound = rows ? rows.reduce((a, b) => a + b, 0) + spare : 0;
   const height = rows ? bound : S;
   const weights = K * N * (rows?.length ?? 1);
@@ -35,7 +36,7 @@ export function useOf(name: string, op: string, { S = 0, K, N, rows }: Sizes, ha
 }
 
 /** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
-export function caseOf(name: string, op: string, sizes: Sizes, half: Half, adds = false, spare = 29): ContractCase {
+export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds = false, spare = 29): ContractCase {
   const use = useOf(name, op, sizes, half, adds, spare);
   const { bound, d, size, dtype } = use;
   const { rows } = sizes;
@@ -61,7 +62,7 @@ export function caseOf(name: string, op: string, sizes: Sizes, half: Half, adds 
     data.rows = index;
   }
   const after = Object.fromEntries(names.map((n) => [n, (data[n] as Float32Array).slice()]));
-  ops[op]!.cpu(after, d, { start: () => 0, rows: index });
+  ops[op].cpu(after, d, { start: () => 0, rows: index });
   const exists = rows && output !== "dw" ? (size[output]! / bound) * count : size[output]!;
   return {
     title: `${name}: ${op} ${half}${adds ? " adding" : ""} ${JSON.stringify(sizes)}`,

@@ -35,7 +35,7 @@ export function map(
   spec: KernelSpec,
   { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: WgslFormula,
 ): GeneratedKernel {
-  const { inputs } = ops[spec.op]!;
+  const { inputs } = ops[spec.op];
   const outputs = Object.keys(results);
   const total = Math.max(...outputs.map((o) => spec.size[o]!));
   const inner = reads ?? inputs.map((o) => o.name);
