@@ -1,6 +1,6 @@
 /** Layouts of a value over the sub-axes of a mesh, and the reshard steps between two layouts. */
 import type { CollectiveKind } from "../../schemas/plan.ts";
-import type { Value } from "../ops/op.ts";
+import { invariant, type Value } from "../ops/op.ts";
 
 /** How a value is distributed. All numbers are indices of sub-axes of the mesh. */
 export interface Layout {
@@ -31,6 +31,16 @@ export const shardingOf = (l: Layout, f: number): number =>
 /** Returns a key that is equal for two copies of one value if and only if layout and note are equal. */
 export const layoutKey = ({ layout: l, note = "" }: ShardedValue): string =>
   `${l.shardedBy.map((c) => c.join(".")).join(",")}${l.partialSum.length ? `+${l.partialSum.join(".")}` : ""}${l.partialMax.length ? `^${l.partialMax.join(".")}` : ""}${note}`;
+
+/** Returns the elements of two lists in pairs. Throws an invariant if the lengths differ: both have one element per dim, or per operand. */
+export function pairs<A, B>(a: readonly A[], b: readonly B[]): (readonly [A, B])[] {
+  invariant(a.length === b.length, () => `lists of ${a.length} and ${b.length} elements are read in pairs`);
+  const rest = b[Symbol.iterator]();
+  return a.flatMap((x) => {
+    const next = rest.next();
+    return next.done ? [] : [[x, next.value] as const];
+  });
+}
 
 /** The order in which the reshard steps of one value run. */
 export const reshardOrder: readonly ReshardKind[] = ["slice", "reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max"];

@@ -17,7 +17,7 @@ import { optimizerStep } from "./optimizerStep.ts";
 import { chunkOfVirtual, layersOf } from "./pipeline.ts";
 import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } from "./programBuilder.ts";
 import { expandRing, isRing } from "./ring.ts";
-import type { ShardStep } from "./shard.ts";
+import type { ShardStep } from "./sharding/steps.ts";
 
 /** Returns one program per stage, without kernels and memory. `lowered` has the results of the passes before. */
 export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {

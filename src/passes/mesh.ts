@@ -71,6 +71,13 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   };
 }
 
+/** Returns the sub-axes of an axis, ascending stride. Throws an invariant if the mesh has no such axis. */
+export function subAxesOf({ axes }: Pick<Mesh, "axes">, axis: string): readonly number[] {
+  const fs = axes[axis];
+  invariant(fs !== undefined, () => `the mesh has no axis ${axis}`);
+  return fs;
+}
+
 /** Returns whether the two grids share no sub-axis, because the strides of one do not divide those of the other. */
 export const hasSeparateGrids = ({ subAxes, per_stage }: Pick<Mesh, "subAxes" | "per_stage">): boolean =>
   subAxes.reduce((n, f) => n * f.size, 1) !== per_stage;

@@ -14,7 +14,7 @@ import { type Graph, idOf } from "./backward.ts";
 import { axesName, isExpert } from "./mesh.ts";
 import { headAt } from "./pipeline.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";
-import type { ShardedGraph } from "./shard.ts";
+import type { ShardedGraph } from "./sharding/steps.ts";
 
 /** Fills the step block. Returns the parameters of this stage, and per metric the buffers whose sum is its value. */
 export function optimizerStep(

@@ -13,7 +13,7 @@ import { layoutKey, type ReshardKind, type ShardedValue } from "./layout.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
 import type { Schedule } from "./schedule.ts";
-import type { ShardedGraph, ShardStep } from "./shard.ts";
+import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 
 /** A block under construction. */
 export interface BlockBuilder {

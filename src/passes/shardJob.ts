@@ -5,7 +5,8 @@ import { addBackward, type Graph } from "./backward.ts";
 import type { Mesh } from "./mesh.ts";
 import { type Pipeline, pipelineOf, stageOfVirtual } from "./pipeline.ts";
 import { isRecomputed } from "./recompute.ts";
-import { type ShardedGraph, type ShardOptions, shard } from "./shard.ts";
+import { type ShardOptions, shard } from "./shard.ts";
+import type { ShardedGraph } from "./sharding/steps.ts";
 
 /** `pick`: for tests of sharding, as in `ShardOptions`. */
 export function shardJob(

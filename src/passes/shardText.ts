@@ -4,7 +4,7 @@ import type { Value } from "../ops/op.ts";
 import { idOf } from "./backward.ts";
 import type { ShardedValue } from "./layout.ts";
 import { axesName, type Mesh } from "./mesh.ts";
-import type { ShardedGraph, ShardStep } from "./shard.ts";
+import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 
 /** Prints one line per instruction of a microbatch, then one per deferred reduction at the end of the step. */
 export function printSharded({ steps, deferred }: ShardedGraph, mesh: Mesh): string {

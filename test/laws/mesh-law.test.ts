@@ -7,7 +7,7 @@ import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
-import type { Choice } from "../../src/passes/shard.ts";
+import type { Choice } from "../../src/passes/sharding/dimChoice.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf } from "../support/job.ts";
 import { labelsBeside } from "../support/labels.ts";
 import { byTier, draws, full } from "../support/tiers.ts";

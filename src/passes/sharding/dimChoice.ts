@@ -1,0 +1,105 @@
+/** Choice of the dim of one op that each sub-axis shards: rules 0 to 4 of shard.ts. */
+import { type DimSpec, expand, invariant, type Node, type Operand, sharersOf, type Value } from "../../ops/op.ts";
+import { idOf } from "../backward.ts";
+import { PARTIAL_MAX, PARTIAL_SUM, pairs, shardingOf } from "../layout.ts";
+import { subAxesOf } from "../mesh.ts";
+import type { Placements } from "./placements.ts";
+
+/** The dim of an op that a sub-axis shards, or that the output stays partial. Neither: the sub-axis shards no dim. */
+export interface Choice {
+  readonly dim?: string | undefined;
+  readonly partial?: true;
+  /** The index of the input that stays partial; all inputs if absent. */
+  readonly of?: number;
+  /** The reason, as the plan states it. */
+  readonly by: string;
+}
+/** The choice for sub-axis `f`. */
+export type SubAxisChoice = Choice & { readonly f: number };
+/** Chooses among the votes of operands in place of rules 2 to 4; tests try random choices with it. */
+export type Pick = (votes: readonly Choice[]) => Choice | undefined;
+
+/** A value and the operand of the op that it is. */
+export interface Use {
+  readonly operand: Operand;
+  readonly value: Value;
+}
+/** A node with its values and operands in pairs. */
+export interface NodeUses {
+  readonly node: Node;
+  readonly ins: readonly Use[];
+  readonly outs: readonly Use[];
+}
+/** Returns the values of a node beside their operands, with `...` expanded. */
+export function usesOf(node: Node): NodeUses {
+  const { inputs, outputs } = expand(node);
+  const uses = (operands: readonly Operand[], values: readonly Value[]): Use[] =>
+    pairs(operands, values).map(([operand, value]) => ({ operand, value }));
+  return { node, ins: uses(inputs, node.args), outs: uses(outputs, node.outs) };
+}
+
+/** Gradients that are partial over ranks with copies of the same elements, and those sub-axes. They may stay partial until they reach a parameter. */
+export type CopySums = ReadonlyMap<Value, readonly number[]>;
+
+/** Returns the choice for each sub-axis by the rules 0 to 4. */
+export const chooseDims = (uses: NodeUses, placements: Placements, copySums: CopySums, pick?: Pick): SubAxisChoice[] =>
+  placements.every.map((f) => ({ f, ...choose(uses, f, placements, copySums, pick) }));
+
+function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements, copySums: CopySums, pick?: Pick): Choice {
+  const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
+  if (of >= 0) return { partial: true, of, by: "copies owe a sum" };
+  const { pin } = node;
+  if (pin && subAxesOf(placements.mesh, pin.axis).includes(f))
+    return { dim: pin.dim, by: `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${pin.path})` };
+  const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
+  if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: "all inputs owe a sum" };
+  const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex]) => {
+    const spec = operand.dimSpecs[dimIndex];
+    if (!spec || spec.replicated) return [];
+    const parameter = value.leaf?.kind === "parameter";
+    const by = `${parameter ? idOf(value) : operand.name} is cut along ${spec.dim.replace("#", "dim ")}`;
+    return [{ parameter, dim: spec.dim, by }];
+  });
+  const picked = pick?.(votes);
+  if (picked) return picked;
+  const weight = votes.find((x) => x.parameter);
+  if (weight) return weight;
+  const [first] = votes;
+  if (!first)
+    return { by: at.some((p) => p === PARTIAL_SUM || p === PARTIAL_MAX) ? "a part is owed, and it needs the whole" : "nothing cuts it" };
+  if (votes.every((x) => x.dim === first.dim)) return first;
+  return votes.find((x) => outs[0]?.operand.dimSpecs.some((s) => s.dim === x.dim)) ?? first;
+}
+
+/** Returns the sub-axes of each dim, outermost first: in the order of a parameter, else of the operand with the most; then by stride. */
+export function orderSubAxes({ ins }: NodeUses, chosen: readonly SubAxisChoice[], placements: Placements): Map<string, readonly number[]> {
+  const dims = new Map<string, readonly number[]>();
+  for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
+    const own = chosen.flatMap((c) => (c.dim === dim ? [c.f] : [])).reverse();
+    const ordered = ins
+      .flatMap(({ value, operand }) => {
+        const fs = placements.of(value).layout.shardedBy[operand.dimSpecs.findIndex((s) => s.dim === dim)];
+        return fs ? [{ weight: value.leaf?.kind === "parameter", fs }] : [];
+      })
+      .sort((a, b) => Number(b.weight) - Number(a.weight) || b.fs.length - a.fs.length)
+      .flatMap((x) => x.fs);
+    dims.set(dim, [...new Set([...ordered.filter((f) => own.includes(f)), ...own])]);
+  }
+  return dims;
+}
+
+/** Returns the sub-axes of a dim that separate its elements, without those whose neighbouring ranks share one element. */
+export function separating(s: DimSpec, size: Node["size"], fs: readonly number[], placements: Placements): readonly number[] {
+  if (s.shared === undefined) return fs;
+  const elements = (size[s.dim] ?? 1) / sharersOf(s, size);
+  return fs.filter((_, i) => elements % placements.count(fs.slice(0, i + 1)) === 0);
+}
+
+/** Throws an invariant if a dim does not divide by its sub-axes. */
+export function requireDivisible({ id, size }: Node, dims: ReadonlyMap<string, readonly number[]>, placements: Placements): void {
+  for (const [dim, fs] of dims)
+    invariant(
+      (size[dim] ?? 0) % placements.count(fs) === 0,
+      `${id}: ${dim} of ${size[dim]} elements does not divide by ${placements.count(fs)}`,
+    );
+}

@@ -1,0 +1,131 @@
+/** Resharder: makes a value available on a stage and in a layout, by transfers, collectives and local copies. Each copy is made once. */
+import type { Value } from "../../ops/op.ts";
+import {
+  continues,
+  type Layout,
+  layoutKey,
+  PARTIAL_MAX,
+  PARTIAL_SUM,
+  pairs,
+  reshardKind,
+  reshardOrder,
+  type ShardedValue,
+  shardingOf,
+} from "../layout.ts";
+import type { Placements } from "./placements.ts";
+import type { Reason, ShardStep } from "./steps.ts";
+
+/** Copies of one value, by stage and layout, and whether each was made in backward. */
+type Available = Map<string, { readonly shardedValue: ShardedValue; readonly backward: boolean }>;
+
+/** Where a copy is needed, and the list that receives the steps. */
+export interface Destination {
+  /** The virtual stage. */
+  readonly stage: number;
+  readonly backward: boolean;
+  /** Returns the origin of a step over some sub-axes. */
+  readonly why: (subAxes: readonly number[]) => Reason;
+  readonly into: ShardStep[];
+}
+
+export class Resharder {
+  readonly #placements: Placements;
+  readonly #roleOf: (stage: number) => number;
+  readonly #copies = new Map<Value, Available>();
+  /** Per value, for each physical stage the virtual stage that first has a copy. Copies of later virtual stages get a note. */
+  readonly #holders = new Map<Value, Map<number, number>>();
+
+  /** `roleOf` returns the physical stage whose ranks run a virtual stage. */
+  constructor(placements: Placements, roleOf: (stage: number) => number) {
+    this.#placements = placements;
+    this.#roleOf = roleOf;
+  }
+
+  /** Emits transfers, then reshard steps. All-gathers are repeated in backward, so that gathered values do not stay in memory. Returns the copy. */
+  reshard(v: Value, want: Layout, destination: Destination): ShardedValue {
+    const { layout } = this.#placements.of(v);
+    const start = this.#deliver(v, destination);
+    const isReordered = pairs(layout.shardedBy, want.shardedBy).map(([from, to]) => !continues(from, to) && !continues(to, from));
+    if (!isReordered.some(Boolean)) return this.#reshardFrom(start, want, destination);
+    // sub-axes of a dim change their order: gather that dim first
+    const gathered = pairs(layout.shardedBy, isReordered).map(([fs, reordered]) => (reordered ? [] : fs));
+    return this.#reshardFrom(this.#reshardFrom(start, { ...layout, shardedBy: gathered }, destination), want, destination);
+  }
+
+  #available(v: Value): Available {
+    const known: Available = this.#copies.get(v) ?? new Map();
+    this.#copies.set(v, known);
+    return known;
+  }
+
+  #copyNote(v: Value, stage: number): string {
+    const first = this.#placements.of(v).stage;
+    const holders = this.#holders.get(v) ?? new Map([[this.#roleOf(first), first]]);
+    this.#holders.set(v, holders);
+    const holder = holders.get(this.#roleOf(stage)) ?? stage;
+    holders.set(this.#roleOf(stage), holder);
+    return holder === stage ? "" : `.v${stage}`;
+  }
+
+  /** Sends a value from its virtual stage to another through all stages between: a stage receives from its neighbours only. */
+  #deliver(v: Value, { stage, backward, why, into }: Destination): ShardedValue {
+    const at = this.#placements.of(v);
+    const known = this.#available(v);
+    let shardedValue: ShardedValue = { value: v, layout: at.layout };
+    // every stage has the inputs; all chunks of a rank share its parameters
+    if (v.leaf?.kind === "input" || (v.leaf && this.#roleOf(at.stage) === this.#roleOf(stage))) return shardedValue;
+    const direction = Math.sign(stage - at.stage);
+    for (let from = at.stage; from !== stage; from += direction) {
+      const to = from + direction;
+      const note = this.#copyNote(v, to);
+      const received: ShardedValue = { value: v, layout: at.layout, ...(note ? { note } : {}) };
+      const key = `${to}|${layoutKey(received)}`;
+      if (!known.has(key)) {
+        const origin = { ...why([]), because: "the next layer is on another stage", path: "parallel.pipeline" };
+        into.push({ kind: "send", stage: from, to, shardedValue, received, backward, why: origin });
+        known.set(key, { shardedValue: received, backward });
+      }
+      shardedValue = received;
+    }
+    return shardedValue;
+  }
+
+  /** Emits the reshard steps between two layouts in which no dim changes the order of its sub-axes. */
+  #reshardFrom(first: ShardedValue, target: Layout, { stage, backward, why, into }: Destination): ShardedValue {
+    const v = first.value;
+    const { every } = this.#placements;
+    this.#placements.requireOneGrid(v, first.layout, target);
+    const known = this.#available(v);
+    const copy = this.#copyNote(v, stage);
+    const blockAxes = pairs(first.layout.shardedBy, target.shardedBy).map(([from, to]) => (from.length > to.length ? from : to));
+    let shardedValue = first;
+    for (const how of reshardOrder) {
+      const subAxes = every.filter((f) => reshardKind(shardingOf(first.layout, f), shardingOf(target, f)) === how);
+      if (!subAxes.length) continue;
+      const { layout: before } = shardedValue;
+      const now = (f: number) => shardingOf(subAxes.includes(f) ? target : before, f);
+      const layout: Layout = {
+        shardedBy: blockAxes.map((fs, dim) => fs.filter((f) => now(f) === dim)),
+        partialSum: every.filter((f) => now(f) === PARTIAL_SUM),
+        partialMax: every.filter((f) => now(f) === PARTIAL_MAX),
+      };
+      const note = copy + intermediateNote(layout, blockAxes) + (shardedValue.note?.includes("again") ? ".again" : "");
+      const to: ShardedValue = { value: v, layout, ...(note ? { note } : {}) };
+      const key = `${stage}|${layoutKey(to)}`;
+      const made = known.get(key);
+      if (made && (how !== "all_gather" || made.backward === backward)) {
+        shardedValue = made.shardedValue;
+        continue;
+      }
+      const fresh: ShardedValue = made ? { ...to, note: `${note}.again` } : to;
+      into.push({ kind: "collective", stage, how, subAxes, from: shardedValue, to: fresh, blockAxes, backward, why: why(subAxes) });
+      known.set(key, { shardedValue: fresh, backward });
+      shardedValue = fresh;
+    }
+    return shardedValue;
+  }
+}
+
+/** Returns the note of an intermediate result whose blocks are numbered by sub-axes that do not shard the dim: the layout alone does not identify it. */
+const intermediateNote = ({ shardedBy }: Layout, blockAxes: Layout["shardedBy"]): string =>
+  pairs(shardedBy, blockAxes).every(([fs, blocks]) => continues(fs, blocks)) ? "" : `~${blockAxes.map((c) => c.join(".")).join(",")}`;
