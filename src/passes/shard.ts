@@ -49,7 +49,7 @@ export function shard(graph: Graph, mesh: Mesh, { stageOf, roleOf, pick, ...stat
     const stage = stageOf(node.position);
     nodes.shard(usesOf(node), stage, steps);
     for (const v of node.outs) {
-      if (v.shardAxes) nodes.moveTo(v, placements.declared(v), "the model lays it so", node.backward, steps);
+      if (v.shardAxes) nodes.moveTo(v, placements.declared(v), "the model declares this layout", node.backward, steps);
       gradients.settle(v, stage, node.backward, steps);
     }
   }

@@ -10,7 +10,7 @@ import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 export function printSharded({ steps, deferred }: ShardedGraph, mesh: Mesh): string {
   const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
   const shape = ({ value: v, layout }: ShardedValue) =>
-    `[${v.sizes.map((n, dim) => `${n}${layout.shardedBy[dim]!.length ? `@${axes(layout.shardedBy[dim]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` owes ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` owes max ${axes(layout.partialMax, v)}` : ""}`;
+    `[${v.sizes.map((n, dim) => `${n}${layout.shardedBy[dim]!.length ? `@${axes(layout.shardedBy[dim]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` partial over ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` partial maximum over ${axes(layout.partialMax, v)}` : ""}`;
   const line = (s: ShardStep): string =>
     s.kind === "compute"
       ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`

@@ -94,7 +94,7 @@ test("inspect counts each collective with its origin, and the parts are the whol
     expect(peakOfParts(role.memory)).toBe(role.memory.peak);
   }
   expect(view.derived).toMatchObject({ data: 2, edp: 2, local_experts: 2, microbatches: 4 });
-  expect(printInspect(view)).toContain("layers.*.moe.w1.x: layers.*.w1 is cut along E (parallel.expert)");
+  expect(printInspect(view)).toContain("layers.*.moe.w1.x: layers.*.w1 is sharded along E (parallel.expert)");
 });
 
 test.each(["cpu", "webgpu:baseline", "cuda:sm_90a"])(

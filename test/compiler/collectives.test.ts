@@ -64,7 +64,7 @@ test("expert tensor parallelism gathers rows inside the dispatch and scatters th
   expect(count(p, "forward")).toMatchObject({ "dispatch ep": 2, "all_gather etp": 2, "reduce_scatter etp": 1, "combine ep": 1 });
 });
 
-test("latent attention gathers latents over the tensor ranks, not the residual stream; each owes its sum once", () => {
+test("latent attention gathers latents over the tensor ranks, not the residual stream; each partial sum is reduced once", () => {
   const mla = { q_rank: 12, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 };
   const model = { mla, kv_heads: 8, head_dim: 10 };
   const p = plan({ world: 2, tensor: 2, sequence: true }, model);
@@ -121,7 +121,7 @@ test("in a ring, keys and values go three places on of four; back with them thei
   expect(forward.flatMap((i) => (i.kind === "compute" && i.op === "attention_part" ? [i.ringOffset?.U ?? 0] : []))).toEqual([0, 1, 2, 3]);
 });
 
-test("the end of a step: what a gradient owes is its bucket", () => {
+test("the end of a step: the pending reductions of gradients, with their bytes", () => {
   const step = (distributed_optimizer: boolean, where: RegExp) =>
     count(plan({ world: 16, tensor: 2, sequence: true, context: 2, expert: 4, distributed_optimizer }), "step", where);
   expect(step(false, /layers\.1\.wq/)).toEqual({ "all_reduce cp*dp": 1 });
@@ -158,12 +158,12 @@ test("each collective says which use and which job key made it necessary", () =>
     p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "collective" && id.test(i.id) ? [i.why] : []))[0];
   expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
     op: "layers.1.attn.wq.x",
-    because: "layers.1.wq is cut along N",
+    because: "layers.1.wq is sharded along N",
     path: "parallel.tensor",
   });
   expect(why(/layers\.1\.moe\.permute@.*dispatch/)).toEqual({
     op: "layers.1.moe.w1.x",
-    because: "layers.1.w1 is cut along E",
+    because: "layers.1.w1 is sharded along E",
     path: "parallel.expert",
   });
 });

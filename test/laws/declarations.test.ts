@@ -23,8 +23,8 @@ describe("a signature that lies is caught", () => {
       sig: "q[B,S,G*M*C] k[B,U,G*C] v[B,U,G*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
       cpu: attention.cpu,
     }),
-    "a maximum that owes a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
-    "a sum that owes a maximum": op({
+    "a maximum whose pending reduction is a sum": op({ name: "row_max", sig: "x[B,S,V] -> m[B,S]", cpu: vocab.rowMax.cpu }),
+    "a sum whose pending reduction is a maximum": op({
       name: "expert_counts",
       sig: "c[A*P,S,E] -> n[A,E]",
       reduction: "max",

@@ -22,7 +22,7 @@ describe("a cut run put together is the whole", () => {
         const c = makeCase(o, s, { chunk });
         for (const dim of cuttable(c)) {
           const error = cutError(c, dim, 1 + (at % (c.sizes[dim]! - 1)));
-          if (!(error < ROUNDING)) throw new Error(`${o.name} cut along ${dim}: ${error}`);
+          if (!(error < ROUNDING)) throw new Error(`${o.name} sharded along ${dim}: ${error}`);
         }
       }),
     );

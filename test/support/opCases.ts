@@ -99,7 +99,7 @@ export function execute(c: Case, start: (dim: string) => number = () => 0): Reco
   return out;
 }
 
-/** The dims that the signature allows to cut: leading factors, nowhere read whole. */
+/** The dims that the signature allows to shard: leading factors of dims that no operand reads completely. */
 export function cuttable({ inputs, outputs }: Pick<Case, "inputs" | "outputs">): string[] {
   const dimSpecs = [...inputs, ...outputs].flatMap((o) => o.dimSpecs);
   const fixed = new Set(dimSpecs.flatMap((s) => (s.replicated ? [s.dim, ...s.inner] : s.inner)));

@@ -19,21 +19,21 @@ export type SubAxisChoice = Choice & { readonly f: number };
 /** Chooses among the votes of operands in place of rules 2 to 4; tests try random choices with it. */
 export type Pick = (votes: readonly Choice[]) => Choice | undefined;
 
-/** A value and the operand of the op that it is. */
-export interface Use {
+/** A value, and the operand of an op that it is used as. */
+export interface OperandUse {
   readonly operand: Operand;
   readonly value: Value;
 }
 /** A node with its values and operands in pairs. */
 export interface NodeUses {
   readonly node: Node;
-  readonly ins: readonly Use[];
-  readonly outs: readonly Use[];
+  readonly ins: readonly OperandUse[];
+  readonly outs: readonly OperandUse[];
 }
 /** Returns the values of a node beside their operands, with `...` expanded. */
 export function usesOf(node: Node): NodeUses {
   const { inputs, outputs } = expand(node);
-  const uses = (operands: readonly Operand[], values: readonly Value[]): Use[] =>
+  const uses = (operands: readonly Operand[], values: readonly Value[]): OperandUse[] =>
     pairs(operands, values).map(([operand, value]) => ({ operand, value }));
   return { node, ins: uses(inputs, node.args), outs: uses(outputs, node.outs) };
 }
@@ -47,17 +47,17 @@ export const chooseDims = (uses: NodeUses, placements: Placements, copySums: Cop
 
 function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements, copySums: CopySums, pick?: Pick): Choice {
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
-  if (of >= 0) return { partial: true, of, by: "copies owe a sum" };
+  if (of >= 0) return { partial: true, of, by: "the copies are partial sums" };
   const { pin } = node;
   if (pin && subAxesOf(placements.mesh, pin.axis).includes(f))
     return { dim: pin.dim, by: `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${pin.path})` };
   const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
-  if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: "all inputs owe a sum" };
+  if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: "all inputs are partial sums" };
   const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex]) => {
     const spec = operand.dimSpecs[dimIndex];
     if (!spec || spec.replicated) return [];
     const parameter = value.leaf?.kind === "parameter";
-    const by = `${parameter ? idOf(value) : operand.name} is cut along ${spec.dim.replace("#", "dim ")}`;
+    const by = `${parameter ? idOf(value) : operand.name} is sharded along ${spec.dim.replace("#", "dim ")}`;
     return [{ parameter, dim: spec.dim, by }];
   });
   const picked = pick?.(votes);
@@ -65,8 +65,11 @@ function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements
   const weight = votes.find((x) => x.parameter);
   if (weight) return weight;
   const [first] = votes;
-  if (!first)
-    return { by: at.some((p) => p === PARTIAL_SUM || p === PARTIAL_MAX) ? "a part is owed, and it needs the whole" : "nothing cuts it" };
+  if (!first) {
+    if (at.some((p) => p === PARTIAL_SUM || p === PARTIAL_MAX)) return { by: "the value is partial, and the op needs the reduced value" };
+    const gathered = pairs(ins, at).flatMap(([{ operand }, dimIndex]) => operand.dimSpecs[dimIndex]?.dim ?? []);
+    return { by: gathered.length ? `${gathered[0]} is read completely` : "no operand is sharded" };
+  }
   if (votes.every((x) => x.dim === first.dim)) return first;
   return votes.find((x) => outs[0]?.operand.dimSpecs.some((s) => s.dim === x.dim)) ?? first;
 }

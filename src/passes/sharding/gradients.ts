@@ -35,7 +35,7 @@ export class GradientSharder {
       const kind = shardingOf(layout, f);
       return isParameter || this.#nodes.copySumsOf(v).includes(f) ? kind === REPLICATED : kind === PARTIAL_SUM || kind === PARTIAL_MAX;
     });
-    this.#nodes.moveTo(v, { ...layout, partialSum, partialMax: [] }, `the gradient of ${idOf(of)} lies as it does`, backward, into);
+    this.#nodes.moveTo(v, { ...layout, partialSum, partialMax: [] }, `the gradient of ${idOf(of)} takes its layout`, backward, into);
     if (!isParameter) return;
     const shardedValue: ShardedValue = { value: v, layout: this.#placements.of(v).layout };
     into.push({ kind: "accumulate", stage, parameter: of, shardedValue });

@@ -4,12 +4,12 @@ import { type Layout, pairs, type ShardedValue } from "../layout.ts";
 import {
   chooseDims,
   type NodeUses,
+  type OperandUse,
   orderSubAxes,
   type Pick,
   requireDivisible,
   type SubAxisChoice,
   separating,
-  type Use,
 } from "./dimChoice.ts";
 import type { Placements } from "./placements.ts";
 import { operandReason, resultReason } from "./reasons.ts";
@@ -67,7 +67,7 @@ export class NodeSharder {
   }
 
   /** Reshards an operand to the layout that the op needs. */
-  #operand(sharding: Sharding, use: Use, index: number, into: ShardStep[]): ShardedValue {
+  #operand(sharding: Sharding, use: OperandUse, index: number, into: ShardStep[]): ShardedValue {
     const { node, stage, chosen, dims } = sharding;
     const dimOf = (s: DimSpec): string => (node.ring?.dim === s.dim ? node.ring.as : s.replicated && !node.regrid ? "" : s.dim);
     const want: Layout = {
@@ -80,7 +80,7 @@ export class NodeSharder {
   }
 
   /** Places a result: a sub-axis that shards a dim of inputs only makes it partial. */
-  #result({ node, stage, chosen, dims }: Sharding, { operand: { dimSpecs }, value }: Use): ShardedValue {
+  #result({ node, stage, chosen, dims }: Sharding, { operand: { dimSpecs }, value }: OperandUse): ShardedValue {
     const dimOf = ({ dim }: DimSpec): string => (node.ring?.dim === dim ? node.ring.as : dim);
     const shardedBy = dimSpecs.map((s) => separating(s, node.size, dims.get(dimOf(s)) ?? [], this.#placements));
     const partial = chosen.flatMap((c) => (c.partial ? [c.f] : []));

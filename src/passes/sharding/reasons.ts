@@ -1,7 +1,7 @@
 /** Origins of collectives: the sharding decisions and the job keys behind them. */
 import type { Value } from "../../ops/op.ts";
 import { denseAxes, expertAxes, type Mesh, subAxesOf } from "../mesh.ts";
-import type { NodeUses, SubAxisChoice, Use } from "./dimChoice.ts";
+import type { NodeUses, OperandUse, SubAxisChoice } from "./dimChoice.ts";
 import type { Reason } from "./steps.ts";
 
 /** The job key that sets the size of each axis. */
@@ -23,12 +23,12 @@ export function pathOf(mesh: Mesh, [f]: readonly number[], expert: boolean): str
 
 /** Returns the origin of the reshard of an operand: the choices for the sub-axes that changed. */
 export const operandReason =
-  (mesh: Mesh, { node }: NodeUses, { operand, value }: Use, chosen: readonly SubAxisChoice[]) =>
+  (mesh: Mesh, { node }: NodeUses, { operand, value }: OperandUse, chosen: readonly SubAxisChoice[]) =>
   (changed: readonly number[]): Reason => {
     const because = chosen
       .filter(({ f }) => changed.includes(f))
       .map(({ dim, by }) =>
-        dim !== undefined && operand.dimSpecs.some((s) => s.dim === dim && s.replicated) ? `${dim} is read whole` : by,
+        dim !== undefined && operand.dimSpecs.some((s) => s.dim === dim && s.replicated) ? `${dim} is read completely` : by,
       );
     return { op: `${node.id}.${operand.name}`, because: [...new Set(because)].join("; "), path: pathOf(mesh, changed, value.ragged > 0) };
   };

@@ -2,7 +2,7 @@
 import { isDisjointSubAxes } from "../../../schemas/sharding.ts";
 import { invariant } from "../../ops/op.ts";
 import { type Layout, pairs } from "../layout.ts";
-import type { NodeUses, Use } from "./dimChoice.ts";
+import type { NodeUses, OperandUse } from "./dimChoice.ts";
 import type { Placements } from "./placements.ts";
 
 /**
@@ -24,11 +24,11 @@ export function regridDims(
       isDisjointSubAxes(mesh, shardedBy.flat()) && placements.count(shardedBy.flat()) === mesh.per_stage,
       `${id}: two ranks would have the same tokens`,
     );
-  const localSizes = ({ value }: Use, shardedBy: Layout["shardedBy"]): number[] =>
+  const localSizes = ({ value }: OperandUse, shardedBy: Layout["shardedBy"]): number[] =>
     pairs(value.sizes, shardedBy).map(([n, fs]) => n / placements.count(fs));
   for (const [dim, [a, b]] of pairs(localSizes(from, before), localSizes(to, after)).entries())
     invariant(a === b, `${id}: the local size of dim ${dim} differs between the grids`);
-  const dims = ({ operand }: Use, shardedBy: Layout["shardedBy"]) =>
+  const dims = ({ operand }: OperandUse, shardedBy: Layout["shardedBy"]) =>
     pairs(operand.dimSpecs, shardedBy).map(([s, fs]): [string, readonly number[]] => [s.dim, fs]);
   return new Map([...dims(from, before), ...dims(to, after)]);
 }
