@@ -1,18 +1,24 @@
 /**
- * A whole model on one GPU: milliseconds and TFLOP/s of forward and backward of a Mixtral-8x7B-shaped model of four layers
- * (2 sequences of 4096 tokens, bf16). Steps of 2 and of 6 microbatches are timed in turns; what four more of them take is forward
- * and backward alone. Random tokens and weights. Then where the time goes. One JSON object to stdout, all else to stderr.
+ * A whole model on one GPU: the milliseconds of a step of one microbatch, of its forward and backward part and of its optimizer, tokens and
+ * floating-point operations a second, the plan's peak memory, and where the time goes. One job a call; random tokens and weights. One JSON
+ * object to stdout, all else to stderr.
  *
- *     npm run bench:cuda-model -- [--layers 4] [--steps 10] [--limit 60] [--issue]
+ *     npm run bench:cuda-model -- [test/bench/jobs/mixtral-8x7b-4-layers.yaml] [--set KEY=VALUE] [--steps 9] [--rows 60] [--limit 60]
  *
- * Each part has its limit, a step --limit seconds: past it the script says where it stood, and ends. With --issue no step is a graph and
- * every instruction is followed, so that one which hangs is named. Started by node itself: the command tsx keeps a script whose main
- * thread is blocked from ending by SIGTERM.
+ * The medians are of steps that are replayed as a graph; the parts are those of a step whose instructions are timed one by one. With
+ * --profile-only no step is a graph: one set of weights is written instead of two. Each part of the script has its limit, a step --limit
+ * seconds: past it the script prints where it stood, and ends. Started by node itself: the command tsx keeps a script whose main thread
+ * is blocked from ending by SIGTERM.
  */
 
+import { readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
+import { parse } from "yaml";
 import { type CudaRanks, openCuda } from "../../runtime/cuda/backend.ts";
 import { runOn } from "../../runtime/train/loop.ts";
+import type { Plan } from "../../schemas/plan.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
+import type { Timing } from "../../schemas/timing.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { printProfile, profileRows } from "../../src/report/profile.ts";
@@ -20,16 +26,20 @@ import { startDeadline } from "../support/deadline.ts";
 import { jobOf } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 
-const { values } = parseArgs({
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
   options: {
-    layers: { type: "string", default: "4" },
-    steps: { type: "string", default: "10" },
+    set: { type: "string", multiple: true, default: [] },
+    steps: { type: "string", default: "9" },
+    rows: { type: "string", default: "60" },
     limit: { type: "string", default: "60" },
-    issue: { type: "boolean", default: false },
+    "profile-only": { type: "boolean", default: false },
   },
 });
-const [layers, steps, limit] = [values.layers, values.steps, values.limit].map(Number) as [number, number, number];
-const [hidden, ffn, heads, kv, head, vocab, seq, experts, topK, B] = [4096, 14336, 32, 8, 128, 32000, 4096, 8, 2, 2];
+const [file = "test/bench/jobs/mixtral-8x7b-4-layers.yaml"] = positionals;
+const [steps, rows, limit] = [Number(values.steps), Number(values.rows), Number(values.limit)];
+const job = jobOf(parse(readFileSync(file, "utf8")), values.set);
+const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
 const next = random(3);
 
 let running: CudaRanks | undefined;
@@ -38,39 +48,27 @@ const limits = startDeadline("cudaModelBench", () => {
   return at && `the device has not done ${at.id} (${at.kernel})`;
 });
 
-/** The same numbers over and over, for each name from another on: a view, for 24 GB of weights need no 24 GB of the host. */
-const pattern = 1 << 20;
-let numbers = new Float32Array(0);
+/** One array of random numbers serves every parameter, from another place on for each name: weights of 30 GB need no 30 GB of the host. */
+const period = 1 << 20;
+const largest = Math.max(...plan.programs.flatMap((p) => p.buffers.filter((b) => b.kind === "parameter")).map((b) => elementsOf(b.shape)));
+const numbers = new Float32Array(period + largest);
+for (let i = 0; i < period; i++) numbers[i] = (next() + next() + next()) * 0.02;
+for (let done = period; done < numbers.length; done *= 2) numbers.copyWithin(done, 0, Math.min(done, numbers.length - done));
 function weights(name: string, sizes: readonly number[]): Float32Array {
   limits.at(`weights of ${name}`);
-  const n = sizes.reduce((a, b) => a * b, 1);
-  if (sizes.length === 1) return new Float32Array(n).fill(1);
-  if (!numbers.length) {
-    numbers = new Float32Array(pattern + experts * hidden * ffn);
-    for (let i = 0; i < pattern; i++) numbers[i] = (next() + next() + next()) * 0.02;
-    for (let done = pattern; done < numbers.length; done *= 2) numbers.copyWithin(done, 0, Math.min(done, numbers.length - done));
-  }
+  const count = elementsOf(sizes);
+  if (sizes.length === 1) return new Float32Array(count).fill(1);
   const from = [...name].reduce((h, c) => (h * 31 + c.charCodeAt(0)) % 997, 7);
-  return numbers.subarray(from, from + n);
+  return numbers.subarray(from, from + count);
 }
 
-async function open(what: string, microbatches: number, profile: boolean) {
+async function open(what: string, profile: boolean) {
   limits.part(`${what}: memory and kernels`, 240);
-  const job = jobOf({
-    name: `mixtral-8x7b-${layers}-layers`,
-    model: {
-      ...{ layers, hidden, ffn, heads, kv_heads: kv, head_dim: head, vocab, seq },
-      moe: { experts, top_k: topK, ffn, router: { balance: "none" } },
-    },
-    parallel: { world: 1 },
-    train: { micro_batch: B, global_batch: B * microbatches, steps: 100, precision: "bf16", optimizer: { lr: 1e-6 } },
-    data: { path: "corpus.txt" },
-    cluster: { device: "h200-141gb" },
-  });
-  const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
-  const source = (file: string): string => {
-    limits.at(`${file} is compiled`);
-    return sources.get(file)!;
+  const source = (name: string): string => {
+    limits.at(`${name} is compiled`);
+    const text = sources.get(name);
+    if (text === undefined) throw new Error(`the plan has no source ${name}`);
+    return text;
   };
   const localRanks = await openCuda(plan, {
     ...{ rank: 0, device: 0, profile, share: async (_: string, __: readonly number[], make: () => Uint8Array) => make() },
@@ -78,31 +76,34 @@ async function open(what: string, microbatches: number, profile: boolean) {
   });
   running = localRanks;
   const own = localRanks.rankDevice(0);
-  const backend: typeof own = {
+  const device: typeof own = {
     ...own,
-    compute(i, copy) {
+    compute(...[i, at]: Parameters<typeof own.compute>) {
       limits.at(`${i.id} is issued`);
-      own.compute(i, copy);
+      own.compute(i, at);
+    },
+    write(buffer, copy, data) {
+      // 16-bit weights are made from the main weights at the end of the first step; rounding them on the host takes a minute
+      if (buffer.kind === "parameter" && buffer.dtype !== "f32") return;
+      own.write(buffer, copy, data);
     },
   };
   let replayed = false;
-  const onProgress = {
+  const watched = {
     ...localRanks,
-    backend: () => backend,
+    rankDevice: () => device,
     beginStep: (microbatches: number) => (replayed = localRanks.beginStep(microbatches)),
     finish() {
       limits.at(replayed ? "a graph is replayed" : "all is issued");
       return localRanks.finish();
     },
   };
-  const batch = () => {
-    const tokens = () => Int32Array.from({ length: B * microbatches * seq }, () => Math.floor(((next() + 1) / 2) * vocab));
-    return { ids: tokens(), labels: tokens() };
-  };
+  const tokens = (count: number) => Int32Array.from({ length: count }, () => Math.floor(((next() + 1) / 2) * job.model.vocab));
+  const batch = (_: number, count: number) => ({ ids: tokens(count * job.model.seq), labels: tokens(count * job.model.seq) });
   limits.part(`${what}: weights`, 300);
-  const run = runOn(plan, { localRanks: onProgress, batch, checkpoint: { read: weights } });
+  const run = runOn(plan, { localRanks: watched, batch, checkpoint: { read: weights } });
   return {
-    ...{ plan, localRanks, run },
+    ...{ localRanks, run },
     async step(n: number) {
       limits.part(`${what}: step ${n}`, limit);
       const result = await run.step();
@@ -116,56 +117,72 @@ async function open(what: string, microbatches: number, profile: boolean) {
     },
   };
 }
-const median = (all: readonly number[]): number => [...all].sort((a, b) => a - b)[Math.floor(all.length / 2)]!;
+const median = (all: readonly number[]): number => [...all].sort((a, b) => a - b)[Math.floor(all.length / 2)] ?? Number.NaN;
 
-/** Medians of all steps but the first four. */
-async function secondsOf(microbatches: number) {
-  const { plan, localRanks, step, close } = await open(`${microbatches} microbatches`, microbatches, values.issue);
-  const seconds: number[] = [];
+/** Medians of replayed steps: milliseconds as the host sees them, and the share in which the device waits for the host. */
+async function replays() {
+  const { localRanks, step, close } = await open("graph", false);
+  const milliseconds: number[] = [];
   const idle: number[] = [];
-  let loss = 0;
-  for (let n = 1; n <= steps; n++) {
-    const result = await step(n);
-    loss = result.loss;
-    if (n <= Math.min(4, steps - 1)) continue;
-    seconds.push(result.seconds);
+  for (let n = 1; n <= steps + 3; n++) {
+    const { seconds } = await step(n);
+    // two steps are issued and captured, and the first replay uploads the graph
+    if (n <= 3) continue;
+    milliseconds.push(seconds * 1e3);
     const share = localRanks.idle();
     if (share !== undefined) idle.push(share);
   }
   await close();
-  return { seconds: median(seconds), idle: idle.length ? median(idle) : null, loss, peak: plan.memory[0]!.peak };
+  return { step_ms: median(milliseconds), idle_share: idle.length ? median(idle) : null };
 }
 
-const few = await secondsOf(2);
-const many = await secondsOf(6);
-const seconds = (many.seconds - few.seconds) / 4;
-const tokens = B * seq;
-const active = layers * (2 * hidden * heads * head + 2 * hidden * kv * head + topK * 3 * hidden * ffn + hidden * experts) + hidden * vocab;
-const attention = layers * 3.5 * 2 * B * heads * seq * seq * head;
-const flops = 6 * active * tokens + attention;
-process.stderr.write(`forward and backward: ${(seconds * 1e3).toFixed(1)} ms, ${(flops / seconds / 1e12).toFixed(0)} TFLOP/s\n`);
+/** Milliseconds on the device from the first instruction to the last of those in `ids`. */
+function spanOf(timings: readonly Timing[], ids: ReadonlySet<string>): number {
+  const within = timings.filter((t) => ids.has(t.id));
+  return (Math.max(...within.map((t) => t.end_us)) - Math.min(...within.map((t) => t.begin_us))) / 1e3;
+}
+const idsOf = (instructions: Plan["programs"][number]["step"]) => new Set(instructions.map((i) => i.id));
 
-const { plan, run, step, close } = await open("profile", 2, true);
-await step(1);
-await step(2);
-const timings = await run.profile();
-await close();
-process.stderr.write(printProfile(plan, timings, 60));
+/** Medians of steps whose instructions are timed, and the instructions of the last of them. */
+async function profiled() {
+  const { run, step, close } = await open("profile", true);
+  const chunks = plan.programs.flatMap((p) => p.chunks);
+  const model = idsOf(chunks.flatMap((c) => [...c.forward, ...c.backward, ...c.weights]));
+  const optimizer = idsOf(plan.programs.flatMap((p) => p.step));
+  const times: { readonly model: number; readonly optimizer: number; readonly all: number }[] = [];
+  let timings: readonly Timing[] = [];
+  for (let n = 1; n <= steps + 1; n++) {
+    await step(n);
+    timings = await run.profile();
+    if (n > 1)
+      times.push({
+        model: spanOf(timings, model),
+        optimizer: spanOf(timings, optimizer),
+        all: spanOf(timings, new Set([...model, ...optimizer])),
+      });
+  }
+  await close();
+  return {
+    timings,
+    forward_backward_ms: median(times.map((t) => t.model)),
+    optimizer_ms: median(times.map((t) => t.optimizer)),
+    instructions_ms: median(times.map((t) => t.all)),
+  };
+}
+
+const graph = values["profile-only"] ? undefined : await replays();
+const { timings, ...parts } = await profiled();
+const table = profileRows(plan, timings);
+const flops = table.reduce((sum, r) => sum + r.tflops * r.milliseconds * 1e9, 0);
+const tokens = job.train.global_batch * job.model.seq;
+process.stderr.write(printProfile(plan, timings, rows));
 process.stdout.write(
   `${JSON.stringify({
-    ...{ layers, graph: !values.issue },
-    ...{
-      forward_backward_ms: seconds * 1e3,
-      tflops: flops / seconds / 1e12,
-      flops,
-      step_of_2_ms: few.seconds * 1e3,
-      step_of_6_ms: many.seconds * 1e3,
-    },
-    ...{ idle_share_of_2: few.idle, idle_share_of_6: many.idle },
-    ...{ loss: many.loss, plan_peak_gib: few.peak / 2 ** 30, profiled_step_ms: (timings.at(-1)!.end_us - timings[0]!.begin_us) / 1e3 },
-    optimizer_ms: (few.seconds - 2 * seconds) * 1e3,
-    by_op: Object.fromEntries(
-      profileRows(plan, timings).reduce((all, r) => all.set(r.op, (all.get(r.op) ?? 0) + r.milliseconds), new Map<string, number>()),
-    ),
+    ...{ job: job.name, ...graph, ...parts, flops },
+    tflops: flops / parts.forward_backward_ms / 1e9,
+    ...(graph && { tokens_per_second: tokens / graph.step_ms / 1e-3 }),
+    plan_peak_gib: Math.max(...plan.memory.map((m) => m.peak)) / 2 ** 30,
+    launches: timings.length,
+    by_op: Object.fromEntries(table.reduce((all, r) => all.set(r.op, (all.get(r.op) ?? 0) + r.milliseconds), new Map<string, number>())),
   })}\n`,
 );
