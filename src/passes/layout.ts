@@ -11,12 +11,26 @@ export interface Layout {
   /** Sub-axes over which a maximum is pending. */
   readonly partialMax: readonly number[];
 }
-/** A value in one layout. `note` distinguishes copies with the same layout: repeated gathers and intermediate reshard results. */
+/** What distinguishes copies of a value that have the same layout. */
+export interface Variant {
+  /** The virtual stage that the copy is made for, if an earlier virtual stage of the same ranks has one too. */
+  readonly virtualStage?: number | undefined;
+  /** Of an intermediate reshard result: per dim, the sub-axes that number its blocks. */
+  readonly blockAxes?: Layout["shardedBy"] | undefined;
+  /** How many steps behind the copy are repeated gathers of backward. */
+  readonly repeats?: number | undefined;
+}
+/** A value in one layout. */
 export interface ShardedValue {
   readonly value: Value;
   readonly layout: Layout;
-  readonly note?: string;
+  readonly variant?: Variant | undefined;
 }
+/** Returns a variant as part of a name: `.v3` names the virtual stage, `~` and `blocks` an intermediate result, `.again` a repeated gather. */
+export const variantText = ({ virtualStage, blockAxes, repeats = 0 }: Variant, blocks: string): string =>
+  `${virtualStage === undefined ? "" : `.v${virtualStage}`}${blockAxes ? `~${blocks}` : ""}${".again".repeat(repeats)}`;
+/** Returns the sub-axes that number the blocks of each dim as text: `0.1,,2`. */
+export const blockAxesText = (blockAxes: Layout["shardedBy"]): string => blockAxes.map((fs) => fs.join(".")).join(",");
 /** One reshard step: a collective, or a local copy. `slice` takes this rank's block; `regrid` renumbers tokens into another value. */
 export type ReshardKind = CollectiveKind | "slice" | "regrid";
 /** The value does not depend on the coordinate of a sub-axis. Result of `shardingOf`, like the two below. */
@@ -28,9 +42,9 @@ export const PARTIAL_MAX = -3;
 /** Returns the dim that sub-axis `f` shards, or REPLICATED, PARTIAL_SUM or PARTIAL_MAX. */
 export const shardingOf = (l: Layout, f: number): number =>
   l.partialSum.includes(f) ? PARTIAL_SUM : l.partialMax.includes(f) ? PARTIAL_MAX : l.shardedBy.findIndex((c) => c.includes(f));
-/** Returns a key that is equal for two copies of one value if and only if layout and note are equal. */
-export const layoutKey = ({ layout: l, note = "" }: ShardedValue): string =>
-  `${l.shardedBy.map((c) => c.join(".")).join(",")}${l.partialSum.length ? `+${l.partialSum.join(".")}` : ""}${l.partialMax.length ? `^${l.partialMax.join(".")}` : ""}${note}`;
+/** Returns a key that is equal for two copies of one value if and only if layout and variant are equal. */
+export const layoutKey = ({ layout: l, variant = {} }: ShardedValue): string =>
+  `${blockAxesText(l.shardedBy)}${l.partialSum.length ? `+${l.partialSum.join(".")}` : ""}${l.partialMax.length ? `^${l.partialMax.join(".")}` : ""}${variantText(variant, blockAxesText(variant.blockAxes ?? []))}`;
 
 /** Returns the elements of two lists in pairs. Throws an invariant if the lengths differ: both have one element per dim, or per operand. */
 export function pairs<A, B>(a: readonly A[], b: readonly B[]): (readonly [A, B])[] {

@@ -11,6 +11,7 @@ import { accumulate } from "../ops/linear.ts";
 import { expand, invariant } from "../ops/op.ts";
 import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
+import { variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
 import { optimizerStep } from "./optimizerStep.ts";
@@ -151,7 +152,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
   for (const s of steps) {
     if (s.kind === "send") {
       const ends = { from: s.stage, to: s.to };
-      const tag = idOf(s.shardedValue.value) + (s.received.note ?? "");
+      const tag = idOf(s.shardedValue.value) + variantText(s.received.variant ?? {}, "");
       if (isMine(s.stage)) role.transfer(blockOf(s.backward, s.stage), "send", bufferOf(s.shardedValue), ends, s.why, tag);
       if (isMine(s.to)) role.transfer(blockOf(s.backward, s.to), "recv", bufferOf(s.received), ends, s.why, tag);
     } else if (!isMine(s.stage)) continue;

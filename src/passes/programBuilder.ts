@@ -9,7 +9,7 @@ import { boundOfRows } from "../analysis/cost.ts";
 import { type AnyOp, invariant, type Value } from "../ops/op.ts";
 import { indexLength } from "../ops/transport.ts";
 import { type Graph, idOf } from "./backward.ts";
-import { layoutKey, type ReshardKind, type ShardedValue } from "./layout.ts";
+import { blockAxesText, layoutKey, type ReshardKind, type ShardedValue, variantText } from "./layout.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
 import type { Schedule } from "./schedule.ts";
@@ -88,17 +88,17 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
   const dimAxesName = (fs: readonly number[], expert: boolean): string =>
     fs.every((f, i) => i === 0 || f < fs[i - 1]!) ? axesName(mesh, fs, expert) : fs.map((f) => axesName(mesh, [f], expert)).join(">");
   /** Returns a layout as part of a name: `@dp,tp,-` gives the axes of each dim, `+tp` a pending sum, `^tp` a pending maximum. */
-  const layoutText = ({ layout: l, value: v, note = "" }: ShardedValue, expert = isExpert(v)): string => {
+  const layoutText = ({ layout: l, value: v, variant = {} }: ShardedValue, expert = isExpert(v)): string => {
     const name = (fs: readonly number[]) => dimAxesName(fs, expert);
     const shardedBy = l.shardedBy.map((fs) => (fs.length ? name(fs) : "-")).join(",");
-    return `@${shardedBy}${l.partialSum.length ? `+${name(l.partialSum)}` : ""}${l.partialMax.length ? `^${name(l.partialMax)}` : ""}${note.replace(/~[\d.,]*/, "~")}`;
+    return `@${shardedBy}${l.partialSum.length ? `+${name(l.partialSum)}` : ""}${l.partialMax.length ? `^${name(l.partialMax)}` : ""}${variantText(variant, "")}`;
   };
 
   /** Adds the index buffer of a ragged value; all values with the same rows share it. Returns its id. */
-  function rowsOf({ value: v, layout, note = "" }: ShardedValue, bound: number): string {
+  function rowsOf({ value: v, layout, variant }: ShardedValue, bound: number): string {
     const shardedBy = layout.shardedBy.slice(0, 3).map((fs) => (fs.length ? dimAxesName(fs, true) : "-"));
     // for an intermediate reshard result, the rows depend on how blocks are numbered
-    const counted = /~([\d.]*,[\d.]*,[\d.]*)/.exec(note)?.[1];
+    const counted = variant?.blockAxes && blockAxesText(variant.blockAxes.slice(0, 3));
     const id = `${rowsetOf(v)}.rows@${shardedBy.join(",")}${counted === undefined ? "" : `~${counted}`}`;
     const length = indexLength(bound, v.sizes[2]! / shardCount(mesh, layout.shardedBy[2]!));
     return add({ id, kind: "workspace", dtype: "i32", shape: [length], sizes: [length], ragged: 0, shardedBy: [[]] });

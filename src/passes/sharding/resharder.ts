@@ -11,6 +11,7 @@ import {
   reshardOrder,
   type ShardedValue,
   shardingOf,
+  type Variant,
 } from "../layout.ts";
 import type { Placements } from "./placements.ts";
 import type { Reason, ShardStep } from "./steps.ts";
@@ -32,7 +33,7 @@ export class Resharder {
   readonly #placements: Placements;
   readonly #roleOf: (stage: number) => number;
   readonly #copies = new Map<Value, Available>();
-  /** Per value, for each physical stage the virtual stage that first has a copy. Copies of later virtual stages get a note. */
+  /** Per value, for each physical stage the virtual stage that first has a copy. Copies of later virtual stages are variants. */
   readonly #holders = new Map<Value, Map<number, number>>();
 
   /** `roleOf` returns the physical stage whose ranks run a virtual stage. */
@@ -58,13 +59,14 @@ export class Resharder {
     return known;
   }
 
-  #copyNote(v: Value, stage: number): string {
+  /** Returns the virtual stage itself if an earlier one of the same ranks has a copy too; undefined if it is the first. */
+  #laterStage(v: Value, stage: number): number | undefined {
     const first = this.#placements.of(v).stage;
     const holders = this.#holders.get(v) ?? new Map([[this.#roleOf(first), first]]);
     this.#holders.set(v, holders);
     const holder = holders.get(this.#roleOf(stage)) ?? stage;
     holders.set(this.#roleOf(stage), holder);
-    return holder === stage ? "" : `.v${stage}`;
+    return holder === stage ? undefined : stage;
   }
 
   /** Sends a value from its virtual stage to another through all stages between: a stage receives from its neighbours only. */
@@ -77,8 +79,7 @@ export class Resharder {
     const direction = Math.sign(stage - at.stage);
     for (let from = at.stage; from !== stage; from += direction) {
       const to = from + direction;
-      const note = this.#copyNote(v, to);
-      const received: ShardedValue = { value: v, layout: at.layout, ...(note ? { note } : {}) };
+      const received: ShardedValue = { value: v, layout: at.layout, variant: { virtualStage: this.#laterStage(v, to) } };
       const key = `${to}|${layoutKey(received)}`;
       if (!known.has(key)) {
         const origin = { ...why([]), because: "the next layer is on another stage", path: "parallel.pipeline" };
@@ -96,7 +97,7 @@ export class Resharder {
     const { every } = this.#placements;
     this.#placements.requireOneGrid(v, first.layout, target);
     const known = this.#available(v);
-    const copy = this.#copyNote(v, stage);
+    const virtualStage = this.#laterStage(v, stage);
     const blockAxes = pairs(first.layout.shardedBy, target.shardedBy).map(([from, to]) => (from.length > to.length ? from : to));
     let shardedValue = first;
     for (const how of reshardOrder) {
@@ -109,15 +110,16 @@ export class Resharder {
         partialSum: every.filter((f) => now(f) === PARTIAL_SUM),
         partialMax: every.filter((f) => now(f) === PARTIAL_MAX),
       };
-      const note = copy + intermediateNote(layout, blockAxes) + (shardedValue.note?.includes("again") ? ".again" : "");
-      const to: ShardedValue = { value: v, layout, ...(note ? { note } : {}) };
+      const repeats = shardedValue.variant?.repeats ? 1 : 0;
+      const variant: Variant = { virtualStage, blockAxes: isIntermediate(layout, blockAxes) ? blockAxes : undefined, repeats };
+      const to: ShardedValue = { value: v, layout, variant };
       const key = `${stage}|${layoutKey(to)}`;
       const made = known.get(key);
       if (made && (how !== "all_gather" || made.backward === backward)) {
         shardedValue = made.shardedValue;
         continue;
       }
-      const fresh: ShardedValue = made ? { ...to, note: `${note}.again` } : to;
+      const fresh: ShardedValue = made ? { ...to, variant: { ...variant, repeats: repeats + 1 } } : to;
       into.push({ kind: "collective", stage, how, subAxes, from: shardedValue, to: fresh, blockAxes, backward, why: why(subAxes) });
       known.set(key, { shardedValue: fresh, backward });
       shardedValue = fresh;
@@ -126,6 +128,6 @@ export class Resharder {
   }
 }
 
-/** Returns the note of an intermediate result whose blocks are numbered by sub-axes that do not shard the dim: the layout alone does not identify it. */
-const intermediateNote = ({ shardedBy }: Layout, blockAxes: Layout["shardedBy"]): string =>
-  pairs(shardedBy, blockAxes).every(([fs, blocks]) => continues(fs, blocks)) ? "" : `~${blockAxes.map((c) => c.join(".")).join(",")}`;
+/** Returns whether blocks are numbered by sub-axes that do not shard their dim. Then the layout alone does not identify the copy. */
+const isIntermediate = ({ shardedBy }: Layout, blockAxes: Layout["shardedBy"]): boolean =>
+  pairs(shardedBy, blockAxes).some(([fs, blocks]) => !continues(fs, blocks));
