@@ -10,10 +10,10 @@ export type HostData = Float32Array | Int32Array;
 
 /** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
-  /** Sets gradients and metric accumulators to zero, at the start of a step. */
+  /** Sets gradients and metric accumulators to zero, at the start of a step; those that `first_kernel` writes may be left as they are. */
   zeroGradients(): void;
-  /** Runs one op. `copy`: the activation copy. */
-  compute(i: Compute, copy: number): void;
+  /** Runs one op. `copy`: the activation copy. `first`: in the first microbatch of a step, where `first_kernel` may run. */
+  compute(i: Compute, copy: number, first?: boolean): void;
   /** Writes the values of a buffer. */
   write(buffer: Buffer, copy: number, data: HostData): void;
   /** Returns a copy of a buffer after all preceding calls. */

@@ -89,6 +89,9 @@ export const Compute = z.strictObject({
       "dims of which this rank processes the block of another rank: the one so many places before it along the sub-axes of the dim",
     ),
   accumulates: z.array(z.string()).optional().describe("outputs that are added to or updated in place"),
+  first_kernel: id
+    .optional()
+    .describe("the kernel for the first microbatch of a step: it writes the outputs that `kernel` adds to, so they need no zeros"),
   rows: id.optional().describe("the index buffer that this op writes (permute, pack)"),
 });
 export type Compute = z.infer<typeof Compute>;

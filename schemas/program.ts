@@ -58,6 +58,17 @@ export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number)
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
   order.filter((tag) => tag.startsWith("F")).length / chunks.length;
 
+/** Returns the gradients that the first microbatch of a step writes where a target has kernels for it; all others must be zero before. */
+export function writtenFirst({ chunks }: Pick<Program, "chunks">): Set<string> {
+  const written = new Set<string>();
+  for (const c of chunks)
+    for (const i of microbatchBlocks.flatMap((kind) => c[kind])) {
+      if (i.kind !== "compute" || i.first_kernel === undefined) continue;
+      for (const name of i.accumulates ?? []) if (i.writes[name] !== undefined) written.add(i.writes[name]);
+    }
+  return written;
+}
+
 /** Returns the bytes of all activation copies of all chunks. */
 export const activationBytes = ({ chunks }: Pick<Program, "chunks">, { activation }: Pick<Memory, "activation">): number =>
   chunks.reduce((sum, { copies }, c) => sum + copies * activation[c]!, 0);

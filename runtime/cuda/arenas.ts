@@ -4,7 +4,7 @@
  */
 
 import type { BufferKind, Dtype, Plan } from "../../schemas/plan.ts";
-import { activationBytes, activationStart } from "../../schemas/program.ts";
+import { activationBytes, activationStart, writtenFirst } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
@@ -51,6 +51,11 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
     }),
   ) as Record<BufferKind | "scratch", DevicePointer>;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
+  const written = writtenFirst(program);
+  const ends = program.buffers
+    .filter((b) => b.kind === "gradient" && b.within === undefined && !written.has(b.id))
+    .map((b) => memory.offsets[b.id]! + elementsOf(b.shape) * bytesOf[b.dtype]);
+  const zeroed = Math.max(0, ...ends);
   const spanOf = (at: DevicePointer, bytes: number): Span => [Number(at), Number(at) + bytes];
 
   return {
@@ -64,8 +69,8 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
       );
       return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
     },
-    /** The gradient arena. */
-    gradients: { at: bases.gradient, bytes: sizes.gradient, span: spanOf(bases.gradient, sizes.gradient) },
+    /** The part of the gradient arena that must be zero before a step: up to the last gradient that no first kernel writes. */
+    zeroed: { at: bases.gradient, bytes: zeroed, span: spanOf(bases.gradient, zeroed) },
     scratch: (offset: number): DevicePointer => offsetPointer(bases.scratch, offset),
     close(): void {
       for (const [kind, bytes] of Object.entries(sizes)) if (bytes > 0) context.free(bases[kind as BufferKind]);

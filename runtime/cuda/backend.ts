@@ -61,7 +61,9 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const streams = openStreams(context);
   const stream = streams.compute.stream;
   const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), stream);
-  const ids = new Set(instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel] : [])));
+  const ids = new Set(
+    instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel, ...(i.first_kernel ? [i.first_kernel] : [])] : [])),
+  );
   const kernels = await loadKernels(context, { plan, ids, files, rank });
   const done = context.createEvent("order");
   let check = (): void => signal?.throwIfAborted();
@@ -101,16 +103,17 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
 
   const backend: RankDevice = {
     zeroGradients() {
-      const { at, bytes, span } = arenas.gradients;
+      const { at, bytes, span } = arenas.zeroed;
       if (steps.mode() === "replay" || bytes === 0) return;
       streams.run({ reads: [], writes: [span] }, undefined, (s) => context.fillIn(at, 0, bytes, s));
     },
-    compute(i, copy) {
+    compute(i, copy, first = false) {
       if (steps.mode() === "replay") return;
       const copies = bound.get(i) ?? [];
       bound.set(i, copies);
-      const { touch, issue } = (copies[copy] ??= bind(i, copy));
-      streams.run(touch, { id: i.id, op: i.op, kernel: i.kernel }, issue);
+      const isFirst = first && i.first_kernel !== undefined;
+      const { touch, issue, kernel } = (copies[2 * copy + Number(isFirst)] ??= bind(i, copy, isFirst));
+      streams.run(touch, { id: i.id, op: i.op, kernel }, issue);
     },
     write(buffer, copy, data) {
       const { at, bytes, span, count } = arenas.place(buffer.id, copy);

@@ -12,6 +12,8 @@ import type { Touch } from "./streams.ts";
 
 /** A bound instruction. */
 export interface Bound {
+  /** The id of its kernel. */
+  readonly kernel: string;
   readonly touch: Touch;
   readonly issue: (stream: Stream) => void;
 }
@@ -25,14 +27,14 @@ export interface Ground {
   readonly kernels: LoadedKernels;
 }
 
-/** Returns a function that binds instructions to the memory of a rank. */
-export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number) => Bound {
+/** Returns a function that binds instructions to the memory of a rank. `first`: for the first microbatch of a step. */
+export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number, first: boolean) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
   const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
 
-  return (i, copy) => {
-    const kernel = byId.get(i.kernel)!;
+  return (i, copy, first) => {
+    const kernel = byId.get((first ? i.first_kernel : undefined) ?? i.kernel)!;
     const place = (id: string): DeviceRange => arenas.place(id, copy);
     const operands = { ...i.reads, ...i.writes };
     const rows =
@@ -66,6 +68,7 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
     const made = [...Object.values(i.writes), ...(i.rows ? [i.rows] : []), ...(overflow && buffers.has(overflow) ? [overflow] : [])];
     const read = [...Object.values(i.reads), ...(rows ? [rows] : [])];
     return {
+      kernel: kernel.id,
       touch: { reads: read.map((id) => place(id).span), writes: made.map((id) => place(id).span) },
       issue(stream) {
         for (const [n, { entry, how, params }] of launches.entries()) {

@@ -63,9 +63,9 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
   const own = localRanks.rankDevice(rank);
   const backend = {
     ...own,
-    compute(...[i, copy]: Parameters<typeof own.compute>) {
+    compute(...[i, copy, first]: Parameters<typeof own.compute>) {
       meeting.report(i.id);
-      own.compute(i, copy);
+      own.compute(i, copy, first);
     },
     read(...[buffer, copy]: Parameters<typeof own.read>) {
       meeting.report(`reading ${buffer.id}`);

@@ -185,7 +185,7 @@ export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch =
       if (replayed) return;
       for (const i of instructions) {
         if (i.kind === "compute") {
-          backend.compute(i, at.copy);
+          backend.compute(i, at.copy, at.microbatch === 0);
           for (const id of watch) if (Object.values(i.writes).includes(id)) keep(id, at, r);
         } else if (i.kind === "collective") while (!comm.collective(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
         else if (i.kind === "send") comm.send(r, i, at);

@@ -3,10 +3,11 @@
  * Layers and stages with equal specs share one kernel. The target `cpu` runs the reference of each op and has no sources.
  */
 
-import type { Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
-import { microbatchesIn } from "../../schemas/program.ts";
+import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
+import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
+import { touched } from "../passes/lower.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical, sha256 } from "../plan/seal.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
@@ -28,12 +29,19 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
   const named = programs.map((p): Program => {
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
     const microbatches = microbatchesIn(p);
-    const name = (i: Compute, uses: number): Compute => {
+    const use = (i: Compute, uses: number): string => {
       const spec = kernelSpecOf(i, mesh, buffers);
       const known = kernels.get(spec.name);
       const kernel = known ?? generateKernel(spec, target, sources);
       kernels.set(spec.name, { ...kernel, uses: kernel.uses + uses });
-      return { ...i, kernel: spec.name };
+      return spec.name;
+    };
+    const soleWriters = target.writesFirst ? soleWritersOf(p, buffers) : new Set<Instruction>();
+    const name = (i: Compute, uses: number): Compute => {
+      if (!soleWriters.has(i)) return { ...i, kernel: use(i, uses) };
+      const { accumulates: _, ...writing } = i;
+      const first_kernel = use(writing, 1);
+      return { ...i, kernel: uses > 1 ? use(i, uses - 1) : first_kernel, first_kernel };
     };
     const block = (instructions: readonly Instruction[], times: number) =>
       instructions.map((i) => (i.kind === "compute" ? name(i, times) : i));
@@ -46,6 +54,24 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     return { ...p, chunks, step: block(p.step, 1) };
   });
   return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
+}
+
+/**
+ * Returns the instructions that alone touch the gradients of weights which they accumulate, until the step block: in the first microbatch
+ * they may write. Gradients of vectors are left out: zeroing them costs less than another kernel.
+ */
+function soleWritersOf({ chunks }: Program, buffers: ReadonlyMap<string, Buffer>): Set<Instruction> {
+  const all = chunks.flatMap((c) => microbatchBlocks.flatMap((kind) => c[kind]));
+  const users = new Map<string, number>();
+  for (const i of all) for (const id of touched(i, buffers)) users.set(id, (users.get(id) ?? 0) + 1);
+  const isSole = (i: Compute): boolean => {
+    const outputs = (i.accumulates ?? []).map((name) => i.writes[name]);
+    return outputs.every((id) => {
+      const b = id === undefined ? undefined : buffers.get(id);
+      return b?.kind === "gradient" && b.shape.length > 1 && users.get(b.id) === 1;
+    });
+  };
+  return new Set(all.filter((i) => i.kind === "compute" && i.accumulates !== undefined && !ops[i.op].inPlace && isSole(i)));
 }
 
 /** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */

@@ -14,6 +14,8 @@ export interface Target {
   readonly name: string;
   /** File name extension of sources. */
   readonly suffix: string;
+  /** Whether the runtime runs `first_kernel` in the first microbatch of a step; otherwise all gradients are zero before. */
+  readonly writesFirst?: true;
   /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
   generate(spec: KernelSpec): GeneratedKernel | undefined;
 }
@@ -44,7 +46,7 @@ export async function loadTarget(text: string): Promise<Target> {
     const arch = archs.find((a) => a === detail);
     if (arch) {
       const { cudaKernels } = await import("./cuda/index.ts");
-      return { name: text, suffix: "cu", generate: (spec) => generatorOf(cudaKernels, spec)(spec, arch) };
+      return { name: text, suffix: "cu", writesFirst: true, generate: (spec) => generatorOf(cudaKernels, spec)(spec, arch) };
     }
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);

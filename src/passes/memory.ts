@@ -5,7 +5,7 @@
  */
 
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
-import { blocksOf, microbatchBlocks } from "../../schemas/program.ts";
+import { blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
 import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
@@ -31,8 +31,12 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
   const offsets: Record<string, number> = {};
   const total = { parameter: 0, gradient: 0, optimizer: 0, workspace: 0 };
 
+  // gradients that need zeros come first, so that one fill clears them; what shares the bytes of another follows it
+  const written = writtenFirst(program);
+  const rankOf = (b: Buffer) => (b.within ? 2 : written.has(b.id) ? 1 : 0);
+  const inOrder = [...program.buffers].sort((a, b) => rankOf(a) - rankOf(b));
   for (const kind of ["parameter", "gradient", "optimizer"] as const) {
-    for (const b of program.buffers) {
+    for (const b of inOrder) {
       if (b.kind !== kind) continue;
       if (b.within) {
         offsets[b.id] = offsets[b.within]!;
@@ -74,7 +78,8 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
   const bytes = new Map(kernels.map((k) => [k.id, k.scratch]));
   let most = 0;
   for (const { instructions } of blocksOf(program))
-    for (const i of instructions) if (i.kind === "compute") most = Math.max(most, bytes.get(i.kernel) ?? 0);
+    for (const i of instructions)
+      if (i.kind === "compute") most = Math.max(most, bytes.get(i.kernel) ?? 0, bytes.get(i.first_kernel ?? "") ?? 0);
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 

@@ -17,12 +17,14 @@ export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): voi
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
     for (const i of instructionsOf(p)) {
       if (i.kind !== "compute") continue;
-      const kernel = byId.get(i.kernel);
-      invariant(kernel !== undefined, () => `stage ${p.stage}: ${i.id} runs kernel ${i.kernel}, which does not exist`);
-      verifyUse(kernel, i, { mesh, buffers });
-      // all uses of one kernel agree in everything that its launches depend on
-      if (!seen.has(kernel.id)) for (const launch of kernel.launches) verifyArgs(kernel, launch, i, buffers);
-      seen.add(kernel.id);
+      for (const id of i.first_kernel === undefined ? [i.kernel] : [i.kernel, i.first_kernel]) {
+        const kernel = byId.get(id);
+        invariant(kernel !== undefined, () => `stage ${p.stage}: ${i.id} runs kernel ${id}, which does not exist`);
+        verifyUse(kernel, i, { mesh, buffers });
+        // all uses of one kernel agree in everything that its launches depend on
+        if (!seen.has(kernel.id)) for (const launch of kernel.launches) verifyArgs(kernel, launch, i, buffers);
+        seen.add(kernel.id);
+      }
     }
   }
 }

@@ -78,9 +78,9 @@ async function open(what: string, profile: boolean) {
   const own = localRanks.rankDevice(0);
   const device: typeof own = {
     ...own,
-    compute(...[i, at]: Parameters<typeof own.compute>) {
+    compute(...[i, copy, first]: Parameters<typeof own.compute>) {
       limits.at(`${i.id} is issued`);
-      own.compute(i, at);
+      own.compute(i, copy, first);
     },
     write(buffer, copy, data) {
       // 16-bit weights are made from the main weights at the end of the first step; rounding them on the host takes a minute

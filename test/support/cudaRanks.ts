@@ -2,6 +2,7 @@
 import { expect } from "vitest";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";
+import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { bytesAt, imagesOf, standIn, withCubins } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
@@ -49,6 +50,7 @@ export const planOf = (parallel: object, over: object = {}, train: object = {}):
       train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
       data: { path: "corpus.txt" },
     }),
+    { target: { ...cpu, writesFirst: true } },
   ).plan;
 
 export const moveOf = (how: CollectiveKind, from: string, to: string, more: Partial<Collective> = {}): Collective => ({

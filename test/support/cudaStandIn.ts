@@ -105,7 +105,9 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
   );
   const serve: Record<string, Kernels[string]> = {};
   const kernels = plan.kernels.map((k): Kernel => {
-    const { i, buffers } = instructions.find((found) => found.i.kernel === k.id)!;
+    const { i: user, buffers } = instructions.find((found) => found.i.kernel === k.id || found.i.first_kernel === k.id)!;
+    const { accumulates, ...writing } = user;
+    const i = user.first_kernel === k.id || accumulates === undefined ? writing : { ...writing, accumulates };
     const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
     const ragged = operands.find(([, b]) => b.ragged)?.[1];
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);

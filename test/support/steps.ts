@@ -109,7 +109,7 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
       if (used.has(id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, name, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
-      if (i.kind === "compute") backend.compute(i, copy);
+      if (i.kind === "compute") backend.compute(i, copy, microbatch === 0);
       else if (i.kind === "collective") while (!localRanks.comm.collective(r, i, at)) yield;
       else if (i.kind === "send") localRanks.comm.send(r, i, at);
       else while (!localRanks.comm.recv(r, i, at)) yield;
