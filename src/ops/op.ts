@@ -139,12 +139,14 @@ export interface Value {
   readonly quota?: Quota;
   readonly leaf?: Leaf;
   dtype: Dtype;
+  /** Of an output that its op updates in place: the leaf whose memory it is. */
+  updates?: Value;
   /** Per dim the mesh axes that must shard it; absent: `shard` decides. */
   shardAxes?: readonly (readonly string[])[];
 }
-/** A parameter or an input of the graph. */
+/** A value that no op of the graph produces. `gradient` and `state` are leaves of the optimizer step (src/passes/updateGraph.ts). */
 export interface Leaf {
-  readonly kind: "parameter" | "input";
+  readonly kind: "parameter" | "input" | "gradient" | "state";
   readonly name: string;
   readonly position: number;
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };

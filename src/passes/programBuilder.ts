@@ -8,12 +8,13 @@ import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { boundOfRows } from "../analysis/cost.ts";
 import { type AnyOp, invariant, type Value } from "../ops/op.ts";
 import { indexLength } from "../ops/transport.ts";
-import { type Graph, idOf } from "./backward.ts";
+import { idOf } from "./backward.ts";
 import { blockAxesText, layoutKey, type ReshardKind, type ShardedValue, variantText } from "./layout.ts";
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipeline.ts";
 import type { Schedule } from "./schedule.ts";
 import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
+import type { TrainingGraph } from "./updateGraph.ts";
 
 /** A block under construction. */
 export interface BlockBuilder {
@@ -30,7 +31,7 @@ export interface Reshard extends Omit<Collective, "kind" | "how" | "bytes"> {
 }
 /** Results of the passes before lowering. */
 export interface Lowered {
-  readonly graph: Graph;
+  readonly graph: TrainingGraph;
   readonly sharded: ShardedGraph;
   readonly pipeline: Pipeline;
   /** The schedule of each stage. */
@@ -205,7 +206,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     const any = [...op.inputs, ...op.outputs].find((o) => o.any);
     const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
     const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.shardedBy[i]!]]]) : []);
-    for (const { name, dimSpecs } of op.inputs)
+    for (const { name, dimSpecs } of op.inputs.filter((o) => !o.any))
       for (const [i, { dim }] of dimSpecs.entries())
         dims[dim] = [buffers.get(reads[name]!)!.sizes[i]!, [...buffers.get(reads[name]!)!.shardedBy[i]!]];
     return {

@@ -4,26 +4,28 @@
  *
  * A layout gives per dim of a tensor the sub-axes that shard it, outermost first, and the sub-axes over which a sum or a maximum is
  * pending. Each op assigns to each sub-axis one of its dims. The first rule that applies decides:
- *   0  the model pins the sub-axis
- *   1  all inputs are partial sums and the op is linear: the output is partial
- *   2  the sharding of a parameter, since parameters are never resharded
- *   3  the dim by which all sharded inputs agree
- *   4  a dim of the output (a dim of inputs only would make it partial), then the dim of the first operand
- * One invariant (5) holds: a complete gradient has the layout of its value. Two gradients may be partial: that of a parameter until
+ *   1  the sharding of state that the op updates in place
+ *   2  the model pins the sub-axis
+ *   3  all inputs are partial sums and the op is linear: the output is partial
+ *   4  the sharding of a parameter, since parameters are never resharded
+ *   5  the dim by which all sharded inputs agree
+ *   6  a dim of the output (a dim of inputs only would make it partial), then the dim of the first operand
+ * One invariant (7) holds: a complete gradient has the layout of its value. Two gradients may be partial: that of a parameter until
  * the end of the step, and that of a value with copies on several ranks, over those ranks, until it reaches a parameter.
  * Every choice gives the same numbers (a law that tests check); the rules decide only the cost.
  *
  * The parts: sharding/dimChoice.ts applies the rules, resharder.ts inserts reshard steps and transfers, nodeSharder.ts uses both for one
- * node, gradients.ts holds the invariant and reduces what is pending at the end of a step.
+ * node, gradients.ts holds the invariant, updates.ts shards the optimizer step.
  */
-import type { Graph } from "./backward.ts";
 import type { Mesh } from "./mesh.ts";
 import { type Pick, usesOf } from "./sharding/dimChoice.ts";
-import { GradientSharder, reduceGradients, reduceLosses, type StateOptions } from "./sharding/gradients.ts";
+import { GradientSharder, reduceLosses } from "./sharding/gradients.ts";
 import { NodeSharder } from "./sharding/nodeSharder.ts";
-import { Placements } from "./sharding/placements.ts";
+import { Placements, replicated } from "./sharding/placements.ts";
 import { Resharder } from "./sharding/resharder.ts";
 import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
+import { reduceGradient, type StateOptions, shardUpdate } from "./sharding/updates.ts";
+import type { TrainingGraph } from "./updateGraph.ts";
 
 /** Decisions of the job that the pass needs. */
 export interface ShardOptions extends StateOptions {
@@ -31,12 +33,12 @@ export interface ShardOptions extends StateOptions {
   readonly stageOf: (position: number) => number;
   /** Returns the physical stage whose ranks run a virtual stage. */
   readonly roleOf: (stage: number) => number;
-  /** Replaces rules 2 to 4; tests use it to try random choices. */
+  /** Replaces rules 4 to 6; tests use it to try random choices. */
   readonly pick?: Pick;
 }
 
 /** Shards a graph. Throws an invariant if a dim does not divide by its sub-axes, or if uses of a parameter have different partial sums. */
-export function shard(graph: Graph, mesh: Mesh, { stageOf, roleOf, pick, ...state }: ShardOptions): ShardedGraph {
+export function shard(graph: TrainingGraph, mesh: Mesh, { stageOf, roleOf, pick, ...state }: ShardOptions): ShardedGraph {
   const placements = new Placements(mesh);
   const resharder = new Resharder(placements, roleOf);
   const nodes = new NodeSharder(placements, resharder, pick);
@@ -54,8 +56,11 @@ export function shard(graph: Graph, mesh: Mesh, { stageOf, roleOf, pick, ...stat
     }
   }
   const deferred: ShardStep[] = [];
-  const { accumulated } = gradients;
-  const update = reduceGradients(graph.parameters, accumulated, { placements, resharder }, state, deferred);
-  reduceLosses(graph.losses, roleOf, { placements, resharder }, deferred);
-  return { steps, deferred, update, accumulated, placement: placements.all };
+  const updates: ShardStep[] = [];
+  const sharder = { placements, resharder, nodes };
+  for (const scalar of graph.scalars.values()) placements.place(scalar, replicated(scalar), 0);
+  for (const update of graph.updates) reduceGradient(update, gradients.of(update.parameter), sharder, state, deferred);
+  reduceLosses(graph.losses, roleOf, sharder, deferred);
+  for (const update of graph.updates) if (update.nodes.length > 0) shardUpdate(update, sharder, updates);
+  return { steps, deferred, updates, placement: placements.all };
 }

@@ -6,8 +6,8 @@ import type { ShardedValue } from "./layout.ts";
 import { axesName, type Mesh } from "./mesh.ts";
 import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 
-/** Prints one line per instruction of a microbatch, then one per deferred reduction at the end of the step. */
-export function printSharded({ steps, deferred }: ShardedGraph, mesh: Mesh): string {
+/** Prints one line per instruction of a microbatch, then one per deferred reduction at the end of the step and per instruction of the updates. */
+export function printSharded({ steps, deferred, updates }: ShardedGraph, mesh: Mesh): string {
   const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
   const shape = ({ value: v, layout }: ShardedValue) =>
     `[${v.sizes.map((n, dim) => `${n}${layout.shardedBy[dim]!.length ? `@${axes(layout.shardedBy[dim]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` partial over ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` partial maximum over ${axes(layout.partialMax, v)}` : ""}`;
@@ -19,5 +19,5 @@ export function printSharded({ steps, deferred }: ShardedGraph, mesh: Mesh): str
         : s.kind === "send"
           ? `${s.stage}   send to ${s.to}: ${idOf(s.shardedValue.value)} ${shape(s.shardedValue)}`
           : `${s.stage}   accumulate ${idOf(s.shardedValue.value)} into the gradient of ${idOf(s.parameter)}`;
-  return [...steps.map(line), "end of step", ...deferred.map(line), ""].join("\n");
+  return [...steps.map(line), "end of step", ...deferred.map(line), "updates", ...updates.map(line), ""].join("\n");
 }

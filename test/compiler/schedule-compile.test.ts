@@ -10,6 +10,7 @@ import { buildMesh } from "../../src/passes/mesh.ts";
 import { pipelineOf, stageOfVirtual } from "../../src/passes/pipeline.ts";
 import { schedule } from "../../src/passes/schedule.ts";
 import { shard } from "../../src/passes/shard.ts";
+import { addUpdates } from "../../src/passes/updateGraph.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf } from "../support/job.ts";
 import { draws } from "../support/tiers.ts";
@@ -27,7 +28,7 @@ const each = (n: number): number[] => Array.from({ length: n }, (_, i) => i + 1)
 /** Lowers and verifies a job for each number of microbatches, and for every smaller step of a growing batch; the model is sharded once. */
 function verifyAll(job: Job, microbatches: readonly number[]): void {
   const [mesh, pipeline] = [buildMesh(job), pipelineOf(job)];
-  const graph = addBackward(buildModel(job));
+  const graph = addUpdates(addBackward(buildModel(job)), job);
   const sharded = shard(graph, mesh, {
     distributedOptimizer: false,
     shares: () => true,

@@ -1,15 +1,16 @@
 /** The parts of the sharding pass alone: which rule chooses a dim, and which steps lead from one layout to another. */
 import { expect, test } from "vitest";
+import { compile } from "../../src/compile.ts";
 import { gemm } from "../../src/ops/linear.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import type { Node, Value } from "../../src/ops/op.ts";
 import { type Layout, pairs } from "../../src/passes/layout.ts";
 import { buildMesh } from "../../src/passes/mesh.ts";
-import { chooseDims, orderSubAxes, usesOf } from "../../src/passes/sharding/dimChoice.ts";
+import { type Choice, chooseDims, orderSubAxes, usesOf } from "../../src/passes/sharding/dimChoice.ts";
 import { Placements } from "../../src/passes/sharding/placements.ts";
 import { Resharder } from "../../src/passes/sharding/resharder.ts";
 import type { CollectiveStep, ShardStep } from "../../src/passes/sharding/steps.ts";
-import { parallelOf } from "../support/job.ts";
+import { jobOf, parallelOf } from "../support/job.ts";
 
 /** Four ranks: sub-axis 0 is tp, sub-axis 1 is dp. */
 const mesh = buildMesh({
@@ -106,4 +107,44 @@ test("a layout whose blocks do not divide a dim is refused, and so are lists of 
     "x: dim 0 of 3 elements does not divide by 2",
   );
   expect(() => pairs([1], [1, 2])).toThrow("lists of 1 and 2 elements");
+});
+
+const stepJob = (distributed_optimizer: boolean) =>
+  jobOf({
+    name: "step",
+    model: { layers: 1, hidden: 16, heads: 4, ffn: 32, vocab: 256, seq: 8 },
+    parallel: { world: 4, tensor: 2, distributed_optimizer },
+    train: { global_batch: 2, steps: 1, precision: "bf16", optimizer: { lr: 1e-3 } },
+    data: { path: "corpus.txt" },
+  });
+const linesOf = (text: string, of: RegExp): string[] => text.split("\n").filter((line) => of.test(line));
+
+test("the optimizer step is sharded like any other graph: gradients enter as partial sums, state stays where it is", () => {
+  expect(linesOf(compile(stepJob(true)).emit("sharded"), /^0 .*layers\.0\.wq\.(grad|adamw|cast)/)).toMatchInlineSnapshot(`
+    [
+      "0   reduce_scatter over dp: layers.0.wq.grad [16,16@tp] partial over dp -> [16@dp,16@tp]  for gradient of layers.0.wq: each rank saw other tokens (parallel.data)",
+      "0 layers.0.wq.adamw = adamw(layers.0.wq.grad, clip.scale, lr, step) -> [16@dp,16@tp], [16@dp,16@tp], [16@dp,16@tp]",
+      "0 layers.0.wq.cast = cast(layers.0.wq.adamw.w) -> [16@dp,16@tp]",
+      "0   all_gather over dp: layers.0.wq.cast [16@dp,16@tp] -> [16,16@tp]  for layers.0.wq.adamw: each rank updated its shard (parallel.distributed_optimizer)",
+    ]
+  `);
+  expect(linesOf(compile(stepJob(false)).emit("sharded"), /^0 .*layers\.0\.wq\.(grad|adamw|cast)/)).toMatchInlineSnapshot(`
+    [
+      "0   all_reduce over dp: layers.0.wq.grad [16,16@tp] partial over dp -> [16,16@tp]  for gradient of layers.0.wq: each rank saw other tokens (parallel.data)",
+      "0 layers.0.wq.adamw = adamw(layers.0.wq.grad, clip.scale, lr, step) -> [16,16@tp], [16,16@tp], [16,16@tp]",
+      "0 layers.0.wq.cast = cast(layers.0.wq.adamw.w) -> [16,16@tp]",
+    ]
+  `);
+});
+
+test("a random choice does not move state: in-place ops run in its layout", () => {
+  const updateOf = (pick?: () => Choice) => linesOf(compile(stepJob(false), pick ? { pick } : {}).emit("sharded"), /\.w\d\.adamw = /);
+  expect(updateOf(() => ({ by: "test" }))).toEqual(updateOf());
+});
+
+test("instructions on any shape have numbered dims alone, so that equal local sizes share a kernel", () => {
+  const { programs } = compile(stepJob(true)).plan;
+  const dims = programs.flatMap((p) => p.step.flatMap((i) => (i.kind === "compute" ? Object.keys(i.dims) : [])));
+  expect(dims.length).toBeGreaterThan(20);
+  expect(dims).not.toContain("...");
 });

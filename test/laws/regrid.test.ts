@@ -83,7 +83,16 @@ describe("the cutter refuses", () => {
   });
   const cutUp = (y: Value): unknown => {
     const [none, nothing] = [[], new Map()] as const;
-    const graph = { losses: none, parameters: none, order: [y.node!], grad: nothing, parameterGrads: nothing, gradOf: nothing };
+    const graph = {
+      updates: none,
+      scalars: nothing,
+      losses: none,
+      parameters: none,
+      order: [y.node!],
+      grad: nothing,
+      parameterGrads: nothing,
+      gradOf: nothing,
+    };
     return shard(graph, mesh, { distributedOptimizer: false, shares: () => true, stageOf: () => 0, roleOf: () => 0 });
   };
   const seam = { from: [["dp"], ["tp"], []], to: [["edp", "ep"], [], []] };

@@ -1,4 +1,4 @@
-/** Choice of the dim of one op that each sub-axis shards: rules 0 to 4 of shard.ts. */
+/** Choice of the dim of one op that each sub-axis shards: the rules of shard.ts. */
 import { type DimSpec, expand, invariant, type Node, type Operand, sharersOf, type Value } from "../../ops/op.ts";
 import { idOf } from "../backward.ts";
 import { PARTIAL_MAX, PARTIAL_SUM, pairs, shardingOf } from "../layout.ts";
@@ -16,7 +16,7 @@ export interface Choice {
 }
 /** The choice for sub-axis `f`. */
 export type SubAxisChoice = Choice & { readonly f: number };
-/** Chooses among the votes of operands in place of rules 2 to 4; tests try random choices with it. */
+/** Chooses among the votes of operands in place of rules 4 to 6; tests try random choices with it. */
 export type Pick = (votes: readonly Choice[]) => Choice | undefined;
 
 /** A value, and the operand of an op that it is used as. */
@@ -41,11 +41,16 @@ export function usesOf(node: Node): NodeUses {
 /** Gradients that are partial over ranks with copies of the same elements, and those sub-axes. They may stay partial until they reach a parameter. */
 export type CopySums = ReadonlyMap<Value, readonly number[]>;
 
-/** Returns the choice for each sub-axis by the rules 0 to 4. */
+/** Returns the choice for each sub-axis by the rules of shard.ts. */
 export const chooseDims = (uses: NodeUses, placements: Placements, copySums: CopySums, pick?: Pick): SubAxisChoice[] =>
   placements.every.map((f) => ({ f, ...choose(uses, f, placements, copySums, pick) }));
 
 function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements, copySums: CopySums, pick?: Pick): Choice {
+  const state = outs.flatMap(({ value, operand }) => (value.updates ? [{ leaf: value.updates, operand }] : [])).at(0);
+  if (state) {
+    const dim = state.operand.dimSpecs[shardingOf(placements.of(state.leaf).layout, f)]?.dim;
+    return { dim, by: dim ? `${idOf(state.leaf)} is sharded along ${dim.replace("#", "dim ")}` : `${idOf(state.leaf)} is replicated` };
+  }
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
   if (of >= 0) return { partial: true, of, by: "the copies are partial sums" };
   const { pin } = node;
@@ -74,17 +79,23 @@ function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements
   return votes.find((x) => outs[0]?.operand.dimSpecs.some((s) => s.dim === x.dim)) ?? first;
 }
 
-/** Returns the sub-axes of each dim, outermost first: in the order of a parameter, else of the operand with the most; then by stride. */
-export function orderSubAxes({ ins }: NodeUses, chosen: readonly SubAxisChoice[], placements: Placements): Map<string, readonly number[]> {
+/** Returns the sub-axes of each dim, outermost first: in the order of state or of a parameter, else of the operand with the most; then by stride. */
+export function orderSubAxes(
+  { ins, outs }: NodeUses,
+  chosen: readonly SubAxisChoice[],
+  placements: Placements,
+): Map<string, readonly number[]> {
   const dims = new Map<string, readonly number[]>();
+  const state = outs.flatMap(({ value, operand }) => (value.updates ? [{ value: value.updates, operand }] : []));
+  const isFixed = ({ leaf }: Value): boolean => leaf?.kind === "parameter" || leaf?.kind === "state";
   for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
     const own = chosen.flatMap((c) => (c.dim === dim ? [c.f] : [])).reverse();
-    const ordered = ins
+    const ordered = [...state, ...ins]
       .flatMap(({ value, operand }) => {
         const fs = placements.of(value).layout.shardedBy[operand.dimSpecs.findIndex((s) => s.dim === dim)];
-        return fs ? [{ weight: value.leaf?.kind === "parameter", fs }] : [];
+        return fs ? [{ fixed: isFixed(value), fs }] : [];
       })
-      .sort((a, b) => Number(b.weight) - Number(a.weight) || b.fs.length - a.fs.length)
+      .sort((a, b) => Number(b.fixed) - Number(a.fixed) || b.fs.length - a.fs.length)
       .flatMap((x) => x.fs);
     dims.set(dim, [...new Set([...ordered.filter((f) => own.includes(f)), ...own])]);
   }

@@ -1,8 +1,7 @@
-/** Layouts of gradients (invariant 5 of shard.ts), and the reductions that wait for the last microbatch. */
+/** Layouts of gradients (invariant 7 of shard.ts), and the reductions of losses at the end of a step. */
 import { invariant, type Value } from "../../ops/op.ts";
 import { type Graph, idOf } from "../backward.ts";
-import { type Layout, layoutKey, PARTIAL_MAX, PARTIAL_SUM, pairs, REPLICATED, type ShardedValue, shardingOf } from "../layout.ts";
-import { subAxesOf } from "../mesh.ts";
+import { layoutKey, PARTIAL_MAX, PARTIAL_SUM, REPLICATED, type ShardedValue, shardingOf } from "../layout.ts";
 import type { NodeSharder } from "./nodeSharder.ts";
 import { type Placements, replicated } from "./placements.ts";
 import { resultReason } from "./reasons.ts";
@@ -11,8 +10,7 @@ import type { ShardStep } from "./steps.ts";
 
 /** Moves a complete gradient to the layout of its value, and emits the accumulation of a parameter's gradient. */
 export class GradientSharder {
-  /** Per parameter, the accumulated gradient before its reduction. */
-  readonly accumulated = new Map<Value, ShardedValue>();
+  readonly #accumulated = new Map<Value, ShardedValue>();
   readonly #graph: Pick<Graph, "grad" | "gradOf">;
   readonly #placements: Placements;
   readonly #nodes: NodeSharder;
@@ -21,6 +19,13 @@ export class GradientSharder {
     this.#graph = graph;
     this.#placements = placements;
     this.#nodes = nodes;
+  }
+
+  /** Returns the accumulated gradient of a parameter, before its reduction. Throws an invariant if no node made one. */
+  of(parameter: Value): ShardedValue {
+    const accumulated = this.#accumulated.get(parameter);
+    invariant(accumulated !== undefined, `${idOf(parameter)} has no accumulated gradient`);
+    return accumulated;
   }
 
   /** Processes a result of a node. Does nothing if it is no gradient, or an addend of an activation's gradient. */
@@ -39,59 +44,10 @@ export class GradientSharder {
     if (!isParameter) return;
     const shardedValue: ShardedValue = { value: v, layout: this.#placements.of(v).layout };
     into.push({ kind: "accumulate", stage, parameter: of, shardedValue });
-    const first = this.accumulated.get(of);
+    const first = this.#accumulated.get(of);
     invariant(!first || layoutKey(first) === layoutKey(shardedValue), `${idOf(of)}: its uses have different partial sums`);
-    if (!first) this.accumulated.set(of, shardedValue);
+    if (!first) this.#accumulated.set(of, shardedValue);
   }
-}
-
-/** How the optimizer state is sharded. */
-export interface StateOptions {
-  /** Whether optimizer state is sharded over the sub-axes that gradients are summed over. */
-  readonly distributedOptimizer: boolean;
-  /** Returns whether optimizer state is sharded over a sub-axis; over the other sub-axes it is replicated. */
-  readonly shares: (factor: number) => boolean;
-}
-
-/**
- * Returns the layout of the optimizer state of a parameter. With the distributed optimizer, the sub-axes over which its gradient is
- * partial shard the first dim that they divide; if they divide none, the layout is that of the parameter.
- */
-function stateLayout(p: Value, partial: readonly number[], placements: Placements, { distributedOptimizer, shares }: StateOptions): Layout {
-  const { layout } = placements.of(p);
-  const shared = partial.toReversed().filter(shares);
-  // parameters with a custom update rule (expert bias) need the full count, so they are not sharded
-  if (!distributedOptimizer || p.leaf?.rule) return layout;
-  const first = pairs(p.sizes, layout.shardedBy).findIndex(([n, fs]) => n % placements.count([...fs, ...shared]) === 0);
-  return { ...layout, shardedBy: layout.shardedBy.map((fs, dim) => (dim === first ? [...fs, ...shared] : fs)) };
-}
-
-/** Emits the reductions of gradients after the last microbatch. Returns the reduced gradient of each parameter. */
-export function reduceGradients(
-  parameters: readonly Value[],
-  accumulated: ReadonlyMap<Value, ShardedValue>,
-  { placements, resharder }: { readonly placements: Placements; readonly resharder: Resharder },
-  options: StateOptions,
-  into: ShardStep[],
-): Map<Value, ShardedValue> {
-  const { mesh } = placements;
-  const reduced = new Map<Value, ShardedValue>();
-  for (const p of parameters) {
-    const gradient = accumulated.get(p);
-    invariant(gradient !== undefined, `${idOf(p)} has no accumulated gradient`);
-    const { partialSum } = gradient.layout;
-    const target = stateLayout(p, partialSum, placements, options);
-    const sharding = placements.of(p).layout.shardedBy.flat();
-    const isExpert =
-      partialSum.length > 0 &&
-      subAxesOf(mesh, "edp").join() === partialSum.join() &&
-      sharding.some((f) => subAxesOf(mesh, "ep").includes(f) || subAxesOf(mesh, "etp").includes(f));
-    // the gradient of a parameter that several chunks use is on the stage of the last one
-    const { stage } = placements.of(gradient.value);
-    const why = resultReason(mesh, `gradient of ${idOf(p)}`, "each rank saw other tokens", { ragged: Number(isExpert) });
-    reduced.set(p, resharder.reshard(gradient.value, target, { stage, backward: true, why, into }));
-  }
-  return reduced;
 }
 
 /** Emits the reductions of losses after the last microbatch. Losses with equal names and layouts share an accumulator. */

@@ -62,9 +62,7 @@ export interface ShardedGraph {
   readonly steps: readonly ShardStep[];
   /** After all microbatches: the pending reductions of gradients and losses. */
   readonly deferred: readonly ShardStep[];
-  /** Per parameter, the reduced gradient, in the layout of the optimizer state: that of the parameter, or sharded further. */
-  readonly update: ReadonlyMap<Value, ShardedValue>;
-  /** Per parameter, the accumulated gradient before its reduction. */
-  readonly accumulated: ReadonlyMap<Value, ShardedValue>;
+  /** The updates of parameters, after the gradients are reduced. Their values are those of `TrainingGraph.updates`. */
+  readonly updates: readonly ShardStep[];
   readonly placement: ReadonlyMap<Value, Placement>;
 }

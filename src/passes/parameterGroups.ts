@@ -1,0 +1,127 @@
+/**
+ * Parameter groups: which parameters use which update rule. A rule adds the ops of one parameter's update to the graph of the optimizer
+ * step; `shard` shards them like any other op. docs/adding-an-optimizer.md adds a rule.
+ */
+import type { Job } from "../../schemas/job.ts";
+import type { Parameter } from "../../schemas/plan.ts";
+import { type AnyOp, type Attrs, invariant, type Value } from "../ops/op.ts";
+import * as optimizer from "../ops/optimizer.ts";
+
+type OptimizerOptions = Job["train"]["optimizer"];
+/** Scalars of a step that update ops may read. `clip.scale` multiplies gradients; it is 0 if the step is skipped. The host writes the others. */
+export type StepScalar = "lr" | "step" | "weight_decay" | "clip.scale";
+
+/** The update of one parameter under construction. */
+export interface UpdateBuilder {
+  readonly parameter: Value;
+  readonly options: OptimizerOptions;
+  /** The gradient, summed over all ranks and microbatches, or what an update rule without a gradient reads in its place. */
+  readonly gradient: Value;
+  /** The f32 weights that the update changes in place. */
+  readonly weights: Value;
+  /** Returns f32 optimizer state of the shape of the parameter. It starts as zeros and is part of a checkpoint. */
+  state(name: string): Value;
+  scalar(name: StepScalar): Value;
+  /** Adds an op. `state`: per output that the op updates in place, the weights or the state. Returns the outputs by name. */
+  apply(
+    op: AnyOp,
+    id: string,
+    operands: Readonly<Record<string, Value>>,
+    state: Readonly<Record<string, Value>>,
+    attrs: Attrs,
+  ): Readonly<Record<string, Value>>;
+}
+
+/** Parameters with one update rule. */
+export interface ParameterGroup {
+  readonly rule: Parameter["rule"];
+  /** Returns whether a parameter uses the rule. The first group that contains a parameter decides. */
+  contains(parameter: Value, options: OptimizerOptions): boolean;
+  update(builder: UpdateBuilder): void;
+}
+
+/** Returns whether weight decay changes over the run, so that the ops read it as a scalar of the step. */
+export const isDecayScheduled = ({ weight_decay_schedule }: OptimizerOptions): boolean => weight_decay_schedule !== "constant";
+
+/** An update op in two forms: with a constant weight decay (attribute) and with one that is scheduled (operand). */
+interface UpdateOps {
+  readonly constant: AnyOp;
+  readonly scheduled: AnyOp;
+}
+/** Applies an update op to gradient and weights. Weight decay applies to parameters with two or more dims. */
+function applyUpdate(
+  b: UpdateBuilder,
+  id: string,
+  ops: UpdateOps,
+  operands: Readonly<Record<string, Value>>,
+  moments: readonly string[],
+  attrs: Attrs,
+) {
+  const decays = b.parameter.sizes.length > 1;
+  const isScheduled = decays && isDecayScheduled(b.options);
+  const { constant, scheduled } = ops;
+  b.apply(
+    isScheduled ? scheduled : constant,
+    id,
+    {
+      g: b.gradient,
+      scale: b.scalar("clip.scale"),
+      lr: b.scalar("lr"),
+      ...operands,
+      ...(isScheduled && { decay: b.scalar("weight_decay") }),
+    },
+    { w: b.weights, ...Object.fromEntries(moments.map((m) => [m, b.state(m)])) },
+    { ...attrs, ...(!isScheduled && { decay: decays ? b.options.weight_decay : 0 }) },
+  );
+}
+const adaptive = (b: UpdateBuilder, id: string, ops: UpdateOps): void => {
+  const { betas, eps } = b.options;
+  applyUpdate(b, id, ops, { step: b.scalar("step") }, ["m", "v"], { beta1: betas[0], beta2: betas[1], eps });
+};
+/** A rule that the parameter itself declares: an op on a statistic of the step. */
+const declared = (rule: "expert_bias" | "quantile"): ParameterGroup => ({
+  rule,
+  contains: ({ leaf }) => leaf?.rule?.name === rule,
+  update(b) {
+    const own = b.parameter.leaf?.rule;
+    const [statistic, changed] = [own?.op.inputs[0], own?.op.outputs[0]];
+    invariant(own !== undefined && statistic !== undefined && changed !== undefined, `${rule}: the op has no input or no output`);
+    b.apply(own.op, "update", { [statistic.name]: b.gradient, scale: b.scalar("clip.scale") }, { [changed.name]: b.weights }, own.attrs);
+  },
+});
+const isOptimizer =
+  (type: OptimizerOptions["type"]): ParameterGroup["contains"] =>
+  (_, options) =>
+    options.type === type;
+
+/** All groups, in the order in which they are asked. */
+export const parameterGroups: readonly ParameterGroup[] = [
+  declared("expert_bias"),
+  declared("quantile"),
+  {
+    rule: "adamw",
+    contains: isOptimizer("adamw"),
+    update: (b) => adaptive(b, "adamw", { constant: optimizer.adamw, scheduled: optimizer.adamwScheduled }),
+  },
+  {
+    rule: "adam",
+    contains: isOptimizer("adam"),
+    update: (b) => adaptive(b, "adam", { constant: optimizer.adam, scheduled: optimizer.adamScheduled }),
+  },
+  {
+    rule: "sgd",
+    contains: isOptimizer("sgd"),
+    update(b) {
+      const { momentum } = b.options;
+      if (momentum === 0) applyUpdate(b, "sgd", { constant: optimizer.sgd, scheduled: optimizer.sgdScheduled }, {}, [], {});
+      else applyUpdate(b, "sgd", { constant: optimizer.sgdMomentum, scheduled: optimizer.sgdMomentumScheduled }, {}, ["m"], { momentum });
+    },
+  },
+];
+
+/** Returns the scalars that the host writes for each step of a job. */
+export const hostScalars = ({ optimizer }: Job["train"]): Exclude<StepScalar, "clip.scale">[] => [
+  "lr",
+  ...(optimizer.type === "sgd" ? [] : (["step"] as const)),
+  ...(isDecayScheduled(optimizer) ? (["weight_decay"] as const) : []),
+];

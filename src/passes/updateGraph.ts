@@ -1,0 +1,93 @@
+/**
+ * The optimizer step as a graph: per parameter, the leaves that its update reads (gradient, f32 weights, state, scalars of the step) and
+ * the nodes of its update rule. `shard` places gradients as partial sums and state in the layout of the update, and inserts the
+ * reduce-scatters, all-reduces and all-gathers.
+ */
+import type { Job } from "../../schemas/job.ts";
+import type { Parameter } from "../../schemas/plan.ts";
+import { cast } from "../ops/linear.ts";
+import { invariant, type Leaf, type Node, type Value } from "../ops/op.ts";
+import { type Graph, idOf } from "./backward.ts";
+import { parameterGroups, type StepScalar, type UpdateBuilder } from "./parameterGroups.ts";
+
+/** The update of one parameter. */
+export interface ParameterUpdate {
+  readonly parameter: Value;
+  readonly rule: Parameter["rule"];
+  /** The leaf of the gradient that accumulated over the microbatches. */
+  readonly gradient: Value;
+  /** The f32 weights: the parameter itself, or a leaf of their own if its type is narrower or its optimizer state is sharded further. */
+  readonly weights: Value;
+  /** Leaves of the optimizer state. */
+  readonly state: readonly Value[];
+  /** Nodes in an order in which they can run. Tied copies have none: their owner's stage sends them the result. */
+  readonly nodes: readonly Node[];
+  /** The updated parameter, in its type. */
+  readonly result: Value;
+}
+/** A graph with the updates of its parameters, in their order, and the scalars that updates read. */
+export interface TrainingGraph extends Graph {
+  readonly updates: readonly ParameterUpdate[];
+  readonly scalars: ReadonlyMap<StepScalar, Value>;
+}
+
+/** Adds the optimizer step to a graph with gradients. Throws an invariant if a parameter belongs to no group. */
+export function addUpdates(graph: Graph, { train }: Pick<Job, "train">): TrainingGraph {
+  const scalars = new Map<StepScalar, Value>();
+  const scalar = (name: StepScalar): Value => {
+    const known = scalars.get(name) ?? leafOf(name, [], { kind: "input", position: 0 });
+    scalars.set(name, known);
+    return known;
+  };
+  return { ...graph, scalars, updates: graph.parameters.map((p) => updateOf(p, train.optimizer, scalar)) };
+}
+
+const leafOf = (name: string, sizes: readonly number[], leaf: Omit<Leaf, "name">): Value => ({
+  ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", sizes },
+  leaf: { ...leaf, name },
+});
+
+function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
+  const name = idOf(parameter);
+  const group = parameterGroups.find((g) => g.contains(parameter, options));
+  invariant(group !== undefined && parameter.leaf !== undefined, `${name} belongs to no parameter group`);
+  const { position, rule, tiedTo } = parameter.leaf;
+  const own = (kind: Leaf["kind"], suffix: string): Value => leafOf(`${name}.${suffix}`, parameter.sizes, { kind, position });
+  const gradient = own("gradient", "grad");
+  // an update rule that the parameter declares changes the parameter itself
+  const weights = rule ? parameter : own("state", "master");
+  const common = { parameter, rule: group.rule, gradient, weights };
+  if (tiedTo) return { ...common, state: [], nodes: [], result: parameter };
+  const state: Value[] = [];
+  const nodes: Node[] = [];
+  let result = weights;
+  const apply: UpdateBuilder["apply"] = (op, id, operands, changed, attrs) => {
+    const outs = op.all(operands, attrs, `${name}.${id}`);
+    for (const [output, leaf] of Object.entries(changed)) {
+      const out = outs[output];
+      invariant(out !== undefined && op.inPlace?.includes(output) === true, `${op.name} does not update ${output} in place`);
+      out.updates = leaf;
+      if (leaf === weights) result = out;
+    }
+    const [{ node } = {}] = Object.values(outs);
+    invariant(node !== undefined, `${op.name} has no outputs`);
+    nodes.push(Object.assign(node, { position, backward: true }));
+    return outs;
+  };
+  group.update({
+    ...{ parameter, options, gradient, weights, scalar, apply },
+    state(suffix) {
+      const leaf = own("state", suffix);
+      state.push(leaf);
+      return leaf;
+    },
+  });
+  invariant(result !== weights, `${group.rule} does not update ${name}`);
+  if (parameter.dtype !== "f32") {
+    const { y } = apply(cast, "cast", { x: result }, {}, {});
+    invariant(y !== undefined, "cast has an output y");
+    y.dtype = parameter.dtype;
+    result = y;
+  }
+  return { ...common, state, nodes, result };
+}
