@@ -38,7 +38,8 @@ export async function openRank(plan: Plan, { files, env, version, ...how }: Rank
   const meeting = place && (await meet(plan, place, env, version, over));
   const rank = place?.rank ?? 0;
   try {
-    const share = meeting ? meeting.share : async (_: string, __: readonly number[], make: () => Uint8Array) => make();
+    const share = async (name: string, members: readonly number[], make: () => Uint8Array) =>
+      meeting ? meeting.share(name, members, make) : make();
     const localRanks = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how });
     return meeting ? together(plan, rank, localRanks, meeting) : localRanks;
   } catch (error) {

@@ -1,17 +1,25 @@
 /** The connection of a peer to the hub of rank 0: connect with retry, handshake with the token, then messages and heartbeats. */
 import { connect } from "node:net";
 import { hostname } from "node:os";
+import { type Cancel, type Clock, systemClock } from "./clock.ts";
 import { type FramedConnection, framedConnection, limits, proofOf, type ToHub, ToRank } from "./wire.ts";
 
-/** Settings of a peer. Times are in milliseconds. */
-export interface PeerSettings {
+/** A rank of a run: where the run meets, and what must be equal on all ranks. */
+export interface Membership {
   readonly rank: number;
   readonly world: number;
+  /** Address and port of rank 0. */
   readonly address: string;
   readonly port: number;
+  /** The secret that all ranks of the run share. */
   readonly token: string;
+  /** The digest of the plan, and the version of rankc: the same on all ranks. */
   readonly plan: string;
   readonly version: string;
+}
+
+/** Settings of a peer. Times are in milliseconds. */
+export interface PeerSettings extends Membership {
   readonly timeout: number;
   readonly beat: number;
   readonly lost: number;
@@ -38,96 +46,142 @@ export interface PeerConnection {
 }
 
 /** Connects to the hub, and retries until `timeout`. `whereAmI` returns the heartbeat message. */
-export function connectPeer(settings: PeerSettings, whereAmI: () => Extract<ToHub, { kind: "beat" }>, events: PeerEvents): PeerConnection {
-  const { rank, world, address, port, token, plan, version, timeout, beat, lost } = settings;
-  const place = `rank 0 at ${address}:${port}`;
-  const deadline = performance.now() + timeout;
-  let state: "knocking" | "waiting" | "in" | "over" = "knocking";
-  let current: FramedConnection<ToHub> | undefined;
-  let heard = 0;
-  let ticked = 0;
-  let pulse: NodeJS.Timeout | undefined;
+export function connectPeer(settings: PeerSettings, whereAmI: () => Beat, events: PeerEvents, clock: Clock = systemClock): PeerConnection {
+  return new Connector(settings, whereAmI, events, clock);
+}
 
-  const end = (notify: () => void): void => {
-    if (state === "over") return;
-    state = "over";
-    clearInterval(pulse);
-    notify();
-  };
-  const peerLost = (text: string): void => {
-    const early = state !== "in";
-    end(() => (early ? events.refused(text, "see the output of rank 0") : events.abort(text)));
-  };
+type Beat = Extract<ToHub, { kind: "beat" }>;
 
-  function connectWithRetry(wait: number, problem: string): void {
-    if (state === "over") return;
-    if (performance.now() > deadline) {
-      const text = `rank ${rank} could not reach ${place} within ${+(timeout / 1000).toFixed(1)} s: ${problem}`;
-      end(() => events.refused(text, reach));
+class Connector implements PeerConnection {
+  readonly #settings: PeerSettings;
+  readonly #whereAmI: () => Beat;
+  readonly #events: PeerEvents;
+  readonly #clock: Clock;
+  readonly #hub: string;
+  readonly #deadline: number;
+  #state: "connecting" | "waiting" | "in" | "over" = "connecting";
+  #line: FramedConnection<ToHub> | undefined;
+  /** Times of the last message of the hub, and of the last heartbeat. */
+  #heard = 0;
+  #ticked = 0;
+  #cancelHeartbeat: Cancel = () => {};
+
+  constructor(settings: PeerSettings, whereAmI: () => Beat, events: PeerEvents, clock: Clock) {
+    this.#settings = settings;
+    this.#whereAmI = whereAmI;
+    this.#events = events;
+    this.#clock = clock;
+    this.#hub = `rank 0 at ${settings.address}:${settings.port}`;
+    this.#deadline = clock.now() + settings.timeout;
+    this.#connect(100, "it did not answer");
+  }
+
+  send(message: ToHub, data?: Uint8Array): void {
+    this.#line?.send(message, data);
+  }
+
+  close(): void {
+    this.#end(() => {});
+    this.#line?.close();
+  }
+
+  /** Connects; on failure retries after `wait` ms. `problem`: why the last attempt failed. */
+  #connect(wait: number, problem: string): void {
+    if (this.#state === "over") return;
+    const { rank, address, port, timeout } = this.#settings;
+    if (this.#clock.now() > this.#deadline) {
+      const text = `rank ${rank} could not reach ${this.#hub} within ${+(timeout / 1000).toFixed(1)} s: ${problem}`;
+      this.#end(() => this.#events.refused(text, reach));
       return;
     }
     const socket = connect({ host: address, port });
     let problemNow = "it closed the connection immediately";
-    const quiet = setTimeout(() => socket.destroy(new Error("no answer")), Math.min(10_000, timeout));
-    current = framedConnection<ToRank, ToHub>(socket, ToRank, {
+    const cancelQuiet = this.#clock.after(Math.min(10_000, timeout), () => socket.destroy(new Error("no answer")));
+    const line = framedConnection<ToRank, ToHub>(socket, ToRank, {
       limit: limits.greeting,
       ended: (found) => {
-        clearTimeout(quiet);
+        cancelQuiet();
         if (found) problemNow = found;
-        if (state === "knocking") setTimeout(() => connectWithRetry(Math.min(wait * 1.5, 1000), problemNow), wait);
-        else peerLost(`${place} is gone: its process was killed, or it crashed`);
+        if (this.#state === "connecting") this.#clock.after(wait, () => this.#connect(Math.min(wait * 1.5, 1000), problemNow));
+        else this.#hubLost(`${this.#hub} is gone: its process was killed, or it crashed`);
       },
       heard: (message, data) => {
-        heard = performance.now();
-        if (message.kind === "accepted") clearTimeout(quiet);
-        on[message.kind](message as never, data);
+        this.#heard = this.#clock.now();
+        if (message.kind === "accepted") cancelQuiet();
+        this.#receive(line, message, data);
       },
     });
-    const hello = current;
-    const on: { [K in ToRank["kind"]]: (message: Extract<ToRank, { kind: K }>, data: Uint8Array) => void } = {
-      nonce: ({ nonce }) => {
-        const proof = proofOf(token, nonce);
-        hello.send({ kind: "hello", proof, rank, world, version, plan, host: hostname(), pid: process.pid });
-      },
-      accepted: () => {
-        hello.allow(limits.member);
-        state = "waiting";
-        ticked = performance.now();
-        pulse = setInterval(heartbeat, beat);
-      },
-      refused: ({ text, fix }) => end(() => events.refused(text, fix)),
-      welcome: () => {
-        state = "in";
-        events.welcome();
-      },
-      share: ({ name, members }, data) => events.shared(name, members, data),
-      release: ({ name }) => events.released(name),
-      abort: ({ text }) => (state === "in" ? end(() => events.abort(text)) : peerLost(text)),
-      hold: events.hold,
-      last: ({ step }) => events.last(step),
-      beat: () => {},
-      bye: () => end(events.bye),
-    };
+    this.#line = line;
   }
 
-  function heartbeat(): void {
-    const now = performance.now();
+  #receive(line: FramedConnection<ToHub>, message: ToRank, data: Uint8Array): void {
+    switch (message.kind) {
+      case "nonce": {
+        const { rank, world, version, plan, token } = this.#settings;
+        const proof = proofOf(token, message.nonce);
+        line.send({ kind: "hello", proof, rank, world, version, plan, host: hostname(), pid: process.pid });
+        break;
+      }
+      case "accepted":
+        line.allow(limits.member);
+        this.#state = "waiting";
+        this.#ticked = this.#clock.now();
+        this.#cancelHeartbeat = this.#clock.every(this.#settings.beat, () => this.#heartbeat(line));
+        break;
+      case "refused":
+        this.#end(() => this.#events.refused(message.text, message.fix));
+        break;
+      case "welcome":
+        this.#state = "in";
+        this.#events.welcome();
+        break;
+      case "share":
+        this.#events.shared(message.name, message.members, data);
+        break;
+      case "release":
+        this.#events.released(message.name);
+        break;
+      case "abort":
+        this.#state === "in" ? this.#end(() => this.#events.abort(message.text)) : this.#hubLost(message.text);
+        break;
+      case "hold":
+        this.#events.hold();
+        break;
+      case "last":
+        this.#events.last(message.step);
+        break;
+      case "beat":
+        break;
+      case "bye":
+        this.#end(this.#events.bye);
+        break;
+      default:
+        message satisfies never;
+    }
+  }
+
+  #heartbeat(line: FramedConnection<ToHub>): void {
+    const { beat, lost } = this.#settings;
+    const now = this.#clock.now();
     // if this process was suspended, the silence is not the hub's
-    if (now - ticked > 3 * beat) heard = now;
-    ticked = now;
-    current!.send(whereAmI());
-    if (now - heard > lost)
-      peerLost(`nothing was heard from ${place} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
+    if (now - this.#ticked > 3 * beat) this.#heard = now;
+    this.#ticked = now;
+    line.send(this.#whereAmI());
+    if (now - this.#heard > lost)
+      this.#hubLost(`nothing was heard from ${this.#hub} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
   }
 
-  connectWithRetry(100, "it did not answer");
-  return {
-    send: (message, data) => current?.send(message, data),
-    close: () => {
-      end(() => {});
-      current?.close();
-    },
-  };
+  #hubLost(text: string): void {
+    const early = this.#state !== "in";
+    this.#end(() => (early ? this.#events.refused(text, "see the output of rank 0") : this.#events.abort(text)));
+  }
+
+  #end(notify: () => void): void {
+    if (this.#state === "over") return;
+    this.#state = "over";
+    this.#cancelHeartbeat();
+    notify();
+  }
 }
 
 const reach = "see that rank 0 runs there and that MASTER_ADDR and MASTER_PORT say where; RANKC_TIMEOUT=<seconds> waits longer";

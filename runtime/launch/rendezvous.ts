@@ -3,26 +3,20 @@
  * rankc. They then share bytes (NCCL ids), synchronize at barriers, and stop after the same step. If a rank is lost, hangs or fails, all
  * others abort.
  */
-import { MessageChannel, receiveMessageOnPort } from "node:worker_threads";
+import { MessageChannel, type MessagePort, receiveMessageOnPort } from "node:worker_threads";
 import { Trouble } from "../../schemas/trouble.ts";
+import { Inbox } from "./inbox.ts";
+import type { Membership } from "./peer.ts";
 import type { Env } from "./place.ts";
 import { cells, startWatchdog, unknown, type WatchdogCommand, type WatchdogMessage } from "./watchdog.ts";
 
 /** Settings of `join`. */
-export interface JoinSettings {
-  readonly rank: number;
-  readonly world: number;
-  readonly address: string;
-  readonly port: number;
-  readonly token: string;
-  /** The digest of the plan, and the version of rankc: the same on all ranks. */
-  readonly plan: string;
-  readonly version: string;
+export interface JoinSettings extends Membership {
   readonly times: Times;
   /** The process id of the launcher, if one started this rank: when it ends, the rank aborts. */
   readonly launcher?: number;
   /** Called when another rank aborts the run. Pending calls reject with the same error. The process has six seconds to end. */
-  readonly onAbort?: (reason: Trouble) => void;
+  readonly onAbort?: (reason: Error) => void;
 }
 
 /** Time limits in seconds. */
@@ -79,138 +73,186 @@ function secondsOf(env: Env, name: string): number | undefined {
 
 /** Joins the run. Throws a Trouble that names missing ranks, or ranks with another plan or version. */
 export async function join({ times, launcher, onAbort, ...who }: JoinSettings): Promise<Meeting> {
-  const milliseconds = Object.fromEntries(Object.entries(times).map(([name, s]) => [name, s * 1000])) as unknown as Times;
   const shared = new SharedArrayBuffer(4 * Object.keys(cells).length);
   const cell = new Int32Array(shared);
   cell[cells.last] = unknown;
-  const { port1: port, port2 } = new MessageChannel();
-  const watchdog = startWatchdog({ ...who, ...milliseconds, launcher }, port2, shared);
+  const { port1, port2 } = new MessageChannel();
+  const watchdog = startWatchdog({ ...who, ...inMilliseconds(times), launcher }, port2, shared);
   watchdog.unref();
+  const meeting = new WatchedMeeting(who, cell, port1, onAbort);
+  watchdog.on("error", (error: Error) => meeting.abort(error));
+  await meeting.welcomed();
+  return meeting;
+}
 
-  const texts = new Map([["", 0]]);
-  const waiting = new Map<string, Waiting[]>();
-  const arrived = new Map<string, WatchdogMessage[]>();
-  let over: Trouble | undefined;
-  let left = false;
+const inMilliseconds = ({ timeout, hang, beat, lost, grace }: Times): Times => ({
+  ...{ timeout: timeout * 1000, hang: hang * 1000, beat: beat * 1000, lost: lost * 1000, grace: grace * 1000 },
+});
 
-  /** Returns the next message of this kind and name. A pending wait keeps the process alive. */
-  function next<K extends WatchdogMessage["kind"]>(kind: K, name = ""): Promise<Extract<WatchdogMessage, { kind: K }>> {
-    if (over) return Promise.reject(over);
-    const key = `${kind} ${name}`;
-    const there = arrived.get(key)?.shift();
-    if (there) return Promise.resolve(there as Extract<WatchdogMessage, { kind: K }>);
-    port.ref();
-    return new Promise((resolve, reject) => {
-      const mine: Waiting = { resolve: resolve as Waiting["resolve"], reject };
-      waiting.set(key, [...(waiting.get(key) ?? []), mine]);
-    });
-  }
-  function rest(): void {
-    if ([...waiting.values()].every((all) => all.length === 0)) port.unref();
-  }
-  function end(reason: Trouble): void {
-    if (over || left) return;
-    over = reason;
-    const all = [...waiting.values()].flat();
-    waiting.clear();
-    rest();
-    for (const { reject } of all) reject(reason);
-  }
-  function onMessage(message: WatchdogMessage): void {
-    if (message.kind === "abort") {
-      Atomics.store(cell, cells.over, 2);
-      end(new Trouble(message.text));
-      onAbort?.(over!);
-      return;
-    }
-    if (message.kind === "refused") {
-      end(new Trouble(message.text, message.fix));
-      return;
-    }
-    const key = `${message.kind} ${"name" in message ? message.name : ""}`;
-    const first = waiting.get(key)?.shift();
-    if (first) first.resolve(message);
-    else arrived.set(key, [...(arrived.get(key) ?? []), message]);
-    rest();
-  }
-  const receiveNow = (): void => {
-    for (let got = receiveMessageOnPort(port); got; got = receiveMessageOnPort(port)) onMessage(got.message as WatchdogMessage);
-  };
-  const order = (given: WatchdogCommand): void => port.postMessage(given);
+type Message<K extends WatchdogMessage["kind"]> = Extract<WatchdogMessage, { kind: K }>;
 
-  port.on("message", onMessage);
-  port.unref();
-  watchdog.on("error", (error) => {
-    end(error as Trouble);
-    onAbort?.(error as Trouble);
-  });
-  await next("welcome");
+/** A meeting whose connection is held by the watchdog thread behind `port`. Both threads share the cells. */
+class WatchedMeeting implements Meeting {
+  readonly #who: Membership;
+  readonly #cell: Int32Array<SharedArrayBuffer>;
+  readonly #port: MessagePort;
+  readonly #onAbort: JoinSettings["onAbort"];
+  readonly #welcome = new Inbox<Message<"welcome">>();
+  readonly #shared = new Inbox<Message<"shared">>();
+  readonly #released = new Inbox<Message<"released">>();
+  readonly #bye = new Inbox<Message<"bye">>();
+  readonly #inboxes = [this.#welcome, this.#shared, this.#released, this.#bye];
+  /** Indices of the texts that the watchdog knows. */
+  readonly #texts = new Map([["", 0]]);
+  #over: Error | undefined;
+  #left = false;
 
-  const everybody = Array.from({ length: who.world }, (_, r) => r);
-  async function share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array> {
-    if (!members.includes(who.rank)) throw new Error(`rank ${who.rank} is no member of ${name}: ${members}`);
-    if (over) throw over;
-    if (members[0] !== who.rank) {
-      const message = await next("shared", name);
+  constructor(who: Membership, cell: Int32Array<SharedArrayBuffer>, port: MessagePort, onAbort: JoinSettings["onAbort"]) {
+    this.#who = who;
+    this.#cell = cell;
+    this.#port = port;
+    this.#onAbort = onAbort;
+    port.on("message", (message: WatchdogMessage) => this.#receive(message));
+    port.unref();
+  }
+
+  /** Waits until all ranks are connected. */
+  async welcomed(): Promise<void> {
+    await this.#next(this.#welcome);
+  }
+
+  /** Ends the meeting with an error, and calls `onAbort`. */
+  abort(reason: Error): void {
+    this.#end(reason);
+    this.#onAbort?.(this.#over ?? reason);
+  }
+
+  async share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array> {
+    const { rank } = this.#who;
+    if (!members.includes(rank)) throw new Error(`rank ${rank} is no member of ${name}: ${members}`);
+    if (this.#over) throw this.#over;
+    if (members[0] !== rank) {
+      const message = await this.#next(this.#shared, name);
       if (`${message.members}` !== `${members}`)
-        throw new Error(`${name} was shared with ${message.members}; rank ${who.rank} expects ${members}`);
+        throw new Error(`${name} was shared with ${message.members}; rank ${rank} expects ${members}`);
       return message.data;
     }
     const data = make();
     if (data.length > 2 ** 20) throw new Error(`${name} has ${data.length} bytes: more than a message takes`);
-    if (members.length > 1) order({ kind: "share", name, members, data });
+    if (members.length > 1) this.#command({ kind: "share", name, members, data });
     return data;
   }
-  async function leave(how: WatchdogCommand): Promise<void> {
-    if (left || over) return;
-    order(how);
-    await next("bye");
-    left = true;
-    // the watchdog ends when its last message has arrived
-    port.close();
+
+  broadcast(name: string, bytes: Uint8Array | undefined): Promise<Uint8Array> {
+    const everybody = Array.from({ length: this.#who.world }, (_, r) => r);
+    return this.share(name, everybody, () => {
+      if (bytes) return bytes;
+      throw new Error(`rank 0 must give the bytes of ${name}`);
+    });
   }
 
-  return {
-    share,
-    broadcast: (name, bytes) =>
-      share(name, everybody, () => {
-        if (bytes) return bytes;
-        throw new Error(`rank 0 must give the bytes of ${name}`);
-      }),
-    async barrier(name) {
-      if (over) throw over;
-      order({ kind: "barrier", name });
-      await next("released", name);
-    },
-    begin(step) {
-      Atomics.store(cell, cells.step, step);
-      Atomics.store(cell, cells.text, 0);
-      Atomics.add(cell, cells.reports, 1);
-      if (Atomics.load(cell, cells.hold) === 1) Atomics.wait(cell, cells.last, unknown);
-      if (Atomics.load(cell, cells.over) !== 0) receiveNow();
-      if (over) throw over;
-      const last = Atomics.load(cell, cells.last);
-      return last === unknown || step <= last;
-    },
-    report(instruction) {
-      let index = texts.get(instruction);
-      if (index === undefined) {
-        texts.set(instruction, (index = texts.size));
-        order({ kind: "text", index, text: instruction });
-      }
-      Atomics.store(cell, cells.text, index);
-      Atomics.add(cell, cells.reports, 1);
-    },
-    stop: () => order({ kind: "stop" }),
-    async fail(reason) {
-      // ignore the abort that this rank caused; a lost hub does not answer
-      await Promise.race([leave({ kind: "fail", text: reason }), new Promise((r) => setTimeout(r, 1000).unref())]).catch(() => {});
-    },
-    close: () => leave({ kind: "bye" }),
-  };
-}
+  async barrier(name: string): Promise<void> {
+    if (this.#over) throw this.#over;
+    this.#command({ kind: "barrier", name });
+    await this.#next(this.#released, name);
+  }
 
-interface Waiting {
-  readonly resolve: (message: WatchdogMessage) => void;
-  readonly reject: (reason: Trouble) => void;
+  begin(step: number): boolean {
+    const cell = this.#cell;
+    Atomics.store(cell, cells.step, step);
+    Atomics.store(cell, cells.text, 0);
+    Atomics.add(cell, cells.reports, 1);
+    if (Atomics.load(cell, cells.hold) === 1) Atomics.wait(cell, cells.last, unknown);
+    if (Atomics.load(cell, cells.over) !== 0) this.#receivePending();
+    if (this.#over) throw this.#over;
+    const last = Atomics.load(cell, cells.last);
+    return last === unknown || step <= last;
+  }
+
+  report(instruction: string): void {
+    let index = this.#texts.get(instruction);
+    if (index === undefined) {
+      this.#texts.set(instruction, (index = this.#texts.size));
+      this.#command({ kind: "text", index, text: instruction });
+    }
+    Atomics.store(this.#cell, cells.text, index);
+    Atomics.add(this.#cell, cells.reports, 1);
+  }
+
+  stop(): void {
+    this.#command({ kind: "stop" });
+  }
+
+  async fail(reason: string): Promise<void> {
+    // ignore the abort that this rank caused; a lost hub does not answer
+    await Promise.race([this.#leave({ kind: "fail", text: reason }), new Promise((r) => setTimeout(r, 1000).unref())]).catch(() => {});
+  }
+
+  close(): Promise<void> {
+    return this.#leave({ kind: "bye" });
+  }
+
+  async #leave(how: WatchdogCommand): Promise<void> {
+    if (this.#left || this.#over) return;
+    this.#command(how);
+    await this.#next(this.#bye);
+    this.#left = true;
+    // the watchdog ends when its last message has arrived
+    this.#port.close();
+  }
+
+  #command(command: WatchdogCommand): void {
+    this.#port.postMessage(command);
+  }
+
+  /** Returns the next message of an inbox. A pending wait keeps the process alive. */
+  #next<T extends object>(inbox: Inbox<T>, name?: string): Promise<T> {
+    if (this.#over) return Promise.reject(this.#over);
+    const message = inbox.next(name);
+    this.#holdProcess();
+    return message;
+  }
+
+  #holdProcess(): void {
+    if (this.#inboxes.some((inbox) => inbox.isAwaited)) this.#port.ref();
+    else this.#port.unref();
+  }
+
+  #receivePending(): void {
+    for (let got = receiveMessageOnPort(this.#port); got; got = receiveMessageOnPort(this.#port)) this.#receive(got.message);
+  }
+
+  #receive(message: WatchdogMessage): void {
+    switch (message.kind) {
+      case "abort":
+        Atomics.store(this.#cell, cells.over, 2);
+        this.abort(new Trouble(message.text));
+        break;
+      case "refused":
+        this.#end(new Trouble(message.text, message.fix));
+        break;
+      case "welcome":
+        this.#welcome.add(message);
+        break;
+      case "shared":
+        this.#shared.add(message, message.name);
+        break;
+      case "released":
+        this.#released.add(message, message.name);
+        break;
+      case "bye":
+        this.#bye.add(message);
+        break;
+      default:
+        message satisfies never;
+    }
+    this.#holdProcess();
+  }
+
+  #end(reason: Error): void {
+    if (this.#over || this.#left) return;
+    this.#over = reason;
+    for (const inbox of this.#inboxes) inbox.reject(reason);
+    this.#holdProcess();
+  }
 }

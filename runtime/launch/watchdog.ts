@@ -7,6 +7,7 @@ import { writeSync } from "node:fs";
 import { type MessagePort, Worker, workerData } from "node:worker_threads";
 import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { type Cancel, systemClock } from "./clock.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
 import { connectPeer, type PeerConnection, type PeerSettings } from "./peer.ts";
 
@@ -70,87 +71,127 @@ export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, sha
   return new Worker(start, { ...given, eval: true });
 }
 
-async function serve({ watchdog: settings, port, shared }: Given): Promise<void> {
-  const cell = new Int32Array(shared);
-  const texts = [""];
-  const post = (message: WatchdogMessage): void => port.postMessage(message);
-  let hub: Hub | undefined;
-  let member: PeerConnection | undefined;
-  let parent: NodeJS.Timeout | undefined;
+/** The thread: relays commands of the main thread and messages of the hub, and ends the process if an abort finds the main thread blocked. */
+class Watchdog {
+  readonly #settings: WatchdogSettings;
+  readonly #port: MessagePort;
+  readonly #cell: Int32Array<SharedArrayBuffer>;
+  readonly #texts = new Map([[0, ""]]);
+  readonly #hub: Hub | undefined;
+  readonly #peer: PeerConnection;
+  #cancelParentCheck: Cancel = () => {};
 
-  const where = () => ({ step: Atomics.load(cell, cells.step), text: texts[Atomics.load(cell, cells.text)] ?? "" });
-  const settle = (step: number): void => {
-    Atomics.store(cell, cells.last, step);
-    Atomics.notify(cell, cells.last);
-  };
-  const close = (): void => {
-    clearInterval(parent);
-    member?.close();
-    hub?.close();
-    port.close();
-  };
-  const abort = (text: string): void => {
-    if (Atomics.compareExchange(cell, cells.over, 0, 1) !== 0) return;
-    clearInterval(parent);
-    settle(-1);
-    post({ kind: "abort", text });
-    const kill = (): void => {
-      const { step, text: at } = where();
-      try {
-        writeSync(2, `rankc: rank ${settings.rank} stops${at && ` in step ${step}, ${printable(at)}`}: ${escaped(text)}\n`);
-      } catch {
-        // stderr is closed; kill the process anyway
-      }
-      process.kill(process.pid, "SIGKILL");
-    };
-    setTimeout(() => (Atomics.load(cell, cells.over) === 2 ? setTimeout(kill, 2 * settings.grace) : kill()), settings.grace);
-  };
-
-  try {
-    if (settings.rank === 0) hub = await openHub(settings);
-  } catch (error) {
-    const { message, fix = "" } = error as Trouble;
-    if (!(error instanceof Trouble)) throw error;
-    post({ kind: "refused", text: message, fix });
-    return port.close();
+  constructor({ watchdog: settings, port, shared }: Given, hub: Hub | undefined) {
+    this.#settings = settings;
+    this.#port = port;
+    this.#cell = new Int32Array(shared);
+    this.#hub = hub;
+    this.#peer = connectPeer(settings, () => ({ kind: "beat", reports: Atomics.load(this.#cell, cells.reports), ...this.#where() }), {
+      welcome: () => this.#post({ kind: "welcome" }),
+      refused: (text, fix) => {
+        this.#post({ kind: "refused", text, fix });
+        this.#close();
+      },
+      shared: (name, members, data) => this.#post({ kind: "shared", name, members, data }),
+      released: (name) => this.#post({ kind: "released", name }),
+      abort: (text) => this.#abort(text),
+      hold: () => this.#hold(),
+      last: (step) => this.#settle(step),
+      bye: () => {
+        this.#post({ kind: "bye" });
+        this.#close();
+      },
+    });
+    port.on("message", (command: WatchdogCommand) => this.#perform(command));
+    const { launcher, beat } = settings;
+    if (launcher === undefined) return;
+    this.#cancelParentCheck = systemClock.every(beat, () => {
+      if (process.ppid !== launcher) this.#abort("the process that started it is gone");
+    });
   }
-  member = connectPeer(settings, () => ({ kind: "beat", reports: Atomics.load(cell, cells.reports), ...where() }), {
-    welcome: () => post({ kind: "welcome" }),
-    refused: (text, fix) => {
-      post({ kind: "refused", text, fix });
-      close();
-    },
-    shared: (name, members, data) => post({ kind: "shared", name, members, data }),
-    released: (name) => post({ kind: "released", name }),
-    abort,
+
+  #perform(command: WatchdogCommand): void {
+    switch (command.kind) {
+      case "text":
+        this.#texts.set(command.index, command.text.slice(0, 1000));
+        break;
+      case "share":
+        this.#peer.send({ kind: "share", name: command.name, members: [...command.members] }, command.data);
+        break;
+      case "fail": {
+        const { step, text: at } = this.#where();
+        this.#peer.send({ kind: "fail", text: command.text.slice(0, 4000), step, at });
+        break;
+      }
+      case "barrier":
+      case "stop":
+      case "bye":
+        this.#peer.send(command);
+        break;
+      default:
+        command satisfies never;
+    }
+  }
+
+  #post(message: WatchdogMessage): void {
+    this.#port.postMessage(message);
+  }
+
+  #where(): { step: number; text: string } {
+    return { step: Atomics.load(this.#cell, cells.step), text: this.#texts.get(Atomics.load(this.#cell, cells.text)) ?? "" };
+  }
+
+  #hold(): void {
     // set the flag before the step is read: the main thread sees the flag before its next step, or that step is read here
-    hold: () => {
-      Atomics.store(cell, cells.hold, 1);
-      member!.send({ kind: "begun", step: Atomics.load(cell, cells.step) });
-    },
-    last: settle,
-    bye: () => {
-      post({ kind: "bye" });
-      close();
-    },
-  });
-  const line = member;
-  const orders: { [K in WatchdogCommand["kind"]]: (order: Extract<WatchdogCommand, { kind: K }>) => void } = {
-    text: ({ index, text }) => void (texts[index] = text.slice(0, 1000)),
-    share: ({ name, members, data }) => line.send({ kind: "share", name, members: [...members] }, data),
-    barrier: ({ name }) => line.send({ kind: "barrier", name }),
-    fail: ({ text }) => {
-      const { step, text: at } = where();
-      line.send({ kind: "fail", text: text.slice(0, 4000), step, at });
-    },
-    stop: () => line.send({ kind: "stop" }),
-    bye: () => line.send({ kind: "bye" }),
-  };
-  port.on("message", (order: WatchdogCommand) => orders[order.kind](order as never));
-  if (settings.launcher !== undefined)
-    parent = setInterval(() => {
-      if (process.ppid !== settings.launcher) abort("the process that started it is gone");
-    }, settings.beat);
+    Atomics.store(this.#cell, cells.hold, 1);
+    this.#peer.send({ kind: "begun", step: Atomics.load(this.#cell, cells.step) });
+  }
+
+  #settle(step: number): void {
+    Atomics.store(this.#cell, cells.last, step);
+    Atomics.notify(this.#cell, cells.last);
+  }
+
+  #abort(text: string): void {
+    if (Atomics.compareExchange(this.#cell, cells.over, 0, 1) !== 0) return;
+    this.#cancelParentCheck();
+    this.#settle(-1);
+    this.#post({ kind: "abort", text });
+    const { grace } = this.#settings;
+    const kill = (): void => this.#kill(text);
+    systemClock.after(grace, () => {
+      if (Atomics.load(this.#cell, cells.over) === 2) systemClock.after(2 * grace, kill);
+      else kill();
+    });
+  }
+
+  #kill(text: string): void {
+    const { step, text: at } = this.#where();
+    try {
+      writeSync(2, `rankc: rank ${this.#settings.rank} stops${at && ` in step ${step}, ${printable(at)}`}: ${escaped(text)}\n`);
+    } catch {
+      // stderr is closed; kill the process anyway
+    }
+    process.kill(process.pid, "SIGKILL");
+  }
+
+  #close(): void {
+    this.#cancelParentCheck();
+    this.#peer.close();
+    this.#hub?.close();
+    this.#port.close();
+  }
+}
+
+/** Opens the hub on rank 0, then the watchdog. A hub that cannot be opened refuses this rank. */
+async function serve(given: Given): Promise<void> {
+  try {
+    new Watchdog(given, given.watchdog.rank === 0 ? await openHub(given.watchdog) : undefined);
+  } catch (error) {
+    if (!(error instanceof Trouble)) throw error;
+    given.port.postMessage({ kind: "refused", text: error.message, fix: error.fix ?? "" } satisfies WatchdogMessage);
+    given.port.close();
+  }
 }
 
 if ((workerData as Partial<Given> | null)?.watchdog) await serve(workerData as Given);

@@ -32,6 +32,8 @@ export const ToHub = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("bye") }),
 ]);
 export type ToHub = z.infer<typeof ToHub>;
+/** The first message of a peer. */
+export type Hello = Extract<ToHub, { kind: "hello" }>;
 
 /** Messages from the hub to a peer. */
 export const ToRank = z.discriminatedUnion("kind", [

@@ -3,11 +3,11 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { afterAll, afterEach, describe, expect, test } from "vitest";
 import { type Launched, type LaunchSettings, launch } from "../../runtime/launch/launcher.ts";
 import { placeOf } from "../../runtime/launch/place.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { built } from "../support/rankc.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-launcher-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -102,9 +102,9 @@ describe("ranks", () => {
   });
 
   test("that are killed are named, with where all of them were, by those who wait for them", async () => {
-    const script = fileURLToPath(new URL("../support/rank.ts", import.meta.url));
+    const script = built("test/support/rank.ts");
     const run = await ranks(3, "", {
-      ...{ args: ["--import", "tsx", script, "kill", "1"], env: { PATH: process.env.PATH, QUICK: "1" }, settle: 600_000 },
+      ...{ args: [script, "kill", "1"], env: { PATH: process.env.PATH, QUICK: "1" }, settle: 600_000 },
     });
     expect(run).toMatchObject({ code: 137, failed: { rank: 1, how: "was ended by SIGKILL" } });
     const said = run.err.join("\n");
@@ -122,7 +122,7 @@ describe("ranks", () => {
 
 /** The launcher as a process of its own, which can be sent signals. */
 describe("signals", () => {
-  const launcher = fileURLToPath(new URL("../../runtime/launch/launcher.ts", import.meta.url));
+  const launcher = built("runtime/launch/launcher.ts");
   let child: ChildProcess | undefined;
   afterEach(() => void child?.kill("SIGKILL"));
 
@@ -131,7 +131,7 @@ describe("signals", () => {
       const { code, signal } = await launch({ command: process.execPath, args: ${JSON.stringify(args)}, ranks: ${n}, env: process.env, settle: 10_000, grace: 5000,
         onLine: (stream, line) => process[stream].write(line + "\\n") });
       console.error("launched", code, signal); process.exitCode = code;`;
-    const started = spawn(process.execPath, ["--import", "tsx", "--input-type=module", "-e", code], {
+    const started = spawn(process.execPath, ["--input-type=module", "-e", code], {
       env: { ...process.env, ...env },
       stdio: ["ignore", "pipe", "pipe"],
     });
@@ -183,8 +183,8 @@ describe("signals", () => {
   });
 
   test("a launcher that is killed takes its ranks along, though their main threads are blocked", async () => {
-    const script = fileURLToPath(new URL("../support/rank.ts", import.meta.url));
-    const run = await start(2, ["--import", "tsx", script, "block", "-1"], { QUICK: "1" });
+    const script = built("test/support/rank.ts");
+    const run = await start(2, [script, "block", "-1"], { QUICK: "1" });
     await run.until(/joined \d \d+/, 2);
     const pids = [...run.err().matchAll(/joined \d (\d+)/g)].map((found) => Number(found[1]));
     expect(pids.filter(alive)).toHaveLength(2);

@@ -1,5 +1,5 @@
 /**
- * A rank for tests, as its own process: joins the meeting that the environment names, takes steps, and misbehaves as its arguments say:
+ * A rank for tests, as its own process (test/support/rankc.ts compiles it): joins the meeting that the environment names, takes steps, and misbehaves as its arguments say:
  * `MODE RANK` where RANK is who misbehaves. The others block their main thread, as a collective would, which nobody will end for them.
  */
 import { writeSync } from "node:fs";
@@ -12,7 +12,10 @@ const block = (ms?: number) => Atomics.wait(new Int32Array(new SharedArrayBuffer
 const tell = (text: string) => writeSync(2, `${text}\n`);
 
 // a busy machine delays every rank: only what a mode waits for has a short limit
-const quick = process.env.QUICK ? { beat: 0.2, lost: mode === "stop" ? 5 : 600, hang: mode === "hang" ? 5 : 600 } : {};
+const blocked = mode === "kill" || mode === "block";
+const quick = process.env.QUICK
+  ? { beat: 0.03, lost: mode === "stop" ? 5 : 600, hang: mode === "hang" ? 5 : 600, ...(blocked && { grace: 0.1 }) }
+  : {};
 const meeting = await join({
   ...{ rank, world, address, port, token, plan: "p".repeat(64), version: "1" },
   times: { ...timesOf(process.env), ...quick },
@@ -38,7 +41,7 @@ if (mode === "fine") {
     if (mode === "listen") await new Promise((r) => setTimeout(r, 60_000));
     else block();
   }
-  // time for a heartbeat, so that all know where it is
+  // time for twenty heartbeats, so that all know where it is
   await new Promise((r) => setTimeout(r, 600));
   if (mode === "kill" || mode === "listen") process.kill(process.pid, "SIGKILL");
   if (mode === "stop") process.kill(process.pid, "SIGSTOP");

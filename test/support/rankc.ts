@@ -1,7 +1,7 @@
 /** The command line as a user starts it, for tests: what it prints, and its exit code. */
 import { execFileSync, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { root } from "./checkout.ts";
 
@@ -12,15 +12,16 @@ export interface Said {
 }
 
 /**
- * The path of the compiled command line. It is built once for the sources as they are and kept below node_modules: a process that
- * starts from it takes half the time of one that transforms TypeScript.
+ * The path of a compiled file of the package or of test/support/rank.ts, e.g. of src/cli/main.ts. All are compiled once for the sources as
+ * they are and kept below node_modules: a process or thread that starts from them takes a fraction of the time of one that transforms TypeScript.
  */
-export function builtCli(): string {
+export function built(source: string): string {
   const inputs = [
     "package.json",
     "LICENSE",
     "tsconfig.json",
     "tsconfig.build.json",
+    rankScript,
     ...["schemas", "src", "runtime", "templates"].flatMap(filesBelow),
   ];
   const digest = createHash("sha256");
@@ -28,21 +29,51 @@ export function builtCli(): string {
   const cache = join(root, "node_modules/.cache/rankc-build");
   const folder = join(cache, digest.digest("hex").slice(0, 16));
   if (!existsSync(folder)) build(cache, folder);
-  return join(folder, "dist/src/cli/main.js");
+  return join(folder, "dist", source.replace(/\.ts$/, ".js"));
 }
+const rankScript = "test/support/rank.ts";
 
-/** Compiles the package into `folder`, which appears when it is whole: other test files may build it at the same time. */
+/** The path of the compiled command line. */
+export const builtCli = (): string => built("src/cli/main.ts");
+
+/** Compiles the package into `folder`, which appears when it is whole. Test files that need it at the same time wait for one of them. */
 function build(cache: string, folder: string): void {
   mkdirSync(cache, { recursive: true });
+  const lock = `${folder}.lock`;
+  // a build takes seconds: one that does not end has left its lock behind
+  for (let tries = 0; tries < 1200 && isTaken(lock); tries++) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 100);
+  if (!existsSync(folder)) buildAlone(folder, lock);
+}
+
+/** Takes the lock, or returns true if another process has it. */
+function isTaken(lock: string): boolean {
+  try {
+    mkdirSync(lock);
+    return false;
+  } catch {
+    return true;
+  }
+}
+
+function buildAlone(folder: string, lock: string): void {
   const own = mkdtempSync(`${folder}-`);
+  const config = {
+    extends: join(root, "tsconfig.build.json"),
+    compilerOptions: { declaration: false, rootDir: root, outDir: join(own, "dist") },
+    include: ["schemas", "src", "runtime", rankScript].map((path) => join(root, path)),
+    exclude: ["runtime/browser"].map((path) => join(root, path)),
+  };
+  writeFileSync(join(own, "tsconfig.json"), JSON.stringify(config));
   const tsc = join(root, "node_modules/typescript/bin/tsc");
-  execFileSync(process.execPath, [tsc, "-p", "tsconfig.build.json", "--outDir", join(own, "dist")], { cwd: root });
+  execFileSync(process.execPath, [tsc, "-p", own], { cwd: root });
   for (const name of ["package.json", "LICENSE", "schemas", "templates"]) cpSync(join(root, name), join(own, name), { recursive: true });
   try {
     renameSync(own, folder);
   } catch (error) {
     if (!existsSync(folder)) throw error;
     rmSync(own, { recursive: true });
+  } finally {
+    rmSync(lock, { recursive: true, force: true });
   }
 }
 
