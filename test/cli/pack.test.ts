@@ -27,6 +27,7 @@ import { printPlan } from "../../src/plan/seal.ts";
 import { printPlanText } from "../../src/report/planText.ts";
 import { root } from "../support/checkout.ts";
 import { rankc } from "../support/rankc.ts";
+import { isFull } from "../support/tiers.ts";
 
 const work = mkdtempSync(join(tmpdir(), "rankc-pack-"));
 afterAll(() => rmSync(work, { recursive: true, force: true }));
@@ -56,14 +57,29 @@ function compilePlan(): string {
 let plan: string;
 beforeAll(() => void (plan = compilePlan()));
 
-const hasXz = spawnSync("xz", ["--version"]).status === 0;
+/** A folder with a program that stands for xz and copies its input: to compress Node takes most of the time of a pack. */
+const copyingXz = join(work, "bin");
+mkdirSync(copyingXz);
+writeFileSync(join(copyingXz, "xz"), "#!/bin/sh\nexec cat\n", { mode: 0o755 });
+async function withCopyingXz<T>(run: () => Promise<T>): Promise<T> {
+  const { PATH } = process.env;
+  process.env.PATH = `${copyingXz}:${PATH}`;
+  try {
+    return await run();
+  } finally {
+    process.env.PATH = PATH;
+  }
+}
 
-describe.skipIf(!hasXz)(`a pack${hasXz ? "" : " (skipped: xz is not on this machine)"}`, () => {
-  const out = join(work, "tiny.tar.xz");
+const noXz = isFull && spawnSync("xz", ["--version"]).status !== 0;
+
+describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : ""}`, () => {
+  const out = join(work, isFull ? "tiny.tar.xz" : "tiny.tar");
   const there = join(work, "there");
   let packed: Packed;
   beforeAll(async () => {
-    packed = await pack({ plan, out, effort: 0 });
+    const packing = () => pack({ plan, out, effort: 0 });
+    packed = await (isFull ? packing() : withCopyingXz(packing));
     mkdirSync(there);
     execFileSync("tar", ["-xf", out, "-C", there]);
   });
@@ -76,7 +92,7 @@ describe.skipIf(!hasXz)(`a pack${hasXz ? "" : " (skipped: xz is not on this mach
       sha256: createHash("sha256").update(bytes).digest("hex"),
       corpus: "tiny-mixtral/corpus.txt",
     });
-    expect(bytes.length).toBeLessThan(64 * 2 ** 20);
+    if (isFull) expect(bytes.length).toBeLessThan(64 * 2 ** 20);
     expect(readdirSync(work).filter((name) => name.endsWith(".tmp"))).toEqual([]);
   });
 
@@ -153,28 +169,18 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
 });
 
 test("the command says what it wrote, and what is left out", async () => {
-  // stands for xz: what is asked here is the command
-  const bin = join(work, "bin");
-  mkdirSync(bin);
-  writeFileSync(join(bin, "xz"), "#!/bin/sh\nexec cat\n", { mode: 0o755 });
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
   // a corpus behind a symbolic link is taken where --data-dir asks for it
   symlinkSync(join(work, "plans/tiny-mixtral"), join(work, "tiny-mixtral"));
   const out = join(work, "alone.tar");
-  const { PATH } = process.env;
-  process.env.PATH = `${bin}:${PATH}`;
-  try {
-    const said = await rankc("pack", join(alone, "plan.json"), "-o", out);
-    const sha256 = createHash("sha256").update(readFileSync(out)).digest("hex");
-    expect([said.exit, said.out]).toEqual([
-      0,
-      expect.stringMatching(new RegExp(`^${out}: [\\d.]+ MiB, [\\d,]+ files, for ${process.platform}-.+\nsha256 ${sha256}\n$`)),
-    ]);
-    expect(said.err).toContain("the archive has no corpus");
-  } finally {
-    process.env.PATH = PATH;
-  }
+  const said = await withCopyingXz(() => rankc("pack", join(alone, "plan.json"), "-o", out));
+  const sha256 = createHash("sha256").update(readFileSync(out)).digest("hex");
+  expect([said.exit, said.out]).toEqual([
+    0,
+    expect.stringMatching(new RegExp(`^${out}: [\\d.]+ MiB, [\\d,]+ files, for ${process.platform}-.+\nsha256 ${sha256}\n$`)),
+  ]);
+  expect(said.err).toContain("the archive has no corpus");
 });
 
 test("a kernel behind a symbolic link that leads out of the plan is not packed", async () => {

@@ -10,7 +10,7 @@ import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import type { Choice } from "../../src/passes/sharding/dimChoice.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf } from "../support/job.ts";
 import { labelsBeside } from "../support/labels.ts";
-import { byTier, draws, full } from "../support/tiers.ts";
+import { byTier, draws, full, isFull } from "../support/tiers.ts";
 
 type Parallel = Partial<Job["parallel"]>;
 
@@ -90,12 +90,14 @@ const thirds = { hidden: 36, heads: 12, kv_heads: 6, vocab: 258, seq: 24 };
 const moeOfThirds = { ...moe, experts: 6, ffn: 24 };
 /** A gradient that is rounding alone, 5e-9 where few tokens have labels, would move its weight by all of lr with an eps of 1e-8. */
 const adamw = { lr: 1e-2, eps: 1e-6 };
+/** Sequences in a step: one for each of 8 data ranks, in the full tier two, so that also those ranks accumulate gradients. */
+const SEQUENCES = isFull ? 16 : 8;
 const text = (model: object, parallel: Parallel, train: object = {}, data: object = {}) => ({
   name: "law",
   model,
   parallel,
   train: {
-    ...{ micro_batch: 1, global_batch: 16, steps: 2, precision: "fp32", init_std: 0.2 },
+    ...{ micro_batch: 1, global_batch: SEQUENCES, steps: 2, precision: "fp32", init_std: 0.2 },
     optimizer: adamw,
     ...train,
   },
@@ -524,7 +526,7 @@ const anyJob = fc
         ? { global_batch: 12, ...(batch_rampup ? { batch_rampup: { start: 6, increment: 6, samples: 6 } } : {}) }
         : odd && data <= 2 && ("layout" in stages || "virtual_pipeline" in stages)
           ? { global_batch: 5 * micro_batch * data }
-          : { batch_rampup };
+          : { global_batch: 16, batch_rampup };
       const layout = "layout" in stages ? layouts[stages.layout]!(model.layers, "m".repeat(mtp?.layers ?? 0)) : undefined;
       const own = {
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),

@@ -576,8 +576,9 @@ describe("configurations", () => {
     const reasons = new Set(cases.map((c) => c.reason));
     expect(Object.keys(said).filter((reason) => !reasons.has(reason))).toEqual([]);
   });
-  // the rule on memory compiles a job that has no other mistake: on many ranks that takes seconds
-  for (const { options, rows } of byTier(byId(cases), ([, c]) => c.world < 64 || c.verdict === "reject"))
+  // the rule on memory compiles a job that has no other mistake: on many ranks that takes seconds, so the fast tier has some of those
+  const isFast = (c: Case, i: number) => c.verdict === "reject" || c.world === 1 || (c.world < 64 && i % 4 === 0);
+  for (const { options, rows } of byTier(byId(cases), ([, c], i) => isFast(c, i)))
     test.each(rows)("%s", options, (id, c) => {
       const findings = read(c);
       const errors = findings.filter((f) => f.level === "error").map((f) => `${f.code} ${f.path}: ${f.found}`);
