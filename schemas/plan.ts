@@ -3,8 +3,11 @@
  * rank. It is a function of the job and the version of rankc. Ids are stable names, so that two plans can be compared.
  */
 import { z } from "zod";
+import { dtypeNames } from "./dtypes.ts";
 import { Job } from "./job.ts";
 import { opNames } from "./opNames.ts";
+
+export type { Dtype } from "./dtypes.ts";
 
 export const FORMAT_VERSION = "4.0";
 
@@ -14,8 +17,7 @@ const id = z.string().min(1);
 const plainName = z.string().regex(/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$/);
 const subAxes = z.array(count).describe("indices into mesh.subAxes, outermost first");
 
-export const Dtype = z.enum(["f32", "bf16", "f16", "i32"]);
-export type Dtype = z.infer<typeof Dtype>;
+const DtypeText = z.enum(dtypeNames);
 
 const Factor = z
   .strictObject({ stride: count, size: count })
@@ -48,7 +50,7 @@ export type BufferKind = z.infer<typeof BufferKind>;
 export const Buffer = z.strictObject({
   id,
   kind: BufferKind,
-  dtype: Dtype,
+  dtype: DtypeText,
   shape: z.array(count).describe("local sizes in memory; for rows: the bound, then the rest"),
   sizes: z.array(count).describe("global sizes, one per dim; a ragged value has its ragged dims first"),
   ragged: count.describe("leading dims that share the first dim in memory: 3 for rows B~S~E, else 0"),
@@ -199,7 +201,7 @@ export type Memory = z.infer<typeof Memory>;
 /** The arguments of cuTensorMapEncodeTiled for an operand, innermost dim first. Elements out of bounds read as zero. */
 export const TensorMap = z.strictObject({
   tensor: z.string().describe("the operand"),
-  dtype: Dtype,
+  dtype: DtypeText,
   sizes: z.array(count),
   strides: z.array(count).describe("bytes; of every dim but the innermost"),
   box: z.array(count).describe("elements copied at once"),

@@ -5,13 +5,14 @@
  */
 
 import type { z } from "zod";
-import type { Compute, Dtype, MeshText } from "./plan.ts";
+import type { Compute, MeshText } from "./plan.ts";
+
+export { bytesOf } from "./dtypes.ts";
 
 /** The mesh of a plan. */
 export type MeshData = z.infer<typeof MeshText>;
 type SubAxes = Pick<MeshData, "subAxes">;
 
-export const bytesOf: Readonly<Record<Dtype, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4 };
 /** Returns the number of elements of a shape; 1 for a scalar. */
 export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
 

@@ -6,6 +6,7 @@
  */
 import { createHash } from "node:crypto";
 import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
+import { type Dtype, dtypeNames, dtypes, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { unwritten } from "../../schemas/writing.ts";
@@ -13,7 +14,9 @@ import { openInput } from "../data/inputFile.ts";
 
 /** The header entry of a tensor. `start`: bytes from the beginning of the file. */
 type TensorInfo = {
-  readonly dtype: Dtype;
+  /** The name of the element type in the header. */
+  readonly dtype: string;
+  readonly decoder: Decoder;
   readonly shape: readonly number[];
   readonly start: number;
   readonly bytes: number;
@@ -72,10 +75,10 @@ export function openSafetensors(path: string): Safetensors {
     metadata,
     headerDigest,
     info,
-    read: (name) => dtypes[info(name).dtype].floats(load(name)),
+    read: (name) => info(name).decoder.floats(load(name)),
     readInts: (name) => {
-      const { dtype } = info(name);
-      const ints = (dtypes[dtype] as Decoder).ints;
+      const { dtype, decoder } = info(name);
+      const { ints } = decoder;
       if (ints === undefined) throw new Trouble(`${path}: tensor ${name} holds ${dtype}, not integers`, "store it as I32 or I64");
       const values = ints(load(name));
       return Int32Array.from({ length: values.length }, (_, i) => {
@@ -158,7 +161,7 @@ function headerOf(entries: readonly Pick<TensorEntry, "name" | "dtype" | "shape"
   let at = 0;
   for (const { name, dtype, shape } of entries) {
     if (name in header) throw new Error(`${name} is written twice`);
-    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes[dtype].bytes)] };
+    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes.f32.bytes)] };
   }
   const text = Buffer.from(JSON.stringify(header));
   // Pad with spaces to a multiple of 8, so that tensors are aligned when the file is mapped.
@@ -173,39 +176,29 @@ function writeAll(fd: number, bytes: Uint8Array, at?: number): void {
     done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), at === undefined ? null : at + done);
 }
 
-type Decoder = {
+interface Decoder {
   readonly bytes: number;
   readonly floats: (buffer: ArrayBuffer) => Float32Array;
   readonly ints?: (buffer: ArrayBuffer) => ArrayLike<number> | ArrayLike<bigint>;
-};
-
-// Multi-byte values are little-endian in the format, as on every machine Node runs a GPU on.
-const dtypes = {
-  F64: { bytes: 8, floats: (b) => Float32Array.from(new Float64Array(b)) },
-  F32: { bytes: 4, floats: (b) => new Float32Array(b) },
-  F16: { bytes: 2, floats: (b) => Float32Array.from(new Uint16Array(b), half) },
-  BF16: { bytes: 2, floats: bfloat },
-  I64: { bytes: 8, floats: (b) => Float32Array.from(Array.from(new BigInt64Array(b), Number)), ints: (b) => new BigInt64Array(b) },
-  I32: { bytes: 4, floats: (b) => Float32Array.from(new Int32Array(b)), ints: (b) => new Int32Array(b) },
-  U8: { bytes: 1, floats: (b) => Float32Array.from(new Uint8Array(b)), ints: (b) => new Uint8Array(b) },
-} as const satisfies Record<string, Decoder>;
-type Dtype = keyof typeof dtypes;
-
-/** A bfloat16 is the upper half of a float32. */
-function bfloat(buffer: ArrayBuffer): Float32Array {
-  const bf16 = new Uint16Array(buffer);
-  const words = new Uint32Array(bf16.length);
-  for (let i = 0; i < bf16.length; i++) words[i] = bf16[i]! << 16;
-  return new Float32Array(words.buffer);
 }
 
-function half(bits: number): number {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  if (exponent === 31) return fraction === 0 ? sign * Number.POSITIVE_INFINITY : Number.NaN;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+// Multi-byte values are little-endian in the format, as on every machine Node runs a GPU on.
+const decoders: ReadonlyMap<string, Decoder> = new Map<string, Decoder>([
+  ...dtypeNames.map((dtype): [string, Decoder] => [dtypes[dtype].safetensors, decoderOf(dtype)]),
+  // types of files alone
+  ["F64", { bytes: 8, floats: (b) => Float32Array.from(new Float64Array(b)) }],
+  ["I64", { bytes: 8, floats: (b) => Float32Array.from(Array.from(new BigInt64Array(b), Number)), ints: (b) => new BigInt64Array(b) }],
+  ["U8", { bytes: 1, floats: (b) => Float32Array.from(new Uint8Array(b)), ints: (b) => new Uint8Array(b) }],
+]);
+
+function decoderOf(dtype: Dtype): Decoder {
+  const { bytes, kind } = dtypes[dtype];
+  const valuesOf = (buffer: ArrayBuffer) => valuesIn(typedMemory(dtype, buffer));
+  const floats = (buffer: ArrayBuffer): Float32Array => {
+    const values = valuesOf(buffer);
+    return values instanceof Float32Array ? values : Float32Array.from(values);
+  };
+  return kind === "integer" ? { bytes, floats, ints: valuesOf } : { bytes, floats };
 }
 
 const REMAKE = "download or save it again";
@@ -275,10 +268,11 @@ function parse(path: string, bytes: Uint8Array): object {
 function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: number): TensorInfo {
   if (!isObject(entry)) throw new Trouble(`${at} has a header entry that is not an object`, REMAKE);
   const { dtype, shape, data_offsets: offsets } = entry as Record<string, unknown>;
-  if (typeof dtype !== "string" || !Object.hasOwn(dtypes, dtype)) {
+  const decoder = typeof dtype === "string" ? decoders.get(dtype) : undefined;
+  if (typeof dtype !== "string" || decoder === undefined) {
     throw new Trouble(
       `${at} has dtype ${JSON.stringify(dtype)}, which rankc does not read`,
-      `convert it to one of ${Object.keys(dtypes).join(", ")}`,
+      `convert it to one of ${[...decoders.keys()].join(", ")}`,
     );
   }
   if (!isCounts(shape)) throw new Trouble(`${at} has no valid shape: ${JSON.stringify(shape)}`, REMAKE);
@@ -286,11 +280,11 @@ function readEntry(at: string, entry: unknown, dataStart: number, fileBytes: num
     throw new Trouble(`${at} has no valid data_offsets: ${JSON.stringify(offsets)}`, REMAKE);
   }
   const [from, to] = offsets as [number, number];
-  const bytes = elementsOf(shape) * dtypes[dtype as Dtype].bytes;
+  const bytes = elementsOf(shape) * decoder.bytes;
   if (to - from !== bytes) throw new Trouble(`${at} has ${to - from} bytes; ${dtype} ${list(shape)} takes ${bytes}`, REMAKE);
   if (dataStart + to > fileBytes)
     throw new Trouble(`${at} should end at byte ${dataStart + to}, the file ends at ${fileBytes}: it was cut`, REMAKE);
-  return { dtype: dtype as Dtype, shape, start: dataStart + from, bytes };
+  return { dtype, decoder, shape, start: dataStart + from, bytes };
 }
 
 const isObject = (value: unknown): value is object => typeof value === "object" && value !== null && !Array.isArray(value);

@@ -2,7 +2,9 @@
  * The CPU backend, the reference: all ranks in this process, arenas as typed arrays, buffers at the plan's offsets, ops as the loops of
  * their declarations. bf16 and f16 buffers are converted to f32 when read and rounded when written.
  */
+
 import { totalmem } from "node:os";
+import { storeValues, type TypedMemory, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
@@ -13,7 +15,6 @@ import { ops } from "../../src/ops/index.ts";
 import type { ShardContext } from "../../src/ops/op.ts";
 import type { HostData, HostRankDevice, LocalRanks } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
-import { decodeFloat16, encodeFloat16 } from "../float16.ts";
 import { cpuComm } from "./comm.ts";
 
 /** Opens all ranks of a plan on the CPU. Throws a Trouble (exit 3) if the plan needs more memory than this machine has. */
@@ -69,23 +70,12 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
     workspace: new ArrayBuffer(memory.workspace),
   };
 
-  const raw = (b: Buffer, copy: number): Float32Array | Int32Array | Uint16Array => {
+  const raw = (b: Buffer, copy: number): TypedMemory => {
     const at = memory.offsets[b.id]! + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0);
-    const Type = b.dtype === "f32" ? Float32Array : b.dtype === "i32" ? Int32Array : Uint16Array;
-    return new Type(arenas[b.kind], at, elementsOf(b.shape));
+    return typedMemory(b.dtype, arenas[b.kind], at, elementsOf(b.shape));
   };
-  const peek = (b: Buffer, copy: number): HostData => {
-    const data = raw(b, copy);
-    if (!(data instanceof Uint16Array)) return data;
-    const wide = new Float32Array(data.length);
-    decodeFloat16(b.dtype, wide, data);
-    return wide;
-  };
-  const write = (b: Buffer, copy: number, data: HostData): void => {
-    const own = raw(b, copy);
-    if (own instanceof Uint16Array) encodeFloat16(b.dtype, own, data as Float32Array);
-    else own.set(data);
-  };
+  const peek = (b: Buffer, copy: number): HostData => valuesIn(raw(b, copy));
+  const write = (b: Buffer, copy: number, data: HostData): void => storeValues(raw(b, copy), data);
 
   /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
   function bind(i: Compute, copy: number): () => void {
@@ -100,7 +90,7 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
       starts[dim] = globalStart(plan.mesh, i, dim, local);
     }
     const ragged = names.map(([, id]) => of(id)).find((b) => b.ragged);
-    const rows = ragged ? (raw(of(i.rows ?? ragged.rows!), copy) as Int32Array) : noRows;
+    const rows = ragged ? (raw(of(i.rows ?? ragged.rows!), copy).words as Int32Array) : noRows;
     const place: ShardContext = { start: (dim) => starts[dim]!, rows };
     const t: Record<string, Float32Array> = {};
     const before: (() => void)[] = [];
@@ -109,12 +99,11 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
       const output = at >= reads;
       const accumulates = output && i.accumulates?.includes(name);
       const own = raw(of(id), copy);
-      const half = own instanceof Uint16Array;
-      const view = half ? new Float32Array(own.length) : (own as Float32Array);
+      const view = own.codec ? new Float32Array(own.words.length) : (own.words as Float32Array);
       t[name] = view;
-      if (half && (!output || accumulates)) before.push(() => decodeFloat16(of(id).dtype, view, own));
+      if (own.codec && (!output || accumulates)) before.push(() => own.codec.decode(view, own.words));
       if (output && !accumulates) before.push(() => view.fill(0));
-      if (half && output) after.push(() => encodeFloat16(of(id).dtype, own, view));
+      if (own.codec && output) after.push(() => own.codec.encode(own.words, view));
     }
     const bound = ragged?.shape[0] ?? 0;
     return () => {

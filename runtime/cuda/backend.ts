@@ -3,13 +3,13 @@
  * kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setImmediate, setTimeout } from "node:timers/promises";
-import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
+import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import type { Compute, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { HostData, LocalRanks, RankDevice } from "../backend.ts";
+import type { LocalRanks, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
-import { decodeFloat16, encodeFloat16 } from "../float16.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm, type Share } from "./comm.ts";
 import { driver, type Event, type Pinned } from "./driver.ts";
@@ -120,9 +120,10 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       if (data.length !== count) throw new Error(`rankc: ${data.length} values are written to ${buffer.id}, which holds ${count}`);
       const mode = steps.mode();
       const staged = mode && steps.write(buffer, copy, bytes);
-      const image = imageOf(buffer, data, staged?.into);
+      if (staged) storeValues(typedMemory(buffer.dtype, staged.memory, staged.offset, count), data);
       if (mode === "replay") return;
-      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, staged?.at ?? image, bytes, s));
+      const from = staged?.at ?? encoded(buffer.dtype, data).words;
+      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, from, bytes, s));
     },
     async read(buffer, copy) {
       if (steps.mode() === "capture" || steps.mode() === "replay")
@@ -136,7 +137,8 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       });
       await happens(copied);
       context.destroyEvent(copied);
-      const data = dataOf(buffer, pinned.bytes, count);
+      const memory = typedMemory(buffer.dtype, pinned.bytes, 0, count);
+      const data = memory.codec ? valuesIn(memory) : memory.words.slice();
       idle.push(pinned);
       return data;
     },
@@ -210,30 +212,4 @@ async function within(milliseconds: number, asked: () => boolean): Promise<boole
     if (performance.now() > last) return false;
     await setTimeout(1);
   }
-}
-
-type Words = typeof Float32Array | typeof Int32Array | typeof Uint16Array;
-const wordsOf = { f32: Float32Array, i32: Int32Array, bf16: Uint16Array, f16: Uint16Array } as const;
-
-/** Encodes values for the device, into the given memory or new memory. */
-function imageOf(b: Buffer, data: HostData, into?: (Type: Words) => InstanceType<Words>): ArrayBufferView {
-  const Type = wordsOf[b.dtype];
-  if (Type !== Uint16Array) {
-    if (!into) return data instanceof Type ? data : new Type(data);
-    const image = into(Type);
-    image.set(data);
-    return image;
-  }
-  const image = into ? (into(Uint16Array) as Uint16Array) : new Uint16Array(data.length);
-  encodeFloat16(b.dtype, image, data as Float32Array);
-  return image;
-}
-/** Decodes a copy of device memory. */
-function dataOf(b: Buffer, bytes: ArrayBuffer, count: number): HostData {
-  const Type = wordsOf[b.dtype];
-  const image = new Type(bytes, 0, count);
-  if (!(image instanceof Uint16Array)) return image.slice();
-  const wide = new Float32Array(count);
-  decodeFloat16(b.dtype, wide, image);
-  return wide;
 }

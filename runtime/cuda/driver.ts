@@ -2,6 +2,7 @@
  * The CUDA driver API, as thin as it can be: one JavaScript call is one driver call, and every result is looked at.
  * Pointers and handles are the driver's own, as bigint; results come back in typed arrays that the driver fills.
  */
+import { dtypes } from "../../schemas/dtypes.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { koffi, openLibrary } from "./libraries.ts";
@@ -274,8 +275,7 @@ const CU_STREAM_NON_BLOCKING = 1;
 /** Other threads may go on calling the driver; and an event that only orders streams costs less without a clock. */
 const [CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_EVENT_DISABLE_TIMING] = [1, 2];
 const [CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = [1, 8];
-/** CUtensorMapDataType and CUtensorMapSwizzle. No interleave; 128 bytes at once into the L2; zeros out of bounds. */
-const tensorMapTypes: Record<Dtype, number> = { i32: 3, f16: 6, f32: 7, bf16: 9 };
+/** CUtensorMapSwizzle. No interleave; 128 bytes at once into the L2; zeros out of bounds. */
 const tensorMapSwizzles: Record<Tiled["swizzle"], number> = { none: 0, "32B": 1, "64B": 2, "128B": 3 };
 const [CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE] = [0, 2, 0];
 const tensorMapBytes = 128;
@@ -358,7 +358,7 @@ function openContext(call: Calls, device: CudaDevice, cuDevice: number, sharedLi
     allowShared: (kernel, bytes) => call("cuFuncSetAttribute", kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes),
     encodeTiled: ({ at, dtype, sizes, strides, box, swizzle }) => {
       const wide = (all: readonly number[]) => BigUint64Array.from(all, BigInt);
-      const [type, how] = [tensorMapTypes[dtype], tensorMapSwizzles[swizzle]];
+      const [type, how] = [dtypes[dtype].tensorMap, tensorMapSwizzles[swizzle]];
       const steps = new Uint32Array(sizes.length).fill(1);
       call(
         ...(["cuTensorMapEncodeTiled", aligned, type, sizes.length, at, wide(sizes), wide(strides), Uint32Array.from(box), steps] as const),

@@ -70,7 +70,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       return mode;
     },
     /** Returns the pinned memory of the next write. Every step must make the same writes. */
-    write(buffer: Buffer, copy: number, bytes: number): { readonly at: bigint; readonly into: (Type: Typed) => InstanceType<Typed> } {
+    write(buffer: Buffer, copy: number, bytes: number): { readonly at: bigint; readonly memory: ArrayBuffer; readonly offset: number } {
       const before = writes[next];
       if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
         throw new Error(
@@ -80,7 +80,7 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
       const write = before ?? { buffer, copy, bytes, ...stage(bytes) };
       if (!before) writes.push(write);
       next++;
-      return { at: write.at, into: (Type) => new Type(write.staged, write.from, bytes / Type.BYTES_PER_ELEMENT) };
+      return { at: write.at, memory: write.staged, offset: write.from };
     },
     /** Ends the step; all its work is then issued. */
     end(): void {
@@ -109,5 +109,3 @@ export function openSteps(context: Context, stream: Stream, { graph: wanted }: {
     },
   };
 }
-
-type Typed = typeof Float32Array | typeof Int32Array | typeof Uint16Array;

@@ -1,6 +1,7 @@
 /** NCCL: collectives between GPUs, one communicator per process and group. Its calls go into streams of the current context. */
 
 import type { LibraryHandle } from "koffi";
+import { dtypes } from "../../schemas/dtypes.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -40,10 +41,9 @@ type Nccl = ReturnType<typeof openNccl>;
 let opened: Nccl | undefined;
 const nccl = (): Nccl => (opened ??= openNccl());
 
-/** NCCL_UNIQUE_ID_BYTES, NCCL_SPLIT_NOCOLOR, and the values of ncclDataType_t, ncclRedOp_t and of ncclResult_t */
+/** NCCL_UNIQUE_ID_BYTES, NCCL_SPLIT_NOCOLOR, and the values of ncclRedOp_t and of ncclResult_t */
 const idBytes = 128;
 const NOCOLOR = -1;
-const types: Record<Dtype, number> = { i32: 2, f16: 6, f32: 7, bf16: 9 };
 const reductions = { sum: 0, max: 2 } as const;
 const IN_PROGRESS = 7;
 
@@ -111,27 +111,27 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
     rank,
     ranks,
     allReduce: (from, to, count, stream, dtype = "f32", by = "sum") =>
-      check("ncclAllReduce", allReduce(from, to, count, types[dtype], reductions[by], own, stream)),
-    allGather: (from, to, count, stream, dtype) => check("ncclAllGather", allGather(from, to, count, types[dtype], own, stream)),
+      check("ncclAllReduce", allReduce(from, to, count, dtypes[dtype].nccl, reductions[by], own, stream)),
+    allGather: (from, to, count, stream, dtype) => check("ncclAllGather", allGather(from, to, count, dtypes[dtype].nccl, own, stream)),
     reduceScatter: (from, to, count, stream, dtype) =>
-      check("ncclReduceScatter", reduceScatter(from, to, count, types[dtype], reductions.sum, own, stream)),
+      check("ncclReduceScatter", reduceScatter(from, to, count, dtypes[dtype].nccl, reductions.sum, own, stream)),
     allToAll: (from, to, count, stream, dtype) => {
-      if (allToAll) return check("ncclAlltoAll", allToAll(from, to, count, types[dtype], own, stream));
+      if (allToAll) return check("ncclAlltoAll", allToAll(from, to, count, dtypes[dtype].nccl, own, stream));
       check("ncclGroupStart", groupStart());
       for (let peer = 0; peer < ranks; peer++) {
-        check("ncclSend", send(at(from, peer, count, dtype), count, types[dtype], peer, own, stream));
-        check("ncclRecv", recv(at(to, peer, count, dtype), count, types[dtype], peer, own, stream));
+        check("ncclSend", send(at(from, peer, count, dtype), count, dtypes[dtype].nccl, peer, own, stream));
+        check("ncclRecv", recv(at(to, peer, count, dtype), count, dtypes[dtype].nccl, peer, own, stream));
       }
       check("ncclGroupEnd", groupEnd());
     },
     shift: (from, to, count, stream, dtype) => {
       check("ncclGroupStart", groupStart());
-      check("ncclSend", send(from, count, types[dtype], (rank + 1) % ranks, own, stream));
-      check("ncclRecv", recv(to, count, types[dtype], (rank + ranks - 1) % ranks, own, stream));
+      check("ncclSend", send(from, count, dtypes[dtype].nccl, (rank + 1) % ranks, own, stream));
+      check("ncclRecv", recv(to, count, dtypes[dtype].nccl, (rank + ranks - 1) % ranks, own, stream));
       check("ncclGroupEnd", groupEnd());
     },
-    send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, types[dtype], peer, own, stream)),
-    recv: (to, count, peer, stream, dtype) => check("ncclRecv", recv(to, count, types[dtype], peer, own, stream)),
+    send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, dtypes[dtype].nccl, peer, own, stream)),
+    recv: (to, count, peer, stream, dtype) => check("ncclRecv", recv(to, count, dtypes[dtype].nccl, peer, own, stream)),
     split: (members) => {
       const into = new BigUint64Array(1);
       check("ncclCommSplit", split(own, members?.[0] ?? NOCOLOR, rank, into, null));

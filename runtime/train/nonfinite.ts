@@ -2,6 +2,8 @@
  * Steps that change no weights because a metric is not finite: which metric, the error that ends the run, and the instruction that
  * produced the value. The device skips such a step (src/ops/optimizer.ts); the host detects it from the metrics.
  */
+
+import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -88,7 +90,7 @@ export function inspector(bufferOf: (rank: number, id: string) => Buffer, backen
   /** Returns the first non-finite value of a buffer; of ragged buffers only existing rows are read. */
   async function badIn(rank: number, id: string, copy: number): Promise<number | undefined> {
     const b = bufferOf(rank, id);
-    if (b.dtype === "i32") return undefined;
+    if (dtypes[b.dtype].kind === "integer") return undefined;
     const index = b.rows === undefined ? undefined : await backend(rank).read(bufferOf(rank, b.rows), copy);
     const data: HostData = await backend(rank).read(b, copy);
     const used = index ? (data.length / b.shape[0]!) * index[0]! : data.length;

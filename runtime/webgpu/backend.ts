@@ -3,12 +3,12 @@
  */
 /// <reference types="@webgpu/types" />
 
+import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf, globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { HostData, LocalRanks, RankDevice } from "../backend.ts";
+import type { LocalRanks, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
-import { decodeFloat16, encodeFloat16 } from "../float16.ts";
 import { type BufferRange, type GpuArenas, type Limits, makeArenas } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
 import { webgpuComm } from "./comm.ts";
@@ -152,13 +152,11 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
       for (const d of (copies[copy] ??= bound(i, copy))) commands.dispatch(d);
     },
     write(b, copy, data) {
-      const half = b.dtype === "bf16" || b.dtype === "f16" ? new Uint16Array(data.length) : undefined;
-      if (half) encodeFloat16(b.dtype, half, data as Float32Array);
-      commands.write(arenas.place(b, copy), half ?? data);
+      commands.write(arenas.place(b, copy), encoded(b.dtype, data).words);
     },
     async read(b, copy) {
       const [bytes] = await commands.read([arenas.place(b, copy)]);
-      return hostData(b, bytes!);
+      return valuesIn(typedMemory(b.dtype, bytes!, 0, elementsOf(b.shape)));
     },
   };
 }
@@ -170,11 +168,3 @@ const scratchFrom = (arg: Arg): number | undefined =>
 /** Returns the row index that an op writes or reads. */
 const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>
   i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)!).find((b) => b.ragged)?.rows;
-
-function hostData(b: Buffer, bytes: ArrayBuffer): HostData {
-  if (b.dtype === "i32") return new Int32Array(bytes);
-  if (b.dtype === "f32") return new Float32Array(bytes);
-  const wide = new Float32Array(elementsOf(b.shape));
-  decodeFloat16(b.dtype, wide, new Uint16Array(bytes));
-  return wide;
-}

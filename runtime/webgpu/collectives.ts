@@ -2,6 +2,7 @@
  * Kernels of collectives among ranks that share a device; they depend on the plan's groups. Sums and maxima are computed in f32, in the
  * order of the sources.
  */
+import { wgslDirectives, wgslType } from "../../schemas/dtypes.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import type { ShaderSource } from "./pipelines.ts";
 
@@ -21,8 +22,6 @@ export interface Reduce {
   readonly more: boolean;
 }
 
-const wgslType: Readonly<Record<Dtype, string>> = { f32: "f32", f16: "f16", i32: "i32", bf16: "u32" };
-const enable = (dtypes: readonly Dtype[]): string => (dtypes.includes("f16") ? "enable f16;\n" : "");
 const buffer = (binding: number, name: string, type: string): string =>
   `@group(0) @binding(${binding}) var<storage, read_write> ${name}: array<${type}>;\n`;
 const entry = `@compute @workgroup_size(${THREADS})
@@ -35,7 +34,7 @@ export function reduceSource({ reduction, dtype, sources, more }: Reduce): Shade
   const values = Array.from({ length: sources }, (_, s) => `f32(x${s}[i])`);
   const all = more ? ["total[i]", ...values] : values;
   const combined = all.reduce((left, right) => (reduction === "sum" ? `${left} + ${right}` : `max(${left}, ${right})`));
-  const code = `${enable([dtype])}${values.map((_, s) => buffer(s, `x${s}`, wgslType[dtype])).join("")}${buffer(sources, "total", "f32")}
+  const code = `${wgslDirectives([dtype])}${values.map((_, s) => buffer(s, `x${s}`, wgslType(dtype))).join("")}${buffer(sources, "total", "f32")}
 ${entry}  if (i >= arrayLength(&total)) { return; }
   total[i] = ${combined};
 }
@@ -49,10 +48,10 @@ ${entry}  if (i >= arrayLength(&total)) { return; }
 
 /** Returns the kernel to[place.y + i] = from[place.x + i], i < place.z: copies 16-bit blocks that are not word-aligned, and converts types. */
 export function placeSource(from: Dtype, to: Dtype): ShaderSource {
-  const code = `${enable([from, to])}${buffer(0, "source", wgslType[from])}${buffer(1, "result", wgslType[to])}@group(0) @binding(2) var<uniform> place: vec4u;
+  const code = `${wgslDirectives([from, to])}${buffer(0, "source", wgslType(from))}${buffer(1, "result", wgslType(to))}@group(0) @binding(2) var<uniform> place: vec4u;
 
 ${entry}  if (i >= place.z) { return; }
-  result[place.y + i] = ${wgslType[to]}(source[place.x + i]);
+  result[place.y + i] = ${wgslType(to)}(source[place.x + i]);
 }
 `;
   return { name: `a block of ${from} as ${to}`, code, entries: [{ entry: "main", buffers: 2, uniform: true }] };

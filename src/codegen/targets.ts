@@ -2,6 +2,7 @@
  * Targets with their kernel generators. The kernel tables and templates of a target are imported when it is requested, so that compiling for
  * the CPU does not load them.
  */
+import { wgslFeature } from "../../schemas/dtypes.ts";
 import type { Device } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { invariant } from "../ops/op.ts";
@@ -32,7 +33,7 @@ export async function loadTarget(text: string): Promise<Target> {
     if (profile) {
       const { wgslKernels } = await import("./wgsl/index.ts");
       const generate = (spec: KernelSpec): GeneratedKernel => {
-        if (profile === "baseline" && Object.values(spec.dtype).includes("f16"))
+        if (profile === "baseline" && wgslFeature(Object.values(spec.dtype)) === "f16")
           throw new Trouble(
             "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
             "write --target webgpu:f16, or train.precision: fp32",

@@ -8,6 +8,8 @@
  *   B~S~E   one ragged dim: the rows (b,s,e) that exist, sorted by e, then b, then s; each of B, S, E may be sharded
  *   ...     any dims, equal in all operands with `...`
  */
+
+import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 
@@ -190,7 +192,7 @@ export function op<const S extends string, const N extends GraphOpName>(def: Dec
     const position = Math.max(...args.map((v) => v.node?.position ?? v.leaf!.position));
     const size = sizesOf({ op: self, args, attrs });
     const node: Node = { op: self, args, attrs, outs: [], size, id, position, backward: false };
-    const like = args.find((v) => v.dtype !== "i32")?.dtype ?? "f32";
+    const like = args.find((v) => dtypes[v.dtype].kind === "float")?.dtype ?? "f32";
     const rows = args.find((v) => v.ragged) ?? { fanout: attrs.k ?? 0, ...(attrs.quota ? { quota: quotaOf(attrs) } : {}) };
     for (const [out, o] of expand(node).outputs.entries())
       node.outs.push({

@@ -7,7 +7,6 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { LocalRanks } from "../../runtime/backend.ts";
 import { openCorpus } from "../../runtime/data/corpus.ts";
-import { encodeFloat16 } from "../../runtime/float16.ts";
 import { readingOf } from "../../runtime/train/inputs.ts";
 import { runOn } from "../../runtime/train/loop.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
@@ -16,6 +15,7 @@ import { commandsOn, type Dispatch } from "../../runtime/webgpu/commands.ts";
 import { dawn, openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import { openDevice, usage } from "../../runtime/webgpu/device.ts";
 import { type ComputePipeline, compiler, isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
+import { encoded } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { blockOf } from "../../schemas/program.ts";
@@ -118,8 +118,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const commands = commandsOn(gpu, { timed: true });
   const next = random(7);
   const pattern = Float32Array.from({ length: 1 << 20 }, next);
-  const halves = new Uint16Array(pattern.length);
-  encodeFloat16("f16", halves, pattern);
+  const halves = encoded("f16", pattern).words;
   const make = (bytes: number) =>
     device.createBuffer({ size: Math.ceil(bytes / 16) * 16, usage: usage.storage | usage.copyTarget | usage.copySource });
   const filled = (elements: number, dtype: Dtype) => {

@@ -3,7 +3,7 @@
  * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
  */
 import { expect } from "vitest";
-import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
+import { encoded, valuesIn } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
@@ -85,12 +85,8 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
 
 /** What a value becomes when stored. */
 export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
-  if (bytesOf[dtype] !== 2) return x.slice();
-  const words = new Uint16Array(x.length);
-  const out = new Float32Array(x.length);
-  encodeFloat16(dtype, words, x);
-  decodeFloat16(dtype, out, words);
-  return out;
+  const stored = encoded(dtype, x);
+  return stored.codec === null ? x.slice() : Float32Array.from(valuesIn(stored));
 }
 
 // -- cases

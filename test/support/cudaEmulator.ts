@@ -9,7 +9,7 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { koffi } from "../../runtime/cuda/libraries.ts";
-import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
+import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Launch, TensorMap } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
@@ -184,11 +184,8 @@ function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: Tens
 export function initial(name: string, data: Readonly<Buffers>, use: KernelSpec): Uint8Array {
   const values = data[name]!;
   if (isMadeAnew(name, use)) return new Uint8Array(values.length * bytesOf[typeOf(name, use)]).fill(0xff);
-  if (values instanceof Int32Array || typeOf(name, use) === "f32")
-    return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
-  const words = new Uint16Array(values.length);
-  encodeFloat16(typeOf(name, use), words, values);
-  return new Uint8Array(words.buffer);
+  const { words } = encoded(typeOf(name, use), values);
+  return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 }
 const typeOf = (name: string, use: KernelSpec) => use.dtype[name] ?? "i32";
 function isMadeAnew(name: string, use: KernelSpec): boolean {
@@ -198,11 +195,5 @@ function isMadeAnew(name: string, use: KernelSpec): boolean {
 const outputs = (use: KernelSpec): string[] => ops[use.op].outputs.map((o) => o.name);
 
 export function unpack(bytes: Buffer, name: string, use: KernelSpec): Float32Array | Int32Array {
-  const type = typeOf(name, use);
-  const own = new Uint8Array(bytes).buffer;
-  if (type === "i32") return new Int32Array(own);
-  if (type === "f32") return new Float32Array(own);
-  const out = new Float32Array(bytes.length / 2);
-  decodeFloat16(type, out, new Uint16Array(own));
-  return out;
+  return valuesIn(typedMemory(typeOf(name, use), new Uint8Array(bytes).buffer));
 }

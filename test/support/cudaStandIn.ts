@@ -12,7 +12,7 @@ import { join } from "node:path";
 import { vi } from "vitest";
 import { cubinFile } from "../../runtime/cuda/kernels.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
-import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
+import { typedMemory } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -151,7 +151,7 @@ function byReference(
     const memory = (b: Pick<Buffer, "dtype" | "shape">) => {
       const count = elementsOf(b.shape);
       const bytes = bytesAt(params.getBigUint64(8 * at++, true), count * bytesOf[b.dtype]);
-      return b.dtype === "f32" ? new Float32Array(bytes) : b.dtype === "i32" ? new Int32Array(bytes) : new Uint16Array(bytes);
+      return typedMemory(b.dtype, bytes);
     };
     const after: (() => void)[] = [];
     const t = Object.fromEntries(
@@ -159,15 +159,15 @@ function byReference(
         const own = memory(b);
         const output = name in i.writes;
         const accumulates = i.accumulates?.includes(name);
-        const view = own instanceof Uint16Array ? new Float32Array(own.length) : (own as Float32Array);
-        if (own instanceof Uint16Array && (!output || accumulates)) decodeFloat16(b.dtype, view, own);
+        const view = own.codec ? new Float32Array(own.words.length) : (own.words as Float32Array);
+        if (own.codec && (!output || accumulates)) own.codec.decode(view, own.words);
         if (output && !accumulates) view.fill(0);
-        if (own instanceof Uint16Array && output) after.push(() => encodeFloat16(b.dtype, own, view));
+        if (own.codec && output) after.push(() => own.codec.encode(own.words, view));
         return [name, view];
       }),
     );
-    const rows = given.rows ? (memory(given.rows) as Int32Array) : new Int32Array(1);
-    const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }) as Int32Array) : undefined;
+    const rows = given.rows ? (memory(given.rows).words as Int32Array) : new Int32Array(1);
+    const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }).words as Int32Array) : undefined;
     const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(8 * at + 4 * n, true)]));
     // what one kernel is told is another's at every use
     const own = Object.fromEntries(

@@ -4,8 +4,9 @@
  * f32 in its place: that shows everything but the rounding.
  */
 /// <reference types="@webgpu/types" />
-import { decodeFloat16, encodeFloat16 } from "../../runtime/float16.ts";
+
 import { isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
+import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Dtype, Launch } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
@@ -101,10 +102,10 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
 
       const result: Buffers = {};
       const used = new Uint8Array(bytes);
-      for (const [name, x] of Object.entries(data)) {
+      for (const name of Object.keys(data)) {
         const end = offsets[name]! + sizeOf(name);
         used.fill(1, offsets[name], end);
-        result[name] = unpacked(after.slice(offsets[name], end), x, stored(use.dtype[name]));
+        result[name] = unpacked(after.slice(offsets[name], end), stored(use.dtype[name]));
       }
       const past = after.findIndex((byte, i) => !used[i] && byte !== 0xff);
       if (past >= 0) throw new Error(`byte ${past} was written, which belongs to no operand (they begin at ${JSON.stringify(offsets)})`);
@@ -114,16 +115,11 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
 }
 
 function packed(x: Float32Array | Int32Array, dtype: Dtype): Uint8Array {
-  if (bytesOf[dtype] !== 2) return new Uint8Array(x.buffer, x.byteOffset, x.byteLength);
-  const words = new Uint16Array(x.length);
-  encodeFloat16(dtype, words, x as Float32Array);
-  return new Uint8Array(words.buffer);
+  const { words } = encoded(dtype, x);
+  return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 }
-function unpacked(bytes: Uint8Array, like: Float32Array | Int32Array, dtype: Dtype): Float32Array | Int32Array {
-  if (bytesOf[dtype] !== 2) return like instanceof Int32Array ? new Int32Array(bytes.buffer) : new Float32Array(bytes.buffer);
-  const out = new Float32Array(like.length);
-  decodeFloat16(dtype, out, new Uint16Array(bytes.buffer));
-  return out;
+function unpacked(bytes: Uint8Array, dtype: Dtype): Float32Array | Int32Array {
+  return valuesIn(typedMemory(dtype, new Uint8Array(bytes).buffer));
 }
 /** The arguments of a launch, and those that are buffers. */
 function named(args: Launch["args"]): { names: string[]; buffers: string[] } {

@@ -1,5 +1,6 @@
 /** Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. */
 
+import { cudaType } from "../../../schemas/dtypes.ts";
 import type { Dtype } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
@@ -8,6 +9,8 @@ import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
 import type { Arch } from "../targetNames.ts";
 import { source } from "./prelude.ts";
+
+export { cudaType };
 
 /** The formula of an elementwise kernel. In expressions the name of an operand is its element, `row` the row index, and `<name>At` the pointer of an indexed operand. */
 export interface CudaFormula {
@@ -212,8 +215,6 @@ export function vectorOf(row: number, types: readonly Dtype[]): number {
   while (row % width !== 0) width /= 2;
   return width;
 }
-
-export const cudaType = (t: Dtype): string => (t === "f32" ? "float" : t === "i32" ? "int" : t);
 
 /** Returns a number as a CUDA f32 literal. */
 export function f32(x: number): string {

@@ -1,4 +1,5 @@
 /** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { type Float16, float16Types, source } from "./prelude.ts";
@@ -10,13 +11,12 @@ type Edge = 128 | 64 | 32;
 const ENOUGH = 100;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
-const typeOf = { f32: "float", bf16: "bf16", f16: "f16", i32: "int" } as const;
 
 const edgeOf = <E extends Edge>(p: CudaProduct, edges: readonly E[]): E => edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
 function tilesText(p: CudaProduct, edge: Edge, tileK: number): string {
   return render("cuda/gemm_tiles.cuh", {
-    ...{ m: p.m, n: p.n, depth: p.depth, experts: p.experts, adds: flag(p.adds), out: typeOf[p.c.dtype] },
+    ...{ m: p.m, n: p.n, depth: p.depth, experts: p.experts, adds: flag(p.adds), out: cudaType(p.c.dtype) },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
     ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst) },
     ...{ tileM: edge, tileN: edge, tileK, raster: 8 },
@@ -51,7 +51,14 @@ export function simt(spec: KernelSpec, p: CudaProduct, edge: Edge = edgeOf(p, [1
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (sidesOf(p, operand)[0] % 4 === 0 ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
-    ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, perThread: each, a: typeOf[p.a.dtype], b: typeOf[p.b.dtype] },
+    ...{
+      name: spec.name,
+      ragged: p.ragged !== undefined,
+      offsets: p.offsets,
+      perThread: each,
+      a: cudaType(p.a.dtype),
+      b: cudaType(p.b.dtype),
+    },
     ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, 16) },
   });
   return launched(spec, p, edge, { threads: (edge / each) ** 2, shared: 0 }, body);

@@ -134,9 +134,10 @@ function made(spec: KernelSpec, passes: readonly Pass[]): GeneratedKernel {
     const { entry, buffers, start } = p;
     return { entry, grid: places(p), threads, buffers, starts, attrs, uniform: start };
   });
-  const dots: EntryPoint = {
+  const dotGroups = Math.ceil(count / DOT_THREADS);
+  const dots = (): EntryPoint => ({
     entry: `${spec.name}_dots`,
-    grid: Math.ceil(count / DOT_THREADS),
+    grid: dotGroups,
     threads: DOT_THREADS,
     buffers: [
       operand(spec, "dy"),
@@ -145,8 +146,8 @@ function made(spec: KernelSpec, passes: readonly Pass[]): GeneratedKernel {
       ...(drops ? [operand(spec, "sample")] : []),
     ],
     ...(moved ? { starts, uniform: "start_dots" } : {}),
-  };
-  const entries = grad ? [dots, ...main] : main;
+  });
+  const entries = grad ? [dots(), ...main] : main;
   const outputs = sums.map((s) => s.to);
   const { bindings, launches } = bound(entries);
   const source = render("wgsl/attention.wgsl", {
@@ -158,7 +159,7 @@ function made(spec: KernelSpec, passes: readonly Pass[]): GeneratedKernel {
     }),
     ...{ threads, rows, columns, across, stageWords, weightWords: (columns * rows) / 4, rowWords: rows / 4 },
     ...{ queries: S, queryHeads: G * M, headsOfSequence: S * G * M, queryPlace: placeOf(sizes, "q"), scale: float(sizes.scale) },
-    ...{ dotThreads: DOT_THREADS, dotIndex: foldGrid(dots.grid as number).index, dotCount: count, valueChannels: W },
+    ...{ dotThreads: DOT_THREADS, dotIndex: foldGrid(dotGroups).index, dotCount: count, valueChannels: W },
     loaders: Object.keys(spec.dtype)
       .filter((name) => name !== "lse" && name !== "sample" && !outputs.includes(name))
       .map((name) => ({ name, ...lie(spec, sizes, name), value: loaded(spec, name) })),

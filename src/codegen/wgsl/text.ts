@@ -2,8 +2,8 @@
  * Helpers of all WGSL sources: bindings, grids and type names. The text of the bindings and the arguments of the launch are made from one
  * list, so that they agree.
  */
+import { wgslDirectives, wgslType } from "../../../schemas/dtypes.ts";
 import type { Dtype, Launch } from "../../../schemas/plan.ts";
-import { Trouble } from "../../../schemas/trouble.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 
@@ -35,12 +35,8 @@ const MAX_GROUPS = 65535;
 const MAX_BUFFERS = 8;
 const MAX_THREADS = 256;
 
-/** Returns the WGSL type of an element. Throws a Trouble for bf16, which WGSL does not have. */
-export function scalar(dtype: Dtype): "f32" | "f16" | "i32" {
-  if (dtype === "bf16")
-    throw new Trouble("the job trains in bf16, which WebGPU does not have", "write train.precision: fp32, or compile for cuda");
-  return dtype;
-}
+/** Returns the WGSL type of an element. Throws a Trouble for a type that WGSL does not have. */
+export const scalar = wgslType;
 
 /** Returns the vector type of a width: `f32`, or `vec4<f32>` for width 4. */
 export const vector = (type: string, width: number): string => (width === 1 ? type : `vec${width}<${type}>`);
@@ -49,7 +45,7 @@ export const vector = (type: string, width: number): string => (width === 1 ? ty
 export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as const).find((w) => sizes.every((n) => n % w === 0)) ?? 1;
 
 /** Returns the directives of a source with these operands. */
-export const header = (dtypes: Readonly<Record<string, Dtype>>): string => (Object.values(dtypes).includes("f16") ? "enable f16;\n" : "");
+export const header = (dtypes: Readonly<Record<string, Dtype>>): string => wgslDirectives(Object.values(dtypes));
 
 /** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
 export function kernel(spec: KernelSpec, entries: readonly EntryPoint[], texts: readonly string[], scratch = 0): GeneratedKernel {
