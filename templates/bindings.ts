@@ -276,14 +276,6 @@ interface CudaExpertCountsCu {
 interface CudaF16Cuh {
 }
 
-interface CudaGatherCu {
-  readonly name: string | number;
-  readonly p: string | number;
-  readonly rows: string | number;
-  readonly width: string | number;
-  readonly x: string | number;
-}
-
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
@@ -496,6 +488,8 @@ interface CudaRopeCu {
 }
 
 interface CudaRowReduceCu {
+  readonly after: readonly (string | number)[];
+  readonly beside: readonly { readonly name: string | number; readonly type: string | number }[];
   readonly lanes: string | number;
   readonly name: string | number;
   readonly op: string | number;
@@ -855,14 +849,6 @@ interface WgslGatedRowsGradWgsl {
   readonly threads: string | number;
   readonly vector: string | number;
   readonly vectors: string | number;
-}
-
-interface WgslGatherWgsl {
-  readonly columns: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
 }
 
 interface WgslGemmWgsl {
@@ -1253,6 +1239,7 @@ interface WgslUnpermuteWgsl {
 }
 
 interface WgslVocabRowWgsl {
+  readonly after: readonly (string | number)[];
   readonly before: readonly (string | number)[];
   readonly columns: string | number;
   readonly entry: string | number;
@@ -1293,7 +1280,6 @@ export interface Templates {
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/expert_counts.cu": CudaExpertCountsCu;
   readonly "cuda/f16.cuh": CudaF16Cuh;
-  readonly "cuda/gather.cu": CudaGatherCu;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
@@ -1338,7 +1324,6 @@ export interface Templates {
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
   readonly "wgsl/gated_rows_grad.wgsl": WgslGatedRowsGradWgsl;
-  readonly "wgsl/gather.wgsl": WgslGatherWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
   readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;

@@ -6,7 +6,7 @@ import { hasExperts, type Job } from "../../schemas/job.ts";
 import { gemm, gemmDgrad } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
-import { embed, gather, mean, nll, rowMax, sumExp, weightedSum } from "../ops/vocab.ts";
+import { embed, mean, nll, rowMax, softmaxTerms, weightedSum } from "../ops/vocab.ts";
 import { headAt, layerAt, pipelineOf, stageOfVirtual } from "../passes/pipeline.ts";
 import { copyOf, dropped, type Loss, type ModuleBuilder, moduleBuilders, streamAxes } from "./builder.ts";
 import { layer } from "./layer.ts";
@@ -69,8 +69,7 @@ function crossEntropy(
 ): Value {
   const at = (name: string): string => `${prefix}${name}`;
   const max = rowMax.of({ x: logits }, {}, at("loss.max"));
-  const s = sumExp.of({ x: logits, m: max }, {}, at("loss.sum_exp"));
-  const p = gather.of({ x: logits, target: module.input(`labels${suffix}`) }, {}, at("loss.pick"));
+  const { s, p } = softmaxTerms.all({ x: logits, m: max, target: module.input(`labels${suffix}`) }, {}, at("loss.terms"));
   const l = nll.of({ m: max, s, p }, {}, at("loss.nll"));
   const { train, model, data } = module.job;
   // the last tokens of a sequence have no further token to predict, so their weight is 0

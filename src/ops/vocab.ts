@@ -44,45 +44,34 @@ export const rowMax = op({
     }
   },
 });
-/** `m` has no gradient: its contributions here and in `nll` cancel. */
-export const sumExp = op({
-  name: "sum_exp",
-  sig: "x[B,S,V] m[B,S] -> s[B,S]",
-  types: { s: "f32" },
-  cpu({ x, m, s }, { V }) {
+/**
+ * What each shard of the vocabulary adds to the loss of a token: s, the sum of exp(x − m), and p, the logit of the target, which one shard
+ * holds. `m` has no gradient: its contributions here and in `nll` cancel.
+ */
+export const softmaxTerms = op({
+  name: "softmax_terms",
+  sig: "x[B,S,V] m[B,S] target[B,S] -> s[B,S] p[B,S]",
+  types: { s: "f32", p: "f32" },
+  gradOutputs: ["s", "p"],
+  cpu({ x, m, target, s, p }, { V }, place) {
     for (let t = 0; t < s.length; t++) {
       let sum = 0;
       for (let v = 0; v < V; v++) sum += Math.exp(x[t * V + v]! - m[t]!);
       s[t] = sum;
     }
-  },
-  grad: ({ x, m }, { dy }): Grads => ({ x: sumExpGrad.of({ x, m, dy }) }),
-});
-export const sumExpGrad = op({
-  name: "sum_exp_grad",
-  sig: "x[B,S,V] m[B,S] dy[B,S] -> dx[B,S,V]",
-  cpu({ x, m, dy, dx }, { V }) {
-    for (let t = 0; t < dy.length; t++) for (let v = 0; v < V; v++) dx[t * V + v] = dy[t]! * Math.exp(x[t * V + v]! - m[t]!);
-  },
-});
-export const gather = op({
-  name: "gather",
-  sig: "x[B,S,V] target[B,S] -> p[B,S]",
-  types: { p: "f32" },
-  cpu({ x, target, p }, { V }, place) {
     here(target, place.start("V"), V, (t, v) => {
       p[t] = x[t * V + v]!;
     });
   },
-  grad: ({ x, target }, { dy }): Grads => ({ x: gatherGrad.of({ x, target, dy }) }),
+  grad: ({ x, m, target }, { dys: [ds, dp] }): Grads => ({ x: softmaxTermsGrad.of({ x, m, target, ds: ds!, dp: dp! }) }),
 });
-/** Gradient with respect to x, of which only the shape is read. */
-export const gatherGrad = op({
-  name: "gather_grad",
-  sig: "x[B,S,V] target[B,S] dy[B,S] -> dx[B,S,V]",
-  cpu({ target, dy, dx }, { V }, p) {
-    here(target, p.start("V"), V, (t, v) => {
-      dx[t * V + v] = dy[t]!;
+export const softmaxTermsGrad = op({
+  name: "softmax_terms_grad",
+  sig: "x[B,S,V] m[B,S] target[B,S] ds[B,S] dp[B,S] -> dx[B,S,V]",
+  cpu({ x, m, target, ds, dp, dx }, { V }, place) {
+    for (let t = 0; t < ds.length; t++) for (let v = 0; v < V; v++) dx[t * V + v] = ds[t]! * Math.exp(x[t * V + v]! - m[t]!);
+    here(target, place.start("V"), V, (t, v) => {
+      dx[t * V + v]! += dp[t]!;
     });
   },
 });

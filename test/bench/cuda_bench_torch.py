@@ -366,26 +366,30 @@ class Cases:
     def peers_row_max(self, d, b, case):
         return {"amax": lambda: b["x"].amax(-1)}
 
-    def fill_sum_exp(self, d, b, case):
+    def fill_softmax_terms(self, d, b, case):
         b["m"].copy_(b["x"].amax(-1))
+        b["target"].random_(0, d["V"])
 
-    fill_sum_exp_grad = fill_sum_exp
+    fill_softmax_terms_grad = fill_softmax_terms
 
-    def reference_sum_exp(self, d, b, case):
-        return {"s": (b["x"].float() - b["m"].unsqueeze(-1)).exp().sum(-1)}
+    def reference_softmax_terms(self, d, b, case):
+        x = b["x"].float()
+        p = x.gather(-1, b["target"].long().unsqueeze(-1)).squeeze(-1)
+        return {"s": (x - b["m"].unsqueeze(-1)).exp().sum(-1), "p": p}
 
-    def peers_sum_exp(self, d, b, case):
+    def peers_softmax_terms(self, d, b, case):
         peers = self.several("exp(x-m).sum", lambda x, m: (x.float() - m.unsqueeze(-1)).exp().sum(-1), b["x"], b["m"])
         return {**peers, "logsumexp": lambda: torch.logsumexp(b["x"], -1)}
 
-    def reference_sum_exp_grad(self, d, b, case):
-        return {"dx": (b["x"].float() - b["m"].unsqueeze(-1)).exp() * b["dy"].unsqueeze(-1)}
+    def reference_softmax_terms_grad(self, d, b, case):
+        dx = (b["x"].float() - b["m"].unsqueeze(-1)).exp() * b["ds"].unsqueeze(-1)
+        return {"dx": dx.scatter_add_(-1, b["target"].long().unsqueeze(-1), b["dp"].unsqueeze(-1))}
 
-    def peers_sum_exp_grad(self, d, b, case):
-        def slope(x, m, dy):
-            return ((x.float() - m.unsqueeze(-1)).exp() * dy.unsqueeze(-1)).bfloat16()
-
-        return self.several("exp(x-m)*dy", slope, b["x"], b["m"], b["dy"])
+    def peers_softmax_terms_grad(self, d, b, case):
+        x = b["x"].detach().requires_grad_()
+        target = b["target"].long().view(-1)
+        loss = F.cross_entropy(flat(x), target, reduction="none")
+        return {"F.cross_entropy backward": lambda: torch.autograd.grad(loss, x, b["dp"].view(-1).to(loss.dtype), retain_graph=True)}
 
     def fill_cross_entropy(self, d, b, case):
         b["target"].random_(0, d["V"])

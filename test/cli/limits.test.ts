@@ -6,7 +6,7 @@ import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import type { Leaf, Value } from "../../src/ops/op.ts";
-import { gather, mean } from "../../src/ops/vocab.ts";
+import { mean, nll, rowMax, softmaxTerms } from "../../src/ops/vocab.ts";
 import { addBackward } from "../../src/passes/backward.ts";
 
 test.each([
@@ -20,7 +20,9 @@ test.each([
   const gain = leaf("parameter", "gain", [4]);
   let x = leaf("input", "x", [1, 1, 4]);
   for (let i = 0; i < 10_000; i++) x = rmsnorm.of({ x, gain }, { eps: 1e-5 }, `norm${i}`);
-  const l = gather.of({ x, target: { ...leaf("input", "target", [1, 1]), dtype: "i32" } }, {}, "picked");
+  const m = rowMax.of({ x }, {}, "largest");
+  const target: Value = { ...leaf("input", "target", [1, 1]), dtype: "i32" };
+  const l = nll.of({ m, ...softmaxTerms.all({ x, m, target }, {}, "terms") }, {}, "token");
   const value = mean.of({ l }, { count: 1 }, "loss");
   const { order, parameterGrads } = addBackward([{ name: "loss", value }], ({ op }) => again && op === rmsnorm);
   expect(parameterGrads.get(gain)!.length).toBe(10_000);

@@ -43,7 +43,28 @@ export const isOutput = (op: OpName, name: string): boolean => ops[op].outputs.s
 // -- types
 
 /** Inputs that are f32 in any job: what a router makes of its scores, what the loss is made of, the log-sum-exp of attention, gradients of parameters. */
-const always = new Set(["p", "c", "d", "n", "bias", "s", "m", "l", "weight", "lse", "la", "lb", "g", "scale", "lr", "step", "sq", "by"]);
+const always = new Set([
+  "p",
+  "c",
+  "d",
+  "n",
+  "bias",
+  "s",
+  "m",
+  "l",
+  "weight",
+  "lse",
+  "la",
+  "lb",
+  "g",
+  "scale",
+  "lr",
+  "step",
+  "sq",
+  "by",
+  "ds",
+  "dp",
+]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
 const indices = new Set(["ids", "target", "sample"]);

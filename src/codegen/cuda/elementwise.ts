@@ -76,10 +76,14 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
   nll_grad: () => ({ streams: ["s", "dy"], outputs: { ds: "dy / s", dp: "-dy" } }),
   mean_grad: ({ count }) => ({ streams: [], scalars: ["dy"], outputs: { dl: `dy * ${f32(1 / count!)}` } }),
   weighted_sum_grad: () => ({ streams: ["weight"], scalars: ["dy"], outputs: { dl: "weight * dy" } }),
-  sum_exp_grad: ({ V }) => ({
-    ...{ streams: ["x"], indexed: ["m", "dy"], width: V! },
-    row: ["const float m = widen(mAt[row]);", "const float dy = widen(dyAt[row]);"],
-    outputs: { dx: "dy * fastExp(x - m)" },
+  softmax_terms_grad: ({ V }, start) => ({
+    ...{ streams: ["x"], indexed: ["m", "target", "ds", "dp"], width: V! },
+    row: [
+      "const float m = widen(mAt[row]), ds = widen(dsAt[row]), dp = widen(dpAt[row]);",
+      // an id of another shard is below 0 or at least V, so it matches no element
+      `const int here = targetAt[row] - ${start} - int(at % (${V} / N)) * N;`,
+    ],
+    outputs: { dx: "ds * fastExp(x - m) + (j == here ? dp : 0.0f)" },
   }),
   embed: ({ V, D }, start) => ({
     ...{ streams: [], indexed: ["ids"], width: D! },
@@ -91,15 +95,6 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
       ].join(" "),
     },
     outputs: { x: "table" },
-  }),
-  gather_grad: ({ V }, start) => ({
-    ...{ streams: [], indexed: ["target", "dy"], width: V! },
-    row: [
-      "const float dy = widen(dyAt[row]);",
-      // an id of another shard is below 0 or at least V, so it matches no element
-      `const int here = targetAt[row] - ${start} - int(at % (${V} / N)) * N;`,
-    ],
-    outputs: { dx: "j == here ? dy : 0.0f" },
   }),
   aux_loss_grad: ({ P, S, E, c }) => ({
     ...{ streams: [], scalars: ["dy"], indexed: ["n"], width: E! },
@@ -128,7 +123,7 @@ const formulas: Readonly<Record<string, (d: Sizes, starts: string) => CudaFormul
   }),
 };
 /** The dim whose start an op needs, by op. */
-const starts: Readonly<Record<string, string>> = { embed: "V", gather_grad: "V", dropout: "S", jitter: "S" };
+const starts: Readonly<Record<string, string>> = { embed: "V", softmax_terms_grad: "V", dropout: "S", jitter: "S" };
 
 /** Formula with a random word per element of `x`, named `word` (src/ops/dropout.ts). */
 function atRandom({ S, D, chunk, ranks }: Sizes, start: string, y: string): CudaFormula {

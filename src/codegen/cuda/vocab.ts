@@ -1,4 +1,4 @@
-/** Kernels of embedding and loss that are not elementwise: reductions over a row of logits, the logit of the target, the gradient of the table. */
+/** Kernels of embedding and loss that are not elementwise: reductions over a row of logits, the gradient of the table. */
 
 import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
@@ -10,8 +10,19 @@ import { source } from "./prelude.ts";
 
 export const vocab: Readonly<Record<string, CudaGenerator>> = {
   row_max: (spec) => reduceRows(spec, { what: "largest element", op: "Max", term: "x", scalars: [], to: "m" }),
-  sum_exp: (spec) => reduceRows(spec, { what: "sum of exp(x − m)", op: "Sum", term: "fastExp(x - m)", scalars: ["m"], to: "s" }),
-  gather: gather,
+  softmax_terms: (spec) =>
+    reduceRows(spec, {
+      ...{ what: "sum of exp(x − m), and the logit of its target", op: "Sum", term: "fastExp(x - m)", scalars: ["m"], to: "s" },
+      beside: [
+        { name: "target", type: "const int*" },
+        { name: "p", type: `${cudaType(spec.dtype.p!)}*` },
+        { name: "start", type: "int", arg: "start(V)" },
+      ],
+      after: [
+        "const int v = target[row] - start;",
+        `p[row] = narrow<${cudaType(spec.dtype.p!)}>(v >= 0 && v < ${spec.d.V} ? widen(xAt[row * ${spec.d.V} + v]) : 0.0f);`,
+      ],
+    }),
   embed_grad: embedGrad,
 };
 
@@ -21,9 +32,12 @@ interface Reduction {
   readonly term: string;
   readonly scalars: readonly string[];
   readonly to: string;
+  /** Further parameters, and statements that one thread of a row runs after the reduction. */
+  readonly beside?: readonly { readonly name: string; readonly type: string; readonly arg?: string }[];
+  readonly after?: readonly string[];
 }
 
-function reduceRows(spec: KernelSpec, { to, scalars, ...how }: Reduction): GeneratedKernel {
+function reduceRows(spec: KernelSpec, { to, scalars, beside = [], after = [], ...how }: Reduction): GeneratedKernel {
   const width = spec.d.V!;
   const rows = spec.size[to]!;
   const unroll = 4;
@@ -32,26 +46,21 @@ function reduceRows(spec: KernelSpec, { to, scalars, ...how }: Reduction): Gener
   const body = render("cuda/row_reduce.cu", {
     ...{ name: spec.name, ...how, ...own, vector, unroll, width, rows, x: cudaType(spec.dtype.x!), out: cudaType(spec.dtype[to]!) },
     scalars: scalars.map((name) => ({ name, type: cudaType(spec.dtype[name]!) })),
+    beside: beside.map(({ name, type }) => ({ name, type })),
+    after: [...after],
   });
   const grid: [number, number, number] = [Math.ceil(rows / (own.threads / own.lanes)), 1, 1];
   return {
     source: source(spec, body),
-    launches: [{ entry: spec.name, grid, threads: own.threads, shared: 0, args: ["x", ...scalars, to] }],
-  };
-}
-
-function gather(spec: KernelSpec): GeneratedKernel {
-  const rows = spec.size.p!;
-  const body = render("cuda/gather.cu", {
-    name: spec.name,
-    rows,
-    width: spec.d.V!,
-    x: cudaType(spec.dtype.x!),
-    p: cudaType(spec.dtype.p!),
-  });
-  return {
-    source: source(spec, body),
-    launches: [{ entry: spec.name, grid: [Math.ceil(rows / 256), 1, 1], threads: 256, shared: 0, args: ["x", "target", "p", "start(V)"] }],
+    launches: [
+      {
+        entry: spec.name,
+        grid,
+        threads: own.threads,
+        shared: 0,
+        args: ["x", ...scalars, to, ...beside.map(({ name, arg }) => arg ?? name)],
+      },
+    ],
   };
 }
 

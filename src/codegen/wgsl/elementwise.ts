@@ -162,21 +162,19 @@ const formulas: Readonly<Record<string, (spec: KernelSpec) => WgslFormula>> = {
     results: { dl: `V(dy / ${float(spec.d.count!)})` },
   }),
   weighted_sum_grad: (spec) => ({ width: plain(spec, "dl"), at: { dy: spec.size.dl! }, results: { dl: "weight * V(dy)" } }),
-  sum_exp_grad: ({ d }) => ({ width: widthOf(d.V!), at: { m: d.V!, dy: d.V! }, results: { dx: "dy * exp(x - m)" } }),
-  gather_grad({ d }) {
+  softmax_terms_grad({ d }) {
     const width = widthOf(d.V!);
     const I = vector("i32", width);
     const lanes = width === 1 ? "0" : `${I}(${[0, 1, 2, 3].slice(0, width)})`;
     return {
       width,
-      reads: ["target", "dy"],
-      at: { target: "element", dy: d.V! },
+      at: { m: d.V!, target: "element", ds: d.V!, dp: d.V! },
       starts: ["V"],
       lines: [
         `let chosen = target_buf[i / ${d.V! / width}u] - start.x;`,
         `let column = ${I}(i32(i % ${d.V! / width}u) * ${width}) + ${lanes};`,
       ],
-      results: { dx: `select(V(0.0), V(dy), column == ${I}(chosen))` },
+      results: { dx: `ds * exp(x - m) + select(V(0.0), V(dp), column == ${I}(chosen))` },
     };
   },
   embed({ d, dtype }) {

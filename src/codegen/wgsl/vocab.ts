@@ -2,7 +2,19 @@
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { scalarSum, THREADS, totalOver } from "./reduce.ts";
-import { type EntryPoint, float, foldGrid, horizontal, kernel, lanesOf, scalar, scratchBytes, vector, widthOf } from "./text.ts";
+import {
+  type Binding,
+  type EntryPoint,
+  float,
+  foldGrid,
+  horizontal,
+  kernel,
+  lanesOf,
+  scalar,
+  scratchBytes,
+  vector,
+  widthOf,
+} from "./text.ts";
 
 interface RowNumber {
   readonly inputs: readonly string[];
@@ -12,10 +24,13 @@ interface RowNumber {
   readonly step: string;
   readonly before?: readonly string[];
   readonly max?: true;
+  /** Further buffers, and statements that one invocation of a row runs after the reduction; they may read the start of V. */
+  readonly beside?: readonly Binding[];
+  readonly after?: readonly string[];
 }
 
 /** Reduces each row of V logits to one value. */
-function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max }: RowNumber): GeneratedKernel {
+function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max, beside = [], after = [] }: RowNumber): GeneratedKernel {
   const columns = spec.d.V!;
   const rows = spec.size.x! / columns;
   const wide = widthOf(columns);
@@ -28,36 +43,16 @@ function perRow(spec: KernelSpec, { inputs, out, initial, step, before = [], max
       { arg: "x", type: vector(scalar(spec.dtype.x!), wide) },
       ...inputs.map((arg) => ({ arg, type: "f32" })),
       { arg: out, type: "f32" },
+      ...beside,
     ],
+    ...(after.length ? { starts: ["V"] } : {}),
   };
   const text = render("wgsl/vocab_row.wgsl", {
     ...{ op: spec.op, entry: spec.name, threads: THREADS, lanes, columns, vectors: columns / wide, perGroup: THREADS / lanes, rows },
-    ...{ index: foldGrid(groups).index, vector: vector("f32", wide), before: [...before], initial, step, out },
+    ...{ index: foldGrid(groups).index, vector: vector("f32", wide), before: [...before], after: [...after], initial, step, out },
     horizontal: max && wide > 1 ? parts.reduce((a, b) => `max(${a}, ${b})`) : horizontal("acc", wide),
   });
   return kernel(spec, [entry], [totalOver(lanes, max ? { combine: "max(a, b)" } : {}), text]);
-}
-
-/** Gathers the logit of the target of each token, or 0 if another shard holds it. */
-function gather(spec: KernelSpec): GeneratedKernel {
-  const tokens = spec.size.p!;
-  const groups = Math.ceil(tokens / THREADS);
-  const entry: EntryPoint = {
-    ...{ entry: spec.name, grid: groups, threads: THREADS, starts: ["V"] },
-    buffers: [
-      { arg: "x", type: scalar(spec.dtype.x!) },
-      { arg: "target", name: "wanted", type: "i32" },
-      { arg: "p", type: "f32" },
-    ],
-  };
-  const text = render("wgsl/gather.wgsl", {
-    entry: spec.name,
-    threads: THREADS,
-    index: foldGrid(groups).index,
-    tokens,
-    columns: spec.d.V!,
-  });
-  return kernel(spec, [entry], [text]);
 }
 
 /** Links the tokens of each id in one workgroup and in linear time; then sums the rows of each id in order. */
@@ -104,13 +99,29 @@ export const vocab = {
   // the lowest f32, below any logit
   row_max: (spec: KernelSpec): GeneratedKernel =>
     perRow(spec, { inputs: [], out: "m", initial: "-0x1.fffffep+127", step: "max(acc, v)", max: true }),
-  sum_exp: (spec: KernelSpec): GeneratedKernel =>
-    perRow(spec, {
+  softmax_terms(spec: KernelSpec): GeneratedKernel {
+    const columns = spec.d.V!;
+    const wide = widthOf(columns);
+    const logit = wide > 1 ? `x[first + u32(v) / ${wide}u][u32(v) % ${wide}u]` : "x[first + u32(v)]";
+    return perRow(spec, {
       ...{ inputs: ["m"], out: "s", initial: "0.0" },
       before: [`let largest = m[min(row, ${spec.size.m! - 1}u)];`],
       step: "acc + exp(v - largest)",
-    }),
-  gather: gather,
+      beside: [
+        { arg: "target", name: "wanted", type: "i32" },
+        { arg: "p", type: "f32" },
+      ],
+      // another shard may hold the target
+      after: [
+        "let v = wanted[row] - start.x;",
+        "var logit = 0.0;",
+        `if (v >= 0 && v < ${columns}) {`,
+        `  logit = f32(${logit});`,
+        "}",
+        "p[row] = logit;",
+      ],
+    });
+  },
   embed_grad: embedGrad,
   mean: (spec: KernelSpec): GeneratedKernel =>
     scalarSum(spec, {
