@@ -4,21 +4,20 @@
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
-import type { Buffer, BufferKind, Instruction, Plan } from "../../schemas/plan.ts";
-import { printable } from "../../schemas/printable.ts";
-import { orderOf, parseTag } from "../../schemas/program.ts";
-import { elementsOf, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
+import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
+import { rankAt } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
-import { Trouble } from "../../schemas/trouble.ts";
-import { fillNormal } from "../../src/ops/philox.ts";
-import type { BlockPosition, Comm, HostData, LocalRanks, RankDevice } from "../backend.ts";
-import { checkpointState } from "../checkpoint/state.ts";
-import { shardOf as pieceIn, type Ranges, shardRanges, visitRuns } from "../shards.ts";
+import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
-import { type RunProgress, trainingSchedule } from "./schedule.ts";
+import { Parameters, type StateShards, type Tensor, type WholeTensors } from "./parameters.ts";
+import { RankPrograms } from "./rankPrograms.ts";
+import { type RunProgress, type StepParameters, trainingSchedule } from "./schedule.ts";
+import { runTogether, walkStep } from "./walk.ts";
+
+export type { Tensor } from "./parameters.ts";
 
 /** The metrics of a step. */
 export interface StepResult {
@@ -50,11 +49,6 @@ export interface StepResult {
   /** Of a skipped step: the non-finite metric, with `debugNonfinite` also its origin. Not set for fp16 overflows. */
   readonly nonfinite?: string;
 }
-/** A whole tensor on the host. */
-export interface Tensor {
-  readonly shape: readonly number[];
-  readonly data: Float32Array;
-}
 /** A run of a plan on the local ranks. */
 export interface Run {
   /** Returns whether another step begins; all processes of a run agree. Call it once before each step. */
@@ -85,9 +79,9 @@ export interface RunInputs {
   readonly localRanks: LocalRanks;
   readonly batch: BatchOf;
   /** The initial weights; default: random weights of the job's seed. */
-  readonly checkpoint?: { read(name: string, shape: readonly number[]): Float32Array };
+  readonly checkpoint?: WholeTensors;
   /** The checkpoint to resume from: run progress, and shards of the checkpoint state by name and ranges. */
-  readonly from?: { readonly progress: RunProgress; shard(name: string, ranges: Ranges): Float32Array };
+  readonly from?: StateShards & { readonly progress: RunProgress };
   /** Buffers to copy when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
   /** Repeats a non-finite step instruction by instruction to locate its origin. The local ranks must not replay steps as graphs. */
@@ -95,277 +89,176 @@ export interface RunInputs {
 }
 
 /** Writes the initial or restored parameters to the local ranks, and returns the run. Uses no files and no process, so it works in a browser. */
-export function runOn(plan: Plan, { localRanks, batch, checkpoint, from, watch = [], debugNonfinite = false }: RunInputs): Run {
-  const { mesh, programs, job } = plan;
-  const { train, model } = job;
-  const { ranks, comm } = localRanks;
-  const programOf = (r: number) => programs[stageOfRank(mesh, r)]!;
-  const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
-  const bufferOf = (r: number, id: string): Buffer => buffers[programOf(r).stage]!.get(id)!;
-  const kept = new Map<string, Promise<HostData>[][]>();
-  const schedule = trainingSchedule(job, from?.progress);
-  /** The loss scale of the last step's gradients. */
-  let scaled = 1;
-
-  /** Writes one parameter after the other to all its ranks, so that one whole parameter at a time is in host memory. */
-  function initialize(): void {
-    const all = new Map<string, { r: number; p: Plan["programs"][number]["parameters"][number] }[]>();
-    for (const r of ranks) for (const p of programOf(r).parameters) all.set(p.name, [...(all.get(p.name) ?? []), { r, p }]);
-    for (const [name, places] of all) {
-      let whole: Float32Array | undefined;
-      for (const { r, p } of places)
-        for (const id of new Set([p.buffer, p.master])) {
-          const b = bufferOf(r, id);
-          if (checkpoint) whole ??= checkpoint.read(name, b.sizes);
-          localRanks.rankDevice(r).write(b, 0, whole ? pieceOf(whole, b, r) : initial(name, p.init, b, r));
-        }
-    }
-  }
-
-  /** Writes the checkpoint state; tied copies and 16-bit copies are filled from the main parameter. */
-  function restore({ shard }: NonNullable<RunInputs["from"]>): void {
-    for (const r of ranks) {
-      const p = programOf(r);
-      const names = new Map(checkpointState(p).map(({ name, buffer }) => [buffer.id, name]));
-      for (const { name, buffer, master } of p.parameters) names.set(buffer, name).set(master, name);
-      for (const [id, name] of names) {
-        const b = bufferOf(r, id);
-        localRanks.rankDevice(r).write(b, 0, shard(name, ranges(b, r)));
-      }
-    }
-  }
-
-  const ranges = (b: Buffer, r: number): Ranges => shardRanges(mesh, b, numberInStage(mesh, r));
-  const pieceOf = <T extends HostData>(whole: T, b: Buffer, r: number): T =>
-    whole.length === elementsOf(b.shape) ? whole : pieceIn(whole, b, ranges(b, r));
-  function initial(name: string, init: { type: string; std: number }, b: Buffer, r: number): Float32Array {
-    const out = new Float32Array(elementsOf(b.shape));
-    if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);
-    visitRuns(b.sizes, ranges(b, r), (global, local, n) => fillNormal(out.subarray(local, local + n), train.seed, name, global, init.std));
-    return out;
-  }
-  /** Assembles a whole value from the shards of the ranks of one stage. */
-  async function assemble(stage: number, id: string, data: (r: number) => Promise<HostData>): Promise<Tensor> {
-    const b = buffers[stage]!.get(id)!;
-    const out = new Float32Array(elementsOf(b.sizes));
-    for (let n = 0; n < mesh.per_stage; n++) {
-      const r = rankAt(mesh, stage, n);
-      const shard = await data(r);
-      visitRuns(b.sizes, ranges(b, r), (global, local, n) => out.set(shard.subarray(local, local + n), global));
-    }
-    return { shape: b.sizes, data: out };
-  }
-  type Parameter = Plan["programs"][number]["parameters"][number];
-  async function collect(pick: (p: Parameter) => string, wanted: (p: Parameter) => boolean = () => true): Promise<Map<string, Tensor>> {
-    if (ranks.length < mesh.world)
-      throw new Trouble(
-        `the ranks of ${printable(job.name)} run in ${mesh.world} processes, and no process has all values`,
-        "run it with --backend cpu or webgpu, which hold all ranks in one process",
-      );
-    const all = new Map<string, Tensor>();
-    for (const p of programs)
-      for (const q of p.parameters)
-        if (!q.tied_to && wanted(q))
-          all.set(q.name, await assemble(p.stage, pick(q), (r) => localRanks.rankDevice(r).read(bufferOf(r, pick(q)), 0)));
-    return all;
-  }
-
-  /** Executes one step of a rank. Yields a description of the operation that it waits for. */
-  function* walk(
-    r: number,
-    backend: RankDevice,
-    comm: Comm,
-    feed: (b: Buffer, name: string, microbatch: number) => HostData,
-    order: (stage: number) => readonly string[],
-    replayed: boolean,
-    inspector?: Inspector,
-  ): Generator<string> {
-    const p = programOf(r);
-    function* block(instructions: readonly Instruction[], at: BlockPosition): Generator<string> {
-      if (replayed) return;
-      for (const i of instructions) {
-        if (i.kind === "compute") {
-          backend.compute(i, at.copy, at.microbatch === 0);
-          for (const id of watch) if (Object.values(i.writes).includes(id)) keep(id, at, r);
-        } else if (i.kind === "collective") while (!comm.collective(r, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
-        else if (i.kind === "send") comm.send(r, i, at);
-        else while (!comm.recv(r, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
-        if (!inspector) continue;
-        inspector.after(r, i, at);
-        yield `${i.id} is inspected, ${at.tag}`;
-      }
-    }
-    /** Writes the inputs that a block reads. Other inputs are skipped, because their memory may be in use by another buffer. */
-    const fill = (block: readonly Instruction[], kinds: readonly BufferKind[], copy: number, m: number) => {
-      const read = inputsReadBy(block);
-      for (const [name, id] of Object.entries(p.inputs)) {
-        const b = bufferOf(r, id);
-        if (read.has(id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, name, m));
-      }
-    };
-    backend.zeroGradients();
-    fill(p.step, ["optimizer"], 0, 0);
-    for (const tag of order(p.stage)) {
-      const { kind, microbatch, chunk } = parseTag(tag);
-      const at = { tag, microbatch, copy: microbatch % p.chunks[chunk]!.copies };
-      const instructions = p.chunks[chunk]![kind];
-      // fill workspace inputs for each block; activation inputs persist from the forward block
-      fill(instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
-      yield* block(instructions, at);
-    }
-    yield* block(p.step, { tag: "step", microbatch: -1, copy: 0 });
-  }
-  function keep(id: string, at: BlockPosition, r: number): void {
-    const all = kept.get(id) ?? [];
-    kept.set(id, all);
-    (all[at.microbatch] ??= [])[r] = localRanks.rankDevice(r).read(bufferOf(r, id), at.copy);
-  }
-
-  /** Repeats a step and locates the instruction that produced its first non-finite value. */
-  async function originOf(walkAll: (inspector: Inspector) => Promise<void>): Promise<string | undefined> {
-    const found = inspector(bufferOf, localRanks.rankDevice);
-    await walkAll(found);
-    await localRanks.finish();
-    return found.origin();
-  }
-
-  if (from) restore(from);
-  else initialize();
+export function runOn(plan: Plan, inputs: RunInputs): Run {
+  const { localRanks } = inputs;
+  const loop = new TrainingLoop(plan, inputs);
   let stopped = false;
-  const orders = new Map<number, readonly (readonly string[])[]>();
-  /** Returns the block runs by stage; cached, because most steps have the same number of microbatches. */
-  function ordersOf(microbatches: number): readonly (readonly string[])[] {
-    const known = orders.get(microbatches) ?? programs.map((p) => orderOf(p, microbatches));
-    orders.set(microbatches, known);
-    return known;
-  }
-  const read = (first: number, rows: number): Batch | Error => {
-    try {
-      return batch(first, rows);
-    } catch (error) {
-      return error as Error;
-    }
-  };
-  /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
-  let next: Batch | Error | undefined;
   return {
-    leads: ranks.includes(0),
+    leads: localRanks.ranks.includes(0),
     mayBegin: () => localRanks.mayBegin?.() ?? !stopped,
-    stop() {
+    stop: () => {
       stopped = true;
       localRanks.stop?.();
     },
-    progress: () => schedule.progress(),
+    progress: () => loop.progress(),
     read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
-    async step() {
-      const begun = performance.now();
-      const parameters = schedule.next();
-      const { lr, lossScale, upscale } = parameters;
-      const now = next ?? read(parameters.first, parameters.batch);
-      if (now instanceof Error) throw now;
-      const given = inOrder(job, now);
-      scaled = lossScale;
-      kept.clear();
-      const feed = feedOf(job, parameters, given);
-      const order = ordersOf(parameters.microbatches);
-      const walkAll = (inspector?: Inspector): Promise<void> => {
-        const replayed = localRanks.beginStep?.(parameters.microbatches) ?? false;
-        const walks = ranks.map((r) =>
-          walk(
-            r,
-            localRanks.rankDevice(r),
-            comm,
-            (b, name, m) => pieceOf(feed(name, m), b, r),
-            (stage) => order[stage]!,
-            replayed,
-            inspector,
-          ),
-        );
-        return runTogether(walks, inspector?.settled);
-      };
-      await walkAll();
-      // read the next batch while the device computes
-      const after = parameters.first + parameters.batch;
-      [, next] = await Promise.all([localRanks.finish(), (async () => read(after, batchAt(train, after)))()]);
-      const numbers = await readNumbers(plan, localRanks, bufferOf);
-      const found = nonfiniteIn(numbers);
-      const fp16 = train.precision === "fp16";
-      const outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
-      const step = schedule.progress().steps + 1;
-      let nonfinite: Nonfinite | undefined;
-      if (found && outcome === "nonfinite") {
-        // the step changed no weights, so a repetition gives the same values
-        const origin = debugNonfinite ? await originOf(walkAll) : undefined;
-        nonfinite = { ...found, ...(origin !== undefined && { origin }) };
-        if (train.on_nonfinite === "stop") {
-          next = undefined;
-          throw stopAt(step, nonfinite);
-        }
-      }
-      schedule.done(outcome);
-      const learnt = job.data.labels === null ? undefined : learntOf(job, now);
-      if (train.on_nonfinite === "stop" && schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
-      return {
-        step,
-        ...reported(numbers, { upscale, aux: given.aux_weight?.[0] ?? 1, loss: learnt?.loss ?? 1, mtp: learnt?.mtp ?? 1 }),
-        ...(learnt && { labels: learnt.labels }),
-        lr,
-        tokens: parameters.batch * model.seq,
-        seconds: (performance.now() - begun) / 1000,
-        ...(fp16 && { loss_scale: lossScale }),
-        ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
-        ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
-      };
-    },
-    async gradients() {
-      const all = await collect(
-        (q) => q.gradient,
-        (q) => q.rule === train.optimizer.type,
-      );
-      for (const { data } of all.values()) for (let i = 0; i < data.length && scaled !== 1; i++) data[i]! /= scaled;
-      return all;
-    },
-    parameters: () => collect((q) => q.master),
-    watched: (id) =>
-      Promise.all(
-        (kept.get(id) ?? []).map((shards) => {
-          const stage = programs.findIndex((p) => shards[rankAt(mesh, p.stage, 0)]);
-          return assemble(stage, id, (r) => shards[r]!);
-        }),
-      ),
+    step: () => loop.step(),
+    gradients: () => loop.gradients(),
+    parameters: () => loop.parameters(),
+    watched: (id) => loop.watched(id),
     profile: async () => (await localRanks.profile?.()) ?? [],
     close: (error) => localRanks.close(error),
   };
 }
 
-/** Cache of the buffers that a block reads; a block runs for every microbatch. */
-const known = new WeakMap<readonly Instruction[], ReadonlySet<string>>();
-function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
-  const found = known.get(block) ?? new Set(block.flatMap(readBy));
-  known.set(block, found);
-  return found;
-}
-const readBy = (i: Instruction): readonly string[] =>
-  i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+type Outcome = "updated" | "overflowed" | "nonfinite";
 
-/**
- * Runs the coroutines round-robin until all are done, and awaits `settled` after each resumption. Throws if no coroutine can proceed: the
- * plan has a deadlock; the message lists the operation that each rank waits for.
- */
-async function runTogether(ranks: readonly Generator<string>[], settled?: () => Promise<void>): Promise<void> {
-  const waits = new Map<number, string>();
-  let left = ranks.map((_, r) => r);
-  while (left.length) {
-    let moved = false;
-    for (const r of left) {
-      const before = waits.get(r);
-      const { done, value } = ranks[r]!.next();
-      if (settled) await settled();
-      if (done) waits.set(r, "");
-      else waits.set(r, value);
-      if (done || before !== value) moved = true;
+class TrainingLoop {
+  readonly #plan: Plan;
+  readonly #inputs: RunInputs;
+  readonly #localRanks: LocalRanks;
+  readonly #programs: RankPrograms;
+  readonly #parameters: Parameters;
+  readonly #schedule: ReturnType<typeof trainingSchedule>;
+  /** Copies of watched buffers of the last step, by id, microbatch and rank. */
+  readonly #watched = new Map<string, Map<number, Map<number, Promise<HostData>>>>();
+  /** The loss scale of the last step's gradients. */
+  #scaled = 1;
+  /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
+  #next: Batch | Error | undefined;
+
+  constructor(plan: Plan, inputs: RunInputs) {
+    const { localRanks, checkpoint, from } = inputs;
+    this.#plan = plan;
+    this.#inputs = inputs;
+    this.#localRanks = localRanks;
+    this.#programs = new RankPrograms(plan);
+    this.#parameters = new Parameters(plan, this.#programs, localRanks);
+    this.#schedule = trainingSchedule(plan.job, from?.progress);
+    if (from) this.#parameters.restore(from);
+    else this.#parameters.initialize(checkpoint);
+  }
+
+  progress(): RunProgress {
+    return this.#schedule.progress();
+  }
+
+  async step(): Promise<StepResult> {
+    const begun = performance.now();
+    const { job } = this.#plan;
+    const { train, model } = job;
+    const parameters = this.#schedule.next();
+    const { lr, lossScale, upscale } = parameters;
+    const batch = this.#next ?? this.#read(parameters.first, parameters.batch);
+    if (batch instanceof Error) throw batch;
+    const given = inOrder(job, batch);
+    this.#scaled = lossScale;
+    this.#watched.clear();
+    const walkAll = (inspector?: Inspector): Promise<void> => this.#walkAll(parameters, given, inspector);
+    await walkAll();
+    // read the next batch while the device computes
+    const after = parameters.first + parameters.batch;
+    [, this.#next] = await Promise.all([this.#localRanks.finish(), (async () => this.#read(after, batchAt(train, after)))()]);
+    const numbers = await readNumbers(this.#plan, this.#localRanks, this.#programs.buffer);
+    const fp16 = train.precision === "fp16";
+    const found = nonfiniteIn(numbers);
+    const outcome: Outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
+    const step = this.#schedule.progress().steps + 1;
+    const nonfinite = found && outcome === "nonfinite" ? await this.#located(found, walkAll) : undefined;
+    if (nonfinite && train.on_nonfinite === "stop") {
+      this.#next = undefined;
+      throw stopAt(step, nonfinite);
     }
-    left = left.filter((r) => waits.get(r) !== "");
-    if (!moved && left.length) throw new Error(`rankc: deadlock: ${left.map((r) => `rank ${r} waits at ${waits.get(r)}`).join("; ")}`);
+    this.#schedule.done(outcome);
+    const learnt = job.data.labels === null ? undefined : learntOf(job, batch);
+    if (train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
+    return {
+      step,
+      ...reported(numbers, { upscale, aux: given.aux_weight?.[0] ?? 1, loss: learnt?.loss ?? 1, mtp: learnt?.mtp ?? 1 }),
+      ...(learnt && { labels: learnt.labels }),
+      lr,
+      tokens: parameters.batch * model.seq,
+      seconds: (performance.now() - begun) / 1000,
+      ...(fp16 && { loss_scale: lossScale }),
+      ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
+      ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
+    };
+  }
+
+  async gradients(): Promise<Map<string, Tensor>> {
+    const { type } = this.#plan.job.train.optimizer;
+    const all = await this.#parameters.collect(
+      (p) => p.gradient,
+      (p) => p.rule === type,
+    );
+    if (this.#scaled === 1) return all;
+    return new Map([...all].map(([name, { shape, data }]) => [name, { shape, data: data.map((x) => x / this.#scaled) }]));
+  }
+
+  parameters(): Promise<Map<string, Tensor>> {
+    return this.#parameters.collect((p) => p.master);
+  }
+
+  watched(id: string): Promise<Tensor[]> {
+    const microbatches = [...(this.#watched.get(id) ?? [])].sort(([a], [b]) => a - b);
+    return Promise.all(microbatches.map(([, shards]) => this.#assembleWatched(id, shards)));
+  }
+
+  #assembleWatched(id: string, shards: ReadonlyMap<number, Promise<HostData>>): Promise<Tensor> {
+    const stage = this.#programs.stages.find(({ program }) => shards.has(rankAt(this.#plan.mesh, program.stage, 0)));
+    if (!stage) throw new Error(`rankc: no rank of this process wrote ${id}`);
+    return this.#parameters.assemble(stage, stage.buffer(id), (rank) => {
+      const shard = shards.get(rank);
+      if (!shard) throw new Error(`rankc: rank ${rank} did not write ${id}`);
+      return shard;
+    });
+  }
+
+  /** Issues the step on all local ranks. With an inspector, instruction by instruction. */
+  #walkAll(parameters: StepParameters, given: Readonly<Record<string, HostData>>, inspector?: Inspector): Promise<void> {
+    const { microbatches } = parameters;
+    const localRanks = this.#localRanks;
+    const feed = feedOf(this.#plan.job, parameters, given);
+    const replayed = localRanks.beginStep?.(microbatches) ?? false;
+    const walks = localRanks.ranks.map((rank): [number, Generator<string>] => [
+      rank,
+      walkStep({
+        ...{ rank, microbatches, replayed, inspector, comm: localRanks.comm },
+        stage: this.#programs.of(rank),
+        device: localRanks.rankDevice(rank),
+        feed: (b, name, microbatch) => this.#parameters.shardFor(feed(name, microbatch), b, rank),
+        onCompute: (i, at) => this.#watch(rank, i, at),
+      }),
+    ]);
+    return runTogether(new Map(walks), inspector?.settled);
+  }
+
+  /** Starts to copy the watched buffers that an op wrote. */
+  #watch(rank: number, { writes }: Compute, { microbatch, copy }: BlockPosition): void {
+    for (const id of this.#inputs.watch ?? []) {
+      if (microbatch < 0 || !Object.values(writes).includes(id)) continue;
+      const ofId = this.#watched.get(id) ?? new Map<number, Map<number, Promise<HostData>>>();
+      const shards = ofId.get(microbatch) ?? new Map<number, Promise<HostData>>();
+      this.#watched.set(id, ofId.set(microbatch, shards));
+      shards.set(rank, this.#localRanks.rankDevice(rank).read(this.#programs.buffer(rank, id), copy));
+    }
+  }
+
+  /** Adds the origin of a non-finite value, if the run is debugged: the step changed no weights, so a repetition gives the same values. */
+  async #located(found: Nonfinite, walkAll: (inspector: Inspector) => Promise<void>): Promise<Nonfinite> {
+    if (!this.#inputs.debugNonfinite) return found;
+    const seeker = inspector(this.#programs.buffer, this.#localRanks.rankDevice);
+    await walkAll(seeker);
+    await this.#localRanks.finish();
+    const origin = seeker.origin();
+    return origin === undefined ? found : { ...found, origin };
+  }
+
+  #read(first: number, rows: number): Batch | Error {
+    try {
+      return this.#inputs.batch(first, rows);
+    } catch (error) {
+      return error as Error;
+    }
   }
 }

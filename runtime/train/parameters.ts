@@ -1,0 +1,120 @@
+/** The parameters of a run: initial weights, weights of a checkpoint, and whole tensors from the shards of all ranks. */
+import type { Buffer, Plan, Program } from "../../schemas/plan.ts";
+import { printable } from "../../schemas/printable.ts";
+import { elementsOf, numberInStage, rankAt } from "../../schemas/sharding.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { fillNormal } from "../../src/ops/philox.ts";
+import type { HostData, LocalRanks } from "../backend.ts";
+import { checkpointState } from "../checkpoint/state.ts";
+import { type Ranges, shardOf, shardRanges, visitRuns } from "../shards.ts";
+import type { RankPrograms, StageProgram } from "./rankPrograms.ts";
+
+/** A whole tensor on the host. */
+export interface Tensor {
+  readonly shape: readonly number[];
+  readonly data: Float32Array;
+}
+/** Reads whole tensors by name. */
+export interface WholeTensors {
+  read(name: string, shape: readonly number[]): Float32Array;
+}
+/** Reads shards of the checkpoint state by name and ranges. */
+export interface StateShards {
+  shard(name: string, ranges: Ranges): Float32Array;
+}
+type Parameter = Program["parameters"][number];
+
+/** Parameters on the local ranks. */
+export class Parameters {
+  readonly #plan: Plan;
+  readonly #programs: RankPrograms;
+  readonly #localRanks: LocalRanks;
+
+  constructor(plan: Plan, programs: RankPrograms, localRanks: LocalRanks) {
+    this.#plan = plan;
+    this.#programs = programs;
+    this.#localRanks = localRanks;
+  }
+
+  /**
+   * Writes the weights of a checkpoint, or random ones of the job's seed. Writes one parameter after the other to all its ranks, so that
+   * one whole parameter at a time is in host memory.
+   */
+  initialize(checkpoint: WholeTensors | undefined): void {
+    const all = new Map<string, { rank: number; parameter: Parameter }[]>();
+    for (const rank of this.#localRanks.ranks)
+      for (const parameter of this.#programs.of(rank).program.parameters)
+        all.set(parameter.name, [...(all.get(parameter.name) ?? []), { rank, parameter }]);
+    for (const [name, places] of all) {
+      let whole: Float32Array | undefined;
+      for (const { rank, parameter } of places)
+        for (const id of new Set([parameter.buffer, parameter.master])) {
+          const b = this.#programs.buffer(rank, id);
+          if (checkpoint) whole ??= checkpoint.read(name, b.sizes);
+          this.#localRanks.rankDevice(rank).write(b, 0, whole ? this.shardFor(whole, b, rank) : this.#initial(parameter, b, rank));
+        }
+    }
+  }
+
+  /** Writes the checkpoint state; tied copies and 16-bit copies are filled from the main parameter. */
+  restore(state: StateShards): void {
+    for (const rank of this.#localRanks.ranks) {
+      const { program } = this.#programs.of(rank);
+      const names = new Map(checkpointState(program).map(({ name, buffer }) => [buffer.id, name]));
+      for (const { name, buffer, master } of program.parameters) names.set(buffer, name).set(master, name);
+      for (const [id, name] of names) {
+        const b = this.#programs.buffer(rank, id);
+        this.#localRanks.rankDevice(rank).write(b, 0, state.shard(name, this.#ranges(b, rank)));
+      }
+    }
+  }
+
+  /** Returns a rank's shard of a value: of the whole, or the value itself if it has the size of a shard. */
+  shardFor<T extends HostData>(value: T, b: Buffer, rank: number): T {
+    return value.length === elementsOf(b.shape) ? value : shardOf(value, b, this.#ranges(b, rank));
+  }
+
+  /** Returns one whole tensor for each parameter that is `wanted`, from the buffers that `pick` names. Throws a Trouble unless all ranks are local. */
+  async collect(pick: (p: Parameter) => string, wanted: (p: Parameter) => boolean = () => true): Promise<Map<string, Tensor>> {
+    const { mesh, job } = this.#plan;
+    if (this.#localRanks.ranks.length < mesh.world)
+      throw new Trouble(
+        `the ranks of ${printable(job.name)} run in ${mesh.world} processes, and no process has all values`,
+        "run it with --backend cpu or webgpu, which hold all ranks in one process",
+      );
+    const all = new Map<string, Tensor>();
+    for (const stage of this.#programs.stages)
+      for (const p of stage.program.parameters) {
+        if (p.tied_to || !wanted(p)) continue;
+        const b = stage.buffer(pick(p));
+        all.set(p.name, await this.assemble(stage, b, (rank) => this.#localRanks.rankDevice(rank).read(b, 0)));
+      }
+    return all;
+  }
+
+  /** Assembles a whole value from the shards of the ranks of one stage. */
+  async assemble({ program: { stage } }: StageProgram, b: Buffer, shardOfRank: (rank: number) => Promise<HostData>): Promise<Tensor> {
+    const { mesh } = this.#plan;
+    const out = new Float32Array(elementsOf(b.sizes));
+    for (let n = 0; n < mesh.per_stage; n++) {
+      const rank = rankAt(mesh, stage, n);
+      const shard = await shardOfRank(rank);
+      visitRuns(b.sizes, this.#ranges(b, rank), (global, local, n) => out.set(shard.subarray(local, local + n), global));
+    }
+    return { shape: b.sizes, data: out };
+  }
+
+  #ranges(b: Buffer, rank: number): Ranges {
+    return shardRanges(this.#plan.mesh, b, numberInStage(this.#plan.mesh, rank));
+  }
+
+  #initial({ name, init }: Parameter, b: Buffer, rank: number): Float32Array {
+    const out = new Float32Array(elementsOf(b.shape));
+    if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);
+    const { seed } = this.#plan.job.train;
+    visitRuns(b.sizes, this.#ranges(b, rank), (global, local, n) =>
+      fillNormal(out.subarray(local, local + n), seed, name, global, init.std),
+    );
+    return out;
+  }
+}

@@ -1,0 +1,59 @@
+/** The programs of a plan by rank, with their buffers by id. */
+import type { Buffer, Plan, Program } from "../../schemas/plan.ts";
+import { orderOf } from "../../schemas/program.ts";
+import { type MeshData, stageOfRank } from "../../schemas/sharding.ts";
+
+/** The program of one stage. */
+export class StageProgram {
+  readonly program: Program;
+  readonly #buffers: ReadonlyMap<string, Buffer>;
+  /** Orders by number of microbatches: most steps have the same number. */
+  readonly #orders = new Map<number, readonly string[]>();
+
+  constructor(program: Program) {
+    this.program = program;
+    this.#buffers = new Map(program.buffers.map((b) => [b.id, b]));
+  }
+
+  /** Returns the buffer with this id. */
+  buffer(id: string): Buffer {
+    const found = this.#buffers.get(id);
+    if (!found) throw new Error(`rankc: stage ${this.program.stage} has no buffer ${id}`);
+    return found;
+  }
+
+  /** Returns the chunk with this number. */
+  chunk(chunk: number): Program["chunks"][number] {
+    const found = this.program.chunks[chunk];
+    if (!found) throw new Error(`rankc: stage ${this.program.stage} has no chunk ${chunk}`);
+    return found;
+  }
+
+  /** Returns the tags of the block runs of a step with so many microbatches, in their order. */
+  order(microbatches: number): readonly string[] {
+    const order = this.#orders.get(microbatches) ?? orderOf(this.program, microbatches);
+    this.#orders.set(microbatches, order);
+    return order;
+  }
+}
+
+/** The programs of all stages. */
+export class RankPrograms {
+  readonly stages: readonly StageProgram[];
+  readonly #mesh: MeshData;
+
+  constructor({ mesh, programs }: Pick<Plan, "mesh" | "programs">) {
+    this.#mesh = mesh;
+    this.stages = programs.map((p) => new StageProgram(p));
+  }
+
+  /** Returns the program of a rank. */
+  of(rank: number): StageProgram {
+    const stage = this.stages[stageOfRank(this.#mesh, rank)];
+    if (!stage) throw new Error(`rankc: the plan has no program for rank ${rank}`);
+    return stage;
+  }
+
+  /** Returns a buffer of a rank. */
+  readonly buffer = (rank: number, id: string): Buffer => this.of(rank).buffer(id);
+}

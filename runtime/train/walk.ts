@@ -1,0 +1,102 @@
+/**
+ * The walk of one rank through a step: forward and backward of every microbatch in the plan's order, then the step block. Walks are
+ * coroutines that synchronize at collectives and transfers.
+ */
+import type { Buffer, BufferKind, Compute, Instruction } from "../../schemas/plan.ts";
+import { parseTag } from "../../schemas/program.ts";
+import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
+import type { Inspector } from "./nonfinite.ts";
+import type { StageProgram } from "./rankPrograms.ts";
+
+/** One step of one rank. */
+export interface StepWalk {
+  readonly rank: number;
+  readonly stage: StageProgram;
+  readonly device: RankDevice;
+  readonly comm: Comm;
+  readonly microbatches: number;
+  /** Returns the rank's shard of an input in a microbatch. */
+  readonly feed: (b: Buffer, name: string, microbatch: number) => HostData;
+  /** The device replays the step as a graph: only inputs are written. */
+  readonly replayed: boolean;
+  /** Called after each op is issued. */
+  readonly onCompute: (i: Compute, at: BlockPosition) => void;
+  readonly inspector?: Inspector | undefined;
+}
+
+/** Executes one step of a rank. Yields a description of the operation that it waits for. */
+export function* walkStep(walk: StepWalk): Generator<string> {
+  const { stage, device } = walk;
+  device.zeroGradients();
+  fill(walk, stage.program.step, ["optimizer"], 0, 0);
+  for (const tag of stage.order(walk.microbatches)) {
+    const { kind, microbatch, chunk } = parseTag(tag);
+    const { copies, [kind]: instructions } = stage.chunk(chunk);
+    const at = { tag, microbatch, copy: microbatch % copies };
+    // fill workspace inputs for each block; activation inputs persist from the forward block
+    fill(walk, instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
+    yield* block(walk, instructions, at);
+  }
+  yield* block(walk, stage.program.step, { tag: "step", microbatch: -1, copy: 0 });
+}
+
+function* block(walk: StepWalk, instructions: readonly Instruction[], at: BlockPosition): Generator<string> {
+  const { rank, device, comm, inspector } = walk;
+  if (walk.replayed) return;
+  for (const i of instructions) {
+    if (i.kind === "compute") {
+      device.compute(i, at.copy, at.microbatch === 0);
+      walk.onCompute(i, at);
+    } else if (i.kind === "collective") while (!comm.collective(rank, i, at)) yield `${i.id} (${i.name} over ${i.axes}), ${at.tag}`;
+    else if (i.kind === "send") comm.send(rank, i, at);
+    else while (!comm.recv(rank, i, at)) yield `${i.id} from stage ${i.peer}, ${at.tag}`;
+    if (!inspector) continue;
+    inspector.after(rank, i, at);
+    yield `${i.id} is inspected, ${at.tag}`;
+  }
+}
+
+/** Writes the inputs that a block reads. Other inputs are skipped, because their memory may be in use by another buffer. */
+function fill(
+  { stage, device, feed }: StepWalk,
+  block: readonly Instruction[],
+  kinds: readonly BufferKind[],
+  copy: number,
+  microbatch: number,
+): void {
+  const read = inputsReadBy(block);
+  for (const [name, id] of Object.entries(stage.program.inputs)) {
+    const b = stage.buffer(id);
+    if (read.has(id) && kinds.includes(b.kind)) device.write(b, copy, feed(b, name, microbatch));
+  }
+}
+
+/** Cache of the buffers that a block reads; a block runs for every microbatch. */
+const known = new WeakMap<readonly Instruction[], ReadonlySet<string>>();
+function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
+  const found = known.get(block) ?? new Set(block.flatMap(readBy));
+  known.set(block, found);
+  return found;
+}
+const readBy = (i: Instruction): readonly string[] =>
+  i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
+
+/**
+ * Runs the walks round-robin until all are done, and awaits `settled` after each resumption. Throws if no walk can proceed: the plan has a
+ * deadlock; the message lists the operation that each rank waits for.
+ */
+export async function runTogether(walks: ReadonlyMap<number, Generator<string>>, settled?: () => Promise<void>): Promise<void> {
+  const left = new Map(walks);
+  const waits = new Map<number, string>();
+  while (left.size > 0) {
+    let moved = false;
+    for (const [rank, walk] of left) {
+      const next = walk.next();
+      if (settled) await settled();
+      if (next.done || next.value !== waits.get(rank)) moved = true;
+      if (next.done) left.delete(rank);
+      else waits.set(rank, next.value);
+    }
+    if (!moved) throw new Error(`rankc: deadlock: ${[...left.keys()].map((r) => `rank ${r} waits at ${waits.get(r)}`).join("; ")}`);
+  }
+}
