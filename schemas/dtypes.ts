@@ -56,6 +56,13 @@ const rows = {
     wgsl: { type: "f16", feature: "f16" },
     ...{ nccl: 6, tensorMap: 6, safetensors: "F16" },
   },
+  // Open Compute Project, OFP8 E4M3: no infinity; conversions saturate, as with __NV_SATFINITE of cuda_fp8.h
+  f8e4m3: {
+    ...{ kind: "float", bytes: 1, array: Uint8Array, codec: floatCodec({ exponent: 4, mantissa: 3, infinities: false }) },
+    ...{ cuda: null, wgsl: null },
+    // a tensor map copies the codes as unsigned bytes
+    ...{ nccl: 10, tensorMap: 0, safetensors: "F8_E4M3" },
+  },
   i32: {
     ...{ kind: "integer", bytes: 4, array: Int32Array, codec: null },
     cuda: { type: "int", helpers: null, float16: null },

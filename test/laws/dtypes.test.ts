@@ -6,6 +6,7 @@ import { bytesOf, type Dtype, dtypeNames, dtypes, encoded, isFloat16, storeValue
 const formats = [
   { dtype: "bf16", exponent: 8, mantissa: 7, end: 0x7f80, largest: 3.3895313892515355e38, infinite: true },
   { dtype: "f16", exponent: 5, mantissa: 10, end: 0x7c00, largest: 65504, infinite: true },
+  { dtype: "f8e4m3", exponent: 4, mantissa: 3, end: 0x7f, largest: 448, infinite: false },
 ] as const satisfies readonly { dtype: Dtype; exponent: number; mantissa: number; end: number; largest: number; infinite: boolean }[];
 
 const codesOf = (dtype: Dtype, codes: readonly number[]): Float32Array => {

@@ -144,6 +144,8 @@ test("all stored types are read as the numbers they mean", () => {
     ["F32", new Float32Array([1.5, -2])],
     ["F16", new Uint16Array([0x3e00, 0xc000])],
     ["BF16", new Uint16Array([0x3fc0, 0xc000])],
+    // 1.1 x 2^0 and -1.0 x 2^1, bias 7
+    ["F8_E4M3", new Uint8Array([0b00111100, 0b11000000])],
     ["I64", new BigInt64Array([7n, -2n])],
     ["I32", new Int32Array([7, -2])],
     ["U8", new Uint8Array([7, 254])],

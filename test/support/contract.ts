@@ -377,7 +377,7 @@ function sameRows(have: Int32Array, want: Int32Array, bound: number, label: stri
 }
 
 /** Half a step of the last place, relative. */
-const stepOf: Readonly<Record<Dtype, number>> = { f32: 2 ** -24, bf16: 2 ** -9, f16: 2 ** -12, i32: 0 };
+const stepOf: Readonly<Record<Dtype, number>> = { f32: 2 ** -24, bf16: 2 ** -9, f16: 2 ** -12, f8e4m3: 2 ** -4, i32: 0 };
 
 /** Ops whose NaN is a result; elsewhere it stands for what the reference leaves alone. */
 const passesOnNaN = new Set(["mark_nonfinite", "clip", "clip_scaled"]);
