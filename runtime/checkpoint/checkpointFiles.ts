@@ -69,6 +69,18 @@ function weightMap(path: string): readonly (readonly [string, string])[] {
   return entries;
 }
 
+/** Throws a Trouble if weights have scales beside them: their elements alone are not the weights. */
+export function expectUnscaled(file: string, { where }: Tensors): void {
+  for (const [name, source] of where) {
+    const weight = /^(.*\.weight)_scale(_inv)?$/.exec(name)?.[1];
+    if (weight === undefined || !where.has(weight)) continue;
+    throw new Trouble(
+      `${file}: its weights are quantized: ${weight} is ${where.get(weight)?.info(weight).dtype} with scales in ${name} ${JSON.stringify(source.info(name).shape)}`,
+      "convert them to bf16 (DeepSeek's repositories have a script for that, fp8_cast_bf16.py), and name the folder of the result",
+    );
+  }
+}
+
 /** Throws a Trouble if the tensor names have a prefix that causal language models do not have. */
 export function expectPrefix(file: string, { where }: Tensors): void {
   const names = [...where.keys()];

@@ -5,7 +5,7 @@
  */
 import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { expectPrefix, openTensors, type Tensors } from "./checkpointFiles.ts";
+import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
 import type { TensorEntry } from "./safetensors.ts";
@@ -40,6 +40,7 @@ export function checkpointFor(model: Model, file: string, allowed: readonly stri
 
 function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly string[]): HfCheckpoint {
   expectPrefix(file, tensors);
+  expectUnscaled(file, tensors);
   const found = new Map<string, { parameter: Parameter; parts: readonly TensorSlice[] }>();
   const used = new Set<string>();
   const problems = new Set<string>();

@@ -14,7 +14,7 @@ type JobInput = z.input<typeof JobText>;
 type Model = JobInput["model"];
 type Rope = NonNullable<Model["rope"]>;
 
-/** The limit of model.layers in schemas/job.ts. */
+/** Far above the limit of model.layers, which the schema reports: a pattern of that length is not built. */
 const MOST_LAYERS = 65536;
 
 /** The coefficient at the end of DeepSeek-V3's training; configs do not contain it. */
@@ -77,6 +77,8 @@ export function importHf(
     reasons.push(`num_key_value_heads ${model.kv_heads} is not supported: each of the ${heads} heads has its own keys and values`);
   const initStd = read.real("initializer_range", 0.02);
   const window = windowOf(config, family);
+  if (config.quantization_config != null && !isRecord(config.quantization_config))
+    reasons.push(`quantization_config is ${shown(config.quantization_config)}; expected an object`);
   reasons.push(...unsupported(config, type, family), ...shortWindow(window, seq), ...(family.never ?? []));
   if (reasons.length > 0) {
     throw new Trouble(

@@ -91,10 +91,9 @@ function restNotes(config: Config, model: Model): readonly string[] {
       `parallel: weights, gradients and optimizer take about ${countText(Math.round(bytes / 1e9))} GB: raise world and the degrees before a run.`,
     );
   const quantized = config.quantization_config;
-  if (quantized != null) {
-    const method = isRecord(quantized) ? quantized.quant_method : quantized;
+  if (isRecord(quantized)) {
     notes.push(
-      `model: the checkpoint's weights are quantized (quantization_config, ${shown(method)}): convert them to 16 bits before --init-from reads them.`,
+      `model: the checkpoint's weights are quantized (quantization_config, ${shown(quantized.quant_method)}): convert them to 16 bits before --init-from reads them.`,
     );
   }
   const dtype = config.dtype ?? config.torch_dtype;

@@ -118,7 +118,7 @@ test("a window shorter than the model's context is a limit on model.seq", () => 
   expect(complaint(() => notes({ layer_types: ["full_attention", "linear_attention"] }))).toContain('layer_types "linear_attention"');
 });
 
-test.each(["rope_scaling", "rope_parameters"])("%s that is no object is refused", (key) => {
+test.each(["rope_scaling", "rope_parameters", "quantization_config"])("%s that is no object is refused", (key) => {
   const mistral = read("mistralai--Mistral-7B-v0.1") as object;
   for (const value of ["yarn", [4], 2]) expect(complaint(() => importHf({ ...mistral, [key]: value }, "a"))).toContain(`${key} is `);
   expect(importHf({ ...mistral, [key]: null }, "a").job.model.rope).toEqual(importHf(mistral, "a").job.model.rope);

@@ -454,6 +454,17 @@ test.each<[string, (name: string) => string, string]>([
   expect(complaint(() => checkpointFor(dense, path))).toContain(found);
 });
 
+test("weights with scales beside them are refused: their elements alone are not the weights", () => {
+  const path = join(folder, "scaled.safetensors");
+  const name = "model.layers.0.self_attn.o_proj.weight";
+  const scale = (suffix: string): TensorEntry => ({ name: `${name}${suffix}`, dtype: "F32", shape: [1, 1], data: Float32Array.of(2) });
+  for (const suffix of ["_scale_inv", "_scale"]) {
+    writeSafetensors(path, [...hfDense, scale(suffix)]);
+    const found = `DIR/scaled.safetensors: its weights are quantized: ${name} is F32 with scales in ${name}${suffix} [1,1]`;
+    expect(complaint(() => checkpointFor(dense, path))).toBe(found);
+  }
+});
+
 test("weights that are not finite are refused when they are read", () => {
   const path = join(folder, "nan.safetensors");
   const poisoned = hfDense.map((entry) =>
