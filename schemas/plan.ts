@@ -9,7 +9,7 @@ import { opNames } from "./opNames.ts";
 
 export type { Dtype } from "./dtypes.ts";
 
-export const FORMAT_VERSION = "4.0";
+export const FORMAT_VERSION = "5.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
@@ -200,6 +200,7 @@ export type Memory = z.infer<typeof Memory>;
 
 /** The arguments of cuTensorMapEncodeTiled for an operand, innermost dim first. Elements out of bounds read as zero. */
 export const TensorMap = z.strictObject({
+  kind: z.literal("tensor_map"),
   tensor: z.string().describe("the operand"),
   dtype: DtypeText,
   sizes: z.array(count),
@@ -209,11 +210,16 @@ export const TensorMap = z.strictObject({
 });
 export type TensorMap = z.infer<typeof TensorMap>;
 
-export const Arg = z
-  .union([z.string(), TensorMap])
-  .describe(
-    "an operand; `rows`: the index buffer; `scratch+N`: the scratch arena from byte N on; `start(S)`: the global index of this rank's first S; `attr(key0)`: an attribute of the instruction, as 32 bits",
-  );
+export const Arg = z.discriminatedUnion("kind", [
+  z.strictObject({ kind: z.literal("operand"), name: z.string() }).describe("the address of an operand of the op"),
+  z.strictObject({ kind: z.literal("rows") }).describe("the address of the index buffer of the ragged operands"),
+  z.strictObject({ kind: z.literal("needed") }).describe("the address of the i32 that receives the number of rows an index needed"),
+  z.strictObject({ kind: z.literal("scratch"), offset: count }).describe("the address of a byte of the scratch arena"),
+  z.strictObject({ kind: z.literal("start"), dim: z.string() }).describe("the global index of this rank's first element of a dim"),
+  z.strictObject({ kind: z.literal("attribute"), name: z.string() }).describe("an attribute of the instruction, as 32 bits"),
+  TensorMap,
+]);
+/** An argument of a launch. */
 export type Arg = z.infer<typeof Arg>;
 
 /** One launch of a kernel. A kernel with several runs them in order. */

@@ -6,7 +6,7 @@
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import { globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
 import type { CudaArenas, DeviceRange } from "./arenas.ts";
-import { type Context, packParams, type Stream } from "./driver.ts";
+import { type Context, type DevicePointer, packParams, type Stream } from "./driver.ts";
 import { type LoadedKernels, named } from "./kernels.ts";
 import type { Touch } from "./streams.ts";
 
@@ -44,21 +44,29 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
         .find((id) => id !== undefined);
     const overflow = i.rows && `${i.rows}.needed`;
 
-    const pointer = (name: string): bigint => {
-      const id = operands[name] ?? (name === "rows" ? rows : name === "needed" ? overflow : undefined);
+    const pointer = (name: string, id: string | undefined): DevicePointer => {
       if (id === undefined || !buffers.has(id)) throw new Error(`rankc: ${i.id}: its kernel takes ${name}, and there is no such operand`);
       return place(id).at;
     };
     const param = (arg: Arg): bigint | number | Uint8Array => {
-      if (typeof arg !== "string") {
-        const { tensor, ...tiled } = arg;
-        return context.encodeTiled({ ...tiled, at: place(operands[tensor]!).at });
+      switch (arg.kind) {
+        case "operand":
+          return pointer(arg.name, operands[arg.name]);
+        case "rows":
+          return pointer("rows", rows);
+        case "needed":
+          return pointer("needed", overflow);
+        case "scratch":
+          return arenas.scratch(arg.offset);
+        case "start":
+          return globalStart(plan.mesh, i, arg.dim, numberInStage(plan.mesh, rank));
+        case "attribute":
+          return (i.attrs[arg.name] ?? 0) | 0;
+        case "tensor_map":
+          return context.encodeTiled({ ...arg, at: pointer(arg.tensor, operands[arg.tensor]) });
+        default:
+          return arg satisfies never;
       }
-      const [, what, of] = /^(scratch\+|start\(|attr\()([^)]*)\)?$/.exec(arg) ?? [];
-      if (what === "scratch+") return arenas.scratch(Number(of));
-      if (what === "attr(") return i.attrs[of!]! | 0;
-      if (what === undefined) return pointer(arg);
-      return globalStart(plan.mesh, i, of!, numberInStage(plan.mesh, rank));
     };
     const launches = kernel.launches.map((l) => ({
       entry: kernels.entry(kernel, l),

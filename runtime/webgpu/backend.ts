@@ -110,11 +110,11 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     const groups = new Map<string, GPUBindGroup>();
     return kernel.launches.map((launch, n) => {
       const { pipeline, layout } = kernels.get(i.kernel)![n]!;
-      const seen = launch.args.join();
+      const seen = JSON.stringify(launch.args);
       let group = groups.get(seen);
       if (!group) {
         const places = launch.args.filter((a) => !isNumber(a)).map((a) => placeOf(i, copy, a, launch, kernel.scratch));
-        const numbers = uniformOf(launch.args, (kind, name) => (kind === "attr" ? i.attrs[name]! : start(i, name)));
+        const numbers = uniformOf(launch.args, (arg) => (arg.kind === "attribute" ? (i.attrs[arg.name] ?? 0) : start(i, arg.dim)));
         group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, numbers);
         groups.set(seen, group);
       }
@@ -122,19 +122,13 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
     });
   }
   function placeOf(i: Compute, copy: number, arg: Arg, { args }: Launch, scratch: number): BufferRange {
-    if (typeof arg !== "string") throw new Error(`rankc: ${i.kernel} wants a tensor map, which WebGPU has not`);
-    const operand = i.reads[arg] ?? i.writes[arg];
-    if (operand) return arenas.place(buffers.get(operand)!, copy);
-    const from = scratchFrom(arg);
-    if (from !== undefined) {
+    if (arg.kind === "scratch") {
       // bindings of the scratch arena in one launch must not overlap: each ends where the next begins
-      const next = args.map((a) => scratchFrom(a) ?? 0).filter((at) => at > from);
-      return { ...arenas.scratch, offset: arenas.scratch.offset + from, bytes: Math.min(scratch, ...next) - from };
+      const next = args.flatMap((a) => (a.kind === "scratch" && a.offset > arg.offset ? [a.offset] : []));
+      return { ...arenas.scratch, offset: arenas.scratch.offset + arg.offset, bytes: Math.min(scratch, ...next) - arg.offset };
     }
-    const rows = rowsOf(i, buffers);
-    const named = arg === "rows" ? rows : arg === "needed" ? `${rows}.needed` : undefined;
-    const buffer = buffers.get(named ?? "");
-    if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} wants ${arg}, which the plan does not give it`);
+    const buffer = buffers.get(bufferOf(i, arg, buffers) ?? "");
+    if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} takes ${JSON.stringify(arg)}, which the plan does not provide`);
     return arenas.place(buffer, copy);
   }
   function start(i: Compute, dim: string): number {
@@ -161,9 +155,12 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
   };
 }
 
-/** `scratch+256` → 256; undefined for other arguments. */
-const scratchFrom = (arg: Arg): number | undefined =>
-  typeof arg === "string" && arg.startsWith("scratch+") ? Number(arg.slice("scratch+".length)) : undefined;
+/** Returns the buffer of an argument; undefined for an argument that is none. WebGPU has no tensor maps. */
+function bufferOf(i: Compute, arg: Arg, buffers: ReadonlyMap<string, Buffer>): string | undefined {
+  if (arg.kind === "operand") return i.reads[arg.name] ?? i.writes[arg.name];
+  if (arg.kind === "rows") return rowsOf(i, buffers);
+  return arg.kind === "needed" ? `${rowsOf(i, buffers)}.needed` : undefined;
+}
 
 /** Returns the row index that an op writes or reads. */
 const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>

@@ -73,14 +73,15 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
   };
 }
 
-/** Arguments that are numbers and no buffers: where a dim begins here, and attributes. */
-export const isNumber = (arg: Arg): arg is string => typeof arg === "string" && /^(start|attr)\(/.test(arg);
+/** An argument that is a number and no buffer. */
+export type NumberArg = Extract<Arg, { readonly kind: "start" | "attribute" }>;
+/** Returns whether an argument is a number: where a dim begins here, or an attribute. */
+export const isNumber = (arg: Arg): arg is NumberArg => arg.kind === "start" || arg.kind === "attribute";
 
 /** The uniform of these arguments, if they have one: four places for starts, then the attributes. */
-export function uniformOf(args: readonly Arg[], integerOf: (kind: "start" | "attr", name: string) => number): number[] | undefined {
-  const all = (kind: "start" | "attr"): number[] =>
-    args.filter(isNumber).flatMap((arg) => (arg.startsWith(kind) ? [integerOf(kind, arg.slice(kind.length + 1, -1))] : []));
-  const [starts, attrs] = [all("start"), all("attr")];
+export function uniformOf(args: readonly Arg[], integerOf: (arg: NumberArg) => number): number[] | undefined {
+  const all = (kind: NumberArg["kind"]): number[] => args.flatMap((arg) => (isNumber(arg) && arg.kind === kind ? [integerOf(arg)] : []));
+  const [starts, attrs] = [all("start"), all("attribute")];
   if (attrs.length) return [0, 1, 2, 3].map((n) => starts[n] ?? 0).concat(attrs);
   return starts.length ? starts : undefined;
 }

@@ -11,6 +11,7 @@ import { touched } from "../passes/lower.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical, sha256 } from "../plan/seal.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
+import { planLaunch } from "./launchArgs.ts";
 import type { Target } from "./targets.ts";
 
 /** The result of the pass. */
@@ -117,7 +118,7 @@ function generateKernel(spec: KernelSpec, target: Target, sources: Map<string, s
     uses: 0,
     ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
     scratch: made?.scratch ?? 0,
-    launches: made ? [...made.launches] : [],
+    launches: (made?.launches ?? []).map(planLaunch),
   };
 }
 

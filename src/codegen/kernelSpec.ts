@@ -3,7 +3,8 @@
  * them. All fields of a kernel spec are constants in the generated source.
  */
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype, Launch } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/plan.ts";
+import type { GeneratedLaunch } from "./launchArgs.ts";
 import type { Arch, Profile } from "./targetNames.ts";
 
 /** An op with its local sizes, types and attributes: everything a kernel depends on. */
@@ -29,8 +30,8 @@ export interface KernelSpec {
 /** Source and launches of one kernel spec. */
 export interface GeneratedKernel {
   readonly source: string;
-  readonly launches: readonly Launch[];
-  /** Bytes of scratch memory; the launch argument `scratch+N` is its address N bytes from the start. */
+  readonly launches: readonly GeneratedLaunch[];
+  /** Bytes of scratch memory; the launch argument `scratch(n)` is its address n bytes from the start. */
   readonly scratch?: number;
 }
 

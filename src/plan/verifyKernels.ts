@@ -1,6 +1,6 @@
 /** Checks of the kernels section: kernels match the instructions that use them, and launches stay inside their buffers. */
 
-import type { Arg, Compute, Kernel, Launch, Plan, Program } from "../../schemas/plan.ts";
+import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
@@ -29,7 +29,7 @@ export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): voi
   }
 }
 
-type Buffers = ReadonlyMap<string, Program["buffers"][number]>;
+type Buffers = ReadonlyMap<string, Buffer>;
 
 /** Limits of CUDA: blocks along x; blocks along y and z; threads of a block; the largest shared memory of any device, in bytes. */
 const [BLOCKS, BLOCKS_YZ, THREADS, SHARED] = [2 ** 31 - 1, 65_535, 1024, 2 ** 18];
@@ -73,30 +73,40 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
 /** Checks that every argument of a launch exists in the instruction and stays inside its buffer. */
 function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buffers): void {
   const must = (ok: boolean, arg: Arg): void =>
-    invariant(
-      ok,
-      () => `kernel ${k.id}: ${entry} takes ${typeof arg === "string" ? arg : `a map of ${arg.tensor}`}, which ${i.id} does not provide`,
-    );
+    invariant(ok, () => `kernel ${k.id}: ${entry} takes ${argText(arg)}, which ${i.id} does not provide`);
   const operands = new Map(Object.entries({ ...i.reads, ...i.writes }));
   const rows = i.rows ?? [...operands.values()].map((id) => buffers.get(id)!.rows).find((id) => id !== undefined);
   const needed = i.rows === undefined ? undefined : `${i.rows}.needed`;
-  for (const arg of args) {
-    if (typeof arg !== "string") {
-      const b = buffers.get(operands.get(arg.tensor) ?? "");
-      const { sizes, strides } = arg;
-      must(b !== undefined && sizes.length >= 1 && strides.length === sizes.length - 1 && arg.box.length === sizes.length, arg);
-      const last = sizes.reduce((sum, n, dim) => sum + (n - 1) * (dim === 0 ? bytesOf[arg.dtype] : strides[dim - 1]!), bytesOf[arg.dtype]);
-      must(b !== undefined && sizes.every((n) => n >= 1) && last <= bytesOf[b.dtype] * elementsOf(b.shape), arg);
-      continue;
+  const provides = (arg: Arg): boolean => {
+    switch (arg.kind) {
+      case "operand":
+        return operands.has(arg.name);
+      case "rows":
+        return rows !== undefined;
+      case "needed":
+        return needed !== undefined && buffers.has(needed);
+      case "scratch":
+        return arg.offset <= k.scratch;
+      case "start":
+        return Object.hasOwn(i.dims, arg.dim);
+      case "attribute":
+        return Object.hasOwn(i.attrs, arg.name);
+      case "tensor_map":
+        return isInside(arg, buffers.get(operands.get(arg.tensor) ?? ""));
+      default:
+        return arg satisfies never;
     }
-    const [, what, of = ""] = /^(scratch\+|start\(|attr\()([^)]*)\)?$/.exec(arg) ?? [];
-    if (what === "scratch+") must(/^\d{1,15}$/.test(of) && Number(of) <= k.scratch, arg);
-    else if (what === "start(") must(Object.hasOwn(i.dims, of), arg);
-    else if (what === "attr(") must(Object.hasOwn(i.attrs, of), arg);
-    else
-      must(
-        operands.has(arg) || (arg === "rows" && rows !== undefined) || (arg === "needed" && needed !== undefined && buffers.has(needed)),
-        arg,
-      );
-  }
+  };
+  for (const arg of args) must(provides(arg), arg);
+}
+
+const argText = (arg: Arg): string =>
+  arg.kind === "operand" ? arg.name : arg.kind === "tensor_map" ? `a map of ${arg.tensor}` : Object.values(arg).join(" ");
+
+/** Returns whether every element of a tensor map lies in the buffer. */
+function isInside({ dtype, sizes, strides, box }: TensorMap, b: Buffer | undefined): boolean {
+  if (!b || sizes.length < 1 || strides.length !== sizes.length - 1 || box.length !== sizes.length) return false;
+  const steps = [bytesOf[dtype], ...strides];
+  const last = sizes.reduce((sum, n, dim) => sum + (n - 1) * (steps[dim] ?? 0), bytesOf[dtype]);
+  return sizes.every((n) => n >= 1) && last <= bytesOf[b.dtype] * elementsOf(b.shape);
 }

@@ -7,8 +7,9 @@ import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from "node:
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { compileOptions } from "../../runtime/cuda/kernels.ts";
-import type { Arg } from "../../schemas/plan.ts";
+import type { TensorMap } from "../../schemas/plan.ts";
 import { compileCubins } from "../../src/codegen/cubins.ts";
+import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import { sha256 } from "../../src/plan/seal.ts";
 import { root } from "../support/checkout.ts";
 import { type BenchCase, type BenchKernel, benchCases } from "./cudaBenchCases.ts";
@@ -75,10 +76,20 @@ function written({ kernels, ...c }: BenchCase) {
     ...(kernels.some((k) => failed.has(cubinOf(k))) ? { error: "nvcc refuses a kernel" } : {}),
   };
 }
-function renamed(arg: Arg, as: Readonly<Record<string, string>>): Arg {
-  if (typeof arg !== "string") return { ...arg, tensor: as[arg.tensor] ?? arg.tensor };
-  const [name, offset] = arg.split("+");
-  return as[name!] ? [as[name!], ...(offset ? [offset] : [])].join("+") : arg;
+function renamed(arg: KernelArg, as: Readonly<Record<string, string>>): string | TensorMap {
+  if (typeof arg === "string") return as[arg] ?? arg;
+  switch (arg.kind) {
+    case "tensor_map":
+      return { ...arg, tensor: as[arg.tensor] ?? arg.tensor };
+    case "scratch":
+      return `scratch+${arg.offset}`;
+    case "start":
+      return `start(${arg.dim})`;
+    case "attribute":
+      return `attr(${arg.name})`;
+    default:
+      return arg satisfies never;
+  }
 }
 
 /** Why nothing can be measured here, or nothing. */

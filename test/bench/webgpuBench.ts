@@ -21,6 +21,7 @@ import type { Dtype } from "../../schemas/plan.ts";
 import { blockOf } from "../../schemas/program.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
+import { planLaunch } from "../../src/codegen/launchArgs.ts";
 import type { Profile } from "../../src/codegen/targetNames.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
@@ -132,7 +133,8 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const checked = new Map<Case, number>();
   for (const c of mine) {
     const made: GeneratedKernel = wgslKernels[c.use.op]!(c.use, profile);
-    const entries = made.launches.map(({ entry, args }) => ({
+    const launches = made.launches.map(planLaunch);
+    const entries = launches.map(({ entry, args }) => ({
       ...{ entry, buffers: args.filter((a) => !isNumber(a)).length, uniform: args.some(isNumber) },
     }));
     const pipelines: readonly ComputePipeline[] = await compileKernel({ name: c.name, code: made.source, entries });
@@ -143,12 +145,12 @@ async function measure(profile: Profile, mine: readonly Case[]) {
       buffers.set("rows", rows);
     }
     const scratch = make(Math.max(256, made.scratch ?? 0));
-    const groups = made.launches.map(({ args }, i) => {
+    const groups = launches.map(({ args }, i) => {
       const places = args
-        .filter((a): a is string => typeof a === "string" && !isNumber(a))
+        .filter((a) => !isNumber(a))
         .map((a) => {
-          const offset = a.startsWith("scratch+") ? Number(a.slice(8)) : 0;
-          const buffer = a.startsWith("scratch+") ? scratch : buffers.get(a)!;
+          const offset = a.kind === "scratch" ? a.offset : 0;
+          const buffer = a.kind === "scratch" ? scratch : buffers.get(a.kind === "operand" ? a.name : a.kind)!;
           return { buffer, offset, bytes: buffer.size - offset };
         });
       return bind(

@@ -181,8 +181,8 @@ const cudaDamages: Readonly<Record<string, Damage>> = {
   "2^20 threads": [(d) => (launch(d).threads = 2 ** 20), "kernels", /threads/],
   "more shared memory than a device has": [(d) => (launch(d).shared = 2 ** 30), "kernels", /bytes/],
   "a function by a path": [(d) => (launch(d).entry = "../x"), "kernels", /is not a function name/],
-  "an argument that does not exist": [(d) => launch(d).args.push("secret"), "kernels", /takes secret/],
-  "scratch beyond the arena": [(d) => launch(d).args.push("scratch+99999999999"), "kernels", /takes scratch/],
+  "an argument that does not exist": [(d) => launch(d).args.push({ kind: "operand", name: "secret" }), "kernels", /takes secret/],
+  "scratch beyond the arena": [(d) => launch(d).args.push({ kind: "scratch", offset: 99999999999 }), "kernels", /takes scratch/],
   "less scratch than a kernel uses": [(d) => (d.kernels.find((k) => k.op === "gemm")!.scratch = 2 ** 40), "memory", /of scratch/],
   "no source": [(d) => delete d.kernels[0]!.source, "kernels", /needs a source/],
 };

@@ -4,10 +4,11 @@
  * C++ on the CPU.
  */
 import { describe, expect, test } from "vitest";
-import type { Dtype, Launch } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/plan.ts";
 import { attention as makers } from "../../src/codegen/cuda/attention.ts";
 import { orderOf, shareOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
+import type { GeneratedLaunch } from "../../src/codegen/launchArgs.ts";
 import type { Arch } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
 import { dimSize } from "../../src/ops/op.ts";
@@ -193,7 +194,7 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
       const { kernels, executors } = made();
       const [forward, backward] = kernels.get(seed)!;
       await hold(executors[1], backward!.made, backward!);
-      const launches = forward!.made.launches.map((l): Launch => ({ ...l, grid: [1, 1, 1] }));
+      const launches = forward!.made.launches.map((l): GeneratedLaunch => ({ ...l, grid: [1, 1, 1] }));
       for (const e of executors) await hold(e, { ...forward!.made, launches }, forward!);
     });
   }

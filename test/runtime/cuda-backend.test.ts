@@ -1,6 +1,7 @@
 /** The CUDA backend before stand-ins for the driver and NCCL: what a launch is given, and what goes wrong. */
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import type { Arg, Buffer, Collective, Compute, Kernel } from "../../schemas/plan.ts";
+import { scratch, startOf } from "../../src/codegen/launchArgs.ts";
 import {
   at,
   failure,
@@ -26,8 +27,17 @@ afterAll(() => vi.unstubAllEnvs());
 
 describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
   test("parameters are packed as the kernel declares them: pointers, ints, tensor maps, scratch", async () => {
-    const map: Arg = { tensor: "x", dtype: "bf16", sizes: [72, 5], strides: [144], box: [64, 2], swizzle: "128B" };
-    const args: Arg[] = ["start(S)", "y", map, "rows", "scratch+512", "start(T)", "needed", map];
+    const map: Arg = { kind: "tensor_map", tensor: "x", dtype: "bf16", sizes: [72, 5], strides: [144], box: [64, 2], swizzle: "128B" };
+    const args: Arg[] = [
+      startOf("S"),
+      { kind: "operand", name: "y" },
+      map,
+      { kind: "rows" },
+      scratch(512),
+      startOf("T"),
+      { kind: "needed" },
+      map,
+    ];
     const kernel: Kernel = {
       ...launchOf("look"),
       scratch: 1024,
@@ -143,7 +153,10 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
 
   test("rows beyond their bound end the step, eagerly and replayed", async () => {
     const needed: Compute = { ...runs("count", "n"), dims: {} };
-    const kernel = { ...launchOf("count"), launches: launchOf("count").launches.map((l) => ({ ...l, args: ["y"] })) };
+    const kernel = {
+      ...launchOf("count"),
+      launches: launchOf("count").launches.map((l) => ({ ...l, args: l.args.filter((a) => a.kind === "operand") })),
+    };
     const plan = handOf({
       kernels: [kernel],
       buffers: { n: { kind: "gradient", dtype: "i32", shape: [] } },

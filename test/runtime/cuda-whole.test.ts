@@ -90,8 +90,8 @@ function copies(params: DataView, { args }: Launch): Uint8Array {
   };
   for (const [n, arg] of args.entries()) {
     const to = 128 * n;
-    if (typeof arg === "string" && /^(start|attr)\(/.test(arg)) view.setInt32(to, params.getInt32(next(4), true), true);
-    else if (typeof arg === "string") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
+    if (arg.kind === "start" || arg.kind === "attribute") view.setInt32(to, params.getInt32(next(4), true), true);
+    else if (arg.kind !== "tensor_map") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
     else {
       // the stand-in's map begins with the address it was given
       view.setBigUint64(to, params.getBigUint64(next(128, 64), true), true);
@@ -141,7 +141,7 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
         const reference = compile(job).plan;
         const want = await train([openCpu(reference)], reference);
         const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
-        const mapped = plan.kernels.filter((k) => k.launches.some(({ args }) => args.some((arg) => typeof arg !== "string")));
+        const mapped = plan.kernels.filter((k) => k.launches.some(({ args }) => args.some((arg) => arg.kind === "tensor_map")));
         if (precision !== "fp32") expect(new Set(mapped.map((k) => k.op))).toContain("grouped_gemm");
         cuda.serve(await emulated(plan, sources));
         const fleets = await cuda.openAll(plan);

@@ -7,6 +7,7 @@ import type { Sources, WebgpuRanks, WebgpuSettings } from "../../runtime/webgpu/
 import { openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import type { Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { type KernelArg, planLaunch, scratch, startOf } from "../../src/codegen/launchArgs.ts";
 import { bufferIn, handPlan } from "../support/handPlan.ts";
 import { adapterEnv, hardware, noAdapter, noHalves } from "../support/softwareAdapter.ts";
 
@@ -15,13 +16,8 @@ const scaled = (by: number) => `${binding(0, "x")}${binding(1, "y")}
 @compute @workgroup_size(64) fn scale(@builtin(global_invocation_id) at: vec3u) {
   if (at.x < arrayLength(&y)) { y[at.x] = ${by}.0 * x[at.x] + y[at.x]; }
 }`;
-const launch = (entry: string, args: string[], grid: [number, number, number] = [1, 1, 1]): Launch => ({
-  entry,
-  grid,
-  threads: 64,
-  shared: 0,
-  args,
-});
+const launch = (entry: string, args: KernelArg[], grid: [number, number, number] = [1, 1, 1]): Launch =>
+  planLaunch({ entry, grid, threads: 64, shared: 0, args });
 const kernelOf = (id: string, launches: Launch[], scratch = 0): Kernel => ({
   ...{ id, op: "add", dtypes: "", dims: {}, uses: 1, scratch, launches },
   source: { file: `${id}.wgsl`, sha256: "" },
@@ -151,8 +147,8 @@ struct Starts { B: i32, S: i32, }
   y[3] = f32(starts.S);
 }`;
     const launches = [
-      launch("first", ["x", "scratch+0", "scratch+256"]),
-      launch("second", ["rows", "needed", "scratch+0", "y", "start(B)", "start(S)"]),
+      launch("first", ["x", scratch(0), scratch(256)]),
+      launch("second", ["rows", "needed", scratch(0), "y", startOf("B"), startOf("S")]),
     ];
     const i = { ...compute("i", "two", { x: "x" }, { y: "y" }, { B: [6, [0]], S: [9, []] }), rows: "index" };
     const plan = handPlan({

@@ -50,8 +50,7 @@ function compiles(name: string): void {
         device.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });
         expect(Math.max(...grid), id).toBeLessThanOrEqual(65535);
         for (const arg of args) {
-          const at = /^scratch\+(\d+)$/.exec(String(arg))?.[1];
-          if (at) expect(Number(at), id).toBeLessThan(scratch);
+          if (arg.kind === "scratch") expect(arg.offset, id).toBeLessThan(scratch);
         }
       }
       expect((await device.popErrorScope())?.message, `${id}\n${sources.get(source!.file)}`).toBeUndefined();

@@ -1,7 +1,7 @@
 /** Runs generated CUDA sources on this machine's first GPU, as the runtime does: compiled by NVRTC, launched through the driver. */
 import { type Context, type CudaDevice, type DevicePointer, driver, packParams } from "../../runtime/cuda/driver.ts";
 import { compileBeside, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
-import type { Launch } from "../../schemas/plan.ts";
+import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import { type Arch, archs } from "../../src/codegen/targetNames.ts";
 import type { Buffers, Executor } from "./contract.ts";
 import { type Compiled, initial, unpack } from "./cudaEmulator.ts";
@@ -79,12 +79,21 @@ export function cudaDevice({ name, arch, context }: Gpu, kernels: readonly Compi
 
 function parameter(
   context: Context,
-  arg: Launch["args"][number],
+  arg: KernelArg,
   at: (buffer: string) => DevicePointer,
   starts: Readonly<Record<string, number>>,
 ): bigint | number | Uint8Array {
-  if (typeof arg !== "string") return context.encodeTiled({ ...arg, at: at(arg.tensor) });
-  const told = /^(?:start|attr)\((.+)\)$/.exec(arg);
-  const [buffer, offset] = arg.split("+");
-  return told ? starts[told[1]!]! : at(buffer!) + BigInt(offset ?? 0);
+  if (typeof arg === "string") return at(arg);
+  switch (arg.kind) {
+    case "tensor_map":
+      return context.encodeTiled({ ...arg, at: at(arg.tensor) });
+    case "scratch":
+      return at("scratch") + BigInt(arg.offset);
+    case "start":
+      return starts[arg.dim]!;
+    case "attribute":
+      return starts[arg.name]!;
+    default:
+      return arg satisfies never;
+  }
 }

@@ -10,9 +10,10 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { koffi } from "../../runtime/cuda/libraries.ts";
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Launch, TensorMap } from "../../schemas/plan.ts";
+import type { TensorMap } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
+import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
 import { root } from "./checkout.ts";
 import type { Buffers, Executor } from "./contract.ts";
@@ -152,21 +153,20 @@ function runOn(
 
 function packArg(
   to: Buffer,
-  arg: Launch["args"][number],
+  arg: KernelArg,
   placed: ReadonlyMap<string, Placed>,
   starts: Readonly<Record<string, number>>,
   use: KernelSpec,
 ): void {
-  if (typeof arg !== "string") {
-    packTensorMap(to, arg, placed.get(arg.tensor)!.at);
-    return;
-  }
-  const told = /^(?:start|attr)\((.+)\)$/.exec(arg);
-  const [name, offset] = arg.split("+");
-  const buffer = placed.get(name!);
-  if (told) to.writeInt32LE(starts[told[1]!]! | 0);
-  else if (buffer) to.writeBigUInt64LE(buffer.at + BigInt(offset ?? 0));
-  else throw new Error(`${use.name}: a launch names ${arg}, which is no operand`);
+  const at = (name: string): bigint => {
+    const buffer = placed.get(name);
+    if (!buffer) throw new Error(`${use.name}: a launch names ${name}, which is no operand`);
+    return buffer.at;
+  };
+  if (typeof arg === "string") to.writeBigUInt64LE(at(arg));
+  else if (arg.kind === "tensor_map") packTensorMap(to, arg, at(arg.tensor));
+  else if (arg.kind === "scratch") to.writeBigUInt64LE(at("scratch") + BigInt(arg.offset));
+  else to.writeInt32LE(starts[arg.kind === "start" ? arg.dim : arg.name]! | 0);
 }
 /** As emulator.hpp lays it out. */
 function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: TensorMap, at: bigint): void {

@@ -2,6 +2,7 @@
 import { expect } from "vitest";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";
+import { startOf } from "../../src/codegen/launchArgs.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { bytesAt, imagesOf, standIn, withCubins } from "./cudaStandIn.ts";
@@ -63,7 +64,7 @@ export const at = { tag: "F0", microbatch: 0, copy: 0 };
 export const launchOf = (id: string): Kernel => ({
   ...{ id, op: "add", dtypes: "f32", dims: {}, uses: 1, scratch: 0 },
   source: { file: `${id}.cu`, sha256: "0".repeat(64) },
-  launches: [{ entry: id, grid: [1, 1, 1], threads: 1, shared: 0, args: ["y", "start(S)"] }],
+  launches: [{ entry: id, grid: [1, 1, 1], threads: 1, shared: 0, args: [{ kind: "operand", name: "y" }, startOf("S")] }],
 });
 export const runs = (kernel: string, y: string): Compute => ({
   ...{ kind: "compute", id: `${kernel} ${y}`, op: "add", kernel, reads: {}, writes: { y }, dims: { S: [8, [0]] }, attrs: {} },

@@ -16,6 +16,7 @@ import { typedMemory } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { attributeOf, planLaunch, startOf } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
 import { fixture } from "./job.ts";
 
@@ -116,13 +117,13 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const { runtimeAttrs = [] } = ops[i.op];
     const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
     serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, runtimeAttrs });
-    const launch: Launch = {
+    const launch = planLaunch({
       entry: k.id,
       grid: [1, 1, 1],
       threads: 32,
       shared: 0,
-      args: [...pointers, ...starts.map((dim) => `start(${dim})`), ...runtimeAttrs.map((name) => `attr(${name})`)],
-    };
+      args: [...pointers, ...starts.map(startOf), ...runtimeAttrs.map(attributeOf)],
+    });
     const sha256 = createHash("sha256").update(k.id).digest("hex");
     return { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
   });

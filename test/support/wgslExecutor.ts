@@ -7,8 +7,9 @@
 
 import { isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Dtype, Launch } from "../../schemas/plan.ts";
+import type { Arg, Dtype, Launch } from "../../schemas/plan.ts";
 import { bytesOf } from "../../schemas/sharding.ts";
+import { planLaunch } from "../../src/codegen/launchArgs.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
 
 const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128 };
@@ -22,17 +23,14 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
   function pipelineOf(text: string, { entry, args }: Launch, name: string) {
     const code = f16 ? text : withoutF16(text);
     const key = `${entry.replace(name, "kernel")} ${code}`;
-    const have = known.get(key) ?? makePipeline(code, entry.replace(name, "kernel"), named(args));
+    const have = known.get(key) ?? makePipeline(code, entry.replace(name, "kernel"), split(args));
     known.set(key, have);
     return have;
   }
-  async function makePipeline(code: string, entryPoint: string, { names, buffers }: ReturnType<typeof named>) {
+  async function makePipeline(code: string, entryPoint: string, { numbers, buffers }: ReturnType<typeof split>) {
     device.pushErrorScope("validation");
     const module = device.createShaderModule({ code });
-    const types: GPUBufferBindingType[] = [
-      ...buffers.map(() => "storage" as const),
-      ...(names.length > buffers.length ? ["uniform" as const] : []),
-    ];
+    const types: GPUBufferBindingType[] = [...buffers.map(() => "storage" as const), ...(numbers.length ? ["uniform" as const] : [])];
     const layout = device.createBindGroupLayout({ entries: types.map((type, binding) => ({ binding, visibility: 4, buffer: { type } })) });
     const pipelineLayout = device.createPipelineLayout({ bindGroupLayouts: [layout] });
     const pipeline = device.createComputePipeline({ layout: pipelineLayout, compute: { module, entryPoint } });
@@ -61,7 +59,8 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
       }
       const sizeOf = (name: string) => data[name]!.length * bytesOf[stored(use.dtype[name])];
 
-      const pipelines = await Promise.all(made.launches.map((l) => pipelineOf(made.source.replaceAll(use.name, "kernel"), l, use.name)));
+      const launches = made.launches.map(planLaunch);
+      const pipelines = await Promise.all(launches.map((l) => pipelineOf(made.source.replaceAll(use.name, "kernel"), l, use.name)));
       device.pushErrorScope("validation");
       const arena = device.createBuffer({ size: bytes, usage: usage.storage | usage.copySource | usage.copyTarget });
       const scratch = device.createBuffer({ size: Math.max(ALIGN, made.scratch ?? 0), usage: usage.storage | usage.copyTarget });
@@ -70,16 +69,17 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
 
       const encoder = device.createCommandEncoder();
       const pass = encoder.beginComputePass();
-      for (const [i, { grid, args }] of made.launches.entries()) {
-        const { names, buffers } = named(args);
+      for (const [i, { grid, args }] of launches.entries()) {
+        const { buffers } = split(args);
         const entries: GPUBindGroupEntry[] = buffers.map((a, binding) => {
-          const at = Number(a.split("+")[1] ?? 0);
-          const resource = a.startsWith("scratch+")
-            ? { buffer: scratch, offset: at, size: scratch.size - at }
-            : { buffer: arena, offset: offsets[a]!, size: Math.ceil(sizeOf(a) / 4) * 4 };
+          const name = a.kind === "operand" ? a.name : a.kind;
+          const resource =
+            a.kind === "scratch"
+              ? { buffer: scratch, offset: a.offset, size: scratch.size - a.offset }
+              : { buffer: arena, offset: offsets[name]!, size: Math.ceil(sizeOf(name) / 4) * 4 };
           return { binding, resource };
         });
-        const numbers = uniformOf(names, (_, name) => starts[name]!);
+        const numbers = uniformOf(args, (arg) => starts[arg.kind === "start" ? arg.dim : arg.name]!);
         if (numbers) {
           const uniform = device.createBuffer({ size: numbers.length > 4 ? 32 : 16, usage: usage.uniform | usage.copyTarget });
           device.queue.writeBuffer(uniform, 0, Int32Array.from(numbers));
@@ -121,12 +121,6 @@ function packed(x: Float32Array | Int32Array, dtype: Dtype): Uint8Array {
 function unpacked(bytes: Uint8Array, dtype: Dtype): Float32Array | Int32Array {
   return valuesIn(typedMemory(dtype, new Uint8Array(bytes).buffer));
 }
-/** The arguments of a launch, and those that are buffers. */
-function named(args: Launch["args"]): { names: string[]; buffers: string[] } {
-  const names = args.map((a) => {
-    if (typeof a !== "string") throw new Error("a TensorMap is not for WebGPU");
-    return a;
-  });
-  return { names, buffers: names.filter((a) => !isNumber(a)) };
-}
+/** The arguments of a launch: those that are numbers, and those that are buffers. */
+const split = (args: readonly Arg[]) => ({ numbers: args.filter(isNumber), buffers: args.filter((a) => !isNumber(a)) });
 export const withoutF16 = (source: string): string => source.replace("enable f16;\n", "").replace(/\bf16\b/g, "f32");

@@ -5,10 +5,10 @@
  * inputs give equal bits.
  */
 
-import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
 import { orderOf } from "./attentionOrder.ts";
@@ -76,7 +76,7 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
   const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
   const body = render("cuda/attention.cu", { name: spec.name, tiles, keys, resident, ...texts, ...float16Types[half] });
-  const launch: Launch = {
+  const launch: GeneratedLaunch = {
     entry: spec.name,
     grid: [B * G * M * ceil(S, threads), 1, 1],
     threads,
@@ -118,35 +118,42 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
-  const [sums, lse2, delta, counters, keyParts, scratch] = offsets([
+  const [sums, lse2, delta, counters, keyParts, bytes] = offsets([
     4 * tilesOfQueries * rows * C,
     4 * tilesOfQueries * rows,
     4 * tilesOfQueries * rows,
     4 * tilesOfQueries + 4,
     split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
   ]);
-  const at = (offset: number) => `scratch+${offset}`;
-  const launches: Launch[] = [
+  const launches: GeneratedLaunch[] = [
     {
       entry: `${spec.name}_rows`,
       grid: [ceil(tilesOfQueries * rows * lanes, threads), 1, 1],
       threads,
       shared: 0,
-      args: ["o", "lse", "dy", at(lse2!), at(delta!), at(counters!)],
+      args: ["o", "lse", "dy", scratch(lse2!), scratch(delta!), scratch(counters!)],
     },
     {
       entry: spec.name,
       grid: [B * G * split * ceil(keyBlocks, wave) * wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
-      args: [...main.args, at(lse2!), at(delta!), at(sums!), at(counters!), ...(split > 1 ? [at(keyParts!)] : ["dk", "dv"]), ...args],
+      args: [
+        ...main.args,
+        scratch(lse2!),
+        scratch(delta!),
+        scratch(sums!),
+        scratch(counters!),
+        ...(split > 1 ? [scratch(keyParts!)] : ["dk", "dv"]),
+        ...args,
+      ],
     },
     {
       entry: `${spec.name}_queries`,
       grid: [tilesOfQueries, 1, 1],
       threads,
       shared: rows * (C + 8) * 2,
-      args: [at(sums!), "dq", ...(part ? args : [])],
+      args: [scratch(sums!), "dq", ...(part ? args : [])],
     },
   ];
   if (split > 1)
@@ -155,9 +162,9 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       grid: [B * G * keyBlocks, 1, 1],
       threads,
       shared: keys * (Math.max(C, W) + 8) * 2,
-      args: [at(keyParts!), "dk", "dv", ...args],
+      args: [scratch(keyParts!), "dk", "dv", ...args],
     });
-  return { source: source(spec, main.body), launches, scratch: scratch! };
+  return { source: source(spec, main.body), launches, scratch: bytes! };
 }
 
 /** Where parts of these many bytes begin, one after the other on multiples of 256; last, where the next would. */
@@ -179,7 +186,7 @@ function plain(spec: KernelSpec, columns: number) {
 function forwardPlain(spec: KernelSpec): GeneratedKernel {
   const { d, common, threads, tile, slices, args, ...texts } = plain(spec, spec.d.W!);
   const body = render("cuda/attention_plain.cu", { name: spec.name, common, ...texts });
-  const grid: Launch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
+  const grid: GeneratedLaunch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
   return {
     source: source(spec, body),
     launches: [{ entry: spec.name, grid, threads, shared: 0, args: ["q", "k", "v", "o", "lse", ...args] }],
@@ -190,8 +197,8 @@ function gradPlain(spec: KernelSpec): GeneratedKernel {
   const { d, common, threads, tile, slices, args, ...texts } = plain(spec, Math.max(spec.d.C!, spec.d.W!));
   const { B, S, U, G, M, C } = d;
   const body = render("cuda/attention_plain_grad.cu", { name: spec.name, common, ...texts });
-  const reads = ["q", "k", "v", "dy", "lse", "scratch+0"];
-  const launch = (entry: string, blocks: number, args: string[]): Launch => ({
+  const reads = ["q", "k", "v", "dy", "lse", scratchStart];
+  const launch = (entry: string, blocks: number, args: readonly KernelArg[]): GeneratedLaunch => ({
     entry: `${spec.name}_${entry}`,
     grid: [blocks, 1, 1],
     threads,
@@ -201,7 +208,7 @@ function gradPlain(spec: KernelSpec): GeneratedKernel {
   return {
     source: source(spec, body),
     launches: [
-      launch("rows", ceil(B * S * G * M, threads / 32), ["o", "dy", "scratch+0"]),
+      launch("rows", ceil(B * S * G * M, threads / 32), ["o", "dy", scratchStart]),
       launch("keys", slices * B * G * ceil(U, tile), [...reads, "dk", "dv", ...args]),
       launch("queries", ceil(C, 128) * B * G * M * ceil(S, tile), [...reads, "dq", ...args]),
     ],

@@ -127,7 +127,15 @@ export function gradHopper(
 function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, half: Float16, high: number): TensorMap {
   const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
   const row = heads * (tensor === "q" || tensor === "k" ? C : W);
-  return { tensor, dtype: half, sizes: [row, length, B], strides: [row * 2, length * row * 2], box: [64, high, 1], swizzle: "128B" };
+  return {
+    kind: "tensor_map",
+    tensor,
+    dtype: half,
+    sizes: [row, length, B],
+    strides: [row * 2, length * row * 2],
+    box: [64, high, 1],
+    swizzle: "128B",
+  };
 }
 
 /** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */

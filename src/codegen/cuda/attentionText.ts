@@ -2,6 +2,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { runtimeAttrs } from "../../ops/dropout.ts";
 import type { AttentionSizes } from "../attentionSizes.ts";
+import { attributeOf, startOf } from "../launchArgs.ts";
 import { f32 } from "./elementwise.ts";
 
 /** What a product of a query and a key is multiplied by, for a natural exponent and for one of 2. */
@@ -33,7 +34,7 @@ export const startTexts = ({ part, drops }: AttentionSizes) => ({
   keyStart: part ? "keyStart" : "0",
   drops: drops !== undefined,
   args: [
-    ...(part ? ["start(S)", "start(U)"] : ["start(S)"]),
-    ...(drops ? ["sample", "start(G)", ...runtimeAttrs.map((name) => `attr(${name})`)] : []),
+    ...(part ? [startOf("S"), startOf("U")] : [startOf("S")]),
+    ...(drops ? ["sample", startOf("G"), ...runtimeAttrs.map((name) => attributeOf(name))] : []),
   ],
 });

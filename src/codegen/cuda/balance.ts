@@ -3,6 +3,7 @@ import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratch, scratchStart } from "../launchArgs.ts";
 import { cudaType, f32 } from "./elementwise.ts";
 import { sumColumns } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -43,7 +44,7 @@ function count(
   return {
     source: source(spec, `${body}\n${sum.body}`),
     scratch: chunks * batches * E * bytesOf.f32,
-    launches: [{ entry: spec.name, grid: [chunks, batches, 1], threads, shared: 0, args: ["c", "scratch+0"] }, sum.launch],
+    launches: [{ entry: spec.name, grid: [chunks, batches, 1], threads, shared: 0, args: ["c", scratchStart] }, sum.launch],
   };
 }
 
@@ -79,7 +80,7 @@ function sinkhorn(spec: KernelSpec): GeneratedKernel {
   return {
     source: source(spec, body),
     scratch: A! * words * bytesOf.f32,
-    launches: [{ entry: spec.name, grid: [A!, 1, 1], threads, shared: 0, args: ["x", "y", "rounds", "scratch+0"] }],
+    launches: [{ entry: spec.name, grid: [A!, 1, 1], threads, shared: 0, args: ["x", "y", "rounds", scratchStart] }],
   };
 }
 
@@ -88,14 +89,14 @@ function quantile(spec: KernelSpec): GeneratedKernel {
   const { A, P, S, E, k, count: microbatches } = spec.d;
   const tokens = P! * S!;
   const surpluses = Math.ceil((A! * tokens * bytesOf.f32) / 256) * 256;
-  const least = bestExperts(spec, { name: `${spec.name}_least`, k: k! + 1, sign: -1, groups: 1, threshold: "scratch+0" });
+  const least = bestExperts(spec, { name: `${spec.name}_least`, k: k! + 1, sign: -1, groups: 1, threshold: scratchStart });
   const select = bestTokens(
     spec,
     {
       ...{ groups: A!, slices: 1, sequences: P!, length: S!, experts: E!, count: Math.floor((tokens * k!) / E!) + 1, bits: 32 },
       ...{
         params: `const ${cudaType(spec.dtype.x!)}* x, const float* least, float* quantiles`,
-        args: ["x", "scratch+0", `scratch+${surpluses}`],
+        args: ["x", scratchStart, scratch(surpluses)],
       },
       // bits of floats in integer order: those of negative floats are inverted
       key: "const u32 bits = __float_as_uint(widen(x[at]) - least[token]); return bits ^ (u32(int(bits) >> 31) | 0x80000000u);",
@@ -107,6 +108,6 @@ function quantile(spec: KernelSpec): GeneratedKernel {
   return {
     source: source(spec, [least.body, select.body, sum.body].join("\n")),
     scratch: surpluses + A! * E! * bytesOf.f32,
-    launches: [least.launch, select.launch, { ...sum.launch, args: [`scratch+${surpluses}`, "q"] }],
+    launches: [least.launch, select.launch, { ...sum.launch, args: [scratch(surpluses), "q"] }],
   };
 }

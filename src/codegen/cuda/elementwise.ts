@@ -7,6 +7,7 @@ import { render } from "../../../templates/bindings.ts";
 import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
 import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
+import { attributeOf, startOf } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { source } from "./prelude.ts";
 
@@ -197,7 +198,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, st
         ...{ threads: THREADS, shared: 0 },
         args: [
           ...[...inputs, ...names, ...numbers, ...(spec.bound > 0 ? ["rows"] : [])],
-          ...[...(start ? [`start(${start})`] : []), ...(f.attrs ?? []).map((name) => `attr(${name})`)],
+          ...[...(start ? [startOf(start)] : []), ...(f.attrs ?? []).map((name) => attributeOf(name))],
         ],
       },
     ],

@@ -97,7 +97,7 @@ const flag = (yes: boolean): string => (yes ? "true" : "false");
 function mapsOf(p: CudaProduct, { tile, cluster }: HopperTiling): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
-    ...{ tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
+    ...{ kind: "tensor_map", tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
     strides: [inner * bytesOf[dtype], inner * rows * bytesOf[dtype]],
     box: [128 / bytesOf[dtype], high, 1],
   });

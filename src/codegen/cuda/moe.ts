@@ -3,6 +3,7 @@ import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -130,7 +131,7 @@ function makeRows(spec: KernelSpec, f: RowFormula): GeneratedKernel {
     launches: [
       {
         ...{ entry: spec.name, grid: [grid, 1, 1], threads: shares.threads, shared: 0 },
-        args: [...reads, ...writes, ...(ragged ? ["rows"] : []), ...(f.part ? ["scratch+0"] : [])],
+        args: [...reads, ...writes, ...(ragged ? ["rows"] : []), ...(f.part ? [scratchStart] : [])],
       },
       ...(last ? [last.launch] : []),
     ],

@@ -2,6 +2,7 @@
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { attributeOf, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
@@ -66,7 +67,7 @@ function normalizeGrad(spec: KernelSpec, width: number, arch: Arch): GeneratedKe
     source: source(spec, `${body}\n${sum.body}`),
     scratch: blocks * width * bytesOf.f32,
     launches: [
-      { entry: spec.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", "scratch+0"] },
+      { entry: spec.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", scratchStart] },
       sum.launch,
     ],
   };
@@ -88,7 +89,7 @@ function biasGrad(spec: KernelSpec, arch: Arch): GeneratedKernel {
     source: source(spec, `${body}\n${sum.body}`),
     scratch: depths * width * bytesOf.f32,
     launches: [
-      { entry: spec.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", "scratch+0"] },
+      { entry: spec.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", scratchStart] },
       sum.launch,
     ],
   };
@@ -108,6 +109,6 @@ export function sumColumns(spec: KernelSpec, { rows, width, to, type, row }: Col
   const grid: [number, number, number] = [Math.ceil(width / 32), 1, 1];
   return {
     body: render("cuda/column_reduce.cu", { name: entry, rows, width, type, adds: spec.accumulates.has(to), row: row !== undefined }),
-    launch: { entry, grid, threads: 1024, shared: 0, args: ["scratch+0", to, ...(row === undefined ? [] : [`attr(${row})`])] },
+    launch: { entry, grid, threads: 1024, shared: 0, args: [scratchStart, to, ...(row === undefined ? [] : [attributeOf(row)])] },
   };
 }

@@ -1,9 +1,9 @@
 /** Reductions to a scalar in two launches: blocks write partial sums to scratch, then one block adds them in a fixed order. */
 
-import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
@@ -66,16 +66,16 @@ function makeSum(spec: KernelSpec, arch: Arch, s: Sum): GeneratedKernel {
   return {
     source: source(spec, `${body}\n${last.body}`),
     scratch: grid * bytesOf.f32,
-    launches: [{ entry: spec.name, grid: [grid, 1, 1], threads: 256, shared: 0, args: [s.over, ...beside, "scratch+0"] }, last.launch],
+    launches: [{ entry: spec.name, grid: [grid, 1, 1], threads: 256, shared: 0, args: [s.over, ...beside, scratchStart] }, last.launch],
   };
 }
 
 /** Returns the launch that sums `count` partial sums at the beginning of scratch and stores or adds the result to a scalar. */
-export function addParts(spec: KernelSpec, count: number, to: string): { body: string; launch: Launch } {
+export function addParts(spec: KernelSpec, count: number, to: string): { body: string; launch: GeneratedLaunch } {
   const entry = `${spec.name}_total`;
   const threads = count > 256 ? 1024 : 256;
   return {
     body: render("cuda/total.cu", { name: entry, count, threads, type: cudaType(spec.dtype[to]!), adds: spec.accumulates.has(to) }),
-    launch: { entry, grid: [1, 1, 1], threads, shared: 0, args: ["scratch+0", to] },
+    launch: { entry, grid: [1, 1, 1], threads, shared: 0, args: [scratchStart, to] },
   };
 }

@@ -2,6 +2,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { frequenciesOf } from "../../ops/rope.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
+import { startOf } from "../launchArgs.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
@@ -33,5 +34,5 @@ function makeRope(spec: KernelSpec): GeneratedKernel {
       .join(", "),
   });
   const grid: [number, number, number] = [Math.ceil((B! * S!) / Math.floor(threads / (parts * strands))), 1, 1];
-  return { source: source(spec, body), launches: [{ entry: spec.name, grid, threads, shared: 0, args: ["x", "y", "start(S)"] }] };
+  return { source: source(spec, body), launches: [{ entry: spec.name, grid, threads, shared: 0, args: ["x", "y", startOf("S")] }] };
 }

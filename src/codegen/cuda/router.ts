@@ -1,8 +1,8 @@
 /** Who goes where, as a map of ones among zeros: a token's best experts, in the registers of one warp; an expert's best tokens, by one block. */
-import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
 import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -55,7 +55,7 @@ export const choice: Readonly<Record<string, CudaGenerator>> = {
       allPositions: S0!,
       allExperts: E0!,
     });
-    const args = ["c", "start(B)", "start(S)", "start(E)"];
+    const args = ["c", startOf("B"), startOf("S"), startOf("E")];
     return made(spec, { body, launch: { entry: spec.name, grid: [Math.ceil((B! * S! * E!) / 256), 1, 1], threads: 256, shared: 0, args } });
   },
 };
@@ -63,13 +63,21 @@ const made = (spec: KernelSpec, { body, launch }: KernelPart): GeneratedKernel =
 
 interface KernelPart {
   readonly body: string;
-  readonly launch: Launch;
+  readonly launch: GeneratedLaunch;
 }
 
+interface TopK {
+  readonly name?: string;
+  readonly k?: number;
+  readonly sign?: number;
+  readonly groups?: number;
+  /** The buffer that receives the k-th best score of each token. */
+  readonly threshold?: KernelArg;
+}
 /** Per token the map of its k best; or, where it is told a buffer for that, the k-th best score. */
 export function bestExperts(
   spec: KernelSpec,
-  { name = spec.name, k = spec.d.k!, sign = spec.d.sign ?? 0, groups = spec.d.groups ?? 1, threshold = "" } = {},
+  { name = spec.name, k = spec.d.k!, sign = spec.d.sign ?? 0, groups = spec.d.groups ?? 1, threshold }: TopK = {},
 ): KernelPart {
   const { E, group_top_k = 1, group_scores = 0 } = spec.d;
   const rows = spec.size.x! / E!;
@@ -78,13 +86,24 @@ export function bestExperts(
   invariant(k <= E!, `${k} of ${E} experts`);
   const bias = spec.dtype.bias !== undefined;
   const body = render("cuda/top_k_mask.cu", {
-    ...{ name, ...shares, lanes, width: E!, rows, k, x: cudaType(spec.dtype.x!), bias, sign: f32(sign), threshold: threshold !== "" },
+    ...{
+      name,
+      ...shares,
+      lanes,
+      width: E!,
+      rows,
+      k,
+      x: cudaType(spec.dtype.x!),
+      bias,
+      sign: f32(sign),
+      threshold: threshold !== undefined,
+    },
     ...{ grouped: groups > 1, groups, groupSize: E! / groups, groupTopK: group_top_k, groupScores: group_scores },
   });
   const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / lanes)), 1, 1];
   return {
     body,
-    launch: { entry: name, grid, threads: shares.threads, shared: 0, args: ["x", ...(bias ? ["bias"] : []), threshold || "c"] },
+    launch: { entry: name, grid, threads: shares.threads, shared: 0, args: ["x", ...(bias ? ["bias"] : []), threshold ?? "c"] },
   };
 }
 
@@ -98,7 +117,7 @@ interface Column {
   /** How many entries of a column are taken. */
   readonly count: number;
   readonly params: string;
-  readonly args: readonly string[];
+  readonly args: readonly KernelArg[];
   /** Statements that return the key of the entry at `at`, of `token`; its `bits` lowest bits say all. */
   readonly key: string;
   readonly bits: 8 | 32;
@@ -119,5 +138,5 @@ export function bestTokens(spec: KernelSpec, c: Column, name = spec.name): Kerne
       last: c.last ?? "",
     },
   });
-  return { body, launch: { entry: name, grid: [c.experts, c.groups, 1], threads: 256, shared: 0, args: [...c.args] } };
+  return { body, launch: { entry: name, grid: [c.experts, c.groups, 1], threads: 256, shared: 0, args: c.args } };
 }

@@ -1,8 +1,8 @@
 /** Rows: which there are, and what moves between tokens and their rows. Making them, and finding a token's, costs a few small launches. */
-import type { Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type CudaGenerator, type GeneratedKernel, type KernelSpec, offsetsAt } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, scratch, scratchStart, startOf } from "../launchArgs.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -24,7 +24,7 @@ export const rows: Readonly<Record<string, CudaGenerator>> = {
 
 interface KernelPart {
   readonly body: string;
-  readonly launches: readonly Launch[];
+  readonly launches: readonly GeneratedLaunch[];
   readonly scratch?: number;
 }
 const join = (spec: KernelSpec, ...parts: readonly KernelPart[]): GeneratedKernel => ({
@@ -34,7 +34,7 @@ const join = (spec: KernelSpec, ...parts: readonly KernelPart[]): GeneratedKerne
 });
 
 const sizesOf = ({ d }: KernelSpec) => ({ tokens: d.B! * d.S!, sequence: d.S!, experts: d.E! });
-const starts = ["start(B)", "start(S)", "start(E)"];
+const starts = [startOf("B"), startOf("S"), startOf("E")];
 const oneDim = (items: number, each: number): [number, number, number] => [Math.ceil(items / each), 1, 1];
 
 /** The map from (token, expert) to its row lies first in the scratch arena. */
@@ -50,7 +50,7 @@ function makeRows(spec: KernelSpec, map: boolean): KernelPart {
   const chunks = Math.ceil(tokens / 32);
   const cells = Math.ceil((chunks * experts * 4) / 256) * 256;
   const at = map ? mapBytes(spec) : 0;
-  const [masks, before, totals] = [at, at + cells, at + 2 * cells].map((n) => `scratch+${n}`) as [string, string, string];
+  const [masks, before, totals] = [scratch(at), scratch(at + cells), scratch(at + 2 * cells)];
   const values = spec.op === "pack";
   const body = render("cuda/make_rows.cu", {
     ...{
@@ -66,14 +66,14 @@ function makeRows(spec: KernelSpec, map: boolean): KernelPart {
     },
     ...{ type: cudaType(spec.dtype.p ?? "f32"), out: cudaType(spec.dtype.r!) },
   });
-  const launch = (step: string, grid: Launch["grid"], args: string[]) => ({
+  const launch = (step: string, grid: GeneratedLaunch["grid"], args: readonly KernelArg[]) => ({
     entry: `${spec.name}_${step}`,
     grid,
     threads: 256,
     shared: 0,
     args,
   });
-  const outputs = ["rows", ...(spec.mayOverflow ? ["needed"] : []), ...(values ? ["p", "r"] : []), ...(map ? ["scratch+0"] : [])];
+  const outputs = ["rows", ...(spec.mayOverflow ? ["needed"] : []), ...(values ? ["p", "r"] : []), ...(map ? [scratchStart] : [])];
   return {
     body,
     scratch: at + 2 * cells + experts * 4,
@@ -87,13 +87,13 @@ function makeRows(spec: KernelSpec, map: boolean): KernelPart {
 
 function mapRows(spec: KernelSpec): KernelPart {
   const { tokens, sequence, experts } = sizesOf(spec);
-  const launch = (step: string, items: number, args: string[]) => ({
+  const launch = (step: string, items: number, args: readonly KernelArg[]) => ({
     ...{ entry: `${spec.name}_${step}`, grid: oneDim(items, 256), threads: 256, shared: 0, args },
   });
   return {
     body: render("cuda/map_rows.cu", { name: spec.name, cells: tokens * experts, sequence, experts }),
     scratch: mapBytes(spec),
-    launches: [launch("none", tokens * experts, ["scratch+0"]), launch("map", spec.bound, ["rows", "scratch+0", ...starts])],
+    launches: [launch("none", tokens * experts, [scratchStart]), launch("map", spec.bound, ["rows", scratchStart, ...starts])],
   };
 }
 
@@ -102,7 +102,7 @@ function broadcastRows(spec: KernelSpec): KernelPart {
   const { shares, ...how } = perToken(spec, 4);
   return {
     body: render("cuda/broadcast.cu", { name: spec.name, ...shares, ...how, type: cudaType(spec.dtype.x!) }),
-    launches: [tokenLaunch(spec, shares, ["scratch+0", "x", "r"])],
+    launches: [tokenLaunch(spec, shares, [scratchStart, "x", "r"])],
   };
 }
 
@@ -117,7 +117,7 @@ function reducePartials(spec: KernelSpec): KernelPart {
       type: cudaType(spec.dtype.r!),
       out: cudaType(spec.dtype.x!),
     }),
-    launches: [tokenLaunch(spec, shares, ["scratch+0", "r", "x"])],
+    launches: [tokenLaunch(spec, shares, [scratchStart, "r", "x"])],
   };
 }
 
@@ -129,7 +129,11 @@ function perToken(spec: KernelSpec, most: number) {
   const lanes = Math.max(32, shares.lanes);
   return { shares: { ...shares, lanes }, width, tokens, experts };
 }
-const tokenLaunch = (spec: KernelSpec, { threads, lanes }: { threads: number; lanes: number }, args: string[]): Launch => ({
+const tokenLaunch = (
+  spec: KernelSpec,
+  { threads, lanes }: { threads: number; lanes: number },
+  args: readonly KernelArg[],
+): GeneratedLaunch => ({
   ...{ entry: spec.name, grid: oneDim(sizesOf(spec).tokens, threads / lanes), threads, shared: 0, args },
 });
 

@@ -1,7 +1,7 @@
 /** Copies around a collective: reordering of blocks, rows by destination, merging of row lists. */
-import type { Arg, Launch } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
@@ -9,7 +9,7 @@ const THREADS = 256;
 const UNROLL = 4;
 const INT_MAX = 2 ** 31 - 1;
 
-const launch = (entry: string, items: number, each: number, args: Arg[]): Launch => ({
+const launch = (entry: string, items: number, each: number, args: readonly KernelArg[]): GeneratedLaunch => ({
   entry,
   grid: [Math.max(1, Math.ceil(items / each)), 1, 1],
   threads: THREADS,
@@ -20,7 +20,7 @@ const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % 
 /** Names of the parameters that hold the start of this rank's block, and their launch arguments. */
 const picked = (spec: KernelSpec) => {
   const dims = numbered(spec, "@");
-  return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => `start(@${i})`) };
+  return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => startOf(`@${i}`)) };
 };
 
 function arrange(spec: KernelSpec): GeneratedKernel {
@@ -88,7 +88,7 @@ function mergeRows(spec: KernelSpec): GeneratedKernel {
     launches: [
       launch(`${spec.name}_clear`, Math.max(indexLength, fromLength), THREADS, ["index", "from"]),
       launch(spec.name, count * cap, THREADS, ["lists", "index", "from", ...args]),
-      launch(`${spec.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), "start(E)", ...args]),
+      launch(`${spec.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), startOf("E"), ...args]),
     ],
   };
 }

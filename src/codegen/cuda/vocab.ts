@@ -1,9 +1,9 @@
 /** Kernels of embedding and loss that are not elementwise: reductions over a row of logits, the gradient of the table. */
 
-import type { Launch } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
 import { cudaType, vectorOf } from "./elementwise.ts";
 import { shareRow } from "./norm.ts";
 import { source } from "./prelude.ts";
@@ -16,7 +16,7 @@ export const vocab: Readonly<Record<string, CudaGenerator>> = {
       beside: [
         { name: "target", type: "const int*" },
         { name: "p", type: `${cudaType(spec.dtype.p!)}*` },
-        { name: "start", type: "int", arg: "start(V)" },
+        { name: "start", type: "int", arg: startOf("V") },
       ],
       after: [
         "const int v = target[row] - start;",
@@ -33,7 +33,7 @@ interface Reduction {
   readonly scalars: readonly string[];
   readonly to: string;
   /** Further parameters, and statements that one thread of a row runs after the reduction. */
-  readonly beside?: readonly { readonly name: string; readonly type: string; readonly arg?: string }[];
+  readonly beside?: readonly { readonly name: string; readonly type: string; readonly arg?: KernelArg }[];
   readonly after?: readonly string[];
 }
 
@@ -94,13 +94,13 @@ function embedGrad(spec: KernelSpec): GeneratedKernel {
     source: source(spec, [clear?.body, body].join("\n")),
     launches: [
       ...(clear ? [clear.launch] : []),
-      { entry: spec.name, grid: [buckets, slices, 1], threads: THREADS, shared: 0, args: ["ids", "dy", "dtable", "start(V)"] },
+      { entry: spec.name, grid: [buckets, slices, 1], threads: THREADS, shared: 0, args: ["ids", "dy", "dtable", startOf("V")] },
     ],
   };
 }
 
 /** Returns a launch that fills an operand with zeros; its size is a multiple of 4 bytes. */
-export function clearBuffer(spec: KernelSpec, name: string): { body: string; launch: Launch } {
+export function clearBuffer(spec: KernelSpec, name: string): { body: string; launch: GeneratedLaunch } {
   const entry = `${spec.name}_clear`;
   const words = Math.ceil((spec.size[name]! * bytesOf[spec.dtype[name]!]) / 4);
   const grid = Math.min(4096, Math.ceil(words / 1024));

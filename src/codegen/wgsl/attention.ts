@@ -8,6 +8,7 @@ import { runtimeAttrs } from "../../ops/dropout.ts";
 import { invariant } from "../../ops/op.ts";
 import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { type Binding, bound, type EntryPoint, float, foldGrid, header, kernel, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
 export const attention: Readonly<Record<string, (spec: KernelSpec) => GeneratedKernel>> = {
@@ -62,7 +63,7 @@ function backward(spec: KernelSpec): GeneratedKernel {
           { name: "s", row: "k", column: "q" },
           { name: "w", row: "v", column: "dy" },
         ] as const);
-  const reads = [...["dy", "q", "k", "v", "lse"].map((name) => operand(spec, name)), { arg: "scratch+0", name: "dots", type: "f32" }];
+  const reads = [...["dy", "q", "k", "v", "lse"].map((name) => operand(spec, name)), { arg: scratchStart, name: "dots", type: "f32" }];
   return made(spec, [
     {
       entry: `${spec.name}_dq`,
@@ -142,7 +143,7 @@ function made(spec: KernelSpec, passes: readonly Pass[]): GeneratedKernel {
     buffers: [
       operand(spec, "dy"),
       operand(spec, "o"),
-      { arg: "scratch+0", name: "dots_out", type: "f32" },
+      { arg: scratchStart, name: "dots_out", type: "f32" },
       ...(drops ? [operand(spec, "sample")] : []),
     ],
     ...(moved ? { starts, uniform: "start_dots" } : {}),

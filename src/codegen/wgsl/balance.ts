@@ -1,6 +1,7 @@
 /** Kernels of load balancing: expert counts, balanced assignments (Sinkhorn, quantile), and the updates of expert biases. */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { bestExperts, bestTokens } from "./choice.ts";
 import { columnSum, scalarSum, THREADS, totalOver } from "./reduce.ts";
 import { type EntryPoint, float, kernel, scalar, scratchBytes } from "./text.ts";
@@ -37,7 +38,7 @@ function sinkhorn(spec: KernelSpec): GeneratedKernel {
       { arg: "x", type: scalar(spec.dtype.x!) },
       { arg: "y", type: "f32" },
       { arg: "rounds", type: "atomic<i32>" },
-      { arg: "scratch+0", name: "rows", type: "f32" },
+      { arg: scratchStart, name: "rows", type: "f32" },
     ],
   };
   const text = render("wgsl/sinkhorn.wgsl", {
@@ -57,7 +58,7 @@ function quantile(spec: KernelSpec): GeneratedKernel {
     k: k! + 1,
     sign: -1,
     groups: 1,
-    to: { arg: "scratch+0", type: "f32" },
+    to: { arg: scratchStart, type: "f32" },
     threshold: true,
   });
   const select = bestTokens(
@@ -66,7 +67,7 @@ function quantile(spec: KernelSpec): GeneratedKernel {
       ...{ groups: A!, slices: 1, sequences: P!, length: S!, experts: E!, count: Math.floor((tokens * k!) / E!) + 1, bits: 32 },
       buffers: [
         { arg: "x", type: scalar(spec.dtype.x!) },
-        { arg: "scratch+0", name: "numbers", type: "f32" },
+        { arg: scratchStart, name: "numbers", type: "f32" },
       ],
       // bits of floats in integer order: those of negative floats are inverted
       key: "let bits = bitcast<u32>(f32(x[at]) - numbers[token]); return bits ^ (select(0u, 0xffffffffu, bits >> 31u == 1u) | 0x80000000u);",

@@ -10,17 +10,11 @@ export interface ShaderPart {
 }
 const made = (spec: KernelSpec, { entry, text }: ShaderPart): GeneratedKernel => kernel(spec, [entry], [text]);
 
+const mask: Binding = { arg: "c", type: "f32" };
 /** Per token the map of its k best; or, where it is told a buffer for that, the k-th best score. */
 export function bestExperts(
   spec: KernelSpec,
-  {
-    entry: name = spec.name,
-    k = spec.d.k!,
-    sign = spec.d.sign ?? 0,
-    groups = spec.d.groups ?? 1,
-    to = { arg: "c", type: "f32" },
-    threshold = false,
-  } = {},
+  { entry: name = spec.name, k = spec.d.k!, sign = spec.d.sign ?? 0, groups = spec.d.groups ?? 1, to = mask, threshold = false } = {},
 ): ShaderPart {
   const { E, group_top_k = 1, group_scores = 0 } = spec.d;
   const bias = spec.dtype.bias !== undefined;

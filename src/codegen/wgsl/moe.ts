@@ -3,6 +3,7 @@ import { render } from "../../../templates/bindings.ts";
 import type { SigmoidArgument } from "../../ops/gatedUnits.ts";
 import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { sigmoid } from "./elementwise.ts";
 import { THREADS, totalOver } from "./reduce.ts";
 import {
@@ -35,7 +36,7 @@ function makeRows(spec: KernelSpec): ShaderPart & { readonly words: number } {
   const counts = E * blocks;
   const groups = Math.ceil(counts / THREADS);
   const c = { arg: "c", type: scalar(spec.dtype.c!) };
-  const scratch = { arg: "scratch+0", type: "u32" };
+  const scratch = { arg: scratchStart, type: "u32" };
   const rows = { arg: "rows", type: "i32" };
   const entries: EntryPoint[] = [
     {
@@ -158,7 +159,7 @@ function unpermute(spec: KernelSpec): GeneratedKernel {
   const choices = B * S * E;
   const count = B * S * vectors;
   const groups = Math.ceil(count / THREADS);
-  const inverse = { arg: "scratch+0", type: "i32" };
+  const inverse = { arg: scratchStart, type: "i32" };
   const scatter = eachRow(spec, {
     entry: `${spec.name}_find`,
     line: "found[choice] = i32(row);",

@@ -1,6 +1,7 @@
 /** Root-mean-square norms over the model's width or each head: rows side by side in a workgroup, as many as fit. And sums down columns. */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { columnSum, THREADS, totalOver } from "./reduce.ts";
 import { type EntryPoint, float, foldGrid, horizontal, kernel, lanesOf, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
@@ -37,7 +38,7 @@ function normGrad(spec: KernelSpec, width: number): GeneratedKernel {
       { arg: "gain", type: type("gain") },
       { arg: "dy", name: "dy_row", type: type("dy") },
       { arg: "dx", type: type("dx") },
-      { arg: "scratch+0", name: "scales", type: "f32" },
+      { arg: scratchStart, name: "scales", type: "f32" },
     ],
   };
   const gain = columnSum(spec, {

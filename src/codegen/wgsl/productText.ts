@@ -1,6 +1,7 @@
 /** What the kernels of products share, however they multiply: bindings, where a workgroup's tile is, loads and stores with their guards. */
 import { render } from "../../../templates/bindings.ts";
 import { type GeneratedKernel, offsetsAt } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import type { Side, Tile, WgslProduct, WgslTiling } from "./product.ts";
 import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
 
@@ -54,7 +55,7 @@ export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductV
     buffers: [
       operand(p.a),
       operand(p.b),
-      { arg: split ? "scratch+0" : p.out.name, name: to.name, type: vector(scalar(to.dtype), run) },
+      { arg: split ? scratchStart : p.out.name, name: to.name, type: vector(scalar(to.dtype), run) },
       ...(p.by === "dense" ? [] : [{ arg: "rows", type: "i32" }]),
     ],
   };
@@ -64,7 +65,7 @@ export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductV
     grid: Math.ceil(count / SUM_THREADS),
     threads: SUM_THREADS,
     buffers: [
-      { arg: "scratch+0", name: "partials", type: vector("f32", run) },
+      { arg: scratchStart, name: "partials", type: vector("f32", run) },
       { arg: p.out.name, type: vector(scalar(p.out.dtype), run) },
     ],
   };

@@ -4,6 +4,7 @@
  */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { type Binding, type EntryPoint, foldGrid, kernel, scratchBytes } from "./text.ts";
 
 export const THREADS = 256;
@@ -31,7 +32,7 @@ export interface ScalarSum {
 /** Kernel for y (+)= factor · the sum of the terms. */
 export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): GeneratedKernel {
   const groups = Math.min(SHARES, Math.ceil(count / THREADS));
-  const shares = { arg: "scratch+0", type: "f32" };
+  const shares = { arg: scratchStart, type: "f32" };
   const entries: EntryPoint[] = [
     { entry: `${spec.name}_shares`, grid: [groups, 1, 1], threads: THREADS, buffers: [...buffers, { ...shares, name: "shares" }] },
     {
@@ -76,7 +77,7 @@ export function columnSum(
   const parts = batches * depths * width;
   const outputs = batches * width;
   const [groups, outGroups] = [Math.ceil(parts / THREADS), Math.ceil(outputs / THREADS)];
-  const sums = { arg: "scratch+0", type: "f32" };
+  const sums = { arg: scratchStart, type: "f32" };
   // one binding of scratch per launch: a term that reads it calls it sums too
   const entries: EntryPoint[] = [
     { entry: `${spec.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },

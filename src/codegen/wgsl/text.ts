@@ -3,15 +3,19 @@
  * list, so that they agree.
  */
 import { wgslDirectives, wgslType } from "../../../schemas/dtypes.ts";
-import type { Dtype, Launch } from "../../../schemas/plan.ts";
+import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { attributeOf, type GeneratedLaunch, type scratchStart, startOf } from "../launchArgs.ts";
+
+/** The argument of a launch for a storage buffer. */
+type BufferArg = string | typeof scratchStart;
 
 /** A storage buffer of an entry: launch argument, variable in the source, element type. */
 export interface Binding {
-  /** As in `Launch.args`: an operand, `rows`, `needed`, `scratch+N`. */
-  readonly arg: string;
-  /** The variable; default: `arg`. Entries of one source may share a variable only at the same binding. */
+  /** An operand, `rows`, `needed`, or `scratchStart`. */
+  readonly arg: BufferArg;
+  /** The variable; default: the name of the buffer. Entries of one source may share a variable only at the same binding. */
   readonly name?: string;
   /** `f32`, `vec4<f16>`, `atomic<u32>`. */
   readonly type: string;
@@ -68,7 +72,7 @@ export function foldGrid(groups: number): { readonly grid: [number, number, numb
  * where the limits allow, each also those that only others use: one bind group then serves all launches of a kernel, and
  * setting another would cost the host about a third of a launch.
  */
-export function bound(entries: readonly EntryPoint[]): { readonly bindings: string; readonly launches: Launch[] } {
+export function bound(entries: readonly EntryPoint[]): { readonly bindings: string; readonly launches: GeneratedLaunch[] } {
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
   // all entries share the longest start list; shorter lists must be a prefix of it so that offsets agree
   const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
@@ -82,9 +86,9 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
   };
   const launches = entries.map((e) => {
     const own = e.buffers.map(({ arg }) => arg);
-    invariant(new Set(own).size === own.length, `${e.entry} binds a buffer twice: ${own}`);
+    invariant(new Set(own).size === own.length, `${e.entry} binds a buffer twice: ${own.map(nameOf)}`);
     const args = together ? all : own;
-    for (const { arg, name = arg, type } of e.buffers)
+    for (const { arg, name = nameOf(arg), type } of e.buffers)
       declare(name, `@group(0) @binding(${args.indexOf(arg)}) var<storage, read_write> ${name}: array<${type}>;`);
     const { uniform = "start" } = e;
     if (e.attrs?.length) declare("Told", "struct Told { start: vec4<i32>, attr: vec4<u32> }");
@@ -95,14 +99,15 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
   return { bindings: [...lines.values()].join("\n"), launches };
 }
 
+const nameOf = (arg: BufferArg): string => (typeof arg === "string" ? arg : arg.kind);
 const longest = (lists: readonly (readonly string[])[]): readonly string[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
 
 /** Returns the launch of an entry. Throws a BrokenInvariant if it exceeds the default limits of WebGPU. */
 function launch(
   { entry, grid, threads }: EntryPoint,
-  args: readonly string[],
+  args: readonly BufferArg[],
   { starts, attrs }: { readonly starts: readonly string[]; readonly attrs: readonly string[] },
-): Launch {
+): GeneratedLaunch {
   const size = typeof grid === "number" ? foldGrid(grid).grid : grid;
   invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
   invariant(threads <= MAX_THREADS && Math.max(...size) <= MAX_GROUPS && Math.min(...size) > 0, `${entry}: ${threads} x ${size}`);
@@ -113,10 +118,10 @@ function launch(
     grid: [...size],
     threads,
     shared: 0,
-    args: [...args, ...starts.map((d) => `start(${d})`), ...attrs.map((a) => `attr(${a})`)],
+    args: [...args, ...starts.map(startOf), ...attrs.map(attributeOf)],
   };
 }
-const scratches = (args: readonly string[]): number => args.filter((arg) => arg.startsWith("scratch+")).length;
+const scratches = (args: readonly BufferArg[]): number => args.filter((arg) => typeof arg !== "string").length;
 
 /** Returns a number as a WGSL float literal. */
 export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);

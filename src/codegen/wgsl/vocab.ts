@@ -1,6 +1,7 @@
 /** Kernels of embedding and loss that are not elementwise: reductions over a row of logits and the gradient of the embedding. */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { scratchStart } from "../launchArgs.ts";
 import { scalarSum, THREADS, totalOver } from "./reduce.ts";
 import {
   type Binding,
@@ -65,7 +66,7 @@ function embedGrad(spec: KernelSpec): GeneratedKernel {
   const cleared = ids * vectors;
   const [groups, clearGroups] = [Math.ceil((tokens * vectors) / THREADS), Math.ceil(cleared / THREADS)];
   const type = vector("f32", wide);
-  const links = { arg: "scratch+0", type: "i32" };
+  const links = { arg: scratchStart, type: "i32" };
   const entries: EntryPoint[] = [
     {
       ...{ entry: `${spec.name}_link`, grid: [1, 1, 1], threads: THREADS, starts: ["V"] },
