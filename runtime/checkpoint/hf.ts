@@ -1,17 +1,16 @@
 /**
- * Checkpoints: Hugging Face tensors to our parameters and back. Where the numbers lie is declared once, as blocks (`parametersOf`);
- * reading walks a block one way, writing the other. Hugging Face keeps a linear layer as [out, in], we keep [in, out].
+ * Checkpoints: Hugging Face tensors to our parameters and back. Reading walks the blocks of hfLayout.ts one way, writing the other.
  * Opening reads headers alone and reports everything that does not fit the job at once.
  */
-import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
+import { type Parameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
 import type { TensorEntry } from "./safetensors.ts";
 
 type Model = Job["model"];
-type Moe = NonNullable<Model["moe"]>;
 
 /** An open Hugging Face checkpoint that matches a model. */
 export type HfCheckpoint = {
@@ -46,12 +45,13 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
   const problems = new Set<string>();
   for (const parameter of parametersOf(model)) {
     // The first tensor of a layout identifies it; if no layout matches, the error names the first tensor of the first layout.
-    const there = parameter.layouts.find((parts) => tensors.where.has(parts[0]!.tensor));
+    const [newest = parameter.own] = parameter.theirs;
+    const there = [parameter.own, ...parameter.theirs].find(([first]) => first !== undefined && tensors.where.has(first.tensor));
     if (!there && parameter.optional) {
       found.set(parameter.name, { parameter, parts: [] });
       continue;
     }
-    const parts = there ?? parameter.layouts[PREFERRED] ?? parameter.layouts[0]!;
+    const parts = there ?? newest;
     found.set(parameter.name, { parameter, parts });
     for (const part of parts) {
       used.add(part.tensor);
@@ -95,12 +95,13 @@ export function toHuggingFace(
   named: { get(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined },
 ): readonly TensorEntry[] {
   const entries = new Map<string, TensorEntry>();
-  for (const { name, shape, layouts, optional } of parametersOf(model)) {
+  for (const { name, shape, own, theirs, optional } of parametersOf(model)) {
     const value = named.get(name);
     if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
-    for (const part of layouts[PREFERRED] ?? layouts[0]!) {
+    const [newest = own] = theirs;
+    for (const part of newest) {
       const entry = entries.get(part.tensor) ?? {
         name: part.tensor,
         dtype: "F32",
@@ -113,201 +114,6 @@ export function toHuggingFace(
   }
   return [...entries.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
 }
-
-/** A dim: its size, and the job key that sets it. */
-type Dim = { readonly size: number; readonly key: string };
-
-/** A matrix [rows, cols] that starts at `there` in the checkpoint's tensor and lies transposed, [cols, rows], at `here` in ours. */
-type Block = { readonly there: number; readonly here: number; readonly rows: number; readonly cols: number };
-type TensorSlice = { readonly tensor: string; readonly shape: readonly Dim[]; readonly blocks: readonly Block[] };
-
-type Parameter = {
-  readonly name: string;
-  readonly shape: readonly Dim[];
-  /** rankc's layout first, then those of Hugging Face from the newest. */
-  readonly layouts: readonly (readonly TensorSlice[])[];
-  /** The job key to report if the tensor is missing. */
-  readonly missing: string;
-  /** Zeros where it is not there: what a router has learnt about loads, which few checkpoints hold, and no gradient has. */
-  readonly optional?: true;
-};
-const PREFERRED = 1;
-
-/** Lists every parameter of the model with all its layouts in checkpoints. */
-function parametersOf(model: Model): readonly Parameter[] {
-  const V = { size: model.vocab, key: "model.vocab" };
-  const D = { size: model.hidden, key: "model.hidden" };
-  const E = { size: model.moe?.experts ?? 0, key: "model.moe.experts" };
-
-  const plain = (name: string, missing: string, tensor: string, ...shape: Dim[]): Parameter =>
-    own(name, missing, shape, [[{ tensor, shape, blocks: asIs(shape) }]]);
-  const linear = (name: string, missing: string, tensors: readonly string[], input: Dim, output: Dim): Parameter => {
-    const blocks = [{ there: 0, here: 0, rows: output.size, cols: input.size }];
-    return own(
-      name,
-      missing,
-      [input, output],
-      tensors.map((tensor) => [{ tensor, shape: [output, input], blocks }]),
-    );
-  };
-
-  const layer = (ours: string, theirs: string, at: string, sparse: boolean): readonly Parameter[] => {
-    return [
-      plain(`${ours}.norm1`, at, `${theirs}.input_layernorm.weight`, D),
-      ...(model.mla ? latent(ours, `${theirs}.self_attn`, model.mla) : grouped(ours, `${theirs}.self_attn`)),
-      ...(model.out_bias ? [plain(`${ours}.bo`, "model.out_bias", `${theirs}.self_attn.o_proj.bias`, D)] : []),
-      plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
-      ...(model.moe && sparse
-        ? [...experts(ours, theirs, model.moe), ...beside(ours, `${theirs}.mlp`, model.moe)]
-        : forward(ours, [`${theirs}.mlp`], model.moe ? "model.moe.layers" : "model.moe", { size: model.ffn, key: "model.ffn" })),
-    ];
-  };
-
-  /** Multi-token prediction follows the layers; what it shares with the model, embedding and head, is there again, and not read. */
-  const depth = (k: number): readonly Parameter[] => {
-    const [ours, theirs] = [`mtp.${k}`, `model.layers.${model.layers + k}`];
-    const at = "model.mtp";
-    return [
-      plain(`${ours}.enorm`, at, `${theirs}.enorm.weight`, D),
-      plain(`${ours}.hnorm`, at, `${theirs}.hnorm.weight`, D),
-      linear(`${ours}.proj`, at, [`${theirs}.eh_proj.weight`], { size: 2 * D.size, key: "2 x model.hidden" }, D),
-      ...layer(ours, theirs, at, hasExperts(model, model.layers - 1)),
-      plain(`${ours}.norm`, at, `${theirs}.shared_head.norm.weight`, D),
-    ];
-  };
-
-  const grouped = (ours: string, theirs: string): readonly Parameter[] => {
-    const at = "model.layers";
-    const Q = { size: model.heads * model.head_dim, key: "model.heads x model.head_dim" };
-    const K = { size: model.kv_heads * model.head_dim, key: "model.kv_heads x model.head_dim" };
-    const normed = model.qk_norm === "head" ? [headDim(model), headDim(model)] : [Q, K];
-    const bias = (name: string, dim: Dim) => plain(`${ours}.b${name}`, "model.qkv_bias", `${theirs}.${name}_proj.bias`, dim);
-    return [
-      linear(`${ours}.wq`, at, [`${theirs}.q_proj.weight`], D, Q),
-      linear(`${ours}.wk`, at, [`${theirs}.k_proj.weight`], D, K),
-      linear(`${ours}.wv`, at, [`${theirs}.v_proj.weight`], D, K),
-      linear(`${ours}.wo`, at, [`${theirs}.o_proj.weight`], Q, D),
-      ...(model.qkv_bias ? [bias("q", Q), bias("k", K), bias("v", K)] : []),
-      ...(model.qk_norm === "none"
-        ? []
-        : [
-            plain(`${ours}.q_norm`, "model.qk_norm", `${theirs}.q_norm.weight`, normed[0]!),
-            plain(`${ours}.k_norm`, "model.qk_norm", `${theirs}.k_norm.weight`, normed[1]!),
-          ]),
-    ];
-  };
-
-  const latent = (ours: string, theirs: string, mla: NonNullable<Model["mla"]>): readonly Parameter[] => {
-    const at = "model.mla";
-    const { heads } = model;
-    const Q = { size: heads * (mla.nope_dim + mla.rope_dim), key: "model.heads x (model.mla.nope_dim + rope_dim)" };
-    const K = { size: mla.kv_rank, key: "model.mla.kv_rank" };
-    const KR = { size: mla.kv_rank + mla.rope_dim, key: "model.mla.kv_rank + rope_dim" };
-    const KV = { size: heads * (mla.nope_dim + mla.v_dim), key: "model.heads x (model.mla.nope_dim + v_dim)" };
-    const O = { size: heads * mla.v_dim, key: "model.heads x model.mla.v_dim" };
-    const rank = { size: mla.q_rank ?? 0, key: "model.mla.q_rank" };
-    return [
-      ...(mla.q_rank === null
-        ? [linear(`${ours}.wq`, "model.mla.q_rank", [`${theirs}.q_proj.weight`], D, Q)]
-        : [
-            linear(`${ours}.wq_a`, "model.mla.q_rank", [`${theirs}.q_a_proj.weight`], D, rank),
-            plain(`${ours}.q_norm`, "model.mla.q_rank", `${theirs}.q_a_layernorm.weight`, rank),
-            linear(`${ours}.wq_b`, "model.mla.q_rank", [`${theirs}.q_b_proj.weight`], rank, Q),
-          ]),
-      linear(`${ours}.wkv_a`, at, [`${theirs}.kv_a_proj_with_mqa.weight`], D, KR),
-      plain(`${ours}.kv_norm`, at, `${theirs}.kv_a_layernorm.weight`, K),
-      linear(`${ours}.wkv_b`, at, [`${theirs}.kv_b_proj.weight`], K, KV),
-      linear(`${ours}.wo`, at, [`${theirs}.o_proj.weight`], O, D),
-    ];
-  };
-
-  /** The three matrices of a feed-forward part; where it is found, the most usual place first. */
-  const forward = (ours: string, theirs: readonly string[], missing: string, F: Dim): readonly Parameter[] => {
-    const matrix = (name: string, leaf: string, input: Dim, output: Dim) =>
-      linear(
-        `${ours}.${name}`,
-        missing,
-        theirs.map((place) => `${place}.${leaf}.weight`),
-        input,
-        output,
-      );
-    return [matrix("w1", "gate_proj", D, F), matrix("w3", "up_proj", D, F), matrix("w2", "down_proj", F, D)];
-  };
-
-  /** What stands beside the experts: what the router has learnt about loads, what every token goes through, and the experts' width. */
-  const beside = (ours: string, theirs: string, { router, shared, latent }: Moe): readonly Parameter[] => {
-    const places = ["shared_experts", "shared_expert"].map((name) => `${theirs}.${name}`);
-    const F = { size: shared?.ffn ?? 0, key: "model.moe.shared.ffn" };
-    const L = { size: latent ?? 0, key: "model.moe.latent" };
-    const one = { size: 1, key: "one product" };
-    const bias = plain(`${ours}.router_bias`, "model.moe.router.expert_bias", `${theirs}.gate.e_score_correction_bias`, E);
-    const beta = own(`${ours}.router_beta`, "model.moe.router.balance", [E], []);
-    return [
-      ...(router.expert_bias ? [{ ...bias, optional: true as const }] : []),
-      ...(evenBy(router) === "quantile" ? [{ ...beta, optional: true as const }] : []),
-      ...(shared ? forward(`${ours}.shared`, shared.gate ? places.reverse() : places, "model.moe.shared", F) : []),
-      ...(shared?.gate ? [linear(`${ours}.shared.gate`, "model.moe.shared.gate", [`${theirs}.shared_expert_gate.weight`], D, one)] : []),
-      ...(latent === null
-        ? []
-        : [own(`${ours}.latent.down`, "model.moe.latent", [D, L], []), own(`${ours}.latent.up`, "model.moe.latent", [L, D], [])]),
-    ];
-  };
-
-  const experts = (ours: string, theirs: string, moe: Moe): readonly Parameter[] => {
-    const F = { size: moe.ffn, key: "model.moe.ffn" };
-    const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
-    const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
-    // what routed experts take and give
-    const W = moe.latent === null ? D : { size: moe.latent, key: "model.moe.latent" };
-    const matrix = W.size * F.size;
-    /** One of the three matrices of all experts; `half` is its place in the fused tensor of gate (0) and up (1). */
-    const stack = (name: string, input: Dim, output: Dim, fused: string, half: 0 | 1 | null, perExpert: readonly string[]): Parameter => {
-      const [rows, cols] = [output.size, input.size];
-      const stride = half === null ? matrix : 2 * matrix;
-      const blocks = each((e) => ({ there: e * stride + (half ?? 0) * matrix, here: e * matrix, rows, cols }));
-      return own(
-        `${ours}.${name}`,
-        "model.moe",
-        [E, input, output],
-        [
-          [{ tensor: `${theirs}.mlp.experts.${fused}`, shape: [E, half === null ? output : F2, input], blocks }],
-          ...perExpert.map((leaf) =>
-            each((e) => ({
-              tensor: `${theirs}.${leaf.replace("*", String(e))}.weight`,
-              shape: [output, input],
-              blocks: [{ there: 0, here: e * matrix, rows, cols }],
-            })),
-          ),
-        ],
-      );
-    };
-    return [
-      linear(`${ours}.router`, "model.moe", [`${theirs}.mlp.gate.weight`, `${theirs}.block_sparse_moe.gate.weight`], D, E),
-      stack("w1", W, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
-      stack("w3", W, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
-      stack("w2", F, W, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
-    ];
-  };
-
-  return [
-    plain("embed", "that this is the whole checkpoint of a causal language model", "model.embed_tokens.weight", V, D),
-    ...Array.from({ length: model.layers }, (_, i) =>
-      layer(`layers.${i}`, `model.layers.${i}`, "model.layers", hasExperts(model, i)),
-    ).flat(),
-    ...Array.from({ length: depthsOf(model) }, (_, k) => depth(k)).flat(),
-    plain("norm", "that this is the whole checkpoint of a causal language model", "model.norm.weight", D),
-    ...(model.tie_embeddings ? [] : [linear("head", "model.tie_embeddings", ["lm_head.weight"], D, V)]),
-  ];
-}
-
-const headDim = (model: Model): Dim => ({ size: model.head_dim, key: "model.head_dim (or model.qk_norm)" });
-
-/** A parameter that its own name also finds, as it is: what the runtime writes. */
-function own(name: string, missing: string, shape: readonly Dim[], layouts: readonly (readonly TensorSlice[])[]): Parameter {
-  return { name, shape, missing, layouts: [[{ tensor: name, shape, blocks: asIs(shape) }], ...layouts] };
-}
-
-const asIs = (shape: readonly Dim[]): readonly Block[] => [{ there: 0, here: 0, rows: 1, cols: product(shape) }];
 
 /** Transposes: to[c, r] = from[r, c]. */
 function transpose(rows: number, cols: number, from: Float32Array, fromAt: number, to: Float32Array, toAt: number): void {
@@ -378,6 +184,4 @@ function same(where: Tensors["where"], a: string, b: string): boolean {
   return one.read(a).every((value, i) => value === values[i]);
 }
 
-const sizesOf = (shape: readonly Dim[]): number[] => shape.map(({ size }) => size);
-const product = (shape: readonly Dim[]): number => shape.reduce((n, { size }) => n * size, 1);
 const list = (shape: readonly number[]): string => `[${shape.join(", ")}]`;
