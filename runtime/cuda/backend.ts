@@ -2,21 +2,22 @@
  * The CUDA backend: one rank of a plan on one device. Calls are asynchronous and execute in the plan's order; communication overlaps with
  * kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
-import { setImmediate, setTimeout } from "node:timers/promises";
-import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Compute, Plan } from "../../schemas/plan.ts";
+import { setTimeout } from "node:timers/promises";
+import type { Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { LocalRanks, RankDevice } from "../backend.ts";
-import { capacityExceeded } from "../capacityExceeded.ts";
+import type { LocalRanks } from "../backend.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm, type Share } from "./comm.ts";
-import { driver, type Event, type Pinned } from "./driver.ts";
-import { openSteps } from "./graph.ts";
+import { type CudaDevice, driver } from "./driver.ts";
+import { Steps } from "./graph.ts";
 import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
-import { type Bound, binder } from "./launches.ts";
-import { type Label, openStreams, type Timed } from "./streams.ts";
+import { binder } from "./launches.ts";
+import { CudaRankDevice } from "./rankDevice.ts";
+import { RowBounds } from "./rowBounds.ts";
+import { type Label, RankStreams, type Timed } from "./streams.ts";
+import { Waits } from "./waits.ts";
 
 /** Settings of `openCuda`. */
 export interface CudaSettings {
@@ -47,110 +48,30 @@ export interface CudaRanks extends LocalRanks {
 /** Opens one rank on a CUDA device. Throws a Trouble if the device or the plan is not suitable. */
 export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaRanks> {
   const { rank, files, share, profile = false, signal } = settings;
-  const { devices, open } = driver();
-  const device = devices[settings.device];
-  if (!device)
-    throw new Trouble(
-      `rank ${rank} is to use device ${settings.device}, and this process sees ${devices.length}`,
-      "start as many ranks on each machine as it has GPUs, and see that CUDA_VISIBLE_DEVICES hides none",
-      3,
-    );
+  const device = deviceOf(settings);
   archFor(plan, device);
-  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
-  const context = open(device);
-  const streams = openStreams(context);
-  const stream = streams.compute.stream;
-  const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), stream);
-  const ids = new Set(
-    instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel, ...(i.first_kernel ? [i.first_kernel] : [])] : [])),
-  );
-  const kernels = await loadKernels(context, { plan, ids, files, rank });
-  const done = context.createEvent("order");
-  let check = (): void => signal?.throwIfAborted();
-
-  /** Waits until the event is complete; the failure of another rank ends the wait. */
-  async function happens(event: Event): Promise<void> {
-    const begun = performance.now();
-    for (let asked = 0; !context.happened(event); asked++) {
-      if (asked % 256 === 0) check();
-      // poll less often for long steps
-      await (performance.now() - begun < 1000 ? setImmediate() : setTimeout(1));
-    }
-  }
-  async function settled(): Promise<void> {
-    context.record(done, stream);
-    await happens(done);
-  }
-  const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled });
-  check = () => {
-    signal?.throwIfAborted();
-    comm.check();
-  };
-  const steps = openSteps(context, stream, { graph: settings.graph !== false && !profile });
+  const program = programOf(plan, rank);
+  const context = driver().open(device);
+  const streams = new RankStreams(context);
+  const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), streams.compute.stream);
+  const kernels = await loadKernels(context, { plan, ids: kernelsOf(program), files, rank });
+  const waits = new Waits(context, streams.compute.stream, () => signal?.throwIfAborted());
+  const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled: () => waits.settled() });
+  waits.add(() => comm.check());
+  const steps = new Steps(context, streams.compute.stream, { graph: settings.graph !== false && !profile });
   const bind = binder({ plan, rank, context, arenas, kernels });
-  const bound = new Map<Compute, Bound[]>();
-  const limits = program.bounds.map((limit, n) => ({ limit, at: 4 * n, place: arenas.place(limit.needed, 0) }));
-  const found = limits.length ? context.pin(4 * limits.length) : undefined;
-  const idle: Pinned[] = [];
+  const bounds = new RowBounds(context, program, arenas);
+  const rankDevice = new CudaRankDevice({ context, streams, arenas, steps, waits, bind });
   /** A step has begun and not completed: pending work may never complete. */
   let broken = false;
 
-  /** Returns pinned memory of at least this size; the caller returns it to `idle`. */
-  function borrow(bytes: number): Pinned {
-    const at = idle.findIndex((p) => p.bytes.byteLength >= bytes);
-    return at >= 0 ? idle.splice(at, 1)[0]! : context.pin(Math.max(bytes, 4096));
-  }
-
-  const backend: RankDevice = {
-    zeroGradients() {
-      const { at, bytes, span } = arenas.zeroed;
-      if (steps.mode() === "replay" || bytes === 0) return;
-      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.fillIn(at, 0, bytes, s));
-    },
-    compute(i, copy, first = false) {
-      if (steps.mode() === "replay") return;
-      const copies = bound.get(i) ?? [];
-      bound.set(i, copies);
-      const isFirst = first && i.first_kernel !== undefined;
-      const { touch, issue, kernel } = (copies[2 * copy + Number(isFirst)] ??= bind(i, copy, isFirst));
-      streams.run(touch, { id: i.id, op: i.op, kernel }, issue);
-    },
-    write(buffer, copy, data) {
-      const { at, bytes, span, count } = arenas.place(buffer.id, copy);
-      if (data.length !== count) throw new Error(`rankc: ${data.length} values are written to ${buffer.id}, which holds ${count}`);
-      const mode = steps.mode();
-      const staged = mode && steps.write(buffer, copy, bytes);
-      if (staged) storeValues(typedMemory(buffer.dtype, staged.memory, staged.offset, count), data);
-      if (mode === "replay") return;
-      const from = staged?.at ?? encoded(buffer.dtype, data).words;
-      streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, from, bytes, s));
-    },
-    async read(buffer, copy) {
-      if (steps.mode() === "capture" || steps.mode() === "replay")
-        throw new Error(`rankc: ${buffer.id} is read within a step that is a graph: open with graph: false`);
-      const { at, bytes, span, count } = arenas.place(buffer.id, copy);
-      const pinned = borrow(bytes);
-      const copied = context.createEvent("order");
-      streams.run({ reads: [span], writes: [] }, undefined, (s) => {
-        context.copyOut(pinned.at, at, bytes, s);
-        context.record(copied, s);
-      });
-      await happens(copied);
-      context.destroyEvent(copied);
-      const memory = typedMemory(buffer.dtype, pinned.bytes, 0, count);
-      const data = memory.codec ? valuesIn(memory) : memory.words.slice();
-      idle.push(pinned);
-      return data;
-    },
-  };
-
   return {
     ranks: [rank],
-    rankDevice: () => backend,
+    rankDevice: () => rankDevice,
     comm: {
-      collective: (r, i, at) => steps.mode() === "replay" || comm.collective(r, i, at),
-      send: (r, i, at) => void (steps.mode() === "replay" || comm.send(r, i, at)),
-      recv: (r, i, at) => steps.mode() === "replay" || comm.recv(r, i, at),
+      collective: (r, i, at) => steps.mode === "replay" || comm.collective(r, i, at),
+      send: (r, i, at) => void (steps.mode === "replay" || comm.send(r, i, at)),
+      recv: (r, i, at) => steps.mode === "replay" || comm.recv(r, i, at),
     },
     beginStep(microbatches) {
       broken = true;
@@ -160,18 +81,16 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       return mode === "replay";
     },
     async finish() {
-      const mode = steps.mode();
+      const mode = steps.mode;
       if (mode !== "replay") {
         streams.join();
-        for (const { place, at } of limits)
-          streams.run({ reads: [place.span], writes: [] }, undefined, (s) => context.copyOut(found!.at + BigInt(at), place.at, 4, s));
+        bounds.issueCopies(streams);
       }
       if (mode) steps.end();
-      await settled();
-      check();
+      await waits.settled();
+      waits.check();
       broken = false;
-      const counts = found && new Int32Array(found.bytes);
-      for (const [n, { limit }] of limits.entries()) if (counts![n]! > limit.bound) throw capacityExceeded(limit, rank, counts![n]!);
+      bounds.expectWithin(rank);
     },
     idle: () => steps.idle(),
     profile: () => streams.timed().map((t) => ({ rank, ...t })),
@@ -179,9 +98,8 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     async close(error) {
       if (error || broken || signal?.aborted) {
         const aborted = comm.abort();
-        context.record(done, stream);
         // if pending work does not end, skip the cleanup: the process ends soon and the driver frees its memory
-        if (!(await within(PATIENCE, () => context.happened(done)))) return;
+        if (!(await waits.settlesWithin(PATIENCE))) return;
         steps.close();
         await Promise.race([aborted, setTimeout(PATIENCE)]);
       } else {
@@ -189,27 +107,31 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
         steps.close();
         comm.close();
       }
-      for (const p of [...idle, ...(found ? [found] : [])]) context.unpin(p);
-      context.destroyEvent(done);
-      streams.close();
-      kernels.close();
-      arenas.close();
-      context.close();
+      for (const part of [rankDevice, bounds, waits, streams, kernels, arenas, context]) part.close();
     },
   };
 }
 
 /** Time limit in milliseconds for the abort of pending work. */
 const PATIENCE = 2000;
-async function within(milliseconds: number, asked: () => boolean): Promise<boolean> {
-  const last = performance.now() + milliseconds;
-  for (;;) {
-    try {
-      if (asked()) return true;
-    } catch {
-      return false;
-    }
-    if (performance.now() > last) return false;
-    await setTimeout(1);
-  }
+
+function deviceOf({ rank, device }: CudaSettings): CudaDevice {
+  const { devices } = driver();
+  const found = devices[device];
+  if (found) return found;
+  throw new Trouble(
+    `rank ${rank} is to use device ${device}, and this process sees ${devices.length}`,
+    "start as many ranks on each machine as it has GPUs, and see that CUDA_VISIBLE_DEVICES hides none",
+    3,
+  );
 }
+
+function programOf({ mesh, programs }: Plan, rank: number): Program {
+  const program = programs[stageOfRank(mesh, rank)];
+  if (!program) throw new Error(`rankc: the plan has no program for rank ${rank}`);
+  return program;
+}
+
+/** Returns the ids of all kernels of a program. */
+const kernelsOf = (program: Program): Set<string> =>
+  new Set(instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel, ...(i.first_kernel ? [i.first_kernel] : [])] : [])));

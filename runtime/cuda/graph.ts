@@ -12,100 +12,158 @@ export type Mode = "issue" | "capture" | "replay";
 /** The smallest allocation of pinned memory in bytes: page-locking costs far more than a write. */
 const pinnedAtOnce = 1 << 20;
 
-/** Returns the step controller of a rank. */
-export function openSteps(context: Context, stream: Stream, { graph: wanted }: { readonly graph: boolean }) {
-  let steps = 0;
-  let mode: Mode | undefined;
-  let graph: ExecutableGraph | undefined;
-  let microbatches: number | undefined;
-  /** Whether `writes` are of an earlier step, whose sequence this step must repeat. */
-  let known = false;
-  let writes: {
-    readonly buffer: Buffer;
-    readonly copy: number;
-    readonly bytes: number;
-    readonly at: bigint;
-    readonly staged: ArrayBuffer;
-    readonly from: number;
-  }[] = [];
-  let next = 0;
-  const pinned: Pinned[] = [];
-  let used = 0;
-  /** Events of the begin and the end of the last two replays. */
-  const replays: { readonly began: Event; readonly ended: Event }[] = [];
+/** A piece of pinned memory: its address, and where it begins in memory of the host. */
+interface Staged {
+  readonly at: bigint;
+  readonly memory: ArrayBuffer;
+  readonly offset: number;
+}
+/** A write of an input in a step. */
+interface Write extends Staged {
+  readonly buffer: Buffer;
+  readonly copy: number;
+  readonly bytes: number;
+}
+/** Events of the begin and the end of a replay. */
+interface Replay {
+  readonly began: Event;
+  readonly ended: Event;
+}
 
-  function stage(bytes: number): { at: bigint; staged: ArrayBuffer; from: number } {
-    const aligned = Math.ceil(bytes / 16) * 16;
-    if (!pinned.length || used + aligned > pinned.at(-1)!.bytes.byteLength) {
-      pinned.push(context.pin(Math.max(aligned, pinnedAtOnce)));
-      used = 0;
-    }
-    const { at, bytes: staged } = pinned.at(-1)!;
-    used += aligned;
-    return { at: at + BigInt(used - aligned), staged, from: used - aligned };
+/** The step controller of a rank. With `graph: false` it issues every step call by call. */
+export class Steps {
+  readonly #context: Context;
+  readonly #stream: Stream;
+  readonly #wanted: boolean;
+  readonly #pool: PinnedPool;
+  #steps = 0;
+  #mode: Mode | undefined;
+  #graph: ExecutableGraph | undefined;
+  #microbatches: number | undefined;
+  /** Whether `#writes` are of an earlier step, whose sequence this step must repeat. */
+  #known = false;
+  #writes: Write[] = [];
+  #next = 0;
+  /** The last two replays. */
+  #replays: readonly Replay[] = [];
+
+  constructor(context: Context, stream: Stream, { graph }: { readonly graph: boolean }) {
+    this.#context = context;
+    this.#stream = stream;
+    this.#wanted = graph;
+    this.#pool = new PinnedPool(context);
+  }
+
+  /** The mode of the current step; undefined between steps. */
+  get mode(): Mode | undefined {
+    return this.#mode;
+  }
+
+  /** Begins a step with so many microbatches. */
+  begin(microbatches: number): Mode {
+    this.#steps++;
+    this.#next = 0;
+    if (microbatches !== this.#microbatches) this.#forget();
+    this.#microbatches = microbatches;
+    const mode = this.#graph ? "replay" : this.#wanted && this.#known ? "capture" : "issue";
+    this.#mode = mode;
+    if (mode === "capture") this.#context.beginCapture(this.#stream);
+    return mode;
+  }
+
+  /** Returns the pinned memory of the next write. Every step must make the same writes. */
+  write(buffer: Buffer, copy: number, bytes: number): Staged {
+    const before = this.#writes[this.#next];
+    if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
+      throw new Error(
+        `rankc: write ${this.#next} of step ${this.#steps} is ${buffer.id} (slot ${copy}), and was ${before.buffer.id} (slot ${before.copy})`,
+      );
+    if (!before && this.#known) throw new Error(`rankc: step ${this.#steps} writes ${buffer.id}, and steps before it did not`);
+    const write = before ?? { buffer, copy, bytes, ...this.#pool.take(bytes) };
+    if (!before) this.#writes.push(write);
+    this.#next++;
+    return write;
+  }
+
+  /** Ends the step; all its work is then issued. */
+  end(): void {
+    const context = this.#context;
+    const stream = this.#stream;
+    if (this.#next !== this.#writes.length)
+      throw new Error(`rankc: step ${this.#steps} wrote ${this.#next} of ${this.#writes.length} inputs`);
+    this.#known = true;
+    if (this.#mode === "capture") this.#graph = context.endCapture(stream);
+    this.#mode = undefined;
+    if (!this.#graph) return;
+    const [before, last] = this.#replays;
+    const now = last && before ? before : { began: context.createEvent(), ended: context.createEvent() };
+    this.#replays = last ? [last, now] : before ? [before, now] : [now];
+    context.record(now.began, stream);
+    context.replay(this.#graph, stream);
+    context.record(now.ended, stream);
+  }
+
+  /** Returns the fraction of the time between two completed replays in which the device waited for the host. */
+  idle(): number | undefined {
+    const [before, now] = this.#replays;
+    if (!before || !now) return undefined;
+    const period = this.#context.elapsed(before.began, now.began);
+    return 1 - this.#context.elapsed(before.began, before.ended) / period;
+  }
+
+  close(): void {
+    for (const { began, ended } of this.#replays) for (const event of [began, ended]) this.#context.destroyEvent(event);
+    if (this.#graph) this.#context.destroyGraph(this.#graph);
+    this.#pool.close();
   }
 
   /** Destroys the graph when no step uses it, and recycles its pinned memory. */
-  function forget(): void {
-    if (graph) context.destroyGraph(graph);
-    graph = undefined;
-    writes = [];
-    known = false;
-    const [first, ...others] = pinned.splice(0);
-    for (const memory of others) context.unpin(memory);
-    if (first) pinned.push(first);
-    used = 0;
+  #forget(): void {
+    if (this.#graph) this.#context.destroyGraph(this.#graph);
+    this.#graph = undefined;
+    this.#writes = [];
+    this.#known = false;
+    this.#pool.recycle();
+  }
+}
+
+/** Pinned memory that is handed out piece by piece. */
+class PinnedPool {
+  readonly #context: Context;
+  readonly #blocks: Pinned[] = [];
+  /** Bytes of the last block that are in use. */
+  #used = 0;
+
+  constructor(context: Context) {
+    this.#context = context;
   }
 
-  return {
-    /** The mode of the current step; undefined between steps. */
-    mode: (): Mode | undefined => mode,
-    begin(of: number): Mode {
-      steps++;
-      next = 0;
-      if (of !== microbatches) forget();
-      microbatches = of;
-      mode = graph ? "replay" : wanted && known ? "capture" : "issue";
-      if (mode === "capture") context.beginCapture(stream);
-      return mode;
-    },
-    /** Returns the pinned memory of the next write. Every step must make the same writes. */
-    write(buffer: Buffer, copy: number, bytes: number): { readonly at: bigint; readonly memory: ArrayBuffer; readonly offset: number } {
-      const before = writes[next];
-      if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
-        throw new Error(
-          `rankc: write ${next} of step ${steps} is ${buffer.id} (slot ${copy}), and was ${before.buffer.id} (slot ${before.copy})`,
-        );
-      if (!before && known) throw new Error(`rankc: step ${steps} writes ${buffer.id}, and steps before it did not`);
-      const write = before ?? { buffer, copy, bytes, ...stage(bytes) };
-      if (!before) writes.push(write);
-      next++;
-      return { at: write.at, memory: write.staged, offset: write.from };
-    },
-    /** Ends the step; all its work is then issued. */
-    end(): void {
-      if (next !== writes.length) throw new Error(`rankc: step ${steps} wrote ${next} of ${writes.length} inputs`);
-      known = true;
-      if (mode === "capture") graph = context.endCapture(stream);
-      mode = undefined;
-      if (!graph) return;
-      const span = replays.length > 1 ? replays.shift()! : { began: context.createEvent(), ended: context.createEvent() };
-      replays.push(span);
-      context.record(span.began, stream);
-      context.replay(graph, stream);
-      context.record(span.ended, stream);
-    },
-    /** Returns the fraction of the time between two completed replays in which the device waited for the host. */
-    idle(): number | undefined {
-      const [before, now] = replays;
-      if (!before || !now) return undefined;
-      const period = context.elapsed(before.began, now.began);
-      return 1 - context.elapsed(before.began, before.ended) / period;
-    },
-    close(): void {
-      for (const { began, ended } of replays) for (const event of [began, ended]) context.destroyEvent(event);
-      if (graph) context.destroyGraph(graph);
-      for (const memory of pinned) context.unpin(memory);
-    },
-  };
+  take(bytes: number): Staged {
+    const aligned = Math.ceil(bytes / 16) * 16;
+    const block = this.#blockWith(aligned);
+    const offset = this.#used;
+    this.#used += aligned;
+    return { at: block.at + BigInt(offset), memory: block.bytes, offset };
+  }
+
+  /** Takes back all pieces, and keeps the first block. */
+  recycle(): void {
+    const [first, ...others] = this.#blocks.splice(0);
+    for (const memory of others) this.#context.unpin(memory);
+    if (first) this.#blocks.push(first);
+    this.#used = 0;
+  }
+
+  close(): void {
+    for (const memory of this.#blocks) this.#context.unpin(memory);
+  }
+
+  #blockWith(bytes: number): Pinned {
+    const last = this.#blocks.at(-1);
+    if (last && this.#used + bytes <= last.bytes.byteLength) return last;
+    const block = this.#context.pin(Math.max(bytes, pinnedAtOnce));
+    this.#blocks.push(block);
+    this.#used = 0;
+    return block;
+  }
 }

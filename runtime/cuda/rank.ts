@@ -6,7 +6,7 @@
 import type { Plan } from "../../schemas/plan.ts";
 import { numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { LocalRanks } from "../backend.ts";
+import type { LocalRanks, RankDevice } from "../backend.ts";
 import { type Env, ordinalOf, placeOf, type RankPlace } from "../launch/place.ts";
 import { join, launcherOf, type Meeting, timesOf } from "../launch/rendezvous.ts";
 import { openCuda } from "./backend.ts";
@@ -62,13 +62,14 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
   const leaders = ranks.filter((r) => numberInStage(mesh, r) === 0);
   const { comm } = localRanks;
   const own = localRanks.rankDevice(rank);
-  const backend = {
-    ...own,
-    compute(...[i, copy, first]: Parameters<typeof own.compute>) {
+  const backend: RankDevice = {
+    zeroGradients: () => own.zeroGradients(),
+    write: (buffer, copy, data) => own.write(buffer, copy, data),
+    compute(i, copy, first) {
       meeting.report(i.id);
       own.compute(i, copy, first);
     },
-    read(...[buffer, copy]: Parameters<typeof own.read>) {
+    read(buffer, copy) {
       meeting.report(`reading ${buffer.id}`);
       return own.read(buffer, copy);
     },

@@ -40,110 +40,141 @@ interface Pending extends Touch {
   readonly event: Event;
 }
 
+/** Times of work since the last `begin(true)`. */
+interface Timing {
+  readonly began: Event;
+  readonly marks: { readonly label: Label; readonly rankStream: RankStream; readonly from: Event; readonly to: Event }[];
+  /** Events of earlier steps, for reuse. */
+  readonly spare: Event[];
+}
+const eventsOf = ({ marks }: Timing): Event[] => marks.flatMap(({ from, to }) => [from, to]);
+
 /** The open streams of a rank. */
-export type RankStreams = ReturnType<typeof openStreams>;
-
-/** Opens the streams of a rank. */
-export function openStreams(context: Context) {
-  const open = (name: string): OwnStream => ({ name, stream: context.createStream(), seen: -1 });
-  const compute = open("compute");
-  const streams = new Map([[compute.name, compute]]);
-  const computed = context.createEvent("order");
+export class RankStreams {
+  readonly #context: Context;
+  readonly #compute: OwnStream;
+  readonly #streams: Map<string, OwnStream>;
+  readonly #computed: Event;
   /** Work of other streams that compute has not waited for, in issue order. */
-  let pending: Pending[] = [];
-  const spare: Event[] = [];
-  let issued = 0;
-  let order = 0;
-  let timing:
-    | { readonly began: Event; readonly marks: { label: Label; rankStream: RankStream; from: Event; to: Event }[]; readonly spare: Event[] }
-    | undefined;
+  #pending: Pending[] = [];
+  readonly #spare: Event[] = [];
+  #issued = 0;
+  #order = 0;
+  #timing: Timing | undefined;
 
-  const event = (): Event => spare.pop() ?? context.createEvent("order");
-  const clock = (): Event => timing!.spare.pop() ?? context.createEvent();
-
-  /** Makes the stream wait for conflicting work of other streams; the last conflict of each stream suffices. */
-  function waitFor(rankStream: OwnStream, touch: Touch | "everything"): void {
-    const last = new Map<OwnStream, Pending>();
-    for (const p of pending) if (p.rankStream !== rankStream && (touch === "everything" || conflict(p, touch))) last.set(p.rankStream, p);
-    for (const p of last.values()) context.wait(rankStream.stream, p.event);
-    if (rankStream !== compute || last.size === 0) return;
-    const over = (p: Pending): boolean => p.order <= (last.get(p.rankStream)?.order ?? -1);
-    spare.push(...pending.filter(over).map((p) => p.event));
-    pending = pending.filter((p) => !over(p));
+  constructor(context: Context) {
+    this.#context = context;
+    this.#compute = this.#open("compute");
+    this.#streams = new Map([[this.#compute.name, this.#compute]]);
+    this.#computed = context.createEvent("order");
   }
 
-  function timed(label: Label | undefined, rankStream: RankStream, issue: (stream: Stream) => void): void {
-    if (!timing || !label) {
+  get compute(): RankStream {
+    return this.#compute;
+  }
+
+  /** Returns a stream by name; creates it on first use. */
+  rankStream(name: string): RankStream {
+    return this.#own(name);
+  }
+
+  /** Issues work on the compute stream. */
+  run(touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
+    this.#waitFor(this.#compute, touch);
+    this.#issued++;
+    this.#issueTimed(label, this.#compute, issue);
+  }
+
+  /** Issues work on another stream, after all compute issued so far and after conflicting work of other streams. */
+  beside({ name }: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
+    const own = this.#own(name);
+    if (own.seen !== this.#issued) {
+      this.#context.record(this.#computed, this.#compute.stream);
+      this.#context.wait(own.stream, this.#computed);
+      own.seen = this.#issued;
+    }
+    this.#waitFor(own, touch);
+    this.#issueTimed(label, own, issue);
+    const done = this.#spare.pop() ?? this.#context.createEvent("order");
+    this.#context.record(done, own.stream);
+    this.#pending.push({ ...touch, rankStream: own, order: this.#order++, event: done });
+  }
+
+  /** Makes compute wait for all other streams. */
+  join(): void {
+    this.#waitFor(this.#compute, "everything");
+  }
+
+  /** Clears completed work, so that a capture does not wait for it. */
+  begin(profile: boolean): void {
+    for (const rankStream of this.#streams.values()) rankStream.seen = -1;
+    const before = this.#timing;
+    const spare = before ? [...before.spare, before.began, ...eventsOf(before)] : [];
+    this.#timing = undefined;
+    if (!profile) return;
+    const began = spare.pop() ?? this.#context.createEvent();
+    this.#timing = { began, marks: [], spare };
+    this.#context.record(began, this.#compute.stream);
+  }
+
+  /** Returns the times of all work since the last `begin(true)`, in issue order. All work must be complete. */
+  timed(): Timed[] {
+    if (!this.#timing) return [];
+    const { began, marks } = this.#timing;
+    return marks.map(({ label, rankStream, from, to }) => ({
+      ...label,
+      stream: rankStream.name,
+      begin_us: 1000 * this.#context.elapsed(began, from),
+      end_us: 1000 * this.#context.elapsed(began, to),
+    }));
+  }
+
+  /** Returns the first incomplete work since the last `begin(true)`, in issue order. */
+  underWay(): Label | undefined {
+    return this.#timing?.marks.find(({ to }) => !this.#context.happened(to))?.label;
+  }
+
+  close(): void {
+    const clocks = this.#timing ? [this.#timing.began, ...this.#timing.spare, ...eventsOf(this.#timing)] : [];
+    for (const e of [...this.#spare, ...clocks, ...this.#pending.map((p) => p.event), this.#computed]) this.#context.destroyEvent(e);
+    for (const { stream } of this.#streams.values()) this.#context.destroyStream(stream);
+  }
+
+  #open(name: string): OwnStream {
+    return { name, stream: this.#context.createStream(), seen: -1 };
+  }
+
+  #own(name: string): OwnStream {
+    const known = this.#streams.get(name) ?? this.#open(name);
+    this.#streams.set(name, known);
+    return known;
+  }
+
+  /** Makes the stream wait for conflicting work of other streams; the last conflict of each stream suffices. */
+  #waitFor(rankStream: OwnStream, touch: Touch | "everything"): void {
+    const last = new Map<OwnStream, Pending>();
+    for (const p of this.#pending)
+      if (p.rankStream !== rankStream && (touch === "everything" || conflict(p, touch))) last.set(p.rankStream, p);
+    for (const p of last.values()) this.#context.wait(rankStream.stream, p.event);
+    if (rankStream !== this.#compute || last.size === 0) return;
+    const over = (p: Pending): boolean => p.order <= (last.get(p.rankStream)?.order ?? -1);
+    this.#spare.push(...this.#pending.filter(over).map((p) => p.event));
+    this.#pending = this.#pending.filter((p) => !over(p));
+  }
+
+  /** Issues work; in a profiled step records events around named work. */
+  #issueTimed(label: Label | undefined, rankStream: RankStream, issue: (stream: Stream) => void): void {
+    if (!this.#timing || !label) {
       issue(rankStream.stream);
       return;
     }
-    const [from, to] = [clock(), clock()];
-    context.record(from, rankStream.stream);
+    const clock = (spare: Event[]): Event => spare.pop() ?? this.#context.createEvent();
+    const [from, to] = [clock(this.#timing.spare), clock(this.#timing.spare)];
+    this.#context.record(from, rankStream.stream);
     issue(rankStream.stream);
-    context.record(to, rankStream.stream);
-    timing.marks.push({ label, rankStream, from, to });
+    this.#context.record(to, rankStream.stream);
+    this.#timing.marks.push({ label, rankStream, from, to });
   }
-
-  return {
-    compute: compute as RankStream,
-    /** Returns a stream by name; creates it on first use. */
-    rankStream(name: string): RankStream {
-      const known = streams.get(name) ?? open(name);
-      streams.set(name, known);
-      return known;
-    },
-    /** Issues work on the compute stream. */
-    run(touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
-      waitFor(compute, touch);
-      issued++;
-      timed(label, compute, issue);
-    },
-    /** Issues work on another stream, after all compute issued so far and after conflicting work of other streams. */
-    beside(rankStream: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
-      const own = streams.get(rankStream.name)!;
-      if (own.seen !== issued) {
-        context.record(computed, compute.stream);
-        context.wait(own.stream, computed);
-        own.seen = issued;
-      }
-      waitFor(own, touch);
-      timed(label, own, issue);
-      const done = event();
-      context.record(done, own.stream);
-      pending.push({ ...touch, rankStream: own, order: order++, event: done });
-    },
-    /** Makes compute wait for all other streams. */
-    join(): void {
-      waitFor(compute, "everything");
-    },
-    /** Clears completed work, so that a capture does not wait for it. */
-    begin(profile: boolean): void {
-      for (const rankStream of streams.values()) rankStream.seen = -1;
-      if (timing) timing.spare.push(timing.began, ...timing.marks.flatMap(({ from, to }) => [from, to]));
-      const kept = timing?.spare ?? [];
-      timing = undefined;
-      if (!profile) return;
-      timing = { began: kept.pop() ?? context.createEvent(), marks: [], spare: kept };
-      context.record(timing.began, compute.stream);
-    },
-    /** Returns the times of all work since the last `begin(true)`, in issue order. All work must be complete. */
-    timed: (): Timed[] =>
-      timing
-        ? timing.marks.map(({ label, rankStream, from, to }) => ({
-            ...label,
-            stream: rankStream.name,
-            begin_us: 1000 * context.elapsed(timing!.began, from),
-            end_us: 1000 * context.elapsed(timing!.began, to),
-          }))
-        : [],
-    /** Returns the first incomplete work since the last `begin(true)`, in issue order. */
-    underWay: (): Label | undefined => timing?.marks.find(({ to }) => !context.happened(to))?.label,
-    close(): void {
-      const clocks = timing ? [timing.began, ...timing.spare, ...timing.marks.flatMap(({ from, to }) => [from, to])] : [];
-      for (const e of [...spare, ...clocks, ...pending.map((p) => p.event), computed]) context.destroyEvent(e);
-      for (const rankStream of streams.values()) context.destroyStream(rankStream.stream);
-    },
-  };
 }
 
 const meet = (a: readonly Span[], b: readonly Span[]): boolean => a.some(([from, to]) => b.some((s) => s[0] < to && from < s[1]));

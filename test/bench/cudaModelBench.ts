@@ -77,7 +77,8 @@ async function open(what: string, profile: boolean) {
   running = localRanks;
   const own = localRanks.rankDevice(0);
   const device: typeof own = {
-    ...own,
+    zeroGradients: () => own.zeroGradients(),
+    read: (buffer, copy) => own.read(buffer, copy),
     compute(...[i, copy, first]: Parameters<typeof own.compute>) {
       limits.at(`${i.id} is issued`);
       own.compute(i, copy, first);
