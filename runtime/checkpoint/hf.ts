@@ -6,7 +6,7 @@ import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
-import { type Parameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
+import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
 import type { TensorEntry } from "./safetensors.ts";
 
@@ -40,7 +40,7 @@ export function checkpointFor(model: Model, file: string, allowed: readonly stri
 function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly string[]): HfCheckpoint {
   expectPrefix(file, tensors);
   expectUnscaled(file, tensors);
-  const found = new Map<string, { parameter: Parameter; parts: readonly TensorSlice[] }>();
+  const found = new Map<string, { parameter: HfParameter; parts: readonly TensorSlice[] }>();
   const used = new Set<string>();
   const problems = new Set<string>();
   for (const parameter of parametersOf(model)) {
@@ -127,7 +127,7 @@ function transpose(rows: number, cols: number, from: Float32Array, fromAt: numbe
   }
 }
 
-function misfit(part: TensorSlice, { name, missing }: Parameter, { where }: Tensors, layoutFound: boolean): string | undefined {
+function misfit(part: TensorSlice, { name, missing }: HfParameter, { where }: Tensors, layoutFound: boolean): string | undefined {
   const source = where.get(part.tensor);
   const expected = list(sizesOf(part.shape));
   if (source === undefined) {

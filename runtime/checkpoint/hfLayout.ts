@@ -15,7 +15,7 @@ export type Dim = { readonly size: number; readonly key: string };
 type Block = { readonly there: number; readonly here: number; readonly rows: number; readonly cols: number };
 export type TensorSlice = { readonly tensor: string; readonly shape: readonly Dim[]; readonly blocks: readonly Block[] };
 
-export type Parameter = {
+export type HfParameter = {
   readonly name: string;
   readonly shape: readonly Dim[];
   /** The layout in checkpoints of rankc. */
@@ -41,7 +41,7 @@ const dimsOf = (model: Model): Dims => ({
 });
 
 /** Lists every parameter of the model with all its layouts in checkpoints. */
-export function parametersOf(model: Model): readonly Parameter[] {
+export function parametersOf(model: Model): readonly HfParameter[] {
   const { V, D } = dimsOf(model);
   return [
     plain("embed", "that this is the whole checkpoint of a causal language model", "model.embed_tokens.weight", V, D),
@@ -54,9 +54,9 @@ export function parametersOf(model: Model): readonly Parameter[] {
   ];
 }
 
-const plain = (name: string, missing: string, tensor: string, ...shape: Dim[]): Parameter =>
+const plain = (name: string, missing: string, tensor: string, ...shape: Dim[]): HfParameter =>
   own(name, missing, shape, [[{ tensor, shape, blocks: asIs(shape) }]]);
-const linear = (name: string, missing: string, tensors: readonly string[], input: Dim, output: Dim): Parameter => {
+const linear = (name: string, missing: string, tensors: readonly string[], input: Dim, output: Dim): HfParameter => {
   const blocks = [{ there: 0, here: 0, rows: output.size, cols: input.size }];
   return own(
     name,
@@ -66,7 +66,7 @@ const linear = (name: string, missing: string, tensors: readonly string[], input
   );
 };
 
-function layer(model: Model, ours: string, theirs: string, at: string, sparse: boolean): readonly Parameter[] {
+function layer(model: Model, ours: string, theirs: string, at: string, sparse: boolean): readonly HfParameter[] {
   const { D } = dimsOf(model);
   return [
     plain(`${ours}.norm1`, at, `${theirs}.input_layernorm.weight`, D),
@@ -83,7 +83,7 @@ function layer(model: Model, ours: string, theirs: string, at: string, sparse: b
 }
 
 /** Multi-token prediction follows the layers; what it shares with the model, embedding and head, is there again, and not read. */
-function depth(model: Model, k: number): readonly Parameter[] {
+function depth(model: Model, k: number): readonly HfParameter[] {
   const { D } = dimsOf(model);
   const [ours, theirs] = [`mtp.${k}`, `model.layers.${model.layers + k}`];
   const at = "model.mtp";
@@ -96,7 +96,7 @@ function depth(model: Model, k: number): readonly Parameter[] {
   ];
 }
 
-function grouped(model: Model, ours: string, theirs: string): readonly Parameter[] {
+function grouped(model: Model, ours: string, theirs: string): readonly HfParameter[] {
   const { D } = dimsOf(model);
   const at = "model.layers";
   const Q = { size: model.heads * model.head_dim, key: "model.heads x model.head_dim" };
@@ -119,7 +119,7 @@ function grouped(model: Model, ours: string, theirs: string): readonly Parameter
   ];
 }
 
-function latent(model: Model, ours: string, theirs: string, mla: NonNullable<Model["mla"]>): readonly Parameter[] {
+function latent(model: Model, ours: string, theirs: string, mla: NonNullable<Model["mla"]>): readonly HfParameter[] {
   const { D } = dimsOf(model);
   const at = "model.mla";
   const { heads } = model;
@@ -145,7 +145,7 @@ function latent(model: Model, ours: string, theirs: string, mla: NonNullable<Mod
 }
 
 /** The three matrices of a feed-forward part; where it is found, the most usual place first. */
-function forward({ D }: Dims, ours: string, theirs: readonly string[], missing: string, F: Dim): readonly Parameter[] {
+function forward({ D }: Dims, ours: string, theirs: readonly string[], missing: string, F: Dim): readonly HfParameter[] {
   const matrix = (name: string, leaf: string, input: Dim, output: Dim) =>
     linear(
       `${ours}.${name}`,
@@ -158,7 +158,7 @@ function forward({ D }: Dims, ours: string, theirs: readonly string[], missing: 
 }
 
 /** What stands beside the experts: what the router has learnt about loads, what every token goes through, and the experts' width. */
-function beside(dims: Dims, ours: string, theirs: string, { router, shared, latent }: Moe): readonly Parameter[] {
+function beside(dims: Dims, ours: string, theirs: string, { router, shared, latent }: Moe): readonly HfParameter[] {
   const { D, E } = dims;
   const places = ["shared_experts", "shared_expert"].map((name) => `${theirs}.${name}`);
   const F = { size: shared?.ffn ?? 0, key: "model.moe.shared.ffn" };
@@ -177,7 +177,7 @@ function beside(dims: Dims, ours: string, theirs: string, { router, shared, late
   ];
 }
 
-function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readonly Parameter[] {
+function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readonly HfParameter[] {
   const F = { size: moe.ffn, key: "model.moe.ffn" };
   const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
   const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
@@ -185,7 +185,7 @@ function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readon
   const W = moe.latent === null ? D : { size: moe.latent, key: "model.moe.latent" };
   const matrix = W.size * F.size;
   /** One of the three matrices of all experts; `half` is its place in the fused tensor of gate (0) and up (1). */
-  const stack = (name: string, input: Dim, output: Dim, fused: string, half: 0 | 1 | null, perExpert: readonly string[]): Parameter => {
+  const stack = (name: string, input: Dim, output: Dim, fused: string, half: 0 | 1 | null, perExpert: readonly string[]): HfParameter => {
     const [rows, cols] = [output.size, input.size];
     const stride = half === null ? matrix : 2 * matrix;
     const blocks = each((e) => ({ there: e * stride + (half ?? 0) * matrix, here: e * matrix, rows, cols }));
@@ -214,7 +214,7 @@ function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readon
 }
 
 /** A parameter that rankc writes under its own name, as it is. */
-function own(name: string, missing: string, shape: readonly Dim[], theirs: readonly (readonly TensorSlice[])[]): Parameter {
+function own(name: string, missing: string, shape: readonly Dim[], theirs: readonly (readonly TensorSlice[])[]): HfParameter {
   return { name, shape, missing, own: [{ tensor: name, shape, blocks: asIs(shape) }], theirs };
 }
 

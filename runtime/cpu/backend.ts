@@ -5,7 +5,7 @@
 
 import { totalmem } from "node:os";
 import { storeValues, type TypedMemory, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Compute, Memory, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
 import { elementsOf, globalStart, numberInStage, shardCount, stageOfRank } from "../../schemas/sharding.ts";
@@ -28,26 +28,24 @@ export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
       3,
     );
   const taken: Timing[] = [];
-  const ranks = Array.from({ length: world }, (_, r) => r);
-  const backends = ranks.map((r) => cpuBackend(plan, r, profile ? taken : undefined));
-
+  const ranks = Array.from({ length: world }, (_, rank) => rank);
+  const devices = ranks.map((rank) => new CpuRankDevice(plan, rank, profile ? taken : undefined));
+  const deviceOf = (rank: number): CpuRankDevice => {
+    const device = devices[rank];
+    if (!device) throw new Error(`rankc: the plan has no rank ${rank}`);
+    return device;
+  };
   return {
     ranks,
-    rankDevice: (rank) => backends[rank]!,
-    comm: cpuComm(plan, backends),
+    rankDevice: deviceOf,
+    comm: cpuComm(plan, deviceOf),
     beginStep() {
       taken.length = 0;
       return false;
     },
     profile: () => [...taken],
     async finish() {
-      for (const r of ranks) {
-        const { bounds, buffers } = plan.programs[stageOfRank(plan.mesh, r)]!;
-        for (const limit of bounds) {
-          const found = backends[r]!.peek(buffers.find((b) => b.id === limit.needed)!, 0)[0]!;
-          if (found > limit.bound) throw capacityExceeded(limit, r, found);
-        }
-      }
+      for (const device of devices) device.expectWithinBounds();
     },
     async close() {},
   };
@@ -56,51 +54,106 @@ export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
 const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const noRows = new Int32Array(1);
 
-function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice {
-  const stage = stageOfRank(plan.mesh, rank);
-  const local = numberInStage(plan.mesh, rank);
-  const program = plan.programs[stage]!;
-  const memory = plan.memory[stage]!;
-  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
-  const arenas: Record<BufferKind, ArrayBuffer> = {
-    parameter: new ArrayBuffer(memory.parameter),
-    gradient: new ArrayBuffer(memory.gradient),
-    optimizer: new ArrayBuffer(memory.optimizer),
-    activation: new ArrayBuffer(activationBytes(program, memory)),
-    workspace: new ArrayBuffer(memory.workspace),
-  };
+/** An op bound to its buffers in one activation copy. */
+type BoundOp = () => void;
 
-  const raw = (b: Buffer, copy: number): TypedMemory => {
-    const at = memory.offsets[b.id]! + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0);
-    return typedMemory(b.dtype, arenas[b.kind], at, elementsOf(b.shape));
-  };
-  const peek = (b: Buffer, copy: number): HostData => valuesIn(raw(b, copy));
-  const write = (b: Buffer, copy: number, data: HostData): void => storeValues(raw(b, copy), data);
+/** The memory and the ops of one rank. */
+class CpuRankDevice implements HostRankDevice {
+  readonly #plan: Plan;
+  readonly #rank: number;
+  readonly #program: Program;
+  readonly #memory: Memory;
+  readonly #times: Timing[] | undefined;
+  readonly #buffers: ReadonlyMap<string, Buffer>;
+  readonly #arenas: Readonly<Record<BufferKind, ArrayBuffer>>;
+  readonly #bound = new Map<Compute, BoundOp[]>();
+
+  /** `times`: receives the time of each op. */
+  constructor(plan: Plan, rank: number, times: Timing[] | undefined) {
+    const stage = stageOfRank(plan.mesh, rank);
+    const [program, memory] = [plan.programs[stage], plan.memory[stage]];
+    if (!program || !memory) throw new Error(`rankc: the plan has no program for rank ${rank}`);
+    this.#plan = plan;
+    this.#rank = rank;
+    this.#program = program;
+    this.#memory = memory;
+    this.#times = times;
+    this.#buffers = new Map(program.buffers.map((b) => [b.id, b]));
+    this.#arenas = {
+      parameter: new ArrayBuffer(memory.parameter),
+      gradient: new ArrayBuffer(memory.gradient),
+      optimizer: new ArrayBuffer(memory.optimizer),
+      activation: new ArrayBuffer(activationBytes(program, memory)),
+      workspace: new ArrayBuffer(memory.workspace),
+    };
+  }
+
+  zeroGradients(): void {
+    new Uint8Array(this.#arenas.gradient).fill(0);
+  }
+
+  compute(i: Compute, copy: number): void {
+    const copies = this.#bound.get(i) ?? [];
+    this.#bound.set(i, copies);
+    const run = (copies[copy] ??= this.#bind(i, copy));
+    const begin_us = performance.now() * 1e3;
+    run();
+    this.#times?.push({ rank: this.#rank, stream: "compute", id: i.id, op: i.op, begin_us, end_us: performance.now() * 1e3 });
+  }
+
+  peek(b: Buffer, copy: number): HostData {
+    return valuesIn(this.#raw(b, copy));
+  }
+
+  async read(b: Buffer, copy: number): Promise<HostData> {
+    return this.peek(b, copy).slice();
+  }
+
+  write(b: Buffer, copy: number, data: HostData): void {
+    storeValues(this.#raw(b, copy), data);
+  }
+
+  /** Throws a Trouble if a step had more rows than a buffer has room for. */
+  expectWithinBounds(): void {
+    for (const limit of this.#program.bounds) {
+      const [found] = this.peek(this.#buffer(limit.needed), 0);
+      if (found !== undefined && found > limit.bound) throw capacityExceeded(limit, this.#rank, found);
+    }
+  }
+
+  #buffer(id: string): Buffer {
+    const found = this.#buffers.get(id);
+    if (!found) throw new Error(`rankc: stage ${this.#program.stage} has no buffer ${id}`);
+    return found;
+  }
+
+  #raw(b: Buffer, copy: number): TypedMemory {
+    const offset = this.#memory.offsets[b.id];
+    if (offset === undefined) throw new Error(`rankc: ${b.id} has no place in memory`);
+    const at = offset + (b.kind === "activation" ? activationStart(this.#program, this.#memory, b, copy) : 0);
+    return typedMemory(b.dtype, this.#arenas[b.kind], at, elementsOf(b.shape));
+  }
 
   /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
-  function bind(i: Compute, copy: number): () => void {
+  #bind(i: Compute, copy: number): BoundOp {
     const op = ops[i.op];
-    const names = [...Object.entries(i.reads), ...Object.entries(i.writes)];
-    const of = (id: string) => buffers.get(id)!;
-    const reads = Object.keys(i.reads).length;
-    const d: Record<string, number> = { ...i.attrs };
-    const starts: Record<string, number> = {};
-    for (const [dim, [size, subAxes]] of Object.entries(i.dims)) {
-      d[dim] = size / shardCount(plan.mesh, subAxes);
-      starts[dim] = globalStart(plan.mesh, i, dim, local);
-    }
-    const ragged = names.map(([, id]) => of(id)).find((b) => b.ragged);
-    const rows = ragged ? (raw(of(i.rows ?? ragged.rows!), copy).words as Int32Array) : noRows;
+    const { sizes, starts } = this.#localDims(i);
+    const operands = [
+      ...Object.entries(i.reads).map(([name, id]) => ({ name, id, output: false })),
+      ...Object.entries(i.writes).map(([name, id]) => ({ name, id, output: true })),
+    ];
+    const ragged = operands.map(({ id }) => this.#buffer(id)).find((b) => b.ragged);
+    const counts = ragged && (i.rows ?? ragged.rows);
+    const rows = counts === undefined ? noRows : (this.#raw(this.#buffer(counts), copy).words as Int32Array);
     const place: ShardContext = { start: (dim) => starts[dim]!, rows };
-    const t: Record<string, Float32Array> = {};
-    const before: (() => void)[] = [];
-    const after: (() => void)[] = [];
-    for (const [at, [name, id]] of names.entries()) {
-      const output = at >= reads;
+    const tensors: Record<string, Float32Array> = {};
+    const before: BoundOp[] = [];
+    const after: BoundOp[] = [];
+    for (const { name, id, output } of operands) {
       const accumulates = output && i.accumulates?.includes(name);
-      const own = raw(of(id), copy);
+      const own = this.#raw(this.#buffer(id), copy);
       const view = own.codec ? new Float32Array(own.words.length) : (own.words as Float32Array);
-      t[name] = view;
+      tensors[name] = view;
       if (own.codec && (!output || accumulates)) before.push(() => own.codec.decode(view, own.words));
       if (output && !accumulates) before.push(() => view.fill(0));
       if (own.codec && output) after.push(() => own.codec.encode(own.words, view));
@@ -109,27 +162,24 @@ function cpuBackend(plan: Plan, rank: number, times?: Timing[]): HostRankDevice 
     return () => {
       for (const f of before) f();
       if (i.rows) {
-        const needed = op.rows!(t, d, place, rows, bound);
-        if (needed > bound) throw capacityExceeded({ needed: i.id, bound, of: "rows" }, rank, needed);
+        const needed = op.rows!(tensors, sizes, place, rows, bound);
+        if (needed > bound) throw capacityExceeded({ needed: i.id, bound, of: "rows" }, this.#rank, needed);
       }
-      op.cpu(t, d, place);
+      op.cpu(tensors, sizes, place);
       for (const f of after) f();
     };
   }
 
-  const bound = new Map<Compute, (() => void)[]>();
-  return {
-    zeroGradients: () => new Uint8Array(arenas.gradient).fill(0),
-    compute(i, copy) {
-      const copies = bound.get(i) ?? [];
-      bound.set(i, copies);
-      const run = (copies[copy] ??= bind(i, copy));
-      const begin_us = performance.now() * 1e3;
-      run();
-      times?.push({ rank, stream: "compute", id: i.id, op: i.op, begin_us, end_us: performance.now() * 1e3 });
-    },
-    peek,
-    read: async (b, copy) => peek(b, copy).slice(),
-    write,
-  };
+  /** Returns the sizes of this rank's shards of the dims, with the attributes of the op, and where the shards begin. */
+  #localDims(i: Compute): { readonly sizes: Record<string, number>; readonly starts: Readonly<Record<string, number>> } {
+    const { mesh } = this.#plan;
+    const local = numberInStage(mesh, this.#rank);
+    const sizes: Record<string, number> = { ...i.attrs };
+    const starts: Record<string, number> = {};
+    for (const [dim, [size, subAxes]] of Object.entries(i.dims)) {
+      sizes[dim] = size / shardCount(mesh, subAxes);
+      starts[dim] = globalStart(mesh, i, dim, local);
+    }
+    return { sizes, starts };
+  }
 }

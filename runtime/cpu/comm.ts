@@ -6,18 +6,18 @@ import type { Comm, HostData, HostRankDevice } from "../backend.ts";
 import { inProcessComm, rankTable } from "../inProcessComm.ts";
 
 /** Returns the communication of all ranks on the CPU. */
-export function cpuComm(plan: Plan, backends: readonly HostRankDevice[]): Comm {
+export function cpuComm(plan: Plan, deviceOf: (rank: number) => HostRankDevice): Comm {
   const ranks = rankTable(plan);
   const { bufferOf } = ranks;
   return inProcessComm<HostData>(plan, ranks, {
     perform(group, i, copy) {
-      const held = group.map((rank) => backends[rank]!.peek(bufferOf(rank, i.from), copy));
-      const made = group.map((_, member) => collective[i.how](held, member));
+      const held = group.map((rank) => deviceOf(rank).peek(bufferOf(rank, i.from), copy));
+      const made = group.map((rank, member) => ({ rank, data: collective[i.how](held, member) }));
       // write after all reads: source and destination may overlap
-      for (const [member, rank] of group.entries()) backends[rank]!.write(bufferOf(rank, i.to), copy, made[member]!);
+      for (const { rank, data } of made) deviceOf(rank).write(bufferOf(rank, i.to), copy, data);
     },
-    send: (rank, b, copy) => backends[rank]!.peek(b, copy).slice(),
-    receive: (rank, b, copy, message) => backends[rank]!.write(b, copy, message),
+    send: (rank, b, copy) => deviceOf(rank).peek(b, copy).slice(),
+    receive: (rank, b, copy, message) => deviceOf(rank).write(b, copy, message),
   });
 }
 

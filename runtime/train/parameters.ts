@@ -1,5 +1,5 @@
 /** The parameters of a run: initial weights, weights of a checkpoint, and whole tensors from the shards of all ranks. */
-import type { Buffer, Plan, Program } from "../../schemas/plan.ts";
+import type { Buffer, Parameter, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { elementsOf, numberInStage, rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -22,7 +22,6 @@ export interface WholeTensors {
 export interface StateShards {
   shard(name: string, ranges: Ranges): Float32Array;
 }
-type Parameter = Program["parameters"][number];
 
 /** Parameters on the local ranks. */
 export class Parameters {
