@@ -1,0 +1,395 @@
+/**
+ * Reads a bash script without running anything: assignments, conditions, loops and functions are followed, and all other commands are
+ * collected with their words. What only a running shell can tell becomes a hole (text.ts).
+ */
+import {
+  type Assignment,
+  type Case,
+  type Command,
+  type CompoundList,
+  type For,
+  type HereDoc,
+  type If,
+  parse,
+  type Statement,
+} from "unbash";
+import { Trouble } from "../../../../schemas/trouble.ts";
+import { evaluate } from "./arithmetic.ts";
+import type { CalledCommand, ScriptRead, ScriptSettings } from "./calls.ts";
+import { outputOfScript } from "./commands.ts";
+import { type Answer, both, testExpression, testWords } from "./conditions.ts";
+import { expandParts, expandPattern, expandText, expandWords, numbersOf } from "./expand.ts";
+import { assign, exportWord, type Frame, inCopy, slurmVariables, unsure } from "./frame.ts";
+import { matches } from "./glob.ts";
+import { newScope, type Scope } from "./scope.ts";
+import { isKnown, joined, knownValue, type ScriptText, shownText, testedValue } from "./text.ts";
+
+const MOST_STEPS = 200_000;
+const MOST_NESTED = 24;
+
+/** How a statement ends: the next one follows, or it leaves a loop, a function or the script. */
+type Flow = "next" | "break" | "continue" | "return" | "exit";
+
+/** Reads a script. Throws a Trouble if it is no bash, or does not end. */
+export function readScript(text: string, settings: ScriptSettings): ScriptRead {
+  const reader = new ScriptReader(settings);
+  const scope = newScope(
+    settings.pinned,
+    settings.words.map((word) => [word]),
+    slurmVariables(text),
+  );
+  const flow = reader.runText(text, settings.file, scope, { around: [], depth: 0 });
+  const { commands, defaults, unread, exit } = reader;
+  return { commands, defaults, unread, ...(flow === "exit" && exit !== undefined && { exit }) };
+}
+
+class ScriptReader {
+  readonly commands: CalledCommand[] = [];
+  readonly defaults = new Map<string, string>();
+  readonly unread: string[] = [];
+  exit: string | undefined;
+  readonly #functions = new Map<string, { readonly body: CompoundList; readonly frame: Frame }>();
+  readonly #settings: ScriptSettings;
+  #steps = 0;
+
+  constructor(settings: ScriptSettings) {
+    this.#settings = settings;
+  }
+
+  /** Reads the text of a script, or of `eval`, in a scope. `at`: the place of the text where it has no lines of its own. */
+  runText(text: string, file: string, scope: Scope, outer: Pick<Frame, "around" | "condition" | "depth"> & { readonly at?: string }): Flow {
+    if (outer.depth > MOST_NESTED)
+      throw new Trouble(`${file}: scripts call each other more than ${MOST_NESTED} deep`, "name the inner script");
+    const script = parse(text);
+    const lineAt = (pos: number): number => text.slice(0, pos).split("\n").length;
+    const [error] = script.errors ?? [];
+    if (error && outer.at === undefined)
+      throw new Trouble(`${file}:${lineAt(error.pos)}: not bash: ${error.message}`, "name a launch script that bash accepts");
+    const frame: Frame = {
+      around: outer.around,
+      depth: outer.depth,
+      ...(outer.condition !== undefined && { condition: outer.condition }),
+      place: (pos) => outer.at ?? `${file}:${lineAt(pos)}`,
+      shell: {
+        scope,
+        lineAt: (pos) => (outer.at === undefined ? lineAt(pos) : Number(outer.at.split(":").at(-1))),
+        tookDefault: (name, value) => void this.defaults.set(name, value),
+        outputOf: outputOfScript,
+      },
+    };
+    return this.#runAll(script.commands, frame);
+  }
+
+  #runAll(statements: readonly Statement[], frame: Frame): Flow {
+    for (const { command } of statements) {
+      const flow = this.#run(command, frame).flow;
+      if (flow !== "next") return flow;
+    }
+    return "next";
+  }
+
+  /** Follows a command. `answer`: whether it succeeds, where that is known. */
+  #run(node: Statement["command"], frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+    if (++this.#steps > MOST_STEPS)
+      throw new Trouble(`${frame.place(node.pos)}: the script takes more than ${MOST_STEPS} steps`, "import its flags after --");
+    const next = (flow: Flow, answer: Answer = true) => ({ flow, answer });
+    switch (node.type) {
+      case "Command":
+        return this.#runCommand(node, frame);
+      case "AndOr":
+        return this.#runAndOr(node, frame);
+      case "Pipeline": {
+        const isNegated = node.prefixes.some((prefix) => prefix.type === "Negation");
+        if (node.commands.length === 1 && node.commands[0]) {
+          const { flow, answer } = this.#run(node.commands[0], frame);
+          return next(flow, answer === undefined ? undefined : answer !== isNegated);
+        }
+        for (const command of node.commands) this.#run(command, inCopy(frame));
+        return next("next", undefined);
+      }
+      case "If":
+        return next(this.#runIf(node, frame));
+      case "For":
+        return next(this.#runFor(node, frame));
+      case "ArithmeticFor": {
+        const { numbers } = numbersOf(frame.shell);
+        if (node.initialize) evaluate(node.initialize, numbers);
+        const test = (): Answer => {
+          const value = node.test && evaluate(node.test, numbers);
+          return node.test === undefined ? true : value === undefined ? undefined : value !== 0n;
+        };
+        const update = (): void => void (node.update && evaluate(node.update, numbers));
+        return next(this.#loop(test, node.body, frame, update));
+      }
+      case "While": {
+        const test = (): Answer => {
+          const answer = this.#answerOf(node.clause, frame);
+          return answer === undefined ? undefined : answer === (node.kind === "while");
+        };
+        return next(this.#loop(test, node.body, frame));
+      }
+      case "Case":
+        return next(this.#runCase(node, frame));
+      case "BraceGroup":
+        return next(this.#runAll(node.body.commands, frame));
+      case "Subshell":
+        this.#runAll(node.body.commands, inCopy(frame));
+        return next("next");
+      case "Redirected":
+        return this.#run(node.command, frame);
+      case "TestCommand":
+        return next("next", testExpression(node.expression, frame.shell));
+      case "ArithmeticCommand": {
+        const value = node.expression && evaluate(node.expression, numbersOf(frame.shell).numbers);
+        return next("next", value === undefined ? undefined : value !== 0n);
+      }
+      case "Function":
+        if (node.body.type === "BraceGroup") this.#functions.set(node.name.value, { body: node.body.body, frame });
+        return next("next");
+      case "Coproc":
+      case "Select":
+        return next("next", undefined);
+      default:
+        return node satisfies never;
+    }
+  }
+
+  #runAndOr(node: Extract<Statement["command"], { type: "AndOr" }>, frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+    let answer: Answer = true;
+    for (const [i, command] of node.commands.entries()) {
+      const operator = i === 0 ? undefined : node.operators[i - 1];
+      // a command of which nothing is known is taken to succeed: what follows `||` handles its failure
+      if (operator === "||" && answer !== false) continue;
+      if (operator === "&&" && answer === false) continue;
+      const result = this.#run(command, frame);
+      if (result.flow !== "next") return result;
+      answer = operator === "&&" ? both(answer, result.answer) : result.answer;
+    }
+    return { flow: "next", answer };
+  }
+
+  #answerOf(clause: CompoundList, frame: Frame): Answer {
+    let answer: Answer = true;
+    for (const { command } of clause.commands) answer = this.#run(command, frame).answer;
+    return answer;
+  }
+
+  #runIf(node: If, frame: Frame): Flow {
+    const branches = [node, ...node.elif];
+    for (const [i, branch] of branches.entries()) {
+      const answer = this.#answerOf(branch.clause, frame);
+      if (answer === true) return this.#runAll(branch.then.commands, frame);
+      if (answer === undefined) {
+        const rest = [...branches.slice(i).map((other) => other.then), node.else];
+        return this.#runUnsure(rest, frame, branch.clause.pos);
+      }
+    }
+    return node.else ? this.#runAll(node.else.commands, frame) : "next";
+  }
+
+  /** Follows all branches of a condition that is not known. A variable on which they disagree becomes a hole. */
+  #runUnsure(branches: readonly (CompoundList | undefined)[], frame: Frame, pos: number): Flow {
+    const condition = `the condition at ${frame.place(pos)}`;
+    const scopes = branches.flatMap((branch) => {
+      const copy = inCopy({ ...frame, condition });
+      const flow = branch ? this.#runAll(branch.commands, copy) : "next";
+      return flow === "exit" || flow === "return" ? [] : [copy.shell.scope];
+    });
+    for (const name of new Set(scopes.flatMap((scope) => scope.names()))) {
+      const values = scopes.map((scope) => scope.get(name));
+      const shown = new Set(values.map((value) => JSON.stringify(value)));
+      const [value] = values;
+      if (shown.size === 1 && value) frame.shell.scope.set(name, value);
+      else if (shown.size > 1) frame.shell.scope.set(name, { kind: "text", text: [unsure(name, frame, pos)] });
+    }
+    return "next";
+  }
+
+  #runFor(node: For, frame: Frame): Flow {
+    const { shell } = frame;
+    const words = node.wordlist ? node.wordlist.flatMap((word) => expandWords(word, shell)) : shell.scope.words;
+    for (const word of words) {
+      if (!isKnown(word)) return this.#runUnsure([node.body, undefined], frame, node.pos);
+      shell.scope.set(node.name.value, { kind: "text", text: word });
+      const flow = this.#runAll(node.body.commands, frame);
+      if (flow === "break") break;
+      if (flow === "return" || flow === "exit") return flow;
+    }
+    return "next";
+  }
+
+  #loop(test: () => Answer, body: CompoundList, frame: Frame, update: () => void = () => {}): Flow {
+    for (let answer = test(); answer !== false; answer = test()) {
+      if (answer === undefined) return this.#runUnsure([body, undefined], frame, body.pos);
+      const flow = this.#runAll(body.commands, frame);
+      if (flow === "break") break;
+      if (flow === "return" || flow === "exit") return flow;
+      update();
+      if (++this.#steps > MOST_STEPS)
+        throw new Trouble(`${frame.place(body.pos)}: the loop does not end`, "import the script's flags after --");
+    }
+    return "next";
+  }
+
+  #runCase(node: Case, frame: Frame): Flow {
+    const text = testedValue(expandText(node.word, frame.shell));
+    if (text === undefined) return this.#runUnsure([...node.items.map((item) => item.body), undefined], frame, node.pos);
+    for (const item of node.items) {
+      const isMatch = item.pattern.some((pattern) => matches(knownValue(expandPattern(pattern, frame.shell)) ?? "", text));
+      if (isMatch) return this.#runAll(item.body.commands, frame);
+    }
+    return "next";
+  }
+
+  #runCommand(node: Command, frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+    const prefixes = node.prefix.filter((part): part is Assignment => part.type === "Assignment");
+    if (node.name === undefined) {
+      for (const assignment of prefixes) assign(assignment, frame.shell);
+      return { flow: "next", answer: true };
+    }
+    if (/^(?:export|declare|local|readonly|typeset)$/.test(node.name.value)) {
+      for (const part of node.suffix) if (part.type === "Assignment") assign(part, frame.shell);
+      for (const word of node.suffix) if (word.type === "Word") exportWord(word, frame.shell);
+      return { flow: "next", answer: true };
+    }
+    // assignments before a command hold for the command alone
+    const inner = prefixes.length > 0 ? inCopy(frame) : frame;
+    for (const assignment of prefixes) assign(assignment, inner.shell);
+    // but its words are expanded before
+    const args = node.args.flatMap((part) => (part.type === "Word" ? expandWords(part, frame.shell) : [[part.text]]));
+    const words = [...expandWords(node.name, frame.shell), ...args];
+    const document = node.redirects.find((redirect): redirect is HereDoc => redirect.type === "HereDoc");
+    return this.#call(words, node.pos, inner, document);
+  }
+
+  #call(words: readonly ScriptText[], pos: number, frame: Frame, document?: HereDoc): { readonly flow: Flow; readonly answer: Answer } {
+    const [head, ...args] = words;
+    const name = head && knownValue(head);
+    const next = (answer: Answer): { readonly flow: Flow; readonly answer: Answer } => ({ flow: "next", answer });
+    const { scope } = frame.shell;
+    switch (name) {
+      case "[":
+        return next(testWords(args.slice(0, -1), frame.shell));
+      case "test":
+        return next(testWords(args, frame.shell));
+      case "true":
+      case ":":
+        return next(true);
+      case "false":
+        return next(false);
+      case "exit":
+        this.exit ??= frame.place(pos);
+        return { flow: "exit", answer: undefined };
+      case "return":
+      case "break":
+      case "continue":
+        return { flow: name, answer: undefined };
+      case "shift":
+        scope.words = scope.words.slice(Number(knownValue(args[0] ?? ["1"]) ?? 1));
+        return next(true);
+      case "set":
+        if (args[0] && knownValue(args[0]) === "--") scope.words = args.slice(1);
+        return next(true);
+      case "read":
+        for (const word of args) {
+          const variable = knownValue(word) ?? "";
+          const hole = { source: `$${variable}`, variable, line: frame.shell.lineAt(pos), why: `${variable} is read from an input` };
+          if (/^[A-Za-z_]\w*$/.test(variable)) scope.set(variable, { kind: "text", text: [hole] });
+        }
+        return next(undefined);
+      case "eval":
+        return { flow: this.#runWords(joined(args), pos, frame, frame.around), answer: undefined };
+      case "source":
+      case ".":
+        return { flow: this.#runFile(args, pos, frame, scope), answer: true };
+      case undefined:
+        this.#collect(words, pos, frame);
+        return next(undefined);
+      default:
+        return this.#callOther(name, words, pos, frame, document);
+    }
+  }
+
+  #callOther(
+    name: string,
+    words: readonly ScriptText[],
+    pos: number,
+    frame: Frame,
+    document?: HereDoc,
+  ): { readonly flow: Flow; readonly answer: Answer } {
+    const called = this.#functions.get(name);
+    if (called && frame.depth < MOST_NESTED) {
+      const outer = frame.shell.scope.words;
+      frame.shell.scope.words = words.slice(1);
+      const flow = this.#runAll(called.body.commands, { ...called.frame, ...frame, place: called.frame.place, depth: frame.depth + 1 });
+      frame.shell.scope.words = outer;
+      return { flow: flow === "exit" ? "exit" : "next", answer: undefined };
+    }
+    // `srun … bash -c TEXT`, `sbatch <<EOF`, `bash FILE words`
+    const at = words.findIndex((word) => /^(?:.*\/)?(?:ba|z|da)?sh$/.test(knownValue(word) ?? ""));
+    const around = at > 0 ? [...frame.around, words.slice(0, at)] : frame.around;
+    const [option, text, ...rest] = at < 0 ? [] : words.slice(at + 1);
+    const flag = option && knownValue(option);
+    const copy = inCopy(frame);
+    if (flag !== undefined && /^-\w*c$/.test(flag) && text) {
+      copy.shell.scope.words = rest.slice(1);
+      this.#runWords(text, pos, copy, around);
+    } else if (document && (at >= 0 || name === "sbatch")) {
+      const isVerbatim = document.delimiter?.quoted === true || document.body.parts === undefined;
+      const body: ScriptText = isVerbatim ? [document.body.text] : expandParts(document.body.parts ?? [], frame.shell);
+      for (const [variable, value] of slurmVariables(shownText(body))) copy.shell.scope.set(variable, value);
+      this.#runWords(body, pos, copy, name === "sbatch" ? [...frame.around, words] : around);
+    } else if (at >= 0 && flag !== undefined && !flag.startsWith("-")) {
+      this.#runFile(words.slice(at + 1), pos, { ...copy, around }, copy.shell.scope);
+    } else if (/\.(?:sh|bash)$/.test(name)) {
+      this.#runFile(words, pos, copy, copy.shell.scope);
+    } else {
+      this.#collect(words, pos, frame);
+    }
+    return { flow: "next", answer: undefined };
+  }
+
+  /** Reads a text as a script of its own, as `eval` does. Its holes become variables that stay holes. */
+  #runWords(text: ScriptText, pos: number, frame: Frame, around: Frame["around"]): Flow {
+    const { scope } = frame.shell;
+    const source = text
+      .map((part) => {
+        if (typeof part === "string") return part;
+        const name = `__hole_${this.#steps++}`;
+        scope.set(name, { kind: "text", text: [part] });
+        return `\${${name}}`;
+      })
+      .join("");
+    const { condition, depth } = frame;
+    return this.runText(source, this.#settings.file, scope, {
+      ...(condition !== undefined && { condition }),
+      ...{ around, depth: depth + 1, at: frame.place(pos) },
+    });
+  }
+
+  #runFile([file, ...words]: readonly ScriptText[], pos: number, frame: Frame, scope: Scope): Flow {
+    const path = file && knownValue(file);
+    const text = path === undefined ? undefined : this.#settings.readScript(path);
+    if (path === undefined || text === undefined) {
+      this.unread.push(`${file ? shownText(file) : ""} (${frame.place(pos)})`);
+      return "next";
+    }
+    const outer = scope.words;
+    if (words.length > 0 || scope !== frame.shell.scope) scope.words = words;
+    const { around, condition, depth } = frame;
+    const flow = this.runText(text, path, scope, { around, depth: depth + 1, ...(condition !== undefined && { condition }) });
+    scope.words = outer;
+    return flow === "return" ? "next" : flow;
+  }
+
+  #collect(words: readonly ScriptText[], pos: number, frame: Frame): void {
+    const { around, condition, shell } = frame;
+    this.commands.push({
+      words,
+      around,
+      place: frame.place(pos),
+      scope: shell.scope.copy(),
+      ...(condition !== undefined && { condition }),
+    });
+  }
+}
