@@ -1,14 +1,20 @@
 import type { Command } from "commander";
-import { withExamples } from "./options.ts";
+import { registerImportMegatron } from "./importMegatron.ts";
+import { type ProcessExit, withExamples } from "./options.ts";
 import { printStdout } from "./output.ts";
 import { writeFile } from "./outputFiles.ts";
 
+/** Registers `import`, with a command for each kind of description. */
+export function registerImport(program: Command, exit: ProcessExit): void {
+  const importing = program.command("import").description("make a job from the description of another tool");
+  registerImportHf(importing);
+  registerImportMegatron(importing, exit);
+}
+
 /** Registers `import hf`: writes a job for the model of a Hugging Face config.json. */
-export function registerImport(program: Command): void {
+function registerImportHf(importing: Command): void {
   withExamples(
-    program
-      .command("import")
-      .description("make a job from the model description of another tool")
+    importing
       .command("hf")
       .description("make a job from a Hugging Face config.json (Llama, Mistral, Qwen, Mixtral, OLMoE, DeepSeek)")
       .argument("<config>", "the config.json, or its directory")

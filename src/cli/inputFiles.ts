@@ -40,6 +40,25 @@ export function readConfigFile(path: string): { readonly text: string; readonly 
   return { text: readText(file, stat, configText), file, name };
 }
 
+const launchFix = "name a launch script, or a YAML list of arguments";
+const launchText: TextKind = { noun: "a launch script", limit: 2 ** 20, fix: launchFix, fixLong: launchFix };
+
+/** Reads a launch script or a list of arguments. The job has the name of the file. Throws like `readJobFile`. */
+export function readLaunchFile(path: string): { readonly text: string; readonly file: string; readonly name: string } {
+  const stat = attempt(path, () => statSync(path));
+  return { text: readText(path, stat, launchText), file: path, name: basename(path, extname(path)) };
+}
+
+/** Reads a script that another one in `folder` reads; undefined if there is no such text. */
+export function readIncludedScript(path: string, folder: string): string | undefined {
+  try {
+    return readLaunchFile(resolve(folder, path)).text;
+  } catch (error) {
+    if (error instanceof Trouble) return undefined;
+    throw error;
+  }
+}
+
 function readText(path: string, stat: Stats, { noun, limit, fix, fixLong }: TextKind): string {
   // a pipe has no size and is measured after reading; a device such as /dev/zero may be endless
   if (!stat.isFile() && !stat.isFIFO()) throw new Trouble(`${path} is not a file`, fix);

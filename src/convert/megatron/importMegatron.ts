@@ -1,0 +1,220 @@
+/**
+ * Imports a launch of Megatron-LM: a bash script, a YAML list of arguments, or the words themselves become a job. Arguments without effect
+ * on the plan are reported with the reason; anything that rankc lacks is an error that lists all of it.
+ */
+
+import { Trouble } from "../../../schemas/trouble.ts";
+import { type WrittenJob, writeJob } from "../jobText.ts";
+import { readArgumentList } from "./argumentList.ts";
+import { type Arguments, readArguments } from "./arguments/read.ts";
+import type { ScriptRead } from "./bash/calls.ts";
+import { newScope } from "./bash/scope.ts";
+import { readScript } from "./bash/script.ts";
+import { knownValue, type ScriptText } from "./bash/text.ts";
+import type { Importing } from "./job/importing.ts";
+import { putModel } from "./job/model.ts";
+import { putExperts } from "./job/moe.ts";
+import { degreesOf, putParallel, smallestWorld, type World } from "./job/parallel.ts";
+import { putData, putTrain } from "./job/train.ts";
+import { newJobBuilder } from "./jobBuilder.ts";
+import { launchesIn, type TrainingLaunch, unknownWorld, worldOf } from "./launch.ts";
+import { ImportTrouble, type Problem } from "./problems.ts";
+
+/** What to import. */
+export type MegatronSource =
+  | { readonly kind: "script"; readonly text: string; readonly file: string }
+  | { readonly kind: "list"; readonly text: string; readonly file: string }
+  | { readonly kind: "words" };
+
+/** Settings of the import. */
+export interface MegatronSettings {
+  /** The name of the job. */
+  readonly name: string;
+  /** The number of ranks, where the launcher does not say it. */
+  readonly world?: number;
+  /** Values of variables; they hold whatever the script assigns. */
+  readonly variables?: ReadonlyMap<string, string>;
+  /** Words after `--`: those of the script, further arguments of a list, or the launch itself. */
+  readonly words?: readonly string[];
+  /** The size of the tokenizer, with added tokens. */
+  readonly vocab?: number;
+  /** Which launch of a script with several, from 1. */
+  readonly launch?: number;
+  /** Arguments to leave out, without dashes. */
+  readonly drop?: readonly string[];
+  /** Returns the text of another script that the script reads; undefined if it cannot be read. */
+  readonly readScript?: (path: string) => string | undefined;
+}
+
+/** What the importer made of one argument. */
+export interface ArgumentReport {
+  /** As in "--lr 1e-4". */
+  readonly argument: string;
+  /** The keys of the job that depend on it; empty if none does. */
+  readonly keys: readonly string[];
+  /** Why it has no effect, or what rankc lacks. */
+  readonly why?: string;
+}
+
+/** An imported job. */
+export interface ImportedJob extends WrittenJob {
+  readonly mapped: readonly ArgumentReport[];
+  readonly withoutEffect: readonly ArgumentReport[];
+  /** Arguments that were left out on request. */
+  readonly dropped: readonly ArgumentReport[];
+  readonly notes: readonly string[];
+}
+
+/** The words of a launch, and what is known of its ranks. */
+interface Found {
+  readonly words: readonly ScriptText[];
+  readonly launch?: TrainingLaunch;
+  readonly read?: ScriptRead;
+}
+
+/** Imports a launch. Throws a Trouble that lists all values that are missing and all features that rankc lacks. */
+export function importMegatron(source: MegatronSource, settings: MegatronSettings): ImportedJob {
+  const found = findLaunch(source, settings);
+  const wider = settings.world === undefined && source.kind === "script" ? widerLaunch(source, found, settings) : undefined;
+  return makeJob(wider?.found ?? found, wider?.settings ?? settings, wider?.note);
+}
+
+function findLaunch(source: MegatronSource, settings: MegatronSettings): Found {
+  const { words = [], variables = new Map() } = settings;
+  if (source.kind === "list") {
+    const own = readArgumentList(source.text, source.file, variables);
+    return { words: [...own, ...words.map((word) => [word])] };
+  }
+  if (source.kind === "words") return findInWords(words, settings);
+  const read = readScript(source.text, {
+    file: source.file,
+    words,
+    pinned: variables,
+    readScript: settings.readScript ?? (() => undefined),
+  });
+  const launch = chooseLaunch(launchesIn(read.commands), read, source.file, settings.launch);
+  return { words: launch.words, launch, read };
+}
+
+/** Words are a command with its launcher, or arguments alone; one word with blanks is read as bash reads it. */
+function findInWords(words: readonly string[], settings: MegatronSettings): Found {
+  const [only] = words;
+  if (only !== undefined && words.length === 1 && /\s/.test(only)) {
+    const text = only.trimStart().startsWith("--") ? `pretrain_gpt.py ${only}` : only;
+    const found = findLaunch({ kind: "script", text, file: "the arguments" }, { ...settings, words: [] });
+    return only.trimStart().startsWith("--") ? { words: found.words } : found;
+  }
+  const texts = words.map((word): ScriptText => [word]);
+  if (only === undefined || only.startsWith("--")) return { words: texts };
+  const scope = newScope(new Map(), []);
+  const read: ScriptRead = { commands: [{ words: texts, around: [], place: "the command", scope }], defaults: new Map(), unread: [] };
+  const launch = chooseLaunch(launchesIn(read.commands), read, "the command", undefined);
+  return { words: launch.words, launch };
+}
+
+function chooseLaunch(launches: readonly TrainingLaunch[], read: ScriptRead, file: string, number: number | undefined): TrainingLaunch {
+  const [first, ...others] = launches;
+  if (!first) throw noLaunch(read, file);
+  if (number !== undefined) {
+    const chosen = launches[number - 1];
+    if (!chosen) throw new Trouble(`${file} has ${launches.length} launches, and no number ${number}`, `--launch 1 to ${launches.length}`);
+    return chosen;
+  }
+  if (others.length === 0) return first;
+  const lines = launches.map(
+    ({ entry, place, command }, i) => `\n  ${i + 1}: ${entry} at ${place}${command.condition ? `, under ${command.condition}` : ""}`,
+  );
+  throw new Trouble(`${file} has ${launches.length} launches:${lines.join("")}`, "--launch N chooses one");
+}
+
+function noLaunch({ exit, unread }: ScriptRead, file: string): Trouble {
+  const title = `${file} has no launch that rankc can read: no command with an entry script and arguments such as --num-layers`;
+  if (exit !== undefined)
+    return new Trouble(
+      `${title}; the script ends at ${exit} with exit`,
+      "give the words that the script expects after --, or variables by --set",
+    );
+  if (unread.length > 0) return new Trouble(`${title}; it reads ${unread.join(", ")}`, "import from where these scripts can be read");
+  return new Trouble(title, "name the script that calls torchrun, or give its arguments after --");
+}
+
+/**
+ * Scripts are shared with a default of one node, `${NNODES:-1}`, that is too small for their degrees. Where the ranks are too few for both
+ * grids and one such default multiplies them, the smallest number that fits is taken, and a note says so.
+ */
+function widerLaunch(source: MegatronSource, found: Found, settings: MegatronSettings) {
+  if (!found.launch || !found.read) return undefined;
+  const ranksOf = ({ launch }: Found): number | undefined => (launch ? worldOf(launch, undefined, [])?.ranks : undefined);
+  const ranks = ranksOf(found);
+  const args = readArguments(found.words, new Set(), []);
+  const least = leastWorld(args);
+  if (ranks === undefined || ranks % least === 0) return undefined;
+  const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % b));
+  const times = least / divisor(ranks, least);
+  for (const [variable, value] of found.read.defaults) {
+    if (!/^[1-9]\d*$/.test(value)) continue;
+    const wanted = String(Number(value) * times);
+    const wider = { ...settings, variables: new Map([...(settings.variables ?? []), [variable, wanted] as const]) };
+    const again = findLaunch(source, wider);
+    if (ranksOf(again) !== ranks * times) continue;
+    const note = `${variable} is ${wanted}: with the script's default of ${value} there are ${ranks} ranks, and the degrees need a multiple of ${least}.`;
+    return { found: again, settings: wider, note };
+  }
+  return undefined;
+}
+
+/** Returns the number of ranks whose multiples the degrees allow. */
+function leastWorld(args: Arguments): number {
+  const { job } = { job: newJobBuilder(args.has, "", []) };
+  return smallestWorld(degreesOf({ args, job }, (args.numberIfGiven("num-experts") ?? 0) > 0));
+}
+
+function makeJob({ words, launch }: Found, settings: MegatronSettings, note: string | undefined): ImportedJob {
+  const problems: Problem[] = [];
+  const drop = new Set((settings.drop ?? []).map((name) => name.replace(/^--/, "")));
+  const args = readArguments(words, drop, problems);
+  const job = newJobBuilder(args.has, "Megatron's default", problems);
+  const importing: Importing = { args, job };
+  if (note !== undefined) job.note(note);
+  const world = launch ? worldOf(launch, settings.world, problems) : worldOfSettings(settings, problems);
+  const sizes = putModel(importing, settings.vocab);
+  const hasExperts = putExperts(importing, sizes);
+  const degrees = degreesOf(importing, hasExperts);
+  const ranks = world ?? { ranks: smallestWorld(degrees), source: "" };
+  putParallel(importing, ranks, sizes, degrees, hasExperts);
+  putTrain(importing, ranks.ranks / (degrees.tensor * degrees.pipeline * degrees.context));
+  putData(importing);
+  const { mapped, withoutEffect } = reportArguments(args, job.keysOf, problems);
+  if (problems.length > 0) throw new ImportTrouble(settings.name, problems);
+  const dropped = [...drop].map((name) => ({ argument: `--${name}`, keys: [], why: "left out on request" }));
+  for (const { argument } of dropped) job.note(`${argument} of the launch is left out on request.`);
+  const keys = [{ key: "name", value: settings.name, comment: "" }, ...job.entries];
+  return { ...writeJob(keys, job.notes), mapped, withoutEffect, dropped, notes: job.notes };
+}
+
+/** Lists of arguments do not say the ranks; the scripts of the model zoo start 8 a node, on NNODES nodes. */
+function worldOfSettings({ world, variables }: MegatronSettings, problems: Problem[]): World | undefined {
+  if (world !== undefined) return { ranks: world, source: "--world" };
+  const nodes = Number(variables?.get("NNODES"));
+  if (Number.isInteger(nodes) && nodes > 0) return { ranks: 8 * nodes, nodes, perNode: 8, source: "NNODES" };
+  problems.push(unknownWorld);
+  return undefined;
+}
+
+function reportArguments(args: Arguments, keysOf: ReadonlyMap<string, readonly string[]>, problems: Problem[]) {
+  const mapped: ArgumentReport[] = [];
+  const withoutEffect: ArgumentReport[] = [];
+  for (const { spec, shown, values } of args.given.values()) {
+    const keys = keysOf.get(spec.name) ?? [];
+    const value = values.length === 1 && values[0] ? knownValue(values[0]) : undefined;
+    const isDefault =
+      value !== undefined && (value === spec.default || (spec.default !== undefined && Number(value) === Number(spec.default)));
+    if (keys.length > 0) mapped.push({ argument: shown, keys });
+    else if (spec.fate !== "unsupported") withoutEffect.push({ argument: shown, keys, why: spec.why });
+    else if (isDefault) withoutEffect.push({ argument: shown, keys, why: "is Megatron's default" });
+    else problems.push({ kind: "unsupported", subject: shown, why: `in rankc, ${spec.why}`, fix: dropFix(spec.instead ?? "", spec.name) });
+  }
+  return { mapped, withoutEffect };
+}
+
+const dropFix = (instead: string, name: string): string => instead.replace("--drop the argument", `--drop ${name}`);

@@ -1,0 +1,172 @@
+/** The sections `train` and `data` of a job. A run of Megatron counts in iterations or in samples; a job counts in steps. */
+import type { MappedName } from "../arguments/spec.ts";
+import { holesOf, shownText } from "../bash/text.ts";
+import type { Importing } from "./importing.ts";
+
+/** Puts `train`. `data`: the data degree. */
+export function putTrain({ args, job }: Importing, data: number): void {
+  const microBatch = args.numberIfGiven("micro-batch-size");
+  if (microBatch === undefined && !args.has("micro-batch-size"))
+    job.reject("--micro-batch-size", "it is not given, and Megatron has no default", "give --micro-batch-size");
+  job.put("train.micro_batch", microBatch ?? 1, ["micro-batch-size"]);
+  const batch = args.numberIfGiven("global-batch-size") ?? (microBatch ?? 1) * data;
+  job.put("train.global_batch", batch, ["global-batch-size"]);
+  const length = putSteps({ args, job }, batch);
+  const rampup = args.textsIfGiven("rampup-batch-size")?.map(Number);
+  if (rampup) {
+    const [start, increment, samples] = rampup;
+    const remark = "later releases of Megatron read it no more, and keep the batch constant";
+    job.put("train.batch_rampup", { start, increment, samples }, ["rampup-batch-size"], remark);
+  }
+  if (args.has("calculate-per-token-loss")) job.put("train.loss_weighting", "token", ["calculate-per-token-loss"]);
+  putPrecision({ args, job });
+  putRecompute({ args, job });
+  job.put("train.seed", args.number("seed"), ["seed"]);
+  const remark = args.has("init-method-std") ? "Megatron divides it by sqrt(2 x layers) for output matrices" : undefined;
+  job.put("train.init_std", args.number("init-method-std"), ["init-method-std"], remark);
+  putOptimizer({ args, job });
+  putRates({ args, job }, batch, length);
+}
+
+/** The length of a run, by the count that it uses. */
+interface Length {
+  readonly counts: "iterations" | "samples";
+  readonly steps: number;
+}
+
+function putSteps({ args, job }: Importing, batch: number): Length {
+  const iterations = args.numberIfGiven("train-iters");
+  const samples = args.numberIfGiven("train-samples");
+  if (iterations !== undefined && samples !== undefined)
+    job.reject("--train-iters --train-samples", "a run counts in iterations or in samples", "leave out one of them");
+  if (samples !== undefined) {
+    job.put("train.steps", Math.floor(samples / batch), ["train-samples"], `${samples} / ${batch}`);
+    return { counts: "samples", steps: samples / batch };
+  }
+  if (iterations === undefined && !args.has("train-iters"))
+    job.reject("--train-iters", "neither it nor --train-samples is given", "give --train-iters");
+  job.put("train.steps", iterations ?? 1, ["train-iters"]);
+  return { counts: "iterations", steps: iterations ?? 1 };
+}
+
+function putPrecision({ args, job }: Importing): void {
+  if (args.has("fp16") && args.has("bf16")) job.reject("--fp16 --bf16", "Megatron refuses them together", "leave out one of them");
+  const precision = args.has("bf16") ? "bf16" : args.has("fp16") ? "fp16" : "fp32";
+  job.put("train.precision", precision, ["bf16", "fp16"]);
+  if (precision !== "fp16") return;
+  const constant = args.numberIfGiven("loss-scale");
+  if (constant !== undefined) {
+    job.put("train.loss_scale", constant, ["loss-scale"]);
+    return;
+  }
+  job.put("train.loss_scale.initial", args.number("initial-loss-scale"), ["initial-loss-scale"]);
+  job.put("train.loss_scale.growth_interval", args.number("loss-scale-window"), ["loss-scale-window"]);
+  job.put("train.loss_scale.hysteresis", args.number("hysteresis"), ["hysteresis"]);
+  job.put("train.loss_scale.min", args.number("min-loss-scale"), ["min-loss-scale"]);
+}
+
+const modules = new Set(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]);
+
+function putRecompute({ args, job }: Importing): void {
+  const granularity = args.textIfGiven("recompute-granularity");
+  const isOld = args.has("recompute-activations") || args.has("moe-layer-recompute");
+  const mode = isOld ? "selective" : granularity;
+  if (mode === undefined) return;
+  job.put("train.recompute.mode", mode, ["recompute-granularity", "recompute-activations", "moe-layer-recompute"]);
+  if (mode === "full") {
+    const method = args.textIfGiven("recompute-method");
+    const layers = args.numberIfGiven("recompute-num-layers");
+    if (method === undefined || layers === undefined)
+      job.reject(
+        "--recompute-granularity full",
+        "Megatron needs a method and a number of layers",
+        "give --recompute-method and --recompute-num-layers",
+      );
+    job.put("train.recompute.method", method ?? "uniform", ["recompute-method"]);
+    job.put("train.recompute.layers", layers ?? 1, ["recompute-num-layers"]);
+    return;
+  }
+  const named = [...new Set(args.textsIfGiven("recompute-modules") ?? (args.has("moe-layer-recompute") ? ["moe"] : ["core_attn"]))];
+  const unknown = named.filter((name) => !modules.has(name));
+  if (unknown.length > 0)
+    job.refuse(`--recompute-modules ${unknown.join(" ")}`, "rankc has no such module", `choose from ${[...modules].join(", ")}`);
+  job.put("train.recompute.modules", named, ["recompute-modules", "moe-layer-recompute"]);
+}
+
+function putOptimizer({ args, job }: Importing): void {
+  const type = args.text("optimizer");
+  if (type !== "adam" && type !== "sgd") job.refuse(`--optimizer ${type}`, "optimizers are AdamW, Adam and SGD", "--optimizer adam");
+  job.put("train.optimizer.type", type === "sgd" ? "sgd" : "adamw", ["optimizer"]);
+  const rate = args.numberIfGiven("lr");
+  if (rate === undefined && !args.has("lr")) job.reject("--lr", "it is not given, and Megatron has no default", "give --lr");
+  job.put("train.optimizer.lr", rate ?? 0, ["lr"]);
+  job.put("train.optimizer.min_lr", args.number("min-lr"), ["min-lr"]);
+  if (type === "sgd") job.put("train.optimizer.momentum", args.number("sgd-momentum"), ["sgd-momentum"]);
+  else {
+    job.put("train.optimizer.betas", [args.number("adam-beta1"), args.number("adam-beta2")], ["adam-beta1", "adam-beta2"]);
+    job.put("train.optimizer.eps", args.number("adam-eps"), ["adam-eps"]);
+  }
+  job.put("train.optimizer.weight_decay", args.number("weight-decay"), ["weight-decay"]);
+  const growth = args.text("weight-decay-incr-style");
+  job.put("train.optimizer.weight_decay_schedule", growth, ["weight-decay-incr-style"]);
+  if (growth !== "constant") {
+    job.put("train.optimizer.weight_decay_start", args.numberIfGiven("start-weight-decay") ?? null, ["start-weight-decay"]);
+    job.put("train.optimizer.weight_decay_end", args.numberIfGiven("end-weight-decay") ?? null, ["end-weight-decay"]);
+  }
+  job.put("train.optimizer.clip", args.number("clip-grad"), ["clip-grad"]);
+}
+
+/** Learning rates: counts of samples become quotients by the batch, which need not be whole. */
+function putRates({ args, job }: Importing, batch: number, { counts, steps }: Length): void {
+  const style = args.text("lr-decay-style");
+  job.put("train.optimizer.schedule", style === "WSD" ? "wsd" : style.replaceAll("-", "_"), ["lr-decay-style"]);
+  const stepsOf = (inIterations: MappedName, inSamples: MappedName): readonly [number | undefined, string | undefined] => {
+    const [own, other] = counts === "samples" ? [inSamples, inIterations] : [inIterations, inSamples];
+    if (args.has(other) && (args.numberIfGiven(other) ?? 0) !== 0)
+      job.reject(args.given.get(other)?.shown ?? "", `the run counts in ${counts}`, `use --${own}`);
+    const value = args.numberIfGiven(own);
+    if (value === undefined) return [undefined, undefined];
+    return counts === "samples" ? [value / batch, `${value} / ${batch}`] : [value, undefined];
+  };
+  const [decay = steps, ofDecay] = stepsOf("lr-decay-iters", "lr-decay-samples");
+  job.put("train.optimizer.decay_steps", decay, ["lr-decay-iters", "lr-decay-samples"], ofDecay);
+  const share = args.numberIfGiven("lr-warmup-fraction");
+  const [count, ofCount] = stepsOf("lr-warmup-iters", "lr-warmup-samples");
+  if (share !== undefined && count !== undefined && count !== 0)
+    job.reject(`--lr-warmup-fraction ${share}`, "Megatron refuses a fraction beside a number", "leave out one of them");
+  // a product in binary has digits that the fraction has not
+  const warmup = share === undefined ? (count ?? 0) : Number((share * decay).toPrecision(15));
+  const remark = share === undefined ? ofCount : `${share} x ${decay}`;
+  job.put("train.optimizer.warmup_steps", warmup, ["lr-warmup-iters", "lr-warmup-samples", "lr-warmup-fraction"], remark);
+  job.put("train.optimizer.warmup_init", args.number("lr-warmup-init"), ["lr-warmup-init"]);
+  if (style !== "WSD") return;
+  const [fall, ofFall] = stepsOf("lr-wsd-decay-iters", "lr-wsd-decay-samples");
+  if (fall === undefined) job.reject("--lr-decay-style WSD", "Megatron needs the length of the fall", "give --lr-wsd-decay-iters");
+  else job.put("train.optimizer.wsd_decay_steps", fall, ["lr-wsd-decay-iters", "lr-wsd-decay-samples"], ofFall);
+  job.put("train.optimizer.wsd_decay", args.text("lr-wsd-decay-style"), ["lr-wsd-decay-style"]);
+}
+
+/** Where a script names no data that a job can: the user sets the path. */
+const PLACEHOLDER = "tokens.bin";
+
+/** Puts `data`. Megatron's data sets are PREFIX.bin with PREFIX.idx beside it. */
+export function putData({ args, job }: Importing): void {
+  const names = ["data-path", "train-data-path"] as const;
+  const given = names.flatMap((name) => args.given.get(name) ?? []);
+  const words = given.flatMap(({ values }) => values);
+  // a weight may stand before a single prefix
+  const prefixes = words.length === 2 && /^[\d.]+$/.test(shownText(words[0] ?? [])) ? words.slice(1) : words;
+  const [prefix, ...others] = prefixes;
+  if (others.length > 0) {
+    job.refuse(`--data-path with ${words.length} words`, "the data are one file", "merge the data sets, or give one prefix");
+  } else if (prefix === undefined) {
+    job.put("data.path", PLACEHOLDER, ["mock-data"], "to be set to a file of token ids");
+  } else if (holesOf(prefix).length > 0) {
+    job.put("data.path", PLACEHOLDER, names, `${shownText(prefix)}.bin, to be set`);
+  } else {
+    job.put("data.path", `${shownText(prefix)}.bin`, names);
+  }
+  const loader = args.textIfGiven("dataloader-type");
+  if (loader === "external") job.refuse("--dataloader-type external", "data are read by rankc", "use --dataloader-type single");
+  job.put("data.order", "shuffled", ["dataloader-type"]);
+}
