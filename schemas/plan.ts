@@ -23,6 +23,10 @@ const Factor = z
   .strictObject({ stride: count, size: count })
   .describe("the coordinate of a rank is floor(number within its stage / stride) % size");
 
+/** Axes of the two grids of a mesh; kv and copies split tp by key/value heads. */
+export const MeshAxis = z.enum(["tp", "cp", "dp", "etp", "ep", "edp", "kv", "copies", "pp"]);
+export type MeshAxis = z.infer<typeof MeshAxis>;
+
 export const MeshText = z.strictObject({
   world: count,
   per_stage: count.describe("ranks in one pipeline stage"),
@@ -35,11 +39,11 @@ export const MeshText = z.strictObject({
       "both grids are products of these, smallest stride first; where their strides do not nest, the dense grid of the first, the expert grid of the rest",
     ),
   axes: z
-    .record(z.string(), z.array(count))
+    .record(MeshAxis.exclude(["pp"]), z.array(count))
     .describe(
       "the sub-axes of tp, cp, dp (dense grid) and etp, ep, edp (expert grid); kv: those of tp between ranks with different key/value heads; copies: those of tp between ranks with copies of one head",
     ),
-  sizes: z.record(z.string(), count).describe("ranks along each axis, pp among them"),
+  sizes: z.record(MeshAxis, count).describe("ranks along each axis"),
   gpus_per_node: count,
 });
 
@@ -82,7 +86,9 @@ export const Compute = z.strictObject({
   kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
   writes: z.record(z.string(), id),
-  dims: z.record(z.string(), z.tuple([count, subAxes])).describe("global size of each dim, and the sub-axes that shard it"),
+  dims: z
+    .record(z.string(), z.tuple([count, subAxes]))
+    .describe("global size of each dim that the signature names, and the sub-axes that shard it"),
   attrs: z.record(z.string(), z.number()),
   ringOffset: z
     .record(z.string(), count)
@@ -147,6 +153,24 @@ export const Parameter = z.strictObject({
 });
 export type Parameter = z.infer<typeof Parameter>;
 
+/** What the host writes to an input of a program. */
+export const InputSource = z
+  .enum(["ids", "labels", "weights", "sample", "one", "mtp_coeff", "aux_weight", "lr", "step", "weight_decay", "loss_scale"])
+  .describe(
+    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
+  );
+export type InputSource = z.infer<typeof InputSource>;
+const source = {
+  source: InputSource,
+  depth: count
+    .min(1)
+    .optional()
+    .describe("of ids, labels and weights: the depth of multi-token prediction, whose tokens are shifted by it"),
+};
+/** The source of an input, without its buffer. */
+export const HostInput = z.strictObject(source);
+export type HostInput = z.infer<typeof HostInput>;
+
 /** Consecutive layers of a stage; with virtual pipelining a stage has several chunks. */
 export const Chunk = z.strictObject({
   layers: z.tuple([count, count]).describe("first layer, and one past the last"),
@@ -164,11 +188,7 @@ export const Program = z.strictObject({
     .array(z.string())
     .describe("F<m> forward, B<m> backward, W<m> weights of microbatch m, with .<chunk> where there are several; then the step block once"),
   parameters: z.array(Parameter),
-  inputs: z
-    .record(z.string(), id)
-    .describe(
-      "filled by the host: ids, labels, sample (the number of each sequence since the run began), one (the gradient of the loss) per microbatch; lr, step, weight_decay, loss_scale per step",
-    ),
+  inputs: z.array(z.strictObject({ ...source, buffer: id })).describe("buffers that the host fills"),
   bounds: z
     .array(z.strictObject({ needed: id, bound: count, of: z.enum(["rows", "rounds"]) }))
     .describe(
@@ -237,7 +257,8 @@ export const Kernel = z.strictObject({
   id: plainName,
   op: z.enum(opNames),
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
-  dims: z.record(z.string(), z.number()).describe("local sizes and attributes"),
+  sizes: z.record(z.string(), z.number()).describe("local size of each dim"),
+  attrs: z.record(z.string(), z.number()).describe("attributes that the source depends on"),
   accumulates: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
   uses: count,
   source: z

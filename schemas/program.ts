@@ -1,5 +1,5 @@
 /** Blocks of a program, the order of block runs, and offsets of activation copies. Arithmetic over the plan, shared by compiler and runtime. */
-import type { Buffer, Instruction, Memory, Program } from "./plan.ts";
+import type { Buffer, HostInput, Instruction, Memory, Program } from "./plan.ts";
 
 /** A block of instructions. `weights` has the gradients of weights if they are computed separately from those of inputs. */
 export interface Block {
@@ -18,6 +18,9 @@ export function blocksOf({ chunks, step }: Pick<Program, "chunks" | "step">): Bl
 }
 /** Returns all instructions of a program, in the order of `blocksOf`. */
 export const instructionsOf = (p: Pick<Program, "chunks" | "step">): Instruction[] => blocksOf(p).flatMap((b) => b.instructions);
+
+/** Returns the name of an input: its source, with the depth of multi-token prediction: `ids`, `labels_1`. */
+export const inputName = ({ source, depth }: HostInput): string => (depth === undefined ? source : `${source}_${depth}`);
 
 /** One block for one microbatch. Its tag in `Program.order` is `F3`, `B0`, `W2`; with several chunks `F3.1`. */
 export interface BlockRun {

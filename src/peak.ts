@@ -243,7 +243,7 @@ function chunkMemory(
     own[kind] -= aligned(b);
   }
   const activation = chunks.reduce((sum, _, c) => sum + (memory.activation[c] ?? 0), 0);
-  const host = new Set(Object.values(filled));
+  const host = new Set(filled.map(({ buffer }) => buffer));
   const inputs = new Map(buffers.flatMap((b) => (b.kind === "activation" && host.has(b.id) ? [[b.id, aligned(b)] as const] : [])));
   return { own: { ...own, activation, workspace: memory.workspace, scratch: memory.scratch }, shared, inputs };
 }

@@ -1,6 +1,8 @@
 /** The inputs of a plan in one step: the tokens of its batch in the order of the ranks, and its step parameters. */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
+import type { HostInput, InputSource } from "../../schemas/plan.ts";
+import { inputName } from "../../schemas/program.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 import type { HostData } from "../backend.ts";
 import { type Batch, weightingOf } from "./inputs.ts";
@@ -17,17 +19,17 @@ export function inOrder({ model, parallel: { context } }: Job, given: Batch): Re
 
 /**
  * Returns a function that gives the whole value of an input: the rows of one microbatch of all data ranks, or a number of the step.
- * `given`: the batch after `inOrder`. The function throws if the name is not an input of plans.
+ * `given`: the batch after `inOrder`. The function throws if the batch lacks the input.
  */
 export function feedOf(
   { model, train, parallel }: Job,
   parameters: StepParameters,
   given: Readonly<Record<string, HostData>>,
-): (name: string, microbatch: number) => HostData {
+): (input: HostInput, microbatch: number) => HostData {
   const perMicrobatch = train.micro_batch * parallel.data;
   /** The gradient of the loss with respect to itself, scaled. */
   const begin = parameters.lossScale * parameters.upscale;
-  const numbers: Readonly<Record<string, () => number>> = {
+  const numbers: Readonly<Partial<Record<InputSource, () => number>>> = {
     one: () => begin,
     mtp_coeff: () => begin * model.mtp!.coeff,
     aux_weight: () => begin * given.aux_weight![0]!,
@@ -36,13 +38,14 @@ export function feedOf(
     weight_decay: () => parameters.weightDecay,
     loss_scale: () => parameters.lossScale,
   };
-  return (name, m) => {
-    const number = numbers[name];
+  return (input, m) => {
+    const { source } = input;
+    const number = numbers[source];
     if (number) return Float32Array.of(number());
     // the number of each sequence since the start of the run; it seeds the random draws
-    if (name === "sample") return Int32Array.from({ length: perMicrobatch }, (_, i) => parameters.first + m * perMicrobatch + i);
-    const whole = given[name];
-    if (!whole) throw new Error(`rankc: the plan has an input ${name}, which this runtime does not provide`);
+    if (source === "sample") return Int32Array.from({ length: perMicrobatch }, (_, i) => parameters.first + m * perMicrobatch + i);
+    const whole = given[inputName(input)];
+    if (!whole) throw new Error(`rankc: the plan has an input ${inputName(input)}, which the batch lacks`);
     return whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);
   };
 }

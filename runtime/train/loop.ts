@@ -226,7 +226,7 @@ class TrainingLoop {
         ...{ rank, microbatches, replayed, inspector, comm: localRanks.comm },
         stage: this.#programs.of(rank),
         device: localRanks.rankDevice(rank),
-        feed: (b, name, microbatch) => this.#parameters.shardFor(feed(name, microbatch), b, rank),
+        feed: (b, input, microbatch) => this.#parameters.shardFor(feed(input, microbatch), b, rank),
         onCompute: (i, at) => this.#watch(rank, i, at),
       }),
     ]);

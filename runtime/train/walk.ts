@@ -2,7 +2,7 @@
  * The walk of one rank through a step: forward and backward of every microbatch in the plan's order, then the step block. Walks are
  * coroutines that synchronize at collectives and transfers.
  */
-import type { Buffer, BufferKind, Compute, Instruction } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
 import { parseTag } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
 import type { Inspector } from "./nonfinite.ts";
@@ -16,7 +16,7 @@ export interface StepWalk {
   readonly comm: Comm;
   readonly microbatches: number;
   /** Returns the rank's shard of an input in a microbatch. */
-  readonly feed: (b: Buffer, name: string, microbatch: number) => HostData;
+  readonly feed: (b: Buffer, input: HostInput, microbatch: number) => HostData;
   /** The device replays the step as a graph: only inputs are written. */
   readonly replayed: boolean;
   /** Called after each op is issued. */
@@ -65,9 +65,9 @@ function fill(
   microbatch: number,
 ): void {
   const read = inputsReadBy(block);
-  for (const [name, id] of Object.entries(stage.program.inputs)) {
-    const b = stage.buffer(id);
-    if (read.has(id) && kinds.includes(b.kind)) device.write(b, copy, feed(b, name, microbatch));
+  for (const input of stage.program.inputs) {
+    const b = stage.buffer(input.buffer);
+    if (read.has(b.id) && kinds.includes(b.kind)) device.write(b, copy, feed(b, input, microbatch));
   }
 }
 

@@ -33,7 +33,7 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     const use = (i: Compute, uses: number): string => {
       const spec = kernelSpecOf(i, mesh, buffers);
       const known = kernels.get(spec.name);
-      const kernel = known ?? generateKernel(spec, target, sources);
+      const kernel = known ?? generateKernel(spec, Object.keys(i.dims), target, sources);
       kernels.set(spec.name, { ...kernel, uses: kernel.uses + uses });
       return spec.name;
     };
@@ -78,13 +78,12 @@ function soleWritersOf({ chunks }: Program, buffers: ReadonlyMap<string, Buffer>
 /** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */
 function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
-  const local = Object.entries(i.dims).filter(([dim]) => !dim.startsWith("#"));
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
   const { runtimeAttrs = [] } = ops[i.op];
   const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !runtimeAttrs.includes(name)));
   const spec = {
     op: i.op,
-    d: { ...attrs, ...Object.fromEntries(local.map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])) },
+    d: { ...attrs, ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])) },
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
     accumulates: new Set(i.accumulates ?? []),
@@ -105,7 +104,7 @@ function nameOf(spec: Omit<KernelSpec, "name">): string {
   return name;
 }
 
-function generateKernel(spec: KernelSpec, target: Target, sources: Map<string, string>): Kernel {
+function generateKernel(spec: KernelSpec, dims: readonly string[], target: Target, sources: Map<string, string>): Kernel {
   const made = target.generate(spec);
   const file = `${spec.name}.${target.suffix}`;
   if (made) sources.set(file, made.source);
@@ -113,7 +112,8 @@ function generateKernel(spec: KernelSpec, target: Target, sources: Map<string, s
     id: spec.name,
     op: spec.op,
     dtypes: Object.values(spec.dtype).join("."),
-    dims: spec.d,
+    sizes: Object.fromEntries(Object.entries(spec.d).filter(([name]) => dims.includes(name))),
+    attrs: Object.fromEntries(Object.entries(spec.d).filter(([name]) => !dims.includes(name))),
     ...(spec.accumulates.size ? { accumulates: [...spec.accumulates] } : {}),
     uses: 0,
     ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
@@ -125,7 +125,7 @@ function generateKernel(spec: KernelSpec, target: Target, sources: Map<string, s
 export const printKernels = (kernels: readonly Kernel[]): string =>
   kernels
     .map((k) => {
-      const dims = Object.entries(k.dims).map(([d, n]) => `${d}=${n}`);
+      const dims = Object.entries({ ...k.attrs, ...k.sizes }).map(([d, n]) => `${d}=${n}`);
       return `${String(k.uses).padStart(8)} x ${[k.id, k.dtypes, ...dims].join(" ")}\n`;
     })
     .join("");

@@ -7,6 +7,8 @@
  * keys and values, KR KL with the rotary channels, KU keys and values of all heads.
  */
 import type { Job } from "../../schemas/job.ts";
+import type { HostInput, InputSource } from "../../schemas/plan.ts";
+import { inputName } from "../../schemas/program.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";
 import type { Attrs, Leaf, Value } from "../ops/op.ts";
 
@@ -24,7 +26,7 @@ export interface Loss {
   readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | Count;
   readonly value: Value;
   /** The input that holds the weight of the loss; 1 if absent. */
-  readonly weight?: string;
+  readonly weight?: InputSource;
 }
 
 /** Creates the leaves of one position of the model: embedding, layer or head. Nodes that use them run on its stage. */
@@ -38,7 +40,7 @@ export interface ModuleBuilder {
   /** Returns `prefix` + `name`. */
   at(name: string): string;
   /** An input with one number per token [B,S]; `i32` by default. */
-  input(name: string, dtype?: Value["dtype"]): Value;
+  input(source: HostInput, dtype?: Value["dtype"]): Value;
   /** An input [B]: the indices of the sequences of a microbatch, counted from the start of the run. */
   readonly sample: Value;
   /** Returns the attributes of a random op: its site and the token order. */
@@ -93,7 +95,7 @@ export function moduleBuilders(job: Job, losses: Loss[]): ModuleBuilderAt {
   // one input for all positions
   const sample: Value = {
     ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], shardAxes: [["dp"]] },
-    leaf: { kind: "input", name: "sample", position: 0 },
+    leaf: { kind: "input", name: "sample", position: 0, source: { source: "sample" } },
   };
   return (position, prefix) => moduleBuilder(job, position, prefix, losses, sample);
 }
@@ -120,7 +122,7 @@ function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[
   return {
     ...{ job, position, prefix, losses, at, sample },
     random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
-    input: (name, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name, position }, dtype),
+    input: (source, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name: inputName(source), position, source }, dtype),
     weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
     gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
     bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),

@@ -21,7 +21,7 @@ export function buildModel(job: Job): Loss[] {
   const moduleAt = moduleBuilders(job, losses);
   const first = moduleAt(0, "");
   const table = first.weight("embed", "V@tp,D");
-  let x = embed.of({ ids: first.input("ids"), table }, {}, "embedding");
+  let x = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
   x.shardAxes = streamAxes(job);
   x = dropped(first, x, "embedding.dropout");
 
@@ -39,10 +39,10 @@ export function buildModel(job: Job): Loss[] {
     m.tie_embeddings ? gemmDgrad.of({ dy: y, w: head }, {}, id) : gemm.of({ x: y, w: head }, {}, id);
   // deepest first: then the head's addend of a shared gradient precedes that of the next depth on every pipeline layout
   for (const [i, h] of [...further.entries()].reverse()) {
-    const at = { prefix: `mtp.${i}.`, suffix: `_${i + 1}` };
+    const at = { prefix: `mtp.${i}.`, depth: i + 1 };
     losses.push({ name: "mtp_loss", value: crossEntropy(last, logitsOf(h, `${at.prefix}logits`), at), weight: "mtp_coeff" });
   }
-  losses.push({ name: "loss", value: crossEntropy(last, logitsOf(y, "logits"), { prefix: "", suffix: "" }) });
+  losses.push({ name: "loss", value: crossEntropy(last, logitsOf(y, "logits"), { prefix: "" }) });
   return losses;
 }
 
@@ -65,14 +65,16 @@ function tablesByStage(job: Job, table: Value): (position: number) => Value {
 function crossEntropy(
   module: ModuleBuilder,
   logits: Value,
-  { prefix, suffix }: { readonly prefix: string; readonly suffix: string },
+  { prefix, depth }: { readonly prefix: string; readonly depth?: number },
 ): Value {
   const at = (name: string): string => `${prefix}${name}`;
   const max = rowMax.of({ x: logits }, {}, at("loss.max"));
-  const { s, p } = softmaxTerms.all({ x: logits, m: max, target: module.input(`labels${suffix}`) }, {}, at("loss.terms"));
+  const ahead = depth === undefined ? {} : { depth };
+  const { s, p } = softmaxTerms.all({ x: logits, m: max, target: module.input({ source: "labels", ...ahead }) }, {}, at("loss.terms"));
   const l = nll.of({ m: max, s, p }, {}, at("loss.nll"));
   const { train, model, data } = module.job;
   // the last tokens of a sequence have no further token to predict, so their weight is 0
-  if (data.labels !== null || suffix) return weightedSum.of({ l, weight: module.input(`weights${suffix}`, "f32") }, {}, at("loss"));
+  if (data.labels !== null || depth)
+    return weightedSum.of({ l, weight: module.input({ source: "weights", ...ahead }, "f32") }, {}, at("loss"));
   return mean.of({ l }, { count: train.global_batch * model.seq }, at("loss"));
 }

@@ -26,7 +26,7 @@ export function depths(job: Job, y: Value, table: (position: number) => Value, m
     const module = moduleAt(depthAt(m, k), `mtp.${k - 1}.`);
     const { at, gain } = module;
     // the host provides the ids ahead: with context parallelism the next token may be on another rank
-    const embedded = embed.of({ ids: module.input(`ids_${k}`), table: table(module.position) }, {}, at("embedding"));
+    const embedded = embed.of({ ids: module.input({ source: "ids", depth: k }), table: table(module.position) }, {}, at("embedding"));
     embedded.shardAxes = streamAxes(job);
     const a = rmsnorm.of({ x: dropped(module, embedded, "embedding.dropout"), gain: gain("enorm", "D") }, { eps }, at("embedding.norm"));
     const b = rmsnorm.of({ x: outputs[k - 1]!, gain: gain("hnorm", "D") }, { eps }, at("hidden.norm"));

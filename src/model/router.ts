@@ -139,7 +139,7 @@ interface Routed {
 function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
-  const weight = job.data.labels !== null ? { weight: "aux_weight" } : {};
+  const weight = job.data.labels !== null ? { weight: "aux_weight" as const } : {};
   const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
   const active = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (active.length) {

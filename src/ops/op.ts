@@ -11,7 +11,7 @@
 
 import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
+import type { Dtype, HostInput } from "../../schemas/plan.ts";
 
 type Words<S extends string> = S extends `${infer A} ${infer B}` ? A | Words<B> : S;
 type Side<S extends string, At extends "in" | "out"> = S extends `${infer I} -> ${infer O}` ? Words<At extends "in" ? I : O> : never;
@@ -151,6 +151,8 @@ export interface Leaf {
   readonly kind: "parameter" | "input" | "gradient" | "state";
   readonly name: string;
   readonly position: number;
+  /** Of an input that the host fills: what it writes. */
+  readonly source?: HostInput;
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
   /** The update rule of a parameter without a gradient: an op on a statistic of the step. */
   readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };

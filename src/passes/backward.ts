@@ -1,6 +1,7 @@
 /**
  * Reverse-mode differentiation of the graph. The pass names no op except `add`, which sums the addends of a gradient.
  */
+import type { InputSource } from "../../schemas/plan.ts";
 import { isCount, type Loss } from "../model/builder.ts";
 import { add } from "../ops/linear.ts";
 import { invariant, type Node, type Value } from "../ops/op.ts";
@@ -58,8 +59,8 @@ export function addBackward(losses: readonly Loss[], isRecomputed: (node: Node) 
   };
   const seeds = new Map<string, Value>();
   /** Returns the program input that is the gradient of a loss with respect to itself. */
-  const seed = (name: string): Value => {
-    const leaf = { kind: "input", name, position: 0 } as const;
+  const seed = (name: InputSource): Value => {
+    const leaf = { kind: "input", name, position: 0, source: { source: name } } as const;
     const value = seeds.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, shardAxes: [] };
     seeds.set(name, value);
     return value;

@@ -110,7 +110,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
     invariant(name !== "regrid", `${node.id}: a regrid is a reshard step`);
     const block = blockOf(node.backward, stage);
     const dims: Compute["dims"] = {};
-    for (const { dim } of [...inputs, ...outputs].flatMap((o) => o.dimSpecs))
+    for (const { dim } of [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs)))
       dims[dim] = [node.size[dim]!, [...(shardedBy.get(dim) ?? [])]];
     const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
     const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
@@ -167,7 +167,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
  * Drops workspace that no instruction uses. Throws an invariant if blocks without a common copy use one buffer.
  */
 function assignKinds(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
-  const inputs = new Set(Object.values(program.inputs));
+  const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const usedIn = new Map<string, Set<Block>>();
   for (const block of blocksOf(program))
     for (const i of block.instructions) for (const id of touched(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(block));

@@ -86,7 +86,7 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
 /** Returns the lifetimes of the buffers of one kind, sorted by their first instruction. Inputs are filled before the block starts. */
 function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
-  const inputs = new Set(Object.values(program.inputs));
+  const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const alive = new Map<string, Lifetime>();
   for (const [at, i] of timeline.entries())
     for (const id of touched(i, byId)) {

@@ -6,11 +6,14 @@
  * depend on the order of pipeline stages among the axes.
  */
 import type { Job } from "../../schemas/job.ts";
+import { MeshAxis } from "../../schemas/plan.ts";
 import { groupMembers, type MeshData, rankAt } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
 
 /** The mesh as the plan stores it. */
 export type Mesh = MeshData;
+/** An axis that consists of sub-axes: any but pp. */
+export type GridAxis = keyof Mesh["axes"];
 /** Axes of the dense grid, ascending stride. */
 export const denseAxes = ["tp", "cp", "dp"] as const;
 /** Axes of the expert grid, ascending stride. */
@@ -26,7 +29,7 @@ export const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick
 export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const perStage = p.tensor * p.context * p.data;
   const copies = copiesOfHead({ model, parallel: p });
-  const sizes: Record<string, number> = {
+  const sizes: Mesh["sizes"] = {
     tp: p.tensor,
     cp: p.context,
     dp: p.data,
@@ -37,9 +40,9 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
     kv: p.tensor / copies,
     copies,
   };
-  const spansOf = (grid: readonly string[]) => {
+  const spansOf = (grid: readonly GridAxis[]) => {
     let stride = 1;
-    return grid.map((name) => ({ name, from: stride, to: (stride *= sizes[name]!) }));
+    return grid.map((name) => ({ from: stride, to: (stride *= sizes[name]) }));
   };
   const grids = [spansOf(denseAxes), spansOf(expertAxes)];
   const ascending = (bounds: readonly number[]) => [...new Set(bounds)].sort((a, b) => a - b);
@@ -53,29 +56,26 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   invariant(hasIntegerSizes(subAxes), `the axes are not products of sub-axes: strides ${own.join(" and ")}`);
   const first = hasIntegerSizes(shared) ? [0, 0] : [0, own[0]!.length - 1];
   const last = hasIntegerSizes(shared) ? [subAxes.length, subAxes.length] : [first[1]!, subAxes.length];
-  const axes = Object.fromEntries(
-    grids.flatMap((spans, g) =>
-      spans.map((s) => [
-        s.name,
-        subAxes.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
-      ]),
+  const [tp = [], cp = [], dp = [], etp = [], ep = [], edp = []] = grids.flatMap((spans, g) =>
+    spans.map((s) =>
+      subAxes.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
     ),
   );
-  axes.kv = axes.tp!.filter((f) => subAxes[f]!.stride >= copies);
-  axes.copies = axes.tp!.filter((f) => subAxes[f]!.stride < copies);
+  const [kv, copied] = [tp.filter((f) => subAxes[f]!.stride >= copies), tp.filter((f) => subAxes[f]!.stride < copies)];
   return {
     world: perStage * p.pipeline,
     per_stage: perStage,
     stage_stride: p.order === "tp-cp-ep-pp-dp" ? p.tensor * p.context : perStage,
-    ...{ subAxes, axes, sizes, gpus_per_node: cluster.gpus_per_node },
+    ...{ subAxes, axes: { tp, cp, dp, etp, ep, edp, kv, copies: copied }, sizes, gpus_per_node: cluster.gpus_per_node },
   };
 }
 
+const isGridAxis = (axis: string): axis is GridAxis => axis !== "pp" && MeshAxis.safeParse(axis).success;
+
 /** Returns the sub-axes of an axis, ascending stride. Throws an invariant if the mesh has no such axis. */
 export function subAxesOf({ axes }: Pick<Mesh, "axes">, axis: string): readonly number[] {
-  const fs = axes[axis];
-  invariant(fs !== undefined, () => `the mesh has no axis ${axis}`);
-  return fs;
+  invariant(isGridAxis(axis), () => `the mesh has no axis ${axis}`);
+  return axes[axis];
 }
 
 /** Returns whether the two grids share no sub-axis, because the strides of one do not divide those of the other. */
@@ -84,9 +84,9 @@ export const hasSeparateGrids = ({ subAxes, per_stage }: Pick<Mesh, "subAxes" | 
 
 /** Returns the name of a set of sub-axes: `tp`, `dp*cp`, `ep`. Names of the expert grid are preferred if `expert` is true. */
 export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
-  const cover = (grid: readonly string[]) => {
-    const names = grid.filter((n) => mesh.axes[n]!.length > 0 && mesh.axes[n]!.every((f) => fs.includes(f)));
-    return names.flatMap((n) => mesh.axes[n]!).length === fs.length ? names.join("*") : undefined;
+  const cover = (grid: readonly GridAxis[]) => {
+    const names = grid.filter((n) => mesh.axes[n].length > 0 && mesh.axes[n].every((f) => fs.includes(f)));
+    return names.flatMap((n) => mesh.axes[n]).length === fs.length ? names.join("*") : undefined;
   };
   const grids = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
   return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => subAxisName(mesh, f, expert)).join("*");
@@ -98,14 +98,15 @@ export const isExpert = (v: Value): boolean =>
 
 /** Returns the name of one sub-axis: its axis, or with size and stride if the axis has several: `dp/2@4`. */
 function subAxisName(mesh: Mesh, f: number, expert: boolean): string {
-  const owner = (grid: readonly string[]) => grid.find((n) => mesh.axes[n]!.includes(f));
+  const owner = (grid: readonly GridAxis[]) => grid.find((n) => mesh.axes[n].includes(f));
   const name = expert ? (owner(expertAxes) ?? owner(denseAxes)) : (owner(denseAxes) ?? owner(expertAxes));
-  return mesh.axes[name!]!.length === 1 ? name! : `${name}/${mesh.subAxes[f]!.size}@${mesh.subAxes[f]!.stride}`;
+  invariant(name !== undefined, () => `no axis has the sub-axis ${f}`);
+  return mesh.axes[name].length === 1 ? name : `${name}/${mesh.subAxes[f]!.size}@${mesh.subAxes[f]!.stride}`;
 }
 
 /** Returns all groups of ranks along some axes, over all stages; `pp` may be one of them. */
-export function groups(mesh: Mesh, axes: readonly string[]): number[][] {
-  const fs = axes.flatMap((a) => (a === "pp" ? [] : mesh.axes[a]!));
+export function groups(mesh: Mesh, axes: readonly MeshAxis[]): number[][] {
+  const fs = axes.flatMap((a) => (a === "pp" ? [] : mesh.axes[a]));
   const stages = mesh.world / mesh.per_stage;
   const seen = new Set<number>();
   const within: number[][] = [];
@@ -131,13 +132,13 @@ export function printMesh(mesh: Mesh): string {
     const even = g.every((r, i) => r === g[0]! + i * step);
     return even && g.length > 2 ? `[${g[0]}..${g.at(-1)}${step > 1 ? ` by ${step}` : ""}]` : `[${g.join(",")}]`;
   };
-  const line = (axis: string) => {
+  const line = (axis: MeshAxis) => {
     const gs = groups(mesh, [axis]);
     const crossing = gs.filter((g) => new Set(g.map((r) => Math.floor(r / mesh.gpus_per_node))).size > 1).length;
     const shown = gs.slice(0, 8).map(list).join(" ") + (gs.length > 8 ? ` … ${gs.length} groups` : "");
     return `  ${axis.padEnd(4)} ${String(mesh.sizes[axis]).padStart(5)}  ${shown}${crossing ? `  (${crossing} of ${gs.length} cross nodes)` : ""}`;
   };
-  const factorsOf = (grid: readonly string[]) => grid.flatMap((a) => mesh.axes[a]!.map((f) => mesh.subAxes[f]!));
+  const factorsOf = (grid: readonly GridAxis[]) => grid.flatMap((a) => mesh.axes[a].map((f) => mesh.subAxes[f]!));
   const product = (fs: Mesh["subAxes"]) => fs.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1";
   const subAxes = hasSeparateGrids(mesh)
     ? [denseAxes, expertAxes].map((grid) => product(factorsOf(grid))).join(" and ")

@@ -3,7 +3,7 @@
  * `shard` placed: each rank updates its shard of the f32 weights, and parameters are gathered. A parameter with a declared update rule
  * (expert bias) has token counts in place of a gradient, which the norm excludes.
  */
-import type { Buffer, Compute, Parameter } from "../../schemas/plan.ts";
+import type { Buffer, Compute, InputSource, Parameter } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
 import { expand, invariant, type Value } from "../ops/op.ts";
@@ -34,7 +34,7 @@ export function optimizerStep(
   const { job, blocks, scalar, emit, elementwise } = role;
   const scale = scalar("clip.scale", "workspace");
   const norm = scalar("grad_norm", "optimizer");
-  const input = (name: string): string => (role.inputs[name] = scalar(name, "optimizer"));
+  const input = (source: InputSource): string => role.input({ source }, scalar(source, "optimizer"));
   const limit = { max: job.train.optimizer.clip };
   if (job.train.precision !== "fp16") emit(blocks.step, elementwise(optimizer.clip, "clip", { sq: squared }, { scale, norm }, limit));
   else emit(blocks.step, elementwise(optimizer.clipScaled, "clip", { sq: squared, by: input("loss_scale") }, { scale, norm }, limit));
@@ -192,7 +192,7 @@ function computeOf({ node, ins, outs, dims }: ComputeStep, buffers: UpdateBuffer
   const { inputs, outputs } = expand(node);
   const named = (operands: typeof inputs, values: readonly ShardedValue[]) =>
     Object.fromEntries(pairs(operands, values).map(([{ name }, v]) => [name, buffers.of(v)]));
-  const sizes = [...inputs, ...outputs].flatMap((o) => o.dimSpecs.map(({ dim }) => dim));
+  const sizes = [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs.map(({ dim }) => dim)));
   const { op } = node;
   invariant(op.name !== "regrid", `${node.id}: an update has no regrid`);
   return {

@@ -3,7 +3,7 @@
  * `lower` fills the forward and backward blocks, `optimizerStep` the step block.
  */
 import type { Job } from "../../schemas/job.ts";
-import type { Buffer, BufferKind, Collective, Compute, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Collective, Compute, HostInput, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { boundOfRows } from "../analysis/cost.ts";
 import { type AnyOp, invariant, type Value } from "../ops/op.ts";
@@ -52,7 +52,12 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
   };
   /** Returns whether this stage runs a virtual stage. */
   const isMine = (virtual: number): boolean => stageOfVirtual(pipeline, virtual) === stage;
-  const inputs: Record<string, string> = {};
+  const inputs: Program["inputs"] = [];
+  /** Declares that the host fills a buffer. Returns the id of the buffer. */
+  const input = (source: HostInput, buffer: string): string => {
+    if (!inputs.some((i) => i.buffer === buffer)) inputs.push({ ...source, buffer });
+    return buffer;
+  };
   const losses = new Map(graph.losses.map((l) => [l.value, l.name]));
   /** Accumulators of losses, by name and layout. Losses with equal names and layouts share one. */
   const accumulators = new Map<string, { readonly name: string; readonly buffer: string }>();
@@ -124,7 +129,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     const loss = lossBuffer(v);
     const id = loss ?? idOf(v) + (isPlacement ? "" : layoutText(shardedValue));
     if (buffers.has(id)) return id;
-    if (v.leaf?.kind === "input" && isPlacement) inputs[v.leaf.name] = id;
+    if (v.leaf?.source && isPlacement) input(v.leaf.source, id);
     const partial = [...layout.partialSum, ...layout.partialMax];
     const common = {
       id,
@@ -203,9 +208,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     writes: Record<string, string>,
     attrs: Record<string, number> = {},
   ): Compute {
-    const any = [...op.inputs, ...op.outputs].find((o) => o.any);
-    const like = any && buffers.get(reads[any.name] ?? writes[any.name]!)!;
-    const dims: Compute["dims"] = Object.fromEntries(like ? like.sizes.map((n, i) => [`#${i}`, [n, [...like.shardedBy[i]!]]]) : []);
+    const dims: Compute["dims"] = {};
     for (const { name, dimSpecs } of op.inputs.filter((o) => !o.any))
       for (const [i, { dim }] of dimSpecs.entries())
         dims[dim] = [buffers.get(reads[name]!)!.sizes[i]!, [...buffers.get(reads[name]!)!.shardedBy[i]!]];
@@ -232,6 +235,7 @@ export function programBuilder(job: Job, mesh: Mesh, { graph, sharded: { placeme
     buffers,
     blocks,
     inputs,
+    input,
     bounds,
     needed,
     accumulators,

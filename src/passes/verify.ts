@@ -48,7 +48,8 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   const lasting = new Set(["parameter", "optimizer", "gradient"]);
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
-  for (const id of Object.values(p.inputs)) {
+  const filled = new Set(p.inputs.map(({ buffer }) => buffer));
+  for (const id of filled) {
     invariant(known.has(id), () => `${who}: the input ${id} is not a buffer`);
     made.add(id);
   }
@@ -63,14 +64,14 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
     i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
   // a stage without an addend contributes its zeroed accumulator to a sum over all ranks
   const all = instructionsOf(p);
-  const filled = new Set(all.flatMap(written));
+  const everWritten = new Set(all.flatMap(written));
   for (const i of all)
-    if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !filled.has(i.from)) made.add(i.from);
+    if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !everWritten.has(i.from)) made.add(i.from);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
     if (own && (own.chunk !== block.chunk || block.kind === "step"))
-      for (const id of made) if (!lasting.has(known.get(id)!.kind) && !Object.values(p.inputs).includes(id)) made.delete(id);
+      for (const id of made) if (!lasting.has(known.get(id)!.kind) && !filled.has(id)) made.delete(id);
     own = block;
     for (const i of block.instructions) {
       invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);

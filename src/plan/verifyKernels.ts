@@ -64,10 +64,7 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
   const types = operands.flatMap((id) => (id === undefined ? [] : buffers.get(id)!.dtype)).join(".");
   must(k.dtypes === types, () => `is of types ${k.dtypes}, not ${types}`);
   for (const [dim, [size, cut]] of Object.entries(i.dims))
-    must(
-      dim.startsWith("#") || k.dims[dim] === size / shardCount(mesh, cut),
-      () => `has ${dim} ${k.dims[dim]}, not ${size / shardCount(mesh, cut)}`,
-    );
+    must(k.sizes[dim] === size / shardCount(mesh, cut), () => `has ${dim} ${k.sizes[dim]}, not ${size / shardCount(mesh, cut)}`);
 }
 
 /** Checks that every argument of a launch exists in the instruction and stays inside its buffer. */

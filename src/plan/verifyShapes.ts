@@ -1,7 +1,7 @@
 /** Checks of sizes in a program: buffers, operands of instructions, inputs and metrics. */
 import type { Job } from "../../schemas/job.ts";
-import type { Buffer, Collective, Compute, Program, Transfer } from "../../schemas/plan.ts";
-import { instructionsOf } from "../../schemas/program.ts";
+import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
+import { inputName, instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { ops } from "../ops/index.ts";
@@ -111,7 +111,9 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefi
     if (!Number.isInteger(d[dim])) return `${dim} of ${size} elements is not sharded evenly`;
   }
   for (const dim in i.ringOffset) if (!Object.hasOwn(i.dims, dim)) return `its ring offset names the unknown dim ${dim}`;
-  const { inputs, outputs } = operandsOf(op, i, buffers);
+  const like = likeOf(op, i, buffers);
+  for (const [at, n] of (like?.sizes ?? []).entries()) d[`#${at}`] = n / shardCount(mesh, like?.shardedBy[at] ?? []);
+  const { inputs, outputs } = operandsOf(op, like);
   const fault = faultOfOperands(inputs, i.reads, d, buffers) ?? faultOfOperands(outputs, i.writes, d, buffers);
   if (fault) return fault;
   for (const { name } of inputs) if (!Object.hasOwn(i.reads, name)) return `${i.op} lacks its operand ${name}`;
@@ -126,10 +128,14 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefi
 /** Cache of operands, by op and number of dims. */
 const expanded = new Map<string, Pick<AnyOp, "inputs" | "outputs">>();
 
-/** Returns the operands of an op, with `...` expanded to the dims of the first operand that has it. */
-function operandsOf(op: AnyOp, i: Compute, buffers: Buffers): Pick<AnyOp, "inputs" | "outputs"> {
+/** Returns the buffer of the first operand that is written `...`. */
+function likeOf(op: AnyOp, i: Compute, buffers: Buffers): Buffer | undefined {
   const any = op.inputs.find((o) => o.any) ?? op.outputs.find((o) => o.any);
-  const b = any && buffers.get(i.reads[any.name] ?? i.writes[any.name] ?? "");
+  return any && buffers.get(i.reads[any.name] ?? i.writes[any.name] ?? "");
+}
+
+/** Returns the operands of an op, with `...` expanded to the dims of a buffer. */
+function operandsOf(op: AnyOp, b: Buffer | undefined): Pick<AnyOp, "inputs" | "outputs"> {
   if (!b) return op;
   const key = `${op.name} ${b.sizes.length} ${b.ragged}`;
   const found = expanded.get(key) ?? expandLike(op, { dimSpecs: b.sizes.length, ragged: b.ragged });
@@ -240,25 +246,33 @@ function verifyParameters(context: Context): void {
   }
 }
 
-const scalars = new Set(["one", "mtp_coeff", "aux_weight", "lr", "step", "weight_decay", "loss_scale"]);
+/** Per source, the elements of an input: one per token or per sequence of a microbatch, or a scalar. */
+const inputSizes: Readonly<Record<InputSource, "token" | "sequence" | "scalar">> = {
+  ...{ ids: "token", labels: "token", weights: "token", sample: "sequence" },
+  ...{
+    one: "scalar",
+    mtp_coeff: "scalar",
+    aux_weight: "scalar",
+    lr: "scalar",
+    step: "scalar",
+    weight_decay: "scalar",
+    loss_scale: "scalar",
+  },
+};
 
 /** Checks the sizes of inputs: a scalar, one element per sequence, or one per token of a microbatch. */
 function verifyInputs(context: Context): void {
   const { job, program } = context;
   const sequences = job.train.micro_batch * job.parallel.data;
-  for (const [name, id] of Object.entries(program.inputs)) {
-    const b = bufferNamed(id, `the input ${name}`, context);
-    const size = scalars.has(name)
-      ? 1
-      : name === "sample"
-        ? sequences
-        : /^(ids|labels|weights)(_\d{1,4})?$/.test(name)
-          ? sequences * job.model.seq
-          : -1;
-    invariant(size >= 0, () => `${context.who}: unknown input ${name}`);
+  const elements = { token: sequences * job.model.seq, sequence: sequences, scalar: 1 };
+  for (const input of program.inputs) {
+    const name = inputName(input);
+    const b = bufferNamed(input.buffer, `the input ${name}`, context);
+    const kind = inputSizes[input.source];
+    invariant(input.depth === undefined || kind === "token", () => `${context.who}: the input ${name} has no depth`);
     invariant(
-      b.ragged === 0 && elementsOf(b.sizes) === size,
-      () => `${context.who}: the input ${name} has ${size} elements, and ${id} [${b.sizes}]`,
+      b.ragged === 0 && elementsOf(b.sizes) === elements[kind],
+      () => `${context.who}: the input ${name} has ${elements[kind]} elements, and ${b.id} [${b.sizes}]`,
     );
   }
 }

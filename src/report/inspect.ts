@@ -2,7 +2,7 @@
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import { devices } from "../../schemas/job.ts";
-import type { Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import type { Collective, Instruction, MeshAxis, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank } from "../../schemas/sharding.ts";
@@ -10,7 +10,7 @@ import { flopsOf, sizesAgree } from "../analysis/cost.ts";
 import { anyLayer, fromLayer } from "../analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { ops } from "../ops/index.ts";
-import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
+import { denseAxes, expertAxes, type GridAxis, groups } from "../passes/mesh.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "../units.ts";
 import { type BlockPhase, blockLines, blockName, phases, timesText } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
@@ -112,12 +112,12 @@ export function inspectPlan(plan: Plan): Inspection {
       per_stage: mesh.per_stage,
       nodes: job.cluster.nodes,
       gpus_per_node: mesh.gpus_per_node,
-      axes: [...denseAxes, ...expertAxes, "pp"].map((axis) => axisView(plan, axis)),
+      axes: ([...denseAxes, ...expertAxes, "pp"] as const).map((axis) => axisView(plan, axis)),
     },
     derived: {
-      data: mesh.sizes.dp!,
-      edp: mesh.sizes.edp!,
-      local_experts: job.model.moe ? job.model.moe.experts / mesh.sizes.ep! : 0,
+      data: mesh.sizes.dp,
+      edp: mesh.sizes.edp,
+      local_experts: job.model.moe ? job.model.moe.experts / mesh.sizes.ep : 0,
       microbatches,
       tokens_per_step: job.train.global_batch * job.model.seq,
       ramp_up: phasesOf(job.train)
@@ -135,13 +135,13 @@ export function inspectPlan(plan: Plan): Inspection {
   };
 }
 
-function axisView(plan: Plan, axis: string): AxisView {
+function axisView(plan: Plan, axis: MeshAxis): AxisView {
   const all = groups(plan.mesh, [axis]);
   const node = (rank: number): number => Math.floor(rank / plan.mesh.gpus_per_node);
   return {
     axis,
     grid: axis === "pp" ? "both" : (denseAxes as readonly string[]).includes(axis) ? "dense" : "expert",
-    size: plan.mesh.sizes[axis]!,
+    size: plan.mesh.sizes[axis],
     groups: all.length,
     cross_nodes: all.filter((group) => group.some((rank) => node(rank) !== node(group[0]!))).length,
     first_group: all[0]!,
@@ -422,19 +422,19 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
   const stage = stageOfRank(mesh, rank);
   const local = numberInStage(mesh, rank);
   const program = plan.programs.find((p) => p.stage === stage)!;
-  const axis = (name: string) => {
-    const subAxes = mesh.axes[name]!;
+  const axis = (name: GridAxis) => {
+    const subAxes = mesh.axes[name];
     let coordinate = 0;
     for (const f of [...subAxes].reverse()) coordinate = coordinate * mesh.subAxes[f]!.size + rankCoordinate(mesh, local, f);
     const group = groupMembers(mesh, local, subAxes).map((n) => rankAt(mesh, stage, n));
-    return { axis: name, coordinate, size: mesh.sizes[name]!, group };
+    return { axis: name, coordinate, size: mesh.sizes[name], group };
   };
-  const stages = Array.from({ length: mesh.sizes.pp! }, (_, s) => rankAt(mesh, s, local));
+  const stages = Array.from({ length: mesh.sizes.pp }, (_, s) => rankAt(mesh, s, local));
   return {
     rank,
     stage,
     node: Math.floor(rank / mesh.gpus_per_node),
-    axes: [...[...denseAxes, ...expertAxes].map(axis), { axis: "pp", coordinate: stage, size: mesh.sizes.pp!, group: stages }],
+    axes: [...[...denseAxes, ...expertAxes].map(axis), { axis: "pp", coordinate: stage, size: mesh.sizes.pp, group: stages }],
     program: blocksOf(program).map((block) => ({
       block: blockName(block, program),
       times: timesText(block),

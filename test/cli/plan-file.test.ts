@@ -29,7 +29,7 @@ const sections: Sections = {
       stage: 0,
       order: ["F0", "B0"],
       parameters: [],
-      inputs: {},
+      inputs: [],
       bounds: [],
       metrics: {},
       buffers: [{ id: "x", kind: "optimizer", dtype: "f32", shape: [2], sizes: [2], ragged: 0, shardedBy: [[]] }],
@@ -45,7 +45,7 @@ const sections: Sections = {
               kernel: "add_00000000",
               reads: { a: "x", b: "x" },
               writes: { y: "x" },
-              dims: { "#0": [2, []] },
+              dims: {},
               attrs: { scale: 0.1 },
             },
           ],
@@ -59,7 +59,7 @@ const sections: Sections = {
   memory: [
     { stage: 0, parameter: 0, gradient: 0, optimizer: 256, activation: [0], workspace: 0, scratch: 0, peak: 256, offsets: { x: 0 } },
   ],
-  kernels: [{ id: "add_00000000", op: "add", dtypes: "f32.f32.f32", dims: {}, uses: 1, scratch: 0, launches: [] }],
+  kernels: [{ id: "add_00000000", op: "add", dtypes: "f32.f32.f32", sizes: {}, attrs: {}, uses: 1, scratch: 0, launches: [] }],
   toolchain: { rankc: "0.1.0", target: "cpu" },
 };
 const plan = sealPlan(sections);

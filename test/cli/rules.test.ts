@@ -151,10 +151,12 @@ function isBuilt(job: Parameters<typeof buildMesh>[0]): boolean {
     const mesh = buildMesh(job);
     const { axes, subAxes, sizes, per_stage } = mesh;
     for (const grid of [denseAxes, expertAxes]) {
-      const own = grid.flatMap((axis) => axes[axis]!);
+      const own = grid.flatMap((axis) => axes[axis]);
       if (!isDisjointSubAxes(mesh, own) || shardCount(mesh, own) !== per_stage) return false;
     }
-    return Object.entries(axes).every(([axis, of]) => of.reduce((n, f) => n * subAxes[f]!.size, 1) === sizes[axis]);
+    return ([...denseAxes, ...expertAxes, "kv", "copies"] as const).every(
+      (axis) => axes[axis].reduce((n, f) => n * subAxes[f]!.size, 1) === sizes[axis],
+    );
   } catch {
     return false;
   }

@@ -48,7 +48,7 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
       const at = find(list, "recv");
       const { buffer } = list[at] as Transfer;
       list.splice(at, 1);
-      ps[1]!.inputs.made_up = buffer;
+      ps[1]!.inputs.push({ source: "ids", depth: 9, buffer });
     },
     /stage 0 .*send.*for room at stage 1|sent and never received/,
   ],

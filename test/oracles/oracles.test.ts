@@ -4,6 +4,7 @@ import { describe, expect, test, vi } from "vitest";
 import { stringify } from "yaml";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { hasExperts, type Job } from "../../schemas/job.ts";
+import { MeshAxis } from "../../schemas/plan.ts";
 import { flopsOf } from "../../src/analysis/cost.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
@@ -29,7 +30,10 @@ describe("rank groups", () => {
     });
     const theirs = c.groups.split(" ");
     for (const [i, family] of families.entries()) {
-      const ours = groups(mesh, family.split("-"));
+      const ours = groups(
+        mesh,
+        family.split("-").map((axis) => MeshAxis.parse(axis)),
+      );
       const digest = createHash("sha256").update(JSON.stringify(ours)).digest("hex").slice(0, 12);
       expect(digest, `${family}: ${JSON.stringify(ours).slice(0, 200)}`).toBe(theirs[i]);
     }

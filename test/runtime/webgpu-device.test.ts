@@ -19,7 +19,7 @@ const scaled = (by: number) => `${binding(0, "x")}${binding(1, "y")}
 const launch = (entry: string, args: KernelArg[], grid: [number, number, number] = [1, 1, 1]): Launch =>
   planLaunch({ entry, grid, threads: 64, shared: 0, args });
 const kernelOf = (id: string, launches: Launch[], scratch = 0): Kernel => ({
-  ...{ id, op: "add", dtypes: "", dims: {}, uses: 1, scratch, launches },
+  ...{ id, op: "add", dtypes: "", sizes: {}, attrs: {}, uses: 1, scratch, launches },
   source: { file: `${id}.wgsl`, sha256: "" },
 });
 const compute = (id: string, kernel: string, reads: Compute["reads"], writes: Compute["writes"], dims: Compute["dims"] = {}): Compute => ({

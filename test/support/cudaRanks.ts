@@ -62,7 +62,7 @@ export const moveOf = (how: CollectiveKind, from: string, to: string, more: Part
 export const at = { tag: "F0", microbatch: 0, copy: 0 };
 
 export const launchOf = (id: string): Kernel => ({
-  ...{ id, op: "add", dtypes: "f32", dims: {}, uses: 1, scratch: 0 },
+  ...{ id, op: "add", dtypes: "f32", sizes: {}, attrs: {}, uses: 1, scratch: 0 },
   source: { file: `${id}.cu`, sha256: "0".repeat(64) },
   launches: [{ entry: id, grid: [1, 1, 1], threads: 1, shared: 0, args: [{ kind: "operand", name: "y" }, startOf("S")] }],
 });

@@ -3,6 +3,8 @@
 import type { Buffer, BufferKind, Dtype, Instruction, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
 
+const noAxes = { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, kv: 1, copies: 1 };
+
 interface HandBuffer {
   readonly kind?: BufferKind;
   readonly dtype?: Dtype;
@@ -51,11 +53,19 @@ export function handPlan(hand: Hand): Plan {
   const perStage = world / stages;
   const subAxes = [{ stride: 1, size: perStage }];
   const plan: Pick<Plan, "mesh" | "programs" | "memory" | "kernels" | "toolchain"> = {
-    mesh: { world, per_stage: perStage, stage_stride: perStage, subAxes, axes: {}, sizes: {}, gpus_per_node: world },
+    mesh: {
+      world,
+      per_stage: perStage,
+      stage_stride: perStage,
+      subAxes,
+      axes: { tp: [], cp: [], dp: [], etp: [], ep: [], edp: [], kv: [], copies: [] },
+      sizes: { ...noAxes, pp: stages },
+      gpus_per_node: world,
+    },
     programs: Array.from({ length: stages }, (_, stage) => ({
       chunks: [{ layers: [0, 1], copies, forward: [...forward], backward: [], weights: [] }],
       ...{ stage, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), step: [], order: ["F0"] },
-      ...{ parameters: [], inputs: {}, metrics: {} },
+      ...{ parameters: [], inputs: [], metrics: {} },
     })),
     memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, activation: [total.activation], scratch, peak: 0, offsets })),
     kernels: [...kernels],

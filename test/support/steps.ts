@@ -2,12 +2,12 @@
 import type { BlockPosition, HostData, LocalRanks } from "../../runtime/backend.ts";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import { trainingSchedule } from "../../runtime/train/schedule.ts";
-import type { Buffer, BufferKind, Instruction, Plan } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, HostInput, Instruction, Plan } from "../../schemas/plan.ts";
 import { microbatchesIn, orderOf, parseTag } from "../../schemas/program.ts";
 import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { random } from "./opCases.ts";
 
-type Feed = (b: Buffer, name: string, m: number) => HostData;
+type Feed = (b: Buffer, input: HostInput, m: number) => HostData;
 
 /** One step of all ranks, of so many microbatches, as runtime/train/loop.ts walks a plan. Which fleets replayed it. */
 export async function stepTogether(
@@ -79,11 +79,12 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
     };
     const next = random(n);
     const whole = Array.from({ length: 64 }, () => Int32Array.from({ length: 64 }, () => Math.floor((next() + 1) * 127.9)));
-    const feed = (b: Buffer, name: string, m: number): HostData => {
-      if (/^(ids|labels)/.test(name)) return whole[2 * m + Number(name.startsWith("labels"))]!.slice(0, elementsOf(b.shape));
-      if (name.startsWith("weights")) return new Float32Array(elementsOf(b.shape)).fill(1 / elementsOf(b.shape) / microbatches);
-      if (name === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
-      return Float32Array.of(told[name]!);
+    const feed = (b: Buffer, input: HostInput, m: number): HostData => {
+      const { source } = input;
+      if (source === "ids" || source === "labels") return whole[2 * m + Number(source === "labels")]!.slice(0, elementsOf(b.shape));
+      if (source === "weights") return new Float32Array(elementsOf(b.shape)).fill(1 / elementsOf(b.shape) / microbatches);
+      if (source === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
+      return Float32Array.of(told[source]!);
     };
     replayed.push(await step(fleets, plan, feed, microbatches));
     metrics.push((await each((p) => named(p, (name) => !isCount(name)))).map((m) => m[0]!));
@@ -104,9 +105,9 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
   function* block(instructions: readonly Instruction[], kinds: readonly BufferKind[], at: BlockPosition): Generator<undefined> {
     const { copy, microbatch } = at;
     const used = new Set(instructions.flatMap(read));
-    for (const [name, id] of Object.entries(p.inputs)) {
-      const b = buffers.get(id)!;
-      if (used.has(id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, name, Math.max(0, microbatch)));
+    for (const input of p.inputs) {
+      const b = buffers.get(input.buffer)!;
+      if (used.has(b.id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, input, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
       if (i.kind === "compute") backend.compute(i, copy, microbatch === 0);
