@@ -1,5 +1,5 @@
 /** Opens input files for random access. Errors of a path are a Trouble that names it. */
-import { closeSync, constants, existsSync, fstatSync, openSync, readSync } from "node:fs";
+import { closeSync, constants, existsSync, fstatSync, openSync, readSync, statSync } from "node:fs";
 import { Trouble } from "../../schemas/trouble.ts";
 
 /** An open file. */
@@ -13,6 +13,21 @@ export type InputFile = {
 
 /** Returns whether a path exists. */
 export const isThere = (path: string): boolean => existsSync(path);
+
+/** Returns whether a path is a folder. */
+export const isFolder = (path: string): boolean => statSync(path, { throwIfNoEntry: false })?.isDirectory() ?? false;
+
+/** Reads a whole file. `what`: its role in messages. Throws a Trouble. */
+export function readWhole(path: string, what: string): Uint8Array {
+  const file = openInput(path, what, "the path starts at the current folder");
+  try {
+    const bytes = new Uint8Array(file.bytes);
+    file.read(bytes, 0);
+    return bytes;
+  } finally {
+    file.close();
+  }
+}
 
 /** Opens a file. `what`: its role in messages, such as "the corpus"; `place`: a hint about the base directory. Throws a Trouble. */
 export function openInput(path: string, what: string, place: string): InputFile {
