@@ -159,6 +159,12 @@ describe("routers", () => {
     expect(expertsOf(change).router).toMatchObject({ balance: ["aux_loss", "seq_aux_loss"], aux_coeff: [0.01, 0.001] });
   });
 
+  test("Sinkhorn's method has scores of its own", () => {
+    const sinkhorn = { "moe-router-load-balancing-type": "sinkhorn", "moe-router-score-function": "sigmoid" };
+    expect(expertsOf(sinkhorn).router).toMatchObject({ balance: "sinkhorn", score: "softmax", normalize_top_k: false });
+    expect(expertsOf({ ...sinkhorn, "moe-router-topk": "1" }).router).toMatchObject({ score: "sigmoid", normalize_top_k: false });
+  });
+
   test("a negative capacity factor drops nothing", () => {
     expect(expertsOf({ "moe-expert-capacity-factor": "-1.0" }).capacity).toBe("dropless");
     expect(expertsOf({ "moe-expert-capacity-factor": "1.25" }).capacity).toEqual({ factor: 1.25, drop: "probs", pad: false });
@@ -316,6 +322,7 @@ describe("arguments", () => {
     expect(refusalOf({ "rotary-base": "1e6" })).toContain("--rotary-base 1e6: Megatron reads a whole number here");
     expect(refusalOf({ "cross-entropy-fusion-impl": "te" })).toBe("");
     expect(refusalOf({ "lr-decay-style": "cosin" })).toContain("write one of constant, linear, cosine");
+    expect(refusalOf({ "cuda-graph-impl": "all" })).toContain("--cuda-graph-impl all: Megatron has no such choice");
   });
 
   test("of an argument that is given twice the last counts", () => {
@@ -499,7 +506,7 @@ describe("public recipes", () => {
   test("without its words, the values of a script are asked for by line", () => {
     const problems = problemsOf(() => script("moonlight.sh"));
     expect(problems).toContainEqual(
-      "line 19: --lr $5: $5 is a word after the script's name, and it is not given; give the script's words after --, or write the value in the script",
+      "line 19: --lr $5: $5 is a word after the script's name, and it is not given; give the script's words after --, or --set LR=VALUE",
     );
     expect(problems).toContainEqual(
       "line 14: nodes $NNODES: NNODES is not set; --world N gives the number of ranks, or --set NNODES=VALUE",

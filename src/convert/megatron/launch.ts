@@ -83,7 +83,7 @@ export function worldOf({ launcher, command, place }: TrainingLaunch, asked: num
       kind: "value",
       subject: `${hole ? `line ${hole.line}` : place}: ${what} ${shownText(text)}`,
       why: hole?.why ?? "it is not a number",
-      fix: `--world N gives the number of ranks${hole?.variable === undefined ? "" : `, or ${giveValue(hole.variable)}`}`,
+      fix: `--world N gives the number of ranks${hole ? `, or ${giveValue(hole)}` : ""}`,
     });
     return undefined;
   };

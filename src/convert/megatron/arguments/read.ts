@@ -1,6 +1,6 @@
 /** Reads the words after an entry script as arguments of Megatron-LM, with the types and counts of the table (spec.ts). */
 import leven from "leven";
-import { holesOf, knownValue, type ScriptText, shownText } from "../bash/text.ts";
+import { type Hole, holesOf, knownValue, type ScriptText, shownText } from "../bash/text.ts";
 import type { Problem } from "../problems.ts";
 import { type ArgumentSpec, argumentSpecs, type MappedName } from "./spec.ts";
 
@@ -57,6 +57,8 @@ export function readArguments(words: readonly ScriptText[], dropped: ReadonlySet
     }
     const shown = [flag, ...own.map(shownText)].join(" ");
     checkCount(spec, own, shown, problems);
+    // the values of mapped arguments are checked where they are read: a hole matters there alone
+    if (spec.fate !== "mapped") for (const value of own.map(knownValue)) if (value !== undefined) checkType(spec, value, shown, problems);
     given.delete(name);
     given.set(name, { spec, values: own, shown });
   }
@@ -87,7 +89,7 @@ function addStray(word: ScriptText, problems: Problem[]): void {
       kind: "value",
       subject: `line ${hole.line}: ${subject}`,
       why: `it may hold arguments, and ${hole.why}`,
-      fix: giveValue(hole.variable),
+      fix: giveValue(hole),
     });
   else
     problems.push({
@@ -99,8 +101,10 @@ function addStray(word: ScriptText, problems: Problem[]): void {
 }
 
 /** Returns the fix for a value that is not known. */
-export const giveValue = (variable: string | undefined): string =>
-  variable === undefined ? "give the script's words after --, or write the value in the script" : `--set ${variable}=VALUE`;
+export function giveValue(hole: Hole | undefined): string {
+  const fixes = [hole?.isWord && "give the script's words after --", hole?.variable !== undefined && `--set ${hole.variable}=VALUE`];
+  return fixes.filter((fix) => typeof fix === "string").join(", or ") || "write the value in the script";
+}
 
 function unknownArgument(name: string, values: readonly ScriptText[]): Problem {
   const near = [...argumentSpecs.keys()].map((known) => ({ known, far: leven(name, known) })).sort((a, b) => a.far - b.far)[0];
@@ -120,6 +124,21 @@ function checkCount({ arity, default: otherwise }: ArgumentSpec, values: readonl
   problems.push({ kind: "value", subject: shown, why: wanted === 1 ? "its value is missing" : `it takes ${wanted} values`, fix });
 }
 
+/** Returns what is wrong with a value, by the type of the argument. */
+function typeFault({ type, choices }: ArgumentSpec, value: string): Pick<Problem, "why" | "fix"> | undefined {
+  if (type === "int" && !/^[-+]?\d+$/.test(value)) return { why: "Megatron reads a whole number here", fix: "write it with digits alone" };
+  if (type === "float" && (value.trim() === "" || Number.isNaN(Number(value))))
+    return { why: "Megatron reads a number here", fix: "write a number" };
+  if (type === "choice" && !choices.includes(value))
+    return { why: "Megatron has no such choice", fix: `write one of ${choices.join(", ")}` };
+  return undefined;
+}
+
+function checkType(spec: ArgumentSpec, value: string, shown: string, problems: Problem[]): void {
+  const fault = typeFault(spec, value);
+  if (fault) problems.push({ kind: "value", subject: shown, ...fault });
+}
+
 function argumentsOf(given: ReadonlyMap<string, Given>, problems: Problem[]): Arguments {
   const reported = new Set<string>();
   const report = (subject: string, why: string, fix: string): undefined => {
@@ -131,7 +150,7 @@ function argumentsOf(given: ReadonlyMap<string, Given>, problems: Problem[]): Ar
     const value = knownValue(text);
     const [hole] = holesOf(text);
     if (value === undefined)
-      return report(hole ? `line ${hole.line}: ${shown}` : shown, hole?.why ?? "its value is not known", giveValue(hole?.variable));
+      return report(hole ? `line ${hole.line}: ${shown}` : shown, hole?.why ?? "its value is not known", giveValue(hole));
     const { type, choices } = spec;
     if (type === "int" && !/^[-+]?\d+$/.test(value))
       return report(shown, "Megatron reads a whole number here", "write it with digits alone");

@@ -143,7 +143,10 @@ function arithmeticText(expression: ArithmeticExpression | undefined, source: st
   if (value !== undefined) return [String(value)];
   const [hole] = holes;
   const line = shell.lineAt(pos);
-  if (hole) return [{ ...(hole.variable !== undefined && { variable: hole.variable }), source, line: hole.line, why: hole.why }];
+  if (hole) {
+    const { variable, isWord, line: at, why } = hole;
+    return [{ ...(variable !== undefined && { variable }), ...(isWord && { isWord }), source, line: at, why }];
+  }
   return [{ source, line, why: `${source} has no value` }];
 }
 
@@ -194,7 +197,7 @@ function unsetHole(name: string, source: string, pos: number, shell: Shell): Hol
   return {
     source,
     line: shell.lineAt(pos),
-    ...(!isWord && { variable: name }),
+    ...(isWord ? { isWord } : { variable: name }),
     why: isWord ? `$${name} is a word after the script's name, and it is not given` : `${name} is not set`,
     unset: true,
   };

@@ -36,7 +36,8 @@ export function assign({ name, value, append, index }: Assignment, shell: Shell)
     shell.scope.set(name, { kind: "array", items: append && before ? [...itemsOf(before), ...items] : items });
     return;
   }
-  const text = expandText(value, shell);
+  // `--set` can give the variable where it cannot give the command or the word
+  const text = expandText(value, shell).map((part) => (typeof part === "string" ? part : { variable: name, ...part }));
   if (index) {
     const at = Number(knownValue(expandText(index, shell)));
     const items = before ? [...itemsOf(before)] : [];

@@ -7,8 +7,10 @@
 export interface Hole {
   /** The part as the script writes it, such as `$(nproc)`. */
   readonly source: string;
-  /** The variable that `--set` can give; undefined for a command. */
+  /** The variable that `--set` can give; undefined where no variable has the value. */
   readonly variable?: string;
+  /** It is a word after the script's name. */
+  readonly isWord?: true;
   readonly line: number;
   /** Why the value is not known: "X is not set". */
   readonly why: string;

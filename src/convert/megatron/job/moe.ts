@@ -52,16 +52,7 @@ function putLayers({ args, job }: Importing, layers: number): void {
 const balances: Readonly<Record<string, string>> = { quantile_balancing: "quantile" };
 
 function putRouter({ args, job }: Importing): void {
-  const score = args.text("moe-router-score-function");
-  const topK = args.number("moe-router-topk");
-  const isPreSoftmax = args.has("moe-router-pre-softmax");
-  job.put("model.moe.router.score", score === "sqrtsoftplus" ? "sqrt_softplus" : score, ["moe-router-score-function"]);
-  if (score === "softmax" && topK === 1 && !isPreSoftmax)
-    job.reject("--moe-router-topk 1", "Megatron refuses it without --moe-router-pre-softmax", "add --moe-router-pre-softmax");
-  // scores of sigmoid and softplus are normalised where there are several
-  const isSoftmax = score === "softmax";
-  const from: readonly MappedName[] = isSoftmax ? ["moe-router-pre-softmax"] : ["moe-router-score-function"];
-  job.put("model.moe.router.normalize_top_k", isSoftmax ? !isPreSoftmax : topK > 1, from);
+  putScores({ args, job });
   job.put("model.moe.router.scaling", args.numberIfGiven("moe-router-topk-scaling-factor") ?? 1, ["moe-router-topk-scaling-factor"]);
   const precision = args.textIfGiven("moe-router-dtype");
   if (precision === "fp64")
@@ -82,6 +73,26 @@ function putRouter({ args, job }: Importing): void {
     const remark = "Megatron draws experts at random, rankc deals them in turns";
     job.put("model.moe.router.force", "uniform", ["moe-router-force-load-balancing"], remark);
   }
+}
+
+/** How logits become weights of the chosen experts. Sinkhorn's method has scores of its own, whatever the arguments say. */
+function putScores({ args, job }: Importing): void {
+  const topK = args.number("moe-router-topk");
+  const balance = args.textsIfGiven("moe-router-load-balancing-type");
+  if (balance?.length === 1 && balance[0] === "sinkhorn") {
+    job.put("model.moe.router.score", topK === 1 ? "sigmoid" : "softmax", ["moe-router-load-balancing-type"]);
+    job.put("model.moe.router.normalize_top_k", false, ["moe-router-load-balancing-type"]);
+    return;
+  }
+  const score = args.text("moe-router-score-function");
+  const isPreSoftmax = args.has("moe-router-pre-softmax");
+  job.put("model.moe.router.score", score === "sqrtsoftplus" ? "sqrt_softplus" : score, ["moe-router-score-function"]);
+  if (score === "softmax" && topK === 1 && !isPreSoftmax)
+    job.reject("--moe-router-topk 1", "Megatron refuses it without --moe-router-pre-softmax", "add --moe-router-pre-softmax");
+  // scores of sigmoid and softplus are normalised where there are several
+  const isSoftmax = score === "softmax";
+  const from: readonly MappedName[] = isSoftmax ? ["moe-router-pre-softmax"] : ["moe-router-score-function"];
+  job.put("model.moe.router.normalize_top_k", isSoftmax ? !isPreSoftmax : topK > 1, from);
 }
 
 function putBalance({ args, job }: Importing): void {
