@@ -5,6 +5,7 @@
 
 import { z } from "zod";
 import { lengthOf } from "./batchRampup.ts";
+import { deviceNames } from "./devices.ts";
 import { depthsOf } from "./mtp.ts";
 
 /** The largest number of layers, and of depths of multi-token prediction: bounds on the size of a plan, far above any model. */
@@ -448,26 +449,10 @@ const DataText = z.strictObject({
     .describe("walk through the text from its start, or draw seeded random places"),
 });
 
-/** Memory in bytes, dense bf16 peak in FLOP/s and bandwidth in bytes/s of each device, by the vendor's data sheets of SXM parts. */
-export const devices = {
-  "a100-40gb": { memory: 40 * 2 ** 30, bf16Flops: 312e12, bandwidth: 1.555e12 },
-  "a100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 312e12, bandwidth: 2.039e12 },
-  "h100-80gb": { memory: 80 * 2 ** 30, bf16Flops: 989e12, bandwidth: 3.35e12 },
-  "h200-141gb": { memory: 141e9, bf16Flops: 989e12, bandwidth: 4.8e12 },
-  "b200-192gb": { memory: 192e9, bf16Flops: 2250e12, bandwidth: 8e12 },
-  // one core of the reference backend; the memory is the limit of Node for all ranks of a small job
-  cpu: { memory: 4 * 2 ** 30, bf16Flops: 2e9, bandwidth: 1e10 },
-} as const satisfies Record<string, { memory: number; bf16Flops: number; bandwidth: number }>;
-/** The name of a device. */
-export type Device = keyof typeof devices;
-
 const ClusterText = z.strictObject({
   nodes: count.optional().describe("hosts; default: as many as world needs"),
   gpus_per_node: count.default(8).describe("GPUs in one host, joined by the fast links"),
-  device: z
-    .enum(Object.keys(devices) as [Device, ...Device[]])
-    .default("h100-80gb")
-    .describe("the GPU: its memory, peak and bandwidth are looked up"),
+  device: z.enum(deviceNames).default("h100-80gb").describe("the GPU: its memory, peak and bandwidth are looked up"),
 });
 
 /** The job as written. */

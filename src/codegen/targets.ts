@@ -2,12 +2,13 @@
  * Targets with their kernel generators. The kernel tables and templates of a target are imported when it is requested, so that compiling for
  * the CPU does not load them.
  */
+
+import { type Device, deviceNames, devices } from "../../schemas/devices.ts";
 import { wgslFeature } from "../../schemas/dtypes.ts";
-import type { Device } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { invariant } from "../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
-import { archs, deviceTargets, profiles, targetNames } from "./targetNames.ts";
+import { archs, profiles, targetNames } from "./targetNames.ts";
 
 /** A backend with a profile or an architecture. */
 export interface Target {
@@ -55,8 +56,8 @@ export async function loadTarget(text: string): Promise<Target> {
 
 /** Loads the target of each device for size estimates: a kernel that a target cannot generate counts no scratch; `compile` reports it as an error. */
 export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
-  const names = Object.entries(deviceTargets) as [Device, string][];
-  const loaded = new Map(await Promise.all(names.map(async ([device, name]) => [device, lenient(await loadTarget(name))] as const)));
+  const load = async (device: Device) => [device, lenient(await loadTarget(devices[device].target))] as const;
+  const loaded = new Map(await Promise.all(deviceNames.map(load)));
   return (device) => loaded.get(device) ?? cpu;
 }
 

@@ -1,5 +1,6 @@
 /** The notes of an imported job: assumptions and omissions; and the selection of its device. */
-import { type Device, devices, type Job } from "../../schemas/job.ts";
+import { type Device, deviceNames, deviceOf, devices } from "../../schemas/devices.ts";
+import type { Job } from "../../schemas/job.ts";
 import { parameterCount } from "../analysis/parameterCount.ts";
 import { countText } from "../units.ts";
 import type { Experts } from "./hfFamilies.ts";
@@ -10,11 +11,13 @@ type Model = Job["model"];
 /** Returns the bytes to train a model on one rank: bf16 parameters, f32 gradients, main weights and two moments. */
 export const bytesToTrain = (model: Model): number => 18 * parameterCount(model);
 
+/** The GPUs by memory, the smallest first. */
+const gpus = deviceNames.filter((name) => deviceOf(name).links !== null).sort((a, b) => devices[a].memory - devices[b].memory);
+const largestGpu = gpus.reduce((_, name) => name);
+
 /** Returns the smallest GPU with twice this memory, because activations need memory too; else the largest. */
 export function roomiest(bytes: number): Device {
-  const gpus = Object.entries(devices).filter(([name]) => name !== "cpu");
-  const bySize = gpus.sort(([, a], [, b]) => a.memory - b.memory).map(([name, { memory }]) => ({ name: name as Device, memory }));
-  return (bySize.find(({ memory }) => memory > 2 * bytes) ?? bySize.at(-1)!).name;
+  return gpus.find((name) => devices[name].memory > 2 * bytes) ?? largestGpu;
 }
 
 /** The facts of an import that notes report. */
@@ -86,7 +89,7 @@ function restNotes(config: Config, model: Model): readonly string[] {
     );
   }
   const bytes = bytesToTrain(model);
-  if (bytes > devices["b200-192gb"].memory)
+  if (bytes > devices[largestGpu].memory)
     notes.push(
       `parallel: weights, gradients and optimizer take about ${countText(Math.round(bytes / 1e9))} GB: raise world and the degrees before a run.`,
     );

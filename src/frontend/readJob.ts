@@ -1,7 +1,8 @@
 /** Reads a job from YAML text. Returns all findings with their places; there is no job if one of them is an error. */
 import leven from "leven";
 import type { z } from "zod";
-import { completeJob, type Device, type Job, JobText, jobSchema } from "../../schemas/job.ts";
+import type { Device } from "../../schemas/devices.ts";
+import { completeJob, type Job, JobText, jobSchema } from "../../schemas/job.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { jobFindings, memoryFindings } from "../rules/index.ts";
 import { needsPrograms } from "../rules/memory.ts";

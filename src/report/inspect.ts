@@ -1,7 +1,7 @@
 /** Summaries of a plan: `inspectPlan` returns the data (the JSON output), `printInspect` the text. */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
-import { devices } from "../../schemas/job.ts";
+import { devices } from "../../schemas/devices.ts";
 import type { Collective, Instruction, MeshAxis, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";

@@ -1,5 +1,5 @@
 /** Draws a plan as an SVG: the schedule of each stage over time, and the memory of each stage. */
-import { devices } from "../../schemas/job.ts";
+import { devices } from "../../schemas/devices.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { parseTag } from "../../schemas/program.ts";

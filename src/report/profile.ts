@@ -3,8 +3,8 @@
  * formula of the op, and bytes with each operand read or written once.
  */
 
-import { devices } from "../../schemas/job.ts";
-import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import { deviceOf } from "../../schemas/devices.ts";
+import type { Buffer, Compute, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
@@ -29,14 +29,18 @@ export interface ProfileRow {
 
 /** Returns the rows by descending time. An instruction is called once per microbatch. */
 export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[] {
-  const device = devices[plan.job.cluster.device];
+  const device = deviceOf(plan.job.cluster.device);
   const work = plan.programs.map((p) => timedInstructions(plan, p));
-  const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number }>();
+  const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number; least: number }>();
   let launched: Timing | undefined;
   for (const t of timings) {
-    const { flops, bytes } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? { flops: 0, bytes: 0 };
+    const { flops, bytes, peak } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? {
+      flops: 0,
+      bytes: 0,
+      peak: Number.POSITIVE_INFINITY,
+    };
     const key = anyLayer(t.id);
-    const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0 };
+    const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0, least: 0 };
     // launches of one instruction are consecutive
     const again = launched?.id === t.id && launched.rank === t.rank && launched.stream === t.stream && t.begin_us >= launched.end_us;
     launched = t;
@@ -45,12 +49,13 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
       g.calls++;
       g.flops += flops;
       g.bytes += bytes;
+      g.least += (1e6 * flops) / peak;
     }
     groups.set(key, g);
   }
   const total = [...groups.values()].reduce((sum, g) => sum + g.us, 0);
   return [...groups]
-    .map(([id, { op, calls, us, flops, bytes }]) => ({
+    .map(([id, { op, calls, us, flops, bytes, least }]) => ({
       id,
       op,
       calls,
@@ -58,13 +63,13 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
       share: us / total,
       tflops: flops / us / 1e6,
       gigabytes_per_second: bytes / us / 1e3,
-      of_peak: Math.max(flops / us / 1e-6 / device.bf16Flops, bytes / us / 1e-6 / device.bandwidth),
+      of_peak: Math.max(least / us, bytes / us / 1e-6 / device.bandwidth),
     }))
     .sort((a, b) => b.milliseconds - a.milliseconds);
 }
 
-/** Returns flops and bytes of each instruction of a stage, on one rank. */
-function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number }> {
+/** Returns flops and bytes of each instruction of a stage, on one rank, and the device's peak in FLOP/s on operands of its widest type. */
+function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number; peak: number }> {
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
   const buffer = (id: string): Buffer => buffers.get(id)!;
   const bytes = (id: string): number => {
@@ -77,8 +82,18 @@ function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number;
     const kept = (i.accumulates ?? []).map((name) => i.writes[name]!);
     return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
   };
+  const { peak: peaks } = deviceOf(plan.job.cluster.device);
+  const peakOf = (i: Compute): number => {
+    const rates = Object.values(i.reads).map((id) => peaks[buffer(id).dtype] ?? Number.POSITIVE_INFINITY);
+    return Math.min(Number.POSITIVE_INFINITY, ...rates);
+  };
   return new Map(
-    instructionsOf(p).map((i) => [i.id, { flops: i.kind === "compute" ? flopsOf(ops[i.op], i, plan.mesh, buffer) : 0, bytes: touched(i) }]),
+    instructionsOf(p).map((i) => [
+      i.id,
+      i.kind === "compute"
+        ? { flops: flopsOf(ops[i.op], i, plan.mesh, buffer), bytes: touched(i), peak: peakOf(i) }
+        : { flops: 0, bytes: touched(i), peak: Number.POSITIVE_INFINITY },
+    ]),
   );
 }
 

@@ -1,5 +1,5 @@
 /** The summary of a plan that `compile` prints. */
-import { devices } from "../../schemas/job.ts";
+import { devices } from "../../schemas/devices.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { instructionsOf } from "../../schemas/program.ts";

@@ -1,5 +1,6 @@
 /** Applies all rules to a job. Each finding gets its place and, if a candidate change works, a tested fix. */
-import { completeJob, type Device, type Job, JobText } from "../../schemas/job.ts";
+import type { Device } from "../../schemas/devices.ts";
+import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Target } from "../codegen/targets.ts";
 import type { Changes, Finding } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";

@@ -1,5 +1,6 @@
 /** The memory rule, the only rule that needs compiled programs (peak.ts). */
-import { type Device, devices, type Job } from "../../schemas/job.ts";
+import { type Device, deviceOf, devices } from "../../schemas/devices.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
@@ -7,10 +8,13 @@ import { memoryOfStages } from "../peak.ts";
 import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";
 
+/** Returns whether one process has the memory of all ranks. */
+const inOneProcess = ({ cluster }: Job): boolean => deviceOf(cluster.device).links === null;
+
 /** Returns the highest peak in bytes, and its stage. On the CPU one process holds all ranks. */
 export function peakOf(job: Job, target: Target = cpu): { bytes: number; who: string } {
   const peaks = memoryOfStages(job, target).map(peakOfParts);
-  if (job.cluster.device === "cpu") {
+  if (inOneProcess(job)) {
     const ranks = job.parallel.world / job.parallel.pipeline;
     return { bytes: peaks.reduce((sum, n) => sum + n * ranks, 0), who: "all ranks together need" };
   }
@@ -39,7 +43,7 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
 
 /** Returns whether the bound is not sufficient, so that programs must be compiled. */
 export const needsPrograms = (job: Job): boolean =>
-  ceiling(job) * (job.cluster.device === "cpu" ? job.parallel.world : 1) >= devices[job.cluster.device].memory;
+  ceiling(job) * (inOneProcess(job) ? job.parallel.world : 1) >= devices[job.cluster.device].memory;
 
 /** The multiple of the balanced load for expert rows, if the worst case does not fit. */
 const ROWS_BOUND = 1.5;

@@ -5,6 +5,7 @@
  * inputs give equal bits.
  */
 
+import { cudaArchs } from "../../../schemas/devices.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
@@ -57,9 +58,6 @@ const tilesText = (d: AttentionSizes, half: Float16, threads: number): string =>
     random: randomText(d),
   });
 
-/** Bytes of shared memory that a multiprocessor has, each block's own KiB left out, and that one block may have. */
-const sharedOf = (arch: Arch): { all: number; most: number } => (arch === "sm_80" ? { all: 164, most: 163 } : { all: 228, most: 227 });
-
 /**
  * 32 query rows in a warp, so that what is read of K and V serves as many; two stages of K and V. 255 registers let 8 warps share a
  * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
@@ -71,7 +69,7 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
   const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
   if (!keys) return undefined;
   const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
-  const resident = 2 * (shared(128) + 1024) <= sharedOf(arch).all * 1024 ? 2 : 1;
+  const resident = 2 * (shared(128) + 1024) <= cudaArchs[arch].sharedPerMultiprocessor * 1024 ? 2 : 1;
   const threads = 256 / resident;
   const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
@@ -86,9 +84,6 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
   return { source: source(spec, body), launches: [launch] };
 }
 
-/** Multiprocessors of the largest part sold. It decides an order of work, nothing else. */
-const multiprocessors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
-
 /**
  * Five products, the query gradients added up in f32 by one key block after the other. A launch of its own for them would repeat
  * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
@@ -100,11 +95,11 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
   const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
   // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
-  const fits = (keys: number) => padded(keys) <= sharedOf(arch).most * 1024 && (keys === 64 || C + W <= (d.drops ? 192 : 256));
+  const fits = (keys: number) => padded(keys) <= cudaArchs[arch].sharedPerBlock * 1024 && (keys === 64 || C + W <= (d.drops ? 192 : 256));
   const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
-  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: multiprocessors[arch], splits: hopper });
+  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: cudaArchs[arch].multiprocessors, splits: hopper });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = spec.name;
   const { args, ...texts } = startTexts(d);

@@ -2,6 +2,7 @@
  * Attention on Hopper's own tensor-core instructions (sm_90a, 16-bit floats): how many warpgroups of queries a block has, and the tensor
  * maps by which boxes of 64 columns are copied.
  */
+import { cudaArchs } from "../../../schemas/devices.ts";
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
@@ -10,10 +11,10 @@ import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { type Float16, float16Types, source } from "./prelude.ts";
 
-/** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
-const MULTIPROCESSORS = 132;
+/** A device with fewer multiprocessors runs the rest of the blocks later. */
+const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 /** Bytes of shared memory that a block may have. */
-const SHARED = 227 * 1024;
+const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 
 /**
  * Per thread, scores take 64 registers, weights 32 and outputs W/2: with values of at most 64 three warpgroups of queries have

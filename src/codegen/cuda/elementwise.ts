@@ -1,5 +1,6 @@
 /** Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. */
 
+import { cudaArchs } from "../../../schemas/devices.ts";
 import { cudaType } from "../../../schemas/dtypes.ts";
 import type { Dtype } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
@@ -149,9 +150,6 @@ export const elementwise: Readonly<Record<string, CudaGenerator>> = Object.fromE
 );
 
 const THREADS = 256;
-/** Number of multiprocessors: blocks for all of them take precedence over more vectors per thread. */
-export const processors: Readonly<Record<Arch, number>> = { sm_80: 108, sm_90a: 132, sm_100a: 148 };
-
 export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, start?: string): GeneratedKernel {
   const names = Object.keys(f.outputs);
   const numbers = f.numbers ?? [];
@@ -163,7 +161,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaFormula, st
   // 128 bytes in flight per thread saturate memory; without loads the stores decide
   const inFlight = loaded.reduce((n, name) => n + width * bytesOf[spec.dtype[name]!], 0) || 32;
   let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
-  while (unroll > 1 && total / width < THREADS * unroll * 4 * processors[arch]) unroll = Math.floor(unroll / 2);
+  while (unroll > 1 && total / width < THREADS * unroll * 4 * cudaArchs[arch].multiprocessors) unroll = Math.floor(unroll / 2);
   const indexed = [...(f.scalars ?? []), ...(f.indexed ?? [])];
   const inputs = [...loaded.filter((name) => !names.includes(name)), ...indexed];
   const vectors = total / width;

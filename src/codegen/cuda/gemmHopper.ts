@@ -3,6 +3,7 @@
  * tensor maps by which boxes of operands are copied. Possible where rows of all operands are multiples of 16 bytes.
  */
 
+import { cudaArchs } from "../../../schemas/devices.ts";
 import type { Dtype, TensorMap } from "../../../schemas/plan.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
@@ -11,10 +12,10 @@ import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { type Float16, float16Types, source } from "./prelude.ts";
 import { type CudaProduct, mostTiles, sidesOf } from "./product.ts";
 
-/** H100 and H200 SXM have 132; a device with fewer runs the rest of the blocks later. */
-const MULTIPROCESSORS = 132;
+/** A device with fewer multiprocessors runs the rest of the blocks later. */
+const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 /** Bytes of shared memory that one block may have. */
-const SHARED = 232448;
+const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 /** Of depth, in a stage: one row of the 128-byte swizzle. */
 const DEPTH = 64;
 

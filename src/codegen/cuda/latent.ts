@@ -1,10 +1,11 @@
 /** What latent attention moves between vectors: copies, and for what all heads share a sum over them. One pass over memory. */
+import { cudaArchs } from "../../../schemas/devices.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { alignmentsOf, type SliceCopy, sliceCopies } from "../slices.ts";
 import type { Arch } from "../targetNames.ts";
-import { cudaType, processors, vectorOf } from "./elementwise.ts";
+import { cudaType, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
 const copy = (spec: KernelSpec, arch: Arch): GeneratedKernel => {
@@ -37,7 +38,7 @@ function copies(spec: KernelSpec, arch: Arch, parts: SliceCopy) {
   const channels = slices.reduce((n, p) => n + p.length, 0);
   const total = (tokens * heads * channels) / vector;
   let unroll = 4;
-  while (unroll > 1 && total < THREADS * unroll * 4 * processors[arch]) unroll /= 2;
+  while (unroll > 1 && total < THREADS * unroll * 4 * cudaArchs[arch].multiprocessors) unroll /= 2;
   let begin = 0;
   const body = render("cuda/copy_slices.cu", {
     ...{ name: spec.name, vector, unroll, threads: THREADS, heads, vectors: channels / vector, type: cudaType(type), end: total },

@@ -1,10 +1,11 @@
 /** Root-mean-square norms: one pass over memory, a row in the registers of some threads of one block. And sums down columns. */
+import { cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { attributeOf, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
-import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
+import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
 export const norm: Readonly<Record<string, CudaGenerator>> = {
@@ -57,7 +58,7 @@ function normalizeGrad(spec: KernelSpec, width: number, arch: Arch): GeneratedKe
   // needs more of them where a thread has 16 values of a row
   const together = arch === "sm_100a" && shares.vector * shares.items >= 16 ? 512 : 1024;
   const resident = Math.max(1, together / shares.threads);
-  const blocks = Math.min(Math.ceil(rows / groups), processors[arch] * resident);
+  const blocks = Math.min(Math.ceil(rows / groups), cudaArchs[arch].multiprocessors * resident);
   const body = render("cuda/norm_grad.cu", {
     ...{ name: spec.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(spec.d.eps!) },
     ...{ x: cudaType(x!), gain: cudaType(gain!), dy: cudaType(dy!), dx: cudaType(dx!) },
@@ -80,7 +81,7 @@ function biasGrad(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const vector = vectorOf(width, [spec.dtype.dy!]);
   const [lanes, strands] = [32, 8];
   const columns = Math.ceil(width / (lanes * vector));
-  const blocks = Math.max(1, Math.min(Math.ceil(rows / (4 * strands)), Math.ceil((4 * processors[arch]) / columns)));
+  const blocks = Math.max(1, Math.min(Math.ceil(rows / (4 * strands)), Math.ceil((4 * cudaArchs[arch].multiprocessors) / columns)));
   const depth = Math.ceil(rows / blocks);
   const depths = Math.ceil(rows / depth);
   const body = render("cuda/bias_grad.cu", { name: spec.name, vector, lanes, strands, width, rows, depth, type: cudaType(spec.dtype.dy!) });

@@ -1,11 +1,12 @@
 /** Reductions to a scalar in two launches: blocks write partial sums to scratch, then one block adds them in a fixed order. */
 
+import { cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
-import { cudaType, f32, processors, vectorOf } from "./elementwise.ts";
+import { cudaType, f32, vectorOf } from "./elementwise.ts";
 import { source } from "./prelude.ts";
 
 interface Sum {
@@ -54,7 +55,7 @@ function makeSum(spec: KernelSpec, arch: Arch, s: Sum): GeneratedKernel {
   const total = spec.size[s.over]!;
   const vector = vectorOf(s.width ?? total, [type]);
   const unroll = 4;
-  const grid = Math.min(Math.ceil(total / (vector * unroll * 256)), processors[arch] * BLOCKS_EACH);
+  const grid = Math.min(Math.ceil(total / (vector * unroll * 256)), cudaArchs[arch].multiprocessors * BLOCKS_EACH);
   const beside = s.beside ? [s.beside] : [];
   const body = render("cuda/sum.cu", {
     ...{ name: spec.name, vector, unroll, grid, factor: f32(s.factor), term: s.term, type: cudaType(type), row: s.row ?? [] },

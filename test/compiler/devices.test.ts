@@ -1,0 +1,29 @@
+/** The table of devices: targets exist, and profiles compare with the peak of the operands' type. */
+import { expect, test } from "vitest";
+import { deviceNames, deviceOf } from "../../schemas/devices.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { targetNames } from "../../src/codegen/targetNames.ts";
+import { compile } from "../../src/compile.ts";
+import { profileRows } from "../../src/report/profile.ts";
+import { jobOf } from "../support/job.ts";
+
+test("the target of each device is a value of --target, and f32 is never faster than bf16", () => {
+  for (const name of deviceNames) {
+    const { target, peak } = deviceOf(name);
+    expect(targetNames, name).toContain(target);
+    expect(peak.f32, name).toBeLessThanOrEqual(peak.bf16 ?? 0);
+  }
+});
+
+test.each(["fp32", "bf16"] as const)("a profile compares the products of a job in %s with the peak of that type", (precision) => {
+  const model = { layers: 1, hidden: 1024, heads: 8, vocab: 64, seq: 2048 };
+  const train = { steps: 1, micro_batch: 2, precision, optimizer: { lr: 1e-3 } };
+  const job = jobOf({ name: "a", model, train, data: { path: "a.txt" }, cluster: { device: "h100-80gb" } });
+  const { plan } = compile(job);
+  const product = plan.programs.flatMap(instructionsOf).find((i) => i.kind === "compute" && i.op === "gemm");
+  expect(product).toBeDefined();
+  const id = product?.id ?? "";
+  const [row] = profileRows(plan, [{ rank: 0, stream: "compute", id, op: "gemm", begin_us: 0, end_us: 1000 }]);
+  const peak = { fp32: 67e12, bf16: 989e12 }[precision];
+  expect(row?.of_peak).toBeCloseTo(((row?.tflops ?? 0) * 1e12) / peak, 9);
+});
