@@ -1,29 +1,18 @@
 /**
- * Communication over NCCL, one rank per process. All ranks split their communicators from the world's in the same order, so they share only
- * one NCCL id. Collectives run on one stream in the plan's order. Each channel between two stages has its own communicator and stream; a
+ * Communication over NCCL, one rank per process. Collectives run on one stream in the plan's order. Each channel between two stages has its own communicator and stream; a
  * send copies its buffer first, so that it does not block.
  */
 
 import type { Collective, CollectiveKind, Plan, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, groupMembers, numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
-import type { Comm } from "../backend.ts";
+import { bytesOf, stageOfRank } from "../../schemas/sharding.ts";
+import type { BlockPosition, Comm } from "../backend.ts";
 import { type DeviceRange, offsetPointer } from "./arenas.ts";
-import type { Context, Stream } from "./driver.ts";
-import { type Communicator, joinCommunicator, uniqueId } from "./nccl.ts";
-import type { Label, RankStreams, Touch } from "./streams.ts";
+import { Communicators, type Share } from "./communicators.ts";
+import type { Context, DevicePointer, Stream } from "./driver.ts";
+import type { Communicator } from "./nccl.ts";
+import type { Label, RankStream, RankStreams, Touch } from "./streams.ts";
 
-/** Sends bytes from the first member of a group to the others. */
-export type Share = (name: string, members: readonly number[], make: () => Uint8Array) => Promise<Uint8Array>;
-
-/** The communicators of a rank: the world, each group of its collectives, and each channel to and from a stage. */
-interface Communicators {
-  readonly world: Communicator;
-  readonly groups: ReadonlyMap<string, Communicator>;
-  readonly channels: ReadonlyMap<string, Communicator>;
-  /** In creation order, which is equal on all ranks: the ranks of a node must destroy them together. */
-  readonly made: readonly Communicator[];
-}
 /** The NCCL communication of a rank. */
 export interface CudaComm extends Comm {
   /** Throws if a rank has failed. */
@@ -74,161 +63,129 @@ export interface CommNeeds {
   readonly settled: () => Promise<void>;
 }
 
-/** Opens the communicators of a rank. */
-export async function openComm({ plan, rank, context, streams, place, share, settled }: CommNeeds): Promise<CudaComm> {
-  const { mesh } = plan;
-  const stage = stageOfRank(mesh, rank);
-  const local = numberInStage(mesh, rank);
-  const { sends, spare } = besides(plan, stage);
-  verify(plan, stage, place);
-  const communicators = mesh.world > 1 ? await connect() : undefined;
-  const mailboxes = new Map([...sends].map(([key, bytes]) => [key, context.alloc(bytes)]));
-  const aside = spare > 0 ? context.alloc(spare) : undefined;
-  const collectives = streams.rankStream("comm");
+/** Opens the communication of a rank. */
+export async function openComm(needs: CommNeeds): Promise<CudaComm> {
+  const { plan, rank, context, streams, place, share, settled } = needs;
+  verify(plan, stageOfRank(plan.mesh, rank), place);
+  const connect = () => Communicators.connect({ plan, rank, context, stream: streams.compute.stream, share, settled });
+  return new NcclComm(needs, plan.mesh.world > 1 ? await connect() : undefined);
+}
 
-  async function connect(): Promise<Communicators> {
-    const everyone = Array.from({ length: mesh.world }, (_, r) => r);
-    const world = joinCommunicator(await share("world", everyone, uniqueId), rank, mesh.world);
-    const groups = new Map<string, Communicator>();
-    const made = [world];
-    const split = (members: readonly number[] | undefined): Communicator | undefined => {
-      const own = world.split(members);
-      if (own) made.push(own);
-      return own;
-    };
-    // all ranks split in the same order, including ranks whose stage does not use the group
-    for (const { key, subAxes, stages } of groupings(plan)) {
-      const group = split(stages.has(stage) ? groupMembers(mesh, local, subAxes).map((m) => rankAt(mesh, stage, m)) : undefined);
-      if (group) groups.set(key, group);
-    }
-    const channels = new Map<string, Communicator>();
-    for (const { key, source, target } of channelsOf(plan)) {
-      const pair = split(
-        stage === source || stage === target ? [source, target].sort((a, b) => a - b).map((s) => rankAt(mesh, s, local)) : undefined,
-      );
-      if (pair) channels.set(key, pair);
-    }
-    await warmUpChannels(channels);
-    return { world, groups, channels, made };
+class NcclComm implements CudaComm {
+  readonly #context: Context;
+  readonly #streams: RankStreams;
+  readonly #place: CommNeeds["place"];
+  readonly #communicators: Communicators | undefined;
+  /** Copies of sends, by mailbox. */
+  readonly #mailboxes: ReadonlyMap<string, DevicePointer>;
+  /** Space for in-place exchanges. */
+  readonly #spare: DevicePointer | undefined;
+  readonly #collectives: RankStream;
+
+  constructor({ plan, rank, context, streams, place }: CommNeeds, communicators: Communicators | undefined) {
+    const { sends, spare } = besides(plan, stageOfRank(plan.mesh, rank));
+    this.#context = context;
+    this.#streams = streams;
+    this.#place = place;
+    this.#communicators = communicators;
+    this.#mailboxes = new Map([...sends].map(([key, bytes]) => [key, context.alloc(bytes)]));
+    this.#spare = spare > 0 ? context.alloc(spare) : undefined;
+    this.#collectives = streams.rankStream("comm");
   }
 
-  /** Connects the ranks now and in one order: NCCL otherwise connects at the first exchange and blocks the host. */
-  async function warmUpChannels(channels: ReadonlyMap<string, Communicator>): Promise<void> {
-    const word = context.alloc(256);
-    for (const { key, source, target } of channelsOf(plan)) {
-      if (stage === source) channels.get(key)!.send(word, 1, peerOf(source, target), streams.compute.stream, "i32");
-      else if (stage === target) channels.get(key)!.recv(word, 1, peerOf(target, source), streams.compute.stream, "i32");
-      else continue;
-      await settled();
-    }
-    context.free(word);
+  collective(_: number, i: Collective, { copy }: BlockPosition): boolean {
+    const [from, to] = [this.#place(i.from, copy), this.#place(i.to, copy)];
+    const touch: Touch = { reads: [from.span], writes: i.how === "reduce_scatter" && from.at === to.at ? [from.span] : [to.span] };
+    const group = this.#communicators?.group(i);
+    if (group) this.#streams.beside(this.#collectives, touch, labelOf(i), (stream) => this.#perform(i.how, group, from, to, stream));
+    else if (from.at !== to.at) this.#streams.run(touch, labelOf(i), (stream) => this.#context.copy(to.at, from.at, from.bytes, stream));
+    return true;
   }
 
-  const perform: Record<CollectiveKind, (group: Communicator, from: DeviceRange, to: DeviceRange, stream: Stream) => void> = {
-    all_reduce: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum"),
-    all_reduce_max: (group, from, to, stream) => group.allReduce(from.at, to.at, from.count, stream, from.dtype, "max"),
-    // NCCL supports in-place exchange only at the rank's own offset
-    all_gather(group, from, to, stream) {
-      const own = from.at === to.at ? offsetPointer(to.at, group.rank * from.bytes) : from.at;
-      if (own !== from.at) context.copy(own, from.at, from.bytes, stream);
-      group.allGather(own, to.at, from.count, stream, from.dtype);
-    },
-    reduce_scatter(group, from, to, stream) {
-      const own = from.at === to.at ? offsetPointer(from.at, group.rank * to.bytes) : to.at;
-      group.reduceScatter(from.at, own, to.count, stream, from.dtype);
-      if (own !== to.at) context.copy(to.at, own, to.bytes, stream);
-    },
-    all_to_all(group, from, to, stream) {
-      const source = from.at === to.at ? aside! : from.at;
-      if (source !== from.at) context.copy(source, from.at, from.bytes, stream);
-      group.allToAll(source, to.at, from.count / group.ranks, stream, from.dtype);
-    },
-    shift(group, from, to, stream) {
-      const source = from.at === to.at ? aside! : from.at;
-      if (source !== from.at) context.copy(source, from.at, from.bytes, stream);
-      group.shift(source, to.at, from.count, stream, from.dtype);
-    },
-  };
-  const labelOf = (i: Collective | Transfer): Label => ({ id: i.id, op: i.kind === "collective" ? i.how : i.kind, kernel: "" });
+  send(_: number, i: Transfer, { copy, microbatch }: BlockPosition): void {
+    const from = this.#place(i.buffer, copy);
+    const at = this.#mailboxes.get(mailbox(i, microbatch));
+    if (at === undefined) throw new Error(`rankc: ${i.id} has no mailbox`);
+    const box = [Number(at), Number(at) + from.bytes] as const;
+    this.#streams.run({ reads: [from.span], writes: [box] }, undefined, (stream) => this.#context.copy(at, from.at, from.bytes, stream));
+    const rankStream = this.#streams.rankStream(`send ${i.peer} ${i.channel}`);
+    this.#streams.beside(rankStream, { reads: [box], writes: [] }, labelOf(i), (stream) => {
+      const { channel, peer } = this.#channel(i);
+      channel.send(at, from.count, peer, stream, from.dtype);
+    });
+  }
 
-  return {
-    collective(_, i, { copy }) {
-      const [from, to] = [place(i.from, copy), place(i.to, copy)];
-      const touch: Touch = { reads: [from.span], writes: i.how === "reduce_scatter" && from.at === to.at ? [from.span] : [to.span] };
-      const group = i.world ? communicators?.world : communicators?.groups.get(keyOf(mesh, i.subAxes));
-      if (group) streams.beside(collectives, touch, labelOf(i), (stream) => perform[i.how](group, from, to, stream));
-      else if (from.at !== to.at) streams.run(touch, labelOf(i), (stream) => context.copy(to.at, from.at, from.bytes, stream));
-      return true;
-    },
-    send(_, i, { copy, microbatch }) {
-      const from = place(i.buffer, copy);
-      const at = mailboxes.get(mailbox(i, microbatch))!;
-      const box = [Number(at), Number(at) + from.bytes] as const;
-      streams.run({ reads: [from.span], writes: [box] }, undefined, (stream) => context.copy(at, from.at, from.bytes, stream));
-      streams.beside(streams.rankStream(`send ${i.peer} ${i.channel}`), { reads: [box], writes: [] }, labelOf(i), (stream) =>
-        communicators!.channels.get(channelKey(stage, i.peer, i))!.send(at, from.count, peerOf(stage, i.peer), stream, from.dtype),
-      );
-    },
-    recv(_, i, { copy }) {
-      const to = place(i.buffer, copy);
-      streams.beside(streams.rankStream(`recv ${i.peer} ${i.channel}`), { reads: [], writes: [to.span] }, labelOf(i), (stream) =>
-        communicators!.channels.get(channelKey(i.peer, stage, i))!.recv(to.at, to.count, peerOf(stage, i.peer), stream, to.dtype),
-      );
-      return true;
-    },
-    check() {
-      for (const c of communicators?.made ?? []) c.check();
-    },
-    async abort() {
-      await Promise.all(communicators?.made.map((c) => c.abort()) ?? []);
-    },
-    close() {
-      for (const c of communicators?.made.toReversed() ?? []) c.close();
-      for (const at of [...mailboxes.values(), ...(aside === undefined ? [] : [aside])]) context.free(at);
-    },
-  };
-}
+  recv(_: number, i: Transfer, { copy }: BlockPosition): boolean {
+    const to = this.#place(i.buffer, copy);
+    const rankStream = this.#streams.rankStream(`recv ${i.peer} ${i.channel}`);
+    this.#streams.beside(rankStream, { reads: [], writes: [to.span] }, labelOf(i), (stream) => {
+      const { channel, peer } = this.#channel(i);
+      channel.recv(to.at, to.count, peer, stream, to.dtype);
+    });
+    return true;
+  }
 
-/** Returns the rank in a channel's communicator: 0 for the lower stage. */
-const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
+  check(): void {
+    this.#communicators?.check();
+  }
 
-/** Returns whether the sub-axes form groups of more than one rank. */
-const keyOf = ({ subAxes }: Plan["mesh"], fs: readonly number[]): string =>
-  fs
-    .filter((f) => subAxes[f]!.size > 1)
-    .sort((a, b) => a - b)
-    .join();
+  async abort(): Promise<void> {
+    await this.#communicators?.abort();
+  }
 
-/** Lists the sub-axis sets of collectives with their stages, in an order that is equal on all ranks. */
-function groupings(plan: Plan): { key: string; subAxes: number[]; stages: Set<number> }[] {
-  const found = new Map<string, Set<number>>();
-  for (const p of plan.programs)
-    for (const i of instructionsOf(p)) {
-      if (i.kind !== "collective" || i.world) continue;
-      const key = keyOf(plan.mesh, i.subAxes);
-      if (key) found.set(key, (found.get(key) ?? new Set()).add(p.stage));
+  close(): void {
+    this.#communicators?.close();
+    for (const at of this.#mailboxes.values()) this.#context.free(at);
+    if (this.#spare !== undefined) this.#context.free(this.#spare);
+  }
+
+  #channel(i: Transfer): ReturnType<Communicators["channel"]> {
+    if (!this.#communicators) throw new Error(`rankc: ${i.id} needs another rank, and the plan has one`);
+    return this.#communicators.channel(i);
+  }
+
+  #perform(how: CollectiveKind, group: Communicator, from: DeviceRange, to: DeviceRange, stream: Stream): void {
+    switch (how) {
+      case "all_reduce":
+        group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum");
+        break;
+      case "all_reduce_max":
+        group.allReduce(from.at, to.at, from.count, stream, from.dtype, "max");
+        break;
+      case "all_gather": {
+        // NCCL supports in-place exchange only at the rank's own offset
+        const own = from.at === to.at ? offsetPointer(to.at, group.rank * from.bytes) : from.at;
+        if (own !== from.at) this.#context.copy(own, from.at, from.bytes, stream);
+        group.allGather(own, to.at, from.count, stream, from.dtype);
+        break;
+      }
+      case "reduce_scatter": {
+        const own = from.at === to.at ? offsetPointer(from.at, group.rank * to.bytes) : to.at;
+        group.reduceScatter(from.at, own, to.count, stream, from.dtype);
+        if (own !== to.at) this.#context.copy(to.at, own, to.bytes, stream);
+        break;
+      }
+      case "all_to_all":
+        group.allToAll(this.#source(from, to, stream), to.at, from.count / group.ranks, stream, from.dtype);
+        break;
+      case "shift":
+        group.shift(this.#source(from, to, stream), to.at, from.count, stream, from.dtype);
+        break;
+      default:
+        how satisfies never;
     }
-  return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, subAxes: key.split(",").map(Number), stages }));
+  }
+
+  /** Returns the source of an exchange; of one in place, a copy. */
+  #source(from: DeviceRange, to: DeviceRange, stream: Stream): DevicePointer {
+    if (from.at !== to.at) return from.at;
+    if (this.#spare === undefined) throw new Error("rankc: an exchange in place has no space for its source");
+    this.#context.copy(this.#spare, from.at, from.bytes, stream);
+    return this.#spare;
+  }
 }
 
-interface Channel {
-  readonly key: string;
-  readonly source: number;
-  readonly target: number;
-}
-const channelKey = (source: number, target: number, { channel }: Pick<Transfer, "channel">): string => `${source}>${target} ${channel}`;
-
-/** Lists the channels between stages, in an order that is equal on all ranks. */
-function channelsOf(plan: Plan): Channel[] {
-  const found = new Map<string, Channel>();
-  for (const p of plan.programs)
-    for (const i of instructionsOf(p)) {
-      if (i.kind !== "send") continue;
-      const key = channelKey(p.stage, i.peer, i);
-      found.set(key, { key, source: p.stage, target: i.peer });
-    }
-  return [...found.values()].sort((a, b) => a.source - b.source || a.target - b.target || (a.key < b.key ? -1 : 1));
-}
+const labelOf = (i: Collective | Transfer): Label => ({ id: i.id, op: i.kind === "collective" ? i.how : i.kind, kernel: "" });
 
 /** Verifies that source and destination of a collective have matching lengths and equal types. */
 function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
