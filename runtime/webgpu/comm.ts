@@ -7,11 +7,11 @@ import type { Buffer, Collective, CollectiveKind, Dtype, Plan } from "../../sche
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, rankAt } from "../../schemas/sharding.ts";
 import type { Comm } from "../backend.ts";
-import { inProcessComm, rankTable } from "../inProcessComm.ts";
+import { inProcessComm, type RankTable, rankTable } from "../inProcessComm.ts";
 import { type BufferRange, bytesOfBuffer } from "./arenas.ts";
 import type { Bind } from "./bindings.ts";
 import { gridOf, MOST_SOURCES, placeSource, type Reduce, type Reduction, reduceSource } from "./collectives.ts";
-import type { Commands, Dispatch, Origin } from "./commands.ts";
+import type { Commands, Dispatch } from "./commands.ts";
 import type { Gpu } from "./device.ts";
 import type { Compile, ComputePipeline } from "./pipelines.ts";
 
@@ -28,111 +28,21 @@ export interface CommDevice {
 }
 
 /** Returns the communication of all ranks on one device. */
-export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, place }: CommDevice): Promise<Comm> {
-  const { mesh, programs } = plan;
+export async function webgpuComm(plan: Plan, parts: CommDevice): Promise<Comm> {
+  const { gpu, commands, compile, place } = parts;
   const ranks = rankTable(plan);
-  const { bufferOf, groupOf } = ranks;
-
-  const { kernels, aside } = await prepareAll();
-  const kernel = (name: string): ComputePipeline => kernels.get(name)!;
-
-  /** The kernels of the plan's collectives, and a staging GPUBuffer per member. */
-  async function prepareAll(): Promise<{ kernels: Map<string, ComputePipeline>; aside: GPUBuffer[] }> {
-    const sources = new Map<string, ReturnType<typeof reduceSource>>();
-    const room: number[] = [];
-    for (const p of programs)
-      for (const i of instructionsOf(p)) {
-        if (i.kind !== "collective") continue;
-        const one = rankAt(mesh, p.stage, 0);
-        const [from, to] = [bufferOf(one, i.from), bufferOf(one, i.to)];
-        const g = groupOf(one, i).length;
-        const reduction = reductionOf(i);
-        const need = (at: number, bytes: number) => (room[at] = Math.max(room[at] ?? 0, bytes));
-        if (reduction) {
-          need(0, 4 * elementsOf(from.shape));
-          for (const r of reductions(reduction, from.dtype, g)) sources.set(nameOf(r), reduceSource(r));
-          if (to.dtype !== "f32") sources.set(placing("f32", to.dtype), placeSource("f32", to.dtype));
-        } else {
-          for (let j = 0; j < g; j++) need(j, bytesOfBuffer(from));
-          if (!wholeWords(to, g)) sources.set(placing(from.dtype, to.dtype), placeSource(from.dtype, to.dtype));
-        }
-      }
-    const made = [...sources].map(async ([name, source]) => [name, (await compile(source))[0]!] as const);
-    const aside = room.map((bytes, j) => gpu.make(`collectives ${j}`, Math.ceil(bytes / 256) * 256));
-    return { kernels: new Map(await Promise.all(made)), aside };
-  }
-
-  function steps(i: Collective, group: readonly number[], copy: number): Step[] {
-    const origin = (rank: number, kernel: string): Origin => ({ rank, id: i.id, op: i.how, kernel });
-    const run = (name: string, rank: number, places: readonly BufferRange[], elements: number, uniform?: readonly number[]): Dispatch => {
-      const { pipeline, layout } = kernel(name);
-      return { pipeline, group: bind(`${i.id}, rank ${rank}`, layout, places, uniform), grid: gridOf(elements), of: origin(rank, name) };
-    };
-    /** Copies a block (first element, length) to a buffer of the same type, or rounds it to another type. */
-    const block = (
-      rank: number,
-      from: BufferRange,
-      at: number,
-      fromType: Dtype,
-      to: BufferRange,
-      start: number,
-      n: number,
-      toType: Dtype,
-    ): Step => {
-      const [a, b, bytes] = [at * bytesOf[fromType], start * bytesOf[toType], n * bytesOf[toType]];
-      if (fromType === toType && [a, b, bytes].every((x) => x % 4 === 0))
-        return { from: { ...from, offset: from.offset + a, bytes }, to: { ...to, offset: to.offset + b, bytes } };
-      return run(placing(fromType, toType), rank, [from, to], n, [at, start, n]);
-    };
-    const held = group.map((rank) => ({ rank, b: bufferOf(rank, i.from), at: place(rank, bufferOf(rank, i.from), copy) }));
-    const wanted = group.map((rank) => ({ rank, b: bufferOf(rank, i.to), at: place(rank, bufferOf(rank, i.to), copy) }));
-    const [from, to] = [held[0]!.b, wanted[0]!.b];
-    const [n, m, g] = [elementsOf(from.shape), elementsOf(to.shape), group.length];
-    const expected: Record<CollectiveKind, number> = {
-      ...{ all_gather: n * g, reduce_scatter: n / g, all_to_all: n },
-      ...{ all_reduce: n, all_reduce_max: n, shift: n },
-    };
-    if (m !== expected[i.how]) throw new Error(`rankc: ${i.id} is no ${i.how} of ${g} ranks: ${from.id} has ${n} elements, ${to.id} ${m}`);
-
-    const reduction = reductionOf(i);
-    if (reduction) {
-      const total = { buffer: aside[0]!, offset: 0, bytes: 4 * n };
-      const reduce = reductions(reduction, from.dtype, g).map((r, k) => {
-        const part = held.slice(k * MOST_SOURCES, k * MOST_SOURCES + r.sources);
-        return run(nameOf(r), part[0]!.rank, [...part.map(({ at }) => at), total], n);
-      });
-      const scatter = wanted.map(({ rank, at }, k) =>
-        block(rank, total, i.how === "reduce_scatter" ? k * m : 0, "f32", at, 0, m, to.dtype),
-      );
-      return [...reduce, ...scatter];
-    }
-    const copies = held.map(({ at }, j): Copy => ({ from: at, to: { buffer: aside[j]!, offset: 0, bytes: at.bytes } }));
-    if (i.how === "shift") return [...copies, ...wanted.map(({ at }, k): Copy => ({ from: copies[(k + g - 1) % g]!.to, to: at }))];
-    const blocks = wanted.flatMap(({ rank, at }, k) =>
-      copies.map(({ to: source }, j) =>
-        block(rank, source, i.how === "all_to_all" ? (k * m) / g : 0, from.dtype, at, (j * m) / g, m / g, to.dtype),
-      ),
-    );
-    return [...copies, ...blocks];
-  }
-
-  /** Created on first use; equal in every step. */
-  const prepared = new Map<Collective, Map<string, Step[]>>();
-  function perform(group: readonly number[], i: Collective, copy: number): void {
-    const known = prepared.get(i) ?? new Map<string, Step[]>();
-    prepared.set(i, known);
-    const key = `${group[0]}|${copy}`;
-    if (!known.has(key)) known.set(key, steps(i, group, copy));
-    for (const s of known.get(key)!) {
-      if ("pipeline" in s) commands.dispatch(s);
-      else commands.copy(s.from, s.to);
-    }
-  }
-
+  const { sources, room } = needsOf(plan, ranks);
+  const compiled = [...sources].map(async ([name, source]): Promise<[string, ComputePipeline]> => {
+    const [pipeline] = await compile(source);
+    if (!pipeline) throw new Error(`rankc: ${name} has no kernel`);
+    return [name, pipeline];
+  });
+  const staging = room.map((bytes, j) => gpu.make(`collectives ${j}`, Math.ceil(bytes / 256) * 256));
+  const collectives = new Collectives(ranks, parts, new Map(await Promise.all(compiled)), staging);
   /** Message buffers for reuse, by size; reuse is safe because the device executes in order. */
   const read = new Map<number, GPUBuffer[]>();
   return inProcessComm<GPUBuffer>(plan, ranks, {
-    perform,
+    perform: (group, i, copy) => collectives.perform(group, i, copy),
     send(rank, b, copy) {
       const from = place(rank, b, copy);
       const message = read.get(from.bytes)?.pop() ?? gpu.make(`what rank ${rank} sends`, Math.ceil(from.bytes / 4) * 4);
@@ -145,6 +55,152 @@ export async function webgpuComm(plan: Plan, { gpu, commands, compile, bind, pla
       read.set(to.bytes, [...(read.get(to.bytes) ?? []), message]);
     },
   });
+}
+
+/** Returns the sources of the kernels that the plan's collectives need, by name, and the bytes of staging memory of each member. */
+function needsOf({ mesh, programs }: Plan, { bufferOf, groupOf }: RankTable) {
+  const sources = new Map<string, ReturnType<typeof reduceSource>>();
+  const room: number[] = [];
+  const need = (at: number, bytes: number): void => void (room[at] = Math.max(room[at] ?? 0, bytes));
+  for (const p of programs)
+    for (const i of instructionsOf(p)) {
+      if (i.kind !== "collective") continue;
+      const one = rankAt(mesh, p.stage, 0);
+      const [from, to] = [bufferOf(one, i.from), bufferOf(one, i.to)];
+      const g = groupOf(one, i).length;
+      const reduction = reductionOf(i);
+      if (reduction) {
+        need(0, 4 * elementsOf(from.shape));
+        for (const r of reductions(reduction, from.dtype, g)) sources.set(nameOf(r), reduceSource(r));
+        if (to.dtype !== "f32") sources.set(placing("f32", to.dtype), placeSource("f32", to.dtype));
+      } else {
+        for (let j = 0; j < g; j++) need(j, bytesOfBuffer(from));
+        if (!wholeWords(to, g)) sources.set(placing(from.dtype, to.dtype), placeSource(from.dtype, to.dtype));
+      }
+    }
+  return { sources, room };
+}
+
+/** A range of memory with the type of its elements. */
+interface TypedRange {
+  readonly range: BufferRange;
+  readonly dtype: Dtype;
+}
+/** The operand of a member in a collective. */
+interface Member extends TypedRange {
+  readonly rank: number;
+}
+/** One collective of one group: the sources and destinations of its members in order, with so many elements each. */
+interface Exchange {
+  readonly i: Collective;
+  readonly held: readonly Member[];
+  readonly wanted: readonly Member[];
+  readonly n: number;
+  readonly m: number;
+}
+
+/** The collectives of a plan as dispatches and copies. */
+class Collectives {
+  readonly #ranks: RankTable;
+  readonly #parts: CommDevice;
+  readonly #kernels: ReadonlyMap<string, ComputePipeline>;
+  /** Staging memory by member. */
+  readonly #staging: readonly GPUBuffer[];
+  /** By collective, then by group and activation copy. Created on first use; equal in every step. */
+  readonly #prepared = new Map<Collective, Map<string, readonly Step[]>>();
+
+  constructor(ranks: RankTable, parts: CommDevice, kernels: ReadonlyMap<string, ComputePipeline>, staging: readonly GPUBuffer[]) {
+    this.#ranks = ranks;
+    this.#parts = parts;
+    this.#kernels = kernels;
+    this.#staging = staging;
+  }
+
+  /** Records a collective of a group. */
+  perform(group: readonly number[], i: Collective, copy: number): void {
+    const known = this.#prepared.get(i) ?? new Map<string, readonly Step[]>();
+    this.#prepared.set(i, known);
+    const key = `${group[0]}|${copy}`;
+    const steps = known.get(key) ?? this.#steps(group, i, copy);
+    known.set(key, steps);
+    for (const s of steps) {
+      if ("pipeline" in s) this.#parts.commands.dispatch(s);
+      else this.#parts.commands.copy(s.from, s.to);
+    }
+  }
+
+  #steps(group: readonly number[], i: Collective, copy: number): readonly Step[] {
+    const [first = 0] = group;
+    const [from, to] = [this.#ranks.bufferOf(first, i.from), this.#ranks.bufferOf(first, i.to)];
+    const [n, m, g] = [elementsOf(from.shape), elementsOf(to.shape), group.length];
+    const expected: Record<CollectiveKind, number> = {
+      ...{ all_gather: n * g, reduce_scatter: n / g, all_to_all: n },
+      ...{ all_reduce: n, all_reduce_max: n, shift: n },
+    };
+    if (m !== expected[i.how]) throw new Error(`rankc: ${i.id} is no ${i.how} of ${g} ranks: ${from.id} has ${n} elements, ${to.id} ${m}`);
+    const members = (id: string): Member[] =>
+      group.map((rank) => {
+        const b = this.#ranks.bufferOf(rank, id);
+        return { rank, range: this.#parts.place(rank, b, copy), dtype: b.dtype };
+      });
+    const exchange: Exchange = { i, held: members(i.from), wanted: members(i.to), n, m };
+    const reduction = reductionOf(i);
+    return reduction ? this.#reduce(exchange, reduction, from.dtype) : this.#exchange(exchange);
+  }
+
+  /** Reduces all sources to f32 in staging memory, then places the total, or each member's block of it. */
+  #reduce({ i, held, wanted, n, m }: Exchange, reduction: Reduction, dtype: Dtype): Step[] {
+    const total: TypedRange = { range: this.#stagingOf(0, 4 * n), dtype: "f32" };
+    const reduce = reductions(reduction, dtype, held.length).map((r, k) => {
+      const part = held.slice(k * MOST_SOURCES, k * MOST_SOURCES + r.sources);
+      const [{ rank } = { rank: 0 }] = part;
+      return this.#run(i, nameOf(r), rank, [...part.map(({ range }) => range), total.range], n);
+    });
+    const scatter = wanted.map((to, k) => this.#place(i, total, i.how === "reduce_scatter" ? k * m : 0, to, 0, m));
+    return [...reduce, ...scatter];
+  }
+
+  /** Copies all sources to staging memory, then places the blocks that each member receives. */
+  #exchange({ i, held, wanted, m }: Exchange): Step[] {
+    const g = held.length;
+    const staged = held.map(({ range, dtype }, j) => ({ from: range, to: this.#stagingOf(j, range.bytes), dtype }));
+    const copies = staged.map(({ from, to }): Copy => ({ from, to }));
+    if (i.how === "shift") {
+      const shifted = [...staged.slice(-1), ...staged.slice(0, -1)];
+      return [...copies, ...shifted.flatMap(({ to: from }, k): Copy[] => wanted.slice(k, k + 1).map(({ range }) => ({ from, to: range })))];
+    }
+    const blocks = wanted.flatMap((to, k) =>
+      staged.map(({ to: range, dtype }, j) =>
+        this.#place(i, { range, dtype }, i.how === "all_to_all" ? (k * m) / g : 0, to, (j * m) / g, m / g),
+      ),
+    );
+    return [...copies, ...blocks];
+  }
+
+  #stagingOf(member: number, bytes: number): BufferRange {
+    const buffer = this.#staging[member];
+    if (!buffer) throw new Error(`rankc: no staging memory for member ${member}`);
+    return { buffer, offset: 0, bytes };
+  }
+
+  /** Copies n elements, from element `at` to element `start`, or converts them to another type. */
+  #place(i: Collective, from: TypedRange, at: number, to: Member, start: number, n: number): Step {
+    const [a, b, bytes] = [at * bytesOf[from.dtype], start * bytesOf[to.dtype], n * bytesOf[to.dtype]];
+    if (from.dtype === to.dtype && [a, b, bytes].every((x) => x % 4 === 0))
+      return {
+        from: { ...from.range, offset: from.range.offset + a, bytes },
+        to: { ...to.range, offset: to.range.offset + b, bytes },
+      };
+    return this.#run(i, placing(from.dtype, to.dtype), to.rank, [from.range, to.range], n, [at, start, n]);
+  }
+
+  #run(i: Collective, name: string, rank: number, ranges: readonly BufferRange[], elements: number, uniform?: readonly number[]): Dispatch {
+    const kernel = this.#kernels.get(name);
+    if (!kernel) throw new Error(`rankc: the kernel ${name} is not compiled`);
+    const { pipeline, layout } = kernel;
+    const group = this.#parts.bind(`${i.id}, rank ${rank}`, layout, ranges, uniform);
+    return { pipeline, group, grid: gridOf(elements), of: { rank, id: i.id, op: i.how, kernel: name } };
+  }
 }
 
 const reductionOf = (i: Collective): Reduction | undefined =>

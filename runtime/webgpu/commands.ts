@@ -1,149 +1,168 @@
 /**
- * The one queue of commands of a device: what is recorded is done in order. Commands are collected into few submissions;
- * host writes join them in order, and only reading waits.
+ * The command queue of a device. Commands execute in the order of the calls. They are collected into few submissions, together with
+ * writes of the host; only reads wait.
  */
 /// <reference types="@webgpu/types" />
 import type { BufferRange } from "./arenas.ts";
 import { type Gpu, mapRead, usage } from "./device.ts";
 
-/** A dispatch with its buffers bound, made once and recorded many times. */
+/** A dispatch with bound buffers; created once and recorded many times. */
 export interface Dispatch {
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
   readonly grid: readonly [number, number, number];
   readonly of: Origin;
 }
+/** The instruction that a dispatch belongs to. */
 export interface Origin {
   readonly rank: number;
-  /** The instruction's. */
+  /** The id of the instruction. */
   readonly id: string;
   readonly op: string;
   readonly kernel: string;
 }
-/** When a dispatch ran: microseconds on the device's clock, 0 at the first dispatch that was timed. */
+/** The time of a dispatch in microseconds of the device's clock; 0 is the begin of the first timed dispatch. */
 export interface DispatchTiming extends Origin {
   readonly stream: "compute";
   readonly begin_us: number;
   readonly end_us: number;
 }
 
+/** The commands of a device. */
 export interface Commands {
   dispatch(d: Dispatch): void;
-  /** As many bytes as the destination holds; between two GPUBuffers. */
+  /** Copies as many bytes as the destination holds, between two GPUBuffers. */
   copy(from: BufferRange, to: BufferRange): void;
   clear(place: BufferRange): void;
   write(place: BufferRange, data: ArrayBufferView): void;
-  /** Copies of what the places hold when all that was recorded before is done. */
-  read(places: readonly BufferRange[]): Promise<ArrayBuffer[]>;
-  /** Waits until all that was recorded is done. */
+  /** Returns copies of the ranges, after all commands recorded before. */
+  read(ranges: readonly BufferRange[]): Promise<ArrayBuffer[]>;
+  /** Waits until all recorded commands are complete. */
   finish(): Promise<void>;
-  /** What was timed since the last time this was asked. */
+  /** Returns the times recorded since the last call. */
   timings(): Promise<DispatchTiming[]>;
 }
 
-/** Dispatches in one submission: enough that submitting costs next to nothing, few enough that the device starts early. */
+/** Dispatches per submission: enough to make the cost of a submission small, few enough that the device starts early. */
 const BATCH = 256;
-/** Bytes of host writes in flight; a larger one is a submission of its own. */
+/** Bytes of host writes per submission; a write of more than a quarter goes to the queue directly. */
 const UPLOADS = 1 << 20;
 /** Dispatches timed by one query set; WebGPU allows 4096 queries. */
 const TIMED = 2048;
 
-export function commandsOn(gpu: Gpu, { timed }: { timed: boolean }): Commands {
-  const { device } = gpu;
-  const uploads = device.createBuffer({ label: "host writes", size: UPLOADS, usage: usage.copySource | usage.copyTarget });
-  const times = timed && device.features.has("timestamp-query") ? timer(gpu) : undefined;
-  let uploaded = 0;
-  let pending = 0;
-  let encoder: GPUCommandEncoder | undefined;
-  let pass: GPUComputePassEncoder | undefined;
-  /** What the pass has set: each call costs about a microsecond of the host. */
-  let pipelineSet: GPUComputePipeline | undefined;
-  let groupSet: GPUBindGroup | undefined;
+/** Opens the command queue of a device. `timed`: record the time of every dispatch, if the device can. */
+export const commandsOn = (gpu: Gpu, { timed }: { timed: boolean }): Commands => new CommandQueue(gpu, timed);
 
-  const recorder = (): GPUCommandEncoder => (encoder ??= device.createCommandEncoder());
-  /** Copies stand between passes. */
-  const between = (): GPUCommandEncoder => {
-    pass?.end();
-    pass = pipelineSet = groupSet = undefined;
-    return recorder();
-  };
-  function submit(): void {
-    if (!encoder) return;
-    times?.resolve(between());
-    device.queue.submit([between().finish()]);
-    times?.submitted();
-    encoder = undefined;
-    pending = 0;
-    // what is written from now on is written after what was submitted
-    uploaded = 0;
+class CommandQueue implements Commands {
+  readonly #gpu: Gpu;
+  readonly #device: GPUDevice;
+  readonly #uploads: GPUBuffer;
+  readonly #times: ReturnType<typeof timer> | undefined;
+  /** Bytes of `#uploads` that the open submission uses. */
+  #uploaded = 0;
+  #pending = 0;
+  #encoder: GPUCommandEncoder | undefined;
+  #pass: GPUComputePassEncoder | undefined;
+  /** State of the pass, to omit calls that change nothing: each costs about a microsecond of the host. */
+  #pipelineSet: GPUComputePipeline | undefined;
+  #groupSet: GPUBindGroup | undefined;
+
+  constructor(gpu: Gpu, timed: boolean) {
+    const { device } = gpu;
+    this.#gpu = gpu;
+    this.#device = device;
+    this.#uploads = device.createBuffer({ label: "host writes", size: UPLOADS, usage: usage.copySource | usage.copyTarget });
+    this.#times = timed && device.features.has("timestamp-query") ? timer(gpu) : undefined;
   }
 
-  return {
-    dispatch({ pipeline, group, grid, of }) {
-      pass ??= recorder().beginComputePass(times?.next(of));
-      if (pipeline !== pipelineSet) pass.setPipeline((pipelineSet = pipeline));
-      if (group !== groupSet) pass.setBindGroup(0, (groupSet = group));
-      if (grid[1] === 1 && grid[2] === 1) pass.dispatchWorkgroups(grid[0]);
-      else pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
-      // times are those of a pass
-      if (times) between();
-      if (++pending === BATCH || times?.full()) submit();
-    },
-    copy(from, to) {
-      between().copyBufferToBuffer(from.buffer, from.offset, to.buffer, to.offset, words(to.bytes));
-    },
-    clear({ buffer, offset, bytes }) {
-      between().clearBuffer(buffer, offset, words(bytes));
-    },
-    write({ buffer, offset }, data) {
-      const bytes = inWords(data);
-      if (bytes.length > UPLOADS / 4) {
-        submit();
-        device.queue.writeBuffer(buffer, offset, bytes);
-        return;
-      }
-      if (uploaded + bytes.length > UPLOADS) submit();
-      device.queue.writeBuffer(uploads, uploaded, bytes);
-      between().copyBufferToBuffer(uploads, uploaded, buffer, offset, bytes.length);
-      uploaded += bytes.length;
-    },
-    async read(places) {
-      gpu.check();
-      const sizes = places.map(({ bytes }) => words(bytes));
-      const total = sizes.reduce((sum, n) => sum + n, 0);
-      if (total === 0) return [];
-      const staging = device.createBuffer({ label: "host reads", size: total, usage: usage.mapRead | usage.copyTarget });
-      let at = 0;
-      for (const [i, { buffer, offset }] of places.entries()) {
-        between().copyBufferToBuffer(buffer, offset, staging, at, sizes[i]!);
-        at += sizes[i]!;
-      }
-      submit();
-      try {
-        await gpu.done(staging.mapAsync(mapRead));
-        const mapped = staging.getMappedRange();
-        at = 0;
-        return places.map(({ bytes }, i) => {
-          const copy = mapped.slice(at, at + bytes);
-          at += sizes[i]!;
-          return copy;
-        });
-      } finally {
-        staging.destroy();
-      }
-    },
-    async finish() {
-      submit();
-      await gpu.done(device.queue.onSubmittedWorkDone());
-    },
-    async timings() {
-      submit();
-      return (await times?.taken()) ?? [];
-    },
-  };
+  dispatch({ pipeline, group, grid, of }: Dispatch): void {
+    const pass = (this.#pass ??= this.#recorder().beginComputePass(this.#times?.next(of)));
+    if (pipeline !== this.#pipelineSet) pass.setPipeline((this.#pipelineSet = pipeline));
+    if (group !== this.#groupSet) pass.setBindGroup(0, (this.#groupSet = group));
+    if (grid[1] === 1 && grid[2] === 1) pass.dispatchWorkgroups(grid[0]);
+    else pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
+    // a time is that of a pass
+    if (this.#times) this.#betweenPasses();
+    if (++this.#pending === BATCH || this.#times?.full()) this.#submit();
+  }
+
+  copy(from: BufferRange, to: BufferRange): void {
+    this.#betweenPasses().copyBufferToBuffer(from.buffer, from.offset, to.buffer, to.offset, words(to.bytes));
+  }
+
+  clear({ buffer, offset, bytes }: BufferRange): void {
+    this.#betweenPasses().clearBuffer(buffer, offset, words(bytes));
+  }
+
+  write({ buffer, offset }: BufferRange, data: ArrayBufferView): void {
+    const bytes = inWords(data);
+    if (bytes.length > UPLOADS / 4) {
+      this.#submit();
+      this.#device.queue.writeBuffer(buffer, offset, bytes);
+      return;
+    }
+    if (this.#uploaded + bytes.length > UPLOADS) this.#submit();
+    this.#device.queue.writeBuffer(this.#uploads, this.#uploaded, bytes);
+    this.#betweenPasses().copyBufferToBuffer(this.#uploads, this.#uploaded, buffer, offset, bytes.length);
+    this.#uploaded += bytes.length;
+  }
+
+  async read(ranges: readonly BufferRange[]): Promise<ArrayBuffer[]> {
+    this.#gpu.check();
+    let total = 0;
+    const placed = ranges.map((range) => {
+      const at = total;
+      total += words(range.bytes);
+      return { range, at };
+    });
+    if (total === 0) return [];
+    const staging = this.#device.createBuffer({ label: "host reads", size: total, usage: usage.mapRead | usage.copyTarget });
+    for (const { range, at } of placed)
+      this.#betweenPasses().copyBufferToBuffer(range.buffer, range.offset, staging, at, words(range.bytes));
+    this.#submit();
+    try {
+      await this.#gpu.done(staging.mapAsync(mapRead));
+      const mapped = staging.getMappedRange();
+      return placed.map(({ range, at }) => mapped.slice(at, at + range.bytes));
+    } finally {
+      staging.destroy();
+    }
+  }
+
+  async finish(): Promise<void> {
+    this.#submit();
+    await this.#gpu.done(this.#device.queue.onSubmittedWorkDone());
+  }
+
+  async timings(): Promise<DispatchTiming[]> {
+    this.#submit();
+    return (await this.#times?.taken()) ?? [];
+  }
+
+  #recorder(): GPUCommandEncoder {
+    return (this.#encoder ??= this.#device.createCommandEncoder());
+  }
+
+  /** Ends the open pass: WebGPU records copies between passes only. */
+  #betweenPasses(): GPUCommandEncoder {
+    this.#pass?.end();
+    this.#pass = this.#pipelineSet = this.#groupSet = undefined;
+    return this.#recorder();
+  }
+
+  #submit(): void {
+    if (!this.#encoder) return;
+    this.#times?.resolve(this.#betweenPasses());
+    this.#device.queue.submit([this.#betweenPasses().finish()]);
+    this.#times?.submitted();
+    this.#encoder = undefined;
+    this.#pending = 0;
+    // later writes to `#uploads` execute after this submission
+    this.#uploaded = 0;
+  }
 }
 
-/** Copies move whole words; the plan's places leave room for it. */
+/** Rounds up to whole words, as WebGPU copies them; the plan's offsets leave room for it. */
 const words = (bytes: number): number => Math.ceil(bytes / 4) * 4;
 
 function inWords(data: ArrayBufferView): Uint8Array<ArrayBufferLike> {
@@ -154,7 +173,7 @@ function inWords(data: ArrayBufferView): Uint8Array<ArrayBufferLike> {
   return padded;
 }
 
-/** Takes the times of passes: a query set per submission's worth, resolved with it, read when asked for. */
+/** Records the times of passes: one query set, resolved with each submission, and read on request. */
 function timer(gpu: Gpu) {
   const { device } = gpu;
   const queries = device.createQuerySet({ type: "timestamp", count: 2 * TIMED });

@@ -1,16 +1,21 @@
 /**
- * Opens a WebGPU device with what a plan's profile needs, through whoever has WebGPU here: Dawn in Node (dawn.ts), the browser
- * in a page. What is missing, and what goes wrong later, is a Trouble.
+ * Opens a WebGPU device with the features of a plan's profile. The host provides WebGPU: Dawn in Node (dawn.ts), the browser in a page.
+ * Missing features, and later errors of the device, are Troubles.
  */
 /// <reference types="@webgpu/types" />
 import { Trouble } from "../../schemas/trouble.ts";
 
-/** The constants of WebGPU; standard numbers, which Dawn for Node keeps out of the global scope. */
+/** Constants of WebGPU, by its standard; Dawn for Node does not define them as globals. */
 export const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128, queryResolve: 512 } as const;
 export const mapRead = 1;
 
-/** What an adapter must offer beyond the defaults, by profile; and what Dawn must be told (its toggles) so that it offers it. */
-export const profiles: Readonly<Record<string, { features: readonly string[]; unlock: readonly string[]; largeGroups: boolean }>> = {
+interface Profile {
+  readonly features: readonly string[];
+  readonly unlock: readonly string[];
+  readonly largeGroups: boolean;
+}
+/** The features that an adapter must have, by profile; `unlock`: the toggles with which Dawn offers them. */
+export const profiles: Readonly<Record<string, Profile>> = {
   baseline: { features: [], unlock: [], largeGroups: false },
   f16: { features: ["shader-f16"], unlock: ["vulkan_enable_f16_on_nvidia"], largeGroups: true },
   matrix: {
@@ -20,35 +25,36 @@ export const profiles: Readonly<Record<string, { features: readonly string[]; un
   },
 };
 
+/** An open WebGPU device. */
 export interface Gpu {
   readonly device: GPUDevice;
-  /** What people call the adapter; says so where it is software. */
+  /** The name of the adapter, with "(software)" if it is one. */
   readonly adapter: string;
-  /** Memory for kernels and copies. That there is no room is told by `done`. */
+  /** Allocates memory for kernels and copies. If there is no room, `done` throws. */
   make(label: string, bytes: number): GPUBuffer;
-  /** Waits for work on the device; throws what went wrong by then instead of what came of it. */
+  /** Waits for work on the device. Throws the error of the device, if there is one, rather than an error that follows from it. */
   done<T>(work: Promise<T>): Promise<T>;
-  /** Throws what went wrong since the device was opened. */
+  /** Throws the error of the device, if there is one. */
   check(): void;
-  /** The process may end by itself afterwards: Dawn keeps it alive while a device lives. */
+  /** Destroys the device. An open device of Dawn keeps the process alive. */
   close(): void;
 }
 
-/** Who has WebGPU here. */
+/** The provider of WebGPU. */
 export interface Host {
-  /** Throws a Trouble where there is none. `toggles` are Dawn's, for who may set them. */
+  /** Returns the entry point of WebGPU. Throws a Trouble if there is none. `toggles`: of Dawn; browsers ignore them. */
   gpu(toggles: { readonly enable: readonly string[]; readonly disable: readonly string[] }): Promise<GPU>;
-  /** What to tell a person where no adapter is found. */
+  /** Returns the error for a machine without an adapter. */
   noAdapter(): Trouble;
 }
 
+/** Opens a device for a profile. `timestamps`: with the feature timestamp-query, if the adapter has it. Throws a Trouble if there is no suitable adapter. */
 export async function openDevice(host: Host, profile: string, { timestamps = false } = {}): Promise<Gpu> {
   const needs = profiles[profile];
   if (!needs) throw new Trouble(`the plan is for webgpu:${profile}, a profile that this version does not know`, "compile the plan again");
-  // without the latter, times come in steps of 100 µs
+  // with quantization, times are multiples of 100 µs
   const toggles = { enable: needs.unlock, disable: timestamps ? ["timestamp_quantization"] : [] };
-  // kept until close: Dawn's objects do not keep it
-  let gpu: GPU | undefined = await host.gpu(toggles);
+  const gpu = await host.gpu(toggles);
   const adapter = await gpu.requestAdapter({ powerPreference: "high-performance" });
   if (!adapter) throw host.noAdapter();
   const name = nameOf(adapter.info);
@@ -59,83 +65,99 @@ export async function openDevice(host: Host, profile: string, { timestamps = fal
       `compile the plan for ${fallback(adapter)}, or run it on a GPU that has it`,
       3,
     );
-  const offered = adapter.limits;
-  const asked = adapter.requestDevice({
-    requiredFeatures: [
-      ...needs.features,
-      ...(timestamps && adapter.features.has("timestamp-query") ? ["timestamp-query"] : []),
-    ] as GPUFeatureName[],
-    requiredLimits: {
-      maxBufferSize: offered.maxBufferSize,
-      maxStorageBufferBindingSize: offered.maxStorageBufferBindingSize,
-      ...(needs.largeGroups
-        ? {
-            maxComputeWorkgroupStorageSize: offered.maxComputeWorkgroupStorageSize,
-            maxComputeInvocationsPerWorkgroup: offered.maxComputeInvocationsPerWorkgroup,
-            maxComputeWorkgroupSizeX: offered.maxComputeWorkgroupSizeX,
-          }
-        : {}),
-    },
-  });
-  const device = await asked.catch((error: unknown) => {
+  const device = await adapter.requestDevice(requestOf(adapter, needs, timestamps)).catch((error: unknown) => {
     throw new Trouble(
       `the GPU ${name} cannot be opened: ${error instanceof Error ? error.message : error}`,
       "see whether another program has taken it for itself, and whether its driver works (`vulkaninfo --summary`, `nvidia-smi`)",
       3,
     );
   });
+  return new OpenGpu(gpu, device, name);
+}
 
-  let wrong: Error | undefined;
-  let closed = false;
-  device.addEventListener("uncapturederror", (event) => {
-    // told by `done`; Dawn would also print it
-    event.preventDefault();
-    wrong ??= troubleOf((event as GPUUncapturedErrorEvent).error, name);
-  });
-  const lost = device.lost.then(({ message }) => {
-    // what comes of a lost device, and is told first, is not the reason
-    if (!closed) wrong = lostTrouble(name, message);
-  });
-  const check = (): void => {
-    if (wrong) throw wrong;
-    if (closed) throw new Error("rankc: the WebGPU device is closed");
-  };
-  const making: Promise<void>[] = [];
+function requestOf(adapter: GPUAdapter, needs: Profile, timestamps: boolean): GPUDeviceDescriptor {
+  const { limits } = adapter;
   return {
-    device,
-    adapter: name,
-    check,
-    make(label, bytes) {
-      device.pushErrorScope("out-of-memory");
-      const buffer = device.createBuffer({ label, size: bytes, usage: usage.storage | usage.copySource | usage.copyTarget });
-      const made = device.popErrorScope().then((error) => {
-        if (error) wrong ??= outOfMemory(name, `no room for ${bytes} bytes, ${label}`);
-      });
-      // where the scope itself is lost, so is the device
-      making.push(made.catch(() => {}));
-      return buffer;
-    },
-    async done(work) {
-      check();
-      const result = await work.catch(async (error: unknown) => {
-        // a map that is broken off says less than the loss that broke it off, which is told at the same time
-        await Promise.race([lost, new Promise((resolve) => setTimeout(resolve, 100))]);
-        check();
-        throw error;
-      });
-      await Promise.all(making.splice(0));
-      check();
-      return result;
-    },
-    close() {
-      closed = true;
-      device.destroy();
-      gpu = undefined;
+    requiredFeatures: [
+      ...needs.features,
+      ...(timestamps && adapter.features.has("timestamp-query") ? ["timestamp-query"] : []),
+    ] as GPUFeatureName[],
+    requiredLimits: {
+      maxBufferSize: limits.maxBufferSize,
+      maxStorageBufferBindingSize: limits.maxStorageBufferBindingSize,
+      ...(needs.largeGroups && {
+        maxComputeWorkgroupStorageSize: limits.maxComputeWorkgroupStorageSize,
+        maxComputeInvocationsPerWorkgroup: limits.maxComputeInvocationsPerWorkgroup,
+        maxComputeWorkgroupSizeX: limits.maxComputeWorkgroupSizeX,
+      }),
     },
   };
 }
 
-/** What people call an adapter; says so where it is software. */
+class OpenGpu implements Gpu {
+  readonly device: GPUDevice;
+  readonly adapter: string;
+  /** The entry point, referenced until `close`, because Dawn's objects do not keep it alive. */
+  readonly #held: GPU[];
+  /** The first error of the device; a lost device replaces it. */
+  #error: Error | undefined;
+  #isClosed = false;
+  readonly #lost: Promise<void>;
+  /** Checks of allocations that are under way. */
+  readonly #allocations: Promise<void>[] = [];
+
+  constructor(gpu: GPU, device: GPUDevice, adapter: string) {
+    this.#held = [gpu];
+    this.device = device;
+    this.adapter = adapter;
+    device.addEventListener("uncapturederror", (event) => {
+      // `done` throws it; by default Dawn also prints it
+      event.preventDefault();
+      this.#error ??= troubleOf((event as GPUUncapturedErrorEvent).error, adapter);
+    });
+    this.#lost = device.lost.then(({ message }) => {
+      // errors that follow from the loss may arrive first
+      if (!this.#isClosed) this.#error = lostTrouble(adapter, message);
+    });
+  }
+
+  make(label: string, bytes: number): GPUBuffer {
+    this.device.pushErrorScope("out-of-memory");
+    const buffer = this.device.createBuffer({ label, size: bytes, usage: usage.storage | usage.copySource | usage.copyTarget });
+    const checked = this.device.popErrorScope().then((error) => {
+      if (error) this.#error ??= outOfMemory(this.adapter, `no room for ${bytes} bytes, ${label}`);
+    });
+    // a scope fails only if the device is lost
+    this.#allocations.push(checked.catch(() => {}));
+    return buffer;
+  }
+
+  async done<T>(work: Promise<T>): Promise<T> {
+    this.check();
+    const result = await work.catch(async (error: unknown) => {
+      // a lost device aborts maps; the error of the loss arrives about the same time and says more
+      await Promise.race([this.#lost, new Promise((resolve) => setTimeout(resolve, 100))]);
+      this.check();
+      throw error;
+    });
+    await Promise.all(this.#allocations.splice(0));
+    this.check();
+    return result;
+  }
+
+  check(): void {
+    if (this.#error) throw this.#error;
+    if (this.#isClosed) throw new Error("rankc: the WebGPU device is closed");
+  }
+
+  close(): void {
+    this.#isClosed = true;
+    this.device.destroy();
+    this.#held.length = 0;
+  }
+}
+
+/** Returns the name of an adapter, with "(software)" if it is one. */
 export function nameOf(info: GPUAdapterInfo): string {
   const name =
     [info.device, info.description].filter(Boolean).join(", ") ||
@@ -148,9 +170,9 @@ export function nameOf(info: GPUAdapterInfo): string {
 const fallback = (adapter: GPUAdapter): string =>
   `webgpu:${Object.entries(profiles).findLast(([, { features }]) => features.every((f) => adapter.features.has(f)))![0]}`;
 
-/** What Dawn tells of an error that nobody waited for. */
+/** Converts an error that no scope captured. */
 function troubleOf(error: GPUError, adapter: string): Error {
-  // Dawn's errors are of no class that can be named without loading it
+  // Dawn's error classes are available only after it is loaded
   if (error.constructor.name === "GPUOutOfMemoryError") return outOfMemory(adapter, error.message);
   return new Error(`rankc: WebGPU refuses what the plan asks for: ${error.message}`);
 }

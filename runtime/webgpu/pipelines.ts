@@ -1,6 +1,6 @@
 /**
- * The plan's kernels on a device: a pipeline per launch, compiled together. Buffers of a launch are bound as storage in
- * the order of its arguments; its numbers, `start(…)` and `attr(…)`, form one uniform at the end.
+ * The kernels of the plan on a device: one pipeline per launch, all compiled together. The buffers of a launch are bound as storage in the
+ * order of its arguments; its numbers, `start(…)` and `attr(…)`, form one uniform after them.
  */
 /// <reference types="@webgpu/types" />
 import type { Arg, Kernel } from "../../schemas/plan.ts";
@@ -14,14 +14,15 @@ export interface ComputePipeline {
   readonly layout: GPUBindGroupLayout;
 }
 export interface ShaderSource {
-  /** What people find it by: the kernel's id and op. */
+  /** The kernel's id and op, for error messages and debuggers. */
   readonly name: string;
   readonly code: string;
   readonly entries: readonly { readonly entry: string; readonly buffers: number; readonly uniform: boolean }[];
 }
 export type Compile = (source: ShaderSource) => Promise<readonly ComputePipeline[]>;
 
-export function compiler({ device, done, adapter }: Gpu): Compile {
+export function compiler(gpu: Gpu): Compile {
+  const { device, adapter } = gpu;
   const layouts = new Map<string, GPUBindGroupLayout>();
   const layoutOf = (buffers: number, uniform: boolean): GPUBindGroupLayout => {
     const key = `${buffers}${uniform}`;
@@ -44,11 +45,11 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
         "compile the plan again with this version of rankc; if that does not help, compile it for webgpu:baseline",
         3,
       );
-    // the error is told here, and not to everyone
+    // handle the error here: otherwise it becomes an error of the device
     device.pushErrorScope("validation");
     const module = device.createShaderModule({ label: name, code });
-    await done(device.popErrorScope());
-    const { messages } = await done(module.getCompilationInfo());
+    await gpu.done(device.popErrorScope());
+    const { messages } = await gpu.done(module.getCompilationInfo());
     const errors = messages.filter(({ type }) => type === "error");
     if (errors.length) {
       const lines = code.split("\n");
@@ -64,7 +65,7 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
           layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
           compute: { module, entryPoint: entry },
         });
-        const pipeline = await done(making).catch((error: unknown) => {
+        const pipeline = await gpu.done(making).catch((error: unknown) => {
           throw error instanceof Trouble ? error : refused(`${entry}: ${error instanceof Error ? error.message.split("\n\n")[0] : error}`);
         });
         return { pipeline, layout };
@@ -73,12 +74,12 @@ export function compiler({ device, done, adapter }: Gpu): Compile {
   };
 }
 
-/** An argument that is a number and no buffer. */
+/** A number as an argument. */
 export type NumberArg = Extract<Arg, { readonly kind: "start" | "attribute" }>;
-/** Returns whether an argument is a number: where a dim begins here, or an attribute. */
+/** Returns whether an argument is a number: the start of a shard, or an attribute. */
 export const isNumber = (arg: Arg): arg is NumberArg => arg.kind === "start" || arg.kind === "attribute";
 
-/** The uniform of these arguments, if they have one: four places for starts, then the attributes. */
+/** Returns the uniform of the arguments, if they have one: four places for starts, then the attributes. */
 export function uniformOf(args: readonly Arg[], integerOf: (arg: NumberArg) => number): number[] | undefined {
   const all = (kind: NumberArg["kind"]): number[] => args.flatMap((arg) => (isNumber(arg) && arg.kind === kind ? [integerOf(arg)] : []));
   const [starts, attrs] = [all("start"), all("attribute")];
@@ -86,7 +87,7 @@ export function uniformOf(args: readonly Arg[], integerOf: (arg: NumberArg) => n
   return starts.length ? starts : undefined;
 }
 
-/** By kernel id, a pipeline per launch. */
+/** The pipelines of the launches, by kernel id. */
 export async function compileKernels(
   compile: Compile,
   kernels: readonly Kernel[],

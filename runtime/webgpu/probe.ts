@@ -1,6 +1,6 @@
 /**
- * What WebGPU there is on this machine, for the doctor. A process of its own looks, for Dawn and the drivers under it may block for
- * as long as they like, end the process, or say things to stderr that nobody asked for.
+ * Probes WebGPU on this machine, for the doctor. The probe runs in a process of its own, because Dawn and the drivers below it may block,
+ * end the process, or print to stderr.
  */
 /// <reference types="@webgpu/types" />
 import { spawn } from "node:child_process";
@@ -12,24 +12,24 @@ const features = ["shader-f16", "subgroups", "chromium-experimental-subgroup-mat
 const limits = ["maxBufferSize", "maxStorageBufferBindingSize", "maxComputeWorkgroupStorageSize"] as const;
 
 export interface Survey {
-  /** What people call it; says so where it is software. */
+  /** The name, with "(software)" if it is a software adapter. */
   readonly adapter: string;
-  /** Those of the targets webgpu:PROFILE that it serves, the plainest first; a device was opened for the last. */
+  /** The supported targets webgpu:PROFILE, the smallest first. A device was opened for the last one. */
   readonly profiles: readonly string[];
-  /** Those that profiles and times of kernels rest on. */
+  /** The features that profiles and kernel times need. */
   readonly features: Readonly<Record<(typeof features)[number], boolean>>;
-  /** Bytes. */
+  /** In bytes. */
   readonly limits: Readonly<Record<(typeof limits)[number], number>>;
 }
 
 type Answer = { readonly survey: Survey } | { readonly failed: string; readonly fix?: string };
 
-/** How long a driver may take, in milliseconds; on one that works it is less than a second, a few when it starts. */
+/** The time limit of a driver in milliseconds. A working driver takes less than a second, or a few seconds at its first start. */
 const patience = 20_000;
 const marker = "rankc-looks-for-webgpu";
 const brokenDriver = "see whether the GPU's driver works (`vulkaninfo --summary`, `nvidia-smi`); it may have to be installed again";
 
-/** Throws a Trouble where there is no adapter, or looking for it fails or takes longer than `limit`. Leaves no process behind. */
+/** Probes the adapter. Throws a Trouble if there is none, or if the probe fails or takes longer than `limit`. Leaves no process behind. */
 export function lookForWebgpu(limit = patience): Promise<Survey> {
   return new Promise((resolve, reject) => {
     const child = spawn(process.execPath, ["--input-type=module", "--eval", start(), marker], {
@@ -39,7 +39,7 @@ export function lookForWebgpu(limit = patience): Promise<Survey> {
     child.stderr?.on("data", (chunk) => (said += chunk));
     const end = (settle: () => void): void => {
       clearTimeout(timer);
-      // also where the driver never lets it end: nothing of it keeps this process
+      // the driver may keep the process of the probe alive: it must not keep this one alive
       child.kill("SIGKILL");
       if (child.connected) child.disconnect();
       child.stderr?.destroy();
@@ -57,7 +57,7 @@ export function lookForWebgpu(limit = patience): Promise<Survey> {
   });
 }
 
-/** From a checkout, where this file is TypeScript, the process needs a loader. */
+/** Returns the loader that the process needs in a checkout, where this file is TypeScript. */
 function start(): string {
   const here = JSON.stringify(import.meta.url);
   if (!import.meta.url.endsWith(".ts")) return `import(${here})`;
@@ -67,7 +67,7 @@ function start(): string {
 
 async function survey(): Promise<Survey> {
   const unlock = [...new Set(Object.values(profiles).flatMap((profile) => profile.unlock))];
-  // held until all is read: Dawn's objects do not keep it
+  // a reference until the end: Dawn's objects do not keep it alive
   const gpu = await dawn.gpu({ enable: unlock, disable: [] });
   const adapter = await gpu.requestAdapter({ powerPreference: "high-performance" });
   if (!adapter) throw dawn.noAdapter();
