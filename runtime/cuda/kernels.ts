@@ -1,7 +1,6 @@
 /**
- * The kernels of a plan on one device: a cubin that lies beside the plan, else one compiled here by NVRTC and kept in the
- * user's cache. Sources are compiled one by one, several at a time; ranks of one machine begin at different places, so
- * that they share the work through the cache.
+ * The kernels of a plan on one device: cubins of the plan, or cubins that NVRTC compiles and that the user's cache keeps. Several sources
+ * compile at the same time. The ranks of one machine begin at different kernels, so that they share the work through the cache.
  */
 import { createHash } from "node:crypto";
 import { readFileSync, renameSync, writeFileSync } from "node:fs";
@@ -14,28 +13,28 @@ import { makeFolder } from "../../schemas/writing.ts";
 import type { Context, CudaDevice, KernelFunction } from "./driver.ts";
 import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
 
-/** How all sources are compiled, by NVRTC as by nvcc, beside the architecture. */
+/** The options of NVRTC and nvcc for all sources, in addition to the architecture. */
 export const compileOptions = ["--std=c++17"] as const;
 
-/** What a kernel's cubin beside the plan is called; its source's digest is part of it, so it cannot be of another source. */
+/** Returns the file name of a kernel's cubin. It contains the digest of the source, so a cubin of another source has another name. */
 export function cubinFile(kernel: Kernel, arch: string): string {
   const { file, sha256 } = kernel.source!;
   return `${file.replace(/\.cu$/, "")}.${sha256.slice(0, 16)}.${arch}.cubin`;
 }
 
 export interface KernelFiles {
-  /** The text of a kernel's source. */
+  /** Returns the source of a kernel by its file name. */
   readonly source: (file: string) => string;
-  /** A cubin beside the plan, where there is one. */
+  /** Returns a cubin of the plan by its file name; undefined if there is none. */
   readonly cubin?: (file: string) => Uint8Array | undefined;
 }
 export interface LoadedKernels {
-  /** The function of one launch of a kernel. */
+  /** Returns the function of one launch of a kernel. */
   readonly entry: (kernel: Kernel, launch: Launch) => KernelFunction;
   readonly close: () => void;
 }
 
-/** The architecture a plan is compiled for; a Trouble where the device is another. */
+/** Returns the architecture that a plan is compiled for. Throws a Trouble if the device cannot run it. */
 export function archFor(plan: Plan, device: CudaDevice): string {
   const [kind, arch = ""] = plan.toolchain.target.split(":");
   if (kind !== "cuda")
@@ -45,7 +44,7 @@ export function archFor(plan: Plan, device: CudaDevice): string {
     );
   const [, digits, exact] = /^sm_(\d+)(a?)$/.exec(arch)!;
   const sm = Number(digits);
-  // cubins serve the later devices of their generation; with the a, the very device alone
+  // cubins run on later devices of their generation; those of an architecture with the suffix `a` on that architecture only
   const serves = exact ? device.sm === sm : Math.floor(device.sm / 10) === Math.floor(sm / 10) && device.sm >= sm;
   if (serves) return arch;
   throw new Trouble(
@@ -55,7 +54,7 @@ export function archFor(plan: Plan, device: CudaDevice): string {
   );
 }
 
-/** Loads those of the plan's kernels that `ids` names. `rank` says where in the list this process begins to compile. */
+/** Loads the kernels with these ids. `rank` determines at which of them this process begins to compile. */
 export async function loadKernels(
   context: Context,
   {
@@ -100,7 +99,7 @@ export async function loadKernels(
   };
 }
 
-/** What a launch may ask for without a word: 48 KiB, static shared memory included. */
+/** The shared memory of a launch in bytes, static and dynamic, that needs no permission. */
 const sharedUnasked = 48 << 10;
 
 function allowShared(context: Context, name: string, entry: KernelFunction, bytes: number): void {
@@ -113,7 +112,7 @@ function allowShared(context: Context, name: string, entry: KernelFunction, byte
   context.allowShared(entry, bytes);
 }
 
-/** An error of one kernel says which. */
+/** Adds the kernel to an error. */
 async function naming<T>(kernel: Kernel, act: () => T | Promise<T>): Promise<T> {
   try {
     return await act();
@@ -150,7 +149,7 @@ function cached(path: string): Uint8Array | undefined {
   }
 }
 
-/** Whole or not at all: other ranks read while this one writes. A cache that cannot be written is done without. */
+/** Writes a file atomically, because other ranks read the cache. If the cache cannot be written, nothing is cached. */
 function keep(path: string, image: Uint8Array): void {
   const whole = `${path}.${process.pid}`;
   try {

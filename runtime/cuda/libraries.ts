@@ -1,6 +1,6 @@
 /**
- * Where NVIDIA's libraries are. Nothing is loaded until it is asked for, so that this room can be imported on any machine.
- * What an environment variable names is taken, or is the mistake: then nothing else is tried.
+ * Finds and loads NVIDIA's libraries. A library is loaded at its first use, so this folder can be imported on any machine. A library that an
+ * environment variable names is used, or is reported as unusable: no other is tried.
  */
 import { existsSync, readdirSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -9,15 +9,19 @@ import { delimiter, dirname, join } from "node:path";
 import type { LibraryHandle } from "koffi";
 import { Trouble } from "../../schemas/trouble.ts";
 
+/** A library of NVIDIA. */
 export type Library = "cuda" | "nvrtc" | "nccl";
 
+/** A place that was tried, and why it failed. */
 export type Attempt = { readonly place: string; readonly failed: string };
+/** An open library. */
 export type FoundLibrary = {
   readonly path: string;
   readonly handle: LibraryHandle;
-  /** What it loads by itself, and only if that is loaded already or on the loader's path. */
+  /** Libraries that it loads at run time; the loader finds them only if they are loaded already or on its path. */
   readonly companions: readonly LibraryHandle[];
 };
+/** A library that was not found. */
 export type Missing = { readonly missing: string; readonly fix: string; readonly tried: readonly Attempt[] };
 
 const libraries: Record<Library, { env: string; files: readonly string[]; companion?: string; probe: string; what: string; fix: string }> =
@@ -46,7 +50,7 @@ const libraries: Record<Library, { env: string; files: readonly string[]; compan
     },
   };
 
-/** The foreign function interface, loaded at its first use. */
+/** Returns the foreign function interface, loaded at its first use. Throws a Trouble if it cannot be loaded. */
 export function koffi(): typeof import("koffi") {
   try {
     return createRequire(import.meta.url)("koffi");
@@ -59,7 +63,7 @@ export function koffi(): typeof import("koffi") {
   }
 }
 
-/** The library, open; throws a Trouble that says every place tried. */
+/** Returns the open library. Throws a Trouble that lists every place that was tried. */
 export function openLibrary(library: Library): FoundLibrary {
   const found = findLibrary(library);
   if ("handle" in found) return found;
@@ -67,9 +71,10 @@ export function openLibrary(library: Library): FoundLibrary {
   throw new Trouble(`${found.missing}; tried:${tried}`, found.fix, 3);
 }
 
-/** What was found stays open, and stays what it is: the loader answers a bare name with what is loaded already. */
+/** Cache of open libraries: for a bare name the loader returns a library that is loaded already. */
 const inUse = new Map<string, FoundLibrary>();
 
+/** Returns the open library, or the places that were tried. */
 export function findLibrary(library: Library): FoundLibrary | Missing {
   const named = process.env[libraries[library].env];
   const key = `${library} ${named ?? ""}`;
@@ -101,7 +106,7 @@ function lookFor(library: Library, named: string | undefined): FoundLibrary | Mi
   return { missing: `${what} (${files[0]}) was not found`, fix: `${fix}; or set ${env} to its path`, tried };
 }
 
-/** The open library, or why it is none. */
+/** Returns the open library, or the reason why it cannot be used. */
 function open(library: Library, path: string): FoundLibrary | string {
   const { load } = koffi();
   const { probe, companion } = libraries[library];
@@ -133,10 +138,10 @@ function* places(library: Library): Generator<LibraryPath> {
     place,
     paths: folders.flatMap((folder) => files.map((file) => join(folder, file))).filter((path) => existsSync(path)),
   });
-  // the loader knows where a bare name is: its cache, LD_LIBRARY_PATH, the system's folders
+  // the loader finds a bare name in its cache, in LD_LIBRARY_PATH, and in the system's folders
   for (const file of files) yield { place: file, paths: [file] };
   if (library === "cuda") {
-    // the driver comes with neither toolkit nor wheel; containers and WSL mount it where the loader may not look
+    // neither the toolkit nor a wheel contains the driver; containers and WSL mount it in folders that the loader may not search
     for (const folder of ["/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/wsl/lib"]) yield within(folder, [folder]);
     return;
   }
@@ -158,11 +163,11 @@ function libraryFolders(): Set<string> {
   return new Set([...toolkits.map((toolkit) => join(toolkit, "lib64")), ...given(CONDA_PREFIX).map((prefix) => join(prefix, "lib"))]);
 }
 
-/** The folders that Python's packages lie in, the active environment's first. */
+/** Returns the folders of Python packages, those of the active environment first. */
 function pythonPackages(): Set<string> {
   const { VIRTUAL_ENV, CONDA_PREFIX, PATH, PYTHONPATH } = process.env;
   const split = (paths: string | undefined): string[] => given(...(paths ?? "").split(delimiter));
-  // an environment may be in use without being activated: its python3 is on the path
+  // an environment may be in use without activation: its python3 is on the path
   const onPath = split(PATH)
     .filter((bin) => existsSync(join(bin, "python3")))
     .map((bin) => dirname(bin));
@@ -174,7 +179,7 @@ function pythonPackages(): Set<string> {
   return new Set([...installed, ...split(PYTHONPATH)]);
 }
 
-/** What lies in a folder and starts so, python3.12 before python3.9; nothing where it cannot be read. */
+/** Returns the entries of a folder with this prefix, python3.12 before python3.9; none if the folder cannot be read. */
 function newestFirst(folder: string, prefix: string): string[] {
   try {
     return readdirSync(folder)

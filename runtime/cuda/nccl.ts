@@ -1,4 +1,4 @@
-/** NCCL: collectives between GPUs, one communicator per process and group. Its calls go into streams of the current context. */
+/** NCCL: collectives between GPUs, one communicator per process and group. Calls are issued to streams of the current context. */
 
 import type { LibraryHandle } from "koffi";
 import { dtypes } from "../../schemas/dtypes.ts";
@@ -9,9 +9,8 @@ import type { DevicePointer, Stream } from "./driver.ts";
 import { koffi, openLibrary } from "./libraries.ts";
 
 /**
- * One rank's end of a communicator. Counts are elements: of all that is reduced; of one rank's part in all others. What is
- * gathered or scattered may lie in its own place: `from` of a gather at `to + rank * count`, `to` of a scatter at
- * `from + rank * count`; what all ranks reduce may stay where it is.
+ * The communicator of one rank. `count` is a number of elements: of the whole in `allReduce`, of one rank's block in all others. In place
+ * are allowed: a gather with `from` at `to + rank * count`, a scatter with `to` at `from + rank * count`, and a reduction with `from = to`.
  */
 export type Communicator = {
   readonly rank: number;
@@ -21,17 +20,17 @@ export type Communicator = {
   readonly reduceScatter: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
   /** Not in place. */
   readonly allToAll: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
-  /** To the next member, the last's to the first; not in place. */
+  /** Sends to the next member, from the last to the first; not in place. */
   readonly shift: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
   readonly send: (from: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   readonly recv: (to: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
-  /** All ranks of this communicator call it together, each with the ranks it is to be with, itself among them, ascending; or with none. */
+  /** Splits the communicator; all its ranks call it. `members`: the ranks of the caller's new communicator, ascending, or undefined for none. */
   readonly split: (members: readonly number[] | undefined) => Communicator | undefined;
-  /** Throws what went wrong since, here or at another rank. */
+  /** Throws the error of a call that has failed since, on this rank or another. */
   readonly check: () => void;
   /**
-   * Ends what is under way: the way out when a rank has failed. It is done on a thread of its own, for NCCL waits there for graphs
-   * that hold its calls; resolves when it has ended, which may be never.
+   * Aborts pending work after a rank has failed. Runs on a thread of its own, because NCCL waits for graphs that contain its calls; the
+   * promise resolves when the abort has ended, possibly never.
    */
   readonly abort: () => Promise<void>;
   readonly close: () => void;
@@ -47,7 +46,7 @@ const NOCOLOR = -1;
 const reductions = { sum: 0, max: 2 } as const;
 const IN_PROGRESS = 7;
 
-/** NVLink multicast stays off. NCCL reads the environment of the C library, which `process.env` of a worker thread does not reach. */
+/** Turns NVLink multicast off. NCCL reads the environment of the C library, which `process.env` of a worker thread does not change. */
 export function turnMulticastOff(): void {
   process.env.NCCL_NVLS_ENABLE = "0";
   koffi().load(null).func("setenv", "int", ["str", "str", "int"])("NCCL_NVLS_ENABLE", "0", 1);
@@ -82,7 +81,7 @@ function openNccl() {
   };
 }
 
-/** "2.28.9", and the file it is in. */
+/** Returns the version, e.g. "2.28.9", and the path of the library. */
 export function ncclVersion(): { readonly version: string; readonly path: string } {
   const into = new Int32Array(1);
   check("ncclGetVersion", nccl().version(into));
@@ -90,14 +89,14 @@ export function ncclVersion(): { readonly version: string; readonly path: string
   return { version: `${Math.floor(code / 10_000)}.${Math.floor(code / 100) % 100}.${code % 100}`, path: nccl().path };
 }
 
-/** What one rank makes and all ranks of a communicator must be given. */
+/** Returns a new id of a communicator. One rank creates it, and all ranks of the communicator join with it. */
 export function uniqueId(): Uint8Array {
   const id = new Uint8Array(idBytes);
   check("ncclGetUniqueId", nccl().uniqueId(id));
   return id;
 }
 
-/** Waits until all ranks have come, each with the device of its current context. */
+/** Joins a communicator with the device of the current context. Waits until all its ranks have joined. */
 export function joinCommunicator(id: Uint8Array, rank: number, ranks: number): Communicator {
   const into = new BigUint64Array(1);
   check("ncclCommInitRank", nccl().initRank(into, ranks, { internal: id }, rank));
@@ -160,7 +159,7 @@ function splitOf(path: string, handle: LibraryHandle) {
   throw new Trouble(`NCCL (${path}) has no ncclCommSplit: it is too old`, "use NCCL 2.18 or later: RANKC_LIBNCCL names its file", 3);
 }
 
-/** ncclResult_t of a machine's making: a CUDA call failed, a system call failed, another rank failed. */
+/** Values of ncclResult_t that the machine causes: a failed CUDA call, a failed system call, a failed rank. */
 const ofTheMachine = [1, 2, 6];
 
 function check(call: string, code: number): void {

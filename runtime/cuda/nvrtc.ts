@@ -1,4 +1,4 @@
-/** NVRTC: compiles CUDA C++ on the machine that runs it. */
+/** NVRTC: compiles CUDA C++ at run time. */
 import { Trouble } from "../../schemas/trouble.ts";
 import { koffi, openLibrary } from "./libraries.ts";
 
@@ -25,7 +25,7 @@ function openCompiler() {
   };
 }
 
-/** "13.0", and the file it is in. */
+/** Returns the version, e.g. "13.0", and the path of the library. */
 export function nvrtcVersion(): { readonly version: string; readonly path: string } {
   const nvrtc = compiler();
   const [major, minor] = [new Int32Array(1), new Int32Array(1)];
@@ -34,23 +34,23 @@ export function nvrtcVersion(): { readonly version: string; readonly path: strin
 }
 
 /**
- * The sources are device code alone. nvcc gives a lambda the execution space of the function around it; NVRTC 13.0 does not where the
- * lambda is generic, and refuses it as a host function without this option.
+ * The sources contain device code only. nvcc gives a lambda the execution space of the enclosing function; NVRTC 13.0 does not do so for
+ * generic lambdas, and without this option rejects them as host functions.
  */
 const DEVICE_CODE = "--device-as-default-execution-space";
 
-/** nvrtcResult: the options are refused; in ours only the architecture can be unknown. The source is refused. */
+/** Values of nvrtcResult: an invalid option (of ours only the architecture can be unknown), and an error in the source. */
 const [INVALID_OPTION, COMPILATION] = [5, 6];
 
 export type CompileOptions = {
-  /** sm_… gives a cubin, compute_… gives PTX. */
+  /** sm_… compiles to a cubin, compute_… to PTX. */
   readonly arch: string;
-  /** What the source is called in messages. */
+  /** The name of the source in messages. */
   readonly name: string;
   readonly options?: readonly string[];
 };
 
-/** Throws with the compiler's log, in which every message has its line and a caret under its column. */
+/** Compiles a source. Throws an error with the compiler's log, in which each message has its line and a caret below its column. */
 export function compile(source: string, options: CompileOptions): Uint8Array {
   const task = begin(source, options);
   try {
@@ -60,7 +60,7 @@ export function compile(source: string, options: CompileOptions): Uint8Array {
   }
 }
 
-/** The same in a thread beside: several compile at once. */
+/** Like `compile`, but in another thread, so that several compile at the same time. */
 export async function compileBeside(source: string, options: CompileOptions): Promise<Uint8Array> {
   const task = begin(source, options);
   try {
