@@ -1,6 +1,6 @@
 /**
- * The doctor: tries on this machine all that a run needs, from Node to a collective on GPUs, and says what to do where something fails.
- * What one backend lacks says nothing of the others.
+ * The doctor: checks what a run needs on this machine, from Node to a collective on GPUs, and reports a fix for each failure. Each backend
+ * is checked independently of the others.
  */
 import { availableParallelism, totalmem } from "node:os";
 import { Trouble } from "../schemas/trouble.ts";
@@ -16,26 +16,26 @@ export type Check = {
   readonly ok: boolean;
   readonly found: string;
   readonly fix?: string;
-  /** The backends that need it; none: plans run without it. */
+  /** The backends that need it; if empty, plans run without it. */
   readonly for: readonly Backend[];
 };
 export type Diagnosis = {
-  /** Of CUDA. ready: plans run there. partly: kernels run on one GPU, but something else is missing. no: no kernel runs. */
+  /** The state of CUDA. ready: plans run. partly: kernels run on one GPU, and something else is missing. no: no kernel runs. */
   readonly verdict: "ready" | "partly" | "no";
-  /** What plans run on here: where all that a backend needs is in order. */
+  /** The backends on which plans run here: all their checks have passed. */
   readonly works: Readonly<Record<Backend, boolean>>;
-  /** The adapter, where there is one. */
+  /** The adapter, if there is one. */
   readonly webgpu?: Survey;
   readonly checks: readonly Check[];
 };
 export interface DiagnoseSettings {
   /** The version of the compiler on the path, if there is one. */
   readonly nvcc: string | undefined;
-  /** How long WebGPU may take to answer, in milliseconds. */
+  /** The time limit of the WebGPU probe in milliseconds. */
   readonly webgpuLimit?: number;
 }
 
-/** Never throws: what fails is a check that says so. The libraries' calls block; a device answers in about a second. */
+/** Runs all checks. Does not throw: a failure is the result of a check. Calls of the libraries block, about a second per device. */
 export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise<Diagnosis> {
   const checks: Check[] = [];
   const fails = (name: string, backends: readonly Backend[], error: unknown): undefined => {
@@ -118,7 +118,7 @@ const notTried = (missing: string, found = ""): Trouble =>
 const count = (n: number, what: string): string => `${n} ${what}${n === 1 ? "" : "s"}`;
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
-/** A container may hold less than its machine. */
+/** Returns the memory in bytes; in a container its limit. */
 function memory(): number {
   const limit = process.constrainedMemory();
   return limit > 0 ? Math.min(limit, totalmem()) : totalmem();
@@ -166,7 +166,7 @@ const addSource = `extern "C" __global__ void add(const float* a, const float* b
 }
 `;
 
-/** For the device, or as for an H100 where there is none. From sm_90 on, plans use what only that very architecture has: the `a`. */
+/** Returns the architecture of the device, or that of an H100 if there is none. From sm_90 on, plans use features of one architecture: suffix `a`. */
 function compileAdd(device: CudaDevice | undefined): readonly [string, Uint8Array] {
   const { version, path } = nvrtcVersion();
   const arch = `sm_${device?.sm ?? 90}${(device?.sm ?? 90) >= 90 ? "a" : ""}`;
@@ -175,7 +175,7 @@ function compileAdd(device: CudaDevice | undefined): readonly [string, Uint8Arra
   return [`NVRTC ${version} compiles for ${arch} in ${(performance.now() - began).toFixed(0)} ms (${path})`, cubin];
 }
 
-/** Past the caches of any device, and no multiple of a block. */
+/** More bytes than the caches of any device, and no multiple of a block. */
 const addends = 10_000_019;
 const block = 256;
 

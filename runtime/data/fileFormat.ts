@@ -1,9 +1,9 @@
-/** Formats that are neither plain text nor plain ids, by the first bytes of a file and by the end of its name. */
+/** Recognizes files that are neither plain text nor plain ids, by their first bytes or the extension of their name. */
 
 interface Format {
   readonly name: string;
   readonly extensions: readonly string[];
-  /** Bytes at the start of the file, or at `at`. Four or more, so that ids of two bytes hardly ever begin so. */
+  /** Bytes at the start of the file, or at `at`. At least four, so that ids of two bytes rarely match. */
   readonly magic: readonly (readonly number[])[];
   readonly at?: number;
   readonly fix: (path: string) => string;
@@ -21,7 +21,7 @@ const header = (dtype: string) => (path: string) =>
 const formats: readonly Format[] = [
   {
     ...{ name: "gzip", extensions: ["gz", "tgz"], fix: decompress("gunzip -k") },
-    // the method is 8; the flags are 0, or 8 where the name of the file follows
+    // method 8; flags 0, or 8 if the name of the file follows
     magic: [
       [0x1f, 0x8b, 8, 0],
       [0x1f, 0x8b, 8, 8],
@@ -59,16 +59,16 @@ const formats: readonly Format[] = [
   { name: "ids with a header of llm.c", extensions: [], magic: [[0xa1, 0xd9, 0x34, 0x01, 1, 0, 0, 0]], fix: header("u32") },
 ];
 
-/** How many bytes of a file `formatOf` looks at. */
+/** The number of bytes of a file that `formatOf` reads. */
 export const HEAD = 4096;
 
 export interface Found {
-  /** As in "looks like …". */
+  /** The name of the format, as in "looks like …". */
   readonly name: string;
   readonly fix: string;
 }
 
-/** The format that a file has by its first bytes, else by its name; undefined if it may be plain text or ids. */
+/** Returns the format of a file by its first bytes, else by its name; undefined if it may be plain text or ids. */
 export function formatOf(path: string, head: Uint8Array): Found | undefined {
   const extension = /\.([^./\\]+)$/.exec(path)?.[1]?.toLowerCase() ?? "";
   const found =
@@ -77,7 +77,7 @@ export function formatOf(path: string, head: Uint8Array): Found | undefined {
   return found && { name: found.name, fix: found.fix(path) };
 }
 
-/** A text of another encoding, or ids, that are read as text: by a byte order mark, or by many zero bytes. */
+/** Recognizes a text of another encoding, or ids, that are read as text: by a byte order mark, or by many zero bytes. */
 export function wideTextOf(path: string, head: Uint8Array): Found | undefined {
   const marked = head[0] === 0xff && head[1] === 0xfe ? "UTF-16LE" : head[0] === 0xfe && head[1] === 0xff ? "UTF-16BE" : undefined;
   const recoded = (from: string) => `write it as UTF-8: iconv -f ${from} -t UTF-8 ${path} > corpus.txt`;
@@ -92,8 +92,8 @@ export function wideTextOf(path: string, head: Uint8Array): Found | undefined {
 }
 
 /**
- * Where `bytes` is no UTF-8 (RFC 3629): the index of the first byte of the first sequence that is wrong; undefined if there is none.
- * A slice of a text may begin and end inside a character: `first` and `last` say that it begins and ends the text.
+ * Returns the index of the first invalid UTF-8 sequence (RFC 3629), or undefined if all are valid. A slice of a text may begin and end
+ * inside a character; `first` and `last`: the slice is the begin or the end of the text.
  */
 export function invalidUtf8(bytes: Uint8Array, { first, last }: { readonly first: boolean; readonly last: boolean }): number | undefined {
   let i = 0;
@@ -110,7 +110,7 @@ export function invalidUtf8(bytes: Uint8Array, { first, last }: { readonly first
       if (i + k === bytes.length) return last ? i : undefined;
       if (!isContinuation(bytes[i + k])) return i;
     }
-    // no longer form than needed, no surrogates, nothing above U+10FFFF
+    // the shortest form, no surrogates, nothing above U+10FFFF
     const second = bytes[i + 1]!;
     if (lead === 0xe0 ? second < 0xa0 : lead === 0xed ? second > 0x9f : lead === 0xf0 ? second < 0x90 : lead === 0xf4 && second > 0x8f)
       return i;

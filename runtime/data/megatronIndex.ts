@@ -1,5 +1,5 @@
 /**
- * The index of a Megatron data set (PREFIX.idx): what the ids of PREFIX.bin are written as, and how many there are.
+ * The index of a Megatron data set (PREFIX.idx): the type and the number of the ids in PREFIX.bin.
  * Layout, little-endian (Megatron Core, datasets/indexed_dataset.py): "MMIDIDX\0\0", version u64 = 1, dtype u8, sequences S u64,
  * entries of documents N u64, lengths i32[S], byte offsets i64[S], first sequences of documents and their end i64[N], modes i8[S] or none.
  */
@@ -7,10 +7,10 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { type IdType, type Index, type Text, widthOf } from "./tokens.ts";
 
 const HEADER = 34;
-/** DType of indexed_dataset.py by its code; 6 and 7 are floats. */
+/** The types of ids by their DType code in indexed_dataset.py; 6 and 7 are floats. */
 const dtypes: Readonly<Record<number, IdType>> = { 1: "u8", 2: "i8", 3: "i16", 4: "i32", 5: "i64", 8: "u16" };
 
-/** Reads the header and the last sequence: documents lie in PREFIX.bin one after the other. Throws a Trouble if it is no whole index. */
+/** Reads the header and the last sequence; the documents are consecutive in PREFIX.bin. Throws a Trouble if the index is incomplete or invalid. */
 export function readIndex(file: Text): Index {
   const broken = (why: string) =>
     new Trouble(`${file.path}: the index of the corpus ${why}`, "write the data set again, or remove the index and set data.dtype");
