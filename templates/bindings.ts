@@ -500,7 +500,6 @@ interface CudaRowReduceCu {
   readonly threads: string | number;
   readonly unroll: string | number;
   readonly vector: string | number;
-  readonly what: string | number;
   readonly width: string | number;
   readonly x: string | number;
 }
@@ -705,10 +704,11 @@ interface WgslAttentionWgsl {
   readonly header: string | number;
   readonly headsOfSequence: string | number;
   readonly loaders: readonly { readonly channels: string | number; readonly last: string | number; readonly name: string | number; readonly place: string | number; readonly stride: string | number; readonly value: string | number }[];
+  readonly mask: string | number;
   readonly moved: boolean;
   readonly name: string | number;
   readonly part: boolean;
-  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly mine: string | number; readonly online: boolean; readonly other: string | number; readonly places: string | number; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly runtimeAttrs: string | number; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly shrinks: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly columnHead: string | number; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly online: boolean; readonly places: string | number; readonly rescaled: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly rowHead: string | number; readonly runtimeAttrs: string | number; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
   readonly queries: string | number;
   readonly queryHeads: string | number;
   readonly queryPlace: string | number;
@@ -716,7 +716,6 @@ interface WgslAttentionWgsl {
   readonly rowWords: string | number;
   readonly rows: string | number;
   readonly scale: string | number;
-  readonly sight: string | number;
   readonly stageWords: string | number;
   readonly threads: string | number;
   readonly valueChannels: string | number;
@@ -786,19 +785,6 @@ interface WgslColumnReduceWgsl {
   readonly width: string | number;
 }
 
-interface WgslCombineWeightsWgsl {
-  readonly dot: string | number;
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly index: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly value: string | number;
-}
-
 interface WgslCopySlicesWgsl {
   readonly count: string | number;
   readonly entry: string | number;
@@ -832,23 +818,6 @@ interface WgslFillWgsl {
   readonly index: string | number;
   readonly threads: string | number;
   readonly value: string | number;
-}
-
-interface WgslGatedRowsGradWgsl {
-  readonly argument: string | number;
-  readonly dgate: string | number;
-  readonly dp: string | number;
-  readonly dup: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly sigmoid: string | number;
-  readonly slope: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
 }
 
 interface WgslGemmWgsl {
@@ -906,10 +875,6 @@ interface WgslInvertRowsWgsl {
   readonly sources: string | number;
   readonly targets: string | number;
   readonly threads: string | number;
-}
-
-interface WgslLogSumExpWgsl {
-  readonly experts: string | number;
 }
 
 interface WgslMakeRowsWgsl {
@@ -1066,6 +1031,23 @@ interface WgslRopeWgsl {
   readonly type: string | number;
 }
 
+interface WgslRowFormulaWgsl {
+  readonly entry: string | number;
+  readonly functions: readonly (string | number)[];
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly lines: readonly (string | number)[];
+  readonly op: string | number;
+  readonly perGroup: string | number;
+  readonly rowStores: readonly (string | number)[];
+  readonly rows: string | number;
+  readonly stores: readonly (string | number)[];
+  readonly threads: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
 interface WgslRowsWgsl {
   readonly choice: boolean;
   readonly entry: string | number;
@@ -1119,20 +1101,6 @@ interface WgslSelectWgsl {
   readonly write: string | number;
 }
 
-interface WgslSigmoidGateGradWgsl {
-  readonly blocks: string | number;
-  readonly dgate: string | number;
-  readonly dx: string | number;
-  readonly entry: string | number;
-  readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-}
-
 interface WgslSinkhornWgsl {
   readonly entry: string | number;
   readonly experts: string | number;
@@ -1143,26 +1111,6 @@ interface WgslSinkhornWgsl {
   readonly shares: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
-}
-
-interface WgslSoftmaxWgsl {
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly index: string | number;
-  readonly out: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly type: string | number;
-  readonly value: string | number;
-}
-
-interface WgslSoftmaxGradWgsl {
-  readonly entry: string | number;
-  readonly experts: string | number;
-  readonly index: string | number;
-  readonly threads: string | number;
-  readonly tokens: string | number;
-  readonly type: string | number;
 }
 
 interface WgslSplitRowsWgsl {
@@ -1238,25 +1186,6 @@ interface WgslUnpermuteWgsl {
   readonly width: string | number;
 }
 
-interface WgslVocabRowWgsl {
-  readonly after: readonly (string | number)[];
-  readonly before: readonly (string | number)[];
-  readonly columns: string | number;
-  readonly entry: string | number;
-  readonly horizontal: string | number;
-  readonly index: string | number;
-  readonly initial: string | number;
-  readonly lanes: string | number;
-  readonly op: string | number;
-  readonly out: string | number;
-  readonly perGroup: string | number;
-  readonly rows: string | number;
-  readonly step: string | number;
-  readonly threads: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-}
-
 export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
@@ -1319,15 +1248,12 @@ export interface Templates {
   readonly "wgsl/attention_random.wgsl": WgslAttentionRandomWgsl;
   readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
   readonly "wgsl/column_reduce.wgsl": WgslColumnReduceWgsl;
-  readonly "wgsl/combine_weights.wgsl": WgslCombineWeightsWgsl;
   readonly "wgsl/copy_slices.wgsl": WgslCopySlicesWgsl;
   readonly "wgsl/embed_grad.wgsl": WgslEmbedGradWgsl;
   readonly "wgsl/fill.wgsl": WgslFillWgsl;
-  readonly "wgsl/gated_rows_grad.wgsl": WgslGatedRowsGradWgsl;
   readonly "wgsl/gemm.wgsl": WgslGemmWgsl;
   readonly "wgsl/gemm_matrix.wgsl": WgslGemmMatrixWgsl;
   readonly "wgsl/invert_rows.wgsl": WgslInvertRowsWgsl;
-  readonly "wgsl/log_sum_exp.wgsl": WgslLogSumExpWgsl;
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
@@ -1338,21 +1264,18 @@ export interface Templates {
   readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
   readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
+  readonly "wgsl/row_formula.wgsl": WgslRowFormulaWgsl;
   readonly "wgsl/rows.wgsl": WgslRowsWgsl;
   readonly "wgsl/running_mean.wgsl": WgslRunningMeanWgsl;
   readonly "wgsl/scalar.wgsl": WgslScalarWgsl;
   readonly "wgsl/select.wgsl": WgslSelectWgsl;
-  readonly "wgsl/sigmoid_gate_grad.wgsl": WgslSigmoidGateGradWgsl;
   readonly "wgsl/sinkhorn.wgsl": WgslSinkhornWgsl;
-  readonly "wgsl/softmax.wgsl": WgslSoftmaxWgsl;
-  readonly "wgsl/softmax_grad.wgsl": WgslSoftmaxGradWgsl;
   readonly "wgsl/split_rows.wgsl": WgslSplitRowsWgsl;
   readonly "wgsl/sum_heads.wgsl": WgslSumHeadsWgsl;
   readonly "wgsl/take_rows.wgsl": WgslTakeRowsWgsl;
   readonly "wgsl/top_k_mask.wgsl": WgslTopKMaskWgsl;
   readonly "wgsl/total.wgsl": WgslTotalWgsl;
   readonly "wgsl/unpermute.wgsl": WgslUnpermuteWgsl;
-  readonly "wgsl/vocab_row.wgsl": WgslVocabRowWgsl;
 }
 
 export const render = <N extends keyof Templates>(name: N, values: Templates[N]): string => fill(name, values);

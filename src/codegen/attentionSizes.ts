@@ -6,9 +6,14 @@ import { dropsOf } from "../ops/dropout.ts";
 import { invariant } from "../ops/op.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
 
-type Numbers = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks", number>>;
+type SizeName = "B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks";
+/** Kernel specs of attention; `drop` is an attribute of the ops with dropout. */
+export type AttentionSpec = KernelSpec<"q" | "k" | "v" | "o" | "lse", SizeName>;
+export type AttentionGradSpec = KernelSpec<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv", SizeName>;
+type AnyAttentionSpec = AttentionSpec | AttentionGradSpec;
+
 /** Local sizes and variant of one attention kernel. */
-export interface AttentionSizes extends Numbers {
+export interface AttentionSizes extends Readonly<Record<SizeName, number>> {
   /** The keys are a shard that begins at start(U); some queries may attend to none of them. */
   readonly part: boolean;
   readonly grad: boolean;
@@ -20,13 +25,18 @@ export interface AttentionSizes extends Numbers {
 }
 
 /** Reads the sizes from a kernel spec. Throws a BrokenInvariant for shards that no mesh makes. */
-export function attentionSizes({ op, d }: KernelSpec): AttentionSizes {
-  const { B, S, U, G, M, C, W, scale, chunk, ranks } = d as Numbers;
+export function attentionSizes({ op, d }: Pick<AnyAttentionSpec, "op" | "d">): AttentionSizes {
+  const { B, S, U, G, M, C, W, scale, chunk, ranks, drop } = d;
   // shards have equal sizes: each consists of whole zigzag blocks or lies within one
   for (const n of chunk ? [S, U] : [])
-    invariant(n % chunk === 0 || chunk % n === 0, `${op}: a piece of ${n} tokens is neither blocks of ${chunk} nor in one`);
+    invariant(
+      n % chunk === 0 || chunk % n === 0,
+      `${op}: a shard of ${n} tokens neither consists of blocks of ${chunk} nor lies within one`,
+    );
   invariant((d.copies ?? 1) === 1 || G === 1, `${op}: ${G} groups on a rank share key heads`);
-  const drops = !op.startsWith("attention_dropout") ? {} : { drops: { ...dropsOf(d.drop!), keysAligned4: chunk % 4 === 0 } };
+  const hasDropout = op.startsWith("attention_dropout");
+  invariant(!hasDropout || drop !== undefined, `${op} has no attribute drop`);
+  const drops = !hasDropout || drop === undefined ? {} : { drops: { ...dropsOf(drop), keysAligned4: chunk % 4 === 0 } };
   return { B, S, U, G, M, C, W, scale, chunk, ranks, part: op.includes("_part"), grad: op.endsWith("_grad"), ...drops };
 }
 

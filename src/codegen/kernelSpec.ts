@@ -4,19 +4,23 @@
  */
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
+import { type AnyOp, type Attrs, invariant, type OperandName, type SizeName } from "../ops/op.ts";
 import type { GeneratedLaunch } from "./launchArgs.ts";
 import type { Arch, Profile } from "./targetNames.ts";
 
-/** An op with its local sizes, types and attributes: everything a kernel depends on. */
-export interface KernelSpec {
+/**
+ * An op with its local sizes, types and attributes: everything a kernel depends on. `Operand` are the names of the op's operands, `Size`
+ * those of its dims and required attributes.
+ */
+export interface KernelSpec<Operand extends string = string, Size extends string = string> {
   readonly op: OpName;
   /** The unique name of the kernel in the plan, a valid identifier: `rmsnorm_1f3a9c02`. Entry points are named `name` or `name_…`. */
   readonly name: string;
   /** Local sizes of the dims in the signature, and attributes without runtime attributes. `...` has no entries: see `size`. */
-  readonly d: Readonly<Record<string, number>>;
+  readonly d: Readonly<Record<Size, number>> & Attrs;
   /** Elements of each operand in memory; for ragged operands at the row bound. */
-  readonly size: Readonly<Record<string, number>>;
-  readonly dtype: Readonly<Record<string, Dtype>>;
+  readonly size: Readonly<Record<Operand, number>>;
+  readonly dtype: Readonly<Record<Operand, Dtype>>;
   /** Outputs that the kernel adds to or updates in place. */
   readonly accumulates: ReadonlySet<string>;
   /** Largest number of rows of ragged operands; 0 if no operand is ragged. */
@@ -25,6 +29,22 @@ export interface KernelSpec {
   readonly makesRows: boolean;
   /** Whether the rows that the op makes may exceed the bound; if so the kernel writes max(needed, rows) to the i32 argument `needed`. */
   readonly mayOverflow: boolean;
+}
+/** The kernel spec of one op of the table. */
+export type SpecOf<O> = KernelSpec<OperandName<O>, SizeName<O>>;
+
+/** An operand of a kernel. */
+export interface KernelOperand {
+  readonly name: string;
+  readonly dtype: Dtype;
+  /** Elements in memory. */
+  readonly size: number;
+}
+/** Returns an operand of a kernel. Throws a BrokenInvariant if the op has no operand of that name. */
+export function operandOf<Operand extends string>({ op, dtype, size }: KernelSpec<Operand>, name: Operand): KernelOperand {
+  const [type, elements] = [dtype[name], size[name]];
+  invariant(type !== undefined && elements !== undefined, `a kernel of ${op} has no operand ${name}`);
+  return { name, dtype: type, size: elements };
 }
 
 /** Source and launches of one kernel spec. */
@@ -35,8 +55,50 @@ export interface GeneratedKernel {
   readonly scratch?: number;
 }
 
-export type WgslGenerator = (spec: KernelSpec, profile: Profile) => GeneratedKernel;
-export type CudaGenerator = (spec: KernelSpec, arch: Arch) => GeneratedKernel;
+/** Generates the WGSL kernel of the op `Name` for a profile. */
+export interface WgslGenerator<Name extends OpName = OpName> {
+  (spec: KernelSpec, profile: Profile): GeneratedKernel;
+  readonly op: Name;
+}
+/** Generates the CUDA kernel of the op `Name` for an architecture. */
+export interface CudaGenerator<Name extends OpName = OpName> {
+  (spec: KernelSpec, arch: Arch): GeneratedKernel;
+  readonly op: Name;
+}
+/** A table with the kernel of each of these ops: an op without a kernel, or with the kernel of another op, does not compile. */
+export type WgslKernels<Name extends OpName> = { readonly [N in Name]: WgslGenerator<N> };
+export type CudaKernels<Name extends OpName> = { readonly [N in Name]: CudaGenerator<N> };
+
+/** Makes a function of any spec from a function of the typed spec of one op. */
+export const forOp =
+  <O extends AnyOp, Rest extends readonly unknown[], T>(op: O, of: (spec: SpecOf<O>, ...rest: Rest) => T) =>
+  (spec: KernelSpec, ...rest: Rest): T =>
+    of(specOf(op, spec), ...rest);
+
+/** Makes the CUDA generator of an op. */
+export const cudaKernel = <O extends AnyOp>(op: O, generate: (spec: SpecOf<O>, arch: Arch) => GeneratedKernel): CudaGenerator<O["name"]> =>
+  Object.assign(forOp(op, generate), { op: op.name });
+
+/** Makes the WGSL generator of an op. */
+export const wgslKernel = <O extends AnyOp>(
+  op: O,
+  generate: (spec: SpecOf<O>, profile: Profile) => GeneratedKernel,
+): WgslGenerator<O["name"]> => Object.assign(forOp(op, generate), { op: op.name });
+
+/** Returns a spec with the names of its op. Throws a BrokenInvariant if an operand, a dim or a required attribute is missing. */
+function specOf<O extends AnyOp>(op: O, spec: KernelSpec): SpecOf<O> {
+  invariant(hasNames(op, spec), `the kernel of ${op.name} has the spec of ${spec.op}`);
+  return spec;
+}
+function hasNames<O extends AnyOp>({ name, inputs, outputs, attrs = [] }: O, spec: KernelSpec): spec is SpecOf<O> {
+  const operands = [...inputs, ...outputs].filter((o) => !OPTIONAL.includes(o.name));
+  for (const o of operands) invariant(o.name in spec.size && o.name in spec.dtype, `the spec of ${name} has no operand ${o.name}`);
+  const sizes = [...operands.flatMap((o) => (o.any ? [] : o.dimSpecs).flatMap((s) => [s.dim, ...s.inner])), ...attrs];
+  for (const s of sizes) invariant(s in spec.d, `the spec of ${name} has no size or attribute ${s}`);
+  return spec.op === name;
+}
+/** Outputs that a use of an op need not have: `needed` counts rows where their number may exceed the bound. */
+const OPTIONAL: readonly string[] = ["needed"];
 
 /**
  * Returns the index of the row offsets in the index buffer `rows` (i32) of ragged operands. The buffer holds the count of rows; the global
@@ -48,13 +110,22 @@ export const offsetsAt = (bound: number): number => 1 + 3 * bound;
 /** Returns the values of numbered attributes or dims, such as `n0`, `n1`, … of `arrange`. */
 export function numbered({ d }: Pick<KernelSpec, "d">, prefix: string): number[] {
   const all: number[] = [];
-  while (d[`${prefix}${all.length}`] !== undefined) all.push(d[`${prefix}${all.length}`]!);
+  for (let value = d[`${prefix}0`]; value !== undefined; value = d[`${prefix}${all.length}`]) all.push(value);
   return all;
 }
 
-/** Returns the terms by which `split_rows` computes the destination of a row from its coordinates, one per sub-axis. */
-export const destinationsOf = (spec: Pick<KernelSpec, "d">) =>
-  numbered(spec, "slot").map((slot, i) => ({ slot, div: spec.d[`div${i}`]!, mod: spec.d[`mod${i}`]!, mul: spec.d[`mul${i}`]! }));
+/** One term of the destination of a row, coordinate[slot] / div % mod · mul: the rank's coordinate along one sub-axis. */
+export interface DestinationTerm {
+  readonly slot: number;
+  readonly div: number;
+  readonly mod: number;
+  readonly mul: number;
+}
+/** Returns the terms by which `split_rows` computes the destination of a row from its coordinates. */
+export function destinationsOf(spec: Pick<KernelSpec, "d">): DestinationTerm[] {
+  const [div, mod, mul] = [numbered(spec, "div"), numbered(spec, "mod"), numbered(spec, "mul")];
+  return numbered(spec, "slot").map((slot, i) => ({ slot, div: div[i] ?? 1, mod: mod[i] ?? 1, mul: mul[i] ?? 1 }));
+}
 
 /** Returns `positionOf` (src/ops/positions.ts) of an unsigned index as an expression that is valid in WGSL and in CUDA. */
 export function positionText(index: string, chunk: number, ranks: number): string {

@@ -20,56 +20,64 @@ export interface SliceCopy {
   readonly slices: readonly Slice[];
 }
 
-type Sizes = Readonly<Record<string, number>>;
-const sizes = (d: Sizes) => d as Readonly<Record<"B" | "S" | "H" | "A" | "R" | "W" | "Y" | "Z", number>>;
+type Sizes<Name extends string> = Readonly<Record<Name, number>>;
 
-/** Slices by op name. */
-export const sliceCopies: Readonly<Record<string, (d: Sizes) => SliceCopy>> = {
-  split(d) {
-    const { B, S, A, R, Y } = sizes(d);
-    return {
-      ...{ tokens: B * S, heads: 1 },
-      slices: [
-        { from: "x", to: "a", length: A, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: A },
-        { from: "x", to: "b", length: R, fromAt: A, toAt: 0, fromWidth: Y, toWidth: R },
-      ],
-    };
-  },
-  join(d) {
-    const { B, S, A, R, Y } = sizes(d);
-    return {
-      ...{ tokens: B * S, heads: 1 },
-      slices: [
-        { from: "a", to: "y", length: A, fromAt: 0, toAt: 0, fromWidth: A, toWidth: Y },
-        { from: "b", to: "y", length: R, fromAt: 0, toAt: A, fromWidth: R, toWidth: Y },
-      ],
-    };
-  },
-  latent_kv(d) {
-    const { B, S, H, R, W, Y, Z } = sizes(d);
-    const own = Y - R;
-    return {
-      ...{ tokens: B * S, heads: H },
-      slices: [
-        { from: "x", to: "k", length: own, fromAt: 0, toAt: 0, fromWidth: Z, toWidth: Y },
-        { from: "r", to: "k", length: R, fromAt: 0, toAt: own, fromWidth: R, toWidth: Y, shared: true },
-        { from: "x", to: "v", length: W, fromAt: own, toAt: 0, fromWidth: Z, toWidth: W },
-      ],
-    };
-  },
-  /** `dr` is not a copy: it is a sum over heads. */
-  latent_kv_grad(d) {
-    const { B, S, H, R, W, Y, Z } = sizes(d);
-    const own = Y - R;
-    return {
-      ...{ tokens: B * S, heads: H },
-      slices: [
-        { from: "dk", to: "dx", length: own, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: Z },
-        { from: "dv", to: "dx", length: W, fromAt: 0, toAt: own, fromWidth: W, toWidth: Z },
-      ],
-    };
-  },
-};
+/** Returns the slices of `split`. */
+export const splitSlices = ({ B, S, A, R, Y }: Sizes<"B" | "S" | "A" | "R" | "Y">): SliceCopy => ({
+  ...{ tokens: B * S, heads: 1 },
+  slices: [
+    { from: "x", to: "a", length: A, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: A },
+    { from: "x", to: "b", length: R, fromAt: A, toAt: 0, fromWidth: Y, toWidth: R },
+  ],
+});
+
+/** Returns the slices of `join`. */
+export const joinSlices = ({ B, S, A, R, Y }: Sizes<"B" | "S" | "A" | "R" | "Y">): SliceCopy => ({
+  ...{ tokens: B * S, heads: 1 },
+  slices: [
+    { from: "a", to: "y", length: A, fromAt: 0, toAt: 0, fromWidth: A, toWidth: Y },
+    { from: "b", to: "y", length: R, fromAt: 0, toAt: A, fromWidth: R, toWidth: Y },
+  ],
+});
+
+type HeadSizes = Sizes<"B" | "S" | "H" | "R" | "W" | "Y" | "Z">;
+
+/** Returns the slices of `latent_kv`. */
+export const latentKvSlices = ({ B, S, H, R, W, Y, Z }: HeadSizes): SliceCopy => ({
+  ...{ tokens: B * S, heads: H },
+  slices: [
+    { from: "x", to: "k", length: Y - R, fromAt: 0, toAt: 0, fromWidth: Z, toWidth: Y },
+    { from: "r", to: "k", length: R, fromAt: 0, toAt: Y - R, fromWidth: R, toWidth: Y, shared: true },
+    { from: "x", to: "v", length: W, fromAt: Y - R, toAt: 0, fromWidth: Z, toWidth: W },
+  ],
+});
+
+/** Returns the slices of `latent_kv_grad`; `dr` is not a copy but a sum over heads. */
+export const latentKvGradSlices = ({ B, S, H, R, W, Y, Z }: HeadSizes): SliceCopy => ({
+  ...{ tokens: B * S, heads: H },
+  slices: [
+    { from: "dk", to: "dx", length: Y - R, fromAt: 0, toAt: 0, fromWidth: Y, toWidth: Z },
+    { from: "dv", to: "dx", length: W, fromAt: 0, toAt: Y - R, fromWidth: W, toWidth: Z },
+  ],
+});
+
+/** A slice with the first of its channels among those of all slices. */
+export interface PlacedSlice extends Slice {
+  readonly begin: number;
+  readonly end: number;
+}
+/** Returns the slices with their places among the channels of a head, and the number of channels. */
+export function placed({ slices }: SliceCopy): { readonly placed: readonly PlacedSlice[]; readonly channels: number } {
+  let channels = 0;
+  const all = slices.map((s): PlacedSlice => {
+    const begin = channels;
+    channels += s.length;
+    return { ...s, begin, end: channels };
+  });
+  return { placed: all, channels };
+}
+/** Returns the names of the operands that are copied from or to. */
+export const operandsOfSlices = ({ slices }: SliceCopy): string[] => [...new Set(slices.flatMap((s) => [s.from, s.to]))];
 
 /** Returns the offsets, lengths and widths that a vector width must divide. */
 export const alignmentsOf = ({ slices }: SliceCopy): number[] =>

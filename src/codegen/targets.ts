@@ -6,7 +6,6 @@
 import { type Device, deviceNames, devices } from "../../schemas/devices.ts";
 import { wgslFeature } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { invariant } from "../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
 import { archs, profiles, targetNames } from "./targetNames.ts";
 
@@ -39,7 +38,7 @@ export async function loadTarget(text: string): Promise<Target> {
             "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
             "write --target webgpu:f16, or train.precision: fp32",
           );
-        return generatorOf(wgslKernels, spec)(spec, profile);
+        return wgslKernels[spec.op](spec, profile);
       };
       return { name: `webgpu:${profile}`, suffix: "wgsl", generate };
     }
@@ -48,7 +47,7 @@ export async function loadTarget(text: string): Promise<Target> {
     const arch = archs.find((a) => a === detail);
     if (arch) {
       const { cudaKernels } = await import("./cuda/index.ts");
-      return { name: text, suffix: "cu", writesFirst: true, generate: (spec) => generatorOf(cudaKernels, spec)(spec, arch) };
+      return { name: text, suffix: "cu", writesFirst: true, generate: (spec) => cudaKernels[spec.op](spec, arch) };
     }
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);
@@ -71,9 +70,3 @@ const lenient = (target: Target): Target => ({
     }
   },
 });
-
-function generatorOf<M>(table: Readonly<Record<string, M>>, { op }: KernelSpec): M {
-  const maker = table[op];
-  invariant(maker !== undefined, `no kernel for ${op}`);
-  return maker;
-}

@@ -1,5 +1,5 @@
 /** Causal grouped-query attention over all keys or over a shard of them. Positions are global on every shard. */
-import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
+import { type Grads, op, type ShardContext } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
 export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
@@ -7,7 +7,7 @@ export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>
  * Queries and keys have width C, values and outputs W. Query head g·M + m reads key head ⌊g/copies⌋: groups that share a key head may be on
  * different ranks, each of which holds a copy of that head. `scale`, `chunk` and `ranks` are attributes.
  */
-export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>> & Attrs;
+export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks", number>>;
 
 /**
  * A query attends to the keys at its own and earlier positions; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, which
@@ -16,6 +16,7 @@ export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", num
 export const attention = op({
   name: "attention",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  attrs: ["scale", "chunk", "ranks"],
   types: { lse: "f32" },
   flops: flopsOfMix,
   cpu: mix,
@@ -31,6 +32,7 @@ export const attention = op({
 export const attentionGrad = op({
   name: "attention_grad",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
+  attrs: ["scale", "chunk", "ranks"],
   flops: flopsOfGrad,
   cpu: mixGrad,
 });
@@ -42,6 +44,7 @@ export const attentionGrad = op({
 export const attentionPart = op({
   name: "attention_part",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  attrs: ["scale", "chunk", "ranks"],
   reduction: "merge",
   types: { lse: "f32" },
   flops: flopsOfMix,
@@ -51,6 +54,7 @@ export const attentionPart = op({
 export const attentionPartGrad = op({
   name: "attention_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
+  attrs: ["scale", "chunk", "ranks"],
   flops: flopsOfGrad,
   cpu: mixGrad,
 });
@@ -94,7 +98,7 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
   eachQuery(d, K, p, (i, keys, seen) => {
     let most = -Infinity;
     for (let j = 0; j < seen.length; j++) {
-      weight[j] = d.scale! * dot(q, i * C, k, (keys + seen[j]! * K) * C, C);
+      weight[j] = d.scale * dot(q, i * C, k, (keys + seen[j]! * K) * C, C);
       most = Math.max(most, weight[j]!);
     }
     let sum = 0;
@@ -125,9 +129,9 @@ export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Size
     for (let j = 0; j < seen.length; j++) {
       const key = (keys + seen[j]! * K) * C;
       const value = (keys + seen[j]! * K) * W;
-      const w = Math.exp(d.scale! * dot(q, i * C, k, key, C) - lse[i]!);
+      const w = Math.exp(d.scale * dot(q, i * C, k, key, C) - lse[i]!);
       const f = kept?.(i, seen[j]!) ?? 1;
-      const ds = d.scale! * w * (f * dot(dy, i * W, v, value, W) - mean);
+      const ds = d.scale * w * (f * dot(dy, i * W, v, value, W) - mean);
       for (let c = 0; c < C; c++) {
         query[c]! += ds * k[key + c]!;
         keySums[key + c]! += ds * q[i * C + c]!;
@@ -150,7 +154,7 @@ function eachQuery(
   p: ShardContext,
   visit: (i: number, keys: number, seen: Int32Array) => void,
 ): void {
-  const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
+  const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk, d.ranks);
   const of = Int32Array.from({ length: U }, (_, u) => position("U", u));
   const every = Int32Array.from(of.keys());
   for (let s = 0; s < S; s++) {

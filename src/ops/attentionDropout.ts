@@ -12,6 +12,7 @@ import { positionOf } from "./positions.ts";
 export const attentionDropout = op({
   name: "attention_dropout",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  attrs: ["scale", "drop", "chunk", "ranks"],
   types: { lse: "f32" },
   runtimeAttrs,
   flops: flopsOfMix,
@@ -25,6 +26,7 @@ export const attentionDropout = op({
 export const attentionDropoutGrad = op({
   name: "attention_dropout_grad",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
+  attrs: ["scale", "drop", "chunk", "ranks"],
   runtimeAttrs,
   flops: flopsOfGrad,
   cpu: dropMixGrad,
@@ -32,6 +34,7 @@ export const attentionDropoutGrad = op({
 export const attentionDropoutPart = op({
   name: "attention_dropout_part",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
+  attrs: ["scale", "drop", "chunk", "ranks"],
   reduction: "merge",
   types: { lse: "f32" },
   runtimeAttrs,
@@ -41,23 +44,26 @@ export const attentionDropoutPart = op({
 export const attentionDropoutPartGrad = op({
   name: "attention_dropout_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
+  attrs: ["scale", "drop", "chunk", "ranks"],
   runtimeAttrs,
   flops: flopsOfGrad,
   cpu: dropMixGrad,
 });
 
-function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: Sizes, p: ShardContext): void {
+type DropSizes = Sizes & Readonly<Record<"drop" | "key0" | "key1", number>>;
+
+function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: DropSizes, p: ShardContext): void {
   mix(t, d, p, keptOf(t.sample, d, p));
 }
-function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: Sizes, p: ShardContext): void {
+function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: DropSizes, p: ShardContext): void {
   mixGrad(t, d, p, keptOf(t.sample, d, p));
 }
 
 /** Returns the factor of each weight: key u of a query uses word u % 4 at counter (sequence, position of the query, head, u / 4). */
-function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: ShardContext): (query: number, key: number) => number {
-  const { threshold, factor } = dropsOf(d.drop!);
+function keptOf(sample: Float32Array, { S, G, M, ...d }: DropSizes, p: ShardContext): (query: number, key: number) => number {
+  const { threshold, factor } = dropsOf(d.drop);
   const [heads, firstHead] = [G * M, p.start("G") * M];
-  const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk!, d.ranks!);
+  const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk, d.ranks);
   const words = new Uint32Array(4);
   let [lastQuery, lastBlock] = [-1, -1];
   return (query, key) => {
@@ -66,7 +72,7 @@ function keptOf(sample: Float32Array, { S, G, M, ...d }: Sizes, p: ShardContext)
     if (query !== lastQuery || block !== lastBlock) {
       const token = Math.floor(query / heads);
       const here = position("S", token % S);
-      philox(words, sample[Math.floor(token / S)]!, here, firstHead + (query % heads), block, d.key0!, d.key1!);
+      philox(words, sample[Math.floor(token / S)]!, here, firstHead + (query % heads), block, d.key0, d.key1);
       [lastQuery, lastBlock] = [query, block];
     }
     return words[at % 4]! < threshold ? 0 : factor;

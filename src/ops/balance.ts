@@ -1,5 +1,6 @@
 /** Load balancing of experts: losses on the expert counts, biases updated from them, and balanced assignments. */
-import { type Grads, op } from "./op.ts";
+import { mul, total } from "./formula.ts";
+import { formulaOp, type Grads, op } from "./op.ts";
 
 // -- per microbatch of P sequences, or with P = 1 per sequence
 
@@ -13,24 +14,20 @@ export const expertCounts = op({
   },
 });
 /** c · Σ p·n: partial over shards of tokens, while the counts are those of the whole group. The counts have no gradient. */
-export const auxLoss = op({
+export const auxLoss = formulaOp({
   name: "aux_loss",
   sig: "p[A*P,S,E] n[A,E] -> y[]",
   types: { y: "f32" },
-  cpu({ p, n, y }, { P, S, E, c }) {
-    let sum = 0;
-    for (let i = 0; i < p.length; i++) sum += p[i]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
-    y[0]! += c! * sum;
-  },
+  attrs: ["c"],
+  formula: ({ p, n }, { c }) => ({ y: total(mul(p, n), c) }),
   grad: ({ p, n }, { dy }, a): Grads => ({ p: auxLossGrad.of({ p, n, dy }, a) }),
 });
 /** Gradient with respect to p; only the shape of `p` is read. */
-export const auxLossGrad = op({
+export const auxLossGrad = formulaOp({
   name: "aux_loss_grad",
   sig: "p[A*P,S,E] n[A,E] dy[] -> dp[A*P,S,E]",
-  cpu({ n, dy, dp }, { P, S, E, c }) {
-    for (let i = 0; i < dp.length; i++) dp[i] = c! * dy[0]! * n[Math.floor(i / (P * S * E)) * E + (i % E)]!;
-  },
+  attrs: ["c"],
+  formula: ({ n, dy }, { c }) => ({ dp: mul(c, dy, n) }),
 });
 
 // -- over all microbatches of the step so far
@@ -39,6 +36,7 @@ export const auxLossGrad = op({
 export const runningMean = op({
   name: "running_mean",
   sig: "n[E!] -> mean[E!] total[E!]",
+  attrs: ["choices"],
   inPlace: ["total"],
   cpu({ n, mean, total }, { E, choices }) {
     let sum = 0;
@@ -46,28 +44,24 @@ export const runningMean = op({
       total[e]! += n[e]!;
       sum += total[e]!;
     }
-    for (let e = 0; e < E; e++) mean[e] = (total[e]! * choices!) / sum;
+    for (let e = 0; e < E; e++) mean[e] = (total[e]! * choices) / sum;
   },
 });
 /** c · Σ p·n, with one count vector for all microbatches. */
-export const globalAuxLoss = op({
+export const globalAuxLoss = formulaOp({
   name: "global_aux_loss",
   sig: "p[B,S,E] n[E] -> y[]",
   types: { y: "f32" },
-  cpu({ p, n, y }, { E, c }) {
-    let sum = 0;
-    for (let i = 0; i < p.length; i++) sum += p[i]! * n[i % E]!;
-    y[0]! += c! * sum;
-  },
+  attrs: ["c"],
+  formula: ({ p, n }, { c }) => ({ y: total(mul(p, n), c) }),
   grad: ({ p, n }, { dy }, a): Grads => ({ p: globalAuxLossGrad.of({ p, n, dy }, a) }),
 });
 /** Gradient with respect to p; only the shape of `p` is read. */
-export const globalAuxLossGrad = op({
+export const globalAuxLossGrad = formulaOp({
   name: "global_aux_loss_grad",
   sig: "p[B,S,E] n[E] dy[] -> dp[B,S,E]",
-  cpu({ n, dy, dp }, { E, c }) {
-    for (let i = 0; i < dp.length; i++) dp[i] = c! * dy[0]! * n[i % E]!;
-  },
+  attrs: ["c"],
+  formula: ({ n, dy }, { c }) => ({ dp: mul(c, dy, n) }),
 });
 
 // -- balanced assignments
@@ -80,6 +74,7 @@ export const globalAuxLossGrad = op({
 export const sinkhorn = op({
   name: "sinkhorn",
   sig: "x[A*P,S!,E!] -> y[A*P,S!,E!] rounds[]",
+  attrs: ["most"],
   reduction: "max",
   inPlace: ["rounds"],
   limits: { rounds: "most" },
@@ -92,7 +87,7 @@ export const sinkhorn = op({
       const d1 = new Float64Array(E).fill(1);
       let turn = 0;
       // NaN is not converged
-      for (let moved = 1; !(moved <= 1e-4) && turn <= most!; turn++) {
+      for (let moved = 1; !(moved <= 1e-4) && turn <= most; turn++) {
         const columns = new Float64Array(E);
         for (let t = 0; t < T; t++) {
           let row = 0;
@@ -121,17 +116,18 @@ export const sinkhorn = op({
 export const quantile = op({
   name: "quantile",
   sig: "x[A*P,S!,E!] bias[E!] -> q[E!]",
+  attrs: ["k", "count"],
   types: { q: "f32" },
   cpu({ x, bias, q }, { A, P, S, E, k, count }) {
     const T = P * S;
-    const target = Math.floor((T * k!) / E);
+    const target = Math.floor((T * k) / E);
     const largest = (values: Float32Array, n: number) => values.sort().at(-n)!;
     for (let a = 0; a < A; a++) {
       const own = x.subarray(a * T * E, (a + 1) * T * E);
       const alpha = Float32Array.from({ length: T }, (_, t) =>
         largest(
           own.slice(t * E, (t + 1) * E).map((v, e) => v - bias[e]!),
-          k! + 1,
+          k + 1,
         ),
       );
       for (let e = 0; e < E; e++)
@@ -139,7 +135,7 @@ export const quantile = op({
           largest(
             alpha.map((least, t) => own[t * E + e]! - least),
             target + 1,
-          ) / count!;
+          ) / count;
     }
   },
 });
@@ -147,13 +143,14 @@ export const quantile = op({
 export const quantileUpdate = op({
   name: "quantile_update",
   sig: "n[E!] scale[] -> bias[E!]",
+  attrs: ["ema"],
   inPlace: ["bias"],
   types: { bias: "f32" },
   cpu({ n, scale, bias }, { E, ema }) {
     if (scale[0] === 0) return;
     let sum = 0;
     for (let e = 0; e < E; e++) {
-      bias[e] = ema! * bias[e]! + (1 - ema!) * n[e]!;
+      bias[e] = ema * bias[e]! + (1 - ema) * n[e]!;
       sum += bias[e]!;
     }
     for (let e = 0; e < E; e++) bias[e]! -= sum / E;
@@ -186,12 +183,13 @@ export const expertLoads = op({
 export const biasUpdate = op({
   name: "bias_update",
   sig: "n[E!] scale[] -> bias[E!]",
+  attrs: ["rate"],
   inPlace: ["bias"],
   types: { bias: "f32" },
   cpu({ n, scale, bias }, { E, rate }) {
     if (scale[0] === 0) return;
     let sum = 0;
     for (const x of n) sum += x;
-    for (let e = 0; e < E; e++) bias[e]! += rate! * Math.sign(sum / E - n[e]!);
+    for (let e = 0; e < E; e++) bias[e]! += rate * Math.sign(sum / E - n[e]!);
   },
 });

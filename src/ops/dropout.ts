@@ -3,7 +3,7 @@
  * the counter identifies the element globally: sequence since the start of the run, position, and channel (or head and key). The bits thus
  * do not depend on the mesh, on microbatches or on the time of execution: backward and recomputed forward ops reproduce them.
  */
-import { type Attrs, type Grads, op, type ShardContext } from "./op.ts";
+import { type Grads, op, type ShardContext } from "./op.ts";
 import { keyOf, philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
@@ -24,15 +24,15 @@ export const dropsOf = (drop: number): { readonly threshold: number; readonly fa
 /** Visits each element with its word: channel c of a token uses word c % 4 at counter (sequence, position, c / 4, 0). */
 function eachWord(
   sample: Float32Array,
-  { B, S, D, ...d }: Readonly<Record<"B" | "S" | "D", number>> & Attrs,
+  { B, S, D, ...d }: Readonly<Record<"B" | "S" | "D" | "chunk" | "ranks" | "key0" | "key1", number>>,
   p: ShardContext,
   visit: (i: number, word: number) => void,
 ): void {
   const words = new Uint32Array(4);
   for (let t = 0; t < B * S; t++) {
-    const position = positionOf(p.start("S") + (t % S), d.chunk!, d.ranks!);
+    const position = positionOf(p.start("S") + (t % S), d.chunk, d.ranks);
     for (let c = 0; c < D; c++) {
-      if (c % 4 === 0) philox(words, sample[Math.floor(t / S)]!, position, c / 4, 0, d.key0!, d.key1!);
+      if (c % 4 === 0) philox(words, sample[Math.floor(t / S)]!, position, c / 4, 0, d.key0, d.key1);
       visit(t * D + c, words[c % 4]!);
     }
   }
@@ -42,10 +42,11 @@ function eachWord(
 export const dropout = op({
   name: "dropout",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
+  attrs: ["drop", "chunk", "ranks"],
   runtimeAttrs,
   suffix: "grad",
   cpu({ x, sample, y }, d, p) {
-    const { threshold, factor } = dropsOf(d.drop!);
+    const { threshold, factor } = dropsOf(d.drop);
     eachWord(sample, d, p, (i, word) => {
       y[i] = word < threshold ? 0 : x[i]! * factor;
     });
@@ -57,11 +58,12 @@ export const dropout = op({
 export const jitter = op({
   name: "jitter",
   sig: "x[B,S,D!] sample[B] -> y[B,S,D!]",
+  attrs: ["eps", "chunk", "ranks"],
   runtimeAttrs,
   suffix: "grad",
   cpu({ x, sample, y }, d, p) {
     eachWord(sample, d, p, (i, word) => {
-      y[i] = x[i]! * (1 + d.eps! * ((word >>> 8) * 2 ** -23 - 1));
+      y[i] = x[i]! * (1 + d.eps * ((word >>> 8) * 2 ** -23 - 1));
     });
   },
   grad: ({ sample }, { dy }, a): Grads => ({ x: jitter.of({ x: dy, sample }, a) }),

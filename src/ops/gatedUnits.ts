@@ -1,6 +1,6 @@
 /**
  * Gated linear units: y = x·σ(z(x))·up, where x is the gate and z(x) = x·(linear + cubic·x²). The two coefficients are the whole difference
- * between activations: the reference below and the kernels (src/codegen/gatedUnitText.ts) are derived from them.
+ * between activations: the formulas below contain them, and the reference and the kernels are derived from the formulas.
  *
  *   swiglu  silu(x)·up, silu(x) = x·σ(x): z = x (Shazeer 2020, arXiv:2002.05202)
  *   geglu   gelu(x)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the tanh approximation of Hendrycks and Gimpel 2016
@@ -10,80 +10,63 @@
  * Derivative of x·σ(z): s·(1 + x·z′·(1 − s)), where s = σ(z) and z′ = linear + 3·cubic·x².
  */
 import type { Job } from "../../schemas/job.ts";
-import { type Grads, op } from "./op.ts";
+import { add, type Expr, mul, rowSum, sigmoid, sub, variable } from "./formula.ts";
+import { formulaOp, type Grads } from "./op.ts";
 
 type Activation = Job["model"]["activation"];
 
 /** Coefficients of z(x) = x·(linear + cubic·x²). */
-export interface SigmoidArgument {
+interface SigmoidArgument {
   readonly linear: number;
   readonly cubic: number;
 }
 
-/** σ(x) = 1 / (1 + e⁻ˣ) in double precision. */
-export const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x));
-
 /** One activation as ops: `dense` for [B,S,F], `rows` for the rows of experts. The ops are named `name`, `name_grad`, `name_rows`, `name_rows_grad`. */
-function gatedUnit(name: Activation, argument: SigmoidArgument) {
-  const { linear, cubic } = argument;
-  const factor = cubic === 0 ? () => linear : (x: number) => linear + cubic * x * x;
-  const slope = cubic === 0 ? () => linear : (x: number) => linear + 3 * cubic * x * x;
-  const gateOf = (x: number): number => sigmoid(x * factor(x));
+function gatedUnit(name: Activation, { linear, cubic }: SigmoidArgument) {
+  /** x · (linear + k·x²) */
+  const times = (x: Expr, k: number): Expr => (linear === 1 && k === 0 ? x : mul(x, add(linear, mul(k, x, x))));
+  const gateOf = (x: Expr): Expr => sigmoid(times(x, cubic));
+  /** The derivative of x·s, divided by s = σ(z(x)). */
+  const slope = (x: Expr, s: Expr): Expr => add(1, mul(times(x, 3 * cubic), sub(1, s)));
 
-  const denseGrad = op({
+  const denseGrad = formulaOp({
     name: `${name}_grad`,
     sig: "gate[B,S,F] up[B,S,F] dy[B,S,F] -> dgate[B,S,F] dup[B,S,F]",
-    cpu({ gate, up, dy, dgate, dup }) {
-      for (let i = 0; i < dy.length; i++) {
-        const x = gate[i]!;
-        const s = gateOf(x);
-        dgate[i] = dy[i]! * up[i]! * s * (1 + x * slope(x) * (1 - s));
-        dup[i] = dy[i]! * x * s;
-      }
+    formula({ gate, up, dy }) {
+      const s = variable("s", gateOf(gate));
+      return { dgate: mul(dy, up, s, slope(gate, s)), dup: mul(dy, gate, s) };
     },
   });
-  const dense = op({
+  const dense = formulaOp({
     name,
     sig: "gate[B,S,F] up[B,S,F] -> y[B,S,F]",
-    cpu({ gate, up, y }) {
-      for (let i = 0; i < y.length; i++) y[i] = gate[i]! * gateOf(gate[i]!) * up[i]!;
-    },
+    formula: ({ gate, up }) => ({ y: mul(gate, gateOf(gate), up) }),
     grad({ gate, up }, { dy }): Grads {
       const { dgate, dup } = denseGrad.all({ gate, up, dy });
       return { gate: dgate, up: dup };
     },
   });
-  const rowsGrad = op({
+  const rowsGrad = formulaOp({
     name: `${name}_rows_grad`,
     sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] dy[B~S~E,F] -> dgate[B~S~E,F] dup[B~S~E,F] dp[B~S~E]",
     types: { dp: "f32" },
-    cpu({ gate, up, p, dy, dgate, dup, dp }, { F }, { rows: existing }) {
-      for (let r = 0; r < existing[0]!; r++) {
-        let sum = 0;
-        for (let i = r * F; i < r * F + F; i++) {
-          const x = gate[i]!;
-          const s = gateOf(x);
-          dgate[i] = dy[i]! * p[r]! * up[i]! * s * (1 + x * slope(x) * (1 - s));
-          dup[i] = dy[i]! * p[r]! * x * s;
-          sum += dy[i]! * x * s * up[i]!;
-        }
-        dp[r] = sum;
-      }
+    formula({ gate, up, p, dy }) {
+      const s = variable("s", gateOf(gate));
+      const dp = rowSum("slope", mul(dy, gate, s, up));
+      return { dgate: mul(dy, p, up, s, slope(gate, s)), dup: mul(dy, p, gate, s), dp };
     },
   });
   // the combine weight p is applied inside the activation, as in Megatron Core: the following product is linear, so rows need no later weighting
-  const rows = op({
+  const rows = formulaOp({
     name: `${name}_rows`,
     sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] -> y[B~S~E,F]",
-    cpu({ gate, up, p, y }, { F }, { rows: existing }) {
-      for (let i = 0; i < existing[0]! * F; i++) y[i] = gate[i]! * gateOf(gate[i]!) * up[i]! * p[Math.floor(i / F)]!;
-    },
+    formula: ({ gate, up, p }) => ({ y: mul(gate, gateOf(gate), up, p) }),
     grad({ gate, up, p }, { dy }): Grads {
       const { dgate, dup, dp } = rowsGrad.all({ gate, up, p, dy });
       return { gate: dgate, up: dup, p: dp };
     },
   });
-  return { argument, dense, denseGrad, rows, rowsGrad };
+  return { dense, denseGrad, rows, rowsGrad };
 }
 
 const gelu = 2 * Math.sqrt(2 / Math.PI);

@@ -10,7 +10,7 @@ import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
 import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
-import type { AnyOp } from "./op.ts";
+import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
 import { rope } from "./rope.ts";
 import * as router from "./router.ts";
@@ -38,3 +38,10 @@ const byName = <O extends AnyOp>(table: readonly O[]) =>
 
 /** Every op by its name. An op that `OpName` lists and no file declares does not compile. */
 export const ops: Readonly<Record<OpName, AnyOp>> = byName(all) satisfies Record<OpName, AnyOp>;
+
+/** The name of an op whose reference and kernels are derived from its formula. */
+export type FormulaOpName = Extract<(typeof all)[number], AnyFormulaOp>["name"];
+const formulaOps = all.filter((o) => "formula" in o);
+/** Returns a value for each op with a formula, by the name of the op. */
+export const mapFormulaOps = <T>(of: (op: AnyFormulaOp) => T): Readonly<Record<FormulaOpName, T>> =>
+  Object.fromEntries(formulaOps.map((o) => [o.name, of(o)])) as Record<FormulaOpName, T>;

@@ -1,6 +1,7 @@
 /** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
+import { add as plus } from "./formula.ts";
 import { gemm as product } from "./loops.ts";
-import { type Grads, op } from "./op.ts";
+import { formulaOp, type Grads, op } from "./op.ts";
 
 export const gemm = op({
   name: "gemm",
@@ -68,12 +69,10 @@ function runs(rows: Int32Array, first: number, visit: (e: number, row: number, c
   }
 }
 
-export const addBias = op({
+export const addBias = formulaOp({
   name: "add_bias",
   sig: "x[B,S,N] bias[N] -> y[B,S,N]",
-  cpu({ x, bias, y }, { N }) {
-    for (let i = 0; i < y.length; i++) y[i] = x[i]! + bias[i % N]!;
-  },
+  formula: ({ x, bias }) => ({ y: plus(x, bias) }),
   grad: (_, { dy }): Grads => ({ x: dy, bias: biasGrad.of({ dy }) }),
 });
 export const biasGrad = op({
@@ -88,21 +87,19 @@ export const biasGrad = op({
   },
 });
 
-export const add = op({
+export const add = formulaOp({
   name: "add",
   sig: "a[...] b[...] -> y[...]",
   linear: true,
-  cpu({ a, b, y }) {
-    for (let i = 0; i < y.length; i++) y[i] = a[i]! + b[i]!;
-  },
+  formula: ({ a, b }) => ({ y: plus(a, b) }),
   grad: (_, { dy }): Grads => ({ a: dy, b: dy }),
 });
 /** Converts to another type, which the caller sets on the result. */
-export const cast = op({
+export const cast = formulaOp({
   name: "cast",
   sig: "x[...] -> y[...]",
   linear: true,
-  cpu: ({ x, y }) => y.set(x),
+  formula: ({ x }) => ({ y: x }),
   grad({ x }, { dy }): Grads {
     const dx = cast.of({ x: dy });
     dx.dtype = x.dtype;
@@ -110,13 +107,11 @@ export const cast = op({
   },
 });
 /** Adds the gradient of one microbatch to the sum of the earlier ones. */
-export const accumulate = op({
+export const accumulate = formulaOp({
   name: "accumulate",
   sig: "x[...] -> y[...]",
   linear: true,
   inPlace: ["y"],
   types: { y: "f32" },
-  cpu({ x, y }) {
-    for (let i = 0; i < y.length; i++) y[i]! += x[i]!;
-  },
+  formula: ({ x, y }) => ({ y: plus(y, x) }),
 });

@@ -1,7 +1,7 @@
 /** The rows that experts process, and the sigmoid gate. A row is a (b,s,e) where the top-k mask c of the router is 1, whatever its weight. */
 
-import { sigmoid } from "./gatedUnits.ts";
-import { type Grads, op, type ShardContext } from "./op.ts";
+import { mul, rowSum, sigmoid, sub, variable } from "./formula.ts";
+import { formulaOp, type Grads, op, type ShardContext } from "./op.ts";
 import { markExperts } from "./transport.ts";
 
 // -- rows of experts
@@ -81,30 +81,21 @@ export const packGrad = op({
 // -- sigmoid gate
 
 /** Multiplies each block of C channels by the sigmoid of its gate. */
-export const sigmoidGate = op({
+export const sigmoidGate = formulaOp({
   name: "sigmoid_gate",
   sig: "x[B,S,N*C] gate[B,S,N] -> y[B,S,N*C]",
-  cpu({ x, gate, y }, { C }) {
-    for (let i = 0; i < y.length; i++) y[i] = x[i]! * sigmoid(gate[Math.floor(i / C)]!);
-  },
+  formula: ({ x, gate }) => ({ y: mul(x, variable("share", sigmoid(gate))) }),
   grad({ x, gate }, { dy }, a): Grads {
     const { dx, dgate } = sigmoidGateGrad.all({ x, gate, dy }, a);
     return { x: dx, gate: dgate };
   },
 });
 /** dx = σ·dy; dgate = σ·(1 − σ) · Σ x·dy. */
-export const sigmoidGateGrad = op({
+export const sigmoidGateGrad = formulaOp({
   name: "sigmoid_gate_grad",
   sig: "x[B,S,N*C] gate[B,S,N] dy[B,S,N*C] -> dx[B,S,N*C] dgate[B,S,N]",
-  cpu({ x, gate, dy, dx, dgate }, { C }) {
-    for (let block = 0; block < gate.length; block++) {
-      const s = sigmoid(gate[block]!);
-      let sum = 0;
-      for (let i = block * C; i < block * C + C; i++) {
-        dx[i] = dy[i]! * s;
-        sum += x[i]! * dy[i]!;
-      }
-      dgate[block] = sum * s * (1 - s);
-    }
+  formula({ x, gate, dy }) {
+    const s = variable("s", sigmoid(gate));
+    return { dx: mul(dy, s), dgate: mul(rowSum("sum", mul(x, dy)), s, sub(1, s)) };
   },
 });

@@ -4,7 +4,8 @@ import { type Grads, op } from "./op.ts";
 export const rmsnorm = op({
   name: "rmsnorm",
   sig: "x[B,S,D!] gain[D!] -> y[B,S,D!]",
-  cpu: ({ x, gain, y }, { D, eps }) => normalize(x, gain, y, D, eps!),
+  attrs: ["eps"],
+  cpu: ({ x, gain, y }, { D, eps }) => normalize(x, gain, y, D, eps),
   grad({ x, gain }, { dy }, a): Grads {
     const { dx, dgain } = rmsnormGrad.all({ x, gain, dy }, a);
     return { x: dx, gain: dgain };
@@ -13,14 +14,16 @@ export const rmsnorm = op({
 export const rmsnormGrad = op({
   name: "rmsnorm_grad",
   sig: "x[B,S,D!] gain[D!] dy[B,S,D!] -> dx[B,S,D!] dgain[D!]",
+  attrs: ["eps"],
   types: { dgain: "f32" },
-  cpu: ({ x, gain, dy, dx, dgain }, { D, eps }) => normalizeGrad(x, gain, dy, dx, dgain, D, eps!),
+  cpu: ({ x, gain, dy, dx, dgain }, { D, eps }) => normalizeGrad(x, gain, dy, dx, dgain, D, eps),
 });
 
 export const headNorm = op({
   name: "head_norm",
   sig: "x[B,S,H*C] gain[C!] -> y[B,S,H*C]",
-  cpu: ({ x, gain, y }, { C, eps }) => normalize(x, gain, y, C, eps!),
+  attrs: ["eps"],
+  cpu: ({ x, gain, y }, { C, eps }) => normalize(x, gain, y, C, eps),
   grad({ x, gain }, { dy }, a): Grads {
     const { dx, dgain } = headNormGrad.all({ x, gain, dy }, a);
     return { x: dx, gain: dgain };
@@ -29,9 +32,10 @@ export const headNorm = op({
 export const headNormGrad = op({
   name: "head_norm_grad",
   sig: "x[B,S,H*C] gain[C!] dy[B,S,H*C] -> dx[B,S,H*C] dgain[C!]",
+  attrs: ["eps"],
   linearIn: "dy",
   types: { dgain: "f32" },
-  cpu: ({ x, gain, dy, dx, dgain }, { C, eps }) => normalizeGrad(x, gain, dy, dx, dgain, C, eps!),
+  cpu: ({ x, gain, dy, dx, dgain }, { C, eps }) => normalizeGrad(x, gain, dy, dx, dgain, C, eps),
 });
 
 function normalize(x: Float32Array, gain: Float32Array, y: Float32Array, width: number, eps: number): void {

@@ -12,6 +12,13 @@
 import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype, HostInput } from "../../schemas/plan.ts";
+import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
+import { evaluateFormula } from "./formulaCpu.ts";
+import { invariant } from "./invariant.ts";
+import { type DimSpec, type Operand, operandsOfSide } from "./signature.ts";
+
+export { BrokenInvariant, invariant } from "./invariant.ts";
+export type { DimSpec, Operand } from "./signature.ts";
 
 type Words<S extends string> = S extends `${infer A} ${infer B}` ? A | Words<B> : S;
 type Side<S extends string, At extends "in" | "out"> = S extends `${infer I} -> ${infer O}` ? Words<At extends "in" ? I : O> : never;
@@ -46,7 +53,11 @@ export interface ShardContext {
 /** The name of an op that a graph may use. `shard` replaces each `regrid` by a reshard step, so no instruction has that name. */
 export type GraphOpName = OpName | "regrid";
 
-export interface Declaration<S extends string, N extends GraphOpName = GraphOpName> {
+/** Sizes that the reference and kernels of an op receive: dims and required attributes by name, and optional attributes. */
+type OpSizes<S extends string, A extends string> = Each<Dim<S> | A, number> & Attrs;
+
+/** What all declarations of an op have. */
+interface BaseDeclaration<S extends string, N extends GraphOpName, A extends string, R extends string> {
   /** The name in plans. `npm run schemas` adds a new one to schemas/opNames.ts. */
   readonly name: N;
   readonly sig: S;
@@ -66,36 +77,36 @@ export interface Declaration<S extends string, N extends GraphOpName = GraphOpNa
   readonly inPlace?: readonly Out<S>[];
   /** Per updated output, the attribute that holds its maximum in a step. A run in which the output exceeds it ends with an error. */
   readonly limits?: Partial<Each<Out<S>, string>>;
+  /** Attributes that every use has, beyond the inner factors in the signature; others are optional. */
+  readonly attrs?: readonly A[];
   /** Attributes that a kernel receives at launch as 32 bits: uses that differ only in these share one kernel. */
-  readonly runtimeAttrs?: readonly string[];
+  readonly runtimeAttrs?: readonly R[];
   /** Returns the number of floating-point operations at local or global sizes; R is the number of rows. */
-  flops?(d: Each<Dim<S> | "R", number> & Attrs): number;
-  /** The reference arithmetic: plain loops over local shards. bf16 values are passed as f32 and rounded when stored. */
-  cpu(t: Each<In<S> | Out<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext): void;
+  flops?(d: OpSizes<S, A | R | "R">): number;
   /** For ops that make a ragged value from dense ones: writes at most `bound` rows as [count, b, s, e, …] (global) into `rows`; returns the count needed. */
-  rows?(t: Each<In<S>, Float32Array>, d: Each<Dim<S>, number> & Attrs, p: ShardContext, rows: Int32Array, bound: number): number;
+  rows?(t: Each<In<S>, Float32Array>, d: OpSizes<S, A | R>, p: ShardContext, rows: Int32Array, bound: number): number;
   /** Returns the gradient of each differentiable input as ops. Inputs left out have no gradient. */
   grad?(t: Each<In<S>, Value>, g: OutputGrads, a: Attrs): Grads;
 }
 
-/** One dim of an operand in a signature: `dim` with its `inner` factors. */
-export interface DimSpec {
-  readonly dim: string;
-  readonly inner: readonly string[];
-  /** The attribute that holds how many neighbours along the dim share an element. */
-  readonly shared?: string;
-  readonly replicated: boolean;
+/** An op with hand-written arithmetic. */
+export interface Declaration<S extends string, N extends GraphOpName, A extends string = never, R extends string = never>
+  extends BaseDeclaration<S, N, A, R> {
+  /** The reference arithmetic: plain loops over local shards. bf16 values are passed as f32 and rounded when stored. */
+  cpu(t: Each<In<S> | Out<S>, Float32Array>, d: OpSizes<S, A | R>, p: ShardContext): void;
 }
-/** An operand of a signature. `ragged` counts the leading dims that are one dim in memory; `any` marks `...`. */
-export interface Operand {
-  readonly name: string;
-  readonly dimSpecs: readonly DimSpec[];
-  readonly ragged: number;
-  readonly any: boolean;
+/** An elementwise or per-row op. */
+export interface FormulaDeclaration<S extends string, N extends OpName, A extends string = never> extends BaseDeclaration<S, N, A, never> {
+  /** Returns the result of each output as an expression (formula.ts). */
+  formula(t: Each<In<S> | Out<S>, Expr>, d: OpSizes<S, A>): Each<Out<S>, Result>;
 }
+
 /** An op with its operand names as plain strings: the form that passes and the runtime use. By default an op of the table (index.ts). */
 export interface AnyOp<N extends GraphOpName = OpName>
-  extends Omit<Declaration<string, N>, "cpu" | "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"> {
+  extends Omit<
+    BaseDeclaration<string, N, string, string>,
+    "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"
+  > {
   /** Adds a node of this op to the graph and returns its outputs by name. Throws a BrokenInvariant where shapes disagree. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
@@ -117,11 +128,24 @@ export interface AnyOp<N extends GraphOpName = OpName>
   grad?(t: Readonly<Record<string, Value>>, g: OutputGrads, a: Attrs): Grads;
 }
 /** An op whose operand names are checked at compile time. */
-export interface Op<S extends string, N extends GraphOpName = GraphOpName> extends AnyOp<N> {
+export interface Op<S extends string, N extends GraphOpName = GraphOpName, A extends string = never> extends AnyOp<N> {
+  readonly sig: S;
+  readonly attrs?: readonly A[];
   /** Adds a node of this op to the graph and returns its first output. */
   of(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Value;
   all(args: Each<In<S>, Value>, attrs?: Attrs, id?: string): Each<Out<S>, Value>;
 }
+/** An op with a formula, with operand names as plain strings. */
+export interface AnyFormulaOp<N extends OpName = OpName> extends AnyOp<N> {
+  formula(t: Readonly<Record<string, Expr>>, d: Readonly<Record<string, number>>): Readonly<Record<string, Result>>;
+}
+/** An op with a formula whose operand names are checked at compile time. */
+export interface FormulaOp<S extends string, N extends OpName, A extends string = never>
+  extends Op<S, N, A>,
+    Pick<AnyFormulaOp<N>, "formula"> {}
+/** The names of an op's operands, and of its dims and required attributes. */
+export type OperandName<O> = O extends Op<infer S, infer _N, infer _A> ? In<S> | Out<S> : never;
+export type SizeName<O> = O extends Op<infer S, infer _N, infer A> ? Dim<S> | A : never;
 
 /** The largest number of `rows` per expert in each group of `sequences` × `positions` tokens. */
 export interface Quota {
@@ -187,9 +211,31 @@ export interface Node {
 }
 
 /** Makes an op from its declaration; the signature is parsed here and by the type checker. */
-export function op<const S extends string, const N extends GraphOpName>(def: Declaration<S, N>): Op<S, N> {
-  const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operands);
+export function op<const S extends string, const N extends GraphOpName, const A extends string = never, const R extends string = never>(
+  def: Declaration<S, N, A, R>,
+): Op<S, N, NoInfer<A>> {
+  return opOf<S, N, A>(def, (def as unknown as Pick<AnyOp, "cpu">).cpu);
+}
+
+/** Makes an op whose reference and kernels are derived from a formula. */
+export function formulaOp<const S extends string, const N extends OpName, const A extends string = never>(
+  def: FormulaDeclaration<S, N, A>,
+): FormulaOp<S, N, NoInfer<A>> {
+  const { formula } = def as unknown as Pick<FormulaOp<S, N, A>, "formula">;
+  const self = opOf<S, N, A>(def, (t, d, { rows }) => {
+    const layout = layoutOf(self);
+    evaluateFormula(layout, formula(operandsOf(layout), d), t, d, rows[0] ?? 0);
+  });
+  return { ...self, formula };
+}
+
+function opOf<const S extends string, const N extends GraphOpName, const A extends string>(
+  def: BaseDeclaration<S, N, A, string>,
+  cpu: AnyOp["cpu"],
+): Op<S, N, A> {
+  const [inputs = [], outputs = []] = def.sig.split(" -> ").map(operandsOfSide);
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
+    for (const a of def.attrs ?? []) invariant(attrs[a] !== undefined, () => `${def.name} ${id} has no attribute ${a}`);
     const args = inputs.map((i) => named[i.name as In<S>]);
     const position = Math.max(...args.map((v) => v.node?.position ?? v.leaf!.position));
     const size = sizesOf({ op: self, args, attrs });
@@ -208,8 +254,9 @@ export function op<const S extends string, const N extends GraphOpName>(def: Dec
       });
     return Object.fromEntries(outputs.map((o, i) => [o.name, node.outs[i]!])) as Each<Out<S>, Value>;
   };
-  const self: Op<S, N> = {
-    ...(def as unknown as AnyOp<N>),
+  const self: Op<S, N, A> = {
+    ...(def as unknown as AnyOp<N> & Pick<Op<S, N, A>, "sig" | "attrs">),
+    cpu,
     inputs,
     outputs,
     all,
@@ -263,29 +310,4 @@ function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, numb
     }
   }
   return size;
-}
-
-/** A condition that rankc itself guarantees is false: a bug in the compiler, or a damaged plan file. */
-export class BrokenInvariant extends Error {
-  constructor(readonly law: string) {
-    super(`rankc: broken invariant: ${law}`);
-  }
-}
-/** Throws a BrokenInvariant if `ok` is false. A function as message is called only then, which keeps checks in loops cheap. */
-export function invariant(ok: boolean, message: string | (() => string)): asserts ok {
-  if (!ok) throw new BrokenInvariant(typeof message === "string" ? message : message());
-}
-
-function operands(side: string): Operand[] {
-  return [...side.matchAll(/(\w+)\[([^\]]*)\]/g)].map(([, name, text]) => {
-    const parts = text!.split(",").filter(Boolean);
-    const dimSpecs = parts
-      .flatMap((p) => p.split("~"))
-      .map((p) => {
-        const [outer, ...inner] = p.replace("!", "").split("*");
-        const [dim, shared] = outer!.split("/");
-        return { dim: dim!, inner, ...(shared === undefined ? {} : { shared }), replicated: p.endsWith("!") };
-      });
-    return { name: name!, dimSpecs, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
-  });
 }

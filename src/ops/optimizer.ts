@@ -4,142 +4,159 @@
  * moments nor router biases: the device skips the step, and the host reads nothing. Each update exists in two forms: with a constant weight
  * decay (an attribute) and with one that is scheduled (an operand).
  */
-import { type Attrs, op } from "./op.ts";
+import {
+  add,
+  approxDiv,
+  div,
+  type Expr,
+  equal,
+  finite,
+  min,
+  mul,
+  oneMinusPower,
+  select,
+  sqrt,
+  sub,
+  type Term,
+  total,
+  variable,
+} from "./formula.ts";
+import { formulaOp } from "./op.ts";
 
 /** Adds the squares of one gradient to `y`. `scale` is 1 / the number of ranks that hold a copy of the parameter. */
-export const sumSquares = op({
+export const sumSquares = formulaOp({
   name: "sum_squares",
   sig: "g[...] -> y[]",
   inPlace: ["y"],
   types: { y: "f32" },
-  cpu({ g, y }, { scale }) {
-    let sum = 0;
-    for (const x of g) sum += x * x;
-    y[0]! += scale! * sum;
-  },
+  attrs: ["scale"],
+  formula: ({ g }, { scale }) => ({ y: total(mul(g, g), scale) }),
 });
 /** Copies `x` to `y` if `x` is not finite: a non-finite loss makes the sum of squares non-finite, on all ranks after the reduction. */
-export const markNonfinite = op({
+export const markNonfinite = formulaOp({
   name: "mark_nonfinite",
   sig: "x[] -> y[]",
   inPlace: ["y"],
   types: { y: "f32" },
-  cpu({ x, y }) {
-    if (!Number.isFinite(x[0]!)) y[0] = x[0]!;
-  },
+  formula: ({ x, y }) => ({ y: select(finite(x), y, x) }),
 });
 /** torch.nn.utils.clip_grad_norm_; a `max` of 0 disables clipping. If `sq` is not finite, `scale` is 0 and `norm` is not finite. */
-export const clip = op({
+export const clip = formulaOp({
   name: "clip",
   sig: "sq[] -> scale[] norm[]",
-  cpu({ sq, scale, norm }, { max }) {
-    norm[0] = Math.sqrt(sq[0]!);
-    scale[0] = Number.isFinite(sq[0]!) ? left(norm[0], max!) : 0;
+  attrs: ["max"],
+  formula({ sq }, { max }) {
+    const norm = variable("all", sqrt(sq));
+    return { scale: select(finite(sq), left(norm, max), 0), norm: select(finite(sq), norm, sq) };
   },
 });
 /** Like clip, for gradients of a loss that was multiplied by `by`. */
-export const clipScaled = op({
+export const clipScaled = formulaOp({
   name: "clip_scaled",
   sig: "sq[] by[] -> scale[] norm[]",
-  cpu({ sq, by, scale, norm }, { max }) {
-    norm[0] = Math.sqrt(sq[0]!) / by[0]!;
-    scale[0] = Number.isFinite(sq[0]!) ? left(norm[0], max!) / by[0]! : 0;
+  attrs: ["max"],
+  formula({ sq, by }, { max }) {
+    const norm = variable("all", div(sqrt(sq), by));
+    return { scale: select(finite(sq), div(left(norm, max), by), 0), norm: select(finite(sq), norm, sq) };
   },
 });
-const left = (norm: number, max: number): number => (max > 0 ? Math.min(1, max / (norm + 1e-6)) : 1);
+const left = (norm: Expr, max: number): Term => (max > 0 ? min(1, div(max, add(norm, 1e-6))) : 1);
 
 // -- adaptive moments; `step` counts from 1
 
+const constants = ["beta1", "beta2", "eps"] as const;
 const moments = { inPlace: ["w", "m", "v"], types: { w: "f32", m: "f32", v: "f32" } } as const;
 
 /** Decoupled weight decay: shrinks the weight before the update. */
-export const adamw = op({
+export const adamw = formulaOp({
   name: "adamw",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
   ...moments,
-  cpu: (t, d) => adaptive(t, d, { shrink: d.decay! }),
+  attrs: [...constants, "decay"],
+  formula: (t, d) => adaptive(t, d, { shrink: d.decay }),
 });
-export const adamwScheduled = op({
+export const adamwScheduled = formulaOp({
   name: "adamw_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
   ...moments,
-  cpu: (t, d) => adaptive(t, d, { shrink: t.decay[0]! }),
+  attrs: constants,
+  formula: (t, d) => adaptive(t, d, { shrink: t.decay }),
 });
 /** Adds decay · w, the gradient of decay/2 · w², to the clipped gradient. */
-export const adam = op({
+export const adam = formulaOp({
   name: "adam",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...]",
   ...moments,
-  cpu: (t, d) => adaptive(t, d, { pull: d.decay! }),
+  attrs: [...constants, "decay"],
+  formula: (t, d) => adaptive(t, d, { pull: d.decay }),
 });
-export const adamScheduled = op({
+export const adamScheduled = formulaOp({
   name: "adam_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
   ...moments,
-  cpu: (t, d) => adaptive(t, d, { pull: t.decay[0]! }),
+  attrs: constants,
+  formula: (t, d) => adaptive(t, d, { pull: t.decay }),
 });
 
-type Tensors<K extends string> = Readonly<Record<K, Float32Array>>;
-/** Whether the step is skipped. */
-const isSkipped = ({ scale }: Tensors<"scale">): boolean => scale[0] === 0;
+type Operands<K extends string> = Readonly<Record<K, Expr>>;
 
-function adaptive(t: Tensors<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">, d: Attrs, { shrink = 0, pull = 0 }): void {
+/** Keeps the value of an output in a step that is skipped. */
+const unlessSkipped = ({ scale }: Operands<"scale">, old: Expr, updated: Expr): Expr => select(equal(scale, 0), old, updated);
+
+function adaptive(
+  t: Operands<"g" | "scale" | "lr" | "step" | "w" | "m" | "v">,
+  { beta1, beta2, eps }: Readonly<Record<(typeof constants)[number], number>>,
+  { shrink, pull }: { readonly shrink?: Term; readonly pull?: Term },
+) {
   const { g, scale, lr, step, w, m, v } = t;
-  const { beta1, beta2, eps } = d;
-  if (isSkipped(t)) return;
-  const rate = lr[0]! / (1 - beta1! ** step[0]!);
-  const unbias = Math.sqrt(1 - beta2! ** step[0]!);
-  const keep = 1 - lr[0]! * shrink;
-  for (let i = 0; i < g.length; i++) {
-    const x = g[i]! * scale[0]! + pull * w[i]!;
-    const mean = beta1! * m[i]! + (1 - beta1!) * x;
-    const square = beta2! * v[i]! + (1 - beta2!) * x * x;
-    w[i] = w[i]! * keep - (rate * mean) / (Math.sqrt(square) / unbias + eps!);
-    m[i] = mean;
-    v[i] = square;
-  }
+  const rate = variable("rate", div(lr, oneMinusPower(beta1, step)));
+  const unbias = variable("unbias", sqrt(oneMinusPower(beta2, step)));
+  const clipped = mul(g, scale);
+  const x = variable("x", pull === undefined ? clipped : add(clipped, mul(pull, w)));
+  const mean = variable("mean", add(mul(beta1, m), mul(1 - beta1, x)));
+  const square = variable("square", add(mul(beta2, v), mul(1 - beta2, x, x)));
+  const kept = shrink === undefined ? w : mul(w, variable("keep", sub(1, mul(lr, shrink))));
+  const move = approxDiv(mul(rate, mean), add(div(sqrt(square), unbias), eps));
+  return { w: unlessSkipped(t, w, sub(kept, move)), m: unlessSkipped(t, m, mean), v: unlessSkipped(t, v, square) };
 }
 
 // -- stochastic gradient descent with decay · w added to the gradient; the momentum m has no dampening: m = momentum · m + g
 
-export const sgd = op({
+export const sgd = formulaOp({
   name: "sgd",
   sig: "g[...] scale[] lr[] -> w[...]",
   inPlace: ["w"],
   types: { w: "f32" },
-  cpu: (t, d) => descend(t, d, d.decay!),
+  attrs: ["decay"],
+  formula: (t, { decay }) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, decay)))) }),
 });
-export const sgdScheduled = op({
+export const sgdScheduled = formulaOp({
   name: "sgd_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...]",
   inPlace: ["w"],
   types: { w: "f32" },
-  cpu: (t, d) => descend(t, d, t.decay[0]!),
+  formula: (t) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, t.decay)))) }),
 });
-export const sgdMomentum = op({
+export const sgdMomentum = formulaOp({
   name: "sgd_momentum",
   sig: "g[...] scale[] lr[] -> w[...] m[...]",
   inPlace: ["w", "m"],
   types: { w: "f32", m: "f32" },
-  cpu: (t, d) => descend(t, d, d.decay!, t.m),
+  attrs: ["momentum", "decay"],
+  formula: (t, { momentum, decay }) => withMomentum(t, momentum, decay),
 });
-export const sgdMomentumScheduled = op({
+export const sgdMomentumScheduled = formulaOp({
   name: "sgd_momentum_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...] m[...]",
   inPlace: ["w", "m"],
   types: { w: "f32", m: "f32" },
-  cpu: (t, d) => descend(t, d, t.decay[0]!, t.m),
+  attrs: ["momentum"],
+  formula: (t, { momentum }) => withMomentum(t, momentum, t.decay),
 });
 
-function descend(t: Tensors<"g" | "scale" | "lr" | "w">, d: Attrs, decay: number, m?: Float32Array): void {
-  const { g, scale, lr, w } = t;
-  if (isSkipped(t)) return;
-  for (let i = 0; i < g.length; i++) {
-    let x = g[i]! * scale[0]! + decay * w[i]!;
-    if (m) {
-      x += d.momentum! * m[i]!;
-      m[i] = x;
-    }
-    w[i]! -= lr[0]! * x;
-  }
+const descent = ({ g, scale, w }: Operands<"g" | "scale" | "w">, decay: Term): Expr => add(mul(g, scale), mul(decay, w));
+
+function withMomentum(t: Operands<"g" | "scale" | "lr" | "w" | "m">, momentum: number, decay: Term) {
+  const speed = variable("speed", add(mul(momentum, t.m), descent(t, decay)));
+  return { w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, speed))), m: unlessSkipped(t, t.m, speed) };
 }

@@ -1,5 +1,6 @@
 /** Rotary position embedding (arXiv:2104.09864): rotates pairs of channels by an angle proportional to the position of the token. */
-import { type Attrs, type Grads, op } from "./op.ts";
+import { BrokenInvariant } from "./invariant.ts";
+import { type Grads, op } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
 /** Frequency scalings for sequences longer than those of pretraining; the attribute `scaling` is an index into this list. */
@@ -16,11 +17,12 @@ export const unscaled = { scaling: 0, factor: 1, original: 0, low: 0, high: 0, g
 export const rope = op({
   name: "rope",
   sig: "x[B,S,H*C] -> y[B,S,H*C]",
+  attrs: ["first", "width", "interleaved", "sign", "theta", "scaling", "factor", "original", "low", "high", "gain", "chunk", "ranks"],
   linearIn: "x",
   suffix: "grad",
   cpu({ x, y }, d, p) {
     const { B, S, H, C } = d;
-    const [first, width, sign] = [d.first!, d.width!, d.sign!];
+    const { first, width, sign } = d;
     const half = width / 2;
     const [step, apart] = d.interleaved ? [2, 1] : [1, half];
     const { cos, sin } = turns(d, p.start("S"), S);
@@ -43,7 +45,9 @@ export const rope = op({
   grad: (_, { dy }, a): Grads => ({ x: rope.of({ x: dy }, { ...a, sign: -a.sign! }) }),
 });
 
-type Embedding = Readonly<Record<"width" | "theta" | "factor" | "original" | "low" | "high", number>>;
+/** The attributes that determine the frequencies, and those that determine the table of a shard. */
+type Embedding = Readonly<Record<"width" | "theta" | "scaling" | "factor" | "original" | "low" | "high", number>>;
+type Table = Embedding & Readonly<Record<"gain" | "chunk" | "ranks", number>>;
 
 /**
  * Returns the frequency of each pair in radians per position: theta^(−2c/width), of which a share s is divided by `factor`.
@@ -51,15 +55,14 @@ type Embedding = Readonly<Record<"width" | "theta" | "factor" | "original" | "lo
  *   llama3   s falls with the number of rotations of the pair within `original` tokens: 1 up to `low` rotations, 0 from `high` on
  *   yarn     s rises linearly with c, from 0 at the pair with `high` rotations to 1 at the pair with `low` rotations
  */
-export function frequenciesOf(d: Attrs): number[] {
-  const { width, theta, factor, original, low, high } = d as Embedding;
+export function frequenciesOf({ width, theta, scaling, factor, original, low, high }: Embedding): number[] {
   const plain = Array.from({ length: width / 2 }, (_, c) => theta ** ((-2 * c) / width));
   const stretched = (part: (frequency: number, c: number) => number) =>
     plain.map((f, c) => {
       const p = Math.min(1, Math.max(0, part(f, c)));
       return f * (1 - p) + (f / factor) * p;
     });
-  const kind = scalings[d.scaling!]!;
+  const kind = scalings[scaling];
   switch (kind) {
     case "none":
       return plain;
@@ -74,6 +77,8 @@ export function frequenciesOf(d: Attrs): number[] {
       // if both bounds are one pair, the ramp is a step, as in Hugging Face transformers
       return stretched((_, c) => (c - from) / (from === to ? 0.001 : to - from));
     }
+    case undefined:
+      throw new BrokenInvariant(`rope has no scaling ${scaling}`);
     default:
       return kind satisfies never;
   }
@@ -81,7 +86,7 @@ export function frequenciesOf(d: Attrs): number[] {
 
 /** Cache of tables, one per embedding and shard of the sequence: all layers share a table, and a process uses few. */
 const tables = new Map<string, { cos: Float64Array; sin: Float64Array }>();
-function turns(d: Attrs, start: number, count: number) {
+function turns(d: Table, start: number, count: number) {
   const { width, theta, scaling, factor, original, low, high, gain, chunk, ranks } = d;
   const key = [start, count, width, theta, scaling, factor, original, low, high, gain, chunk, ranks].join(" ");
   const have = tables.get(key);
@@ -90,10 +95,10 @@ function turns(d: Attrs, start: number, count: number) {
   const half = frequencies.length;
   const table = { cos: new Float64Array(count * half), sin: new Float64Array(count * half) };
   for (let s = 0; s < count; s++) {
-    const position = positionOf(start + s, chunk!, ranks!);
+    const position = positionOf(start + s, chunk, ranks);
     for (const [c, frequency] of frequencies.entries()) {
-      table.cos[s * half + c] = gain! * Math.cos(position * frequency);
-      table.sin[s * half + c] = gain! * Math.sin(position * frequency);
+      table.cos[s * half + c] = gain * Math.cos(position * frequency);
+      table.sin[s * half + c] = gain * Math.sin(position * frequency);
     }
   }
   tables.set(key, table);

@@ -45,8 +45,9 @@ export const arrange = op({
 export const takeRows = op({
   name: "take_rows",
   sig: "x[I!] from[N!] -> y[O!]",
+  attrs: ["width"],
   cpu({ x, from, y }, { N, width }) {
-    for (let i = 0; i < N; i++) if (from[i]! >= 0) y.set(x.subarray(from[i]! * width!, (from[i]! + 1) * width!), i * width!);
+    for (let i = 0; i < N; i++) if (from[i]! >= 0) y.set(x.subarray(from[i]! * width, (from[i]! + 1) * width), i * width);
   },
 });
 
@@ -69,10 +70,11 @@ export const invertRows = op({
 export const splitRows = op({
   name: "split_rows",
   sig: "index[I!] -> lists[O!] from[N!] needed[]",
+  attrs: ["cap"],
   types: { lists: "i32", from: "i32", needed: "i32" },
   inPlace: ["needed"],
-  cpu({ index, lists, from, needed }, d: Sizes) {
-    const cap = d.cap!;
+  cpu({ index, lists, from, needed }, d) {
+    const cap = d.cap;
     const factors = countOf(d, "slot");
     const length = 1 + 3 * cap;
     const counts = new Int32Array(lists.length / length);
@@ -100,17 +102,18 @@ export const splitRows = op({
 export const mergeRows = op({
   name: "merge_rows",
   sig: "lists[I!] -> index[O!] from[N!] needed[]",
+  attrs: ["count", "length", "cap", "bound", "E", "B0", "S0"],
   types: { index: "i32", from: "i32", needed: "i32" },
   inPlace: ["needed"],
-  cpu({ lists, index, from, needed }, d: Sizes, place) {
-    const { count, length, cap, bound, E } = d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
+  cpu({ lists, index, from, needed }, d, place) {
+    const { count, length, cap, bound, E } = d;
     const first = picked(d, place);
     const all: { key: number; at: number; from: number }[] = [];
     for (let g = 0; g < count; g++) {
       const list = first + g * length;
       for (let j = 0; j < lists[list]!; j++) {
         const at = list + 1 + 3 * j;
-        all.push({ key: (lists[at + 2]! * d.B0! + lists[at]!) * d.S0! + lists[at + 1]!, at, from: g * cap + j });
+        all.push({ key: (lists[at + 2]! * d.B0 + lists[at]!) * d.S0 + lists[at + 1]!, at, from: g * cap + j });
       }
     }
     all.sort((x, y) => x.key - y.key);

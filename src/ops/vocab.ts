@@ -1,5 +1,6 @@
 /** Embedding and cross-entropy. V may be sharded: one shard holds the row of an id, and the loss is composed of partial values. */
-import { type Grads, op } from "./op.ts";
+import { add, div, log, rowMax as maxOfRow, mul, neg, sub, total, totalOver } from "./formula.ts";
+import { formulaOp, type Grads, op } from "./op.ts";
 
 export const embed = op({
   name: "embed",
@@ -31,18 +32,12 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
 
 // The loss as a sum of terms that are partial under a sharded V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
 
-export const rowMax = op({
+export const rowMax = formulaOp({
   name: "row_max",
   sig: "x[B,S,V] -> m[B,S]",
   reduction: "max",
   types: { m: "f32" },
-  cpu({ x, m }, { V }) {
-    for (let t = 0; t < m.length; t++) {
-      let max = -Infinity;
-      for (let v = 0; v < V; v++) max = Math.max(max, x[t * V + v]!);
-      m[t] = max;
-    }
-  },
+  formula: ({ x }) => ({ m: maxOfRow("most", x) }),
 });
 /**
  * What each shard of the vocabulary adds to the loss of a token: s, the sum of exp(x − m), and p, the logit of the target, which one shard
@@ -75,61 +70,46 @@ export const softmaxTermsGrad = op({
     });
   },
 });
-export const nll = op({
+export const nll = formulaOp({
   name: "nll",
   sig: "m[B,S] s[B,S] p[B,S] -> l[B,S]",
   types: { l: "f32" },
-  cpu({ m, s, p, l }) {
-    for (let t = 0; t < l.length; t++) l[t] = Math.log(s[t]!) + m[t]! - p[t]!;
-  },
+  formula: ({ m, s, p }) => ({ l: sub(add(log(s), m), p) }),
   grad({ s }, { dy }): Grads {
     const { ds, dp } = nllGrad.all({ s, dy });
     return { s: ds, p: dp };
   },
 });
-export const nllGrad = op({
+export const nllGrad = formulaOp({
   name: "nll_grad",
   sig: "s[B,S] dy[B,S] -> ds[B,S] dp[B,S]",
-  cpu({ s, dy, ds, dp }) {
-    for (let t = 0; t < dy.length; t++) {
-      ds[t] = dy[t]! / s[t]!;
-      dp[t] = -dy[t]!;
-    }
-  },
+  formula: ({ s, dy }) => ({ ds: div(dy, s), dp: neg(dy) }),
 });
 /** Divides by the attribute `count`, the number of tokens of the job, because a shard has only its own tokens. */
-export const mean = op({
+export const mean = formulaOp({
   name: "mean",
   sig: "l[B,S] -> y[]",
   types: { y: "f32" },
-  cpu({ l, y }, { count }) {
-    let sum = 0;
-    for (const x of l) sum += x;
-    y[0]! += sum / count!;
-  },
+  attrs: ["count"],
+  formula: ({ l }, { count }) => ({ y: totalOver(l, count) }),
   grad: ({ l }, { dy }, a): Grads => ({ l: meanGrad.of({ l, dy }, a) }),
 });
-export const meanGrad = op({
+export const meanGrad = formulaOp({
   name: "mean_grad",
   sig: "l[B,S] dy[] -> dl[B,S]",
-  cpu: ({ dy, dl }, { count }) => void dl.fill(dy[0]! / count!),
+  attrs: ["count"],
+  formula: ({ dy }, { count }) => ({ dl: div(dy, count) }),
 });
 /** Weighted mean of token losses; the weights contain the divisor, and are 0 for ignored tokens. */
-export const weightedSum = op({
+export const weightedSum = formulaOp({
   name: "weighted_sum",
   sig: "l[B,S] weight[B,S] -> y[]",
   types: { y: "f32" },
-  cpu({ l, weight, y }) {
-    let sum = 0;
-    for (let t = 0; t < l.length; t++) sum += weight[t]! * l[t]!;
-    y[0]! += sum;
-  },
+  formula: ({ l, weight }) => ({ y: total(mul(l, weight)) }),
   grad: ({ weight }, { dy }): Grads => ({ l: weightedSumGrad.of({ weight, dy }) }),
 });
-export const weightedSumGrad = op({
+export const weightedSumGrad = formulaOp({
   name: "weighted_sum_grad",
   sig: "weight[B,S] dy[] -> dl[B,S]",
-  cpu({ weight, dy, dl }) {
-    for (let t = 0; t < dl.length; t++) dl[t] = weight[t]! * dy[0]!;
-  },
+  formula: ({ weight, dy }) => ({ dl: mul(weight, dy) }),
 });

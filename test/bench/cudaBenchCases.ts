@@ -279,5 +279,5 @@ function kernelOf(step: Step, name: string, buffers: Map<string, BenchBuffer>): 
     size: Object.fromEntries(operands.map((o, i) => [o.name, shapes[i]!.reduce((x, y) => x * y, 1)])),
     dtype: Object.fromEntries(operands.map((o, i) => [o.name, types[i]!])),
   };
-  return { use, made: cudaKernels[step.op]!(use, "sm_90a"), as };
+  return { use, made: cudaKernels[step.op](use, "sm_90a"), as };
 }

@@ -132,7 +132,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const milliseconds = new Map<Case, number[]>();
   const checked = new Map<Case, number>();
   for (const c of mine) {
-    const made: GeneratedKernel = wgslKernels[c.use.op]!(c.use, profile);
+    const made: GeneratedKernel = wgslKernels[c.use.op](c.use, profile);
     const launches = made.launches.map(planLaunch);
     const entries = launches.map(({ entry, args }) => ({
       ...{ entry, buffers: args.filter((a) => !isNumber(a)).length, uniform: args.some(isNumber) },

@@ -10,7 +10,10 @@ const layers = [
   { name: "text and package files", holds: /^src\/(units|version|packageFile)\.ts$/ },
   { name: "ops", holds: /^src\/ops\// },
   { name: "templates", holds: /^templates\/[^/]+$/ },
-  { name: "kernel specs", holds: /^src\/codegen\/(targetNames|launchArgs|kernelSpec|slices|attentionSizes|gatedUnitText)\.ts$/ },
+  {
+    name: "kernel specs",
+    holds: /^src\/codegen\/(targetNames|launchArgs|kernelSpec|formulaText|product|selection|arrangement|slices|attentionSizes)\.ts$/,
+  },
   { name: "kernel generators", holds: /^src\/codegen\/(cuda|wgsl)\// },
   { name: "mesh and pipeline", holds: /^src\/passes\/(mesh|pipeline|passNames)\.ts$/ },
   { name: "analysis", holds: /^src\/analysis\// },

@@ -87,7 +87,7 @@ const contractSources = (arch: Arch, half: "bf16" | "f16", of: readonly OpName[]
   of.flatMap((op) =>
     casesOf(ops[op], half)
       .filter((c) => /: (odd|large),/.test(c.title) && (half === "bf16" || Object.values(c.use.dtype).includes(half)))
-      .map((c, i) => cudaKernels[op]!({ ...c.use, name: `${op}_${i}` }, arch).source),
+      .map((c, i) => cudaKernels[op]({ ...c.use, name: `${op}_${i}` }, arch).source),
   );
 
 async function planSources(name: string, arch: Arch): Promise<string[]> {

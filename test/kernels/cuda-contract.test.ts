@@ -59,8 +59,8 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
         group.map((op) => [
           op,
           [
-            ...makeAll(op, cudaKernels[op]!, isFull ? ["sm_90a", ...archs] : ["sm_90a", "sm_80"]),
-            ...makeAll(op, cudaKernels[op]!, ["sm_90a"], inF16(op)),
+            ...makeAll(op, cudaKernels[op], isFull ? ["sm_90a", ...archs] : ["sm_90a", "sm_80"]),
+            ...makeAll(op, cudaKernels[op], ["sm_90a"], inF16(op)),
           ],
         ]),
       );
@@ -86,7 +86,7 @@ describe.skipIf(none)(`on a device${none ? ` (skipped: ${gpu})` : `: ${gpu.name}
   for (const op of opNames)
     test(`${op} does what its reference does`, async () => {
       if (none) return;
-      const cases = [...makeAll(op, cudaKernels[op]!, [gpu.arch]), ...makeAll(op, cudaKernels[op]!, [gpu.arch], inF16(op))];
+      const cases = [...makeAll(op, cudaKernels[op], [gpu.arch]), ...makeAll(op, cudaKernels[op], [gpu.arch], inF16(op))];
       await holdAll(cudaDevice(gpu, cases), cases);
     });
 });

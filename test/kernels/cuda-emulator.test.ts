@@ -1,6 +1,6 @@
 /** What the emulator of a GPU promises: kernels that are wrong fail, and their errors say how. */
 import { describe, expect, test } from "vitest";
-import { source } from "../../src/codegen/cuda/prelude.ts";
+import { source } from "../../src/codegen/cuda/text.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 

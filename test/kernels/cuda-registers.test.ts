@@ -25,7 +25,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     products.flatMap((op) =>
       adding(op).map((adds) => {
         const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
-        return cudaKernels[op]!(useOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds), arch);
+        return cudaKernels[op](useOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds), arch);
       }),
     );
   const large = { S: 1024, K: 512, N: 1024 };
@@ -67,7 +67,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     ).flatMap(({ op, ...d }, i) =>
       [op, `${op}_grad` as const].map((op) => {
         const operands = [...ops[op].inputs, ...ops[op].outputs].map((o) => o.name);
-        return cudaKernels[op]!(
+        return cudaKernels[op](
           {
             ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, accumulates: new Set() },
             ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])) },

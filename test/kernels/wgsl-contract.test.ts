@@ -34,7 +34,7 @@ const inTier = (op: AnyOp): ContractCase[] => casesInTier(op, "f16").slice(0, is
 const table = Object.values(ops).filter((o) => wgslKernels[o.name]);
 describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
   // the cases of all ops together take seconds to make
-  const cases = once(() => inTier(op).map((c) => ({ ...c, made: wgslKernels[name]!(c.use, "f16") })));
+  const cases = once(() => inTier(op).map((c) => ({ ...c, made: wgslKernels[name](c.use, "f16") })));
 
   test.skipIf(noAdapter)(`equals the reference${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, async () => {
     for (const c of cases()) await hold(executor!, c.made, c).catch(failure(c.title));
@@ -66,7 +66,7 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
 
   test("the same use makes the same kernel, with all its names its own", () => {
     for (const { use, made } of cases()) {
-      expect(wgslKernels[name]!(use, "f16")).toEqual(made);
+      expect(wgslKernels[name](use, "f16")).toEqual(made);
       for (const l of made.launches) expect(l.entry === use.name || l.entry.startsWith(`${use.name}_`), l.entry).toBe(true);
     }
   });
@@ -84,7 +84,7 @@ describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
     change(data);
     const want = Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.slice()]));
     ops[name].cpu(want, c.use.d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
-    const have = await executor!.run(wgslKernels[name]!(c.use, "baseline"), c.use, data, { ...c.starts, ...starts });
+    const have = await executor!.run(wgslKernels[name](c.use, "baseline"), c.use, data, { ...c.starts, ...starts });
     const out = ops[name].outputs[0]!.name;
     const largest = Math.max(...want[out]!.map(Math.abs));
     return Math.max(...want[out]!.map((x, i) => Math.abs(x - have[out]![i]!))) / largest;

@@ -7,11 +7,12 @@ import { create } from "webgpu";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
+import { productOf } from "../../src/codegen/product.ts";
 import { type Profile, profiles } from "../../src/codegen/targetNames.ts";
-import { gemm, plainTiles } from "../../src/codegen/wgsl/gemm.ts";
 import { gemmMatrix, matrixTiles } from "../../src/codegen/wgsl/gemmMatrix.ts";
-import { linear } from "../../src/codegen/wgsl/linear.ts";
-import { productOf, tilingOf } from "../../src/codegen/wgsl/product.ts";
+import { gemmTiles, plainTiles } from "../../src/codegen/wgsl/gemmTiles.ts";
+import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { tilingOf } from "../../src/codegen/wgsl/product.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { random } from "../support/opCases.ts";
@@ -109,7 +110,7 @@ for (const { options, rows } of byTier(inTiles, ([op]) => op === "grouped_dgrad"
     const use = useOf(op, sizes, "f32", adds);
     const p = productOf(use);
     const tiles = plainTiles.filter((t) => t.bm === size && t.bn === size);
-    await hold(executor!, gemm(p, tilingOf(p, tiles)), caseOf(use, sizes));
+    await hold(executor!, gemmTiles(use, p, tilingOf(p, tiles)), caseOf(use, sizes));
   });
 
 const deep = [
@@ -122,7 +123,7 @@ for (const { options, rows } of byTier(deep, ([op]) => op === "gemm"))
     options,
     async (op, sizes, adds) => {
       const use = useOf(op, sizes, "f32", adds);
-      const made = linear[op]!(use, "baseline");
+      const made = wgslKernels[op](use, "baseline");
       expect(made.launches.map((l) => l.entry)).toEqual([use.name, `${use.name}_sum`]);
       expect(made.launches[0]!.grid[0]).toBeGreaterThan(1);
       await hold(executor!, made, caseOf(use, sizes));
@@ -141,7 +142,7 @@ for (const { options, rows } of byTier(onMatrixUnits, ([op]) => op === "gemm_wgr
     const use = useOf(op, sizes, "f16");
     const p = productOf(use);
     const tiles = matrixTiles.filter((t) => t.bm === size).map((t) => ({ ...t, bk: size > 64 ? 16 : t.bk }));
-    const made = gemmMatrix(p, tilingOf(p, tiles));
+    const made = gemmMatrix(use, p, tilingOf(p, tiles));
     await hold(executor!, { ...made, source: spelledOut(made.source) }, caseOf(use, sizes));
   });
 
@@ -154,7 +155,7 @@ test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) 
         [8192, 2048, 8],
       ] as const) {
         const counts = op.startsWith("grouped") ? Array.from({ length: 8 }, () => T / 8) : undefined;
-        const made = linear[op]!(useOf(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
+        const made = wgslKernels[op](useOf(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
         expect(await compiled(made, profile), `${op} ${half} ${T} ${K} ${N}`).toEqual([]);
       }
 });

@@ -231,7 +231,10 @@ test("shapes that disagree throw with the place", () => {
 });
 
 test("an inner factor comes from the attributes, and its dim from what is left of the size", () => {
-  const o = attention.of({ q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 15) }, { M: 2, C: 4, W: 5 });
+  const o = attention.of(
+    { q: input("q", 1, 4, 24), k: input("k", 1, 4, 12), v: input("v", 1, 4, 15) },
+    { M: 2, C: 4, W: 5, scale: 1, chunk: 0, ranks: 1 },
+  );
   expect(o.node!.size).toMatchObject({ G: 3, S: 4, U: 4 });
   expect(o.sizes).toEqual([1, 4, 30]);
 });

@@ -7,35 +7,36 @@
 
 import { cudaArchs } from "../../../schemas/devices.ts";
 import { render } from "../../../templates/bindings.ts";
-import { type AttentionSizes, attentionSizes, isReordered } from "../attentionSizes.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import * as attentionOps from "../../ops/attention.ts";
+import * as dropoutOps from "../../ops/attentionDropout.ts";
+import { type AttentionGradSpec, type AttentionSizes, type AttentionSpec, attentionSizes, isReordered } from "../attentionSizes.ts";
+import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
 import { orderOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
-import { cudaType } from "./elementwise.ts";
-import { type Float16, float16Types, isFloat16, source } from "./prelude.ts";
+import { cudaType, type Float16, float16Types, isFloat16, source } from "./text.ts";
 
 export const attention = {
-  attention: forward,
-  attention_grad: backward,
-  attention_part: forward,
-  attention_part_grad: backward,
-  attention_dropout: forward,
-  attention_dropout_grad: backward,
-  attention_dropout_part: forward,
-  attention_dropout_part_grad: backward,
+  attention: cudaKernel(attentionOps.attention, forward),
+  attention_grad: cudaKernel(attentionOps.attentionGrad, backward),
+  attention_part: cudaKernel(attentionOps.attentionPart, forward),
+  attention_part_grad: cudaKernel(attentionOps.attentionPartGrad, backward),
+  attention_dropout: cudaKernel(dropoutOps.attentionDropout, forward),
+  attention_dropout_grad: cudaKernel(dropoutOps.attentionDropoutGrad, backward),
+  attention_dropout_part: cudaKernel(dropoutOps.attentionDropoutPart, forward),
+  attention_dropout_part_grad: cudaKernel(dropoutOps.attentionDropoutPartGrad, backward),
 };
 
-function forward(spec: KernelSpec, arch: Arch): GeneratedKernel {
-  const half = spec.dtype.q!;
+function forward(spec: AttentionSpec, arch: Arch): GeneratedKernel {
+  const half = spec.dtype.q;
   const d = attentionSizes(spec);
   if (!isFloat16(half) || !fitsTensorCores(d)) return forwardPlain(spec);
   return (arch === "sm_90a" ? forwardHopper(spec, d, half) : undefined) ?? forwardTiles(spec, d, half, arch) ?? forwardPlain(spec);
 }
-function backward(spec: KernelSpec, arch: Arch): GeneratedKernel {
-  const half = spec.dtype.q!;
+function backward(spec: AttentionGradSpec, arch: Arch): GeneratedKernel {
+  const half = spec.dtype.q;
   const d = attentionSizes(spec);
   return (isFloat16(half) && fitsTensorCores(d) ? gradTiles(spec, d, half, arch) : undefined) ?? gradPlain(spec);
 }
@@ -170,16 +171,16 @@ function offsets(bytes: readonly number[]): number[] {
 }
 
 /** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */
-function plain(spec: KernelSpec, columns: number) {
+function plain(spec: AttentionSpec | AttentionGradSpec, columns: number) {
   const d = attentionSizes(spec);
   const slices = ceil(columns, 128);
-  const type = cudaType(spec.dtype.q!);
+  const type = cudaType(spec.dtype.q);
   const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: causalMaskText(d), random: randomText(d) });
   return { d, common, threads: 256, tile: 64, slices, ...startTexts(d) };
 }
 
-function forwardPlain(spec: KernelSpec): GeneratedKernel {
-  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, spec.d.W!);
+function forwardPlain(spec: AttentionSpec): GeneratedKernel {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, spec.d.W);
   const body = render("cuda/attention_plain.cu", { name: spec.name, common, ...texts });
   const grid: GeneratedLaunch["grid"] = [slices * d.B * d.G * d.M * ceil(d.S, tile), 1, 1];
   return {
@@ -188,8 +189,8 @@ function forwardPlain(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-function gradPlain(spec: KernelSpec): GeneratedKernel {
-  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, Math.max(spec.d.C!, spec.d.W!));
+function gradPlain(spec: AttentionGradSpec): GeneratedKernel {
+  const { d, common, threads, tile, slices, args, ...texts } = plain(spec, Math.max(spec.d.C, spec.d.W));
   const { B, S, U, G, M, C } = d;
   const body = render("cuda/attention_plain_grad.cu", { name: spec.name, common, ...texts });
   const reads = ["q", "k", "v", "dy", "lse", scratchStart];

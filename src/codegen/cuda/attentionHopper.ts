@@ -9,7 +9,7 @@ import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
-import { type Float16, float16Types, source } from "./prelude.ts";
+import { type Float16, float16Types, source } from "./text.ts";
 
 /** A device with fewer multiprocessors runs the rest of the blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;

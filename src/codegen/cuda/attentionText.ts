@@ -3,7 +3,7 @@ import { render } from "../../../templates/bindings.ts";
 import { runtimeAttrs } from "../../ops/dropout.ts";
 import type { AttentionSizes } from "../attentionSizes.ts";
 import { attributeOf, startOf } from "../launchArgs.ts";
-import { f32 } from "./elementwise.ts";
+import { f32 } from "./text.ts";
 
 /** What a product of a query and a key is multiplied by, for a natural exponent and for one of 2. */
 export const scales = ({ scale }: AttentionSizes) => ({ scale: scale.toPrecision(9), scale2: (Math.LOG2E * scale).toPrecision(9) });

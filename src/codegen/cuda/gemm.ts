@@ -1,18 +1,23 @@
-/** Products with weights on CUDA: each goes to the fastest kernel that its types, sizes and architecture allow. */
-
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+/** Matrix products on CUDA: each goes to the fastest kernel that its types, sizes and architecture allow. */
+import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
+import { productOf, productOps } from "../product.ts";
 import type { Arch } from "../targetNames.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
-import { halfOf, productOf } from "./product.ts";
+import { halfOf } from "./product.ts";
 
-const make = (spec: KernelSpec, arch: Arch): GeneratedKernel => {
+function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const p = productOf(spec);
   const half = halfOf(p);
   if (!half) return simt(spec, p);
   return arch === "sm_90a" && fitsHopper(p) ? hopper(spec, p, half) : mma(spec, p, half);
-};
+}
 
-export const gemm: Readonly<Record<string, typeof make>> = Object.fromEntries(
-  ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"].map((op) => [op, make]),
-);
+export const gemm = {
+  gemm: cudaKernel(productOps.gemm, multiply),
+  gemm_dgrad: cudaKernel(productOps.gemm_dgrad, multiply),
+  gemm_wgrad: cudaKernel(productOps.gemm_wgrad, multiply),
+  grouped_gemm: cudaKernel(productOps.grouped_gemm, multiply),
+  grouped_dgrad: cudaKernel(productOps.grouped_dgrad, multiply),
+  grouped_wgrad: cudaKernel(productOps.grouped_wgrad, multiply),
+};

@@ -9,8 +9,9 @@ import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { type Float16, float16Types, source } from "./prelude.ts";
-import { type CudaProduct, mostTiles, sidesOf } from "./product.ts";
+import type { MatrixProduct } from "../product.ts";
+import { mostTiles, sidesOf } from "./product.ts";
+import { type Float16, float16Types, source } from "./text.ts";
 
 /** A device with fewer multiprocessors runs the rest of the blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
@@ -45,14 +46,14 @@ export interface HopperTiling {
 }
 
 /** Of operands of one 16-bit type. Rows must be multiples of 16 bytes for tensor maps; sums onto halves are left to the plain kernel, which rounds them once. */
-export const fitsHopper = (p: CudaProduct): boolean =>
+export const fitsHopper = (p: MatrixProduct): boolean =>
   (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
   [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts stand in shared memory
   p.experts <= 1024;
 
-export function hopper(spec: KernelSpec, p: CudaProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
+export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
   const { tile, cluster, stages, buffers, raster, blocks } = tiling;
   const n = columnsOf(tile);
   const count = n / 2;
@@ -95,7 +96,7 @@ export function hopper(spec: KernelSpec, p: CudaProduct, half: Float16, tiling: 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /** Boxes are 128 bytes wide. Of a: all rows of a tile at once; of b: what one block of the cluster loads; of c: what a warp stores. */
-function mapsOf(p: CudaProduct, { tile, cluster }: HopperTiling): TensorMap[] {
+function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
     ...{ kind: "tensor_map", tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
@@ -110,7 +111,7 @@ function mapsOf(p: CudaProduct, { tile, cluster }: HopperTiling): TensorMap[] {
 }
 
 /** The tile that should be fastest: the least cycles, of equal ones the first. */
-export function hopperTiling(p: CudaProduct): HopperTiling {
+export function hopperTiling(p: MatrixProduct): HopperTiling {
   const tilings = tiles.map((tile) => {
     const rows = tilesOf(p, tile);
     const columns = Math.ceil(p.n / tile.columns);
@@ -126,13 +127,13 @@ export function hopperTiling(p: CudaProduct): HopperTiling {
 }
 
 /** Rows of tiles per expert, were all alike. */
-const tilesOf = (p: CudaProduct, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);
+const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);
 
 /**
  * Two neighbours in a column of tiles can share b. They walk equal depths together, so both must always have the same one: of
  * ragged depth, an expert's tiles must be even in number. With few rows of tiles pairs seldom lie in one column.
  */
-function clusterOf(p: CudaProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
+function clusterOf(p: MatrixProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
   if (tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
@@ -148,7 +149,7 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
  * operations per cycle and multiprocessor), of what products read in shared memory (128 bytes per cycle; b once per 64 rows)
  * and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store, which nothing hides.
  */
-function cyclesOf(p: CudaProduct, { rows, columns }: Tile, cluster: number, all: number): number {
+function cyclesOf(p: MatrixProduct, { rows, columns }: Tile, cluster: number, all: number): number {
   const depth = Math.ceil((p.ragged === "depth" ? p.depth / p.experts : p.depth) / DEPTH) * DEPTH;
   const math = (2 * rows * columns * depth) / 4096;
   const memory = (2 * (64 + columnsOf({ rows, columns })) * depth * 2) / 128;
@@ -161,7 +162,7 @@ function cyclesOf(p: CudaProduct, { rows, columns }: Tile, cluster: number, all:
  * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
  * then has room, so that most of it drains while the next tile begins. Halves get two buffers and four stages; at most 8 are of use.
  */
-function stagesOf(p: CudaProduct, tile: Tile): Pick<HopperTiling, "stages" | "buffers"> {
+function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
   const [least, wanted] = p.c.dtype === "f32" ? [3, chunks] : [4, Math.min(2, chunks)];
   for (let buffers = wanted; buffers > 0; buffers--)
@@ -170,5 +171,5 @@ function stagesOf(p: CudaProduct, tile: Tile): Pick<HopperTiling, "stages" | "bu
 }
 
 /** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
-const sharedOf = (p: CudaProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
+const sharedOf = (p: MatrixProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH + 8 * buffers * 2048 + 16 * stages + (p.ragged ? 4 * (p.experts + 1) : 0);

@@ -2,8 +2,9 @@
 import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { type Float16, float16Types, source } from "./prelude.ts";
-import { type CudaProduct, mostTiles, sidesOf } from "./product.ts";
+import type { MatrixProduct } from "../product.ts";
+import { mostTiles, sidesOf } from "./product.ts";
+import { type Float16, float16Types, source } from "./text.ts";
 
 /** Square tiles of c, the largest first. */
 type Edge = 128 | 64 | 32;
@@ -12,9 +13,10 @@ const ENOUGH = 100;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
-const edgeOf = <E extends Edge>(p: CudaProduct, edges: readonly E[]): E => edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
+const edgeOf = <E extends Edge>(p: MatrixProduct, edges: readonly E[]): E =>
+  edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
-function tilesText(p: CudaProduct, edge: Edge, tileK: number): string {
+function tilesText(p: MatrixProduct, edge: Edge, tileK: number): string {
   return render("cuda/gemm_tiles.cuh", {
     ...{ m: p.m, n: p.n, depth: p.depth, experts: p.experts, adds: flag(p.adds), out: cudaType(p.c.dtype) },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
@@ -25,7 +27,7 @@ function tilesText(p: CudaProduct, edge: Edge, tileK: number): string {
 
 function launched(
   spec: KernelSpec,
-  p: CudaProduct,
+  p: MatrixProduct,
   edge: Edge,
   launch: { readonly threads: number; readonly shared: number },
   body: string,
@@ -35,7 +37,7 @@ function launched(
 }
 
 /** Both operands of one 16-bit type. */
-export function mma(spec: KernelSpec, p: CudaProduct, half: Float16, edge: 128 | 64 = edgeOf(p, [128, 64])): GeneratedKernel {
+export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128 | 64 = edgeOf(p, [128, 64])): GeneratedKernel {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
   const whole = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
@@ -47,7 +49,7 @@ export function mma(spec: KernelSpec, p: CudaProduct, half: Float16, edge: 128 |
 }
 
 /** Operands of any float type. */
-export function simt(spec: KernelSpec, p: CudaProduct, edge: Edge = edgeOf(p, [128, 64, 32])): GeneratedKernel {
+export function simt(spec: KernelSpec, p: MatrixProduct, edge: Edge = edgeOf(p, [128, 64, 32])): GeneratedKernel {
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (sidesOf(p, operand)[0] % 4 === 0 ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {

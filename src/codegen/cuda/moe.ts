@@ -1,144 +1,172 @@
-/** Kernels that reduce over a row held in registers: router scores and combine weights of a token, router losses, and the activation gradient of rows of experts. */
-import { bytesOf } from "../../../schemas/sharding.ts";
+/** Kernels of rows of experts: the row index, permute and unpermute, and the combine weights of rows. */
 import { render } from "../../../templates/bindings.ts";
-import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
-import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { scratchStart } from "../launchArgs.ts";
-import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import { shareRow } from "./norm.ts";
-import { source } from "./prelude.ts";
-import { addParts } from "./reduce.ts";
+import { pack, packGrad, permute, unpermute } from "../../ops/moe.ts";
+import { invariant } from "../../ops/op.ts";
+import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, offsetsAt, operandOf } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, scratch, scratchStart, startOf } from "../launchArgs.ts";
+import { clearBuffer } from "./reduce.ts";
+import { cudaType, shareRow, source, vectorOf } from "./text.ts";
 
-/** The formula of a row kernel: reductions over the row in sequence, then the outputs per element. */
-interface RowFormula {
-  readonly width: number;
-  readonly inputs: readonly string[];
-  readonly scalars?: readonly string[];
-  readonly perRow?: readonly string[];
-  readonly element?: readonly string[];
-  readonly stages: readonly {
-    readonly name: string;
-    readonly op: "Sum" | "Max";
-    readonly term: string;
-    readonly after?: readonly string[];
-  }[];
-  readonly outputs?: Readonly<Record<string, string>>;
-  readonly rowOutputs?: Readonly<Record<string, string>>;
-  /** The addend of a row to the scalar output `y`. */
-  readonly part?: string;
-}
-
-const logSumExp: RowFormula["stages"] = [
-  { name: "most", op: "Max", term: "x" },
-  { name: "sum", op: "Sum", term: "fastExp(x - most)", after: ["const float log = most + logf(sum);"] },
-];
-
-export const moe: Readonly<Record<string, CudaGenerator>> = {
-  softmax: (spec) => makeRows(spec, { width: spec.d.E!, inputs: ["x"], stages: logSumExp, outputs: { y: "fastExp(x - log)" } }),
-  softmax_grad: (spec) =>
-    makeRows(spec, {
-      ...{ width: spec.d.E!, inputs: ["y", "dy"] },
-      stages: [{ name: "dot", op: "Sum", term: "y * dy" }],
-      outputs: { dx: "y * (dy - dot)" },
-    }),
-  z_loss: (spec) => makeRows(spec, { width: spec.d.E!, inputs: ["x"], stages: logSumExp, part: `${f32(spec.d.c!)} * log * log` }),
-  z_loss_grad: (spec) =>
-    makeRows(spec, {
-      ...{ width: spec.d.E!, inputs: ["x"], scalars: ["dy"], stages: logSumExp },
-      outputs: { dx: `${f32(2 * spec.d.c!)} * dy * log * fastExp(x - log)` },
-    }),
-  ...perGatedUnit("rowsGrad", (unit) => (spec: KernelSpec) => {
-    const { argument, slope } = gatedUnitText(unit, "gate", f32);
-    return makeRows(spec, {
-      ...{ width: spec.d.F!, inputs: ["gate", "up", "dy"], perRow: ["p"] },
-      element: [`const float s = sigmoid(${argument});`],
-      stages: [{ name: "slope", op: "Sum", term: "dy * gate * s * up" }],
-      outputs: { dgate: `dy * p * up * ${slope}`, dup: "dy * p * gate * s" },
-      rowOutputs: { dp: "slope" },
-    });
+export const moe = {
+  permute: cudaKernel(permute, (spec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec))),
+  unpermute: cudaKernel(unpermute, (spec) => join(spec, mapRows(spec), reducePartials(spec))),
+  pack: cudaKernel(pack, (spec) => {
+    const [from, to] = [operandOf(spec, "p"), operandOf(spec, "r")];
+    if (spec.makesRows) return join(spec, makeRows(spec, false, { from, to }));
+    return join(spec, perRow(spec, { what: "the combine weight of each row", from, to, target: "row", origin: "cell" }));
   }),
-  sigmoid_gate_grad: (spec) =>
-    makeRows(spec, {
-      ...{ width: spec.d.C!, inputs: ["x", "dy"], perRow: ["gate"] },
-      stages: [{ name: "sum", op: "Sum", term: "x * dy", after: ["const float s = sigmoid(gate);"] }],
-      outputs: { dx: "dy * s" },
-      rowOutputs: { dgate: "sum * s * (1.0f - s)" },
-    }),
-  normalize: (spec) =>
-    makeRows(spec, {
-      width: spec.d.E!,
-      inputs: ["p"],
-      stages: [{ name: "sum", op: "Sum", term: "p" }],
-      outputs: { y: "p / (sum + 1e-20f)" },
-    }),
-  normalize_grad: (spec) =>
-    makeRows(spec, {
-      ...{ width: spec.d.E!, inputs: ["p", "dy"] },
-      stages: [
-        { name: "sum", op: "Sum", term: "p" },
-        { name: "dot", op: "Sum", term: "p * dy", after: ["const float share = 1.0f / (sum + 1e-20f), mean = dot * share;"] },
-      ],
-      outputs: { dp: "(dy - mean) * share" },
-    }),
-  combine_weights: (spec) =>
-    makeRows(spec, {
-      ...{ width: spec.d.E!, inputs: ["p", "c"], stages: spec.d.normalize ? [share(spec)] : [] },
-      outputs: { y: spec.d.normalize ? "c * p * share" : `c * p * ${f32(spec.d.scale!)}` },
-    }),
-  combine_weights_grad: (spec) =>
-    makeRows(
-      spec,
-      spec.d.normalize
-        ? {
-            ...{ width: spec.d.E!, inputs: ["p", "c", "dy"] },
-            stages: [share(spec), { name: "dot", op: "Sum", term: "c * p * dy", after: ["const float mean = dot / (sum + 1e-20f);"] }],
-            outputs: { dp: "c * (dy - mean) * share" },
-          }
-        : { width: spec.d.E!, inputs: ["c", "dy"], stages: [], outputs: { dp: `c * dy * ${f32(spec.d.scale!)}` } },
-    ),
+  pack_grad: cudaKernel(packGrad, (spec) => {
+    const to = operandOf(spec, "dp");
+    const { body, launch } = clearBuffer(spec, to);
+    const what = "the gradient of each chosen weight; the others are zero";
+    return join(spec, { body, launches: [launch] }, perRow(spec, { what, from: operandOf(spec, "dy"), to, target: "cell", origin: "row" }));
+  }),
 };
 
-function makeRows(spec: KernelSpec, f: RowFormula): GeneratedKernel {
-  const type = (name: string) => cudaType(spec.dtype[name]!);
-  const outputs = Object.keys(f.outputs ?? {});
-  const rowOutputs = Object.keys(f.rowOutputs ?? {});
-  const rows = spec.size[f.inputs[0]!]! / f.width;
-  const types = [...f.inputs, ...outputs].map((name) => spec.dtype[name]!);
-  const shares = shareRow(f.width, vectorOf(f.width, types), 4);
-  const grid = Math.ceil(rows / (shares.threads / shares.lanes));
-  const reads = [...f.inputs, ...(f.scalars ?? []), ...(f.perRow ?? [])];
-  const writes = [...outputs, ...rowOutputs];
-  const ragged = spec.bound > 0;
-  const body = render("cuda/rows.cu", {
-    ...{ name: spec.name, ...shares, width: f.width, end: ragged ? "rows[0]" : rows },
-    params: [
-      ...reads.map((name) => `const ${type(name)}* ${name}At`),
-      ...writes.map((name) => `${type(name)}* ${name}At`),
-      ...(ragged ? ["const int* rows"] : []),
-      ...(f.part ? ["float* partial"] : []),
-    ].join(", "),
-    inputs: f.inputs.map((name) => ({ name, type: type(name) })),
-    ...{ scalars: f.scalars ?? [], perRow: f.perRow ?? [], element: f.element ?? [] },
-    stages: f.stages.map((s) => ({ ...s, after: s.after ?? [] })),
-    outputs: outputs.map((name) => ({ name, value: f.outputs![name]! })),
-    rowOutputs: rowOutputs.map((name) => ({ name, type: type(name), value: f.rowOutputs![name]! })),
-    part: f.part ?? "",
+type RowsSpec = KernelSpec<string, "B" | "S" | "E">;
+type CopySpec = KernelSpec<"x" | "r", "B" | "S" | "E" | "D">;
+
+interface KernelPart {
+  readonly body: string;
+  readonly launches: readonly GeneratedLaunch[];
+  readonly scratch?: number;
+}
+const join = (spec: KernelSpec, ...parts: readonly KernelPart[]): GeneratedKernel => ({
+  source: source(spec, parts.map((p) => p.body).join("\n")),
+  launches: parts.flatMap((p) => p.launches),
+  scratch: Math.max(...parts.map((p) => p.scratch ?? 0)),
+});
+
+const sizesOf = ({ d }: RowsSpec) => ({ tokens: d.B * d.S, sequence: d.S, experts: d.E });
+const starts = [startOf("B"), startOf("S"), startOf("E")];
+const oneDim = (items: number, each: number): [number, number, number] => [Math.ceil(items / each), 1, 1];
+
+/** Bytes of the map from (token, expert) to its row, which is at the beginning of scratch. */
+const mapBytes = (spec: RowsSpec): number => {
+  const { tokens, experts } = sizesOf(spec);
+  return Math.ceil((tokens * experts * 4) / 256) * 256;
+};
+
+/** Makes the row index from the top-k mask, in three launches. It also writes the map, or the combine weights. */
+function makeRows(spec: RowsSpec, map: boolean, weights?: { readonly from: KernelOperand; readonly to: KernelOperand }): KernelPart {
+  const { tokens, sequence, experts } = sizesOf(spec);
+  // __shared__ arrays of an int for each expert
+  invariant(experts <= 8192, `shared memory cannot hold counts of ${experts} experts`);
+  const chunks = Math.ceil(tokens / 32);
+  const cells = Math.ceil((chunks * experts * 4) / 256) * 256;
+  const at = map ? mapBytes(spec) : 0;
+  const [masks, before, totals] = [scratch(at), scratch(at + cells), scratch(at + 2 * cells)];
+  const body = render("cuda/make_rows.cu", {
+    ...{
+      name: spec.name,
+      tokens,
+      sequence,
+      experts,
+      bound: spec.bound,
+      offsetsAt: offsetsAt(spec.bound),
+      overflow: spec.mayOverflow,
+      map,
+      values: weights !== undefined,
+    },
+    ...{ type: cudaType(weights?.from.dtype ?? "f32"), out: cudaType(weights?.to.dtype ?? operandOf(spec, "r").dtype) },
   });
-  const last = f.part ? addParts(spec, grid, "y") : undefined;
+  const launch = (step: string, grid: GeneratedLaunch["grid"], args: readonly KernelArg[]) => ({
+    entry: `${spec.name}_${step}`,
+    grid,
+    threads: 256,
+    shared: 0,
+    args,
+  });
+  const outputs = [
+    "rows",
+    ...(spec.mayOverflow ? ["needed"] : []),
+    ...(weights ? [weights.from.name, weights.to.name] : []),
+    ...(map ? [scratchStart] : []),
+  ];
   return {
-    source: source(spec, [body, last?.body].join("\n")),
-    ...(last ? { scratch: grid * bytesOf.f32 } : {}),
+    body,
+    scratch: at + 2 * cells + experts * 4,
     launches: [
-      {
-        ...{ entry: spec.name, grid: [grid, 1, 1], threads: shares.threads, shared: 0 },
-        args: [...reads, ...writes, ...(ragged ? ["rows"] : []), ...(f.part ? [scratchStart] : [])],
-      },
-      ...(last ? [last.launch] : []),
+      launch("mark", [chunks, 1, 1], ["c", masks]),
+      launch("scan", [experts, 1, 1], [masks, before, totals]),
+      launch("place", oneDim(tokens * experts, 2048), [masks, before, totals, ...outputs, ...starts]),
     ],
   };
 }
 
-/** The factor by which the chosen weights sum to the scaling factor. */
-const share = ({ d }: KernelSpec): RowFormula["stages"][number] => ({
-  ...{ name: "sum", op: "Sum", term: "c * p", after: [`const float share = ${f32(d.scale!)} / (sum + 1e-20f);`] },
+/** Writes the map from (token, expert) to its row, or −1. */
+function mapRows(spec: RowsSpec): KernelPart {
+  const { tokens, sequence, experts } = sizesOf(spec);
+  const launch = (step: string, items: number, args: readonly KernelArg[]) => ({
+    ...{ entry: `${spec.name}_${step}`, grid: oneDim(items, 256), threads: 256, shared: 0, args },
+  });
+  return {
+    body: render("cuda/map_rows.cu", { name: spec.name, cells: tokens * experts, sequence, experts }),
+    scratch: mapBytes(spec),
+    launches: [launch("none", tokens * experts, [scratchStart]), launch("map", spec.bound, ["rows", scratchStart, ...starts])],
+  };
+}
+
+/** Copies the vector of each token to its rows. */
+function broadcastRows(spec: CopySpec): KernelPart {
+  invariant(spec.dtype.x === spec.dtype.r, "permute copies between operands of different types");
+  const { shares, ...how } = perToken(spec, 4);
+  return {
+    body: render("cuda/broadcast.cu", { name: spec.name, ...shares, ...how, type: cudaType(spec.dtype.x) }),
+    launches: [tokenLaunch(spec, shares, [scratchStart, "x", "r"])],
+  };
+}
+
+/** Sums the rows of each token. */
+function reducePartials(spec: CopySpec): KernelPart {
+  const { shares, ...how } = perToken(spec, 2);
+  return {
+    body: render("cuda/reduce_partials.cu", {
+      name: spec.name,
+      ...shares,
+      ...how,
+      deep: 4,
+      type: cudaType(spec.dtype.r),
+      out: cudaType(spec.dtype.x),
+    }),
+    launches: [tokenLaunch(spec, shares, [scratchStart, "r", "x"])],
+  };
+}
+
+/** Divides the vector of a token among whole warps, which find the experts of the token by ballots. */
+function perToken(spec: CopySpec, most: number) {
+  const width = spec.d.D;
+  const { tokens, experts } = sizesOf(spec);
+  const shares = shareRow(width, vectorOf(width, [spec.dtype.x, spec.dtype.r]), most);
+  const lanes = Math.max(32, shares.lanes);
+  return { shares: { ...shares, lanes }, width, tokens, experts };
+}
+const tokenLaunch = (
+  spec: RowsSpec,
+  { threads, lanes }: { threads: number; lanes: number },
+  args: readonly KernelArg[],
+): GeneratedLaunch => ({
+  ...{ entry: spec.name, grid: oneDim(sizesOf(spec).tokens, threads / lanes), threads, shared: 0, args },
 });
+
+/** Copies one value per row: `target` and `origin` are indices, each `row` or `cell`, the index of its (token, expert). */
+function perRow(
+  spec: RowsSpec,
+  {
+    from,
+    to,
+    ...values
+  }: {
+    readonly what: string;
+    readonly from: KernelOperand;
+    readonly to: KernelOperand;
+    readonly target: "row" | "cell";
+    readonly origin: "row" | "cell";
+  },
+): KernelPart {
+  const { sequence, experts } = sizesOf(spec);
+  return {
+    body: render("cuda/pack.cu", { name: spec.name, ...values, from: cudaType(from.dtype), to: cudaType(to.dtype), sequence, experts }),
+    launches: [{ entry: spec.name, grid: oneDim(spec.bound, 256), threads: 256, shared: 0, args: ["rows", from.name, to.name, ...starts] }],
+  };
+}

@@ -1,82 +1,92 @@
-/** Reductions to a scalar in two launches: blocks write partial sums to scratch, then one block adds them in a fixed order. */
+/**
+ * Deterministic sums: to a scalar in two launches (blocks write partial sums to scratch, then one block adds them in a fixed order), and of
+ * the columns of partial sums.
+ */
 
 import { cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
-import type { CudaGenerator, GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
+import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
+import { attributeOf, type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
-import { cudaType, f32, vectorOf } from "./elementwise.ts";
-import { source } from "./prelude.ts";
+import { cudaType, f32, source, vectorOf } from "./text.ts";
 
-interface Sum {
+/** The addends of a sum to a scalar. */
+export interface Sum {
   /** The operand with the elements `x` of the term. */
-  readonly over: string;
-  readonly to: string;
+  readonly over: KernelOperand;
+  readonly to: KernelOperand;
   readonly factor: number;
   readonly term: string;
-  /** An additional input that `row` and the term index. */
-  readonly beside?: string;
+  /** Additional inputs that `row` and the term index. */
+  readonly indexed: readonly KernelOperand[];
   /** Elements per row; a vector does not cross the end of a row. */
   readonly width?: number;
-  readonly row?: readonly string[];
-}
-
-export const reduce: Readonly<Record<string, CudaGenerator>> = {
-  mean: (spec, arch) => makeSum(spec, arch, { over: "l", to: "y", factor: 1 / spec.d.count!, term: "x" }),
-  weighted_sum: (spec, arch) =>
-    makeSum(spec, arch, {
-      ...{ over: "l", to: "y", factor: 1, term: "x * weight[j]", beside: "weight" },
-      row: ["const float* weight = weightAt + i64(at) * N;"],
-    }),
-  dropped_rows: (spec, arch) =>
-    makeSum(spec, arch, {
-      ...{ over: "c", to: "y", factor: 1, term: "x * (1.0f - d[j])", beside: "d" },
-      row: ["const float* d = dAt + i64(at) * N;"],
-    }),
-  sum_squares: (spec, arch) => makeSum(spec, arch, { over: "g", to: "y", factor: spec.d.scale!, term: "x * x" }),
-  aux_loss: (spec, arch) => auxLoss(spec, arch, spec.d.P! * spec.d.S! * spec.d.E!),
-  global_aux_loss: (spec, arch) => auxLoss(spec, arch, spec.size.p!),
-};
-
-/** Σ p·n, with one count vector per `batch` elements of p. */
-function auxLoss(spec: KernelSpec, arch: Arch, batch: number): GeneratedKernel {
-  const { E, c } = spec.d;
-  return makeSum(spec, arch, {
-    ...{ over: "p", to: "y", factor: c!, term: "x * n[j]", beside: "n", width: E! },
-    row: [`const float* n = nAt + i64(at / (${batch} / N)) * ${E} + int(at % (${E} / N)) * N;`],
-  });
+  /** Statements before the elements of a vector. */
+  readonly row: readonly string[];
 }
 
 const BLOCKS_EACH = 8;
 
-function makeSum(spec: KernelSpec, arch: Arch, s: Sum): GeneratedKernel {
-  const type = spec.dtype[s.over]!;
-  const total = spec.size[s.over]!;
-  const vector = vectorOf(s.width ?? total, [type]);
+/** Generates the kernel that stores the sum, or adds it if the output accumulates. */
+export function makeSum(spec: KernelSpec, arch: Arch, { over, to, factor, term, indexed, width, row }: Sum): GeneratedKernel {
+  const type = cudaType(over.dtype);
+  const vector = vectorOf(width ?? over.size, [over.dtype]);
+  const vectors = over.size / vector;
   const unroll = 4;
-  const grid = Math.min(Math.ceil(total / (vector * unroll * 256)), cudaArchs[arch].multiprocessors * BLOCKS_EACH);
-  const beside = s.beside ? [s.beside] : [];
+  const grid = Math.min(Math.ceil(over.size / (vector * unroll * 256)), cudaArchs[arch].multiprocessors * BLOCKS_EACH);
   const body = render("cuda/sum.cu", {
-    ...{ name: spec.name, vector, unroll, grid, factor: f32(s.factor), term: s.term, type: cudaType(type), row: s.row ?? [] },
-    index: total / vector + 1024 * grid < 2 ** 31 ? "u32" : "u64",
-    end: total / vector,
-    params: [`const ${cudaType(type)}* xAt`, ...beside.map((n) => `const ${cudaType(spec.dtype[n]!)}* ${n}At`)].join(", "),
+    ...{ name: spec.name, vector, unroll, grid, factor: f32(factor), term, type, row: [...row] },
+    ...{ index: vectors + 1024 * grid < 2 ** 31 ? "u32" : "u64", end: vectors },
+    params: [`const ${type}* xAt`, ...indexed.map((o) => `const ${cudaType(o.dtype)}* ${o.name}At`)].join(", "),
   });
-  const last = addParts(spec, grid, s.to);
+  const last = addPartials(spec, grid, to);
+  const args = [over.name, ...indexed.map((o) => o.name), scratchStart];
   return {
     source: source(spec, `${body}\n${last.body}`),
     scratch: grid * bytesOf.f32,
-    launches: [{ entry: spec.name, grid: [grid, 1, 1], threads: 256, shared: 0, args: [s.over, ...beside, scratchStart] }, last.launch],
+    launches: [{ entry: spec.name, grid: [grid, 1, 1], threads: 256, shared: 0, args }, last.launch],
   };
 }
 
 /** Returns the launch that sums `count` partial sums at the beginning of scratch and stores or adds the result to a scalar. */
-export function addParts(spec: KernelSpec, count: number, to: string): { body: string; launch: GeneratedLaunch } {
+export function addPartials(spec: KernelSpec, count: number, to: KernelOperand): { body: string; launch: GeneratedLaunch } {
   const entry = `${spec.name}_total`;
   const threads = count > 256 ? 1024 : 256;
   return {
-    body: render("cuda/total.cu", { name: entry, count, threads, type: cudaType(spec.dtype[to]!), adds: spec.accumulates.has(to) }),
-    launch: { entry, grid: [1, 1, 1], threads, shared: 0, args: [scratchStart, to] },
+    body: render("cuda/total.cu", { name: entry, count, threads, type: cudaType(to.dtype), adds: spec.accumulates.has(to.name) }),
+    launch: { entry, grid: [1, 1, 1], threads, shared: 0, args: [scratchStart, to.name] },
+  };
+}
+
+/** A sum over the rows of partial sums, per column. */
+export interface PartialColumns {
+  readonly rows: number;
+  readonly width: number;
+  readonly to: KernelOperand;
+  /** The attribute with the row of `to` that receives the sums; default: the first row. */
+  readonly row?: string;
+}
+/** Returns the launch that sums the columns of partial sums at the beginning of scratch, one row per block of an earlier launch. */
+export function sumColumns(spec: KernelSpec, { rows, width, to, row }: PartialColumns): { body: string; launch: GeneratedLaunch } {
+  const entry = `${spec.name}_sum`;
+  const adds = spec.accumulates.has(to.name);
+  return {
+    body: render("cuda/column_reduce.cu", { name: entry, rows, width, type: cudaType(to.dtype), adds, row: row !== undefined }),
+    launch: {
+      ...{ entry, grid: [Math.ceil(width / 32), 1, 1], threads: 1024, shared: 0 },
+      args: [scratchStart, to.name, ...(row === undefined ? [] : [attributeOf(row)])],
+    },
+  };
+}
+
+/** Returns the launch that fills an operand with zeros; its size is a multiple of 4 bytes. */
+export function clearBuffer(spec: KernelSpec, { name, dtype, size }: KernelOperand): { body: string; launch: GeneratedLaunch } {
+  const entry = `${spec.name}_clear`;
+  const words = Math.ceil((size * bytesOf[dtype]) / 4);
+  const grid = Math.min(4096, Math.ceil(words / 1024));
+  return {
+    body: render("cuda/clear.cu", { name: entry, words, grid }),
+    launch: { entry, grid: [grid, 1, 1], threads: 256, shared: 0, args: [name] },
   };
 }

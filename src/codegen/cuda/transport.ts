@@ -1,9 +1,10 @@
 /** Copies around a collective: reordering of blocks, rows by destination, merging of row lists. */
 import { render } from "../../../templates/bindings.ts";
-import { destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt } from "../kernelSpec.ts";
+import * as ops from "../../ops/transport.ts";
+import { arrangementOf } from "../arrangement.ts";
+import { cudaKernel, destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt, type SpecOf } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
-import { cudaType, vectorOf } from "./elementwise.ts";
-import { source } from "./prelude.ts";
+import { cudaType, source, vectorOf } from "./text.ts";
 
 const THREADS = 256;
 const UNROLL = 4;
@@ -23,16 +24,11 @@ const picked = (spec: KernelSpec) => {
   return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => startOf(`@${i}`)) };
 };
 
-function arrange(spec: KernelSpec): GeneratedKernel {
-  const [sizes, strides] = [numbered(spec, "n"), numbered(spec, "s")];
-  const inner = sizes.length - 1;
-  const width =
-    strides[inner] === 1 ? vectorOf([sizes[inner]!, ...strides.slice(0, -1), ...numbered(spec, "@")].reduce(divisor), [spec.dtype.x!]) : 1;
-  const dims = sizes.map((size, i) => (i === inner ? { size: size / width, stride: strides[i]! * width } : { size, stride: strides[i]! }));
-  const vectors = spec.size.y! / width;
+function arrange(spec: SpecOf<typeof ops.arrange>): GeneratedKernel {
   const { starts, args } = picked(spec);
+  const { vectors, width, dims } = arrangementOf(spec, (...sizes) => vectorOf(sizes.reduce(divisor), [spec.dtype.x]), "elements");
   const values = {
-    ...{ name: spec.name, type: cudaType(spec.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, starts },
+    ...{ name: spec.name, type: cudaType(spec.dtype.x), width, unroll: UNROLL, threads: THREADS, vectors, starts },
     ...{ index: vectors + THREADS * UNROLL > INT_MAX ? "i64" : "int", dims: dims.toReversed() },
   };
   return {
@@ -41,12 +37,12 @@ function arrange(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-function takeRows(spec: KernelSpec): GeneratedKernel {
-  const width = vectorOf(spec.d.width!, [spec.dtype.x!]);
-  const vectors = spec.d.width! / width;
-  const total = spec.d.N! * vectors;
+function takeRows(spec: SpecOf<typeof ops.takeRows>): GeneratedKernel {
+  const width = vectorOf(spec.d.width, [spec.dtype.x]);
+  const vectors = spec.d.width / width;
+  const total = spec.d.N * vectors;
   const values = {
-    ...{ name: spec.name, type: cudaType(spec.dtype.x!), width, unroll: UNROLL, threads: THREADS, vectors, total },
+    ...{ name: spec.name, type: cudaType(spec.dtype.x), width, unroll: UNROLL, threads: THREADS, vectors, total },
     index: total + THREADS * UNROLL > INT_MAX ? "i64" : "int",
   };
   return {
@@ -55,30 +51,30 @@ function takeRows(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-function invertRows(spec: KernelSpec): GeneratedKernel {
-  const [sources, targets] = [spec.size.from!, spec.size.to!];
+function invertRows(spec: SpecOf<typeof ops.invertRows>): GeneratedKernel {
+  const [sources, targets] = [spec.size.from, spec.size.to];
   return {
     source: source(spec, render("cuda/invert_rows.cu", { name: spec.name, sources, targets })),
     launches: [launch(`${spec.name}_clear`, targets, THREADS, ["to"]), launch(spec.name, sources, THREADS, ["from", "to"])],
   };
 }
 
-function splitRows(spec: KernelSpec): GeneratedKernel {
-  const cap = spec.d.cap!;
+function splitRows(spec: SpecOf<typeof ops.splitRows>): GeneratedKernel {
+  const cap = spec.d.cap;
   const factors = destinationsOf(spec);
-  const checked = spec.dtype.needed !== undefined;
-  const lists = spec.size.lists! / (1 + 3 * cap);
+  const checked = "needed" in spec.dtype;
+  const lists = spec.size.lists / (1 + 3 * cap);
   return {
     source: source(spec, render("cuda/split_rows.cu", { name: spec.name, threads: THREADS, cap, factors, checked })),
     launches: [launch(spec.name, lists, 1, ["index", "lists", "from", ...(checked ? ["needed"] : [])])],
   };
 }
 
-function mergeRows(spec: KernelSpec): GeneratedKernel {
-  const { count, length, cap, bound, E } = spec.d as Readonly<Record<"count" | "length" | "cap" | "bound" | "E", number>>;
+function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
+  const { count, length, cap, bound, E } = spec.d;
   const { starts, args } = picked(spec);
-  const checked = spec.dtype.needed !== undefined;
-  const [indexLength, fromLength] = [spec.size.index!, spec.size.from!];
+  const checked = "needed" in spec.dtype;
+  const [indexLength, fromLength] = [spec.size.index, spec.size.from];
   const values = {
     ...{ name: spec.name, count, length, cap, bound, starts, checked, indexLength, fromLength },
     ...{ experts: E, offsets: offsetsAt(bound) },
@@ -93,4 +89,10 @@ function mergeRows(spec: KernelSpec): GeneratedKernel {
   };
 }
 
-export const messages = { arrange, take_rows: takeRows, invert_rows: invertRows, split_rows: splitRows, merge_rows: mergeRows };
+export const transport = {
+  arrange: cudaKernel(ops.arrange, arrange),
+  take_rows: cudaKernel(ops.takeRows, takeRows),
+  invert_rows: cudaKernel(ops.invertRows, invertRows),
+  split_rows: cudaKernel(ops.splitRows, splitRows),
+  merge_rows: cudaKernel(ops.mergeRows, mergeRows),
+};

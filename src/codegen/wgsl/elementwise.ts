@@ -1,223 +1,175 @@
 /**
- * Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. One template
- * serves all ops; each op has a formula on values that are loaded as f32 and rounded when stored.
+ * Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. Values are loaded
+ * as f32 and rounded when they are stored.
  */
 import { render } from "../../../templates/bindings.ts";
-import { dropsOf, runtimeAttrs } from "../../ops/dropout.ts";
-import { ops } from "../../ops/index.ts";
-import { gatedUnitText, perGatedUnit } from "../gatedUnitText.ts";
-import { type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
-import { type Binding, type EntryPoint, float, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
+import { attentionMerge } from "../../ops/attention.ts";
+import { uniformMask } from "../../ops/capacity.ts";
+import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
+import type { OperandName } from "../../ops/op.ts";
+import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
+import { type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText, wgslKernel } from "../kernelSpec.ts";
+import { type Binding, bindingOf, type EntryPoint, float, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
 
-export interface WgslFormula {
-  /**
-   * Access to inputs that have neither the size of the output nor one element. A number: output elements per input element.
-   * `vector` and `element`: the formula indexes the buffer `<name>_buf`.
-   */
-  readonly at?: Readonly<Record<string, number | "vector" | "element">>;
-  /** Inputs and updated outputs that the formula reads; default: all inputs. */
-  readonly reads?: readonly string[];
-  readonly functions?: readonly string[];
-  readonly lines?: readonly string[];
-  /** The value of each output, of type V. It is added to an accumulating output, unless `reads` contains the output. */
-  readonly results: Readonly<Record<string, string>>;
-  /** Elements per invocation. */
+/** The expressions of an elementwise kernel, of type V: `width` elements per invocation, at vector `i`. */
+export interface WgslElementwise {
   readonly width: 1 | 2 | 4;
+  readonly inputs: readonly Input[];
+  readonly functions?: readonly string[];
+  /** Statements after the inputs are loaded. */
+  readonly lines?: readonly string[];
+  readonly outputs: readonly [Output, ...Output[]];
+  /** Dims whose starts are in the components of `start`. */
   readonly starts?: readonly string[];
   /** Runtime attributes, in `start.attr`; starts are then in `start.start`. */
   readonly attrs?: readonly string[];
 }
+/** An input. Its buffer is `<name>_buf`; with an index, its element is loaded as `<name>`. */
+export interface Input extends KernelOperand {
+  /** Whether the buffer has vectors of `width` elements; else single elements. */
+  readonly isVector: boolean;
+  readonly index?: string;
+}
+interface Output extends KernelOperand {
+  readonly value: string;
+}
 
-/** Generates the kernel of a formula. For ragged outputs it computes only the rows that exist. */
-export function map(
+/** Returns an input with as many elements as the outputs. */
+export const stream = (o: KernelOperand): Input => ({ ...o, isVector: true, index: "i" });
+/** Returns an input with one element for `elements` elements of the output. */
+export const perRow = (o: KernelOperand, elements: number, width: number): Input => ({
+  ...o,
+  isVector: false,
+  index: `i / ${elements / width}u`,
+});
+/** Returns an input that statements index. */
+const indexed = (o: KernelOperand, isVector: boolean): Input => ({ ...o, isVector });
+
+/** Returns the statements that load the inputs. */
+export const loadsOf = (inputs: readonly Input[]): string[] =>
+  inputs.flatMap(({ name, isVector, index }) =>
+    index === undefined ? [] : [`let ${name} = ${isVector ? "V" : "f32"}(${name}_buf[${index}]);`],
+  );
+/** Returns the buffer of an input. */
+export const bufferOf = (o: Input, width: number): Binding => bindingOf(o, o.isVector ? width : 1, `${o.name}_buf`);
+/** Returns the statement that stores a vector. */
+export const storeOf = ({ name, dtype, value }: Output, width: number, index = "i"): string =>
+  `${name}_buf[${index}] = ${vector(scalar(dtype), width)}(${value});`;
+
+/** Generates an elementwise kernel. If outputs are ragged, it computes only the rows that exist. */
+export function makeElementwise(
   spec: KernelSpec,
-  { at = {}, reads, functions = [], lines = [], results, width, starts = [], attrs = [] }: WgslFormula,
+  { width, inputs, functions = [], lines = [], outputs, starts = [], attrs = [] }: WgslElementwise,
 ): GeneratedKernel {
-  const { inputs } = ops[spec.op];
-  const outputs = Object.keys(results);
-  const total = Math.max(...outputs.map((o) => spec.size[o]!));
-  const inner = reads ?? inputs.map((o) => o.name);
-  const wide = (name: string): boolean => at[name] === "vector" || (at[name] === undefined && spec.size[name] === total);
-  const typeOf = (name: string): string => (wide(name) ? vector(scalar(spec.dtype[name]!), width) : scalar(spec.dtype[name]!));
-  const V = vector("f32", width);
-
-  const names = [...inner, ...outputs.filter((o) => !inner.includes(o))];
-  const buffers: Binding[] = names.map((name) => ({ arg: name, name: `${name}_buf`, type: typeOf(name) }));
+  const total = outputs[0].size;
+  const written = outputs.filter((o) => !inputs.some((i) => i.name === o.name));
+  const buffers = [...inputs, ...written.map(stream)].map((o) => bufferOf(o, width));
   if (spec.bound) buffers.push({ arg: "rows", type: "i32" });
-  const load = (name: string): string[] => {
-    const where = at[name];
-    if (where === "vector" || where === "element") return [];
-    if (typeof where === "number") return [`let ${name} = f32(${name}_buf[i / ${where / width}u]);`];
-    return wide(name) ? [`let ${name} = V(${name}_buf[i]);`] : [`let ${name} = f32(${name}_buf[0]);`];
-  };
-  const store = (name: string): string => {
-    const value = spec.accumulates.has(name) && !inner.includes(name) ? `V(${name}_buf[i]) + (${results[name]})` : results[name]!;
-    return `${name}_buf[i] = ${typeOf(name)}(${value});`;
-  };
-  const body = [...inner.flatMap(load), ...lines, ...outputs.map(store)];
-  const entry: EntryPoint = { entry: spec.name, grid: Math.ceil(total / width / THREADS), threads: THREADS, buffers, starts, attrs };
+  const groups = Math.ceil(total / width / THREADS);
+  const entry: EntryPoint = { entry: spec.name, grid: groups, threads: THREADS, buffers, starts, attrs };
   const text = render("wgsl/map.wgsl", {
-    op: spec.op,
-    width,
-    vector: V,
-    functions: [...functions],
-    threads: THREADS,
-    entry: spec.name,
-    index: foldGrid(Math.ceil(total / width / THREADS)).index,
+    ...{ op: spec.op, width, vector: vector("f32", width), functions: [...functions], threads: THREADS, entry: spec.name },
+    index: foldGrid(groups).index,
     count: spec.bound ? `u32(rows[0]) * ${total / spec.bound / width}u` : `${total / width}u`,
-    lines: body,
+    lines: [...loadsOf(inputs), ...lines, ...outputs.map((o) => storeOf(o, width))],
   });
   return kernel(spec, [entry], [text]);
 }
 
-/** The argument is clamped because e^80 is finite; sigmoid(-80) is about 2e-35. */
-export const sigmoid = "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }";
-
-/** log(1 + z) for z in [0, 1]. Near 0, where 1 + z loses digits, a series; its first omitted term is z^5/5, about 1e-8 of z. */
-const log1p = "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }";
-
-/** Returns the vector width of an op without rows; for ragged operands it divides the row. */
-const plain = (spec: KernelSpec, name: string): 1 | 2 | 4 => widthOf(spec.size[name]! / (spec.bound || 1));
-
-/** Formula with one count vector per `batch` elements of dp. */
-function auxLossGrad({ d, size }: KernelSpec, batch: number): WgslFormula {
-  const width = widthOf(d.E!);
-  const [experts, vectors] = [d.E! / width, batch / width];
-  return {
-    width,
-    reads: ["n", "dy"],
-    at: { n: "vector", dy: size.dp! },
-    results: { dp: `${float(d.c!)} * dy * V(n_buf[i / ${vectors}u * ${experts}u + i % ${experts}u])` },
-  };
-}
-
-/** Formula with a random word per element of `x`, named `bits`. */
-function atRandom({ d }: KernelSpec, y: string): WgslFormula {
-  const { S, D, chunk, ranks } = d as Readonly<Record<"S" | "D" | "chunk" | "ranks", number>>;
+/** Expressions with a random word per element of `x`, named `bits`. */
+function atRandom(spec: KernelSpec<OperandName<typeof dropout>, "S" | "D" | "chunk" | "ranks">, value: string): WgslElementwise {
+  const { S, D, chunk, ranks } = spec.d;
   const width = widthOf(D);
-  const wide = D / width;
+  const vectors = D / width;
   // a vector does not cross the four channels of a counter
   const bits = { 1: "words[c % 4u]", 2: "select(words.xy, words.zw, c % 4u == 2u)", 4: "words" }[width];
   return {
-    ...{ width, at: { sample: "element" }, starts: ["S"], attrs: runtimeAttrs, results: { y } },
+    ...{ width, inputs: [stream(operandOf(spec, "x")), indexed(operandOf(spec, "sample"), false)], starts: ["S"], attrs: runtimeAttrs },
     functions: [render("wgsl/philox.wgsl", {})],
     lines: [
-      `let token = i / ${wide}u;`,
-      `let c = i % ${wide}u * ${width}u;`,
+      `let token = i / ${vectors}u;`,
+      `let c = i % ${vectors}u * ${width}u;`,
       `let index = u32(start.start.x) + token % ${S}u;`,
       `let position = ${positionText("index", chunk, ranks)};`,
       `let words = philox(vec4<u32>(u32(sample_buf[token / ${S}u]), position, c / 4u, 0u), start.attr.xy);`,
       `let bits = ${bits};`,
     ],
+    outputs: [{ ...operandOf(spec, "y"), value }],
   };
 }
 
-const formulas: Readonly<Record<string, (spec: KernelSpec) => WgslFormula>> = {
-  add: (spec) => ({ width: plain(spec, "y"), results: { y: "a + b" } }),
-  accumulate: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
-  add_bias({ d }) {
-    const width = widthOf(d.N!);
-    const wide = d.N! / width;
-    return { width, at: { bias: "vector" }, results: { y: `x + V(bias_buf[i % ${wide}u])` } };
-  },
-  cast: (spec) => ({ width: plain(spec, "y"), results: { y: "x" } }),
+const MERGE_THREADS = 256;
 
-  ...perGatedUnit("dense", (unit) => (spec: KernelSpec) => ({
-    ...{ functions: [sigmoid], width: plain(spec, "y") },
-    results: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", float).argument}) * up` },
-  })),
-  ...perGatedUnit("denseGrad", (unit) => (spec: KernelSpec) => {
-    const { argument, slope } = gatedUnitText(unit, "gate", float);
-    return {
-      ...{ functions: [sigmoid], width: plain(spec, "dy") },
-      lines: [`let s = sigmoid(${argument});`],
-      results: { dgate: `dy * up * ${slope}`, dup: "dy * gate * s" },
-    };
+export const elementwise = {
+  dropout: wgslKernel(dropout, (spec) => {
+    const { threshold, factor } = dropsOf(spec.d.drop);
+    const least = `${vector("u32", widthOf(spec.d.D))}(${threshold}u)`;
+    return makeElementwise(spec, atRandom(spec, `select(x * ${float(factor)}, V(), bits < ${least})`));
   }),
-  ...perGatedUnit("rows", (unit) => ({ d }: KernelSpec) => ({
-    ...{ functions: [sigmoid], width: widthOf(d.F!), at: { p: d.F! } },
-    results: { y: `gate * sigmoid(${gatedUnitText(unit, "gate", float).argument}) * up * p` },
-  })),
-  sigmoid_gate: ({ d }) => ({
-    ...{ functions: [sigmoid], width: widthOf(d.C!), at: { gate: d.C! } },
-    results: { y: "x * sigmoid(V(gate))" },
+  jitter: wgslKernel(jitter, (spec) => {
+    const uniform = `V(bits >> ${vector("u32", widthOf(spec.d.D))}(8u)) * 0x1p-23 - 1.0`;
+    return makeElementwise(spec, atRandom(spec, `x * (1.0 + ${float(spec.d.eps)} * (${uniform}))`));
   }),
-
-  sigmoid: (spec) => ({ functions: [sigmoid], width: plain(spec, "y"), results: { y: "sigmoid(x)" } }),
-  sigmoid_grad: (spec) => ({ width: plain(spec, "dx"), results: { dx: "dy * y * (V(1.0) - y)" } }),
-  sqrt_softplus: (spec) => ({ functions: [log1p], width: plain(spec, "y"), results: { y: "sqrt(max(x, V(0.0)) + log1p(exp(-abs(x))))" } }),
-  sqrt_softplus_grad: (spec) => ({
-    ...{ functions: [sigmoid], width: plain(spec, "dx") },
-    results: { dx: "select(V(0.0), dy * sigmoid(x) / (2.0 * y), y > V(0.0))" },
-  }),
-
-  nll: (spec) => ({ width: plain(spec, "l"), results: { l: "log(s) + m - p" } }),
-  nll_grad: (spec) => ({ width: plain(spec, "ds"), results: { ds: "dy / s", dp: "-dy" } }),
-  mean_grad: (spec) => ({
-    width: plain(spec, "dl"),
-    reads: ["dy"],
-    at: { dy: spec.size.dl! },
-    results: { dl: `V(dy / ${float(spec.d.count!)})` },
-  }),
-  weighted_sum_grad: (spec) => ({ width: plain(spec, "dl"), at: { dy: spec.size.dl! }, results: { dl: "weight * V(dy)" } }),
-  softmax_terms_grad({ d }) {
-    const width = widthOf(d.V!);
+  softmax_terms_grad: wgslKernel(softmaxTermsGrad, (spec) => {
+    const { V } = spec.d;
+    const width = widthOf(V);
     const I = vector("i32", width);
     const lanes = width === 1 ? "0" : `${I}(${[0, 1, 2, 3].slice(0, width)})`;
-    return {
-      width,
-      at: { m: d.V!, target: "element", ds: d.V!, dp: d.V! },
-      starts: ["V"],
-      lines: [
-        `let chosen = target_buf[i / ${d.V! / width}u] - start.x;`,
-        `let column = ${I}(i32(i % ${d.V! / width}u) * ${width}) + ${lanes};`,
+    return makeElementwise(spec, {
+      ...{ width, starts: ["V"] },
+      inputs: [
+        ...[stream(operandOf(spec, "x")), perRow(operandOf(spec, "m"), V, width), indexed(operandOf(spec, "target"), false)],
+        ...[perRow(operandOf(spec, "ds"), V, width), perRow(operandOf(spec, "dp"), V, width)],
       ],
-      results: { dx: `ds * exp(x - m) + select(V(0.0), V(dp), column == ${I}(chosen))` },
-    };
-  },
-  embed({ d, dtype }) {
-    const width = widthOf(d.D!);
-    const wide = d.D! / width;
-    return {
-      width,
-      at: { ids: "element", table: "vector" },
-      starts: ["V"],
+      lines: [`let chosen = target_buf[i / ${V / width}u] - start.x;`, `let column = ${I}(i32(i % ${V / width}u) * ${width}) + ${lanes};`],
+      outputs: [{ ...operandOf(spec, "dx"), value: `ds * exp(x - m) + select(V(0.0), V(dp), column == ${I}(chosen))` }],
+    });
+  }),
+  embed: wgslKernel(embed, (spec) => {
+    const { V, D } = spec.d;
+    const width = widthOf(D);
+    const vectors = D / width;
+    const table = operandOf(spec, "table");
+    return makeElementwise(spec, {
+      ...{ width, inputs: [indexed(operandOf(spec, "ids"), false), indexed(table, true)], starts: ["V"] },
       lines: [
-        `let id = ids_buf[i / ${wide}u] - start.x;`,
-        `var row = ${vector(scalar(dtype.table!), width)}();`,
-        `if (id >= 0 && id < ${d.V}) {`,
-        `  row = table_buf[u32(id) * ${wide}u + i % ${wide}u];`,
+        `let id = ids_buf[i / ${vectors}u] - start.x;`,
+        `var row = ${vector(scalar(table.dtype), width)}();`,
+        `if (id >= 0 && id < ${V}) {`,
+        `  row = table_buf[u32(id) * ${vectors}u + i % ${vectors}u];`,
         "}",
       ],
-      results: { x: "V(row)" },
-    };
-  },
-  uniform_mask: ({ d }) => {
-    const { S, E, k, S0, E0, chunk, ranks } = d as Readonly<Record<"S" | "E" | "k" | "S0" | "E0" | "chunk" | "ranks", number>>;
-    return {
-      ...{ width: 1, reads: [], starts: ["B", "S", "E"] },
+      outputs: [{ ...operandOf(spec, "x"), value: "V(row)" }],
+    });
+  }),
+  uniform_mask: wgslKernel(uniformMask, (spec) => {
+    const { S, E, k, S0, E0, chunk, ranks } = spec.d;
+    return makeElementwise(spec, {
+      ...{ width: 1, inputs: [], starts: ["B", "S", "E"] },
       lines: [
         `let t = i / ${E}u;`,
         `let index = u32(start.y) + t % ${S}u;`,
         `let first = ((start.x + i32(t / ${S}u)) * ${S0} + i32(${positionText("index", chunk, ranks)})) % ${E0} * ${k} % ${E0};`,
         `let after = (start.z + i32(i % ${E}u) - first + ${E0}) % ${E0};`,
       ],
-      results: { c: `select(0.0, 1.0, after < ${k})` },
-    };
-  },
-  dropout(spec) {
-    const { threshold, factor } = dropsOf(spec.d.drop!);
-    const none = `${vector("u32", widthOf(spec.d.D!))}(${threshold}u)`;
-    return atRandom(spec, `select(x * ${float(factor)}, V(), bits < ${none})`);
-  },
-  jitter: (spec) =>
-    atRandom(spec, `x * (1.0 + ${float(spec.d.eps!)} * (V(bits >> ${vector("u32", widthOf(spec.d.D!))}(8u)) * 0x1p-23 - 1.0))`),
-  aux_loss_grad: (spec) => auxLossGrad(spec, spec.d.P! * spec.d.S! * spec.d.E!),
-  global_aux_loss_grad: (spec) => auxLossGrad(spec, spec.size.dp!),
+      outputs: [{ ...operandOf(spec, "c"), value: `select(0.0, 1.0, after < ${k})` }],
+    });
+  }),
+  // log-sum-exps are bound as bits: WGSL has no number for that of a query without keys
+  attention_merge: wgslKernel(attentionMerge, (spec) => {
+    const { B, S, H, W } = spec.d;
+    const width = widthOf(W);
+    const count = (B * S * H * W) / width;
+    const grid = Math.ceil(count / MERGE_THREADS);
+    const bits = (arg: string): Binding => ({ arg, type: "u32" });
+    const [a, b, o] = [operandOf(spec, "a"), operandOf(spec, "b"), operandOf(spec, "o")];
+    const buffers = [bindingOf(a, width), bits("la"), bindingOf(b, width), bits("lb"), bindingOf(o, width), bits("lse")];
+    const text = render("wgsl/attention_merge.wgsl", {
+      ...{ entry: spec.name, threads: MERGE_THREADS, index: foldGrid(grid).index, count, width, vectors: W / width },
+      ...{ vector: vector("f32", width), type: vector(scalar(o.dtype), width) },
+    });
+    return kernel(spec, [{ entry: spec.name, grid, threads: MERGE_THREADS, buffers }], [text]);
+  }),
 };
-
-export const elementwise = Object.fromEntries(
-  Object.entries(formulas).map(([op, formula]) => [op, (spec: KernelSpec): GeneratedKernel => map(spec, formula(spec))]),
-);

@@ -1,31 +1,32 @@
-/** The WGSL kernel of every op, by the op's name. */
-import type { WgslGenerator } from "../kernelSpec.ts";
+/** The WGSL kernel of every op, by the op's name. An op without a kernel does not compile. */
+import type { OpName } from "../../../schemas/opNames.ts";
+import { type FormulaOpName, mapFormulaOps } from "../../ops/index.ts";
+import type { WgslGenerator, WgslKernels } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
-import { choice } from "./choice.ts";
 import { elementwise } from "./elementwise.ts";
+import { formulaKernel } from "./formula.ts";
+import { gemm } from "./gemm.ts";
 import { latent } from "./latent.ts";
-import { linear } from "./linear.ts";
 import { moe } from "./moe.ts";
-import { norms } from "./norm.ts";
-import { optimizer } from "./optimizer.ts";
+import { norm } from "./norm.ts";
 import { rope } from "./rope.ts";
 import { router } from "./router.ts";
-import { messages } from "./transport.ts";
+import { transport } from "./transport.ts";
 import { vocab } from "./vocab.ts";
 
-export const wgslKernels: Readonly<Record<string, WgslGenerator>> = {
+const handWritten = {
   ...attention,
-  ...elementwise,
-  ...latent,
-  ...linear,
-  ...norms,
-  ...optimizer,
-  ...rope,
-  ...vocab,
-  ...messages,
-  ...moe,
-  ...router,
   ...balance,
-  ...choice,
-};
+  ...elementwise,
+  ...gemm,
+  ...latent,
+  ...moe,
+  ...norm,
+  ...rope,
+  ...router,
+  ...transport,
+  ...vocab,
+} satisfies WgslKernels<Exclude<OpName, FormulaOpName>>;
+
+export const wgslKernels: Readonly<Record<OpName, WgslGenerator>> = { ...handWritten, ...mapFormulaOps(formulaKernel) };

@@ -1,66 +1,66 @@
-/** What latent attention moves between vectors: copies, and for what all heads share a sum over them. */
+/** Kernels of latent attention: copies between vectors of channels, and a sum over heads for channels that all heads share. */
 import { render } from "../../../templates/bindings.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { alignmentsOf, sliceCopies } from "../slices.ts";
-import { type EntryPoint, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
+import { join, latentKv, latentKvGrad, split } from "../../ops/latent.ts";
+import { type GeneratedKernel, type KernelSpec, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
+import {
+  alignmentsOf,
+  joinSlices,
+  latentKvGradSlices,
+  latentKvSlices,
+  operandsOfSlices,
+  placed,
+  type SliceCopy,
+  splitSlices,
+} from "../slices.ts";
+import { bindingOf, type EntryPoint, foldGrid, kernel, scalar, widthOf } from "./text.ts";
 
 const THREADS = 256;
 
-const copy = (spec: KernelSpec): GeneratedKernel => {
-  const { entry, text } = copies(spec);
+const copy = (spec: KernelSpec, slices: SliceCopy): GeneratedKernel => {
+  const { entry, text } = copySlices(spec, slices);
   return kernel(spec, [entry], [text]);
 };
 
 export const latent = {
-  split: copy,
-  join: copy,
-  latent_kv: copy,
-  latent_kv_grad(spec: KernelSpec): GeneratedKernel {
-    const moved = copies(spec);
-    const summed = sumHeads(spec);
-    return kernel(spec, [moved.entry, summed.entry], [moved.text, summed.text]);
-  },
+  split: wgslKernel(split, (spec) => copy(spec, splitSlices(spec.d))),
+  join: wgslKernel(join, (spec) => copy(spec, joinSlices(spec.d))),
+  latent_kv: wgslKernel(latentKv, (spec) => copy(spec, latentKvSlices(spec.d))),
+  latent_kv_grad: wgslKernel(latentKvGrad, (spec) => {
+    const copies = copySlices(spec, latentKvGradSlices(spec.d));
+    const sum = sumHeads(spec);
+    return kernel(spec, [copies.entry, sum.entry], [copies.text, sum.text]);
+  }),
 };
 
-function copies(spec: KernelSpec): { entry: EntryPoint; text: string } {
-  const parts = sliceCopies[spec.op]!(spec.d);
-  const { slices, tokens, heads } = parts;
-  const width = widthOf(...alignmentsOf(parts));
-  const channels = slices.reduce((n, p) => n + p.length, 0);
+function copySlices(spec: KernelSpec, all: SliceCopy): { entry: EntryPoint; text: string } {
+  const { tokens, heads } = all;
+  const width = widthOf(...alignmentsOf(all));
+  const { placed: slices, channels } = placed(all);
   const count = (tokens * heads * channels) / width;
   const groups = Math.ceil(count / THREADS);
-  const operands = [...new Set(slices.flatMap((p) => [p.from, p.to]))];
-  let begin = 0;
+  const of = (n: number) => n / width;
   const text = render("wgsl/copy_slices.wgsl", {
-    ...{ op: spec.op, width, vectors: channels / width, entry: spec.name, threads: THREADS, index: foldGrid(groups).index, count },
-    slices: slices.map((p, i) => {
-      const at = begin;
-      begin += p.length / width;
-      const of = (n: number) => n / width;
-      const test = i === 0 ? `if (part < ${begin}u)` : i === slices.length - 1 ? "else" : `else if (part < ${begin}u)`;
-      return {
-        ...{ from: p.from, to: p.to, begin: at, test, source: p.shared ? `(head / ${heads}u)` : "head" },
-        ...{ fromAt: of(p.fromAt), toAt: of(p.toAt), fromWidth: of(p.fromWidth), toWidth: of(p.toWidth) },
-      };
-    }),
+    ...{ op: spec.op, width, vectors: of(channels), entry: spec.name, threads: THREADS, index: foldGrid(groups).index, count },
+    slices: slices.map((s) => ({
+      ...{ from: s.from, to: s.to, begin: of(s.begin), source: s.shared ? `(head / ${heads}u)` : "head" },
+      ...{ fromAt: of(s.fromAt), toAt: of(s.toAt), fromWidth: of(s.fromWidth), toWidth: of(s.toWidth) },
+      test: s.begin === 0 ? `if (part < ${of(s.end)}u)` : s.end === channels ? "else" : `else if (part < ${of(s.end)}u)`,
+    })),
   });
-  const buffers = operands.map((arg) => ({ arg, type: vector(scalar(spec.dtype[arg]!), width) }));
+  const buffers = operandsOfSlices(all).map((name) => bindingOf(operandOf(spec, name), width));
   return { entry: { entry: spec.name, grid: groups, threads: THREADS, buffers }, text };
 }
 
-/** The keys' last R channels, which all heads share. */
-function sumHeads(spec: KernelSpec): { entry: EntryPoint; text: string } {
-  const { B, S, H, R, Y } = spec.d as Readonly<Record<"B" | "S" | "H" | "R" | "Y", number>>;
+/** Sums the last R channels of all keys, which the heads share. */
+function sumHeads(spec: SpecOf<typeof latentKvGrad>): { entry: EntryPoint; text: string } {
+  const { B, S, H, R, Y } = spec.d;
   const count = B * S * R;
   const groups = Math.ceil(count / THREADS);
   const name = `${spec.name}_shared`;
   const text = render("wgsl/sum_heads.wgsl", {
     ...{ shared: R, heads: H, width: Y, first: Y - R, entry: name, threads: THREADS, index: foldGrid(groups).index, count },
-    type: scalar(spec.dtype.dr!),
+    type: scalar(spec.dtype.dr),
   });
-  const buffers = [
-    { arg: "dk", name: "keys", type: scalar(spec.dtype.dk!) },
-    { arg: "dr", type: scalar(spec.dtype.dr!) },
-  ];
+  const buffers = [bindingOf(operandOf(spec, "dk"), 1, "keys"), bindingOf(operandOf(spec, "dr"))];
   return { entry: { entry: name, grid: groups, threads: THREADS, buffers }, text };
 }

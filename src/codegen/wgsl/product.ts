@@ -1,105 +1,60 @@
-/**
- * The one form of all products with weights: out[m,n] (+)= Σ_k a[m,k]·b[k,n], for one matrix or for the rows of each expert;
- * and how it is cut into tiles. Kernels differ in how they multiply a tile, never in which tiles there are.
- */
-import type { Dtype } from "../../../schemas/plan.ts";
+/** Tilings of matrix products: how the output is divided among workgroups. Kernels differ in how they multiply a tile, not in the tiles. */
 import { invariant } from "../../ops/op.ts";
-import type { KernelSpec } from "../kernelSpec.ts";
+import type { MatrixProduct } from "../product.ts";
 
-/** An operand: its lanes are rows of a, or columns of b; deep is the dim summed over. */
-export interface Side {
-  readonly name: string;
-  readonly dtype: Dtype;
-  /** The dim whose elements lie side by side. */
-  readonly along: "lane" | "deep";
-  readonly lanes: number;
-}
-
-export interface WgslProduct {
-  readonly spec: KernelSpec;
-  readonly a: Side;
-  readonly b: Side;
-  readonly out: { readonly name: string; readonly dtype: Dtype; readonly adds: boolean };
-  /** Sizes; of what an expert's rows count: their bound over all experts. */
-  readonly m: number;
-  readonly n: number;
-  readonly k: number;
-  /** What the rows of an expert are: nothing; rows of the output, each expert having its own b; or the depth, each having its own output. */
-  readonly by: "dense" | "rows" | "depth";
-  /** 0 where dense. */
-  readonly experts: number;
-}
-
-export function productOf(spec: KernelSpec): WgslProduct {
-  const { B = 0, S = 0, K = 0, N = 0, E = 0 } = spec.d;
-  const side = (name: string, along: Side["along"], lanes: number): Side => ({ name, dtype: spec.dtype[name]!, along, lanes });
-  const out = (name: string) => ({ name, dtype: spec.dtype[name]!, adds: spec.accumulates.has(name) });
-  const grouped = spec.op.startsWith("grouped_");
-  // numbers of rows travel through f32 words of workgroup memory
-  invariant(!grouped || spec.bound < 2 ** 24, `${spec.op}: ${spec.bound} rows`);
-  const rows = grouped ? spec.bound : B * S;
-  const experts = grouped ? E : 0;
-  switch (spec.op) {
-    case "gemm":
-    case "grouped_gemm": {
-      const by = grouped ? "rows" : "dense";
-      return { spec, a: side("x", "deep", rows), b: side("w", "lane", N), out: out("y"), m: rows, n: N, k: K, by, experts };
-    }
-    case "gemm_dgrad":
-    case "grouped_dgrad": {
-      const by = grouped ? "rows" : "dense";
-      return { spec, a: side("dy", "deep", rows), b: side("w", "deep", K), out: out("dx"), m: rows, n: K, k: N, by, experts };
-    }
-    default: {
-      const by = grouped ? "depth" : "dense";
-      return { spec, a: side("x", "lane", K), b: side("dy", "lane", N), out: out("dw"), m: K, n: N, k: rows, by, experts };
-    }
-  }
-}
-
-/** A workgroup's tile of the output, and how far it goes into the depth at once. */
+/** The tile of the output of one workgroup, and the steps of the depth between two barriers. */
 export interface Tile {
   readonly bm: number;
   readonly bn: number;
   readonly bk: number;
-  /** The share of a compute unit's multipliers that it keeps busy where there are tiles for all units. */
+  /** Fraction of the peak of a compute unit that the tile reaches if there are tiles for all units. */
   readonly efficiency: number;
 }
 
-/** The tiles of a product: `layers` (experts, or parts of the depth) of `down` by `across`. */
+/** The tiles of a product: `layers` (experts, or parts of the depth) of `down` by `across` tiles. */
 export interface WgslTiling<T extends Tile> {
   readonly tile: T;
   readonly down: number;
   readonly across: number;
   readonly layers: number;
-  /** Parts that the depth is cut into; their sums go through scratch. 1: not cut. */
+  /** Parts of the depth, whose sums pass through scratch; 1 if the depth is whole. */
   readonly parts: number;
-  /** The depth of one part: whole steps of `bk`. */
+  /** The depth of one part: a multiple of `bk`. */
   readonly slice: number;
 }
 
-/** Compute units of a large GPU, the multiply-adds one does in the time that a second launch costs, and the least depth worth a part. */
+/** Compute units of a large GPU. */
 const UNITS = 128;
+/** Multiply-adds of one unit in the time that a second launch takes. */
 const LAUNCH = 1e6;
+/** The least depth of a part. */
 const PART = 512;
+/** Row counts pass through f32 words of workgroup memory, which are exact below this number. */
+const MOST_ROWS = 2 ** 24;
 
-/** The tiling that is done first where `UNITS` tiles run at once, each as fast as its shape allows. */
-export function tilingOf<T extends Tile>({ m, n, k, by, experts }: WgslProduct, tiles: readonly T[]): WgslTiling<T> {
-  let best: { cost: number; tiling: WgslTiling<T> } | undefined;
-  for (const tile of tiles) {
-    // experts are taken to have equally many rows; the grid has tiles for any distribution
-    const down = by === "rows" ? experts * Math.ceil(m / experts / tile.bm) : Math.ceil(m / tile.bm);
-    const across = Math.ceil(n / tile.bn);
-    const count = down * across * (by === "depth" ? experts : 1);
-    const depth = by === "depth" ? Math.ceil(k / experts) : k;
-    const wanted = by === "dense" ? Math.min(Math.floor(UNITS / count), Math.floor(k / PART)) : 1;
-    const slice = Math.ceil(k / Math.max(1, wanted) / tile.bk) * tile.bk;
-    const parts = by === "dense" ? Math.ceil(k / slice) : 1;
-    const waves = Math.ceil((count * parts) / UNITS);
-    const cost = (waves * tile.bm * tile.bn * (depth / parts)) / tile.efficiency + (parts > 1 ? LAUNCH : 0);
-    if (best && best.cost <= cost) continue;
-    const layers = by === "depth" ? experts : parts;
-    best = { cost, tiling: { tile, down: by === "rows" ? Math.ceil(m / tile.bm) + experts : down, across, layers, parts, slice } };
-  }
-  return best!.tiling;
+/** Returns the tiling with the least estimated time on `UNITS` compute units. */
+export function tilingOf<T extends Tile>(p: MatrixProduct, tiles: readonly T[]): WgslTiling<T> {
+  const { m, depth, ragged } = p;
+  invariant(!ragged || (ragged === "rows" ? m : depth) < MOST_ROWS, `a product of experts has at least ${MOST_ROWS} rows`);
+  const [first, ...others] = tiles.map((tile) => costOf(p, tile));
+  invariant(first !== undefined, "a product has no tiles to choose from");
+  return others.reduce((best, next) => (next.cost < best.cost ? next : best), first).tiling;
+}
+
+function costOf<T extends Tile>(
+  { m, n, depth: k, ragged, experts }: MatrixProduct,
+  tile: T,
+): { readonly cost: number; readonly tiling: WgslTiling<T> } {
+  // the cost assumes experts with equally many rows; the grid has tiles for any distribution
+  const down = ragged === "rows" ? experts * Math.ceil(m / experts / tile.bm) : Math.ceil(m / tile.bm);
+  const across = Math.ceil(n / tile.bn);
+  const count = down * across * (ragged === "depth" ? experts : 1);
+  const depth = ragged === "depth" ? Math.ceil(k / experts) : k;
+  const wanted = ragged ? 1 : Math.min(Math.floor(UNITS / count), Math.floor(k / PART));
+  const slice = Math.ceil(k / Math.max(1, wanted) / tile.bk) * tile.bk;
+  const parts = ragged ? 1 : Math.ceil(k / slice);
+  const waves = Math.ceil((count * parts) / UNITS);
+  const cost = (waves * tile.bm * tile.bn * (depth / parts)) / tile.efficiency + (parts > 1 ? LAUNCH : 0);
+  const layers = ragged === "depth" ? experts : parts;
+  return { cost, tiling: { tile, down: ragged === "rows" ? Math.ceil(m / tile.bm) + experts : down, across, layers, parts, slice } };
 }

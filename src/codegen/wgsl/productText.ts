@@ -1,27 +1,29 @@
-/** What the kernels of products share, however they multiply: bindings, where a workgroup's tile is, loads and stores with their guards. */
+/** The frame of the kernels of products: bindings, the position of a workgroup's tile, and guarded loads and stores. */
+import type { Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
-import { type GeneratedKernel, offsetsAt } from "../kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { scratchStart } from "../launchArgs.ts";
-import type { Side, Tile, WgslProduct, WgslTiling } from "./product.ts";
+import type { MatrixProduct } from "../product.ts";
+import type { Tile, WgslTiling } from "./product.ts";
 import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
 
-export type OperandName = "a" | "b";
+export type ProductSide = "a" | "b";
 
-/** How one way of multiplying a tile fits into the kernel. */
+/** How a kernel multiplies a tile. */
 export interface ProductVariant {
   readonly threads: number;
   /** The type in which operands reach workgroup memory. */
   readonly stage: "f32" | "f16";
-  /** Operands in f16 are brought in runs of 8, 16 bytes, where no run crosses the end of a dim. */
+  /** Operands in f16 are loaded in runs of 8 (16 bytes) if no run crosses the end of a dim. */
   readonly wide?: boolean;
   /** Directives beyond `enable f16`. */
   readonly directives?: string;
-  /** The i-th word of workgroup memory, and a vec4<f32> there: tiles of experts are found through them. */
+  /** Expressions for the i-th word of workgroup memory and for a vec4<f32> there, which the search for the tile of an expert uses. */
   readonly words: { readonly border: string; readonly found: string };
   /** The text of the entry. */
   main(frame: Frame): string;
 }
-/** What the entry's text is given. `span` is the last argument of loads and stores. */
+/** Values for the text of the entry. `span` is the last argument of loads and stores. */
 interface Frame {
   readonly name: string;
   readonly threads: number;
@@ -32,31 +34,32 @@ interface Frame {
 }
 interface Store {
   readonly name: string;
-  readonly dtype: WgslProduct["out"]["dtype"];
+  readonly dtype: Dtype;
   readonly adds: boolean;
 }
 
 const SUM_THREADS = 256;
 
-export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductVariant): GeneratedKernel {
-  const { name } = p.spec;
+export function productKernel(spec: KernelSpec, p: MatrixProduct, t: WgslTiling<Tile>, way: ProductVariant): GeneratedKernel {
+  const { name } = spec;
   const places = t.layers * t.down * t.across;
   const split = t.parts > 1;
-  const to: Store = split ? { name: "partial", dtype: "f32", adds: false } : p.out;
+  const out: Store = { ...p.c, adds: p.adds };
+  const to: Store = split ? { name: "partial", dtype: "f32", adds: false } : out;
   const run = p.n % 4 === 0 ? 4 : 1;
-  const operand = (side: Side) => ({
-    arg: side.name,
-    type: isWide(p, side, way) ? "vec4<u32>" : vector(scalar(side.dtype), runOf(p, side)),
+  const operand = (letter: ProductSide) => ({
+    arg: p[letter].name,
+    type: isWide(p, letter, way) ? "vec4<u32>" : vector(scalar(p[letter].dtype), runOf(p, letter)),
   });
   const product: EntryPoint = {
     entry: name,
     grid: places,
     threads: way.threads,
     buffers: [
-      operand(p.a),
-      operand(p.b),
-      { arg: split ? scratchStart : p.out.name, name: to.name, type: vector(scalar(to.dtype), run) },
-      ...(p.by === "dense" ? [] : [{ arg: "rows", type: "i32" }]),
+      operand("a"),
+      operand("b"),
+      { arg: split ? scratchStart : out.name, name: to.name, type: vector(scalar(to.dtype), run) },
+      ...(p.ragged ? [{ arg: "rows", type: "i32" }] : []),
     ],
   };
   const count = (p.m * p.n) / run;
@@ -66,11 +69,11 @@ export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductV
     threads: SUM_THREADS,
     buffers: [
       { arg: scratchStart, name: "partials", type: vector("f32", run) },
-      { arg: p.out.name, type: vector(scalar(p.out.dtype), run) },
+      { arg: out.name, type: vector(scalar(out.dtype), run) },
     ],
   };
   const entries = split ? [product, sum] : [product];
-  const grouped = p.by !== "dense";
+  const grouped = p.ragged !== undefined;
   const frame = {
     name,
     threads: way.threads,
@@ -81,65 +84,72 @@ export function productKernel(p: WgslProduct, t: WgslTiling<Tile>, way: ProductV
   };
   const { bindings, launches } = bound(entries);
   const source = render("wgsl/product.wgsl", {
-    ...{ header: header(p.spec.dtype) + (way.directives ?? ""), bindings, name },
+    ...{ header: header(spec.dtype) + (way.directives ?? ""), bindings, name },
     loaders: [loader(p, t, "a", way), loader(p, t, "b", way)],
     ...{ spanParameter: grouped ? ", span: vec2<u32>" : "", ...store(p, t, to), main: way.main(frame).trimEnd() },
     ...{ split, parts: t.parts, sumThreads: SUM_THREADS, sumCount: count, sumIndex: foldGrid(Math.ceil(count / SUM_THREADS)).index },
-    sumStore: put(p.out, "i", "sum", run),
+    sumStore: put(out, "i", "sum", run),
   });
   return { source, launches, ...(split ? { scratch: scratchBytes(t.parts * p.m * p.n) } : {}) };
 }
 
-/** Rows of tiles that are gone down before the next column: with 8, 128 tiles in flight read 24 panels rather than 129. */
+/** Tiles per column of a band: with 8, 128 concurrent tiles read 24 panels rather than 129. */
 const BAND = 8;
 
 /**
- * Text that finds, from `place` and `l`, this workgroup's tile: `m0`, `n0` (its first row and column), `begin`, `end` (its depth),
- * `at` (where its matrix begins in the output) and, for experts, `span` (the expert, and the end of its rows).
+ * Returns statements that compute the tile of this workgroup from `place` and `l`: `m0`, `n0` (its first row and column), `begin`, `end`
+ * (its depth), `at` (the first element of its matrix in the output) and, for experts, `span` (the expert, and the end of its rows).
  */
-const placeText = ({ m, n, k, by, experts, spec }: WgslProduct, t: WgslTiling<Tile>, { threads, words }: ProductVariant): string =>
+const placeText = (
+  { m, n, depth, ragged, experts, offsets }: MatrixProduct,
+  t: WgslTiling<Tile>,
+  { threads, words }: ProductVariant,
+): string =>
   render("wgsl/product_place.wgsl", {
     ...words,
     ...{ band: BAND, bandTiles: BAND * t.across, down: t.down, tiles: t.down * t.across },
-    ...{ bm: t.tile.bm, bn: t.tile.bn, area: m * n, depth: k, slice: t.slice, experts, threads, offsets: offsetsAt(spec.bound) },
-    ...{ dense: by === "dense", byRows: by === "rows", byDepth: by === "depth" },
+    ...{ bm: t.tile.bm, bn: t.tile.bn, area: m * n, depth, slice: t.slice, experts, threads, offsets },
+    ...{ dense: ragged === undefined, byRows: ragged === "rows", byDepth: ragged === "depth" },
   }).trimEnd();
 
 /** The widest run of 1 or 4 elements that never crosses the end of a dim. */
-const runOf = (p: WgslProduct, side: Side): 1 | 4 => (alongOf(p, side) % 4 === 0 ? 4 : 1);
-const alongOf = (p: WgslProduct, side: Side): number => (side.along === "deep" ? p.k : side.lanes);
+const runOf = (p: MatrixProduct, letter: ProductSide): 1 | 4 => (contiguousOf(p, letter) % 4 === 0 ? 4 : 1);
+/** The size of the contiguous dim of an operand: the depth, or its lanes. */
+const contiguousOf = (p: MatrixProduct, letter: ProductSide): number => (p[letter].depthFirst ? p.depth : lanesOf(p, letter));
+/** The rows of a, or the columns of b. */
+const lanesOf = (p: MatrixProduct, letter: ProductSide): number => (letter === "a" ? p.m : p.n);
 
-/** Whether an operand is read as words of 8 halves. */
-export const isWide = (p: WgslProduct, side: Side, { wide = false }: Pick<ProductVariant, "wide">): boolean =>
-  wide && side.dtype === "f16" && alongOf(p, side) % 8 === 0;
+/** Whether an operand is loaded as words of 8 f16 values. */
+export const isWide = (p: MatrixProduct, letter: ProductSide, { wide = false }: Pick<ProductVariant, "wide">): boolean =>
+  wide && p[letter].dtype === "f16" && contiguousOf(p, letter) % 8 === 0;
 
-function loader(p: WgslProduct, { tile }: WgslTiling<Tile>, letter: OperandName, way: ProductVariant) {
+function loader(p: MatrixProduct, { tile }: WgslTiling<Tile>, letter: ProductSide, way: ProductVariant) {
   const type = way.stage;
-  const side = p[letter];
-  const { name } = side;
-  const ragged = p.by === "rows" && letter === "a";
-  const end = p.by === "depth" ? "span.y" : `${p.k}u`;
-  const own = p.by === "rows" && letter === "b" ? `span.x * ${p.k * p.n}u + ` : "";
+  const { name, depthFirst } = p[letter];
+  const lanes = lanesOf(p, letter);
+  const ragged = p.ragged === "rows" && letter === "a";
+  const end = p.ragged === "depth" ? "span.y" : `${p.depth}u`;
+  const own = p.ragged === "rows" && letter === "b" ? `span.x * ${p.depth * p.n}u + ` : "";
   const index = (lane: string, deep: string) =>
-    side.along === "deep" ? `${own}${lane} * ${p.k}u + ${deep}` : `${own}${deep} * ${side.lanes}u + ${lane}`;
-  // lanes past the end are read as the last ones
-  const cut = ragged || side.lanes % (letter === "a" ? tile.bm : tile.bn) !== 0;
-  const within = (lane: string, last: number) => (cut ? `min(${lane}, ${ragged ? `span.y - ${last}u` : `${side.lanes - last}u`})` : lane);
+    depthFirst ? `${own}${lane} * ${p.depth}u + ${deep}` : `${own}${deep} * ${lanes}u + ${lane}`;
+  // lanes beyond the end read the last lane
+  const cut = ragged || lanes % (letter === "a" ? tile.bm : tile.bn) !== 0;
+  const within = (lane: string, last: number) => (cut ? `min(${lane}, ${ragged ? `span.y - ${last}u` : `${lanes - last}u`})` : lane);
   const one = (i: number) => {
-    if (side.along === "lane") return `${type}(${name}[${index(within(i ? `lane + ${i}u` : "lane", 1), "deep")}])`;
+    if (!depthFirst) return `${type}(${name}[${index(within(i ? `lane + ${i}u` : "lane", 1), "deep")}])`;
     const element = (deep: string) => `${type}(${name}[${index(within("lane", 1), deep)}])`;
-    return i ? `select(${type}(), ${element(`min(deep + ${i}u, ${p.k - 1}u)`)}, deep + ${i}u < ${end})` : element("deep");
+    return i ? `select(${type}(), ${element(`min(deep + ${i}u, ${p.depth - 1}u)`)}, deep + ${i}u < ${end})` : element("deep");
   };
-  const wide = isWide(p, side, way);
-  const run = wide ? 8 : runOf(p, side);
+  const wide = isWide(p, letter, way);
+  const run = wide ? 8 : runOf(p, letter);
   const inside =
-    run > 1 ? `${name}[(${index(within("lane", side.along === "lane" ? run : 1), "deep")}) / ${run}u]` : [0, 1, 2, 3].map(one).join(", ");
+    run > 1 ? `${name}[(${index(within("lane", !depthFirst ? run : 1), "deep")}) / ${run}u]` : [0, 1, 2, 3].map(one).join(", ");
   const returns = wide ? "vec4<u32>" : vector(type, 4);
   return {
     ...{
       operand: name,
       side: letter,
-      guarded: p.by === "depth" || p.k % tile.bk !== 0,
+      guarded: p.ragged === "depth" || p.depth % tile.bk !== 0,
       end,
       type: returns,
       count: wide ? "eight" : "four",
@@ -148,9 +158,9 @@ function loader(p: WgslProduct, { tile }: WgslTiling<Tile>, letter: OperandName,
   };
 }
 
-function store(p: WgslProduct, { tile }: WgslTiling<Tile>, to: Store) {
+function store(p: MatrixProduct, { tile }: WgslTiling<Tile>, to: Store) {
   const outside = [
-    ...(p.by === "rows" ? ["row >= span.y"] : p.m % tile.bm ? [`row >= ${p.m}u`] : []),
+    ...(p.ragged === "rows" ? ["row >= span.y"] : p.m % tile.bm ? [`row >= ${p.m}u`] : []),
     ...(p.n % tile.bn ? [`column >= ${p.n}u`] : []),
   ];
   const index = `at + row * ${p.n}u + column`;
@@ -162,7 +172,7 @@ function store(p: WgslProduct, { tile }: WgslTiling<Tile>, to: Store) {
   return { guarded: outside.length > 0, outside: outside.join(" || "), stores: stores.join("\n") };
 }
 
-/** One element or run of `to` at `index` is set to, or has added, an f32 value. */
+/** Returns the statement that stores an f32 value in one element or run of `to`, or adds it. */
 function put({ name, dtype, adds }: Store, index: string, value: string, run: number): string {
   const at = `${name}[${index}]`;
   const sum = adds ? `${dtype === "f32" ? at : `${vector("f32", run)}(${at})`} + ${value}` : value;

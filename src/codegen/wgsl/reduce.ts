@@ -9,7 +9,7 @@ import { type Binding, type EntryPoint, foldGrid, kernel, scratchBytes } from ".
 
 export const THREADS = 256;
 
-/** Invocations of a row that join what the others hold. */
+/** Invocations per row that first combine the values of the others. */
 const SOME = 16;
 
 /** Returns the function `total(value, lane)`, which reduces over `lanes` invocations (a power of two). `combine` is an expression of `a` and `b`. */
@@ -19,6 +19,7 @@ export const totalOver = (lanes: number, { type = "f32", combine = "a + b" } = {
 /** Largest number of workgroups of a sum: the number of invocations of the second launch. */
 const SHARES = THREADS;
 
+/** The terms of a sum to the scalar `y`. */
 export interface ScalarSum {
   readonly buffers: readonly Binding[];
   /** Number of terms; `term` is the i-th one, evaluated after `lines`. */
@@ -29,7 +30,7 @@ export interface ScalarSum {
   readonly factor: string;
 }
 
-/** Kernel for y (+)= factor · the sum of the terms. */
+/** Returns a kernel for y (+)= factor · the sum of the terms. */
 export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], functions = [], factor }: ScalarSum): GeneratedKernel {
   const groups = Math.min(SHARES, Math.ceil(count / THREADS));
   const shares = { arg: scratchStart, type: "f32" };
@@ -52,6 +53,7 @@ export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], 
   return kernel(spec, entries, [totalOver(THREADS), text], scratchBytes(SHARES));
 }
 
+/** The terms of sums over the rows of an operand, per column. */
 export interface ColumnSum {
   readonly out: string;
   readonly buffers: readonly Binding[];
@@ -62,23 +64,23 @@ export interface ColumnSum {
   readonly term: string;
   /** Words of scratch before those that the sum uses. */
   readonly first: number;
-  /** The attribute that says which row of `out` takes the sums; the first if not said. */
+  /** The attribute with the row of `out` that receives the sums; default: the first row. */
   readonly row?: string;
 }
 
-/** out[batch, column] (+)= the sum over rows of the term: entries, their text, and the words of scratch up to their end. */
+/** Returns the entries for out[batch, column] (+)= the sum over rows of the term, their text, and the words of scratch up to their end. */
 export function columnSum(
   spec: KernelSpec,
   { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
 ): { entries: EntryPoint[]; text: string; words: number } {
-  // balances the loop lengths of both launches
+  // both launches have loops of similar length
   const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
   const depths = Math.ceil(rows / depth);
   const parts = batches * depths * width;
   const outputs = batches * width;
   const [groups, outGroups] = [Math.ceil(parts / THREADS), Math.ceil(outputs / THREADS)];
   const sums = { arg: scratchStart, type: "f32" };
-  // one binding of scratch per launch: a term that reads it calls it sums too
+  // scratch has one binding per launch, so a term that reads scratch also names it `sums`
   const entries: EntryPoint[] = [
     { entry: `${spec.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
     {

@@ -1,22 +1,22 @@
-/** Rotary positions: each pair is turned in f32 by an angle kept in whole units of 2^-32 turns, exact modulo a turn, whatever the position. */
+/** Rotary position embedding in f32. Angles are integers in units of 2^-32 turns, so they are exact modulo a turn at any position. */
 import { render } from "../../../templates/bindings.ts";
-import { frequenciesOf } from "../../ops/rope.ts";
-import { type GeneratedKernel, type KernelSpec, positionText } from "../kernelSpec.ts";
-import { type EntryPoint, float, foldGrid, kernel, scalar } from "./text.ts";
+import { frequenciesOf, rope as ropeOp } from "../../ops/rope.ts";
+import { type GeneratedKernel, operandOf, positionText, type SpecOf, wgslKernel } from "../kernelSpec.ts";
+import { bindingOf, type EntryPoint, float, foldGrid, kernel, scalar } from "./text.ts";
 
 const THREADS = 256;
 
-export const rope = { rope: makeRope };
+export const rope = { rope: wgslKernel(ropeOp, rotate) };
 
-function makeRope(spec: KernelSpec): GeneratedKernel {
+function rotate(spec: SpecOf<typeof ropeOp>): GeneratedKernel {
   const { B, S, H, C, first, width, interleaved, sign, gain, chunk, ranks } = spec.d;
-  const pairs = width! / 2;
+  const pairs = width / 2;
   const turns = frequenciesOf(spec.d).map((frequency) => (frequency / (2 * Math.PI)) * 2 ** 32);
-  const type = scalar(spec.dtype.x!);
-  const groups = Math.ceil((S! * pairs) / THREADS);
+  const type = scalar(spec.dtype.x);
+  const groups = Math.ceil((S * pairs) / THREADS);
   const entry: EntryPoint = {
     ...{ entry: spec.name, grid: groups, threads: THREADS, starts: ["S"] },
-    buffers: ["x", "y"].map((arg) => ({ arg, type })),
+    buffers: [bindingOf(operandOf(spec, "x")), bindingOf(operandOf(spec, "y"))],
   };
   const text = render("wgsl/rope.wgsl", {
     pairs,
@@ -25,19 +25,19 @@ function makeRope(spec: KernelSpec): GeneratedKernel {
     threads: THREADS,
     entry: spec.name,
     index: foldGrid(groups).index,
-    count: S! * pairs,
-    position: positionText("index", chunk!, ranks!),
+    count: S * pairs,
+    position: positionText("index", chunk, ranks),
     radians: (2 * Math.PI) / 2 ** 32,
-    gain: float(gain!),
-    sine: float(sign! * gain!),
-    sequences: B!,
-    positions: S!,
-    heads: H!,
-    headWidth: C!,
-    firstChannel: first!,
+    gain: float(gain),
+    sine: float(sign * gain),
+    sequences: B,
+    positions: S,
+    heads: H,
+    headWidth: C,
+    firstChannel: first,
     step: interleaved ? 2 : 1,
     apart: interleaved ? 1 : pairs,
-    passing: C! - width!,
+    passing: C - width,
     type,
   });
   return kernel(spec, [entry], [text]);

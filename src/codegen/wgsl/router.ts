@@ -1,92 +1,83 @@
-/** The router's scores and weights, an invocation per token, and its losses: sums over all tokens in a fixed order. */
+/** Kernels of the masks of the router: the best experts of a token, by one invocation, and the best tokens of an expert, by one workgroup. */
 import { render } from "../../../templates/bindings.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { scalarSum, THREADS } from "./reduce.ts";
-import { type EntryPoint, float, foldGrid, kernel, scalar } from "./text.ts";
+import { drop, expertChoiceMask } from "../../ops/capacity.ts";
+import { topKMask, topKMaskBiased } from "../../ops/router.ts";
+import { type GeneratedKernel, type KernelSpec, operandOf, wgslKernel } from "../kernelSpec.ts";
+import { capacitySelection, type ExpertSelection, expertChoice, type TokenSelection, topKOf } from "../selection.ts";
+import { THREADS } from "./reduce.ts";
+import { type Binding, bindingOf, type EntryPoint, float, foldGrid, kernel } from "./text.ts";
 
-/** An entry with an invocation per token on these operands, and what its template needs. */
-function perToken(spec: KernelSpec, tokens: number, names: readonly string[]) {
-  const groups = Math.ceil(tokens / THREADS);
-  const buffers = names.map((arg) => ({ arg, type: scalar(spec.dtype[arg]!) }));
-  const entry: EntryPoint = { entry: spec.name, grid: groups, threads: THREADS, buffers };
-  return { entry, values: { entry: spec.name, threads: THREADS, index: foldGrid(groups).index, tokens, experts: spec.d.E! } };
+/** One entry and its text. */
+export interface ShaderPart {
+  readonly entry: EntryPoint;
+  readonly text: string;
 }
-const tokensOf = (spec: KernelSpec, name: string): number => spec.size[name]! / spec.d.E!;
-const logSumExp = (spec: KernelSpec): string => render("wgsl/log_sum_exp.wgsl", { experts: spec.d.E! });
+const made = (spec: KernelSpec, { entry, text }: ShaderPart): GeneratedKernel => kernel(spec, [entry], [text]);
 
-function softmax(spec: KernelSpec): GeneratedKernel {
-  const { entry, values } = perToken(spec, tokensOf(spec, "x"), ["x", "y"]);
-  const text = render("wgsl/softmax.wgsl", { ...values, out: "y", type: scalar(spec.dtype.y!), value: "exp(f32(x[e]) - log_sum)" });
-  return kernel(spec, [entry], [logSumExp(spec), text]);
-}
-function zLossGrad(spec: KernelSpec): GeneratedKernel {
-  const { entry, values } = perToken(spec, tokensOf(spec, "x"), ["x", "dy", "dx"]);
-  const value = `${float(2 * spec.d.c!)} * dy[0] * log_sum * exp(f32(x[e]) - log_sum)`;
-  const text = render("wgsl/softmax.wgsl", { ...values, out: "dx", type: scalar(spec.dtype.dx!), value });
-  return kernel(spec, [entry], [logSumExp(spec), text]);
-}
-function softmaxGrad(spec: KernelSpec): GeneratedKernel {
-  const { entry, values } = perToken(spec, tokensOf(spec, "y"), ["y", "dy", "dx"]);
-  return kernel(spec, [entry], [render("wgsl/softmax_grad.wgsl", { ...values, type: scalar(spec.dtype.dx!) })]);
-}
-
-function normalize(spec: KernelSpec): GeneratedKernel {
-  const { entry, values } = perToken(spec, tokensOf(spec, "p"), ["p", "y"]);
-  const text = { ...values, op: spec.op, sum: "p[e]", dot: "", out: "y", value: "p[e] / (sum + 1e-20)" };
-  return kernel(spec, [entry], [render("wgsl/combine_weights.wgsl", text)]);
-}
-function normalizeGrad(spec: KernelSpec): GeneratedKernel {
-  const { entry, values } = perToken(spec, tokensOf(spec, "p"), ["p", "dy", "dp"]);
-  const text = {
-    ...values,
-    op: spec.op,
-    sum: "p[e]",
-    dot: "p[e] * dy[e]",
-    out: "dp",
-    value: "(dy[e] - dot / (sum + 1e-20)) / (sum + 1e-20)",
-  };
-  return kernel(spec, [entry], [render("wgsl/combine_weights.wgsl", text)]);
-}
-function combineWeights(spec: KernelSpec): GeneratedKernel {
-  const { normalize, scale } = spec.d;
-  const { entry, values } = perToken(spec, tokensOf(spec, "p"), ["p", "c", "y"]);
-  const value = normalize ? `c[e] * p[e] * (${float(scale!)} / (sum + 1e-20))` : `c[e] * p[e] * ${float(scale!)}`;
-  return kernel(
-    spec,
-    [entry],
-    [render("wgsl/combine_weights.wgsl", { ...values, op: spec.op, sum: normalize ? "c[e] * p[e]" : "", dot: "", out: "y", value })],
-  );
-}
-function combineWeightsGrad(spec: KernelSpec): GeneratedKernel {
-  const { normalize, scale } = spec.d;
-  const { entry, values } = perToken(spec, tokensOf(spec, "p"), normalize ? ["p", "c", "dy", "dp"] : ["c", "dy", "dp"]);
-  const text = normalize
-    ? {
-        sum: "c[e] * p[e]",
-        dot: "c[e] * p[e] * dy[e]",
-        value: `c[e] * (dy[e] - dot / (sum + 1e-20)) * (${float(scale!)} / (sum + 1e-20))`,
-      }
-    : { sum: "", dot: "", value: `c[e] * dy[e] * ${float(scale!)}` };
-  return kernel(spec, [entry], [render("wgsl/combine_weights.wgsl", { ...values, op: spec.op, ...text, out: "dp" })]);
-}
-
-/** With counts for every `batch` elements of p. */
-const auxLoss = (spec: KernelSpec, batch: number): GeneratedKernel =>
-  scalarSum(spec, {
-    buffers: ["p", "n"].map((arg) => ({ arg, type: "f32" })),
-    count: spec.size.p!,
-    term: `p[i] * n[i / ${batch}u * ${spec.d.E}u + i % ${spec.d.E}u]`,
-    factor: float(spec.d.c!),
-  });
-const zLoss = (spec: KernelSpec): GeneratedKernel =>
-  scalarSum(spec, {
-    ...{ buffers: [{ arg: "x", type: scalar(spec.dtype.x!) }], count: tokensOf(spec, "x"), functions: [logSumExp(spec)] },
-    ...{ lines: ["let log_sum = logSumExp(i);"], term: "log_sum * log_sum", factor: float(spec.d.c!) },
-  });
-
+const mask: Binding = { arg: "c", type: "f32" };
 export const router = {
-  ...{ softmax, softmax_grad: softmaxGrad, normalize, normalize_grad: normalizeGrad, z_loss: zLoss, z_loss_grad: zLossGrad },
-  aux_loss: (spec: KernelSpec): GeneratedKernel => auxLoss(spec, spec.d.P! * spec.d.S! * spec.d.E!),
-  global_aux_loss: (spec: KernelSpec): GeneratedKernel => auxLoss(spec, spec.size.p!),
-  ...{ combine_weights: combineWeights, combine_weights_grad: combineWeightsGrad },
+  top_k_mask: wgslKernel(topKMask, (spec) => made(spec, bestExperts(spec, topKOf(spec), mask))),
+  top_k_mask_biased: wgslKernel(topKMaskBiased, (spec) =>
+    made(spec, bestExperts(spec, topKOf(spec, { operand: operandOf(spec, "bias"), sign: spec.d.sign }), mask)),
+  ),
+  apply_capacity: wgslKernel(drop, (spec) => {
+    const { position, pad } = spec.d;
+    return made(
+      spec,
+      bestTokens(spec, capacitySelection(spec), {
+        buffers: (position ? ["c", "d"] : ["p", "c", "d"]).map((arg) => ({ arg, type: "f32" })),
+        key: position ? "return select(0u, 1u, c[at] > 0.0);" : "return select(0u, bitcast<u32>(p[at]) + 1u, c[at] > 0.0);",
+        write: `d[at] = select(0.0, 1.0, ${pad ? "taken" : "taken && own > 0u"});`,
+      }),
+    );
+  }),
+  expert_choice_mask: wgslKernel(expertChoiceMask, (spec) =>
+    made(
+      spec,
+      bestTokens(spec, expertChoice(spec), {
+        buffers: ["p", "c"].map((arg) => ({ arg, type: "f32" })),
+        ...{ key: "return bitcast<u32>(p[at]);", write: "c[at] = select(0.0, 1.0, taken);" },
+      }),
+    ),
+  ),
 };
+
+/** Writes the mask of the best experts of each token, or their least value, to `to`. */
+export function bestExperts({ op, name }: Pick<KernelSpec, "op" | "name">, s: ExpertSelection, to: Binding): ShaderPart {
+  const { bias } = s;
+  const workgroups = Math.ceil(s.tokens / THREADS);
+  const text = render("wgsl/top_k_mask.wgsl", {
+    ...{ op, entry: name, threads: THREADS, index: foldGrid(workgroups).index, tokens: s.tokens, experts: s.experts },
+    ...{ k: s.k, words: Math.ceil(s.experts / 32), out: s.threshold ? "least" : "c", threshold: s.threshold },
+    score: bias ? `f32(x[first + e]) + ${float(bias.sign)} * bias[e]` : "f32(x[first + e])",
+    ...{ grouped: s.groups > 1, groups: s.groups, groupSize: s.groupSize, groupTopK: s.groupTopK, groupScores: s.groupScores },
+  });
+  const buffers = [bindingOf(s.x), ...(bias ? [bindingOf(bias.operand)] : []), { ...to, ...(s.threshold ? { name: "least" } : {}) }];
+  return { entry: { entry: name, grid: workgroups, threads: THREADS, buffers }, text };
+}
+
+/** Keys of a selection of tokens, and what it writes, in WGSL. */
+interface SelectionText {
+  readonly buffers: readonly Binding[];
+  /** Statements that return the key of the entry at `at`, of `token`. */
+  readonly key: string;
+  /** A statement for each entry at `at`, with its key `own`, and whether it is `taken`. */
+  readonly write?: string;
+  /** A statement for each `column` (group and expert), with the `key` of the last entry taken. */
+  readonly last?: string;
+}
+/** Selects the best tokens of each expert. */
+export function bestTokens(
+  { op, name }: Pick<KernelSpec, "op" | "name">,
+  s: TokenSelection,
+  { buffers, key, write = "", last = "" }: SelectionText,
+): ShaderPart {
+  const entries = s.sequences * s.length;
+  const columns = s.groups * s.experts;
+  const text = render("wgsl/select.wgsl", {
+    ...{ op, entry: name, index: foldGrid(columns).index, columns, key, entries, experts: s.experts, count: Math.min(s.count, entries) },
+    ...{ passes: s.bits / 8, run: Math.ceil(entries / THREADS), slices: s.slices, sequences: s.sequences, length: s.length },
+    ...{ positions: s.slices * s.length, write, last },
+  });
+  return { entry: { entry: name, grid: columns, threads: THREADS, buffers }, text };
+}

@@ -5,7 +5,8 @@
 import { wgslDirectives, wgslType } from "../../../schemas/dtypes.ts";
 import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { type ExprText, type Language, strength } from "../formulaText.ts";
+import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
 import { attributeOf, type GeneratedLaunch, type scratchStart, startOf } from "../launchArgs.ts";
 
 /** The argument of a launch for a storage buffer. */
@@ -23,13 +24,13 @@ export interface Binding {
 
 export interface EntryPoint {
   readonly entry: string;
-  /** How many workgroups: a number is folded (see `fold`). */
+  /** How many workgroups: a number is folded (see `foldGrid`). */
   readonly grid: number | readonly [number, number, number];
   readonly threads: number;
   readonly buffers: readonly Binding[];
-  /** Dims whose first global index it is told, in the components of the uniform `start` (or as `uniform` calls it): `start.x`, `start.y`, … */
+  /** Dims whose first global index is passed in the components of the uniform `start` (or of the name `uniform`): `start.x`, `start.y`, … */
   readonly starts?: readonly string[];
-  /** Attributes it is told, in the components of `<uniform>.attr`, a vec4<u32>; starts are then in `<uniform>.start`. */
+  /** Runtime attributes, in the components of `<uniform>.attr`, a vec4<u32>; starts are then in `<uniform>.start`. */
   readonly attrs?: readonly string[];
   readonly uniform?: string;
 }
@@ -51,15 +52,22 @@ export const widthOf = (...sizes: readonly number[]): 1 | 2 | 4 => ([4, 2] as co
 /** Returns the directives of a source with these operands. */
 export const header = (dtypes: Readonly<Record<string, Dtype>>): string => wgslDirectives(Object.values(dtypes));
 
-/** A kernel: its bindings, then its functions as templates give them. Launches follow the order of the entries. */
+/** Returns the binding of an operand whose elements are read or written as vectors of a width. */
+export const bindingOf = ({ name, dtype }: KernelOperand, width = 1, variable = name): Binding => ({
+  arg: name,
+  name: variable,
+  type: vector(scalar(dtype), width),
+});
+
+/** Returns a kernel: its bindings, then its functions. Launches follow the order of the entries. */
 export function kernel(spec: KernelSpec, entries: readonly EntryPoint[], texts: readonly string[], scratch = 0): GeneratedKernel {
   const { bindings, launches } = bound(entries);
   return { source: [`${header(spec.dtype)}${bindings}\n`, ...texts].join("\n"), launches, scratch };
 }
 
 /**
- * A grid of at least `groups` workgroups within the limit of each dimension, and the index of one, given its
- * `@builtin(workgroup_id) group`. Indices may go past `groups`: entries check.
+ * Returns a grid of at least `groups` workgroups within the limit of each dimension, and the expression of the index of one from its
+ * `@builtin(workgroup_id) group`. Indices may exceed `groups`, so entries check them.
  */
 export function foldGrid(groups: number): { readonly grid: [number, number, number]; readonly index: string } {
   const high = Math.max(1, Math.ceil(groups / MAX_GROUPS));
@@ -68,9 +76,9 @@ export function foldGrid(groups: number): { readonly grid: [number, number, numb
 }
 
 /**
- * The declarations of all bindings of these entries, and their launches. Entries bind the same buffers in the same places
- * where the limits allow, each also those that only others use: one bind group then serves all launches of a kernel, and
- * setting another would cost the host about a third of a launch.
+ * Returns the declarations of all bindings of these entries, and their launches. If the limits allow, all entries bind the buffers of all,
+ * each at the same binding: one bind group then serves all launches of a kernel, and setting another would cost the host about a third of a
+ * launch.
  */
 export function bound(entries: readonly EntryPoint[]): { readonly bindings: string; readonly launches: GeneratedLaunch[] } {
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
@@ -81,7 +89,7 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
   const together = agree && all.length <= MAX_BUFFERS && scratches(all) <= 1;
   const lines = new Map<string, string>();
   const declare = (name: string, line: string) => {
-    invariant((lines.get(name) ?? line) === line, `two bindings are called ${name}: ${line}`);
+    invariant((lines.get(name) ?? line) === line, `two bindings have the name ${name}: ${line}`);
     lines.set(name, line);
   };
   const launches = entries.map((e) => {
@@ -91,9 +99,9 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
     for (const { arg, name = nameOf(arg), type } of e.buffers)
       declare(name, `@group(0) @binding(${args.indexOf(arg)}) var<storage, read_write> ${name}: array<${type}>;`);
     const { uniform = "start" } = e;
-    if (e.attrs?.length) declare("Told", "struct Told { start: vec4<i32>, attr: vec4<u32> }");
+    if (e.attrs?.length) declare("Uniforms", "struct Uniforms { start: vec4<i32>, attr: vec4<u32> }");
     if (e.attrs?.length || e.starts?.length)
-      declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: ${e.attrs?.length ? "Told" : "vec4<i32>"};`);
+      declare(uniform, `@group(0) @binding(${args.length}) var<uniform> ${uniform}: ${e.attrs?.length ? "Uniforms" : "vec4<i32>"};`);
     return launch(e, args, together ? { starts, attrs } : { starts: e.starts ?? [], attrs: e.attrs ?? [] });
   });
   return { bindings: [...lines.values()].join("\n"), launches };
@@ -142,5 +150,75 @@ export function lanesOf(vectors: number, threads = 256): number {
   return lanes;
 }
 
-/** Scratch, in whole steps of its alignment. */
+/** Returns the bytes of scratch for some 32-bit words, rounded up to the alignment of scratch. */
 export const scratchBytes = (words: number): number => Math.ceil((4 * words) / 256) * 256;
+
+const functions = { exp: "exp", log: "log", sqrt: "sqrt", abs: "abs", max: "max", min: "min" } as const;
+/** The text of an expression as a vector of type V. */
+const lifted = ({ text, isVector }: ExprText): string => (isVector ? text : `V(${text})`);
+
+/** WGSL as a language of formulas: elements have type V, a vector of f32 or f32 itself; other values are f32. */
+export const wgsl: Language = {
+  vectors: true,
+  reciprocals: false,
+  literal: float,
+  declare: (name, value) => `let ${name} = ${value};`,
+  call(fn, args) {
+    const isVector = args.some((a) => a.isVector);
+    const of = (text: string, own: ExprText["strength"] = strength.atom): ExprText => ({ text, strength: own, isVector });
+    const texts = args.map((a) => (isVector ? lifted(a) : a.text));
+    switch (fn) {
+      case "approxDiv": {
+        const [a = "", b = ""] = args.map((x, i) => (x.strength < strength.mul + i ? `(${x.text})` : x.text));
+        return of(`${a} / ${b}`, strength.mul);
+      }
+      case "sigmoid":
+        return of(`${isVector ? "sigmoid" : "sigmoid_of"}(${texts.join(", ")})`);
+      case "log1p":
+        return of(`log1p(${args.map(lifted).join(", ")})`);
+      case "oneMinusPower":
+        return of(
+          `one_minus_exp(${args
+            .map((x) => (x.strength < strength.mul ? `(${x.text})` : x.text))
+            .toReversed()
+            .join(" * ")})`,
+        );
+      default:
+        return of(`${functions[fn]}(${texts.join(", ")})`);
+    }
+  },
+  test(kind, args) {
+    const texts = args.some((a) => a.isVector) ? args.map(lifted) : args.map((a) => a.text);
+    // compilers may assume finite floats, so the bits are tested
+    if (kind === "finite") return `(bitcast<u32>(${texts.join()}) & 0x7f800000u) != 0x7f800000u`;
+    return texts.join(kind === "greater" ? " > " : " == ");
+  },
+  select: (test, yes, no, isVector) => ({
+    text: `select(${isVector ? lifted(no) : no.text}, ${isVector ? lifted(yes) : yes.text}, ${test})`,
+    strength: strength.atom,
+    isVector,
+  }),
+};
+
+/** Functions that formulas call, by name. */
+const definitions: Readonly<Record<string, string>> = {
+  // the argument is clamped because e^80 is finite; sigmoid(-80) is about 2e-35
+  sigmoid: "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }",
+  sigmoid_of: "fn sigmoid_of(x: f32) -> f32 { return 1.0 / (1.0 + exp(min(-x, 80.0))); }",
+  // log(1 + z) for z in [0, 1]; near 0, where 1 + z loses digits, a series whose first omitted term is z^5/5, about 1e-8 of z
+  log1p: "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }",
+  // 1 − e^z for z ≤ 0; near 0, where the difference loses digits, a series whose first omitted term is z^8/9!, about 1e-8 of it
+  one_minus_exp: [
+    "fn one_minus_exp(z: f32) -> f32 {",
+    "  if (z < -0.5) {",
+    "    return 1.0 - exp(z);",
+    "  }",
+    `  return ${[8, 7, 6, 5, 4, 3, 2].reduce((inner, n) => `(1.0 + z / ${float(n)} * ${inner})`, "1.0")} * -z;`,
+    "}",
+  ].join("\n"),
+};
+/** Returns the definitions of the functions that these statements and expressions call. */
+export const definitionsFor = (texts: readonly string[]): string[] =>
+  Object.entries(definitions)
+    .filter(([name]) => texts.some((t) => new RegExp(`\\b${name}\\(`).test(t)))
+    .map(([, text]) => text);

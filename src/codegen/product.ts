@@ -1,0 +1,90 @@
+/** The specs of the matrix products of six ops, for all targets: which operands are a, b and c, their memory layout, and which sizes are ragged. */
+import type { Dtype } from "../../schemas/plan.ts";
+import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/linear.ts";
+import { invariant } from "../ops/op.ts";
+import { forOp, type KernelSpec, offsetsAt } from "./kernelSpec.ts";
+
+/** An operand. `depthFirst`: the dim that is summed over is contiguous; else the rows (of b: the columns) of c are. */
+export interface Matrix {
+  readonly name: string;
+  readonly dtype: Dtype;
+  readonly depthFirst: boolean;
+}
+
+/** c[m,n] = a[m,depth]·b[depth,n] per expert; ragged sizes are given at their bound over all experts. */
+export interface MatrixProduct {
+  readonly a: Matrix;
+  readonly b: Matrix;
+  readonly c: { readonly name: string; readonly dtype: Dtype };
+  readonly m: number;
+  readonly n: number;
+  readonly depth: number;
+  /** Matrices of weights (ragged rows) or of c (ragged depth); 1 if nothing is ragged. */
+  readonly experts: number;
+  readonly ragged?: "rows" | "depth";
+  /** Whether the product is added to c. */
+  readonly adds: boolean;
+  /** Index of the experts' first rows in the index buffer. */
+  readonly offsets: number;
+}
+
+/** The size of a product over tokens, or over the rows of experts. */
+type Extent = Pick<MatrixProduct, "experts"> & { readonly rows: number; readonly isRagged: boolean };
+type ProductSpec<Operand extends string> = KernelSpec<Operand, "K" | "N">;
+
+const tokens = ({ d }: KernelSpec<string, "B" | "S">): Extent => ({ rows: d.B * d.S, experts: 1, isRagged: false });
+const rowsOfExperts = ({ d, bound }: KernelSpec<string, "E">): Extent => ({ rows: bound, experts: d.E, isRagged: true });
+
+function product<Operand extends string>(
+  { dtype, accumulates, bound }: ProductSpec<Operand>,
+  [a, b, c]: readonly [Operand, Operand, Operand],
+  layout: Pick<MatrixProduct, "m" | "n" | "depth"> & {
+    readonly depthFirst: readonly [a: boolean, b: boolean];
+    readonly ragged: "rows" | "depth";
+  },
+  { experts, isRagged }: Extent,
+): MatrixProduct {
+  const { depthFirst, ragged, ...sizes } = layout;
+  return {
+    a: { name: a, dtype: dtype[a], depthFirst: depthFirst[0] },
+    b: { name: b, dtype: dtype[b], depthFirst: depthFirst[1] },
+    c: { name: c, dtype: dtype[c] },
+    ...sizes,
+    experts,
+    ...(isRagged ? { ragged } : {}),
+    adds: accumulates.has(c),
+    offsets: offsetsAt(bound),
+  };
+}
+
+const forward = (s: ProductSpec<"x" | "w" | "y">, of: Extent): MatrixProduct =>
+  product(s, ["x", "w", "y"], { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" }, of);
+const inputGrad = (s: ProductSpec<"dy" | "w" | "dx">, of: Extent): MatrixProduct =>
+  product(s, ["dy", "w", "dx"], { m: of.rows, n: s.d.K, depth: s.d.N, depthFirst: [true, true], ragged: "rows" }, of);
+const weightGrad = (s: ProductSpec<"x" | "dy" | "dw">, of: Extent): MatrixProduct =>
+  product(s, ["x", "dy", "dw"], { m: s.d.K, n: s.d.N, depth: of.rows, depthFirst: [false, false], ragged: "depth" }, of);
+
+/** The ops that are matrix products. */
+export const productOps = {
+  gemm,
+  gemm_dgrad: gemmDgrad,
+  gemm_wgrad: gemmWgrad,
+  grouped_gemm: groupedGemm,
+  grouped_dgrad: groupedDgrad,
+  grouped_wgrad: groupedWgrad,
+};
+const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = {
+  gemm: forOp(gemm, (s) => forward(s, tokens(s))),
+  gemm_dgrad: forOp(gemmDgrad, (s) => inputGrad(s, tokens(s))),
+  gemm_wgrad: forOp(gemmWgrad, (s) => weightGrad(s, tokens(s))),
+  grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s))),
+  grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s))),
+  grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s))),
+} satisfies Record<keyof typeof productOps, unknown>;
+
+/** Returns the matrix product of a kernel spec. Throws a BrokenInvariant for an op that is no product. */
+export function productOf(spec: KernelSpec): MatrixProduct {
+  const of = products[spec.op];
+  invariant(of !== undefined, `${spec.op} is no matrix product`);
+  return of(spec);
+}
