@@ -4,26 +4,26 @@
  */
 import { availableParallelism, totalmem } from "node:os";
 import { Trouble } from "../schemas/trouble.ts";
+import { type BackendName, backendNames, forEachBackend } from "./backends.ts";
 import { type Context, type CudaDevice, driver, packParams } from "./cuda/driver.ts";
 import { koffi } from "./cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
 import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
 import { lookForWebgpu, type Survey } from "./webgpu/probe.ts";
 
-type Backend = "cpu" | "webgpu" | "cuda";
 export type Check = {
   readonly name: string;
   readonly ok: boolean;
   readonly found: string;
   readonly fix?: string;
   /** The backends that need it; if empty, plans run without it. */
-  readonly for: readonly Backend[];
+  readonly for: readonly BackendName[];
 };
 export type Diagnosis = {
   /** The state of CUDA. ready: plans run. partly: kernels run on one GPU, and something else is missing. no: no kernel runs. */
   readonly verdict: "ready" | "partly" | "no";
   /** The backends on which plans run here: all their checks have passed. */
-  readonly works: Readonly<Record<Backend, boolean>>;
+  readonly works: Readonly<Record<BackendName, boolean>>;
   /** The adapter, if there is one. */
   readonly webgpu?: Survey;
   readonly checks: readonly Check[];
@@ -38,11 +38,15 @@ export interface DiagnoseSettings {
 /** Runs all checks. Does not throw: a failure is the result of a check. Calls of the libraries block, about a second per device. */
 export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise<Diagnosis> {
   const checks: Check[] = [];
-  const fails = (name: string, backends: readonly Backend[], error: unknown): undefined => {
+  const fails = (name: string, backends: readonly BackendName[], error: unknown): undefined => {
     const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
     checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix, for: backends });
   };
-  const checkFor = <T>(backends: readonly Backend[], name: string, probe: () => readonly [found: string, result?: T]): T | undefined => {
+  const checkFor = <T>(
+    backends: readonly BackendName[],
+    name: string,
+    probe: () => readonly [found: string, result?: T],
+  ): T | undefined => {
     try {
       const [found, result] = probe();
       checks.push({ name, ok: true, found, for: backends });
@@ -53,7 +57,7 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
   };
   const check = <T>(name: string, probe: () => readonly [found: string, result?: T]): T | undefined => checkFor(["cuda"], name, probe);
 
-  checkFor(["cpu", "webgpu", "cuda"], "node", () => [nodeVersion()]);
+  checkFor(backendNames, "node", () => [nodeVersion()]);
   check("system", () => [system()]);
   check("koffi", () => [callLibc()]);
   const devices = check("driver", () => {
@@ -86,11 +90,11 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
   if (webgpu) checkFor(["webgpu"], "webgpu", () => [describeAdapter(webgpu)]);
   checkFor(["cpu"], "cpu", () => [`${count(availableParallelism(), "core")}, ${gib(memory())} of memory: rankc run --backend cpu works`]);
 
-  const works = (backend: Backend): boolean => checks.every((c) => c.ok || !c.for.includes(backend));
+  const works = (backend: BackendName): boolean => checks.every((c) => c.ok || !c.for.includes(backend));
   const launched = checks.some(({ name, ok }) => name === "launch" && ok);
   return {
     verdict: works("cuda") ? "ready" : launched ? "partly" : "no",
-    works: { cpu: works("cpu"), webgpu: works("webgpu"), cuda: works("cuda") },
+    works: forEachBackend(works),
     ...(webgpu && { webgpu }),
     checks,
   };

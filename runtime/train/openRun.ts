@@ -3,10 +3,10 @@ import { resolve } from "node:path";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
+import { type BackendName, backends } from "../backends.ts";
 import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
-import { openCpu } from "../cpu/backend.ts";
 import { openCorpus } from "../data/corpus.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
@@ -21,7 +21,7 @@ export interface RunSettings {
   /** Record the times of instructions. A profiled run is slower. */
   readonly profile?: boolean;
   /** The backend. `cuda` runs one rank in this process, read from the environment. */
-  readonly backend?: "cpu" | "webgpu" | "cuda";
+  readonly backend?: BackendName;
   /** Returns the source of a kernel by its file name; the backend `cpu` needs none. */
   readonly source?: (file: string) => string;
   /** A Hugging Face checkpoint: a file, an index or a folder. */
@@ -106,18 +106,10 @@ function chosenBy(resume: string, save: string | undefined): Chosen {
 }
 
 async function openBackend(plan: Plan, settings: RunSettings): Promise<LocalRanks> {
-  const { backend = "cpu", source, cubin, graph = true, profile = false, version = "", debugNonfinite = false } = settings;
-  switch (backend) {
-    case "cpu":
-      return openCpu(plan, { profile });
-    case "webgpu":
-      return (await import("../webgpu/dawn.ts")).openWebgpu(plan, { kernel: source! }, { profile });
-    case "cuda": {
-      const { openRank } = await import("../cuda/rank.ts");
-      const files = { source: source!, ...(cubin && { cubin }) };
-      return openRank(plan, { files, env: process.env, version, profile, graph: graph && !debugNonfinite });
-    }
-    default:
-      return backend satisfies never;
-  }
+  const { backend = "cpu", source = noSource, cubin, graph = true, profile = false, version = "", debugNonfinite = false } = settings;
+  return backends[backend].open(plan, { source, ...(cubin && { cubin }), version, profile, graph: graph && !debugNonfinite });
+}
+
+function noSource(file: string): never {
+  throw new Error(`the run was opened without sources of kernels, and needs ${file}`);
 }

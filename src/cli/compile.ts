@@ -2,6 +2,7 @@ import { join } from "node:path";
 import { type Command, Option } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages } from "../passes/passNames.ts";
 import { compileAt, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
 import { type CommonOptions, withExamples, withFormat, withSet, withTarget } from "./options.ts";
@@ -50,8 +51,8 @@ async function runCompile(path: string, options: CompileOptions): Promise<void> 
 
 /** Compiles the kernels of a CUDA plan with nvcc. Returns the plan unchanged if it is for another backend, or if nvcc is missing. */
 async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out: string): Promise<[Plan, Map<string, Uint8Array>]> {
-  const [kind, arch] = plan.toolchain.target.split(":");
-  if (kind !== "cuda") return [plan, new Map()];
+  const arch = cudaArchOf(plan.toolchain.target);
+  if (arch === undefined) return [plan, new Map()];
   const [{ makeCubins, nvccVersion }, { compileOptions, cubinFile }, { sealCubins }] = await Promise.all([
     import("../codegen/cubins.ts"),
     import("../../runtime/cuda/kernels.ts"),
@@ -61,9 +62,9 @@ async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out:
     printStderr("nvcc is not installed: the host that runs the plan compiles its kernels with NVRTC");
     return [plan, new Map()];
   }
-  const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch!) }));
+  const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch) }));
   const onProgress = (done: number, of: number): void => printProgress(`nvcc: ${done} of ${of} kernels`);
-  const cubins = await makeCubins(units, { arch: arch!, options: compileOptions, onProgress, known: await cubinsAt(out) });
+  const cubins = await makeCubins(units, { arch, options: compileOptions, onProgress, known: await cubinsAt(out) });
   endProgress();
   return [sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: cubins.get(cubin)! }]))), cubins];
 }

@@ -1,5 +1,6 @@
 /** `rankc run`: trains in this process, or starts one process per rank and forwards their output. */
 import { type Command, Option } from "commander";
+import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
 import type { StepResult } from "../../runtime/train/loop.ts";
 import type { RunSettings } from "../../runtime/train/openRun.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -22,7 +23,7 @@ import { endProgress, printError, printJson, printProgress, printStderr, printSt
 import { expectWritable, openLines, writeFile } from "./outputFiles.ts";
 
 interface RunOptions extends CommonOptions {
-  readonly backend: "cpu" | "webgpu" | "cuda";
+  readonly backend: BackendName;
   readonly steps?: number;
   readonly metrics?: string;
   readonly initFrom?: string;
@@ -43,9 +44,12 @@ export function registerRun(program: Command, exit: ProcessExit): void {
       withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine"))))
         .argument("<plan|job>", planOrJob)
         .addOption(
-          new Option("--backend <backend>", "the backend: cpu and webgpu run all ranks in this process, cuda one process and GPU per rank")
-            .choices(["cpu", "webgpu", "cuda"])
-            .default("cpu"),
+          new Option(
+            "--backend <backend>",
+            `the backend: ${backendNames.map((name) => `${name} (${backends[name].description})`).join(", ")}`,
+          )
+            .choices(backendNames)
+            .default(backendNames[0]),
         )
         .option("--steps <n>", "stop after step n; steps before --resume count (default: train.steps)", atLeastOne)
         .option("--metrics <file>", "write one JSON line per step"),
@@ -64,10 +68,16 @@ export function registerRun(program: Command, exit: ProcessExit): void {
     "run plan/ --backend cuda",
     "run plan/ --save checkpoints/ --save-every 500 --resume auto",
   ).action(async (path: string, options: RunOptions & { target?: string; dataDir?: string }) => {
-    const { targetOf } = await import("../codegen/targetNames.ts");
     const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
     exit.setCode(await runPlan(loaded, options.dataDir ?? dataDirOf(path), options, exit));
   });
+}
+
+/** Returns the default target of a backend. Throws a Trouble if it depends on the device. */
+function targetOf(backend: BackendName): string {
+  const { target } = backends[backend];
+  if (target.name === null) throw new Trouble(target.found, target.fix);
+  return target.name;
 }
 
 /** Adds the options that read and write checkpoints. */
@@ -88,13 +98,13 @@ const withCheckpointOptions = (command: Command): Command =>
     );
 
 /**
- * Runs a plan and returns the exit code. With CUDA and several ranks it starts one process per rank, unless this process is one of them.
+ * Runs a plan and returns the exit code. If a process of the backend runs one rank and the plan has several, it starts one process per rank, unless this process is one of them.
  * Throws a Trouble.
  */
 async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const { plan } = loaded;
   if (options.save !== undefined) (await import("../../runtime/checkpoint/saveFolder.ts")).expectWritableFolder(options.save);
-  if (options.backend === "cuda" && plan.mesh.world > 1) {
+  if (backends[options.backend].ranks === "one" && plan.mesh.world > 1) {
     if (options.dumpGrads !== undefined)
       throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or omit --dump-grads");
     const [{ isLoopback, placeOf }, { launch }] = await Promise.all([
@@ -128,7 +138,7 @@ async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, optio
   if (options.saveEvery !== undefined && options.save === undefined)
     throw new Trouble("--save-every needs --save", "name a folder: --save checkpoints/");
   // one process of several writes metrics; the folder may exist on its host alone
-  const metricsHere = options.backend !== "cuda" || plan.mesh.world === 1 ? options.metrics : undefined;
+  const metricsHere = backends[options.backend].ranks === "all" || plan.mesh.world === 1 ? options.metrics : undefined;
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
   const settings: RunSettings = {
     ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
@@ -198,7 +208,8 @@ async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, optio
     // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
     else failed = error as Error;
-    if (failed && options.backend === "cuda") exit.exitSoon((await import("../../runtime/cuda/hardExit.ts")).hardExit());
+    const end = failed && (await backends[options.backend].hardExit?.());
+    if (end) exit.exitSoon(end);
     if (failed) throw failed;
   } finally {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);

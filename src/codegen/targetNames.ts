@@ -2,9 +2,8 @@
  * Names of targets: `cpu` (the reference of each op; no sources), `webgpu` with a profile of adapter features, `cuda` with an
  * architecture.
  */
-import { archs } from "../../schemas/devices.ts";
+import { type Arch, archs } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-import { Trouble } from "../../schemas/trouble.ts";
 
 export { type Arch, archs } from "../../schemas/devices.ts";
 
@@ -15,12 +14,8 @@ export type Profile = (typeof profiles)[number];
 /** All values of `--target`. */
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
 
-/** Returns the default target of a backend. Throws a Trouble for `cuda`, whose target depends on the GPU. */
-export function targetOf(backend: string): string {
-  if (backend === "cuda")
-    throw new Trouble("a job for CUDA needs to know the GPU", "say it, --target cuda:sm_90a (H100, H200), or compile the job first");
-  return backend;
-}
+/** Returns the architecture of a CUDA target, whose kernels nvcc can compile with the plan; undefined for other targets. */
+export const cudaArchOf = (target: string): Arch | undefined => archs.find((arch) => target === `cuda:${arch}`);
 
 /** Replaces `webgpu` by the smallest profile that supports the precision of the job; returns other targets unchanged. */
 export const targetFor = (target: string, { train }: Pick<Job, "train">): string =>

@@ -16,7 +16,7 @@ test("the target of each device is a value of --target, and f32 is never faster 
 });
 
 test.each(["fp32", "bf16"] as const)("a profile compares the products of a job in %s with the peak of that type", (precision) => {
-  const model = { layers: 1, hidden: 1024, heads: 8, vocab: 64, seq: 2048 };
+  const model = { layers: 1, hidden: 1024, heads: 8, vocab: 256, seq: 2048 };
   const train = { steps: 1, micro_batch: 2, precision, optimizer: { lr: 1e-3 } };
   const job = jobOf({ name: "a", model, train, data: { path: "a.txt" }, cluster: { device: "h100-80gb" } });
   const { plan } = compile(job);

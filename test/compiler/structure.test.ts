@@ -2,6 +2,7 @@
 import { dirname, join, relative } from "node:path";
 import { Project, type SourceFile, SyntaxKind } from "ts-morph";
 import { expect, test } from "vitest";
+import { backendNames } from "../../runtime/backends.ts";
 import { root } from "../support/checkout.ts";
 
 /** Layers of the compiler, lowest first: a file may import from its own layer and from lower ones. A file belongs to the first layer that matches. */
@@ -131,4 +132,16 @@ test("only listed files touch the file system", () => {
   const touches = (to: string): boolean => /^(node:)?fs(\/|$)/.test(to);
   expect(offences((from, to) => touches(to) && !touchFiles.has(from))).toEqual([]);
   expect([...touchFiles.keys()].filter((path) => !imports.get(path)?.some(touches))).toEqual([]);
+});
+
+test("no command compares the name of a backend: the registry says what a backend needs", () => {
+  const names = backendNames.map((name) => JSON.stringify(name));
+  const compared = [...files].flatMap(([path, file]) =>
+    file
+      .getDescendantsOfKind(SyntaxKind.BinaryExpression)
+      .filter((e) => /^[!=]==$/.test(e.getOperatorToken().getText()))
+      .filter((e) => [e.getLeft(), e.getRight()].some((side) => names.includes(side.getText())))
+      .map((e) => `${path}: ${e.getText()}`),
+  );
+  expect(compared.filter((use) => use.startsWith("src/cli/"))).toEqual([]);
 });
