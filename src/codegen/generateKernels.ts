@@ -6,8 +6,8 @@
 import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { touchedBy } from "../analysis/effects.ts";
 import { ops } from "../ops/index.ts";
-import { touched } from "../passes/lower.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical, sha256 } from "../plan/seal.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
@@ -64,7 +64,7 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
 function soleWritersOf({ chunks }: Program, buffers: ReadonlyMap<string, Buffer>): Set<Instruction> {
   const all = chunks.flatMap((c) => microbatchBlocks.flatMap((kind) => c[kind]));
   const users = new Map<string, number>();
-  for (const i of all) for (const id of touched(i, buffers)) users.set(id, (users.get(id) ?? 0) + 1);
+  for (const i of all) for (const id of touchedBy(i, buffers)) users.set(id, (users.get(id) ?? 0) + 1);
   const isSole = (i: Compute): boolean => {
     const outputs = (i.accumulates ?? []).map((name) => i.writes[name]);
     return outputs.every((id) => {

@@ -7,10 +7,14 @@ import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
+import type { BufferTable } from "../analysis/bufferTable.ts";
+import { touchedBy, writesOf } from "../analysis/effects.ts";
+import { ops } from "../ops/index.ts";
 import { accumulate } from "../ops/linear.ts";
 import { expand, invariant } from "../ops/op.ts";
 import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
+import { computeInstruction } from "./computeInstruction.ts";
 import { variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
@@ -26,8 +30,9 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
   return lowered.order.map(({ order, copies }, stage) => {
     const role = programBuilder(job, mesh, lowered, stage);
     for (const p of graph.parameters) {
-      const { layout, stage: at } = sharded.placement.get(p)!;
-      if (!role.isMine(at)) continue;
+      const placed = sharded.placement.get(p);
+      if (!placed || !role.isMine(placed.stage)) continue;
+      const { layout } = placed;
       role.add({
         id: idOf(p),
         kind: "parameter",
@@ -66,19 +71,19 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
  * Splits a backward block in two. `weights` computes gradients of weights only, with the collectives and copies that nothing else
  * reads. `backward` has the rest, which the previous stage waits for.
  */
-function splitBackward(block: readonly Instruction[], buffers: ReadonlyMap<string, Buffer>): Pick<Chunk, "backward" | "weights"> {
+function splitBackward(block: readonly Instruction[], buffers: BufferTable): Pick<Chunk, "backward" | "weights"> {
   const ofWeights = new Set<Instruction>();
   /** Buffers that an instruction outside of `ofWeights` touches. */
   const needed = new Set<string>();
   for (const i of block.toReversed()) {
-    const made = writtenBy(i, buffers);
-    const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id)!.kind === "gradient");
+    const made = writesOf(i, buffers);
+    const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id).kind === "gradient");
     const serves =
       (i.kind === "collective" || (i.kind === "compute" && transportOps.has(i.op))) &&
-      made.every((id) => buffers.get(id)!.kind === "workspace");
+      made.every((id) => buffers.get(id).kind === "workspace");
     if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => needed.has(id)))
       ofWeights.add(i);
-    else for (const id of touched(i, buffers)) needed.add(id);
+    else for (const id of touchedBy(i, buffers)) needed.add(id);
   }
   return { backward: block.filter((i) => !ofWeights.has(i)), weights: block.filter((i) => ofWeights.has(i)) };
 }
@@ -87,15 +92,6 @@ const transportOps: ReadonlySet<OpName> = new Set([
   ...Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])),
   accumulate.name,
 ]);
-
-/** Returns the buffers that an instruction writes, index buffers included. */
-function writtenBy(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string[] {
-  if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
-  if (i.kind === "send") return [];
-  const to = i.kind === "collective" ? i.to : i.buffer;
-  const { rows } = buffers.get(to)!;
-  return rows ? [to, rows] : [to];
-}
 
 /** Lowers the steps of one microbatch that run on this stage. Values in `losses` accumulate over microbatches. */
 function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {
@@ -117,19 +113,21 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
     const accumulates = outputs.filter((o, i) => losses.has(outs[i]!.value) || node.op.inPlace?.includes(o.name)).map((o) => o.name);
     for (const [out, by] of Object.entries(node.op.limits ?? {}))
       role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
-    const rows = node.op.rows ? buffers.get(writes[outputs[0]!.name]!)!.rows! : undefined;
-    const instruction: Compute = {
-      kind: "compute",
+    const rows =
+      node.op.rows &&
+      Object.values(writes)
+        .map((id) => buffers.get(id).rows)
+        .find((id) => id !== undefined);
+    const instruction = computeInstruction({
+      op: ops[name],
       id: node.id,
-      op: name,
-      kernel: "",
       reads,
       writes,
       dims,
       attrs: { ...node.attrs },
-      ...(accumulates.length ? { accumulates } : {}),
-      ...(rows ? { rows } : {}),
-    };
+      accumulates,
+      rows,
+    });
     if (node.ring && isRing(role, { instruction, ...node.ring })) {
       expandRing(role, block, { instruction, ...node.ring });
       return;
@@ -141,7 +139,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
   function accumulateInto({ stage, parameter, shardedValue }: Extract<ShardStep, { kind: "accumulate" }>) {
     const target = `${idOf(parameter)}.grad`;
     const made = bufferOf(shardedValue);
-    role.add({ ...buffers.get(made)!, id: target, kind: "gradient", dtype: "f32" });
+    role.add({ ...buffers.get(made), id: target, kind: "gradient", dtype: "f32" });
     const by = producers.get(made);
     if (!by) return emit(blockOf(true, stage), role.elementwise(accumulate, `${target}.accumulate`, { x: made }, { y: target }));
     const i = by.block.list[by.at] as Compute;
@@ -166,11 +164,11 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
  * Decides which buffers are activations: those that several blocks of one microbatch use. They exist once per microbatch in flight.
  * Drops workspace that no instruction uses. Throws an invariant if blocks without a common copy use one buffer.
  */
-function assignKinds(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
+function assignKinds(buffers: BufferTable, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
   const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const usedIn = new Map<string, Set<Block>>();
   for (const block of blocksOf(program))
-    for (const i of block.instructions) for (const id of touched(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(block));
+    for (const i of block.instructions) for (const id of touchedBy(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(block));
   return [...buffers.values()].flatMap((b) => {
     const used = [...(usedIn.get(b.id) ?? [])];
     if (used.length === 0 && b.kind === "workspace") return [];
@@ -184,23 +182,4 @@ function assignKinds(buffers: ReadonlyMap<string, Buffer>, program: Pick<Program
     );
     return [{ ...b, kind: "activation" as const, ...(chunk ? { chunk } : {}) }];
   });
-}
-
-/** Returns the buffers that an instruction reads or writes, index buffers included. */
-export function touched(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Set<string> {
-  const ids = new Set<string>();
-  const add = (id: string) => {
-    ids.add(id);
-    const rows = buffers.get(id)?.rows;
-    if (rows) ids.add(rows);
-  };
-  if (i.kind === "compute") {
-    for (const name in i.reads) add(i.reads[name]!);
-    for (const name in i.writes) add(i.writes[name]!);
-    if (i.rows) ids.add(i.rows);
-  } else if (i.kind === "collective") {
-    add(i.from);
-    add(i.to);
-  } else add(i.buffer);
-  return ids;
 }

@@ -7,9 +7,9 @@
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
 import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { touchedBy } from "../analysis/effects.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
-import { touched } from "./lower.ts";
 
 /** Alignment of offsets in bytes. Vector loads and tensor-memory descriptors need it. */
 export const ALIGN = 256;
@@ -59,7 +59,7 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
 /** Returns the offsets of workspace that several blocks touch. These are inputs; they are at the start of the arena. */
 function sharedInputOffsets(program: Program): Map<string, number> {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
-  const blocks = blocksOf(program).map(({ instructions }) => new Set(instructions.flatMap((i) => [...touched(i, byId)])));
+  const blocks = blocksOf(program).map(({ instructions }) => new Set(instructions.flatMap((i) => [...touchedBy(i, byId)])));
   const offsets = new Map<string, number>();
   let end = 0;
   for (const b of program.buffers) {
@@ -89,7 +89,7 @@ function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instru
   const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const alive = new Map<string, Lifetime>();
   for (const [at, i] of timeline.entries())
-    for (const id of touched(i, byId)) {
+    for (const id of touchedBy(i, byId)) {
       const buffer = byId.get(id)!;
       if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) continue;
       const l = alive.get(id) ?? { buffer, from: inputs.has(id) ? -1 : at, to: at };

@@ -19,6 +19,7 @@ import {
 } from "../../schemas/program.ts";
 import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { sizesAgree } from "../analysis/cost.ts";
+import { accumulatesInto, readsOf, writesOf } from "../analysis/effects.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
 
@@ -45,7 +46,7 @@ function ranksOf(stage: number, mesh: Mesh): string {
 /** Throws an invariant if an instruction reads a buffer before it is written, names an unknown buffer, or repeats an id. */
 function verifyDefinitions(p: Program, mesh: Mesh): void {
   const who = ranksOf(p.stage, mesh);
-  const lasting = new Set(["parameter", "optimizer", "gradient"]);
+  const lasting = new Set<string>(["parameter", "optimizer", "gradient"]);
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
   const filled = new Set(p.inputs.map(({ buffer }) => buffer));
@@ -54,42 +55,31 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
     made.add(id);
   }
   const ids = new Set<string>();
-  // gradients are zeroed at the start of a step, so accumulation defines them
-  const written = (i: Instruction): string[] => {
-    if (i.kind === "compute") return [...Object.values(i.writes), ...(i.rows ? [i.rows] : [])];
-    if (i.kind === "collective") return [i.to, known.get(i.to)?.rows ?? i.to];
-    return i.kind === "recv" ? [i.buffer, known.get(i.buffer)?.rows ?? i.buffer] : [];
-  };
-  const read = (i: Instruction): string[] =>
-    i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
   // a stage without an addend contributes its zeroed accumulator to a sum over all ranks
   const all = instructionsOf(p);
-  const everWritten = new Set(all.flatMap(written));
+  const everWritten = new Set(all.flatMap((i) => writesOf(i, known)));
   for (const i of all)
     if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !everWritten.has(i.from)) made.add(i.from);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
     if (own && (own.chunk !== block.chunk || block.kind === "step"))
-      for (const id of made) if (!lasting.has(known.get(id)!.kind) && !filled.has(id)) made.delete(id);
+      for (const id of made) if (!lasting.has(known.get(id)?.kind ?? "") && !filled.has(id)) made.delete(id);
     own = block;
     for (const i of block.instructions) {
       invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);
       ids.add(i.id);
-      const [ins, outs] = [read(i), written(i)];
+      const [ins, outs] = [readsOf(i), writesOf(i, known)];
       const unknown = [...ins, ...outs].find((id) => !known.has(id));
       invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is not a buffer`);
       for (const id of ins) {
-        const rows = known.get(id)!.rows;
+        const rows = known.get(id)?.rows;
         if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
         if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are written`);
       }
-      if (i.kind === "compute")
-        for (const name of i.accumulates ?? [])
-          invariant(
-            lasting.has(known.get(i.writes[name]!)!.kind),
-            () => `${who}: ${i.id} accumulates into ${i.writes[name]}, which is not a lasting buffer`,
-          );
+      for (const id of accumulatesInto(i))
+        invariant(lasting.has(known.get(id)?.kind ?? ""), () => `${who}: ${i.id} accumulates into ${id}, which is not a lasting buffer`);
+      // gradients are zeroed at the start of a step, so accumulation defines them
       for (const id of outs) made.add(id);
     }
   }

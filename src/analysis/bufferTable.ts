@@ -1,0 +1,43 @@
+/** The buffers of a program by id. Code that names a buffer which does not exist gets an invariant with the id instead of undefined. */
+import type { Buffer } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { invariant } from "../ops/op.ts";
+
+export class BufferTable {
+  readonly #byId: Map<string, Buffer>;
+
+  constructor(buffers: Iterable<Buffer> = []) {
+    this.#byId = new Map(Array.from(buffers, (b) => [b.id, b]));
+  }
+  /** Returns a buffer. Throws an invariant if none has this id. */
+  get(id: string): Buffer {
+    const found = this.#byId.get(id);
+    invariant(found !== undefined, () => `${id} is not a buffer`);
+    return found;
+  }
+  find(id: string): Buffer | undefined {
+    return this.#byId.get(id);
+  }
+  has(id: string): boolean {
+    return this.#byId.has(id);
+  }
+  /** Adds a buffer unless its id exists. Returns the id. */
+  add(b: Buffer): string {
+    if (!this.#byId.has(b.id)) this.#byId.set(b.id, b);
+    return b.id;
+  }
+  delete(id: string): void {
+    this.#byId.delete(id);
+  }
+  values(): Iterable<Buffer> {
+    return this.#byId.values();
+  }
+  /** Returns the number of elements of a buffer on one rank. */
+  lengthOf(id: string): number {
+    return elementsOf(this.get(id).shape);
+  }
+  /** Returns the bytes of a buffer on one rank. */
+  bytesOf(id: string): number {
+    return bytesOf[this.get(id).dtype] * this.lengthOf(id);
+  }
+}

@@ -1,0 +1,53 @@
+/** Effects of an instruction: the buffers that it reads, writes and adds to. The index of ragged rows is a buffer of its own. */
+import type { Buffer, Instruction } from "../../schemas/plan.ts";
+
+/** Buffers by id, as far as effects need them. */
+type Buffers = { get(id: string): Pick<Buffer, "rows"> | undefined };
+
+/** Returns the operands that an instruction reads, without the indices of their rows. */
+export function readsOf(i: Instruction): readonly string[] {
+  switch (i.kind) {
+    case "compute":
+      return Object.values(i.reads);
+    case "collective":
+      return [i.from];
+    case "send":
+      return [i.buffer];
+    default:
+      return [];
+  }
+}
+
+/** Returns the buffers that an instruction writes, index buffers included: rows that arrive come with their index. */
+export function writesOf(i: Instruction, buffers: Buffers): readonly string[] {
+  if (i.kind === "compute") return i.rows === undefined ? Object.values(i.writes) : [...Object.values(i.writes), i.rows];
+  if (i.kind === "send") return [];
+  const to = i.kind === "collective" ? i.to : i.buffer;
+  const rows = buffers.get(to)?.rows;
+  return rows === undefined ? [to] : [to, rows];
+}
+
+/** Returns the buffers that an instruction adds to or updates in place. */
+export const accumulatesInto = (i: Instruction): readonly string[] =>
+  i.kind === "compute" ? (i.accumulates ?? []).flatMap((name) => i.writes[name] ?? []) : [];
+
+/** Returns the buffers that an instruction reads or writes, with the indices of all their rows. */
+export function touchedBy(i: Instruction, buffers: Buffers): Set<string> {
+  const ids = new Set<string>();
+  const add = (id: string | undefined): void => {
+    if (id === undefined) return;
+    ids.add(id);
+    const rows = buffers.get(id)?.rows;
+    if (rows !== undefined) ids.add(rows);
+  };
+  if (i.kind === "compute") {
+    // called for every instruction of a program: no intermediate lists
+    for (const name in i.reads) add(i.reads[name]);
+    for (const name in i.writes) add(i.writes[name]);
+    if (i.rows !== undefined) ids.add(i.rows);
+  } else if (i.kind === "collective") {
+    add(i.from);
+    add(i.to);
+  } else add(i.buffer);
+  return ids;
+}

@@ -1,0 +1,111 @@
+/** Emitter: the instruction list that replaces a block's reshard steps, and the temporary buffers that they need. */
+import type { Buffer, CollectiveKind, Compute, Dtype, Instruction } from "../../../schemas/plan.ts";
+import { shardCount } from "../../../schemas/sharding.ts";
+import { bytesSent } from "../../analysis/cost.ts";
+import { type AnyOp, invariant } from "../../ops/op.ts";
+import { arrange } from "../../ops/transport.ts";
+import { computeInstruction } from "../computeInstruction.ts";
+import type { Mesh } from "../mesh.ts";
+import type { ProgramBuilder, Reshard } from "../programBuilder.ts";
+import { arrangement, type MemoryAxis } from "./memoryAxes.ts";
+
+/** An op between buffers: its attributes and the dims that its operands do not determine. */
+export interface TransportStep {
+  readonly op: AnyOp;
+  readonly id: string;
+  readonly reads: Readonly<Record<string, string>>;
+  readonly writes: Readonly<Record<string, string>>;
+  readonly attrs?: Readonly<Record<string, number>>;
+  readonly dims?: Compute["dims"];
+}
+
+export class Emitter {
+  readonly mesh: Mesh;
+  /** The bound on rows of experts: `worst`, or a factor of the balanced load. */
+  readonly rowsBound: "worst" | number;
+  /** Index buffers that an instruction has written. The place of a row depends on routing and sharding only. */
+  readonly indexed = new Set<string>();
+  readonly #role: ProgramBuilder;
+  #list: Instruction[] = [];
+
+  constructor(role: ProgramBuilder) {
+    this.#role = role;
+    this.mesh = role.mesh;
+    this.rowsBound = role.job.model.moe?.rows_bound ?? "worst";
+  }
+
+  /** Returns the instructions that `fill` emits. */
+  collect(fill: () => void): Instruction[] {
+    this.#list = [];
+    fill();
+    return this.#list;
+  }
+  emit(i: Instruction): void {
+    this.#list.push(i.kind === "compute" ? this.#indexOnce(i) : i);
+  }
+  buffer(id: string): Buffer {
+    return this.#role.buffers.get(id);
+  }
+  lengthOf(id: string): number {
+    return this.#role.buffers.lengthOf(id);
+  }
+  /** Adds a replicated workspace buffer. Returns its id. */
+  temporary(id: string, dtype: Dtype, shape: readonly number[]): string {
+    const shardedBy = shape.map(() => []);
+    return this.#role.buffers.add({ id, kind: "workspace", dtype, shape: [...shape], sizes: [...shape], ragged: 0, shardedBy });
+  }
+  /** Returns the operand that receives the number of rows that `id` needed, if rows are bounded. */
+  overflow(id: string, most: number): Record<string, string> {
+    return this.rowsBound === "worst" ? {} : { needed: this.#role.needed(id, most) };
+  }
+
+  /** Emits an op. A buffer counts as one dim, whatever its shape. */
+  compute({ op, id, reads, writes, attrs = {}, dims: own = {} }: TransportStep): void {
+    const dims: Compute["dims"] = { ...own };
+    for (const { name, dimSpecs } of [...op.inputs, ...op.outputs]) {
+      const [spec] = dimSpecs;
+      const buffer = reads[name] ?? writes[name];
+      if (spec && buffer !== undefined) dims[spec.dim] = [this.lengthOf(buffer), []];
+    }
+    this.#list.push(computeInstruction({ op, id, reads: { ...reads }, writes: { ...writes }, dims, attrs: { ...attrs } }));
+  }
+  /** Copies a buffer into other axes (`arrangement`). */
+  rearrange(
+    id: string,
+    from: string,
+    have: readonly MemoryAxis[],
+    to: string,
+    want: readonly MemoryAxis[],
+    pick: readonly number[] = [],
+  ): void {
+    this.compute({ op: arrange, id, reads: { x: from }, writes: { y: to }, ...arrangement(this.mesh, have, want, pick) });
+  }
+  /** Emits the collective of a reshard step, between contiguous buffers. */
+  collective({ blockAxes: _, ...i }: Reshard, how: CollectiveKind, { id, from, to, name = i.name }: Ends): void {
+    const { buffers } = this.#role;
+    const members = i.world ? this.mesh.world : shardCount(this.mesh, i.subAxes);
+    const bytes = bytesSent(how, members, buffers.bytesOf(from), buffers.bytesOf(to));
+    this.#list.push({ ...i, kind: "collective", how, id, name, from, to, bytes });
+  }
+
+  /** Removes the index output of all but the first op of one routing: they share the index. */
+  #indexOnce(i: Compute): Compute {
+    if (i.rows === undefined) return i;
+    const { rows, ...rest } = i;
+    if (this.indexed.has(rows)) return rest;
+    this.indexed.add(rows);
+    const ragged = Object.values(i.writes)
+      .map((id) => this.buffer(id))
+      .find((b) => b.ragged > 0);
+    invariant(ragged !== undefined, () => `${i.id} writes an index and no rows`);
+    this.overflow(rows, ragged.shape[0] ?? 0);
+    return i;
+  }
+}
+
+interface Ends {
+  readonly id: string;
+  readonly from: string;
+  readonly to: string;
+  readonly name?: string;
+}
