@@ -99,57 +99,85 @@ const PYTORCH = { format: "pt" };
 export function writeSafetensors(path: string, entries: Iterable<TensorEntry>): void {
   const all = [...entries];
   for (const { name, shape, data } of all) expectLength(name, shape, data);
-  const beside = besideOf(path);
+  const file = new PartFile(path);
   try {
-    const fd = openSync(beside, "w");
-    try {
-      writeAll(fd, headerOf(all, PYTORCH));
-      for (const { data } of all) writeAll(fd, bytesOf(data));
-      fsyncSync(fd);
-    } finally {
-      closeSync(fd);
-    }
-    renameSync(beside, path);
+    file.write(headerOf(all, PYTORCH));
+    for (const { data } of all) file.write(bytesOf(data));
+    file.commit();
   } catch (error) {
-    rmSync(beside, { force: true });
-    throw unwritten(path, error);
+    throw file.discard(error);
   }
 }
 
 /**
- * The same where values come one tensor after the other, so that only one of them is in memory. The metadata gets the SHA-256 of each
- * tensor, too: the header is written with zeros in their place first, and again once all are known.
+ * Like `writeSafetensors`, for values that arrive one tensor after the other, so that one of them is in memory at a time. The metadata
+ * contains the SHA-256 of each tensor: the header is written with zeros in their place first, and again when all are known.
  */
 export async function streamSafetensors(path: string, entries: readonly DeferredTensorEntry[], metadata: Metadata): Promise<void> {
-  const beside = besideOf(path);
   const digests = new Map(entries.map(({ name }) => [digestKey(name), "0".repeat(64)]));
   const header = () => headerOf(entries, { ...metadata, ...Object.fromEntries(digests) });
+  const file = new PartFile(path);
   try {
-    const fd = openSync(beside, "w");
-    try {
-      writeAll(fd, header());
-      for (const { name, shape, data } of entries) {
-        const values = await data();
-        expectLength(name, shape, values);
-        writeAll(fd, bytesOf(values));
-        digests.set(digestKey(name), sha256(bytesOf(values)));
-      }
-      writeAll(fd, header(), 0);
-      fsyncSync(fd);
-    } finally {
-      closeSync(fd);
+    file.write(header());
+    for (const { name, shape, data } of entries) {
+      const values = await data();
+      expectLength(name, shape, values);
+      file.write(bytesOf(values));
+      digests.set(digestKey(name), sha256(bytesOf(values)));
     }
-    renameSync(beside, path);
+    file.write(header(), 0);
+    file.commit();
   } catch (error) {
-    rmSync(beside, { force: true });
-    throw unwritten(path, error);
+    throw file.discard(error);
+  }
+}
+
+/** A file beside `path` that takes its place when it is complete. */
+class PartFile {
+  readonly #path: string;
+  readonly #part: string;
+  readonly #fd: number;
+  #isOpen = true;
+
+  /** Throws a Trouble if the file cannot be created. */
+  constructor(path: string) {
+    this.#path = path;
+    this.#part = `${path}.${process.pid}.part`;
+    try {
+      this.#fd = openSync(this.#part, "w");
+    } catch (error) {
+      throw unwritten(path, error);
+    }
+  }
+
+  /** `at`: the byte offset to write at; undefined: the current position. */
+  write(bytes: Uint8Array, at?: number): void {
+    writeAll(this.#fd, bytes, at);
+  }
+
+  /** Flushes the file to the disk and renames it. */
+  commit(): void {
+    fsyncSync(this.#fd);
+    this.#close();
+    renameSync(this.#part, this.#path);
+  }
+
+  /** Removes the file. Returns the error to throw: a Trouble if `error` is one of the file system. */
+  discard(error: unknown): unknown {
+    if (this.#isOpen) this.#close();
+    rmSync(this.#part, { force: true });
+    return unwritten(this.#path, error);
+  }
+
+  #close(): void {
+    this.#isOpen = false;
+    closeSync(this.#fd);
   }
 }
 
 /** The metadata key of a tensor's SHA-256. */
 const digestKey = (tensor: string): string => `sha256/${tensor}`;
 const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
-const besideOf = (path: string): string => `${path}.${process.pid}.part`;
 const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 
 function expectLength(name: string, shape: readonly number[], data: Float32Array): void {

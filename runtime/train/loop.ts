@@ -6,6 +6,7 @@
 import { batchAt } from "../../schemas/batchRampup.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
+import type { StepResult } from "../../schemas/stepResult.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
@@ -17,38 +18,9 @@ import { RankPrograms } from "./rankPrograms.ts";
 import { type RunProgress, type StepParameters, trainingSchedule } from "./schedule.ts";
 import { runTogether, walkStep } from "./walk.ts";
 
+export type { StepResult } from "../../schemas/stepResult.ts";
 export type { Tensor } from "./parameters.ts";
 
-/** The metrics of a step. */
-export interface StepResult {
-  /** 1-based. */
-  readonly step: number;
-  /** Mean cross-entropy of the labelled tokens, in nats; train.loss_weighting sets the weights; microbatches without labels are excluded. */
-  readonly loss: number;
-  /** Labelled tokens, if the job has data.labels. */
-  readonly labels?: number;
-  /** The loss of multi-token prediction, mean over the depths. The training loss includes model.mtp.coeff times it. */
-  readonly mtp_loss?: number;
-  /** The sum of balancing and z losses; 0 if there are none. */
-  readonly aux_loss: number;
-  /** The z loss within aux_loss. */
-  readonly z_loss?: number;
-  /** Tokens of the busiest expert over the mean of its layer, before tokens are dropped; the maximum over layers. */
-  readonly expert_load?: number;
-  /** Rows dropped because of the capacity, summed over layers. */
-  readonly dropped_rows?: number;
-  /** Before clipping. */
-  readonly grad_norm: number;
-  readonly lr: number;
-  readonly tokens: number;
-  readonly seconds: number;
-  /** In fp16: the loss scale of the step. */
-  readonly loss_scale?: number;
-  /** In fp16 and with train.on_nonfinite skip: whether the step was skipped because of an overflow or a non-finite metric. */
-  readonly skipped?: boolean;
-  /** Of a skipped step: the non-finite metric, with `debugNonfinite` also its origin. Not set for fp16 overflows. */
-  readonly nonfinite?: string;
-}
 /** A run of a plan on the local ranks. */
 export interface Run {
   /** Returns whether another step begins; all processes of a run agree. Call it once before each step. */

@@ -1,31 +1,8 @@
 /** Progress lines and metrics lines of a run. */
-
-/** The metrics of a step that a run prints. */
-export interface StepReport {
-  readonly step: number;
-  readonly loss: number;
-  /** With multi-token prediction. */
-  readonly mtp_loss?: number;
-  /** The sum of balancing and z losses. */
-  readonly aux_loss?: number;
-  readonly z_loss?: number;
-  readonly grad_norm: number;
-  /** Tokens of the busiest expert over the mean of its layer. */
-  readonly expert_load?: number;
-  readonly dropped_rows?: number;
-  /** Labelled tokens, if the job has data.labels. */
-  readonly labels?: number;
-  readonly lr: number;
-  readonly tokens: number;
-  readonly seconds: number;
-  readonly loss_scale?: number;
-  readonly skipped?: boolean;
-  /** Of a skipped step: the non-finite metric; not set for fp16 overflows. */
-  readonly nonfinite?: string;
-}
+import type { StepResult } from "../../schemas/stepResult.ts";
 
 /** Formats a step as a progress line. `of`: the last step; `pace`: mean seconds per step. */
-export function progressLine(report: StepReport, of: number, pace: number): string {
+export function progressLine(report: StepResult, of: number, pace: number): string {
   const left = (of - report.step) * pace;
   const added = addedBy(report);
   const fields = [
@@ -50,13 +27,13 @@ export function progressLine(report: StepReport, of: number, pace: number): stri
 }
 
 /** Returns the auxiliary loss; undefined if the model has no experts. */
-const addedBy = ({ aux_loss, expert_load }: StepReport): number | undefined => (expert_load === undefined ? undefined : aux_loss);
+const addedBy = ({ aux_loss, expert_load }: StepResult): number | undefined => (expert_load === undefined ? undefined : aux_loss);
 
 /** Formats a loss scale; a power of two as `2^32`. */
 const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
 
 /** Formats a step as a JSON line of the metrics file. A non-finite number is null. */
-export function metricsLine(report: StepReport): string {
+export function metricsLine(report: StepResult): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds } = report;
   const { loss_scale, skipped } = report;
   const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
