@@ -2,8 +2,7 @@
  * Attention in WGSL beyond the contract's small sizes: wide heads, blocks of 64 queries, a piece of the sequence in its midst, and
  * pieces of the keys, in plain and in zigzag order, of which queries see all, some or none.
  */
-import { afterAll, expect, test } from "vitest";
-import { create } from "webgpu";
+import { expect, test } from "vitest";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
@@ -11,25 +10,11 @@ import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { elements, random } from "../support/opCases.ts";
-import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
+import { noAdapter } from "../support/softwareAdapter.ts";
 import { byTier } from "../support/tiers.ts";
-import { wgslExecutor } from "../support/wgslExecutor.ts";
+import { openWgslDevices } from "../support/wgslDevices.ts";
 
-// the adapter is seen once its environment stands
-const gpu = adapterEnv && !noAdapter ? create([]) : undefined;
-const adapter = await gpu?.requestAdapter();
-const device = await adapter?.requestDevice();
-const executor = device && wgslExecutor(device, adapter!.info.architecture);
-/** Dawn without a device: it knows f16, and has WebGPU's default limits. */
-const checker = create(["backend=null"]);
-const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
-const kept: unknown[] = [gpu, adapter, checker];
-afterAll(() => {
-  device?.destroy();
-  checked.destroy();
-  // Dawn's objects do not keep what they came from
-  kept.length = 0;
-});
+const { executor, checked } = await openWgslDevices({ checked: { features: ["shader-f16"] } });
 
 type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
 type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { readonly drop?: number };

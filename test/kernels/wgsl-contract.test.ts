@@ -1,32 +1,17 @@
 /** The contract of kernels on WebGPU: every WGSL kernel is its op's reference, within default limits. */
 import { createHash } from "node:crypto";
-import { afterAll, describe, expect, test } from "vitest";
-import { create } from "webgpu";
+import { describe, expect, test } from "vitest";
 import type { OpName } from "../../schemas/opNames.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { foldGrid } from "../../src/codegen/wgsl/text.ts";
 import { ops } from "../../src/ops/index.ts";
 import type { AnyOp } from "../../src/ops/op.ts";
 import { type ContractCase, casesInTier, casesOf, hold } from "../support/contract.ts";
-import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
+import { noAdapter } from "../support/softwareAdapter.ts";
 import { isFull, once } from "../support/tiers.ts";
-import { wgslExecutor } from "../support/wgslExecutor.ts";
+import { openWgslDevices } from "../support/wgslDevices.ts";
 
-// the adapter is seen once its environment stands
-const gpu = adapterEnv && !noAdapter ? create([]) : undefined;
-const adapter = await gpu?.requestAdapter();
-const device = await adapter?.requestDevice({ requiredFeatures: [...adapter.features].filter((f) => f === "shader-f16") });
-const executor = device && wgslExecutor(device, adapter!.info.architecture);
-/** Dawn without a device: it knows f16, and has WebGPU's default limits. */
-const checker = create(["backend=null"]);
-const checked = await (await checker.requestAdapter())!.requestDevice({ requiredFeatures: ["shader-f16"] });
-const kept: unknown[] = [gpu, adapter, checker];
-afterAll(() => {
-  device?.destroy();
-  checked.destroy();
-  // Dawn's objects do not keep what they came from
-  kept.length = 0;
-});
+const { executor, checked } = await openWgslDevices({ features: ["shader-f16"], checked: { features: ["shader-f16"] } });
 
 // a software adapter takes most of its time to compile: in the fast tier one case of each op
 const inTier = (op: AnyOp): ContractCase[] => casesInTier(op, "f16").slice(0, isFull ? undefined : 1);

@@ -2,8 +2,7 @@
  * Products in WGSL beyond the contract's small sizes: every tile, the depth in parts, and the matrix kernel, whose matrix
  * operations are spelled out here in plain WGSL, for software adapters have none.
  */
-import { afterAll, expect, test } from "vitest";
-import { create } from "webgpu";
+import { expect, test } from "vitest";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype } from "../../schemas/plan.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
@@ -17,28 +16,19 @@ import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { random } from "../support/opCases.ts";
 import { products } from "../support/productCases.ts";
-import { adapterEnv, noAdapter } from "../support/softwareAdapter.ts";
+import { noAdapter } from "../support/softwareAdapter.ts";
 import { byTier } from "../support/tiers.ts";
-import { wgslExecutor } from "../support/wgslExecutor.ts";
+import { openWgslDevices } from "../support/wgslDevices.ts";
 
-// the adapter is seen once its environment stands; it is not asked for f16, so that f32 takes its place everywhere
-const gpu = adapterEnv && !noAdapter ? create([]) : undefined;
-const adapter = await gpu?.requestAdapter();
-const device = await adapter?.requestDevice({ requiredLimits: { maxComputeWorkgroupStorageSize: 32768 } });
-const executor = device && wgslExecutor(device, adapter!.info.architecture);
-/** Dawn without a device, told to know matrices. */
-const checker = create(["backend=null", "enable-dawn-features=allow_unsafe_apis"]);
-const checked = await (await checker.requestAdapter())!.requestDevice({
-  requiredFeatures: ["shader-f16", "chromium-experimental-subgroup-matrix" as GPUFeatureName],
+// without f16, so that f32 takes its place everywhere; Dawn validates matrix kernels
+const { executor, checked } = await openWgslDevices({
+  limits: { maxComputeWorkgroupStorageSize: 32768 },
+  checked: {
+    features: ["shader-f16", "chromium-experimental-subgroup-matrix" as GPUFeatureName],
+    toggles: ["enable-dawn-features=allow_unsafe_apis"],
+  },
 });
-const kept: unknown[] = [gpu, adapter, checker];
 const skipped = noAdapter ? ` (skipped: ${noAdapter})` : "";
-afterAll(() => {
-  device?.destroy();
-  checked.destroy();
-  // Dawn's objects do not keep what they came from
-  kept.length = 0;
-});
 
 const operands: Readonly<Record<string, readonly [string, string, string]>> = {
   gemm: ["x", "w", "y"],
