@@ -1,9 +1,12 @@
 /** Costs of single instructions: rows of a ragged value, bytes of a collective, floating-point operations of an op. */
 
-import type { Buffer, Collective, CollectiveKind, Compute } from "../../schemas/plan.ts";
-import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import type { Buffer, Collective, CollectiveKind, Compute, Instruction } from "../../schemas/plan.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { ops } from "../ops/index.ts";
 import type { AnyOp, Quota } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
+import type { BufferTable } from "./bufferTable.ts";
+import { accumulatesInto, readsOf } from "./effects.ts";
 
 /** A ragged value [B,S,E,…] with its limits on rows: `fanout` per token, `quota` per expert. */
 interface Rows {
@@ -75,4 +78,23 @@ export function flopsOf(op: AnyOp, instruction: Compute, mesh: Mesh, buffer: (id
     .find((b) => b.ragged);
   if (ragged) d.R = expectedRows(mesh, ragged, ragged.shardedBy);
   return op.flops(d);
+}
+
+/** What an instruction costs on one rank. */
+export interface Cost {
+  readonly flops: number;
+  /** Bytes that an op reads and writes, outputs that it adds to twice; bytes that a collective or a transfer sends. */
+  readonly bytes: number;
+}
+
+/** Returns the cost of an instruction, with the expected number of rows. */
+export function costOf(i: Instruction, mesh: Mesh, buffers: BufferTable): Cost {
+  if (i.kind !== "compute") return { flops: 0, bytes: i.bytes };
+  const bytes = (id: string): number => {
+    const b = buffers.get(id);
+    const rows = b.ragged ? expectedRows(mesh, b, b.shardedBy) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
+    return bytesOf[b.dtype] * rows;
+  };
+  const touched = [...readsOf(i), ...Object.values(i.writes), ...accumulatesInto(i)];
+  return { flops: flopsOf(ops[i.op], i, mesh, (id) => buffers.get(id)), bytes: touched.reduce((sum, id) => sum + bytes(id), 0) };
 }

@@ -24,15 +24,16 @@ export function registerInspect(program: Command): void {
       const { drawPlan } = await import("../report/planPicture.ts");
       writeFile(options.picture, drawPlan(plan));
     }
-    const { inspectPlan, inspectRank, printInspect, printRank } = await import("../report/inspect.ts");
     const json = options.format === "json";
     if (options.rank === undefined) {
+      const [{ inspectPlan }, { printInspect }] = await Promise.all([import("../report/inspect.ts"), import("../report/inspectText.ts")]);
       const view = inspectPlan(plan);
       return json ? printJson(view) : printStdout(printInspect(view));
     }
     const { world } = plan.mesh;
     if (options.rank >= world)
       throw new Trouble(`there is no rank ${options.rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
+    const { inspectRank, printRank } = await import("../report/inspectRank.ts");
     const view = inspectRank(plan, options.rank);
     return json ? printJson(view) : printStdout(printRank(view));
   });

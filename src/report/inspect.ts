@@ -1,21 +1,21 @@
-/** Summaries of a plan: `inspectPlan` returns the data (the JSON output), `printInspect` the text. */
+/** Summaries of a plan as data, the JSON output of `inspect`. inspectText.ts prints them. */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import { devices } from "../../schemas/devices.ts";
 import type { Collective, Instruction, MeshAxis, Plan, Program } from "../../schemas/plan.ts";
-import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";
-import { elementsOf, groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank } from "../../schemas/sharding.ts";
+import { elementsOf, rankAt } from "../../schemas/sharding.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
-import { anyLayer, fromLayer } from "../analysis/layerNames.ts";
-import { type MemoryBreakdown, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
+import { anyLayer } from "../analysis/layerNames.ts";
+import { type MemoryBreakdown, memoryBreakdown } from "../analysis/memoryBreakdown.ts";
 import { ops } from "../ops/index.ts";
-import { denseAxes, expertAxes, type GridAxis, groups } from "../passes/mesh.ts";
-import { bytesText, countText, flopsText, plural, ranges, table } from "../units.ts";
-import { type BlockPhase, blockLines, blockName, phases, timesText } from "./programText.ts";
+import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
+import { type BlockPhase, phases } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 
-interface AxisView {
+/** One axis of the mesh. */
+export interface AxisView {
   readonly axis: string;
   readonly grid: "dense" | "expert" | "both";
   readonly size: number;
@@ -25,7 +25,7 @@ interface AxisView {
 }
 
 /** Collectives of the same kind and origin. */
-interface CollectiveView {
+export interface CollectiveView {
   readonly phase: BlockPhase;
   readonly name: string;
   readonly how: Collective["how"];
@@ -41,7 +41,8 @@ interface CollectiveView {
   readonly ops: readonly string[];
 }
 
-interface TransferView {
+/** The sends and receives of one buffer. */
+export interface TransferView {
   readonly phase: BlockPhase;
   readonly kind: "send" | "recv";
   readonly peer: number;
@@ -143,8 +144,8 @@ function axisView(plan: Plan, axis: MeshAxis): AxisView {
     grid: axis === "pp" ? "both" : (denseAxes as readonly string[]).includes(axis) ? "dense" : "expert",
     size: plan.mesh.sizes[axis],
     groups: all.length,
-    cross_nodes: all.filter((group) => group.some((rank) => node(rank) !== node(group[0]!))).length,
-    first_group: all[0]!,
+    cross_nodes: all.filter((group) => new Set(group.map(node)).size > 1).length,
+    first_group: all[0] ?? [],
   };
 }
 
@@ -163,8 +164,8 @@ function roleView(plan: Plan, program: Program): RoleView {
     }
     return sums;
   };
-  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
-  const buffer = (id: string) => buffers.get(id)!;
+  const buffers = new BufferTable(program.buffers);
+  const buffer = (id: string) => buffers.get(id);
   const collectives = phases.flatMap((kind) => {
     const all = blocks.filter((block) => block.kind === kind);
     return all.length
@@ -178,7 +179,7 @@ function roleView(plan: Plan, program: Program): RoleView {
   return {
     stage: program.stage,
     chunks: program.chunks.map(({ layers, copies }, c) => ({ layers, copies, activation_per_slot: memory.activation[c]! })),
-    mtp: [...new Set(program.parameters.flatMap(({ name }) => /^mtp\.(\d+)\./.exec(name)?.[1] ?? []))].map(Number).sort((a, b) => a - b),
+    mtp: mtpDepthsOf(program),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
     instructions: each((instructions) => instructions.length),
@@ -234,224 +235,14 @@ function collectiveViews(instructions: readonly Instruction[], phase: BlockPhase
   return [...found.values()];
 }
 
+/** Returns the depths of multi-token prediction that have parameters on a stage. */
+function mtpDepthsOf({ parameters }: Program): number[] {
+  const depths = parameters.map(({ name }) => name.split(".")).flatMap(([module, depth]) => (module === "mtp" ? [Number(depth)] : []));
+  return [...new Set(depths)].sort((a, b) => a - b);
+}
+
 /** Counts the parameters of the whole model; tied copies are not counted. */
 function globalElements(program: Program): number {
-  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
-  return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : elementsOf(buffers.get(p.buffer)!.sizes)), 0);
-}
-
-/** Formats the summary of a plan as text. */
-export function printInspect(view: Inspection): string {
-  return [...printHead(view), "", ...printMemory(view), "", ...printRoles(view), ...printSchedule(view), ""].join("\n");
-}
-
-/** Formats name, digest, mesh and kernels. */
-export function printHead({ name, digest, rankc, target, mesh, derived, kernels }: Inspection): string[] {
-  const axis = ({ axis, grid, size, groups: n, cross_nodes, first_group }: AxisView): string[] => [
-    axis,
-    grid,
-    countText(size),
-    plural(n, "group"),
-    `${first_group.length > 8 ? `${first_group.slice(0, 4).join(",")},…,${first_group.at(-1)}` : first_group.join(",")}`,
-    size === 1 ? "" : cross_nodes === 0 ? "inside a node" : cross_nodes === n ? "all cross nodes" : `${cross_nodes} cross nodes`,
-  ];
-  const experts =
-    derived.local_experts > 0 ? `, ${plural(derived.local_experts, "expert")} on a rank, expert-data (edp) ${derived.edp}` : "";
-  return [
-    `${printable(name)}: plan ${digest.slice(0, 16)}, rankc ${rankc}, target ${target}`,
-    "",
-    `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
-    ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),
-    `derived: data ${derived.data}${experts}, ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")} and ${countText(derived.tokens_per_step)} tokens a step`,
-    ...rampText(derived),
-    `model: ${countText(derived.parameters)} parameters; ${plural(kernels, "kernel")}`,
-  ];
-}
-
-function rampText({ ramp_up }: Inspection["derived"]): string[] {
-  if (ramp_up.length === 0) return [];
-  const text = ({ batch, steps }: (typeof ramp_up)[number]) => `${countText(batch)} for ${plural(steps, "step")}`;
-  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.at(-1)!];
-  const more = ramp_up.length > 4 ? ["…"] : [];
-  const steps = ramp_up.reduce((sum, p) => sum + p.steps, 0);
-  return [
-    `ramp-up: ${[...shown.map(text), ...more, ...(ramp_up.length > 3 ? [text(last)] : [])].join(", ")}: ${plural(steps, "step")} before the batch is whole`,
-  ];
-}
-
-/** Formats the memory of each stage as a table. */
-export function printMemory({ roles, device }: Inspection): string[] {
-  // omit the scratch column if no kernel needs scratch
-  const kinds = memoryKinds.filter((kind) => kind !== "scratch" || roles.some(({ memory }) => memory.scratch > 0));
-  const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
-    `stage ${stage}`,
-    layersText({ chunks, mtp }),
-    ...kinds.map((kind) =>
-      kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.copies}`).join(" + ") : bytesText(m[kind]),
-    ),
-    bytesText(m.peak),
-    countText(m.peak),
-    `${((100 * m.peak) / device.memory).toFixed(1)} %`,
-  ];
-  const names = kinds.map((kind) => (kind === "activation" ? "activations x slots" : memoryNames[kind]));
-  const head = ["role", "", ...names, "peak", "bytes", `of ${device.name}`];
-  return [
-    "memory of a rank:",
-    ...table(
-      [head, ...sameRows(roles.map(row))],
-      head.flatMap((_, column) => (column < 2 ? [] : [column])),
-    ),
-  ];
-}
-
-/** Formats the layers of a stage: `layers 0..3`; with several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
-const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
-  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
-
-/** Merges rows that differ only in the stage: the middle stages are often equal. */
-function sameRows(rows: readonly (readonly string[])[]): string[][] {
-  const out: { from: string; to: string; row: readonly string[] }[] = [];
-  for (const row of rows) {
-    const last = out.at(-1);
-    if (last && last.row.slice(2).join("|") === row.slice(2).join("|")) last.to = row.slice(0, 2).join(" ");
-    else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
-  }
-  const stage = (text: string): string => text.split(" ")[1]!;
-  const layers = (text: string): string => text.split(" ").slice(3).join(" ");
-  // for stages with one layer range each: the first and the last layer
-  const span = (from: string, to: string): string =>
-    [from, to].every((text) => /^\d+\.\.\d+$/.test(text)) ? `${from.split("..")[0]}..${to.split("..")[1]}` : `${from} … ${to}`;
-  return out.map(({ from, to, row }) =>
-    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${span(layers(from), layers(to))}`, ...row.slice(2)],
-  );
-}
-
-/** Formats the stages. A stage that equals the preceding one except for its layers is only named. */
-export function printRoles({ roles }: Inspection): string[] {
-  const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
-  for (const role of roles) {
-    const lines = printRole(role);
-    const relative = lines
-      .slice(1)
-      .map((line) =>
-        fromLayer(line, role.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`),
-      );
-    const shape = relative.join("\n").replace(/ +/g, " ");
-    const before = blocks.at(-1);
-    if (before?.shape === shape) before.last = role;
-    else blocks.push({ lines, shape, first: role, last: role });
-  }
-  return blocks.flatMap(({ lines, first, last }) => {
-    if (first === last) return [...lines, ""];
-    const one = last.stage === first.stage + 1;
-    return [
-      ...lines,
-      `role of stage${one ? "" : "s"} ${one ? "" : `${first.stage + 1}..`}${last.stage}: the same on ${one ? "its" : "their"} layers`,
-      "",
-    ];
-  });
-}
-
-function printRole(role: RoleView): string[] {
-  const { instructions: n, flops, microbatches, collectives, transfers } = role;
-  const weights = (of: number, text: (n: number) => string): string => (n.weights > 0 ? ` + ${text(of)} weights` : "");
-  return [
-    `role of stage ${role.stage}: ${layersText(role)}, ranks ${ranges(role.ranks)}`,
-    `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
-    `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
-    `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,
-    `  host syncs    ${countText(role.host_syncs_per_step)} a step`,
-    ...(transfers.length > 0 ? ["  transfers:", ...table(transfers.map(transferRow), [5], "    ")] : []),
-    ...printCollectives(collectives, "  "),
-  ];
-}
-
-const transferRow = (t: TransferView): string[] => [
-  t.phase,
-  t.kind,
-  t.kind === "send" ? `to stage ${t.peer}` : `from stage ${t.peer}`,
-  t.buffer,
-  `x ${t.per_step}`,
-  bytesText(t.bytes),
-];
-
-function printCollectives(collectives: readonly CollectiveView[], indent: string): string[] {
-  if (collectives.length === 0) return [`${indent}collectives: none`];
-  const total = collectives.reduce((sum, c) => sum + c.bytes_per_step, 0);
-  const row = (c: CollectiveView): string[] => [
-    c.phase,
-    c.name === c.how ? c.name : `${c.name} (${c.how})`,
-    c.axes,
-    countText(c.count),
-    countText(c.per_step),
-    bytesText(c.bytes),
-    bytesText(c.bytes_per_step),
-    `${c.ops.slice(0, 3).join(", ")}${c.ops.length > 3 ? `, +${c.ops.length - 3}` : ""}: ${c.because} (${c.path})`,
-  ];
-  const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "needed by: because (job key)"];
-  return [
-    `${indent}collectives: each rank sends ${bytesText(total)} a step`,
-    ...table([head, ...collectives.map(row)], [3, 4, 5, 6], `${indent}  `),
-  ];
-}
-
-/** Formats the schedule. */
-export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
-  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
-  ...schedule.rows.map((row) => `  ${row}`),
-];
-
-/** The view of one rank. */
-export interface RankInspection {
-  readonly rank: number;
-  readonly stage: number;
-  readonly node: number;
-  readonly axes: readonly {
-    readonly axis: string;
-    readonly coordinate: number;
-    readonly size: number;
-    readonly group: readonly number[];
-  }[];
-  readonly program: readonly { readonly block: string; readonly times: string; readonly lines: readonly string[] }[];
-  readonly order: readonly string[];
-}
-
-/** Returns the coordinates, the groups and the program of a rank. The rank must exist. */
-export function inspectRank(plan: Plan, rank: number): RankInspection {
-  const { mesh } = plan;
-  const stage = stageOfRank(mesh, rank);
-  const local = numberInStage(mesh, rank);
-  const program = plan.programs.find((p) => p.stage === stage)!;
-  const axis = (name: GridAxis) => {
-    const subAxes = mesh.axes[name];
-    let coordinate = 0;
-    for (const f of [...subAxes].reverse()) coordinate = coordinate * mesh.subAxes[f]!.size + rankCoordinate(mesh, local, f);
-    const group = groupMembers(mesh, local, subAxes).map((n) => rankAt(mesh, stage, n));
-    return { axis: name, coordinate, size: mesh.sizes[name], group };
-  };
-  const stages = Array.from({ length: mesh.sizes.pp }, (_, s) => rankAt(mesh, s, local));
-  return {
-    rank,
-    stage,
-    node: Math.floor(rank / mesh.gpus_per_node),
-    axes: [...[...denseAxes, ...expertAxes].map(axis), { axis: "pp", coordinate: stage, size: mesh.sizes.pp, group: stages }],
-    program: blocksOf(program).map((block) => ({
-      block: blockName(block, program),
-      times: timesText(block),
-      lines: blockLines(program, block).map((line) => line.text),
-    })),
-    order: program.order,
-  };
-}
-
-/** Formats the view of one rank as text. */
-export function printRank({ rank, stage, node, axes, program, order }: RankInspection): string {
-  return [
-    `rank ${rank}: stage ${stage}, node ${node}`,
-    ...table(axes.map((a) => [a.axis, `${a.coordinate} of ${a.size}`, `group ${a.group.join(",")}`])),
-    "",
-    `order: ${order.join(" ")} then the step`,
-    "",
-    ...program.flatMap(({ block, times, lines }) => [`${block}, ${times}:`, ...lines, ""]),
-  ].join("\n");
+  const buffers = new BufferTable(program.buffers);
+  return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : elementsOf(buffers.get(p.buffer).sizes)), 0);
 }

@@ -1,6 +1,7 @@
 /** Formats plan.txt: mesh, memory, programs and collectives with their origins. */
 import type { Plan, Program } from "../../schemas/plan.ts";
-import { inspectPlan, printHead, printMemory, printRoles, printSchedule } from "./inspect.ts";
+import { inspectPlan } from "./inspect.ts";
+import { printHead, printMemory, printRoles, printSchedule } from "./inspectText.ts";
 import { printProgram, programShape } from "./programText.ts";
 
 /** Returns the text of plan.txt. */

@@ -4,13 +4,13 @@
  */
 
 import { deviceOf } from "../../schemas/devices.ts";
-import type { Buffer, Compute, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import type { Compute, Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
-import { expectedRows, flopsOf } from "../analysis/cost.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
+import { costOf } from "../analysis/cost.ts";
 import { anyLayer } from "../analysis/layerNames.ts";
-import { ops } from "../ops/index.ts";
 import { countText, table } from "../units.ts";
 
 /** The time and rates of an instruction. */
@@ -70,29 +70,16 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
 
 /** Returns flops and bytes of each instruction of a stage, on one rank, and the device's peak in FLOP/s on operands of its widest type. */
 function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number; peak: number }> {
-  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
-  const buffer = (id: string): Buffer => buffers.get(id)!;
-  const bytes = (id: string): number => {
-    const b = buffer(id);
-    const rows = b.ragged ? expectedRows(plan.mesh, b, b.shardedBy) * elementsOf(b.shape.slice(1)) : elementsOf(b.shape);
-    return bytesOf[b.dtype] * rows;
-  };
-  const touched = (i: Instruction): number => {
-    if (i.kind !== "compute") return i.bytes;
-    const kept = (i.accumulates ?? []).map((name) => i.writes[name]!);
-    return [...Object.values(i.reads), ...Object.values(i.writes), ...kept].reduce((sum, id) => sum + bytes(id), 0);
-  };
+  const buffers = new BufferTable(p.buffers);
   const { peak: peaks } = deviceOf(plan.job.cluster.device);
   const peakOf = (i: Compute): number => {
-    const rates = Object.values(i.reads).map((id) => peaks[buffer(id).dtype] ?? Number.POSITIVE_INFINITY);
+    const rates = Object.values(i.reads).map((id) => peaks[buffers.get(id).dtype] ?? Number.POSITIVE_INFINITY);
     return Math.min(Number.POSITIVE_INFINITY, ...rates);
   };
   return new Map(
     instructionsOf(p).map((i) => [
       i.id,
-      i.kind === "compute"
-        ? { flops: flopsOf(ops[i.op], i, plan.mesh, buffer), bytes: touched(i), peak: peakOf(i) }
-        : { flops: 0, bytes: touched(i), peak: Number.POSITIVE_INFINITY },
+      { ...costOf(i, plan.mesh, buffers), peak: i.kind === "compute" ? peakOf(i) : Number.POSITIVE_INFINITY },
     ]),
   );
 }

@@ -1,0 +1,167 @@
+/** Text of the summary of a plan, for `inspect`. */
+import { printable } from "../../schemas/printable.ts";
+import { fromLayer } from "../analysis/layerNames.ts";
+import { memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
+import { bytesText, countText, flopsText, plural, ranges, table } from "../units.ts";
+import type { AxisView, CollectiveView, Inspection, RoleView, TransferView } from "./inspect.ts";
+
+/** Formats the summary of a plan as text. */
+export function printInspect(view: Inspection): string {
+  return [...printHead(view), "", ...printMemory(view), "", ...printRoles(view), ...printSchedule(view), ""].join("\n");
+}
+
+/** Formats name, digest, mesh and kernels. */
+export function printHead({ name, digest, rankc, target, mesh, derived, kernels }: Inspection): string[] {
+  const axis = ({ axis, grid, size, groups: n, cross_nodes, first_group }: AxisView): string[] => [
+    axis,
+    grid,
+    countText(size),
+    plural(n, "group"),
+    `${first_group.length > 8 ? `${first_group.slice(0, 4).join(",")},…,${first_group.at(-1)}` : first_group.join(",")}`,
+    size === 1 ? "" : cross_nodes === 0 ? "inside a node" : cross_nodes === n ? "all cross nodes" : `${cross_nodes} cross nodes`,
+  ];
+  const experts =
+    derived.local_experts > 0 ? `, ${plural(derived.local_experts, "expert")} on a rank, expert-data (edp) ${derived.edp}` : "";
+  return [
+    `${printable(name)}: plan ${digest.slice(0, 16)}, rankc ${rankc}, target ${target}`,
+    "",
+    `mesh: ${plural(mesh.world, "rank")} on ${plural(mesh.nodes, "node")} of ${mesh.gpus_per_node}, ${mesh.per_stage} in a stage`,
+    ...table([["axis", "grid", "size", "groups", "first", ""], ...mesh.axes.map(axis)], [2]),
+    `derived: data ${derived.data}${experts}, ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")} and ${countText(derived.tokens_per_step)} tokens a step`,
+    ...rampText(derived),
+    `model: ${countText(derived.parameters)} parameters; ${plural(kernels, "kernel")}`,
+  ];
+}
+
+function rampText({ ramp_up }: Inspection["derived"]): string[] {
+  if (ramp_up.length === 0) return [];
+  const text = ({ batch, steps }: (typeof ramp_up)[number]) => `${countText(batch)} for ${plural(steps, "step")}`;
+  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.at(-1)!];
+  const more = ramp_up.length > 4 ? ["…"] : [];
+  const steps = ramp_up.reduce((sum, p) => sum + p.steps, 0);
+  return [
+    `ramp-up: ${[...shown.map(text), ...more, ...(ramp_up.length > 3 ? [text(last)] : [])].join(", ")}: ${plural(steps, "step")} before the batch is whole`,
+  ];
+}
+
+/** Formats the memory of each stage as a table. */
+export function printMemory({ roles, device }: Inspection): string[] {
+  // omit the scratch column if no kernel needs scratch
+  const kinds = memoryKinds.filter((kind) => kind !== "scratch" || roles.some(({ memory }) => memory.scratch > 0));
+  const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
+    `stage ${stage}`,
+    layersText({ chunks, mtp }),
+    ...kinds.map((kind) =>
+      kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.copies}`).join(" + ") : bytesText(m[kind]),
+    ),
+    bytesText(m.peak),
+    countText(m.peak),
+    `${((100 * m.peak) / device.memory).toFixed(1)} %`,
+  ];
+  const names = kinds.map((kind) => (kind === "activation" ? "activations x slots" : memoryNames[kind]));
+  const head = ["role", "", ...names, "peak", "bytes", `of ${device.name}`];
+  return [
+    "memory of a rank:",
+    ...table(
+      [head, ...sameRows(roles.map(row))],
+      head.flatMap((_, column) => (column < 2 ? [] : [column])),
+    ),
+  ];
+}
+
+/** Formats the layers of a stage: `layers 0..3`; with several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
+const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
+  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
+
+/** Merges rows that differ only in the stage: the middle stages are often equal. */
+function sameRows(rows: readonly (readonly string[])[]): string[][] {
+  const out: { from: string; to: string; row: readonly string[] }[] = [];
+  for (const row of rows) {
+    const last = out.at(-1);
+    if (last && last.row.slice(2).join("|") === row.slice(2).join("|")) last.to = row.slice(0, 2).join(" ");
+    else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
+  }
+  const stage = (text: string): string => text.split(" ")[1]!;
+  const layers = (text: string): string => text.split(" ").slice(3).join(" ");
+  // for stages with one layer range each: the first and the last layer
+  const span = (from: string, to: string): string =>
+    [from, to].every((text) => /^\d+\.\.\d+$/.test(text)) ? `${from.split("..")[0]}..${to.split("..")[1]}` : `${from} … ${to}`;
+  return out.map(({ from, to, row }) =>
+    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${span(layers(from), layers(to))}`, ...row.slice(2)],
+  );
+}
+
+/** Formats the stages. A stage that equals the preceding one except for its layers is only named. */
+export function printRoles({ roles }: Inspection): string[] {
+  const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
+  for (const role of roles) {
+    const lines = printRole(role);
+    const relative = lines
+      .slice(1)
+      .map((line) =>
+        fromLayer(line, role.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`),
+      );
+    const shape = relative.join("\n").replace(/ +/g, " ");
+    const before = blocks.at(-1);
+    if (before?.shape === shape) before.last = role;
+    else blocks.push({ lines, shape, first: role, last: role });
+  }
+  return blocks.flatMap(({ lines, first, last }) => {
+    if (first === last) return [...lines, ""];
+    const one = last.stage === first.stage + 1;
+    return [
+      ...lines,
+      `role of stage${one ? "" : "s"} ${one ? "" : `${first.stage + 1}..`}${last.stage}: the same on ${one ? "its" : "their"} layers`,
+      "",
+    ];
+  });
+}
+
+function printRole(role: RoleView): string[] {
+  const { instructions: n, flops, microbatches, collectives, transfers } = role;
+  const weights = (of: number, text: (n: number) => string): string => (n.weights > 0 ? ` + ${text(of)} weights` : "");
+  return [
+    `role of stage ${role.stage}: ${layersText(role)}, ranks ${ranges(role.ranks)}`,
+    `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
+    `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
+    `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,
+    `  host syncs    ${countText(role.host_syncs_per_step)} a step`,
+    ...(transfers.length > 0 ? ["  transfers:", ...table(transfers.map(transferRow), [5], "    ")] : []),
+    ...printCollectives(collectives, "  "),
+  ];
+}
+
+const transferRow = (t: TransferView): string[] => [
+  t.phase,
+  t.kind,
+  t.kind === "send" ? `to stage ${t.peer}` : `from stage ${t.peer}`,
+  t.buffer,
+  `x ${t.per_step}`,
+  bytesText(t.bytes),
+];
+
+function printCollectives(collectives: readonly CollectiveView[], indent: string): string[] {
+  if (collectives.length === 0) return [`${indent}collectives: none`];
+  const total = collectives.reduce((sum, c) => sum + c.bytes_per_step, 0);
+  const row = (c: CollectiveView): string[] => [
+    c.phase,
+    c.name === c.how ? c.name : `${c.name} (${c.how})`,
+    c.axes,
+    countText(c.count),
+    countText(c.per_step),
+    bytesText(c.bytes),
+    bytesText(c.bytes_per_step),
+    `${c.ops.slice(0, 3).join(", ")}${c.ops.length > 3 ? `, +${c.ops.length - 3}` : ""}: ${c.because} (${c.path})`,
+  ];
+  const head = ["", "collective", "axes", "count", "a step", "each", "sent a step", "needed by: because (job key)"];
+  return [
+    `${indent}collectives: each rank sends ${bytesText(total)} a step`,
+    ...table([head, ...collectives.map(row)], [3, 4, 5, 6], `${indent}  `),
+  ];
+}
+
+/** Formats the schedule. */
+export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
+  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
+  ...schedule.rows.map((row) => `  ${row}`),
+];
