@@ -3,7 +3,7 @@ import { type Command, Option } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
-import { type Stage, stages } from "../passes/passNames.ts";
+import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
 import { compileAt, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
 import { type CommonOptions, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
@@ -23,7 +23,11 @@ export function registerCompile(program: Command): void {
       .argument("<job>", "the job's YAML file")
       .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
       .option("--no-cubins", "CUDA: write kernel sources only; the host compiles them with NVRTC")
-      .addOption(new Option("--emit <stage>", "print the text form of a compiler stage").choices(stages)),
+      .addOption(
+        new Option("--emit <pass>", `print the text form of a pass: ${stages.map((s) => `${s} (${stageTexts[s]})`).join(", ")}`).choices(
+          stages,
+        ),
+      ),
     "compile job.yaml -o plan/",
     "compile job.yaml -o plan/ --target cuda:sm_90a",
     "compile job.yaml --emit sharded",
@@ -32,7 +36,7 @@ export function registerCompile(program: Command): void {
 
 async function runCompile(path: string, options: CompileOptions): Promise<void> {
   const { out, emit } = options;
-  if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit STAGE", "name the output directory: -o plan/");
+  if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
   if (out) expectWritableFolder(out);
   const compiled = await compileAt(path, options.set, options.target);
   const { sources } = compiled;

@@ -6,7 +6,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import type { Compiled } from "../compile.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
-import { hasColor, printStyled } from "./output.ts";
+import { debugLevel, hasColor, printStderr, printStyled } from "./output.ts";
 
 /** A plan with access to the kernel files that belong to it. */
 export interface LoadedPlan {
@@ -47,7 +47,9 @@ export async function compileAt(
     import("../codegen/targets.ts"),
     import("../codegen/targetNames.ts"),
   ]);
-  return { ...compile(job, { target: await loadTarget(targetFor(target, job)) }), findings };
+  const level = debugLevel();
+  const trace = level === 0 ? {} : { trace: (await import("../passes/passNames.ts")).tracePasses(printStderr, { changes: level > 1 }) };
+  return { ...compile(job, { target: await loadTarget(targetFor(target, job)), ...trace }), findings };
 }
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target` or `--set` is given for a plan, and whatever `compileAt` throws. */

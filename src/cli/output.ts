@@ -31,6 +31,12 @@ export const printProgress = (line: string): void =>
 /** Ends the current progress line, so that it stays visible. */
 export const endProgress = (): void => void (process.stderr.isTTY && process.stderr.write("\n"));
 
+/** Returns the level of RANKC_DEBUG: 0 off, 1 pass timings and stacks, 2 also what each pass changed. Other values count as 1. */
+export function debugLevel(): 0 | 1 | 2 {
+  const value = process.env.RANKC_DEBUG ?? "";
+  return value === "" || value === "0" ? 0 : value === "2" ? 2 : 1;
+}
+
 /** Prints a user error with its fix, or an internal error; with RANKC_DEBUG also the stack of the latter. */
 export function printError(error: unknown): void {
   if (error instanceof Trouble) {
@@ -39,5 +45,5 @@ export function printError(error: unknown): void {
   }
   const text = error instanceof Error ? error.message : String(error);
   printStderr(`rankc: internal error: ${text.split("\n")[0]}\n  this is a bug in rankc; RANKC_DEBUG=1 shows where`);
-  if (process.env.RANKC_DEBUG && error instanceof Error) printStderr(error.stack ?? "");
+  if (debugLevel() > 0 && error instanceof Error) printStderr(error.stack ?? "");
 }

@@ -52,6 +52,21 @@ export const stageOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number):
 /** Returns the chunk that virtual stage `v` is on its stage. */
 export const chunkOfVirtual = ({ stages }: Pick<Pipeline, "stages">, v: number): number => Math.floor(v / stages);
 
+/** Returns the pipeline as text: a line for each virtual stage with its positions. */
+export function printPipeline(pipeline: Pipeline, { model }: Pick<Job, "model">): string {
+  const nameOf = (position: number): string => {
+    if (position === 0) return "embedding";
+    if (position === headAt(model)) return "head";
+    return position <= model.layers ? `layer ${position - 1}` : `mtp ${position - model.layers}`;
+  };
+  const names = pipeline.of.map((virtual, position) => ({ virtual, name: nameOf(position) }));
+  const lines = Array.from({ length: pipeline.stages * pipeline.chunks }, (_, v) => {
+    const own = names.filter(({ virtual }) => virtual === v).map(({ name }) => name);
+    return `stage ${stageOfVirtual(pipeline, v)}, chunk ${chunkOfVirtual(pipeline, v)}: ${own.join(", ") || "nothing"}\n`;
+  });
+  return lines.join("");
+}
+
 /** Returns the range [first, end) of layers of a virtual stage; first = end if it has no layer. */
 export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: number): [number, number] {
   const layer = (p: number) => Math.max(0, Math.min(model.layers, p - 1));

@@ -3,6 +3,7 @@ import type { Job } from "../../schemas/job.ts";
 import { buildModel } from "../model/model.ts";
 import { addBackward } from "./backward.ts";
 import type { Mesh } from "./mesh.ts";
+import { type Counts, type Trace, untraced } from "./passNames.ts";
 import { type Pipeline, pipelineOf, stageOfVirtual } from "./pipeline.ts";
 import { isRecomputed } from "./recompute.ts";
 import { type ShardOptions, shard } from "./shard.ts";
@@ -14,15 +15,30 @@ export function shardJob(
   job: Job,
   mesh: Mesh,
   pick: Pick<ShardOptions, "pick"> = {},
+  trace: Trace = untraced,
 ): { readonly graph: TrainingGraph; readonly sharded: ShardedGraph; readonly pipeline: Pipeline } {
-  const pipeline = pipelineOf(job);
-  const graph = addUpdates(addBackward(buildModel(job), isRecomputed(job, pipeline)), job);
-  const sharded = shard(graph, mesh, {
+  const pipeline = trace("pipeline", () => pipelineOf(job));
+  const losses = trace("model", () => buildModel(job));
+  const graph = trace(
+    "graph",
+    () => addUpdates(addBackward(losses, isRecomputed(job, pipeline)), job),
+    ({ order }) => ({ ops: order.length }),
+  );
+  const options: ShardOptions = {
     distributedOptimizer: job.parallel.distributed_optimizer,
     shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
     stageOf: (position) => pipeline.of[position]!,
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
     ...pick,
-  });
+  };
+  const sharded = trace("sharded", () => shard(graph, mesh, options), countSteps);
   return { graph, sharded, pipeline };
+}
+
+function countSteps({ steps, deferred, updates }: ShardedGraph): Counts {
+  const all = [...steps, ...deferred, ...updates];
+  return {
+    ops: all.filter(({ kind }) => kind === "compute").length,
+    collectives: all.filter(({ kind }) => kind === "collective").length,
+  };
 }

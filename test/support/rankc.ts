@@ -84,8 +84,11 @@ const filesBelow = (folder: string): string[] =>
     .sort();
 
 /** Runs the command line with these arguments; resolves when it has ended. */
-export function rankc(...args: string[]): Promise<Said> {
-  const child = spawn(process.execPath, [builtCli(), ...args], { env: { ...process.env, NO_COLOR: "1" } });
+export const rankc = (...args: string[]): Promise<Said> => rankcWith({}, ...args);
+
+/** The same with variables of the environment. */
+export function rankcWith(env: Readonly<Record<string, string>>, ...args: string[]): Promise<Said> {
+  const child = spawn(process.execPath, [builtCli(), ...args], { env: { ...process.env, NO_COLOR: "1", ...env } });
   const said = { out: "", err: "" };
   child.stdout.on("data", (chunk) => (said.out += chunk));
   child.stderr.on("data", (chunk) => (said.err += chunk));
