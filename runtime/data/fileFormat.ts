@@ -38,6 +38,10 @@ const formats: readonly Format[] = [
   { name: "Arrow", extensions: ["arrow", "feather"], magic: [ascii("ARROW1")], fix: column("pyarrow.ipc") },
   { name: "Avro", extensions: ["avro"], magic: [ascii("Obj\x01")], fix: column("fastavro") },
   { name: "TFRecord", extensions: ["tfrecord", "tfrecords"], magic: [], fix: column("tensorflow.data.TFRecordDataset") },
+  {
+    ...{ name: "a pointer of Git LFS", extensions: [], magic: [ascii("version https://git-lfs.github.com/spec/v1")] },
+    fix: (path) => `fetch the file itself: git lfs pull --include ${path}`,
+  },
   { name: "SQLite", extensions: ["sqlite", "sqlite3"], magic: [ascii("SQLite format 3\0")], fix: column("sqlite3") },
   { name: "PDF", extensions: ["pdf"], magic: [ascii("%PDF-")], fix: column("pdftotext") },
   {

@@ -116,11 +116,11 @@ export const batch = [
   }),
   rule({
     code: "B210",
-    title: "clip is negative",
-    why: "The gradient is scaled down to this norm; a negative one would turn it around. 0 means no clipping.",
+    title: "clip is negative, or so small that float32 loses it",
+    why: "The gradient is scaled down to this norm. A negative norm would reverse its direction. Kernels receive the norm as float32, in which a positive number below 1.2e-38 is 0 on some devices; 0 means no clipping.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.clip >= 0) return;
+      if (o.clip === 0 || o.clip >= SMALLEST) return;
       yield {
         at: "train.optimizer.clip",
         found: `clip ${o.clip}`,

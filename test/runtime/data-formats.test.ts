@@ -59,6 +59,7 @@ const magics = {
   Arrow: begins("ARROW1"),
   Avro: begins("Obj", 1),
   SQLite: begins("SQLite format 3\0"),
+  "a pointer of Git LFS": begins("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
   PDF: begins("%PDF-1.7"),
   "a NumPy array": begins(0x93, "NUMPY", 1, 0),
   HDF5: begins(0x89, "HDF\r\n\x1a\n"),
