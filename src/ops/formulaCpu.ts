@@ -10,6 +10,7 @@ import {
   productOf,
   type Result,
   scopeOf,
+  type Total,
   testedBy,
   type ValueScope,
 } from "./formula.ts";
@@ -19,90 +20,85 @@ type Arrays = Readonly<Record<string, Float32Array>>;
 type Sizes = Readonly<Record<string, number>>;
 type Step = () => void;
 
-/** Elements per block: buffers of 16 KiB stay in the L1 and L2 caches. */
-const BLOCK = 2048;
+/** Elements per block: the buffers of 8 KiB of a formula stay in the L2 cache. */
+const BLOCK = 1024;
 
-/**
- * Evaluates the results of a formula and stores them, or adds totals, in the arrays of the outputs. `raggedRows` is the number of rows that
- * exist if the operands are ragged.
- */
-export function evaluateFormula(
-  layout: OperandLayout,
-  results: Readonly<Record<string, Result>>,
-  t: Arrays,
-  d: Sizes,
-  raggedRows: number,
-): void {
-  const width = productOf(layout.rowDims, d);
-  const count = layout.full.ragged ? raggedRows : arrayOf(t, layout.full.name).length / width;
-  const block = new Block(layout, t, d, width, Math.max(1, Math.min(count, Math.floor(BLOCK / width))));
-  const stores: Step[] = [];
-  const ends: Step[] = [];
-  for (const [name, result] of Object.entries(results)) {
-    const out = arrayOf(t, name);
-    if (result.kind === "total") {
-      const scope = scopeOf(result.term);
-      const values = block.values(result.term, scope);
-      let sum = 0;
-      stores.push(() => {
-        for (let k = 0; k < block.count(scope); k++) sum += values[k]!;
-      });
-      ends.push(() => {
-        out[0]! += result.divides ? sum / result.by : result.by * sum;
-      });
-    } else {
-      const kind = layout.access.get(name)?.kind;
-      const scope: ValueScope = kind === "row" ? "row" : "element";
-      const values = block.values(result, scope);
-      stores.push(() => out.set(values.subarray(0, block.count(scope)), block.first * (scope === "row" ? 1 : width)));
-    }
-  }
-  block.run(count, () => {
-    for (const store of stores) store();
-  });
-  for (const end of ends) end();
-}
-
-function arrayOf(t: Arrays, name: string): Float32Array {
-  const array = t[name];
-  invariant(array !== undefined, `a formula has no operand ${name}`);
-  return array;
-}
-
-/** Buffers of all expressions for one block of rows, and the steps that fill them in order. */
-class Block {
-  /** The first row of the block, and how many it has. */
-  first = 0;
-  private rows = 0;
+/** A formula that is prepared for some sizes and attributes. */
+export class CpuFormula {
+  private readonly width: number;
+  /** Rows per block. */
+  private readonly most: number;
   private readonly perLaunch: Step[] = [];
   private readonly perBlock: Step[] = [];
+  private readonly stores: Step[] = [];
+  private readonly ends: Step[] = [];
   private readonly buffers = new Map<Expr, Map<ValueScope, Float64Array>>();
+  private t: Arrays = {};
+  /** The first row of the current block, and how many it has. */
+  private first = 0;
+  private rows = 0;
 
   constructor(
     private readonly layout: OperandLayout,
-    private readonly t: Arrays,
+    results: Readonly<Record<string, Result>>,
     private readonly d: Sizes,
-    private readonly width: number,
-    private readonly most: number,
-  ) {}
-
-  /** Returns how many values of a scope the current block has. */
-  count(scope: ValueScope): number {
-    return scope === "element" ? this.rows * this.width : scope === "row" ? this.rows : 1;
+  ) {
+    this.width = productOf(layout.rowDims, d);
+    this.most = Math.max(1, Math.floor(BLOCK / this.width));
+    for (const [name, result] of Object.entries(results))
+      if (result.kind === "total") this.addTotal(name, result);
+      else this.addStore(name, result);
   }
 
-  /** Fills the buffers for all blocks of `count` rows and calls `visit` after each. */
-  run(count: number, visit: Step): void {
+  /** Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged. */
+  run(t: Arrays, raggedRows: number): void {
+    this.t = t;
+    const count = this.layout.full.ragged ? raggedRows : arrayOf(t, this.layout.full.name).length / this.width;
     for (const step of this.perLaunch) step();
     for (this.first = 0; this.first < count; this.first += this.most) {
       this.rows = Math.min(this.most, count - this.first);
       for (const step of this.perBlock) step();
-      visit();
+      for (const store of this.stores) store();
     }
+    for (const end of this.ends) end();
+    this.t = {};
+  }
+
+  private addTotal(name: string, { term, by, divides }: Total): void {
+    const scope = scopeOf(term);
+    const values = this.values(term, scope);
+    let sum = 0;
+    this.perLaunch.push(() => {
+      sum = 0;
+    });
+    this.perBlock.push(() => {
+      const n = this.count(scope);
+      for (let k = 0; k < n; k++) sum += values[k]!;
+    });
+    this.ends.push(() => {
+      arrayOf(this.t, name)[0]! += divides ? sum / by : by * sum;
+    });
+  }
+
+  /** Outputs may be inputs too, so a result is stored after all results of a block are computed. */
+  private addStore(name: string, result: Expr): void {
+    const scope: ValueScope = this.layout.access.get(name)?.kind === "row" ? "row" : "element";
+    const values = this.values(result, scope);
+    this.stores.push(() => {
+      const out = arrayOf(this.t, name);
+      const at = this.first * (scope === "row" ? 1 : this.width);
+      const n = this.count(scope);
+      for (let k = 0; k < n; k++) out[at + k] = values[k]!;
+    });
+  }
+
+  /** Returns how many values of a scope the current block has. */
+  private count(scope: ValueScope): number {
+    return scope === "element" ? this.rows * this.width : scope === "row" ? this.rows : 1;
   }
 
   /** Returns the buffer with an expression's value for each element, row or launch. */
-  values(e: Expr, scope: ValueScope): Float64Array {
+  private values(e: Expr, scope: ValueScope): Float64Array {
     let own = this.buffers.get(e);
     if (!own) this.buffers.set(e, (own = new Map()));
     const known = own.get(scope);
@@ -124,12 +120,13 @@ class Block {
   /** Repeats the values of a narrower scope. */
   private broadcast(e: Expr, scope: ValueScope): Float64Array {
     const own = scopeOf(e);
-    const from = this.values(e, own);
     const out = this.buffer(scope);
+    if (e.kind === "constant") return out.fill(e.value);
+    const from = this.values(e, own);
     const { width } = this;
     if (own === "row")
       this.addStep(scope, () => {
-        for (let r = 0; r < this.count("row"); r++) out.fill(from[r]!, r * width, (r + 1) * width);
+        for (let r = 0; r < this.rows; r++) out.fill(from[r]!, r * width, (r + 1) * width);
       });
     // launch values do not change from block to block
     else this.addStep(own, () => out.fill(from[0]!));
@@ -138,55 +135,85 @@ class Block {
 
   private compute(e: Expr): Float64Array {
     const scope = scopeOf(e);
-    if (e.kind === "operand") return this.load(e.name, scope);
-    if (e.kind === "variable") return this.values(e.value, scope);
-    const out = this.buffer(scope);
     switch (e.kind) {
+      case "operand":
+        return this.load(e.name, scope);
+      case "variable":
+        return this.values(e.value, scope);
       case "constant":
-        out[0] = e.value;
-        break;
+        return this.buffer(scope).fill(e.value);
       case "call": {
         const [a, b] = e.args.map((x) => this.values(x, scope));
-        this.addStep(scope, () => loops[e.fn](out, a!, b ?? a!, this.count(scope)));
-        break;
+        const out = this.buffer(scope);
+        const loop = loops[e.fn];
+        invariant(a !== undefined, `${e.fn} has no operand`);
+        this.addStep(scope, () => loop(out, a, b ?? a, this.count(scope)));
+        return out;
       }
-      case "select": {
-        const { test } = e;
-        const [a, b] = testedBy(test).map((x) => this.values(x, scope));
-        const [yes, no] = [this.values(e.yes, scope), this.values(e.no, scope)];
-        const holds = { greater: (x: number, y: number) => x > y, equal: (x: number, y: number) => x === y, finite: Number.isFinite };
-        this.addStep(scope, () => {
-          for (let k = 0; k < this.count(scope); k++) out[k] = holds[test.kind](a![k]!, (b ?? a!)[k]!) ? yes[k]! : no[k]!;
-        });
-        break;
-      }
+      case "select":
+        return this.select(e, scope);
       case "rowReduce": {
         const term = this.values(e.term, "element");
-        this.addStep(scope, () => reduceRows(e.by, out, term, this.count(scope), this.width));
-        break;
+        const out = this.buffer(scope);
+        this.addStep(scope, () => reduceRows(e.by, out, term, this.rows, this.width));
+        return out;
       }
       default:
-        e satisfies never;
+        return e satisfies never;
     }
+  }
+
+  private select({ test, yes, no }: Extract<Expr, { kind: "select" }>, scope: ValueScope): Float64Array {
+    const out = this.buffer(scope);
+    const [x, y] = [this.values(yes, scope), this.values(no, scope)];
+    const compared = testedBy(test);
+    const holds = { greater: (p: number, q: number) => p > q, equal: (p: number, q: number) => p === q, finite: Number.isFinite }[
+      test.kind
+    ];
+    // a condition per launch selects a whole buffer
+    const own = compared.every((c) => isNarrower(scopeOf(c), "row")) ? "launch" : scope;
+    const [a, b] = compared.map((c) => this.values(c, own));
+    invariant(a !== undefined, "a condition compares nothing");
+    const other = b ?? a;
+    this.addStep(scope, () => {
+      const n = this.count(scope);
+      if (own === "launch") copy(out, holds(a[0]!, other[0]!) ? x : y, n);
+      else for (let k = 0; k < n; k++) out[k] = holds(a[k]!, other[k]!) ? x[k]! : y[k]!;
+    });
     return out;
   }
 
   private load(name: string, scope: ValueScope): Float64Array {
-    const from = arrayOf(this.t, name);
     const out = this.buffer(scope);
     const access = this.layout.access.get(name);
     if (access?.kind === "table") {
       const [batch, width] = [productOf(access.batch, this.d), productOf(access.width, this.d)];
       this.addStep(scope, () => {
-        for (let k = 0, i = this.first * this.width; k < this.count(scope); k++, i++)
-          out[k] = from[Math.floor(i / batch) * width + (i % width)]!;
+        const from = arrayOf(this.t, name);
+        const n = this.count(scope);
+        for (let k = 0, i = this.first * this.width; k < n; k++, i++) out[k] = from[Math.floor(i / batch) * width + (i % width)]!;
       });
     } else {
       const stride = scope === "element" ? this.width : scope === "row" ? 1 : 0;
-      this.addStep(scope, () => out.set(from.subarray(this.first * stride, this.first * stride + this.count(scope))));
+      this.addStep(scope, () => {
+        const from = arrayOf(this.t, name);
+        const at = this.first * stride;
+        const n = this.count(scope);
+        for (let k = 0; k < n; k++) out[k] = from[at + k]!;
+      });
     }
     return out;
   }
+}
+
+function arrayOf(t: Arrays, name: string): Float32Array {
+  const array = t[name];
+  invariant(array !== undefined, `a formula has no operand ${name}`);
+  return array;
+}
+
+function copy(out: Float64Array, from: Float64Array, n: number): void {
+  for (let k = 0; k < n; k++) out[k] = from[k]!;
 }
 
 function reduceRows(by: "sum" | "max", out: Float64Array, term: Float64Array, rows: number, width: number): void {

@@ -13,7 +13,7 @@ import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype, HostInput } from "../../schemas/plan.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
-import { evaluateFormula } from "./formulaCpu.ts";
+import { CpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";
 import { type DimSpec, type Operand, operandsOfSide } from "./signature.ts";
 
@@ -222,10 +222,15 @@ export function formulaOp<const S extends string, const N extends OpName, const 
   def: FormulaDeclaration<S, N, A>,
 ): FormulaOp<S, N, NoInfer<A>> {
   const { formula } = def as unknown as Pick<FormulaOp<S, N, A>, "formula">;
+  // a job uses few sizes of an op
+  const prepared = new Map<string, CpuFormula>();
   const self = opOf<S, N, A>(def, (t, d, { rows }) => {
-    const layout = layoutOf(self);
-    evaluateFormula(layout, formula(operandsOf(layout), d), t, d, rows[0] ?? 0);
+    const key = Object.entries(d).join();
+    let own = prepared.get(key);
+    if (!own) prepared.set(key, (own = new CpuFormula(layout, formula(operandsOf(layout), d), d)));
+    own.run(t, rows[0] ?? 0);
   });
+  const layout = layoutOf(self);
   return { ...self, formula };
 }
 
