@@ -222,8 +222,8 @@ export const balance = [
   }),
   rule({
     code: "E426",
-    title: "what Sinkhorn's method chooses weighs as in Megatron Core",
-    why: "The balanced matrix decides the choice alone. Weights are then the softmax over all experts, or with top_k 1 the sigmoid, as they are: Megatron Core takes these whatever the job says of scores, so here the job must say so.",
+    title: "score or normalize_top_k differs from the one that Sinkhorn's method uses",
+    why: "The balanced matrix decides only which experts are chosen. The weights are the softmax over all experts, or the sigmoid if top_k is 1, without normalisation. Megatron Core uses these whatever score is set; here the job must name them.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || evenBy(moe.router) !== "sinkhorn") return;
@@ -285,8 +285,8 @@ export const balance = [
   }),
   rule({
     code: "E430",
-    title: "tokens do not divide evenly among experts that choose",
-    why: "Their loads are even as they are: there is nothing to balance by a loss, a bias or even choices, no groups to choose from, and nothing to drop or to pad.",
+    title: "expert choice has no use for balancing, groups, a bias, or drop and pad",
+    why: "With type expert_choice each expert takes the same number of tokens. A loss, a bias or an even choice has nothing to balance, tokens do not choose groups, and no row is dropped or padded.",
     level: "error",
     *check({ model: { moe } }) {
       if (moe?.router.type !== "expert_choice") return;

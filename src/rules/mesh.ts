@@ -345,8 +345,8 @@ export const mesh = [
   }),
   rule({
     code: "P117",
-    title: "with stages inside data, both grids repeat at the same ranks",
-    why: "In the order tp-cp-ep-pp-dp a stage's ranks are runs of tensor x context, and of expert_tensor x expert on the other grid. Unless both are the same runs, a rank would be in two stages. Megatron-LM accepts the arguments and stops when it creates its groups.",
+    title: "order tp-cp-ep-pp-dp with dense and expert grids of different size within a stage",
+    why: "In the order tp-cp-ep-pp-dp the ranks of a stage are runs of tensor x context ranks on the dense grid, and runs of expert_tensor x expert ranks on the expert grid. Unless both runs have the same length, a rank would belong to two stages. Megatron-LM accepts the arguments and stops when it creates its groups.",
     level: "error",
     *check({ model, parallel: p }) {
       const [dense, expert] = [p.tensor * p.context, p.expert_tensor * p.expert];

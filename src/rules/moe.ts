@@ -73,7 +73,7 @@ export const moe = [
   rule({
     code: "E407",
     title: "every token goes to every expert",
-    why: "With top_k = experts nothing is left out: the layer costs as much as a dense one of all experts' width, and routing and dispatch come on top.",
+    why: "With top_k = experts the layer computes as much as a dense layer as wide as all experts together, and routing and dispatch cost time in addition.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.top_k !== moe.experts || moe.experts === 1) return;

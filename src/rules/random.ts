@@ -42,8 +42,8 @@ export const random = [
   }),
   rule({
     code: "B236",
-    title: "a run numbers its sequences with 31 bits, where something is random",
-    why: "The bits of dropout and jitter go by a sequence's number since the run began, which devices hold in 32 bits: past 2147483647 they would be those of other sequences again.",
+    title: "the run has more sequences than dropout and jitter can number",
+    why: "The random bits of dropout and jitter depend on the number of a sequence since the run began. Devices hold the number as a signed 32-bit integer: beyond 2147483647 the bits of earlier sequences would repeat.",
     level: "error",
     *check(job) {
       const sequences = job.train.steps * job.train.global_batch;

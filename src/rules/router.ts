@@ -208,8 +208,8 @@ export const router = [
   }),
   rule({
     code: "E431",
-    title: "normalised weights of tokens that were chosen",
-    why: "How many experts take a token is not known. Normalised, the weight of one that a single expert took is 1 whatever its score, and teaches the router nothing (Zhou et al. 2022 take the scores as they are).",
+    title: "expert choice with normalised weights",
+    why: "The number of experts that take a token varies. If a single expert takes it, its normalised weight is 1 whatever its score, and the router has no gradient from it. Zhou et al. (2022) use the scores without normalisation.",
     level: "warning",
     *check({ model: { moe } }) {
       if (moe?.router.type !== "expert_choice" || !moe.router.normalize_top_k || moe.top_k === 1) return;
