@@ -6,6 +6,7 @@
 import type { Buffer, Collective, Plan } from "../schemas/plan.ts";
 import { groupMembers, numberInStage, rankAt, stageOfRank } from "../schemas/sharding.ts";
 import type { Comm } from "./backend.ts";
+import { RankPrograms } from "./rankPrograms.ts";
 
 /** Moves values between local ranks. */
 export interface Transport<Message> {
@@ -24,20 +25,23 @@ export interface RankTable {
 }
 
 /** Returns the lookups of a plan. */
-export function rankTable({ mesh, programs }: Plan): RankTable {
-  const buffers = programs.map((p) => new Map(p.buffers.map((b) => [b.id, b])));
+export function rankTable(plan: Plan): RankTable {
+  const { mesh } = plan;
+  const programs = new RankPrograms(plan);
   const everyone = Array.from({ length: mesh.world }, (_, r) => r);
   const stageOf = (rank: number): number => stageOfRank(mesh, rank);
   const find = (rank: number, i: Collective): readonly number[] =>
     i.world ? everyone : groupMembers(mesh, numberInStage(mesh, rank), i.subAxes).map((m) => rankAt(mesh, stageOf(rank), m));
-  /** Cache by rank: `groupOf` is called on every retry of a collective. */
-  const known = everyone.map(() => new Map<Collective, readonly number[]>());
+  /** Cache by collective and rank: `groupOf` is called on every retry of a collective. */
+  const known = new Map<Collective, Map<number, readonly number[]>>();
   return {
     stageOf,
-    bufferOf: (rank, id) => buffers[stageOf(rank)]!.get(id)!,
+    bufferOf: programs.buffer,
     groupOf(rank, i) {
-      let group = known[rank]!.get(i);
-      if (!group) known[rank]!.set(i, (group = find(rank, i)));
+      const groups = known.get(i) ?? new Map<number, readonly number[]>();
+      known.set(i, groups);
+      const group = groups.get(rank) ?? find(rank, i);
+      groups.set(rank, group);
       return group;
     },
   };

@@ -5,16 +5,17 @@
 
 import { totalmem } from "node:os";
 import { storeValues, type TypedMemory, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Buffer, BufferKind, Compute, Memory, Plan, Program } from "../../schemas/plan.ts";
+import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
-import { elementsOf, globalStart, numberInStage, shardCount, stageOfRank } from "../../schemas/sharding.ts";
+import { elementsOf, globalStart, numberInStage, shardCount } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { ops } from "../../src/ops/index.ts";
 import type { ShardContext } from "../../src/ops/op.ts";
 import type { HostData, HostRankDevice, LocalRanks } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
+import { RankPrograms, type StageProgram } from "../rankPrograms.ts";
 import { cpuComm } from "./comm.ts";
 
 /** Opens all ranks of a plan on the CPU. Throws a Trouble (exit 3) if the plan needs more memory than this machine has. */
@@ -29,7 +30,8 @@ export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
     );
   const taken: Timing[] = [];
   const ranks = Array.from({ length: world }, (_, rank) => rank);
-  const devices = ranks.map((rank) => new CpuRankDevice(plan, rank, profile ? taken : undefined));
+  const programs = new RankPrograms(plan);
+  const devices = ranks.map((rank) => new CpuRankDevice(plan, rank, programs.of(rank), profile ? taken : undefined));
   const deviceOf = (rank: number): CpuRankDevice => {
     const device = devices[rank];
     if (!device) throw new Error(`rankc: the plan has no rank ${rank}`);
@@ -61,24 +63,18 @@ type BoundOp = () => void;
 class CpuRankDevice implements HostRankDevice {
   readonly #plan: Plan;
   readonly #rank: number;
-  readonly #program: Program;
-  readonly #memory: Memory;
+  readonly #stage: StageProgram;
   readonly #times: Timing[] | undefined;
-  readonly #buffers: ReadonlyMap<string, Buffer>;
   readonly #arenas: Readonly<Record<BufferKind, ArrayBuffer>>;
   readonly #bound = new Map<Compute, BoundOp[]>();
 
   /** `times`: receives the time of each op. */
-  constructor(plan: Plan, rank: number, times: Timing[] | undefined) {
-    const stage = stageOfRank(plan.mesh, rank);
-    const [program, memory] = [plan.programs[stage], plan.memory[stage]];
-    if (!program || !memory) throw new Error(`rankc: the plan has no program for rank ${rank}`);
+  constructor(plan: Plan, rank: number, stage: StageProgram, times: Timing[] | undefined) {
+    const { program, memory } = stage;
     this.#plan = plan;
     this.#rank = rank;
-    this.#program = program;
-    this.#memory = memory;
+    this.#stage = stage;
     this.#times = times;
-    this.#buffers = new Map(program.buffers.map((b) => [b.id, b]));
     this.#arenas = {
       parameter: new ArrayBuffer(memory.parameter),
       gradient: new ArrayBuffer(memory.gradient),
@@ -115,22 +111,15 @@ class CpuRankDevice implements HostRankDevice {
 
   /** Throws a Trouble if a step had more rows than a buffer has room for. */
   expectWithinBounds(): void {
-    for (const limit of this.#program.bounds) {
-      const [found] = this.peek(this.#buffer(limit.needed), 0);
+    for (const limit of this.#stage.program.bounds) {
+      const [found] = this.peek(this.#stage.buffer(limit.needed), 0);
       if (found !== undefined && found > limit.bound) throw capacityExceeded(limit, this.#rank, found);
     }
   }
 
-  #buffer(id: string): Buffer {
-    const found = this.#buffers.get(id);
-    if (!found) throw new Error(`rankc: stage ${this.#program.stage} has no buffer ${id}`);
-    return found;
-  }
-
   #raw(b: Buffer, copy: number): TypedMemory {
-    const offset = this.#memory.offsets[b.id];
-    if (offset === undefined) throw new Error(`rankc: ${b.id} has no place in memory`);
-    const at = offset + (b.kind === "activation" ? activationStart(this.#program, this.#memory, b, copy) : 0);
+    const { program, memory } = this.#stage;
+    const at = this.#stage.offset(b.id) + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0);
     return typedMemory(b.dtype, this.#arenas[b.kind], at, elementsOf(b.shape));
   }
 
@@ -142,16 +131,16 @@ class CpuRankDevice implements HostRankDevice {
       ...Object.entries(i.reads).map(([name, id]) => ({ name, id, output: false })),
       ...Object.entries(i.writes).map(([name, id]) => ({ name, id, output: true })),
     ];
-    const ragged = operands.map(({ id }) => this.#buffer(id)).find((b) => b.ragged);
+    const ragged = operands.map(({ id }) => this.#stage.buffer(id)).find((b) => b.ragged);
     const counts = ragged && (i.rows ?? ragged.rows);
-    const rows = counts === undefined ? noRows : (this.#raw(this.#buffer(counts), copy).words as Int32Array);
+    const rows = counts === undefined ? noRows : (this.#raw(this.#stage.buffer(counts), copy).words as Int32Array);
     const place: ShardContext = { start: (dim) => starts[dim]!, rows };
     const tensors: Record<string, Float32Array> = {};
     const before: BoundOp[] = [];
     const after: BoundOp[] = [];
     for (const { name, id, output } of operands) {
       const accumulates = output && i.accumulates?.includes(name);
-      const own = this.#raw(this.#buffer(id), copy);
+      const own = this.#raw(this.#stage.buffer(id), copy);
       const view = own.codec ? new Float32Array(own.words.length) : (own.words as Float32Array);
       tensors[name] = view;
       if (own.codec && (!output || accumulates)) before.push(() => own.codec.decode(view, own.words));

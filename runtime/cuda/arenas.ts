@@ -5,8 +5,9 @@
 
 import type { BufferKind, Dtype, Plan } from "../../schemas/plan.ts";
 import { activationBytes, activationStart, writtenFirst } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { RankPrograms } from "../rankPrograms.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
 import type { Span } from "./streams.ts";
 
@@ -26,9 +27,8 @@ const kinds = ["parameter", "gradient", "optimizer", "activation", "workspace"] 
 
 /** Allocates the arenas and zeroes them on `stream`. `beside`: bytes that the caller allocates in addition. Throws a Trouble (exit 3) if they do not fit. */
 export function openArenas(context: Context, plan: Plan, rank: number, beside: number, stream: Stream) {
-  const stage = stageOfRank(plan.mesh, rank);
-  const program = plan.programs[stage]!;
-  const memory = plan.memory[stage]!;
+  const stage = new RankPrograms(plan).of(rank);
+  const { program, memory } = stage;
   const { free, total } = context.memory();
   const needed = memory.peak + beside;
   if (needed > free) {
@@ -50,23 +50,19 @@ export function openArenas(context: Context, plan: Plan, rank: number, beside: n
       return [kind, at];
     }),
   ) as Record<BufferKind | "scratch", DevicePointer>;
-  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const written = writtenFirst(program);
   const ends = program.buffers
     .filter((b) => b.kind === "gradient" && b.within === undefined && !written.has(b.id))
-    .map((b) => memory.offsets[b.id]! + elementsOf(b.shape) * bytesOf[b.dtype]);
+    .map((b) => stage.offset(b.id) + elementsOf(b.shape) * bytesOf[b.dtype]);
   const zeroed = Math.max(0, ...ends);
   const spanOf = (at: DevicePointer, bytes: number): Span => [Number(at), Number(at) + bytes];
 
   return {
     place(id: string, copy: number): DeviceRange {
-      const b = buffers.get(id)!;
+      const b = stage.buffer(id);
       const count = elementsOf(b.shape);
       const bytes = count * bytesOf[b.dtype];
-      const at = offsetPointer(
-        bases[b.kind],
-        memory.offsets[id]! + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0),
-      );
+      const at = offsetPointer(bases[b.kind], stage.offset(id) + (b.kind === "activation" ? activationStart(program, memory, b, copy) : 0));
       return { at, count, bytes, dtype: b.dtype, span: spanOf(at, bytes) };
     },
     /** The part of the gradient arena that must be zero before a step: up to the last gradient that no first kernel writes. */

@@ -5,9 +5,9 @@
 import { setTimeout } from "node:timers/promises";
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
+import { RankPrograms } from "../rankPrograms.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm } from "./comm.ts";
 import type { Share } from "./communicators.ts";
@@ -51,7 +51,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const { rank, files, share, profile = false, signal } = settings;
   const device = deviceOf(settings);
   archFor(plan, device);
-  const program = programOf(plan, rank);
+  const { program } = new RankPrograms(plan).of(rank);
   const context = driver().open(device);
   const streams = new RankStreams(context);
   const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), streams.compute.stream);
@@ -125,12 +125,6 @@ function deviceOf({ rank, device }: CudaSettings): CudaDevice {
     "start as many ranks on each machine as it has GPUs, and see that CUDA_VISIBLE_DEVICES hides none",
     3,
   );
-}
-
-function programOf({ mesh, programs }: Plan, rank: number): Program {
-  const program = programs[stageOfRank(mesh, rank)];
-  if (!program) throw new Error(`rankc: the plan has no program for rank ${rank}`);
-  return program;
 }
 
 /** Returns the ids of all kernels of a program. */

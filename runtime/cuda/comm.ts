@@ -3,10 +3,11 @@
  * send copies its buffer first, so that it does not block.
  */
 
-import type { Collective, CollectiveKind, Plan, Transfer } from "../../schemas/plan.ts";
+import type { Collective, CollectiveKind, Plan, Program, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, stageOfRank } from "../../schemas/sharding.ts";
+import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
 import type { BlockPosition, Comm } from "../backend.ts";
+import { RankPrograms, type StageProgram } from "../rankPrograms.ts";
 import { type DeviceRange, offsetPointer } from "./arenas.ts";
 import { Communicators, type Share } from "./communicators.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";
@@ -25,23 +26,23 @@ export interface CudaComm extends Comm {
 
 /** Returns the bytes that communication needs in addition to the plan: copies of sends, and space for in-place exchanges. */
 export function bytesBeside(plan: Plan, rank: number): number {
-  const { sends, spare } = besides(plan, stageOfRank(plan.mesh, rank));
+  const { sends, spare } = besides(new RankPrograms(plan).of(rank));
   return [...sends.values()].reduce((sum, n) => sum + n, spare);
 }
-function besides(plan: Plan, stage: number): { sends: Map<string, number>; spare: number } {
-  const program = plan.programs[stage]!;
-  const { offsets } = plan.memory[stage]!;
-  const buffers = new Map(program.buffers.map((b) => [b.id, b]));
-  const bytes = (id: string): number => aligned(buffers.get(id)!.shape.reduce((n, x) => n * x, bytesOf[buffers.get(id)!.dtype]));
+function besides(stage: StageProgram): { sends: Map<string, number>; spare: number } {
+  const bytes = (id: string): number => {
+    const { shape, dtype } = stage.buffer(id);
+    return aligned(elementsOf(shape) * bytesOf[dtype]);
+  };
   const sends = new Map<string, number>();
   let spare = 0;
-  for (const i of instructionsOf(program)) {
+  for (const i of instructionsOf(stage.program)) {
     if (i.kind === "send") for (let n = 0; n < (i.in_flight ?? 1); n++) sends.set(mailbox(i, n), bytes(i.buffer));
     if (
       i.kind === "collective" &&
       (i.how === "all_to_all" || i.how === "shift") &&
-      buffers.get(i.from)!.kind === buffers.get(i.to)!.kind &&
-      offsets[i.from] === offsets[i.to]
+      stage.buffer(i.from).kind === stage.buffer(i.to).kind &&
+      stage.offset(i.from) === stage.offset(i.to)
     )
       spare = Math.max(spare, bytes(i.from));
   }
@@ -66,7 +67,7 @@ export interface CommNeeds {
 /** Opens the communication of a rank. */
 export async function openComm(needs: CommNeeds): Promise<CudaComm> {
   const { plan, rank, context, streams, place, share, settled } = needs;
-  verify(plan, stageOfRank(plan.mesh, rank), place);
+  verify(plan, new RankPrograms(plan).of(rank).program, place);
   const connect = () => Communicators.connect({ plan, rank, context, stream: streams.compute.stream, share, settled });
   return new NcclComm(needs, plan.mesh.world > 1 ? await connect() : undefined);
 }
@@ -83,7 +84,7 @@ class NcclComm implements CudaComm {
   readonly #collectives: RankStream;
 
   constructor({ plan, rank, context, streams, place }: CommNeeds, communicators: Communicators | undefined) {
-    const { sends, spare } = besides(plan, stageOfRank(plan.mesh, rank));
+    const { sends, spare } = besides(new RankPrograms(plan).of(rank));
     this.#context = context;
     this.#streams = streams;
     this.#place = place;
@@ -188,12 +189,11 @@ class NcclComm implements CudaComm {
 const labelOf = (i: Collective | Transfer): Label => ({ id: i.id, op: i.kind === "collective" ? i.how : i.kind, kernel: "" });
 
 /** Verifies that source and destination of a collective have matching lengths and equal types. */
-function verify(plan: Plan, stage: number, place: CommNeeds["place"]): void {
-  const { mesh } = plan;
-  for (const i of instructionsOf(plan.programs[stage]!)) {
+function verify({ mesh }: Plan, program: Program, place: CommNeeds["place"]): void {
+  for (const i of instructionsOf(program)) {
     if (i.kind !== "collective") continue;
     const [from, to] = [place(i.from, 0), place(i.to, 0)];
-    const g = i.world ? mesh.world : i.subAxes.reduce((n, f) => n * mesh.subAxes[f]!.size, 1);
+    const g = i.world ? mesh.world : shardCount(mesh, i.subAxes);
     const [a, b] =
       i.how === "all_gather"
         ? [from.count * g, to.count]

@@ -9,12 +9,12 @@ import { rankAt } from "../../schemas/sharding.ts";
 import type { StepResult } from "../../schemas/stepResult.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
+import { RankPrograms } from "../rankPrograms.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { Parameters, type StateShards, type Tensor, type WholeTensors } from "./parameters.ts";
-import { RankPrograms } from "./rankPrograms.ts";
 import { type RunProgress, type StepParameters, trainingSchedule } from "./schedule.ts";
 import { runTogether, walkStep } from "./walk.ts";
 

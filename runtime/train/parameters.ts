@@ -6,8 +6,8 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { fillNormal } from "../../src/ops/philox.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
 import { checkpointState } from "../checkpoint/state.ts";
+import type { RankPrograms, StageProgram } from "../rankPrograms.ts";
 import { type Ranges, shardOf, shardRanges, visitRuns } from "../shards.ts";
-import type { RankPrograms, StageProgram } from "./rankPrograms.ts";
 
 /** A whole tensor on the host. */
 export interface Tensor {

@@ -5,8 +5,8 @@
 import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
 import { parseTag } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
+import type { StageProgram } from "../rankPrograms.ts";
 import type { Inspector } from "./nonfinite.ts";
-import type { StageProgram } from "./rankPrograms.ts";
 
 /** One step of one rank. */
 export interface StepWalk {

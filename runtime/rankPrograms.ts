@@ -1,17 +1,19 @@
-/** The programs of a plan by rank, with their buffers by id. */
-import type { Buffer, Plan, Program } from "../../schemas/plan.ts";
-import { orderOf } from "../../schemas/program.ts";
-import { type MeshData, stageOfRank } from "../../schemas/sharding.ts";
+/** The programs of a plan by rank, with their memory, and their buffers by id. */
+import type { Buffer, Memory, Plan, Program } from "../schemas/plan.ts";
+import { orderOf } from "../schemas/program.ts";
+import { type MeshData, stageOfRank } from "../schemas/sharding.ts";
 
 /** The program of one stage. */
 export class StageProgram {
   readonly program: Program;
+  readonly memory: Memory;
   readonly #buffers: ReadonlyMap<string, Buffer>;
   /** Orders by number of microbatches: most steps have the same number. */
   readonly #orders = new Map<number, readonly string[]>();
 
-  constructor(program: Program) {
+  constructor(program: Program, memory: Memory) {
     this.program = program;
+    this.memory = memory;
     this.#buffers = new Map(program.buffers.map((b) => [b.id, b]));
   }
 
@@ -20,6 +22,13 @@ export class StageProgram {
     const found = this.#buffers.get(id);
     if (!found) throw new Error(`rankc: stage ${this.program.stage} has no buffer ${id}`);
     return found;
+  }
+
+  /** Returns the offset of a buffer in the arena of its kind, in bytes. */
+  offset(id: string): number {
+    const offset = this.memory.offsets[id];
+    if (offset === undefined) throw new Error(`rankc: stage ${this.program.stage} has no memory for ${id}`);
+    return offset;
   }
 
   /** Returns the chunk with this number. */
@@ -42,9 +51,13 @@ export class RankPrograms {
   readonly stages: readonly StageProgram[];
   readonly #mesh: MeshData;
 
-  constructor({ mesh, programs }: Pick<Plan, "mesh" | "programs">) {
+  constructor({ mesh, programs, memory }: Pick<Plan, "mesh" | "programs" | "memory">) {
     this.#mesh = mesh;
-    this.stages = programs.map((p) => new StageProgram(p));
+    this.stages = programs.map((program, stage) => {
+      const own = memory[stage];
+      if (!own) throw new Error(`rankc: the plan has no memory for stage ${stage}`);
+      return new StageProgram(program, own);
+    });
   }
 
   /** Returns the program of a rank. */
