@@ -15,7 +15,7 @@ import { expand, invariant } from "../ops/op.ts";
 import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
 import { computeInstruction } from "./computeInstruction.ts";
-import { variantText } from "./layout.ts";
+import { pairs, variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
 import { optimizerStep } from "./optimizerStep.ts";
@@ -107,10 +107,12 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
     const block = blockOf(node.backward, stage);
     const dims: Compute["dims"] = {};
     for (const { dim } of [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs)))
-      dims[dim] = [node.size[dim]!, [...(shardedBy.get(dim) ?? [])]];
-    const reads = Object.fromEntries(inputs.map((o, i) => [o.name, bufferOf(ins[i]!)]));
-    const writes = Object.fromEntries(outputs.map((o, i) => [o.name, bufferOf(outs[i]!)]));
-    const accumulates = outputs.filter((o, i) => losses.has(outs[i]!.value) || node.op.inPlace?.includes(o.name)).map((o) => o.name);
+      dims[dim] = [node.size[dim] ?? 1, [...(shardedBy.get(dim) ?? [])]];
+    const reads = Object.fromEntries(pairs(inputs, ins).map(([o, v]) => [o.name, bufferOf(v)]));
+    const writes = Object.fromEntries(pairs(outputs, outs).map(([o, v]) => [o.name, bufferOf(v)]));
+    const accumulates = pairs(outputs, outs).flatMap(([o, { value }]) =>
+      losses.has(value) || node.op.inPlace?.includes(o.name) ? [o.name] : [],
+    );
     for (const [out, by] of Object.entries(node.op.limits ?? {}))
       role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
     const rows =
@@ -133,7 +135,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
       return;
     }
     emit(block, instruction);
-    for (const o of outputs) producers.set(writes[o.name]!, { at: block.list.length - 1, block, out: o.name });
+    for (const [out, id] of Object.entries(writes)) producers.set(id, { at: block.list.length - 1, block, out });
   }
   /** Redirects the op that writes a gradient to the accumulator. A gradient that was resharded since is added by an op instead. */
   function accumulateInto({ stage, parameter, shardedValue }: Extract<ShardStep, { kind: "accumulate" }>) {

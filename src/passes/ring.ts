@@ -10,6 +10,7 @@ import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartG
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "../ops/attentionDropout.ts";
 import { add, cast } from "../ops/linear.ts";
 import { type AnyOp, invariant } from "../ops/op.ts";
+import { computeInstruction } from "./computeInstruction.ts";
 import { axesName } from "./mesh.ts";
 import type { BlockBuilder, ProgramBuilder } from "./programBuilder.ts";
 
@@ -23,7 +24,14 @@ export interface RingUse {
 
 /** Returns whether the blocks of the ring dim are on different ranks. */
 export const isRing = ({ mesh }: Pick<ProgramBuilder, "mesh">, { instruction, as }: Pick<RingUse, "instruction" | "as">): boolean =>
-  shardCount(mesh, instruction.dims[as]![1]) > 1;
+  shardCount(mesh, dimOf(instruction, as)[1]) > 1;
+
+/** Returns the size of a dim and the sub-axes that shard it. Throws an invariant if the instruction has no such dim. */
+function dimOf({ id, dims }: Pick<Compute, "id" | "dims">, dim: string): Compute["dims"][string] {
+  const found = dims[dim];
+  invariant(found !== undefined, () => `${id} has no dim ${dim}`);
+  return found;
+}
 
 /** Emits the steps of ring attention in place of one attention instruction. Throws an invariant if the op has no ring form. */
 export function expandRing(role: ProgramBuilder, block: BlockBuilder, ring: RingUse): void {
@@ -44,31 +52,32 @@ const ringOps: Readonly<Record<string, { readonly part: AnyOp; readonly expand: 
 /** Returns the operations that the two expansions share. */
 function ringSteps(role: ProgramBuilder, block: BlockBuilder, { instruction: i, dim, as, path }: RingUse, op: AnyOp) {
   const { mesh, buffers } = role;
-  const subAxes = i.dims[as]![1];
+  const [, subAxes] = dimOf(i, as);
   invariant(
     subAxes.every((f, n) => n === 0 || mesh.subAxes[f]!.stride < mesh.subAxes[subAxes[n - 1]!]!.stride),
     `${i.id}: blocks of ${dim} are not in the order of ranks`,
   );
   /** Adds a workspace buffer with the shape of `from`. Returns its id. */
   const like = (id: string, from: string, dtype: Buffer["dtype"]): string => {
-    const { kind: _, chunk: __, within: ___, ...b } = buffers.get(from)!;
+    const { kind: _, chunk: __, within: ___, ...b } = buffers.get(from);
     return role.add({ ...b, id, kind: "workspace", dtype });
   };
   return {
     i,
     count: shardCount(mesh, subAxes),
-    typeOf: (id: string) => buffers.get(id)!.dtype,
+    typeOf: (id: string) => buffers.get(id).dtype,
     like,
     /** Emits the op on the block of the rank that is `ringOffset` places before this one. */
     part(id: string, reads: Compute["reads"], writes: Compute["writes"], ringOffset: number): void {
-      const dims = { ...i.dims, [dim]: [i.dims[dim]![0], [...subAxes]] as [number, number[]] };
+      const own: Compute["dims"][string] = [dimOf(i, dim)[0], [...subAxes]];
+      const dims = { ...i.dims, [dim]: own };
       role.emit(block, { ...i, id, op: op.name, reads, writes, dims, ...(ringOffset > 0 ? { ringOffset: { [dim]: ringOffset } } : {}) });
     },
     /** Emits the shift of a buffer by one rank. Returns the buffer that receives. */
     shift(from: string, to: string): string {
       const collective: Collective = {
         ...{ kind: "collective", id: `${to}.shift`, how: "shift", name: "ring", axes: axesName(mesh, subAxes, false) },
-        ...{ subAxes: [...subAxes], from, to: like(to, from, buffers.get(from)!.dtype), bytes: role.bytes(from) },
+        ...{ subAxes: [...subAxes], from, to: like(to, from, buffers.get(from).dtype), bytes: role.bytes(from) },
         why: { op: i.id, because: `pieces of ${dim} are on other ranks`, path },
       };
       role.emit(block, collective);
@@ -96,16 +105,16 @@ function forward({ i, count, like, part, shift, emit, typeOf }: RingSteps): void
     }
     const last = n === count - 1;
     const [to, toLse] = last ? [o, lse] : [like(`${i.id}.o.to${n}`, o, "f32"), like(`${i.id}.lse.to${n}`, lse, "f32")];
-    const { G, M, W, B, S } = {
-      ...i.dims,
-      ...Object.fromEntries(Object.entries(i.attrs).map(([a, x]) => [a, [x, []] as [number, number[]]])),
-    };
-    emit({
-      ...{ kind: "compute", id: `${i.id}.merge${n}`, op: attentionMerge.name, kernel: "" },
-      ...{ reads: { a: sum, la: sumLse, b: partial, lb: partialLse }, writes: { o: to, lse: toLse } },
-      dims: { B: B!, S: S!, H: [G![0] * M![0], G![1]] },
-      attrs: { W: W![0] },
-    });
+    const [groups, shardedBy] = dimOf(i, "G");
+    const { M = 1, W = 1 } = i.attrs;
+    emit(
+      computeInstruction({
+        ...{ op: attentionMerge, id: `${i.id}.merge${n}` },
+        ...{ reads: { a: sum, la: sumLse, b: partial, lb: partialLse }, writes: { o: to, lse: toLse } },
+        dims: { B: dimOf(i, "B"), S: dimOf(i, "S"), H: [groups * M, shardedBy] },
+        attrs: { W },
+      }),
+    );
     [sum, sumLse] = [to, toLse];
   }
 }

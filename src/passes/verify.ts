@@ -18,6 +18,7 @@ import {
   parseTag,
 } from "../../schemas/program.ts";
 import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
 import { sizesAgree } from "../analysis/cost.ts";
 import { accumulatesInto, readsOf, writesOf } from "../analysis/effects.ts";
 import { invariant } from "../ops/op.ts";
@@ -115,8 +116,8 @@ function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
 /** Throws an invariant if a collective does not fit its buffers. Sizes are known at compile time, so no rank waits for its host. */
 function verifyCollectives(p: Program, mesh: Mesh): void {
   const who = ranksOf(p.stage, mesh);
-  const buffers = new Map(p.buffers.map((b) => [b.id, b]));
-  const buffer = (id: string) => buffers.get(id)!;
+  const buffers = new BufferTable(p.buffers);
+  const buffer = (id: string) => buffers.get(id);
   const microbatches = microbatchesIn(p);
   for (const i of instructionsOf(p)) {
     if (i.kind === "send")

@@ -3,8 +3,9 @@
  * repeats over layers and stages is reported once.
  */
 import { isDeepStrictEqual } from "node:util";
-import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import type { Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { blocksOf } from "../../schemas/program.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
 import { anyLayer, layerOf } from "../analysis/layerNames.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, flopsText, ranges, table } from "../units.ts";
@@ -188,7 +189,7 @@ const moved = (one: Placed, own: readonly Placed[], others: readonly Placed[]): 
 function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Placed[]> {
   const all = new Map<string, Placed[]>();
   for (const program of programs) {
-    const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+    const buffers = new BufferTable(program.buffers);
     for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
       const one = { stage: program.stage, does: doing(instruction), facts: factsOf(instruction, buffers) };
       const before = all.get(instruction.id);
@@ -211,10 +212,10 @@ function doing(i: Instruction): string {
 }
 
 /** Returns the text of an instruction for comparison, without the layers in names. */
-function factsOf(i: Instruction, buffers: ReadonlyMap<string, Buffer>): Map<string, string> {
+function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
   const facts = new Map<string, string>();
   const operand = (name: string, id: string): void => {
-    const buffer = buffers.get(id)!;
+    const buffer = buffers.get(id);
     facts.set(`${name} shape`, shapeText(buffer));
     facts.set(`${name} dtype`, buffer.dtype);
     facts.set(`${name} buffer`, anyLayer(id));

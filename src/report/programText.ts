@@ -1,6 +1,7 @@
 /** Formats programs, one line per instruction: id, operation, local shapes, bytes, and the origin of collectives. */
 import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
 import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
 import { ops } from "../ops/index.ts";
 import { bytesText, largest } from "../units.ts";
@@ -18,7 +19,7 @@ export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" 
 
 /** Returns one line per instruction of a block. */
 export function blockLines(program: Program, { instructions }: Block): Line[] {
-  const buffers = new Map(program.buffers.map((buffer) => [buffer.id, buffer]));
+  const buffers = new BufferTable(program.buffers);
   const ids = Math.min(
     48,
     largest(instructions, (i) => i.id.length),
@@ -67,24 +68,24 @@ function verb(i: Instruction): string {
   }
 }
 
-function operands(i: Instruction, buffers: ReadonlyMap<string, Buffer>): string {
-  const shape = (id: string): string => shapeText(buffers.get(id)!);
+function operands(i: Instruction, buffers: BufferTable): string {
+  const shape = (id: string): string => shapeText(buffers.get(id));
   // in the order of the signature, because a plan that is read from a file has sorted keys
   const named = (operand: Readonly<Record<string, string>>, signature: readonly { readonly name: string }[]): string =>
     signature.flatMap(({ name }) => (operand[name] === undefined ? [] : [`${name}${shape(operand[name])}`])).join(" ");
   switch (i.kind) {
     case "compute": {
       const { inputs, outputs } = ops[i.op];
-      const types = [...new Set(outputs.flatMap((o) => buffers.get(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
+      const types = [...new Set(outputs.flatMap((o) => buffers.find(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
       const kept = i.accumulates?.length ? `  keeps ${i.accumulates.join(" ")}` : "";
       return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
     }
     case "collective": {
-      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to).dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
     }
     case "send":
     case "recv":
-      return `${i.buffer} ${shape(i.buffer)} ${buffers.get(i.buffer)!.dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+      return `${i.buffer} ${shape(i.buffer)} ${buffers.get(i.buffer).dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
   }
 }
 
