@@ -1,5 +1,6 @@
 import type { Command } from "commander";
 import { registerImportMegatron } from "./importMegatron.ts";
+import { registerImportTorchtitan } from "./importTorchtitan.ts";
 import { type ProcessExit, withExamples } from "./options.ts";
 import { printStdout } from "./output.ts";
 import { writeFile } from "./outputFiles.ts";
@@ -9,6 +10,7 @@ export function registerImport(program: Command, exit: ProcessExit): void {
   const importing = program.command("import").description("make a job from the description of another tool");
   registerImportHf(importing);
   registerImportMegatron(importing, exit);
+  registerImportTorchtitan(importing, exit);
 }
 
 /** Registers `import hf`: writes a job for the model of a Hugging Face config.json. */

@@ -1,19 +1,17 @@
 import { dirname, resolve } from "node:path";
 import { type Command, InvalidArgumentError } from "commander";
-import type { ImportedJob, MegatronSource } from "../convert/megatron/importMegatron.ts";
+import type { ImportedJob } from "../convert/importedJob.ts";
+import type { MegatronSource } from "../convert/megatron/importMegatron.ts";
+import { type ImportOutput, printImported } from "./importOutput.ts";
 import { atLeastOne, collect, type ProcessExit, withExamples, withFormat } from "./options.ts";
-import { type Format, printJson, printStderr, printStdout } from "./output.ts";
-import { writeFile } from "./outputFiles.ts";
 
-interface Options {
-  readonly out?: string;
+interface Options extends ImportOutput {
   readonly world?: number;
   readonly set: readonly (readonly [name: string, value: string])[];
   readonly vocab?: number;
   readonly launch?: number;
   readonly drop: readonly string[];
   readonly name?: string;
-  readonly format: Format;
 }
 
 /** Parses NAME=VALUE. Throws InvalidArgumentError. */
@@ -45,9 +43,8 @@ export function registerImportMegatron(importing: Command, exit: ProcessExit): v
     "import megatron Qwen3-30B-A3B.yaml --set TP=1 --set PP=1 --set EP=8 --world 32 -o job.yaml -- --moe-token-dispatcher-type alltoall",
     "import megatron --world 8 -- --num-layers 16 --hidden-size 2048 …",
   ).action(async (file: string | undefined, words: readonly string[], options: Options) => {
-    const [{ importMegatron }, { ImportTrouble }, { readLaunchFile, readIncludedScript }] = await Promise.all([
+    const [{ importMegatron }, { readLaunchFile, readIncludedScript }] = await Promise.all([
       import("../convert/megatron/importMegatron.ts"),
-      import("../convert/megatron/problems.ts"),
       import("./inputFiles.ts"),
     ]);
     const hasFile = file !== undefined && !isLaunchWord(file);
@@ -55,8 +52,8 @@ export function registerImportMegatron(importing: Command, exit: ProcessExit): v
     const source: MegatronSource = read ? { kind: /\.ya?ml$/.test(read.file) ? "list" : "script", ...read } : { kind: "words" };
     const { world, vocab, launch, drop } = options;
     const folder = hasFile ? dirname(resolve(file)) : process.cwd();
-    try {
-      const imported = importMegatron(source, {
+    const make = (): ImportedJob =>
+      importMegatron(source, {
         name: options.name ?? read?.name ?? "megatron",
         words: hasFile || file === undefined ? words : [file, ...words],
         variables: new Map(options.set),
@@ -65,29 +62,6 @@ export function registerImportMegatron(importing: Command, exit: ProcessExit): v
         ...(launch !== undefined && { launch }),
         ...{ drop, readScript: (path: string) => readIncludedScript(path, folder) },
       });
-      print(imported, options);
-    } catch (error) {
-      if (options.format !== "json" || !(error instanceof ImportTrouble)) throw error;
-      printJson({ job: null, problems: error.problems });
-      exit.setCode(error.exit);
-    }
+    await printImported(make, options, exit);
   });
-}
-
-function print(imported: ImportedJob, { out, format }: Options): void {
-  const { text, mapped, withoutEffect, dropped, notes } = imported;
-  if (out !== undefined) writeFile(out, text);
-  if (format === "json") {
-    printJson({ job: text, mapped, without_effect: withoutEffect, dropped, unsupported: [], notes });
-    return;
-  }
-  if (out === undefined) printStdout(text);
-  for (const note of notes) printStderr(note);
-  printStderr(
-    `${mapped.length} arguments mapped, ${withoutEffect.length} without effect on the plan, ${dropped.length} left out on request, 0 unsupported`,
-  );
-  for (const why of new Set(withoutEffect.map((report) => report.why))) {
-    const alike = withoutEffect.filter((report) => report.why === why);
-    printStderr(`  ${alike.map(({ argument }) => argument).join(", ")}: ${why}`);
-  }
 }

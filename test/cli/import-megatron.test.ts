@@ -1,16 +1,19 @@
 /** `rankc import megatron`: what becomes of arguments, of what a launch leaves out, and of public recipes (fixtures/megatron). */
-import { readdirSync, readFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { parse } from "yaml";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
+import type { ImportedJob } from "../../src/convert/importedJob.ts";
 import { argumentSpecs } from "../../src/convert/megatron/arguments/spec.ts";
-import { type ImportedJob, importMegatron, type MegatronSettings } from "../../src/convert/megatron/importMegatron.ts";
+import { importMegatron, type MegatronSettings } from "../../src/convert/megatron/importMegatron.ts";
 import { evaluatePattern } from "../../src/convert/megatron/job/layerPattern.ts";
-import { ImportTrouble } from "../../src/convert/megatron/problems.ts";
+import { ImportTrouble } from "../../src/convert/problems.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { root } from "../support/checkout.ts";
 import { fixture } from "../support/job.ts";
+import { rankc } from "../support/rankc.ts";
 
 /** A model that rankc has, with experts; each test adds to it or leaves out of it. */
 const base = {
@@ -306,7 +309,7 @@ describe("arguments", () => {
     ]);
     const { dropped, text } = imported(change, { drop: ["fp8-format", "--use-mup"] });
     expect(dropped.map(({ argument }) => argument)).toEqual(["--fp8-format", "--use-mup"]);
-    expect(text).toContain("# --fp8-format of the launch is left out on request.");
+    expect(text).toContain("# --fp8-format is left out on request.");
   });
 
   test("an unsupported argument with Megatron's default has no effect", () => {
@@ -540,5 +543,60 @@ describe("public recipes", () => {
         "no --disable-bias-linear: biases everywhere, Megatron's default: matrices of the feed-forward part and of experts have no biases",
       ]
     `);
+  });
+});
+
+describe("the command", () => {
+  const script = fixture("megatron/moonlight.sh");
+
+  test("prints the job alone to stdout, and the summary to stderr", async () => {
+    const { exit, out, err } = await rankc("import", "megatron", "--world", "8", "--", ...wordsOf({}));
+    expect([exit, JobText.safeParse(parse(out)).success]).toEqual([0, true]);
+    expect(err).toContain("16 mapped, 1 without effect on the plan, 0 left out on request, 0 unsupported");
+  });
+
+  test("with --format json prints what became of each argument, and the problems with exit code 2", async () => {
+    const good = await rankc("import", "megatron", "--world", "8", "--format", "json", "--", ...wordsOf({}));
+    const { job, mapped, without_effect, problems } = JSON.parse(good.out);
+    expect([good.exit, JobText.safeParse(parse(job)).success, mapped.length, without_effect.length, problems]).toEqual([
+      0,
+      true,
+      16,
+      1,
+      [],
+    ]);
+    const bad = await rankc("import", "megatron", script, "--format", "json");
+    expect(bad.exit).toBe(2);
+    const found = JSON.parse(bad.out);
+    expect(found.job).toBeNull();
+    expect(found.problems).toContainEqual(expect.objectContaining({ kind: "value", subject: "line 19: --lr $5" }));
+  });
+
+  test("reads the scripts that a script reads, from its folder", async () => {
+    const folder = mkdtempSync(join(tmpdir(), "rankc-launch-"));
+    writeFileSync(join(folder, "model.sh"), `ARGS=(${wordsOf({}).join(" ")})\n`);
+    // biome-ignore lint/suspicious/noTemplateCurlyInString: an expansion of bash
+    writeFileSync(join(folder, "run.sh"), 'source model.sh\ntorchrun --nproc-per-node=8 pretrain_gpt.py "${ARGS[@]}"\n');
+    try {
+      const { exit, out } = await rankc("import", "megatron", join(folder, "run.sh"));
+      expect([exit, parse(out).name, parse(out).parallel.world]).toEqual([0, "run", 8]);
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
+  });
+
+  test("a script with several launches needs a choice", async () => {
+    const folder = mkdtempSync(join(tmpdir(), "rankc-launch-"));
+    const launch = (ranks: number) => `torchrun --nproc_per_node ${ranks} pretrain_gpt.py ${wordsOf({}).join(" ")}\n`;
+    writeFileSync(join(folder, "run.sh"), `${launch(4)}${launch(8)}`);
+    try {
+      const path = join(folder, "run.sh");
+      const several = await rankc("import", "megatron", path);
+      expect([several.exit, several.err]).toEqual([2, expect.stringContaining("has 2 launches:")]);
+      const { out } = await rankc("import", "megatron", path, "--launch", "2");
+      expect(parse(out).parallel.world).toBe(8);
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
   });
 });

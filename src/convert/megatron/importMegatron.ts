@@ -4,7 +4,9 @@
  */
 
 import { Trouble } from "../../../schemas/trouble.ts";
-import { type WrittenJob, writeJob } from "../jobText.ts";
+import { type ArgumentReport, type ImportedJob, makeImported } from "../importedJob.ts";
+import { newJobBuilder } from "../jobBuilder.ts";
+import type { Problem } from "../problems.ts";
 import { readArgumentList } from "./argumentList.ts";
 import { type Arguments, readArguments } from "./arguments/read.ts";
 import type { ScriptRead } from "./bash/calls.ts";
@@ -16,9 +18,7 @@ import { putModel } from "./job/model.ts";
 import { putExperts } from "./job/moe.ts";
 import { degreesOf, putParallel, smallestWorld, type World } from "./job/parallel.ts";
 import { putData, putTrain } from "./job/train.ts";
-import { newJobBuilder } from "./jobBuilder.ts";
 import { launchesIn, type TrainingLaunch, unknownWorld, worldOf } from "./launch.ts";
-import { ImportTrouble, type Problem } from "./problems.ts";
 
 /** What to import. */
 export type MegatronSource =
@@ -44,25 +44,6 @@ export interface MegatronSettings {
   readonly drop?: readonly string[];
   /** Returns the text of another script that the script reads; undefined if it cannot be read. */
   readonly readScript?: (path: string) => string | undefined;
-}
-
-/** What the importer made of one argument. */
-export interface ArgumentReport {
-  /** As in "--lr 1e-4". */
-  readonly argument: string;
-  /** The keys of the job that depend on it; empty if none does. */
-  readonly keys: readonly string[];
-  /** Why it has no effect, or what rankc lacks. */
-  readonly why?: string;
-}
-
-/** An imported job. */
-export interface ImportedJob extends WrittenJob {
-  readonly mapped: readonly ArgumentReport[];
-  readonly withoutEffect: readonly ArgumentReport[];
-  /** Arguments that were left out on request. */
-  readonly dropped: readonly ArgumentReport[];
-  readonly notes: readonly string[];
 }
 
 /** The words of a launch, and what is known of its ranks. */
@@ -184,12 +165,8 @@ function makeJob({ words, launch }: Found, settings: MegatronSettings, note: str
   putParallel(importing, ranks, sizes, degrees, hasExperts);
   putTrain(importing, ranks.ranks / (degrees.tensor * degrees.pipeline * degrees.context));
   putData(importing);
-  const { mapped, withoutEffect } = reportArguments(args, job.keysOf, problems);
-  if (problems.length > 0) throw new ImportTrouble(settings.name, problems);
-  const dropped = [...drop].map((name) => ({ argument: `--${name}`, keys: [], why: "left out on request" }));
-  for (const { argument } of dropped) job.note(`${argument} of the launch is left out on request.`);
-  const keys = [{ key: "name", value: settings.name, comment: "" }, ...job.entries];
-  return { ...writeJob(keys, job.notes), mapped, withoutEffect, dropped, notes: job.notes };
+  const dropped = [...drop].map((name) => `--${name}`);
+  return makeImported({ name: settings.name, job, problems, reports: reportArguments(args, job.keysOf, problems), dropped });
 }
 
 /** Lists of arguments do not say the ranks; the scripts of the model zoo start 8 a node, on NNODES nodes. */
@@ -201,20 +178,18 @@ function worldOfSettings({ world, variables }: MegatronSettings, problems: Probl
   return undefined;
 }
 
-function reportArguments(args: Arguments, keysOf: ReadonlyMap<string, readonly string[]>, problems: Problem[]) {
-  const mapped: ArgumentReport[] = [];
-  const withoutEffect: ArgumentReport[] = [];
-  for (const { spec, shown, values } of args.given.values()) {
+/** Says of each argument which keys it gave, or why none. Unsupported arguments are problems, unless they have Megatron's default. */
+function reportArguments(args: Arguments, keysOf: ReadonlyMap<string, readonly string[]>, problems: Problem[]): readonly ArgumentReport[] {
+  return [...args.given.values()].flatMap(({ spec, shown, values }) => {
     const keys = keysOf.get(spec.name) ?? [];
+    if (keys.length > 0 || spec.fate !== "unsupported") return [{ argument: shown, keys, why: spec.why }];
     const value = values.length === 1 && values[0] ? knownValue(values[0]) : undefined;
     const isDefault =
-      value !== undefined && (value === spec.default || (spec.default !== undefined && Number(value) === Number(spec.default)));
-    if (keys.length > 0) mapped.push({ argument: shown, keys });
-    else if (spec.fate !== "unsupported") withoutEffect.push({ argument: shown, keys, why: spec.why });
-    else if (isDefault) withoutEffect.push({ argument: shown, keys, why: "is Megatron's default" });
-    else problems.push({ kind: "unsupported", subject: shown, why: `in rankc, ${spec.why}`, fix: dropFix(spec.instead ?? "", spec.name) });
-  }
-  return { mapped, withoutEffect };
+      value !== undefined && spec.default !== undefined && (value === spec.default || Number(value) === Number(spec.default));
+    if (isDefault) return [{ argument: shown, keys, why: "is Megatron's default" }];
+    problems.push({ kind: "unsupported", subject: shown, why: `in rankc, ${spec.why}`, fix: dropFix(spec.instead ?? "", spec.name) });
+    return [];
+  });
 }
 
 const dropFix = (instead: string, name: string): string => instead.replace("--drop the argument", `--drop ${name}`);

@@ -1,10 +1,11 @@
 /** The launch of a training in a script: its entry script, its arguments, and the ranks that the launcher starts. */
+
+import type { Problem } from "../problems.ts";
 import { giveValue } from "./arguments/read.ts";
 import type { CalledCommand } from "./bash/calls.ts";
 import { textOf } from "./bash/scope.ts";
 import { holesOf, knownValue, type ScriptText, shownText } from "./bash/text.ts";
 import type { World } from "./job/parallel.ts";
-import type { Problem } from "./problems.ts";
 
 /** A launch of a training. */
 export interface TrainingLaunch {

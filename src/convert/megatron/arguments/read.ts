@@ -1,7 +1,7 @@
 /** Reads the words after an entry script as arguments of Megatron-LM, with the types and counts of the table (spec.ts). */
 import leven from "leven";
+import type { Problem } from "../../problems.ts";
 import { type Hole, holesOf, knownValue, type ScriptText, shownText } from "../bash/text.ts";
-import type { Problem } from "../problems.ts";
 import { type ArgumentSpec, argumentSpecs, type MappedName } from "./spec.ts";
 
 /** An argument as given: its table entry, its values, and its text. */

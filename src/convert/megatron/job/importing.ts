@@ -1,7 +1,8 @@
 /** What the sections of a job read and write. */
+
+import type { JobBuilder } from "../../jobBuilder.ts";
 import type { Arguments } from "../arguments/read.ts";
 import type { MappedName } from "../arguments/spec.ts";
-import type { JobBuilder } from "../jobBuilder.ts";
 
 /** The arguments of a launch, and the job that is made of them. */
 export interface Importing {

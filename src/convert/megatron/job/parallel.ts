@@ -1,4 +1,5 @@
 /** The sections `parallel` and `cluster` of a job: degrees, stages and their layers, ranks and nodes. */
+import { layoutText } from "../../layoutText.ts";
 import type { MappedName } from "../arguments/spec.ts";
 import type { Importing } from "./importing.ts";
 import type { ModelSizes } from "./model.ts";
@@ -157,22 +158,6 @@ function unevenCounts({ args, job }: Importing, layers: number, stages: number, 
     "choose other numbers of layers",
   );
   return undefined;
-}
-
-/** Writes parts as a layout: neighbours of one size as a group, `(tt|)*7`. */
-function layoutText(counts: readonly number[], depths: number): string {
-  const block = (count: number): string => (count > 4 ? `t*${count}` : "t".repeat(count));
-  const inner = counts.slice(1, -1);
-  const runs: { readonly count: number; readonly times: number }[] = [];
-  for (const count of inner) {
-    const before = runs.at(-1);
-    if (before?.count === count) runs[runs.length - 1] = { count, times: before.times + 1 };
-    else runs.push({ count, times: 1 });
-  }
-  const middle = runs.map(({ count, times }) => (times > 2 ? `(${block(count)}|)*${times}` : `${block(count)}|`.repeat(times))).join("");
-  const [first = 0] = counts;
-  const end = counts.length > 1 ? block(counts.at(-1) ?? 0) : "";
-  return `E${block(first)}${counts.length > 1 ? "|" : ""}${middle}${end}${"m".repeat(depths)}L`;
 }
 
 /** Counts the parts of a layout. */

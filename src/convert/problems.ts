@@ -1,5 +1,5 @@
 /** What keeps a description from becoming a job: every importer collects all of it, and reports it at once. */
-import { Trouble } from "../../../schemas/trouble.ts";
+import { Trouble } from "../../schemas/trouble.ts";
 
 /** One reason why a job cannot be made. */
 export interface Problem {
