@@ -158,10 +158,9 @@ class TrainingLoop {
   }
 
   async gradients(): Promise<Map<string, Tensor>> {
-    const { type } = this.#plan.job.train.optimizer;
     const all = await this.#parameters.collect(
       (p) => p.gradient,
-      (p) => p.rule === type,
+      (p) => p.rule !== "expert_bias" && p.rule !== "quantile",
     );
     if (this.#scaled === 1) return all;
     return new Map([...all].map(([name, { shape, data }]) => [name, { shape, data: data.map((x) => x / this.#scaled) }]));

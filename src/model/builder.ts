@@ -45,14 +45,16 @@ export interface ModuleBuilder {
   readonly sample: Value;
   /** Returns the attributes of a random op: its site and the token order. */
   random(name: string): Attrs;
-  /** A parameter with normal initialisation. `dims` is like `D,F@etp`: letters of dims, and the axes that shard each, outermost first. */
+  /** A hidden weight with normal initialisation. `dims` is like `D,F@etp`: letters of dims, and the axes that shard each, outermost first. */
   weight(name: string, dims: string): Value;
+  /** An embedding table or an output head, with normal initialisation. */
+  vocabulary(name: string, dims: string): Value;
   /** A parameter that starts as ones. */
   gain(name: string, dims: string): Value;
   /** A parameter that starts as zeros. */
   bias(name: string, dims: string): Value;
   /** An f32 parameter that starts as zeros and has a custom update rule. */
-  state(name: string, dims: string, rule: Leaf["rule"]): Value;
+  state(name: string, dims: string, rule: NonNullable<Leaf["rule"]>): Value;
 }
 
 /** Returns the axes that shard the residual stream [B,S,D]. With sequence parallelism, tensor ranks shard tokens too. */
@@ -117,16 +119,19 @@ function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[
     };
   };
   const at = (name: string): string => prefix + name;
-  const parameter = (name: string, dims: string, init: Leaf["init"], more: Partial<Leaf> = {}, dtype: Value["dtype"] = type): Value =>
-    leaf(dims, { kind: "parameter", name: at(name), position, init: init!, ...more }, dtype);
+  const parameter = (name: string, dims: string, of: Pick<Leaf, "init" | "role" | "rule">, dtype: Value["dtype"] = type): Value =>
+    leaf(dims, { kind: "parameter", name: at(name), position, ...of }, dtype);
+  const normal = { type: "normal", std: train.init_std } as const;
+  const constant = (type: "ones" | "zeros") => ({ role: "vector", init: { type, std: 0 } }) as const;
   return {
     ...{ job, position, prefix, losses, at, sample },
     random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
     input: (source, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name: inputName(source), position, source }, dtype),
-    weight: (name, dims) => parameter(name, dims, { type: "normal", std: train.init_std }),
-    gain: (name, dims) => parameter(name, dims, { type: "ones", std: 0 }),
-    bias: (name, dims) => parameter(name, dims, { type: "zeros", std: 0 }),
-    state: (name, dims, rule) => parameter(name, dims, { type: "zeros", std: 0 }, { rule: rule! }, "f32"),
+    weight: (name, dims) => parameter(name, dims, { role: "matrix", init: normal }),
+    vocabulary: (name, dims) => parameter(name, dims, { role: "vocabulary", init: normal }),
+    gain: (name, dims) => parameter(name, dims, constant("ones")),
+    bias: (name, dims) => parameter(name, dims, constant("zeros")),
+    state: (name, dims, rule) => parameter(name, dims, { ...constant("zeros"), rule }, "f32"),
   };
 }
 

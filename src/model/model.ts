@@ -20,7 +20,7 @@ export function buildModel(job: Job): Loss[] {
 
   const moduleAt = moduleBuilders(job, losses);
   const first = moduleAt(0, "");
-  const table = first.weight("embed", "V@tp,D");
+  const table = first.vocabulary("embed", "V@tp,D");
   let x = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
   x.shardAxes = streamAxes(job);
   x = dropped(first, x, "embedding.dropout");
@@ -34,7 +34,7 @@ export function buildModel(job: Job): Loss[] {
   const further = depths(job, y, tableAt, moduleAt);
 
   const last = moduleAt(headAt(m), "");
-  const head = m.tie_embeddings ? tableAt(last.position) : last.weight("head", "D,V@tp");
+  const head = m.tie_embeddings ? tableAt(last.position) : last.vocabulary("head", "D,V@tp");
   const logitsOf = (y: Value, id: string): Value =>
     m.tie_embeddings ? gemmDgrad.of({ dy: y, w: head }, {}, id) : gemm.of({ x: y, w: head }, {}, id);
   // deepest first: then the head's addend of a shared gradient precedes that of the next depth on every pipeline layout

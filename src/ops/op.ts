@@ -177,6 +177,11 @@ export interface Leaf {
   readonly position: number;
   /** Of an input that the host fills: what it writes. */
   readonly source?: HostInput;
+  /**
+   * Of a parameter. `matrix`: a hidden weight [in, out], or one such matrix per expert; `vocabulary`: an embedding table or the output
+   * head; `vector`: a gain, a bias, or a statistic.
+   */
+  readonly role?: "matrix" | "vocabulary" | "vector";
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
   /** The update rule of a parameter without a gradient: an op on a statistic of the step. */
   readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };
