@@ -315,11 +315,30 @@ export const ParallelText = z.strictObject({
     .describe("how ranks are numbered, the first axis fastest: pipeline stages outermost, or data replicas"),
 });
 
+const Muon = z.strictObject({
+  momentum: real.default(0.95).describe("weight of the past in the running mean of gradients"),
+  nesterov: z.boolean().default(true).describe("the update looks one step ahead: the mean once more toward the gradient"),
+  scale_mode: z
+    .enum(["spectral", "unit_rms_norm", "shape_scaling"])
+    .default("spectral")
+    .describe(
+      "the factor on the update of a matrix [in, out], as in Megatron Core: the root of max(in, out), of out / in, or of max(1, out / in)",
+    ),
+  extra_scale_factor: real
+    .default(0.2)
+    .describe(
+      "a further factor on the update; 0.2 with spectral makes it as large as one of adamw (Moonlight), so lr and weight_decay carry over",
+    ),
+});
+
 const OptimizerText = z.strictObject({
   type: z
-    .enum(["adamw", "adam", "sgd"])
+    .enum(["adamw", "adam", "sgd", "muon"])
     .default("adamw")
-    .describe("adamw: weight decay shrinks the weights themselves; adam, sgd: it adds to their gradients, as L2 regularisation does"),
+    .describe(
+      "adamw: weight decay shrinks the weights themselves; adam, sgd: it adds to their gradients, as L2 regularisation does; muon: orthogonal updates of hidden matrices (also of each expert and of routers), adamw for embeddings, output head, gains and biases",
+    ),
+  muon: Muon.optional().describe("muon: its options; betas and eps are those of adamw for the other parameters"),
   lr: real.describe("the largest learning rate, reached after warm-up"),
   min_lr: real.default(0).describe("the learning rate at the end of the decay and after it"),
   warmup_steps: real
@@ -337,7 +356,10 @@ const OptimizerText = z.strictObject({
     .describe("the shape of the decay after warm-up; wsd: constant, then a fall over the last wsd_decay_steps"),
   wsd_decay_steps: real.min(0).nullable().default(null).describe("wsd: length of the fall, which ends at decay_steps"),
   wsd_decay: z.enum(["exponential", "linear", "cosine", "minus_sqrt"]).default("exponential").describe("wsd: the shape of the fall"),
-  betas: z.tuple([real, real]).default([0.9, 0.95]).describe("adamw, adam: decay of the first and of the second moment"),
+  betas: z
+    .tuple([real, real])
+    .default([0.9, 0.95])
+    .describe("adamw, adam, and adamw beside muon: decay of the first and of the second moment"),
   eps: real.default(1e-8).describe("adamw, adam: added to the root of the second moment"),
   momentum: real.default(0.9).describe("sgd: how much of the step before stays; 0 = none, and no memory for it"),
   weight_decay: real.default(0.1).describe("weight decay, of parameters with two or more dims"),
@@ -513,7 +535,11 @@ function completeTrain(train: Omit<Job["train"], "optimizer"> & Pick<JobText["tr
   return {
     ...train,
     loss_scale: train.precision === "fp16" ? (train.loss_scale ?? DynamicLossScale.parse({})) : train.loss_scale,
-    optimizer: { ...train.optimizer, decay_steps: train.optimizer.decay_steps ?? lengthOf(train) },
+    optimizer: {
+      ...train.optimizer,
+      ...(train.optimizer.type === "muon" && { muon: train.optimizer.muon ?? Muon.parse({}) }),
+      decay_steps: train.optimizer.decay_steps ?? lengthOf(train),
+    },
   };
 }
 

@@ -142,7 +142,7 @@ export const Parameter = z.strictObject({
   name: id,
   init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
   rule: z
-    .enum(["adamw", "adam", "sgd", "expert_bias", "quantile"])
+    .enum(["adamw", "adam", "sgd", "muon", "expert_bias", "quantile"])
     .describe(
       "how a step changes it; the bias of a router's choice has no gradient: it goes by how many tokens each expert got, or by quantiles of its logits",
     ),

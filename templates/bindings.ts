@@ -425,6 +425,24 @@ interface CudaNormGradCu {
   readonly x: string | number;
 }
 
+interface CudaOrthogonalizeCu {
+  readonly a: string | number;
+  readonly alongLong: string | number;
+  readonly alongShort: string | number;
+  readonly b: string | number;
+  readonly c: string | number;
+  readonly columns: string | number;
+  readonly eps: string | number;
+  readonly long: string | number;
+  readonly matrices: string | number;
+  readonly name: string | number;
+  readonly parts: string | number;
+  readonly rows: string | number;
+  readonly short: string | number;
+  readonly tile: string | number;
+  readonly x: string | number;
+}
+
 interface CudaPackCu {
   readonly experts: string | number;
   readonly from: string | number;
@@ -928,6 +946,21 @@ interface WgslMergeRowsWgsl {
   readonly threads: string | number;
 }
 
+interface WgslOrthogonalizeWgsl {
+  readonly columns: string | number;
+  readonly entry: string | number;
+  readonly eps: string | number;
+  readonly long: string | number;
+  readonly matrices: string | number;
+  readonly matrix: string | number;
+  readonly parts: string | number;
+  readonly products: readonly { readonly across: string | number; readonly depth: string | number; readonly down: string | number; readonly entry: string | number; readonly left: string | number; readonly right: string | number; readonly store: string | number }[];
+  readonly rows: string | number;
+  readonly short: string | number;
+  readonly stride: string | number;
+  readonly xAt: string | number;
+}
+
 interface WgslPhiloxWgsl {
 }
 
@@ -1220,6 +1253,7 @@ export interface Templates {
   readonly "cuda/merge_rows.cu": CudaMergeRowsCu;
   readonly "cuda/norm.cu": CudaNormCu;
   readonly "cuda/norm_grad.cu": CudaNormGradCu;
+  readonly "cuda/orthogonalize.cu": CudaOrthogonalizeCu;
   readonly "cuda/pack.cu": CudaPackCu;
   readonly "cuda/philox.cuh": CudaPhiloxCuh;
   readonly "cuda/prelude.cuh": CudaPreludeCuh;
@@ -1257,6 +1291,7 @@ export interface Templates {
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
+  readonly "wgsl/orthogonalize.wgsl": WgslOrthogonalizeWgsl;
   readonly "wgsl/philox.wgsl": WgslPhiloxWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;

@@ -1,5 +1,5 @@
 /**
- * The optimizer step: gradient norm, clipping, and the updates of torch.optim's AdamW, Adam and SGD. Arithmetic is in double precision, storage
+ * The optimizer step: gradient norm, clipping, and the updates of torch.optim's AdamW, Adam, SGD and Muon. Arithmetic is in double precision, storage
  * in f32. `clip` writes a `scale` of 0 if the sum of squares is not finite, and an update with a `scale` of 0 changes neither weights nor
  * moments nor router biases: the device skips the step, and the host reads nothing. Each update exists in two forms: with a constant weight
  * decay (an attribute) and with one that is scheduled (an operand).
@@ -21,7 +21,8 @@ import {
   total,
   variable,
 } from "./formula.ts";
-import { formulaOp } from "./op.ts";
+import { newtonSchulzFlops, orthogonalizeEach } from "./newtonSchulz.ts";
+import { formulaOp, op } from "./op.ts";
 
 /** Adds the squares of one gradient to `y`. `scale` is 1 / the number of ranks that hold a copy of the parameter. */
 export const sumSquares = formulaOp({
@@ -159,4 +160,60 @@ const descent = ({ g, scale, w }: Operands<"g" | "scale" | "w">, decay: Term): E
 function withMomentum(t: Operands<"g" | "scale" | "lr" | "w" | "m">, momentum: number, decay: Term) {
   const speed = variable("speed", add(mul(momentum, t.m), descent(t, decay)));
   return { w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, speed))), m: unlessSkipped(t, t.m, speed) };
+}
+
+// -- Muon (Jordan et al. 2024): momentum, made orthogonal, then a step with decoupled weight decay. torch.optim.Muon has the same formulas.
+
+/** m = β·m + (1 − β)·g; u is m, or with `nesterov` β·m + (1 − β)·g. In a skipped step m keeps its values and u is 0. */
+export const muonMomentum = formulaOp({
+  name: "muon_momentum",
+  sig: "g[...] scale[] -> u[...] m[...]",
+  inPlace: ["m"],
+  types: { u: "f32", m: "f32" },
+  attrs: ["momentum", "nesterov"],
+  formula(t, { momentum, nesterov }) {
+    const x = variable("x", mul(1 - momentum, t.g, t.scale));
+    const mean = variable("mean", add(mul(momentum, t.m), x));
+    return { u: select(equal(t.scale, 0), 0, nesterov > 0 ? add(mul(momentum, mean), x) : mean), m: unlessSkipped(t, t.m, mean) };
+  },
+});
+
+/** The matrix with the singular vectors of x and singular values near 1, by five Newton–Schulz iterations. It needs the whole matrix. */
+export const orthogonalize = op({
+  name: "orthogonalize",
+  sig: "x[K!,N!] -> y[K,N]",
+  types: { y: "f32" },
+  flops: ({ K, N }) => newtonSchulzFlops(K, N),
+  cpu: ({ x, y }, { K, N }) => orthogonalizeEach(x, y, 1, K, N),
+});
+/** Like orthogonalize, for the matrix of each expert. */
+export const orthogonalizeExperts = op({
+  name: "orthogonalize_experts",
+  sig: "x[E,K!,N!] -> y[E,K,N]",
+  types: { y: "f32" },
+  flops: ({ E, K, N }) => E * newtonSchulzFlops(K, N),
+  cpu: ({ x, y }, { E, K, N }) => orthogonalizeEach(x, y, E, K, N),
+});
+
+/** w = w·(1 − lr·decay) − lr·factor·u. */
+export const muon = formulaOp({
+  name: "muon",
+  sig: "u[...] scale[] lr[] -> w[...]",
+  inPlace: ["w"],
+  types: { w: "f32" },
+  attrs: ["factor", "decay"],
+  formula: (t, { factor, decay }) => ({ w: alongOrthogonal(t, factor, decay) }),
+});
+export const muonScheduled = formulaOp({
+  name: "muon_scheduled",
+  sig: "u[...] scale[] lr[] decay[] -> w[...]",
+  inPlace: ["w"],
+  types: { w: "f32" },
+  attrs: ["factor"],
+  formula: (t, { factor }) => ({ w: alongOrthogonal(t, factor, t.decay) }),
+});
+
+function alongOrthogonal(t: Operands<"u" | "scale" | "lr" | "w">, factor: number, decay: Term): Expr {
+  const keep = variable("keep", sub(1, mul(t.lr, decay)));
+  return unlessSkipped(t, t.w, sub(mul(t.w, keep), mul(t.lr, factor, t.u)));
 }

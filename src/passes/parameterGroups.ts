@@ -8,6 +8,7 @@ import { type AnyOp, type Attrs, invariant, type Value } from "../ops/op.ts";
 import * as optimizer from "../ops/optimizer.ts";
 
 type OptimizerOptions = Job["train"]["optimizer"];
+type MuonOptions = NonNullable<OptimizerOptions["muon"]>;
 /** Scalars of a step that update ops may read. `clip.scale` multiplies gradients; it is 0 if the step is skipped. The host writes the others. */
 export type StepScalar = "lr" | "step" | "weight_decay" | "clip.scale";
 
@@ -64,7 +65,6 @@ function applyUpdate(
     isScheduled ? scheduled : constant,
     id,
     {
-      g: b.gradient,
       scale: b.scalar("clip.scale"),
       lr: b.scalar("lr"),
       ...operands,
@@ -76,7 +76,7 @@ function applyUpdate(
 }
 const adaptive = (b: UpdateBuilder, id: string, ops: UpdateOps): void => {
   const { betas, eps } = b.options;
-  applyUpdate(b, id, ops, { step: b.scalar("step") }, ["m", "v"], { beta1: betas[0], beta2: betas[1], eps });
+  applyUpdate(b, id, ops, { g: b.gradient, step: b.scalar("step") }, ["m", "v"], { beta1: betas[0], beta2: betas[1], eps });
 };
 /** A rule that the parameter itself declares: an op on a statistic of the step. */
 const declared = (rule: "expert_bias" | "quantile"): ParameterGroup => ({
@@ -94,13 +94,46 @@ const isOptimizer =
   (_, options) =>
     options.type === type;
 
+/**
+ * Returns the factor on an orthogonal update of a matrix [in, out]. The modes are those of Megatron Core's `muon_scale_mode`. With
+ * `spectral` and an extra factor of 0.2 updates are as large as those of AdamW (Liu et al. 2025, arXiv 2502.16982).
+ */
+function muonFactor({ sizes }: Value, { scale_mode, extra_scale_factor }: MuonOptions): number {
+  const [inputs = 1, outputs = 1] = sizes.slice(-2);
+  const scales = {
+    spectral: Math.max(inputs, outputs),
+    unit_rms_norm: outputs / inputs,
+    shape_scaling: Math.max(1, outputs / inputs),
+  };
+  return extra_scale_factor * Math.sqrt(scales[scale_mode]);
+}
+
 /** All groups, in the order in which they are asked. */
 export const parameterGroups: readonly ParameterGroup[] = [
   declared("expert_bias"),
   declared("quantile"),
   {
+    // as in Megatron Core and Moonlight: all hidden matrices, the router's among them, and the matrix of each expert
+    rule: "muon",
+    contains: ({ leaf }, { type }) => type === "muon" && leaf?.role === "matrix",
+    update(b) {
+      const options = b.options.muon;
+      invariant(options !== undefined, "a job with muon has its options");
+      const { momentum, nesterov } = options;
+      const scale = b.scalar("clip.scale");
+      const attrs = { momentum, nesterov: Number(nesterov) };
+      const { u } = b.apply(optimizer.muonMomentum, "momentum", { g: b.gradient, scale }, { m: b.state("m") }, attrs);
+      invariant(u !== undefined, "muon_momentum has an output u");
+      const op = b.parameter.sizes.length > 2 ? optimizer.orthogonalizeExperts : optimizer.orthogonalize;
+      const { y } = b.apply(op, "orthogonal", { x: u }, {}, {});
+      invariant(y !== undefined, `${op.name} has an output y`);
+      const ops = { constant: optimizer.muon, scheduled: optimizer.muonScheduled };
+      applyUpdate(b, "muon", ops, { u: y }, [], { factor: muonFactor(b.parameter, options) });
+    },
+  },
+  {
     rule: "adamw",
-    contains: isOptimizer("adamw"),
+    contains: (_, { type }) => type === "adamw" || type === "muon",
     update: (b) => adaptive(b, "adamw", { constant: optimizer.adamw, scheduled: optimizer.adamwScheduled }),
   },
   {
@@ -113,8 +146,11 @@ export const parameterGroups: readonly ParameterGroup[] = [
     contains: isOptimizer("sgd"),
     update(b) {
       const { momentum } = b.options;
-      if (momentum === 0) applyUpdate(b, "sgd", { constant: optimizer.sgd, scheduled: optimizer.sgdScheduled }, {}, [], {});
-      else applyUpdate(b, "sgd", { constant: optimizer.sgdMomentum, scheduled: optimizer.sgdMomentumScheduled }, {}, ["m"], { momentum });
+      if (momentum === 0) applyUpdate(b, "sgd", { constant: optimizer.sgd, scheduled: optimizer.sgdScheduled }, { g: b.gradient }, [], {});
+      else
+        applyUpdate(b, "sgd", { constant: optimizer.sgdMomentum, scheduled: optimizer.sgdMomentumScheduled }, { g: b.gradient }, ["m"], {
+          momentum,
+        });
     },
   },
 ];

@@ -190,20 +190,27 @@ export const batch = [
     why: "It is what stays of the step before; at 1 all steps ever taken go on for ever.",
     level: "error",
     *check({ train: { optimizer: o } }) {
-      if (o.type !== "sgd" || isShare(o.momentum)) return;
-      yield {
-        at: "train.optimizer.momentum",
-        found: `momentum ${o.momentum}`,
-        fix: "0.9 is usual",
-        tries: [{ "train.optimizer.momentum": 0.9 }],
-      };
+      if (o.type === "sgd" && !isShare(o.momentum))
+        yield {
+          at: "train.optimizer.momentum",
+          found: `momentum ${o.momentum}`,
+          fix: "0.9 is usual",
+          tries: [{ "train.optimizer.momentum": 0.9 }],
+        };
+      if (o.type === "muon" && o.muon && !isShare(o.muon.momentum))
+        yield {
+          at: "train.optimizer.muon.momentum",
+          found: `momentum ${o.muon.momentum}`,
+          fix: "0.95 is usual",
+          tries: [{ "train.optimizer.muon.momentum": 0.95 }],
+        };
     },
     bad: "train: {optimizer: {type: sgd, momentum: 1}}",
   }),
   rule({
     code: "B223",
     title: "a key of another optimizer is set",
-    why: "sgd has a momentum and no second moment; adamw and adam have betas. What is written for the other one changes nothing.",
+    why: "sgd has a momentum and no second moment; adamw, adam and muon have betas; options of muon stand in the section muon. What is written for another optimizer changes nothing.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
       const unused: readonly [at: "train.optimizer.momentum" | "train.optimizer.betas", written: string, usual: unknown][] =
@@ -222,8 +229,32 @@ export const batch = [
           fix: "leave it out",
           tries: [{ [at]: usual }],
         };
+      if (o.type !== "muon" && o.muon)
+        yield {
+          at: "train.optimizer.muon",
+          related: ["train.optimizer.type"],
+          found: `a section muon with type: ${o.type}`,
+          fix: "set type: muon, or leave the section out",
+          tries: [{ "train.optimizer.type": "muon" }],
+        };
     },
     bad: "train: {optimizer: {type: adam, momentum: 0.5}}",
+  }),
+  rule({
+    code: "B238",
+    title: "muon's extra_scale_factor is not above 0",
+    why: "Updates of matrices are multiplied by it: at 0 no matrix learns, below 0 the loss rises.",
+    level: "error",
+    *check({ train: { optimizer: o } }) {
+      if (o.type !== "muon" || !o.muon || o.muon.extra_scale_factor >= SMALLEST) return;
+      yield {
+        at: "train.optimizer.muon.extra_scale_factor",
+        found: `extra_scale_factor ${o.muon.extra_scale_factor}`,
+        fix: "0.2 is usual with scale_mode spectral",
+        tries: [{ "train.optimizer.muon.extra_scale_factor": 0.2 }],
+      };
+    },
+    bad: "train: {optimizer: {type: muon, muon: {extra_scale_factor: 0}}}",
   }),
   rule({
     code: "B214",

@@ -13,7 +13,8 @@ const layers = [
   { name: "templates", holds: /^templates\/[^/]+$/ },
   {
     name: "kernel specs",
-    holds: /^src\/codegen\/(targetNames|launchArgs|kernelSpec|formulaText|product|selection|arrangement|slices|attentionSizes)\.ts$/,
+    holds:
+      /^src\/codegen\/(targetNames|launchArgs|kernelSpec|formulaText|product|selection|arrangement|slices|attentionSizes|orthogonalizeSizes)\.ts$/,
   },
   { name: "kernel generators", holds: /^src\/codegen\/(cuda|wgsl)\// },
   { name: "mesh and pipeline", holds: /^src\/passes\/(mesh|pipeline|passNames)\.ts$/ },

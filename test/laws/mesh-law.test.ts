@@ -209,6 +209,19 @@ describe("on named meshes", () => {
         for (const mesh of meshes) same(await numbers(jobOf(text(shape(model), mesh, train))), alone);
       },
     );
+  // an orthogonal update reads the whole matrix: shares of the state, and matrices over tensor ranks, are gathered for it
+  const muonMeshes: Parallel[] = [
+    { world: 8, tensor: 2, sequence: true, pipeline: 2, distributed_optimizer: true },
+    { world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2, distributed_optimizer: true },
+    { world: 8, context: 2, expert: 2, distributed_optimizer: true, optimizer_instances: 2 },
+    { world: 4, tensor: 4, sequence: true, expert: 2 },
+  ];
+  for (const { options, rows } of byTier(muonMeshes, (_, i) => i < 2))
+    test.each(rows)("muon: %j", options, async (parallel) => {
+      const model = shape({ moe: { ...moe, shared: { ffn: 24, gate: true } }, tie_embeddings: true });
+      const train = { optimizer: { lr: 1e-2, type: "muon" }, global_batch: 8 };
+      same(await numbers(jobOf(text(model, parallel, train))), await reference(text(model, { world: 1 }, train)));
+    });
   test("the dispatcher all_gather", async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -497,6 +510,7 @@ const anyJob = fc
       { ...adamw, type: "adam", weight_decay: 0.1 },
       { type: "sgd", lr: 0.05, momentum: 0.9, weight_decay: 0.1 },
       { type: "sgd", lr: 0.05, momentum: 0 },
+      { ...adamw, type: "muon", weight_decay: 0.1 },
     ),
     // the first step has half as many sequences as the second
     batch_rampup: oneOf(null, null, null, { start: 8, increment: 8, samples: 8 }),

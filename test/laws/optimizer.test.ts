@@ -35,6 +35,51 @@ const stateOf = (t: Tensor): State => ({
   v: new Float64Array(t.data.length),
 });
 
+/**
+ * Singular values near 1, as Jordan's article writes it for any shape: X (a + b·G + c·G²) with G = XᵀX, from X of norm 1. The op works on
+ * the shorter side and transposes; here nothing is transposed.
+ */
+function orthogonal(x: Float64Array, rows: number, columns: number): Float64Array {
+  const product = (p: Float64Array, q: Float64Array, n: number, depth: number, m: number, at: (i: number, k: number) => number) =>
+    Float64Array.from({ length: n * m }, (_, ij) => {
+      let sum = 0;
+      for (let k = 0; k < depth; k++) sum += p[at(Math.floor(ij / m), k)]! * q[k * m + (ij % m)]!;
+      return sum;
+    });
+  const norm = Math.hypot(...x);
+  let y = x.map((v) => v / norm);
+  for (let i = 0; i < 5; i++) {
+    const gram = product(y, y, columns, rows, columns, (a, k) => k * columns + a);
+    const squared = product(gram, gram, columns, columns, columns, (a, k) => a * columns + k);
+    const factor = gram.map((v, at) => -4.775 * v + 2.0315 * squared[at]! + (at % (columns + 1) === 0 ? 3.4445 : 0));
+    y = product(y, factor, rows, columns, columns, (a, k) => a * columns + k);
+  }
+  return y;
+}
+/** Muon on one matrix, or on the matrix of each expert: momentum, Nesterov's step, orthogonal form, decay of the weights. */
+function moveMatrix(
+  { w, m }: State,
+  g: Float32Array,
+  shape: readonly number[],
+  muon: NonNullable<Job["train"]["optimizer"]["muon"]>,
+  told: { clip: number; lr: number; decay: number },
+): void {
+  const [rows, columns] = shape.slice(-2) as [number, number];
+  const scale = { spectral: Math.max(rows, columns), unit_rms_norm: columns / rows, shape_scaling: Math.max(1, columns / rows) };
+  const factor = muon.extra_scale_factor * scale[muon.scale_mode] ** 0.5;
+  for (let first = 0; first < w.length; first += rows * columns) {
+    const ahead = new Float64Array(rows * columns);
+    for (let i = 0; i < ahead.length; i++) {
+      const gradient = g[first + i]! * told.clip;
+      const next = muon.momentum * m[first + i]! + (1 - muon.momentum) * gradient;
+      m[first + i] = next;
+      ahead[i] = muon.nesterov ? muon.momentum * next + (1 - muon.momentum) * gradient : next;
+    }
+    for (const [i, u] of orthogonal(ahead, rows, columns).entries())
+      w[first + i] = w[first + i]! - told.lr * told.decay * w[first + i]! - told.lr * factor * u;
+  }
+}
+
 /** As the papers write them, and torch.optim does. */
 function move(
   { w, m, v }: State,
@@ -42,15 +87,16 @@ function move(
   how: Job["train"]["optimizer"],
   told: { clip: number; lr: number; decay: number; step: number },
 ): void {
+  const decoupled = how.type === "adamw" || how.type === "muon";
   const [b1, b2] = how.betas as [number, number];
   for (let i = 0; i < w.length; i++) {
-    const gradient = g[i]! * told.clip + (how.type === "adamw" ? 0 : told.decay * w[i]!);
+    const gradient = g[i]! * told.clip + (decoupled ? 0 : told.decay * w[i]!);
     if (how.type === "sgd") {
       m[i] = how.momentum * m[i]! + gradient;
       w[i]! -= told.lr * m[i]!;
       continue;
     }
-    if (how.type === "adamw") w[i]! -= told.lr * told.decay * w[i]!;
+    if (decoupled) w[i]! -= told.lr * told.decay * w[i]!;
     m[i] = b1 * m[i]! + (1 - b1) * gradient;
     v[i] = b2 * v[i]! + (1 - b2) * gradient ** 2;
     w[i]! -= (told.lr * (m[i]! / (1 - b1 ** told.step))) / (Math.sqrt(v[i]! / (1 - b2 ** told.step)) + how.eps);
@@ -68,10 +114,18 @@ const methods: Readonly<Record<string, object>> = {
   "sgd, a weight decay that rises by a cosine": { type: "sgd", lr: 0.05, ...rising, weight_decay_schedule: "cosine" },
   "sgd without momentum, a weight decay that rises": { type: "sgd", lr: 0.1, momentum: 0, ...rising },
 };
+const muons: Readonly<Record<string, object>> = {
+  muon: { type: "muon" },
+  "muon without Nesterov, scaled by the ratio of sides": {
+    type: "muon",
+    muon: { nesterov: false, momentum: 0.8, scale_mode: "unit_rms_norm" },
+  },
+  "muon, a weight decay that rises": { type: "muon", muon: { scale_mode: "shape_scaling", extra_scale_factor: 1 }, ...rising },
+};
 const meshes = { "one rank": {}, "shares over data, tensor and stages": { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true } };
 
 describe.each(Object.entries(meshes))("on %s", (_, parallel) => {
-  test.each(Object.entries(methods))("%s", async (_, optimizer) => {
+  test.each([...Object.entries(methods), ...Object.entries(muons)])("%s", async (_, optimizer) => {
     const job = jobWith({ schedule: "linear", warmup_steps: 2, ...optimizer }, parallel);
     const { train } = job;
     const run = await openRun(compile(job).plan, { baseDir: fixture("") });
@@ -82,7 +136,9 @@ describe.each(Object.entries(meshes))("on %s", (_, parallel) => {
       if (step === 1 && train.optimizer.clip > 0) expect(clip).toBeLessThan(1);
       const decay = weightDecay(train, (step - 1) * train.global_batch);
       for (const [name, { shape, data }] of await run.gradients())
-        move(own.get(name)!, data, train.optimizer, { clip, lr, step, decay: shape.length > 1 ? decay : 0 });
+        if (train.optimizer.muon && shape.length > 1 && name !== "embed" && name !== "head")
+          moveMatrix(own.get(name)!, data, shape, train.optimizer.muon, { clip, lr, decay });
+        else move(own.get(name)!, data, train.optimizer, { clip, lr, step, decay: shape.length > 1 ? decay : 0 });
     }
     const have = await run.parameters();
     await run.close();

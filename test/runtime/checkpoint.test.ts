@@ -92,6 +92,7 @@ const kinds: Readonly<Record<string, object>> = {
     optimizer: { type: "sgd", lr: 0.05, momentum: 0.9 },
     batch_rampup: { start: 8, increment: 8, samples: 20 },
   },
+  "muon, bf16": { precision: "bf16", optimizer: { type: "muon", lr: 1e-2 } },
 };
 
 describe.each(Object.entries(meshes).map(([name, mesh], n) => ({ name, mesh, n })))("on $name", ({ mesh, n }) => {

@@ -70,6 +70,7 @@ test.each([
   ["adamw, one rank", planOf(), Number.NaN],
   ["adamw, a mesh of stages", planOf({}, many), Number.NaN],
   ["momentum", planOf({ optimizer: { type: "sgd", lr: 1e-2 } }), Number.POSITIVE_INFINITY],
+  ["muon", planOf({ optimizer: { type: "muon", lr: 1e-2 } }, many), Number.NaN],
   ["quantiles", planOf({ optimizer: { type: "adam", lr: 1e-2 } }, {}, quantile), Number.NaN],
   ["bf16", planOf({ precision: "bf16" }), Number.NaN],
   ["fp16", planOf({ precision: "fp16", loss_scale: 16 }), Number.NaN],

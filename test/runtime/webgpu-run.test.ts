@@ -91,6 +91,11 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
       { world: 1 },
       { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", jitter: 0.1, normalize_top_k: false, z_coeff: 0.01 } } },
     ),
+    "muon, matrices over data, tensor and expert ranks": jobWith(
+      { world: 4, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true },
+      { layers: 1, moe },
+      { optimizer: { lr: 1e-2, type: "muon" } },
+    ),
   };
   const rising = { weight_decay_schedule: "linear", weight_decay_start: 0.1, weight_decay_end: 0.5 };
   const dense = { layers: 1 };

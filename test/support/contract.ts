@@ -64,6 +64,7 @@ const always = new Set([
   "by",
   "ds",
   "dp",
+  "u",
 ]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";

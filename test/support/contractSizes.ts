@@ -85,7 +85,20 @@ export const sets: Readonly<Record<string, Set>> = {
 
 const always: Sizes = {
   ...{ normalize: 1, eps: 1e-2, sign: 1, count: 1000, c: 0.3, scale: 0.5, max: 1, chunk: 0, ranks: 1 },
-  ...{ beta1: 0.9, beta2: 0.999, momentum: 0.8, decay: 0.1, rate: 0.001, choices: 40, most: 100, ema: 0.9, S0: 400, E0: 75 },
+  ...{
+    beta1: 0.9,
+    beta2: 0.999,
+    momentum: 0.8,
+    nesterov: 1,
+    factor: 0.5,
+    decay: 0.1,
+    rate: 0.001,
+    choices: 40,
+    most: 100,
+    ema: 0.9,
+    S0: 400,
+    E0: 75,
+  },
   ...{ T: 3, row: 1 },
   ...{ drop: 0.3, key0: 0x9abcdef0, key1: 0x12345678 },
   ...{ ...unscaled, theta: 10000, first: 0, interleaved: 0 },
@@ -149,6 +162,7 @@ const variants: Readonly<Record<string, readonly Sizes[]>> = {
   top_k_mask_biased: [{}, { groups: 1, sign: -1 }],
   drop: [0, 1].flatMap((position) => [0, 1].map((pad) => ({ position, pad }))),
   combine_weights: [{}, { normalize: 0 }],
+  muon_momentum: [{}, { nesterov: 0 }],
   combine_weights_grad: [{}, { normalize: 0 }],
 };
 export const variantsOf = (op: string): readonly Sizes[] => variants[op] ?? [{}];

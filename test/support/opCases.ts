@@ -27,7 +27,7 @@ const ATTRS = {
   ...{ drop: 0.25, key0: 0x12345678, key1: 0x9abcdef0 },
   // routers
   ...{ rate: 0.1, groups: 2, group_top_k: 1, group_scores: 2 },
-  ...{ beta1: 0.9, beta2: 0.95, momentum: 0.8, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
+  ...{ beta1: 0.9, beta2: 0.95, momentum: 0.8, nesterov: 1, factor: 0.5, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },
 };
 
 /** Uniform in (−1, 1), the same for the same seed (mulberry32). */

@@ -10,6 +10,7 @@ import { gemm } from "./gemm.ts";
 import { latent } from "./latent.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
+import { orthogonalize } from "./orthogonalize.ts";
 import { rope } from "./rope.ts";
 import { router } from "./router.ts";
 import { transport } from "./transport.ts";
@@ -23,6 +24,7 @@ const handWritten = {
   ...latent,
   ...moe,
   ...norm,
+  ...orthogonalize,
   ...rope,
   ...router,
   ...transport,
