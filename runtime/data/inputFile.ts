@@ -1,5 +1,6 @@
 /** Opens input files for random access. Errors of a path are a Trouble that names it. */
-import { closeSync, constants, existsSync, fstatSync, openSync, readSync, statSync } from "node:fs";
+import { closeSync, constants, existsSync, fstatSync, openSync, readdirSync, readSync, statSync } from "node:fs";
+import { join } from "node:path";
 import { Trouble } from "../../schemas/trouble.ts";
 
 /** An open file. */
@@ -16,6 +17,24 @@ export const isThere = (path: string): boolean => existsSync(path);
 
 /** Returns whether a path is a folder. */
 export const isFolder = (path: string): boolean => statSync(path, { throwIfNoEntry: false })?.isDirectory() ?? false;
+
+/** Lists the files of a folder and of the folders in it whose names match, by path; a path that is no folder is the list itself. */
+export function listFiles(path: string, names: RegExp): string[] {
+  if (!isFolder(path)) return [path];
+  return readdirSync(path, { withFileTypes: true })
+    .sort((a, b) => (a.name < b.name ? -1 : 1))
+    .flatMap((entry) => {
+      const below = join(path, entry.name);
+      return entry.isDirectory() ? listFiles(below, names) : entry.isFile() && names.test(entry.name) ? [below] : [];
+    });
+}
+
+/** Returns the size of a file, and when it was changed last, in ms. Throws a Trouble if it is no file. */
+export function fileStamp(path: string): { readonly bytes: number; readonly changed: number } {
+  openInput(path, "the corpus", "paths start at the current folder").close();
+  const { size, mtimeMs } = statSync(path);
+  return { bytes: size, changed: Math.round(mtimeMs) };
+}
 
 /** Reads a whole file. `what`: its role in messages. Throws a Trouble. */
 export function readWhole(path: string, what: string): Uint8Array {

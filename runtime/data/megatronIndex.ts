@@ -38,5 +38,19 @@ export function readIndex(file: Text): Index {
   const offset = Number(view(HEADER + 4 * sequences + 8 * (sequences - 1), 8).getBigInt64(0, true));
   const count = offset / widthOf(dtype) + length;
   if (!Number.isSafeInteger(count) || length < 0 || offset < 0) throw broken(`has a last sequence of ${length} ids at byte ${offset}`);
-  return { dtype, count, documents: entries - 1 };
+  return { dtype, count, documents: entries - 1, sequences };
+}
+
+/** Reads the lengths of all sequences, in ids. Throws a Trouble if they do not add up to the number of ids. */
+export function readLengths(file: Text, { sequences, count }: Index): Int32Array<ArrayBuffer> {
+  const bytes = new Uint8Array(4 * sequences);
+  file.read(bytes, HEADER);
+  // a copy: the field is not aligned in the file, and numbers of this machine are little-endian like the file's
+  const lengths = new Int32Array(bytes.buffer);
+  const sum = lengths.reduce((all, length) => all + length, 0);
+  if (sum === count && lengths.every((length) => length >= 0)) return lengths;
+  throw new Trouble(
+    `${file.path}: the lengths of the index add up to ${sum} ids, and the last sequence ends at id ${count}`,
+    "write the data set again",
+  );
 }

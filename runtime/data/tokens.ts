@@ -49,6 +49,7 @@ export interface Index {
   /** The number of ids of all documents. */
   readonly count: number;
   readonly documents: number;
+  readonly sequences: number;
 }
 
 interface Checks {

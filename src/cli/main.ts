@@ -10,6 +10,7 @@ import { unwritten } from "../../schemas/writing.ts";
 import { readPackageFile } from "../packageFile.ts";
 import { registerCheck } from "./check.ts";
 import { registerCompile } from "./compile.ts";
+import { registerData } from "./data.ts";
 import { registerDiff } from "./diff.ts";
 import { registerDoctor } from "./doctor.ts";
 import { registerExplain } from "./explain.ts";
@@ -41,6 +42,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerInspect,
   registerDiff,
   registerRun,
+  registerData,
   registerPack,
   registerServe,
   registerExplain,

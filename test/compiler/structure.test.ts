@@ -38,7 +38,7 @@ const layers = [
 const layerOf = (file: string): number => layers.findIndex((layer) => layer.holds.test(file));
 
 /** The commands and the library open the runtime. */
-const opensRuntime = ["src/cli/compile.ts", "src/cli/doctor.ts", "src/cli/export.ts", "src/cli/run.ts", "src/index.ts"];
+const opensRuntime = ["src/cli/compile.ts", "src/cli/data.ts", "src/cli/doctor.ts", "src/cli/export.ts", "src/cli/run.ts", "src/index.ts"];
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
   ["src/cli/loadPlan.ts", "finds the plan of a directory"],
@@ -49,6 +49,7 @@ const touchFiles = new Map([
   ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
   ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/data/inputFile.ts", "the corpus"],
+  ["runtime/data/prepare/partialDataset.ts", "a data set while it is written"],
   ["runtime/checkpoint/checkpointFiles.ts", "initial weights"],
   ["runtime/checkpoint/safetensors.ts", "tensors that are written"],
   ["runtime/checkpoint/checkpoint.ts", "checkpoints of a run"],
