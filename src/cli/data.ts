@@ -7,7 +7,7 @@ import type { PrepareProgress } from "../../runtime/data/prepare/prepare.ts";
 import { printable } from "../../schemas/printable.ts";
 import { bytesText, plural } from "../units.ts";
 import { atLeastOne, type CommonOptions, type ProcessExit, withExamples, withFormat } from "./options.ts";
-import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { endProgress, printJson, printProgress, printStderr, printStdout, progressInterval } from "./output.ts";
 import { duration } from "./progress.ts";
 
 interface PrepareOptions extends CommonOptions {
@@ -70,7 +70,7 @@ function registerPrepare(data: Command, exit: ProcessExit): void {
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, interrupt);
     let printed = 0;
     const onProgress = (progress: PrepareProgress): void => {
-      if (progress.seconds - printed < (process.stderr.isTTY ? 0.2 : 10)) return;
+      if (progress.seconds - printed < progressInterval()) return;
       printed = progress.seconds;
       printProgress(prepareLine(progress));
     };

@@ -28,6 +28,9 @@ export const hasColor = (): boolean => Boolean(process.stderr.isTTY) && !process
 export const printProgress = (line: string): void =>
   void process.stderr.write(process.stderr.isTTY ? `\r${escaped(line)}\u001b[K` : `${escaped(line)}\n`);
 
+/** Seconds between two progress lines: on a terminal one overwrites the other, in a log each stays. */
+export const progressInterval = (): number => (process.stderr.isTTY ? 0.2 : 10);
+
 /** Ends the current progress line, so that it stays visible. */
 export const endProgress = (): void => void (process.stderr.isTTY && process.stderr.write("\n"));
 
