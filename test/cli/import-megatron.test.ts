@@ -285,8 +285,7 @@ describe("arguments", () => {
       .map((file) => readFileSync(join(folder, file), "utf8"))
       .join("\n");
     const unread = [...argumentSpecs.values()].filter(({ name, fate }) => fate === "mapped" && !code.includes(`"${name}"`));
-    // it bounds a table that rotary positions do not have
-    expect(unread.map(({ name }) => name)).toEqual(["max-position-embeddings"]);
+    expect(unread.map(({ name }) => name)).toEqual([]);
   });
 
   test("nothing is dropped: each given argument is mapped, or without effect with a reason", () => {
@@ -331,6 +330,22 @@ describe("arguments", () => {
   test("of an argument that is given twice the last counts", () => {
     expect(complete(imported({}, { words: [...wordsOf({}), "--lr", "5e-4"] })).train.optimizer.lr).toBe(5e-4);
     expect(complete(imported({}, { words: [...wordsOf({}), "--lr=5e-4"] })).train.optimizer.lr).toBe(5e-4);
+  });
+
+  test.each([
+    [{ "num-layers-per-virtual-pipeline-stage": "1", "num-virtual-stages-per-pipeline-rank": "2" }, "Megatron takes one of them alone"],
+    [{ "pipeline-model-parallel-layout": "EttttL", "decoder-first-pipeline-num-layers": "4" }, "Megatron takes one of them alone"],
+    [{ "mock-data": "", "data-path": "x" }, "Megatron takes one of them alone"],
+    [{ "moe-pad-expert-input-to-capacity": "" }, "refuses it without --moe-expert-capacity-factor"],
+    [{ "moe-pad-expert-input-to-capacity": "", "moe-expert-capacity-factor": "-1" }, "there is no capacity"],
+    [{ "num-experts": null, "moe-ffn-hidden-size": "64" }, "refuses it without --num-experts"],
+    [{ "num-experts": null, "expert-model-parallel-size": "2" }, "the model has no experts"],
+    [{ "seq-length": "256" }, "a sequence has more tokens than positions"],
+    [{ "start-weight-decay": "0.1" }, "weight decay is constant"],
+    [{ "recompute-granularity": "selective", "recompute-method": "block" }, "takes no layers"],
+    [{ fp16: "" }, "Megatron refuses them together"],
+  ] satisfies [Change, string][])("a combination that Megatron refuses is refused, and not imported in part: %j", (change, expected) => {
+    expect(refusalOf(change)).toContain(expected);
   });
 
   test("--no-position-embedding beside rope does nothing", () => {

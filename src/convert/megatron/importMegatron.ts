@@ -14,6 +14,7 @@ import { newScope } from "./bash/scope.ts";
 import { readScript } from "./bash/script.ts";
 import { knownValue, type ScriptText } from "./bash/text.ts";
 import type { Importing } from "./job/importing.ts";
+import { checkLaunch } from "./job/launchRules.ts";
 import { putModel } from "./job/model.ts";
 import { putExperts } from "./job/moe.ts";
 import { degreesOf, putParallel, smallestWorld, type World } from "./job/parallel.ts";
@@ -165,6 +166,7 @@ function makeJob({ words, launch }: Found, settings: MegatronSettings, note: str
   putParallel(importing, ranks, sizes, degrees, hasExperts);
   putTrain(importing, ranks.ranks / (degrees.tensor * degrees.pipeline * degrees.context));
   putData(importing);
+  checkLaunch(importing);
   const dropped = [...drop].map((name) => `--${name}`);
   return makeImported({ name: settings.name, job, problems, reports: reportArguments(args, job.keysOf, problems), dropped });
 }
