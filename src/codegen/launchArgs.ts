@@ -1,12 +1,12 @@
 /**
- * Arguments of launches as kernel generators write them. A string is the name of a buffer: an operand of the op, `rows` or `needed`. All
- * other arguments are those of the plan (`Arg` in schemas/plan.ts).
+ * Arguments of launches as kernel generators write them. A string is the name of an operand of the op. All other arguments are those of
+ * the plan (`Arg` in schemas/plan.ts).
  */
 import type { Arg, Launch } from "../../schemas/plan.ts";
 
 type ArgOf<K extends Arg["kind"]> = Extract<Arg, { readonly kind: K }>;
-/** An argument of a launch: the name of a buffer, or another argument of the plan. */
-export type KernelArg = string | ArgOf<"scratch" | "start" | "attribute" | "tensor_map">;
+/** An argument of a launch: the name of an operand, or another argument of the plan. */
+export type KernelArg = string | ArgOf<Exclude<Arg["kind"], "operand">>;
 /** A launch before its arguments are completed to those of the plan. */
 export interface GeneratedLaunch extends Omit<Launch, "args"> {
   readonly args: readonly KernelArg[];
@@ -21,14 +21,13 @@ export const startOf = (dim: string): ArgOf<"start"> => ({ kind: "start", dim })
 /** A runtime attribute of the instruction, as 32 bits. */
 export const attributeOf = (name: string): ArgOf<"attribute"> => ({ kind: "attribute", name });
 
-/** Buffers that are no operands. */
-const others: ReadonlyMap<string, Arg> = new Map([
-  ["rows", { kind: "rows" }],
-  ["needed", { kind: "needed" }],
-]);
+/** The row index of the op's ragged values. */
+export const rowIndex: ArgOf<"rows"> = { kind: "rows" };
+/** The count of rows that an op needed, for ops that make rows. Ops of transport have an operand `needed` instead. */
+export const neededRows: ArgOf<"needed"> = { kind: "needed" };
 
 /** Returns a launch as the plan stores it. */
 export const planLaunch = ({ args, ...launch }: GeneratedLaunch): Launch => ({
   ...launch,
-  args: args.map((arg) => (typeof arg === "string" ? (others.get(arg) ?? { kind: "operand", name: arg }) : arg)),
+  args: args.map((arg) => (typeof arg === "string" ? { kind: "operand", name: arg } : arg)),
 });

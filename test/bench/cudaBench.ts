@@ -81,6 +81,9 @@ function renamed(arg: KernelArg, as: Readonly<Record<string, string>>): string |
   switch (arg.kind) {
     case "tensor_map":
       return { ...arg, tensor: as[arg.tensor] ?? arg.tensor };
+    case "rows":
+    case "needed":
+      return as[arg.kind] ?? arg.kind;
     case "scratch":
       return `scratch+${arg.offset}`;
     case "start":

@@ -7,7 +7,7 @@ import type { Sources, WebgpuRanks, WebgpuSettings } from "../../runtime/webgpu/
 import { openWebgpu } from "../../runtime/webgpu/dawn.ts";
 import type { Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { type KernelArg, planLaunch, scratch, startOf } from "../../src/codegen/launchArgs.ts";
+import { type KernelArg, neededRows, planLaunch, rowIndex, scratch, startOf } from "../../src/codegen/launchArgs.ts";
 import { bufferIn, handPlan } from "../support/handPlan.ts";
 import { adapterEnv, hardware, noAdapter, noHalves } from "../support/softwareAdapter.ts";
 
@@ -148,7 +148,7 @@ struct Starts { B: i32, S: i32, }
 }`;
     const launches = [
       launch("first", ["x", scratch(0), scratch(256)]),
-      launch("second", ["rows", "needed", scratch(0), "y", startOf("B"), startOf("S")]),
+      launch("second", [rowIndex, neededRows, scratch(0), "y", startOf("B"), startOf("S")]),
     ];
     const i = { ...compute("i", "two", { x: "x" }, { y: "y" }, { B: [6, [0]], S: [9, []] }), rows: "index" };
     const plan = handPlan({

@@ -87,6 +87,9 @@ function parameter(
   switch (arg.kind) {
     case "tensor_map":
       return context.encodeTiled({ ...arg, at: at(arg.tensor) });
+    case "rows":
+    case "needed":
+      return at(arg.kind);
     case "scratch":
       return at("scratch") + BigInt(arg.offset);
     case "start":

@@ -165,6 +165,7 @@ function packArg(
   };
   if (typeof arg === "string") to.writeBigUInt64LE(at(arg));
   else if (arg.kind === "tensor_map") packTensorMap(to, arg, at(arg.tensor));
+  else if (arg.kind === "rows" || arg.kind === "needed") to.writeBigUInt64LE(at(arg.kind));
   else if (arg.kind === "scratch") to.writeBigUInt64LE(at("scratch") + BigInt(arg.offset));
   else to.writeInt32LE(starts[arg.kind === "start" ? arg.dim : arg.name]! | 0);
 }

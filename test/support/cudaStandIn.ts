@@ -16,7 +16,7 @@ import { typedMemory } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
-import { attributeOf, planLaunch, startOf } from "../../src/codegen/launchArgs.ts";
+import { attributeOf, neededRows, planLaunch, rowIndex, startOf } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
 import { fixture } from "./job.ts";
 
@@ -112,7 +112,6 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
     const ragged = operands.find(([, b]) => b.ragged)?.[1];
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);
-    const pointers = [...operands.map(([name]) => name), ...(ragged ? ["rows"] : []), ...(overflow ? ["needed"] : [])];
     const starts = Object.keys(i.dims);
     const { runtimeAttrs = [] } = ops[i.op];
     const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
@@ -122,7 +121,13 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
       grid: [1, 1, 1],
       threads: 32,
       shared: 0,
-      args: [...pointers, ...starts.map(startOf), ...runtimeAttrs.map(attributeOf)],
+      args: [
+        ...operands.map(([name]) => name),
+        ...(ragged ? [rowIndex] : []),
+        ...(overflow ? [neededRows] : []),
+        ...starts.map(startOf),
+        ...runtimeAttrs.map(attributeOf),
+      ],
     });
     const sha256 = createHash("sha256").update(k.id).digest("hex");
     return { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };

@@ -8,7 +8,7 @@ import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText } from "../kernelSpec.ts";
-import { attributeOf, startOf } from "../launchArgs.ts";
+import { attributeOf, rowIndex, startOf } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { cudaType, f32, source, vectorOf } from "./text.ts";
 
@@ -84,7 +84,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaElementwise
     outputs: outputs.map(({ name, value }) => ({ name, value })),
   });
   const operands = [...inputs, ...written].map((o) => o.name);
-  const args = [...operands, ...(ragged ? ["rows"] : []), ...(f.start ? [startOf(f.start)] : []), ...attrs.map((a) => attributeOf(a))];
+  const args = [...operands, ...(ragged ? [rowIndex] : []), ...(f.start ? [startOf(f.start)] : []), ...attrs.map((a) => attributeOf(a))];
   return {
     source: source(spec, [...(f.functions ?? []), body].join("\n")),
     launches: [{ entry: spec.name, grid: [Math.ceil(vectors / (THREADS * unroll)), 1, 1], threads: THREADS, shared: 0, args }],

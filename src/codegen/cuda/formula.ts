@@ -9,7 +9,7 @@ import { type Access, isTotal, layoutOf, type OperandLayout, operandsOf, product
 import { type AnyFormulaOp, invariant } from "../../ops/op.ts";
 import { type FormulaText, formulaText, strength } from "../formulaText.ts";
 import { type CudaGenerator, cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf } from "../kernelSpec.ts";
-import { type KernelArg, scratchStart } from "../launchArgs.ts";
+import { type KernelArg, rowIndex, scratchStart } from "../launchArgs.ts";
 import type { Arch } from "../targetNames.ts";
 import { makeElementwise } from "./elementwise.ts";
 import { addPartials, makeSum } from "./reduce.ts";
@@ -126,7 +126,7 @@ function rowKernel(
     launches: [
       {
         ...{ entry: spec.name, grid: [grid, 1, 1], threads: shares.threads, shared: 0 },
-        args: [...names(read), ...names(written), ...(ragged ? ["rows"] : []), ...(total ? [scratchStart] : [])],
+        args: [...names(read), ...names(written), ...(ragged ? [rowIndex] : []), ...(total ? [scratchStart] : [])],
       },
       ...(last ? [last.launch] : []),
     ],

@@ -9,6 +9,7 @@ import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { rowIndex } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import { mostTiles, sidesOf } from "./product.ts";
 import { type Float16, float16Types, source } from "./text.ts";
@@ -86,7 +87,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     ragged,
     pointer: p.ragged === "rows" ? "c" : "nullptr",
   });
-  const args = [...mapsOf(p, tiling), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? ["rows"] : [])];
+  const args = [...mapsOf(p, tiling), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? [rowIndex] : [])];
   return {
     source: source(spec, body),
     launches: [{ entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, tiling), args }],

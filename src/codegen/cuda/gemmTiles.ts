@@ -2,6 +2,7 @@
 import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
+import { rowIndex } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import { mostTiles, sidesOf } from "./product.ts";
 import { type Float16, float16Types, source } from "./text.ts";
@@ -32,7 +33,7 @@ function launched(
   launch: { readonly threads: number; readonly shared: number },
   body: string,
 ): GeneratedKernel {
-  const args = [p.a.name, p.b.name, p.c.name, ...(p.ragged ? ["rows"] : [])];
+  const args = [p.a.name, p.b.name, p.c.name, ...(p.ragged ? [rowIndex] : [])];
   return { source: source(spec, body), launches: [{ entry: spec.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
 

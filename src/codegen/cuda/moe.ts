@@ -3,7 +3,7 @@ import { render } from "../../../templates/bindings.ts";
 import { pack, packGrad, permute, unpermute } from "../../ops/moe.ts";
 import { invariant } from "../../ops/op.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, offsetsAt, operandOf } from "../kernelSpec.ts";
-import { type GeneratedLaunch, type KernelArg, scratch, scratchStart, startOf } from "../launchArgs.ts";
+import { type GeneratedLaunch, type KernelArg, neededRows, rowIndex, scratch, scratchStart, startOf } from "../launchArgs.ts";
 import { clearBuffer } from "./reduce.ts";
 import { cudaType, shareRow, source, vectorOf } from "./text.ts";
 
@@ -78,8 +78,8 @@ function makeRows(spec: RowsSpec, map: boolean, weights?: { readonly from: Kerne
     args,
   });
   const outputs = [
-    "rows",
-    ...(spec.mayOverflow ? ["needed"] : []),
+    rowIndex,
+    ...(spec.mayOverflow ? [neededRows] : []),
     ...(weights ? [weights.from.name, weights.to.name] : []),
     ...(map ? [scratchStart] : []),
   ];
@@ -103,7 +103,7 @@ function mapRows(spec: RowsSpec): KernelPart {
   return {
     body: render("cuda/map_rows.cu", { name: spec.name, cells: tokens * experts, sequence, experts }),
     scratch: mapBytes(spec),
-    launches: [launch("none", tokens * experts, [scratchStart]), launch("map", spec.bound, ["rows", scratchStart, ...starts])],
+    launches: [launch("none", tokens * experts, [scratchStart]), launch("map", spec.bound, [rowIndex, scratchStart, ...starts])],
   };
 }
 
@@ -167,6 +167,8 @@ function perRow(
   const { sequence, experts } = sizesOf(spec);
   return {
     body: render("cuda/pack.cu", { name: spec.name, ...values, from: cudaType(from.dtype), to: cudaType(to.dtype), sequence, experts }),
-    launches: [{ entry: spec.name, grid: oneDim(spec.bound, 256), threads: 256, shared: 0, args: ["rows", from.name, to.name, ...starts] }],
+    launches: [
+      { entry: spec.name, grid: oneDim(spec.bound, 256), threads: 256, shared: 0, args: [rowIndex, from.name, to.name, ...starts] },
+    ],
   };
 }

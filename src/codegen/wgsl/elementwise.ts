@@ -9,6 +9,7 @@ import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText, wgslKernel } from "../kernelSpec.ts";
+import { rowIndex } from "../launchArgs.ts";
 import { type Binding, bindingOf, type EntryPoint, float, foldGrid, kernel, scalar, vector, widthOf } from "./text.ts";
 
 const THREADS = 256;
@@ -66,7 +67,7 @@ export function makeElementwise(
   const total = outputs[0].size;
   const written = outputs.filter((o) => !inputs.some((i) => i.name === o.name));
   const buffers = [...inputs, ...written.map(stream)].map((o) => bufferOf(o, width));
-  if (spec.bound) buffers.push({ arg: "rows", type: "i32" });
+  if (spec.bound) buffers.push({ arg: rowIndex, type: "i32" });
   const groups = Math.ceil(total / width / THREADS);
   const entry: EntryPoint = { entry: spec.name, grid: groups, threads: THREADS, buffers, starts, attrs };
   const text = render("wgsl/map.wgsl", {

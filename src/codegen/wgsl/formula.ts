@@ -4,6 +4,7 @@ import { type Access, isTotal, layoutOf, type OperandLayout, operandsOf, product
 import { type AnyFormulaOp, invariant } from "../../ops/op.ts";
 import { type FormulaText, formulaText, type RowStage } from "../formulaText.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf, type WgslGenerator, wgslKernel } from "../kernelSpec.ts";
+import { rowIndex } from "../launchArgs.ts";
 import { bufferOf, type Input, loadsOf, makeElementwise, perRow, storeOf } from "./elementwise.ts";
 import { scalarSum, THREADS, totalOver } from "./reduce.ts";
 import { type Binding, definitionsFor, float, foldGrid, horizontal, kernel, lanesOf, vector, wgsl, widthOf } from "./text.ts";
@@ -162,7 +163,7 @@ export function rowKernel(
     ...outputs.map((o) => bufferOf({ ...o, isVector: true }, width)),
     ...rowOutputs.map((o) => bufferOf({ ...o, isVector: false }, 1)),
   ];
-  const all = [...buffers, ...written, ...end.buffers, ...(spec.bound ? [{ arg: "rows", type: "i32" }] : [])];
+  const all = [...buffers, ...written, ...end.buffers, ...(spec.bound ? [{ arg: rowIndex, type: "i32" }] : [])];
   const total = lanes > 1 ? [totalOver(lanes, stage.by === "max" ? { combine: "max(a, b)" } : {})] : [];
   return kernel(spec, [{ entry: spec.name, grid: groups, threads: THREADS, buffers: all, starts: end.starts }], [...total, body]);
 }

@@ -2,7 +2,7 @@
 import { render } from "../../../templates/bindings.ts";
 import { pack, packGrad, permute, unpermute } from "../../ops/moe.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
-import { scratchStart } from "../launchArgs.ts";
+import { neededRows, rowIndex, scratchStart } from "../launchArgs.ts";
 import { THREADS } from "./reduce.ts";
 import { type Binding, bindingOf, type EntryPoint, foldGrid, kernel, scalar, scratchBytes, vector, widthOf } from "./text.ts";
 
@@ -25,7 +25,7 @@ function makeRows(spec: RowsSpec): ShaderPart & { readonly words: number } {
   const groups = Math.ceil(counts / THREADS);
   const mask = operandOf<"c">(spec, "c");
   const scratch = { arg: scratchStart, type: "u32" };
-  const rows = { arg: "rows", type: "i32" };
+  const rows = { arg: rowIndex, type: "i32" };
   const entries: EntryPoint[] = [
     {
       ...{ entry: `${spec.name}_count`, grid: groups, threads: THREADS },
@@ -33,7 +33,11 @@ function makeRows(spec: RowsSpec): ShaderPart & { readonly words: number } {
     },
     {
       ...{ entry: `${spec.name}_place`, grid: 1, threads: THREADS },
-      buffers: [{ ...scratch, name: "places" }, { ...rows, name: "index" }, ...(spec.mayOverflow ? [{ arg: "needed", type: "i32" }] : [])],
+      buffers: [
+        { ...scratch, name: "places" },
+        { ...rows, name: "index" },
+        ...(spec.mayOverflow ? [{ arg: neededRows, type: "i32" }] : []),
+      ],
     },
     {
       ...{ entry: `${spec.name}_write`, grid: groups, threads: THREADS, starts: PLACE },
@@ -55,7 +59,7 @@ function eachRow(spec: KernelSpec<string, "S" | "E">, { entry = spec.name, vecto
     ...{ op: spec.op, entry, threads: THREADS, index: foldGrid(groups).index, width, vectors },
     ...{ positions: spec.d.S, experts: spec.d.E, choice, line },
   });
-  const all = [...buffers, { arg: "rows", type: "i32" }];
+  const all = [...buffers, { arg: rowIndex, type: "i32" }];
   return {
     entries: [{ entry, grid: groups, threads: THREADS, buffers: all, starts: choice ? PLACE : ["B", "S"], uniform: "place" }],
     text,

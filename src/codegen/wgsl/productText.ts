@@ -2,7 +2,7 @@
 import type { Dtype } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { scratchStart } from "../launchArgs.ts";
+import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import type { Tile, WgslTiling } from "./product.ts";
 import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
@@ -59,7 +59,7 @@ export function productKernel(spec: KernelSpec, p: MatrixProduct, t: WgslTiling<
       operand("a"),
       operand("b"),
       { arg: split ? scratchStart : out.name, name: to.name, type: vector(scalar(to.dtype), run) },
-      ...(p.ragged ? [{ arg: "rows", type: "i32" }] : []),
+      ...(p.ragged ? [{ arg: rowIndex, type: "i32" }] : []),
     ],
   };
   const count = (p.m * p.n) / run;

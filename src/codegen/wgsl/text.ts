@@ -7,14 +7,14 @@ import type { Dtype } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import { type ExprText, type Language, strength } from "../formulaText.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
-import { attributeOf, type GeneratedLaunch, type scratchStart, startOf } from "../launchArgs.ts";
+import { attributeOf, type GeneratedLaunch, type neededRows, type rowIndex, type scratchStart, startOf } from "../launchArgs.ts";
 
 /** The argument of a launch for a storage buffer. */
-type BufferArg = string | typeof scratchStart;
+type BufferArg = string | typeof scratchStart | typeof rowIndex | typeof neededRows;
 
 /** A storage buffer of an entry: launch argument, variable in the source, element type. */
 export interface Binding {
-  /** An operand, `rows`, `needed`, or `scratchStart`. */
+  /** An operand, `rowIndex`, `neededRows`, or `scratchStart`. */
   readonly arg: BufferArg;
   /** The variable; default: the name of the buffer. Entries of one source may share a variable only at the same binding. */
   readonly name?: string;
@@ -129,7 +129,7 @@ function launch(
     args: [...args, ...starts.map(startOf), ...attrs.map(attributeOf)],
   };
 }
-const scratches = (args: readonly BufferArg[]): number => args.filter((arg) => typeof arg !== "string").length;
+const scratches = (args: readonly BufferArg[]): number => args.filter((arg) => typeof arg !== "string" && arg.kind === "scratch").length;
 
 /** Returns a number as a WGSL float literal. */
 export const float = (x: number): string => (/[.e]/.test(`${x}`) ? `${x}` : `${x}.0`);
