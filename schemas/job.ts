@@ -445,8 +445,26 @@ const TrainText = z.strictObject({
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 
+const SourceText = z.strictObject({
+  path: z.string().min(1).describe("the prefix of the data set, PREFIX of PREFIX.bin and PREFIX.idx, relative to the job file"),
+  weight: z.number().min(1e-6).max(1e9).default(1).describe("how many of the samples come from this source, beside the other weights"),
+});
+
 const DataText = z.strictObject({
-  path: z.string().describe("the training text, or its token ids, relative to the job file"),
+  path: z.string().optional().describe("the training text, or its token ids, relative to the job file; not with sources"),
+  sources: z
+    .array(SourceText)
+    .min(1)
+    .optional()
+    .describe(
+      "in place of path: data sets in Megatron's indexed format, blended by weight. Documents come in a random order for each epoch, samples run across their ends and are shuffled, as in Megatron Core; rankc data prepare writes such data sets",
+    ),
+  split: z
+    .array(z.number().min(0).max(1e9))
+    .min(1)
+    .max(3)
+    .optional()
+    .describe("with sources: shares of training, validation and test, such as [99990, 8, 2]; training takes the documents of the first"),
   format: z
     .enum(["text", "tokens"])
     .optional()
@@ -498,7 +516,7 @@ export const Job = JobText.extend({
   }),
   parallel: ParallelText.required({ data: true }),
   train: TrainText.required({ global_batch: true }).extend({ optimizer: OptimizerText.required({ decay_steps: true }) }),
-  data: DataText.required({ format: true, dtype: true }),
+  data: DataText.required({ path: true, format: true, dtype: true }),
   cluster: ClusterText.required({ nodes: true }),
 });
 export type Job = z.output<typeof Job>;
@@ -508,6 +526,7 @@ export function completeJob(text: JobText): Job {
   const { model, parallel, train, cluster, data: corpus } = text;
   const { mla } = model;
   const { scaling } = model.rope;
+  const path = corpus.path ?? corpus.sources?.[0]?.path ?? "";
   const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
   const data = parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context);
   return {
@@ -524,7 +543,9 @@ export function completeJob(text: JobText): Job {
     train: completeTrain({ ...train, global_batch: train.global_batch ?? train.micro_batch * data }),
     data: {
       ...corpus,
-      format: corpus.format ?? (corpus.path.endsWith(".bin") ? "tokens" : "text"),
+      // with sources, the first of them stands for all where one path is shown
+      path,
+      format: corpus.format ?? (corpus.sources || path.endsWith(".bin") ? "tokens" : "text"),
       dtype: corpus.dtype ?? (model.vocab <= 2 ** 16 ? "u16" : "u32"),
     },
     cluster: { ...cluster, nodes: cluster.nodes ?? Math.ceil(parallel.world / cluster.gpus_per_node) },

@@ -4,9 +4,9 @@
  */
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { keyOf, philox } from "../../src/ops/philox.ts";
 import type { HostData } from "../backend.ts";
 import { readIndex } from "../data/megatronIndex.ts";
+import { permutation } from "../data/permutation.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "../data/tokens.ts";
 import { countOf, shiftLeft, type Weighting, weightsOf } from "./tokenWeights.ts";
 
@@ -39,22 +39,44 @@ export type BatchOf = (first: number, rows: number) => Batch;
 
 /** Opens a corpus for batches. Throws a Trouble if the corpus is too short, or does not have the format of `reading`. */
 export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
-  const { seq, vocab } = reading;
+  const { vocab } = reading;
   const tokens = idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
   check(tokens, reading);
   const marks = corpus.labels && labelsOf(corpus.labels, tokens, vocab);
   const startOf = orders[reading.order](tokens.count, reading);
+  return batchesFrom(reading, (sample, window) => {
+    // the row of a step, because the sequential order wraps by whole batches
+    const start = startOf(sample.first, sample.row);
+    tokens.read(window, start);
+    // labels are aligned with their tokens; a token predicts the label of the next token
+    return marks && ((labels: Int32Array) => marks.read(labels, start + 1));
+  });
+}
+
+/** A sample of a step: the sequences read before the step, and its row. */
+export interface SampleAt {
+  readonly first: number;
+  readonly row: number;
+}
+
+/**
+ * Returns the batches of samples that `read` fetches: it fills a window of seq + 1 tokens, and may return a function that fills the labels
+ * of the sample; without one the labels are the next tokens.
+ */
+export function batchesFrom(
+  reading: Reading,
+  read: (sample: SampleAt, window: Int32Array) => ((labels: Int32Array) => void) | undefined,
+): BatchOf {
+  const { seq } = reading;
   return (first, rows) => {
     const ids = new Int32Array(rows * seq);
     const labels = new Int32Array(rows * seq);
     const window = new Int32Array(seq + 1);
     for (let row = 0; row < rows; row++) {
-      const start = startOf(first, row);
-      tokens.read(window, start);
+      const own = read({ first, row }, window);
       ids.set(window.subarray(0, seq), row * seq);
-      if (!marks) labels.set(window.subarray(1), row * seq);
-      // labels are aligned with their tokens; a token predicts the label of the next token
-      else marks.read(labels.subarray(row * seq, (row + 1) * seq), start + 1);
+      if (own) own(labels.subarray(row * seq, (row + 1) * seq));
+      else labels.set(window.subarray(1), row * seq);
     }
     const share = rows / reading.batch;
     return { ids, labels, ...weightsIn(labels, reading, share), ...further(ids, labels, reading, share) };
@@ -104,26 +126,11 @@ const orders: Readonly<Record<Reading["order"], Order>> = {
     return (first, row) => {
       const sample = first + row;
       const wanted = Math.floor(sample / windows);
-      if (wanted !== epoch) order = permutation(windows, seed, (epoch = wanted));
+      if (wanted !== epoch) order = permutation(windows, seed, "data.order", (epoch = wanted));
       return order[sample % windows]! * seq;
     };
   },
 };
-
-/** Fisher-Yates; the draw for place i is a pure function of seed, epoch and i. */
-function permutation(length: number, seed: number, epoch: number): Uint32Array<ArrayBuffer> {
-  const [k0, k1] = keyOf(seed, "data.order");
-  const words = new Uint32Array(4);
-  const order = Uint32Array.from({ length }, (_, i) => i);
-  for (let i = length - 1; i > 0; i--) {
-    philox(words, i, 0, epoch, 0, k0, k1);
-    // 53 random bits in [0, 1): the bias of an index is at most i / 2^53
-    const uniform = (words[0]! * 2 ** 21 + (words[1]! >>> 11)) * 2 ** -53;
-    const j = Math.floor(uniform * (i + 1));
-    [order[i], order[j]] = [order[j]!, order[i]!];
-  }
-  return order;
-}
 
 function check(tokens: Tokens, { seq, batch }: Reading): void {
   // One token more than the sequential rule reads: its modulus must be at least 1

@@ -1,5 +1,6 @@
 /** A run on this machine: opens what a plan needs here (its text, its weights, its devices), and closes all of it with the run. */
 import { resolve } from "node:path";
+import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
@@ -7,7 +8,8 @@ import { type BackendName, backends } from "../backends.ts";
 import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
-import { openCorpus } from "../data/corpus.ts";
+import { type Opened, openCorpus } from "../data/corpus.ts";
+import { openSources } from "../data/sources.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 
@@ -55,9 +57,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     throw new Trouble("--allow-mismatch needs --resume or --init-from", "add one of them, or omit --allow-mismatch");
   const chosen = resume === undefined ? undefined : chosenBy(resume, folder);
   const { job } = plan;
-  const { path, labels } = job.data;
-  const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
-  const corpus = openCorpus(files, readingOf(job));
+  const corpus = openData(job, baseDir);
   const localRanks = await openBackend(plan, settings).catch((error: unknown) => {
     corpus.close();
     throw error;
@@ -96,6 +96,17 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     await close(error as Error);
     throw error;
   }
+}
+
+/** Opens the sources of a job, or its one corpus. */
+function openData(job: Job, baseDir: string): Opened {
+  const { path, labels, sources, split } = job.data;
+  if (sources) {
+    const placed = sources.map((source) => ({ ...source, path: resolve(baseDir, source.path) }));
+    return openSources(placed, split, readingOf(job));
+  }
+  const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
+  return openCorpus(files, readingOf(job));
 }
 
 function chosenBy(resume: string, save: string | undefined): Chosen {

@@ -122,10 +122,13 @@ const smallCorpus = 16 * 2 ** 20;
  * outside of the archive or too large: returns undefined without `dataDir`, throws a Trouble with it.
  */
 export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
-  const { path, labels } = job.data;
-  const wanted = [{ key: "data.path", path, what: "the corpus does" }];
+  const { path, labels, sources } = job.data;
+  const inSources = (sources ?? []).flatMap(({ path: prefix }) =>
+    [".bin", ".idx"].map((end) => ({ key: "data.sources", path: `${prefix.replace(/\.(bin|idx)$/, "")}${end}`, what: "the source does" })),
+  );
+  const wanted = sources ? inSources : [{ key: "data.path", path, what: "the corpus does" }];
   // without its index, a Megatron data set would be read as data.dtype
-  const index = indexPath(path);
+  const index = sources ? undefined : indexPath(path);
   if (index !== undefined && existsSync(resolve(dataDir ?? folder, index)))
     wanted.push({ key: "data.path", path: index, what: "its index does" });
   if (labels !== null) wanted.push({ key: "data.labels", path: labels, what: "the labels do" });

@@ -54,7 +54,9 @@ export async function serve(
       `the plan is for ${target}, and browsers have WebGPU alone`,
       "compile the job with --target webgpu, or name the job itself",
     );
-  const { path, labels } = plan.job.data;
+  const { path, labels, sources } = plan.job.data;
+  if (sources)
+    throw new Trouble("a browser reads one file, and the job has data.sources", "set data.path to one .bin file in place of data.sources");
   const bytes = { type: "application/octet-stream" };
   const answers = new Map<string, Answer>([
     ...pageIn(page),

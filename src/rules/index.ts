@@ -8,6 +8,7 @@ import { copy, isObject, type Source, setPath, valueAt } from "../frontend/sourc
 import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
+import { data } from "./data.ts";
 import { memory, memoryRule } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
@@ -25,6 +26,7 @@ import { trainingSchedule } from "./trainingSchedule.ts";
 const quick: readonly Rule[] = [
   ...mesh,
   ...batch,
+  ...data,
   ...trainingSchedule,
   ...precision,
   ...rampup,
