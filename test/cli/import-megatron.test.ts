@@ -248,6 +248,8 @@ describe("stages", () => {
     const chunked = { ...ends, "num-virtual-stages-per-pipeline-rank": "2" };
     expect(stages(chunked)).toEqual({ layout: "Et|tt|tt|t|t|tt|tt|tL", virtual_pipeline: 2 });
     expect(refusalOf({ ...ends, "pipeline-model-parallel-size": "4", "num-layers": "11" })).toContain("do not spread evenly");
+    const all = { "decoder-first-pipeline-num-layers": "6", "decoder-last-pipeline-num-layers": "6" };
+    expect(refusalOf({ ...all, "pipeline-model-parallel-size": "4", "num-layers": "12" })).toContain("the other 0 layers do not spread");
   });
 
   test("an embedding and a loss that count as layers shorten the first and the last chunk", () => {

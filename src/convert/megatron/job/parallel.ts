@@ -150,7 +150,7 @@ function unevenCounts({ args, job }: Importing, layers: number, stages: number, 
     const stage = i % stages;
     return (stage === 0 ? (first ?? each) : stage === stages - 1 ? (last ?? each) : each) / chunks;
   });
-  if (counts.every((count) => Number.isInteger(count) && count >= 0) && (between > 0 || rest === 0)) return counts;
+  if (counts.every((count) => Number.isInteger(count) && count >= 0) && between > 0 === rest > 0) return counts;
   const given = COUNTS.flatMap((name) => args.given.get(name)?.shown ?? []).join(" ");
   job.reject(
     given,
