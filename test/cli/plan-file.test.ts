@@ -3,6 +3,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Plan, Sections } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { parsePlan } from "../../src/plan/read.ts";
@@ -100,6 +101,25 @@ describe("a plan as a file", () => {
     const written = printPlan(made);
     expect(printPlan(parsePlan(written, "plan.json"))).toBe(written);
   });
+
+  test.each(["cuda:sm_90a", "cuda:sm_80", "webgpu:baseline"])(
+    "a plan for %s with bounded rows of experts on several ranks is read as it was written",
+    async (name) => {
+      const moe = { experts: 8, top_k: 2, ffn: 32, rows_bound: 2 };
+      const made = compile(
+        jobOf({
+          name: "read",
+          model: { layers: 1, hidden: 32, heads: 4, vocab: 256, seq: 16, moe },
+          parallel: { world: 4, expert: 4 },
+          train: { global_batch: 4, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
+          data: { path: "corpus.txt" },
+        }),
+        { target: await loadTarget(name) },
+      ).plan;
+      const written = printPlan(made);
+      expect(printPlan(parsePlan(written, "plan.json"))).toBe(written);
+    },
+  );
 
   test("equal sections have equal bytes, whatever the order of their keys", () => {
     const turned = Object.fromEntries(Object.entries(sections).reverse()) as Sections;
