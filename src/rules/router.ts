@@ -1,5 +1,6 @@
 /** Rules E: router scores and selection. */
-import { evenBy, SMALLEST } from "../../schemas/job.ts";
+import { SMALLEST } from "../../schemas/job/numbers.ts";
+import { evenBy } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 /** Rules of the router. */

@@ -1,6 +1,7 @@
 /** What several laws need: a job from a few lines of YAML, and how far two tensors are apart. */
 import { stringify } from "yaml";
-import { type Job, ParallelText } from "../../schemas/job.ts";
+import { ParallelText } from "../../schemas/job/parallel.ts";
+import type { Job } from "../../schemas/job.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 

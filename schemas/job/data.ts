@@ -1,0 +1,64 @@
+/** The section data: the corpus. */
+import { z } from "zod";
+
+const SourceText = z.strictObject({
+  path: z.string().min(1).describe("the prefix of the data set, PREFIX of PREFIX.bin and PREFIX.idx, relative to the job file"),
+  weight: z.number().min(1e-6).max(1e9).default(1).describe("share of the samples from this source, relative to the other weights"),
+});
+
+/** data as written. */
+export const DataText = z.strictObject({
+  path: z.string().optional().describe("the file of the training text or of its token ids, relative to the job file; excludes sources"),
+  sources: z
+    .array(SourceText)
+    .min(1)
+    .optional()
+    .describe(
+      "in place of path: data sets in Megatron's indexed format, blended by weight. As in Megatron Core, documents are shuffled in each epoch, samples cross the ends of documents, and samples are shuffled; rankc data prepare writes such data sets",
+    ),
+  split: z
+    .array(z.number().min(0).max(1e9))
+    .min(1)
+    .max(3)
+    .optional()
+    .describe(
+      "with sources: shares of training, validation and test, such as [99990, 8, 2]; training uses the documents of the first share",
+    ),
+  format: z
+    .enum(["text", "tokens"])
+    .optional()
+    .describe("content of path. text: a text; tokens: token ids, one after another; default: tokens if path ends in .bin, otherwise text"),
+  dtype: z
+    .enum(["u16", "u32"])
+    .optional()
+    .describe(
+      "format tokens: the type of an id, little-endian; default: u16 if it holds all ids below model.vocab, otherwise u32. The index of a Megatron data set, PREFIX.idx beside PREFIX.bin, takes precedence",
+    ),
+  labels: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe(
+      "a file with a little-endian i32 for each token of path: the id to predict at the position of that token (usually the token itself), or -100 for a position that is ignored; null = every token is predicted",
+    ),
+  tokenizer: z.literal("bytes").default("bytes").describe("format text: each byte of the text is one token id, 0 to 255"),
+  order: z
+    .enum(["sequential", "shuffled"])
+    .default("sequential")
+    .describe("order of sequences. sequential: from the start of the corpus; shuffled: from seeded random positions"),
+});
+
+/** data with every default filled in. */
+export const Data = DataText.required({ path: true, format: true, dtype: true });
+
+/** Fills in defaults that depend on other keys. `vocab`: model.vocab. */
+export function completeData(data: z.output<typeof DataText>, vocab: number): z.output<typeof Data> {
+  // the first source represents all of them where one path is shown
+  const path = data.path ?? data.sources?.[0]?.path ?? "";
+  return {
+    ...data,
+    path,
+    format: data.format ?? (data.sources || path.endsWith(".bin") ? "tokens" : "text"),
+    dtype: data.dtype ?? (vocab <= 2 ** 16 ? "u16" : "u32"),
+  };
+}

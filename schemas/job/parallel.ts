@@ -1,0 +1,77 @@
+/** The section parallel: the mesh, and how model and batch are spread over it. */
+import { z } from "zod";
+import { count } from "./numbers.ts";
+
+/** The largest context axis. Attention of each layer has a ring step for each of its ranks, and each step is instructions of the plan. */
+const MOST_CONTEXT = 256;
+
+/** parallel as written. */
+export const ParallelText = z.strictObject({
+  world: count
+    .max(2 ** 20)
+    .default(1)
+    .describe("total number of ranks; a rank is one process with one GPU"),
+  tensor: count.default(1).describe("ranks that share the attention and the dense matrices of a layer"),
+  sequence: z
+    .boolean()
+    .default(false)
+    .describe("shard activations between matrix products along the sequence over the tensor ranks, instead of replicating them"),
+  pipeline: count.default(1).describe("pipeline stages"),
+  virtual_pipeline: count
+    .default(1)
+    .describe(
+      "chunks of layers in each stage (interleaved 1F1B): a smaller pipeline bubble for more transfers and memory; layers are split evenly over all chunks",
+    ),
+  layout: z
+    .string()
+    .max(10_000)
+    .nullable()
+    .default(null)
+    .describe(
+      "the layers of each stage, in place of an even split: E the embedding, t a layer, m a layer of model.mtp, L the head and the loss, | the border of two (virtual) stages, which may be empty, ( ) a group, *n repetition; commas are ignored; Et*3|(tt|)*29,m|L",
+    ),
+  schedule: z
+    .enum(["1f1b", "zero_bubble"])
+    .default("1f1b")
+    .describe("order of microbatches on a stage; zero_bubble computes gradients of weights later, while the stage would wait"),
+  expert: count.default(1).describe("ranks over which the experts of a layer are spread"),
+  expert_tensor: count
+    .default(1)
+    .describe("ranks that share the matrices of one expert; the default is not tensor, because whole experts are the usual choice"),
+  context: count
+    .max(MOST_CONTEXT)
+    .default(1)
+    .describe(
+      "ranks that share the tokens of a sequence; each has a block of its first half and the mirrored block of its second half, so that causal attention costs the same on all",
+    ),
+  context_method: z
+    .enum(["ring", "all_gather"])
+    .default("ring")
+    .describe(
+      "how a rank receives the keys and values of the others. ring: one block after another from its neighbour; all_gather: all at once",
+    ),
+  data: count
+    .optional()
+    .describe("replicas that process different sequences; derived: world / (tensor x pipeline x context). A written value must equal it"),
+  distributed_optimizer: z
+    .boolean()
+    .default(false)
+    .describe("shard main weights and moments over the data ranks; each rank updates its shard"),
+  optimizer_instances: count
+    .default(1)
+    .describe(
+      "with the distributed optimizer: number of copies of all shards, each over neighbouring data ranks; gradients are summed over the copies",
+    ),
+  order: z
+    .enum(["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"])
+    .default("tp-cp-ep-dp-pp")
+    .describe("numbering of ranks, the fastest axis first: pipeline stages outermost, or data replicas outermost"),
+});
+
+/** parallel with every default filled in. */
+export const Parallel = ParallelText.required({ data: true });
+
+/** Fills in defaults that depend on other keys. The quotient may be fractional here; a rule reports that. */
+export function completeParallel(parallel: z.output<typeof ParallelText>): z.output<typeof Parallel> {
+  return { ...parallel, data: parallel.data ?? parallel.world / (parallel.tensor * parallel.pipeline * parallel.context) };
+}

@@ -1,0 +1,94 @@
+/** The section train: batch, precision, recomputation and optimizer. */
+import { z } from "zod";
+import { lengthOf } from "../batchRampup.ts";
+import { count, factor, real } from "./numbers.ts";
+import { completeOptimizer, Optimizer, OptimizerText } from "./optimizer.ts";
+
+const BatchRampup = z.strictObject({
+  start: count.describe("sequences of the first step"),
+  increment: count.describe("sequences that each increase adds to the batch"),
+  samples: count.describe("sequences over which the batch grows to global_batch, by increases at equal distances"),
+});
+
+const DynamicLossScale = z.strictObject({
+  initial: real.default(2 ** 32).describe("the first scale"),
+  growth: real.default(2).describe("factor of an increase"),
+  growth_interval: count.default(1000).describe("consecutive steps without overflow before an increase"),
+  backoff: real.default(0.5).describe("factor of a decrease"),
+  hysteresis: count.default(2).describe("overflows before the first decrease; until the next increase, each further overflow decreases it"),
+  min: real.default(1).describe("the smallest scale"),
+});
+
+const Module = z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]);
+
+const Recompute = z.strictObject({
+  mode: z
+    .enum(["none", "selective", "full"])
+    .default("none")
+    .describe(
+      "activations that backward recomputes instead of keeping them. selective: those of named modules; full: those of whole layers",
+    ),
+  modules: z
+    .array(Module)
+    .min(1)
+    .max(Module.options.length)
+    .default(["core_attn"])
+    .describe("mode selective: the modules, by their names in Megatron Core"),
+  method: z
+    .enum(["uniform", "block"])
+    .default("uniform")
+    .describe(
+      "mode full. uniform: all layers, in groups of `layers`, whose inputs are kept; block: the first `layers` of each stage or chunk",
+    ),
+  layers: count.default(1).describe("mode full: layers of a group (uniform), or of a stage or chunk (block)"),
+});
+
+/** train as written. */
+export const TrainText = z.strictObject({
+  micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
+  global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
+  steps: count.describe("optimizer steps"),
+  batch_rampup: BatchRampup.nullable()
+    .default(null)
+    .describe("growth of the batch from a smaller one to global_batch; null = global_batch from the first step"),
+  loss_weighting: z
+    .enum(["microbatch", "token"])
+    .default("microbatch")
+    .describe(
+      "with data.labels that ignore some tokens, the loss of a step is a mean. microbatch: of the means of its microbatches, with equal weights; token: of all its labels, with equal weights. With token, balancing and z losses are multiplied by tokens / labels of the step, as in Megatron Core: if 10 % of the tokens have labels, the weight of these losses is 10 times as large. A step without labels has weight 0",
+    ),
+  precision: z
+    .enum(["fp32", "bf16", "fp16"])
+    .default("bf16")
+    .describe("bf16, fp16: parameters and activations in 16 bits; sums, main gradients and optimizer in fp32"),
+  loss_scale: z
+    .union([real, DynamicLossScale])
+    .nullable()
+    .default(null)
+    .describe(
+      "fp16: factor on the loss before backward, so that small gradients do not become 0. A step that overflows is skipped; after 4 in a row at a scale that cannot decrease, the run ends. A number is a constant scale, a section a dynamic one; default with fp16: a section of defaults",
+    ),
+  on_nonfinite: z
+    .enum(["stop", "skip"])
+    .default("stop")
+    .describe(
+      "a step whose loss or gradient norm is not finite changes no weights. stop: the run ends with an error, and writes no checkpoint of the step; skip: the run continues, and counts such steps. In fp16, a step that overflows because of the loss scale is skipped with both",
+    ),
+  recompute: Recompute.prefault({}).describe("what backward recomputes to save memory"),
+  seed: z.int().min(0).default(1234).describe("seed of initial weights, shuffling, dropout and jitter"),
+  init_std: factor.default(0.02).describe("standard deviation of the initial weights"),
+  optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
+});
+
+/** train with every default filled in. */
+export const Train = TrainText.required({ global_batch: true }).extend({ optimizer: Optimizer });
+
+/** Fills in defaults that depend on other keys. `data`: the number of data replicas. */
+export function completeTrain(text: z.output<typeof TrainText>, data: number): z.output<typeof Train> {
+  const train = { ...text, global_batch: text.global_batch ?? text.micro_batch * data };
+  return {
+    ...train,
+    loss_scale: train.precision === "fp16" ? (train.loss_scale ?? DynamicLossScale.parse({})) : train.loss_scale,
+    optimizer: completeOptimizer(train.optimizer, lengthOf(train)),
+  };
+}
