@@ -236,6 +236,25 @@ describe("vocabulary", () => {
   });
 });
 
+describe("data", () => {
+  const dataOf = (change: Change) => jobOf(change).data;
+
+  test("prefixes become sources, each after its weight, with Megatron's split", () => {
+    expect(dataOf({ "data-path": "0.3 a 0.7 b" })).toMatchObject({
+      sources: [
+        { path: "a", weight: 0.3 },
+        { path: "b", weight: 0.7 },
+      ],
+    });
+    expect(dataOf({ "data-path": "a b", split: "'99,1,0'" })).toMatchObject({ sources: [{ path: "a" }, { path: "b" }], split: [99, 1, 0] });
+    expect(dataOf({ "data-path": "a" }).split).toEqual([969, 30, 1]);
+  });
+
+  test("made-up data are a path to be set", () => {
+    expect(dataOf({ "mock-data": "" })).toMatchObject({ path: "tokens.bin", order: "shuffled" });
+  });
+});
+
 describe("stages", () => {
   const stages = (change: Change) => {
     const { layout, virtual_pipeline } = jobOf({ "num-layers": "12", "pipeline-model-parallel-size": "4", ...change }).parallel;
@@ -438,7 +457,7 @@ describe("public recipes", () => {
           warmup_steps: 500 # --lr-warmup-iters
 
       data:
-        path: tokens.bin # --data-path: $3.bin, to be set
+        path: tokens.bin # --data-path: $3, to be set to a file of token ids
         order: shuffled # Megatron's default
       "
     `);
@@ -515,7 +534,7 @@ describe("public recipes", () => {
     });
     expect(parallel).toMatchObject({ world: 8, tensor: 1, expert: 8, distributed_optimizer: true });
     expect(train).toMatchObject({ steps: 47683, recompute: { mode: "selective" }, optimizer: { warmup_steps: 476 } });
-    expect(data.path).toBe("/data/x_text_document.bin");
+    expect(data).toMatchObject({ sources: [{ path: "/data/x_text_document", weight: 1 }], split: [99, 1, 0] });
     expect(errorsOf(result)).toEqual([]);
     const fp8 = words.with(7, "fp8");
     expect(problemsOf(() => script("moonlight.sh", { words: fp8, vocab: 163840 }))).toEqual([

@@ -156,4 +156,9 @@ export const mapped = [
     names: `
       adam-beta1:float=0.9 adam-beta2:float=0.999 adam-eps:float=1e-08 sgd-momentum:float=0.9`,
   },
+  {
+    why: "splits the data of --data-path, where their paths are known",
+    names: `
+      split:text`,
+  },
 ] as const satisfies readonly Section[];

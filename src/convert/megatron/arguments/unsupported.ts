@@ -246,8 +246,8 @@ export const unsupported: readonly (Section & { readonly instead: string })[] = 
       use-megatron-fsdp use-torch-fsdp2`,
   },
   {
-    why: "the data are one file",
-    instead: "use --data-path with one prefix",
+    why: "data sources are the same for all steps, and stand in the job",
+    instead: "use --data-path with weights and prefixes",
     names: `
       phase-transition-iterations:text data-args-path:text per-split-data-args-path:text`,
   },

@@ -233,11 +233,6 @@ export const withoutEffect: readonly Section[] = [
       multiple-validation-sets validation-set-names:text+ valid-data-path:text* test-data-path:text*`,
   },
   {
-    why: "splits the data for evaluation; rankc trains on all of data.path",
-    names: `
-      split:text`,
-  },
-  {
     why: "concerns how data files are opened, indexed and loaded",
     names: `
       per-dataset-sequences-path:text dataloader-fast-cache-load dataloader-defer-npy-index-mmap data-cache-path:text no-mmap-bin-files

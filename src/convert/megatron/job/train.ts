@@ -1,6 +1,6 @@
 /** The sections `train` and `data` of a job. A run of Megatron counts in iterations or in samples; a job counts in steps. */
 import type { MappedName } from "../arguments/spec.ts";
-import { holesOf, shownText } from "../bash/text.ts";
+import { knownValue, shownText } from "../bash/text.ts";
 import type { Importing } from "./importing.ts";
 
 /** Puts `train`. `data`: the data degree. */
@@ -149,24 +149,29 @@ function putRates({ args, job }: Importing, batch: number, { counts, steps }: Le
 /** Where a script names no data that a job can: the user sets the path. */
 const PLACEHOLDER = "tokens.bin";
 
-/** Puts `data`. Megatron's data sets are PREFIX.bin with PREFIX.idx beside it. */
+/** The shares of training, validation and test without --split. */
+const DEFAULT_SPLIT = "969, 30, 1";
+
+/** Puts `data`. Sources are prefixes of PREFIX.bin and PREFIX.idx; each may stand after its weight. */
 export function putData({ args, job }: Importing): void {
   const names = ["data-path", "train-data-path"] as const;
-  const given = names.flatMap((name) => args.given.get(name) ?? []);
-  const words = given.flatMap(({ values }) => values);
-  // a weight may stand before a single prefix
-  const prefixes = words.length === 2 && /^[\d.]+$/.test(shownText(words[0] ?? [])) ? words.slice(1) : words;
-  const [prefix, ...others] = prefixes;
-  if (others.length > 0) {
-    job.refuse(`--data-path with ${words.length} words`, "the data are one file", "merge the data sets, or give one prefix");
-  } else if (prefix === undefined) {
-    job.put("data.path", PLACEHOLDER, ["mock-data"], "to be set to a file of token ids");
-  } else if (holesOf(prefix).length > 0) {
-    job.put("data.path", PLACEHOLDER, names, `${shownText(prefix)}.bin, to be set`);
-  } else {
-    job.put("data.path", `${shownText(prefix)}.bin`, names);
-  }
+  const words = names.flatMap((name) => args.given.get(name)?.values ?? []);
+  const known = words.map(knownValue);
   const loader = args.textIfGiven("dataloader-type");
   if (loader === "external") job.refuse("--dataloader-type external", "data are read by rankc", "use --dataloader-type single");
-  job.put("data.order", "shuffled", ["dataloader-type"]);
+  if (words.length === 0 || known.some((word) => word === undefined)) {
+    const remark = words.length === 0 ? "" : `${words.map(shownText).join(" ")}, `;
+    job.put("data.path", PLACEHOLDER, [...names, "mock-data"], `${remark}to be set to a file of token ids`);
+    job.put("data.order", "shuffled", ["dataloader-type"]);
+    return;
+  }
+  const texts = known.flatMap((word) => word ?? []);
+  const isWeighted = texts.length % 2 === 0 && texts.every((word, i) => i % 2 === 1 || /^[\d.]+(?:e-?\d+)?$/.test(word));
+  const sources = isWeighted
+    ? texts.flatMap((path, i) => (i % 2 === 1 ? [{ path, weight: Number(texts[i - 1]) }] : []))
+    : texts.map((path) => ({ path }));
+  job.put("data.sources", sources, names);
+  // quotes and blanks stay part of the value in some scripts
+  const split = (args.textIfGiven("split") ?? DEFAULT_SPLIT).match(/[\d.]+/g)?.map(Number);
+  if (split && !args.has("train-data-path")) job.put("data.split", split, ["split"]);
 }
