@@ -321,6 +321,7 @@ interface CudaGemmTilesCuh {
 
 interface CudaGemmWgmmaCu {
   readonly adds: string | number;
+  readonly alternates: string | number;
   readonly buffers: string | number;
   readonly cluster: string | number;
   readonly clusterDims: string | number;

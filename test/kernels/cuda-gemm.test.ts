@@ -76,6 +76,17 @@ emulated(`Hopper's products${note}`, () => {
       held("g5", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
       held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
     ]));
+  const turns = { rows: 128, columns: 64, alternates: true } as const;
+  test("warpgroups that alternate: tiles even and odd in number, experts without rows, tails of the depth", () =>
+    holdAll([
+      held("w0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: turns, stages: 3 }),
+      held("w1", "gemm_dgrad", { S: 300, K: 200, N: 136 }, false, { tile: turns, stages: 2 }),
+      held("w2", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: turns, stages: 2, buffers: 2 }),
+      held("w3", "grouped_wgrad", { K: 136, N: 136, rows }, false, { tile: turns, stages: 3, buffers: 1 }),
+      held("w4", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 2 }),
+      held("w5", "grouped_gemm", { K: 72, N: 136, rows }, false, { tile: turns, stages: 5 }),
+      held("w6", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: turns, stages: 2 }),
+    ]));
   test("in f16: of every layout of the operands one, sums that leave as halves and as f32", full, () =>
     holdAll([
       held("f0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }, "f16"),
@@ -96,6 +107,9 @@ emulated(`Hopper's products${note}`, () => {
     // three tiles: one block's neighbour ends before it
     held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
     held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+    held("c9", "grouped_wgrad", { K: 264, N: 264, rows: [130, 0, 70, 1] }, false, {
+      ...{ tile: { rows: 128, columns: 128, alternates: true }, stages: 2, cluster: 2, blocks: 4 },
+    }),
     // one step of depth to a tile
     held("c8", "gemm_dgrad", { S: 400, K: 264, N: 8 }, false, { tile: wide, stages: 4, cluster: 2, blocks: 4 }),
   ];
@@ -179,13 +193,16 @@ emulated(`f32 arithmetic${note}`, () => {
     );
 });
 
-test("Hopper's tilings: they fit a multiprocessor; large products get the largest tile, small ones more tiles", () => {
+test("Hopper's tilings: they fit a multiprocessor; a deep product gets the largest tile, one with a long store alternates, small ones get more tiles", () => {
   const resized = (op: OpName, d: Record<string, number>, bound: number) => {
     const small = useOf("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
     return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };
-  expect(resized("gemm", { S: 8192, K: 8192, N: 8192 }, 0)).toEqual({
+  expect(resized("gemm", { S: 8192, K: 14336, N: 4096 }, 0)).toEqual({
     ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, stages: 4, buffers: 2 },
+  });
+  expect(resized("grouped_wgrad", { K: 4096, N: 14336, E: 8 }, 16384)).toEqual({
+    ...{ tile: { rows: 128, columns: 192, alternates: true }, cluster: 1, raster: 12, blocks: 132, stages: 4, buffers: 4 },
   });
   expect(resized("gemm", { S: 16384, K: 4096, N: 8 }, 0)).toMatchObject({ tile: { rows: 128, columns: 64 }, blocks: 128 });
   const next = random(5);

@@ -21,15 +21,17 @@ const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 /** Of depth, in a stage: one row of the 128-byte swizzle. */
 const DEPTH = 64;
 
-/** Rows and columns of c; two warpgroups share it by rows where it has 128, else by columns. */
+/** Rows and columns of c; two warpgroups share it by rows where it has 128, else by columns; or they alternate, each with tiles of its own. */
 interface Tile {
   readonly rows: 64 | 128;
   readonly columns: 64 | 128 | 192 | 256;
+  readonly alternates?: true;
 }
+/** Columns of the products of one warpgroup. */
 const columnsOf = ({ rows, columns }: Tile): number => (rows === 128 ? columns : columns / 2);
 const tiles: readonly Tile[] = [
   { rows: 128, columns: 256 },
-  { rows: 128, columns: 192 },
+  { rows: 128, columns: 192, alternates: true },
   { rows: 128, columns: 128 },
   { rows: 128, columns: 64 },
   { rows: 64, columns: 256 },
@@ -80,7 +82,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
       out: p.c.dtype === "f32" ? "float" : half,
       ...float16Types[half],
     },
-    ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows },
+    ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
     parameters: `${p.ragged === "rows" ? ", Out* c" : ""}${ragged ? ", const int* rows" : ""}`,
@@ -111,9 +113,12 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] 
   ];
 }
 
-/** The tile that should be fastest: the least cycles, of equal ones the first. */
-export function hopperTiling(p: MatrixProduct): HopperTiling {
-  const tilings = tiles.map((tile) => {
+/** Cycles from the last product of a tile to the first of the next, where no other warpgroup multiplies meanwhile. */
+const BETWEEN = 1000;
+
+/** The tile that should be fastest: the least cycles, of equal ones the first. `from`: the tiles to choose from. */
+export function hopperTiling(p: MatrixProduct, from: readonly Tile[] = tiles): HopperTiling {
+  const tilings = from.map((tile) => {
     const rows = tilesOf(p, tile);
     const columns = Math.ceil(p.n / tile.columns);
     const perExpert = rows * columns;
@@ -147,30 +152,40 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
 
 /**
  * Cycles of the whole, after DeepGEMM's model: rounds of tiles, each as long as the slowest of multiplying (4096 dense 16-bit
- * operations per cycle and multiprocessor), of what products read in shared memory (128 bytes per cycle; b once per 64 rows)
- * and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store, which nothing hides.
+ * operations per cycle and multiprocessor, of which the card's power allows 80 %), of what products read in shared memory (128 bytes
+ * per cycle; b once per 64 rows) and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store,
+ * at a multiprocessor's share of the memory's rate (25 bytes per cycle), which only the products of another warpgroup hide. Warpgroups
+ * that alternate load more: 3 % slower (test/results/cuda-products-2026-11-29.md).
  */
-function cyclesOf(p: MatrixProduct, { rows, columns }: Tile, cluster: number, all: number): number {
+function cyclesOf(p: MatrixProduct, tile: Tile, cluster: number, all: number): number {
+  const { rows, columns, alternates } = tile;
   const depth = Math.ceil((p.ragged === "depth" ? p.depth / p.experts : p.depth) / DEPTH) * DEPTH;
-  const math = (2 * rows * columns * depth) / 4096;
-  const memory = (2 * (64 + columnsOf({ rows, columns })) * depth * 2) / 128;
+  const math = ((2 * rows * columns * depth) / (0.8 * 4096)) * (alternates ? 1.03 : 1);
+  const memory = (2 * (64 + columnsOf(tile)) * depth * 2) / 128;
   const l2 = ((rows + columns / cluster) * depth * 2) / (Math.min(64 * MULTIPROCESSORS, 6154) / MULTIPROCESSORS);
-  const store = (rows * columns * bytesOf[p.c.dtype] * (p.adds ? 2 : 1)) / 64;
-  return Math.ceil(all / MULTIPROCESSORS) * (Math.max(math, memory, l2) + store);
+  const store = (rows * columns * bytesOf[p.c.dtype] * (p.adds ? 2 : 1)) / 25;
+  const rounds = Math.ceil(all / MULTIPROCESSORS);
+  return alternates ? rounds * Math.max(math, memory, l2, store) + store : rounds * (Math.max(math, memory, l2) + store + BETWEEN);
 }
 
 /**
  * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
- * then has room, so that most of it drains while the next tile begins. Halves get two buffers and four stages; at most 8 are of use.
+ * then has room, so that most of it drains while the next tile begins. Warpgroups that alternate store under each other's products, so four
+ * stages come first. Halves get two buffers and four stages; at most 8 are of use.
  */
 function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
-  const [least, wanted] = p.c.dtype === "f32" ? [3, chunks] : [4, Math.min(2, chunks)];
+  const [least, wanted] = p.c.dtype === "f32" ? [tile.alternates ? 4 : 3, chunks] : [4, Math.min(2, chunks)];
   for (let buffers = wanted; buffers > 0; buffers--)
     for (let stages = 8; stages >= least; stages--) if (sharedOf(p, { tile, stages, buffers }) <= SHARED) return { stages, buffers };
   invariant(false, `no room for ${least} stages of ${tile.rows} x ${tile.columns}`);
 }
 
-/** Bytes: the stages, the buffers of eight warps, two barriers per stage, and where experts begin. */
+/** Bytes: the stages, the buffers of eight warps, two barriers per stage and two of turns, where experts begin and their order. */
 const sharedOf = (p: MatrixProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
-  stages * (tile.rows + tile.columns) * 2 * DEPTH + 8 * buffers * 2048 + 16 * stages + (p.ragged ? 4 * (p.experts + 1) : 0);
+  stages * (tile.rows + tile.columns) * 2 * DEPTH +
+  8 * buffers * 2048 +
+  16 * stages +
+  (tile.alternates ? 16 : 0) +
+  (p.ragged ? 4 * (p.experts + 1) : 0) +
+  (p.ragged === "depth" ? 4 * p.experts : 0);
