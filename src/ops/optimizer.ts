@@ -2,7 +2,8 @@
  * The optimizer step: gradient norm, clipping, and the updates of torch.optim's AdamW, Adam, SGD and Muon. Arithmetic is in double precision, storage
  * in f32. `clip` writes a `scale` of 0 if the sum of squares is not finite, and an update with a `scale` of 0 changes neither weights nor
  * moments nor router biases: the device skips the step, and the host reads nothing. Each update exists in two forms: with a constant weight
- * decay (an attribute) and with one that is scheduled (an operand).
+ * decay (an attribute) and with one that is scheduled (an operand). Forms named `…_cast` also store the new weights in the type of the
+ * parameter; those with more than eight operands are missing, because a kernel of WebGPU has no more.
  */
 import {
   add,
@@ -76,6 +77,13 @@ export const adamw = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => adaptive(t, d, { shrink: d.decay }),
 });
+export const adamwCast = formulaOp({
+  name: "adamw_cast",
+  sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...] y[...]",
+  ...moments,
+  attrs: [...constants, "decay"],
+  formula: (t, d) => withCopy(adaptive(t, d, { shrink: d.decay })),
+});
 export const adamwScheduled = formulaOp({
   name: "adamw_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
@@ -91,6 +99,13 @@ export const adam = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => adaptive(t, d, { pull: d.decay }),
 });
+export const adamCast = formulaOp({
+  name: "adam_cast",
+  sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...] y[...]",
+  ...moments,
+  attrs: [...constants, "decay"],
+  formula: (t, d) => withCopy(adaptive(t, d, { pull: d.decay })),
+});
 export const adamScheduled = formulaOp({
   name: "adam_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
@@ -100,6 +115,9 @@ export const adamScheduled = formulaOp({
 });
 
 type Operands<K extends string> = Readonly<Record<K, Expr>>;
+
+/** Adds the output `y`, the updated weights in another type. */
+const withCopy = <R extends { readonly w: Expr }>(results: R) => ({ ...results, y: results.w });
 
 /** Keeps the value of an output in a step that is skipped. */
 const unlessSkipped = ({ scale }: Operands<"scale">, old: Expr, updated: Expr): Expr => select(equal(scale, 0), old, updated);
@@ -131,12 +149,27 @@ export const sgd = formulaOp({
   attrs: ["decay"],
   formula: (t, { decay }) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, decay)))) }),
 });
+export const sgdCast = formulaOp({
+  name: "sgd_cast",
+  sig: "g[...] scale[] lr[] -> w[...] y[...]",
+  inPlace: ["w"],
+  types: { w: "f32" },
+  attrs: ["decay"],
+  formula: (t, { decay }) => withCopy({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, decay)))) }),
+});
 export const sgdScheduled = formulaOp({
   name: "sgd_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...]",
   inPlace: ["w"],
   types: { w: "f32" },
   formula: (t) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, t.decay)))) }),
+});
+export const sgdScheduledCast = formulaOp({
+  name: "sgd_scheduled_cast",
+  sig: "g[...] scale[] lr[] decay[] -> w[...] y[...]",
+  inPlace: ["w"],
+  types: { w: "f32" },
+  formula: (t) => withCopy({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, t.decay)))) }),
 });
 export const sgdMomentum = formulaOp({
   name: "sgd_momentum",
@@ -146,6 +179,14 @@ export const sgdMomentum = formulaOp({
   attrs: ["momentum", "decay"],
   formula: (t, { momentum, decay }) => withMomentum(t, momentum, decay),
 });
+export const sgdMomentumCast = formulaOp({
+  name: "sgd_momentum_cast",
+  sig: "g[...] scale[] lr[] -> w[...] m[...] y[...]",
+  inPlace: ["w", "m"],
+  types: { w: "f32", m: "f32" },
+  attrs: ["momentum", "decay"],
+  formula: (t, { momentum, decay }) => withCopy(withMomentum(t, momentum, decay)),
+});
 export const sgdMomentumScheduled = formulaOp({
   name: "sgd_momentum_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...] m[...]",
@@ -153,6 +194,14 @@ export const sgdMomentumScheduled = formulaOp({
   types: { w: "f32", m: "f32" },
   attrs: ["momentum"],
   formula: (t, { momentum }) => withMomentum(t, momentum, t.decay),
+});
+export const sgdMomentumScheduledCast = formulaOp({
+  name: "sgd_momentum_scheduled_cast",
+  sig: "g[...] scale[] lr[] decay[] -> w[...] m[...] y[...]",
+  inPlace: ["w", "m"],
+  types: { w: "f32", m: "f32" },
+  attrs: ["momentum"],
+  formula: (t, { momentum }) => withCopy(withMomentum(t, momentum, t.decay)),
 });
 
 const descent = ({ g, scale, w }: Operands<"g" | "scale" | "w">, decay: Term): Expr => add(mul(g, scale), mul(decay, w));

@@ -44,10 +44,15 @@ export interface ParameterGroup {
 /** Returns whether weight decay changes over the run, so that the ops read it as a scalar of the step. */
 export const isDecayScheduled = ({ weight_decay_schedule }: OptimizerOptions): boolean => weight_decay_schedule !== "constant";
 
-/** An update op in two forms: with a constant weight decay (attribute) and with one that is scheduled (operand). */
+/**
+ * An update op in its forms: with a constant weight decay (attribute) or one that is scheduled (operand), and whether it also stores the
+ * new weights in a 16-bit type (output `y`). Where such a form is missing, an op of its own casts the weights.
+ */
 interface UpdateOps {
   readonly constant: AnyOp;
   readonly scheduled: AnyOp;
+  readonly constantCast?: AnyOp;
+  readonly scheduledCast?: AnyOp;
 }
 /** Applies an update op to gradient and weights. Weight decay applies to parameters with two or more dims. */
 function applyUpdate(
@@ -60,9 +65,9 @@ function applyUpdate(
 ) {
   const decays = b.parameter.sizes.length > 1;
   const isScheduled = decays && isDecayScheduled(b.options);
-  const { constant, scheduled } = ops;
+  const cast = b.parameter.dtype === "f32" ? {} : { constant: ops.constantCast, scheduled: ops.scheduledCast };
   b.apply(
-    isScheduled ? scheduled : constant,
+    isScheduled ? (cast.scheduled ?? ops.scheduled) : (cast.constant ?? ops.constant),
     id,
     {
       scale: b.scalar("clip.scale"),
@@ -108,6 +113,15 @@ function muonFactor({ sizes }: Value, { scale_mode, extra_scale_factor }: MuonOp
   return extra_scale_factor * Math.sqrt(scales[scale_mode]);
 }
 
+const plainSgd: UpdateOps = {
+  ...{ constant: optimizer.sgd, scheduled: optimizer.sgdScheduled },
+  ...{ constantCast: optimizer.sgdCast, scheduledCast: optimizer.sgdScheduledCast },
+};
+const momentumSgd: UpdateOps = {
+  ...{ constant: optimizer.sgdMomentum, scheduled: optimizer.sgdMomentumScheduled },
+  ...{ constantCast: optimizer.sgdMomentumCast, scheduledCast: optimizer.sgdMomentumScheduledCast },
+};
+
 /** All groups, in the order in which they are asked. */
 export const parameterGroups: readonly ParameterGroup[] = [
   declared("expert_bias"),
@@ -134,23 +148,21 @@ export const parameterGroups: readonly ParameterGroup[] = [
   {
     rule: "adamw",
     contains: (_, { type }) => type === "adamw" || type === "muon",
-    update: (b) => adaptive(b, "adamw", { constant: optimizer.adamw, scheduled: optimizer.adamwScheduled }),
+    update: (b) =>
+      adaptive(b, "adamw", { constant: optimizer.adamw, scheduled: optimizer.adamwScheduled, constantCast: optimizer.adamwCast }),
   },
   {
     rule: "adam",
     contains: isOptimizer("adam"),
-    update: (b) => adaptive(b, "adam", { constant: optimizer.adam, scheduled: optimizer.adamScheduled }),
+    update: (b) => adaptive(b, "adam", { constant: optimizer.adam, scheduled: optimizer.adamScheduled, constantCast: optimizer.adamCast }),
   },
   {
     rule: "sgd",
     contains: isOptimizer("sgd"),
     update(b) {
       const { momentum } = b.options;
-      if (momentum === 0) applyUpdate(b, "sgd", { constant: optimizer.sgd, scheduled: optimizer.sgdScheduled }, { g: b.gradient }, [], {});
-      else
-        applyUpdate(b, "sgd", { constant: optimizer.sgdMomentum, scheduled: optimizer.sgdMomentumScheduled }, { g: b.gradient }, ["m"], {
-          momentum,
-        });
+      if (momentum === 0) applyUpdate(b, "sgd", plainSgd, { g: b.gradient }, [], {});
+      else applyUpdate(b, "sgd", momentumSgd, { g: b.gradient }, ["m"], { momentum });
     },
   },
 ];

@@ -61,8 +61,15 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
   const state: Value[] = [];
   const nodes: Node[] = [];
   let result = weights;
+  let stored: Value | undefined;
   const apply: UpdateBuilder["apply"] = (op, id, operands, changed, attrs) => {
     const outs = op.all(operands, attrs, `${name}.${id}`);
+    const { y } = outs;
+    if (y && Object.values(changed).includes(weights)) {
+      // the op also stores the weights in the type of the parameter
+      y.dtype = parameter.dtype;
+      stored = y;
+    }
     for (const [output, leaf] of Object.entries(changed)) {
       const out = outs[output];
       invariant(out !== undefined && op.inPlace?.includes(output) === true, `${op.name} does not update ${output} in place`);
@@ -83,7 +90,8 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
     },
   });
   invariant(result !== weights, `${group.rule} does not update ${name}`);
-  if (parameter.dtype !== "f32") {
+  if (stored) result = stored;
+  else if (parameter.dtype !== "f32") {
     const { y } = apply(cast, "cast", { x: result }, {}, {});
     invariant(y !== undefined, "cast has an output y");
     y.dtype = parameter.dtype;

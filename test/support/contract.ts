@@ -94,6 +94,7 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   if (drafts) return drafts(half).map((d) => d.dtype);
   const mixed = typesOf(op, half);
   const plain = allF32(mixed);
+  if (/^(adam|sgd).*_cast$/.test(op.name)) return [plain, { ...plain, y: half }];
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
   // the first of a ring's pieces is met as it was made, later ones by a sum in f32
   if (op.name === "attention_merge") return [plain, { ...mixed, o: "f32" }, { ...mixed, a: "f32", o: "f32" }, { ...mixed, a: "f32" }];
