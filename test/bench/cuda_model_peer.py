@@ -42,7 +42,8 @@ def median_ms(step, rounds=9):
 def measure(job, forms):
     config = config_of(job["model"])
     config._attn_implementation = "sdpa"
-    config._experts_implementation = "grouped_mm"
+    if "moe" in job["model"]:
+        config._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config)
