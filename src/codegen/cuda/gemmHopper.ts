@@ -116,9 +116,9 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] 
 /** Cycles from the last product of a tile to the first of the next, where no other warpgroup multiplies meanwhile. */
 const BETWEEN = 1000;
 
-/** The tile that should be fastest: the least cycles, of equal ones the first. `from`: the tiles to choose from. */
-export function hopperTiling(p: MatrixProduct, from: readonly Tile[] = tiles): HopperTiling {
-  const tilings = from.map((tile) => {
+/** The tile that should be fastest: the least cycles, of equal ones the first. */
+export function hopperTiling(p: MatrixProduct): HopperTiling {
+  const tilings = tiles.map((tile) => {
     const rows = tilesOf(p, tile);
     const columns = Math.ceil(p.n / tile.columns);
     const perExpert = rows * columns;
@@ -154,13 +154,13 @@ function rasterOf({ rows, columns }: Tile, high: number): number {
  * Cycles of the whole, after DeepGEMM's model: rounds of tiles, each as long as the slowest of multiplying (4096 dense 16-bit
  * operations per cycle and multiprocessor, of which the card's power allows 80 %), of what products read in shared memory (128 bytes
  * per cycle; b once per 64 rows) and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store,
- * at a multiprocessor's share of the memory's rate (25 bytes per cycle), which only the products of another warpgroup hide. Warpgroups
- * that alternate load more: 3 % slower (test/results/cuda-products-2026-11-29.md).
+ * at a multiprocessor's share of the memory's rate (25 bytes per cycle), which only the products of another warpgroup hide. Tiles that
+ * load more for each product are slower, by 3 and 6 % (test/results/cuda-products-2026-11-29.md).
  */
 function cyclesOf(p: MatrixProduct, tile: Tile, cluster: number, all: number): number {
   const { rows, columns, alternates } = tile;
   const depth = Math.ceil((p.ragged === "depth" ? p.depth / p.experts : p.depth) / DEPTH) * DEPTH;
-  const math = ((2 * rows * columns * depth) / (0.8 * 4096)) * (alternates ? 1.03 : 1);
+  const math = ((2 * rows * columns * depth) / (0.8 * 4096)) * (alternates ? 1.03 : rows * columns < 128 * 256 ? 1.06 : 1);
   const memory = (2 * (64 + columnsOf(tile)) * depth * 2) / 128;
   const l2 = ((rows + columns / cluster) * depth * 2) / (Math.min(64 * MULTIPROCESSORS, 6154) / MULTIPROCESSORS);
   const store = (rows * columns * bytesOf[p.c.dtype] * (p.adds ? 2 : 1)) / 25;
