@@ -23,6 +23,8 @@ export interface StepResult {
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
+  /** An upper bound of the time that the devices of this process waited for the batch of the step. On the CPU all reading is waiting. */
+  readonly data_wait_seconds: number;
   /** In fp16: the loss scale of the step. */
   readonly loss_scale?: number;
   /** In fp16 and with train.on_nonfinite skip: whether the step was skipped because of an overflow or a non-finite metric. */

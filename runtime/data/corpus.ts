@@ -2,16 +2,29 @@
 import { indexPath } from "../../schemas/dataFiles.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type BatchOf, batchesOf, type Reading } from "../train/inputs.ts";
-import { isThere, openInput } from "./inputFile.ts";
+import { invalidUtf8 } from "./fileFormat.ts";
+import { type InputFile, isThere, openInput } from "./inputFile.ts";
+import { openTokenizer } from "./tokenizers/openTokenizer.ts";
+import type { Text } from "./tokens.ts";
 
 /** An open corpus. */
 export type Opened = { readonly batch: BatchOf; readonly close: () => void };
 
+/** Absolute paths of `data`. `tokenizer`: of a text that is not read as bytes. */
+export interface CorpusPaths {
+  readonly path: string;
+  readonly labels?: string | undefined;
+  readonly tokenizer?: string | undefined;
+}
+
+/** The longest text in bytes that is tokenized when a run opens it: some 20 s of one core, on every start of every rank. */
+const TOKENIZED = 2 ** 25;
+
 /**
- * Opens the files of `data.path` and `data.labels`, given as absolute paths, and PREFIX.idx where the ids of PREFIX.bin have one.
- * Throws a Trouble if one is missing or cannot be read, or as `batchesOf` does.
+ * Opens the files of `data.path` and `data.labels`, and PREFIX.idx where the ids of PREFIX.bin have one. Throws a Trouble if one is missing
+ * or cannot be read, if a text is too long to be tokenized now, or as `batchesOf` does.
  */
-export function openCorpus({ path, labels }: { readonly path: string; readonly labels?: string | undefined }, reading: Reading): Opened {
+export function openCorpus({ path, labels, tokenizer }: CorpusPaths, reading: Reading): Opened {
   const open: { close(): void }[] = [];
   const openAt = (at: string, what: string, key: string) => {
     expectPlainPath(at, what, key);
@@ -27,11 +40,40 @@ export function openCorpus({ path, labels }: { readonly path: string; readonly l
     const beside = reading.format === "tokens" ? indexPath(path) : undefined;
     const index = beside !== undefined && isThere(beside) ? openAt(beside, "the index of the corpus", "data.path") : undefined;
     const marks = labels === undefined ? undefined : openAt(labels, "the file of labels", "data.labels");
-    return { batch: batchesOf({ ids, index, labels: marks }, reading), close };
+    if (tokenizer === undefined || reading.format !== "text") return { batch: batchesOf({ ids, index, labels: marks }, reading), close };
+    const tokens = tokenized(ids, tokenizer, reading.vocab);
+    return { batch: batchesOf({ ids: tokens, labels: marks }, { ...reading, format: "tokens", dtype: "u32" }), close };
   } catch (error) {
     close();
     throw error;
   }
+}
+
+/** Tokenizes a text; returns its ids as a file of u32 in memory. */
+function tokenized(file: InputFile, path: string, vocab: number): Text {
+  if (file.bytes > TOKENIZED)
+    throw new Trouble(
+      `${file.path}: the corpus has ${file.bytes} bytes; a run tokenizes texts up to ${TOKENIZED}`,
+      `prepare it once: rankc data prepare ${file.path} -t ${path} -o PREFIX, then name PREFIX in data.sources`,
+    );
+  const bytes = new Uint8Array(file.bytes);
+  file.read(bytes, 0);
+  const wrong = invalidUtf8(bytes, { first: true, last: true });
+  if (wrong !== undefined)
+    throw new Trouble(
+      `${file.path}: the corpus is no UTF-8 text at byte ${wrong}`,
+      `write it as UTF-8: iconv -f ISO-8859-1 -t UTF-8 ${file.path}`,
+    );
+  const tokenizer = openTokenizer(path);
+  if (tokenizer.vocab > vocab)
+    throw new Trouble(
+      `${path}: the tokenizer has ${tokenizer.vocab} ids, and model.vocab is ${vocab}`,
+      `set model.vocab to ${tokenizer.vocab} or more`,
+    );
+  const ids: number[] = [];
+  tokenizer.encode(Buffer.from(bytes).toString(), ids);
+  const whole = new Uint8Array(Uint32Array.from(ids).buffer);
+  return { path: file.path, bytes: whole.length, read: (into, at) => into.set(whole.subarray(at, at + into.length)) };
 }
 
 /** Ways in which other tools name data, and what to write here. A path was made absolute, which leaves one slash of a URL's two. */
@@ -42,7 +84,7 @@ const namings: readonly { readonly pattern: RegExp; readonly found: string; read
   },
   {
     pattern: /(^|\/)(\d*\.)?\d+\s+\S+\s+(\d*\.)?\d+\s+\S/,
-    ...{ found: "is a blend of data sets", fix: "rankc reads one file: write the blend to one .bin file" },
+    ...{ found: "is a blend of data sets", fix: "list its data sets with their weights in data.sources" },
   },
   {
     pattern: /[*?]|\[[^\]]+\]|\{[^}]*,[^}]*\}/,

@@ -14,6 +14,8 @@ const decompress = (tool: string) => (path: string) => `decompress it first: ${t
 const extract = (path: string): string => `extract the text or the ids first; rankc reads one plain file, and ${path} is an archive`;
 const tokenize = "write its token ids as u16 or u32, little-endian, one after the other, to a .bin file";
 const column = (reader: string) => (path: string) => `write its text to a .txt file, or ${tokenize}; ${reader} reads ${path}`;
+const prepare = (path: string): string =>
+  `make a data set of it: rankc data prepare ${path} --tokenizer TOKENIZER --out PREFIX, and name PREFIX in data.sources`;
 const tensor = (path: string): string => `${tokenize}: in Python, ids.astype("uint16").tofile("ids.bin") of the array in ${path}`;
 const header = (dtype: string) => (path: string) =>
   `cut the header of 1024 bytes off: tail -c +1025 ${path} > ids.bin, and set data.format: tokens, data.dtype: ${dtype}`;
@@ -34,7 +36,7 @@ const formats: readonly Format[] = [
   { name: "a zip archive", extensions: ["zip"], magic: [ascii("PK\x03\x04")], fix: extract },
   { name: "a 7z archive", extensions: ["7z"], magic: [[...ascii("7z"), 0xbc, 0xaf, 0x27, 0x1c]], fix: extract },
   { name: "a tar archive", extensions: ["tar"], magic: [ascii("ustar")], at: 257, fix: extract },
-  { name: "Parquet", extensions: ["parquet"], magic: [ascii("PAR1")], fix: column("pandas.read_parquet") },
+  { name: "Parquet", extensions: ["parquet"], magic: [ascii("PAR1")], fix: prepare },
   { name: "Arrow", extensions: ["arrow", "feather"], magic: [ascii("ARROW1")], fix: column("pyarrow.ipc") },
   { name: "Avro", extensions: ["avro"], magic: [ascii("Obj\x01")], fix: column("fastavro") },
   { name: "TFRecord", extensions: ["tfrecord", "tfrecords"], magic: [], fix: column("tensorflow.data.TFRecordDataset") },
@@ -46,8 +48,7 @@ const formats: readonly Format[] = [
   { name: "PDF", extensions: ["pdf"], magic: [ascii("%PDF-")], fix: column("pdftotext") },
   {
     ...{ name: "JSON", extensions: ["jsonl", "ndjson", "json"], magic: [] },
-    fix: (path) =>
-      `take the text out of the records: jq -r .text ${path} > corpus.txt; or tokenize it, for example with Megatron's tools/preprocess_data.py, and name the .bin file`,
+    fix: prepare,
   },
   { name: "a NumPy array", extensions: ["npy"], magic: [[0x93, ...ascii("NUMPY")]], fix: tensor },
   { name: "NumPy arrays", extensions: ["npz"], magic: [], fix: tensor },

@@ -7,6 +7,7 @@ import type { Opened } from "./corpus.ts";
 import { gptSamples, splitBounds } from "./gptDataset.ts";
 import { isThere, openInput } from "./inputFile.ts";
 import { readIndex, readLengths } from "./megatronIndex.ts";
+import { readDescription } from "./prepare/description.ts";
 import { idsOf } from "./tokens.ts";
 
 /** Reads sample n of a source: `seq` + 1 tokens. */
@@ -56,6 +57,12 @@ function openSource(
     opened(file);
     return file;
   };
+  const described = readDescription(prefix);
+  if (described && described.vocab > vocab)
+    throw new Trouble(
+      `${prefix}: ${key} was prepared with ${described.vocab} ids, and model.vocab is ${vocab}`,
+      `set model.vocab to ${described.vocab} or more`,
+    );
   const idx = openAt(`${prefix}.idx`);
   const index = readIndex(idx);
   const all = readLengths(idx, index);

@@ -83,6 +83,9 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
   };
 }
 
+/** A device that needs longer than this to finish was busy, in ms. */
+const BUSY = 0.05;
+
 type Outcome = "updated" | "overflowed" | "nonfinite";
 
 class TrainingLoop {
@@ -98,6 +101,8 @@ class TrainingLoop {
   #scaled = 1;
   /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
   #next: Batch | Error | undefined;
+  /** At most how long the device waited while `next` was read, in ms. */
+  #dataWait = 0;
 
   constructor(plan: Plan, inputs: RunInputs) {
     const { localRanks, checkpoint, from } = inputs;
@@ -121,8 +126,10 @@ class TrainingLoop {
     const { train, model } = job;
     const parameters = this.#schedule.next();
     const { lr, lossScale, upscale } = parameters;
+    const asked = performance.now();
     const batch = this.#next ?? this.#read(parameters.first, parameters.batch);
     if (batch instanceof Error) throw batch;
+    const waited = this.#dataWait + (performance.now() - asked);
     const given = inOrder(job, batch);
     this.#scaled = lossScale;
     this.#watched.clear();
@@ -130,7 +137,13 @@ class TrainingLoop {
     await walkAll();
     // read the next batch while the device computes
     const after = parameters.first + parameters.batch;
-    [, this.#next] = await Promise.all([this.#localRanks.finish(), (async () => this.#read(after, batchAt(train, after)))()]);
+    const finished = this.#localRanks.finish();
+    const from = performance.now();
+    this.#next = this.#read(after, batchAt(train, after));
+    const read = performance.now();
+    await finished;
+    // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
+    this.#dataWait = performance.now() - read > BUSY ? 0 : read - from;
     const numbers = await readNumbers(this.#plan, this.#localRanks, this.#programs.buffer);
     const fp16 = train.precision === "fp16";
     const found = nonfiniteIn(numbers);
@@ -151,6 +164,7 @@ class TrainingLoop {
       lr,
       tokens: parameters.batch * model.seq,
       seconds: (performance.now() - begun) / 1000,
+      data_wait_seconds: waited / 1000,
       ...(fp16 && { loss_scale: lossScale }),
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
       ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),

@@ -100,12 +100,16 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
 
 /** Opens the sources of a job, or its one corpus. */
 function openData(job: Job, baseDir: string): Opened {
-  const { path, labels, sources, split } = job.data;
+  const { path, labels, tokenizer, sources, split } = job.data;
   if (sources) {
     const placed = sources.map((source) => ({ ...source, path: resolve(baseDir, source.path) }));
     return openSources(placed, split, readingOf(job));
   }
-  const files = { path: resolve(baseDir, path), labels: labels === null ? undefined : resolve(baseDir, labels) };
+  const files = {
+    path: resolve(baseDir, path),
+    labels: labels === null ? undefined : resolve(baseDir, labels),
+    tokenizer: tokenizer === "bytes" ? undefined : resolve(baseDir, tokenizer),
+  };
   return openCorpus(files, readingOf(job));
 }
 

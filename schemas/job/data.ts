@@ -41,7 +41,13 @@ export const DataText = z.strictObject({
     .describe(
       "a file with a little-endian i32 for each token of path: the id to predict at the position of that token (usually the token itself), or -100 for a position that is ignored; null = every token is predicted",
     ),
-  tokenizer: z.literal("bytes").default("bytes").describe("format text: each byte of the text is one token id, 0 to 255"),
+  tokenizer: z
+    .string()
+    .min(1)
+    .default("bytes")
+    .describe(
+      "format text. bytes: each byte of the text is one token id, 0 to 255; otherwise a path relative to the job file: tokenizer.json, tokenizer.model of SentencePiece, or a file of tiktoken. A run tokenizes the whole text when it opens it; rankc data prepare is for longer texts",
+    ),
   order: z
     .enum(["sequential", "shuffled"])
     .default("sequential")

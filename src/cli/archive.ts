@@ -122,7 +122,7 @@ const smallCorpus = 16 * 2 ** 20;
  * outside of the archive or too large: returns undefined without `dataDir`, throws a Trouble with it.
  */
 export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
-  const { path, labels, sources } = job.data;
+  const { path, labels, sources, tokenizer } = job.data;
   const inSources = (sources ?? []).flatMap(({ path: prefix }) =>
     [".bin", ".idx"].map((end) => ({ key: "data.sources", path: `${prefix.replace(/\.(bin|idx)$/, "")}${end}`, what: "the source does" })),
   );
@@ -131,6 +131,7 @@ export function dataOf({ job }: Plan, folder: string, dataDir: string | undefine
   const index = sources ? undefined : indexPath(path);
   if (index !== undefined && existsSync(resolve(dataDir ?? folder, index)))
     wanted.push({ key: "data.path", path: index, what: "its index does" });
+  if (tokenizer !== "bytes") wanted.push({ key: "data.tokenizer", path: tokenizer, what: "the tokenizer does" });
   if (labels !== null) wanted.push({ key: "data.labels", path: labels, what: "the labels do" });
   const files = wanted.map(({ path, ...as }) => {
     const file = resolve(dataDir ?? folder, path);

@@ -54,7 +54,12 @@ export async function serve(
       `the plan is for ${target}, and browsers have WebGPU alone`,
       "compile the job with --target webgpu, or name the job itself",
     );
-  const { path, labels, sources } = plan.job.data;
+  const { path, labels, sources, format, tokenizer } = plan.job.data;
+  if (format === "text" && tokenizer !== "bytes")
+    throw new Trouble(
+      "a browser tokenizes bytes alone, and the job names a tokenizer",
+      "prepare the text, and set data.path to the .bin file: rankc data prepare",
+    );
   if (sources)
     throw new Trouble("a browser reads one file, and the job has data.sources", "set data.path to one .bin file in place of data.sources");
   const bytes = { type: "application/octet-stream" };

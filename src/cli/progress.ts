@@ -34,10 +34,10 @@ const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale))
 
 /** Formats a step as a JSON line of the metrics file. A non-finite number is null. */
 export function metricsLine(report: StepResult): string {
-  const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds } = report;
+  const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds } = report;
   const { loss_scale, skipped } = report;
   const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
-  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, seconds, loss_scale, skipped })}\n`;
+  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds, loss_scale, skipped })}\n`;
 }
 
 /** Formats seconds as `4.2 s`, `12 min`, `3 h 5 min` or `4 days`. */

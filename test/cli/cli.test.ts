@@ -95,7 +95,9 @@ describe.concurrent("the command line", () => {
       .trimEnd()
       .split("\n")
       .map((line) => JSON.parse(line));
-    expect(lines.map((line) => Object.keys(line))).toEqual(Array(2).fill(["step", "loss", "grad_norm", "lr", "tokens", "seconds"]));
+    expect(lines.map((line) => Object.keys(line))).toEqual(
+      Array(2).fill(["step", "loss", "grad_norm", "lr", "tokens", "seconds", "data_wait_seconds"]),
+    );
     expect(lines.map((line) => line.step)).toEqual([1, 2]);
     expect(existsSync(join(folder, "grads.safetensors"))).toBe(true);
   });
@@ -139,7 +141,7 @@ describe.concurrent("the command line", () => {
 });
 
 test("a step is one line, and its record has the keys of the contract", () => {
-  const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5 };
+  const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5, data_wait_seconds: 0 };
   expect(progressLine(report, 100, 0.5)).toBe("step   3/100  loss 5.2500  grad norm 1.500  lr 1.00e-4  4,096 tokens/s  49 s left");
   const scaled = { ...report, loss_scale: 65536, skipped: false };
   expect(progressLine(scaled, 100, 0.5)).toContain("  lr 1.00e-4  loss scale 2^16  4,096 tokens/s");
@@ -149,5 +151,7 @@ test("a step is one line, and its record has the keys of the contract", () => {
   expect(metricsLine({ ...scaled, grad_norm: Infinity, skipped: true })).toMatch(
     /"grad_norm":null,.*"loss_scale":65536,"skipped":true\}\n$/,
   );
-  expect(metricsLine(report)).toBe('{"step":3,"loss":5.25,"grad_norm":1.5,"lr":0.0001,"tokens":2048,"seconds":0.5}\n');
+  expect(metricsLine(report)).toBe(
+    '{"step":3,"loss":5.25,"grad_norm":1.5,"lr":0.0001,"tokens":2048,"seconds":0.5,"data_wait_seconds":0}\n',
+  );
 });

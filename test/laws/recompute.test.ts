@@ -23,7 +23,7 @@ const jobWith = (recompute: object, parallel: object = {}, moe: object | null = 
 async function train(job: ReturnType<typeof jobOf>) {
   const { plan } = compile(job);
   const run = await openRun(plan, { baseDir: fixture("") });
-  const steps = [await run.step(), await run.step()].map(({ seconds: _, ...numbers }) => numbers);
+  const steps = [await run.step(), await run.step()].map(({ seconds: _, data_wait_seconds: __, ...numbers }) => numbers);
   const gradients = await run.gradients();
   await run.close();
   const again = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.includes(".again") && i.kind === "compute" ? [i.op] : []));

@@ -75,7 +75,7 @@ async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan
   await opened.close();
   return all;
 }
-const figures = (steps: readonly StepResult[]) => steps.map(({ seconds: _, ...numbers }) => numbers);
+const figures = (steps: readonly StepResult[]) => steps.map(({ seconds: _, data_wait_seconds: __, ...numbers }) => numbers);
 
 const meshes = {
   "one rank": { world: 1 },

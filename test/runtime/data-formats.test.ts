@@ -112,7 +112,7 @@ test("a file is refused by the end of its name, whatever its bytes", () => {
     part.h5: the corpus is read as text, and looks like HDF5
     part.JSONL.GZ: the corpus is read as text, and looks like gzip"
   `);
-  expect(outcome(put("part.jsonl", corpus))).toContain("jq -r .text part.jsonl > corpus.txt");
+  expect(outcome(put("part.jsonl", corpus))).toContain("rankc data prepare part.jsonl --tokenizer TOKENIZER --out PREFIX");
   for (const end of ["txt", "md", "py", "dat", "text.v2"]) expect(outcome(put(`part.${end}`, corpus)), end).toBe("read");
 });
 
@@ -288,7 +288,7 @@ test("names that other tools accept get the way out", () => {
     part-{1,2}.txt: the corpus is a pattern of names, and no such file exists; rankc reads one file: join the files first, for example cat part-*.txt > corpus.txt
     https:/example.com/c4.txt: the corpus is a URL, and no such file exists; download the file, and name the copy on the disk
     s3:/bucket/c4.bin: the corpus is a URL, and no such file exists; download the file, and name the copy on the disk
-    0.3 a_text_document 0.7 b_text_document: the corpus is a blend of data sets, and no such file exists; rankc reads one file: write the blend to one .bin file
+    0.3 a_text_document 0.7 b_text_document: the corpus is a blend of data sets, and no such file exists; list its data sets with their weights in data.sources
     ~/corpus.txt: the corpus begins with ~, which only a shell replaces, and no such file exists; write the path of the directory
     shards: the corpus is a directory; name a file
     absent.txt: the corpus does not exist; check the path; data.path starts at the folder of the job or plan; --data-dir names another"

@@ -1,13 +1,16 @@
 /** data.sources: samples cover every token of an epoch once, blends keep their weights, and a batch depends on its position alone. */
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { blendOf } from "../../runtime/data/blend.ts";
+import { openCorpus } from "../../runtime/data/corpus.ts";
 import { gptSamples, splitBounds } from "../../runtime/data/gptDataset.ts";
 import { openSources } from "../../runtime/data/sources.ts";
+import { openTokenizer } from "../../runtime/data/tokenizers/openTokenizer.ts";
 import type { Reading } from "../../runtime/train/inputs.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { fixture } from "../support/job.ts";
 import { littleEndian } from "../support/labels.ts";
 import { megatronIndex } from "../support/megatronIndex.ts";
 
@@ -128,4 +131,25 @@ test("a source that is missing, short, or has ids beyond the vocabulary is an er
     DIR/c: the training part of data.sources[0] has 10 tokens in 1 documents; a sample needs 11 | use a longer source, lower model.seq, or give training a larger share in data.split
     DIR/c.bin: token 5 of the corpus is 105, outside a vocabulary of 105 | see that model.vocab is that of its tokenizer; ids are read as u16, as its index says"
   `);
+});
+
+test("a text with a tokenizer trains on the ids that the tokenizer gives", () => {
+  const path = join(folder, "text.txt");
+  writeFileSync(path, "The quick brown fox jumps over the lazy dog. ".repeat(20));
+  const tokenizer = fixture("tokenizers/llama3.json");
+  const ids: number[] = [];
+  openTokenizer(tokenizer).encode(readFileSync(path, "utf8"), ids);
+  const text: Reading = { ...reading, format: "text", vocab: 700 };
+  const { batch, close } = openCorpus({ path, tokenizer }, text);
+  expect([...batch(0, 4).ids]).toEqual(ids.slice(0, 28));
+  expect([...batch(0, 4).labels]).toEqual(ids.slice(1, 29));
+  close();
+  expect(() => openCorpus({ path, tokenizer }, { ...text, vocab: 699 })).toThrow("the tokenizer has 700 ids, and model.vocab is 699");
+});
+
+test("a data set that was prepared for a larger vocabulary than the model's is refused before the first batch", () => {
+  const path = dataset("described", [40], 0);
+  const described = { tokenizer: "t", tokenizer_sha256: "", kind: "BPE", vocab: 70_000, end_of_document: 0, dtype: "u16", documents: 1 };
+  writeFileSync(`${path}.json`, JSON.stringify({ ...described, empty_documents: 0, tokens: 40, text_bytes: 1, inputs: [] }));
+  expect(() => openSources([{ path, weight: 1 }], undefined, reading)).toThrow("was prepared with 70000 ids, and model.vocab is 60000");
 });

@@ -73,13 +73,13 @@ test("on any mesh they are one rank's", async () => {
 
 test("a dense model has none of them", async () => {
   const { step } = await firstOf(jobWith(null));
-  expect(Object.keys(step)).toEqual(["step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "seconds"]);
+  expect(Object.keys(step)).toEqual(["step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "seconds", "data_wait_seconds"]);
 });
 
 test("the terminal and the metrics file have each", () => {
   const report = {
     ...{ step: 3, loss: 5.25, mtp_loss: 6.5, aux_loss: 0.5, z_loss: 0.125, grad_norm: 1.5, expert_load: 1.75, dropped_rows: 12 },
-    ...{ lr: 1e-4, tokens: 2048, labels: 0, seconds: 0.5 },
+    ...{ lr: 1e-4, tokens: 2048, labels: 0, seconds: 0.5, data_wait_seconds: 0.25 },
   };
   expect(progressLine(report, 3, 1)).toMatch(
     /loss 5\.2500 {2}mtp loss 6\.5000 {2}aux loss 0\.5000 {2}z loss 0\.1250 {2}grad norm 1\.500 .* expert load 1\.75 {2}dropped rows 12 {2}no labels/,

@@ -4,7 +4,7 @@ import { isThere, openInput } from "../inputFile.ts";
 import { readIndex, readLengths } from "../megatronIndex.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
 import { idsOf } from "../tokens.ts";
-import { type DatasetDescription, readDescription } from "./prepare.ts";
+import { type DatasetDescription, readDescription } from "./description.ts";
 
 /** A data set: its size, the lengths of its documents in tokens, and the beginnings of some documents. */
 export interface InspectedDataset {

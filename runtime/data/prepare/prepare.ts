@@ -4,11 +4,11 @@
  */
 import { createHash } from "node:crypto";
 import { resolve } from "node:path";
-import { z } from "zod";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { fileStamp, isThere, listFiles, readWhole } from "../inputFile.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
 import type { Tokenizer } from "../tokenizers/tokenizer.ts";
+import type { DatasetDescription } from "./description.ts";
 import { type DocumentBlock, type DocumentRules, documentBlocks } from "./documents.ts";
 import { idTypeOf } from "./indexFile.ts";
 import { PartialDataset } from "./partialDataset.ts";
@@ -49,35 +49,6 @@ export interface Prepared extends DatasetDescription {
   readonly seconds: number;
   /** Whether the call was stopped before the end. */
   readonly stopped: boolean;
-}
-
-const DatasetDescription = z.object({
-  tokenizer: z.string(),
-  tokenizer_sha256: z.string(),
-  encoding: z.string().optional(),
-  kind: z.string(),
-  vocab: z.int(),
-  end_of_document: z.int().nullable(),
-  dtype: z.enum(["u16", "i32"]),
-  documents: z.int(),
-  empty_documents: z.int(),
-  tokens: z.number(),
-  text_bytes: z.number(),
-  inputs: z.array(z.string()),
-});
-/** The content of PREFIX.json. `tokenizer`: its absolute path, or `bytes`. */
-export type DatasetDescription = z.output<typeof DatasetDescription>;
-
-/** Reads PREFIX.json; undefined if there is none. Throws a Trouble if it is damaged. */
-export function readDescription(prefix: string): DatasetDescription | undefined {
-  const path = `${prefix}.json`;
-  if (!isThere(path)) return undefined;
-  try {
-    return DatasetDescription.parse(JSON.parse(Buffer.from(readWhole(path, "the description of the data set")).toString()));
-  } catch (error) {
-    if (error instanceof Trouble) throw error;
-    throw new Trouble(`${path} does not describe a data set that rankc prepared`, "prepare the data set again, or remove the file");
-  }
 }
 
 /** Progress is recorded on the disk this often, in milliseconds. */
