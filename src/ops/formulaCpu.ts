@@ -1,276 +1,185 @@
 /**
- * The CPU reference of a formula. Rows are evaluated in blocks: each expression fills a buffer of doubles in one loop, and results are rounded
- * when they are stored. Sums add in the order of the elements.
+ * The CPU reference of a formula, as generated JavaScript: one loop over rows, one over the elements of a row, with local constants. It
+ * computes in double precision and rounds results when it stores them. Sums add in the order of the elements.
  */
-import {
-  type Expr,
-  type Fn,
-  isNarrower,
-  type OperandLayout,
-  productOf,
-  type Result,
-  scopeOf,
-  type Total,
-  testedBy,
-  type ValueScope,
-} from "./formula.ts";
+import { type Expr, type Fn, type OperandLayout, productOf, type Result, scopeOf, type Test, type Total } from "./formula.ts";
 import { invariant } from "./invariant.ts";
 
 type Arrays = Readonly<Record<string, Float32Array>>;
 type Sizes = Readonly<Record<string, number>>;
-type Step = () => void;
+/** Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged. */
+export type CpuFormula = (t: Arrays, raggedRows: number) => void;
+type Generated = (t: Arrays, rows: number) => void;
 
-/** Elements per block: the buffers of 8 KiB of a formula stay in the L2 cache. */
-const BLOCK = 1024;
+/** Generated functions by source: uses that differ in nothing that the source contains share one, and V8 compiles it once. */
+const functions = new Map<string, Generated>();
 
-/** A formula that is prepared for some sizes and attributes. */
-export class CpuFormula {
+/** Returns the reference of a formula for some sizes. Throws a BrokenInvariant if a size is missing. */
+export function cpuFormula(layout: OperandLayout, results: Readonly<Record<string, Result>>, d: Sizes): CpuFormula {
+  const source = new Source(layout, d).textOf(results);
+  let run = functions.get(source);
+  if (!run) functions.set(source, (run = new Function("t", "rows", source) as Generated));
+  const generated = run;
+  const width = productOf(layout.rowDims, d);
+  const { name, ragged } = layout.full;
+  return (t, raggedRows) => {
+    for (const operand of layout.access.keys()) invariant(t[operand] !== undefined, () => `a formula has no operand ${operand}`);
+    generated(t, ragged ? raggedRows : (t[name]?.length ?? 0) / width);
+  };
+}
+
+/** Statements of one scope, and the names of the expressions that they compute. */
+class Block {
+  readonly lines: string[] = [];
+  private readonly names = new Map<Expr, string>();
+
+  nameOf(e: Expr): string | undefined {
+    return this.names.get(e);
+  }
+  /** Declares a constant with the value of an expression. Returns its name. */
+  declare(e: Expr, name: string, text: string): string {
+    this.lines.push(`const ${name} = ${text};`);
+    this.names.set(e, name);
+    return name;
+  }
+  /** Records the name of an expression that other statements compute. */
+  record(e: Expr, name: string): void {
+    this.names.set(e, name);
+  }
+}
+
+/** The source of one formula. */
+class Source {
+  private readonly launch = new Block();
+  private readonly row = new Block();
+  private readonly element = new Block();
+  private readonly stores = { launch: [] as string[], row: [] as string[], element: [] as string[] };
   private readonly width: number;
-  /** Rows per block. */
-  private readonly most: number;
-  private readonly perLaunch: Step[] = [];
-  private readonly perBlock: Step[] = [];
-  private readonly stores: Step[] = [];
-  private readonly ends: Step[] = [];
-  private readonly buffers = new Map<Expr, Map<ValueScope, Float64Array>>();
-  private t: Arrays = {};
-  /** The first row of the current block, and how many it has. */
-  private first = 0;
-  private rows = 0;
+  private names = 0;
 
   constructor(
     private readonly layout: OperandLayout,
-    results: Readonly<Record<string, Result>>,
     private readonly d: Sizes,
   ) {
     this.width = productOf(layout.rowDims, d);
-    this.most = Math.max(1, Math.floor(BLOCK / this.width));
+  }
+
+  textOf(results: Readonly<Record<string, Result>>): string {
     for (const [name, result] of Object.entries(results))
       if (result.kind === "total") this.addTotal(name, result);
       else this.addStore(name, result);
+    const { launch, row, element, stores } = this;
+    const operands = [...this.layout.access.keys()].map((name) => `const ${arrayOf(name)} = t.${name};`);
+    const elements = [...element.lines, ...stores.element];
+    const rows = [...row.lines, ...(elements.length > 0 ? this.overElements(elements) : []), ...stores.row];
+    // a formula without values per row is one loop over all elements
+    const body =
+      row.lines.length + stores.row.length > 0
+        ? ["for (let r = 0; r < rows; r++) {", ...rows, "}"]
+        : [`for (let i = 0, end = rows * ${this.width}; i < end; i++) {`, ...elements, "}"];
+    return [...operands, ...launch.lines, ...body, ...stores.launch].join("\n");
   }
 
-  /** Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged. */
-  run(t: Arrays, raggedRows: number): void {
-    this.t = t;
-    const count = this.layout.full.ragged ? raggedRows : arrayOf(t, this.layout.full.name).length / this.width;
-    for (const step of this.perLaunch) step();
-    for (this.first = 0; this.first < count; this.first += this.most) {
-      this.rows = Math.min(this.most, count - this.first);
-      for (const step of this.perBlock) step();
-      for (const store of this.stores) store();
-    }
-    for (const end of this.ends) end();
-    this.t = {};
+  /** Returns a loop over the elements of row `r`. */
+  private overElements(lines: readonly string[]): string[] {
+    return [`for (let i = r * ${this.width}, end = i + ${this.width}; i < end; i++) {`, ...lines, "}"];
   }
 
   private addTotal(name: string, { term, by, divides }: Total): void {
-    const scope = scopeOf(term);
-    const values = this.values(term, scope);
-    let sum = 0;
-    this.perLaunch.push(() => {
-      sum = 0;
-    });
-    this.perBlock.push(() => {
-      const n = this.count(scope);
-      for (let k = 0; k < n; k++) sum += values[k]!;
-    });
-    this.ends.push(() => {
-      arrayOf(this.t, name)[0]! += divides ? sum / by : by * sum;
-    });
+    const sum = this.newName();
+    const scope = scopeOf(term) === "element" ? "element" : "row";
+    const value = this.valueOf(term, this.element);
+    this.launch.lines.push(`let ${sum} = 0;`);
+    this.stores[scope].push(`${sum} += ${value};`);
+    const result = divides ? `${sum} / ${literal(by)}` : `${literal(by)} * ${sum}`;
+    this.stores.launch.push(`${arrayOf(name)}[0] += ${result};`);
   }
 
-  /** Outputs may be inputs too, so a result is stored after all results of a block are computed. */
+  /** Outputs may be inputs too, so a result is stored after all results of its element or row are computed. */
   private addStore(name: string, result: Expr): void {
-    const scope: ValueScope = this.layout.access.get(name)?.kind === "row" ? "row" : "element";
-    const values = this.values(result, scope);
-    this.stores.push(() => {
-      const out = arrayOf(this.t, name);
-      const at = this.first * (scope === "row" ? 1 : this.width);
-      const n = this.count(scope);
-      for (let k = 0; k < n; k++) out[at + k] = values[k]!;
-    });
+    const scope = this.layout.access.get(name)?.kind === "row" ? "row" : "element";
+    const value = this.valueOf(result, this.element);
+    this.stores[scope].push(`${arrayOf(name)}[${scope === "row" ? "r" : "i"}] = ${value};`);
   }
 
-  /** Returns how many values of a scope the current block has. */
-  private count(scope: ValueScope): number {
-    return scope === "element" ? this.rows * this.width : scope === "row" ? this.rows : 1;
-  }
-
-  /** Returns the buffer with an expression's value for each element, row or launch. */
-  private values(e: Expr, scope: ValueScope): Float64Array {
-    let own = this.buffers.get(e);
-    if (!own) this.buffers.set(e, (own = new Map()));
-    const known = own.get(scope);
-    if (known) return known;
-    const out = isNarrower(scopeOf(e), scope) ? this.broadcast(e, scope) : this.compute(e);
-    own.set(scope, out);
-    return out;
-  }
-
-  private buffer(scope: ValueScope): Float64Array {
-    return new Float64Array(scope === "element" ? this.most * this.width : scope === "row" ? this.most : 1);
-  }
-
-  /** Adds a step for an expression of this scope. */
-  private addStep(scope: ValueScope, step: Step): void {
-    (isNarrower(scope, "row") ? this.perLaunch : this.perBlock).push(step);
-  }
-
-  /** Repeats the values of a narrower scope. */
-  private broadcast(e: Expr, scope: ValueScope): Float64Array {
-    const own = scopeOf(e);
-    const out = this.buffer(scope);
-    if (e.kind === "constant") return out.fill(e.value);
-    const from = this.values(e, own);
-    const { width } = this;
-    if (own === "row")
-      this.addStep(scope, () => {
-        for (let r = 0; r < this.rows; r++) out.fill(from[r]!, r * width, (r + 1) * width);
-      });
-    // launch values do not change from block to block
-    else this.addStep(own, () => out.fill(from[0]!));
-    return out;
-  }
-
-  private compute(e: Expr): Float64Array {
+  /** Returns the name or the literal of an expression, after adding its statement to the block of its scope; `element` is that of elements. */
+  private valueOf(e: Expr, element: Block): string {
+    if (e.kind === "constant") return literal(e.value);
+    if (e.kind === "variable") return this.valueOf(e.value, element);
     const scope = scopeOf(e);
+    const block = scope === "element" ? element : scope === "row" ? this.row : this.launch;
+    const known = block.nameOf(e);
+    if (known !== undefined) return known;
     switch (e.kind) {
       case "operand":
-        return this.load(e.name, scope);
-      case "variable":
-        return this.values(e.value, scope);
-      case "constant":
-        return this.buffer(scope).fill(e.value);
+        return block.declare(e, this.newName(), this.load(e));
       case "call": {
-        const [a, b] = e.args.map((x) => this.values(x, scope));
-        const out = this.buffer(scope);
-        const loop = loops[e.fn];
+        const [a, b] = e.args.map((x) => this.valueOf(x, element));
         invariant(a !== undefined, `${e.fn} has no operand`);
-        this.addStep(scope, () => loop(out, a, b ?? a, this.count(scope)));
-        return out;
+        return block.declare(e, this.newName(), calls[e.fn](a, b ?? a));
       }
-      case "select":
-        return this.select(e, scope);
+      case "select": {
+        const [yes, no] = [this.valueOf(e.yes, element), this.valueOf(e.no, element)];
+        return block.declare(e, this.newName(), `${this.condition(e.test, element)} ? ${yes} : ${no}`);
+      }
       case "rowReduce": {
-        const term = this.values(e.term, "element");
-        const out = this.buffer(scope);
-        this.addStep(scope, () => reduceRows(e.by, out, term, this.rows, this.width));
-        return out;
+        const own = new Block();
+        const term = this.valueOf(e.term, own);
+        const all = this.newName();
+        const next = e.by === "sum" ? `${all} + ${term}` : `Math.max(${all}, ${term})`;
+        this.row.lines.push(`let ${all} = ${e.by === "sum" ? "0" : "-Infinity"};`);
+        this.row.lines.push(...this.overElements([...own.lines, `${all} = ${next};`]));
+        this.row.record(e, all);
+        return all;
       }
       default:
         return e satisfies never;
     }
   }
 
-  private select({ test, yes, no }: Extract<Expr, { kind: "select" }>, scope: ValueScope): Float64Array {
-    const out = this.buffer(scope);
-    const [x, y] = [this.values(yes, scope), this.values(no, scope)];
-    const compared = testedBy(test);
-    const holds = { greater: (p: number, q: number) => p > q, equal: (p: number, q: number) => p === q, finite: Number.isFinite }[
-      test.kind
-    ];
-    // a condition per launch selects a whole buffer
-    const own = compared.every((c) => isNarrower(scopeOf(c), "row")) ? "launch" : scope;
-    const [a, b] = compared.map((c) => this.values(c, own));
-    invariant(a !== undefined, "a condition compares nothing");
-    const other = b ?? a;
-    this.addStep(scope, () => {
-      const n = this.count(scope);
-      if (own === "launch") copy(out, holds(a[0]!, other[0]!) ? x : y, n);
-      else for (let k = 0; k < n; k++) out[k] = holds(a[k]!, other[k]!) ? x[k]! : y[k]!;
-    });
-    return out;
+  private condition(test: Test, element: Block): string {
+    if (test.kind === "finite") return `Number.isFinite(${this.valueOf(test.x, element)})`;
+    return `${this.valueOf(test.a, element)} ${test.kind === "greater" ? ">" : "==="} ${this.valueOf(test.b, element)}`;
   }
 
-  private load(name: string, scope: ValueScope): Float64Array {
-    const out = this.buffer(scope);
+  private load({ name, scope }: Extract<Expr, { kind: "operand" }>): string {
     const access = this.layout.access.get(name);
     if (access?.kind === "table") {
       const [batch, width] = [productOf(access.batch, this.d), productOf(access.width, this.d)];
-      this.addStep(scope, () => {
-        const from = arrayOf(this.t, name);
-        const n = this.count(scope);
-        for (let k = 0, i = this.first * this.width; k < n; k++, i++) out[k] = from[Math.floor(i / batch) * width + (i % width)]!;
-      });
-    } else {
-      const stride = scope === "element" ? this.width : scope === "row" ? 1 : 0;
-      this.addStep(scope, () => {
-        const from = arrayOf(this.t, name);
-        const at = this.first * stride;
-        const n = this.count(scope);
-        for (let k = 0; k < n; k++) out[k] = from[at + k]!;
-      });
+      return `${arrayOf(name)}[Math.floor(i / ${batch}) * ${width} + (i % ${width})]`;
     }
-    return out;
+    return `${arrayOf(name)}[${scope === "element" ? "i" : scope === "row" ? "r" : "0"}]`;
+  }
+
+  private newName(): string {
+    return `v${this.names++}`;
   }
 }
 
-function arrayOf(t: Arrays, name: string): Float32Array {
-  const array = t[name];
-  invariant(array !== undefined, `a formula has no operand ${name}`);
-  return array;
+/** The name of an operand's array in the source: no word of the language. */
+const arrayOf = (operand: string): string => `$${operand}`;
+
+/** Writes a number, negative ones in parentheses. */
+function literal(x: number): string {
+  if (Object.is(x, -0)) return "(-0)";
+  return x < 0 ? `(${x})` : String(x);
 }
 
-function copy(out: Float64Array, from: Float64Array, n: number): void {
-  for (let k = 0; k < n; k++) out[k] = from[k]!;
-}
-
-function reduceRows(by: "sum" | "max", out: Float64Array, term: Float64Array, rows: number, width: number): void {
-  for (let r = 0; r < rows; r++) {
-    let all = by === "sum" ? 0 : Number.NEGATIVE_INFINITY;
-    const end = (r + 1) * width;
-    if (by === "sum") for (let k = r * width; k < end; k++) all += term[k]!;
-    else for (let k = r * width; k < end; k++) all = Math.max(all, term[k]!);
-    out[r] = all;
-  }
-}
-
-/** One loop per function, so that each is compiled for itself. */
-const loops: Readonly<Record<Fn, (out: Float64Array, a: Float64Array, b: Float64Array, n: number) => void>> = {
-  add(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = a[k]! + b[k]!;
-  },
-  sub(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = a[k]! - b[k]!;
-  },
-  mul(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = a[k]! * b[k]!;
-  },
-  div(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = a[k]! / b[k]!;
-  },
-  approxDiv(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = a[k]! / b[k]!;
-  },
-  max(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.max(a[k]!, b[k]!);
-  },
-  min(out, a, b, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.min(a[k]!, b[k]!);
-  },
-  neg(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = -a[k]!;
-  },
-  abs(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.abs(a[k]!);
-  },
-  exp(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.exp(a[k]!);
-  },
-  log(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.log(a[k]!);
-  },
-  log1p(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.log1p(a[k]!);
-  },
-  sqrt(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = Math.sqrt(a[k]!);
-  },
-  sigmoid(out, a, _, n) {
-    for (let k = 0; k < n; k++) out[k] = 1 / (1 + Math.exp(-a[k]!));
-  },
-  oneMinusPower(out, base, exponent, n) {
-    for (let k = 0; k < n; k++) out[k] = 1 - base[k]! ** exponent[k]!;
-  },
+/** The text of a function of names and literals. */
+const calls: Readonly<Record<Fn, (a: string, b: string) => string>> = {
+  add: (a, b) => `${a} + ${b}`,
+  sub: (a, b) => `${a} - ${b}`,
+  mul: (a, b) => `${a} * ${b}`,
+  div: (a, b) => `${a} / ${b}`,
+  approxDiv: (a, b) => `${a} / ${b}`,
+  max: (a, b) => `Math.max(${a}, ${b})`,
+  min: (a, b) => `Math.min(${a}, ${b})`,
+  neg: (a) => `-${a}`,
+  abs: (a) => `Math.abs(${a})`,
+  exp: (a) => `Math.exp(${a})`,
+  log: (a) => `Math.log(${a})`,
+  log1p: (a) => `Math.log1p(${a})`,
+  sqrt: (a) => `Math.sqrt(${a})`,
+  sigmoid: (a) => `1 / (1 + Math.exp(-${a}))`,
+  oneMinusPower: (base, exponent) => `1 - ${base} ** ${exponent}`,
 };

@@ -13,7 +13,7 @@ import { dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Dtype, HostInput } from "../../schemas/plan.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
-import { CpuFormula } from "./formulaCpu.ts";
+import { type CpuFormula, cpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";
 import { type DimSpec, type Operand, operandsOfSide } from "./signature.ts";
 
@@ -232,8 +232,8 @@ export function formulaOp<const S extends string, const N extends OpName, const 
   const self = opOf<S, N, A>(def, (t, d, { rows }) => {
     const key = Object.entries(d).join();
     let own = prepared.get(key);
-    if (!own) prepared.set(key, (own = new CpuFormula(layout, formula(operandsOf(layout), d), d)));
-    own.run(t, rows[0] ?? 0);
+    if (!own) prepared.set(key, (own = cpuFormula(layout, formula(operandsOf(layout), d), d)));
+    own(t, rows[0] ?? 0);
   });
   const layout = layoutOf(self);
   return { ...self, formula };

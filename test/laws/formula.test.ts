@@ -4,7 +4,22 @@ import { cuda } from "../../src/codegen/cuda/text.ts";
 import { formulaText } from "../../src/codegen/formulaText.ts";
 import { wgsl } from "../../src/codegen/wgsl/text.ts";
 import { auxLoss } from "../../src/ops/balance.ts";
-import { add, div, greater, layoutOf, mul, operandIn, rowSum, select, sigmoid, sub, variable } from "../../src/ops/formula.ts";
+import {
+  add,
+  div,
+  exp,
+  greater,
+  layoutOf,
+  log,
+  mul,
+  operandIn,
+  rowMax,
+  rowSum,
+  select,
+  sigmoid,
+  sub,
+  variable,
+} from "../../src/ops/formula.ts";
 import { addBias } from "../../src/ops/linear.ts";
 import { sigmoidGate } from "../../src/ops/moe.ts";
 import { formulaOp } from "../../src/ops/op.ts";
@@ -59,4 +74,26 @@ test("CUDA divides by a value per row through its reciprocal, WGSL divides", () 
   expect(formulaText(cuda, results)).toMatchObject({ row: ["const float by = 1.0f / (gate + 1.0f);"] });
   expect(formulaText(cuda, results).results.get("y")?.text).toBe("x * by");
   expect(formulaText(wgsl, results).results.get("y")?.text).toBe("x / by");
+});
+
+test("a result per row follows the reductions of its row, and a maximum of its elements comes before their sum", () => {
+  const softmaxNorm = formulaOp({
+    name: "add",
+    sig: "x[B,F] -> y[B,F] norm[B]",
+    formula({ x }) {
+      const m = rowMax("m", x);
+      const sum = rowSum("sum", exp(sub(x, m)));
+      return { y: div(exp(sub(x, m)), sum), norm: add(m, log(sum)) };
+    },
+  });
+  const x = [0.5, -1, 2, 1000, 1001, 999];
+  const t = { x: Float32Array.from(x), y: new Float32Array(6), norm: new Float32Array(2) };
+  softmaxNorm.cpu(t, { B: 2, F: 3 }, place);
+  for (const r of [0, 1]) {
+    const row = x.slice(r * 3, r * 3 + 3);
+    const m = Math.max(...row);
+    const sum = row.reduce((s, v) => s + Math.exp(v - m), 0);
+    expect(t.norm[r]).toBe(Math.fround(m + Math.log(sum)));
+    expect([...t.y.slice(r * 3, r * 3 + 3)]).toEqual(row.map((v) => Math.fround(Math.exp(v - m) / sum)));
+  }
 });
