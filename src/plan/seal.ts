@@ -3,8 +3,8 @@
  * located. `parsePlan` (read.ts) returns exactly the plan that `printPlan` wrote.
  */
 import { createHash } from "node:crypto";
-import canonicalize from "canonicalize";
 import { FORMAT_VERSION, type Plan, type Sections } from "../../schemas/plan.ts";
+import { canonical } from "./canonical.ts";
 
 /** Sections that have a digest. */
 export const sections = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const satisfies readonly (keyof Sections)[];
@@ -41,9 +41,6 @@ const sealed = new WeakMap<Plan, string>();
 /** Returns the text of a plan file. */
 export const printPlan = (plan: Plan): string =>
   sealed.get(plan) ?? joined(Object.entries(plan).map(([name, value]) => [name, canonical(value)] as const));
-
-/** Returns canonical JSON (RFC 8785). Throws on values that JSON cannot hold. */
-export const canonical = (value: unknown): string => canonicalize(value)!;
 
 /** Joins the canonical texts of the top-level keys to the text of a plan. */
 export function joined(parts: readonly (readonly [name: string, text: string])[]): string {

@@ -1,4 +1,5 @@
 import { Buffer } from "node:buffer";
+import canonicalize from "canonicalize";
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Plan, Sections } from "../../schemas/plan.ts";
@@ -6,6 +7,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
+import { canonical } from "../../src/plan/canonical.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan, sealPlan } from "../../src/plan/seal.ts";
 import { smallest } from "../../src/rules/index.ts";
@@ -210,5 +212,28 @@ describe("a plan as a file", () => {
     parsePlan(big, "plan.json");
     const { user, system } = process.cpuUsage(start);
     expect((user + system) / 1e6).toBeLessThan(6);
+  });
+});
+
+describe("canonical JSON", () => {
+  const object = (key: fc.Arbitrary<string>) =>
+    fc.letrec((tie) => ({
+      value: fc.oneof(
+        { maxDepth: 4 },
+        fc.double({ noNaN: true, noDefaultInfinity: true }),
+        fc.string({ unit: "binary" }),
+        tie("object"),
+        fc.array(tie("value")),
+      ),
+      object: fc.dictionary(key, tie("value"), { noNullPrototype: true }),
+    })).object;
+
+  test("is that of the package canonicalize, also for keys whose order an assignment does not decide", () => {
+    const keys = fc.oneof(fc.string({ unit: "binary" }), fc.constantFrom("", "9", "10", "__proto__", "toString", "\u{1F600}", "\uFB33"));
+    fc.assert(fc.property(object(keys), (value) => void expect(canonical(value)).toBe(canonicalize(value))));
+  });
+
+  test("refuses numbers that JSON cannot hold", () => {
+    expect(() => canonical({ a: [1, Number.POSITIVE_INFINITY] })).toThrow("JSON has no number Infinity");
   });
 });
