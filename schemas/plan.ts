@@ -135,7 +135,7 @@ export const Transfer = z.strictObject({
 });
 export type Transfer = z.infer<typeof Transfer>;
 
-export const Instruction = z.discriminatedUnion("kind", [Compute, Collective, Transfer]);
+export const Instruction = z.discriminatedUnion("kind", [Compute, Collective, Transfer]).meta({ id: "Instruction" });
 export type Instruction = z.infer<typeof Instruction>;
 
 export const Parameter = z.strictObject({

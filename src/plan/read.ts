@@ -1,11 +1,12 @@
 /** Parsing of plan files. Version, digests, the published JSON Schema and the laws of plans are checked, in this order. */
-import { Ajv, type ErrorObject, type ValidateFunction } from "ajv";
+import type { ErrorObject } from "ajv";
 import { FORMAT_VERSION, type Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BrokenInvariant } from "../ops/op.ts";
-import { readPackageFile } from "../packageFile.ts";
-import { canonical, type Digests, joined, overall, sections, sha256 } from "./seal.ts";
+import { canonical } from "./canonical.ts";
+import { type Digests, joined, overall, sections, sha256 } from "./seal.ts";
+import { planValidator } from "./validator.ts";
 import { laws } from "./verifyPlan.ts";
 
 /** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. */
@@ -31,7 +32,7 @@ export function parsePlan(text: string, file: string): Plan {
   const changed = changedSection(value, text);
   if (changed) return refuse(changed);
 
-  const validate = minor > ownMinor ? validators().additive : validators().exact;
+  const validate = planValidator(minor > ownMinor ? "additive" : "exact");
   if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors!)}`);
   const broken = brokenLaw(value as Plan);
   if (broken) return refuse(broken);
@@ -106,31 +107,6 @@ const isRecord = (value: unknown): value is Record<string, unknown> => typeof va
 function majorMinor(version: unknown): readonly [number, number] | undefined {
   const match = typeof version === "string" ? /^(\d+)\.(\d+)$/.exec(version) : null;
   return match ? [Number(match[1]), Number(match[2])] : undefined;
-}
-
-interface Validators {
-  readonly exact: ValidateFunction;
-  /** For newer minor versions, which may add keys: unknown keys are valid. */
-  readonly additive: ValidateFunction;
-}
-
-let cached: Validators | undefined;
-/** Returns the validators; each is compiled on first use. */
-function validators(): Validators {
-  const compile = (schema: object): ValidateFunction => new Ajv({ strict: false, validateFormats: false, verbose: true }).compile(schema);
-  const text = (): string => readPackageFile("schemas/plan.schema.json");
-  let exact: ValidateFunction | undefined;
-  let additive: ValidateFunction | undefined;
-  cached ??= {
-    get exact() {
-      return (exact ??= compile(JSON.parse(text())));
-    },
-    get additive() {
-      const open = (key: string, value: unknown): unknown => (key === "additionalProperties" && value === false ? undefined : value);
-      return (additive ??= compile(JSON.parse(text(), open)));
-    },
-  };
-  return cached;
 }
 
 /** Returns the deepest error as text. Every variant of a union reports errors; the deepest is about the variant that matches best. */

@@ -69,6 +69,13 @@ describe("the installed package", () => {
     expect(rankc("inspect", "plan")).toContain("tiny-dense");
   });
 
+  test("holds the built validator of plans, which refuses a key that is not of the schema", () => {
+    expect(existsSync(join(home, "node_modules/rankc/dist/src/plan/planValidator.cjs"))).toBe(true);
+    const file = join(home, "plan/plan.json");
+    writeFileSync(file, readFileSync(file, "utf8").replace(',"format_version"', ',"extra":1,"format_version"'));
+    expect(() => rankc("inspect", "plan")).toThrow("not a valid plan: the plan must NOT have additional properties");
+  });
+
   test("trains a step", () => {
     expect(rankc("run", job, "--steps", "1")).toMatch(/^1 steps? in .* loss 5\.\d+/);
   });

@@ -19,7 +19,7 @@ const layers = [
   { name: "kernel generators", holds: /^src\/codegen\/(cuda|wgsl)\// },
   { name: "mesh and pipeline", holds: /^src\/passes\/(mesh|pipeline|passNames)\.ts$/ },
   { name: "analysis", holds: /^src\/analysis\// },
-  { name: "sealing", holds: /^src\/plan\/seal\.ts$/ },
+  { name: "sealing", holds: /^src\/plan\/(seal|canonical)\.ts$/ },
   { name: "model", holds: /^src\/model\// },
   { name: "passes", holds: /^src\/passes\// },
   { name: "codegen", holds: /^src\/codegen\// },
@@ -45,6 +45,7 @@ const touchFiles = new Map([
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/packageFile.ts", "schemas and templates of the package"],
+  ["src/plan/validator.ts", "the built validator"],
   ["src/cli/archive.ts", "an archive of a plan and all that runs it"],
   ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
   ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
@@ -61,6 +62,7 @@ const touchFiles = new Map([
   ["runtime/launch/watchdog.ts", "the last message, while the main thread is blocked"],
   // development scripts: they write what is committed
   ["src/ops/generateNames.ts", "names of ops"],
+  ["src/plan/buildValidator.ts", "the validator of the built package"],
   ["schemas/generate.ts", "JSON Schemas"],
   ["templates/generate.ts", "bindings"],
 ]);
