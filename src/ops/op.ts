@@ -313,10 +313,13 @@ function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, numb
   const size: Record<string, number> = { ...node.attrs };
   for (const [i, { dimSpecs, name }] of expand(node).inputs.entries()) {
     const have = node.args[i]!.sizes;
-    invariant(have.length === dimSpecs.length, `${node.op.name}.${name}: ${have.length} dims where the signature has ${dimSpecs.length}`);
+    invariant(
+      have.length === dimSpecs.length,
+      () => `${node.op.name}.${name}: ${have.length} dims where the signature has ${dimSpecs.length}`,
+    );
     for (const [j, s] of dimSpecs.entries()) {
       const n = (have[j]! * sharersOf(s, size)) / s.inner.reduce((p, d) => p * size[d]!, 1);
-      invariant((size[s.dim] ??= n) === n && Number.isInteger(n), `${node.op.name}.${name}: ${s.dim} is ${size[s.dim]} and ${n}`);
+      invariant((size[s.dim] ??= n) === n && Number.isInteger(n), () => `${node.op.name}.${name}: ${s.dim} is ${size[s.dim]} and ${n}`);
     }
   }
   return size;

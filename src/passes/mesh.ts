@@ -70,7 +70,8 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   };
 }
 
-const isGridAxis = (axis: string): axis is GridAxis => axis !== "pp" && MeshAxis.safeParse(axis).success;
+const gridAxes: ReadonlySet<string> = new Set(MeshAxis.exclude(["pp"]).options);
+const isGridAxis = (axis: string): axis is GridAxis => gridAxes.has(axis);
 
 /** Returns the sub-axes of an axis, ascending stride. Throws an invariant if the mesh has no such axis. */
 export function subAxesOf({ axes }: Pick<Mesh, "axes">, axis: string): readonly number[] {

@@ -114,6 +114,6 @@ export function requireDivisible({ id, size }: Node, dims: ReadonlyMap<string, r
   for (const [dim, fs] of dims)
     invariant(
       (size[dim] ?? 0) % placements.count(fs) === 0,
-      `${id}: ${dim} of ${size[dim]} elements does not divide by ${placements.count(fs)}`,
+      () => `${id}: ${dim} of ${size[dim]} elements does not divide by ${placements.count(fs)}`,
     );
 }

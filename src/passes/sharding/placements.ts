@@ -3,7 +3,7 @@ import { isDisjointSubAxes, shardCount } from "../../../schemas/sharding.ts";
 import { invariant, type Value } from "../../ops/op.ts";
 import { idOf } from "../backward.ts";
 import type { Layout } from "../layout.ts";
-import { axesName, type Mesh, subAxesOf } from "../mesh.ts";
+import { axesName, hasSeparateGrids, type Mesh, subAxesOf } from "../mesh.ts";
 import type { Placement } from "./steps.ts";
 
 /** Layouts and stages of the values that were placed so far. */
@@ -11,8 +11,10 @@ export class Placements {
   /** All sub-axes, ascending stride. */
   readonly every: readonly number[];
   readonly #placed = new Map<Value, Placement>();
+  readonly #hasSeparateGrids: boolean;
 
   constructor(readonly mesh: Mesh) {
+    this.#hasSeparateGrids = hasSeparateGrids(mesh);
     this.every = mesh.subAxes.map((_, f) => f);
   }
 
@@ -25,7 +27,7 @@ export class Placements {
   /** Returns the placement of a value. Throws an invariant if it has none. */
   of(v: Value): Placement {
     const placed = this.#placed.get(v);
-    invariant(placed !== undefined, `${idOf(v)} is used before an op produces it`);
+    invariant(placed !== undefined, () => `${idOf(v)} is used before an op produces it`);
     return placed;
   }
   /** Records the placement of a value. Throws an invariant if a dim does not divide by its sub-axes, or if the layout mixes grids. */
@@ -34,7 +36,7 @@ export class Placements {
     for (const [dim, fs] of layout.shardedBy.entries())
       invariant(
         (v.sizes[dim] ?? 0) % this.count(fs) === 0,
-        `${idOf(v)}: dim ${dim} of ${v.sizes[dim]} elements does not divide by ${this.count(fs)}`,
+        () => `${idOf(v)}: dim ${dim} of ${v.sizes[dim]} elements does not divide by ${this.count(fs)}`,
       );
     this.#placed.set(v, { layout, stage });
   }
@@ -53,10 +55,11 @@ export class Placements {
   }
   /** Throws an invariant if layouts of a value use sub-axes of both grids where the grids do not nest. */
   requireOneGrid(v: Value, ...layouts: readonly Layout[]): void {
+    if (!this.#hasSeparateGrids) return;
     const fs = [...new Set(layouts.flatMap((l) => [...l.shardedBy.flat(), ...l.partialSum, ...l.partialMax]))];
     invariant(
       isDisjointSubAxes(this.mesh, fs),
-      `${idOf(v)} would be sharded by ${axesName(this.mesh, fs, false)}, which are of grids that do not nest`,
+      () => `${idOf(v)} would be sharded by ${axesName(this.mesh, fs, false)}, which are of grids that do not nest`,
     );
   }
 }

@@ -98,6 +98,8 @@ export class Resharder {
     this.#placements.requireOneGrid(v, first.layout, target);
     const known = this.#available(v);
     const virtualStage = this.#laterStage(v, stage);
+    // most operands are in the layout that the op needs
+    if (isSame(first.layout, target)) return first;
     const blockAxes = pairs(first.layout.shardedBy, target.shardedBy).map(([from, to]) => (from.length > to.length ? from : to));
     let shardedValue = first;
     for (const how of reshardOrder) {
@@ -127,6 +129,12 @@ export class Resharder {
     return shardedValue;
   }
 }
+
+const isSame = (a: Layout, b: Layout): boolean =>
+  areEqual(a.partialSum, b.partialSum) &&
+  areEqual(a.partialMax, b.partialMax) &&
+  a.shardedBy.every((fs, dim) => areEqual(fs, b.shardedBy[dim] ?? []));
+const areEqual = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((f, i) => b[i] === f);
 
 /** Returns whether blocks are numbered by sub-axes that do not shard their dim. Then the layout alone does not identify the copy. */
 const isIntermediate = ({ shardedBy }: Layout, blockAxes: Layout["shardedBy"]): boolean =>
