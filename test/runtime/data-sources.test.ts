@@ -9,8 +9,10 @@ import { gptSamples, splitBounds } from "../../runtime/data/gptDataset.ts";
 import { openSources } from "../../runtime/data/sources.ts";
 import { openTokenizer } from "../../runtime/data/tokenizers/openTokenizer.ts";
 import type { Reading } from "../../runtime/train/inputs.ts";
+import { openRun } from "../../runtime/train/openRun.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { fixture } from "../support/job.ts";
+import { compile } from "../../src/compile.ts";
+import { fixture, jobOf } from "../support/job.ts";
 import { littleEndian } from "../support/labels.ts";
 import { megatronIndex } from "../support/megatronIndex.ts";
 
@@ -152,4 +154,32 @@ test("a data set that was prepared for a larger vocabulary than the model's is r
   const described = { tokenizer: "t", tokenizer_sha256: "", kind: "BPE", vocab: 70_000, end_of_document: 0, dtype: "u16", documents: 1 };
   writeFileSync(`${path}.json`, JSON.stringify({ ...described, empty_documents: 0, tokens: 40, text_bytes: 1, inputs: [] }));
   expect(() => openSources([{ path, weight: 1 }], undefined, reading)).toThrow("was prepared with 70000 ids, and model.vocab is 60000");
+});
+
+test("a run goes on exactly from a checkpoint, on another mesh as well", async () => {
+  dataset("run-a", [50, 3, 80, 40], 0);
+  dataset("run-b", [30, 30, 30], 200);
+  const job = (world: number) =>
+    jobOf({
+      name: "sources",
+      model: { layers: 1, hidden: 16, heads: 2, vocab: 512, seq: 8 },
+      parallel: { world },
+      train: { global_batch: 4, steps: 6, precision: "fp32", optimizer: { lr: 1e-2 } },
+      data: { sources: [{ path: "run-a", weight: 2 }, { path: "run-b" }], split: [9, 1] },
+    });
+  const losses = async (world: number, steps: number, settings: { save?: string; resume?: string }): Promise<number[]> => {
+    const run = await openRun(compile(job(world)).plan, { baseDir: folder, ...settings });
+    const all: number[] = [];
+    while (all.length < steps) all.push((await run.step()).loss);
+    if (settings.save) await run.save();
+    await run.close();
+    return all;
+  };
+  const whole = await losses(1, 6, {});
+  const first = await losses(1, 3, { save: join(folder, "saved") });
+  expect(first).toEqual(whole.slice(0, 3));
+  expect(await losses(1, 3, { resume: join(folder, "saved") })).toEqual(whole.slice(3));
+  const other = await losses(2, 3, { resume: join(folder, "saved") });
+  for (const [i, loss] of other.entries()) expect(loss).toBeCloseTo(whole[3 + i] ?? 0, 4);
+  expect(new Set(whole.map((loss) => loss.toFixed(3))).size).toBe(6);
 });
