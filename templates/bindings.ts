@@ -311,6 +311,7 @@ interface CudaGemmTilesCuh {
   readonly m: string | number;
   readonly n: string | number;
   readonly out: string | number;
+  readonly part: string | number;
   readonly raggedDepth: string | number;
   readonly raggedRows: string | number;
   readonly raster: string | number;

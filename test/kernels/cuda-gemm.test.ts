@@ -186,11 +186,39 @@ emulated(`f32 arithmetic${note}`, () => {
         shapes.flatMap(([name, op, sizes]) =>
           adding(op).map((adds) => {
             const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
-            return { ...c, made: simt(c.use, productOf(c.use), edge) };
+            return { ...c, made: simt(c.use, productOf(c.use), productOf(c.use).depth, edge) };
           }),
         ),
       ),
     );
+});
+
+emulated(`f32 arithmetic in parts of the depth${note}`, () => {
+  test("sums of the parts are added in order, onto what is there where it is kept", () =>
+    holdAll(
+      [
+        { name: "p0", op: "gemm_wgrad", sizes: { S: 150, K: 72, N: 24 }, adds: false },
+        { name: "p1", op: "gemm_wgrad", sizes: { S: 150, K: 130, N: 140 }, adds: true },
+        { name: "p2", op: "gemm", sizes: { S: 40, K: 130, N: 24 }, adds: false },
+        { name: "p3", op: "gemm_dgrad", sizes: { S: 40, K: 24, N: 130 }, adds: false },
+      ].map(({ name, op, sizes, adds }) => {
+        const c = caseOf(name, op as OpName, sizes, "f32", adds);
+        return { ...c, made: simt(c.use, productOf(c.use), 64) };
+      }),
+    ));
+  test("a router's weight gradient is made in parts, other products are not", () => {
+    const launchesOf = (op: OpName, d: Record<string, number>) => {
+      const small = useOf("parts", op, { S: 8, K: 8, N: 8 }, "f32");
+      const use = { ...small, d: { ...small.d, ...d } };
+      return simt(use, productOf(use)).launches.map(({ entry, grid }) => [entry, grid[0]]);
+    };
+    expect(launchesOf("gemm_wgrad", { S: 8192, K: 2048, N: 128 })).toEqual([
+      ["parts", 128],
+      ["parts_sum", 8192],
+    ]);
+    expect(launchesOf("gemm", { S: 8192, K: 2048, N: 128 })).toEqual([["parts", 256]]);
+    expect(launchesOf("gemm_wgrad", { S: 64, K: 64, N: 64 })).toHaveLength(1);
+  });
 });
 
 test("Hopper's tilings: they fit a multiprocessor; a deep product gets the largest tile, one with a long store alternates, small ones get more tiles", () => {

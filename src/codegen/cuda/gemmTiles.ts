@@ -1,25 +1,29 @@
 /** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
-import { cudaType } from "../../../schemas/dtypes.ts";
+
+import { cudaArchs } from "../../../schemas/devices.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { rowIndex } from "../launchArgs.ts";
+import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
+import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import { mostTiles, sidesOf } from "./product.ts";
+import { sumColumns } from "./reduce.ts";
 import { type Float16, float16Types, source } from "./text.ts";
 
 /** Square tiles of c, the largest first. */
 type Edge = 128 | 64 | 32;
 /** Tiles, so that about every multiprocessor has one. */
 const ENOUGH = 100;
+const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 const edgeOf = <E extends Edge>(p: MatrixProduct, edges: readonly E[]): E =>
   edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
-function tilesText(p: MatrixProduct, edge: Edge, tileK: number): string {
+function tilesText(p: MatrixProduct, edge: Edge, tileK: number, part = p.depth): string {
   return render("cuda/gemm_tiles.cuh", {
-    ...{ m: p.m, n: p.n, depth: p.depth, experts: p.experts, adds: flag(p.adds), out: cudaType(p.c.dtype) },
+    ...{ m: p.m, n: p.n, depth: p.depth, part, experts: p.experts, adds: flag(p.adds), out: cudaType(p.c.dtype) },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
     ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst) },
     ...{ tileM: edge, tileN: edge, tileK, raster: 8 },
@@ -49,8 +53,26 @@ export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128
   return launched(spec, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
 }
 
-/** Operands of any float type. */
-export function simt(spec: KernelSpec, p: MatrixProduct, edge: Edge = edgeOf(p, [128, 64, 32])): GeneratedKernel {
+/**
+ * The depth of one block of f32 arithmetic. Where c has too few tiles for the multiprocessors, as the weights of a router have, the depth
+ * is cut into parts of at least 512.
+ */
+function partOf(p: MatrixProduct): number {
+  const tiles = mostTiles(p, 128, 128);
+  if (p.ragged || mostTiles(p, 64, 64) >= ENOUGH) return p.depth;
+  const parts = Math.max(1, Math.min(32, Math.round(MULTIPROCESSORS / tiles), Math.floor(p.depth / 512)));
+  return Math.ceil(p.depth / parts / 16) * 16;
+}
+
+/** Operands of any float type. With a `part` below the depth, its sums go to scratch, and a second launch adds them in order. */
+export function simt(
+  spec: KernelSpec,
+  p: MatrixProduct,
+  part: number = partOf(p),
+  edge: Edge = part < p.depth ? 128 : edgeOf(p, [128, 64, 32]),
+): GeneratedKernel {
+  const parts = Math.ceil(p.depth / part);
+  const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (sidesOf(p, operand)[0] % 4 === 0 ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
@@ -62,7 +84,15 @@ export function simt(spec: KernelSpec, p: MatrixProduct, edge: Edge = edgeOf(p, 
       a: cudaType(p.a.dtype),
       b: cudaType(p.b.dtype),
     },
-    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, 16) },
+    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(sums, edge, 16, part) },
   });
-  return launched(spec, p, edge, { threads: (edge / each) ** 2, shared: 0 }, body);
+  const threads = (edge / each) ** 2;
+  if (parts === 1) return launched(spec, p, edge, { threads, shared: 0 }, body);
+  const total = sumColumns(spec, { rows: parts, width: p.m * p.n, to: operandOf(spec, p.c.name) });
+  const grid = [mostTiles(p, edge, edge) * parts, 1, 1] as const;
+  return {
+    source: source(spec, `${body}\n${total.body}`),
+    scratch: parts * p.m * p.n * bytesOf.f32,
+    launches: [{ entry: spec.name, grid: [...grid], threads, shared: 0, args: [p.a.name, p.b.name, scratchStart] }, total.launch],
+  };
 }
