@@ -2,6 +2,7 @@
  * The walk of one rank through a step: forward and backward of every microbatch in the plan's order, then the step block. Walks are
  * coroutines that synchronize at collectives and transfers.
  */
+import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
 import { parseTag } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
@@ -74,12 +75,10 @@ function fill(
 /** Cache of the buffers that a block reads; a block runs for every microbatch. */
 const known = new WeakMap<readonly Instruction[], ReadonlySet<string>>();
 function inputsReadBy(block: readonly Instruction[]): ReadonlySet<string> {
-  const found = known.get(block) ?? new Set(block.flatMap(readBy));
+  const found = known.get(block) ?? new Set(block.flatMap(readsOf));
   known.set(block, found);
   return found;
 }
-const readBy = (i: Instruction): readonly string[] =>
-  i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
 
 /**
  * Runs the walks round-robin until all are done, and awaits `settled` after each resumption. Throws if no walk can proceed: the plan has a

@@ -3,10 +3,10 @@
  * Layers and stages with equal specs share one kernel. The target `cpu` runs the reference of each op and has no sources.
  */
 
+import { touchedBy } from "../../schemas/effects.ts";
 import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
-import { touchedBy } from "../analysis/effects.ts";
 import { ops } from "../ops/index.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical } from "../plan/canonical.ts";

@@ -5,6 +5,7 @@ import type { InputSource } from "../../schemas/plan.ts";
 import { isCount, type Loss } from "../model/builder.ts";
 import { add } from "../ops/linear.ts";
 import { invariant, type Node, type Value } from "../ops/op.ts";
+import { pairs } from "./layout.ts";
 
 /** Forward and backward nodes of one microbatch, before sharding. */
 export interface Graph {
@@ -27,104 +28,155 @@ export interface Graph {
  */
 export function addBackward(losses: readonly Loss[], isRecomputed: (node: Node) => boolean = () => false): Graph {
   const outcomes = losses.map((l) => l.value);
-  const counted = [...new Set(topological(outcomes).flatMap((n) => n.args))].filter((v) => v.leaf?.updateInput);
-  // sorted by position: an update input is computed in its layer, not after the loss
-  const forward = topological(
-    [...counted.map((v) => v.leaf!.updateInput!), ...outcomes].sort((a, b) => a.node!.position - b.node!.position),
+  const counted = new Map(
+    topological(outcomes)
+      .flatMap((n) => n.args)
+      .flatMap((v) => (v.leaf?.updateInput ? [[v, v.leaf.updateInput]] : [])),
   );
-  const seen = new Set(forward);
-  const clones = new Map<Node, Node>();
-  const cloneOf = (v: Value): Value => (v.node && clones.get(v.node)?.outs[v.out]) ?? v;
-  /** Clones a node. The arguments that are recomputed must have their clones already. */
-  const clone = ({ op, args, attrs, id, position, pin, ring, regrid, outs }: Node): Node => {
-    const made = op.all(Object.fromEntries(op.inputs.map((t, i) => [t.name, cloneOf(args[i]!)])), attrs, `${id}.again`);
-    const { node } = Object.values(made)[0]!;
-    invariant(node !== undefined, `${id} has no outputs`);
-    for (const [i, out] of node.outs.entries()) out.dtype = outs[i]!.dtype;
-    return Object.assign(node, { position, pin, ring, regrid, backward: true });
-  };
-  const isMissing = (node: Node | undefined): node is Node => node !== undefined && isRecomputed(node) && !clones.has(node);
+  // sorted by position: an update input is computed in its layer, not after the loss
+  const positionOf = ({ node }: Value): number => node?.position ?? 0;
+  const forward = topological([...counted.values(), ...outcomes].sort((a, b) => positionOf(a) - positionOf(b)));
+  const backward = new Backward(losses, forward, counted, isRecomputed);
+  for (const node of forward.toReversed()) backward.differentiate(node);
+
+  const { nodes, grad, parameterGrads, gradOf } = backward;
+  const args = forward.flatMap((n) => n.args);
+  const leaves = new Set(args.flatMap((v) => v.leaf?.name ?? []));
+  for (const { id } of [...forward, ...nodes]) invariant(!leaves.has(id), `${id} names both an op and a leaf`);
+  const parameters = [...new Set(args.filter((v) => v.leaf?.kind === "parameter"))];
+  for (const p of parameters) invariant(parameterGrads.has(p), `${idOf(p)} has no gradient`);
+  return { losses, parameters, order: [...forward, ...nodes], grad, parameterGrads, gradOf };
+}
+
+/** Clones of forward nodes, which backward runs again. */
+class Recomputed {
+  readonly #clones = new Map<Node, Node>();
+  readonly #isRecomputed: (node: Node) => boolean;
+
+  constructor(isRecomputed: (node: Node) => boolean) {
+    this.#isRecomputed = isRecomputed;
+  }
+
   /** Returns the value or its clone. Clones arguments first, on an explicit stack: a chain of clones may be as long as the model. */
-  const readInBackward = (v: Value): Value => {
-    const open = isMissing(v.node) ? [v.node] : [];
+  read(v: Value): Value {
+    const open = this.#isMissing(v.node) ? [v.node] : [];
     for (let node = open.at(-1); node; node = open.at(-1)) {
-      const missing = node.args.map((arg) => arg.node).filter(isMissing);
+      const missing = node.args.map((arg) => arg.node).filter((n): n is Node => this.#isMissing(n));
       if (missing.length > 0) open.push(...missing.reverse());
       else {
-        if (isMissing(node)) clones.set(node, clone(node));
+        if (this.#isMissing(node)) this.#clones.set(node, this.#clone(node));
         open.pop();
       }
     }
-    return cloneOf(v);
-  };
-  const seeds = new Map<string, Value>();
-  /** Returns the program input that is the gradient of a loss with respect to itself. */
-  const seed = (name: InputSource): Value => {
-    const leaf = { kind: "input", name, position: 0, source: { source: name } } as const;
-    const value = seeds.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, shardAxes: [] };
-    seeds.set(name, value);
-    return value;
-  };
-  const grad = new Map<Value, Value>(losses.filter((l) => !isCount(l.name)).map((l) => [l.value, seed(l.weight ?? "one")]));
-  const parameterGrads = new Map<Value, Value[]>(counted.map((v) => [v, [v.leaf!.updateInput!]]));
-  const gradOf = new Map<Value, Value>(counted.map((v) => [v.leaf!.updateInput!, v]));
-  const idCounts = new Map<string, number>(forward.map((n) => [n.id, 1]));
-  const back: Node[] = [];
+    return this.#cloneOf(v);
+  }
 
-  const unique = (id: string) => {
-    const n = (idCounts.get(id) ?? 0) + 1;
-    idCounts.set(id, n);
-    return n === 1 ? id : `${id}${n}`;
-  };
-  const adopt = (v: Value, from: Node, id?: string) => {
-    for (const n of topological([v], seen)) {
-      back.push(n);
+  #isMissing(node: Node | undefined): node is Node {
+    return node !== undefined && this.#isRecomputed(node) && !this.#clones.has(node);
+  }
+  #cloneOf(v: Value): Value {
+    return (v.node && this.#clones.get(v.node)?.outs[v.out]) ?? v;
+  }
+  /** Clones a node. The arguments that are recomputed must have their clones already. */
+  #clone({ op, args, attrs, id, position, pin, ring, regrid, outs }: Node): Node {
+    const named = Object.fromEntries(pairs(op.inputs, args).map(([{ name }, arg]) => [name, this.#cloneOf(arg)]));
+    const [made] = Object.values(op.all(named, attrs, `${id}.again`));
+    invariant(made?.node !== undefined, `${id} has no outputs`);
+    for (const [out, { dtype }] of pairs(made.node.outs, outs)) out.dtype = dtype;
+    return Object.assign(made.node, { position, pin, ring, regrid, backward: true });
+  }
+}
+
+/** The backward nodes and the gradients of a graph. */
+class Backward {
+  readonly nodes: Node[] = [];
+  readonly grad: Map<Value, Value>;
+  readonly parameterGrads: Map<Value, Value[]>;
+  readonly gradOf: Map<Value, Value>;
+  readonly #seen: Set<Node>;
+  readonly #idCounts: Map<string, number>;
+  readonly #recomputed: Recomputed;
+  readonly #seeds = new Map<string, Value>();
+
+  /** `counted` maps each parameter with a custom update rule to its update input. */
+  constructor(
+    losses: readonly Loss[],
+    forward: readonly Node[],
+    counted: ReadonlyMap<Value, Value>,
+    isRecomputed: (node: Node) => boolean,
+  ) {
+    this.grad = new Map(losses.flatMap((l) => (isCount(l.name) ? [] : [[l.value, this.#seed(l.weight ?? "one")]])));
+    this.parameterGrads = new Map(Array.from(counted, ([v, input]) => [v, [input]]));
+    this.gradOf = new Map(Array.from(counted, ([v, input]) => [input, v]));
+    this.#seen = new Set(forward);
+    this.#idCounts = new Map(forward.map((n) => [n.id, 1]));
+    this.#recomputed = new Recomputed(isRecomputed);
+  }
+
+  /** Adds the gradients of the arguments of a node, if a loss depends on its first output. */
+  differentiate(node: Node): void {
+    const { op, args, attrs, outs } = node;
+    const [y] = outs;
+    const dy = y && this.grad.get(y);
+    if (!y || !dy || !op.grad) return;
+    const byName = new Map(pairs(op.outputs, outs).map(([{ name }, v]) => [name, v]));
+    const differentiated = op.gradOutputs?.flatMap((name) => byName.get(name) ?? []) ?? [y];
+    const dys = differentiated.map((v) => {
+      const arrived = this.grad.get(v);
+      invariant(arrived !== undefined, `${idOf(v)} has no gradient: no node uses it`);
+      return arrived;
+    });
+    const named = new Map(pairs(op.inputs, args).map(([{ name }, v]) => [name, v]));
+    const operands = Object.fromEntries(Array.from(named, ([name, v]) => [name, this.#recomputed.read(v)]));
+    for (const [name, part] of Object.entries(op.grad(operands, { y: this.#recomputed.read(y), dy, dys }, attrs))) {
+      const v = named.get(name);
+      invariant(v !== undefined, `${op.name} has a gradient of ${name}, which is not an input`);
+      if (v.leaf?.kind !== "input") this.#add(node, v, part, part.node !== undefined && part !== dy);
+    }
+  }
+
+  /** Adds an addend of the gradient of an argument of a node. `isNew`: an op of the gradient produces it. */
+  #add(node: Node, v: Value, part: Value, isNew: boolean): void {
+    this.#adopt(part, node);
+    if (v.leaf) {
+      invariant(isNew, `${node.id}: the gradient of a parameter must be the output of a new op`);
+      part.dtype = "f32"; // gradients accumulate in f32
+      this.parameterGrads.set(v, [...(this.parameterGrads.get(v) ?? []), part]);
+      this.gradOf.set(part, v);
+      return;
+    }
+    if (isNew) part.dtype = v.dtype;
+    const before = this.grad.get(v);
+    const sum = before ? add.of({ a: before, b: part }) : part;
+    if (before) this.#adopt(sum, node, `${idOf(v)}.grad_sum`);
+    for (const g of [part, sum]) if (g.leaf === undefined && !this.gradOf.has(g)) this.gradOf.set(g, v);
+    this.grad.set(v, sum);
+  }
+
+  /** Appends the new nodes that a value depends on. They get ids after the node whose gradient they are, and run on its stage. */
+  #adopt(v: Value, from: Node, id = ""): void {
+    for (const n of topological([v], this.#seen)) {
+      this.nodes.push(n);
       // a clone has its own id, position and pins
       if (n.backward) continue;
-      n.id = unique(id ?? `${from.id}.${n.op.suffix ?? "grad"}`);
+      n.id = this.#unique(id || `${from.id}.${n.op.suffix ?? "grad"}`);
       n.position = from.position;
       n.backward = true;
       if (n.op !== add) Object.assign(n, { pin: from.pin, ring: from.ring });
     }
-  };
-
-  for (const node of forward.toReversed()) {
-    const y = node.outs[0]!;
-    const dy = grad.get(y);
-    if (!dy || !node.op.grad) continue;
-    const differentiated = node.op.gradOutputs?.map((name) => node.outs[node.op.outputs.findIndex((o) => o.name === name)]!) ?? [y];
-    const dys = differentiated.map((v) => {
-      const arrived = grad.get(v);
-      invariant(arrived !== undefined, `${idOf(v)} has no gradient: no node uses it`);
-      return arrived;
-    });
-    const named = Object.fromEntries(node.op.inputs.map((t, i) => [t.name, node.args[i]!]));
-    const operands = Object.fromEntries(Object.entries(named).map(([name, v]) => [name, readInBackward(v)]));
-    for (const [name, part] of Object.entries(node.op.grad(operands, { y: readInBackward(y), dy, dys }, node.attrs))) {
-      const v = named[name]!;
-      if (v.leaf?.kind === "input") continue;
-      adopt(part, node);
-      const made = part.node !== undefined && part !== dy;
-      if (v.leaf) {
-        invariant(made, `${node.id}: the gradient of a parameter must be the output of a new op`);
-        part.dtype = "f32"; // gradients accumulate in f32
-        parameterGrads.set(v, [...(parameterGrads.get(v) ?? []), part]);
-        gradOf.set(part, v);
-        continue;
-      }
-      if (made) part.dtype = v.dtype;
-      const before = grad.get(v);
-      const sum = before ? add.of({ a: before, b: part }) : part;
-      if (before) adopt(sum, node, `${idOf(v)}.grad_sum`);
-      for (const g of [part, sum]) if (g.leaf === undefined && !gradOf.has(g)) gradOf.set(g, v);
-      grad.set(v, sum);
-    }
   }
-  const leaves = new Set(forward.flatMap((n) => n.args).flatMap((v) => v.leaf?.name ?? []));
-  for (const { id } of [...forward, ...back]) invariant(!leaves.has(id), `${id} names both an op and a leaf`);
-  const parameters = [...new Set(forward.flatMap((n) => n.args).filter((v) => v.leaf?.kind === "parameter"))];
-  for (const p of parameters) invariant(parameterGrads.has(p), `${idOf(p)} has no gradient`);
-  return { losses, parameters, order: [...forward, ...back], grad, parameterGrads, gradOf };
+  #unique(id: string): string {
+    const n = (this.#idCounts.get(id) ?? 0) + 1;
+    this.#idCounts.set(id, n);
+    return n === 1 ? id : `${id}${n}`;
+  }
+  /** Returns the program input that is the gradient of a loss with respect to itself. */
+  #seed(name: InputSource): Value {
+    const leaf = { kind: "input", name, position: 0, source: { source: name } } as const;
+    const value = this.#seeds.get(name) ?? { out: 0, sizes: [], ragged: 0, fanout: 0, dtype: "f32", leaf, shardAxes: [] };
+    this.#seeds.set(name, value);
+    return value;
+  }
 }
 
 /**
@@ -154,8 +206,11 @@ function topological(roots: readonly Value[], seen = new Set<Node>()): Node[] {
 }
 
 /** Returns the stable name of a value: the name of its leaf or node. A node with several outputs appends the name of the output. */
-export const idOf = (v: Value): string =>
-  v.leaf ? v.leaf.name : v.node!.outs.length > 1 ? `${v.node!.id}.${v.node!.op.outputs[v.out]!.name}` : v.node!.id;
+export function idOf({ leaf, node, out }: Value): string {
+  if (leaf) return leaf.name;
+  invariant(node !== undefined, "a value has neither a leaf nor a node");
+  return node.outs.length > 1 ? `${node.id}.${node.op.outputs[out]?.name}` : node.id;
+}
 
 /** Prints a graph before sharding, one line per node. */
 export function printGraph({ order }: Graph): string {

@@ -1,6 +1,9 @@
 /** Compute instructions as passes emit them. `generateKernels` fills in the kernel. */
 import type { Compute } from "../../schemas/plan.ts";
-import type { AnyOp } from "../ops/op.ts";
+import { ops } from "../ops/index.ts";
+import { type AnyOp, expand, invariant } from "../ops/op.ts";
+import { pairs, type ShardedValue } from "./layout.ts";
+import type { ComputeStep } from "./sharding/steps.ts";
 
 /** What an instruction consists of. */
 interface Parts {
@@ -24,4 +27,18 @@ export function computeInstruction({ op, id, reads, writes, dims, attrs = {}, ro
     ...(accumulates.length > 0 ? { accumulates: [...accumulates] } : {}),
     ...(rows === undefined ? {} : { rows }),
   };
+}
+
+/** Returns the parts of the instruction of a compute step. `bufferOf` returns the buffer of a sharded value. */
+export function partsOf({ node, ins, outs, dims: shardedBy }: ComputeStep, bufferOf: (v: ShardedValue) => string) {
+  const { id, attrs, size } = node;
+  const { name } = node.op;
+  invariant(name !== "regrid", () => `${id}: a regrid is a reshard step`);
+  const { inputs, outputs } = expand(node);
+  const dims: Compute["dims"] = {};
+  for (const { dim } of [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs)))
+    dims[dim] = [size[dim] ?? 1, [...(shardedBy.get(dim) ?? [])]];
+  const reads = Object.fromEntries(pairs(inputs, ins).map(([o, v]) => [o.name, bufferOf(v)]));
+  const writes = Object.fromEntries(pairs(outputs, outs).map(([o, v]) => [o.name, bufferOf(v)]));
+  return { op: ops[name], id, reads, writes, dims, attrs: { ...attrs } };
 }

@@ -3,19 +3,18 @@
  * of one microbatch for each chunk of layers, and one step block. Backward accumulates parameter gradients in place.
  */
 
+import { touchedBy, writesOf } from "../../schemas/effects.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import type { BufferTable } from "../analysis/bufferTable.ts";
-import { touchedBy, writesOf } from "../analysis/effects.ts";
-import { ops } from "../ops/index.ts";
 import { accumulate } from "../ops/linear.ts";
-import { expand, invariant } from "../ops/op.ts";
+import { invariant } from "../ops/op.ts";
 import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
-import { computeInstruction } from "./computeInstruction.ts";
-import { pairs, variantText } from "./layout.ts";
+import { computeInstruction, partsOf } from "./computeInstruction.ts";
+import { variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
 import { optimizerStep } from "./optimizerStep.ts";
@@ -100,36 +99,24 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
   const blockOf = (backward: boolean, virtual: number): BlockBuilder =>
     blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)]!;
 
-  function compute({ stage, node, ins, outs, dims: shardedBy }: Extract<ShardStep, { kind: "compute" }>) {
-    const { inputs, outputs } = expand(node);
-    const { name } = node.op;
-    invariant(name !== "regrid", `${node.id}: a regrid is a reshard step`);
+  function compute(step: Extract<ShardStep, { kind: "compute" }>) {
+    const { stage, node, outs } = step;
     const block = blockOf(node.backward, stage);
-    const dims: Compute["dims"] = {};
-    for (const { dim } of [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs)))
-      dims[dim] = [node.size[dim] ?? 1, [...(shardedBy.get(dim) ?? [])]];
-    const reads = Object.fromEntries(pairs(inputs, ins).map(([o, v]) => [o.name, bufferOf(v)]));
-    const writes = Object.fromEntries(pairs(outputs, outs).map(([o, v]) => [o.name, bufferOf(v)]));
-    const accumulates = pairs(outputs, outs).flatMap(([o, { value }]) =>
-      losses.has(value) || node.op.inPlace?.includes(o.name) ? [o.name] : [],
-    );
-    for (const [out, by] of Object.entries(node.op.limits ?? {}))
-      role.bounds.push({ needed: writes[out]!, bound: node.attrs[by]!, of: "rounds" });
-    const rows =
-      node.op.rows &&
-      Object.values(writes)
-        .map((id) => buffers.get(id).rows)
-        .find((id) => id !== undefined);
-    const instruction = computeInstruction({
-      op: ops[name],
-      id: node.id,
-      reads,
-      writes,
-      dims,
-      attrs: { ...node.attrs },
-      accumulates,
-      rows,
-    });
+    const parts = partsOf(step, bufferOf);
+    const { writes } = parts;
+    const added = new Set(outs.flatMap((v) => (losses.has(v.value) ? bufferOf(v) : [])));
+    const accumulates = Object.entries(writes).flatMap(([name, id]) => (added.has(id) || node.op.inPlace?.includes(name) ? [name] : []));
+    for (const [out, by] of Object.entries(node.op.limits ?? {})) {
+      const [needed, bound] = [writes[out], node.attrs[by]];
+      invariant(needed !== undefined && bound !== undefined, () => `${node.id} has no output ${out} or no attribute ${by}`);
+      role.bounds.push({ needed, bound, of: "rounds" });
+    }
+    const rows = node.op.rows
+      ? Object.values(writes)
+          .map((id) => buffers.get(id).rows)
+          .find((id) => id !== undefined)
+      : undefined;
+    const instruction = computeInstruction({ ...parts, accumulates, rows });
     if (node.ring && isRing(role, { instruction, ...node.ring })) {
       expandRing(role, block, { instruction, ...node.ring });
       return;

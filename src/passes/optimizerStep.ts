@@ -3,17 +3,18 @@
  * `shard` placed: each rank updates its shard of the f32 weights, and parameters are gathered. A parameter with a declared update rule
  * (expert bias) has token counts in place of a gradient, which the norm excludes.
  */
-import type { Buffer, Compute, InputSource, Parameter } from "../../schemas/plan.ts";
+import type { InputSource, Parameter } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
-import { expand, invariant, type Value } from "../ops/op.ts";
+import { invariant, type Value } from "../ops/op.ts";
 import * as optimizer from "../ops/optimizer.ts";
 import { idOf } from "./backward.ts";
-import { layoutKey, pairs, type ShardedValue } from "./layout.ts";
+import { computeInstruction, partsOf } from "./computeInstruction.ts";
+import { layoutKey, type ShardedValue } from "./layout.ts";
 import { isExpert } from "./mesh.ts";
 import { hostScalars } from "./parameterGroups.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";
-import type { CollectiveStep, ComputeStep, ShardedGraph } from "./sharding/steps.ts";
+import type { CollectiveStep, ShardedGraph } from "./sharding/steps.ts";
 import { returnTied, shareTied } from "./tiedParameters.ts";
 import type { ParameterUpdate, TrainingGraph } from "./updateGraph.ts";
 
@@ -43,7 +44,7 @@ export function optimizerStep(
   const buffers = new UpdateBuffers(role, sharded, mine, gradientOf);
   for (const step of sharded.updates) {
     if (!role.isMine(step.stage)) continue;
-    if (step.kind === "compute") emit(blocks.step, computeOf(step, buffers));
+    if (step.kind === "compute") emit(blocks.step, computeInstruction(partsOf(step, (v) => buffers.of(v))));
     else if (step.kind === "collective") emitReshard(role, step, buffers);
     else invariant(false, `${step.kind} in the update of a parameter`);
   }
@@ -56,11 +57,6 @@ function placementOf({ placement }: ShardedGraph, v: Value) {
   const placed = placement.get(v);
   invariant(placed !== undefined, `${idOf(v)} has no placement`);
   return placed;
-}
-function bufferNamed({ buffers }: ProgramBuilder, id: string): Buffer {
-  const buffer = buffers.get(id);
-  invariant(buffer !== undefined, `${id} is no buffer`);
-  return buffer;
 }
 
 /** Emits the deferred reductions of gradients, each in the bytes of its accumulator, and of losses. Returns the reduced buffers. */
@@ -75,7 +71,7 @@ function reduceDeferred(role: ProgramBuilder, graph: TrainingGraph, sharded: Sha
     const accumulator = p ? `${idOf(p)}.grad` : role.lossBuffer(s.from.value);
     invariant(accumulator !== undefined, `${idOf(s.from.value)} is neither a gradient nor a loss`);
     const from = (p ? gradients.get(p) : reducedLoss.get(accumulator)) ?? accumulator;
-    const { partial: _, ...source } = bufferNamed(role, from);
+    const { partial: _, ...source } = role.buffers.get(from);
     const to = role.add({
       ...source,
       id: p ? `${accumulator}${role.layoutText(s.to, isExpert(p))}` : `${from}.reduced`,
@@ -105,7 +101,7 @@ function squaredNorm(
   for (const { parameter: p, weights } of mine) {
     if (p.leaf?.tiedTo || weights === p) continue;
     const g = gradientOf(p);
-    const scale = shardCount(mesh, buffers.get(g)?.shardedBy.flat() ?? []) / mesh.per_stage;
+    const scale = shardCount(mesh, buffers.get(g).shardedBy.flat()) / mesh.per_stage;
     emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g }, { y: own }, { scale }));
   }
   // a loss that is not finite skips the step too; the mark is part of the sum that all ranks reduce, so all ranks agree
@@ -185,27 +181,6 @@ class UpdateBuffers {
   #isPlacement(v: Value, layout: ShardedValue["layout"]): boolean {
     return layoutKey({ value: v, layout }) === layoutKey({ value: v, layout: placementOf(this.#sharded, v).layout });
   }
-}
-
-/** Returns the instruction of an update op. */
-function computeOf({ node, ins, outs, dims }: ComputeStep, buffers: UpdateBuffers): Compute {
-  const { inputs, outputs } = expand(node);
-  const named = (operands: typeof inputs, values: readonly ShardedValue[]) =>
-    Object.fromEntries(pairs(operands, values).map(([{ name }, v]) => [name, buffers.of(v)]));
-  const sizes = [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs.map(({ dim }) => dim)));
-  const { op } = node;
-  invariant(op.name !== "regrid", `${node.id}: an update has no regrid`);
-  return {
-    kind: "compute",
-    id: node.id,
-    op: op.name,
-    kernel: "",
-    reads: named(inputs, ins),
-    writes: named(outputs, outs),
-    dims: Object.fromEntries(sizes.map((dim) => [dim, [node.size[dim] ?? 1, [...(dims.get(dim) ?? [])]]])),
-    attrs: { ...node.attrs },
-    ...(op.inPlace?.length ? { accumulates: [...op.inPlace] } : {}),
-  };
 }
 
 /** Emits a reshard within an update. */

@@ -6,6 +6,7 @@
  * collective of all ranks waits for all stages. The smaller steps of a batch ramp-up are simulated as well.
  */
 
+import { accumulatesInto, readsOf, writesOf } from "../../schemas/effects.ts";
 import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import {
   type Block,
@@ -20,7 +21,6 @@ import {
 import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { sizesAgree } from "../analysis/cost.ts";
-import { accumulatesInto, readsOf, writesOf } from "../analysis/effects.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
 

@@ -2,6 +2,7 @@
 import type { BlockPosition, HostData, LocalRanks } from "../../runtime/backend.ts";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import { trainingSchedule } from "../../runtime/train/schedule.ts";
+import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, HostInput, Instruction, Plan } from "../../schemas/plan.ts";
 import { microbatchesIn, orderOf, parseTag } from "../../schemas/program.ts";
 import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
@@ -100,11 +101,9 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
   const p = plan.programs[stageOfRank(plan.mesh, r)]!;
   const backend = localRanks.rankDevice(r);
   const buffers = new Map(p.buffers.map((b) => [b.id, b]));
-  const read = (i: Instruction) =>
-    i.kind === "compute" ? Object.values(i.reads) : i.kind === "collective" ? [i.from] : i.kind === "send" ? [i.buffer] : [];
   function* block(instructions: readonly Instruction[], kinds: readonly BufferKind[], at: BlockPosition): Generator<undefined> {
     const { copy, microbatch } = at;
-    const used = new Set(instructions.flatMap(read));
+    const used = new Set(instructions.flatMap(readsOf));
     for (const input of p.inputs) {
       const b = buffers.get(input.buffer)!;
       if (used.has(b.id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, input, Math.max(0, microbatch)));

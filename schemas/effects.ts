@@ -1,5 +1,8 @@
-/** Effects of an instruction: the buffers that it reads, writes and adds to. The index of ragged rows is a buffer of its own. */
-import type { Buffer, Instruction } from "../../schemas/plan.ts";
+/**
+ * Effects of an instruction: the buffers that it reads, writes and adds to. The index of ragged rows is a buffer of its own.
+ * Arithmetic over the plan, shared by compiler and runtime.
+ */
+import type { Buffer, Instruction } from "./plan.ts";
 
 /** Buffers by id, as far as effects need them. */
 type Buffers = { get(id: string): Pick<Buffer, "rows"> | undefined };
