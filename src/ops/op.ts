@@ -236,7 +236,8 @@ export function formulaOp<const S extends string, const N extends OpName, const 
     own(t, rows[0] ?? 0);
   });
   const layout = layoutOf(self);
-  return { ...self, formula };
+  // the nodes of the graph refer to this object, and passes compare ops by identity
+  return Object.assign(self, { formula });
 }
 
 function opOf<const S extends string, const N extends GraphOpName, const A extends string>(
