@@ -96,12 +96,13 @@ export function printRoles({ roles }: Inspection): string[] {
   const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
   for (const role of roles) {
     const lines = printRole(role);
-    const relative = lines
+    // peers relative to the stage, and layers relative to its first
+    const relative = printRole({ ...role, transfers: role.transfers.map((t) => ({ ...t, peer: t.peer - role.stage })) });
+    const shape = relative
       .slice(1)
-      .map((line) =>
-        fromLayer(line, role.chunks[0]!.layers[0]).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - role.stage}`),
-      );
-    const shape = relative.join("\n").replace(/ +/g, " ");
+      .map((line) => fromLayer(line, role.chunks[0]?.layers[0] ?? 0))
+      .join("\n")
+      .replace(/ +/g, " ");
     const before = blocks.at(-1);
     if (before?.shape === shape) before.last = role;
     else blocks.push({ lines, shape, first: role, last: role });
