@@ -7,6 +7,7 @@ import type { Buffer, BufferKind, Collective, Compute, HostInput, Instruction, P
 import { shardCount } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { boundOfRows } from "../analysis/cost.ts";
+import type { Loss } from "../model/builder.ts";
 import { type AnyOp, invariant, type Value } from "../ops/op.ts";
 import { indexLength } from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
@@ -46,7 +47,7 @@ interface Ends {
   readonly to: number;
 }
 interface Accumulator {
-  readonly name: string;
+  readonly name: Loss["name"];
   readonly buffer: string;
 }
 
@@ -65,10 +66,12 @@ export class ProgramBuilder {
   readonly bounds: Program["bounds"] = [];
   /** Accumulators of losses, by name and layout. Losses with equal names and layouts share one. */
   readonly accumulators = new Map<string, Accumulator>();
-  readonly #losses: ReadonlyMap<Value, string>;
+  readonly #losses: ReadonlyMap<Value, Loss["name"]>;
   /** How many messages of one name this stage may have in flight. */
   readonly #inFlight: number;
   readonly #idCounts = new Map<string, number>();
+  /** Per index of rows, its layout as a part of names. */
+  readonly #rowLayouts = new Map<string, string>();
 
   constructor(
     readonly job: Job,
@@ -122,6 +125,13 @@ export class ProgramBuilder {
   /** Returns a layout as part of a name. */
   layoutText(shardedValue: ShardedValue, expert = isExpert(shardedValue.value)): string {
     return layoutText(this.mesh, shardedValue, expert);
+  }
+
+  /** Returns the layout in the name of an index of rows. Throws an invariant if the buffer is no index. */
+  rowLayout(rows: string): string {
+    const found = this.#rowLayouts.get(rows);
+    invariant(found !== undefined, () => `${rows} is no index of rows`);
+    return found;
   }
 
   /** Declares that the host fills a buffer. Returns the id of the buffer. */
@@ -238,7 +248,9 @@ export class ProgramBuilder {
     const axes = rowDims.map((fs) => (fs.length ? dimAxesName(this.mesh, fs, true) : "-"));
     // for an intermediate reshard result, the rows depend on how blocks are numbered
     const counted = variant?.blockAxes && blockAxesText(variant.blockAxes.slice(0, 3));
-    const id = `${rowsetOf(v)}.rows@${axes.join(",")}${counted === undefined ? "" : `~${counted}`}`;
+    const rowLayout = `@${axes.join(",")}${counted === undefined ? "" : `~${counted}`}`;
+    const id = `${rowsetOf(v)}.rows${rowLayout}`;
+    this.#rowLayouts.set(id, rowLayout);
     const [, , experts = 1] = this.local(v.sizes.slice(0, 3), rowDims);
     const length = indexLength(bound, experts);
     return this.add({ id, kind: "workspace", dtype: "i32", shape: [length], sizes: [length], ragged: 0, shardedBy: [[]] });

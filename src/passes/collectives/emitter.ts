@@ -46,6 +46,10 @@ export class Emitter {
   buffer(id: string): Buffer {
     return this.#role.buffers.get(id);
   }
+  /** Returns the layout in the name of an index of rows. */
+  layoutOf(rows: string): string {
+    return this.#role.rowLayout(rows);
+  }
   lengthOf(id: string): number {
     return this.#role.buffers.lengthOf(id);
   }

@@ -90,7 +90,7 @@ export class RowExchange {
     const { i, a, b } = r;
     const [from, to] = [a.rows, b.rows];
     invariant(from !== undefined && to !== undefined, () => `${i.id}: rows without an index`);
-    const nameOf = (dest: string, source: string): string => `${dest}<${source.slice(source.lastIndexOf("@"))}.${i.how}`;
+    const nameOf = (dest: string, source: string): string => `${dest}<${this.#emitter.layoutOf(source)}.${i.how}`;
     const name = nameOf(to, from);
     const known = this.#routes.get(name);
     if (known) return known;
