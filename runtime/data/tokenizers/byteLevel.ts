@@ -3,7 +3,7 @@
 const printable = (byte: number): boolean => (byte > 32 && byte < 127) || (byte > 160 && byte !== 173 && byte < 256);
 let others = 0;
 /** The character of each byte. */
-export const byteCharacters: readonly string[] = Array.from({ length: 256 }, (_, byte) =>
+const byteCharacters: readonly string[] = Array.from({ length: 256 }, (_, byte) =>
   String.fromCharCode(printable(byte) ? byte : 256 + others++),
 );
 const byteOf = new Map(byteCharacters.map((c, byte) => [c, byte]));
