@@ -18,7 +18,7 @@ interface Rows {
 type Sharding = readonly (readonly number[])[];
 
 /** Returns the rows of a ragged value on one rank under balanced routing: min(B·S·fanout, capacity of all experts) / shards. */
-export function expectedRows(mesh: Mesh, { sizes, fanout, quota }: Rows, shardedBy: Sharding): number {
+function expectedRows(mesh: Mesh, { sizes, fanout, quota }: Rows, shardedBy: Sharding): number {
   const [B, S, E] = sizes as readonly [number, number, number];
   const room = quota ? (B / quota.sequences) * (S / quota.positions) * E * quota.rows : Infinity;
   return Math.min(B * S * fanout!, room) / shardCount(mesh, shardedBy.slice(0, 3).flat());

@@ -42,7 +42,7 @@ export interface ParameterGroup {
 }
 
 /** Returns whether weight decay changes over the run, so that the ops read it as a scalar of the step. */
-export const isDecayScheduled = ({ weight_decay_schedule }: OptimizerOptions): boolean => weight_decay_schedule !== "constant";
+const isDecayScheduled = ({ weight_decay_schedule }: OptimizerOptions): boolean => weight_decay_schedule !== "constant";
 
 /**
  * An update op in its forms: with a constant weight decay (attribute) or one that is scheduled (operand), and whether it also stores the

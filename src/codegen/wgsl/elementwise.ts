@@ -38,7 +38,7 @@ interface Output extends KernelOperand {
 }
 
 /** Returns an input with as many elements as the outputs. */
-export const stream = (o: KernelOperand): Input => ({ ...o, isVector: true, index: "i" });
+const stream = (o: KernelOperand): Input => ({ ...o, isVector: true, index: "i" });
 /** Returns an input with one element for `elements` elements of the output. */
 export const perRow = (o: KernelOperand, elements: number, width: number): Input => ({
   ...o,

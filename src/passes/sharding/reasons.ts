@@ -15,7 +15,7 @@ const keyOfAxis = {
 } as const;
 
 /** Returns the job key that set the size of the first of some sub-axes. Axes of the expert grid are preferred if `expert` is true. */
-export function pathOf(mesh: Mesh, [f]: readonly number[], expert: boolean): string {
+function pathOf(mesh: Mesh, [f]: readonly number[], expert: boolean): string {
   const grids = expert ? [...expertAxes, ...denseAxes] : [...denseAxes, ...expertAxes];
   const axis = f === undefined ? undefined : grids.find((a) => subAxesOf(mesh, a).includes(f));
   return axis ? keyOfAxis[axis] : "parallel";
