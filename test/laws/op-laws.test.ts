@@ -35,6 +35,16 @@ describe("the gradient run through its ops is the measured slope", () => {
   });
 });
 
+test("a node of an op with a formula refers to the op of the table itself: passes compare ops by identity", () => {
+  const derived = table.filter((o) => "formula" in o);
+  expect(derived.length).toBeGreaterThan(40);
+  for (const o of derived) {
+    const c = makeCase(o, 1);
+    const required = Object.fromEntries((o.attrs ?? []).map((name) => [name, 1]));
+    expect(applied({ ...c, attrs: { ...required, ...c.attrs } }).arrived.y.node?.op === o, o.name).toBe(true);
+  }
+});
+
 test("a gradient that is off by a little is caught", () => {
   const wrong: AnyOp = { ...ops.rmsnorm, grad: (t, g, a) => ops.rmsnorm.grad!(t, g, { ...a, eps: 1.1 * a.eps! }) };
   expect(() => slope(makeCase(wrong, 1), 1)).toThrow("rmsnorm: the slope is");
