@@ -1,6 +1,7 @@
 /** The memory that rule C510 judges is that of the plan, to the byte, though equal chunks and layers are compiled once. */
 import { readFileSync } from "node:fs";
-import { expect, test } from "vitest";
+import Handlebars from "handlebars";
+import { expect, test, vi } from "vitest";
 import { memoryBreakdown } from "../../src/analysis/memoryBreakdown.ts";
 import { cpu, loadDeviceTargets, loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -79,6 +80,13 @@ test("a recipe whose worst case does not fit is told what rows_bound would need,
     "1.5 for that many times the balanced load: a step that sends more ends the run with an error, and drops no row",
   );
   expect(found?.set).toMatchObject({ "model.moe.rows_bound": 1.5 });
+});
+
+test("checking a job fills no template of a kernel in", async () => {
+  const compileTemplate = vi.spyOn(Handlebars, "compile");
+  await readJobWith(loadDeviceTargets, published("deepseek-v3-1024gpu"), "job.yaml", []);
+  expect(compileTemplate).not.toHaveBeenCalled();
+  vi.restoreAllMocks();
 });
 
 test("C510 counts scratch of the device's kernels", async () => {
