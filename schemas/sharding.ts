@@ -14,7 +14,11 @@ export type MeshData = z.infer<typeof MeshText>;
 type SubAxes = Pick<MeshData, "subAxes">;
 
 /** Returns the number of elements of a shape; 1 for a scalar. */
-export const elementsOf = (shape: readonly number[]): number => shape.reduce((n, x) => n * x, 1);
+export function elementsOf(shape: readonly number[]): number {
+  let elements = 1;
+  for (const size of shape) elements *= size;
+  return elements;
+}
 
 type Stages = Pick<MeshData, "per_stage" | "stage_stride" | "world">;
 /** Returns the pipeline stage of a rank. */
@@ -41,7 +45,11 @@ export const isDisjointSubAxes = ({ subAxes }: SubAxes, fs: readonly number[]): 
     .every((f, i, all) => i === 0 || subAxes[f]!.stride % (subAxes[all[i - 1]!]!.stride * subAxes[all[i - 1]!]!.size) === 0);
 
 /** Returns the number of blocks that sub-axes shard a dim into. */
-export const shardCount = ({ subAxes }: SubAxes, fs: readonly number[]): number => fs.reduce((n, f) => n * subAxes[f]!.size, 1);
+export function shardCount({ subAxes }: SubAxes, fs: readonly number[]): number {
+  let count = 1;
+  for (const f of fs) count *= subAxes[f]!.size;
+  return count;
+}
 
 /** Returns the first global index of a rank's block of a dim of `size` elements, sharded by `subAxes` (outermost first). */
 function startOf(mesh: SubAxes, size: number, subAxes: readonly number[], rank: number, ringOffset: number): number {

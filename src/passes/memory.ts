@@ -46,11 +46,12 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
       total[kind] += aligned(b);
     }
   }
-  const activation = timelines(program).map((timeline, c) => pack(lifetimes(program, "activation", timeline, c), offsets));
+  const tables = tablesOf(program);
+  const activation = timelines(program).map((timeline, c) => pack(lifetimes(tables, "activation", timeline, c), offsets));
   // blocks run one after another, so their workspace overlaps, except inputs that several blocks read
   const fixed = sharedInputOffsets(program);
   for (const { instructions } of blocksOf(program))
-    total.workspace = Math.max(total.workspace, pack(lifetimes(program, "workspace", instructions), offsets, fixed));
+    total.workspace = Math.max(total.workspace, pack(lifetimes(tables, "workspace", instructions), offsets, fixed));
 
   const arenas = { ...total, activation, scratch: scratchOf(program, kernels) };
   return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
@@ -83,10 +84,19 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 
+/** The tables of a program that each of its timelines reads. */
+interface Tables {
+  readonly byId: ReadonlyMap<string, Buffer>;
+  /** Ids of the buffers that the host fills. */
+  readonly inputs: ReadonlySet<string>;
+}
+const tablesOf = ({ buffers, inputs }: Program): Tables => ({
+  byId: new Map(buffers.map((b) => [b.id, b])),
+  inputs: new Set(inputs.map(({ buffer }) => buffer)),
+});
+
 /** Returns the lifetimes of the buffers of one kind, sorted by their first instruction. Inputs are filled before the block starts. */
-function lifetimes(program: Program, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
-  const byId = new Map(program.buffers.map((b) => [b.id, b]));
-  const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
+function lifetimes({ byId, inputs }: Tables, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const alive = new Map<string, Lifetime>();
   for (const [at, i] of timeline.entries())
     for (const id of touchedBy(i, byId)) {
@@ -151,15 +161,16 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
 
 /** Throws an invariant if two buffers with overlapping lifetimes overlap in memory, or if one is misaligned or outside of its arena. */
 export function verifyMemory(program: Program, memory: Memory): void {
+  const tables = tablesOf(program);
   const check = (kind: "activation" | "workspace", timeline: readonly Instruction[], bytes: number, chunk = 0) => {
-    const lives = lifetimes(program, kind, timeline, chunk);
+    const lives = lifetimes(tables, kind, timeline, chunk);
     const open: { readonly id: string; readonly to: number; readonly start: number; readonly stop: number }[] = [];
     for (const l of lives) {
       const start = memory.offsets[l.buffer.id]!;
       const stop = start + sizeOf(l.buffer);
       invariant(
         start % ALIGN === 0 && stop <= bytes,
-        `${l.buffer.id} at ${start} is misaligned or outside of the ${kind} arena of ${bytes} bytes`,
+        () => `${l.buffer.id} at ${start} is misaligned or outside of the ${kind} arena of ${bytes} bytes`,
       );
       for (let i = open.length - 1; i >= 0; i--) {
         const other = open[i]!;

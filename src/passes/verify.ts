@@ -58,7 +58,8 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   const ids = new Set<string>();
   // a stage without an addend contributes its zeroed accumulator to a sum over all ranks
   const all = instructionsOf(p);
-  const everWritten = new Set(all.flatMap((i) => writesOf(i, known)));
+  const everWritten = new Set<string>();
+  for (const i of all) for (const id of writesOf(i, known)) everWritten.add(id);
   for (const i of all)
     if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !everWritten.has(i.from)) made.add(i.from);
   let own: Block | undefined;
@@ -71,8 +72,8 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
       invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);
       ids.add(i.id);
       const [ins, outs] = [readsOf(i), writesOf(i, known)];
-      const unknown = [...ins, ...outs].find((id) => !known.has(id));
-      invariant(unknown === undefined, () => `${who}: ${i.id} names ${unknown}, which is not a buffer`);
+      for (const ids of [ins, outs])
+        for (const id of ids) invariant(known.has(id), () => `${who}: ${i.id} names ${id}, which is not a buffer`);
       for (const id of ins) {
         const rows = known.get(id)?.rows;
         if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);

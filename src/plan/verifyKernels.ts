@@ -60,11 +60,19 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
   const must = (ok: boolean, what: () => string): void => invariant(ok, () => `${i.id}: its kernel ${k.id} ${what()}`);
   must(k.op === i.op, () => `is of op ${k.op}, not ${i.op}`);
   const { inputs, outputs } = ops[i.op];
-  const operands = [...inputs.map(({ name }) => i.reads[name]), ...outputs.map(({ name }) => i.writes[name])];
-  const types = operands.flatMap((id) => (id === undefined ? [] : buffers.get(id)!.dtype)).join(".");
+  let types = "";
+  const addType = (id: string | undefined): void => {
+    const b = id === undefined ? undefined : buffers.get(id);
+    if (b) types += types === "" ? b.dtype : `.${b.dtype}`;
+  };
+  for (const { name } of inputs) addType(i.reads[name]);
+  for (const { name } of outputs) addType(i.writes[name]);
   must(k.dtypes === types, () => `is of types ${k.dtypes}, not ${types}`);
-  for (const [dim, [size, cut]] of Object.entries(i.dims))
-    must(k.sizes[dim] === size / shardCount(mesh, cut), () => `has ${dim} ${k.sizes[dim]}, not ${size / shardCount(mesh, cut)}`);
+  for (const dim in i.dims) {
+    const [size, cut] = i.dims[dim]!;
+    const local = size / shardCount(mesh, cut);
+    must(k.sizes[dim] === local, () => `has ${dim} ${k.sizes[dim]}, not ${local}`);
+  }
 }
 
 /** Checks that every argument of a launch exists in the instruction and stays inside its buffer. */
