@@ -2,7 +2,7 @@
  * The table of element types. Everything that depends on a dtype reads its row: a new type is a new row, and the compiler lists the tables
  * that need an entry for it.
  */
-import { type Codes, type FloatCodec, floatCodec } from "./floatCodec.ts";
+import { bf16Codec, type Codes, type FloatCodec, f8e4m3Codec, f16Codec } from "./floatCodec.ts";
 import { Trouble } from "./trouble.ts";
 
 /** The elements in memory have the values themselves, or codes that a codec converts to float32. */
@@ -45,20 +45,19 @@ const rows = {
     ...{ nccl: 7, tensorMap: 7, safetensors: "F32" },
   },
   bf16: {
-    ...{ kind: "float", bytes: 2, array: Uint16Array, codec: floatCodec({ exponent: 8, mantissa: 7, infinities: true }) },
+    ...{ kind: "float", bytes: 2, array: Uint16Array, codec: bf16Codec },
     cuda: { type: "bf16", helpers: null, float16: { half: "bf16", suffix: "", mma: "mmaBf16" } },
     wgsl: null,
     ...{ nccl: 9, tensorMap: 9, safetensors: "BF16" },
   },
   f16: {
-    ...{ kind: "float", bytes: 2, array: Uint16Array, codec: floatCodec({ exponent: 5, mantissa: 10, infinities: true }) },
+    ...{ kind: "float", bytes: 2, array: Uint16Array, codec: f16Codec },
     cuda: { type: "f16", helpers: "cuda/f16.cuh", float16: { half: "f16", suffix: "F16", mma: "mmaF16" } },
     wgsl: { type: "f16", feature: "f16" },
     ...{ nccl: 6, tensorMap: 6, safetensors: "F16" },
   },
-  // Open Compute Project, OFP8 E4M3: no infinity; conversions saturate, as with __NV_SATFINITE of cuda_fp8.h
   f8e4m3: {
-    ...{ kind: "float", bytes: 1, array: Uint8Array, codec: floatCodec({ exponent: 4, mantissa: 3, infinities: false }) },
+    ...{ kind: "float", bytes: 1, array: Uint8Array, codec: f8e4m3Codec },
     ...{ cuda: null, wgsl: null },
     // a tensor map copies the codes as unsigned bytes
     ...{ nccl: 10, tensorMap: 0, safetensors: "F8_E4M3" },
