@@ -6,9 +6,6 @@ import { z } from "zod";
 import { dtypeNames } from "./dtypes.ts";
 import { Job } from "./job.ts";
 import { opNames } from "./opNames.ts";
-
-export type { Dtype } from "./dtypes.ts";
-
 export const FORMAT_VERSION = "5.0";
 
 const count = z.int().min(0);

@@ -6,9 +6,6 @@
 
 import type { z } from "zod";
 import type { Compute, MeshText } from "./plan.ts";
-
-export { bytesOf } from "./dtypes.ts";
-
 /** The mesh of a plan. */
 export type MeshData = z.infer<typeof MeshText>;
 type SubAxes = Pick<MeshData, "subAxes">;

@@ -3,9 +3,10 @@
  * memory, the error with the sizes comes before any allocation.
  */
 
-import type { BufferKind, Dtype, Plan } from "../../schemas/plan.ts";
+import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
+import type { BufferKind, Plan } from "../../schemas/plan.ts";
 import { activationBytes, activationStart, writtenFirst } from "../../schemas/program.ts";
-import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import type { Context, DevicePointer, Stream } from "./driver.ts";

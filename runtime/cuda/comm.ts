@@ -3,9 +3,10 @@
  * send copies its buffer first, so that it does not block.
  */
 
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Collective, CollectiveKind, Plan, Program, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import type { BlockPosition, Comm } from "../backend.ts";
 import { RankPrograms, type StageProgram } from "../rankPrograms.ts";
 import { type DeviceRange, offsetPointer } from "./arenas.ts";

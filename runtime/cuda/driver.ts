@@ -2,8 +2,7 @@
  * A thin layer over the CUDA driver API: one method is one driver call or few, and every result is checked (driverCalls.ts). Pointers and
  * handles are those of the driver, as bigint; results return in typed arrays that the driver fills.
  */
-import { dtypes } from "../../schemas/dtypes.ts";
-import type { Dtype } from "../../schemas/plan.ts";
+import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import { bindDriver, type DriverCalls, type Handle } from "./driverCalls.ts";
 import { koffi, openLibrary } from "./libraries.ts";
 

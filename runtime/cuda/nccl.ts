@@ -1,9 +1,7 @@
 /** NCCL: collectives between GPUs, one communicator per process and group. Calls are issued to streams of the current context. */
 
 import type { LibraryHandle } from "koffi";
-import { dtypes } from "../../schemas/dtypes.ts";
-import type { Dtype } from "../../schemas/plan.ts";
-import { bytesOf } from "../../schemas/sharding.ts";
+import { bytesOf, type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { DevicePointer, Stream } from "./driver.ts";
 import { koffi, openLibrary } from "./libraries.ts";

@@ -3,8 +3,9 @@
  * binds costs host time; they are split over several only if the device's limit requires it. A buffer is never split.
  */
 
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Plan } from "../../schemas/plan.ts";
-import { bytesOf, elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
 

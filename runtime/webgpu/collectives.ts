@@ -2,8 +2,7 @@
  * Kernels of collectives among ranks that share a device; they depend on the plan's groups. Sums and maxima are computed in f32, in the
  * order of the sources.
  */
-import { wgslDirectives, wgslType } from "../../schemas/dtypes.ts";
-import type { Dtype } from "../../schemas/plan.ts";
+import { type Dtype, wgslDirectives, wgslType } from "../../schemas/dtypes.ts";
 import type { ShaderSource } from "./pipelines.ts";
 
 /** The operation of a reduction. */

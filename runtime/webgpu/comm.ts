@@ -3,9 +3,10 @@
  * Sources are copied first, so source and destination may overlap. Sums run in the order of members, in f32, and are rounded once.
  */
 
-import type { Buffer, Collective, CollectiveKind, Dtype, Plan } from "../../schemas/plan.ts";
+import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
+import type { Buffer, Collective, CollectiveKind, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, rankAt } from "../../schemas/sharding.ts";
+import { elementsOf, rankAt } from "../../schemas/sharding.ts";
 import type { Comm } from "../backend.ts";
 import { inProcessComm, type RankTable, rankTable } from "../inProcessComm.ts";
 import { type BufferRange, bytesOfBuffer } from "./arenas.ts";

@@ -1,6 +1,8 @@
 /** The buffers of a program by id. Code that names a buffer which does not exist gets an invariant with the id instead of undefined. */
+
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Buffer } from "../../schemas/plan.ts";
-import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 import { invariant } from "../ops/op.ts";
 
 export class BufferTable {

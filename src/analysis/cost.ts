@@ -1,8 +1,9 @@
 /** Costs of single instructions: rows of a ragged value, bytes of a collective, floating-point operations of an op. */
 
+import { bytesOf } from "../../schemas/dtypes.ts";
 import { accumulatesInto, readsOf } from "../../schemas/effects.ts";
 import type { Buffer, Collective, CollectiveKind, Compute, Instruction } from "../../schemas/plan.ts";
-import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
 import type { AnyOp, Quota } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";

@@ -2,11 +2,13 @@
  * The input and output of kernel generators. A generator chooses tiles, vector widths and grids in typed code; its template only inserts
  * them. All fields of a kernel spec are constants in the generated source.
  */
+
+import type { Arch } from "../../schemas/devices.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
 import { type AnyOp, type Attrs, invariant, type OperandName, type SizeName } from "../ops/op.ts";
 import type { GeneratedLaunch } from "./launchArgs.ts";
-import type { Arch, Profile } from "./targetNames.ts";
+import type { Profile } from "./targetNames.ts";
 
 /**
  * An op with its local sizes, types and attributes: everything a kernel depends on. `Operand` are the names of the op's operands, `Size`

@@ -1,5 +1,4 @@
-/** The specs of the matrix products of six ops, for all targets: which operands are a, b and c, their memory layout, and which sizes are ragged. */
-import type { Dtype } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/linear.ts";
 import { invariant } from "../ops/op.ts";
 import { forOp, type KernelSpec, offsetsAt } from "./kernelSpec.ts";

@@ -4,9 +4,6 @@
  */
 import { type Arch, archs } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-
-export { type Arch, archs } from "../../schemas/devices.ts";
-
 /** Adapter features beyond WebGPU's defaults. Each profile includes the profiles before it. */
 export const profiles = ["baseline", "f16", "matrix"] as const;
 export type Profile = (typeof profiles)[number];

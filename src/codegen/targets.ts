@@ -3,12 +3,12 @@
  * the CPU does not load them.
  */
 
-import { type Device, deviceNames, devices } from "../../schemas/devices.ts";
+import { archs, type Device, deviceNames, devices } from "../../schemas/devices.ts";
 import { wgslFeature } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { withoutText } from "../../templates/fill.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
-import { archs, profiles, targetNames } from "./targetNames.ts";
+import { profiles, targetNames } from "./targetNames.ts";
 
 /** A backend with a profile or an architecture. */
 export interface Target {

@@ -9,9 +9,9 @@
  *   ...     any dims, equal in all operands with `...`
  */
 
-import { dtypes } from "../../schemas/dtypes.ts";
+import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype, HostInput } from "../../schemas/plan.ts";
+import type { HostInput } from "../../schemas/plan.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
 import { type CpuFormula, cpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";

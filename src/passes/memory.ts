@@ -4,10 +4,11 @@
  * reads them. Workspace lives within one block. Two buffers share bytes only if their lifetimes do not overlap.
  */
 
+import { bytesOf } from "../../schemas/dtypes.ts";
 import { touchedBy } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
-import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
 

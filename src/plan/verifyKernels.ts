@@ -1,8 +1,9 @@
 /** Checks of the kernels section: kernels match the instructions that use them, and launches stay inside their buffers. */
 
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";

@@ -1,8 +1,10 @@
 /** Checks of sizes in a program: buffers, operands of instructions, inputs and metrics. */
+
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
 import { inputName, instructionsOf } from "../../schemas/program.ts";
-import { bytesOf, elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { ops } from "../ops/index.ts";
 import { type AnyOp, dimSize, expandLike, invariant, type Operand } from "../ops/op.ts";

@@ -1,8 +1,7 @@
 /** What the bench of CUDA kernels measures: ops at sizes of real jobs, as a plan would use them, and what each costs at least. */
 
+import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
-import { bytesOf } from "../../schemas/sharding.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";

@@ -4,12 +4,12 @@
  * C++ on the CPU.
  */
 import { describe, expect, test } from "vitest";
-import type { Dtype } from "../../schemas/plan.ts";
+import type { Arch } from "../../schemas/devices.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import { attention as makers } from "../../src/codegen/cuda/attention.ts";
 import { orderOf, shareOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import type { GeneratedLaunch } from "../../src/codegen/launchArgs.ts";
-import type { Arch } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
 import { dimSize } from "../../src/ops/op.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";

@@ -3,10 +3,10 @@
  * Their sources run as C++ on the CPU, those of every architecture that differ; and on a real device where there is one.
  */
 import { describe, expect, test } from "vitest";
+import { type Arch, archs } from "../../schemas/devices.ts";
 import { type OpName, opNames } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import type { CudaGenerator, GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
-import { type Arch, archs } from "../../src/codegen/targetNames.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, casesInTier, type Executor, hold } from "../support/contract.ts";
 import { cudaDevice, firstGpu } from "../support/cudaDevice.ts";

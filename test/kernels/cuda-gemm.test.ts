@@ -3,11 +3,11 @@
  * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
 import { describe, expect, test } from "vitest";
+import type { Float16 } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import { type HopperTiling, hopper, hopperTiling } from "../../src/codegen/cuda/gemmHopper.ts";
 import { mma, simt } from "../../src/codegen/cuda/gemmTiles.ts";
 import { halfOf } from "../../src/codegen/cuda/product.ts";
-import type { Float16 } from "../../src/codegen/cuda/text.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { productOf } from "../../src/codegen/product.ts";
 import { type ContractCase, hold } from "../support/contract.ts";

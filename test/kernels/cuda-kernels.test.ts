@@ -1,7 +1,7 @@
 /** What the contract's sizes do not reach in the CUDA kernels: long lists of one id, far positions, rows in any order, garbage behind the rows. */
 import { describe, expect, test } from "vitest";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";

@@ -3,8 +3,8 @@
  * pieces of the keys, in plain and in zigzag order, of which queries see all, some or none.
  */
 import { expect, test } from "vitest";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { ops } from "../../src/ops/index.ts";

@@ -3,8 +3,8 @@
  * operations are spelled out here in plain WGSL, for software adapters have none.
  */
 import { expect, test } from "vitest";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { productOf } from "../../src/codegen/product.ts";
 import { type Profile, profiles } from "../../src/codegen/targetNames.ts";

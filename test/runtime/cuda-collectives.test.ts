@@ -1,7 +1,8 @@
 /** NCCL's collectives and transfers, before stand-ins for it and the driver: what each rank gets, and what waits for what. */
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import type { HostData } from "../../runtime/backend.ts";
-import type { Collective, CollectiveKind, Dtype, Instruction, Plan } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
+import type { Collective, CollectiveKind, Instruction, Plan } from "../../schemas/plan.ts";
 import { at, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "../support/cudaRanks.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
 import { bufferIn, type Hand, handPlan, withForward } from "../support/handPlan.ts";

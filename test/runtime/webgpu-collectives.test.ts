@@ -3,7 +3,8 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { HostData } from "../../runtime/backend.ts";
 import { openWebgpu } from "../../runtime/webgpu/dawn.ts";
-import type { Collective, CollectiveKind, Dtype, Transfer } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
+import type { Collective, CollectiveKind, Transfer } from "../../schemas/plan.ts";
 import { bufferIn, handPlan } from "../support/handPlan.ts";
 import { noAdapter, noHalves } from "../support/softwareAdapter.ts";
 

@@ -3,10 +3,8 @@
  * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
  */
 import { expect } from "vitest";
-import { encoded, valuesIn } from "../../schemas/dtypes.ts";
+import { bytesOf, type Dtype, encoded, valuesIn } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
-import type { Dtype } from "../../schemas/plan.ts";
-import { bytesOf } from "../../schemas/sharding.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type AnyOp, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";

@@ -1,8 +1,8 @@
 /** Runs generated CUDA sources on this machine's first GPU, as the runtime does: compiled by NVRTC, launched through the driver. */
 import { type Context, type CudaDevice, type DevicePointer, driver, packParams } from "../../runtime/cuda/driver.ts";
 import { compileBeside, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
+import { type Arch, archs } from "../../schemas/devices.ts";
 import type { KernelArg } from "../../src/codegen/launchArgs.ts";
-import { type Arch, archs } from "../../src/codegen/targetNames.ts";
 import type { Buffers, Executor } from "./contract.ts";
 import { type Compiled, initial, unpack } from "./cudaEmulator.ts";
 

@@ -1,7 +1,8 @@
 /** Plans made by hand, for tests of a runtime alone: every rank runs the one program, its buffers one behind the other. */
 
-import type { Buffer, BufferKind, Dtype, Instruction, Kernel, Plan, Program } from "../../schemas/plan.ts";
-import { bytesOf, elementsOf } from "../../schemas/sharding.ts";
+import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
+import type { Buffer, BufferKind, Instruction, Kernel, Plan, Program } from "../../schemas/plan.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 
 const noAxes = { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, kv: 1, copies: 1 };
 

@@ -1,5 +1,4 @@
-/** Cases of the ops that stand around a collective (src/ops/transport.ts): their inputs are lists and maps, not just numbers. */
-import type { Dtype } from "../../schemas/plan.ts";
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { Drafted, Half } from "./contract.ts";
 import { random } from "./opCases.ts";
 

@@ -6,9 +6,8 @@
 /// <reference types="@webgpu/types" />
 
 import { isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
-import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import type { Arg, Dtype, Launch } from "../../schemas/plan.ts";
-import { bytesOf } from "../../schemas/sharding.ts";
+import { bytesOf, type Dtype, encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import type { Arg, Launch } from "../../schemas/plan.ts";
 import { planLaunch } from "../../src/codegen/launchArgs.ts";
 import { type Buffers, type Executor, isOutput } from "./contract.ts";
 

@@ -5,18 +5,18 @@
  * inputs give equal bits.
  */
 
-import { cudaArchs } from "../../../schemas/devices.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
+import { cudaType, type Float16, float16Types, isFloat16 } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import * as attentionOps from "../../ops/attention.ts";
 import * as dropoutOps from "../../ops/attentionDropout.ts";
 import { type AttentionGradSpec, type AttentionSizes, type AttentionSpec, attentionSizes, isReordered } from "../attentionSizes.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
-import type { Arch } from "../targetNames.ts";
 import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
 import { orderOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
-import { cudaType, type Float16, float16Types, isFloat16, source } from "./text.ts";
+import { source } from "./text.ts";
 
 export const attention = {
   attention: cudaKernel(attentionOps.attention, forward),

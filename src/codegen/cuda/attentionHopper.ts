@@ -3,13 +3,14 @@
  * maps by which boxes of 64 columns are copied.
  */
 import { cudaArchs } from "../../../schemas/devices.ts";
+import { type Float16, float16Types } from "../../../schemas/dtypes.ts";
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
-import { type Float16, float16Types, source } from "./text.ts";
+import { source } from "./text.ts";
 
 /** A device with fewer multiprocessors runs the rest of the blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;

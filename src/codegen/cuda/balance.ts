@@ -1,5 +1,4 @@
-/** Kernels of load balancing: expert counts, balanced assignments (Sinkhorn, quantile), and the updates of expert biases. */
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import * as ops from "../../ops/balance.ts";
 import { invariant } from "../../ops/op.ts";
@@ -8,7 +7,7 @@ import { type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
 import { quantileSelection, thresholdOf } from "../selection.ts";
 import { sumColumns } from "./reduce.ts";
 import { bestExperts, bestTokens } from "./router.ts";
-import { cudaType, f32, source } from "./text.ts";
+import { f32, source } from "./text.ts";
 
 export const balance = {
   expert_counts: cudaKernel(ops.expertCounts, (spec) => count(spec, { batches: spec.d.A, tokens: spec.d.P * spec.d.S })),

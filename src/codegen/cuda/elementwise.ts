@@ -1,7 +1,7 @@
 /** Elementwise kernels: an output element depends on the input elements at the same index, on values per row and on scalars. */
 
-import { cudaArchs } from "../../../schemas/devices.ts";
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { attentionMerge } from "../../ops/attention.ts";
 import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
@@ -9,8 +9,7 @@ import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText } from "../kernelSpec.ts";
 import { attributeOf, rowIndex, startOf } from "../launchArgs.ts";
-import type { Arch } from "../targetNames.ts";
-import { cudaType, f32, source, vectorOf } from "./text.ts";
+import { f32, source, vectorOf } from "./text.ts";
 
 /** The expressions of an elementwise kernel. The name of an operand is its element, `row` the row index, `<name>At` the pointer of an operand. */
 export interface CudaElementwise {

@@ -2,18 +2,19 @@
  * CUDA kernels of ops with a formula. Without reductions they are elementwise. Reductions over a row keep the row in registers, or read a
  * long row once if only values per row result. Totals are sums in two launches.
  */
+
+import type { Arch } from "../../../schemas/devices.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import type { OpName } from "../../../schemas/opNames.ts";
-import { bytesOf } from "../../../schemas/sharding.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type Access, isTotal, layoutOf, type OperandLayout, operandsOf, productOf, type Total } from "../../ops/formula.ts";
 import { type AnyFormulaOp, invariant } from "../../ops/op.ts";
 import { type FormulaText, formulaText, strength } from "../formulaText.ts";
 import { type CudaGenerator, cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf } from "../kernelSpec.ts";
 import { type KernelArg, rowIndex, scratchStart } from "../launchArgs.ts";
-import type { Arch } from "../targetNames.ts";
 import { makeElementwise } from "./elementwise.ts";
 import { addPartials, makeSum } from "./reduce.ts";
-import { cuda, cudaType, f32, shareRow, source, vectorOf } from "./text.ts";
+import { cuda, f32, shareRow, source, vectorOf } from "./text.ts";
 
 /** Generates the kernel of an op from its formula. */
 export const formulaKernel = <N extends OpName>(op: AnyFormulaOp<N>): CudaGenerator<N> => {

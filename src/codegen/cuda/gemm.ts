@@ -1,7 +1,8 @@
 /** Matrix products on CUDA: each goes to the fastest kernel that its types, sizes and architecture allow. */
+
+import type { Arch } from "../../../schemas/devices.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { productOf, productOps } from "../product.ts";
-import type { Arch } from "../targetNames.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
 import { halfOf } from "./product.ts";

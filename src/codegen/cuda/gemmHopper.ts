@@ -4,15 +4,15 @@
  */
 
 import { cudaArchs } from "../../../schemas/devices.ts";
-import type { Dtype, TensorMap } from "../../../schemas/plan.ts";
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { bytesOf, type Dtype, type Float16, float16Types } from "../../../schemas/dtypes.ts";
+import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { rowIndex } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import { mostTiles, sidesOf } from "./product.ts";
-import { type Float16, float16Types, source } from "./text.ts";
+import { source } from "./text.ts";
 
 /** A device with fewer multiprocessors runs the rest of the blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;

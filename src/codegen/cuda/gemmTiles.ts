@@ -1,14 +1,14 @@
 /** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
 
 import { cudaArchs } from "../../../schemas/devices.ts";
-import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
+import { bytesOf, cudaType, type Float16, float16Types } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../product.ts";
 import { mostTiles, sidesOf } from "./product.ts";
 import { sumColumns } from "./reduce.ts";
-import { type Float16, float16Types, source } from "./text.ts";
+import { source } from "./text.ts";
 
 /** Square tiles of c, the largest first. */
 type Edge = 128 | 64 | 32;

@@ -1,5 +1,6 @@
 /** Kernels of latent attention: copies between vectors of channels, and a sum over heads for channels that all heads share. */
-import { cudaArchs } from "../../../schemas/devices.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { join, latentKv, latentKvGrad, split } from "../../ops/latent.ts";
 import { invariant } from "../../ops/op.ts";
@@ -14,8 +15,7 @@ import {
   type SliceCopy,
   splitSlices,
 } from "../slices.ts";
-import type { Arch } from "../targetNames.ts";
-import { cudaType, source, vectorOf } from "./text.ts";
+import { source, vectorOf } from "./text.ts";
 
 const copy = (spec: KernelSpec, arch: Arch, slices: SliceCopy): GeneratedKernel => {
   const { body, launch } = copySlices(spec, arch, slices);

@@ -1,11 +1,13 @@
 /** Kernels of rows of experts: the row index, permute and unpermute, and the combine weights of rows. */
+
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { pack, packGrad, permute, unpermute } from "../../ops/moe.ts";
 import { invariant } from "../../ops/op.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, offsetsAt, operandOf } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, neededRows, rowIndex, scratch, scratchStart, startOf } from "../launchArgs.ts";
 import { clearBuffer } from "./reduce.ts";
-import { cudaType, shareRow, source, vectorOf } from "./text.ts";
+import { shareRow, source, vectorOf } from "./text.ts";
 
 export const moe = {
   permute: cudaKernel(permute, (spec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec))),

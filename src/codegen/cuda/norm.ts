@@ -1,14 +1,13 @@
 /** Root-mean-square norms in one pass over memory, with a row in the registers of the threads of one block; and the gradient of a bias. */
-import { cudaArchs } from "../../../schemas/devices.ts";
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { biasGrad } from "../../ops/linear.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "../../ops/norm.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec, operandOf, type SpecOf } from "../kernelSpec.ts";
 import { scratchStart } from "../launchArgs.ts";
-import type { Arch } from "../targetNames.ts";
 import { sumColumns } from "./reduce.ts";
-import { cudaType, f32, shareRow, source, vectorOf } from "./text.ts";
+import { f32, shareRow, source, vectorOf } from "./text.ts";
 
 export const norm = {
   rmsnorm: cudaKernel(rmsnorm, (spec) => normalize(spec, spec.d.D)),

@@ -1,13 +1,11 @@
-/** Kernels of Newton–Schulz iterations (Muon): tiled f32 products, several launches for each iteration. */
-
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { newtonSchulz } from "../../ops/newtonSchulz.ts";
 import * as ops from "../../ops/optimizer.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, scratch } from "../launchArgs.ts";
 import { newtonSchulzSteps, orthogonalizeSizes } from "../orthogonalizeSizes.ts";
-import { cudaType, f32, source } from "./text.ts";
+import { f32, source } from "./text.ts";
 
 const TILE = 64;
 

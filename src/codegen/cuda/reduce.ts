@@ -3,13 +3,12 @@
  * the columns of partial sums.
  */
 
-import { cudaArchs } from "../../../schemas/devices.ts";
-import { bytesOf } from "../../../schemas/sharding.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
 import { attributeOf, type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
-import type { Arch } from "../targetNames.ts";
-import { cudaType, f32, source, vectorOf } from "./text.ts";
+import { f32, source, vectorOf } from "./text.ts";
 
 /** The addends of a sum to a scalar. */
 export interface Sum {

@@ -1,9 +1,11 @@
 /** Rotary position embedding in one pass over memory. Angles have f32 precision at positions below 2^24. */
+
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { frequenciesOf, rope as ropeOp } from "../../ops/rope.ts";
 import { cudaKernel, type GeneratedKernel, positionText, type SpecOf } from "../kernelSpec.ts";
 import { startOf } from "../launchArgs.ts";
-import { cudaType, f32, source, vectorOf } from "./text.ts";
+import { f32, source, vectorOf } from "./text.ts";
 
 export const rope = { rope: cudaKernel(ropeOp, rotate) };
 

@@ -1,4 +1,6 @@
 /** Kernels of the masks of the router: the best experts of a token, in the registers of one warp, and the best tokens of an expert, by one block. */
+
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { drop, expertChoiceMask, uniformMask } from "../../ops/capacity.ts";
 import { invariant } from "../../ops/op.ts";
@@ -6,7 +8,7 @@ import { topKMask, topKMaskBiased } from "../../ops/router.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec, operandOf, positionText } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
 import { capacitySelection, type ExpertSelection, expertChoice, type TokenSelection, topKOf } from "../selection.ts";
-import { cudaType, f32, shareRow, source, vectorOf } from "./text.ts";
+import { f32, shareRow, source, vectorOf } from "./text.ts";
 
 interface KernelPart {
   readonly body: string;

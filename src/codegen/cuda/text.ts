@@ -4,8 +4,6 @@ import { render } from "../../../templates/bindings.ts";
 import { type ExprText, type Language, strength } from "../formulaText.ts";
 import type { KernelSpec } from "../kernelSpec.ts";
 
-export { cudaType, type Float16, float16Types, isFloat16 } from "../../../schemas/dtypes.ts";
-
 /**
  * Returns a complete source. Entry points of the body are `extern "C" __global__` and keep their names; all other declarations are in
  * `namespace <name>_ns`. Sources can be concatenated: the prelude has an include guard.

@@ -1,10 +1,12 @@
 /** Copies around a collective: reordering of blocks, rows by destination, merging of row lists. */
+
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import * as ops from "../../ops/transport.ts";
 import { arrangementOf } from "../arrangement.ts";
 import { cudaKernel, destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt, type SpecOf } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
-import { cudaType, source, vectorOf } from "./text.ts";
+import { source, vectorOf } from "./text.ts";
 
 const THREADS = 256;
 const UNROLL = 4;

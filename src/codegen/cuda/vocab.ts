@@ -1,5 +1,6 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the table. */
 
+import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
 import { embedGrad, softmaxTerms } from "../../ops/vocab.ts";
@@ -8,7 +9,7 @@ import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../ker
 import { startOf } from "../launchArgs.ts";
 import { rowReduction } from "./formula.ts";
 import { clearBuffer } from "./reduce.ts";
-import { cuda, cudaType, source, vectorOf } from "./text.ts";
+import { cuda, source, vectorOf } from "./text.ts";
 
 export const vocab = {
   softmax_terms: cudaKernel(softmaxTerms, (spec) => {

@@ -1,5 +1,4 @@
-/** The frame of the kernels of products: bindings, the position of a workgroup's tile, and guarded loads and stores. */
-import type { Dtype } from "../../../schemas/plan.ts";
+import type { Dtype } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";

@@ -2,8 +2,7 @@
  * Helpers of all WGSL sources: bindings, grids and type names. The text of the bindings and the arguments of the launch are made from one
  * list, so that they agree.
  */
-import { wgslDirectives, wgslType } from "../../../schemas/dtypes.ts";
-import type { Dtype } from "../../../schemas/plan.ts";
+import { type Dtype, wgslDirectives, wgslType } from "../../../schemas/dtypes.ts";
 import { invariant } from "../../ops/op.ts";
 import { type ExprText, type Language, strength } from "../formulaText.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";

@@ -1,5 +1,7 @@
 /** Emitter: the instruction list that replaces a block's reshard steps, and the temporary buffers that they need. */
-import type { Buffer, CollectiveKind, Compute, Dtype, Instruction } from "../../../schemas/plan.ts";
+
+import type { Dtype } from "../../../schemas/dtypes.ts";
+import type { Buffer, CollectiveKind, Compute, Instruction } from "../../../schemas/plan.ts";
 import { shardCount } from "../../../schemas/sharding.ts";
 import { bytesSent } from "../../analysis/cost.ts";
 import { type AnyOp, invariant } from "../../ops/op.ts";
