@@ -1,6 +1,7 @@
 /**
- * The table of devices: what a job may name in cluster.device, and what compiler and reports know about it. Figures are those of the vendor's
- * data sheets for SXM parts, dense, without sparsity.
+ * The table of devices: what a job may name in cluster.device, and what compiler and reports know about it. Figures are those of NVIDIA's
+ * data sheets for SXM parts, dense, without sparsity: "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", and the column
+ * HGX B200 of "NVIDIA Blackwell". Data sheets print peaks of 16 and 8 bits with sparsity (half of them is dense), and NVLink in both directions.
  */
 import type { Dtype } from "./dtypes.ts";
 
@@ -45,8 +46,9 @@ export const devices = {
   "a100-80gb": { memory: 80 * 2 ** 30, bandwidth: 2.039e12, ...a100 },
   "h100-80gb": { memory: 80 * 2 ** 30, bandwidth: 3.35e12, ...hopper },
   "h200-141gb": { memory: 141e9, bandwidth: 4.8e12, ...hopper },
+  // The data sheet prints 180 GB, in units of 2^30 bytes (179 are usable, about 192e9 bytes), and 7.7 TB/s; earlier ones printed 192 GB and 8 TB/s.
   "b200-192gb": {
-    ...{ memory: 192e9, bandwidth: 8e12 },
+    ...{ memory: 192e9, bandwidth: 7.7e12 },
     peak: { f32: 75e12, bf16: 2250e12, f16: 2250e12, f8e4m3: 4500e12, i32: null },
     ...{ links: { host: 900e9, network: 50e9 }, target: "cuda:sm_100a" },
   },
