@@ -5,10 +5,9 @@ import { attentionDropout } from "../ops/attentionDropout.ts";
 import { latentKv, split } from "../ops/latent.ts";
 import { addBias, gemm } from "../ops/linear.ts";
 import { headNorm, rmsnorm } from "../ops/norm.ts";
-import type { Attrs, Value } from "../ops/op.ts";
+import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { rope, scalings, unscaled } from "../ops/rope.ts";
-import { copiesOfHead } from "../passes/mesh.ts";
-import { type ModuleBuilder, orderOf, streamAxes } from "./builder.ts";
+import { inStream, type ModuleBuilder, orderOf } from "./builder.ts";
 
 type Model = Job["model"];
 type Latent = NonNullable<Model["mla"]>;
@@ -21,8 +20,7 @@ export function attend(module: ModuleBuilder, x: Value): Value {
   const out = product(module, "wo", "O@tp,D", mixed);
   if (!m.out_bias) return out;
   // the bias is added after the reduction over tensor ranks, in the layout of the residual stream
-  out.shardAxes = streamAxes(module.job);
-  return addBias.of({ x: out, bias: bias("bo", "D") }, {}, at("attn.wo_bias"));
+  return addBias.of({ x: inStream(module.job, out), bias: bias("bo", "D") }, {}, at("attn.wo_bias"));
 }
 
 /** `x` times the weight `name`. */
@@ -31,17 +29,17 @@ const product = ({ at, weight }: ModuleBuilder, name: string, dims: string, x: V
 
 /**
  * Grouped-query attention. C is the head width, M the number of query heads per key/value head. With more tensor ranks than key/value
- * heads, each rank has a copy of one head and M of the query heads that read it; gradients of the head are summed over the copies.
+ * heads, the ranks along the axis `copies` have copies of one head, and each some of the query heads that read it; gradients of the head
+ * are summed over the copies.
  */
 function grouped(module: ModuleBuilder, x: Value): Value {
   const { at, gain, bias } = module;
   const { model: m } = module.job;
   const { eps } = m.norm;
   const C = m.head_dim;
-  const copies = copiesOfHead(module.job);
   const projected = (name: "q" | "k" | "v", dim: string): Value => {
-    const y = product(module, `w${name}`, `D,${dim}`, x);
-    if (name !== "q" && copies > 1) y.node!.pin = { axis: "copies", path: "parallel.tensor" };
+    const made = product(module, `w${name}`, `D,${dim}`, x);
+    const y = name === "q" ? made : declared(made, { pin: { axis: "copies", path: "parallel.tensor" } });
     return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, dim) }, {}, at(`attn.w${name}_bias`)) : y;
   };
   const normed = (name: string, dims: string, y: Value): Value =>
@@ -54,13 +52,8 @@ function grouped(module: ModuleBuilder, x: Value): Value {
   const q = rotated("q", normed("q_norm", "Q", projected("q", "Q@tp")));
   const k = rotated("k", normed("k_norm", "KV", projected("k", "KV@kv")));
   const v = projected("v", "KV@kv");
-  const mixed = attentionCore(
-    module,
-    { q, k, v },
-    { C, W: C, M: m.heads / (m.kv_heads * copies), scale: C ** -0.5, ...(copies > 1 ? { copies } : {}) },
-  );
-  if (copies > 1) mixed.node!.pin = { dim: "G", axis: "tp", path: "parallel.tensor" };
-  return mixed;
+  const mixed = attentionCore(module, { q, k, v }, { C, W: C, M: m.heads / m.kv_heads, scale: C ** -0.5 });
+  return declared(mixed, { sharing: { dim: "G", inner: "M", axis: "copies", within: "tp", path: "parallel.tensor" } });
 }
 
 /**
@@ -105,8 +98,8 @@ function attentionCore(
       ? attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"))
       : attentionDropout.of({ ...operands, sample }, { ...attrs, drop, ...random("attn.core") }, at("attn.core"));
   const { context, context_method } = job.parallel;
-  if (context > 1 && context_method === "ring") mixed.node!.ring = { dim: "U", as: "S", path: "parallel.context_method" };
-  return mixed;
+  if (context === 1 || context_method !== "ring") return mixed;
+  return declared(mixed, { ring: { dim: "U", as: "S", path: "parallel.context_method" } });
 }
 
 /** Returns the attributes of `rope` for a model. */

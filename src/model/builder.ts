@@ -10,7 +10,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { HostInput, InputSource } from "../../schemas/plan.ts";
 import { inputName } from "../../schemas/program.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";
-import type { Attrs, Leaf, Value } from "../ops/op.ts";
+import { type Attrs, declared, invariant, type Leaf, type LeafValue, type Value } from "../ops/op.ts";
 
 /** Counts of a step. They are reduced and reported like losses, but have no gradient. */
 export type Count = "expert_loads" | "dropped_rows";
@@ -29,14 +29,25 @@ export interface Loss {
   readonly weight?: InputSource;
 }
 
+/** The forward graph of a model: its nodes are those that the values below depend on. */
+export interface ModelGraph {
+  readonly losses: readonly Loss[];
+  /** Per parameter with an update rule of its own, the value whose sum over the step the rule reads. */
+  readonly updateInputs: ReadonlyMap<Value, Value>;
+}
+/** A graph under construction. */
+export interface ModelGraphBuilder {
+  readonly losses: Loss[];
+  readonly updateInputs: Map<Value, Value>;
+}
+
 /** Creates the leaves of one position of the model: embedding, layer or head. Nodes that use them run on its stage. */
-export interface ModuleBuilder {
+export interface ModuleBuilder extends ModelGraphBuilder {
   readonly job: Job;
   /** Ascends from the embedding to the head; see `Node.position`. */
   readonly position: number;
   /** Prefix of node ids and parameter names: `layers.3.`. */
   readonly prefix: string;
-  readonly losses: Loss[];
   /** Returns `prefix` + `name`. */
   at(name: string): string;
   /** An input with one number per token [B,S]; `i32` by default. */
@@ -48,7 +59,7 @@ export interface ModuleBuilder {
   /** A hidden weight with normal initialisation. `dims` is like `D,F@etp`: letters of dims, and the axes that shard each, outermost first. */
   weight(name: string, dims: string): Value;
   /** An embedding table or an output head, with normal initialisation. */
-  vocabulary(name: string, dims: string): Value;
+  vocabulary(name: string, dims: string): LeafValue;
   /** A parameter that starts as ones. */
   gain(name: string, dims: string): Value;
   /** A parameter that starts as zeros. */
@@ -58,16 +69,18 @@ export interface ModuleBuilder {
 }
 
 /** Returns the axes that shard the residual stream [B,S,D]. With sequence parallelism, tensor ranks shard tokens too. */
-export const streamAxes = ({ parallel }: Job): NonNullable<Value["shardAxes"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
+const streamAxes = ({ parallel }: Job): NonNullable<Value["shardAxes"]> => [["dp"], parallel.sequence ? ["cp", "tp"] : ["cp"], []];
 
 /** Returns the attributes for the order of a sequence's tokens over context ranks (ops/positions.ts). */
 export const orderOf = ({ model, parallel: { context } }: Job) => ({ chunk: context > 1 ? model.seq / (2 * context) : 0, ranks: context });
 
-type Sizes = Readonly<Record<string, number>>;
+/** Returns the number of sequences of one microbatch on all data-parallel ranks. */
+const sequencesOf = ({ train, parallel }: Job): number => train.micro_batch * parallel.data;
 
-function sizesOf({ model: m, parallel, train }: Job): Sizes {
+function sizesOf(job: Job): Readonly<Record<string, number>> {
+  const { model: m } = job;
   return {
-    B: train.micro_batch * parallel.data,
+    B: sequencesOf(job),
     S: m.seq,
     D: m.hidden,
     "2D": 2 * m.hidden,
@@ -92,21 +105,26 @@ function sizesOf({ model: m, parallel, train }: Job): Sizes {
 /** Creates the module builder of a position. */
 export type ModuleBuilderAt = (position: number, prefix: string) => ModuleBuilder;
 
-/** Returns the factory of module builders of one model. They append losses to `losses`. */
-export function moduleBuilders(job: Job, losses: Loss[]): ModuleBuilderAt {
+/** Returns the factory of module builders of one model. They add losses and update inputs to `graph`. */
+export function moduleBuilders(job: Job, graph: ModelGraphBuilder): ModuleBuilderAt {
   // one input for all positions
   const sample: Value = {
-    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sizesOf(job).B!], shardAxes: [["dp"]] },
+    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sequencesOf(job)], shardAxes: [["dp"]] },
     leaf: { kind: "input", name: "sample", position: 0, source: { source: "sample" } },
   };
-  return (position, prefix) => moduleBuilder(job, position, prefix, losses, sample);
+  return (position, prefix) => moduleBuilder(job, position, prefix, graph, sample);
 }
 
-function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[], sample: Value): ModuleBuilder {
+function moduleBuilder(job: Job, position: number, prefix: string, graph: ModelGraphBuilder, sample: Value): ModuleBuilder {
   const { train } = job;
   const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
-  const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): Value => {
+  const sizeOf = (dim: string): number => {
+    const n = size[dim];
+    invariant(n !== undefined, `no dim of a model is named ${dim}`);
+    return n;
+  };
+  const leaf = (dims: string, of: Leaf, dtype: Value["dtype"]): LeafValue => {
     const dimSpecs = dims.split(",").map((d) => d.split("@"));
     return {
       out: 0,
@@ -114,17 +132,17 @@ function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[
       ragged: 0,
       fanout: 0,
       dtype,
-      sizes: dimSpecs.map(([d]) => size[d!]!),
+      sizes: dimSpecs.map(([dim = ""]) => sizeOf(dim)),
       shardAxes: dimSpecs.map(([, ...axes]) => axes),
     };
   };
   const at = (name: string): string => prefix + name;
-  const parameter = (name: string, dims: string, of: Pick<Leaf, "init" | "role" | "rule">, dtype: Value["dtype"] = type): Value =>
+  const parameter = (name: string, dims: string, of: Pick<Leaf, "init" | "role" | "rule">, dtype: Value["dtype"] = type): LeafValue =>
     leaf(dims, { kind: "parameter", name: at(name), position, ...of }, dtype);
   const normal = { type: "normal", std: train.init_std } as const;
   const constant = (type: "ones" | "zeros") => ({ role: "vector", init: { type, std: 0 } }) as const;
   return {
-    ...{ job, position, prefix, losses, at, sample },
+    ...{ job, position, prefix, ...graph, at, sample },
     random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
     input: (source, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name: inputName(source), position, source }, dtype),
     weight: (name, dims) => parameter(name, dims, { role: "matrix", init: normal }),
@@ -135,14 +153,16 @@ function moduleBuilder(job: Job, position: number, prefix: string, losses: Loss[
   };
 }
 
+/** Returns the same value in the layout of the residual stream [B,S,D]. */
+export const inStream = (job: Job, x: Value): Value => declared(x, { shardAxes: streamAxes(job) });
+
 /** Applies hidden dropout with the job's probability. */
 export function dropped({ job, at, random, sample }: ModuleBuilder, x: Value, name: string): Value {
   const drop = job.model.dropout.hidden;
   if (drop === 0) return x;
   // dropout is applied after the reduction over tensor ranks, in the layout of the residual stream
-  x.shardAxes = streamAxes(job);
-  return dropout.of({ x, sample }, { drop, ...random(name) }, at(name));
+  return dropout.of({ x: inStream(job, x), sample }, { drop, ...random(name) }, at(name));
 }
 
 /** Returns a tied copy of a parameter at another position. */
-export const copyOf = (of: Value, position: number): Value => ({ ...of, leaf: { ...of.leaf!, position, tiedTo: of } });
+export const copyOf = (of: LeafValue, position: number): LeafValue => ({ ...of, leaf: { ...of.leaf, position, tiedTo: of } });

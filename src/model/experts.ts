@@ -1,15 +1,12 @@
 /**
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
- * collectives that `shard` inserts.
+ * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
-
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, gemm, groupedGemm } from "../ops/linear.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
-import type { Value } from "../ops/op.ts";
-import { regridded } from "../ops/regrid.ts";
-import { buildMesh, hasSeparateGrids } from "../passes/mesh.ts";
-import { type ModuleBuilder, streamAxes } from "./builder.ts";
+import { declared, type Value } from "../ops/op.ts";
+import type { ModuleBuilder } from "./builder.ts";
 import { dense } from "./feedForward.ts";
 import { logitsOf, type Moe, type Routing, route } from "./router.ts";
 
@@ -24,31 +21,12 @@ export function experts(module: ModuleBuilder, h: Value, moe: Moe): Value {
   return withShared(module, h, moe, up);
 }
 
-/** Returns the conversions of tokens to the expert grid and back: regrids if the grids do not nest (P104), else the identity. */
-function regridOf({ job, at }: ModuleBuilder): Readonly<Record<"enter" | "leave", (v: Value, name: string) => Value>> {
-  const mesh = buildMesh(job);
-  if (!hasSeparateGrids(mesh)) return { enter: (v) => v, leave: (v) => v };
-  const { train, parallel, model } = job;
-  const stream = streamAxes(job);
-  const expertStream = [["edp", "ep", "etp"], [], []];
-  const expertSizes = [train.micro_batch * mesh.per_stage, model.seq / (parallel.context * parallel.tensor)];
-  const tokenSizes = [train.micro_batch * parallel.data, model.seq];
-  return {
-    enter: (v, name) => regridded(v, expertSizes, { from: stream, to: expertStream }, at(`moe.${name}`)),
-    leave: (v, name) => regridded(v, tokenSizes, { from: expertStream, to: stream }, at(`moe.${name}`)),
-  };
-}
-
 /** Applies the routed experts to tokens [B,S,width]. */
-function routed(module: ModuleBuilder, h: Value, moe: Moe, { map, weights: chosen, rows: limits }: Routing, width: "D" | "L"): Value {
+function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing, width: "D" | "L"): Value {
   const at = (name: string) => module.at(`moe.${name}`);
-  const { enter, leave } = regridOf(module);
-  const [x, c, p] = [enter(h, "tokens"), enter(map, "map"), enter(chosen, "weights")];
   // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
-  const pin = (v: Value) => {
-    if (moe.dispatch === "all_gather") v.node!.pin = { dim: "E", axis: "ep", path: "model.moe.dispatch" };
-    return v;
-  };
+  const pin = (v: Value) =>
+    moe.dispatch === "all_gather" ? declared(v, { pin: { dim: "E", axis: "ep", path: "model.moe.dispatch" } }) : v;
   const rows = pin(permute.of({ x, c }, limits, at("permute")));
   const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: module.weight(name, dims) }, {}, at(name));
   // the combine weight is sent with the row and applied inside the activation, as in Megatron Core
@@ -56,7 +34,7 @@ function routed(module: ModuleBuilder, h: Value, moe: Moe, { map, weights: chose
   const into = `E@ep,${width},F@etp`;
   const { activation } = module.job.model;
   const act = gatedUnits[activation].rows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at(activation));
-  return leave(pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute"))), "combined");
+  return pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
 }
 
 /** Adds the shared experts of `h` to `y`, if the model has them. */

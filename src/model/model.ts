@@ -7,30 +7,30 @@ import { gemm, gemmDgrad } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
 import { embed, mean, nll, rowMax, softmaxTerms, weightedSum } from "../ops/vocab.ts";
-import { headAt, layerAt, pipelineOf, stageOfVirtual } from "../passes/pipeline.ts";
-import { copyOf, dropped, type Loss, type ModuleBuilder, moduleBuilders, streamAxes } from "./builder.ts";
+import { copyOf, dropped, inStream, type ModelGraph, type ModelGraphBuilder, type ModuleBuilder, moduleBuilders } from "./builder.ts";
 import { layer } from "./layer.ts";
 import { depths } from "./mtp.ts";
+import { headAt, layerAt } from "./positions.ts";
 
-/** Returns the losses of a model; their nodes are the forward graph. */
-export function buildModel(job: Job): Loss[] {
+/** Returns the forward graph of a model. */
+export function buildModel(job: Job): ModelGraph {
   const { model: m } = job;
-  const losses: Loss[] = [];
+  const graph: ModelGraphBuilder = { losses: [], updateInputs: new Map() };
+  const { losses } = graph;
   const { eps } = m.norm;
 
-  const moduleAt = moduleBuilders(job, losses);
+  const moduleAt = moduleBuilders(job, graph);
   const first = moduleAt(0, "");
   const table = first.vocabulary("embed", "V@tp,D");
-  let x = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
-  x.shardAxes = streamAxes(job);
-  x = dropped(first, x, "embedding.dropout");
+  const embedded = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
+  let x = dropped(first, inStream(job, embedded), "embedding.dropout");
 
   for (let i = 0; i < m.layers; i++) x = layer(moduleAt(layerAt(i), `layers.${i}.`), x, hasExperts(m, i));
 
   // the final norm is at the first depth of multi-token prediction if there is one, else at the head
   const after = moduleAt(layerAt(m.layers), "");
   const y = rmsnorm.of({ x, gain: after.gain("norm", "D") }, { eps }, "final.norm");
-  const tableAt = tablesByStage(job, table);
+  const tableAt = (position: number): Value => copyOf(table, position);
   const further = depths(job, y, tableAt, moduleAt);
 
   const last = moduleAt(headAt(m), "");
@@ -43,19 +43,7 @@ export function buildModel(job: Job): Loss[] {
     losses.push({ name: "mtp_loss", value: crossEntropy(last, logitsOf(h, `${at.prefix}logits`), at), weight: "mtp_coeff" });
   }
   losses.push({ name: "loss", value: crossEntropy(last, logitsOf(y, "logits"), { prefix: "" }) });
-  return losses;
-}
-
-/** Returns the embedding table for a position. Each stage that uses it has one tied copy. */
-function tablesByStage(job: Job, table: Value): (position: number) => Value {
-  const pipeline = pipelineOf(job);
-  const stageOf = (position: number): number => stageOfVirtual(pipeline, pipeline.of[position]!);
-  const copies = new Map([[stageOf(0), table]]);
-  return (position) => {
-    const copy = copies.get(stageOf(position)) ?? copyOf(table, position);
-    copies.set(stageOf(position), copy);
-    return copy;
-  };
+  return graph;
 }
 
 /**

@@ -15,7 +15,7 @@ import {
 import { drop, droppedRows, expertChoiceMask, uniformMask } from "../ops/capacity.ts";
 import { jitter } from "../ops/dropout.ts";
 import { gemm } from "../ops/linear.ts";
-import type { Attrs, Value } from "../ops/op.ts";
+import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
 import { type ModuleBuilder, orderOf } from "./builder.ts";
 
@@ -36,8 +36,7 @@ export function logitsOf({ at, weight, sample, random }: ModuleBuilder, h: Value
   const eps = router.jitter;
   const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
   const logits = gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
-  if (router.precision === "fp32") logits.dtype = "f32";
-  return logits;
+  return router.precision === "fp32" ? declared(logits, { dtype: "f32" }) : logits;
 }
 
 /** Builds the routing of logits [B,S,E], with balancing losses and counts. */
@@ -52,7 +51,7 @@ export function route(module: ModuleBuilder, moe: Moe, logits: Value): Routing {
     at("combine_weights"),
   );
   const { map, rows } = withinCapacity(module, moe, { ...chosen, weights });
-  if (chosen.bias && router.expert_bias) chosen.bias.leaf!.updateInput = expertLoad.of({ c: map }, {}, at("expert_load"));
+  if (chosen.bias && router.expert_bias) module.updateInputs.set(chosen.bias, expertLoad.of({ c: map }, {}, at("expert_load")));
   balance(module, moe, { logits, scores, map: chosen.map });
   addCounts(module, chosen.map, map);
   return { map, weights, rows };
@@ -90,7 +89,8 @@ function chooseExperts(module: ModuleBuilder, moe: Moe, logits: Value, scores: V
   }
   if (by === "quantile") {
     const bias = module.state("router_beta", "E", { name: "quantile", op: quantileUpdate, attrs: { ema: router.quantile_ema } });
-    bias.leaf!.updateInput = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, module.at("moe.quantile"));
+    const statistic = quantile.of({ x: logits, bias }, { P, k, count: train.global_batch / P }, module.at("moe.quantile"));
+    module.updateInputs.set(bias, statistic);
     return { map: topKMaskBiased.of({ x: logits, bias }, { k, sign: -1 }, id), rows };
   }
   const { groups, group_top_k, group_scores } = router;

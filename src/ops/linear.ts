@@ -1,7 +1,7 @@
 /** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
 import { add as plus } from "./formula.ts";
 import { gemm as product } from "./loops.ts";
-import { formulaOp, type Grads, op } from "./op.ts";
+import { declared, formulaOp, type Grads, op } from "./op.ts";
 
 export const gemm = op({
   name: "gemm",
@@ -101,9 +101,7 @@ export const cast = formulaOp({
   linear: true,
   formula: ({ x }) => ({ y: x }),
   grad({ x }, { dy }): Grads {
-    const dx = cast.of({ x: dy });
-    dx.dtype = x.dtype;
-    return { x: dx };
+    return { x: declared(cast.of({ x: dy }), { dtype: x.dtype }) };
   },
 });
 /** Adds the gradient of one microbatch to the sum of the earlier ones. */

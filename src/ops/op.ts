@@ -153,7 +153,7 @@ export interface Quota {
   readonly sequences: number;
   readonly positions: number;
 }
-/** A tensor of the graph with global sizes, one per dim. The ragged dims come first. */
+/** A tensor of the graph with global sizes, one per dim. The ragged dims come first. `declared` returns a copy with other declarations. */
 export interface Value {
   readonly node?: Node;
   readonly out: number;
@@ -164,11 +164,11 @@ export interface Value {
   /** Largest number of rows per expert of a ragged value. */
   readonly quota?: Quota;
   readonly leaf?: Leaf;
-  dtype: Dtype;
+  readonly dtype: Dtype;
   /** Of an output that its op updates in place: the leaf whose memory it is. */
-  updates?: Value;
+  readonly updates?: Value;
   /** Per dim the mesh axes that must shard it; absent: `shard` decides. */
-  shardAxes?: readonly (readonly string[])[];
+  readonly shardAxes?: readonly (readonly string[])[];
 }
 /** A value that no op of the graph produces. `gradient` and `state` are leaves of the optimizer step (src/passes/updateGraph.ts). */
 export interface Leaf {
@@ -185,34 +185,74 @@ export interface Leaf {
   readonly init?: { readonly type: "normal" | "ones" | "zeros"; readonly std: number };
   /** The update rule of a parameter without a gradient: an op on a statistic of the step. */
   readonly rule?: { readonly name: "expert_bias" | "quantile"; readonly op: AnyOp; readonly attrs: Attrs };
-  /** The value of the forward pass whose sum over the step the update rule reads. */
-  updateInput?: Value;
-  /** For a tied copy, the parameter of another stage with the same name. */
+  /** For a tied copy, the parameter at another position with the same name. */
   readonly tiedTo?: Value;
 }
+/** A value that no op produces. */
+export type LeafValue = Value & { readonly leaf: Leaf };
 /** Per dim the mesh axes that shard it, outermost first, before and after a regrid: all axes of one grid, then all of the other. */
 export interface Regrid {
   readonly from: NonNullable<Value["shardAxes"]>;
   readonly to: NonNullable<Value["shardAxes"]>;
 }
-/** One use of an op in the graph. */
+/** One use of an op in the graph. `changed` returns a copy with other declarations. */
 export interface Node {
   readonly op: AnyOp<GraphOpName>;
   readonly args: readonly Value[];
   readonly attrs: Attrs;
-  readonly outs: Value[];
+  readonly outs: readonly Value[];
   /** Global size of each dim, and the attributes. */
   readonly size: Readonly<Record<string, number>>;
-  id: string;
+  readonly id: string;
   /** Position in the model, which decides the stage: 0 the embedding, from 1 the layers, last the head. */
-  position: number;
-  backward: boolean;
+  readonly position: number;
+  readonly backward: boolean;
   /** The dim that a mesh axis must shard. Without a dim the axis shards none: its ranks repeat the work. */
-  pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
+  readonly pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
   /** A replicated dim that need not be gathered: its shards, laid out like dim `as`, pass around a ring of ranks (ring.ts). */
-  ring?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
+  readonly ring?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
   /** Of a regrid node: the axes that shard its input and its output. */
-  regrid?: Regrid | undefined;
+  readonly regrid?: Regrid | undefined;
+  /** How ranks share the elements of a dim that are fewer than the ranks. */
+  readonly sharing?: Sharing | undefined;
+}
+/**
+ * The dim `dim` may be sharded more finely than it has elements: then neighbouring ranks, those along the axis `axis`, have copies of one
+ * element, and each computes a part of the inner dim `inner`. All ranks of the axis `within` shard the dim.
+ */
+export interface Sharing {
+  readonly dim: string;
+  readonly inner: string;
+  readonly axis: string;
+  readonly within: string;
+  readonly path: string;
+}
+type NodeDeclarations = Pick<Node, "pin" | "ring" | "regrid" | "sharing">;
+type ValueDeclarations = Pick<Value, "shardAxes"> & Partial<Pick<Value, "dtype">>;
+
+/** Returns a copy of a node that differs in `changes`. Its outputs are new values: copies of `outs`, which are its own by default. */
+export function changed(
+  node: Node,
+  changes: NodeDeclarations & Partial<Pick<Node, "id" | "position" | "backward" | "args" | "outs">>,
+): Node {
+  const outs: Value[] = [];
+  const made: Node = { ...node, ...changes, outs };
+  for (const out of changes.outs ?? node.outs) outs.push({ ...out, node: made });
+  return made;
+}
+/** Returns a copy of the result of a node with other declarations about it or its node. Throws an invariant for a leaf. */
+export function declared(value: Value, { pin, ring, regrid, sharing, ...own }: NodeDeclarations & ValueDeclarations): Value {
+  const { node } = value;
+  invariant(node !== undefined, () => `${value.leaf?.name} is the result of no node`);
+  const outs = node.outs.map((out) => (out.out === value.out ? { ...out, ...own } : out));
+  const given = { ...(pin && { pin }), ...(ring && { ring }), ...(regrid && { regrid }), ...(sharing && { sharing }) };
+  return outputOf(changed(node, { ...given, outs }), value.out);
+}
+/** Returns an output of a node by its index. */
+export function outputOf({ id, outs }: Node, index: number): Value {
+  const output = outs[index];
+  invariant(output !== undefined, () => `${id} has no output ${index}`);
+  return output;
 }
 
 /** Makes an op from its declaration; the signature is parsed here and by the type checker. */
@@ -248,22 +288,8 @@ function opOf<const S extends string, const N extends GraphOpName, const A exten
   const all = (named: Each<In<S>, Value>, attrs: Attrs = {}, id = "") => {
     for (const a of def.attrs ?? []) invariant(attrs[a] !== undefined, () => `${def.name} ${id} has no attribute ${a}`);
     const args = inputs.map((i) => named[i.name as In<S>]);
-    const position = Math.max(...args.map((v) => v.node?.position ?? v.leaf!.position));
-    const size = sizesOf({ op: self, args, attrs });
-    const node: Node = { op: self, args, attrs, outs: [], size, id, position, backward: false };
-    const like = args.find((v) => dtypes[v.dtype].kind === "float")?.dtype ?? "f32";
-    const rows = args.find((v) => v.ragged) ?? { fanout: attrs.k ?? 0, ...(attrs.quota ? { quota: quotaOf(attrs) } : {}) };
-    for (const [out, o] of expand(node).outputs.entries())
-      node.outs.push({
-        node,
-        out,
-        ragged: o.ragged,
-        fanout: o.ragged ? rows.fanout : 0,
-        ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
-        sizes: o.dimSpecs.map((s) => dimSize(s, size)),
-        dtype: self.types?.[o.name] ?? like,
-      });
-    return Object.fromEntries(outputs.map((o, i) => [o.name, node.outs[i]!])) as Each<Out<S>, Value>;
+    const node = nodeOf(self, args, attrs, id);
+    return Object.fromEntries(outputs.map((o, i) => [o.name, outputOf(node, i)])) as Each<Out<S>, Value>;
   };
   const self: Op<S, N, A> = {
     ...(def as unknown as AnyOp<N> & Pick<Op<S, N, A>, "sig" | "attrs">),
@@ -274,6 +300,38 @@ function opOf<const S extends string, const N extends GraphOpName, const A exten
     of: (named, attrs, id) => all(named, attrs, id)[outputs[0]!.name as Out<S>],
   };
   return self;
+}
+
+/** Returns a use of an op, with its arguments in the order of the signature. Throws a BrokenInvariant where shapes disagree. */
+export function nodeOf(op: Node["op"], args: readonly Value[], attrs: Attrs, id: string): Node {
+  const position = Math.max(...args.map((v) => v.node?.position ?? v.leaf?.position ?? 0));
+  const size = sizesOf({ op, args, attrs });
+  const outs: Value[] = [];
+  const node: Node = { op, args, attrs, outs, size, id, position, backward: false };
+  const like = args.find((v) => dtypes[v.dtype].kind === "float")?.dtype ?? "f32";
+  const rows = args.find((v) => v.ragged) ?? { fanout: attrs.k ?? 0, ...(attrs.quota ? { quota: quotaOf(attrs) } : {}) };
+  for (const [out, o] of expand(node).outputs.entries())
+    outs.push({
+      node,
+      out,
+      ragged: o.ragged,
+      fanout: o.ragged ? rows.fanout : 0,
+      ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
+      sizes: o.dimSpecs.map((s) => dimSize(s, size)),
+      dtype: op.types?.[o.name] ?? like,
+    });
+  return node;
+}
+/** Returns the same use of an op with other arguments and attributes. It keeps the declarations of the node and of its outputs. */
+export function withArgs(node: Node, args: readonly Value[], attrs: Attrs = node.attrs): Node {
+  if (attrs === node.attrs && args.every((v, i) => v === node.args[i])) return node;
+  const made = nodeOf(node.op, args, attrs, node.id);
+  const outs = made.outs.map((out) => {
+    const { dtype, shardAxes, updates } = outputOf(node, out.out);
+    return { ...out, dtype, ...(shardAxes && { shardAxes }), ...(updates && { updates }) };
+  });
+  const { position, backward, pin, ring, regrid, sharing } = node;
+  return changed(made, { position, backward, pin, ring, regrid, sharing, outs });
 }
 
 /** Reads the quota of an op that makes rows from its attributes. */

@@ -25,7 +25,7 @@ import {
   total,
   variable,
 } from "./formula.ts";
-import { type Attrs, formulaOp, type Grads, op } from "./op.ts";
+import { type Attrs, declared, formulaOp, type Grads, op } from "./op.ts";
 
 // -- scores
 
@@ -44,9 +44,7 @@ export const softmax = formulaOp({
   types: { y: "f32" },
   formula: ({ x }) => ({ y: exp(sub(x, logSumExp(x))) }),
   grad({ x }, { y, dy }): Grads {
-    const dx = softmaxGrad.of({ y, dy });
-    dx.dtype = x.dtype;
-    return { x: dx };
+    return { x: declared(softmaxGrad.of({ y, dy }), { dtype: x.dtype }) };
   },
 });
 export const softmaxGrad = formulaOp({
@@ -61,9 +59,7 @@ export const sigmoid = formulaOp({
   types: { y: "f32" },
   formula: ({ x }) => ({ y: logistic(x) }),
   grad({ x }, { y, dy }): Grads {
-    const dx = sigmoidGrad.of({ y, dy });
-    dx.dtype = x.dtype;
-    return { x: dx };
+    return { x: declared(sigmoidGrad.of({ y, dy }), { dtype: x.dtype }) };
   },
 });
 export const sigmoidGrad = formulaOp({

@@ -2,9 +2,10 @@
  * Reverse-mode differentiation of the graph. The pass names no op except `add`, which sums the addends of a gradient.
  */
 import type { InputSource } from "../../schemas/plan.ts";
-import { isCount, type Loss } from "../model/builder.ts";
+import { isCount, type Loss, type ModelGraph } from "../model/builder.ts";
 import { add } from "../ops/linear.ts";
-import { invariant, type Node, type Value } from "../ops/op.ts";
+import { changed, invariant, type Node, nodeOf, outputOf, type Value } from "../ops/op.ts";
+import { topological } from "./graphOrder.ts";
 import { pairs } from "./layout.ts";
 
 /** Forward and backward nodes of one microbatch, before sharding. */
@@ -22,16 +23,19 @@ export interface Graph {
 }
 
 /**
- * Extends the graph of the losses by the gradient of each parameter. Parameters with a custom update rule (expert bias) get their
+ * Extends the graph of a model by the gradient of each parameter. Parameters with a custom update rule (expert bias) get their
  * update input instead of a gradient. Backward recomputes the outputs of the nodes for which `isRecomputed` returns true: it reads
  * clones of them. Throws an invariant if a parameter or a value that is differentiated has no gradient.
  */
-export function addBackward(losses: readonly Loss[], isRecomputed: (node: Node) => boolean = () => false): Graph {
+export function addBackward({ losses, updateInputs }: ModelGraph, isRecomputed: (node: Node) => boolean = () => false): Graph {
   const outcomes = losses.map((l) => l.value);
   const counted = new Map(
     topological(outcomes)
       .flatMap((n) => n.args)
-      .flatMap((v) => (v.leaf?.updateInput ? [[v, v.leaf.updateInput]] : [])),
+      .flatMap((v) => {
+        const input = updateInputs.get(v);
+        return input ? [[v, input] as const] : [];
+      }),
   );
   // sorted by position: an update input is computed in its layer, not after the loss
   const positionOf = ({ node }: Value): number => node?.position ?? 0;
@@ -75,16 +79,21 @@ class Recomputed {
     return node !== undefined && this.#isRecomputed(node) && !this.#clones.has(node);
   }
   #cloneOf(v: Value): Value {
-    return (v.node && this.#clones.get(v.node)?.outs[v.out]) ?? v;
+    return outputIn(this.#clones, v);
   }
   /** Clones a node. The arguments that are recomputed must have their clones already. */
   #clone({ op, args, attrs, id, position, pin, ring, regrid, outs }: Node): Node {
-    const named = Object.fromEntries(pairs(op.inputs, args).map(([{ name }, arg]) => [name, this.#cloneOf(arg)]));
-    const [made] = Object.values(op.all(named, attrs, `${id}.again`));
-    invariant(made?.node !== undefined, `${id} has no outputs`);
-    for (const [out, { dtype }] of pairs(made.node.outs, outs)) out.dtype = dtype;
-    return Object.assign(made.node, { position, pin, ring, regrid, backward: true });
+    const operands = args.map((arg) => this.#cloneOf(arg));
+    const made = nodeOf(op, operands, attrs, `${id}.again`);
+    const typed = pairs(made.outs, outs).map(([out, { dtype }]) => ({ ...out, dtype }));
+    return changed(made, { position, pin, ring, regrid, backward: true, outs: typed });
   }
+}
+
+/** Returns the output of the node that replaces the node of a value; the value itself if none does. */
+function outputIn(replaced: ReadonlyMap<Node, Node>, v: Value): Value {
+  const node = v.node && replaced.get(v.node);
+  return node ? outputOf(node, v.out) : v;
 }
 
 /** The backward nodes and the gradients of a graph. */
@@ -95,6 +104,8 @@ class Backward {
   readonly gradOf: Map<Value, Value>;
   readonly #seen: Set<Node>;
   readonly #idCounts: Map<string, number>;
+  /** The nodes of backward in place of those that gradients of ops return: the latter have no id and no position. */
+  readonly #adopted = new Map<Node, Node>();
   readonly #recomputed: Recomputed;
   readonly #seeds = new Map<string, Value>();
 
@@ -128,42 +139,52 @@ class Backward {
     });
     const named = new Map(pairs(op.inputs, args).map(([{ name }, v]) => [name, v]));
     const operands = Object.fromEntries(Array.from(named, ([name, v]) => [name, this.#recomputed.read(v)]));
-    for (const [name, part] of Object.entries(op.grad(operands, { y: this.#recomputed.read(y), dy, dys }, attrs))) {
+    const addends = Object.entries(op.grad(operands, { y: this.#recomputed.read(y), dy, dys }, attrs)).flatMap(([name, part]) => {
       const v = named.get(name);
       invariant(v !== undefined, `${op.name} has a gradient of ${name}, which is not an input`);
-      if (v.leaf?.kind !== "input") this.#add(node, v, part, part.node !== undefined && part !== dy);
-    }
+      return v.leaf?.kind === "input" ? [] : [{ v, part }];
+    });
+    // gradients of parameters accumulate in f32
+    const types = new Map(addends.map(({ v, part }) => [part, v.leaf ? "f32" : v.dtype]));
+    for (const { v, part } of addends) this.#add(node, v, this.#adopt(part, node, types), part.node !== undefined && part !== dy);
   }
 
   /** Adds an addend of the gradient of an argument of a node. `isNew`: an op of the gradient produces it. */
   #add(node: Node, v: Value, part: Value, isNew: boolean): void {
-    this.#adopt(part, node);
     if (v.leaf) {
       invariant(isNew, `${node.id}: the gradient of a parameter must be the output of a new op`);
-      part.dtype = "f32"; // gradients accumulate in f32
       this.parameterGrads.set(v, [...(this.parameterGrads.get(v) ?? []), part]);
       this.gradOf.set(part, v);
       return;
     }
-    if (isNew) part.dtype = v.dtype;
     const before = this.grad.get(v);
-    const sum = before ? add.of({ a: before, b: part }) : part;
-    if (before) this.#adopt(sum, node, `${idOf(v)}.grad_sum`);
+    const sum = before ? this.#adopt(add.of({ a: before, b: part }), node, new Map(), `${idOf(v)}.grad_sum`) : part;
     for (const g of [part, sum]) if (g.leaf === undefined && !this.gradOf.has(g)) this.gradOf.set(g, v);
     this.grad.set(v, sum);
   }
 
-  /** Appends the new nodes that a value depends on. They get ids after the node whose gradient they are, and run on its stage. */
-  #adopt(v: Value, from: Node, id = ""): void {
+  /**
+   * Appends the new nodes that a value depends on. They get ids after the node whose gradient they are, and run on its stage. Returns the
+   * value as a result of the appended nodes. `types`: the types of results that differ from those of the ops.
+   */
+  #adopt(v: Value, from: Node, types: ReadonlyMap<Value, Value["dtype"]>, id = ""): Value {
     for (const n of topological([v], this.#seen)) {
-      this.nodes.push(n);
       // a clone has its own id, position and pins
-      if (n.backward) continue;
-      n.id = this.#unique(id || `${from.id}.${n.op.suffix ?? "grad"}`);
-      n.position = from.position;
-      n.backward = true;
-      if (n.op !== add) Object.assign(n, { pin: from.pin, ring: from.ring });
+      if (n.backward) {
+        this.nodes.push(n);
+        continue;
+      }
+      const made = changed(n, {
+        ...{ id: this.#unique(id || `${from.id}.${n.op.suffix ?? "grad"}`), position: from.position, backward: true },
+        ...(n.op !== add && { pin: from.pin, ring: from.ring }),
+        args: n.args.map((arg) => outputIn(this.#adopted, arg)),
+        outs: n.outs.map((out) => ({ ...out, dtype: types.get(out) ?? out.dtype })),
+      });
+      this.#adopted.set(n, made);
+      this.#seen.add(made);
+      this.nodes.push(made);
     }
+    return outputIn(this.#adopted, v);
   }
   #unique(id: string): string {
     const n = (this.#idCounts.get(id) ?? 0) + 1;
@@ -177,32 +198,6 @@ class Backward {
     this.#seeds.set(name, value);
     return value;
   }
-}
-
-/**
- * Returns the nodes that the roots depend on and that are not in `seen`, each after its arguments, in depth-first order. Adds them to
- * `seen`. The search keeps an explicit stack, since a chain of nodes grows with the number of layers.
- */
-function topological(roots: readonly Value[], seen = new Set<Node>()): Node[] {
-  const order: Node[] = [];
-  const open: { readonly node: Node; next: number }[] = [];
-  const visit = ({ node }: Value): void => {
-    if (!node || seen.has(node)) return;
-    seen.add(node);
-    open.push({ node, next: 0 });
-  };
-  for (const root of roots) {
-    visit(root);
-    for (let top = open.at(-1); top; top = open.at(-1)) {
-      const arg = top.node.args[top.next++];
-      if (arg) visit(arg);
-      else {
-        order.push(top.node);
-        open.pop();
-      }
-    }
-  }
-  return order;
 }
 
 /** Returns the stable name of a value: the name of its leaf or node. A node with several outputs appends the name of the output. */

@@ -22,7 +22,7 @@ export const expertAxes = ["etp", "ep", "edp"] as const;
 type Meshed = Pick<Job, "parallel" | "cluster"> & { readonly model: Pick<Job["model"], "kv_heads"> };
 
 /** Returns how many neighbouring tensor ranks hold copies of one key/value head; 1 if there are at least as many heads as ranks. */
-export const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
+const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
   tensor % kv_heads === 0 ? tensor / kv_heads : 1;
 
 /** Builds the mesh of a job that passed all rules. Throws an invariant if the axes have no common sub-axes. */
@@ -77,6 +77,12 @@ const isGridAxis = (axis: string): axis is GridAxis => gridAxes.has(axis);
 export function subAxesOf({ axes }: Pick<Mesh, "axes">, axis: string): readonly number[] {
   invariant(isGridAxis(axis), () => `the mesh has no axis ${axis}`);
   return axes[axis];
+}
+
+/** Returns the number of ranks along an axis. Throws an invariant if the mesh has no such axis. */
+export function sizeOfAxis({ sizes }: Pick<Mesh, "sizes">, axis: string): number {
+  invariant(isGridAxis(axis), () => `the mesh has no axis ${axis}`);
+  return sizes[axis];
 }
 
 /** Returns whether the two grids share no sub-axis, because the strides of one do not divide those of the other. */

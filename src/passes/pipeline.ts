@@ -3,7 +3,8 @@
  * stage v is chunk floor(v / stages) of stage v % stages (Narayanan et al. 2021). A virtual stage may hold no position.
  */
 import type { Job } from "../../schemas/job.ts";
-import { depthsOf } from "../../schemas/mtp.ts";
+import { headAt } from "../model/positions.ts";
+import { invariant } from "../ops/op.ts";
 
 /** Stages, chunks of each stage, and the virtual stage of each position. */
 export interface Pipeline {
@@ -14,14 +15,6 @@ export interface Pipeline {
 }
 
 type Sized = Pick<Job, "model" | "parallel">;
-
-type Model = Pick<Job["model"], "layers" | "mtp">;
-/** Returns the position of a layer. The embedding is 0; layers, then depths of multi-token prediction, then the head follow. */
-export const layerAt = (layer: number): number => 1 + layer;
-/** Returns the position of depth `k` of multi-token prediction, `k` from 1. */
-export const depthAt = ({ layers }: Model, k: number): number => layers + k;
-/** Returns the position of the head. */
-export const headAt = (model: Model): number => model.layers + depthsOf(model) + 1;
 
 /**
  * Returns the pipeline of a job. `parallel.layout` decides if present; otherwise layers are split evenly in order, the embedding is
@@ -45,6 +38,13 @@ export function pipelineOf(job: Sized): Pipeline {
     chunks: stages === 1 ? 1 : parts.length / stages,
     of: parts.flatMap((part, v) => Array.from(part, () => virtual(v))),
   };
+}
+
+/** Returns the virtual stage of a position. Throws an invariant if the pipeline has no such position. */
+export function virtualStageAt({ of }: Pick<Pipeline, "of">, position: number): number {
+  const virtual = of[position];
+  invariant(virtual !== undefined, () => `the pipeline has no position ${position}`);
+  return virtual;
 }
 
 /** Returns the stage that runs virtual stage `v`. */

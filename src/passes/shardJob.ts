@@ -4,9 +4,12 @@ import { buildModel } from "../model/model.ts";
 import { addBackward } from "./backward.ts";
 import type { Mesh } from "./mesh.ts";
 import { type Counts, type Trace, untraced } from "./passNames.ts";
-import { type Pipeline, pipelineOf, stageOfVirtual } from "./pipeline.ts";
+import { type Pipeline, pipelineOf, stageOfVirtual, virtualStageAt } from "./pipeline.ts";
 import { isRecomputed } from "./recompute.ts";
 import { type ShardOptions, shard } from "./shard.ts";
+import { insertRegrids } from "./sharding/insertRegrids.ts";
+import { mergeTied } from "./sharding/mergeTied.ts";
+import { shareHeads } from "./sharding/shareHeads.ts";
 import type { ShardedGraph } from "./sharding/steps.ts";
 import { addUpdates, type TrainingGraph } from "./updateGraph.ts";
 
@@ -18,16 +21,23 @@ export function shardJob(
   trace: Trace = untraced,
 ): { readonly graph: TrainingGraph; readonly sharded: ShardedGraph; readonly pipeline: Pipeline } {
   const pipeline = trace("pipeline", () => pipelineOf(job));
-  const losses = trace("model", () => buildModel(job));
+  const model = trace("model", () => buildModel(job));
+  const placed = insertRegrids(
+    shareHeads(
+      mergeTied(model, (position) => stageOfVirtual(pipeline, virtualStageAt(pipeline, position))),
+      mesh,
+    ),
+    mesh,
+  );
   const graph = trace(
     "graph",
-    () => addUpdates(addBackward(losses, isRecomputed(job, pipeline)), job),
+    () => addUpdates(addBackward(placed, isRecomputed(job, pipeline)), job),
     ({ order }) => ({ ops: order.length }),
   );
   const options: ShardOptions = {
     distributedOptimizer: job.parallel.distributed_optimizer,
     shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
-    stageOf: (position) => pipeline.of[position]!,
+    stageOf: (position) => virtualStageAt(pipeline, position),
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
     ...pick,
   };

@@ -1,9 +1,9 @@
 /** Parameters that several stages use: gradients of the copies go to the owner's stage, and the updated parameter comes back. */
 import type { Transfer } from "../../schemas/plan.ts";
+import { headAt } from "../model/positions.ts";
 import { accumulate } from "../ops/linear.ts";
 import { invariant, type Value } from "../ops/op.ts";
 import { type Graph, idOf } from "./backward.ts";
-import { headAt } from "./pipeline.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";
 
 /** Returns the tied copies of parameters with their owner, the origin of their transfers, and a name that is unique per owner. */

@@ -6,8 +6,9 @@
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter } from "../../schemas/plan.ts";
 import { cast } from "../ops/linear.ts";
-import { invariant, type Leaf, type Node, type Value } from "../ops/op.ts";
+import { type AnyOp, type Attrs, changed, invariant, type Leaf, type Node, type Value } from "../ops/op.ts";
 import { type Graph, idOf } from "./backward.ts";
+import { pairs } from "./layout.ts";
 import { parameterGroups, type StepScalar, type UpdateBuilder } from "./parameterGroups.ts";
 
 /** The update of one parameter. */
@@ -47,6 +48,8 @@ const leafOf = (name: string, sizes: readonly number[], leaf: Omit<Leaf, "name">
   leaf: { ...leaf, name },
 });
 
+type Operands = Readonly<Record<string, Value>>;
+
 function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
   const name = idOf(parameter);
   const group = parameterGroups.find((g) => g.contains(parameter, options));
@@ -62,27 +65,26 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
   const nodes: Node[] = [];
   let result = weights;
   let stored: Value | undefined;
-  const apply: UpdateBuilder["apply"] = (op, id, operands, changed, attrs) => {
-    const outs = op.all(operands, attrs, `${name}.${id}`);
-    const { y } = outs;
-    if (y && Object.values(changed).includes(weights)) {
-      // the op also stores the weights in the type of the parameter
-      y.dtype = parameter.dtype;
-      stored = y;
-    }
-    for (const [output, leaf] of Object.entries(changed)) {
-      const out = outs[output];
-      invariant(out !== undefined && op.inPlace?.includes(output) === true, `${op.name} does not update ${output} in place`);
-      out.updates = leaf;
-      if (leaf === weights) result = out;
-    }
-    const [{ node } = {}] = Object.values(outs);
-    invariant(node !== undefined, `${op.name} has no outputs`);
-    nodes.push(Object.assign(node, { position, backward: true }));
-    return outs;
+  const addNode = (op: AnyOp, id: string, operands: Operands, updated: Operands, attrs: Attrs, type?: Value["dtype"]): Operands => {
+    for (const output of Object.keys(updated))
+      invariant(op.inPlace?.includes(output) === true, `${op.name} does not update ${output} in place`);
+    const [{ node: made } = {}] = Object.values(op.all(operands, attrs, `${name}.${id}`));
+    invariant(made !== undefined, `${op.name} has no outputs`);
+    // an op that updates the weights may also store them in the type of the parameter
+    const storedType = Object.values(updated).includes(weights) ? parameter.dtype : type;
+    const outs = pairs(op.outputs, made.outs).map(([output, out]) => {
+      const updates = updated[output.name];
+      return { ...out, ...(updates && { updates }), ...(output.name === "y" && storedType && { dtype: storedType }) };
+    });
+    const node = changed(made, { position, backward: true, outs });
+    nodes.push(node);
+    const byName = Object.fromEntries(pairs(op.outputs, node.outs).map(([output, out]) => [output.name, out]));
+    const after = node.outs.find(({ updates }) => updates === weights);
+    if (after) [result, stored] = [after, byName.y];
+    return byName;
   };
   group.update({
-    ...{ parameter, options, gradient, weights, scalar, apply },
+    ...{ parameter, options, gradient, weights, scalar, apply: addNode },
     state(suffix) {
       const leaf = own("state", suffix);
       state.push(leaf);
@@ -92,9 +94,8 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
   invariant(result !== weights, `${group.rule} does not update ${name}`);
   if (stored) result = stored;
   else if (parameter.dtype !== "f32") {
-    const { y } = apply(cast, "cast", { x: result }, {}, {});
+    const { y } = addNode(cast, "cast", { x: result }, {}, {}, parameter.dtype);
     invariant(y !== undefined, "cast has an output y");
-    y.dtype = parameter.dtype;
     result = y;
   }
   return { ...common, state, nodes, result };

@@ -25,7 +25,10 @@ test.each([
   const target: Value = { ...leaf("input", "target", [1, 1]), dtype: "i32" };
   const l = nll.of({ m, ...softmaxTerms.all({ x, m, target }, {}, "terms") }, {}, "token");
   const value = mean.of({ l }, { count: 1 }, "loss");
-  const { order, parameterGrads } = addBackward([{ name: "loss", value }], ({ op }) => again && op === rmsnorm);
+  const { order, parameterGrads } = addBackward(
+    { losses: [{ name: "loss", value }], updateInputs: new Map() },
+    ({ op }) => again && op === rmsnorm,
+  );
   expect(parameterGrads.get(gain)!.length).toBe(10_000);
   expect(order.length).toBeGreaterThan(20_000);
 });

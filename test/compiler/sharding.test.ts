@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import { compile } from "../../src/compile.ts";
 import { gemm } from "../../src/ops/linear.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
-import type { Node, Value } from "../../src/ops/op.ts";
+import { changed, type Node, type Value } from "../../src/ops/op.ts";
 import { type Layout, pairs } from "../../src/passes/layout.ts";
 import { buildMesh } from "../../src/passes/mesh.ts";
 import { type Choice, chooseDims, orderSubAxes, usesOf } from "../../src/passes/sharding/dimChoice.ts";
@@ -35,8 +35,7 @@ function choicesFor(x: Layout, w: Layout, pin?: Node["pin"]) {
   const [a, b] = [leaf("input", "x", [4, 8, 16]), leaf("parameter", "w", [16, 32])] as const;
   placements.place(a, x, 0);
   placements.place(b, w, 0);
-  const node = nodeOf(gemm.of({ x: a, w: b }, {}, "product"));
-  if (pin) node.pin = pin;
+  const node = changed(nodeOf(gemm.of({ x: a, w: b }, {}, "product")), { pin });
   const uses = usesOf(node);
   const chosen = chooseDims(uses, placements, new Map());
   return {

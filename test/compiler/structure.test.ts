@@ -1,6 +1,6 @@
 /** The folders: which may import which, who prints, who touches files. docs/concepts.md draws the same. */
 import { dirname, join, relative } from "node:path";
-import { Project, type SourceFile, SyntaxKind } from "ts-morph";
+import { Project, type SourceFile, SyntaxKind, type TypeNode } from "ts-morph";
 import { expect, test } from "vitest";
 import { backendNames } from "../../runtime/backends.ts";
 import { root } from "../support/checkout.ts";
@@ -10,6 +10,7 @@ const layers = [
   { name: "schemas", holds: /^schemas\// },
   { name: "text and package files", holds: /^src\/(units|version|packageFile)\.ts$/ },
   { name: "ops", holds: /^src\/ops\// },
+  { name: "model", holds: /^src\/model\// },
   { name: "templates", holds: /^templates\/[^/]+$/ },
   {
     name: "kernel specs",
@@ -20,7 +21,6 @@ const layers = [
   { name: "mesh and pipeline", holds: /^src\/passes\/(mesh|pipeline|passNames)\.ts$/ },
   { name: "analysis", holds: /^src\/analysis\// },
   { name: "sealing", holds: /^src\/plan\/(seal|canonical)\.ts$/ },
-  { name: "model", holds: /^src\/model\// },
   { name: "passes", holds: /^src\/passes\// },
   { name: "codegen", holds: /^src\/codegen\// },
   { name: "plan files", holds: /^src\/plan\// },
@@ -101,6 +101,24 @@ test("the runtime imports schemas and ops; only commands and the library import 
   const allowed = /^(runtime|schemas|src\/ops)\//;
   expect(offences((from, to) => from.startsWith("runtime/") && imports.has(to) && !allowed.test(to))).toEqual([]);
   expect(offences((from, to) => to.startsWith("runtime/") && !from.startsWith("runtime/") && !opensRuntime.includes(from))).toEqual([]);
+});
+
+test("a model is built without a mesh: it imports schemas and ops", () => {
+  const allowed = /^(schemas|src\/ops|src\/model)\//;
+  expect(offences((from, to) => from.startsWith("src/model/") && !allowed.test(to))).toEqual([]);
+});
+
+test("a graph is immutable: every property of its values and nodes is readonly, and every list", () => {
+  const declared = ["Value", "Leaf", "Node", "Regrid", "Sharing"].map((name) => files.get("src/ops/op.ts")!.getInterfaceOrThrow(name));
+  const properties = declared.flatMap((type) => type.getProperties().map((property) => ({ type, property })));
+  expect(properties.length).toBeGreaterThan(30);
+  const isMutable = (type: TypeNode): boolean =>
+    [type, ...type.getDescendants()].some(
+      (node) =>
+        (node.isKind(SyntaxKind.ArrayType) && !node.getParentIfKind(SyntaxKind.TypeOperator)) || /^(Array|Map|Set)\b/.test(node.getText()),
+    );
+  const mutable = properties.filter(({ property }) => !property.isReadonly() || isMutable(property.getTypeNodeOrThrow()));
+  expect(mutable.map(({ type, property }) => `${type.getName()}.${property.getName()}`)).toEqual([]);
 });
 
 test("no import cycle", () => {

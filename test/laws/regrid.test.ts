@@ -8,7 +8,7 @@ import { instructionsOf } from "../../schemas/program.ts";
 import { isDisjointSubAxes, rankCoordinate, shardCount } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
 import { add } from "../../src/ops/linear.ts";
-import type { Value } from "../../src/ops/op.ts";
+import { declared, type Value } from "../../src/ops/op.ts";
 import { regridded } from "../../src/ops/regrid.ts";
 import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import { shard } from "../../src/passes/shard.ts";
@@ -35,21 +35,21 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
   const regrids = lines.filter((l) => / regrid: /.test(l)).map((l) => l.replace(/^\d+ +regrid: (.*) {2}for .*/, "$1"));
   expect(regrids).toMatchInlineSnapshot(`
     [
-      "layers.0.mlp.norm [3@dp,24@tp,24] -> layers.0.moe.tokens [6@ep*edp,12,24]",
-      "layers.0.moe.top_k_mask [3@dp,24@tp,6] -> layers.0.moe.map [6@ep*edp,12,6]",
-      "layers.0.moe.combine_weights [3@dp,24@tp,6] -> layers.0.moe.weights [6@ep*edp,12,6]",
-      "layers.0.moe.unpermute [6@ep*edp,12,24] -> layers.0.moe.combined [3@dp,24@tp,24]",
-      "final.norm.grad.dx [3@dp,24@tp,24] -> layers.0.moe.combined.grad [6@ep*edp,12,24]",
-      "layers.0.moe.pack.grad [6@ep*edp,12,6] -> layers.0.moe.weights.grad [3@dp,24@tp,6]",
-      "layers.0.moe.permute.grad [6@ep*edp,12,24] -> layers.0.moe.tokens.grad [3@dp,24@tp,24]",
+      "layers.0.mlp.norm [3@dp,24@tp,24] -> layers.0.moe.permute.x [6@ep*edp,12,24]",
+      "layers.0.moe.top_k_mask [3@dp,24@tp,6] -> layers.0.moe.permute.c [6@ep*edp,12,6]",
+      "layers.0.moe.combine_weights [3@dp,24@tp,6] -> layers.0.moe.pack.p [6@ep*edp,12,6]",
+      "layers.0.moe.unpermute [6@ep*edp,12,24] -> layers.0.moe.unpermute.x [3@dp,24@tp,24]",
+      "final.norm.grad.dx [3@dp,24@tp,24] -> layers.0.moe.unpermute.x.grad [6@ep*edp,12,24]",
+      "layers.0.moe.pack.grad [6@ep*edp,12,6] -> layers.0.moe.pack.p.grad [3@dp,24@tp,6]",
+      "layers.0.moe.permute.grad [6@ep*edp,12,24] -> layers.0.moe.permute.x.grad [3@dp,24@tp,24]",
     ]
   `);
   const ids = instructionsOf(plan.programs[0]!).flatMap((i) => (i.id.endsWith(".regrid") ? [i.id] : []));
   expect(ids.slice(0, 4)).toEqual([
-    "layers.0.moe.tokens@ep*edp,-,-.regrid",
-    "layers.0.moe.map@ep*edp,-,-.regrid",
-    "layers.0.moe.weights@ep*edp,-,-.regrid",
-    "layers.0.moe.combined@dp,tp,-.regrid",
+    "layers.0.moe.permute.x@ep*edp,-,-.regrid",
+    "layers.0.moe.permute.c@ep*edp,-,-.regrid",
+    "layers.0.moe.pack.p@ep*edp,-,-.regrid",
+    "layers.0.moe.unpermute.x@dp,tp,-.regrid",
   ]);
   const moves = plan.programs.flatMap((p) => instructionsOf(p)).filter((i): i is Collective => i.kind === "collective");
   expect(new Set(moves.map((i) => i.axes))).toEqual(new Set(["tp", "dp", "tp*dp", "ep", "edp", "world"]));
@@ -106,8 +106,9 @@ describe("the cutter refuses", () => {
   });
   test("a move from one grid to the other", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["dp"], []]), b: leaf("b", [6, 6], [["dp"], []]) }, {}, "y");
-    y.shardAxes = [[], ["ep"]];
-    expect(() => cutUp(y)).toThrow("y would be sharded by dp*ep, which are of grids that do not nest");
+    expect(() => cutUp(declared(y, { shardAxes: [[], ["ep"]] }))).toThrow(
+      "y would be sharded by dp*ep, which are of grids that do not nest",
+    );
   });
   test("a fold of tokens that several ranks have", () =>
     expect(() => cutUp(regridded(tokens(), [12, 2], { ...seam, from: [["dp"], [], []] }, "y"))).toThrow(

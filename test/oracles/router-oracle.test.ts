@@ -5,7 +5,7 @@
 import { afterAll, expect, test } from "vitest";
 import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import type { Job } from "../../schemas/job.ts";
-import { isCount, type Loss, moduleBuilders } from "../../src/model/builder.ts";
+import { isCount, type ModelGraphBuilder, moduleBuilders } from "../../src/model/builder.ts";
 import { route } from "../../src/model/router.ts";
 import { biasUpdate } from "../../src/ops/balance.ts";
 import { type Grads, op, type Value } from "../../src/ops/op.ts";
@@ -106,16 +106,17 @@ test("all 38 cases apply", () => expect(cases.length).toBe(38));
 test.each(byId(cases))("%s", (id, c) => {
   const { seq, batch, experts: E, microbatches = 1 } = c.params;
   const job = jobFrom(c);
-  const made: Loss[] = [];
-  const part = moduleBuilders(job, made)(1, "layers.0.");
+  const graph: ModelGraphBuilder = { losses: [], updateInputs: new Map() };
+  const part = moduleBuilders(job, graph)(1, "layers.0.");
   const leaf = (name: string, kind: "parameter" | "input"): Value => ({
     ...{ out: 0, sizes: [batch, seq, E], ragged: 0, fanout: 0, dtype: "f32", leaf: { kind, name, position: 1 } },
   });
   const logits = leaf("logits", "parameter");
   const { map, weights } = route(part, job.model.moe!, logits);
-  const losses = made.filter(({ name }) => !isCount(name));
+  const losses = graph.losses.filter(({ name }) => !isCount(name));
   const selected = map.node!.op.name === "apply_capacity" ? map.node!.args[1]! : map;
-  const bias = [...selected.node!.args].find((v) => v.leaf?.updateInput);
+  const bias = selected.node!.args.find((v) => graph.updateInputs.has(v));
+  const statistic = bias && graph.updateInputs.get(bias);
 
   const read = (name: string) => tensors.read(`${id}.${name}`);
   const has = (name: string) => tensors.names.includes(`${id}.${name}`);
@@ -132,7 +133,10 @@ test.each(byId(cases))("%s", (id, c) => {
   const slope = (of: readonly Value[], evaluate: (v: Value) => Float32Array, leaves: Record<string, Float32Array>): Float32Array => {
     leaves.one = Float32Array.of(1);
     const sum = new Float32Array(batch * seq * E);
-    const { parameterGrads } = addBackward(of.map((value) => ({ name: "aux_loss" as const, value })));
+    const { parameterGrads } = addBackward({
+      losses: of.map((value) => ({ name: "aux_loss" as const, value })),
+      updateInputs: graph.updateInputs,
+    });
     for (const g of parameterGrads.get(logits) ?? []) for (const [i, x] of evaluate(g).entries()) sum[i]! += x;
     return out(sum);
   };
@@ -195,9 +199,9 @@ test.each(byId(cases))("%s", (id, c) => {
   if (balancing) expect(columns(evaluate(balancing.value.node!.args[1]!))).toEqual(c.aux_counts);
 
   if (has("sinkhorn_norm")) same(out(evaluate(selected.node!.args[0]!)), read("sinkhorn_norm"), "sinkhorn_norm");
-  if (has("quantile_beta_next_raw")) same(evaluate(bias!.leaf!.updateInput!), read("quantile_beta_next_raw"), "quantile_beta_next_raw");
+  if (has("quantile_beta_next_raw")) same(evaluate(statistic!), read("quantile_beta_next_raw"), "quantile_beta_next_raw");
   if (has("bias_after_update_rate_1e-3")) {
-    const after = { n: evaluate(bias!.leaf!.updateInput!), scale: Float32Array.of(1), bias: leaves.router_bias!.slice() };
+    const after = { n: evaluate(statistic!), scale: Float32Array.of(1), bias: leaves.router_bias!.slice() };
     biasUpdate.cpu(after, { E, ...bias!.leaf!.rule!.attrs }, { start: () => 0, rows: new Int32Array(1) });
     same(after.bias, read("bias_after_update_rate_1e-3"), "bias");
   }
