@@ -122,16 +122,14 @@ test("the optimizer step is sharded like any other graph: gradients enter as par
   expect(linesOf(compile(stepJob(true)).emit("sharded"), /^0 .*layers\.0\.wq\.(grad|adamw|cast)/)).toMatchInlineSnapshot(`
     [
       "0   reduce_scatter over dp: layers.0.wq.grad [16,16@tp] partial over dp -> [16@dp,16@tp]  for gradient of layers.0.wq: each rank saw other tokens (parallel.data)",
-      "0 layers.0.wq.adamw = adamw(layers.0.wq.grad, clip.scale, lr, step) -> [16@dp,16@tp], [16@dp,16@tp], [16@dp,16@tp]",
-      "0 layers.0.wq.cast = cast(layers.0.wq.adamw.w) -> [16@dp,16@tp]",
-      "0   all_gather over dp: layers.0.wq.cast [16@dp,16@tp] -> [16,16@tp]  for layers.0.wq.adamw: each rank updated its shard (parallel.distributed_optimizer)",
+      "0 layers.0.wq.adamw = adamw_cast(layers.0.wq.grad, clip.scale, lr, step) -> [16@dp,16@tp], [16@dp,16@tp], [16@dp,16@tp], [16@dp,16@tp]",
+      "0   all_gather over dp: layers.0.wq.adamw.y [16@dp,16@tp] -> [16,16@tp]  for layers.0.wq.adamw: each rank updated its shard (parallel.distributed_optimizer)",
     ]
   `);
   expect(linesOf(compile(stepJob(false)).emit("sharded"), /^0 .*layers\.0\.wq\.(grad|adamw|cast)/)).toMatchInlineSnapshot(`
     [
       "0   all_reduce over dp: layers.0.wq.grad [16,16@tp] partial over dp -> [16,16@tp]  for gradient of layers.0.wq: each rank saw other tokens (parallel.data)",
-      "0 layers.0.wq.adamw = adamw(layers.0.wq.grad, clip.scale, lr, step) -> [16,16@tp], [16,16@tp], [16,16@tp]",
-      "0 layers.0.wq.cast = cast(layers.0.wq.adamw.w) -> [16,16@tp]",
+      "0 layers.0.wq.adamw = adamw_cast(layers.0.wq.grad, clip.scale, lr, step) -> [16,16@tp], [16,16@tp], [16,16@tp], [16,16@tp]",
     ]
   `);
 });
