@@ -9,6 +9,7 @@ import { createServer } from "node:net";
 import { constants } from "node:os";
 import { createInterface } from "node:readline";
 import { Trouble } from "../../schemas/trouble.ts";
+import { type Cancel, type Clock, systemClock } from "./clock.ts";
 import type { Env } from "./place.ts";
 
 /** Settings of `launch`. */
@@ -22,6 +23,8 @@ export interface LaunchSettings {
   /** Milliseconds from the first failure to SIGTERM, in which the other ranks end with their own messages (`settle`); then to SIGKILL (`grace`). */
   readonly settle?: number;
   readonly grace?: number;
+  /** Default: the system clock. */
+  readonly clock?: Clock;
 }
 
 /** The result of `launch`. */
@@ -34,7 +37,8 @@ export interface Launched {
 }
 
 /** Starts the ranks and waits for them. Each rank selects its GPU by LOCAL_RANK. Throws a Trouble if the command does not start. */
-export async function launch({ command, args, ranks, env, onLine, settle = 3000, grace = 5000 }: LaunchSettings): Promise<Launched> {
+export async function launch(settings: LaunchSettings): Promise<Launched> {
+  const { command, args, ranks, env, onLine, settle = 3000, grace = 5000, clock = systemClock } = settings;
   const port = await freePort();
   const shared = {
     ...env,
@@ -52,7 +56,7 @@ export async function launch({ command, args, ranks, env, onLine, settle = 3000,
 
   let failed: { rank: number; how: string; code: number } | undefined;
   let signal: Launched["signal"];
-  const timers: NodeJS.Timeout[] = [];
+  const timers: Cancel[] = [];
   const width = `${ranks - 1}`.length;
   const children = Array.from({ length: ranks }, (_, rank) =>
     // a separate session: signals of the terminal reach only the launcher, which forwards them
@@ -66,7 +70,7 @@ export async function launch({ command, args, ranks, env, onLine, settle = 3000,
   const kill = (how: NodeJS.Signals): void => {
     for (const child of running) child.kill(how);
   };
-  const after = (ms: number, act: () => void): void => void timers.push(setTimeout(act, ms));
+  const after = (ms: number, act: () => void): void => void timers.push(clock.after(ms, act));
   const stop = (): void => {
     kill("SIGTERM");
     after(grace, () => kill("SIGKILL"));
@@ -99,7 +103,7 @@ export async function launch({ command, args, ranks, env, onLine, settle = 3000,
     );
   } finally {
     for (const [which, handler] of handlers) process.removeListener(which, handler);
-    for (const timer of timers) clearTimeout(timer);
+    for (const cancel of timers) cancel();
     kill("SIGKILL");
   }
   if (failed?.code === notStarted)

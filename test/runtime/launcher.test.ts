@@ -7,6 +7,7 @@ import { afterAll, afterEach, describe, expect, test } from "vitest";
 import { type Launched, type LaunchSettings, launch } from "../../runtime/launch/launcher.ts";
 import { placeOf } from "../../runtime/launch/place.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { ManualClock } from "../support/manualClock.ts";
 import { built } from "../support/rankc.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-launcher-"));
@@ -83,13 +84,25 @@ describe("ranks", () => {
   });
 
   test("one that ignores SIGTERM is killed", async () => {
+    const clock = new ManualClock();
+    const err: string[] = [];
+    void clock.scheduled(100).then(() => clock.advance(100));
     const run = await ranks(
       2,
       `if (rank === 1) { ${whenReady('process.kill(process.pid, "SIGKILL");')} } else { ${forever} process.on("SIGTERM", () => console.error("no")); ${ready} }`,
+      {
+        clock,
+        onLine(_, line) {
+          err.push(line);
+          // the grace is over when the rank has handled SIGTERM, and not before
+          if (line === "[0] no") clock.advance(5000);
+        },
+      },
     );
     expect(run).toMatchObject({ code: 137, failed: { rank: 1, how: "was ended by SIGKILL" } });
-    expect(run.err).toContain("[0] no");
-    expect(pidsIn(run.err).filter(alive)).toEqual([]);
+    expect(err).toContain("[0] no");
+    expect(pidsIn(err)).toHaveLength(1);
+    expect(pidsIn(err).filter(alive)).toEqual([]);
   });
 
   test("have time to say why they end before they are ended", async () => {
@@ -127,9 +140,15 @@ describe("signals", () => {
   afterEach(() => void child?.kill("SIGKILL"));
 
   async function start(n: number, args: readonly string[], env: Record<string, string> = {}) {
+    // the last time limit is over when all ranks have handled SIGTERM
     const code = `import { launch } from ${JSON.stringify(launcher)};
-      const { code, signal } = await launch({ command: process.execPath, args: ${JSON.stringify(args)}, ranks: ${n}, env: process.env, settle: 10_000, grace: 5000,
-        onLine: (stream, line) => process[stream].write(line + "\\n") });
+      let [expire, terminated] = [() => {}, 0];
+      const clock = { now: () => 0, every: () => () => {}, after: (_, call) => ((expire = call), () => {}) };
+      const { code, signal } = await launch({ command: process.execPath, args: ${JSON.stringify(args)}, ranks: ${n}, env: process.env, clock,
+        onLine(stream, line) {
+          process[stream].write(line + "\\n");
+          if (line.endsWith("heard SIGTERM") && ++terminated === ${n}) expire();
+        } });
       console.error("launched", code, signal); process.exitCode = code;`;
     const started = spawn(process.execPath, ["--input-type=module", "-e", code], {
       env: { ...process.env, ...env },
