@@ -2,7 +2,11 @@
  * Effects of an instruction: the buffers that it reads, writes and adds to. The index of ragged rows is a buffer of its own.
  * Arithmetic over the plan, shared by compiler and runtime.
  */
+import type { OpName } from "./opNames.ts";
 import type { Buffer, Instruction } from "./plan.ts";
+
+/** Names of the ops that pack and unpack the buffers of a collective (src/ops/transport.ts): they only copy values. */
+export const transportOps: readonly OpName[] = ["arrange", "take_rows", "invert_rows", "split_rows", "merge_rows"];
 
 /** Buffers by id, as far as effects need them. */
 type Buffers = { get(id: string): Pick<Buffer, "rows"> | undefined };

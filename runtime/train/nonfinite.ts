@@ -4,10 +4,10 @@
  */
 
 import { dtypes } from "../../schemas/dtypes.ts";
+import { transportOps } from "../../schemas/effects.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import * as messages from "../../src/ops/transport.ts";
 import type { BlockPosition, HostData, RankDevice } from "../backend.ts";
 
 /** A non-finite metric of a step. */
@@ -77,7 +77,7 @@ export interface Inspector {
 /** Outputs that may be infinite: the log-sum-exp of a query without visible keys in a block. */
 const mayBeInfinite = new Set(["lse", "la", "lb"]);
 /** Ops around a collective only copy values, and their buffers may have unused rows. */
-const copies: ReadonlySet<OpName> = new Set(Object.values(messages).flatMap((o) => (typeof o === "object" ? o.name : [])));
+const copies: ReadonlySet<OpName> = new Set(transportOps);
 
 /** Returns an inspector. `bufferOf` returns a buffer of a rank by id. */
 export function inspector(bufferOf: (rank: number, id: string) => Buffer, backend: (rank: number) => RankDevice): Inspector {

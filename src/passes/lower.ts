@@ -3,7 +3,7 @@
  * of one microbatch for each chunk of layers, and one step block. Backward accumulates parameter gradients in place.
  */
 
-import { touchedBy, writesOf } from "../../schemas/effects.ts";
+import { touchedBy, transportOps, writesOf } from "../../schemas/effects.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
@@ -11,7 +11,6 @@ import { type Block, blocksOf } from "../../schemas/program.ts";
 import type { BufferTable } from "../analysis/bufferTable.ts";
 import { accumulate } from "../ops/linear.ts";
 import { invariant } from "../ops/op.ts";
-import * as transport from "../ops/transport.ts";
 import { idOf } from "./backward.ts";
 import { computeInstruction, partsOf } from "./computeInstruction.ts";
 import { variantText } from "./layout.ts";
@@ -78,19 +77,15 @@ function splitBackward(block: readonly Instruction[], buffers: BufferTable): Pic
     const made = writesOf(i, buffers);
     const isGradient = i.kind === "compute" && made.every((id) => buffers.get(id).kind === "gradient");
     const serves =
-      (i.kind === "collective" || (i.kind === "compute" && transportOps.has(i.op))) &&
-      made.every((id) => buffers.get(id).kind === "workspace");
+      (i.kind === "collective" || (i.kind === "compute" && serving.has(i.op))) && made.every((id) => buffers.get(id).kind === "workspace");
     if (i.kind !== "send" && i.kind !== "recv" && made.length > 0 && (isGradient || serves) && !made.some((id) => needed.has(id)))
       ofWeights.add(i);
     else for (const id of touchedBy(i, buffers)) needed.add(id);
   }
   return { backward: block.filter((i) => !ofWeights.has(i)), weights: block.filter((i) => ofWeights.has(i)) };
 }
-/** Names of the ops that pack and unpack the buffers of a collective, and of the op that adds gradients up. */
-const transportOps: ReadonlySet<OpName> = new Set([
-  ...Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])),
-  accumulate.name,
-]);
+/** Ops that serve a collective: those around it, and the op that adds gradients up. */
+const serving: ReadonlySet<OpName> = new Set([...transportOps, accumulate.name]);
 
 /** Lowers the steps of one microbatch that run on this stage. Values in `losses` accumulate over microbatches. */
 function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {

@@ -1,5 +1,6 @@
 /** What a declaration says, and that one which lies is caught by the cut law. */
 import { describe, expect, test } from "vitest";
+import { transportOps } from "../../schemas/effects.ts";
 import { attention } from "../../src/ops/attention.ts";
 import * as balance from "../../src/ops/balance.ts";
 import { gatedUnits } from "../../src/ops/gatedUnits.ts";
@@ -10,6 +11,7 @@ import { rmsnorm } from "../../src/ops/norm.ts";
 import { type AnyOp, op, type ShardContext, type Value } from "../../src/ops/op.ts";
 import { rope } from "../../src/ops/rope.ts";
 import * as router from "../../src/ops/router.ts";
+import * as transport from "../../src/ops/transport.ts";
 import * as vocab from "../../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "../support/opCases.ts";
 
@@ -95,6 +97,10 @@ test("the table has each op once, under the name that plans say", () => {
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
     `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter split join latent_kv latent_kv_grad embed embed_grad row_max softmax_terms softmax_terms_grad nll nll_grad mean mean_grad weighted_sum weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad sigmoid_gate sigmoid_gate_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad geglu geglu_grad geglu_rows geglu_rows_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_cast adamw_scheduled adam adam_cast adam_scheduled sgd sgd_cast sgd_scheduled sgd_scheduled_cast sgd_momentum sgd_momentum_cast sgd_momentum_scheduled sgd_momentum_scheduled_cast muon_momentum orthogonalize orthogonalize_experts muon muon_scheduled arrange take_rows invert_rows split_rows merge_rows"`,
   );
+});
+
+test("the ops around a collective are those of transport.ts", () => {
+  expect(transportOps).toEqual(Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])));
 });
 
 test("what each op allows to cut", () => {
