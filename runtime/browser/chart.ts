@@ -1,127 +1,179 @@
-/** A live curve of losses in SVG: axes with round ticks, and the value under the pointer or, by the arrow keys, under the focus. */
+/** A live curve of losses in SVG: axes with round ticks, and the value of the step under the pointer or, with the arrow keys, the focus. */
 
+/** A chart of losses. */
 export interface Chart {
-  /** `steps` is how far the axis of steps goes. */
+  /** Removes all losses. `steps`: the end of the axis of steps. */
   clear(steps: number): void;
-  /** Losses come in the order of their steps, from 1. */
+  /** Adds the loss of the next step; the first is step 1. */
   add(loss: number): void;
 }
 
 const HEIGHT = 320;
-/** Pixels around the curve; the width is the page's. */
+/** The area of the curve in pixels; its width is that of the page. */
 const area = { left: 60, top: 14, bottom: HEIGHT - 46 };
 const SVG = "http://www.w3.org/2000/svg";
 
-export function chartIn(home: HTMLElement, labelledBy: string): Chart {
-  // to those who hear it, the chart is a slider along the steps
-  const svg = child(home, "svg", { height: HEIGHT, role: "slider", tabindex: 0, "aria-labelledby": labelledBy });
-  const hear = (now: number, text: string): void =>
-    set(svg, { "aria-valuemin": 0, "aria-valuemax": losses.length, "aria-valuenow": now, "aria-valuetext": text });
-  const axes = child(svg, "g");
-  const curve = child(svg, "polyline", { class: "curve" });
-  const hover = child(svg, "g", { visibility: "hidden" });
-  const rule = child(hover, "line", { class: "hover", y1: area.top, y2: area.bottom });
-  const mark = child(hover, "circle", { class: "mark", r: 4 });
-  const value = child(hover, "text", { class: "value" });
-  let losses: number[] = [];
-  let [low, high] = [Infinity, -Infinity];
-  let steps = 1;
-  /** The step that is looked at; 0: none. */
-  let looked = 0;
-  let drawing = false;
+/** Draws a chart in an element. `labelledBy`: the id of the element with its title. */
+export const chartIn = (home: HTMLElement, labelledBy: string): Chart => new LossChart(home, labelledBy);
 
-  let levels = ticks(0, 1, 5);
-  let right = 0;
-  const x = (step: number): number => area.left + ((step - 1) / Math.max(1, steps - 1)) * (right - area.left);
-  const y = (loss: number): number => area.bottom - ((loss - levels[0]!) / (levels.at(-1)! - levels[0]!)) * (area.bottom - area.top);
+class LossChart implements Chart {
+  /** For assistive technology, the chart is a slider along the steps. */
+  readonly #svg: SVGSVGElement;
+  readonly #axes: SVGGElement;
+  readonly #curve: SVGPolylineElement;
+  readonly #hover: SVGGElement;
+  readonly #rule: SVGLineElement;
+  readonly #mark: SVGCircleElement;
+  readonly #value: SVGTextElement;
+  #losses: number[] = [];
+  /** The range of finite losses. */
+  #low = Infinity;
+  #high = -Infinity;
+  #steps = 1;
+  /** The step under the pointer or the focus; 0: none. */
+  #looked = 0;
+  #isDrawing = false;
+  #scale: Ticks = ticks(0, 1, 5);
+  #right = 0;
 
-  function draw(): void {
-    drawing = false;
-    right = svg.clientWidth - 16;
-    levels = low <= high ? ticks(low, high, 5) : ticks(0, 1, 5);
-    axes.replaceChildren();
-    // 0.1 as a difference may be a little less
-    const decimals = Math.max(0, -Math.floor(Math.log10((levels[1]! - levels[0]!) * 1.001)));
-    for (const level of levels) {
-      child(axes, "line", { class: "grid", x1: area.left, x2: right, y1: y(level), y2: y(level) });
-      child(axes, "text", { x: area.left - 8, y: y(level) + 4, "text-anchor": "end" }).textContent = level.toFixed(decimals);
+  constructor(home: HTMLElement, labelledBy: string) {
+    this.#svg = child(home, "svg", { height: HEIGHT, role: "slider", tabindex: 0, "aria-labelledby": labelledBy });
+    this.#axes = child(this.#svg, "g");
+    this.#curve = child(this.#svg, "polyline", { class: "curve" });
+    this.#hover = child(this.#svg, "g", { visibility: "hidden" });
+    this.#rule = child(this.#hover, "line", { class: "hover", y1: area.top, y2: area.bottom });
+    this.#mark = child(this.#hover, "circle", { class: "mark", r: 4 });
+    this.#value = child(this.#hover, "text", { class: "value" });
+    this.#listen();
+    // the first call comes with the first layout
+    new ResizeObserver(() => this.#drawSoon()).observe(this.#svg);
+  }
+
+  clear(steps: number): void {
+    this.#losses = [];
+    this.#steps = steps;
+    this.#looked = 0;
+    this.#low = Infinity;
+    this.#high = -Infinity;
+    this.#drawSoon();
+  }
+
+  add(loss: number): void {
+    this.#losses.push(loss);
+    if (Number.isFinite(loss)) {
+      this.#low = Math.min(this.#low, loss);
+      this.#high = Math.max(this.#high, loss);
     }
-    for (const step of new Set([1, ...ticks(1, steps, right / 100).filter((s) => Number.isInteger(s) && s >= 1 && s <= steps)])) {
-      child(axes, "line", { class: "axis", x1: x(step), x2: x(step), y1: area.bottom, y2: area.bottom + 4 });
-      child(axes, "text", { x: x(step), y: area.bottom + 18, "text-anchor": "middle" }).textContent = String(step);
+    this.#drawSoon();
+  }
+
+  #x(step: number): number {
+    return area.left + ((step - 1) / Math.max(1, this.#steps - 1)) * (this.#right - area.left);
+  }
+
+  #y(loss: number): number {
+    const { from, to } = this.#scale;
+    return area.bottom - ((loss - from) / (to - from)) * (area.bottom - area.top);
+  }
+
+  #drawSoon(): void {
+    if (!this.#isDrawing) requestAnimationFrame(() => this.#draw());
+    this.#isDrawing = true;
+  }
+
+  #draw(): void {
+    this.#isDrawing = false;
+    this.#right = this.#svg.clientWidth - 16;
+    this.#scale = this.#low <= this.#high ? ticks(this.#low, this.#high, 5) : ticks(0, 1, 5);
+    this.#drawAxes();
+    this.#curve.setAttribute(
+      "points",
+      this.#losses.map((loss, i) => (Number.isFinite(loss) ? `${this.#x(i + 1).toFixed(1)},${this.#y(loss).toFixed(1)}` : "")).join(" "),
+    );
+    this.#show(this.#looked);
+  }
+
+  #drawAxes(): void {
+    const [axes, right, steps] = [this.#axes, this.#right, this.#steps];
+    const { values, step: apart } = this.#scale;
+    axes.replaceChildren();
+    // a difference such as 0.1 may be slightly less in floating point
+    const decimals = Math.max(0, -Math.floor(Math.log10(apart * 1.001)));
+    for (const level of values) {
+      child(axes, "line", { class: "grid", x1: area.left, x2: right, y1: this.#y(level), y2: this.#y(level) });
+      child(axes, "text", { x: area.left - 8, y: this.#y(level) + 4, "text-anchor": "end" }).textContent = level.toFixed(decimals);
+    }
+    const labelled = ticks(1, steps, right / 100).values.filter((s) => Number.isInteger(s) && s >= 1 && s <= steps);
+    for (const step of new Set([1, ...labelled])) {
+      const x = this.#x(step);
+      child(axes, "line", { class: "axis", x1: x, x2: x, y1: area.bottom, y2: area.bottom + 4 });
+      child(axes, "text", { x, y: area.bottom + 18, "text-anchor": "middle" }).textContent = String(step);
     }
     child(axes, "line", { class: "axis", x1: area.left, x2: right, y1: area.bottom, y2: area.bottom });
     child(axes, "line", { class: "axis", x1: area.left, x2: area.left, y1: area.top, y2: area.bottom });
     child(axes, "text", { x: (area.left + right) / 2, y: HEIGHT - 8, "text-anchor": "middle" }).textContent = "step";
     const middle = (area.top + area.bottom) / 2;
     child(axes, "text", { x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }).textContent = "loss (nats)";
-    curve.setAttribute(
-      "points",
-      losses.map((loss, i) => (Number.isFinite(loss) ? `${x(i + 1).toFixed(1)},${y(loss).toFixed(1)}` : "")).join(" "),
-    );
-    show(looked);
   }
-  const soon = (): void => {
-    if (!drawing) requestAnimationFrame(draw);
-    drawing = true;
-  };
 
-  function show(step: number): void {
-    looked = Math.min(Math.max(0, step), losses.length);
-    const loss = losses[looked - 1];
-    hover.setAttribute("visibility", loss === undefined ? "hidden" : "visible");
-    hear(looked, loss === undefined ? "no step" : `step ${looked}: loss ${loss.toFixed(4)}`);
+  /** Shows the value of a step; of none, if the step is 0 or has no loss yet. */
+  #show(step: number): void {
+    this.#looked = Math.min(Math.max(0, step), this.#losses.length);
+    const looked = this.#looked;
+    const loss = this.#losses[looked - 1];
+    this.#hover.setAttribute("visibility", loss === undefined ? "hidden" : "visible");
+    const text = loss === undefined ? "no step" : `step ${looked}: loss ${loss.toFixed(4)}`;
+    set(this.#svg, { "aria-valuemin": 0, "aria-valuemax": this.#losses.length, "aria-valuenow": looked, "aria-valuetext": text });
     if (loss === undefined) return;
-    const [at, level] = [x(looked), Number.isFinite(loss) ? y(loss) : area.top];
-    const back = at > right - 170;
-    set(rule, { x1: at, x2: at });
-    set(mark, { cx: at, cy: level });
-    set(value, { x: at + (back ? -10 : 10), y: Math.max(area.top + 12, level - 10), "text-anchor": back ? "end" : "start" });
-    value.textContent = `step ${looked}: loss ${loss.toFixed(4)}`;
+    const [at, level] = [this.#x(looked), Number.isFinite(loss) ? this.#y(loss) : area.top];
+    const back = at > this.#right - 170;
+    set(this.#rule, { x1: at, x2: at });
+    set(this.#mark, { cx: at, cy: level });
+    set(this.#value, { x: at + (back ? -10 : 10), y: Math.max(area.top + 12, level - 10), "text-anchor": back ? "end" : "start" });
+    this.#value.textContent = text;
   }
-  svg.addEventListener("pointermove", (event) => {
-    const inside = event.clientX - svg.getBoundingClientRect().left;
-    show(Math.max(1, Math.round(1 + ((inside - area.left) / (right - area.left)) * (steps - 1))));
-  });
-  svg.addEventListener("pointerleave", () => show(0));
-  svg.addEventListener("blur", () => show(0));
-  const keys: Readonly<Record<string, () => number>> = {
-    ArrowLeft: () => Math.max(1, looked - 1),
-    ArrowRight: () => looked + 1,
-    Home: () => 1,
-    End: () => losses.length,
-  };
-  svg.addEventListener("keydown", (event) => {
-    const to = keys[event.key];
-    if (!to) return;
-    event.preventDefault();
-    show(to());
-  });
 
-  // the first call comes with the first layout
-  new ResizeObserver(soon).observe(svg);
-  return {
-    clear(count) {
-      [losses, steps, looked, low, high] = [[], count, 0, Infinity, -Infinity];
-      soon();
-    },
-    add(loss) {
-      losses.push(loss);
-      if (Number.isFinite(loss)) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
-      soon();
-    },
-  };
+  #listen(): void {
+    const svg = this.#svg;
+    svg.addEventListener("pointermove", (event) => {
+      const inside = event.clientX - svg.getBoundingClientRect().left;
+      this.#show(Math.max(1, Math.round(1 + ((inside - area.left) / (this.#right - area.left)) * (this.#steps - 1))));
+    });
+    svg.addEventListener("pointerleave", () => this.#show(0));
+    svg.addEventListener("blur", () => this.#show(0));
+    const keys: Readonly<Record<string, () => number>> = {
+      ArrowLeft: () => Math.max(1, this.#looked - 1),
+      ArrowRight: () => this.#looked + 1,
+      Home: () => 1,
+      End: () => this.#losses.length,
+    };
+    svg.addEventListener("keydown", (event) => {
+      const to = keys[event.key];
+      if (!to) return;
+      event.preventDefault();
+      this.#show(to());
+    });
+  }
 }
 
-/** Round values, evenly apart, that reach from at most `from` to at least `to`; about `wanted` of them. */
-function ticks(from: number, to: number, wanted: number): number[] {
-  const span = to - from || 1;
+/** The values of an axis, evenly apart by `step`, from `from` to `to`. */
+interface Ticks {
+  readonly values: readonly number[];
+  readonly step: number;
+  readonly from: number;
+  readonly to: number;
+}
+
+/** Returns about `wanted` round values that reach from at most `low` to at least `high`. */
+function ticks(low: number, high: number, wanted: number): Ticks {
+  const span = high - low || 1;
   const rough = span / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough)!;
-  const first = Math.floor(from / step);
-  const last = Math.max(first + 1, Math.ceil(to / step));
-  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
+  const step = power * ([1, 2, 5].find((m) => m * power >= rough) ?? 10);
+  const first = Math.floor(low / step);
+  const last = Math.max(first + 1, Math.ceil(high / step));
+  const values = Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
+  return { values, step, from: first * step, to: last * step };
 }
 
 type Attributes = Readonly<Record<string, string | number>>;
