@@ -34,9 +34,11 @@ export function shardJob(
     () => addUpdates(addBackward(placed, isRecomputed(job, pipeline)), job),
     ({ order }) => ({ ops: order.length }),
   );
+  const instance = mesh.per_stage / job.parallel.optimizer_instances;
+  const withinInstance = new Set(mesh.subAxes.flatMap(({ stride }, f) => (stride < instance ? [f] : [])));
   const options: ShardOptions = {
     distributedOptimizer: job.parallel.distributed_optimizer,
-    shares: (f) => mesh.subAxes[f]!.stride < mesh.per_stage / job.parallel.optimizer_instances,
+    shares: (f) => withinInstance.has(f),
     stageOf: (position) => virtualStageAt(pipeline, position),
     roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
     ...pick,

@@ -2,7 +2,7 @@
 
 import type { Value } from "../ops/op.ts";
 import { idOf } from "./backward.ts";
-import type { ShardedValue } from "./layout.ts";
+import { pairs, type ShardedValue } from "./layout.ts";
 import { axesName, type Mesh } from "./mesh.ts";
 import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 
@@ -10,7 +10,11 @@ import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
 export function printSharded({ steps, deferred, updates }: ShardedGraph, mesh: Mesh): string {
   const axes = (fs: readonly number[], v: Value) => axesName(mesh, fs, v.ragged > 0);
   const shape = ({ value: v, layout }: ShardedValue) =>
-    `[${v.sizes.map((n, dim) => `${n}${layout.shardedBy[dim]!.length ? `@${axes(layout.shardedBy[dim]!, v)}` : ""}`).join(v.ragged ? " " : ",")}]${layout.partialSum.length ? ` partial over ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` partial maximum over ${axes(layout.partialMax, v)}` : ""}`;
+    `[${pairs(v.sizes, layout.shardedBy)
+      .map(([n, fs]) => `${n}${fs.length ? `@${axes(fs, v)}` : ""}`)
+      .join(
+        v.ragged ? " " : ",",
+      )}]${layout.partialSum.length ? ` partial over ${axes(layout.partialSum, v)}` : ""}${layout.partialMax.length ? ` partial maximum over ${axes(layout.partialMax, v)}` : ""}`;
   const line = (s: ShardStep): string =>
     s.kind === "compute"
       ? `${s.stage} ${s.node.id} = ${s.node.op.name}(${s.ins.map((p) => idOf(p.value)).join(", ")}) -> ${s.outs.map(shape).join(", ")}`
