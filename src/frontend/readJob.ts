@@ -121,7 +121,7 @@ function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFa
   const dotted = path.join(".");
   const schema = schemaAt(path);
   const meaning = typeof schema?.description === "string" ? `${dotted}: ${schema.description}. ` : "";
-  const find = (fault: Fault, where: Path, part: "key" | "value", found: string, fix: string, meant?: ShapeFault["meant"]): ShapeFault => {
+  const find: Find = (fault, where, part, found, fix, meant) => {
     const at = detailed ? source.at(where, part) : undefined;
     const finding: Finding = {
       code: fault.code,
@@ -151,51 +151,52 @@ function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFa
       );
     });
   }
-  const value = valueAt(source.value, path);
+  return [valueFaultOf(issue, path, schema, valueAt(source.value, path), detailed, find)];
+}
+
+type Find = (fault: Fault, where: Path, part: "key" | "value", found: string, fix: string, meant?: ShapeFault["meant"]) => ShapeFault;
+
+/** Returns the fault of one value: it is missing, not a choice, out of range, or of another type. */
+function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, value: unknown, detailed: boolean, find: Find): ShapeFault {
+  const dotted = path.join(".");
   const name = dotted || "the job";
   if (value === undefined || (value === null && schema?.default === undefined && !nullable(schema)))
-    return [
-      find(
-        shapeFaults.missing,
-        path,
-        "key",
-        value === null ? `${name} is empty` : `${name} is not written`,
-        `write ${dotted}: ${expected(schema)}`,
-      ),
-    ];
+    return find(
+      shapeFaults.missing,
+      path,
+      "key",
+      value === null ? `${name} is empty` : `${name} is not written`,
+      `write ${dotted}: ${expected(schema)}`,
+    );
   const choices = choicesOf(schema);
   if (choices && (typeof value === "string" || issue.code === "invalid_value")) {
     const close = detailed && typeof value === "string" ? closest(value, choices) : undefined;
     const only = close ?? (choices.length === 1 ? choices[0] : undefined);
-    return [
-      find(
-        shapeFaults.choice,
-        path,
-        "value",
-        `${dotted} is ${show(value)}`,
-        choices.length > 1 && only ? `did you mean ${only}? The choices are ${expected(schema)}` : `write ${expected(schema)}`,
-        only === undefined ? undefined : { path: dotted, value: only },
-      ),
-    ];
+    return find(
+      shapeFaults.choice,
+      path,
+      "value",
+      `${dotted} is ${show(value)}`,
+      choices.length > 1 && only ? `did you mean ${only}? The choices are ${expected(schema)}` : `write ${expected(schema)}`,
+      only === undefined ? undefined : { path: dotted, value: only },
+    );
   }
   if ((issue.code === "too_small" || issue.code === "too_big") && typeof value === "number") {
     const { fault, limit } = limitOf(issue);
-    return [find(fault, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}${limit}`)];
+    return find(fault, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}${limit}`);
   }
   const number = typeof value === "string" ? Number(value.replaceAll("_", "")) : Number.NaN;
   const meant = value !== "" && schema && isNumberOf(schema, number) ? number : undefined;
-  return [
-    find(
-      shapeFaults.type,
-      path,
-      "value",
-      `${name} is ${value === null ? "empty" : show(value)}`,
-      meant === undefined
-        ? `${value === null ? "leave it out, or " : ""}write ${expected(schema)}`
-        : `write the number ${meant}, without quotes or separators`,
-      meant === undefined ? undefined : { path: dotted, value: meant },
-    ),
-  ];
+  return find(
+    shapeFaults.type,
+    path,
+    "value",
+    `${name} is ${value === null ? "empty" : show(value)}`,
+    meant === undefined
+      ? `${value === null ? "leave it out, or " : ""}write ${expected(schema)}`
+      : `write the number ${meant}, without quotes or separators`,
+    meant === undefined ? undefined : { path: dotted, value: meant },
+  );
 }
 
 /** The float32 bounds, which are not printed as bounds of a size. */
