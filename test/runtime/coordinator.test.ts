@@ -93,6 +93,17 @@ where the ranks were last heard of:
     );
   });
 
+  test("of ranks that stop within one heartbeat, the first to stop is named", () => {
+    const { clock, coordinator, peers, live, last } = gathered([0, 1, 2]);
+    for (const peer of peers.toReversed()) {
+      coordinator.receive(peer, { kind: "beat", reports: 1, step: 7, text: `op${peer.rank}` }, new Uint8Array());
+      clock.advance(times.beat / 4);
+    }
+    live(times.hang + times.beat, [0, 1, 2], () => 1);
+    const named = { kind: "abort", text: expect.stringMatching(/^rank 2 \(node2, process 102\) hangs/) };
+    expect(last()).toEqual([0, 1, 2].map(() => named));
+  });
+
   test("silence while rank 0 itself was suspended counts for nobody", () => {
     const { clock, last } = gathered([0, 1, 2]);
     clock.suspend(10 * times.lost);
