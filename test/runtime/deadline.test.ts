@@ -1,8 +1,7 @@
 /** A script whose device hangs says where it stood and ends, whatever its main thread does. */
 import { spawn } from "node:child_process";
-import { join } from "node:path";
 import { expect, test } from "vitest";
-import { root } from "../support/checkout.ts";
+import { built } from "../support/rankc.ts";
 
 /** How a script ends that has `seconds` for its second part; `rest` is what it does in it, and `grace` how long its main thread has to answer. */
 async function ended(
@@ -10,14 +9,12 @@ async function ended(
   { explain = "undefined", seconds = 0.5, grace = 300 } = {},
 ): Promise<{ code: number | null; signal: string | null; said: string }> {
   const script = `
-    import { startDeadline } from ${JSON.stringify(join(root, "test/support/deadline.ts"))};
+    import { startDeadline } from ${JSON.stringify(built("test/support/deadline.ts"))};
     const limits = startDeadline("bench", () => ${explain}, { grace: ${grace}, told: [process.execPath, "-e", "console.log('the device: 100 %')"] });
     limits.part("weights", 60);
     limits.part("step 3", ${seconds});
     ${rest}`;
-  const child = spawn(process.execPath, ["--import", "tsx/esm", "--input-type=module", "-e", script], {
-    cwd: root,
-  });
+  const child = spawn(process.execPath, ["--input-type=module", "-e", script]);
   let said = "";
   child.stderr.on("data", (data) => (said += data));
   return new Promise((done) => child.on("close", (code, signal) => done({ code, signal, said })));

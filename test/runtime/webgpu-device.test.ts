@@ -1,6 +1,5 @@
 /** The WebGPU backend on kernels written by hand: memory, order, arguments and times; and what it says where it cannot go on. */
 import { spawn } from "node:child_process";
-import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import { cutArena, shareBuffers } from "../../runtime/webgpu/arenas.ts";
 import type { Sources, WebgpuRanks, WebgpuSettings } from "../../runtime/webgpu/backend.ts";
@@ -9,6 +8,7 @@ import type { Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type KernelArg, neededRows, planLaunch, rowIndex, scratch, startOf } from "../../src/codegen/launchArgs.ts";
 import { bufferIn, handPlan } from "../support/handPlan.ts";
+import { built } from "../support/rankc.ts";
 import { adapterEnv, hardware, noAdapter, noHalves } from "../support/softwareAdapter.ts";
 
 const binding = (n: number, name: string, type = "f32") => `@group(0) @binding(${n}) var<storage, read_write> ${name}: array<${type}>;\n`;
@@ -312,12 +312,9 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
 
 describe.skipIf(noAdapter)(`a process${reason}`, () => {
   const script = (body: string) =>
-    `import { openWebgpu } from "./runtime/webgpu/dawn.ts"; import { handPlan } from "./test/support/handPlan.ts";\n${body}`;
+    `import { openWebgpu } from ${JSON.stringify(built("runtime/webgpu/dawn.ts"))}; import { handPlan } from ${JSON.stringify(built("test/support/handPlan.ts"))};\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
-    const child = spawn(process.execPath, ["--import", "tsx", "--input-type=module", "-e", script(body)], {
-      env,
-      cwd: fileURLToPath(new URL("../..", import.meta.url)),
-    });
+    const child = spawn(process.execPath, ["--input-type=module", "-e", script(body)], { env });
     const said = { out: "", err: "" };
     child.stdout.on("data", (chunk) => (said.out += chunk));
     child.stderr.on("data", (chunk) => (said.err += chunk));

@@ -12,7 +12,7 @@ export interface Said {
 }
 
 /**
- * The path of a compiled file of the package or of test/support/rank.ts, e.g. of src/cli/main.ts. All are compiled once for the sources as
+ * The path of a compiled file of the package or of `scripts`, e.g. of src/cli/main.ts. All are compiled once for the sources as
  * they are and kept below node_modules: a process or thread that starts from them takes a fraction of the time of one that transforms TypeScript.
  */
 export function built(source: string): string {
@@ -21,7 +21,7 @@ export function built(source: string): string {
     "LICENSE",
     "tsconfig.json",
     "tsconfig.build.json",
-    rankScript,
+    ...scripts,
     ...["schemas", "src", "runtime", "templates"].flatMap(filesBelow),
   ];
   const digest = createHash("sha256");
@@ -31,7 +31,8 @@ export function built(source: string): string {
   if (!existsSync(folder)) build(cache, folder);
   return join(folder, "dist", source.replace(/\.ts$/, ".js"));
 }
-const rankScript = "test/support/rank.ts";
+/** Files of the tests that processes start from. */
+const scripts = ["rank", "deadline", "handPlan"].map((name) => `test/support/${name}.ts`);
 
 /** The path of the compiled command line. */
 export const builtCli = (): string => built("src/cli/main.ts");
@@ -60,7 +61,7 @@ function buildAlone(folder: string, lock: string): void {
   const config = {
     extends: join(root, "tsconfig.build.json"),
     compilerOptions: { declaration: false, rootDir: root, outDir: join(own, "dist") },
-    include: ["schemas", "src", "runtime", rankScript].map((path) => join(root, path)),
+    include: ["schemas", "src", "runtime", ...scripts].map((path) => join(root, path)),
     exclude: ["runtime/browser"].map((path) => join(root, path)),
   };
   writeFileSync(join(own, "tsconfig.json"), JSON.stringify(config));
