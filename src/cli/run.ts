@@ -1,8 +1,9 @@
 /** `rankc run`: trains in this process, or starts one process per rank and forwards their output. */
 import { type Command, Option } from "commander";
 import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
-import type { StepResult } from "../../runtime/train/loop.ts";
+import type { Run, StepResult } from "../../runtime/train/loop.ts";
 import type { RunSettings } from "../../runtime/train/openRun.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
 import { version } from "../version.ts";
@@ -128,8 +129,9 @@ const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is se
   fix: set RANKC_TOKEN_FILE to a file that all hosts share and only you can read (openssl rand -hex 32 > FILE)`;
 
 /** Trains until the last step or an interrupt. After an interrupt the current step completes, and `--save` writes its checkpoint. */
-async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
-  const [{ openRun }, { StepFault }, { metricsLine, progressLine, duration }] = await Promise.all([
+async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
+  const { plan } = loaded;
+  const [{ openRun }, { StepFault }, { metricsLine, progressLine }] = await Promise.all([
     import("../../runtime/train/openRun.ts"),
     import("../../runtime/train/nonfinite.ts"),
     import("./progress.ts"),
@@ -140,16 +142,7 @@ async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, optio
   // one process of several writes metrics; the folder may exist on its host alone
   const metricsHere = backends[options.backend].ranks === "all" || plan.mesh.world === 1 ? options.metrics : undefined;
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
-  const settings: RunSettings = {
-    ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
-    debugNonfinite: options.debugNonfinite ?? false,
-    ...(cubin && { cubin }),
-    ...(options.initFrom && { initFrom: options.initFrom }),
-    ...(options.save && { save: options.save }),
-    ...(options.resume && { resume: options.resume }),
-    ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
-  };
-  const run = await openRun(plan, settings);
+  const run = await openRun(plan, settingsOf(loaded, baseDir, options));
   if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
     options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
@@ -192,18 +185,7 @@ async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, optio
     }
     await save();
     if (done > 0 && run.leads) endProgress();
-    if (options.dumpGrads !== undefined && done > 0) {
-      const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
-        import("../../runtime/checkpoint/safetensors.ts"),
-        import("../../runtime/checkpoint/hf.ts"),
-      ]);
-      writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
-    }
-    if (options.profile !== undefined && done > 0) {
-      const [timings, { printProfile, traceOf }] = [await run.profile(), await import("../report/profile.ts")];
-      writeFile(run.leads ? options.profile : `${options.profile}.rank${timings[0]?.rank}`, traceOf(timings));
-      if (run.leads) printStderr(printProfile(plan, timings));
-    }
+    if (done > 0) await writeResults(run, plan, options);
   } catch (error) {
     // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
@@ -223,13 +205,54 @@ async function train({ plan, source, cubin }: LoadedPlan, baseDir: string, optio
   if (fault) return fault.exit;
   if (!run.leads) return interrupted ? 130 : 0;
   if (interrupted) printStderr(`interrupted: ${done} of ${steps} steps were done`);
-  if (options.format === "json")
-    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved: saved?.folder });
-  else {
-    const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
-    printStdout(
-      `${plural(done, "step")} in ${duration(seconds)}${skipped > 0 ? `, ${skipped} skipped` : ""}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`,
-    );
-  }
+  await printResult({ done, skipped, interrupted, seconds, last, saved: saved?.folder }, options.format);
   return interrupted ? 130 : 0;
+}
+
+/** Returns the settings of a run from the options of the command. */
+const settingsOf = ({ source, cubin }: LoadedPlan, baseDir: string, options: RunOptions): RunSettings => ({
+  ...{ backend: options.backend, source, baseDir, version, graph: options.graph, profile: options.profile !== undefined },
+  debugNonfinite: options.debugNonfinite ?? false,
+  ...(cubin && { cubin }),
+  ...(options.initFrom && { initFrom: options.initFrom }),
+  ...(options.save && { save: options.save }),
+  ...(options.resume && { resume: options.resume }),
+  ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
+});
+
+/** Writes the gradients and the profile of the last step where options ask for them. */
+async function writeResults(run: Run, plan: Plan, options: RunOptions): Promise<void> {
+  if (options.dumpGrads !== undefined) {
+    const [{ writeSafetensors }, { toHuggingFace }] = await Promise.all([
+      import("../../runtime/checkpoint/safetensors.ts"),
+      import("../../runtime/checkpoint/hf.ts"),
+    ]);
+    writeSafetensors(options.dumpGrads, toHuggingFace(plan.job.model, await run.gradients()));
+  }
+  if (options.profile !== undefined) {
+    const [timings, { printProfile, traceOf }] = [await run.profile(), await import("../report/profile.ts")];
+    writeFile(run.leads ? options.profile : `${options.profile}.rank${timings[0]?.rank}`, traceOf(timings));
+    if (run.leads) printStderr(printProfile(plan, timings));
+  }
+}
+
+/** What a run did. */
+interface RunResult {
+  readonly done: number;
+  readonly skipped: number;
+  readonly interrupted: boolean;
+  readonly seconds: number;
+  readonly last: StepResult | undefined;
+  readonly saved: string | undefined;
+}
+
+async function printResult({ done, skipped, interrupted, seconds, last, saved }: RunResult, format: RunOptions["format"]): Promise<void> {
+  if (format === "json") {
+    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved });
+    return;
+  }
+  const { duration } = await import("./progress.ts");
+  const ahead = last?.mtp_loss === undefined ? "" : `, mtp loss ${last.mtp_loss.toFixed(4)}`;
+  const skips = skipped > 0 ? `, ${skipped} skipped` : "";
+  printStdout(`${plural(done, "step")} in ${duration(seconds)}${skips}, loss ${last?.loss.toFixed(4) ?? "unknown"}${ahead}`);
 }

@@ -128,30 +128,39 @@ export function readSource(text: string, file: string, sets: readonly string[] =
     const set = written.find((w) => w.path.every((key, i) => path[i] === key));
     if (set) return { set: set.set };
     if (typeof doc === "string" || !doc.contents) return undefined;
-    let node: Node | null | undefined = doc.contents as Node;
-    let pair: Pair<Node, Node | null> | undefined;
-    let whole = true;
-    for (const key of path) {
-      const inner: unknown = isAlias(node) ? node.resolve(doc) : node;
-      if (isMap<Node, Node | null>(inner)) {
-        const next: Pair<Node, Node | null> | undefined = inner.items.find((p) => isScalar(p.key) && String(p.key.value) === key);
-        if (!next) {
-          whole = false;
-          break;
-        }
-        pair = next;
-        node = next.value;
-      } else if (isSeq<Node>(inner) && inner.items[Number(key)]) node = inner.items[Number(key)];
-      else {
-        whole = false;
-        break;
-      }
-    }
-    const value = whole && part === "value" && isScalar(node) && node.value !== null ? node : undefined;
+    const { node, pair, isWhole } = nodeAt(doc, path);
+    const value = isWhole && part === "value" && isScalar(node) && node.value !== null ? node : undefined;
     const range = (value ?? pair?.key ?? undefined)?.range;
     return range ? place(range[0], range[1]) : place(0, 1);
   };
   return { source: { file, value, size: text.length, at }, findings };
+}
+
+/** The node at the longest written prefix of a path, the pair of the last map on the way, and whether the prefix is the whole path. */
+interface Found {
+  readonly node: Node | null;
+  readonly pair: Pair<Node, Node | null> | undefined;
+  readonly isWhole: boolean;
+}
+
+/** Follows a path into a document. */
+function nodeAt(doc: Document, path: readonly string[]): Found {
+  let node = doc.contents as Node | null;
+  let pair: Found["pair"];
+  for (const key of path) {
+    const inner: unknown = isAlias(node) ? node.resolve(doc) : node;
+    if (isMap<Node, Node | null>(inner)) {
+      const next = inner.items.find((p) => isScalar(p.key) && String(p.key.value) === key);
+      if (!next) return { node, pair, isWhole: false };
+      pair = next;
+      node = next.value;
+      continue;
+    }
+    const item = isSeq<Node>(inner) ? inner.items[Number(key)] : undefined;
+    if (!item) return { node, pair, isWhole: false };
+    node = item;
+  }
+  return { node, pair, isWhole: true };
 }
 
 /** Returns whether a value is a plain object. */

@@ -76,7 +76,7 @@ export function scopeOf(e: Expr): ValueScope {
   }
 }
 /** Returns the expressions that a condition compares. */
-export const testedBy = (test: Test): readonly Expr[] => (test.kind === "finite" ? [test.x] : [test.a, test.b]);
+const testedBy = (test: Test): readonly Expr[] => (test.kind === "finite" ? [test.x] : [test.a, test.b]);
 
 // -- writing formulas
 
