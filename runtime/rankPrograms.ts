@@ -1,5 +1,5 @@
 /** The programs of a plan by rank, with their memory, and their buffers by id. */
-import type { Buffer, Memory, Plan, Program } from "../schemas/plan.ts";
+import type { BlockRun, Buffer, Memory, Plan, Program } from "../schemas/plan.ts";
 import { orderOf } from "../schemas/program.ts";
 import { type MeshData, stageOfRank } from "../schemas/sharding.ts";
 
@@ -9,7 +9,7 @@ export class StageProgram {
   readonly memory: Memory;
   readonly #buffers: ReadonlyMap<string, Buffer>;
   /** Orders by number of microbatches: most steps have the same number. */
-  readonly #orders = new Map<number, readonly string[]>();
+  readonly #orders = new Map<number, readonly BlockRun[]>();
 
   constructor(program: Program, memory: Memory) {
     this.program = program;
@@ -38,8 +38,8 @@ export class StageProgram {
     return found;
   }
 
-  /** Returns the tags of the block runs of a step with so many microbatches, in their order. */
-  order(microbatches: number): readonly string[] {
+  /** Returns the block runs of a step with so many microbatches, in their order. */
+  order(microbatches: number): readonly BlockRun[] {
     const order = this.#orders.get(microbatches) ?? orderOf(this.program, microbatches);
     this.#orders.set(microbatches, order);
     return order;

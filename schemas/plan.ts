@@ -178,12 +178,20 @@ export const Chunk = z.strictObject({
 });
 export type Chunk = z.infer<typeof Chunk>;
 
+/** One block for one microbatch. */
+export const BlockRun = z.strictObject({ kind: z.enum(["forward", "backward", "weights"]), microbatch: count, chunk: count });
+export type BlockRun = z.infer<typeof BlockRun>;
+
+/** What a scalar or a table says that is read after a step. */
+export const MetricName = z
+  .enum(["loss", "mtp_loss", "aux_loss", "z_loss", "dropped_rows", "expert_loads", "grad_norm"])
+  .describe("scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert");
+export type MetricName = z.infer<typeof MetricName>;
+
 export const Program = z.strictObject({
   stage: count,
   chunks: z.array(Chunk).min(1),
-  order: z
-    .array(z.string())
-    .describe("F<m> forward, B<m> backward, W<m> weights of microbatch m, with .<chunk> where there are several; then the step block once"),
+  order: z.array(BlockRun).describe("the block runs of a step, one after another; then the step block once"),
   parameters: z.array(Parameter),
   inputs: z.array(z.strictObject({ ...source, buffer: id })).describe("buffers that the host fills"),
   bounds: z
@@ -192,10 +200,8 @@ export const Program = z.strictObject({
       "read after a step: scalars that say how much was needed of what a plan bounds: rows of experts (model.moe.rows_bound), rounds of a method",
     ),
   metrics: z
-    .record(z.string(), z.array(id))
-    .describe(
-      "read after the step block, those of one name to be added up. Scalars: loss, mtp_loss, aux_loss, z_loss, dropped_rows, grad_norm; expert_loads [layers with experts, experts]: how many tokens chose each expert",
-    ),
+    .partialRecord(MetricName, z.array(id))
+    .describe("the buffers that are read after the step block; those of one metric are added up"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
 });

@@ -1,5 +1,5 @@
 /** Blocks of a program, the order of block runs, and offsets of activation copies. Arithmetic over the plan, shared by compiler and runtime. */
-import type { Buffer, HostInput, Instruction, Memory, Program } from "./plan.ts";
+import type { BlockRun, Buffer, HostInput, Instruction, Memory, Program } from "./plan.ts";
 
 /** A block of instructions. `weights` has the gradients of weights if they are computed separately from those of inputs. */
 export interface Block {
@@ -8,8 +8,7 @@ export interface Block {
   readonly instructions: readonly Instruction[];
 }
 /** The blocks of one microbatch, in order. */
-export const microbatchBlocks = ["forward", "backward", "weights"] as const;
-type MicrobatchBlock = (typeof microbatchBlocks)[number];
+export const microbatchBlocks = ["forward", "backward", "weights"] as const satisfies readonly BlockRun["kind"][];
 
 /** Returns all blocks with instructions, chunk by chunk, then the step block. */
 export function blocksOf({ chunks, step }: Pick<Program, "chunks" | "step">): Block[] {
@@ -22,44 +21,28 @@ export const instructionsOf = (p: Pick<Program, "chunks" | "step">): Instruction
 /** Returns the name of an input: its source, with the depth of multi-token prediction: `ids`, `labels_1`. */
 export const inputName = ({ source, depth }: HostInput): string => (depth === undefined ? source : `${source}_${depth}`);
 
-/** One block for one microbatch. Its tag in `Program.order` is `F3`, `B0`, `W2`; with several chunks `F3.1`. */
-export interface BlockRun {
-  readonly kind: MicrobatchBlock;
-  readonly microbatch: number;
-  readonly chunk: number;
-}
-const letters: Readonly<Record<MicrobatchBlock, string>> = { forward: "F", backward: "B", weights: "W" };
-/** Returns the tag of a block run. */
+const letters: Readonly<Record<BlockRun["kind"], string>> = { forward: "F", backward: "B", weights: "W" };
+/** Returns the name of a block run in reports: `F3`, `B0`, `W2`; with several chunks `F3.1`. */
 export const blockTag = ({ kind, microbatch, chunk }: BlockRun, chunks: number): string =>
   `${letters[kind]}${microbatch}${chunks > 1 ? `.${chunk}` : ""}`;
 
-/** Parses a tag. Throws if it is not one. */
-export function parseTag(tag: string): BlockRun {
-  const kind = microbatchBlocks.find((k) => letters[k] === tag[0]);
-  const dot = tag.indexOf(".");
-  const microbatch = Number(dot < 0 ? tag.slice(1) : tag.slice(1, dot));
-  const chunk = dot < 0 ? 0 : Number(tag.slice(dot + 1));
-  if (kind === undefined || !Number.isInteger(microbatch) || !Number.isInteger(chunk))
-    throw new Error(`rankc: ${tag} is not the tag of a block run`);
-  return { kind, microbatch, chunk };
-}
-
-/** Returns the instructions of the block run with this tag. */
-export function blockOf({ chunks }: Pick<Program, "chunks">, tag: string): Instruction[] {
-  const { kind, chunk } = parseTag(tag);
-  return chunks[chunk]![kind];
+/** Returns the instructions of a block run. Throws if the program lacks its chunk. */
+export function blockOf({ chunks }: Pick<Program, "chunks">, { kind, chunk }: BlockRun): Instruction[] {
+  const found = chunks[chunk];
+  if (!found) throw new Error(`rankc: the program has no chunk ${chunk}`);
+  return found[kind];
 }
 
 /**
  * Returns the order of a step with fewer microbatches: the order of the plan without microbatches from `microbatches` on. The remaining
  * transfers keep their order, so the step cannot deadlock, and no more microbatches are in flight.
  */
-export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): string[] =>
-  order.filter((tag) => parseTag(tag).microbatch < microbatches);
+export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): BlockRun[] =>
+  order.filter(({ microbatch }) => microbatch < microbatches);
 
 /** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
-  order.filter((tag) => tag.startsWith("F")).length / chunks.length;
+  order.filter(({ kind }) => kind === "forward").length / chunks.length;
 
 /** Returns the gradients that the first microbatch of a step writes where a target has kernels for it; all others must be zero before. */
 export function writtenFirst({ chunks }: Pick<Program, "chunks">): Set<string> {

@@ -3,10 +3,13 @@
  * compiled once, as a stage of a pipeline of distinct chunks. A long repetition of layers within a chunk is compiled at two lengths and
  * extrapolated linearly. The memory of a stage is the sum of its chunks, with the activation copies of the job's schedule.
  */
+
+import { writesOf } from "../schemas/effects.ts";
 import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
+import { instructionsOf } from "../schemas/program.ts";
 import { layerOf } from "./analysis/layerNames.ts";
-import { type MemoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
+import { type MemoryBreakdown, memoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
 import { generateKernels } from "./codegen/generateKernels.ts";
 import type { Target } from "./codegen/targets.ts";
 import { headAt } from "./model/positions.ts";
@@ -229,24 +232,32 @@ function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], targe
 }
 
 /** Splits the memory of a compiled stage into its own part and the part that chunks of one stage share. */
-function chunkMemory(
-  { buffers, chunks, inputs: filled }: Program,
-  memory: ReturnType<typeof planMemory>,
-  expertLayers: number,
-): ChunkMemory {
+function chunkMemory(program: Program, memory: ReturnType<typeof planMemory>, expertLayers: number): ChunkMemory {
+  const { buffers, inputs: filled } = program;
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
-  const own = { parameter: memory.parameter, gradient: memory.gradient, optimizer: memory.optimizer };
+  const own = { ...memoryBreakdown(program, memory) };
+  const loads = expertLoadTables(program);
   for (const { id, kind, within, ...b } of buffers) {
     if (within || kind === "activation" || kind === "workspace" || layerOf(id) !== undefined) continue;
     // the table of expert loads has a row for every expert layer of the model, not only for the compiled ones
-    const shape = id.startsWith("expert_loads") ? [expertLayers, ...b.shape.slice(1)] : b.shape;
+    const shape = loads.has(id) ? [expertLayers, ...b.shape.slice(1)] : b.shape;
     shared.set(id, { kind, bytes: aligned({ ...b, shape }) });
     own[kind] -= aligned(b);
   }
-  const activation = chunks.reduce((sum, _, c) => sum + (memory.activation[c] ?? 0), 0);
+  own.activation = memory.activation.reduce((sum, bytes) => sum + bytes, 0);
   const host = new Set(filled.map(({ buffer }) => buffer));
   const inputs = new Map(buffers.flatMap((b) => (b.kind === "activation" && host.has(b.id) ? [[b.id, aligned(b)] as const] : [])));
-  return { own: { ...own, activation, workspace: memory.workspace, scratch: memory.scratch }, shared, inputs };
+  return { own, shared, inputs };
+}
+
+/** Returns the tables of expert loads: those that the op adds to, and those that a step reduces them to. */
+function expertLoadTables(program: Program): Set<string> {
+  const tables = new Set<string>();
+  const known = new Map(program.buffers.map((b) => [b.id, b]));
+  for (const i of instructionsOf(program))
+    if ((i.kind === "compute" && i.op === "expert_loads") || (i.kind === "collective" && tables.has(i.from)))
+      for (const id of writesOf(i, known)) tables.add(id);
+  return tables;
 }
 
 /** Returns the memory of a stage with several chunks. Parameters and activations add up; workspace and scratch are the maximum. */

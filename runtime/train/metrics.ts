@@ -1,6 +1,6 @@
 /** Reads the metrics of a step from the device, once, after the step. */
 
-import type { Buffer, Plan } from "../../schemas/plan.ts";
+import type { Buffer, MetricName, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
 
@@ -32,7 +32,7 @@ export async function readNumbers(
   for (const { stage, metrics } of programs) {
     const rank = rankAt(mesh, stage, 0);
     if (!ranks.includes(rank)) continue;
-    const read = (name: string): Promise<HostData[]> =>
+    const read = (name: MetricName): Promise<HostData[]> =>
       Promise.all((metrics[name] ?? []).map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
     for (const [i, name] of summed.entries()) for (const [value] of await read(name)) sums[i]! += value!;
     // the gradient norm is equal on all ranks
@@ -41,7 +41,7 @@ export async function readNumbers(
     if (counts.length > 0) largestLoads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
   }
   const all = await combine([...sums, norm, ...largestLoads]);
-  const has = (name: string): boolean => programs.some(({ metrics }) => name in metrics);
+  const has = (name: MetricName): boolean => programs.some(({ metrics }) => metrics[name] !== undefined);
   return {
     ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[i]!]] : []))),
     loss: all[0]!,

@@ -4,7 +4,7 @@
  */
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
-import { parseTag } from "../../schemas/program.ts";
+import { blockTag } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
 import type { StageProgram } from "../rankPrograms.ts";
 import type { Inspector } from "./nonfinite.ts";
@@ -30,10 +30,10 @@ export function* walkStep(walk: StepWalk): Generator<string> {
   const { stage, device } = walk;
   device.zeroGradients();
   fill(walk, stage.program.step, ["optimizer"], 0, 0);
-  for (const tag of stage.order(walk.microbatches)) {
-    const { kind, microbatch, chunk } = parseTag(tag);
+  for (const run of stage.order(walk.microbatches)) {
+    const { kind, microbatch, chunk } = run;
     const { copies, [kind]: instructions } = stage.chunk(chunk);
-    const at = { tag, microbatch, copy: microbatch % copies };
+    const at = { tag: blockTag(run, stage.program.chunks.length), microbatch, copy: microbatch % copies };
     // fill workspace inputs for each block; activation inputs persist from the forward block
     fill(walk, instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
     yield* block(walk, instructions, at);

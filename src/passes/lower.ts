@@ -44,7 +44,7 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
     const { parameters, metrics } = optimizerStep(role, graph, sharded);
     const { forward, backward, step } = lowerCollectives(role);
-    const split = order.some((tag) => tag.startsWith("W"));
+    const split = order.some(({ kind }) => kind === "weights");
     const chunks = forward.map((block, c) => ({
       layers: layersOf(pipeline, job, c * pipeline.stages + stage),
       copies: copies[c]!,

@@ -3,7 +3,7 @@
  * `shard` placed: each rank updates its shard of the f32 weights, and parameters are gathered. A parameter with a declared update rule
  * (expert bias) has token counts in place of a gradient, which the norm excludes.
  */
-import type { InputSource, Parameter } from "../../schemas/plan.ts";
+import type { InputSource, Parameter, Program } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
 import { invariant, type Value } from "../ops/op.ts";
@@ -23,12 +23,12 @@ export function optimizerStep(
   role: ProgramBuilder,
   graph: TrainingGraph,
   sharded: ShardedGraph,
-): { parameters: Parameter[]; metrics: Record<string, string[]> } {
+): { parameters: Parameter[]; metrics: Program["metrics"] } {
   const mine = graph.updates.filter(({ parameter }) => role.isMine(placementOf(sharded, parameter).stage));
   const { gradients, reducedLoss } = reduceDeferred(role, graph, sharded);
   const gradientOf = (p: Value): string => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
-  const losses: Record<string, string[]> = {};
+  const losses: Program["metrics"] = {};
   for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
 
   const squared = squaredNorm(role, mine, gradientOf, losses);
@@ -95,7 +95,7 @@ function squaredNorm(
   { mesh, blocks, emit, elementwise, scalar, buffers }: ProgramBuilder,
   mine: readonly ParameterUpdate[],
   gradientOf: (p: Value) => string,
-  losses: Readonly<Record<string, readonly string[]>>,
+  losses: Program["metrics"],
 ): string {
   const own = scalar("grad_norm.squared", "gradient");
   for (const { parameter: p, weights } of mine) {

@@ -7,13 +7,15 @@
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
-import { type BlockRun, blockTag, parseTag } from "../../schemas/program.ts";
+import type { BlockRun } from "../../schemas/plan.ts";
+import { blockTag } from "../../schemas/program.ts";
 import { largest } from "../units.ts";
+import { pairs } from "./layout.ts";
 
 /** The block runs of one stage, and the capacities that they need. */
 export interface Schedule {
-  /** Tags of block runs (`F0`, `B0.1`), in the order in which they run. */
-  readonly order: readonly string[];
+  /** The block runs, in the order in which they run. */
+  readonly order: readonly BlockRun[];
   /** The largest number of messages of one name that are sent to the next chunk and not yet received. */
   readonly inFlight: number;
   /** Per chunk, the largest number of microbatches in flight: the number of activation copies. */
@@ -41,8 +43,8 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
           chunks > 1 ? interleaved(m, stages, chunks, stage) : oneForwardOneBackward(m, stages, stage),
         );
   // the last stage sends up to a whole group before the first stage starts the next chunk; stages - 1 microbatches are still on their way
-  const inFlight = chunks > 1 ? Math.max(1, groupsOf(m, stages)[0]! - stages + 1) : 1;
-  return orders.map((order) => ({ order: order.map((w) => blockTag(w, chunks)), inFlight, copies: copiesOf(order, chunks) }));
+  const inFlight = chunks > 1 ? Math.max(1, largest(groupsOf(m, stages), (n) => n) - stages + 1) : 1;
+  return orders.map((order) => ({ order, inFlight, copies: copiesOf(order, chunks) }));
 }
 
 const forward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "forward", microbatch, chunk });
@@ -52,7 +54,7 @@ const weights = (microbatch: number): BlockRun => ({ kind: "weights", microbatch
 /** Returns `ahead` forwards, then one forward and one backward in turn, then the remaining backwards. */
 const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number): BlockRun[] => [
   ...forwards.slice(0, ahead),
-  ...forwards.slice(ahead).flatMap((f, i) => [f, backwards[i]!]),
+  ...pairs(forwards.slice(ahead), backwards.slice(0, forwards.length - ahead)).flat(),
   ...backwards.slice(forwards.length - ahead),
 ];
 
@@ -86,7 +88,7 @@ function interleaved(m: number, stages: number, chunks: number, stage: number): 
     first += size;
     return Array.from({ length: size * chunks }, (_, k) => ({ microbatch: from + (k % size), chunk: Math.floor(k / size) }));
   });
-  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * sizes[0]!);
+  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * largest(sizes, (n) => n));
   return alternate(
     all.map((w) => forward(w.microbatch, w.chunk)),
     all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),
@@ -112,8 +114,8 @@ function zeroBubble(m: number, stages: number): BlockRun[][] {
     for (const [s, own] of simulated.entries()) {
       const [f, b, w] = [own.forwards.length, own.backwards.length, own.weights];
       const last = own.order.at(-1)?.kind;
-      const canForward = f < m && f - b < stages - s && (s === 0 || hasEnded(simulated[s - 1]!.forwards, f, now));
-      const canBackward = b < m && hasEnded(own.forwards, b, now) && (s === stages - 1 || hasEnded(simulated[s + 1]!.backwards, b, now));
+      const canForward = f < m && f - b < stages - s && (s === 0 || hasEnded(simulated[s - 1]?.forwards, f, now));
+      const canBackward = b < m && hasEnded(own.forwards, b, now) && (s === stages - 1 || hasEnded(simulated[s + 1]?.backwards, b, now));
       const due = b - w > s;
       const next =
         due && last === "backward" && f < m
@@ -150,7 +152,7 @@ function copiesOf(order: readonly BlockRun[], chunks: number): number[] {
 
 /** A block run of a simulated stage, in units of the duration of a forward. */
 export interface Piece {
-  readonly tag: string;
+  readonly run: BlockRun;
   readonly start: number;
   readonly end: number;
 }
@@ -163,12 +165,11 @@ const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backw
  * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
  * backward. A stage that would wait for ever stops: its result is then shorter than its order.
  */
-export function timesOf(orders: readonly (readonly string[])[], chunks: number): Piece[][] {
+export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number): Piece[][] {
   const stages = orders.length;
-  const split = orders.some((order) => order.some((tag) => tag.startsWith("W")));
+  const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
   const ends = new Map<string, number>();
-  const pieces: Piece[][] = orders.map(() => []);
-  const clock = orders.map(() => 0);
+  const simulated = orders.map((order) => ({ order, pieces: [] as Piece[], clock: 0 }));
   const key = (kind: BlockRun["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
   const needs = ({ kind, microbatch }: BlockRun, v: number): string[] => {
     if (kind === "forward") return v > 0 ? [key("forward", microbatch, v - 1)] : [];
@@ -177,21 +178,20 @@ export function timesOf(orders: readonly (readonly string[])[], chunks: number):
   };
   for (let moved = true; moved; ) {
     moved = false;
-    for (const [stage, order] of orders.entries())
-      for (let tag = order[pieces[stage]!.length]; tag !== undefined; tag = order[pieces[stage]!.length]) {
-        const work = parseTag(tag);
-        const v = work.chunk * stages + stage;
-        const ready = needs(work, v).map((need) => ends.get(need));
+    for (const [stage, own] of simulated.entries())
+      for (let run = own.order[own.pieces.length]; run; run = own.order[own.pieces.length]) {
+        const v = run.chunk * stages + stage;
+        const ready = needs(run, v).map((need) => ends.get(need));
         if (ready.includes(undefined)) break;
-        const start = Math.max(clock[stage]!, ...ready.map((end) => end ?? 0));
-        const end = start + unitsOf(work, split);
-        pieces[stage]!.push({ tag, start, end });
-        ends.set(key(work.kind, work.microbatch, v), end);
-        clock[stage] = end;
+        const start = Math.max(own.clock, ...ready.map((end) => end ?? 0));
+        const end = start + unitsOf(run, split);
+        own.pieces.push({ run, start, end });
+        ends.set(key(run.kind, run.microbatch, v), end);
+        own.clock = end;
         moved = true;
       }
   }
-  return pieces;
+  return simulated.map(({ pieces }) => pieces);
 }
 
 /** Returns the units of time until every stage has ended. */
@@ -206,5 +206,10 @@ export function bubbleOf(pieces: readonly (readonly Piece[])[]): number {
 
 /** Prints the schedule of each stage on one line. */
 export function printSchedule(schedules: readonly Schedule[]): string {
-  return schedules.map((r, s) => `stage ${s}  ${r.copies.join(" + ")} in flight  ${r.order.join(" ")}\n`).join("");
+  return schedules
+    .map(({ order, copies }, s) => {
+      const tags = order.map((run) => blockTag(run, copies.length));
+      return `stage ${s}  ${copies.join(" + ")} in flight  ${tags.join(" ")}\n`;
+    })
+    .join("");
 }

@@ -12,15 +12,16 @@ import {
   type Block,
   blockOf,
   blocksOf,
+  blockTag,
   instructionsOf,
   microbatchBlocks,
   microbatchesIn,
   orderOf,
-  parseTag,
 } from "../../schemas/program.ts";
 import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { sizesAgree } from "../analysis/cost.ts";
+import { BrokenInvariant } from "../ops/invariant.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
 
@@ -90,28 +91,30 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
 /** Throws an invariant unless every microbatch runs every block of every chunk once, in order, and activation copies suffice. */
 function verifyOrder({ stage, chunks, order }: Program, mesh: Mesh): void {
   const who = ranksOf(stage, mesh);
-  const split = chunks.some((c) => c.weights.length > 0) || order.some((tag) => tag.startsWith("W"));
+  const split = chunks.some((c) => c.weights.length > 0) || order.some(({ kind }) => kind === "weights");
   const kinds = microbatchBlocks.filter((kind) => kind !== "weights" || split);
-  /** Microbatches done, by kind and chunk. */
-  const done = kinds.map(() => chunks.map(() => 0));
-  const last = kinds.length - 1;
-  for (const tag of order) {
-    const { kind, microbatch, chunk } = parseTag(tag);
-    const at = kinds.indexOf(kind);
-    if (chunk >= chunks.length) invariant(false, `${who}: ${tag} names chunk ${chunk} of ${chunks.length} chunks`);
-    const next = done[at]![chunk]!;
-    if (microbatch !== next) invariant(false, `${who}: ${tag} is out of order: microbatch ${next} is next`);
-    if (at > 0 && microbatch >= done[at - 1]![chunk]!)
-      invariant(false, `${who}: ${tag} comes before the ${kinds[at - 1]} of its microbatch`);
-    done[at]![chunk] = next + 1;
-    const inFlight = done[0]![chunk]! - done[last]![chunk]!;
-    const { copies } = chunks[chunk]!;
-    if (inFlight > copies) invariant(false, `${who}: at ${tag} ${inFlight} microbatches are in flight in ${copies} copies`);
+  /** Per chunk, the microbatches that have run each kind of block. */
+  const progress = chunks.map(({ copies }) => ({ copies, done: { forward: 0, backward: 0, weights: 0 } }));
+  const before = { forward: undefined, backward: "forward", weights: "backward" } as const;
+  const last = split ? "weights" : "backward";
+  const broken = (what: string) => new BrokenInvariant(`${who}: ${what}`);
+  for (const run of order) {
+    const { kind, microbatch, chunk } = run;
+    const own = progress[chunk];
+    if (!own) throw broken(`${blockTag(run, 2)} names chunk ${chunk} of ${chunks.length} chunks`);
+    const { done, copies } = own;
+    const tag = (): string => blockTag(run, chunks.length);
+    if (microbatch !== done[kind]) throw broken(`${tag()} is out of order: microbatch ${done[kind]} is next`);
+    const earlier = before[kind];
+    if (earlier && microbatch >= done[earlier]) throw broken(`${tag()} comes before the ${earlier} of its microbatch`);
+    done[kind]++;
+    const inFlight = done.forward - done[last];
+    if (inFlight > copies) throw broken(`at ${tag()} ${inFlight} microbatches are in flight in ${copies} copies`);
   }
-  const all = done[0]![0]!;
-  for (const [at, kind] of kinds.entries())
-    for (const [chunk, n] of done[at]!.entries())
-      invariant(n === all, `${who}: ${n} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
+  const all = progress[0]?.done.forward ?? 0;
+  for (const kind of kinds)
+    for (const [chunk, { done }] of progress.entries())
+      if (done[kind] !== all) throw broken(`${done[kind]} of ${all} microbatches are done ${kind} in chunk ${chunk}`);
 }
 
 /** Throws an invariant if a collective does not fit its buffers. Sizes are known at compile time, so no rank waits for its host. */
@@ -235,7 +238,7 @@ function waitsOf(p: Program): Wait[] {
     return found;
   };
   return [
-    ...p.order.flatMap((tag) => of(waiting(blockOf(p, tag)), tag, `microbatch ${parseTag(tag).microbatch}`)),
+    ...p.order.flatMap((run) => of(waiting(blockOf(p, run)), blockTag(run, p.chunks.length), `microbatch ${run.microbatch}`)),
     ...of(waiting(p.step), "the step block", "the step"),
   ];
 }

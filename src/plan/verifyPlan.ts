@@ -6,7 +6,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan, Program } from "../../schemas/plan.ts";
-import { blockTag, microbatchBlocks } from "../../schemas/program.ts";
+import { microbatchBlocks } from "../../schemas/program.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import { invariant } from "../ops/op.ts";
 import { buildMesh } from "../passes/mesh.ts";
@@ -45,26 +45,15 @@ function verifyStages({ job, mesh, programs }: Plan): void {
   invariant(Number.isInteger(microbatches), `the global batch of the job is not a multiple of one microbatch on all data ranks`);
   for (const [stage, p] of programs.entries()) {
     invariant(p.stage === stage, `program ${stage} is for stage ${p.stage}`);
-    verifyTags(p, programs[0]!.chunks.length, microbatches);
+    verifyChunks(p, programs[0]!.chunks.length, microbatches);
     verifyShapes(p, { job, mesh, stages: programs });
   }
 }
 
-/** Checks the chunks of a program and the tags of its order. */
-function verifyTags({ stage, chunks, order }: Program, count: number, microbatches: number): void {
+/** Checks the chunks of a program and the number of forward blocks. `verifyPrograms` checks the order of block runs. */
+function verifyChunks({ stage, chunks, order }: Program, count: number, microbatches: number): void {
   invariant(chunks.length === count, `stage ${stage} has ${chunks.length} chunks, stage 0 has ${count}`);
-  const tags = new Set<string>();
-  for (const tag of order) {
-    const [, letter, m, c = "0"] = /^([FBW])(\d{1,15})(?:\.(\d{1,5}))?$/.exec(tag) ?? [];
-    const kind = microbatchBlocks.find((k) => k[0]?.toUpperCase() === letter);
-    const work = kind && { kind, microbatch: Number(m), chunk: Number(c) };
-    invariant(
-      work !== undefined && blockTag(work, count) === tag && !tags.has(tag),
-      `stage ${stage}: the order contains the invalid or repeated tag ${JSON.stringify(tag)}`,
-    );
-    tags.add(tag);
-  }
-  const forward = order.filter((tag) => tag.startsWith("F")).length;
+  const forward = order.filter(({ kind }) => kind === "forward").length;
   invariant(
     forward === microbatches * count,
     `stage ${stage}: ${forward} forward blocks for ${microbatches} microbatches of ${count} chunks`,

@@ -2,7 +2,6 @@
 import { devices } from "../../schemas/devices.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
-import { parseTag } from "../../schemas/program.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bubbleOf, durationOf, type Piece, timesOf } from "../passes/schedule.ts";
 import { bytesText, plural } from "../units.ts";
@@ -41,9 +40,7 @@ export function drawPlan(plan: Plan): string {
   const top = 60;
   const between = top + schedule.height + 60;
   const title = `${printable(name)}: ${parallel.schedule}, ${plural(lanes.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
-  const key = Object.keys(colours).filter((kind) =>
-    lanes.flat().some(({ tag }) => parseTag(tag).kind === kind),
-  ) as (keyof typeof colours)[];
+  const key = Object.keys(colours).filter((kind) => lanes.flat().some(({ run }) => run.kind === kind)) as (keyof typeof colours)[];
   const width = LEFT + WIDE + 130;
   const height = between + memory.height + 20;
   return [
@@ -79,8 +76,7 @@ interface Drawn {
 function drawTime(lanes: readonly (readonly Piece[])[], chunks: number): Drawn {
   const units = Math.max(1, durationOf(lanes));
   const unit = Math.min(40, WIDE / units);
-  const lane = (stage: number, { tag, start, end }: Piece): string => {
-    const { kind, microbatch, chunk } = parseTag(tag);
+  const lane = (stage: number, { run: { kind, microbatch, chunk }, start, end }: Piece): string => {
     const [x, y, w] = [LEFT + start * unit, stage * ROW, (end - start) * unit];
     const what = `microbatch ${microbatch}${chunks > 1 ? `, chunk ${chunk}` : ""}: ${kind}, units ${start} to ${end}`;
     const label =

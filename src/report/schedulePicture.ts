@@ -2,6 +2,8 @@
  * Draws a schedule as text: one row per stage, one column per unit of time (schedule.ts defines the units of each block). It shows
  * dependencies, not seconds.
  */
+import type { BlockRun } from "../../schemas/plan.ts";
+import { blockTag } from "../../schemas/program.ts";
 import { bubbleOf, durationOf, timesOf } from "../passes/schedule.ts";
 import { largest } from "../units.ts";
 
@@ -19,20 +21,23 @@ export interface SchedulePicture {
 const widest = 100;
 
 /** Draws the block runs of all stages. */
-export function drawSchedule(orders: readonly (readonly string[])[], chunks: number): SchedulePicture {
+export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: number): SchedulePicture {
   const stages = timesOf(orders, chunks);
   const units = durationOf(stages);
-  const width = largest(orders.flat(), (tag) => tag.length, 2) + 1;
+  const width = largest(orders.flat(), (run) => blockTag(run, chunks).length, 2) + 1;
   const shown = Math.max(6, Math.floor(widest / width));
   const cut = units > shown ? { from: Math.ceil(shown / 2), to: units - Math.floor(shown / 2) + 1 } : undefined;
   const rows = stages.map((lanes, stage) => {
     const cells = Array.from({ length: units }, () => ".");
-    for (const { tag, start, end } of lanes) for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
+    for (const { run, start, end } of lanes) {
+      const tag = blockTag(run, chunks);
+      for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
+    }
     const visible = cut ? [...cells.slice(0, cut.from), "…", ...cells.slice(cut.to)] : cells;
     return `stage ${String(stage).padStart(String(orders.length - 1).length)} | ${visible.map((cell) => cell.padEnd(width)).join("")}`.trimEnd();
   });
   if (cut) rows.push(`(units ${cut.from}..${cut.to - 1} of ${units} are left out at …)`);
-  const split = orders.some((order) => order.some((tag) => tag.startsWith("W")));
+  const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
   const legend = `F forward one unit, B backward ${split ? "of inputs one, W of weights one" : "two"}${chunks > 1 ? "; .c is the chunk" : ""}`;
   return { rows, legend, units, bubble: bubbleOf(stages) };
 }

@@ -14,6 +14,7 @@ import { printInspect } from "../../src/report/inspectText.ts";
 import { drawPlan } from "../../src/report/planPicture.ts";
 import { printPlanText } from "../../src/report/planText.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 
 const text = `
 name: small
@@ -135,11 +136,8 @@ test("every rank stands in its own groups on both grids", () => {
 });
 
 test("1F1B, drawn: a stage waits for the one before it, and backward for the one after", () => {
-  const orders = [
-    ["F0", "F1", "B0", "F2", "B1", "B2"],
-    ["F0", "B0", "F1", "B1", "F2", "B2"],
-  ];
-  expect(drawSchedule(orders, 1).rows.join("\n")).toMatchInlineSnapshot(`
+  const orders = ["F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"];
+  expect(drawSchedule(orders.map(blockRuns), 1).rows.join("\n")).toMatchInlineSnapshot(`
     "stage 0 | F0 F1 .  .  B0 -- F2 B1 -- .  B2 --
     stage 1 | .  F0 B0 -- F1 B1 -- F2 B2 -- .  ."
   `);

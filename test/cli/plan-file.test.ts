@@ -11,6 +11,7 @@ import { canonical } from "../../src/plan/canonical.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan, sealPlan } from "../../src/plan/seal.ts";
 import { smallest } from "../../src/rules/index.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 
 const { job } = readJob(smallest, "job.yaml");
@@ -30,7 +31,7 @@ const sections: Sections = {
   programs: [
     {
       stage: 0,
-      order: ["F0", "B0"],
+      order: blockRuns("F0 B0"),
       parameters: [],
       inputs: [],
       bounds: [],

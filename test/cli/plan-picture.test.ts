@@ -38,7 +38,7 @@ test("every block of every stage stands where it runs", () => {
   const unit = (last.x + last.width - all[0]!.x) / last.to;
   for (const [stage, y] of rows.entries()) {
     const row = all.filter((p) => p.y === y);
-    expect(row.map((p) => `${p.kind[0]!.toUpperCase()}${p.microbatch}.${p.chunk}`)).toEqual(plan.programs[stage]!.order);
+    expect(row.map(({ kind, microbatch, chunk }) => ({ kind, microbatch, chunk }))).toEqual(plan.programs[stage]!.order);
     expect(row.map((p) => [p.from, p.to])).toEqual(stages[stage]!.map((p) => [p.start, p.end]));
     for (const p of row) {
       expect(p.width).toBeCloseTo(unit * (p.to - p.from), 1);

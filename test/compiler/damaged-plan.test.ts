@@ -9,6 +9,7 @@ import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan, sealPlan, sections } from "../../src/plan/seal.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 
 const job = jobOf({
@@ -87,9 +88,13 @@ const damages: Readonly<Record<string, Damage>> = {
   "a program less": [(d) => d.programs.pop(), "programs", /1 programs for 2 stages/],
   "a stage twice": [(d) => (d.programs[1]!.stage = 0), "programs", /program 1 is for stage 0/],
   "a chunk more on one stage": [(d) => d.programs[1]!.chunks.push(d.programs[1]!.chunks[0]!), "programs", /2 chunks, stage 0 has 1/],
-  "a tag that is no work": [(d) => (d.programs[0]!.order[0] = "F"), "programs", /tag "F"/],
-  "a tag of a number in another form": [(d) => (d.programs[0]!.order[0] = "F1e9"), "programs", /tag "F1e9"/],
-  "a tag twice": [(d) => d.programs[0]!.order.push("F0"), "programs", /tag "F0"/],
+  "a block run of another kind": [(d) => Reflect.set(d.programs[0]!.order[0]!, "kind", "step"), "programs", /kind/],
+  "a block run of a microbatch that the step lacks": [
+    (d) => (d.programs[0]!.order[0]!.microbatch = 1e9),
+    "programs",
+    /F1000000000 is out of order/,
+  ],
+  "a block run twice": [(d) => d.programs[0]!.order.push(...blockRuns("B0")), "programs", /B0 is out of order/],
   "an order that ends early": [(d) => d.programs[0]!.order.splice(1), "programs"],
   "a backward before its forward": [(d) => d.programs[0]!.order.reverse(), "programs"],
   "more copies of activations than microbatches": [

@@ -6,6 +6,7 @@ import { describe, expect, test } from "vitest";
 import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 
 const plan = (parallel: object, global_batch = 16) =>
@@ -77,13 +78,17 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     /stage 0 \(ranks .*\): [BW]\d+.* is out of order: microbatch 0 is next/,
   ],
   "a microbatch is left out": [
-    (ps) => ps[1]!.order.splice(ps[1]!.order.indexOf(ps[1]!.order.find((t) => t.startsWith("F1"))!), 1),
+    (ps) =>
+      ps[1]!.order.splice(
+        ps[1]!.order.findIndex((r) => r.kind === "forward" && r.microbatch === 1),
+        1,
+      ),
     /stage 1 .*: F2.* is out of order: microbatch 1 is next/,
   ],
   "the last backward is left out": [
     (ps) =>
       ps[0]!.order.splice(
-        ps[0]!.order.findLastIndex((t) => t.startsWith("B")),
+        ps[0]!.order.findLastIndex((r) => r.kind === "backward"),
         1,
       ),
     /stage 0 .*(are done backward|comes before the backward)/,
@@ -92,7 +97,7 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
     (ps) => void (ps[0]!.chunks[0] = { ...ps[0]!.chunks[0]!, copies: 1 }),
     /stage 0 .*: at F1.* 2 microbatches are in flight in 1 copies/,
   ],
-  "a chunk that does not exist": [(ps) => ps[0]!.order.push("F0.7"), /F0\.7 names chunk 7/],
+  "a chunk that does not exist": [(ps) => ps[0]!.order.push(...blockRuns("F0.7")), /F0\.7 names chunk 7/],
   "a value is read before it is written": [
     (ps) => swap(block(ps[0]!, "forward"), 0, 3),
     /stage 0 \(ranks 0\.\.\d\): \S+ reads \S+ before it is written/,
@@ -180,8 +185,8 @@ test("two stages that would each send first, and have no room, are refused", () 
   const late = structuredClone(programs) as Program[];
   // stage 1 takes nothing before all forwards of stage 0 are sent, for which there is no room
   const [first, second] = late;
-  const forwards = first!.order.filter((t) => t.startsWith("F"));
-  first!.order.splice(0, first!.order.length, ...forwards, ...first!.order.filter((t) => t.startsWith("B")));
+  const forwards = first!.order.filter((r) => r.kind === "forward");
+  first!.order.splice(0, first!.order.length, ...forwards, ...first!.order.filter((r) => r.kind === "backward"));
   first!.chunks[0] = { ...first!.chunks[0]!, copies: forwards.length };
   second!.order.reverse();
   expect(() => verifyPrograms(late, mesh)).toThrow(/stage 1 \(ranks 2\.\.3\)/);

@@ -9,7 +9,7 @@ import { runOn, type StepResult, type Tensor } from "../../runtime/train/loop.ts
 import { lossScaleOf } from "../../runtime/train/lossScale.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
-import { orderOf, parseTag } from "../../schemas/program.ts";
+import { orderOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { schedule, timesOf } from "../../src/passes/schedule.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
@@ -120,13 +120,13 @@ describe("a batch that grows", () => {
           );
         const whole = of(most);
         const orders = whole.map((s) => orderOf({ order: [...s.order] }, few));
-        expect(timesOf(orders, chunks).map((pieces) => pieces.map((p) => p.tag))).toEqual(orders);
+        expect(timesOf(orders, chunks).map((pieces) => pieces.map((p) => p.run))).toEqual(orders);
         for (const [stage, order] of orders.entries()) {
           expect(order.length).toBe((whole[stage]!.order.length / most) * few);
           const last = kind === "zero_bubble" ? "weights" : "backward";
           for (let chunk = 0; chunk < chunks; chunk++) {
             let flying = 0;
-            for (const work of order.map(parseTag).filter((w) => w.chunk === chunk)) {
+            for (const work of order.filter((w) => w.chunk === chunk)) {
               flying += Number(work.kind === "forward") - Number(work.kind === last);
               expect(flying).toBeLessThanOrEqual(whole[stage]!.copies[chunk]!);
             }

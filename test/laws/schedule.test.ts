@@ -1,10 +1,10 @@
 /** Orders of work: every block once, as few waits as the literature says, no more activations than it allows; and layouts. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { parseTag } from "../../schemas/program.ts";
 import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipeline.ts";
 import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 
 type Kind = "1f1b" | "zero_bubble";
@@ -66,11 +66,10 @@ test("every block once, in the order of microbatches, and nobody waits for ever"
       const where = `${kind}, ${microbatches} microbatches, stage ${stage} of ${stages} with ${chunks} chunks`;
       expect(pieces[stage]!.length, where).toBe(order.length);
       expect(order.length, where).toBe(microbatches * chunks * kinds.length);
-      const works = order.map(parseTag);
       for (const k of kinds)
         for (const chunk of each(chunks))
           expect(
-            works.filter((w) => w.kind === k && w.chunk === chunk).map((w) => w.microbatch),
+            order.filter((w) => w.kind === k && w.chunk === chunk).map((w) => w.microbatch),
             where,
           ).toEqual(each(microbatches));
     }
@@ -146,7 +145,7 @@ describe("layouts", () => {
 });
 
 test("the bubble and the picture of a schedule of 150,000 blocks", () => {
-  const order = Array.from({ length: 75_000 }, (_, i) => [`F${i}`, `B${i}`]).flat();
+  const order = Array.from({ length: 75_000 }, (_, i) => blockRuns(`F${i} B${i}`)).flat();
   expect(bubbleOf(timesOf([order], 1))).toBe(0);
   expect(drawSchedule([order], 1).units).toBe(225_000);
 });

@@ -3,6 +3,7 @@ import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import type { HostData } from "../../runtime/backend.ts";
 import type { Dtype } from "../../schemas/dtypes.ts";
 import type { Collective, CollectiveKind, Instruction, Plan } from "../../schemas/plan.ts";
+import { blockRuns } from "../support/blockRuns.ts";
 import { at, launchOf, moveOf, putAndSpoil, type Ranks, runs, small, standInRanks } from "../support/cudaRanks.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
 import { bufferIn, type Hand, handPlan, withForward } from "../support/handPlan.ts";
@@ -138,7 +139,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
         [runs("put", "x"), transfer("send", 1), runs("spoil", "x"), moveOf("all_reduce", "x", "y")],
         [runs("spoil", "x"), transfer("recv", 0), moveOf("all_reduce", "x", "y"), runs("spoil", "x")],
       ];
-      const order = ["F0", "F1", "F2"];
+      const order = blockRuns("F0 F1 F2");
       const plan: Plan = { ...hand, programs: hand.programs.map((p, s) => ({ ...withForward(p, forward[s]!), order })) };
       for (let seed = 0; seed < 20; seed++) {
         cuda.seed(seed);

@@ -6,7 +6,7 @@
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import type { Instruction } from "../../schemas/plan.ts";
-import { parseTag } from "../../schemas/program.ts";
+import { blockOf } from "../../schemas/program.ts";
 import { moe, planOf, type Ranks, type Settings, standInRanks } from "../support/cudaRanks.ts";
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
 import { closeAll, train } from "../support/steps.ts";
@@ -182,10 +182,7 @@ test.skipIf(noCompiler)(`a profile has every instruction, its lane and its times
     const p = plan.programs[Math.floor(r / 2)]!;
     const all = f.profile();
     const inOrder = [
-      ...p.order.flatMap((tag) => {
-        const { kind, chunk, microbatch } = parseTag(tag);
-        return p.chunks[chunk]![kind].map((i) => ({ id: i.id, kernel: kernelOf(i, microbatch === 0) }));
-      }),
+      ...p.order.flatMap((run) => blockOf(p, run).map((i) => ({ id: i.id, kernel: kernelOf(i, run.microbatch === 0) }))),
       ...p.step.map((i) => ({ id: i.id, kernel: kernelOf(i, false) })),
     ];
     expect(all.map(({ id }) => id)).toEqual(inOrder.map(({ id }) => id));

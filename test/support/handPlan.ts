@@ -3,6 +3,7 @@
 import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { blockRuns } from "./blockRuns.ts";
 
 const noAxes = { tp: 1, cp: 1, dp: 1, etp: 1, ep: 1, edp: 1, kv: 1, copies: 1 };
 
@@ -65,7 +66,7 @@ export function handPlan(hand: Hand): Plan {
     },
     programs: Array.from({ length: stages }, (_, stage) => ({
       chunks: [{ layers: [0, 1], copies, forward: [...forward], backward: [], weights: [] }],
-      ...{ stage, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), step: [], order: ["F0"] },
+      ...{ stage, buffers, bounds: bounds.map((b) => ({ ...b, of: "rows" })), step: [], order: blockRuns("F0") },
       ...{ parameters: [], inputs: [], metrics: {} },
     })),
     memory: Array.from({ length: stages }, (_, stage) => ({ stage, ...total, activation: [total.activation], scratch, peak: 0, offsets })),

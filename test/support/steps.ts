@@ -4,7 +4,7 @@ import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import { trainingSchedule } from "../../runtime/train/schedule.ts";
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, HostInput, Instruction, Plan } from "../../schemas/plan.ts";
-import { microbatchesIn, orderOf, parseTag } from "../../schemas/program.ts";
+import { blockTag, microbatchesIn, orderOf } from "../../schemas/program.ts";
 import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { random } from "./opCases.ts";
 
@@ -116,8 +116,9 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
     }
   }
   backend.zeroGradients();
-  for (const tag of orderOf(p, microbatches)) {
-    const { kind, microbatch, chunk } = parseTag(tag);
+  for (const run of orderOf(p, microbatches)) {
+    const { kind, microbatch, chunk } = run;
+    const tag = blockTag(run, p.chunks.length);
     const { copies, [kind]: instructions } = p.chunks[chunk]!;
     const kinds: BufferKind[] = kind === "forward" ? ["workspace", "activation"] : ["workspace"];
     yield* block(instructions, kinds, { tag, microbatch, copy: microbatch % copies });
