@@ -28,37 +28,55 @@ export const numberInStage = ({ per_stage, stage_stride, world }: Stages, rank: 
 export const rankAt = ({ per_stage, stage_stride, world }: Stages, stage: number, number: number): number =>
   (number % stage_stride) + stage * stage_stride + Math.floor(number / stage_stride) * (world / per_stage) * stage_stride;
 
+/** Returns a sub-axis of the mesh. Throws if the mesh has none of this number. */
+export function subAxisOf({ subAxes }: SubAxes, f: number): SubAxes["subAxes"][number] {
+  const found = subAxes[f];
+  if (!found) throw new Error(`rankc: the mesh has no sub-axis ${f}`);
+  return found;
+}
+
 /** Returns the coordinate of a rank along a sub-axis. Here and below, `rank` is the number of a rank within its stage. */
-export const rankCoordinate = ({ subAxes }: SubAxes, rank: number, f: number): number =>
-  Math.floor(rank / subAxes[f]!.stride) % subAxes[f]!.size;
+export function rankCoordinate(mesh: SubAxes, rank: number, f: number): number {
+  const { stride, size } = subAxisOf(mesh, f);
+  return Math.floor(rank / stride) % size;
+}
 
 /**
  * Returns whether no two sub-axes overlap as factors of the rank number. Sub-axes of grids that do not nest overlap: a tensor that both
  * shard would have blocks that two ranks hold and blocks that no rank holds.
  */
-export const isDisjointSubAxes = ({ subAxes }: SubAxes, fs: readonly number[]): boolean =>
-  [...fs]
-    .sort((f, g) => subAxes[f]!.stride - subAxes[g]!.stride)
-    .every((f, i, all) => i === 0 || subAxes[f]!.stride % (subAxes[all[i - 1]!]!.stride * subAxes[all[i - 1]!]!.size) === 0);
+export function isDisjointSubAxes(mesh: SubAxes, fs: readonly number[]): boolean {
+  let end = 1;
+  return fs
+    .map((f) => subAxisOf(mesh, f))
+    .sort((a, b) => a.stride - b.stride)
+    .every(({ stride, size }, i) => {
+      const isApart = i === 0 || stride % end === 0;
+      end = stride * size;
+      return isApart;
+    });
+}
 
 /** Returns the number of blocks that sub-axes shard a dim into. */
-export function shardCount({ subAxes }: SubAxes, fs: readonly number[]): number {
+export function shardCount(mesh: SubAxes, fs: readonly number[]): number {
   let count = 1;
-  for (const f of fs) count *= subAxes[f]!.size;
+  for (const f of fs) count *= subAxisOf(mesh, f).size;
   return count;
 }
 
 /** Returns the first global index of a rank's block of a dim of `size` elements, sharded by `subAxes` (outermost first). */
 function startOf(mesh: SubAxes, size: number, subAxes: readonly number[], rank: number, ringOffset: number): number {
   let block = 0;
-  for (const f of subAxes) block = block * mesh.subAxes[f]!.size + rankCoordinate(mesh, rank, f);
+  for (const f of subAxes) block = block * subAxisOf(mesh, f).size + rankCoordinate(mesh, rank, f);
   const blocks = shardCount(mesh, subAxes);
   return ((block + blocks - (ringOffset % blocks)) % blocks) * (size / blocks);
 }
 
 /** Returns the first global index along a dim of the block that an instruction processes on a rank. */
 export function globalStart(mesh: SubAxes, { dims, ringOffset }: Pick<Compute, "dims" | "ringOffset">, dim: string, rank: number): number {
-  const [size, subAxes] = dims[dim]!;
+  const found = dims[dim];
+  if (!found) throw new Error(`rankc: the instruction has no dim ${dim}`);
+  const [size, subAxes] = found;
   return startOf(mesh, size, subAxes, rank, ringOffset?.[dim] ?? 0);
 }
 
@@ -76,12 +94,12 @@ export function dimRanges(
   const blocks = shardCount(mesh, blockAxes);
   const width = size / blocks;
   const ranges: [number, number][] = [];
+  const inner = [...blockAxes].reverse();
   for (let b = 0; b < blocks; b++) {
     let rest = b;
     let mine = true;
-    for (let i = blockAxes.length - 1; i >= 0; i--) {
-      const f = blockAxes[i]!;
-      const n = mesh.subAxes[f]!.size;
+    for (const f of inner) {
+      const n = subAxisOf(mesh, f).size;
       if (subAxes.includes(f) && rest % n !== rankCoordinate(mesh, rank, f)) mine = false;
       rest = Math.floor(rest / n);
     }
@@ -96,10 +114,10 @@ export function dimRanges(
 /** Returns the group of `rank` along `fs`: the ranks whose other coordinates are equal, as ascending numbers within a stage. */
 export function groupMembers(mesh: SubAxes, rank: number, fs: readonly number[]): number[] {
   let base = rank;
-  for (const f of fs) base -= rankCoordinate(mesh, rank, f) * mesh.subAxes[f]!.stride;
+  for (const f of fs) base -= rankCoordinate(mesh, rank, f) * subAxisOf(mesh, f).stride;
   let members = [base];
   for (const f of [...fs].sort((a, b) => a - b)) {
-    const { stride, size } = mesh.subAxes[f]!;
+    const { stride, size } = subAxisOf(mesh, f);
     members = Array.from({ length: size }, (_, d) => members.map((m) => m + d * stride)).flat();
   }
   return members.sort((a, b) => a - b);

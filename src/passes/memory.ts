@@ -9,8 +9,10 @@ import { touchedBy } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
+import { pairs } from "./layout.ts";
 
 /** Alignment of offsets in bytes. Vector loads and tensor-memory descriptors need it. */
 export const ALIGN = 256;
@@ -40,7 +42,7 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
     for (const b of inOrder) {
       if (b.kind !== kind) continue;
       if (b.within) {
-        offsets[b.id] = offsets[b.within]!;
+        offsets[b.id] = offsetIn(offsets, b.within);
         continue;
       }
       offsets[b.id] = total[kind];
@@ -56,6 +58,13 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
 
   const arenas = { ...total, activation, scratch: scratchOf(program, kernels) };
   return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
+}
+
+/** Returns the offset of a buffer. Throws an invariant if it has none. */
+function offsetIn(offsets: Memory["offsets"], id: string): number {
+  const offset = offsets[id];
+  invariant(offset !== undefined, () => `${id} has no offset`);
+  return offset;
 }
 
 /** Returns the offsets of workspace that several blocks touch. These are inputs; they are at the start of the arena. */
@@ -87,12 +96,12 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
 
 /** The tables of a program that each of its timelines reads. */
 interface Tables {
-  readonly byId: ReadonlyMap<string, Buffer>;
+  readonly byId: BufferTable;
   /** Ids of the buffers that the host fills. */
   readonly inputs: ReadonlySet<string>;
 }
 const tablesOf = ({ buffers, inputs }: Program): Tables => ({
-  byId: new Map(buffers.map((b) => [b.id, b])),
+  byId: new BufferTable(buffers),
   inputs: new Set(inputs.map(({ buffer }) => buffer)),
 });
 
@@ -101,7 +110,7 @@ function lifetimes({ byId, inputs }: Tables, kind: BufferKind, timeline: readonl
   const alive = new Map<string, Lifetime>();
   for (const [at, i] of timeline.entries())
     for (const id of touchedBy(i, byId)) {
-      const buffer = byId.get(id)!;
+      const buffer = byId.get(id);
       if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) continue;
       const l = alive.get(id) ?? { buffer, from: inputs.has(id) ? -1 : at, to: at };
       l.to = at;
@@ -138,16 +147,17 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
   };
   for (const { buffer, from } of lives) {
     // a buffer is free after the last instruction that reads it, so that instruction cannot write over it
-    for (; freed < byEnd.length && byEnd[freed]!.to < from; freed++) free(offsets[byEnd[freed]!.buffer.id]!, aligned(byEnd[freed]!.buffer));
+    for (let next = byEnd[freed]; next && next.to < from; next = byEnd[++freed])
+      free(offsetIn(offsets, next.buffer.id), aligned(next.buffer));
     if (fixed.has(buffer.id)) continue;
     const size = aligned(buffer);
-    let best = -1;
-    for (const [i, h] of holes.entries()) if (h.size >= size && (best < 0 || h.size < holes[best]!.size)) best = i;
-    if (best >= 0) {
-      const h = holes[best]!;
-      offsets[buffer.id] = h.at;
-      if (h.size === size) holes.splice(best, 1);
-      else holes[best] = { at: h.at + size, size: h.size - size };
+    let best: (typeof holes)[number] | undefined;
+    for (const h of holes) if (h.size >= size && (!best || h.size < best.size)) best = h;
+    if (best) {
+      offsets[buffer.id] = best.at;
+      best.at += size;
+      best.size -= size;
+      if (best.size === 0) holes.splice(holes.indexOf(best), 1);
       continue;
     }
     // a hole at the end of the arena is extended
@@ -167,42 +177,41 @@ export function verifyMemory(program: Program, memory: Memory): void {
     const lives = lifetimes(tables, kind, timeline, chunk);
     const open: { readonly id: string; readonly to: number; readonly start: number; readonly stop: number }[] = [];
     for (const l of lives) {
-      const start = memory.offsets[l.buffer.id]!;
+      const start = offsetIn(memory.offsets, l.buffer.id);
       const stop = start + sizeOf(l.buffer);
       invariant(
         start % ALIGN === 0 && stop <= bytes,
         () => `${l.buffer.id} at ${start} is misaligned or outside of the ${kind} arena of ${bytes} bytes`,
       );
-      for (let i = open.length - 1; i >= 0; i--) {
-        const other = open[i]!;
-        if (other.to < l.from) {
-          open.splice(i, 1);
-          continue;
-        }
+      let kept = 0;
+      for (const other of open) {
+        if (other.to < l.from) continue;
+        open[kept++] = other;
         // the condition is tested first: building a message for every pair is slow
         if (stop > other.start && other.stop > start) invariant(false, `${l.buffer.id} and ${other.id} overlap`);
       }
+      open.length = kept;
       open.push({ id: l.buffer.id, to: l.to, start, stop });
     }
   };
-  for (const [c, timeline] of timelines(program).entries()) check("activation", timeline, memory.activation[c]!, c);
+  for (const [c, [timeline, bytes]] of pairs(timelines(program), memory.activation).entries()) check("activation", timeline, bytes, c);
   for (const { instructions } of blocksOf(program)) check("workspace", instructions, memory.workspace);
 }
 
 /** Prints the memory of each stage: the sizes of its arenas, then every buffer with offset and size. */
 export function printMemory(programs: readonly Program[], memory: readonly Memory[]): string {
   const lines: string[] = [];
-  for (const [s, m] of memory.entries()) {
-    const p = programs[s]!;
+  for (const [p, m] of pairs(programs, memory)) {
+    const offset = (b: Buffer): number => offsetIn(m.offsets, b.id);
     const parts = memoryBreakdown(p, m);
     const copies = p.chunks.map(({ copies }, c) => `${copies} x ${m.activation[c]}`).join(" + ");
     const terms = memoryKinds
       .filter((kind) => kind !== "scratch" || parts.scratch > 0)
       .map((kind) => `${memoryNames[kind]} ${kind === "activation" ? copies : parts[kind]}`);
-    lines.push(`stage ${s}: peak ${m.peak} bytes = ${terms.join(" + ")}`);
-    for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || m.offsets[x.id]! - m.offsets[y.id]!))
+    lines.push(`stage ${m.stage}: peak ${m.peak} bytes = ${terms.join(" + ")}`);
+    for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || offset(x) - offset(y)))
       lines.push(
-        `  ${b.kind.padEnd(10)} ${String(m.offsets[b.id]).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`,
+        `  ${b.kind.padEnd(10)} ${String(offset(b)).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`,
       );
   }
   return `${lines.join("\n")}\n`;

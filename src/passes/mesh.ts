@@ -7,7 +7,7 @@
  */
 import type { Job } from "../../schemas/job.ts";
 import { MeshAxis } from "../../schemas/plan.ts";
-import { groupMembers, type MeshData, rankAt } from "../../schemas/sharding.ts";
+import { groupMembers, type MeshData, rankAt, subAxisOf } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
 
 /** The mesh as the plan stores it. */
@@ -24,6 +24,20 @@ type Meshed = Pick<Job, "parallel" | "cluster"> & { readonly model: Pick<Job["mo
 /** Returns how many neighbouring tensor ranks hold copies of one key/value head; 1 if there are at least as many heads as ranks. */
 const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
   tensor % kv_heads === 0 ? tensor / kv_heads : 1;
+
+/** Returns the sub-axes between 1 and each of the bounds, ascending stride. */
+function subAxesBetween(bounds: readonly number[]): Mesh["subAxes"] {
+  let stride = 1;
+  return [...new Set(bounds)]
+    .filter((to) => to !== 1)
+    .sort((a, b) => a - b)
+    .map((to) => {
+      const subAxis = { stride, size: to / stride };
+      stride = to;
+      return subAxis;
+    });
+}
+const hasIntegerSizes = (fs: Mesh["subAxes"]): boolean => fs.every((f) => Number.isInteger(f.size));
 
 /** Builds the mesh of a job that passed all rules. Throws an invariant if the axes have no common sub-axes. */
 export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
@@ -44,24 +58,26 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
     let stride = 1;
     return grid.map((name) => ({ from: stride, to: (stride *= sizes[name]) }));
   };
-  const grids = [spansOf(denseAxes), spansOf(expertAxes)];
-  const ascending = (bounds: readonly number[]) => [...new Set(bounds)].sort((a, b) => a - b);
-  const between = (bounds: readonly number[]) => bounds.slice(1).map((to, i) => ({ stride: bounds[i]!, size: to / bounds[i]! }));
-  const hasIntegerSizes = (fs: readonly { size: number }[]) => fs.every((f) => Number.isInteger(f.size));
+  const [dense, expert] = [spansOf(denseAxes), spansOf(expertAxes)];
   const instances = perStage / p.optimizer_instances;
-  const own = grids.map((spans, g) => ascending([...spans.flatMap((s) => [s.from, s.to]), instances, ...(g === 0 ? [copies] : [])]));
-  const shared = between(ascending(own.flat()));
+  const boundsOf = (spans: typeof dense, ...more: number[]) => [...spans.map((s) => s.to), instances, ...more];
+  const [denseBounds, expertBounds] = [boundsOf(dense, copies), boundsOf(expert)];
+  const shared = subAxesBetween([...denseBounds, ...expertBounds]);
+  const isNested = hasIntegerSizes(shared);
   // if the strides of one grid do not divide those of the other, each grid has its own sub-axes
-  const subAxes = hasIntegerSizes(shared) ? shared : own.flatMap(between);
-  invariant(hasIntegerSizes(subAxes), `the axes are not products of sub-axes: strides ${own.join(" and ")}`);
-  const first = hasIntegerSizes(shared) ? [0, 0] : [0, own[0]!.length - 1];
-  const last = hasIntegerSizes(shared) ? [subAxes.length, subAxes.length] : [first[1]!, subAxes.length];
-  const [tp = [], cp = [], dp = [], etp = [], ep = [], edp = []] = grids.flatMap((spans, g) =>
-    spans.map((s) =>
-      subAxes.flatMap((f, i) => (i >= first[g]! && i < last[g]! && f.stride >= s.from && f.stride * f.size <= s.to ? [i] : [])),
-    ),
-  );
-  const [kv, copied] = [tp.filter((f) => subAxes[f]!.stride >= copies), tp.filter((f) => subAxes[f]!.stride < copies)];
+  const [ofDense, ofExpert] = isNested ? [shared, []] : [subAxesBetween(denseBounds), subAxesBetween(expertBounds)];
+  const subAxes = [...ofDense, ...ofExpert];
+  invariant(hasIntegerSizes(subAxes), `the axes are not products of sub-axes: strides ${denseBounds} and ${expertBounds}`);
+  const numbered = subAxes.map((s, f) => ({ ...s, f }));
+  const within = (own: typeof numbered, spans: typeof dense) =>
+    spans.map(({ from, to }) => own.filter(({ stride, size }) => stride >= from && stride * size <= to));
+  const [onTp = [], ...denseRest] = within(numbered.slice(0, ofDense.length), dense);
+  const numbers = (own: typeof numbered) => own.map(({ f }) => f);
+  const [cp = [], dp = []] = denseRest.map(numbers);
+  const [etp = [], ep = [], edp = []] = within(numbered.slice(isNested ? 0 : ofDense.length), expert).map(numbers);
+  const tp = numbers(onTp);
+  const kv = numbers(onTp.filter(({ stride }) => stride >= copies));
+  const copied = numbers(onTp.filter(({ stride }) => stride < copies));
   return {
     world: perStage * p.pipeline,
     per_stage: perStage,
@@ -95,8 +111,8 @@ export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): st
     const names = grid.filter((n) => mesh.axes[n].length > 0 && mesh.axes[n].every((f) => fs.includes(f)));
     return names.flatMap((n) => mesh.axes[n]).length === fs.length ? names.join("*") : undefined;
   };
-  const grids = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
-  return cover(grids[0]!) ?? cover(grids[1]!) ?? fs.map((f) => subAxisName(mesh, f, expert)).join("*");
+  const [first, second] = expert ? [expertAxes, denseAxes] : [denseAxes, expertAxes];
+  return cover(first) ?? cover(second) ?? fs.map((f) => subAxisName(mesh, f, expert)).join("*");
 }
 
 /** Returns whether a value is named in expert axes: ragged rows and weights of experts. */
@@ -108,7 +124,8 @@ function subAxisName(mesh: Mesh, f: number, expert: boolean): string {
   const owner = (grid: readonly GridAxis[]) => grid.find((n) => mesh.axes[n].includes(f));
   const name = expert ? (owner(expertAxes) ?? owner(denseAxes)) : (owner(denseAxes) ?? owner(expertAxes));
   invariant(name !== undefined, () => `no axis has the sub-axis ${f}`);
-  return mesh.axes[name].length === 1 ? name : `${name}/${mesh.subAxes[f]!.size}@${mesh.subAxes[f]!.stride}`;
+  const { size, stride } = subAxisOf(mesh, f);
+  return mesh.axes[name].length === 1 ? name : `${name}/${size}@${stride}`;
 }
 
 /** Returns all groups of ranks along some axes, over all stages; `pp` may be one of them. */
@@ -129,15 +146,16 @@ export function groups(mesh: Mesh, axes: readonly MeshAxis[]): number[][] {
   const found = axes.includes("pp")
     ? within.map((g) => all.flatMap((s) => at(g, s)).sort(ascending))
     : all.flatMap((s) => within.map((g) => at(g, s)));
-  return found.sort((a, b) => a[0]! - b[0]!);
+  return found.sort(([a = 0], [b = 0]) => a - b);
 }
 
 /** Text of the mesh: sizes, factors, and which ranks form the groups of each axis. */
 export function printMesh(mesh: Mesh): string {
   const list = (g: number[]) => {
-    const step = g.length > 1 ? g[1]! - g[0]! : 1;
-    const even = g.every((r, i) => r === g[0]! + i * step);
-    return even && g.length > 2 ? `[${g[0]}..${g.at(-1)}${step > 1 ? ` by ${step}` : ""}]` : `[${g.join(",")}]`;
+    const [first = 0, second = first + 1] = g;
+    const step = second - first;
+    const even = g.every((r, i) => r === first + i * step);
+    return even && g.length > 2 ? `[${first}..${g.at(-1)}${step > 1 ? ` by ${step}` : ""}]` : `[${g.join(",")}]`;
   };
   const line = (axis: MeshAxis) => {
     const gs = groups(mesh, [axis]);
@@ -145,7 +163,7 @@ export function printMesh(mesh: Mesh): string {
     const shown = gs.slice(0, 8).map(list).join(" ") + (gs.length > 8 ? ` … ${gs.length} groups` : "");
     return `  ${axis.padEnd(4)} ${String(mesh.sizes[axis]).padStart(5)}  ${shown}${crossing ? `  (${crossing} of ${gs.length} cross nodes)` : ""}`;
   };
-  const factorsOf = (grid: readonly GridAxis[]) => grid.flatMap((a) => mesh.axes[a].map((f) => mesh.subAxes[f]!));
+  const factorsOf = (grid: readonly GridAxis[]) => grid.flatMap((a) => mesh.axes[a].map((f) => subAxisOf(mesh, f)));
   const product = (fs: Mesh["subAxes"]) => fs.map((f) => `${f.size}@${f.stride}`).join(" x ") || "1";
   const subAxes = hasSeparateGrids(mesh)
     ? [denseAxes, expertAxes].map((grid) => product(factorsOf(grid))).join(" and ")

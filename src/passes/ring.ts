@@ -5,7 +5,7 @@
  */
 
 import type { Buffer, Collective, Compute } from "../../schemas/plan.ts";
-import { shardCount } from "../../schemas/sharding.ts";
+import { shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "../ops/attention.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "../ops/attentionDropout.ts";
 import { add, cast } from "../ops/linear.ts";
@@ -33,6 +33,13 @@ function dimOf({ id, dims }: Pick<Compute, "id" | "dims">, dim: string): Compute
   return found;
 }
 
+/** Returns the buffer of an operand. Throws an invariant if the instruction has no such operand. */
+function operandOf({ id, reads, writes }: Compute, name: string): string {
+  const found = reads[name] ?? writes[name];
+  invariant(found !== undefined, () => `${id} has no operand ${name}`);
+  return found;
+}
+
 /** Emits the steps of ring attention in place of one attention instruction. Throws an invariant if the op has no ring form. */
 export function expandRing(role: ProgramBuilder, block: BlockBuilder, ring: RingUse): void {
   const { instruction: i } = ring;
@@ -53,8 +60,9 @@ const ringOps: Readonly<Record<string, { readonly part: AnyOp; readonly expand: 
 function ringSteps(role: ProgramBuilder, block: BlockBuilder, { instruction: i, dim, as, path }: RingUse, op: AnyOp) {
   const { mesh, buffers } = role;
   const [, subAxes] = dimOf(i, as);
+  const strides = subAxes.map((f) => subAxisOf(mesh, f).stride);
   invariant(
-    subAxes.every((f, n) => n === 0 || mesh.subAxes[f]!.stride < mesh.subAxes[subAxes[n - 1]!]!.stride),
+    strides.every((stride, n) => n === 0 || stride < (strides[n - 1] ?? 0)),
     `${i.id}: blocks of ${dim} are not in the order of ranks`,
   );
   /** Adds a workspace buffer with the shape of `from`. Returns its id. */
@@ -90,13 +98,13 @@ function ringSteps(role: ProgramBuilder, block: BlockBuilder, { instruction: i, 
 type RingSteps = ReturnType<typeof ringSteps>;
 
 function forward({ i, count, like, part, shift, emit, typeOf }: RingSteps): void {
-  let { k, v } = i.reads;
-  const [o, lse] = [i.writes.o!, i.writes.lse!];
+  let next = { k: operandOf(i, "k"), v: operandOf(i, "v") };
+  const [o, lse] = [operandOf(i, "o"), operandOf(i, "lse")];
   let [sum, sumLse] = [o, lse];
   for (let n = 0; n < count; n++) {
-    const here = { k: k!, v: v! };
+    const here = next;
     // the next block is transferred while attention runs on this one
-    if (n < count - 1) [k, v] = [shift(here.k, `${i.id}.k.${n + 1}`), shift(here.v, `${i.id}.v.${n + 1}`)];
+    if (n < count - 1) next = { k: shift(here.k, `${i.id}.k.${n + 1}`), v: shift(here.v, `${i.id}.v.${n + 1}`) };
     const [partial, partialLse] = [like(`${i.id}.o.${n}`, o, typeOf(o)), like(`${i.id}.lse.${n}`, lse, "f32")];
     part(`${i.id}.${n}`, { ...i.reads, ...here }, { o: partial, lse: partialLse }, n);
     if (n === 0) {
@@ -120,10 +128,10 @@ function forward({ i, count, like, part, shift, emit, typeOf }: RingSteps): void
 }
 
 function backward({ i, count, like, part, shift, emit, elementwise, typeOf }: RingSteps): void {
-  let { k, v } = i.reads;
-  const { dq, dk, dv } = i.writes;
+  let next = { k: operandOf(i, "k"), v: operandOf(i, "v") };
+  const results = { dq: operandOf(i, "dq"), dk: operandOf(i, "dk"), dv: operandOf(i, "dv") };
   /** Running f32 sums: gradients of this rank's queries, and of the keys and values of the present block. */
-  const sums: Record<"dq" | "dk" | "dv", string> = { dq: dq!, dk: dk!, dv: dv! };
+  const sums: Record<"dq" | "dk" | "dv", string> = { ...results };
   const sumUp = (name: keyof typeof sums, addend: string, n: number): void => {
     const to = like(`${i.id}.${name}.to${n}`, addend, "f32");
     if (n === 0) emit(elementwise(cast, `${to}.cast`, { x: addend }, { y: to }));
@@ -131,13 +139,10 @@ function backward({ i, count, like, part, shift, emit, elementwise, typeOf }: Ri
     sums[name] = to;
   };
   for (let n = 0; n < count; n++) {
-    const here = { k: k!, v: v! };
-    if (n < count - 1) [k, v] = [shift(here.k, `${i.id}.k.${n + 1}`), shift(here.v, `${i.id}.v.${n + 1}`)];
-    const made = {
-      dq: like(`${i.id}.dq.${n}`, dq!, typeOf(dq!)),
-      dk: like(`${i.id}.dk.${n}`, dk!, typeOf(dk!)),
-      dv: like(`${i.id}.dv.${n}`, dv!, typeOf(dv!)),
-    };
+    const here = next;
+    if (n < count - 1) next = { k: shift(here.k, `${i.id}.k.${n + 1}`), v: shift(here.v, `${i.id}.v.${n + 1}`) };
+    const partOf = (name: keyof typeof results) => like(`${i.id}.${name}.${n}`, results[name], typeOf(results[name]));
+    const made = { dq: partOf("dq"), dk: partOf("dk"), dv: partOf("dv") };
     part(`${i.id}.${n}`, { ...i.reads, ...here }, made, n);
     sumUp("dq", made.dq, n);
     for (const name of ["dk", "dv"] as const) {
@@ -146,7 +151,7 @@ function backward({ i, count, like, part, shift, emit, elementwise, typeOf }: Ri
       sumUp(name, made[name], n);
     }
   }
-  emit(elementwise(cast, `${i.id}.dq.cast`, { x: sums.dq }, { y: dq! }));
+  emit(elementwise(cast, `${i.id}.dq.cast`, { x: sums.dq }, { y: results.dq }));
   for (const name of ["dk", "dv"] as const)
-    emit(elementwise(cast, `${i.id}.${name}.cast`, { x: shift(sums[name], `${i.id}.${name}.home`) }, { y: i.writes[name]! }));
+    emit(elementwise(cast, `${i.id}.${name}.cast`, { x: shift(sums[name], `${i.id}.${name}.home`) }, { y: results[name] }));
 }
