@@ -9,7 +9,7 @@ import type { AnyOp, Quota } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import type { BufferTable } from "./bufferTable.ts";
 
-/** A ragged value [B,S,E,…] with its limits on rows: `fanout` per token, `quota` per expert. */
+/** A ragged value [B,S,E,…] with its limits on rows: `fanout` per token (absent: all experts), `quota` per expert. */
 interface Rows {
   readonly sizes: readonly number[];
   readonly fanout?: number | undefined;
@@ -19,10 +19,10 @@ interface Rows {
 type Sharding = readonly (readonly number[])[];
 
 /** Returns the rows of a ragged value on one rank under balanced routing: min(B·S·fanout, capacity of all experts) / shards. */
-function expectedRows(mesh: Mesh, { sizes, fanout, quota }: Rows, shardedBy: Sharding): number {
-  const [B, S, E] = sizes as readonly [number, number, number];
+function expectedRows(mesh: Mesh, { sizes, fanout = sizes[2] ?? 1, quota }: Rows, shardedBy: Sharding): number {
+  const [B = 1, S = 1, E = 1] = sizes;
   const room = quota ? (B / quota.sequences) * (S / quota.positions) * E * quota.rows : Infinity;
-  return Math.min(B * S * fanout!, room) / shardCount(mesh, shardedBy.slice(0, 3).flat());
+  return Math.min(B * S * fanout, room) / shardCount(mesh, shardedBy.slice(0, 3).flat());
 }
 
 /**
@@ -30,12 +30,12 @@ function expectedRows(mesh: Mesh, { sizes, fanout, quota }: Rows, shardedBy: Sha
  * and no expert exceeds its quota. A number bounds this by `factor` × the balanced load.
  */
 export function boundOfRows(mesh: Mesh, rows: Rows, shardedBy: Sharding, factor: "worst" | number): number {
-  const [b, s, experts] = [0, 1, 2].map((slot) => rows.sizes[slot]! / shardCount(mesh, shardedBy[slot]!)) as [number, number, number];
-  const { quota } = rows;
+  const [b = 1, s = 1, experts = 1] = rows.sizes.slice(0, 3).map((size, dim) => size / shardCount(mesh, shardedBy[dim] ?? []));
+  const { quota, fanout = experts } = rows;
   const room = quota
     ? experts * Math.min(b * s, groupsTouched(b, quota.sequences) * groupsTouched(s, quota.positions) * quota.rows)
     : Infinity;
-  const worst = Math.min(b * s * Math.min(rows.fanout!, experts), room);
+  const worst = Math.min(b * s * Math.min(fanout, experts), room);
   return factor === "worst" ? worst : Math.min(worst, Math.ceil(expectedRows(mesh, rows, shardedBy) * factor));
 }
 /** Returns the number of groups of `size` that a block of `n` overlaps. */

@@ -24,31 +24,39 @@ export interface Line {
   readonly text: string;
 }
 
+/** Consecutive lines of one layer, or of none. */
+interface Run {
+  readonly layer: number | undefined;
+  readonly texts: string[];
+}
+
 /** Replaces the lines of layers that equal a layer before by one line that names them. */
 export function collapseLayers(lines: readonly Line[]): string[] {
-  const runs: { layer: number | undefined; texts: string[] }[] = [];
+  const runs: Run[] = [];
   for (const { id, text } of lines) {
     const layer = layerOf(id);
     const last = runs.at(-1);
     if (last && last.layer === layer) last.texts.push(text);
     else runs.push({ layer, texts: [text] });
   }
-  const shape = (run: (typeof runs)[number]): string =>
-    run.layer === undefined ? "" : run.texts.map((text) => squeeze(fromLayer(text, run.layer!))).join("\n");
   const out: string[] = [];
-  for (let i = 0; i < runs.length; ) {
-    const run = runs[i]!;
-    out.push(...run.texts);
-    let end = i + 1;
-    if (run.layer !== undefined) {
-      const first = shape(run);
-      while (end < runs.length && shape(runs[end]!) === first) end++;
-      const same = runs.slice(i + 1, end);
-      const layers = [...new Set(same.map(({ layer }) => layer!))];
-      if (layers.length > 0) out.push(`  … layer${layers.length > 1 ? "s" : ""} ${ranges(layers)} as layer ${run.layer}`);
+  let shown: { readonly layer: number; readonly shape: string; readonly same: number[] } | undefined;
+  const flush = (): void => {
+    const layers = [...new Set(shown?.same)];
+    if (shown && layers.length > 0) out.push(`  … layer${layers.length > 1 ? "s" : ""} ${ranges(layers)} as layer ${shown.layer}`);
+    shown = undefined;
+  };
+  for (const { layer, texts } of runs) {
+    const shape = layer === undefined ? "" : texts.map((text) => squeeze(fromLayer(text, layer))).join("\n");
+    if (layer !== undefined && shown?.shape === shape) {
+      shown.same.push(layer);
+      continue;
     }
-    i = end;
+    flush();
+    out.push(...texts);
+    if (layer !== undefined) shown = { layer, shape, same: [] };
   }
+  flush();
   return out;
 }
 

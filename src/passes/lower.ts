@@ -13,7 +13,7 @@ import { accumulate } from "../ops/linear.ts";
 import { invariant } from "../ops/op.ts";
 import { idOf } from "./backward.ts";
 import { computeInstruction, partsOf } from "./computeInstruction.ts";
-import { variantText } from "./layout.ts";
+import { pairs, variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
 import { optimizerStep } from "./optimizerStep.ts";
@@ -45,11 +45,11 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
     const { parameters, metrics } = optimizerStep(role, graph, sharded);
     const { forward, backward, step } = lowerCollectives(role);
     const split = order.some(({ kind }) => kind === "weights");
-    const chunks = forward.map((block, c) => ({
+    const chunks = pairs(pairs(forward, backward), copies).map(([[forwardBlock, backwardBlock], count], c) => ({
       layers: layersOf(pipeline, job, c * pipeline.stages + stage),
-      copies: copies[c]!,
-      forward: block,
-      ...(split ? splitBackward(backward[c]!, role.buffers) : { backward: backward[c]!, weights: [] }),
+      copies: count,
+      forward: forwardBlock,
+      ...(split ? splitBackward(backwardBlock, role.buffers) : { backward: backwardBlock, weights: [] }),
     }));
     return {
       stage,
@@ -91,8 +91,11 @@ const serving: ReadonlySet<OpName> = new Set([...transportOps, accumulate.name])
 function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {
   const { isMine, pipeline, blocks, buffers, bufferOf, emit } = role;
   const producers = new Map<string, { at: number; block: BlockBuilder; out: string }>();
-  const blockOf = (backward: boolean, virtual: number): BlockBuilder =>
-    blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)]!;
+  const blockOf = (backward: boolean, virtual: number): BlockBuilder => {
+    const block = blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)];
+    invariant(block !== undefined, () => `no chunk has the virtual stage ${virtual}`);
+    return block;
+  };
 
   function compute(step: Extract<ShardStep, { kind: "compute" }>) {
     const { stage, node, outs } = step;

@@ -166,18 +166,18 @@ type Wait =
 
 /** Simulates transfers and collectives of all ranks. Throws an invariant on a deadlock, a mismatch or an unreceived message. */
 function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
-  const lists = programs.map((p) => waitsOf(p));
-  const at = lists.map(() => 0);
+  const stages = programs.map((p, stage) => ({ stage, waits: waitsOf(p), at: 0 }));
   const queues = new Map<string, Wait[]>();
   /** Messages in flight, by sender and name. */
   const inFlight = new Map<string, number>();
   const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
-  const head = (s: number): Wait | undefined => lists[s]![at[s]!];
+  const head = ({ waits, at }: (typeof stages)[number]): Wait | undefined => waits[at];
 
   for (let progress = true; progress; ) {
     progress = false;
-    for (const s of lists.keys())
-      for (let w = head(s); w; w = head(s)) {
+    for (const own of stages) {
+      const s = own.stage;
+      for (let w = head(own); w; w = head(own)) {
         if (w.kind === "world") break;
         invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its peer`);
         if (w.kind === "send") {
@@ -199,22 +199,29 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
           const key = `${w.peer} ${s} ${sent.id}`;
           inFlight.set(key, (inFlight.get(key) ?? 0) - 1);
         }
-        at[s]!++;
+        own.at++;
         progress = true;
       }
-    const heads = [...lists.keys()].map(head);
-    if (heads.every((w) => w?.kind === "world")) {
-      const [first] = heads as Extract<Wait, { kind: "world" }>[];
-      for (const [s, w] of heads.entries())
+    }
+    const heads = stages.flatMap((own) => {
+      const wait = head(own);
+      return wait?.kind === "world" ? [{ stage: own.stage, wait }] : [];
+    });
+    const [first] = heads;
+    if (first && heads.length === stages.length) {
+      for (const { stage, wait } of heads)
         invariant(
-          w!.kind === "world" && w!.what === first!.what,
-          () => `${name(s, w!)} and ${name(0, first!)} run different collectives of all ranks`,
+          wait.what === first.wait.what,
+          () => `${name(stage, wait)} and ${name(first.stage, first.wait)} run different collectives of all ranks`,
         );
-      for (const s of lists.keys()) at[s]!++;
+      for (const own of stages) own.at++;
       progress = true;
     }
   }
-  const stuck = [...lists.keys()].flatMap((s) => (head(s) ? [`${name(s, head(s)!)}${peerText(head(s)!)}`] : []));
+  const stuck = stages.flatMap((own) => {
+    const wait = head(own);
+    return wait ? [`${name(own.stage, wait)}${peerText(wait)}`] : [];
+  });
   invariant(stuck.length === 0, () => `these would wait for ever: ${stuck.join("; ")}`);
   const [left] = [...queues.values()].flat();
   invariant(!left, () => `sent and never received: ${left?.id}, ${left?.at}`);

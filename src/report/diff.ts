@@ -92,12 +92,13 @@ function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
   for (let stage = 0; stage < Math.max(a.roles.length, b.roles.length); stage++) {
     const [before, after] = [roleFacts(a.roles[stage]), roleFacts(b.roles[stage])];
     for (const what of new Set([...before.keys(), ...after.keys()])) {
-      const [from, to] = [before.get(what)?.value ?? 0, after.get(what)?.value ?? 0];
+      const [old, now] = [before.get(what), after.get(what)];
+      const [from, to] = [old?.value ?? 0, now?.value ?? 0];
       if (from === to) continue;
       const key = `${what}|${from}|${to}`;
       const same = found.get(key);
       if (same) same.stages.push(stage);
-      else found.set(key, { stages: [stage], what, unit: (before.get(what) ?? after.get(what))!.unit, old: from, new: to });
+      else found.set(key, { stages: [stage], what, unit: (old ?? now)?.unit ?? "count", old: from, new: to });
     }
   }
   return [...found.values()];
@@ -183,8 +184,9 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
 }
 
 /** Layers move between stages if the number of stages differs, so instructions with an id that is unique in both plans are matched. */
-const moved = (one: Placed, own: readonly Placed[], others: readonly Placed[]): Placed | undefined =>
-  own.length === 1 && others.length === 1 && others[0]!.stage !== one.stage ? others[0] : undefined;
+function moved(one: Placed, own: readonly Placed[], [other, ...more]: readonly Placed[]): Placed | undefined {
+  return own.length === 1 && more.length === 0 && other?.stage !== one.stage ? other : undefined;
+}
 
 function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Placed[]> {
   const all = new Map<string, Placed[]>();

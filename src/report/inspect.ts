@@ -9,6 +9,7 @@ import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
 import { anyLayer } from "../analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryBreakdown } from "../analysis/memoryBreakdown.ts";
+import { chunksPerStage, type StageOfPlan, stagesOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
 import { type BlockPhase, phases } from "./programText.ts";
@@ -101,8 +102,8 @@ export interface Inspection {
 /** Summarizes a plan. */
 export function inspectPlan(plan: Plan): Inspection {
   const { job, mesh } = plan;
-  const roles = plan.programs.map((program) => roleView(plan, program));
-  const microbatches = roles[0]!.microbatches;
+  const roles = stagesOf(plan).map((stage) => roleView(plan, stage));
+  const microbatches = roles[0]?.microbatches ?? 0;
   return {
     name: job.name,
     digest: plan.digests.plan,
@@ -130,7 +131,7 @@ export function inspectPlan(plan: Plan): Inspection {
     roles,
     schedule: drawSchedule(
       plan.programs.map((program) => program.order),
-      plan.programs[0]!.chunks.length,
+      chunksPerStage(plan),
     ),
     kernels: plan.kernels.length,
   };
@@ -149,11 +150,9 @@ function axisView(plan: Plan, axis: MeshAxis): AxisView {
   };
 }
 
-function roleView(plan: Plan, program: Program): RoleView {
-  const { mesh } = plan;
-  const memory = plan.memory.find((m) => m.stage === program.stage)!;
+function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   const microbatches = microbatchesIn(program);
-  const times = ({ kind }: Block): number => (kind === "step" ? 1 : microbatches);
+  const times = ({ kind }: Pick<Block, "kind">): number => (kind === "step" ? 1 : microbatches);
   const blocks = blocksOf(program);
   const each = (count: (instructions: readonly Instruction[]) => number) => {
     const sums = { forward: 0, backward: 0, weights: 0, step: 0, per_step: 0 };
@@ -167,18 +166,12 @@ function roleView(plan: Plan, program: Program): RoleView {
   const buffers = new BufferTable(program.buffers);
   const buffer = (id: string) => buffers.get(id);
   const collectives = phases.flatMap((kind) => {
-    const all = blocks.filter((block) => block.kind === kind);
-    return all.length
-      ? collectiveViews(
-          all.flatMap((block) => block.instructions),
-          kind,
-          times(all[0]!),
-        )
-      : [];
+    const instructions = blocks.flatMap((block) => (block.kind === kind ? block.instructions : []));
+    return collectiveViews(instructions, kind, times({ kind }));
   });
   return {
     stage: program.stage,
-    chunks: program.chunks.map(({ layers, copies }, c) => ({ layers, copies, activation_per_slot: memory.activation[c]! })),
+    chunks: program.chunks.map(({ layers, copies }, c) => ({ layers, copies, activation_per_slot: memory.activation[c] ?? 0 })),
     mtp: mtpDepthsOf(program),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,

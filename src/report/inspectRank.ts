@@ -1,7 +1,8 @@
 /** The view of one rank: its coordinates, its groups and its program. */
 import type { Plan } from "../../schemas/plan.ts";
 import { blocksOf, blockTag } from "../../schemas/program.ts";
-import { groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank } from "../../schemas/sharding.ts";
+import { groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank, subAxisOf } from "../../schemas/sharding.ts";
+import { programOf } from "../analysis/stages.ts";
 import { denseAxes, expertAxes, type GridAxis } from "../passes/mesh.ts";
 import { table } from "../units.ts";
 import { blockLines, blockName, timesText } from "./programText.ts";
@@ -26,11 +27,11 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
   const { mesh } = plan;
   const stage = stageOfRank(mesh, rank);
   const local = numberInStage(mesh, rank);
-  const program = plan.programs.find((p) => p.stage === stage)!;
+  const program = programOf(plan, stage);
   const axis = (name: GridAxis) => {
     const subAxes = mesh.axes[name];
     let coordinate = 0;
-    for (const f of [...subAxes].reverse()) coordinate = coordinate * mesh.subAxes[f]!.size + rankCoordinate(mesh, local, f);
+    for (const f of [...subAxes].reverse()) coordinate = coordinate * subAxisOf(mesh, f).size + rankCoordinate(mesh, local, f);
     const group = groupMembers(mesh, local, subAxes).map((n) => rankAt(mesh, stage, n));
     return { axis: name, coordinate, size: mesh.sizes[name], group };
   };

@@ -36,12 +36,10 @@ export function printHead({ name, digest, rankc, target, mesh, derived, kernels 
 function rampText({ ramp_up }: Inspection["derived"]): string[] {
   if (ramp_up.length === 0) return [];
   const text = ({ batch, steps }: (typeof ramp_up)[number]) => `${countText(batch)} for ${plural(steps, "step")}`;
-  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.at(-1)!];
+  const [shown, last] = [ramp_up.slice(0, 3), ramp_up.slice(3).slice(-1)];
   const more = ramp_up.length > 4 ? ["…"] : [];
   const steps = ramp_up.reduce((sum, p) => sum + p.steps, 0);
-  return [
-    `ramp-up: ${[...shown.map(text), ...more, ...(ramp_up.length > 3 ? [text(last)] : [])].join(", ")}: ${plural(steps, "step")} before the batch is whole`,
-  ];
+  return [`ramp-up: ${[...shown.map(text), ...more, ...last.map(text)].join(", ")}: ${plural(steps, "step")} before the batch is whole`];
 }
 
 /** Formats the memory of each stage as a table. */
@@ -81,7 +79,7 @@ function sameRows(rows: readonly (readonly string[])[]): string[][] {
     if (last && last.row.slice(2).join("|") === row.slice(2).join("|")) last.to = row.slice(0, 2).join(" ");
     else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
   }
-  const stage = (text: string): string => text.split(" ")[1]!;
+  const stage = (text: string): string => text.split(" ")[1] ?? "";
   const layers = (text: string): string => text.split(" ").slice(3).join(" ");
   // for stages with one layer range each: the first and the last layer
   const span = (from: string, to: string): string =>
@@ -162,7 +160,7 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
 }
 
 /** Formats the schedule. */
-export const printSchedule = ({ schedule, roles }: Inspection): string[] => [
-  `schedule: ${plural(roles[0]!.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
+export const printSchedule = ({ schedule, derived }: Inspection): string[] => [
+  `schedule: ${plural(derived.microbatches, "microbatch").replace(/hs$/, "hes")}; ${schedule.legend}; ${schedule.units} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
   ...schedule.rows.map((row) => `  ${row}`),
 ];

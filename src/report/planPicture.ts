@@ -3,6 +3,7 @@ import { devices } from "../../schemas/devices.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
+import { chunksPerStage, stagesOf } from "../analysis/stages.ts";
 import { bubbleOf, durationOf, type Piece, timesOf } from "../passes/schedule.ts";
 import { bytesText, plural } from "../units.ts";
 
@@ -27,7 +28,7 @@ const memoryColours: Readonly<Record<MemoryKind, string>> = {
 
 /** Returns the SVG text of a plan. */
 export function drawPlan(plan: Plan): string {
-  const chunks = plan.programs[0]!.chunks.length;
+  const chunks = chunksPerStage(plan);
   const lanes = timesOf(
     plan.programs.map((p) => p.order),
     chunks,
@@ -91,10 +92,9 @@ function drawTime(lanes: readonly (readonly Piece[])[], chunks: number): Drawn {
 }
 
 function drawMemory(plan: Plan): Drawn {
-  const bars = plan.memory.map((m) => {
-    const program = plan.programs.find((p) => p.stage === m.stage)!;
-    return { stage: m.stage, peak: m.peak, parts: memoryBreakdown(program, m) };
-  });
+  const bars = stagesOf(plan).map(({ program, memory }) => ({
+    ...{ stage: memory.stage, peak: memory.peak, parts: memoryBreakdown(program, memory) },
+  }));
   const room = devices[plan.job.cluster.device].memory;
   const fullest = bars.reduce((most, { peak }) => Math.max(most, peak), 0);
   // keep bars visible if the job uses a small part of the device
@@ -132,7 +132,7 @@ const legend = (entries: readonly (readonly [name: string, colour: string])[], y
   ]);
 
 const escapes: Readonly<Record<string, string>> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
-const escaped = (words: string): string => words.replace(/[&<>"]/g, (c) => escapes[c]!);
+const escaped = (words: string): string => words.replace(/[&<>"]/g, (c) => escapes[c] ?? c);
 const text = (x: number, y: number, words: string, more = ""): string =>
   `<text x="${round(x)}" y="${round(y)}"${more ? ` ${more}` : ""}>${escaped(words)}</text>`;
 const round = (n: number): number => Number(n.toFixed(2));

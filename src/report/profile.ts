@@ -34,7 +34,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
   const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number; least: number }>();
   let launched: Timing | undefined;
   for (const t of timings) {
-    const { flops, bytes, peak } = work[stageOfRank(plan.mesh, t.rank)]!.get(t.id) ?? {
+    const { flops, bytes, peak } = work[stageOfRank(plan.mesh, t.rank)]?.get(t.id) ?? {
       flops: 0,
       bytes: 0,
       peak: Number.POSITIVE_INFINITY,

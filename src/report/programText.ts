@@ -3,6 +3,7 @@ import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
+import { firstLayerOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { bytesText, largest } from "../units.ts";
 
@@ -36,7 +37,7 @@ export function printProgram(program: Program): string[] {
     const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
     const lines = collapseLayers(blockLines(program, block));
     // a chunk that equals the preceding one is only named
-    const shape = shapeOf(lines, program.chunks[chunk]!.layers[0], program.stage);
+    const shape = shapeOf(lines, firstLayerOf(program, chunk), program.stage);
     const before = said.get(kind);
     if (before?.shape === shape) return [`${head}, as chunk ${before.chunk} on its layers`, ""];
     said.set(kind, { chunk, shape });
@@ -45,8 +46,7 @@ export function printProgram(program: Program): string[] {
 }
 
 /** Returns a text that is equal for stages that differ only in their layers. `lines`: the output of `printProgram`. */
-export const programShape = (program: Program, lines: readonly string[]): string =>
-  shapeOf(lines, program.chunks[0]!.layers[0], program.stage);
+export const programShape = (program: Program, lines: readonly string[]): string => shapeOf(lines, firstLayerOf(program), program.stage);
 
 /** Returns a text that is equal for lines that differ only in the first layer and the stage. */
 const shapeOf = (lines: readonly string[], layer: number, stage: number): string =>
