@@ -57,7 +57,7 @@ export function writtenFirst({ chunks }: Pick<Program, "chunks">): Set<string> {
 
 /** Returns the bytes of all activation copies of all chunks. */
 export const activationBytes = ({ chunks }: Pick<Program, "chunks">, { activation }: Pick<Memory, "activation">): number =>
-  chunks.reduce((sum, { copies }, c) => sum + copies * activation[c]!, 0);
+  chunks.reduce((sum, { copies }, c) => sum + copies * (activation[c] ?? 0), 0);
 
 /** Returns the byte offset of an activation copy of a chunk in the arena: chunk after chunk, copy after copy. */
 export const activationStart = (
@@ -65,4 +65,4 @@ export const activationStart = (
   { activation }: Pick<Memory, "activation">,
   { chunk = 0 }: Pick<Buffer, "chunk">,
   copy: number,
-): number => activationBytes({ chunks: chunks.slice(0, chunk) }, { activation }) + copy * activation[chunk]!;
+): number => activationBytes({ chunks: chunks.slice(0, chunk) }, { activation }) + copy * (activation[chunk] ?? 0);

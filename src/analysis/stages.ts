@@ -24,7 +24,7 @@ export function programOf({ programs }: Pick<Plan, "programs">, stage: number): 
 }
 
 /** Returns the number of chunks of a stage; it is equal for all stages. */
-export const chunksPerStage = ({ programs: [first] }: Pick<Plan, "programs">): number => first?.chunks.length ?? 1;
+export const chunksPerStage = ({ programs: [first] }: { readonly programs: readonly Program[] }): number => first?.chunks.length ?? 1;
 
 /** Returns the first layer of a chunk of a stage. */
 export const firstLayerOf = ({ chunks }: Pick<Program, "chunks">, chunk = 0): number => chunks[chunk]?.layers[0] ?? 0;

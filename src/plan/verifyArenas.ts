@@ -1,14 +1,14 @@
 /** Checks of the memory section: every buffer lies in the arena of its kind, and the parts add up to the peak. */
 import type { Buffer, BufferKind, Memory, Plan, Program } from "../../schemas/plan.ts";
-import { activationBytes } from "../../schemas/program.ts";
+import { memoryBreakdown, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
+import { pairs } from "../passes/layout.ts";
 import { ALIGN, scratchOf, sizeOf, verifyMemory } from "../passes/memory.ts";
 
 /** Throws a BrokenInvariant that names stage and buffer if the memory of a plan does not fit its programs. */
 export function verifyArenas({ programs, memory, kernels }: Plan): void {
   invariant(memory.length === programs.length, () => `${memory.length} memories for ${programs.length} stages`);
-  for (const [stage, p] of programs.entries()) {
-    const m = memory[stage]!;
+  for (const [stage, [p, m]] of pairs(programs, memory).entries()) {
     const who = `stage ${stage}`;
     invariant(m.stage === stage, () => `memory entry ${stage} is for stage ${m.stage}`);
     invariant(
@@ -16,10 +16,10 @@ export function verifyArenas({ programs, memory, kernels }: Plan): void {
       () => `${who}: ${m.activation.length} activation arenas for ${p.chunks.length} chunks`,
     );
     verifyOffsets(p, m, who);
-    const { parameter, gradient, optimizer, workspace, scratch, peak } = m;
+    const { scratch, peak } = m;
     const needed = scratchOf(p, kernels);
     invariant(scratch >= needed, () => `${who}: ${scratch} bytes of scratch, and its kernels use ${needed}`);
-    const sum = parameter + gradient + optimizer + activationBytes(p, m) + workspace + scratch;
+    const sum = peakOfParts(memoryBreakdown(p, m));
     invariant(Number.isSafeInteger(sum) && sum === peak, () => `${who}: the peak is ${peak} bytes, and the arenas have ${sum}`);
     verifyMemory(p, m);
   }
@@ -32,7 +32,7 @@ function verifyOffsets(p: Program, m: Memory, who: string): void {
     gradient: () => m.gradient,
     optimizer: () => m.optimizer,
     workspace: () => m.workspace,
-    activation: ({ chunk = 0 }) => m.activation[chunk]!,
+    activation: ({ chunk = 0 }) => m.activation[chunk] ?? 0,
   };
   invariant(
     Object.keys(m.offsets).length === p.buffers.length,
@@ -40,8 +40,8 @@ function verifyOffsets(p: Program, m: Memory, who: string): void {
   );
   const lasting: { readonly kind: BufferKind; readonly id: string; readonly from: number; readonly to: number }[] = [];
   for (const b of p.buffers) {
-    invariant(Object.hasOwn(m.offsets, b.id), () => `${who}: ${b.id} has no offset`);
-    const from = m.offsets[b.id]!;
+    const from = Object.hasOwn(m.offsets, b.id) ? m.offsets[b.id] : undefined;
+    invariant(from !== undefined, () => `${who}: ${b.id} has no offset`);
     const to = from + sizeOf(b);
     const bytes = arena[b.kind](b);
     invariant(

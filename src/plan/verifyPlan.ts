@@ -7,6 +7,7 @@ import { isDeepStrictEqual } from "node:util";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks } from "../../schemas/program.ts";
+import { chunksPerStage } from "../analysis/stages.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import { invariant } from "../ops/op.ts";
 import { buildMesh } from "../passes/mesh.ts";
@@ -45,7 +46,7 @@ function verifyStages({ job, mesh, programs }: Plan): void {
   invariant(Number.isInteger(microbatches), `the global batch of the job is not a multiple of one microbatch on all data ranks`);
   for (const [stage, p] of programs.entries()) {
     invariant(p.stage === stage, `program ${stage} is for stage ${p.stage}`);
-    verifyChunks(p, programs[0]!.chunks.length, microbatches);
+    verifyChunks(p, chunksPerStage({ programs }), microbatches);
     verifyShapes(p, { job, mesh, stages: programs });
   }
 }
@@ -72,7 +73,7 @@ const MOST_SIMULATED = 2 ** 22;
 
 /** Returns the numbers of microbatches of the steps during batch ramp-up, limited by `MOST_SIMULATED`. */
 function smallerSteps(job: Job, programs: readonly Program[]): number[] {
-  const perMicrobatch = programs.length * programs[0]!.chunks.length * microbatchBlocks.length;
+  const perMicrobatch = programs.length * chunksPerStage({ programs }) * microbatchBlocks.length;
   const orders = programs.reduce((sum, p) => sum + p.order.length, 0);
   let left = MOST_SIMULATED;
   return [...new Set(smallerStepsOf(job))].filter((m) => {
