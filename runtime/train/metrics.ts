@@ -26,7 +26,7 @@ export async function readNumbers(
   { ranks, rankDevice, combine = async (values) => [...values] }: Pick<LocalRanks, "ranks" | "rankDevice" | "combine">,
   bufferOf: (rank: number, id: string) => Buffer,
 ): Promise<StepNumbers> {
-  const sums = summed.map(() => 0);
+  const sums = new Map<MetricName, number>(summed.map((name) => [name, 0]));
   let norm = 0;
   const largestLoads = programs.map(() => 0);
   for (const { stage, metrics } of programs) {
@@ -34,27 +34,28 @@ export async function readNumbers(
     if (!ranks.includes(rank)) continue;
     const read = (name: MetricName): Promise<HostData[]> =>
       Promise.all((metrics[name] ?? []).map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
-    for (const [i, name] of summed.entries()) for (const [value] of await read(name)) sums[i]! += value!;
+    for (const name of summed) for (const [value = 0] of await read(name)) sums.set(name, (sums.get(name) ?? 0) + value);
     // the gradient norm is equal on all ranks
-    if (stage === 0) norm = (await read("grad_norm"))[0]![0]!;
-    const counts = await read("expert_loads");
-    if (counts.length > 0) largestLoads[stage] = largestLoad(counts, bufferOf(rank, metrics.expert_loads![0]!).sizes[1]!);
+    if (stage === 0) for (const [value = 0] of await read("grad_norm")) norm = value;
+    const [table] = metrics.expert_loads ?? [];
+    if (table !== undefined) largestLoads[stage] = largestLoad(await read("expert_loads"), bufferOf(rank, table).sizes[1] ?? 1);
   }
-  const all = await combine([...sums, norm, ...largestLoads]);
+  const all = await combine([norm, ...sums.values(), ...largestLoads]);
+  const [grad_norm = 0, loss = 0] = all;
   const has = (name: MetricName): boolean => programs.some(({ metrics }) => metrics[name] !== undefined);
   return {
-    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[i]!]] : []))),
-    loss: all[0]!,
-    grad_norm: all[summed.length]!,
-    ...(has("expert_loads") && { expert_load: Math.max(...all.slice(summed.length + 1)) }),
+    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[1 + i] ?? 0]] : []))),
+    ...{ loss, grad_norm },
+    ...(has("expert_loads") && { expert_load: Math.max(...all.slice(1 + summed.length)) }),
   };
 }
 
 /** Returns the maximum over rows (layers) of the largest count over the mean; `parts` are summed first; 0 if all counts are 0. */
 function largestLoad(parts: readonly HostData[], experts: number): number {
+  const [first] = parts;
   let largest = 0;
-  for (let row = 0; row < parts[0]!.length; row += experts) {
-    const counts = Array.from({ length: experts }, (_, e) => parts.reduce((sum, part) => sum + part[row + e]!, 0));
+  for (let row = 0; row < (first?.length ?? 0); row += experts) {
+    const counts = Array.from({ length: experts }, (_, e) => parts.reduce((sum, part) => sum + (part[row + e] ?? 0), 0));
     const total = counts.reduce((a, b) => a + b, 0);
     if (total > 0) largest = Math.max(largest, (Math.max(...counts) * experts) / total);
   }
