@@ -236,11 +236,11 @@ function chunkMemory(program: Program, memory: ReturnType<typeof planMemory>, ex
   const { buffers, inputs: filled } = program;
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
   const own = { ...memoryBreakdown(program, memory) };
-  const loads = expertLoadTables(program);
+  const loadTables = expertLoadTables(program);
   for (const { id, kind, within, ...b } of buffers) {
     if (within || kind === "activation" || kind === "workspace" || layerOf(id) !== undefined) continue;
     // the table of expert loads has a row for every expert layer of the model, not only for the compiled ones
-    const shape = loads.has(id) ? [expertLayers, ...b.shape.slice(1)] : b.shape;
+    const shape = loadTables.has(id) ? [expertLayers, ...b.shape.slice(1)] : b.shape;
     shared.set(id, { kind, bytes: aligned({ ...b, shape }) });
     own[kind] -= aligned(b);
   }
