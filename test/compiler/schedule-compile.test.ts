@@ -2,15 +2,11 @@
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import type { Job } from "../../schemas/job.ts";
-import { buildModel } from "../../src/model/model.ts";
-import { addBackward } from "../../src/passes/backward.ts";
 import { lower } from "../../src/passes/lower.ts";
 import { planMemory } from "../../src/passes/memory.ts";
 import { buildMesh } from "../../src/passes/mesh.ts";
-import { pipelineOf, stageOfVirtual } from "../../src/passes/pipeline.ts";
 import { schedule } from "../../src/passes/schedule.ts";
-import { shard } from "../../src/passes/shard.ts";
-import { addUpdates } from "../../src/passes/updateGraph.ts";
+import { shardJob } from "../../src/passes/shardJob.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf } from "../support/job.ts";
 import { draws } from "../support/tiers.ts";
@@ -27,14 +23,8 @@ const each = (n: number): number[] => Array.from({ length: n }, (_, i) => i + 1)
 
 /** Lowers and verifies a job for each number of microbatches, and for every smaller step of a growing batch; the model is sharded once. */
 function verifyAll(job: Job, microbatches: readonly number[]): void {
-  const [mesh, pipeline] = [buildMesh(job), pipelineOf(job)];
-  const graph = addUpdates(addBackward(buildModel(job)), job);
-  const sharded = shard(graph, mesh, {
-    distributedOptimizer: false,
-    shares: () => true,
-    stageOf: (position) => pipeline.of[position]!,
-    roleOf: (virtual) => stageOfVirtual(pipeline, virtual),
-  });
+  const mesh = buildMesh(job);
+  const { graph, sharded, pipeline } = shardJob(job, mesh);
   for (const m of microbatches) {
     const order = schedule({ ...job, train: { ...job.train, global_batch: m } }, pipeline.chunks);
     const programs = lower(job, mesh, { graph, sharded, pipeline, order });
