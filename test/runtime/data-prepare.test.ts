@@ -1,5 +1,5 @@
 /** `rankc data prepare` and `inspect`: documents of every format become one Megatron data set, the same bytes by any number of threads. */
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, truncateSync, utimesSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
@@ -160,6 +160,31 @@ test("a call that is stopped goes on where it was, and another set of corpora or
   utimesSync(corpus, 1, 1);
   expect(await failure(prepare([corpus, other], "changed"))).toMatch(/was begun with another DIR\/long.jsonl \|/);
   expect((await prepare([corpus, other], "changed", { restart: true })).documents).toBe(12_000);
+});
+
+test("a call that ended while it moved its files goes on; a file shorter than its record is refused, not filled with zeros", async () => {
+  const corpus = written("moved.jsonl", lines);
+  await prepare([corpus], "straight");
+  // the description cannot take the name of a folder: the ids are moved, the index is not
+  mkdirSync(at("moved.json"));
+  expect(await failure(prepare([corpus], "moved"))).toMatch(/moved/);
+  expect(readdirSync(folder).filter((name) => /^moved\.(bin|idx)$/.test(name))).toEqual(["moved.bin"]);
+  rmSync(at("moved.json"), { recursive: true });
+  await prepare([corpus], "moved");
+  expect(differing("moved", "straight")).toEqual([]);
+  for (const name of ["ids", "lengths"]) {
+    const short = `short-${name}`;
+    mkdirSync(at(`${short}.json`));
+    await failure(prepare([corpus], short));
+    rmSync(at(`${short}.json`), { recursive: true });
+    renameSync(at(`${short}.bin`), at(`${short}.partial/ids`));
+    truncateSync(at(`${short}.partial/${name}`), 100);
+    expect(await failure(prepare([corpus], short))).toMatch(
+      new RegExp(`^DIR/${short}.partial/${name} has 100 of \\d+ bytes \\| add --restart`),
+    );
+    await prepare([corpus], short, { restart: true });
+    expect(differing(short, "straight")).toEqual([]);
+  }
 });
 
 test("what is wrong with a corpus names the file and the line; of several faults the first, by any number of threads", async () => {

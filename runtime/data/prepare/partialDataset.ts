@@ -11,6 +11,7 @@ import {
   readFileSync,
   renameSync,
   rmSync,
+  statSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
@@ -50,7 +51,12 @@ export class PartialDataset {
   ) {
     this.folder = `${prefix}.partial`;
     if (restart) this.attempt(() => rmSync(this.folder, { recursive: true, force: true }));
-    if (existsSync(this.path("progress.json"))) this.progress = this.resumed();
+    if (existsSync(this.path("progress.json"))) {
+      this.progress = this.resumed();
+      this.takeBackIds();
+      this.expectBytes("ids", this.progress.idBytes);
+      this.expectBytes("lengths", 4 * this.progress.documents);
+    }
     this.attempt(() => makeFolder(this.folder));
     // an append never overwrites what the progress covers
     this.files = {
@@ -91,6 +97,19 @@ export class PartialDataset {
         `repeat the command that began it, or ${again}`,
       );
     return data;
+  }
+
+  /** A call that ended while it moved the files to their names may have moved the ids and not the index. */
+  private takeBackIds(): void {
+    const moved = `${this.prefix}.bin`;
+    const isMoved = !existsSync(this.path("ids")) && existsSync(this.path("index")) && !existsSync(`${this.prefix}.idx`);
+    if (isMoved && existsSync(moved)) this.attempt(() => renameSync(moved, this.path("ids")));
+  }
+
+  /** Throws a Trouble if a file is shorter than the record says: its missing end would read as zeros. */
+  private expectBytes(name: string, bytes: number): void {
+    const found = statSync(this.path(name), { throwIfNoEntry: false })?.size ?? 0;
+    if (found < bytes) throw new Trouble(`${this.path(name)} has ${found} of ${bytes} bytes`, "add --restart to begin again");
   }
 
   /** Appends a block: its ids as they are written, and the lengths of its documents. */
