@@ -61,12 +61,15 @@ function* textsOf(source: DocumentSource, key: string): Generator<string> {
       .map((part) => part.replace(/^\s*\n|\s+$/g, ""))
       .filter((part) => part !== "");
   else
-    for (const [i, written] of text.split("\n").entries()) {
+    for (const [i, written] of linesOf(text).entries()) {
       const one = written.endsWith("\r") ? written.slice(0, -1) : written;
       if (source.kind === "line") yield one;
       else if (one.trim() !== "") yield textOfRecord(one, key, `${path}:${line + i}`);
     }
 }
+
+/** The last line end ends a line: no empty one follows. */
+const linesOf = (text: string): string[] => text.replace(/\n$/, "").split("\n");
 
 function decoded(bytes: Uint8Array, path: string, line: number): string {
   const wrong = invalidUtf8(bytes, { first: true, last: true });
