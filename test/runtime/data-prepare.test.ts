@@ -187,6 +187,17 @@ test("a call that ended while it moved its files goes on; a file shorter than it
   }
 });
 
+test("no document follows the last line end, and a small corpus starts one thread", async () => {
+  let threads = 0;
+  const count = (): void => void threads++;
+  process.on("worker", count);
+  const corpus = written("ended.txt", "one\ntwo\n\nthree\r\n");
+  const prepared = await prepare([corpus], "ended", { documents: { border: "line", key: "text" }, threads: 12 });
+  process.removeListener("worker", count);
+  expect(prepared).toMatchObject({ documents: 3, empty_documents: 1 });
+  expect(threads).toBe(1);
+});
+
 test("what is wrong with a corpus names the file and the line; of several faults the first, by any number of threads", async () => {
   const good = '{"text": "good"}\n';
   const cases: readonly [string, string | Uint8Array][] = [

@@ -25,18 +25,36 @@ export interface TokenizePool {
   readonly close: () => Promise<void>;
 }
 
-/** Starts threads. Blocks go to the thread with the fewest blocks. */
+/** Opens a pool of up to `threads` threads. One starts when all others have a block; a block goes to the thread with the fewest. */
 export function openTokenizePool(settings: TokenizeSettings, threads: number): TokenizePool {
-  const members = Array.from({ length: threads }, () => openMember(settings));
+  const members: Member[] = [];
+  const started = (): Member => {
+    const member = openMember(settings);
+    members.push(member);
+    return member;
+  };
   return {
-    tokenize: (sources) => members.reduce((least, member) => (member.waiting() < least.waiting() ? member : least)).tokenize(sources),
+    tokenize: (sources) => {
+      const [first, ...others] = members;
+      if (first === undefined) return started().tokenize(sources);
+      const least = others.reduce((least, member) => (member.waiting() < least.waiting() ? member : least), first);
+      const member = least.waiting() > 0 && members.length < threads ? started() : least;
+      return member.tokenize(sources);
+    },
     close: async () => {
       await Promise.all(members.map(({ worker }) => worker.terminate()));
     },
   };
 }
 
-function openMember(settings: TokenizeSettings) {
+interface Member {
+  readonly worker: Worker;
+  /** The number of blocks that it has not answered. */
+  readonly waiting: () => number;
+  readonly tokenize: TokenizePool["tokenize"];
+}
+
+function openMember(settings: TokenizeSettings): Member {
   const worker = startWorker(settings);
   const asked: { resolve(block: TokenizedBlock): void; reject(error: Error): void }[] = [];
   let failed: Error | undefined;
