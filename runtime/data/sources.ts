@@ -1,4 +1,5 @@
 /** Opens the sources of a job: data sets in Megatron's indexed format, their samples blended by weight. */
+import { datasetPrefix } from "../../schemas/dataFiles.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { batchesFrom, type Reading } from "../train/inputs.ts";
@@ -45,7 +46,7 @@ function openSource(
   { seq, vocab, seed }: Reading,
   opened: (file: { close(): void }) => void,
 ): ReadSample {
-  const prefix = given.replace(/\.(bin|idx)$/, "");
+  const prefix = datasetPrefix(given);
   const key = `data.sources[${number}]`;
   if (!isThere(`${prefix}.idx`))
     throw new Trouble(

@@ -57,7 +57,11 @@ function registerPrepare(data: Command, exit: ProcessExit): void {
           .default("file"),
       )
       .option("--eod <token>", "the token or id that ends each document, or none (default: the one that the tokenizer names)")
-      .option("--workers <n>", "threads that tokenize; the bytes do not depend on it (default: one per core)", atLeastOne)
+      .option(
+        "--workers <n>",
+        "threads that tokenize, at most four per core; the bytes do not depend on it (default: one per core)",
+        atLeastOne,
+      )
       .option("--restart", "begin again instead of going on where an earlier call stopped")
       .option("--overwrite", "replace a data set of the same name"),
     "data prepare corpus.jsonl -t tokenizer.json -o data/corpus",
@@ -74,11 +78,11 @@ function registerPrepare(data: Command, exit: ProcessExit): void {
       printed = progress.seconds;
       printProgress(prepareLine(progress));
     };
-    const { out: prefix, documents: border, key, eod: end, workers, tokenizer, encoding, restart = false, overwrite = false } = options;
+    const { documents: border, key, eod: end, workers, tokenizer, encoding, restart = false, overwrite = false } = options;
     try {
       const prepared = await prepareDataset({
-        ...{ inputs, prefix, tokenizer, encoding, end, documents: { border, key }, restart, overwrite },
-        ...{ threads: workers ?? availableParallelism(), signal: stop.signal, onProgress },
+        ...{ inputs, prefix: options.out, tokenizer, encoding, end, documents: { border, key }, restart, overwrite },
+        ...{ threads: Math.min(workers ?? availableParallelism(), 4 * availableParallelism()), signal: stop.signal, onProgress },
       });
       if (printed > 0) endProgress();
       if (prepared.stopped) {
@@ -87,7 +91,7 @@ function registerPrepare(data: Command, exit: ProcessExit): void {
       } else if (options.format === "json") printJson(prepared);
       else
         printStdout(
-          `${prefix}: ${plural(prepared.documents, "document")}, ${plural(prepared.tokens, "token")} of ${prepared.vocab} (${prepared.dtype}) from ${bytesText(prepared.text_bytes)} of text in ${duration(prepared.seconds)}${prepared.empty_documents > 0 ? `; ${prepared.empty_documents} without text left out` : ""}`,
+          `${prepared.prefix}: ${plural(prepared.documents, "document")}, ${plural(prepared.tokens, "token")} of ${prepared.vocab} (${prepared.dtype}) from ${bytesText(prepared.text_bytes)} of text in ${duration(prepared.seconds)}${prepared.empty_documents > 0 ? `; ${prepared.empty_documents} without text left out` : ""}`,
         );
     } finally {
       for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);

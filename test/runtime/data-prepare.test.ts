@@ -187,6 +187,13 @@ test("a call that ended while it moved its files goes on; a file shorter than it
   }
 });
 
+test("a data set may be named by one of its files, and needs a name", async () => {
+  const corpus = written("named.txt", "one\ntwo\n");
+  for (const name of ["named.bin", "named.idx"]) expect((await prepare([corpus], name, { overwrite: true })).prefix).toBe(at("named"));
+  for (const prefix of ["", ".", `${folder}/`, `${folder}/..`])
+    expect(await failure(prepare([corpus], "named", { prefix })), prefix).toMatch(/is no prefix of file names \| add a name/);
+});
+
 test("no document follows the last line end, and a small corpus starts one thread", async () => {
   let threads = 0;
   const count = (): void => void threads++;
@@ -214,12 +221,16 @@ test("what is wrong with a corpus names the file and the line; of several faults
   ];
   const messages: string[] = [];
   for (const [name, content] of cases) messages.push(await failure(prepare([written(name, content)], "bad")));
-  messages.push(await failure(prepare([at("rows.parquet")], "bad")));
-  messages.push(await failure(prepare([at("corpus.jsonl")], "one")));
-  messages.push(await failure(prepare([at("corpus.jsonl")], "bad", { tokenizer: "bytes" })));
-  messages.push(await failure(prepare([at("corpus.jsonl")], "bad", { end: "<end>" })));
+  const column = { name: "content", data: ["a text"] };
+  parquetWriteFile({ filename: at("column.parquet"), columnData: [column] });
+  const plain = written("plain.jsonl", good);
+  await prepare([plain], "there");
+  messages.push(await failure(prepare([at("column.parquet")], "bad")));
+  messages.push(await failure(prepare([plain], "there")));
+  messages.push(await failure(prepare([plain], "bad", { tokenizer: "bytes" })));
+  messages.push((await failure(prepare([plain], "bad", { end: "<end>" }))).replace(bpe, "TOKENIZER"));
   messages.push(await failure(prepare([at("missing.jsonl")], "bad")));
-  messages.push(await failure(prepare([at("corpus.jsonl")], "no/such/folder/../file.txt\0")));
+  messages.push(await failure(prepare([plain], "no/such/folder/../file.txt\0")));
   expect(messages.join("\n")).toMatchInlineSnapshot(`
     "DIR/broken.jsonl:2: the line is no JSON: Unexpected end of JSON input | each line holds one record: repair the line, or delete it
     DIR/key.jsonl:3: the record has no "text"; its keys are content, id | name the key of the text: --key NAME
@@ -231,12 +242,12 @@ test("what is wrong with a corpus names the file and the line; of several faults
     DIR/file.jsonl.xz: the corpus looks like xz; rankc reads text, .jsonl and .parquet, also as .gz and .zst | decompress it first: unxz -k DIR/file.jsonl.xz
     DIR/no.parquet: the Parquet file cannot be read: parquet metadata length 544173600 exceeds available buffer 4 | check the file, for example with pyarrow
     the corpora have no documents with text | see that the files and --key are the right ones
-    DIR/rows.parquet: the corpus does not exist | check the path; paths start at the current folder
-    DIR/corpus.jsonl: the corpus does not exist | check the path; paths start at the current folder
+    DIR/column.parquet: the file has no column text; it has content | name the column of the text: --key content
+    DIR/there.idx exists already | name another data set after -o, or add --overwrite
     the tokenizer bytes does not say which token ends a document | add --eod none; --eod 0, the byte that no text has; or --eod 256, and set model.vocab to 257 or more
-    /work/wt/data/test/fixtures/tokenizers/llama3.json: the tokenizer has no token "<end>" | name a token or an id after --eod, or --eod none
+    TOKENIZER: the tokenizer has no token "<end>" | name a token or an id after --eod, or --eod none
     DIR/missing.jsonl: the corpus does not exist | check the path; paths start at the current folder
-    DIR/corpus.jsonl: the corpus does not exist | check the path; paths start at the current folder"
+    "DIR/no/such/file.txt\\u0000" is no prefix of file names | add a name: -o data/corpus writes data/corpus.bin and data/corpus.idx"
   `);
   const many = written("many.jsonl", `${lines}${lines}{"text": 1}\n${lines}${lines}not json\n`);
   const first = await failure(prepare([many], "bad", { threads: 4 }));

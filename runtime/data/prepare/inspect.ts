@@ -1,4 +1,5 @@
 /** What `rankc data inspect` shows of a data set. */
+import { datasetPrefix } from "../../../schemas/dataFiles.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { isThere, openInput } from "../inputFile.ts";
 import { readIndex, readLengths } from "../megatronIndex.ts";
@@ -31,7 +32,7 @@ export function inspectDataset(
     readonly tokens: number;
   },
 ): InspectedDataset {
-  const prefix = given.replace(/\.(bin|idx)$/, "");
+  const prefix = datasetPrefix(given);
   if (!isThere(`${prefix}.idx`))
     throw new Trouble(
       `${prefix}.idx does not exist`,

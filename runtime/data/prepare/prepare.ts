@@ -4,6 +4,7 @@
  */
 import { createHash } from "node:crypto";
 import { resolve } from "node:path";
+import { datasetPrefix } from "../../../schemas/dataFiles.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { fileStamp, isThere, listFiles, readWhole } from "../inputFile.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
@@ -56,7 +57,14 @@ const RECORD = 5000;
 
 /** Prepares a data set, or goes on with one. Throws a Trouble; what was written until then is kept for the next call. */
 export async function prepareDataset(settings: PrepareSettings): Promise<Prepared> {
-  const { prefix, tokenizer: name, encoding, documents, overwrite, threads, signal } = settings;
+  const { tokenizer: name, encoding, documents, overwrite, threads, signal } = settings;
+  // a name that inspect and data.sources read as this prefix
+  const prefix = datasetPrefix(settings.prefix);
+  if (/(^|\/)\.{0,2}$/.test(prefix) || prefix.includes("\0"))
+    throw new Trouble(
+      `${JSON.stringify(settings.prefix)} is no prefix of file names`,
+      "add a name: -o data/corpus writes data/corpus.bin and data/corpus.idx",
+    );
   if (!overwrite && isThere(`${prefix}.idx`))
     throw new Trouble(`${prefix}.idx exists already`, "name another data set after -o, or add --overwrite");
   const tokenizer = openTokenizer(name, encoding);
