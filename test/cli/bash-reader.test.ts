@@ -150,3 +150,74 @@ test("#SBATCH lines give the variables of the scheduler", () => {
   const head = "#!/bin/bash\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node 8\n#SBATCH --gres=gpu:8\n";
   expect(launched(`${head}launch $SLURM_NNODES $SLURM_NTASKS $SLURM_GPUS_ON_NODE`)).toEqual(["4", "32", "8"]);
 });
+
+describe("what changes variables without an assignment", () => {
+  test.each([
+    ["A=1; unset A; launch $A x", ["$A", "x"]],
+    ["A=(a b c); unset 'A[2]'; launch ${A[@]}", ["a", "b"]],
+    ["A=1; let A=2 'B = A * 8'; launch $A $B", ["2", "16"]],
+    ["A=1; printf -v A '%s-%s' x y; launch $A", ["x-y"]],
+    ["A=1; f() { local A=9; B=3; }; f; launch $A $B", ["1", "3"]],
+    ["A=1; f() { declare A=9; declare -g B=3; export C=4; }; f; launch $A $B $C", ["1", "3", "4"]],
+    ["f() ( A=2; launch $1 $A ); A=1; f x", ["x", "2"]],
+  ])("%s", (script, expected) => {
+    expect(launched(script)).toEqual(expected);
+  });
+
+  test.each([
+    ["IFS=' ' read -r -a A <<< 'x y'; launch \"${A[@]}\"", "A is read from an input"],
+    ['mapfile -t A < list; launch "${A[@]}"', "A is read from an input"],
+    ["readarray A < list; launch $A", "A is read from an input"],
+    ["declare -A A=([x]=1); launch ${A[x]}", "A is an array with names as indices, which rankc does not follow"],
+    ["declare -A A; A[x]=1; launch ${A[x]}", "A is an array with names as indices, which rankc does not follow"],
+  ])("is a hole where it is not known: %s", (script, why) => {
+    expect(holeIn(script)).toMatchObject({ variable: "A", why });
+    expect(launched(script, { set: { A: "--seed" } })).toEqual(["--seed"]);
+  });
+
+  test("--set gives the items of an array as words", () => {
+    expect(launched('mapfile A < list; launch "${A[@]}"', { set: { A: "--seed 3" } })).toEqual(["--seed", "3"]);
+    expect(launched('launch "$A"', { set: { A: "--seed 3" } })).toEqual(["--seed 3"]);
+  });
+
+  test("references are refused", () => {
+    expect(() => read("f() {\n local -n R=$1; R=1; }; f A; launch $A")).toThrow(/run\.sh:2: local -n/);
+  });
+});
+
+describe("loops and conditions", () => {
+  test.each([
+    ["W=0; for i in 1 2 3; do for j in 1 2; do W=$((W+1)); if [ $W = 3 ]; then break 2; fi; done; done; launch $W", ["3"]],
+    ["W=0; for i in 1 2 3; do for j in 1 2; do W=$((W+1)); continue 2; done; done; launch $W", ["3"]],
+    ["case big in big) A=1 ;& small) B=2 ;; *) C=3 ;; esac; launch $A $B ${C-none}", ["1", "2", "none"]],
+    ["case big in b*) A=1 ;;& x) B=2 ;; *g) C=3 ;; esac; launch $A ${B-none} $C", ["1", "none", "3"]],
+    ["[[ a == a ]] && A=1; [[ a == b ]] || B=2; launch $A $B", ["1", "2"]],
+    ["cd /x && launch 1", ["1"]],
+    ["mkdir x || A=1; [[ -d x ]] || exit 1; launch 2", ["2"]],
+  ])("%s", (script, expected) => {
+    expect(launched(script)).toEqual(expected);
+  });
+
+  test.each([
+    ["A=1; if [[ -f x ]]; then A=2; fi; launch $A"],
+    ["A=1; (( $(nproc) > 2 )) && A=2; launch $A"],
+    ["A=1; [[ -f x ]] && A=2; launch $A"],
+    ["A=1; [ -f x ] || A=2; launch $A"],
+    ["A=1; nvidia-smi | grep -q H100 && A=2; launch $A"],
+    ["A=1; if nvidia-smi | grep -q H100; then A=2; fi; launch $A"],
+    ["A=1; if ! command -v x > /dev/null; then A=2; fi; launch $A"],
+  ])("a variable that depends on the machine is a hole: %s", (script) => {
+    expect(holeIn(script)).toMatchObject({ variable: "A", why: "A depends on a condition that only a shell can decide" });
+  });
+});
+
+test("line ends and mark of Windows are no part of words", () => {
+  expect(launched("\uFEFFA=1\r\nlaunch $A \\\r\n  --b\r\n")).toEqual(["1", "--b"]);
+});
+
+test("recursion without end, and texts that grow without end, are errors with a way out", () => {
+  expect(() => read("f() { f; f; }\nf")).toThrow("functions call each other more than 24 deep");
+  expect(() => read("A=a; while true; do A=$A$A; done")).toThrow("A has more than 1048576 characters");
+  expect(() => read("A=a; while true; do A+=$A; done")).toThrow("A has more than 1048576 characters");
+  expect(() => read("X=1\n".repeat(300_000))).toThrow("run.sh: more than 1048576 characters");
+});

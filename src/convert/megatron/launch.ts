@@ -32,7 +32,8 @@ const SWITCHES = new Set(["standalone", "no_python", "module", "run_path", "m"])
 /** Returns the place of the entry script among the words of a command. */
 function entryOf(words: readonly ScriptText[]): number | undefined {
   const known = words.map((word) => knownValue(word) ?? "");
-  const script = known.findIndex((word) => /\.py$/.test(word) && !word.startsWith("-"));
+  // its folder need not be known
+  const script = words.map(shownText).findIndex((word) => /\.py$/.test(word) && !word.startsWith("-"));
   if (script >= 0) return script;
   const module = known.findIndex((word, i) => known[i - 1] === "-m" && !isTorchrun(word));
   if (module >= 0) return module;

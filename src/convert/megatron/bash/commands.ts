@@ -16,21 +16,24 @@ const pathPart = (words: readonly ScriptText[], part: (path: string) => string):
   return path === undefined ? undefined : [part(path)];
 };
 
+/** Returns what `printf` prints; undefined for a format with more than %s, %d and \\n. */
+export function printed([format, ...words]: readonly ScriptText[]): ScriptText | undefined {
+  const text = format && knownValue(format);
+  if (text === undefined || !/^(?:[^%\\]|%[sd]|\\n)*$/.test(text)) return undefined;
+  const rest = [...words];
+  return text
+    .replaceAll("\\n", "\n")
+    .split(/%[sd]/)
+    .flatMap((literal, i) => (i === 0 ? [literal] : [...(rest.shift() ?? []), literal]));
+}
+
 const outputs: Readonly<Record<string, (words: readonly ScriptText[]) => ScriptText | undefined>> = {
   echo(words) {
     const [first] = words;
     const option = first && knownValue(first);
     return joined(option !== undefined && /^-[neE]+$/.test(option) ? words.slice(1) : words);
   },
-  printf([format, ...words]) {
-    const text = format && knownValue(format);
-    if (text === undefined || !/^(?:[^%\\]|%[sd]|\\n)*$/.test(text)) return undefined;
-    const rest = [...words];
-    return text
-      .replaceAll("\\n", "\n")
-      .split(/%[sd]/)
-      .flatMap((literal, i) => (i === 0 ? [literal] : [...(rest.shift() ?? []), literal]));
-  },
+  printf: printed,
   expr(words) {
     const [left, operator, right] = words;
     const numbers = left && right && words.length === 3 ? numbersOf([left, right]) : undefined;

@@ -1,5 +1,5 @@
 /** Conditions of bash: `test`, `[ ]` and `[[ ]]`. The answer is undefined where only a running shell can tell, as for files. */
-import type { TestExpression, Word } from "unbash";
+import type { PipelineNode, TestExpression, Word } from "unbash";
 import { integerOf } from "./arithmetic.ts";
 import { expandPattern, expandText, type Shell } from "./expand.ts";
 import { matches } from "./glob.ts";
@@ -7,6 +7,9 @@ import { type ScriptText, testedValue } from "./text.ts";
 
 /** The answer of a condition; undefined if it is not known. */
 export type Answer = boolean | undefined;
+
+/** Returns whether a command declares variables. */
+export const isDeclaration = (name: string): boolean => /^(?:export|declare|local|readonly|typeset)$/.test(name);
 
 const not = (answer: Answer): Answer => (answer === undefined ? undefined : !answer);
 
@@ -139,4 +142,11 @@ function testBinary(left: Word, operator: string, right: Word, shell: Shell): An
     }
   }
   return compare(expandText(left, shell), operator, expandText(right, shell));
+}
+
+/** Returns whether a command that is not known to succeed decides about the one after it: a test does, and what an assignment follows. */
+export function decides(before: PipelineNode, after: PipelineNode): boolean {
+  if (after.type === "Command" && (after.name === undefined || isDeclaration(after.name.value))) return true;
+  if (before.type === "Pipeline") return before.commands.every((inner) => decides(inner, after));
+  return before.type === "TestCommand" || (before.type === "Command" && /^(?:\[|test)$/.test(before.name?.value ?? ""));
 }

@@ -236,6 +236,8 @@ function itemAt(
   at: string | undefined,
   shell: Shell,
 ): ScriptText {
+  // an array with names as indices: a hole, or one value of --set for all
+  if (value?.kind === "text" && (value.isPinned || holesOf(value.text).length > 0)) return value.text;
   const position = at === undefined ? undefined : (integerOf(at) ?? integerOf(knownValue(operandText(at, pos, shell)) ?? ""));
   const items = value ? itemsOf(value) : [];
   const item = position === undefined ? undefined : items.at(Number(position));

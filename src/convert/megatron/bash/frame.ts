@@ -1,8 +1,9 @@
 /** The surroundings of a statement, and what assignments change in them. */
 import type { Assignment, Word } from "unbash";
+import { Trouble } from "../../../../schemas/trouble.ts";
 import { expandText, expandWords, type Shell } from "./expand.ts";
-import { itemsOf, textOf, type VariableValue } from "./scope.ts";
-import { type Hole, knownValue, type ScriptText } from "./text.ts";
+import { itemsOf, type Scope, textOf, type VariableValue } from "./scope.ts";
+import { type Hole, holesOf, knownValue, MOST_CHARACTERS, type ScriptText, shownText } from "./text.ts";
 
 /** Where a statement stands: its variables, the commands around it, and the condition under which it runs. */
 export interface Frame {
@@ -10,6 +11,8 @@ export interface Frame {
   readonly around: readonly (readonly ScriptText[])[];
   readonly condition?: string;
   readonly depth: number;
+  /** In a function: the variables that it declares, with their values before. */
+  readonly locals?: Map<string, VariableValue | undefined>;
   /** Returns file and line of an offset. */
   place(pos: number): string;
 }
@@ -21,14 +24,25 @@ export function inCopy(frame: Frame): Frame {
 }
 
 /** Returns the hole of a variable on which the branches of a condition disagree. */
-export const unsure = (name: string, frame: Frame, pos: number): Hole => ({
+const unsure = (name: string, frame: Frame, pos: number): Hole => ({
   source: `$${name}`,
   variable: name,
   line: frame.shell.lineAt(pos),
   why: `${name} depends on a condition that only a shell can decide`,
 });
 
-/** Follows an assignment. */
+/** Sets variables as the branches of a condition left them; a variable on which they disagree becomes a hole. */
+export function merge(scopes: readonly Scope[], frame: Frame, pos: number): void {
+  for (const name of new Set(scopes.flatMap((scope) => scope.names()))) {
+    const values = scopes.map((scope) => scope.get(name));
+    const shown = new Set(values.map((value) => JSON.stringify(value)));
+    const [value] = values;
+    if (shown.size === 1 && value) frame.shell.scope.set(name, value);
+    else if (shown.size > 1) frame.shell.scope.set(name, { kind: "text", text: [unsure(name, frame, pos)] });
+  }
+}
+
+/** Follows an assignment. Throws a Trouble if the value is too long. */
 export function assign({ name, value, append, index }: Assignment, shell: Shell): void {
   const before = shell.scope.get(name);
   if (value.type === "ArrayValue") {
@@ -38,13 +52,17 @@ export function assign({ name, value, append, index }: Assignment, shell: Shell)
   }
   // `--set` can give the variable where it cannot give the command or the word
   const text = expandText(value, shell).map((part) => (typeof part === "string" ? part : { variable: name, ...part }));
+  if (shownText(text).length > MOST_CHARACTERS) throw tooLong(name);
   if (index) {
+    // an array with names as indices stays a hole
+    if (before?.kind === "text" && holesOf(before.text).length > 0) return;
     const at = Number(knownValue(expandText(index, shell)));
     const items = before ? [...itemsOf(before)] : [];
     if (Number.isInteger(at) && at >= 0 && at < 4096) items[at] = text;
     shell.scope.set(name, { kind: "array", items: Array.from(items, (item) => item ?? []) });
     return;
   }
+  if (append && before && shownText(textOf(before)).length + shownText(text).length > MOST_CHARACTERS) throw tooLong(name);
   // an item is appended to the first item of an array
   if (append && before?.kind === "array") {
     const [first = [], ...rest] = before.items;
@@ -53,6 +71,9 @@ export function assign({ name, value, append, index }: Assignment, shell: Shell)
     shell.scope.set(name, { kind: "text", text: append && before ? [...textOf(before), ...text] : text });
   }
 }
+
+const tooLong = (name: string): Trouble =>
+  new Trouble(`${name} has more than ${MOST_CHARACTERS} characters, too long for a launch`, `--set ${name}=VALUE`);
 
 /** `export "X=1"`: an assignment that bash sees only after expansion. */
 export function exportWord(word: Word, shell: Shell): void {

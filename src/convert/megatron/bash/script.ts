@@ -4,6 +4,7 @@
  */
 import {
   type Assignment,
+  type Function as BashFunction,
   type Case,
   type Command,
   type CompoundList,
@@ -15,22 +16,32 @@ import {
 } from "unbash";
 import { Trouble } from "../../../../schemas/trouble.ts";
 import { evaluate } from "./arithmetic.ts";
+import { declare, restore, runBuiltin } from "./builtins.ts";
 import type { CalledCommand, ScriptRead, ScriptSettings } from "./calls.ts";
 import { outputOfScript } from "./commands.ts";
-import { type Answer, both, testExpression, testWords } from "./conditions.ts";
+import { type Answer, both, decides, isDeclaration, testExpression } from "./conditions.ts";
 import { expandParts, expandPattern, expandText, expandWords, numbersOf } from "./expand.ts";
-import { assign, exportWord, type Frame, inCopy, slurmVariables, unsure } from "./frame.ts";
+import { assign, type Frame, inCopy, merge, slurmVariables } from "./frame.ts";
 import { matches } from "./glob.ts";
 import { newScope, type Scope } from "./scope.ts";
-import { isKnown, joined, knownValue, type ScriptText, shownText, testedValue } from "./text.ts";
+import { isKnown, joined, knownValue, MOST_CHARACTERS, type ScriptText, shownText, testedValue, unixText } from "./text.ts";
 
 const MOST_STEPS = 200_000;
 const MOST_NESTED = 24;
 
+/** What is followed of a statement. */
+type Step = Pick<Statement, "command">;
+
 /** How a statement ends: the next one follows, or it leaves a loop, a function or the script. */
 type Flow = "next" | "break" | "continue" | "return" | "exit";
 
-/** Reads a script. Throws a Trouble if it is no bash, or does not end. */
+/** How a command ends, and whether it succeeds, where that is known. */
+interface Outcome {
+  readonly flow: Flow;
+  readonly answer: Answer;
+}
+
+/** Reads a script. Throws a Trouble if it is no bash, does not end, or is too long. */
 export function readScript(text: string, settings: ScriptSettings): ScriptRead {
   const reader = new ScriptReader(settings);
   const scope = newScope(
@@ -38,7 +49,7 @@ export function readScript(text: string, settings: ScriptSettings): ScriptRead {
     settings.words.map((word) => [word]),
     slurmVariables(text),
   );
-  const flow = reader.runText(text, settings.file, scope, { around: [], depth: 0 });
+  const flow = reader.runText(unixText(text), settings.file, scope, { around: [], depth: 0 });
   const { commands, defaults, unread, exit } = reader;
   return { commands, defaults, unread, ...(flow === "exit" && exit !== undefined && { exit }) };
 }
@@ -48,9 +59,11 @@ class ScriptReader {
   readonly defaults = new Map<string, string>();
   readonly unread: string[] = [];
   exit: string | undefined;
-  readonly #functions = new Map<string, { readonly body: CompoundList; readonly frame: Frame }>();
+  readonly #functions = new Map<string, { readonly body: BashFunction["body"]; readonly frame: Frame }>();
   readonly #settings: ScriptSettings;
   #steps = 0;
+  /** How many loops the last `break` or `continue` is for. */
+  #levels = 1;
 
   constructor(settings: ScriptSettings) {
     this.#settings = settings;
@@ -60,6 +73,11 @@ class ScriptReader {
   runText(text: string, file: string, scope: Scope, outer: Pick<Frame, "around" | "condition" | "depth"> & { readonly at?: string }): Flow {
     if (outer.depth > MOST_NESTED)
       throw new Trouble(`${file}: scripts call each other more than ${MOST_NESTED} deep`, "name the inner script");
+    if (text.length > MOST_CHARACTERS)
+      throw new Trouble(
+        `${outer.at ?? file}: more than ${MOST_CHARACTERS} characters, too long for a launch`,
+        "name the script that calls torchrun",
+      );
     const script = parse(text);
     const lineAt = (pos: number): number => text.slice(0, pos).split("\n").length;
     const [error] = script.errors ?? [];
@@ -80,7 +98,7 @@ class ScriptReader {
     return this.#runAll(script.commands, frame);
   }
 
-  #runAll(statements: readonly Statement[], frame: Frame): Flow {
+  #runAll(statements: readonly Step[], frame: Frame): Flow {
     for (const { command } of statements) {
       const flow = this.#run(command, frame).flow;
       if (flow !== "next") return flow;
@@ -89,10 +107,10 @@ class ScriptReader {
   }
 
   /** Follows a command. `answer`: whether it succeeds, where that is known. */
-  #run(node: Statement["command"], frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+  #run(node: Statement["command"], frame: Frame): Outcome {
     if (++this.#steps > MOST_STEPS)
       throw new Trouble(`${frame.place(node.pos)}: the script takes more than ${MOST_STEPS} steps`, "import its flags after --");
-    const next = (flow: Flow, answer: Answer = true) => ({ flow, answer });
+    const next = (flow: Flow, answer: Answer) => ({ flow, answer });
     switch (node.type) {
       case "Command":
         return this.#runCommand(node, frame);
@@ -108,9 +126,9 @@ class ScriptReader {
         return next("next", undefined);
       }
       case "If":
-        return next(this.#runIf(node, frame));
+        return next(this.#runIf(node, frame), true);
       case "For":
-        return next(this.#runFor(node, frame));
+        return next(this.#runFor(node, frame), true);
       case "ArithmeticFor": {
         const { numbers } = numbersOf(frame.shell);
         if (node.initialize) evaluate(node.initialize, numbers);
@@ -119,22 +137,22 @@ class ScriptReader {
           return node.test === undefined ? true : value === undefined ? undefined : value !== 0n;
         };
         const update = (): void => void (node.update && evaluate(node.update, numbers));
-        return next(this.#loop(test, node.body, frame, update));
+        return next(this.#loop(test, node.body, frame, update), true);
       }
       case "While": {
         const test = (): Answer => {
           const answer = this.#answerOf(node.clause, frame);
           return answer === undefined ? undefined : answer === (node.kind === "while");
         };
-        return next(this.#loop(test, node.body, frame));
+        return next(this.#loop(test, node.body, frame), true);
       }
       case "Case":
-        return next(this.#runCase(node, frame));
+        return next(this.#runCase(node, frame), true);
       case "BraceGroup":
-        return next(this.#runAll(node.body.commands, frame));
+        return next(this.#runAll(node.body.commands, frame), true);
       case "Subshell":
         this.#runAll(node.body.commands, inCopy(frame));
-        return next("next");
+        return next("next", true);
       case "Redirected":
         return this.#run(node.command, frame);
       case "TestCommand":
@@ -144,8 +162,8 @@ class ScriptReader {
         return next("next", value === undefined ? undefined : value !== 0n);
       }
       case "Function":
-        if (node.body.type === "BraceGroup") this.#functions.set(node.name.value, { body: node.body.body, frame });
-        return next("next");
+        this.#functions.set(node.name.value, { body: node.body, frame });
+        return next("next", true);
       case "Coproc":
       case "Select":
         return next("next", undefined);
@@ -154,11 +172,16 @@ class ScriptReader {
     }
   }
 
-  #runAndOr(node: Extract<Statement["command"], { type: "AndOr" }>, frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+  #runAndOr(node: Extract<Statement["command"], { type: "AndOr" }>, frame: Frame): Outcome {
     let answer: Answer = true;
     for (const [i, command] of node.commands.entries()) {
       const operator = i === 0 ? undefined : node.operators[i - 1];
-      // a command of which nothing is known is taken to succeed: what follows `||` handles its failure
+      const before = node.commands[i - 1];
+      if (operator && answer === undefined && before && decides(before, command)) {
+        this.#runUnsure([[{ command }], []], frame, before.pos);
+        continue;
+      }
+      // any other command of which nothing is known is taken to succeed: what follows `||` handles its failure
       if (operator === "||" && answer !== false) continue;
       if (operator === "&&" && answer === false) continue;
       const result = this.#run(command, frame);
@@ -180,7 +203,7 @@ class ScriptReader {
       const answer = this.#answerOf(branch.clause, frame);
       if (answer === true) return this.#runAll(branch.then.commands, frame);
       if (answer === undefined) {
-        const rest = [...branches.slice(i).map((other) => other.then), node.else];
+        const rest = [...branches.slice(i).map((other) => other.then.commands), node.else?.commands ?? []];
         return this.#runUnsure(rest, frame, branch.clause.pos);
       }
     }
@@ -188,20 +211,14 @@ class ScriptReader {
   }
 
   /** Follows all branches of a condition that is not known. A variable on which they disagree becomes a hole. */
-  #runUnsure(branches: readonly (CompoundList | undefined)[], frame: Frame, pos: number): Flow {
+  #runUnsure(branches: readonly (readonly Step[])[], frame: Frame, pos: number): Flow {
     const condition = `the condition at ${frame.place(pos)}`;
     const scopes = branches.flatMap((branch) => {
       const copy = inCopy({ ...frame, condition });
-      const flow = branch ? this.#runAll(branch.commands, copy) : "next";
+      const flow = this.#runAll(branch, copy);
       return flow === "exit" || flow === "return" ? [] : [copy.shell.scope];
     });
-    for (const name of new Set(scopes.flatMap((scope) => scope.names()))) {
-      const values = scopes.map((scope) => scope.get(name));
-      const shown = new Set(values.map((value) => JSON.stringify(value)));
-      const [value] = values;
-      if (shown.size === 1 && value) frame.shell.scope.set(name, value);
-      else if (shown.size > 1) frame.shell.scope.set(name, { kind: "text", text: [unsure(name, frame, pos)] });
-    }
+    merge(scopes, frame, pos);
     return "next";
   }
 
@@ -209,47 +226,53 @@ class ScriptReader {
     const { shell } = frame;
     const words = node.wordlist ? node.wordlist.flatMap((word) => expandWords(word, shell)) : shell.scope.words;
     for (const word of words) {
-      if (!isKnown(word)) return this.#runUnsure([node.body, undefined], frame, node.pos);
+      if (!isKnown(word)) return this.#runUnsure([node.body.commands, []], frame, node.pos);
       shell.scope.set(node.name.value, { kind: "text", text: word });
-      const flow = this.#runAll(node.body.commands, frame);
-      if (flow === "break") break;
-      if (flow === "return" || flow === "exit") return flow;
+      const end = this.#endOfLoop(this.#runAll(node.body.commands, frame));
+      if (end) return end;
     }
     return "next";
   }
 
+  /** Returns how a loop ends after a pass through its body; undefined if it goes on. `break 2` and `continue 2` end the inner loop, too. */
+  #endOfLoop(flow: Flow): Flow | undefined {
+    if (flow === "return" || flow === "exit") return flow;
+    if (flow !== "next" && --this.#levels > 0) return flow;
+    return flow === "break" ? "next" : undefined;
+  }
+
   #loop(test: () => Answer, body: CompoundList, frame: Frame, update: () => void = () => {}): Flow {
     for (let answer = test(); answer !== false; answer = test()) {
-      if (answer === undefined) return this.#runUnsure([body, undefined], frame, body.pos);
-      const flow = this.#runAll(body.commands, frame);
-      if (flow === "break") break;
-      if (flow === "return" || flow === "exit") return flow;
+      if (answer === undefined) return this.#runUnsure([body.commands, []], frame, body.pos);
+      const end = this.#endOfLoop(this.#runAll(body.commands, frame));
+      if (end) return end;
       update();
-      if (++this.#steps > MOST_STEPS)
-        throw new Trouble(`${frame.place(body.pos)}: the loop does not end`, "import the script's flags after --");
     }
     return "next";
   }
 
   #runCase(node: Case, frame: Frame): Flow {
     const text = testedValue(expandText(node.word, frame.shell));
-    if (text === undefined) return this.#runUnsure([...node.items.map((item) => item.body), undefined], frame, node.pos);
-    for (const item of node.items) {
-      const isMatch = item.pattern.some((pattern) => matches(knownValue(expandPattern(pattern, frame.shell)) ?? "", text));
-      if (isMatch) return this.#runAll(item.body.commands, frame);
+    if (text === undefined) return this.#runUnsure([...node.items.map((item) => item.body.commands), []], frame, node.pos);
+    let fallsThrough = false;
+    for (const { pattern, body, terminator } of node.items) {
+      const isMatch = pattern.some((one) => matches(knownValue(expandPattern(one, frame.shell)) ?? "", text));
+      if (!isMatch && !fallsThrough) continue;
+      const flow = this.#runAll(body.commands, frame);
+      if (flow !== "next" || (terminator !== ";&" && terminator !== ";;&")) return flow;
+      fallsThrough = terminator === ";&";
     }
     return "next";
   }
 
-  #runCommand(node: Command, frame: Frame): { readonly flow: Flow; readonly answer: Answer } {
+  #runCommand(node: Command, frame: Frame): Outcome {
     const prefixes = node.prefix.filter((part): part is Assignment => part.type === "Assignment");
     if (node.name === undefined) {
       for (const assignment of prefixes) assign(assignment, frame.shell);
       return { flow: "next", answer: true };
     }
-    if (/^(?:export|declare|local|readonly|typeset)$/.test(node.name.value)) {
-      for (const part of node.suffix) if (part.type === "Assignment") assign(part, frame.shell);
-      for (const word of node.suffix) if (word.type === "Word") exportWord(word, frame.shell);
+    if (isDeclaration(node.name.value)) {
+      declare(node.name.value, node.args, node.pos, frame);
       return { flow: "next", answer: true };
     }
     // assignments before a command hold for the command alone
@@ -259,49 +282,31 @@ class ScriptReader {
     const args = node.args.flatMap((part) => (part.type === "Word" ? expandWords(part, frame.shell) : [[part.text]]));
     const words = [...expandWords(node.name, frame.shell), ...args];
     const document = node.redirects.find((redirect): redirect is HereDoc => redirect.type === "HereDoc");
-    return this.#call(words, node.pos, inner, document);
+    return this.#call(words, node.pos, inner, frame, document);
   }
 
-  #call(words: readonly ScriptText[], pos: number, frame: Frame, document?: HereDoc): { readonly flow: Flow; readonly answer: Answer } {
+  #call(words: readonly ScriptText[], pos: number, frame: Frame, outer: Frame, document?: HereDoc): Outcome {
     const [head, ...args] = words;
     const name = head && knownValue(head);
-    const next = (answer: Answer): { readonly flow: Flow; readonly answer: Answer } => ({ flow: "next", answer });
-    const { scope } = frame.shell;
+    const next = (answer: Answer): Outcome => ({ flow: "next", answer });
+    // of assignments before a builtin none outlives it but its own
+    const builtin = name === undefined ? undefined : runBuiltin(name, args, pos, outer);
+    if (builtin) return next(builtin.answer);
     switch (name) {
-      case "[":
-        return next(testWords(args.slice(0, -1), frame.shell));
-      case "test":
-        return next(testWords(args, frame.shell));
-      case "true":
-      case ":":
-        return next(true);
-      case "false":
-        return next(false);
       case "exit":
         this.exit ??= frame.place(pos);
         return { flow: "exit", answer: undefined };
       case "return":
+        return { flow: name, answer: undefined };
       case "break":
       case "continue":
+        this.#levels = Number(knownValue(args[0] ?? ["1"]) ?? 1);
         return { flow: name, answer: undefined };
-      case "shift":
-        scope.words = scope.words.slice(Number(knownValue(args[0] ?? ["1"]) ?? 1));
-        return next(true);
-      case "set":
-        if (args[0] && knownValue(args[0]) === "--") scope.words = args.slice(1);
-        return next(true);
-      case "read":
-        for (const word of args) {
-          const variable = knownValue(word) ?? "";
-          const hole = { source: `$${variable}`, variable, line: frame.shell.lineAt(pos), why: `${variable} is read from an input` };
-          if (/^[A-Za-z_]\w*$/.test(variable)) scope.set(variable, { kind: "text", text: [hole] });
-        }
-        return next(undefined);
       case "eval":
         return { flow: this.#runWords(joined(args), pos, frame, frame.around), answer: undefined };
       case "source":
       case ".":
-        return { flow: this.#runFile(args, pos, frame, scope), answer: true };
+        return { flow: this.#runFile(args, pos, frame, frame.shell.scope), answer: true };
       case undefined:
         this.#collect(words, pos, frame);
         return next(undefined);
@@ -310,18 +315,17 @@ class ScriptReader {
     }
   }
 
-  #callOther(
-    name: string,
-    words: readonly ScriptText[],
-    pos: number,
-    frame: Frame,
-    document?: HereDoc,
-  ): { readonly flow: Flow; readonly answer: Answer } {
+  #callOther(name: string, words: readonly ScriptText[], pos: number, frame: Frame, document?: HereDoc): Outcome {
     const called = this.#functions.get(name);
-    if (called && frame.depth < MOST_NESTED) {
+    if (called) {
+      if (frame.depth >= MOST_NESTED)
+        throw new Trouble(`${frame.place(pos)}: functions call each other more than ${MOST_NESTED} deep`, "import its flags after --");
       const outer = frame.shell.scope.words;
       frame.shell.scope.words = words.slice(1);
-      const flow = this.#runAll(called.body.commands, { ...called.frame, ...frame, place: called.frame.place, depth: frame.depth + 1 });
+      const inner: Frame = { ...frame, place: called.frame.place, depth: frame.depth + 1, locals: new Map() };
+      const { flow } =
+        called.body.type === "CompoundList" ? { flow: this.#runAll(called.body.commands, inner) } : this.#run(called.body, inner);
+      restore(inner);
       frame.shell.scope.words = outer;
       return { flow: flow === "exit" ? "exit" : "next", answer: undefined };
     }
@@ -377,7 +381,7 @@ class ScriptReader {
     const outer = scope.words;
     if (words.length > 0 || scope !== frame.shell.scope) scope.words = words;
     const { around, condition, depth } = frame;
-    const flow = this.runText(text, path, scope, { around, depth: depth + 1, ...(condition !== undefined && { condition }) });
+    const flow = this.runText(unixText(text), path, scope, { around, depth: depth + 1, ...(condition !== undefined && { condition }) });
     scope.words = outer;
     return flow === "return" ? "next" : flow;
   }

@@ -21,6 +21,12 @@ export interface Hole {
 /** A text: known parts and holes, in order. */
 export type ScriptText = readonly (string | Hole)[];
 
+/** The longest script, and the longest value of a variable, which a loop may double in each pass. */
+export const MOST_CHARACTERS = 1 << 20;
+
+/** Returns the text of a file as bash on the cluster has it: without the mark and the line ends of Windows. */
+export const unixText = (text: string): string => text.replace(/^\uFEFF/, "").replaceAll("\r\n", "\n");
+
 /** Returns whether all parts of a text are known. */
 export const isKnown = (text: ScriptText): text is readonly string[] => text.every((part) => typeof part === "string");
 
