@@ -84,3 +84,33 @@ test("what is not known is asked for or named", () => {
   expect(problemsOf(() => imported(float8))).toEqual([expect.stringContaining("--drop model.converters")]);
   expect(() => imported("[model\n")).toThrow(/config\.toml:\d+: not TOML/);
 });
+
+test("values that torchtitan does not take are errors, not defaults", () => {
+  const base = model("deepseek_v3", "16B");
+  const rest = [
+    "[lr_scheduler]\ndecay_type = 'exponential'",
+    "[training]\nmixed_precision_param = 'float16'\ndtype = 'bfloat16'",
+    "[parallelism]\ncontext_parallel_degree = 2\ncontext_parallel_rotate_method = 'ring'",
+    "[activation_checkpoint]\nmode = 'memory_budget'",
+    "[debug]\nmoe_force_load_balance = 'yes'",
+    "[constructor]\nwhen = 2026-01-01",
+    "[toString]\nx = 1",
+  ];
+  const names = problemsOf(() => imported(`${base}\n${rest.join("\n")}`)).map((problem) => problem.replace(/:.*/, ""));
+  for (const name of [
+    "lr_scheduler.decay_type = exponential",
+    "training.mixed_precision_param = float16",
+    "training.dtype = bfloat16",
+    "parallelism.context_parallel_rotate_method = ring",
+    "activation_checkpoint.mode = memory_budget",
+    "debug.moe_force_load_balance = yes",
+    "toString.x = 1",
+  ])
+    expect(names).toContain(name);
+  expect(names.some((name) => name.startsWith("constructor.when"))).toBe(true);
+});
+
+test("a forced balance of experts holds without the bias, too", () => {
+  const text = model("qwen3", "30B-A3B", "[debug]\nmoe_force_load_balance = true\n");
+  expect(jobOf(text, { drop: ["load_balance_coeff"] }).model.moe?.router.force).toBe("uniform");
+});

@@ -116,6 +116,7 @@ function putExperts({ settings, job, flavor }: Importing, isUnbiased: boolean): 
     put("router.group_scores", 2);
   }
   put("router.balance", "none");
+  if (settings.flag("debug.moe_force_load_balance")) job.put("model.moe.router.force", "uniform", ["debug.moe_force_load_balance"]);
   if (isUnbiased) return;
   if (score === "softmax")
     job.refuse(
@@ -124,7 +125,6 @@ function putExperts({ settings, job, flavor }: Importing, isUnbiased: boolean): 
       `--drop ${BIAS}, and set model.moe.router.balance`,
     );
   else put("router.expert_bias", true);
-  if (settings.flag("debug.moe_force_load_balance")) job.put("model.moe.router.force", "uniform", ["debug.moe_force_load_balance"]);
 }
 
 /** Puts `parallel`, and returns the data degree. */
@@ -220,13 +220,22 @@ function putTrain({ settings, job }: Importing, data: number): void {
   job.put("train.steps", steps, ["training.steps"]);
   const precision = settings.text("training.mixed_precision_param");
   job.put("train.precision", precision === "float32" ? "fp32" : "bf16", ["training.mixed_precision_param"]);
+  if (settings.text("training.dtype") === "bfloat16")
+    job.refuse(
+      "training.dtype = bfloat16",
+      "weights that the optimizer changes are fp32",
+      "--drop training.dtype to import the job with them",
+    );
   const seed = settings.numberIfGiven("training.seed");
   if (seed !== undefined) job.put("train.seed", seed, ["training.seed"]);
   const mode = settings.text("activation_checkpoint.mode");
+  if (mode === "memory_budget")
+    job.refuse(`activation_checkpoint.mode = ${mode}`, "recomputation is chosen by module or by layer", "use selective, full or none");
   const remark = mode === "selective" ? "torchtitan keeps every second product instead" : undefined;
   job.put("train.recompute.mode", mode, ["activation_checkpoint.mode"], remark);
   const type = settings.text("optimizer.name");
-  if (type !== "AdamW" && type !== "Adam") job.refuse(`optimizer.name = ${type}`, "optimizers are AdamW, Adam and SGD", "use AdamW");
+  if (type !== "AdamW" && type !== "Adam")
+    job.refuse(`optimizer.name = ${type}`, "optimizers of torchtitan that rankc has are AdamW and Adam", "use AdamW");
   if (settings.flag("optimizer.early_step_in_backward"))
     job.refuse(
       "optimizer.early_step_in_backward = true",

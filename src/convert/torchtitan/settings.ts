@@ -28,6 +28,7 @@ export const mappedSettings = {
   "training.steps": 10000,
   "training.seed": null,
   "training.mixed_precision_param": "bfloat16",
+  "training.dtype": "float32",
   "parallelism.data_parallel_replicate_degree": 1,
   "parallelism.data_parallel_shard_degree": -1,
   "parallelism.tensor_parallel_degree": 1,
@@ -46,6 +47,15 @@ export const mappedSettings = {
   "activation_checkpoint.mode": "selective",
   "debug.moe_force_load_balance": false,
 } as const;
+
+/** Settings of which torchtitan takes some texts alone. */
+const choices: Readonly<Partial<Record<SettingName, readonly string[]>>> = {
+  "lr_scheduler.decay_type": ["linear", "sqrt", "cosine"],
+  "training.dtype": ["float32", "bfloat16"],
+  "training.mixed_precision_param": ["bfloat16", "float32"],
+  "parallelism.context_parallel_rotate_method": ["allgather", "alltoall"],
+  "activation_checkpoint.mode": ["none", "selective", "full", "memory_budget"],
+};
 
 /** The name of a setting that the importer maps. */
 export type SettingName = keyof typeof mappedSettings;
@@ -71,7 +81,7 @@ const withoutEffect: readonly { readonly why: string; readonly names: string }[]
     names:
       "model.print_after_conversion training.gc_freq training.gc_debug parallelism.enable_compiled_autograd parallelism.enable_async_tensor_parallel parallelism.disable_loss_parallel parallelism.pipeline_parallel_schedule_csv parallelism.fsdp_reshard_after_forward activation_checkpoint.selective_ac_option activation_checkpoint.early_stop",
   },
-  { why: "is what rankc does: gradients are summed in fp32", names: "training.mixed_precision_reduce training.dtype" },
+  { why: "is what rankc does: gradients are summed in fp32", names: "training.mixed_precision_reduce" },
   {
     why: "keeps values in host memory; the plan keeps them on the device, so that its peak is higher",
     names: "training.enable_cpu_offload",
@@ -104,6 +114,7 @@ function flatten(table: object, path: string, into: Map<string, Value>): void {
     if (Array.isArray(value)) into.set(name, value.map(String));
     else if (typeof value === "string" || typeof value === "number" || typeof value === "boolean") into.set(name, value);
     else if (typeof value === "bigint") into.set(name, Number(value));
+    else if (value instanceof Date) into.set(name, String(value));
     else if (typeof value === "object" && value !== null) flatten(value, name, into);
   }
 }
@@ -119,8 +130,12 @@ export function readSettings(text: string, file: string, dropped: ReadonlySet<st
   }
   for (const name of dropped) given.delete(name);
   for (const [name, value] of given)
-    if (!(name in mappedSettings) && whyWithoutEffect(name) === undefined) problems.push(unknownSetting(name, value));
+    if (!Object.hasOwn(mappedSettings, name) && whyWithoutEffect(name) === undefined) problems.push(unknownSetting(name, value));
+  const reported = new Set<string>();
   const wrong = (name: string, wanted: string): undefined => {
+    // several readers may ask for a setting
+    if (reported.has(name)) return undefined;
+    reported.add(name);
     problems.push({
       kind: "value",
       subject: `${name} = ${String(given.get(name))}`,
@@ -135,6 +150,8 @@ export function readSettings(text: string, file: string, dropped: ReadonlySet<st
   };
   const textIfGiven = (name: SettingName): string | undefined => {
     const value = given.get(name);
+    const known = choices[name];
+    if (known && value !== undefined && !known.some((choice) => choice === value)) return wrong(name, `one of ${known.join(", ")}`);
     return value === undefined || typeof value === "string" ? value : wrong(name, "a text");
   };
   return {
@@ -144,7 +161,10 @@ export function readSettings(text: string, file: string, dropped: ReadonlySet<st
     textIfGiven,
     number: (name) => numberIfGiven(name) ?? Number(mappedSettings[name] ?? 0),
     text: (name) => textIfGiven(name) ?? String(mappedSettings[name] ?? ""),
-    flag: (name) => given.get(name) === true,
+    flag(name) {
+      const value = given.get(name);
+      return (value === undefined || typeof value === "boolean" ? value : wrong(name, "true or false")) ?? false;
+    },
   };
 }
 
