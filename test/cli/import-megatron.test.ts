@@ -291,6 +291,83 @@ describe("stages", () => {
   });
 });
 
+describe("Muon", () => {
+  const muon = { optimizer: "muon" };
+
+  test("has Megatron's defaults, which are not rankc's", () => {
+    const { optimizer } = jobOf(muon).train;
+    expect([optimizer.type, optimizer.muon, optimizer.betas, optimizer.weight_decay]).toEqual([
+      "muon",
+      { momentum: 0.9, nesterov: false, scale_mode: "spectral", extra_scale_factor: 1 },
+      [0.9, 0.999],
+      0.01,
+    ]);
+    expect(jobOf(muon).parallel.distributed_optimizer).toBe(false);
+  });
+
+  test("takes its arguments, and the job passes the rules", () => {
+    const change = {
+      "muon-momentum": "0.95",
+      "muon-nesterov": "",
+      "muon-scale-mode": "shape_scaling",
+      "muon-extra-scale-factor": "0.2",
+      "muon-coefficient-type": "simple",
+      "muon-num-ns-steps": "5",
+      "muon-tp-mode": "distributed",
+      "muon-scalar-optimizer": "adam",
+      "muon-fp32-matmul-prec": "high",
+    };
+    const { text, mapped, withoutEffect } = imported({ ...muon, ...change, "max-position-embeddings": null });
+    expect(complete(imported({ ...muon, ...change })).train.optimizer.muon).toEqual({
+      momentum: 0.95,
+      nesterov: true,
+      scale_mode: "shape_scaling",
+      extra_scale_factor: 0.2,
+    });
+    expect(withoutEffect.map(({ argument }) => argument)).toEqual(["--muon-fp32-matmul-prec high"]);
+    expect(mapped.length).toBe(Object.keys(base).length + 8);
+    expect(text).not.toContain("quintic");
+    expect(readJob(text, "a.yaml").findings.filter(({ level }) => level === "error")).toEqual([]);
+  });
+
+  test("notes what rankc computes in another way", () => {
+    expect(imported(muon).text).toMatch(/# .*quintic/);
+    expect(imported(muon).text).toMatch(/# .*gate and the up projection/);
+  });
+
+  test("what rankc's Muon lacks is an error with the alternative", () => {
+    const change = {
+      "muon-coefficient-type": "polar_express",
+      "muon-num-ns-steps": "8",
+      "muon-scalar-optimizer": "lion",
+      "muon-no-split-qkv": "",
+      "muon-tp-mode": "blockwise",
+      "tensor-model-parallel-size": "2",
+    };
+    expect(problemsOf(() => imported({ ...muon, ...change })).map((problem) => problem.replace(/:.*; /, "; "))).toEqual([
+      "--muon-coefficient-type polar_express; --muon-coefficient-type simple",
+      "--muon-num-ns-steps 8; --muon-num-ns-steps 5",
+      "--muon-tp-mode blockwise; --muon-tp-mode duplicated",
+      "--muon-scalar-optimizer lion; --muon-scalar-optimizer adam",
+      "--muon-no-split-qkv; leave out --muon-no-split-qkv",
+    ]);
+  });
+
+  test("dist_muon shards the optimizer; details without Muon have no effect", () => {
+    expect(jobOf({ optimizer: "dist_muon" }).parallel.distributed_optimizer).toBe(true);
+    expect(jobOf({ optimizer: "dist_muon" }).train.optimizer.type).toBe("muon");
+    expect(imported({ "muon-num-ns-steps": "8" }).withoutEffect.map(({ argument }) => argument)).toContain("--muon-num-ns-steps 8");
+    expect(problemsOf(() => imported({ optimizer: "soap" }))[0]).toContain("--optimizer soap");
+  });
+});
+
+test("the folder of the entry script need not be known", () => {
+  const lines = ["#!/bin/bash", "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", `options="${wordsOf({}).join(" ")}"`];
+  // biome-ignore lint/suspicious/noTemplateCurlyInString: an expansion of bash
+  const text = [...lines, 'run_cmd="python -u $(dirname $0)/pretrain_gpt.py ${options}"', 'srun -l sh -c "${run_cmd}"'].join("\n");
+  expect(complete(importMegatron({ kind: "script", text, file: "run.sh" }, { name: "a" })).parallel.world).toBe(32);
+});
+
 describe("arguments", () => {
   test("every argument of Megatron-LM is in the table, with a reason unless it is mapped", () => {
     expect(argumentSpecs.size).toBe(907);

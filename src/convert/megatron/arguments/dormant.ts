@@ -131,12 +131,9 @@ export const dormant: readonly Section[] = [
       relative-attention-num-buckets:int=32 relative-attention-max-distance:int=128`,
   },
   {
-    why: "is a detail of --optimizer muon or lion, and has no effect without it",
+    why: "is a detail of --optimizer lion or of --qk-clip, and has no effect without it",
     names: `
-      qk-clip-alpha:float=0.5 qk-clip-threshold:float=100 muon-fp32-matmul-prec:low|medium|high=medium lion-beta1:float=0.95
-      lion-beta2:float=0.98 no-use-layer-wise-param-layout muon-momentum:float=0.9 muon-no-split-qkv muon-nesterov
-      muon-scale-mode:spectral|unit_rms_norm|shape_scaling=spectral muon-coefficient-type:text=quintic muon-num-ns-steps:int=5
-      muon-tp-mode:blockwise|duplicated|distributed=duplicated muon-extra-scale-factor:float=1.0 muon-scalar-optimizer:adam|lion=adam`,
+      qk-clip-alpha:float=0.5 qk-clip-threshold:float=100 lion-beta1:float=0.95 lion-beta2:float=0.98`,
   },
   {
     why: "is a detail of 8-bit or 4-bit products, and has no effect without --fp8-format or --fp4-format",

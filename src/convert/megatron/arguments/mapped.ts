@@ -157,6 +157,13 @@ export const mapped = [
       adam-beta1:float=0.9 adam-beta2:float=0.999 adam-eps:float=1e-08 sgd-momentum:float=0.9`,
   },
   {
+    why: "has no effect without --optimizer muon, or beside --multi-latent-attention",
+    names: `
+      muon-momentum:float=0.9 muon-nesterov muon-scale-mode:spectral|unit_rms_norm|shape_scaling=spectral
+      muon-extra-scale-factor:float=1.0 muon-coefficient-type:text=quintic muon-num-ns-steps:int=5
+      muon-tp-mode:blockwise|duplicated|distributed=duplicated muon-scalar-optimizer:adam|lion=adam muon-no-split-qkv`,
+  },
+  {
     why: "splits the data of --data-path, where their paths are known",
     names: `
       split:text`,

@@ -28,6 +28,7 @@ export const withoutEffect: readonly Section[] = [
       kitchen-attention-backend:sdpa|fa=sdpa use-grouped-gemm-for-shared-expert use-grouped-gemm-for-dense-mlp moe-use-grouped-tensor
       moe-permute-fusion moe-router-fusion batch-invariant-mode batch-invariant-backend:te_native|deepgemm|triton=te_native
       use-te-activation-func transformer-impl:local|transformer_engine|inference_optimized=transformer_engine muon-use-syrk
+      muon-fp32-matmul-prec:low|medium|high=medium no-use-layer-wise-param-layout
       no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
       no-gradient-accumulation-fusion attention-softmax-in-fp32 disable-jit-fuser no-create-attention-mask-in-dataloader`,
   },

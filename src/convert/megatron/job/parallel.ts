@@ -56,7 +56,11 @@ export function putParallel({ args, job }: Importing, world: World, sizes: Model
   }
   job.put("parallel.context", context, ["context-parallel-size"]);
   if (context > 1) putContextMethod({ args, job });
-  job.put("parallel.distributed_optimizer", args.has("use-distributed-optimizer"), ["use-distributed-optimizer"]);
+  // the older name of muon beside the distributed optimizer
+  const isLayerwise = args.text("optimizer") === "dist_muon";
+  const isDistributed = args.has("use-distributed-optimizer") || isLayerwise;
+  job.put("parallel.distributed_optimizer", isDistributed, isLayerwise ? ["optimizer"] : ["use-distributed-optimizer"]);
+  if (isLayerwise) job.decides("use-distributed-optimizer", "parallel.distributed_optimizer");
   const instances = args.number("num-distributed-optimizer-instances");
   job.put("parallel.optimizer_instances", instances, ["num-distributed-optimizer-instances"]);
   if (args.has("use-tp-pp-dp-mapping")) job.put("parallel.order", "tp-cp-ep-pp-dp", ["use-tp-pp-dp-mapping"]);

@@ -95,8 +95,11 @@ function putRecompute({ args, job }: Importing): void {
 
 function putOptimizer({ args, job }: Importing): void {
   const type = args.text("optimizer");
-  if (type !== "adam" && type !== "sgd") job.refuse(`--optimizer ${type}`, "optimizers are AdamW, Adam and SGD", "--optimizer adam");
-  job.put("train.optimizer.type", type === "sgd" ? "sgd" : "adamw", ["optimizer"]);
+  const isMuon = type === "muon" || type === "dist_muon";
+  if (type !== "adam" && type !== "sgd" && !isMuon)
+    job.refuse(`--optimizer ${type}`, "optimizers are AdamW, Adam, SGD and Muon", "--optimizer adam, or muon");
+  job.put("train.optimizer.type", isMuon ? "muon" : type === "sgd" ? "sgd" : "adamw", ["optimizer"]);
+  if (isMuon) putMuon({ args, job });
   const rate = args.numberIfGiven("lr");
   if (rate === undefined && !args.has("lr")) job.reject("--lr", "it is not given, and Megatron has no default", "give --lr");
   job.put("train.optimizer.lr", rate ?? 0, ["lr"]);
@@ -114,6 +117,34 @@ function putOptimizer({ args, job }: Importing): void {
     job.put("train.optimizer.weight_decay_end", args.numberIfGiven("end-weight-decay") ?? null, ["end-weight-decay"]);
   }
   job.put("train.optimizer.clip", args.number("clip-grad"), ["clip-grad"]);
+}
+
+/** Sources of the coefficients: Emerging-Optimizers, `newton_schulz`; its `simple` set is the one that rankc has. */
+function putMuon({ args, job }: Importing): void {
+  job.put("train.optimizer.muon.momentum", args.number("muon-momentum"), ["muon-momentum"]);
+  job.put("train.optimizer.muon.nesterov", args.has("muon-nesterov"), ["muon-nesterov"]);
+  job.put("train.optimizer.muon.scale_mode", args.text("muon-scale-mode"), ["muon-scale-mode"]);
+  job.put("train.optimizer.muon.extra_scale_factor", args.number("muon-extra-scale-factor"), ["muon-extra-scale-factor"]);
+  const coefficients = args.text("muon-coefficient-type");
+  const key = "train.optimizer.muon";
+  job.decides("muon-coefficient-type", key);
+  if (coefficients === "quintic")
+    job.note("Megatron's Muon has other coefficients in each iteration (quintic); rankc has those of --muon-coefficient-type simple.");
+  else if (coefficients !== "simple")
+    job.refuse(`--muon-coefficient-type ${coefficients}`, "Muon has the coefficients of simple", "--muon-coefficient-type simple");
+  const steps = args.number("muon-num-ns-steps");
+  job.decides("muon-num-ns-steps", key);
+  if (steps !== 5) job.refuse(`--muon-num-ns-steps ${steps}`, "Muon has 5 iterations", "--muon-num-ns-steps 5");
+  job.decides("muon-tp-mode", key);
+  if (args.text("muon-tp-mode") === "blockwise" && args.number("tensor-model-parallel-size") > 1)
+    job.refuse("--muon-tp-mode blockwise", "whole matrices are made orthogonal, whatever the tensor degree", "--muon-tp-mode duplicated");
+  job.decides("muon-scalar-optimizer", key);
+  if (args.text("muon-scalar-optimizer") !== "adam")
+    job.refuse("--muon-scalar-optimizer lion", "AdamW updates what Muon does not", "--muon-scalar-optimizer adam");
+  if (args.has("muon-no-split-qkv") && !args.has("multi-latent-attention"))
+    job.refuse("--muon-no-split-qkv", "queries, keys and values are made orthogonal apart", "leave out --muon-no-split-qkv");
+  if (args.has("swiglu"))
+    job.note("Megatron's Muon makes the gate and the up projection of SwiGLU orthogonal as one matrix; rankc has two.");
 }
 
 /** Learning rates: counts of samples become quotients by the batch, which need not be whole. */
