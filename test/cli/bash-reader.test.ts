@@ -221,3 +221,15 @@ test("recursion without end, and texts that grow without end, are errors with a 
   expect(() => read("A=a; while true; do A+=$A; done")).toThrow("A has more than 1048576 characters");
   expect(() => read("X=1\n".repeat(300_000))).toThrow("run.sh: more than 1048576 characters");
 });
+
+test("what a script that cannot be read may set is a hole that names the script, also where nothing else sets it", () => {
+  for (const use of ["$A", '"${A[@]}"', "${A[@]}"]) {
+    expect(holeIn(`source gone.env\nlaunch ${use}`)).toMatchObject({
+      variable: "A",
+      why: "A is not set, unless gone.env (run.sh:1) sets it",
+    });
+    expect(launched(`source gone.env\nlaunch ${use}`, { set: { A: "" } }).join("")).toBe("");
+  }
+  expect(launched('. gone.env; launch ${A:-1} "${B[@]:-2}" x${C[@]+3}')).toEqual(["1", "2", "x"]);
+  expect(launched('launch "${A[@]}"')).toEqual([]);
+});

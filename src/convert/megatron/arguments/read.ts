@@ -78,10 +78,10 @@ function takeValues(words: readonly ScriptText[], at: number, spec: ArgumentSpec
   return run.slice(0, spec.arity === "one" ? 1 : Number(spec.arity));
 }
 
-/** A word where an argument is expected. What an unset variable yields is no word at all in bash. */
+/** A word where an argument is expected. What an unset variable yields is no word at all in bash, if no script that is not read sets it. */
 function addStray(word: ScriptText, problems: Problem[]): void {
   const holes = holesOf(word);
-  if (holes.length > 0 && word.every((part) => part === "" || (typeof part !== "string" && part.unset))) return;
+  if (holes.length > 0 && word.every((part) => part === "" || (typeof part !== "string" && part.unset && !part.mayBeSet))) return;
   const [hole] = holes;
   const subject = shownText(word);
   if (hole)

@@ -22,6 +22,8 @@ export interface Shell {
   lineAt(pos: number): number;
   /** Returns the output of a command substitution without its final newlines; undefined if only a shell can tell. */
   outputOf(script: Script, shell: Shell): ScriptText | undefined;
+  /** Returns a script that the script reads and that cannot be read here; undefined if there is none. */
+  unreadScript(): string | undefined;
   /** Is called where `${NAME:-value}` takes its default. */
   tookDefault(name: string, value: string): void;
 }
@@ -193,14 +195,12 @@ function operandText(operand: string, pos: number, shell: Shell): ScriptText {
 }
 
 function unsetHole(name: string, source: string, pos: number, shell: Shell): Hole {
-  const isWord = /^\d+$/.test(name);
-  return {
-    source,
-    line: shell.lineAt(pos),
-    ...(isWord ? { isWord } : { variable: name }),
-    why: isWord ? `$${name} is a word after the script's name, and it is not given` : `${name} is not set`,
-    unset: true,
-  };
+  const line = shell.lineAt(pos);
+  if (/^\d+$/.test(name))
+    return { source, line, isWord: true, why: `$${name} is a word after the script's name, and it is not given`, unset: true };
+  const file = shell.unreadScript();
+  if (file === undefined) return { source, line, variable: name, why: `${name} is not set`, unset: true };
+  return { source, line, variable: name, why: `${name} is not set, unless ${file} sets it`, unset: true, mayBeSet: true };
 }
 
 /** Returns what a name stands for: a variable, a positional parameter, or `@`, `*`, `#`, `?`. */
@@ -223,12 +223,16 @@ function parameterOf(part: Extract<WordPart, { type: "SimpleExpansion" | "Parame
   if (prefix === "#") return one(lengthOf(part, value, shell));
   const found: Found =
     at === "@" || at === "*"
-      ? { kind: "many", texts: value ? itemsOf(value) : [] }
+      ? { kind: "many", texts: value ? itemsOf(value) : unsetArray(part, shell) }
       : index
         ? one(itemAt(part, value, at, shell))
         : lookUp(parameter, source, pos, shell);
   return operate(found, part, shell);
 }
+
+/** An array that is not set has no items, unless a script that cannot be read sets it. */
+const unsetArray = ({ parameter, text, pos }: ParameterExpansionPart, shell: Shell): readonly ScriptText[] =>
+  shell.unreadScript() === undefined ? [] : [[unsetHole(parameter, text, pos, shell)]];
 
 function itemAt(
   { parameter, text, pos }: ParameterExpansionPart,
@@ -307,8 +311,9 @@ function mapText(found: Found, change: (text: string) => string): Found | undefi
 }
 
 function otherwise(found: Found, part: ParameterExpansionPart, operator: string, operand: Word, shell: Shell): Found {
-  const value = found.kind === "many" ? (found.texts.length === 0 ? "" : undefined) : testedValue(found.text);
-  const isSet = found.kind === "many" ? found.texts.length > 0 : !(holesOf(found.text).some((hole) => hole.unset) && value === "");
+  const isEmpty = found.kind === "many" && found.texts.every((text) => text.some((part) => typeof part !== "string" && part.unset));
+  const value = found.kind === "many" ? (isEmpty ? "" : undefined) : testedValue(found.text);
+  const isSet = found.kind === "many" ? !isEmpty : !(holesOf(found.text).some((hole) => hole.unset) && value === "");
   const isPresent = operator.startsWith(":") ? value !== "" : isSet;
   const kind = operator.at(-1);
   if (kind === "+") return isPresent ? one(expandText(operand, shell)) : one([""]);

@@ -92,7 +92,7 @@ class ScriptReader {
         scope,
         lineAt: (pos) => (outer.at === undefined ? lineAt(pos) : Number(outer.at.split(":").at(-1))),
         tookDefault: (name, value) => void this.defaults.set(name, value),
-        outputOf: outputOfScript,
+        ...{ outputOf: outputOfScript, unreadScript: () => this.unread[0] },
       },
     };
     return this.#runAll(script.commands, frame);

@@ -16,6 +16,8 @@ export interface Hole {
   readonly why: string;
   /** The variable is not set: tests and `${X:-y}` then find it empty. */
   readonly unset?: true;
+  /** A script that could not be read may set the variable. */
+  readonly mayBeSet?: true;
 }
 
 /** A text: known parts and holes, in order. */
