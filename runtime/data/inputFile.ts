@@ -82,6 +82,7 @@ const waysOut: Readonly<Record<string, readonly [string, string]>> = {
   ENOTDIR: ["does not exist", "a part of the path is a file, not a directory"],
   EACCES: ["may not be read", "give yourself the right to read it"],
   EISDIR: ["is a directory", "name a file"],
+  EMFILE: ["cannot be opened beside so many open files", "raise their limit for one process: ulimit -n 65536"],
 };
 
 function attempt<T>(path: string, what: string, io: () => T, place?: string): T {

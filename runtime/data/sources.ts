@@ -6,10 +6,10 @@ import { batchesFrom, type Reading } from "../train/inputs.ts";
 import { blendOf } from "./blend.ts";
 import type { Opened } from "./corpus.ts";
 import { gptSamples, splitBounds } from "./gptDataset.ts";
-import { isThere, openInput } from "./inputFile.ts";
+import { type InputFile, isThere, openInput } from "./inputFile.ts";
 import { readIndex, readLengths } from "./megatronIndex.ts";
 import { readDescription } from "./prepare/description.ts";
-import { idsOf } from "./tokens.ts";
+import { type Index, idsOf } from "./tokens.ts";
 
 /** Reads sample n of a source: `seq` + 1 tokens. */
 type ReadSample = (n: number, window: Int32Array) => void;
@@ -39,6 +39,16 @@ export function openSources(sources: NonNullable<Job["data"]["sources"]>, split:
   }
 }
 
+/** Reads an index and closes its file: a blend of hundreds of sources keeps one file open for each. */
+function indexAt(file: InputFile): { readonly index: Index; readonly lengths: Int32Array } {
+  try {
+    const index = readIndex(file);
+    return { index, lengths: readLengths(file, index) };
+  } finally {
+    file.close();
+  }
+}
+
 function openSource(
   given: string,
   number: number,
@@ -53,21 +63,17 @@ function openSource(
       `${prefix}.idx: the index of ${key} does not exist`,
       "name the prefix of a data set with .bin and .idx, relative to the job or to --data-dir; rankc data prepare writes one",
     );
-  const openAt = (path: string) => {
-    const file = openInput(path, key, "sources start at the folder of the job or plan; --data-dir names another");
-    opened(file);
-    return file;
-  };
+  const openAt = (path: string) => openInput(path, key, "sources start at the folder of the job or plan; --data-dir names another");
   const described = readDescription(prefix);
   if (described && described.vocab > vocab)
     throw new Trouble(
       `${prefix}: ${key} was prepared with ${described.vocab} ids, and model.vocab is ${vocab}`,
       `set model.vocab to ${described.vocab} or more`,
     );
-  const idx = openAt(`${prefix}.idx`);
-  const index = readIndex(idx);
-  const all = readLengths(idx, index);
-  const tokens = idsOf(openAt(`${prefix}.bin`), { format: "tokens", dtype: "u32", vocab }, index);
+  const { index, lengths: all } = indexAt(openAt(`${prefix}.idx`));
+  const bin = openAt(`${prefix}.bin`);
+  opened(bin);
+  const tokens = idsOf(bin, { format: "tokens", dtype: "u32", vocab }, index);
   const [from = 0, to = all.length] = split ? splitBounds(split, all.length) : [];
   const lengths = all.subarray(from, to);
   const count = lengths.reduce((sum, length) => sum + length, 0);

@@ -1,5 +1,5 @@
 /** data.sources: samples cover every token of an epoch once, blends keep their weights, and a batch depends on its position alone. */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
@@ -103,6 +103,28 @@ test("a batch depends on the number of sequences before it: other sizes and a la
   for (const row of fours) expect(row.split(" > ")[1]?.split(",").slice(0, -1)).toEqual(row.split(" > ")[0]?.split(",").slice(1));
   opened.close();
 });
+
+test.skipIf(!existsSync("/proc/self/fd"))("an open source keeps one file open, and a closed one none", () => {
+  const path = dataset("held", [10, 3, 50], 0);
+  const held = (): number => readdirSync("/proc/self/fd").filter((fd) => linkOf(fd).startsWith(path)).length;
+  const { close } = openSources(
+    Array.from({ length: 5 }, () => ({ path, weight: 1 })),
+    undefined,
+    reading,
+  );
+  expect(held()).toBe(5);
+  close();
+  expect(held()).toBe(0);
+});
+
+/** The path of an open file; empty if it was closed meanwhile. */
+function linkOf(fd: string): string {
+  try {
+    return readlinkSync(`/proc/self/fd/${fd}`);
+  } catch {
+    return "";
+  }
+}
 
 test("training takes the documents of its share of a split, by Megatron's rounding", () => {
   expect(splitBounds([99990, 8, 2], 100_000)).toEqual([0, 99_990, 99_998, 100_000]);
