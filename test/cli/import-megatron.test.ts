@@ -425,6 +425,20 @@ describe("arguments", () => {
     expect(refusalOf({ "cuda-graph-impl": "all" })).toContain("--cuda-graph-impl all: Megatron has no such choice");
   });
 
+  test("numbers are read as Python reads them", () => {
+    expect(jobOf({ "train-iters": "1_000", lr: ".5e-3", "min-lr": "1_0.e-5" }).train).toMatchObject({
+      steps: 1000,
+      optimizer: { lr: 5e-4, min_lr: 1e-4 },
+    });
+    expect(expertsOf({ "moe-aux-loss-coeff": "1_0e-3" }).router.aux_coeff).toBe(0.01);
+    for (const lr of ["0x10", "1e", "inf", "1__0", "0b1"])
+      expect(
+        problemsOf(() => imported({ lr })),
+        lr,
+      ).toHaveLength(1);
+    for (const iterations of ["0x10", "1e3", "1_"]) expect(problemsOf(() => imported({ "train-iters": iterations }))).toHaveLength(1);
+  });
+
   test("of an argument that is given twice the last counts", () => {
     expect(complete(imported({}, { words: [...wordsOf({}), "--lr", "5e-4"] })).train.optimizer.lr).toBe(5e-4);
     expect(complete(imported({}, { words: [...wordsOf({}), "--lr=5e-4"] })).train.optimizer.lr).toBe(5e-4);

@@ -124,10 +124,15 @@ function checkCount({ arity, default: otherwise }: ArgumentSpec, values: readonl
   problems.push({ kind: "value", subject: shown, why: wanted === 1 ? "its value is missing" : `it takes ${wanted} values`, fix });
 }
 
+/** Numbers as Python's `int` and `float` read them: no 0x10, and digits may be grouped by underscores. */
+const INTEGER = /^\s*[-+]?\d+(?:_\d+)*\s*$/;
+const FLOAT = /^\s*[-+]?(?:\d+(?:_\d+)*\.?(?:\d+(?:_\d+)*)?|\.\d+(?:_\d+)*)(?:[eE][-+]?\d+)?\s*$/;
+const NO_NUMBER = /^\s*[-+]?(?:inf|infinity|nan)\s*$/i;
+
 /** Returns what is wrong with a value, by the type of the argument. */
 function typeFault({ type, choices }: ArgumentSpec, value: string): Pick<Problem, "why" | "fix"> | undefined {
-  if (type === "int" && !/^[-+]?\d+$/.test(value)) return { why: "Megatron reads a whole number here", fix: "write it with digits alone" };
-  if (type === "float" && (value.trim() === "" || Number.isNaN(Number(value))))
+  if (type === "int" && !INTEGER.test(value)) return { why: "Megatron reads a whole number here", fix: "write it with digits alone" };
+  if (type === "float" && !FLOAT.test(value) && !NO_NUMBER.test(value))
     return { why: "Megatron reads a number here", fix: "write a number" };
   if (type === "choice" && !choices.includes(value))
     return { why: "Megatron has no such choice", fix: `write one of ${choices.join(", ")}` };
@@ -152,13 +157,11 @@ function argumentsOf(given: ReadonlyMap<string, Given>, problems: Problem[]): Ar
     if (value === undefined)
       return report(hole ? `line ${hole.line}: ${shown}` : shown, hole?.why ?? "its value is not known", giveValue(hole));
     const { type, choices } = spec;
-    if (type === "int" && !/^[-+]?\d+$/.test(value))
-      return report(shown, "Megatron reads a whole number here", "write it with digits alone");
-    if (type === "float" && (value.trim() === "" || !Number.isFinite(Number(value))))
-      return report(shown, "Megatron reads a number here", "write a number");
+    if (type === "int" && !INTEGER.test(value)) return report(shown, "Megatron reads a whole number here", "write it with digits alone");
+    if (type === "float" && !FLOAT.test(value)) return report(shown, "Megatron reads a number here", "write a number");
     if (type === "choice" && !choices.includes(value))
       return report(shown, "Megatron has no such choice", `write one of ${choices.join(", ")}`);
-    return value;
+    return type === "int" || type === "float" ? value.replaceAll("_", "") : value;
   };
   const texts = (name: MappedName): readonly string[] | undefined => {
     const found = given.get(name);
