@@ -191,6 +191,7 @@ describe("loops and conditions", () => {
     ["W=0; for i in 1 2 3; do for j in 1 2; do W=$((W+1)); continue 2; done; done; launch $W", ["3"]],
     ["case big in big) A=1 ;& small) B=2 ;; *) C=3 ;; esac; launch $A $B ${C-none}", ["1", "2", "none"]],
     ["case big in b*) A=1 ;;& x) B=2 ;; *g) C=3 ;; esac; launch $A ${B-none} $C", ["1", "none", "3"]],
+    ["A=1; if [ -f x ]; then unset A; else unset A; fi; launch ${A-none}", ["none"]],
     ["[[ a == a ]] && A=1; [[ a == b ]] || B=2; launch $A $B", ["1", "2"]],
     ["cd /x && launch 1", ["1"]],
     ["mkdir x || A=1; [[ -d x ]] || exit 1; launch 2", ["2"]],

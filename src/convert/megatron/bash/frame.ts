@@ -33,11 +33,14 @@ const unsure = (name: string, frame: Frame, pos: number): Hole => ({
 
 /** Sets variables as the branches of a condition left them; a variable on which they disagree becomes a hole. */
 export function merge(scopes: readonly Scope[], frame: Frame, pos: number): void {
-  for (const name of new Set(scopes.flatMap((scope) => scope.names()))) {
+  // without a branch that goes on, variables stay as they are
+  const before = scopes.length > 0 ? frame.shell.scope.names() : [];
+  for (const name of new Set([...before, ...scopes.flatMap((scope) => scope.names())])) {
     const values = scopes.map((scope) => scope.get(name));
     const shown = new Set(values.map((value) => JSON.stringify(value)));
     const [value] = values;
     if (shown.size === 1 && value) frame.shell.scope.set(name, value);
+    else if (shown.size === 1) frame.shell.scope.remove(name);
     else if (shown.size > 1) frame.shell.scope.set(name, { kind: "text", text: [unsure(name, frame, pos)] });
   }
 }
