@@ -5,7 +5,7 @@
 import type { OpName } from "./opNames.ts";
 import type { Buffer, Instruction } from "./plan.ts";
 
-/** Names of the ops that pack and unpack the buffers of a collective (src/ops/transport.ts): they only copy values. */
+/** Names of the ops that pack and unpack the buffers of a collective (src/ops/rearrange.ts): they only copy values. */
 export const transportOps: readonly OpName[] = ["arrange", "take_rows", "invert_rows", "split_rows", "merge_rows"];
 
 /** Buffers by id, as far as effects need them. */

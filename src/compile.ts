@@ -9,7 +9,7 @@ import { lower } from "./passes/lower.ts";
 import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
 import { type Counts, type Stage, type Trace, untraced } from "./passes/passNames.ts";
-import { printPipeline } from "./passes/pipeline.ts";
+import { printPipeline } from "./passes/pipelineStages.ts";
 import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
 import type { ShardOptions } from "./passes/shard.ts";
 import { shardJob } from "./passes/shardJob.ts";

@@ -10,7 +10,7 @@ export type { Instruction, Kernel, Memory, Plan, Program } from "../schemas/plan
 export { Trouble } from "../schemas/trouble.ts";
 export { loadTarget, type Target } from "./codegen/targets.ts";
 export { type Compiled, compile, type Settings } from "./compile.ts";
-export { importHf, importHfText } from "./convert/hf.ts";
+export { importHf, importHfText } from "./convert/hf/importHf.ts";
 export { type Finding, renderFindings } from "./frontend/diagnostic.ts";
 export { explained as explainCode } from "./frontend/explainText.ts";
 export { type JobRead, readJob } from "./frontend/readJob.ts";

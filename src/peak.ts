@@ -16,7 +16,7 @@ import { headAt } from "./model/positions.ts";
 import { lower } from "./passes/lower.ts";
 import { aligned, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
-import { chunkOfVirtual, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipeline.ts";
+import { chunkOfVirtual, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipelineStages.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
 import { schedule } from "./passes/schedule.ts";
 import { shardJob } from "./passes/shardJob.ts";

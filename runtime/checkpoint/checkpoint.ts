@@ -13,13 +13,13 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
 import { ranksText } from "../launch/rankList.ts";
 import { copyShared, firstHolders, type Ranges, shardRanges, sharedBy } from "../shards.ts";
-import type { RunProgress } from "../train/schedule.ts";
-import { type CheckpointText, printCheckpointText, readCheckpointText, TEXT } from "./checkpointFile.ts";
+import type { RunProgress } from "../train/stepParameters.ts";
+import { checkpointState } from "./checkpointState.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
 import { type DeferredTensorEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
 import { folderOf } from "./saveFolder.ts";
-import { checkpointState } from "./state.ts";
+import { type CheckpointText, printCheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
 
 const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
 

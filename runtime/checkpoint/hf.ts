@@ -4,8 +4,8 @@
  */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./checkpointFiles.ts";
 import { expectFinite } from "./finite.ts";
+import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./hfFiles.ts";
 import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
 import type { TensorEntry } from "./safetensors.ts";

@@ -8,7 +8,7 @@ import { hostname } from "node:os";
 import { join } from "node:path";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
-import { TEXT } from "./checkpointFile.ts";
+import { TEXT } from "./snapshotFile.ts";
 
 /** Returns the folder name of the checkpoint of a step. */
 export const folderOf = (step: number): string => `step-${String(step).padStart(8, "0")}`;

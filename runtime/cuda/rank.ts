@@ -7,7 +7,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks, RankDevice } from "../backend.ts";
-import { type Env, ordinalOf, placeOf, type RankPlace } from "../launch/place.ts";
+import { type Env, ordinalOf, placeOf, type RankPlace } from "../launch/rankPlace.ts";
 import { join, launcherOf, type Meeting, timesOf } from "../launch/rendezvous.ts";
 import { openCuda } from "./backend.ts";
 import { driver } from "./driver.ts";

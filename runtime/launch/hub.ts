@@ -4,7 +4,7 @@ import { createServer, type Socket } from "node:net";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Cancel, type Clock, systemClock } from "./clock.ts";
 import { Coordinator, type CoordinatorSettings, type Peer } from "./coordinator.ts";
-import { isLoopback } from "./place.ts";
+import { isLoopback } from "./rankPlace.ts";
 import { type FramedConnection, framedConnection, type Hello, limits, proves, ToHub, type ToRank } from "./wire.ts";
 
 /** Settings of the hub. */

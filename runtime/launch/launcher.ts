@@ -10,7 +10,7 @@ import { constants } from "node:os";
 import { createInterface } from "node:readline";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type Cancel, type Clock, systemClock } from "./clock.ts";
-import type { Env } from "./place.ts";
+import type { Env } from "./rankPlace.ts";
 
 /** Settings of `launch`. */
 export interface LaunchSettings {

@@ -7,7 +7,7 @@ import { MessageChannel, type MessagePort, receiveMessageOnPort } from "node:wor
 import { Trouble } from "../../schemas/trouble.ts";
 import { Inbox } from "./inbox.ts";
 import type { Membership } from "./peer.ts";
-import type { Env } from "./place.ts";
+import type { Env } from "./rankPlace.ts";
 import { cells, startWatchdog, unknown, type WatchdogCommand, type WatchdogMessage } from "./watchdog.ts";
 
 /** Settings of `join`. */

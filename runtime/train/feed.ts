@@ -6,7 +6,7 @@ import { inputName } from "../../schemas/program.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 import type { HostData } from "../backend.ts";
 import { type Batch, weightingOf } from "./inputs.ts";
-import type { StepParameters } from "./schedule.ts";
+import type { StepParameters } from "./stepParameters.ts";
 import { countOf, meanOverLearnt } from "./tokenWeights.ts";
 
 /** Permutes the tokens of each sequence into the zigzag order of the context ranks. Inputs of one value are unchanged. */

@@ -15,8 +15,8 @@ import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
 import { Parameters, type StateShards, type Tensor, type WholeTensors } from "./parameters.ts";
-import { type RunProgress, type StepParameters, trainingSchedule } from "./schedule.ts";
-import { runTogether, walkStep } from "./walk.ts";
+import { runTogether, walkStep } from "./rankStep.ts";
+import { type RunProgress, type StepParameters, trainingSchedule } from "./stepParameters.ts";
 
 export type { StepResult } from "../../schemas/stepResult.ts";
 export type { Tensor } from "./parameters.ts";

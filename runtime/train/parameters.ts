@@ -5,7 +5,7 @@ import { elementsOf, numberInStage, rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { fillNormal } from "../../src/ops/philox.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
-import { checkpointState } from "../checkpoint/state.ts";
+import { checkpointState } from "../checkpoint/checkpointState.ts";
 import type { RankPrograms, StageProgram } from "../rankPrograms.ts";
 import { type Ranges, shardOf, shardRanges, visitRuns } from "../shards.ts";
 

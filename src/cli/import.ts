@@ -26,8 +26,8 @@ function registerImportHf(importing: Command): void {
     "import hf deepseek-v3/config.json --mtp -o job.yaml",
   ).action(async (path: string, options: { out?: string; mtp?: true }) => {
     const [{ importHfText }, { parseConfig }, { readConfigFile }] = await Promise.all([
-      import("../convert/hf.ts"),
-      import("../convert/hfReader.ts"),
+      import("../convert/hf/importHf.ts"),
+      import("../convert/hf/configReader.ts"),
       import("./inputFiles.ts"),
     ]);
     const { text, file, name } = readConfigFile(path);

@@ -109,7 +109,7 @@ async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions,
     if (options.dumpGrads !== undefined)
       throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or omit --dump-grads");
     const [{ isLoopback, placeOf }, { launch }] = await Promise.all([
-      import("../../runtime/launch/place.ts"),
+      import("../../runtime/launch/rankPlace.ts"),
       import("../../runtime/launch/launcher.ts"),
     ]);
     const place = placeOf(process.env, plan.mesh.world);

@@ -1,5 +1,5 @@
-/** The spec of `arrange` (src/ops/transport.ts) for all targets: a copy along several dims, in vectors. */
-import type { arrange } from "../ops/transport.ts";
+/** The spec of `arrange` (src/ops/rearrange.ts) for all targets: a copy along several dims, in vectors. */
+import type { arrange } from "../ops/rearrange.ts";
 import { numbered, type SpecOf } from "./kernelSpec.ts";
 
 /** A copy of `vectors` vectors of `width` elements, over dims of these sizes (in vectors) and strides. */

@@ -12,9 +12,9 @@ import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
+import * as messages from "./rearrange.ts";
 import { rope } from "./rope.ts";
 import * as router from "./router.ts";
-import * as messages from "./transport.ts";
 import * as vocab from "./vocab.ts";
 
 const all = [

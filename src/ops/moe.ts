@@ -2,7 +2,7 @@
 
 import { mul, rowSum, sigmoid, sub, variable } from "./formula.ts";
 import { formulaOp, type Grads, op, type ShardContext } from "./op.ts";
-import { markExperts } from "./transport.ts";
+import { markExperts } from "./rearrange.ts";
 
 // -- rows of experts
 

@@ -17,7 +17,7 @@ import { pairs, variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
 import { optimizerStep } from "./optimizerStep.ts";
-import { chunkOfVirtual, layersOf } from "./pipeline.ts";
+import { chunkOfVirtual, layersOf } from "./pipelineStages.ts";
 import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } from "./programBuilder.ts";
 import { expandRing, isRing } from "./ring.ts";
 import type { ShardStep } from "./sharding/steps.ts";

@@ -5,7 +5,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import type { Node } from "../ops/op.ts";
-import type { Pipeline } from "./pipeline.ts";
+import type { Pipeline } from "./pipelineStages.ts";
 
 /** Per module, named as in Megatron Core, a pattern for the ids of its nodes within a layer. */
 const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], RegExp>> = {

@@ -4,7 +4,7 @@ import { buildModel } from "../model/model.ts";
 import { addBackward } from "./backward.ts";
 import type { Mesh } from "./mesh.ts";
 import { type Counts, type Trace, untraced } from "./passNames.ts";
-import { type Pipeline, pipelineOf, stageOfVirtual, virtualStageAt } from "./pipeline.ts";
+import { type Pipeline, pipelineOf, stageOfVirtual, virtualStageAt } from "./pipelineStages.ts";
 import { isRecomputed } from "./recompute.ts";
 import { type ShardOptions, shard } from "./shard.ts";
 import { insertRegrids } from "./sharding/insertRegrids.ts";

@@ -1,7 +1,7 @@
 /** Rules P: the parallelism degrees, and the dense and the expert grid. */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { pipelineOf, readLayout } from "../passes/pipeline.ts";
+import { pipelineOf, readLayout } from "../passes/pipelineStages.ts";
 import { bubbleOf, schedule, timesOf } from "../passes/schedule.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 

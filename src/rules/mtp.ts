@@ -1,5 +1,5 @@
 /** Rules M, P: multi-token prediction. */
-import { readLayout } from "../passes/pipeline.ts";
+import { readLayout } from "../passes/pipelineStages.ts";
 import { divisorsNear, type Rule, rule } from "./rule.ts";
 
 /** Rules of multi-token prediction. */

@@ -4,7 +4,7 @@ import { expect, test } from "vitest";
 import { parse } from "yaml";
 import { completeJob, JobText } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { importHf, importHfText } from "../../src/convert/hf.ts";
+import { importHf, importHfText } from "../../src/convert/hf/importHf.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 
 const config = (name: string): Record<string, unknown> => JSON.parse(readFileSync(`test/fixtures/hf/${name}/config.json`, "utf8"));

@@ -9,9 +9,9 @@ import { add, groupedGemm } from "../../src/ops/linear.ts";
 import * as moe from "../../src/ops/moe.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import { type AnyOp, op, type ShardContext, type Value } from "../../src/ops/op.ts";
+import * as transport from "../../src/ops/rearrange.ts";
 import { rope } from "../../src/ops/rope.ts";
 import * as router from "../../src/ops/router.ts";
-import * as transport from "../../src/ops/transport.ts";
 import * as vocab from "../../src/ops/vocab.ts";
 import { cutError, cuttable, makeCase } from "../support/opCases.ts";
 
@@ -99,7 +99,7 @@ test("the table has each op once, under the name that plans say", () => {
   );
 });
 
-test("the ops around a collective are those of transport.ts", () => {
+test("the ops around a collective are those of rearrange.ts", () => {
   expect(transportOps).toEqual(Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])));
 });
 

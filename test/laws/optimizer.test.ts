@@ -4,9 +4,9 @@
  */
 import { describe, expect, test } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";
+import { weightDecay } from "../../runtime/train/learningRate.ts";
 import { runOn, type Tensor } from "../../runtime/train/loop.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
-import { weightDecay } from "../../runtime/train/rates.ts";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
 import { ops } from "../../src/ops/index.ts";

@@ -1,7 +1,7 @@
 /** Orders of work: every block once, as few waits as the literature says, no more activations than it allows; and layouts. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipeline.ts";
+import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipelineStages.ts";
 import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
 import { blockRuns } from "../support/blockRuns.ts";

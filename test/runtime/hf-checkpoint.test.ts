@@ -7,7 +7,7 @@ import { checkpointFor, toHuggingFace } from "../../runtime/checkpoint/hf.ts";
 import { openSafetensors, type TensorEntry, writeSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { completeJob, hasExperts, type Job, JobText } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { importHf } from "../../src/convert/hf.ts";
+import { importHf } from "../../src/convert/hf/importHf.ts";
 import { references } from "../support/referenceJobs.ts";
 
 type Model = Job["model"];

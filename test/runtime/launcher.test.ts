@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, test } from "vitest";
 import { type Launched, type LaunchSettings, launch } from "../../runtime/launch/launcher.ts";
-import { placeOf } from "../../runtime/launch/place.ts";
+import { placeOf } from "../../runtime/launch/rankPlace.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { ManualClock } from "../support/manualClock.ts";
 import { built } from "../support/rankc.ts";

@@ -3,7 +3,7 @@ import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { checkpointState } from "../../runtime/checkpoint/state.ts";
+import { checkpointState } from "../../runtime/checkpoint/checkpointState.ts";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import { type Run, runOn, type StepResult } from "../../runtime/train/loop.ts";
 import { MOST_OVERFLOWS, StepFault } from "../../runtime/train/nonfinite.ts";

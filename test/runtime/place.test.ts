@@ -3,8 +3,8 @@ import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
-import { type Env, firstHost, isLoopback, ordinalOf, placeOf } from "../../runtime/launch/place.ts";
 import { rankList } from "../../runtime/launch/rankList.ts";
+import { type Env, firstHost, isLoopback, ordinalOf, placeOf } from "../../runtime/launch/rankPlace.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 
 const torchrun: Env = { RANK: "5", WORLD_SIZE: "8", LOCAL_RANK: "1", LOCAL_WORLD_SIZE: "4", MASTER_ADDR: "gpu1", MASTER_PORT: "29500" };

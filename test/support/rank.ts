@@ -3,7 +3,7 @@
  * `MODE RANK` where RANK is who misbehaves. The others block their main thread, as a collective would, which nobody will end for them.
  */
 import { writeSync } from "node:fs";
-import { placeOf } from "../../runtime/launch/place.ts";
+import { placeOf } from "../../runtime/launch/rankPlace.ts";
 import { join, launcherOf, timesOf } from "../../runtime/launch/rendezvous.ts";
 
 const [mode, who] = process.argv.slice(2);

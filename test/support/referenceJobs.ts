@@ -1,7 +1,7 @@
 /** The checkpoints of fixtures/hf as jobs, and the numbers that Hugging Face transformers found when it trained them. */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Job } from "../../schemas/job.ts";
-import { importHf } from "../../src/convert/hf.ts";
+import { importHf } from "../../src/convert/hf/importHf.ts";
 import { fixture, jobOf } from "./job.ts";
 
 /** Every folder there is. */

@@ -1,7 +1,7 @@
 /** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
 import type { BlockPosition, HostData, LocalRanks } from "../../runtime/backend.ts";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
-import { trainingSchedule } from "../../runtime/train/schedule.ts";
+import { trainingSchedule } from "../../runtime/train/stepParameters.ts";
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, HostInput, Instruction, Plan } from "../../schemas/plan.ts";
 import { blockTag, microbatchesIn, orderOf } from "../../schemas/program.ts";

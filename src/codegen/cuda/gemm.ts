@@ -2,10 +2,10 @@
 
 import type { Arch } from "../../../schemas/devices.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
-import { productOf, productOps } from "../product.ts";
+import { productOf, productOps } from "../matmul.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
-import { halfOf } from "./product.ts";
+import { halfOf } from "./matmul.ts";
 
 function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const p = productOf(spec);

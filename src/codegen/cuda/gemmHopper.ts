@@ -10,8 +10,8 @@ import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { rowIndex } from "../launchArgs.ts";
-import type { MatrixProduct } from "../product.ts";
-import { mostTiles, sidesOf } from "./product.ts";
+import type { MatrixProduct } from "../matmul.ts";
+import { mostTiles, sidesOf } from "./matmul.ts";
 import { source } from "./text.ts";
 
 /** A device with fewer multiprocessors runs the rest of the blocks later. */

@@ -5,8 +5,8 @@ import { bytesOf, cudaType, type Float16, float16Types } from "../../../schemas/
 import { render } from "../../../templates/bindings.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";
-import type { MatrixProduct } from "../product.ts";
-import { mostTiles, sidesOf } from "./product.ts";
+import type { MatrixProduct } from "../matmul.ts";
+import { mostTiles, sidesOf } from "./matmul.ts";
 import { sumColumns } from "./reduce.ts";
 import { source } from "./text.ts";
 

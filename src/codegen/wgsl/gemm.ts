@@ -3,11 +3,11 @@
  * empty.
  */
 import { type GeneratedKernel, type KernelSpec, wgslKernel } from "../kernelSpec.ts";
-import { productOf, productOps } from "../product.ts";
+import { productOf, productOps } from "../matmul.ts";
 import type { Profile } from "../targetNames.ts";
 import { gemmMatrix, matrixTiles } from "./gemmMatrix.ts";
 import { gemmTiles, plainTiles } from "./gemmTiles.ts";
-import { tilingOf } from "./product.ts";
+import { tilingOf } from "./matmul.ts";
 
 function multiply(spec: KernelSpec, profile: Profile): GeneratedKernel {
   const p = productOf(spec);

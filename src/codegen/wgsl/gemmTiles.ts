@@ -4,9 +4,9 @@
  */
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import type { MatrixProduct } from "../product.ts";
-import type { Tile, WgslTiling } from "./product.ts";
-import { type ProductSide, productKernel } from "./productText.ts";
+import type { MatrixProduct } from "../matmul.ts";
+import type { Tile, WgslTiling } from "./matmul.ts";
+import { type ProductSide, productKernel } from "./matmulText.ts";
 
 export interface PlainTile extends Tile {
   readonly by: "plain";

@@ -11,9 +11,9 @@ import { latent } from "./latent.ts";
 import { moe } from "./moe.ts";
 import { norm } from "./norm.ts";
 import { orthogonalize } from "./orthogonalize.ts";
+import { transport } from "./rearrange.ts";
 import { rope } from "./rope.ts";
 import { router } from "./router.ts";
-import { transport } from "./transport.ts";
 import { vocab } from "./vocab.ts";
 
 const handWritten = {

@@ -7,7 +7,6 @@ import { Trouble } from "../../../schemas/trouble.ts";
 import { type ArgumentReport, type ImportedJob, makeImported } from "../importedJob.ts";
 import { newJobBuilder } from "../jobBuilder.ts";
 import type { Problem } from "../problems.ts";
-import { readArgumentList } from "./argumentList.ts";
 import { type Arguments, readArguments } from "./arguments/read.ts";
 import type { ScriptRead } from "./bash/calls.ts";
 import { newScope } from "./bash/scope.ts";
@@ -20,6 +19,7 @@ import { putExperts } from "./job/moe.ts";
 import { degreesOf, putParallel, smallestWorld, type World } from "./job/parallel.ts";
 import { putData, putTrain } from "./job/train.ts";
 import { launchesIn, type TrainingLaunch, unknownWorld, worldOf } from "./launch.ts";
+import { readArgumentList } from "./yamlArguments.ts";
 
 /** What to import. */
 export type MegatronSource =

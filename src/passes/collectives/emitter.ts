@@ -5,7 +5,7 @@ import type { Buffer, CollectiveKind, Compute, Instruction } from "../../../sche
 import { shardCount } from "../../../schemas/sharding.ts";
 import { bytesSent } from "../../analysis/cost.ts";
 import { type AnyOp, invariant } from "../../ops/op.ts";
-import { arrange } from "../../ops/transport.ts";
+import { arrange } from "../../ops/rearrange.ts";
 import { computeInstruction } from "../computeInstruction.ts";
 import type { Mesh } from "../mesh.ts";
 import type { ProgramBuilder, Reshard } from "../programBuilder.ts";

@@ -6,7 +6,7 @@ import type { Buffer, Compute } from "../../../schemas/plan.ts";
 import { shardCount } from "../../../schemas/sharding.ts";
 import { boundOfRows } from "../../analysis/cost.ts";
 import { invariant } from "../../ops/op.ts";
-import { invertRows, mergeRows, splitRows, takeRows } from "../../ops/transport.ts";
+import { invertRows, mergeRows, splitRows, takeRows } from "../../ops/rearrange.ts";
 import type { Reshard } from "../programBuilder.ts";
 import { exchangeBlocks } from "./blockExchange.ts";
 import type { Emitter } from "./emitter.ts";

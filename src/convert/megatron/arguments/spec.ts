@@ -1,7 +1,7 @@
 /**
  * The arguments of Megatron-LM at commit d98e8a64: name, type, default, and what the importer makes of each.
  */
-import { dormant } from "./dormant.ts";
+import { inactive } from "./inactive.ts";
 import { mapped } from "./mapped.ts";
 import type { Section } from "./section.ts";
 import { unsupported } from "./unsupported.ts";
@@ -52,7 +52,7 @@ function parseName(word: string, fate: Fate, { why, instead }: Section & { reado
 const tables: readonly { readonly fate: Fate; readonly sections: readonly Section[] }[] = [
   { fate: "mapped", sections: mapped },
   { fate: "without effect", sections: withoutEffect },
-  { fate: "without effect", sections: dormant },
+  { fate: "without effect", sections: inactive },
   { fate: "unsupported", sections: unsupported },
 ];
 

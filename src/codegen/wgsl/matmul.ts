@@ -1,6 +1,6 @@
 /** Tilings of matrix products: how the output is divided among workgroups. Kernels differ in how they multiply a tile, not in the tiles. */
 import { invariant } from "../../ops/op.ts";
-import type { MatrixProduct } from "../product.ts";
+import type { MatrixProduct } from "../matmul.ts";
 
 /** The tile of the output of one workgroup, and the steps of the depth between two barriers. */
 export interface Tile {

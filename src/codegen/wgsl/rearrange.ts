@@ -1,6 +1,6 @@
 /** Copies around a collective: reordering of blocks, rows by destination, merging of row lists. */
 import { render } from "../../../templates/bindings.ts";
-import * as ops from "../../ops/transport.ts";
+import * as ops from "../../ops/rearrange.ts";
 import { arrangementOf } from "../arrangement.ts";
 import {
   destinationsOf,

@@ -5,8 +5,8 @@
 
 import { batchAt } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
+import { learningRate, weightDecay } from "./learningRate.ts";
 import { type LossScale, lossScaleOf, type ScaleState } from "./lossScale.ts";
-import { learningRate, weightDecay } from "./rates.ts";
 
 /** The parameters of one step. */
 export interface StepParameters {

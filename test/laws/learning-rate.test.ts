@@ -1,9 +1,9 @@
 /** Learning rate, weight decay, loss scale and batch size over a run: the schedules are Megatron Core's. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
+import { learningRate, weightDecay } from "../../runtime/train/learningRate.ts";
 import { lossScaleOf } from "../../runtime/train/lossScale.ts";
-import { learningRate, weightDecay } from "../../runtime/train/rates.ts";
-import { trainingSchedule } from "../../runtime/train/schedule.ts";
+import { trainingSchedule } from "../../runtime/train/stepParameters.ts";
 import { type batchAt, lengthOf, phasesOf, samplesOf } from "../../schemas/batchRampup.ts";
 import type { Job } from "../../schemas/job.ts";
 import { jobOf } from "../support/job.ts";

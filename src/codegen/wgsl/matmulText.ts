@@ -2,8 +2,8 @@ import type { Dtype } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";
-import type { MatrixProduct } from "../product.ts";
-import type { Tile, WgslTiling } from "./product.ts";
+import type { MatrixProduct } from "../matmul.ts";
+import type { Tile, WgslTiling } from "./matmul.ts";
 import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
 
 export type ProductSide = "a" | "b";

@@ -1,5 +1,5 @@
 /** Reads Hugging Face config.json files, as Python's json module writes them, with type checks of keys. */
-import { Trouble } from "../../schemas/trouble.ts";
+import { Trouble } from "../../../schemas/trouble.ts";
 
 /** A JSON object. */
 export type Config = Readonly<Record<string, unknown>>;

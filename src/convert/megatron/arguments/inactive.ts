@@ -2,7 +2,7 @@
 import type { Section } from "./section.ts";
 
 /** Arguments without effect on the plan, because nothing in pretraining reads them alone. `why` completes "--NAME …". */
-export const dormant: readonly Section[] = [
+export const inactive: readonly Section[] = [
   {
     why: "serves inference",
     names: `

@@ -1,10 +1,10 @@
 /** The notes of an imported job: assumptions and omissions; and the selection of its device. */
-import { type Device, deviceNames, deviceOf, devices } from "../../schemas/devices.ts";
-import type { Job } from "../../schemas/job.ts";
-import { parameterCount } from "../analysis/parameterCount.ts";
-import { countText } from "../units.ts";
-import type { Experts } from "./hfFamilies.ts";
-import { type Config, isRecord, shown } from "./hfReader.ts";
+import { type Device, deviceNames, deviceOf, devices } from "../../../schemas/devices.ts";
+import type { Job } from "../../../schemas/job.ts";
+import { parameterCount } from "../../analysis/parameterCount.ts";
+import { countText } from "../../units.ts";
+import { type Config, isRecord, shown } from "./configReader.ts";
+import type { Experts } from "./families.ts";
 
 type Model = Job["model"];
 

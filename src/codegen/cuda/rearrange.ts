@@ -2,7 +2,7 @@
 
 import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
-import * as ops from "../../ops/transport.ts";
+import * as ops from "../../ops/rearrange.ts";
 import { arrangementOf } from "../arrangement.ts";
 import { cudaKernel, destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt, type SpecOf } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";

@@ -1,7 +1,7 @@
 /** Tiles and operand types of matrix products on CUDA. */
 
 import { type Float16, isFloat16 } from "../../../schemas/dtypes.ts";
-import type { MatrixProduct } from "../product.ts";
+import type { MatrixProduct } from "../matmul.ts";
 
 /** Returns the type of both operands if tensor cores support it. */
 export const halfOf = ({ a, b }: Pick<MatrixProduct, "a" | "b">): Float16 | undefined =>

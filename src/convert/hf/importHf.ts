@@ -4,11 +4,11 @@
  */
 import { Document } from "yaml";
 import type { z } from "zod";
-import { completeJob, JobText } from "../../schemas/job.ts";
-import { Trouble } from "../../schemas/trouble.ts";
-import { aliases, type Experts, type Family, families, mustBe, mustBeOff } from "./hfFamilies.ts";
-import { bytesToTrain, notesOf, roomiest } from "./hfNotes.ts";
-import { type Config, isRecord, type Reader, reader, shown } from "./hfReader.ts";
+import { completeJob, JobText } from "../../../schemas/job.ts";
+import { Trouble } from "../../../schemas/trouble.ts";
+import { type Config, isRecord, type Reader, reader, shown } from "./configReader.ts";
+import { aliases, type Experts, type Family, families, mustBe, mustBeOff } from "./families.ts";
+import { bytesToTrain, notesOf, roomiest } from "./notes.ts";
 
 type JobInput = z.input<typeof JobText>;
 type Model = JobInput["model"];
