@@ -14,7 +14,7 @@ type Factors = Pick<MeshData, "subAxes" | "per_stage">;
 
 /** Returns the ranges of the rank with this number in its stage. */
 export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Sharding, number: number): Ranges =>
-  sizes.map((n, dim) => dimRanges(mesh, n, shardedBy[dim]!, shardedBy[dim]!, number));
+  sizes.map((n, dim) => dimRanges(mesh, n, shardedBy[dim] ?? [], shardedBy[dim] ?? [], number));
 
 const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
 
@@ -22,12 +22,13 @@ const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((
 export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, shard: number, length: number) => void): void {
   let at = 0;
   const walk = (dim: number, base: number) => {
-    if (dim === ranges.length) return visit(base, at++, 1);
-    for (const [from, to] of ranges[dim]!) {
+    const [own, size] = [ranges[dim], sizes[dim]];
+    if (own === undefined || size === undefined) return visit(base, at++, 1);
+    for (const [from, to] of own) {
       if (dim === ranges.length - 1) {
-        visit(base * sizes[dim]! + from, at, to - from);
+        visit(base * size + from, at, to - from);
         at += to - from;
-      } else for (let i = from; i < to; i++) walk(dim + 1, base * sizes[dim]! + i);
+      } else for (let i = from; i < to; i++) walk(dim + 1, base * size + i);
     }
   };
   walk(0, 0);
@@ -50,8 +51,9 @@ interface Shared {
 function sharedAlong(from: Ranges[number], to: Ranges[number]): Shared[] {
   const out: Shared[] = [];
   let [a, b, i, j] = [0, 0, 0, 0];
-  while (i < from.length && j < to.length) {
-    const [f, t] = [from[i]!, to[j]!];
+  for (;;) {
+    const [f, t] = [from[i], to[j]];
+    if (!f || !t) return out;
     const start = Math.max(f[0], t[0]);
     const end = Math.min(f[1], t[1]);
     if (start < end) out.push({ from: a + start - f[0], to: b + start - t[0], length: end - start });
@@ -63,12 +65,11 @@ function sharedAlong(from: Ranges[number], to: Ranges[number]): Shared[] {
       j++;
     }
   }
-  return out;
 }
 
 /** Returns the intersection of two shards per dim; undefined if it is empty. */
 export function sharedBy(from: Ranges, to: Ranges): Shared[][] | undefined {
-  const dims = from.map((dim, i) => sharedAlong(dim, to[i]!));
+  const dims = from.map((dim, i) => sharedAlong(dim, to[i] ?? []));
   return dims.every((runs) => runs.length > 0) ? dims : undefined;
 }
 
@@ -80,12 +81,13 @@ export function copyShared(
 ): void {
   const [theirs, ours] = [lengthsOf(from), lengthsOf(to)];
   const walk = (dim: number, a: number, b: number) => {
-    if (dim === shared.length) {
-      out[b] = values[a]!;
+    const [runs, their, our] = [shared[dim], theirs[dim], ours[dim]];
+    if (runs === undefined || their === undefined || our === undefined) {
+      out.set(values.subarray(a, a + 1), b);
       return;
     }
-    for (const run of shared[dim]!) {
-      const [i, j] = [a * theirs[dim]! + run.from, b * ours[dim]! + run.to];
+    for (const run of runs) {
+      const [i, j] = [a * their + run.from, b * our + run.to];
       if (dim === shared.length - 1) out.set(values.subarray(i, i + run.length), j);
       else for (let k = 0; k < run.length; k++) walk(dim + 1, i + k, j + k);
     }

@@ -1,5 +1,7 @@
 /** The compiler pipeline: job → mesh → graph → sharded graph → programs → kernels → memory → plan. */
+
 import type { Job } from "../schemas/job.ts";
+import { itemOf } from "../schemas/lookup.ts";
 import type { Instruction, Plan } from "../schemas/plan.ts";
 import { instructionsOf } from "../schemas/program.ts";
 import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
@@ -52,7 +54,7 @@ export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: S
     () => programs.map((p) => planMemory(p, kernels)),
     (stages) => ({ "bytes of the largest peak": Math.max(...stages.map(({ peak }) => peak)) }),
   );
-  for (const [s, p] of programs.entries()) verifyMemory(p, memory[s]!);
+  for (const [s, p] of programs.entries()) verifyMemory(p, itemOf(memory, s, "memory of stage"));
   const toolchain = { rankc: version, target: target.name };
   const plan = trace("plan", () => sealPlan({ job, mesh, programs, memory, kernels, toolchain }));
   const text: Record<Stage, () => string> = {

@@ -1,5 +1,7 @@
 /** What `rankc serve` serves beside the page: the plan, its kernels, and its text. */
+
 import { indexPath } from "../../schemas/dataFiles.ts";
+import { entryOf, sourceOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Text } from "../data/tokens.ts";
@@ -13,9 +15,9 @@ export interface Loaded {
 
 export async function loadPlan(): Promise<Loaded> {
   const plan: Plan = await (await get("plan.json")).json();
-  const files = plan.kernels.map((k) => k.source!.file);
+  const files = plan.kernels.map((k) => sourceOf(k).file);
   const texts = new Map(await Promise.all(files.map(async (file) => [file, await (await get(`kernels/${file}`)).text()] as const)));
-  return { plan, kernel: (file) => texts.get(file)! };
+  return { plan, kernel: (file) => entryOf(texts, file, "source") };
 }
 
 /** The files of `data`. An index that has no bytes is none. */

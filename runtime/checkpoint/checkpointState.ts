@@ -1,4 +1,5 @@
 /** The checkpoint state of a stage: tensors that continue from step to step. */
+import { entryOf } from "../../schemas/lookup.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 
 /** A tensor, and the buffer that holds a rank's shard of it. */
@@ -16,7 +17,7 @@ export function checkpointState({ parameters, buffers }: Plan["programs"][number
   const masters = new Set(parameters.map((p) => p.master));
   const own = parameters.filter((p) => !p.tied_to);
   return [
-    ...own.map((p) => ({ name: p.name, buffer: byId.get(p.master)! })),
+    ...own.map((p) => ({ name: p.name, buffer: entryOf(byId, p.master, "buffer") })),
     ...buffers.flatMap((buffer) =>
       buffer.kind === "optimizer" && buffer.sizes.length > 0 && !masters.has(buffer.id) ? [{ name: buffer.id, buffer }] : [],
     ),

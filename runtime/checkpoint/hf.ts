@@ -2,7 +2,9 @@
  * Checkpoints: Hugging Face tensors to our parameters and back. Reading walks the blocks of hfLayout.ts one way, writing the other.
  * Opening reads headers alone and reports everything that does not fit the job at once.
  */
+
 import type { Job } from "../../schemas/job.ts";
+import { entryOf } from "../../schemas/lookup.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { expectFinite } from "./finite.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./hfFiles.ts";
@@ -74,7 +76,7 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
       if (`${sizesOf(size)}` !== `${shape}`) throw new Error(`${name} has shape ${list(sizesOf(size))}, asked for ${list(shape)}`);
       const out = new Float32Array(product(size));
       for (const { tensor, blocks } of known.parts) {
-        const source = tensors.where.get(tensor)!;
+        const source = entryOf(tensors.where, tensor, "tensor");
         const data = expectFinite(source.read(tensor), `${source.path}: ${tensor}`, "name a checkpoint whose weights are finite");
         for (const block of blocks) transpose(block.rows, block.cols, data, block.there, out, block.here);
       }

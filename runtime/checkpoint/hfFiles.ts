@@ -1,6 +1,8 @@
 /** Opens the files of a Hugging Face checkpoint: one file, or several under an index that names the file of each tensor. */
+
 import { readFileSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { entryOf } from "../../schemas/lookup.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
 
@@ -32,7 +34,7 @@ function openIndex(path: string): Tensors {
     const where = new Map<string, Safetensors>();
     for (const [tensor, file] of weightMap(path)) {
       if (!shards.has(file)) shards.set(file, openSafetensors(join(dirname(path), file)));
-      const shard = shards.get(file)!;
+      const shard = entryOf(shards, file, "file");
       shard.info(tensor);
       where.set(tensor, shard);
     }

@@ -1,6 +1,7 @@
 /**
  * Collectives on host memory. Sums run in the order of the group's members, so equal plans give equal bits.
  */
+import { itemOf } from "../../schemas/lookup.ts";
 import type { CollectiveKind, Plan } from "../../schemas/plan.ts";
 import type { Comm, HostData, HostRankDevice } from "../backend.ts";
 import { inProcessComm, rankTable } from "../inProcessComm.ts";
@@ -26,10 +27,10 @@ const collective: Readonly<Record<CollectiveKind, (held: readonly HostData[], me
   all_gather: (held) => blocks(held),
   all_to_all: (held, member) => blocks(held.map((h) => blockOf(h, member, held.length))),
   reduce_scatter: (held, member) =>
-    held.map((h) => blockOf(h, member, held.length)).reduce(sum, new Float32Array(held[0]!.length / held.length)),
-  all_reduce: (held) => held.reduce(sum, new Float32Array(held[0]!.length)),
-  shift: (held, member) => held[(member + held.length - 1) % held.length]!.slice(),
-  all_reduce_max: (held) => held.reduce<HostData>((out, x) => out.map((y, i) => Math.max(y, x[i]!)), held[0]!.slice()),
+    held.map((h) => blockOf(h, member, held.length)).reduce(sum, new Float32Array(itemOf(held, 0, "member").length / held.length)),
+  all_reduce: (held) => held.reduce(sum, new Float32Array(itemOf(held, 0, "member").length)),
+  shift: (held, member) => itemOf(held, (member + held.length - 1) % held.length, "member").slice(),
+  all_reduce_max: (held) => held.reduce<HostData>((out, x) => out.map((y, i) => Math.max(y, x[i]!)), itemOf(held, 0, "member").slice()),
 };
 const blockOf = (x: HostData, block: number, of: number): HostData => x.subarray((block * x.length) / of, ((block + 1) * x.length) / of);
 

@@ -2,10 +2,12 @@
  * The kernels of a plan on one device: cubins of the plan, or cubins that NVRTC compiles and that the user's cache keeps. Several sources
  * compile at the same time. The ranks of one machine begin at different kernels, so that they share the work through the cache.
  */
+
 import { createHash } from "node:crypto";
 import { readFileSync, renameSync, writeFileSync } from "node:fs";
 import { availableParallelism, homedir } from "node:os";
 import { join } from "node:path";
+import { entryOf, sourceOf } from "../../schemas/lookup.ts";
 import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -18,7 +20,7 @@ export const compileOptions = ["--std=c++17"] as const;
 
 /** Returns the file name of a kernel's cubin. It contains the digest of the source, so a cubin of another source has another name. */
 export function cubinFile(kernel: Kernel, arch: string): string {
-  const { file, sha256 } = kernel.source!;
+  const { file, sha256 } = sourceOf(kernel);
   return `${file.replace(/\.cu$/, "")}.${sha256.slice(0, 16)}.${arch}.cubin`;
 }
 
@@ -72,7 +74,7 @@ export async function loadKernels(
   const entries = new Map<string, KernelFunction>();
 
   async function load(kernel: Kernel): Promise<void> {
-    const image = (kernel.cubin && files.cubin?.(kernel.cubin.file)) ?? (await compiled(kernel, arch, files.source(kernel.source!.file)));
+    const image = (kernel.cubin && files.cubin?.(kernel.cubin.file)) ?? (await compiled(kernel, arch, files.source(sourceOf(kernel).file)));
     await naming(kernel, () => {
       const module = context.load(image);
       modules.set(kernel.id, module);
@@ -92,7 +94,7 @@ export async function loadKernels(
   for (const w of workers) if (w.status === "rejected") throw w.reason;
 
   return {
-    entry: (kernel, launch) => entries.get(`${kernel.id} ${launch.entry}`)!,
+    entry: (kernel, launch) => entryOf(entries, `${kernel.id} ${launch.entry}`, "function of a kernel"),
     close: () => {
       for (const module of modules.values()) context.unload(module);
     },
@@ -134,7 +136,7 @@ async function compiled(kernel: Kernel, arch: string, source: string): Promise<U
   const path = join(cacheFolder(), `${digest}.cubin`);
   const known = cached(path);
   if (known) return known;
-  const image = await naming(kernel, () => compileBeside(source, { arch, name: kernel.source!.file, options: compileOptions }));
+  const image = await naming(kernel, () => compileBeside(source, { arch, name: sourceOf(kernel).file, options: compileOptions }));
   keep(path, image);
   return image;
 }

@@ -3,8 +3,9 @@
  * bound once per activation copy; a launch is then one driver call.
  */
 
+import { entryOf, itemOf, programOfRank } from "../../schemas/lookup.ts";
 import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
-import { globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
+import { globalStart, numberInStage } from "../../schemas/sharding.ts";
 import type { CudaArenas, DeviceRange } from "./arenas.ts";
 import { type Context, type DevicePointer, packParams, type Stream } from "./driver.ts";
 import { type LoadedKernels, named } from "./kernels.ts";
@@ -30,17 +31,17 @@ export interface Ground {
 /** Returns a function that binds instructions to the memory of a rank. `first`: for the first microbatch of a step. */
 export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number, first: boolean) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
-  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
+  const program = programOfRank(plan, rank);
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
 
   return (i, copy, first) => {
-    const kernel = byId.get((first ? i.first_kernel : undefined) ?? i.kernel)!;
+    const kernel = entryOf(byId, (first ? i.first_kernel : undefined) ?? i.kernel, "kernel");
     const place = (id: string): DeviceRange => arenas.place(id, copy);
     const operands = { ...i.reads, ...i.writes };
     const rows =
       i.rows ??
       Object.values(operands)
-        .map((id) => buffers.get(id)!.rows)
+        .map((id) => entryOf(buffers, id, "buffer").rows)
         .find((id) => id !== undefined);
     const overflow = i.rows && `${i.rows}.needed`;
 
@@ -92,7 +93,7 @@ export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Co
 }
 
 function complete(error: unknown, kernel: Kernel, n: number): unknown {
-  const { entry, grid, threads, shared } = kernel.launches[n]!;
+  const { entry, grid, threads, shared } = itemOf(kernel.launches, n, `launch of ${kernel.id}`);
   if (error instanceof Error) error.message = `${entry}, ${grid.join("x")} blocks of ${threads}, ${shared} bytes: ${error.message}`;
   return error;
 }

@@ -83,7 +83,7 @@ function openNccl() {
 export function ncclVersion(): { readonly version: string; readonly path: string } {
   const into = new Int32Array(1);
   check("ncclGetVersion", nccl().version(into));
-  const code = into[0]!;
+  const [code = 0] = into;
   return { version: `${Math.floor(code / 10_000)}.${Math.floor(code / 100) % 100}.${code % 100}`, path: nccl().path };
 }
 
@@ -98,7 +98,8 @@ export function uniqueId(): Uint8Array {
 export function joinCommunicator(id: Uint8Array, rank: number, ranks: number): Communicator {
   const into = new BigUint64Array(1);
   check("ncclCommInitRank", nccl().initRank(into, ranks, { internal: id }, rank));
-  return communicator(into[0]!, rank, ranks);
+  const [own = 0n] = into;
+  return communicator(own, rank, ranks);
 }
 
 function communicator(own: bigint, rank: number, ranks: number): Communicator {
@@ -132,12 +133,14 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
     split: (members) => {
       const into = new BigUint64Array(1);
       check("ncclCommSplit", split(own, members?.[0] ?? NOCOLOR, rank, into, null));
-      return members && communicator(into[0]!, members.indexOf(rank), members.length);
+      const [part = 0n] = into;
+      return members && communicator(part, members.indexOf(rank), members.length);
     },
     check: () => {
-      const code = new Int32Array(1);
-      check("ncclCommGetAsyncError", asyncError(own, code));
-      if (code[0] !== IN_PROGRESS) check("a collective", code[0]!);
+      const into = new Int32Array(1);
+      check("ncclCommGetAsyncError", asyncError(own, into));
+      const [code = 0] = into;
+      if (code !== IN_PROGRESS) check("a collective", code);
     },
     abort: () => new Promise((resolve) => void abort.async(own, () => resolve())),
     close: () => check("ncclCommDestroy", destroy(own)),

@@ -79,7 +79,7 @@ function begin(source: string, { arch, name, options: own = [] }: CompileOptions
   const nvrtc = compiler();
   const into = new BigUint64Array(1);
   check(nvrtc, "nvrtcCreateProgram", nvrtc.create(into, Buffer.from(`${source}\0`), name, 0, null, null));
-  const program = into[0]!;
+  const [program = 0n] = into;
   return {
     program,
     options: [`--gpu-architecture=${arch}`, DEVICE_CODE, ...own],

@@ -4,6 +4,7 @@
  */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
+import { itemOf, offsetOf, programOfRank } from "../../schemas/lookup.ts";
 import type { Buffer, BufferKind, Plan } from "../../schemas/plan.ts";
 import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -36,8 +37,8 @@ export const bytesOfBuffer = (b: Buffer): number => bytesOf[b.dtype] * elementsO
 /** Allocates the arenas of a rank. Throws a Trouble if the limits do not suffice. */
 export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): GpuArenas {
   const stage = stageOfRank(plan.mesh, rank);
-  const { buffers, chunks } = plan.programs[stage]!;
-  const memory = plan.memory[stage]!;
+  const { buffers, chunks } = programOfRank(plan, rank);
+  const memory = itemOf(plan.memory, stage, "memory of stage");
   for (const b of buffers)
     if (bytesOfBuffer(b) > limits.binding)
       throw new Trouble(
@@ -50,7 +51,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   const arena = (kind: BufferKind, total: number, copy = "", chunk = 0): ArenaSegment[] => {
     const own = buffers
       .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
-      .map((b) => ({ id: b.id, from: memory.offsets[b.id]!, to: memory.offsets[b.id]! + aligned(b) }));
+      .map((b) => ({ id: b.id, from: offsetOf(memory, b.id), to: offsetOf(memory, b.id) + aligned(b) }));
     const starts = cutArena(own, total, limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
     return starts.map((from, part) => ({
       label: `${kind}${copy}${starts.length > 1 ? ` part ${part}` : ""}`,
@@ -60,7 +61,12 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   };
   const activations = chunks.map(({ copies }, chunk) =>
     Array.from({ length: copies }, (_, copy) =>
-      arena("activation", memory.activation[chunk]!, ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${copy}`, chunk),
+      arena(
+        "activation",
+        itemOf(memory.activation, chunk, "activation arena of chunk"),
+        ` of ${chunks.length > 1 ? `chunk ${chunk}, ` : ""}slot ${copy}`,
+        chunk,
+      ),
     ),
   );
   const single = {
@@ -80,16 +86,25 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
     for (const [i, part] of shared.entries()) places.set(part, { buffer, offset: bytesOfAll(shared.slice(0, i)), bytes: part.bytes });
   }
 
+  const placeOf = (part: ArenaSegment): BufferRange => {
+    const place = places.get(part);
+    if (!place) throw new Error(`rankc: ${part.label} has no GPUBuffer`);
+    return place;
+  };
   return {
     place(b, copy) {
-      const parts = b.kind === "activation" ? activations[b.chunk ?? 0]![copy]! : single[b.kind];
-      const at = memory.offsets[b.id]!;
-      const part = parts.findLast(({ from }) => from <= at)!;
-      const { buffer, offset } = places.get(part)!;
+      const parts = b.kind === "activation" ? itemOf(itemOf(activations, b.chunk ?? 0, "chunk"), copy, "activation copy") : single[b.kind];
+      const at = offsetOf(memory, b.id);
+      const part = itemOf(
+        parts,
+        parts.findLastIndex(({ from }) => from <= at),
+        "arena part",
+      );
+      const { buffer, offset } = placeOf(part);
       return { buffer, offset: offset + at - part.from, bytes: bytesOfBuffer(b) };
     },
-    gradients: gradient.map((part) => places.get(part)!),
-    scratch: places.get(scratch)!,
+    gradients: gradient.map(placeOf),
+    scratch: placeOf(scratch),
   };
 }
 
@@ -125,14 +140,19 @@ export function cutArena(held: readonly { id: string; from: number; to: number }
   if (bytes === 0) return [];
   if (bytes <= limit) return [0];
   const starts = [0];
+  /** The start of the last part. */
+  let start = 0;
   let end = 0;
   let boundary = 0;
   for (const b of [...held].sort((x, y) => x.from - y.from)) {
     // no earlier buffer overlaps this one
     if (b.from >= end) boundary = b.from;
     end = Math.max(end, b.to);
-    if (end - starts.at(-1)! > limit && boundary > starts.at(-1)!) starts.push(boundary);
-    if (end - starts.at(-1)! > limit)
+    if (end - start > limit && boundary > start) {
+      start = boundary;
+      starts.push(start);
+    }
+    if (end - start > limit)
       throw new Trouble(
         `${what} has ${bytes} bytes; its buffers up to ${b.id} lie in one piece, and the device makes none above ${limit} bytes (maxBufferSize)`,
         "make a rank's share smaller (more ranks, a smaller train.micro_batch), or run the plan on a GPU with a higher limit",

@@ -4,8 +4,9 @@
 /// <reference types="@webgpu/types" />
 
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import { entryOf, itemOf, programOfRank } from "../../schemas/lookup.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
-import { elementsOf, globalStart, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
+import { elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
@@ -43,13 +44,13 @@ export async function webgpuOn(
   sources: Sources,
   { profile = false, limits = {} }: WebgpuSettings = {},
 ): Promise<WebgpuRanks> {
-  const [kind, detail] = plan.toolchain.target.split(":");
+  const [kind, detail = "baseline"] = plan.toolchain.target.split(":");
   if (kind !== "webgpu")
     throw new Trouble(`the plan is for ${plan.toolchain.target}, and WebGPU cannot run it`, "compile the job for the target webgpu");
-  const gpu = await openDevice(host, detail!, { timestamps: profile });
+  const gpu = await openDevice(host, detail, { timestamps: profile });
   try {
     const { device, adapter } = gpu;
-    const { mesh, programs } = plan;
+    const { mesh } = plan;
     const ranks = Array.from({ length: mesh.world }, (_, r) => r);
     const compile = compiler(gpu);
     const bind = binder(gpu);
@@ -57,18 +58,19 @@ export async function webgpuOn(
     const commands = commandsOn(gpu, { timed: profile });
     const own = { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize };
     const arenas = ranks.map((r) => makeArenas(gpu, plan, r, { ...own, ...limits }));
-    const place = (rank: number, b: Buffer, copy: number) => arenas[rank]!.place(b, copy);
+    const place = (rank: number, b: Buffer, copy: number) => itemOf(arenas, rank, "rank").place(b, copy);
     const comm = await webgpuComm(plan, { gpu, commands, compile, bind, place });
     // throws if an allocation failed
     await commands.finish();
-    const backends = ranks.map((r) => backendOf(plan, r, { arenas: arenas[r]!, commands, kernels, bind }));
+    const backends = arenas.map((own, r) => backendOf(plan, r, { arenas: own, commands, kernels, bind }));
     const bounds = ranks.flatMap((rank) => {
-      const p = programs[stageOfRank(mesh, rank)]!;
-      return p.bounds.map((limit) => ({ rank, limit, at: place(rank, p.buffers.find((b) => b.id === limit.needed)!, 0) }));
+      const p = programOfRank(plan, rank);
+      const byId = new Map(p.buffers.map((b) => [b.id, b]));
+      return p.bounds.map((limit) => ({ rank, limit, at: place(rank, entryOf(byId, limit.needed, "buffer"), 0) }));
     });
     return {
       ranks,
-      rankDevice: (rank) => backends[rank]!,
+      rankDevice: (rank) => itemOf(backends, rank, "rank"),
       comm,
       adapter,
       device,
@@ -76,7 +78,7 @@ export async function webgpuOn(
         await commands.finish();
         const found = await commands.read(bounds.map(({ at }) => at));
         for (const [k, { rank, limit }] of bounds.entries()) {
-          const needed = new Int32Array(found[k]!)[0]!;
+          const [needed = 0] = new Int32Array(itemOf(found, k, "row count"));
           if (needed > limit.bound) throw capacityExceeded(limit, rank, needed);
         }
       },
@@ -99,17 +101,17 @@ interface Own {
 }
 
 function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): RankDevice {
-  const program = plan.programs[stageOfRank(plan.mesh, rank)]!;
+  const program = programOfRank(plan, rank);
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 
   /** Binds an op to its buffers in one activation copy: one dispatch per launch of its kernel. */
   function bound(i: Compute, copy: number): Dispatch[] {
-    const kernel = launches.get(i.kernel)!;
+    const kernel = entryOf(launches, i.kernel, "kernel");
     // launches with equal buffers share a bind group
     const groups = new Map<string, GPUBindGroup>();
     return kernel.launches.map((launch, n) => {
-      const { pipeline, layout } = kernels.get(i.kernel)![n]!;
+      const { pipeline, layout } = itemOf(entryOf(kernels, i.kernel, "kernel"), n, `launch of ${i.kernel}`);
       const seen = JSON.stringify(launch.args);
       let group = groups.get(seen);
       if (!group) {
@@ -149,8 +151,8 @@ function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }
       commands.write(arenas.place(b, copy), encoded(b.dtype, data).words);
     },
     async read(b, copy) {
-      const [bytes] = await commands.read([arenas.place(b, copy)]);
-      return valuesIn(typedMemory(b.dtype, bytes!, 0, elementsOf(b.shape)));
+      const bytes = itemOf(await commands.read([arenas.place(b, copy)]), 0, "buffer that was read");
+      return valuesIn(typedMemory(b.dtype, bytes, 0, elementsOf(b.shape)));
     },
   };
 }
@@ -164,4 +166,4 @@ function bufferOf(i: Compute, arg: Arg, buffers: ReadonlyMap<string, Buffer>): s
 
 /** Returns the row index that an op writes or reads. */
 const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>
-  i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)!).find((b) => b.ragged)?.rows;
+  i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)).find((b) => b?.ragged)?.rows;

@@ -209,7 +209,7 @@ function timer(gpu: Gpu) {
         await gpu.done(staging.mapAsync(mapRead));
         const ns = new BigUint64Array(staging.getMappedRange().slice(0));
         staging.destroy();
-        zero ??= ns[0]!;
+        zero ??= ns[0] ?? 0n;
         const us = (i: number) => Number(ns[i]! - zero!) / 1000;
         timings.push(...origins.map((of, i) => ({ ...of, stream: "compute" as const, begin_us: us(2 * i), end_us: us(2 * i + 1) })));
       }

@@ -94,7 +94,7 @@ function readPlan(folder: string): Plan {
   if (!existsSync(file)) throw new Trouble(`${folder} holds no plan.json`, "name the directory that rankc compile -o wrote");
   const plan = parsePlan(readPlanFile(file), file);
   const missing = plan.kernels.find(({ source }) => source && !existsSync(join(folder, "kernels", source.file)));
-  if (missing) throw new Trouble(`${folder}: kernels/${missing.source!.file} is missing`, "compile the job again");
+  if (missing) throw new Trouble(`${folder}: kernels/${missing.source?.file} is missing`, "compile the job again");
   return plan;
 }
 

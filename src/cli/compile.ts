@@ -1,5 +1,6 @@
 import { join } from "node:path";
 import { type Command, Option } from "commander";
+import { entryOf, sourceOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
@@ -66,11 +67,14 @@ async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out:
     printStderr("nvcc is not installed: the host that runs the plan compiles its kernels with NVRTC");
     return [plan, new Map()];
   }
-  const units = plan.kernels.map((k) => ({ kernel: k.id, text: sources.get(k.source!.file)!, cubin: cubinFile(k, arch) }));
+  const units = plan.kernels.map((k) => ({ kernel: k.id, text: entryOf(sources, sourceOf(k).file, "source"), cubin: cubinFile(k, arch) }));
   const onProgress = (done: number, of: number): void => printProgress(`nvcc: ${done} of ${of} kernels`);
   const cubins = await makeCubins(units, { arch, options: compileOptions, onProgress, known: await cubinsAt(out) });
   endProgress();
-  return [sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: cubins.get(cubin)! }]))), cubins];
+  return [
+    sealCubins(plan, new Map(units.map(({ kernel, cubin }) => [kernel, { file: cubin, bytes: entryOf(cubins, cubin, "cubin") }]))),
+    cubins,
+  ];
 }
 
 /** Returns the intact cubins of the plan that a directory already holds, so that nvcc compiles only changed kernels. */

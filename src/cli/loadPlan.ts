@@ -1,6 +1,8 @@
 /** Loads jobs and plans for the commands. Compiler modules are imported on use, so that `check` and `explain` start fast. */
+
 import { existsSync, statSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
+import { entryOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { targetNames } from "../codegen/targetNames.ts";
@@ -57,7 +59,7 @@ export async function loadPlan(path: string, sets: readonly string[], target?: s
   const file = planFile(path);
   if (!file) {
     const { plan, sources } = await compileAt(path, sets, target);
-    return { plan, source: (name) => sources.get(name)! };
+    return { plan, source: (name) => entryOf(sources, name, "source") };
   }
   if (target !== undefined) throw new Trouble(`--target needs a job; ${path} is a compiled plan`, "name the job, or omit --target");
   if (sets.length > 0) throw new Trouble(`--set needs a job; ${path} is a compiled plan`, "name the job, or omit --set");

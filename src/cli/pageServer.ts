@@ -8,6 +8,7 @@ import type { AddressInfo } from "node:net";
 import { extname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { indexPath } from "../../schemas/dataFiles.ts";
+import { sourceOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -35,11 +36,12 @@ type Answer = { readonly type: string } & ({ readonly body: string | Uint8Array 
 const HOST = "127.0.0.1";
 /** Limit in bytes: the page holds the whole text in memory. */
 const LARGEST_TEXT = 2 ** 28;
+const TEXT = "text/plain; charset=utf-8";
 const types: Readonly<Record<string, string>> = {
   ".html": "text/html; charset=utf-8",
   ".js": "text/javascript; charset=utf-8",
   ".css": "text/css; charset=utf-8",
-  ".txt": "text/plain; charset=utf-8",
+  ".txt": TEXT,
 };
 
 /** Serves a WebGPU plan. Throws a Trouble if the plan is for another target, the page is not built, or the port is not available. */
@@ -73,7 +75,7 @@ export async function serve(
   const indexed = index !== undefined && existsSync(resolve(baseDir, index));
   answers.set("/index", indexed ? { ...bytes, file: resolve(baseDir, index), what: "index" } : { ...bytes, body: "" });
   if (labels !== null) answers.set("/labels", { ...bytes, file: resolve(baseDir, labels), what: "labels" });
-  for (const { source: at } of plan.kernels) answers.set(`/kernels/${at!.file}`, { type: types[".txt"]!, body: source(at!.file) });
+  for (const { file } of plan.kernels.map(sourceOf)) answers.set(`/kernels/${file}`, { type: TEXT, body: source(file) });
 
   const server = createServer((request, response) => send(response, replyTo(request, answers), request.method === "HEAD"));
   await new Promise<void>((listening, reject) => {
@@ -116,7 +118,7 @@ interface Reply {
 }
 
 function replyTo({ method, url = "", headers }: IncomingMessage, answers: ReadonlyMap<string, Answer>): Reply {
-  const refused = (status: number, why: string): Reply => ({ status, answer: { type: types[".txt"]!, body: `${why}\n` } });
+  const refused = (status: number, why: string): Reply => ({ status, answer: { type: TEXT, body: `${why}\n` } });
   // browsers send the origin header for requests of other pages
   if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
     return refused(403, "this server answers its own page only");
@@ -124,7 +126,7 @@ function replyTo({ method, url = "", headers }: IncomingMessage, answers: Readon
   if (!/^(127\.0\.0\.1|localhost)(:\d+)?$/.test(headers.host ?? ""))
     return refused(403, "this server answers at 127.0.0.1 and localhost only");
   if (method !== "GET" && method !== "HEAD") return refused(405, "this server is for reading");
-  const answer = answers.get(url.split("?")[0]!);
+  const answer = answers.get(url.replace(/\?.*$/s, ""));
   if (!answer) return refused(404, `there is no ${printable(url)} here`);
   if ("body" in answer) return { status: 200, answer };
   const { file, what } = answer;

@@ -4,6 +4,7 @@
  */
 
 import { touchedBy } from "../../schemas/effects.ts";
+import { entryOf } from "../../schemas/lookup.ts";
 import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -78,7 +79,9 @@ function soleWritersOf({ chunks }: Program, buffers: ReadonlyMap<string, Buffer>
 
 /** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */
 function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
-  const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
+  const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(
+    ([name, id]) => [name, entryOf(buffers, id, "buffer")] as const,
+  );
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
   const { runtimeAttrs = [] } = ops[i.op];
   const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !runtimeAttrs.includes(name)));
@@ -88,7 +91,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
     accumulates: new Set(i.accumulates ?? []),
-    bound: ragged ? ragged.shape[0]! : 0,
+    bound: ragged?.shape[0] ?? 0,
     makesRows: i.rows !== undefined,
     mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
   };

@@ -20,7 +20,7 @@ export function parsePlan(text: string, file: string): Plan {
   const version = majorMinor(value.format_version);
   if (!version) return refuse("not a plan: no format_version such as 1.0");
   const [major, minor] = version;
-  const [ownMajor, ownMinor] = majorMinor(FORMAT_VERSION)!;
+  const [ownMajor = 0, ownMinor = 0] = FORMAT_VERSION.split(".").map(Number);
   if (major > ownMajor) {
     return refuse(
       `format_version ${value.format_version} is newer than this rankc reads (${FORMAT_VERSION})`,
@@ -33,7 +33,7 @@ export function parsePlan(text: string, file: string): Plan {
   if (changed) return refuse(changed);
 
   const validate = planValidator(minor > ownMinor ? "additive" : "exact");
-  if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors!)}`);
+  if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors ?? [])}`);
   const broken = brokenLaw(value as Plan);
   if (broken) return refuse(broken);
   return value as Plan;
@@ -64,11 +64,12 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
     if (text === undefined) return `section "${key}" ${fault}`;
     texts.set(key, text);
   }
-  const actual = Object.fromEntries(sections.map((name) => [name, sha256(texts.get(name)!)])) as Digests;
+  const actual = Object.fromEntries(sections.map((name) => [name, sha256(texts.get(name) ?? "")])) as Digests;
   const wrong = sections.filter((name) => digests[name] !== actual[name]);
   // the overall digest covers the original digests, so it distinguishes a changed section from a changed digest
   const sealed = digests.plan === overall(String(value.format_version), digests as Digests);
-  if (wrong.length > 0) {
+  const [first] = wrong;
+  if (first !== undefined) {
     const names = wrong.map((name) => `"${name}"`).join(" and ");
     const several = `section "digests" is not of this plan, or sections ${names} were changed after it was compiled`;
     const where = !sealed
@@ -76,7 +77,7 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
       : wrong.length > 1
         ? several
         : `section ${names} was changed after the plan was compiled`;
-    return `${where} (SHA-256 ${short(actual[wrong[0]!])}, the plan says ${short(digests[wrong[0]!])})`;
+    return `${where} (SHA-256 ${short(actual[first])}, the plan says ${short(digests[first])})`;
   }
   if (!sealed) return `section "digests" or format_version was changed: the sections are whole, the digest over all of them is not`;
   if (text !== joined([...texts])) return "the JSON is not in the form rankc wrote: a byte between its values was changed";
@@ -112,7 +113,8 @@ function majorMinor(version: unknown): readonly [number, number] | undefined {
 /** Returns the deepest error as text. Every variant of a union reports errors; the deepest is about the variant that matches best. */
 function firstError(errors: readonly ErrorObject[]): string {
   const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
-  const deepest = [...errors].sort((a, b) => depth(b) - depth(a))[0]!;
+  const [deepest] = [...errors].sort((a, b) => depth(b) - depth(a));
+  if (!deepest) return "it does not fit the schema";
   const fault = deepest.keyword === "enum" ? `is ${JSON.stringify(deepest.data)}, which is not one of the allowed values` : deepest.message;
   return `${deepest.instancePath || "the plan"} ${fault}`;
 }

@@ -81,7 +81,7 @@ function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buf
   const must = (ok: boolean, arg: Arg): void =>
     invariant(ok, () => `kernel ${k.id}: ${entry} takes ${argText(arg)}, which ${i.id} does not provide`);
   const operands = new Map(Object.entries({ ...i.reads, ...i.writes }));
-  const rows = i.rows ?? [...operands.values()].map((id) => buffers.get(id)!.rows).find((id) => id !== undefined);
+  const rows = i.rows ?? [...operands.values()].map((id) => buffers.get(id)?.rows).find((id) => id !== undefined);
   const needed = i.rows === undefined ? undefined : `${i.rows}.needed`;
   const provides = (arg: Arg): boolean => {
     switch (arg.kind) {

@@ -2,6 +2,7 @@
 
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Job } from "../../schemas/job.ts";
+import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
 import { inputName, instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -72,8 +73,7 @@ function bufferNamed(id: string, by: string, { who, buffers }: Context): Buffer 
 
 /** Returns whether these are sub-axes of the mesh without repetition. */
 function areSubAxes(fs: readonly number[], mesh: Mesh): boolean {
-  for (let at = 0; at < fs.length; at++) if (fs[at]! >= mesh.subAxes.length || fs.indexOf(fs[at]!) !== at) return false;
-  return true;
+  return fs.every((f, at) => f < mesh.subAxes.length && fs.indexOf(f) === at);
 }
 const areSame = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((n, i) => n === b[i]);
 
@@ -177,19 +177,18 @@ const counts: Readonly<Record<string, (experts: number, attrs: Dims) => number>>
 
 /** Returns the fault of the attributes that loops and memory offsets depend on. */
 function faultOfCounts(i: Compute, d: Dims, buffers: Buffers): string | undefined {
-  for (const name in i.attrs) {
-    if (!Object.hasOwn(counts, name)) continue;
-    const [value, most] = [i.attrs[name]!, counts[name]!(i.dims.E?.[0] ?? 0, i.attrs)];
+  for (const [name, mostOf] of Object.entries(counts)) {
+    const value = i.attrs[name];
+    if (value === undefined) continue;
+    const most = mostOf(i.dims.E?.[0] ?? 0, i.attrs);
     if (!Number.isInteger(value) || value < 0 || value > most) return `${name} is ${value}, the largest possible value is ${most}`;
   }
-  return Object.hasOwn(offsetChecks, i.op)
-    ? offsetChecks[i.op]!(d, i, (name) => sizeIn(buffers, i.reads[name] ?? i.writes[name]))
-    : undefined;
+  return offsetChecks[i.op]?.(d, i, (name) => sizeIn(buffers, i.reads[name] ?? i.writes[name]));
 }
 const sizeIn = (buffers: Buffers, id = ""): number => elementsOf(buffers.get(id)?.shape ?? [0]);
 
 /** Per op that computes memory offsets from attributes, a check of these. `size` returns the elements of an operand. */
-const offsetChecks: Readonly<Record<string, (d: Dims, i: Compute, size: (name: string) => number) => string | undefined>> = {
+const offsetChecks: Partial<Record<OpName, (d: Dims, i: Compute, size: (name: string) => number) => string | undefined>> = {
   arrange: faultOfArrange,
   expert_loads: ({ row = 0, T = 0 }) => (Number.isInteger(row) && row >= 0 && row < T ? undefined : `row ${row} of ${T} layers`),
   take_rows: ({ N = 0, width = 0 }, _, size) => (N * width === size("y") ? undefined : `${N} rows of ${width} are not ${size("y")}`),
@@ -207,7 +206,7 @@ const offsetChecks: Readonly<Record<string, (d: Dims, i: Compute, size: (name: s
 function faultOfArrange(d: Dims, { dims }: Compute): string | undefined {
   let [elements, last, n] = [1, 0, 0];
   for (; d[`n${n}`] !== undefined; n++) {
-    const [size, stride] = [d[`n${n}`]!, d[`s${n}`] ?? -1];
+    const [size = -1, stride = -1] = [d[`n${n}`], d[`s${n}`]];
     if (!Number.isInteger(size) || size < 1 || !Number.isInteger(stride) || stride < 0) return `size ${size} at stride ${stride}`;
     elements *= size;
     last += (size - 1) * stride;

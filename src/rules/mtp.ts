@@ -71,7 +71,7 @@ export const mtp: readonly Rule[] = [
           : places.some((v) => v % p.pipeline === 0)
             ? "m stands on the first stage"
             : places.some((v) => chunk(v) < last)
-              ? `m stands in chunk ${chunk(places[0]!)} of 0..${last}`
+              ? `m stands in chunk ${chunk(places[0] ?? 0)} of 0..${last}`
               : undefined;
       if (wrong === undefined) return;
       yield {

@@ -58,24 +58,14 @@ const RECORD = 5000;
 /** Prepares a data set, or goes on with one. Throws a Trouble; what was written until then is kept for the next call. */
 export async function prepareDataset(settings: PrepareSettings): Promise<Prepared> {
   const { tokenizer: name, encoding, documents, overwrite, threads, signal } = settings;
-  // a name that inspect and data.sources read as this prefix
-  const prefix = datasetPrefix(settings.prefix);
-  if (/(^|\/)\.{0,2}$/.test(prefix) || prefix.includes("\0"))
-    throw new Trouble(
-      `${JSON.stringify(settings.prefix)} is no prefix of file names`,
-      "add a name: -o data/corpus writes data/corpus.bin and data/corpus.idx",
-    );
+  const prefix = prefixOf(settings.prefix);
   if (!overwrite && isThere(`${prefix}.idx`))
     throw new Trouble(`${prefix}.idx exists already`, "name another data set after -o, or add --overwrite");
   const tokenizer = openTokenizer(name, encoding);
   const end = endOf(tokenizer, name, settings.end);
   const vocab = Math.max(tokenizer.vocab, (end ?? 0) + 1);
   const dtype = idTypeOf(vocab);
-  const paths = settings.inputs.flatMap((input) =>
-    listFiles(input, /\.(txt|md|rst|text|jsonl|ndjson|parquet)(\.gz|\.zst)?$|\.json\.(gz|zst)$/i),
-  );
-  if (paths.length === 0)
-    throw new Trouble("the folders hold no corpora", "name the files, or folders with .txt, .md, .rst, .jsonl or .parquet");
+  const paths = corporaOf(settings.inputs);
   const stamps = paths.map(fileStamp);
   const tokenizerDigest = name === "bytes" ? "" : createHash("sha256").update(digestOf(name)).digest("hex");
   const partial = new PartialDataset(
@@ -137,6 +127,25 @@ export async function prepareDataset(settings: PrepareSettings): Promise<Prepare
   } finally {
     await pool.close();
   }
+}
+
+/** Returns the prefix that inspect and data.sources read a name as. Throws a Trouble if it names no file. */
+function prefixOf(name: string): string {
+  const prefix = datasetPrefix(name);
+  if (/(^|\/)\.{0,2}$/.test(prefix) || prefix.includes("\0"))
+    throw new Trouble(
+      `${JSON.stringify(name)} is no prefix of file names`,
+      "add a name: -o data/corpus writes data/corpus.bin and data/corpus.idx",
+    );
+  return prefix;
+}
+
+/** Returns the corpora that files and folders hold. Throws a Trouble if there are none. */
+function corporaOf(inputs: readonly string[]): string[] {
+  const paths = inputs.flatMap((input) => listFiles(input, /\.(txt|md|rst|text|jsonl|ndjson|parquet)(\.gz|\.zst)?$|\.json\.(gz|zst)$/i));
+  if (paths.length === 0)
+    throw new Trouble("the folders hold no corpora", "name the files, or folders with .txt, .md, .rst, .jsonl or .parquet");
+  return paths;
 }
 
 /** The bytes by which a tokenizer is recognized. */

@@ -114,20 +114,20 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
     : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
-  const [sums, lse2, delta, counters, keyParts, bytes] = offsets([
-    4 * tilesOfQueries * rows * C,
-    4 * tilesOfQueries * rows,
-    4 * tilesOfQueries * rows,
-    4 * tilesOfQueries + 4,
-    split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
-  ]);
+  const { at, end } = offsets({
+    sums: 4 * tilesOfQueries * rows * C,
+    lse2: 4 * tilesOfQueries * rows,
+    delta: 4 * tilesOfQueries * rows,
+    counters: 4 * tilesOfQueries + 4,
+    keyParts: split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
+  });
   const launches: GeneratedLaunch[] = [
     {
       entry: `${spec.name}_rows`,
       grid: [ceil(tilesOfQueries * rows * lanes, threads), 1, 1],
       threads,
       shared: 0,
-      args: ["o", "lse", "dy", scratch(lse2!), scratch(delta!), scratch(counters!)],
+      args: ["o", "lse", "dy", scratch(at.lse2), scratch(at.delta), scratch(at.counters)],
     },
     {
       entry: spec.name,
@@ -136,11 +136,11 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       shared: main.shared,
       args: [
         ...main.args,
-        scratch(lse2!),
-        scratch(delta!),
-        scratch(sums!),
-        scratch(counters!),
-        ...(split > 1 ? [scratch(keyParts!)] : ["dk", "dv"]),
+        scratch(at.lse2),
+        scratch(at.delta),
+        scratch(at.sums),
+        scratch(at.counters),
+        ...(split > 1 ? [scratch(at.keyParts)] : ["dk", "dv"]),
         ...args,
       ],
     },
@@ -149,7 +149,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       grid: [tilesOfQueries, 1, 1],
       threads,
       shared: rows * (C + 8) * 2,
-      args: [scratch(sums!), "dq", ...(part ? args : [])],
+      args: [scratch(at.sums), "dq", ...(part ? args : [])],
     },
   ];
   if (split > 1)
@@ -158,16 +158,22 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       grid: [B * G * keyBlocks, 1, 1],
       threads,
       shared: keys * (Math.max(C, W) + 8) * 2,
-      args: [scratch(keyParts!), "dk", "dv", ...args],
+      args: [scratch(at.keyParts), "dk", "dv", ...args],
     });
-  return { source: source(spec, main.body), launches, scratch: bytes! };
+  return { source: source(spec, main.body), launches, scratch: end };
 }
 
-/** Where parts of these many bytes begin, one after the other on multiples of 256; last, where the next would. */
-function offsets(bytes: readonly number[]): number[] {
-  const at = [0];
-  for (const n of bytes) at.push(at.at(-1)! + ceil(n, 256) * 256);
-  return at;
+/** Returns where parts of these many bytes begin, one after the other on multiples of 256, and where the next would. */
+function offsets<Part extends string>(
+  bytes: Readonly<Record<Part, number>>,
+): { readonly at: Readonly<Record<Part, number>>; readonly end: number } {
+  const at: Record<Part, number> = { ...bytes };
+  let end = 0;
+  for (const part in bytes) {
+    at[part] = end;
+    end += ceil(bytes[part], 256) * 256;
+  }
+  return { at, end };
 }
 
 /** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */

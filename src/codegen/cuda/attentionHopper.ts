@@ -38,7 +38,7 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
   if (!keys) return undefined;
   const groups = groupsOf(keys);
   const rows = 64 * groups;
-  const [give, take] = groups === 3 ? [32, 160] : [24, 240];
+  const { give, take } = groups === 3 ? { give: 32, take: 160 } : { give: 24, take: 240 };
   const { args, ...texts } = startTexts(d);
   const body = render("cuda/attention_wgmma.cu", {
     ...{
@@ -49,8 +49,8 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
       ...float16Types[half],
       groups,
       keys,
-      give: give!,
-      take: take!,
+      give,
+      take,
       share: shareOf(d, { rows, keys, multiprocessors: MULTIPROCESSORS }),
     },
     hopper: render("cuda/hopper.cuh", {}),

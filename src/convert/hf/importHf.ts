@@ -117,7 +117,7 @@ export function importHf(
 /** Returns the key in `families` for a config; undefined if rankc does not support the model. */
 function typeOf({ model_type: type }: Config): string | undefined {
   if (typeof type !== "string") return undefined;
-  const own = Object.hasOwn(aliases, type) ? aliases[type]! : type;
+  const own = (Object.hasOwn(aliases, type) ? aliases[type] : undefined) ?? type;
   return Object.hasOwn(families, own) ? own : undefined;
 }
 
@@ -134,7 +134,7 @@ function unknownType(config: Config): Trouble {
         `write the value of ${key} to a file of its own and import that`,
       );
   }
-  const names = [...Object.keys(families).filter((name) => families[name]!.never === undefined), ...Object.keys(aliases)];
+  const names = [...Object.entries(families).flatMap(([name, { never }]) => (never === undefined ? [name] : [])), ...Object.keys(aliases)];
   return new Trouble(title, `models of these types can: ${names.sort().join(", ")}`);
 }
 
