@@ -5,13 +5,16 @@ import { join } from "node:path";
 import { gzipSync } from "node:zlib";
 import { parquetWriteFile } from "hyparquet-writer";
 import { afterAll, expect, test } from "vitest";
-import { inspectDataset } from "../../runtime/data/prepare/inspect.ts";
-import { type Prepared, type PrepareSettings, prepareDataset } from "../../runtime/data/prepare/prepare.ts";
+import type { Prepared, PrepareSettings } from "../../runtime/data/prepare/prepare.ts";
 import { openTokenizer } from "../../runtime/data/tokenizers/openTokenizer.ts";
-import { Trouble } from "../../schemas/trouble.ts";
 import { fixture } from "../support/job.ts";
 import { megatronIndex } from "../support/megatronIndex.ts";
-import { rankc } from "../support/rankc.ts";
+import { built, rankc } from "../support/rankc.ts";
+
+// of the compiled package: its threads start without a loader of TypeScript
+const { prepareDataset }: typeof import("../../runtime/data/prepare/prepare.ts") = await import(built("runtime/data/prepare/prepare.ts"));
+const { inspectDataset }: typeof import("../../runtime/data/prepare/inspect.ts") = await import(built("runtime/data/prepare/inspect.ts"));
+const { Trouble }: typeof import("../../schemas/trouble.ts") = await import(built("schemas/trouble.ts"));
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-prepare-"));
 afterAll(() => rmSync(folder, { recursive: true }));
