@@ -9,9 +9,9 @@ import type { ImportedJob } from "../../src/convert/importedJob.ts";
 import { argumentSpecs } from "../../src/convert/megatron/arguments/spec.ts";
 import { importMegatron, type MegatronSettings } from "../../src/convert/megatron/importMegatron.ts";
 import { evaluatePattern } from "../../src/convert/megatron/job/layerPattern.ts";
-import { ImportTrouble } from "../../src/convert/problems.ts";
 import { readJob } from "../../src/frontend/readJob.ts";
 import { root } from "../support/checkout.ts";
+import { problemsOf } from "../support/importProblems.ts";
 import { fixture } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
 
@@ -53,15 +53,6 @@ const expertsOf = (change: Change = {}) => {
   return moe;
 };
 
-function problemsOf(act: () => unknown): readonly string[] {
-  try {
-    act();
-  } catch (error) {
-    if (error instanceof ImportTrouble) return error.problems.map(({ subject, why, fix }) => `${subject}: ${why}; ${fix}`);
-    throw error;
-  }
-  return [];
-}
 const refusalOf = (change: Change): string => problemsOf(() => imported(change)).join("\n");
 
 const latent = { "multi-latent-attention": "", "qk-layernorm": "" };

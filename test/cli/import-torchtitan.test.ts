@@ -4,8 +4,8 @@ import { expect, test } from "vitest";
 import { parse } from "yaml";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import { parameterCount } from "../../src/analysis/parameterCount.ts";
-import { ImportTrouble } from "../../src/convert/problems.ts";
 import { importTorchtitan, type TorchtitanSettings } from "../../src/convert/torchtitan/importTorchtitan.ts";
+import { problemsOf } from "../support/importProblems.ts";
 import { fixture } from "../support/job.ts";
 
 const published = readFileSync(fixture("torchtitan/deepseek_v3_671b.toml"), "utf8");
@@ -14,16 +14,6 @@ const imported = (text: string, settings: Partial<TorchtitanSettings> = {}) =>
 const jobOf = (text: string, settings: Partial<TorchtitanSettings> = {}): Job =>
   completeJob(JobText.parse(parse(imported(text, settings).text)));
 const model = (name: string, flavor: string, rest = "") => `[model]\nname = "${name}"\nflavor = "${flavor}"\n${rest}`;
-
-function problemsOf(act: () => unknown): readonly string[] {
-  try {
-    act();
-  } catch (error) {
-    if (error instanceof ImportTrouble) return error.problems.map(({ subject, why, fix }) => `${subject}: ${why}; ${fix}`);
-    throw error;
-  }
-  return [];
-}
 
 test("the published DeepSeek-V3 imports, with its sizes, its bias and its learning rates", () => {
   const { model: sizes, parallel, train } = jobOf(published);
