@@ -60,7 +60,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled: () => waits.settled() });
   waits.add(() => comm.check());
   const steps = new Steps(context, streams.compute.stream, { graph: settings.graph !== false && !profile });
-  const bind = binder({ plan, rank, context, arenas, kernels });
+  const bind = binder({ plan, rank, program, context, arenas, kernels });
   const bounds = new RowBounds(context, program, arenas);
   const rankDevice = new CudaRankDevice({ context, streams, arenas, steps, waits, bind });
   /** A step has begun and not completed: pending work may never complete. */

@@ -3,8 +3,8 @@
  * bound once per activation copy; a launch is then one driver call.
  */
 
-import { entryOf, itemOf, programOfRank } from "../../schemas/lookup.ts";
-import type { Arg, Compute, Kernel, Plan } from "../../schemas/plan.ts";
+import { entryOf, itemOf } from "../../schemas/lookup.ts";
+import type { Arg, Compute, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { globalStart, numberInStage } from "../../schemas/sharding.ts";
 import type { CudaArenas, DeviceRange } from "./arenas.ts";
 import { type Context, type DevicePointer, packParams, type Stream } from "./driver.ts";
@@ -23,15 +23,15 @@ export interface Bound {
 export interface Ground {
   readonly plan: Plan;
   readonly rank: number;
+  readonly program: Program;
   readonly context: Context;
   readonly arenas: CudaArenas;
   readonly kernels: LoadedKernels;
 }
 
 /** Returns a function that binds instructions to the memory of a rank. `first`: for the first microbatch of a step. */
-export function binder({ plan, rank, context, arenas, kernels }: Ground): (i: Compute, copy: number, first: boolean) => Bound {
+export function binder({ plan, rank, program, context, arenas, kernels }: Ground): (i: Compute, copy: number, first: boolean) => Bound {
   const byId = new Map(plan.kernels.map((k) => [k.id, k]));
-  const program = programOfRank(plan, rank);
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
 
   return (i, copy, first) => {

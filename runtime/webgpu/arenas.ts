@@ -4,10 +4,11 @@
  */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
-import { itemOf, offsetOf, programOfRank } from "../../schemas/lookup.ts";
-import type { Buffer, BufferKind, Plan } from "../../schemas/plan.ts";
-import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { itemOf } from "../../schemas/lookup.ts";
+import type { Buffer, BufferKind } from "../../schemas/plan.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import type { StageProgram } from "../rankPrograms.ts";
 import type { Gpu } from "./device.ts";
 
 /** A byte range on the device. */
@@ -34,11 +35,10 @@ export interface GpuArenas {
 /** Returns the size of a buffer in bytes. */
 export const bytesOfBuffer = (b: Buffer): number => bytesOf[b.dtype] * elementsOf(b.shape);
 
-/** Allocates the arenas of a rank. Throws a Trouble if the limits do not suffice. */
-export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): GpuArenas {
-  const stage = stageOfRank(plan.mesh, rank);
-  const { buffers, chunks } = programOfRank(plan, rank);
-  const memory = itemOf(plan.memory, stage, "memory of stage");
+/** Allocates the arenas of a rank, which runs `own`. Throws a Trouble if the limits do not suffice. */
+export function makeArenas(gpu: Gpu, own: StageProgram, rank: number, limits: Limits): GpuArenas {
+  const { stage, buffers, chunks } = own.program;
+  const { memory } = own;
   for (const b of buffers)
     if (bytesOfBuffer(b) > limits.binding)
       throw new Trouble(
@@ -49,10 +49,10 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
 
   /** Returns the parts of an arena copy, ascending, split if the limit requires it. */
   const arena = (kind: BufferKind, total: number, copy = "", chunk = 0): ArenaSegment[] => {
-    const own = buffers
+    const held = buffers
       .filter((b) => b.kind === kind && (b.chunk ?? 0) === chunk)
-      .map((b) => ({ id: b.id, from: offsetOf(memory, b.id), to: offsetOf(memory, b.id) + aligned(b) }));
-    const starts = cutArena(own, total, limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
+      .map((b) => ({ id: b.id, from: own.offset(b.id), to: own.offset(b.id) + aligned(b) }));
+    const starts = cutArena(held, total, limits.buffer, `the ${kind} arena of stage ${stage} on ${gpu.adapter}`);
     return starts.map((from, part) => ({
       label: `${kind}${copy}${starts.length > 1 ? ` part ${part}` : ""}`,
       from,
@@ -94,7 +94,7 @@ export function makeArenas(gpu: Gpu, plan: Plan, rank: number, limits: Limits): 
   return {
     place(b, copy) {
       const parts = b.kind === "activation" ? itemOf(itemOf(activations, b.chunk ?? 0, "chunk"), copy, "activation copy") : single[b.kind];
-      const at = offsetOf(memory, b.id);
+      const at = own.offset(b.id);
       const part = itemOf(
         parts,
         parts.findLastIndex(({ from }) => from <= at),

@@ -4,12 +4,13 @@
 /// <reference types="@webgpu/types" />
 
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
-import { entryOf, itemOf, programOfRank } from "../../schemas/lookup.ts";
+import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
+import { RankPrograms } from "../rankPrograms.ts";
 import { type BufferRange, type GpuArenas, type Limits, makeArenas } from "./arenas.ts";
 import { type Bind, binder } from "./bindings.ts";
 import { webgpuComm } from "./comm.ts";
@@ -57,17 +58,16 @@ export async function webgpuOn(
     const kernels = await compileKernels(compile, plan.kernels, sources.kernel);
     const commands = commandsOn(gpu, { timed: profile });
     const own = { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize };
-    const arenas = ranks.map((r) => makeArenas(gpu, plan, r, { ...own, ...limits }));
+    const programs = new RankPrograms(plan);
+    const arenas = ranks.map((r) => makeArenas(gpu, programs.of(r), r, { ...own, ...limits }));
     const place = (rank: number, b: Buffer, copy: number) => itemOf(arenas, rank, "rank").place(b, copy);
     const comm = await webgpuComm(plan, { gpu, commands, compile, bind, place });
     // throws if an allocation failed
     await commands.finish();
-    const backends = arenas.map((own, r) => backendOf(plan, r, { arenas: own, commands, kernels, bind }));
-    const bounds = ranks.flatMap((rank) => {
-      const p = programOfRank(plan, rank);
-      const byId = new Map(p.buffers.map((b) => [b.id, b]));
-      return p.bounds.map((limit) => ({ rank, limit, at: place(rank, entryOf(byId, limit.needed, "buffer"), 0) }));
-    });
+    const backends = arenas.map((own, r) => backendOf(plan, r, { program: programs.of(r).program, arenas: own, commands, kernels, bind }));
+    const bounds = ranks.flatMap((rank) =>
+      programs.of(rank).program.bounds.map((limit) => ({ rank, limit, at: place(rank, programs.buffer(rank, limit.needed), 0) })),
+    );
     return {
       ranks,
       rankDevice: (rank) => itemOf(backends, rank, "rank"),
@@ -94,14 +94,14 @@ export async function webgpuOn(
 }
 
 interface Own {
+  readonly program: Program;
   readonly arenas: GpuArenas;
   readonly commands: Commands;
   readonly kernels: ReadonlyMap<string, readonly ComputePipeline[]>;
   readonly bind: Bind;
 }
 
-function backendOf(plan: Plan, rank: number, { arenas, commands, kernels, bind }: Own): RankDevice {
-  const program = programOfRank(plan, rank);
+function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernels, bind }: Own): RankDevice {
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 

@@ -3,6 +3,7 @@
  * order of its arguments; its numbers, `start(…)` and `attr(…)`, form one uniform after them.
  */
 /// <reference types="@webgpu/types" />
+import { sourceOf } from "../../schemas/lookup.ts";
 import type { Arg, Kernel } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Gpu } from "./device.ts";
@@ -94,16 +95,13 @@ export async function compileKernels(
   text: (file: string) => string,
 ): Promise<Map<string, readonly ComputePipeline[]>> {
   const made = kernels.map(async (k) => {
-    if (!k.source) throw new Error(`rankc: the kernel ${k.id} has no source: the plan is for another target`);
+    const { file } = sourceOf(k);
     const entries = k.launches.map(({ entry, args }) => ({
       entry,
       buffers: args.filter((a) => !isNumber(a)).length,
       uniform: args.some(isNumber),
     }));
-    return [
-      k.id,
-      await compile({ name: `kernel ${k.id} of ${k.op} (kernels/${k.source.file})`, code: text(k.source.file), entries }),
-    ] as const;
+    return [k.id, await compile({ name: `kernel ${k.id} of ${k.op} (kernels/${file})`, code: text(file), entries })] as const;
   });
   return new Map(await Promise.all(made));
 }
