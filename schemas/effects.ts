@@ -3,7 +3,7 @@
  * Arithmetic over the plan, shared by compiler and runtime.
  */
 import type { OpName } from "./opNames.ts";
-import type { Buffer, Instruction } from "./plan.ts";
+import type { Buffer, Compute, Instruction } from "./plan.ts";
 
 /** Names of the ops that pack and unpack the buffers of a collective (src/ops/rearrange.ts): they only copy values. */
 export const transportOps: readonly OpName[] = ["arrange", "take_rows", "invert_rows", "split_rows", "merge_rows"];
@@ -33,6 +33,19 @@ export function writesOf(i: Instruction, buffers: Buffers): readonly string[] {
   const rows = buffers.get(to)?.rows;
   return rows === undefined ? [to] : [to, rows];
 }
+
+/** Returns the index of the rows that an op computes on: the one that it writes, or that of its first ragged operand. */
+export function rowIndexOf(i: Compute, buffers: Buffers): string | undefined {
+  if (i.rows !== undefined) return i.rows;
+  for (const id of Object.values({ ...i.reads, ...i.writes })) {
+    const rows = buffers.get(id)?.rows;
+    if (rows !== undefined) return rows;
+  }
+  return undefined;
+}
+
+/** Returns the i32 buffer to which an op that writes a row index stores how many rows it needed. */
+export const neededOf = ({ rows }: Pick<Compute, "rows">): string | undefined => (rows === undefined ? undefined : `${rows}.needed`);
 
 /** Returns the buffers that an instruction adds to or updates in place. */
 export const accumulatesInto = (i: Instruction): readonly string[] =>

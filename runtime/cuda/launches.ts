@@ -3,6 +3,7 @@
  * bound once per activation copy; a launch is then one driver call.
  */
 
+import { neededOf, readsOf, rowIndexOf, writesOf } from "../../schemas/effects.ts";
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Compute, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { globalStart, numberInStage } from "../../schemas/sharding.ts";
@@ -38,12 +39,8 @@ export function binder({ plan, rank, program, context, arenas, kernels }: Ground
     const kernel = entryOf(byId, (first ? i.first_kernel : undefined) ?? i.kernel, "kernel");
     const place = (id: string): DeviceRange => arenas.place(id, copy);
     const operands = { ...i.reads, ...i.writes };
-    const rows =
-      i.rows ??
-      Object.values(operands)
-        .map((id) => entryOf(buffers, id, "buffer").rows)
-        .find((id) => id !== undefined);
-    const overflow = i.rows && `${i.rows}.needed`;
+    const rows = rowIndexOf(i, buffers);
+    const overflow = neededOf(i);
 
     const pointer = (name: string, id: string | undefined): DevicePointer => {
       if (id === undefined || !buffers.has(id)) throw new Error(`rankc: ${i.id}: its kernel takes ${name}, and there is no such operand`);
@@ -74,8 +71,8 @@ export function binder({ plan, rank, program, context, arenas, kernels }: Ground
       how: { grid: l.grid, block: [l.threads], shared: l.shared } as const,
       params: packParams(...l.args.map(param)),
     }));
-    const made = [...Object.values(i.writes), ...(i.rows ? [i.rows] : []), ...(overflow && buffers.has(overflow) ? [overflow] : [])];
-    const read = [...Object.values(i.reads), ...(rows ? [rows] : [])];
+    const made = [...writesOf(i, buffers), ...(overflow && buffers.has(overflow) ? [overflow] : [])];
+    const read = [...readsOf(i), ...(rows ? [rows] : [])];
     return {
       kernel: kernel.id,
       touch: { reads: read.map((id) => place(id).span), writes: made.map((id) => place(id).span) },

@@ -4,6 +4,7 @@
 /// <reference types="@webgpu/types" />
 
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
@@ -160,10 +161,6 @@ function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernel
 /** Returns the buffer of an argument; undefined for an argument that is none. WebGPU has no tensor maps. */
 function bufferOf(i: Compute, arg: Arg, buffers: ReadonlyMap<string, Buffer>): string | undefined {
   if (arg.kind === "operand") return i.reads[arg.name] ?? i.writes[arg.name];
-  if (arg.kind === "rows") return rowsOf(i, buffers);
-  return arg.kind === "needed" ? `${rowsOf(i, buffers)}.needed` : undefined;
+  if (arg.kind === "rows") return rowIndexOf(i, buffers);
+  return arg.kind === "needed" ? neededOf(i) : undefined;
 }
-
-/** Returns the row index that an op writes or reads. */
-const rowsOf = (i: Compute, buffers: ReadonlyMap<string, Program["buffers"][number]>): string | undefined =>
-  i.rows ?? [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)).find((b) => b?.ragged)?.rows;

@@ -1,6 +1,7 @@
 /** Checks of the kernels section: kernels match the instructions that use them, and launches stay inside their buffers. */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
+import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
 import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -81,8 +82,8 @@ function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buf
   const must = (ok: boolean, arg: Arg): void =>
     invariant(ok, () => `kernel ${k.id}: ${entry} takes ${argText(arg)}, which ${i.id} does not provide`);
   const operands = new Map(Object.entries({ ...i.reads, ...i.writes }));
-  const rows = i.rows ?? [...operands.values()].map((id) => buffers.get(id)?.rows).find((id) => id !== undefined);
-  const needed = i.rows === undefined ? undefined : `${i.rows}.needed`;
+  const rows = rowIndexOf(i, buffers);
+  const needed = neededOf(i);
   const provides = (arg: Arg): boolean => {
     switch (arg.kind) {
       case "operand":
