@@ -100,10 +100,10 @@ interface CudaAttentionPlainCuh {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly causalMask: string | number;
   readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
-  readonly sight: string | number;
   readonly slices: string | number;
   readonly type: string | number;
 }
@@ -134,12 +134,12 @@ interface CudaAttentionTilesCuh {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly causalMask: string | number;
   readonly half: string | number;
   readonly mma: string | number;
   readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;
-  readonly sight: string | number;
   readonly suffix: string | number;
   readonly threads: string | number;
 }
@@ -152,6 +152,7 @@ interface CudaAttentionWgmmaCu {
   readonly S: string | number;
   readonly U: string | number;
   readonly W: string | number;
+  readonly causalMask: string | number;
   readonly drops: boolean;
   readonly give: string | number;
   readonly groups: string | number;
@@ -167,7 +168,6 @@ interface CudaAttentionWgmmaCu {
   readonly scale2: string | number;
   readonly scores: string | number;
   readonly share: string | number;
-  readonly sight: string | number;
   readonly starts: string | number;
   readonly suffix: string | number;
   readonly take: string | number;
@@ -289,6 +289,8 @@ interface CudaGemmF32Cu {
 }
 
 interface CudaGemmMmaCu {
+  readonly alignedA: string | number;
+  readonly alignedB: string | number;
   readonly half: string | number;
   readonly mma: string | number;
   readonly name: string | number;
@@ -298,8 +300,6 @@ interface CudaGemmMmaCu {
   readonly tiles: string | number;
   readonly warpsM: string | number;
   readonly warpsN: string | number;
-  readonly wholeA: string | number;
-  readonly wholeB: string | number;
 }
 
 interface CudaGemmTilesCuh {

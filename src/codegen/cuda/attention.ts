@@ -1,8 +1,7 @@
 /**
- * Causal attention and its gradient, on all keys or a piece of them. In 16-bit floats, heads by 16 up to 192 wide, with values by 16 up to 128,
- * run on the tensor cores with asynchronous copies, on Hopper up to 256 and 256 where no weights are dropped, and gradients wherever shared memory has
- * room; all else, f32 above all, in f32 arithmetic. Every sum has one order: equal
- * inputs give equal bits.
+ * Causal attention and its gradient, for all keys or a shard of them. 16-bit floats with widths that are multiples of 16 use tensor cores: forward
+ * up to 192 (values 128), on Hopper up to 256 (values 256) without dropout; gradients if their tiles fit in shared memory. Everything else, f32
+ * included, uses f32 arithmetic. Sums have a fixed order: equal inputs give equal bits.
  */
 
 import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
@@ -40,29 +39,29 @@ function backward(spec: AttentionGradSpec, arch: Arch): GeneratedKernel {
   const d = attentionSizes(spec);
   return (isFloat16(half) && fitsTensorCores(d) ? gradTiles(spec, d, half, arch) : undefined) ?? gradPlain(spec);
 }
-/** Their tiles take rows of queries that lie side by side. */
+/** Returns whether tensor cores can run these sizes. Tiles need consecutive rows of queries. */
 const fitsTensorCores = (d: AttentionSizes): boolean =>
   d.C % 16 === 0 && d.C <= 256 && d.W % 16 === 0 && d.W <= 256 && !isReordered(d, d.S);
-/** Of numbers of keys the first whose rows lie side by side in any piece. */
+/** Returns the first of the block sizes whose keys are consecutive in memory in any shard. */
 const keysOf = <N extends number>(d: AttentionSizes, keys: readonly N[]): N | undefined =>
   isReordered(d, d.U) ? keys.find((n) => d.chunk % n === 0) : keys[0];
 const ceil = (n: number, by: number) => Math.ceil(n / by);
 
-/** What both kernels on the tensor cores begin with. */
+/** Returns the common beginning of the forward and gradient kernels on tensor cores. */
 const tilesText = (d: AttentionSizes, half: Float16, threads: number): string =>
   render("cuda/attention_tiles.cuh", {
     ...d,
     ...scales(d),
     ...float16Types[half],
     threads,
-    sight: causalMaskText(d),
+    causalMask: causalMaskText(d),
     random: randomText(d),
   });
 
 /**
- * 32 query rows in a warp, so that what is read of K and V serves as many; two stages of K and V. 255 registers let 8 warps share a
- * multiprocessor, in two blocks where shared memory allows it. Beside the outputs of wide heads there are not registers
- * enough for the scores of 64 keys; of 48, ptxas for sm_100a spills one, and for sm_90a where weights are dropped.
+ * Each warp has 32 query rows, so that every load of K and V serves 32 rows; K and V have two stages. With 255 registers a multiprocessor holds 8
+ * warps, in two thread blocks if shared memory allows it. The outputs of wide heads leave too few registers for the scores of 64 keys; with 48 keys,
+ * ptxas spills one register for sm_100a, and for sm_90a with dropout.
  */
 function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arch): GeneratedKernel | undefined {
   const { B, S, G, M, C, W } = d;
@@ -86,16 +85,16 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
 }
 
 /**
- * Five products, the query gradients added up in f32 by one key block after the other. A launch of its own for them would repeat
- * two products, and with 16 rows a warp would read 256 bytes of shared memory per m16n8k16, of which the multiprocessor reads
- * 128 a cycle and computes one in 1.5: by these counts 1.4 times the time.
+ * Five products per tile; key blocks add to the f32 gradients of queries one after the other. A separate launch for the gradients of queries would
+ * repeat two products. With 16 rows per warp it would read 256 bytes of shared memory per m16n8k16; a multiprocessor reads 128 bytes per cycle and
+ * computes one such product in 1.5 cycles. By these counts it would take 1.4 times as long.
  */
 function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arch): GeneratedKernel | undefined {
   const { B, S, U, G, M, C, W, part } = d;
   const hopper = arch === "sm_90a" && isGradOfHopper(d);
   const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
   const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
-  // registers have room for the gradients of 128 keys and values where both are at most 128 wide; beside dropped weights, 96
+  // registers hold the gradients of 128 keys and values if both are at most 128 wide (96 with dropout)
   const fits = (keys: number) => padded(keys) <= cudaArchs[arch].sharedPerBlock * 1024 && (keys === 64 || C + W <= (d.drops ? 192 : 256));
   const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
   if (!keys) return undefined;
@@ -163,7 +162,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   return { source: source(spec, main.body), launches, scratch: end };
 }
 
-/** Returns where parts of these many bytes begin, one after the other on multiples of 256, and where the next would. */
+/** Returns the offsets of consecutive parts of these sizes in bytes, aligned to 256, and the end. */
 function offsets<Part extends string>(
   bytes: Readonly<Record<Part, number>>,
 ): { readonly at: Readonly<Record<Part, number>>; readonly end: number } {
@@ -176,12 +175,19 @@ function offsets<Part extends string>(
   return { at, end };
 }
 
-/** What both plain kernels begin with; blocks share the columns of one result, 128 each, the widest of which has `columns`. */
+/** Returns the common beginning of both f32 kernels. Thread blocks compute 128 columns of a result; `columns`: the width of the widest result. */
 function plain(spec: AttentionSpec | AttentionGradSpec, columns: number) {
   const d = attentionSizes(spec);
   const slices = ceil(columns, 128);
   const type = cudaType(spec.dtype.q);
-  const common = render("cuda/attention_plain.cuh", { ...d, ...scales(d), type, slices, sight: causalMaskText(d), random: randomText(d) });
+  const common = render("cuda/attention_plain.cuh", {
+    ...d,
+    ...scales(d),
+    type,
+    slices,
+    causalMask: causalMaskText(d),
+    random: randomText(d),
+  });
   return { d, common, threads: 256, tile: 64, slices, ...startTexts(d) };
 }
 

@@ -1,6 +1,6 @@
 /**
- * Attention on Hopper's own tensor-core instructions (sm_90a, 16-bit floats): how many warpgroups of queries a block has, and the tensor
- * maps by which boxes of 64 columns are copied.
+ * Attention with Hopper's warpgroup products (sm_90a, 16-bit floats): the number of warpgroups of queries per thread block, and the tensor maps that
+ * copy boxes of 64 columns.
  */
 import { cudaArchs } from "../../../schemas/devices.ts";
 import { type Float16, float16Types } from "../../../schemas/dtypes.ts";
@@ -12,22 +12,21 @@ import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { source } from "./text.ts";
 
-/** A device with fewer multiprocessors runs the rest of the blocks later. */
+/** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
-/** Bytes of shared memory that a block may have. */
+/** Shared memory of a thread block in bytes. */
 const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 
 /**
- * Per thread, scores take 64 registers, weights 32 and outputs W/2: with values of at most 64 three warpgroups of queries have
- * room for them (160 registers each; at 64 itself with blocks of 112 keys), else two (240; beyond 128 with blocks of 80). More rows make more of each
- * block of keys.
- * Keys that lie in blocks elsewhere are copied in blocks that divide those.
+ * Returns the forward kernel, or nothing if the sizes do not fit. Per thread, scores take 64 registers, weights 32 and outputs W/2. Up to W = 64 three
+ * warpgroups of queries fit (160 registers each; at W = 64 with blocks of 112 keys), otherwise two (240 registers; beyond W = 128 with blocks of 80
+ * keys). More rows reuse each block of keys more often. In zigzag order the blocks of keys must divide the zigzag blocks.
  */
 export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16): GeneratedKernel | undefined {
   const { B, S, U, G, M, C, W, chunk } = d;
   const boxes = Math.ceil(C / 64);
   const valueBoxes = Math.ceil(W / 64);
-  // no box is wider than the rows of any operand, and outputs leave through the queries' place
+  // a box must not be wider than a row of an operand; outputs are staged in the memory of queries
   // three warpgroups that draw random words are slower than warps with more registers (measured, heads of 64)
   if (G * Math.min(C, W) < 64 || valueBoxes > boxes || (d.drops && W <= 64)) return undefined;
   const groupsOf = (keys: number) => (W < 64 || (W === 64 && keys < 128) ? 3 : 2);
@@ -54,7 +53,7 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
       share: shareOf(d, { rows, keys, multiprocessors: MULTIPROCESSORS }),
     },
     hopper: render("cuda/hopper.cuh", {}),
-    sight: causalMaskText(d),
+    causalMask: causalMaskText(d),
     random: randomText(d),
     scores: product(keys, 0, half),
     values: weigh(W, half),
@@ -71,8 +70,8 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
 }
 
 /**
- * Whether the gradient of such heads has a launch of its own here: in registers there is room for gradients of 64 keys, 192 and 128 wide, or where
- * weights are dropped 256 in all.
+ * Returns whether the Hopper kernel computes the gradient of these sizes. Registers hold the gradients of 64 keys, up to 192 wide, and of their
+ * values, up to 128 wide (with dropout 256 in total).
  */
 export const isGradOfHopper = (d: AttentionSizes): boolean =>
   [64, 128, 192].includes(d.C) &&
@@ -80,12 +79,12 @@ export const isGradOfHopper = (d: AttentionSizes): boolean =>
   (!d.drops || d.C + d.W <= 256) &&
   (!isReordered(d, d.U) || d.chunk % 128 === 0);
 
-/** Rows of queries in a step: of narrow heads as many as make a warpgroup's gradients of queries 64 by 64. */
+/** Returns the rows of queries per step. For heads of 64, 128 rows make the tile of gradients of a warpgroup 64 × 64. */
 export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 64);
 
 /**
- * The main launch of that gradient: what differs from the plain tensor cores'. Per thread, gradients of keys and values take (C + W) / 2 registers;
- * beside 192 and 128 there is room for the scores of 32 queries at a time, and for gradients of queries 64 and 32 columns after each other.
+ * Returns the main launch of the gradient. Per thread, gradients of keys and values take (C + W) / 2 registers; with C = 192 and W = 128 the rest holds
+ * the scores of 32 queries at a time, and the gradients of queries in two passes of 64 and 32 columns.
  */
 export function gradHopper(
   d: AttentionSizes,
@@ -104,10 +103,10 @@ export function gradHopper(
   const boxes = (C + W) / 64;
   const columns = (rows * C) / 128 - 64;
   const grads = 2 * keys * rows;
-  // keys and values; two stages of queries and dy; two numbers of each query row, per stage; barriers, ticket
+  // keys and values; two stages of queries and dy; two statistics per query row and stage; barriers, ticket
   const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96;
   const tile = 4 * rows * C;
-  // gradients of scores, and of queries: two of each where there is room
+  // two buffers for gradients of scores, and for gradients of queries, if they fit
   const buffers = others + 2 * grads + tile <= SHARED ? 2 : 1;
   const tileBuffers = others + buffers * grads + 2 * tile <= SHARED ? 2 : 1;
   const products = {
@@ -125,7 +124,7 @@ export function gradHopper(
   };
 }
 
-/** Boxes of 64 columns and `high` rows of one sequence. */
+/** Returns the tensor map of an operand with boxes of 64 columns and `high` rows of one sequence. */
 function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: AttentionSizes, half: Float16, high: number): TensorMap {
   const [heads, length] = tensor === "q" || tensor === "dy" ? [G * M, S] : [G, U];
   const row = heads * (tensor === "q" || tensor === "k" ? C : W);
@@ -140,20 +139,20 @@ function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: Attent
   };
 }
 
-/** 64 rows and n columns from two operands in shared memory; `transposed`: both lie with what is summed over down their rows. */
+/** Returns a product with 64 rows and n columns of two operands in shared memory; `transposed`: the summed dim is the strided dim of both. */
 const product = (n: number, transposed: 0 | 1, half: Float16): string =>
   render("cuda/wgmma.cuh", {
     ...{ n, ...sums(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
     ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
-/** The same with the left operand in registers, and the other lying with n along its rows. */
+/** Returns the same with the left operand in registers, and n as the contiguous dim of the right operand. */
 const weigh = (n: number, half: Float16): string =>
   render("cuda/wgmma_weigh.cuh", {
     ...{ n, ...sums(n), ...float16Types[half], bAt: n / 2 + 4, addAt: n / 2 + 5 },
     left: `{${[0, 1, 2, 3].map((i) => `%${n / 2 + i}`).join(", ")}}`,
   });
 
-/** A warpgroup's sums of 64 rows and n columns, as an instruction names them. */
+/** Returns the operand list of an instruction for a warpgroup's sums of 64 rows and n columns. */
 function sums(n: number) {
   const count = n / 2;
   const lines = (form: (i: number) => string) =>

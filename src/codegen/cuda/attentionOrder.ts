@@ -1,14 +1,13 @@
 /**
- * The order in which thread blocks take blocks of keys in the gradient of attention, chosen by a simulation of the launch: causal blocks are of
- * unequal length, and one that adds to the gradients of queries waits for those before it. The result depends on the sizes alone; every
- * order leaves the same sums up to rounding.
+ * The order of key blocks in the gradient of attention, chosen by a simulation of the launch: causal blocks have unequal lengths, and a block that
+ * adds to the gradients of queries waits for the blocks before it. The choice depends on the sizes alone; all orders give equal sums up to rounding.
  */
 import { positionOf } from "../../ops/positions.ts";
 import type { AttentionSizes } from "../attentionSizes.ts";
 
 /**
- * Key blocks side by side in a wave; whether every second wave runs from its first block to its last; among how many thread blocks the query heads
- * of a key head are split (templates/cuda/attention_order.cuh).
+ * `wave`: concurrent key blocks of a head; `alternating`: every second wave starts with its first block; `split`: thread blocks that share the query
+ * heads of a key head (templates/cuda/attention_order.cuh).
  */
 export interface Order {
   readonly wave: number;
@@ -16,7 +15,7 @@ export interface Order {
   readonly split: number;
 }
 
-/** Rows of queries and keys of a step; the multiprocessors, each with one thread block; whether the kernel can split query heads. */
+/** Rows of queries and keys of a step; multiprocessors, with one thread block each; whether the kernel can split query heads. */
 export interface Tiling {
   readonly rows: number;
   readonly keys: number;
@@ -24,24 +23,24 @@ export interface Tiling {
   readonly splits: boolean;
 }
 
-/** In steps: from one block's addition to the next one's, and what a block does before its first step and after its last. */
+/** In steps: the delay between the additions of two blocks, and the work of a block outside its steps. */
 const [HANDOVER, OUTSIDE] = [0.3, 1];
 /**
- * What a step is longer, on average, because the first block of a wave finds queries and their sums in memory, no longer in the cache. Fitted to an
- * H200: heads of 192 without sharing take 1.5 times as long in waves of one, 1.05 in waves of two, the same from four on.
+ * The average increase of a step's length because the first block of a wave reads queries and their sums from memory instead of the cache. Fitted to
+ * an H200: heads of 192 without sharing take 1.5 times as long in waves of one, 1.05 times in waves of two, and no longer from four on.
  */
 const fetching = (wave: number): number => 0.4 / wave ** 2 + 0.2 / wave;
-/** What a step is longer for each block of an alternating wave, whose blocks meet at the rows of the last head (fitted to waves of 8 and 16). */
+/** The increase of a step's length per block of an alternating wave: its blocks all end at the rows of the last head (fitted to waves of 8 and 16). */
 const MEETING = 0.006;
-/** Of longer launches the sequences and key heads left out change little. */
+/** The most steps that are simulated; longer launches are simulated with fewer query heads. */
 const MOST_STEPS = 2 ** 22;
 
 /** Operations a second of a multiprocessor in a step, and bytes a second of memory (an H200); seconds of one more launch. */
 const [RATE, MEMORY, LAUNCH] = [4e12, 4e12, 5e-6];
 
 /**
- * The shortest of the orders: blocks of each key head from the last to the first, or alternating, in waves about as wide as the device; query
- * heads in two parts where key heads are few, each with its own f32 gradients of keys and values, which one more launch adds up.
+ * Returns the fastest order by simulation. Candidates: descending or alternating waves about as wide as the device; with few key heads also query heads
+ * in two parts, each with separate f32 gradients of keys and values that one more launch adds.
  */
 export function orderOf(d: AttentionSizes, tiling: Tiling): Order {
   const { multiprocessors, keys } = tiling;
@@ -61,26 +60,26 @@ export function orderOf(d: AttentionSizes, tiling: Tiling): Order {
   return candidates[times.indexOf(Math.min(...times))] ?? { wave: 1, alternating: false, split: 1 };
 }
 
-/** The time of adding up parts, in steps. */
+/** Returns the time of the launch that adds the parts, in steps. */
 function stepsOfSum({ split }: Order, { B, G, U, C, W }: AttentionSizes, { rows, keys }: Tiling): number {
   const step = (2 * rows * keys * (3 * C + 2 * W)) / RATE;
   return split === 1 ? 0 : (LAUNCH + (2 * split * B * G * U * (C + W) * 4) / MEMORY) / step;
 }
 
-/** Of each key block the first block of queries that sees it, where the piece of the queries is the last of an unbroken sequence, or the first rank's. */
+/** Returns per key block the first query block that attends to it: for queries at the end of the sequence, or for the shard of the first rank. */
 function firstQueryBlocks({ S, U, chunk, ranks, part }: AttentionSizes, { rows, keys }: Tiling): Int32Array {
   const positions = (count: number, start: number) =>
     Int32Array.from({ length: count }, (_, i) => positionOf(start + i, chunk, ranks)).sort();
   const queries = positions(S, chunk > 0 || part ? 0 : Math.max(0, U - S));
   const keyPositions = positions(U, 0);
-  let seer = 0;
+  let query = 0;
   return Int32Array.from({ length: Math.ceil(U / keys) }, (_, block) => {
-    while (seer < S && (queries[seer] ?? 0) < (keyPositions[block * keys] ?? 0)) seer++;
-    return seer < S ? Math.floor(seer / rows) : Math.ceil(S / rows);
+    while (query < S && (queries[query] ?? 0) < (keyPositions[block * keys] ?? 0)) query++;
+    return query < S ? Math.floor(query / rows) : Math.ceil(S / rows);
   });
 }
 
-/** How many steps a launch takes, from its first block's begin to its last one's end. */
+/** Returns the simulated duration of a launch in steps. */
 export function stepsOf({ wave, alternating, split }: Order, { B, G, M, S }: AttentionSizes, first: Int32Array, tiling: Tiling): number {
   const queryBlocks = Math.ceil(S / tiling.rows);
   const [groups, waves] = [B * G * split, Math.ceil(first.length / wave)];
@@ -109,12 +108,12 @@ export function stepsOf({ wave, alternating, split }: Order, { B, G, M, S }: Att
   return end;
 }
 
-/** Bytes of keys and values that stay in the cache of an H100 or H200, of 50 or 60 MB, beside all else. */
+/** Bytes of keys and values that stay in the L2 cache (50 or 60 MB) of an H100 or H200 along with other data. */
 const CACHE = 24e6;
 
 /**
- * In the forward pass, whose persistent thread blocks take tiles of queries by turns: how many heads run side by side. Those whose keys and values fit
- * the cache, and of such numbers the one that leaves the longest thread block shortest; all heads where not even those of one key head fit.
+ * Returns the number of heads that run concurrently in the forward pass, whose persistent thread blocks take query tiles in turn. Their keys and values
+ * must fit in the cache; among such numbers it minimizes the load of the busiest thread block. All heads if those of one key head do not fit.
  */
 export function shareOf(d: AttentionSizes, { rows, keys, multiprocessors }: Omit<Tiling, "splits">): number {
   const { B, G, M, S, U, C, W } = d;
@@ -137,7 +136,7 @@ export function shareOf(d: AttentionSizes, { rows, keys, multiprocessors }: Omit
   return most * M >= all ? all : (shares[times.indexOf(Math.min(...times))] ?? all);
 }
 
-/** The times at which multiprocessors are free: a heap, the earliest first. */
+/** The times at which multiprocessors become free: a binary heap with the earliest first. */
 class Earliest {
   readonly #times: Float64Array;
   constructor(count: number) {
@@ -146,7 +145,7 @@ class Earliest {
   time(): number {
     return this.#times[0] ?? 0;
   }
-  /** The earliest is free again at this time. */
+  /** Sets the time at which the earliest one becomes free again. */
   take(time: number): void {
     const times = this.#times;
     let at = 0;

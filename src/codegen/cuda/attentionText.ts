@@ -1,14 +1,14 @@
-/** What all CUDA sources of attention say alike: how scores are scaled, which keys a query sees, and where a piece begins. */
+/** Text that all CUDA sources of attention share: the scale of scores, the causal mask, and the starts of shards. */
 import { render } from "../../../templates/bindings.ts";
 import { runtimeAttrs } from "../../ops/dropout.ts";
 import type { AttentionSizes } from "../attentionSizes.ts";
 import { attributeOf, startOf } from "../launchArgs.ts";
 import { f32 } from "./text.ts";
 
-/** What a product of a query and a key is multiplied by, for a natural exponent and for one of 2. */
+/** Returns the scale of scores as text: for exponents of e (`scale`) and of 2 (`scale2`). */
 export const scales = ({ scale }: AttentionSizes) => ({ scale: scale.toPrecision(9), scale2: (Math.LOG2E * scale).toPrecision(9) });
 
-/** Which weights are dropped, where some are. */
+/** Returns the text of dropout, or nothing without dropout. */
 export const randomText = ({ drops, chunk, M }: AttentionSizes): string =>
   drops
     ? render("cuda/attention_random.cuh", {
@@ -17,13 +17,14 @@ export const randomText = ({ drops, chunk, M }: AttentionSizes): string =>
       })
     : "";
 
+/** Returns the text of the causal mask. */
 export const causalMaskText = ({ chunk, ranks, part }: AttentionSizes): string =>
   render("cuda/attention_mask.cuh", { zigzag: chunk > 0, part: flag(part), plain: flag(!part && chunk === 0), chunk, ranks });
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /**
- * How an entry is told where queries begin, keys where they are a piece, and whose bits drop weights: its parameters, what `sightOf` takes
- * of them, a launch's arguments.
+ * Returns the text of the parameters of an entry that give the starts of the shards of queries and keys, and the random words of dropout: its
+ * parameters, the arguments of `causalMaskOf`, and the arguments of a launch.
  */
 export const startTexts = ({ part, drops }: AttentionSizes) => ({
   params: [part ? "int start, int keyStart" : "int start", ...(drops ? ["const int* sample, int headStart, u32 key0, u32 key1"] : [])].join(

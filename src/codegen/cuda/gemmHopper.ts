@@ -1,6 +1,6 @@
 /**
- * Products of 16-bit floats on Hopper's own tensor-core instructions (sm_90a): chooses tile, stages, cluster and raster, and writes the
- * tensor maps by which boxes of operands are copied. Possible where rows of all operands are multiples of 16 bytes.
+ * Products of 16-bit floats with Hopper's warpgroup products (sm_90a): chooses tile, stages, cluster and raster, and writes the tensor maps that copy
+ * boxes of operands. The rows of all operands must be multiples of 16 bytes.
  */
 
 import { cudaArchs } from "../../../schemas/devices.ts";
@@ -14,20 +14,20 @@ import type { MatrixProduct } from "../matmul.ts";
 import { mostTiles, sidesOf } from "./matmul.ts";
 import { source } from "./text.ts";
 
-/** A device with fewer multiprocessors runs the rest of the blocks later. */
+/** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
-/** Bytes of shared memory that one block may have. */
+/** Shared memory of a thread block in bytes. */
 const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
-/** Of depth, in a stage: one row of the 128-byte swizzle. */
+/** Steps of depth per stage: one row of the 128-byte swizzle. */
 const DEPTH = 64;
 
-/** Rows and columns of c; two warpgroups share it by rows where it has 128, else by columns; or they alternate, each with tiles of its own. */
+/** Rows and columns of c. Two warpgroups split a tile by rows if it has 128, otherwise by columns; if `alternates`, each takes whole tiles in turn. */
 interface Tile {
   readonly rows: 64 | 128;
   readonly columns: 64 | 128 | 192 | 256;
   readonly alternates?: true;
 }
-/** Columns of the products of one warpgroup. */
+/** Returns the columns of the products of one warpgroup. */
 const columnsOf = ({ rows, columns }: Tile): number => (rows === 128 ? columns : columns / 2);
 const tiles: readonly Tile[] = [
   { rows: 128, columns: 256 },
@@ -43,19 +43,23 @@ export interface HopperTiling {
   readonly cluster: 1 | 2;
   readonly raster: number;
   readonly stages: number;
-  /** Of 2 KiB, per warp, through which c leaves. */
+  /** Staging buffers for c per warp, 2 KiB each. */
   readonly buffers: number;
   readonly blocks: number;
 }
 
-/** Of operands of one 16-bit type. Rows must be multiples of 16 bytes for tensor maps; sums onto halves are left to the plain kernel, which rounds them once. */
+/**
+ * Returns whether this kernel computes a product with operands of one 16-bit type. Tensor maps need rows that are multiples of 16 bytes. A product that
+ * is added to a 16-bit c uses another kernel, which rounds once.
+ */
 export const fitsHopper = (p: MatrixProduct): boolean =>
   (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
   [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
-  // the offsets of experts stand in shared memory
+  // the offsets of experts are kept in shared memory
   p.experts <= 1024;
 
+/** Returns the kernel of a product with operands of type `half`. */
 export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
   const { tile, cluster, stages, buffers, raster, blocks } = tiling;
   const n = columnsOf(tile);
@@ -98,7 +102,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
-/** Boxes are 128 bytes wide. Of a: all rows of a tile at once; of b: what one block of the cluster loads; of c: what a warp stores. */
+/** Returns the tensor maps. Boxes are 128 bytes wide; a: all rows of a tile; b: the share of one thread block of the cluster; c: the rows that a warp stores. */
 function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
@@ -113,10 +117,10 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] 
   ];
 }
 
-/** Cycles from the last product of a tile to the first of the next, where no other warpgroup multiplies meanwhile. */
+/** Cycles between the last product of a tile and the first of the next, if no other warpgroup multiplies in between. */
 const BETWEEN = 1000;
 
-/** The tile that should be fastest: the least cycles, of equal ones the first. */
+/** Returns the tiling with the fewest estimated cycles; of equal ones the first. */
 export function hopperTiling(p: MatrixProduct): HopperTiling {
   const tilings = tiles.map((tile) => {
     const rows = tilesOf(p, tile);
@@ -132,30 +136,30 @@ export function hopperTiling(p: MatrixProduct): HopperTiling {
   return { tile, cluster, raster, blocks, ...stagesOf(p, tile) };
 }
 
-/** Rows of tiles per expert, were all alike. */
+/** Returns the rows of tiles per expert if all experts are equal. */
 const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);
 
 /**
- * Two neighbours in a column of tiles can share b. They walk equal depths together, so both must always have the same one: of
- * ragged depth, an expert's tiles must be even in number. With few rows of tiles pairs seldom lie in one column.
+ * Returns the cluster size. Two adjacent tiles in a column share b. They proceed along the depth together, so both must have equal depths: with ragged
+ * depth, each expert needs an even number of tiles. With few rows of tiles, adjacent tiles are rarely in one column.
  */
 function clusterOf(p: MatrixProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
   if (tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
 
-/** The band of rows of tiles whose share of a and b, over the blocks at work, is the smallest. Even, so that pairs stay in a column. */
+/** Returns the height of a band, in rows of tiles, for which concurrent thread blocks read the fewest bytes of a and b. Even, so that pairs stay in a column. */
 function rasterOf({ rows, columns }: Tile, high: number): number {
   const bytes = (g: number) => Math.min(g, high) * rows + Math.ceil(MULTIPROCESSORS / Math.min(g, high)) * columns;
   return [16, 12, 8, 4].reduce((best, g) => (bytes(g) < bytes(best) ? g : best));
 }
 
 /**
- * Cycles of the whole, after DeepGEMM's model: rounds of tiles, each as long as the slowest of multiplying (4096 dense 16-bit
- * operations per cycle and multiprocessor, of which the card's power allows 80 %), of what products read in shared memory (128 bytes
- * per cycle; b once per 64 rows) and of what all blocks together read from L2 (64 bytes per cycle each, at most 6154); and its store,
- * at a multiprocessor's share of the memory's rate (25 bytes per cycle), which only the products of another warpgroup hide. Tiles that
- * load more for each product are slower, by 3 and 6 % (test/results/cuda-products-2026-11-29.md).
+ * Returns the estimated cycles of a product, after DeepGEMM's model: rounds of tiles, where the slowest of three decides. Products: 4096 dense 16-bit
+ * operations per cycle and multiprocessor, of which the power limit allows 80 %. Reads of shared memory: 128 bytes per cycle; b once per 64 rows.
+ * Reads from L2: 64 bytes per cycle and multiprocessor, at most 6154 in total. The store adds the multiprocessor's share of the memory bandwidth (25
+ * bytes per cycle) unless it overlaps with products of another warpgroup. Tiles with more loads per product are 3 and 6 % slower
+ * (test/results/cuda-products-2026-11-29.md).
  */
 function cyclesOf(p: MatrixProduct, tile: Tile, cluster: number, all: number): number {
   const { rows, columns, alternates } = tile;
@@ -169,9 +173,9 @@ function cyclesOf(p: MatrixProduct, tile: Tile, cluster: number, all: number): n
 }
 
 /**
- * f32 sums take as long to leave as many steps take to multiply: they get three stages, and buffers for as much of the tile as
- * then has room, so that most of it drains while the next tile begins. Warpgroups that alternate store under each other's products, so four
- * stages come first. Halves get two buffers and four stages; at most 8 are of use.
+ * Returns stages and staging buffers. Storing f32 sums takes as long as many steps of products: they get at least three stages and as many buffers as
+ * then fit, so that most of the store overlaps with the next tile. With alternating warpgroups the store already overlaps, so at least four
+ * stages come first. 16-bit sums get two buffers and at least four stages; more than 8 stages give no gain.
  */
 function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "buffers"> {
   const chunks = (columnsOf(tile) * bytesOf[p.c.dtype]) / 128;
@@ -181,7 +185,7 @@ function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "
   invariant(false, `no room for ${least} stages of ${tile.rows} x ${tile.columns}`);
 }
 
-/** Bytes: the stages, the buffers of eight warps, two barriers per stage and two of turns, where experts begin and their order. */
+/** Returns the shared memory in bytes: stages, buffers of eight warps, two barriers per stage, two barriers of turns, offsets and order of experts. */
 const sharedOf = (p: MatrixProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH +
   8 * buffers * 2048 +

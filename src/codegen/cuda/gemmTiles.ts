@@ -1,4 +1,4 @@
-/** Products by one block per tile of c, which needs no instruction of one architecture: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
+/** Products with one thread block per tile of c, on all architectures: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
 
 import { cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType, type Float16, float16Types } from "../../../schemas/dtypes.ts";
@@ -10,9 +10,9 @@ import { mostTiles, sidesOf } from "./matmul.ts";
 import { sumColumns } from "./reduce.ts";
 import { source } from "./text.ts";
 
-/** Square tiles of c, the largest first. */
+/** Edges of square tiles of c. */
 type Edge = 128 | 64 | 32;
-/** Tiles, so that about every multiprocessor has one. */
+/** The number of tiles that gives about every multiprocessor one. */
 const ENOUGH = 100;
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 
@@ -41,21 +41,21 @@ function launched(
   return { source: source(spec, body), launches: [{ entry: spec.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
 
-/** Both operands of one 16-bit type. */
+/** Returns the kernel of a product whose operands have the 16-bit type `half`. */
 export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128 | 64 = edgeOf(p, [128, 64])): GeneratedKernel {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
-  const whole = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
+  const aligned = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
   const body = render("cuda/gemm_mma.cu", {
     ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps, ...float16Types[half] },
-    ...{ wholeA: whole("a"), wholeB: whole("b"), tiles: tilesText(p, edge, tileK) },
+    ...{ alignedA: aligned("a"), alignedB: aligned("b"), tiles: tilesText(p, edge, tileK) },
   });
   return launched(spec, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
 }
 
 /**
- * The depth of one block of f32 arithmetic. Where c has too few tiles for the multiprocessors, as the weights of a router have, the depth
- * is cut into parts of at least 512.
+ * Returns the depth that one thread block of f32 arithmetic sums. If c has too few tiles for the multiprocessors (router weights), the depth is split
+ * into parts of at least 512.
  */
 function partOf(p: MatrixProduct): number {
   const tiles = mostTiles(p, 128, 128);
@@ -64,7 +64,7 @@ function partOf(p: MatrixProduct): number {
   return Math.ceil(p.depth / parts / 16) * 16;
 }
 
-/** Operands of any float type. With a `part` below the depth, its sums go to scratch, and a second launch adds them in order. */
+/** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
 export function simt(
   spec: KernelSpec,
   p: MatrixProduct,
