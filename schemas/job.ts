@@ -12,6 +12,8 @@ import { completeParallel, Parallel, ParallelText } from "./job/parallel.ts";
 import { completeTrain, Train, TrainText } from "./job/train.ts";
 import { depthsOf } from "./mtp.ts";
 
+export { type GatedActivation, isGated, type PlainActivation } from "./job/model.ts";
+
 /** The job as written. */
 export const JobText = z.strictObject({
   name: z.string().min(1).describe("name of the job in reports"),

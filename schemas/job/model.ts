@@ -47,6 +47,16 @@ const Mtp = z.strictObject({
   coeff: factor.default(0.1).describe("weight of the mean of these losses, relative to the main loss (DeepSeek-V3: 0.3, then 0.1)"),
 });
 
+const gatedActivations = ["swiglu", "geglu", "quick_geglu"] as const;
+const plainActivations = ["gelu", "gelu_tanh", "squared_relu"] as const;
+/** An activation with a gate: f(gate) · up, of two products with the input. */
+export type GatedActivation = (typeof gatedActivations)[number];
+/** An activation of one product with the input. */
+export type PlainActivation = (typeof plainActivations)[number];
+/** Returns whether an activation has a gate, and the feed-forward part thus three matrices instead of two. */
+export const isGated = (activation: GatedActivation | PlainActivation): activation is GatedActivation =>
+  gatedActivations.some((name) => name === activation);
+
 /** model as written. */
 export const ModelText = z.strictObject({
   layers: count.max(MOST_LAYERS).describe("transformer layers"),
@@ -54,7 +64,7 @@ export const ModelText = z.strictObject({
   ffn: count
     .optional()
     .describe(
-      "inner width of the dense feed-forward part; default: 8/3 x hidden, rounded down to a multiple of 64 (a gated unit of this width has as many parameters as an ungated one of 4 x hidden)",
+      "inner width of the dense feed-forward part; default: 4 x hidden; with a gate 8/3 x hidden, rounded down to a multiple of 64, which has as many parameters",
     ),
   heads: count.describe("query heads"),
   kv_heads: count.optional().describe("key and value heads, each shared by heads / kv_heads query heads; default: heads"),
@@ -65,16 +75,20 @@ export const ModelText = z.strictObject({
       "latent attention (DeepSeek): the keys and values of all heads are projected from one narrow vector of a token; null = usual attention",
     ),
   qkv_bias: z.boolean().default(false).describe("queries, keys and values have biases"),
+  mlp_bias: z
+    .boolean()
+    .default(false)
+    .describe("the matrices of the dense feed-forward part have biases; those of shared experts have none"),
   out_bias: z.boolean().default(false).describe("the output projection of attention has a bias"),
   vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
   rope: RopeText.prefault({}).describe("rotary position embedding"),
   activation: z
-    .enum(["swiglu", "geglu"])
+    .enum([...gatedActivations, ...plainActivations])
     .default("swiglu")
     .describe(
-      "activation of the feed-forward part and of experts: silu(gate) x up, or gelu(gate) x up with the tanh approximation of gelu",
+      "activation of the feed-forward part and of experts. With a gate: swiglu, silu(gate) x up; geglu, gelu(gate) x up with the tanh approximation of gelu; quick_geglu, gate x sigmoid(1.702 gate) x up. Without: gelu; gelu_tanh, its tanh approximation; squared_relu",
     ),
   tie_embeddings: z.boolean().default(false).describe("the head uses the weights of the embedding"),
   qk_norm: z
@@ -94,7 +108,7 @@ export const Model = ModelText.required({ ffn: true, kv_heads: true, head_dim: t
 /** Fills in defaults that depend on other keys. hidden / heads may be fractional here; a rule reports that. */
 export function completeModel(model: z.output<typeof ModelText>): z.output<typeof Model> {
   const { mla } = model;
-  const ffn = model.ffn ?? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64);
+  const ffn = model.ffn ?? (isGated(model.activation) ? Math.max(64, Math.floor((8 * model.hidden) / 3 / 64) * 64) : 4 * model.hidden);
   return {
     ...model,
     ffn,

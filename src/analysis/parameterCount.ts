@@ -1,5 +1,5 @@
 /** The number of parameters of a model in closed form. */
-import { balancesOf, hasExperts, type Job } from "../../schemas/job.ts";
+import { balancesOf, hasExperts, isGated, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];
@@ -9,8 +9,9 @@ type Moe = NonNullable<Model["moe"]>;
 export function parameterCount(model: Model): number {
   const { layers, hidden, vocab } = model;
   const attention = attentionCount(model) + 2 * hidden; // two norms: before attention and before the feed-forward block
-  const dense = attention + 3 * hidden * model.ffn;
-  const sparse = model.moe ? attention + expertsCount(model.moe, hidden) : dense;
+  const matrices = isGated(model.activation) ? 3 : 2;
+  const dense = attention + matrices * hidden * model.ffn + (model.mlp_bias ? (matrices - 1) * model.ffn + hidden : 0);
+  const sparse = model.moe ? attention + expertsCount(model.moe, hidden, matrices) : dense;
   const layer = (l: number): number => (hasExperts(model, l) ? sparse : dense);
   let sum = (model.tie_embeddings ? 1 : 2) * vocab * hidden + hidden;
   for (let l = 0; l < layers; l++) sum += layer(l);
@@ -31,8 +32,9 @@ function attentionCount({ hidden, heads, kv_heads, head_dim, mla, qkv_bias, out_
   return queryCount + hidden * (kv_rank + rope_dim) + kv_rank * (1 + heads * (nope_dim + v_dim)) + heads * v_dim * hidden + bias;
 }
 
-function expertsCount({ experts, ffn, latent, shared, router }: Moe, hidden: number): number {
-  const routed = latent === null ? 3 * experts * hidden * ffn : 3 * experts * latent * ffn + 2 * hidden * latent;
+/** `matrices`: how many matrices an expert has. */
+function expertsCount({ experts, ffn, latent, shared, router }: Moe, hidden: number, matrices: number): number {
+  const routed = matrices * experts * (latent ?? hidden) * ffn + (latent === null ? 0 : 2 * hidden * latent);
   const routerCount = hidden * experts + (router.expert_bias || balancesOf(router).some(({ by }) => by === "quantile") ? experts : 0);
-  return routed + routerCount + (shared ? 3 * hidden * shared.ffn + (shared.gate ? hidden : 0) : 0);
+  return routed + routerCount + (shared ? matrices * hidden * shared.ffn + (shared.gate ? hidden : 0) : 0);
 }

@@ -88,7 +88,7 @@ export const shapeFaults = {
     why: "A guess at what was meant could train another model.",
     bad: "model: {layers: two}",
   },
-  choice: { code: "S013", title: "not one of the choices", why: "Nothing else is built.", bad: "model: {activation: gelu}" },
+  choice: { code: "S013", title: "not one of the choices", why: "Nothing else is built.", bad: "model: {activation: relu}" },
   range: { code: "S014", title: "a number out of range", why: "No such size or count can exist here.", bad: "model: {heads: 0}" },
   float: {
     code: "S015",

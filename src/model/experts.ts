@@ -2,10 +2,12 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
  * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
+import { isGated } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, gemm, groupedGemm } from "../ops/linear.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
 import { declared, type Value } from "../ops/op.ts";
+import { plainUnits } from "../ops/plainUnits.ts";
 import type { ModuleBuilder } from "./builder.ts";
 import { dense } from "./feedForward.ts";
 import { logitsOf, type Moe, type Routing, route } from "./router.ts";
@@ -31,9 +33,11 @@ function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p,
   const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: module.weight(name, dims) }, {}, at(name));
   // the combine weight is sent with the row and applied inside the activation, as in Megatron Core
   const weights = pin(pack.of({ p, c }, limits, at("pack")));
-  const into = `E@ep,${width},F@etp`;
+  const into = (name: "1" | "3") => w(`w${name}`, `E@ep,${width},F@etp`, rows);
   const { activation } = module.job.model;
-  const act = gatedUnits[activation].rows.of({ gate: w("w1", into, rows), up: w("w3", into, rows), p: weights }, {}, at(activation));
+  const act = isGated(activation)
+    ? gatedUnits[activation].rows.of({ gate: into("1"), up: into("3"), p: weights }, {}, at(activation))
+    : plainUnits[activation].rows.of({ x: into("1"), p: weights }, {}, at(activation));
   return pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
 }
 

@@ -22,6 +22,7 @@ export type Fn =
   | "log1p"
   | "sqrt"
   | "sigmoid"
+  | "erf"
   | "oneMinusPower";
 
 /** A condition on one or two expressions. */
@@ -106,6 +107,8 @@ export const log = (x: Term): Expr => call("log", x);
 /** log(1 + x) */
 export const log1p = (x: Term): Expr => call("log1p", x);
 export const sqrt = (x: Term): Expr => call("sqrt", x);
+/** The error function, 2/√π · ∫₀ˣ e^(−t²) dt. */
+export const erf = (x: Term): Expr => call("erf", x);
 /** 1 / (1 + e⁻ˣ) */
 export const sigmoid = (x: Term): Expr => call("sigmoid", x);
 /** 1 − base^exponent, for a constant base below 1; kernels compute it without cancellation. */

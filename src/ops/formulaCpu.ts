@@ -2,6 +2,8 @@
  * The CPU reference of a formula, as generated JavaScript: one loop over rows, one over the elements of a row, with local constants. It
  * computes in double precision and rounds results when it stores them. Sums add in the order of the elements.
  */
+
+import { erf } from "./erf.ts";
 import { type Expr, type Fn, type OperandLayout, productOf, type Result, scopeOf, type Test, type Total } from "./formula.ts";
 import { invariant } from "./invariant.ts";
 
@@ -9,7 +11,7 @@ type Arrays = Readonly<Record<string, Float32Array>>;
 type Sizes = Readonly<Record<string, number>>;
 /** Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged. */
 export type CpuFormula = (t: Arrays, raggedRows: number) => void;
-type Generated = (t: Arrays, rows: number) => void;
+type Generated = (t: Arrays, rows: number, special: typeof erf) => void;
 
 /** Generated functions by source: uses that differ in nothing that the source contains share one, and V8 compiles it once. */
 const functions = new Map<string, Generated>();
@@ -18,13 +20,13 @@ const functions = new Map<string, Generated>();
 export function cpuFormula(layout: OperandLayout, results: Readonly<Record<string, Result>>, d: Sizes): CpuFormula {
   const source = new Source(layout, d).textOf(results);
   let run = functions.get(source);
-  if (!run) functions.set(source, (run = new Function("t", "rows", source) as Generated));
+  if (!run) functions.set(source, (run = new Function("t", "rows", "erf", source) as Generated));
   const generated = run;
   const width = productOf(layout.rowDims, d);
   const { name, ragged } = layout.full;
   return (t, raggedRows) => {
     for (const operand of layout.access.keys()) invariant(t[operand] !== undefined, () => `a formula has no operand ${operand}`);
-    generated(t, ragged ? raggedRows : (t[name]?.length ?? 0) / width);
+    generated(t, ragged ? raggedRows : (t[name]?.length ?? 0) / width, erf);
   };
 }
 
@@ -181,5 +183,6 @@ const calls: Readonly<Record<Fn, (a: string, b: string) => string>> = {
   log1p: (a) => `Math.log1p(${a})`,
   sqrt: (a) => `Math.sqrt(${a})`,
   sigmoid: (a) => `1 / (1 + Math.exp(-${a}))`,
+  erf: (a) => `erf(${a})`,
   oneMinusPower: (base, exponent) => `1 - ${base} ** ${exponent}`,
 };

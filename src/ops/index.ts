@@ -12,6 +12,7 @@ import * as moe from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
+import { plainUnits } from "./plainUnits.ts";
 import * as messages from "./rearrange.ts";
 import { rope } from "./rope.ts";
 import * as router from "./router.ts";
@@ -29,6 +30,7 @@ const all = [
   ...Object.values(capacity),
   ...Object.values(moe),
   ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
+  ...Object.values(plainUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];

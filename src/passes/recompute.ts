@@ -5,6 +5,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import type { Node } from "../ops/op.ts";
+import { plainUnits } from "../ops/plainUnits.ts";
 import type { Pipeline } from "./pipelineStages.ts";
 
 /** Per module, named as in Megatron Core, a pattern for the ids of its nodes within a layer. */
@@ -15,7 +16,7 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], Reg
   mla_up_proj: /^attn\.(q_norm|wq_b|q_rope|kv_norm|wkv_b|k_rope|kv)$/,
   mlp: /^mlp\.(?!norm|residual)/,
   moe: /^moe\./,
-  moe_act: new RegExp(`^moe\\.(${Object.keys(gatedUnits).join("|")})$`),
+  moe_act: new RegExp(`^moe\\.(${[...Object.keys(gatedUnits), ...Object.keys(plainUnits)].join("|")})$`),
   shared_experts: /^moe\.shared\./,
 };
 

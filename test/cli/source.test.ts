@@ -75,7 +75,7 @@ test("a misspelt key is one mistake, and the rules still speak in the same run",
 
 test("values of the wrong kind are answered with what is expected there", () => {
   const text = `name: 3
-model: {layers: "32", hidden: 8.5, heads: 0, qk_norm: heads, vocab: [1], activation: gelu, moe: {experts: 2, top_k: 1, rows_bound: wors}}
+model: {layers: "32", hidden: 8.5, heads: 0, qk_norm: heads, vocab: [1], activation: relu, moe: {experts: 2, top_k: 1, rows_bound: wors}}
 train: {steps: 1, optimizer: {lr: 1_000, betas: [1]}}
 data: {path: x, order: true}
 cluster: 3
@@ -89,7 +89,7 @@ parallel:
       "S014 model.heads: model.heads is 0. write a whole number, 1 or more",
       "S012 model.vocab: model.vocab is a list of 1. write a whole number, 1 or more",
       "S011 model.seq: model.seq is not written. write model.seq: a whole number, 1 or more",
-      "S013 model.activation: model.activation is the text "gelu". did you mean geglu? The choices are swiglu or geglu",
+      "S013 model.activation: model.activation is the text "relu". did you mean gelu? The choices are swiglu, geglu, quick_geglu, gelu, gelu_tanh or squared_relu",
       "S013 model.qk_norm: model.qk_norm is the text "heads". did you mean head? The choices are none, head or full",
       "S013 model.moe.rows_bound: model.moe.rows_bound is the text "wors". write worst or a number, 1 or more",
       "S012 parallel: parallel is empty. leave it out, or write a section with the keys world, tensor, sequence, pipeline, virtual_pipeline, layout, schedule, expert, expert_tensor, context, context_method, data, distributed_optimizer, optimizer_instances, order",

@@ -173,7 +173,13 @@ describe("on named meshes", () => {
       },
     );
   const attentions = {
-    "biases, positions in neighbours": { qkv_bias: true, out_bias: true, rope: { interleaved: true } },
+    "biases, no gate, positions in neighbours": {
+      qkv_bias: true,
+      out_bias: true,
+      mlp_bias: true,
+      activation: "gelu",
+      rope: { interleaved: true },
+    },
     "latent attention": { mla: latent, kv_heads: 8, head_dim: 10, rope: { scaling: yarn } },
     "latent attention, queries too": { mla: { ...latent, q_rank: 10 }, kv_heads: 8, head_dim: 10, out_bias: true },
   };
@@ -451,8 +457,12 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
+      mlp_bias: fc.boolean(),
       dropout: oneOf({}, {}, { hidden: 0.1 }, { attention: 0.2 }, { hidden: 0.2, attention: 0.1 }),
-      activation: fc.oneof({ weight: 5, arbitrary: fc.constant("swiglu") }, { weight: 1, arbitrary: fc.constant("geglu") }),
+      activation: fc.oneof(
+        { weight: 5, arbitrary: fc.constant("swiglu") },
+        { weight: 3, arbitrary: oneOf("geglu", "gelu", "squared_relu") },
+      ),
       rope: oneOf<object>({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
     }),
     mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }), { freq: 2 }),

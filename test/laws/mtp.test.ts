@@ -65,6 +65,7 @@ describe("by plain loops", () => {
     ["a head of its own", {}],
     ["the embedding as the head", { tie_embeddings: true }],
     ["geglu", { activation: "geglu" }],
+    ["gelu without a gate", { activation: "gelu" }],
   ])("%s", async (_, model) => {
     const job = jobWith(model);
     const { metrics, weights, given } = await firstStep(job);

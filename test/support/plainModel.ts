@@ -6,10 +6,23 @@ type Vector = readonly number[];
 const dot = (a: ArrayLike<number>, b: ArrayLike<number>): number => Array.from(a).reduce((sum, x, i) => sum + x * b[i]!, 0);
 const plus = (a: Vector, b: Vector): Vector => a.map((x, i) => x + b[i]!);
 
-/** The factor of `up`: silu, or gelu with the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2). */
+/** Φ(x) by Simpson's rule on the density of the normal distribution: another method than that of the ops. */
+function normal(x: number): number {
+  const n = 400;
+  const density = (t: number): number => Math.exp((-t * t) / 2) / Math.sqrt(2 * Math.PI);
+  const weights = (i: number): number => (i === 0 || i === n ? 1 : i % 2 === 1 ? 4 : 2);
+  return 0.5 + (x / n / 3) * Array.from({ length: n + 1 }, (_, i) => weights(i) * density((x * i) / n)).reduce((a, b) => a + b);
+}
+const geluTanh = (x: number): number => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
+
+/** The activation function of the gate, or of the only product: silu, gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2), … */
 export const activations: Readonly<Record<Job["model"]["activation"], (x: number) => number>> = {
   swiglu: (x) => x / (1 + Math.exp(-x)),
-  geglu: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+  geglu: geluTanh,
+  quick_geglu: (x) => x / (1 + Math.exp(-1.702 * x)),
+  gelu: (x) => x * normal(x),
+  gelu_tanh: geluTanh,
+  squared_relu: (x) => Math.max(0, x) ** 2,
 };
 
 /** The mean cross-entropy of the next token, and of the k-th after it for each depth; rows of ids of seq + 1 tokens. */
@@ -58,8 +71,9 @@ export function plainLosses({ model: m }: Job, weights: Weights, rows: readonly 
     return xs.map((x, t) => {
       const y = plus(x, mixed[t]!);
       const h = norm(`${at}.norm2`, y);
-      const up = times(`${at}.w3`, h);
-      const inner = times(`${at}.w1`, h).map((g, i) => activations[m.activation](g) * up[i]!);
+      const active = times(`${at}.w1`, h).map(activations[m.activation]);
+      const up = weights.has(`${at}.w3`) ? times(`${at}.w3`, h) : active.map(() => 1);
+      const inner = active.map((g, i) => g * up[i]!);
       return plus(y, times(`${at}.w2`, inner));
     });
   };

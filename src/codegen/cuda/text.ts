@@ -54,6 +54,7 @@ const functions = {
   max: "fmaxf",
   min: "fminf",
   sigmoid: "sigmoid",
+  erf: "erff",
 } as const;
 
 /** CUDA as a language of formulas. */

@@ -173,8 +173,9 @@ export const wgsl: Language = {
       }
       case "sigmoid":
         return of(`${isVector ? "sigmoid" : "sigmoid_of"}(${texts.join(", ")})`);
+      case "erf":
       case "log1p":
-        return of(`log1p(${args.map(lifted).join(", ")})`);
+        return of(`${fn}(${args.map(lifted).join(", ")})`);
       case "oneMinusPower":
         return of(
           `one_minus_exp(${args
@@ -204,6 +205,14 @@ const definitions: Readonly<Record<string, string>> = {
   // the argument is clamped because e^80 is finite; sigmoid(-80) is about 2e-35
   sigmoid: "fn sigmoid(x: V) -> V { return V(1.0) / (V(1.0) + exp(min(-x, V(80.0)))); }",
   sigmoid_of: "fn sigmoid_of(x: f32) -> f32 { return 1.0 / (1.0 + exp(min(-x, 80.0))); }",
+  // Abramowitz and Stegun, 7.1.26: the error is at most 1.5e-7
+  erf: [
+    "fn erf(x: V) -> V {",
+    "  let t = V(1.0) / (1.0 + 0.3275911 * abs(x));",
+    "  let tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));",
+    "  return sign(x) * (1.0 - tail * exp(-x * x));",
+    "}",
+  ].join("\n"),
   // log(1 + z) for z in [0, 1]; near 0, where 1 + z loses digits, a series whose first omitted term is z^5/5, about 1e-8 of z
   log1p: "fn log1p(z: V) -> V { return select(log(1.0 + z), z * (1.0 - z * (0.5 - z * (V(0.33333333) - z * 0.25))), z < V(0.02)); }",
   // 1 − e^z for z ≤ 0; near 0, where the difference loses digits, a series whose first omitted term is z^8/9!, about 1e-8 of it
