@@ -5,8 +5,8 @@
 import { z } from "zod";
 import { dtypeNames } from "./dtypes.ts";
 import { Job } from "./job.ts";
+import { gridAxisNames } from "./meshAxes.ts";
 import { opNames } from "./opNames.ts";
-export const FORMAT_VERSION = "5.0";
 
 const count = z.int().min(0);
 const id = z.string().min(1);
@@ -21,7 +21,7 @@ const Factor = z
   .describe("the coordinate of a rank is floor(number within its stage / stride) % size");
 
 /** Axes of the two grids of a mesh; kv and copies split tp by key/value heads. */
-export const MeshAxis = z.enum(["tp", "cp", "dp", "etp", "ep", "edp", "kv", "copies", "pp"]);
+export const MeshAxis = z.enum([...gridAxisNames, "pp"]);
 export type MeshAxis = z.infer<typeof MeshAxis>;
 
 export const MeshText = z.strictObject({

@@ -5,7 +5,8 @@
  */
 
 import { writesOf } from "../schemas/effects.ts";
-import { expertLayersOf, hasExperts, type Job } from "../schemas/job.ts";
+import { expertLayersOf, hasExperts } from "../schemas/experts.ts";
+import type { Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
 import { instructionsOf } from "../schemas/program.ts";
 import { layerOf } from "./analysis/layerNames.ts";

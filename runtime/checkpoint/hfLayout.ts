@@ -2,7 +2,8 @@
  * Where the numbers of each parameter lie in Hugging Face checkpoints, declared once as blocks. Hugging Face keeps a linear layer as
  * [out, in], we keep [in, out].
  */
-import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
+import { evenBy, hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];

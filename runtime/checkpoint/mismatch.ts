@@ -1,7 +1,8 @@
 /**
  * Compares the model of a checkpoint with the model of a job: which differences are errors unless --allow-mismatch names them, and which are notes.
  */
-import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
+import { evenBy, hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 

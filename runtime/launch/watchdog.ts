@@ -7,6 +7,7 @@ import { writeSync } from "node:fs";
 import { type MessagePort, Worker, workerData } from "node:worker_threads";
 import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { moduleUrl } from "../moduleUrl.ts";
 import { type Cancel, systemClock } from "./clock.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
 import { connectPeer, type PeerConnection, type PeerSettings } from "./peer.ts";
@@ -63,7 +64,7 @@ interface Given {
 
 /** Starts the watchdog thread. In a checkout this file is TypeScript, and the thread registers the tsx loader first. */
 export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, shared: SharedArrayBuffer): Worker {
-  const here = import.meta.url;
+  const here = moduleUrl("launch/watchdog", import.meta.url);
   const given = { workerData: { watchdog, port, shared } satisfies Given, transferList: [port] };
   if (!here.endsWith(".ts")) return new Worker(new URL(here), given);
   const loader = import.meta.resolve("tsx/esm/api");

@@ -5,6 +5,7 @@
 /// <reference types="@webgpu/types" />
 import { spawn } from "node:child_process";
 import { Trouble } from "../../schemas/trouble.ts";
+import { moduleUrl } from "../moduleUrl.ts";
 import { dawn } from "./dawn.ts";
 import { nameOf, openDevice, profiles } from "./device.ts";
 
@@ -59,7 +60,7 @@ export function lookForWebgpu(limit = patience): Promise<Survey> {
 
 /** Returns the loader that the process needs in a checkout, where this file is TypeScript. */
 function start(): string {
-  const here = JSON.stringify(import.meta.url);
+  const here = JSON.stringify(moduleUrl("webgpu/probe", import.meta.url));
   if (!import.meta.url.endsWith(".ts")) return `import(${here})`;
   const loader = JSON.stringify(import.meta.resolve("tsx/esm/api"));
   return `import(${loader}).then(({ register }) => (register(), import(${here})))`;

@@ -1,5 +1,6 @@
 /** The number of parameters of a model in closed form. */
-import { balancesOf, hasExperts, isGated, type Job } from "../../schemas/job.ts";
+import { balancesOf, hasExperts } from "../../schemas/experts.ts";
+import { isGated, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];

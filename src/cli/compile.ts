@@ -43,9 +43,15 @@ async function runCompile(path: string, options: CompileOptions): Promise<void> 
   const { sources } = compiled;
   const [plan, cubins] = out && options.cubins ? await withCubins(compiled.plan, sources, out) : [compiled.plan, new Map()];
   if (out) {
-    const [{ printPlan }, { printPlanText }] = await Promise.all([import("../plan/seal.ts"), import("../report/planText.ts")]);
+    const [{ printPlan }, { printPlanText }, { knownPlans }] = await Promise.all([
+      import("../plan/seal.ts"),
+      import("../report/planText.ts"),
+      import("./cache.ts"),
+    ]);
+    const text = printPlan(plan);
     const kernels = [...sources, ...cubins].map(([file, content]) => [join("kernels", file), content] as const);
-    writeFolder(out, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
+    writeFolder(out, { "plan.json": text, "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
+    knownPlans.add(text);
   }
   if (emit) return printStdout(compiled.emit(emit));
   const { summarize, printSummary } = await import("../report/summary.ts");

@@ -24,14 +24,18 @@ export class InvalidJob extends Error {}
 
 /** Reads a job file and checks it for `target`, or for all device targets. Throws a Trouble if the file cannot be read. */
 export async function readJobAt(path: string, sets: readonly string[], target?: string) {
-  const [{ readJobFile }, { readJobWith }] = await Promise.all([import("./inputFiles.ts"), import("../frontend/readJob.ts")]);
+  const [{ readJobFile }, { readJobWith }, { knownPeaks }] = await Promise.all([
+    import("./inputFiles.ts"),
+    import("../frontend/readJob.ts"),
+    import("./cache.ts"),
+  ]);
   const load = async () => {
     const { loadDeviceTargets, loadTarget } = await import("../codegen/targets.ts");
     if (target === undefined || !targetNames.includes(target)) return loadDeviceTargets();
     const loaded = await loadTarget(target);
     return () => loaded;
   };
-  return readJobWith(load, readJobFile(path), path, sets);
+  return readJobWith(load, knownPeaks(target), readJobFile(path), path, sets);
 }
 
 /** Compiles a job for a target (default: cpu) and prints its findings. Throws InvalidJob, or a Trouble if the file cannot be read. */
@@ -63,11 +67,12 @@ export async function loadPlan(path: string, sets: readonly string[], target?: s
   }
   if (target !== undefined) throw new Trouble(`--target needs a job; ${path} is a compiled plan`, "name the job, or omit --target");
   if (sets.length > 0) throw new Trouble(`--set needs a job; ${path} is a compiled plan`, "name the job, or omit --set");
-  const [{ parsePlan }, { readCubin, readKernel, readPlanFile }] = await Promise.all([
+  const [{ parsePlan }, { readCubin, readKernel, readPlanFile }, { knownPlans }] = await Promise.all([
     import("../plan/read.ts"),
     import("./inputFiles.ts"),
+    import("./cache.ts"),
   ]);
-  const plan = parsePlan(readPlanFile(file), file);
+  const plan = parsePlan(readPlanFile(file), file, knownPlans);
   return {
     plan,
     source: (name) => readKernel(plan, dirname(file), name),

@@ -1,8 +1,10 @@
 /** Explanations of codes. The example is checked by the rules themselves, so it stays correct. */
 import { stringify } from "yaml";
-import { rules, smallest } from "../rules/index.ts";
+import { rules } from "../rules/all.ts";
+import { smallest } from "../rules/index.ts";
 import type { Finding } from "./diagnostic.ts";
-import { readJob, shapeFaults } from "./readJob.ts";
+import { shapeFaults } from "./readJob.ts";
+import { readJob } from "./readJobNow.ts";
 import { mergeYaml, textFaults } from "./source.ts";
 
 /** The explanation of a code. */

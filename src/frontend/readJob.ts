@@ -3,9 +3,9 @@ import leven from "leven";
 import type { z } from "zod";
 import type { Device } from "../../schemas/devices.ts";
 import { completeJob, type Job, JobText, jobSchema } from "../../schemas/job.ts";
-import { cpu, type Target } from "../codegen/targets.ts";
-import { jobFindings, memoryFindings } from "../rules/index.ts";
-import { needsPrograms } from "../rules/memory.ts";
+import type { Target } from "../codegen/targets.ts";
+import { findingsOfMemory, jobFindings } from "../rules/index.ts";
+import { needsPrograms, type Peak } from "../rules/memory.ts";
 import { type Finding, hasErrors, SHOWN } from "./diagnostic.ts";
 import { copy, deletePath, isObject, type Path, readSource, type Source, setPath, valueAt } from "./source.ts";
 
@@ -16,25 +16,50 @@ export interface JobRead {
   readonly findings: readonly Finding[];
 }
 
-/** Returns the target of a device, whose kernel scratch rule C510 counts. */
-export type TargetOf = (device: Device) => Target;
-
-/** Reads a job and applies all rules. User errors are findings; it does not throw. */
-export function readJob(text: string, file: string, sets: readonly string[] = [], targetOf: TargetOf = () => cpu): JobRead {
-  return withMemory(readQuickly(text, file, sets), targetOf);
+/** The peaks of jobs that were judged before. */
+export interface KnownPeaks {
+  /** Returns the peak of a job; undefined if it is not known. */
+  get(job: Job): Peak | undefined;
+  set(job: Job, peak: Peak): void;
 }
 
-/** Like readJob, but loads kernel generators only if the job needs them. */
-export async function readJobWith(load: () => Promise<TargetOf>, ...of: Parameters<typeof readQuickly>): Promise<JobRead> {
+/** A job needs a peak that is not known. */
+class UnknownPeak extends Error {}
+
+/** Reads a job and applies all rules. The compiler and the kernel generators are loaded only if the job needs peaks that are not known. */
+export async function readJobWith(
+  load: () => Promise<(device: Device) => Target>,
+  known: KnownPeaks | undefined,
+  ...of: Parameters<typeof readQuickly>
+): Promise<JobRead> {
   const read = readQuickly(...of);
-  return read.job && needsPrograms(read.job) ? withMemory(read, await load()) : read;
+  const { job, source } = read;
+  if (!job || !needsPrograms(job)) return read;
+  const judged = (peakOf: (job: Job) => Peak): JobRead => ({
+    ...read,
+    findings: [...read.findings, ...findingsOfMemory(job, source, peakOf)],
+  });
+  const recall = (of: Job): Peak => {
+    const peak = known?.get(of);
+    if (!peak) throw new UnknownPeak();
+    return peak;
+  };
+  try {
+    return judged(recall);
+  } catch (error) {
+    if (!(error instanceof UnknownPeak)) throw error;
+  }
+  const [targetOf, { peakOf }] = await Promise.all([load(), import("../rules/all.ts")]);
+  return judged((of) => {
+    const recalled = known?.get(of);
+    const peak = recalled ?? peakOf(of, targetOf(of.cluster.device));
+    if (!recalled) known?.set(of, peak);
+    return peak;
+  });
 }
-
-const withMemory = (read: JobRead, targetOf: TargetOf): JobRead =>
-  read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
 
 /** Reads a job and applies the rules that need no compiled program. */
-function readQuickly(text: string, file: string, sets: readonly string[]): JobRead {
+export function readQuickly(text: string, file: string, sets: readonly string[]): JobRead {
   const { source, findings } = readSource(text, file, sets);
   if (hasErrors(findings)) return { source, findings };
   const read = JobText.safeParse(source.value);
@@ -225,14 +250,19 @@ interface Schema {
   readonly anyOf?: readonly Schema[];
 }
 
-const root = jobSchema() as Schema;
+/** The schema, made for the first message: a job without shape faults needs none. */
+let rootSchema: Schema | undefined;
+function rootOfSchema(): Schema {
+  rootSchema ??= jobSchema() as Schema;
+  return rootSchema;
+}
 
 /** Returns the schema of a section without its null variant. */
 const inside = (schema: Schema): Schema => schema.anyOf?.find((s) => s.properties) ?? schema;
 const nullable = (schema: Schema | undefined): boolean => schema?.anyOf?.some((s) => s.type === "null") ?? false;
 
 function schemaAt(path: Path): Schema | undefined {
-  let here: Schema | undefined = root;
+  let here: Schema | undefined = rootOfSchema();
   for (const key of path) {
     const properties: Schema["properties"] = here && inside(here).properties;
     const items: Schema["items"] = here?.items ?? here?.anyOf?.find((s) => s.items)?.items;
@@ -372,7 +402,7 @@ function likelyKey(key: string, path: Path, schema: Schema | undefined): string 
   const word = key.toLowerCase().replaceAll("-", "_");
   const sibling = closest(word, keysOf(schema));
   if (sibling) return [...path, sibling].join(".");
-  const every = everyKey(root, "");
+  const every = everyKey(rootOfSchema(), "");
   const last = (k: string) => k.split(".").at(-1)!;
   const known = (Object.hasOwn(foreignKeys, word) ? foreignKeys[word] : undefined) ?? every.find((k) => last(k) === word);
   if (known) return known;

@@ -2,7 +2,8 @@
  * The forward pass of a decoder-only transformer, dense or mixture of experts, and its losses. It declares the sharding of parameters
  * and of the residual stream. builder.ts lists the letters of dims.
  */
-import { hasExperts, type Job } from "../../schemas/job.ts";
+import { hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { gemm, gemmDgrad } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";

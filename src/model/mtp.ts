@@ -5,7 +5,8 @@
  * result goes to the shared head, which predicts token k + 1 ahead, and to depth k + 1. The first depth reads the model's output after
  * its last norm, as in Megatron Core and in speculative decoding with DeepSeek's weights.
  */
-import { hasExperts, type Job } from "../../schemas/job.ts";
+import { hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { join } from "../ops/latent.ts";
 import { gemm } from "../ops/linear.ts";

@@ -1,5 +1,6 @@
 /** The router of one layer: logits → top-k mask and combine weights. Also the balancing losses and the routing counts. */
-import { balancesOf, evenBy, expertLayersOf, type Job } from "../../schemas/job.ts";
+import { balancesOf, evenBy, expertLayersOf } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import {
   auxLoss,
   biasUpdate,

@@ -6,7 +6,8 @@
  * depend on the order of pipeline stages among the axes.
  */
 import type { Job } from "../../schemas/job.ts";
-import { MeshAxis } from "../../schemas/plan.ts";
+import { gridAxisNames } from "../../schemas/meshAxes.ts";
+import type { MeshAxis } from "../../schemas/plan.ts";
 import { groupMembers, type MeshData, rankAt, subAxisOf } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
 
@@ -86,7 +87,7 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   };
 }
 
-const gridAxes: ReadonlySet<string> = new Set(MeshAxis.exclude(["pp"]).options);
+const gridAxes: ReadonlySet<string> = new Set(gridAxisNames);
 const isGridAxis = (axis: string): axis is GridAxis => gridAxes.has(axis);
 
 /** Returns the sub-axes of an axis, ascending stride. Throws an invariant if the mesh has no such axis. */

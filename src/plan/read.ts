@@ -1,6 +1,7 @@
 /** Parsing of plan files. Version, digests, the published JSON Schema and the laws of plans are checked, in this order. */
 import type { ErrorObject } from "ajv";
-import { FORMAT_VERSION, type Plan } from "../../schemas/plan.ts";
+import { FORMAT_VERSION } from "../../schemas/formatVersion.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BrokenInvariant } from "../ops/op.ts";
@@ -9,8 +10,21 @@ import { type Digests, joined, overall, sections, sha256 } from "./seal.ts";
 import { planValidator } from "./validator.ts";
 import { laws } from "./verifyPlan.ts";
 
-/** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. */
-export function parsePlan(text: string, file: string): Plan {
+/** Plan texts without a fault, as an earlier call found. */
+export interface KnownPlans {
+  has(text: string): boolean;
+  add(text: string): void;
+}
+
+/** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. A text that `known` has is only parsed. */
+export function parsePlan(text: string, file: string, known?: KnownPlans): Plan {
+  if (known?.has(text)) return JSON.parse(text);
+  const plan = checkedPlan(text, file);
+  known?.add(text);
+  return plan;
+}
+
+function checkedPlan(text: string, file: string): Plan {
   const refuse = (what: string, fix = "compile the job again"): never => {
     throw new Trouble(`${file}: ${printable(what, 600)}`, fix, 2);
   };

@@ -3,7 +3,8 @@
  * located. `parsePlan` (read.ts) returns exactly the plan that `printPlan` wrote.
  */
 import { createHash } from "node:crypto";
-import { FORMAT_VERSION, type Plan, type Sections } from "../../schemas/plan.ts";
+import { FORMAT_VERSION } from "../../schemas/formatVersion.ts";
+import type { Plan, Sections } from "../../schemas/plan.ts";
 import { canonical } from "./canonical.ts";
 
 /** Sections that have a digest. */

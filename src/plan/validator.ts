@@ -6,15 +6,15 @@ import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
 import type { Ajv, ValidateFunction } from "ajv";
-import { readPackageFile } from "../packageFile.ts";
+import { readPackageFile, root } from "../packageFile.ts";
 
 /** `additive` is for newer minor versions, which may add keys: unknown keys are valid. */
 type Strictness = "exact" | "additive";
 
 // ajv takes longer to load than the built validator, which does without it
 const load = createRequire(import.meta.url);
-/** The file of the built validator, beside the compiled code of this module. */
-export const builtValidator = fileURLToPath(new URL("planValidator.cjs", import.meta.url));
+/** The file of the built validator. A checkout, whose modules are TypeScript, has none: it could be of another state of the schema. */
+export const builtValidator = import.meta.url.endsWith(".ts") ? "" : fileURLToPath(new URL("dist/src/plan/planValidator.cjs", root));
 const known = new Map<Strictness, ValidateFunction>();
 
 /** Returns a validator of plans. Its errors hold the faulty data. */

@@ -1,5 +1,5 @@
 /** Rules E: load balancing of experts by losses, a bias, or balanced selection. */
-import { balancesOf, evenBy } from "../../schemas/job.ts";
+import { balancesOf, evenBy } from "../../schemas/experts.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 /** Rules of load balancing. */

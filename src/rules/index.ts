@@ -1,7 +1,5 @@
 /** Applies all rules to a job. Each finding gets its place and, if a candidate change works, a tested fix. */
-import type { Device } from "../../schemas/devices.ts";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
-import type { Target } from "../codegen/targets.ts";
 import type { Changes, Finding } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
 import { copy, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
@@ -9,7 +7,7 @@ import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { data } from "./data.ts";
-import { memory, memoryRule } from "./memory.ts";
+import { memoryRule, type Peak } from "./memory.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
@@ -23,7 +21,7 @@ import type { Rule, RuleResult } from "./rule.ts";
 import { trainingSchedule } from "./trainingSchedule.ts";
 
 /** Rules without compiled programs; they are applied again to every candidate change. */
-const quick: readonly Rule[] = [
+export const quick: readonly Rule[] = [
   ...mesh,
   ...batch,
   ...data,
@@ -39,8 +37,6 @@ const quick: readonly Rule[] = [
   ...balance,
   ...cluster,
 ];
-/** All rules. */
-export const rules: readonly Rule[] = [...quick, memory];
 
 /** The smallest valid job, into which the example of each rule is merged. */
 export const smallest = `
@@ -64,9 +60,9 @@ export function jobFindings(job: Job, source: Source): Finding[] {
   return quick.flatMap((rule) => findingsOf(rule, job, source, budget));
 }
 
-/** Returns the findings of the memory rule, which compiles a job without errors. `targetOf` returns the kernel target of a device. */
-export const memoryFindings = (job: Job, source: Source, targetOf: (device: Device) => Target): Finding[] =>
-  findingsOf(memoryRule(targetOf), job, source, { left: WORK });
+/** Returns the findings of the memory rule for a job without errors. `peakOf` returns the highest peak of a job. */
+export const findingsOfMemory = (job: Job, source: Source, peakOf: (job: Job) => Peak): Finding[] =>
+  findingsOf(memoryRule(peakOf), job, source, { left: WORK });
 
 const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number }): Finding[] =>
   [...rule.check(job)].map((result): Finding => {

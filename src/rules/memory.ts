@@ -1,19 +1,23 @@
-/** The memory rule, the only rule that needs compiled programs (peak.ts). */
-import { type Device, deviceOf, devices } from "../../schemas/devices.ts";
+/** The memory rule, the only rule that needs the memory of compiled programs. The caller supplies the peaks (all.ts), so that a job that needs none loads no compiler. */
+import { deviceOf, devices } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
-import { peakOfParts } from "../analysis/memoryBreakdown.ts";
-import { cpu, type Target } from "../codegen/targets.ts";
-import { memoryOfStages } from "../peak.ts";
+import { type MemoryBreakdown, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";
 import { type Rule, rule } from "./rule.ts";
 
 /** Returns whether one process has the memory of all ranks. */
 const inOneProcess = ({ cluster }: Job): boolean => deviceOf(cluster.device).links === null;
 
-/** Returns the highest peak in bytes, and its stage. On the CPU one process holds all ranks. */
-export function peakOf(job: Job, target: Target = cpu): { bytes: number; who: string } {
-  const peaks = memoryOfStages(job, target).map(peakOfParts);
+/** The highest peak in bytes, and who has it: the start of a sentence. */
+export interface Peak {
+  readonly bytes: number;
+  readonly who: string;
+}
+
+/** Returns the highest peak of the stages of a job. On the CPU one process holds all ranks. */
+export function highestPeak(job: Job, stages: readonly MemoryBreakdown[]): Peak {
+  const peaks = stages.map(peakOfParts);
   if (inOneProcess(job)) {
     const ranks = job.parallel.world / job.parallel.pipeline;
     return { bytes: peaks.reduce((sum, n) => sum + n * ranks, 0), who: "all ranks together need" };
@@ -75,12 +79,12 @@ function changes({ parallel: p, model }: Job): readonly (readonly [number, Try])
   ];
 }
 
-/** Returns the rule with the kernels of each device, whose scratch is part of the peak. */
-export function memoryRule(targetOf: (device: Device) => Target): Rule {
-  const peaks = new Map<string, ReturnType<typeof peakOf>>();
-  const peak = (job: Job): ReturnType<typeof peakOf> => {
+/** Returns the rule. `peakOf` returns the highest peak of a job; it is called once per job. */
+export function memoryRule(peakOf: (job: Job) => Peak): Rule {
+  const peaks = new Map<string, Peak>();
+  const peak = (job: Job): Peak => {
     const key = JSON.stringify(job);
-    const known = peaks.get(key) ?? peakOf(job, targetOf(job.cluster.device));
+    const known = peaks.get(key) ?? peakOf(job);
     peaks.set(key, known);
     return known;
   };
@@ -130,6 +134,3 @@ const withBound = (job: Job): Job => ({
   ...job,
   model: { ...job.model, moe: job.model.moe && { ...job.model.moe, rows_bound: ROWS_BOUND } },
 });
-
-/** The rule for the target `cpu`, which has no kernels. */
-export const memory: Rule = memoryRule(() => cpu);

@@ -1,6 +1,8 @@
 /** Rules M: the shape of the model, and its sharding. */
+
+import { hasExperts } from "../../schemas/experts.ts";
 import { SMALLEST } from "../../schemas/job/numbers.ts";
-import { hasExperts, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule, upTo } from "./rule.ts";

@@ -1,5 +1,6 @@
 /** Rules E: experts, capacity and token dispatch. See also router.ts and balance.ts. */
-import { evenBy, hasExperts, type Job } from "../../schemas/job.ts";
+import { evenBy, hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 type Moe = NonNullable<Job["model"]["moe"]>;

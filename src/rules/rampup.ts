@@ -1,7 +1,7 @@
 /** Rules B: the batch ramp-up. */
 
 import { lengthOf, MOST_SIZES, phasesOf } from "../../schemas/batchRampup.ts";
-import { evenBy } from "../../schemas/job.ts";
+import { evenBy } from "../../schemas/experts.ts";
 import { stageRanks } from "./mesh.ts";
 import { downTo, rule, upTo } from "./rule.ts";
 

@@ -1,5 +1,6 @@
 /** Rules B: recomputation in the backward pass. */
-import { hasExperts, type Job } from "../../schemas/job.ts";
+import { hasExperts } from "../../schemas/experts.ts";
+import type { Job } from "../../schemas/job.ts";
 import { type Rule, rule } from "./rule.ts";
 
 type Recompute = Job["train"]["recompute"];

@@ -1,7 +1,7 @@
 /** `check` answers any text of up to 1 MiB within two seconds of CPU, with findings and without an exception. */
 import { expect, test } from "vitest";
 import { hasErrors, renderFindings, SHOWN, shown } from "../../src/frontend/diagnostic.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 
 const MIB = 2 ** 20;
 interface Over {

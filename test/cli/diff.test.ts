@@ -4,7 +4,7 @@ import { instructionsOf } from "../../schemas/program.ts";
 import { memoryKinds, memoryNames, peakOfParts } from "../../src/analysis/memoryBreakdown.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { diffPlans, printDiff } from "../../src/report/diff.ts";

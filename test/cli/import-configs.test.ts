@@ -11,7 +11,7 @@ import { parameterCount } from "../../src/analysis/parameterCount.ts";
 import { readConfigFile } from "../../src/cli/inputFiles.ts";
 import { parseConfig } from "../../src/convert/hf/configReader.ts";
 import { importHf, importHfText } from "../../src/convert/hf/importHf.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { buildModel } from "../../src/model/model.ts";
 import { addBackward } from "../../src/passes/backward.ts";
 import { fixture, jobOf } from "../support/job.ts";

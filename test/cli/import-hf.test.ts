@@ -5,7 +5,7 @@ import { parse } from "yaml";
 import { completeJob, JobText } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { importHf, importHfText } from "../../src/convert/hf/importHf.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 
 const config = (name: string): Record<string, unknown> => JSON.parse(readFileSync(`test/fixtures/hf/${name}/config.json`, "utf8"));
 const modelOf = (value: unknown) => completeJob(JobText.parse(importHf(value, "a").job)).model;

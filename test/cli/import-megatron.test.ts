@@ -9,7 +9,7 @@ import type { ImportedJob } from "../../src/convert/importedJob.ts";
 import { argumentSpecs } from "../../src/convert/megatron/arguments/spec.ts";
 import { importMegatron, type MegatronSettings } from "../../src/convert/megatron/importMegatron.ts";
 import { evaluatePattern } from "../../src/convert/megatron/job/layerPattern.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { root } from "../support/checkout.ts";
 import { problemsOf } from "../support/importProblems.ts";
 import { fixture } from "../support/job.ts";

@@ -4,7 +4,7 @@ import { LARGEST } from "../../schemas/job/numbers.ts";
 import { jobSchema } from "../../schemas/job.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import type { Leaf, Value } from "../../src/ops/op.ts";
 import { mean, nll, rowMax, softmaxTerms } from "../../src/ops/vocab.ts";

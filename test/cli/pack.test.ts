@@ -21,7 +21,7 @@ import { dataOf, type Packed, pack } from "../../src/cli/archive.ts";
 import { tar } from "../../src/cli/tar.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { printPlanText } from "../../src/report/planText.ts";

@@ -16,8 +16,9 @@ afterAll(() => [checkout, home].forEach((folder) => void rmSync(folder, { recurs
 
 const npm = (cwd: string, ...args: string[]): string =>
   execFileSync("npm", args, { cwd, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
+const env = { ...process.env, XDG_CACHE_HOME: join(home, "cache") };
 const rankc = (...args: string[]): string =>
-  execFileSync(join(home, "node_modules/.bin/rankc"), args, { cwd: home, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
+  execFileSync(join(home, "node_modules/.bin/rankc"), args, { cwd: home, env, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
 
 beforeAll(() => {
   npm(checkout, "pack", "--pack-destination", home, "--loglevel=error");
@@ -28,7 +29,7 @@ beforeAll(() => {
   const rankcEntry = {
     version: "0.1.0",
     resolved: `file:${tarball}`,
-    bin: { rankc: "dist/src/cli/main.js" },
+    bin: { rankc: "dist/cli/rankc.js" },
     dependencies: packages[""]!.dependencies,
   };
   const dependencies = { rankc: `file:${tarball}` };
@@ -74,6 +75,20 @@ describe("the installed package", () => {
     const file = join(home, "plan/plan.json");
     writeFileSync(file, readFileSync(file, "utf8").replace(',"format_version"', ',"extra":1,"format_version"'));
     expect(() => rankc("inspect", "plan")).toThrow("not a valid plan: the plan must NOT have additional properties");
+  });
+
+  test("remembers peaks and plans: an answer from the cache is the computed one, and damage to the cache changes nothing", () => {
+    const large = "node_modules/rankc/plans/mixtral-8x7b-16gpu/job.yaml";
+    const sets = ["--set", "cluster.device=h100-80gb", "--format", "json"];
+    const first = rankc("check", large, ...sets);
+    const [folder] = readdirSync(join(home, "cache/rankc"));
+    const results = join(home, "cache/rankc", folder!);
+    const peaks = readdirSync(results).filter((name) => name.startsWith("peak-"));
+    expect(peaks.length).toBeGreaterThan(0);
+    expect(readdirSync(results).filter((name) => name.startsWith("plan-"))).toHaveLength(1);
+    expect(rankc("check", large, ...sets)).toBe(first);
+    for (const name of peaks) writeFileSync(join(results, name), "{");
+    expect(rankc("check", large, ...sets)).toBe(first);
   });
 
   test("trains a step", () => {

@@ -6,7 +6,7 @@ import type { Plan, Sections } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { canonical } from "../../src/plan/canonical.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan, sealPlan } from "../../src/plan/seal.ts";

@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { timesOf } from "../../src/passes/schedule.ts";
 import { drawPlan } from "../../src/report/planPicture.ts";
 import { bytesText } from "../../src/units.ts";

@@ -4,9 +4,10 @@ import { stringify } from "yaml";
 import { isDisjointSubAxes, shardCount } from "../../schemas/sharding.ts";
 import { type Changes, renderFindings } from "../../src/frontend/diagnostic.ts";
 import { badJob, codes, explain } from "../../src/frontend/explain.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { buildMesh, denseAxes, expertAxes } from "../../src/passes/mesh.ts";
-import { rules, smallest } from "../../src/rules/index.ts";
+import { rules } from "../../src/rules/all.ts";
+import { smallest } from "../../src/rules/index.ts";
 import { parallelOf } from "../support/job.ts";
 
 const sets = (changes: Changes): string[] => Object.entries(changes).map(([path, value]) => `${path}=${JSON.stringify(value)}`);

@@ -5,7 +5,8 @@ import { expect, test, vi } from "vitest";
 import { memoryBreakdown } from "../../src/analysis/memoryBreakdown.ts";
 import { cpu, loadDeviceTargets, loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob, readJobWith } from "../../src/frontend/readJob.ts";
+import { readJobWith } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { memoryOfStages } from "../../src/peak.ts";
 import { bytesText } from "../../src/units.ts";
 import { jobOf } from "../support/job.ts";
@@ -73,7 +74,7 @@ const published = (name: string): string => readFileSync(new URL(`../../plans/${
 
 test("a recipe whose worst case does not fit is told what rows_bound would need, and what it means", async () => {
   const sets = ["model.moe.rows_bound=worst", "cluster.device=h100-80gb"];
-  const { findings } = await readJobWith(loadDeviceTargets, published("deepseek-v3-1024gpu"), "job.yaml", sets);
+  const { findings } = await readJobWith(loadDeviceTargets, undefined, published("deepseek-v3-1024gpu"), "job.yaml", sets);
   const found = findings.find(({ code }) => code === "C510");
   expect(found?.found).toMatch(/needs .* at the peak \(\d+(\.\d+)? \wiB with model\.moe\.rows_bound 1\.5\)/);
   expect(found?.fix).toContain(
@@ -84,14 +85,14 @@ test("a recipe whose worst case does not fit is told what rows_bound would need,
 
 test("checking a job fills no template of a kernel in", async () => {
   const compileTemplate = vi.spyOn(Handlebars, "compile");
-  await readJobWith(loadDeviceTargets, published("deepseek-v3-1024gpu"), "job.yaml", []);
+  await readJobWith(loadDeviceTargets, undefined, published("deepseek-v3-1024gpu"), "job.yaml", []);
   expect(compileTemplate).not.toHaveBeenCalled();
   vi.restoreAllMocks();
 });
 
 test("C510 counts scratch of the device's kernels", async () => {
   const sets = ["cluster.device=h100-80gb", "parallel.expert=1", "parallel.world=2", "parallel.distributed_optimizer=false"];
-  const { job: read, findings } = await readJobWith(loadDeviceTargets, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
+  const { job: read, findings } = await readJobWith(loadDeviceTargets, undefined, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
   const peaks = memoryOfStages(read!, await loadTarget("cuda:sm_90a")).map((m) => Object.values(m).reduce((a, b) => a + b));
   expect(findings.find(({ code }) => code === "C510")?.found).toContain(bytesText(Math.max(...peaks)));
   expect(readJob(published("qwen3-30b-a3b-16gpu"), "job.yaml").job).toBeDefined();

@@ -28,7 +28,7 @@ const layers = [
   { name: "reports", holds: /^src\/report\// },
   { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic)\.ts$/ },
   { name: "rules", holds: /^src\/rules\// },
-  { name: "frontend", holds: /^src\/frontend\/(readJob|explain)\.ts$/ },
+  { name: "frontend", holds: /^src\/frontend\/(readJob|readJobNow|explain)\.ts$/ },
   { name: "compile", holds: /^src\/compile\.ts$/ },
   { name: "explanations that compile a job", holds: /^src\/frontend\// },
   { name: "converters", holds: /^src\/convert\// },
@@ -42,6 +42,7 @@ const opensRuntime = ["src/cli/compile.ts", "src/cli/data.ts", "src/cli/doctor.t
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
   ["src/cli/loadPlan.ts", "finds the plan of a directory"],
+  ["src/cli/cache.ts", "results that a later command needs again"],
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/packageFile.ts", "schemas and templates of the package"],

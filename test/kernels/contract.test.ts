@@ -6,7 +6,7 @@ import type { OpName } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { ops } from "../../src/ops/index.ts";
 import { root } from "../support/checkout.ts";
 import { type Buffers, casesOf, type Executor, hold, mixtures } from "../support/contract.ts";

@@ -18,7 +18,7 @@ import { type OpName, opNames } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { ops } from "../../src/ops/index.ts";
 import { root } from "../support/checkout.ts";
 import { casesOf } from "../support/contract.ts";

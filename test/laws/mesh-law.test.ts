@@ -5,7 +5,7 @@ import { stringify } from "yaml";
 import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import type { Choice } from "../../src/passes/sharding/dimChoice.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf } from "../support/job.ts";

@@ -10,7 +10,7 @@ import type { Job } from "../../schemas/job.ts";
 import { type Serving, serve } from "../../src/cli/pageServer.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { root } from "../support/checkout.ts";
 import { launch, noBrowser } from "../support/chromium.ts";
 

@@ -8,7 +8,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { planMemory } from "../../src/passes/memory.ts";
 import { root } from "../support/checkout.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";

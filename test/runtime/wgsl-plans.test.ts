@@ -6,7 +6,7 @@ import { create } from "webgpu";
 import { profiles } from "../../src/codegen/targetNames.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { root } from "../support/checkout.ts";
 import { byTier } from "../support/tiers.ts";
 

@@ -2,7 +2,7 @@
 import { stringify } from "yaml";
 import { ParallelText } from "../../schemas/job/parallel.ts";
 import type { Job } from "../../schemas/job.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { positionOf } from "../../src/ops/positions.ts";
 
 /** A valid job; throws with the findings where it is not. */

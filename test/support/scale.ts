@@ -2,7 +2,7 @@
 import { readFileSync } from "node:fs";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
-import { readJob } from "../../src/frontend/readJob.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { root } from "./checkout.ts";
 

@@ -1,6 +1,7 @@
 /** The threads that tokenize: each opens the tokenizer once and answers blocks in the order in which it receives them. */
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { Trouble } from "../../../schemas/trouble.ts";
+import { moduleUrl } from "../../moduleUrl.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
 import type { Tokenizer } from "../tokenizers/tokenizer.ts";
 import type { DocumentRules, DocumentSource } from "./documents.ts";
@@ -84,7 +85,7 @@ function openMember(settings: TokenizeSettings): Member {
 
 /** In a checkout this file is TypeScript, and the thread registers the tsx loader first. */
 function startWorker(settings: TokenizeSettings): Worker {
-  const here = import.meta.url;
+  const here = moduleUrl("data/prepare/worker", import.meta.url);
   if (!here.endsWith(".ts")) return new Worker(new URL(here), { workerData: settings });
   const loader = import.meta.resolve("tsx/esm/api");
   const start = `import(${JSON.stringify(loader)}).then(({ register }) => (register(), import(${JSON.stringify(here)})))`;

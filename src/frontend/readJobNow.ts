@@ -1,0 +1,14 @@
+/** Reads a job at once, with the compiler loaded. `readJobWith` loads it when a job needs it. */
+import type { Device } from "../../schemas/devices.ts";
+import { cpu, type Target } from "../codegen/targets.ts";
+import { memoryFindings } from "../rules/all.ts";
+import { type JobRead, readQuickly } from "./readJob.ts";
+
+/** Returns the target of a device, whose kernel scratch rule C510 counts. */
+export type TargetOf = (device: Device) => Target;
+
+/** Reads a job and applies all rules. User errors are findings; it does not throw. */
+export function readJob(text: string, file: string, sets: readonly string[] = [], targetOf: TargetOf = () => cpu): JobRead {
+  const read = readQuickly(text, file, sets);
+  return read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
+}
