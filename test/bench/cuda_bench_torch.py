@@ -272,21 +272,21 @@ class Cases:
     def peers_softmax(self, d, b, case):
         return {"softmax": lambda: torch.softmax(b["x"], -1, dtype=torch.float32)}
 
-    def reference_choose(self, d, b, case):
+    def reference_top_k_mask(self, d, b, case):
         return {"c": chosen(b["x"].float(), d["k"])}
 
-    def peers_choose(self, d, b, case):
+    def peers_top_k_mask(self, d, b, case):
         return self.several("topk, scatter", lambda x: torch.zeros_like(x).scatter_(-1, x.topk(d["k"], -1).indices, 1.0), b["x"])
 
-    def fill_weigh(self, d, b, case):
+    def fill_combine_weights(self, d, b, case):
         b["c"].copy_(chosen(b["p"], 8))
         b["p"].copy_(b["p"].softmax(-1))
 
-    def reference_weigh(self, d, b, case):
+    def reference_combine_weights(self, d, b, case):
         kept = b["p"] * b["c"]
         return {"y": kept / kept.sum(-1, keepdim=True)}
 
-    def peers_weigh(self, d, b, case):
+    def peers_combine_weights(self, d, b, case):
         def weigh(p, c):
             kept = p * c
             return kept / kept.sum(-1, keepdim=True)
