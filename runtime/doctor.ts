@@ -39,7 +39,7 @@ export interface DiagnoseSettings {
 export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise<Diagnosis> {
   const checks: Check[] = [];
   const fails = (name: string, backends: readonly BackendName[], error: unknown): undefined => {
-    const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with what rankc doctor --format json prints";
+    const fix = (error instanceof Trouble && error.fix) || "this is unexpected: report it with the output of rankc doctor --format json";
     checks.push({ name, ok: false, found: error instanceof Error ? error.message : String(error), fix, for: backends });
   };
   const checkFor = <T>(
@@ -62,7 +62,7 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
   check("koffi", () => [callLibc()]);
   const devices = check("driver", () => {
     const { path, version, devices } = driver();
-    return [`serves CUDA ${version}, ${count(devices.length, "device")} (${path})`, devices];
+    return [`supports CUDA ${version}, ${count(devices.length, "device")} (${path})`, devices];
   });
   for (const device of devices ?? []) check(`device ${device.ordinal}`, () => [describe(device)]);
   const device = devices?.[0];
@@ -78,11 +78,11 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
     if (!context) throw notTried("device", `NCCL ${version} (${path}); `);
     return [`NCCL ${version} sums over one rank; NVLink multicast is off (${path})`, reduceAlone(context)];
   });
-  if (context) check("close", () => ["the device is given back", context.close()]);
+  if (context) check("close", () => ["the device is closed", context.close()]);
   checkFor([], "nvcc", () => {
-    if (nvcc !== undefined) return [`CUDA ${nvcc}: rankc compile puts cubins beside the kernels of a plan for CUDA`];
+    if (nvcc !== undefined) return [`CUDA ${nvcc}: rankc compile stores cubins with the kernels of a plan for CUDA`];
     throw new Trouble(
-      "was not found on the path or at RANKC_NVCC; plans run without it: NVRTC compiles their kernels, once",
+      "was not found on the path or at RANKC_NVCC. Plans run without it: NVRTC compiles their kernels at the first run",
       "install the CUDA toolkit where plans are compiled (https://developer.nvidia.com/cuda-downloads), or set RANKC_NVCC to the path of its nvcc",
     );
   });
@@ -102,7 +102,7 @@ export async function diagnose({ nvcc, webgpuLimit }: DiagnoseSettings): Promise
 
 const verdicts: Record<Diagnosis["verdict"], string> = {
   ready: "CUDA: the driver, the compiler, a kernel and collectives work on this machine's GPUs.",
-  partly: "CUDA: kernels run on this machine's GPU, but not all that running plans there needs is here.",
+  partly: "CUDA: kernels run on this machine's GPU, but something that plans need is missing.",
   no: "CUDA: this machine cannot run plans on it.",
 };
 
@@ -118,7 +118,7 @@ export function printDiagnosis({ verdict, works, checks }: Diagnosis): string {
 }
 
 const notTried = (missing: string, found = ""): Trouble =>
-  new Trouble(`${found}not tried: there is no ${missing}`, "put right what fails above first");
+  new Trouble(`${found}not tried: there is no ${missing}`, "fix the failures above first");
 const count = (n: number, what: string): string => `${n} ${what}${n === 1 ? "" : "s"}`;
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
@@ -135,7 +135,7 @@ function nodeVersion(): string {
 
 function system(): string {
   const found = `${process.platform}-${process.arch}`;
-  if (process.platform !== "linux") throw new Trouble(`${found}: CUDA is not served on this system`, "use Linux, or WSL 2 on Windows");
+  if (process.platform !== "linux") throw new Trouble(`${found}: CUDA plans do not run on this system`, "use Linux, or WSL 2 on Windows");
   return found;
 }
 
@@ -146,7 +146,7 @@ function describeAdapter({ adapter, profiles, features, limits }: Survey): strin
   };
   const { maxBufferSize, maxStorageBufferBindingSize, maxComputeWorkgroupStorageSize } = limits;
   return [
-    `${adapter}: serves ${profiles.map((name) => `webgpu:${name}`).join(", ")}`,
+    `${adapter}: supports ${profiles.map((name) => `webgpu:${name}`).join(", ")}`,
     `features: ${list(true)}; missing: ${list(false)}`,
     `a buffer holds ${gib(maxBufferSize)}, a binding ${gib(maxStorageBufferBindingSize)}, a workgroup ${maxComputeWorkgroupStorageSize / 1024} KiB`,
   ].join("\n");
@@ -154,13 +154,13 @@ function describeAdapter({ adapter, profiles, features, limits }: Survey): strin
 
 function callLibc(): string {
   const pid: number = koffi().load(null).func("getpid", "int", [])();
-  if (pid !== process.pid) throw new Error(`getpid answered ${pid}, and this is process ${process.pid}`);
+  if (pid !== process.pid) throw new Error(`getpid returned ${pid}; this is process ${process.pid}`);
   return "calls native libraries";
 }
 
 function describe({ name, bytes, sm, uuid }: CudaDevice): string {
   const found = `${name}, ${gib(bytes)}, sm_${sm}, ${uuid}`;
-  if (sm < 80) throw new Trouble(`${found}: older than sm_80`, "hide it by CUDA_VISIBLE_DEVICES; plans run on Ampere and later");
+  if (sm < 80) throw new Trouble(`${found}: older than sm_80`, "hide it with CUDA_VISIBLE_DEVICES; plans run on Ampere and later");
   return found;
 }
 
@@ -211,7 +211,7 @@ function addVectors(context: Context, cubin: Uint8Array): string {
   for (const pointer of at) context.free(pointer);
 
   const wrong = c.findIndex((sum, i) => sum !== Math.fround(a[i]! + b[i]!));
-  if (wrong >= 0) throw new Error(`a kernel computed ${a[wrong]} + ${b[wrong]} = ${c[wrong]}, at ${wrong} of ${addends}`);
+  if (wrong >= 0) throw new Error(`a kernel computed ${a[wrong]} + ${b[wrong]} = ${c[wrong]}, at index ${wrong} of ${addends}`);
   const rate = (3 * bytes) / milliseconds / 1e6;
   return `${addends.toLocaleString("en-US")} sums are exact, in ${milliseconds.toFixed(3)} ms: ${rate.toFixed(0)} GB/s`;
 }
@@ -233,7 +233,7 @@ function reduceAlone(context: Context): void {
   context.destroyStream(stream);
   for (const pointer of [from, to]) context.free(pointer);
   const wrong = got.findIndex((value, i) => value !== sent[i]);
-  if (wrong >= 0) throw new Error(`an all-reduce over one rank made ${got[wrong]} of ${sent[wrong]}, at ${wrong} of ${n}`);
+  if (wrong >= 0) throw new Error(`an all-reduce over one rank changed ${sent[wrong]} to ${got[wrong]}, at index ${wrong} of ${n}`);
 }
 
 function randomFloats(n: number): Float32Array {

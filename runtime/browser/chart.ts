@@ -31,7 +31,7 @@ class LossChart implements Chart {
   #high = -Infinity;
   #steps = 1;
   /** The step under the pointer or the focus; 0: none. */
-  #looked = 0;
+  #selected = 0;
   #isDrawing = false;
   #scale: Ticks = ticks(0, 1, 5);
   #right = 0;
@@ -52,7 +52,7 @@ class LossChart implements Chart {
   clear(steps: number): void {
     this.#losses = [];
     this.#steps = steps;
-    this.#looked = 0;
+    this.#selected = 0;
     this.#low = Infinity;
     this.#high = -Infinity;
     this.#drawSoon();
@@ -90,7 +90,7 @@ class LossChart implements Chart {
       "points",
       this.#losses.map((loss, i) => (Number.isFinite(loss) ? `${this.#x(i + 1).toFixed(1)},${this.#y(loss).toFixed(1)}` : "")).join(" "),
     );
-    this.#show(this.#looked);
+    this.#show(this.#selected);
   }
 
   #drawAxes(): void {
@@ -118,14 +118,14 @@ class LossChart implements Chart {
 
   /** Shows the value of a step; of none, if the step is 0 or has no loss yet. */
   #show(step: number): void {
-    this.#looked = Math.min(Math.max(0, step), this.#losses.length);
-    const looked = this.#looked;
-    const loss = this.#losses[looked - 1];
+    this.#selected = Math.min(Math.max(0, step), this.#losses.length);
+    const selected = this.#selected;
+    const loss = this.#losses[selected - 1];
     this.#hover.setAttribute("visibility", loss === undefined ? "hidden" : "visible");
-    const text = loss === undefined ? "no step" : `step ${looked}: loss ${loss.toFixed(4)}`;
-    set(this.#svg, { "aria-valuemin": 0, "aria-valuemax": this.#losses.length, "aria-valuenow": looked, "aria-valuetext": text });
+    const text = loss === undefined ? "no step" : `step ${selected}: loss ${loss.toFixed(4)}`;
+    set(this.#svg, { "aria-valuemin": 0, "aria-valuemax": this.#losses.length, "aria-valuenow": selected, "aria-valuetext": text });
     if (loss === undefined) return;
-    const [at, level] = [this.#x(looked), Number.isFinite(loss) ? this.#y(loss) : area.top];
+    const [at, level] = [this.#x(selected), Number.isFinite(loss) ? this.#y(loss) : area.top];
     const back = at > this.#right - 170;
     set(this.#rule, { x1: at, x2: at });
     set(this.#mark, { cx: at, cy: level });
@@ -142,8 +142,8 @@ class LossChart implements Chart {
     svg.addEventListener("pointerleave", () => this.#show(0));
     svg.addEventListener("blur", () => this.#show(0));
     const keys: Readonly<Record<string, () => number>> = {
-      ArrowLeft: () => Math.max(1, this.#looked - 1),
-      ArrowRight: () => this.#looked + 1,
+      ArrowLeft: () => Math.max(1, this.#selected - 1),
+      ArrowRight: () => this.#selected + 1,
       Home: () => 1,
       End: () => this.#losses.length,
     };

@@ -1,14 +1,15 @@
-/** WebGPU in a browser. What is missing is told in words for who sits before it. */
+/** WebGPU in a browser, with errors for the user of the page. */
 /// <reference types="@webgpu/types" />
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Host } from "../webgpu/device.ts";
 
+/** The WebGPU of the page's browser. */
 export const browser: Host = {
-  // a page may set no toggles: what needs them is found missing on the adapter
+  // a page cannot set Dawn's toggles; the adapter then lacks the features that need them
   async gpu() {
     if (!isSecureContext)
       throw new Trouble(
-        `browsers give WebGPU to secure pages only, and ${location.origin} is none`,
+        `browsers offer WebGPU to secure pages only, and ${location.origin} is not secure`,
         "open the page at 127.0.0.1 or localhost, or through https",
       );
     if (!navigator.gpu)
@@ -21,6 +22,6 @@ export const browser: Host = {
   noAdapter: () =>
     new Trouble(
       "this browser has WebGPU, but offers no adapter: its GPU or driver is on the browser's block list, or there is none",
-      "chrome://gpu (Firefox: about:support) says why; switch on graphics acceleration in the settings, or use another browser",
+      "chrome://gpu (Firefox: about:support) shows the reason; enable graphics acceleration in the settings, or use another browser",
     ),
 };

@@ -1,4 +1,4 @@
-/** What `rankc serve` serves beside the page: the plan, its kernels, and its text. */
+/** Loads the files that `rankc serve` offers: the plan, its kernels, and its corpus. */
 
 import { indexPath } from "../../schemas/dataFiles.ts";
 import { entryOf, sourceOf } from "../../schemas/lookup.ts";
@@ -7,12 +7,13 @@ import { Trouble } from "../../schemas/trouble.ts";
 import type { Text } from "../data/tokens.ts";
 import type { Corpus } from "../train/inputs.ts";
 
-/** A plan and the text of each of its kernels by the name of its file. */
+/** A plan, and the source of a kernel by its file name. */
 export interface Loaded {
   readonly plan: Plan;
   readonly kernel: (file: string) => string;
 }
 
+/** Loads the plan and its kernels. Throws a Trouble if the server does not answer. */
 export async function loadPlan(): Promise<Loaded> {
   const plan: Plan = await (await get("plan.json")).json();
   const files = plan.kernels.map((k) => sourceOf(k).file);
@@ -20,7 +21,7 @@ export async function loadPlan(): Promise<Loaded> {
   return { plan, kernel: (file) => entryOf(texts, file, "source") };
 }
 
-/** The files of `data`. An index that has no bytes is none. */
+/** Loads the files of `data`. The server sends an empty index if there is none. */
 export async function loadCorpus({ job }: Plan): Promise<Corpus> {
   const { path, format, labels } = job.data;
   const load = async (name: string, as: string): Promise<Text> => textOf(as, await (await get(name)).arrayBuffer());
@@ -32,9 +33,10 @@ export async function loadCorpus({ job }: Plan): Promise<Corpus> {
   };
 }
 
+/** Reads a file that the user chose. Throws a Trouble if it cannot be read. */
 export async function readText(file: File): Promise<Text> {
   const bytes = await file.arrayBuffer().catch(() => {
-    throw new Trouble(`${file.name} cannot be read`, "see whether it is still there and may be read, then choose it again");
+    throw new Trouble(`${file.name} cannot be read`, "check that it exists and is readable, then choose it again");
   });
   return textOf(file.name, bytes);
 }
@@ -44,10 +46,10 @@ function textOf(path: string, buffer: ArrayBuffer): Text {
   return { path, bytes: bytes.length, read: (into, at) => into.set(bytes.subarray(at, at + into.length)) };
 }
 
-/** The server says in words what is wrong. */
+/** Fetches a path; an error of the server is text, and becomes a Trouble. */
 async function get(path: string): Promise<Response> {
   const answer = await fetch(path).catch(() => {
-    throw new Trouble("the server does not answer", "see whether `rankc serve` still runs, then load the page again");
+    throw new Trouble("the server does not answer", "check that `rankc serve` runs, then reload the page");
   });
   if (!answer.ok) throw new Trouble((await answer.text()).trim());
   return answer;

@@ -1,4 +1,4 @@
-/** The page: loads a plan and a text, trains the model on the browser's GPU, and draws the loss. Errors are told in words. */
+/** The page: loads a plan and a text, trains the model on the browser's GPU, and draws the loss. Errors are shown on the page. */
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { batchesOf, readingOf } from "../train/inputs.ts";
@@ -16,26 +16,26 @@ function at<T extends HTMLElement>(id: string, kind: new () => T): T {
 const [start, stop] = [at("start", HTMLButtonElement), at("stop", HTMLButtonElement)];
 const [text, file, steps] = [at("text", HTMLSelectElement), at("file", HTMLInputElement), at("steps", HTMLInputElement)];
 const [rows, wrong] = [at("rows", HTMLTableSectionElement), at("error", HTMLElement)];
-const say = (id: string, what: string): void => {
+const setText = (id: string, what: string): void => {
   at(id, HTMLElement).textContent = what;
 };
 const chart = chartIn(at("chart", HTMLElement), "chart-title");
 
-/** The run under way asks after each step whether it is wanted on. */
-let wanted = false;
+/** Whether a run is in progress; Stop clears it, and the run ends after its step. */
+let running = false;
 
 function describe({ job, mesh, programs, memory, toolchain }: Plan): void {
   document.title = `${job.name} · rankc`;
-  say("name", job.name);
+  setText("name", job.name);
   const { layers, hidden, seq, moe } = job.model;
   const parameters = programs.reduce((sum, p) => sum + countOf(p), 0);
   const ranks = mesh.world === 1 ? "1 rank" : `${mesh.world} ranks on one GPU`;
   const experts = moe ? `, ${moe.experts} experts` : "";
-  say(
+  setText(
     "about",
     `${layers} layers, hidden ${hidden}${experts}, ${compact(parameters)} parameters; ${job.train.global_batch} × ${seq} tokens a step; ${ranks}, ${toolchain.target}`,
   );
-  say("memory", mebibytes(memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0)));
+  setText("memory", mebibytes(memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0)));
   steps.value = String(job.train.steps);
   text.options[0]!.textContent = `the plan's corpus (${job.data.path.split("/").at(-1)})`;
 }
@@ -49,12 +49,12 @@ const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(bytes 
 async function train({ plan, kernel }: Loaded): Promise<void> {
   const count = steps.valueAsNumber;
   clear(count);
-  say("status", "Reading the text…");
+  setText("status", "Reading the text…");
   const chosen = text.value === "file" ? { ids: await readText(file.files![0]!) } : await loadCorpus(plan);
   const batch = batchesOf(chosen, readingOf(plan.job));
-  say("status", `Compiling ${plan.kernels.length} kernels…`);
+  setText("status", `Compiling ${plan.kernels.length} kernels…`);
   const localRanks = await webgpuOn(browser, plan, { kernel });
-  say("adapter", localRanks.adapter);
+  setText("adapter", localRanks.adapter);
   let run: Run;
   try {
     run = runOn(plan, { localRanks, batch });
@@ -64,12 +64,12 @@ async function train({ plan, kernel }: Loaded): Promise<void> {
   }
   try {
     let done = 0;
-    while (wanted && done < count) {
-      say("status", `Training: step ${done + 1} of ${count}`);
+    while (running && done < count) {
+      setText("status", `Training: step ${done + 1} of ${count}`);
       show(await run.step());
       done++;
     }
-    say("status", done < count ? `Stopped after ${done} of ${count} steps; Start begins anew.` : `Trained ${counted(count)}.`);
+    setText("status", done < count ? `Stopped after ${done} of ${count} steps; Start begins a new run.` : `Trained ${counted(count)}.`);
   } finally {
     await run.close();
   }
@@ -80,11 +80,11 @@ function clear(count: number): void {
   wrong.hidden = true;
   rows.replaceChildren();
   recent.length = 0;
-  for (const id of ["step", "loss", "speed"]) say(id, "–");
+  for (const id of ["step", "loss", "speed"]) setText(id, "–");
   chart.clear(count);
 }
 
-/** The last steps, over which speed is taken: one alone jumps about. */
+/** The last steps, whose mean is the displayed speed. */
 const recent: StepResult[] = [];
 const WINDOW = 10;
 
@@ -92,9 +92,9 @@ function show(result: StepResult): void {
   recent.push(result);
   if (recent.length > WINDOW) recent.shift();
   const speed = recent.reduce((sum, r) => sum + r.tokens, 0) / recent.reduce((sum, r) => sum + r.seconds, 0);
-  say("step", String(result.step));
-  say("loss", result.loss.toFixed(4));
-  say("speed", Math.round(speed).toLocaleString("en"));
+  setText("step", String(result.step));
+  setText("loss", result.loss.toFixed(4));
+  setText("speed", Math.round(speed).toLocaleString("en"));
   chart.add(result.loss);
   const row = rows.insertRow();
   const { step, loss, grad_norm, lr, tokens, seconds } = result;
@@ -105,17 +105,17 @@ function show(result: StepResult): void {
 function showError(error: unknown): void {
   const [what, fix] = error instanceof Trouble ? [error.message, error.fix] : [error instanceof Error ? error.message : String(error)];
   const head = document.createElement("strong");
-  head.textContent = "It cannot go on: ";
-  wrong.replaceChildren(head, what, fix ? `\nWhat helps: ${fix}.` : "");
+  head.textContent = "Error: ";
+  wrong.replaceChildren(head, what, fix ? `\nFix: ${fix}.` : "");
   wrong.hidden = false;
-  say("status", "");
+  setText("status", "");
 }
 
-/** What may be touched when. */
+/** Enables the controls of a state. */
 function enable(state: "idle" | "running"): void {
-  const running = state === "running";
-  for (const control of [start, text, file, steps]) control.disabled = running;
-  stop.disabled = !running;
+  const isRunning = state === "running";
+  for (const control of [start, text, file, steps]) control.disabled = isRunning;
+  stop.disabled = !isRunning;
   start.disabled ||= text.value === "file" && !file.files?.length;
 }
 
@@ -124,18 +124,18 @@ async function open(): Promise<void> {
   describe(loaded.plan);
   at("controls", HTMLFormElement).addEventListener("submit", (event) => {
     event.preventDefault();
-    if (wanted) return;
-    wanted = true;
+    if (running) return;
+    running = true;
     enable("running");
     train(loaded)
       .catch(showError)
       .finally(() => {
-        wanted = false;
+        running = false;
         enable("idle");
       });
   });
   stop.addEventListener("click", () => {
-    wanted = false;
+    running = false;
     stop.disabled = true;
   });
   text.addEventListener("change", () => {
@@ -144,7 +144,7 @@ async function open(): Promise<void> {
   });
   file.addEventListener("change", () => enable("idle"));
   enable("idle");
-  // that there is no WebGPU is told now, not when somebody wants to start
+  // report missing WebGPU now instead of at the first start
   await browser.gpu({ enable: [], disable: [] });
 }
 

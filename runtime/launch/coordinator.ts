@@ -33,10 +33,10 @@ export interface Peer {
   readonly plan: string;
   readonly line: PeerLine;
   /** Time of the last message. */
-  heard: number;
+  lastMessage: number;
   /** The peer's counter of reports, and the time at which it last changed. */
   reports: number;
-  moved: number;
+  lastProgress: number;
   step: number;
   /** The current instruction. */
   at: string;
@@ -54,7 +54,7 @@ interface Verdict {
 export class Coordinator {
   readonly #settings: CoordinatorSettings;
   readonly #clock: Clock;
-  readonly #turnedAway: ReadonlyMap<string, number>;
+  readonly #rejected: ReadonlyMap<string, number>;
   readonly #peers = new Map<number, Peer>();
   readonly #barriers = new Map<string, Set<number>>();
   readonly #cancelPatience: Cancel;
@@ -64,11 +64,11 @@ export class Coordinator {
   #stopping = false;
   #ticked: number;
 
-  /** `turnedAway`: reasons of connections that were closed before they became peers, and how often; read for the report of missing ranks. */
-  constructor(settings: CoordinatorSettings, clock: Clock, turnedAway: ReadonlyMap<string, number>) {
+  /** `rejected`: reasons of connections that were closed before they became peers, and how often; read for the report of missing ranks. */
+  constructor(settings: CoordinatorSettings, clock: Clock, rejected: ReadonlyMap<string, number>) {
     this.#settings = settings;
     this.#clock = clock;
-    this.#turnedAway = turnedAway;
+    this.#rejected = rejected;
     this.#ticked = clock.now();
     this.#cancelPatience = clock.after(settings.timeout, () => this.#giveUp());
     this.#cancelWatch = clock.every(settings.beat, () => this.#checkPeers());
@@ -92,7 +92,7 @@ export class Coordinator {
     const now = this.#clock.now();
     const peer: Peer = {
       ...{ rank, host, pid, version, plan, line },
-      ...{ heard: now, reports: 0, moved: now, step: 0, at: "", left: false, begun: undefined },
+      ...{ lastMessage: now, reports: 0, lastProgress: now, step: 0, at: "", left: false, begun: undefined },
     };
     this.#peers.set(rank, peer);
     line.send({ kind: "accepted" });
@@ -103,13 +103,13 @@ export class Coordinator {
   /** Handles a message of an admitted peer. */
   receive(peer: Peer, message: ToHub, data: Uint8Array): void {
     if (this.#phase === "over") return;
-    peer.heard = this.#clock.now();
+    peer.lastMessage = this.#clock.now();
     switch (message.kind) {
       case "hello":
-        this.#abort(`${nameOf(peer)} said hello twice`);
+        this.#abort(`${nameOf(peer)} sent a second hello`);
         break;
       case "beat":
-        if (message.reports !== peer.reports) peer.moved = peer.heard;
+        if (message.reports !== peer.reports) peer.lastProgress = peer.lastMessage;
         Object.assign(peer, { reports: message.reports, step: message.step, at: message.text });
         break;
       case "share":
@@ -144,8 +144,8 @@ export class Coordinator {
   peerLost(peer: Peer, problem?: string): void {
     if (peer.left || this.#phase === "over") return;
     peer.left = true;
-    const how = problem && problem !== "ECONNRESET" ? `its connection broke (${problem})` : "it was killed, or it crashed";
-    this.#abort(`${nameOf(peer)} is gone: ${how}`);
+    const how = problem && problem !== "ECONNRESET" ? `its connection broke (${problem})` : "its process was killed, or it crashed";
+    this.#abort(`${nameOf(peer)} was lost: ${how}`);
   }
 
   /** Ends the monitoring. Connections of peers stay open: each peer closes its own after it has read the last message. */
@@ -159,8 +159,8 @@ export class Coordinator {
     const expected = this.#settings.world;
     const first = this.#peers.get(rank);
     if (world !== expected) return `rank ${rank} on ${host} was started in a world of ${world}, rank 0 in one of ${expected}`;
-    if (rank < 0 || rank >= expected) return `rank ${rank} came from ${host}; in a world of ${expected}, ranks end at ${expected - 1}`;
-    return first && `rank ${rank} came twice: from ${nameOf(first)}, and from ${host}, process ${pid}`;
+    if (rank < 0 || rank >= expected) return `rank ${rank} connected from ${host}; a world of ${expected} has ranks 0 to ${expected - 1}`;
+    return first && `rank ${rank} connected twice: from ${nameOf(first)}, and from ${host}, process ${pid}`;
   }
 
   #start(): void {
@@ -179,10 +179,10 @@ export class Coordinator {
   #giveUp(): void {
     const { world, address, port, timeout } = this.#settings;
     const missing = Array.from({ length: world }, (_, r) => r).filter((r) => !this.#peers.has(r));
-    const others = [...this.#turnedAway].map(([why, times]) => `\n  turned away ${times === 1 ? "once" : `${times} times`}: ${why}`);
+    const others = [...this.#rejected].map(([why, times]) => `\n  rejected ${times === 1 ? "once" : `${times} times`}: ${why}`);
     this.#failAll({
-      text: `${ranksText(missing)} of ${world} did not come to rank 0 at ${address}:${port} within ${seconds(timeout)}${others.join("")}`,
-      fix: "see why they did not start, and that their hosts reach this one; RANKC_TIMEOUT=<seconds> waits longer",
+      text: `${ranksText(missing)} of ${world} did not connect to rank 0 at ${address}:${port} within ${seconds(timeout)}${others.join("")}`,
+      fix: "check that they were started and that their hosts can reach this one; RANKC_TIMEOUT=<seconds> waits longer",
     });
   }
 
@@ -207,7 +207,7 @@ export class Coordinator {
     if (all.every(({ left }) => left)) for (const { rank, line } of all) if (rank === 0) line.send({ kind: "bye" });
   }
 
-  /** Sends all ranks the last step to run, once a stop is requested and every rank has left or told which step it began. */
+  /** Sends all ranks the last step to run, once a stop is requested and every rank has left or reported the step that it began. */
   #agreeOnLast(): void {
     if (!this.#stopping) return;
     let step = 0;
@@ -224,26 +224,28 @@ export class Coordinator {
     if (left.length === 0) return;
     for (const [name, waiting] of this.#barriers)
       if (this.#phase !== "over")
-        this.#abort(`${ranksText([...waiting])} wait at "${name}", where ${ranksText(left)} will not come: they have ended`);
+        this.#abort(`${ranksText([...waiting])} wait at "${name}", which ${ranksText(left)} cannot reach: they have ended`);
   }
 
   #checkPeers(): void {
     const { beat, lost, hang } = this.#settings;
     const now = this.#clock.now();
-    // if this process was suspended, the silence is not the peers'
+    // after a suspension of this process, the peers are not at fault
     const late = now - this.#ticked > 3 * beat;
     this.#ticked = now;
     if (this.#phase === "over") return;
     const present = [...this.#peers.values()].filter(({ left }) => !left);
-    if (late) for (const peer of present) peer.heard = now;
+    if (late) for (const peer of present) peer.lastMessage = now;
     for (const { line } of present) line.send({ kind: "beat" });
-    const silent = present.filter(({ heard }) => now - heard > lost);
+    const silent = present.filter(({ lastMessage }) => now - lastMessage > lost);
     if (silent.length > 0) {
-      this.#abort(`${silent.map(nameOf).join(", ")}: nothing was heard for ${seconds(lost)}; its process or host stands still`);
+      this.#abort(`${silent.map(nameOf).join(", ")}: no message for ${seconds(lost)}; its process or host is suspended`);
       return;
     }
-    const [stuck] = present.filter(({ reports, moved }) => reports !== 0 && now - moved > hang).sort((a, b) => a.moved - b.moved);
-    if (stuck) this.#abort(`${nameOf(stuck)} hangs: it has not moved on for ${seconds(hang)} (RANKC_HANG=<seconds> waits longer)`);
+    const [stuck] = present
+      .filter(({ reports, lastProgress }) => reports !== 0 && now - lastProgress > hang)
+      .sort((a, b) => a.lastProgress - b.lastProgress);
+    if (stuck) this.#abort(`${nameOf(stuck)} hangs: no progress for ${seconds(hang)} (RANKC_HANG=<seconds> waits longer)`);
   }
 
   #abort(text: string): void {
@@ -291,8 +293,8 @@ function whereText(peers: readonly Peer[]): string {
     ({ step, at }) => `step ${step}${at && `, ${at}`}`,
   );
   const shown = places.slice(0, 16).map(([place, ranks]) => `\n  ${rankList(ranks)}: ${place}`);
-  const more = places.length > 16 ? `\n  and ${places.length - 16} places more` : "";
-  return places.length === 0 ? "" : `\nwhere the ranks were last heard of:${shown.join("")}${more}`;
+  const more = places.length > 16 ? `\n  and ${places.length - 16} more positions` : "";
+  return places.length === 0 ? "" : `\nlast known positions of the ranks:${shown.join("")}${more}`;
 }
 
 function groups(peers: readonly Peer[], of: (peer: Peer) => string): [string, number[]][] {

@@ -23,7 +23,7 @@ export async function openHub(settings: HubSettings, clock: Clock = systemClock)
   const strangers = new Strangers(settings.world);
   const server = createServer();
   await listen(server, settings);
-  const coordinator = new Coordinator(settings, clock, strangers.turnedAway);
+  const coordinator = new Coordinator(settings, clock, strangers.rejected);
   server.on("connection", (socket) => new HubConnection(socket, settings.token, coordinator, strangers, clock));
   return {
     close: () => {
@@ -37,7 +37,7 @@ export async function openHub(settings: HubSettings, clock: Clock = systemClock)
 /** Connections before the handshake, and why such connections were closed. */
 class Strangers {
   /** Reasons, and how often each closed a connection; at most 20 different ones. */
-  readonly turnedAway = new Map<string, number>();
+  readonly rejected = new Map<string, number>();
   /** Remote addresses; the oldest connection first. */
   readonly #sockets = new Map<Socket, string>();
   /** The limit of connections per address: all ranks may be on one host and connect simultaneously. */
@@ -68,9 +68,9 @@ class Strangers {
     this.#sockets.delete(socket);
   }
 
-  turnAway(why: string, from: string): void {
+  reject(why: string, from: string): void {
     const reason = `${why} (from ${from})`;
-    if (this.turnedAway.size < 20 || this.turnedAway.has(reason)) this.turnedAway.set(reason, (this.turnedAway.get(reason) ?? 0) + 1);
+    if (this.rejected.size < 20 || this.rejected.has(reason)) this.rejected.set(reason, (this.rejected.get(reason) ?? 0) + 1);
   }
 
   destroyAll(): void {
@@ -102,7 +102,7 @@ class HubConnection {
     this.#line = framedConnection<ToHub, ToRank>(socket, ToHub, {
       limit: limits.stranger,
       ended: (problem) => this.#ended(problem),
-      heard: (message, data) => this.#receive(message, data),
+      received: (message, data) => this.#receive(message, data),
     });
     this.#line.send({ kind: "nonce", nonce: this.#nonce });
   }
@@ -115,9 +115,9 @@ class HubConnection {
 
   #prove(hello: Hello): void {
     if (!proves(hello.proof, this.#token, this.#nonce)) {
-      this.#strangers.turnAway("another token than this run's", this.#from);
+      this.#strangers.reject("its token is not that of this run", this.#from);
       this.#line.send({ kind: "refused", ...otherToken });
-      this.#line.cut();
+      this.#line.closeBoth();
       return;
     }
     this.#endHandshake();
@@ -127,7 +127,7 @@ class HubConnection {
 
   #ended(problem: string | undefined): void {
     if (this.#peer) this.#coordinator.peerLost(this.#peer, problem);
-    else if (problem) this.#strangers.turnAway(problem, this.#from);
+    else if (problem) this.#strangers.reject(problem, this.#from);
   }
 
   #endHandshake(): void {
@@ -139,7 +139,7 @@ class HubConnection {
 /** The handshake timeout in milliseconds. */
 const HANDSHAKE = 10_000;
 const otherToken = {
-  text: "rank 0 there belongs to another run: it has another token",
+  text: "the rank 0 there belongs to another run: it has another token",
   fix: "set MASTER_PORT, and the same RANKC_TOKEN on all ranks",
 };
 

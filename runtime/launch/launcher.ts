@@ -107,7 +107,7 @@ export async function launch(settings: LaunchSettings): Promise<Launched> {
     kill("SIGKILL");
   }
   if (failed?.code === notStarted)
-    throw new Trouble(`${command} could not be started: ${failed.how}`, "check that it exists and may be run");
+    throw new Trouble(`${command} could not be started: ${failed.how}`, "check that it exists and is executable");
   return {
     code: failed?.code ?? 0,
     ...(failed && { failed: { rank: failed.rank, how: failed.how } }),

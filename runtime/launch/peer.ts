@@ -62,7 +62,7 @@ class Connector implements PeerConnection {
   #state: "connecting" | "waiting" | "in" | "over" = "connecting";
   #line: FramedConnection<ToHub> | undefined;
   /** Times of the last message of the hub, and of the last heartbeat. */
-  #heard = 0;
+  #lastMessage = 0;
   #ticked = 0;
   #cancelHeartbeat: Cancel = () => {};
 
@@ -103,10 +103,10 @@ class Connector implements PeerConnection {
         cancelQuiet();
         if (found) problemNow = found;
         if (this.#state === "connecting") this.#clock.after(wait, () => this.#connect(Math.min(wait * 1.5, 1000), problemNow));
-        else this.#hubLost(`${this.#hub} is gone: its process was killed, or it crashed`);
+        else this.#hubLost(`the connection to ${this.#hub} ended: its process was killed, or it crashed`);
       },
-      heard: (message, data) => {
-        this.#heard = this.#clock.now();
+      received: (message, data) => {
+        this.#lastMessage = this.#clock.now();
         if (message.kind === "accepted") cancelQuiet();
         this.#receive(line, message, data);
       },
@@ -163,12 +163,12 @@ class Connector implements PeerConnection {
   #heartbeat(line: FramedConnection<ToHub>): void {
     const { beat, lost } = this.#settings;
     const now = this.#clock.now();
-    // if this process was suspended, the silence is not the hub's
-    if (now - this.#ticked > 3 * beat) this.#heard = now;
+    // after a suspension of this process, the hub is not at fault
+    if (now - this.#ticked > 3 * beat) this.#lastMessage = now;
     this.#ticked = now;
     line.send(this.#whereAmI());
-    if (now - this.#heard > lost)
-      this.#hubLost(`nothing was heard from ${this.#hub} for ${+(lost / 1000).toFixed(1)} s; its process or host stands still`);
+    if (now - this.#lastMessage > lost)
+      this.#hubLost(`no message from ${this.#hub} for ${+(lost / 1000).toFixed(1)} s; its process or host is suspended`);
   }
 
   #hubLost(text: string): void {
@@ -184,4 +184,4 @@ class Connector implements PeerConnection {
   }
 }
 
-const reach = "see that rank 0 runs there and that MASTER_ADDR and MASTER_PORT say where; RANKC_TIMEOUT=<seconds> waits longer";
+const reach = "check that rank 0 runs there and that MASTER_ADDR and MASTER_PORT are its address; RANKC_TIMEOUT=<seconds> waits longer";

@@ -39,9 +39,9 @@ export function placeOf(env: Env, world: number): RankPlace | undefined {
   }
   const { by, rank, localRank, localWorld } = place;
   if (rank >= place.world)
-    throw new Trouble(`${by}: rank ${rank} of a world of ${place.world}: ranks end at ${place.world - 1}`, startWays);
+    throw new Trouble(`${by}: rank ${rank} of a world of ${place.world}: ranks are 0 to ${place.world - 1}`, startWays);
   if (localWorld !== undefined && localRank >= localWorld)
-    throw new Trouble(`${by}: local rank ${localRank} on a host of ${localWorld} ranks: local ranks end at ${localWorld - 1}`, startWays);
+    throw new Trouble(`${by}: local rank ${localRank} on a host of ${localWorld} ranks: local ranks are 0 to ${localWorld - 1}`, startWays);
   if (localWorld !== undefined && localWorld > place.world)
     throw new Trouble(`${by}: ${localWorld} ranks on this host, in a world of ${place.world}`, startWays);
   if (place.world !== world)
@@ -90,21 +90,21 @@ function torchrun(env: Env): RankPlace | undefined {
 function openMpi(env: Env): RankPlace | undefined {
   const names = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"] as const;
   if (!names.some((name) => env[name])) return undefined;
-  expectAll(env, names, "mpirun sets all of them: do not unset one");
+  expectAll(env, names, "do not unset them: mpirun sets all of them");
   const world = whole(env, "OMPI_COMM_WORLD_SIZE");
   const localWorld = wholeIfSet(env, "OMPI_COMM_WORLD_LOCAL_SIZE");
   const agreed = agree(env, { WORLD_SIZE: world, LOCAL_RANK: whole(env, "OMPI_COMM_WORLD_LOCAL_RANK") }, "Open MPI");
   const address = env.MASTER_ADDR || (localWorld === world ? "127.0.0.1" : undefined);
   if (!address)
     throw new Trouble(
-      "Open MPI does not say on which host rank 0 is: MASTER_ADDR is not set",
-      "hand it over: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …",
+      "Open MPI does not give the host of rank 0: MASTER_ADDR is not set",
+      "pass it on: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …",
     );
   const job = env.PMIX_NAMESPACE || env.OMPI_MCA_ess_base_jobid;
   if (!job && !env.MASTER_PORT && !env.RANKC_PORT)
     throw new Trouble(
-      "Open MPI names no job to make a port from, and MASTER_PORT is not set",
-      "hand it over: mpirun -x MASTER_PORT=29500 …",
+      "Open MPI gives no job id to derive a port from, and MASTER_PORT is not set",
+      "pass it on: mpirun -x MASTER_PORT=29500 …",
     );
   return {
     by: "Open MPI",
@@ -175,7 +175,7 @@ function expectAll(env: Env, names: readonly string[], fix: string): void {
 function agree<T extends Readonly<Record<string, number>>>(env: Env, own: T, by: string): T {
   for (const [name, value] of Object.entries(own))
     if (env[name] && whole(env, name) !== value)
-      throw new Trouble(`${name} is ${env[name]}, but ${by} says ${value}`, `unset ${name}, or set RANK and all its companions`);
+      throw new Trouble(`${name} is ${env[name]}, but ${by} gives ${value}`, `unset ${name}, or set RANK and all its companions`);
   return own;
 }
 
@@ -213,11 +213,11 @@ const LONGEST_SECRET = 2 ** 16;
 
 /** Reads the secret in a file and trims white space. Throws a Trouble if it is shorter than 16 characters or the file exceeds 64 KiB. */
 function secretIn(path: string): string {
-  const make = "make one, the same on all hosts: openssl rand -hex 32 > FILE; chmod 600 FILE";
+  const make = "create one, equal on all hosts: openssl rand -hex 32 > FILE; chmod 600 FILE";
   let text: string;
   try {
     const stat = statSync(path);
-    if (!stat.isFile() || stat.size > LONGEST_SECRET) throw new Trouble(`RANKC_TOKEN_FILE ${path} is no file of at most 64 KiB`, make);
+    if (!stat.isFile() || stat.size > LONGEST_SECRET) throw new Trouble(`RANKC_TOKEN_FILE ${path} is not a file of at most 64 KiB`, make);
     text = readFileSync(path, "utf8").trim();
   } catch (error) {
     if (error instanceof Trouble) throw error;

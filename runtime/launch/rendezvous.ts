@@ -138,7 +138,7 @@ class WatchedMeeting implements Meeting {
       return message.data;
     }
     const data = make();
-    if (data.length > 2 ** 20) throw new Error(`${name} has ${data.length} bytes: more than a message takes`);
+    if (data.length > 2 ** 20) throw new Error(`${name} has ${data.length} bytes: more than the limit of a message`);
     if (members.length > 1) this.#command({ kind: "share", name, members, data });
     return data;
   }

@@ -107,7 +107,7 @@ class Watchdog {
     const { launcher, beat } = settings;
     if (launcher === undefined) return;
     this.#cancelParentCheck = systemClock.every(beat, () => {
-      if (process.ppid !== launcher) this.#abort("the process that started it is gone");
+      if (process.ppid !== launcher) this.#abort("the process that started it has ended");
     });
   }
 

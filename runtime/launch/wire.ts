@@ -84,14 +84,14 @@ export interface FramedConnection<Out> {
   /** Closes the sending half and drops received data; the other side closes its half. */
   readonly close: () => void;
   /** Closes both halves after pending data is written. */
-  readonly cut: () => void;
+  readonly closeBoth: () => void;
 }
 
-/** Sends and receives frames over a socket. `heard` receives each valid message. `ended` is called once, with a problem or, after a normal close, without one. */
+/** Sends and receives frames over a socket. `received` receives each valid message. `ended` is called once, with a problem or, after a normal close, without one. */
 export function framedConnection<In, Out extends ToHub | ToRank>(
   socket: Socket,
   schema: z.ZodType<In>,
-  { limit, heard, ended }: { limit: Limit; heard: (message: In, data: Uint8Array) => void; ended: (problem?: string) => void },
+  { limit, received, ended }: { limit: Limit; received: (message: In, data: Uint8Array) => void; ended: (problem?: string) => void },
 ): FramedConnection<Out> {
   let pending = Buffer.alloc(0);
   let allowed = limit;
@@ -117,7 +117,7 @@ export function framedConnection<In, Out extends ToHub | ToRank>(
       pending = pending.subarray(head + message + data);
       const parsed = schema.safeParse(jsonOf(body));
       if (!parsed.success) return end("it sent an invalid message");
-      heard(parsed.data, carried);
+      received(parsed.data, carried);
     }
   });
   socket.on("error", (error: NodeJS.ErrnoException) => end(error.code ?? error.message));
@@ -130,7 +130,7 @@ export function framedConnection<In, Out extends ToHub | ToRank>(
       pending = Buffer.alloc(0);
       socket.end();
     },
-    cut: () => {
+    closeBoth: () => {
       over = true;
       pending = Buffer.alloc(0);
       socket.destroySoon();

@@ -103,22 +103,32 @@ export const shapeFaults = {
   unknown: {
     code: "S010",
     title: "unknown key",
-    why: "A key that nobody reads would be ignored in silence, and its default would count.",
+    why: "An unknown key would be ignored, and the default of the intended key would be used.",
     bad: "model: {hiden: 16}",
   },
-  missing: { code: "S011", title: "a key is missing", why: "It has no default: only you can know it.", bad: "train: {steps: null}" },
+  missing: { code: "S011", title: "a key is missing", why: "The key has no default.", bad: "train: {steps: null}" },
   type: {
     code: "S012",
     title: "a value of the wrong type",
-    why: "A guess at what was meant could train another model.",
+    why: "rankc does not guess, because a wrong guess would train another model.",
     bad: "model: {layers: two}",
   },
-  choice: { code: "S013", title: "not one of the choices", why: "Nothing else is built.", bad: "model: {activation: relu}" },
-  range: { code: "S014", title: "a number out of range", why: "No such size or count can exist here.", bad: "model: {heads: 0}" },
+  choice: {
+    code: "S013",
+    title: "not one of the choices",
+    why: "rankc supports only the listed choices.",
+    bad: "model: {activation: relu}",
+  },
+  range: {
+    code: "S014",
+    title: "a number out of range",
+    why: "The value is not a valid size or count for this key.",
+    bad: "model: {heads: 0}",
+  },
   float: {
     code: "S015",
     title: "a number that float32 cannot hold",
-    why: "Training computes in float32, which ends at 3.4e38: a larger number, or its product with a count, is infinite there, and weights become NaN.",
+    why: "Training computes in float32, whose largest number is 3.4e38. A larger number, or its product with a count, is infinite, and weights become NaN.",
     bad: "train: {optimizer: {lr: 1.0e39}}",
   },
 } as const;

@@ -40,27 +40,27 @@ const fault = (code: string, title: string, why: string, bad: string): Fault => 
 
 /** The faults of a text before it is read as a job. `bad`: the example of `explain`. */
 export const textFaults = {
-  syntax: fault("S001", "this is not YAML", "Everything after a syntax error could be read in more than one way.", "name: [a\nmodel: {}\n"),
+  syntax: fault("S001", "this is not YAML", "After a syntax error the text has no unique meaning.", "name: [a\nmodel: {}\n"),
   duplicate: fault(
     "S002",
     "a key is written twice",
-    "Only one of the two values could count, and which one is not visible.",
+    "Only one of the two values can be used, and the text does not show which.",
     "name: a\nname: b\n",
   ),
   alias: fault(
     "S003",
     "an alias cannot be expanded",
-    "An alias may name an anchor that is not there, or nest so that a few lines grow to gigabytes.",
+    "An alias may name a missing anchor, or nest so that a few lines expand to gigabytes.",
     "name: *nowhere\n",
   ),
   documents: fault(
     "S004",
     "more than one document",
-    "One file is one job; what stands after the second --- would be ignored.",
+    "A file holds one job; text after the second --- would be ignored.",
     "name: a\n---\nname: b\n",
   ),
-  root: fault("S005", "a job is a map of keys", "The checks and the compiler look everything up by key.", "- name: a\n"),
-  set: fault("S006", "--set is not understood", "A value that lands nowhere would be ignored in silence.", "--set model.layers\n"),
+  root: fault("S005", "a job is a map of keys", "Rules and compiler read a job by its keys.", "- name: a\n"),
+  set: fault("S006", "--set is not understood", "Without a key and a value the option has no effect.", "--set model.layers\n"),
 } as const satisfies Record<string, Fault>;
 
 /** Parses a text and applies `--set` options. */
@@ -80,7 +80,7 @@ export function readSource(text: string, file: string, sets: readonly string[] =
 
   const doc = parse(text, lines);
   let value: unknown;
-  if (typeof doc === "string") find(textFaults.syntax, "", doc, "a job has a few dozen keys: write those alone", place(0, 1));
+  if (typeof doc === "string") find(textFaults.syntax, "", doc, "a job has a few dozen keys: remove everything else", place(0, 1));
   else {
     for (const e of [...doc.errors, ...doc.warnings]) {
       const at = place(e.pos[0], e.pos[1]);
@@ -93,13 +93,7 @@ export function readSource(text: string, file: string, sets: readonly string[] =
       try {
         value = doc.toJS({ maxAliasCount: 100 });
       } catch (e) {
-        find(
-          textFaults.alias,
-          "",
-          e instanceof Error ? e.message : String(e),
-          "write the values out, without anchors and aliases",
-          place(0, 1),
-        );
+        find(textFaults.alias, "", e instanceof Error ? e.message : String(e), "write the values without anchors and aliases", place(0, 1));
       }
     }
     if (!findings.length && !isObject(value))
@@ -229,7 +223,7 @@ function excess(text: string): string | undefined {
   let [nodes, depth] = [0, 0];
   for (const token of new Lexer().lex(text)) {
     const kind = token[0] ?? "";
-    // the lexer announces a scalar with the control character U+001F
+    // the lexer marks a scalar with the control character U+001F
     if ("\u001f-?:[{&*!".includes(kind)) nodes++;
     if (kind === "[" || kind === "{") depth++;
     else if (kind === "]" || kind === "}") depth--;
@@ -262,7 +256,7 @@ function parse(text: string, lineCounter: LineCounter): Document.Parsed | string
   try {
     return parseDocument(text, { lineCounter, prettyErrors: false, uniqueKeys: false });
   } catch {
-    return "the text could not be parsed: it nests too deeply"; // the parser is recursive and throws only on stack overflow
+    return "the text is nested too deeply"; // the parser is recursive and throws only on stack overflow
   }
 }
 
@@ -273,7 +267,7 @@ function byYaml(e: YAMLError): readonly [Fault, string] {
     case "BAD_ALIAS":
     case "ALIAS_PROPS":
     case "MULTIPLE_ANCHORS":
-      return [textFaults.alias, "write the value out, or name the anchor with & before it is used"];
+      return [textFaults.alias, "write the value instead, or define the anchor with & before its use"];
     case "TAB_AS_INDENT":
       return [textFaults.syntax, "indent with spaces"];
     case "RESOURCE_EXHAUSTION":

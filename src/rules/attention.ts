@@ -4,7 +4,7 @@ import { type JobPath, type Rule, rule } from "./rule.ts";
 
 type Scaling = NonNullable<Job["model"]["rope"]["scaling"]>;
 
-/** Who reads which key, and what it is where it is not written. */
+/** Per key: the kinds of scaling that read it, and its default. */
 const readers: readonly (readonly [keyof Scaling, Scaling["type"], number | null])[] = [
   ["low_freq", "llama3", 1],
   ["high_freq", "llama3", 4],
@@ -21,7 +21,7 @@ export const positions: readonly Rule[] = [
   rule({
     code: "M320",
     title: "rope.scaling.factor is below 1",
-    why: "Wavelengths are stretched so that longer sequences look to the model like those it knows; below 1 they would shrink.",
+    why: "The factor multiplies wavelengths, so that positions of longer sequences stay in the trained range. Below 1 it would shrink that range.",
     level: "error",
     *check({ model: { rope } }) {
       const { scaling } = rope;
@@ -38,7 +38,7 @@ export const positions: readonly Rule[] = [
   rule({
     code: "M321",
     title: "the RoPE frequency bounds are in the wrong order",
-    why: "Between the two numbers of turns the stretch fades out. The wrong way round, short wavelengths, which tell neighbours apart, would be stretched and long ones not.",
+    why: "Scaling fades out between the two bounds. In the wrong order, short wavelengths, which distinguish neighbouring tokens, would be scaled, and long ones would not.",
     level: "error",
     *check({ model: { rope } }) {
       const { scaling } = rope;
@@ -63,7 +63,7 @@ export const positions: readonly Rule[] = [
   rule({
     code: "M322",
     title: "a scaling key has no effect",
-    why: "Each kind of scaling has its own keys. One that belongs to another kind would be ignored in silence, and the model would not be the one it was copied from.",
+    why: "Each kind of scaling has its own keys. A key of another kind would be ignored, and the model would differ from the configuration that it was copied from.",
     level: "error",
     *check({ model: { rope } }) {
       const { scaling } = rope;
@@ -82,7 +82,7 @@ export const positions: readonly Rule[] = [
           at: "model.rope.scaling.mscale",
           related: ["model.rope.scaling.mscale_all_dim"],
           found: `mscale ${scaling.mscale} without mscale_all_dim`,
-          fix: "the two are read together; DeepSeek writes the same number for both",
+          fix: "the two keys are read together; DeepSeek sets both to the same number",
           tries: [{ "model.rope.scaling.mscale_all_dim": scaling.mscale }],
         };
     },
@@ -91,7 +91,7 @@ export const positions: readonly Rule[] = [
   rule({
     code: "M323",
     title: "rope.scaling.attention_factor is not above 0",
-    why: "Turned queries and keys are multiplied by it: at 0 nothing is left of them.",
+    why: "It multiplies queries and keys after the rotation. With 0 all scores would be 0.",
     level: "error",
     *check({ model: { rope } }) {
       const factor = rope.scaling?.attention_factor ?? null;
@@ -99,7 +99,7 @@ export const positions: readonly Rule[] = [
       yield {
         at: "model.rope.scaling.attention_factor",
         found: `attention_factor ${factor}`,
-        fix: "leave it out: it follows from factor",
+        fix: "leave it out: it is derived from factor",
         tries: [{ "model.rope.scaling.attention_factor": null }],
       };
     },
@@ -114,7 +114,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M330",
     title: "latent attention needs kv_heads equal to heads",
-    why: "Heads get their own keys and values from the latent, which is what is small; sharing them between heads as well is not part of it, in DeepSeek's models or in Megatron-LM, which refuses both together.",
+    why: "Each head computes its keys and values from the latent, so that only the latent is small. DeepSeek's models do not share keys and values among heads in addition, and Megatron-LM refuses the combination.",
     level: "error",
     *check({ model: m }) {
       if (!m.mla || m.kv_heads === m.heads) return;
@@ -131,7 +131,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M331",
     title: "latent attention excludes qk_norm",
-    why: "Queries and keys are made from latents that are normalised; their heads are not normalised again. What Megatron-LM calls qk_layernorm there is the norm of the latents, which is always on here.",
+    why: "Queries and keys are projections of normalised latents; heads are not normalised again. With latent attention, Megatron-LM's qk_layernorm is the norm of the latents, which rankc always applies.",
     level: "error",
     *check({ model: m }) {
       if (!m.mla || m.qk_norm === "none") return;
@@ -148,7 +148,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M332",
     title: "mla.rope_dim is odd",
-    why: "Rotary position embedding turns channels in pairs.",
+    why: "Rotary position embedding rotates pairs of channels.",
     level: "error",
     *check({ model: { mla } }) {
       if (!mla || mla.rope_dim % 2 === 0) return;
@@ -165,7 +165,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M333",
     title: "head_dim is not mla.nope_dim + mla.rope_dim",
-    why: "In latent attention those two say how wide a query or key head is; another head_dim would be ignored.",
+    why: "In latent attention these two give the width of a query or key head; another head_dim would be ignored.",
     level: "error",
     *check({ model: { mla, head_dim } }) {
       if (!mla || head_dim === mla.nope_dim + mla.rope_dim) return;
@@ -182,7 +182,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M334",
     title: "latent attention excludes query, key and value biases",
-    why: "Its queries, keys and values come from latents through products without biases, in every published model.",
+    why: "Published models with latent attention project latents to queries, keys and values without biases.",
     level: "error",
     *check({ model: m }) {
       if (!m.mla || !m.qkv_bias) return;
@@ -190,7 +190,7 @@ export const latent: readonly Rule[] = [
         at: "model.qkv_bias",
         related: ["model.mla"],
         found: "qkv_bias: true with mla",
-        fix: "out_bias alone may stay",
+        fix: "out_bias is allowed",
         tries: [{ "model.qkv_bias": false }],
       };
     },

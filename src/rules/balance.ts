@@ -7,7 +7,7 @@ export const balance = [
   rule({
     code: "E404",
     title: "a balancing loss has coefficient 0",
-    why: "Left alone, a router tends to favour a few experts more and more; some ranks then hold most of the rows and the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). 0 is the default here because it is Megatron Core's.",
+    why: "Without balancing, a router tends to prefer a few experts more and more. Some ranks then receive most of the rows while the others wait, or memory runs out after hundreds of steps (Megatron-LM #1445). The default is 0, as in Megatron Core.",
     level: "warning",
     *check({ model: { moe } }) {
       // a bias balances too, and expert choice needs no balancing
@@ -18,7 +18,7 @@ export const balance = [
         at: "model.moe.router.aux_coeff",
         related: ["model.moe.router.balance"],
         found: `balance: ${idle.by} with coefficient 0`,
-        fix: "0.01 is usual; or say balance: none",
+        fix: "0.01 is usual; or set balance: none",
         tries: [
           { "model.moe.router.aux_coeff": 0.01 },
           { "model.moe.router.aux_coeff": balancesOf(moe.router).map(({ coeff }) => coeff || 0.01) },
@@ -31,7 +31,7 @@ export const balance = [
   rule({
     code: "E405",
     title: "a balancing coefficient is not used",
-    why: "With balance: none there is no balancing loss to weigh. Megatron-LM ignores the coefficient in silence.",
+    why: "With balance: none there is no balancing loss to multiply. Megatron-LM ignores the coefficient without a message.",
     level: "warning",
     *check({ model: { moe } }) {
       const unused = moe && balancesOf(moe.router).find(({ by, coeff }) => by === "none" && coeff > 0);
@@ -40,7 +40,7 @@ export const balance = [
         at: "model.moe.router.aux_coeff",
         related: ["model.moe.router.balance"],
         found: `aux_coeff ${unused.coeff} with balance: none`,
-        fix: "balance with it, or leave it out",
+        fix: "choose a balancing loss, or leave aux_coeff out",
         tries: [{ "model.moe.router.balance": "aux_loss" }, { "model.moe.router.aux_coeff": 0 }],
       };
     },
@@ -49,7 +49,7 @@ export const balance = [
   rule({
     code: "E443",
     title: "loss_weighting: token multiplies balancing losses by tokens / labels",
-    why: "Megatron Core's calculate_per_token_loss adds up balancing and z losses over all tokens and divides by the labels alone, and so does rankc: where a tenth of the tokens of a step are labelled, these losses, and their part of the gradient, are ten times as large beside the loss, and they vary with the labels of each step. A step without labels has no weight at all.",
+    why: "Megatron Core's calculate_per_token_loss sums balancing and z losses over all tokens and divides by the number of labels; rankc does the same. If a tenth of the tokens of a step have labels, these losses and their gradients are ten times as large relative to the main loss, and they vary with the labels of each step. A step without labels contributes nothing.",
     level: "warning",
     *check({ model: { moe }, train, data }) {
       if (!moe || data.labels === null || train.loss_weighting !== "token") return;
@@ -61,7 +61,7 @@ export const balance = [
         at: "train.loss_weighting",
         related: ["data.labels", "model.moe.router.aux_coeff", "model.moe.router.z_coeff"],
         found: `loss_weighting: token with data.labels and ${some.map(([key, coeff]) => `${key} ${coeff}`).join(", ")}`,
-        fix: "multiply the coefficients by the share of labelled tokens, or weigh by microbatch",
+        fix: "multiply the coefficients by the share of labelled tokens, or set loss_weighting: microbatch",
         tries: [{ "train.loss_weighting": "microbatch" }],
       };
     },
@@ -70,7 +70,7 @@ export const balance = [
   rule({
     code: "E406",
     title: "a router coefficient is negative",
-    why: "A negative weight rewards what the loss should punish: uneven experts, or ever larger logits; a negative rate sends more tokens to the experts that have most. Megatron-LM accepts them.",
+    why: "A negative coefficient rewards what the loss should penalise: uneven experts, or ever larger logits. A negative rate sends more tokens to the experts that have most. Megatron-LM accepts both.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe) return;
@@ -87,7 +87,7 @@ export const balance = [
   rule({
     code: "E413",
     title: "balancing kinds and coefficients do not match",
-    why: "Losses of different kinds have different weights: the lists of balance and of aux_coeff go side by side.",
+    why: "Each balancing loss has its own coefficient: balance and aux_coeff are lists of equal length.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe) return;
@@ -98,7 +98,7 @@ export const balance = [
         at: "model.moe.router.aux_coeff",
         related: ["model.moe.router.balance"],
         found: `${kinds.length} in balance, ${coeffs.length} in aux_coeff`,
-        fix: "a coefficient for each",
+        fix: "write one coefficient for each loss",
         tries: [{ "model.moe.router.aux_coeff": kinds.map((_, i) => coeffs[i] ?? coeffs[0] ?? 0.01) }],
       };
     },
@@ -107,7 +107,7 @@ export const balance = [
   rule({
     code: "E414",
     title: "a balancing kind is listed twice",
-    why: "Two losses of one kind are one with their weights added. Megatron-LM takes the first weight and ignores the other in silence.",
+    why: "Two losses of one kind equal one loss with the sum of their coefficients. Megatron-LM uses the first coefficient and ignores the second without a message.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe) return;
@@ -119,7 +119,7 @@ export const balance = [
         at: "model.moe.router.balance",
         related: ["model.moe.router.aux_coeff"],
         found: `balance: [${kinds.join(", ")}]`,
-        fix: `[${kept.join(", ")}], with a coefficient for each`,
+        fix: `list each kind once: [${kept.join(", ")}], with one coefficient each`,
         tries: [
           { "model.moe.router.balance": kept, "model.moe.router.aux_coeff": kept.map((by) => coeffs[kinds.indexOf(by)] ?? 0.01) },
           { "model.moe.router.balance": kept },
@@ -131,7 +131,7 @@ export const balance = [
   rule({
     code: "E420",
     title: "a routing bias needs scores that do not depend on each other",
-    why: "The bias is added to scores from 0 to 1 that do not depend on each other. A softmax's scores shrink with the number of experts: the same bias would outweigh them. Megatron-LM refuses the same.",
+    why: "The bias is added to independent scores from 0 to 1. Softmax scores decrease with the number of experts, so that the bias would outweigh them. Megatron-LM refuses the combination, too.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe?.router.expert_bias || moe.router.score !== "softmax") return;
@@ -139,7 +139,7 @@ export const balance = [
         at: "model.moe.router.expert_bias",
         related: ["model.moe.router.score"],
         found: "expert_bias with score: softmax",
-        fix: "score by sigmoid, as DeepSeek-V3 does, or balance with a loss",
+        fix: "use score: sigmoid, as DeepSeek-V3 does, or a balancing loss",
         tries: [{ "model.moe.router.score": "sigmoid" }, { "model.moe.router.expert_bias": false }],
       };
     },
@@ -148,7 +148,7 @@ export const balance = [
   rule({
     code: "E421",
     title: "the bias and its rate are not both set",
-    why: "bias_rate moves the bias of expert_bias: at 0 it stays 0, and without the bias the rate is ignored. Megatron-LM accepts either alone, and nothing balances.",
+    why: "bias_rate is the step of the bias that expert_bias enables. With rate 0 the bias stays 0, and without the bias the rate is ignored. Megatron-LM accepts either key alone, which balances nothing.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.router.bias_rate < 0) return;
@@ -158,7 +158,7 @@ export const balance = [
         at: "model.moe.router.bias_rate",
         related: ["model.moe.router.expert_bias"],
         found: `bias_rate ${bias_rate} with expert_bias: ${expert_bias}`,
-        fix: expert_bias ? "0.001 is usual" : "turn the bias on, or leave the rate out",
+        fix: expert_bias ? "0.001 is usual" : "set expert_bias: true, or leave bias_rate out",
         tries: [
           ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true }]),
           ...(expert_bias ? [] : [{ "model.moe.router.expert_bias": true, "model.moe.router.score": "sigmoid" }]),
@@ -171,7 +171,7 @@ export const balance = [
   rule({
     code: "E424",
     title: "balanced selection excludes balancing losses",
-    why: "Sinkhorn's method and quantiles spread the tokens as they choose; a loss beside them would pull at logits that are even already. Megatron-LM finds it in the first forward.",
+    why: "Sinkhorn's method and quantiles balance the selection itself; an additional loss would change logits that are balanced already. Megatron-LM reports the combination in the first forward pass.",
     level: "error",
     *check({ model: { moe } }) {
       const by = moe && evenBy(moe.router);
@@ -182,7 +182,7 @@ export const balance = [
         at: "model.moe.router.balance",
         related: ["model.moe.router.aux_coeff"],
         found: `balance: ${[balance].flat().join(", ")} with aux_coeff ${[aux_coeff].flat().join(", ")}`,
-        fix: `${by} alone`,
+        fix: `use ${by} alone`,
         tries: [{ "model.moe.router.balance": by, "model.moe.router.aux_coeff": 0 }],
       };
     },
@@ -191,7 +191,7 @@ export const balance = [
   rule({
     code: "E425",
     title: "balanced selection excludes groups and a bias",
-    why: "They are made of the logits of all experts at once. Megatron-LM ignores groups and bias beside sinkhorn in silence, and refuses groups beside quantiles.",
+    why: "Balanced selection uses the logits of all experts at once. With sinkhorn Megatron-LM ignores groups and the bias without a message; with quantiles it refuses groups.",
     level: "error",
     *check({ model: { moe } }) {
       const by = moe && evenBy(moe.router);
@@ -202,7 +202,7 @@ export const balance = [
           at: "model.moe.router.groups",
           related: ["model.moe.router.balance"],
           found: `${groups} groups with balance: ${by}`,
-          fix: "one group, or balance with a loss",
+          fix: "use one group, or a balancing loss",
           tries: [
             { "model.moe.router.groups": 1 },
             { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 },
@@ -214,7 +214,7 @@ export const balance = [
           at: "model.moe.router.expert_bias",
           related: ["model.moe.router.balance"],
           found: `expert_bias with balance: ${by}`,
-          fix: "one of them",
+          fix: "use one of them",
           tries: [{ "model.moe.router.expert_bias": false }],
         };
     },
@@ -223,7 +223,7 @@ export const balance = [
   rule({
     code: "E426",
     title: "score or normalize_top_k differs from the one that Sinkhorn's method uses",
-    why: "The balanced matrix decides only which experts are chosen. The weights are the softmax over all experts, or the sigmoid if top_k is 1, without normalisation. Megatron Core uses these whatever score is set; here the job must name them.",
+    why: "The balanced matrix selects experts; their weights are the softmax over all experts (sigmoid if top_k is 1), without normalisation. Megatron Core always uses these, whatever score is set; a job must name them.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || evenBy(moe.router) !== "sinkhorn") return;
@@ -242,7 +242,7 @@ export const balance = [
   rule({
     code: "E427",
     title: "quantile balancing needs an equal number of tokens per expert, and a spare expert",
-    why: "An expert's bias is the quantile that lets in tokens x top_k / experts of a microbatch: a whole number. And what a token must exceed to get in is its best score of those not chosen.",
+    why: "The bias of an expert is the quantile that admits tokens x top_k / experts tokens of a microbatch, which must be a whole number. The threshold of a token is its best score among experts that are not selected, so at least one expert must remain.",
     level: "error",
     *check({ model: { moe, seq }, train }) {
       if (!moe || evenBy(moe.router) !== "quantile" || moe.top_k > moe.experts) return;
@@ -255,7 +255,7 @@ export const balance = [
           moe.top_k === moe.experts
             ? `top_k ${moe.top_k} of ${moe.experts} experts`
             : `${train.micro_batch * seq} tokens x top_k ${moe.top_k} over ${moe.experts} experts leaves ${choices % moe.experts} over`,
-        fix: "experts that divide the choices of a microbatch, more than top_k; or a balancing loss",
+        fix: "choose a number of experts above top_k that divides tokens x top_k, or use a balancing loss",
         tries: [
           ...divisorsNear(choices, moe.experts).map((experts) => ({ "model.moe.experts": experts })),
           { "model.moe.router.balance": "aux_loss", "model.moe.router.aux_coeff": 0.01 },
@@ -267,7 +267,7 @@ export const balance = [
   rule({
     code: "E428",
     title: "quantile_ema is not from 0 to below 1, or has no quantiles",
-    why: "It is how much of a bias stays after a step: at 1 it would never learn. Without balance: quantile there is no such bias.",
+    why: "quantile_ema is the share of the bias that a step keeps; with 1 the bias would never change. Without balance: quantile there is no such bias.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe) return;
@@ -277,7 +277,7 @@ export const balance = [
         at: "model.moe.router.quantile_ema",
         related: ["model.moe.router.balance"],
         found: `quantile_ema ${ema} with balance: ${[moe.router.balance].flat().join(", ")}`,
-        fix: evenBy(moe.router) === "quantile" ? "0 or a part of 1, such as 0.9" : "leave it out",
+        fix: evenBy(moe.router) === "quantile" ? "0 or a number below 1, such as 0.9" : "leave it out",
         tries: [{ "model.moe.router.quantile_ema": 0 }],
       };
     },
@@ -286,7 +286,7 @@ export const balance = [
   rule({
     code: "E430",
     title: "expert choice has no use for balancing, groups, a bias, or drop and pad",
-    why: "With type expert_choice each expert takes the same number of tokens. A loss, a bias or an even choice has nothing to balance, tokens do not choose groups, and no row is dropped or padded.",
+    why: "With type: expert_choice each expert takes the same number of tokens. There is nothing to balance, tokens do not choose groups, and no row is dropped or padded.",
     level: "error",
     *check({ model: { moe } }) {
       if (moe?.router.type !== "expert_choice") return;
@@ -304,7 +304,7 @@ export const balance = [
           at: "model.moe.router.groups",
           related: ["model.moe.router.type"],
           found: `${groups} groups with type: expert_choice`,
-          fix: "one group",
+          fix: "use one group",
           tries: [{ "model.moe.router.groups": 1 }, { "model.moe.router.groups": 1, "model.moe.router.group_top_k": 1 }],
         };
       if (expert_bias)
@@ -312,7 +312,7 @@ export const balance = [
           at: "model.moe.router.expert_bias",
           related: ["model.moe.router.type"],
           found: "expert_bias with type: expert_choice",
-          fix: "no bias",
+          fix: "leave expert_bias out",
           tries: [{ "model.moe.router.expert_bias": false }],
         };
       if (moe.capacity !== "dropless" && (moe.capacity.pad || moe.capacity.drop !== "probs"))
@@ -320,7 +320,7 @@ export const balance = [
           at: "model.moe.capacity",
           related: ["model.moe.router.type"],
           found: `drop: ${moe.capacity.drop}, pad: ${moe.capacity.pad} with type: expert_choice`,
-          fix: "the factor alone: it says how many tokens an expert takes",
+          fix: "set the factor alone: it gives the number of tokens per expert",
           tries: [{ "model.moe.capacity": { factor: moe.capacity.factor } }],
         };
     },

@@ -4,15 +4,17 @@ import { pipelineOf } from "../passes/pipelineStages.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
 
-const MICROBATCHES = 65536; // the order of a stage lists each of them, forward and backward
-const BLOCKS = 2 ** 19; // of all stages together
+/** Limit of microbatches per step: the order of a stage lists each of them, forward and backward. */
+const MICROBATCHES = 65536;
+/** Limit of blocks of all stages together. */
+const BLOCKS = 2 ** 19;
 
 /** Rules of batch, optimizer and data. */
 export const batch = [
   rule({
     code: "B201",
     title: "micro_batch x data does not divide global_batch",
-    why: "A step is a whole number of microbatches on every data rank. Megatron-LM catches this too, in a message about another argument (eval_global_batch_size).",
+    why: "A step is a whole number of microbatches on every data rank. Megatron-LM reports it as an error of another argument (eval_global_batch_size).",
     level: "error",
     *check(job) {
       const { micro_batch: mb, global_batch: gb } = job.train;
@@ -36,7 +38,7 @@ export const batch = [
   rule({
     code: "B202",
     title: "the learning rate is not above 0",
-    why: "With 0 nothing is learnt, and below 0 the loss is climbed. Below 2^-126 a float32 is 0.",
+    why: "With 0 no parameter changes; a negative rate increases the loss. Some devices treat a float32 below 2^-126 as 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       if (o.lr >= SMALLEST) return;
@@ -70,7 +72,7 @@ export const batch = [
   rule({
     code: "B207",
     title: "a beta is not from 0 to below 1",
-    why: "They are the weights of the past in running means; at 1 a mean never learns anything, and its bias correction divides by zero. As a float32, 1 - 2^-26 is 1.",
+    why: "A beta is the decay of a running mean. With 1 the mean never changes, and its bias correction divides by zero. As a float32, 1 - 2^-26 is 1.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       if (o.type === "sgd" || o.betas.every(isShare)) return;
@@ -87,7 +89,7 @@ export const batch = [
   rule({
     code: "B208",
     title: "the optimizer's eps is not above 0",
-    why: "An update divides by the root of the second moment plus eps; an embedding row that was never used has a second moment of 0, and 0 / 0 is not a number. Below 2^-126 a float32 is 0.",
+    why: "An update divides by the square root of the second moment plus eps. An unused embedding row has a second moment of 0, and 0 / 0 is not a number. Some devices treat a float32 below 2^-126 as 0.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       if (o.type === "sgd" || o.eps >= SMALLEST) return;
@@ -98,7 +100,7 @@ export const batch = [
   rule({
     code: "B209",
     title: "weight decay is negative",
-    why: "Each step shrinks the weights by lr x weight_decay; a negative one lets them grow without end.",
+    why: "Each step shrinks the weights by lr x weight_decay; with a negative value they would grow without bound.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       for (const key of ["weight_decay", "weight_decay_start", "weight_decay_end"] as const) {
@@ -116,7 +118,7 @@ export const batch = [
   }),
   rule({
     code: "B210",
-    title: "clip is negative, or so small that float32 loses it",
+    title: "clip is negative, or rounds to 0 in float32",
     why: "The gradient is scaled down to this norm. A negative norm would reverse its direction. Kernels receive the norm as float32, in which a positive number below 1.2e-38 is 0 on some devices; 0 means no clipping.",
     level: "error",
     *check({ train: { optimizer: o } }) {
@@ -124,7 +126,7 @@ export const batch = [
       yield {
         at: "train.optimizer.clip",
         found: `clip ${o.clip}`,
-        fix: "0 for no clipping, else a norm",
+        fix: "0 disables clipping; otherwise give a norm",
         tries: [{ "train.optimizer.clip": 0 }],
       };
     },
@@ -133,7 +135,7 @@ export const batch = [
   rule({
     code: "B211",
     title: "init_std is not above 0",
-    why: "With all weights 0 every neuron of a layer gets the same gradient, and they stay equal for ever.",
+    why: "If all weights are 0, all neurons of a layer get equal gradients and stay equal.",
     level: "error",
     *check({ train }) {
       if (train.init_std >= SMALLEST) return;
@@ -144,7 +146,7 @@ export const batch = [
   rule({
     code: "B212",
     title: `a step has at most ${MICROBATCHES} microbatches`,
-    why: "The plan names each microbatch in the order of work; this many are mostly a slip in global_batch, or a micro_batch that is far too small.",
+    why: "The plan lists each microbatch in its order. Such a number is usually a mistake in global_batch or in micro_batch.",
     level: "error",
     *check(job) {
       const { micro_batch: mb, global_batch: gb } = job.train;
@@ -155,7 +157,7 @@ export const batch = [
         at: "train.global_batch",
         related: ["train.micro_batch"],
         found: `global_batch ${gb} in microbatches of ${mb} x data ${data}: ${Math.ceil(n)} of them`,
-        fix: `global_batch ${MICROBATCHES * mb * data} at most`,
+        fix: `at most global_batch ${MICROBATCHES * mb * data}`,
         tries: [{ "train.global_batch": MICROBATCHES * mb * data }],
       };
     },
@@ -164,7 +166,7 @@ export const batch = [
   rule({
     code: "B237",
     title: `a step has more than ${BLOCKS} blocks`,
-    why: "The plan lists every microbatch on every stage and chunk, forward and backward. This many are mostly a slip in pipeline or global_batch, and no plan of them can be compiled.",
+    why: "The plan lists every microbatch on every stage and chunk, forward and backward. A plan with so many entries cannot be compiled; the usual cause is a mistake in pipeline or global_batch.",
     level: "error",
     *check(job) {
       const { micro_batch: mb, global_batch: gb } = job.train;
@@ -178,7 +180,7 @@ export const batch = [
         at: "train.global_batch",
         related: ["parallel.pipeline", "parallel.virtual_pipeline"],
         found: `${Math.ceil(n)} microbatches on ${pipeline} stages${chunks > 1 ? ` of ${chunks} chunks` : ""}: ${Math.ceil(n) * each} blocks`,
-        fix: most > 0 ? `global_batch ${most * mb * data} at most` : "fewer stages",
+        fix: most > 0 ? `at most global_batch ${most * mb * data}` : "use fewer stages",
         tries: most > 0 ? [{ "train.global_batch": most * mb * data }] : [],
       };
     },
@@ -187,7 +189,7 @@ export const batch = [
   rule({
     code: "B222",
     title: "momentum is not from 0 to below 1",
-    why: "It is what stays of the step before; at 1 all steps ever taken go on for ever.",
+    why: "Momentum is the share of the previous update that a step keeps. With 1 no update would ever decay.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       if (o.type === "sgd" && !isShare(o.momentum))
@@ -210,7 +212,7 @@ export const batch = [
   rule({
     code: "B223",
     title: "a key of another optimizer is set",
-    why: "sgd has a momentum and no second moment; adamw, adam and muon have betas; options of muon stand in the section muon. What is written for another optimizer changes nothing.",
+    why: "sgd has a momentum and no second moment; adamw, adam and muon have betas; the options of muon are in the section muon. A key of another optimizer has no effect.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
       const unused: readonly [at: "train.optimizer.momentum" | "train.optimizer.betas", written: string, usual: unknown][] =
@@ -233,7 +235,7 @@ export const batch = [
         yield {
           at: "train.optimizer.muon",
           related: ["train.optimizer.type"],
-          found: `a section muon with type: ${o.type}`,
+          found: `section muon with type: ${o.type}`,
           fix: "set type: muon, or leave the section out",
           tries: [{ "train.optimizer.type": "muon" }],
         };
@@ -243,7 +245,7 @@ export const batch = [
   rule({
     code: "B238",
     title: "muon's extra_scale_factor is not above 0",
-    why: "Updates of matrices are multiplied by it: at 0 no matrix learns, below 0 the loss rises.",
+    why: "It multiplies the updates of matrices. With 0 no matrix changes; a negative value increases the loss.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       if (o.type !== "muon" || !o.muon || o.muon.extra_scale_factor >= SMALLEST) return;
@@ -259,7 +261,7 @@ export const batch = [
   rule({
     code: "B214",
     title: "data.path or data.labels names no file",
-    why: "There is nothing to train on, or nothing that says what is learnt.",
+    why: "Training needs a file of text or token ids; labels, if given, need a file, too.",
     level: "error",
     *check({ data }) {
       const fault = (path: string): string | undefined =>
@@ -279,7 +281,7 @@ export const batch = [
   rule({
     code: "B234",
     title: "u16 ids do not cover the vocabulary",
-    why: "Two bytes hold ids up to 65535; a file of larger ids that is read so is two other tokens in place of each.",
+    why: "Two bytes hold ids up to 65535. If a file of 4-byte ids is read as u16, every id becomes two other tokens.",
     level: "warning",
     *check({ model, data }) {
       if (data.format !== "tokens" || data.dtype !== "u16" || model.vocab <= 2 ** 16) return;
@@ -287,7 +289,7 @@ export const batch = [
         at: "data.dtype",
         related: ["model.vocab"],
         found: `dtype u16 with vocab ${model.vocab}`,
-        fix: "u32, unless the file holds u16 all the same",
+        fix: "u32; keep u16 if the file has 2-byte ids",
         tries: [{ "data.dtype": "u32" }],
       };
     },
@@ -296,7 +298,7 @@ export const batch = [
   rule({
     code: "B235",
     title: "loss_weighting: token needs labels",
-    why: "Where every token is learnt, all microbatches have as many of them, and means of means are the mean: nothing is weighted.",
+    why: "Without labels every token counts in every microbatch, so that weighting by token and by microbatch are the same.",
     level: "warning",
     *check({ train, data }) {
       if (train.loss_weighting !== "token" || data.labels !== null) return;
@@ -304,7 +306,7 @@ export const batch = [
         at: "train.loss_weighting",
         related: ["data.labels"],
         found: "loss_weighting: token without data.labels",
-        fix: "leave it out, or name the file that says which tokens are ignored",
+        fix: "leave it out, or name the file of labels, which marks ignored tokens",
         tries: [{ "train.loss_weighting": "microbatch" }],
       };
     },

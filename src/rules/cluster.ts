@@ -30,14 +30,14 @@ export const cluster = [
   rule({
     code: "C502",
     title: "the last node is only partly used",
-    why: "Ranks fill nodes in order; groups that lie the same way on every other node are broken on a node that is partly filled.",
+    why: "Ranks fill nodes in order. On a partly filled node, groups have another layout than on all other nodes.",
     level: "warning",
     *check({ parallel: p, cluster: c }) {
       if (p.world <= c.gpus_per_node || p.world % c.gpus_per_node === 0) return;
       yield {
         at: "parallel.world",
         related: ["cluster.gpus_per_node"],
-        found: `${p.world} ranks on nodes of ${c.gpus_per_node}: the last one runs ${p.world % c.gpus_per_node}`,
+        found: `${p.world} ranks on nodes of ${c.gpus_per_node}: the last one has ${p.world % c.gpus_per_node}`,
         fix: "fill whole nodes",
         tries: [
           { "parallel.world": downTo(p.world, c.gpus_per_node) },
@@ -52,7 +52,7 @@ export const cluster = [
   rule({
     code: "C503",
     title: "tensor groups cross nodes",
-    why: "Every matrix of every layer ends in a collective over the tensor ranks that the next one waits for. Between nodes a GPU has about a tenth of the bandwidth it has within one.",
+    why: "Every layer waits for collectives over the tensor ranks. Between nodes a GPU has about a tenth of the bandwidth that it has within a node.",
     level: "warning",
     *check(job) {
       const { tensor } = job.parallel;
@@ -74,7 +74,7 @@ export const cluster = [
   rule({
     code: "C504",
     title: "expert groups cross nodes",
-    why: "Dispatch and combine move every routed row twice in each layer, forward and backward. Between nodes a GPU has about a tenth of the bandwidth it has within one.",
+    why: "Dispatch and combine move every routed row twice in each layer, forward and backward. Between nodes a GPU has about a tenth of the bandwidth that it has within a node.",
     level: "warning",
     *check(job) {
       const { expert, expert_tensor: etp } = job.parallel;
@@ -96,7 +96,7 @@ export const cluster = [
   rule({
     code: "C505",
     title: "whole nodes stay idle",
-    why: "Nodes that are asked for and not used are paid for and kept from others.",
+    why: "Unused nodes cost money and are not available to other jobs.",
     level: "warning",
     *check({ parallel: p, cluster: c }) {
       const used = Math.ceil(p.world / c.gpus_per_node);
@@ -105,7 +105,7 @@ export const cluster = [
         at: "cluster.nodes",
         related: ["parallel.world"],
         found: `${c.nodes} nodes; ${p.world} rank${p.world > 1 ? "s" : ""} fill ${used}`,
-        fix: "ask for fewer, or raise world",
+        fix: "use fewer nodes, or raise world",
         tries: [{ "cluster.nodes": used }],
       };
     },

@@ -5,13 +5,13 @@ import { rule } from "./rule.ts";
 export const data = [
   rule({
     code: "B239",
-    title: "data.sources goes with another key of data",
-    why: "Sources are data sets of token ids: they take the place of path, their documents have no labels beside them, and only they are split.",
+    title: "data.sources excludes another key of data",
+    why: "data.sources replaces data.path. Sources are data sets of token ids without labels, and only sources can be split.",
     level: "error",
     *check({ data: { path, sources, split, labels, order } }) {
       if (sources === undefined) {
         if (split !== undefined)
-          yield { at: "data.split", found: "a split without data.sources", fix: "name the data set in data.sources: [{path: PREFIX}]" };
+          yield { at: "data.split", found: "data.split without data.sources", fix: "name the data set in data.sources: [{path: PREFIX}]" };
         return;
       }
       if (path !== sources[0]?.path)
@@ -27,15 +27,15 @@ export const data = [
             at: "data.order",
             related: ["data.sources"],
             found: "order shuffled with data.sources",
-            fix: "leave it out: samples of sources are always shuffled",
+            fix: "leave order out: samples of sources are always shuffled",
           },
           tries: [{ "data.order": "sequential" }],
         };
       if (split?.[0] === 0)
         yield {
           at: "data.split",
-          found: "no share for training",
-          fix: "the first share is that of training: [99, 1, 0]",
+          found: "the share of training is 0",
+          fix: "the first share is training: [99, 1, 0]",
           tries: [{ "data.split": [99, 1, 0] }],
         };
     },

@@ -92,7 +92,7 @@ export function memoryRule(peakOf: (job: Job) => Peak): Rule {
   return rule({
     code: "C510",
     title: "the plan does not fit the device",
-    why: "A rank that runs out of memory stops the whole job, often only after minutes of start-up. The peak is known now. The job can still be compiled and studied.",
+    why: "A rank that runs out of memory stops the job, often after minutes of start-up. rankc knows the exact peak before the run. A job with this finding can still be compiled and inspected.",
     level: "warning",
     holds: fits,
     *check(job) {
@@ -111,7 +111,7 @@ export function memoryRule(peakOf: (job: Job) => Peak): Rule {
         at: "cluster.device",
         related: ["parallel.expert", "parallel.tensor"],
         found: `${who} ${bytesText(bytes)} at the peak${less === undefined ? "" : ` (${bytesText(less)} with model.moe.rows_bound ${ROWS_BOUND})`}; ${device} has ${bytesText(room)}`,
-        fix: `cut parameters or layers over more ranks, or take a larger device; \`rankc inspect\` shows what fills it${less === undefined ? "" : `. rows_bound "worst" has room for all rows that routing can send to a rank, ${ROWS_BOUND} for that many times the balanced load: a step that sends more ends the run with an error, and drops no row`}`,
+        fix: `shard parameters or layers over more ranks, or use a larger device; \`rankc inspect\` shows the parts of the memory${less === undefined ? "" : `. rows_bound "worst" reserves memory for all rows that routing can send to a rank, ${ROWS_BOUND} for ${ROWS_BOUND} times the balanced load: a step with more rows ends the run with an error, and no row is dropped`}`,
         tries: [
           ...(less === undefined ? [] : [bound]),
           ...changes(job)

@@ -28,7 +28,7 @@ export const mesh = [
   rule({
     code: "P101",
     title: "world is not the product of tensor, pipeline, context and data",
-    why: "Every rank has one coordinate on each axis of the dense grid, so the degrees must multiply to the number of ranks exactly.",
+    why: "Every rank has one coordinate on each axis of the dense grid, so the product of the degrees is the number of ranks.",
     level: "error",
     *check({ parallel: p }) {
       const product = p.tensor * p.pipeline * p.context;
@@ -43,7 +43,7 @@ export const mesh = [
         found: even
           ? `${ranks} x data ${p.data} = ${product * p.data} ranks, but world is ${p.world}`
           : `world ${p.world} is not a multiple of ${ranks} = ${product}`,
-        fix: even ? "leave data out: it is derived" : "change world or a degree so that they divide",
+        fix: even ? "leave data out: it is derived" : "change world or a degree so that the product divides world",
         tries: even
           ? [{ "parallel.data": p.world / product }]
           : [
@@ -58,7 +58,7 @@ export const mesh = [
   rule({
     code: "P102",
     title: "the expert grid does not divide the ranks of a pipeline stage",
-    why: "The experts' grid lies over the same ranks as the dense one: expert_tensor x expert x (expert data) = tensor x context x data. Megatron-LM notices a misfit only when it creates its process groups, on the cluster.",
+    why: "The expert grid and the dense grid cover the same ranks: expert_tensor x expert x (expert data) = tensor x context x data. Megatron-LM reports a mismatch only on the cluster, when it creates process groups.",
     level: "error",
     *check(job) {
       const ranks = stageRanks(job);
@@ -81,7 +81,7 @@ export const mesh = [
   rule({
     code: "P104",
     title: "expert and tensor parallelism need sequence parallelism",
-    why: "Without sequence parallelism every tensor rank holds the same tokens, so each routes and sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns while it reads the arguments and then stops at the first forward, after the cluster was booked (Megatron-LM #1587, NeMo-RL #1075).",
+    why: "Without sequence parallelism every tensor rank holds the same tokens and sends the same rows, so that traffic and expert work are redundant. Megatron-LM warns when it reads the arguments and stops in the first forward pass, on the cluster (Megatron-LM #1587, NeMo-RL #1075).",
     level: "error",
     *check({ model, parallel: p }) {
       if (!model.moe || p.tensor === 1 || p.sequence) return;
@@ -89,7 +89,7 @@ export const mesh = [
         at: "parallel.sequence",
         related: [p.expert > 1 ? "parallel.expert" : "model.moe", "parallel.tensor"],
         found: `tensor ${p.tensor} and ${p.expert > 1 ? `expert ${p.expert}` : "a mixture of experts"} with sequence: false`,
-        fix: "cut the sequence over the tensor ranks, or give up tensor parallelism",
+        fix: "shard the sequence over the tensor ranks, or use tensor 1",
         tries: [{ "parallel.sequence": true }, { "parallel.tensor": 1 }],
       };
     },
@@ -98,7 +98,7 @@ export const mesh = [
   rule({
     code: "P105",
     title: "sequence has no effect without tensor",
-    why: "Sequence parallelism cuts along the tensor ranks; with one of them there is nothing to cut. Megatron-LM switches it off without a word.",
+    why: "Sequence parallelism shards the sequence over the tensor ranks; one rank has nothing to shard. Megatron-LM disables it without a message.",
     level: "warning",
     *check({ parallel: p }) {
       if (!p.sequence || p.tensor > 1) return;
@@ -115,7 +115,7 @@ export const mesh = [
   rule({
     code: "P106",
     title: "expert degrees without experts",
-    why: "A dense model has no experts to spread; the ranks asked for here would repeat each other's work.",
+    why: "A dense model has no experts to distribute; these ranks would repeat the same work.",
     level: "error",
     *check({ model, parallel: p }) {
       if (model.moe) return;
@@ -135,7 +135,7 @@ export const mesh = [
   rule({
     code: "P107",
     title: "pipeline x virtual_pipeline does not divide layers",
-    why: "Every stage, and every chunk of it, runs the same number of layers: the slowest stage sets the pace of all of them. Stages of different sizes are written as parallel.layout.",
+    why: "Every chunk of every stage has the same number of layers, because the slowest stage determines the speed of the pipeline. parallel.layout describes stages of different sizes.",
     level: "error",
     *check({ model, parallel: p }) {
       const parts = p.pipeline * p.virtual_pipeline;
@@ -145,7 +145,7 @@ export const mesh = [
         at: p.virtual_pipeline > 1 ? "parallel.virtual_pipeline" : "parallel.pipeline",
         related: ["model.layers"],
         found: `${model.layers} layers over ${p.pipeline} stages${chunks} leaves ${model.layers % parts} over`,
-        fix: `pipeline${chunks ? " x virtual_pipeline" : ""} must divide ${model.layers}, or parallel.layout say which layers stand where`,
+        fix: `pipeline${chunks ? " x virtual_pipeline" : ""} must divide ${model.layers}, or parallel.layout must assign the layers`,
         tries: [
           ...divisorsNear(model.layers, p.virtual_pipeline).map((chunks) => ({ "parallel.virtual_pipeline": chunks })),
           ...divisorsNear(model.layers, p.pipeline).map((pipeline) => ({ "parallel.pipeline": pipeline, "parallel.virtual_pipeline": 1 })),
@@ -158,7 +158,7 @@ export const mesh = [
   rule({
     code: "P108",
     title: "fewer microbatches than stages leave stages idle",
-    why: "A stage waits while the pipeline fills and drains: in 1F1B (pipeline - 1) / (microbatches + pipeline - 1) of the step's time is lost, half and more when there are fewer microbatches than stages. Megatron-LM stops in the first step where chunks are interleaved.",
+    why: "A stage is idle while the pipeline fills and drains: with 1F1B for (pipeline - 1) / (microbatches + pipeline - 1) of the step, which is half or more if there are fewer microbatches than stages. With interleaved chunks Megatron-LM stops in the first step.",
     level: "warning",
     *check(job) {
       const { pipeline, data } = job.parallel;
@@ -172,7 +172,7 @@ export const mesh = [
         at: "parallel.pipeline",
         related: ["train.global_batch"],
         found: `${m} microbatch${m > 1 ? "es" : ""} for ${pipeline} stages: ${idle} % of the step is idle`,
-        fix: "more sequences in a step, or smaller microbatches",
+        fix: "use more sequences per step, or smaller microbatches",
         tries: [
           ...divisorsNear(micro_batch, micro_batch).map((b) => ({ "train.micro_batch": b })),
           { "train.global_batch": micro_batch * data * pipeline * 4 },
@@ -184,7 +184,7 @@ export const mesh = [
   rule({
     code: "P110",
     title: "distributed_optimizer has no ranks to shard over",
-    why: "The optimizer's state is shared over ranks that hold the same parameter. With data, context and expert data all 1 there are none, and no memory is saved.",
+    why: "Optimizer state is sharded over the ranks that hold the same parameter. If data, context and expert data are 1, each parameter is on one rank, and no memory is saved.",
     level: "warning",
     *check(job) {
       const p = job.parallel;
@@ -204,7 +204,7 @@ export const mesh = [
   rule({
     code: "P111",
     title: "context and sequence shards do not divide the sequence",
-    why: "Each rank holds as many tokens of every sequence as the others, and with context parallelism a piece of its first half and the mirrored one of its second. Megatron-LM does not check the cut over tensor ranks while it reads the arguments.",
+    why: "All ranks hold equally many tokens of every sequence; with context parallelism, a block of the first half and the mirrored block of the second half. Megatron-LM does not check the sharding over tensor ranks when it reads the arguments.",
     level: "error",
     *check({ model, parallel: p }) {
       const tensor = p.sequence ? p.tensor : 1;
@@ -227,7 +227,7 @@ export const mesh = [
   rule({
     code: "P113",
     title: "layout does not match the layers, stages or chunks",
-    why: "The layout is the only word on which stage runs what. A layer that is left out, or one too many, would train another model than the one described; stages must have equally many chunks, for they take turns. Megatron-LM's layouts read the same.",
+    why: "The layout alone assigns layers to stages. With a missing or an additional layer, the run would train another model. All stages need equally many chunks, because the schedule interleaves them. The notation is Megatron-LM's.",
     level: "error",
     *check({ model, parallel: p }) {
       if (p.layout === null) return;
@@ -270,7 +270,7 @@ export const mesh = [
   rule({
     code: "P114",
     title: "virtual_pipeline and zero_bubble need a pipeline",
-    why: "Chunks are interleaved, and gradients of weights are put off, to fill the gaps in which a stage waits for another. One stage waits for none.",
+    why: "Interleaved chunks and delayed weight gradients fill the idle time in which a stage waits for another stage. A single stage never waits.",
     level: "error",
     *check({ parallel: p }) {
       if (p.pipeline > 1) return;
@@ -296,7 +296,7 @@ export const mesh = [
   rule({
     code: "P115",
     title: "zero_bubble needs one chunk per stage",
-    why: "Interleaved chunks and separate gradients of weights both fill the bubble, in orders that contradict each other; the one order that does both (ZB-V) needs the layers placed in a V, which rankc does not do.",
+    why: "Interleaved chunks and separate weight gradients both fill the bubble, with orders that exclude each other. The order that combines them (ZB-V) needs a V-shaped placement of layers, which rankc does not support.",
     level: "error",
     *check(job) {
       const { schedule, virtual_pipeline, layout, pipeline } = job.parallel;
@@ -305,7 +305,7 @@ export const mesh = [
         at: "parallel.schedule",
         related: [virtual_pipeline > 1 ? "parallel.virtual_pipeline" : "parallel.layout"],
         found: `schedule zero_bubble with ${layout === null ? virtual_pipeline : pipelineOf(job).chunks} chunks a stage`,
-        fix: "take one of the two",
+        fix: "use one of the two",
         tries: [{ "parallel.schedule": "1f1b" }, { "parallel.virtual_pipeline": 1 }],
       };
     },
@@ -314,7 +314,7 @@ export const mesh = [
   rule({
     code: "P116",
     title: "optimizer_instances does not divide the data ranks",
-    why: "The optimizer's state is shared out among neighbouring data ranks and kept once per group of them: both the dense and the expert data ranks must fall into that many equal groups. Megatron-LM finds out when it creates its groups.",
+    why: "Each group of neighbouring data ranks holds one sharded copy of the optimizer state, so both the dense and the expert data ranks must divide into that many equal groups. Megatron-LM reports a mismatch when it creates its groups.",
     level: "error",
     *check(job) {
       const p = job.parallel;
@@ -323,15 +323,15 @@ export const mesh = [
       const n = p.optimizer_instances;
       const say = {
         at: "parallel.optimizer_instances" as const,
-        fix: "the number of copies must divide data and expert data",
+        fix: "the number of instances must divide data and expert data",
         tries: [{ "parallel.optimizer_instances": 1 }],
       };
       if (!p.distributed_optimizer) {
         yield {
           ...say,
           related: ["parallel.distributed_optimizer"],
-          found: `${n} instances of a state that is not shared out`,
-          fix: "set distributed_optimizer, or leave it out",
+          found: `${n} instances of a state that is not sharded`,
+          fix: "set distributed_optimizer, or leave optimizer_instances out",
           tries: [{ "parallel.distributed_optimizer": true }, ...say.tries],
         };
         return;
@@ -355,7 +355,7 @@ export const mesh = [
         at: "parallel.order",
         related: ["parallel.expert", "parallel.tensor"],
         found: `runs of tensor ${p.tensor} x context ${p.context} = ${dense} and of expert_tensor ${p.expert_tensor} x expert ${p.expert} = ${expert}`,
-        fix: "make them equal, or take the order tp-cp-ep-dp-pp",
+        fix: "make them equal, or use the order tp-cp-ep-dp-pp",
         tries: [{ "parallel.order": "tp-cp-ep-dp-pp" }],
       };
     },
@@ -364,7 +364,7 @@ export const mesh = [
   rule({
     code: "P112",
     title: "some parameters stay replicated under the distributed optimizer",
-    why: "A parameter's state is shared out along one of its dims, in equal parts. Where no dim divides (norm gains have only `hidden`) every data rank keeps all of it.",
+    why: "The state of a parameter is sharded along one dim, in equal parts. If no dim is divisible (norm gains have only `hidden`), every data rank holds all of it.",
     level: "warning",
     *check(job) {
       const p = job.parallel;

@@ -83,7 +83,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M304",
     title: "tensor does not divide vocab",
-    why: "The embedding and the head are cut by vocabulary, in equal parts; padding rows would change the loss's shape, so they are yours to add.",
+    why: "The embedding and the output head are sharded over the vocabulary, in equal parts; rankc adds no padding rows, because they would change the logits.",
     level: "error",
     check: (job) =>
       byTensor(job, "model.vocab", job.model.vocab, "vocabulary rows", [{ "model.vocab": upTo(job.model.vocab, job.parallel.tensor) }]),
@@ -92,7 +92,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M305",
     title: "tensor does not divide ffn",
-    why: "The dense feed-forward part is cut along its inner width. Megatron-LM accepts any width while it reads the arguments and fails when it builds the layer.",
+    why: "The dense feed-forward layer is sharded along its inner width. Megatron-LM accepts any width when it reads the arguments and fails when it builds the layer.",
     level: "error",
     *check(job) {
       const { ffn, layers } = job.model;
@@ -124,7 +124,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M307",
     title: "head_dim is odd",
-    why: "Rotary position embedding turns channels in pairs.",
+    why: "Rotary position embedding rotates pairs of channels.",
     level: "error",
     *check({ model: m }) {
       if (m.mla || !Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
@@ -141,7 +141,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M308",
     title: "vocab is below the 256 ids of the byte tokenizer",
-    why: "A byte may be any of 0 to 255; an id past the vocabulary has no row in the embedding.",
+    why: "A byte is a number from 0 to 255; an id beyond the vocabulary has no row in the embedding.",
     level: "error",
     *check({ model: m, data }) {
       if (data.format !== "text" || data.tokenizer !== "bytes" || m.vocab >= 256) return;
@@ -149,7 +149,7 @@ export const model: readonly Rule[] = [
         at: "model.vocab",
         related: ["data.tokenizer"],
         found: `vocab ${m.vocab}`,
-        fix: "256 rows or more",
+        fix: "use 256 or more",
         tries: [{ "model.vocab": 256 }],
       };
     },
@@ -158,7 +158,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M309",
     title: "qk_norm: full gathers queries and keys over the tensor ranks",
-    why: "The mean square of all heads together needs the heads that other tensor ranks hold: a collective in every layer, forward and backward, that qk_norm: head does not need.",
+    why: "The mean square over all heads needs heads of other tensor ranks: a collective in every layer, forward and backward. qk_norm: head needs none.",
     level: "warning",
     *check({ model: m, parallel: p }) {
       if (m.qk_norm !== "full" || p.tensor === 1) return;
@@ -175,7 +175,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M310",
     title: "norm.eps is not above 0",
-    why: "It keeps the root of the mean square away from zero: a token whose vector is zero would divide by it.",
+    why: "eps keeps the divisor above zero: the root mean square of a zero vector is 0.",
     level: "error",
     *check({ model: m }) {
       const fix = "a small positive number";
@@ -188,7 +188,7 @@ export const model: readonly Rule[] = [
   rule({
     code: "M311",
     title: "rope.theta is not above 1",
-    why: "The wavelengths are powers of theta: at 1 all channels turn alike and at 0 or below there are none.",
+    why: "Wavelengths are powers of theta: with 1 all channels have the same wavelength, and with 0 or below there are none.",
     level: "error",
     *check({ model: m }) {
       if (m.rope.theta > 1) return;
@@ -214,7 +214,7 @@ export const model: readonly Rule[] = [
       yield {
         at: `model.${largest}`,
         found: `about ${n.toPrecision(2)} parameters`,
-        fix: "check the sizes of the model for a stray digit",
+        fix: "check the sizes of the model for a superfluous digit",
       };
     },
     bad: "model: {vocab: 1000000000000000}",
@@ -232,7 +232,7 @@ export const model: readonly Rule[] = [
       yield {
         at: m.seq >= train.micro_batch ? "model.seq" : "train.micro_batch",
         found: `${tokens.toPrecision(2)} tokens of ${width} elements`,
-        fix: "check seq and micro_batch for a stray digit",
+        fix: "check seq and micro_batch for a superfluous digit",
         tries: [{ "train.micro_batch": 1 }, { "model.seq": 4096 }, { "train.micro_batch": 1, "train.global_batch": p.data }],
       };
     },

@@ -5,10 +5,7 @@ import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
 type Moe = NonNullable<Job["model"]["moe"]>;
 
-/**
- * The most rows an expert rank can receive, as a multiple of the balanced load: every token sends it as many rows as it has experts, or
- * its experts are full.
- */
+/** Returns the most rows that an expert rank can receive, as a multiple of the balanced load: min(top_k, its experts) per token, or its capacity. */
 function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): number {
   const all = (Math.min(top_k, experts / expert) * expert) / top_k;
   if (router.type === "expert_choice" || (capacity !== "dropless" && capacity.pad)) return 1;
@@ -20,7 +17,7 @@ export const moe = [
   rule({
     code: "E401",
     title: "top_k exceeds experts",
-    why: "A token goes to top_k different experts. Megatron-LM accepts the arguments and fails in the first forward.",
+    why: "A token goes to top_k different experts. Megatron-LM accepts the arguments and fails in the first forward pass.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.top_k <= moe.experts) return;
@@ -57,7 +54,7 @@ export const moe = [
   rule({
     code: "E403",
     title: "expert_tensor does not divide the experts' ffn",
-    why: "expert_tensor cuts each expert's matrices along their inner width. Megatron-LM does not check it before it builds the model.",
+    why: "expert_tensor shards the matrices of each expert along their inner width. Megatron-LM checks it only when it builds the model.",
     level: "error",
     *check({ model: { moe }, parallel: p }) {
       if (!moe || moe.ffn % p.expert_tensor === 0) return;
@@ -65,7 +62,7 @@ export const moe = [
         at: "model.moe.ffn",
         related: ["parallel.expert_tensor"],
         found: `${moe.ffn} columns over ${p.expert_tensor} ranks leaves ${moe.ffn % p.expert_tensor} over`,
-        fix: `expert_tensor must divide ${moe.ffn}; 1 keeps experts whole`,
+        fix: `expert_tensor must divide ${moe.ffn}; 1 does not shard experts`,
         tries: [{ "parallel.expert_tensor": 1 }, { "model.moe.ffn": downTo(moe.ffn, p.expert_tensor) }],
       };
     },
@@ -74,7 +71,7 @@ export const moe = [
   rule({
     code: "E407",
     title: "every token goes to every expert",
-    why: "With top_k = experts the layer computes as much as a dense layer as wide as all experts together, and routing and dispatch cost time in addition.",
+    why: "With top_k = experts the layer costs as much as a dense layer of the combined width, plus routing and dispatch.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.top_k !== moe.experts || moe.experts === 1) return;
@@ -91,7 +88,7 @@ export const moe = [
   rule({
     code: "E408",
     title: "experts are sharded although whole ones fit the ranks",
-    why: "Cutting experts makes narrow matrices, which run slower, and adds an all-gather and a reduce-scatter of rows; spreading whole experts over the same ranks does neither. In Megatron-LM the cut comes unasked: there expert_tensor defaults to tensor.",
+    why: "Sharded experts have narrow matrices, which run slower, and need an all-gather and a reduce-scatter of rows. Whole experts, distributed over the same ranks, avoid both. In Megatron-LM expert_tensor defaults to tensor.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
       if (!moe || p.expert_tensor === 1 || moe.experts % (p.expert * p.expert_tensor) !== 0) return;
@@ -99,7 +96,7 @@ export const moe = [
         at: "parallel.expert_tensor",
         related: ["parallel.expert", "model.moe.experts"],
         found: `expert_tensor ${p.expert_tensor}, while ${moe.experts} experts divide over expert ${p.expert * p.expert_tensor}`,
-        fix: "the same ranks with whole experts",
+        fix: "use the same ranks for whole experts",
         tries: [{ "parallel.expert": p.expert * p.expert_tensor, "parallel.expert_tensor": 1 }],
       };
     },
@@ -108,15 +105,15 @@ export const moe = [
   rule({
     code: "E409",
     title: "dispatch: all_gather sends more than all_to_all would",
-    why: "all_gather copies every token to all ranks of the expert group; all_to_all sends it to the ranks of its own experts, top_k at most (Megatron-LM #756: users meet this as a surprising slowness).",
+    why: "all_gather copies every token to all ranks of the expert group; all_to_all sends it to the ranks of its own experts, at most top_k (Megatron-LM #756 reports the slowdown).",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
       if (moe?.dispatch !== "all_gather" || p.expert <= moe.top_k) return;
       yield {
         at: "model.moe.dispatch",
         related: ["parallel.expert", "model.moe.top_k"],
-        found: `each token goes to ${p.expert} ranks, though only ${moe.top_k} experts want it`,
-        fix: "it pays where expert is at most top_k",
+        found: `each token goes to ${p.expert} ranks, but is routed to ${moe.top_k} experts`,
+        fix: "use all_gather only if expert is at most top_k",
         tries: [{ "model.moe.dispatch": "all_to_all" }],
       };
     },
@@ -125,7 +122,7 @@ export const moe = [
   rule({
     code: "E410",
     title: "rows_bound is above the worst case",
-    why: "A rank receives at most one row for each token and each of its experts that the token may choose; memory beyond that is never touched.",
+    why: "A rank receives at most one row for each token and each of its experts that the token may choose; memory beyond that is never used.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
       if (!moe || moe.rows_bound === "worst" || moe.experts % p.expert || moe.rows_bound <= worstLoad(moe, p.expert)) return;
@@ -133,7 +130,7 @@ export const moe = [
         at: "model.moe.rows_bound",
         related: ["parallel.expert"],
         found: `rows_bound ${moe.rows_bound}; the worst case is ${worstLoad(moe, p.expert)} times the balanced load`,
-        fix: "the worst case never overflows",
+        fix: "use the worst case, which never overflows",
         tries: [{ "model.moe.rows_bound": "worst" }],
       };
     },
@@ -142,7 +139,7 @@ export const moe = [
   rule({
     code: "E411",
     title: "rows_bound leaves no room for imbalance",
-    why: "Routing is never even, least of all in the first steps. Rows beyond the bound are not dropped: the run stops with an error.",
+    why: "Routing is never exactly balanced, and least so in the first steps. Rows beyond the bound are not dropped: the run stops with an error.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
       if (!moe || moe.rows_bound === "worst" || moe.experts % p.expert) return;
@@ -160,7 +157,7 @@ export const moe = [
   rule({
     code: "E433",
     title: "the capacity factor is not above 0",
-    why: "It is room for so many times the even share of tokens. Megatron-LM takes a negative factor for none at all, and drops nothing, in silence.",
+    why: "An expert has room for factor times its balanced share of tokens. Megatron-LM treats a negative factor as no capacity and drops nothing, without a message.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.capacity === "dropless" || moe.capacity.factor > 0) return;
@@ -176,7 +173,7 @@ export const moe = [
   rule({
     code: "E434",
     title: "a capacity with balanced selection",
-    why: "Sinkhorn's method and quantiles choose evenly already; Megatron-LM refuses a capacity beside them.",
+    why: "Sinkhorn's method and quantiles balance the selection already. Megatron-LM refuses a capacity with them.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.capacity === "dropless") return;
@@ -186,7 +183,7 @@ export const moe = [
         at: "model.moe.capacity",
         related: ["model.moe.router.balance"],
         found: `a capacity with balance: ${by}`,
-        fix: "dropless, or a balancing loss",
+        fix: "use dropless, or a balancing loss",
         tries: [{ "model.moe.capacity": "dropless" }],
       };
     },
@@ -195,7 +192,7 @@ export const moe = [
   rule({
     code: "E435",
     title: "the capacity holds all tokens",
-    why: "An expert cannot get more rows than there are tokens: from experts / top_k on, the factor drops nothing, and with pad every expert computes every token. Megatron-LM makes room for the rest all the same and fails in the first forward.",
+    why: "An expert cannot get more rows than there are tokens: from experts / top_k on, the factor drops nothing, and with pad every expert computes every token. Megatron-LM fails in the first forward pass.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.capacity === "dropless" || moe.experts <= moe.top_k) return;
@@ -205,7 +202,7 @@ export const moe = [
         at: "model.moe.capacity.factor",
         related: ["model.moe.experts", "model.moe.top_k"],
         found: `factor ${moe.capacity.factor}, while ${all} holds all tokens`,
-        fix: "a smaller factor, or dropless",
+        fix: "use a smaller factor, or dropless",
         tries: [...(all > 1.25 ? [{ "model.moe.capacity.factor": 1.25 }] : []), { "model.moe.capacity": "dropless" }],
       };
     },
@@ -214,7 +211,7 @@ export const moe = [
   rule({
     code: "E436",
     title: "padding equalizes the loads that the bias uses",
-    why: "The bias moves by how many rows each expert got, padding included, as in Megatron Core: padded, all have the same, and it stays where it is.",
+    why: "The bias changes with the number of rows of each expert, padding included, as in Megatron Core. With padding all experts have equal numbers, and the bias never changes.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe?.router.expert_bias || moe.capacity === "dropless" || !moe.capacity.pad) return;
@@ -231,7 +228,7 @@ export const moe = [
   rule({
     code: "E437",
     title: "layers has the wrong number of entries",
-    why: "A list of another length leaves layers over, or speaks of layers that are not there. Megatron-LM finds it when it builds the model.",
+    why: "The list has one entry per layer. Megatron-LM reports another length when it builds the model.",
     level: "error",
     *check({ model: { moe, layers } }) {
       if (!moe || !Array.isArray(moe.layers) || moe.layers.length === layers) return;
@@ -239,7 +236,7 @@ export const moe = [
         at: "model.moe.layers",
         related: ["model.layers"],
         found: `a list of ${moe.layers.length} for ${layers} layers`,
-        fix: "one number for each layer",
+        fix: "write one number for each layer",
         tries: [{ "model.moe.layers": Array.from({ length: layers }, (_, i) => (moe.layers as number[])[i] ?? 1) }],
       };
     },
@@ -248,7 +245,7 @@ export const moe = [
   rule({
     code: "E438",
     title: "no layer has experts",
-    why: "A model without any is dense: say so, and what only experts need falls away.",
+    why: "A model without experts is dense and needs no model.moe.",
     level: "error",
     *check({ model }) {
       const { moe, layers } = model;
@@ -267,7 +264,7 @@ export const moe = [
   rule({
     code: "E439",
     title: "tensor does not divide the width of shared experts",
-    why: "Every token goes to the shared experts: they are cut along their inner width over the tensor ranks, as a dense layer is.",
+    why: "Every token uses the shared experts: like a dense layer, they are sharded along their inner width over the tensor ranks.",
     level: "error",
     *check({ model: { moe }, parallel: p }) {
       if (!moe?.shared || moe.shared.ffn % p.tensor === 0) return;
@@ -284,7 +281,7 @@ export const moe = [
   rule({
     code: "E440",
     title: "the latent width is not below hidden",
-    why: "Tokens are projected to it so that less travels and experts are smaller. As wide as the model, two more matrices come on top and nothing is saved.",
+    why: "Tokens are projected to the latent width, so that they need less traffic and smaller experts. With the width of the model, two more matrices save nothing.",
     level: "warning",
     *check({ model: { moe, hidden } }) {
       if (moe?.latent == null || moe.latent < hidden) return;
@@ -292,7 +289,7 @@ export const moe = [
         at: "model.moe.latent",
         related: ["model.hidden"],
         found: `latent ${moe.latent} with hidden ${hidden}`,
-        fix: "a part of hidden, or null",
+        fix: "use a fraction of hidden, or null",
         tries: [{ "model.moe.latent": Math.max(1, Math.floor(hidden / 2)) }, { "model.moe.latent": null }],
       };
     },

@@ -6,8 +6,8 @@ import { divisorsNear, type Rule, rule } from "./rule.ts";
 export const mtp: readonly Rule[] = [
   rule({
     code: "M340",
-    title: "mtp.layers reaches past the sequence",
-    why: "Depth k predicts from the tokens that have k more after them in their sequence: in a sequence of k there are none, and nothing is learnt.",
+    title: "mtp.layers is not below the sequence length",
+    why: "Depth k predicts from tokens that have k more tokens after them. In a sequence of at most k tokens there are none.",
     level: "error",
     *check({ model: m }) {
       if (!m.mtp || m.mtp.layers < m.seq) return;
@@ -24,7 +24,7 @@ export const mtp: readonly Rule[] = [
   rule({
     code: "M341",
     title: "mtp.coeff is not above 0",
-    why: "With 0 the further layers are computed and learn nothing; below 0 their loss is climbed.",
+    why: "With 0 the additional layers are computed and get no gradient; a negative value increases their loss.",
     level: "error",
     *check({ model: m }) {
       if (!m.mtp || m.mtp.coeff > 0) return;
@@ -40,7 +40,7 @@ export const mtp: readonly Rule[] = [
   rule({
     code: "M342",
     title: "tensor does not divide hidden, as multi-token prediction needs",
-    why: "The product that makes one vector of a token's two is cut along its width over the tensor ranks, in equal parts.",
+    why: "The projection of a token's two vectors to one is sharded along its width over the tensor ranks, in equal parts.",
     level: "error",
     *check({ model: m, parallel: { tensor } }) {
       if (!m.mtp || m.hidden % tensor === 0) return;
@@ -57,7 +57,7 @@ export const mtp: readonly Rule[] = [
   rule({
     code: "P118",
     title: "layout splits multi-token prediction, or places it too early",
-    why: "Its layers take their turn after all others and share the embedding, which a stage has once: so they stand together, in the last chunk of a stage that is not the first. Megatron-LM's layouts have the same bounds.",
+    why: "The layers of multi-token prediction run after all others and share one copy of the embedding. They must be together, in the last chunk of a stage that is not the first. Megatron-LM has the same restriction.",
     level: "error",
     *check({ parallel: p }) {
       const parts = p.layout === null ? "" : readLayout(p.layout);
@@ -78,7 +78,7 @@ export const mtp: readonly Rule[] = [
         at: "parallel.layout",
         related: ["model.mtp"],
         found: `${wrong}: ${p.layout}`,
-        fix: "write all m in the part of L, or in one just before it",
+        fix: "write all m in the stage of L, or in the stage before it",
         tries: [{ "parallel.layout": null }],
       };
     },

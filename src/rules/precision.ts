@@ -9,7 +9,7 @@ export const precision = [
   rule({
     code: "B224",
     title: "loss_scale needs precision fp16",
-    why: "fp32 and bf16 hold numbers down to 1e-38: no gradient of any size vanishes in them, and nothing is scaled.",
+    why: "fp32 and bf16 represent numbers down to 1e-38, so gradients do not underflow, and the loss is not scaled.",
     level: "warning",
     *check({ train }) {
       if (train.loss_scale === null || train.precision === "fp16") return;
@@ -26,7 +26,7 @@ export const precision = [
   rule({
     code: "B225",
     title: "loss_scale is out of range",
-    why: "It begins at initial, grows by a factor above 1, shrinks by one between 0 and 1, and never falls below min, which is above 0. A scale beyond 2^100 would leave nothing of what is divided by it again.",
+    why: "The scale starts at initial, grows by a factor above 1, shrinks by a factor between 0 and 1, and never falls below min, which is positive. Division by a scale above 2^100 would underflow.",
     level: "error",
     *check({ train: { loss_scale: scale } }) {
       if (scale === null) return;

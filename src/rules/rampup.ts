@@ -10,7 +10,7 @@ export const rampup = [
   rule({
     code: "B226",
     title: "the batch ramp-up does not fit global_batch",
-    why: "The last increment must arrive at global_batch, or the batch would never be whole.",
+    why: "The last increment must reach global_batch exactly.",
     level: "error",
     *check({ train: { batch_rampup: ramp, global_batch: whole } }) {
       if (!ramp || (ramp.start < whole && (whole - ramp.start) % ramp.increment === 0)) return;
@@ -20,7 +20,7 @@ export const rampup = [
           at: "train.batch_rampup.start",
           related: ["train.global_batch"],
           found,
-          fix: "begin below global_batch, or leave batch_rampup out",
+          fix: "start below global_batch, or leave batch_rampup out",
           tries: [{ "train.batch_rampup": null }],
         };
         return;
@@ -29,7 +29,7 @@ export const rampup = [
         at: "train.batch_rampup.increment",
         related: ["train.batch_rampup.start", "train.global_batch"],
         found,
-        fix: "an increment that divides what lies between",
+        fix: "use an increment that divides the difference",
         tries: [{ "train.batch_rampup.increment": ramp.start }, { "train.batch_rampup.increment": whole - ramp.start }],
       };
     },
@@ -38,7 +38,7 @@ export const rampup = [
   rule({
     code: "B227",
     title: "micro_batch x data does not divide every batch of the ramp-up",
-    why: "Each step is a whole number of microbatches on every data rank, while the batch grows too. Megatron-LM notices when the first batch comes that is none, in the midst of the run.",
+    why: "Each step is a whole number of microbatches on every data rank, also while the batch grows. Megatron-LM stops in the middle of the run, at the first batch size that does not fit.",
     level: "error",
     *check(job) {
       const { micro_batch: mb, batch_rampup: ramp, global_batch: whole } = job.train;
@@ -61,7 +61,7 @@ export const rampup = [
   rule({
     code: "B228",
     title: "quantile balancing needs a constant batch size",
-    why: "The bias of a step is the mean over the microbatches of a whole batch; of a smaller one it would be too small.",
+    why: "The bias of a step is a sum over its microbatches, divided by their number in global_batch; in a smaller batch it would be too small.",
     level: "error",
     *check({ train, model: { moe } }) {
       if (!train.batch_rampup || !moe || evenBy(moe.router) !== "quantile") return;
@@ -69,7 +69,7 @@ export const rampup = [
         at: "train.batch_rampup",
         related: ["model.moe.router.balance"],
         found: "batch_rampup with balance: quantile",
-        fix: "leave batch_rampup out, or balance by a loss",
+        fix: "leave batch_rampup out, or use a balancing loss",
         tries: [{ "train.batch_rampup": null }],
       };
     },
@@ -78,7 +78,7 @@ export const rampup = [
   rule({
     code: "B229",
     title: `a batch grows through fewer than ${MOST_SIZES} sizes`,
-    why: "The order of work of every size is proven free of deadlock before anything runs, and on CUDA each is a graph of its own. So many sizes are mostly a slip in the increment.",
+    why: "rankc verifies the schedule of every batch size, and on CUDA each size has its own graph. So many sizes are usually a mistake in the increment.",
     level: "error",
     *check({ train: { batch_rampup: ramp, global_batch: whole } }) {
       if (!ramp || ramp.start >= whole || (whole - ramp.start) % ramp.increment !== 0) return;
@@ -90,7 +90,7 @@ export const rampup = [
         at: "train.batch_rampup.increment",
         related: ["train.batch_rampup.start", "train.global_batch"],
         found: `${sizes} increments of ${ramp.increment} from ${ramp.start} to ${whole}`,
-        fix: "a larger increment",
+        fix: "use a larger increment",
         tries: [...fewer, sizes].map((n) => ({ "train.batch_rampup.increment": ramp.increment * n })),
       };
     },
@@ -98,8 +98,8 @@ export const rampup = [
   }),
   rule({
     code: "B233",
-    title: "the run ends before its batch is whole",
-    why: "The batch reaches global_batch once more sequences than batch_rampup.samples were read; this run stops before.",
+    title: "the run ends before its batch reaches global_batch",
+    why: "The batch reaches global_batch after batch_rampup.samples sequences; this run reads fewer.",
     level: "warning",
     *check({ train }) {
       const { batch_rampup: ramp } = train;
@@ -108,8 +108,8 @@ export const rampup = [
       yield {
         at: "train.batch_rampup.samples",
         related: ["train.steps"],
-        found: `samples ${ramp.samples} with steps ${train.steps}, which read ${Math.round(lengthOf(train) * train.global_batch)}`,
-        fix: "grow over a tenth of the run, or train longer",
+        found: `samples ${ramp.samples} with steps ${train.steps}, which have ${Math.round(lengthOf(train) * train.global_batch)}`,
+        fix: "use a tenth of the run for the ramp-up, or train longer",
         tries: [
           { "train.batch_rampup.samples": Math.max(1, Math.floor((train.steps * train.global_batch) / 10)) },
           { "train.steps": 2 * Math.ceil(phasesOf(train).reduce((sum, p) => sum + (Number.isFinite(p.steps) ? p.steps : 1), 0)) },

@@ -7,7 +7,7 @@ export const random = [
   rule({
     code: "M350",
     title: "a dropout is not a probability below 1",
-    why: "What is kept grows by 1 / (1 - p), so that the mean stays: with 1 nothing is kept.",
+    why: "Kept values are multiplied by 1 / (1 - p), which preserves the mean. With p = 1 the factor is infinite.",
     level: "error",
     *check({ model: { dropout } }) {
       for (const key of ["attention", "hidden"] as const) {
@@ -16,7 +16,7 @@ export const random = [
         yield {
           at: `model.dropout.${key}`,
           found: `probability ${p}`,
-          fix: "0 drops nothing; 0.1 is usual where something is dropped",
+          fix: "0 disables dropout; 0.1 is usual",
           tries: [{ [`model.dropout.${key}`]: p > 1 && p < 100 ? p / 100 : 0 }],
         };
       }
@@ -26,7 +26,7 @@ export const random = [
   rule({
     code: "E441",
     title: "jitter is not between 0 and 1",
-    why: "The router's input is multiplied by numbers from 1 - jitter to 1 + jitter: from 1 on some of them turn its sign.",
+    why: "The input of the router is multiplied by numbers from 1 - jitter to 1 + jitter. With a jitter of 1 or more some of them change its sign.",
     level: "error",
     *check({ model: { moe } }) {
       const jitter = moe?.router.jitter ?? null;
@@ -34,7 +34,7 @@ export const random = [
       yield {
         at: "model.moe.router.jitter",
         found: `jitter ${jitter}`,
-        fix: "0.01 is usual; null moves nothing",
+        fix: "0.01 is usual; null disables jitter",
         tries: [{ "model.moe.router.jitter": jitter <= 0 ? null : 0.01 }],
       };
     },
@@ -43,7 +43,7 @@ export const random = [
   rule({
     code: "B236",
     title: "the run has more sequences than dropout and jitter can number",
-    why: "The random bits of dropout and jitter depend on the number of a sequence since the run began. Devices hold the number as a signed 32-bit integer: beyond 2147483647 the bits of earlier sequences would repeat.",
+    why: "The random bits of dropout and jitter depend on the index of a sequence in the run, a signed 32-bit integer on devices. Beyond 2147483647 the bits of earlier sequences would repeat.",
     level: "error",
     *check(job) {
       const sequences = job.train.steps * job.train.global_batch;

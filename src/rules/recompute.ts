@@ -32,7 +32,7 @@ export const recompute: readonly Rule[] = [
   rule({
     code: "B230",
     title: "a recomputed module is not in the model",
-    why: "Where the model has no such part there is nothing to compute again: the run trains the same numbers, and the memory that was to be saved is not. Megatron-LM ignores most of these modules and refuses mla_up_proj without latent attention.",
+    why: "The model has no such part, so that recomputation saves no memory. Megatron-LM ignores most of these modules and refuses mla_up_proj without latent attention.",
     level: "warning",
     *check({ model, train: { recompute: r } }) {
       if (r.mode !== "selective") return;
@@ -45,7 +45,7 @@ export const recompute: readonly Rule[] = [
         found: missing
           .map((name) => `${name}, where ${name === "mlp" ? "every layer has experts" : `${needs[name]!.key} is null`}`)
           .join("; "),
-        fix: "core_attn is what usually fills the memory",
+        fix: "core_attn usually saves most memory",
         tries: [{ "train.recompute.modules": others.length ? others : ["core_attn"] }],
       };
     },
@@ -54,7 +54,7 @@ export const recompute: readonly Rule[] = [
   rule({
     code: "B231",
     title: "the recompute mode ignores a key",
-    why: "selective makes named modules again, full whole layers; a key of the other is ignored.",
+    why: "selective recomputes the named modules, full recomputes layers; each ignores the keys of the other.",
     level: "warning",
     *check({ train: { recompute: r } }) {
       const idle = (Object.keys(unwritten) as (keyof typeof unwritten)[]).filter(
@@ -66,7 +66,7 @@ export const recompute: readonly Rule[] = [
         at: "train.recompute.mode",
         related: idle.map((key) => `train.recompute.${key}` as const),
         found: `mode ${r.mode} does not read ${idle.join(" and ")}`,
-        fix: `mode ${mode} does`,
+        fix: `mode ${mode} reads it`,
         tries: [{ "train.recompute.mode": mode }, Object.fromEntries(idle.map((key) => [`train.recompute.${key}`, unwritten[key]]))],
       };
     },
@@ -75,7 +75,7 @@ export const recompute: readonly Rule[] = [
   rule({
     code: "B232",
     title: "more layers are recomputed than a chunk has",
-    why: "More layers than a stage or chunk has are all of them; a group that is larger than the chunk keeps nothing between.",
+    why: "A chunk cannot recompute more layers than it has, and a group of layers cannot be larger than the chunk.",
     level: "warning",
     *check({ model, parallel, train: { recompute: r } }) {
       if (r.mode !== "full" || parallel.layout !== null) return;
@@ -85,7 +85,7 @@ export const recompute: readonly Rule[] = [
         at: "train.recompute.layers",
         related: ["model.layers", "parallel.pipeline"],
         found: `${r.layers} layers, and a ${parallel.virtual_pipeline > 1 ? "chunk" : "stage"} has ${chunk}`,
-        fix: `${chunk} says the same`,
+        fix: `${chunk} has the same effect`,
         tries: [{ "train.recompute.layers": chunk }],
       };
     },

@@ -9,7 +9,7 @@ export const router = [
   rule({
     code: "E412",
     title: "top_k 1 with normalised weights gives the router no gradient",
-    why: "One weight divided by itself is 1 whatever the router says, so no gradient of the loss reaches it. Megatron-LM refuses the same choice.",
+    why: "A single weight divided by itself is 1 for any router output, so the router gets no gradient from the loss. Megatron-LM refuses the combination, too.",
     level: "error",
     *check({ model: { moe } }) {
       if (moe?.top_k !== 1 || !moe.router.normalize_top_k || moe.experts === 1) return;
@@ -17,7 +17,7 @@ export const router = [
         at: "model.moe.router.normalize_top_k",
         related: ["model.moe.top_k"],
         found: "top_k 1 with normalize_top_k: true",
-        fix: "weigh the expert by its own probability",
+        fix: "use the probability of the expert as its weight",
         tries: [{ "model.moe.router.normalize_top_k": false }],
       };
     },
@@ -26,7 +26,7 @@ export const router = [
   rule({
     code: "E415",
     title: "groups does not divide experts",
-    why: "Groups of experts are of one size: the experts of a node, or of a device.",
+    why: "All groups have the same number of experts: those of a node, or of a device.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.experts % moe.router.groups === 0) return;
@@ -53,7 +53,7 @@ export const router = [
         at: "model.moe.router.group_top_k",
         related: ["model.moe.router.groups"],
         found: `group_top_k ${group_top_k} of ${groups} groups`,
-        fix: "fewer, or more groups",
+        fix: "use a smaller group_top_k, or more groups",
         tries: [
           { "model.moe.router.group_top_k": Math.max(1, Math.floor(groups / 2)) },
           { "model.moe.router.group_top_k": groups },
@@ -66,7 +66,7 @@ export const router = [
   rule({
     code: "E442",
     title: "group keys without groups",
-    why: "Without groups a token may use all experts: group_top_k and group_scores are not read, and nothing bounds how far a token travels. Megatron-LM ignores them too.",
+    why: "Without groups a token may use all experts: group_top_k and group_scores are not read, and a token may go to any node. Megatron-LM ignores them, too.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.router.groups > 1) return;
@@ -81,7 +81,7 @@ export const router = [
           at: `model.moe.router.${key}`,
           related: ["model.moe.router.groups"],
           found: `${unread.map((k) => `${k} ${moe.router[k]}`).join(" and ")} with groups 1`,
-          fix: "write how many groups there are, or leave the keys out",
+          fix: "set groups, or leave the keys out",
           tries: [group_top_k * 2, group_top_k * 4]
             .filter((groups) => groups > 1)
             .map((groups) => ({ "model.moe.router.groups": groups }) as Readonly<Record<string, number>>)
@@ -93,7 +93,7 @@ export const router = [
   rule({
     code: "E417",
     title: "the groups of a token hold fewer experts than top_k",
-    why: "A token takes top_k experts from group_top_k groups. Where these hold fewer, Megatron-LM fills up with experts of groups that were ruled out, which of them is chance.",
+    why: "A token selects top_k experts in group_top_k groups. If these groups have fewer experts, Megatron-LM adds arbitrary experts of other groups.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.experts % moe.router.groups || moe.router.group_top_k > moe.router.groups || moe.top_k > moe.experts) return;
@@ -104,7 +104,7 @@ export const router = [
         at: "model.moe.router.group_top_k",
         related: ["model.moe.router.groups", "model.moe.top_k"],
         found: `${group_top_k} group${group_top_k === 1 ? "" : "s"} of ${size} for top_k ${moe.top_k}`,
-        fix: "more groups for a token, or larger ones",
+        fix: "use more groups per token, or larger groups",
         tries: [{ "model.moe.router.group_top_k": Math.ceil(moe.top_k / size) }],
       };
     },
@@ -113,7 +113,7 @@ export const router = [
   rule({
     code: "E418",
     title: "a group scores more experts than it has",
-    why: "The worth of a group is the sum of its group_scores largest scores.",
+    why: "The score of a group is the sum of its group_scores largest expert scores.",
     level: "error",
     *check({ model: { moe } }) {
       // other rules report missing groups
@@ -134,7 +134,7 @@ export const router = [
   rule({
     code: "E419",
     title: "groups have no effect",
-    why: "Kept groups are all of them, or more than a token has experts: it cannot use so many. Megatron-LM takes the sum of the 0 best scores as the worth of a group then, and keeps groups at random in silence.",
+    why: "A token may use all groups, or more groups than it has experts. In the second case Megatron-LM scores groups by an empty sum and selects arbitrary groups, without a message.",
     level: "warning",
     *check({ model: { moe } }) {
       if (!moe || moe.router.groups === 1 || evenBy(moe.router)) return;
@@ -146,7 +146,7 @@ export const router = [
         at: "model.moe.router.group_top_k",
         related: ["model.moe.router.groups", "model.moe.top_k"],
         found: `group_top_k ${group_top_k} of ${groups} groups with top_k ${moe.top_k}`,
-        fix: `at most ${fewer}, or no groups`,
+        fix: `use at most ${fewer}, or no groups`,
         tries: [
           { "model.moe.router.group_top_k": fewer },
           { "model.moe.router.group_top_k": fewer, "model.moe.router.group_scores": 1 },
@@ -159,14 +159,14 @@ export const router = [
   rule({
     code: "E422",
     title: "scaling is not above 0",
-    why: "It is a factor on all weights: with 0 the experts compute for nothing, and below 0 what they say is turned around.",
+    why: "It multiplies all weights: with 0 the output of experts is discarded, and a negative value reverses its sign.",
     level: "error",
     *check({ model: { moe } }) {
       if (!moe || moe.router.scaling >= SMALLEST) return;
       yield {
         at: "model.moe.router.scaling",
         found: `scaling ${moe.router.scaling}`,
-        fix: "1 leaves weights as they are",
+        fix: "1 does not change weights",
         tries: [{ "model.moe.router.scaling": 1 }],
       };
     },
@@ -175,7 +175,7 @@ export const router = [
   rule({
     code: "E423",
     title: "a router of many experts in half precision",
-    why: "bf16 keeps 8 bits: among many experts the logits of several are then equal, and the order of the experts decides. Megatron-LM warns of it from 32 experts on.",
+    why: "bf16 has 8 significant bits: with many experts several logits are equal, and the index of the expert decides. Megatron-LM warns from 32 experts on.",
     level: "warning",
     *check({ model: { moe }, train }) {
       if (!moe || moe.experts < 32 || train.precision !== "bf16" || moe.router.precision === "fp32") return;
@@ -183,7 +183,7 @@ export const router = [
         at: "model.moe.router.precision",
         related: ["model.moe.experts", "train.precision"],
         found: `logits of ${moe.experts} experts in bf16`,
-        fix: "the router is a small part of a layer",
+        fix: "use fp32: the router is a small part of a layer",
         tries: [{ "model.moe.router.precision": "fp32" }],
       };
     },
@@ -191,15 +191,15 @@ export const router = [
   }),
   rule({
     code: "E429",
-    title: "experts that choose look at later tokens",
-    why: "An expert takes the best tokens of a microbatch: whether an early token gets it depends on those that come after. A model that is trained to predict the next token learns from what it will not have when it generates (Zhou et al. 2022, section 4).",
+    title: "expert choice depends on later tokens",
+    why: "An expert takes the best tokens of a microbatch, so that the selection of a token depends on later tokens. These do not exist yet when the model generates text (Zhou et al. 2022, section 4).",
     level: "warning",
     *check({ model: { moe } }) {
       if (moe?.router.type !== "expert_choice" || moe.router.force !== "none") return;
       yield {
         at: "model.moe.router.type",
         found: "type: expert_choice in a model that predicts the next token",
-        fix: "let tokens choose, and balance",
+        fix: "let tokens choose experts, with a balancing loss",
         tries: [
           { "model.moe.router.type": "top_k", "model.moe.router.aux_coeff": 0.01 },
           { "model.moe.router.type": "top_k", "model.moe.router.balance": "aux_loss", "model.moe.router.aux_coeff": 0.01 },
@@ -211,7 +211,7 @@ export const router = [
   rule({
     code: "E431",
     title: "expert choice with normalised weights",
-    why: "The number of experts that take a token varies. If a single expert takes it, its normalised weight is 1 whatever its score, and the router has no gradient from it. Zhou et al. (2022) use the scores without normalisation.",
+    why: "The number of experts that take a token varies. If one expert takes it, its normalised weight is 1 for any score, and the router gets no gradient from it. Zhou et al. (2022) use the scores without normalisation.",
     level: "warning",
     *check({ model: { moe } }) {
       if (moe?.router.type !== "expert_choice" || !moe.router.normalize_top_k || moe.top_k === 1) return;
@@ -219,7 +219,7 @@ export const router = [
         at: "model.moe.router.normalize_top_k",
         related: ["model.moe.router.type"],
         found: "type: expert_choice with normalize_top_k: true",
-        fix: "weigh by the score itself",
+        fix: "use the score as the weight",
         tries: [{ "model.moe.router.normalize_top_k": false }],
       };
     },
@@ -227,8 +227,8 @@ export const router = [
   }),
   rule({
     code: "E432",
-    title: "a choice that ignores the scores",
-    why: "force: uniform is for benchmarks: it shows what even loads would cost. The experts of a token are then chance, and the model learns to live with it.",
+    title: "forced routing ignores the scores",
+    why: "force: uniform is for benchmarks with balanced loads. The experts of a token are random, so the router does not train.",
     level: "warning",
     *check({ model: { moe } }) {
       if (moe?.router.force !== "uniform" || moe.router.type === "expert_choice") return;

@@ -7,7 +7,7 @@ export const trainingSchedule = [
   rule({
     code: "B204",
     title: "warm-up does not end before the decay",
-    why: "decay_steps counts from the first step, warm-up included: with a longer warm-up nothing is left to decay over.",
+    why: "decay_steps counts from the first step, warm-up included: if the warm-up is as long, no steps remain for the decay.",
     level: "error",
     *check({ train }) {
       const { optimizer: o } = train;
@@ -28,7 +28,7 @@ export const trainingSchedule = [
   rule({
     code: "B205",
     title: "the run ends within the warm-up",
-    why: "The learning rate rises to lr over the warm-up; this run stops before it gets there.",
+    why: "The learning rate rises to lr over the warm-up; this run ends earlier.",
     level: "warning",
     *check({ train }) {
       const { optimizer: o } = train;
@@ -48,7 +48,7 @@ export const trainingSchedule = [
   rule({
     code: "B206",
     title: "the run ends before the decay does",
-    why: "min_lr is reached at decay_steps; this run stops earlier, at a higher learning rate. That is right for a shortened run and wrong for a whole one.",
+    why: "The learning rate reaches min_lr at decay_steps; this run ends earlier, at a higher rate. That is right only for a shortened run.",
     level: "warning",
     *check({ train }) {
       const { optimizer: o } = train;
@@ -75,7 +75,7 @@ export const trainingSchedule = [
         at: "train.optimizer.min_lr",
         related: ["train.optimizer.schedule"],
         found: `min_lr ${o.min_lr} with schedule: constant`,
-        fix: "choose a schedule that falls, or leave min_lr out",
+        fix: "choose a decaying schedule, or leave min_lr out",
         tries: [{ "train.optimizer.schedule": "cosine" }, { "train.optimizer.min_lr": 0 }],
       };
     },
@@ -101,7 +101,7 @@ export const trainingSchedule = [
   rule({
     code: "B216",
     title: "schedule wsd needs wsd_decay_steps",
-    why: "Warm-up, stable, decay: the last part has a length of its own, which only you can know.",
+    why: "wsd means warm-up, stable, decay. The length of the decay cannot be derived from other keys.",
     level: "error",
     *check({ train }) {
       const { optimizer: o } = train;
@@ -119,7 +119,7 @@ export const trainingSchedule = [
   rule({
     code: "B217",
     title: "wsd_decay_steps needs schedule wsd",
-    why: "Other schedules fall from the end of the warm-up on, or not at all.",
+    why: "Other schedules decay from the end of the warm-up on, or not at all.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
       if (o.schedule === "wsd" || o.wsd_decay_steps === null) return;
@@ -127,7 +127,7 @@ export const trainingSchedule = [
         at: "train.optimizer.wsd_decay_steps",
         related: ["train.optimizer.schedule"],
         found: `wsd_decay_steps ${o.wsd_decay_steps} with schedule: ${o.schedule}`,
-        fix: "choose schedule wsd, or leave it out",
+        fix: "use schedule: wsd, or leave wsd_decay_steps out",
         tries: [{ "train.optimizer.wsd_decay_steps": null }, { "train.optimizer.schedule": "wsd" }],
       };
     },
@@ -136,7 +136,7 @@ export const trainingSchedule = [
   rule({
     code: "B218",
     title: "schedule wsd has no stable phase",
-    why: "A fall that is longer than what the warm-up leaves of decay_steps has begun before the warm-up ends: the learning rate jumps down there, and never stays at lr. Megatron-LM accepts it in silence.",
+    why: "If the decay is longer than decay_steps minus the warm-up, it starts before the warm-up ends. The learning rate then drops suddenly and never stays at lr. Megatron-LM accepts this without a message.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
       const room = o.decay_steps - o.warmup_steps;
@@ -154,7 +154,7 @@ export const trainingSchedule = [
   rule({
     code: "B219",
     title: "a weight decay schedule needs its start and end",
-    why: "With weight_decay_schedule linear or cosine, weight_decay itself is not used.",
+    why: "With weight_decay_schedule linear or cosine, weight_decay is not used.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       const [start, end] = [o.weight_decay_start, o.weight_decay_end];
@@ -164,7 +164,7 @@ export const trainingSchedule = [
         at,
         related: ["train.optimizer.weight_decay_schedule"],
         found: `weight_decay_schedule: ${o.weight_decay_schedule} without ${start === null ? "weight_decay_start" : "weight_decay_end"}`,
-        fix: "write both ends, or leave weight_decay_schedule out",
+        fix: "set both ends, or leave weight_decay_schedule out",
         tries: [
           {
             "train.optimizer.weight_decay_start": start ?? 0,
@@ -178,7 +178,7 @@ export const trainingSchedule = [
   rule({
     code: "B220",
     title: "a constant weight decay has a start or an end",
-    why: "Nothing would read them: weight_decay is what counts.",
+    why: "A constant schedule uses weight_decay alone and would ignore them.",
     level: "error",
     *check({ train: { optimizer: o } }) {
       const [start, end] = [o.weight_decay_start, o.weight_decay_end];
@@ -199,7 +199,7 @@ export const trainingSchedule = [
   rule({
     code: "B221",
     title: "weight decay falls over the run",
-    why: "A weight decay that changes is meant to grow with the run, as the gradients shrink; Megatron-LM refuses one that falls. It works, and is mostly a slip.",
+    why: "Weight decay usually grows over the run, while gradients shrink. Megatron-LM refuses a falling one; rankc runs it, but it is usually a mistake.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
       const [start, end] = [o.weight_decay_start, o.weight_decay_end];
@@ -208,7 +208,7 @@ export const trainingSchedule = [
         at: "train.optimizer.weight_decay_end",
         related: ["train.optimizer.weight_decay_start"],
         found: `weight_decay from ${start} down to ${end}`,
-        fix: "put the larger one last",
+        fix: "swap the two values",
         tries: [{ "train.optimizer.weight_decay_start": end, "train.optimizer.weight_decay_end": start }],
       };
     },

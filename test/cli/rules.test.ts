@@ -111,12 +111,11 @@ data: {path: corpus.txt}
     5 |   tensor: 2
       |           -
       = found: tensor 2 and expert 4 with sequence: false
-      = why:   Without sequence parallelism every tensor rank holds the same tokens, so each routes and
-               sends the same rows: redundant traffic and redundant expert work. Megatron-LM only warns
-               while it reads the arguments and then stops at the first forward, after the cluster was
-               booked (Megatron-LM #1587, NeMo-RL #1075).
-      = fix:   parallel.sequence: true (cut the sequence over the tensor ranks, or give up tensor
-               parallelism)
+      = why:   Without sequence parallelism every tensor rank holds the same tokens and sends the same
+               rows, so that traffic and expert work are redundant. Megatron-LM warns when it reads the
+               arguments and stops in the first forward pass, on the cluster (Megatron-LM #1587, NeMo-RL
+               #1075).
+      = fix:   parallel.sequence: true (shard the sequence over the tensor ranks, or use tensor 1)
 
     1 error
     "

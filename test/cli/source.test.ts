@@ -108,9 +108,9 @@ test("--set is checked as if it were written, and is named as the place", () => 
      --> --set parallel.world=6
      ::: --set parallel.tensor=4
       = found: world 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4
-      = why:   Every rank has one coordinate on each axis of the dense grid, so the degrees must
-               multiply to the number of ranks exactly.
-      = fix:   parallel.world: 4 (change world or a degree so that they divide)
+      = why:   Every rank has one coordinate on each axis of the dense grid, so the product of the
+               degrees is the number of ranks.
+      = fix:   parallel.world: 4 (change world or a degree so that the product divides world)
 
     1 error
     "

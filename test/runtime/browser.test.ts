@@ -127,7 +127,7 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     await page.setInputFiles("#file", short);
     await page.click("#start");
     await ends(page);
-    expect(await page.textContent("#error")).toMatch(/short\.txt: the corpus has 9 bytes.*What helps: use a longer corpus/s);
+    expect(await page.textContent("#error")).toMatch(/short\.txt: the corpus has 9 bytes.*Fix: use a longer corpus/s);
     expect(await lossesIn(page)).toEqual([]);
     expect(said).toEqual([]);
   });

@@ -52,7 +52,7 @@ describe("before all ranks have come", () => {
     expect(last()).toEqual([
       {
         kind: "refused",
-        text: "ranks 1-2 of 3 did not come to rank 0 at 10.0.0.1:29500 within 300 s\n  turned away 2 times: noise (from 10.0.0.9)",
+        text: "ranks 1-2 of 3 did not connect to rank 0 at 10.0.0.1:29500 within 300 s\n  rejected 2 times: noise (from 10.0.0.9)",
         fix: expect.stringContaining("RANKC_TIMEOUT"),
       },
     ]);
@@ -72,8 +72,8 @@ describe("during the run", () => {
     live(12_000, [0, 2], (_, beat) => 5 + beat);
     expect(last()).toEqual([0, 1, 2].map(() => ({ kind: "welcome" })));
     live(times.beat, [0, 2], () => 20);
-    const text = `rank 1 (node1, process 101): nothing was heard for 15 s; its process or host stands still
-where the ranks were last heard of:
+    const text = `rank 1 (node1, process 101): no message for 15 s; its process or host is suspended
+last known positions of the ranks:
   0: step 7, op0
   1: step 7, op1
   2: step 7, op2`;
@@ -88,7 +88,7 @@ where the ranks were last heard of:
     expect(last()).toEqual(
       [0, 1, 2].map(() => ({
         kind: "abort",
-        text: expect.stringMatching(/^rank 2 \(node2, process 102\) hangs: it has not moved on for 600 s \(RANKC_HANG/),
+        text: expect.stringMatching(/^rank 2 \(node2, process 102\) hangs: no progress for 600 s \(RANKC_HANG/),
       })),
     );
   });
@@ -143,7 +143,7 @@ test("a peer that hears nothing of rank 0 aborts, but not for the time in which 
   clock.advance(times.lost - times.beat);
   expect(aborted).toEqual([]);
   clock.advance(3 * times.beat);
-  expect(aborted).toEqual([`nothing was heard from rank 0 at 127.0.0.1:${port} for 15 s; its process or host stands still`]);
+  expect(aborted).toEqual([`no message from rank 0 at 127.0.0.1:${port} for 15 s; its process or host is suspended`]);
   peer?.close();
   hub.close();
 });

@@ -192,7 +192,7 @@ no  nccl    was not found; tried:
 --  nvcc    is not here
             fix: get it
 
-CUDA: kernels run on this machine's GPU, but not all that running plans there needs is here.
+CUDA: kernels run on this machine's GPU, but something that plans need is missing.
 Plans run here on: cpu, webgpu.
 `);
   });

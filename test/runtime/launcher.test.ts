@@ -122,7 +122,7 @@ describe("ranks", () => {
     expect(run).toMatchObject({ code: 137, failed: { rank: 1, how: "was ended by SIGKILL" } });
     const said = run.err.join("\n");
     for (const r of [0, 2])
-      expect(said).toMatch(new RegExp(`^\\[${r}\\] rankc: rank ${r} stops in step 7, all_reduce grads: rank 1 .+ is gone`, "m"));
+      expect(said).toMatch(new RegExp(`^\\[${r}\\] rankc: rank ${r} stops in step 7, all_reduce grads: rank 1 .+ was lost`, "m"));
     expect(said).toContain("[0]   1: step 7, layers.2.w1");
   });
 

@@ -85,8 +85,8 @@ describe("the token", () => {
   });
   test.each([
     ["no file", () => join(folder, "none"), "cannot be read: ENOENT"],
-    ["a folder", () => folder, "is no file"],
-    ["a file without end", () => "/dev/zero", "is no file"],
+    ["a folder", () => folder, "is not a file"],
+    ["a file without end", () => "/dev/zero", "is not a file"],
     ["a short secret", () => put("short", "hunter2\n"), "fewer than 16 characters"],
   ])("%s is refused", (_, path, says) => expect(troubleOf({ ...torchrun, RANKC_TOKEN_FILE: path() })).toContain(says));
   test("addresses of this host alone", () => {
@@ -152,7 +152,7 @@ describe("Slurm", () => {
   });
   test("what a script sets beside it must say the same", () => {
     expect(placeOf({ ...slurm, WORLD_SIZE: "8" }, 8)).toMatchObject({ by: "Slurm" });
-    expect(troubleOf({ ...slurm, WORLD_SIZE: "2" })).toBe("WORLD_SIZE is 2, but Slurm says 8");
+    expect(troubleOf({ ...slurm, WORLD_SIZE: "2" })).toBe("WORLD_SIZE is 2, but Slurm gives 8");
   });
   test.each([
     ["gpu[003-006,9],login1", "gpu003"],

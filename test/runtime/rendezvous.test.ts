@@ -177,8 +177,8 @@ describe("ranks that do not agree", () => {
       const port = await freePort();
       return (await refusals([{}, ...others].map((c, i) => settings(i, world, port, c))))[0];
     };
-    expect(await of(3, {}, { rank: 1 })).toMatch(/^rank 1 came twice: from rank 1 \(.+, process \d+\), and from /);
-    expect(await of(3, { rank: 3 })).toMatch(/^rank 3 came from .+; in a world of 3, ranks end at 2$/);
+    expect(await of(3, {}, { rank: 1 })).toMatch(/^rank 1 connected twice: from rank 1 \(.+, process \d+\), and from /);
+    expect(await of(3, { rank: 3 })).toMatch(/^rank 3 connected from .+; a world of 3 has ranks 0 to 2$/);
     expect(await of(3, { world: 4 })).toMatch(/^rank 1 on .+ was started in a world of 4, rank 0 in one of 3$/);
   });
 
@@ -186,7 +186,7 @@ describe("ranks that do not agree", () => {
     const port = await freePort();
     const zero = join(settings(0, 2, port));
     const [stranger] = await refusals([settings(1, 2, port, { token: "guess" })]);
-    expect(stranger).toBe("rank 0 there belongs to another run: it has another token");
+    expect(stranger).toBe("the rank 0 there belongs to another run: it has another token");
     await leave(await Promise.all([zero, join(settings(1, 2, port))]));
   });
 
@@ -240,9 +240,9 @@ test("strangers do no harm: noise, long messages, half a frame, a hello without 
   half.write(frame({ kind: "stop" }).subarray(0, 7));
   hubClock.advance(times.timeout * 1000);
   const [text] = await zero;
-  expect(text).toContain("rank 1 of 2 did not come");
-  expect(text).toMatch(/turned away \d times: its data is not in rankc's protocol \(from .*127\.0\.0\.1\)/);
-  expect(text).toContain("turned away once: another token than this run's");
+  expect(text).toContain("rank 1 of 2 did not connect");
+  expect(text).toMatch(/rejected \d times: its data is not in rankc's protocol \(from .*127\.0\.0\.1\)/);
+  expect(text).toContain("rejected once: its token is not that of this run");
   half.destroy();
 });
 
@@ -338,7 +338,7 @@ describe("when a rank ends, all end and say why", () => {
       if (r === 2) continue;
       expect(err).toMatch(
         new RegExp(
-          `^rankc: rank ${r} stops in step 7, all_reduce grads: rank 2 \\(.+, process \\d+\\) is gone: it was killed, or it crashed$`,
+          `^rankc: rank ${r} stops in step 7, all_reduce grads: rank 2 \\(.+, process \\d+\\) was lost: its process was killed, or it crashed$`,
           "m",
         ),
       );
@@ -349,38 +349,40 @@ describe("when a rank ends, all end and say why", () => {
   test("rank 0 killed: the others know it without it", full, async () => {
     const { ended } = await run(3, "kill", 0, { QUICK: "1" });
     const [, one, two] = await Promise.all(ended);
-    for (const { err } of [one!, two!]) expect(err).toMatch(/stops in step 7, all_reduce grads: rank 0 at 127\.0\.0\.1:\d+ is gone/);
+    for (const { err } of [one!, two!])
+      expect(err).toMatch(/stops in step 7, all_reduce grads: the connection to rank 0 at 127\.0\.0\.1:\d+ ended/);
   });
 
   test("killed: a main thread that listens ends in its own way", full, async () => {
     const { ended } = await run(3, "listen", 1, { QUICK: "1" });
     const [zero, , two] = await Promise.all(ended);
-    for (const { code, err } of [zero!, two!]) expect([code, err]).toEqual([4, expect.stringMatching(/heard by \d: rank 1 .+ is gone/)]);
+    for (const { code, err } of [zero!, two!])
+      expect([code, err]).toEqual([4, expect.stringMatching(/received by \d: rank 1 .+ was lost/)]);
   });
 
   test("an exception is a death like any other; a failure that is told comes with its reason", full, async () => {
     const thrown = await Promise.all((await run(2, "throw", 1, { QUICK: "1" })).ended);
     expect(thrown[1]).toMatchObject({ code: 1, err: expect.stringContaining("it broke") });
-    expect(thrown[0]!.err).toMatch(/rank 1 .+ is gone/);
+    expect(thrown[0]!.err).toMatch(/rank 1 .+ was lost/);
     const told = await Promise.all((await run(3, "fail", 0, { QUICK: "1" })).ended);
     expect(told[0]!.code).toBe(3);
     for (const r of [1, 2])
-      expect(told[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nwhere the ranks were last heard of:\n.+1-2: step 7/s);
+      expect(told[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nlast known positions of the ranks:\n.+1-2: step 7/s);
   });
 
   test("standing still: a process that is stopped, and one that does not move on", full, async () => {
     const stopped = (await run(3, "stop", 1, { QUICK: "1" })).ended;
-    for (const r of [0, 2]) expect((await stopped[r]!).err).toMatch(/rank 1 \(.+\): nothing was heard for 5 s/);
+    for (const r of [0, 2]) expect((await stopped[r]!).err).toMatch(/rank 1 \(.+\): no message for 5 s/);
     children[1]!.kill("SIGKILL");
     const hung = await Promise.all((await run(2, "hang", 1, { QUICK: "1" })).ended);
     for (const { signal, err } of hung)
-      expect([signal, err]).toEqual(["SIGKILL", expect.stringMatching(/rank \d \(.+\) hangs: it has not moved on for 5 s/)]);
+      expect([signal, err]).toEqual(["SIGKILL", expect.stringMatching(/rank \d \(.+\) hangs: no progress for 5 s/)]);
   });
 
-  test("the launcher is gone: the rank stops", async () => {
+  test("the launcher has ended: the rank stops", async () => {
     const { ended } = await run(1, "block", -1, { RANKC_LAUNCHER: "1", QUICK: "1" });
     const [{ err }] = (await Promise.all(ended)) as [Ended];
-    expect(err).toContain("the process that started it is gone");
+    expect(err).toContain("the process that started it has ended");
   });
 });
 

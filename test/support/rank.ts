@@ -21,7 +21,7 @@ const meeting = await join({
   times: { ...timesOf(process.env), ...quick },
   ...launcherOf(process.env),
   onAbort: ({ message }) => {
-    tell(`heard by ${rank}: ${message}`);
+    tell(`received by ${rank}: ${message}`);
     process.exit(4);
   },
 });
