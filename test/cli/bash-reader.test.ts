@@ -91,7 +91,7 @@ describe("conditions", () => {
     expect(launched(`if ${condition}; then A=yes; else A=no; fi; launch $A`)).toEqual([holds ? "yes" : "no"]);
   });
 
-  test("where only a shell can tell, both branches are read, and what they disagree on is a hole", () => {
+  test("both branches of an undecidable condition are read; values that differ become holes", () => {
     const script = "A=1; if [ -f data.bin ]; then A=2; B=3; else B=3; fi; launch $B $A";
     expect(launched(script)).toEqual(["3", "$A"]);
     expect(holeIn(script)).toMatchObject({ variable: "A", why: "A depends on a condition that only a shell can decide" });
@@ -131,7 +131,7 @@ describe("loops, functions and other scripts", () => {
     expect(read("source gone.sh; launch").unread).toEqual(["gone.sh (run.sh:1)"]);
   });
 
-  test("nothing is run: the output of other commands is a hole", () => {
+  test("no command runs: the output of other commands is a hole", () => {
     expect(holeIn("launch $(touch /tmp/rankc-was-here)")).toMatchObject({ line: 1, why: expect.stringContaining("commands are not run") });
     expect(launched("PORT=$(shuf -n 1); launch $PORT", { set: { PORT: "6000" } })).toEqual(["6000"]);
   });
@@ -141,7 +141,7 @@ describe("loops, functions and other scripts", () => {
     expect(() => read('eval "$X"', { set: { X: 'eval "$X"' } })).toThrow("more than");
   });
 
-  test("a text that is no bash is an error with its line", () => {
+  test("a text that is not bash is an error with its line", () => {
     expect(() => read("A=1\nif [ x; then\n")).toThrow(/run\.sh:\d: not bash/);
   });
 });
@@ -151,7 +151,7 @@ test("#SBATCH lines give the variables of the scheduler", () => {
   expect(launched(`${head}launch $SLURM_NNODES $SLURM_NTASKS $SLURM_GPUS_ON_NODE`)).toEqual(["4", "32", "8"]);
 });
 
-describe("what changes variables without an assignment", () => {
+describe("changes of variables without an assignment", () => {
   test.each([
     ["A=1; unset A; launch $A x", ["$A", "x"]],
     ["A=(a b c); unset 'A[2]'; launch ${A[@]}", ["a", "b"]],
@@ -170,7 +170,7 @@ describe("what changes variables without an assignment", () => {
     ["readarray A < list; launch $A", "A is read from an input"],
     ["declare -A A=([x]=1); launch ${A[x]}", "A is an array with names as indices, which rankc does not follow"],
     ["declare -A A; A[x]=1; launch ${A[x]}", "A is an array with names as indices, which rankc does not follow"],
-  ])("is a hole where it is not known: %s", (script, why) => {
+  ])("an unknown value is a hole: %s", (script, why) => {
     expect(holeIn(script)).toMatchObject({ variable: "A", why });
     expect(launched(script, { set: { A: "--seed" } })).toEqual(["--seed"]);
   });
@@ -212,18 +212,18 @@ describe("loops and conditions", () => {
   });
 });
 
-test("line ends and mark of Windows are no part of words", () => {
+test("CRLF line ends and a byte order mark are not part of words", () => {
   expect(launched("\uFEFFA=1\r\nlaunch $A \\\r\n  --b\r\n")).toEqual(["1", "--b"]);
 });
 
-test("recursion without end, and texts that grow without end, are errors with a way out", () => {
+test("endless recursion and endlessly growing texts are errors with a fix", () => {
   expect(() => read("f() { f; f; }\nf")).toThrow("functions call each other more than 24 deep");
   expect(() => read("A=a; while true; do A=$A$A; done")).toThrow("A has more than 1048576 characters");
   expect(() => read("A=a; while true; do A+=$A; done")).toThrow("A has more than 1048576 characters");
   expect(() => read("X=1\n".repeat(300_000))).toThrow("run.sh: more than 1048576 characters");
 });
 
-test("what a script that cannot be read may set is a hole that names the script, also where nothing else sets it", () => {
+test("a variable that an unreadable script may set is a hole that names the script", () => {
   for (const use of ["$A", '"${A[@]}"', "${A[@]}"]) {
     expect(holeIn(`source gone.env\nlaunch ${use}`)).toMatchObject({
       variable: "A",

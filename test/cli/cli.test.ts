@@ -28,7 +28,7 @@ place("corpus.txt", "It was the best of times, it was the worst of times. ".repe
 const bad = place("bad.yaml", readFileSync(job, "utf8").replace("sequence: true", "sequense: true").replace("heads: 2", "heads: two"));
 
 describe.concurrent("the command line", () => {
-  test("check tells all findings at once and says no", async () => {
+  test("check prints all findings and exits with 1", async () => {
     const { exit, out, err } = await rankc("check", bad);
     expect(exit).toBe(1);
     expect(out).toBe("");
@@ -44,7 +44,7 @@ describe.concurrent("the command line", () => {
     expect(JSON.parse(out)).toMatchObject({ valid: false, findings: [{ level: "error" }, { level: "error" }] });
   });
 
-  test("compile writes a whole plan, the same each time, and nothing for an invalid job", async () => {
+  test("compile writes a complete plan with reproducible bytes, and nothing for an invalid job", async () => {
     const [one, two, none] = [join(folder, "one"), join(folder, "sub", "two"), join(folder, "none")];
     const said = await Promise.all([
       rankc("compile", job, "-o", one),
@@ -76,7 +76,7 @@ describe.concurrent("the command line", () => {
     expect(refused.err).not.toMatch(/^\s+at /m);
   });
 
-  test("run trains, and leaves one line of metrics for each step", async () => {
+  test("run trains and writes one line of metrics per step", async () => {
     const metrics = join(folder, "metrics.jsonl");
     const { exit, out, err } = await rankc(
       "run",
@@ -111,7 +111,7 @@ describe.concurrent("the command line", () => {
     [["check", folder], /directory/],
     [["explain", "P10"], /did you mean P101/],
     [["compile", job, "-o", join(folder, "corpus.txt")], /is a file, not a directory/],
-  ] as const)("trouble is one message and exit 2: %j", async (args, message) => {
+  ] as const)("a user error is one message and exit code 2: %j", async (args, message) => {
     const { exit, out, err } = await rankc(...args);
     expect(err).toMatch(message);
     expect(err).not.toMatch(/^\s+at /m);
@@ -119,7 +119,7 @@ describe.concurrent("the command line", () => {
     expect(exit).toBe(2);
   });
 
-  test("an interrupted run finishes its step and says what was done", async () => {
+  test("an interrupted run finishes its step and reports the completed steps", async () => {
     const child = spawn(process.execPath, [builtCli(), "run", job, "--steps", "100000"]);
     let err = "";
     child.stderr.on("data", (chunk) => {
@@ -133,14 +133,14 @@ describe.concurrent("the command line", () => {
     expect(exit).toBe(130);
   });
 
-  test("help shows examples, and asking for it is no mistake", async () => {
+  test("help shows examples and exits with 0", async () => {
     const { exit, out } = await rankc("compile", "--help");
     expect(exit).toBe(0);
     expect(out).toContain("$ rankc compile job.yaml -o plan/");
   });
 });
 
-test("a step is one line, and its record has the keys of the contract", () => {
+test("a step is one line, and its record has the documented keys", () => {
   const report = { step: 3, loss: 5.25, aux_loss: 0.1, grad_norm: 1.5, lr: 1e-4, tokens: 2048, seconds: 0.5, data_wait_seconds: 0 };
   expect(progressLine(report, 100, 0.5)).toBe("step   3/100  loss 5.2500  grad norm 1.500  lr 1.00e-4  4,096 tokens/s  49 s left");
   const scaled = { ...report, loss_scale: 65536, skipped: false };

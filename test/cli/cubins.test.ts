@@ -35,7 +35,7 @@ function standInNvcc(): void {
   vi.stubEnv("RANKC_NVCC", path);
 }
 
-test("cubins are made but for those that are known, sealed with the plan, and found again", async () => {
+test("nvcc compiles only missing cubins; they are sealed with the plan and read back", async () => {
   standInNvcc();
   const known = (file: string) => (file === first.cubin ? Buffer.from("known") : undefined);
   const cubins = await makeCubins(units, { arch: "sm_90a", options: [], onProgress: () => {}, known });

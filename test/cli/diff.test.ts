@@ -44,17 +44,17 @@ test("a plan does not differ from itself, compiled again or read back", () => {
   expect(printDiff(diffPlans(plan, again))).toBe("the plans are the same\n");
 });
 
-test("what a reader sees does not depend on whether the plan was just compiled or read back", () => {
+test("inspect and diff print the same for a compiled plan and for a plan read from a file", () => {
   expect(printPlanText(parsePlan(printPlan(plan), "plan.json"))).toBe(printPlanText(plan));
 });
 
-test("a change of the learning rate is a change of the job and of nothing that is done", () => {
+test("a change of the learning rate changes the job and no program", () => {
   const diff = diffPlans(plan, planOf("train.optimizer.lr=2.0e-3"));
   expect(diff.job).toEqual([{ path: "train.optimizer.lr", old: 0.001, new: 0.002 }]);
   expect(diff.summary).toEqual([]);
 });
 
-test("a change that repeats over layers and stages is said once", () => {
+test("a change that repeats over layers and stages is printed once", () => {
   const { program, summary } = diffPlans(plan, planOf("train.precision=bf16"));
   const router = program.filter((change) => change.id === "layers.*.moe.w1");
   expect(router).toHaveLength(1);
@@ -66,7 +66,7 @@ test("a change that repeats over layers and stages is said once", () => {
   );
 });
 
-test("turning it round turns added into removed, and old into new", () => {
+test("swapping the plans swaps added and removed, old and new", () => {
   const other = planOf("parallel.expert=1");
   const [there, back] = [diffPlans(plan, other), diffPlans(other, plan)];
   const names = (diff: typeof there, change: string) =>
@@ -80,7 +80,7 @@ test("turning it round turns added into removed, and old into new", () => {
   expect(there.summary.map((c) => [c.what, c.old, c.new])).toEqual(expect.arrayContaining(back.summary.map((c) => [c.what, c.new, c.old])));
 });
 
-test("with another number of stages a layer moves, it is not removed and made again", () => {
+test("with another number of stages a layer moves to another stage; it is not removed and added", () => {
   const { program } = diffPlans(plan, planOf("parallel.pipeline=1", "parallel.data=4"));
   const moved = program.find(
     (c) => c.phase === "forward" && c.id === "layers.*.attn.core" && c.differences.some((d) => d.what === "stage"),
@@ -125,7 +125,7 @@ test.each(["cpu", "webgpu:baseline", "cuda:sm_90a"])(
   },
 );
 
-test("every rank stands in its own groups on both grids", () => {
+test("every rank is a member of its own groups on both grids", () => {
   for (let rank = 0; rank < plan.mesh.world; rank++) {
     const { axes } = inspectRank(plan, rank);
     for (const { axis, coordinate, size, group } of axes) {
@@ -135,7 +135,7 @@ test("every rank stands in its own groups on both grids", () => {
   }
 });
 
-test("1F1B, drawn: a stage waits for the one before it, and backward for the one after", () => {
+test("the picture of 1F1B: forward follows the previous stage, backward the next stage", () => {
   const orders = ["F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"];
   expect(drawSchedule(orders.map(blockRuns), 1).rows.join("\n")).toMatchInlineSnapshot(`
     "stage 0 | F0 F1 .  .  B0 -- F2 B1 -- .  B2 --

@@ -93,7 +93,7 @@ test("every file that a page names exists", () => {
 });
 
 // one after the other: a command reads what an earlier one wrote
-test.each(runnable)("the commands of %s end as it says, and print what it shows", { timeout: 600_000 }, (page) => {
+test.each(runnable)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000 }, (page) => {
   let printed: string[] | undefined;
   for (const { kind, text, line } of blocksOf(page)) {
     if (kind === "yaml" && /^name:/m.test(text)) {

@@ -82,7 +82,7 @@ test("the balancing loss of DeepSeek's configs is aux_loss_alpha and seq_aux, an
   expect(complaint(() => importHf({ ...lite, aux_loss_alpha: "x" }, "a"))).toContain('aux_loss_alpha is "x"; expected a number');
 });
 
-test("kimi_k2 is deepseek_v3 under its own name, down to what it must hold", () => {
+test("kimi_k2 is deepseek_v3 under another name", () => {
   const kimi = read("moonshotai--Kimi-K2-Instruct") as object;
   expect(modelOf(kimi)).toEqual(modelOf({ ...kimi, model_type: "deepseek_v3" }));
   expect(complaint(() => importHf({ ...kimi, topk_method: "greedy" }, "a"))).toMatch(/this kimi_k2 config.*\n.*topk_method "greedy"/);
@@ -118,13 +118,13 @@ test("a window shorter than the model's context is a limit on model.seq", () => 
   expect(complaint(() => notes({ layer_types: ["full_attention", "linear_attention"] }))).toContain('layer_types "linear_attention"');
 });
 
-test.each(["rope_scaling", "rope_parameters", "quantization_config"])("%s that is no object is refused", (key) => {
+test.each(["rope_scaling", "rope_parameters", "quantization_config"])("%s that is not an object is refused", (key) => {
   const mistral = read("mistralai--Mistral-7B-v0.1") as object;
   for (const value of ["yarn", [4], 2]) expect(complaint(() => importHf({ ...mistral, [key]: value }, "a"))).toContain(`${key} is `);
   expect(importHf({ ...mistral, [key]: null }, "a").job.model.rope).toEqual(importHf(mistral, "a").job.model.rope);
 });
 
-test("the model of quantized weights is imported, and a note says what must be done with these", () => {
+test("the model of quantized weights is imported, with a note on converting them", () => {
   const fp8 = read("Qwen--Qwen3-30B-A3B-FP8") as object;
   expect(modelOf(fp8)).toEqual(modelOf({ ...fp8, quantization_config: undefined }));
   expect(importHf(fp8, "a").notes.join("\n")).toContain(
@@ -133,7 +133,7 @@ test("the model of quantized weights is imported, and a note says what must be d
   expect(importHf({ ...fp8, quantization_config: undefined }, "a").notes.join("\n")).not.toContain("quantiz");
 });
 
-test("many experts have a router in fp32, and a note says so", () => {
+test("many experts get a router in fp32, with a note", () => {
   const qwen = read("Qwen--Qwen3-235B-A22B") as object;
   expect(modelOf(qwen).moe?.router.precision).toBe("fp32");
   expect(importHf(qwen, "a").notes.join("\n")).toContain("logits of 128 experts are often equal in bf16");

@@ -69,7 +69,7 @@ test("old and new spellings of rope are one; dense families differ where transfo
   expect(modelOf({ ...rest, num_key_value_heads: null }).kv_heads).toBe(32);
 });
 
-test("everything that is not built here is said at once", () => {
+test("all unsupported features are reported together", () => {
   const wild = {
     ...config("olmoe-tiny"),
     hidden_act: "gelu",
@@ -237,7 +237,7 @@ test("wavelengths that are stretched are those of transformers, under the old na
   });
 });
 
-test("of GPT-OSS everything that is missing here is said", () => {
+test("the import of GPT-OSS lists every unsupported feature", () => {
   const gptOss = {
     ...{ model_type: "gpt_oss", hidden_size: 2880, intermediate_size: 2880, num_hidden_layers: 24, vocab_size: 201088, head_dim: 64 },
     ...{ num_attention_heads: 64, num_key_value_heads: 8, num_local_experts: 32, num_experts_per_tok: 4, sliding_window: 128 },
@@ -276,7 +276,7 @@ test("whatever a config holds, it becomes a valid job or a Trouble", () => {
   );
 });
 
-test("every imported text passes the check; of 47 billion parameters on one rank it says that they do not fit", () => {
+test("every imported job passes check, except that 47 billion parameters do not fit one rank", () => {
   const large = {
     ...config("mixtral-tiny"),
     hidden_size: 4096,
@@ -289,7 +289,7 @@ test("every imported text passes the check; of 47 billion parameters on one rank
   expect(codes(large)).toEqual(["C510"]);
 });
 
-test("the text is a job file that says what it assumed", () => {
+test("the text is a job file with its assumptions as comments", () => {
   const text = importHfText(llama, "llama-1b");
   expect(parse(text)).toEqual(importHf(llama, "llama-1b").job);
   expect(text).toMatchInlineSnapshot(`

@@ -124,7 +124,7 @@ describe("latent attention", () => {
     expect(jobOf({ ...latent, "rotary-scaling-factor": "40", "rope-type": "rope" }).model.rope.scaling).toBeNull();
   });
 
-  test("ignores kv-channels, and says so", () => {
+  test("ignores kv-channels, with a note", () => {
     const result = imported({ ...latent, "kv-channels": "64" });
     expect(complete(result).model.head_dim).toBe(192);
     expect(result.withoutEffect).toContainEqual(expect.objectContaining({ argument: "--kv-channels 64", keys: [] }));
@@ -241,7 +241,7 @@ describe("data", () => {
     expect(dataOf({ "data-path": "a" }).split).toEqual([969, 30, 1]);
   });
 
-  test("made-up data are a path to be set", () => {
+  test("mock data become a path that the user must set", () => {
     expect(dataOf({ "mock-data": "" })).toMatchObject({ path: "tokens.bin", order: "shuffled" });
   });
 });
@@ -497,7 +497,7 @@ describe("public recipes", () => {
     expect(complete(script("mixtral_8x7b_16gpu.sh", { variables: new Map([["NNODES", "4"]]) })).parallel.world).toBe(32);
   });
 
-  test("it is written as a person would: only what differs from rankc, with its source", () => {
+  test("the job contains only values that differ from rankc", () => {
     expect(script("mixtral_8x7b_16gpu.sh").text).toMatchInlineSnapshot(`
       "# yaml-language-server: $schema=schemas/job.schema.json
       # NNODES is 2: with the script's default of 1 there are 8 ranks, and the degrees need a multiple of 16.
@@ -667,7 +667,7 @@ describe("public recipes", () => {
 describe("the command", () => {
   const script = fixture("megatron/moonlight.sh");
 
-  test("prints the job alone to stdout, and the summary to stderr", async () => {
+  test("prints only the job to stdout, and the summary to stderr", async () => {
     const { exit, out, err } = await rankc("import", "megatron", "--world", "8", "--", ...wordsOf({}));
     expect([exit, JobText.safeParse(parse(out)).success]).toEqual([0, true]);
     expect(err).toContain("16 mapped, 1 without effect on the plan, 0 left out on request, 0 unsupported");

@@ -26,7 +26,7 @@ function troubleOf(act: () => void): Trouble {
 
 const linux = process.platform === "linux";
 
-describe("a place that cannot be written to", () => {
+describe("a location that is not writable", () => {
   const before = readdirSync(folder);
   const cases: readonly (readonly [string, () => void, RegExp])[] = [
     ["a folder that is a file", () => expectWritableFolder(at("file")), /file is a file, not a directory/],
@@ -69,7 +69,7 @@ test("a probe of what can be written leaves nothing", () => {
   expect(readFileSync(at("file"), "utf8")).toBe("here");
 });
 
-test("lines are added to what is there, or to nothing", () => {
+test("lines are appended to an existing file, or to a new one", () => {
   for (const [how, holds] of [
     ["new", "1\n"],
     ["append", "1\n1\n"],
@@ -82,7 +82,7 @@ test("lines are added to what is there, or to nothing", () => {
   }
 });
 
-test("a symbolic link stays, and its file is written; so does a device", () => {
+test("a write keeps a symbolic link and writes its target; devices are written directly", () => {
   symlinkSync(at("file"), at("link"));
   writeFile(at("link"), "there");
   expect([lstatSync(at("link")).isSymbolicLink(), readFileSync(at("file"), "utf8")]).toEqual([true, "there"]);

@@ -84,7 +84,7 @@ describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : 
     execFileSync("tar", ["-xf", out, "-C", there]);
   });
 
-  test("is small, and what is said of it is so", () => {
+  test("is small, and its reported size is correct", () => {
     const bytes = readFileSync(out);
     expect(packed).toMatchObject({
       out,
@@ -99,7 +99,7 @@ describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : 
   const run = (command: string, args: readonly string[], cwd: string) =>
     spawnSync("/usr/bin/env", ["-i", "PATH=/usr/bin:/bin", command, ...args], { cwd, encoding: "utf8" });
 
-  test("runs its plan from anywhere, with nothing in the environment", () => {
+  test("runs its plan from any folder, with an empty environment", () => {
     const here = run("./rankc", ["run", "plan", "--backend", "cpu", "--steps", "2"], there);
     expect([here.status, here.stdout], here.stderr).toEqual([0, expect.stringMatching(/^2 steps in .*, loss \d/)]);
     const link = join(work, "a link");
@@ -108,7 +108,7 @@ describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : 
     expect(JSON.parse(elsewhere.stdout), elsewhere.stderr).toMatchObject({ steps: 1 });
   });
 
-  test("holds the native packages of this system, and of no other", () => {
+  test("contains the native packages of this system only", () => {
     const packages = join(there, "lib/node_modules");
     expect(readdirSync(join(packages, "webgpu/dist"))).toEqual([`${process.platform}-${process.arch}`]);
     expect(readdirSync(join(packages, "@koromix"))).toEqual([`koffi-${process.platform}-${process.arch}`]);
@@ -117,7 +117,7 @@ describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : 
     expect(loaded.stdout, loaded.stderr).toBe("function true\n");
   });
 
-  test("holds the plan and what runs it; nothing of the workshop", () => {
+  test("contains the plan and its runtime; no sources, tests or tools", () => {
     expect(readdirSync(there).sort()).toEqual(["lib", "plan", "rankc", "tiny-mixtral"]);
     expect(readdirSync(join(there, "plan")).sort()).toEqual(["plan.json", "plan.txt"]);
     for (const name of ["typescript", "vitest", "tsx", "@types"])
@@ -127,7 +127,7 @@ describe.skipIf(noXz)(`a pack${noXz ? " (skipped: xz is not on this machine)" : 
   });
 });
 
-test("a corpus of ids is taken along with its index", () => {
+test("a corpus of ids is packed with its index", () => {
   const folder = join(work, "indexed");
   mkdirSync(folder);
   const data = { path: "ids.bin", format: "tokens", dtype: "u16", labels: null, tokenizer: "bytes", order: "sequential" } as const;
@@ -168,7 +168,7 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
   expect(() => [...tar([entry("f".repeat(101), false, "")])]).toThrow("too long");
 });
 
-test("the command says what it wrote, and what is left out", async () => {
+test("the command prints what it wrote, and what it omitted", async () => {
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
   // a corpus behind a symbolic link is taken where --data-dir asks for it
@@ -203,7 +203,7 @@ test("a kernel behind a symbolic link that leads out of the plan is not packed",
   expect(existsSync(out)).toBe(false);
 });
 
-describe("what cannot be packed is said before anything is written", () => {
+describe("errors are reported before anything is written", () => {
   const out = join(work, "no.tar.xz");
   test.each([
     ["another platform", { platform: "linux-riscv64" }, /Node for linux-riscv64 is not available/, 3],

@@ -48,7 +48,7 @@ beforeAll(() => {
 describe("the installed package", () => {
   const job = "node_modules/rankc/plans/tiny-dense/job.yaml";
 
-  test("holds what it needs and nothing of the workshop", () => {
+  test("contains what it needs; no sources, tests or tools", () => {
     expect(readdirSync(join(home, "node_modules/rankc")).sort()).toEqual([
       "LICENSE",
       "README.md",

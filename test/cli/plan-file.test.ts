@@ -91,7 +91,7 @@ describe("a plan as a file", () => {
     ["copies of key/value heads around a ring", { kv_heads: 1 }, { world: 8, tensor: 4, sequence: true, context: 2 }],
     ["parts without a layer", {}, { world: 3, pipeline: 3, layout: "E||tt||L|" }],
     ["several messages in flight", {}, { world: 2, pipeline: 2, layout: "E|t|t|L" }],
-  ])("a compiled plan with %s is read as it was written", (_, model, parallel) => {
+  ])("a compiled plan with %s is read back unchanged", (_, model, parallel) => {
     const made = compile(
       jobOf({
         name: "read",
@@ -129,7 +129,7 @@ describe("a plan as a file", () => {
     expect(printPlan(sealPlan(turned))).toBe(text);
   });
 
-  test.each(names)("the digest of %s moves with it, and no other but the plan's does", (name) => {
+  test.each(names)("a change of %s changes its digest and that of the plan, and no other's does", (name) => {
     const other = structuredClone(sections) as { -readonly [K in keyof Sections]: Sections[K] };
     const edits: { [K in (typeof names)[number]]: () => void } = {
       job: () => (other.job = { ...other.job, name: "other" }),
@@ -161,13 +161,13 @@ describe("a plan as a file", () => {
     expect(exit).toBe(2);
   });
 
-  test("a changed digest is not blamed on the section it is of", () => {
+  test("a changed digest is reported as such, not as a change of its section", () => {
     const digest = plan.digests.programs;
     const { message } = refusal(text.replace(digest, digest.replace(/^./, digest.startsWith("0") ? "1" : "0")));
     expect(message).toContain('section "digests" was changed');
   });
 
-  test("any flipped byte is refused in one line that says where", () => {
+  test("any flipped byte is refused with one line that names its place", () => {
     const bytes = Buffer.from(text);
     const flipped = fc.record({ at: fc.nat(bytes.length - 1), mask: fc.integer({ min: 1, max: 255 }) });
     fc.assert(
@@ -195,7 +195,7 @@ describe("a plan as a file", () => {
     expect(fix).toContain("newer rankc");
   });
 
-  test("a wrong shape under right digests is told by the schema", () => {
+  test("an invalid structure with correct digests is reported by the schema", () => {
     const wrong = sealPlan({ ...sections, memory: [{ ...sections.memory[0]!, peak: -1 }] });
     expect(refusal(printPlan(wrong)).message).toMatch(/not a valid plan: \/memory\/0\/peak must be >= 0/);
     const extra = sealPlan({ ...sections, toolchain: { ...sections.toolchain, extra: 1 } as Sections["toolchain"] });

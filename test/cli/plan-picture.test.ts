@@ -24,7 +24,7 @@ const pieces = (svg: string) =>
     ...{ x: Number(x), y: Number(y), width: Number(width) },
   }));
 
-test("every block of every stage stands where it runs", () => {
+test("every block of every stage is drawn at its time", () => {
   const { plan, svg } = drawn();
   const stages = timesOf(
     plan.programs.map((p) => p.order),

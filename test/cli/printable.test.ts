@@ -11,7 +11,7 @@ const hostile = "a\u001b[2J\u0007\u009b31m\u202etxt\u200b\u2028b";
 // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
 const acts = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e]/;
 
-test("what a terminal would obey is escaped by its number", () => {
+test("control characters are escaped as code points", () => {
   expect(printable(hostile)).toBe("a\\u{1b}[2J\\u{7}\\u{9b}31m\\u{202e}txt\\u{200b}\\u{2028}b");
   expect(printable("two\nlines\tand \ud800")).toBe("two\\nlines\\tand \\u{d800}");
   expect(printable("plain, größer, 模型 🙂")).toBe("plain, größer, 模型 🙂");
@@ -46,14 +46,14 @@ describe("what is printed", () => {
     expect(written.join("")).not.toMatch(acts);
   });
 
-  test("JSON holds what it held", () => {
+  test("JSON output is unchanged", () => {
     watch(process.stdout);
     printJson({ name: hostile });
     expect(JSON.parse(written.join(""))).toEqual({ name: hostile });
   });
 });
 
-test("a finding shows its line without what a terminal would obey", () => {
+test("a finding shows its line without control characters", () => {
   const at = { file: hostile, line: 1, col: 1, endCol: 3, lineText: hostile };
   const text = renderFindings([{ code: "X1", level: "error", title: "t", path: "p", found: hostile, why: "w", fix: hostile, at }], {
     color: false,

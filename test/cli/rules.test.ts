@@ -13,18 +13,18 @@ import { parallelOf } from "../support/job.ts";
 const sets = (changes: Changes): string[] => Object.entries(changes).map(([path, value]) => `${path}=${JSON.stringify(value)}`);
 const read = (text: string, set: readonly string[] = []) => readJob(text, "job.yaml", set);
 
-test("the smallest job is valid, and no rule speaks of it", () => {
+test("the smallest job is valid, without a finding", () => {
   const { job, findings } = read(smallest);
   expect(findings).toEqual([]);
   expect(job?.parallel.data).toBe(1);
 });
 
-test("there are at least 30 rules, each with a code of its own", () => {
+test("there are at least 30 rules with unique codes", () => {
   expect(rules.length).toBeGreaterThanOrEqual(30);
   expect(new Set(codes).size).toBe(codes.length);
 });
 
-test.each(rules.map((r) => [r.code, r] as const))("%s speaks on its own bad example, and no other rule does", (code, rule) => {
+test.each(rules.map((r) => [r.code, r] as const))("the bad example of %s violates that rule only", (code, rule) => {
   const { findings, job } = read(badJob(rule.bad));
   expect(findings.map((f) => f.code)).toEqual([code]);
   expect(job === undefined).toBe(rule.level === "error");
@@ -86,7 +86,7 @@ test("every code can be explained", () => {
   expect(explain("P999")).toBeUndefined();
 });
 
-test("a finding shows the keys that disagree, what was found, why, and the way out", () => {
+test("a finding shows the conflicting keys, the values, the reason and the fix", () => {
   const { findings } = read(`name: mixtral
 model: {layers: 2, hidden: 64, heads: 4, vocab: 256, seq: 64, moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}}}
 parallel:
@@ -162,7 +162,7 @@ function isBuilt(job: Parameters<typeof buildMesh>[0]): boolean {
   }
 }
 
-test("a grid that the rules let through can be built, and one they refuse cannot", () => {
+test("a grid can be built if and only if the rules accept it", () => {
   const degree = fc.constantFrom(1, 2, 3, 4, 6, 8);
   const grids = fc.record({
     tensor: degree,

@@ -32,7 +32,7 @@ test("CRLF line ends, a byte order mark and anchors do not move places", () => {
   expect(source.at("c.b")).toMatchObject({ line: 2, col: 6 });
 });
 
-test("what is wrong with a text is said in plain words", () => {
+test("faults of a text have plain messages", () => {
   expect(say("name: [a\nmodel: {}\n")[0]).toMatch(/^S001 /);
   expect(say("\tname: a\n")[0]).toMatch(/^S001 .*indent with spaces/);
   expect(say("name: a\nname: b\n")).toEqual([expect.stringMatching(/^S002 .*keep one of them/)]);
@@ -63,7 +63,7 @@ test("an unknown key is answered with the key that was meant", () => {
   expect(({} as Record<string, unknown>).a).toBeUndefined();
 });
 
-test("a misspelt key is one mistake, and the rules still speak in the same run", () => {
+test("a misspelt key is one finding, and rules still apply in the same run", () => {
   const text = smallest.replace("hidden: 16", "hiden: 16").replace("{world: 1}", '{world: "6", tp: 4}');
   expect(readJob(text, "j").findings.map((f) => `${f.code} ${f.path}`)).toEqual([
     "S010 model.hiden",
@@ -73,7 +73,7 @@ test("a misspelt key is one mistake, and the rules still speak in the same run",
   ]);
 });
 
-test("values of the wrong kind are answered with what is expected there", () => {
+test("values of the wrong type are reported with the expected type", () => {
   const text = `name: 3
 model: {layers: "32", hidden: 8.5, heads: 0, qk_norm: heads, vocab: [1], activation: relu, moe: {experts: 2, top_k: 1, rows_bound: wors}}
 train: {steps: 1, optimizer: {lr: 1_000, betas: [1]}}
@@ -140,14 +140,14 @@ test("no text makes the reader throw", () => {
   );
 });
 
-test("nothing from a file reaches the terminal as an escape, and long lines are cut around the caret", () => {
+test("no escape sequence of a file reaches the terminal, and long lines are shortened around the caret", () => {
   const { findings } = readJob(`name: a\n"bad\\e[31m": ${"x".repeat(5000)}\n`, "f");
   const text = renderFindings(findings, { color: false });
   expect(text).not.toContain("\u001b");
   expect(Math.max(...text.split("\n").map((l) => l.length))).toBeLessThan(130);
 });
 
-test("a file that is no job is trouble, told in one line", () => {
+test("a file that is not a job is a user error of one line", () => {
   const dir = mkdtempSync(join(tmpdir(), "rankc-"));
   const file = (name: string, content: string | Uint8Array) => {
     writeFileSync(join(dir, name), content);
@@ -171,7 +171,7 @@ test.each([
   ["mixtral-8x7b-16gpu", ["C504"]],
   ["tiny-mixtral", []],
   ["tiny-dense", []],
-])("plans/%s is a valid job; said of it: %j", (name, codes) => {
+])("plans/%s is a valid job with the findings %j", (name, codes) => {
   const { job, findings } = readJob(readFileSync(join(root, "plans", name, "job.yaml"), "utf8"), "job.yaml");
   expect(findings.map((f) => f.code)).toEqual(codes);
   expect(Job.parse(job)).toEqual(job); // nothing optional is left

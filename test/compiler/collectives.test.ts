@@ -106,7 +106,7 @@ test("context parallelism gathers keys and values, and scatters their gradients"
   expect(count(p, "backward")).toEqual({ "all_gather cp": 2, "reduce_scatter cp": 2 });
 });
 
-test("in a ring, keys and values go three places on of four; back with them their sums, four, home", () => {
+test("in a ring of four, keys and values are shifted three times, and their gradients four times", () => {
   const p = plan({ world: 4, context: 4, context_method: "ring" }, {});
   expect(count(p, "forward")).toEqual({ "ring cp": 6 });
   expect(count(p, "backward")).toEqual({ "ring cp": 6 + 8 });

@@ -221,7 +221,7 @@ describe("a plan that was changed and sealed again is refused", () => {
   });
 });
 
-describe("what no digest can be made of is refused by its section", () => {
+describe("a section without a canonical form is refused by name", () => {
   const text = sealed(draftOf("cpu"));
   test.each([
     ["a number beyond floats", text.replace(/"peak":\d+/, '"peak":1e400'), /^plan\.json: section "memory" holds a number beyond/],

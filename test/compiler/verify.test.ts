@@ -172,7 +172,7 @@ const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
 describe.each(Object.entries(meshes))("%s", (_, { programs, mesh }) => {
   const copy = (): Program[] => structuredClone(programs) as Program[];
 
-  test("as compiled, it stands", () => expect(() => verifyPrograms(copy(), mesh)).not.toThrow());
+  test("the compiled program passes", () => expect(() => verifyPrograms(copy(), mesh)).not.toThrow());
   test.each(Object.entries(spoiled))("%s", (_, [edit, says]) => {
     const spoiledPrograms = copy();
     edit(spoiledPrograms);
@@ -180,7 +180,7 @@ describe.each(Object.entries(meshes))("%s", (_, { programs, mesh }) => {
   });
 });
 
-test("two stages that would each send first, and have no room, are refused", () => {
+test("two stages that both send first, without room for messages, are refused", () => {
   const { programs, mesh } = meshes["1F1B over 4 stages of 2 ranks"];
   const late = structuredClone(programs) as Program[];
   // stage 1 takes nothing before all forwards of stage 0 are sent, for which there is no room

@@ -42,7 +42,7 @@ test.each([
     "shared experts, a latent width, a dense layer",
     ["model.moe.shared={ffn: 64, gate: true}", "model.moe.latent=32", "model.moe.layers=[0, 1]"],
   ],
-])("the types it asks for in half precision are those of a plan: %s", (_, sets) => {
+])("contract cases in half precision have the types of a plan: %s", (_, sets) => {
   const text = readFileSync(join(root, "plans/tiny-mixtral/job.yaml"), "utf8").replace("precision: fp32", "precision: bf16");
   const { plan } = compile(readJob(text, "job.yaml", sets).job!);
   const asked = (op: OpName) => new Set(mixtures(ops[op], "bf16").map((types) => Object.values(types).join(".")));
@@ -62,7 +62,7 @@ const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Exe
   },
 });
 
-test("a kernel that answers right passes; one that is off by a little, leaves a hole or writes to an input does not", async () => {
+test("a correct kernel passes; one with a small error, an unwritten element or a write to an input fails", async () => {
   for (const name of ["gemm", "rmsnorm_grad", "swiglu_rows", "permute", "top_k_mask", "adamw", "split_rows"] as const) {
     const [c] = casesOf(ops[name], "bf16");
     const run = (change: (all: Buffers) => void) => hold(answering(c!.want, change), made, c!);

@@ -98,13 +98,13 @@ async function planSources(name: string, arch: Arch): Promise<string[]> {
 
 describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () => {
   describe.each(archs)("for %s", (arch) => {
-    test.each(["bf16", "f16"] as const)("takes the sources of the contract, halves %s", full, (half) =>
+    test.each(["bf16", "f16"] as const)("compiles the sources of the contract, with %s", full, (half) =>
       expectClean(contractSources(arch, half), arch),
     );
 
     const plans = readdirSync(join(root, "plans"));
     for (const { options, rows } of byTier(plans, (name) => name === "tiny-dense" && arch === "sm_90a"))
-      test.each(rows)("takes the sources of plans/%s", options, async (name) => expectClean(await planSources(name, arch), arch));
+      test.each(rows)("compiles the sources of plans/%s", options, async (name) => expectClean(await planSources(name, arch), arch));
   });
 });
 
@@ -119,9 +119,9 @@ describe.skipIf(noNvrtc)(`NVRTC${noNvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`
   };
 
   // it knows no headers at all: what it takes needs none
-  test("takes the sources of plans/tiny-mixtral", async () => expectImage(await planSources("tiny-mixtral", "sm_90a"), "tiny-mixtral"));
+  test("compiles the sources of plans/tiny-mixtral", async () => expectImage(await planSources("tiny-mixtral", "sm_90a"), "tiny-mixtral"));
 
-  test("takes a generic lambda in a kernel", () =>
+  test("compiles a generic lambda in a kernel", () =>
     expectImage(
       [`extern "C" __global__ void twice(float* x) { auto add = [&](auto& to, auto by) { to += by; }; add(x[threadIdx.x], x[0]); }`],
       "twice",

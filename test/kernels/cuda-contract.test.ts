@@ -70,7 +70,7 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
     }),
   );
   describe.each(groups.map((group, n) => ({ group, n })))("group $n", ({ group, n }) => {
-    test.each(group)("%s does what its reference does", async (op) => {
+    test.each(group)("%s equals its reference", async (op) => {
       const here = prepared[n]!();
       // g++ compiles the next group while this one runs; its own tests report its errors
       prepared[n + 1]?.().catch(() => undefined);

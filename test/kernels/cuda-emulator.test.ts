@@ -48,7 +48,7 @@ describe.skipIf(missing)(`the emulator${missing ? ` (skipped: ${missing})` : ""}
     ["reversed", a.map((x) => (x < 32 ? 31 - x : 95 - x))],
     ["summed", a.map((x) => (x < 32 ? 496 : 1520))],
     ["late", a],
-  ] as const)("runs a kernel that is right: %s", async (name, want) => {
+  ] as const)("runs a correct kernel: %s", async (name, want) => {
     expect(await run(name)).toEqual([...want]);
   });
 
@@ -62,7 +62,7 @@ describe.skipIf(missing)(`the emulator${missing ? ` (skipped: ${missing})` : ""}
     ["lastWins", "y depends on the order of threads or blocks"],
     // a copy is made no earlier than it is waited for
     ["early", "y depends on the order of threads or blocks"],
-  ] as const)("says what is wrong: %s", async (name, message) => {
+  ] as const)("reports the fault: %s", async (name, message) => {
     await expect(run(name)).rejects.toThrow(message);
   });
 });

@@ -47,7 +47,7 @@ emulated(`Hopper's products${note}`, () => {
   const low = { rows: 64, columns: 128 } as const;
   const rows = [130, 0, 17, 128, 1, 200];
 
-  test("dense: one tile and several, tails in every dim, sums onto what is there", () =>
+  test("dense: one tile and several, remainders in every dim, addition to existing values", () =>
     holdAll([
       held("a0", "gemm", { S: 128, K: 64, N: 64 }, false, { tile: small, stages: 2 }),
       held("a1", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }),
@@ -77,7 +77,7 @@ emulated(`Hopper's products${note}`, () => {
       held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
     ]));
   const turns = { rows: 128, columns: 64, alternates: true } as const;
-  test("warpgroups that alternate: tiles even and odd in number, experts without rows, tails of the depth", () =>
+  test("alternating warpgroups: even and odd numbers of tiles, experts without rows, remainders of the depth", () =>
     holdAll([
       held("w0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: turns, stages: 3 }),
       held("w1", "gemm_dgrad", { S: 300, K: 200, N: 136 }, false, { tile: turns, stages: 2 }),
@@ -114,7 +114,7 @@ emulated(`Hopper's products${note}`, () => {
     held("c8", "gemm_dgrad", { S: 400, K: 264, N: 8 }, false, { tile: wide, stages: 4, cluster: 2, blocks: 4 }),
   ];
   // also what hardware may do: blocks of a cluster drift apart, and what they tell each other comes late
-  test("clusters of two blocks, which share b where they can; in any order", () =>
+  test("clusters of two blocks share b where possible, in any order of execution", () =>
     isFull ? holdAll(clusters(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]) : holdAll(clusters().slice(3, 6), [0, 1, 2]));
 
   const rowsOf = (S: number, name: string) => held(name, "gemm", { S, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 });
@@ -123,19 +123,23 @@ emulated(`Hopper's products${note}`, () => {
     return { ...c, made: { ...c.made, source: c.made.source.replace(text, other) } };
   };
   test.each([
-    ["a neighbour that has ended is not answered for", without(rowsOf(300, "h0"), "neighbour ? u32(lane) : rank", "u32(lane)"), /deadlock/],
     [
-      "blocks of a cluster walk unequal depths",
+      "no arrival in place of a neighbour without tiles",
+      without(rowsOf(300, "h0"), "neighbour ? u32(lane) : rank", "u32(lane)"),
+      /deadlock/,
+    ],
+    [
+      "blocks of a cluster have unequal depths",
       // experts run by falling depth: 7 steps beside 2
       held("h1", "grouped_wgrad", { K: 72, N: 72, rows: [400, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
       /deadlock|more arrivals/,
     ],
     [
-      "a block ends while its neighbour still arrives at it",
+      "a block exits before its neighbour's last arrival",
       without(rowsOf(256, "h2"), "  __syncwarp();\n  if constexpr (CLUSTER > 1) clusterBarrier();\n}", "}"),
       /a block that has ended/,
     ],
-  ])("what would hang is seen: %s", async (_, c, message) => {
+  ])("a hang is detected: %s", async (_, c, message) => {
     for (const order of [0, 1, 2, 3]) await expect(hold(cudaEmulator([c], [order]), c.made, c), `order ${order}`).rejects.toThrow(message);
   });
 });
@@ -195,7 +199,7 @@ emulated(`f32 arithmetic${note}`, () => {
 });
 
 emulated(`f32 arithmetic in parts of the depth${note}`, () => {
-  test("sums of the parts are added in order, onto what is there where it is kept", () =>
+  test("the sums of the parts are added in order, and to existing values if the output accumulates", () =>
     holdAll(
       [
         { name: "p0", op: "gemm_wgrad", sizes: { S: 150, K: 72, N: 24 }, adds: false },

@@ -80,7 +80,7 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     await hold(cudaEmulator([{ use: c.use, made }]), made, c);
   };
 
-  test("embed_grad adds up lists longer than a block holds", async () => {
+  test("embed_grad sums lists that are longer than a block", async () => {
     const [B, S, V, D] = [1, 5000, 300, 8];
     // one id has nearly all tokens, and others come in between
     const ids = Int32Array.from({ length: S }, () => (next() < 0.9 ? 7 : Math.floor(150 * (next() + 1))));
@@ -88,7 +88,7 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     await holds({ op: "embed_grad", d: { B, S, V, D }, data, accumulates: ["dtable"] });
   });
 
-  test("rope keeps its precision a million positions on", async () => {
+  test("rope keeps its precision at a million positions", async () => {
     const [B, S, H, C] = [1, 6, 3, 64];
     const data = { x: noise(B * S * H * C), y: new Float32Array(B * S * H * C) };
     await holds({

@@ -41,8 +41,8 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
   };
   for (const { options, rows } of byTier(Object.entries(made), ([arch]) => arch === "sm_100a"))
-    test.each(rows)("%s: products in one file keep all they work on in registers", options, staysInRegisters);
-  test.each(Object.entries(f16))("%s: so do those of f16", full, staysInRegisters);
+    test.each(rows)("%s: products compile without register spills", options, staysInRegisters);
+  test.each(Object.entries(f16))("%s: products of f16 compile without register spills", full, staysInRegisters);
 
   const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
   // eight ranks' keys here, or another rank's
@@ -78,7 +78,9 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
       }),
     );
   const both = archs.flatMap((arch) => [[arch, "bf16"] as const, [arch, "f16"] as const]);
-  test.each(both)("%s: so does attention in %s", full, (arch, half) => staysInRegisters(arch, attentions(arch, half)));
+  test.each(both)("%s: attention in %s compiles without register spills", full, (arch, half) =>
+    staysInRegisters(arch, attentions(arch, half)),
+  );
 });
 
 async function staysInRegisters(arch: string, kernels: readonly GeneratedKernel[]): Promise<void> {

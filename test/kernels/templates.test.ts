@@ -22,11 +22,11 @@ function errorsOfCaller(templates: readonly Template[], name: string, values: st
   return caller.getPreEmitDiagnostics().map((d) => d.getMessageText().toString());
 }
 
-test("the bindings are those of the templates as they are (tsx templates/generate.ts writes them)", () => {
+test("the bindings match the templates (tsx templates/generate.ts writes them)", () => {
   expect(readFileSync(file("templates/bindings.ts"), "utf8")).toBe(writeBindings(readTemplates()));
 });
 
-test("a template that names a value nobody supplies does not compile", () => {
+test("a template with a missing value does not compile", () => {
   const source = "fn {{name}}({{#each args}}{{type}} {{@index}},{{/each}}) {{#if fast}}{{../name}}{{this.size}}{{/if}}";
   const values = '{ name: "f", args: [{ type: "f32" }], fast: true, size: 4 }';
   expect(errorsOfCaller([{ name: "wgsl/f", source: source.replace("../", "") }], "wgsl/f", values)).toEqual([]);

@@ -49,7 +49,7 @@ describe.each(table.map((o) => [o.name, o] as const))("%s", (name, op) => {
     }
   });
 
-  test("the same use makes the same kernel, with all its names its own", () => {
+  test("equal specs give equal kernels, whose names are unique", () => {
     for (const { use, made } of cases()) {
       expect(wgslKernels[name](use, "f16")).toEqual(made);
       for (const l of made.launches) expect(l.entry === use.name || l.entry.startsWith(`${use.name}_`), l.entry).toBe(true);

@@ -161,7 +161,7 @@ async function compiled(made: GeneratedKernel, profile: Profile): Promise<string
   return [...messages.map((m) => `${m.lineNum}:${m.linePos} ${m.message}`), ...(wrong ? [wrong.message] : [])];
 }
 
-test("large products take large tiles, small ones are cut small", () => {
+test("large products use large tiles, small ones small tiles", () => {
   const tileOf = (op: OpName, sizes: Sizes, tiles: Parameters<typeof tilingOf>[1] = plainTiles) => {
     const { tile, parts } = tilingOf(productOf(useOf(op, sizes, "f16")), tiles);
     return `${tile.bm}x${tile.bn}${parts > 1 ? ` in ${parts}` : ""}`;

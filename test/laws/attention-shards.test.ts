@@ -64,7 +64,7 @@ function close(have: Arrays, want: Arrays): void {
   for (const [name, x] of Object.entries(want)) expect(distance(have[name]!, x), name).toBeLessThan(1e-5);
 }
 
-test("in zigzag order every position stands once, and all ranks see as many keys", () => {
+test("in zigzag order every position occurs once, and all ranks attend to equally many keys", () => {
   law(
     fc.property(size, size, (block, ranks) => {
       const all = Array.from({ length: 2 * block * ranks }, (_, i) => positionOf(i, block, ranks));
@@ -79,7 +79,7 @@ test("in zigzag order every position stands once, and all ranks see as many keys
   expect(Array.from({ length: 4 }, (_, i) => positionOf(i + 6, 0, 4))).toEqual([6, 7, 8, 9]);
 });
 
-test("on tokens in zigzag order attention and its gradient are those of the plain order", () => {
+test("attention and its gradient in zigzag order equal those in plain order", () => {
   law(
     fc.property(layouts, fc.integer(), (l, seed) => {
       const plain = given(l, seed);
@@ -89,7 +89,7 @@ test("on tokens in zigzag order attention and its gradient are those of the plai
   );
 });
 
-test("attention to pieces of the keys, merged one after the other, is attention to all; the gradients' sums are the gradients", () => {
+test("attention to shards of the keys, merged in sequence, equals attention to all keys; the gradients' sums are the gradients", () => {
   law(
     fc.property(layouts, fc.constantFrom(0, 1), fc.integer(), fc.nat(), fc.nat(), fc.nat(), (l, zigzag, seed, a, b, s) => {
       const chunk = zigzag * l.block;
@@ -124,7 +124,7 @@ test("attention to pieces of the keys, merged one after the other, is attention 
   );
 });
 
-test("a query that sees no key of a piece has o = 0 and lse = −∞, and takes nothing from a merge", () => {
+test("a query without keys in a shard has o = 0 and lse = −∞, which a merge ignores", () => {
   const l: Layout = { B: 1, G: 1, M: 1, C: 2, W: 3, tokens: 4, block: 1, ranks: 2 };
   const all = given(l, 1);
   const blind = ran(attentionPart, l, 0, all, [0, 2], [2, 4]);

@@ -103,7 +103,7 @@ test("the ops around a collective are those of rearrange.ts", () => {
   expect(transportOps).toEqual(Object.values(transport).flatMap((o) => (typeof o === "object" ? o.name : [])));
 });
 
-test("what each op allows to cut", () => {
+test("the dims along which each op may be sharded", () => {
   const text = Object.values(ops).map((o) => `${o.name}: ${cuttable(o).join(" ")}${o.reduction ? ` (${o.reduction})` : ""}`);
   expect(text.join("\n")).toMatchInlineSnapshot(`
     "gemm: B S K N
@@ -272,7 +272,7 @@ test("an inner factor comes from the attributes, and its dim from what is left o
   expect(o.sizes).toEqual([1, 4, 30]);
 });
 
-test("a ragged value has its slots first, and keeps how many rows a token has", () => {
+test("a ragged value has its rows first and keeps the number of rows per token", () => {
   const r = moe.permute.of({ x: input("x", 2, 4, 6), c: input("c", 2, 4, 8) }, { k: 2 });
   expect([r.sizes, r.ragged, r.fanout]).toEqual([[2, 4, 8, 6], 3, 2]);
   const y = add.of({ a: r, b: r });

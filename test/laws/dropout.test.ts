@@ -36,7 +36,7 @@ const correlation = (a: Float32Array, b: Float32Array): number => {
 
 describe("statistics", () => {
   // 65,536 draws: a share is off by 0.002 at one standard deviation
-  test.each([0.1, 0.5, 0.9])("of elements, %f are dropped, and the others make up for them", (drop) => {
+  test.each([0.1, 0.5, 0.9])("a fraction %f of the elements is dropped, and the others are scaled to keep the mean", (drop) => {
     const y = ofOnes(dropout, { drop });
     const kept = y.filter((v) => v !== 0);
     expect(Math.abs(1 - kept.length / y.length - drop)).toBeLessThan(0.01);
@@ -51,7 +51,7 @@ describe("statistics", () => {
     for (const share of bins) expect(Math.abs(share - 1 / 8)).toBeLessThan(0.01);
   });
 
-  test("neighbouring channels and tokens, other sequences, places of the model and seeds know nothing of each other", () => {
+  test("neighbouring channels and tokens, sequences, sites of the model and seeds are independent", () => {
     const y = ofOnes(dropout, { drop: 0.3 });
     const others = {
       channel: y.slice(1),
@@ -70,7 +70,7 @@ describe("statistics", () => {
   });
 });
 
-test("attention that drops nothing is attention; what it drops, its gradient leaves out, too", () => {
+test("attention with dropout 0 is attention; the gradient drops the same weights", () => {
   const d = { B: 2, S: 12, U: 12, G: 2, M: 2, C: 6, W: 5, scale: 0.4, chunk: 0, ranks: 1 };
   const next = random(3);
   const draw = (n: number) => Float32Array.from({ length: n }, () => 2 * next());
@@ -128,7 +128,7 @@ test("a model's gradient is its slope, with what is left out", async () => {
   for (const [name, error] of errors) expect(error, name).toBeLessThan(5e-3);
 });
 
-test("losses depend on the seed, and on no mesh, microbatch, ring, or forward that is repeated", async () => {
+test("losses depend on the seed; not on mesh, microbatches, ring or recomputation", async () => {
   const want = await losses(jobWith(some));
   const kinds: readonly (readonly [object, object])[] = [
     [{}, { micro_batch: 4 }],
@@ -149,7 +149,7 @@ test("losses depend on the seed, and on no mesh, microbatch, ring, or forward th
   expect(await losses(jobWith({ moe: { ...moe, router: { ...moe.router, jitter: null } } }))).not.toEqual(want);
 });
 
-test("where nothing is random no plan asks for the number of a sequence", () => {
+test("a plan without randomness has no sequence numbers as input", () => {
   for (const [model, asked] of [
     [{ moe: { ...moe, router: { ...moe.router, jitter: null } } }, false],
     [{ dropout: { attention: 0, hidden: 0 } }, false],

@@ -88,7 +88,7 @@ describe("batch-size ramp-up", () => {
     return sizes;
   };
 
-  test("grows by samples read, over as many, by equal steps", () => {
+  test("grows in equal increments with the samples read", () => {
     expect(played(ramp, 12)).toEqual([8, 8, 8, 8, 16, 16, 24, 24, 32, 32, 32, 32]);
     expect(phasesOf(ramp)).toEqual([
       { batch: 8, from: 0, steps: 4 },
@@ -99,7 +99,7 @@ describe("batch-size ramp-up", () => {
     expect([0, 1, 5, 8, 10].map((steps) => samplesOf(ramp, steps))).toEqual([0, 8, 48, 112, 176]);
     expect(lengthOf({ ...ramp, steps: 10 })).toBe(176 / 32);
   });
-  test("phase by phase it is what it is step by step", () => {
+  test("phases give the same batches as single steps", () => {
     const ramps = fc.record({
       start: fc.integer({ min: 1, max: 40 }),
       increment: fc.integer({ min: 1, max: 30 }),
@@ -150,12 +150,12 @@ describe("Megatron Core's loss scale", () => {
   const how = { initial: 64, growth: 2, growth_interval: 3, backoff: 0.5, hysteresis: 2, min: 4 };
 
   test("a number stays", () => expect(scales(8, "--++--")).toEqual([8, 8, 8, 8, 8, 8, 8]));
-  test("the first overflow is forgiven, and no further one until the scale has grown", () => {
+  test("the first overflow is ignored, and no further one until the scale has grown", () => {
     expect(scales(how, "---")).toEqual([64, 64, 32, 16]);
     expect(scales(how, "-++-++-")).toEqual([64, 64, 64, 64, 32, 32, 32, 16]);
     expect(scales(how, "-+++--")).toEqual([64, 64, 64, 64, 128, 128, 64]);
   });
-  test("it grows after so many steps in a row, counted anew after each overflow and each growth", () => {
+  test("the scale grows after a number of consecutive steps, counted from the last overflow or growth", () => {
     expect(scales(how, "+++++++")).toEqual([64, 64, 64, 128, 128, 128, 256, 256]);
     expect(scales(how, "++-++-+++")).toEqual([64, 64, 64, 64, 64, 64, 32, 32, 32, 64]);
   });
@@ -163,7 +163,7 @@ describe("Megatron Core's loss scale", () => {
     expect(scales(how, "-------").at(-1)).toBe(4);
     expect(scales({ ...how, initial: 2 ** 99, growth_interval: 1 }, "+++").at(-1)).toBe(2 ** 100);
   });
-  test("a step that overflows trains on nothing: schedules and updates stand still, the text goes on", () => {
+  test("an overflowing step changes no parameter and no schedule, but consumes its data", () => {
     const job = jobWith({ precision: "fp16", loss_scale: how }, { schedule: "linear", warmup_steps: 10 });
     const course = trainingSchedule(job);
     const legs = (["updated", "overflowed", "overflowed", "updated"] as const).map((outcome) => {

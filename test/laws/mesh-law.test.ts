@@ -260,7 +260,7 @@ describe("on grids that do not nest", () => {
       expect(hasSeparateGrids(buildMesh(job))).toBe(true);
       same(await numbers(job), await reference(text(model, { world: 1 }, { global_batch: 12 })));
     });
-  test("what an expert has room for is the same where the sequence is cut the same way", async () => {
+  test("the capacity of an expert depends only on the sharding of the sequence", async () => {
     const model = shape({ ...thirds, moe: { ...moeOfThirds, capacity: { factor: 1, pad: true } } });
     const [got, want] = [{ world: 6, expert: 3 }, { world: 2 }].map((p) =>
       numbers(jobOf(text(model, { tensor: 2, sequence: true, ...p }, { global_batch: 12, micro_batch: 2 }))),
@@ -306,7 +306,7 @@ describe.each(["microbatch", "token"])(
   },
 );
 
-test("labels, and what they are weighed by, change what is learnt", full, async () => {
+test("labels and their weights change the result", full, async () => {
   const model = shape({ moe });
   const losses = [
     await reference(text(model, { world: 1 })),
@@ -318,7 +318,7 @@ test("labels, and what they are weighed by, change what is learnt", full, async 
 });
 
 // an expert has room for so many of the tokens of one rank, as in Megatron Core: it matters in how many pieces the sequence is cut
-describe("with a capacity, where the sequence is cut the same way", () => {
+describe("with a capacity, for equal shardings of the sequence", () => {
   const pieces: readonly Parallel[][] = [
     [{ world: 1 }, { world: 8, pipeline: 2, expert: 4, distributed_optimizer: true }, { world: 4, expert: 2, expert_tensor: 2 }],
     [
@@ -599,7 +599,7 @@ ${stringify(counterexample![0].job)}`);
   enough(steps);
 });
 
-test("any choice of dims gives the same numbers: the rules decide cost, not truth", async () => {
+test("any choice of dims gives the same numbers: the rules decide cost only", async () => {
   const router = {
     score: "sigmoid",
     expert_bias: true,

@@ -27,8 +27,8 @@ const jobWith = (model: object = {}, parallel: object = {}, train: object = {}, 
     data: { path: "corpus.txt", order: "shuffled", ...data },
   });
 
-describe("what the host makes for it", () => {
-  test("sequences end where they end: no depth looks into the next", () => {
+describe("inputs made on the host", () => {
+  test("no depth reads beyond its sequence", () => {
     const whole = Int32Array.of(1, 2, 3, 4, 5, 6, 7, 8);
     expect([...shiftLeft(whole, 4, 1, 0)]).toEqual([2, 3, 4, 0, 6, 7, 8, 0]);
     expect([...shiftLeft(whole, 4, 3, N)]).toEqual([4, N, N, N, 8, N, N, N]);
@@ -108,7 +108,7 @@ test("layers of the kind of the last one: experts where the model ends in expert
   expect(names({ layers: [1, 0] })).toEqual([...own, "w1", "w3", "w2", "norm"]);
 });
 
-test("it stands in the last stage with a copy of the embedding, or where a layout says, and the head elsewhere", () => {
+test("it is in the last stage with a copy of the embedding, or where a layout places it, with the head elsewhere", () => {
   const on = (layout: string | null, model: object = {}) => {
     const { plan } = compile(jobWith({ layers: 4, ...model }, { world: 4, pipeline: 4, layout }));
     const all = inspectPlan(plan);

@@ -15,7 +15,7 @@ const law = (p: Parameters<typeof fc.assert>[0], numRuns = 10) => fc.assert(p as
 // Sums of up to some hundred f32 products, in two orders: 2^-24 each, at most 100 of them.
 const ROUNDING = 1e-5;
 
-describe("a cut run put together is the whole", () => {
+describe("the shards of a sharded op, combined, equal the op", () => {
   test.each(table.map((o) => [o.name, o] as const))("%s", (_, o) => {
     law(
       fc.property(seed, fc.nat(), order, (s, at, chunk) => {
@@ -29,7 +29,7 @@ describe("a cut run put together is the whole", () => {
   });
 });
 
-describe("the gradient run through its ops is the measured slope", () => {
+describe("the gradient equals the measured slope", () => {
   test.each(table.filter((o) => o.grad).map((o) => [o.name, o] as const))("%s", (_, o) => {
     law(fc.property(seed, fc.constantFrom(0, 1), order, (s, normalize, chunk) => slope(makeCase(o, s, { normalize, chunk }), s)));
   });
@@ -45,7 +45,7 @@ test("a node of an op with a formula refers to the op of the table itself: passe
   }
 });
 
-test("a gradient that is off by a little is caught", () => {
+test("a gradient with a small error is detected", () => {
   const wrong: AnyOp = { ...ops.rmsnorm, grad: (t, g, a) => ops.rmsnorm.grad!(t, g, { ...a, eps: 1.1 * a.eps! }) };
   expect(() => slope(makeCase(wrong, 1), 1)).toThrow("rmsnorm: the slope is");
 });
@@ -144,7 +144,7 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
   `);
 });
 
-test("in bf16 a gradient has the type of its value, but of a parameter it is f32", () => {
+test("in bf16 a gradient has the type of its value; gradients of parameters are f32", () => {
   // a router's probabilities and what the loss is made of are f32 in any job
   const always = ["p", "s", "m", "n", "l", "weight"];
   for (const o of table.filter((t) => t.grad)) {
@@ -155,7 +155,7 @@ test("in bf16 a gradient has the type of its value, but of a parameter it is f32
   }
 });
 
-test("gradients of parameters add to what is there: microbatches need no buffer of their own", () => {
+test("gradients of parameters accumulate: microbatches share one buffer", () => {
   const sums = table.filter((o) => o.outputs.some((out) => /^d(w|gain|table|bias)$/.test(out.name)));
   expect(sums.length).toBeGreaterThan(4);
   for (const o of sums) {
@@ -216,7 +216,7 @@ test("what is declared linear in one input is", () => {
   for (const [o, name] of linear) expectLinear(o, [name]);
 });
 
-test("rows are the (b,s,e) with a one in the map, by expert, sequence and token; the count needed is told even past the bound", () => {
+test("rows are the (b,s,e) with a one in the map, by expert, sequence and token; the needed count is stored even above the bound", () => {
   for (const o of table.filter((t) => t.rows)) {
     const c = makeCase(o, 7);
     const rows = new Int32Array(c.rows.length);
@@ -245,7 +245,7 @@ test("of equal scores the lower expert is chosen; one whose weight underflowed t
   expect(run([1, 0, 0, 0])).toEqual({ y: [1, 0, 0, 0], dp: [0, -1, 0, 0], rows: 2 });
 });
 
-test("loads by force are even, and go on from one piece of the tokens to the next", () => {
+test("forced loads are balanced, and continue from one shard of the tokens to the next", () => {
   const of = (B: number, S: number, b0: number, s0: number, order = { chunk: 0, ranks: 1 }) => {
     const c = new Float32Array(B * S * 6);
     const starts: Readonly<Record<string, number>> = { B: b0, S: s0 };

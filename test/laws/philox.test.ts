@@ -23,7 +23,7 @@ test.each(known)("counter %s, key %s gives %s", (counter, key, words) => {
   expect([...out].map((word) => word.toString(16).padStart(8, "0")).join(" ")).toBe(words);
 });
 
-test("a key is FNV-1a of seed and name: both count", () => {
+test("a key is FNV-1a of seed and name", () => {
   // the hash of eight zero bytes alone is the offset basis times prime^8
   const prime = 0x100000001b3n;
   const zero = BigInt.asUintN(64, 0xcbf29ce484222325n * prime ** 8n);
@@ -32,7 +32,7 @@ test("a key is FNV-1a of seed and name: both count", () => {
   expect(new Set(keys.map(String)).size).toBe(keys.length);
 });
 
-test("however a range is cut, each global element is the same", () => {
+test("each global element is the same under any sharding", () => {
   // the last start is past 2^32 blocks, where the counter carries into its second word
   const origin = fc.oneof(fc.nat(50), fc.integer({ min: 2 ** 34 - 50, max: 2 ** 34 }));
   fc.assert(

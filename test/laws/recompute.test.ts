@@ -48,7 +48,7 @@ describe.each(Object.entries(meshes).map(([name, parallel], n) => ({ name, paral
   let whole: ReturnType<typeof train> | undefined;
   // each way on one of the meshes, on the fast tier
   for (const { options, rows } of byTier(Object.entries(ways), (_, i) => i % 3 === n))
-    test.each(rows)("%s made again: the same bits, less memory, more flops", options, async (_, recompute) => {
+    test.each(rows)("recomputation of %s: the same bits, less memory, more flops", options, async (_, recompute) => {
       const [kept, made] = [await (whole ??= train(jobWith({ mode: "none" }, parallel))), await train(jobWith(recompute, parallel))];
       expect(kept.again).toEqual([]);
       expect(made.again.length).toBeGreaterThan(0);
@@ -60,7 +60,7 @@ describe.each(Object.entries(meshes).map(([name, parallel], n) => ({ name, paral
     });
 });
 
-test("of latent attention the latents are kept, and what heads make of them is made again", async () => {
+test("of latent attention the latents are stored, and their projections are recomputed", async () => {
   const model = { kv_heads: 8, head_dim: 10, mla: { q_rank: 10, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 } };
   const parallel = { world: 4, tensor: 2, sequence: true };
   const jobs = [{ mode: "none" }, { mode: "selective", modules: ["mla_up_proj"] }].map((how) => jobWith(how, parallel, null, model));
@@ -82,7 +82,7 @@ test("of latent attention the latents are kept, and what heads make of them is m
   `);
 });
 
-test("full recomputation keeps what enters a layer, and nothing between", () => {
+test("full recomputation stores only the inputs of layers", () => {
   const { plan } = compile(jobWith({ mode: "full" }, {}, null));
   const kept = plan.programs[0]!.buffers.filter((b) => b.kind === "activation").map((b) => b.id);
   // the tokens, what enters each layer, and what the head and the loss take
@@ -95,7 +95,7 @@ test("a dense model's feed-forward part, by name", async () => {
 });
 
 // as in Megatron Core: `uniform` makes each of these layers again, `block` none
-test("of multi-token prediction what depths take and give is kept, and named modules and whole layers are made again", async () => {
+test("of multi-token prediction the inputs and outputs of depths are stored; named modules and whole layers are recomputed", async () => {
   const model = { mtp: { layers: 2, coeff: 0.3 } };
   for (const parallel of [...(isFull ? [{}] : []), meshes["two stages of two chunks, expert 2"]]) {
     const kept = await train(jobWith({ mode: "none" }, parallel, {}, model));

@@ -29,7 +29,7 @@ const job = (parallel: object) =>
   });
 const sixRanks = { world: 6, tensor: 2, sequence: true, expert: 3 };
 
-test("tokens and the map, then the weights, go to the experts' grid; what experts give comes back; no byte leaves a rank", () => {
+test("tokens and the map, then the weights, are regridded for the experts' grid; what experts give comes back; no byte leaves a rank", () => {
   const { plan, emit } = compile(job(sixRanks));
   const lines = emit("sharded").split("\n");
   const regrids = lines.filter((l) => / regrid: /.test(l)).map((l) => l.replace(/^\d+ +regrid: (.*) {2}for .*/, "$1"));
@@ -55,11 +55,11 @@ test("tokens and the map, then the weights, go to the experts' grid; what expert
   expect(new Set(moves.map((i) => i.axes))).toEqual(new Set(["tp", "dp", "tp*dp", "ep", "edp", "world"]));
 });
 
-test("where the grids nest there is none", () => {
+test("nested grids need no regrid", () => {
   expect(compile(job({ world: 6, tensor: 2, sequence: true, expert: 6 })).emit("sharded")).not.toMatch(/ regrid: /);
 });
 
-test("whatever a plan cuts is cut by digits of one number, and each rank's are its own", () => {
+test("every sharded dim of a plan uses sub-axes of one grid, which are different for each rank", () => {
   for (const parallel of [
     sixRanks,
     { world: 6, context: 3, expert: 2 },
@@ -76,12 +76,12 @@ test("whatever a plan cuts is cut by digits of one number, and each rank's are i
   }
 });
 
-describe("the cutter refuses", () => {
+describe("shard refuses", () => {
   const mesh = buildMesh({ model: { kv_heads: 2 }, parallel: parallelOf({ world: 6, tensor: 2, data: 3, expert: 3 }), cluster });
   const leaf = (name: string, sizes: number[], shardAxes: string[][]): Value => ({
     ...{ out: 0, ragged: 0, fanout: 0, dtype: "f32", sizes, shardAxes, leaf: { kind: "input", name, position: 0 } },
   });
-  const cutUp = (y: Value): unknown => {
+  const shardOf = (y: Value): unknown => {
     const [none, nothing] = [[], new Map()] as const;
     const graph = {
       updates: none,
@@ -95,27 +95,27 @@ describe("the cutter refuses", () => {
     };
     return shard(graph, mesh, { distributedOptimizer: false, shares: () => true, stageOf: () => 0, roleOf: () => 0 });
   };
-  const seam = { from: [["dp"], ["tp"], []], to: [["edp", "ep"], [], []] };
-  const tokens = (shardAxes: string[][] = seam.from) => leaf("x", [6, 4, 2], shardAxes);
+  const grids = { from: [["dp"], ["tp"], []], to: [["edp", "ep"], [], []] };
+  const tokens = (shardAxes: string[][] = grids.from) => leaf("x", [6, 4, 2], shardAxes);
 
-  test("nothing of a fold between cuts that tell all ranks apart", () =>
-    expect(() => cutUp(regridded(tokens(), [12, 2], seam))).not.toThrow());
+  test("a regrid between layouts that distinguish all ranks", () =>
+    expect(() => shardOf(regridded(tokens(), [12, 2], grids))).not.toThrow());
   test("an op on values of two grids", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["tp"], []]), b: leaf("b", [6, 6], [[], ["ep"]]) }, {}, "y");
-    expect(() => cutUp(y)).toThrow("a would be sharded by tp*ep, which are of grids that do not nest");
+    expect(() => shardOf(y)).toThrow("a would be sharded by tp*ep, which are of grids that do not nest");
   });
-  test("a move from one grid to the other", () => {
+  test("a reshard from one grid to the other", () => {
     const y = add.of({ a: leaf("a", [6, 6], [["dp"], []]), b: leaf("b", [6, 6], [["dp"], []]) }, {}, "y");
-    expect(() => cutUp(declared(y, { shardAxes: [[], ["ep"]] }))).toThrow(
+    expect(() => shardOf(declared(y, { shardAxes: [[], ["ep"]] }))).toThrow(
       "y would be sharded by dp*ep, which are of grids that do not nest",
     );
   });
-  test("a fold of tokens that several ranks have", () =>
-    expect(() => cutUp(regridded(tokens(), [12, 2], { ...seam, from: [["dp"], [], []] }, "y"))).toThrow(
+  test("a regrid of tokens that several ranks hold", () =>
+    expect(() => shardOf(regridded(tokens(), [12, 2], { ...grids, from: [["dp"], [], []] }, "y"))).toThrow(
       "y: two ranks would have the same tokens",
     ));
-  test("a fold into more tokens than a rank has", () =>
-    expect(() => cutUp(regridded(tokens(), [12, 4], seam, "y"))).toThrow("y: the local size of dim 1 differs between the grids"));
+  test("a regrid to more tokens than a rank has", () =>
+    expect(() => shardOf(regridded(tokens(), [12, 4], grids, "y"))).toThrow("y: the local size of dim 1 differs between the grids"));
 });
 
 test("a collective over factors of both grids is refused in a program", () => {

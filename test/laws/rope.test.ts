@@ -64,7 +64,7 @@ test.each(theirs)("%s", (_, embedding, frequencies, gain) => {
   expect(d.gain).toBeCloseTo(gain, 12);
 });
 
-describe("the order of things", () => {
+describe("the order of channels", () => {
   const [B, S, H, C] = [1, 12, 2, 8];
   const x = Float32Array.from({ length: B * S * H * C }, (_, i) => Math.sin(i * i));
   const run = (from: Float32Array, change: object): Float32Array => {
@@ -81,14 +81,14 @@ describe("the order of things", () => {
     expect(distance(run(x, { interleaved: 1 }), run(x, {}))).toBeGreaterThan(0.1);
   });
 
-  test("channels that do not turn pass as they are", () => {
+  test("channels without rotation are copied", () => {
     const y = run(x, { first: 2, width: 4 });
     const inside = (i: number) => i % C >= 2 && i % C < 6;
     for (const [i, value] of y.entries()) if (!inside(i)) expect(value).toBe(x[i]);
     expect(y.filter((value, i) => i >= H * C && inside(i) && value === x[i])).toHaveLength(0);
   });
 
-  test("blocks that ranks share out turn by their own positions", () => {
+  test("sharded blocks rotate by their own positions", () => {
     const [chunk, ranks] = [2, 3];
     const width = H * C;
     const lies = Array.from({ length: S }, (_, i) => positionOf(i, chunk, ranks));
@@ -97,7 +97,7 @@ describe("the order of things", () => {
     expect(distance(run(dealt(x), { chunk, ranks }), dealt(run(x, {})))).toBe(0);
   });
 
-  test("positions are each there once, and a rank's blocks lie alike around the middle", () => {
+  test("each position occurs once, and a rank's blocks lie alike around the middle", () => {
     for (const [chunk, ranks] of [
       [1, 1],
       [4, 2],

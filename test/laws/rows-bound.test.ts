@@ -21,7 +21,7 @@ const job = (rows_bound: number | "worst", more: object = { router: { balance: "
     data: { path: "corpus.txt" },
   });
 
-test("a smaller bound takes less memory, and an exceeded one names the layer, the rank and the key to raise", async () => {
+test("a smaller bound needs less memory; an error of an exceeded bound names the layer, the rank and the key to raise", async () => {
   const [tight, worst] = [compile(job(1)).plan, compile(job("worst")).plan];
   expect(tight.memory[0]!.activation[0]).toBeLessThan(worst.memory[0]!.activation[0]!);
   const run = await openRun(tight, { baseDir: fixture("") });
@@ -29,7 +29,7 @@ test("a smaller bound takes less memory, and an exceeded one names the layer, th
   await expect(run.step()).rejects.toMatchObject({ fix: expect.stringContaining("model.moe.rows_bound") });
 });
 
-test("with the worst case held, no routing overflows", async () => {
+test("with rows_bound worst no routing overflows", async () => {
   const run = await openRun(compile(job("worst")).plan, { baseDir: fixture("") });
   expect((await run.step()).loss).toBeGreaterThan(0);
 });
@@ -37,7 +37,7 @@ test("with the worst case held, no routing overflows", async () => {
 const rowsOf = (...more: object[]) =>
   more.map((m) => Math.max(...compile(job("worst", m)).plan.programs[0]!.buffers.map((b) => (b.ragged ? b.shape[0]! : 0))));
 
-test("a capacity bounds the rows, and so do experts that choose: no more memory is held for them", async () => {
+test("a capacity and expert choice bound the rows: no more memory is reserved", async () => {
   const router = { aux_coeff: 0.01 };
   const chosen = { type: "expert_choice", normalize_top_k: false };
   // 4 ranks of 32 tokens, and 2 experts on each: at worst every token comes to both

@@ -99,7 +99,7 @@ describe("a batch that grows", () => {
     }
   });
 
-  test("fewer microbatches in the order of many: every stage does all of its work, in order, in no more copies", () => {
+  test("fewer microbatches in the schedule of more: every stage runs all blocks, in order, with no more copies", () => {
     const runs = fc.record({
       most: fc.integer({ min: 1, max: 24 }),
       part: fc.double({ min: 0, max: 1, noNaN: true }),
@@ -214,7 +214,7 @@ describe("in fp16", () => {
     }
   });
 
-  test("a constant scale that is too large leaves out every step, and stays", async () => {
+  test("a constant scale that is too large skips every step and does not change", async () => {
     const { steps, learnt } = await stepsOf(jobWith({ layers: 1 }, { world: 2 }, { ...fp16, loss_scale: 2 ** 40 }), 3);
     expect(steps.map((s) => [s.skipped, s.loss_scale])).toEqual([
       [true, 2 ** 40],

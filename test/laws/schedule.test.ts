@@ -55,7 +55,7 @@ describe("bubbles, of units where a forward is one", () => {
     ));
 });
 
-test("every block once, in the order of microbatches, and nobody waits for ever", () => {
+test("every block runs once, in the order of microbatches, without deadlock", () => {
   const each = (n: number) => Array.from({ length: n }, (_, i) => i);
   const cases = each(6).flatMap((p) => each(16).flatMap((m) => each(4).map((v) => [p + 1, m + 1, v] as const)));
   for (const [stages, microbatches, v] of cases) {
@@ -119,12 +119,12 @@ describe("layouts", () => {
     ["E(t*999999)*999999L", /longer than 1,000,000 letters/],
   ])("%j is refused", (text, why) => expect(readLayout(text)).toMatch(why));
 
-  test("nesting and numbers of any size end in parts or in a fault", () => {
+  test("any nesting and any number gives parts or a fault", () => {
     expect(readLayout(`${"(".repeat(1e5)}E${")".repeat(1e5)}tL`)).toEqual(["EtL"]);
     expect(readLayout(`Et*${"9".repeat(400)}L`)).toMatch(/longer than 1,000,000 letters/);
     expect(readLayout("Et*1".repeat(1e5))).toMatch(/it places EtEt/);
   });
-  test("without one, layers are split evenly, and positions never fall", () =>
+  test("without a layout, layers are split evenly, in order", () =>
     fc.assert(
       fc.property(
         fc.integer({ min: 1, max: 8 }),

@@ -25,7 +25,7 @@ describe("weights, by hand", () => {
   test("tokens count alike", () => {
     expect(weightsOf(labels, { by: "token", together: 8 })).toEqual(Float32Array.from(labels, (l) => (l === N ? 0 : 1 / 12)));
   });
-  test("a step without labels learns nothing", () => {
+  test("a step without labels has no gradient", () => {
     expect(weightsOf(new Int32Array(8).fill(N), { by: "token", together: 4 })).toEqual(new Float32Array(8));
   });
 });
@@ -107,7 +107,7 @@ test("the printed loss is the mean over the microbatches that have labels", asyn
   expect(metrics.labels).toBe(given.labels.filter((l) => l !== N).length);
 });
 
-test("token: what balances weighs as the tokens it is about, of which not all are labels", async () => {
+test("token: balancing losses are weighted by all tokens, labelled or not", async () => {
   const [each, token] = [
     await firstStep(jobWith(some.path, "microbatch", { moe: experts })),
     await firstStep(jobWith(some.path, "token", { moe: experts })),

@@ -43,7 +43,7 @@ beforeAll(async () => {
   await build({ configFile: join(root, "runtime/browser/vite.config.ts"), build: { outDir: page }, logLevel: "error" });
 });
 
-test("the page is one small script that knows nothing of Node", () => {
+test("the page is one small script without modules of Node", () => {
   const scripts = readdirSync(join(page, "assets")).filter((name) => name.endsWith(".js"));
   expect(scripts).toHaveLength(1);
   const script = readFileSync(join(page, "assets", scripts[0]!), "utf8");
@@ -132,12 +132,12 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     expect(said).toEqual([]);
   });
 
-  test("a browser without WebGPU is told which have it", async () => {
+  test("without WebGPU the page lists browsers that have it", async () => {
     const page = await opened("delete Navigator.prototype.gpu");
     expect(await page.textContent("#error")).toMatch(/no WebGPU.*Chrome.*Safari.*Firefox/s);
   });
 
-  test("a browser without an adapter is told where to look", async () => {
+  test("without an adapter the page names the browser's diagnostics", async () => {
     const page = await opened("GPU.prototype.requestAdapter = async () => null");
     await page.click("#start");
     await ends(page);

@@ -98,7 +98,7 @@ const kinds: Readonly<Record<string, object>> = {
 describe.each(Object.entries(meshes).map(([name, mesh], n) => ({ name, mesh, n })))("on $name", ({ mesh, n }) => {
   // in the fast tier each kind on one of the meshes
   for (const { options, rows } of byTier(Object.entries(kinds), (_, i) => i % 3 === n))
-    test.each(rows)("in %s, a run that goes on is a run that went on, to the bit", options, async (_, train) => {
+    test.each(rows)("in %s, a resumed run equals an uninterrupted one, bit for bit", options, async (_, train) => {
       const job = jobWith(mesh, train, { tie_embeddings: true });
       const whole = await run(job, 6);
       const [before, after] = [await run(job, 3, { save: folder }), await run(job, 3, { resume: folder })];
@@ -159,7 +159,7 @@ test.skipIf(noAdapter)(`from WebGPU to the CPU and back${noAdapter ? ` (skipped:
   for (const [i, { loss }] of all.entries()) expect(Math.abs(loss - whole[i]!.loss), `loss of step ${i + 1}`).toBeLessThan(1e-4);
 });
 
-test("pieces of a tensor come from pieces that were cut in any other way", () => {
+test("shards of a tensor are assembled from any other sharding", () => {
   const sizes = [6, 4, 12];
   const subAxes = fc.shuffledSubarray([0, 1, 2]);
   const mesh = buildMesh(jobWith({ world: 8, tensor: 2, sequence: true, context: 2 }));
@@ -191,7 +191,7 @@ test("pieces of a tensor come from pieces that were cut in any other way", () =>
   );
 });
 
-test("each piece is saved once, by the first rank that has it", async () => {
+test("each shard is saved once, by the first rank that holds it", async () => {
   const { plan } = compile(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]));
   await run(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]), 1, { save: folder });
   const at = join(folder, "step-00000001");
@@ -221,7 +221,7 @@ describe("what is wrong", () => {
       (error: Error) => error.message.replaceAll(place, "DIR").replaceAll(/DIR\/\d+/g, "DIR"),
     );
 
-  test("is said, with what to do", async () => {
+  test("is reported with a fix", async () => {
     await run(job, 2, { save: folder });
     const step = join(folder, "step-00000002");
     const wider = jobWith({ world: 1 }, {}, { ffn: 64, moe: null });
@@ -307,7 +307,7 @@ describe("what is wrong", () => {
     await opened.close();
   });
 
-  test("a file that is not the one that was saved is refused: its bytes, its step, its text", async () => {
+  test("a changed file is refused: its bytes, its step, its description", async () => {
     await run(job, 1, { save: folder });
     await run(job, 1, { save: folder, resume: folder });
     const [step, earlier] = [join(folder, "step-00000002"), join(folder, "step-00000001")];
@@ -367,7 +367,7 @@ describe("what is wrong", () => {
     expect(() => toHuggingFace(model(), { get: whole })).toThrow(why);
   });
 
-  test("a newest folder without its text is not passed over: it has to be named, or --resume auto", async () => {
+  test("a newest folder without a description is not skipped: name it, or use --resume auto", async () => {
     await run(job, 1, { save: folder });
     await run(job, 1, { save: folder, resume: folder });
     rmSync(join(folder, "step-00000002", "snapshot.json"));
@@ -392,7 +392,7 @@ describe("what is wrong", () => {
     await fresh.close();
   });
 
-  test("one run saves into a folder: a second is refused, until the first is over or its process is gone", async () => {
+  test("one run saves into a folder: a second is refused until the first or its process has ended", async () => {
     const first = await openRun(compile(job).plan, { baseDir: fixture(""), save: folder });
     expect(await said({ save: folder })).toContain(`DIR: another run saves there: process ${process.pid} on `);
     await first.close();
@@ -425,13 +425,13 @@ describe("what is wrong", () => {
     ["a file", "file", "a part of the path is a file (ENOTDIR)"],
     ["a place below a file", "file/below", "a part of the path is a file (ENOTDIR)"],
     ["a place where nothing can be made", "/proc/rankc", "the folder does not exist (ENOENT)"],
-  ])("%s is no folder to save to, which is said before the run", async (_, name, code) => {
+  ])("%s is not a folder to save to, which is reported before the run", async (_, name, code) => {
     writeFileSync(join(place, "file"), "");
     expect(await said({ save: resolve(place, name) })).toContain(code);
     expect(() => expectWritableFolder(resolve(place, name))).toThrow(code);
   });
 
-  test("a checkpoint that was not finished is not taken for one, and is made anew", async () => {
+  test("an incomplete checkpoint is not used, and is written again", async () => {
     await run(job, 1, { save: folder });
     mkdirSync(join(folder, "step-00000002.part"));
     writeFileSync(join(folder, "step-00000002.part", "left"), "");
@@ -445,7 +445,7 @@ describe("what is wrong", () => {
   });
 });
 
-test("the command line saves, goes on, and exports; a metrics file is added to", async () => {
+test("the command line saves, resumes and exports; a metrics file is appended to", async () => {
   const path = join(place, "job.yaml");
   writeFileSync(join(place, "corpus.txt"), readFileSync(fixture("corpus.txt")));
   writeFileSync(

@@ -42,8 +42,8 @@ function gathered(ranks: readonly number[]) {
   return { clock, coordinator, peers, sent, last, live };
 }
 
-describe("before all ranks have come", () => {
-  test("at the time limit all who came are told who is missing, and who was turned away", () => {
+describe("before all ranks have connected", () => {
+  test("at the time limit all connected ranks get the missing ranks and the rejected connections", () => {
     const { clock, live, last } = gathered([0]);
     live(times.timeout - times.beat, [0], (_, beat) => beat);
     clock.advance(times.beat - 1);
@@ -58,7 +58,7 @@ describe("before all ranks have come", () => {
     ]);
   });
 
-  test("no limit applies once they have", () => {
+  test("no limit applies afterwards", () => {
     const { last, live } = gathered([0, 1, 2]);
     live(2 * times.timeout, [0, 1, 2], (_, beat) => beat);
     expect(last()).toEqual([0, 1, 2].map(() => ({ kind: "welcome" })));
@@ -66,7 +66,7 @@ describe("before all ranks have come", () => {
 });
 
 describe("during the run", () => {
-  test("a rank without a heartbeat is named, with where all are", () => {
+  test("a rank without a heartbeat is named, with the positions of all ranks", () => {
     const { live, last } = gathered([0, 1, 2]);
     live(10_000, [0, 1, 2], (_, beat) => beat);
     live(12_000, [0, 2], (_, beat) => 5 + beat);
@@ -80,7 +80,7 @@ last known positions of the ranks:
     expect(last()).toEqual([0, 1, 2].map(() => ({ kind: "abort", text })));
   });
 
-  test("a rank that beats and does not move on hangs; the one that stood still first is named", () => {
+  test("a rank with heartbeats and without progress hangs; the first of them is named", () => {
     const { live, last } = gathered([0, 1, 2]);
     live(10_000, [0, 1, 2], (_, beat) => beat);
     live(10_000, [0, 1, 2], (rank, beat) => (rank === 2 ? 5 : 5 + beat));
@@ -104,14 +104,14 @@ last known positions of the ranks:
     expect(last()).toEqual([0, 1, 2].map(() => named));
   });
 
-  test("silence while rank 0 itself was suspended counts for nobody", () => {
+  test("silence during a suspension of rank 0 is ignored", () => {
     const { clock, last } = gathered([0, 1, 2]);
     clock.suspend(10 * times.lost);
     clock.advance(times.beat);
     expect(last()).toEqual([0, 1, 2].map(() => ({ kind: "welcome" })));
   });
 
-  test("a rank that has left is not missed", () => {
+  test("a rank that has left needs no heartbeat", () => {
     const { coordinator, peers, live, last } = gathered([0, 1, 2]);
     for (const peer of peers.slice(1)) coordinator.receive(peer, { kind: "bye" }, new Uint8Array());
     live(10 * times.lost, [0], (_, beat) => beat);
@@ -119,7 +119,7 @@ last known positions of the ranks:
   });
 });
 
-test("a peer that hears nothing of rank 0 aborts, but not for the time in which it was suspended", async () => {
+test("a peer without messages of rank 0 aborts; the time of its own suspension does not count", async () => {
   const port = await freePort();
   const ours = { address: "127.0.0.1", port, token: "secret", world: 1, ...times };
   // the hub's clock stands still: it sends no heartbeat

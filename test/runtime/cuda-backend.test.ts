@@ -25,7 +25,7 @@ beforeAll(async () => {
 });
 afterAll(() => vi.unstubAllEnvs());
 
-describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
+describe.skipIf(noCompiler)(`launches with a stand-in driver${noCompiler}`, () => {
   test("parameters are packed as the kernel declares them: pointers, ints, tensor maps, scratch", async () => {
     const map: Arg = { kind: "tensor_map", tensor: "x", dtype: "bf16", sizes: [72, 5], strides: [144], box: [64, 2], swizzle: "128B" };
     const args: Arg[] = [
@@ -80,7 +80,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
     for (const at of [200, 216]) expect(pointer(second, at)).toBe(pointer(first, at));
   });
 
-  test("more than 48 KiB of shared memory is asked for; more than a block may have is an error", async () => {
+  test("more than 48 KiB of shared memory is requested from the driver; more than the limit of a block is an error", async () => {
     const withShared = (shared: number) =>
       handOf({
         kernels: [{ ...launchOf("put"), launches: launchOf("put").launches.map((l) => ({ ...l, shared })) }],
@@ -96,7 +96,7 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
     });
   });
 
-  test("a launch that the driver refuses says which kernel it was", async () => {
+  test("the error of a refused launch names the kernel", async () => {
     const plan = handOf({
       kernels: [
         { ...launchOf("put"), launches: launchOf("put").launches.map((l) => ({ ...l, grid: [1, 70_000, 1] as [number, number, number] })) },
@@ -111,13 +111,13 @@ describe.skipIf(noCompiler)(`launches before a stand-in${noCompiler}`, () => {
   });
 });
 
-describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, () => {
+describe.skipIf(noCompiler)(`errors, with stand-ins${noCompiler}`, () => {
   afterEach(() => {
     vi.stubEnv("STAND_IN_FREE", undefined);
     cuda.failNccl(0);
   });
 
-  test("a device that lacks the memory is said before anything is allocated, with the numbers", async () => {
+  test("too little device memory is reported before any allocation, with the numbers", async () => {
     const plan = planOf({ world: 1 });
     vi.stubEnv("STAND_IN_FREE", String(plan.memory[0]!.peak - 1));
     const trouble = await failure(cuda.openAll(asCuda(plan).plan));
@@ -151,7 +151,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
     });
   });
 
-  test("rows beyond their bound end the step, eagerly and replayed", async () => {
+  test("rows above their bound end the step, with and without a graph", async () => {
     const needed: Compute = { ...runs("count", "n"), dims: {} };
     const kernel = {
       ...launchOf("count"),
@@ -175,7 +175,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
     await localRanks!.close();
   });
 
-  test("a rank that fails ends the wait of the others; so does an abort from outside", async () => {
+  test("a failed rank and an external abort end the waits of the other ranks", async () => {
     const plan = handOf({ world: 2, forward: [moveOf("all_reduce", "x", "y")] });
     const alone = async (settings: Settings, wrong: () => void) => {
       const [localRanks, other] = await cuda.openAll(plan, settings);
@@ -199,7 +199,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
     });
   });
 
-  test("a step that does not end says where the device stands", async () => {
+  test("the error of a step that does not end names the last instruction of the device", async () => {
     const plan = handOf({ world: 2, forward: [runs("put", "x"), moveOf("all_reduce", "x", "y"), runs("put", "z")] });
     cuda.serve(putAndSpoil);
     const fleets = await cuda.openAll(plan, { profile: true });
@@ -219,7 +219,7 @@ describe.skipIf(noCompiler)(`what goes wrong, before stand-ins${noCompiler}`, ()
     await closeAll(fleets);
   });
 
-  test("within a step that is a graph nothing is read, and the writes of all steps are alike", async () => {
+  test("a captured step reads nothing, and all steps write the same slots", async () => {
     const plan = handOf({});
     const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
     const [localRanks] = await cuda.openAll(plan);

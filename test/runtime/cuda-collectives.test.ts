@@ -22,7 +22,7 @@ const valuesOf = (dtype: Dtype, count: number, seed: number): HostData => {
   const all = Array.from({ length: count }, () => Math.round(next() * 100));
   return dtype === "i32" ? Int32Array.from(all) : Float32Array.from(all);
 };
-describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
+describe.skipIf(noCompiler)(`collectives with stand-ins${noCompiler}`, () => {
   const g = 4;
   const n = 5;
   type Case = { readonly from: number; readonly to: number; readonly want: (held: readonly HostData[], r: number) => number[] };
@@ -64,7 +64,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
     for (const within of [false, true]) await expectMoved("all_to_all", "f32", within, old);
   });
 
-  test("groups are those that share all digits but the factors'", async () => {
+  test("a group has equal coordinates on all other sub-axes'", async () => {
     const hand = handPlan({
       world: 8,
       target: "cuda:sm_90a",
@@ -96,7 +96,7 @@ describe.skipIf(noCompiler)(`collectives before stand-ins${noCompiler}`, () => {
     await closeAll(fleets);
   });
 
-  test.each([true, false])("kernels beside a collective wait for it where they touch its bytes; graph: %s", async (graph) => {
+  test.each([true, false])("kernels concurrent with a collective wait for it if they access its bytes; graph: %s", async (graph) => {
     cuda.serve(putAndSpoil);
     const forward = [
       runs("put", "x"),

@@ -83,7 +83,7 @@ describe.skipIf(missing)(`on this machine's GPU${missing}`, () => {
     },
   );
 
-  test("a rank takes of the device what its plan says, within 1 % beside the context and the kernels' code", async () => {
+  test("a rank allocates the memory of its plan, within 1 %, apart from context and kernels' code", async () => {
     const large = { layers: 4, hidden: 1024, ffn: 4096, heads: 16, kv_heads: 4, head_dim: 64, vocab: 32000, seq: 1024 };
     const job = jobFor(large, "bf16");
     const { sm } = driver().devices[0]!;

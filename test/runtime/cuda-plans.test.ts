@@ -41,7 +41,7 @@ async function expectSame(parallel: object, over: object = {}, how: object = {},
   return got;
 }
 
-describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noCompiler}`, () => {
+describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCompiler}`, () => {
   const meshes = {
     "one rank": [{ world: 1 }, {}],
     "one rank with experts, bf16": [{ world: 1 }, { moe }, { precision: "bf16" }],
@@ -171,7 +171,7 @@ describe.skipIf(noCompiler)(`plans before stand-ins for the driver and NCCL${noC
   });
 });
 
-test.skipIf(noCompiler)(`a profile has every instruction, its lane and its times, before stand-ins${noCompiler}`, async () => {
+test.skipIf(noCompiler)(`a profile has every instruction, its stream and its times, with stand-ins${noCompiler}`, async () => {
   const reference = planOf({ world: 4, pipeline: 2, distributed_optimizer: true });
   const { plan, kernels } = asCuda(reference);
   cuda.serve(kernels);

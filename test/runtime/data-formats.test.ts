@@ -68,7 +68,7 @@ const magics = {
   "ids with a header of llm.c ": littleEndian([20240801, 1, ...Array(254).fill(0), ...corpus], "i32"),
 };
 
-test.each(Object.entries(magics))("%s is refused by its first bytes, as text and as ids", (name, bytes) => {
+test.each(Object.entries(magics))("%s is recognised by its first bytes and refused, as text and as ids", (name, bytes) => {
   for (const [file, how] of [
     ["data.txt", reading],
     ["data.bin", { ...tokens, vocab: 65_536 }],
@@ -198,7 +198,7 @@ test("UTF-8 is what RFC 3629 says, as TextDecoder does", () => {
       expect(invalidUtf8(text.subarray(from, to), { first: from === 0, last: to === text.length })).toBe(undefined);
 });
 
-test("where PREFIX.idx lies beside PREFIX.bin, it says what the ids are written as", () => {
+test("PREFIX.idx next to PREFIX.bin gives the type of the ids", () => {
   const text = openCorpus({ path: fixture("corpus.txt") }, reading);
   const lengths = [corpus.length - 300, 100, 200];
   const arrays = [
@@ -275,7 +275,7 @@ test("ids of twice the width without an index are refused: every second one woul
   `);
 });
 
-test("names that other tools accept get the way out", () => {
+test("names that other tools accept are refused with a fix", () => {
   put("my_set_text_document.bin", littleEndian(corpus, "u16"));
   put("my_set_text_document.idx", megatronIndex(8, 2, [corpus.length]));
   mkdirSync(join(folder, "shards"));

@@ -137,7 +137,7 @@ test("a text is one document, or blank lines or line ends separate its documents
   }
 });
 
-test("a call that is stopped goes on where it was, and another set of corpora or settings is refused", async () => {
+test("an interrupted call continues, and other corpora or settings are refused", async () => {
   const corpus = written("long.jsonl", lines.repeat(3));
   const other = written("long.jsonl.gz", gzipSync(lines));
   const stop = new AbortController();
@@ -165,7 +165,7 @@ test("a call that is stopped goes on where it was, and another set of corpora or
   expect((await prepare([corpus, other], "changed", { restart: true })).documents).toBe(12_000);
 });
 
-test("a call that ended while it moved its files goes on; a file shorter than its record is refused, not filled with zeros", async () => {
+test("a call that ended while it moved its files continues; a file shorter than recorded is refused, not padded with zeros", async () => {
   const corpus = written("moved.jsonl", lines);
   await prepare([corpus], "straight");
   // the description cannot take the name of a folder: the ids are moved, the index is not
@@ -208,7 +208,7 @@ test("no document follows the last line end, and a small corpus starts one threa
   expect(threads).toBe(1);
 });
 
-test("what is wrong with a corpus names the file and the line; of several faults the first, by any number of threads", async () => {
+test("a fault of a corpus is reported with file and line; of several faults the first, with any number of threads", async () => {
   const good = '{"text": "good"}\n';
   const cases: readonly [string, string | Uint8Array][] = [
     ["broken.jsonl", `${good}{"text": \n`],

@@ -178,7 +178,7 @@ test("a data set that was prepared for a larger vocabulary than the model's is r
   expect(() => openSources([{ path, weight: 1 }], undefined, reading)).toThrow("was prepared with 70000 ids, and model.vocab is 60000");
 });
 
-test("a run goes on exactly from a checkpoint, on another mesh as well", async () => {
+test("a resumed run reads exactly the remaining samples, also on another mesh", async () => {
   dataset("run-a", [50, 3, 80, 40], 0);
   dataset("run-b", [30, 30, 30], 200);
   const job = (world: number) =>

@@ -19,7 +19,7 @@ const reading: Reading = {
 const folder = mkdtempSync(join(tmpdir(), "rankc-data-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-test("the first batch is the one the reference run saw", () => {
+test("the first batch is that of the reference run", () => {
   const io = openSafetensors("test/fixtures/hf/mixtral-tiny/io.safetensors");
   const { ids, labels } = openCorpus({ path: corpus }, reading).batch(0, 4);
   expect(ids).toEqual(io.readInts("input_ids"));
@@ -41,7 +41,7 @@ test("sequential rows follow each other and wrap before the end of the text", ()
   opened.close();
 });
 
-test("shuffled: each epoch visits every window once, in an order of its own, whatever was asked before", () => {
+test("shuffled: each epoch visits every window once, in its own order, independent of earlier reads", () => {
   const path = join(folder, "counted");
   writeFileSync(
     path,
@@ -67,7 +67,7 @@ test("shuffled: each epoch visits every window once, in an order of its own, wha
   expect([seventh.ids[0], seventh.labels[0]]).toEqual([firsts(1)[21], firsts(1)[21]! + 1]);
 });
 
-test("what is wrong with a corpus is said before the first batch", () => {
+test("faults of a corpus are reported before the first batch", () => {
   const short = join(folder, "short");
   writeFileSync(short, " ".repeat(4 * 65 + 1));
   const said = [
@@ -123,7 +123,7 @@ test("ids of two and of four bytes are read as a text of the same tokens is, in 
   }
 });
 
-test("ids past 16 bits, and of files that no memory holds, are found where they stand", () => {
+test("ids above 16 bits, and in files larger than memory, are read at their positions", () => {
   const path = join(folder, "large.bin");
   // 120 GB, all but nothing of it on the disk
   const tokens = 30e9;
@@ -143,7 +143,7 @@ test("ids past 16 bits, and of files that no memory holds, are found where they 
   expect(process.memoryUsage().rss - before).toBeLessThan(2 ** 28);
 });
 
-test("a label stands at its token: what follows a token has that label, or none", () => {
+test("a label belongs to its token, and is the target of the token before", () => {
   const ids = write("ids.bin", upTo(40), "u16");
   const labels = write(
     "labels.bin",
@@ -169,7 +169,7 @@ test("a label stands at its token: what follows a token has that label, or none"
   each.close();
 });
 
-test("what is wrong with ids and labels is said with its place", () => {
+test("faults of ids and labels are reported with their place", () => {
   const ids = write("few.bin", upTo(40), "u16");
   const small: Reading = { ...reading, seq: 6, batch: 2, format: "tokens" };
   const odd = join(folder, "odd.bin");

@@ -37,7 +37,7 @@ vi.mock("node:fs", async (original) => {
 const place = mkdtempSync(join(tmpdir(), "rankc-full-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
 
-test("is one error, and the checkpoint before stays whole", async () => {
+test("is one error, and the previous checkpoint stays intact", async () => {
   const job = jobOf({
     name: "full",
     model: { layers: 1, hidden: 16, heads: 2, vocab: 256, seq: 8 },

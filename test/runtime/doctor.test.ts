@@ -51,7 +51,7 @@ describe("finding libraries", () => {
   const all = ["cuda", "nvrtc", "nccl"] as const;
   const env = { cuda: "RANKC_LIBCUDA", nvrtc: "RANKC_LIBNVRTC", nccl: "RANKC_LIBNCCL" };
 
-  test.each(all)("%s: what is missing says every place tried, why, and the way out", (library) => {
+  test.each(all)("%s: the error lists every tried path with its reason, and a fix", (library) => {
     const result = findLibrary(library);
     if ("handle" in result) return expect(result.path).not.toBe("");
     expect(result.tried.length).toBeGreaterThan(0);
@@ -63,7 +63,7 @@ describe("finding libraries", () => {
     expect(trouble.exit).toBe(3);
   });
 
-  test.each(all)("%s: a variable that names no library is the mistake, and nothing else is tried", (library) => {
+  test.each(all)("%s: a variable that does not name a library is an error, and no other path is tried", (library) => {
     const text = join(scratch, "text.so");
     writeFileSync(text, "this is a text, and long enough to be read as the header of an ELF file, were it one\n");
     const failed = (path: string): unknown => {
@@ -90,7 +90,7 @@ describe("finding libraries", () => {
   });
 });
 
-test("NVLink multicast is off where NCCL looks: in the environment of the C library", () => {
+test("NVLink multicast is off in the environment of the C library, which NCCL reads", () => {
   const getenv = koffi().load(null).func("getenv", "str", ["str"]);
   process.env.NCCL_NVLS_ENABLE = "1";
   turnMulticastOff();
@@ -120,7 +120,7 @@ describe("the diagnosis", () => {
   }
   const nowhere = { VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
 
-  test("never throws; each failure says what was found and what to do", async () => {
+  test("never throws; each failure has its cause and a fix", async () => {
     const { verdict, works, checks } = await of();
     const names = ["node", "system", "koffi", "driver", "nvrtc", "launch", "nccl", "nvcc", "webgpu", "cpu"];
     expect(checks.map(({ name }) => name)).toEqual(expect.arrayContaining(names));
@@ -133,7 +133,7 @@ describe("the diagnosis", () => {
     if (noGpu) expect(verdict).toBe("no");
   });
 
-  test("a backend works where all that it needs is in order, whatever else is missing", async () => {
+  test("a backend works if all its checks pass, whatever else is missing", async () => {
     const diagnosis = await of({ nvcc: undefined });
     for (const backend of ["cpu", "webgpu", "cuda"] as const)
       expect(diagnosis.works[backend]).toBe(diagnosis.checks.filter((c) => c.for.includes(backend)).every(({ ok }) => ok));
@@ -167,14 +167,14 @@ describe("the diagnosis", () => {
   test.skipIf(noCompiler || process.platform !== "linux").each([
     ["does not answer", "pause()", 2000, /did not answer for 2 s/],
     ["ends the process", "abort()", 600_000, /ended by SIGABRT/],
-  ])(`a driver that %s is told, and left behind${because(noCompiler)}`, async (_, does, webgpuLimit, told) => {
+  ])(`a driver that %s is reported, and does not block${because(noCompiler)}`, async (_, does, webgpuLimit, told) => {
     for (const [name, value] of Object.entries(vulkanThat(does))) vi.stubEnv(name, value);
     const diagnosis = await of({ webgpuLimit });
     expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(told) });
     expect(diagnosis.works).toMatchObject({ cpu: true, webgpu: false });
   });
 
-  test("is printed as a list with what to do under what fails", () => {
+  test("is printed as a list, with a fix under each failure", () => {
     const text = printDiagnosis({
       verdict: "partly",
       works: { cpu: true, webgpu: true, cuda: false },
@@ -232,7 +232,7 @@ function expectSums(context: Context, image: Uint8Array, n: number): void {
 }
 const oddSizes = [1, 127, 129, 100_003];
 
-test("parameters are packed as C lays them out", () => {
+test("parameters are packed in the layout of C", () => {
   expect([...packParams(1, 0x0807060504030201n, -1).bytes]).toEqual([1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 255, 255, 255, 255]);
 });
 
@@ -256,14 +256,14 @@ describe.skipIf(noCompiler)(`the driver's binding, before a stand-in for the dri
     ]);
   });
 
-  test("memory, modules, launches, streams and events arrive as the driver expects them", async () => {
+  test("memory, modules, launches, streams and events have the arguments that the driver expects", async () => {
     const { driver } = await standIn();
     const context = driver().open(driver().devices[0]!);
     for (const n of oddSizes) expectSums(context, image, n);
     context.close();
   });
 
-  test("what the person can put right is trouble with a way out; what we did wrong is an error", async () => {
+  test("faults of the user are a Trouble with a fix; faults of rankc are an Error", async () => {
     const { driver } = await standIn();
     const context = driver().open(driver().devices[0]!);
     expect(caught(() => context.alloc(2 ** 40))).toMatchObject({
@@ -282,14 +282,14 @@ describe.skipIf(noCompiler)(`the driver's binding, before a stand-in for the dri
 });
 
 describe.skipIf(noNvrtc)(`NVRTC${because(noNvrtc)}`, () => {
-  test("makes a cubin for an architecture, and PTX for a virtual one; no GPU is needed", () => {
+  test("compiles a cubin for an architecture, and PTX for a virtual one; no GPU is needed", () => {
     expect([...compile(addSource, { arch: "sm_90a", name: "add.cu" }).subarray(0, 4)]).toEqual([0x7f, 0x45, 0x4c, 0x46]);
     const ptx = Buffer.from(compile(addSource, { arch: "compute_80", name: "add.cu" })).toString();
     expect(ptx).toContain(".visible .entry add(");
     expect(ptx.endsWith("\0")).toBe(true);
   });
 
-  test("a source that is wrong is answered with its line, and a caret under its column", () => {
+  test("an invalid source is reported with its line, and a caret under its column", () => {
     const wrong = addSource.replace("b[i];", "bee[i];");
     expect(caught(() => compile(wrong, { arch: "sm_90a", name: "wrong.cu" }))).toMatchObject({
       name: "Error",
@@ -297,7 +297,7 @@ describe.skipIf(noNvrtc)(`NVRTC${because(noNvrtc)}`, () => {
     });
   });
 
-  test("options are passed on, and an architecture that it does not know is trouble", () => {
+  test("options are passed on, and an unknown architecture is a Trouble", () => {
     const guarded = `#ifndef WIDTH\n#error no width\n#endif\n${addSource}`;
     expect(compile(guarded, { arch: "sm_90a", name: "add.cu", options: ["-DWIDTH=4", "--use_fast_math"] }).length).toBeGreaterThan(0);
     expect(caught(() => compile(addSource, { arch: "sm_1", name: "add.cu" }))).toMatchObject({ name: "Trouble", exit: 3 });
@@ -316,7 +316,7 @@ test.skipIf(noGpu || noNvrtc)(`a GPU adds vectors of odd sizes, and touches noth
   context.close();
 });
 
-test.skipIf(noGpu || noNccl)(`an all-reduce over one rank gives back what was sent${because(noGpu, noNccl)}`, () => {
+test.skipIf(noGpu || noNccl)(`an all-reduce over one rank returns its input${because(noGpu, noNccl)}`, () => {
   const context = driver().open(driver().devices[0]!);
   const sent = Float32Array.from({ length: 1003 }, Math.random);
   const got = new Float32Array(sent.length);

@@ -118,7 +118,7 @@ function complaint(body: () => unknown): string {
   throw new Error("nothing was said");
 }
 
-test.each(references)("%s: read as ours and written back, weights and gradients are the same tensors", (name) => {
+test.each(references)("%s: read as rankc's parameters and written back, weights and gradients are equal", (name) => {
   const model = modelOf(name);
   for (const file of ["model", "grads"]) {
     const path = `${fixture(name)}/${file}.safetensors`;
@@ -351,7 +351,7 @@ test("layers of multi-token prediction that the job has not are not read; what a
   `);
 });
 
-test("a checkpoint that does not fit says everything at once, with the job key to look at", () => {
+test("all mismatches of a checkpoint are reported together, with the job keys", () => {
   const file = `${fixture("mixtral-tiny")}/model.safetensors`;
   const say = (change: Partial<Model>): string => complaint(() => checkpointFor({ ...mixtral, ...change }, file));
   expect(say({ layers: 3 })).toMatchInlineSnapshot(`
@@ -436,7 +436,7 @@ test.each<[string, Model, readonly TensorEntry[], readonly string[], RegExp]>([
 test.each<[string, Model, readonly TensorEntry[]]>([
   ["a tied head that is the embedding again", tied, [...hfTied, head]],
   ["frequencies of positions", dense, [...hfDense, vector("model.layers.0.self_attn.rotary_emb.inv_freq", 1, 0.5)]],
-])("%s: taken without a word", (_, model, all) => {
+])("%s: accepted without a message", (_, model, all) => {
   const path = join(folder, "same.safetensors");
   writeSafetensors(path, all);
   const open = checkpointFor(model, path);
@@ -449,13 +449,13 @@ test.each<[string, (name: string) => string, string]>([
   ["of a multimodal model", (name) => name.replace(/^model\./, "model.language_model."), "named model.language_model.…"],
   ["of an older multimodal model", (name) => `language_model.${name}`, "named language_model.model.…"],
   ["of another wrapper", (name) => `module.${name}`, "named module.model.… instead of model.…"],
-])("names %s get a message of their own", (_, change, found) => {
+])("names %s have a specific message", (_, change, found) => {
   const path = join(folder, "prefix.safetensors");
   writeSafetensors(path, rename(hfDense, change));
   expect(complaint(() => checkpointFor(dense, path))).toContain(found);
 });
 
-test("weights with scales beside them are refused: their elements alone are not the weights", () => {
+test("quantized weights with separate scales are refused", () => {
   const path = join(folder, "scaled.safetensors");
   const name = "model.layers.0.self_attn.o_proj.weight";
   const scale = (suffix: string): TensorEntry => ({ name: `${name}${suffix}`, dtype: "F32", shape: [1, 1], data: Float32Array.of(2) });
@@ -479,7 +479,7 @@ test("weights that are not finite are refused when they are read", () => {
   open.close();
 });
 
-test("an index that lies is refused before a tensor is read", () => {
+test("a wrong index is refused before a tensor is read", () => {
   const index = join(folder, "model.safetensors.index.json");
   const say = (text: string): string => {
     writeFileSync(index, text);

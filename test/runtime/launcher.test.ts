@@ -49,7 +49,7 @@ const whenReady = (code: string) =>
 const forever = "console.error('pid', process.pid); setInterval(() => {}, 1000);";
 
 describe("ranks", () => {
-  test("know their place, all of them one meeting point, and keep NVLink multicast off", async () => {
+  test("have their rank and one rendezvous address, with NVLink multicast off", async () => {
     const { code, out, err } = await ranks(3, "console.log(JSON.stringify(process.env))", {
       env: { PATH: process.env.PATH, OURS: "1", RANK: "77" },
     });
@@ -62,7 +62,7 @@ describe("ranks", () => {
     for (const env of envs) expect(env).toMatchObject({ OURS: "1", NCCL_NVLS_ENABLE: "0", RANKC_LAUNCHER: `${process.pid}` });
   });
 
-  test("speak line by line, with their rank in front; rank 0's data stays as it is", async () => {
+  test("print line by line, with their rank as prefix; rank 0's data stays as it is", async () => {
     const { out, err } = await ranks(
       11,
       `process.stdout.write("a" + rank); process.stdout.write("b\\n\\n"); process.stderr.write("no line feed " + rank);`,
@@ -105,7 +105,7 @@ describe("ranks", () => {
     expect(pidsIn(err).filter(alive)).toEqual([]);
   });
 
-  test("have time to say why they end before they are ended", async () => {
+  test("have time to print their reason before they are killed", async () => {
     const run = await ranks(
       2,
       `if (rank === 1) process.exit(5); process.on("SIGTERM", () => process.exit(1)); setTimeout(() => { console.error("rank 1 is gone"); process.exit(4); }, 300);`,
@@ -114,7 +114,7 @@ describe("ranks", () => {
     expect(run).toMatchObject({ code: 5, err: ["[0] rank 1 is gone"] });
   });
 
-  test("that are killed are named, with where all of them were, by those who wait for them", async () => {
+  test("a killed rank is named by the others, with the last positions of all ranks", async () => {
     const script = built("test/support/rank.ts");
     const run = await ranks(3, "", {
       ...{ args: [script, "kill", "1"], env: { PATH: process.env.PATH, QUICK: "1" }, settle: 600_000 },
@@ -126,7 +126,7 @@ describe("ranks", () => {
     expect(said).toContain("[0]   1: step 7, layers.2.w1");
   });
 
-  test("a command that is not there is said", async () => {
+  test("a missing command is reported", async () => {
     const said = await ranks(2, "", { command: "/no/such/program" }).catch((error: unknown) => error);
     expect(said).toBeInstanceOf(Trouble);
     expect((said as Trouble).message).toBe("/no/such/program could not be started: ENOENT");
@@ -168,7 +168,7 @@ describe("signals", () => {
     return { launcher: started, until, ended, err: () => err, pids: () => pidsIn(err.split("\n")) };
   }
 
-  test("an interrupt comes once, and lets the ranks finish; the second ends them", async () => {
+  test("the first interrupt lets the ranks finish their step; the second ends them", async () => {
     const polite = await start(2, [
       "-e",
       // it hears before it says that it is there
@@ -201,7 +201,7 @@ describe("signals", () => {
     expect(run.pids().filter(alive)).toEqual([]);
   });
 
-  test("a launcher that is killed takes its ranks along, though their main threads are blocked", async () => {
+  test("the ranks of a killed launcher end, even with blocked main threads", async () => {
     const script = built("test/support/rank.ts");
     const run = await start(2, [script, "block", "-1"], { QUICK: "1" });
     await run.until(/joined \d \d+/, 2);

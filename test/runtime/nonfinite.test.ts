@@ -87,7 +87,7 @@ test.each([
   expect(got.progress()).toMatchObject({ steps: 4, updates: 3, trained: 12, read: 16 });
 });
 
-test("stop: the step is named with its value, and the run is where it was", async () => {
+test("stop: the error names the step and the value, and the state is unchanged", async () => {
   for (const plan of [planOf(), planOf({}, many)]) {
     const run = runWith(plan, new Map([[1, Number.NaN]]));
     await run.step();

@@ -42,7 +42,7 @@ test.each(Object.entries(sites))("%s: the rank, the world, the GPU and the way t
   expect(placeOf(env, 8)!.address).toMatch(/^gpu0?[17]$/);
 });
 
-test("nothing that speaks of ranks is no place", () => {
+test("an environment without ranks gives no place", () => {
   expect(placeOf({ PATH: "/bin", MASTER_ADDR: "gpu1", MASTER_PORT: "1" }, 8)).toBeUndefined();
 });
 
@@ -128,7 +128,7 @@ describe("Open MPI", () => {
   test("on several, rank 0's host must be said", () => {
     expect(troubleOf({ ...openMpi, MASTER_ADDR: "" })).toContain("MASTER_ADDR is not set");
   });
-  test("half of it is named", () => {
+  test("missing variables are named", () => {
     expect(troubleOf({ OMPI_COMM_WORLD_RANK: "0" })).toBe(
       "OMPI_COMM_WORLD_RANK is set, but OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK are not",
     );
@@ -147,10 +147,10 @@ describe("Slurm", () => {
     expect(placeOf({ ...slurm, SLURM_STEP_NUM_NODES: "1" }, 8)!.address).toBe("127.0.0.1");
     expect(placeOf({ ...slurm, MASTER_ADDR: "ib-gpu07", MASTER_PORT: "4001" }, 8)).toMatchObject({ address: "ib-gpu07", port: 4001 });
   });
-  test("half of it is named", () => {
+  test("missing variables are named", () => {
     expect(troubleOf({ ...slurm, SLURM_LOCALID: undefined })).toBe("SLURM_PROCID, SLURM_NTASKS is set, but SLURM_LOCALID is not");
   });
-  test("what a script sets beside it must say the same", () => {
+  test("variables of a script must agree with the scheduler", () => {
     expect(placeOf({ ...slurm, WORLD_SIZE: "8" }, 8)).toMatchObject({ by: "Slurm" });
     expect(troubleOf({ ...slurm, WORLD_SIZE: "2" })).toBe("WORLD_SIZE is 2, but Slurm gives 8");
   });

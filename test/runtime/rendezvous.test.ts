@@ -84,7 +84,7 @@ describe("ranks that agree", () => {
     await leave(all);
   });
 
-  test("a name used again gives what was given again, in order", async () => {
+  test("a reused name gives the shared bytes in order", async () => {
     const [a, b] = (await meet(2)) as [Meeting, Meeting];
     await a.broadcast("x", Uint8Array.of(1));
     await a.broadcast("x", Uint8Array.of(2));
@@ -92,7 +92,7 @@ describe("ranks that agree", () => {
     await leave([a, b]);
   });
 
-  test("nobody passes a barrier before all have come", async () => {
+  test("no rank passes a barrier before all have reached it", async () => {
     const all = await meet(3);
     const passed: number[] = [];
     const first = [0, 1].map((r) => all[r]!.barrier("b").then(() => passed.push(r)));
@@ -103,7 +103,7 @@ describe("ranks that agree", () => {
     await leave(all);
   });
 
-  test("a meeting of one", async () => {
+  test("a run of one rank", async () => {
     const [only] = (await meet(1)) as [Meeting];
     await only.barrier("b");
     expect(await only.broadcast("x", Uint8Array.of(7))).toEqual(Uint8Array.of(7));
@@ -111,7 +111,7 @@ describe("ranks that agree", () => {
     await only.close();
   });
 
-  test("asked to stop, all run the same number of steps, wherever each was", async () => {
+  test("after a stop request all ranks run the same number of steps", async () => {
     const world = 4;
     const all = await meet(world);
     const ran = new Array<number>(world).fill(0);
@@ -129,13 +129,13 @@ describe("ranks that agree", () => {
     await leave(all);
   });
 
-  test.each(["::1", "localhost", hostname()])("meet at %s", async (address) => {
+  test.each(["::1", "localhost", hostname()])("connect at %s", async (address) => {
     await leave(await meet(2, () => ({ address })));
   });
 });
 
 describe("ranks that do not agree", () => {
-  test("rank 0 that is not there is said, with where it was looked for", async () => {
+  test("a missing rank 0 is reported with its address", async () => {
     const lookFor = async (port: number, address: string): Promise<string | undefined> => {
       const clock = new ManualClock();
       const all = refusals([settings(1, 2, port, { address, times: { ...times, timeout: 300 } })], clock);
@@ -172,7 +172,7 @@ describe("ranks that do not agree", () => {
     expect(new Set(versions)).toEqual(new Set(["the ranks do not run the same rankc: ranks 0-2 have 0.1.0, rank 3 has 0.2.0"]));
   });
 
-  test("a rank that comes twice, one beyond the world, one of another world", async () => {
+  test("a rank that connects twice, one beyond the world, one of another world", async () => {
     const of = async (world: number, ...others: Changes[]) => {
       const port = await freePort();
       return (await refusals([{}, ...others].map((c, i) => settings(i, world, port, c))))[0];
@@ -182,7 +182,7 @@ describe("ranks that do not agree", () => {
     expect(await of(3, { world: 4 })).toMatch(/^rank 1 on .+ was started in a world of 4, rank 0 in one of 3$/);
   });
 
-  test("another token: the stranger is told, the run waits for its own", async () => {
+  test("another token: the connection is refused with a reason, and the run waits for its ranks", async () => {
     const port = await freePort();
     const zero = join(settings(0, 2, port));
     const [stranger] = await refusals([settings(1, 2, port, { token: "guess" })]);
@@ -212,7 +212,7 @@ describe("ranks that do not agree", () => {
   });
 });
 
-test("strangers do no harm: noise, long messages, half a frame, a hello without the token", async () => {
+test("connections without the token are harmless: noise, long messages, half a frame, a hello", async () => {
   const port = await freePort();
   const [clock, hubClock] = [new ManualClock(), new ManualClock()];
   const zero = refusals([settings(0, 2, port)], clock, hubClock);
@@ -274,7 +274,7 @@ describe("before the token is proved", () => {
     hub.close();
   });
 
-  test("hundreds of silent connections lock nobody out", async () => {
+  test("hundreds of silent connections exclude no rank", async () => {
     const port = await freePort();
     const zero = refusals([settings(0, 2, port)]);
     let open = 0;
@@ -296,7 +296,7 @@ describe("before the token is proved", () => {
 });
 
 /** Ranks as processes, whose main threads block. */
-describe("when a rank ends, all end and say why", () => {
+describe("when a rank ends, all end with the reason", () => {
   const script = built("test/support/rank.ts");
   let children: ChildProcess[] = [];
   afterEach(() => {
@@ -325,12 +325,12 @@ describe("when a rank ends, all end and say why", () => {
     return { ended };
   }
 
-  test("all is well: all leave in peace", async () => {
+  test("without a failure all ranks leave", async () => {
     const { ended } = await run(3, "fine", -1);
     for (const { code, err } of await Promise.all(ended)) expect([code, err]).toEqual([0, expect.stringContaining("done")]);
   });
 
-  test("killed: the others, blocked as they are, end within seconds", async () => {
+  test("killed: the others end within seconds, even if blocked", async () => {
     const { ended } = await run(3, "kill", 2, { QUICK: "1" });
     const all = await Promise.all(ended);
     for (const [r, { signal, err }] of all.entries()) {
@@ -346,21 +346,21 @@ describe("when a rank ends, all end and say why", () => {
     }
   });
 
-  test("rank 0 killed: the others know it without it", full, async () => {
+  test("rank 0 killed: the others detect it", full, async () => {
     const { ended } = await run(3, "kill", 0, { QUICK: "1" });
     const [, one, two] = await Promise.all(ended);
     for (const { err } of [one!, two!])
       expect(err).toMatch(/stops in step 7, all_reduce grads: the connection to rank 0 at 127\.0\.0\.1:\d+ ended/);
   });
 
-  test("killed: a main thread that listens ends in its own way", full, async () => {
+  test("killed: a main thread that is not blocked ends with its own message", full, async () => {
     const { ended } = await run(3, "listen", 1, { QUICK: "1" });
     const [zero, , two] = await Promise.all(ended);
     for (const { code, err } of [zero!, two!])
       expect([code, err]).toEqual([4, expect.stringMatching(/received by \d: rank 1 .+ was lost/)]);
   });
 
-  test("an exception is a death like any other; a failure that is told comes with its reason", full, async () => {
+  test("an exception ends the run like a kill; a reported failure comes with its reason", full, async () => {
     const thrown = await Promise.all((await run(2, "throw", 1, { QUICK: "1" })).ended);
     expect(thrown[1]).toMatchObject({ code: 1, err: expect.stringContaining("it broke") });
     expect(thrown[0]!.err).toMatch(/rank 1 .+ was lost/);
@@ -370,7 +370,7 @@ describe("when a rank ends, all end and say why", () => {
       expect(told[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nlast known positions of the ranks:\n.+1-2: step 7/s);
   });
 
-  test("standing still: a process that is stopped, and one that does not move on", full, async () => {
+  test("a suspended process, and a process without progress", full, async () => {
     const stopped = (await run(3, "stop", 1, { QUICK: "1" })).ended;
     for (const r of [0, 2]) expect((await stopped[r]!).err).toMatch(/rank 1 \(.+\): no message for 5 s/);
     children[1]!.kill("SIGKILL");

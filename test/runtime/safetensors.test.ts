@@ -70,7 +70,7 @@ test("a file that is written says format pt in its metadata, which older transfo
   expect(openSafetensors(path).names).toEqual(["a"]);
 });
 
-test("a file cut anywhere is a Trouble, never another error", () => {
+test("a file truncated anywhere is a Trouble, never another error", () => {
   const small = join(folder, "whole.safetensors");
   writeSafetensors(small, [
     { name: "a", dtype: "F32", shape: [2, 3], data: new Float32Array(6) },
@@ -98,7 +98,7 @@ test("a flipped byte in length or header is a Trouble or a readable file, never 
   );
 });
 
-test("each way a file can lie has its message", () => {
+test("each inconsistency of a file has its message", () => {
   const one = (entry: object, data = 8): string => {
     write({ t: { dtype: "F32", shape: [2], data_offsets: [0, 8], ...entry } }, data);
     return complaint(() => openSafetensors(path));

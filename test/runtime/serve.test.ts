@@ -76,13 +76,13 @@ describe("a plan that is served", () => {
     "/secret.txt",
     "/index.html/",
     "/%00",
-  ])("has nothing at %s", async (path) => {
+  ])("has no content at %s", async (path) => {
     const { status, text } = await ask(path);
     expect(status).toBe(404);
     expect(text).toMatch(/^there is no .* here\n$/);
   });
 
-  test("is not for foreign names, nor for writing", async () => {
+  test("refuses foreign host names, and writes", async () => {
     expect(await ask("/plan.json", { host: "evil.example" })).toMatchObject({ status: 403 });
     expect(await ask("/plan.json", { host: `localhost:${new URL(served.address).port}` })).toMatchObject({ status: 200 });
     expect(await ask("/plan.json", { method: "POST" })).toMatchObject({ status: 405 });
@@ -97,7 +97,7 @@ describe("a plan that is served", () => {
     await other.close();
   });
 
-  test("is not for pages of other origins, which may not embed it either", async () => {
+  test("refuses pages of other origins, which cannot embed it either", async () => {
     const own = served.address.slice(0, -1);
     expect(await ask("/plan.json", { origin: own })).toMatchObject({ status: 200 });
     for (const origin of ["https://evil.example", "null", own.replace(/\d+$/, "1"), own.replace("127.0.0.1", "localhost")])
@@ -106,7 +106,7 @@ describe("a plan that is served", () => {
     expect(headers.get("cross-origin-resource-policy")).toBe("same-origin");
   });
 
-  test("says where it looked for a text that is not there", async () => {
+  test("names the path of a missing corpus", async () => {
     const other = await serve({ plan, source }, { port: 0, baseDir: join(folder, "nowhere"), page });
     expect(await ask("/corpus", { at: other.address })).toMatchObject({
       status: 404,
@@ -121,7 +121,7 @@ test.each<[string, { port?: number; page?: string; plan?: Plan }, RegExp]>([
   ["a port that does not exist", { port: 65536 }, /^there is no port 65536$/],
   ["a page that is not built", { page: folder }, /^the page is not built/],
   ["a plan for another target", { plan: compile(job).plan }, /^the plan is for cpu/],
-])("%s is told with a way out", async (_, { port = 0, page: where = page, plan: which = plan }, message) => {
+])("%s is reported with a fix", async (_, { port = 0, page: where = page, plan: which = plan }, message) => {
   await expect(serve({ plan: which, source }, { port, baseDir: folder, page: where })).rejects.toMatchObject({
     name: "Trouble",
     message: expect.stringMatching(message),

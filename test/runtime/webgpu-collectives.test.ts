@@ -69,7 +69,7 @@ const hows: readonly CollectiveKind[] = ["all_gather", "all_to_all", "reduce_sca
 
 describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, ${noAdapter}` : ""}`, () => {
   describe.each(hows)("%s", (how) => {
-    test("any group, any length, source and destination apart or together", async () => {
+    test("any group, any length, with equal or different source and destination", async () => {
       await fc.assert(
         fc.asyncProperty(fc.integer({ min: 1, max: 4 }), fc.integer({ min: 1, max: 700 }), fc.boolean(), async (members, n, shared) => {
           const { got, should } = await moved(how, "f32", members, n, shared);
@@ -78,7 +78,7 @@ describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, $
         { numRuns: 6 },
       );
     });
-    test("more members than a kernel sees buffers", async () => {
+    test("more members than a kernel has bindings", async () => {
       const { got, should } = await moved(how, "f32", 16, 5, true);
       expect(got).toEqual(should);
     });
@@ -88,7 +88,7 @@ describe.skipIf(noAdapter)(`collectives on one device${noAdapter ? `: skipped, $
     expect(got).toEqual(should);
   });
 
-  test("a letter holds what was sent when it was sent; stages get their own", async () => {
+  test("a message has the content at the time of sending; each stage receives its own", async () => {
     const plan = handPlan({ world: 4, stages: 2, buffers: { x: { shape: [5] }, y: { shape: [5] } } });
     const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
     const transfer = (kind: "send" | "recv", buffer: string, peer: number): Transfer => ({

@@ -64,7 +64,7 @@ const addPlan = (elements: number, more: Partial<Parameters<typeof handPlan>[0]>
   });
 
 describe.skipIf(noAdapter)(`the backend${reason}`, () => {
-  test("what is issued is done in order: writes, dispatches, clearing, reads", async () => {
+  test("commands run in order: writes, dispatches, clears, reads", async () => {
     const plan = addPlan(5);
     await using(plan, { scale: scaled(2) }, async (localRanks) => {
       const b = localRanks.rankDevice(0);
@@ -88,7 +88,7 @@ describe.skipIf(noAdapter)(`the backend${reason}`, () => {
     });
   });
 
-  test("more writes than are in flight at once, small and large, none of them early or late", async () => {
+  test("more writes than fit in flight, small and large, stay in order", async () => {
     const plan = addPlan(100_000);
     await using(plan, { scale: scaled(1) }, async (localRanks) => {
       const b = localRanks.rankDevice(0);
@@ -102,7 +102,7 @@ describe.skipIf(noAdapter)(`the backend${reason}`, () => {
     });
   });
 
-  test("ranks and copies of the activations have their own memory; what was never written is zero", async () => {
+  test("ranks and activation copies have separate memory; unwritten memory is zero", async () => {
     const plan = addPlan(3, {
       world: 2,
       copies: 2,
@@ -192,7 +192,7 @@ struct Starts { B: i32, S: i32, }
     );
   });
 
-  test("every dispatch is timed where it is asked for, in order", async () => {
+  test("every dispatch is timed on request, in order", async () => {
     const plan = addPlan(1000);
     await using(
       plan,
@@ -213,9 +213,9 @@ struct Starts { B: i32, S: i32, }
   });
 });
 
-describe("an arena is cut", () => {
+describe("an arena is split", () => {
   const held = (...ranges: [number, number][]) => ranges.map(([from, to], i) => ({ id: `b${i}`, from, to }));
-  test("as rarely as the limit allows, where no buffer lies on both sides", () => {
+  test("into the fewest parts, at boundaries of buffers", () => {
     expect(cutArena(held([0, 4], [4, 8], [8, 12]), 12, 12, "")).toEqual([0]);
     expect(cutArena(held([0, 4], [4, 8], [8, 12]), 12, 8, "")).toEqual([0, 8]);
     expect(cutArena(held([8, 12], [0, 4], [4, 8]), 12, 4, "")).toEqual([0, 4, 8]);
@@ -223,11 +223,11 @@ describe("an arena is cut", () => {
     expect(cutArena(held([0, 4], [4, 10], [4, 6], [6, 8], [10, 12]), 12, 8, "")).toEqual([0, 4]);
     expect(cutArena([], 0, 8, "")).toEqual([]);
   });
-  test("or not at all", () => {
+  test("or not, if no boundary exists", () => {
     const cut = () => cutArena(held([0, 4], [2, 8], [6, 12]), 12, 8, "the workspace arena of stage 1 on X");
     expect(cut).toThrow("the workspace arena of stage 1 on X has 12 bytes; its buffers up to b2 lie in one piece");
   });
-  test("and what is cut shares as few GPUBuffers as neighbours can", () => {
+  test("and parts share the fewest GPUBuffers", () => {
     const shared = (limit: number) =>
       shareBuffers([{ bytes: 4 }, { bytes: 8 }, { bytes: 4 }, { bytes: 4 }], limit).map((parts) => parts.length);
     expect(shared(20)).toEqual([4]);
@@ -236,7 +236,7 @@ describe("an arena is cut", () => {
   });
 });
 
-describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
+describe.skipIf(noAdapter)(`errors${reason}`, () => {
   test("a plan for another target", async () => {
     const trouble = await troubleOf(openWebgpu(addPlan(1, { target: "cuda:sm_90a" }), sourcesOf({})));
     expect(trouble.message).toContain("cuda:sm_90a");
@@ -252,13 +252,13 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
     expect(matrix.message).toContain("chromium-experimental-subgroup-matrix");
   });
 
-  test("a buffer that kernels cannot see whole: its name, its size, the limit", async () => {
+  test("a buffer above the binding limit: its name, its size, the limit", async () => {
     const trouble = await troubleOf(openWebgpu(addPlan(1000), sourcesOf({ scale: scaled(1) }), { limits: { binding: 2048 } }));
     expect(trouble.exit).toBe(3);
     expect(trouble.message).toMatch(/the buffer x of stage 0 has 4000 bytes; kernels on .* see at most 2048/);
   });
 
-  test("an arena that cannot be made and cannot be cut", async () => {
+  test("an arena that can be neither allocated nor split", async () => {
     const trouble = await troubleOf(openWebgpu(addPlan(1000), sourcesOf({ scale: scaled(1) }), { limits: { buffer: 2048 } }));
     expect(trouble.exit).toBe(3);
     expect(trouble.message).toContain("maxBufferSize");
@@ -300,7 +300,7 @@ describe.skipIf(noAdapter)(`what goes wrong is told${reason}`, () => {
     });
   });
 
-  test.skipIf(hardware)("memory that is not there", async () => {
+  test.skipIf(hardware)("missing memory", async () => {
     // 512 GiB, 1 GiB at a time: as much as the software adapter makes in one piece
     const buffers = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`w${i}`, { kind: "parameter" as const, shape: [2 ** 28] }]));
     const plan = handPlan({ world: 8, buffers });
@@ -322,12 +322,12 @@ describe.skipIf(noAdapter)(`a process${reason}`, () => {
   };
   const open = `const plan = handPlan({ buffers: { x: { shape: [4] } } }); const fleet = await openWebgpu(plan, { kernel: () => "" });`;
 
-  test("ends by itself when its fleet is closed", async () => {
+  test("ends after its local ranks are closed", async () => {
     const said = await run(`${open} await fleet.finish(); await fleet.close(); console.log("closed");`, adapterEnv);
     expect(said).toMatchObject({ exit: 0, out: "closed\n" });
   });
 
-  test("without an adapter says what to install, and ends", async () => {
+  test("without an adapter prints what to install, and ends", async () => {
     // a driver that is not there; on the machine's own adapters nothing can be hidden
     const env = { ...adapterEnv, VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
     const said = await run(`try { ${open} } catch (e) { console.log(e.exit, e.message, e.fix); }`, env);

@@ -71,7 +71,7 @@ const [program] = plan.programs as [Plan["programs"][number]];
 /** Instructions in the order of a step, each as often as it runs. */
 const issued = [...program.order.map((tag) => blockOf(program, tag)), program.step].flat().filter((i) => i.kind === "compute");
 
-test("a dispatch sees one GPUBuffer of its rank, and an instruction sets one bind group for all of its launches", async () => {
+test("a dispatch binds one GPUBuffer of its rank, and an instruction sets one bind group for all its launches", async () => {
   const localRanks = await webgpuOn(host, plan, { kernel: (file) => sources.get(file)! });
   try {
     const { bound, dispatches, groups, pipelines, passes } = await recorded(localRanks, plan);
