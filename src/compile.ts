@@ -7,6 +7,7 @@ import { instructionsOf } from "../schemas/program.ts";
 import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
 import { cpu, type Target } from "./codegen/targets.ts";
 import { printGraph } from "./passes/backward.ts";
+import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
@@ -42,7 +43,7 @@ export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: S
   const mesh = trace("mesh", () => buildMesh(job));
   const { graph, sharded, pipeline } = shardJob(job, mesh, pick, trace);
   const order = trace("schedule", () => schedule(job, pipeline.chunks));
-  const lowered = trace("program", () => lower(job, mesh, { graph, sharded, pipeline, order }), countPrograms);
+  const lowered = trace("program", () => fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order })), countPrograms);
   trace("verify", () => verifyPrograms(lowered, mesh, smallerStepsOf(job)));
   const { programs, kernels, sources } = trace(
     "kernels",

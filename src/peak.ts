@@ -14,6 +14,7 @@ import { type MemoryBreakdown, memoryBreakdown, memoryKinds } from "./analysis/m
 import { generateKernels } from "./codegen/generateKernels.ts";
 import type { Target } from "./codegen/targets.ts";
 import { headAt } from "./model/positions.ts";
+import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { aligned, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
@@ -227,7 +228,7 @@ function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], targe
     },
   };
   const mesh = buildMesh(small);
-  const programs = lowered(small, mesh);
+  const programs = fuseFor(target, lowered(small, mesh));
   const made = target.name === "cpu" ? { programs, kernels: [] } : generateKernels(programs, mesh, target);
   return made.programs.map((program) => chunkMemory(program, planMemory(program, made.kernels), expertLayersOf(model)));
 }

@@ -279,6 +279,7 @@ interface CudaF16Cuh {
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
+  readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly depth: string | number; readonly end: string | number; readonly from: string | number }[];
   readonly name: string | number;
   readonly offsets: string | number;
   readonly perThread: string | number;
@@ -293,6 +294,7 @@ interface CudaGemmMmaCu {
   readonly alignedB: string | number;
   readonly half: string | number;
   readonly mma: string | number;
+  readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly depth: string | number; readonly end: string | number; readonly from: string | number }[];
   readonly name: string | number;
   readonly offsets: string | number;
   readonly ragged: boolean;
@@ -311,6 +313,7 @@ interface CudaGemmTilesCuh {
   readonly m: string | number;
   readonly n: string | number;
   readonly out: string | number;
+  readonly ownDepth: string | number;
   readonly part: string | number;
   readonly raggedDepth: string | number;
   readonly raggedRows: string | number;
@@ -332,6 +335,7 @@ interface CudaGemmWgmmaCu {
   readonly experts: string | number;
   readonly hopper: string | number;
   readonly m: string | number;
+  readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly from: string | number }[];
   readonly n: string | number;
   readonly name: string | number;
   readonly offsets: string | number;

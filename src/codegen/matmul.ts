@@ -1,4 +1,5 @@
 import type { Dtype } from "../../schemas/dtypes.ts";
+import { gemmDgradPair, gemmDgradTriple, groupedDgradPair } from "../ops/fused.ts";
 import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/linear.ts";
 import { invariant } from "../ops/op.ts";
 import { forOp, type KernelSpec, offsetsAt } from "./kernelSpec.ts";
@@ -21,6 +22,8 @@ export interface MatrixProduct {
   /** Matrices of weights (ragged rows) or of c (ragged depth); 1 if nothing is ragged. */
   readonly experts: number;
   readonly ragged?: "rows" | "depth";
+  /** The products of which c is the sum, if they are several: they differ in a, b and depth alone, and `depth` is that of all. */
+  readonly addends?: readonly MatrixProduct[];
   /** Whether the product is added to c. */
   readonly adds: boolean;
   /** Index of the experts' first rows in the index buffer. */
@@ -58,10 +61,21 @@ function product<Operand extends string>(
 
 const forward = (s: ProductSpec<"x" | "w" | "y">, of: Extent): MatrixProduct =>
   product(s, ["x", "w", "y"], { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" }, of);
-const inputGrad = (s: ProductSpec<"dy" | "w" | "dx">, of: Extent): MatrixProduct =>
-  product(s, ["dy", "w", "dx"], { m: of.rows, n: s.d.K, depth: s.d.N, depthFirst: [true, true], ragged: "rows" }, of);
+const inputGrad = <Operand extends string>(s: ProductSpec<Operand | "dx">, of: Extent, dy: Operand, w: Operand): MatrixProduct =>
+  product(s, [dy, w, "dx"], { m: of.rows, n: s.d.K, depth: s.d.N, depthFirst: [true, true], ragged: "rows" }, of);
 const weightGrad = (s: ProductSpec<"x" | "dy" | "dw">, of: Extent): MatrixProduct =>
   product(s, ["x", "dy", "dw"], { m: s.d.K, n: s.d.N, depth: of.rows, depthFirst: [false, false], ragged: "depth" }, of);
+
+/** The addends of a fused sum of input gradients, in order. */
+function sumOfGradients(s: KernelSpec, of: Extent): MatrixProduct {
+  const addends = ["N", "F", "D"].flatMap((dim, i) => {
+    const [dy, w, N] = [`dy${i + 1}`, `w${i + 1}`, s.d[dim]];
+    return s.size[dy] === undefined || N === undefined ? [] : inputGrad({ ...s, d: { ...s.d, N, K: s.d.K ?? 0 } }, of, dy, w);
+  });
+  const [first, ...more] = addends;
+  invariant(first !== undefined && more.length > 0, `${s.op} has one addend`);
+  return { ...first, depth: addends.reduce((sum, p) => sum + p.depth, 0), addends };
+}
 
 /** The ops that are matrix products. */
 export const productOps = {
@@ -72,14 +86,19 @@ export const productOps = {
   grouped_dgrad: groupedDgrad,
   grouped_wgrad: groupedWgrad,
 };
+/** The fused ops that are sums of matrix products. */
+export const sumOps = { gemm_dgrad_pair: gemmDgradPair, gemm_dgrad_triple: gemmDgradTriple, grouped_dgrad_pair: groupedDgradPair };
 const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = {
   gemm: forOp(gemm, (s) => forward(s, tokens(s))),
-  gemm_dgrad: forOp(gemmDgrad, (s) => inputGrad(s, tokens(s))),
+  gemm_dgrad: forOp(gemmDgrad, (s) => inputGrad(s, tokens(s), "dy", "w")),
   gemm_wgrad: forOp(gemmWgrad, (s) => weightGrad(s, tokens(s))),
   grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s))),
-  grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s))),
+  grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s), "dy", "w")),
   grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s))),
-} satisfies Record<keyof typeof productOps, unknown>;
+  gemm_dgrad_pair: forOp(gemmDgradPair, (s) => sumOfGradients(s, tokens(s))),
+  gemm_dgrad_triple: forOp(gemmDgradTriple, (s) => sumOfGradients(s, tokens(s))),
+  grouped_dgrad_pair: forOp(groupedDgradPair, (s) => sumOfGradients(s, rowsOfExperts(s))),
+} satisfies Record<keyof typeof productOps | keyof typeof sumOps, unknown>;
 
 /** Returns the matrix product of a kernel spec. Throws a BrokenInvariant for an op that is no product. */
 export function productOf(spec: KernelSpec): MatrixProduct {

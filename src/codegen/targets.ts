@@ -18,6 +18,8 @@ export interface Target {
   readonly suffix: string;
   /** Whether the runtime runs `first_kernel` in the first microbatch of a step; otherwise all gradients are zero before. */
   readonly writesFirst?: true;
+  /** Whether there are kernels of the ops that replace several instructions (src/ops/fused.ts). */
+  readonly fuses?: true;
   /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
   generate(spec: KernelSpec): GeneratedKernel | undefined;
 }
@@ -32,14 +34,14 @@ export async function loadTarget(text: string): Promise<Target> {
   if (kind === "webgpu") {
     const profile = profiles.find((p) => p === (detail ?? "baseline"));
     if (profile) {
-      const { wgslKernels } = await import("./wgsl/index.ts");
+      const { wgslGenerator } = await import("./wgsl/index.ts");
       const generate = (spec: KernelSpec): GeneratedKernel => {
         if (profile === "baseline" && wgslFeature(Object.values(spec.dtype)) === "f16")
           throw new Trouble(
             "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
             "write --target webgpu:f16, or train.precision: fp32",
           );
-        return wgslKernels[spec.op](spec, profile);
+        return wgslGenerator(spec.op)(spec, profile);
       };
       return { name: `webgpu:${profile}`, suffix: "wgsl", generate };
     }
@@ -48,7 +50,7 @@ export async function loadTarget(text: string): Promise<Target> {
     const arch = archs.find((a) => a === detail);
     if (arch) {
       const { cudaKernels } = await import("./cuda/index.ts");
-      return { name: text, suffix: "cu", writesFirst: true, generate: (spec) => cudaKernels[spec.op](spec, arch) };
+      return { name: text, suffix: "cu", writesFirst: true, fuses: true, generate: (spec) => cudaKernels[spec.op](spec, arch) };
     }
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);

@@ -5,6 +5,7 @@ import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attention
 import * as balance from "./balance.ts";
 import * as capacity from "./capacity.ts";
 import { dropout, jitter } from "./dropout.ts";
+import * as fused from "./fused.ts";
 import { gatedUnits } from "./gatedUnits.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
@@ -32,6 +33,7 @@ const all = [
   ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(plainUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),
+  ...Object.values(fused),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],
 ];
 /** Maps ops by their names. */
@@ -40,6 +42,9 @@ const byName = <O extends AnyOp>(table: readonly O[]) =>
 
 /** Every op by its name. An op that `OpName` lists and no file declares does not compile. */
 export const ops: Readonly<Record<OpName, AnyOp>> = byName(all) satisfies Record<OpName, AnyOp>;
+
+/** The name of an op that stands for several instructions of a program. */
+export type FusedOpName = (typeof fused)[keyof typeof fused]["name"];
 
 /** The name of an op whose reference and kernels are derived from its formula. */
 export type FormulaOpName = Extract<(typeof all)[number], AnyFormulaOp>["name"];

@@ -1,6 +1,6 @@
 /** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
 import { add as plus } from "./formula.ts";
-import { gemm as product } from "./loops.ts";
+import { gemm as product, runs } from "./loops.ts";
 import { declared, formulaOp, type Grads, op } from "./op.ts";
 
 export const gemm = op({
@@ -58,17 +58,6 @@ export const groupedWgrad = op({
     runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N }));
   },
 });
-/** Visits each local expert that has rows, with its first row and its number of rows. Rows are sorted by expert. */
-function runs(rows: Int32Array, first: number, visit: (e: number, row: number, count: number) => void): void {
-  const end = rows[0]!;
-  for (let r = 0; r < end; ) {
-    const e = rows[3 + 3 * r]!;
-    const from = r;
-    while (r < end && rows[3 + 3 * r] === e) r++;
-    visit(e - first, from, r - from);
-  }
-}
-
 export const addBias = formulaOp({
   name: "add_bias",
   sig: "x[B,S,N] bias[N] -> y[B,S,N]",

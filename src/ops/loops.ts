@@ -110,3 +110,14 @@ function row(c: Float32Array, at: number, wide: number, x0: number, x1: number, 
   if (wide > 2) c[at + 2]! += x2;
   if (wide > 3) c[at + 3]! += x3;
 }
+
+/** Visits each local expert that has rows, with its first row and its number of rows. Rows are sorted by expert. */
+export function runs(rows: Int32Array, first: number, visit: (e: number, row: number, count: number) => void): void {
+  const end = rows[0]!;
+  for (let r = 0; r < end; ) {
+    const e = rows[3 + 3 * r]!;
+    const from = r;
+    while (r < end && rows[3 + 3 * r] === e) r++;
+    visit(e - first, from, r - from);
+  }
+}

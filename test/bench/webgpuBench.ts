@@ -22,7 +22,7 @@ import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/code
 import { planLaunch } from "../../src/codegen/launchArgs.ts";
 import type { Profile } from "../../src/codegen/targetNames.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
-import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { wgslGenerator } from "../../src/codegen/wgsl/index.ts";
 import { compile } from "../../src/compile.ts";
 import { profileRows } from "../../src/report/profile.ts";
 import { root } from "../support/checkout.ts";
@@ -130,7 +130,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const milliseconds = new Map<Case, number[]>();
   const checked = new Map<Case, number>();
   for (const c of mine) {
-    const made: GeneratedKernel = wgslKernels[c.use.op](c.use, profile);
+    const made: GeneratedKernel = wgslGenerator(c.use.op)(c.use, profile);
     const launches = made.launches.map(planLaunch);
     const entries = launches.map(({ entry, args }) => ({
       ...{ entry, buffers: args.filter((a) => !isNumber(a)).length, uniform: args.some(isNumber) },

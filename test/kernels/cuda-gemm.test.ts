@@ -13,7 +13,7 @@ import { productOf } from "../../src/codegen/matmul.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
-import { adding, caseOf, products, type Sizes, useOf } from "../support/productCases.ts";
+import { adding, caseOf, products, type Sizes, sumCaseOf, useOf } from "../support/productCases.ts";
 import { byTier, full, isFull } from "../support/tiers.ts";
 
 interface Held extends ContractCase {
@@ -87,6 +87,19 @@ emulated(`Hopper's products${note}`, () => {
       held("w5", "grouped_gemm", { K: 72, N: 136, rows }, false, { tile: turns, stages: 5 }),
       held("w6", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: turns, stages: 2 }),
     ]));
+  test("sums of products of one input: depths that end within a step, experts without rows, clusters and warpgroups that alternate", () => {
+    const summed = (name: string, op: OpName, sizes: Parameters<typeof sumCaseOf>[2], change: Partial<HopperTiling>): Held => {
+      const c = sumCaseOf(name, op, sizes, "bf16");
+      return { ...c, made: tiled(c.use, change) };
+    };
+    return holdAll([
+      summed("s0", "gemm_dgrad_pair", { S: 300, K: 200, depths: [136, 72] }, { tile: small, stages: 2 }),
+      summed("s1", "gemm_dgrad_pair", { S: 140, K: 136, depths: [64, 8] }, { tile: wide, stages: 3, cluster: 2 }),
+      summed("s2", "gemm_dgrad_triple", { S: 150, K: 72, depths: [8, 136, 64] }, { tile: turns, stages: 3 }),
+      summed("s3", "grouped_dgrad_pair", { K: 136, rows, depths: [72, 72] }, { tile: small, stages: 2, raster: 4 }),
+      summed("s4", "grouped_dgrad_pair", { K: 72, rows, depths: [40, 104] }, { tile: turns, stages: 2 }),
+    ]);
+  });
   test("in f16: of every layout of the operands one, sums that leave as halves and as f32", full, () =>
     holdAll([
       held("f0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }, "f16"),

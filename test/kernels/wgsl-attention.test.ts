@@ -6,7 +6,7 @@ import { expect, test } from "vitest";
 import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
-import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { wgslGenerator } from "../../src/codegen/wgsl/index.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { elements, random } from "../support/opCases.ts";
@@ -92,7 +92,7 @@ const shapes: readonly (readonly [
 const inFast = ["zigzag, queries and keys of several ranks", "weights dropped, keys across the diagonal"];
 for (const { options, rows } of byTier(shapes, ([name]) => inFast.includes(name)))
   test.skipIf(noAdapter).each(rows)(`%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, options, async (_, op, d, starts) => {
-    for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, wgslKernels[c.use.op](c.use, "f16"), c);
+    for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, wgslGenerator(c.use.op)(c.use, "f16"), c);
   });
 
 test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
@@ -110,7 +110,7 @@ test.each(["f32", "f16"] as const)("kernels of real sizes compile within default
       ] as const
     ).entries()) {
       const sizes = { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, drop: 0.1, ...orders[i % 2]! };
-      const made = wgslKernels[op](useOf(op, sizes, half), "f16");
+      const made = wgslGenerator(op)(useOf(op, sizes, half), "f16");
       checked.pushErrorScope("validation");
       const module = checked.createShaderModule({ code: made.source });
       for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });

@@ -10,7 +10,7 @@ import { productOf } from "../../src/codegen/matmul.ts";
 import { type Profile, profiles } from "../../src/codegen/targetNames.ts";
 import { gemmMatrix, matrixTiles } from "../../src/codegen/wgsl/gemmMatrix.ts";
 import { gemmTiles, plainTiles } from "../../src/codegen/wgsl/gemmTiles.ts";
-import { wgslKernels } from "../../src/codegen/wgsl/index.ts";
+import { wgslGenerator } from "../../src/codegen/wgsl/index.ts";
 import { tilingOf } from "../../src/codegen/wgsl/matmul.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
@@ -113,7 +113,7 @@ for (const { options, rows } of byTier(deep, ([op]) => op === "gemm"))
     options,
     async (op, sizes, adds) => {
       const use = useOf(op, sizes, "f32", adds);
-      const made = wgslKernels[op](use, "baseline");
+      const made = wgslGenerator(op)(use, "baseline");
       expect(made.launches.map((l) => l.entry)).toEqual([use.name, `${use.name}_sum`]);
       expect(made.launches[0]!.grid[0]).toBeGreaterThan(1);
       await hold(executor!, made, caseOf(use, sizes));
@@ -145,7 +145,7 @@ test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) 
         [8192, 2048, 8],
       ] as const) {
         const counts = op.startsWith("grouped") ? Array.from({ length: 8 }, () => T / 8) : undefined;
-        const made = wgslKernels[op](useOf(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
+        const made = wgslGenerator(op)(useOf(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
         expect(await compiled(made, profile), `${op} ${half} ${T} ${K} ${N}`).toEqual([]);
       }
 });

@@ -50,17 +50,8 @@ export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds 
     if (rows && n !== output && n !== "w") values.fill(Number.NaN, (values.length / bound) * count);
     data[n] = rounded(values, dtype[n]!);
   }
-  const index = new Int32Array(rows ? offsetsAt(bound) + rows.length + 1 : 1).fill(-1);
-  if (rows) {
-    index[0] = count;
-    let at = 0;
-    for (const [e, n] of rows.entries()) {
-      index[offsetsAt(bound) + e] = at;
-      for (let i = 0; i < n; i++, at++) index.set([0, at, e], 1 + 3 * at);
-    }
-    index[offsetsAt(bound) + rows.length] = at;
-    data.rows = index;
-  }
+  const index = rows ? indexOfRows(rows, bound) : new Int32Array(1).fill(-1);
+  if (rows) data.rows = index;
   const after = Object.fromEntries(names.map((n) => [n, (data[n] as Float32Array).slice()]));
   ops[op].cpu(after, d, { start: () => 0, rows: index });
   const exists = rows && output !== "dw" ? (size[output]! / bound) * count : size[output]!;
@@ -68,4 +59,55 @@ export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds 
     title: `${name}: ${op} ${half}${adds ? " adding" : ""} ${JSON.stringify(sizes)}`,
     ...{ use, data, starts: {}, want: { [output]: after[output]!.subarray(0, exists) } },
   };
+}
+
+/** A sum of input gradients of products of `depths`, as a fused op computes it. */
+export function sumCaseOf(
+  name: string,
+  op: OpName,
+  { S = 0, K, rows, depths }: Omit<Sizes, "N"> & { readonly depths: readonly number[] },
+  half: Half,
+): ContractCase {
+  const spare = 29;
+  const count = rows?.reduce((a, b) => a + b, 0) ?? S;
+  const bound = rows ? count + spare : 0;
+  const height = rows ? bound : S;
+  const next = random(name.length * 37 + K);
+  const data: Record<string, Float32Array | Int32Array> = {};
+  const d: Record<string, number> = { B: 1, S: height, K, E: rows?.length ?? 1 };
+  for (const [i, depth] of depths.entries()) {
+    d[["N", "F", "D"][i]!] = depth;
+    const dy = new Float32Array(height * depth).map(next);
+    data[`dy${i + 1}`] = rounded(dy.fill(Number.NaN, count * depth), half);
+    data[`w${i + 1}`] = rounded(new Float32Array(K * depth * (rows?.length ?? 1)).map(next), half);
+  }
+  const index = rows ? indexOfRows(rows, bound) : new Int32Array(1);
+  const dx = new Float32Array(height * K);
+  ops[op].cpu({ ...(data as Record<string, Float32Array>), dx }, d, { start: () => 0, rows: index });
+  data.dx = new Float32Array(height * K);
+  const names = Object.keys(data);
+  return {
+    title: `${name}: ${op} ${half} ${JSON.stringify({ S, K, rows, depths })}`,
+    use: {
+      ...{ op, name, d, bound, makesRows: false, mayOverflow: false, accumulates: new Set() },
+      size: Object.fromEntries(names.map((n) => [n, data[n]!.length])),
+      dtype: Object.fromEntries(names.map((n) => [n, half])),
+    },
+    data: rows ? { ...data, rows: index } : data,
+    starts: {},
+    want: { dx: dx.subarray(0, count * K) },
+  };
+}
+
+/** The index of the rows of each expert, in order. */
+function indexOfRows(rows: readonly number[], bound: number): Int32Array {
+  const index = new Int32Array(offsetsAt(bound) + rows.length + 1).fill(-1);
+  let at = 0;
+  for (const [e, n] of rows.entries()) {
+    index[offsetsAt(bound) + e] = at;
+    for (let i = 0; i < n; i++, at++) index.set([0, at, e], 1 + 3 * at);
+  }
+  index[offsetsAt(bound) + rows.length] = at;
+  index[0] = at;
+  return index;
 }

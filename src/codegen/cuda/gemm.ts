@@ -2,7 +2,7 @@
 
 import type { Arch } from "../../../schemas/devices.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
-import { productOf, productOps } from "../matmul.ts";
+import { productOf, productOps, sumOps } from "../matmul.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
 import { halfOf } from "./matmul.ts";
@@ -21,4 +21,7 @@ export const gemm = {
   grouped_gemm: cudaKernel(productOps.grouped_gemm, multiply),
   grouped_dgrad: cudaKernel(productOps.grouped_dgrad, multiply),
   grouped_wgrad: cudaKernel(productOps.grouped_wgrad, multiply),
+  gemm_dgrad_pair: cudaKernel(sumOps.gemm_dgrad_pair, multiply),
+  gemm_dgrad_triple: cudaKernel(sumOps.gemm_dgrad_triple, multiply),
+  grouped_dgrad_pair: cudaKernel(sumOps.grouped_dgrad_pair, multiply),
 };

@@ -11,7 +11,7 @@ import { invariant } from "../../ops/op.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { rowIndex } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
-import { mostTiles, sidesOf } from "./matmul.ts";
+import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { source } from "./text.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
@@ -54,7 +54,7 @@ export interface HopperTiling {
  */
 export const fitsHopper = (p: MatrixProduct): boolean =>
   (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
-  [sidesOf(p, "a")[0], sidesOf(p, "b")[0]].every((n) => n % 8 === 0) &&
+  (p.addends ?? [p]).every((of) => [sidesOf(of, "a")[0], sidesOf(of, "b")[0]].every((n) => n % 8 === 0)) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts are kept in shared memory
   p.experts <= 1024;
@@ -77,8 +77,10 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     places: register((i) => `"+f"(sums[${i}])`, 8),
   });
   const ragged = p.ragged !== undefined;
+  const { addends, depth } = addendsOf(p, DEPTH);
   const body = render("cuda/gemm_wgmma.cu", {
-    ...{ name: spec.name, m: p.m, n: p.n, depth: p.depth, experts: p.experts, offsets: p.offsets },
+    ...{ name: spec.name, m: p.m, n: p.n, depth, experts: p.experts, offsets: p.offsets },
+    more: moreOperands(addends),
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth"), adds: flag(p.adds) },
     ...{
       depthFirstA: flag(p.a.depthFirst),
@@ -110,11 +112,11 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] 
     strides: [inner * bytesOf[dtype], inner * rows * bytesOf[dtype]],
     box: [128 / bytesOf[dtype], high, 1],
   });
-  return [
-    map(p.a.name, p.a.dtype, sidesOf(p, "a"), 1, p.a.depthFirst ? tile.rows : DEPTH),
-    map(p.b.name, p.b.dtype, sidesOf(p, "b"), weights, p.b.depthFirst ? tile.columns / cluster : DEPTH),
-    map(p.c.name, p.c.dtype, [p.n, p.m], sums, 16),
+  const operands = (of: MatrixProduct): TensorMap[] => [
+    map(of.a.name, of.a.dtype, sidesOf(of, "a"), 1, of.a.depthFirst ? tile.rows : DEPTH),
+    map(of.b.name, of.b.dtype, sidesOf(of, "b"), weights, of.b.depthFirst ? tile.columns / cluster : DEPTH),
   ];
+  return [...(p.addends ?? [p]).flatMap(operands), map(p.c.name, p.c.dtype, [p.n, p.m], sums, 16)];
 }
 
 /** Cycles between the last product of a tile and the first of the next, if no other warpgroup multiplies in between. */

@@ -6,7 +6,7 @@ import { render } from "../../../templates/bindings.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
-import { mostTiles, sidesOf } from "./matmul.ts";
+import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { sumColumns } from "./reduce.ts";
 import { source } from "./text.ts";
 
@@ -14,6 +14,8 @@ import { source } from "./text.ts";
 type Edge = 128 | 64 | 32;
 /** The number of tiles that gives about every multiprocessor one. */
 const ENOUGH = 100;
+/** Of depth, that f32 arithmetic multiplies between two barriers. */
+const STEP = 16;
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
@@ -21,9 +23,19 @@ const flag = (yes: boolean): string => (yes ? "true" : "false");
 const edgeOf = <E extends Edge>(p: MatrixProduct, edges: readonly E[]): E =>
   edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
-function tilesText(p: MatrixProduct, edge: Edge, tileK: number, part = p.depth): string {
+function tilesText(p: MatrixProduct, edge: Edge, tileK: number, part?: number): string {
+  const { addends, depth } = addendsOf(p, tileK);
   return render("cuda/gemm_tiles.cuh", {
-    ...{ m: p.m, n: p.n, depth: p.depth, part, experts: p.experts, adds: flag(p.adds), out: cudaType(p.c.dtype) },
+    ...{
+      m: p.m,
+      n: p.n,
+      depth,
+      part: part ?? depth,
+      experts: p.experts,
+      ownDepth: addends[0]?.depth ?? depth,
+      adds: flag(p.adds),
+      out: cudaType(p.c.dtype),
+    },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
     ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst) },
     ...{ tileM: edge, tileN: edge, tileK, raster: 8 },
@@ -37,18 +49,29 @@ function launched(
   launch: { readonly threads: number; readonly shared: number },
   body: string,
 ): GeneratedKernel {
-  const args = [p.a.name, p.b.name, p.c.name, ...(p.ragged ? [rowIndex] : [])];
+  const args = [...operandsOf(p), p.c.name, ...(p.ragged ? [rowIndex] : [])];
   return { source: source(spec, body), launches: [{ entry: spec.name, grid: [mostTiles(p, edge, edge), 1, 1], ...launch, args }] };
 }
+
+/** The names of all operands, in the order of a kernel's parameters. */
+const operandsOf = (p: MatrixProduct): string[] => (p.addends ?? [p]).flatMap(({ a, b }) => [a.name, b.name]);
+/** Returns whether rows of an operand, in all addends, are multiples of so many elements. */
+const areMultiples = (p: MatrixProduct, operand: "a" | "b", n: number): boolean =>
+  (p.addends ?? [p]).every((of) => sidesOf(of, operand)[0] % n === 0);
 
 /** Returns the kernel of a product whose operands have the 16-bit type `half`. */
 export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128 | 64 = edgeOf(p, [128, 64])): GeneratedKernel {
   const [stages, tileK] = [4, 32];
   const warps = edge === 128 ? { warpsM: 2, warpsN: 4 } : { warpsM: 2, warpsN: 2 };
-  const aligned = (operand: "a" | "b") => flag(sidesOf(p, operand)[0] % 8 === 0);
+  const aligned = (operand: "a" | "b") => flag(areMultiples(p, operand, 8));
   const body = render("cuda/gemm_mma.cu", {
     ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, ...warps, ...float16Types[half] },
-    ...{ alignedA: aligned("a"), alignedB: aligned("b"), tiles: tilesText(p, edge, tileK) },
+    ...{
+      alignedA: aligned("a"),
+      alignedB: aligned("b"),
+      tiles: tilesText(p, edge, tileK),
+      more: moreOperands(addendsOf(p, tileK).addends),
+    },
   });
   return launched(spec, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
 }
@@ -59,9 +82,9 @@ export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128
  */
 function partOf(p: MatrixProduct): number {
   const tiles = mostTiles(p, 128, 128);
-  if (p.ragged || mostTiles(p, 64, 64) >= ENOUGH) return p.depth;
+  if (p.ragged || p.addends || mostTiles(p, 64, 64) >= ENOUGH) return p.depth;
   const parts = Math.max(1, Math.min(32, Math.round(MULTIPROCESSORS / tiles), Math.floor(p.depth / 512)));
-  return Math.ceil(p.depth / parts / 16) * 16;
+  return Math.ceil(p.depth / parts / STEP) * STEP;
 }
 
 /** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
@@ -74,7 +97,7 @@ export function simt(
   const parts = Math.ceil(p.depth / part);
   const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
   const each = edge === 128 ? 8 : 4;
-  const vector = (operand: "a" | "b") => (sidesOf(p, operand)[0] % 4 === 0 ? 4 : 1);
+  const vector = (operand: "a" | "b") => (areMultiples(p, operand, 4) ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
     ...{
       name: spec.name,
@@ -84,7 +107,8 @@ export function simt(
       a: cudaType(p.a.dtype),
       b: cudaType(p.b.dtype),
     },
-    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(sums, edge, 16, part) },
+    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(sums, edge, STEP, parts > 1 ? part : undefined) },
+    more: moreOperands(addendsOf(p, STEP).addends),
   });
   const threads = (edge / each) ** 2;
   if (parts === 1) return launched(spec, p, edge, { threads, shared: 0 }, body);

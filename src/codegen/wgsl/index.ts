@@ -1,6 +1,7 @@
-/** The WGSL kernel of every op, by the op's name. An op without a kernel does not compile. */
+/** The WGSL kernel of every op, by the op's name. An op without a kernel does not compile; programs for WebGPU have no fused ops. */
 import type { OpName } from "../../../schemas/opNames.ts";
-import { type FormulaOpName, mapFormulaOps } from "../../ops/index.ts";
+import { type FormulaOpName, type FusedOpName, mapFormulaOps } from "../../ops/index.ts";
+import { invariant } from "../../ops/op.ts";
 import type { WgslGenerator, WgslKernels } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
@@ -29,6 +30,16 @@ const handWritten = {
   ...router,
   ...transport,
   ...vocab,
-} satisfies WgslKernels<Exclude<OpName, FormulaOpName>>;
+} satisfies WgslKernels<Exclude<OpName, FormulaOpName | FusedOpName>>;
 
-export const wgslKernels: Readonly<Record<OpName, WgslGenerator>> = { ...handWritten, ...mapFormulaOps(formulaKernel) };
+export const wgslKernels: Readonly<Record<Exclude<OpName, FusedOpName>, WgslGenerator>> = {
+  ...handWritten,
+  ...mapFormulaOps(formulaKernel),
+};
+
+/** Returns the WGSL generator of an op. Throws an invariant for a fused op. */
+export function wgslGenerator(op: OpName): WgslGenerator {
+  const found = Object.entries(wgslKernels).find(([name]) => name === op)?.[1];
+  invariant(found !== undefined, `no program for WebGPU has the op ${op}`);
+  return found;
+}

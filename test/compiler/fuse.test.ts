@@ -1,0 +1,78 @@
+/** Fusion: which instructions one instruction replaces, and that no number changes by more than its rounding. */
+import { describe, expect, test } from "vitest";
+import { openRun } from "../../runtime/train/openRun.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { cpu } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { distance, fixture, jobOf } from "../support/job.ts";
+
+const jobWith = (model: object, parallel: object = {}, train: object = {}) =>
+  jobOf({
+    name: "fused",
+    model: { layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...model },
+    parallel,
+    train: { global_batch: 4, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+    data: { path: "corpus.txt" },
+  });
+const moe = { moe: { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05 } } };
+
+const planOf = (job: ReturnType<typeof jobOf>, fuses: boolean) => compile(job, { target: fuses ? { ...cpu, fuses: true } : cpu }).plan;
+/** How often a plan runs each op that only one of the two plans has so often. */
+const opsOf = (plan: ReturnType<typeof planOf>): Record<string, number> => {
+  const counts: Record<string, number> = {};
+  for (const i of plan.programs.flatMap(instructionsOf)) if (i.kind === "compute") counts[i.op] = (counts[i.op] ?? 0) + 1;
+  return counts;
+};
+function changes(job: ReturnType<typeof jobOf>): Record<string, number> {
+  const [before, after] = [opsOf(planOf(job, false)), opsOf(planOf(job, true))];
+  const names = [...new Set([...Object.keys(before), ...Object.keys(after)])].sort();
+  return Object.fromEntries(names.map((n) => [n, (after[n] ?? 0) - (before[n] ?? 0)] as const).filter(([, n]) => n !== 0));
+}
+
+async function train(plan: ReturnType<typeof planOf>) {
+  const run = await openRun(plan, { baseDir: fixture("") });
+  const steps = [await run.step(), await run.step()];
+  const gradients = await run.gradients();
+  await run.close();
+  return { losses: steps.map(({ loss, grad_norm }) => [loss, grad_norm] as const), gradients };
+}
+
+test("sums of input gradients become one product: of queries, keys and values, and of gate and up", () => {
+  expect(changes(jobWith({}))).toMatchInlineSnapshot(`
+    {
+      "add": -6,
+      "gemm_dgrad": -10,
+      "gemm_dgrad_pair": 2,
+      "gemm_dgrad_triple": 2,
+    }
+  `);
+  expect(changes(jobWith(moe))).toMatchInlineSnapshot(`
+    {
+      "add": -6,
+      "gemm_dgrad": -6,
+      "gemm_dgrad_triple": 2,
+      "grouped_dgrad": -4,
+      "grouped_dgrad_pair": 2,
+    }
+  `);
+});
+
+const meshes = {
+  "one rank": {},
+  "tensor 2 with sequence": { world: 2, tensor: 2, sequence: true },
+  "two stages with weight gradients of their own": { world: 2, pipeline: 2, schedule: "zero_bubble" },
+};
+describe.each(Object.entries(meshes))("%s", (_, parallel) => {
+  test.each([
+    ["dense", {}],
+    ["experts", moe],
+  ])("%s: losses and gradients are those of the program that is not fused", async (_, model) => {
+    const job = jobWith(model, parallel);
+    const [plain, fused] = [await train(planOf(job, false)), await train(planOf(job, true))];
+    for (const [n, [loss, norm]] of plain.losses.entries()) {
+      expect(Math.abs((fused.losses[n]?.[0] ?? 0) / loss - 1)).toBeLessThan(1e-6);
+      expect(Math.abs((fused.losses[n]?.[1] ?? 0) / norm - 1)).toBeLessThan(1e-5);
+    }
+    for (const [name, g] of plain.gradients) expect(distance(fused.gradients.get(name)?.data ?? [], g.data), name).toBeLessThan(1e-5);
+  });
+});
