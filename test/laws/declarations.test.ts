@@ -231,9 +231,9 @@ test("the dims along which each op may be sharded", () => {
     orthogonalize_experts: E
     muon: ...
     muon_scheduled: ...
-    gemm_dgrad_pair: B S N K F
-    gemm_dgrad_triple: B S N K F D
-    grouped_dgrad_pair: B S E N K F
+    gemm_dgrad_pair: B S K
+    gemm_dgrad_triple: B S K
+    grouped_dgrad_pair: B S E K
     arrange: 
     take_rows: 
     invert_rows: 
