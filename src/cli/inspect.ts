@@ -1,40 +1,175 @@
-import type { Command } from "commander";
+import { type Command, InvalidArgumentError } from "commander";
+import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import type { Inspection } from "../report/inspect.ts";
 import { loadPlan } from "./loadPlan.ts";
-import { type CommonOptions, planOrJob, wholeNumber, withExamples, withFormat, withSet } from "./options.ts";
-import { printJson, printStdout } from "./output.ts";
+import { atLeastOne, type CommonOptions, planOrJob, wholeNumber, withExamples, withFormat, withSet } from "./options.ts";
+import { printJson, printReport, reportWidth } from "./output.ts";
 import { expectWritable, writeFile } from "./outputFiles.ts";
 
-/** Registers `inspect`: prints mesh, memory and collectives of a plan, or the program of one rank. */
+interface InspectOptions extends CommonOptions {
+  readonly mesh?: true;
+  readonly memory?: true;
+  readonly comms?: true;
+  readonly schedule?: true;
+  readonly kernels?: true;
+  readonly top?: number;
+  readonly rank?: number;
+  readonly op?: string;
+  readonly why?: string;
+  readonly job?: string;
+  readonly picture?: string;
+}
+
+/** A part of a report: its key and value in JSON, and its lines. */
+interface Section {
+  readonly key: string;
+  readonly value: unknown;
+  readonly lines: readonly string[];
+}
+
+/** Registers `inspect`: one screen about a plan, or the sections that options name. */
 export function registerInspect(program: Command): void {
   withExamples(
-    withSet(
-      withFormat(program.command("inspect").description("show the mesh, the memory and the collectives of a plan, with their origins")),
-    )
+    withSet(withFormat(program.command("inspect").description("show a plan: one screen about all of it, or the named sections")))
       .argument("<plan|job>", planOrJob)
-      .option("--rank <rank>", "show one rank: its coordinates, groups and program", wholeNumber)
+      .option("--mesh", "all nodes and ranks, and the groups of each axis")
+      .option("--memory", "the largest tensors of each stage")
+      .option("--comms", "collectives and transfers of each stage, by falling bytes")
+      .option("--schedule", "the order of microbatches on each stage")
+      .option("--kernels", "kernels by falling work")
+      .option("--top <n>", "rows of --memory, --comms and --kernels (default: 10)", atLeastOne)
+      .option("--rank <rank>", "one rank: its coordinates, groups and program", wholeNumber)
+      .option("--op <id>", "all about an instruction or a buffer", idText)
+      .option("--why <id>", "why an instruction or a buffer exists: job key, decision, bytes, cost, and what removes it", idText)
+      .option("--job <file>", "the job of the plan, so that --why names its line (default: a job.yaml beside it that fits)")
       .option("--picture <file>", "draw the schedule and the memory of each stage as an SVG"),
     "inspect plan/",
+    "inspect plan/ --memory --top 20",
+    "inspect job.yaml --why layers.0.moe.permute.dispatch",
     "inspect job.yaml --rank 5",
     "inspect job.yaml --picture plan.svg",
-  ).action(async (path: string, options: CommonOptions & { rank?: number; picture?: string }) => {
-    if (options.picture) expectWritable(options.picture);
-    const { plan } = await loadPlan(path, options.set);
-    if (options.picture) {
-      const { drawPlan } = await import("../report/planPicture.ts");
-      writeFile(options.picture, drawPlan(plan));
+  ).action(runInspect);
+}
+
+function idText(text: string): string {
+  if (text.trim() === "") throw new InvalidArgumentError("It is empty.");
+  return text;
+}
+
+async function runInspect(path: string, options: InspectOptions): Promise<void> {
+  if (options.picture) expectWritable(options.picture);
+  const { plan } = await loadPlan(path, options.set);
+  if (options.picture) {
+    const { drawPlan } = await import("../report/planPicture.ts");
+    writeFile(options.picture, drawPlan(plan));
+  }
+  const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
+  const needsView = options.why === undefined && options.op === undefined && options.rank === undefined;
+  const view = needsView ? inspectPlan(plan) : undefined;
+  const sections = [...(view ? await sectionsOf(plan, view, options) : []), ...(await detailsOf(plan, path, options))];
+  if (options.format === "json") {
+    const named = Object.fromEntries(sections.map(({ key, value }) => [key, value]));
+    const warnings = sections.length === 0 ? { warnings: await warningsOf(plan) } : {};
+    return printJson(sections.length === 0 ? { ...view, ...warnings } : { format_version: INSPECT_VERSION, ...named });
+  }
+  if (sections.length > 0)
+    return printReport(
+      sections
+        .flatMap(({ lines }) => lines)
+        .join("\n")
+        .trimEnd(),
+    );
+  if (!view) return;
+  const { printOverview } = await import("../report/overview.ts");
+  printReport(printOverview(plan, view, await warningsOf(plan), reportWidth()));
+}
+
+/** The default number of rows of a table. */
+const TOP = 10;
+
+async function sectionsOf(plan: Plan, view: Inspection, options: InspectOptions): Promise<Section[]> {
+  const width = reportWidth();
+  const { top = TOP } = options;
+  const sections: Section[] = [];
+  if (options.mesh || options.comms || options.schedule || options.kernels) {
+    const { kernelWork, printCommunication, printKernels, printMeshSection, printScheduleSection } = await import("../report/sections.ts");
+    const { trafficOf } = await import("../report/overview.ts");
+    if (options.mesh) sections.push({ key: "mesh", value: view.mesh, lines: printMeshSection(plan, view, width) });
+    if (options.comms) {
+      const stages = view.roles.map((role) => {
+        const { stage, collectives, transfers } = role;
+        return { stage, axes: trafficOf(role), collectives, transfers };
+      });
+      sections.push({ key: "communication", value: stages, lines: printCommunication(view, top, width) });
     }
-    const json = options.format === "json";
-    if (options.rank === undefined) {
-      const [{ inspectPlan }, { printInspect }] = await Promise.all([import("../report/inspect.ts"), import("../report/inspectText.ts")]);
-      const view = inspectPlan(plan);
-      return json ? printJson(view) : printStdout(printInspect(view));
-    }
+    if (options.schedule) sections.push({ key: "schedule", value: view.schedule, lines: printScheduleSection(plan, view, width) });
+    if (options.kernels) sections.push({ key: "kernels", value: kernelWork(plan).slice(0, top), lines: printKernels(plan, top, width) });
+  }
+  if (options.memory) {
+    const { printTensors, stageTensors } = await import("../report/tensors.ts");
+    const value = stageTensors(plan).map(({ stages, tensors }) => ({ stages, tensors: tensors.slice(0, top) }));
+    sections.push({ key: "memory", value, lines: printTensors(plan, view, top, width) });
+  }
+  return sections;
+}
+
+/** The sections about one rank, instruction or buffer. */
+async function detailsOf(plan: Plan, path: string, { rank, op, why, job, set }: InspectOptions): Promise<Section[]> {
+  const sections: Section[] = [];
+  const width = reportWidth();
+  if (rank !== undefined) {
     const { world } = plan.mesh;
-    if (options.rank >= world)
-      throw new Trouble(`there is no rank ${options.rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
-    const { inspectRank, printRank } = await import("../report/inspectRank.ts");
-    const view = inspectRank(plan, options.rank);
-    return json ? printJson(view) : printStdout(printRank(view));
-  });
+    if (rank >= world) throw new Trouble(`there is no rank ${rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
+    const [{ inspectRank, printRank }, { fitLines }] = await Promise.all([
+      import("../report/inspectRank.ts"),
+      import("../report/textLayout.ts"),
+    ]);
+    const view = inspectRank(plan, rank);
+    sections.push({ key: "rank", value: view, lines: fitLines(printRank(view).split("\n"), width) });
+  }
+  for (const [key, id] of [
+    ["op", op],
+    ["why", why],
+  ] as const) {
+    if (id === undefined) continue;
+    const [{ findId }, { explainId }, { printWhy }, { keyPlace, refusalsOf }, { printInstructions }] = await Promise.all([
+      import("../report/findId.ts"),
+      import("../report/why.ts"),
+      import("../report/whyText.ts"),
+      import("./keyPlace.ts"),
+      import("../report/opText.ts"),
+    ]);
+    const found = findId(plan, id);
+    if (key === "op") {
+      sections.push({ key, value: found.instructions.map(({ instruction }) => instruction), lines: printInstructions(found, width) });
+      continue;
+    }
+    const answer = explainId(plan, found);
+    const place = await keyPlace(plan, answer.key.path, { path, job, sets: set });
+    const refusals = await refusalsOf(plan.job, answer.removed_by);
+    sections.push({ key, value: { ...answer, place }, lines: printWhy(answer, place, refusals, width) });
+  }
+  return sections;
+}
+
+/** The warnings of the rules that need no compiled program, and a peak above the memory of the device. */
+async function warningsOf(plan: Plan) {
+  const [{ quick }, { devices }, { bytesText }] = await Promise.all([
+    import("../rules/quick.ts"),
+    import("../../schemas/devices.ts"),
+    import("../units.ts"),
+  ]);
+  const found = quick
+    .filter(({ level }) => level === "warning")
+    .flatMap((rule) => [...rule.check(plan.job)].map((result) => ({ code: rule.code, title: rule.title, found: result.found })));
+  const { device } = plan.job.cluster;
+  const most = plan.memory.reduce((a, b) => (b.peak > a.peak ? b : a));
+  const limit = devices[device].memory;
+  const over = {
+    code: "C510",
+    title: "the plan does not fit the device",
+    found: `a rank of stage ${most.stage} needs ${bytesText(most.peak)}; ${device} has ${bytesText(limit)}`,
+  };
+  return [...(most.peak > limit && devices[device].links !== null ? [over] : []), ...found];
 }

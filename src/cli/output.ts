@@ -1,6 +1,7 @@
 /** Prints the command line's output: data to stdout, all other text to stderr. Escapes control characters that a terminal would obey. */
 import { escaped, unprintable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { paint } from "../report/textLayout.ts";
 
 /** A value of `--format`. */
 export type Format = "text" | "json";
@@ -9,6 +10,16 @@ const withNewline = (text: string): string => (text.endsWith("\n") ? text : `${t
 
 /** Prints data to stdout, with a final newline. */
 export const printStdout = (text: string): void => void process.stdout.write(withNewline(escaped(text)));
+
+/** Prints a report with style marks to stdout, in color on a terminal. */
+export const printReport = (text: string): void => void process.stdout.write(paint(withNewline(escaped(text)), showsColor(process.stdout)));
+
+/** Returns the columns of a report: COLUMNS, else those of the terminal, else 80; at least 60. */
+export function reportWidth(): number {
+  const asked = Number(process.env.COLUMNS);
+  const columns = Number.isInteger(asked) && asked > 0 ? asked : process.stdout.isTTY ? process.stdout.columns : 80;
+  return Math.max(60, Math.min(columns, 240));
+}
 
 /** Prints a value to stdout as indented JSON. */
 export const printJson = (value: unknown): void => printStdout(JSON.stringify(value, null, 2).replace(unprintable, jsonEscape));
@@ -22,7 +33,9 @@ export const printStderr = (text: string): void => printStyled(escaped(text));
 export const printStyled = (text: string): void => void process.stderr.write(withNewline(text));
 
 /** Returns whether stderr shows colors: it is a terminal, and neither NO_COLOR nor TERM=dumb is set. */
-export const hasColor = (): boolean => Boolean(process.stderr.isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
+export const hasColor = (): boolean => showsColor(process.stderr);
+const showsColor = ({ isTTY }: { readonly isTTY?: boolean }): boolean =>
+  Boolean(isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
 
 /** Prints a progress line to stderr. On a terminal the next progress line overwrites it. */
 export const printProgress = (line: string): void =>

@@ -12,8 +12,13 @@ import { type MemoryBreakdown, memoryBreakdown } from "../analysis/memoryBreakdo
 import { chunksPerStage, type StageOfPlan, stagesOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
+import { largest } from "../units.ts";
+import { type Link, linksOf, transferAcross } from "./links.ts";
 import { type BlockPhase, phases } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
+
+/** The version of the JSON that `inspect` prints. */
+export const INSPECT_VERSION = "1.0";
 
 /** One axis of the mesh. */
 export interface AxisView {
@@ -22,6 +27,8 @@ export interface AxisView {
   readonly size: number;
   readonly groups: number;
   readonly cross_nodes: number;
+  /** The largest number of nodes that a group is on. */
+  readonly nodes: number;
   readonly first_group: readonly number[];
 }
 
@@ -36,6 +43,7 @@ export interface CollectiveView {
   /** Bytes that each rank sends per execution. */
   readonly bytes: number;
   readonly bytes_per_step: number;
+  readonly link: Link;
   readonly because: string;
   readonly path: string;
   /** Their origins, with equal layers merged. */
@@ -50,6 +58,8 @@ export interface TransferView {
   readonly buffer: string;
   readonly bytes: number;
   readonly per_step: number;
+  /** The share of the ranks whose peer is on another node. */
+  readonly across: number;
 }
 
 /** The summary of one stage. */
@@ -72,6 +82,8 @@ export interface RoleView {
 
 /** The summary of a plan. */
 export interface Inspection {
+  /** The version of this form: a minor version adds keys. */
+  readonly format_version: typeof INSPECT_VERSION;
   readonly name: string;
   readonly digest: string;
   readonly rankc: string;
@@ -105,6 +117,7 @@ export function inspectPlan(plan: Plan): Inspection {
   const roles = stagesOf(plan).map((stage) => roleView(plan, stage));
   const microbatches = roles[0]?.microbatches ?? 0;
   return {
+    format_version: INSPECT_VERSION,
     name: job.name,
     digest: plan.digests.plan,
     rankc: plan.toolchain.rankc,
@@ -146,6 +159,7 @@ function axisView(plan: Plan, axis: MeshAxis): AxisView {
     size: plan.mesh.sizes[axis],
     groups: all.length,
     cross_nodes: all.filter((group) => new Set(group.map(node)).size > 1).length,
+    nodes: largest(all, (group) => new Set(group.map(node)).size),
     first_group: all[0] ?? [],
   };
 }
@@ -165,9 +179,10 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   };
   const buffers = new BufferTable(program.buffers);
   const buffer = (id: string) => buffers.get(id);
+  const linkOf = linksOf(mesh, program.stage);
   const collectives = phases.flatMap((kind) => {
     const instructions = blocks.flatMap((block) => (block.kind === kind ? block.instructions : []));
-    return collectiveViews(instructions, kind, times({ kind }));
+    return collectiveViews(instructions, kind, times({ kind }), linkOf);
   });
   return {
     stage: program.stage,
@@ -188,7 +203,12 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
     transfers: blocks.flatMap((block) =>
       block.instructions.flatMap((i) =>
         i.kind === "send" || i.kind === "recv"
-          ? [{ phase: block.kind, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(block) }]
+          ? [
+              {
+                ...{ phase: block.kind, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(block) },
+                across: transferAcross(mesh, program.stage, i.peer),
+              },
+            ]
           : [],
       ),
     ),
@@ -199,7 +219,12 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   };
 }
 
-function collectiveViews(instructions: readonly Instruction[], phase: BlockPhase, times: number): CollectiveView[] {
+function collectiveViews(
+  instructions: readonly Instruction[],
+  phase: BlockPhase,
+  times: number,
+  linkOf: ReturnType<typeof linksOf>,
+): CollectiveView[] {
   const found = new Map<string, CollectiveView & { ops: string[] }>();
   for (const i of instructions) {
     if (i.kind !== "collective") continue;
@@ -220,6 +245,7 @@ function collectiveViews(instructions: readonly Instruction[], phase: BlockPhase
       per_step: count * times,
       bytes,
       bytes_per_step: bytes * count * times,
+      link: linkOf(i),
       because,
       path: why.path,
       ops,

@@ -18,10 +18,8 @@ export interface SchedulePicture {
   readonly bubble: number;
 }
 
-const widest = 100;
-
-/** Draws the block runs of all stages. */
-export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: number): SchedulePicture {
+/** Draws the block runs of all stages. Rows take about `widest` columns behind the name of the stage; what does not fit is left out in the middle. */
+export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: number, widest = 100): SchedulePicture {
   const stages = timesOf(orders, chunks);
   const units = durationOf(stages);
   const width = largest(orders.flat(), (run) => blockTag(run, chunks).length, 2) + 1;

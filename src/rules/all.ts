@@ -5,8 +5,9 @@ import { cpu, type Target } from "../codegen/targets.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
 import type { Source } from "../frontend/source.ts";
 import { memoryOfStages } from "../peak.ts";
-import { findingsOfMemory, quick } from "./index.ts";
+import { findingsOfMemory } from "./index.ts";
 import { highestPeak, memoryRule, type Peak } from "./memory.ts";
+import { quick } from "./quick.ts";
 import type { Rule } from "./rule.ts";
 
 /** Returns the highest peak of a job's ranks, with the kernels of a target, whose scratch is part of it. */

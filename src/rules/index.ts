@@ -3,40 +3,9 @@ import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
 import { copy, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
-import { balance } from "./balance.ts";
-import { batch } from "./batch.ts";
-import { cluster } from "./cluster.ts";
-import { data } from "./data.ts";
 import { memoryRule, type Peak } from "./memory.ts";
-import { mesh } from "./mesh.ts";
-import { model } from "./model.ts";
-import { moe } from "./moe.ts";
-import { mtp } from "./mtp.ts";
-import { precision } from "./precision.ts";
-import { rampup } from "./rampup.ts";
-import { random } from "./random.ts";
-import { recompute } from "./recompute.ts";
-import { router } from "./router.ts";
+import { quick } from "./quick.ts";
 import type { Rule, RuleResult } from "./rule.ts";
-import { trainingSchedule } from "./trainingSchedule.ts";
-
-/** Rules without compiled programs; they are applied again to every candidate change. */
-export const quick: readonly Rule[] = [
-  ...mesh,
-  ...batch,
-  ...data,
-  ...trainingSchedule,
-  ...precision,
-  ...rampup,
-  ...recompute,
-  ...model,
-  ...random,
-  ...mtp,
-  ...moe,
-  ...router,
-  ...balance,
-  ...cluster,
-];
 
 /** The smallest valid job, into which the example of each rule is merged. */
 export const smallest = `
