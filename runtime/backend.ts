@@ -47,13 +47,19 @@ export interface Comm {
   recv(rank: number, i: Transfer, at: BlockPosition): boolean;
 }
 
+/** What the ranks run together: a training step, or a batch of an evaluation. */
+export type StepKind = "training" | "evaluation";
+
 /** The ranks of one process, on one kind of device. */
 export interface LocalRanks {
   readonly ranks: readonly number[];
   rankDevice(rank: number): RankDevice;
   readonly comm: Comm;
-  /** Begins a step of `microbatches`. Returns true if the step is replayed as a graph; then only writes of inputs have an effect. */
-  beginStep?(microbatches: number): boolean;
+  /**
+   * Begins a step of `microbatches`, or a batch of an evaluation. Returns true if it is replayed as a graph; then only writes of inputs have
+   * an effect.
+   */
+  beginStep?(microbatches: number, kind?: StepKind): boolean;
   /** Returns the instruction times of the last step, if opened with `profile`. */
   profile?(): Promise<readonly Timing[]> | readonly Timing[];
   /** Submits all issued work and waits for it. Throws errors of that work. */

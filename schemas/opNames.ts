@@ -111,6 +111,7 @@ export const opNames = [
   "softmax_grad",
   "softmax_terms",
   "softmax_terms_grad",
+  "source_losses",
   "split",
   "split_rows",
   "sqrt_softplus",

@@ -152,9 +152,9 @@ export type Parameter = z.infer<typeof Parameter>;
 
 /** What the host writes to an input of a program. */
 export const InputSource = z
-  .enum(["ids", "labels", "weights", "sample", "one", "mtp_coeff", "aux_weight", "lr", "step", "weight_decay", "loss_scale"])
+  .enum(["ids", "labels", "weights", "sources", "sample", "one", "mtp_coeff", "aux_weight", "lr", "step", "weight_decay", "loss_scale"])
   .describe(
-    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
+    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
   );
 export type InputSource = z.infer<typeof InputSource>;
 const source = {
@@ -188,6 +188,16 @@ export const MetricName = z
   .describe("scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert");
 export type MetricName = z.infer<typeof MetricName>;
 
+/** The forward pass that evaluates the model on data that it is not trained on. */
+const Evaluation = z.strictObject({
+  chunks: z
+    .array(z.array(Instruction))
+    .min(1)
+    .describe("per chunk, the forward block of one microbatch, without dropout and without losses of balancing"),
+  step: z.array(Instruction).describe("after the last microbatch: the reduction of the losses"),
+  losses: z.array(id).describe("buffers [sources] that are read after it and added up: the weighted loss of the tokens of each source"),
+});
+
 export const Program = z.strictObject({
   stage: count,
   chunks: z.array(Chunk).min(1),
@@ -204,6 +214,7 @@ export const Program = z.strictObject({
     .describe("the buffers that are read after the step block; those of one metric are added up"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
+  evaluation: Evaluation.optional().describe("with train.evaluation: blocks that run between steps, in the order of the forward blocks"),
 });
 export type Program = z.infer<typeof Program>;
 

@@ -3,20 +3,28 @@ import type { BlockRun, Buffer, HostInput, Instruction, Memory, Program } from "
 
 /** A block of instructions. `weights` has the gradients of weights if they are computed separately from those of inputs. */
 export interface Block {
-  readonly kind: "forward" | "backward" | "weights" | "step";
+  readonly kind: "forward" | "backward" | "weights" | "step" | "evaluation" | "evaluation_step";
   readonly chunk: number;
   readonly instructions: readonly Instruction[];
 }
 /** The blocks of one microbatch, in order. */
 export const microbatchBlocks = ["forward", "backward", "weights"] as const satisfies readonly BlockRun["kind"][];
 
-/** Returns all blocks with instructions, chunk by chunk, then the step block. */
-export function blocksOf({ chunks, step }: Pick<Program, "chunks" | "step">): Block[] {
+/** Returns all blocks with instructions, chunk by chunk, then the step block, then the blocks of an evaluation. */
+export function blocksOf({ chunks, step, evaluation }: Pick<Program, "chunks" | "step" | "evaluation">): Block[] {
   const all: Block[] = chunks.flatMap((c, chunk) => microbatchBlocks.map((kind) => ({ kind, chunk, instructions: c[kind] })));
-  return [...all.filter((b) => b.instructions.length > 0), { kind: "step", chunk: 0, instructions: step }];
+  const evaluated: Block[] = evaluation
+    ? [
+        ...evaluation.chunks.map((instructions, chunk) => ({ kind: "evaluation", chunk, instructions }) as const),
+        { kind: "evaluation_step", chunk: 0, instructions: evaluation.step },
+      ]
+    : [];
+  const hasAny = (b: Block): boolean => b.instructions.length > 0;
+  return [...all.filter(hasAny), { kind: "step", chunk: 0, instructions: step }, ...evaluated.filter(hasAny)];
 }
 /** Returns all instructions of a program, in the order of `blocksOf`. */
-export const instructionsOf = (p: Pick<Program, "chunks" | "step">): Instruction[] => blocksOf(p).flatMap((b) => b.instructions);
+export const instructionsOf = (p: Pick<Program, "chunks" | "step" | "evaluation">): Instruction[] =>
+  blocksOf(p).flatMap((b) => b.instructions);
 
 /** Returns the name of an input: its source, with the depth of multi-token prediction: `ids`, `labels_1`. */
 export const inputName = ({ source, depth }: HostInput): string => (depth === undefined ? source : `${source}_${depth}`);
@@ -39,6 +47,9 @@ export function blockOf({ chunks }: Pick<Program, "chunks">, { kind, chunk }: Bl
  */
 export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): BlockRun[] =>
   order.filter(({ microbatch }) => microbatch < microbatches);
+
+/** Returns the order of the blocks of an evaluation: that of the forward blocks of a step with the full batch. */
+export const evaluationOrder = ({ order }: Pick<Program, "order">): BlockRun[] => order.filter(({ kind }) => kind === "forward");
 
 /** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>

@@ -1,4 +1,5 @@
-/** What a run reports of a step. */
+/** What a run reports of a step, and of an evaluation. */
+import type { HeldOutPart } from "./heldOut.ts";
 
 /** The metrics of a step. */
 export interface StepResult {
@@ -31,4 +32,23 @@ export interface StepResult {
   readonly skipped?: boolean;
   /** Of a skipped step: the non-finite metric, with `debugNonfinite` also its origin. Not set for fp16 overflows. */
   readonly nonfinite?: string;
+}
+
+/** The loss on some held-out tokens. */
+export interface HeldOutLoss {
+  /** Mean cross-entropy of the tokens, in nats; NaN without tokens. */
+  readonly loss: number;
+  /** e^loss. */
+  readonly perplexity: number;
+  /** Predicted tokens. */
+  readonly tokens: number;
+}
+/** The result of an evaluation. */
+export interface EvaluationResult extends HeldOutLoss {
+  /** The steps that the model was trained for. */
+  readonly step: number;
+  readonly part: HeldOutPart;
+  /** The same of each source. */
+  readonly sources: readonly (HeldOutLoss & { readonly source: string })[];
+  readonly seconds: number;
 }

@@ -41,9 +41,13 @@ export interface Settings extends Pick<ShardOptions, "pick"> {
 /** Compiles a job that has no findings. Throws only broken invariants, which are bugs of rankc. */
 export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: Settings = {}): Compiled {
   const mesh = trace("mesh", () => buildMesh(job));
-  const { graph, sharded, pipeline } = shardJob(job, mesh, pick, trace);
+  const { graph, sharded, pipeline, evaluation } = shardJob(job, mesh, pick, trace);
   const order = trace("schedule", () => schedule(job, pipeline.chunks));
-  const lowered = trace("program", () => fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order })), countPrograms);
+  const lowered = trace(
+    "program",
+    () => fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) })),
+    countPrograms,
+  );
   trace("verify", () => verifyPrograms(lowered, mesh, smallerStepsOf(job)));
   const { programs, kernels, sources } = trace(
     "kernels",

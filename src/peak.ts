@@ -283,11 +283,11 @@ const eachKind = (of: (kind: keyof MemoryBreakdown) => number): MemoryBreakdown 
 
 /** Returns the programs of a job: the passes of `compile` without verification. */
 function lowered(job: Job, mesh: Mesh): Program[] {
-  const { graph, sharded, pipeline } = shardJob(job, mesh);
+  const sharded = shardJob(job, mesh);
   // two microbatches suffice: the schedule decides whether backward is split, their number only the activation copies
   const few: Lowered["order"] = schedule(
     { ...job, train: { ...job.train, batch_rampup: null, global_batch: job.train.micro_batch * job.parallel.data * 2 } },
-    pipeline.chunks,
+    sharded.pipeline.chunks,
   );
-  return lower(job, mesh, { graph, sharded, pipeline, order: few });
+  return lower(job, mesh, { ...sharded, order: few });
 }

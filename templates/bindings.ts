@@ -583,6 +583,15 @@ interface CudaSinkhornCu {
   readonly x: string | number;
 }
 
+interface CudaSourceLossesCu {
+  readonly name: string | number;
+  readonly share: string | number;
+  readonly sources: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly type: string | number;
+}
+
 interface CudaSplitRowsCu {
   readonly cap: string | number;
   readonly checked: boolean;
@@ -1271,6 +1280,7 @@ export interface Templates {
   readonly "cuda/running_mean.cu": CudaRunningMeanCu;
   readonly "cuda/select.cu": CudaSelectCu;
   readonly "cuda/sinkhorn.cu": CudaSinkhornCu;
+  readonly "cuda/source_losses.cu": CudaSourceLossesCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/sum_heads.cu": CudaSumHeadsCu;

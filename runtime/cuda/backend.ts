@@ -6,7 +6,7 @@ import { setTimeout } from "node:timers/promises";
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { LocalRanks } from "../backend.ts";
+import type { LocalRanks, StepKind } from "../backend.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm } from "./comm.ts";
@@ -37,7 +37,7 @@ export interface CudaSettings {
 /** The local rank of a CUDA process. */
 export interface CudaRanks extends LocalRanks {
   /** Begins a step of `microbatches`. Returns true if the step is replayed: only writes have an effect; other calls do nothing and may be omitted. */
-  beginStep(microbatches: number): boolean;
+  beginStep(microbatches: number, kind?: StepKind): boolean;
   /** Returns the fraction of the time between the last two replays in which the device waited for the host. */
   idle(): number | undefined;
   /** With `profile`: the instructions of the last step in issue order, times in µs from its begin. */
@@ -74,10 +74,10 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       send: (r, i, at) => void (steps.mode === "replay" || comm.send(r, i, at)),
       recv: (r, i, at) => steps.mode === "replay" || comm.recv(r, i, at),
     },
-    beginStep(microbatches) {
+    beginStep(microbatches, kind) {
       broken = true;
       streams.join();
-      const mode = steps.begin(microbatches);
+      const mode = steps.begin(microbatches, kind);
       streams.begin(profile);
       return mode === "replay";
     },

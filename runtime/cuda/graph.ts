@@ -4,6 +4,7 @@
  * of microbatches replaces the graph, because batch sizes only grow.
  */
 import type { Buffer } from "../../schemas/plan.ts";
+import type { StepKind } from "../backend.ts";
 import type { Context, Event, ExecutableGraph, Pinned, Stream } from "./driver.ts";
 
 /** issue: calls execute on the device. capture: calls are recorded into the graph. replay: the graph contains the calls. */
@@ -30,8 +31,55 @@ interface Replay {
   readonly ended: Event;
 }
 
-/** The step controller of a rank. With `graph: false` it issues every step call by call. */
+/**
+ * The step controller of a rank. With `graph: false` it issues every step call by call. Training steps and batches of an evaluation have
+ * graphs of their own.
+ */
 export class Steps {
+  readonly #recordings: Readonly<Record<StepKind, Recording>>;
+  #current: Recording | undefined;
+
+  constructor(context: Context, stream: Stream, settings: { readonly graph: boolean }) {
+    const recording = (): Recording => new Recording(context, stream, settings);
+    this.#recordings = { training: recording(), evaluation: recording() };
+  }
+
+  /** The mode of the current step; undefined between steps. */
+  get mode(): Mode | undefined {
+    return this.#current?.mode;
+  }
+
+  /** Begins a step with so many microbatches. */
+  begin(microbatches: number, kind: StepKind = "training"): Mode {
+    // the device does not wait for the host during an evaluation
+    if (kind === "evaluation") this.#recordings.training.interrupt();
+    this.#current = this.#recordings[kind];
+    return this.#current.begin(microbatches);
+  }
+
+  /** Returns the pinned memory of the next write. Every step of a kind must make the same writes. */
+  write(buffer: Buffer, copy: number, bytes: number): Staged {
+    if (!this.#current) throw new Error(`rankc: ${buffer.id} is written before the first step`);
+    return this.#current.write(buffer, copy, bytes);
+  }
+
+  /** Ends the step; all its work is then issued. */
+  end(): void {
+    this.#current?.end();
+  }
+
+  /** Returns the fraction of the time between two completed replays of training steps in which the device waited for the host. */
+  idle(): number | undefined {
+    return this.#recordings.training.idle();
+  }
+
+  close(): void {
+    for (const recording of Object.values(this.#recordings)) recording.close();
+  }
+}
+
+/** The steps of one kind. */
+class Recording {
   readonly #context: Context;
   readonly #stream: Stream;
   readonly #wanted: boolean;
@@ -111,8 +159,14 @@ export class Steps {
     return 1 - this.#context.elapsed(before.began, before.ended) / period;
   }
 
-  close(): void {
+  /** Forgets the times of replays: other work runs before the next. */
+  interrupt(): void {
     for (const { began, ended } of this.#replays) for (const event of [began, ended]) this.#context.destroyEvent(event);
+    this.#replays = [];
+  }
+
+  close(): void {
+    this.interrupt();
     if (this.#graph) this.#context.destroyGraph(this.#graph);
     this.#pool.close();
   }

@@ -1,14 +1,22 @@
 /** Opens the corpus of a job on disk: tokens, optional index and labels, and batches of them. */
 import { indexPath } from "../../schemas/dataFiles.ts";
+import type { HeldOutPart } from "../../schemas/heldOut.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { type BatchOf, batchesOf, type Reading } from "../train/inputs.ts";
+import { type BatchOf, batchesOf, type Corpus, type Reading, tokensOf } from "../train/inputs.ts";
 import { invalidUtf8 } from "./fileFormat.ts";
+import { splitBounds } from "./gptDataset.ts";
+import type { HeldOutSource } from "./heldOut.ts";
 import { type InputFile, isThere, openInput } from "./inputFile.ts";
 import { openTokenizer } from "./tokenizers/openTokenizer.ts";
 import type { Text } from "./tokens.ts";
 
 /** An open corpus. */
 export type Opened = { readonly batch: BatchOf; readonly close: () => void };
+/** An open corpus whose split holds data out. */
+export type OpenedCorpus = Opened & {
+  /** Returns the source of a held-out part of data.split. */
+  heldOut(part: HeldOutPart): HeldOutSource;
+};
 
 /** Absolute paths of `data`. `tokenizer`: of a text that is not read as bytes. */
 export interface CorpusPaths {
@@ -24,7 +32,7 @@ const TOKENIZED = 2 ** 25;
  * Opens the files of `data.path` and `data.labels`, and PREFIX.idx where the ids of PREFIX.bin have one. Throws a Trouble if one is missing
  * or cannot be read, if a text is too long to be tokenized now, or as `batchesOf` does.
  */
-export function openCorpus({ path, labels, tokenizer }: CorpusPaths, reading: Reading): Opened {
+export function openCorpus({ path, labels, tokenizer }: CorpusPaths, reading: Reading): OpenedCorpus {
   const open: { close(): void }[] = [];
   const openAt = (at: string, what: string, key: string) => {
     expectPlainPath(at, what, key);
@@ -40,13 +48,41 @@ export function openCorpus({ path, labels, tokenizer }: CorpusPaths, reading: Re
     const beside = reading.format === "tokens" ? indexPath(path) : undefined;
     const index = beside !== undefined && isThere(beside) ? openAt(beside, "the index of the corpus", "data.path") : undefined;
     const marks = labels === undefined ? undefined : openAt(labels, "the file of labels", "data.labels");
-    if (tokenizer === undefined || reading.format !== "text") return { batch: batchesOf({ ids, index, labels: marks }, reading), close };
-    const tokens = tokenized(ids, tokenizer, reading.vocab);
-    return { batch: batchesOf({ ids: tokens, labels: marks }, { ...reading, format: "tokens", dtype: "u32" }), close };
+    const asText = tokenizer === undefined || reading.format !== "text";
+    const how: Reading = asText ? reading : { ...reading, format: "tokens", dtype: "u32" };
+    const corpus = asText ? { ids, index, labels: marks } : { ids: tokenized(ids, tokenizer, reading.vocab), labels: marks };
+    return { batch: batchesOf(corpus, how), heldOut: (part) => heldOutText(corpus, part, how), close };
   } catch (error) {
     close();
     throw error;
   }
+}
+
+/** Returns the tokens of a share of a corpus as a source of an evaluation. Throws a Trouble if it has none to predict. */
+function heldOutText(corpus: Corpus, part: HeldOutPart, reading: Reading): HeldOutSource {
+  const { seq, split = [1] } = reading;
+  const tokens = tokensOf(corpus, reading);
+  const share = part === "validation" ? 1 : 2;
+  const [from = 0, to = from] = splitBounds(split, tokens.count).slice(share);
+  const once = Math.ceil(Math.max(0, to - from - 1) / seq);
+  if (once === 0)
+    throw new Trouble(
+      `${tokens.path}: the ${part} share of data.split has ${to - from} of ${tokens.count} ${tokens.unit}`,
+      `use a longer corpus, or give ${part} a larger share in data.split`,
+    );
+  const whole = (n: number, window: Int32Array): number => {
+    const begin = from + n * seq;
+    const count = Math.min(seq + 1, to - begin);
+    tokens.read(window.subarray(0, count), begin);
+    return count;
+  };
+  const windows = Math.floor((to - from - 1) / seq);
+  if (windows === 0 && reading.evaluates !== "all")
+    throw new Trouble(
+      `${tokens.path}: the ${part} share of data.split has ${to - from} of ${tokens.count} ${tokens.unit}; a sample needs ${seq + 1}`,
+      `set train.evaluation.steps to all, use a longer corpus, or give ${part} a larger share in data.split`,
+    );
+  return { name: tokens.path, weight: 1, once, whole, sample: (n, window) => void whole(n % windows, window) };
 }
 
 /** Tokenizes a text; returns its ids as a file of u32 in memory. */

@@ -72,6 +72,30 @@ export function gptSamples({ lengths, seq, seed, name }: SampledDocuments): (n: 
   };
 }
 
+/** Returns the pieces of sample `n` of documents in their order, each token once: `seq` + 1 tokens; the last sample may have fewer. */
+export function wholeSamples({ lengths, seq }: Pick<SampledDocuments, "lengths" | "seq">): {
+  readonly count: number;
+  piecesOf(n: number): DocumentPiece[];
+} {
+  const starts = new Float64Array(lengths.length + 1);
+  for (const [i, length] of lengths.entries()) starts[i + 1] = (starts[i] ?? 0) + length;
+  const total = starts[lengths.length] ?? 0;
+  return {
+    count: Math.ceil(Math.max(0, total - 1) / seq),
+    piecesOf(n) {
+      const pieces: DocumentPiece[] = [];
+      const [begin, end] = [n * seq, Math.min(total, (n + 1) * seq + 1)];
+      for (let at = begin, document = lastAtMost(starts, begin); at < end; document++) {
+        const from = at - (starts[document] ?? 0);
+        const count = Math.min(end - at, (lengths[document] ?? 0) - from);
+        if (count > 0) pieces.push({ document, from, count });
+        at += Math.max(0, count);
+      }
+      return pieces;
+    },
+  };
+}
+
 /** Keeps the results for the latest `most` arguments. */
 function newest<T>(most: number, make: (key: number) => T): (key: number) => T {
   const known = new Map<number, T>();

@@ -1,38 +1,73 @@
 /** Opens the sources of a job: data sets in Megatron's indexed format, their samples blended by weight. */
 import { datasetPrefix } from "../../schemas/dataFiles.ts";
+import type { HeldOutPart } from "../../schemas/heldOut.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { batchesFrom, type Reading } from "../train/inputs.ts";
 import { blendOf } from "./blend.ts";
 import type { Opened } from "./corpus.ts";
-import { gptSamples, splitBounds } from "./gptDataset.ts";
+import { type DocumentPiece, gptSamples, splitBounds, wholeSamples } from "./gptDataset.ts";
+import type { HeldOutSource } from "./heldOut.ts";
 import { type InputFile, isThere, openInput } from "./inputFile.ts";
 import { readIndex, readLengths } from "./megatronIndex.ts";
 import { readDescription } from "./prepare/description.ts";
 import { type Index, idsOf } from "./tokens.ts";
 
-/** Reads sample n of a source: `seq` + 1 tokens. */
-type ReadSample = (n: number, window: Int32Array) => void;
+/** A part of a data set: shuffled samples without end, and the samples of its documents in their order. */
+interface OpenSource {
+  /** Fills a window of seq + 1 tokens with sample n. */
+  sample(n: number, window: Int32Array): void;
+  /** Samples that hold each token once; the last may be short. */
+  readonly once: number;
+  whole(n: number, window: Int32Array): number;
+}
+type Source = NonNullable<Job["data"]["sources"]>[number];
+
+/** Which documents of a source are read: those of training, validation or test. */
+interface Part {
+  /** The key of the job that lists the sources. */
+  readonly key: "data.sources" | "data.validation" | "data.test";
+  readonly split?: readonly number[] | undefined;
+  /** The number of the share. */
+  readonly share: 0 | 1 | 2;
+  readonly name: "training" | HeldOutPart;
+}
 
 /**
  * Opens the sources of `data.sources` with absolute paths. `split`: with shares of training, validation and test; the samples are those of
  * training. A batch is a function of the number of sequences before it, so it does not depend on the mesh or on earlier batches. Throws a
  * Trouble if a source is missing, damaged, or does not fit the vocabulary.
  */
-export function openSources(sources: NonNullable<Job["data"]["sources"]>, split: readonly number[] | undefined, reading: Reading): Opened {
+export function openSources(sources: readonly Source[], split: readonly number[] | undefined, reading: Reading): Opened {
+  const { opened: readers, close } = openAll(sources, { key: "data.sources", split, share: 0, name: "training" }, reading);
+  const sampleOf = blendOf(sources.map(({ weight }) => weight));
+  const batch = batchesFrom(reading, ({ first, row }, window) => {
+    const { source, index } = sampleOf(first + row);
+    readers[source]?.sample(index, window);
+    return undefined;
+  });
+  return { batch, close };
+}
+
+/** Opens the sources of validation or test data: a share of the sources of training, or with `own` data sets listed for it. */
+export function openHeldOutSources(
+  sources: readonly Source[],
+  { part, own, split }: { readonly part: HeldOutPart; readonly own: boolean; readonly split: readonly number[] | undefined },
+  reading: Reading,
+): { readonly sources: HeldOutSource[]; readonly close: () => void } {
+  const share = part === "validation" ? 1 : 2;
+  const from: Part = own ? { key: `data.${part}`, share, name: part } : { key: "data.sources", split, share, name: part };
+  const { opened, close } = openAll(sources, from, reading);
+  return { sources: opened.map((source, i) => ({ ...source, name: sources[i]?.path ?? "", weight: sources[i]?.weight ?? 1 })), close };
+}
+
+function openAll(sources: readonly Source[], part: Part, reading: Reading) {
   const open: { close(): void }[] = [];
   const close = (): void => {
     for (const file of open) file.close();
   };
   try {
-    const readers = sources.map(({ path }, i) => openSource(path, i, split, reading, (file) => open.push(file)));
-    const sampleOf = blendOf(sources.map(({ weight }) => weight));
-    const batch = batchesFrom(reading, ({ first, row }, window) => {
-      const { source, index } = sampleOf(first + row);
-      readers[source]?.(index, window);
-      return undefined;
-    });
-    return { batch, close };
+    return { opened: sources.map(({ path }, i) => openSource(path, i, part, reading, (file) => open.push(file))), close };
   } catch (error) {
     close();
     throw error;
@@ -52,12 +87,12 @@ function indexAt(file: InputFile): { readonly index: Index; readonly lengths: In
 function openSource(
   given: string,
   number: number,
-  split: readonly number[] | undefined,
+  { key: list, split, share, name }: Part,
   { seq, vocab, seed }: Reading,
   opened: (file: { close(): void }) => void,
-): ReadSample {
+): OpenSource {
   const prefix = datasetPrefix(given);
-  const key = `data.sources[${number}]`;
+  const key = `${list}[${number}]`;
   if (!isThere(`${prefix}.idx`))
     throw new Trouble(
       `${prefix}.idx: the index of ${key} does not exist`,
@@ -74,13 +109,16 @@ function openSource(
   const bin = openAt(`${prefix}.bin`);
   opened(bin);
   const tokens = idsOf(bin, { format: "tokens", dtype: "u32", vocab }, index);
-  const [from = 0, to = all.length] = split ? splitBounds(split, all.length) : [];
+  const [from = 0, to = all.length] = split ? splitBounds(split, all.length).slice(share) : [];
   const lengths = all.subarray(from, to);
   const count = lengths.reduce((sum, length) => sum + length, 0);
-  if (count < seq + 1)
+  // the samples of an evaluation may be shorter, or begin again
+  if (count < (share === 0 ? seq + 1 : 2))
     throw new Trouble(
-      `${prefix}: the training part of ${key} has ${count} tokens in ${lengths.length} documents; a sample needs ${seq + 1}`,
-      "use a longer source, lower model.seq, or give training a larger share in data.split",
+      `${prefix}: the ${name} part of ${key} has ${count} tokens in ${lengths.length} documents; ${share === 0 ? `a sample needs ${seq + 1}` : "an evaluation needs 2"}`,
+      share === 0
+        ? "use a longer source, lower model.seq, or give training a larger share in data.split"
+        : `use a longer source, or give ${name} a larger share in data.split`,
     );
   const starts = new Float64Array(lengths.length);
   let at = all.subarray(0, from).reduce((sum, length) => sum + length, 0);
@@ -88,12 +126,19 @@ function openSource(
     starts[i] = at;
     at += length;
   }
-  const piecesOf = gptSamples({ lengths, seq, seed, name: `data.sources.${number}` });
-  return (n, window) => {
+  const read = (pieces: readonly DocumentPiece[], window: Int32Array): number => {
     let done = 0;
-    for (const { document, from: begin, count: length } of piecesOf(n)) {
+    for (const { document, from: begin, count: length } of pieces) {
       tokens.read(window.subarray(done, done + length), (starts[document] ?? 0) + begin);
       done += length;
     }
+    return done;
+  };
+  const piecesOf = gptSamples({ lengths, seq, seed, name: `${share === 0 ? "data.sources" : `data.${name}`}.${number}` });
+  const { count: once, piecesOf: wholePieces } = wholeSamples({ lengths, seq });
+  return {
+    sample: (n, window) => void read(piecesOf(n), window),
+    once,
+    whole: (n, window) => read(wholePieces(n), window),
   };
 }

@@ -5,6 +5,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { HostData } from "../backend.ts";
+import { splitBounds } from "../data/gptDataset.ts";
 import { readIndex } from "../data/megatronIndex.ts";
 import { permutation } from "../data/permutation.ts";
 import { IGNORED, idsOf, labelsOf, type Text, type Tokens, type Written } from "../data/tokens.ts";
@@ -27,6 +28,10 @@ export interface Reading extends Written {
   readonly weighting: Weighting;
   /** Depths of multi-token prediction. */
   readonly depths: number;
+  /** Shares of training, validation and test; default: all tokens are of training. */
+  readonly split?: readonly number[] | undefined;
+  /** The batches of an evaluation. */
+  readonly evaluates?: number | "all" | undefined;
 }
 /**
  * Inputs of a plan by name: one value per token of the step, or one value. `weights` and `aux_weight` (the weight of balancing and z
@@ -40,7 +45,8 @@ export type BatchOf = (first: number, rows: number) => Batch;
 /** Opens a corpus for batches. Throws a Trouble if the corpus is too short, or does not have the format of `reading`. */
 export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
   const { vocab } = reading;
-  const tokens = idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
+  const all = tokensOf(corpus, reading);
+  const tokens = reading.split ? { ...all, count: splitBounds(reading.split, all.count)[1] ?? all.count } : all;
   check(tokens, reading);
   const marks = corpus.labels && labelsOf(corpus.labels, tokens, vocab);
   const startOf = orders[reading.order](tokens.count, reading);
@@ -52,6 +58,9 @@ export function batchesOf(corpus: Corpus, reading: Reading): BatchOf {
     return marks && ((labels: Int32Array) => marks.read(labels, start + 1));
   });
 }
+
+/** Returns the tokens of a corpus. */
+export const tokensOf = (corpus: Corpus, reading: Reading): Tokens => idsOf(corpus.ids, reading, corpus.index && readIndex(corpus.index));
 
 /** A sample of a step: the sequences read before the step, and its row. */
 export interface SampleAt {
@@ -132,12 +141,12 @@ const orders: Readonly<Record<Reading["order"], Order>> = {
   },
 };
 
-function check(tokens: Tokens, { seq, batch }: Reading): void {
+function check(tokens: Tokens, { seq, batch, split }: Reading): void {
   // One token more than the sequential rule reads: its modulus must be at least 1
   const needed = batch * (seq + 1) + 2;
   if (tokens.count >= needed) return;
   throw new Trouble(
-    `${tokens.path}: the corpus has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} needs at least ${needed}`,
+    `${tokens.path}: ${split ? "the training share of data.split" : "the corpus"} has ${tokens.count} ${tokens.unit}; a batch of ${batch} rows of ${seq} needs at least ${needed}`,
     "use a longer corpus, or lower train.global_batch or model.seq",
   );
 }
@@ -155,4 +164,6 @@ export const readingOf = ({ train, model, data }: Job): Reading => ({
   weighed: data.labels !== null,
   weighting: weightingOf({ train, model }),
   depths: model.mtp?.layers ?? 0,
+  split: data.split,
+  evaluates: train.evaluation?.steps,
 });

@@ -4,12 +4,15 @@
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
+import { type HeldOutPart, heldOutParts } from "../../schemas/heldOut.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
-import type { StepResult } from "../../schemas/stepResult.ts";
+import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
+import type { HeldOut } from "../data/heldOut.ts";
 import { RankPrograms } from "../rankPrograms.ts";
+import { evaluate } from "./evaluation.ts";
 import { feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
@@ -18,7 +21,7 @@ import { Parameters, type StateShards, type Tensor, type WholeTensors } from "./
 import { runTogether, walkStep } from "./rankStep.ts";
 import { type RunProgress, type StepParameters, trainingSchedule } from "./stepParameters.ts";
 
-export type { StepResult } from "../../schemas/stepResult.ts";
+export type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 export type { Tensor } from "./parameters.ts";
 
 /** A run of a plan on the local ranks. */
@@ -31,6 +34,10 @@ export interface Run {
   readonly leads: boolean;
   /** Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. */
   step(): Promise<StepResult>;
+  /** The held-out data that the run can evaluate on. */
+  readonly heldOut: readonly HeldOutPart[];
+  /** Evaluates on held-out data, between two steps; all processes of a run call it together. Throws if the run has no such data. */
+  evaluate(part: HeldOutPart): Promise<EvaluationResult>;
   /** Returns the run progress, including steps before a resume. */
   progress(): RunProgress;
   /** Reads a local rank's shard of a buffer, between two steps. */
@@ -50,6 +57,8 @@ export interface Run {
 export interface RunInputs {
   readonly localRanks: LocalRanks;
   readonly batch: BatchOf;
+  /** The data of evaluations. */
+  readonly heldOut?: Readonly<Partial<Record<HeldOutPart, HeldOut>>>;
   /** The initial weights; default: random weights of the job's seed. */
   readonly checkpoint?: WholeTensors;
   /** The checkpoint to resume from: run progress, and shards of the checkpoint state by name and ranges. */
@@ -75,6 +84,8 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
     progress: () => loop.progress(),
     read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
     step: () => loop.step(),
+    heldOut: heldOutParts.filter((part) => inputs.heldOut?.[part] !== undefined),
+    evaluate: (part) => loop.evaluate(part),
     gradients: () => loop.gradients(),
     parameters: () => loop.parameters(),
     watched: (id) => loop.watched(id),
@@ -169,6 +180,13 @@ class TrainingLoop {
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
       ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
     };
+  }
+
+  evaluate(part: HeldOutPart): Promise<EvaluationResult> {
+    const data = this.#inputs.heldOut?.[part];
+    if (!data) throw new Error(`rankc: the run has no ${part} data`);
+    const parts = { plan: this.#plan, localRanks: this.#localRanks, programs: this.#programs, parameters: this.#parameters };
+    return evaluate(parts, data, part, this.progress().steps);
   }
 
   async gradients(): Promise<Map<string, Tensor>> {

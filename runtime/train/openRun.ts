@@ -1,5 +1,6 @@
 /** A run on this machine: opens what a plan needs here (its text, its weights, its devices), and closes all of it with the run. */
 import { resolve } from "node:path";
+import { type HeldOutPart, heldOutParts, heldOutSources } from "../../schemas/heldOut.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -8,8 +9,9 @@ import { type BackendName, backends } from "../backends.ts";
 import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
-import { type Opened, openCorpus } from "../data/corpus.ts";
-import { openSources } from "../data/sources.ts";
+import { type Opened, type OpenedCorpus, openCorpus } from "../data/corpus.ts";
+import { type HeldOut, heldOutOf } from "../data/heldOut.ts";
+import { openHeldOutSources, openSources } from "../data/sources.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 
@@ -76,7 +78,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
     const run = runOn(plan, {
       ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
-      batch: corpus.batch,
+      ...{ batch: corpus.batch, heldOut: corpus.heldOut },
       ...(checkpoint && { checkpoint }),
       ...(from && { from }),
       ...(watch && { watch }),
@@ -98,8 +100,44 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   }
 }
 
+/** The data of a run. */
+interface RunData extends Opened {
+  readonly heldOut: Readonly<Partial<Record<HeldOutPart, HeldOut>>>;
+}
+
+/** Opens the data that a job trains on, and the data that it evaluates on. */
+function openData(job: Job, baseDir: string): RunData {
+  const open = [openTraining(job, baseDir)] as const;
+  const [{ batch, heldOut: ofCorpus }] = open;
+  const closing: (() => void)[] = open.map(({ close }) => close);
+  const close = (): void => {
+    for (const end of closing) end();
+  };
+  const heldOut: Partial<Record<HeldOutPart, HeldOut>> = {};
+  const { evaluation } = job.train;
+  try {
+    for (const part of evaluation ? heldOutParts : []) {
+      const given = heldOutSources(job.data, part);
+      if (!given || !evaluation) continue;
+      const own = job.data[part] !== undefined;
+      if (!own && ofCorpus) heldOut[part] = heldOutOf([{ ...ofCorpus(part), name: job.data.path }], evaluation.steps, readingOf(job));
+      else {
+        const placed = given.map((source) => ({ ...source, path: resolve(baseDir, source.path) }));
+        const opened = openHeldOutSources(placed, { part, own, split: job.data.split }, readingOf(job));
+        closing.push(opened.close);
+        const named = opened.sources.map((source, k) => ({ ...source, name: given[k]?.path ?? source.name }));
+        heldOut[part] = heldOutOf(named, evaluation.steps, readingOf(job));
+      }
+    }
+    return { batch, heldOut, close };
+  } catch (error) {
+    close();
+    throw error;
+  }
+}
+
 /** Opens the sources of a job, or its one corpus. */
-function openData(job: Job, baseDir: string): Opened {
+function openTraining(job: Job, baseDir: string): Opened & Partial<OpenedCorpus> {
   const { path, labels, tokenizer, sources, split } = job.data;
   if (sources) {
     const placed = sources.map((source) => ({ ...source, path: resolve(baseDir, source.path) }));

@@ -4,7 +4,7 @@
  */
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
-import { blockTag } from "../../schemas/program.ts";
+import { blockTag, evaluationOrder } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
 import type { StageProgram } from "../rankPrograms.ts";
 import type { Inspector } from "./nonfinite.ts";
@@ -39,6 +39,20 @@ export function* walkStep(walk: StepWalk): Generator<string> {
     yield* block(walk, instructions, at);
   }
   yield* block(walk, stage.program.step, { tag: "step", microbatch: -1, copy: 0 });
+}
+
+/** Executes one batch of an evaluation of a rank. Throws if the plan has no evaluation. */
+export function* walkEvaluation(walk: StepWalk): Generator<string> {
+  const { stage, device } = walk;
+  const { evaluation } = stage.program;
+  if (!evaluation) throw new Error("rankc: the plan has no evaluation");
+  device.zeroGradients();
+  for (const { microbatch, chunk } of evaluationOrder(stage.program)) {
+    const instructions = evaluation.chunks[chunk] ?? [];
+    fill(walk, instructions, ["workspace", "activation"], 0, microbatch);
+    yield* block(walk, instructions, { tag: `evaluation ${microbatch}`, microbatch, copy: 0 });
+  }
+  yield* block(walk, evaluation.step, { tag: "the end of an evaluation", microbatch: -1, copy: 0 });
 }
 
 function* block(walk: StepWalk, instructions: readonly Instruction[], at: BlockPosition): Generator<string> {

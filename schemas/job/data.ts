@@ -22,8 +22,14 @@ export const DataText = z.strictObject({
     .max(3)
     .optional()
     .describe(
-      "with sources: shares of training, validation and test, such as [99990, 8, 2]; training uses the documents of the first share",
+      "shares of training, validation and test, such as [99990, 8, 2]: of the documents of each source in their order, or of the tokens of path. train.evaluation reads the second and the third share",
     ),
+  validation: z
+    .array(SourceText)
+    .min(1)
+    .optional()
+    .describe("data sets that train.evaluation reads, in place of the second share of split; the same form as sources"),
+  test: z.array(SourceText).min(1).optional().describe("the same for the third share of split, which is evaluated at the end"),
   format: z
     .enum(["text", "tokens"])
     .optional()
@@ -56,7 +62,6 @@ export const DataText = z.strictObject({
 
 /** data with every default filled in. */
 export const Data = DataText.required({ path: true, format: true, dtype: true });
-
 /** Fills in defaults that depend on other keys. `vocab`: model.vocab. */
 export function completeData(data: z.output<typeof DataText>, vocab: number): z.output<typeof Data> {
   // the first source represents all of them where one path is shown

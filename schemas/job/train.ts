@@ -43,6 +43,15 @@ const Recompute = z.strictObject({
   layers: count.default(1).describe("mode full: layers of a group (uniform), or of a stage or chunk (block)"),
 });
 
+const Evaluation = z.strictObject({
+  every: count.nullable().default(1000).describe("steps between two evaluations on the validation data; null = none during training"),
+  steps: z
+    .union([count, z.literal("all")])
+    .default(100)
+    .describe("batches of global_batch sequences of one evaluation, the same ones each time; all: the whole data once"),
+  at_end: z.boolean().default(true).describe("evaluates on the validation and the test data after the last step"),
+});
+
 /** train as written. */
 export const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
@@ -73,6 +82,11 @@ export const TrainText = z.strictObject({
     .default("stop")
     .describe(
       "a step whose loss or gradient norm is not finite changes no weights. stop: the run ends with an error, and writes no checkpoint of the step; skip: the run continues, and counts such steps. In fp16, a step that overflows because of the loss scale is skipped with both",
+    ),
+  evaluation: Evaluation.nullable()
+    .default(null)
+    .describe(
+      "loss and perplexity on validation and test data (data.split, or data.validation and data.test): a forward pass without dropout, jitter and balancing. It changes no number of the training; null = none",
     ),
   recompute: Recompute.prefault({}).describe("what backward recomputes to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of initial weights, shuffling, dropout and jitter"),

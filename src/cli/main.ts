@@ -13,6 +13,7 @@ import { registerCompile } from "./compile.ts";
 import { registerData } from "./data.ts";
 import { registerDiff } from "./diff.ts";
 import { registerDoctor } from "./doctor.ts";
+import { registerEval } from "./eval.ts";
 import { registerExplain } from "./explain.ts";
 import { registerExport } from "./export.ts";
 import { registerImport } from "./import.ts";
@@ -42,6 +43,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerInspect,
   registerDiff,
   registerRun,
+  registerEval,
   registerData,
   registerPack,
   registerServe,

@@ -1,5 +1,6 @@
 /** Progress lines and metrics lines of a run. */
-import type { StepResult } from "../../schemas/stepResult.ts";
+import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
+import { plural } from "../units.ts";
 
 /** Formats a step as a progress line. `of`: the last step; `pace`: mean seconds per step. */
 export function progressLine(report: StepResult, of: number, pace: number): string {
@@ -47,4 +48,17 @@ export function duration(seconds: number): string {
   if (minutes < 60) return `${minutes} min`;
   const hours = Math.floor(minutes / 60);
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
+}
+
+/** Formats an evaluation as a line: the loss of all its data, and that of each source if there are several. */
+export function evaluationText({ step, part, loss, perplexity, tokens, sources, seconds }: EvaluationResult): string {
+  const of = ({ source, ...own }: EvaluationResult["sources"][number]): string => `${source} ${own.loss.toFixed(4)}`;
+  const each = sources.length > 1 ? `  (${sources.map(of).join(", ")})` : "";
+  return `step ${step}  ${part} loss ${loss.toFixed(4)}  perplexity ${perplexity.toPrecision(5)}  ${plural(tokens, "token")} in ${duration(seconds)}${each}`;
+}
+
+/** Formats an evaluation as a JSON line of the metrics file. A number that is not finite is null. */
+export function evaluationLine({ step, part, loss, perplexity, tokens, sources, seconds }: EvaluationResult): string {
+  const named = { [`${part}_loss`]: loss, [`${part}_perplexity`]: perplexity, [`${part}_tokens`]: tokens };
+  return `${JSON.stringify({ step, ...named, sources, seconds })}\n`;
 }

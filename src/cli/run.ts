@@ -1,12 +1,15 @@
 /** `rankc run`: trains in this process, or starts one process per rank and forwards their output. */
 import { type Command, Option } from "commander";
 import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
-import type { Run, StepResult } from "../../runtime/train/loop.ts";
+import type { EvaluationResult, Run, StepResult } from "../../runtime/train/loop.ts";
 import type { RunSettings } from "../../runtime/train/openRun.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
 import { version } from "../version.ts";
+import { targetOf } from "./eval.ts";
+import { evaluateAtEnd, evaluateWithin } from "./evaluations.ts";
+import { launchRanks, runsOneOfSeveral } from "./launchRanks.ts";
 import { dataDirOf, type LoadedPlan, loadPlan, planFile } from "./loadPlan.ts";
 import {
   atLeastOne,
@@ -74,13 +77,6 @@ export function registerRun(program: Command, exit: ProcessExit): void {
   });
 }
 
-/** Returns the default target of a backend. Throws a Trouble if it depends on the device. */
-function targetOf(backend: BackendName): string {
-  const { target } = backends[backend];
-  if (target.name === null) throw new Trouble(target.found, target.fix);
-  return target.name;
-}
-
 /** Adds the options that read and write checkpoints. */
 const withCheckpointOptions = (command: Command): Command =>
   command
@@ -105,33 +101,15 @@ const withCheckpointOptions = (command: Command): Command =>
 async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const { plan } = loaded;
   if (options.save !== undefined) (await import("../../runtime/checkpoint/saveFolder.ts")).expectWritableFolder(options.save);
-  if (backends[options.backend].ranks === "one" && plan.mesh.world > 1) {
-    if (options.dumpGrads !== undefined)
-      throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or omit --dump-grads");
-    const [{ isLoopback, placeOf }, { launch }] = await Promise.all([
-      import("../../runtime/launch/rankPlace.ts"),
-      import("../../runtime/launch/launcher.ts"),
-    ]);
-    const place = placeOf(process.env, plan.mesh.world);
-    if (place?.rank === 0 && !place.secret && !isLoopback(place.address)) printStderr(noSecret);
-    if (!place) {
-      const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
-      const forward = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? printStdout(line) : printStderr(line));
-      const { code, failed } = await launch({ command, args, ranks: plan.mesh.world, env: process.env, onLine: forward });
-      if (failed) printStderr(`rankc: rank ${failed.rank} ${failed.how}`);
-      return code;
-    }
-  }
-  return train(loaded, baseDir, options, exit);
+  if (options.dumpGrads !== undefined && runsOneOfSeveral(plan, options.backend))
+    throw new Trouble("--dump-grads needs all ranks in one process", "use --backend cpu or webgpu, or omit --dump-grads");
+  return (await launchRanks(plan, options.backend)) ?? train(loaded, baseDir, options, exit);
 }
-
-const noSecret = `rankc: warning: neither RANKC_TOKEN nor RANKC_TOKEN_FILE is set: anyone who reaches rank 0 over the network can compute this run's token
-  fix: set RANKC_TOKEN_FILE to a file that all hosts share and only you can read (openssl rand -hex 32 > FILE)`;
 
 /** Trains until the last step or an interrupt. After an interrupt the current step completes, and `--save` writes its checkpoint. */
 async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const { plan } = loaded;
-  const [{ openRun }, { StepFault }, { metricsLine, progressLine }] = await Promise.all([
+  const [{ openRun }, { StepFault }, { evaluationLine, evaluationText, metricsLine, progressLine }] = await Promise.all([
     import("../../runtime/train/openRun.ts"),
     import("../../runtime/train/nonfinite.ts"),
     import("./progress.ts"),
@@ -165,6 +143,12 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   let last: StepResult | undefined;
   let failed: Error | undefined;
   let fault: InstanceType<typeof StepFault> | undefined;
+  let evaluations: readonly EvaluationResult[] = [];
+  const onEvaluation = (result: EvaluationResult): void => {
+    endProgress();
+    metrics?.add(evaluationLine(result));
+    printStderr(evaluationText(result));
+  };
   try {
     const before = run.progress().steps;
     if (before >= steps)
@@ -180,12 +164,14 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
       metrics?.add(metricsLine(last));
       if (run.leads) printProgress(progressLine(last, steps, seconds / done));
       if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
+      if (last.step < steps) await evaluateWithin(run, plan.job, last.step, onEvaluation);
       // a step on the CPU blocks the event loop; signals arrive here
       await new Promise(setImmediate);
     }
     await save();
     if (done > 0 && run.leads) endProgress();
     if (done > 0) await writeResults(run, plan, options);
+    if (last && last.step >= steps) evaluations = await evaluateAtEnd(run, plan.job, last.step, onEvaluation);
   } catch (error) {
     // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
@@ -205,7 +191,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   if (fault) return fault.exit;
   if (!run.leads) return interrupted ? 130 : 0;
   if (interrupted) printStderr(`interrupted: ${done} of ${steps} steps were done`);
-  await printResult({ done, skipped, interrupted, seconds, last, saved: saved?.folder }, options.format);
+  await printResult({ done, skipped, interrupted, seconds, last, saved: saved?.folder, evaluations }, options.format);
   return interrupted ? 130 : 0;
 }
 
@@ -244,11 +230,16 @@ interface RunResult {
   readonly seconds: number;
   readonly last: StepResult | undefined;
   readonly saved: string | undefined;
+  readonly evaluations: readonly EvaluationResult[];
 }
 
-async function printResult({ done, skipped, interrupted, seconds, last, saved }: RunResult, format: RunOptions["format"]): Promise<void> {
+async function printResult(
+  { done, skipped, interrupted, seconds, last, saved, evaluations }: RunResult,
+  format: RunOptions["format"],
+): Promise<void> {
+  const heldOut = Object.fromEntries(evaluations.map(({ part, ...result }) => [part, result]));
   if (format === "json") {
-    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved });
+    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved, ...heldOut });
     return;
   }
   const { duration } = await import("./progress.ts");

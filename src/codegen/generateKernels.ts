@@ -54,7 +54,10 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
       backward: block(c.backward, microbatches),
       weights: block(c.weights, microbatches),
     }));
-    return { ...p, chunks, step: block(p.step, 1) };
+    const { evaluation } = p;
+    // blocks of an evaluation are not part of a step, so their uses do not count
+    const evaluated = evaluation && { ...evaluation, chunks: evaluation.chunks.map((c) => block(c, 0)), step: block(evaluation.step, 0) };
+    return { ...p, chunks, step: block(p.step, 1), ...(evaluated && { evaluation: evaluated }) };
   });
   return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
 }

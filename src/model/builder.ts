@@ -21,9 +21,9 @@ export const isCount = (name: string): name is Count => name === "expert_loads" 
 export interface Loss {
   /**
    * `loss` is the cross-entropy of the next token, `mtp_loss` that of further tokens, `aux_loss` the balancing loss, `z_loss` the loss
-   * on router logits. `expert_loads` counts tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are summed.
+   * on router logits. `evaluation` is the cross-entropy by source. `expert_loads` counts tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are summed.
    */
-  readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | Count;
+  readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | "evaluation" | Count;
   readonly value: Value;
   /** The input that holds the weight of the loss; 1 if absent. */
   readonly weight?: InputSource;

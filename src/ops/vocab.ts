@@ -108,6 +108,18 @@ export const weightedSum = formulaOp({
   formula: ({ l, weight }) => ({ y: total(mul(l, weight)) }),
   grad: ({ weight }, { dy }): Grads => ({ l: weightedSumGrad.of({ weight, dy }) }),
 });
+/**
+ * The weighted losses of tokens, added up by the source of the token: K, the number of sources, is an attribute. It has no gradient, since
+ * only evaluations use it.
+ */
+export const sourceLosses = op({
+  name: "source_losses",
+  sig: "l[B,S] weight[B,S] source[B,S] -> y[K!]",
+  types: { y: "f32" },
+  cpu({ l, weight, source, y }) {
+    for (let t = 0; t < l.length; t++) y[source[t]!]! += l[t]! * weight[t]!;
+  },
+});
 export const weightedSumGrad = formulaOp({
   name: "weighted_sum_grad",
   sig: "weight[B,S] dy[] -> dl[B,S]",

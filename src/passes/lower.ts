@@ -16,7 +16,7 @@ import { computeInstruction, partsOf } from "./computeInstruction.ts";
 import { pairs, variantText } from "./layout.ts";
 import { lowerCollectives } from "./lowerCollectives.ts";
 import type { Mesh } from "./mesh.ts";
-import { optimizerStep } from "./optimizerStep.ts";
+import { optimizerStep, reduceEvaluation } from "./optimizerStep.ts";
 import { chunkOfVirtual, layersOf } from "./pipelineStages.ts";
 import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } from "./programBuilder.ts";
 import { expandRing, isRing } from "./ring.ts";
@@ -24,7 +24,7 @@ import type { ShardStep } from "./sharding/steps.ts";
 
 /** Returns one program per stage, without kernels and memory. `lowered` has the results of the passes before. */
 export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
-  const { graph, sharded, pipeline } = lowered;
+  const { graph, sharded, pipeline, evaluation } = lowered;
   return lowered.order.map(({ order, copies }, stage) => {
     const role = programBuilder(job, mesh, lowered, stage);
     for (const p of graph.parameters) {
@@ -41,9 +41,14 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
         shardedBy: layout.shardedBy.map((c) => [...c]),
       });
     }
-    lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)));
+    const { forward: forwards, backward: backwards } = role.blocks;
+    lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)), (isBackward) => (isBackward ? backwards : forwards));
     const { parameters, metrics } = optimizerStep(role, graph, sharded);
-    const { forward, backward, step } = lowerCollectives(role);
+    if (evaluation)
+      lowerMicrobatch(role, evaluation.sharded.steps, new Set(evaluation.graph.losses.map((l) => l.value)), () => role.blocks.evaluation);
+    const losses = evaluation && reduceEvaluation(role, evaluation.sharded);
+    const { forward, backward, step, ...evaluated } = lowerCollectives(role);
+    const own = losses && { chunks: evaluated.evaluation, step: evaluated.evaluationStep, losses };
     const split = order.some(({ kind }) => kind === "weights");
     const chunks = pairs(pairs(forward, backward), copies).map(([[forwardBlock, backwardBlock], count], c) => ({
       layers: layersOf(pipeline, job, c * pipeline.stages + stage),
@@ -59,8 +64,9 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
       inputs: role.inputs,
       bounds: role.bounds,
       metrics,
-      buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs }),
+      buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs, ...(own && { evaluation: own }) }),
       step,
+      ...(own && { evaluation: own }),
     };
   });
 }
@@ -87,12 +93,20 @@ function splitBackward(block: readonly Instruction[], buffers: BufferTable): Pic
 /** Ops that serve a collective: those around it, and the op that adds gradients up. */
 const serving: ReadonlySet<OpName> = new Set([...transportOps, accumulate.name]);
 
-/** Lowers the steps of one microbatch that run on this stage. Values in `losses` accumulate over microbatches. */
-function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], losses: ReadonlySet<unknown>): void {
-  const { isMine, pipeline, blocks, buffers, bufferOf, emit } = role;
+/**
+ * Lowers the steps of one microbatch that run on this stage. Values in `losses` accumulate over microbatches. `blocks` returns the blocks of
+ * forward or of backward steps by chunk.
+ */
+function lowerMicrobatch(
+  role: ProgramBuilder,
+  steps: readonly ShardStep[],
+  losses: ReadonlySet<unknown>,
+  blocks: (isBackward: boolean) => readonly BlockBuilder[],
+): void {
+  const { isMine, pipeline, buffers, bufferOf, emit } = role;
   const producers = new Map<string, { at: number; block: BlockBuilder; out: string }>();
   const blockOf = (backward: boolean, virtual: number): BlockBuilder => {
-    const block = blocks[backward ? "backward" : "forward"][chunkOfVirtual(pipeline, virtual)];
+    const block = blocks(backward)[chunkOfVirtual(pipeline, virtual)];
     invariant(block !== undefined, () => `no chunk has the virtual stage ${virtual}`);
     return block;
   };
@@ -151,7 +165,7 @@ function lowerMicrobatch(role: ProgramBuilder, steps: readonly ShardStep[], loss
  * Decides which buffers are activations: those that several blocks of one microbatch use. They exist once per microbatch in flight.
  * Drops workspace that no instruction uses. Throws an invariant if blocks without a common copy use one buffer.
  */
-function assignKinds(buffers: BufferTable, program: Pick<Program, "chunks" | "step" | "inputs">): Buffer[] {
+function assignKinds(buffers: BufferTable, program: Pick<Program, "chunks" | "step" | "inputs" | "evaluation">): Buffer[] {
   const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const usedIn = new Map<string, Set<Block>>();
   for (const block of blocksOf(program))

@@ -13,7 +13,13 @@ import { RowExchange } from "./collectives/rowExchange.ts";
 import type { BlockBuilder, ProgramBuilder, Reshard } from "./programBuilder.ts";
 
 /** Returns the blocks of a stage with raw collectives in place of reshard steps; forward and backward by chunk. Adds temporary buffers. */
-export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[][]; backward: Instruction[][]; step: Instruction[] } {
+export function lowerCollectives(role: ProgramBuilder): {
+  forward: Instruction[][];
+  backward: Instruction[][];
+  step: Instruction[];
+  evaluation: Instruction[][];
+  evaluationStep: Instruction[];
+} {
   const emitter = new Emitter(role);
   const rows = new RowExchange(emitter);
   const expand = (i: Reshard): void => {
@@ -33,7 +39,10 @@ export function lowerCollectives(role: ProgramBuilder): { forward: Instruction[]
         if (i.kind === "reshard") expand(i);
         else emitter.emit(i);
     });
-  const { forward, backward, step } = role.blocks;
+  const { forward, backward, step, evaluation, evaluationStep } = role.blocks;
   // forward first: backward reuses its routes in the opposite direction
-  return { forward: forward.map(lowerBlock), backward: backward.map(lowerBlock), step: lowerBlock(step) };
+  return {
+    ...{ forward: forward.map(lowerBlock), backward: backward.map(lowerBlock), step: lowerBlock(step) },
+    ...{ evaluation: evaluation.map(lowerBlock), evaluationStep: lowerBlock(evaluationStep) },
+  };
 }

@@ -13,7 +13,7 @@ import { computeInstruction, partsOf } from "./computeInstruction.ts";
 import { layoutKey, type ShardedValue } from "./layout.ts";
 import { isExpert } from "./mesh.ts";
 import { hostScalars } from "./parameterGroups.ts";
-import type { ProgramBuilder } from "./programBuilder.ts";
+import type { BlockBuilder, ProgramBuilder } from "./programBuilder.ts";
 import type { CollectiveStep, ShardedGraph } from "./sharding/steps.ts";
 import { returnTied, shareTied } from "./tiedParameters.ts";
 import type { ParameterUpdate, TrainingGraph } from "./updateGraph.ts";
@@ -29,7 +29,8 @@ export function optimizerStep(
   const gradientOf = (p: Value): string => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
   const losses: Program["metrics"] = {};
-  for (const { name, buffer } of role.accumulators.values()) (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
+  for (const { name, buffer } of role.accumulators.values())
+    if (name !== "evaluation") (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
 
   const squared = squaredNorm(role, mine, gradientOf, losses);
   const { job, blocks, scalar, emit, elementwise } = role;
@@ -59,8 +60,20 @@ function placementOf({ placement }: ShardedGraph, v: Value) {
   return placed;
 }
 
+/** Fills the last block of an evaluation: the reductions of its losses. Returns the buffers whose sum is the loss of each source. */
+export function reduceEvaluation(role: ProgramBuilder, sharded: ShardedGraph): string[] {
+  const { reducedLoss } = reduceDeferred(role, { updates: [] }, sharded, role.blocks.evaluationStep);
+  const own = [...role.accumulators.values()].filter(({ name }) => name === "evaluation");
+  return own.map(({ buffer }) => reducedLoss.get(buffer) ?? buffer);
+}
+
 /** Emits the deferred reductions of gradients, each in the bytes of its accumulator, and of losses. Returns the reduced buffers. */
-function reduceDeferred(role: ProgramBuilder, graph: TrainingGraph, sharded: ShardedGraph) {
+function reduceDeferred(
+  role: ProgramBuilder,
+  graph: Pick<TrainingGraph, "updates">,
+  sharded: ShardedGraph,
+  block: BlockBuilder = role.blocks.step,
+) {
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
   const parameterOfGradient = new Map(graph.updates.map((u) => [u.gradient, u.parameter]));
@@ -82,7 +95,7 @@ function reduceDeferred(role: ProgramBuilder, graph: TrainingGraph, sharded: Sha
     });
     if (p) gradients.set(p, to);
     else reducedLoss.set(accumulator, to);
-    role.reshard(role.blocks.step, s, from, to, p && isExpert(p));
+    role.reshard(block, s, from, to, p && isExpert(p));
   }
   return { gradients, reducedLoss };
 }

@@ -18,11 +18,11 @@ import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipelineStages.ts";
 import type { Schedule } from "./schedule.ts";
 import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
-import type { TrainingGraph } from "./updateGraph.ts";
+import type { ShardedJob } from "./shardJob.ts";
 
 /** A block under construction. */
 export interface BlockBuilder {
-  readonly kind: "forward" | "backward" | "step";
+  readonly kind: "forward" | "backward" | "step" | "evaluation" | "evaluation_step";
   readonly chunk: number;
   readonly list: (Instruction | Reshard)[];
 }
@@ -34,10 +34,7 @@ export interface Reshard extends Omit<Collective, "kind" | "how" | "bytes"> {
   readonly blockAxes: readonly (readonly number[])[];
 }
 /** Results of the passes before lowering. */
-export interface Lowered {
-  readonly graph: TrainingGraph;
-  readonly sharded: ShardedGraph;
-  readonly pipeline: Pipeline;
+export interface Lowered extends ShardedJob {
   /** The schedule of each stage. */
   readonly order: readonly Schedule[];
 }
@@ -60,7 +57,13 @@ export class ProgramBuilder {
   readonly pipeline: Pipeline;
   readonly placement: ShardedGraph["placement"];
   readonly buffers = new BufferTable();
-  readonly blocks: { readonly forward: readonly BlockBuilder[]; readonly backward: readonly BlockBuilder[]; readonly step: BlockBuilder };
+  readonly blocks: {
+    readonly forward: readonly BlockBuilder[];
+    readonly backward: readonly BlockBuilder[];
+    readonly step: BlockBuilder;
+    readonly evaluation: readonly BlockBuilder[];
+    readonly evaluationStep: BlockBuilder;
+  };
   readonly inputs: Program["inputs"] = [];
   /** Per check, the buffer to which an instruction writes the number of rows that it needed, and the capacity. */
   readonly bounds: Program["bounds"] = [];
@@ -76,16 +79,19 @@ export class ProgramBuilder {
   constructor(
     readonly job: Job,
     readonly mesh: Mesh,
-    { graph, sharded: { placement }, pipeline, order }: Lowered,
+    { graph, sharded: { placement }, pipeline, order, evaluation }: Lowered,
     readonly stage: number,
   ) {
-    this.placement = placement;
+    this.placement = evaluation ? new Map([...placement, ...evaluation.sharded.placement]) : placement;
     this.pipeline = pipeline;
-    this.#losses = new Map(graph.losses.map((l) => [l.value, l.name]));
+    this.#losses = new Map([...graph.losses, ...(evaluation?.graph.losses ?? [])].map((l) => [l.value, l.name]));
     this.#inFlight = order[stage]?.inFlight ?? 1;
     const emptyBlock = (kind: BlockBuilder["kind"], chunk = 0): BlockBuilder => ({ kind, chunk, list: [] });
     const each = (kind: BlockBuilder["kind"]) => Array.from({ length: pipeline.chunks }, (_, chunk) => emptyBlock(kind, chunk));
-    this.blocks = { forward: each("forward"), backward: each("backward"), step: emptyBlock("step") };
+    this.blocks = {
+      ...{ forward: each("forward"), backward: each("backward"), step: emptyBlock("step") },
+      ...{ evaluation: each("evaluation"), evaluationStep: emptyBlock("evaluation_step") },
+    };
   }
 
   /** Returns whether this stage runs a virtual stage. */

@@ -7,12 +7,13 @@
  */
 
 import { accumulatesInto, readsOf, writesOf } from "../../schemas/effects.ts";
-import type { Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import type { BlockRun, Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import {
   type Block,
   blockOf,
   blocksOf,
   blockTag,
+  evaluationOrder,
   instructionsOf,
   microbatchBlocks,
   microbatchesIn,
@@ -34,8 +35,11 @@ export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller
   }
   for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
     for (const p of steps) verifyOrder(p, mesh);
-    verifyWaits(steps, mesh);
+    verifyWaits(steps.map(waitsOf), mesh);
   }
+  const evaluated = programs.filter(({ evaluation }) => evaluation !== undefined).length;
+  invariant(evaluated === 0 || evaluated === programs.length, () => `${evaluated} of ${programs.length} stages have an evaluation`);
+  if (evaluated > 0) verifyWaits(programs.map(evaluationWaits), mesh);
 }
 
 /** Returns the name of a stage with its ranks: `stage 1 (ranks 4..7)`. */
@@ -44,6 +48,9 @@ function ranksOf(stage: number, mesh: Mesh): string {
   const by = mesh.stage_stride < mesh.per_stage && mesh.stage_stride > 1 ? ` in runs of ${mesh.stage_stride}` : "";
   return `stage ${stage} (${first === last ? `rank ${first}` : `ranks ${first}..${last}${by}`})`;
 }
+
+/** The kinds of blocks that no buffer of the block before passes to, unless it is lasting. */
+const isApart: ReadonlySet<Block["kind"]> = new Set(["step", "evaluation", "evaluation_step"] as const);
 
 /** Throws an invariant if an instruction reads a buffer before it is written, names an unknown buffer, or repeats an id. */
 function verifyDefinitions(p: Program, mesh: Mesh): void {
@@ -66,7 +73,7 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
-    if (own && (own.chunk !== block.chunk || block.kind === "step"))
+    if (own && (own.chunk !== block.chunk || isApart.has(block.kind)))
       for (const id of made) if (!lasting.has(known.get(id)?.kind ?? "") && !filled.has(id)) made.delete(id);
     own = block;
     for (const i of block.instructions) {
@@ -165,8 +172,8 @@ type Wait =
   | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
 
 /** Simulates transfers and collectives of all ranks. Throws an invariant on a deadlock, a mismatch or an unreceived message. */
-function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
-  const stages = programs.map((p, stage) => ({ stage, waits: waitsOf(p), at: 0 }));
+function verifyWaits(all: readonly (readonly Wait[])[], mesh: Mesh): void {
+  const stages = all.map((waits, stage) => ({ stage, waits, at: 0 }));
   const queues = new Map<string, Wait[]>();
   /** Messages in flight, by sender and name. */
   const inFlight = new Map<string, number>();
@@ -179,7 +186,7 @@ function verifyWaits(programs: readonly Program[], mesh: Mesh): void {
       const s = own.stage;
       for (let w = head(own); w; w = head(own)) {
         if (w.kind === "world") break;
-        invariant(w.peer !== s && w.peer < programs.length, () => `${name(s, w)} names stage ${w.peer} as its peer`);
+        invariant(w.peer !== s && w.peer < all.length, () => `${name(s, w)} names stage ${w.peer} as its peer`);
         if (w.kind === "send") {
           const key = `${s} ${w.peer} ${w.id}`;
           const sent = inFlight.get(key) ?? 0;
@@ -230,7 +237,21 @@ const peerText = (w: Wait): string =>
   w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
 
 /** Returns the instructions of a step at which a stage may wait, in order. */
-function waitsOf(p: Program): Wait[] {
+const waitsOf = (p: Program): Wait[] => waitsIn(p, p.order, (run) => blockOf(p, run), p.step);
+
+/** The same of an evaluation. */
+function evaluationWaits(p: Program): Wait[] {
+  const { evaluation } = p;
+  invariant(evaluation?.chunks.length === p.chunks.length, () => `stage ${p.stage} has ${evaluation?.chunks.length} evaluation blocks`);
+  return waitsIn(p, evaluationOrder(p), ({ chunk }) => evaluation.chunks[chunk] ?? [], evaluation.step);
+}
+
+function waitsIn(
+  { chunks }: Program,
+  order: readonly BlockRun[],
+  blockAt: (run: BlockRun) => readonly Instruction[],
+  last: readonly Instruction[],
+): Wait[] {
   const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
     block.map((i): Wait => {
       if (i.kind === "collective") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
@@ -245,8 +266,8 @@ function waitsOf(p: Program): Wait[] {
     return found;
   };
   return [
-    ...p.order.flatMap((run) => of(waiting(blockOf(p, run)), blockTag(run, p.chunks.length), `microbatch ${run.microbatch}`)),
-    ...of(waiting(p.step), "the step block", "the step"),
+    ...order.flatMap((run) => of(waiting(blockAt(run)), blockTag(run, chunks.length), `microbatch ${run.microbatch}`)),
+    ...of(waiting(last), "the step block", "the step"),
   ];
 }
 type Waiting = Transfer | Collective;

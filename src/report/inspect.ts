@@ -166,10 +166,11 @@ function axisView(plan: Plan, axis: MeshAxis): AxisView {
 
 function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   const microbatches = microbatchesIn(program);
-  const times = ({ kind }: Pick<Block, "kind">): number => (kind === "step" ? 1 : microbatches);
+  // an evaluation is not part of a step
+  const times = ({ kind }: Pick<Block, "kind">): number => (kind === "step" ? 1 : kind.startsWith("evaluation") ? 0 : microbatches);
   const blocks = blocksOf(program);
   const each = (count: (instructions: readonly Instruction[]) => number) => {
-    const sums = { forward: 0, backward: 0, weights: 0, step: 0, per_step: 0 };
+    const sums = { forward: 0, backward: 0, weights: 0, step: 0, evaluation: 0, evaluation_step: 0, per_step: 0 };
     for (const block of blocks) {
       const n = count(block.instructions);
       sums[block.kind] += n;

@@ -124,6 +124,11 @@ function printRole(role: RoleView): string[] {
     `  instructions  ${n.forward} forward + ${n.backward} backward${weights(n.weights, String)} (x ${microbatches}) + ${n.step} step = ${countText(n.per_step)} a step`,
     `  parameters    ${countText(role.parameters.elements)} on a rank, in ${plural(role.parameters.tensors, "tensor")}`,
     `  flops         ${flopsText(flops.per_step)} a step: ${flopsText(flops.forward)} forward + ${flopsText(flops.backward)} backward${weights(flops.weights, flopsText)} (x ${microbatches}) + ${flopsText(flops.step)}`,
+    ...(n.evaluation > 0
+      ? [
+          `  evaluation    ${n.evaluation} forward (x ${microbatches}) + ${n.evaluation_step} a batch, ${flopsText(flops.evaluation)} forward`,
+        ]
+      : []),
     `  host syncs    ${countText(role.host_syncs_per_step)} a step`,
     ...(transfers.length > 0 ? ["  transfers:", ...table(transfers.map(transferRow), [5], "    ")] : []),
     ...printCollectives(collectives, "  "),

@@ -8,15 +8,19 @@ import { ops } from "../ops/index.ts";
 import { bytesText, largest } from "../units.ts";
 
 /** The kinds of blocks in order. */
-export const phases = [...microbatchBlocks, "step"] as const;
+export const phases = [...microbatchBlocks, "step", "evaluation", "evaluation_step"] as const;
 /** The kind of a block. */
 export type BlockPhase = (typeof phases)[number];
 
 /** Formats the name of a block: `forward`; with several chunks `forward of chunk 1`. */
 export const blockName = ({ kind, chunk }: Block, { chunks }: Pick<Program, "chunks">): string =>
-  kind === "step" || chunks.length === 1 ? kind : `${kind} of chunk ${chunk}`;
+  kind === "step" || kind === "evaluation_step" || chunks.length === 1 ? kind.replace("_", " ") : `${kind} of chunk ${chunk}`;
 /** Formats how often a block runs in a step. */
-export const timesText = ({ kind }: Block): string => (kind === "step" ? "once" : "for each microbatch");
+export const timesText = ({ kind }: Block): string => times[kind];
+const times: Readonly<Record<BlockPhase, string>> = {
+  ...{ forward: "for each microbatch", backward: "for each microbatch", weights: "for each microbatch", step: "once" },
+  ...{ evaluation: "for each microbatch of an evaluation", evaluation_step: "once in each batch of an evaluation" },
+};
 
 /** Returns one line per instruction of a block. */
 export function blockLines(program: Program, { instructions }: Block): Line[] {

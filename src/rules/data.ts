@@ -1,4 +1,5 @@
 /** Rules B: what a job trains on. */
+import { heldOutSources } from "../../schemas/heldOut.ts";
 import { rule } from "./rule.ts";
 
 /** Rules of data.sources and data.split. */
@@ -6,14 +7,10 @@ export const data = [
   rule({
     code: "B239",
     title: "data.sources excludes another key of data",
-    why: "data.sources replaces data.path. Sources are data sets of token ids without labels, and only sources can be split.",
+    why: "data.sources replaces data.path. Sources are data sets of token ids without labels, and their samples are always shuffled.",
     level: "error",
-    *check({ data: { path, sources, split, labels, order } }) {
-      if (sources === undefined) {
-        if (split !== undefined)
-          yield { at: "data.split", found: "data.split without data.sources", fix: "name the data set in data.sources: [{path: PREFIX}]" };
-        return;
-      }
+    *check({ data: { path, sources, labels, order } }) {
+      if (sources === undefined) return;
       if (path !== sources[0]?.path)
         yield { at: "data.path", related: ["data.sources"], found: "both data.path and data.sources", fix: "leave one of them out" };
       if (labels !== null)
@@ -31,14 +28,76 @@ export const data = [
           },
           tries: [{ "data.order": "sequential" }],
         };
-      if (split?.[0] === 0)
-        yield {
-          at: "data.split",
-          found: "the share of training is 0",
-          fix: "the first share is training: [99, 1, 0]",
-          tries: [{ "data.split": [99, 1, 0] }],
-        };
     },
-    bad: "data: {path: corpus, sources: [{path: corpus}], split: [0, 1]}",
+    bad: "data: {path: corpus, sources: [{path: corpus}], order: shuffled}",
+  }),
+  rule({
+    code: "B245",
+    title: "data.split gives training no share",
+    why: "The first share of split is that of training, the second that of validation, the third that of test.",
+    level: "error",
+    *check({ data: { split } }) {
+      if (split?.[0] !== 0) return;
+      yield {
+        at: "data.split",
+        found: `split [${split.join(", ")}]`,
+        fix: "the first share is that of training: [99, 1, 0]",
+        tries: [{ "data.split": [99, 1, 0] }],
+      };
+    },
+    bad: "data: {path: corpus, split: [0, 0, 0]}",
+  }),
+  rule({
+    code: "B246",
+    title: "data.split and data sets of their own both hold data out",
+    why: "Validation and test data are shares of the training data (data.split), or data sets of their own (data.validation, data.test).",
+    level: "error",
+    *check({ data: { split, validation, test } }) {
+      if ((split?.[1] ?? 0) + (split?.[2] ?? 0) === 0 || (!validation && !test)) return;
+      yield {
+        at: "data.split",
+        related: [validation ? "data.validation" : "data.test"],
+        found: `split [${split?.join(", ")}] and data.${validation ? "validation" : "test"}`,
+        fix: "leave one of them out",
+        tries: [{ "data.split": [1] }],
+      };
+    },
+    bad: "data: {path: corpus, split: [9, 1], validation: [{path: other}]}",
+  }),
+  rule({
+    code: "B247",
+    title: "data.split cannot be used with data.labels",
+    why: "Labels mark tokens of the whole file of data.path. The loss of an evaluation is the mean over all tokens of its data.",
+    level: "error",
+    *check({ data: { split, labels } }) {
+      if (labels === null || split === undefined) return;
+      yield {
+        at: "data.split",
+        related: ["data.labels"],
+        found: "data.split with data.labels",
+        fix: "leave one of them out; data.validation names data sets to evaluate on",
+        tries: [{ "data.labels": null }],
+      };
+    },
+    bad: "data: {path: corpus, labels: marks, split: [9, 1]}",
+  }),
+  rule({
+    code: "B248",
+    title: "train.evaluation has no data",
+    why: "An evaluation reads data that is not trained on. During training that is the validation data, at the end the test data as well.",
+    level: "error",
+    *check({ train: { evaluation }, data }) {
+      if (evaluation === null) return;
+      const has = { validation: heldOutSources(data, "validation") !== undefined, test: heldOutSources(data, "test") !== undefined };
+      if (has.validation || (has.test && evaluation.every === null)) return;
+      yield {
+        at: "train.evaluation",
+        related: ["data.split"],
+        found: has.test ? `an evaluation every ${evaluation.every} steps, and test data alone` : "neither data.split nor data.validation",
+        fix: has.test ? "give validation a share, or set train.evaluation.every to null" : "hold data out: data.split: [99, 1]",
+        tries: has.test ? [{ "train.evaluation.every": null }] : [{ "data.split": [99, 1] }],
+      };
+    },
+    bad: "train: {evaluation: {steps: 1}}",
   }),
 ];

@@ -191,7 +191,7 @@ describe("a plan as a file", () => {
 
   test("a newer major version is named before anything else is looked at", () => {
     const { message, fix } = refusal(JSON.stringify({ format_version: "6.0", unheard: "of" }));
-    expect(message).toBe("plan.json: format_version 6.0 is newer than this rankc reads (5.0)");
+    expect(message).toBe("plan.json: format_version 6.0 is newer than this rankc reads (5.1)");
     expect(fix).toContain("newer rankc");
   });
 

@@ -18,7 +18,7 @@ const job = (model: object, parallel: object = {}, train: object = {}) =>
     model: { hidden: 32, heads: 4, head_dim: 8, vocab: 256, seq: 64, ffn: 64, ...model },
     parallel,
     train: { steps: 10, global_batch: 32, optimizer: { lr: 1e-3 }, ...train },
-    data: { path: "corpus.txt" },
+    data: { path: "corpus.txt", split: [9, 1] },
   });
 const bias = { score: "sigmoid", expert_bias: true, balance: "none" };
 
@@ -47,6 +47,12 @@ test.each([
     { layers: 12, mtp: { layers: 2 }, ...moe() },
     { world: 4, pipeline: 2, layout: "Etttt|tt|ttt|tttmmL" },
     {},
+  ],
+  [
+    "an evaluation in chunks",
+    { layers: 16, dropout: { hidden: 0.1 }, ...moe() },
+    { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 },
+    { evaluation: { steps: 2 } },
   ],
   ["groups of three computed again", { layers: 20 }, {}, { recompute: { mode: "full", layers: 3 } }],
   ["five layers computed again", { layers: 20 }, {}, { recompute: { mode: "full", method: "block", layers: 5 } }],

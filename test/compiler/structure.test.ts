@@ -38,7 +38,10 @@ const layers = [
 const layerOf = (file: string): number => layers.findIndex((layer) => layer.holds.test(file));
 
 /** The commands and the library open the runtime. */
-const opensRuntime = ["src/cli/compile.ts", "src/cli/data.ts", "src/cli/doctor.ts", "src/cli/export.ts", "src/cli/run.ts", "src/index.ts"];
+const opensRuntime = [
+  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run"].map((command) => `src/cli/${command}.ts`),
+  "src/index.ts",
+];
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
   ["src/cli/loadPlan.ts", "finds the plan of a directory"],

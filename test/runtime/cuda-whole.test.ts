@@ -9,8 +9,13 @@ import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import type { LocalRanks } from "../../runtime/backend.ts";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
+import { openCorpus } from "../../runtime/data/corpus.ts";
+import { heldOutOf } from "../../runtime/data/heldOut.ts";
+import { readingOf } from "../../runtime/train/inputs.ts";
+import { runOn } from "../../runtime/train/loop.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Launch, Plan } from "../../schemas/plan.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -20,7 +25,7 @@ import { emulatorMissing } from "../support/cudaEmulator.ts";
 import { type Ranks, standInRanks } from "../support/cudaRanks.ts";
 import type { Kernels } from "../support/cudaStandIn.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
-import { distance, jobOf } from "../support/job.ts";
+import { distance, fixture, jobOf } from "../support/job.ts";
 import { closeAll, train } from "../support/steps.ts";
 import { byTier } from "../support/tiers.ts";
 
@@ -154,4 +159,28 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
         for (const [n, piece] of want.state.entries()) expect(distance(got.state[n]!, piece), `piece ${n}`).toBeLessThan(ofState);
       },
     );
+
+  test("evaluations between steps are issued, captured and replayed on their own: the losses of the CPU", async () => {
+    const job = jobOf({
+      name: "evaluated",
+      model: { ...model, layers: 1, moe },
+      train: { global_batch: 2, steps: 4, precision: "fp32", optimizer: { lr: 1e-2 }, evaluation: { every: 1, steps: 3 } },
+      data: { path: "corpus.txt", split: [9, 1] },
+    });
+    const of = async (localRanks: LocalRanks, plan: Plan) => {
+      const { batch, heldOut } = openCorpus({ path: fixture("corpus.txt") }, readingOf(job));
+      const own = runOn(plan, { localRanks, batch, heldOut: { validation: heldOutOf([heldOut("validation")], 3, readingOf(job)) } });
+      const losses: number[] = [];
+      for (let step = 0; step < 4; step++) losses.push((await own.evaluate("validation")).loss, (await own.step()).loss);
+      await own.close();
+      return losses;
+    };
+    const reference = compile(job).plan;
+    const want = await of(openCpu(reference), reference);
+    const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
+    cuda.serve(await emulated(plan, sources));
+    const [localRanks] = await cuda.openAll(plan);
+    if (!localRanks) throw new Error("no rank was opened");
+    expect(distance(await of(localRanks, plan), want)).toBeLessThan(1e-5);
+  });
 });

@@ -20,14 +20,14 @@ import { withoutF16 } from "../support/wgslExecutor.ts";
 const W = 32;
 const model = { layers: 2, hidden: W, ffn: W, heads: 4, kv_heads: 4, head_dim: W / 4, vocab: 256, seq: 16 };
 const moe = { experts: 4, top_k: 2, ffn: W, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
-const jobWith = (parallel: object, more: object = {}, train: object = {}): Job =>
+const jobWith = (parallel: object, more: object = {}, train: object = {}, data: object = {}): Job =>
   jobOf({
     name: "webgpu",
     model: { ...model, ...more },
     parallel,
     train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
     // where the text begins, sequences are one letter over and over: equals, among which rounding would choose
-    data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled" },
+    data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled", ...data },
   });
 
 /** Some steps, each of which sees the update of the one before; the gradients are those of the first. */
@@ -36,8 +36,10 @@ async function numbers(plan: Plan, settings: Partial<RunSettings>, steps = 2) {
   try {
     const metrics = [await run.step()];
     const gradients = await run.gradients();
+    const evaluations = [];
+    for (const part of run.heldOut) evaluations.push((await run.evaluate(part)).loss);
     while (metrics.length < steps) metrics.push(await run.step());
-    return { metrics, gradients, parameters: await run.parameters() };
+    return { metrics, gradients, evaluations, parameters: await run.parameters() };
   } finally {
     await run.close();
   }
@@ -67,6 +69,8 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
     "tensor, sequence, expert and pipeline parallel, moments apart": jobWith(
       { world: 4, tensor: 2, sequence: true, expert: 2, pipeline: 2, distributed_optimizer: true },
       { moe },
+      { evaluation: { every: 1, steps: 2 } },
+      { split: [8, 1, 1] },
     ),
     "a router with a bias and running counts, a capacity, shared experts, one dense layer": jobWith(
       { world: 2, expert: 2 },
@@ -134,6 +138,8 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
           expect(Math.abs(got.metrics[step]![name] - metrics[name]), `${name} of step ${step}`).toBeLessThan(
             1e-4 * Math.max(1, metrics[name]),
           );
+      expect(got.evaluations).toHaveLength(name === first ? 2 : 0);
+      for (const [i, loss] of want.evaluations.entries()) expect(got.evaluations[i]).toBeCloseTo(loss, 4);
       // far above the order of sums, far below any mistake
       for (const what of want.metrics[0]!.skipped ? (["parameters"] as const) : (["gradients", "parameters"] as const)) {
         expect([...got[what].keys()]).toEqual([...want[what].keys()]);

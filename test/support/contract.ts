@@ -66,7 +66,7 @@ const always = new Set([
 ]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
-const indices = new Set(["ids", "target", "sample"]);
+const indices = new Set(["ids", "target", "sample", "source"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
 function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
@@ -115,7 +115,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const addsUp = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "weighted_sum", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "expert_load", "quantile"];
+const sums = ["mean", "weighted_sum", "source_losses", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "expert_load", "quantile"];
 
 export function casesOf(op: AnyOp, half: Half): ContractCase[] {
   const drafts = messageDrafts[op.name];
@@ -293,6 +293,7 @@ function fill(
   // a step that is skipped, and one that is not
   if (o.name === "scale" && seed % 3 === 1) return out;
   if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
+  if (o.name === "source") return out.map(() => Math.floor(((next() + 1) / 2) * (d.K ?? 0)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
   if (/^[cd]$/.test(o.name) && o.dimSpecs.at(-1)?.dim === "E")

@@ -99,7 +99,7 @@ const always: Sizes = {
     S0: 400,
     E0: 75,
   },
-  ...{ T: 3, row: 1 },
+  ...{ T: 3, row: 1, K: 3 },
   ...{ drop: 0.3, key0: 0x9abcdef0, key1: 0x12345678 },
   ...{ ...unscaled, theta: 10000, first: 0, interleaved: 0 },
 };

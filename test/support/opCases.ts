@@ -55,6 +55,7 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     // weights are above 0, and their sums well above
     if (o.name === "p" && o.dimSpecs.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
     if (o.name === "ids" || o.name === "target") return out.map(() => Math.floor(((next() + 1) / 2) * V));
+    if (o.name === "source") return out.map(() => Math.floor(((next() + 1) / 2) * SIZES.K));
     // sums of exponentials, squares and second moments; a step counts from 1
     if (["s", "sq", "by", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
     if (o.name === "sample") return out.map((_, i) => 10 + i);

@@ -1,14 +1,14 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the table. */
 
-import { cudaType } from "../../../schemas/dtypes.ts";
+import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
-import { embedGrad, softmaxTerms } from "../../ops/vocab.ts";
+import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../kernelSpec.ts";
-import { startOf } from "../launchArgs.ts";
+import { scratchStart, startOf } from "../launchArgs.ts";
 import { rowReduction } from "./formula.ts";
-import { clearBuffer } from "./reduce.ts";
+import { clearBuffer, sumColumns } from "./reduce.ts";
 import { cuda, source, vectorOf } from "./text.ts";
 
 export const vocab = {
@@ -30,7 +30,28 @@ export const vocab = {
     });
   }),
   embed_grad: cudaKernel(embedGrad, sumRowsOfIds),
+  source_losses: cudaKernel(sourceLosses, sumOfSources),
 };
+
+/** Tokens that a block sums for one source. */
+const TOKENS_EACH = 2048;
+
+function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
+  const threads = 256;
+  const [tokens, sources] = [spec.size.l, spec.size.y];
+  const chunks = Math.ceil(tokens / TOKENS_EACH);
+  const type = cudaType(spec.dtype.l);
+  const body = render("cuda/source_losses.cu", { name: spec.name, threads, tokens, share: TOKENS_EACH, sources, type });
+  const sum = sumColumns(spec, { rows: chunks, width: sources, to: operandOf(spec, "y") });
+  return {
+    source: source(spec, `${body}\n${sum.body}`),
+    scratch: chunks * sources * bytesOf.f32,
+    launches: [
+      { entry: spec.name, grid: [chunks, sources, 1], threads, shared: 0, args: ["l", "weight", "source", scratchStart] },
+      sum.launch,
+    ],
+  };
+}
 
 const THREADS = 128;
 /** Tokens that a block lists before it sums their rows: 13 bytes of shared memory each. */

@@ -1,12 +1,12 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the embedding. */
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
-import { embedGrad, softmaxTerms } from "../../ops/vocab.ts";
+import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { type GeneratedKernel, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
 import { scratchStart } from "../launchArgs.ts";
 import { rowKernel } from "./formula.ts";
-import { THREADS } from "./reduce.ts";
+import { columnSum, THREADS } from "./reduce.ts";
 import { bindingOf, type EntryPoint, foldGrid, kernel, scratchBytes, vector, wgsl, widthOf } from "./text.ts";
 
 /** One workgroup makes a list of the tokens of each id in linear time; then the rows of each id are summed in order. */
@@ -74,4 +74,16 @@ export const vocab = {
     });
   }),
   embed_grad: wgslKernel(embedGrad, sumRowsOfIds),
+  source_losses: wgslKernel(sourceLosses, (spec) => {
+    const sums = columnSum(spec, {
+      ...{ out: "y", batches: 1, rows: spec.size.l, width: spec.size.y, first: 0 },
+      buffers: [
+        { arg: "l", type: "f32" },
+        { arg: "weight", type: "f32" },
+        { arg: "source", type: "i32" },
+      ],
+      term: "select(0.0, l[row] * weight[row], u32(source[row]) == column)",
+    });
+    return kernel(spec, sums.entries, [sums.text], scratchBytes(sums.words));
+  }),
 };
