@@ -11,6 +11,7 @@ import { joinCommunicator, ncclVersion, uniqueId } from "./cuda/nccl.ts";
 import { compile, nvrtcVersion } from "./cuda/nvrtc.ts";
 import { lookForWebgpu, type Survey } from "./webgpu/probe.ts";
 
+/** The result of one check. */
 export type Check = {
   readonly name: string;
   readonly ok: boolean;
@@ -19,6 +20,7 @@ export type Check = {
   /** The backends that need it; if empty, plans run without it. */
   readonly for: readonly BackendName[];
 };
+/** The result of all checks. */
 export type Diagnosis = {
   /** The state of CUDA. ready: plans run. partly: kernels run on one GPU, and something else is missing. no: no kernel runs. */
   readonly verdict: "ready" | "partly" | "no";
@@ -28,6 +30,7 @@ export type Diagnosis = {
   readonly webgpu?: Survey;
   readonly checks: readonly Check[];
 };
+/** Settings of `diagnose`. */
 export interface DiagnoseSettings {
   /** The version of the compiler on the path, if there is one. */
   readonly nvcc: string | undefined;
@@ -106,6 +109,7 @@ const verdicts: Record<Diagnosis["verdict"], string> = {
   no: "CUDA: this machine cannot run plans on it.",
 };
 
+/** Formats a diagnosis as a list, with a fix under each failure. */
 export function printDiagnosis({ verdict, works, checks }: Diagnosis): string {
   const width = Math.max(...checks.map(({ name }) => name.length));
   const indent = " ".repeat(width + 6);

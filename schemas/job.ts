@@ -21,10 +21,12 @@ export const JobText = z.strictObject({
   data: DataText.describe("the corpus"),
   cluster: ClusterText.prefault({}).describe("hosts and devices"),
 });
+/** A value of the schema `JobText`. */
 export type JobText = z.output<typeof JobText>;
 
 /** The job with every default filled in. The compiler reads it, and the plan contains it. */
 export const Job = JobText.extend({ model: Model, parallel: Parallel, train: Train, data: Data, cluster: Cluster });
+/** A value of the schema `Job`. */
 export type Job = z.output<typeof Job>;
 
 /** Fills in defaults that depend on other keys. A quotient may be fractional here; a rule reports that before the job is compiled. */

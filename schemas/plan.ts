@@ -22,8 +22,10 @@ const Factor = z
 
 /** Axes of the two grids of a mesh; kv and copies split tp by key/value heads. */
 export const MeshAxis = z.enum([...gridAxisNames, "pp"]);
+/** A value of the schema `MeshAxis`. */
 export type MeshAxis = z.infer<typeof MeshAxis>;
 
+/** The mesh: ranks, sub-axes, and the axes of both grids as products of them. */
 export const MeshText = z.strictObject({
   world: count,
   per_stage: count.describe("ranks in one pipeline stage"),
@@ -46,8 +48,10 @@ export const MeshText = z.strictObject({
 
 /** The arena of a buffer. Activations have one copy per microbatch in flight; all blocks share the workspace. */
 export const BufferKind = z.enum(["parameter", "gradient", "optimizer", "activation", "workspace"]);
+/** A value of the schema `BufferKind`. */
 export type BufferKind = z.infer<typeof BufferKind>;
 
+/** A buffer of a program: kind, local and global sizes, sharding, type. */
 export const Buffer = z.strictObject({
   id,
   kind: BufferKind,
@@ -68,6 +72,7 @@ export const Buffer = z.strictObject({
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
 });
+/** A value of the schema `Buffer`. */
 export type Buffer = z.infer<typeof Buffer>;
 
 const Why = z.strictObject({
@@ -76,6 +81,7 @@ const Why = z.strictObject({
   path: z.string().describe("the job key that decided it"),
 });
 
+/** An op on local buffers. */
 export const Compute = z.strictObject({
   kind: z.literal("compute"),
   id,
@@ -99,9 +105,12 @@ export const Compute = z.strictObject({
     .describe("the kernel for the first microbatch of a step: it writes the outputs that `kernel` adds to, so they need no zeros"),
   rows: id.optional().describe("the index buffer that this op writes (permute, pack)"),
 });
+/** A value of the schema `Compute`. */
 export type Compute = z.infer<typeof Compute>;
 
+/** The collectives that the lowering emits. */
 export const CollectiveKind = z.enum(["reduce_scatter", "all_to_all", "all_gather", "all_reduce", "all_reduce_max", "shift"]);
+/** A value of the schema `CollectiveKind`. */
 export type CollectiveKind = z.infer<typeof CollectiveKind>;
 /** One collective on contiguous buffers; `Comm` in runtime/backend.ts documents each kind. */
 export const Collective = z.strictObject({
@@ -117,8 +126,10 @@ export const Collective = z.strictObject({
   bytes: count.describe("bytes each rank sends, ring algorithms; lists of rows at their full capacity"),
   why: Why,
 });
+/** A value of the schema `Collective`. */
 export type Collective = z.infer<typeof Collective>;
 
+/** A send or receive between two stages. */
 export const Transfer = z.strictObject({
   kind: z.enum(["send", "recv"]),
   id,
@@ -130,11 +141,15 @@ export const Transfer = z.strictObject({
   in_flight: count.min(2).optional().describe("of a send: how many messages may be sent before the first is received; 1 if absent"),
   why: Why,
 });
+/** A value of the schema `Transfer`. */
 export type Transfer = z.infer<typeof Transfer>;
 
+/** One instruction of a program. */
 export const Instruction = z.discriminatedUnion("kind", [Compute, Collective, Transfer]).meta({ id: "Instruction" });
+/** A value of the schema `Instruction`. */
 export type Instruction = z.infer<typeof Instruction>;
 
+/** A parameter of a stage: its buffer and its initial values. */
 export const Parameter = z.strictObject({
   name: id,
   init: z.strictObject({ type: z.enum(["normal", "ones", "zeros"]), std: z.number() }),
@@ -148,6 +163,7 @@ export const Parameter = z.strictObject({
   master: id.describe("the f32 copy the optimizer updates; the parameter itself where both are one"),
   tied_to: id.optional().describe("the parameter (of another stage) this one is a copy of"),
 });
+/** A value of the schema `Parameter`. */
 export type Parameter = z.infer<typeof Parameter>;
 
 /** What the host writes to an input of a program. */
@@ -156,6 +172,7 @@ export const InputSource = z
   .describe(
     "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
   );
+/** A value of the schema `InputSource`. */
 export type InputSource = z.infer<typeof InputSource>;
 const source = {
   source: InputSource,
@@ -166,6 +183,7 @@ const source = {
 };
 /** The source of an input, without its buffer. */
 export const HostInput = z.strictObject(source);
+/** A value of the schema `HostInput`. */
 export type HostInput = z.infer<typeof HostInput>;
 
 /** Consecutive layers of a stage; with virtual pipelining a stage has several chunks. */
@@ -176,16 +194,19 @@ export const Chunk = z.strictObject({
   backward: z.array(Instruction),
   weights: z.array(Instruction).describe("gradients of weights, where they are made apart from those of inputs"),
 });
+/** A value of the schema `Chunk`. */
 export type Chunk = z.infer<typeof Chunk>;
 
 /** One block for one microbatch. */
 export const BlockRun = z.strictObject({ kind: z.enum(["forward", "backward", "weights"]), microbatch: count, chunk: count });
+/** A value of the schema `BlockRun`. */
 export type BlockRun = z.infer<typeof BlockRun>;
 
 /** What a scalar or a table says that is read after a step. */
 export const MetricName = z
   .enum(["loss", "mtp_loss", "aux_loss", "z_loss", "dropped_rows", "expert_loads", "grad_norm"])
   .describe("scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert");
+/** A value of the schema `MetricName`. */
 export type MetricName = z.infer<typeof MetricName>;
 
 /** The forward pass that evaluates the model on data that it is not trained on. */
@@ -198,6 +219,7 @@ const Evaluation = z.strictObject({
   losses: z.array(id).describe("buffers [sources] that are read after it and added up: the weighted loss of the tokens of each source"),
 });
 
+/** The program of one pipeline stage. */
 export const Program = z.strictObject({
   stage: count,
   chunks: z.array(Chunk).min(1),
@@ -216,6 +238,7 @@ export const Program = z.strictObject({
   step: z.array(Instruction),
   evaluation: Evaluation.optional().describe("with train.evaluation: blocks that run between steps, in the order of the forward blocks"),
 });
+/** A value of the schema `Program`. */
 export type Program = z.infer<typeof Program>;
 
 /** Bytes of each arena and the offset of each buffer in the arena of its kind. */
@@ -230,6 +253,7 @@ export const Memory = z.strictObject({
   peak: count.describe("all arenas together, activations once per copy"),
   offsets: z.record(z.string(), count),
 });
+/** A value of the schema `Memory`. */
 export type Memory = z.infer<typeof Memory>;
 
 /** The arguments of cuTensorMapEncodeTiled for an operand, innermost dim first. Elements out of bounds read as zero. */
@@ -242,8 +266,10 @@ export const TensorMap = z.strictObject({
   box: z.array(count).describe("elements copied at once"),
   swizzle: z.enum(["none", "32B", "64B", "128B"]),
 });
+/** A value of the schema `TensorMap`. */
 export type TensorMap = z.infer<typeof TensorMap>;
 
+/** An argument of a launch. */
 export const Arg = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("operand"), name: z.string() }).describe("the address of an operand of the op"),
   z.strictObject({ kind: z.literal("rows") }).describe("the address of the index buffer of the ragged operands"),
@@ -264,6 +290,7 @@ export const Launch = z.strictObject({
   shared: count.describe("bytes of dynamic shared memory (CUDA)"),
   args: z.array(Arg),
 });
+/** A value of the schema `Launch`. */
 export type Launch = z.infer<typeof Launch>;
 
 /** One kernel: op, local sizes, types, sources and launches, and the number of instructions that use it. */
@@ -286,9 +313,11 @@ export const Kernel = z.strictObject({
   scratch: count.describe("bytes of the scratch arena it uses"),
   launches: z.array(Launch),
 });
+/** A value of the schema `Kernel`. */
 export type Kernel = z.infer<typeof Kernel>;
 
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
+/** The sections of a plan; each has a digest. */
 export const Sections = z.strictObject({
   job: Job,
   mesh: MeshText,
@@ -297,8 +326,10 @@ export const Sections = z.strictObject({
   kernels: z.array(Kernel),
   toolchain: z.strictObject({ rankc: z.string(), target: z.string() }),
 });
+/** A value of the schema `Sections`. */
 export type Sections = z.infer<typeof Sections>;
 
+/** A plan: all sections, the format version and the digests. */
 export const Plan = Sections.extend({
   format_version: z.string().regex(/^\d+\.\d+$/),
   digests: z.strictObject({
@@ -311,4 +342,5 @@ export const Plan = Sections.extend({
     plan: sha256.describe("over the six above"),
   }),
 });
+/** A value of the schema `Plan`. */
 export type Plan = z.infer<typeof Plan>;

@@ -1,7 +1,10 @@
 /** Numbers as people read them: bytes in powers of 1024, operations in powers of 1000, tables with aligned columns. */
 export const bytesText = (n: number): string => scaled(n, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
+/** Formats a number of floating-point operations: `1.2 Tflop`. */
 export const flopsText = (n: number): string => scaled(n, 1000, ["flop", "Kflop", "Mflop", "Gflop", "Tflop", "Pflop", "Eflop"]);
+/** Formats an integer with thousands separators. */
 export const countText = (n: number): string => n.toLocaleString("en-US");
+/** Formats a count with its noun: `1 layer`, `1,024 layers`. */
 export const plural = (n: number, noun: string): string => `${countText(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 function scaled(n: number, base: number, units: readonly string[]): string {

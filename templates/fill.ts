@@ -19,6 +19,7 @@ export function withoutText<T>(make: () => T): T {
   }
 }
 
+/** Fills a template with values and returns the text. Throws if a value is missing. */
 export function fill(name: string, values: object): string {
   if (isWithoutText) return "";
   let template = compiled.get(name);

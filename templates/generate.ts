@@ -20,12 +20,14 @@ interface Shape {
 /** A scope is the value `this` stands for; the last one is the innermost. */
 type Scopes = readonly [Shape, ...Shape[]];
 
+/** A template file, and the values that it reads. */
 export interface Template {
   /** Path below templates/, without `.hbs`. */
   readonly name: string;
   readonly source: string;
 }
 
+/** Reads all templates. Throws with file and line if one uses an unsupported construct. */
 export function readTemplates(): Template[] {
   const folder = fileURLToPath(new URL(".", import.meta.url));
   return readdirSync(folder, { recursive: true, encoding: "utf8" })
@@ -34,6 +36,7 @@ export function readTemplates(): Template[] {
     .sort((a, b) => (a.name < b.name ? -1 : 1));
 }
 
+/** Returns the source of templates/bindings.ts. */
 export function writeBindings(templates: readonly Template[]): string {
   const project = new Project({ useInMemoryFileSystem: true, manipulationSettings: { indentationText: IndentationText.TwoSpaces } });
   const file = project.createSourceFile("bindings.ts");

@@ -14,8 +14,10 @@ export type Dim = { readonly size: number; readonly key: string };
 
 /** A matrix [rows, cols] that starts at `there` in the checkpoint's tensor and lies transposed, [cols, rows], at `here` in ours. */
 type Block = { readonly there: number; readonly here: number; readonly rows: number; readonly cols: number };
+/** A tensor of a Hugging Face checkpoint with the blocks of it that a parameter uses. */
 export type TensorSlice = { readonly tensor: string; readonly shape: readonly Dim[]; readonly blocks: readonly Block[] };
 
+/** The tensors that make up one parameter. */
 export type HfParameter = {
   readonly name: string;
   readonly shape: readonly Dim[];

@@ -8,15 +8,19 @@ import { koffi, openLibrary } from "./libraries.ts";
 
 /** An address in device memory. */
 export type DevicePointer = Handle<"memory">;
+/** A stream of the driver. */
 export type Stream = Handle<"stream">;
+/** An event of the driver. */
 export type Event = Handle<"event">;
 type Module = Handle<"module">;
+/** A kernel of a loaded module. */
 export type KernelFunction = Handle<"kernel">;
 /** An instantiated graph. */
 export type ExecutableGraph = Handle<"graph">;
 /** Page-locked host memory, which asynchronous copies read and write. */
 export type Pinned = { readonly at: bigint; readonly bytes: ArrayBuffer };
 
+/** A device, with its memory in bytes. */
 export type CudaDevice = {
   readonly ordinal: number;
   readonly name: string;
@@ -26,6 +30,7 @@ export type CudaDevice = {
   readonly sm: number;
 };
 type Extent = readonly [x: number, y?: number, z?: number];
+/** Grid, thread block, shared memory and stream of a launch. */
 export type KernelLaunch = {
   readonly grid: Extent;
   readonly block: Extent;
@@ -42,6 +47,7 @@ export type Tiled = {
   readonly box: readonly number[];
   readonly swizzle: "none" | "32B" | "64B" | "128B";
 };
+/** The loaded driver. */
 export type Driver = {
   readonly path: string;
   /** The newest CUDA version that the driver supports: "13.0". */
@@ -50,6 +56,7 @@ export type Driver = {
   /** Makes the primary context of the device current in this thread. */
   readonly open: (device: CudaDevice) => Context;
 };
+/** An open device. Calls throw an error with the name of the driver function. */
 export type Context = {
   readonly device: CudaDevice;
   /** The limit of dynamic shared memory of a block, in bytes, after `allowShared`. */

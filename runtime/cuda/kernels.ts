@@ -24,12 +24,14 @@ export function cubinFile(kernel: Kernel, arch: string): string {
   return `${file.replace(/\.cu$/, "")}.${sha256.slice(0, 16)}.${arch}.cubin`;
 }
 
+/** Access to the kernel files of a plan. */
 export interface KernelFiles {
   /** Returns the source of a kernel by its file name. */
   readonly source: (file: string) => string;
   /** Returns a cubin of the plan by its file name; undefined if there is none. */
   readonly cubin?: (file: string) => Uint8Array | undefined;
 }
+/** The loaded kernels of a plan. */
 export interface LoadedKernels {
   /** Returns the function of one launch of a kernel. */
   readonly entry: (kernel: Kernel, launch: Launch) => KernelFunction;
@@ -122,6 +124,7 @@ async function naming<T>(kernel: Kernel, act: () => T | Promise<T>): Promise<T> 
     throw named(kernel, error);
   }
 }
+/** Adds the name of the kernel to an error, and returns it. */
 export function named(kernel: Kernel, error: unknown): unknown {
   if (!(error instanceof Error)) return error;
   const message = `kernel ${kernel.id} (${kernel.op} in ${kernel.dtypes}): ${error.message}`;

@@ -42,6 +42,7 @@ const DEVICE_CODE = "--device-as-default-execution-space";
 /** Values of nvrtcResult: an invalid option (of ours only the architecture can be unknown), and an error in the source. */
 const [INVALID_OPTION, COMPILATION] = [5, 6];
 
+/** Options of `compile`. */
 export type CompileOptions = {
   /** sm_… compiles to a cubin, compute_… to PTX. */
   readonly arch: string;

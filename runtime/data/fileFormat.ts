@@ -67,6 +67,7 @@ const formats: readonly Format[] = [
 /** The number of bytes of a file that `formatOf` reads. */
 export const HEAD = 4096;
 
+/** A recognised file format. */
 export interface Found {
   /** The name of the format, as in "looks like …". */
   readonly name: string;

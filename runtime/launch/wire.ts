@@ -31,6 +31,7 @@ export const ToHub = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("begun"), step: z.int() }),
   z.strictObject({ kind: z.literal("bye") }),
 ]);
+/** A value of the schema `ToHub`. */
 export type ToHub = z.infer<typeof ToHub>;
 /** The first message of a peer. */
 export type Hello = Extract<ToHub, { kind: "hello" }>;
@@ -49,6 +50,7 @@ export const ToRank = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("beat") }),
   z.strictObject({ kind: z.literal("bye") }),
 ]);
+/** A value of the schema `ToRank`. */
 export type ToRank = z.infer<typeof ToRank>;
 
 /** "rnk1" */

@@ -15,6 +15,7 @@ import { openHeldOutSources, openSources } from "../data/sources.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 
+/** Settings of `openRun`. */
 export interface RunSettings {
   /** Returns a cubin of the plan by its file name. */
   readonly cubin?: (file: string) => Uint8Array | undefined;
@@ -44,6 +45,7 @@ export interface RunSettings {
   readonly debugNonfinite?: boolean;
 }
 
+/** An open run. */
 export interface OpenRun extends Run {
   /** Writes a checkpoint to the `save` folder and returns its path. All processes of a run call it after the same step. */
   save(): Promise<string>;

@@ -7,6 +7,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 
 /** Constants of WebGPU, by its standard; Dawn for Node does not define them as globals. */
 export const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128, queryResolve: 512 } as const;
+/** GPUMapMode.READ. */
 export const mapRead = 1;
 
 interface Profile {

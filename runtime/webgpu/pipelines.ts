@@ -10,18 +10,22 @@ import type { Gpu } from "./device.ts";
 
 const COMPUTE_STAGE = 4;
 
+/** A compiled entry of a shader. */
 export interface ComputePipeline {
   readonly pipeline: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
+/** A WGSL source with the name that errors show. */
 export interface ShaderSource {
   /** The kernel's id and op, for error messages and debuggers. */
   readonly name: string;
   readonly code: string;
   readonly entries: readonly { readonly entry: string; readonly buffers: number; readonly uniform: boolean }[];
 }
+/** Compiles all entries of a source. */
 export type Compile = (source: ShaderSource) => Promise<readonly ComputePipeline[]>;
 
+/** Returns a function that compiles sources on a device; errors name kernel, file and line. */
 export function compiler(gpu: Gpu): Compile {
   const { device, adapter } = gpu;
   const layouts = new Map<string, GPUBindGroupLayout>();

@@ -12,6 +12,7 @@ import { nameOf, openDevice, profiles } from "./device.ts";
 const features = ["shader-f16", "subgroups", "chromium-experimental-subgroup-matrix", "timestamp-query"] as const;
 const limits = ["maxBufferSize", "maxStorageBufferBindingSize", "maxComputeWorkgroupStorageSize"] as const;
 
+/** The adapter: profiles, features and limits. */
 export interface Survey {
   /** The name, with "(software)" if it is a software adapter. */
   readonly adapter: string;

@@ -5,6 +5,7 @@ import type { Buffer } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { invariant } from "../ops/op.ts";
 
+/** The buffers of a program by id. */
 export class BufferTable {
   readonly #byId: Map<string, Buffer>;
 

@@ -9,6 +9,7 @@ import type { KernelSpec } from "./kernelSpec.ts";
 type SizeName = "B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks";
 /** Kernel specs of attention; `drop` is an attribute of the ops with dropout. */
 export type AttentionSpec = KernelSpec<"q" | "k" | "v" | "o" | "lse", SizeName>;
+/** Kernel specs of the gradient of attention. */
 export type AttentionGradSpec = KernelSpec<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv", SizeName>;
 type AnyAttentionSpec = AttentionSpec | AttentionGradSpec;
 

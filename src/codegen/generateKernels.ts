@@ -129,6 +129,7 @@ function generateKernel(spec: KernelSpec, dims: readonly string[], target: Targe
   };
 }
 
+/** Formats kernels for `--emit kernels`. */
 export const printKernels = (kernels: readonly Kernel[]): string =>
   kernels
     .map((k) => {

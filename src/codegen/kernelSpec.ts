@@ -69,6 +69,7 @@ export interface CudaGenerator<Name extends OpName = OpName> {
 }
 /** A table with the kernel of each of these ops: an op without a kernel, or with the kernel of another op, does not compile. */
 export type WgslKernels<Name extends OpName> = { readonly [N in Name]: WgslGenerator<N> };
+/** CUDA generators of some ops. */
 export type CudaKernels<Name extends OpName> = { readonly [N in Name]: CudaGenerator<N> };
 
 /** Makes a function of any spec from a function of the typed spec of one op. */

@@ -6,6 +6,7 @@ import { type Arch, archs } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 /** Adapter features beyond WebGPU's defaults. Each profile includes the profiles before it. */
 export const profiles = ["baseline", "f16", "matrix"] as const;
+/** The name of a WebGPU profile. */
 export type Profile = (typeof profiles)[number];
 
 /** All values of `--target`. */

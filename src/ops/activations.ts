@@ -31,6 +31,7 @@ function logistic({ linear, cubic = 0 }: { readonly linear: number; readonly cub
 /** Of GELU's tanh approximation: 2·√(2/π). */
 const STEEP = 2 * Math.sqrt(2 / Math.PI);
 
+/** The formulas of activations. */
 export const activationFunctions = {
   silu: logistic({ linear: 1 }),
   gelu_tanh: logistic({ linear: STEEP, cubic: STEEP * 0.044715 }),

@@ -2,6 +2,7 @@
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { positionOf } from "./positions.ts";
 
+/** Float32 arrays by name. */
 export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>;
 /**
  * Queries and keys have width C, values and outputs W. Query head g·M + m reads key head ⌊g/copies⌋: groups that share a key head may be on
@@ -79,10 +80,12 @@ export const attentionMerge = op({
 });
 
 // per head one product of 2·S·U·C and one of 2·S·U·W, half of which causality skips; for shards of the keys this holds for their sum
+/** Returns the operations of attention: two products over the pairs of query and key. */
 export function flopsOfMix({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (C + W)) / 2;
 }
 // five products: the recomputed scores, dq and dk of width C; dw and dv of width W
+/** Returns the operations of its gradient: five products. */
 export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
 }
@@ -90,6 +93,7 @@ export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
 /** The factor of a weight after the softmax, by query head and local key; default: 1. */
 type Kept = (query: number, key: number) => number;
 
+/** Computes attention of a shard. `kept`: the dropout factor of a weight. */
 export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: ShardContext, kept?: Kept): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
@@ -116,6 +120,7 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
 }
 
 type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
+/** Computes the gradient of attention of a shard. */
 export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: ShardContext, kept?: Kept): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);

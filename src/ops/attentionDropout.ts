@@ -9,6 +9,7 @@ import { type Grads, op, type ShardContext } from "./op.ts";
 import { philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
+/** Causal attention with dropout of weights. */
 export const attentionDropout = op({
   name: "attention_dropout",
   sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
@@ -31,6 +32,7 @@ export const attentionDropoutGrad = op({
   flops: flopsOfGrad,
   cpu: dropMixGrad,
 });
+/** The same for a shard of the keys. */
 export const attentionDropoutPart = op({
   name: "attention_dropout_part",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
@@ -41,6 +43,7 @@ export const attentionDropoutPart = op({
   flops: flopsOfMix,
   cpu: dropMix,
 });
+/** The gradient of `attentionDropoutPart`. */
 export const attentionDropoutPartGrad = op({
   name: "attention_dropout_part_grad",
   sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",

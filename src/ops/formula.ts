@@ -48,12 +48,15 @@ export interface Total {
   readonly by: number;
   readonly divides: boolean;
 }
+/** A result of a formula: an expression per element, or a total. */
 export type Result = Expr | Total;
+/** Returns whether a result is a total. */
 export const isTotal = (r: Result): r is Total => r.kind === "total";
 
 /** How often a value changes: never, per launch, per row, per element. */
 export type ValueScope = "constant" | "launch" | "row" | "element";
 const scopes: readonly ValueScope[] = ["constant", "launch", "row", "element"];
+/** Returns whether scope `a` has fewer elements than scope `b`. */
 export const isNarrower = (a: ValueScope, b: ValueScope): boolean => scopes.indexOf(a) < scopes.indexOf(b);
 const widest = (of: readonly ValueScope[]): ValueScope => of.reduce((a, b) => (isNarrower(a, b) ? b : a), "constant");
 
@@ -91,21 +94,31 @@ const chain =
   (first: Term, ...rest: readonly Term[]): Expr =>
     rest.reduce<Expr>((a, b) => call(fn, a, b), expr(first));
 
+/** a + b + … */
 export const add = chain("add");
+/** a · b · … */
 export const mul = chain("mul");
+/** a − b */
 export const sub = (a: Term, b: Term): Expr => call("sub", a, b);
 /** a / b. Where b is a constant, or a variable per launch or per row, CUDA multiplies by the reciprocal. */
 export const div = (a: Term, b: Term): Expr => call("div", a, b);
 /** a / b, for which a kernel may use an approximate reciprocal. */
 export const approxDiv = (a: Term, b: Term): Expr => call("approxDiv", a, b);
+/** The larger of two. */
 export const max = (a: Term, b: Term): Expr => call("max", a, b);
+/** The smaller of two. */
 export const min = (a: Term, b: Term): Expr => call("min", a, b);
+/** −x */
 export const neg = (x: Term): Expr => call("neg", x);
+/** |x| */
 export const abs = (x: Term): Expr => call("abs", x);
+/** eˣ */
 export const exp = (x: Term): Expr => call("exp", x);
+/** ln x */
 export const log = (x: Term): Expr => call("log", x);
 /** log(1 + x) */
 export const log1p = (x: Term): Expr => call("log1p", x);
+/** √x */
 export const sqrt = (x: Term): Expr => call("sqrt", x);
 /** The error function, 2/√π · ∫₀ˣ e^(−t²) dt. */
 export const erf = (x: Term): Expr => call("erf", x);
@@ -114,13 +127,19 @@ export const sigmoid = (x: Term): Expr => call("sigmoid", x);
 /** 1 − base^exponent, for a constant base below 1; kernels compute it without cancellation. */
 export const oneMinusPower = (base: number, exponent: Term): Expr => call("oneMinusPower", base, exponent);
 
+/** Names a term, so that it is computed once. */
 export const variable = (name: string, value: Term): Expr => ({ kind: "variable", name, value: expr(value) });
+/** yes if the test holds, otherwise no. */
 export const select = (test: Test, yes: Term, no: Term): Expr => ({ kind: "select", test, yes: expr(yes), no: expr(no) });
+/** a > b */
 export const greater = (a: Term, b: Term): Test => ({ kind: "greater", a: expr(a), b: expr(b) });
+/** a = b */
 export const equal = (a: Term, b: Term): Test => ({ kind: "equal", a: expr(a), b: expr(b) });
 /** Neither infinite nor NaN. */
 export const finite = (x: Term): Test => ({ kind: "finite", x: expr(x) });
+/** The sum of a term over a row. */
 export const rowSum = (name: string, term: Term): Expr => ({ kind: "rowReduce", name, by: "sum", term: expr(term) });
+/** The maximum of a term over a row. */
 export const rowMax = (name: string, term: Term): Expr => ({ kind: "rowReduce", name, by: "max", term: expr(term) });
 /** Σ eˣ⁻ᵐ over a row, where m is the maximum of the row or near it. */
 export const sumOfExponentials = (x: Term, m: Term): Expr => rowSum("sum", exp(sub(x, m)));

@@ -52,6 +52,7 @@ export const latentKv = op({
     return { x: dx, r: dr };
   },
 });
+/** The gradient of `latentKv`. */
 export const latentKvGrad = op({
   name: "latent_kv_grad",
   sig: "dk[B,S,H*Y] dv[B,S,H*W] -> dx[B,S,H*Z] dr[B,S,R!]",

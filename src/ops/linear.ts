@@ -3,6 +3,7 @@ import { add as plus } from "./formula.ts";
 import { gemm as product, runs } from "./loops.ts";
 import { declared, formulaOp, type Grads, op } from "./op.ts";
 
+/** y = x·w. */
 export const gemm = op({
   name: "gemm",
   sig: "x[B,S,K] w[K,N] -> y[B,S,N]",
@@ -20,6 +21,7 @@ export const gemmDgrad = op({
   cpu: ({ dy, w, dx }, { B, S, K, N }) => product(dx, dy, w, { m: B * S, n: K, k: N, tb: true }),
   grad: ({ dy, w }, g): Grads => ({ dy: gemm.of({ x: g.dy, w }), w: gemmWgrad.of({ x: g.dy, dy }) }),
 });
+/** dw = xᵀ·dy. */
 export const gemmWgrad = op({
   name: "gemm_wgrad",
   sig: "x[B,S,K] dy[B,S,N] -> dw[K,N]",
@@ -30,6 +32,7 @@ export const gemmWgrad = op({
   cpu: ({ x, dy, dw }, { B, S, K, N }) => product(dw, x, dy, { m: K, n: N, k: B * S, ta: true }),
 });
 
+/** y = x·w per expert, for ragged rows. */
 export const groupedGemm = op({
   name: "grouped_gemm",
   sig: "x[B~S~E,K] w[E,K,N] -> y[B~S~E,N]",
@@ -39,6 +42,7 @@ export const groupedGemm = op({
   },
   grad: ({ x, w }, { dy }): Grads => ({ x: groupedDgrad.of({ dy, w }), w: groupedWgrad.of({ x, dy }) }),
 });
+/** dx = dy·wᵀ per expert. */
 export const groupedDgrad = op({
   name: "grouped_dgrad",
   sig: "dy[B~S~E,N] w[E,K,N] -> dx[B~S~E,K]",
@@ -48,6 +52,7 @@ export const groupedDgrad = op({
     runs(p.rows, p.start("E"), (e, r, m) => product(dx, dy, w, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K }));
   },
 });
+/** dw = xᵀ·dy per expert. */
 export const groupedWgrad = op({
   name: "grouped_wgrad",
   sig: "x[B~S~E,K] dy[B~S~E,N] -> dw[E,K,N]",
@@ -58,12 +63,14 @@ export const groupedWgrad = op({
     runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N }));
   },
 });
+/** y = x + b, one bias per column. */
 export const addBias = formulaOp({
   name: "add_bias",
   sig: "x[B,S,N] bias[N] -> y[B,S,N]",
   formula: ({ x, bias }) => ({ y: plus(x, bias) }),
   grad: (_, { dy }): Grads => ({ x: dy, bias: biasGrad.of({ dy }) }),
 });
+/** The gradient of a bias: column sums. */
 export const biasGrad = op({
   name: "bias_grad",
   sig: "dy[B,S,N] -> dbias[N]",
@@ -76,6 +83,7 @@ export const biasGrad = op({
   },
 });
 
+/** y = a + b. */
 export const add = formulaOp({
   name: "add",
   sig: "a[...] b[...] -> y[...]",

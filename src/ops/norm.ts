@@ -1,6 +1,7 @@
 /** Root-mean-square norms over the width of the model or of each head: y = x · gain / sqrt(mean(x²) + eps). */
 import { type Grads, op } from "./op.ts";
 
+/** RMS norm over the last dim, with a gain. */
 export const rmsnorm = op({
   name: "rmsnorm",
   sig: "x[B,S,D!] gain[D!] -> y[B,S,D!]",
@@ -11,6 +12,7 @@ export const rmsnorm = op({
     return { x: dx, gain: dgain };
   },
 });
+/** The gradient of `rmsnorm`. */
 export const rmsnormGrad = op({
   name: "rmsnorm_grad",
   sig: "x[B,S,D!] gain[D!] dy[B,S,D!] -> dx[B,S,D!] dgain[D!]",
@@ -19,6 +21,7 @@ export const rmsnormGrad = op({
   cpu: ({ x, gain, dy, dx, dgain }, { D, eps }) => normalizeGrad(x, gain, dy, dx, dgain, D, eps),
 });
 
+/** RMS norm of each head. */
 export const headNorm = op({
   name: "head_norm",
   sig: "x[B,S,H*C] gain[C!] -> y[B,S,H*C]",
@@ -29,6 +32,7 @@ export const headNorm = op({
     return { x: dx, gain: dgain };
   },
 });
+/** The gradient of `headNorm`. */
 export const headNormGrad = op({
   name: "head_norm_grad",
   sig: "x[B,S,H*C] gain[C!] dy[B,S,H*C] -> dx[B,S,H*C] dgain[C!]",

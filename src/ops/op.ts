@@ -32,7 +32,9 @@ type Out<S extends string> = NameOf<Side<S, "out">>;
 type Dim<S extends string> = DimsOf<Side<S, "in" | "out">>;
 type Each<K extends string, T> = Readonly<Record<K, T>>;
 
+/** Attributes of a node by name. */
 export type Attrs = Readonly<Record<string, number>>;
+/** Gradients of outputs by name. */
 export type Grads = Readonly<Record<string, Value>>;
 
 /** The first output `y`, its gradient `dy`, and in `dys` the gradients of all `gradOutputs`. */
@@ -145,6 +147,7 @@ export interface FormulaOp<S extends string, N extends OpName, A extends string 
     Pick<AnyFormulaOp<N>, "formula"> {}
 /** The names of an op's operands, and of its dims and required attributes. */
 export type OperandName<O> = O extends Op<infer S, infer _N, infer _A> ? In<S> | Out<S> : never;
+/** The names of dims and attributes of an op. */
 export type SizeName<O> = O extends Op<infer S, infer _N, infer A> ? Dim<S> | A : never;
 
 /** The largest number of `rows` per expert in each group of `sequences` × `positions` tokens. */

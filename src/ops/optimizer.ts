@@ -77,6 +77,7 @@ export const adamw = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => adaptive(t, d, { shrink: d.decay }),
 });
+/** `adamw` that also writes the parameter in the type of the model. */
 export const adamwCast = formulaOp({
   name: "adamw_cast",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...] y[...]",
@@ -84,6 +85,7 @@ export const adamwCast = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => withCopy(adaptive(t, d, { shrink: d.decay })),
 });
+/** `adamw` with a scheduled weight decay. */
 export const adamwScheduled = formulaOp({
   name: "adamw_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
@@ -99,6 +101,7 @@ export const adam = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => adaptive(t, d, { pull: d.decay }),
 });
+/** `adam` that also writes the parameter in the type of the model. */
 export const adamCast = formulaOp({
   name: "adam_cast",
   sig: "g[...] scale[] lr[] step[] -> w[...] m[...] v[...] y[...]",
@@ -106,6 +109,7 @@ export const adamCast = formulaOp({
   attrs: [...constants, "decay"],
   formula: (t, d) => withCopy(adaptive(t, d, { pull: d.decay })),
 });
+/** `adam` with a scheduled weight decay. */
 export const adamScheduled = formulaOp({
   name: "adam_scheduled",
   sig: "g[...] scale[] lr[] step[] decay[] -> w[...] m[...] v[...]",
@@ -141,6 +145,7 @@ function adaptive(
 
 // -- stochastic gradient descent with decay · w added to the gradient; the momentum m has no dampening: m = momentum · m + g
 
+/** Stochastic gradient descent. */
 export const sgd = formulaOp({
   name: "sgd",
   sig: "g[...] scale[] lr[] -> w[...]",
@@ -149,6 +154,7 @@ export const sgd = formulaOp({
   attrs: ["decay"],
   formula: (t, { decay }) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, decay)))) }),
 });
+/** `sgd` that also writes the parameter in the type of the model. */
 export const sgdCast = formulaOp({
   name: "sgd_cast",
   sig: "g[...] scale[] lr[] -> w[...] y[...]",
@@ -157,6 +163,7 @@ export const sgdCast = formulaOp({
   attrs: ["decay"],
   formula: (t, { decay }) => withCopy({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, decay)))) }),
 });
+/** `sgd` with a scheduled weight decay. */
 export const sgdScheduled = formulaOp({
   name: "sgd_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...]",
@@ -164,6 +171,7 @@ export const sgdScheduled = formulaOp({
   types: { w: "f32" },
   formula: (t) => ({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, t.decay)))) }),
 });
+/** `sgdScheduled` that also writes the parameter in the type of the model. */
 export const sgdScheduledCast = formulaOp({
   name: "sgd_scheduled_cast",
   sig: "g[...] scale[] lr[] decay[] -> w[...] y[...]",
@@ -171,6 +179,7 @@ export const sgdScheduledCast = formulaOp({
   types: { w: "f32" },
   formula: (t) => withCopy({ w: unlessSkipped(t, t.w, sub(t.w, mul(t.lr, descent(t, t.decay)))) }),
 });
+/** Stochastic gradient descent with momentum. */
 export const sgdMomentum = formulaOp({
   name: "sgd_momentum",
   sig: "g[...] scale[] lr[] -> w[...] m[...]",
@@ -179,6 +188,7 @@ export const sgdMomentum = formulaOp({
   attrs: ["momentum", "decay"],
   formula: (t, { momentum, decay }) => withMomentum(t, momentum, decay),
 });
+/** `sgdMomentum` that also writes the parameter in the type of the model. */
 export const sgdMomentumCast = formulaOp({
   name: "sgd_momentum_cast",
   sig: "g[...] scale[] lr[] -> w[...] m[...] y[...]",
@@ -187,6 +197,7 @@ export const sgdMomentumCast = formulaOp({
   attrs: ["momentum", "decay"],
   formula: (t, { momentum, decay }) => withCopy(withMomentum(t, momentum, decay)),
 });
+/** `sgdMomentum` with a scheduled weight decay. */
 export const sgdMomentumScheduled = formulaOp({
   name: "sgd_momentum_scheduled",
   sig: "g[...] scale[] lr[] decay[] -> w[...] m[...]",
@@ -195,6 +206,7 @@ export const sgdMomentumScheduled = formulaOp({
   attrs: ["momentum"],
   formula: (t, { momentum }) => withMomentum(t, momentum, t.decay),
 });
+/** `sgdMomentumScheduled` that also writes the parameter in the type of the model. */
 export const sgdMomentumScheduledCast = formulaOp({
   name: "sgd_momentum_scheduled_cast",
   sig: "g[...] scale[] lr[] decay[] -> w[...] m[...] y[...]",
@@ -253,6 +265,7 @@ export const muon = formulaOp({
   attrs: ["factor", "decay"],
   formula: (t, { factor, decay }) => ({ w: alongOrthogonal(t, factor, decay) }),
 });
+/** `muon` with a scheduled weight decay. */
 export const muonScheduled = formulaOp({
   name: "muon_scheduled",
   sig: "u[...] scale[] lr[] decay[] -> w[...]",

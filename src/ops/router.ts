@@ -38,6 +38,7 @@ function logSumExp(x: Expr): Expr {
   return variable("log", add(most, log(sumOfExponentials(x, most))));
 }
 
+/** Softmax over experts. */
 export const softmax = formulaOp({
   name: "softmax",
   sig: "x[B,S,E!] -> y[B,S,E!]",
@@ -47,12 +48,14 @@ export const softmax = formulaOp({
     return { x: declared(softmaxGrad.of({ y, dy }), { dtype: x.dtype }) };
   },
 });
+/** The gradient of `softmax`. */
 export const softmaxGrad = formulaOp({
   name: "softmax_grad",
   sig: "y[B,S,E!] dy[B,S,E!] -> dx[B,S,E!]",
   formula: ({ y, dy }) => ({ dx: mul(y, sub(dy, rowSum("dot", mul(y, dy)))) }),
 });
 
+/** The sigmoid of each score. */
 export const sigmoid = formulaOp({
   name: "sigmoid",
   sig: "x[B,S,E] -> y[B,S,E]",
@@ -62,6 +65,7 @@ export const sigmoid = formulaOp({
     return { x: declared(sigmoidGrad.of({ y, dy }), { dtype: x.dtype }) };
   },
 });
+/** The gradient of `sigmoid`. */
 export const sigmoidGrad = formulaOp({
   name: "sigmoid_grad",
   sig: "y[B,S,E] dy[B,S,E] -> dx[B,S,E]",

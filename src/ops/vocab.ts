@@ -2,6 +2,7 @@
 import { add, div, log, rowMax as maxOfRow, mul, neg, sub, total, totalOver } from "./formula.ts";
 import { formulaOp, type Grads, op } from "./op.ts";
 
+/** y = the row of the embedding for each id; 0 for rows of other ranks. */
 export const embed = op({
   name: "embed",
   sig: "ids[B,S] table[V,D] -> x[B,S,D]",
@@ -32,6 +33,7 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
 
 // The loss as a sum of terms that are partial under a sharded V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
 
+/** The maximum of each row. */
 export const rowMax = formulaOp({
   name: "row_max",
   sig: "x[B,S,V] -> m[B,S]",
@@ -60,6 +62,7 @@ export const softmaxTerms = op({
   },
   grad: ({ x, m, target }, { dys: [ds, dp] }): Grads => ({ x: softmaxTermsGrad.of({ x, m, target, ds: ds!, dp: dp! }) }),
 });
+/** The gradient of `softmaxTerms`. */
 export const softmaxTermsGrad = op({
   name: "softmax_terms_grad",
   sig: "x[B,S,V] m[B,S] target[B,S] ds[B,S] dp[B,S] -> dx[B,S,V]",
@@ -70,6 +73,7 @@ export const softmaxTermsGrad = op({
     });
   },
 });
+/** The negative log-likelihood of each label. */
 export const nll = formulaOp({
   name: "nll",
   sig: "m[B,S] s[B,S] p[B,S] -> l[B,S]",
@@ -80,6 +84,7 @@ export const nll = formulaOp({
     return { s: ds, p: dp };
   },
 });
+/** The gradient of `nll`. */
 export const nllGrad = formulaOp({
   name: "nll_grad",
   sig: "s[B,S] dy[B,S] -> ds[B,S] dp[B,S]",
@@ -94,6 +99,7 @@ export const mean = formulaOp({
   formula: ({ l }, { count }) => ({ y: totalOver(l, count) }),
   grad: ({ l }, { dy }, a): Grads => ({ l: meanGrad.of({ l, dy }, a) }),
 });
+/** The gradient of `mean`. */
 export const meanGrad = formulaOp({
   name: "mean_grad",
   sig: "l[B,S] dy[] -> dl[B,S]",
@@ -120,6 +126,7 @@ export const sourceLosses = op({
     for (let t = 0; t < l.length; t++) y[source[t]!]! += l[t]! * weight[t]!;
   },
 });
+/** The gradient of `weightedSum`. */
 export const weightedSumGrad = formulaOp({
   name: "weighted_sum_grad",
   sig: "weight[B,S] dy[] -> dl[B,S]",

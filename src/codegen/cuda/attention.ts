@@ -17,6 +17,7 @@ import { orderOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { source } from "./text.ts";
 
+/** CUDA kernels of attention. */
 export const attention = {
   attention: cudaKernel(attentionOps.attention, forward),
   attention_grad: cudaKernel(attentionOps.attentionGrad, backward),

@@ -9,6 +9,7 @@ import { sumColumns } from "./reduce.ts";
 import { bestExperts, bestTokens } from "./router.ts";
 import { f32, source } from "./text.ts";
 
+/** CUDA kernels of load balancing. */
 export const balance = {
   expert_counts: cudaKernel(ops.expertCounts, (spec) => count(spec, { batches: spec.d.A, tokens: spec.d.P * spec.d.S })),
   expert_load: cudaKernel(ops.expertLoad, (spec) => count(spec, { batches: 1, tokens: spec.d.B * spec.d.S })),

@@ -107,6 +107,7 @@ function atRandom(spec: KernelSpec<OperandName<typeof dropout>, "S" | "D" | "chu
   };
 }
 
+/** CUDA kernels of dropout, sums and copies. */
 export const elementwise = {
   embed: cudaKernel(embed, (spec, arch) => {
     const { V, D } = spec.d;

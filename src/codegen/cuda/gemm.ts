@@ -14,6 +14,7 @@ function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   return arch === "sm_90a" && fitsHopper(p) ? hopper(spec, p, half) : mma(spec, p, half);
 }
 
+/** CUDA kernels of products. */
 export const gemm = {
   gemm: cudaKernel(productOps.gemm, multiply),
   gemm_dgrad: cudaKernel(productOps.gemm_dgrad, multiply),

@@ -38,6 +38,7 @@ const tiles: readonly Tile[] = [
   { rows: 64, columns: 128 },
 ];
 
+/** Tile, cluster, order and shared memory of a product. */
 export interface HopperTiling {
   readonly tile: Tile;
   readonly cluster: 1 | 2;

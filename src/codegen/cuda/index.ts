@@ -31,4 +31,5 @@ const handWritten = {
   ...vocab,
 } satisfies CudaKernels<Exclude<OpName, FormulaOpName>>;
 
+/** The CUDA generators of all ops. */
 export const cudaKernels: Readonly<Record<OpName, CudaGenerator>> = { ...handWritten, ...mapFormulaOps(formulaKernel) };

@@ -22,6 +22,7 @@ const copy = (spec: KernelSpec, arch: Arch, slices: SliceCopy): GeneratedKernel 
   return { source: source(spec, body), launches: [launch] };
 };
 
+/** CUDA kernels of latent attention. */
 export const latent = {
   split: cudaKernel(split, (spec, arch) => copy(spec, arch, splitSlices(spec.d))),
   join: cudaKernel(join, (spec, arch) => copy(spec, arch, joinSlices(spec.d))),

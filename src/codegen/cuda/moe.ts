@@ -9,6 +9,7 @@ import { type GeneratedLaunch, type KernelArg, neededRows, rowIndex, scratch, sc
 import { clearBuffer } from "./reduce.ts";
 import { shareRow, source, vectorOf } from "./text.ts";
 
+/** CUDA kernels of dispatch and combine. */
 export const moe = {
   permute: cudaKernel(permute, (spec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec))),
   unpermute: cudaKernel(unpermute, (spec) => join(spec, mapRows(spec), reducePartials(spec))),

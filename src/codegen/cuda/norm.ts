@@ -9,6 +9,7 @@ import { scratchStart } from "../launchArgs.ts";
 import { sumColumns } from "./reduce.ts";
 import { f32, shareRow, source, vectorOf } from "./text.ts";
 
+/** CUDA kernels of norms. */
 export const norm = {
   rmsnorm: cudaKernel(rmsnorm, (spec) => normalize(spec, spec.d.D)),
   head_norm: cudaKernel(headNorm, (spec) => normalize(spec, spec.d.C)),

@@ -39,6 +39,7 @@ function makeOrthogonalize(spec: KernelSpec<"x" | "y", "K" | "N">, matrices: num
   };
 }
 
+/** CUDA kernels of Muon. */
 export const orthogonalize = {
   orthogonalize: cudaKernel(ops.orthogonalize, (spec) => makeOrthogonalize(spec, 1)),
   orthogonalize_experts: cudaKernel(ops.orthogonalizeExperts, (spec) => makeOrthogonalize(spec, spec.d.E)),

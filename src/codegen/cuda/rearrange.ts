@@ -91,6 +91,7 @@ function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
   };
 }
 
+/** CUDA kernels around collectives. */
 export const transport = {
   arrange: cudaKernel(ops.arrange, arrange),
   take_rows: cudaKernel(ops.takeRows, takeRows),

@@ -7,6 +7,7 @@ import { cudaKernel, type GeneratedKernel, positionText, type SpecOf } from "../
 import { startOf } from "../launchArgs.ts";
 import { f32, source, vectorOf } from "./text.ts";
 
+/** CUDA kernels of rotary position embedding. */
 export const rope = { rope: cudaKernel(ropeOp, rotate) };
 
 const THREADS = 256;

@@ -16,6 +16,7 @@ interface KernelPart {
 }
 const made = (spec: KernelSpec, { body, launch }: KernelPart): GeneratedKernel => ({ source: source(spec, body), launches: [launch] });
 
+/** CUDA kernels of the router. */
 export const router = {
   top_k_mask: cudaKernel(topKMask, (spec) => made(spec, bestExperts(spec.name, topKOf(spec), "c"))),
   top_k_mask_biased: cudaKernel(topKMaskBiased, (spec) =>

@@ -11,6 +11,7 @@ import { rowReduction } from "./formula.ts";
 import { clearBuffer, sumColumns } from "./reduce.ts";
 import { cuda, source, vectorOf } from "./text.ts";
 
+/** CUDA kernels of embedding and loss. */
 export const vocab = {
   softmax_terms: cudaKernel(softmaxTerms, (spec) => {
     const { V } = spec.d;

@@ -26,6 +26,7 @@ import {
 } from "./attentionText.ts";
 import { type Binding, bindingOf, bound, type EntryPoint, float, foldGrid, header, scratchBytes } from "./text.ts";
 
+/** WGSL kernels of attention. */
 export const attention = {
   attention: wgslKernel(attentionOps.attention, (spec) => forward(spec)),
   attention_part: wgslKernel(attentionOps.attentionPart, (spec) => forward(spec)),

@@ -69,6 +69,7 @@ function quantile(spec: SpecOf<typeof ops.quantile>): GeneratedKernel {
   return kernel(spec, [least.entry, select.entry, ...sum.entries], [least.text, select.text, sum.text], scratchBytes(sum.words));
 }
 
+/** WGSL kernels of load balancing. */
 export const balance = {
   expert_counts: wgslKernel(ops.expertCounts, (spec) => count(spec, spec.d.A, spec.d.P * spec.d.S)),
   expert_load: wgslKernel(ops.expertLoad, (spec) => count(spec, 1, spec.d.B * spec.d.S)),

@@ -103,6 +103,7 @@ function atRandom(spec: KernelSpec<OperandName<typeof dropout>, "S" | "D" | "chu
 
 const MERGE_THREADS = 256;
 
+/** WGSL kernels of dropout, sums and copies. */
 export const elementwise = {
   dropout: wgslKernel(dropout, (spec) => {
     const { threshold, factor } = dropsOf(spec.d.drop);

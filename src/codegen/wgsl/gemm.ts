@@ -17,6 +17,7 @@ function multiply(spec: KernelSpec, profile: Profile): GeneratedKernel {
   return tile.by === "matrix" ? gemmMatrix(spec, p, { ...t, tile }) : gemmTiles(spec, p, { ...t, tile });
 }
 
+/** WGSL kernels of products. */
 export const gemm = {
   gemm: wgslKernel(productOps.gemm, multiply),
   gemm_dgrad: wgslKernel(productOps.gemm_dgrad, multiply),

@@ -8,6 +8,7 @@ import type { MatrixProduct } from "../matmul.ts";
 import type { Tile, WgslTiling } from "./matmul.ts";
 import { isWide, type ProductSide, productKernel } from "./matmulText.ts";
 
+/** A tile of subgroup matrices. */
 export interface MatrixTile extends Tile {
   readonly by: "matrix";
   /** Rows and columns of the output per subgroup. */
@@ -15,6 +16,7 @@ export interface MatrixTile extends Tile {
   readonly across: number;
 }
 // efficiencies relative to the 67 TFLOP/s of an H200 without matrix units: the first is measured, the second an estimate
+/** The tiles of subgroup matrices. */
 export const matrixTiles: readonly MatrixTile[] = [
   { by: "matrix", bm: 128, bn: 128, bk: 32, down: 64, across: 64, efficiency: 3.6 },
   { by: "matrix", bm: 64, bn: 64, bk: 32, down: 32, across: 32, efficiency: 2 },
@@ -24,6 +26,7 @@ const SIDE = 16;
 /** Padding of a row in elements: 16 bytes, so that the rows of a matrix begin in different banks. */
 const PAD = 8;
 
+/** Returns the kernel of a product on subgroup matrices. */
 export function gemmMatrix(spec: KernelSpec, p: MatrixProduct, t: WgslTiling<MatrixTile>): GeneratedKernel {
   const { bm, bn, bk, down, across } = t.tile;
   const subgroups = (bm / down) * (bn / across);

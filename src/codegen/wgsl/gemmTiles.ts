@@ -8,6 +8,7 @@ import type { MatrixProduct } from "../matmul.ts";
 import type { Tile, WgslTiling } from "./matmul.ts";
 import { type ProductSide, productKernel } from "./matmulText.ts";
 
+/** A tile in f32 arithmetic. */
 export interface PlainTile extends Tile {
   readonly by: "plain";
   /** Rows and columns of the output per thread: runs of 4, spaced evenly over the tile. */
@@ -17,6 +18,7 @@ export interface PlainTile extends Tile {
   readonly unrolled: number;
 }
 // efficiencies relative to the 67 TFLOP/s of an H200: 0.68 and 0.63 are measured; the others are estimates whose order is measured
+/** The tiles in f32 arithmetic. */
 export const plainTiles: readonly PlainTile[] = [
   { by: "plain", bm: 128, bn: 128, bk: 8, rm: 8, rn: 8, unrolled: 8, efficiency: 0.68 },
   { by: "plain", bm: 64, bn: 64, bk: 8, rm: 8, rn: 8, unrolled: 8, efficiency: 0.63 },
@@ -25,6 +27,7 @@ export const plainTiles: readonly PlainTile[] = [
   { by: "plain", bm: 16, bn: 64, bk: 16, rm: 4, rn: 4, unrolled: 2, efficiency: 0.25 },
 ];
 
+/** Returns the kernel of a product in f32 arithmetic. */
 export function gemmTiles(spec: KernelSpec, p: MatrixProduct, t: WgslTiling<PlainTile>): GeneratedKernel {
   const { bm, bn, bk, rm, rn, unrolled } = t.tile;
   const threads = (bm / rm) * (bn / rn);

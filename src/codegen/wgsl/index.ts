@@ -32,6 +32,7 @@ const handWritten = {
   ...vocab,
 } satisfies WgslKernels<Exclude<OpName, FormulaOpName | FusedOpName>>;
 
+/** The WGSL generators of all ops. */
 export const wgslKernels: Readonly<Record<Exclude<OpName, FusedOpName>, WgslGenerator>> = {
   ...handWritten,
   ...mapFormulaOps(formulaKernel),

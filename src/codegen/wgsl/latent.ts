@@ -21,6 +21,7 @@ const copy = (spec: KernelSpec, slices: SliceCopy): GeneratedKernel => {
   return kernel(spec, [entry], [text]);
 };
 
+/** WGSL kernels of latent attention. */
 export const latent = {
   split: wgslKernel(split, (spec) => copy(spec, splitSlices(spec.d))),
   join: wgslKernel(join, (spec) => copy(spec, joinSlices(spec.d))),

@@ -6,6 +6,7 @@ import type { MatrixProduct } from "../matmul.ts";
 import type { Tile, WgslTiling } from "./matmul.ts";
 import { bound, type EntryPoint, foldGrid, header, scalar, scratchBytes, vector } from "./text.ts";
 
+/** An operand of a product. */
 export type ProductSide = "a" | "b";
 
 /** How a kernel multiplies a tile. */
@@ -39,6 +40,7 @@ interface Store {
 
 const SUM_THREADS = 256;
 
+/** Returns the kernel of a product: the text that both variants share, filled with that of one. */
 export function productKernel(spec: KernelSpec, p: MatrixProduct, t: WgslTiling<Tile>, way: ProductVariant): GeneratedKernel {
   const { name } = spec;
   const places = t.layers * t.down * t.across;

@@ -160,6 +160,7 @@ function sumRows(spec: SpecOf<typeof unpermute>): GeneratedKernel {
   return joined(spec, [fill(`${spec.name}_clear`, { ...inverse, name: "cleared" }, choices, "-1"), scatter, sum], choices);
 }
 
+/** WGSL kernels of dispatch and combine. */
 export const moe = {
   permute: wgslKernel(permute, copyToRows),
   unpermute: wgslKernel(unpermute, sumRows),

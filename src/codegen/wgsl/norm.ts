@@ -67,6 +67,7 @@ function sumTokens(spec: SpecOf<typeof biasGrad>): GeneratedKernel {
   return kernel(spec, sum.entries, [sum.text], scratchBytes(sum.words));
 }
 
+/** WGSL kernels of norms. */
 export const norm = {
   rmsnorm: wgslKernel(rmsnorm, (spec) => normalize(spec, spec.d.D)),
   rmsnorm_grad: wgslKernel(rmsnormGrad, (spec) => normalizeGrad(spec, spec.d.D)),

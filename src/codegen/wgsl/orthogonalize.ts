@@ -65,6 +65,7 @@ function makeOrthogonalize(spec: KernelSpec<"x" | "y", "K" | "N">, matrices: num
   return kernel(spec, entries, [totalOver(THREADS), text], scratchBytes(words));
 }
 
+/** WGSL kernels of Muon. */
 export const orthogonalize = {
   orthogonalize: wgslKernel(ops.orthogonalize, (spec) => makeOrthogonalize(spec, 1)),
   orthogonalize_experts: wgslKernel(ops.orthogonalizeExperts, (spec) => makeOrthogonalize(spec, spec.d.E)),

@@ -148,6 +148,7 @@ function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
   return kernel(spec, [clear, entry, ends], [render("wgsl/merge_rows.wgsl", values)]);
 }
 
+/** WGSL kernels around collectives. */
 export const transport = {
   arrange: wgslKernel(ops.arrange, arrange),
   take_rows: wgslKernel(ops.takeRows, takeRows),

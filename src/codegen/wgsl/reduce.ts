@@ -7,6 +7,7 @@ import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { scratchStart } from "../launchArgs.ts";
 import { type Binding, type EntryPoint, foldGrid, kernel, scratchBytes } from "./text.ts";
 
+/** Threads of a workgroup. */
 export const THREADS = 256;
 
 /** Invocations per row that first combine the values of the others. */

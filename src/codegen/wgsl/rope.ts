@@ -6,6 +6,7 @@ import { bindingOf, type EntryPoint, float, foldGrid, kernel, scalar } from "./t
 
 const THREADS = 256;
 
+/** WGSL kernels of rotary position embedding. */
 export const rope = { rope: wgslKernel(ropeOp, rotate) };
 
 function rotate(spec: SpecOf<typeof ropeOp>): GeneratedKernel {

@@ -15,6 +15,7 @@ export interface ShaderPart {
 const made = (spec: KernelSpec, { entry, text }: ShaderPart): GeneratedKernel => kernel(spec, [entry], [text]);
 
 const mask: Binding = { arg: "c", type: "f32" };
+/** WGSL kernels of the router. */
 export const router = {
   top_k_mask: wgslKernel(topKMask, (spec) => made(spec, bestExperts(spec, topKOf(spec), mask))),
   top_k_mask_biased: wgslKernel(topKMaskBiased, (spec) =>

@@ -21,6 +21,7 @@ export interface Binding {
   readonly type: string;
 }
 
+/** An entry of a shader, and its bindings. */
 export interface EntryPoint {
   readonly entry: string;
   /** How many workgroups: a number is folded (see `foldGrid`). */

@@ -49,6 +49,7 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   return kernel(spec, clears ? [clear, ...entries] : entries, [text], scratchBytes(ids + 2 * tokens));
 }
 
+/** WGSL kernels of embedding and loss. */
 export const vocab = {
   softmax_terms: wgslKernel(softmaxTerms, (spec) => {
     const { V } = spec.d;

@@ -21,6 +21,7 @@ export interface TransportStep {
   readonly dims?: Compute["dims"];
 }
 
+/** Emits collectives, copies and temporary buffers of one block. */
 export class Emitter {
   readonly mesh: Mesh;
   /** The bound on rows of experts: `worst`, or a factor of the balanced load. */

@@ -40,6 +40,7 @@ const rowDims = [0, 1, 2] as const;
 const shardingIn = (b: Buffer, dim: number): readonly number[] => b.shardedBy[dim] ?? [];
 const rowsOf = (b: Buffer): number => b.shape[0] ?? 0;
 
+/** The exchange of ragged rows between the ranks of a group. */
 export class RowExchange {
   readonly #emitter: Emitter;
   readonly #routes = new Map<string, Route>();

@@ -25,6 +25,7 @@ interface Sharding extends NodeUses {
   readonly dims: ReadonlyMap<string, readonly number[]>;
 }
 
+/** Shards one node: chooses dims, and reshards its inputs. */
 export class NodeSharder {
   readonly #placements: Placements;
   readonly #resharder: Resharder;

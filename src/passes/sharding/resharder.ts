@@ -29,6 +29,7 @@ export interface Destination {
   readonly into: ShardStep[];
 }
 
+/** Inserts reshards, and reuses values that exist in the layout already. */
 export class Resharder {
   readonly #placements: Placements;
   readonly #roleOf: (stage: number) => number;
