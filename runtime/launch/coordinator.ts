@@ -56,7 +56,7 @@ export class Coordinator {
   readonly #clock: Clock;
   readonly #rejected: ReadonlyMap<string, number>;
   readonly #peers = new Map<number, Peer>();
-  readonly #barriers = new Map<string, Set<number>>();
+  readonly #barriers = new Map<string, { readonly waiting: Set<number>; problem?: string }>();
   readonly #cancelPatience: Cancel;
   readonly #cancelWatch: Cancel;
   #phase: "gathering" | "meeting" | "over" = "gathering";
@@ -116,7 +116,7 @@ export class Coordinator {
         for (const member of message.members) if (member !== peer.rank) this.#peers.get(member)?.line.send(message, data);
         break;
       case "barrier":
-        this.#barrier(peer, message.name);
+        this.#barrier(peer, message.name, message.problem);
         break;
       case "fail":
         Object.assign(peer, { step: message.step, at: message.at, left: true });
@@ -186,15 +186,17 @@ export class Coordinator {
     });
   }
 
-  #barrier({ rank }: Peer, name: string): void {
-    const waiting = this.#barriers.get(name) ?? new Set();
-    this.#barriers.set(name, waiting.add(rank));
-    if (waiting.size < this.#settings.world) {
+  #barrier(peer: Peer, name: string, problem: string | undefined): void {
+    const barrier = this.#barriers.get(name) ?? { waiting: new Set() };
+    this.#barriers.set(name, barrier);
+    barrier.waiting.add(peer.rank);
+    if (problem !== undefined) barrier.problem ??= `${nameOf(peer)}: ${problem}`.slice(0, MAX_TEXT);
+    if (barrier.waiting.size < this.#settings.world) {
       this.#expectReachable();
       return;
     }
     this.#barriers.delete(name);
-    this.#sendAll({ kind: "release", name });
+    this.#sendAll({ kind: "release", name, ...(barrier.problem !== undefined && { problem: barrier.problem }) });
   }
 
   #bye(peer: Peer): void {
@@ -222,7 +224,7 @@ export class Coordinator {
   #expectReachable(): void {
     const left = [...this.#peers.values()].filter((peer) => peer.left).map(({ rank }) => rank);
     if (left.length === 0) return;
-    for (const [name, waiting] of this.#barriers)
+    for (const [name, { waiting }] of this.#barriers)
       if (this.#phase !== "over")
         this.#abort(`${ranksText([...waiting])} wait at "${name}", which ${ranksText(left)} cannot reach: they have ended`);
   }

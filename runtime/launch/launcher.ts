@@ -33,7 +33,7 @@ export interface Launched {
   readonly code: number;
   readonly failed?: { readonly rank: number; readonly how: string };
   /** The signal that the launcher received, if any. */
-  readonly signal?: "SIGINT" | "SIGTERM" | "SIGHUP";
+  readonly signal?: "SIGINT" | "SIGTERM" | "SIGUSR1" | "SIGHUP";
 }
 
 /** Starts the ranks and waits for them. Each rank selects its GPU by LOCAL_RANK. Throws a Trouble if the command does not start. */
@@ -82,12 +82,12 @@ export async function launch(settings: LaunchSettings): Promise<Launched> {
   };
 
   const pass = (which: NonNullable<Launched["signal"]>) => (): void => {
-    // the first interrupt lets the ranks finish their step, the second ends them
-    if (which === "SIGINT" && signal === undefined) kill("SIGINT");
+    // the first signal lets the ranks finish their step and save, the second ends them
+    if (which !== "SIGHUP" && signal === undefined) kill(which);
     else stop();
     signal ??= which;
   };
-  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((which) => [which, pass(which)] as const);
+  const handlers = (["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"] as const).map((which) => [which, pass(which)] as const);
   for (const [which, handler] of handlers) process.on(which, handler);
   try {
     await Promise.all(

@@ -31,7 +31,8 @@ export interface PeerEvents {
   /** The hub rejected the peer, or could not be reached, before `welcome`. */
   readonly refused: (text: string, fix: string) => void;
   readonly shared: (name: string, members: readonly number[], data: Uint8Array) => void;
-  readonly released: (name: string) => void;
+  /** All ranks have reached the barrier; `problem`: the first problem that one of them stated there. */
+  readonly released: (name: string, problem?: string) => void;
   /** The run was aborted after `welcome`. Called once. */
   readonly abort: (text: string) => void;
   readonly hold: () => void;
@@ -139,7 +140,7 @@ class Connector implements PeerConnection {
         this.#events.shared(message.name, message.members, data);
         break;
       case "release":
-        this.#events.released(message.name);
+        this.#events.released(message.name, message.problem);
         break;
       case "abort":
         this.#state === "in" ? this.#end(() => this.#events.abort(message.text)) : this.#hubLost(message.text);

@@ -37,8 +37,8 @@ export interface Meeting {
   broadcast(name: string, bytes: Uint8Array | undefined): Promise<Uint8Array>;
   /** Sends bytes from the first member of a group to the others. At most 1 MiB. */
   share(name: string, members: readonly number[], make: () => Uint8Array): Promise<Uint8Array>;
-  /** Waits until all ranks have reached the barrier of this name. */
-  barrier(name: string): Promise<void>;
+  /** Waits until all ranks have reached the barrier of this name. Returns the first `problem` that a rank stated there, with its rank. */
+  barrier(name: string, problem?: string): Promise<string | undefined>;
   /** Reports the begin of a step (from 1). Returns false if the ranks have agreed to stop before it. Throws if the run is aborted. */
   begin(step: number): boolean;
   /** Reports the current instruction. Costs two stores, and a message for a new text. */
@@ -151,10 +151,10 @@ class WatchedMeeting implements Meeting {
     });
   }
 
-  async barrier(name: string): Promise<void> {
+  async barrier(name: string, problem?: string): Promise<string | undefined> {
     if (this.#over) throw this.#over;
-    this.#command({ kind: "barrier", name });
-    await this.#next(this.#released, name);
+    this.#command({ kind: "barrier", name, ...(problem !== undefined && { problem: problem.slice(0, 4000) }) });
+    return (await this.#next(this.#released, name)).problem;
   }
 
   begin(step: number): boolean {

@@ -4,10 +4,11 @@
  * the only code besides the command line that does so.
  */
 import { writeSync } from "node:fs";
-import { type MessagePort, Worker, workerData } from "node:worker_threads";
+import { type MessagePort, type Worker, workerData } from "node:worker_threads";
 import { escaped, printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { moduleUrl } from "../moduleUrl.ts";
+import { startThread } from "../thread.ts";
 import { type Cancel, systemClock } from "./clock.ts";
 import { type Hub, type HubSettings, openHub } from "./hub.ts";
 import { connectPeer, type PeerConnection, type PeerSettings } from "./peer.ts";
@@ -42,7 +43,7 @@ export interface WatchdogSettings extends HubSettings, PeerSettings {
 export type WatchdogCommand =
   | { readonly kind: "text"; readonly index: number; readonly text: string }
   | { readonly kind: "share"; readonly name: string; readonly members: readonly number[]; readonly data: Uint8Array }
-  | { readonly kind: "barrier"; readonly name: string }
+  | { readonly kind: "barrier"; readonly name: string; readonly problem?: string }
   | { readonly kind: "fail"; readonly text: string }
   | { readonly kind: "stop" }
   | { readonly kind: "bye" };
@@ -52,7 +53,7 @@ export type WatchdogMessage =
   | { readonly kind: "welcome" }
   | { readonly kind: "refused"; readonly text: string; readonly fix: string }
   | { readonly kind: "shared"; readonly name: string; readonly members: readonly number[]; readonly data: Uint8Array }
-  | { readonly kind: "released"; readonly name: string }
+  | { readonly kind: "released"; readonly name: string; readonly problem?: string }
   | { readonly kind: "abort"; readonly text: string }
   | { readonly kind: "bye" };
 
@@ -62,15 +63,12 @@ interface Given {
   readonly shared: SharedArrayBuffer;
 }
 
-/** Starts the watchdog thread. In a checkout this file is TypeScript, and the thread registers the tsx loader first. */
-export function startWatchdog(watchdog: WatchdogSettings, port: MessagePort, shared: SharedArrayBuffer): Worker {
-  const here = moduleUrl("launch/watchdog", import.meta.url);
-  const given = { workerData: { watchdog, port, shared } satisfies Given, transferList: [port] };
-  if (!here.endsWith(".ts")) return new Worker(new URL(here), given);
-  const loader = import.meta.resolve("tsx/esm/api");
-  const start = `import(${JSON.stringify(loader)}).then(({ register }) => (register(), import(${JSON.stringify(here)})))`;
-  return new Worker(start, { ...given, eval: true });
-}
+/** Starts the watchdog thread. */
+export const startWatchdog = (watchdog: WatchdogSettings, port: MessagePort, shared: SharedArrayBuffer): Worker =>
+  startThread(moduleUrl("launch/watchdog", import.meta.url), {
+    workerData: { watchdog, port, shared } satisfies Given,
+    transferList: [port],
+  });
 
 /** The thread: relays commands of the main thread and messages of the hub, and ends the process if an abort finds the main thread blocked. */
 class Watchdog {
@@ -94,7 +92,7 @@ class Watchdog {
         this.#close();
       },
       shared: (name, members, data) => this.#post({ kind: "shared", name, members, data }),
-      released: (name) => this.#post({ kind: "released", name }),
+      released: (name, problem) => this.#post({ kind: "released", name, ...(problem !== undefined && { problem }) }),
       abort: (text) => this.#abort(text),
       hold: () => this.#hold(),
       last: (step) => this.#settle(step),

@@ -1,7 +1,8 @@
 /** The threads that tokenize: each opens the tokenizer once and answers blocks in the order in which it receives them. */
-import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
+import { isMainThread, parentPort, type Worker, workerData } from "node:worker_threads";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { moduleUrl } from "../../moduleUrl.ts";
+import { startThread } from "../../thread.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
 import type { Tokenizer } from "../tokenizers/tokenizer.ts";
 import type { DocumentRules, DocumentSource } from "./documents.ts";
@@ -56,7 +57,7 @@ interface Member {
 }
 
 function openMember(settings: TokenizeSettings): Member {
-  const worker = startWorker(settings);
+  const worker = startThread(moduleUrl("data/prepare/worker", import.meta.url), { workerData: settings });
   const asked: { resolve(block: TokenizedBlock): void; reject(error: Error): void }[] = [];
   let failed: Error | undefined;
   worker.on("message", (answer: Answer) => {
@@ -81,15 +82,6 @@ function openMember(settings: TokenizeSettings): Member {
         );
       }),
   };
-}
-
-/** In a checkout this file is TypeScript, and the thread registers the tsx loader first. */
-function startWorker(settings: TokenizeSettings): Worker {
-  const here = moduleUrl("data/prepare/worker", import.meta.url);
-  if (!here.endsWith(".ts")) return new Worker(new URL(here), { workerData: settings });
-  const loader = import.meta.resolve("tsx/esm/api");
-  const start = `import(${JSON.stringify(loader)}).then(({ register }) => (register(), import(${JSON.stringify(here)})))`;
-  return new Worker(start, { workerData: settings, eval: true });
 }
 
 function serve({ tokenizer: path, encoding, documents, tokens }: TokenizeSettings): void {
