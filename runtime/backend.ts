@@ -8,6 +8,27 @@ import type { Timing } from "../schemas/timing.ts";
 /** Values of a buffer on the host; bf16 and f16 are converted to f32. */
 export type HostData = Float32Array | Int32Array;
 
+/** A block of host memory that a device copies to. */
+export interface HostBlock {
+  readonly bytes: Uint8Array;
+  /** Where other threads of the process find it: shared memory, or the address of pinned memory. */
+  readonly address: SharedArrayBuffer | bigint;
+}
+
+/** Allocates host memory that a device copies to at full speed. */
+export interface HostMemory {
+  allocate(bytes: number): HostBlock;
+  free(block: HostBlock): void;
+}
+
+/** A copy of `bytes` of a buffer, from byte `from` of the buffer to byte `at` of a block. */
+export interface CopyPiece {
+  readonly buffer: Buffer;
+  readonly from: number;
+  readonly bytes: number;
+  readonly at: number;
+}
+
 /** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
   /** Sets gradients and metric accumulators to zero, at the start of a step; those that `first_kernel` writes may be left as they are. */
@@ -18,6 +39,8 @@ export interface RankDevice {
   write(buffer: Buffer, copy: number, data: HostData): void;
   /** Returns a copy of a buffer after all preceding calls. */
   read(buffer: Buffer, copy: number): Promise<HostData>;
+  /** Copies buffers, as they are after all preceding calls, to a block of `LocalRanks.hostMemory`. Absent: `read` serves. */
+  copyOut?(pieces: readonly CopyPiece[], block: HostBlock): Promise<void>;
 }
 
 /** A rank device in host memory. */
@@ -70,8 +93,15 @@ export interface LocalRanks {
   stop?(): void;
   /** With ranks in other processes: sums values of the stages' first ranks over all stages. */
   combine?(values: readonly number[]): Promise<number[]>;
-  /** With ranks in other processes: waits at the named barrier. */
-  meet?(name: string): Promise<void>;
+  /**
+   * With ranks in other processes: waits at the named barrier. Returns the first problem that a rank stated there. It may wait while
+   * steps run.
+   */
+  meet?(name: string, problem?: string): Promise<string | undefined>;
+  /** With ranks in other processes: reports what this process does between two steps, so that it does not count as hanging. */
+  report?(what: string): void;
+  /** Memory for copies of the state; absent: any memory serves. */
+  readonly hostMemory?: HostMemory;
   /** Closes the ranks. `error`: the error that ended the run; other processes abort with it. */
   close(error?: Error): Promise<void>;
 }

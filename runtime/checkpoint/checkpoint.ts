@@ -1,128 +1,22 @@
 /**
- * Writes and reads checkpoints. A checkpoint is a folder `step-00000020/` with snapshot.json (run progress, job, mesh, the sharding of
- * each tensor, a digest of each file) and one safetensors file per rank that is the first holder of a shard. A run may resume on any mesh
- * and backend, because shards are reassembled. The folder is renamed to its final name when it is complete. Reading a shard verifies its
+ * Reads checkpoints, which saver.ts writes. A checkpoint is a folder `step-00000020/` with snapshot.json (run progress, job, mesh, the
+ * sharding of each tensor, a digest of each file) and one safetensors file per rank that is the first holder of a shard. A run may resume
+ * on any mesh and backend, because shards are reassembled. The folder has its final name when it is complete. Reading a shard verifies its
  * digest and that all values are finite.
  */
-import { closeSync, existsSync, fsyncSync, openSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Job } from "../../schemas/job.ts";
-import type { Buffer, Plan } from "../../schemas/plan.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { makeFolder, unwritten } from "../../schemas/writing.ts";
-import { ranksText } from "../launch/rankList.ts";
 import { copyShared, firstHolders, type Ranges, shardRanges, sharedBy } from "../shards.ts";
 import type { RunProgress } from "../train/stepParameters.ts";
 import { checkpointState } from "./checkpointState.ts";
 import { expectFinite } from "./finite.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
-import { type DeferredTensorEntry, openSafetensors, type Safetensors, streamSafetensors } from "./safetensors.ts";
-import { folderOf } from "./saveFolder.ts";
-import { type CheckpointText, printCheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
-
-const fileOf = (rank: number): string => `rank-${String(rank).padStart(5, "0")}.safetensors`;
-
-/** What saveCheckpoint needs of a run. */
-export interface Saving {
-  readonly plan: Plan;
-  readonly folder: string;
-  /** The version of rankc. */
-  readonly version: string;
-  /** The ranks of this process. */
-  readonly ranks: readonly number[];
-  /** A named barrier among the processes of the run. */
-  readonly meet: (name: string) => Promise<void>;
-  readonly read: (rank: number, buffer: Buffer) => Promise<Float32Array>;
-}
-
-/**
- * Writes a checkpoint and returns its folder. All processes of a run call it between the same two steps. Throws a Trouble, and removes the
- * incomplete checkpoint, if the file system returns an error or a value is not finite.
- */
-export async function saveCheckpoint(saving: Saving, progress: RunProgress): Promise<string> {
-  const { folder, ranks, meet } = saving;
-  const whole = join(folder, folderOf(progress.steps));
-  const part = `${whole}.part`;
-  const leads = ranks.includes(0);
-  try {
-    if (leads) rmSync(part, { recursive: true, force: true });
-    await meet(`${part} is to be written`);
-    const { tensors, files } = contentsOf(saving, progress);
-    makeFolder(part);
-    for (const rank of ranks) {
-      const entries = files.get(rank);
-      if (entries) await streamSafetensors(join(part, fileOf(rank)), entries, { step: String(progress.steps) });
-    }
-    await meet(`${part} is written`);
-    if (!leads) return whole;
-    writeText(part, saving, { progress, tensors, files: digestsIn(part, [...files.keys()], progress.steps) });
-    rmSync(whole, { recursive: true, force: true });
-    renameSync(part, whole);
-    syncFolder(folder);
-    return whole;
-  } catch (error) {
-    if (leads) rmSync(part, { recursive: true, force: true });
-    throw unwritten(whole, error);
-  }
-}
-
-/** Returns the sharding of each tensor, and the file entries of each rank that is the first holder of a shard. */
-function contentsOf({ plan, read }: Saving, { steps }: RunProgress) {
-  const { mesh, programs } = plan;
-  const tensors: CheckpointText["tensors"] = {};
-  const files = new Map<number, DeferredTensorEntry[]>();
-  const fix = "resume from an earlier checkpoint, with a smaller learning rate";
-  for (const program of programs)
-    for (const { name, buffer } of checkpointState(program)) {
-      if (name in tensors) throw new Error(`${name} is in the checkpoint state twice`);
-      tensors[name] = { stage: program.stage, sizes: buffer.sizes, shardedBy: buffer.shardedBy };
-      for (const n of firstHolders(mesh, buffer)) {
-        const rank = rankAt(mesh, program.stage, n);
-        const own = files.get(rank) ?? [];
-        files.set(rank, own);
-        const data = async () => expectFinite(await read(rank, buffer), `no checkpoint of step ${steps}: ${name}`, fix);
-        own.push({ name, dtype: "F32", shape: buffer.shape, data });
-      }
-    }
-  return { tensors, files };
-}
-
-/** Returns the digests of the files that the ranks wrote. Throws a Trouble if some are missing. */
-function digestsIn(part: string, ranks: readonly number[], step: number): CheckpointText["files"] {
-  const missing = ranks.filter((rank) => !existsSync(join(part, fileOf(rank))));
-  if (missing.length > 0)
-    throw new Trouble(`${part}: the files of ${ranksText(missing)} are missing`, "use a --save folder that all hosts share");
-  const digestOf = (name: string) => {
-    const file = openSafetensors(join(part, name));
-    file.close();
-    return [name, { step, header_sha256: file.headerDigest }] as const;
-  };
-  return Object.fromEntries(ranks.map((rank) => digestOf(fileOf(rank))));
-}
-
-function writeText(part: string, { plan, version }: Saving, text: Pick<CheckpointText, "progress" | "tensors" | "files">): void {
-  const fd = openSync(join(part, TEXT), "w");
-  try {
-    writeFileSync(fd, printCheckpointText({ rankc: version, job: plan.job, mesh: plan.mesh, ...text }));
-    fsyncSync(fd);
-  } finally {
-    closeSync(fd);
-  }
-  syncFolder(part);
-}
-
-/** Flushes the entries of a folder to disk. File systems without support return EINVAL, which is ignored. */
-function syncFolder(folder: string): void {
-  const fd = openSync(folder, "r");
-  try {
-    fsyncSync(fd);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "EINVAL") throw error;
-  } finally {
-    closeSync(fd);
-  }
-}
+import { openSafetensors, type Safetensors } from "./safetensors.ts";
+import { type CheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
+import { fileOf } from "./stateFiles.ts";
 
 /** An open checkpoint. */
 export interface OpenCheckpoint {
@@ -135,8 +29,13 @@ export interface OpenCheckpoint {
   expectFor(plan: Plan, allowed: readonly string[]): string[];
   /** Assembles the values of `ranges` of a tensor from the saved shards. */
   shard(name: string, ranges: Ranges): Float32Array;
+  has(name: string): boolean;
+  /** Returns a function that assembles ranges of a tensor as `shard` does, and keeps what it has read: for slices one after another. */
+  slices(name: string): (ranges: Ranges) => Float32Array;
   /** Returns a whole tensor; undefined if the checkpoint has none of this name. */
   whole(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined;
+  /** The sections of the saved job that an export reads, as they are in the file. */
+  readonly job: CheckpointText["job"];
   /** Returns the model section of the saved job. Throws a Trouble if this version of rankc cannot read it. */
   model(): Job["model"];
   close(): void;
@@ -168,20 +67,24 @@ export function openCheckpoint(at: string): OpenCheckpoint {
       throw new Trouble(`${path} is not the file that was saved: the SHA-256 of its header differs from ${TEXT}'s`, DAMAGED);
     return file;
   }
+  function readFrom(rank: number, name: string): Float32Array {
+    const file = fileAt(rank);
+    return expectFinite(file.read(name), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
+  }
   function tensor(name: string) {
     const found = tensors[name];
     if (!found) throw new Error(`${at} holds no ${name}`);
     return found;
   }
-  function shard(name: string, ranges: Ranges): Float32Array {
+  function shard(name: string, ranges: Ranges, held?: Map<number, Float32Array>): Float32Array {
     const saved = tensor(name);
     const out = new Float32Array(ranges.reduce((n, dim) => n * dim.reduce((m, [from, to]) => m + to - from, 0), 1));
     for (const n of firstHolders(mesh, saved)) {
       const theirs = shardRanges(mesh, saved, n);
       const shared = sharedBy(theirs, ranges);
       if (!shared) continue;
-      const file = fileAt(rankAt(mesh, saved.stage, n));
-      const values = expectFinite(file.read(name), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
+      const values = held?.get(n) ?? readFrom(rankAt(mesh, saved.stage, n), name);
+      held?.set(n, values);
       copyShared(shared, [theirs, values], [ranges, out]);
     }
     return out;
@@ -194,12 +97,18 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `read it with the rankc that saved it, ${rankc}`);
   }
   return {
-    ...{ folder: at, progress, shard, close },
+    ...{ folder: at, progress, shard: (name, ranges) => shard(name, ranges), close },
+    has: (name) => name in tensors,
+    slices(name) {
+      const held = new Map<number, Float32Array>();
+      return (ranges) => shard(name, ranges, held);
+    },
     whole(name) {
       const sizes = tensors[name]?.sizes;
       const all = sizes?.map((n) => [[0, n] as const]);
       return sizes && all && { shape: sizes, data: shard(name, all) };
     },
+    job,
     model,
     expectFor(plan, allowed) {
       // adam and adamw have the same state; other optimizers have other state under the same names

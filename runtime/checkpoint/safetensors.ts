@@ -175,8 +175,8 @@ class PartFile {
   }
 }
 
-/** The metadata key of a tensor's SHA-256. */
-const digestKey = (tensor: string): string => `sha256/${tensor}`;
+/** Returns the metadata key of a tensor's SHA-256. */
+export const digestKey = (tensor: string): string => `sha256/${tensor}`;
 const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
 const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 
@@ -184,12 +184,18 @@ function expectLength(name: string, shape: readonly number[], data: Float32Array
   if (data.length !== elementsOf(shape)) throw new Error(`${name}: ${data.length} values for shape ${list(shape)}`);
 }
 
-function headerOf(entries: readonly Pick<TensorEntry, "name" | "dtype" | "shape">[], metadata: Metadata): Uint8Array {
+/** Returns the bytes before the tensors: the length of the header, and the header. Tensors follow one another in this order. */
+export function headerOf(
+  entries: readonly { readonly name: string; readonly dtype: string; readonly shape: readonly number[] }[],
+  metadata: Metadata,
+): Uint8Array {
   const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let at = 0;
   for (const { name, dtype, shape } of entries) {
     if (name in header) throw new Error(`${name} is written twice`);
-    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * dtypes.f32.bytes)] };
+    const decoder = decoders.get(dtype);
+    if (!decoder) throw new Error(`${name} has dtype ${dtype}`);
+    header[name] = { dtype, shape, data_offsets: [at, (at += elementsOf(shape) * decoder.bytes)] };
   }
   const text = Buffer.from(JSON.stringify(header));
   // Pad with spaces to a multiple of 8, so that tensors are aligned when the file is mapped.

@@ -14,7 +14,7 @@ import { TEXT } from "./snapshotFile.ts";
 export const folderOf = (step: number): string => `step-${String(step).padStart(8, "0")}`;
 
 /** Lists the checkpoints of a folder by ascending step. `whole`: snapshot.json exists, which is written last. */
-function checkpointsIn(folder: string): { readonly name: string; readonly step: number; readonly whole: boolean }[] {
+export function checkpointsIn(folder: string): { readonly name: string; readonly step: number; readonly whole: boolean }[] {
   if (!statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return [];
   return readdirSync(folder)
     .flatMap((name) => {
@@ -54,12 +54,27 @@ export function chooseCheckpoint(path: string): Chosen & { readonly at: string }
   return { at: join(path, newest), notes: parts.map((name) => `${join(path, name)} is unfinished and not used`) };
 }
 
-/** Returns the newest complete checkpoint of a folder, for `--resume auto`; `at` is undefined if there is none. */
-export function newestCheckpoint(folder: string): Chosen {
-  const { newest, broken, parts } = newestIn(folder);
-  const at = newest && join(folder, newest);
-  const begins = at ? `resumed from ${at}` : `${folder} contains no complete checkpoint: the run starts at step 0`;
-  return { at, notes: [...[...broken, ...parts].map((name) => `${join(folder, name)} is unfinished and not used`), begins] };
+/**
+ * Returns the newest complete checkpoint of a folder, for `--resume auto`; `at` is undefined if there is none. `expectComplete` throws a
+ * Trouble for a damaged checkpoint, which is passed over.
+ */
+export function newestCheckpoint(folder: string, expectComplete: (at: string) => void): Chosen {
+  const notes: string[] = [];
+  for (const { name, whole } of checkpointsIn(folder).reverse()) {
+    const at = join(folder, name);
+    if (!whole) {
+      notes.push(`${at} is unfinished and not used`);
+      continue;
+    }
+    try {
+      expectComplete(at);
+      return { at, notes: [...notes, `resumed from ${at}`] };
+    } catch (error) {
+      if (!(error instanceof Trouble)) throw error;
+      notes.push(`${at} is damaged and not used: ${error.message}`);
+    }
+  }
+  return { at: undefined, notes: [...notes, `${folder} contains no complete checkpoint: the run starts at step 0`] };
 }
 
 function newestIn(folder: string) {
@@ -147,6 +162,13 @@ export function lockFolder(folder: string): FolderLock {
       attempt(() => rmSync(path, { force: true }));
     },
   };
+}
+
+/** Returns whether a run saves into the folder. */
+export function isLocked(folder: string): boolean {
+  const path = join(folder, "run.lock");
+  const owner = ownerOf(path);
+  return owner !== undefined && isAlive(path, owner);
 }
 
 const taken = (folder: string, path: string, { host, pid, since }: Owner): Trouble =>

@@ -6,12 +6,12 @@ import { setTimeout } from "node:timers/promises";
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { LocalRanks, StepKind } from "../backend.ts";
+import type { HostMemory, LocalRanks, StepKind } from "../backend.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm } from "./comm.ts";
 import type { Share } from "./communicators.ts";
-import { type CudaDevice, driver } from "./driver.ts";
+import { type Context, type CudaDevice, driver } from "./driver.ts";
 import { Steps } from "./graph.ts";
 import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
 import { binder } from "./launches.ts";
@@ -69,6 +69,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   return {
     ranks: [rank],
     rankDevice: () => rankDevice,
+    hostMemory: pinnedMemory(context),
     comm: {
       collective: (r, i, at) => steps.mode === "replay" || comm.collective(r, i, at),
       send: (r, i, at) => void (steps.mode === "replay" || comm.send(r, i, at)),
@@ -112,6 +113,17 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     },
   };
 }
+
+/** Pinned memory for copies of the state. */
+const pinnedMemory = (context: Context): HostMemory => ({
+  allocate(bytes) {
+    const { at, bytes: memory } = context.pin(bytes);
+    return { bytes: new Uint8Array(memory), address: at };
+  },
+  free({ address, bytes }) {
+    if (typeof address === "bigint") context.unpin({ at: address, bytes: bytes.buffer as ArrayBuffer });
+  },
+});
 
 /** Time limit in milliseconds for the abort of pending work. */
 const PATIENCE = 2000;

@@ -73,6 +73,10 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       meeting.report(`reading ${buffer.id}`);
       return own.read(buffer, copy);
     },
+    async copyOut(pieces, block) {
+      meeting.report(`copying ${pieces[0]?.buffer.id} to the host`);
+      await own.copyOut?.(pieces, block);
+    },
   };
   return {
     ...localRanks,
@@ -108,10 +112,8 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       }
       return [...all];
     },
-    async meet(name) {
-      meeting.report(name);
-      await meeting.barrier(name);
-    },
+    meet: (name, problem) => meeting.barrier(name, problem),
+    report: (what) => meeting.report(what),
     async close(error) {
       // notify the others first: pending work of this device may depend on them
       if (error) await meeting.fail(error.message);

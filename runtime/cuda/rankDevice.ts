@@ -1,8 +1,8 @@
 /** Memory and kernels of one rank on a CUDA device. Calls are issued to the compute stream. */
 import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute } from "../../schemas/plan.ts";
-import type { HostData, RankDevice } from "../backend.ts";
-import type { CudaArenas } from "./arenas.ts";
+import type { CopyPiece, HostBlock, HostData, RankDevice } from "../backend.ts";
+import { type CudaArenas, offsetPointer } from "./arenas.ts";
 import type { Context, Pinned } from "./driver.ts";
 import type { Steps } from "./graph.ts";
 import type { Bound } from "./launches.ts";
@@ -83,6 +83,19 @@ export class CudaRankDevice implements RankDevice {
     const data = memory.codec ? valuesIn(memory) : memory.words.slice();
     this.#idle.push(pinned);
     return data;
+  }
+
+  async copyOut(pieces: readonly CopyPiece[], { address }: HostBlock): Promise<void> {
+    const { context, streams, arenas, steps, waits } = this.#parts;
+    if (steps.mode || typeof address !== "bigint") throw new Error("rankc: the state is copied between two steps, to pinned memory");
+    const places = pieces.map((piece) => ({ ...piece, device: arenas.place(piece.buffer.id, 0) }));
+    const copied = context.createEvent("order");
+    streams.run({ reads: places.map(({ device }) => device.span), writes: [] }, undefined, (s) => {
+      for (const { device, from, bytes, at } of places) context.copyOut(address + BigInt(at), offsetPointer(device.at, from), bytes, s);
+      context.record(copied, s);
+    });
+    await waits.happens(copied);
+    context.destroyEvent(copied);
   }
 
   /** Frees the pinned memory of reads. */

@@ -65,6 +65,8 @@ export interface RunInputs {
   readonly from?: StateShards & { readonly progress: RunProgress };
   /** Buffers to copy when they are written, for tests and debugging. */
   readonly watch?: readonly string[];
+  /** Called while the device computes; `seconds`: the duration of the step before. */
+  readonly whileComputing?: (seconds: number) => void;
   /** Repeats a non-finite step instruction by instruction to locate its origin. The local ranks must not replay steps as graphs. */
   readonly debugNonfinite?: boolean;
 }
@@ -112,6 +114,8 @@ class TrainingLoop {
   #scaled = 1;
   /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
   #next: Batch | Error | undefined;
+  /** The duration of the step before; 0 before the second step. */
+  #seconds = 0;
   /** At most how long the device waited while `next` was read, in ms. */
   #dataWait = 0;
 
@@ -152,6 +156,7 @@ class TrainingLoop {
     const from = performance.now();
     this.#next = this.#read(after, batchAt(train, after));
     const read = performance.now();
+    this.#inputs.whileComputing?.(this.#seconds);
     await finished;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
     this.#dataWait = performance.now() - read > BUSY ? 0 : read - from;
@@ -167,6 +172,7 @@ class TrainingLoop {
     }
     this.#schedule.done(outcome);
     const learnt = job.data.labels === null ? undefined : learntOf(job, batch);
+    this.#seconds = (performance.now() - begun) / 1000;
     if (train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
     return {
       step,
@@ -174,7 +180,7 @@ class TrainingLoop {
       ...(learnt && { labels: learnt.labels }),
       lr,
       tokens: parameters.batch * model.seq,
-      seconds: (performance.now() - begun) / 1000,
+      seconds: this.#seconds,
       data_wait_seconds: waited / 1000,
       ...(fp16 && { loss_scale: lossScale }),
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),

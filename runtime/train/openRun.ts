@@ -2,13 +2,15 @@
 import { resolve } from "node:path";
 import { type HeldOutPart, heldOutParts, heldOutSources } from "../../schemas/heldOut.ts";
 import type { Job } from "../../schemas/job.ts";
-import type { Buffer, Plan } from "../../schemas/plan.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
 import { type BackendName, backends } from "../backends.ts";
-import { openCheckpoint, saveCheckpoint } from "../checkpoint/checkpoint.ts";
+import { openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { expectComplete, removeUnfinished } from "../checkpoint/commit.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
+import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
 import { type Opened, type OpenedCorpus, openCorpus } from "../data/corpus.ts";
 import { type HeldOut, heldOutOf } from "../data/heldOut.ts";
 import { openHeldOutSources, openSources } from "../data/sources.ts";
@@ -35,6 +37,8 @@ export interface RunSettings {
   readonly save?: string;
   /** A checkpoint, or a folder of checkpoints, to resume from. `auto`: the newest in `save`, or none if `save` has none. */
   readonly resume?: string;
+  /** Complete checkpoints to keep in `save`: older ones are removed when a new one is complete; undefined: all. */
+  readonly keep?: number;
   /** Job keys and tensor names in which the checkpoint may differ from the job. */
   readonly allowMismatch?: readonly string[];
   /** The base directory of relative paths in the job. */
@@ -49,6 +53,11 @@ export interface RunSettings {
 export interface OpenRun extends Run {
   /** Writes a checkpoint to the `save` folder and returns its path. All processes of a run call it after the same step. */
   save(): Promise<string>;
+  /**
+   * Begins a checkpoint and returns when the state is copied; it is written while steps run, and `done` of the result tells its end. All
+   * processes of a run call it after the same step.
+   */
+  beginSave(): Promise<PendingSave>;
   /** Messages about the checkpoint that the run starts from. */
   readonly notes: readonly string[];
 }
@@ -67,7 +76,9 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     throw error;
   });
   let lock: FolderLock | undefined;
+  let saver: CheckpointSaver | undefined;
   const close = async (error?: Error): Promise<void> => {
+    await saver?.close();
     lock?.release();
     corpus.close();
     await localRanks.close(error);
@@ -76,7 +87,10 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     if (folder !== undefined && localRanks.ranks.includes(0)) lock = lockFolder(folder);
     const from = chosen?.at === undefined ? undefined : openCheckpoint(chosen.at);
     const differences = from?.expectFor(plan, allowMismatch) ?? [];
-    if (lock) expectRoom(folder!, from?.progress.steps ?? 0);
+    if (lock && folder !== undefined) {
+      expectRoom(folder, from?.progress.steps ?? 0);
+      removeUnfinished(folder);
+    }
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
     const run = runOn(plan, {
       ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
@@ -84,18 +98,26 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       ...(checkpoint && { checkpoint }),
       ...(from && { from }),
       ...(watch && { watch }),
+      whileComputing: (seconds) => saver?.prepare(200 * seconds),
     });
     checkpoint?.close();
     from?.close();
-    const { ranks, meet = async () => {} } = localRanks;
-    // checkpoint state is f32 in every precision
-    const read = async (rank: number, buffer: Buffer) => (await run.read(rank, buffer)) as Float32Array;
-    const save = async (): Promise<string> => {
-      if (folder === undefined) throw new Error("the run was opened without a folder for checkpoints");
-      lock?.expectHeld();
-      return saveCheckpoint({ plan, folder, version, ranks, meet, read }, run.progress());
+    if (folder !== undefined) {
+      const { keep } = settings;
+      saver = new CheckpointSaver({
+        ...{ plan, folder, version, localRanks, expectHeld: () => lock?.expectHeld() },
+        ...(keep !== undefined && { keep }),
+      });
+    }
+    const beginSave = async (): Promise<PendingSave> => {
+      if (!saver) throw new Error("the run was opened without a folder for checkpoints");
+      return saver.begin(run.progress());
     };
-    return { ...run, save, close, notes: [...(chosen?.notes ?? []), ...differences, ...(checkpoint?.notes ?? [])] };
+    const save = async (): Promise<string> => {
+      const { done } = await beginSave();
+      return (await done).folder;
+    };
+    return { ...run, save, beginSave, close, notes: [...(chosen?.notes ?? []), ...differences, ...(checkpoint?.notes ?? [])] };
   } catch (error) {
     await close(error as Error);
     throw error;
@@ -157,7 +179,7 @@ function chosenBy(resume: string, save: string | undefined): Chosen {
   if (resume !== "auto") return chooseCheckpoint(resume);
   if (save === undefined)
     throw new Trouble("--resume auto needs --save", "add --save DIR, or name a checkpoint after --resume (./auto for a folder named auto)");
-  return newestCheckpoint(save);
+  return newestCheckpoint(save, expectComplete);
 }
 
 async function openBackend(plan: Plan, settings: RunSettings): Promise<LocalRanks> {

@@ -2,6 +2,7 @@
 import { type BackendName, backends } from "../../runtime/backends.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printStderr, printStdout } from "./output.ts";
+import { isEarlyEnd } from "./runEnd.ts";
 
 /** Returns whether a process of a backend runs one rank of several. */
 export const runsOneOfSeveral = ({ mesh }: Plan, backend: BackendName): boolean => backends[backend].ranks === "one" && mesh.world > 1;
@@ -23,7 +24,7 @@ export async function launchRanks(plan: Plan, backend: BackendName): Promise<num
   const [command, args] = [process.execPath, [...process.execArgv, ...process.argv.slice(1)]];
   const forward = (stream: "stdout" | "stderr", line: string): void => (stream === "stdout" ? printStdout(line) : printStderr(line));
   const { code, failed } = await launch({ command, args, ranks: world, env: process.env, onLine: forward });
-  if (failed) printStderr(`rankc: rank ${failed.rank} ${failed.how}`);
+  if (failed && !(failed.rank === 0 && isEarlyEnd(code))) printStderr(`rankc: rank ${failed.rank} ${failed.how}`);
   return code;
 }
 

@@ -1,6 +1,7 @@
 /** Progress lines and metrics lines of a run. */
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 import { plural } from "../units.ts";
+import type { SaveSeconds } from "./runSaves.ts";
 
 /** Formats a step as a progress line. `of`: the last step; `pace`: mean seconds per step. */
 export function progressLine(report: StepResult, of: number, pace: number): string {
@@ -34,11 +35,12 @@ const addedBy = ({ aux_loss, expert_load }: StepResult): number | undefined => (
 const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
 
 /** Formats a step as a JSON line of the metrics file. A non-finite number is null. */
-export function metricsLine(report: StepResult): string {
+export function metricsLine(report: StepResult, { save_stall_seconds, save_seconds }: SaveSeconds = {}): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds } = report;
   const { loss_scale, skipped } = report;
   const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
-  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds, loss_scale, skipped })}\n`;
+  const times = { seconds, data_wait_seconds, save_stall_seconds, save_seconds };
+  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, ...times, loss_scale, skipped })}\n`;
 }
 
 /** Formats seconds as `4.2 s`, `12 min`, `3 h 5 min` or `4 days`. */

@@ -1,8 +1,10 @@
 /** `rankc run`: trains in this process, or starts one process per rank and forwards their output. */
 import { type Command, Option } from "commander";
 import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
+import type { Saved } from "../../runtime/checkpoint/saver.ts";
 import type { EvaluationResult, Run, StepResult } from "../../runtime/train/loop.ts";
-import type { RunSettings } from "../../runtime/train/openRun.ts";
+import type { OpenRun, RunSettings } from "../../runtime/train/openRun.ts";
+import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
@@ -24,15 +26,16 @@ import {
   withTarget,
 } from "./options.ts";
 import { endProgress, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
-import { expectWritable, openLines, writeFile } from "./outputFiles.ts";
+import { expectWritable, type Lines, openLines, writeFile } from "./outputFiles.ts";
+import { RunEnd, withTimeLimit } from "./runEnd.ts";
+import { expectSaveFolder, RunSaves, type SaveOptions, saveErrorChoices } from "./runSaves.ts";
 
-interface RunOptions extends CommonOptions {
+interface RunOptions extends CommonOptions, SaveOptions {
   readonly backend: BackendName;
   readonly steps?: number;
   readonly metrics?: string;
   readonly initFrom?: string;
-  readonly save?: string;
-  readonly saveEvery?: number;
+  readonly timeLimit?: number;
   readonly resume?: string;
   readonly allowMismatch?: readonly string[];
   readonly dumpGrads?: string;
@@ -41,11 +44,11 @@ interface RunOptions extends CommonOptions {
   readonly debugNonfinite?: boolean;
 }
 
-/** Registers `run`: trains a plan. The exit code is 130 after an interrupt. */
+/** Registers `run`: trains a plan. The exit code after an early end is that of `RunEnd`. */
 export function registerRun(program: Command, exit: ProcessExit): void {
   withExamples(
     withCheckpointOptions(
-      withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine"))))
+      withTimeLimit(withTarget(withSet(withFormat(program.command("run").description("run a plan: train it on this machine")))))
         .argument("<plan|job>", planOrJob)
         .addOption(
           new Option(
@@ -70,7 +73,8 @@ export function registerRun(program: Command, exit: ProcessExit): void {
     "run plan/ --data-dir . --init-from model.safetensors",
     "run job.yaml --backend webgpu",
     "run plan/ --backend cuda",
-    "run plan/ --save checkpoints/ --save-every 500 --resume auto",
+    "run plan/ --save checkpoints/ --save-every 500 --keep 3 --resume auto",
+    "run plan/ --save checkpoints/ --resume auto --time-limit 3h55m",
   ).action(async (path: string, options: RunOptions & { target?: string; dataDir?: string }) => {
     const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
     exit.setCode(await runPlan(loaded, options.dataDir ?? dataDirOf(path), options, exit));
@@ -81,8 +85,17 @@ export function registerRun(program: Command, exit: ProcessExit): void {
 const withCheckpointOptions = (command: Command): Command =>
   command
     .option("--init-from <file>", "start from the weights of a safetensors file")
-    .option("--save <dir>", "write a checkpoint at the end of the run, also after an interrupt: weights, optimizer state, run progress")
-    .option("--save-every <n>", "also write a checkpoint after every n steps", atLeastOne)
+    .option("--save <dir>", "write a checkpoint at the end of the run, also after an early end: weights, optimizer state, run progress")
+    .option("--save-every <n>", "also write a checkpoint after every n steps, while training continues", atLeastOne)
+    .option("--keep <n>", "keep the newest n checkpoints: older ones are removed when a new one is complete (default: all)", atLeastOne)
+    .addOption(
+      new Option(
+        "--on-save-error <action>",
+        "what follows when a checkpoint cannot be written; the checkpoints before it stay. The last checkpoint of a run must succeed",
+      )
+        .choices(saveErrorChoices)
+        .default(saveErrorChoices[0]),
+    )
     .option(
       "--resume <dir>",
       "resume from a checkpoint, or from the newest in a folder, on the same mesh or another; auto: from the newest complete checkpoint in the --save folder, or from step 0 if there is none",
@@ -106,41 +119,34 @@ async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions,
   return (await launchRanks(plan, options.backend)) ?? train(loaded, baseDir, options, exit);
 }
 
-/** Trains until the last step or an interrupt. After an interrupt the current step completes, and `--save` writes its checkpoint. */
+/**
+ * Trains until the last step, or an early end by a signal or the time limit: then the current step completes, and `--save` writes its
+ * checkpoint. Returns the exit code.
+ */
 async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const { plan } = loaded;
-  const [{ openRun }, { StepFault }, { evaluationLine, evaluationText, metricsLine, progressLine }] = await Promise.all([
+  const [{ openRun }, { StepFault }, { SaveFault }, { evaluationLine, evaluationText }] = await Promise.all([
     import("../../runtime/train/openRun.ts"),
     import("../../runtime/train/nonfinite.ts"),
+    import("../../runtime/checkpoint/commit.ts"),
     import("./progress.ts"),
   ]);
   const steps = options.steps ?? plan.job.train.steps;
-  if (options.saveEvery !== undefined && options.save === undefined)
-    throw new Trouble("--save-every needs --save", "name a folder: --save checkpoints/");
+  expectSaveFolder(options);
   // one process of several writes metrics; the folder may exist on its host alone
   const metricsHere = backends[options.backend].ranks === "all" || plan.mesh.world === 1 ? options.metrics : undefined;
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
-  const run = await openRun(plan, settingsOf(loaded, baseDir, options));
+  const end = new RunEnd(options.timeLimit);
+  const run = await openRun(plan, settingsOf(loaded, baseDir, options)).catch((error: unknown) => {
+    end.close();
+    throw error;
+  });
+  end.watch(run);
   if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
     options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
-  let interrupted = false;
-  const interrupt = (): void => {
-    interrupted = true;
-    run.stop();
-  };
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, interrupt);
-  let done = 0;
-  let saved: { readonly done: number; readonly folder: string } | undefined;
-  /** All processes of a run call it after the same step: the checkpoint has the shards of every rank. */
-  const save = async (): Promise<void> => {
-    if (options.save === undefined || done === (saved?.done ?? 0)) return;
-    saved = { done, folder: await run.save() };
-    if (run.leads) printProgress(`saved ${saved.folder}`);
-  };
-  let seconds = 0;
-  let skipped = 0;
-  let last: StepResult | undefined;
+  const saves = new RunSaves(run, options, (error) => error instanceof SaveFault);
+  const totals = new RunTotals();
   let failed: Error | undefined;
   let fault: InstanceType<typeof StepFault> | undefined;
   let evaluations: readonly EvaluationResult[] = [];
@@ -150,49 +156,95 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
     printStderr(evaluationText(result));
   };
   try {
-    const before = run.progress().steps;
-    if (before >= steps)
-      throw new Trouble(
-        `the checkpoint is of step ${before}, and the run ends at step ${steps}`,
-        `set a later step: --steps ${2 * before}`,
-      );
-    while (run.progress().steps < steps && run.mayBegin()) {
-      last = await run.step();
-      done++;
-      seconds += last.seconds;
-      skipped += Number(last.skipped ?? false);
-      metrics?.add(metricsLine(last));
-      if (run.leads) printProgress(progressLine(last, steps, seconds / done));
-      if (options.saveEvery !== undefined && last.step % options.saveEvery === 0) await save();
-      if (last.step < steps) await evaluateWithin(run, plan.job, last.step, onEvaluation);
-      // a step on the CPU blocks the event loop; signals arrive here
-      await new Promise(setImmediate);
-    }
-    await save();
-    if (done > 0 && run.leads) endProgress();
-    if (done > 0) await writeResults(run, plan, options);
-    if (last && last.step >= steps) evaluations = await evaluateAtEnd(run, plan.job, last.step, onEvaluation);
+    await trainSteps({ run, job: plan.job, steps, saves, end, totals, metrics, onEvaluation });
+    await saves.finish();
+    if (totals.done > 0 && run.leads) endProgress();
+    if (totals.done > 0) await writeResults(run, plan, options);
+    if (totals.done > 0 && run.progress().steps >= steps) evaluations = await evaluateAtEnd(run, plan.job, steps, onEvaluation);
   } catch (error) {
     // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
     else failed = error as Error;
-    const end = failed && (await backends[options.backend].hardExit?.());
-    if (end) exit.exitSoon(end);
+    const hardExit = failed && (await backends[options.backend].hardExit?.());
+    if (hardExit) exit.exitSoon(hardExit);
     if (failed) throw failed;
   } finally {
-    for (const signal of ["SIGINT", "SIGTERM"] as const) process.removeListener(signal, interrupt);
+    end.close();
     metrics?.close();
     // report the first error; an error of close() follows from it
     await run.close(failed).catch((error) => (failed ? printError(error) : Promise.reject(error)));
   }
-  if (fault && done > 0 && run.leads) endProgress();
+  if (fault && totals.done > 0 && run.leads) endProgress();
   // the leading process reports the fault, and so does the process that located its origin
   if (fault && (run.leads || fault.origin !== undefined)) throw fault;
   if (fault) return fault.exit;
-  if (!run.leads) return interrupted ? 130 : 0;
-  if (interrupted) printStderr(`interrupted: ${done} of ${steps} steps were done`);
-  await printResult({ done, skipped, interrupted, seconds, last, saved: saved?.folder, evaluations }, options.format);
-  return interrupted ? 130 : 0;
+  const { reason } = end;
+  const endedBy = run.progress().steps < steps ? (reason?.by ?? "another rank") : undefined;
+  // the leading process ends last, and states for all how the run ended
+  if (!run.leads) return 0;
+  if (endedBy)
+    printStderr(`${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${totals.done} of ${steps} steps were done`);
+  await printResult({ ...totals.result(), endedBy, saved: saves.saved, evaluations }, options.format);
+  return endedBy ? (reason?.code ?? OTHER_RANK_CODE) : 0;
+}
+
+/** The exit code of a run that another rank's signal ended: that of an interrupt. */
+const OTHER_RANK_CODE = 130;
+
+/** The steps of a run so far. */
+class RunTotals {
+  done = 0;
+  #seconds = 0;
+  #skipped = 0;
+  #last: StepResult | undefined;
+
+  add(step: StepResult): void {
+    this.#last = step;
+    this.done++;
+    this.#seconds += step.seconds;
+    this.#skipped += Number(step.skipped ?? false);
+  }
+
+  /** Mean seconds per step. */
+  get pace(): number {
+    return this.#seconds / this.done;
+  }
+
+  result() {
+    return { done: this.done, seconds: this.#seconds, skipped: this.#skipped, last: this.#last };
+  }
+}
+
+/** What `trainSteps` needs. */
+interface Training {
+  readonly run: OpenRun;
+  readonly job: Job;
+  /** The last step. */
+  readonly steps: number;
+  readonly saves: RunSaves;
+  readonly end: RunEnd;
+  readonly totals: RunTotals;
+  readonly metrics: Lines | undefined;
+  readonly onEvaluation: (result: EvaluationResult) => void;
+}
+
+/** Runs steps until the last, or until the ranks agree to stop. */
+async function trainSteps({ run, job, steps, saves, end, totals, metrics, onEvaluation }: Training): Promise<void> {
+  const before = run.progress().steps;
+  if (before >= steps)
+    throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
+  const { metricsLine, progressLine } = await import("./progress.ts");
+  while (run.progress().steps < steps && run.mayBegin()) {
+    const step = await run.step();
+    totals.add(step);
+    const seconds = await saves.afterStep(step.step);
+    metrics?.add(metricsLine(step, seconds));
+    if (run.leads) printProgress(progressLine(step, steps, totals.pace));
+    if (step.step < steps) await evaluateWithin(run, job, step.step, onEvaluation);
+    end.afterStep(step.seconds, saves.saved?.seconds ?? 0);
+    // a step on the CPU blocks the event loop; signals arrive here
+    await new Promise(setImmediate);
+  }
 }
 
 /** Returns the settings of a run from the options of the command. */
@@ -203,6 +255,7 @@ const settingsOf = ({ source, cubin }: LoadedPlan, baseDir: string, options: Run
   ...(options.initFrom && { initFrom: options.initFrom }),
   ...(options.save && { save: options.save }),
   ...(options.resume && { resume: options.resume }),
+  ...(options.keep !== undefined && { keep: options.keep }),
   ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
 });
 
@@ -226,20 +279,23 @@ async function writeResults(run: Run, plan: Plan, options: RunOptions): Promise<
 interface RunResult {
   readonly done: number;
   readonly skipped: number;
-  readonly interrupted: boolean;
+  readonly endedBy: string | undefined;
   readonly seconds: number;
   readonly last: StepResult | undefined;
-  readonly saved: string | undefined;
+  readonly saved: Saved | undefined;
   readonly evaluations: readonly EvaluationResult[];
 }
 
 async function printResult(
-  { done, skipped, interrupted, seconds, last, saved, evaluations }: RunResult,
+  { done, skipped, endedBy, seconds, last, saved, evaluations }: RunResult,
   format: RunOptions["format"],
 ): Promise<void> {
   const heldOut = Object.fromEntries(evaluations.map(({ part, ...result }) => [part, result]));
   if (format === "json") {
-    printJson({ steps: done, skipped, interrupted, seconds, loss: last?.loss, mtp_loss: last?.mtp_loss, saved, ...heldOut });
+    const checkpoint = { saved: saved?.folder, save_seconds: saved?.seconds, save_stall_seconds: saved?.stallSeconds };
+    const { loss, mtp_loss } = last ?? {};
+    const ended = { interrupted: endedBy !== undefined, ended_by: endedBy };
+    printJson({ steps: done, skipped, ...ended, seconds, loss, mtp_loss, ...checkpoint, ...heldOut });
     return;
   }
   const { duration } = await import("./progress.ts");

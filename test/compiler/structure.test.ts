@@ -39,7 +39,7 @@ const layerOf = (file: string): number => layers.findIndex((layer) => layer.hold
 
 /** The commands and the library open the runtime. */
 const opensRuntime = [
-  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run"].map((command) => `src/cli/${command}.ts`),
+  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run", "runEnd", "runSaves"].map((command) => `src/cli/${command}.ts`),
   "src/index.ts",
 ];
 const touchFiles = new Map([
@@ -57,7 +57,11 @@ const touchFiles = new Map([
   ["runtime/data/prepare/partialDataset.ts", "a data set while it is written"],
   ["runtime/checkpoint/hfFiles.ts", "initial weights"],
   ["runtime/checkpoint/safetensors.ts", "tensors that are written"],
-  ["runtime/checkpoint/checkpoint.ts", "checkpoints of a run"],
+  ["runtime/checkpoint/blockWriter.ts", "blocks of checkpoints"],
+  ["runtime/checkpoint/saver.ts", "the files of a checkpoint while it is written"],
+  ["runtime/checkpoint/commit.ts", "complete checkpoints, and the removal of older ones"],
+  ["runtime/checkpoint/hfFolder.ts", "exported models"],
+  ["runtime/checkpoint/tokenizerFiles.ts", "the files of a tokenizer"],
   ["runtime/checkpoint/snapshotFile.ts", "the description of a checkpoint"],
   ["runtime/checkpoint/saveFolder.ts", "the folder of a run's checkpoints, and its lock"],
   ["runtime/cuda/libraries.ts", "which name of a library exists"],

@@ -18,10 +18,12 @@ import { hostname, tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import fc from "fast-check";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
-import { openCheckpoint, saveCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
+import type { RankDevice } from "../../runtime/backend.ts";
+import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { toHuggingFace } from "../../runtime/checkpoint/hf.ts";
 import { openSafetensors, streamSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { chooseCheckpoint, expectWritableFolder } from "../../runtime/checkpoint/saveFolder.ts";
+import { CheckpointSaver } from "../../runtime/checkpoint/saver.ts";
 import { printCheckpointText, readCheckpointText } from "../../runtime/checkpoint/snapshotFile.ts";
 import { copyShared, firstHolders, shardRanges, sharedBy, visitRuns } from "../../runtime/shards.ts";
 import type { StepResult } from "../../runtime/train/loop.ts";
@@ -343,8 +345,11 @@ describe("what is wrong", () => {
     const { plan } = compile(job);
     const progress = { steps: 1, read: 16, trained: 16, updates: 1, loss_scale: null };
     const saveNow = (value: number) => {
-      const read = async (_: number, { shape }: { shape: readonly number[] }) => new Float32Array(elementsOf(shape)).fill(value);
-      return saveCheckpoint({ plan, folder, version: "test", ranks: [0], meet: async () => {}, read }, progress);
+      const read = async ({ shape }: { shape: readonly number[] }) => new Float32Array(elementsOf(shape)).fill(value);
+      const localRanks = { ranks: [0], rankDevice: () => ({ read }) as unknown as RankDevice };
+      return new CheckpointSaver({ plan, folder, version: "test", localRanks })
+        .begin(progress)
+        .then(async ({ done }) => (await done).folder);
     };
     mkdirSync(folder);
     await expect(saveNow(Number.NaN)).rejects.toThrow(/no checkpoint of step 1: embed holds 8192 of 8192 values that are NaN or infinite/);

@@ -1,0 +1,80 @@
+/** The early end of a run: by a signal or a time limit it ends after the current step, and saves. */
+import { type Command, InvalidArgumentError } from "commander";
+import type { Run } from "../../runtime/train/loop.ts";
+
+/** Signals that end a run after the current step, with their exit codes: 128 and the number of the signal. A second one ends it at once. */
+const exitCodes = { SIGINT: 130, SIGTERM: 143, SIGUSR1: 138 } as const;
+/** The exit code of timeout(1). */
+const TIME_LIMIT_CODE = 124;
+
+/** Why a run ended early. */
+interface Reason {
+  readonly by: keyof typeof exitCodes | "time limit";
+  readonly code: number;
+}
+
+/** Returns whether an exit code says that a run ended early as it was asked to. */
+export const isEarlyEnd = (code: number): boolean => code === TIME_LIMIT_CODE || Object.values<number>(exitCodes).includes(code);
+
+/** Watches for the early end of one run. */
+export class RunEnd {
+  readonly #limit: number;
+  readonly #handlers: readonly (readonly [keyof typeof exitCodes, () => void])[];
+  #run: Pick<Run, "stop"> | undefined;
+  #reason: Reason | undefined;
+  /** Durations of the last steps, in seconds. */
+  #steps: number[] = [];
+
+  /** `limit`: seconds from the start of this process; undefined: none. */
+  constructor(limit: number | undefined) {
+    this.#limit = limit ?? Number.POSITIVE_INFINITY;
+    const names = Object.keys(exitCodes) as (keyof typeof exitCodes)[];
+    this.#handlers = names.map((by) => [by, () => this.#end({ by, code: exitCodes[by] })]);
+    for (const [signal, handler] of this.#handlers) process.once(signal, handler);
+  }
+
+  get reason(): Reason | undefined {
+    return this.#reason;
+  }
+
+  /** Names the run to stop; a run that opens after a signal does no step. */
+  watch(run: Pick<Run, "stop">): void {
+    this.#run = run;
+    if (this.#reason) run.stop();
+  }
+
+  /** Stops the run if another step, and a checkpoint that takes `saveSeconds`, would end after the time limit. */
+  afterStep(stepSeconds: number, saveSeconds: number): void {
+    this.#steps = [...this.#steps.slice(-9), stepSeconds];
+    const end = performance.now() / 1000 + Math.max(...this.#steps) + saveSeconds;
+    if (end > this.#limit) this.#end({ by: "time limit", code: TIME_LIMIT_CODE });
+  }
+
+  close(): void {
+    for (const [signal, handler] of this.#handlers) process.removeListener(signal, handler);
+  }
+
+  #end(reason: Reason): void {
+    if (this.#reason) return;
+    this.#reason = reason;
+    this.#run?.stop();
+  }
+}
+
+/** Adds `--time-limit`. */
+export const withTimeLimit = (command: Command): Command =>
+  command.option(
+    "--time-limit <duration>",
+    "end after the last step that ends before this time from the start, saved (3h55m, 90m, 45s): for batch systems; the exit code is 124",
+    durationSeconds,
+  );
+
+const units = { d: 86_400, h: 3600, m: 60, s: 1 } as const;
+
+/** Parses `1d12h`, `3h55m`, `90m`, `45s`. Throws InvalidArgumentError. */
+function durationSeconds(text: string): number {
+  const found = /^(?:(?<d>\d+)d)?(?:(?<h>\d+)h)?(?:(?<m>\d+)m)?(?:(?<s>\d+)s)?$/.exec(text)?.groups ?? {};
+  const seconds = Object.entries(units).reduce((sum, [unit, size]) => sum + Number(found[unit] ?? 0) * size, 0);
+  if (!(seconds > 0)) throw new InvalidArgumentError("It is not a duration, such as 3h55m, 90m or 45s.");
+  return seconds;
+}

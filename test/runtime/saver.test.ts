@@ -1,0 +1,265 @@
+/**
+ * Saving while training continues: a checkpoint has the state of the step after which it began, the same bytes whatever threads and memory
+ * it had; it is complete, or what was there stays; and one rank's full disk is known to all.
+ */
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeEach, describe, expect, test, vi } from "vitest";
+import type { LocalRanks, RankDevice } from "../../runtime/backend.ts";
+import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
+import { expectComplete, SaveFault } from "../../runtime/checkpoint/commit.ts";
+import { newestCheckpoint } from "../../runtime/checkpoint/saveFolder.ts";
+import { CheckpointSaver, type SaverSettings } from "../../runtime/checkpoint/saver.ts";
+import { blocksOf, stateFiles } from "../../runtime/checkpoint/stateFiles.ts";
+import { openRun } from "../../runtime/train/openRun.ts";
+import type { Buffer } from "../../schemas/plan.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
+import { compile } from "../../src/compile.ts";
+import { planOf, standInRanks } from "../support/cudaRanks.ts";
+import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
+import { fixture, jobOf } from "../support/job.ts";
+import { built } from "../support/rankc.ts";
+
+const place = mkdtempSync(join(tmpdir(), "rankc-saver-"));
+afterAll(() => rmSync(place, { recursive: true, force: true }));
+let folder: string;
+let made = 0;
+beforeEach(() => {
+  folder = join(place, String(made++));
+});
+
+const job = jobOf({
+  name: "saver",
+  model: { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8, moe: { experts: 4, top_k: 2, ffn: 16 } },
+  parallel: { world: 4, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true },
+  train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", optimizer: { lr: 1e-3 } },
+  data: { path: "corpus.txt" },
+});
+const { plan } = compile(job);
+const progress = (steps: number) => ({ steps, read: 8 * steps, trained: 8 * steps, updates: steps, loss_scale: null });
+
+/** A device whose buffers have the value `now()` plus the index. */
+const deviceOf = (now: () => number): RankDevice =>
+  ({
+    read: async ({ shape }: Buffer) => Float32Array.from({ length: elementsOf(shape) }, (_, i) => now() + i),
+  }) as unknown as RankDevice;
+const ranks = Array.from({ length: plan.mesh.world }, (_, r) => r);
+const saverWith = (settings: Partial<SaverSettings>, now: () => number = () => 1): CheckpointSaver =>
+  new CheckpointSaver({ plan, folder, version: "test", localRanks: { ranks, rankDevice: () => deviceOf(now) }, ...settings });
+const bytesIn = (at: string) => readdirSync(at).map((name) => [name, readFileSync(join(at, name)).toString("base64")]);
+const saveOnce = async (settings: Partial<SaverSettings>, at: string): Promise<[string, string][]> => {
+  const saver = saverWith({ folder: at, ...settings });
+  const { done } = await saver.begin(progress(1));
+  const { folder: whole } = await done;
+  await saver.close();
+  return bytesIn(whole) as [string, string][];
+};
+
+test("any number of threads, any size of blocks, and any memory write the same bytes", async () => {
+  const one = await saveOnce({ threads: 0 }, `${folder}-0`);
+  expect(one.map(([name]) => name)).toContain("rank-00003.safetensors");
+  vi.spyOn(process, "availableMemory").mockReturnValue(4);
+  for (const [n, how] of [
+    { threads: 0, blockBytes: 3000 },
+    { threads: 3, blockBytes: 4096 },
+  ].entries())
+    expect(await saveOnce(how, `${folder}-${n + 1}`), JSON.stringify(how)).toEqual(one);
+  vi.restoreAllMocks();
+});
+
+test("blocks cover each file once; all pieces of a tensor go to one writer, in order", () => {
+  for (const file of stateFiles(plan).files.values())
+    for (const [size, writers] of [
+      [512, 3],
+      [4096, 1],
+      [1 << 20, 4],
+    ] as const) {
+      const blocks = blocksOf(file, size, writers);
+      expect(blocks.every(({ pieces }) => pieces.reduce((sum, { bytes }) => sum + bytes, 0) <= size)).toBe(true);
+      const covered = blocks.flatMap(({ at, writer, pieces }) => pieces.map((piece) => ({ ...piece, start: at + piece.at, writer })));
+      const inFile = [...covered].sort((a, b) => a.start - b.start);
+      expect(inFile.reduce((end, { start, bytes }) => (start === end ? end + bytes : Number.NaN), 0)).toBe(file.bytes);
+      for (const { name, bytes } of file.entries) {
+        const own = covered.filter(({ tensor }) => tensor === name);
+        expect(new Set(own.map(({ writer }) => writer)).size).toBe(1);
+        expect(own.reduce((end, { from, bytes: n }) => (from === end ? end + n : Number.NaN), 0)).toBe(bytes);
+        expect(own.map(({ last }) => last)).toEqual(own.map((_, i) => i === own.length - 1));
+      }
+    }
+});
+
+test("what trains on while a checkpoint is written changes nothing in it; the next one waits for it", async () => {
+  let value = 1;
+  const saver = saverWith({ threads: 2, blockBytes: 1024 }, () => value);
+  const first = await saver.begin(progress(1));
+  value = 100;
+  const second = await saver.begin(progress(2));
+  expect(existsSync(join(folder, "step-00000001", "snapshot.json"))).toBe(true);
+  value = 1000;
+  for (const [pending, expected] of [
+    [first, 1],
+    [second, 100],
+  ] as const) {
+    const { folder: at, stallSeconds, seconds } = await pending.done;
+    const checkpoint = openCheckpoint(at);
+    // element 0 of the first piece is the value at the time of the copy
+    expect(checkpoint.whole("norm")?.data[0]).toBe(expected);
+    checkpoint.close();
+    expect(stallSeconds).toBeLessThanOrEqual(seconds);
+  }
+  await saver.close();
+});
+
+describe("--keep", () => {
+  test("removes older checkpoints when the new one is complete, and none of another name", async () => {
+    mkdirSync(join(folder, "step-notes"), { recursive: true });
+    const saver = saverWith({ threads: 0, keep: 2 });
+    for (const step of [1, 2, 3, 4]) await (await saver.begin(progress(step))).done;
+    expect(readdirSync(folder).sort()).toEqual(["step-00000003", "step-00000004", "step-notes"]);
+    for (const name of ["step-00000003", "step-00000004"]) expectComplete(join(folder, name));
+    await saver.close();
+  });
+
+  test("removes nothing when the new one is not complete", async () => {
+    const saver = saverWith({ threads: 0, keep: 1 });
+    await (await saver.begin(progress(1))).done;
+    let writes = 0;
+    const broken = saverWith({ threads: 0, keep: 1 }, () => (writes++ === 0 ? Number.NaN : 1));
+    const { done } = await broken.begin(progress(2));
+    await expect(done).rejects.toThrow("values that are NaN or infinite");
+    expect(readdirSync(folder)).toEqual(["step-00000001"]);
+    for (const each of [saver, broken]) await each.close();
+  });
+});
+
+/** Local ranks of so many processes, in this one, with barriers among them. */
+function processes(n: number): Pick<LocalRanks, "ranks" | "rankDevice" | "meet">[] {
+  const barriers = new Map<string, { problem?: string; release: ((problem?: string) => void)[] }>();
+  const meet = (name: string, problem?: string): Promise<string | undefined> =>
+    new Promise((resolve) => {
+      const barrier = barriers.get(name) ?? { release: [] };
+      barriers.set(name, barrier);
+      barrier.release.push(resolve);
+      if (problem !== undefined) barrier.problem ??= problem;
+      if (barrier.release.length < n) return;
+      barriers.delete(name);
+      for (const release of barrier.release) release(barrier.problem);
+    });
+  return Array.from({ length: n }, (_, rank) => ({ ranks: [rank], rankDevice: () => deviceOf(() => 1), meet }));
+}
+
+describe("several processes", () => {
+  test("write what one process writes", async () => {
+    const one = await saveOnce({ threads: 0 }, `${folder}-one`);
+    const savers = processes(4).map((localRanks) => saverWith({ localRanks, threads: 0 }));
+    const begun = await Promise.all(savers.map((saver) => saver.begin(progress(1))));
+    const [{ folder: at } = { folder: "" }] = await Promise.all(begun.map(({ done }) => done));
+    expect(bytesIn(at)).toEqual(one);
+  });
+
+  test("one that cannot write fails the checkpoint for all, and the next one succeeds", async () => {
+    const savers = processes(4).map((localRanks) => saverWith({ localRanks, threads: 1 }));
+    const file = join(folder, "step-00000001.part", "rank-00002.safetensors");
+    const begun = savers.map((saver) => saver.begin(progress(1)));
+    // a folder takes the place of rank 2's file before the threads have started
+    await vi.waitUntil(() => existsSync(file), { interval: 1, timeout: 60_000 });
+    rmSync(file);
+    mkdirSync(file);
+    const ends = await Promise.all(begun.map(async (each) => (await each).done.catch((error: Error) => error)));
+    for (const end of ends) expect(end).toBeInstanceOf(SaveFault);
+    expect(String(ends[0])).toContain("EISDIR");
+    expect(readdirSync(folder)).toEqual([]);
+    const again = await Promise.all(savers.map((saver) => saver.begin(progress(2))));
+    await Promise.all(again.map(({ done }) => done));
+    expect(readdirSync(folder)).toEqual(["step-00000002"]);
+    await Promise.all(savers.map((saver) => saver.close()));
+  });
+
+  test("a folder that not all hosts share is an error that says so", async () => {
+    const savers = processes(2).map((localRanks, n) => saverWith({ localRanks, threads: 0, folder: `${folder}-${n}` }));
+    const begun = await Promise.all(savers.map((saver) => saver.begin(progress(1))));
+    void begun[1]?.done.catch(() => {});
+    await expect(begun[0]?.done).rejects.toMatchObject({
+      message: expect.stringContaining("files of other ranks are missing: rank-00001.safetensors"),
+      fix: "use a --save folder that all hosts share",
+    });
+  });
+});
+
+test("threads report what the file system refuses, and the checkpoint before stays", async () => {
+  const saver = saverWith({ threads: 2, blockBytes: 1024 });
+  await (await saver.begin(progress(1))).done;
+  const pending = await saver.begin(progress(2));
+  rmSync(join(folder, "step-00000002.part"), { recursive: true, force: true });
+  await expect(pending.done).rejects.toMatchObject({ message: expect.stringContaining("step-00000002: cannot be written") });
+  expect(readdirSync(folder)).toEqual(["step-00000001"]);
+  await (await saver.begin(progress(3))).done;
+  expectComplete(join(folder, "step-00000003"));
+  await saver.close();
+});
+
+test("--resume auto passes over checkpoints that are damaged, and a run removes what was left unfinished", async () => {
+  const saver = saverWith({ threads: 0 });
+  for (const step of [1, 2, 3]) await (await saver.begin(progress(step))).done;
+  await saver.close();
+  mkdirSync(join(folder, "step-00000004.part"));
+  truncateSync(join(folder, "step-00000003", "rank-00001.safetensors"), 4000);
+  writeFileSync(join(folder, "step-00000002", "snapshot.json"), "{}");
+  const { at, notes } = newestCheckpoint(folder, expectComplete);
+  expect(at).toBe(join(folder, "step-00000001"));
+  expect(notes).toEqual([
+    expect.stringContaining("step-00000004.part is unfinished"),
+    expect.stringMatching(/step-00000003 is damaged and not used: .*it was cut/),
+    expect.stringContaining("step-00000002 is damaged and not used"),
+    expect.stringContaining("resumed from"),
+  ]);
+  rmSync(join(folder, "step-00000003"), { recursive: true });
+  rmSync(join(folder, "step-00000002"), { recursive: true });
+  const run = await openRun(plan, { baseDir: fixture(""), save: folder, resume: "auto", version: "test" });
+  expect(run.progress().steps).toBe(1);
+  await run.close();
+  expect(readdirSync(folder)).toEqual(["step-00000001"]);
+});
+
+describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompiler}`, () => {
+  test("the state is copied to pinned memory, and is what reads return", async () => {
+    const cuda = await standInRanks();
+    const reference = planOf({ world: 1 }, {}, { precision: "bf16" });
+    const { plan: own, kernels } = asCuda(reference);
+    cuda.serve(kernels);
+    const [ranks] = await cuda.openAll(own);
+    if (!ranks?.hostMemory) throw new Error("no pinned memory");
+    for (const { buffer } of stateFiles(own).files.get(0)?.entries ?? [])
+      ranks.rankDevice(0).write(
+        buffer,
+        0,
+        Float32Array.from({ length: elementsOf(buffer.shape) }, (_, i) => i / 7 + buffer.id.length),
+      );
+    const saver = new CheckpointSaver({ plan: own, folder, version: "test", localRanks: ranks, threads: 2, blockBytes: 4096 });
+    saver.prepare(10);
+    const { folder: at } = await (await saver.begin(progress(1))).done;
+    const checkpoint = openCheckpoint(at);
+    for (const { name, buffer } of stateFiles(own).files.get(0)?.entries ?? [])
+      expect(checkpoint.whole(name)?.data, name).toEqual(await ranks.rankDevice(0).read(buffer, 0));
+    checkpoint.close();
+    await saver.close();
+    await ranks.close();
+  });
+});
+
+test("the built package starts the threads", async () => {
+  const { openBlockWriters } = (await import(
+    built("runtime/checkpoint/blockWriter.ts")
+  )) as typeof import("../../runtime/checkpoint/blockWriter.ts");
+  const writers = openBlockWriters(1);
+  const path = join(place, "block");
+  writeFileSync(path, "");
+  const memory = new SharedArrayBuffer(8);
+  new Float32Array(memory).set([1, Number.NaN]);
+  const pieces = [{ tensor: "x", dtype: "f32", bytes: 8, last: true }] as const;
+  const result = await writers.writers[0]?.perform({ kind: "block", path, at: 4, memory, pieces });
+  expect(result?.nonfinite).toEqual([["x", 1]]);
+  expect(readFileSync(path).length).toBe(12);
+  await writers.close();
+});
