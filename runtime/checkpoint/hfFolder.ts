@@ -1,0 +1,179 @@
+/**
+ * Writes a folder that `from_pretrained` of Hugging Face reads: safetensors files of limited size, their index, and text files. One tensor
+ * is in memory at a time. The folder appears when it is complete.
+ */
+import {
+  closeSync,
+  copyFileSync,
+  existsSync,
+  fsyncSync,
+  openSync,
+  readdirSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
+import { join, resolve } from "node:path";
+import { type Dtype, dtypes, encoded } from "../../schemas/dtypes.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { makeFolder, unwritten } from "../../schemas/writing.ts";
+import type { ExportedTensor } from "./hfExport.ts";
+import { headerOf } from "./safetensors.ts";
+
+/** Element types of exported weights. */
+export type ExportDtype = Extract<Dtype, "bf16" | "f16" | "f32">;
+
+/** What a folder contains besides the tensors, and how they are written. */
+export interface HfFolder {
+  readonly dtype: ExportDtype;
+  /** The most bytes of a file; a larger tensor has a file of its own. */
+  readonly shardBytes: number;
+  /** Text files by name. */
+  readonly texts: Readonly<Record<string, string>>;
+  /** Files to copy: their paths by name. */
+  readonly copies: Readonly<Record<string, string>>;
+  /** Called after each tensor. */
+  readonly onTensor?: (writtenBytes: number) => void;
+}
+
+const INDEX = "model.safetensors.index.json";
+/** Older versions of transformers reject a file without the framework that saved it. */
+const metadata = { format: "pt" };
+
+interface Sized extends ExportedTensor {
+  readonly dtype: ExportDtype;
+  readonly bytes: number;
+}
+
+/** Returns the bytes that the tensors take in this type. */
+export const bytesOfTensors = (tensors: readonly ExportedTensor[], dtype: ExportDtype): number =>
+  tensors.reduce((sum, tensor) => sum + sized(tensor, dtype).bytes, 0);
+
+function sized(tensor: ExportedTensor, dtype: ExportDtype): Sized {
+  const own = tensor.isExact ? "f32" : dtype;
+  return { ...tensor, dtype: own, bytes: elementsOf(tensor.shape) * dtypes[own].bytes };
+}
+
+/** Writes one safetensors file; it appears when it is complete. Throws a Trouble. */
+export async function writeHfFile(
+  path: string,
+  tensors: readonly ExportedTensor[],
+  how: Pick<HfFolder, "dtype" | "onTensor">,
+): Promise<void> {
+  const part = `${path}.part`;
+  try {
+    await writeFile(
+      part,
+      tensors.map((tensor) => sized(tensor, how.dtype)),
+      how.onTensor ?? (() => {}),
+    );
+    renameSync(part, path);
+  } catch (error) {
+    rmSync(part, { force: true });
+    throw unwritten(path, error);
+  }
+}
+
+/** Throws a Trouble unless the folder is new, is empty, or holds a model that the new one replaces. */
+export function expectReplaceable(folder: string): void {
+  if (!existsSync(folder)) return;
+  let names: string[];
+  try {
+    names = readdirSync(folder);
+  } catch (error) {
+    throw unwritten(folder, error);
+  }
+  if (names.length > 0 && !names.includes("config.json"))
+    throw new Trouble(`${folder} is not empty, and holds no model`, "name another folder after -o");
+}
+
+/** Writes the folder. Throws a Trouble, and then leaves what was there as it was. */
+export async function writeHfFolder(folder: string, tensors: readonly ExportedTensor[], how: HfFolder): Promise<void> {
+  expectReplaceable(folder);
+  const part = `${resolve(folder)}.part`;
+  const old = `${resolve(folder)}.old`;
+  try {
+    rmSync(part, { recursive: true, force: true });
+    makeFolder(part);
+    let before = 0;
+    const shards = shardsOf(
+      tensors.map((tensor) => sized(tensor, how.dtype)),
+      how.shardBytes,
+    );
+    const nameOf = (n: number): string =>
+      shards.length === 1 ? "model.safetensors" : `model-${fiveDigits(n + 1)}-of-${fiveDigits(shards.length)}.safetensors`;
+    for (const [n, shard] of shards.entries()) {
+      const start = before;
+      await writeFile(join(part, nameOf(n)), shard, (bytes) => how.onTensor?.(start + bytes));
+      before += bytesOf(shard);
+    }
+    if (shards.length > 1) {
+      const weight_map = Object.fromEntries(shards.flatMap((shard, n) => shard.map(({ name }) => [name, nameOf(n)])));
+      writeFileSync(join(part, INDEX), `${JSON.stringify({ metadata: { total_size: before }, weight_map }, null, 2)}\n`);
+    }
+    for (const [name, text] of Object.entries(how.texts)) writeFileSync(join(part, name), text);
+    for (const [name, from] of Object.entries(how.copies)) copyFileSync(from, join(part, name));
+    rmSync(old, { recursive: true, force: true });
+    if (existsSync(folder)) renameSync(folder, old);
+    renameSync(part, folder);
+    rmSync(old, { recursive: true, force: true });
+  } catch (error) {
+    rmSync(part, { recursive: true, force: true });
+    if (!existsSync(folder) && existsSync(old)) renameSync(old, folder);
+    throw unwritten(folder, error);
+  }
+}
+
+const fiveDigits = (n: number): string => String(n).padStart(5, "0");
+const bytesOf = (tensors: readonly Sized[]): number => tensors.reduce((sum, { bytes }) => sum + bytes, 0);
+
+/** Distributes tensors over files of at most `limit` bytes, in their order. */
+function shardsOf(tensors: readonly Sized[], limit: number): Sized[][] {
+  const shards: Sized[][] = [[]];
+  let used = 0;
+  for (const tensor of tensors) {
+    if (used > 0 && used + tensor.bytes > limit) {
+      shards.push([]);
+      used = 0;
+    }
+    shards.at(-1)?.push(tensor);
+    used += tensor.bytes;
+  }
+  return shards;
+}
+
+async function writeFile(path: string, tensors: readonly Sized[], onTensor: (bytes: number) => void): Promise<void> {
+  const entries = tensors.map(({ name, dtype, shape }) => ({ name, dtype: dtypes[dtype].safetensors, shape }));
+  const fd = openSync(path, "w");
+  try {
+    writeAll(fd, headerOf(entries, metadata));
+    let written = 0;
+    for (const tensor of tensors) {
+      writeAll(fd, bytesFor(tensor));
+      written += tensor.bytes;
+      onTensor(written);
+      // signals and progress arrive here
+      await new Promise(setImmediate);
+    }
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** The largest finite value of f16. */
+const F16_MAX = 65504;
+
+function bytesFor({ name, dtype, read }: Sized): Uint8Array {
+  const values = read();
+  if (dtype === "f16" && values.some((value) => Math.abs(value) > F16_MAX))
+    throw new Trouble(`${name} holds values that fp16 cannot represent`, "export with --dtype bf16 or fp32");
+  const { words } = encoded(dtype, values);
+  return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
+}
+
+function writeAll(fd: number, bytes: Uint8Array): void {
+  for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30));
+}
