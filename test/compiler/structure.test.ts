@@ -39,7 +39,9 @@ const layerOf = (file: string): number => layers.findIndex((layer) => layer.hold
 
 /** The commands and the library open the runtime. */
 const opensRuntime = [
-  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run", "runEnd", "runSaves"].map((command) => `src/cli/${command}.ts`),
+  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run", "runEnd", "runSaves"].map(
+    (command) => `src/cli/${command}.ts`,
+  ),
   "src/index.ts",
 ];
 const touchFiles = new Map([
