@@ -29,6 +29,30 @@ export interface CopyPiece {
   readonly at: number;
 }
 
+/**
+ * A shard as rows within planes: element [plane, row, column] of the shard is element
+ * `base` + plane · `planeStride` + row · `rowStride` + column of the whole tensor.
+ */
+export interface ShardBox {
+  /** Rows of all planes. */
+  readonly rows: number;
+  /** Rows of a plane. */
+  readonly height: number;
+  /** Elements of a row. */
+  readonly width: number;
+  readonly rowStride: number;
+  readonly planeStride: number;
+  readonly base: number;
+}
+
+/** A shard of initial weights of a normal distribution (src/ops/normalDraw.ts). */
+export interface NormalDraw {
+  /** The key of the whole tensor. */
+  readonly key: readonly [number, number];
+  readonly std: number;
+  readonly box: ShardBox;
+}
+
 /** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
   /** Sets gradients and metric accumulators to zero, at the start of a step; those that `first_kernel` writes may be left as they are. */
@@ -37,6 +61,8 @@ export interface RankDevice {
   compute(i: Compute, copy: number, first?: boolean): void;
   /** Writes the values of a buffer. */
   write(buffer: Buffer, copy: number, data: HostData): void;
+  /** Writes initial weights to buffers that hold the same shard in different types, from one generation. */
+  draw(buffers: readonly Buffer[], draw: NormalDraw): void;
   /** Returns a copy of a buffer after all preceding calls. */
   read(buffer: Buffer, copy: number): Promise<HostData>;
   /** Copies buffers, as they are after all preceding calls, to a block of `LocalRanks.hostMemory`. Absent: `read` serves. */

@@ -1,6 +1,7 @@
 /** The registry of backends: `run`, `doctor` and the library read it. A backend is a row; its modules are imported when it is opened. */
 import type { Plan } from "../schemas/plan.ts";
 import type { LocalRanks } from "./backend.ts";
+import type { StartupClock } from "./startup.ts";
 
 /** What `open` of a backend receives. */
 export interface OpenSettings {
@@ -14,6 +15,10 @@ export interface OpenSettings {
   readonly profile: boolean;
   /** Replay steps as a graph, if the backend can. */
   readonly graph: boolean;
+  /** Measures the parts of the start. */
+  readonly startup?: StartupClock;
+  /** Receives a line about what takes long. */
+  readonly onProgress?: (line: string) => void;
 }
 
 /** A backend. */
@@ -50,9 +55,9 @@ const rows = {
       ...{ name: null, found: "a job for CUDA needs to know the GPU" },
       fix: "name its target, --target cuda:sm_90a for H100 and H200, or compile the job first",
     },
-    open: async (plan, { source, cubin, version, profile, graph }) => {
+    open: async (plan, { source, cubin, ...how }) => {
       const files = { source, ...(cubin && { cubin }) };
-      return (await import("./cuda/rank.ts")).openRank(plan, { files, env: process.env, version, profile, graph });
+      return (await import("./cuda/rank.ts")).openRank(plan, { files, env: process.env, ...how });
     },
     hardExit: async () => (await import("./cuda/hardExit.ts")).hardExit(),
   },

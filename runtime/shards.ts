@@ -5,7 +5,7 @@
 
 import type { Buffer } from "../schemas/plan.ts";
 import { dimRanges, elementsOf, type MeshData, rankCoordinate } from "../schemas/sharding.ts";
-import type { HostData } from "./backend.ts";
+import type { HostData, ShardBox } from "./backend.ts";
 
 /** Per dim, the index ranges [from, to) of the whole tensor that a shard holds. */
 export type Ranges = readonly (readonly (readonly [from: number, to: number])[])[];
@@ -32,6 +32,28 @@ export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whol
     }
   };
   walk(0, 0);
+}
+
+/** Returns a shard of one range per dim as rows within planes. Dims that the shard has whole are merged with the dim before them; throws if more than three are left. */
+export function shardBox(sizes: readonly number[], ranges: Ranges): ShardBox {
+  const dims: { start: number; length: number; size: number }[] = [];
+  for (const [dim, size] of [...sizes.entries()].reverse()) {
+    const [range, ...others] = ranges[dim] ?? [];
+    if (!range || others.length > 0) throw new Error(`rankc: a shard has ${others.length + 1} ranges in one dim`);
+    const own = { start: range[0], length: range[1] - range[0], size };
+    const [inner] = dims;
+    if (inner && inner.length === inner.size)
+      dims[0] = { start: own.start * inner.size, length: own.length * inner.size, size: size * inner.size };
+    else dims.unshift(own);
+  }
+  const one = { start: 0, length: 1, size: 1 };
+  if (dims.length > 3) throw new Error("rankc: a parameter is sharded along more than three dims");
+  const [plane, row, column] = [one, one, one, ...dims].slice(-3) as [typeof one, typeof one, typeof one];
+  const planeStride = row.size * column.size;
+  return {
+    ...{ rows: plane.length * row.length, height: row.length, width: column.length, rowStride: column.size, planeStride },
+    base: plane.start * planeStride + row.start * column.size + column.start,
+  };
 }
 
 /** Returns a rank's shard of a whole tensor. */

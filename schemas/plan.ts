@@ -293,10 +293,13 @@ export const Launch = z.strictObject({
 /** A value of the schema `Launch`. */
 export type Launch = z.infer<typeof Launch>;
 
+/** The op of the kernel that the runtime itself launches: it writes initial weights. Only plans for CUDA have it. */
+export const WEIGHTS = "weights";
+
 /** One kernel: op, local sizes, types, sources and launches, and the number of instructions that use it. */
 export const Kernel = z.strictObject({
   id: plainName,
-  op: z.enum(opNames),
+  op: z.enum([...opNames, WEIGHTS]),
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
   sizes: z.record(z.string(), z.number()).describe("local size of each dim"),
   attrs: z.record(z.string(), z.number()).describe("attributes that the source depends on"),

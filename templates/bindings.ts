@@ -233,6 +233,11 @@ interface CudaCopySlicesCu {
   readonly vectors: string | number;
 }
 
+interface CudaDrawWeightsCu {
+  readonly name: string | number;
+  readonly threads: string | number;
+}
+
 interface CudaElementwiseCu {
   readonly element: readonly (string | number)[];
   readonly end: string | number;
@@ -1253,6 +1258,7 @@ export interface Templates {
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/column_reduce.cu": CudaColumnReduceCu;
   readonly "cuda/copy_slices.cu": CudaCopySlicesCu;
+  readonly "cuda/draw_weights.cu": CudaDrawWeightsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/expert_counts.cu": CudaExpertCountsCu;

@@ -12,8 +12,9 @@ import { elementsOf, globalStart, numberInStage, shardCount } from "../../schema
 import type { Timing } from "../../schemas/timing.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { ops } from "../../src/ops/index.ts";
+import { drawElements, type ElementWords, normalTable } from "../../src/ops/normalDraw.ts";
 import type { ShardContext } from "../../src/ops/op.ts";
-import type { HostData, HostRankDevice, LocalRanks } from "../backend.ts";
+import type { HostData, HostRankDevice, LocalRanks, NormalDraw } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
 import { RankPrograms, type StageProgram } from "../rankPrograms.ts";
 import { cpuComm } from "./comm.ts";
@@ -107,6 +108,18 @@ class CpuRankDevice implements HostRankDevice {
 
   write(b: Buffer, copy: number, data: HostData): void {
     storeValues(this.#raw(b, copy), data);
+  }
+
+  draw(buffers: readonly Buffer[], { key, std, box }: NormalDraw): void {
+    for (const b of buffers) {
+      const { words } = this.#raw(b, 0);
+      const table = normalTable(std, b.dtype);
+      const out = (words instanceof Float32Array ? new Int32Array(words.buffer, words.byteOffset, words.length) : words) as ElementWords;
+      for (let row = 0; row < box.rows; row++) {
+        const start = box.base + Math.floor(row / box.height) * box.planeStride + (row % box.height) * box.rowStride;
+        drawElements(out.subarray(row * box.width, (row + 1) * box.width), table, key, start);
+      }
+    }
   }
 
   /** Throws a Trouble if a step had more rows than a buffer has room for. */

@@ -3,11 +3,12 @@
  * kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setTimeout } from "node:timers/promises";
-import type { Plan, Program } from "../../schemas/plan.ts";
+import { type Plan, type Program, WEIGHTS } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { HostMemory, LocalRanks, StepKind } from "../backend.ts";
 import { RankPrograms } from "../rankPrograms.ts";
+import type { StartupClock } from "../startup.ts";
 import { openArenas } from "./arenas.ts";
 import { bytesBeside, openComm } from "./comm.ts";
 import type { Share } from "./communicators.ts";
@@ -19,6 +20,7 @@ import { CudaRankDevice } from "./rankDevice.ts";
 import { RowBounds } from "./rowBounds.ts";
 import { type Label, RankStreams, type Timed } from "./streams.ts";
 import { Waits } from "./waits.ts";
+import { Weights } from "./weights.ts";
 
 /** Settings of `openCuda`. */
 export interface CudaSettings {
@@ -31,6 +33,8 @@ export interface CudaSettings {
   readonly graph?: boolean;
   /** Record the times of every instruction of the last step; disables the graph. */
   readonly profile?: boolean;
+  readonly startup?: StartupClock;
+  readonly onProgress?: (line: string) => void;
   /** Aborted when another rank fails: pending communication then ends immediately. */
   readonly signal?: AbortSignal;
 }
@@ -48,21 +52,24 @@ export interface CudaRanks extends LocalRanks {
 
 /** Opens one rank on a CUDA device. Throws a Trouble if the device or the plan is not suitable. */
 export async function openCuda(plan: Plan, settings: CudaSettings): Promise<CudaRanks> {
-  const { rank, files, share, profile = false, signal } = settings;
+  const { rank, files, share, profile = false, signal, startup, onProgress } = settings;
   const device = deviceOf(settings);
   archFor(plan, device);
   const { program } = new RankPrograms(plan).of(rank);
   const context = driver().open(device);
   const streams = new RankStreams(context);
   const arenas = openArenas(context, plan, rank, bytesBeside(plan, rank), streams.compute.stream);
-  const kernels = await loadKernels(context, { plan, ids: kernelsOf(program), files, rank });
+  startup?.end("device");
+  const kernels = await loadKernels(context, { plan, ids: kernelsOf(program), files, rank, ...(onProgress && { onProgress }) });
+  startup?.end("kernels");
   const waits = new Waits(context, streams.compute.stream, () => signal?.throwIfAborted());
   const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled: () => waits.settled() });
   waits.add(() => comm.check());
   const steps = new Steps(context, streams.compute.stream, { graph: settings.graph !== false && !profile });
   const bind = binder({ plan, rank, program, context, arenas, kernels });
   const bounds = new RowBounds(context, program, arenas);
-  const rankDevice = new CudaRankDevice({ context, streams, arenas, steps, waits, bind });
+  const weights = new Weights({ plan, context, streams, kernels });
+  const rankDevice = new CudaRankDevice({ context, streams, arenas, steps, waits, weights, bind });
   /** A step has begun and not completed: pending work may never complete. */
   let broken = false;
 
@@ -139,6 +146,9 @@ function deviceOf({ rank, device }: CudaSettings): CudaDevice {
   );
 }
 
-/** Returns the ids of all kernels of a program. */
+/** Returns the ids of all kernels of a program, and of the runtime. */
 const kernelsOf = (program: Program): Set<string> =>
-  new Set(instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel, ...(i.first_kernel ? [i.first_kernel] : [])] : [])));
+  new Set([
+    WEIGHTS,
+    ...instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [i.kernel, ...(i.first_kernel ? [i.first_kernel] : [])] : [])),
+  ]);

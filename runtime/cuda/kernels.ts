@@ -5,15 +5,16 @@
 
 import { createHash } from "node:crypto";
 import { readFileSync, renameSync, writeFileSync } from "node:fs";
-import { availableParallelism, homedir } from "node:os";
+import { availableParallelism, homedir, totalmem } from "node:os";
 import { join } from "node:path";
 import { entryOf, sourceOf } from "../../schemas/lookup.ts";
 import type { Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder } from "../../schemas/writing.ts";
+import { type CompilePool, openCompilePool } from "./compilePool.ts";
 import type { Context, CudaDevice, KernelFunction } from "./driver.ts";
-import { compileBeside, nvrtcVersion } from "./nvrtc.ts";
+import { nvrtcVersion } from "./nvrtc.ts";
 
 /** The options of NVRTC and nvcc for all sources, in addition to the architecture. */
 export const compileOptions = ["--std=c++17"] as const;
@@ -66,7 +67,14 @@ export async function loadKernels(
     ids,
     files,
     rank,
-  }: { readonly plan: Plan; readonly ids: ReadonlySet<string>; readonly files: KernelFiles; readonly rank: number },
+    onProgress,
+  }: {
+    readonly plan: Plan;
+    readonly ids: ReadonlySet<string>;
+    readonly files: KernelFiles;
+    readonly rank: number;
+    readonly onProgress?: (line: string) => void;
+  },
 ): Promise<LoadedKernels> {
   const arch = archFor(plan, context.device);
   const used = plan.kernels.filter((k) => ids.has(k.id));
@@ -75,8 +83,18 @@ export async function loadKernels(
   const modules = new Map<string, ReturnType<Context["load"]>>();
   const entries = new Map<string, KernelFunction>();
 
+  const pool = openCompilePool(mostCompilers());
+  let made = 0;
+  const compile: Compile = async (source, options) => {
+    onProgress?.(`compiling kernels with NVRTC: ${made} done; they are kept in ${cacheFolder()}`);
+    const image = await pool.compile(source, options);
+    made++;
+    return image;
+  };
+
   async function load(kernel: Kernel): Promise<void> {
-    const image = (kernel.cubin && files.cubin?.(kernel.cubin.file)) ?? (await compiled(kernel, arch, files.source(sourceOf(kernel).file)));
+    const known = kernel.cubin && files.cubin?.(kernel.cubin.file);
+    const image = known ?? (await compiled(kernel, arch, files.source(sourceOf(kernel).file), compile));
     await naming(kernel, () => {
       const module = context.load(image);
       modules.set(kernel.id, module);
@@ -92,7 +110,8 @@ export async function loadKernels(
   const work = async (): Promise<void> => {
     for (let kernel = queue.shift(); kernel; kernel = queue.shift()) await load(kernel);
   };
-  const workers = await Promise.allSettled(Array.from({ length: Math.min(availableParallelism(), queue.length) }, work));
+  const workers = await Promise.allSettled(Array.from({ length: Math.min(mostCompilers(), queue.length) }, work));
+  pool.close();
   for (const w of workers) if (w.status === "rejected") throw w.reason;
 
   return {
@@ -131,7 +150,11 @@ export function named(kernel: Kernel, error: unknown): unknown {
   return error instanceof Trouble ? new Trouble(message, error.fix, error.exit) : new Error(message, { cause: error });
 }
 
-async function compiled(kernel: Kernel, arch: string, source: string): Promise<Uint8Array> {
+type Compile = CompilePool["compile"];
+/** A process of NVRTC takes about 200 MB. */
+const mostCompilers = (): number => Math.max(1, Math.min(availableParallelism(), Math.floor(totalmem() / 2 ** 29)));
+
+async function compiled(kernel: Kernel, arch: string, source: string, compile: Compile): Promise<Uint8Array> {
   const { version } = nvrtcVersion();
   const digest = createHash("sha256")
     .update(JSON.stringify([version, arch, compileOptions, source]))
@@ -139,7 +162,7 @@ async function compiled(kernel: Kernel, arch: string, source: string): Promise<U
   const path = join(cacheFolder(), `${digest}.cubin`);
   const known = cached(path);
   if (known) return known;
-  const image = await naming(kernel, () => compileBeside(source, { arch, name: sourceOf(kernel).file, options: compileOptions }));
+  const image = await naming(kernel, () => compile(source, { arch, name: sourceOf(kernel).file, options: compileOptions }));
   keep(path, image);
   return image;
 }

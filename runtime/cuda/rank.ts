@@ -9,6 +9,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks, RankDevice } from "../backend.ts";
 import { type Env, ordinalOf, placeOf, type RankPlace } from "../launch/rankPlace.ts";
 import { join, launcherOf, type Meeting, timesOf } from "../launch/rendezvous.ts";
+import type { StartupClock } from "../startup.ts";
 import { openCuda } from "./backend.ts";
 import { driver } from "./driver.ts";
 import type { KernelFiles } from "./kernels.ts";
@@ -21,6 +22,8 @@ export interface RankSettings {
   readonly version: string;
   readonly graph?: boolean;
   readonly profile?: boolean;
+  readonly startup?: StartupClock;
+  readonly onProgress?: (line: string) => void;
 }
 
 /** Opens the rank of this process. Throws a Trouble if the environment has no rank and the plan has more than one. */
@@ -65,6 +68,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
   const backend: RankDevice = {
     zeroGradients: () => own.zeroGradients(),
     write: (buffer, copy, data) => own.write(buffer, copy, data),
+    draw: (buffers, draw) => own.draw(buffers, draw),
     compute(i, copy, first) {
       meeting.report(i.id);
       own.compute(i, copy, first);

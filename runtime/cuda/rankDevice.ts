@@ -1,13 +1,14 @@
 /** Memory and kernels of one rank on a CUDA device. Calls are issued to the compute stream. */
 import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute } from "../../schemas/plan.ts";
-import type { CopyPiece, HostBlock, HostData, RankDevice } from "../backend.ts";
+import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice } from "../backend.ts";
 import { type CudaArenas, offsetPointer } from "./arenas.ts";
 import type { Context, Pinned } from "./driver.ts";
 import type { Steps } from "./graph.ts";
 import type { Bound } from "./launches.ts";
 import type { RankStreams } from "./streams.ts";
 import type { Waits } from "./waits.ts";
+import type { Weights } from "./weights.ts";
 
 /** What the rank device uses. */
 export interface RankDeviceParts {
@@ -16,6 +17,7 @@ export interface RankDeviceParts {
   readonly arenas: CudaArenas;
   readonly steps: Steps;
   readonly waits: Waits;
+  readonly weights: Weights;
   /** Binds an op to its kernel and its buffers in one activation copy; `first`: to `first_kernel`. */
   readonly bind: (i: Compute, copy: number, first: boolean) => Bound;
 }
@@ -66,6 +68,14 @@ export class CudaRankDevice implements RankDevice {
     streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, from, bytes, s));
   }
 
+  draw(buffers: readonly Buffer[], draw: NormalDraw): void {
+    const { arenas, weights } = this.#parts;
+    weights.draw(
+      buffers.map(({ id }) => arenas.place(id, 0)),
+      draw,
+    );
+  }
+
   async read(buffer: Buffer, copy: number): Promise<HostData> {
     const { context, streams, arenas, steps, waits } = this.#parts;
     if (steps.mode === "capture" || steps.mode === "replay")
@@ -98,8 +108,9 @@ export class CudaRankDevice implements RankDevice {
     context.destroyEvent(copied);
   }
 
-  /** Frees the pinned memory of reads. */
+  /** Frees the pinned memory of reads, and the tables of initial weights. */
   close(): void {
+    this.#parts.weights.close();
     for (const memory of this.#idle) this.#parts.context.unpin(memory);
   }
 

@@ -128,7 +128,8 @@ class TrainingLoop {
     this.#parameters = new Parameters(plan, this.#programs, localRanks);
     this.#schedule = trainingSchedule(plan.job, from?.progress);
     if (from) this.#parameters.restore(from);
-    else this.#parameters.initialize(checkpoint);
+    else if (checkpoint) this.#parameters.load(checkpoint);
+    else this.#parameters.initialize();
   }
 
   progress(): RunProgress {

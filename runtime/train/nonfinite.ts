@@ -51,7 +51,7 @@ export function stopAt(step: number, found: Nonfinite): StepFault {
   const debug = origin === undefined ? "; --debug-nonfinite names the instruction" : "";
   return new StepFault(
     `step ${step}: the ${names[metric]} is ${value}; the step changed no weights, and the run ends`,
-    `lower train.optimizer.lr or train.init_std, or clip gradients; train.on_nonfinite: skip continues without such steps${debug}`,
+    `lower train.optimizer.lr or train.init.std, or clip gradients; train.on_nonfinite: skip continues without such steps${debug}`,
     origin,
   );
 }
@@ -62,7 +62,7 @@ export const MOST_OVERFLOWS = 4;
 export const stopAtScale = (step: number, scale: number): StepFault =>
   new StepFault(
     `step ${step}: gradients overflowed in ${MOST_OVERFLOWS} steps in a row at the loss scale ${scale}, the smallest that train.loss_scale allows; no weights changed in them`,
-    "lower train.loss_scale (or its min), train.init_std or train.optimizer.lr, or train in bf16",
+    "lower train.loss_scale (or its min), train.init.std or train.optimizer.lr, or train in bf16",
   );
 
 /** Inspects a repeated step, instruction by instruction. */

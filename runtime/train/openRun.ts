@@ -14,6 +14,7 @@ import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
 import { type Opened, type OpenedCorpus, openCorpus } from "../data/corpus.ts";
 import { type HeldOut, heldOutOf } from "../data/heldOut.ts";
 import { openHeldOutSources, openSources } from "../data/sources.ts";
+import type { StartupClock } from "../startup.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 
@@ -25,6 +26,10 @@ export interface RunSettings {
   readonly graph?: boolean;
   /** rankc's version, the same in all processes of a run. */
   readonly version?: string;
+  /** Measures the parts of the start; see startup.ts. */
+  readonly startup?: StartupClock;
+  /** Receives a line about what takes long before the first step. */
+  readonly onProgress?: (line: string) => void;
   /** Record the times of instructions. A profiled run is slower. */
   readonly profile?: boolean;
   /** The backend. `cuda` runs one rank in this process, read from the environment. */
@@ -75,6 +80,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     corpus.close();
     throw error;
   });
+  settings.startup?.end("device");
   let lock: FolderLock | undefined;
   let saver: CheckpointSaver | undefined;
   const close = async (error?: Error): Promise<void> => {
@@ -100,6 +106,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       ...(watch && { watch }),
       whileComputing: (seconds) => saver?.prepare(200 * seconds),
     });
+    settings.startup?.end("weights");
     checkpoint?.close();
     from?.close();
     if (folder !== undefined) {
@@ -184,7 +191,13 @@ function chosenBy(resume: string, save: string | undefined): Chosen {
 
 async function openBackend(plan: Plan, settings: RunSettings): Promise<LocalRanks> {
   const { backend = "cpu", source = noSource, cubin, graph = true, profile = false, version = "", debugNonfinite = false } = settings;
-  return backends[backend].open(plan, { source, ...(cubin && { cubin }), version, profile, graph: graph && !debugNonfinite });
+  const { startup, onProgress } = settings;
+  return backends[backend].open(plan, {
+    ...{ source, version, profile, graph: graph && !debugNonfinite },
+    ...(cubin && { cubin }),
+    ...(startup && { startup }),
+    ...(onProgress && { onProgress }),
+  });
 }
 
 function noSource(file: string): never {

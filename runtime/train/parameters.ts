@@ -3,11 +3,11 @@ import type { Buffer, Parameter, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { elementsOf, numberInStage, rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { fillNormal } from "../../src/ops/philox.ts";
+import { keyOf } from "../../src/ops/philox.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
 import { checkpointState } from "../checkpoint/checkpointState.ts";
 import type { RankPrograms, StageProgram } from "../rankPrograms.ts";
-import { type Ranges, shardOf, shardRanges, visitRuns } from "../shards.ts";
+import { type Ranges, shardBox, shardOf, shardRanges, visitRuns } from "../shards.ts";
 
 /** A whole tensor on the host. */
 export interface Tensor {
@@ -35,11 +35,30 @@ export class Parameters {
     this.#localRanks = localRanks;
   }
 
-  /**
-   * Writes the weights of a checkpoint, or random ones of the job's seed. Writes one parameter after the other to all its ranks, so that
-   * one whole parameter at a time is in host memory.
-   */
-  initialize(checkpoint: WholeTensors | undefined): void {
+  /** Writes the initial weights of the job's seed. */
+  initialize(): void {
+    for (const rank of this.#localRanks.ranks)
+      for (const { name, init, buffer, master } of this.#programs.of(rank).program.parameters) {
+        const device = this.#localRanks.rankDevice(rank);
+        const shard = this.#programs.buffer(rank, buffer);
+        const buffers = master === buffer ? [shard] : [shard, this.#programs.buffer(rank, master)];
+        if (init.type !== "normal") {
+          const value = init.type === "ones" ? 1 : 0;
+          for (const b of buffers) device.write(b, 0, new Float32Array(elementsOf(b.shape)).fill(value));
+          continue;
+        }
+        const key = keyOf(this.#plan.job.train.seed, name);
+        // a distributed optimizer shards the main copy further than the copy that kernels read
+        const areEqual = buffers.every((b) => JSON.stringify(b.shardedBy) === JSON.stringify(shard.shardedBy));
+        const draw = (of: Buffer, equal: readonly Buffer[]): void =>
+          device.draw(equal, { key, std: init.std, box: shardBox(of.sizes, this.#ranges(of, rank)) });
+        if (areEqual) draw(shard, buffers);
+        else for (const b of buffers) draw(b, [b]);
+      }
+  }
+
+  /** Writes the weights of a checkpoint. Writes one parameter after the other to all its ranks, so that one whole parameter at a time is in host memory. */
+  load(checkpoint: WholeTensors): void {
     const all = new Map<string, { rank: number; parameter: Parameter }[]>();
     for (const rank of this.#localRanks.ranks)
       for (const parameter of this.#programs.of(rank).program.parameters)
@@ -49,8 +68,8 @@ export class Parameters {
       for (const { rank, parameter } of places)
         for (const id of new Set([parameter.buffer, parameter.master])) {
           const b = this.#programs.buffer(rank, id);
-          if (checkpoint) whole ??= checkpoint.read(name, b.sizes);
-          this.#localRanks.rankDevice(rank).write(b, 0, whole ? this.shardFor(whole, b, rank) : this.#initial(parameter, b, rank));
+          whole ??= checkpoint.read(name, b.sizes);
+          this.#localRanks.rankDevice(rank).write(b, 0, this.shardFor(whole, b, rank));
         }
     }
   }
@@ -105,15 +124,5 @@ export class Parameters {
 
   #ranges(b: Buffer, rank: number): Ranges {
     return shardRanges(this.#plan.mesh, b, numberInStage(this.#plan.mesh, rank));
-  }
-
-  #initial({ name, init }: Parameter, b: Buffer, rank: number): Float32Array {
-    const out = new Float32Array(elementsOf(b.shape));
-    if (init.type !== "normal") return out.fill(init.type === "ones" ? 1 : 0);
-    const { seed } = this.#plan.job.train;
-    visitRuns(b.sizes, this.#ranges(b, rank), (global, local, n) =>
-      fillNormal(out.subarray(local, local + n), seed, name, global, init.std),
-    );
-    return out;
   }
 }

@@ -9,7 +9,7 @@ import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { LocalRanks, RankDevice } from "../backend.ts";
+import type { LocalRanks, NormalDraw, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import { type BufferRange, type GpuArenas, type Limits, makeArenas } from "./arenas.ts";
@@ -17,6 +17,7 @@ import { type Bind, binder } from "./bindings.ts";
 import { webgpuComm } from "./comm.ts";
 import { type Commands, commandsOn, type Dispatch, type DispatchTiming } from "./commands.ts";
 import { type Host, openDevice } from "./device.ts";
+import { type DrawWeights, openWeights } from "./initialWeights.ts";
 import { type ComputePipeline, compileKernels, compiler, isNumber, uniformOf } from "./pipelines.ts";
 
 /** The local ranks on a WebGPU device. */
@@ -63,9 +64,13 @@ export async function webgpuOn(
     const arenas = ranks.map((r) => makeArenas(gpu, programs.of(r), r, { ...own, ...limits }));
     const place = (rank: number, b: Buffer, copy: number) => itemOf(arenas, rank, "rank").place(b, copy);
     const comm = await webgpuComm(plan, { gpu, commands, compile, bind, place });
+    const drawn = programs.stages.flatMap((s) => s.program.parameters.flatMap((p) => [s.buffer(p.buffer).dtype, s.buffer(p.master).dtype]));
+    const drawWeights = await openWeights({ gpu, commands, compile, bind }, new Set(drawn));
     // throws if an allocation failed
     await commands.finish();
-    const backends = arenas.map((own, r) => backendOf(plan, r, { program: programs.of(r).program, arenas: own, commands, kernels, bind }));
+    const backends = arenas.map((own, r) =>
+      backendOf(plan, r, { program: programs.of(r).program, arenas: own, commands, kernels, bind, drawWeights }),
+    );
     const bounds = ranks.flatMap((rank) =>
       programs.of(rank).program.bounds.map((limit) => ({ rank, limit, at: place(rank, programs.buffer(rank, limit.needed), 0) })),
     );
@@ -100,9 +105,10 @@ interface Own {
   readonly commands: Commands;
   readonly kernels: ReadonlyMap<string, readonly ComputePipeline[]>;
   readonly bind: Bind;
+  readonly drawWeights: DrawWeights;
 }
 
-function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernels, bind }: Own): RankDevice {
+function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernels, bind, drawWeights }: Own): RankDevice {
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const launches = new Map(plan.kernels.map((k) => [k.id, k]));
 
@@ -150,6 +156,9 @@ function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernel
     },
     write(b, copy, data) {
       commands.write(arenas.place(b, copy), encoded(b.dtype, data).words);
+    },
+    draw(own: readonly Buffer[], draw: NormalDraw) {
+      drawWeights(rank, own, draw, (b) => arenas.place(b, 0));
     },
     async read(b, copy) {
       const bytes = itemOf(await commands.read([arenas.place(b, copy)]), 0, "buffer that was read");

@@ -53,6 +53,16 @@ const Evaluation = z.strictObject({
 });
 
 /** train as written. */
+const InitText = z.strictObject({
+  std: factor.optional().describe("standard deviation; default 0.02"),
+  output_scaling: z
+    .enum(["none", "depth"])
+    .default("none")
+    .describe(
+      "depth: the standard deviation is divided by sqrt(2 x model.layers) for the matrices whose products are added to the residual stream (after attention, and after the activation, of experts too), as Megatron does",
+    ),
+});
+
 export const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),
@@ -90,16 +100,18 @@ export const TrainText = z.strictObject({
     ),
   recompute: Recompute.prefault({}).describe("what backward recomputes to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of initial weights, shuffling, dropout and jitter"),
-  init_std: factor.default(0.02).describe("standard deviation of the initial weights"),
+  init: InitText.prefault({}).describe("the normal distribution of the initial weights"),
+  init_std: factor.nullable().default(null).describe("the older name of init.std"),
   optimizer: OptimizerText.describe("optimizer and learning-rate schedule"),
 });
 
 /** train with every default filled in. */
-export const Train = TrainText.required({ global_batch: true }).extend({ optimizer: Optimizer });
+export const Train = TrainText.required({ global_batch: true }).extend({ init: InitText.required({ std: true }), optimizer: Optimizer });
 
 /** Fills in defaults that depend on other keys. `data`: the number of data replicas. */
 export function completeTrain(text: z.output<typeof TrainText>, data: number): z.output<typeof Train> {
-  const train = { ...text, global_batch: text.global_batch ?? text.micro_batch * data };
+  const init = { ...text.init, std: text.init.std ?? text.init_std ?? 0.02 };
+  const train = { ...text, init, global_batch: text.global_batch ?? text.micro_batch * data };
   return {
     ...train,
     loss_scale: train.precision === "fp16" ? (train.loss_scale ?? DynamicLossScale.parse({})) : train.loss_scale,

@@ -1,4 +1,5 @@
 /** Progress lines and metrics lines of a run. */
+import { type StartupSeconds, startupParts } from "../../schemas/startup.ts";
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 import { plural } from "../units.ts";
 import type { SaveSeconds } from "./runSaves.ts";
@@ -34,13 +35,24 @@ const addedBy = ({ aux_loss, expert_load }: StepResult): number | undefined => (
 /** Formats a loss scale; a power of two as `2^32`. */
 const scaleText = (scale: number): string => (Number.isInteger(Math.log2(scale)) ? `2^${Math.log2(scale)}` : String(scale));
 
-/** Formats a step as a JSON line of the metrics file. A non-finite number is null. */
-export function metricsLine(report: StepResult, { save_stall_seconds, save_seconds }: SaveSeconds = {}): string {
+/** Formats the parts of a start as a line. */
+export function startupLine(seconds: StartupSeconds): string {
+  const total = Object.values(seconds).reduce((a, b) => a + b, 0);
+  const parts = startupParts.map((part) => `${part.replace("_", " ")} ${seconds[part].toFixed(1)}`);
+  return `the first step was done after ${total.toFixed(1)} s: ${parts.join(", ")}`;
+}
+
+/** Formats a step as a JSON line of the metrics file. A non-finite number is null. `startup_seconds`: of the first step of a process. */
+export function metricsLine(
+  report: StepResult,
+  { save_stall_seconds, save_seconds }: SaveSeconds = {},
+  startup_seconds?: StartupSeconds,
+): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds } = report;
   const { loss_scale, skipped } = report;
   const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
   const times = { seconds, data_wait_seconds, save_stall_seconds, save_seconds };
-  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, ...times, loss_scale, skipped })}\n`;
+  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, ...times, loss_scale, skipped, startup_seconds })}\n`;
 }
 
 /** Formats seconds as `4.2 s`, `12 min`, `3 h 5 min` or `4 days`. */

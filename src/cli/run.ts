@@ -2,10 +2,12 @@
 import { type Command, Option } from "commander";
 import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
 import type { Saved } from "../../runtime/checkpoint/saver.ts";
+import { StartupClock } from "../../runtime/startup.ts";
 import type { EvaluationResult, Run, StepResult } from "../../runtime/train/loop.ts";
 import type { OpenRun, RunSettings } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
+import type { StartupSeconds } from "../../schemas/startup.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
 import { version } from "../version.ts";
@@ -125,6 +127,7 @@ async function runPlan(loaded: LoadedPlan, baseDir: string, options: RunOptions,
  */
 async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, exit: ProcessExit): Promise<number> {
   const { plan } = loaded;
+  const startup = new StartupClock();
   const [{ openRun }, { StepFault }, { SaveFault }, { evaluationLine, evaluationText }] = await Promise.all([
     import("../../runtime/train/openRun.ts"),
     import("../../runtime/train/nonfinite.ts"),
@@ -136,11 +139,14 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   // one process of several writes metrics; the folder may exist on its host alone
   const metricsHere = backends[options.backend].ranks === "all" || plan.mesh.world === 1 ? options.metrics : undefined;
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
+  startup.end("plan");
   const end = new RunEnd(options.timeLimit);
-  const run = await openRun(plan, settingsOf(loaded, baseDir, options)).catch((error: unknown) => {
-    end.close();
-    throw error;
-  });
+  const run = await openRun(plan, { ...settingsOf(loaded, baseDir, options), startup, onProgress: printProgress }).catch(
+    (error: unknown) => {
+      end.close();
+      throw error;
+    },
+  );
   end.watch(run);
   if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
@@ -156,7 +162,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
     printStderr(evaluationText(result));
   };
   try {
-    await trainSteps({ run, job: plan.job, steps, saves, end, totals, metrics, onEvaluation });
+    await trainSteps({ run, job: plan.job, steps, saves, end, totals, startup, metrics, onEvaluation });
     await saves.finish();
     if (totals.done > 0 && run.leads) endProgress();
     if (totals.done > 0) await writeResults(run, plan, options);
@@ -184,7 +190,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   if (!run.leads) return 0;
   if (endedBy)
     printStderr(`${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${totals.done} of ${steps} steps were done`);
-  await printResult({ ...totals.result(), endedBy, saved: saves.saved, evaluations }, options.format);
+  await printResult({ ...totals.result(), startup: startup.seconds(), endedBy, saved: saves.saved, evaluations }, options.format);
   return endedBy ? (reason?.code ?? OTHER_RANK_CODE) : 0;
 }
 
@@ -224,21 +230,24 @@ interface Training {
   readonly saves: RunSaves;
   readonly end: RunEnd;
   readonly totals: RunTotals;
+  readonly startup: StartupClock;
   readonly metrics: Lines | undefined;
   readonly onEvaluation: (result: EvaluationResult) => void;
 }
 
 /** Runs steps until the last, or until the ranks agree to stop. */
-async function trainSteps({ run, job, steps, saves, end, totals, metrics, onEvaluation }: Training): Promise<void> {
+async function trainSteps({ run, job, steps, saves, end, totals, startup, metrics, onEvaluation }: Training): Promise<void> {
   const before = run.progress().steps;
   if (before >= steps)
     throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
-  const { metricsLine, progressLine } = await import("./progress.ts");
+  const { metricsLine, progressLine, startupLine } = await import("./progress.ts");
   while (run.progress().steps < steps && run.mayBegin()) {
     const step = await run.step();
     totals.add(step);
+    const started = totals.done === 1 ? startup.end("first_step") : undefined;
+    if (run.leads && started) printStderr(startupLine(started));
     const seconds = await saves.afterStep(step.step);
-    metrics?.add(metricsLine(step, seconds));
+    metrics?.add(metricsLine(step, seconds, started));
     if (run.leads) printProgress(progressLine(step, steps, totals.pace));
     if (step.step < steps) await evaluateWithin(run, job, step.step, onEvaluation);
     end.afterStep(step.seconds, saves.saved?.seconds ?? 0);
@@ -281,13 +290,14 @@ interface RunResult {
   readonly skipped: number;
   readonly endedBy: string | undefined;
   readonly seconds: number;
+  readonly startup: StartupSeconds;
   readonly last: StepResult | undefined;
   readonly saved: Saved | undefined;
   readonly evaluations: readonly EvaluationResult[];
 }
 
 async function printResult(
-  { done, skipped, endedBy, seconds, last, saved, evaluations }: RunResult,
+  { done, skipped, endedBy, seconds, startup, last, saved, evaluations }: RunResult,
   format: RunOptions["format"],
 ): Promise<void> {
   const heldOut = Object.fromEntries(evaluations.map(({ part, ...result }) => [part, result]));
@@ -295,7 +305,7 @@ async function printResult(
     const checkpoint = { saved: saved?.folder, save_seconds: saved?.seconds, save_stall_seconds: saved?.stallSeconds };
     const { loss, mtp_loss } = last ?? {};
     const ended = { interrupted: endedBy !== undefined, ended_by: endedBy };
-    printJson({ steps: done, skipped, ...ended, seconds, loss, mtp_loss, ...checkpoint, ...heldOut });
+    printJson({ steps: done, skipped, ...ended, seconds, startup_seconds: startup, loss, mtp_loss, ...checkpoint, ...heldOut });
     return;
   }
   const { duration } = await import("./progress.ts");

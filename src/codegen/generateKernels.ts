@@ -5,14 +5,14 @@
 
 import { touchedBy } from "../../schemas/effects.ts";
 import { entryOf } from "../../schemas/lookup.ts";
-import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
+import { type Buffer, type Compute, type Instruction, type Kernel, type Program, WEIGHTS } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import { canonical } from "../plan/canonical.ts";
 import { sha256 } from "../plan/seal.ts";
-import type { KernelSpec } from "./kernelSpec.ts";
+import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
 import { planLaunch } from "./launchArgs.ts";
 import type { Target } from "./targets.ts";
 
@@ -59,7 +59,25 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     const evaluated = evaluation && { ...evaluation, chunks: evaluation.chunks.map((c) => block(c, 0)), step: block(evaluation.step, 0) };
     return { ...p, chunks, step: block(p.step, 1), ...(evaluated && { evaluation: evaluated }) };
   });
+  const made = target.weights?.(WEIGHTS);
+  if (made) {
+    const source = sourceFile(WEIGHTS, made, target, sources);
+    const launches = made.launches.map(planLaunch);
+    kernels.set(WEIGHTS, { ...{ id: WEIGHTS, op: WEIGHTS, dtypes: "", sizes: {}, attrs: {}, uses: 1, scratch: 0 }, source, launches });
+  }
   return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
+}
+
+/** Stores the source of a kernel, and returns its file and digest. */
+function sourceFile(
+  name: string,
+  { source }: GeneratedKernel,
+  target: Target,
+  sources: Map<string, string>,
+): NonNullable<Kernel["source"]> {
+  const file = `${name}.${target.suffix}`;
+  sources.set(file, source);
+  return { file, sha256: sha256(source) };
 }
 
 /**
@@ -113,8 +131,6 @@ function nameOf(spec: Omit<KernelSpec, "name">): string {
 
 function generateKernel(spec: KernelSpec, dims: readonly string[], target: Target, sources: Map<string, string>): Kernel {
   const made = target.generate(spec);
-  const file = `${spec.name}.${target.suffix}`;
-  if (made) sources.set(file, made.source);
   return {
     id: spec.name,
     op: spec.op,
@@ -123,7 +139,7 @@ function generateKernel(spec: KernelSpec, dims: readonly string[], target: Targe
     attrs: Object.fromEntries(Object.entries(spec.d).filter(([name]) => !dims.includes(name))),
     ...(spec.accumulates.size ? { accumulates: [...spec.accumulates] } : {}),
     uses: 0,
-    ...(made ? { source: { file, sha256: sha256(made.source) } } : {}),
+    ...(made ? { source: sourceFile(spec.name, made, target, sources) } : {}),
     scratch: made?.scratch ?? 0,
     launches: (made?.launches ?? []).map(planLaunch),
   };

@@ -22,6 +22,8 @@ export interface Target {
   readonly fuses?: true;
   /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
   generate(spec: KernelSpec): GeneratedKernel | undefined;
+  /** Returns the kernel of the runtime that writes initial weights, with this name; absent if the runtime needs none from the plan. */
+  readonly weights?: (name: string) => GeneratedKernel;
 }
 
 /** The target that runs the reference of each op. */
@@ -49,8 +51,15 @@ export async function loadTarget(text: string): Promise<Target> {
   if (kind === "cuda") {
     const arch = archs.find((a) => a === detail);
     if (arch) {
-      const { cudaKernels } = await import("./cuda/index.ts");
-      return { name: text, suffix: "cu", writesFirst: true, fuses: true, generate: (spec) => cudaKernels[spec.op](spec, arch) };
+      const [{ cudaKernels }, { weightsKernel }] = await Promise.all([import("./cuda/index.ts"), import("./cuda/weights.ts")]);
+      return {
+        name: text,
+        suffix: "cu",
+        writesFirst: true,
+        fuses: true,
+        generate: (spec) => cudaKernels[spec.op](spec, arch),
+        weights: weightsKernel,
+      };
     }
   }
   throw new Trouble(`there is no target ${text}`, `write one of ${targetNames.join(", ")}`);

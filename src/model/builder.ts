@@ -102,6 +102,9 @@ function sizesOf(job: Job): Readonly<Record<string, number>> {
   };
 }
 
+/** Weights whose products are added to the residual stream, or are on the way from there to it behind an activation. */
+const residualOutputs: ReadonlySet<string> = new Set(["wo", "w2", "shared.w2", "latent.up"]);
+
 /** Creates the module builder of a position. */
 export type ModuleBuilderAt = (position: number, prefix: string) => ModuleBuilder;
 
@@ -139,13 +142,15 @@ function moduleBuilder(job: Job, position: number, prefix: string, graph: ModelG
   const at = (name: string): string => prefix + name;
   const parameter = (name: string, dims: string, of: Pick<Leaf, "init" | "role" | "rule">, dtype: Value["dtype"] = type): LeafValue =>
     leaf(dims, { kind: "parameter", name: at(name), position, ...of }, dtype);
-  const normal = { type: "normal", std: train.init_std } as const;
+  const { std, output_scaling } = train.init;
+  const normal = { type: "normal", std } as const;
+  const scaled = output_scaling === "depth" ? ({ type: "normal", std: std / Math.sqrt(2 * job.model.layers) } as const) : normal;
   const constant = (type: "ones" | "zeros") => ({ role: "vector", init: { type, std: 0 } }) as const;
   return {
     ...{ job, position, prefix, ...graph, at, sample },
     random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
     input: (source, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name: inputName(source), position, source }, dtype),
-    weight: (name, dims) => parameter(name, dims, { role: "matrix", init: normal }),
+    weight: (name, dims) => parameter(name, dims, { role: "matrix", init: residualOutputs.has(name) ? scaled : normal }),
     vocabulary: (name, dims) => parameter(name, dims, { role: "vocabulary", init: normal }),
     gain: (name, dims) => parameter(name, dims, constant("ones")),
     bias: (name, dims) => parameter(name, dims, constant("zeros")),

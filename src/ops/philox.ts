@@ -1,6 +1,6 @@
 /**
  * Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four 32-bit words as a pure function of a
- * 128-bit counter and a 64-bit key. A value depends on seed, name and global index only, not on the rank that computes it.
+ * 128-bit counter and a 64-bit key. Random ops of a step use it: a value does not depend on the rank that computes it.
  */
 
 export type Words = [number, number, number, number];
@@ -33,31 +33,6 @@ export function keyOf(seed: number, name: string): readonly [number, number] {
   let hash = 0xcbf29ce484222325n;
   for (const byte of [...seedBytes, ...new TextEncoder().encode(name)]) hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
   return [Number(hash & 0xffffffffn), Number(hash >> 32n)];
-}
-
-/**
- * Fills `out[j]` with element `start + j` of the normal stream (seed, name) with mean 0. Element i is lane i % 4 of counter floor(i / 4);
- * lanes (0, 1) and (2, 3) are the cosine and the sine of one Box-Muller pair.
- */
-export function fillNormal(out: Float32Array, seed: number, name: string, start: number, std: number): void {
-  const [k0, k1] = keyOf(seed, name);
-  const words = new Uint32Array(4);
-  const lanes = new Float64Array(4);
-  for (let j = 0; j < out.length; ) {
-    const block = Math.floor((start + j) / 4);
-    philox(words, block % 2 ** 32, Math.floor(block / 2 ** 32), 0, 0, k0, k1);
-    boxMuller(lanes, 0, words[0]!, words[1]!);
-    boxMuller(lanes, 2, words[2]!, words[3]!);
-    for (let lane = start + j - 4 * block; lane < 4 && j < out.length; lane++, j++) out[j] = std * lanes[lane]!;
-  }
-}
-
-function boxMuller(lanes: Float64Array, at: number, x: number, y: number): void {
-  // (x + 0.5) / 2^32 is above 0, so its logarithm is finite
-  const radius = Math.sqrt(-2 * Math.log((x + 0.5) * 2 ** -32));
-  const angle = 2 * Math.PI * y * 2 ** -32;
-  lanes[at] = radius * Math.cos(angle);
-  lanes[at + 1] = radius * Math.sin(angle);
 }
 
 /** Returns bits 32 to 63 of a product of two 32-bit words, computed from 16-bit halves so that no partial sum reaches 2^32. */

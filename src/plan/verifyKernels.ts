@@ -2,7 +2,7 @@
 
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
-import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
+import { type Arg, type Buffer, type Compute, type Kernel, type Launch, type Plan, type TensorMap, WEIGHTS } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
@@ -12,6 +12,8 @@ import type { Mesh } from "../passes/mesh.ts";
 /** Throws a BrokenInvariant that names the kernel if kernels and instructions of a plan do not match. */
 export function verifyKernels({ programs, kernels, mesh, toolchain }: Plan): void {
   const byId = new Map(kernels.map((k) => [k.id, k]));
+  const isCuda = toolchain.target.startsWith("cuda:");
+  invariant(byId.has(WEIGHTS) === isCuda, () => `a plan for ${toolchain.target} has ${isCuda ? "the" : "no"} kernel ${WEIGHTS}`);
   invariant(byId.size === kernels.length, () => "two kernels have the same id");
   for (const k of kernels) verifyKernel(k, toolchain.target);
   const seen = new Set<string>();

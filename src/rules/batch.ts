@@ -134,14 +134,14 @@ export const batch = [
   }),
   rule({
     code: "B211",
-    title: "init_std is not above 0",
+    title: "init.std is not above 0",
     why: "If all weights are 0, all neurons of a layer get equal gradients and stay equal.",
     level: "error",
     *check({ train }) {
-      if (train.init_std >= SMALLEST) return;
-      yield { at: "train.init_std", found: `init_std ${train.init_std}`, fix: "0.02 is usual", tries: [{ "train.init_std": 0.02 }] };
+      if (train.init.std >= SMALLEST) return;
+      yield { at: "train.init.std", found: `init.std ${train.init.std}`, fix: "0.02 is usual", tries: [{ "train.init.std": 0.02 }] };
     },
-    bad: "train: {init_std: 0}",
+    bad: "train: {init: {std: 0}}",
   }),
   rule({
     code: "B212",
@@ -311,5 +311,22 @@ export const batch = [
       };
     },
     bad: "train: {loss_weighting: token}",
+  }),
+  rule({
+    code: "B240",
+    title: "init_std is the older name of init.std",
+    why: "The initial weights have a section of their own, train.init. The older key is still read where init.std is not given.",
+    level: "warning",
+    *check({ train }) {
+      if (train.init_std === null) return;
+      yield {
+        at: "train.init_std",
+        related: ["train.init.std"],
+        found: `init_std ${train.init_std}`,
+        fix: `write init: {std: ${train.init.std}}`,
+        tries: [{ "train.init_std": null, "train.init.std": train.init.std }],
+      };
+    },
+    bad: "train: {init_std: 0.02}",
   }),
 ] as const;

@@ -78,6 +78,7 @@ async function open(what: string, profile: boolean) {
   const own = localRanks.rankDevice(0);
   const device: typeof own = {
     zeroGradients: () => own.zeroGradients(),
+    draw: (buffers, draw) => own.draw(buffers, draw),
     read: (buffer, copy) => own.read(buffer, copy),
     compute(...[i, copy, first]: Parameters<typeof own.compute>) {
       limits.at(`${i.id} is issued`);

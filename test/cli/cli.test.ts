@@ -95,9 +95,14 @@ describe.concurrent("the command line", () => {
       .trimEnd()
       .split("\n")
       .map((line) => JSON.parse(line));
-    expect(lines.map((line) => Object.keys(line))).toEqual(
-      Array(2).fill(["step", "loss", "grad_norm", "lr", "tokens", "seconds", "data_wait_seconds"]),
-    );
+    const keys = ["step", "loss", "grad_norm", "lr", "tokens", "seconds", "data_wait_seconds"];
+    expect(lines.map((line) => Object.keys(line))).toEqual([[...keys, "startup_seconds"], keys]);
+    // the parts add up to the time from the begin of the process to the end of step 1, as the line on stderr says
+    const { startup_seconds: parts } = lines[0];
+    expect(Object.keys(parts)).toEqual(["plan", "device", "kernels", "weights", "first_step"]);
+    expect(parts.first_step).toBeGreaterThanOrEqual(lines[0].seconds);
+    const total = (Object.values(parts) as number[]).reduce((a, b) => a + b, 0);
+    expect(err).toContain(`the first step was done after ${total.toFixed(1)} s: plan ${parts.plan.toFixed(1)}, device `);
     expect(lines.map((line) => line.step)).toEqual([1, 2]);
     expect(existsSync(join(folder, "grads.safetensors"))).toBe(true);
   });

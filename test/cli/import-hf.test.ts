@@ -323,7 +323,8 @@ test("the text is a job file with its assumptions as comments", () => {
       global_batch: 8
       steps: 1000
       precision: bf16
-      init_std: 0.02
+      init:
+        std: 0.02
       optimizer:
         type: adamw
         lr: 0.0003

@@ -529,7 +529,9 @@ describe("public recipes", () => {
       train:
         global_batch: 128 # --global-batch-size
         steps: 500000 # --train-iters
-        init_std: 0.01 # --init-method-std: Megatron divides it by sqrt(2 x layers) for output matrices
+        init:
+          std: 0.01 # --init-method-std
+          output_scaling: depth # Megatron's default
         optimizer:
           lr: 1.0e-4 # --lr
           min_lr: 1.0e-5 # --min-lr

@@ -74,7 +74,7 @@ test.each([
   ["train.optimizer.lr", "B202"],
   ["train.optimizer.eps", "B208"],
   ["train.optimizer.clip", "B210"],
-  ["train.init_std", "B211"],
+  ["train.init.std", "B211"],
   ["model.norm.eps", "M310"],
   ["model.moe.router.scaling", "E422"],
 ])("%s: a positive number that is 0 as a float32 is refused", (key, code) => {

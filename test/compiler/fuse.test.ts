@@ -11,7 +11,7 @@ const jobWith = (model: object, parallel: object = {}, train: object = {}) =>
     name: "fused",
     model: { layers: 2, hidden: 32, ffn: 48, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...model },
     parallel,
-    train: { global_batch: 4, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+    train: { global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
     data: { path: "corpus.txt" },
   });
 const moe = { moe: { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05 } } };

@@ -108,7 +108,15 @@ const jobWith = (model: object, parallel: object = {}, train: object = {}): Job 
     name: "random",
     model: { layers: 2, hidden: 32, ffn: 48, heads: 4, kv_heads: 2, vocab: 256, seq: 16, ...model },
     parallel,
-    train: { micro_batch: 1, global_batch: 8, steps: 3, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2, eps: 1e-6 }, ...train },
+    train: {
+      micro_batch: 1,
+      global_batch: 8,
+      steps: 3,
+      precision: "fp32",
+      init: { std: 0.2 },
+      optimizer: { lr: 1e-2, eps: 1e-6 },
+      ...train,
+    },
     data: { path: "corpus.txt", order: "shuffled" },
   });
 const some = { dropout: { attention: 0.2, hidden: 0.1 }, moe };
@@ -144,7 +152,7 @@ test("losses depend on the seed; not on mesh, microbatches, ring or recomputatio
   // gradients of the embedding's dropout and of tensor parallelism without a cut sequence
   const dense = { dropout: { attention: 0.2, hidden: 0.3 } };
   near(await losses(jobWith(dense, { world: 2, tensor: 2, sequence: false })), await losses(jobWith(dense)));
-  const other = await losses(jobWith(some, {}, { seed: 99, init_std: 0.2 }));
+  const other = await losses(jobWith(some, {}, { seed: 99, init: { std: 0.2 } }));
   expect(other[0]).not.toBeCloseTo(want[0]!, 3);
   expect(await losses(jobWith({ moe: { ...moe, router: { ...moe.router, jitter: null } } }))).not.toEqual(want);
 });

@@ -97,7 +97,7 @@ const text = (model: object, parallel: Parallel, train: object = {}, data: objec
   model,
   parallel,
   train: {
-    ...{ micro_batch: 1, global_batch: SEQUENCES, steps: 2, precision: "fp32", init_std: 0.2 },
+    ...{ micro_batch: 1, global_batch: SEQUENCES, steps: 2, precision: "fp32", init: { std: 0.2 } },
     optimizer: adamw,
     ...train,
   },

@@ -23,7 +23,7 @@ const jobWith = (model: object = {}, parallel: object = {}, train: object = {}, 
     name: "ahead",
     model: { ...shape, ...model },
     parallel,
-    train: { ...{ micro_batch: 1, global_batch: 4, steps: 1, precision: "fp32", init_std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
+    train: { ...{ micro_batch: 1, global_batch: 4, steps: 1, precision: "fp32", init: { std: 0.2 } }, optimizer: { lr: 1e-2 }, ...train },
     data: { path: "corpus.txt", order: "shuffled", ...data },
   });
 

@@ -19,7 +19,7 @@ const jobWith = (optimizer: object, parallel: object = {}, train: object = {}): 
     name: "moves",
     model: { layers: 2, hidden: 32, ffn: 48, heads: 4, kv_heads: 2, vocab: 256, seq: 16, qkv_bias: true },
     parallel,
-    train: { global_batch: 4, steps: 5, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2, ...optimizer }, ...train },
+    train: { global_batch: 4, steps: 5, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2, ...optimizer }, ...train },
     data: { path: "corpus.txt", order: "shuffled" },
   });
 

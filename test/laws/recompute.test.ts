@@ -16,7 +16,7 @@ const jobWith = (recompute: object, parallel: object = {}, moe: object | null = 
       ...more,
     },
     parallel,
-    train: { global_batch: 8, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, recompute },
+    train: { global_batch: 8, steps: 2, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, recompute },
     data: { path: "corpus.txt" },
   });
 

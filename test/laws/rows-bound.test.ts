@@ -4,7 +4,7 @@ import { openRun } from "../../runtime/train/openRun.ts";
 import { compile } from "../../src/compile.ts";
 import { fixture, jobOf } from "../support/job.ts";
 
-const job = (rows_bound: number | "worst", more: object = { router: { balance: "none" } }, init_std = 0.3) =>
+const job = (rows_bound: number | "worst", more: object = { router: { balance: "none" } }, std = 0.3) =>
   jobOf({
     name: "bound",
     model: {
@@ -17,7 +17,7 @@ const job = (rows_bound: number | "worst", more: object = { router: { balance: "
       moe: { experts: 8, top_k: 2, ffn: 32, rows_bound, ...more },
     },
     parallel: { world: 4, expert: 4 },
-    train: { global_batch: 4, steps: 1, precision: "fp32", init_std, optimizer: { lr: 1e-3 } },
+    train: { global_batch: 4, steps: 1, precision: "fp32", init: { std }, optimizer: { lr: 1e-3 } },
     data: { path: "corpus.txt" },
   });
 

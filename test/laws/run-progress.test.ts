@@ -31,7 +31,7 @@ const jobWith = (model: object, parallel: object, train: object): Job =>
     model: { ...shape, ...model },
     parallel,
     // by SGD a rounding stays as small as it was; Adam makes a whole step of the smallest gradient
-    train: { micro_batch: 1, steps: 8, precision: "fp32", init_std: 0.2, optimizer: { type: "sgd", lr: 0.05 }, ...train },
+    train: { micro_batch: 1, steps: 8, precision: "fp32", init: { std: 0.2 }, optimizer: { type: "sgd", lr: 0.05 }, ...train },
     data: { path: "corpus.txt", order: "shuffled" },
   });
 

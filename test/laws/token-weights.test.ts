@@ -36,7 +36,7 @@ const jobWith = (labels: string | null, by: string, model: object = {}): Job =>
     name: "learning",
     model: { layers: 1, hidden: 16, ffn: 24, heads: 2, vocab: 256, seq: 8, ...model },
     train: {
-      ...{ micro_batch: 2, global_batch: 6, steps: 1, precision: "fp32", init_std: 0.2, loss_weighting: by },
+      ...{ micro_batch: 2, global_batch: 6, steps: 1, precision: "fp32", init: { std: 0.2 }, loss_weighting: by },
       optimizer: { lr: 1e-2 },
     },
     data: { path: "corpus.txt", order: "shuffled", labels },

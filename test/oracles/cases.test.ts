@@ -26,7 +26,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 const textOf = (name: string): string => readFileSync(fixture(`cases/${name}.yaml`), "utf8");
 const base = textOf("base-moe");
 /** Step 1 of the base job on any mesh. */
-const baseNumbers = { loss: 6.2860265, aux_loss: 0.704159, grad_norm: 3.247716 };
+const baseNumbers = { loss: 6.24434, aux_loss: 0.650381, grad_norm: 3.465614 };
 
 function jobFrom(text: string, sets: readonly string[] = []) {
   const { job, findings } = readJob(text, "job.yaml", sets);
@@ -118,7 +118,7 @@ test.each(["fp32", "bf16"])("nan, %s: the run ends at step 2, which changes noth
 });
 
 test("fp16-hopeless: the run ends with the reason", async () => {
-  const trouble = await troubleOf(base, ["train.precision=fp16", "train.loss_scale=1", "train.init_std=200"], 8);
+  const trouble = await troubleOf(base, ["train.precision=fp16", "train.loss_scale=1", "train.init.std=200"], 8);
   expect(trouble).toMatchObject({ exit: 2, message: expect.stringMatching(/^step \d: the loss is NaN; /) });
 });
 
@@ -133,7 +133,7 @@ describe("resume", () => {
   };
 
   test("resume-other-model, unchanged: step 11 continues the run", async () => {
-    expect((await stepsOf(base, [...parts, ...train], 1, await from()))[0]!.loss).toBeCloseTo(3.0788, 4);
+    expect((await stepsOf(base, [...parts, ...train], 1, await from()))[0]!.loss).toBeCloseTo(3.17185, 4);
   });
 
   test.each([
@@ -160,7 +160,7 @@ test.each([
   { share: "10 %", inTen: 1 },
   { share: "none", inTen: 0 },
 ])(
-  "token-weighting, $share of the tokens labelled: the auxiliary loss is 0.4004 x tokens / labels, and a warning says so",
+  "token-weighting, $share of the tokens labelled: the auxiliary loss is 0.35102 x tokens / labels, and a warning says so",
   async ({ inTen }) => {
     const labels = labelsBeside(fixture("corpus.txt"), (ids) => Int32Array.from(ids, (id, i) => (i % 10 < inTen ? id : IGNORED)));
     const sets = ["model.layers=2", "data.order=sequential", "train.loss_weighting=token", `data.labels=${labels.path}`];
@@ -170,7 +170,7 @@ test.each([
       );
       const [step] = await stepsOf(base, sets);
       if (inTen === 0) expect(step).toMatchObject({ loss: 0, aux_loss: 0, grad_norm: 0, labels: 0 });
-      else expect((step!.aux_loss * step!.labels!) / step!.tokens).toBeCloseTo(0.4004, 4);
+      else expect((step!.aux_loss * step!.labels!) / step!.tokens).toBeCloseTo(0.35102, 4);
     } finally {
       labels.remove();
     }

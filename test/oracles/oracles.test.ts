@@ -135,7 +135,7 @@ const flags: Readonly<Record<string, readonly [key: string, value: (text: string
   "micro-batch-size": ["train.micro_batch", number],
   "global-batch-size": ["train.global_batch", number],
   "train-iters": ["train.steps", number],
-  "init-method-std": ["train.init_std", number],
+  "init-method-std": ["train.init.std", number],
   bf16: ["train.precision", () => "bf16"],
   lr: ["train.optimizer.lr", number],
   "min-lr": ["train.optimizer.min_lr", number],

@@ -61,7 +61,7 @@ const jobWith = (parallel: object, train: object = {}, model: object = {}): Job 
       global_batch: 16,
       steps: 6,
       precision: "fp32",
-      init_std: 0.2,
+      init: { std: 0.2 },
       optimizer: { lr: 5e-3, eps: 1e-6, warmup_steps: 3 },
       ...train,
     },

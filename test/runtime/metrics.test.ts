@@ -21,7 +21,7 @@ const jobWith = (moe: object | null, parallel: object = {}, model: object = {}) 
       moe: moe && { experts: E, top_k: 2, ffn: 8, router, ...moe },
     },
     parallel,
-    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init_std: 0.3, optimizer: { lr: 1e-2 } },
+    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.3 }, optimizer: { lr: 1e-2 } },
     data: { path: "corpus.txt", order: "shuffled" },
   });
 

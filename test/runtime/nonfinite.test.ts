@@ -22,7 +22,7 @@ const planOf = (train: object = {}, parallel: object = {}, moe: object | null = 
       model: { layers: 2, hidden: 16, ffn: 24, heads: 2, vocab: 256, seq: 8, moe },
       parallel,
       train: {
-        ...{ micro_batch: 1, global_batch: 4, steps: 8, precision: "fp32", init_std: 0.2 },
+        ...{ micro_batch: 1, global_batch: 4, steps: 8, precision: "fp32", init: { std: 0.2 } },
         // a schedule advances by updates alone
         ...{ optimizer: { lr: 1e-2, schedule: "linear", decay_steps: 8 }, ...train },
       },

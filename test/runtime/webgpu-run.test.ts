@@ -25,7 +25,7 @@ const jobWith = (parallel: object, more: object = {}, train: object = {}, data: 
     name: "webgpu",
     model: { ...model, ...more },
     parallel,
-    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
     // where the text begins, sequences are one letter over and over: equals, among which rounding would choose
     data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled", ...data },
   });

@@ -48,7 +48,7 @@ export const planOf = (parallel: object, over: object = {}, train: object = {}):
       name: "stand-in",
       model: { ...model, ...over },
       parallel,
-      train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", init_std: 0.2, optimizer: { lr: 1e-2 }, ...train },
+      train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
       data: { path: "corpus.txt" },
     }),
     { target: { ...cpu, writesFirst: true } },

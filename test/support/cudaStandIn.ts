@@ -13,11 +13,13 @@ import { vi } from "vitest";
 import { cubinFile } from "../../runtime/cuda/kernels.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
 import { bytesOf, typedMemory } from "../../schemas/dtypes.ts";
-import type { Buffer, Compute, Kernel, Launch, Plan } from "../../schemas/plan.ts";
+import { type Buffer, type Compute, type Kernel, type Launch, type Plan, WEIGHTS } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { weightsKernel } from "../../src/codegen/cuda/weights.ts";
 import { attributeOf, neededRows, planLaunch, rowIndex, startOf } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
+import { drawElements } from "../../src/ops/normalDraw.ts";
 import { fixture } from "./job.ts";
 
 const cc = process.env.CC ?? "cc";
@@ -132,7 +134,35 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const sha256 = createHash("sha256").update(k.id).digest("hex");
     return { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
   });
-  return { plan: { ...plan, kernels, toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
+  serve[`${WEIGHTS}_draw`] = drawByReference;
+  const sha256 = createHash("sha256").update(WEIGHTS).digest("hex");
+  const weights: Kernel = {
+    ...{ id: WEIGHTS, op: WEIGHTS, dtypes: "", sizes: {}, attrs: {}, uses: 1, scratch: 0, source: { file: `${WEIGHTS}.cu`, sha256 } },
+    launches: weightsKernel(WEIGHTS).launches.map(planLaunch),
+  };
+  return { plan: { ...plan, kernels: [...kernels, weights], toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
+}
+
+/** The parameters of a draw: tables and outputs of 4 and of 2 bytes an element, then the numbers of the shard, and the key. */
+function drawByReference(params: DataView): void {
+  const [table = 0n, out = 0n, table16 = 0n, out16 = 0n] = [0, 8, 16, 24].map((at) => params.getBigUint64(at, true));
+  const [rows = 0, height = 0, width = 0, rowStride = 0, planeStride = 0, low = 0, high = 0, key0 = 0, key1 = 0] = Array.from(
+    { length: 9 },
+    (_, n) => params.getUint32(32 + 4 * n, true),
+  );
+  for (let row = 0; row < rows; row++) {
+    const start = high * 2 ** 32 + low + Math.floor(row / height) * planeStride + (row % height) * rowStride;
+    const at = row * width;
+    if (out)
+      drawElements(new Int32Array(bytesAt(out + BigInt(4 * at), 4 * width)), new Int32Array(bytesAt(table, 4 << 15)), [key0, key1], start);
+    if (out16)
+      drawElements(
+        new Uint16Array(bytesAt(out16 + BigInt(2 * at), 2 * width)),
+        new Uint16Array(bytesAt(table16, 2 << 15)),
+        [key0, key1],
+        start,
+      );
+  }
 }
 
 function byReference(

@@ -95,7 +95,7 @@ export function importHf(
       global_batch: 8,
       steps: 1000,
       precision: "bf16",
-      init_std: initStd,
+      init: { std: initStd },
       optimizer: { type: "adamw", lr: 3e-4, min_lr: 3e-5, warmup_steps: 100, decay_steps: 1000, schedule: "cosine" },
     },
     data: { path: "corpus.txt", tokenizer: "bytes" },

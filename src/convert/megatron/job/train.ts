@@ -22,8 +22,8 @@ export function putTrain({ args, job }: Importing, data: number): void {
   putPrecision({ args, job });
   putRecompute({ args, job });
   job.put("train.seed", args.number("seed"), ["seed"]);
-  const remark = args.has("init-method-std") ? "Megatron divides it by sqrt(2 x layers) for output matrices" : undefined;
-  job.put("train.init_std", args.number("init-method-std"), ["init-method-std"], remark);
+  job.put("train.init.std", args.number("init-method-std"), ["init-method-std"]);
+  job.put("train.init.output_scaling", "depth", [], "Megatron's default");
   putOptimizer({ args, job });
   putRates({ args, job }, batch, length);
 }
