@@ -1,7 +1,9 @@
 /** The registry of backends: `run`, `doctor` and the library read it. A backend is a row; its modules are imported when it is opened. */
 import type { Plan } from "../schemas/plan.ts";
 import type { LocalRanks } from "./backend.ts";
+import type { CheckList } from "./checkList.ts";
 import type { StartupClock } from "./startup.ts";
+import type { Survey } from "./webgpu/probe.ts";
 
 /** What `open` of a backend receives. */
 export interface OpenSettings {
@@ -29,6 +31,8 @@ export interface BackendRow {
   readonly ranks: "all" | "one";
   /** The default target of a job; null if it depends on the device, and the fix for that. */
   readonly target: { readonly name: string } | { readonly name: null; readonly found: string; readonly fix: string };
+  /** Adds the checks of `rankc doctor` for this backend. Returns the adapter of WebGPU. */
+  readonly check: (list: CheckList) => Promise<Survey | undefined>;
   /** Opens the ranks of this process. Throws a Trouble if the device, a driver or a library is missing. */
   readonly open: (plan: Plan, settings: OpenSettings) => Promise<LocalRanks>;
   /** Returns how to end a process whose device calls may never return; absent if the process ends by itself. */
@@ -40,12 +44,14 @@ const rows = {
     description: "all ranks in this process",
     ranks: "all",
     target: { name: "cpu" },
+    check: async (list) => void (await import("./cpu/checks.ts")).checkCpu(list),
     open: async (plan, { profile }) => (await import("./cpu/backend.ts")).openCpu(plan, { profile }),
   },
   webgpu: {
     description: "all ranks in this process, on one adapter",
     ranks: "all",
     target: { name: "webgpu" },
+    check: async (list) => (await import("./webgpu/checks.ts")).checkWebgpu(list),
     open: async (plan, { source, profile }) => (await import("./webgpu/dawn.ts")).openWebgpu(plan, { kernel: source }, { profile }),
   },
   cuda: {
@@ -55,6 +61,7 @@ const rows = {
       ...{ name: null, found: "a job for CUDA needs to know the GPU" },
       fix: "name its target, --target cuda:sm_90a for H100 and H200, or compile the job first",
     },
+    check: async (list) => void (await import("./cuda/checks.ts")).checkCuda(list),
     open: async (plan, { source, cubin, ...how }) => {
       const files = { source, ...(cubin && { cubin }) };
       return (await import("./cuda/rank.ts")).openRank(plan, { files, env: process.env, ...how });

@@ -83,6 +83,7 @@ function registerPrepare(data: Command, exit: ProcessExit): void {
       const prepared = await prepareDataset({
         ...{ inputs, prefix: options.out, tokenizer, encoding, end, documents: { border, key }, restart, overwrite },
         ...{ threads: Math.min(workers ?? availableParallelism(), 4 * availableParallelism()), signal: stop.signal, onProgress },
+        onWarning: (warning) => printStderr(`warning: ${warning}`),
       });
       if (printed > 0) endProgress();
       if (prepared.stopped) {

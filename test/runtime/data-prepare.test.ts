@@ -277,3 +277,19 @@ test("the command prints what it wrote, and inspect shows sizes, lengths and dec
   const missing = await rankc("data", "inspect", at("nothing"));
   expect([missing.exit, missing.err]).toEqual([2, expect.stringContaining("nothing.idx does not exist")]);
 });
+
+test("a text whose first line is a JSON record gives a warning; text in braces, JSON without text and .jsonl do not", async () => {
+  const record = '{"text": "one"}\n{"text": "two"}\n';
+  const inputs = [
+    written("records.txt", record),
+    written("records.txt.gz", gzipSync(record)),
+    written("braces.txt", "{ not JSON }\n"),
+    written("numbers.txt", '{"n": 1}\n'),
+    written("records.jsonl", record),
+  ];
+  const warnings: string[] = [];
+  const { documents } = await prepare(inputs, "warned", { onWarning: (warning) => warnings.push(warning) });
+  expect(documents).toBe(6);
+  expect(warnings.map((warning) => warning.replaceAll(folder, "DIR").split(":")[0])).toEqual(["DIR/records.txt", "DIR/records.txt.gz"]);
+  expect(warnings[0]).toContain("Rename it to .jsonl");
+});

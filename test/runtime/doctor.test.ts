@@ -4,11 +4,12 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, test, vi } from "vitest";
+import type { DiagnoseSettings } from "../../runtime/checkList.ts";
 import { type Context, driver, packParams } from "../../runtime/cuda/driver.ts";
 import { findLibrary, koffi, openLibrary } from "../../runtime/cuda/libraries.ts";
 import { joinCommunicator, ncclVersion, turnMulticastOff, uniqueId } from "../../runtime/cuda/nccl.ts";
 import { compile, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
-import { type DiagnoseSettings, type Diagnosis, diagnose, printDiagnosis } from "../../runtime/doctor.ts";
+import { type Diagnosis, diagnose, printDiagnosis } from "../../runtime/doctor.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { fixture } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
@@ -154,9 +155,11 @@ describe("the diagnosis", () => {
       expect(found).toContain(word);
   });
 
-  test("no adapter is a failure of WebGPU alone; the exit says whether CUDA is ready", async () => {
+  test("no adapter is a failure of WebGPU alone; doctor exits with 3 only if the requested backend does not work", async () => {
     const { exit, ...diagnosis } = await asked(nowhere);
-    expect(exit).toBe(diagnosis.verdict === "ready" ? 0 : 3);
+    expect(exit).toBe(0);
+    expect((await rankc("doctor", "--backend", "cpu")).exit).toBe(0);
+    expect((await rankc("doctor", "--backend", "webgpu")).exit).toBe(diagnosis.works.webgpu ? 0 : 3);
     expect(diagnosis.verdict === "ready").toBe(diagnosis.works.cuda);
     expect(diagnosis.checks.map(({ name }) => name)).toEqual((await of()).checks.map(({ name }) => name));
     if (process.platform !== "linux") return;

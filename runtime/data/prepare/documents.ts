@@ -72,9 +72,9 @@ type SourceStep = { readonly source: DocumentSource; readonly at: number; readon
 
 async function* sourcesOf(input: InputFile, rules: DocumentRules, start: { at: number; lines: number }): AsyncGenerator<SourceStep> {
   const { path } = input;
-  const name = path.replace(/\.(gz|zst)$/i, "");
-  if (/\.parquet$/i.test(name)) return yield* parquetSources(input, rules.key, start.at);
-  const kind = /\.(jsonl|ndjson|json)$/i.test(name) ? "json" : rules.border;
+  const reader = readerOf(path);
+  if (reader === "parquet") return yield* parquetSources(input, rules.key, start.at);
+  const kind = reader === "json" ? "json" : rules.border;
   expectReadable(input, kind === "json");
   let { at, lines } = start;
   for await (const { bytes, read } of cutAt(plainBytes(input, at), kind, path)) {
@@ -83,6 +83,33 @@ async function* sourcesOf(input: InputFile, rules: DocumentRules, start: { at: n
     at += bytes.length;
     lines += lineEnds(bytes);
     yield { source: { kind, path, line, bytes }, at, lines, read };
+  }
+}
+
+/** Returns the reader of a file, which its name decides. */
+function readerOf(path: string): "parquet" | "json" | "text" {
+  const name = path.replace(/\.(gz|zst)$/i, "");
+  return /\.parquet$/i.test(name) ? "parquet" : /\.(jsonl|ndjson|json)$/i.test(name) ? "json" : "text";
+}
+
+/** Returns whether a file that is read as text has JSON records: its first line is one, with a string in it. */
+export async function hasJsonLines(path: string): Promise<boolean> {
+  if (readerOf(path) !== "text") return false;
+  const input = openInput(path, "the corpus", "paths start at the current folder");
+  try {
+    for await (const { bytes } of plainBytes(input, 0))
+      return isRecord(Buffer.from(bytes).toString("utf8").trimStart().split("\n", 1)[0] ?? "");
+  } finally {
+    input.close();
+  }
+  return false;
+}
+function isRecord(line: string): boolean {
+  if (!line.startsWith("{")) return false;
+  try {
+    return Object.values(JSON.parse(line) as object).some((value) => typeof value === "string");
+  } catch {
+    return false;
   }
 }
 

@@ -10,7 +10,7 @@ import { fileStamp, isThere, listFiles, readWhole } from "../inputFile.ts";
 import { openTokenizer } from "../tokenizers/openTokenizer.ts";
 import type { Tokenizer } from "../tokenizers/tokenizer.ts";
 import type { DatasetDescription } from "./description.ts";
-import { type DocumentBlock, type DocumentRules, documentBlocks } from "./documents.ts";
+import { type DocumentBlock, type DocumentRules, documentBlocks, hasJsonLines } from "./documents.ts";
 import { idTypeOf } from "./indexFile.ts";
 import { PartialDataset } from "./partialDataset.ts";
 import type { TokenizedBlock } from "./tokenizeBlock.ts";
@@ -32,6 +32,8 @@ export interface PrepareSettings {
   /** Stops after the current block; a later call goes on there. */
   readonly signal: AbortSignal;
   readonly onProgress: (progress: PrepareProgress) => void;
+  /** Receives what is probably a mistake, before the work starts. */
+  readonly onWarning?: (warning: string) => void;
 }
 /** Where the work stands. `share`: of the bytes of all corpora. */
 export interface PrepareProgress {
@@ -66,6 +68,11 @@ export async function prepareDataset(settings: PrepareSettings): Promise<Prepare
   const vocab = Math.max(tokenizer.vocab, (end ?? 0) + 1);
   const dtype = idTypeOf(vocab);
   const paths = corporaOf(settings.inputs);
+  for (const path of paths)
+    if (await hasJsonLines(path))
+      settings.onWarning?.(
+        `${path}: its first line is a JSON record, but its name is that of a text: keys and quotes become tokens, too. Rename it to .jsonl to use the text of each record`,
+      );
   const stamps = paths.map(fileStamp);
   const tokenizerDigest = name === "bytes" ? "" : createHash("sha256").update(digestOf(name)).digest("hex");
   const partial = new PartialDataset(
