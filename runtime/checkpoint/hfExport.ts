@@ -31,7 +31,7 @@ interface Part {
 }
 
 /** Returns the tensors of a checkpoint in the order of its parameters, so that each parameter is read once. */
-export function exportedTensors(model: Model, checkpoint: OpenCheckpoint, experts: ExpertNames): ExportedTensor[] {
+export function exportedTensors(model: Model, checkpoint: Pick<OpenCheckpoint, "has" | "slices">, experts: ExpertNames): ExportedTensor[] {
   const parts = new Map<string, Part[]>();
   for (const parameter of parametersOf(model)) {
     if (parameter.optional && !checkpoint.has(parameter.name)) continue;

@@ -1,55 +1,36 @@
 import { join, resolve } from "node:path";
-import { type Command, InvalidArgumentError, Option } from "commander";
+import type { Command } from "commander";
 import type { OpenCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
-import type { ExportedTensor } from "../../runtime/checkpoint/hfExport.ts";
-import type { ExportDtype } from "../../runtime/checkpoint/hfFolder.ts";
-import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import type { ExportedConfig } from "../convert/hf/exportConfig.ts";
-import { bytesText, plural } from "../units.ts";
-import { atLeastOne, withExamples } from "./options.ts";
-import { endProgress, printProgress, printStderr, printStdout, progressInterval } from "./output.ts";
+import { plural } from "../units.ts";
+import { configFor, dtypeNames, jsonText, type ModelOptions, progressOf, withModelOptions } from "./hfModel.ts";
+import { withExamples } from "./options.ts";
+import { printStderr, printStdout } from "./output.ts";
 import { expectWritable } from "./outputFiles.ts";
-import { duration } from "./progress.ts";
 
-interface ExportOptions {
+interface ExportOptions extends ModelOptions {
   readonly out: string;
-  readonly dtype?: keyof typeof dtypeNames;
-  readonly fused?: true;
-  readonly family?: string;
-  readonly maxShard: number;
-  readonly maxPositions?: number;
   readonly tokenizer?: string;
   readonly every?: true;
 }
 
-/** The element types by option: rankc's name, and PyTorch's for config.json. */
-const dtypeNames = {
-  bf16: { own: "bf16", torch: "bfloat16" },
-  fp16: { own: "f16", torch: "float16" },
-  fp32: { own: "f32", torch: "float32" },
-} as const satisfies Record<string, { own: ExportDtype; torch: string }>;
-
 /** Registers `export hf`: writes the weights of a checkpoint as a folder that Hugging Face transformers reads. */
 export function registerExport(program: Command): void {
   withExamples(
-    program
-      .command("export")
-      .description("convert the result of a run for other tools")
-      .command("hf")
-      .description("write the weights of a checkpoint as a folder for from_pretrained of Hugging Face, vLLM and llama.cpp")
-      .argument("<checkpoint>", "a checkpoint, or a folder of checkpoints (the newest is used)")
-      .requiredOption(
-        "-o, --out <dir>",
-        "the folder to write; a name that ends in .safetensors: one file in fp32 without a config, of any model",
-      )
-      .addOption(new Option("--dtype <dtype>", "the type of the weights (default: bf16)").choices(Object.keys(dtypeNames)))
-      .option("--fused", "one tensor for all experts of a layer, as transformers 5 has them in memory, instead of one for each expert")
-      .option("--family <type>", "the model_type of the config (default: the first that describes the model)")
-      .option("--max-shard <size>", "the most bytes of a file: 5GB, 500MB", sizeInBytes, 5e9)
-      .option("--max-positions <n>", "max_position_embeddings of the config (default: model.seq)", atLeastOne)
-      .option("--tokenizer <path>", "the tokenizer, a file or its folder (default: data.tokenizer of the job, if it is there)")
-      .option("--every", "export every checkpoint of the folder, each to a folder of its step, and each new one while a run saves there"),
+    withModelOptions(
+      program
+        .command("export")
+        .description("convert the result of a run for other tools")
+        .command("hf")
+        .description("write the weights of a checkpoint as a folder for from_pretrained of Hugging Face, vLLM and llama.cpp")
+        .argument("<checkpoint>", "a checkpoint, or a folder of checkpoints (the newest is used)")
+        .requiredOption(
+          "-o, --out <dir>",
+          "the folder to write; a name that ends in .safetensors: one file in fp32 without a config, of any model",
+        )
+        .option("--tokenizer <path>", "the tokenizer, a file or its folder (default: data.tokenizer of the job, if it is there)")
+        .option("--every", "export every checkpoint of the folder, each to a folder of its step, and each new one while a run saves there"),
+    ),
     "export hf checkpoints/ -o model/",
     "export hf checkpoints/step-00002000 -o model/ --tokenizer tokenizer/",
     "export hf checkpoints/ -o exported/ --every",
@@ -58,15 +39,6 @@ export function registerExport(program: Command): void {
     if (options.every) await exportEvery(checkpoint, options);
     else await exportNewest(checkpoint, options);
   });
-}
-
-/** Parses `5GB`, `500MB` or a number of bytes. Throws InvalidArgumentError. */
-function sizeInBytes(text: string): number {
-  const { n, unit } = /^(?<n>\d+(?:\.\d+)?)(?<unit>[KMGT]?B)?$/i.exec(text)?.groups ?? {};
-  const scale = { B: 1, KB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12 }[(unit ?? "B").toUpperCase()];
-  const bytes = Number(n) * (scale ?? Number.NaN);
-  if (!(bytes >= 1)) throw new InvalidArgumentError("It is not a size, such as 5GB or 500MB.");
-  return bytes;
 }
 
 async function exportNewest(checkpoint: string, options: ExportOptions): Promise<void> {
@@ -158,40 +130,6 @@ async function exportFolder(at: string, out: string, options: ExportOptions): Pr
   }
 }
 
-const jsonText = (value: object): string => `${JSON.stringify(value, null, 2)}\n`;
-
-/** Returns the first config that, imported again, is the model. Throws a Trouble that says what no family can express. */
-async function configFor(
-  model: Job["model"],
-  settings: { dtype: string; initStd: number; positions: number },
-  family: string | undefined,
-): Promise<ExportedConfig> {
-  const [{ hfConfigsOf }, { importHf }, { completeJob, JobText }, { modelDifferences }] = await Promise.all([
-    import("../convert/hf/exportConfig.ts"),
-    import("../convert/hf/importHf.ts"),
-    import("../../schemas/job.ts"),
-    import("../../runtime/checkpoint/mismatch.ts"),
-  ]);
-  const all = hfConfigsOf(model, settings).filter((each) => family === undefined || each.family === family);
-  const refused: { family: string; texts: readonly string[] }[] = [];
-  for (const each of all)
-    try {
-      const { job } = importHf(each.config, "exported", { mtp: each.config.num_nextn_predict_layers !== undefined });
-      const { mismatches } = modelDifferences(completeJob(JobText.parse(job)).model, model);
-      if (mismatches.length === 0) return each;
-      refused.push({ family: each.family, texts: mismatches.map(({ text }) => text.replace("in the checkpoint", `in ${each.family}`)) });
-    } catch (error) {
-      if (!(error instanceof Trouble)) throw error;
-      refused.push({ family: each.family, texts: error.message.split("\n").slice(1) });
-    }
-  const [closest] = refused.sort((a, b) => a.texts.length - b.texts.length);
-  const why = closest ? `; the closest is ${closest.family}:${closest.texts.map((text) => `\n  ${text.trim()}`).join("")}` : "";
-  throw new Trouble(
-    `no${family === undefined ? "" : ` ${family}`} config of Hugging Face describes this model${why}`,
-    "export one file for --init-from, -o model.safetensors, which takes any model",
-  );
-}
-
 /** Returns the files of the tokenizer; undefined if the job reads bytes, or if they are not here. */
 async function tokenizerOf({ job }: OpenCheckpoint, given: string | undefined) {
   const { tokenizerFiles } = await import("../../runtime/checkpoint/tokenizerFiles.ts");
@@ -201,20 +139,4 @@ async function tokenizerOf({ job }: OpenCheckpoint, given: string | undefined) {
   if (given !== undefined && !files) throw new Trouble(`${given} holds no files of a tokenizer`, "name tokenizer.json or its folder");
   if (path !== undefined && !files) printStderr(`note: the job's tokenizer, ${path}, is not here: --tokenizer says where it is`);
   return files;
-}
-
-/** Returns a function that prints bytes and the time left, as often as progress lines may follow one another. */
-async function progressOf(tensors: readonly ExportedTensor[], dtype: ExportDtype): Promise<(bytes: number) => void> {
-  const { bytesOfTensors } = await import("../../runtime/checkpoint/hfFolder.ts");
-  const total = bytesOfTensors(tensors, dtype);
-  const begun = performance.now();
-  let printed = begun;
-  return (bytes) => {
-    const now = performance.now();
-    if (now - printed < 1000 * progressInterval()) return;
-    printed = now;
-    const left = ((total - bytes) / bytes) * ((now - begun) / 1000);
-    printProgress(`exported ${bytesText(bytes)} of ${bytesText(total)}  ${left > 0 ? `${duration(left)} left` : "done"}`);
-    if (bytes === total) endProgress();
-  };
 }

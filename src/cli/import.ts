@@ -1,4 +1,5 @@
 import type { Command } from "commander";
+import { registerImportCheckpoint } from "./importCheckpoint.ts";
 import { registerImportMegatron } from "./importMegatron.ts";
 import { registerImportTorchtitan } from "./importTorchtitan.ts";
 import { type ProcessExit, withExamples } from "./options.ts";
@@ -11,6 +12,7 @@ export function registerImport(program: Command, exit: ProcessExit): void {
   registerImportHf(importing);
   registerImportMegatron(importing, exit);
   registerImportTorchtitan(importing, exit);
+  registerImportCheckpoint(importing);
 }
 
 /** Registers `import hf`: writes a job for the model of a Hugging Face config.json. */

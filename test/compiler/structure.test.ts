@@ -39,9 +39,20 @@ const layerOf = (file: string): number => layers.findIndex((layer) => layer.hold
 
 /** The commands and the library open the runtime. */
 const opensRuntime = [
-  ...["compile", "data", "doctor", "eval", "evaluations", "export", "launchRanks", "run", "runEnd", "runSaves"].map(
-    (command) => `src/cli/${command}.ts`,
-  ),
+  ...[
+    "compile",
+    "data",
+    "doctor",
+    "eval",
+    "evaluations",
+    "export",
+    "launchRanks",
+    "run",
+    "runEnd",
+    "runSaves",
+    "hfModel",
+    "importCheckpoint",
+  ].map((command) => `src/cli/${command}.ts`),
   "src/index.ts",
 ];
 const touchFiles = new Map([
@@ -62,6 +73,8 @@ const touchFiles = new Map([
   ["runtime/checkpoint/blockWriter.ts", "blocks of checkpoints"],
   ["runtime/checkpoint/saver.ts", "the files of a checkpoint while it is written"],
   ["runtime/checkpoint/commit.ts", "complete checkpoints, and the removal of older ones"],
+  ["runtime/checkpoint/megatron/distcp.ts", "checkpoints of Megatron Core"],
+  ["runtime/checkpoint/megatron/savedArguments.ts", "their common state"],
   ["runtime/checkpoint/hfFolder.ts", "exported models"],
   ["runtime/checkpoint/tokenizerFiles.ts", "the files of a tokenizer"],
   ["runtime/checkpoint/snapshotFile.ts", "the description of a checkpoint"],

@@ -1,0 +1,60 @@
+/**
+ * The arguments of a Megatron checkpoint as words of a launch. The checkpoint has every argument after validation under the name of
+ * Megatron's field; only those that describe the model are taken.
+ */
+
+/** Fields whose value is given, unless it is none. */
+const values = [
+  ...["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length", "max_position_embeddings"],
+  ...["normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"],
+  ...["mtp_num_layers", "softmax_type"],
+];
+const ofExperts = [
+  ...[
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+  ],
+  ...["moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_layer_freq"],
+  ...["moe_router_load_balancing_type", "moe_aux_loss_coeff"],
+];
+const ofLatentAttention = [
+  ...["q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type", "rotary_scaling_factor"],
+  ...["mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"],
+];
+/** Fields that are a flag where they are true. What rankc lacks is among them, so that the import refuses it. */
+const flags = [
+  ...["swiglu", "squared_relu", "quick_geglu", "openai_gelu", "group_query_attention", "qk_layernorm", "add_qkv_bias"],
+  ...["untie_embeddings_and_output_weights", "multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "apply_layernorm_1p"],
+  ...["moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_shared_expert_gate"],
+];
+
+/** Returns the words that describe the model. `args`: the fields of the saved arguments; lists are arrays, None is null. */
+export function wordsOfArguments(args: ReadonlyMap<unknown, unknown>): string[] {
+  const has = (field: string): boolean => args.get(field) === true;
+  const withExperts = typeof args.get("num_experts") === "number";
+  const given = [
+    ...values,
+    ...(has("group_query_attention") ? ["num_query_groups"] : []),
+    ...(withExperts ? ofExperts : []),
+    ...(has("multi_latent_attention") ? ofLatentAttention : []),
+  ];
+  const words = given.flatMap((field) => {
+    const value = args.get(field);
+    // 0 rows of multi-token prediction, and no groups, are none
+    if (value === undefined || value === null || (field === "mtp_num_layers" && value === 0)) return [];
+    return [flagOf(field), Array.isArray(value) ? `[${value.join(",")}]` : String(value)];
+  });
+  return [
+    ...words,
+    ...flags.filter(has).map(flagOf),
+    ...(args.get("add_bias_linear") === false ? ["--disable-bias-linear"] : []),
+    // the importer asks for these; they do not concern the model
+    ...["--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1", "--lr", "1e-4", "--min-lr", "0", "--bf16"],
+  ];
+}
+
+const flagOf = (field: string): string => `--${field.replaceAll("_", "-")}`;
