@@ -67,10 +67,9 @@ test.each(references)("%s: a config of its own family describes the model", (nam
 });
 
 test("models that no family has are told apart from those that one has", () => {
-  const of = (model: object) =>
-    familiesOf(
-      jobOf({ name: "x", model: { layers: 2, hidden: 32, heads: 4, vocab: 64, seq: 8, ...model }, data: { path: "corpus.txt" } }).model,
-    );
+  const train = { global_batch: 2, steps: 4, precision: "fp32", optimizer: { lr: 1e-3 } };
+  const small = { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8 };
+  const of = (model: object) => familiesOf(jobOf({ name: "x", model: { ...small, ...model }, train, data: { path: "corpus.txt" } }).model);
   expect(of({})).toContain("llama");
   expect(of({ qkv_bias: true })).toEqual(["qwen2"]);
   expect(of({ qk_norm: "head" })).toEqual(["qwen3"]);
