@@ -17,6 +17,10 @@ export interface StepResult {
   readonly z_loss?: number;
   /** Tokens of the busiest expert over the mean of its layer, before tokens are dropped; the maximum over layers. */
   readonly expert_load?: number;
+  /** Tokens that chose each expert, by layer with experts; only of a detailed step. */
+  readonly expert_loads?: readonly (readonly number[])[];
+  /** The smallest and the largest bias of the experts' choice; only of a detailed step. */
+  readonly expert_bias?: readonly [number, number];
   /** Rows dropped because of the capacity, summed over layers. */
   readonly dropped_rows?: number;
   /** Before clipping. */

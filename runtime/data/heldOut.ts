@@ -40,7 +40,8 @@ export function heldOutOf(
 ): HeldOut {
   const reading = { ...given, weighed: false, depths: 0 };
   const { seq, batch: size } = reading;
-  const ends = sources.reduce<number[]>((list, { once }) => [...list, (list.at(-1) ?? 0) + once], []);
+  const ends: number[] = [];
+  for (const { once } of sources) ends.push((ends.at(-1) ?? 0) + once);
   const samples = steps === "all" ? (ends.at(-1) ?? 0) : steps * size;
   const blend = blendOf(sources.map(({ weight }) => weight));
   const placeOf = (n: number): { source: number; index: number } => {

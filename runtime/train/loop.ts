@@ -24,6 +24,12 @@ import { type RunProgress, type StepParameters, trainingSchedule } from "./stepP
 export type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 export type { Tensor } from "./parameters.ts";
 
+/** What a step reads. */
+export interface StepOptions {
+  /** Reads tables, too, which only a log needs: `expert_loads` and `expert_bias`. All processes of a run agree. */
+  readonly detailed?: boolean;
+}
+
 /** A run of a plan on the local ranks. */
 export interface Run {
   /** Returns whether another step begins; all processes of a run agree. Call it once before each step. */
@@ -33,7 +39,7 @@ export interface Run {
   /** Whether this process has rank 0, and so prints for all. */
   readonly leads: boolean;
   /** Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. */
-  step(): Promise<StepResult>;
+  step(options?: StepOptions): Promise<StepResult>;
   /** The held-out data that the run can evaluate on. */
   readonly heldOut: readonly HeldOutPart[];
   /** Evaluates on held-out data, between two steps; all processes of a run call it together. Throws if the run has no such data. */
@@ -85,7 +91,7 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
     },
     progress: () => loop.progress(),
     read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
-    step: () => loop.step(),
+    step: (options) => loop.step(options),
     heldOut: heldOutParts.filter((part) => inputs.heldOut?.[part] !== undefined),
     evaluate: (part) => loop.evaluate(part),
     gradients: () => loop.gradients(),
@@ -136,7 +142,7 @@ class TrainingLoop {
     return this.#schedule.progress();
   }
 
-  async step(): Promise<StepResult> {
+  async step({ detailed = false }: StepOptions = {}): Promise<StepResult> {
     const begun = performance.now();
     const { job } = this.#plan;
     const { train, model } = job;
@@ -161,7 +167,7 @@ class TrainingLoop {
     await finished;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
     this.#dataWait = performance.now() - read > BUSY ? 0 : read - from;
-    const numbers = await readNumbers(this.#plan, this.#localRanks, this.#programs.buffer);
+    const numbers = await readNumbers(this.#plan, this.#localRanks, this.#programs.buffer, detailed);
     const fp16 = train.precision === "fp16";
     const found = nonfiniteIn(numbers);
     const outcome: Outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";

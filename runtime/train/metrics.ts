@@ -16,46 +16,97 @@ export interface StepNumbers {
   readonly grad_norm: number;
   /** Tokens of the busiest expert over the mean of its layer; the maximum over layers. */
   readonly expert_load?: number;
+  /** Of a detailed step: tokens of each expert by layer; the range of expert biases. */
+  readonly expert_loads?: readonly (readonly number[])[];
+  readonly expert_bias?: readonly [number, number];
 }
 
 const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows"] as const;
 
-/** Reads the metrics of stages whose first rank is a local rank, and combines them with those of other processes. */
+/** The numbers of one stage. Stages are combined by sums, so a number that is not summed has a place of its own for each stage. */
+interface StageNumbers {
+  norm: number;
+  readonly sums: Map<MetricName, number>;
+  largestLoad: number;
+  /** [layers with experts, experts], the rows of other stages are 0. */
+  expertTable: readonly number[];
+  bias: readonly [number, number];
+}
+
+/**
+ * Reads the metrics of stages whose first rank is a local rank, and combines them with those of other processes. `detailed`: also the table
+ * of expert expertTable, and the range of expert biases.
+ */
 export async function readNumbers(
   { programs, mesh }: Plan,
   { ranks, rankDevice, combine = async (values) => [...values] }: Pick<LocalRanks, "ranks" | "rankDevice" | "combine">,
   bufferOf: (rank: number, id: string) => Buffer,
+  detailed = false,
 ): Promise<StepNumbers> {
-  const sums = new Map<MetricName, number>(summed.map((name) => [name, 0]));
-  let norm = 0;
-  const largestLoads = programs.map(() => 0);
-  for (const { stage, metrics } of programs) {
+  const [layers = 0, experts = 1] = programs.flatMap(({ metrics, buffers }) => sizesOf(metrics.expert_loads, buffers))[0] ?? [];
+  const all = programs.map(emptyStage);
+  for (const { stage, metrics, parameters } of programs) {
     const rank = rankAt(mesh, stage, 0);
-    if (!ranks.includes(rank)) continue;
-    const read = (name: MetricName): Promise<HostData[]> =>
-      Promise.all((metrics[name] ?? []).map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
-    for (const name of summed) for (const [value = 0] of await read(name)) sums.set(name, (sums.get(name) ?? 0) + value);
+    const own = all[stage];
+    if (!own || !ranks.includes(rank)) continue;
+    const readAll = (ids: readonly string[]): Promise<HostData[]> =>
+      Promise.all(ids.map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
+    const read = (name: MetricName): Promise<HostData[]> => readAll(metrics[name] ?? []);
+    for (const name of summed) for (const [value = 0] of await read(name)) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
     // the gradient norm is equal on all ranks
-    if (stage === 0) for (const [value = 0] of await read("grad_norm")) norm = value;
-    const [table] = metrics.expert_loads ?? [];
-    if (table !== undefined) largestLoads[stage] = largestLoad(await read("expert_loads"), bufferOf(rank, table).sizes[1] ?? 1);
+    if (stage === 0) for (const [value = 0] of await read("grad_norm")) own.norm = value;
+    if (metrics.expert_loads === undefined) continue;
+    own.expertTable = addUp(await read("expert_loads"), layers * experts);
+    own.largestLoad = largestLoad(own.expertTable, experts);
+    if (!detailed) continue;
+    const biases = await readAll(parameters.flatMap(({ rule, buffer }) => (rule === "expert_bias" ? [buffer] : [])));
+    if (biases.length > 0) own.bias = [Math.min(...biases.flatMap((b) => [...b])), Math.max(...biases.flatMap((b) => [...b]))];
   }
-  const all = await combine([norm, ...sums.values(), ...largestLoads]);
-  const [grad_norm = 0, loss = 0] = all;
+  const biased = detailed ? programs.filter(({ parameters }) => parameters.some(({ rule }) => rule === "expert_bias")) : [];
+  const table = detailed
+    ? addUp(
+        all.map(({ expertTable }) => Float32Array.from(expertTable)),
+        layers * experts,
+      )
+    : [];
+  const flat = await combine([
+    all.reduce((sum, { norm }) => sum + norm, 0),
+    ...summed.map((name) => all.reduce((sum, { sums }) => sum + (sums.get(name) ?? 0), 0)),
+    ...all.map((s) => s.largestLoad),
+    ...biased.flatMap(({ stage }) => all[stage]?.bias ?? []),
+    ...table,
+  ]);
+  const [grad_norm = 0, loss = 0] = flat;
+  const afterSums = 1 + summed.length;
+  const afterLoads = afterSums + all.length;
+  const biases = flat.slice(afterLoads, afterLoads + 2 * biased.length);
+  const expertTable = flat.slice(afterLoads + biases.length);
   const has = (name: MetricName): boolean => programs.some(({ metrics }) => metrics[name] !== undefined);
   return {
-    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, all[1 + i] ?? 0]] : []))),
+    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, flat[1 + i] ?? 0]] : []))),
     ...{ loss, grad_norm },
-    ...(has("expert_loads") && { expert_load: Math.max(...all.slice(1 + summed.length)) }),
+    ...(has("expert_loads") && { expert_load: Math.max(...flat.slice(afterSums, afterLoads)) }),
+    ...(detailed &&
+      has("expert_loads") && { expert_loads: Array.from({ length: layers }, (_, l) => expertTable.slice(l * experts, (l + 1) * experts)) }),
+    ...(biased.length > 0 && { expert_bias: [Math.min(...biases), Math.max(...biases)] as const }),
   };
 }
 
-/** Returns the maximum over rows (layers) of the largest count over the mean; `parts` are summed first; 0 if all counts are 0. */
-function largestLoad(parts: readonly HostData[], experts: number): number {
-  const [first] = parts;
+const emptyStage = (): StageNumbers => ({ norm: 0, sums: new Map(), largestLoad: 0, expertTable: [], bias: [0, 0] });
+
+/** Returns the global sizes of the first of some buffers. */
+const sizesOf = (ids: readonly string[] = [], buffers: readonly Buffer[]): (readonly number[])[] =>
+  ids.slice(0, 1).flatMap((id) => buffers.flatMap((b) => (b.id === id ? [b.sizes] : [])));
+
+/** Adds tables of one size. */
+const addUp = (parts: readonly HostData[], length: number): number[] =>
+  Array.from({ length }, (_, i) => parts.reduce((sum, part) => sum + (part[i] ?? 0), 0));
+
+/** Returns the maximum over rows (layers) of the largest count over the mean; 0 if all counts are 0. */
+function largestLoad(table: readonly number[], experts: number): number {
   let largest = 0;
-  for (let row = 0; row < (first?.length ?? 0); row += experts) {
-    const counts = Array.from({ length: experts }, (_, e) => parts.reduce((sum, part) => sum + (part[row + e] ?? 0), 0));
+  for (let row = 0; row < table.length; row += experts) {
+    const counts = table.slice(row, row + experts);
     const total = counts.reduce((a, b) => a + b, 0);
     if (total > 0) largest = Math.max(largest, (Math.max(...counts) * experts) / total);
   }

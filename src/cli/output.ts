@@ -37,6 +37,9 @@ export const hasColor = (): boolean => showsColor(process.stderr);
 const showsColor = ({ isTTY }: { readonly isTTY?: boolean }): boolean =>
   Boolean(isTTY) && !process.env.NO_COLOR && process.env.TERM !== "dumb";
 
+/** Returns whether progress goes to a terminal. */
+export const isTerminal = (): boolean => Boolean(process.stderr.isTTY);
+
 /** Prints a progress line to stderr. On a terminal the next progress line overwrites it. */
 export const printProgress = (line: string): void =>
   void process.stderr.write(process.stderr.isTTY ? `\r${escaped(line)}\u001b[K` : `${escaped(line)}\n`);

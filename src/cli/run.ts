@@ -15,6 +15,7 @@ import { targetOf } from "./eval.ts";
 import { evaluateAtEnd, evaluateWithin } from "./evaluations.ts";
 import { launchRanks, runsOneOfSeveral } from "./launchRanks.ts";
 import { dataDirOf, type LoadedPlan, loadPlan, planFile } from "./loadPlan.ts";
+import type { RunLog } from "./log/runLog.ts";
 import {
   atLeastOne,
   type CommonOptions,
@@ -27,8 +28,8 @@ import {
   withSet,
   withTarget,
 } from "./options.ts";
-import { endProgress, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
-import { expectWritable, type Lines, openLines, writeFile } from "./outputFiles.ts";
+import { endProgress, isTerminal, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { expectWritable, expectWritableFolder, type Lines, openLines, writeFile } from "./outputFiles.ts";
 import { RunEnd, withTimeLimit } from "./runEnd.ts";
 import { expectSaveFolder, RunSaves, type SaveOptions, saveErrorChoices } from "./runSaves.ts";
 
@@ -44,6 +45,8 @@ interface RunOptions extends CommonOptions, SaveOptions {
   readonly profile?: string;
   readonly graph: boolean;
   readonly debugNonfinite?: boolean;
+  readonly log?: string;
+  readonly logInterval: number;
 }
 
 /** Registers `run`: trains a plan. The exit code after an early end is that of `RunEnd`. */
@@ -61,7 +64,9 @@ export function registerRun(program: Command, exit: ProcessExit): void {
             .default(backendNames[0]),
         )
         .option("--steps <n>", "stop after step n; steps before --resume count (default: train.steps)", atLeastOne)
-        .option("--metrics <file>", "write one JSON line per step"),
+        .option("--metrics <file>", "write one JSON line per step")
+        .option("--log <dir>", "write the log of the run: TensorBoard event files, metrics.csv, metrics.jsonl")
+        .option("--log-interval <n>", "steps between two lines of the log, and of the progress in a file", atLeastOne, 1),
     )
       .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
       .option("--profile <file>", "print a time profile of the last step, and write a trace for Perfetto (ui.perfetto.dev)")
@@ -138,6 +143,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   expectSaveFolder(options);
   // one process of several writes metrics; the folder may exist on its host alone
   const metricsHere = backends[options.backend].ranks === "all" || plan.mesh.world === 1 ? options.metrics : undefined;
+  if (options.log !== undefined) expectWritableFolder(options.log);
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
   startup.end("plan");
   const end = new RunEnd(options.timeLimit);
@@ -151,6 +157,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
     options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
+  const log = options.log === undefined ? undefined : await openLog(run, plan, { ...options, log: options.log });
   const saves = new RunSaves(run, options, (error) => error instanceof SaveFault);
   const totals = new RunTotals();
   let failed: Error | undefined;
@@ -159,10 +166,11 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   const onEvaluation = (result: EvaluationResult): void => {
     endProgress();
     metrics?.add(evaluationLine(result));
+    log?.addEvaluation(result);
     printStderr(evaluationText(result));
   };
   try {
-    await trainSteps({ run, job: plan.job, steps, saves, end, totals, startup, metrics, onEvaluation });
+    await trainSteps({ run, job: plan.job, options, steps, saves, end, totals, startup, metrics, log, onEvaluation });
     await saves.finish();
     if (totals.done > 0 && run.leads) endProgress();
     if (totals.done > 0) await writeResults(run, plan, options);
@@ -232,27 +240,46 @@ interface Training {
   readonly totals: RunTotals;
   readonly startup: StartupClock;
   readonly metrics: Lines | undefined;
+  readonly log: RunLog | undefined;
+  readonly options: Pick<RunOptions, "log" | "logInterval">;
   readonly onEvaluation: (result: EvaluationResult) => void;
 }
 
 /** Runs steps until the last, or until the ranks agree to stop. */
-async function trainSteps({ run, job, steps, saves, end, totals, startup, metrics, onEvaluation }: Training): Promise<void> {
+async function trainSteps({ run, job, options, steps, saves, end, totals, startup, metrics, log, onEvaluation }: Training): Promise<void> {
   const before = run.progress().steps;
   if (before >= steps)
     throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
   const { metricsLine, progressLine, startupLine } = await import("./progress.ts");
   while (run.progress().steps < steps && run.mayBegin()) {
-    const step = await run.step();
+    const step = await run.step({ detailed: options.log !== undefined && isDue(run.progress().steps + 1, options) });
     totals.add(step);
     const started = totals.done === 1 ? startup.end("first_step") : undefined;
     if (run.leads && started) printStderr(startupLine(started));
     const seconds = await saves.afterStep(step.step);
     metrics?.add(metricsLine(step, seconds, started));
-    if (run.leads) printProgress(progressLine(step, steps, totals.pace));
+    log?.add(step, run.progress().read);
+    if (run.leads && (isTerminal() || step.step === steps || isDue(step.step, options)))
+      printProgress(progressLine(step, steps, totals.pace));
     if (step.step < steps) await evaluateWithin(run, job, step.step, onEvaluation);
     end.afterStep(step.seconds, saves.saved?.seconds ?? 0);
     // a step on the CPU blocks the event loop; signals arrive here
     await new Promise(setImmediate);
+  }
+}
+
+/** Whether the log has a line for a step. */
+const isDue = (step: number, { logInterval }: Pick<RunOptions, "logInterval">): boolean => step % logInterval === 0;
+
+/** Opens the log of a run in the process that leads. A log of which nothing can be written ends the run before its first step. */
+async function openLog(run: OpenRun, plan: Plan, { log, logInterval }: RunOptions & { readonly log: string }): Promise<RunLog | undefined> {
+  if (!run.leads) return undefined;
+  try {
+    const { openRunLog } = await import("./log/runLog.ts");
+    return openRunLog(plan, { folder: log, interval: logInterval, steps: run.progress().steps });
+  } catch (error) {
+    await run.close(error as Error).catch(() => {});
+    throw error;
   }
 }
 
