@@ -42,6 +42,9 @@ export function completeJob(text: JobText): Job {
   };
 }
 
+/** Returns whether losses of tokens have weights: some labels are ignored. */
+export const hasTokenWeights = ({ data }: Pick<Job, "data">): boolean => data.labels !== null || data.documents?.loss === true;
+
 /** Returns the JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {
   return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };

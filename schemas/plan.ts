@@ -168,9 +168,23 @@ export type Parameter = z.infer<typeof Parameter>;
 
 /** What the host writes to an input of a program. */
 export const InputSource = z
-  .enum(["ids", "labels", "weights", "sources", "sample", "one", "mtp_coeff", "aux_weight", "lr", "step", "weight_decay", "loss_scale"])
+  .enum([
+    "ids",
+    "labels",
+    "weights",
+    "documents",
+    "sources",
+    "sample",
+    "one",
+    "mtp_coeff",
+    "aux_weight",
+    "lr",
+    "step",
+    "weight_decay",
+    "loss_scale",
+  ])
   .describe(
-    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
+    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), documents (the position in its sequence at which the document of a token begins), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
   );
 /** A value of the schema `InputSource`. */
 export type InputSource = z.infer<typeof InputSource>;

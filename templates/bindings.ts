@@ -14,10 +14,12 @@ interface CudaArrangeCu {
 }
 
 interface CudaAttentionCu {
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly half: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly resident: string | number;
@@ -27,9 +29,11 @@ interface CudaAttentionCu {
 }
 
 interface CudaAttentionGradCu {
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly half: string | number;
   readonly keyStart: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly order: string | number;
   readonly params: string | number;
@@ -41,10 +45,12 @@ interface CudaAttentionGradCu {
 
 interface CudaAttentionGradWgmmaCu {
   readonly buffers: string | number;
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly half: string | number;
   readonly hopper: string | number;
   readonly keyStart: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly order: string | number;
   readonly params: string | number;
@@ -65,6 +71,7 @@ interface CudaAttentionGradWgmmaCu {
 
 interface CudaAttentionMaskCuh {
   readonly chunk: string | number;
+  readonly documents: boolean;
   readonly part: string | number;
   readonly plain: string | number;
   readonly ranks: string | number;
@@ -73,10 +80,13 @@ interface CudaAttentionMaskCuh {
 
 interface CudaAttentionOrderCuh {
   readonly alternating: string | number;
+  readonly documents: boolean;
   readonly half: string | number;
   readonly keys: string | number;
   readonly lanes: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
+  readonly params: string | number;
   readonly rows: string | number;
   readonly split: string | number;
   readonly vectors: boolean;
@@ -85,8 +95,10 @@ interface CudaAttentionOrderCuh {
 
 interface CudaAttentionPlainCu {
   readonly common: string | number;
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly keyStart: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly starts: string | number;
@@ -110,8 +122,10 @@ interface CudaAttentionPlainCuh {
 
 interface CudaAttentionPlainGradCu {
   readonly common: string | number;
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly keyStart: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly params: string | number;
   readonly starts: string | number;
@@ -135,6 +149,7 @@ interface CudaAttentionTilesCuh {
   readonly U: string | number;
   readonly W: string | number;
   readonly causalMask: string | number;
+  readonly documents: boolean;
   readonly half: string | number;
   readonly mma: string | number;
   readonly random: string | number;
@@ -153,6 +168,7 @@ interface CudaAttentionWgmmaCu {
   readonly U: string | number;
   readonly W: string | number;
   readonly causalMask: string | number;
+  readonly documents: boolean;
   readonly drops: boolean;
   readonly give: string | number;
   readonly groups: string | number;
@@ -160,6 +176,7 @@ interface CudaAttentionWgmmaCu {
   readonly hopper: string | number;
   readonly keyStart: string | number;
   readonly keys: string | number;
+  readonly maskArgs: string | number;
   readonly name: string | number;
   readonly names: string | number;
   readonly params: string | number;
@@ -496,6 +513,7 @@ interface CudaReducePartialsCu {
 
 interface CudaRopeCu {
   readonly deep: string | number;
+  readonly documents: boolean;
   readonly first: string | number;
   readonly frequencies: string | number;
   readonly gain: string | number;
@@ -733,7 +751,11 @@ interface WgslAttentionWgsl {
   readonly across: string | number;
   readonly batches: string | number;
   readonly bindings: string | number;
+  readonly blind: boolean;
   readonly columns: string | number;
+  readonly documentCount: string | number;
+  readonly documents: boolean;
+  readonly documentsAt: string | number;
   readonly dotCount: string | number;
   readonly dotIndex: string | number;
   readonly dotThreads: string | number;
@@ -764,6 +786,8 @@ interface WgslAttentionWgsl {
 interface WgslAttentionMaskWgsl {
   readonly blocks: string | number;
   readonly chunk: string | number;
+  readonly document: string | number;
+  readonly documents: boolean;
   readonly keyStart: string | number;
   readonly keys: string | number;
   readonly lastBlock: string | number;
@@ -1064,6 +1088,7 @@ interface WgslRmsnormGradWgsl {
 interface WgslRopeWgsl {
   readonly apart: string | number;
   readonly count: string | number;
+  readonly documents: boolean;
   readonly entry: string | number;
   readonly firstChannel: string | number;
   readonly frequencies: string | number;

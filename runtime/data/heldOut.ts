@@ -6,12 +6,15 @@ import type { Job } from "../../schemas/job.ts";
 import { type Batch, batchesFrom, type Reading } from "../train/inputs.ts";
 import { countOf } from "../train/tokenWeights.ts";
 import { blendOf } from "./blend.ts";
+import { documentsOfSources } from "./documents.ts";
 import { IGNORED } from "./tokens.ts";
 
 /** A source of held-out data. */
 export interface HeldOutSource {
   readonly name: string;
   readonly weight: number;
+  /** The token that ends a document, if the description of the data names one. */
+  readonly end?: number | undefined;
   /** Fills a window of seq + 1 tokens with sample n of an endless run. */
   sample(n: number, window: Int32Array): void;
   /** The number of samples that hold each token once. */
@@ -38,7 +41,7 @@ export function heldOutOf(
   steps: NonNullable<Job["train"]["evaluation"]>["steps"],
   given: Reading,
 ): HeldOut {
-  const reading = { ...given, weighed: false, depths: 0 };
+  const reading = { ...given, weighed: false, depths: 0, documents: documentsOfSources(given.documents, sources) };
   const { seq, batch: size } = reading;
   const ends: number[] = [];
   for (const { once } of sources) ends.push((ends.at(-1) ?? 0) + once);

@@ -6,6 +6,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { batchesFrom, type Reading } from "../train/inputs.ts";
 import { blendOf } from "./blend.ts";
 import type { Opened } from "./corpus.ts";
+import { documentsOfSources } from "./documents.ts";
 import { type DocumentPiece, gptSamples, splitBounds, wholeSamples } from "./gptDataset.ts";
 import type { HeldOutSource } from "./heldOut.ts";
 import { type InputFile, isThere, openInput } from "./inputFile.ts";
@@ -15,6 +16,9 @@ import { type Index, idsOf } from "./tokens.ts";
 
 /** A part of a data set: shuffled samples without end, and the samples of its documents in their order. */
 interface OpenSource {
+  readonly prefix: string;
+  /** The token that ends a document, if the description of the data set names one. */
+  readonly end: number | undefined;
   /** Fills a window of seq + 1 tokens with sample n. */
   sample(n: number, window: Int32Array): void;
   /** Samples that hold each token once; the last may be short. */
@@ -41,7 +45,11 @@ interface Part {
 export function openSources(sources: readonly Source[], split: readonly number[] | undefined, reading: Reading): Opened {
   const { opened: readers, close } = openAll(sources, { key: "data.sources", split, share: 0, name: "training" }, reading);
   const sampleOf = blendOf(sources.map(({ weight }) => weight));
-  const batch = batchesFrom(reading, ({ first, row }, window) => {
+  const documents = documentsOfSources(
+    reading.documents,
+    readers.map(({ prefix, end }) => ({ name: prefix, end })),
+  );
+  const batch = batchesFrom({ ...reading, documents }, ({ first, row }, window) => {
     const { source, index } = sampleOf(first + row);
     readers[source]?.sample(index, window);
     return undefined;
@@ -137,6 +145,7 @@ function openSource(
   const piecesOf = gptSamples({ lengths, seq, seed, name: `${share === 0 ? "data.sources" : `data.${name}`}.${number}` });
   const { count: once, piecesOf: wholePieces } = wholeSamples({ lengths, seq });
   return {
+    ...{ prefix, end: described?.end_of_document ?? undefined },
     sample: (n, window) => void read(piecesOf(n), window),
     once,
     whole: (n, window) => read(wholePieces(n), window),

@@ -2,9 +2,10 @@
  * Batches of a corpus: ids [rows, seq], their labels, and the other inputs of a plan that derive from them. A batch is a function of the
  * number of sequences read before it, and of its size. The corpus may be on a disk or in memory.
  */
-import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights, type Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { HostData } from "../backend.ts";
+import { type Crossing, type DocumentReading, documentsOf } from "../data/documents.ts";
 import { splitBounds } from "../data/gptDataset.ts";
 import { readIndex } from "../data/megatronIndex.ts";
 import { permutation } from "../data/permutation.ts";
@@ -32,10 +33,12 @@ export interface Reading extends Written {
   readonly split?: readonly number[] | undefined;
   /** The batches of an evaluation. */
   readonly evaluates?: number | "all" | undefined;
+  /** With it, documents that share a sequence are kept apart. */
+  readonly documents?: DocumentReading | undefined;
 }
 /**
  * Inputs of a plan by name: one value per token of the step, or one value. `weights` and `aux_weight` (the weight of balancing and z
- * losses) exist if the plan has them; depth k of multi-token prediction has `ids_k`, `labels_k` and `weights_k`. The weights of a batch
+ * losses) exist if the plan has them, and `documents` if the job keeps documents apart; depth k of multi-token prediction has `ids_k`, `labels_k` and `weights_k`. The weights of a batch
  * below the full size are scaled by batch / full batch, like the losses of a plan without weights.
  */
 export type Batch = Readonly<Record<string, HostData>> & { readonly ids: Int32Array; readonly labels: Int32Array };
@@ -88,7 +91,10 @@ export function batchesFrom(
       else labels.set(window.subarray(1), row * seq);
     }
     const share = rows / reading.batch;
-    return { ids, labels, ...weightsIn(labels, reading, share), ...further(ids, labels, reading, share) };
+    const { documents, crosses } = reading.documents ? documentsOf(ids, seq, reading.documents) : { crosses: () => false };
+    for (const i of labels.keys()) if (crosses(i, 1)) labels[i] = IGNORED;
+    const more = further({ ids, labels, crosses }, reading, share);
+    return { ids, labels, ...(documents && { documents }), ...weightsIn(labels, reading, share), ...more };
   };
 }
 
@@ -108,11 +114,16 @@ function weightsIn(labels: Int32Array, { weighed, weighting }: Reading, share: n
  * Returns the inputs of multi-token prediction. All depths together have the weight of one loss. With `token`, all labels of a depth have
  * equal weights; Megatron Core averages a depth over each microbatch first, which is equal if no label is ignored.
  */
-function further(ids: Int32Array, labels: Int32Array, reading: Reading, share: number): Readonly<Record<string, HostData>> {
+function further(
+  { ids, labels, crosses }: { readonly ids: Int32Array; readonly labels: Int32Array; readonly crosses: Crossing },
+  reading: Reading,
+  share: number,
+): Readonly<Record<string, HostData>> {
   const { seq, depths, weighting } = reading;
   const inputs: Record<string, HostData> = {};
   for (let k = 1; k <= depths; k++) {
     const own = shiftLeft(labels, seq, k, IGNORED);
+    for (const i of own.keys()) if (crosses(i, k + 1)) own[i] = IGNORED;
     Object.assign(inputs, { [`ids_${k}`]: shiftLeft(ids, seq, k, 0), [`labels_${k}`]: own });
     inputs[`weights_${k}`] = weightsOf(own, weighting, share / depths);
   }
@@ -161,7 +172,8 @@ export const weightingOf = ({ train, model }: Pick<Job, "train" | "model">): Wei
 export const readingOf = ({ train, model, data }: Job): Reading => ({
   ...{ seq: model.seq, batch: train.global_batch, vocab: model.vocab, seed: train.seed },
   ...{ format: data.format, dtype: data.dtype, order: data.order },
-  weighed: data.labels !== null,
+  weighed: hasTokenWeights({ data }),
+  documents: data.documents && { end: data.documents.end, loss: data.documents.loss },
   weighting: weightingOf({ train, model }),
   depths: model.mtp?.layers ?? 0,
   split: data.split,

@@ -5,6 +5,7 @@
 
 import { batchAt } from "../../schemas/batchRampup.ts";
 import { type HeldOutPart, heldOutParts } from "../../schemas/heldOut.ts";
+import { hasTokenWeights } from "../../schemas/job.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
@@ -178,7 +179,7 @@ class TrainingLoop {
       throw stopAt(step, nonfinite);
     }
     this.#schedule.done(outcome);
-    const learnt = job.data.labels === null ? undefined : learntOf(job, batch);
+    const learnt = hasTokenWeights(job) ? learntOf(job, batch) : undefined;
     this.#seconds = (performance.now() - begun) / 1000;
     if (train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
     return {

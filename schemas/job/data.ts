@@ -6,6 +6,23 @@ const SourceText = z.strictObject({
   weight: z.number().min(1e-6).max(1e9).default(1).describe("share of the samples from this source, relative to the other weights"),
 });
 
+const DocumentsText = z.strictObject({
+  mask: z.boolean().default(true).describe("a token attends to tokens of its own document (reset-attention-mask of Megatron-LM)"),
+  positions: z.boolean().default(true).describe("positions begin at 0 in each document (reset-position-ids)"),
+  loss: z
+    .boolean()
+    .default(true)
+    .describe(
+      "the first token of a document is not predicted from the document before it (eod-mask-loss); depths of mtp cross no border either",
+    ),
+  end: z
+    .int()
+    .min(0)
+    .nullable()
+    .default(null)
+    .describe("the token id that ends a document, as its last token; null = the one in PREFIX.json, which rankc data prepare writes"),
+});
+
 /** data as written. */
 export const DataText = z.strictObject({
   path: z.string().optional().describe("the file of the training text or of its token ids, relative to the job file; excludes sources"),
@@ -47,6 +64,9 @@ export const DataText = z.strictObject({
     .describe(
       "a file with a little-endian i32 for each token of path: the id to predict at the position of that token (usually the token itself), or -100 for a position that is ignored; null = every token is predicted",
     ),
+  documents: DocumentsText.optional().describe(
+    "documents that share a sequence are kept apart: {} does all that follows; absent: they are one text",
+  ),
   tokenizer: z
     .string()
     .min(1)

@@ -18,6 +18,8 @@ export interface AttentionSizes extends Readonly<Record<SizeName, number>> {
   /** The keys are a shard that begins at start(U); some queries may attend to none of them. */
   readonly part: boolean;
   readonly grad: boolean;
+  /** A query attends to keys of its own document (ops/attentionDocuments.ts). */
+  readonly documents: boolean;
   /** Dropout of weights (ops/attentionDropout.ts): a word below the threshold drops a weight; kept weights are multiplied by the factor. */
   readonly drops?: ReturnType<typeof dropsOf> & {
     /** Whether four consecutive keys have four consecutive positions if the first index is a multiple of four. */
@@ -38,7 +40,8 @@ export function attentionSizes({ op, d }: Pick<AnyAttentionSpec, "op" | "d">): A
   const hasDropout = op.startsWith("attention_dropout");
   invariant(!hasDropout || drop !== undefined, `${op} has no attribute drop`);
   const drops = !hasDropout || drop === undefined ? {} : { drops: { ...dropsOf(drop), keysAligned4: chunk % 4 === 0 } };
-  return { B, S, U, G, M, C, W, scale, chunk, ranks, part: op.includes("_part"), grad: op.endsWith("_grad"), ...drops };
+  const variant = { part: op.includes("_part"), grad: op.endsWith("_grad"), documents: op.includes("_documents") };
+  return { B, S, U, G, M, C, W, scale, chunk, ranks, ...variant, ...drops };
 }
 
 /** Returns whether a shard of `count` tokens is not in position order: it has more than the two zigzag blocks of one rank. */

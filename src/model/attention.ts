@@ -1,12 +1,13 @@
 /** The attention block of one layer: projections, norms, rotary embedding, attention and output projection. */
 import type { Job } from "../../schemas/job.ts";
 import { attention } from "../ops/attention.ts";
+import { attentionDocuments, attentionDropoutDocuments } from "../ops/attentionDocuments.ts";
 import { attentionDropout } from "../ops/attentionDropout.ts";
 import { latentKv, split } from "../ops/latent.ts";
 import { addBias, gemm } from "../ops/linear.ts";
 import { headNorm, rmsnorm } from "../ops/norm.ts";
 import { type Attrs, declared, type Value } from "../ops/op.ts";
-import { rope, scalings, unscaled } from "../ops/rope.ts";
+import { rope, ropeDocuments, scalings, unscaled } from "../ops/rope.ts";
 import { inStream, type ModuleBuilder, orderOf } from "./builder.ts";
 
 type Model = Job["model"];
@@ -48,7 +49,7 @@ function grouped(module: ModuleBuilder, x: Value): Value {
       : m.qk_norm === "full"
         ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
         : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
-  const rotated = (name: string, y: Value) => rope.of({ x: y }, { ...rotary(module.job), C, first: 0, width: C }, at(`attn.${name}_rope`));
+  const rotated = (name: string, y: Value) => rotate(module, name, y, { C, first: 0, width: C });
   const q = rotated("q", normed("q_norm", "Q", projected("q", "Q@tp")));
   const k = rotated("k", normed("k_norm", "KV", projected("k", "KV@kv")));
   const v = projected("v", "KV@kv");
@@ -67,8 +68,7 @@ function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
   const C = nope_dim + R;
   const normed = (name: string, dim: string, y: Value): Value =>
     rmsnorm.of({ x: y, gain: gain(name, dim) }, { eps: mla.norm_eps }, at(`attn.${name}`));
-  const rotated = (name: string, y: Value, head: Attrs) =>
-    rope.of({ x: y }, { ...rotary(module.job), width: R, ...head }, at(`attn.${name}_rope`));
+  const rotated = (name: string, y: Value, head: Attrs) => rotate(module, name, y, { width: R, ...head });
 
   const queries =
     mla.q_rank === null
@@ -87,19 +87,38 @@ function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
 }
 
 /** Attention over the whole sequence. With context_method ring, keys and values are not gathered: they shift around the ring. */
-function attentionCore(
-  { job, at, sample, random }: ModuleBuilder,
-  operands: Readonly<Record<"q" | "k" | "v", Value>>,
-  attrs: Attrs,
-): Value {
-  const drop = job.model.dropout.attention;
-  const mixed =
-    drop === 0
-      ? attention.of(operands, { ...attrs, ...orderOf(job) }, at("attn.core"))
-      : attentionDropout.of({ ...operands, sample }, { ...attrs, drop, ...random("attn.core") }, at("attn.core"));
+function attentionCore(module: ModuleBuilder, operands: Readonly<Record<"q" | "k" | "v", Value>>, attrs: Attrs): Value {
+  const { job } = module;
+  const mixed = mix(module, operands, attrs);
   const { context, context_method } = job.parallel;
   if (context === 1 || context_method !== "ring") return mixed;
   return declared(mixed, { ring: { dim: "U", as: "S", path: "parallel.context_method" } });
+}
+
+/** Attention by the op that the job's dropout and documents need. */
+function mix(
+  { job, at, sample, documents, random }: ModuleBuilder,
+  operands: Readonly<Record<"q" | "k" | "v", Value>>,
+  attrs: Attrs,
+): Value {
+  const id = at("attn.core");
+  const drop = job.model.dropout.attention;
+  const within = job.data.documents?.mask ?? false;
+  if (drop === 0) {
+    const all = { ...attrs, ...orderOf(job) };
+    return within ? attentionDocuments.of({ ...operands, documents }, all, id) : attention.of(operands, all, id);
+  }
+  const all = { ...attrs, drop, ...random("attn.core") };
+  return within
+    ? attentionDropoutDocuments.of({ ...operands, documents, sample }, all, id)
+    : attentionDropout.of({ ...operands, sample }, all, id);
+}
+
+/** Rotates queries or keys by their positions in the sequence, or in their documents. `head`: the attributes of a head's channels. */
+function rotate({ job, at, documents }: ModuleBuilder, name: string, x: Value, head: Attrs): Value {
+  const attrs = { ...rotary(job), ...head };
+  const id = at(`attn.${name}_rope`);
+  return job.data.documents?.positions ? ropeDocuments.of({ x, documents }, attrs, id) : rope.of({ x }, attrs, id);
 }
 
 /** Returns the attributes of `rope` for a model. */

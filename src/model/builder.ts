@@ -54,6 +54,8 @@ export interface ModuleBuilder extends ModelGraphBuilder {
   input(source: HostInput, dtype?: Value["dtype"]): Value;
   /** An input [B]: the indices of the sequences of a microbatch, counted from the start of the run. */
   readonly sample: Value;
+  /** An input [B,S]: per token the position in its sequence at which its document begins. */
+  readonly documents: Value;
   /** Returns the attributes of a random op: its site and the token order. */
   random(name: string): Attrs;
   /** A hidden weight with normal initialisation. `dims` is like `D,F@etp`: letters of dims, and the axes that shard each, outermost first. */
@@ -111,14 +113,22 @@ export type ModuleBuilderAt = (position: number, prefix: string) => ModuleBuilde
 /** Returns the factory of module builders of one model. They add losses and update inputs to `graph`. */
 export function moduleBuilders(job: Job, graph: ModelGraphBuilder): ModuleBuilderAt {
   // one input for all positions
-  const sample: Value = {
-    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes: [sequencesOf(job)], shardAxes: [["dp"]] },
-    leaf: { kind: "input", name: "sample", position: 0, source: { source: "sample" } },
-  };
-  return (position, prefix) => moduleBuilder(job, position, prefix, graph, sample);
+  const shared = (source: InputSource, sizes: readonly number[], shardAxes: NonNullable<Value["shardAxes"]>): Value => ({
+    ...{ out: 0, ragged: 0, fanout: 0, dtype: "i32", sizes, shardAxes },
+    leaf: { kind: "input", name: source, position: 0, source: { source } },
+  });
+  const B = sequencesOf(job);
+  const inputs = { sample: shared("sample", [B], [["dp"]]), documents: shared("documents", [B, job.model.seq], [["dp"], ["cp"]]) };
+  return (position, prefix) => moduleBuilder(job, position, prefix, graph, inputs);
 }
 
-function moduleBuilder(job: Job, position: number, prefix: string, graph: ModelGraphBuilder, sample: Value): ModuleBuilder {
+function moduleBuilder(
+  job: Job,
+  position: number,
+  prefix: string,
+  graph: ModelGraphBuilder,
+  inputs: Pick<ModuleBuilder, "sample" | "documents">,
+): ModuleBuilder {
   const { train } = job;
   const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   const size = sizesOf(job);
@@ -147,7 +157,7 @@ function moduleBuilder(job: Job, position: number, prefix: string, graph: ModelG
   const scaled = output_scaling === "depth" ? ({ type: "normal", std: std / Math.sqrt(2 * job.model.layers) } as const) : normal;
   const constant = (type: "ones" | "zeros") => ({ role: "vector", init: { type, std: 0 } }) as const;
   return {
-    ...{ job, position, prefix, ...graph, at, sample },
+    ...{ job, position, prefix, ...graph, at, ...inputs },
     random: (name) => ({ ...siteOf(train.seed, at(name)), ...orderOf(job) }),
     input: (source, dtype = "i32") => leaf("B@dp,S@cp", { kind: "input", name: inputName(source), position, source }, dtype),
     weight: (name, dims) => parameter(name, dims, { role: "matrix", init: residualOutputs.has(name) ? scaled : normal }),

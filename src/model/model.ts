@@ -3,7 +3,7 @@
  * and of the residual stream. builder.ts lists the letters of dims.
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights, type Job } from "../../schemas/job.ts";
 import { gemm, gemmDgrad } from "../ops/linear.ts";
 import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
@@ -108,9 +108,9 @@ function crossEntropy(module: ModuleBuilder, logits: Value, place: LossPlace): V
   const at = (name: string): string => `${prefix}${name}`;
   const l = tokenLosses(module, logits, place);
   const ahead = depth === undefined ? {} : { depth };
-  const { train, model, data } = module.job;
+  const { train, model } = module.job;
   // the last tokens of a sequence have no further token to predict, so their weight is 0
-  if (data.labels !== null || depth)
+  if (hasTokenWeights(module.job) || depth)
     return weightedSum.of({ l, weight: module.input({ source: "weights", ...ahead }, "f32") }, {}, at("loss"));
   return mean.of({ l }, { count: train.global_batch * model.seq }, at("loss"));
 }

@@ -1,6 +1,6 @@
 /** The router of one layer: logits → top-k mask and combine weights. Also the balancing losses and the routing counts. */
 import { balancesOf, evenBy, expertLayersOf } from "../../schemas/experts.ts";
-import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights, type Job } from "../../schemas/job.ts";
 import {
   auxLoss,
   biasUpdate,
@@ -140,7 +140,7 @@ interface Routed {
 function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, router }: Moe, { logits, scores, map }: Routed): void {
   const { train, parallel, model } = job;
   const S = model.seq;
-  const weight = job.data.labels !== null ? { weight: "aux_weight" as const } : {};
+  const weight = hasTokenWeights(job) ? { weight: "aux_weight" as const } : {};
   const add = (value: Value) => losses.push({ name: "aux_loss", value, ...weight });
   const active = balancesOf(router).filter(({ coeff }) => coeff > 0);
   if (active.length) {

@@ -90,16 +90,26 @@ export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
 }
 
-/** The factor of a weight after the softmax, by query head and local key; default: 1. */
-type Kept = (query: number, key: number) => number;
+/** How the ops with further inputs differ. */
+export interface Variant {
+  /** The factor of a weight after the softmax, by query head and local key; default: 1. */
+  readonly kept?: (query: number, key: number) => number;
+  /** [B,S]: the position at which the document of each query begins; earlier keys are invisible to it. */
+  readonly documents?: Float32Array;
+}
 
 /** Computes attention of a shard. `kept`: the dropout factor of a weight. */
-export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, d: Sizes, p: ShardContext, kept?: Kept): void {
+export function mix(
+  { q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">,
+  d: Sizes,
+  p: ShardContext,
+  { kept, documents }: Variant = {},
+): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
   const weight = new Float64Array(d.U);
   const mean = new Float64Array(W);
-  eachQuery(d, K, p, (i, keys, seen) => {
+  eachQuery(d, K, p, documents, (i, keys, seen) => {
     let most = -Infinity;
     for (let j = 0; j < seen.length; j++) {
       weight[j] = d.scale * dot(q, i * C, k, (keys + seen[j]! * K) * C, C);
@@ -121,14 +131,19 @@ export function mix({ q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">, 
 
 type GradArrays = Arrays<"q" | "k" | "v" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">;
 /** Computes the gradient of attention of a shard. */
-export function mixGrad({ q, k, v, o, lse, dy, dq, dk, dv }: GradArrays, d: Sizes, p: ShardContext, kept?: Kept): void {
+export function mixGrad(
+  { q, k, v, o, lse, dy, dq, dk, dv }: GradArrays,
+  d: Sizes,
+  p: ShardContext,
+  { kept, documents }: Variant = {},
+): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
   const query = new Float64Array(C);
   // many queries contribute to one key: the sum stays in double precision until the end
   const keySums = new Float64Array(dk.length);
   const valueSums = new Float64Array(dv.length);
-  eachQuery(d, K, p, (i, keys, seen) => {
+  eachQuery(d, K, p, documents, (i, keys, seen) => {
     const mean = dot(dy, i * W, o, i * W, W);
     query.fill(0);
     for (let j = 0; j < seen.length; j++) {
@@ -157,6 +172,7 @@ function eachQuery(
   { B, S, U, G, M, ...d }: Sizes,
   K: number,
   p: ShardContext,
+  documents: Float32Array | undefined,
   visit: (i: number, keys: number, seen: Int32Array) => void,
 ): void {
   const position = (dim: string, i: number) => positionOf(p.start(dim) + i, d.chunk, d.ranks);
@@ -164,9 +180,11 @@ function eachQuery(
   const every = Int32Array.from(of.keys());
   for (let s = 0; s < S; s++) {
     const here = position("S", s);
-    const seen = every.filter((u) => of[u]! <= here);
-    for (let b = 0; b < B; b++)
+    const earlier = every.filter((u) => of[u]! <= here);
+    for (let b = 0; b < B; b++) {
+      const seen = documents ? earlier.filter((u) => of[u]! >= documents[b * S + s]!) : earlier;
       for (let h = 0; h < G * M; h++) visit((b * S + s) * G * M + h, b * U * K + Math.floor((h * K) / (G * M)), seen);
+    }
   }
 }
 

@@ -53,17 +53,17 @@ export const attentionDropoutPartGrad = op({
   cpu: dropMixGrad,
 });
 
-type DropSizes = Sizes & Readonly<Record<"drop" | "key0" | "key1", number>>;
+export type DropSizes = Sizes & Readonly<Record<"drop" | "key0" | "key1", number>>;
 
 function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: DropSizes, p: ShardContext): void {
-  mix(t, d, p, keptOf(t.sample, d, p));
+  mix(t, d, p, { kept: keptOf(t.sample, d, p) });
 }
 function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" | "dq" | "dk" | "dv">, d: DropSizes, p: ShardContext): void {
-  mixGrad(t, d, p, keptOf(t.sample, d, p));
+  mixGrad(t, d, p, { kept: keptOf(t.sample, d, p) });
 }
 
 /** Returns the factor of each weight: key u of a query uses word u % 4 at counter (sequence, position of the query, head, u / 4). */
-function keptOf(sample: Float32Array, { S, G, M, ...d }: DropSizes, p: ShardContext): (query: number, key: number) => number {
+export function keptOf(sample: Float32Array, { S, G, M, ...d }: DropSizes, p: ShardContext): (query: number, key: number) => number {
   const { threshold, factor } = dropsOf(d.drop);
   const [heads, firstHead] = [G * M, p.start("G") * M];
   const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk, d.ranks);

@@ -1,6 +1,7 @@
 /** The op table: every op by its name. */
 import type { OpName } from "../../schemas/opNames.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "./attention.ts";
+import * as documents from "./attentionDocuments.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "./attentionDropout.ts";
 import * as balance from "./balance.ts";
 import * as capacity from "./capacity.ts";
@@ -15,15 +16,16 @@ import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
 import { plainUnits } from "./plainUnits.ts";
 import * as messages from "./rearrange.ts";
-import { rope } from "./rope.ts";
+import { rope, ropeDocuments } from "./rope.ts";
 import * as router from "./router.ts";
 import * as vocab from "./vocab.ts";
 
 const all = [
   ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
   ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
-  ...[rope, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
+  ...[rope, ropeDocuments, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
   ...[attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad, dropout, jitter],
+  ...Object.values(documents),
   ...[split, join, latentKv, latentKvGrad],
   ...Object.values(vocab),
   ...Object.values(router),

@@ -21,29 +21,55 @@ export const rope = op({
   linearIn: "x",
   suffix: "grad",
   cpu({ x, y }, d, p) {
-    const { B, S, H, C } = d;
-    const { first, width, sign } = d;
-    const half = width / 2;
-    const [step, apart] = d.interleaved ? [2, 1] : [1, half];
-    const { cos, sin } = turns(d, p.start("S"), S);
-    for (let t = 0; t < B * S; t++) {
-      const turn = (t % S) * half;
-      for (let h = 0; h < H; h++) {
-        const head = (t * H + h) * C;
-        y.set(x.subarray(head, head + first), head);
-        y.set(x.subarray(head + first + width, head + C), head + first + width);
-        for (let c = 0, at = head + first; c < half; c++, at += step) {
-          const u = x[at]!;
-          const v = x[at + apart]!;
-          const si = sign * sin[turn + c]!;
-          y[at] = u * cos[turn + c]! - v * si;
-          y[at + apart] = v * cos[turn + c]! + u * si;
-        }
-      }
-    }
+    const { cos, sin } = turns(d, p.start("S"), d.S);
+    rotate(x, y, d, (t) => ({ cos, sin, at: (t % d.S) * (d.width / 2) }));
   },
   grad: (_, { dy }, a): Grads => ({ x: rope.of({ x: dy }, { ...a, sign: -a.sign! }) }),
 });
+
+/** Rotates by positions counted from the first token of a document: `documents` holds the position in the sequence of that token. */
+export const ropeDocuments = op({
+  name: "rope_documents",
+  sig: "x[B,S,H*C] documents[B,S] -> y[B,S,H*C]",
+  attrs: ["first", "width", "interleaved", "sign", "theta", "scaling", "factor", "original", "low", "high", "gain", "chunk", "ranks"],
+  linearIn: "x",
+  suffix: "grad",
+  cpu({ x, documents, y }, d, p) {
+    const positions = Float32Array.from(documents, (first, t) => positionOf(p.start("S") + (t % d.S), d.chunk, d.ranks) - first);
+    const table = turns({ ...d, chunk: 0, ranks: 1 }, 0, Math.max(...positions) + 1);
+    rotate(x, y, d, (t) => ({ ...table, at: positions[t]! * (d.width / 2) }));
+  },
+  grad: ({ documents }, { dy }, a): Grads => ({ x: ropeDocuments.of({ x: dy, documents }, { ...a, sign: -a.sign! }) }),
+});
+
+type Turns = { readonly cos: Float64Array; readonly sin: Float64Array };
+type RotatedSizes = Readonly<Record<"B" | "S" | "H" | "C" | "first" | "width" | "sign" | "interleaved", number>>;
+
+/** Rotates the heads of each token by cosines and sines from index `at` of their tables. */
+function rotate(
+  x: Float32Array,
+  y: Float32Array,
+  { B, S, H, C, first, width, sign, interleaved }: RotatedSizes,
+  turnOf: (token: number) => Turns & { readonly at: number },
+): void {
+  const half = width / 2;
+  const [step, apart] = interleaved ? [2, 1] : [1, half];
+  for (let t = 0; t < B * S; t++) {
+    const { cos, sin, at: turn } = turnOf(t);
+    for (let h = 0; h < H; h++) {
+      const head = (t * H + h) * C;
+      y.set(x.subarray(head, head + first), head);
+      y.set(x.subarray(head + first + width, head + C), head + first + width);
+      for (let c = 0, at = head + first; c < half; c++, at += step) {
+        const u = x[at]!;
+        const v = x[at + apart]!;
+        const si = sign * sin[turn + c]!;
+        y[at] = u * cos[turn + c]! - v * si;
+        y[at + apart] = v * cos[turn + c]! + u * si;
+      }
+    }
+  }
+}
 
 /** The attributes that determine the frequencies, and those that determine the table of a shard. */
 type Embedding = Readonly<Record<"width" | "theta" | "scaling" | "factor" | "original" | "low" | "high", number>>;
@@ -85,8 +111,8 @@ export function frequenciesOf({ width, theta, scaling, factor, original, low, hi
 }
 
 /** Cache of tables, one per embedding and shard of the sequence: all layers share a table, and a process uses few. */
-const tables = new Map<string, { cos: Float64Array; sin: Float64Array }>();
-function turns(d: Table, start: number, count: number) {
+const tables = new Map<string, Turns>();
+function turns(d: Table, start: number, count: number): Turns {
   const { width, theta, scaling, factor, original, low, high, gain, chunk, ranks } = d;
   const key = [start, count, width, theta, scaling, factor, original, low, high, gain, chunk, ranks].join(" ");
   const have = tables.get(key);

@@ -7,6 +7,16 @@
 import type { Buffer, Collective, Compute } from "../../schemas/plan.ts";
 import { shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { attention, attentionGrad, attentionMerge, attentionPart, attentionPartGrad } from "../ops/attention.ts";
+import {
+  attentionDocuments,
+  attentionDocumentsGrad,
+  attentionDocumentsPart,
+  attentionDocumentsPartGrad,
+  attentionDropoutDocuments,
+  attentionDropoutDocumentsGrad,
+  attentionDropoutDocumentsPart,
+  attentionDropoutDocumentsPartGrad,
+} from "../ops/attentionDocuments.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "../ops/attentionDropout.ts";
 import { add, cast } from "../ops/linear.ts";
 import { type AnyOp, invariant } from "../ops/op.ts";
@@ -54,6 +64,10 @@ const ringOps: Readonly<Record<string, { readonly part: AnyOp; readonly expand: 
   [attentionGrad.name]: { part: attentionPartGrad, expand: backward },
   [attentionDropout.name]: { part: attentionDropoutPart, expand: forward },
   [attentionDropoutGrad.name]: { part: attentionDropoutPartGrad, expand: backward },
+  [attentionDocuments.name]: { part: attentionDocumentsPart, expand: forward },
+  [attentionDocumentsGrad.name]: { part: attentionDocumentsPartGrad, expand: backward },
+  [attentionDropoutDocuments.name]: { part: attentionDropoutDocumentsPart, expand: forward },
+  [attentionDropoutDocumentsGrad.name]: { part: attentionDropoutDocumentsPartGrad, expand: backward },
 };
 
 /** Returns the operations that the two expansions share. */

@@ -1,5 +1,6 @@
 /** Rules E: load balancing of experts by losses, a bias, or balanced selection. */
 import { balancesOf, evenBy } from "../../schemas/experts.ts";
+import { hasTokenWeights } from "../../schemas/job.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 /** Rules of load balancing. */
@@ -52,7 +53,7 @@ export const balance = [
     why: "Megatron Core's calculate_per_token_loss sums balancing and z losses over all tokens and divides by the number of labels; rankc does the same. If a tenth of the tokens of a step have labels, these losses and their gradients are ten times as large relative to the main loss, and they vary with the labels of each step. A step without labels contributes nothing.",
     level: "warning",
     *check({ model: { moe }, train, data }) {
-      if (!moe || data.labels === null || train.loss_weighting !== "token") return;
+      if (!moe || !hasTokenWeights({ data }) || train.loss_weighting !== "token") return;
       const { router } = moe;
       const coeffs = { aux_coeff: Math.max(0, ...balancesOf(router).map(({ coeff }) => coeff)), z_coeff: router.z_coeff };
       const some = Object.entries(coeffs).filter(([, coeff]) => coeff > 0);

@@ -1,5 +1,7 @@
 /** Rules B: batch, optimizer and data. trainingSchedule.ts has the rules of schedules. */
+
 import { SMALLEST } from "../../schemas/job/numbers.ts";
+import { hasTokenWeights } from "../../schemas/job.ts";
 import { pipelineOf } from "../passes/pipelineStages.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";
@@ -301,11 +303,11 @@ export const batch = [
     why: "Without labels every token counts in every microbatch, so that weighting by token and by microbatch are the same.",
     level: "warning",
     *check({ train, data }) {
-      if (train.loss_weighting !== "token" || data.labels !== null) return;
+      if (train.loss_weighting !== "token" || hasTokenWeights({ data })) return;
       yield {
         at: "train.loss_weighting",
         related: ["data.labels"],
-        found: "loss_weighting: token without data.labels",
+        found: "loss_weighting: token without data.labels and data.documents.loss",
         fix: "leave it out, or name the file of labels, which marks ignored tokens",
         tries: [{ "train.loss_weighting": "microbatch" }],
       };

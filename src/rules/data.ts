@@ -100,4 +100,31 @@ export const data = [
     },
     bad: "train: {evaluation: {steps: 1}}",
   }),
+  rule({
+    code: "B240",
+    title: "data.documents cannot keep documents apart",
+    why: "A document ends with a token of its own: a prepared data set names it in PREFIX.json, and any other corpus needs it as data.documents.end.",
+    level: "error",
+    *check({ model, data: { documents, sources } }) {
+      if (!documents) return;
+      const { end, ...apart } = documents;
+      if (end === null && sources === undefined)
+        yield {
+          ...{ at: "data.documents.end", related: ["data.path"], found: "no end of documents in a corpus without description" },
+          fix: "name the id of the token that ends a document, or prepare a data set and name it in data.sources",
+        };
+      if (end !== null && end >= model.vocab)
+        yield {
+          ...{ at: "data.documents.end", related: ["model.vocab"], found: `end ${end}, and ids go up to ${model.vocab - 1}` },
+          fix: "name the id of the token that ends a document",
+        };
+      if (!Object.values(apart).includes(true))
+        yield {
+          ...{ at: "data.documents", found: "mask, positions and loss are all false" },
+          fix: "leave data.documents out, or turn one of them on",
+          tries: [{ "data.documents.mask": true }],
+        };
+    },
+    bad: "data: {documents: {mask: false, positions: false, loss: false, end: 0}}",
+  }),
 ];

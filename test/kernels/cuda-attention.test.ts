@@ -14,7 +14,7 @@ import { ops } from "../../src/ops/index.ts";
 import { dimSize } from "../../src/ops/op.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";
 import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
-import { random } from "../support/opCases.ts";
+import { documentsOf, random } from "../support/opCases.ts";
 import { byTier, once } from "../support/tiers.ts";
 
 interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
@@ -26,6 +26,8 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
   readonly zigzag?: readonly [chunk: number, ranks: number];
   /** The probability that a weight is dropped. */
   readonly drop?: number;
+  /** Tokens of a document on average; without it there is none. */
+  readonly documents?: number;
   readonly arch: Arch;
   readonly type: "bf16" | "f16" | "f32";
   /** Also in the fast tier: of each kind of kernel one, pieces, zigzag order, f16, dropped weights. */
@@ -113,18 +115,41 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
+  // documents: short ones, of which a tile has many, and long ones, of which tiles see some blocks; on every kind of kernel
+  { B: 2, S: 260, U: 260, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 100, fast: true },
+  { B: 1, S: 520, U: 520, G: 1, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 300 },
+  { B: 1, S: 390, U: 390, G: 2, M: 1, C: 192, W: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 50 },
+  { B: 2, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16", documents: 8 },
+  { B: 2, S: 261, U: 261, G: 1, M: 2, C: 48, start: 0, arch: "sm_80", type: "bf16", documents: 60, fast: true },
+  { B: 1, S: 330, U: 330, G: 1, M: 1, C: 256, start: 0, arch: "sm_90a", type: "bf16", documents: 90 },
+  { B: 2, S: 150, U: 150, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "f32", documents: 40, fast: true },
+  { B: 15, S: 2, U: 600, G: 4, M: 1, C: 16, start: 598, arch: "sm_80", type: "bf16", documents: 200 },
+  // so many key heads that waves alternate; few, so that query heads are split
+  { B: 4, S: 400, U: 400, G: 4, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 120 },
+  { B: 1, S: 400, U: 400, G: 1, M: 8, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 120 },
+  { B: 1, S: 200, U: 200, G: 1, M: 1, C: 128, start: 200, keyStart: 0, arch: "sm_90a", type: "bf16", documents: 300, fast: true },
+  { B: 2, S: 200, U: 200, G: 1, M: 1, C: 64, start: 200, keyStart: 200, arch: "sm_90a", type: "bf16", documents: 30 },
+  { B: 1, S: 150, U: 70, G: 1, M: 2, C: 48, W: 64, start: 100, keyStart: 60, arch: "sm_80", type: "bf16", documents: 80 },
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", documents: 150, fast: true },
+  { B: 1, S: 300, U: 300, G: 1, M: 1, C: 128, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_90a", type: "bf16", documents: 100 },
+  { B: 1, S: 256, U: 256, G: 1, M: 1, C: 64, start: 0, keyStart: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", documents: 400 },
+  { B: 1, S: 96, U: 288, G: 1, M: 2, C: 128, start: 96, zigzag: [48, 3], arch: "sm_80", type: "bf16", documents: 70 },
+  { B: 2, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", documents: 50 },
+  { B: 1, S: 300, U: 300, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 90, drop: 0.2 },
+  { B: 1, S: 140, U: 140, G: 1, M: 2, C: 48, start: 0, arch: "sm_80", type: "bf16", documents: 60, drop: 0.2 },
+  { B: 1, S: 70, U: 70, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "f32", documents: 20, drop: 0.2 },
 ];
 
-function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop }: Shape): string {
+function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop, documents }: Shape): string {
   const order = zigzag ? `, zigzag by ${zigzag[0]} over ${zigzag[1]}` : "";
   const keys = keyStart === undefined ? `${U} keys` : `${U} keys from ${keyStart}`;
-  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}`;
+  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}${documents ? `, documents of ${documents}` : ""}`;
 }
 
 /** A case per op: the gradient's inputs are what the forward op makes of all keys. Scores are of the size that normalised layers leave. */
 function casesOf(shape: Shape, seed: number): ContractCase[] {
   const next = random(seed);
-  const { type, start, keyStart, zigzag = [0, 1], drop, B, S, U, G, M, C, W = C } = shape;
+  const { type, start, keyStart, zigzag = [0, 1], drop, documents, B, S, U, G, M, C, W = C } = shape;
   const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
   const dropped = drop === undefined ? {} : { drop };
   const told = { key0: 0x9abcdef0, key1: 0x12345678 };
@@ -132,17 +157,18 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
   const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? told : {}) };
   const place = { start: (dim: string) => starts[dim as "S" | "U" | "G"] ?? 0, rows: new Int32Array(1) };
   const known: Record<string, Float32Array> = {};
-  const name = `attention${drop ? "_dropout" : ""}${keyStart === undefined ? "" : "_part"}` as const;
+  const name = `attention${drop ? "_dropout" : ""}${documents ? "_documents" : ""}${keyStart === undefined ? "" : "_part"}` as const;
   return [name, `${name}_grad` as const].map((name) => {
     const op = ops[name];
     const operands = [...op.inputs, ...op.outputs];
     const size = Object.fromEntries(operands.map((o) => [o.name, o.dimSpecs.reduce((n, s) => n * dimSize(s, d), 1)]));
     const dtype: Record<string, Dtype> = Object.fromEntries(
-      operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : type]),
+      operands.map((o) => [o.name, o.name === "lse" ? "f32" : ["sample", "documents"].includes(o.name) ? "i32" : type]),
     );
     // a piece's gradient is told the log-sum-exp of all keys: some number no less
     if (name.endsWith("_part_grad")) known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
     if (drop) known.sample ??= Float32Array.from({ length: B }, (_, i) => 70_000 + i);
+    if (documents) known.documents ??= documentsOf(d, place.start, documents);
     for (const { name } of op.inputs)
       known[name] ??= rounded(
         new Float32Array(size[name]!).map(() => 2 * next()),
@@ -151,6 +177,7 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
     const made: Record<string, Float32Array> = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(size[o.name]!)]));
     op.cpu({ ...known, ...made }, { ...d, ...dropped, ...(drop ? told : {}) }, place);
     const data: Record<string, Buffers[string]> = { ...Object.fromEntries(op.inputs.map((o) => [o.name, known[o.name]!])), ...made };
+    if (documents) data.documents = Int32Array.from(known.documents!);
     if (drop) data.sample = Int32Array.from(known.sample!);
     const want = Object.fromEntries(Object.entries(made).map(([n, x]) => [n, x.slice()]));
     for (const o of op.outputs) known[o.name] = rounded(made[o.name]!, dtype[o.name]!);
@@ -211,7 +238,7 @@ describe.skipIf(missing)("heads in shares", () => {
   });
   test("as many as the cache holds, so that all thread blocks have equal work", () => {
     const tiling = { rows: 128, keys: 128, multiprocessors: 132 };
-    const d = { S: 4096, U: 4096, M: 1, scale: 1, chunk: 0, ranks: 1, part: false, grad: false };
+    const d = { S: 4096, U: 4096, M: 1, scale: 1, chunk: 0, ranks: 1, part: false, grad: false, documents: false };
     expect(shareOf({ ...d, B: 1, G: 128, C: 192, W: 128 }, tiling)).toBe(9);
     expect(shareOf({ ...d, B: 1, G: 4, M: 8, C: 128, W: 128 }, tiling)).toBe(32);
   });
@@ -231,7 +258,7 @@ test("one attention's gradient needs f32 sums of the queries' gradients, and a f
 });
 
 describe("the order of key blocks", () => {
-  const ofGrad = { C: 128, W: 128, scale: 1, chunk: 0, ranks: 1, part: false, grad: true };
+  const ofGrad = { C: 128, W: 128, scale: 1, chunk: 0, ranks: 1, part: false, grad: true, documents: false };
   const tiling = { rows: 64, keys: 128, multiprocessors: 132, splits: true };
   const causal = (S: number) => Int32Array.from({ length: S / 128 }, (_, i) => 2 * i);
   // sequences, key heads, query heads of each; steps over those of a device that is always busy

@@ -9,7 +9,7 @@ import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import { wgslGenerator } from "../../src/codegen/wgsl/index.ts";
 import { ops } from "../../src/ops/index.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
-import { elements, random } from "../support/opCases.ts";
+import { documentsOf, elements, random } from "../support/opCases.ts";
 import { noAdapter } from "../support/softwareAdapter.ts";
 import { byTier } from "../support/tiers.ts";
 import { openWgslDevices } from "../support/wgslDevices.ts";
@@ -19,12 +19,14 @@ const { executor, checked } = await openWgslDevices({ checked: { features: ["sha
 type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W", number>>;
 type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { readonly drop?: number };
 
-type AttentionName = `attention${"" | "_dropout"}${"" | "_part"}`;
+type AttentionName = `attention${"" | "_dropout"}${"" | "_documents"}${"" | "_part"}`;
 
 function useOf(op: OpName, d: Dims, half: Dtype = "f32"): KernelSpec {
   const operands = [...ops[op].inputs, ...ops[op].outputs];
   const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
-  const dtype = Object.fromEntries(operands.map((o) => [o.name, o.name === "lse" ? "f32" : o.name === "sample" ? "i32" : half]));
+  const dtype = Object.fromEntries(
+    operands.map((o) => [o.name, o.name === "lse" ? "f32" : ["sample", "documents"].includes(o.name) ? "i32" : half]),
+  );
   return { op, name: `${op}_0`, d, size, dtype, accumulates: new Set(), bound: 0, makesRows: false, mayOverflow: false };
 }
 
@@ -34,6 +36,7 @@ function casesOf(op: AttentionName, d: Dims, starts: Readonly<Record<string, num
   const data: Record<string, Float32Array> = {};
   return [op, `${op}_grad` as const].map((op) => {
     const use = useOf(op, d);
+    data.documents ??= documentsOf(d, (dim) => starts[dim] ?? 0, 30);
     data.sample ??= Float32Array.from({ length: d.B }, (_, i) => 70_000 + i);
     const outputs = ops[op].outputs.map((o) => o.name);
     if (op.endsWith("_part_grad")) data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
@@ -44,7 +47,10 @@ function casesOf(op: AttentionName, d: Dims, starts: Readonly<Record<string, num
     return {
       title: `${op} ${JSON.stringify(d)}`,
       use,
-      data: { ...gather(Object.keys(use.size)), ...(use.dtype.sample ? { sample: Int32Array.from(data.sample!) } : {}) },
+      data: {
+        ...gather(Object.keys(use.size)),
+        ...Object.fromEntries(["sample", "documents"].filter((n) => use.dtype[n]).map((n) => [n, Int32Array.from(data[n]!)])),
+      },
       starts: { ...starts, ...told },
       want: gather(outputs),
     };
@@ -88,8 +94,34 @@ const shapes: readonly (readonly [
   ],
   ["weights dropped, zigzag", "attention_dropout", { ...small, S: 48, U: 96, chunk: 12, ranks: 4, drop: 0.2 }, { S: 48, G: 2 }],
   ["weights dropped, zigzag by 10", "attention_dropout_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 }, { S: 40, U: 0 }],
+  ["documents", "attention_documents", { ...small, S: 150, U: 150, ...plain }, {}],
+  ["documents, blocks of 64 queries", "attention_documents", { B: 16, S: 66, U: 86, G: 4, M: 1, C: 4, W: 4, ...plain }, { S: 20 }],
+  ["documents, keys across the diagonal", "attention_documents_part", { ...small, S: 50, U: 40, ...plain }, { S: 20, U: 30 }],
+  [
+    "documents, zigzag, queries and keys of several ranks",
+    "attention_documents",
+    { ...small, S: 48, U: 96, chunk: 12, ranks: 4 },
+    { S: 48 },
+  ],
+  [
+    "documents, zigzag, keys of a rank before",
+    "attention_documents_part",
+    { ...small, S: 64, U: 64, chunk: 32, ranks: 3 },
+    { S: 128, U: 64 },
+  ],
+  ["documents, weights dropped", "attention_dropout_documents", { ...small, S: 90, U: 90, ...plain, drop: 0.3 }, { G: 4 }],
+  [
+    "documents, weights dropped, zigzag",
+    "attention_dropout_documents_part",
+    { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 },
+    { S: 40, U: 0 },
+  ],
 ];
-const inFast = ["zigzag, queries and keys of several ranks", "weights dropped, keys across the diagonal"];
+const inFast = [
+  "zigzag, queries and keys of several ranks",
+  "weights dropped, keys across the diagonal",
+  "documents, weights dropped, zigzag",
+];
 for (const { options, rows } of byTier(shapes, ([name]) => inFast.includes(name)))
   test.skipIf(noAdapter).each(rows)(`%s${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, options, async (_, op, d, starts) => {
     for (const c of casesOf(op, { scale: 0.3, ...d }, starts)) await hold(executor!, wgslGenerator(c.use.op)(c.use, "f16"), c);
@@ -97,7 +129,9 @@ for (const { options, rows } of byTier(shapes, ([name]) => inFast.includes(name)
 
 test.each(["f32", "f16"] as const)("kernels of real sizes compile within default limits: %s", async (half) => {
   const orders = [plain, { chunk: 256, ranks: 8 }];
-  const names = (["attention", "attention_dropout"] as const).flatMap((name) => [name, `${name}_part`] as const);
+  const names = (["attention", "attention_dropout", "attention_documents", "attention_dropout_documents"] as const).flatMap(
+    (name) => [name, `${name}_part`] as const,
+  );
   for (const op of names.flatMap((name) => [name, `${name}_grad`] as const))
     for (const [i, [C, W]] of (
       [

@@ -127,9 +127,12 @@ test("inputs without a gradient are these: numbers of tokens, what is read for i
     .filter((line) => !line.endsWith(": "));
   expect(without).toMatchInlineSnapshot(`
     [
+      "rope_documents: documents",
       "attention_dropout: sample",
       "dropout: sample",
       "jitter: sample",
+      "attention_documents: documents",
+      "attention_dropout_documents: documents sample",
       "embed: ids",
       "softmax_terms: m target",
       "nll: m",
@@ -212,6 +215,7 @@ test("what is declared linear in one input is", () => {
     "gemm_wgrad dy",
     "head_norm_grad dy",
     "rope x",
+    "rope_documents x",
   ]);
   for (const [o, name] of linear) expectLinear(o, [name]);
 });

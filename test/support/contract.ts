@@ -9,7 +9,7 @@ import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/code
 import { ops } from "../../src/ops/index.ts";
 import { type AnyOp, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
 import { type RowsMode, type Set as SizeSet, sets, sizesAt, variantsOf } from "./contractSizes.ts";
-import { random, type Sizes } from "./opCases.ts";
+import { documentsOf, random, type Sizes } from "./opCases.ts";
 import { isFull } from "./tiers.ts";
 import { messageDrafts } from "./transportCases.ts";
 
@@ -66,7 +66,7 @@ const always = new Set([
 ]);
 /** … but what is added in the model's type. */
 const inModel = (op: string, name: string): boolean => op === "add_bias" && name === "bias";
-const indices = new Set(["ids", "target", "sample", "source"]);
+const indices = new Set(["ids", "target", "sample", "source", "documents"]);
 
 /** The types that a plan in half precision has: as op.ts gives them, and a gradient arrives in the type of what it is the gradient of. */
 function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
@@ -293,6 +293,7 @@ function fill(
   // a step that is skipped, and one that is not
   if (o.name === "scale" && seed % 3 === 1) return out;
   if (o.name === "sample") return out.map(() => Math.floor(1000 * (next() + 1)));
+  if (o.name === "documents") return documentsOf({ B: d.B!, S: d.S!, chunk: d.chunk!, ranks: d.ranks! }, start, 4);
   if (o.name === "source") return out.map(() => Math.floor(((next() + 1) / 2) * (d.K ?? 0)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));

@@ -106,15 +106,20 @@ const always: Sizes = {
 
 /** Widths of an op's own at a set. */
 const own: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
-  rope: {
-    // an odd number of channels before those that turn, some after them
-    odd: { first: 1, width: 4, interleaved: 1, ...{ scaling: 3, factor: 8, original: 100, low: 1, high: 4, gain: 1.25 } },
-    four: { width: 8, interleaved: 1, chunk: 2, ranks: 3 },
-    aligned: { width: 16 },
-    large: { first: 48, width: 16, ...{ scaling: 2, factor: 8, original: 64, low: 1, high: 4 }, chunk: 20, ranks: 2 },
-    long: { width: 32, interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
-    wide: { first: 128, width: 64, interleaved: 1 },
-  },
+  ...Object.fromEntries(
+    ["rope", "rope_documents"].map((op) => [
+      op,
+      {
+        // an odd number of channels before those that turn, some after them
+        odd: { first: 1, width: 4, interleaved: 1, ...{ scaling: 3, factor: 8, original: 100, low: 1, high: 4, gain: 1.25 } },
+        four: { width: 8, interleaved: 1, chunk: 2, ranks: 3 },
+        aligned: { width: 16 },
+        large: { first: 48, width: 16, ...{ scaling: 2, factor: 8, original: 64, low: 1, high: 4 }, chunk: 20, ranks: 2 },
+        long: { width: 32, interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
+        wide: { first: 128, width: 64, interleaved: 1 },
+      },
+    ]),
+  ),
   ...Object.fromEntries(
     ["split", "join"].map((op) => [
       op,

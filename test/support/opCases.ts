@@ -1,6 +1,7 @@
 /** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
 import { attentionMerge } from "../../src/ops/attention.ts";
 import { type AnyOp, type Attrs, type DimSpec, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
+import { positionOf } from "../../src/ops/positions.ts";
 
 export type Sizes = Readonly<Record<string, number>>;
 type Arrays = Readonly<Record<string, Float32Array>>;
@@ -59,6 +60,7 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     // sums of exponentials, squares and second moments; a step counts from 1
     if (["s", "sq", "by", "v", "total"].includes(o.name)) return out.map(() => 1.5 + next());
     if (o.name === "sample") return out.map((_, i) => 10 + i);
+    if (o.name === "documents") return documentsOf({ B, S, chunk: sizes.chunk!, ranks: sizes.ranks! }, () => 0, 2);
     if (o.name === "step") return out.fill(3);
     return out.map(next);
   };
@@ -67,6 +69,23 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
     [...inputs, ...updated].map((o) => [o.name, o.dimSpecs.length || !updated.includes(o) ? fill(o) : new Float32Array(1)]),
   );
   return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
+}
+
+/**
+ * Random documents of about `length` tokens: of each token of a shard the position at which its document begins. Two shards of a sequence agree:
+ * a border depends on the sequence and the position alone.
+ */
+export function documentsOf(
+  { B, S, chunk, ranks }: Readonly<Record<"B" | "S" | "chunk" | "ranks", number>>,
+  start: (dim: string) => number,
+  length: number,
+): Float32Array {
+  return Float32Array.from({ length: B * S }, (_, i) => {
+    let at = positionOf(start("S") + (i % S), chunk, ranks);
+    const isBorder = (position: number): boolean => random(1000 * (start("B") + Math.floor(i / S)) + position)() < 2 / length - 1;
+    while (at > 0 && !isBorder(at)) at--;
+    return at;
+  });
 }
 
 /** The map of a router: two or three experts of a token. */

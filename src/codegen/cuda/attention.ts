@@ -8,6 +8,7 @@ import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { cudaType, type Float16, float16Types, isFloat16 } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import * as attentionOps from "../../ops/attention.ts";
+import * as documentOps from "../../ops/attentionDocuments.ts";
 import * as dropoutOps from "../../ops/attentionDropout.ts";
 import { type AttentionGradSpec, type AttentionSizes, type AttentionSpec, attentionSizes, isReordered } from "../attentionSizes.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
@@ -27,6 +28,14 @@ export const attention = {
   attention_dropout_grad: cudaKernel(dropoutOps.attentionDropoutGrad, backward),
   attention_dropout_part: cudaKernel(dropoutOps.attentionDropoutPart, forward),
   attention_dropout_part_grad: cudaKernel(dropoutOps.attentionDropoutPartGrad, backward),
+  attention_documents: cudaKernel(documentOps.attentionDocuments, forward),
+  attention_documents_grad: cudaKernel(documentOps.attentionDocumentsGrad, backward),
+  attention_documents_part: cudaKernel(documentOps.attentionDocumentsPart, forward),
+  attention_documents_part_grad: cudaKernel(documentOps.attentionDocumentsPartGrad, backward),
+  attention_dropout_documents: cudaKernel(documentOps.attentionDropoutDocuments, forward),
+  attention_dropout_documents_grad: cudaKernel(documentOps.attentionDropoutDocumentsGrad, backward),
+  attention_dropout_documents_part: cudaKernel(documentOps.attentionDropoutDocumentsPart, forward),
+  attention_dropout_documents_part_grad: cudaKernel(documentOps.attentionDropoutDocumentsPartGrad, backward),
 };
 
 function forward(spec: AttentionSpec, arch: Arch): GeneratedKernel {
@@ -107,7 +116,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const tiles = tilesText(d, half, threads);
   const orderText = render("cuda/attention_order.cuh", {
     ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...float16Types[half] },
-    ...{ wave, alternating: `${alternating}`, split },
+    ...{ wave, alternating: `${alternating}`, split, ...texts },
   });
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
@@ -120,6 +129,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
     delta: 4 * tilesOfQueries * rows,
     counters: 4 * tilesOfQueries + 4,
     keyParts: split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
+    ends: d.documents ? 4 * B * U : 0,
   });
   const launches: GeneratedLaunch[] = [
     {
@@ -141,6 +151,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
         scratch(at.sums),
         scratch(at.counters),
         ...(split > 1 ? [scratch(at.keyParts)] : ["dk", "dv"]),
+        ...(d.documents ? [scratch(at.ends)] : []),
         ...args,
       ],
     },
@@ -152,6 +163,14 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       args: [scratch(at.sums), "dq", ...(part ? args : [])],
     },
   ];
+  if (d.documents)
+    launches.unshift({
+      entry: `${spec.name}_ends`,
+      grid: [ceil(B * U, threads), 1, 1],
+      threads,
+      shared: 0,
+      args: [scratch(at.ends), ...args],
+    });
   if (split > 1)
     launches.push({
       entry: `${spec.name}_keys`,

@@ -104,7 +104,7 @@ export function gradHopper(
   const columns = (rows * C) / 128 - 64;
   const grads = 2 * keys * rows;
   // keys and values; two stages of queries and dy; two statistics per query row and stage; barriers, ticket
-  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96;
+  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96 + (d.documents ? 4 * keys : 0);
   const tile = 4 * rows * C;
   // two buffers for gradients of scores, and for gradients of queries, if they fit
   const buffers = others + 2 * grads + tile <= SHARED ? 2 : 1;

@@ -18,24 +18,36 @@ export const randomText = ({ drops, chunk, M }: AttentionSizes): string =>
     : "";
 
 /** Returns the text of the causal mask. */
-export const causalMaskText = ({ chunk, ranks, part }: AttentionSizes): string =>
-  render("cuda/attention_mask.cuh", { zigzag: chunk > 0, part: flag(part), plain: flag(!part && chunk === 0), chunk, ranks });
+export const causalMaskText = ({ chunk, ranks, part, documents }: AttentionSizes): string =>
+  render("cuda/attention_mask.cuh", {
+    ...{ zigzag: chunk > 0, part: flag(part || documents), plain: flag(!part && !documents && chunk === 0) },
+    ...{ chunk, ranks, documents },
+  });
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /**
- * Returns the text of the parameters of an entry that give the starts of the shards of queries and keys, and the random words of dropout: its
- * parameters, the arguments of `causalMaskOf`, and the arguments of a launch.
+ * Returns the text of the parameters of an entry that give the starts of the shards of queries and keys, the random words of dropout, and the
+ * documents: its parameters, the arguments of `randomOf` and `causalMaskOf`, and the arguments of a launch.
  */
-export const startTexts = ({ part, drops }: AttentionSizes) => ({
-  params: [part ? "int start, int keyStart" : "int start", ...(drops ? ["const int* sample, int headStart, u32 key0, u32 key1"] : [])].join(
-    ", ",
-  ),
-  names: [part ? "start, keyStart" : "start", ...(drops ? ["sample, headStart, key0, key1"] : [])].join(", "),
+export const startTexts = ({ part, drops, documents }: AttentionSizes) => ({
+  params: [
+    part ? "int start, int keyStart" : "int start",
+    ...(drops ? ["const int* sample, int headStart, u32 key0, u32 key1"] : []),
+    ...(documents ? ["const int* documents"] : []),
+  ].join(", "),
+  names: [
+    part ? "start, keyStart" : "start",
+    ...(drops ? ["sample, headStart, key0, key1"] : []),
+    ...(documents ? ["documents"] : []),
+  ].join(", "),
   starts: part ? "start, keyStart" : "start, 0",
+  maskArgs: `${part ? "start, keyStart" : "start, 0"}${documents ? ", documents" : ""}`,
   keyStart: part ? "keyStart" : "0",
   drops: drops !== undefined,
+  documents,
   args: [
     ...(part ? [startOf("S"), startOf("U")] : [startOf("S")]),
     ...(drops ? ["sample", startOf("G"), ...runtimeAttrs.map((name) => attributeOf(name))] : []),
+    ...(documents ? ["documents"] : []),
   ],
 });

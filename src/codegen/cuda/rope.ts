@@ -2,17 +2,21 @@
 
 import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
-import { frequenciesOf, rope as ropeOp } from "../../ops/rope.ts";
+import { frequenciesOf, ropeDocuments, rope as ropeOp } from "../../ops/rope.ts";
 import { cudaKernel, type GeneratedKernel, positionText, type SpecOf } from "../kernelSpec.ts";
 import { startOf } from "../launchArgs.ts";
 import { f32, source, vectorOf } from "./text.ts";
 
 /** CUDA kernels of rotary position embedding. */
-export const rope = { rope: cudaKernel(ropeOp, rotate) };
+export const rope = {
+  rope: cudaKernel(ropeOp, (spec) => rotate(spec)),
+  rope_documents: cudaKernel(ropeDocuments, (spec) => rotate(spec, true)),
+};
 
 const THREADS = 256;
 
-function rotate(spec: SpecOf<typeof ropeOp>): GeneratedKernel {
+/** `documents`: whether positions are counted from the first token of a document. */
+function rotate(spec: SpecOf<typeof ropeOp>, documents = false): GeneratedKernel {
   const { B, S, H, C, first, width, interleaved, sign, gain, chunk, ranks } = spec.d;
   const pairs = width / 2;
   const types = [spec.dtype.x, spec.dtype.y];
@@ -26,6 +30,7 @@ function rotate(spec: SpecOf<typeof ropeOp>): GeneratedKernel {
     ...{ name: spec.name, vector, pairs, parts, strands, heads: H, deep: Math.ceil(H / strands), threads },
     ...{ width: C, first: first, interleaved: String(Boolean(interleaved)) },
     ...{ x: cudaType(spec.dtype.x), y: cudaType(spec.dtype.y), tokens: B * S, sequence: S },
+    documents,
     ...{ position: positionText("index", chunk, ranks), gain: f32(gain), sine: f32(sign * gain) },
     frequencies: frequenciesOf(spec.d)
       .map((frequency) => {
@@ -36,5 +41,6 @@ function rotate(spec: SpecOf<typeof ropeOp>): GeneratedKernel {
       .join(", "),
   });
   const grid: [number, number, number] = [Math.ceil((B * S) / Math.floor(threads / (parts * strands))), 1, 1];
-  return { source: source(spec, body), launches: [{ entry: spec.name, grid, threads, shared: 0, args: ["x", "y", startOf("S")] }] };
+  const args = ["x", "y", ...(documents ? ["documents"] : []), startOf("S")];
+  return { source: source(spec, body), launches: [{ entry: spec.name, grid, threads, shared: 0, args }] };
 }

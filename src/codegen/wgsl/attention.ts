@@ -6,6 +6,7 @@
  */
 import { render } from "../../../templates/bindings.ts";
 import * as attentionOps from "../../ops/attention.ts";
+import * as documentOps from "../../ops/attentionDocuments.ts";
 import * as dropoutOps from "../../ops/attentionDropout.ts";
 import { runtimeAttrs } from "../../ops/dropout.ts";
 import { invariant } from "../../ops/op.ts";
@@ -30,15 +31,32 @@ import { type Binding, bindingOf, bound, type EntryPoint, float, foldGrid, heade
 export const attention = {
   attention: wgslKernel(attentionOps.attention, (spec) => forward(spec)),
   attention_part: wgslKernel(attentionOps.attentionPart, (spec) => forward(spec)),
-  attention_dropout: wgslKernel(dropoutOps.attentionDropout, (spec) => forward(spec, sampleOf(spec))),
-  attention_dropout_part: wgslKernel(dropoutOps.attentionDropoutPart, (spec) => forward(spec, sampleOf(spec))),
+  attention_dropout: wgslKernel(dropoutOps.attentionDropout, (spec) => forward(spec, [sampleOf(spec)])),
+  attention_dropout_part: wgslKernel(dropoutOps.attentionDropoutPart, (spec) => forward(spec, [sampleOf(spec)])),
+  attention_documents: wgslKernel(documentOps.attentionDocuments, (spec) => forward(spec, [documentsOf(spec)])),
+  attention_documents_part: wgslKernel(documentOps.attentionDocumentsPart, (spec) => forward(spec, [documentsOf(spec)])),
+  attention_dropout_documents: wgslKernel(documentOps.attentionDropoutDocuments, (spec) =>
+    forward(spec, [sampleOf(spec), documentsOf(spec)]),
+  ),
+  attention_dropout_documents_part: wgslKernel(documentOps.attentionDropoutDocumentsPart, (spec) =>
+    forward(spec, [sampleOf(spec), documentsOf(spec)]),
+  ),
   attention_grad: wgslKernel(attentionOps.attentionGrad, (spec) => backward(spec)),
   attention_part_grad: wgslKernel(attentionOps.attentionPartGrad, (spec) => backward(spec)),
-  attention_dropout_grad: wgslKernel(dropoutOps.attentionDropoutGrad, (spec) => backward(spec, sampleOf(spec))),
-  attention_dropout_part_grad: wgslKernel(dropoutOps.attentionDropoutPartGrad, (spec) => backward(spec, sampleOf(spec))),
+  attention_dropout_grad: wgslKernel(dropoutOps.attentionDropoutGrad, (spec) => backward(spec, [sampleOf(spec)])),
+  attention_dropout_part_grad: wgslKernel(dropoutOps.attentionDropoutPartGrad, (spec) => backward(spec, [sampleOf(spec)])),
+  attention_documents_grad: wgslKernel(documentOps.attentionDocumentsGrad, (spec) => backward(spec, [documentsOf(spec)])),
+  attention_documents_part_grad: wgslKernel(documentOps.attentionDocumentsPartGrad, (spec) => backward(spec, [documentsOf(spec)])),
+  attention_dropout_documents_grad: wgslKernel(documentOps.attentionDropoutDocumentsGrad, (spec) =>
+    backward(spec, [sampleOf(spec), documentsOf(spec)]),
+  ),
+  attention_dropout_documents_part_grad: wgslKernel(documentOps.attentionDropoutDocumentsPartGrad, (spec) =>
+    backward(spec, [sampleOf(spec), documentsOf(spec)]),
+  ),
 };
 
 const sampleOf = (spec: KernelSpec<"sample">): Binding => bindingOf(operandOf(spec, "sample"));
+const documentsOf = (spec: KernelSpec<"documents">): Binding => bindingOf(operandOf(spec, "documents"));
 
 const DOT_THREADS = 128;
 /** The largest number of channels of scores in workgroup memory: with 64 rows and 32 columns, 6 KiB beside 8 KiB of weights. */
@@ -53,7 +71,8 @@ const bufferOf = (v: AttentionVectors): Binding => bindingOf(v, v.run);
 /** The log-sum-exps. Those of a shard are bound as bits: WGSL has no number for that of a query without keys. */
 const logSums = (spec: KernelSpec): Binding => ({ arg: "lse", type: spec.op.endsWith("_part") ? "u32" : "f32" });
 
-function forward(spec: AttentionSpec, sample?: Binding): GeneratedKernel {
+/** `more`: the inputs of variants. */
+function forward(spec: AttentionSpec, more: readonly Binding[] = []): GeneratedKernel {
   const { C, W } = spec.d;
   const [q, k, v, o] = [
     vectorsOf(operandOf(spec, "q"), C, "queries"),
@@ -63,12 +82,12 @@ function forward(spec: AttentionSpec, sample?: Binding): GeneratedKernel {
   ];
   const pass: Pass = {
     ...{ entry: spec.name, rows: "queries", scores: [{ name: "s", row: q, column: k }], sums: [{ name: "s", column: v, to: o }] },
-    ...{ buffers: [...[q, k, v].map(bufferOf), ...(sample ? [sample] : []), bufferOf(o), logSums(spec)], start: "start" },
+    ...{ buffers: [...[q, k, v].map(bufferOf), ...more, bufferOf(o), logSums(spec)], start: "start" },
   };
   return generate(spec, { inputs: [q, k, v], passes: [pass] });
 }
 
-function backward(spec: AttentionGradSpec, sample?: Binding): GeneratedKernel {
+function backward(spec: AttentionGradSpec, more: readonly Binding[] = []): GeneratedKernel {
   const { C, W } = spec.d;
   const [q, k, v, o, dy] = [
     vectorsOf(operandOf(spec, "q"), C, "queries"),
@@ -102,7 +121,7 @@ function backward(spec: AttentionGradSpec, sample?: Binding): GeneratedKernel {
       { name: "w", column: q, to: dk },
     ],
   };
-  const dots = [bufferOf(dy), bufferOf(o), { arg: scratchStart, name: "dots_out", type: "f32" }, ...(sample ? [sample] : [])];
+  const dots = [bufferOf(dy), bufferOf(o), { arg: scratchStart, name: "dots_out", type: "f32" }, ...more];
   return generate(spec, { inputs: [q, k, v, o, dy], passes: [overKeys, overQueries], dots });
 }
 
@@ -136,7 +155,7 @@ interface Plan {
 
 function generate(spec: AttentionSpec | AttentionGradSpec, { inputs, passes, dots }: Plan): GeneratedKernel {
   const sizes = attentionSizes(spec);
-  const { B, S, U, G, M, part, drops } = sizes;
+  const { B, S, U, G, M, part, drops, documents } = sizes;
   invariant(spec.accumulates.size === 0, `${spec.op} cannot accumulate into its outputs`);
   const tiling = tilingOf(sizes, passes);
   const { threads } = tiling;
@@ -158,9 +177,11 @@ function generate(spec: AttentionSpec | AttentionGradSpec, { inputs, passes, dot
       ]
     : [];
   const { bindings, launches } = bound([...dotEntries, ...main]);
+  const documentsAt = count + (drops ? 2 * B : 0);
   const source = render("wgsl/attention.wgsl", {
     ...{ header: header(spec.dtype), bindings, name: spec.name, gradient: sizes.grad, part, moved: reordered },
-    ...{ drops: drops !== undefined, random: drops ? randomText(sizes, drops) : "", batches: B, mask: maskText(sizes) },
+    ...{ drops: drops !== undefined, random: drops ? randomText(sizes, drops) : "", batches: B, mask: maskText(sizes, documentsAt) },
+    ...{ blind: part || documents, documents, documentCount: B * S, documentsAt },
     ...{ threads, rows: tiling.rows, columns: tiling.columns, across: tiling.across, stageWords: tiling.stageWords },
     ...{ weightWords: (tiling.columns * tiling.rows) / 4, rowWords: tiling.rows / 4 },
     ...{ queries: S, queryHeads: G * M, headsOfSequence: S * G * M, queryPlace: indexInShard(sizes, "queries"), scale: float(sizes.scale) },
@@ -169,11 +190,16 @@ function generate(spec: AttentionSpec | AttentionGradSpec, { inputs, passes, dot
     writers: passes.flatMap((p) => p.sums).map(({ to }) => writerOf(to, sizes)),
     passes: passes.map((p) => passText(p, sizes, tiling)),
   });
-  return { source, launches, ...(sizes.grad ? { scratch: scratchBytes(count + (drops ? 2 * B : 0)) } : {}) };
+  return { source, launches, ...(sizes.grad ? { scratch: scratchBytes(documentsAt + (documents ? B * S : 0)) } : {}) };
 }
 
-const maskText = ({ S, U, part, chunk, ranks }: AttentionSizes): string =>
-  render("wgsl/attention_mask.wgsl", {
+/** `documentsAt`: where the gradient reads documents in scratch, because the number of buffers is limited. */
+function maskText(sizes: AttentionSizes, documentsAt: number): string {
+  const { S, U, part, chunk, ranks, documents, grad } = sizes;
+  const place = isReordered(sizes, S) ? `place_in(starts.x, ${S}, at)` : "at";
+  return render("wgsl/attention_mask.wgsl", {
     ...{ zigzag: chunk > 0, chunk, ranks, blocks: 2 * ranks, lastBlock: 2 * ranks - 1, queries: S, keys: U },
-    keyStart: part ? "starts.y" : "0",
+    ...{ keyStart: part ? "starts.y" : "0", documents },
+    document: grad ? `dots[${documentsAt}u + batch * ${S}u + ${place}]` : `documents[batch * ${S}u + ${place}]`,
   });
+}
