@@ -42,7 +42,10 @@ interface NamedSource {
 }
 
 /** Fills in the token that ends a document from the descriptions of the sources. Throws a Trouble if they have none, or several. */
-export function documentsOfSources<D extends DocumentReading | undefined>(reading: D, sources: readonly NamedSource[]): D | DocumentReading {
+export function documentsOfSources<D extends DocumentReading | undefined>(
+  reading: D,
+  sources: readonly NamedSource[],
+): D | DocumentReading {
   if (reading === undefined || reading.end !== null) return reading;
   const fix = "set data.documents.end to the id of the token that ends a document";
   const ends = sources.map(({ name, end }) => {
@@ -51,6 +54,7 @@ export function documentsOfSources<D extends DocumentReading | undefined>(readin
   });
   const [first] = ends;
   const other = ends.find(({ end }) => end !== first?.end);
-  if (first && other) throw new Trouble(`documents of ${first.name} end with token ${first.end}, those of ${other.name} with ${other.end}`, fix);
+  if (first && other)
+    throw new Trouble(`documents of ${first.name} end with token ${first.end}, those of ${other.name} with ${other.end}`, fix);
   return { end: first?.end ?? null, loss: reading.loss };
 }

@@ -91,7 +91,7 @@ export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
 }
 
 /** How the ops with further inputs differ. */
-export interface Variant {
+interface MixVariant {
   /** The factor of a weight after the softmax, by query head and local key; default: 1. */
   readonly kept?: (query: number, key: number) => number;
   /** [B,S]: the position at which the document of each query begins; earlier keys are invisible to it. */
@@ -103,7 +103,7 @@ export function mix(
   { q, k, v, o, lse }: Arrays<"q" | "k" | "v" | "o" | "lse">,
   d: Sizes,
   p: ShardContext,
-  { kept, documents }: Variant = {},
+  { kept, documents }: MixVariant = {},
 ): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);
@@ -135,7 +135,7 @@ export function mixGrad(
   { q, k, v, o, lse, dy, dq, dk, dv }: GradArrays,
   d: Sizes,
   p: ShardContext,
-  { kept, documents }: Variant = {},
+  { kept, documents }: MixVariant = {},
 ): void {
   const { C, W } = d;
   const K = keyHeadsOf(k, d);

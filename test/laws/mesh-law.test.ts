@@ -524,6 +524,14 @@ const anyJob = fc
     ),
     // the first step has half as many sequences as the second
     batch_rampup: oneOf(null, null, null, { start: 8, increment: 8, samples: 8 }),
+    // the letter e ends a document: some have two tokens, some more than a shard of a sequence
+    documents: oneOf<object | undefined>(
+      ...[undefined, undefined],
+      { end: 101 },
+      { end: 101, positions: false },
+      { end: 101, mask: false, loss: false },
+      { end: 10, mask: true, loss: false },
+    ),
     learnt: oneOf<[string | null, string]>([null, "microbatch"], [null, "microbatch"], [some.path, "microbatch"], [some.path, "token"]),
   })
   .map(
@@ -538,6 +546,7 @@ const anyJob = fc
       recompute,
       micro_batch,
       mtp,
+      documents,
       learnt,
       batch_rampup,
       optimizer,
@@ -575,14 +584,14 @@ const anyJob = fc
       const [labels, loss_weighting] = learnt;
       const train = { micro_batch, loss_weighting, optimizer, ...step };
       return {
-        job: text(shaped, { ...drawn, ...own, world } as Parallel, { ...train, recompute }, { labels }),
-        alone: text(shaped, alone, train, { labels }),
+        job: text(shaped, { ...drawn, ...own, world } as Parallel, { ...train, recompute }, { labels, documents }),
+        alone: text(shaped, alone, train, { labels, documents }),
       };
     },
   )
   .filter(({ job }) => job.parallel.world! <= 16 && readJob(stringify(job), "law.yaml").job !== undefined);
 
-test("on any legal mesh of up to 16 ranks, any small model, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute", async () => {
+test("on any legal mesh of up to 16 ranks, any small model, documents, labels, dropout and jitter, optimizer, growth of the batch, schedule, router, capacity and recompute", async () => {
   const steps: number[] = [];
   const { failed, counterexample, errorInstance, seed, counterexamplePath } = await fc.check(
     fc.asyncProperty(anyJob, async ({ job, alone }) => {
