@@ -363,6 +363,7 @@ interface CudaGemmWgmmaCu {
   readonly offsets: string | number;
   readonly out: string | number;
   readonly parameters: string | number;
+  readonly part: string | number;
   readonly pointer: string | number;
   readonly product: string | number;
   readonly ragged: boolean;
@@ -649,6 +650,14 @@ interface CudaSumHeadsCu {
   readonly type: string | number;
   readonly vector: string | number;
   readonly width: string | number;
+}
+
+interface CudaSumPartsCu {
+  readonly adds: boolean;
+  readonly name: string | number;
+  readonly parts: string | number;
+  readonly size: string | number;
+  readonly type: string | number;
 }
 
 interface CudaTakeRowsCu {
@@ -1315,6 +1324,7 @@ export interface Templates {
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/sum_heads.cu": CudaSumHeadsCu;
+  readonly "cuda/sum_parts.cu": CudaSumPartsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
   readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
   readonly "cuda/total.cu": CudaTotalCu;

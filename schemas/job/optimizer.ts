@@ -55,6 +55,12 @@ export const OptimizerText = z.strictObject({
     .describe("adamw, adam, and adamw beside muon: decay rates of the first and of the second moment"),
   eps: real.default(1e-8).describe("adamw, adam: added to the root of the second moment"),
   momentum: real.default(0.9).describe("sgd: factor on the previous update; 0 = no momentum, and no memory for it"),
+  moments: z
+    .enum(["f32", "bf16"])
+    .default("f32")
+    .describe(
+      "with precision bf16: the type in which the optimizer keeps its moments (momentum of sgd and muon); the update itself is computed in f32, and main weights stay exact",
+    ),
   weight_decay: real.default(0.1).describe("weight decay of parameters with two or more dims"),
   weight_decay_schedule: z
     .enum(["constant", "linear", "cosine"])

@@ -79,7 +79,13 @@ export const TrainText = z.strictObject({
   precision: z
     .enum(["fp32", "bf16", "fp16"])
     .default("bf16")
-    .describe("bf16, fp16: parameters and activations in 16 bits; sums, main gradients and optimizer in fp32"),
+    .describe("bf16, fp16: parameters and activations in 16 bits; sums, main weights and, by default, main gradients and moments in fp32"),
+  gradients: z
+    .enum(["f32", "bf16"])
+    .default("f32")
+    .describe(
+      "with precision bf16: the type in which gradients of weight matrices are summed over microbatches and ranks; bf16 halves their memory and traffic, and rounds each sum. Gradients of gains, biases and the embedding table stay in f32",
+    ),
   loss_scale: z
     .union([real, DynamicLossScale])
     .nullable()

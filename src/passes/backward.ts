@@ -1,6 +1,7 @@
 /**
  * Reverse-mode differentiation of the graph. The pass names no op except `add`, which sums the addends of a gradient.
  */
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { InputSource } from "../../schemas/plan.ts";
 import { isCount, type Loss, type ModelGraph } from "../model/builder.ts";
 import { add } from "../ops/linear.ts";
@@ -22,12 +23,23 @@ export interface Graph {
   readonly gradOf: ReadonlyMap<Value, Value>;
 }
 
+/** Decisions of the job that `addBackward` needs. */
+export interface BackwardOptions {
+  /** Returns whether backward recomputes the outputs of a node; by default none. */
+  readonly isRecomputed?: (node: Node) => boolean;
+  /** Returns the type in which the gradient of a parameter is summed up; by default f32. */
+  readonly gradientType?: (parameter: Value) => Dtype;
+}
+
 /**
  * Extends the graph of a model by the gradient of each parameter. Parameters with a custom update rule (expert bias) get their
  * update input instead of a gradient. Backward recomputes the outputs of the nodes for which `isRecomputed` returns true: it reads
  * clones of them. Throws an invariant if a parameter or a value that is differentiated has no gradient.
  */
-export function addBackward({ losses, updateInputs }: ModelGraph, isRecomputed: (node: Node) => boolean = () => false): Graph {
+export function addBackward(
+  { losses, updateInputs }: ModelGraph,
+  { isRecomputed = () => false, gradientType = () => "f32" }: BackwardOptions = {},
+): Graph {
   const outcomes = losses.map((l) => l.value);
   const counted = new Map(
     topological(outcomes)
@@ -40,7 +52,7 @@ export function addBackward({ losses, updateInputs }: ModelGraph, isRecomputed: 
   // sorted by position: an update input is computed in its layer, not after the loss
   const positionOf = ({ node }: Value): number => node?.position ?? 0;
   const forward = topological([...counted.values(), ...outcomes].sort((a, b) => positionOf(a) - positionOf(b)));
-  const backward = new Backward(losses, forward, counted, isRecomputed);
+  const backward = new Backward(losses, forward, counted, { isRecomputed, gradientType });
   for (const node of forward.toReversed()) backward.differentiate(node);
 
   const { nodes, grad, parameterGrads, gradOf } = backward;
@@ -107,6 +119,7 @@ class Backward {
   /** The nodes of backward in place of those that gradients of ops return: the latter have no id and no position. */
   readonly #adopted = new Map<Node, Node>();
   readonly #recomputed: Recomputed;
+  readonly #gradientType: (parameter: Value) => Dtype;
   readonly #seeds = new Map<string, Value>();
 
   /** `counted` maps each parameter with a custom update rule to its update input. */
@@ -114,8 +127,9 @@ class Backward {
     losses: readonly Loss[],
     forward: readonly Node[],
     counted: ReadonlyMap<Value, Value>,
-    isRecomputed: (node: Node) => boolean,
+    { isRecomputed, gradientType }: Required<BackwardOptions>,
   ) {
+    this.#gradientType = gradientType;
     this.grad = new Map(losses.flatMap((l) => (isCount(l.name) ? [] : [[l.value, this.#seed(l.weight ?? "one")]])));
     this.parameterGrads = new Map(Array.from(counted, ([v, input]) => [v, [input]]));
     this.gradOf = new Map(Array.from(counted, ([v, input]) => [input, v]));
@@ -144,8 +158,7 @@ class Backward {
       invariant(v !== undefined, `${op.name} has a gradient of ${name}, which is not an input`);
       return v.leaf?.kind === "input" ? [] : [{ v, part }];
     });
-    // gradients of parameters accumulate in f32
-    const types = new Map(addends.map(({ v, part }) => [part, v.leaf ? "f32" : v.dtype]));
+    const types = new Map(addends.map(({ v, part }) => [part, v.leaf ? this.#gradientType(v) : v.dtype]));
     for (const { v, part } of addends) this.#add(node, v, this.#adopt(part, node, types), part.node !== undefined && part !== dy);
   }
 

@@ -140,7 +140,7 @@ function lowerMicrobatch(
   function accumulateInto({ stage, parameter, shardedValue }: Extract<ShardStep, { kind: "accumulate" }>) {
     const target = `${idOf(parameter)}.grad`;
     const made = bufferOf(shardedValue);
-    role.add({ ...buffers.get(made), id: target, kind: "gradient", dtype: "f32" });
+    role.add({ ...buffers.get(made), id: target, kind: "gradient" });
     const by = producers.get(made);
     if (!by) return emit(blockOf(true, stage), role.elementwise(accumulate, `${target}.accumulate`, { x: made }, { y: target }));
     const i = by.block.list[by.at] as Compute;

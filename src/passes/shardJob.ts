@@ -15,7 +15,7 @@ import { insertRegrids } from "./sharding/insertRegrids.ts";
 import { mergeTied } from "./sharding/mergeTied.ts";
 import { shareHeads } from "./sharding/shareHeads.ts";
 import type { ShardedGraph } from "./sharding/steps.ts";
-import { addUpdates, type TrainingGraph } from "./updateGraph.ts";
+import { addUpdates, gradientTypeOf, type TrainingGraph } from "./updateGraph.ts";
 
 /** A graph and the same on shards. */
 export interface ShardedModel {
@@ -42,7 +42,11 @@ export function shardJob(job: Job, mesh: Mesh, pick: Pick<ShardOptions, "pick"> 
     );
   const graph = trace(
     "graph",
-    () => addUpdates(addBackward(placed(model), isRecomputed(job, pipeline)), job),
+    () =>
+      addUpdates(
+        addBackward(placed(model), { isRecomputed: isRecomputed(job, pipeline), gradientType: (p) => gradientTypeOf(p, job.train) }),
+        job,
+      ),
     ({ order }) => ({ ops: order.length }),
   );
   const instance = mesh.per_stage / job.parallel.optimizer_instances;

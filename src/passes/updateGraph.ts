@@ -3,6 +3,7 @@
  * the nodes of its update rule. `shard` places gradients as partial sums and state in the layout of the update, and inserts the
  * reduce-scatters, all-reduces and all-gathers.
  */
+import type { Dtype } from "../../schemas/dtypes.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter } from "../../schemas/plan.ts";
 import { cast } from "../ops/linear.ts";
@@ -40,7 +41,7 @@ export function addUpdates(graph: Graph, { train }: Pick<Job, "train">): Trainin
     scalars.set(name, known);
     return known;
   };
-  return { ...graph, scalars, updates: graph.parameters.map((p) => updateOf(p, train.optimizer, scalar)) };
+  return { ...graph, scalars, updates: graph.parameters.map((p) => updateOf(p, train, scalar)) };
 }
 
 const leafOf = (name: string, sizes: readonly number[], leaf: Omit<Leaf, "name">): Value => ({
@@ -50,13 +51,23 @@ const leafOf = (name: string, sizes: readonly number[], leaf: Omit<Leaf, "name">
 
 type Operands = Readonly<Record<string, Value>>;
 
-function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
+/**
+ * Returns the type in which the gradient of a parameter is summed over microbatches and ranks. The embedding table is not the result of a
+ * product: its gradient is added to row by row, and each addition would round. A vocabulary matrix [width, vocabulary] is an output head.
+ */
+export const gradientTypeOf = ({ leaf, dtype, sizes }: Value, { gradients }: Pick<Job["train"], "gradients">): Dtype =>
+  gradients === "bf16" && dtype === "bf16" && sizes.length > 1 && (leaf?.role === "matrix" || leaf?.name === "head") && !leaf.rule
+    ? "bf16"
+    : "f32";
+
+function updateOf(parameter: Value, train: Job["train"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
+  const options = train.optimizer;
   const name = idOf(parameter);
   const group = parameterGroups.find((g) => g.contains(parameter, options));
   invariant(group !== undefined && parameter.leaf !== undefined, `${name} belongs to no parameter group`);
   const { position, rule, tiedTo } = parameter.leaf;
   const own = (kind: Leaf["kind"], suffix: string): Value => leafOf(`${name}.${suffix}`, parameter.sizes, { kind, position });
-  const gradient = own("gradient", "grad");
+  const gradient = { ...own("gradient", "grad"), dtype: gradientTypeOf(parameter, train) };
   // an update rule that the parameter declares changes the parameter itself
   const weights = rule ? parameter : own("state", "master");
   const common = { parameter, rule: group.rule, gradient, weights };
@@ -74,7 +85,7 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
     const storedType = Object.values(updated).includes(weights) ? parameter.dtype : type;
     const outs = pairs(op.outputs, made.outs).map(([output, out]) => {
       const updates = updated[output.name];
-      return { ...out, ...(updates && { updates }), ...(output.name === "y" && storedType && { dtype: storedType }) };
+      return { ...out, ...(updates && { updates, dtype: updates.dtype }), ...(output.name === "y" && storedType && { dtype: storedType }) };
     });
     const node = changed(made, { position, backward: true, outs });
     nodes.push(node);
@@ -86,7 +97,7 @@ function updateOf(parameter: Value, options: UpdateBuilder["options"], scalar: U
   group.update({
     ...{ parameter, options, gradient, weights, scalar, apply: addNode },
     state(suffix) {
-      const leaf = own("state", suffix);
+      const leaf = { ...own("state", suffix), dtype: options.moments };
       state.push(leaf);
       return leaf;
     },

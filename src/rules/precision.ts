@@ -51,4 +51,49 @@ export const precision = [
     },
     bad: "train: {precision: fp16, loss_scale: {backoff: 2}}",
   }),
+  rule({
+    code: "B241",
+    title: "gradients and moments in bf16 need precision bf16",
+    why: "Parameters of fp32 have gradients of fp32, and those of fp16 depend on the loss scale: there bf16 would save memory at the cost of the digits that the precision was chosen for.",
+    level: "error",
+    *check({ train }) {
+      if (train.precision === "bf16") return;
+      const found = `with precision: ${train.precision}`;
+      if (train.gradients === "bf16")
+        yield {
+          at: "train.gradients",
+          related: ["train.precision"],
+          found: `gradients: bf16 ${found}`,
+          fix: "f32, or precision: bf16",
+          tries: [{ "train.gradients": "f32" }, { "train.precision": "bf16" }],
+        };
+      if (train.optimizer.moments === "bf16")
+        yield {
+          at: "train.optimizer.moments",
+          related: ["train.precision"],
+          found: `moments: bf16 ${found}`,
+          fix: "f32, or precision: bf16",
+          tries: [{ "train.optimizer.moments": "f32" }, { "train.precision": "bf16" }],
+        };
+    },
+    bad: "train: {precision: fp32, gradients: bf16}",
+  }),
+  rule({
+    code: "B242",
+    title: "a second moment in bf16 cannot follow its decay rate",
+    why: "bf16 has 8 significant bits: a change by less than 1/512 of a value rounds to nothing. A second moment that shrinks by 1 - beta2 a step then never shrinks, and the updates stay small after one large gradient.",
+    level: "warning",
+    *check({ train: { optimizer } }) {
+      const [beta1, beta2] = optimizer.betas;
+      if (optimizer.moments !== "bf16" || optimizer.type === "sgd" || 1 - beta2 >= 1 / 512) return;
+      yield {
+        at: "train.optimizer.moments",
+        related: ["train.optimizer.betas"],
+        found: `moments: bf16 with beta2 ${beta2}`,
+        fix: "0.95 is usual with bf16 moments (DeepSeek-V3)",
+        tries: [{ "train.optimizer.betas": [beta1, 0.95] }, { "train.optimizer.moments": "f32" }],
+      };
+    },
+    bad: "train: {precision: bf16, optimizer: {lr: 1.0e-3, betas: [0.9, 0.999], moments: bf16}}",
+  }),
 ] as const;

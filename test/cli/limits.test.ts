@@ -27,7 +27,7 @@ test.each([
   const value = mean.of({ l }, { count: 1 }, "loss");
   const { order, parameterGrads } = addBackward(
     { losses: [{ name: "loss", value }], updateInputs: new Map() },
-    ({ op }) => again && op === rmsnorm,
+    { isRecomputed: ({ op }) => again && op === rmsnorm },
   );
   expect(parameterGrads.get(gain)!.length).toBe(10_000);
   expect(order.length).toBeGreaterThan(20_000);

@@ -87,6 +87,20 @@ emulated(`Hopper's products${note}`, () => {
       held("w5", "grouped_gemm", { K: 72, N: 136, rows }, false, { tile: turns, stages: 5 }),
       held("w6", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: turns, stages: 2 }),
     ]));
+  test("weight gradients in bf16, which are rounded once where they are added to; in parts of the depth, whose sums a second launch adds", () => {
+    const narrow = (name: string, op: OpName, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>): Held => {
+      const c = caseOf(name, op, sizes, "bf16", adds, 29, "bf16");
+      return { ...c, made: tiled(c.use, change) };
+    };
+    return holdAll([
+      narrow("n0", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2 }),
+      narrow("n1", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 2 }),
+      narrow("n2", "grouped_wgrad", { K: 72, N: 136, rows }, false, { tile: small, stages: 2 }),
+      narrow("n3", "gemm_wgrad", { S: 300, K: 136, N: 72 }, true, { tile: turns, stages: 2, parts: 3 }),
+      held("n4", "gemm_wgrad", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 2, parts: 3 }),
+      held("n5", "gemm_wgrad", { S: 300, K: 136, N: 200 }, true, { tile: turns, stages: 3, parts: 2 }),
+    ]);
+  });
   test("sums of products of one input: depths that end within a step, experts without rows, clusters and warpgroups that alternate", () => {
     const summed = (name: string, op: OpName, sizes: Parameters<typeof sumCaseOf>[2], change: Partial<HopperTiling>): Held => {
       const c = sumCaseOf(name, op, sizes, "bf16");
@@ -232,7 +246,7 @@ emulated(`f32 arithmetic in parts of the depth${note}`, () => {
     };
     expect(launchesOf("gemm_wgrad", { S: 8192, K: 2048, N: 128 })).toEqual([
       ["parts", 128],
-      ["parts_sum", 8192],
+      ["parts_sum", 256],
     ]);
     expect(launchesOf("gemm", { S: 8192, K: 2048, N: 128 })).toEqual([["parts", 256]]);
     expect(launchesOf("gemm_wgrad", { S: 64, K: 64, N: 64 })).toHaveLength(1);
@@ -245,12 +259,14 @@ test("Hopper's tilings: they fit a multiprocessor; a deep product gets the large
     return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };
   expect(resized("gemm", { S: 8192, K: 14336, N: 4096 }, 0)).toEqual({
-    ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, stages: 4, buffers: 2 },
+    ...{ tile: { rows: 128, columns: 256 }, cluster: 2, raster: 16, blocks: 132, parts: 1, stages: 4, buffers: 2 },
   });
   expect(resized("grouped_wgrad", { K: 4096, N: 14336, E: 8 }, 16384)).toEqual({
-    ...{ tile: { rows: 128, columns: 192, alternates: true }, cluster: 1, raster: 12, blocks: 132, stages: 4, buffers: 4 },
+    ...{ tile: { rows: 128, columns: 192, alternates: true }, cluster: 1, raster: 12, blocks: 132, parts: 1, stages: 4, buffers: 4 },
   });
   expect(resized("gemm", { S: 16384, K: 4096, N: 8 }, 0)).toMatchObject({ tile: { rows: 128, columns: 64 }, blocks: 128 });
+  // 18 tiles of 128 x 256 in seven parts of the depth
+  expect(resized("gemm_wgrad", { S: 16384, K: 768, N: 768 }, 0)).toMatchObject({ parts: 7, blocks: 126 });
   const next = random(5);
   const size = (most: number) => 8 * Math.ceil(((next() + 1) / 2) * (most / 8));
   for (let i = 0; i < 200; i++) {

@@ -92,7 +92,10 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   if (drafts) return drafts(half).map((d) => d.dtype);
   const mixed = typesOf(op, half);
   const plain = allF32(mixed);
-  if (/^(adam|sgd).*_cast$/.test(op.name)) return [plain, { ...plain, y: half }];
+  // main gradients and moments in bf16
+  const narrow = Object.fromEntries(["g", "m", "v"].filter((n) => n in plain).map((n) => [n, half]));
+  if (/^(adam|sgd).*_cast$/.test(op.name)) return [plain, { ...plain, y: half, ...(half === "bf16" && narrow) }];
+  if (half === "bf16" && /^(adam|sgd|muon_momentum|sum_squares)/.test(op.name)) return [plain, { ...plain, ...narrow }];
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
   // the first of a ring's pieces is met as it was made, later ones by a sum in f32
   if (op.name === "attention_merge") return [plain, { ...mixed, o: "f32" }, { ...mixed, a: "f32", o: "f32" }, { ...mixed, a: "f32" }];
@@ -100,7 +103,10 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   // logits of a router in f32, of a model that is not
   if (op.name === "gemm") return [plain, mixed, { x: half, w: half, y: "f32" }];
   if (op.name === "gemm_dgrad") return [plain, mixed, { dy: "f32", w: half, dx: half }];
-  if (op.name === "gemm_wgrad") return [plain, mixed, { x: half, dy: "f32", dw: "f32" }];
+  if (op.name === "gemm_wgrad")
+    return [plain, mixed, { x: half, dy: "f32", dw: "f32" }, ...(half === "bf16" ? [{ ...mixed, dw: half }] : [])];
+  if (op.name === "grouped_wgrad" && half === "bf16") return [plain, mixed, { ...mixed, dw: half }];
+  if (op.name === "accumulate" && half === "bf16") return [plain, mixed, { x: half, y: half }];
   return Object.values(mixed).includes(half) ? [plain, mixed] : [plain];
 }
 

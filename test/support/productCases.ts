@@ -21,7 +21,15 @@ const namesOf = (op: OpName): [string, string, string] =>
   op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
 
 /** What a maker is told of a product; `spare` rows more than there are may come. */
-export function useOf(name: string, op: OpName, { S = 0, K, N, rows }: Sizes, half: Half, adds = false, spare = 29): KernelSpec {
+export function useOf(
+  name: string,
+  op: OpName,
+  { S = 0, K, N, rows }: Sizes,
+  half: Half,
+  adds = false,
+  spare = 29,
+  sums: Half = "f32",
+): KernelSpec {
   const bound = rows ? rows.reduce((a, b) => a + b, 0) + spare : 0;
   const height = rows ? bound : S;
   const weights = K * N * (rows?.length ?? 1);
@@ -30,14 +38,14 @@ export function useOf(name: string, op: OpName, { S = 0, K, N, rows }: Sizes, ha
     ...{ op, name, bound, makesRows: false, mayOverflow: false },
     d: { B: 1, S: height, K, N, E: rows?.length ?? 1 },
     size: { x: height * K, dx: height * K, dy: height * N, y: height * N, w: weights, dw: weights },
-    dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? "f32" : half])),
+    dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? sums : half])),
     accumulates: new Set(adds ? [names[2]] : []),
   };
 }
 
 /** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
-export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds = false, spare = 29): ContractCase {
-  const use = useOf(name, op, sizes, half, adds, spare);
+export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds = false, spare = 29, sums: Half = "f32"): ContractCase {
+  const use = useOf(name, op, sizes, half, adds, spare, sums);
   const { bound, d, size, dtype } = use;
   const { rows } = sizes;
   const next = random(name.length * 31 + d.K!);

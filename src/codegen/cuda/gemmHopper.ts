@@ -8,10 +8,11 @@ import { bytesOf, type Dtype, type Float16, float16Types } from "../../../schema
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
-import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
-import { rowIndex } from "../launchArgs.ts";
+import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
+import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
+import { sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
@@ -47,6 +48,8 @@ export interface HopperTiling {
   /** Staging buffers for c per warp, 2 KiB each. */
   readonly buffers: number;
   readonly blocks: number;
+  /** Parts of the depth, whose sums pass through scratch; 1 if the depth is whole. */
+  readonly parts: number;
 }
 
 /**
@@ -54,7 +57,7 @@ export interface HopperTiling {
  * is added to a 16-bit c uses another kernel, which rounds once.
  */
 export const fitsHopper = (p: MatrixProduct): boolean =>
-  (p.c.dtype === "f32" || (p.c.dtype === p.a.dtype && !p.adds)) &&
+  (p.c.dtype === "f32" || p.c.dtype === p.a.dtype) &&
   (p.addends ?? [p]).every((of) => [sidesOf(of, "a")[0], sidesOf(of, "b")[0]].every((n) => n % 8 === 0)) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts are kept in shared memory
@@ -62,7 +65,8 @@ export const fitsHopper = (p: MatrixProduct): boolean =>
 
 /** Returns the kernel of a product with operands of type `half`. */
 export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
-  const { tile, cluster, stages, buffers, raster, blocks } = tiling;
+  const { tile, cluster, stages, buffers, raster, blocks, parts } = tiling;
+  const splits = parts > 1;
   const n = columnsOf(tile);
   const count = n / 2;
   const register = (form: (i: number) => string, per: number) =>
@@ -78,30 +82,43 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     places: register((i) => `"+f"(sums[${i}])`, 8),
   });
   const ragged = p.ragged !== undefined;
+  // what is stored without a tensor map, and 16-bit sums that are read before
+  const target = splits ? scratchStart : p.ragged === "rows" || (p.adds && p.c.dtype !== "f32") ? p.c.name : undefined;
   const { addends, depth } = addendsOf(p, DEPTH);
   const body = render("cuda/gemm_wgmma.cu", {
-    ...{ name: spec.name, m: p.m, n: p.n, depth, experts: p.experts, offsets: p.offsets },
+    ...{ name: spec.name, m: p.m, n: p.n, depth, experts: splits ? parts : p.experts, offsets: p.offsets },
+    part: splits ? partOf(p, parts) : depth,
     more: moreOperands(addends),
-    ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth"), adds: flag(p.adds) },
+    ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth"), adds: flag(p.adds && !splits) },
     ...{
       depthFirstA: flag(p.a.depthFirst),
       depthFirstB: flag(p.b.depthFirst),
-      out: p.c.dtype === "f32" ? "float" : half,
+      out: p.c.dtype === "f32" || splits ? "float" : half,
       ...float16Types[half],
     },
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
-    parameters: `${p.ragged === "rows" ? ", Out* c" : ""}${ragged ? ", const int* rows" : ""}`,
+    parameters: `${target === undefined ? "" : ", Out* c"}${ragged ? ", const int* rows" : ""}`,
     ragged,
-    pointer: p.ragged === "rows" ? "c" : "nullptr",
+    pointer: target === undefined ? "nullptr" : "c",
   });
-  const args = [...mapsOf(p, tiling), ...(p.ragged === "rows" ? [p.c.name] : []), ...(ragged ? [rowIndex] : [])];
+  const args = [...mapsOf(p, tiling), ...(target === undefined ? [] : [target]), ...(ragged ? [rowIndex] : [])];
+  const launch = { entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(sumsOf(p, parts), tiling), args } as const;
+  if (!splits) return { source: source(spec, body), launches: [{ ...launch, grid: [...launch.grid] }] };
+  const total = sumParts(spec, parts, p.m * p.n, operandOf(spec, p.c.name));
   return {
-    source: source(spec, body),
-    launches: [{ entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(p, tiling), args }],
+    source: source(spec, `${body}\n${total.body}`),
+    scratch: parts * p.m * p.n * bytesOf.f32,
+    launches: [{ ...launch, grid: [...launch.grid] }, total.launch],
   };
 }
+
+/** Returns the depth of one part: whole steps. */
+const partOf = ({ depth }: MatrixProduct, parts: number): number => Math.ceil(depth / parts / DEPTH) * DEPTH;
+/** Returns the product whose sums a tile stores: in f32 for each part. */
+const sumsOf = (p: MatrixProduct, parts: number): MatrixProduct =>
+  parts > 1 ? { ...p, depth: partOf(p, parts), adds: false, c: { ...p.c, dtype: "f32" } } : p;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
@@ -125,19 +142,36 @@ const BETWEEN = 1000;
 
 /** Returns the tiling with the fewest estimated cycles; of equal ones the first. */
 export function hopperTiling(p: MatrixProduct): HopperTiling {
-  const tilings = tiles.map((tile) => {
-    const rows = tilesOf(p, tile);
-    const columns = Math.ceil(p.n / tile.columns);
-    const perExpert = rows * columns;
-    const cluster = clusterOf(p, tile, rows, columns);
-    const raster = rasterOf(tile, rows);
-    const all = perExpert * p.experts;
-    const blocks = Math.min(MULTIPROCESSORS, Math.ceil(mostTiles(p, tile.rows, tile.columns) / cluster) * cluster);
-    return { tile, cluster, raster, blocks, cycles: cyclesOf(p, tile, cluster, all) };
-  });
-  const { tile, cluster, raster, blocks } = tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
-  return { tile, cluster, raster, blocks, ...stagesOf(p, tile) };
+  const tilings = splitsOf(p).flatMap((parts) =>
+    tiles.map((tile) => {
+      const own = sumsOf(p, parts);
+      const rows = tilesOf(own, tile);
+      const columns = Math.ceil(p.n / tile.columns);
+      const perExpert = rows * columns;
+      const cluster = parts > 1 ? 1 : clusterOf(own, tile, rows, columns);
+      const raster = rasterOf(tile, rows);
+      const all = perExpert * p.experts * parts;
+      const most = mostTiles(own, tile.rows, tile.columns) * parts;
+      const blocks = Math.min(MULTIPROCESSORS, Math.ceil(most / cluster) * cluster);
+      const cycles = cyclesOf(own, tile, cluster, all) + (parts > 1 ? AGAIN + ((parts + 1) * p.m * p.n * 4) / 25 / MULTIPROCESSORS : 0);
+      return { tile, cluster, raster, blocks, parts, cycles, own };
+    }),
+  );
+  const { tile, cluster, raster, blocks, parts, own } = tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
+  return { tile, cluster, raster, blocks, parts, ...stagesOf(own, tile) };
 }
+
+/** Cycles of a second launch. */
+const AGAIN = 5000;
+/** The least depth of a part. */
+const LEAST_PART = 1024;
+/** Returns in how many parts the depth may be cut: that of a dense weight gradient with fewer tiles than multiprocessors. */
+const splitsOf = (p: MatrixProduct): readonly number[] =>
+  p.ragged || p.addends || p.a.depthFirst || p.b.depthFirst || mostTiles(p, 128, 64) > MULTIPROCESSORS || (p.m * p.n) % 4 !== 0
+    ? [1]
+    : [1, 2, 3, 4, 5, 6, 7, 8].filter(
+        (parts) => parts === 1 || (p.depth / parts >= LEAST_PART && Math.ceil(p.depth / partOf(p, parts)) === parts),
+      );
 
 /** Returns the rows of tiles per expert if all experts are equal. */
 const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged === "rows" ? Math.ceil(p.m / p.experts) : p.m) / tile.rows);

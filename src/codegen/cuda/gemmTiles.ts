@@ -7,7 +7,7 @@ import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.
 import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
-import { sumColumns } from "./reduce.ts";
+import { sumColumns, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
 
 /** Edges of square tiles of c. */
@@ -112,7 +112,9 @@ export function simt(
   });
   const threads = (edge / each) ** 2;
   if (parts === 1) return launched(spec, p, edge, { threads, shared: 0 }, body);
-  const total = sumColumns(spec, { rows: parts, width: p.m * p.n, to: operandOf(spec, p.c.name) });
+  const to = operandOf(spec, p.c.name);
+  const size = p.m * p.n;
+  const total = size % 4 === 0 ? sumParts(spec, parts, size, to) : sumColumns(spec, { rows: parts, width: size, to });
   const grid = [mostTiles(p, edge, edge) * parts, 1, 1] as const;
   return {
     source: source(spec, `${body}\n${total.body}`),

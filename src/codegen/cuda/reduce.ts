@@ -79,6 +79,15 @@ export function sumColumns(spec: KernelSpec, { rows, width, to, row }: PartialCo
   };
 }
 
+/** Returns the launch that sums `parts` matrices of `size` elements at the beginning of scratch and stores or adds the result. */
+export function sumParts(spec: KernelSpec, parts: number, size: number, to: KernelOperand): { body: string; launch: GeneratedLaunch } {
+  const entry = `${spec.name}_sum`;
+  return {
+    body: render("cuda/sum_parts.cu", { name: entry, parts, size, type: cudaType(to.dtype), adds: spec.accumulates.has(to.name) }),
+    launch: { entry, grid: [Math.ceil(size / 1024), 1, 1], threads: 256, shared: 0, args: [scratchStart, to.name] },
+  };
+}
+
 /** Returns the launch that fills an operand with zeros; its size is a multiple of 4 bytes. */
 export function clearBuffer(spec: KernelSpec, { name, dtype, size }: KernelOperand): { body: string; launch: GeneratedLaunch } {
   const entry = `${spec.name}_clear`;

@@ -1,0 +1,64 @@
+/** Main gradients and moments in bf16: their memory, what stays in f32, and losses near those of f32 on any mesh. */
+import { describe, expect, test } from "vitest";
+import { openRun } from "../../runtime/train/openRun.ts";
+import { compile } from "../../src/compile.ts";
+import { fixture, jobOf } from "../support/job.ts";
+
+const narrow = { gradients: "bf16" };
+const jobWith = (train: object, optimizer: object = {}, parallel: object = {}, model: object = {}) =>
+  jobOf({
+    name: "narrow",
+    model: { layers: 2, hidden: 32, ffn: 48, heads: 4, vocab: 256, seq: 16, ...model },
+    parallel,
+    train: { global_batch: 8, steps: 4, precision: "bf16", init_std: 0.2, optimizer: { lr: 1e-2, ...optimizer }, ...train },
+    data: { path: "corpus.txt" },
+  });
+
+async function losses(job: ReturnType<typeof jobOf>): Promise<number[]> {
+  const run = await openRun(compile(job).plan, { baseDir: fixture("") });
+  const all: number[] = [];
+  for (let n = 0; n < 4; n++) all.push((await run.step()).loss);
+  await run.close();
+  return all;
+}
+const typesOf = (job: ReturnType<typeof jobOf>, pattern: RegExp): string[] => [
+  ...new Set(compile(job).plan.programs.flatMap((p) => p.buffers.flatMap((b) => (pattern.test(b.id) && ["gradient", "optimizer"].includes(b.kind) ? [b.dtype] : [])))),
+];
+
+test("gradients of weights of products take bf16; those of gains and of the embedding stay f32", () => {
+  const job = jobWith(narrow);
+  expect(typesOf(job, /\.(wq|wk|wv|wo|w1|w2|w3)\.grad$|^head\.grad$/)).toEqual(["bf16"]);
+  expect(typesOf(job, /norm\d?\.grad$|^embed\.grad$/)).toEqual(["f32"]);
+  expect(typesOf(jobWith({}), /\.grad$/)).toEqual(["f32"]);
+});
+
+test("moments take bf16, main weights stay f32", () => {
+  for (const type of ["adamw", "sgd", "muon"]) {
+    const job = jobWith({}, { type, moments: "bf16" });
+    expect(typesOf(job, /\.(m|v)$/), type).toEqual(["bf16"]);
+    expect(typesOf(job, /\.master$/), type).toEqual(["f32"]);
+  }
+});
+
+test("the plan's memory has 4 bytes less for each element of a matrix, and 4 less for each pair of moments", () => {
+  const memory = (job: ReturnType<typeof jobOf>) => compile(job).plan.memory[0]!;
+  const model = { hidden: 256, ffn: 512, heads: 4 };
+  const [wide, grads, moments] = [{}, narrow, {}].map((train, n) => memory(jobWith(train, n === 2 ? { moments: "bf16" } : {}, {}, model)));
+  const matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 256 * 256;
+  expect(wide!.gradient - grads!.gradient).toBe(2 * matrices);
+  expect(wide!.optimizer - moments!.optimizer).toBeGreaterThanOrEqual(4 * (matrices + 256 * 256));
+});
+
+const meshes = {
+  "one rank": {},
+  "data 2 with sharded state": { world: 2, distributed_optimizer: true },
+  "tensor 2, two stages": { world: 4, tensor: 2, sequence: true, pipeline: 2 },
+};
+describe.each(Object.entries(meshes))("%s", (_, parallel) => {
+  test.each(["adamw", "sgd", "muon"])("%s: losses are near those with f32", async (type) => {
+    const wide = await losses(jobWith({}, { type }, parallel));
+    const thin = await losses(jobWith(narrow, { type, moments: "bf16" }, parallel));
+    for (const [n, loss] of wide.entries()) expect(Math.abs(thin[n]! / loss - 1), `step ${n}`).toBeLessThan(0.02);
+    expect(thin).not.toEqual(wide);
+  });
+});
