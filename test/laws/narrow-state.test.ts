@@ -22,7 +22,11 @@ async function losses(job: ReturnType<typeof jobOf>): Promise<number[]> {
   return all;
 }
 const typesOf = (job: ReturnType<typeof jobOf>, pattern: RegExp): string[] => [
-  ...new Set(compile(job).plan.programs.flatMap((p) => p.buffers.flatMap((b) => (pattern.test(b.id) && ["gradient", "optimizer"].includes(b.kind) ? [b.dtype] : [])))),
+  ...new Set(
+    compile(job).plan.programs.flatMap((p) =>
+      p.buffers.flatMap((b) => (pattern.test(b.id) && ["gradient", "optimizer"].includes(b.kind) ? [b.dtype] : [])),
+    ),
+  ),
 ];
 
 test("gradients of weights of products take bf16; those of gains and of the embedding stay f32", () => {
