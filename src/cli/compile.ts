@@ -6,7 +6,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
 import { compileAt, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
-import { type CommonOptions, withExamples, withFormat, withSet, withTarget } from "./options.ts";
+import { type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
 
@@ -15,14 +15,16 @@ interface CompileOptions extends CommonOptions {
   readonly emit?: Stage;
   readonly target?: string;
   readonly cubins: boolean;
+  readonly check?: true;
 }
 
 /** Registers `compile`: writes plan.json, plan.txt and the kernels of a job, or prints the text of one pass. */
-export function registerCompile(program: Command): void {
+export function registerCompile(program: Command, exit: ProcessExit): void {
   withExamples(
     withTarget(withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks"))))
       .argument("<job>", "the job's YAML file")
       .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
+      .option("--check", "write nothing: exit 1, with the differences, if the plan in --out is not that of the job")
       .option("--no-cubins", "CUDA: write kernel sources only; the host compiles them with NVRTC")
       .addOption(
         new Option("--emit <pass>", `print the text form of a pass: ${stages.map((s) => `${s} (${stageTexts[s]})`).join(", ")}`).choices(
@@ -32,14 +34,16 @@ export function registerCompile(program: Command): void {
     "compile job.yaml -o plan/",
     "compile job.yaml -o plan/ --target cuda:sm_90a",
     "compile job.yaml --emit sharded",
-  ).action(runCompile);
+    "compile job.yaml -o plan/ --check",
+  ).action((path: string, options: CompileOptions) => runCompile(path, options, exit));
 }
 
-async function runCompile(path: string, options: CompileOptions): Promise<void> {
+async function runCompile(path: string, options: CompileOptions, exit: ProcessExit): Promise<void> {
   const { out, emit } = options;
+  if (options.check) return checkCompiled(path, options, exit);
   if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
   if (out) expectWritableFolder(out);
-  const compiled = await compileAt(path, options.set, options.target);
+  const compiled = await compileAt(path, options.set, options.target, emit !== undefined);
   const { sources } = compiled;
   const [plan, cubins] = out && options.cubins ? await withCubins(compiled.plan, sources, out) : [compiled.plan, new Map()];
   if (out) {
@@ -53,11 +57,24 @@ async function runCompile(path: string, options: CompileOptions): Promise<void> 
     writeFolder(out, { "plan.json": text, "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
     knownPlans.add(text);
   }
-  if (emit) return printStdout(compiled.emit(emit));
+  if (emit) return printStdout(compiled.emit?.(emit) ?? "");
   const { summarize, printSummary } = await import("../report/summary.ts");
   const summary = summarize(plan);
   if (options.format === "json") printJson({ ...summary, out, ...(await shownFindings(compiled.findings)) });
   else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
+}
+
+/** Compiles without writing, and compares with the plan in the directory. */
+async function checkCompiled(path: string, { out, set, target }: CompileOptions, exit: ProcessExit): Promise<void> {
+  if (!out) throw new Trouble("--check needs -o DIR", "name the directory of the plan: -o plan/");
+  const { plan, sources } = await compileAt(path, set, target);
+  const [{ printPlan }, { printPlanText }, { isCurrent }] = await Promise.all([
+    import("../plan/seal.ts"),
+    import("../report/planText.ts"),
+    import("./checkPlan.ts"),
+  ]);
+  const kernels = Object.fromEntries([...sources].map(([file, text]) => [join("kernels", file), text]));
+  if (!(await isCurrent(out, plan, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...kernels }))) exit.setCode(1);
 }
 
 /** Compiles the kernels of a CUDA plan with nvcc. Returns the plan unchanged if it is for another backend, or if nvcc is missing. */

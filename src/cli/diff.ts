@@ -1,34 +1,73 @@
-import type { Command } from "commander";
+import { type Command, InvalidArgumentError, Option } from "commander";
 import { Trouble } from "../../schemas/trouble.ts";
-import { InvalidJob, type LoadedPlan, loadPlan, planFile } from "./loadPlan.ts";
-import { type CommonOptions, type ProcessExit, withExamples, withFormat, withSet } from "./options.ts";
-import { printJson, printStdout } from "./output.ts";
+import { type DiffLevel, diffLevels } from "../report/diffLevels.ts";
+import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts";
+import { collect, type ProcessExit, withExamples, withSet } from "./options.ts";
+import { printJson, printReport, printStdout, reportWidth } from "./output.ts";
+
+interface DiffOptions {
+  readonly set: readonly string[];
+  readonly setA: readonly string[];
+  readonly setB: readonly string[];
+  readonly only: readonly DiffLevel[];
+  readonly ignore: readonly string[];
+  readonly stat?: true;
+  readonly format: "text" | "json" | "markdown";
+}
 
 /** Registers `diff`: prints the differences of two plans; exits with 1 if they differ. */
 export function registerDiff(program: Command, exit: ProcessExit): void {
+  const command = program
+    .command("diff")
+    .description("compare two plans or jobs: consequences, job keys, placement of groups, summary, instructions; exit 1 if they differ");
   withExamples(
-    withSet(
-      withFormat(program.command("diff").description("compare two plans or jobs: job keys, summary, instructions; exit 1 if they differ")),
-    )
-      .argument("<a>", "a plan or a job")
-      .argument("<b>", "a plan or a job"),
+    withSet(command)
+      .argument("<a>", "a plan, a job, or git:REV:PATH of either")
+      .argument("[b]", "the same; without it, --set says how the job <a> changes")
+      .option("--set-a <path=value>", "override a key of the first job (repeatable)", collect, [])
+      .option("--set-b <path=value>", "override a key of the second job (repeatable)", collect, [])
+      .option("--stat", "print one line with the number of differences")
+      .option("--only <level>", `print whole levels: ${diffLevels.join(", ")} (repeatable)`, levelOf, [])
+      .option("--ignore <level|key>", "ignore a level, or a job key and all below it (repeatable)", collect, [])
+      .addOption(new Option("--format <format>", "the output format").choices(["text", "json", "markdown"]).default("text")),
     "diff plan-a/ plan-b/",
-    "diff plan/ job.yaml",
-  ).action(async (a: string, b: string, options: CommonOptions) => {
-    const [before, after] = await bothPlans(a, b, options.set);
-    const { diffPlans, printDiff } = await import("../report/diff.ts");
-    const diff = diffPlans(before.plan, after.plan);
+    "diff job.yaml --set parallel.expert_tensor=4",
+    "diff git:main:plan/ plan/ --format markdown",
+    "diff plan/ job.yaml --only placement --ignore train.seed",
+  ).action(async (a: string, b: string | undefined, options: DiffOptions) => {
+    const [before, after] = await bothPlans(a, b, options);
+    const [{ diffPlans, selectDiff }, { printDiff, printStat }] = await Promise.all([
+      import("../report/diff.ts"),
+      import("../report/diffText.ts"),
+    ]);
+    const diff = selectDiff(diffPlans(before.plan, after.plan), options.only, options.ignore);
     if (options.format === "json") printJson(diff);
-    else printStdout(printDiff(diff));
+    else if (options.format === "markdown") printStdout((await import("../report/diffMarkdown.ts")).diffMarkdown(diff));
+    else printReport(options.stat ? printStat(diff) : printDiff(diff, { width: reportWidth(), isWhole: options.only.length > 0 }));
     if (diff.changes) exit.setCode(1);
   });
 }
 
+function levelOf(text: string, all: readonly DiffLevel[]): DiffLevel[] {
+  const named = text.split(",").map((name) => {
+    const level = diffLevels.find((l) => l === name.trim());
+    if (!level) throw new InvalidArgumentError(`The levels are ${diffLevels.join(", ")}.`);
+    return level;
+  });
+  return [...all, ...named];
+}
+
 /** Loads both sides; `--set` applies to the jobs among them. An invalid job is a Trouble, because exit code 1 means that the plans differ. */
-async function bothPlans(a: string, b: string, sets: readonly string[]): Promise<[LoadedPlan, LoadedPlan]> {
+async function bothPlans(a: string, b: string | undefined, { set, setA, setB }: DiffOptions): Promise<[LoadedPlan, LoadedPlan]> {
   try {
-    const setsOf = (path: string): readonly string[] => (planFile(path) && !(planFile(a) && planFile(b)) ? [] : sets);
-    return [await loadPlan(a, setsOf(a)), await loadPlan(b, setsOf(b))];
+    if (b === undefined) {
+      if (set.length + setA.length + setB.length === 0)
+        throw new Trouble("diff needs a second plan or job", "name one, or write --set path=value to compare a job with its changed self");
+      return [await loadPlan(a, setA), await loadPlan(a, [...set, ...setB])];
+    }
+    const isPlan = { a: isPlanPath(a), b: isPlanPath(b) };
+    const setsOf = (is: boolean): readonly string[] => (is && !(isPlan.a && isPlan.b) ? [] : set);
+    return [await loadPlan(a, [...setsOf(isPlan.a), ...setA]), await loadPlan(b, [...setsOf(isPlan.b), ...setB])];
   } catch (error) {
     throw error instanceof InvalidJob ? new Trouble("diff needs valid jobs", "fix the findings above; rankc check prints them too") : error;
   }

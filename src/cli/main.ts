@@ -16,6 +16,7 @@ import { registerDoctor } from "./doctor.ts";
 import { registerEval } from "./eval.ts";
 import { registerExplain } from "./explain.ts";
 import { registerExport } from "./export.ts";
+import { registerGit } from "./git.ts";
 import { registerImport } from "./import.ts";
 import { registerInspect } from "./inspect.ts";
 import { InvalidJob } from "./loadPlan.ts";
@@ -50,6 +51,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerExplain,
   registerImport,
   registerExport,
+  registerGit,
   registerDoctor,
   registerSchema,
 ];

@@ -1,5 +1,5 @@
 /**
- * Compares two plans on three levels: job keys, the summary of each stage, instructions. Instructions are matched by id; a change that
+ * Compares two plans on four levels: job keys, placement of groups, the summary of each stage, instructions. Instructions are matched by id; a change that
  * repeats over layers and stages is reported once.
  */
 import { isDeepStrictEqual } from "node:util";
@@ -8,18 +8,22 @@ import { blocksOf } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { anyLayer, layerOf } from "../analysis/layerNames.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
-import { bytesText, countText, flopsText, ranges, table } from "../units.ts";
+import { bytesText } from "../units.ts";
+import { type Consequence, consequencesOf } from "./consequences.ts";
+import type { DiffLevel } from "./diffLevels.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
+import { trafficOf } from "./overview.ts";
+import { type PlacementChange, placementChanges } from "./placementChanges.ts";
 import { type BlockPhase, phases, shapeText } from "./programText.ts";
 
-interface FieldChange {
+export interface FieldChange {
   readonly path: string;
   /** Undefined if the key does not exist. */
   readonly old?: unknown;
   readonly new?: unknown;
 }
 
-interface SummaryChange {
+export interface SummaryChange {
   /** The stages that have this change. */
   readonly stages: readonly number[];
   readonly what: string;
@@ -28,24 +32,33 @@ interface SummaryChange {
   readonly new: number;
 }
 
-interface ProgramChange {
+export interface ProgramChange {
   readonly change: "added" | "removed" | "changed";
   readonly phase: BlockPhase;
   /** The id, with `layers.*` if the change applies to all of `layers`. */
   readonly id: string;
   readonly does: string;
+  readonly kind: Instruction["kind"];
   readonly layers: readonly number[];
   readonly stages: readonly number[];
   readonly differences: readonly { readonly what: string; readonly old: string; readonly new: string }[];
 }
 
+/** The version of the JSON of `diff`: a minor version adds keys. */
+export const DIFF_VERSION = "1.0";
+
 /** The differences of two plans. */
 export interface PlanDiff {
+  readonly format_version: typeof DIFF_VERSION;
   readonly changes: boolean;
+  readonly names: readonly [string, string];
   readonly digests: readonly [string, string];
   /** The plan sections with different digests. */
   readonly sections: readonly string[];
   readonly job: readonly FieldChange[];
+  /** What the change costs, the gravest first. */
+  readonly consequences: readonly Consequence[];
+  readonly placement: readonly PlacementChange[];
   readonly summary: readonly SummaryChange[];
   readonly program: readonly ProgramChange[];
 }
@@ -55,17 +68,39 @@ export function diffPlans(a: Plan, b: Plan): PlanDiff {
   const names = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const;
   const sections = names.filter((name) => a.digests[name] !== b.digests[name] && !(name === "kernels" && haveSameSources(a, b)));
   const differs = (name: (typeof names)[number]): boolean => sections.includes(name);
+  const isSame = sections.length === 0;
+  const [before, after] = isSame ? [] : [inspectPlan(a), inspectPlan(b)];
+  const placement = before && after ? placementChanges(before, after) : [];
   return {
-    changes: sections.length > 0 || a.format_version !== b.format_version,
+    format_version: DIFF_VERSION,
+    changes: !isSame || a.format_version !== b.format_version,
+    names: [a.job.name, b.job.name],
     digests: [a.digests.plan, b.digests.plan],
     sections,
     job: [
       ...(differs("job") ? fieldChanges(a.job, b.job, "") : []),
       ...(differs("toolchain") ? fieldChanges(a.toolchain, b.toolchain, "toolchain") : []),
     ],
-    summary: sections.length > 0 ? summaryChanges(inspectPlan(a), inspectPlan(b)) : [],
+    consequences: before && after ? consequencesOf(before, after, placement) : [],
+    placement,
+    summary: before && after ? summaryChanges(before, after) : [],
     program: differs("programs") ? programChanges(a.programs, b.programs) : [],
   };
+}
+
+/** Returns the differences of some levels. `ignored` are levels, or keys of the job with all below them; `changes` is whether any difference is left. */
+export function selectDiff(diff: PlanDiff, only: readonly DiffLevel[], ignored: readonly string[]): PlanDiff {
+  if (only.length === 0 && ignored.length === 0) return diff;
+  const keeps = (level: DiffLevel): boolean => (only.length === 0 || only.includes(level)) && !ignored.includes(level);
+  const isIgnored = (path: string): boolean => ignored.some((key) => path === key || path.startsWith(`${key}.`));
+  const job = keeps("job") ? diff.job.filter(({ path }) => !isIgnored(path)) : [];
+  const [placement, summary, program] = [
+    keeps("placement") ? diff.placement : [],
+    keeps("summary") ? diff.summary : [],
+    keeps("program") ? diff.program : [],
+  ];
+  const changes = job.length + placement.length + summary.length + program.length > 0;
+  return { ...diff, changes, job, placement, summary, program, consequences: keeps("summary") ? diff.consequences : [] };
 }
 
 /** Returns whether kernels differ only in their cubins, which depend on nvcc and not on the job. */
@@ -128,13 +163,10 @@ function roleFacts(role: RoleView | undefined): Facts {
   );
   add("flops a step", "flops", role.flops.per_step);
   add("host syncs a step", "count", role.host_syncs_per_step);
-  for (const c of role.collectives) {
-    add(`${c.name} over ${c.axes}: number a step`, "count", c.per_step);
-    add(`${c.name} over ${c.axes}: sent a step`, "bytes", c.bytes_per_step);
-  }
-  for (const t of role.transfers) {
-    add(`${t.kind}: number a step`, "count", t.per_step);
-    add(`${t.kind}: bytes a step`, "bytes", t.bytes * t.per_step);
+  for (const { axes, inside, across, per_step } of trafficOf(role)) {
+    add(`traffic ${axes}: collectives and sends a step`, "count", per_step);
+    add(`traffic ${axes}: inside a node`, "bytes", Math.round(inside));
+    add(`traffic ${axes}: across nodes`, "bytes", Math.round(across));
   }
   return facts;
 }
@@ -142,6 +174,7 @@ function roleFacts(role: RoleView | undefined): Facts {
 interface Placed {
   readonly stage: number;
   readonly does: string;
+  readonly kind: Instruction["kind"];
   readonly facts: ReadonlyMap<string, string>;
 }
 
@@ -151,12 +184,12 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
     change: ProgramChange["change"],
     phase: BlockPhase,
     id: string,
-    { stage, does }: Placed,
+    { stage, does, kind }: Placed,
     differences: ProgramChange["differences"],
   ): void => {
     const name = anyLayer(id);
     const key = JSON.stringify([change, phase, name, does, differences]);
-    const entry = found.get(key) ?? { change, phase, id: name, does, layers: [], stages: [], differences };
+    const entry = found.get(key) ?? { change, phase, id: name, does, kind, layers: [], stages: [], differences };
     const layer = layerOf(id);
     if (layer !== undefined) entry.layers.push(layer);
     if (!entry.stages.includes(stage)) entry.stages.push(stage);
@@ -193,7 +226,7 @@ function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Pl
   for (const program of programs) {
     const buffers = new BufferTable(program.buffers);
     for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
-      const one = { stage: program.stage, does: doing(instruction), facts: factsOf(instruction, buffers) };
+      const one = { stage: program.stage, does: doing(instruction), kind: instruction.kind, facts: factsOf(instruction, buffers) };
       const before = all.get(instruction.id);
       if (before) before.push(one);
       else all.set(instruction.id, [one]);
@@ -256,44 +289,4 @@ function factChanges(a: Placed, b: Placed): { what: string; old: string; new: st
     if (old !== now) changes.push({ what, old, new: now });
   }
   return changes;
-}
-
-/** Formats the differences as text. */
-export function printDiff(diff: PlanDiff): string {
-  if (!diff.changes) return "the plans are the same\n";
-  const value = (change: FieldChange, side: "old" | "new"): string => (side in change ? JSON.stringify(change[side]) : "absent");
-  const job = diff.job.map((change) => [change.path, `${value(change, "old")} -> ${value(change, "new")}`]);
-  const unit = { bytes: bytesText, flops: flopsText, count: countText } as const;
-  const summary = diff.summary.map((c) => [
-    stagesText(c.stages),
-    c.what,
-    unit[c.unit](c.old),
-    "->",
-    unit[c.unit](c.new),
-    percent(c.old, c.new),
-  ]);
-  return [
-    `sections that differ: ${diff.sections.join(", ")}`,
-    "",
-    ...(job.length > 0 ? ["job:", ...table(job), ""] : []),
-    ...(summary.length > 0 ? ["summary:", ...table(summary, [2, 4, 5]), ""] : []),
-    ...(diff.program.length > 0 ? ["program:", ...diff.program.map(programLine), ""] : []),
-  ].join("\n");
-}
-
-const stagesText = (stages: readonly number[]): string => `stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`;
-
-function percent(from: number, to: number): string {
-  if (from === 0 || to === 0) return from === 0 ? "new" : "gone";
-  const change = (100 * (to - from)) / from;
-  return `${change > 0 ? "+" : ""}${change.toFixed(Math.abs(change) < 10 ? 1 : 0)} %`;
-}
-
-function programLine({ change, phase, id, does, layers, stages, differences }: ProgramChange): string {
-  const sign = { added: "+", removed: "-", changed: "~" }[change];
-  const where = [layers.length > 0 ? `layer${new Set(layers).size > 1 ? "s" : ""} ${ranges(layers)}` : "", stagesText(stages)]
-    .filter(Boolean)
-    .join(", ");
-  const what = differences.map((d) => `${d.what} ${d.old} -> ${d.new}`).join("; ");
-  return `  ${sign} ${phase} ${where}: ${id} (${does})${what ? `: ${what}` : ""}`;
 }

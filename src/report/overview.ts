@@ -19,7 +19,7 @@ export interface Warning {
 }
 
 /** The letters of the parts of the memory in bars. */
-export const memoryLetters = { parameter: "P", gradient: "G", optimizer: "O", activation: "A", workspace: "W", scratch: "S" } as const;
+const memoryLetters = { parameter: "P", gradient: "G", optimizer: "O", activation: "A", workspace: "W", scratch: "S" } as const;
 
 /** Formats the first screen. With many stages or axes, tables are cut so that it has at most 40 lines of 80 columns. */
 export function printOverview(plan: Plan, view: Inspection, warnings: readonly Warning[], width: number): string {
@@ -203,11 +203,17 @@ export function trafficOf({ collectives, transfers }: RoleView): AxisTraffic[] {
     .sort((a, b) => b.inside + b.across - a.inside - a.across);
 }
 
-function communicationLines({ roles, device }: Inspection, width: number, most: number): string[] {
-  const sent = (rows: readonly AxisTraffic[]): number => rows.reduce((sum, t) => sum + t.inside + t.across, 0);
+const sent = (rows: readonly AxisTraffic[]): number => rows.reduce((sum, t) => sum + t.inside + t.across, 0);
+
+/** Returns the traffic of the stage that sends most. */
+export function busiestTraffic({ roles }: Pick<Inspection, "roles">): { readonly stage: number; readonly rows: AxisTraffic[] } {
   const all = roles.map((role) => ({ stage: role.stage, rows: trafficOf(role) }));
-  const [busiest] = [...all].sort((a, b) => sent(b.rows) - sent(a.rows));
-  if (!busiest || busiest.rows.length === 0) return [`${bold("traffic")}   none`];
+  return all.sort((a, b) => sent(b.rows) - sent(a.rows))[0] ?? { stage: 0, rows: [] };
+}
+
+function communicationLines({ roles, device }: Inspection, width: number, most: number): string[] {
+  const busiest = busiestTraffic({ roles });
+  if (busiest.rows.length === 0) return [`${bold("traffic")}   none`];
   const kept = busiest.rows.length > most ? busiest.rows.slice(0, most - 1) : busiest.rows;
   const rest = busiest.rows.slice(kept.length);
   const columns: Column[] = [

@@ -58,6 +58,8 @@ const opensRuntime = [
 const touchFiles = new Map([
   ["schemas/writing.ts", "folders of written files"],
   ["src/cli/loadPlan.ts", "finds the plan of a directory"],
+  ["src/cli/git.ts", "the attributes of a repository"],
+  ["src/cli/checkPlan.ts", "the files of a plan that may be stale"],
   ["src/cli/cache.ts", "results that a later command needs again"],
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
