@@ -1,7 +1,8 @@
-import { type Command, InvalidArgumentError } from "commander";
+import { type Command, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Inspection } from "../report/inspect.ts";
+import { type Theme, themes } from "../report/svg.ts";
 import { loadPlan } from "./loadPlan.ts";
 import { atLeastOne, type CommonOptions, planOrJob, wholeNumber, withExamples, withFormat, withSet } from "./options.ts";
 import { printJson, printReport, reportWidth } from "./output.ts";
@@ -19,6 +20,7 @@ interface InspectOptions extends CommonOptions {
   readonly why?: string;
   readonly job?: string;
   readonly picture?: string;
+  readonly theme: Theme;
 }
 
 /** A part of a report: its key and value in JSON, and its lines. */
@@ -43,7 +45,10 @@ export function registerInspect(program: Command): void {
       .option("--op <id>", "all about an instruction or a buffer", idText)
       .option("--why <id>", "why an instruction or a buffer exists: job key, decision, bytes, cost, and what removes it", idText)
       .option("--job <file>", "the job of the plan, so that --why names its line (default: a job.yaml beside it that fits)")
-      .option("--picture <file>", "draw the schedule and the memory of each stage as an SVG"),
+      .option("--picture <file>", "draw schedule, memory and traffic as an SVG")
+      .addOption(
+        new Option("--theme <theme>", "the colours of --picture; auto follows the page that shows it").choices(themes).default("auto"),
+      ),
     "inspect plan/",
     "inspect plan/ --memory --top 20",
     "inspect job.yaml --why layers.0.moe.permute.dispatch",
@@ -62,7 +67,7 @@ async function runInspect(path: string, options: InspectOptions): Promise<void> 
   const { plan } = await loadPlan(path, options.set);
   if (options.picture) {
     const { drawPlan } = await import("../report/planPicture.ts");
-    writeFile(options.picture, drawPlan(plan));
+    writeFile(options.picture, drawPlan(plan, options.theme));
   }
   const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
   const needsView = options.why === undefined && options.op === undefined && options.rank === undefined;
