@@ -1,11 +1,12 @@
 /**
- * Results that a later command needs again: peaks of jobs, and plans whose laws hold. Below the user's cache folder, one small file each,
+ * Results that a later command needs again: peaks of jobs, compiled plans, and plans whose laws hold. Below the user's cache folder, one small file each,
  * in a folder named by the digest of the built command line, because a result is that of one state of the code. A checkout has no cache.
  * Every failure is ignored: the command computes again. A folder of another user is not read.
  */
 import { mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { homedir } from "node:os";
 import { join } from "node:path";
+import { deflateRawSync, inflateRawSync } from "node:zlib";
 import type { Job } from "../../schemas/job.ts";
 import type { KnownPeaks } from "../frontend/readJob.ts";
 import type { KnownPlans } from "../plan/read.ts";
@@ -48,16 +49,56 @@ function read(name: string): unknown {
 
 function write(name: string, value: unknown): void {
   const folder = cacheFolder();
-  if (folder === undefined) return;
+  if (folder !== undefined) writeResult(folder, name, () => JSON.stringify(value), "", MOST);
+}
+
+/** Writes a result as a whole file. If there are too many whose names start with `prefix`, the oldest half goes. */
+function writeResult(folder: string, name: string, contentOf: () => string | Uint8Array, prefix: string, most: number): void {
   try {
-    const names = readdirSync(folder);
-    if (names.length >= MOST) for (const old of names) rmSync(join(folder, old), { force: true });
+    const names = readdirSync(folder).filter((other) => other.startsWith(prefix));
+    if (names.length >= most) {
+      const aged = names.map((other) => ({ other, age: statSync(join(folder, other)).mtimeMs })).sort((a, b) => a.age - b.age);
+      for (const { other } of aged.slice(0, Math.ceil(most / 2))) rmSync(join(folder, other), { force: true });
+    }
     const temporary = join(folder, `${process.pid}.tmp`);
-    writeFileSync(temporary, JSON.stringify(value), { mode: 0o600 });
+    writeFileSync(temporary, contentOf(), { mode: 0o600 });
     renameSync(temporary, join(folder, name));
   } catch {
     // a full or read-only disk: the next command computes again
   }
+}
+
+/** The most compiled plans that are kept; each takes about a tenth of its size. */
+const MOST_PLANS = 24;
+/** Characters of a plan below which compiling again takes no longer than reading. */
+const SMALL = 300_000;
+
+/** What `compile` gave for a job: the text of the plan, and the kernel sources by file name. */
+export interface CompiledText {
+  readonly plan: string;
+  readonly sources: readonly (readonly [file: string, source: string])[];
+}
+
+const compiledName = (job: Job, target: string): string => `compiled-${sha256(JSON.stringify([target, job])).slice(0, 32)}`;
+
+/** Returns what this build of rankc compiled for an equal job and target before; undefined if it is not kept. */
+export function recallCompiled(job: Job, target: string): CompiledText | undefined {
+  const folder = cacheFolder();
+  if (folder === undefined) return undefined;
+  try {
+    const file = join(folder, compiledName(job, target));
+    const found: unknown = JSON.parse(inflateRawSync(readFileSync(file)).toString("utf8"));
+    return typeof found === "object" && found !== null && "plan" in found && "sources" in found ? (found as CompiledText) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** Keeps what `compile` gave for a job. The oldest results make room. */
+export function rememberCompiled(job: Job, target: string, compiled: CompiledText): void {
+  const folder = cacheFolder();
+  if (folder === undefined || compiled.plan.length < SMALL) return;
+  writeResult(folder, compiledName(job, target), () => deflateRawSync(JSON.stringify(compiled), { level: 1 }), "compiled-", MOST_PLANS);
 }
 
 /** Peaks of jobs. `target` names the target whose kernels count; without it, that of the job's device. */

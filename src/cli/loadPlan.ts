@@ -22,8 +22,10 @@ export interface LoadedPlan {
 /** The job is invalid and its findings are printed: the command exits with code 1. */
 export class InvalidJob extends Error {}
 
-/** Reads a job file and checks it for `target`, or for all device targets. Throws a Trouble if the file cannot be read. */
+/** Reads a job file, or a job of a revision (`git:REV:PATH`), and checks it for `target`, or for all device targets. Throws a Trouble if it cannot be read. */
 export async function readJobAt(path: string, sets: readonly string[], target?: string) {
+  const { interpretSchemas } = await import("./zodSettings.ts");
+  interpretSchemas();
   const [{ readJobFile }, { readJobWith }, { knownPeaks }] = await Promise.all([
     import("./inputFiles.ts"),
     import("../frontend/readJob.ts"),
@@ -35,33 +37,42 @@ export async function readJobAt(path: string, sets: readonly string[], target?: 
     const loaded = await loadTarget(target);
     return () => loaded;
   };
-  return readJobWith(load, knownPeaks(target), readJobFile(path), path, sets);
+  const inGit = await resolvedGitFile(path);
+  return readJobWith(load, knownPeaks(target), inGit ? inGit.read() : readJobFile(path), path, sets);
 }
 
-/** Compiles a job for a target (default: cpu) and prints its findings. Throws InvalidJob, or a Trouble if the file cannot be read. */
+/** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
 export async function compileAt(
   path: string,
   sets: readonly string[],
   named?: string,
-): Promise<Compiled & { findings: readonly Finding[] }> {
+  needsPasses = false,
+): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[] }> {
   const target = named ?? "cpu";
   const { job, findings } = await readJobAt(path, sets, named);
   await printFindings(findings);
   if (!job) throw new InvalidJob();
-  const [{ compile }, { loadTarget }, { targetFor }] = await Promise.all([
-    import("../compile.ts"),
-    import("../codegen/targets.ts"),
+  const [{ targetFor }, { recallCompiled, rememberCompiled }, { printPlan, readSealed }] = await Promise.all([
     import("../codegen/targetNames.ts"),
+    import("./cache.ts"),
+    import("../plan/seal.ts"),
   ]);
   const level = debugLevel();
+  const name = targetFor(target, job);
+  const kept = level === 0 && !needsPasses ? recallCompiled(job, name) : undefined;
+  if (kept) return { plan: readSealed(kept.plan), sources: new Map(kept.sources), findings };
+  const [{ compile }, { loadTarget }] = await Promise.all([import("../compile.ts"), import("../codegen/targets.ts")]);
   const trace = level === 0 ? {} : { trace: (await import("../passes/passNames.ts")).tracePasses(printStderr, { changes: level > 1 }) };
-  return { ...compile(job, { target: await loadTarget(targetFor(target, job)), ...trace }), findings };
+  const compiled = compile(job, { target: await loadTarget(name), ...trace });
+  rememberCompiled(job, name, { plan: printPlan(compiled.plan), sources: [...compiled.sources] });
+  return { ...compiled, findings };
 }
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target` or `--set` is given for a plan, and whatever `compileAt` throws. */
 export async function loadPlan(path: string, sets: readonly string[], target?: string): Promise<LoadedPlan> {
-  const file = planFile(path);
-  if (!file) {
+  const inGit = await resolvedGitFile(path);
+  const file = inGit ? undefined : planFile(path);
+  if (!file && !inGit?.isPlan) {
     const { plan, sources } = await compileAt(path, sets, target);
     return { plan, source: (name) => entryOf(sources, name, "source") };
   }
@@ -72,6 +83,12 @@ export async function loadPlan(path: string, sets: readonly string[], target?: s
     import("./inputFiles.ts"),
     import("./cache.ts"),
   ]);
+  if (!file) {
+    const source = (): string => {
+      throw new Trouble(`${path} is a plan of a revision: its kernels are not read`, "check the revision out to use its kernels");
+    };
+    return { plan: parsePlan(inGit?.read() ?? "", path, knownPlans), source };
+  }
   const plan = parsePlan(readPlanFile(file), file, knownPlans);
   return {
     plan,
@@ -79,6 +96,19 @@ export async function loadPlan(path: string, sets: readonly string[], target?: s
     cubin: (name) => readCubin(plan, dirname(file), name),
   };
 }
+
+/** Returns the file that `git:REV:PATH` means, and its reader; undefined for other paths. Throws a Trouble if git has no such file. */
+async function resolvedGitFile(path: string) {
+  if (!path.startsWith("git:")) return undefined;
+  const { gitFile, readGitFile, resolveGitFile } = await import("./gitFiles.ts");
+  const named = gitFile(path);
+  if (!named) return undefined;
+  const file = resolveGitFile(named);
+  return { isPlan: file.isPlan, read: () => readGitFile(file) };
+}
+
+/** Returns whether a path names a plan: its directory, its plan.json, or `git:REV:PATH` of either by its name. */
+export const isPlanPath = (path: string): boolean => (path.startsWith("git:") ? !/\.ya?ml$/.test(path) : planFile(path) !== undefined);
 
 /** Returns the plan.json that a path names, by itself or by its directory; undefined if the path names a job. */
 export function planFile(path: string): string | undefined {

@@ -351,6 +351,17 @@ export function expandLike(
   like: { dimSpecs: number; ragged: number } | undefined,
 ): Pick<AnyOp, "inputs" | "outputs"> {
   if (!like) return o;
+  const key = like.dimSpecs * 64 + like.ragged;
+  const known = expansions.get(o) ?? new Map<number, Pick<AnyOp, "inputs" | "outputs">>();
+  expansions.set(o, known);
+  const found = known.get(key) ?? expandNow(o, like);
+  known.set(key, found);
+  return found;
+}
+/** Expanded operands: a compile asks for those of a few ops thousands of times. */
+const expansions = new WeakMap<AnyOp<GraphOpName>, Map<number, Pick<AnyOp, "inputs" | "outputs">>>();
+
+function expandNow(o: AnyOp<GraphOpName>, like: { dimSpecs: number; ragged: number }): Pick<AnyOp, "inputs" | "outputs"> {
   const fill = (t: Operand): Operand =>
     t.any
       ? {

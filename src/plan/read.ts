@@ -6,7 +6,7 @@ import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BrokenInvariant } from "../ops/op.ts";
 import { canonical } from "./canonical.ts";
-import { type Digests, joined, overall, sections, sha256 } from "./seal.ts";
+import { type Digests, joined, overall, readSealed, sections, sha256 } from "./seal.ts";
 import { planValidator } from "./validator.ts";
 import { laws } from "./verifyPlan.ts";
 
@@ -18,7 +18,7 @@ export interface KnownPlans {
 
 /** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. A text that `known` has is only parsed. */
 export function parsePlan(text: string, file: string, known?: KnownPlans): Plan {
-  if (known?.has(text)) return JSON.parse(text);
+  if (known?.has(text)) return readSealed(text);
   const plan = checkedPlan(text, file);
   known?.add(text);
   return plan;

@@ -91,16 +91,16 @@ export function diffPlans(a: Plan, b: Plan): PlanDiff {
 /** Returns the differences of some levels. `ignored` are levels, or keys of the job with all below them; `changes` is whether any difference is left. */
 export function selectDiff(diff: PlanDiff, only: readonly DiffLevel[], ignored: readonly string[]): PlanDiff {
   if (only.length === 0 && ignored.length === 0) return diff;
-  const keeps = (level: DiffLevel): boolean => (only.length === 0 || only.includes(level)) && !ignored.includes(level);
+  const isSelected = (level: DiffLevel): boolean => (only.length === 0 || only.includes(level)) && !ignored.includes(level);
   const isIgnored = (path: string): boolean => ignored.some((key) => path === key || path.startsWith(`${key}.`));
-  const job = keeps("job") ? diff.job.filter(({ path }) => !isIgnored(path)) : [];
+  const job = isSelected("job") ? diff.job.filter(({ path }) => !isIgnored(path)) : [];
   const [placement, summary, program] = [
-    keeps("placement") ? diff.placement : [],
-    keeps("summary") ? diff.summary : [],
-    keeps("program") ? diff.program : [],
+    isSelected("placement") ? diff.placement : [],
+    isSelected("summary") ? diff.summary : [],
+    isSelected("program") ? diff.program : [],
   ];
   const changes = job.length + placement.length + summary.length + program.length > 0;
-  return { ...diff, changes, job, placement, summary, program, consequences: keeps("summary") ? diff.consequences : [] };
+  return { ...diff, changes, job, placement, summary, program, consequences: isSelected("summary") ? diff.consequences : [] };
 }
 
 /** Returns whether kernels differ only in their cubins, which depend on nvcc and not on the job. */

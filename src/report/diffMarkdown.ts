@@ -1,4 +1,4 @@
-/** The differences of two plans as Markdown, for a comment on a pull request: consequences first, programs folded. */
+/** The differences of two plans as Markdown, for a comment on a pull request: consequences first, programs details. */
 import { printable } from "../../schemas/printable.ts";
 import { bytesText, countText, flopsText, ranges } from "../units.ts";
 import type { PlanDiff, ProgramChange, SummaryChange } from "./diff.ts";
@@ -30,11 +30,11 @@ export function diffMarkdown(diff: PlanDiff): string {
       ["axis", "before", "after"],
       diff.placement.map(({ axis, old, new: now }) => [text(axisTitle(axis)), placedText(old), placedText(now)]),
     ),
-    folded(
+    details(
       `Summary of a rank: ${countText(diff.summary.length)} figures`,
       table(["stages", "what", "before", "after", "change"], diff.summary.map(summaryRow)),
     ),
-    folded(programTitle(diff.program), diff.program.map((p) => `- ${programText(p)}`).join("\n")),
+    details(programTitle(diff.program), diff.program.map((p) => `- ${programText(p)}`).join("\n")),
   ].filter((part) => part !== "");
   const whole = `${parts.join("\n\n")}\n`;
   return whole.length <= LONGEST ? whole : shortened(parts);
@@ -66,7 +66,7 @@ function table(heads: readonly string[], rows: readonly (readonly string[])[]): 
 const section = (title: string, heads: readonly string[], rows: readonly (readonly string[])[]): string =>
   rows.length === 0 ? "" : `**${title}**\n\n${table(heads, rows)}`;
 
-const folded = (title: string, body: string): string =>
+const details = (title: string, body: string): string =>
   body === "" ? "" : `<details><summary>${text(title)}</summary>\n\n${body}\n\n</details>`;
 
 const units = { bytes: bytesText, flops: flopsText, count: countText } as const;

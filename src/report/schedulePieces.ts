@@ -17,10 +17,10 @@ const MOST = 700;
 /** The most columns of shares in an overview, over all stages. */
 const COLUMNS = 2500;
 
-type Lanes = readonly (readonly Piece[])[];
+type StagePieces = readonly (readonly Piece[])[];
 
 /** Returns the parts of a picture that show a schedule. */
-export function drawSchedulePieces(lanes: Lanes, chunks: number): Drawn[] {
+export function drawSchedulePieces(lanes: StagePieces, chunks: number): Drawn[] {
   const units = Math.max(1, durationOf(lanes));
   const runs = lanes.reduce((sum, lane) => sum + lane.length, 0);
   const shown = kinds.filter((kind) => lanes.some((lane) => lane.some(({ run }) => run.kind === kind)));
@@ -48,7 +48,7 @@ function withAxis(lines: readonly string[], stages: number, units: number, scale
   return { lines: [...under.lines, ...lines], height: under.height };
 }
 
-function drawPieces(lanes: Lanes, units: number, chunks: number): Drawn {
+function drawPieces(lanes: StagePieces, units: number, chunks: number): Drawn {
   const unit = Math.min(40, WIDE / units);
   const piece = (stage: number, { run: { kind, microbatch, chunk }, start, end }: Piece): string => {
     const [x, y, w] = [LEFT + start * unit, stage * ROW, (end - start) * unit];
@@ -69,16 +69,16 @@ function drawPieces(lanes: Lanes, units: number, chunks: number): Drawn {
 }
 
 /** Returns the block runs of the first units, as many as are drawn one by one. */
-function firstUnits(lanes: Lanes, units: number): { readonly lanes: Lanes; readonly units: number } {
+function firstUnits(lanes: StagePieces, units: number): { readonly lanes: StagePieces; readonly units: number } {
   let until = units;
-  const before = (end: number): Lanes => lanes.map((lane) => lane.filter((p) => p.end <= end));
+  const before = (end: number): StagePieces => lanes.map((lane) => lane.filter((p) => p.end <= end));
   const count = (end: number): number => before(end).reduce((sum, lane) => sum + lane.length, 0);
   while (until > 8 && count(until) > MOST / 2) until = Math.ceil(until * 0.7);
   return { lanes: before(until), units: until };
 }
 
 /** Draws per stage and column the share of each kind, one above the other; what is left is idle. */
-function drawShares(lanes: Lanes, units: number): Drawn {
+function drawShares(lanes: StagePieces, units: number): Drawn {
   const columns = Math.max(20, Math.min(300, Math.floor(COLUMNS / lanes.length)));
   const width = WIDE / columns;
   const height = ROW - 3;

@@ -42,11 +42,30 @@ export function usesOf(node: Node): NodeUses {
 export type CopySums = ReadonlyMap<Value, readonly number[]>;
 
 /** Returns the choice for each sub-axis by the rules of shard.ts. */
-export const chooseDims = (uses: NodeUses, placements: Placements, copySums: CopySums, pick?: Pick): SubAxisChoice[] =>
-  placements.every.map((f) => ({ f, ...choose(uses, f, placements, copySums, pick) }));
+export function chooseDims(uses: NodeUses, placements: Placements, copySums: CopySums, pick?: Pick): SubAxisChoice[] {
+  const state = updatedBy(uses);
+  return placements.every.map((f) => ({ f, ...choose(uses, f, state, placements, copySums, pick) }));
+}
 
-function choose({ node, ins, outs }: NodeUses, f: number, placements: Placements, copySums: CopySums, pick?: Pick): Choice {
-  const state = outs.flatMap(({ value, operand }) => (value.updates ? [{ leaf: value.updates, operand }] : [])).at(0);
+/** State that an op updates in place, and the operand that it is. */
+interface Updated {
+  readonly leaf: Value;
+  readonly operand: Operand;
+}
+/** Returns the first state that a node updates. */
+function updatedBy({ outs }: NodeUses): Updated | undefined {
+  for (const { value, operand } of outs) if (value.updates) return { leaf: value.updates, operand };
+  return undefined;
+}
+
+function choose(
+  { node, ins, outs }: NodeUses,
+  f: number,
+  state: Updated | undefined,
+  placements: Placements,
+  copySums: CopySums,
+  pick?: Pick,
+): Choice {
   if (state) {
     const dim = state.operand.dimSpecs[shardingOf(placements.of(state.leaf).layout, f)]?.dim;
     return { dim, by: dim ? `${idOf(state.leaf)} is sharded along ${dim.replace("#", "dim ")}` : `${idOf(state.leaf)} is replicated` };
@@ -90,6 +109,11 @@ export function orderSubAxes(
   const isFixed = ({ leaf }: Value): boolean => leaf?.kind === "parameter" || leaf?.kind === "state";
   for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
     const own = chosen.flatMap((c) => (c.dim === dim ? [c.f] : [])).reverse();
+    // most dims have one sub-axis, which has no order
+    if (own.length < 2) {
+      dims.set(dim, own);
+      continue;
+    }
     const ordered = [...state, ...ins]
       .flatMap(({ value, operand }) => {
         const fs = placements.of(value).layout.shardedBy[operand.dimSpecs.findIndex((s) => s.dim === dim)];
