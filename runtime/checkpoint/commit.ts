@@ -87,6 +87,15 @@ export function removeOlder(folder: string, step: number, keep: number): void {
   }
 }
 
+/** Renames damaged checkpoints, so that the run can save their steps again: nothing is lost, and `--resume` does not find them. */
+export function setAside(folder: string, names: readonly string[]): void {
+  for (const name of names) {
+    const aside = join(folder, `${name}.damaged`);
+    rmSync(aside, { recursive: true, force: true });
+    renameSync(join(folder, name), aside);
+  }
+}
+
 /** Removes what runs that were killed left unfinished. Only the run that has claimed the folder may call it. */
 export function removeUnfinished(folder: string): void {
   for (const { name } of checkpointsIn(folder)) if (name.endsWith(".part")) rmSync(join(folder, name), { recursive: true, force: true });

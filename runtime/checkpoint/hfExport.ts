@@ -5,8 +5,8 @@
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import type { Ranges } from "../shards.ts";
-import type { OpenCheckpoint } from "./checkpoint.ts";
 import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
+import { transpose } from "./transpose.ts";
 
 type Model = Job["model"];
 
@@ -30,8 +30,18 @@ interface Part {
   readonly slice: TensorSlice;
 }
 
+/** Weights by rankc's names. */
+export interface NamedWeights {
+  has(name: string): boolean;
+  /** Returns a function that reads ranges of a weight, in rankc's layout, in which a linear layer is [in, out]. */
+  slices(name: string): (ranges: Ranges) => Float32Array;
+  /** The functions of `slices` return linear layers as [out, in], the layout of Hugging Face, for the same ranges. */
+  readonly isTransposed?: boolean;
+}
+
 /** Returns the tensors of a checkpoint in the order of its parameters, so that each parameter is read once. */
-export function exportedTensors(model: Model, checkpoint: Pick<OpenCheckpoint, "has" | "slices">, experts: ExpertNames): ExportedTensor[] {
+export function exportedTensors(model: Model, checkpoint: NamedWeights, experts: ExpertNames): ExportedTensor[] {
+  const { isTransposed = false } = checkpoint;
   const parts = new Map<string, Part[]>();
   for (const parameter of parametersOf(model)) {
     if (parameter.optional && !checkpoint.has(parameter.name)) continue;
@@ -49,7 +59,7 @@ export function exportedTensors(model: Model, checkpoint: Pick<OpenCheckpoint, "
     const parameters = own.map(({ parameter }) => parameter.name);
     return {
       ...{ name, shape: sizesOf(slice.shape), isExact: name.endsWith("e_score_correction_bias") },
-      read: () => assembled(own, (parameter, ranges) => readerOf(parameter, parameters)(ranges)),
+      read: () => assembled(own, (parameter, ranges) => readerOf(parameter, parameters)(ranges), isTransposed),
     };
   });
   return [...tensors, ...repeated(model, tensors)];
@@ -76,14 +86,14 @@ function layoutOf({ own, theirs }: HfParameter, experts: ExpertNames): readonly 
 }
 
 /** Assembles a tensor from the blocks of its parameters, one block in memory at a time. */
-function assembled(parts: readonly Part[], read: (parameter: string, ranges: Ranges) => Float32Array): Float32Array {
+function assembled(parts: readonly Part[], read: (parameter: string, ranges: Ranges) => Float32Array, isTransposed: boolean): Float32Array {
   const [{ slice }] = parts as [Part];
   const out = new Float32Array(product(slice.shape));
   for (const { parameter, slice } of parts)
     for (const { there, here, rows, cols } of slice.blocks) {
       const values = read(parameter.name, rangesOf(sizesOf(parameter.shape), here, rows * cols));
-      if (rows === 1) out.set(values, there);
-      else for (let c = 0; c < cols; c++) for (let r = 0; r < rows; r++) out[there + r * cols + c] = values[c * rows + r]!;
+      if (rows === 1 || isTransposed) out.set(values, there);
+      else transpose(values, cols, rows, out, there);
     }
   return out;
 }

@@ -32,6 +32,8 @@ export interface Chosen {
   readonly at: string | undefined;
   /** Messages about the choice. */
   readonly notes: readonly string[];
+  /** Names of newer checkpoints that are damaged, and so are not used. */
+  readonly damaged?: readonly string[];
 }
 
 /**
@@ -60,6 +62,7 @@ export function chooseCheckpoint(path: string): Chosen & { readonly at: string }
  */
 export function newestCheckpoint(folder: string, expectComplete: (at: string) => void): Chosen {
   const notes: string[] = [];
+  const damaged: string[] = [];
   for (const { name, whole } of checkpointsIn(folder).reverse()) {
     const at = join(folder, name);
     if (!whole) {
@@ -68,13 +71,14 @@ export function newestCheckpoint(folder: string, expectComplete: (at: string) =>
     }
     try {
       expectComplete(at);
-      return { at, notes: [...notes, `resumed from ${at}`] };
+      return { at, notes: [...notes, `resumed from ${at}`], damaged };
     } catch (error) {
       if (!(error instanceof Trouble)) throw error;
       notes.push(`${at} is damaged and not used: ${error.message}`);
+      damaged.push(name);
     }
   }
-  return { at: undefined, notes: [...notes, `${folder} contains no complete checkpoint: the run starts at step 0`] };
+  return { at: undefined, notes: [...notes, `${folder} contains no complete checkpoint: the run starts at step 0`], damaged };
 }
 
 function newestIn(folder: string) {

@@ -7,7 +7,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
 import { type BackendName, backends } from "../backends.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
-import { expectComplete, removeUnfinished } from "../checkpoint/commit.ts";
+import { expectComplete, removeUnfinished, setAside } from "../checkpoint/commit.ts";
 import { checkpointFor } from "../checkpoint/hf.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
 import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
@@ -94,6 +94,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     const from = chosen?.at === undefined ? undefined : openCheckpoint(chosen.at);
     const differences = from?.expectFor(plan, allowMismatch) ?? [];
     if (lock && folder !== undefined) {
+      setAside(folder, chosen?.damaged ?? []);
       expectRoom(folder, from?.progress.steps ?? 0);
       removeUnfinished(folder);
     }

@@ -1,6 +1,6 @@
 import { type Command, Option } from "commander";
+import type { NamedWeights } from "../../runtime/checkpoint/hfExport.ts";
 import type { Distcp } from "../../runtime/checkpoint/megatron/distcp.ts";
-import type { NamedWeights } from "../../runtime/checkpoint/megatron/gptWeights.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
@@ -102,7 +102,7 @@ async function modelOf(dist: Distcp, { config, vocab }: Options): Promise<Job["m
     const mtp = [...dist.tensors.keys()].some((key) => key.startsWith("mtp."));
     return completeJob(JobText.parse(importHf(parsed, name, { mtp }).job)).model;
   }
-  const [{ argumentsIn }, { wordsOfArguments }, { importMegatron }, { readQuickly }] = await Promise.all([
+  const [{ argumentsIn }, { expectPlainStorage, wordsOfArguments }, { importMegatron }, { readQuickly }] = await Promise.all([
     import("../../runtime/checkpoint/megatron/savedArguments.ts"),
     import("../convert/megatron/checkpointArguments.ts"),
     import("../convert/megatron/importMegatron.ts"),
@@ -111,6 +111,7 @@ async function modelOf(dist: Distcp, { config, vocab }: Options): Promise<Job["m
   const args = argumentsIn(dist);
   const padded = args.get("padded_vocab_size");
   const size = vocab ?? (typeof padded === "number" ? padded : undefined);
+  expectPlainStorage(args);
   const words = [...wordsOfArguments(args), "--vocab-size", String(size ?? 0), "--make-vocab-size-divisible-by", "1"];
   const { text } = importMegatron({ kind: "words" }, { name: "checkpoint", words, world: 1, ...(size !== undefined && { vocab: size }) });
   const { job, findings } = readQuickly(text, "the arguments of the checkpoint", []);

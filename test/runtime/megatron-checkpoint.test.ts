@@ -13,7 +13,7 @@ import { argumentsIn } from "../../runtime/checkpoint/megatron/savedArguments.ts
 import { readTensor } from "../../runtime/checkpoint/megatron/torchFile.ts";
 import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { wordsOfArguments } from "../../src/convert/megatron/checkpointArguments.ts";
+import { expectPlainStorage, wordsOfArguments } from "../../src/convert/megatron/checkpointArguments.ts";
 import { importMegatron } from "../../src/convert/megatron/importMegatron.ts";
 import { readQuickly } from "../../src/frontend/readJob.ts";
 import { fixture } from "../support/job.ts";
@@ -155,6 +155,21 @@ describe("what is wrong", () => {
     expect(fits({ num_experts: null, add_bias_linear: false })).toContain("mlp.router.weight is there, and the model has no such part");
     dist.close();
   });
+});
+
+test("arguments that change how weights are stored are refused", () => {
+  for (const [field, value] of [
+    ["apply_layernorm_1p", true],
+    ["moe_mlp_glu_interleave_size", 32],
+  ] as const)
+    expect(trouble(() => expectPlainStorage(new Map<unknown, unknown>([[field, value]])))).toContain(`--${field.replaceAll("_", "-")}: `);
+  expectPlainStorage(
+    new Map<unknown, unknown>([
+      ["apply_layernorm_1p", false],
+      ["moe_mlp_glu_interleave_size", null],
+    ]),
+  );
+  expect(() => modelOf("dense", { attention_output_gate: true })).toThrow("attention-output-gate");
 });
 
 describe("pickles", () => {

@@ -103,6 +103,14 @@ describe("ranks that agree", () => {
     await leave(all);
   });
 
+  test("a problem that one rank states at a barrier is returned to all, with its rank, and the next barrier has none", async () => {
+    const all = await meet(3);
+    const found = await Promise.all(all.map((m, r) => m.barrier("b", r === 1 ? "the disk is full" : undefined)));
+    for (const problem of found) expect(problem).toMatch(/^rank 1 \(.*\): the disk is full$/);
+    expect(await Promise.all(all.map((m) => m.barrier("b")))).toEqual([undefined, undefined, undefined]);
+    await leave(all);
+  });
+
   test("a run of one rank", async () => {
     const [only] = (await meet(1)) as [Meeting];
     await only.barrier("b");

@@ -199,7 +199,7 @@ test("threads report what the file system refuses, and the checkpoint before sta
   await saver.close();
 });
 
-test("--resume auto passes over checkpoints that are damaged, and a run removes what was left unfinished", async () => {
+test("--resume auto passes over checkpoints that are damaged, and sets them aside; a run removes what was left unfinished", async () => {
   const saver = saverWith({ threads: 0 });
   for (const step of [1, 2, 3]) await (await saver.begin(progress(step))).done;
   await saver.close();
@@ -214,12 +214,10 @@ test("--resume auto passes over checkpoints that are damaged, and a run removes 
     expect.stringContaining("step-00000002 is damaged and not used"),
     expect.stringContaining("resumed from"),
   ]);
-  rmSync(join(folder, "step-00000003"), { recursive: true });
-  rmSync(join(folder, "step-00000002"), { recursive: true });
   const run = await openRun(plan, { baseDir: fixture(""), save: folder, resume: "auto", version: "test" });
   expect(run.progress().steps).toBe(1);
   await run.close();
-  expect(readdirSync(folder)).toEqual(["step-00000001"]);
+  expect(readdirSync(folder).sort()).toEqual(["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]);
 });
 
 describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompiler}`, () => {

@@ -1,23 +1,17 @@
 /**
- * The weights of a GPT model in a checkpoint of Megatron Core, under rankc's names and in rankc's layout: linear layers are [in, out] here
- * and [out, in] there. Layers are stacked under one key, or each has its own; query, key and value are one tensor, by groups; gate and up
+ * The weights of a GPT model in a checkpoint of Megatron Core, under rankc's names, with linear layers as [out, in], as they are there and
+ * in Hugging Face's form. Layers are stacked under one key, or each has its own; query, key and value are one tensor, by groups; gate and up
  * are one tensor, all of gate first, or two keys.
  */
 import { hasExperts } from "../../../schemas/experts.ts";
 import type { Job } from "../../../schemas/job.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import type { Ranges } from "../../shards.ts";
+import type { NamedWeights } from "../hfExport.ts";
 import { parametersOf, sizesOf } from "../hfLayout.ts";
 import type { Distcp } from "./distcp.ts";
 
 type Model = Job["model"];
-
-/** Weights by rankc's names. */
-export interface NamedWeights {
-  has(name: string): boolean;
-  /** Returns a function that reads ranges of a weight. */
-  slices(name: string): (ranges: Ranges) => Float32Array;
-}
 
 /** A tensor of one layer in the checkpoint: its key, and its index in a stack of layers. */
 interface Source {
@@ -32,6 +26,8 @@ interface Rows {
   readonly rows?: readonly (readonly [number, number])[];
   /** The tensor has experts as its first dim. */
   readonly experts?: boolean;
+  /** Each expert has a tensor of its own, by number; `source` is the first. */
+  readonly apart?: readonly Source[];
   /** [out, in] there. */
   readonly transposed: boolean;
 }
@@ -85,6 +81,7 @@ export function gptWeights(dist: Distcp, model: Model): NamedWeights {
   }
   return {
     has: (name) => found.has(name),
+    isTransposed: true,
     slices(name) {
       const rows = found.get(name);
       if (!rows) throw new Error(`rankc: ${dist.folder} has no ${name}`);
@@ -160,9 +157,18 @@ function rowsOf(name: string, model: Model, find: Find): Rows | undefined {
 
 const whole = (source: Source | undefined, transposed: boolean): Rows | undefined => source && { source, transposed };
 
+/** Rows of all experts: in one tensor, or in a tensor for each. */
 function expertRows(where: Where, find: Find, leaf: string): Rows | undefined {
-  const source = find(where, `mlp.experts.experts.${leaf}`);
-  return source && { source, transposed: true, experts: true };
+  const stacked = find(where, `mlp.experts.experts.${leaf}`);
+  if (stacked) return { source: stacked, transposed: true, experts: true };
+  const apart: Source[] = [];
+  for (let e = 0; ; e++) {
+    const source = find(where, `mlp.experts.experts.${e}.${leaf}`);
+    if (!source) break;
+    apart.push(source);
+  }
+  const [first] = apart;
+  return first && { source: first, transposed: true, apart };
 }
 
 /** Rows of q, k or v in the fused tensor: by group the heads of the queries, the key, the value. */
@@ -183,7 +189,8 @@ function gatedRows(where: Where, find: Find, at: string, half: 0 | 1): Rows | un
     ? expertRows(where, find, "linear_fc1.weight")
     : whole(find(where, `${at}linear_fc1.weight`), true);
   if (fused) return { ...fused, rows: [[half, half + 1]] };
-  return whole(find(where, `${at}linear_fc1.weight_${half === 0 ? "w" : "v"}`), true);
+  const own = `linear_fc1.weight_${half === 0 ? "w" : "v"}`;
+  return at.includes(".experts.") ? expertRows(where, find, own) : whole(find(where, `${at}${own}`), true);
 }
 
 /** Resolves halves to rows, and throws a Trouble if the tensor of the checkpoint has another shape than the model's. */
@@ -197,7 +204,11 @@ function expectShape(dist: Distcp, name: string, sizes: readonly number[], rows:
   const count = resolved.rows?.reduce((n, [from, to]) => n + to - from, 0) ?? local[0] ?? 0;
   const last = Math.max(0, ...(resolved.rows ?? []).map(([, to]) => to));
   const [out, input] = [count, local[1]];
-  const found = [...(rows.experts ? [own[0] ?? 0] : []), ...(input === undefined ? [out] : rows.transposed ? [input, out] : [out, input])];
+  const experts = rows.apart?.length ?? own[0] ?? 0;
+  const found = [
+    ...(rows.experts || rows.apart ? [experts] : []),
+    ...(input === undefined ? [out] : rows.transposed ? [input, out] : [out, input]),
+  ];
   if (`${found}` !== `${sizes}` || last > (local[0] ?? 0))
     throw new Trouble(
       `${dist.folder}: ${rows.source.key} has shape [${all.join(", ")}], which is not that of ${name}, [${sizes.join(", ")}]`,
@@ -207,7 +218,14 @@ function expectShape(dist: Distcp, name: string, sizes: readonly number[], rows:
 }
 
 /** Reads ranges of a weight: whole, or one index of its first dim. */
-function readRows(dist: Distcp, { source, rows, experts, transposed }: Rows, ranges: Ranges): Float32Array {
+function readRows(dist: Distcp, at: Rows, ranges: Ranges): Float32Array {
+  const { source, rows, experts, apart } = at;
+  if (apart) {
+    const { apart: _, ...one } = at;
+    const own = (ranges[0] ?? []).flatMap(([from, to]) => apart.slice(from, to));
+    const parts = own.map((expert) => readRows(dist, { ...one, source: expert }, ranges.slice(1)));
+    return joined(parts);
+  }
   const all = dist.tensors.get(source.key) ?? [];
   const lead: [number, number][][] = [];
   if (source.layer !== undefined) lead.push([[source.layer, source.layer + 1]]);
@@ -216,13 +234,17 @@ function readRows(dist: Distcp, { source, rows, experts, transposed }: Rows, ran
   if (expert) lead.push(expert.map(([from, to]) => [from, to]));
   const local = all.slice(lead.length);
   const wanted = [...lead, rows ? [...rows] : [[0, local[0] ?? 0] as const], ...local.slice(1).map((n) => [[0, n] as const])];
-  const values = dist.read(source.key, wanted);
-  const columns = local[1];
-  if (!transposed || columns === undefined) return values;
-  const height = (wanted[lead.length] ?? []).reduce((n, [from, to]) => n + to - from, 0);
-  const out = new Float32Array(values.length);
-  const size = height * columns;
-  for (let start = 0; start < out.length; start += size)
-    for (let r = 0; r < height; r++) for (let c = 0; c < columns; c++) out[start + c * height + r] = values[start + r * columns + c]!;
+  return dist.read(source.key, wanted);
+}
+
+function joined(parts: readonly Float32Array[]): Float32Array {
+  const [first] = parts;
+  if (first && parts.length === 1) return first;
+  const out = new Float32Array(parts.reduce((n, part) => n + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
+  }
   return out;
 }

@@ -2,12 +2,15 @@
  * The arguments of a Megatron checkpoint as words of a launch. The checkpoint has every argument after validation under the name of
  * Megatron's field; only those that describe the model are taken.
  */
+import { Trouble } from "../../../schemas/trouble.ts";
 
 /** Fields whose value is given, unless it is none. */
 const values = [
   ...["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length", "max_position_embeddings"],
   ...["normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"],
   ...["mtp_num_layers", "softmax_type"],
+  // rankc lacks these: the import refuses them
+  ...["activation_func_clamp_value", "window_size", "experimental_attention_variant", "linear_attention_freq"],
 ];
 const ofExperts = [
   ...[
@@ -28,9 +31,24 @@ const ofLatentAttention = [
 /** Fields that are a flag where they are true. What rankc lacks is among them, so that the import refuses it. */
 const flags = [
   ...["swiglu", "squared_relu", "quick_geglu", "openai_gelu", "group_query_attention", "qk_layernorm", "add_qkv_bias"],
-  ...["untie_embeddings_and_output_weights", "multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "apply_layernorm_1p"],
+  ...["untie_embeddings_and_output_weights", "multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "attention_output_gate"],
   ...["moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_shared_expert_gate"],
 ];
+
+/** Fields that change how weights are stored, and what they do: a launch may have them without effect, a checkpoint may not. */
+const storage = [
+  { field: /^apply_layernorm_1p$/, why: "weights of norms are stored minus 1" },
+  { field: /_glu_interleave_size$/, why: "rows of gate and up alternate" },
+] as const;
+
+/** Throws a Trouble if weights are stored in a way that the import does not read. */
+export function expectPlainStorage(args: ReadonlyMap<unknown, unknown>): void {
+  for (const [field, value] of args) {
+    const found = storage.find((each) => each.field.test(String(field)));
+    if (found && value !== null && value !== false && value !== 0)
+      throw new Trouble(`the checkpoint was trained with ${flagOf(String(field))}: ${found.why}`, "save it again without this argument");
+  }
+}
 
 /** Returns the words that describe the model. `args`: the fields of the saved arguments; lists are arrays, None is null. */
 export function wordsOfArguments(args: ReadonlyMap<unknown, unknown>): string[] {
