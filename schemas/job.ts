@@ -20,17 +20,22 @@ export const JobText = z.strictObject({
   train: TrainText.describe("batch, precision and optimizer"),
   data: DataText.describe("the corpus"),
   cluster: ClusterText.prefault({}).describe("hosts and devices"),
+  allow: z
+    .array(z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504"))
+    .max(100)
+    .optional()
+    .describe("codes of warnings that check does not print, such as C504; errors cannot be allowed"),
 });
 /** A value of the schema `JobText`. */
 export type JobText = z.output<typeof JobText>;
 
 /** The job with every default filled in. The compiler reads it, and the plan contains it. */
-export const Job = JobText.extend({ model: Model, parallel: Parallel, train: Train, data: Data, cluster: Cluster });
+export const Job = JobText.omit({ allow: true }).extend({ model: Model, parallel: Parallel, train: Train, data: Data, cluster: Cluster });
 /** A value of the schema `Job`. */
 export type Job = z.output<typeof Job>;
 
 /** Fills in defaults that depend on other keys. A quotient may be fractional here; a rule reports that before the job is compiled. */
-export function completeJob(text: JobText): Job {
+export function completeJob({ allow: _, ...text }: JobText): Job {
   const parallel = completeParallel(text.parallel);
   return {
     ...text,

@@ -738,9 +738,10 @@ interface CudaWgmmaWeighCuh {
 
 interface TextExplain {
   readonly code: string | number;
+  readonly corrected: readonly (string | number)[];
   readonly example: readonly (string | number)[];
+  readonly finding: readonly (string | number)[];
   readonly level: string | number;
-  readonly said: readonly (string | number)[];
   readonly title: string | number;
   readonly why: string | number;
 }

@@ -23,6 +23,7 @@ import { InvalidJob } from "./loadPlan.ts";
 import type { ProcessExit } from "./options.ts";
 import { printError } from "./output.ts";
 import { registerPack } from "./pack.ts";
+import { parserError } from "./parserErrors.ts";
 import { registerRun } from "./run.ts";
 import { registerSchema } from "./schema.ts";
 import { registerServe } from "./serve.ts";
@@ -82,7 +83,7 @@ const program = new Command("rankc")
   .description("Compiles a training job written in YAML into one execution plan for all ranks, and runs it.")
   .version(JSON.parse(readPackageFile("package.json")).version)
   .exitOverride()
-  .configureOutput({ outputError: (text, write) => write(text) })
+  .configureOutput({ outputError: (text, write) => write(parserError(text)) })
   .showSuggestionAfterError();
 for (const register of commands) register(program, exit);
 await program.parseAsync().catch(fail);

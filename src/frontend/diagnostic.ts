@@ -15,6 +15,8 @@ export interface SourceLocation {
 }
 /** The place of a finding: in the file, or in a `--set` option. */
 export type At = SourceLocation | { readonly set: string };
+/** A second place of a finding. `label`: what stands there. */
+export type Related = At & { readonly label?: string };
 
 /** Key paths and new values of a fix, as for `--set`. */
 export type Changes = Readonly<Record<string, unknown>>;
@@ -31,7 +33,7 @@ export interface Finding {
   /** A tested fix: these changes remove the finding and cause no new error. */
   readonly set?: Changes;
   readonly at?: At;
-  readonly related?: readonly At[];
+  readonly related?: readonly Related[];
 }
 
 /** Returns whether any finding is an error. */
@@ -55,10 +57,17 @@ export interface Shown {
 }
 
 /** Returns the first findings, and the number of omitted ones by code. */
-export function shown(all: readonly Finding[]): Shown {
+export function shown(unsorted: readonly Finding[]): Shown {
+  const all = byLine(unsorted);
   const more: Record<string, number> = {};
   for (const { code } of all.slice(SHOWN)) more[code] = (more[code] ?? 0) + 1;
   return { findings: all.slice(0, SHOWN), more };
+}
+
+/** Returns findings by line; those of `--set` and without a place come first. */
+function byLine(findings: readonly Finding[]): Finding[] {
+  const line = ({ at }: Finding): number => (at && !("set" in at) ? at.line : 0);
+  return findings.toSorted((a, b) => line(a) - line(b));
 }
 
 /** Formats the first findings in the style of rustc, the number of omitted ones by code, and the total. */
@@ -72,7 +81,8 @@ export function renderFindings(all: readonly Finding[], { color }: { readonly co
     const places = [...(f.at ? [f.at] : []), ...(f.related ?? [])];
     const gutter = Math.max(1, ...places.map((at) => ("set" in at ? 1 : String(at.line).length)));
     const pad = " ".repeat(gutter);
-    const frame = (at: At, i: number): string[] => {
+    const frame = (at: Related, i: number): string[] => {
+      const label = at.label === undefined ? "" : `  ${paint.cyan(printable(at.label))}`;
       if ("set" in at) return [`${pad}${paint.cyan(i ? ":::" : "-->")} --set ${printable(at.set)}`];
       const { text, from, to } = window(at);
       const bar = paint.cyan("|");
@@ -80,7 +90,7 @@ export function renderFindings(all: readonly Finding[], { color }: { readonly co
         `${pad}${paint.cyan(i ? ":::" : "-->")} ${escaped(at.file)}:${at.line}:${at.col}`,
         `${pad} ${bar}`,
         `${paint.cyan(String(at.line).padStart(gutter))} ${bar} ${text}`,
-        `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}`,
+        `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}${label}`,
       ];
     };
     const note = (word: string, text: string) => {

@@ -2,10 +2,10 @@
 import { stringify } from "yaml";
 import { rules } from "../rules/all.ts";
 import { smallest } from "../rules/index.ts";
-import type { Finding } from "./diagnostic.ts";
+import type { Changes, Finding } from "./diagnostic.ts";
 import { shapeFaults } from "./readJob.ts";
 import { readJob } from "./readJobNow.ts";
-import { mergeYaml, textFaults } from "./source.ts";
+import { mergeYaml, setPath, textFaults } from "./source.ts";
 
 /** The explanation of a code. */
 export interface Explanation {
@@ -17,6 +17,8 @@ export interface Explanation {
   readonly bad: string;
   /** The finding that it causes. */
   readonly finding: Finding;
+  /** `bad` with the fix of the finding; undefined if the fix is a choice. */
+  readonly corrected?: string;
 }
 
 const texts = Object.values(textFaults);
@@ -39,9 +41,23 @@ export function explain(code: string): Explanation | undefined {
 /** Returns the smallest valid job, merged with `bad`. */
 export const badJob = (bad: string): string => stringify(mergeYaml(smallest, bad));
 
-function of(what: Omit<Explanation, "level" | "finding">, level: Finding["level"], job: string, sets: readonly string[] = []): Explanation {
+/** Returns YAML with changes applied. */
+function correct(bad: string, set: Changes): string {
+  const value = mergeYaml("{}", bad.startsWith("--set") ? "{}" : bad);
+  for (const [path, to] of Object.entries(set)) setPath(value, path.split("."), to);
+  return Object.entries(value)
+    .map(([key, section]) => `${key}: ${stringify(section, { collectionStyle: "flow", lineWidth: 0 })}`)
+    .join("");
+}
+
+function of(
+  what: Pick<Explanation, "code" | "title" | "why" | "bad">,
+  level: Finding["level"],
+  job: string,
+  sets: readonly string[] = [],
+): Explanation {
   const { code, title, why, bad } = what;
   const finding = readJob(job, "job.yaml", sets).findings.find((f) => f.code === code);
-  if (!finding) throw new Error(`${code} does not speak on its own example`);
-  return { code, level, title, why, bad, finding };
+  if (!finding) throw new Error(`${code} has no finding on its example`);
+  return { code, level, title, why, bad, finding, ...(finding.set && { corrected: correct(bad, finding.set) }) };
 }

@@ -18,9 +18,12 @@ export function explained(code: string): Explanation {
 }
 
 /** Formats an explanation. */
-export function printExplanation({ code, level, title, why, bad, finding }: Explanation): string {
+export function printExplanation({ code, level, title, why, bad, finding, corrected = "" }: Explanation): string {
   const lines = (text: string): string[] => text.trimEnd().split("\n");
-  return render("text/explain", { code, level, title, why, example: lines(bad), said: lines(renderFindings([finding], { color: false })) });
+  return render("text/explain", {
+    ...{ code, level, title, why, example: lines(bad), finding: lines(renderFindings([finding], { color: false })) },
+    corrected: corrected === "" ? [] : lines(corrected),
+  });
 }
 
 /** Returns the explanations of all codes. */

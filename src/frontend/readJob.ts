@@ -428,5 +428,7 @@ function closest(word: string, words: readonly string[]): string | undefined {
   if (word.length > 40) return undefined; // keys are shorter, and the edit distance has quadratic cost
   const ranked = words.map((w) => ({ w, far: leven(word.toLowerCase(), w) })).sort((a, b) => a.far - b.far);
   const best = ranked[0];
-  return best && best.far <= Math.max(1, Math.floor(best.w.length / 3)) ? best.w : undefined;
+  if (best && best.far <= Math.max(1, Math.floor(best.w.length / 3))) return best.w;
+  // `h100` for `h100-80gb`; the first of several
+  return word.length > 1 ? words.find((w) => w.startsWith(`${word.toLowerCase()}-`) || w.startsWith(`${word.toLowerCase()}_`)) : undefined;
 }

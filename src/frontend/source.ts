@@ -82,13 +82,17 @@ export function readSource(text: string, file: string, sets: readonly string[] =
   let value: unknown;
   if (typeof doc === "string") find(textFaults.syntax, "", doc, "a job has a few dozen keys: remove everything else", place(0, 1));
   else {
+    let line = 0;
     for (const e of [...doc.errors, ...doc.warnings]) {
       const at = place(e.pos[0], e.pos[1]);
+      // further errors of a line follow from its first one
+      if (at.line === line) continue;
+      line = at.line;
       const [what, fix] = byYaml(e);
       find(what, "", say(e), fix, at);
     }
     for (const { range } of findings.length ? [] : duplicates(doc))
-      find(textFaults.duplicate, "", "Map keys must be unique", "keep one of them", place(range?.[0] ?? 0, range?.[1] ?? 1));
+      find(textFaults.duplicate, "", "the key occurs twice in one map", "keep one of them", place(range?.[0] ?? 0, range?.[1] ?? 1));
     if (!findings.length) {
       try {
         value = doc.toJS({ maxAliasCount: 100 });
@@ -277,7 +281,24 @@ function byYaml(e: YAMLError): readonly [Fault, string] {
   }
 }
 
-const say = (e: YAMLError): string => e.message.split("\n")[0]!;
+/** What is wrong, by the parser's code. A code without an entry keeps the parser's first line. */
+const yamlFaults: Partial<Record<YAMLError["code"], string>> = {
+  BAD_ALIAS: "the alias has no name, or names no anchor",
+  BAD_COLLECTION_TYPE: "the tag does not fit the value",
+  BAD_DQ_ESCAPE: "the text in double quotes has an invalid escape; \\\\ is a backslash",
+  BAD_INDENT: "the indentation does not fit the lines above",
+  BAD_SCALAR_START: "a value cannot begin with this character; put it in quotes",
+  BLOCK_AS_IMPLICIT_KEY: "a second colon in a line: a value that contains a colon and a space must be in quotes",
+  BLOCK_IN_FLOW: "a list or map of several lines inside brackets",
+  IMPOSSIBLE: "this text has no meaning in YAML",
+  MISSING_CHAR: "a character is missing here: a closing bracket or quote, a comma, or the space after a colon",
+  MULTILINE_IMPLICIT_KEY: "a line without a colon where a key is expected",
+  MULTIPLE_DOCS: "a second document begins here",
+  TAB_AS_INDENT: "a tab is used as indentation",
+  UNEXPECTED_TOKEN: "unexpected text",
+  TAG_RESOLVE_FAILED: "the tag is not known",
+};
+const say = (e: YAMLError): string => yamlFaults[e.code] ?? e.message.split("\n")[0] ?? e.code;
 
 /** Merges two YAML maps key by key; the second has precedence. */
 export function mergeYaml(under: string, over: string): Record<string, unknown> {

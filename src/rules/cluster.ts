@@ -1,5 +1,6 @@
 /** Rules C: the cluster, and groups that span nodes. memory.ts has the rule of device memory (C510). */
 import type { Job } from "../../schemas/job.ts";
+import { needsPrograms } from "./memory.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, rule } from "./rule.ts";
 
@@ -84,11 +85,18 @@ export const cluster = [
         at: expert > 1 ? "parallel.expert" : "parallel.expert_tensor",
         related: ["cluster.gpus_per_node"],
         found: `expert ${expert}${etp > 1 ? ` x expert_tensor ${etp}` : ""} = ${expert * etp} neighbouring ranks on nodes of ${gpus} GPUs`,
-        fix: `expert x expert_tensor should divide ${gpus}, if the experts fit in its memory`,
+        fix: `expert x expert_tensor should divide ${gpus}; if the experts of a node do not fit its memory, write allow: [C504]`,
+        // fewer expert ranks hold more experts each: a fix is proposed only if the job certainly fits, or C510 would undo it
         tries: [
           ...divisorsNear(gpus, expert).map((e) => ({ "parallel.expert": e, "parallel.expert_tensor": 1 })),
           ...divisorsNear(gpus, etp).map((e) => ({ "parallel.expert": 1, "parallel.expert_tensor": e })),
-        ],
+        ].filter(
+          (set) =>
+            !needsPrograms({
+              ...job,
+              parallel: { ...job.parallel, expert: set["parallel.expert"], expert_tensor: set["parallel.expert_tensor"] },
+            }),
+        ),
       };
     },
     bad: "model: {moe: {experts: 16, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 16, expert: 16}",

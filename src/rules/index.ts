@@ -1,6 +1,6 @@
 /** Applies all rules to a job. Each finding gets its place and, if a candidate change works, a tested fix. */
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
-import type { Changes, Finding } from "../frontend/diagnostic.ts";
+import type { At, Changes, Finding, Related } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
 import { copy, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
 import { memoryRule, type Peak } from "./memory.ts";
@@ -25,19 +25,36 @@ const WORK = 4e6;
 
 /** Returns the findings of the rules that need no compiled program. */
 export function jobFindings(job: Job, source: Source): Finding[] {
-  const budget = { left: WORK };
-  return quick.flatMap((rule) => findingsOf(rule, job, source, budget));
+  const report = { left: WORK, taken: {} };
+  return allowedAmong(
+    source,
+    quick.flatMap((rule) => findingsOf(rule, job, source, report)),
+  );
 }
 
 /** Returns the findings of the memory rule for a job without errors. `peakOf` returns the highest peak of a job. */
 export const findingsOfMemory = (job: Job, source: Source, peakOf: (job: Job) => Peak): Finding[] =>
-  findingsOf(memoryRule(peakOf), job, source, { left: WORK });
+  allowedAmong(source, findingsOf(memoryRule(peakOf), job, source, { left: WORK, taken: {} }));
 
-const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number }): Finding[] =>
+/** Returns the findings without the warnings that the job allows. */
+const allowedAmong = (source: Source, findings: readonly Finding[]): Finding[] => {
+  const allow = valueAt(source.value, ["allow"]);
+  const codes = new Set(Array.isArray(allow) ? allow : []);
+  return findings.filter(({ code, level }) => level === "error" || !codes.has(code));
+};
+
+/** The findings of one report: the budget of candidate changes, and the changes of the fixes so far. */
+interface Report {
+  left: number;
+  taken: Changes;
+}
+
+const findingsOf = (rule: Rule, job: Job, source: Source, report: Report): Finding[] =>
   [...rule.check(job)].map((result): Finding => {
-    const set = firstCure(rule, result, job, source, budget);
+    const set = firstCure(rule, result, job, source, report);
+    if (set) report.taken = { ...report.taken, ...set };
     const at = source.at(result.at);
-    const related = (result.related ?? []).flatMap((path) => (isWritten(source, path) ? (source.at(path) ?? []) : []));
+    const related = (result.related ?? []).flatMap((path) => (isWritten(source, path) ? labelled(source.at(path), path) : []));
     return {
       code: rule.code,
       level: rule.level,
@@ -52,19 +69,29 @@ const findingsOf = (rule: Rule, job: Job, source: Source, budget: { left: number
     };
   });
 
+const labelled = (at: At | undefined, label: string): Related[] => (at ? [{ ...at, label }] : []);
 const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
 
-/** Returns the first candidate change that removes the finding and causes no other. */
-function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, budget: { left: number }): Changes | undefined {
+/**
+ * Returns the first candidate change that removes the finding and causes no other, alone and together with the fixes of earlier findings. Fixes of
+ * one report thus never contradict each other.
+ */
+function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, report: Report): Changes | undefined {
   const before = new Set(reportedCodes(job));
   let [left, compiled] = [TRIES, COMPILED];
+  const agrees = (set: Changes): boolean => {
+    const together = changed(source, { ...report.taken, ...set });
+    return together !== undefined && reportedCodes(together).every((v) => before.has(v) && v !== `${rule.code} ${result.at}`);
+  };
   for (const set of result.tries ?? []) {
-    if (left-- <= 0 || budget.left <= 0) return undefined;
-    budget.left -= source.size + 10 * job.model.layers;
+    if (left-- <= 0 || report.left <= 0) return undefined;
+    report.left -= source.size + 10 * job.model.layers;
+    if (Object.entries(set).some(([path, value]) => path in report.taken && String(report.taken[path]) !== String(value))) continue;
     const then = changed(source, set);
     if (!then) continue;
     const after = reportedCodes(then);
     if (!after.every((v) => before.has(v)) || after.includes(`${rule.code} ${result.at}`)) continue;
+    if (Object.keys(report.taken).length > 0 && !agrees(set)) continue;
     if (rule.holds) {
       if (compiled-- <= 0) return undefined;
       if (!rule.holds(then)) continue;

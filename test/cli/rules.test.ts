@@ -56,6 +56,10 @@ test("fixes still work when several things are wrong at once", () => {
     const known = new Set(first.map((g) => `${g.code} ${g.path}`));
     expect(after.filter((g) => !known.has(`${g.code} ${g.path}`))).toEqual([]);
   }
+  // all fixes of one report apply together
+  const together = read(text, sets(Object.assign({}, ...first.flatMap((f) => f.set ?? []))));
+  const left = new Set(together.findings.map((f) => `${f.code} ${f.path}`));
+  for (const f of first) if (f.set) expect(left.has(`${f.code} ${f.path}`)).toBe(false);
   expect(first.map((f) => f.code)).toEqual(expect.arrayContaining(["P104", "P107", "M301", "M308", "E401", "E402", "B207"]));
 });
 
@@ -105,11 +109,11 @@ data: {path: corpus.txt}
      ::: job.yaml:6:11
       |
     6 |   expert: 4
-      |           -
+      |           -  parallel.expert
      ::: job.yaml:5:11
       |
     5 |   tensor: 2
-      |           -
+      |           -  parallel.tensor
       = found: tensor 2 and expert 4 with sequence: false
       = why:   Without sequence parallelism every tensor rank holds the same tokens and sends the same
                rows, so that traffic and expert work are redundant. Megatron-LM warns when it reads the
@@ -196,4 +200,42 @@ test("a grid can be built if and only if the rules accept it", () => {
     }),
     { numRuns: 150 },
   );
+});
+
+test("a warning that the job allows is not reported; an error is", () => {
+  const crossing = "model: {moe: {experts: 16, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 16, expert: 16}\n";
+  expect(read(badJob(crossing)).findings.map((f) => f.code)).toEqual(["C504"]);
+  const allowed = read(badJob(`${crossing}allow: [C504]\n`));
+  expect([allowed.findings, allowed.job && "allow" in allowed.job]).toEqual([[], false]);
+  expect(read(badJob("parallel: {world: 3, pipeline: 3}\ntrain: {global_batch: 12}\nallow: [P107]\n")).findings[0]?.code).toBe("P107");
+  expect(read(badJob("allow: [expert groups]")).findings[0]?.code).toMatch(/^S01/);
+});
+
+test("C504 proposes no change that C510 would undo: only a job that certainly fits", () => {
+  const large = "model: {layers: 32, hidden: 8192, ffn: 8192, heads: 64, moe: {experts: 64, top_k: 2, router: {aux_coeff: 0.01}}}\n";
+  const finding = read(badJob(`${large}parallel: {world: 16, expert: 16}\ncluster: {device: h100-80gb}\n`)).findings.find(
+    (f) => f.code === "C504",
+  );
+  expect(finding?.set).toBeUndefined();
+  expect(finding?.fix).toContain("allow: [C504]");
+});
+
+test("explain shows the example with its fix applied, which has no finding", () => {
+  for (const { code, bad } of rules) {
+    const { corrected } = explain(code)!;
+    if (corrected === undefined) continue;
+    expect(corrected).not.toBe(bad);
+    expect(read(badJob(corrected)).findings.filter((f) => f.code === code)).toEqual([]);
+  }
+});
+
+test("findings are sorted by line, and a second place has its key as label", () => {
+  const text = renderFindings(
+    read(badJob("model: {layers: 5, vocab: 100}\nparallel: {world: 2, pipeline: 2}\ntrain: {global_batch: 4}")).findings,
+    { color: false },
+  );
+  const lines = [...text.matchAll(/--> job\.yaml:(\d+)/g)].map((m) => Number(m[1]));
+  expect(lines).toEqual(lines.toSorted((a, b) => a - b));
+  expect(lines.length).toBeGreaterThan(1);
+  expect(text).toContain("-  model.layers");
 });

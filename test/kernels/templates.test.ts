@@ -71,7 +71,8 @@ test("a filled template is not escaped", () => {
     title: "vec4<f32> & more",
     why: "because",
     example: ["a: 1"],
-    said: [],
+    finding: [],
+    corrected: [],
   });
   expect(text).toContain("vec4<f32> & more");
 });
