@@ -53,6 +53,38 @@ export interface NormalDraw {
   readonly box: ShardBox;
 }
 
+/** Buffers that hold the same shard in different types. */
+export type WeightTarget = readonly Buffer[];
+
+/** A piece of a block of host memory: where its bytes begin in the block, what it becomes part of, and its number in messages. */
+export interface PlacedPiece {
+  readonly piece: {
+    readonly tensor: { readonly dtype: string };
+    readonly rows: number;
+    readonly columns: number;
+    readonly stride: number;
+    readonly to: number;
+    readonly rowStep: number;
+    readonly columnStep: number;
+  };
+  readonly offset: number;
+  readonly target: WeightTarget;
+  readonly id: number;
+}
+
+/** Blocks of host memory from which a device takes weights, converts them and writes them to buffers. */
+export interface WeightLoader {
+  readonly blocks: number;
+  readonly blockBytes: number;
+  /** Returns the memory of a block when the device has read its last content. */
+  free(block: number): Promise<Uint8Array>;
+  /** Begins to write the pieces of a block, of which so many bytes are filled. */
+  place(block: number, bytes: number, pieces: readonly PlacedPiece[]): void;
+  /** Waits until all pieces are written. Returns the least number of a piece with a value that is not finite; undefined if there is none. */
+  finish(): Promise<number | undefined>;
+  close(): void;
+}
+
 /** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
   /** Sets gradients and metric accumulators to zero, at the start of a step; those that `first_kernel` writes may be left as they are. */
@@ -63,6 +95,8 @@ export interface RankDevice {
   write(buffer: Buffer, copy: number, data: HostData): void;
   /** Writes initial weights to buffers that hold the same shard in different types, from one generation. */
   draw(buffers: readonly Buffer[], draw: NormalDraw): void;
+  /** Opens a loader of weights. Absent: the host converts weights, and `write` serves. */
+  openLoader?(): WeightLoader;
   /** Returns a copy of a buffer after all preceding calls. */
   read(buffer: Buffer, copy: number): Promise<HostData>;
   /** Copies buffers, as they are after all preceding calls, to a block of `LocalRanks.hostMemory`. Absent: `read` serves. */

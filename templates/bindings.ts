@@ -250,11 +250,6 @@ interface CudaCopySlicesCu {
   readonly vectors: string | number;
 }
 
-interface CudaDrawWeightsCu {
-  readonly name: string | number;
-  readonly threads: string | number;
-}
-
 interface CudaElementwiseCu {
   readonly element: readonly (string | number)[];
   readonly end: string | number;
@@ -708,6 +703,11 @@ interface CudaUniformMaskCu {
   readonly name: string | number;
   readonly position: string | number;
   readonly positions: string | number;
+}
+
+interface CudaWeightsCu {
+  readonly name: string | number;
+  readonly threads: string | number;
 }
 
 interface CudaWgmmaCuh {
@@ -1293,7 +1293,6 @@ export interface Templates {
   readonly "cuda/clear.cu": CudaClearCu;
   readonly "cuda/column_reduce.cu": CudaColumnReduceCu;
   readonly "cuda/copy_slices.cu": CudaCopySlicesCu;
-  readonly "cuda/draw_weights.cu": CudaDrawWeightsCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/expert_counts.cu": CudaExpertCountsCu;
@@ -1330,6 +1329,7 @@ export interface Templates {
   readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/uniform_mask.cu": CudaUniformMaskCu;
+  readonly "cuda/weights.cu": CudaWeightsCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
   readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
   readonly "text/explain": TextExplain;

@@ -6,10 +6,13 @@
 import type { Job } from "../../schemas/job.ts";
 import { entryOf } from "../../schemas/lookup.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
+import type { Ranges } from "../shards.ts";
 import { expectFinite } from "./finite.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./hfFiles.ts";
 import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
+import { isConvertible } from "./loadWeights.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
+import { type FilePiece, piecesOf } from "./pieces.ts";
 import type { TensorEntry } from "./safetensors.ts";
 
 type Model = Job["model"];
@@ -18,6 +21,8 @@ type Model = Job["model"];
 export type HfCheckpoint = {
   /** Reads the parameter of this name; `shape` is its whole shape. */
   readonly read: (name: string, shape: readonly number[]) => Float32Array;
+  /** Returns where a shard of a parameter is in the files; undefined if only the host converts one of its tensors. */
+  readonly pieces: (name: string, sizes: readonly number[], ranges: Ranges) => readonly FilePiece[] | undefined;
   /** Tensors of the file that no parameter of the job reads. */
   readonly unused: readonly string[];
   /** Messages about unused tensors. */
@@ -81,6 +86,17 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
         for (const block of blocks) transpose(block.rows, block.cols, data, block.there, out, block.here);
       }
       return out;
+    },
+    pieces: (name, sizes, ranges) => {
+      const { parts } = entryOf(found, name, "parameter");
+      const all = parts.map(({ tensor }) => {
+        const source = entryOf(tensors.where, tensor, "tensor");
+        const { dtype, start } = source.info(tensor);
+        return { path: source.path, name: tensor, dtype, start };
+      });
+      if (!all.every(({ dtype }) => isConvertible(dtype))) return undefined;
+      const places = new Map(all.map((place) => [place.name, place]));
+      return piecesOf(parts, sizes, ranges, (tensor) => entryOf(places, tensor, "tensor"));
     },
     unused: [...tensors.where.keys()].filter((name) => !used.has(name)),
     notes: [...surplus.notes, ...notes],

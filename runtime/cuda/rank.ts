@@ -27,7 +27,7 @@ export interface RankSettings {
 }
 
 /** Opens the rank of this process. Throws a Trouble if the environment has no rank and the plan has more than one. */
-export async function openRank(plan: Plan, { files, env, version, ...how }: RankSettings): Promise<LocalRanks> {
+export async function openRank(plan: Plan, { files, env, version, onProgress, ...how }: RankSettings): Promise<LocalRanks> {
   const { world } = plan.mesh;
   const place = placeOf(env, world);
   if (!place && world > 1)
@@ -40,10 +40,11 @@ export async function openRank(plan: Plan, { files, env, version, ...how }: Rank
   const over = new AbortController();
   const meeting = place && (await meet(plan, place, env, version, over));
   const rank = place?.rank ?? 0;
+  const progress = rank === 0 && onProgress ? { onProgress } : {};
   try {
     const share = async (name: string, members: readonly number[], make: () => Uint8Array) =>
       meeting ? meeting.share(name, members, make) : make();
-    const localRanks = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how });
+    const localRanks = await openCuda(plan, { rank, device, files, share, signal: over.signal, ...how, ...progress });
     return meeting ? together(plan, rank, localRanks, meeting) : localRanks;
   } catch (error) {
     await meeting?.fail((error as Error).message);
@@ -69,6 +70,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
     zeroGradients: () => own.zeroGradients(),
     write: (buffer, copy, data) => own.write(buffer, copy, data),
     draw: (buffers, draw) => own.draw(buffers, draw),
+    ...(own.openLoader && { openLoader: () => own.openLoader!() }),
     compute(i, copy, first) {
       meeting.report(i.id);
       own.compute(i, copy, first);

@@ -1,7 +1,7 @@
 /** Memory and kernels of one rank on a CUDA device. Calls are issued to the compute stream. */
 import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute } from "../../schemas/plan.ts";
-import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice } from "../backend.ts";
+import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice, WeightLoader } from "../backend.ts";
 import { type CudaArenas, offsetPointer } from "./arenas.ts";
 import type { Context, Pinned } from "./driver.ts";
 import type { Steps } from "./graph.ts";
@@ -73,6 +73,14 @@ export class CudaRankDevice implements RankDevice {
     weights.draw(
       buffers.map(({ id }) => arenas.place(id, 0)),
       draw,
+    );
+  }
+
+  openLoader(): WeightLoader {
+    const { arenas, weights, waits } = this.#parts;
+    return weights.openLoader(
+      ({ id }) => arenas.place(id, 0),
+      (event) => waits.happens(event),
     );
   }
 

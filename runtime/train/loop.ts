@@ -68,6 +68,8 @@ export interface RunInputs {
   readonly heldOut?: Readonly<Partial<Record<HeldOutPart, HeldOut>>>;
   /** The initial weights; default: random weights of the job's seed. */
   readonly checkpoint?: WholeTensors;
+  /** The weights are in place: nothing is written. */
+  readonly isLoaded?: boolean;
   /** The checkpoint to resume from: run progress, and shards of the checkpoint state by name and ranges. */
   readonly from?: StateShards & { readonly progress: RunProgress };
   /** Buffers to copy when they are written, for tests and debugging. */
@@ -136,7 +138,7 @@ class TrainingLoop {
     this.#schedule = trainingSchedule(plan.job, from?.progress);
     if (from) this.#parameters.restore(from);
     else if (checkpoint) this.#parameters.load(checkpoint);
-    else this.#parameters.initialize();
+    else if (!inputs.isLoaded) this.#parameters.initialize();
   }
 
   progress(): RunProgress {

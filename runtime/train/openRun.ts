@@ -8,15 +8,18 @@ import type { LocalRanks } from "../backend.ts";
 import { type BackendName, backends } from "../backends.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { expectComplete, removeUnfinished, setAside } from "../checkpoint/commit.ts";
-import { checkpointFor } from "../checkpoint/hf.ts";
+import { checkpointFor, type HfCheckpoint } from "../checkpoint/hf.ts";
+import { loadShards } from "../checkpoint/loadWeights.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
 import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
 import { type Opened, type OpenedCorpus, openCorpus } from "../data/corpus.ts";
 import { type HeldOut, heldOutOf } from "../data/heldOut.ts";
 import { openHeldOutSources, openSources } from "../data/sources.ts";
+import { RankPrograms } from "../rankPrograms.ts";
 import type { StartupClock } from "../startup.ts";
 import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
+import { Parameters } from "./parameters.ts";
 
 /** Settings of `openRun`. */
 export interface RunSettings {
@@ -99,10 +102,11 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       removeUnfinished(folder);
     }
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
+    const isLoaded = checkpoint !== undefined && (await loadedByDevices(plan, localRanks, checkpoint, settings.onProgress));
     const run = runOn(plan, {
       ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
       ...{ batch: corpus.batch, heldOut: corpus.heldOut },
-      ...(checkpoint && { checkpoint }),
+      ...(isLoaded ? { isLoaded } : checkpoint && { checkpoint }),
       ...(from && { from }),
       ...(watch && { watch }),
       whileComputing: (seconds) => saver?.prepare(200 * seconds),
@@ -181,6 +185,27 @@ function openTraining(job: Job, baseDir: string): Opened & Partial<OpenedCorpus>
     tokenizer: tokenizer === "bytes" ? undefined : resolve(baseDir, tokenizer),
   };
   return openCorpus(files, readingOf(job));
+}
+
+/** Loads the weights of a checkpoint through the loaders of the devices. Returns false if the host must convert them. */
+async function loadedByDevices(
+  plan: Plan,
+  localRanks: LocalRanks,
+  checkpoint: HfCheckpoint,
+  onProgress: RunSettings["onProgress"],
+): Promise<boolean> {
+  const parameters = new Parameters(plan, new RankPrograms(plan), localRanks);
+  for (const rank of localRanks.ranks) {
+    const device = localRanks.rankDevice(rank);
+    const shards = parameters.shardsOf(rank).map(({ parameter, buffers, sizes, ranges }) => {
+      const pieces = checkpoint.pieces(parameter.name, sizes, ranges);
+      return pieces && { pieces, target: buffers };
+    });
+    const all = shards.filter((shard) => shard !== undefined);
+    if (!device.openLoader || all.length < shards.length) return false;
+    await loadShards(device.openLoader(), all, rank === 0 ? onProgress : undefined);
+  }
+  return true;
 }
 
 function chosenBy(resume: string, save: string | undefined): Chosen {

@@ -35,26 +35,35 @@ export class Parameters {
     this.#localRanks = localRanks;
   }
 
+  /** Returns the shards of a rank's parameters; the copies of equal sharding together. */
+  shardsOf(
+    rank: number,
+  ): { readonly parameter: Parameter; readonly buffers: readonly Buffer[]; readonly sizes: readonly number[]; readonly ranges: Ranges }[] {
+    return this.#programs.of(rank).program.parameters.flatMap((parameter) => {
+      const shard = this.#programs.buffer(rank, parameter.buffer);
+      const buffers = parameter.master === parameter.buffer ? [shard] : [shard, this.#programs.buffer(rank, parameter.master)];
+      // a distributed optimizer shards the main copy further than the copy that kernels read
+      const areEqual = buffers.every((b) => JSON.stringify(b.shardedBy) === JSON.stringify(shard.shardedBy));
+      const groups = areEqual ? [buffers] : buffers.map((b) => [b]);
+      return groups.map((group) => {
+        const [{ sizes } = shard] = group;
+        return { parameter, buffers: group, sizes, ranges: this.#ranges(group[0] ?? shard, rank) };
+      });
+    });
+  }
+
   /** Writes the initial weights of the job's seed. */
   initialize(): void {
-    for (const rank of this.#localRanks.ranks)
-      for (const { name, init, buffer, master } of this.#programs.of(rank).program.parameters) {
-        const device = this.#localRanks.rankDevice(rank);
-        const shard = this.#programs.buffer(rank, buffer);
-        const buffers = master === buffer ? [shard] : [shard, this.#programs.buffer(rank, master)];
-        if (init.type !== "normal") {
-          const value = init.type === "ones" ? 1 : 0;
-          for (const b of buffers) device.write(b, 0, new Float32Array(elementsOf(b.shape)).fill(value));
-          continue;
-        }
-        const key = keyOf(this.#plan.job.train.seed, name);
-        // a distributed optimizer shards the main copy further than the copy that kernels read
-        const areEqual = buffers.every((b) => JSON.stringify(b.shardedBy) === JSON.stringify(shard.shardedBy));
-        const draw = (of: Buffer, equal: readonly Buffer[]): void =>
-          device.draw(equal, { key, std: init.std, box: shardBox(of.sizes, this.#ranges(of, rank)) });
-        if (areEqual) draw(shard, buffers);
-        else for (const b of buffers) draw(b, [b]);
+    for (const rank of this.#localRanks.ranks) {
+      const device = this.#localRanks.rankDevice(rank);
+      for (const { parameter, buffers, sizes, ranges } of this.shardsOf(rank)) {
+        const { name, init } = parameter;
+        const value = init.type === "ones" ? 1 : 0;
+        if (init.type === "normal")
+          device.draw(buffers, { key: keyOf(this.#plan.job.train.seed, name), std: init.std, box: shardBox(sizes, ranges) });
+        else for (const b of buffers) device.write(b, 0, new Float32Array(elementsOf(b.shape)).fill(value));
       }
+    }
   }
 
   /** Writes the weights of a checkpoint. Writes one parameter after the other to all its ranks, so that one whole parameter at a time is in host memory. */
@@ -78,11 +87,18 @@ export class Parameters {
   restore(state: StateShards): void {
     for (const rank of this.#localRanks.ranks) {
       const { program } = this.#programs.of(rank);
-      const names = new Map(checkpointState(program).map(({ name, buffer }) => [buffer.id, name]));
-      for (const { name, buffer, master } of program.parameters) names.set(buffer, name).set(master, name);
-      for (const [id, name] of names) {
-        const b = this.#programs.buffer(rank, id);
-        this.#localRanks.rankDevice(rank).write(b, 0, state.shard(name, this.#ranges(b, rank)));
+      const buffers = new Map(checkpointState(program).map(({ name, buffer }) => [name, new Set([buffer.id])]));
+      for (const { name, buffer, master } of program.parameters) buffers.set(name, new Set([buffer, master]));
+      for (const [name, ids] of buffers) {
+        // copies of one sharding are read once
+        const shards = new Map<string, Float32Array>();
+        for (const id of ids) {
+          const b = this.#programs.buffer(rank, id);
+          const sharding = JSON.stringify(b.shardedBy);
+          const shard = shards.get(sharding) ?? state.shard(name, this.#ranges(b, rank));
+          shards.set(sharding, shard);
+          this.#localRanks.rankDevice(rank).write(b, 0, shard);
+        }
       }
     }
   }

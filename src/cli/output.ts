@@ -47,6 +47,16 @@ export const printProgress = (line: string): void =>
 /** Seconds between two progress lines: on a terminal one overwrites the other, in a log each stays. */
 export const progressInterval = (): number => (process.stderr.isTTY ? 0.2 : 10);
 
+/** Returns a function that prints a progress line, unless another was printed within the interval between two. */
+export function occasionalProgress(): (line: string) => void {
+  let next = 0;
+  return (line) => {
+    if (performance.now() < next) return;
+    printProgress(line);
+    next = performance.now() + 1000 * progressInterval();
+  };
+}
+
 /** Ends the current progress line, so that it stays visible. */
 export const endProgress = (): void => void (process.stderr.isTTY && process.stderr.write("\n"));
 

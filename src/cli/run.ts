@@ -28,7 +28,7 @@ import {
   withSet,
   withTarget,
 } from "./options.ts";
-import { endProgress, isTerminal, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { endProgress, isTerminal, occasionalProgress, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritable, expectWritableFolder, type Lines, openLines, writeFile } from "./outputFiles.ts";
 import { RunEnd, withTimeLimit } from "./runEnd.ts";
 import { expectSaveFolder, RunSaves, type SaveOptions, saveErrorChoices } from "./runSaves.ts";
@@ -147,7 +147,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   for (const path of [options.dumpGrads, options.profile, metricsHere]) if (path !== undefined) expectWritable(path);
   startup.end("plan");
   const end = new RunEnd(options.timeLimit);
-  const run = await openRun(plan, { ...settingsOf(loaded, baseDir, options), startup, onProgress: printProgress }).catch(
+  const run = await openRun(plan, { ...settingsOf(loaded, baseDir, options), startup, onProgress: occasionalProgress() }).catch(
     (error: unknown) => {
       end.close();
       throw error;

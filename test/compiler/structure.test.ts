@@ -72,6 +72,7 @@ const touchFiles = new Map([
   ["runtime/data/inputFile.ts", "the corpus"],
   ["runtime/data/prepare/partialDataset.ts", "a data set while it is written"],
   ["runtime/checkpoint/hfFiles.ts", "initial weights"],
+  ["runtime/checkpoint/loadWeights.ts", "weights that devices load"],
   ["runtime/checkpoint/safetensors.ts", "tensors that are written"],
   ["runtime/checkpoint/blockWriter.ts", "blocks of checkpoints"],
   ["runtime/checkpoint/saver.ts", "the files of a checkpoint while it is written"],

@@ -1,4 +1,4 @@
-/** The kernels of CUDA and WebGPU write the initial weights of the CPU, bit for bit, in every shard and type. */
+/** The kernels of CUDA and WebGPU write the initial weights of the CPU, bit for bit, in every shard and type; those of CUDA also weights of checkpoints. */
 import { expect, test } from "vitest";
 import type { ShardBox } from "../../runtime/backend.ts";
 import { shardBox } from "../../runtime/shards.ts";
@@ -8,7 +8,7 @@ import { dawn } from "../../runtime/webgpu/dawn.ts";
 import { openDevice } from "../../runtime/webgpu/device.ts";
 import { openWeights } from "../../runtime/webgpu/initialWeights.ts";
 import { compiler } from "../../runtime/webgpu/pipelines.ts";
-import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
+import { type Dtype, dtypes, encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer as PlanBuffer } from "../../schemas/plan.ts";
 import { weightsKernel } from "../../src/codegen/cuda/weights.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
@@ -41,10 +41,21 @@ function reference({ rows, height, width, rowStride, planeStride, base }: ShardB
 const missing = await emulatorMissing();
 const kernel = weightsKernel("weights");
 const use: KernelSpec = {
-  ...{ op: "add", name: "weights", d: {}, size: {}, dtype: { table: "i32", out: "i32", table16: "i32", out16: "i32" } },
+  ...{
+    op: "add",
+    name: "weights",
+    d: {},
+    size: {},
+    dtype: { table: "i32", out: "i32", table16: "i32", out16: "i32", source: "i32", bad: "i32" },
+  },
   ...{ accumulates: new Set(), bound: 0, makesRows: false, mayOverflow: false },
 };
 const emulator = cudaEmulator([{ use, made: kernel }]);
+/** The kernel with one of its launches, in this grid. */
+const launched = (name: string, grid: [number, number, number]) => ({
+  ...kernel,
+  launches: kernel.launches.filter(({ entry }) => entry === `weights_${name}`).map((l) => ({ ...l, grid })),
+});
 /** Two 16-bit elements in each word. */
 const packed = (elements: ArrayLike<number>): Int32Array => {
   const halves = Uint16Array.from({ length: Math.ceil(elements.length / 2) * 2 }, (_, i) => elements[i] ?? 0);
@@ -52,7 +63,7 @@ const packed = (elements: ArrayLike<number>): Int32Array => {
 };
 
 test.skipIf(missing).each(Object.entries(boxes))(`CUDA${missing ? ` (skipped: ${missing})` : ""}: %s`, async (_, box) => {
-  const made = { ...kernel, launches: kernel.launches.map((l) => ({ ...l, grid: [2, 1, 1] as [number, number, number] })) };
+  const made = launched("draw", [2, 1, 1]);
   const count = box.rows * box.width;
   const far = { ...box, base: box.base + 2 ** 33 + 5 };
   for (const b of [box, far]) {
@@ -73,6 +84,46 @@ test.skipIf(missing).each(Object.entries(boxes))(`CUDA${missing ? ` (skipped: ${
     expect([...all.out!]).toEqual(reference(b, "f32"));
     expect([...all.out16!]).toEqual([...packed(reference(b, "bf16"))]);
   }
+});
+
+test.skipIf(missing).each([
+  ["bf16", "f16", 70, 37, 41, true],
+  ["f16", "bf16", 5, 100, 100, false],
+  ["f32", "bf16", 33, 64, 64, true],
+] as const)("CUDA places a matrix of %s as f32 and %s", async (from, to, rows, columns, stride, isTransposed) => {
+  const values = Float32Array.from({ length: (rows - 1) * stride + columns }, (_, i) => Math.sin(i) * 3);
+  const source = encoded(from, values).words;
+  const numbers = {
+    ...{
+      rows,
+      columns,
+      stride,
+      row_step: isTransposed ? 1 : columns,
+      column_step: isTransposed ? rows : 1,
+      to_low: 6,
+      to_high: 0,
+      piece: 3,
+    },
+    ...{ type: ["f32", "bf16", "f16"].indexOf(from), type16: ["f32", "bf16", "f16"].indexOf(to) },
+  };
+  const place = async (bytes: ArrayBuffer) => {
+    const [out, out16] = [new Int32Array(rows * columns + 6), new Int32Array(Math.ceil((rows * columns + 6) / 2))];
+    const words = new Int32Array(Math.ceil(bytes.byteLength / 4));
+    new Uint8Array(words.buffer).set(new Uint8Array(bytes));
+    const grid: [number, number, number] = [Math.ceil(columns / 32), 2, 1];
+    return emulator.run(launched("place", grid), use, { source: words, out, out16, bad: Int32Array.of(7) }, numbers);
+  };
+  const read = valuesIn(typedMemory(from, source.buffer as ArrayBuffer)) as Float32Array;
+  const wanted = new Float32Array(rows * columns + 6);
+  for (let r = 0; r < rows; r++)
+    for (let c = 0; c < columns; c++) wanted[6 + (isTransposed ? c * rows + r : r * columns + c)] = read[r * stride + c]!;
+  const all = await place(source.buffer as ArrayBuffer);
+  expect(new Float32Array(Int32Array.from(all.out!).buffer)).toEqual(wanted);
+  expect([...all.out16!]).toEqual([...packed(encoded(to, wanted).words)]);
+  expect([...all.bad!]).toEqual([7]);
+  // the last element of the last row
+  const spoiled = encoded(from, values.with(values.length - 1, Number.NaN)).words.buffer as ArrayBuffer;
+  expect([...(await place(spoiled)).bad!]).toEqual([3]);
 });
 
 test.skipIf(noAdapter)(`WebGPU${noAdapter ? ` (skipped: ${noAdapter})` : ""}`, async () => {

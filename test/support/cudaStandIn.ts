@@ -12,7 +12,7 @@ import { join } from "node:path";
 import { vi } from "vitest";
 import { cubinFile } from "../../runtime/cuda/kernels.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
-import { bytesOf, typedMemory } from "../../schemas/dtypes.ts";
+import { bytesOf, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import { type Buffer, type Compute, type Kernel, type Launch, type Plan, WEIGHTS } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -135,12 +135,35 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     return { ...k, source: { file: `${k.id}.cu`, sha256 }, launches: [launch] };
   });
   serve[`${WEIGHTS}_draw`] = drawByReference;
+  serve[`${WEIGHTS}_place`] = placeByReference;
   const sha256 = createHash("sha256").update(WEIGHTS).digest("hex");
   const weights: Kernel = {
     ...{ id: WEIGHTS, op: WEIGHTS, dtypes: "", sizes: {}, attrs: {}, uses: 1, scratch: 0, source: { file: `${WEIGHTS}.cu`, sha256 } },
     launches: weightsKernel(WEIGHTS).launches.map(planLaunch),
   };
   return { plan: { ...plan, kernels: [...kernels, weights], toolchain: { ...plan.toolchain, target: "cuda:sm_90a" } }, kernels: serve };
+}
+
+/** The parameters of a placed piece: source, the outputs of 4 and of 2 bytes an element, the mark of values that are not finite, then numbers. */
+function placeByReference(params: DataView): void {
+  const [source = 0n, out = 0n, out16 = 0n, bad = 0n] = [0, 8, 16, 24].map((at) => params.getBigUint64(at, true));
+  const [rows = 0, columns = 0, stride = 0, rowStep = 0, columnStep = 0, low = 0, high = 0, type = 0, type16 = 0, piece = 0] = Array.from(
+    { length: 10 },
+    (_, n) => params.getUint32(32 + 4 * n, true),
+  );
+  const types = ["f32", "bf16", "f16"] as const;
+  const [from, narrow] = [types[type]!, types[type16]!];
+  const span = (rows - 1) * stride + columns;
+  const read = valuesIn(typedMemory(from, bytesAt(source, span * bytesOf[from])));
+  for (let row = 0; row < rows; row++)
+    for (let column = 0; column < columns; column++) {
+      const value = Float32Array.of(read[row * stride + column]!);
+      const at = BigInt(high * 2 ** 32 + low + row * rowStep + column * columnStep);
+      const mark = new Uint32Array(bytesAt(bad, 4));
+      if (!Number.isFinite(value[0])) mark[0] = Math.min(mark[0]!, piece);
+      if (out) storeValues(typedMemory("f32", bytesAt(out + 4n * at, 4)), value);
+      if (out16) storeValues(typedMemory(narrow, bytesAt(out16 + 2n * at, 2)), value);
+    }
 }
 
 /** The parameters of a draw: tables and outputs of 4 and of 2 bytes an element, then the numbers of the shard, and the key. */
