@@ -26,7 +26,7 @@ export interface OpenCheckpoint {
    * Compares the checkpoint with a plan. Throws a Trouble that lists the differences of the model, except those that `allowed`
    * (--allow-mismatch) names. Returns notes on differences that are valid.
    */
-  expectFor(plan: Plan, allowed: readonly string[]): string[];
+  expectFor(plan: Plan, allowed: readonly string[], only?: "weights"): string[];
   /** Assembles the values of `ranges` of a tensor from the saved shards. */
   shard(name: string, ranges: Ranges): Float32Array;
   has(name: string): boolean;
@@ -110,16 +110,16 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     },
     job,
     model,
-    expectFor(plan, allowed) {
+    expectFor(plan, allowed, only) {
       // adam and adamw have the same state; other optimizers have other state under the same names
       const [saved, asked] = [job.train.optimizer.type, plan.job.train.optimizer.type].map((type) => type.replace("adamw", "adam"));
-      if (saved !== asked)
+      if (saved !== asked && only === undefined)
         throw new Trouble(
           `${at} was saved with train.optimizer.type ${job.train.optimizer.type}, and the job has ${plan.job.train.optimizer.type}`,
-          "resume with the same optimizer, or start a new run from the weights: rankc export hf, then --init-from",
+          "resume with the same optimizer, or start a new run from the weights: --only weights",
         );
       const { mismatches, notes } = modelDifferences(model(), plan.job.model);
-      const held = tensorDifferences(tensors, plan);
+      const held = tensorDifferences(tensors, plan, only);
       const fix = "resume with the saved model and optimizer; the mesh may differ";
       return [...notes, ...held.notes, ...expectAllowed(at, [...mismatches, ...held.mismatches], allowed, fix)];
     },
@@ -127,8 +127,9 @@ export function openCheckpoint(at: string): OpenCheckpoint {
 }
 
 /** Lists tensors of the plan that the checkpoint lacks or has in another size, and parameters of the checkpoint that the plan lacks. */
-function tensorDifferences(tensors: CheckpointText["tensors"], plan: Plan): { mismatches: Mismatch[]; notes: string[] } {
-  const state = plan.programs.flatMap(checkpointState);
+function tensorDifferences(tensors: CheckpointText["tensors"], plan: Plan, only?: "weights"): { mismatches: Mismatch[]; notes: string[] } {
+  const weights = new Set(plan.programs.flatMap(({ parameters }) => parameters.map(({ name }) => name)));
+  const state = plan.programs.flatMap(checkpointState).filter(({ name }) => only === undefined || weights.has(name));
   const names = new Set(state.map(({ name }) => name));
   const wrong = state.flatMap(({ name, buffer: { sizes } }): Mismatch[] => {
     const found = tensors[name]?.sizes;
@@ -139,6 +140,9 @@ function tensorDifferences(tensors: CheckpointText["tensors"], plan: Plan): { mi
   const surplus = Object.keys(tensors).filter((name) => !names.has(name) && !name.startsWith("mtp."));
   const states = surplus.filter((name) => isState(name) && names.has(name.slice(0, name.lastIndexOf("."))));
   const parameters = surplus.filter((name) => !isState(name));
-  const notes = states.length > 0 ? [`unused optimizer state tensors, which the job's optimizer does not have: ${states.length}`] : [];
+  const notes =
+    states.length > 0 && only === undefined
+      ? [`unused optimizer state tensors, which the job's optimizer does not have: ${states.length}`]
+      : [];
   return { mismatches: [...wrong, ...surplusMismatches(parameters, plan.job.model)], notes };
 }

@@ -41,6 +41,8 @@ export interface Run {
   readonly leads: boolean;
   /** Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. */
   step(options?: StepOptions): Promise<StepResult>;
+  /** Reads over the data of the next step without training; it counts as a step. All processes of a run call it together. */
+  skipStep(): void;
   /** The held-out data that the run can evaluate on. */
   readonly heldOut: readonly HeldOutPart[];
   /** Evaluates on held-out data, between two steps; all processes of a run call it together. Throws if the run has no such data. */
@@ -95,6 +97,7 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
     progress: () => loop.progress(),
     read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
     step: (options) => loop.step(options),
+    skipStep: () => loop.skipStep(),
     heldOut: heldOutParts.filter((part) => inputs.heldOut?.[part] !== undefined),
     evaluate: (part) => loop.evaluate(part),
     gradients: () => loop.gradients(),
@@ -196,6 +199,12 @@ class TrainingLoop {
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
       ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
     };
+  }
+
+  skipStep(): void {
+    this.#schedule.skip();
+    // the batch that was read ahead is that of the step
+    this.#next = undefined;
   }
 
   evaluate(part: HeldOutPart): Promise<EvaluationResult> {

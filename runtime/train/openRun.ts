@@ -6,7 +6,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks } from "../backend.ts";
 import { type BackendName, backends } from "../backends.ts";
-import { openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { type OpenCheckpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { expectComplete, removeUnfinished, setAside } from "../checkpoint/commit.ts";
 import { checkpointFor, type HfCheckpoint } from "../checkpoint/hf.ts";
 import { loadShards } from "../checkpoint/loadWeights.ts";
@@ -47,6 +47,8 @@ export interface RunSettings {
   readonly resume?: string;
   /** Complete checkpoints to keep in `save`: older ones are removed when a new one is complete; undefined: all. */
   readonly keep?: number;
+  /** With `resume`: what is read of the checkpoint; default: all. With `weights` the run is a new one. */
+  readonly only?: "weights";
   /** Job keys and tensor names in which the checkpoint may differ from the job. */
   readonly allowMismatch?: readonly string[];
   /** The base directory of relative paths in the job. */
@@ -76,6 +78,9 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   if (initFrom !== undefined && resume !== undefined) throw new Trouble("--init-from and --resume exclude each other", "omit one of them");
   if (allowMismatch.length > 0 && initFrom === undefined && resume === undefined)
     throw new Trouble("--allow-mismatch needs --resume or --init-from", "add one of them, or omit --allow-mismatch");
+  const { only } = settings;
+  if (only !== undefined && (resume === undefined || resume === "auto"))
+    throw new Trouble("--only weights needs --resume with a checkpoint", "name a checkpoint, or a folder of checkpoints: --resume DIR");
   const chosen = resume === undefined ? undefined : chosenBy(resume, folder);
   const { job } = plan;
   const corpus = openData(job, baseDir);
@@ -95,10 +100,10 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   try {
     if (folder !== undefined && localRanks.ranks.includes(0)) lock = lockFolder(folder);
     const from = chosen?.at === undefined ? undefined : openCheckpoint(chosen.at);
-    const differences = from?.expectFor(plan, allowMismatch) ?? [];
+    const differences = from?.expectFor(plan, allowMismatch, only) ?? [];
     if (lock && folder !== undefined) {
       setAside(folder, chosen?.damaged ?? []);
-      expectRoom(folder, from?.progress.steps ?? 0);
+      expectRoom(folder, (only === undefined && from?.progress.steps) || 0);
       removeUnfinished(folder);
     }
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
@@ -107,7 +112,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
       ...{ batch: corpus.batch, heldOut: corpus.heldOut },
       ...(isLoaded ? { isLoaded } : checkpoint && { checkpoint }),
-      ...(from && { from }),
+      ...(from && (only === undefined ? { from } : { checkpoint: { read: (name: string) => weightsOf(from, name) } })),
       ...(watch && { watch }),
       whileComputing: (seconds) => saver?.prepare(200 * seconds),
     });
@@ -134,6 +139,13 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     await close(error as Error);
     throw error;
   }
+}
+
+/** Returns the weights of a parameter in a checkpoint, which `expectFor` has checked. */
+function weightsOf(from: OpenCheckpoint, name: string): Float32Array {
+  const whole = from.whole(name);
+  if (!whole) throw new Error(`rankc: ${from.folder} has no ${name}`);
+  return whole.data;
 }
 
 /** The data of a run. */

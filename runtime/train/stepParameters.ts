@@ -44,6 +44,8 @@ export interface TrainingSchedule {
   next(): StepParameters;
   /** Completes the step. A skipped step does not advance the learning rate, the weight decay or the bias correction. */
   done(outcome: Outcome): void;
+  /** Reads over the data of the next step, which trains nothing. */
+  skip(): void;
   /** Returns the consecutive overflows at the smallest loss scale. */
   hopeless(): number;
 }
@@ -62,6 +64,10 @@ export function trainingSchedule({ train, parallel }: Pick<Job, "train" | "paral
       };
     },
     hopeless: () => scale.hopeless(),
+    skip() {
+      steps++;
+      read += batchAt(train, read);
+    },
     done(outcome) {
       steps++;
       const batch = batchAt(train, read);

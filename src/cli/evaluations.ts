@@ -5,12 +5,13 @@ import type { Job } from "../../schemas/job.ts";
 /** Receives the result of an evaluation; called by the process that leads. */
 export type OnEvaluation = (result: EvaluationResult) => void;
 
-/** Evaluates after a step that is not the last, if one is due. All processes of a run call it after the same step. */
-export async function evaluateWithin(run: Run, { train }: Job, step: number, on: OnEvaluation): Promise<void> {
+/** Evaluates after a step that is not the last, if one is due. All processes of a run call it after the same step. Returns the results. */
+export async function evaluateWithin(run: Run, { train }: Job, step: number, on: OnEvaluation): Promise<EvaluationResult[]> {
   const every = train.evaluation?.every ?? null;
-  if (every === null || step % every !== 0 || !run.heldOut.includes("validation")) return;
+  if (every === null || step % every !== 0 || !run.heldOut.includes("validation")) return [];
   const result = await run.evaluate("validation");
   if (run.leads) on(result);
+  return [result];
 }
 
 /** Evaluates after the last step. Returns the results. */

@@ -55,3 +55,20 @@ export function atLeastOne(text: string): number {
   if (wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
   return Number(text);
 }
+
+/** Steps from the first to the last. */
+export type StepRange = readonly [first: number, last: number];
+
+/** Returns whether a step is in a range. */
+export const isIn = (ranges: readonly StepRange[], step: number): boolean => ranges.some(([first, last]) => first <= step && step <= last);
+
+/** Parses a list of steps and ranges of steps: 100-110,250. Throws InvalidArgumentError. */
+export function stepRanges(text: string): StepRange[] {
+  return text.split(",").map((part) => {
+    const [, first, last] = /^(\d{1,9})(?:-(\d{1,9}))?$/.exec(part.trim()) ?? [];
+    const range: StepRange = [Number(first), Number(last ?? first)];
+    if (first === undefined || range[0] < 1 || range[1] < range[0])
+      throw new InvalidArgumentError("It is not a list of steps and ranges of steps, such as 100-110,250.");
+    return range;
+  });
+}

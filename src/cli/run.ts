@@ -21,8 +21,11 @@ import {
   type CommonOptions,
   collect,
   dataDirHelp,
+  isIn,
   type ProcessExit,
   planOrJob,
+  type StepRange,
+  stepRanges,
   withExamples,
   withFormat,
   withSet,
@@ -47,6 +50,9 @@ interface RunOptions extends CommonOptions, SaveOptions {
   readonly debugNonfinite?: boolean;
   readonly log?: string;
   readonly logInterval: number;
+  readonly only?: "weights";
+  readonly skipSteps?: readonly StepRange[];
+  readonly exitAfter?: number;
 }
 
 /** Registers `run`: trains a plan. The exit code after an early end is that of `RunEnd`. */
@@ -64,6 +70,8 @@ export function registerRun(program: Command, exit: ProcessExit): void {
             .default(backendNames[0]),
         )
         .option("--steps <n>", "stop after step n; steps before --resume count (default: train.steps)", atLeastOne)
+        .option("--exit-after <n>", "stop after n steps of this process; a later --resume goes on", atLeastOne)
+        .option("--skip-steps <steps>", "steps whose data is read over without training, such as 100-110,250", stepRanges)
         .option("--metrics <file>", "write one JSON line per step")
         .option("--log <dir>", "write the log of the run: TensorBoard event files, metrics.csv, metrics.jsonl")
         .option("--log-interval <n>", "steps between two lines of the log, and of the progress in a file", atLeastOne, 1),
@@ -106,6 +114,9 @@ const withCheckpointOptions = (command: Command): Command =>
     .option(
       "--resume <dir>",
       "resume from a checkpoint, or from the newest in a folder, on the same mesh or another; auto: from the newest complete checkpoint in the --save folder, or from step 0 if there is none",
+    )
+    .addOption(
+      new Option("--only <part>", "with --resume: read the weights alone; optimizer, steps and data begin anew").choices(["weights"]),
     )
     .option(
       "--allow-mismatch <key>",
@@ -154,6 +165,7 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
     },
   );
   end.watch(run);
+  const last = Math.min(steps, run.progress().steps + (options.exitAfter ?? Number.POSITIVE_INFINITY));
   if (run.leads) for (const note of run.notes) printStderr(`note: ${note}`);
   const metrics =
     options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
@@ -170,11 +182,12 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
     printStderr(evaluationText(result));
   };
   try {
-    await trainSteps({ run, job: plan.job, options, steps, saves, end, totals, startup, metrics, log, onEvaluation });
+    await trainSteps({ run, job: plan.job, options, steps: last, saves, end, totals, startup, metrics, log, onEvaluation });
     await saves.finish();
     if (totals.done > 0 && run.leads) endProgress();
     if (totals.done > 0) await writeResults(run, plan, options);
-    if (totals.done > 0 && run.progress().steps >= steps) evaluations = await evaluateAtEnd(run, plan.job, steps, onEvaluation);
+    if (totals.done > 0 && run.progress().steps >= last)
+      evaluations = await (last === steps ? evaluateAtEnd : evaluateWithin)(run, plan.job, last, onEvaluation);
   } catch (error) {
     // all processes throw a StepFault after the same step, so they close like a run that is complete
     if (error instanceof StepFault) fault = error;
@@ -193,11 +206,11 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   if (fault && (run.leads || fault.origin !== undefined)) throw fault;
   if (fault) return fault.exit;
   const { reason } = end;
-  const endedBy = run.progress().steps < steps ? (reason?.by ?? "another rank") : undefined;
+  const endedBy = run.progress().steps < last ? (reason?.by ?? "another rank") : undefined;
   // the leading process ends last, and states for all how the run ended
   if (!run.leads) return 0;
   if (endedBy)
-    printStderr(`${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${totals.done} of ${steps} steps were done`);
+    printStderr(`${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${totals.done} of ${last} steps were done`);
   await printResult({ ...totals.result(), startup: startup.seconds(), endedBy, saved: saves.saved, evaluations }, options.format);
   return endedBy ? (reason?.code ?? OTHER_RANK_CODE) : 0;
 }
@@ -241,7 +254,7 @@ interface Training {
   readonly startup: StartupClock;
   readonly metrics: Lines | undefined;
   readonly log: RunLog | undefined;
-  readonly options: Pick<RunOptions, "log" | "logInterval">;
+  readonly options: Pick<RunOptions, "log" | "logInterval" | "skipSteps">;
   readonly onEvaluation: (result: EvaluationResult) => void;
 }
 
@@ -252,6 +265,11 @@ async function trainSteps({ run, job, options, steps, saves, end, totals, startu
     throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
   const { metricsLine, progressLine, startupLine } = await import("./progress.ts");
   while (run.progress().steps < steps && run.mayBegin()) {
+    if (isIn(options.skipSteps ?? [], run.progress().steps + 1)) {
+      run.skipStep();
+      if (run.leads) printProgress(`step ${run.progress().steps}/${steps}  skipped`);
+      continue;
+    }
     const step = await run.step({ detailed: options.log !== undefined && isDue(run.progress().steps + 1, options) });
     totals.add(step);
     const started = totals.done === 1 ? startup.end("first_step") : undefined;
@@ -291,6 +309,7 @@ const settingsOf = ({ source, cubin }: LoadedPlan, baseDir: string, options: Run
   ...(options.initFrom && { initFrom: options.initFrom }),
   ...(options.save && { save: options.save }),
   ...(options.resume && { resume: options.resume }),
+  ...(options.only && { only: options.only }),
   ...(options.keep !== undefined && { keep: options.keep }),
   ...(options.allowMismatch && { allowMismatch: options.allowMismatch }),
 });

@@ -492,7 +492,8 @@ describe("public recipes", () => {
     expect(job.parallel).toMatchObject({ world: 16, tensor: 4, sequence: true, expert: 4, expert_tensor: 4, data: 4 });
     expect(job.model).toMatchObject({ vocab: 32256, kv_heads: 8, moe: { dispatch: "all_gather", router: { aux_coeff: 0.01 } } });
     expect(job.train.optimizer).toMatchObject({ betas: [0.9, 0.999], decay_steps: 320000, warmup_steps: 500 });
-    expect(result.mapped).toHaveLength(38);
+    expect(result.mapped).toHaveLength(41);
+    expect(job.train.evaluation).toEqual({ every: 1000, steps: 10, at_end: true });
     expect(complete(script("mixtral_8x7b_16gpu.sh", { world: 32 })).parallel).toMatchObject({ world: 32, data: 8 });
     expect(complete(script("mixtral_8x7b_16gpu.sh", { variables: new Map([["NNODES", "4"]]) })).parallel.world).toBe(32);
   });
@@ -539,10 +540,12 @@ describe("public recipes", () => {
           schedule: cosine # --lr-decay-style
           decay_steps: 320000 # --lr-decay-iters
           warmup_steps: 500 # --lr-warmup-iters
+        evaluation: {every: 1000, steps: 10} # --eval-interval --eval-iters
 
       data:
         path: tokens.bin # --data-path: $3, to be set to a file of token ids
         order: shuffled # Megatron's default
+        split: [99990, 8, 2] # --split
       "
     `);
   });

@@ -164,8 +164,13 @@ export const mapped = [
       muon-tp-mode:blockwise|duplicated|distributed=duplicated muon-scalar-optimizer:adam|lion=adam muon-no-split-qkv`,
   },
   {
-    why: "splits the data of --data-path, where their paths are known",
+    why: "splits the data of --data-path, where their paths are known, or what an evaluation reads",
     names: `
       split:text`,
+  },
+  {
+    why: "has no effect without --eval-interval, or with --eval-iters 0",
+    names: `
+      eval-interval:int eval-iters:int=100 full-validation valid-data-path:text* test-data-path:text*`,
   },
 ] as const satisfies readonly Section[];

@@ -85,14 +85,19 @@ export const withoutEffect: readonly Section[] = [
       moe-ncclep-zero-copy moe-dispatch-fwd-dtype:bf16|mxfp8=bf16 moe-combine-bwd-dtype:bf16|mxfp8=bf16`,
   },
   {
+    why: "is an option of a run: rankc run --log DIR, --log-interval N; wandb sync reads its files",
+    names: `
+      tensorboard-dir:text log-interval:int=100 wandb-project:text wandb-exp-name:text wandb-save-dir:text wandb-entity:text`,
+  },
+  {
     why: "concerns what a run prints and records; the steps are the same",
     names: `
-      moe-per-layer-logging config-logger-dir:text log-interval:int=100 log-params-norm log-throughput log-progress
-      timing-log-level:0|1|2=0 timing-log-option:max|minmax|all=minmax tensorboard-dir:text tensorboard-log-interval:int=1
+      moe-per-layer-logging config-logger-dir:text log-params-norm log-throughput log-progress
+      timing-log-level:0|1|2=0 timing-log-option:max|minmax|all=minmax tensorboard-log-interval:int=1
       tensorboard-queue-size:int=1000 log-timers-to-tensorboard no-log-loss-scale-to-tensorboard disable-log-loss-scale-to-tensorboard
       log-validation-ppl-to-tensorboard log-memory-to-tensorboard log-memory-interval:int log-device-memory-used log-num-zeros-in-grad
-      log-max-attention-logit no-barrier-with-level-1-timing log-world-size-to-tensorboard wandb-project:text wandb-exp-name:text
-      wandb-save-dir:text wandb-entity:text logging-level:int log-energy`,
+      log-max-attention-logit no-barrier-with-level-1-timing log-world-size-to-tensorboard logging-level:int
+      log-energy`,
   },
   {
     why: "launches kernels through CUDA graphs: the same values",
@@ -141,7 +146,7 @@ export const withoutEffect: readonly Section[] = [
       rerun-mode:disabled|validate_results|report_stats=validate_results`,
   },
   {
-    why: "ends a run early; `rankc run` stops on an interrupt and after train.steps",
+    why: "ends a run early: rankc run has --exit-after and --time-limit, and stops on an interrupt",
     names: `
       exit-interval:int exit-duration-in-mins:int exit-signal-handler exit-signal:text=SIGTERM exit-signal-handler-for-dataloader
       exit-signal-handler-for-training`,
@@ -208,7 +213,7 @@ export const withoutEffect: readonly Section[] = [
       load:text`,
   },
   {
-    why: "is an option of a run: rankc run --init-from FILE reads weights alone",
+    why: "is an option of a run: rankc run --resume DIR --only weights, or --init-from FILE",
     names: `
       finetune pretrained-checkpoint:text no-load-optim`,
   },
@@ -230,8 +235,7 @@ export const withoutEffect: readonly Section[] = [
   {
     why: "concerns evaluation; the steps of training are the same",
     names: `
-      eval-iters:int=100 eval-interval:int start-eval-at-iter:int eval-global-batch-size:int eval-micro-batch-size:int full-validation
-      multiple-validation-sets validation-set-names:text+ valid-data-path:text* test-data-path:text*`,
+      start-eval-at-iter:int eval-global-batch-size:int eval-micro-batch-size:int multiple-validation-sets validation-set-names:text+`,
   },
   {
     why: "concerns how data files are opened, indexed and loaded",

@@ -1,6 +1,6 @@
 /** The sections `train` and `data` of a job. A run of Megatron counts in iterations or in samples; a job counts in steps. */
 import type { MappedName } from "../arguments/spec.ts";
-import { knownValue, shownText } from "../bash/text.ts";
+import { knownValue, type ScriptText, shownText } from "../bash/text.ts";
 import type { Importing } from "./importing.ts";
 
 /** Puts `train`. `data`: the data degree. */
@@ -183,26 +183,54 @@ const PLACEHOLDER = "tokens.bin";
 /** The shares of training, validation and test without --split. */
 const DEFAULT_SPLIT = "969, 30, 1";
 
-/** Puts `data`. Sources are prefixes of PREFIX.bin and PREFIX.idx; each may stand after its weight. */
-export function putData({ args, job }: Importing): void {
+/** Returns the data sets of a list of arguments: prefixes, each of which may stand after its weight; undefined if one is not known. */
+function sourcesOf(words: readonly ScriptText[]): { readonly path: string; readonly weight?: number }[] | undefined {
+  const texts = words.map(knownValue);
+  if (texts.length === 0 || texts.some((word) => word === undefined)) return undefined;
+  const known = texts.flatMap((word) => word ?? []);
+  const isWeighted = known.length % 2 === 0 && known.every((word, i) => i % 2 === 1 || /^[\d.]+(?:e-?\d+)?$/.test(word));
+  if (!isWeighted) return known.map((path) => ({ path }));
+  return known.flatMap((path, i) => (i % 2 === 1 ? [{ path, weight: Number(known[i - 1]) }] : []));
+}
+
+/** Puts `data`, and `train.evaluation`. Sources are prefixes of PREFIX.bin and PREFIX.idx; each may stand after its weight. */
+export function putData(importing: Importing): void {
+  const { args, job } = importing;
   const names = ["data-path", "train-data-path"] as const;
   const words = names.flatMap((name) => args.given.get(name)?.values ?? []);
-  const known = words.map(knownValue);
   const loader = args.textIfGiven("dataloader-type");
   if (loader === "external") job.refuse("--dataloader-type external", "data are read by rankc", "use --dataloader-type single");
-  if (words.length === 0 || known.some((word) => word === undefined)) {
+  const sources = sourcesOf(words);
+  if (sources) job.put("data.sources", sources, names);
+  else {
     const remark = words.length === 0 ? "" : `${words.map(shownText).join(" ")}, `;
     job.put("data.path", PLACEHOLDER, [...names, "mock-data"], `${remark}to be set to a file of token ids`);
     job.put("data.order", "shuffled", ["dataloader-type"]);
-    return;
   }
-  const texts = known.flatMap((word) => word ?? []);
-  const isWeighted = texts.length % 2 === 0 && texts.every((word, i) => i % 2 === 1 || /^[\d.]+(?:e-?\d+)?$/.test(word));
-  const sources = isWeighted
-    ? texts.flatMap((path, i) => (i % 2 === 1 ? [{ path, weight: Number(texts[i - 1]) }] : []))
-    : texts.map((path) => ({ path }));
-  job.put("data.sources", sources, names);
+  putEvaluation(importing, sources !== undefined);
+}
+
+/** Puts the shares and the data sets that an evaluation reads, and `train.evaluation` where the script names an interval. */
+function putEvaluation({ args, job }: Importing, hasSources: boolean): void {
+  const iterations = args.number("eval-iters");
+  const every = args.numberIfGiven("eval-interval");
+  const evaluates = every !== undefined && every > 0 && (iterations > 0 || args.has("full-validation"));
+  const lists = (
+    [
+      ["data.validation", "valid-data-path"],
+      ["data.test", "test-data-path"],
+    ] as const
+  ).flatMap(([key, name]) => {
+    const found = sourcesOf(args.given.get(name)?.values ?? []);
+    return found ? [{ key, name, found }] : [];
+  });
   // quotes and blanks stay part of the value in some scripts
   const split = (args.textIfGiven("split") ?? DEFAULT_SPLIT).match(/[\d.]+/g)?.map(Number);
-  if (split && !args.has("train-data-path")) job.put("data.split", split, ["split"]);
+  const isSplit = split !== undefined && !args.has("train-data-path") && lists.length === 0 && (hasSources || evaluates);
+  if (isSplit) job.put("data.split", split, ["split"]);
+  if (evaluates) for (const { key, name, found } of lists) job.put(key, found, [name]);
+  const hasValidation = (isSplit && (split[1] ?? 0) > 0) || lists.some(({ key }) => key === "data.validation");
+  if (!evaluates || !hasValidation) return;
+  const from = ["eval-interval", "eval-iters", "full-validation"] as const;
+  job.put("train.evaluation", { every, steps: args.has("full-validation") ? "all" : iterations }, from);
 }
