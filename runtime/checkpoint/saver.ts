@@ -6,6 +6,7 @@
 import { closeSync, mkdirSync, openSync, rmSync, statfsSync, writeSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
+import { setTimeout } from "node:timers/promises";
 import { dtypes, encoded } from "../../schemas/dtypes.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
@@ -54,6 +55,8 @@ export interface PendingSave extends Pick<Saved, "step" | "bytes" | "stallSecond
   readonly done: Promise<Saved>;
 }
 
+/** How long a run that failed waits for its pending save, in milliseconds. */
+const PATIENCE = 4000;
 const MIB = 2 ** 20;
 const BLOCK = 64 * MIB;
 /** A state below this size is written faster than threads start. */
@@ -165,11 +168,19 @@ export class CheckpointSaver {
     this.#isAwaited = false;
   }
 
-  /** Ends the writers and frees the memory. Waits for a pending save. */
-  async close(): Promise<void> {
-    await this.settled();
+  /**
+   * Ends the writers and frees the memory. Waits for a pending save; after an error of the run for a short time only, because other ranks
+   * may never write their part. The memory then stays until the process ends, as a writer may still read it.
+   */
+  async close(error?: Error): Promise<void> {
+    let isSettled = false;
+    const settled = this.settled().then(() => {
+      isSettled = true;
+    });
+    if (!error) await settled;
+    for (let waited = 0; !isSettled && waited < PATIENCE; waited += 20) await setTimeout(20);
     await this.#writers?.close();
-    this.#blocks.close();
+    if (isSettled) this.#blocks.close();
   }
 
   async #write(save: Save, file: StateFile, { writer, at, pieces }: StateBlock, memory: HostBlock): Promise<void> {
@@ -348,9 +359,9 @@ function expectSpace(folder: string, bytes: number): void {
   const { bavail, bsize, blocks } = statfsSync(folder);
   // some network file systems state no sizes
   if (blocks === 0 || bavail * bsize >= bytes) return;
-  const gb = (n: number): string => (n / 1e9).toPrecision(3);
+  const text = (n: number): string => (n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e9).toFixed(1)} GB`);
   throw new SaveFault(
-    `${folder}: the disk has ${gb(bavail * bsize)} GB free, and the checkpoint needs ${gb(bytes)} GB`,
+    `${folder}: the disk has ${text(bavail * bsize)} free, and the checkpoint needs ${text(bytes)}`,
     "free some space, name a place on another disk, or keep fewer checkpoints (--keep)",
   );
 }

@@ -92,7 +92,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
   let lock: FolderLock | undefined;
   let saver: CheckpointSaver | undefined;
   const close = async (error?: Error): Promise<void> => {
-    await saver?.close();
+    await saver?.close(error);
     lock?.release();
     corpus.close();
     await localRanks.close(error);

@@ -10,7 +10,7 @@ set -euo pipefail
 job=${1:?a job} at=${2:-/tmp/rankc-save} steps=${3:-24}
 rankc=${RANKC:-node --import tsx/esm src/cli/main.ts}
 mkdir -p "$at"; rm -rf "$at/checkpoints" "$at/model"
-peak() { /usr/bin/env python3 -c 'import resource,subprocess,sys; r=subprocess.run(sys.argv[2:]).returncode; print("peak host memory of", sys.argv[1]+":", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss//1024, "MiB", file=sys.stderr); sys.exit(r)' "$@"; }
+peak() { python3 -c 'import resource,subprocess,sys; r=subprocess.run(sys.argv[2:]).returncode; print("peak host memory of", sys.argv[1]+":", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss//1024, "MiB", file=sys.stderr); sys.exit(r)' "$@"; }
 $rankc compile "$job" --target cuda:sm_90a -o "$at/plan" > "$at/compile.log" 2>&1
 run() { peak "$1" $rankc run "$at/plan" --backend cuda --data-dir "$(dirname "$job")" --save "$at/checkpoints" --save-every 6 --keep 2 "${@:2}"; }
 
@@ -28,9 +28,11 @@ bytes=$(du -sb "$at"/checkpoints/step-* | tail -1 | cut -f1); echo "bytes of a c
 dd if=/dev/zero of="$at/dd" bs=64M count=$((bytes / 67108864 > 200 ? 200 : bytes / 67108864 + 1)) conv=fsync 2>&1 | tail -1; rm -f "$at/dd"
 
 echo "== SIGTERM, then --resume auto"
-run "the interrupted run" --steps 100000 --resume auto > "$at/term.log" 2>&1 & pid=$!
-until grep -q "step " "$at/term.log"; do sleep 0.2; done; sleep 2; begun=$(date +%s.%N); pkill -TERM -P $pid || kill -TERM $pid; wait $pid || true
-echo "from SIGTERM to the end: $(echo "$(date +%s.%N) - $begun" | bc) s"; grep -E "saved|interrupted|peak" "$at/term.log" | tail -3
+$rankc run "$at/plan" --backend cuda --data-dir "$(dirname "$job")" --save "$at/checkpoints" --keep 2 --steps 100000 --resume auto > "$at/term.log" 2>&1 &
+pid=$!
+until grep -q "step " "$at/term.log"; do sleep 0.2; done
+sleep 2; begun=$(date +%s.%N); kill -TERM $pid; wait $pid || echo "exit code $? (143: SIGTERM)"
+echo "from SIGTERM to the end: $(echo "$(date +%s.%N) - $begun" | bc) s"; grep -E "saved|interrupted" "$at/term.log" | tail -2
 begun=$(date +%s.%N); run "the resumed run" --resume auto --time-limit 60s --steps 100000 > "$at/resume.log" 2>&1 || echo "exit code $? (124: the time limit)"
 grep -E "resumed|peak" "$at/resume.log"; echo "resumed run with --time-limit 60s: $(echo "$(date +%s.%N) - $begun" | bc) s"
 

@@ -10,6 +10,8 @@ import { fixture, jobOf } from "../support/job.ts";
 
 /** Writing to a file whose path this matches fails; how it is opened tells the path of a descriptor. */
 let full: RegExp | undefined;
+/** The file system states so many free bytes. */
+let free: number | undefined;
 vi.mock("node:fs", async (original) => {
   const real = await original<typeof fs>();
   const paths = new Map<unknown, string>();
@@ -27,6 +29,7 @@ vi.mock("node:fs", async (original) => {
       expectSpace(args[0]);
       return real.writeSync(...args);
     },
+    statfsSync: (path: string) => (free === undefined ? real.statfsSync(path) : { bavail: free, bsize: 1, blocks: 10 }),
     writeFileSync: (...args: Parameters<typeof fs.writeFileSync>) => {
       expectSpace(args[0]);
       real.writeFileSync(...args);
@@ -60,6 +63,15 @@ test("is one error, and the previous checkpoint stays intact", async () => {
     });
     expect(readdirSync(place).sort()).toEqual(["run.lock", "step-00000001"]);
   }
+  full = undefined;
+  free = 1000;
+  await expect(opened.save()).rejects.toMatchObject({
+    name: "Trouble",
+    message: expect.stringMatching(/: the disk has 0\.0 MB free, and the checkpoint needs 0\.1 MB$/),
+    fix: expect.stringContaining("--keep"),
+  });
+  expect(readdirSync(place).sort()).toEqual(["run.lock", "step-00000001"]);
+  free = undefined;
   full = /run\.lock/;
   await opened.close();
   await expect(openRun(plan, settings)).rejects.toThrow("the disk is full (ENOSPC)");

@@ -187,6 +187,17 @@ describe("several processes", () => {
   });
 });
 
+test("a run that failed does not wait for ranks that never write their part", async () => {
+  const [only] = processes(4);
+  if (!only) throw new Error("no process");
+  const saver = saverWith({ localRanks: only, threads: 0 });
+  const { done } = await saver.begin(progress(1));
+  void done.catch(() => {});
+  const begun = performance.now();
+  await saver.close(new Error("the device failed"));
+  expect(performance.now() - begun).toBeGreaterThan(3000);
+});
+
 test("threads report what the file system refuses, and the checkpoint before stays", async () => {
   const saver = saverWith({ threads: 2, blockBytes: 1024 });
   await (await saver.begin(progress(1))).done;
