@@ -13,7 +13,10 @@ const dtypes: Readonly<Record<number, IdType>> = { 1: "u8", 2: "i8", 3: "i16", 4
 /** Reads the header and the last sequence; the documents are consecutive in PREFIX.bin. Throws a Trouble if the index is incomplete or invalid. */
 export function readIndex(file: Text): Index {
   const broken = (why: string) =>
-    new Trouble(`${file.path}: the index of the corpus ${why}`, "write the data set again, or remove the index and set data.dtype");
+    new Trouble(
+      `${file.path}: the index of the corpus ${why}`,
+      "copy or prepare the data set again; with data.path, the index may be removed and data.dtype set",
+    );
   const view = (at: number, length: number): DataView => {
     if (at + length > file.bytes) throw broken(`ends at byte ${file.bytes}, in the middle`);
     const bytes = new Uint8Array(length);

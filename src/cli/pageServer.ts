@@ -14,6 +14,8 @@ import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { root } from "../packageFile.ts";
 import { printPlan } from "../plan/seal.ts";
+import { logPage, logStyle } from "./log/logPage.ts";
+import { readLog, runFolders } from "./log/readLog.ts";
 
 /** A running server. */
 export interface Serving {
@@ -49,7 +51,7 @@ export async function serve(
   { plan, source }: { readonly plan: Plan; source(file: string): string },
   { port, baseDir, page = fileURLToPath(new URL("dist/browser", root)) }: ServeSettings,
 ): Promise<Serving> {
-  if (port > 65535) throw new Trouble(`there is no port ${port}`, "name one up to 65535, or 0 for any that is free");
+  expectPort(port);
   const { target } = plan.toolchain;
   if (!target.startsWith("webgpu:"))
     throw new Trouble(
@@ -77,7 +79,26 @@ export async function serve(
   if (labels !== null) answers.set("/labels", { ...bytes, file: resolve(baseDir, labels), what: "labels" });
   for (const { file } of plan.kernels.map(sourceOf)) answers.set(`/kernels/${file}`, { type: TEXT, body: source(file) });
 
-  const server = createServer((request, response) => send(response, replyTo(request, answers), request.method === "HEAD"));
+  return listen(port, (request) => replyTo(request, (address) => answers.get(address)));
+}
+
+/** Serves the page of the logs of runs, read anew for each request. Throws a Trouble if a folder has no log, or the port is not available. */
+export async function serveLogs(folders: readonly string[], { port }: Pick<ServeSettings, "port">): Promise<Serving> {
+  expectPort(port);
+  runFolders(folders);
+  const pages: Readonly<Record<string, () => Answer>> = {
+    "/": () => ({ type: types[".html"] ?? "", body: logPage(runFolders(folders).map(readLog)) }),
+    "/style.css": () => ({ type: types[".css"] ?? "", body: logStyle }),
+  };
+  return listen(port, (request) => replyTo(request, (address) => (Object.hasOwn(pages, address) ? pages[address]?.() : undefined)));
+}
+
+function expectPort(port: number): void {
+  if (port > 65535) throw new Trouble(`there is no port ${port}`, "name one up to 65535, or 0 for any that is free");
+}
+
+async function listen(port: number, reply: (request: IncomingMessage) => Reply): Promise<Serving> {
+  const server = createServer((request, response) => send(response, reply(request), request.method === "HEAD"));
   await new Promise<void>((listening, reject) => {
     server.once("error", (error: NodeJS.ErrnoException) => reject(notServed(error, port)));
     server.listen(port, HOST, listening);
@@ -117,7 +138,7 @@ interface Reply {
   readonly answer: Answer;
 }
 
-function replyTo({ method, url = "", headers }: IncomingMessage, answers: ReadonlyMap<string, Answer>): Reply {
+function replyTo({ method, url = "", headers }: IncomingMessage, answerOf: (address: string) => Answer | undefined): Reply {
   const refused = (status: number, why: string): Reply => ({ status, answer: { type: TEXT, body: `${why}\n` } });
   // browsers send the origin header for requests of other pages
   if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
@@ -126,7 +147,7 @@ function replyTo({ method, url = "", headers }: IncomingMessage, answers: Readon
   if (!/^(127\.0\.0\.1|localhost)(:\d+)?$/.test(headers.host ?? ""))
     return refused(403, "this server answers at 127.0.0.1 and localhost only");
   if (method !== "GET" && method !== "HEAD") return refused(405, "this server is for reading");
-  const answer = answers.get(url.replace(/\?.*$/s, ""));
+  const answer = answerOf(url.replace(/\?.*$/s, ""));
   if (!answer) return refused(404, `there is no ${printable(url)} here`);
   if ("body" in answer) return { status: 200, answer };
   const { file, what } = answer;

@@ -64,6 +64,7 @@ const touchFiles = new Map([
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/cli/log/runLog.ts", "the log of a run"],
+  ["src/cli/log/readLog.ts", "the log of a run that a page shows"],
   ["src/packageFile.ts", "schemas and templates of the package"],
   ["src/plan/validator.ts", "the built validator"],
   ["src/cli/archive.ts", "an archive of a plan and all that runs it"],

@@ -243,17 +243,17 @@ test("an index that is broken, or not of this file, is refused", () => {
   });
   expect(outcomes.join("\n")).toMatchInlineSnapshot(`
     "read
-    set.idx: the index of the corpus does not begin with MMIDIDX; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus has version 2, not 1; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus says that ids have type 7, which holds no whole numbers; write the data set again, or remove the index and set data.dtype
+    set.idx: the index of the corpus does not begin with MMIDIDX; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus has version 2, not 1; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus says that ids have type 7, which holds no whole numbers; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
     set.bin: the corpus has 140596 bytes, and its index 35149 ids in u8 (documents: 1); the two files are not of one data set, or one is not complete: write both again
-    set.idx: the index of the corpus has 62 bytes; 2 sequences and 2 entries of documents make 74; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus has 62 bytes; 1 sequences and 0 entries of documents make 46; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus ends at byte 20, in the middle; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus has 60 bytes; 1 sequences and 2 entries of documents make 62; write the data set again, or remove the index and set data.dtype
-    set.idx: the index of the corpus has no documents; write the data set again, or remove the index and set data.dtype
+    set.idx: the index of the corpus has 62 bytes; 2 sequences and 2 entries of documents make 74; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus has 62 bytes; 1 sequences and 0 entries of documents make 46; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus ends at byte 20, in the middle; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus has 60 bytes; 1 sequences and 2 entries of documents make 62; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
+    set.idx: the index of the corpus has no documents; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set
     set.bin: the corpus has 140596 bytes, and its index 35148 ids in i32 (documents: 2); the two files are not of one data set, or one is not complete: write both again
-    set.idx: the index of the corpus has documents of 3 sequences, and 1 sequences; write the data set again, or remove the index and set data.dtype"
+    set.idx: the index of the corpus has documents of 3 sequences, and 1 sequences; copy or prepare the data set again; with data.path, the index may be removed and data.dtype set"
   `);
 });
 

@@ -181,3 +181,20 @@ test("a tokenizer that rankc does not compute, or a damaged one, is refused with
     DIR/missing.json: the tokenizer does not exist"
   `);
 });
+
+test("truncation and padding of a tokenizer.json do not change the ids of a document", () => {
+  const own = JSON.parse(readFileSync(fixture("tokenizers/llama3.json"), "utf8"));
+  const folder = mkdtempSync(join(tmpdir(), "rankc-truncation-"));
+  const path = join(folder, "tokenizer.json");
+  const truncation = { max_length: 2, stride: 0, strategy: "LongestFirst", direction: "Right" };
+  const padding = { strategy: { Fixed: 64 }, direction: "Right", pad_to_multiple_of: null, pad_id: 0, pad_type_id: 0, pad_token: "x" };
+  writeFileSync(path, JSON.stringify({ ...own, truncation, padding }));
+  const idsOf = (at: string): number[] => {
+    const ids: number[] = [];
+    openTokenizer(at).encode("some words of a document that is longer than two tokens", ids);
+    return ids;
+  };
+  expect(idsOf(path)).toEqual(idsOf(fixture("tokenizers/llama3.json")));
+  expect(idsOf(path).length).toBeGreaterThan(2);
+  rmSync(folder, { recursive: true });
+});
