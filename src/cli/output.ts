@@ -40,6 +40,20 @@ const showsColor = ({ isTTY }: { readonly isTTY?: boolean }): boolean =>
 /** Returns whether progress goes to a terminal. */
 export const isTerminal = (): boolean => Boolean(process.stderr.isTTY);
 
+/** The columns of the terminal. */
+export const terminalColumns = (): number => process.stderr.columns || 80;
+
+/** Lines of the frame on the terminal. */
+let shownLines = 0;
+
+/** Prints a frame to the terminal, in place of the one before it. */
+export function printFrame(lines: readonly string[]): void {
+  const up = shownLines > 0 ? `\u001b[${shownLines}A` : "";
+  // a shorter frame clears what is left of a longer one
+  process.stderr.write(`${up}${lines.map((line) => `\r${escaped(line)}\u001b[K\n`).join("")}\u001b[J`);
+  shownLines = lines.length;
+}
+
 /** Prints a progress line to stderr. On a terminal the next progress line overwrites it. */
 export const printProgress = (line: string): void =>
   void process.stderr.write(process.stderr.isTTY ? `\r${escaped(line)}\u001b[K` : `${escaped(line)}\n`);

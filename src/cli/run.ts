@@ -5,7 +5,6 @@ import type { Saved } from "../../runtime/checkpoint/saver.ts";
 import { StartupClock } from "../../runtime/startup.ts";
 import type { EvaluationResult, Run, StepResult } from "../../runtime/train/loop.ts";
 import type { OpenRun, RunSettings } from "../../runtime/train/openRun.ts";
-import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import type { StartupSeconds } from "../../schemas/startup.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -15,28 +14,38 @@ import { targetOf } from "./eval.ts";
 import { evaluateAtEnd, evaluateWithin } from "./evaluations.ts";
 import { launchRanks, runsOneOfSeveral } from "./launchRanks.ts";
 import { dataDirOf, type LoadedPlan, loadPlan, planFile } from "./loadPlan.ts";
+import type { Dashboard } from "./log/dashboard.ts";
 import type { RunLog } from "./log/runLog.ts";
 import {
   atLeastOne,
   type CommonOptions,
   collect,
   dataDirHelp,
-  isIn,
   type ProcessExit,
   planOrJob,
-  type StepRange,
   stepRanges,
   withExamples,
   withFormat,
   withSet,
   withTarget,
 } from "./options.ts";
-import { endProgress, isTerminal, occasionalProgress, printError, printJson, printProgress, printStderr, printStdout } from "./output.ts";
-import { expectWritable, expectWritableFolder, type Lines, openLines, writeFile } from "./outputFiles.ts";
+import {
+  endProgress,
+  isTerminal,
+  occasionalProgress,
+  printError,
+  printFrame,
+  printJson,
+  printStderr,
+  printStdout,
+  terminalColumns,
+} from "./output.ts";
+import { expectWritable, expectWritableFolder, openLines, writeFile } from "./outputFiles.ts";
 import { RunEnd, withTimeLimit } from "./runEnd.ts";
 import { expectSaveFolder, RunSaves, type SaveOptions, saveErrorChoices } from "./runSaves.ts";
+import { RunTotals, type StepsOptions, trainSteps } from "./trainSteps.ts";
 
-interface RunOptions extends CommonOptions, SaveOptions {
+interface RunOptions extends CommonOptions, SaveOptions, StepsOptions {
   readonly backend: BackendName;
   readonly steps?: number;
   readonly metrics?: string;
@@ -48,10 +57,7 @@ interface RunOptions extends CommonOptions, SaveOptions {
   readonly profile?: string;
   readonly graph: boolean;
   readonly debugNonfinite?: boolean;
-  readonly log?: string;
-  readonly logInterval: number;
   readonly only?: "weights";
-  readonly skipSteps?: readonly StepRange[];
   readonly exitAfter?: number;
 }
 
@@ -74,6 +80,7 @@ export function registerRun(program: Command, exit: ProcessExit): void {
         .option("--skip-steps <steps>", "steps whose data is read over without training, such as 100-110,250", stepRanges)
         .option("--metrics <file>", "write one JSON line per step")
         .option("--log <dir>", "write the log of the run: TensorBoard event files, metrics.csv, metrics.jsonl")
+        .option("--dashboard", "on a terminal: draw loss, speed, memory, balance of experts and evaluations in place of the progress line")
         .option("--log-interval <n>", "steps between two lines of the log, and of the progress in a file", atLeastOne, 1),
     )
       .option("--dump-grads <file>", "write the gradients of the last step as safetensors")
@@ -170,19 +177,24 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   const metrics =
     options.metrics === undefined || !run.leads ? undefined : openLines(options.metrics, run.progress().steps === 0 ? "new" : "append");
   const log = options.log === undefined ? undefined : await openLog(run, plan, { ...options, log: options.log });
+  const dashboard = options.dashboard && run.leads && isTerminal() ? await openDashboard(plan, last) : undefined;
   const saves = new RunSaves(run, options, (error) => error instanceof SaveFault);
   const totals = new RunTotals();
   let failed: Error | undefined;
   let fault: InstanceType<typeof StepFault> | undefined;
   let evaluations: readonly EvaluationResult[] = [];
   const onEvaluation = (result: EvaluationResult): void => {
-    endProgress();
     metrics?.add(evaluationLine(result));
     log?.addEvaluation(result);
-    printStderr(evaluationText(result));
+    dashboard?.addEvaluation(result);
+    if (dashboard) printFrame(dashboard.frame(terminalColumns()));
+    else {
+      endProgress();
+      printStderr(evaluationText(result));
+    }
   };
   try {
-    await trainSteps({ run, job: plan.job, options, steps: last, saves, end, totals, startup, metrics, log, onEvaluation });
+    await trainSteps({ run, job: plan.job, options, steps: last, saves, end, totals, startup, metrics, log, dashboard, onEvaluation });
     await saves.finish();
     if (totals.done > 0 && run.leads) endProgress();
     if (totals.done > 0) await writeResults(run, plan, options);
@@ -218,76 +230,10 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
 /** The exit code of a run that another rank's signal ended: that of an interrupt. */
 const OTHER_RANK_CODE = 130;
 
-/** The steps of a run so far. */
-class RunTotals {
-  done = 0;
-  #seconds = 0;
-  #skipped = 0;
-  #last: StepResult | undefined;
-
-  add(step: StepResult): void {
-    this.#last = step;
-    this.done++;
-    this.#seconds += step.seconds;
-    this.#skipped += Number(step.skipped ?? false);
-  }
-
-  /** Mean seconds per step. */
-  get pace(): number {
-    return this.#seconds / this.done;
-  }
-
-  result() {
-    return { done: this.done, seconds: this.#seconds, skipped: this.#skipped, last: this.#last };
-  }
+async function openDashboard(plan: Plan, steps: number): Promise<Dashboard> {
+  const [{ Dashboard }, { planNumbers }] = await Promise.all([import("./log/dashboard.ts"), import("./log/scalars.ts")]);
+  return new Dashboard({ name: plan.job.name, steps, plan: planNumbers(plan) });
 }
-
-/** What `trainSteps` needs. */
-interface Training {
-  readonly run: OpenRun;
-  readonly job: Job;
-  /** The last step. */
-  readonly steps: number;
-  readonly saves: RunSaves;
-  readonly end: RunEnd;
-  readonly totals: RunTotals;
-  readonly startup: StartupClock;
-  readonly metrics: Lines | undefined;
-  readonly log: RunLog | undefined;
-  readonly options: Pick<RunOptions, "log" | "logInterval" | "skipSteps">;
-  readonly onEvaluation: (result: EvaluationResult) => void;
-}
-
-/** Runs steps until the last, or until the ranks agree to stop. */
-async function trainSteps({ run, job, options, steps, saves, end, totals, startup, metrics, log, onEvaluation }: Training): Promise<void> {
-  const before = run.progress().steps;
-  if (before >= steps)
-    throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
-  const { metricsLine, progressLine, startupLine } = await import("./progress.ts");
-  while (run.progress().steps < steps && run.mayBegin()) {
-    if (isIn(options.skipSteps ?? [], run.progress().steps + 1)) {
-      run.skipStep();
-      if (run.leads) printProgress(`step ${run.progress().steps}/${steps}  skipped`);
-      continue;
-    }
-    const step = await run.step({ detailed: options.log !== undefined && isDue(run.progress().steps + 1, options) });
-    totals.add(step);
-    const started = totals.done === 1 ? startup.end("first_step") : undefined;
-    if (run.leads && started) printStderr(startupLine(started));
-    const seconds = await saves.afterStep(step.step);
-    metrics?.add(metricsLine(step, seconds, started));
-    log?.add(step, run.progress().read);
-    if (run.leads && (isTerminal() || step.step === steps || isDue(step.step, options)))
-      printProgress(progressLine(step, steps, totals.pace));
-    if (step.step < steps) await evaluateWithin(run, job, step.step, onEvaluation);
-    end.afterStep(step.seconds, saves.saved?.seconds ?? 0);
-    // a step on the CPU blocks the event loop; signals arrive here
-    await new Promise(setImmediate);
-  }
-}
-
-/** Whether the log has a line for a step. */
-const isDue = (step: number, { logInterval }: Pick<RunOptions, "logInterval">): boolean => step % logInterval === 0;
 
 /** Opens the log of a run in the process that leads. A log of which nothing can be written ends the run before its first step. */
 async function openLog(run: OpenRun, plan: Plan, { log, logInterval }: RunOptions & { readonly log: string }): Promise<RunLog | undefined> {

@@ -48,6 +48,7 @@ const opensRuntime = [
     "export",
     "launchRanks",
     "run",
+    "trainSteps",
     "runEnd",
     "runSaves",
     "hfModel",

@@ -94,7 +94,7 @@ function lossChart(losses: readonly { readonly step: number; readonly value: num
     const row = cells[y >> 2];
     if (row) row[x >> 1] = (row[x >> 1] ?? 0) | (dots[y & 3]?.[x & 1] ?? 0);
   }
-  const label = (row: number): string => (row === 0 ? high.toFixed(3) : row === ROWS - 1 ? low.toFixed(3) : "");
+  const label = (row: number): string => (shown.length === 0 ? "" : row === 0 ? high.toFixed(3) : row === ROWS - 1 ? low.toFixed(3) : "");
   return cells.map((row, i) => `${label(i).padStart(LABELS - 1)} ${String.fromCharCode(...Array.from(row, (bits) => 0x2800 + bits))}`);
 }
 /** The bit of each dot of a Braille character, by row and column. */
