@@ -432,6 +432,7 @@ interface CudaNormCu {
 }
 
 interface CudaNormGradCu {
+  readonly adds: boolean;
   readonly dx: string | number;
   readonly dy: string | number;
   readonly eps: string | number;
@@ -599,6 +600,17 @@ interface CudaSinkhornCu {
   readonly threads: string | number;
   readonly tokens: string | number;
   readonly words: string | number;
+  readonly x: string | number;
+}
+
+interface CudaSoftmaxStatisticsCu {
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly threads: string | number;
+  readonly unroll: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
   readonly x: string | number;
 }
 
@@ -1320,6 +1332,7 @@ export interface Templates {
   readonly "cuda/running_mean.cu": CudaRunningMeanCu;
   readonly "cuda/select.cu": CudaSelectCu;
   readonly "cuda/sinkhorn.cu": CudaSinkhornCu;
+  readonly "cuda/softmax_statistics.cu": CudaSoftmaxStatisticsCu;
   readonly "cuda/source_losses.cu": CudaSourceLossesCu;
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/sum.cu": CudaSumCu;

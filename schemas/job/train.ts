@@ -19,7 +19,7 @@ const DynamicLossScale = z.strictObject({
   min: real.default(1).describe("the smallest scale"),
 });
 
-const Module = z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]);
+const Module = z.enum(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "moe_permute", "shared_experts"]);
 
 const Recompute = z.strictObject({
   mode: z
@@ -33,7 +33,9 @@ const Recompute = z.strictObject({
     .min(1)
     .max(Module.options.length)
     .default(["core_attn"])
-    .describe("mode selective: the modules, by their names in Megatron Core"),
+    .describe(
+      "mode selective: the modules, by their names in Megatron Core; moe_permute, which it does not have: the copies of tokens that experts read",
+    ),
   method: z
     .enum(["uniform", "block"])
     .default("uniform")

@@ -2,8 +2,11 @@
  * Ops that stand for several instructions of a program (src/passes/fuse.ts). A target whose kernels include them runs them in place of
  * those instructions; no graph has them, so they have no gradient.
  */
+import type { Result } from "./formula.ts";
+import { gatedUnits } from "./gatedUnits.ts";
 import { gemm as product, runs } from "./loops.ts";
-import { op } from "./op.ts";
+import { rmsnormGrad } from "./norm.ts";
+import { formulaOp, invariant, op } from "./op.ts";
 
 /** The sum of the input gradients of two products of one input: dx = Σ dyᵢ·wᵢᵀ, rounded once. Sharding one depth alone would count the other twice. */
 export const gemmDgradPair = op({
@@ -39,5 +42,58 @@ export const groupedDgradPair = op({
       product(dx, dy1, w1, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K });
       product(dx, dy2, w2, { m, n: K, k: F, tb: true, a0: r * F, b0: e * K * F, c0: r * K });
     });
+  },
+});
+
+const { swiglu } = gatedUnits;
+/** Returns results of formulas of other ops by name. */
+function named<N extends string>(names: readonly N[], results: Readonly<Record<string, Result>>): Readonly<Record<N, Result>> {
+  const found = names.map((name) => {
+    const result = results[name];
+    invariant(result !== undefined, `a formula has no result ${name}`);
+    return [name, result] as const;
+  });
+  return Object.fromEntries(found) as Record<N, Result>;
+}
+/** The gradient of swiglu, which also returns y: backward needs it for a weight gradient, and has all that it depends on in registers. */
+export const swigluGradAgain = formulaOp({
+  name: "swiglu_grad_again",
+  sig: "gate[B,S,F] up[B,S,F] dy[B,S,F] -> dgate[B,S,F] dup[B,S,F] y[B,S,F]",
+  formula: (t, d) => named(["dgate", "dup", "y"], { ...swiglu.denseGrad.formula(t, d), ...swiglu.dense.formula(t, d) }),
+});
+/** The same for the rows of experts. */
+export const swigluRowsGradAgain = formulaOp({
+  name: "swiglu_rows_grad_again",
+  sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] dy[B~S~E,F] -> dgate[B~S~E,F] dup[B~S~E,F] dp[B~S~E] y[B~S~E,F]",
+  types: { dp: "f32" },
+  formula: (t, d) => named(["dgate", "dup", "dp", "y"], { ...swiglu.rowsGrad.formula(t, d), ...swiglu.rows.formula(t, d) }),
+});
+
+/** rmsnorm_grad, to which the gradient z of the residual stream is added before dx is rounded. */
+export const rmsnormGradAdd = op({
+  name: "rmsnorm_grad_add",
+  sig: "x[B,S,D!] gain[D!] dy[B,S,D!] z[B,S,D!] -> dx[B,S,D!] dgain[D!]",
+  attrs: ["eps"],
+  types: { dgain: "f32" },
+  cpu({ z, ...t }, d, p) {
+    rmsnormGrad.cpu(t, d, p);
+    for (let i = 0; i < z.length; i++) t.dx[i]! += z[i]!;
+  },
+});
+
+/** The maximum of each row of logits, and what softmax_terms returns for it, in one pass: of a vocabulary that no rank shards. */
+export const softmaxStatistics = op({
+  name: "softmax_statistics",
+  sig: "x[B,S,V!] target[B,S] -> m[B,S] s[B,S] p[B,S]",
+  types: { m: "f32", s: "f32", p: "f32" },
+  cpu({ x, target, m, s, p }, { V }) {
+    for (let t = 0; t < m.length; t++) {
+      const row = x.subarray(t * V, t * V + V);
+      const most = row.reduce((a, b) => Math.max(a, b), -Infinity);
+      m[t] = most;
+      s[t] = row.reduce((sum, value) => sum + Math.exp(value - most), 0);
+      const id = target[t]!;
+      p[t] = id >= 0 && id < V ? row[id]! : 0;
+    }
   },
 });

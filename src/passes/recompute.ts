@@ -17,6 +17,8 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], Reg
   mlp: /^mlp\.(?!norm|residual)/,
   moe: /^moe\./,
   moe_act: new RegExp(`^moe\\.(${[...Object.keys(gatedUnits), ...Object.keys(plainUnits)].join("|")})$`),
+  // the rows that experts read: top_k copies of each token
+  moe_permute: /^moe\.permute$/,
   shared_experts: /^moe\.shared\./,
 };
 

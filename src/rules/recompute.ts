@@ -15,6 +15,7 @@ const needs: Readonly<
   mla_up_proj: { key: "model.mla", has: (m) => m.mla !== null },
   moe: { key: "model.moe", has: (m) => m.moe !== null },
   moe_act: { key: "model.moe", has: (m) => m.moe !== null },
+  moe_permute: { key: "model.moe", has: (m) => m.moe !== null },
   shared_experts: { key: "model.moe.shared", has: (m) => m.moe !== null && m.moe.shared !== null },
   mlp: { key: "model.moe.layers", has: (m) => Array.from({ length: m.layers }, (_, i) => hasExperts(m, i)).includes(false) },
 };

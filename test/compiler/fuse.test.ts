@@ -37,24 +37,47 @@ async function train(plan: ReturnType<typeof planOf>) {
   return { losses: steps.map(({ loss, grad_norm }) => [loss, grad_norm] as const), gradients };
 }
 
-test("sums of input gradients become one product: of queries, keys and values, and of gate and up", () => {
+test("sums of input gradients become one product, norms add the residual stream, the loss reads logits once, swiglu is not kept", () => {
   expect(changes(jobWith({}))).toMatchInlineSnapshot(`
     {
-      "add": -6,
+      "add": -10,
       "gemm_dgrad": -10,
       "gemm_dgrad_pair": 2,
       "gemm_dgrad_triple": 2,
+      "rmsnorm_grad": -4,
+      "rmsnorm_grad_add": 4,
+      "row_max": -1,
+      "softmax_statistics": 1,
+      "softmax_terms": -1,
+      "swiglu_grad": -2,
+      "swiglu_grad_again": 2,
     }
   `);
   expect(changes(jobWith(moe))).toMatchInlineSnapshot(`
     {
-      "add": -6,
+      "add": -10,
       "gemm_dgrad": -6,
       "gemm_dgrad_triple": 2,
       "grouped_dgrad": -4,
       "grouped_dgrad_pair": 2,
+      "rmsnorm_grad": -4,
+      "rmsnorm_grad_add": 4,
+      "row_max": -1,
+      "softmax_statistics": 1,
+      "softmax_terms": -1,
+      "swiglu_rows_grad": -2,
+      "swiglu_rows_grad_again": 2,
     }
   `);
+});
+
+test("activations of experts are tokens, gate and up where copies of tokens are made again", () => {
+  const recompute = { recompute: { mode: "selective", modules: ["moe_permute"] } };
+  const job = jobWith(moe, {}, recompute);
+  const activation = (fuses: boolean) => planOf(job, fuses).programs[0]!.buffers.filter((b) => b.kind === "activation" && /moe/.test(b.id));
+  const rows = (fuses: boolean) => activation(fuses).flatMap(({ id, ragged, shape }) => (ragged > 0 && shape.length > 1 ? [id] : []));
+  expect(rows(false)).toContain("layers.0.moe.swiglu");
+  expect(rows(true)).toEqual(["layers.0.moe.w1", "layers.0.moe.w3", "layers.1.moe.w1", "layers.1.moe.w3"]);
 });
 
 const meshes = {

@@ -2,6 +2,7 @@
 import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
+import { rmsnormGradAdd } from "../../ops/fused.ts";
 import { biasGrad } from "../../ops/linear.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "../../ops/norm.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec, operandOf, type SpecOf } from "../kernelSpec.ts";
@@ -14,6 +15,7 @@ export const norm = {
   rmsnorm: cudaKernel(rmsnorm, (spec) => normalize(spec, spec.d.D)),
   head_norm: cudaKernel(headNorm, (spec) => normalize(spec, spec.d.C)),
   rmsnorm_grad: cudaKernel(rmsnormGrad, (spec, arch) => normalizeGrad(spec, spec.d.D, arch)),
+  rmsnorm_grad_add: cudaKernel(rmsnormGradAdd, (spec, arch) => normalizeGrad(spec, spec.d.D, arch, "z")),
   head_norm_grad: cudaKernel(headNormGrad, (spec, arch) => normalizeGrad(spec, spec.d.C, arch)),
   bias_grad: cudaKernel(biasGrad, sumTokens),
 };
@@ -33,7 +35,12 @@ function normalize(spec: KernelSpec<"x" | "gain" | "y", "eps">, width: number): 
   };
 }
 
-function normalizeGrad(spec: KernelSpec<"x" | "gain" | "dy" | "dx" | "dgain", "eps">, width: number, arch: Arch): GeneratedKernel {
+function normalizeGrad(
+  spec: KernelSpec<"x" | "gain" | "dy" | "dx" | "dgain", "eps">,
+  width: number,
+  arch: Arch,
+  addend?: "z",
+): GeneratedKernel {
   const { x, gain, dy, dx } = spec.dtype;
   const rows = spec.size.x / width;
   const shares = shareRow(width, vectorOf(width, [x, gain, dy, dx]), 2);
@@ -45,14 +52,20 @@ function normalizeGrad(spec: KernelSpec<"x" | "gain" | "dy" | "dx" | "dgain", "e
   const blocks = Math.min(Math.ceil(rows / groups), cudaArchs[arch].multiprocessors * resident);
   const body = render("cuda/norm_grad.cu", {
     ...{ name: spec.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(spec.d.eps) },
-    ...{ x: cudaType(x), gain: cudaType(gain), dy: cudaType(dy), dx: cudaType(dx) },
+    ...{ x: cudaType(x), gain: cudaType(gain), dy: cudaType(dy), dx: cudaType(dx), adds: addend !== undefined },
   });
   const sum = sumColumns(spec, { rows: blocks, width, to: operandOf(spec, "dgain") });
   return {
     source: source(spec, `${body}\n${sum.body}`),
     scratch: blocks * width * bytesOf.f32,
     launches: [
-      { entry: spec.name, grid: [blocks, 1, 1], threads: shares.threads, shared: 0, args: ["x", "gain", "dy", "dx", scratchStart] },
+      {
+        entry: spec.name,
+        grid: [blocks, 1, 1],
+        threads: shares.threads,
+        shared: 0,
+        args: ["x", "gain", "dy", ...(addend ? [addend] : []), "dx", scratchStart],
+      },
       sum.launch,
     ],
   };

@@ -3,13 +3,14 @@
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
+import { softmaxStatistics } from "../../ops/fused.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../kernelSpec.ts";
 import { scratchStart, startOf } from "../launchArgs.ts";
 import { rowReduction } from "./formula.ts";
 import { clearBuffer, sumColumns } from "./reduce.ts";
-import { cuda, source, vectorOf } from "./text.ts";
+import { cuda, shareRow, source, vectorOf } from "./text.ts";
 
 /** CUDA kernels of embedding and loss. */
 export const vocab = {
@@ -29,6 +30,19 @@ export const vocab = {
         `p[row] = narrow<${type}>(v >= 0 && v < ${V} ? widen(xAt[row * ${V} + v]) : 0.0f);`,
       ],
     });
+  }),
+  softmax_statistics: cudaKernel(softmaxStatistics, (spec) => {
+    const { V } = spec.d;
+    const rows = spec.size.m;
+    const unroll = 4;
+    const shares = shareRow(V, vectorOf(V, [spec.dtype.x]), 2 * unroll);
+    const [lanes, threads] = [Math.min(512, shares.lanes), Math.min(512, shares.threads)];
+    const body = render("cuda/softmax_statistics.cu", {
+      ...{ name: spec.name, lanes, threads, vector: shares.vector, unroll, width: V, rows, x: cudaType(spec.dtype.x) },
+    });
+    const grid: [number, number, number] = [Math.ceil(rows / (threads / lanes)), 1, 1];
+    const args = ["x", "target", "m", "s", "p", startOf("V")];
+    return { source: source(spec, body), launches: [{ entry: spec.name, grid, threads, shared: 0, args }] };
   }),
   embed_grad: cudaKernel(embedGrad, sumRowsOfIds),
   source_losses: cudaKernel(sourceLosses, sumOfSources),
