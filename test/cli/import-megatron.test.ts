@@ -402,7 +402,7 @@ describe("arguments", () => {
 
   test("an unsupported argument with Megatron's default has no effect", () => {
     expect(refusalOf({ "main-grads-dtype": "fp32", "glu-linear-offset": "0.0" })).toBe("");
-    expect(refusalOf({ "main-grads-dtype": "bf16" })).toContain("main weights, gradients and moments are fp32");
+    expect(refusalOf({ "main-grads-dtype": "bf16" })).toContain("main weights, gradients and moments are imported in fp32");
   });
 
   test("an unknown argument is an error with the nearest name", () => {

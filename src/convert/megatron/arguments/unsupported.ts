@@ -233,8 +233,8 @@ export const unsupported: readonly (Section & { readonly instead: string })[] = 
       grad-reduce-in-bf16 fp16-lm-cross-entropy output-logit-dtype:bf16|fp32`,
   },
   {
-    why: "main weights, gradients and moments are fp32",
-    instead: "--drop the argument for fp32, which takes more memory",
+    why: "main weights, gradients and moments are imported in fp32",
+    instead: "--drop the argument for fp32; train.gradients and train.optimizer.moments of the job may be bf16",
     names: `
       main-grads-dtype:fp32|bf16=fp32 main-params-dtype:fp32|fp16=fp32 exp-avg-dtype:fp32|fp16|bf16|fp8=fp32
       exp-avg-sq-dtype:fp32|fp16|bf16|fp8=fp32`,
