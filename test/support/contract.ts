@@ -94,7 +94,8 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   const plain = allF32(mixed);
   // main gradients and moments in bf16
   const narrow = Object.fromEntries(["g", "m", "v"].filter((n) => n in plain).map((n) => [n, half]));
-  if (/^(adam|sgd).*_cast$/.test(op.name)) return [plain, { ...plain, y: half, ...(half === "bf16" && narrow) }];
+  if (/^(adam|sgd).*_cast$/.test(op.name))
+    return [plain, { ...plain, y: half }, ...(half === "bf16" ? [{ ...plain, y: half, ...narrow }] : [])];
   if (half === "bf16" && /^(adam|sgd|muon_momentum|sum_squares)/.test(op.name)) return [plain, { ...plain, ...narrow }];
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
   // the first of a ring's pieces is met as it was made, later ones by a sum in f32
