@@ -40,10 +40,14 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
       import("../report/diff.ts"),
       import("../report/diffText.ts"),
     ]);
-    const diff = selectDiff(diffPlans(before.plan, after.plan), options.only, options.ignore);
+    const hasProgram = (options.only.length === 0 || options.only.includes("program")) && !options.ignore.includes("program");
+    const diff = selectDiff(diffPlans(before.plan, after.plan, hasProgram), options.only, options.ignore);
     if (options.format === "json") printJson(diff);
     else if (options.format === "markdown") printStdout((await import("../report/diffMarkdown.ts")).diffMarkdown(diff));
-    else printReport(options.stat ? printStat(diff) : printDiff(diff, { width: reportWidth(), isWhole: options.only.length > 0 }));
+    else
+      printReport(
+        options.stat ? printStat(diff, reportWidth()) : printDiff(diff, { width: reportWidth(), isWhole: options.only.length > 0 }),
+      );
     if (diff.changes) exit.setCode(1);
   });
 }

@@ -24,7 +24,7 @@ export function registerGit(program: Command): void {
 
 async function setUp(): Promise<void> {
   const { git } = await import("./gitFiles.ts");
-  const top = git(["rev-parse", "--show-toplevel"]).trimEnd();
+  const top = git(["rev-parse", "--show-toplevel"], { fix: "change to a folder of the repository that has the plans" }).trimEnd();
   const file = join(top, ".gitattributes");
   const text = existsSync(file) ? readFileSync(file, "utf8") : "";
   const lines = text.split("\n");
@@ -39,7 +39,8 @@ async function setUp(): Promise<void> {
     "diff.rankc.textconv": `${command} git-driver text`,
     "diff.rankc.cachetextconv": "true",
   };
-  for (const [key, value] of Object.entries(settings)) git(["config", "--local", key, value], top);
+  for (const [key, value] of Object.entries(settings))
+    git(["config", "--local", key, value], { cwd: top, fix: "check that the configuration of the repository can be written" });
   printStdout(
     [
       `${file}: ${isWritten ? "has" : "now has"} the line "${ATTRIBUTE}"${isWritten ? "" : "; commit it"}`,

@@ -21,8 +21,13 @@ export function gitFile(text: string): GitFile | undefined {
 /** The most bytes of a plan that are read. */
 const MOST = 2 ** 29;
 
+const checkRevision = "check the revision and the path: git log -- PATH lists the revisions of a file";
+
 /** Runs git in a folder, and returns what it prints. Throws a Trouble with git's own message. */
-export function git(args: readonly string[], cwd = "."): string {
+export function git(
+  args: readonly string[],
+  { cwd = ".", fix = checkRevision }: { readonly cwd?: string; readonly fix?: string } = {},
+): string {
   try {
     return execFileSync("git", args, { cwd, encoding: "utf8", maxBuffer: MOST, stdio: ["ignore", "pipe", "pipe"] });
   } catch (error) {
@@ -32,10 +37,7 @@ export function git(args: readonly string[], cwd = "."): string {
     const [line = "no message"] = String(stderr ?? "")
       .trim()
       .split("\n");
-    throw new Trouble(
-      `git ${args[0]} failed: ${line.replace(/^fatal: /, "")}`,
-      "check the revision and the path: git log -- PATH lists the revisions of a file",
-    );
+    throw new Trouble(`git ${args[0]} failed: ${line.replace(/^fatal: /, "")}`, fix);
   }
 }
 

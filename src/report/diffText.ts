@@ -52,16 +52,17 @@ export function printDiff(diff: PlanDiff, { width, isWhole }: DiffTextOptions = 
     .replace(/\n+$/, "\n");
 }
 
-/** Formats one line with the number of differences of each level. */
-export function printStat({ changes, job, consequences, placement, program }: PlanDiff): string {
+/** Formats the number of differences of each level, on one line if it fits. */
+export function printStat({ changes, job, consequences, placement, program }: PlanDiff, width: number): string {
   if (!changes) return "the plans are the same\n";
   const of = (change: ProgramChange["change"]): number => instructionsOf(program, change);
-  return `${[
+  const line = [
     plural(job.length, "job key"),
     `${plural(placement.length, "axis").replace("axiss", "axes")}`,
     plural(consequences.length, "consequence"),
     `instructions: ${countText(of("added"))} added, ${countText(of("removed"))} removed, ${countText(of("changed"))} changed`,
-  ].join("; ")}\n`;
+  ].join("; ");
+  return `${wrap(line, width, "  ").join("\n")}\n`;
 }
 
 /** Counts instructions: a change of equal layers is one per layer. */

@@ -77,7 +77,7 @@ describe("the installed package", () => {
     expect(() => rankc("inspect", "plan")).toThrow("not a valid plan: the plan must NOT have additional properties");
   });
 
-  test("remembers peaks and plans: an answer from the cache is the computed one, and damage to the cache changes nothing", () => {
+  test("remembers peaks, checked plans and compiled plans: an answer from the cache is the computed one, and damage to the cache changes nothing", () => {
     const large = "node_modules/rankc/plans/mixtral-8x7b-16gpu/job.yaml";
     const sets = ["--set", "cluster.device=h100-80gb", "--format", "json"];
     const first = rankc("check", large, ...sets);
@@ -89,6 +89,16 @@ describe("the installed package", () => {
     expect(rankc("check", large, ...sets)).toBe(first);
     for (const name of peaks) writeFileSync(join(results, name), "{");
     expect(rankc("check", large, ...sets)).toBe(first);
+
+    const compiled = (): string[] => readdirSync(results).filter((name) => name.startsWith("compiled-"));
+    rankc("compile", large, "-o", "large");
+    expect(compiled()).toHaveLength(1);
+    rankc("compile", large, "-o", "again");
+    for (const name of ["plan.json", "plan.txt"])
+      expect(readFileSync(join(home, "again", name), "utf8")).toBe(readFileSync(join(home, "large", name), "utf8"));
+    expect(rankc("compile", large, "-o", "again", "--check")).toContain("again is current");
+    for (const name of compiled()) writeFileSync(join(results, name), "damaged");
+    expect(rankc("compile", large, "-o", "again", "--check")).toContain("again is current");
   });
 
   test("trains a step", () => {
