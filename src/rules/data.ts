@@ -101,7 +101,7 @@ export const data = [
     bad: "train: {evaluation: {steps: 1}}",
   }),
   rule({
-    code: "B240",
+    code: "B249",
     title: "data.documents cannot keep documents apart",
     why: "A document ends with a token of its own: a prepared data set names it in PREFIX.json, and any other corpus needs it as data.documents.end.",
     level: "error",
