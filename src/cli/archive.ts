@@ -28,8 +28,10 @@ export interface PackSettings {
   readonly dataDir?: string;
   /** Operating system and processor in Node's names: `linux-x64`. */
   readonly platform?: string;
-  /** xz's preset, 0 to 9. 0: 35 MiB in 14 s of CPU time; 6, the default: 28 MiB in 90 s (2 slow cores, plans/tiny-dense). */
+  /** xz's preset, 0 to 9. 0, the default: 35 MiB in 14 s of CPU time; 6: 28 MiB in 90 s (2 slow cores, plans/tiny-dense). */
   readonly effort?: number;
+  /** Receives the number of packed files. */
+  readonly onProgress?: (files: number, of: number) => void;
 }
 
 /** The archive that `pack` wrote. */
@@ -50,7 +52,7 @@ exec "$here/lib/node" "$here/lib/dist/src/cli/main.js" "$@"
 `;
 
 /** Writes the archive. Throws a Trouble if the platform differs, xz is missing, the plan is damaged or a file cannot be written. */
-export async function pack({ plan: path, out, dataDir, platform = own, effort = 6 }: PackSettings): Promise<Packed> {
+export async function pack({ plan: path, out, dataDir, platform = own, effort = 0, onProgress }: PackSettings): Promise<Packed> {
   if (platform !== own)
     throw new Trouble(`Node for ${platform} is not available: this machine is ${own}`, `run rankc pack on a ${platform} machine`, 3);
   expectWritable(out);
@@ -80,11 +82,28 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
       ...planned,
       ...(data ?? []),
     ];
-    const { bytes, sha256 } = await compress(entries, out, effort);
-    return { out, platform, bytes, sha256, files: entries.length, corpus: data?.[0]?.path };
+    const top = topFolder(out);
+    const { bytes, sha256 } = await compress(inFolder(top, entries, onProgress), out, effort);
+    const corpus = data?.[0]?.path;
+    return { out, platform, bytes, sha256, files: entries.length, corpus: corpus && `${top}/${corpus}` };
   } finally {
     if (build) rmSync(build, { recursive: true, force: true });
   }
+}
+
+/** Returns the one folder that an archive unpacks into: its file name without the ending. */
+const topFolder = (out: string): string => basename(out).replace(/\.(tar(\.xz)?|txz)$/i, "") || "rankc";
+
+/** Returns the entries below a folder; each read is reported. */
+function inFolder(folder: string, entries: readonly TarEntry[], onProgress: PackSettings["onProgress"]): TarEntry[] {
+  let done = 0;
+  return entries.map(({ path, executable, read }) => ({
+    ...{ path: `${folder}/${path}`, executable },
+    read: () => {
+      onProgress?.(++done, entries.length);
+      return read();
+    },
+  }));
 }
 
 const own = `${process.platform}-${process.arch}`;

@@ -5,7 +5,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
-import { compileAt, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
+import { compileAt, dataDirEntry, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
 import { type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
@@ -54,7 +54,7 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
     ]);
     const text = printPlan(plan);
     const kernels = [...sources, ...cubins].map(([file, content]) => [join("kernels", file), content] as const);
-    writeFolder(out, { "plan.json": text, "plan.txt": printPlanText(plan), ...Object.fromEntries(kernels) });
+    writeFolder(out, { "plan.json": text, "plan.txt": printPlanText(plan), ...dataDirEntry(path, out), ...Object.fromEntries(kernels) });
     knownPlans.add(text);
   }
   if (emit) return printStdout(compiled.emit?.(emit) ?? "");

@@ -1,5 +1,5 @@
 /** Reads the files that a command line names. A file that is missing, too large or not text is a Trouble. */
-import { readFileSync, type Stats, statSync } from "node:fs";
+import { closeSync, existsSync, openSync, readFileSync, readSync, type Stats, statSync } from "node:fs";
 import { basename, dirname, extname, join, resolve } from "node:path";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -24,8 +24,34 @@ const configText: TextKind = { noun: "a config.json", limit: 64 * 2 ** 20, fix: 
 export function readJobFile(path: string): string {
   const stat = attempt(path, () => statSync(path));
   if (stat.isDirectory())
-    throw new Trouble(`${path} is a directory, not a job`, `name the file, for example ${path.replace(/\/+$/, "")}/job.yaml`);
+    throw existsSync(join(path, "plan.json"))
+      ? new Trouble(
+          `${path} has a compiled plan, not a job`,
+          "name the job's YAML file; rankc inspect, diff, run, serve and pack take plans",
+        )
+      : new Trouble(`${path} is a directory, not a job`, `name the file, for example ${path.replace(/\/+$/, "")}/job.yaml`);
+  expectNoPlan(path, stat);
   return readText(path, stat, jobText);
+}
+
+/** Throws a Trouble if a file that should be a job is a plan.json or plan.txt: a plan may exceed the limit of jobs, and is no valid YAML. */
+function expectNoPlan(path: string, stat: Stats): void {
+  if (!stat.isFile()) return;
+  const head = Buffer.alloc(Math.min(512, stat.size));
+  const file = attempt(path, () => openSync(path, "r"));
+  try {
+    readSync(file, head, 0, head.length, 0);
+  } finally {
+    closeSync(file);
+  }
+  const text = head.toString("utf8");
+  const isText = /^[^\n]+: plan [0-9a-f]{16}, rankc /.test(text);
+  const isJson = basename(path) === "plan.json" && /^\s*\{/.test(text);
+  if (!isText && !isJson) return;
+  throw new Trouble(
+    `${path} is ${isText ? "the text of a plan" : "a compiled plan"}, not a job`,
+    `name the job's YAML file; rankc inspect, diff, run, serve and pack take ${isText ? "the folder of plan.json" : "plans"}`,
+  );
 }
 
 /**

@@ -1,7 +1,7 @@
 /** Loads jobs and plans for the commands. Compiler modules are imported on use, so that `check` and `explain` start fast. */
 
-import { existsSync, statSync } from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { existsSync, readFileSync, statSync } from "node:fs";
+import { basename, dirname, join, relative, resolve } from "node:path";
 import { entryOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -117,8 +117,28 @@ export function planFile(path: string): string | undefined {
   return isDirectory(path) && existsSync(inside) ? inside : undefined;
 }
 
-/** Returns the default base directory of data.path: the directory of the job or plan. */
-export const dataDirOf = (path: string): string => (isDirectory(path) ? path : dirname(path));
+/** The file beside plan.json with the directory of the job, relative to it. It is not a part of the plan: equal jobs have equal plans anywhere. */
+const dataDirFile = "data_dir.txt";
+
+/** Returns the content of `dataDirFile` for a plan in `out`, as a file of the folder; nothing if the job is there. */
+export function dataDirEntry(job: string, out: string): Readonly<Record<string, string>> {
+  const path = relative(resolve(out), resolve(dirname(job)));
+  return path === "" ? {} : { [dataDirFile]: `${path}\n` };
+}
+
+/**
+ * Returns the default base directory of data.path: that of the job, or the one that a plan remembers. If the plan was moved, so that this one does
+ * not exist, the directory of the plan.
+ */
+export function dataDirOf(path: string): string {
+  const plan = planFile(path);
+  if (!plan) return isDirectory(path) ? path : dirname(path);
+  const folder = dirname(plan);
+  const file = join(folder, dataDirFile);
+  if (!existsSync(file)) return folder;
+  const remembered = join(folder, readFileSync(file, "utf8").trim());
+  return isDirectory(remembered) ? remembered : folder;
+}
 
 const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();
 

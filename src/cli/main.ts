@@ -14,6 +14,7 @@ import { registerData } from "./data.ts";
 import { registerDiff } from "./diff.ts";
 import { registerDoctor } from "./doctor.ts";
 import { registerEval } from "./eval.ts";
+import { registerExamples } from "./examples.ts";
 import { registerExplain } from "./explain.ts";
 import { registerExport } from "./export.ts";
 import { registerGit } from "./git.ts";
@@ -50,6 +51,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerPack,
   registerServe,
   registerExplain,
+  registerExamples,
   registerImport,
   registerExport,
   registerGit,

@@ -37,7 +37,7 @@ export const withExamples = (command: Command, ...lines: string[]): Command =>
 export const planOrJob = "a plan (its directory or plan.json), or a job";
 
 /** Description of `--data-dir` for commands that read the corpus. */
-export const dataDirHelp = "the base directory of data.path and data.labels (default: the directory of the job or plan)";
+export const dataDirHelp = "the base directory of data.path and data.labels (default: the directory of the job, which a plan remembers)";
 
 /** Parser of a repeatable option: appends the value to the list. */
 export function collect(value: string, all: readonly string[]): string[] {

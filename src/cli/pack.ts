@@ -1,6 +1,6 @@
 import type { Command } from "commander";
 import { type CommonOptions, withExamples, withFormat } from "./options.ts";
-import { printJson, printStderr, printStdout } from "./output.ts";
+import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 
 /** Registers `pack`: writes a plan, rankc and Node into one archive. */
 export function registerPack(program: Command): void {
@@ -18,7 +18,14 @@ export function registerPack(program: Command): void {
   ).action(async (plan: string, options: Pick<CommonOptions, "format"> & { out: string; dataDir?: string; platform?: string }) => {
     const [{ pack }, { bytesText, plural }] = await Promise.all([import("./archive.ts"), import("../units.ts")]);
     const { format, ...settings } = options;
-    const packed = await pack({ plan, ...settings });
+    let shown = -1;
+    const onProgress = (files: number, of: number): void => {
+      const tenth = Math.floor((10 * files) / of);
+      if (tenth > shown) printProgress(`packing: ${files} of ${of} files`);
+      shown = Math.max(shown, tenth);
+    };
+    const packed = await pack({ plan, ...settings, onProgress });
+    endProgress();
     if (format === "json") return printJson(packed);
     printStdout(
       `${packed.out}: ${bytesText(packed.bytes)}, ${plural(packed.files, "file")}, for ${packed.platform}\nsha256 ${packed.sha256}`,

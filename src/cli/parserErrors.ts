@@ -55,6 +55,8 @@ const lower = (text: string): string => text.charAt(0).toLowerCase() + text.slic
 
 function choiceOf(value: string, choices: readonly string[]): string {
   const far = (choice: string): number => (choice.startsWith(value.toLowerCase()) ? 0 : leven(choice, value.toLowerCase()));
-  const [near] = choices.filter((choice) => far(choice) <= 2).sort((a, b) => far(a) - far(b));
+  const [near] = choices
+    .filter((choice) => far(choice) <= 2)
+    .sort((a, b) => far(a) - far(b) || Math.abs(a.length - value.length) - Math.abs(b.length - value.length));
   return `${near === undefined ? "" : `did you mean ${near}? `}the choices are ${choices.join(", ")}`;
 }

@@ -91,24 +91,26 @@ export function printProfile(plan: Plan, timings: readonly Timing[], most = 40):
   const rest = rows.slice(most);
   const number = (x: number): string => (x === 0 ? "" : x.toPrecision(3));
   const percent = (x: number): string => `${(100 * x).toFixed(1)} %`;
+  // the row of the CPU is a budget for the memory rule, not a measured peak: there is nothing to be a part of
+  const hasPeak = deviceOf(plan.job.cluster.device).links !== null;
   const cells = shown.map((r) => [
     r.milliseconds.toFixed(3),
     percent(r.share),
     countText(r.calls),
     number(r.tflops),
     number(r.gigabytes_per_second),
-    percent(r.of_peak),
+    ...(hasPeak ? [percent(r.of_peak)] : []),
     r.op,
     r.id,
   ]);
-  const head = ["ms", "share", "calls", "TFLOP/s", "GB/s", "of peak", "op", "instruction"];
+  const head = ["ms", "share", "calls", "TFLOP/s", "GB/s", ...(hasPeak ? ["of peak"] : []), "op", "instruction"];
   const others = rest.reduce((sum, r) => sum + r.milliseconds, 0);
-  const lines = table([head, ...cells], [0, 1, 2, 3, 4, 5]);
+  const lines = table([head, ...cells], hasPeak ? [0, 1, 2, 3, 4, 5] : [0, 1, 2, 3, 4]);
   if (rest.length) lines.push(`  ${others.toFixed(3)} ms in ${rest.length} others`);
   const begin = timings.reduce((least, t) => Math.min(least, t.begin_us), Number.POSITIVE_INFINITY);
   const end = timings.reduce((greatest, t) => Math.max(greatest, t.end_us), 0);
   const ranks = new Set(timings.map((t) => t.rank)).size;
-  return `where the time of a step went: ${((end - begin) / 1e3).toFixed(3)} ms from first to last, ${ranks} rank${ranks === 1 ? "" : "s"}; peak of ${plan.job.cluster.device}\n${lines.join("\n")}\n`;
+  return `where the time of a step went: ${((end - begin) / 1e3).toFixed(3)} ms from first to last, ${ranks} rank${ranks === 1 ? "" : "s"}${hasPeak ? `; peak of ${plan.job.cluster.device}` : ""}\n${lines.join("\n")}\n`;
 }
 
 /** Returns a trace in the Chrome trace format: one process per rank, one track per stream. */

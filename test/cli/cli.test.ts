@@ -1,5 +1,5 @@
 import { spawn } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
@@ -54,7 +54,7 @@ describe.concurrent("the command line", () => {
     expect(said.map((s) => s.exit)).toEqual([0, 0, 1]);
     expect(said[0]!.out).toContain("2 ranks, 1 role");
     expect(JSON.parse(said[1]!.out)).toMatchObject({ out: two, findings: [], more: {} });
-    expect(readdirSync(one).sort()).toEqual(["plan.json", "plan.txt"]);
+    expect(readdirSync(one).sort()).toEqual(["data_dir.txt", "plan.json", "plan.txt"]);
     expect(readFileSync(join(two, "plan.json"), "utf8")).toBe(readFileSync(join(one, "plan.json"), "utf8"));
     expect(existsSync(none)).toBe(false);
 
@@ -126,6 +126,42 @@ describe.concurrent("the command line", () => {
     expect(err).not.toMatch(/^\s+at /m);
     expect(out).toBe("");
     expect(exit).toBe(2);
+  });
+
+  test("a plan remembers the folder of its job; --data-dir overrides it, and a moved plan looks beside itself", async () => {
+    const plan = join(folder, "far/away/plan");
+    expect((await rankc("compile", job, "-o", plan)).exit).toBe(0);
+    expect((await rankc("run", plan, "--steps", "1")).err).toContain("step 1/1");
+    expect((await rankc("run", plan, "--steps", "1", "--data-dir", join(folder, "far"))).err).toContain(join(folder, "far"));
+    const moved = mkdtempSync(join(tmpdir(), "rankc-moved-"));
+    cpSync(plan, join(moved, "a/b/plan"), { recursive: true });
+    const { exit, err } = await rankc("run", join(moved, "a/b/plan"), "--steps", "1");
+    expect([exit, err]).toEqual([2, expect.stringContaining(moved)]);
+    rmSync(moved, { recursive: true });
+  });
+
+  test("a plan in place of a job is one message", async () => {
+    const plan = join(folder, "instead");
+    expect((await rankc("compile", job, "-o", plan)).exit).toBe(0);
+    for (const path of [plan, join(plan, "plan.json"), join(plan, "plan.txt")])
+      for (const command of ["check", "compile"]) {
+        const { exit, err } = await rankc(command, path, ...(command === "compile" ? ["--emit", "model"] : []));
+        expect([exit, err.split("\n").length], err).toEqual([2, 3]);
+        expect(err).toMatch(/^rankc: .*plan.*, not a job\n {2}fix: name the job's YAML file; rankc inspect, diff, run/);
+      }
+  });
+
+  test("examples: every job of the copy is valid, and its schema is there; a changed file is not overwritten unasked", async () => {
+    const tour = join(folder, "tour");
+    expect(await rankc("examples", tour)).toMatchObject({ exit: 0, out: expect.stringContaining("plans/tiny-mixtral/job.yaml") });
+    const text = join(tour, "plans/tiny-dense/job.yaml");
+    const [schema = ""] = /\$schema=(.*)/.exec(readFileSync(text, "utf8"))?.slice(1) ?? [];
+    expect(existsSync(join(tour, "plans/tiny-dense", schema))).toBe(true);
+    expect((await rankc("run", text, "--steps", "1")).exit).toBe(0);
+    expect((await rankc("examples", tour)).out).toContain("0 files written");
+    writeFileSync(text, "mine");
+    expect(await rankc("examples", tour)).toMatchObject({ exit: 2, err: expect.stringContaining("differs from the example") });
+    expect(readFileSync(text, "utf8")).toBe("mine");
   });
 
   test("an interrupted run finishes its step and reports the completed steps", async () => {

@@ -66,7 +66,7 @@ describe("the installed package", () => {
     expect(rankc("--version")).toBe("0.1.0\n");
     expect(rankc("check", job)).toContain("valid");
     rankc("compile", job, "-o", "plan");
-    expect(readdirSync(join(home, "plan")).sort()).toEqual(["plan.json", "plan.txt"]);
+    expect(readdirSync(join(home, "plan")).sort()).toEqual(["data_dir.txt", "plan.json", "plan.txt"]);
     expect(rankc("inspect", "plan")).toContain("tiny-dense");
   });
 

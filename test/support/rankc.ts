@@ -67,7 +67,8 @@ function buildAlone(folder: string, lock: string): void {
   writeFileSync(join(own, "tsconfig.json"), JSON.stringify(config));
   const tsc = join(root, "node_modules/typescript/bin/tsc");
   execFileSync(process.execPath, [tsc, "-p", own], { cwd: root });
-  for (const name of ["package.json", "LICENSE", "schemas", "templates"]) cpSync(join(root, name), join(own, name), { recursive: true });
+  for (const name of ["package.json", "LICENSE", "schemas", "templates", "plans"])
+    cpSync(join(root, name), join(own, name), { recursive: true });
   try {
     renameSync(own, folder);
   } catch (error) {
