@@ -69,6 +69,7 @@ const touchFiles = new Map([
   ["src/packageFile.ts", "schemas and templates of the package"],
   ["src/plan/validator.ts", "the built validator"],
   ["src/cli/archive.ts", "an archive of a plan and all that runs it"],
+  ["src/cli/examples.ts", "the example jobs and schemas of the package"],
   ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
   ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/data/inputFile.ts", "the corpus"],
