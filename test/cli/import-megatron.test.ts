@@ -723,3 +723,18 @@ describe("the command", () => {
     }
   });
 });
+
+describe("documents in one sequence", () => {
+  test("each argument is a key of data.documents; without them there is none", () => {
+    const data = { "data-path": "corpus" };
+    expect(jobOf(data).data.documents).toBeUndefined();
+    expect(jobOf({ ...data, "reset-attention-mask": "", "eod-mask-loss": "" }).data.documents).toEqual({
+      ...{ mask: true, positions: false, loss: true, end: null },
+    });
+    expect(jobOf({ ...data, "reset-position-ids": "" }).data.documents).toMatchObject({ mask: false, positions: true, loss: false });
+  });
+  test("without known data the job has a token to replace", () => {
+    expect(jobOf({ "mock-data": "", "reset-attention-mask": "" }).data.documents?.end).toBe(0);
+    expect(imported({ "mock-data": "", "reset-attention-mask": "" }).text).toContain("end is to be set");
+  });
+});

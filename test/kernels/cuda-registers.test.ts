@@ -70,7 +70,9 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
         return cudaKernels[op](
           {
             ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, accumulates: new Set() },
-            ...{ dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])) },
+            ...{
+              dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])),
+            },
             ...{ bound: 0, makesRows: false, mayOverflow: false },
           },
           arch,

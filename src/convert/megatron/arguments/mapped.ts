@@ -20,7 +20,8 @@ export const mapped = [
       group-query-attention multi-latent-attention mtp-num-layers:int rampup-batch-size:int3 pipeline-model-parallel-layout:text
       num-layers-per-virtual-pipeline-stage:int num-virtual-stages-per-pipeline-rank:int decoder-first-pipeline-num-layers:int
       decoder-last-pipeline-num-layers:int account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-      recompute-granularity:full|selective recompute-activations moe-layer-recompute data-path:text* train-data-path:text* mock-data`,
+      recompute-granularity:full|selective recompute-activations moe-layer-recompute data-path:text* train-data-path:text* mock-data
+      reset-position-ids reset-attention-mask eod-mask-loss`,
   },
   {
     why: "is on where biases are, and these are not supported",

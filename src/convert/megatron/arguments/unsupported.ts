@@ -252,16 +252,10 @@ export const unsupported: readonly (Section & { readonly instead: string })[] = 
       phase-transition-iterations:text data-args-path:text per-split-data-args-path:text`,
   },
   {
-    why: "attention does not end at the end of a document",
-    instead: "--drop the argument to train across documents",
+    why: "documents are told apart by the token that ends them",
+    instead: "use --reset-attention-mask --reset-position-ids, which become data.documents",
     names: `
-      reset-position-ids reset-attention-mask dataloader-inter-document-masking`,
-  },
-  {
-    why: "all tokens are learnt, unless data.labels ignores them",
-    instead: "--drop the argument, or write -100 for them in data.labels",
-    names: `
-      eod-mask-loss`,
+      dataloader-inter-document-masking`,
   },
   {
     why: "samples are not rewritten",

@@ -208,6 +208,7 @@ export function putData(importing: Importing): void {
     job.put("data.order", "shuffled", ["dataloader-type"]);
   }
   putEvaluation(importing, sources !== undefined);
+  putDocuments(importing, sources === undefined ? 0 : undefined);
 }
 
 /** Puts the shares and the data sets that an evaluation reads, and `train.evaluation` where the script names an interval. */
@@ -233,4 +234,13 @@ function putEvaluation({ args, job }: Importing, hasSources: boolean): void {
   if (!evaluates || !hasValidation) return;
   const from = ["eval-interval", "eval-iters", "full-validation"] as const;
   job.put("train.evaluation", { every, steps: args.has("full-validation") ? "all" : iterations }, from);
+}
+
+/** Puts `data.documents`. `end`: a token that the user replaces, for data without a description. */
+function putDocuments({ args, job }: Importing, end?: number): void {
+  const names = ["reset-attention-mask", "reset-position-ids", "eod-mask-loss"] as const;
+  const [mask, positions, loss] = names.map((name) => args.has(name));
+  if (!mask && !positions && !loss) return;
+  const remark = end === undefined ? undefined : "end is to be set to the id of the token that ends a document";
+  job.put("data.documents", { mask, positions, loss, ...(end !== undefined && { end }) }, names, remark);
 }
