@@ -12,6 +12,12 @@ import { completeTrain, Train, TrainText } from "./job/train.ts";
 
 export { type GatedActivation, isGated, type PlainActivation } from "./job/model.ts";
 
+const Code = z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504");
+const Allowed = z.strictObject({
+  code: Code.describe("code of a warning, such as C504"),
+  reason: z.string().min(1).describe("why the job accepts it"),
+});
+
 /** The job as written. */
 export const JobText = z.strictObject({
   name: z.string().min(1).describe("name of the job in reports"),
@@ -21,10 +27,10 @@ export const JobText = z.strictObject({
   data: DataText.describe("the corpus"),
   cluster: ClusterText.prefault({}).describe("hosts and devices"),
   allow: z
-    .array(z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504"))
+    .array(z.union([Code, Allowed]))
     .max(100)
     .optional()
-    .describe("codes of warnings that check does not print, such as C504; errors cannot be allowed"),
+    .describe("warnings that check does not print: codes such as C504, or {code, reason}; errors cannot be allowed"),
 });
 /** A value of the schema `JobText`. */
 export type JobText = z.output<typeof JobText>;
@@ -49,6 +55,9 @@ export function completeJob({ allow: _, ...text }: JobText): Job {
 
 /** Returns whether losses of tokens have weights: some labels are ignored. */
 export const hasTokenWeights = ({ data }: Pick<Job, "data">): boolean => data.labels !== null || data.documents?.loss === true;
+
+/** Returns how many channels of a head are rotated, beginning with the first. */
+export const rotatedWidth = ({ head_dim, rope }: Pick<Job["model"], "head_dim" | "rope">): number => Math.floor(head_dim * rope.fraction);
 
 /** Returns the JSON Schema of a job file, for editors. */
 export function jobSchema(): Record<string, unknown> {

@@ -173,6 +173,7 @@ export const InputSource = z
     "labels",
     "weights",
     "documents",
+    "positions",
     "sources",
     "sample",
     "one",
@@ -184,7 +185,7 @@ export const InputSource = z
     "loss_scale",
   ])
   .describe(
-    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), documents (the position in its sequence at which the document of a token begins), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
+    "per microbatch, one element a token: ids, labels, weights (of the losses of tokens), positions (in the sequence), documents (the position in its sequence at which the document of a token begins), sources (of an evaluation: the number of the source of the token); one a sequence: sample (its number since the run began); scalars: one, mtp_coeff, aux_weight (gradients of the losses). Per step, scalars: lr, step, weight_decay, loss_scale",
   );
 /** A value of the schema `InputSource`. */
 export type InputSource = z.infer<typeof InputSource>;

@@ -202,6 +202,17 @@ interface CudaBiasGradCu {
   readonly width: string | number;
 }
 
+interface CudaBiasRowsGradCu {
+  readonly adds: boolean;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly offsetsAt: string | number;
+  readonly strands: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly width: string | number;
+}
+
 interface CudaBiasUpdateCu {
   readonly experts: string | number;
   readonly name: string | number;
@@ -417,12 +428,15 @@ interface CudaMergeRowsCu {
 }
 
 interface CudaNormCu {
+  readonly bias: string | number;
+  readonly center: boolean;
   readonly eps: string | number;
   readonly gain: string | number;
   readonly inverse: string | number;
   readonly items: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
+  readonly offset: string | number;
   readonly rows: string | number;
   readonly threads: string | number;
   readonly vector: string | number;
@@ -433,6 +447,7 @@ interface CudaNormCu {
 
 interface CudaNormGradCu {
   readonly adds: boolean;
+  readonly center: boolean;
   readonly dx: string | number;
   readonly dy: string | number;
   readonly eps: string | number;
@@ -442,6 +457,7 @@ interface CudaNormGradCu {
   readonly items: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
+  readonly offset: string | number;
   readonly resident: string | number;
   readonly rows: string | number;
   readonly threads: string | number;
@@ -451,11 +467,8 @@ interface CudaNormGradCu {
 }
 
 interface CudaOrthogonalizeCu {
-  readonly a: string | number;
   readonly alongLong: string | number;
   readonly alongShort: string | number;
-  readonly b: string | number;
-  readonly c: string | number;
   readonly columns: string | number;
   readonly eps: string | number;
   readonly long: string | number;
@@ -464,6 +477,7 @@ interface CudaOrthogonalizeCu {
   readonly parts: string | number;
   readonly rows: string | number;
   readonly short: string | number;
+  readonly steps: readonly { readonly a: string | number; readonly b: string | number; readonly c: string | number; readonly suffix: string | number }[];
   readonly tile: string | number;
   readonly x: string | number;
 }
@@ -842,6 +856,16 @@ interface WgslAttentionRandomWgsl {
   readonly threshold: string | number;
 }
 
+interface WgslBiasRowsGradWgsl {
+  readonly adds: boolean;
+  readonly count: string | number;
+  readonly entry: string | number;
+  readonly index: string | number;
+  readonly offsetsAt: string | number;
+  readonly threads: string | number;
+  readonly width: string | number;
+}
+
 interface WgslBiasUpdateWgsl {
   readonly entry: string | number;
   readonly experts: string | number;
@@ -1012,6 +1036,44 @@ interface WgslMergeRowsWgsl {
   readonly threads: string | number;
 }
 
+interface WgslNormWgsl {
+  readonly center: boolean;
+  readonly entry: string | number;
+  readonly eps: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly mean: string | number;
+  readonly offset: string | number;
+  readonly perGroup: string | number;
+  readonly rows: string | number;
+  readonly sum: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface WgslNormGradWgsl {
+  readonly center: boolean;
+  readonly entry: string | number;
+  readonly eps: string | number;
+  readonly index: string | number;
+  readonly lanes: string | number;
+  readonly mean: string | number;
+  readonly offset: string | number;
+  readonly perGroup: string | number;
+  readonly products: string | number;
+  readonly pulls: string | number;
+  readonly rows: string | number;
+  readonly squares: string | number;
+  readonly threads: string | number;
+  readonly type: string | number;
+  readonly vector: string | number;
+  readonly vectors: string | number;
+  readonly width: string | number;
+}
+
 interface WgslOrthogonalizeWgsl {
   readonly columns: string | number;
   readonly entry: string | number;
@@ -1074,37 +1136,6 @@ interface WgslQuantileUpdateWgsl {
   readonly experts: string | number;
   readonly rest: string | number;
   readonly threads: string | number;
-}
-
-interface WgslRmsnormWgsl {
-  readonly entry: string | number;
-  readonly eps: string | number;
-  readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly rows: string | number;
-  readonly sum: string | number;
-  readonly threads: string | number;
-  readonly type: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-  readonly width: string | number;
-}
-
-interface WgslRmsnormGradWgsl {
-  readonly entry: string | number;
-  readonly eps: string | number;
-  readonly index: string | number;
-  readonly lanes: string | number;
-  readonly perGroup: string | number;
-  readonly products: string | number;
-  readonly rows: string | number;
-  readonly squares: string | number;
-  readonly threads: string | number;
-  readonly type: string | number;
-  readonly vector: string | number;
-  readonly vectors: string | number;
-  readonly width: string | number;
 }
 
 interface WgslRopeWgsl {
@@ -1300,6 +1331,7 @@ export interface Templates {
   readonly "cuda/attention_tiles.cuh": CudaAttentionTilesCuh;
   readonly "cuda/attention_wgmma.cu": CudaAttentionWgmmaCu;
   readonly "cuda/bias_grad.cu": CudaBiasGradCu;
+  readonly "cuda/bias_rows_grad.cu": CudaBiasRowsGradCu;
   readonly "cuda/bias_update.cu": CudaBiasUpdateCu;
   readonly "cuda/broadcast.cu": CudaBroadcastCu;
   readonly "cuda/clear.cu": CudaClearCu;
@@ -1351,6 +1383,7 @@ export interface Templates {
   readonly "wgsl/attention_mask.wgsl": WgslAttentionMaskWgsl;
   readonly "wgsl/attention_merge.wgsl": WgslAttentionMergeWgsl;
   readonly "wgsl/attention_random.wgsl": WgslAttentionRandomWgsl;
+  readonly "wgsl/bias_rows_grad.wgsl": WgslBiasRowsGradWgsl;
   readonly "wgsl/bias_update.wgsl": WgslBiasUpdateWgsl;
   readonly "wgsl/column_reduce.wgsl": WgslColumnReduceWgsl;
   readonly "wgsl/copy_slices.wgsl": WgslCopySlicesWgsl;
@@ -1362,13 +1395,13 @@ export interface Templates {
   readonly "wgsl/make_rows.wgsl": WgslMakeRowsWgsl;
   readonly "wgsl/map.wgsl": WgslMapWgsl;
   readonly "wgsl/merge_rows.wgsl": WgslMergeRowsWgsl;
+  readonly "wgsl/norm.wgsl": WgslNormWgsl;
+  readonly "wgsl/norm_grad.wgsl": WgslNormGradWgsl;
   readonly "wgsl/orthogonalize.wgsl": WgslOrthogonalizeWgsl;
   readonly "wgsl/philox.wgsl": WgslPhiloxWgsl;
   readonly "wgsl/product.wgsl": WgslProductWgsl;
   readonly "wgsl/product_place.wgsl": WgslProductPlaceWgsl;
   readonly "wgsl/quantile_update.wgsl": WgslQuantileUpdateWgsl;
-  readonly "wgsl/rmsnorm.wgsl": WgslRmsnormWgsl;
-  readonly "wgsl/rmsnorm_grad.wgsl": WgslRmsnormGradWgsl;
   readonly "wgsl/rope.wgsl": WgslRopeWgsl;
   readonly "wgsl/row_formula.wgsl": WgslRowFormulaWgsl;
   readonly "wgsl/rows.wgsl": WgslRowsWgsl;

@@ -3,7 +3,7 @@
  * [out, in], we keep [in, out].
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import type { Job } from "../../schemas/job.ts";
+import { isGated, type Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];
@@ -48,17 +48,25 @@ export function parametersOf(model: Model): readonly HfParameter[] {
   const { V, D } = dimsOf(model);
   return [
     plain("embed", "that this is the whole checkpoint of a causal language model", "model.embed_tokens.weight", V, D),
+    ...(model.positions === "learned"
+      ? [own("position_table", "model.positions", [{ size: model.max_positions, key: "model.max_positions" }, D], [])]
+      : []),
     ...Array.from({ length: model.layers }, (_, i) =>
       layer(model, `layers.${i}`, `model.layers.${i}`, "model.layers", hasExperts(model, i)),
     ).flat(),
     ...Array.from({ length: depthsOf(model) }, (_, k) => depth(model, k)).flat(),
-    plain("norm", "that this is the whole checkpoint of a causal language model", "model.norm.weight", D),
+    ...norm(model, "norm", "that this is the whole checkpoint of a causal language model", "model.norm", D),
     ...(model.tie_embeddings ? [] : [linear("head", "model.tie_embeddings", ["lm_head.weight"], D, V)]),
   ];
 }
 
 const plain = (name: string, missing: string, tensor: string, ...shape: Dim[]): HfParameter =>
   own(name, missing, shape, [[{ tensor, shape, blocks: asIs(shape) }]]);
+/** The gain of a norm, and the bias of a layer norm. */
+const norm = (model: Model, name: string, missing: string, tensor: string, dim: Dim): readonly HfParameter[] => [
+  plain(name, missing, `${tensor}.weight`, dim),
+  ...(model.norm.type === "layernorm" ? [plain(`${name}_bias`, "model.norm.type", `${tensor}.bias`, dim)] : []),
+];
 const linear = (name: string, missing: string, tensors: readonly string[], input: Dim, output: Dim): HfParameter => {
   const blocks = [{ there: 0, here: 0, rows: output.size, cols: input.size }];
   return own(
@@ -72,16 +80,13 @@ const linear = (name: string, missing: string, tensors: readonly string[], input
 function layer(model: Model, ours: string, theirs: string, at: string, sparse: boolean): readonly HfParameter[] {
   const { D } = dimsOf(model);
   return [
-    plain(`${ours}.norm1`, at, `${theirs}.input_layernorm.weight`, D),
+    ...norm(model, `${ours}.norm1`, at, `${theirs}.input_layernorm`, D),
     ...(model.mla ? latent(model, ours, `${theirs}.self_attn`, model.mla) : grouped(model, ours, `${theirs}.self_attn`)),
     ...(model.out_bias ? [plain(`${ours}.bo`, "model.out_bias", `${theirs}.self_attn.o_proj.bias`, D)] : []),
-    plain(`${ours}.norm2`, at, `${theirs}.post_attention_layernorm.weight`, D),
+    ...norm(model, `${ours}.norm2`, at, `${theirs}.post_attention_layernorm`, D),
     ...(model.moe && sparse
-      ? [...experts(dimsOf(model), ours, theirs, model.moe), ...beside(dimsOf(model), ours, `${theirs}.mlp`, model.moe)]
-      : forward(dimsOf(model), ours, [`${theirs}.mlp`], model.moe ? "model.moe.layers" : "model.moe", {
-          size: model.ffn,
-          key: "model.ffn",
-        })),
+      ? [...experts(model, ours, theirs, model.moe), ...beside(model, ours, `${theirs}.mlp`, model.moe)]
+      : denseForward(model, ours, `${theirs}.mlp`)),
   ];
 }
 
@@ -91,11 +96,11 @@ function depth(model: Model, k: number): readonly HfParameter[] {
   const [ours, theirs] = [`mtp.${k}`, `model.layers.${model.layers + k}`];
   const at = "model.mtp";
   return [
-    plain(`${ours}.enorm`, at, `${theirs}.enorm.weight`, D),
-    plain(`${ours}.hnorm`, at, `${theirs}.hnorm.weight`, D),
+    ...norm(model, `${ours}.enorm`, at, `${theirs}.enorm`, D),
+    ...norm(model, `${ours}.hnorm`, at, `${theirs}.hnorm`, D),
     linear(`${ours}.proj`, at, [`${theirs}.eh_proj.weight`], { size: 2 * D.size, key: "2 x model.hidden" }, D),
     ...layer(model, ours, theirs, at, hasExperts(model, model.layers - 1)),
-    plain(`${ours}.norm`, at, `${theirs}.shared_head.norm.weight`, D),
+    ...norm(model, `${ours}.norm`, at, `${theirs}.shared_head.norm`, D),
   ];
 }
 
@@ -116,8 +121,8 @@ function grouped(model: Model, ours: string, theirs: string): readonly HfParamet
     ...(model.qk_norm === "none"
       ? []
       : [
-          plain(`${ours}.q_norm`, "model.qk_norm", `${theirs}.q_norm.weight`, normedQ),
-          plain(`${ours}.k_norm`, "model.qk_norm", `${theirs}.k_norm.weight`, normedK),
+          ...norm(model, `${ours}.q_norm`, "model.qk_norm", `${theirs}.q_norm`, normedQ),
+          ...norm(model, `${ours}.k_norm`, "model.qk_norm", `${theirs}.k_norm`, normedK),
         ]),
   ];
 }
@@ -132,23 +137,37 @@ function latent(model: Model, ours: string, theirs: string, mla: NonNullable<Mod
   const KV = { size: heads * (mla.nope_dim + mla.v_dim), key: "model.heads x (model.mla.nope_dim + v_dim)" };
   const O = { size: heads * mla.v_dim, key: "model.heads x model.mla.v_dim" };
   const rank = { size: mla.q_rank ?? 0, key: "model.mla.q_rank" };
+  const normed = (...of: [name: string, missing: string, tensor: string, dim: Dim]) => (mla.norm ? norm(model, ...of) : []);
   return [
     ...(mla.q_rank === null
       ? [linear(`${ours}.wq`, "model.mla.q_rank", [`${theirs}.q_proj.weight`], D, Q)]
       : [
           linear(`${ours}.wq_a`, "model.mla.q_rank", [`${theirs}.q_a_proj.weight`], D, rank),
-          plain(`${ours}.q_norm`, "model.mla.q_rank", `${theirs}.q_a_layernorm.weight`, rank),
+          ...normed(`${ours}.q_norm`, "model.mla.q_rank", `${theirs}.q_a_layernorm`, rank),
           linear(`${ours}.wq_b`, "model.mla.q_rank", [`${theirs}.q_b_proj.weight`], rank, Q),
         ]),
     linear(`${ours}.wkv_a`, at, [`${theirs}.kv_a_proj_with_mqa.weight`], D, KR),
-    plain(`${ours}.kv_norm`, at, `${theirs}.kv_a_layernorm.weight`, K),
+    ...normed(`${ours}.kv_norm`, at, `${theirs}.kv_a_layernorm`, K),
     linear(`${ours}.wkv_b`, at, [`${theirs}.kv_b_proj.weight`], K, KV),
     linear(`${ours}.wo`, at, [`${theirs}.o_proj.weight`], O, D),
   ];
 }
 
-/** The three matrices of a feed-forward part; where it is found, the most usual place first. */
-function forward({ D }: Dims, ours: string, theirs: readonly string[], missing: string, F: Dim): readonly HfParameter[] {
+/** The dense feed-forward part of a layer, with its biases. */
+function denseForward(model: Model, ours: string, theirs: string): readonly HfParameter[] {
+  const F = { size: model.ffn, key: "model.ffn" };
+  const { D } = dimsOf(model);
+  const bias = (name: string, leaf: string, dim: Dim) => plain(`${ours}.${name}`, "model.mlp_bias", `${theirs}.${leaf}.bias`, dim);
+  const into = isGated(model.activation) ? [bias("b1", "gate_proj", F), bias("b3", "up_proj", F)] : [bias("b1", "up_proj", F)];
+  return [
+    ...forward(model, ours, [theirs], model.moe ? "model.moe.layers" : "model.moe", F),
+    ...(model.mlp_bias ? [...into, bias("b2", "down_proj", D)] : []),
+  ];
+}
+
+/** The matrices of a feed-forward part; where it is found, the most usual place first. Without a gate there is no w3. */
+function forward(model: Model, ours: string, theirs: readonly string[], missing: string, F: Dim): readonly HfParameter[] {
+  const { D } = dimsOf(model);
   const matrix = (name: string, leaf: string, input: Dim, output: Dim) =>
     linear(
       `${ours}.${name}`,
@@ -157,12 +176,15 @@ function forward({ D }: Dims, ours: string, theirs: readonly string[], missing: 
       input,
       output,
     );
-  return [matrix("w1", "gate_proj", D, F), matrix("w3", "up_proj", D, F), matrix("w2", "down_proj", F, D)];
+  const into = isGated(model.activation)
+    ? [matrix("w1", "gate_proj", D, F), matrix("w3", "up_proj", D, F)]
+    : [matrix("w1", "up_proj", D, F)];
+  return [...into, matrix("w2", "down_proj", F, D)];
 }
 
 /** What stands beside the experts: what the router has learnt about loads, what every token goes through, and the experts' width. */
-function beside(dims: Dims, ours: string, theirs: string, { router, shared, latent }: Moe): readonly HfParameter[] {
-  const { D, E } = dims;
+function beside(model: Model, ours: string, theirs: string, { router, shared, latent }: Moe): readonly HfParameter[] {
+  const { D, E } = dimsOf(model);
   const places = ["shared_experts", "shared_expert"].map((name) => `${theirs}.${name}`);
   const F = { size: shared?.ffn ?? 0, key: "model.moe.shared.ffn" };
   const L = { size: latent ?? 0, key: "model.moe.latent" };
@@ -170,9 +192,10 @@ function beside(dims: Dims, ours: string, theirs: string, { router, shared, late
   const bias = plain(`${ours}.router_bias`, "model.moe.router.expert_bias", `${theirs}.gate.e_score_correction_bias`, E);
   const beta = own(`${ours}.router_beta`, "model.moe.router.balance", [E], []);
   return [
+    ...(router.bias ? [own(`${ours}.router.bias`, "model.moe.router.bias", [E], [])] : []),
     ...(router.expert_bias ? [{ ...bias, optional: true as const }] : []),
     ...(evenBy(router) === "quantile" ? [{ ...beta, optional: true as const }] : []),
-    ...(shared ? forward(dims, `${ours}.shared`, shared.gate ? places.reverse() : places, "model.moe.shared", F) : []),
+    ...(shared ? forward(model, `${ours}.shared`, shared.gate ? places.reverse() : places, "model.moe.shared", F) : []),
     ...(shared?.gate ? [linear(`${ours}.shared.gate`, "model.moe.shared.gate", [`${theirs}.shared_expert_gate.weight`], D, one)] : []),
     ...(latent === null
       ? []
@@ -180,7 +203,8 @@ function beside(dims: Dims, ours: string, theirs: string, { router, shared, late
   ];
 }
 
-function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readonly HfParameter[] {
+function experts(model: Model, ours: string, theirs: string, moe: Moe): readonly HfParameter[] {
+  const { D, E } = dimsOf(model);
   const F = { size: moe.ffn, key: "model.moe.ffn" };
   const F2 = { size: 2 * moe.ffn, key: "2 x model.moe.ffn" };
   const each = <T>(one: (e: number) => T): T[] => Array.from({ length: E.size }, (_, e) => one(e));
@@ -210,9 +234,19 @@ function experts({ D, E }: Dims, ours: string, theirs: string, moe: Moe): readon
   };
   return [
     linear(`${ours}.router`, "model.moe", [`${theirs}.mlp.gate.weight`, `${theirs}.block_sparse_moe.gate.weight`], D, E),
-    stack("w1", W, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
-    stack("w3", W, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
+    ...(isGated(model.activation)
+      ? [
+          stack("w1", W, F, "gate_up_proj", 0, ["mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"]),
+          stack("w3", W, F, "gate_up_proj", 1, ["mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"]),
+        ]
+      : [stack("w1", W, F, "up_proj", null, ["mlp.experts.*.up_proj"])]),
     stack("w2", F, W, "down_proj", null, ["mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"]),
+    ...(moe.bias
+      ? [
+          ...["b1", ...(isGated(model.activation) ? ["b3"] : [])].map((name) => own(`${ours}.${name}`, "model.moe.bias", [E, F], [])),
+          own(`${ours}.b2`, "model.moe.bias", [E, W], []),
+        ]
+      : []),
   ];
 }
 

@@ -22,7 +22,7 @@ export function inOrder({ model, parallel: { context } }: Job, given: Batch): Re
  * `given`: the batch after `inOrder`. The function throws if the batch lacks the input.
  */
 export function feedOf(
-  { model, train, parallel }: Job,
+  { model, train, parallel, data }: Job,
   parameters: StepParameters,
   given: Readonly<Record<string, HostData>>,
 ): (input: HostInput, microbatch: number) => HostData {
@@ -44,6 +44,16 @@ export function feedOf(
     if (number) return Float32Array.of(number());
     // the number of each sequence since the start of the run; it seeds the random draws
     if (source === "sample") return Int32Array.from({ length: perMicrobatch }, (_, i) => parameters.first + m * perMicrobatch + i);
+    if (source === "positions") {
+      const { context } = parallel;
+      const chunk = context > 1 ? model.seq / (2 * context) : 0;
+      // positions of documents that are kept apart begin anew
+      const starts = data.documents?.positions ? given.documents?.subarray(m * perMicrobatch * model.seq) : undefined;
+      return Int32Array.from(
+        { length: perMicrobatch * model.seq },
+        (_, i) => positionOf(i % model.seq, chunk, context) - (starts?.[i] ?? 0),
+      );
+    }
     const whole = given[inputName(input)];
     if (!whole) throw new Error(`rankc: the plan has an input ${inputName(input)}, which the batch lacks`);
     return whole.subarray(m * perMicrobatch * model.seq, (m + 1) * perMicrobatch * model.seq);

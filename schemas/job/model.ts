@@ -9,10 +9,13 @@ const MOST_DEPTHS = 64;
 
 const Norm = z.strictObject({
   type: z
-    .literal("rmsnorm")
+    .enum(["rmsnorm", "layernorm"])
     .default("rmsnorm")
-    .describe("normalisation before attention, before the feed-forward part and before the head"),
+    .describe(
+      "normalisation before attention, before the feed-forward part and before the head. rmsnorm: x / sqrt(mean(x^2) + eps) x gain; layernorm: the same of x less its mean, plus a bias",
+    ),
   eps: real.default(1e-5).describe("added to the mean square under the root"),
+  zero_centered: z.boolean().default(false).describe("gains are stored less 1, so that they start at 0 (Megatron's --apply-layernorm-1p)"),
 });
 
 const Mla = z.strictObject({
@@ -24,6 +27,7 @@ const Mla = z.strictObject({
   nope_dim: count.describe("channels of a query or key head without rotary position embedding"),
   rope_dim: count.describe("channels of a query or key head with rotary position embedding; all key heads share them"),
   v_dim: count.describe("width of one value head"),
+  norm: z.boolean().default(true).describe("latents are normalised, as in DeepSeek's models"),
   norm_eps: real
     .default(1e-6)
     .describe("added to the mean square of a latent under the root; independent of norm.eps: DeepSeek's models have 1e-6 here"),
@@ -83,6 +87,13 @@ export const ModelText = z.strictObject({
   vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
+  positions: z
+    .enum(["rope", "learned", "none"])
+    .default("rope")
+    .describe(
+      "how attention sees the order of tokens. rope: queries and keys are rotated; learned: a vector for each position is added to the embedding; none: by causality alone. With mla, rope_dim channels are rotated in any case",
+    ),
+  max_positions: count.optional().describe("positions learned: the positions that have a vector; default: seq"),
   rope: RopeText.prefault({}).describe("rotary position embedding"),
   activation: z
     .enum([...gatedActivations, ...plainActivations])
@@ -103,7 +114,10 @@ export const ModelText = z.strictObject({
 });
 
 /** model with every default filled in. */
-export const Model = ModelText.required({ ffn: true, kv_heads: true, head_dim: true }).extend({ rope: Rope, moe: Moe.nullable() });
+export const Model = ModelText.required({ ffn: true, kv_heads: true, head_dim: true, max_positions: true }).extend({
+  rope: Rope,
+  moe: Moe.nullable(),
+});
 
 /** Fills in defaults that depend on other keys. hidden / heads may be fractional here; a rule reports that. */
 export function completeModel(model: z.output<typeof ModelText>): z.output<typeof Model> {
@@ -114,6 +128,7 @@ export function completeModel(model: z.output<typeof ModelText>): z.output<typeo
     ffn,
     kv_heads: model.kv_heads ?? model.heads,
     head_dim: model.head_dim ?? (mla ? mla.nope_dim + mla.rope_dim : model.hidden / model.heads),
+    max_positions: model.max_positions ?? model.seq,
     rope: completeRope(model.rope, model.seq),
     moe: model.moe && completeMoe(model.moe, ffn),
   };

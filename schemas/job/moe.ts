@@ -24,6 +24,7 @@ const RouterText = z.strictObject({
       "divide the scores of the chosen experts by their sum (Mixtral does, OLMoE does not); with softmax and true, experts are chosen by logits, otherwise by scores",
     ),
   scaling: real.default(1).describe("factor on the weights of the chosen experts (DeepSeek-V3: 2.5)"),
+  bias: z.boolean().default(false).describe("a trained bias is added to the logits; expert_bias is another one, without a gradient"),
   precision: z
     .enum(["model", "fp32"])
     .default("model")
@@ -100,6 +101,7 @@ export const MoeText = z.strictObject({
   experts: count.max(65536).describe("experts in each layer"),
   top_k: count.describe("experts that each token is sent to"),
   ffn: count.optional().describe("inner width of one expert; default: model.ffn"),
+  bias: z.boolean().default(false).describe("the matrices of routed experts have biases"),
   layers: z
     .union([z.literal("all"), SomeLayers, z.array(z.int().min(0).max(1)).max(MOST_LAYERS)])
     .default("all")

@@ -8,6 +8,12 @@ const Muon = z.strictObject({
     .boolean()
     .default(true)
     .describe("Nesterov momentum: the update is the running mean, moved once more towards the gradient; false: the running mean itself"),
+  coefficients: z
+    .enum(["simple", "quintic"])
+    .default("simple")
+    .describe(
+      "coefficients of the iterations that make an update orthogonal. simple: the same ones each time; quintic: others in each iteration, Megatron Core's default",
+    ),
   scale_mode: z
     .enum(["spectral", "unit_rms_norm", "shape_scaling"])
     .default("spectral")

@@ -36,6 +36,11 @@ const RopeScalingText = z.strictObject({
 /** model.rope as written. */
 export const RopeText = z.strictObject({
   theta: real.default(1e4).describe("base of the wavelengths of the rotary position embedding"),
+  fraction: real
+    .default(1)
+    .describe(
+      "share of the channels of a head that are rotated, the first ones (rotary_percent of Megatron, partial_rotary_factor of Hugging Face)",
+    ),
   interleaved: z
     .boolean()
     .default(false)

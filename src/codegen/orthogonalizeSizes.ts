@@ -1,5 +1,5 @@
 /** Sizes and scratch of Newton–Schulz kernels, shared by both GPU languages. */
-import { newtonSchulz } from "../ops/newtonSchulz.ts";
+import { type Coefficients, coefficientsOf } from "../ops/newtonSchulz.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
 
 /** Elements that one workgroup sums for the norm of a matrix, and the largest number of workgroups of a matrix. */
@@ -18,7 +18,27 @@ export function orthogonalizeSizes({ d: { K: rows, N: columns } }: KernelSpec<st
   return { rows, columns, short, long, parts, at: { parts: 0, x, gram, factor }, words };
 }
 
-/** Per iteration, where X is read and written: scratch and the output in turns. The number of iterations is odd, so the last writes the output. */
-export const newtonSchulzSteps = Array.from({ length: newtonSchulz.iterations }, (_, i) =>
-  i % 2 === 0 ? ({ from: "x", to: "y" } as const) : ({ from: "y", to: "x" } as const),
-);
+/** One iteration: where X is read and written, its coefficients, and the end of the names of its entries. */
+export interface NewtonSchulzStep extends Coefficients {
+  readonly from: "x" | "y";
+  readonly to: "x" | "y";
+  readonly suffix: string;
+}
+
+/**
+ * Returns the iterations. X lies in scratch and in the output in turns; their number is odd, so that the last one writes the output.
+ * Iterations with the same coefficients share entries.
+ */
+export function newtonSchulzSteps({ d }: KernelSpec<string, "K" | "N">): readonly NewtonSchulzStep[] {
+  const all = coefficientsOf(d.coefficients);
+  const isSame = new Set(all.map((each) => JSON.stringify(each))).size === 1;
+  return all.map((each, i) => ({
+    ...each,
+    ...(i % 2 === 0 ? ({ from: "x", to: "y" } as const) : ({ from: "y", to: "x" } as const)),
+    suffix: isSame ? "" : `_${i}`,
+  }));
+}
+
+/** Returns the iterations whose entries with this key differ from those before. */
+export const distinct = (steps: readonly NewtonSchulzStep[], key: (step: NewtonSchulzStep) => string): readonly NewtonSchulzStep[] =>
+  steps.filter((step, i) => steps.findIndex((other) => key(other) === key(step)) === i);

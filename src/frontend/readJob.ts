@@ -4,6 +4,7 @@ import type { z } from "zod";
 import type { Device } from "../../schemas/devices.ts";
 import { completeJob, type Job, JobText, jobSchema } from "../../schemas/job.ts";
 import type { Target } from "../codegen/targets.ts";
+import { allowFault, idleEntries } from "../rules/allow.ts";
 import { findingsOfMemory, jobFindings } from "../rules/index.ts";
 import { needsPrograms, type Peak } from "../rules/memory.ts";
 import { type Finding, hasErrors, SHOWN } from "./diagnostic.ts";
@@ -74,8 +75,8 @@ export function readQuickly(text: string, file: string, sets: readonly string[])
     return { source, findings: [...shape.map((s) => s.finding), ...(repaired ? jobFindings(repaired.job, repaired.source) : [])] };
   }
   const job = completeJob(read.data);
-  const reportedCodes = jobFindings(job, source);
-  return hasErrors(reportedCodes) ? { source, findings: reportedCodes } : { job, source, findings: reportedCodes };
+  const reported = [...jobFindings(job, source), ...idleEntries(read.data.allow, source)];
+  return hasErrors(reported) ? { source, findings: reported } : { job, source, findings: reported };
 }
 
 /** A finding with the likely intent: the correct key name, or a value of the correct type. */
@@ -131,6 +132,7 @@ export const shapeFaults = {
     why: "Training computes in float32, whose largest number is 3.4e38. A larger number, or its product with a count, is infinite, and weights become NaN.",
     bad: "train: {optimizer: {lr: 1.0e39}}",
   },
+  allow: allowFault,
 } as const;
 
 type Issue = z.core.$ZodIssue;

@@ -1,14 +1,14 @@
 /** The attention block of one layer: projections, norms, rotary embedding, attention and output projection. */
-import type { Job } from "../../schemas/job.ts";
+import { type Job, rotatedWidth } from "../../schemas/job.ts";
 import { attention } from "../ops/attention.ts";
 import { attentionDocuments, attentionDropoutDocuments } from "../ops/attentionDocuments.ts";
 import { attentionDropout } from "../ops/attentionDropout.ts";
 import { latentKv, split } from "../ops/latent.ts";
 import { addBias, gemm } from "../ops/linear.ts";
-import { headNorm, rmsnorm } from "../ops/norm.ts";
 import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { rope, ropeDocuments, scalings, unscaled } from "../ops/rope.ts";
 import { inStream, type ModuleBuilder, orderOf } from "./builder.ts";
+import { headsNormed, normed } from "./norms.ts";
 
 type Model = Job["model"];
 type Latent = NonNullable<Model["mla"]>;
@@ -34,24 +34,23 @@ const product = ({ at, weight }: ModuleBuilder, name: string, dims: string, x: V
  * are summed over the copies.
  */
 function grouped(module: ModuleBuilder, x: Value): Value {
-  const { at, gain, bias } = module;
+  const { at, bias } = module;
   const { model: m } = module.job;
-  const { eps } = m.norm;
   const C = m.head_dim;
   const projected = (name: "q" | "k" | "v", dim: string): Value => {
     const made = product(module, `w${name}`, `D,${dim}`, x);
     const y = name === "q" ? made : declared(made, { pin: { axis: "copies", path: "parallel.tensor" } });
     return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, dim) }, {}, at(`attn.w${name}_bias`)) : y;
   };
-  const normed = (name: string, dims: string, y: Value): Value =>
-    m.qk_norm === "none"
-      ? y
-      : m.qk_norm === "full"
-        ? rmsnorm.of({ x: y, gain: gain(name, dims) }, { eps }, at(`attn.${name}`))
-        : headNorm.of({ x: y, gain: gain(name, "C") }, { C, eps }, at(`attn.${name}`));
-  const rotated = (name: string, y: Value) => rotate(module, name, y, { C, first: 0, width: C });
-  const q = rotated("q", normed("q_norm", "Q", projected("q", "Q@tp")));
-  const k = rotated("k", normed("k_norm", "KV", projected("k", "KV@kv")));
+  const scaled = (name: string, dim: string, y: Value): Value => {
+    const names = { gain: name, id: at(`attn.${name}`) };
+    if (m.qk_norm === "none") return y;
+    return m.qk_norm === "full" ? normed(module, y, dim, names) : headsNormed(module, y, names);
+  };
+  const width = rotatedWidth(m);
+  const rotated = (name: string, y: Value): Value => (m.positions === "rope" ? rotate(module, name, y, { C, first: 0, width }) : y);
+  const q = rotated("q", scaled("q_norm", "Q", projected("q", "Q@tp")));
+  const k = rotated("k", scaled("k_norm", "KV", projected("k", "KV@kv")));
   const v = projected("v", "KV@kv");
   const mixed = attentionCore(module, { q, k, v }, { C, W: C, M: m.heads / m.kv_heads, scale: C ** -0.5 });
   return declared(mixed, { sharing: { dim: "G", inner: "M", axis: "copies", within: "tp", path: "parallel.tensor" } });
@@ -62,25 +61,25 @@ function grouped(module: ModuleBuilder, x: Value): Value {
  * The last `rope_dim` channels of a query or key head are rotated. Those of keys are computed next to the latent and shared by all heads.
  */
 function latent(module: ModuleBuilder, x: Value, mla: Latent): Value {
-  const { at, gain } = module;
+  const { at } = module;
   const { model: m } = module.job;
   const { kv_rank, nope_dim, rope_dim: R, v_dim: W } = mla;
   const C = nope_dim + R;
-  const normed = (name: string, dim: string, y: Value): Value =>
-    rmsnorm.of({ x: y, gain: gain(name, dim) }, { eps: mla.norm_eps }, at(`attn.${name}`));
+  const scaled = (name: string, dim: string, y: Value): Value =>
+    mla.norm ? normed(module, y, dim, { gain: name, id: at(`attn.${name}`), eps: mla.norm_eps }) : y;
   const rotated = (name: string, y: Value, head: Attrs) => rotate(module, name, y, { width: R, ...head });
 
   const queries =
     mla.q_rank === null
       ? product(module, "wq", "D,Q@tp", x)
-      : product(module, "wq_b", "QL,Q@tp", normed("q_norm", "QL", product(module, "wq_a", "D,QL", x)));
+      : product(module, "wq_b", "QL,Q@tp", scaled("q_norm", "QL", product(module, "wq_a", "D,QL", x)));
   const q = rotated("q", queries, { C, first: nope_dim });
   const { a: kept, b: shared } = split.all(
     { x: product(module, "wkv_a", "D,KR", x) },
     { A: kv_rank, R, Y: kv_rank + R },
     at("attn.kv_split"),
   );
-  const heads = product(module, "wkv_b", "KL,KU@tp", normed("kv_norm", "KL", kept));
+  const heads = product(module, "wkv_b", "KL,KU@tp", scaled("kv_norm", "KL", kept));
   const r = rotated("k", shared, { C: R, first: 0 });
   const { k, v } = latentKv.all({ x: heads, r }, { R, W, Y: C, Z: nope_dim + W }, at("attn.kv"));
   return attentionCore(module, { q, k, v }, { C, W, M: 1, scale: C ** -0.5 * scoreGain(m) });

@@ -2,7 +2,7 @@
  * Module builders create the leaves (inputs and parameters) of one position of the model. Weights are [in, out].
  *
  * Letters of dims: B sequences of one microbatch on all data-parallel ranks, S tokens of a sequence, D hidden (2D: two of them),
- * V vocabulary, E experts, F ffn of an expert, L latent width of routed experts, X ffn of shared experts, H ffn of a dense layer,
+ * V vocabulary, P learned positions, E experts, F ffn of an expert, L latent width of routed experts, X ffn of shared experts, H ffn of a dense layer,
  * Q all query heads, KV all key/value heads, C one head, O output of all heads. Latent attention: QL latent of queries, KL latent of
  * keys and values, KR KL with the rotary channels, KU keys and values of all heads.
  */
@@ -87,6 +87,7 @@ function sizesOf(job: Job): Readonly<Record<string, number>> {
     D: m.hidden,
     "2D": 2 * m.hidden,
     V: m.vocab,
+    P: m.max_positions,
     Q: m.heads * m.head_dim,
     KV: m.kv_heads * m.head_dim,
     C: m.head_dim,

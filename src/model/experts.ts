@@ -4,10 +4,11 @@
  */
 import { isGated } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
-import { add, gemm, groupedGemm } from "../ops/linear.ts";
+import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/linear.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
 import { declared, type Value } from "../ops/op.ts";
 import { plainUnits } from "../ops/plainUnits.ts";
+import { combineWeights } from "../ops/router.ts";
 import type { ModuleBuilder } from "./builder.ts";
 import { dense } from "./feedForward.ts";
 import { logitsOf, type Moe, type Routing, route } from "./router.ts";
@@ -33,12 +34,33 @@ function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p,
   const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: module.weight(name, dims) }, {}, at(name));
   // the combine weight is sent with the row and applied inside the activation, as in Megatron Core
   const weights = pin(pack.of({ p, c }, limits, at("pack")));
-  const into = (name: "1" | "3") => w(`w${name}`, `E@ep,${width},F@etp`, rows);
+  const into = (name: "1" | "3"): Value => {
+    const product = w(`w${name}`, `E@ep,${width},F@etp`, rows);
+    return moe.bias ? addBiasRows.of({ x: product, bias: module.bias(`b${name}`, "E@ep,F@etp") }, {}, at(`w${name}_bias`)) : product;
+  };
   const { activation } = module.job.model;
   const act = isGated(activation)
     ? gatedUnits[activation].rows.of({ gate: into("1"), up: into("3"), p: weights }, {}, at(activation))
     : plainUnits[activation].rows.of({ x: into("1"), p: weights }, {}, at(activation));
-  return pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
+  const y = pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
+  return moe.bias ? add.of({ a: y, b: weightedBiases(module, x, { map: c, weights: p }, width) }, {}, at("w2_bias_sum")) : y;
+}
+
+/**
+ * The output biases of a token's experts, Σ_e p_e·b_e, as in Megatron Core. They are added to tokens, not to rows: then each is added once,
+ * however the experts' inner width is sharded, and the product is small. All ranks have all of them.
+ */
+function weightedBiases(
+  module: ModuleBuilder,
+  x: Value,
+  { map: c, weights: p }: Pick<Routing, "map" | "weights">,
+  width: "D" | "L",
+): Value {
+  const at = (name: string) => module.at(`moe.${name}`);
+  // a capacity may have dropped rows of the weights
+  const kept = combineWeights.of({ p, c }, { normalize: 0, scale: 1 }, at("kept_weights"));
+  const shares = x.dtype === "f32" ? kept : declared(cast.of({ x: kept }, {}, at("bias_weights")), { dtype: x.dtype });
+  return gemm.of({ x: shares, w: module.bias("b2", `E,${width}`) }, {}, at("w2_bias"));
 }
 
 /** Adds the shared experts of `h` to `y`, if the model has them. */

@@ -4,13 +4,13 @@
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
 import { hasTokenWeights, type Job } from "../../schemas/job.ts";
-import { gemm, gemmDgrad } from "../ops/linear.ts";
-import { rmsnorm } from "../ops/norm.ts";
+import { add, gemm, gemmDgrad } from "../ops/linear.ts";
 import type { Value } from "../ops/op.ts";
 import { embed, mean, nll, rowMax, softmaxTerms, sourceLosses, weightedSum } from "../ops/vocab.ts";
 import { copyOf, dropped, inStream, type ModelGraph, type ModelGraphBuilder, type ModuleBuilder, moduleBuilders } from "./builder.ts";
 import { layer } from "./layer.ts";
 import { depths } from "./mtp.ts";
+import { normed } from "./norms.ts";
 import { headAt, layerAt } from "./positions.ts";
 
 /** The outputs of the transformer before the head. */
@@ -64,19 +64,18 @@ function evaluated(job: Job): Job {
 
 function trunk(job: Job, graph: ModelGraphBuilder): Trunk {
   const { model: m } = job;
-  const { eps } = m.norm;
 
   const moduleAt = moduleBuilders(job, graph);
   const first = moduleAt(0, "");
   const table = first.vocabulary("embed", "V@tp,D");
   const embedded = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
-  let x = dropped(first, inStream(job, embedded), "embedding.dropout");
+  let x = dropped(first, withPositions(first, inStream(job, embedded)), "embedding.dropout");
 
   for (let i = 0; i < m.layers; i++) x = layer(moduleAt(layerAt(i), `layers.${i}.`), x, hasExperts(m, i));
 
   // the final norm is at the first depth of multi-token prediction if there is one, else at the head
   const after = moduleAt(layerAt(m.layers), "");
-  const y = rmsnorm.of({ x, gain: after.gain("norm", "D") }, { eps }, "final.norm");
+  const y = normed(after, x, "D", { gain: "norm", id: "final.norm" });
   const tableAt = (position: number): Value => copyOf(table, position);
   const further = depths(job, y, tableAt, moduleAt);
 
@@ -85,6 +84,14 @@ function trunk(job: Job, graph: ModelGraphBuilder): Trunk {
   const logitsOf = (y: Value, id: string): Value =>
     m.tie_embeddings ? gemmDgrad.of({ dy: y, w: head }, {}, id) : gemm.of({ x: y, w: head }, {}, id);
   return { y, further, last, logitsOf };
+}
+
+/** Adds the learned vector of each token's position, if the model has them. */
+function withPositions(module: ModuleBuilder, x: Value): Value {
+  if (module.job.model.positions !== "learned") return x;
+  const table = module.vocabulary("position_table", "P,D");
+  const added = embed.of({ ids: module.input({ source: "positions" }), table }, {}, "embedding.by_position");
+  return inStream(module.job, add.of({ a: x, b: added }, {}, "embedding.with_positions"));
 }
 
 /** The names of a loss, and its depth of multi-token prediction. */

@@ -10,35 +10,32 @@ import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { join } from "../ops/latent.ts";
 import { gemm } from "../ops/linear.ts";
-import { rmsnorm } from "../ops/norm.ts";
 import type { Value } from "../ops/op.ts";
 import { embed } from "../ops/vocab.ts";
 import { dropped, inStream, type ModuleBuilderAt } from "./builder.ts";
 import { layer } from "./layer.ts";
+import { normed } from "./norms.ts";
 import { depthAt } from "./positions.ts";
 
 /** Builds all depths: `y` normalised [B,S,D] → the inputs of the head, first depth first. `table` returns the embedding of a position. */
 export function depths(job: Job, y: Value, table: (position: number) => Value, moduleAt: ModuleBuilderAt): Value[] {
   const { model: m } = job;
-  const { eps } = m.norm;
   const D = m.hidden;
   const outputs: Value[] = [];
   let hidden = y;
   for (let k = 1; k <= depthsOf(m); k++) {
     const module = moduleAt(depthAt(m, k), `mtp.${k - 1}.`);
-    const { at, gain } = module;
+    const { at } = module;
     // the host provides the ids ahead: with context parallelism the next token may be on another rank
     const embedded = embed.of({ ids: module.input({ source: "ids", depth: k }), table: table(module.position) }, {}, at("embedding"));
-    const a = rmsnorm.of(
-      { x: dropped(module, inStream(job, embedded), "embedding.dropout"), gain: gain("enorm", "D") },
-      { eps },
-      at("embedding.norm"),
-    );
-    const b = rmsnorm.of({ x: hidden, gain: gain("hnorm", "D") }, { eps }, at("hidden.norm"));
+    const a = normed(module, dropped(module, inStream(job, embedded), "embedding.dropout"), "D", {
+      ...{ gain: "enorm", id: at("embedding.norm") },
+    });
+    const b = normed(module, hidden, "D", { gain: "hnorm", id: at("hidden.norm") });
     const joined = join.of({ a, b }, { A: D, R: D, Y: 2 * D }, at("joined"));
     const x = gemm.of({ x: joined, w: module.weight("proj", "2D,D@tp") }, {}, at("projected"));
     const out = layer(module, inStream(job, x), hasExperts(m, m.layers - 1));
-    hidden = rmsnorm.of({ x: out, gain: gain("norm", "D") }, { eps }, at("final.norm"));
+    hidden = normed(module, out, "D", { gain: "norm", id: at("final.norm") });
     outputs.push(hidden);
   }
   return outputs;

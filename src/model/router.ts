@@ -15,7 +15,7 @@ import {
 } from "../ops/balance.ts";
 import { drop, droppedRows, expertChoiceMask, uniformMask } from "../ops/capacity.ts";
 import { jitter } from "../ops/dropout.ts";
-import { gemm } from "../ops/linear.ts";
+import { addBias, gemm } from "../ops/linear.ts";
 import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
 import { type ModuleBuilder, orderOf } from "./builder.ts";
@@ -33,11 +33,12 @@ export interface Routing {
 }
 
 /** Builds the logits: `h` normalised [B,S,D] → [B,S,E]. With precision fp32 the f32 sums of products are not rounded. */
-export function logitsOf({ at, weight, sample, random }: ModuleBuilder, h: Value, { router }: Moe): Value {
+export function logitsOf({ at, weight, bias, sample, random }: ModuleBuilder, h: Value, { router }: Moe): Value {
   const eps = router.jitter;
   const x = eps === null ? h : jitter.of({ x: h, sample }, { eps, ...random("moe.jitter") }, at("moe.jitter"));
   const logits = gemm.of({ x, w: weight("router", "D,E") }, {}, at("moe.router"));
-  return router.precision === "fp32" ? declared(logits, { dtype: "f32" }) : logits;
+  const exact = router.precision === "fp32" ? declared(logits, { dtype: "f32" }) : logits;
+  return router.bias ? addBias.of({ x: exact, bias: bias("router.bias", "E") }, {}, at("moe.router_bias")) : exact;
 }
 
 /** Builds the routing of logits [B,S,E], with balancing losses and counts. */

@@ -32,6 +32,7 @@ function logistic({ linear, cubic = 0 }: { readonly linear: number; readonly cub
 const STEEP = 2 * Math.sqrt(2 / Math.PI);
 
 /** The formulas of activations. */
+/** The functions by name. */
 export const activationFunctions = {
   silu: logistic({ linear: 1 }),
   gelu_tanh: logistic({ linear: STEEP, cubic: STEEP * 0.044715 }),

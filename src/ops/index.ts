@@ -9,9 +9,23 @@ import { dropout, jitter } from "./dropout.ts";
 import * as fused from "./fused.ts";
 import { gatedUnits } from "./gatedUnits.ts";
 import { join, latentKv, latentKvGrad, split } from "./latent.ts";
-import { accumulate, add, addBias, biasGrad, cast, gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./linear.ts";
+import {
+  accumulate,
+  add,
+  addBias,
+  addBiasRows,
+  biasGrad,
+  biasRowsGrad,
+  cast,
+  gemm,
+  gemmDgrad,
+  gemmWgrad,
+  groupedDgrad,
+  groupedGemm,
+  groupedWgrad,
+} from "./linear.ts";
 import * as moe from "./moe.ts";
-import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
+import * as norm from "./norm.ts";
 import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
 import { plainUnits } from "./plainUnits.ts";
@@ -21,8 +35,9 @@ import * as router from "./router.ts";
 import * as vocab from "./vocab.ts";
 
 const all = [
-  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad, add, accumulate, cast, addBias, biasGrad],
-  ...[rmsnorm, rmsnormGrad, headNorm, headNormGrad],
+  ...[gemm, gemmDgrad, gemmWgrad, groupedGemm, groupedDgrad, groupedWgrad],
+  ...[add, accumulate, cast, addBias, biasGrad, addBiasRows, biasRowsGrad],
+  ...Object.values(norm),
   ...[rope, ropeDocuments, attention, attentionGrad, attentionPart, attentionPartGrad, attentionMerge],
   ...[attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad, dropout, jitter],
   ...Object.values(documents),

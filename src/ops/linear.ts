@@ -83,6 +83,34 @@ export const biasGrad = op({
   },
 });
 
+/** Adds the bias of its expert to each row. */
+export const addBiasRows = op({
+  name: "add_bias_rows",
+  sig: "x[B~S~E,N] bias[E,N] -> y[B~S~E,N]",
+  cpu({ x, bias, y }, { N }, { rows, start }) {
+    for (let r = 0; r < rows[0]!; r++) {
+      const from = (rows[3 + 3 * r]! - start("E")) * N;
+      for (let n = 0; n < N; n++) y[r * N + n] = x[r * N + n]! + bias[from + n]!;
+    }
+  },
+  grad: (_, { dy }): Grads => ({ x: dy, bias: biasRowsGrad.of({ dy }) }),
+});
+/** Gradient with respect to the biases of experts: the sum of the rows of each. */
+export const biasRowsGrad = op({
+  name: "bias_rows_grad",
+  sig: "dy[B~S~E,N] -> dbias[E,N]",
+  suffix: "wgrad",
+  types: { dbias: "f32" },
+  cpu({ dy, dbias }, { N }, { rows, start }) {
+    const sum = new Float64Array(dbias.length);
+    for (let r = 0; r < rows[0]!; r++) {
+      const to = (rows[3 + 3 * r]! - start("E")) * N;
+      for (let n = 0; n < N; n++) sum[to + n]! += dy[r * N + n]!;
+    }
+    for (let i = 0; i < sum.length; i++) dbias[i]! += sum[i]!;
+  },
+});
+
 /** y = a + b. */
 export const add = formulaOp({
   name: "add",

@@ -245,7 +245,7 @@ export const orthogonalize = op({
   sig: "x[K!,N!] -> y[K,N]",
   types: { y: "f32" },
   flops: ({ K, N }) => newtonSchulzFlops(K, N),
-  cpu: ({ x, y }, { K, N }) => orthogonalizeEach(x, y, 1, K, N),
+  cpu: ({ x, y }, { K, N, coefficients }) => orthogonalizeEach(x, y, 1, K, N, coefficients),
 });
 /** Like orthogonalize, for the matrix of each expert. */
 export const orthogonalizeExperts = op({
@@ -253,7 +253,7 @@ export const orthogonalizeExperts = op({
   sig: "x[E,K!,N!] -> y[E,K,N]",
   types: { y: "f32" },
   flops: ({ E, K, N }) => E * newtonSchulzFlops(K, N),
-  cpu: ({ x, y }, { E, K, N }) => orthogonalizeEach(x, y, E, K, N),
+  cpu: ({ x, y }, { E, K, N, coefficients }) => orthogonalizeEach(x, y, E, K, N, coefficients),
 });
 
 /** w = w·(1 − lr·decay) − lr·factor·u. */

@@ -4,6 +4,7 @@
  */
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter } from "../../schemas/plan.ts";
+import { coefficientTypes } from "../ops/newtonSchulz.ts";
 import { type AnyOp, type Attrs, invariant, type Value } from "../ops/op.ts";
 import * as optimizer from "../ops/optimizer.ts";
 
@@ -133,13 +134,13 @@ export const parameterGroups: readonly ParameterGroup[] = [
     update(b) {
       const options = b.options.muon;
       invariant(options !== undefined, "a job with muon has its options");
-      const { momentum, nesterov } = options;
+      const { momentum, nesterov, coefficients } = options;
       const scale = b.scalar("clip.scale");
       const attrs = { momentum, nesterov: Number(nesterov) };
       const { u } = b.apply(optimizer.muonMomentum, "momentum", { g: b.gradient, scale }, { m: b.state("m") }, attrs);
       invariant(u !== undefined, "muon_momentum has an output u");
       const op = b.parameter.sizes.length > 2 ? optimizer.orthogonalizeExperts : optimizer.orthogonalize;
-      const { y } = b.apply(op, "orthogonal", { x: u }, {}, {});
+      const { y } = b.apply(op, "orthogonal", { x: u }, {}, { coefficients: coefficientTypes.indexOf(coefficients) });
       invariant(y !== undefined, `${op.name} has an output y`);
       const ops = { constant: optimizer.muon, scheduled: optimizer.muonScheduled };
       applyUpdate(b, "muon", ops, { u: y }, [], { factor: muonFactor(b.parameter, options) });

@@ -249,7 +249,7 @@ function verifyParameters(context: Context): void {
 
 /** Per source, the elements of an input: one per token or per sequence of a microbatch, or a scalar. */
 const inputSizes: Readonly<Record<InputSource, "token" | "sequence" | "scalar">> = {
-  ...{ ids: "token", labels: "token", weights: "token", documents: "token", sources: "token", sample: "sequence" },
+  ...{ ids: "token", labels: "token", weights: "token", positions: "token", documents: "token", sources: "token", sample: "sequence" },
   ...{
     one: "scalar",
     mtp_coeff: "scalar",

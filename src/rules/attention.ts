@@ -1,5 +1,5 @@
 /** Rules M32, M33: RoPE scaling and latent attention. */
-import type { Job } from "../../schemas/job.ts";
+import { type Job, rotatedWidth } from "../../schemas/job.ts";
 import { type JobPath, type Rule, rule } from "./rule.ts";
 
 type Scaling = NonNullable<Job["model"]["rope"]["scaling"]>;
@@ -105,6 +105,45 @@ export const positions: readonly Rule[] = [
     },
     bad: "model: {rope: {scaling: {type: yarn, factor: 4, attention_factor: 0}}}",
   }),
+  rule({
+    code: "M324",
+    title: "rope.fraction gives no whole pairs of channels",
+    why: "That share of the channels of a head is rotated in pairs: an even number of them, at least two, at most all. In latent attention mla.rope_dim says how many.",
+    level: "error",
+    *check({ model: m }) {
+      const { fraction } = m.rope;
+      const width = rotatedWidth(m);
+      const isFine = m.mla ? fraction === 1 : fraction > 0 && fraction <= 1 && width > 0 && width % 2 === 0;
+      // M306 and M307 report heads whose width is not even
+      if (m.positions !== "rope" || isFine || (fraction === 1 && !m.mla)) return;
+      const even = Math.max(2, Math.min(m.head_dim, 2 * Math.round((m.head_dim * fraction) / 2)));
+      yield {
+        at: "model.rope.fraction",
+        related: [m.mla ? "model.mla" : "model.head_dim"],
+        found: m.mla ? `fraction ${fraction} with mla` : `${fraction} of ${m.head_dim} channels is ${width}`,
+        fix: m.mla ? "leave it out; rope_dim is the number of rotated channels" : "choose a share that gives an even number of channels",
+        tries: [...(m.mla ? [] : [{ "model.rope.fraction": even / m.head_dim }]), { "model.rope.fraction": 1 }],
+      };
+    },
+    bad: "model: {rope: {fraction: 0.3}}",
+  }),
+  rule({
+    code: "M325",
+    title: "max_positions is below seq",
+    why: "Each token of a sequence needs the vector of its position.",
+    level: "error",
+    *check({ model: { positions: by, max_positions, seq } }) {
+      if (by !== "learned" || max_positions >= seq) return;
+      yield {
+        at: "model.max_positions",
+        related: ["model.seq"],
+        found: `${max_positions} positions for sequences of ${seq}`,
+        fix: "as many as a sequence has tokens, or more",
+        tries: [{ "model.max_positions": seq }],
+      };
+    },
+    bad: "model: {positions: learned, max_positions: 32}",
+  }),
 ];
 
 const small = "kv_rank: 8, nope_dim: 4, v_dim: 4";
@@ -131,7 +170,7 @@ export const latent: readonly Rule[] = [
   rule({
     code: "M331",
     title: "latent attention excludes qk_norm",
-    why: "Queries and keys are projections of normalised latents; heads are not normalised again. With latent attention, Megatron-LM's qk_layernorm is the norm of the latents, which rankc always applies.",
+    why: "Queries and keys are projections of normalised latents; heads are not normalised again. With latent attention, Megatron-LM's qk_layernorm is the norm of the latents, model.mla.norm.",
     level: "error",
     *check({ model: m }) {
       if (!m.mla || m.qk_norm === "none") return;

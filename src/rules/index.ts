@@ -39,7 +39,7 @@ export const findingsOfMemory = (job: Job, source: Source, peakOf: (job: Job) =>
 /** Returns the findings without the warnings that the job allows. */
 const allowedAmong = (source: Source, findings: readonly Finding[]): Finding[] => {
   const allow = valueAt(source.value, ["allow"]);
-  const codes = new Set(Array.isArray(allow) ? allow : []);
+  const codes = new Set(Array.isArray(allow) ? allow.map((entry: unknown) => (isObject(entry) ? entry.code : entry)) : []);
   return findings.filter(({ code, level }) => level === "error" || !codes.has(code));
 };
 

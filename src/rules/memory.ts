@@ -35,7 +35,7 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
   const ahead = depthsOf(m);
   const layers = m.layers + ahead;
   const parameters =
-    2 * m.vocab * m.hidden +
+    (2 * m.vocab + m.max_positions) * m.hidden +
     layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2) +
     ahead * 3 * m.hidden ** 2;
   // the most rows of a token: capacity may be padded, and all experts may choose the same token

@@ -14,14 +14,15 @@ export function stageRanks({ parallel: p }: Job): number | undefined {
 const PLAYED = 4096;
 
 /** Returns the idle fraction of a step: simulated, or for long schedules by the formula of 1F1B. */
-function idleShare(job: Job, m: number, chunks: number): number {
+export function idleShare(job: Job, m: number, chunks: number): number {
   const { pipeline } = job.parallel;
   if (m * pipeline * chunks > PLAYED) return (pipeline - 1) / (m * chunks + pipeline - 1);
   const orders = schedule(job, chunks).map(({ order }) => order);
   return bubbleOf(timesOf(orders, chunks));
 }
 
-const microbatches = (job: Job): number => job.train.global_batch / (job.train.micro_batch * job.parallel.data);
+/** Returns the number of microbatches of a step; it may be fractional. */
+export const microbatches = (job: Job): number => job.train.global_batch / (job.train.micro_batch * job.parallel.data);
 
 /** Rules of parallelism degrees. */
 export const mesh = [

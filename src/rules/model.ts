@@ -19,7 +19,7 @@ function parameters({ model: m }: Job): number {
     : 3 * m.hidden * m.ffn;
   const ahead = depthsOf(m);
   const layers = (m.layers + ahead) * (attention + mlp + 2 * m.hidden) + ahead * 2 * m.hidden ** 2;
-  return layers + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + m.hidden;
+  return layers + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + (m.positions === "learned" ? m.max_positions : 1) * m.hidden;
 }
 
 /** Builds a finding for a size that `tensor` does not divide. */
@@ -127,7 +127,7 @@ export const model: readonly Rule[] = [
     why: "Rotary position embedding rotates pairs of channels.",
     level: "error",
     *check({ model: m }) {
-      if (m.mla || !Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
+      if (m.mla || m.positions !== "rope" || m.rope.fraction !== 1 || !Number.isInteger(m.head_dim) || m.head_dim % 2 === 0) return;
       yield {
         at: "model.head_dim",
         related: ["model.rope"],

@@ -55,6 +55,23 @@ export const mtp: readonly Rule[] = [
     bad: "model: {hidden: 14, head_dim: 4, heads: 4, mtp: {layers: 1}}\nparallel: {world: 4, tensor: 4}",
   }),
   rule({
+    code: "M343",
+    title: "multi-token prediction excludes learned positions",
+    why: "A depth reads the embedding of a later token, and no position is defined for it there; Megatron-LM refuses both together.",
+    level: "error",
+    *check({ model: m }) {
+      if (!m.mtp || m.positions !== "learned") return;
+      yield {
+        at: "model.positions",
+        related: ["model.mtp"],
+        found: "positions: learned with mtp",
+        fix: "rope or none",
+        tries: [{ "model.positions": "rope" }, { "model.mtp": null }],
+      };
+    },
+    bad: "model: {positions: learned, mtp: {layers: 1}}",
+  }),
+  rule({
     code: "P118",
     title: "layout splits multi-token prediction, or places it too early",
     why: "The layers of multi-token prediction run after all others and share one copy of the embedding. They must be together, in the last chunk of a stage that is not the first. Megatron-LM has the same restriction.",

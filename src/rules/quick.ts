@@ -3,6 +3,7 @@ import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { data } from "./data.ts";
+import { efficiency } from "./efficiency.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
@@ -31,4 +32,5 @@ export const quick: readonly Rule[] = [
   ...router,
   ...balance,
   ...cluster,
+  ...efficiency,
 ];

@@ -195,6 +195,12 @@ describe("loops and conditions", () => {
     ["[[ a == a ]] && A=1; [[ a == b ]] || B=2; launch $A $B", ["1", "2"]],
     ["cd /x && launch 1", ["1"]],
     ["mkdir x || A=1; [[ -d x ]] || exit 1; launch 2", ["2"]],
+    ["mkdir x || { A=1; exit 1; }; launch ${A-none}", ["none"]],
+    ["for i in 1 2 3; do [ -f y ] && break; A=4; done; B=5; launch $B", ["5"]],
+    ["A=4; for i in 1 2; do [ -f y$i ] && break; A=4; done; launch $A", ["4"]],
+    ["A=4; while true; do [ -f y ] && break; sleep 1; done; launch $A", ["4"]],
+    ["for i in 1 2; do if [ -f y ]; then A=3; break; else A=3; break; fi; A=4; done; launch $A", ["3"]],
+    ["for i in 1 2; do [ -f y ] && continue; B=5; done; launch 1", ["1"]],
   ])("%s", (script, expected) => {
     expect(launched(script)).toEqual(expected);
   });
@@ -207,6 +213,10 @@ describe("loops and conditions", () => {
     ["A=1; nvidia-smi | grep -q H100 && A=2; launch $A"],
     ["A=1; if nvidia-smi | grep -q H100; then A=2; fi; launch $A"],
     ["A=1; if ! command -v x > /dev/null; then A=2; fi; launch $A"],
+    ["A=1; nvidia-smi || { A=2; }; launch $A"],
+    ["A=1; for i in 1 2; do [ -f y ] && break; A=$i; done; launch $A"],
+    ["A=1; for i in 1 2; do [ -f y ] && continue; A=2; done; launch $A"],
+    ["A=1; while true; do [ -f y ] && break; A=$((A+1)); done; launch $A"],
   ])("a variable that depends on the machine is a hole: %s", (script) => {
     expect(holeIn(script)).toMatchObject({ variable: "A", why: "A depends on a condition that only a shell can decide" });
   });

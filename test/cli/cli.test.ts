@@ -37,6 +37,20 @@ describe.concurrent("the command line", () => {
     expect(err).toMatch(/2 errors/);
   });
 
+  test("check --strict exits with 1 for a warning that the job does not allow", async () => {
+    const idle = place(
+      "idle.yaml",
+      readFileSync(job, "utf8").replace("tensor: 2, sequence: true", "pipeline: 2").replace("global_batch: 2", "global_batch: 1"),
+    );
+    expect((await rankc("check", idle)).exit).toBe(0);
+    const strict = await rankc("check", idle, "--strict");
+    expect([strict.exit, strict.out]).toEqual([1, expect.stringContaining("1 warning, which --strict counts as errors")]);
+    const allowed = ["--set", "allow=[{code: P108, reason: a test}]"];
+    expect((await rankc("check", idle, ...allowed, "--strict")).exit).toBe(0);
+    const json = await rankc("check", idle, "--strict", "--format", "json");
+    expect([json.exit, JSON.parse(json.out).valid]).toEqual([1, false]);
+  });
+
   test("check as JSON puts the findings on stdout", async () => {
     const { exit, out, err } = await rankc("check", bad, "--format", "json");
     expect(exit).toBe(1);

@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { parse } from "yaml";
+import { parametersOf, sizesOf } from "../../runtime/checkpoint/hfLayout.ts";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -98,7 +99,23 @@ test("parameters are counted exactly, in layers of both kinds", () => {
   const kinds = { hidden: 64, heads: 4, vocab: 256, seq: 64, tie_embeddings: true, qkv_bias: true, out_bias: true };
   const moe = { experts: 4, top_k: 2, ffn: 32, latent: 16, shared: { ffn: 64, gate: true }, router: { aux_coeff: 0.01 } };
   jobs.push(of({ ...kinds, layers: 3, moe: { ...moe, layers: { first_dense: 1, every: 2 } }, mtp: { layers: 2 } }, "latent and mtp"));
+  const layernorm = { norm: { type: "layernorm" }, activation: "gelu", mlp_bias: true, positions: "learned", max_positions: 80 };
+  jobs.push(of({ ...kinds, ...layernorm, layers: 2, qk_norm: "head" }, "layer norms, biases, positions"));
+  const biased = { ...moe, bias: true, router: { ...moe.router, bias: true } };
+  jobs.push(of({ ...kinds, ...layernorm, layers: 2, moe: biased }, "experts with biases and without gates"));
+  const mla = { kv_rank: 12, q_rank: 10, nope_dim: 6, rope_dim: 4, v_dim: 5 };
+  const latent = { ...kinds, qkv_bias: false, layers: 2 };
+  for (const norm of [false, true])
+    jobs.push(of({ ...latent, norm: { type: "layernorm" }, mla: { ...mla, norm } }, `latents, norm ${norm}`));
   for (const job of jobs) expect(parameterCount(job.model), job.name).toBe(graphCount(job));
+  // a checkpoint of rankc has the same parameters
+  for (const job of jobs) {
+    const graph = addBackward(buildModel(job)).parameters.flatMap(({ leaf, sizes }) =>
+      leaf && !leaf.tiedTo ? [[leaf.name, [...sizes]]] : [],
+    );
+    const names = new Map(parametersOf(job.model).map(({ name, shape }) => [name, sizesOf(shape)]));
+    expect([...names].sort(), job.name).toEqual([...new Map(graph as [string, number[]][])].sort());
+  }
 
   expect(parameterCount(modelOf(read("deepseek-ai--DeepSeek-V3")))).toBe(671_026_419_200);
 });

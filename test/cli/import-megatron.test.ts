@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { parse } from "yaml";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
+import { parameterCount } from "../../src/analysis/parameterCount.ts";
 import type { ImportedJob } from "../../src/convert/importedJob.ts";
 import { argumentSpecs } from "../../src/convert/megatron/arguments/spec.ts";
 import { importMegatron, type MegatronSettings } from "../../src/convert/megatron/importMegatron.ts";
@@ -82,14 +83,51 @@ describe("defaults of Megatron that are not rankc's", () => {
     expect(jobOf().model.tie_embeddings).toBe(false);
   });
 
-  test.each([
-    [{ swiglu: null }, /no --swiglu: GELU, Megatron's default/],
-    [{ "disable-bias-linear": null }, /no --disable-bias-linear: biases everywhere, Megatron's default/],
-    [{ normalization: null }, /--normalization LayerNorm, Megatron's default/],
-    [{ "position-embedding-type": null }, /--position-embedding-type learned_absolute, Megatron's default/],
-    [{ "multi-latent-attention": "" }, /no --qk-layernorm, beside --multi-latent-attention/],
-  ] satisfies [Change, RegExp][])("what a launch gets without an argument, and rankc lacks, is named: %j", (change, expected) => {
-    expect(refusalOf(change)).toMatch(expected);
+  test("LayerNorm, GELU, biases everywhere and learned positions are what a launch has that says nothing of them", () => {
+    const plain = { normalization: null, swiglu: null, "disable-bias-linear": null, "position-embedding-type": null, "num-experts": null };
+    expect(jobOf(plain).model).toMatchObject({
+      ...{
+        norm: { type: "layernorm", zero_centered: false },
+        activation: "gelu_tanh",
+        ffn: 1024,
+        positions: "learned",
+        max_positions: 128,
+      },
+      ...{ qkv_bias: true, out_bias: true, mlp_bias: true },
+    });
+  });
+
+  test("GELU is its tanh approximation where Megatron fuses it with biases, and exact elsewhere", () => {
+    const gelu = { swiglu: null, "num-experts": null };
+    expect(jobOf(gelu).model.activation).toBe("gelu");
+    expect(jobOf({ ...gelu, "disable-bias-linear": null }).model.activation).toBe("gelu_tanh");
+    expect(jobOf({ ...gelu, "disable-bias-linear": null, "no-bias-gelu-fusion": "" }).model.activation).toBe("gelu");
+    expect(jobOf({ ...gelu, "squared-relu": "" }).model).toMatchObject({ activation: "squared_relu", ffn: 1024 });
+    expect(jobOf({ ...gelu, "quick-geglu": "" }).model).toMatchObject({ activation: "quick_geglu", ffn: 1024 });
+  });
+
+  test("biases of experts and of the router are there where Megatron builds them, and refused where it refuses them", () => {
+    expect(expertsOf({ "disable-bias-linear": null })).toMatchObject({ bias: true, router: { bias: true } });
+    expect(expertsOf()).toMatchObject({ bias: false, router: { bias: false } });
+    const biased = { "disable-bias-linear": null };
+    expect(refusalOf({ ...biased, swiglu: null })).toMatch(/fail in the first step/);
+    expect(refusalOf({ ...biased, "tensor-model-parallel-size": "2" })).toMatch(/biases of experts where their tensor degree is above 1/);
+    expect(refusalOf({ ...biased, "moe-shared-expert-intermediate-size": "64" })).toMatch(/shared experts have no biases/);
+    expect(refusalOf({ ...biased, "moe-grouped-gemm": "" })).toMatch(/fusion of dropout/);
+    expect(refusalOf({ ...biased, swiglu: null, "squared-relu": "", "num-experts": null })).toMatch(/quick GeGLU alone/);
+    expect(refusalOf({ "squared-relu": "" })).toMatch(/--swiglu --squared-relu: Megatron takes one of them alone/);
+  });
+
+  test("layer norms with gains less 1, a part of the head rotated, no positions, and the biases of queries, keys and values alone", () => {
+    expect(jobOf({ "apply-layernorm-1p": "", normalization: "LayerNorm" }).model.norm).toMatchObject({
+      type: "layernorm",
+      zero_centered: true,
+    });
+    expect(jobOf({ "rotary-percent": "0.5" }).model.rope.fraction).toBe(0.5);
+    expect(jobOf({ "position-embedding-type": "none" }).model.positions).toBe("none");
+    expect(jobOf({ "add-qkv-bias": "" }).model).toMatchObject({ qkv_bias: true, out_bias: false });
+    expect(refusalOf({ "position-embedding-type": null, "no-position-embedding": "" })).toMatch(/beside rotary positions alone/);
+    expect(refusalOf({ "position-embedding-type": null, "mtp-num-layers": "1" })).toMatch(/--mtp-num-layers with learned positions/);
   });
 
   test("the feed-forward width of SwiGLU is 8/3 of the hidden size, down to a multiple of 64", () => {
@@ -121,7 +159,25 @@ describe("latent attention", () => {
       mscale: 1,
       mscale_all_dim: 0,
     });
-    expect(jobOf({ ...latent, "rotary-scaling-factor": "40", "rope-type": "rope" }).model.rope.scaling).toBeNull();
+    expect(jobOf({ ...latent, "rotary-scaling-factor": "40", "rope-type": "rope", "no-rope-fusion": "" }).model.rope.scaling).toBeNull();
+  });
+
+  test("has learned positions beside its own unless an argument says rope, and norms of latents if one asks for them", () => {
+    const { model } = jobOf({
+      ...latent,
+      "position-embedding-type": null,
+      "disable-bias-linear": null,
+      "num-experts": null,
+      "add-qkv-bias": "",
+    });
+    expect(model).toMatchObject({
+      positions: "learned",
+      rope: { interleaved: true },
+      mla: { norm: true },
+      qkv_bias: false,
+      out_bias: true,
+    });
+    expect(jobOf({ "multi-latent-attention": "" }).model.mla).toMatchObject({ norm: false });
   });
 
   test("ignores kv-channels, with a note", () => {
@@ -248,7 +304,12 @@ describe("data", () => {
 
 describe("stages", () => {
   const stages = (change: Change) => {
-    const { layout, virtual_pipeline } = jobOf({ "num-layers": "12", "pipeline-model-parallel-size": "4", ...change }).parallel;
+    const { layout, virtual_pipeline } = jobOf({
+      "num-layers": "12",
+      "pipeline-model-parallel-size": "4",
+      "global-batch-size": "32",
+      ...change,
+    }).parallel;
     return { layout, virtual_pipeline };
   };
 
@@ -289,7 +350,7 @@ describe("Muon", () => {
     const { optimizer } = jobOf(muon).train;
     expect([optimizer.type, optimizer.muon, optimizer.betas, optimizer.weight_decay]).toEqual([
       "muon",
-      { momentum: 0.9, nesterov: false, scale_mode: "spectral", extra_scale_factor: 1 },
+      { momentum: 0.9, nesterov: false, coefficients: "quintic", scale_mode: "spectral", extra_scale_factor: 1 },
       [0.9, 0.999],
       0.01,
     ]);
@@ -308,21 +369,21 @@ describe("Muon", () => {
       "muon-scalar-optimizer": "adam",
       "muon-fp32-matmul-prec": "high",
     };
-    const { text, mapped, withoutEffect } = imported({ ...muon, ...change, "max-position-embeddings": null });
+    const { text, mapped, withoutEffect } = imported({ ...muon, ...change });
     expect(complete(imported({ ...muon, ...change })).train.optimizer.muon).toEqual({
       momentum: 0.95,
       nesterov: true,
       scale_mode: "shape_scaling",
       extra_scale_factor: 0.2,
+      coefficients: "simple",
     });
-    expect(withoutEffect.map(({ argument }) => argument)).toEqual(["--muon-fp32-matmul-prec high"]);
+    expect(withoutEffect.map(({ argument }) => argument)).toEqual(["--max-position-embeddings 128", "--muon-fp32-matmul-prec high"]);
     expect(mapped.length).toBe(Object.keys(base).length + 8);
-    expect(text).not.toContain("quintic");
     expect(readJob(text, "a.yaml").findings.filter(({ level }) => level === "error")).toEqual([]);
   });
 
   test("notes what rankc computes in another way", () => {
-    expect(imported(muon).text).toMatch(/# .*quintic/);
+    expect(jobOf(muon).train.optimizer.muon?.coefficients).toBe("quintic");
     expect(imported(muon).text).toMatch(/# .*gate and the up projection/);
   });
 
@@ -336,7 +397,7 @@ describe("Muon", () => {
       "tensor-model-parallel-size": "2",
     };
     expect(problemsOf(() => imported({ ...muon, ...change })).map((problem) => problem.replace(/:.*; /, "; "))).toEqual([
-      "--muon-coefficient-type polar_express; --muon-coefficient-type simple",
+      "--muon-coefficient-type polar_express; --muon-coefficient-type quintic",
       "--muon-num-ns-steps 8; --muon-num-ns-steps 5",
       "--muon-tp-mode blockwise; --muon-tp-mode duplicated",
       "--muon-scalar-optimizer lion; --muon-scalar-optimizer adam",
@@ -402,7 +463,9 @@ describe("arguments", () => {
 
   test("an unsupported argument with Megatron's default has no effect", () => {
     expect(refusalOf({ "main-grads-dtype": "fp32", "glu-linear-offset": "0.0" })).toBe("");
-    expect(refusalOf({ "main-grads-dtype": "bf16" })).toContain("main weights, gradients and moments are imported in fp32");
+    expect(refusalOf({ "main-grads-dtype": "bf16", "use-precision-aware-optimizer": "", "use-distributed-optimizer": "" })).toContain(
+      "main weights, gradients and moments are imported in fp32",
+    );
   });
 
   test("an unknown argument is an error with the nearest name", () => {
@@ -652,20 +715,19 @@ describe("public recipes", () => {
     expect(model.vocab).toBe(128256);
   });
 
-  test("GPT-3 175B is refused by what its model has and rankc lacks", () => {
+  test("GPT-3 175B has what Megatron has without arguments", () => {
     const words =
       "--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048 --attention-backend auto --micro-batch-size 1 --rampup-batch-size 16 16 5859375 --global-batch-size 1536 --train-iters 500000 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5 --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16".split(
         " ",
       );
-    const problems = problemsOf(() => importMegatron({ kind: "words" }, { name: "gpt3", world: 128, words }));
-    expect(problems.map((problem) => problem.split(";")[0])).toMatchInlineSnapshot(`
-      [
-        "--normalization LayerNorm, Megatron's default: norms are RMSNorm",
-        "--position-embedding-type learned_absolute, Megatron's default: positions are rotary",
-        "no --swiglu: GELU, Megatron's default: the activation is SwiGLU, or GeGLU with the tanh approximation",
-        "no --disable-bias-linear: biases everywhere, Megatron's default: matrices of the feed-forward part and of experts have no biases",
-      ]
-    `);
+    const { model, train, parallel } = complete(importMegatron({ kind: "words" }, { name: "gpt3", world: 128, words }));
+    expect(model).toMatchObject({
+      ...{ ffn: 49152, vocab: 51200, activation: "gelu_tanh", norm: { type: "layernorm" }, positions: "learned", max_positions: 2048 },
+      ...{ qkv_bias: true, out_bias: true, mlp_bias: true, tie_embeddings: true, dropout: { attention: 0.1, hidden: 0.1 } },
+    });
+    expect(train).toMatchObject({ precision: "fp16", optimizer: { warmup_steps: 430, decay_steps: 430000 } });
+    expect(parallel).toMatchObject({ data: 1, tensor: 8, pipeline: 16 });
+    expect(parameterCount(model) / 1e9).toBeCloseTo(174.6, 0);
   });
 });
 

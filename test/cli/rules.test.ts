@@ -239,3 +239,21 @@ test("findings are sorted by line, and a second place has its key as label", () 
   expect(lines.length).toBeGreaterThan(1);
   expect(text).toContain("-  model.layers");
 });
+
+const idle = "parallel: {world: 2, pipeline: 2}\ntrain: {global_batch: 1}";
+test("allow silences a warning that it gives a reason for, and nothing else", () => {
+  const reported = (more: string) => read(badJob(`${idle}\n${more}`)).findings.map(({ code }) => code);
+  expect(reported("")).toEqual(["P108"]);
+  expect(reported("allow: [{code: P108, reason: one microbatch fits}]")).toEqual([]);
+  expect(reported("allow: [{code: C504, reason: none}]")).toEqual(["P108"]);
+  expect(read(badJob("model: {kv_heads: 3}\nallow: [{code: M301, reason: x}]")).findings.map(({ code }) => code)).toEqual(["M301", "S016"]);
+  const [finding] = read(badJob("allow: [{code: P999, reason: x}]")).findings;
+  expect(finding).toMatchObject({ code: "S016", level: "error", path: "allow.0.code", found: "no rule has the code P999" });
+  expect(finding?.at).toMatchObject({ file: "job.yaml" });
+  expect(reported("allow: [{code: P108}]")).toContain("S011");
+});
+
+test("a plan does not depend on what its job allows", () => {
+  const { job } = read(badJob(`${idle}\nallow: [{code: P108, reason: one microbatch fits}]`));
+  expect(job).toEqual(read(badJob(idle)).job);
+});

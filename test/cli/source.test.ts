@@ -58,7 +58,7 @@ test("an unknown key is answered with the key that was meant", () => {
   expect(fix("model.tensor=1")).toEqual(["S010 did you mean parallel.tensor?"]);
   expect(fix("parallel.tp=1")).toEqual(["S010 did you mean parallel.tensor?"]);
   expect(fix("num_layers=2")).toEqual(["S010 did you mean model.layers?"]);
-  expect(fix("model.rope.qqqqqq=2")).toEqual(["S010 leave it out; the keys here are theta, interleaved, scaling"]);
+  expect(fix("model.rope.qqqqqq=2")).toEqual(["S010 leave it out; the keys here are theta, fraction, interleaved, scaling"]);
   expect(fix("__proto__.a=2")).toEqual([expect.stringMatching(/^S010 /)]);
   expect(({} as Record<string, unknown>).a).toBeUndefined();
 });

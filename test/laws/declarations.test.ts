@@ -95,7 +95,7 @@ test("the table has each op once, under the name that plans say", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(
-    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad rmsnorm rmsnorm_grad head_norm head_norm_grad rope rope_documents attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter attention_documents attention_documents_grad attention_documents_part attention_documents_part_grad attention_dropout_documents attention_dropout_documents_grad attention_dropout_documents_part attention_dropout_documents_part_grad split join latent_kv latent_kv_grad embed embed_grad row_max softmax_terms softmax_terms_grad nll nll_grad mean mean_grad weighted_sum source_losses weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad sigmoid_gate sigmoid_gate_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad geglu geglu_grad geglu_rows geglu_rows_grad quick_geglu quick_geglu_grad quick_geglu_rows quick_geglu_rows_grad gelu gelu_grad gelu_rows gelu_rows_grad gelu_tanh gelu_tanh_grad gelu_tanh_rows gelu_tanh_rows_grad squared_relu squared_relu_grad squared_relu_rows squared_relu_rows_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_cast adamw_scheduled adam adam_cast adam_scheduled sgd sgd_cast sgd_scheduled sgd_scheduled_cast sgd_momentum sgd_momentum_cast sgd_momentum_scheduled sgd_momentum_scheduled_cast muon_momentum orthogonalize orthogonalize_experts muon muon_scheduled gemm_dgrad_pair gemm_dgrad_triple grouped_dgrad_pair swiglu_grad_again swiglu_rows_grad_again rmsnorm_grad_add softmax_statistics arrange take_rows invert_rows split_rows merge_rows"`,
+    `"gemm gemm_dgrad gemm_wgrad grouped_gemm grouped_dgrad grouped_wgrad add accumulate cast add_bias bias_grad add_bias_rows bias_rows_grad rmsnorm rmsnorm_grad head_norm head_norm_grad layernorm layernorm_grad head_layernorm head_layernorm_grad rope rope_documents attention attention_grad attention_part attention_part_grad attention_merge attention_dropout attention_dropout_grad attention_dropout_part attention_dropout_part_grad dropout jitter attention_documents attention_documents_grad attention_documents_part attention_documents_part_grad attention_dropout_documents attention_dropout_documents_grad attention_dropout_documents_part attention_dropout_documents_part_grad split join latent_kv latent_kv_grad embed embed_grad row_max softmax_terms softmax_terms_grad nll nll_grad mean mean_grad weighted_sum source_losses weighted_sum_grad softmax softmax_grad sigmoid sigmoid_grad sqrt_softplus sqrt_softplus_grad normalize normalize_grad top_k_mask top_k_mask_biased combine_weights combine_weights_grad z_loss z_loss_grad expert_counts aux_loss aux_loss_grad running_mean global_aux_loss global_aux_loss_grad sinkhorn quantile quantile_update expert_load expert_loads bias_update apply_capacity dropped_rows expert_choice_mask uniform_mask permute unpermute pack pack_grad sigmoid_gate sigmoid_gate_grad swiglu swiglu_grad swiglu_rows swiglu_rows_grad geglu geglu_grad geglu_rows geglu_rows_grad quick_geglu quick_geglu_grad quick_geglu_rows quick_geglu_rows_grad gelu gelu_grad gelu_rows gelu_rows_grad gelu_tanh gelu_tanh_grad gelu_tanh_rows gelu_tanh_rows_grad squared_relu squared_relu_grad squared_relu_rows squared_relu_rows_grad sum_squares mark_nonfinite clip clip_scaled adamw adamw_cast adamw_scheduled adam adam_cast adam_scheduled sgd sgd_cast sgd_scheduled sgd_scheduled_cast sgd_momentum sgd_momentum_cast sgd_momentum_scheduled sgd_momentum_scheduled_cast muon_momentum orthogonalize orthogonalize_experts muon muon_scheduled gemm_dgrad_pair gemm_dgrad_triple grouped_dgrad_pair swiglu_grad_again swiglu_rows_grad_again rmsnorm_grad_add softmax_statistics arrange take_rows invert_rows split_rows merge_rows"`,
   );
 });
 
@@ -117,10 +117,16 @@ test("the dims along which each op may be sharded", () => {
     cast: ...
     add_bias: B S N
     bias_grad: B S N
+    add_bias_rows: B S E N
+    bias_rows_grad: B S E N
     rmsnorm: B S
     rmsnorm_grad: B S
     head_norm: B S H
     head_norm_grad: B S H
+    layernorm: B S
+    layernorm_grad: B S
+    head_layernorm: B S H
+    head_layernorm_grad: B S H
     rope: B S H
     rope_documents: B S H
     attention: B S G

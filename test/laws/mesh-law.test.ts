@@ -180,8 +180,18 @@ describe("on named meshes", () => {
       activation: "gelu",
       rope: { interleaved: true },
     },
-    "latent attention": { mla: latent, kv_heads: 8, head_dim: 10, rope: { scaling: yarn } },
-    "latent attention, queries too": { mla: { ...latent, q_rank: 10 }, kv_heads: 8, head_dim: 10, out_bias: true },
+    "layer norms of the stream and of heads": { norm: { type: "layernorm" }, qk_norm: "head" },
+    "learned positions": { positions: "learned", max_positions: 20 },
+    "half of a head is rotated": { rope: { fraction: 0.5 } },
+    "layer norms of all heads, gains less 1": { norm: { type: "layernorm", zero_centered: true }, qk_norm: "full" },
+    "latent attention, gains less 1": { norm: { zero_centered: true }, mla: latent, kv_heads: 8, head_dim: 10, rope: { scaling: yarn } },
+    "latent attention, queries too": {
+      norm: { type: "layernorm" },
+      mla: { ...latent, q_rank: 10 },
+      kv_heads: 8,
+      head_dim: 10,
+      out_bias: true,
+    },
   };
   test.each(Object.entries(attentions))("%s", async (_, model) => {
     const alone = await reference(text(shape(model), { world: 1 }));
@@ -432,6 +442,7 @@ const router = fc.oneof(
       score: oneOf("softmax", "sigmoid", "sqrt_softplus"),
       normalize_top_k: fc.boolean(),
       scaling: oneOf(1, 2.5),
+      bias: fc.boolean(),
       precision: oneOf("model", "fp32"),
       jitter: oneOf(null, null, 0.05),
       groups: oneOf(1, 2),
@@ -457,15 +468,17 @@ const anyJob = fc
       tie_embeddings: fc.boolean(),
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
+      positions: oneOf("rope", "rope", "rope", "learned", "none"),
       mlp_bias: fc.boolean(),
+      norm: oneOf<object>({}, {}, { type: "layernorm" }, { type: "layernorm", zero_centered: true }, { zero_centered: true }),
       dropout: oneOf({}, {}, { hidden: 0.1 }, { attention: 0.2 }, { hidden: 0.2, attention: 0.1 }),
       activation: fc.oneof(
         { weight: 5, arbitrary: fc.constant("swiglu") },
         { weight: 3, arbitrary: oneOf("geglu", "gelu", "squared_relu") },
       ),
-      rope: oneOf<object>({}, { interleaved: true }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
+      rope: oneOf<object>({}, { interleaved: true }, { fraction: 0.5 }, { scaling: llama3 }, { interleaved: true, scaling: yarn }),
     }),
-    mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }), { freq: 2 }),
+    mla: fc.option(oneOf(latent, { ...latent, q_rank: 10 }, { ...latent, norm: false }), { freq: 2 }),
     experts: fc.option(
       fc.record({
         experts: oneOf(4, 8),
@@ -482,6 +495,7 @@ const anyJob = fc
         dispatch: oneOf("all_to_all", "all_gather"),
         shared: oneOf(null, null, { ffn: 24 }, { ffn: 24, gate: true }),
         latent: oneOf(null, null, 16),
+        bias: fc.boolean(),
         layers: oneOf<unknown>("all", "all", { first_dense: 1 }, { every: 2 }),
       }),
       { freq: 3 },
@@ -568,6 +582,12 @@ const anyJob = fc
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;
       // heads of a latent have keys and values, and norms, of their own
       const latents = mla ? { mla, kv_heads: half(8), head_dim: undefined, qk_norm: "none", qkv_bias: false } : {};
+      // those of latent attention rotate other channels, and a depth of multi-token prediction has no position of its own
+      const rope = mla && "fraction" in model.rope ? {} : model.rope;
+      const asked = mtp && model.positions === "learned" ? "none" : model.positions;
+      // without rotation a bias adds the same to the scores of all keys: its gradient is rounding alone
+      const { qkv_bias, qk_norm, norm } = model;
+      const positions = !mla && (qkv_bias || ("type" in norm && qk_norm !== "none")) ? "rope" : asked;
       const mixed = experts ? { moe: { ffn: half(16), ...experts, experts: half(experts.experts) } } : {};
       const { tensor, context, sequence } = drawn;
       // an expert's capacity is decided by those who share their tokens: it depends on how a sequence is cut, and by nothing else
@@ -579,7 +599,7 @@ const anyJob = fc
         kv_heads: half(pair ? Math.max(2, model.kv_heads) : model.kv_heads),
         ...mixed,
         ...latents,
-        mtp,
+        ...{ mtp, rope, positions },
       });
       const [labels, loss_weighting] = learnt;
       const train = { micro_batch, loss_weighting, optimizer, ...step };
@@ -618,7 +638,13 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
   };
   const experts = {
     plain: {},
-    rich: { router, capacity: { factor: 1, pad: true }, shared: { ffn: 24, gate: true }, latent: 16 },
+    rich: {
+      router: { ...router, bias: true },
+      bias: true,
+      capacity: { factor: 1, pad: true },
+      shared: { ffn: 24, gate: true },
+      latent: 16,
+    },
     even: { router: { balance: "sinkhorn", normalize_top_k: false } },
     chosen: { router: { type: "expert_choice", normalize_top_k: false } },
   };

@@ -39,7 +39,7 @@ const stateOf = (t: Tensor): State => ({
  * Singular values near 1, as Jordan's article writes it for any shape: X (a + b·G + c·G²) with G = XᵀX, from X of norm 1. The op works on
  * the shorter side and transposes; here nothing is transposed.
  */
-function orthogonal(x: Float64Array, rows: number, columns: number): Float64Array {
+function orthogonal(x: Float64Array, rows: number, columns: number, by: "simple" | "quintic"): Float64Array {
   const product = (p: Float64Array, q: Float64Array, n: number, depth: number, m: number, at: (i: number, k: number) => number) =>
     Float64Array.from({ length: n * m }, (_, ij) => {
       let sum = 0;
@@ -48,14 +48,23 @@ function orthogonal(x: Float64Array, rows: number, columns: number): Float64Arra
     });
   const norm = Math.hypot(...x);
   let y = x.map((v) => v / norm);
-  for (let i = 0; i < 5; i++) {
+  for (const [a, b, c] of by === "simple" ? Array<readonly [number, number, number]>(5).fill([3.4445, -4.775, 2.0315]) : quintic) {
     const gram = product(y, y, columns, rows, columns, (a, k) => k * columns + a);
     const squared = product(gram, gram, columns, columns, columns, (a, k) => a * columns + k);
-    const factor = gram.map((v, at) => -4.775 * v + 2.0315 * squared[at]! + (at % (columns + 1) === 0 ? 3.4445 : 0));
+    const factor = gram.map((v, at) => b * v + c * squared[at]! + (at % (columns + 1) === 0 ? a : 0));
     y = product(y, factor, rows, columns, columns, (a, k) => a * columns + k);
   }
   return y;
 }
+/** The coefficients of each iteration, as the speed run of NanoGPT has them (modded-nanogpt, train_gpt_medium.py). */
+const quintic = [
+  [4.0848, -6.8946, 2.927],
+  [3.9505, -6.3029, 2.6377],
+  [3.7418, -5.5913, 2.3037],
+  [2.8769, -3.1427, 1.2046],
+  [2.8366, -3.0525, 1.2012],
+] as const;
+
 /** Muon on one matrix, or on the matrix of each expert: momentum, Nesterov's step, orthogonal form, decay of the weights. */
 function moveMatrix(
   { w, m }: State,
@@ -75,7 +84,7 @@ function moveMatrix(
       m[first + i] = next;
       ahead[i] = muon.nesterov ? muon.momentum * next + (1 - muon.momentum) * gradient : next;
     }
-    for (const [i, u] of orthogonal(ahead, rows, columns).entries())
+    for (const [i, u] of orthogonal(ahead, rows, columns, muon.coefficients).entries())
       w[first + i] = w[first + i]! - told.lr * told.decay * w[first + i]! - told.lr * factor * u;
   }
 }
@@ -120,6 +129,7 @@ const muons: Readonly<Record<string, object>> = {
     type: "muon",
     muon: { nesterov: false, momentum: 0.8, scale_mode: "unit_rms_norm" },
   },
+  "muon with other coefficients in each iteration": { type: "muon", muon: { coefficients: "quintic" } },
   "muon, a weight decay that rises": { type: "muon", muon: { scale_mode: "shape_scaling", extra_scale_factor: 1 }, ...rising },
 };
 const meshes = { "one rank": {}, "shares over data, tensor and stages": { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true } };

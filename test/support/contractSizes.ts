@@ -163,11 +163,16 @@ export function sizesAt(op: string, set: string): Sizes {
 
 /** Attributes that make another kernel of an op: each of its cases is there with all of these. */
 const variants: Readonly<Record<string, readonly Sizes[]>> = {
+  ...Object.fromEntries(
+    ["rmsnorm", "rmsnorm_grad", "layernorm", "layernorm_grad", "head_layernorm_grad"].map((op) => [op, [{}, { offset: 1 }]]),
+  ),
   top_k_mask: [{}, { groups: 1 }],
   top_k_mask_biased: [{}, { groups: 1, sign: -1 }],
   drop: [0, 1].flatMap((position) => [0, 1].map((pad) => ({ position, pad }))),
   combine_weights: [{}, { normalize: 0 }],
   muon_momentum: [{}, { nesterov: 0 }],
+  orthogonalize: [{}, { coefficients: 1 }],
+  orthogonalize_experts: [{}, { coefficients: 1 }],
   combine_weights_grad: [{}, { normalize: 0 }],
 };
 export const variantsOf = (op: string): readonly Sizes[] => variants[op] ?? [{}];

@@ -5,6 +5,7 @@ import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { attentionMerge } from "../../ops/attention.ts";
 import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
+import { addBiasRows } from "../../ops/linear.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText } from "../kernelSpec.ts";
@@ -109,6 +110,14 @@ function atRandom(spec: KernelSpec<OperandName<typeof dropout>, "S" | "D" | "chu
 
 /** CUDA kernels of dropout, sums and copies. */
 export const elementwise = {
+  add_bias_rows: cudaKernel(addBiasRows, (spec, arch) => {
+    const { N } = spec.d;
+    const load = `biasIn[k] = biasIn[k].load(biasAt + i64(rows[3 + 3 * i64(at / (${N} / N))] - start) * ${N} + int(at % (${N} / N)) * N);`;
+    return makeElementwise(spec, arch, {
+      ...{ streams: [operandOf(spec, "x"), { ...operandOf(spec, "bias"), load }], width: N, start: "E" },
+      outputs: [{ ...operandOf(spec, "y"), value: "x + bias" }],
+    });
+  }),
   embed: cudaKernel(embed, (spec, arch) => {
     const { V, D } = spec.d;
     const load = [

@@ -1,12 +1,21 @@
-/** Root-mean-square norms in one pass over memory, with a row in the registers of the threads of one block; and the gradient of a bias. */
+/** Norms in one pass over memory, with a row in the registers of the threads of one block; and the gradients of biases. */
 import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { rmsnormGradAdd } from "../../ops/fused.ts";
-import { biasGrad } from "../../ops/linear.ts";
-import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "../../ops/norm.ts";
-import { cudaKernel, type GeneratedKernel, type KernelSpec, operandOf, type SpecOf } from "../kernelSpec.ts";
-import { scratchStart } from "../launchArgs.ts";
+import { biasGrad, biasRowsGrad } from "../../ops/linear.ts";
+import {
+  headLayernorm,
+  headLayernormGrad,
+  headNorm,
+  headNormGrad,
+  layernorm,
+  layernormGrad,
+  rmsnorm,
+  rmsnormGrad,
+} from "../../ops/norm.ts";
+import { cudaKernel, type GeneratedKernel, type KernelSpec, offsetsAt, operandOf, type SpecOf } from "../kernelSpec.ts";
+import { rowIndex, scratchStart } from "../launchArgs.ts";
 import { sumColumns } from "./reduce.ts";
 import { f32, shareRow, source, vectorOf } from "./text.ts";
 
@@ -17,23 +26,32 @@ export const norm = {
   rmsnorm_grad: cudaKernel(rmsnormGrad, (spec, arch) => normalizeGrad(spec, spec.d.D, arch)),
   rmsnorm_grad_add: cudaKernel(rmsnormGradAdd, (spec, arch) => normalizeGrad(spec, spec.d.D, arch, "z")),
   head_norm_grad: cudaKernel(headNormGrad, (spec, arch) => normalizeGrad(spec, spec.d.C, arch)),
+  layernorm: cudaKernel(layernorm, (spec) => normalize(spec, spec.d.D)),
+  head_layernorm: cudaKernel(headLayernorm, (spec) => normalize(spec, spec.d.C)),
+  layernorm_grad: cudaKernel(layernormGrad, (spec, arch) => normalizeGrad(spec, spec.d.D, arch)),
+  head_layernorm_grad: cudaKernel(headLayernormGrad, (spec, arch) => normalizeGrad(spec, spec.d.C, arch)),
   bias_grad: cudaKernel(biasGrad, sumTokens),
+  bias_rows_grad: cudaKernel(biasRowsGrad, sumRows),
 };
 
 function normalize(spec: KernelSpec<"x" | "gain" | "y", "eps">, width: number): GeneratedKernel {
   const { x, gain, y } = spec.dtype;
+  const center = "bias" in spec.size;
   const rows = spec.size.x / width;
   const shares = shareRow(width, vectorOf(width, [x, gain, y]), 4);
   const body = render("cuda/norm.cu", {
-    ...{ name: spec.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(spec.d.eps) },
-    ...{ x: cudaType(x), gain: cudaType(gain), y: cudaType(y) },
+    ...{ center, offset: offsetOf(spec), name: spec.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(spec.d.eps) },
+    ...{ x: cudaType(x), gain: cudaType(gain), bias: cudaType(center ? operandOf<string>(spec, "bias").dtype : gain), y: cudaType(y) },
   });
   const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / shares.lanes)), 1, 1];
   return {
     source: source(spec, body),
-    launches: [{ entry: spec.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", "y"] }],
+    launches: [{ entry: spec.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", ...(center ? ["bias"] : []), "y"] }],
   };
 }
+
+/** The text before a gain: a gain may be stored less 1. */
+const offsetOf = ({ d }: KernelSpec<string, "eps">): string => (d.offset ? `${f32(d.offset)} + ` : "");
 
 function normalizeGrad(
   spec: KernelSpec<"x" | "gain" | "dy" | "dx" | "dgain", "eps">,
@@ -44,6 +62,7 @@ function normalizeGrad(
   const { x, gain, dy, dx } = spec.dtype;
   const rows = spec.size.x / width;
   const shares = shareRow(width, vectorOf(width, [x, gain, dy, dx]), 2);
+  const center = "dbias" in spec.size;
   const groups = shares.threads / shares.lanes;
   // 1024 threads of 64 registers fill a multiprocessor: the launch bound of the kernel, and one wave of blocks. For Blackwell the compiler
   // needs more registers where a thread has 16 values of a row
@@ -51,13 +70,28 @@ function normalizeGrad(
   const resident = Math.max(1, together / shares.threads);
   const blocks = Math.min(Math.ceil(rows / groups), cudaArchs[arch].multiprocessors * resident);
   const body = render("cuda/norm_grad.cu", {
-    ...{ name: spec.name, ...shares, resident, width, rows, grid: blocks, inverse: f32(1 / width), eps: f32(spec.d.eps) },
+    ...{
+      center,
+      offset: offsetOf(spec),
+      name: spec.name,
+      ...shares,
+      resident,
+      width,
+      rows,
+      grid: blocks,
+      inverse: f32(1 / width),
+      eps: f32(spec.d.eps),
+    },
     ...{ x: cudaType(x), gain: cudaType(gain), dy: cudaType(dy), dx: cudaType(dx), adds: addend !== undefined },
   });
-  const sum = sumColumns(spec, { rows: blocks, width, to: operandOf(spec, "dgain") });
+  const bytes = blocks * width * bytesOf.f32;
+  const sums = [
+    sumColumns(spec, { rows: blocks, width, to: operandOf(spec, "dgain") }),
+    ...(center ? [sumColumns(spec, { rows: blocks, width, to: operandOf<string>(spec, "dbias"), first: bytes })] : []),
+  ];
   return {
-    source: source(spec, `${body}\n${sum.body}`),
-    scratch: blocks * width * bytesOf.f32,
+    source: source(spec, [body, ...sums.map((sum) => sum.body)].join("\n")),
+    scratch: sums.length * bytes,
     launches: [
       {
         entry: spec.name,
@@ -66,7 +100,7 @@ function normalizeGrad(
         shared: 0,
         args: ["x", "gain", "dy", ...(addend ? [addend] : []), "dx", scratchStart],
       },
-      sum.launch,
+      ...sums.map((sum) => sum.launch),
     ],
   };
 }
@@ -90,5 +124,21 @@ function sumTokens(spec: SpecOf<typeof biasGrad>, arch: Arch): GeneratedKernel {
       { entry: spec.name, grid: [columns, depths, 1], threads: lanes * strands, shared: 0, args: ["dy", scratchStart] },
       sum.launch,
     ],
+  };
+}
+
+/** Sums over the rows of each expert, which are neighbours. */
+function sumRows(spec: SpecOf<typeof biasRowsGrad>): GeneratedKernel {
+  const { N: width, E: experts } = spec.d;
+  const vector = vectorOf(width, [spec.dtype.dy]);
+  const [lanes, strands] = [32, 8];
+  const body = render("cuda/bias_rows_grad.cu", {
+    ...{ name: spec.name, vector, lanes, strands, width, type: cudaType(spec.dtype.dy) },
+    ...{ offsetsAt: offsetsAt(spec.bound), adds: spec.accumulates.has("dbias") },
+  });
+  const grid: [number, number, number] = [Math.ceil(width / (lanes * vector)), experts, 1];
+  return {
+    source: source(spec, body),
+    launches: [{ entry: spec.name, grid, threads: lanes * strands, shared: 0, args: ["dy", "dbias", rowIndex] }],
   };
 }

@@ -7,7 +7,7 @@ import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
-import { attributeOf, type GeneratedLaunch, scratchStart } from "../launchArgs.ts";
+import { attributeOf, type GeneratedLaunch, scratch, scratchStart } from "../launchArgs.ts";
 import { f32, source, vectorOf } from "./text.ts";
 
 /** The addends of a sum to a scalar. */
@@ -65,16 +65,21 @@ export interface PartialColumns {
   readonly to: KernelOperand;
   /** The attribute with the row of `to` that receives the sums; default: the first row. */
   readonly row?: string;
+  /** Bytes of scratch before the partial sums; default: none. */
+  readonly first?: number;
 }
-/** Returns the launch that sums the columns of partial sums at the beginning of scratch, one row per block of an earlier launch. */
-export function sumColumns(spec: KernelSpec, { rows, width, to, row }: PartialColumns): { body: string; launch: GeneratedLaunch } {
-  const entry = `${spec.name}_sum`;
+/** Returns the launch that sums the columns of partial sums in scratch, one row per block of an earlier launch. */
+export function sumColumns(
+  spec: KernelSpec,
+  { rows, width, to, row, first = 0 }: PartialColumns,
+): { body: string; launch: GeneratedLaunch } {
+  const entry = first === 0 ? `${spec.name}_sum` : `${spec.name}_sum_${to.name}`;
   const adds = spec.accumulates.has(to.name);
   return {
     body: render("cuda/column_reduce.cu", { name: entry, rows, width, type: cudaType(to.dtype), adds, row: row !== undefined }),
     launch: {
       ...{ entry, grid: [Math.ceil(width / 32), 1, 1], threads: 1024, shared: 0 },
-      args: [scratchStart, to.name, ...(row === undefined ? [] : [attributeOf(row)])],
+      args: [scratch(first), to.name, ...(row === undefined ? [] : [attributeOf(row)])],
     },
   };
 }

@@ -6,6 +6,7 @@ import { render } from "../../../templates/bindings.ts";
 import { attentionMerge } from "../../ops/attention.ts";
 import { uniformMask } from "../../ops/capacity.ts";
 import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
+import { addBiasRows } from "../../ops/linear.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText, wgslKernel } from "../kernelSpec.ts";
@@ -105,6 +106,15 @@ const MERGE_THREADS = 256;
 
 /** WGSL kernels of dropout, sums and copies. */
 export const elementwise = {
+  add_bias_rows: wgslKernel(addBiasRows, (spec) => {
+    const width = widthOf(spec.d.N);
+    const vectors = spec.d.N / width;
+    return makeElementwise(spec, {
+      ...{ width, inputs: [stream(operandOf(spec, "x")), indexed(operandOf(spec, "bias"), true)], starts: ["E"] },
+      lines: [`let own = u32(rows[3u + 3u * (i / ${vectors}u)] - start.x) * ${vectors}u + i % ${vectors}u;`],
+      outputs: [{ ...operandOf(spec, "y"), value: "x + V(bias_buf[own])" }],
+    });
+  }),
   dropout: wgslKernel(dropout, (spec) => {
     const { threshold, factor } = dropsOf(spec.d.drop);
     const least = `${vector("u32", widthOf(spec.d.D))}(${threshold}u)`;

@@ -4,7 +4,7 @@ import { newtonSchulz } from "../../ops/newtonSchulz.ts";
 import * as ops from "../../ops/optimizer.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf, wgslKernel } from "../kernelSpec.ts";
 import { scratchStart } from "../launchArgs.ts";
-import { newtonSchulzSteps, orthogonalizeSizes } from "../orthogonalizeSizes.ts";
+import { distinct, newtonSchulzSteps, orthogonalizeSizes } from "../orthogonalizeSizes.ts";
 import { THREADS, totalOver } from "./reduce.ts";
 import { type Binding, bindingOf, type EntryPoint, float, kernel, scratchBytes } from "./text.ts";
 
@@ -12,7 +12,7 @@ const TILE = 32;
 
 function makeOrthogonalize(spec: KernelSpec<"x" | "y", "K" | "N">, matrices: number): GeneratedKernel {
   const { rows, columns, short, long, parts, at, words } = orthogonalizeSizes(spec, matrices);
-  const { a, b, c, eps } = newtonSchulz;
+  const steps = newtonSchulzSteps(spec);
   const matrix = rows * columns;
   const scratch: Binding = { arg: scratchStart, name: "scratch", type: "f32" };
   const [x, y]: [Binding, Binding] = [bindingOf(operandOf(spec, "x")), { arg: "y", type: "f32" }];
@@ -36,14 +36,14 @@ function makeOrthogonalize(spec: KernelSpec<"x" | "y", "K" | "N">, matrices: num
       right: copyOf[from](place("n0 + lead", "k")),
       store: `${square(at.gram, "m", "n")} = sums[j];`,
     })),
-    {
-      ...{ entry: `${spec.name}_factor`, depth: short, down: short, across: short },
+    ...distinct(steps, ({ suffix }) => suffix).map(({ b, c, suffix }) => ({
+      ...{ entry: `${spec.name}_factor${suffix}`, depth: short, down: short, across: short },
       left: square(at.gram, "m0 + lead", "k"),
       right: square(at.gram, "n0 + lead", "k"),
       store: `${square(at.factor, "m", "n")} = ${float(b)} * ${square(at.gram, "m", "n")} + ${float(c)} * sums[j];`,
-    },
-    ...newtonSchulzSteps.slice(0, 2).map(({ from, to }) => ({
-      ...{ entry: `${spec.name}_next_${from}`, depth: short, down: short, across: long },
+    })),
+    ...distinct(steps, ({ from, suffix }) => from + suffix).map(({ from, to, a, suffix }) => ({
+      ...{ entry: `${spec.name}_next_${from}${suffix}`, depth: short, down: short, across: long },
       left: square(at.factor, "m0 + lead", "k"),
       right: copyOf[from](place("k", "n0 + lead")),
       store: `${copyOf[to](place("m", "n"))} = ${float(a)} * ${copyOf[from](place("m", "n"))} + sums[j];`,
@@ -52,15 +52,15 @@ function makeOrthogonalize(spec: KernelSpec<"x" | "y", "K" | "N">, matrices: num
   const entries = [
     entry("norm", [parts, 1], [x, scratch]),
     entry("scale", [parts, 1], [x, scratch]),
-    ...newtonSchulzSteps.flatMap(({ from }) => [
+    ...steps.flatMap(({ from, suffix }) => [
       entry(`gram_${from}`, [tiles(short), tiles(short)], from === "x" ? [scratch] : [y, scratch]),
-      entry("factor", [tiles(short), tiles(short)], [scratch]),
-      entry(`next_${from}`, [tiles(long), tiles(short)], [y, scratch]),
+      entry(`factor${suffix}`, [tiles(short), tiles(short)], [scratch]),
+      entry(`next_${from}${suffix}`, [tiles(long), tiles(short)], [y, scratch]),
     ]),
   ];
   const text = render("wgsl/orthogonalize.wgsl", {
     ...{ entry: spec.name, matrices, rows, columns, short, long, matrix, parts, products },
-    ...{ stride: parts * THREADS, xAt: at.x, eps: float(eps) },
+    ...{ stride: parts * THREADS, xAt: at.x, eps: float(newtonSchulz.eps) },
   });
   return kernel(spec, entries, [totalOver(THREADS), text], scratchBytes(words));
 }

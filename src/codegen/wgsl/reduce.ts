@@ -57,6 +57,8 @@ export function scalarSum(spec: KernelSpec, { buffers, count, term, lines = [], 
 /** The terms of sums over the rows of an operand, per column. */
 export interface ColumnSum {
   readonly out: string;
+  /** Prefix of the names of the entries; default: the name of the kernel. */
+  readonly entry?: string;
   readonly buffers: readonly Binding[];
   readonly batches: number;
   readonly rows: number;
@@ -72,7 +74,7 @@ export interface ColumnSum {
 /** Returns the entries for out[batch, column] (+)= the sum over rows of the term, their text, and the words of scratch up to their end. */
 export function columnSum(
   spec: KernelSpec,
-  { out, buffers, batches, rows, width, term, first, row }: ColumnSum,
+  { out, entry = spec.name, buffers, batches, rows, width, term, first, row }: ColumnSum,
 ): { entries: EntryPoint[]; text: string; words: number } {
   // both launches have loops of similar length
   const depth = Math.max(16, Math.ceil(Math.sqrt(rows)));
@@ -83,9 +85,9 @@ export function columnSum(
   const sums = { arg: scratchStart, type: "f32" };
   // scratch has one binding per launch, so a term that reads scratch also names it `sums`
   const entries: EntryPoint[] = [
-    { entry: `${spec.name}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
+    { entry: `${entry}_depths`, grid: groups, threads: THREADS, buffers: [...buffers, { ...sums, name: "sums" }] },
     {
-      entry: `${spec.name}_columns`,
+      entry: `${entry}_columns`,
       grid: outGroups,
       threads: THREADS,
       buffers: [
@@ -97,7 +99,7 @@ export function columnSum(
   ];
   const text = render("wgsl/column_reduce.wgsl", {
     at: row === undefined ? "i" : `start.attr.x * ${width}u + i`,
-    ...{ entry: spec.name, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
+    ...{ entry, threads: THREADS, batches, rows, width, depth, depths, parts, perBatch: depths * width },
     ...{
       index: foldGrid(groups).index,
       outIndex: foldGrid(outGroups).index,

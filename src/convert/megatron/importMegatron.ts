@@ -7,7 +7,7 @@ import { Trouble } from "../../../schemas/trouble.ts";
 import { type ArgumentReport, type ImportedJob, makeImported } from "../importedJob.ts";
 import { newJobBuilder } from "../jobBuilder.ts";
 import type { Problem } from "../problems.ts";
-import { type Arguments, readArguments } from "./arguments/read.ts";
+import { type Arguments, checkValues, readArguments } from "./arguments/read.ts";
 import type { ScriptRead } from "./bash/calls.ts";
 import { newScope } from "./bash/scope.ts";
 import { readScript } from "./bash/script.ts";
@@ -19,6 +19,7 @@ import { putExperts } from "./job/moe.ts";
 import { degreesOf, putParallel, smallestWorld, type World } from "./job/parallel.ts";
 import { putData, putTrain } from "./job/train.ts";
 import { launchesIn, type TrainingLaunch, unknownWorld, worldOf } from "./launch.ts";
+import { checkRefusals } from "./refusals/index.ts";
 import { readArgumentList } from "./yamlArguments.ts";
 
 /** What to import. */
@@ -58,7 +59,7 @@ interface Found {
 export function importMegatron(source: MegatronSource, settings: MegatronSettings): ImportedJob {
   const found = findLaunch(source, settings);
   const wider = settings.world === undefined && source.kind === "script" ? widerLaunch(source, found, settings) : undefined;
-  return makeJob(wider?.found ?? found, wider?.settings ?? settings, wider?.note);
+  return makeJob(wider?.found ?? found, wider?.settings ?? settings, source.kind === "words" ? "" : source.text, wider?.note);
 }
 
 function findLaunch(source: MegatronSource, settings: MegatronSettings): Found {
@@ -151,7 +152,8 @@ function leastWorld(args: Arguments): number {
   return smallestWorld(degreesOf({ args, job }, (args.numberIfGiven("num-experts") ?? 0) > 0));
 }
 
-function makeJob({ words, launch }: Found, settings: MegatronSettings, note: string | undefined): ImportedJob {
+/** Makes the job of a launch. `text`: the script or list that it is read from. */
+function makeJob({ words, launch }: Found, settings: MegatronSettings, text: string, note: string | undefined): ImportedJob {
   const problems: Problem[] = [];
   const drop = new Set((settings.drop ?? []).map((name) => name.replace(/^--/, "")));
   const args = readArguments(words, drop, problems);
@@ -164,11 +166,23 @@ function makeJob({ words, launch }: Found, settings: MegatronSettings, note: str
   const degrees = degreesOf(importing, hasExperts);
   const ranks = world ?? { ranks: smallestWorld(degrees), source: "" };
   putParallel(importing, ranks, sizes, degrees, hasExperts);
-  putTrain(importing, ranks.ranks / (degrees.tensor * degrees.pipeline * degrees.context));
+  const data = ranks.ranks / (degrees.tensor * degrees.pipeline * degrees.context);
+  putTrain(importing, data);
   putData(importing);
   checkLaunch(importing);
+  checkRefusals(importing, data);
   const dropped = [...drop].map((name) => `--${name}`);
-  return makeImported({ name: settings.name, job, problems, reports: reportArguments(args, job.keysOf, problems), dropped });
+  const reports = reportArguments(args, job.keysOf, problems);
+  return makeImported({ name: settings.name, job, problems: problems.map((problem) => placed(problem, text)), reports, dropped });
+}
+
+/** Returns a problem with the line of its argument, where the text has it once. */
+function placed(problem: Problem, text: string): Problem {
+  const [name] = /^--[\w-]+/.exec(problem.subject) ?? [];
+  if (name === undefined) return problem;
+  const isHere = new RegExp(`^[^#]*(?<![\\w-])${name}(?![\\w-])`);
+  const lines = text.split("\n").flatMap((line, i) => (isHere.test(line) ? [i + 1] : []));
+  return lines.length === 1 ? { ...problem, subject: `line ${lines[0]}: ${problem.subject}` } : problem;
 }
 
 /** Lists of arguments do not say the ranks; the scripts of the model zoo start 8 a node, on NNODES nodes. */
@@ -184,7 +198,10 @@ function worldOfSettings({ world, variables }: MegatronSettings, problems: Probl
 function reportArguments(args: Arguments, keysOf: ReadonlyMap<string, readonly string[]>, problems: Problem[]): readonly ArgumentReport[] {
   return [...args.given.values()].flatMap(({ spec, shown, values }) => {
     const keys = keysOf.get(spec.name) ?? [];
+    // the value of an argument that nothing read must still be one that Megatron takes
+    if (keys.length === 0 && spec.fate === "mapped") checkValues(spec, values, shown, problems);
     if (keys.length > 0 || spec.fate !== "unsupported") return [{ argument: shown, keys, why: spec.why }];
+    if (problems.some(({ kind, subject }) => kind === "value" && subject === shown)) return [];
     const value = values.length === 1 && values[0] ? knownValue(values[0]) : undefined;
     const isDefault =
       value !== undefined && spec.default !== undefined && (value === spec.default || Number(value) === Number(spec.default));

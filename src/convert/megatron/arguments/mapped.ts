@@ -24,9 +24,19 @@ export const mapped = [
       reset-position-ids reset-attention-mask eod-mask-loss`,
   },
   {
-    why: "is on where biases are, and these are not supported",
+    why: "is on where biases are, except with --multi-latent-attention",
     names: `
       add-qkv-bias`,
+  },
+  {
+    why: "changes GELU with biases alone",
+    names: `
+      no-bias-gelu-fusion`,
+  },
+  {
+    why: "is accepted beside rope alone, where it does nothing",
+    names: `
+      no-position-embedding`,
   },
   {
     why: "bounds the table of learned positions, and rope has none",
@@ -36,7 +46,7 @@ export const mapped = [
   {
     why: "is what rankc has",
     names: `
-      qk-layernorm softmax-type:vanilla|off-by-one|learnable=vanilla use-rotary-position-embeddings rotary-percent:float=1.0
+      qk-layernorm apply-layernorm-1p softmax-type:vanilla|off-by-one|learnable=vanilla use-rotary-position-embeddings
       squared-relu quick-geglu microbatch-group-size-per-virtual-pipeline-stage:int dataloader-type:single|cyclic|external`,
   },
   {
@@ -55,9 +65,9 @@ export const mapped = [
       rotary-seq-len-interpolation-factor:int`,
   },
   {
-    why: "is the base of rotary positions",
+    why: "is a detail of rotary positions; with --multi-latent-attention all of its rotary channels are rotated",
     names: `
-      rotary-base:int=10000`,
+      rotary-base:int=10000 rotary-percent:float=1.0`,
   },
   {
     why: "has no effect without --multi-latent-attention",

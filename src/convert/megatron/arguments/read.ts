@@ -58,7 +58,7 @@ export function readArguments(words: readonly ScriptText[], dropped: ReadonlySet
     const shown = [flag, ...own.map(shownText)].join(" ");
     checkCount(spec, own, shown, problems);
     // the values of mapped arguments are checked where they are read: a hole matters there alone
-    if (spec.fate !== "mapped") for (const value of own.map(knownValue)) if (value !== undefined) checkType(spec, value, shown, problems);
+    if (spec.fate !== "mapped") checkValues(spec, own, shown, problems);
     given.delete(name);
     given.set(name, { spec, values: own, shown });
   }
@@ -139,8 +139,10 @@ function typeFault({ type, choices }: ArgumentSpec, value: string): Pick<Problem
   return undefined;
 }
 
-function checkType(spec: ArgumentSpec, value: string, shown: string, problems: Problem[]): void {
-  const fault = typeFault(spec, value);
+/** Reports the known values that Megatron does not take. */
+export function checkValues(spec: ArgumentSpec, values: readonly ScriptText[], shown: string, problems: Problem[]): void {
+  if (problems.some(({ subject }) => subject === shown)) return;
+  const fault = values.map(knownValue).flatMap((value) => (value === undefined ? [] : (typeFault(spec, value) ?? [])))[0];
   if (fault) problems.push({ kind: "value", subject: shown, ...fault });
 }
 

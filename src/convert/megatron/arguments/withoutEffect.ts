@@ -29,7 +29,7 @@ export const withoutEffect: readonly Section[] = [
       moe-permute-fusion moe-router-fusion batch-invariant-mode batch-invariant-backend:te_native|deepgemm|triton=te_native
       use-te-activation-func transformer-impl:local|transformer_engine|inference_optimized=transformer_engine muon-use-syrk
       muon-fp32-matmul-prec:low|medium|high=medium no-use-layer-wise-param-layout
-      no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
+      no-masked-softmax-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
       no-gradient-accumulation-fusion attention-softmax-in-fp32 disable-jit-fuser no-create-attention-mask-in-dataloader`,
   },
   {
@@ -64,11 +64,6 @@ export const withoutEffect: readonly Section[] = [
       cpu-offloading-num-layers:int=0 cpu-offloading-retain-pinned-cpu-buffers fine-grained-activation-offloading offload-modules:text+
       min-offloaded-tensor-size:int=1048576 delay-offload-until-cuda-graph delta-offload-bytes-across-pp-ranks:int=0
       activation-offload-fraction:float=1.0 fine-grained-offloading-max-inflight-offloads:int`,
-  },
-  {
-    why: "stores the weight of a norm less 1: the same function",
-    names: `
-      apply-layernorm-1p`,
   },
   {
     why: "changes how weights lie in memory and in checkpoints, not what is computed",
@@ -116,11 +111,6 @@ export const withoutEffect: readonly Section[] = [
     why: "is parsed, and never reaches the model: the factor of --use-rope-scaling stays 8",
     names: `
       rope-scaling-factor:float=8.0`,
-  },
-  {
-    why: "is accepted beside rope alone, where it does nothing",
-    names: `
-      no-position-embedding`,
   },
   {
     why: "is no longer read by Megatron",

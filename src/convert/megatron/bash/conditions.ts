@@ -144,9 +144,16 @@ function testBinary(left: Word, operator: string, right: Word, shell: Shell): An
   return compare(expandText(left, shell), operator, expandText(right, shell));
 }
 
+/** Returns whether a command, or one of a group, assigns variables. */
+function assigns(node: PipelineNode): boolean {
+  if (node.type === "BraceGroup") return node.body.commands.some(({ command }) => command.type !== "AndOr" && assigns(command));
+  if (node.type === "Pipeline") return node.commands.length === 1 && node.commands.every(assigns);
+  return node.type === "Command" && (node.name === undefined || isDeclaration(node.name.value));
+}
+
 /** Returns whether a command that is not known to succeed decides about the one after it: a test does, and what an assignment follows. */
 export function decides(before: PipelineNode, after: PipelineNode): boolean {
-  if (after.type === "Command" && (after.name === undefined || isDeclaration(after.name.value))) return true;
+  if (assigns(after)) return true;
   if (before.type === "Pipeline") return before.commands.every((inner) => decides(inner, after));
   return before.type === "TestCommand" || (before.type === "Command" && /^(?:\[|test)$/.test(before.name?.value ?? ""));
 }

@@ -20,9 +20,11 @@ import { declare, restore, runBuiltin } from "./builtins.ts";
 import type { CalledCommand, ScriptRead, ScriptSettings } from "./calls.ts";
 import { outputOfScript } from "./commands.ts";
 import { type Answer, both, decides, isDeclaration, testExpression } from "./conditions.ts";
-import { expandParts, expandPattern, expandText, expandWords, numbersOf } from "./expand.ts";
-import { assign, type Frame, inCopy, merge, slurmVariables } from "./frame.ts";
+import { expandPattern, expandText, expandWords, numbersOf } from "./expand.ts";
+import { assign, type Frame, inCopy, slurmVariables } from "./frame.ts";
 import { matches } from "./glob.ts";
+import { type InnerScript, innerScript } from "./innerScript.ts";
+import { type Flow, Loops } from "./loops.ts";
 import { newScope, type Scope } from "./scope.ts";
 import { isKnown, joined, knownValue, MOST_CHARACTERS, type ScriptText, shownText, testedValue, unixText } from "./text.ts";
 
@@ -31,9 +33,6 @@ const MOST_NESTED = 24;
 
 /** What is followed of a statement. */
 type Step = Pick<Statement, "command">;
-
-/** How a statement ends: the next one follows, or it leaves a loop, a function or the script. */
-type Flow = "next" | "break" | "continue" | "return" | "exit";
 
 /** How a command ends, and whether it succeeds, where that is known. */
 interface Outcome {
@@ -62,8 +61,7 @@ class ScriptReader {
   readonly #functions = new Map<string, { readonly body: BashFunction["body"]; readonly frame: Frame }>();
   readonly #settings: ScriptSettings;
   #steps = 0;
-  /** How many loops the last `break` or `continue` is for. */
-  #levels = 1;
+  readonly #loops = new Loops();
 
   constructor(settings: ScriptSettings) {
     this.#settings = settings;
@@ -213,42 +211,39 @@ class ScriptReader {
   /** Follows all branches of a condition that is not known. A variable on which they disagree becomes a hole. */
   #runUnsure(branches: readonly (readonly Step[])[], frame: Frame, pos: number): Flow {
     const condition = `the condition at ${frame.place(pos)}`;
-    const scopes = branches.flatMap((branch) => {
+    const ends = branches.map((branch) => {
       const copy = inCopy({ ...frame, condition });
-      const flow = this.#runAll(branch, copy);
-      return flow === "exit" || flow === "return" ? [] : [copy.shell.scope];
+      return { flow: this.#runAll(branch, copy), scope: copy.shell.scope };
     });
-    merge(scopes, frame, pos);
-    return "next";
+    return this.#loops.mergeBranches(ends, frame, pos);
   }
 
   #runFor(node: For, frame: Frame): Flow {
     const { shell } = frame;
     const words = node.wordlist ? node.wordlist.flatMap((word) => expandWords(word, shell)) : shell.scope.words;
-    for (const word of words) {
-      if (!isKnown(word)) return this.#runUnsure([node.body.commands, []], frame, node.pos);
-      shell.scope.set(node.name.value, { kind: "text", text: word });
-      const end = this.#endOfLoop(this.#runAll(node.body.commands, frame));
-      if (end) return end;
-    }
-    return "next";
-  }
-
-  /** Returns how a loop ends after a pass through its body; undefined if it goes on. `break 2` and `continue 2` end the inner loop, too. */
-  #endOfLoop(flow: Flow): Flow | undefined {
-    if (flow === "return" || flow === "exit") return flow;
-    if (flow !== "next" && --this.#levels > 0) return flow;
-    return flow === "break" ? "next" : undefined;
+    return this.#loops.follow(frame, node.pos, () => {
+      for (const word of words) {
+        if (!isKnown(word)) return this.#runUnsure([node.body.commands, []], frame, node.pos);
+        shell.scope.set(node.name.value, { kind: "text", text: word });
+        const end = this.#loops.endPass(this.#runAll(node.body.commands, frame), frame, node.pos);
+        if (end) return end;
+      }
+      return "next";
+    });
   }
 
   #loop(test: () => Answer, body: CompoundList, frame: Frame, update: () => void = () => {}): Flow {
-    for (let answer = test(); answer !== false; answer = test()) {
-      if (answer === undefined) return this.#runUnsure([body.commands, []], frame, body.pos);
-      const end = this.#endOfLoop(this.#runAll(body.commands, frame));
-      if (end) return end;
-      update();
-    }
-    return "next";
+    return this.#loops.follow(frame, body.pos, () => {
+      for (let answer = test(); answer !== false; answer = test()) {
+        if (answer === undefined) return this.#runUnsure([body.commands, []], frame, body.pos);
+        const end = this.#loops.endPass(this.#runAll(body.commands, frame), frame, body.pos);
+        if (end) return end;
+        // how often such a loop runs is not known
+        if (this.#loops.mayHaveEnded) return "next";
+        update();
+      }
+      return "next";
+    });
   }
 
   #runCase(node: Case, frame: Frame): Flow {
@@ -300,7 +295,7 @@ class ScriptReader {
         return { flow: name, answer: undefined };
       case "break":
       case "continue":
-        this.#levels = Number(knownValue(args[0] ?? ["1"]) ?? 1);
+        this.#loops.levels = Number(knownValue(args[0] ?? ["1"]) ?? 1);
         return { flow: name, answer: undefined };
       case "eval":
         return { flow: this.#runWords(joined(args), pos, frame, frame.around), answer: undefined };
@@ -329,28 +324,32 @@ class ScriptReader {
       frame.shell.scope.words = outer;
       return { flow: flow === "exit" ? "exit" : "next", answer: undefined };
     }
-    // `srun … bash -c TEXT`, `sbatch <<EOF`, `bash FILE words`
-    const at = words.findIndex((word) => /^(?:.*\/)?(?:ba|z|da)?sh$/.test(knownValue(word) ?? ""));
-    const around = at > 0 ? [...frame.around, words.slice(0, at)] : frame.around;
-    const [option, text, ...rest] = at < 0 ? [] : words.slice(at + 1);
-    const flag = option && knownValue(option);
-    const copy = inCopy(frame);
-    if (flag !== undefined && /^-\w*c$/.test(flag) && text) {
-      copy.shell.scope.words = rest.slice(1);
-      this.#runWords(text, pos, copy, around);
-    } else if (document && (at >= 0 || name === "sbatch")) {
-      const isVerbatim = document.delimiter?.quoted === true || document.body.parts === undefined;
-      const body: ScriptText = isVerbatim ? [document.body.text] : expandParts(document.body.parts ?? [], frame.shell);
-      for (const [variable, value] of slurmVariables(shownText(body))) copy.shell.scope.set(variable, value);
-      this.#runWords(body, pos, copy, name === "sbatch" ? [...frame.around, words] : around);
-    } else if (at >= 0 && flag !== undefined && !flag.startsWith("-")) {
-      this.#runFile(words.slice(at + 1), pos, { ...copy, around }, copy.shell.scope);
-    } else if (/\.(?:sh|bash)$/.test(name)) {
-      this.#runFile(words, pos, copy, copy.shell.scope);
-    } else {
-      this.#collect(words, pos, frame);
-    }
+    const inner = innerScript(name, words, document, frame.shell);
+    if (inner) this.#runInner(inner, pos, frame);
+    else this.#collect(words, pos, frame);
     return { flow: "next", answer: undefined };
+  }
+
+  /** Reads a script that a command runs in a shell of its own. */
+  #runInner(inner: InnerScript, pos: number, frame: Frame): void {
+    const copy = inCopy(frame);
+    const { scope } = copy.shell;
+    const around = inner.before.length > 0 ? [...frame.around, inner.before] : frame.around;
+    switch (inner.kind) {
+      case "text":
+        scope.words = inner.words;
+        this.#runWords(inner.text, pos, copy, around);
+        break;
+      case "document":
+        for (const [variable, value] of slurmVariables(shownText(inner.text))) scope.set(variable, value);
+        this.#runWords(inner.text, pos, copy, around);
+        break;
+      case "file":
+        this.#runFile(inner.words, pos, { ...copy, around }, scope);
+        break;
+      default:
+        inner satisfies never;
+    }
   }
 
   /** Reads a text as a script of its own, as `eval` does. Its holes become variables that stay holes. */

@@ -1,5 +1,6 @@
 /** The section `model` of a job, without its experts (moe.ts): sizes, attention, positions, norms and what a launch leaves out. */
 import type { MappedName } from "../arguments/spec.ts";
+import { putLayers } from "./feedForward.ts";
 import type { Importing } from "./importing.ts";
 import { putVocabulary } from "./vocabulary.ts";
 
@@ -41,8 +42,7 @@ export function putModel({ args, job }: Importing, tokenizerSize: number | undef
   job.put("model.seq", needed("seq-length", "encoder-seq-length"), ["seq-length", "encoder-seq-length"]);
   putNorms({ args, job }, isLatent);
   putPositions({ args, job }, isLatent);
-  putActivation({ args, job });
-  putBiases({ args, job });
+  putLayers({ args, job });
   job.put("model.tie_embeddings", !args.has("untie-embeddings-and-output-weights"), ["untie-embeddings-and-output-weights"]);
   job.put("model.dropout.attention", args.number("attention-dropout"), ["attention-dropout"]);
   job.put("model.dropout.hidden", args.number("hidden-dropout"), ["hidden-dropout"]);
@@ -77,37 +77,41 @@ function putHeads({ args, job }: Importing, isLatent: boolean, heads: number): v
 }
 
 function putNorms({ args, job }: Importing, isLatent: boolean): void {
-  if (args.text("normalization") === "RMSNorm") job.put("model.norm.type", "rmsnorm", ["normalization"]);
-  else job.refuse("--normalization LayerNorm, Megatron's default", "norms are RMSNorm", "--normalization RMSNorm, if the model has it");
+  job.put("model.norm.type", args.text("normalization") === "RMSNorm" ? "rmsnorm" : "layernorm", ["normalization"]);
+  job.put("model.norm.zero_centered", args.has("apply-layernorm-1p"), ["apply-layernorm-1p"]);
   job.put("model.norm.eps", args.number("norm-epsilon"), ["norm-epsilon"]);
   if (isLatent) {
     job.put("model.mla.norm_eps", args.number("norm-epsilon"), ["norm-epsilon"]);
-    if (!args.has("qk-layernorm"))
-      job.refuse(
-        "no --qk-layernorm, beside --multi-latent-attention",
-        "latents are always normalised",
-        "--qk-layernorm, if the model has it",
-      );
+    job.put("model.mla.norm", args.has("qk-layernorm"), ["qk-layernorm"]);
   } else if (args.has("qk-layernorm")) job.put("model.qk_norm", "head", ["qk-layernorm"]);
 }
 
 function putPositions({ args, job }: Importing, isLatent: boolean): void {
   const type = args.has("use-rotary-position-embeddings") ? "rope" : args.text("position-embedding-type");
-  if (type !== "rope" && type !== "yarn") {
-    const isDefault = !args.has("position-embedding-type");
+  if (type === "mrope" || type === "relative") {
     job.refuse(
-      `--position-embedding-type ${type}${isDefault ? ", Megatron's default" : ""}`,
-      "positions are rotary",
+      `--position-embedding-type ${type}`,
+      "positions are rotary, learned or none",
       "--position-embedding-type rope, if the model has it",
     );
     return;
   }
+  const isRotary = type === "rope" || type === "yarn";
+  if (args.has("no-position-embedding") && !isRotary)
+    job.reject(
+      "--no-position-embedding",
+      "Megatron takes it beside rotary positions alone",
+      "give --position-embedding-type rope, or none",
+    );
+  const from: readonly MappedName[] = ["position-embedding-type", "use-rotary-position-embeddings"];
+  const remark = isLatent && !isRotary ? "heads are rotated, too" : undefined;
+  job.put("model.positions", isRotary ? "rope" : type === "none" ? "none" : "learned", from, remark);
+  if (type === "learned_absolute") putTable({ args, job });
+  if (!isRotary && !isLatent) return;
   job.put("model.rope.theta", args.number("rotary-base"), ["rotary-base"]);
   job.decides("position-embedding-type", "model.rope");
   job.decides("use-rotary-position-embeddings", "model.rope");
-  const percent = args.number("rotary-percent");
-  if (percent !== 1 && !isLatent)
-    job.refuse(`--rotary-percent ${percent}`, "the whole head is rotated", "import a model with --rotary-percent 1.0");
+  if (!isLatent) job.put("model.rope.fraction", args.number("rotary-percent"), ["rotary-percent"]);
   if (isLatent) {
     job.put("model.rope.interleaved", true, ["multi-latent-attention"], "it pairs neighbouring channels");
     putLatentScaling({ args, job });
@@ -128,6 +132,18 @@ function putPositions({ args, job }: Importing, isLatent: boolean): void {
   } else if (isLlama) {
     for (const [key, value] of Object.entries(LLAMA3)) job.put(`model.rope.scaling.${key}`, value, ["use-rope-scaling"]);
   }
+}
+
+/** The table of learned positions. */
+function putTable({ args, job }: Importing): void {
+  const rows = args.numberIfGiven("max-position-embeddings");
+  if (rows !== undefined) job.put("model.max_positions", rows, ["max-position-embeddings"]);
+  if ((args.numberIfGiven("mtp-num-layers") ?? 0) > 0)
+    job.reject(
+      "--mtp-num-layers with learned positions",
+      "Megatron takes it beside rotary positions, or none, alone",
+      "give --position-embedding-type rope",
+    );
 }
 
 /** Latent attention has YaRN unless --rope-type says rope. Megatron's default factor is 1, which scales nothing. */
@@ -156,29 +172,4 @@ function putYarn({ args, job }: Importing, by: readonly MappedName[]): void {
   job.put("model.rope.scaling.beta_slow", of("yarn-beta-slow", YARN.betaSlow), from("yarn-beta-slow"));
   job.put("model.rope.scaling.mscale", args.number("mscale"), ["mscale"]);
   job.put("model.rope.scaling.mscale_all_dim", args.number("mscale-all-dim"), ["mscale-all-dim"]);
-}
-
-function putActivation({ args, job }: Importing): void {
-  if (args.has("swiglu") && args.has("squared-relu"))
-    job.reject("--swiglu --squared-relu", "Megatron refuses them together", "leave out one of them");
-  const other = args.has("quick-geglu")
-    ? "--quick-geglu"
-    : args.has("squared-relu")
-      ? "--squared-relu"
-      : "no --swiglu: GELU, Megatron's default";
-  if (args.has("swiglu")) job.put("model.activation", "swiglu", ["swiglu"]);
-  else job.refuse(other, "the activation is SwiGLU, or GeGLU with the tanh approximation", "--swiglu, if the model has it");
-  const softmax = args.text("softmax-type");
-  if (softmax !== "vanilla") job.refuse(`--softmax-type ${softmax}`, "softmax is over the keys alone", "leave it out");
-}
-
-function putBiases({ args, job }: Importing): void {
-  if (args.has("disable-bias-linear")) job.put("model.out_bias", false, ["disable-bias-linear"]);
-  else
-    job.refuse(
-      "no --disable-bias-linear: biases everywhere, Megatron's default",
-      "matrices of the feed-forward part and of experts have no biases",
-      "--disable-bias-linear, if the model has none",
-    );
-  job.put("model.qkv_bias", args.has("add-qkv-bias"), ["add-qkv-bias"]);
 }

@@ -1,5 +1,6 @@
 /** The section `model.moe` of a job: experts, router, dispatch and capacity. */
 import type { MappedName } from "../arguments/spec.ts";
+import { putExpertBiases } from "./feedForward.ts";
 import type { Importing } from "./importing.ts";
 import { evaluatePattern } from "./layerPattern.ts";
 import type { ModelSizes } from "./model.ts";
@@ -8,10 +9,16 @@ import type { ModelSizes } from "./model.ts";
 export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes): boolean {
   const experts = args.numberIfGiven("num-experts") ?? 0;
   if (experts === 0) return false;
+  const pattern = evaluatePattern(args.textIfGiven("moe-layer-freq") ?? "1");
+  if (Array.isArray(pattern) && pattern.length === layers && !pattern.includes(1)) {
+    job.note("--moe-layer-freq gives no layer experts, so that the model is dense and arguments of experts have no effect.");
+    return false;
+  }
   job.put("model.moe.experts", experts, ["num-experts"]);
   job.put("model.moe.top_k", args.number("moe-router-topk"), ["moe-router-topk"]);
   job.put("model.moe.ffn", args.numberIfGiven("moe-ffn-hidden-size") ?? ffn, ["moe-ffn-hidden-size"]);
   putLayers({ args, job }, layers);
+  putExpertBiases({ args, job });
   const shared = args.numberIfGiven("moe-shared-expert-intermediate-size") ?? 0;
   if (shared > 0) {
     job.put("model.moe.shared.ffn", shared, ["moe-shared-expert-intermediate-size"]);
@@ -62,7 +69,9 @@ function putRouter({ args, job }: Importing): void {
   if (jitter !== undefined) job.put("model.moe.router.jitter", jitter, ["moe-input-jitter-eps"]);
   const groups = args.numberIfGiven("moe-router-num-groups");
   const groupTopK = args.numberIfGiven("moe-router-group-topk");
-  if (groups !== undefined && groupTopK !== undefined) {
+  if (groups !== undefined && groupTopK !== undefined && isAlone({ args, job }, "sinkhorn"))
+    job.note("Megatron ignores groups of experts beside Sinkhorn's method.");
+  else if (groups !== undefined && groupTopK !== undefined) {
     job.put("model.moe.router.groups", groups, ["moe-router-num-groups"]);
     job.put("model.moe.router.group_top_k", groupTopK, ["moe-router-group-topk"]);
   }
@@ -78,8 +87,7 @@ function putRouter({ args, job }: Importing): void {
 /** How logits become weights of the chosen experts. Sinkhorn's method has scores of its own, whatever the arguments say. */
 function putScores({ args, job }: Importing): void {
   const topK = args.number("moe-router-topk");
-  const balance = args.textsIfGiven("moe-router-load-balancing-type");
-  if (balance?.length === 1 && balance[0] === "sinkhorn") {
+  if (isAlone({ args, job }, "sinkhorn")) {
     job.put("model.moe.router.score", topK === 1 ? "sigmoid" : "softmax", ["moe-router-load-balancing-type"]);
     job.put("model.moe.router.normalize_top_k", false, ["moe-router-load-balancing-type"]);
     return;
@@ -95,13 +103,40 @@ function putScores({ args, job }: Importing): void {
   job.put("model.moe.router.normalize_top_k", isSoftmax ? !isPreSoftmax : topK > 1, from);
 }
 
+/** Whether one method alone balances the load. */
+function isAlone({ args }: Importing, name: string): boolean {
+  const given = args.textsIfGiven("moe-router-load-balancing-type");
+  return given?.length === 1 && given[0] === name;
+}
+
+/** Returns the methods of balancing and their coefficients, without those that Megatron ignores: notes name these. */
+function balancing({ args, job }: Importing): { readonly names: readonly string[]; readonly coeffs: readonly number[] } {
+  const names = (args.textsIfGiven("moe-router-load-balancing-type") ?? ["aux_loss"]).map((name) => balances[name] ?? name);
+  const coeffs = (args.textsIfGiven("moe-aux-loss-coeff") ?? ["0.0"]).map(Number);
+  // a list with another number of coefficients is left to the rules
+  if (names.length !== coeffs.length) return { names, coeffs };
+  if (names.length === 1) {
+    if (names[0] !== "quantile" || coeffs[0] === 0) return { names, coeffs };
+    job.note("Megatron ignores --moe-aux-loss-coeff beside quantile balancing.");
+    return { names, coeffs: [0] };
+  }
+  const isIgnored = (name: string): boolean => name === "sinkhorn" || name === "quantile";
+  const counts = names.map((name, i) => !isIgnored(name) && names.indexOf(name) === i);
+  if (names.some(isIgnored)) job.note("Megatron ignores sinkhorn and quantile_balancing in a list of balancing types.");
+  if (names.some((name, i) => names.indexOf(name) !== i))
+    job.note("Of a balancing type that is given twice Megatron takes the first coefficient.");
+  if (!counts.includes(true)) return { names: ["none"], coeffs: [0] };
+  return { names: names.filter((_, i) => counts[i]), coeffs: coeffs.filter((_, i) => counts[i]) };
+}
+
 function putBalance({ args, job }: Importing): void {
-  if (args.has("moe-router-enable-expert-bias")) {
+  if (args.has("moe-router-enable-expert-bias") && isAlone({ args, job }, "quantile_balancing"))
+    job.note("Megatron ignores the bias of experts beside quantile balancing.");
+  else if (args.has("moe-router-enable-expert-bias")) {
     job.put("model.moe.router.expert_bias", true, ["moe-router-enable-expert-bias"]);
     job.put("model.moe.router.bias_rate", args.number("moe-router-bias-update-rate"), ["moe-router-bias-update-rate"]);
   }
-  const names = (args.textsIfGiven("moe-router-load-balancing-type") ?? ["aux_loss"]).map((name) => balances[name] ?? name);
-  const coeffs = (args.textsIfGiven("moe-aux-loss-coeff") ?? ["0.0"]).map(Number);
+  const { names, coeffs } = balancing({ args, job });
   const only = <T>(list: readonly T[]): T | readonly T[] => (list.length === 1 && list[0] !== undefined ? list[0] : list);
   job.put("model.moe.router.balance", only(names), ["moe-router-load-balancing-type"]);
   job.put("model.moe.router.aux_coeff", only(coeffs), ["moe-aux-loss-coeff"]);

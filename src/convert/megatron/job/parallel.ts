@@ -164,8 +164,8 @@ function unevenCounts({ args, job }: Importing, layers: number, stages: number, 
   return undefined;
 }
 
-/** Counts the parts of a layout. */
-function partCount(text: string): number {
+/** Returns the number of parts of a layout. */
+export function partCount(text: string): number {
   const unrolled = text
     .replace(/\(([^()]*)\)\*(\d+)/g, (_, inner: string, times: string) => inner.repeat(Math.min(Number(times), 10_000)))
     .replace(/(.)\*(\d+)/g, (_, letter: string, times: string) => letter.repeat(Math.min(Number(times), 10_000)));

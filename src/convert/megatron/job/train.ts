@@ -119,7 +119,7 @@ function putOptimizer({ args, job }: Importing): void {
   job.put("train.optimizer.clip", args.number("clip-grad"), ["clip-grad"]);
 }
 
-/** Sources of the coefficients: Emerging-Optimizers, `newton_schulz`; its `simple` set is the one that rankc has. */
+/** Muon: the defaults are those of Emerging-Optimizers. */
 function putMuon({ args, job }: Importing): void {
   job.put("train.optimizer.muon.momentum", args.number("muon-momentum"), ["muon-momentum"]);
   job.put("train.optimizer.muon.nesterov", args.has("muon-nesterov"), ["muon-nesterov"]);
@@ -127,11 +127,14 @@ function putMuon({ args, job }: Importing): void {
   job.put("train.optimizer.muon.extra_scale_factor", args.number("muon-extra-scale-factor"), ["muon-extra-scale-factor"]);
   const coefficients = args.text("muon-coefficient-type");
   const key = "train.optimizer.muon";
-  job.decides("muon-coefficient-type", key);
-  if (coefficients === "quintic")
-    job.note("Megatron's Muon has other coefficients in each iteration (quintic); rankc has those of --muon-coefficient-type simple.");
-  else if (coefficients !== "simple")
-    job.refuse(`--muon-coefficient-type ${coefficients}`, "Muon has the coefficients of simple", "--muon-coefficient-type simple");
+  if (coefficients === "quintic" || coefficients === "simple")
+    job.put("train.optimizer.muon.coefficients", coefficients, ["muon-coefficient-type"]);
+  else
+    job.refuse(
+      `--muon-coefficient-type ${coefficients}`,
+      "Muon has the coefficients of quintic or of simple",
+      "--muon-coefficient-type quintic",
+    );
   const steps = args.number("muon-num-ns-steps");
   job.decides("muon-num-ns-steps", key);
   if (steps !== 5) job.refuse(`--muon-num-ns-steps ${steps}`, "Muon has 5 iterations", "--muon-num-ns-steps 5");
