@@ -168,7 +168,11 @@ describe("tensors", () => {
   test("each file tensor of the checkpoint is read once", async () => {
     const checkpoint = openCheckpoint(await checkpointOf(job()));
     const reads = new Map<string, number>();
-    const counting = { ...checkpoint, slices: (name: string) => (reads.set(name, (reads.get(name) ?? 0) + 1), checkpoint.slices(name)) };
+    const slices = (name: string) => {
+      reads.set(name, (reads.get(name) ?? 0) + 1);
+      return checkpoint.slices(name);
+    };
+    const counting = { ...checkpoint, slices };
     for (const tensor of exportedTensors(checkpoint.model(), counting, "mlp.experts")) tensor.read();
     checkpoint.close();
     expect(new Set(reads.values())).toEqual(new Set([1]));

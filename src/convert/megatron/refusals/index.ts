@@ -7,7 +7,7 @@ import { launchOf, type Refusal } from "./refusal.ts";
 import { layers, run } from "./run.ts";
 
 /** All of them, in the order in which they are reported. */
-export const refusals: readonly Refusal[] = [
+const refusals: readonly Refusal[] = [
   ...[...run, ...layers, ...stages, ...memory, ...overlap],
   ...[...cudaGraphs, ...biases, ...experts, ...precision, ...optimizer],
 ];
