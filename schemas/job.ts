@@ -53,9 +53,6 @@ export function completeJob({ allow: _, ...text }: JobText): Job {
   };
 }
 
-/** Returns whether losses of tokens have weights: some labels are ignored. */
-export const hasTokenWeights = ({ data }: Pick<Job, "data">): boolean => data.labels !== null || data.documents?.loss === true;
-
 /** Returns how many channels of a head are rotated, beginning with the first. */
 export const rotatedWidth = ({ head_dim, rope }: Pick<Job["model"], "head_dim" | "rope">): number => Math.floor(head_dim * rope.fraction);
 

@@ -54,6 +54,7 @@ function effective(model: Model, layers: number): object {
     ...model,
     ...(sparse.every((has) => has === 1) && { ffn: undefined }),
     ...(mla && { kv_heads: undefined, head_dim: undefined }),
+    ...(model.positions !== "learned" && { max_positions: undefined }),
     rope: {
       ...rope,
       scaling: scaling && { type: scaling.type, ...Object.fromEntries(stretching[scaling.type].map((key) => [key, scaling[key]])) },

@@ -60,7 +60,10 @@ class Compiler {
   #ended: string | undefined;
 
   constructor() {
-    this.child = fork(fileURLToPath(moduleUrl("cuda/compilePool", import.meta.url)), [ROLE], { serialization: "advanced" });
+    const file = fileURLToPath(moduleUrl("cuda/compilePool", import.meta.url));
+    // in a checkout the file is TypeScript; the options of this process may belong to a program around it, such as a test runner
+    const execArgv = file.endsWith(".ts") ? ["--import", import.meta.resolve("tsx/esm")] : [];
+    this.child = fork(file, [ROLE], { serialization: "advanced", execArgv });
     this.child.on("error", (error) => {
       this.#ended = error.message;
     });

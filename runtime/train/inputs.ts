@@ -2,7 +2,8 @@
  * Batches of a corpus: ids [rows, seq], their labels, and the other inputs of a plan that derive from them. A batch is a function of the
  * number of sequences read before it, and of its size. The corpus may be on a disk or in memory.
  */
-import { hasTokenWeights, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { HostData } from "../backend.ts";
 import { type Crossing, type DocumentReading, documentsOf } from "../data/documents.ts";

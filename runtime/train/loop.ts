@@ -5,7 +5,7 @@
 
 import { batchAt } from "../../schemas/batchRampup.ts";
 import { type HeldOutPart, heldOutParts } from "../../schemas/heldOut.ts";
-import { hasTokenWeights } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";

@@ -113,7 +113,10 @@ async function modelOf(dist: Distcp, { config, vocab }: Options): Promise<Job["m
   const size = vocab ?? (typeof padded === "number" ? padded : undefined);
   expectPlainStorage(args);
   const words = [...wordsOfArguments(args), "--vocab-size", String(size ?? 0), "--make-vocab-size-divisible-by", "1"];
-  const { text } = importMegatron({ kind: "words" }, { name: "checkpoint", words, world: 1, ...(size !== undefined && { vocab: size }) });
+  const { text } = importMegatron(
+    { kind: "words" },
+    { name: "checkpoint", words, world: 1, hasTrained: true, ...(size !== undefined && { vocab: size }) },
+  );
   const { job, findings } = readQuickly(text, "the arguments of the checkpoint", []);
   if (!job)
     throw new Trouble(`the arguments of ${dist.folder} make no valid model: ${findings[0]?.title}`, "give its config.json with --config");

@@ -3,7 +3,8 @@
  * and of the residual stream. builder.ts lists the letters of dims.
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import { hasTokenWeights, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { add, gemm, gemmDgrad } from "../ops/linear.ts";
 import type { Value } from "../ops/op.ts";
 import { embed, mean, nll, rowMax, softmaxTerms, sourceLosses, weightedSum } from "../ops/vocab.ts";

@@ -1,6 +1,7 @@
 /** The router of one layer: logits → top-k mask and combine weights. Also the balancing losses and the routing counts. */
 import { balancesOf, evenBy, expertLayersOf } from "../../schemas/experts.ts";
-import { hasTokenWeights, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import {
   auxLoss,
   biasUpdate,

@@ -1,6 +1,6 @@
 /** Rules E: load balancing of experts by losses, a bias, or balanced selection. */
 import { balancesOf, evenBy } from "../../schemas/experts.ts";
-import { hasTokenWeights } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 /** Rules of load balancing. */

@@ -1,7 +1,7 @@
 /** Rules B: batch, optimizer and data. trainingSchedule.ts has the rules of schedules. */
 
 import { SMALLEST } from "../../schemas/job/numbers.ts";
-import { hasTokenWeights } from "../../schemas/job.ts";
+import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { pipelineOf } from "../passes/pipelineStages.ts";
 import { stageRanks } from "./mesh.ts";
 import { divisorsNear, downTo, isShare, rule, upTo } from "./rule.ts";

@@ -84,7 +84,7 @@ test("a recipe whose worst case does not fit is told what rows_bound would need,
   const found = findings.find(({ code }) => code === "C510");
   expect(found?.found).toMatch(/needs .* at the peak \(\d+(\.\d+)? \wiB with model\.moe\.rows_bound 1\.5\)/);
   expect(found?.fix).toContain(
-    "1.5 for that many times the balanced load: a step that sends more ends the run with an error, and drops no row",
+    "1.5 for 1.5 times the balanced load: a step with more rows ends the run with an error, and no row is dropped",
   );
   expect(found?.set).toMatchObject({ "model.moe.rows_bound": 1.5 });
 });

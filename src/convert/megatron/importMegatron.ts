@@ -46,6 +46,8 @@ export interface MegatronSettings {
   readonly drop?: readonly string[];
   /** Returns the text of another script that the script reads; undefined if it cannot be read. */
   readonly readScript?: (path: string) => string | undefined;
+  /** The launch has trained, so what Megatron refuses is not reported. */
+  readonly hasTrained?: true;
 }
 
 /** The words of a launch, and what is known of its ranks. */
@@ -170,7 +172,7 @@ function makeJob({ words, launch }: Found, settings: MegatronSettings, text: str
   putTrain(importing, data);
   putData(importing);
   checkLaunch(importing);
-  checkRefusals(importing, data);
+  if (!settings.hasTrained) checkRefusals(importing, data);
   const dropped = [...drop].map((name) => `--${name}`);
   const reports = reportArguments(args, job.keysOf, problems);
   return makeImported({ name: settings.name, job, problems: problems.map((problem) => placed(problem, text)), reports, dropped });
