@@ -95,7 +95,7 @@ test.each([
   ["data.labels", '"labels\\0.i32"', /name the file of labels/],
   ["model.mtp.layers", "65", /from 1 to 64/],
   ["model.moe.layers", `[${Array(5000).fill(1)}]`, /a list of at most 4096/],
-  ["train.recompute.modules", `[${Array(9).fill("mlp")}]`, /a list of at most 7/],
+  ["train.recompute.modules", `[${Array(9).fill("mlp")}]`, /a list of at most 8/],
 ])("%s has a limit, and the finding names it", (key, value, limit) => {
   const { job, findings } = withKey(key, value);
   expect(job).toBeUndefined();

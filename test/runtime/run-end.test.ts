@@ -59,7 +59,7 @@ test("--time-limit ends a run before the limit, saved, with exit code 124", asyn
   // the limit is of the process; its end may wait for a busy machine
   expect(performance.now() - begun).toBeGreaterThan(1000);
   for (const wrong of ["3", "h", "0s", "3h 5m"])
-    expect((await rankc("run", job, "--time-limit", wrong)).err).toContain("It is not a duration");
+    expect((await rankc("run", job, "--time-limit", wrong)).err).toContain("it is not a duration");
 });
 
 /** Runs with a limit of the size of files, which fails writes as a full disk does. */
