@@ -56,17 +56,23 @@ export interface NormalDraw {
 /** Buffers that hold the same shard in different types. */
 export type WeightTarget = readonly Buffer[];
 
+/**
+ * Elements [row, column] of a tensor, with `stride` elements from row to row, that become the elements `to` + row · `rowStep` +
+ * column · `columnStep` of a shard.
+ */
+export interface ElementPiece {
+  readonly tensor: { readonly dtype: string };
+  readonly rows: number;
+  readonly columns: number;
+  readonly stride: number;
+  readonly to: number;
+  readonly rowStep: number;
+  readonly columnStep: number;
+}
+
 /** A piece of a block of host memory: where its bytes begin in the block, what it becomes part of, and its number in messages. */
 export interface PlacedPiece {
-  readonly piece: {
-    readonly tensor: { readonly dtype: string };
-    readonly rows: number;
-    readonly columns: number;
-    readonly stride: number;
-    readonly to: number;
-    readonly rowStep: number;
-    readonly columnStep: number;
-  };
+  readonly piece: ElementPiece;
   readonly offset: number;
   readonly target: WeightTarget;
   readonly id: number;

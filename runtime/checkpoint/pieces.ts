@@ -2,7 +2,7 @@
  * The parts of files that a rank's shards consist of. A piece is a matrix of a file that becomes part of a shard, maybe transposed. Reads
  * are the byte ranges that hold pieces: neighbours are joined, and what no piece needs is left out where that saves a read.
  */
-import type { ShardBox } from "../backend.ts";
+import type { ElementPiece, ShardBox } from "../backend.ts";
 import { type Ranges, shardBox } from "../shards.ts";
 import type { TensorSlice } from "./hfLayout.ts";
 
@@ -16,19 +16,10 @@ export interface TensorPlace {
   readonly start: number;
 }
 
-/**
- * Elements [row, column] of a tensor, from element `at` on with `stride` elements from row to row, that become the elements
- * `to` + row · `rowStep` + column · `columnStep` of a shard.
- */
-export interface FilePiece {
+/** A piece of a tensor in a file, from element `at` on. */
+export interface FilePiece extends ElementPiece {
   readonly tensor: TensorPlace;
   readonly at: number;
-  readonly rows: number;
-  readonly columns: number;
-  readonly stride: number;
-  readonly to: number;
-  readonly rowStep: number;
-  readonly columnStep: number;
 }
 
 /** Returns the pieces of a shard of a parameter, whose tensors have the blocks of hfLayout.ts. `sizes`: of the whole parameter. */
