@@ -3,8 +3,8 @@ import { stringify } from "yaml";
 import { rules } from "../rules/all.ts";
 import { smallest } from "../rules/index.ts";
 import type { Changes, Finding } from "./diagnostic.ts";
-import { shapeFaults } from "./readJob.ts";
 import { readJob } from "./readJobNow.ts";
+import { shapeFaults } from "./shapeFaults.ts";
 import { mergeYaml, setPath, textFaults } from "./source.ts";
 
 /** The explanation of a code. */
