@@ -1,7 +1,7 @@
 /** Documents that share a sequence: where they begin, and which tokens are predicted across their ends. */
 import { Trouble } from "../../schemas/trouble.ts";
 
-/** How documents are told apart that share a sequence. */
+/** How the ends of documents are found, and whether losses cross them. */
 export interface DocumentReading {
   /** The token that ends a document; null: the one that the description of the data set names. */
   readonly end: number | null;

@@ -47,7 +47,7 @@ export function feedOf(
     if (source === "positions") {
       const { context } = parallel;
       const chunk = context > 1 ? model.seq / (2 * context) : 0;
-      // positions of documents that are kept apart begin anew
+      // each document that attention is limited to starts at position 0
       const starts = data.documents?.positions ? given.documents?.subarray(m * perMicrobatch * model.seq) : undefined;
       return Int32Array.from(
         { length: perMicrobatch * model.seq },

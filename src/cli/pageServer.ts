@@ -82,7 +82,7 @@ export async function serve(
   return listen(port, (request) => replyTo(request, (address) => answers.get(address)));
 }
 
-/** Serves the page of the logs of runs, read anew for each request. Throws a Trouble if a folder has no log, or the port is not available. */
+/** Serves the page of the logs of runs; each request reads the logs. Throws a Trouble if a folder has no log, or the port is not available. */
 export async function serveLogs(folders: readonly string[], { port }: Pick<ServeSettings, "port">): Promise<Serving> {
   expectPort(port);
   runFolders(folders);

@@ -123,7 +123,9 @@ const withCheckpointOptions = (command: Command): Command =>
       "resume from a checkpoint, or from the newest in a folder, on the same mesh or another; auto: from the newest complete checkpoint in the --save folder, or from step 0 if there is none",
     )
     .addOption(
-      new Option("--only <part>", "with --resume: read the weights alone; optimizer, steps and data begin anew").choices(["weights"]),
+      new Option("--only <part>", "with --resume: read the weights alone; optimizer, steps and data start from the beginning").choices([
+        "weights",
+      ]),
     )
     .option(
       "--allow-mismatch <key>",

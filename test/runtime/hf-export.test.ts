@@ -66,7 +66,7 @@ test.each(references)("%s: a config of its own family describes the model", (nam
   expect(familiesOf(referenceJob(name).model)).toContain(family);
 });
 
-test("models that no family has are told apart from those that one has", () => {
+test("a model has the families that describe it, and no other", () => {
   const train = { global_batch: 2, steps: 4, precision: "fp32", optimizer: { lr: 1e-3 } };
   const small = { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8 };
   const of = (model: object) => familiesOf(jobOf({ name: "x", model: { ...small, ...model }, train, data: { path: "corpus.txt" } }).model);

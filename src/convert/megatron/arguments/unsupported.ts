@@ -252,7 +252,7 @@ export const unsupported: readonly (Section & { readonly instead: string })[] = 
       phase-transition-iterations:text data-args-path:text per-split-data-args-path:text`,
   },
   {
-    why: "documents are told apart by the token that ends them",
+    why: "the token at the end of a document is its border",
     instead: "use --reset-attention-mask --reset-position-ids, which become data.documents",
     names: `
       dataloader-inter-document-masking`,
