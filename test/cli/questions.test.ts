@@ -1,4 +1,4 @@
-/** docs/questions.md: six questions about the 1,024-GPU plan, each answered by one command at 80 columns. The page is written by this test. */
+/** docs/questions.md: six questions about the 1,024-GPU plan, each answered by one command at 80 columns. The page is written by a test here. */
 import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
 import { compile } from "../../src/compile.ts";
@@ -17,57 +17,87 @@ import { withoutDigests } from "../support/digests.ts";
 import { full } from "../support/tiers.ts";
 
 const WIDTH = 80;
-const path = "plans/deepseek-v3-1024gpu/job.yaml";
-const text = readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
-const planOf = (...sets: string[]) => compile(readJob(text, path, sets).job!).plan;
 
-test("the page has the answers of this version", full, async () => {
+interface Answer {
+  readonly question: string;
+  readonly command: string;
+  readonly lines: readonly string[];
+}
+
+/** The first paragraph of a report. */
+const first = (lines: readonly string[]): readonly string[] => lines.slice(0, lines.indexOf(""));
+
+/** The answers about the job at `path`; `id` names an all-gather of the job, `sets` the change that is compared. */
+function answersOf(path: string, id: string, sets: readonly string[]): readonly Answer[] {
+  const text = readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
+  const planOf = (...set: string[]) => compile(readJob(text, path, set).job!).plan;
   const plan = planOf();
   const view = inspectPlan(plan);
-  const other = planOf("parallel.expert_tensor=4", "parallel.expert=16");
-  const diff = diffPlans(plan, other);
-  const id = "layers.17.mlp.norm@dp,-,-.all_gather";
+  const diff = diffPlans(plan, planOf(...sets));
   const line = text.split("\n").findIndex((l) => l.trim().startsWith("tensor:")) + 1;
-  const why = printWhy(
-    explainId(plan, findId(plan, id)),
-    { path: "parallel.tensor", line: `${path}:${line}: tensor: 2` },
-    ["P104", ""],
-    WIDTH,
-  );
-  const first = (lines: readonly string[]): readonly string[] => lines.slice(0, lines.indexOf(""));
-  const stage = (lines: readonly string[], n: number): readonly string[] =>
-    lines.slice(lines.findIndex((l) => paint(l, false).startsWith(`stage ${n}`)));
-  const answers: readonly (readonly [question: string, command: string, lines: readonly string[]])[] = [
-    ["What is in this plan?", "rankc inspect plan/", printOverview(plan, view, [], WIDTH).split("\n")],
-    [
-      "Which ranks talk for experts, and over which links?",
-      "rankc inspect plan/ --comms --top 4",
-      printCommunication(view, 4, WIDTH).slice(0, 18),
-    ],
-    ["What takes the most memory on stage 0?", "rankc inspect plan/ --memory", first(stage(printTensors(plan, view, 10, WIDTH), 0))],
-    [
-      "What does expert_tensor 1 to 4 change?",
-      `rankc diff plan/ plan-etp4/`,
-      printDiff(diff, { width: WIDTH, isWhole: false }).trimEnd().split("\n"),
-    ],
-    ["Why is this all-gather there?", `rankc inspect plan/ --why ${id} --job job.yaml`, why],
-    ["What did a pull request change?", "rankc diff git:main:plan/ plan/ --stat", printStat(diff, WIDTH).trimEnd().split("\n")],
+  const key = { path: "parallel.tensor", line: `${path}:${line}: tensor: 2` };
+  const tensors = printTensors(plan, view, 10, WIDTH);
+  return [
+    { question: "What is in this plan?", command: "rankc inspect plan/", lines: printOverview(plan, view, [], WIDTH).split("\n") },
+    {
+      question: "Which ranks talk for experts, and over which links?",
+      command: "rankc inspect plan/ --comms --top 4",
+      lines: printCommunication(view, 4, WIDTH).slice(0, 18),
+    },
+    {
+      question: "What takes the most memory on stage 0?",
+      command: "rankc inspect plan/ --memory",
+      lines: first(tensors.slice(tensors.findIndex((l) => paint(l, false).startsWith("stage 0")))),
+    },
+    {
+      question: "What does expert_tensor 1 to 4 change?",
+      command: "rankc diff plan/ plan-etp4/",
+      lines: printDiff(diff, { width: WIDTH, isWhole: false }).trimEnd().split("\n"),
+    },
+    {
+      question: "Why is this all-gather there?",
+      command: `rankc inspect plan/ --why ${id} --job job.yaml`,
+      lines: printWhy(explainId(plan, findId(plan, id)), key, ["P104", ""], WIDTH),
+    },
+    {
+      question: "What did a pull request change?",
+      command: "rankc diff git:main:plan/ plan/ --stat",
+      lines: printStat(diff, WIDTH).trimEnd().split("\n"),
+    },
   ];
+}
+
+/** The lines of an answer, without colour. */
+const plain = ({ lines }: Answer): string[] =>
+  lines
+    .map((l) => paint(l, false))
+    .join("\n")
+    .trimEnd()
+    .split("\n");
+
+test("each question about a job of 16 ranks has an answer of 80 columns", () => {
+  const answers = answersOf("plans/tiny-mixtral/job.yaml", "layers.0.attn.norm@dp,-,-.all_gather", [
+    "parallel.expert_tensor=2",
+    "parallel.expert=1",
+  ]);
+  for (const answer of answers) {
+    expect(plain(answer).length, answer.question).toBeGreaterThan(1);
+    for (const l of plain(answer)) expect(l.length, l).toBeLessThanOrEqual(WIDTH);
+  }
+});
+
+test("the page has the answers of this version", full, async () => {
+  const answers = answersOf("plans/deepseek-v3-1024gpu/job.yaml", "layers.17.mlp.norm@dp,-,-.all_gather", [
+    "parallel.expert_tensor=4",
+    "parallel.expert=16",
+  ]);
   const page = [
     "# Questions about a plan",
     "",
     "DeepSeek-V3 on 1,024 GPUs ([plans/deepseek-v3-1024gpu](../plans/deepseek-v3-1024gpu/job.yaml)), at 80 columns. `plan-etp4/` is the job with",
     "`parallel.expert_tensor=4` and `parallel.expert=16`. The options are listed in [plan.md](plan.md#inspect).",
     "`npx vitest run test/cli/questions.test.ts --update` with `RANKC_TEST=full` writes this page.",
-    ...answers.flatMap(([question, command, lines]) => [
-      ...["", `## ${question}`, "", "```text", `$ ${command}`],
-      ...lines
-        .map((l) => paint(l, false))
-        .join("\n")
-        .trimEnd()
-        .split("\n"),
-      "```",
-    ]),
+    ...answers.flatMap((a) => ["", `## ${a.question}`, "", "```text", `$ ${a.command}`, ...plain(a), "```"]),
     ...["", "## Is the committed plan current?", "", "```text", "$ rankc compile job.yaml -o plan/ --check"],
     ...["plan/ is current: plan.json and plan.txt are those of the job", "```", ""],
   ].join("\n");
