@@ -1,7 +1,7 @@
 /** Writes the JSON Schemas of the job and of the plan beside their sources: `npx tsx schemas/generate.ts`. */
 import { writeFileSync } from "node:fs";
 import { z } from "zod";
-import { jobSchema } from "./job.ts";
+import { jobSchema } from "./jobSchema.ts";
 import { Plan } from "./plan.ts";
 
 const text = (schema: Record<string, unknown>): string => `${JSON.stringify(schema, null, 2)}\n`;

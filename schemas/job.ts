@@ -55,8 +55,3 @@ export function completeJob({ allow: _, ...text }: JobText): Job {
 
 /** Returns how many channels of a head are rotated, beginning with the first. */
 export const rotatedWidth = ({ head_dim, rope }: Pick<Job["model"], "head_dim" | "rope">): number => Math.floor(head_dim * rope.fraction);
-
-/** Returns the JSON Schema of a job file, for editors. */
-export function jobSchema(): Record<string, unknown> {
-  return { title: "rankc job", ...z.toJSONSchema(JobText, { target: "draft-07", io: "input" }) };
-}

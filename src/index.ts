@@ -13,6 +13,7 @@ export { type Compiled, compile, type Settings } from "./compile.ts";
 export { importHf, importHfText } from "./convert/hf/importHf.ts";
 export { type Finding, renderFindings } from "./frontend/diagnostic.ts";
 export { explained as explainCode } from "./frontend/explainText.ts";
+export type { JobFiles } from "./frontend/jobFiles.ts";
 export type { JobRead } from "./frontend/readJob.ts";
 export { readJob } from "./frontend/readJobNow.ts";
 export { parsePlan as readPlan } from "./plan/read.ts";

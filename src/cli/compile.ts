@@ -6,7 +6,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
 import { compileAt, dataDirEntry, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
-import { type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
+import { asWritten, type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
 
@@ -34,6 +34,7 @@ export function registerCompile(program: Command, exit: ProcessExit): void {
     "compile job.yaml -o plan/",
     "compile job.yaml -o plan/ --target cuda:sm_90a",
     "compile job.yaml --emit sharded",
+    "compile job.yaml -f h200.yaml -o plan/",
     "compile job.yaml -o plan/ --check",
   ).action((path: string, options: CompileOptions) => runCompile(path, options, exit));
 }
@@ -43,7 +44,7 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
   if (options.check) return checkCompiled(path, options, exit);
   if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
   if (out) expectWritableFolder(out);
-  const compiled = await compileAt(path, options.set, options.target, emit !== undefined);
+  const compiled = await compileAt(path, options, options.target, emit !== undefined);
   const { sources } = compiled;
   const [plan, cubins] = out && options.cubins ? await withCubins(compiled.plan, sources, out) : [compiled.plan, new Map()];
   if (out) {
@@ -65,9 +66,10 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
 }
 
 /** Compiles without writing, and compares with the plan in the directory. */
-async function checkCompiled(path: string, { out, set, target }: CompileOptions, exit: ProcessExit): Promise<void> {
+async function checkCompiled(path: string, options: CompileOptions, exit: ProcessExit): Promise<void> {
+  const { out, target } = options;
   if (!out) throw new Trouble("--check needs -o DIR", "name the directory of the plan: -o plan/");
-  const { plan, sources } = await compileAt(path, set, target);
+  const { plan, sources } = await compileAt(path, options, target);
   const [{ printPlan }, { printPlanText }, { isCurrent }] = await Promise.all([
     import("../plan/seal.ts"),
     import("../report/planText.ts"),
@@ -103,7 +105,7 @@ async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out:
 /** Returns the intact cubins of the plan that a directory already holds, so that nvcc compiles only changed kernels. */
 async function cubinsAt(out: string): Promise<(file: string) => Uint8Array | undefined> {
   try {
-    const earlier = planFile(out) ? await loadPlan(out, []) : undefined;
+    const earlier = planFile(out) ? await loadPlan(out, asWritten) : undefined;
     const found = (earlier?.plan.kernels ?? []).flatMap((k) => k.cubin?.file ?? []).map((file) => [file, earlier?.cubin?.(file)] as const);
     const cubins = new Map(found);
     return (file) => cubins.get(file);

@@ -2,11 +2,10 @@ import { type Command, InvalidArgumentError, Option } from "commander";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type DiffLevel, diffLevels } from "../report/diffLevels.ts";
 import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts";
-import { collect, type ProcessExit, withExamples, withSet } from "./options.ts";
+import { asWritten, collect, type JobOptions, type ProcessExit, withExamples, withSet } from "./options.ts";
 import { printJson, printReport, printStdout, reportWidth } from "./output.ts";
 
-interface DiffOptions {
-  readonly set: readonly string[];
+interface DiffOptions extends JobOptions {
   readonly setA: readonly string[];
   readonly setB: readonly string[];
   readonly only: readonly DiffLevel[];
@@ -23,7 +22,7 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
   withExamples(
     withSet(command)
       .argument("<a>", "a plan, a job, or git:REV:PATH of either")
-      .argument("[b]", "the same; without it, --set says how the job <a> changes")
+      .argument("[b]", "the same; without it, --set or -f says how the job <a> changes")
       .option("--set-a <path=value>", "override a key of the first job (repeatable)", collect, [])
       .option("--set-b <path=value>", "override a key of the second job (repeatable)", collect, [])
       .option("--stat", "print one line with the number of differences")
@@ -61,17 +60,21 @@ function levelOf(text: string, all: readonly DiffLevel[]): DiffLevel[] {
   return [...all, ...named];
 }
 
-/** Loads both sides; `--set` applies to the jobs among them. An invalid job is a Trouble, because exit code 1 means that the plans differ. */
-async function bothPlans(a: string, b: string | undefined, { set, setA, setB }: DiffOptions): Promise<[LoadedPlan, LoadedPlan]> {
+/** Loads both sides; `--set` and `-f` apply to the jobs among them. An invalid job is a Trouble, because exit code 1 means that the plans differ. */
+async function bothPlans(a: string, b: string | undefined, { set, setA, setB, overlay }: DiffOptions): Promise<[LoadedPlan, LoadedPlan]> {
   try {
     if (b === undefined) {
-      if (set.length + setA.length + setB.length === 0)
-        throw new Trouble("diff needs a second plan or job", "name one, or write --set path=value to compare a job with its changed self");
-      return [await loadPlan(a, setA), await loadPlan(a, [...set, ...setB])];
+      if (set.length + setA.length + setB.length + overlay.length === 0)
+        throw new Trouble(
+          "diff needs a second plan or job",
+          "name one, or write --set path=value or -f FILE to compare a job with its changed self",
+        );
+      return [await loadPlan(a, { set: setA, overlay: [] }), await loadPlan(a, { set: [...set, ...setB], overlay })];
     }
     const isPlan = { a: isPlanPath(a), b: isPlanPath(b) };
-    const setsOf = (is: boolean): readonly string[] => (is && !(isPlan.a && isPlan.b) ? [] : set);
-    return [await loadPlan(a, [...setsOf(isPlan.a), ...setA]), await loadPlan(b, [...setsOf(isPlan.b), ...setB])];
+    const common = (is: boolean): JobOptions => (is && !(isPlan.a && isPlan.b) ? asWritten : { set, overlay });
+    const load = (path: string, { set, overlay }: JobOptions, own: readonly string[]) => loadPlan(path, { set: [...set, ...own], overlay });
+    return [await load(a, common(isPlan.a), setA), await load(b, common(isPlan.b), setB)];
   } catch (error) {
     throw error instanceof InvalidJob ? new Trouble("diff needs valid jobs", "fix the findings above; rankc check prints them too") : error;
   }

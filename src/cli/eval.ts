@@ -44,7 +44,7 @@ export function registerEval(program: Command, exit: ProcessExit): void {
     "eval plan/ --resume checkpoints/",
     "eval job.yaml --init-from model.safetensors --on test --set train.evaluation.steps=all",
   ).action(async (path: string, options: EvalOptions) => {
-    const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
+    const loaded = await loadPlan(path, options, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
     exit.setCode(
       (await launchRanks(loaded.plan, options.backend)) ?? (await evaluatePlan(loaded, options.dataDir ?? dataDirOf(path), options)),
     );

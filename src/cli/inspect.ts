@@ -64,7 +64,7 @@ function idText(text: string): string {
 
 async function runInspect(path: string, options: InspectOptions): Promise<void> {
   if (options.picture) expectWritable(options.picture);
-  const { plan } = await loadPlan(path, options.set);
+  const { plan } = await loadPlan(path, options);
   if (options.picture) {
     const { drawPlan } = await import("../report/planPicture.ts");
     writeFile(options.picture, drawPlan(plan, options.theme));
@@ -120,7 +120,8 @@ async function sectionsOf(plan: Plan, view: Inspection, options: InspectOptions)
 }
 
 /** The sections about one rank, instruction or buffer. */
-async function detailsOf(plan: Plan, path: string, { rank, op, why, job, set }: InspectOptions): Promise<Section[]> {
+async function detailsOf(plan: Plan, path: string, options: InspectOptions): Promise<Section[]> {
+  const { rank, op, why, job } = options;
   const sections: Section[] = [];
   const width = reportWidth();
   if (rank !== undefined) {
@@ -151,7 +152,7 @@ async function detailsOf(plan: Plan, path: string, { rank, op, why, job, set }: 
       continue;
     }
     const answer = explainId(plan, found);
-    const place = await keyPlace(plan, answer.key.path, { path, job, sets: set });
+    const place = await keyPlace(plan, answer.key.path, { path, job, options });
     const refusals = await refusalsOf(plan.job, answer.removed_by);
     sections.push({ key, value: { ...answer, place }, lines: printWhy(answer, place, refusals, width) });
   }

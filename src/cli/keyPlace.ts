@@ -5,37 +5,45 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { KeyPlace } from "../report/whyText.ts";
 import { planFile } from "./loadPlan.ts";
+import { asWritten, type JobOptions } from "./options.ts";
 
 interface Searched {
   /** The plan or job that the command names. */
   readonly path: string;
   /** The job file that the user names. */
   readonly job?: string | undefined;
-  readonly sets: readonly string[];
+  readonly options: JobOptions;
 }
 
 /** Returns where a key is written: in the named job, in the job that was compiled, or in a job.yaml beside the plan or in the folder above that gives the same job. */
-export async function keyPlace(plan: Plan, path: string, { path: shown, job, sets }: Searched): Promise<KeyPlace> {
+export async function keyPlace(plan: Plan, path: string, { path: shown, job, options }: Searched): Promise<KeyPlace> {
   const file = planFile(shown);
   const candidates =
     job !== undefined ? [job] : file === undefined ? [shown] : [join(dirname(file), "job.yaml"), join(dirname(file), "..", "job.yaml")];
   for (const candidate of candidates) {
-    const place = await placeIn(candidate, plan, path, file === undefined ? sets : [], job !== undefined);
+    const place = await placeIn(candidate, plan, path, file === undefined ? options : asWritten, job !== undefined);
     if (place) return place;
   }
   return { path };
 }
 
-async function placeIn(file: string, plan: Plan, path: string, sets: readonly string[], isNamed: boolean): Promise<KeyPlace | undefined> {
-  const [{ readJobFile }, { readQuickly }, { valueAt }, { sha256 }, { canonical }] = await Promise.all([
-    import("./inputFiles.ts"),
+async function placeIn(
+  file: string,
+  plan: Plan,
+  path: string,
+  { set, overlay }: JobOptions,
+  isNamed: boolean,
+): Promise<KeyPlace | undefined> {
+  const [{ jobFiles }, { readQuickly }, { valueAt }, { sha256 }, { canonical }] = await Promise.all([
+    import("./jobFiles.ts"),
     import("../frontend/readJob.ts"),
     import("../frontend/source.ts"),
     import("../plan/seal.ts"),
     import("../plan/canonical.ts"),
   ]);
+  const files = jobFiles(overlay);
   try {
-    const { job, source } = readQuickly(readJobFile(file), file, sets);
+    const { job, source } = readQuickly(files.read(file), file, set, files);
     const isSame = job !== undefined && sha256(canonical(job)) === plan.digests.job;
     if (!isSame && isNamed)
       throw new Trouble(`${file} is not the job of the plan`, "name the job that the plan was compiled from, with the same keys");

@@ -8,6 +8,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import type { Compiled } from "../compile.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
+import type { JobOptions } from "./options.ts";
 import { debugLevel, hasColor, printStderr, printStyled } from "./output.ts";
 
 /** A plan with access to the kernel files that belong to it. */
@@ -23,11 +24,11 @@ export interface LoadedPlan {
 export class InvalidJob extends Error {}
 
 /** Reads a job file, or a job of a revision (`git:REV:PATH`), and checks it for `target`, or for all device targets. Throws a Trouble if it cannot be read. */
-export async function readJobAt(path: string, sets: readonly string[], target?: string) {
+export async function readJobAt(path: string, { set, overlay }: JobOptions, target?: string) {
   const { interpretSchemas } = await import("./zodSettings.ts");
   interpretSchemas();
-  const [{ readJobFile }, { readJobWith }, { knownPeaks }] = await Promise.all([
-    import("./inputFiles.ts"),
+  const [{ jobFiles }, { readJobWith }, { knownPeaks }] = await Promise.all([
+    import("./jobFiles.ts"),
     import("../frontend/readJob.ts"),
     import("./cache.ts"),
   ]);
@@ -37,19 +38,19 @@ export async function readJobAt(path: string, sets: readonly string[], target?: 
     const loaded = await loadTarget(target);
     return () => loaded;
   };
-  const inGit = await resolvedGitFile(path);
-  return readJobWith(load, knownPeaks(target), inGit ? inGit.read() : readJobFile(path), path, sets);
+  const files = jobFiles(overlay);
+  return readJobWith(load, knownPeaks(target), files.read(path), path, set, files);
 }
 
 /** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
 export async function compileAt(
   path: string,
-  sets: readonly string[],
+  options: JobOptions,
   named?: string,
   needsPasses = false,
 ): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[] }> {
   const target = named ?? "cpu";
-  const { job, findings } = await readJobAt(path, sets, named);
+  const { job, findings } = await readJobAt(path, options, named);
   await printFindings(findings);
   if (!job) throw new InvalidJob();
   const [{ targetFor }, { recallCompiled, rememberCompiled }, { printPlan, readSealed }] = await Promise.all([
@@ -68,16 +69,20 @@ export async function compileAt(
   return { ...compiled, findings };
 }
 
-/** Reads a plan, or compiles a job. Throws a Trouble if `--target` or `--set` is given for a plan, and whatever `compileAt` throws. */
-export async function loadPlan(path: string, sets: readonly string[], target?: string): Promise<LoadedPlan> {
+/** Reads a plan, or compiles a job. Throws a Trouble if `--target`, `--set` or `-f` is given for a plan, and whatever `compileAt` throws. */
+export async function loadPlan(path: string, options: JobOptions, target?: string): Promise<LoadedPlan> {
   const inGit = await resolvedGitFile(path);
   const file = inGit ? undefined : planFile(path);
   if (!file && !inGit?.isPlan) {
-    const { plan, sources } = await compileAt(path, sets, target);
+    const { plan, sources } = await compileAt(path, options, target);
     return { plan, source: (name) => entryOf(sources, name, "source") };
   }
   if (target !== undefined) throw new Trouble(`--target needs a job; ${path} is a compiled plan`, "name the job, or omit --target");
-  if (sets.length > 0) throw new Trouble(`--set needs a job; ${path} is a compiled plan`, "name the job, or omit --set");
+  for (const [option, given] of [
+    ["--set", options.set],
+    ["-f", options.overlay],
+  ] as const)
+    if (given.length > 0) throw new Trouble(`${option} needs a job; ${path} is a compiled plan`, `name the job, or omit ${option}`);
   const [{ parsePlan }, { readCubin, readKernel, readPlanFile }, { knownPlans }] = await Promise.all([
     import("../plan/read.ts"),
     import("./inputFiles.ts"),

@@ -3,10 +3,19 @@ import { type Command, InvalidArgumentError, Option } from "commander";
 import { targetNames } from "../codegen/targetNames.ts";
 import type { Format } from "./output.ts";
 
-/** Options of most commands. */
-export interface CommonOptions {
-  readonly format: Format;
+/** What the command line changes in a job. */
+export interface JobOptions {
   readonly set: readonly string[];
+  /** Files that are laid over the job. */
+  readonly overlay: readonly string[];
+}
+
+/** No change. */
+export const asWritten: JobOptions = { set: [], overlay: [] };
+
+/** Options of most commands. */
+export interface CommonOptions extends JobOptions {
+  readonly format: Format;
 }
 
 /** How a command ends the process. The process is passed in, so that only main.ts changes its state. */
@@ -21,9 +30,11 @@ export interface ProcessExit {
 export const withFormat = (command: Command): Command =>
   command.addOption(new Option("--format <format>", "the output format").choices(["text", "json"]).default("text"));
 
-/** Adds the repeatable `--set path=value`. */
+/** Adds the repeatable `--set path=value` and `-f overlay.yaml`. */
 export const withSet = (command: Command): Command =>
-  command.option("--set <path=value>", "override a key of the job (repeatable)", collect, []);
+  command
+    .option("--set <path=value>", "override a key of the job (repeatable)", collect, [])
+    .option("-f, --overlay <file>", "lay the keys of a file over the job, before --set (repeatable)", collect, []);
 
 /** Adds `--target`. */
 export const withTarget = (command: Command): Command =>

@@ -98,7 +98,7 @@ export function registerRun(program: Command, exit: ProcessExit): void {
     "run plan/ --save checkpoints/ --save-every 500 --keep 3 --resume auto",
     "run plan/ --save checkpoints/ --resume auto --time-limit 3h55m",
   ).action(async (path: string, options: RunOptions & { target?: string; dataDir?: string }) => {
-    const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
+    const loaded = await loadPlan(path, options, options.target ?? (planFile(path) ? undefined : targetOf(options.backend)));
     exit.setCode(await runPlan(loaded, options.dataDir ?? dataDirOf(path), options, exit));
   });
 }

@@ -8,7 +8,7 @@ export function registerSchema(program: Command): void {
     program.command("schema").description("print the JSON Schema of a job (draft-07), for editors"),
     "schema > job.schema.json",
   ).action(async () => {
-    const { jobSchema } = await import("../../schemas/job.ts");
+    const { jobSchema } = await import("../../schemas/jobSchema.ts");
     printJson(jobSchema());
   });
 }

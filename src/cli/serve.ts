@@ -1,10 +1,10 @@
 import type { Command } from "commander";
 import { Trouble } from "../../schemas/trouble.ts";
 import { dataDirOf, loadPlan, planFile } from "./loadPlan.ts";
-import { type CommonOptions, collect, dataDirHelp, planOrJob, wholeNumber, withExamples, withSet, withTarget } from "./options.ts";
+import { collect, dataDirHelp, type JobOptions, planOrJob, wholeNumber, withExamples, withSet, withTarget } from "./options.ts";
 import { printStderr, printStdout } from "./output.ts";
 
-interface ServeOptions extends Pick<CommonOptions, "set"> {
+interface ServeOptions extends JobOptions {
   readonly target?: string;
   readonly port: number;
   readonly dataDir?: string;
@@ -33,7 +33,7 @@ export function registerServe(program: Command): void {
       return;
     }
     if (path === undefined) throw new Trouble("nothing is named to serve", "name a plan or a job, or a log: --log DIR");
-    const loaded = await loadPlan(path, options.set, options.target ?? (planFile(path) ? undefined : "webgpu"));
+    const loaded = await loadPlan(path, options, options.target ?? (planFile(path) ? undefined : "webgpu"));
     const { address, close } = await serve(loaded, { port: options.port, baseDir: options.dataDir ?? dataDirOf(path) });
     printStdout(address);
     printStderr("open it in a browser with WebGPU; Ctrl-C ends it");

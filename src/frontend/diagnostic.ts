@@ -64,10 +64,12 @@ export function shown(unsorted: readonly Finding[]): Shown {
   return { findings: all.slice(0, SHOWN), more };
 }
 
-/** Returns findings by line; those of `--set` and without a place come first. */
+/** Returns findings by file, in the order of their first findings, and by line; those of `--set` and without a place come first. */
 function byLine(findings: readonly Finding[]): Finding[] {
+  const file = ({ at }: Finding): string => (at && !("set" in at) ? at.file : "");
+  const files = ["", ...new Set(findings.map(file))];
   const line = ({ at }: Finding): number => (at && !("set" in at) ? at.line : 0);
-  return findings.toSorted((a, b) => line(a) - line(b));
+  return findings.toSorted((a, b) => files.indexOf(file(a)) - files.indexOf(file(b)) || line(a) - line(b));
 }
 
 /** Formats the first findings in the style of rustc, the number of omitted ones by code, and the total. */

@@ -6,8 +6,9 @@ import { idleEntries } from "../rules/allow.ts";
 import { findingsOfMemory, jobFindings } from "../rules/index.ts";
 import { needsPrograms, type Peak } from "../rules/memory.ts";
 import { type Finding, hasErrors } from "./diagnostic.ts";
+import { type JobFiles, readSource } from "./jobFiles.ts";
 import { type ShapeFault, shapeFaultsIn } from "./shapeFaults.ts";
-import { copy, deletePath, isObject, readSource, type Source, setPath, valueAt } from "./source.ts";
+import { copy, deletePath, isObject, type Source, setPath, valueAt } from "./source.ts";
 
 /** The result of readJob. */
 export interface JobRead {
@@ -58,11 +59,11 @@ export async function readJobWith(
   });
 }
 
-/** Reads a job and applies the rules that need no compiled program. */
-export function readQuickly(text: string, file: string, sets: readonly string[]): JobRead {
-  const { source, findings } = readSource(text, file, sets);
+/** Reads a job and applies the rules that need no compiled program. `files`: how the files beside the job are found. */
+export function readQuickly(text: string, file: string, sets: readonly string[], files?: JobFiles): JobRead {
+  const { source, findings } = readSource(text, file, sets, files);
   if (hasErrors(findings)) return { source, findings };
-  const read = JobText.safeParse(source.value);
+  const read = parseKeys(source);
   if (!read.success) {
     const shape = shapeFaultsIn(read.error.issues, source);
     const repaired = repair(source, shape);
@@ -72,6 +73,20 @@ export function readQuickly(text: string, file: string, sets: readonly string[])
   const job = completeJob(read.data);
   const reported = [...jobFindings(job, source), ...idleEntries(read.data.allow, source)];
   return hasErrors(reported) ? { source, findings: reported } : { job, source, findings: reported };
+}
+
+/**
+ * Returns the keys of a job, or what is wrong with them. `null` over a value of another file is the value null where the key has such a value; otherwise it
+ * removes the value, and the key has its default.
+ */
+function parseKeys(source: Source) {
+  const read = JobText.safeParse(source.value);
+  if (read.success) return read;
+  const refused = read.error.issues.map(({ path }) => path.join("."));
+  const removed = source.cleared.filter((path) => valueAt(source.value, path) === null && refused.includes(path.join(".")));
+  if (removed.length === 0) return read;
+  for (const path of removed) deletePath(source.value, path);
+  return JobText.safeParse(source.value);
 }
 
 function repair(source: Source, shape: readonly ShapeFault[]): { job: Job; source: Source } | undefined {

@@ -2,13 +2,20 @@
 import type { Device } from "../../schemas/devices.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { memoryFindings } from "../rules/all.ts";
+import type { JobFiles } from "./jobFiles.ts";
 import { type JobRead, readQuickly } from "./readJob.ts";
 
 /** Returns the target of a device, whose kernel scratch rule C510 counts. */
 export type TargetOf = (device: Device) => Target;
 
-/** Reads a job and applies all rules. User errors are findings; it does not throw. */
-export function readJob(text: string, file: string, sets: readonly string[] = [], targetOf: TargetOf = () => cpu): JobRead {
-  const read = readQuickly(text, file, sets);
+/** Reads a job and applies all rules. User errors are findings; it throws a Trouble only if an overlay cannot be read. `files`: how the files beside the job are found. */
+export function readJob(
+  text: string,
+  file: string,
+  sets: readonly string[] = [],
+  targetOf: TargetOf = () => cpu,
+  files?: JobFiles,
+): JobRead {
+  const read = readQuickly(text, file, sets, files);
   return read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
 }

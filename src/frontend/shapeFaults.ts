@@ -1,7 +1,7 @@
 /** Faults of keys and values: what the schema of jobs reports, as findings with their places and the likely intent. */
 import leven from "leven";
 import type { z } from "zod";
-import { jobSchema } from "../../schemas/job.ts";
+import { jobSchema } from "../../schemas/jobSchema.ts";
 import { allowFault } from "../rules/allow.ts";
 import { type Finding, SHOWN } from "./diagnostic.ts";
 import { isObject, type Path, type Source, valueAt } from "./source.ts";

@@ -1,4 +1,4 @@
-/** Parses YAML text into plain values with the place of every path. Errors of the text are findings; nothing throws. */
+/** Parses a YAML file into plain values with the place of every path. Errors of the text are findings; nothing throws. */
 import {
   type Document,
   isAlias,
@@ -19,12 +19,14 @@ import type { At, Finding, SourceLocation } from "./diagnostic.ts";
 /** The path of a value: keys and indices. */
 export type Path = readonly (string | number)[];
 
-/** A parsed text. */
+/** A job with the files that it builds on. */
 export interface Source {
   readonly file: string;
-  /** The values, with every `--set` applied. */
+  /** The values of all files, with every `--set` applied. */
   readonly value: unknown;
-  /** The length of the text in characters. */
+  /** The paths at which `null` took the place of a value of another file. */
+  readonly cleared: readonly Path[];
+  /** The length of the texts in characters. */
   readonly size: number;
   /** Returns the place of the value (or key) of a path, or of its deepest existing ancestor; undefined only for an empty text. */
   at(path: string | Path, part?: "key" | "value"): At | undefined;
@@ -61,10 +63,47 @@ export const textFaults = {
   ),
   root: fault("S005", "a job is a map of keys", "Rules and compiler read a job by its keys.", "- name: a\n"),
   set: fault("S006", "--set is not understood", "Without a key and a value the option has no effect.", "--set model.layers\n"),
+  base: fault(
+    "S007",
+    "the file that a job extends cannot be read",
+    "Keys that the job does not write have the values of that file.",
+    "extends: base.yaml\n",
+  ),
+  circle: fault(
+    "S008",
+    "a job extends itself",
+    "Each file of a chain adds keys to the next, so that a chain needs an end.",
+    "extends: job.yaml\n",
+  ),
 } as const satisfies Record<string, Fault>;
 
-/** Parses a text and applies `--set` options. */
-export function readSource(text: string, file: string, sets: readonly string[] = []): { source: Source; findings: readonly Finding[] } {
+/** A file of a job, parsed. */
+export interface ParsedFile {
+  readonly file: string;
+  /** The map of keys; undefined if there are findings. */
+  readonly value?: Record<string, unknown>;
+  readonly findings: readonly Finding[];
+  /** Finds the longest prefix of a path that the file has; undefined only for an empty text. */
+  locate(path: readonly string[], part: "key" | "value"): Located | undefined;
+}
+
+/** The place of the longest written prefix of a path in a file. */
+export interface Located {
+  readonly at: SourceLocation;
+  /** The number of keys of the prefix. */
+  readonly depth: number;
+  readonly isWhole: boolean;
+  /** Whether a map stands there: keys of it may come from another file. */
+  readonly isMap: boolean;
+}
+
+/** Returns the finding of a fault of a text. */
+export const textFinding = (what: Fault, path: string, found: string, fix: string, at: At): Finding => ({
+  ...{ code: what.code, level: "error", title: what.title, path, found, why: what.why, fix, at },
+});
+
+/** Parses a file of a job. */
+export function parseFile(text: string, file: string): ParsedFile {
   const lines = new LineCounter();
   const findings: Finding[] = [];
   const rows = text.split(/\r?\n/);
@@ -75,90 +114,77 @@ export function readSource(text: string, file: string, sets: readonly string[] =
     const col = Math.max(1, a.col);
     return { file, line, col, endCol: Math.max(col + 1, Math.min(col + to - from, lineText.length + 1)), lineText };
   };
-  const find = (what: Fault, path: string, found: string, fix: string, at: At, related?: readonly At[]) =>
-    findings.push({ code: what.code, level: "error", title: what.title, path, found, why: what.why, fix, at, ...(related && { related }) });
+  const find = (what: Fault, found: string, fix: string, at: At) => findings.push(textFinding(what, "", found, fix, at));
 
   const doc = parse(text, lines);
+  if (typeof doc === "string") {
+    find(textFaults.syntax, doc, "a job has a few dozen keys: remove everything else", place(0, 1));
+    return { file, findings, locate: () => undefined };
+  }
+  let line = 0;
+  for (const e of [...doc.errors, ...doc.warnings]) {
+    const at = place(e.pos[0], e.pos[1]);
+    // further errors of a line follow from its first one
+    if (at.line === line) continue;
+    line = at.line;
+    const [what, fix] = byYaml(e);
+    find(what, say(e), fix, at);
+  }
+  for (const { range } of findings.length ? [] : duplicates(doc))
+    find(textFaults.duplicate, "the key occurs twice in one map", "keep one of them", place(range?.[0] ?? 0, range?.[1] ?? 1));
   let value: unknown;
-  if (typeof doc === "string") find(textFaults.syntax, "", doc, "a job has a few dozen keys: remove everything else", place(0, 1));
-  else {
-    let line = 0;
-    for (const e of [...doc.errors, ...doc.warnings]) {
-      const at = place(e.pos[0], e.pos[1]);
-      // further errors of a line follow from its first one
-      if (at.line === line) continue;
-      line = at.line;
-      const [what, fix] = byYaml(e);
-      find(what, "", say(e), fix, at);
-    }
-    for (const { range } of findings.length ? [] : duplicates(doc))
-      find(textFaults.duplicate, "", "the key occurs twice in one map", "keep one of them", place(range?.[0] ?? 0, range?.[1] ?? 1));
-    if (!findings.length) {
-      try {
-        value = doc.toJS({ maxAliasCount: 100 });
-      } catch (e) {
-        find(textFaults.alias, "", e instanceof Error ? e.message : String(e), "write the values without anchors and aliases", place(0, 1));
-      }
-    }
-    if (!findings.length && !isObject(value))
-      find(
-        textFaults.root,
-        "",
-        value === null ? "an empty file" : `the file holds ${Array.isArray(value) ? "a list" : "one value"}`,
-        "start with `name:`, `model:`, `train:` and `data:`",
-        place(0, 1),
-      );
-  }
-
-  const written: { path: readonly string[]; set: string }[] = [];
-  if (!findings.length && isObject(value)) {
-    if (sets.length) value = copy(value);
-    for (const set of sets) {
-      const problem = lay(value as Record<string, unknown>, set);
-      if (typeof problem === "string")
-        find(textFaults.set, "", problem, "write --set path=value, for example --set model.layers=3", { set });
-      else written.unshift({ path: problem, set });
+  if (!findings.length) {
+    try {
+      value = doc.toJS({ maxAliasCount: 100 });
+    } catch (e) {
+      find(textFaults.alias, e instanceof Error ? e.message : String(e), "write the values without anchors and aliases", place(0, 1));
     }
   }
+  if (!findings.length && !isObject(value))
+    find(
+      textFaults.root,
+      value === null ? "an empty file" : `the file holds ${Array.isArray(value) ? "a list" : "one value"}`,
+      "start with `name:`, `model:`, `train:` and `data:`",
+      place(0, 1),
+    );
 
-  const at: Source["at"] = (where, part = "value") => {
-    const path = typeof where === "string" ? (where ? where.split(".") : []) : where.map(String);
-    const set = written.find((w) => w.path.every((key, i) => path[i] === key));
-    if (set) return { set: set.set };
-    if (typeof doc === "string" || !doc.contents) return undefined;
-    const { node, pair, isWhole } = nodeAt(doc, path);
-    const value = isWhole && part === "value" && isScalar(node) && node.value !== null ? node : undefined;
-    const range = (value ?? pair?.key ?? undefined)?.range;
-    return range ? place(range[0], range[1]) : place(0, 1);
+  const locate: ParsedFile["locate"] = (path, part) => {
+    if (!doc.contents) return undefined;
+    const { node, pair, depth } = nodeAt(doc, path);
+    const isWhole = depth === path.length;
+    const written = isWhole && part === "value" && isScalar(node) && node.value !== null ? node : undefined;
+    const range = (written ?? pair?.key ?? undefined)?.range;
+    const isMapThere = isMap(isAlias(node) ? node.resolve(doc) : node);
+    return { at: range ? place(range[0], range[1]) : place(0, 1), depth, isWhole, isMap: isMapThere };
   };
-  return { source: { file, value, size: text.length, at }, findings };
+  return { file, findings, ...(isObject(value) && findings.length === 0 && { value }), locate };
 }
 
-/** The node at the longest written prefix of a path, the pair of the last map on the way, and whether the prefix is the whole path. */
+/** The node at the longest written prefix of a path, the pair of the last map on the way, and the number of keys of the prefix. */
 interface Found {
   readonly node: Node | null;
   readonly pair: Pair<Node, Node | null> | undefined;
-  readonly isWhole: boolean;
+  readonly depth: number;
 }
 
 /** Follows a path into a document. */
 function nodeAt(doc: Document, path: readonly string[]): Found {
   let node = doc.contents as Node | null;
   let pair: Found["pair"];
-  for (const key of path) {
+  for (const [depth, key] of path.entries()) {
     const inner: unknown = isAlias(node) ? node.resolve(doc) : node;
     if (isMap<Node, Node | null>(inner)) {
       const next = inner.items.find((p) => isScalar(p.key) && String(p.key.value) === key);
-      if (!next) return { node, pair, isWhole: false };
+      if (!next) return { node, pair, depth };
       pair = next;
       node = next.value;
       continue;
     }
     const item = isSeq<Node>(inner) ? inner.items[Number(key)] : undefined;
-    if (!item) return { node, pair, isWhole: false };
+    if (!item) return { node, pair, depth };
     node = item;
   }
-  return { node, pair, isWhole: true };
+  return { node, pair, depth: path.length };
 }
 
 /** Returns whether a value is a plain object. */
@@ -202,20 +228,13 @@ export function deletePath(root: unknown, path: Path): void {
 /** Returns a deep copy. */
 export const copy = (value: Record<string, unknown>): Record<string, unknown> => structuredClone(value);
 
-function lay(root: Record<string, unknown>, set: string): readonly string[] | string {
-  const eq = set.indexOf("=");
-  const path = set.slice(0, Math.max(0, eq)).trim().split(".");
-  if (eq < 0) return `"${set}" has no =`;
-  if (path.some((key) => !key)) return `"${set}" has no key before =`;
-  const doc = parse(set.slice(eq + 1), new LineCounter());
-  if (typeof doc === "string") return doc;
+/** Parses the value of a `--set` option. Throws an Error that says what is wrong with it. */
+export function parseValue(text: string): unknown {
+  const doc = parse(text, new LineCounter());
+  if (typeof doc === "string") throw new Error(doc);
   const error = doc.errors[0] ?? doc.warnings[0];
-  if (error) return `the value is not YAML: ${say(error)}`;
-  try {
-    return setPath(root, path, doc.toJS({ maxAliasCount: 100 })) ?? path;
-  } catch (e) {
-    return e instanceof Error ? e.message : String(e);
-  }
+  if (error) throw new Error(`the value is not YAML: ${say(error)}`);
+  return doc.toJS({ maxAliasCount: 100 });
 }
 
 /** The limit of keys, values and items of a job: far above real jobs, and parsed in well under a second. */
@@ -300,11 +319,19 @@ const yamlFaults: Partial<Record<YAMLError["code"], string>> = {
 };
 const say = (e: YAMLError): string => yamlFaults[e.code] ?? e.message.split("\n")[0] ?? e.code;
 
-/** Merges two YAML maps key by key; the second has precedence. */
-export function mergeYaml(under: string, over: string): Record<string, unknown> {
-  const merge = (a: unknown, b: unknown): unknown => {
-    if (!isObject(a) || !isObject(b)) return b;
-    return { ...a, ...Object.fromEntries(Object.entries(b).map(([key, value]) => [key, merge(a[key], value)])) };
-  };
-  return merge(parseYaml(under), parseYaml(over)) as Record<string, unknown>;
+/** Merges two values map by map; the second has precedence. Lists are replaced as a whole. */
+export function merge(under: unknown, over: unknown): unknown {
+  if (!isObject(under) || !isObject(over)) return over;
+  const merged = { ...under };
+  // defineProperty keeps a key named __proto__ a plain key
+  for (const [key, value] of Object.entries(over))
+    Object.defineProperty(merged, key, {
+      ...{ enumerable: true, writable: true, configurable: true },
+      value: Object.hasOwn(under, key) ? merge(under[key], value) : value,
+    });
+  return merged;
 }
+
+/** Merges two YAML maps key by key; the second has precedence. */
+export const mergeYaml = (under: string, over: string): Record<string, unknown> =>
+  merge(parseYaml(under), parseYaml(over)) as Record<string, unknown>;

@@ -7,8 +7,9 @@ import { generated } from "../../schemas/generate.ts";
 import { Job } from "../../schemas/job.ts";
 import { readJobFile } from "../../src/cli/inputFiles.ts";
 import { renderFindings } from "../../src/frontend/diagnostic.ts";
+import { readSource } from "../../src/frontend/jobFiles.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
-import { readSource } from "../../src/frontend/source.ts";
+
 import { opNamesText } from "../../src/ops/generateNames.ts";
 import { smallest } from "../../src/rules/index.ts";
 
