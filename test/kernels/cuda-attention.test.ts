@@ -36,9 +36,9 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
 const shapes: readonly Shape[] = [
   // one block, blocks cut short on both sides, and a head of each kind
   { B: 1, S: 5, U: 5, G: 1, M: 1, C: 16, start: 0, arch: "sm_90a", type: "bf16" },
-  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
-  { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16", fast: true },
+  { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
   // pieces that see few of the keys, and keys that nobody sees
   { B: 1, S: 33, U: 300, G: 2, M: 4, C: 48, start: 0, arch: "sm_90a", type: "bf16" },
@@ -56,7 +56,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 66, U: 66, G: 2, M: 1, C: 160, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "bf16" },
   // values of a width of their own: latent attention's, narrow and wide ones
-  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 130, U: 160, G: 2, M: 1, C: 192, W: 128, start: 30, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16" },
   { B: 1, S: 129, U: 129, G: 2, M: 2, C: 48, W: 32, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 140, U: 140, G: 1, M: 1, C: 16, W: 112, start: 0, arch: "sm_100a", type: "bf16" },
@@ -71,7 +71,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 70, U: 70, G: 1, M: 1, C: 64, start: 0, keyStart: 70, arch: "sm_100a", type: "bf16" },
   { B: 2, S: 130, U: 70, G: 2, M: 2, C: 24, W: 16, start: 5, keyStart: 60, arch: "sm_80", type: "f32" },
   // zigzag, all keys: blocks that tiles divide, and blocks that they do not
-  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 128, U: 512, G: 1, M: 2, C: 64, start: 128, zigzag: [64, 4], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 256, U: 768, G: 1, M: 1, C: 64, start: 512, zigzag: [128, 3], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 128, U: 384, G: 2, M: 1, C: 192, W: 128, start: 0, zigzag: [64, 3], arch: "sm_90a", type: "bf16" },
@@ -108,7 +108,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
   // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, blocks whose fours of keys lie apart
   { B: 2, S: 130, U: 260, G: 2, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", drop: 0.3 },
-  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1, fast: true },
+  { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1 },
   { B: 1, S: 65, U: 65, G: 2, M: 1, C: 64, start: 0, arch: "sm_100a", type: "f16", drop: 0.5 },
   { B: 1, S: 70, U: 150, G: 1, M: 2, C: 20, start: 3, arch: "sm_90a", type: "f32", drop: 0.2 },
   { B: 1, S: 200, U: 100, G: 1, M: 2, C: 48, W: 64, start: 0, keyStart: 50, arch: "sm_90a", type: "bf16", drop: 0.2, fast: true },
@@ -116,18 +116,18 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
   // documents: short ones, of which a tile has many, and long ones, of which tiles see some blocks; on every kind of kernel
-  { B: 2, S: 260, U: 260, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 100, fast: true },
+  { B: 2, S: 260, U: 260, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 100 },
   { B: 1, S: 520, U: 520, G: 1, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 300 },
   { B: 1, S: 390, U: 390, G: 2, M: 1, C: 192, W: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 50 },
   { B: 2, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16", documents: 8 },
-  { B: 2, S: 261, U: 261, G: 1, M: 2, C: 48, start: 0, arch: "sm_80", type: "bf16", documents: 60, fast: true },
+  { B: 2, S: 261, U: 261, G: 1, M: 2, C: 48, start: 0, arch: "sm_80", type: "bf16", documents: 60 },
   { B: 1, S: 330, U: 330, G: 1, M: 1, C: 256, start: 0, arch: "sm_90a", type: "bf16", documents: 90 },
-  { B: 2, S: 150, U: 150, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "f32", documents: 40, fast: true },
+  { B: 2, S: 150, U: 150, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "f32", documents: 40 },
   { B: 15, S: 2, U: 600, G: 4, M: 1, C: 16, start: 598, arch: "sm_80", type: "bf16", documents: 200 },
   // so many key heads that waves alternate; few, so that query heads are split
   { B: 4, S: 400, U: 400, G: 4, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 120 },
   { B: 1, S: 400, U: 400, G: 1, M: 8, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 120 },
-  { B: 1, S: 200, U: 200, G: 1, M: 1, C: 128, start: 200, keyStart: 0, arch: "sm_90a", type: "bf16", documents: 300, fast: true },
+  { B: 1, S: 200, U: 200, G: 1, M: 1, C: 128, start: 200, keyStart: 0, arch: "sm_90a", type: "bf16", documents: 300 },
   { B: 2, S: 200, U: 200, G: 1, M: 1, C: 64, start: 200, keyStart: 200, arch: "sm_90a", type: "bf16", documents: 30 },
   { B: 1, S: 150, U: 70, G: 1, M: 2, C: 48, W: 64, start: 100, keyStart: 60, arch: "sm_80", type: "bf16", documents: 80 },
   { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", documents: 150, fast: true },

@@ -114,10 +114,11 @@ describe("on named meshes", () => {
     { world: 4, context: 4 },
     { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true },
   ];
-  test.each(dense.map((p) => [JSON.stringify(p), p] as const))("dense %s", async (_, parallel) => {
-    same(await numbers(jobOf(text(shape(), parallel))), await reference(text(shape(), { world: 1 })));
-  });
-  test("dense, tied embeddings, q/k norm per head, no sequence parallelism", async () => {
+  for (const { options, rows } of byTier(dense, (_, i) => i >= 2))
+    test.each(rows)("dense %j", options, async (parallel) => {
+      same(await numbers(jobOf(text(shape(), parallel))), await reference(text(shape(), { world: 1 })));
+    });
+  test("dense, tied embeddings, q/k norm per head, no sequence parallelism", full, async () => {
     const model = shape({ tie_embeddings: true, qk_norm: "head" });
     same(
       await numbers(jobOf(text(model, { world: 4, tensor: 2, distributed_optimizer: true }))),
@@ -163,7 +164,7 @@ describe("on named meshes", () => {
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, {}, { global_batch: 5 }],
     [{ world: 3, pipeline: 3, layout: "E|t|t|t|t|L" }, {}, { global_batch: 11 }],
   ];
-  for (const { options, rows } of byTier(schedules, (_, i) => [2, 3, 6, 11, 14].includes(i)))
+  for (const { options, rows } of byTier(schedules, (_, i) => [3, 11, 14].includes(i)))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
       "stages, their order and that of ranks: %s",
       options,
@@ -193,14 +194,15 @@ describe("on named meshes", () => {
       out_bias: true,
     },
   };
-  test.each(Object.entries(attentions))("%s", async (_, model) => {
-    const alone = await reference(text(shape(model), { world: 1 }));
-    for (const parallel of [
-      { world: 2, tensor: 2 },
-      { world: 8, tensor: 4, sequence: true, context: 2, distributed_optimizer: true },
-    ])
-      same(await numbers(jobOf(text(shape(model), parallel))), alone);
-  });
+  const attentionMeshes = [
+    { world: 8, tensor: 4, sequence: true, context: 2, distributed_optimizer: true },
+    { world: 2, tensor: 2 },
+  ];
+  for (const { options, rows } of byTier(Object.entries(attentions), ([name]) => /^biases|queries too$/.test(name)))
+    test.each(rows)("%s", options, async (_, model) => {
+      const alone = await reference(text(shape(model), { world: 1 }));
+      for (const parallel of attentionMeshes.slice(0, isFull ? 2 : 1)) same(await numbers(jobOf(text(shape(model), parallel))), alone);
+    });
   // some tensor ranks have copies of one key/value head, whose gradients are summed
   const sharedHeads: [object, Parallel[]][] = [
     [
@@ -215,7 +217,7 @@ describe("on named meshes", () => {
     [{ kv_heads: 2, moe, dropout: { attention: 0.2 } }, [{ world: 8, tensor: 4, sequence: true, expert: 4, expert_tensor: 2 }]],
     [{ ...thirds, kv_heads: 2, moe: moeOfThirds }, [{ world: 6, tensor: 6, sequence: true, expert: 2, expert_tensor: 1 }]],
   ];
-  for (const { options, rows } of byTier(sharedHeads, (_, i) => i === 1 || i === 4))
+  for (const { options, rows } of byTier(sharedHeads, (_, i) => i === 4))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
       "key/value heads fewer than tensor ranks: %s",
       options,
@@ -232,7 +234,7 @@ describe("on named meshes", () => {
     { world: 8, context: 2, expert: 2, distributed_optimizer: true, optimizer_instances: 2 },
     { world: 4, tensor: 4, sequence: true, expert: 2 },
   ];
-  for (const { options, rows } of byTier(muonMeshes, (_, i) => i < 2))
+  for (const { options, rows } of byTier(muonMeshes, (_, i) => i === 1))
     test.each(rows)("muon: %j", options, async (parallel) => {
       const model = shape({ moe: { ...moe, shared: { ffn: 24, gate: true } }, tie_embeddings: true });
       const train = { optimizer: { lr: 1e-2, type: "muon" }, global_batch: 8 };
@@ -263,7 +265,7 @@ describe("on grids that do not nest", () => {
     [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
     [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
   ];
-  for (const { options, rows } of byTier(pairs, (_, i) => [0, 5, 6].includes(i)))
+  for (const { options, rows } of byTier(pairs, (_, i) => [5, 6].includes(i)))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
       const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
       const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
@@ -297,7 +299,7 @@ describe.each(["microbatch", "token"])(
       { world: 4, pipeline: 2, virtual_pipeline: 1, schedule: "zero_bubble", distributed_optimizer: true },
       { world: 2, pipeline: 2, layout: "E|t|t|mmL" },
     ];
-    for (const { options, rows } of byTier(meshes, (_, i) => i === 3))
+    for (const { options, rows } of byTier(meshes, (_, i) => i === 3 && loss_weighting === "token"))
       test.each(rows.map((p) => [JSON.stringify(p), p] as const))("%s", options, async (_, parallel) =>
         same(await numbersOn(parallel), await alone()),
       );
@@ -308,7 +310,7 @@ describe.each(["microbatch", "token"])(
       { world: 8, pipeline: 4, layout: "Et|t|mm|L", distributed_optimizer: true, expert: 2 },
     ];
     const tied = { tie_embeddings: true };
-    for (const { options, rows } of byTier(layouts, (_, i) => i === 0))
+    for (const { options, rows } of byTier(layouts, (_, i) => i === 0 && loss_weighting === "microbatch"))
       test.each(rows)("tied embeddings, the head past the further layers: %j", options, async (parallel) => {
         const alone = await reference(text({ ...model, ...tied }, { world: 1 }, train, { labels: some.path }));
         same(await numbersOn(parallel, tied), alone);
@@ -358,12 +360,13 @@ describe("with a capacity, for equal shardings of the sequence", () => {
       const model = shape({ moe: { ...moe, capacity, dispatch, router } });
       const train = { micro_batch: 2 };
       const losses = [];
-      for (const meshes of pieces) {
+      const tried = isFull ? pieces : pieces.slice(1, 3);
+      for (const meshes of tried) {
         const [first, ...others] = meshes.map((mesh) => numbers(jobOf(text(model, mesh, train))));
         for (const other of others) same(await other, await first!);
         losses.push((await first!).steps[0]!.loss);
       }
-      expect(new Set(losses).size).toBe(pieces.length);
+      expect(new Set(losses).size).toBe(tried.length);
     });
 });
 
@@ -377,7 +380,7 @@ test("a loss on the counts of all data ranks, on as many microbatches", async ()
   ];
   const alone = await reference(text(model, { world: 1 }, { micro_batch: 4 }));
   expect(alone.steps[0]!.aux_loss).toBeGreaterThan(0.1);
-  for (const mesh of meshes) same(await numbers(jobOf(text(model, mesh))), alone);
+  for (const mesh of meshes.slice(isFull ? 0 : 1, isFull ? 3 : 2)) same(await numbers(jobOf(text(model, mesh))), alone);
 });
 
 test("the same plan on the same inputs gives the same bits", async () => {
@@ -617,7 +620,7 @@ test("on any legal mesh of up to 16 ranks, any small model, documents, labels, d
     fc.asyncProperty(anyJob, async ({ job, alone }) => {
       steps.push(sameSoFar(await numbers(jobOf(job)), await reference(alone)));
     }),
-    { numRuns: draws(6, 200) },
+    { numRuns: draws(2, 200) },
   );
   if (failed)
     expect.fail(`${(errorInstance as Error).message}
@@ -672,7 +675,7 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
       steps.push(sameSoFar(await numbers(jobOf(job), pick), await reference(job)));
     }),
     {
-      numRuns: draws(4, 20),
+      numRuns: draws(3, 20),
       // E cut by the same factors in another order: once two layouts under one name
       examples: [
         [77, meshes[1]!, experts.plain],
