@@ -99,6 +99,12 @@ export const Compute = z.strictObject({
     .describe(
       "dims of which this rank processes the block of another rank: the one so many places before it along the sub-axes of the dim",
     ),
+  blocks: z
+    .array(z.strictObject({ subAxis: count, stride: count }))
+    .optional()
+    .describe(
+      "the input has a block for each rank along these sub-axes, and a rank reads its own: it begins at the sum of coordinate * stride, in elements",
+    ),
   accumulates: z.array(z.string()).optional().describe("outputs that are added to or updated in place"),
   first_kernel: id
     .optional()
@@ -291,6 +297,9 @@ export const Arg = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("needed") }).describe("the address of the i32 that receives the number of rows an index needed"),
   z.strictObject({ kind: z.literal("scratch"), offset: count }).describe("the address of a byte of the scratch arena"),
   z.strictObject({ kind: z.literal("start"), dim: z.string() }).describe("the global index of this rank's first element of a dim"),
+  z
+    .strictObject({ kind: z.literal("block") })
+    .describe("the first element of this rank's block of the input (`blocks` of the instruction)"),
   z.strictObject({ kind: z.literal("attribute"), name: z.string() }).describe("an attribute of the instruction, as 32 bits"),
   TensorMap,
 ]);
@@ -318,6 +327,7 @@ export const Kernel = z.strictObject({
   dtypes: z.string().describe("of its operands, in the order of the op's signature"),
   sizes: z.record(z.string(), z.number()).describe("local size of each dim"),
   attrs: z.record(z.string(), z.number()).describe("attributes that the source depends on"),
+  blocks: z.array(count).optional().describe("strides of the blocks of the input, where the instruction has `blocks`"),
   accumulates: z.array(z.string()).optional().describe("outputs that it adds to or updates"),
   uses: count,
   source: z

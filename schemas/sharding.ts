@@ -80,6 +80,13 @@ export function globalStart(mesh: SubAxes, { dims, ringOffset }: Pick<Compute, "
   return startOf(mesh, size, subAxes, rank, ringOffset?.[dim] ?? 0);
 }
 
+/** Returns the first element of the block of its input that an instruction reads on a rank; 0 if the input has no blocks. */
+export function blockStart(mesh: SubAxes, { blocks = [] }: Pick<Compute, "blocks">, rank: number): number {
+  let first = 0;
+  for (const { subAxis, stride } of blocks) first += rankCoordinate(mesh, rank, subAxis) * stride;
+  return first;
+}
+
 /**
  * Returns the global indices that a rank holds of a dim whose blocks are numbered by `blockAxes` and that is sharded by `subAxes`:
  * ascending ranges [start, end), one range if `subAxes` is a prefix of `blockAxes`.

@@ -3,9 +3,9 @@ import { fill } from "./fill.ts";
 
 interface CudaArrangeCu {
   readonly dims: readonly { readonly size: string | number; readonly stride: string | number }[];
+  readonly hasBlocks: boolean;
   readonly index: string | number;
   readonly name: string | number;
-  readonly starts: readonly (string | number)[];
   readonly threads: string | number;
   readonly type: string | number;
   readonly unroll: string | number;
@@ -420,11 +420,11 @@ interface CudaMergeRowsCu {
   readonly count: string | number;
   readonly experts: string | number;
   readonly fromLength: string | number;
+  readonly hasBlocks: boolean;
   readonly indexLength: string | number;
   readonly length: string | number;
   readonly name: string | number;
   readonly offsets: string | number;
-  readonly starts: readonly (string | number)[];
 }
 
 interface CudaNormCu {

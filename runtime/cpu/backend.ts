@@ -8,7 +8,7 @@ import { storeValues, type TypedMemory, typedMemory, valuesIn } from "../../sche
 import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
-import { elementsOf, globalStart, numberInStage, shardCount } from "../../schemas/sharding.ts";
+import { blockStart, elementsOf, globalStart, numberInStage, shardCount } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -139,7 +139,7 @@ class CpuRankDevice implements HostRankDevice {
   /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
   #bind(i: Compute, copy: number): BoundOp {
     const op = ops[i.op];
-    const { sizes, starts } = this.#localDims(i);
+    const { sizes, starts, block } = this.#localDims(i);
     const operands = [
       ...Object.entries(i.reads).map(([name, id]) => ({ name, id, output: false })),
       ...Object.entries(i.writes).map(([name, id]) => ({ name, id, output: true })),
@@ -147,7 +147,7 @@ class CpuRankDevice implements HostRankDevice {
     const ragged = operands.map(({ id }) => this.#stage.buffer(id)).find((b) => b.ragged);
     const counts = ragged && (i.rows ?? ragged.rows);
     const rows = counts === undefined ? noRows : (this.#raw(this.#stage.buffer(counts), copy).words as Int32Array);
-    const place: ShardContext = { start: (dim) => starts[dim]!, rows };
+    const place: ShardContext = { start: (dim) => starts[dim]!, rows, block };
     const tensors: Record<string, Float32Array> = {};
     const before: BoundOp[] = [];
     const after: BoundOp[] = [];
@@ -173,7 +173,11 @@ class CpuRankDevice implements HostRankDevice {
   }
 
   /** Returns the sizes of this rank's shards of the dims, with the attributes of the op, and where the shards begin. */
-  #localDims(i: Compute): { readonly sizes: Record<string, number>; readonly starts: Readonly<Record<string, number>> } {
+  #localDims(i: Compute): {
+    readonly sizes: Record<string, number>;
+    readonly starts: Readonly<Record<string, number>>;
+    readonly block: number;
+  } {
     const { mesh } = this.#plan;
     const local = numberInStage(mesh, this.#rank);
     const sizes: Record<string, number> = { ...i.attrs };
@@ -182,6 +186,6 @@ class CpuRankDevice implements HostRankDevice {
       sizes[dim] = size / shardCount(mesh, subAxes);
       starts[dim] = globalStart(mesh, i, dim, local);
     }
-    return { sizes, starts };
+    return { sizes, starts, block: blockStart(mesh, i, local) };
   }
 }

@@ -6,7 +6,7 @@
 import { neededOf, readsOf, rowIndexOf, writesOf } from "../../schemas/effects.ts";
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Compute, Kernel, Plan, Program } from "../../schemas/plan.ts";
-import { globalStart, numberInStage } from "../../schemas/sharding.ts";
+import { blockStart, globalStart, numberInStage } from "../../schemas/sharding.ts";
 import type { CudaArenas, DeviceRange } from "./arenas.ts";
 import { type Context, type DevicePointer, packParams, type Stream } from "./driver.ts";
 import { type LoadedKernels, named } from "./kernels.ts";
@@ -58,6 +58,8 @@ export function binder({ plan, rank, program, context, arenas, kernels }: Ground
           return arenas.scratch(arg.offset);
         case "start":
           return globalStart(plan.mesh, i, arg.dim, numberInStage(plan.mesh, rank));
+        case "block":
+          return blockStart(plan.mesh, i, numberInStage(plan.mesh, rank));
         case "attribute":
           return (i.attrs[arg.name] ?? 0) | 0;
         case "tensor_map":

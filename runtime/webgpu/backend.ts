@@ -7,7 +7,7 @@ import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Buffer, Compute, Launch, Plan, Program } from "../../schemas/plan.ts";
-import { elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
+import { blockStart, elementsOf, globalStart, numberInStage } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { LocalRanks, NormalDraw, RankDevice } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
@@ -18,7 +18,7 @@ import { webgpuComm } from "./comm.ts";
 import { type Commands, commandsOn, type Dispatch, type DispatchTiming } from "./commands.ts";
 import { type Host, openDevice } from "./device.ts";
 import { type DrawWeights, openWeights } from "./initialWeights.ts";
-import { type ComputePipeline, compileKernels, compiler, isNumber, uniformOf } from "./pipelines.ts";
+import { type ComputePipeline, compileKernels, compiler, isNumber, type NumberArg, uniformOf } from "./pipelines.ts";
 
 /** The local ranks on a WebGPU device. */
 export interface WebgpuRanks extends LocalRanks {
@@ -123,7 +123,7 @@ function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernel
       let group = groups.get(seen);
       if (!group) {
         const places = launch.args.filter((a) => !isNumber(a)).map((a) => placeOf(i, copy, a, launch, kernel.scratch));
-        const numbers = uniformOf(launch.args, (arg) => (arg.kind === "attribute" ? (i.attrs[arg.name] ?? 0) : start(i, arg.dim)));
+        const numbers = uniformOf(launch.args, (arg) => numberOf(i, arg));
         group = bind(`${i.id}, rank ${rank}, ${launch.entry}`, layout, places, numbers);
         groups.set(seen, group);
       }
@@ -140,8 +140,18 @@ function backendOf(plan: Plan, rank: number, { program, arenas, commands, kernel
     if (!buffer) throw new Error(`rankc: ${i.id}: the kernel ${i.kernel} takes ${JSON.stringify(arg)}, which the plan does not provide`);
     return arenas.place(buffer, copy);
   }
-  function start(i: Compute, dim: string): number {
-    return globalStart(plan.mesh, i, dim, numberInStage(plan.mesh, rank));
+  function numberOf(i: Compute, arg: NumberArg): number {
+    const inStage = numberInStage(plan.mesh, rank);
+    switch (arg.kind) {
+      case "start":
+        return globalStart(plan.mesh, i, arg.dim, inStage);
+      case "block":
+        return blockStart(plan.mesh, i, inStage);
+      case "attribute":
+        return i.attrs[arg.name] ?? 0;
+      default:
+        return arg satisfies never;
+    }
   }
 
   const made = new Map<Compute, Dispatch[][]>();

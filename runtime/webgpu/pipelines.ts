@@ -80,14 +80,16 @@ export function compiler(gpu: Gpu): Compile {
 }
 
 /** A number as an argument. */
-export type NumberArg = Extract<Arg, { readonly kind: "start" | "attribute" }>;
-/** Returns whether an argument is a number: the start of a shard, or an attribute. */
-export const isNumber = (arg: Arg): arg is NumberArg => arg.kind === "start" || arg.kind === "attribute";
+export type NumberArg = Extract<Arg, { readonly kind: "start" | "block" | "attribute" }>;
+/** Returns whether an argument is a number: the start of a shard or of a block, or an attribute. */
+export const isNumber = (arg: Arg): arg is NumberArg => arg.kind === "start" || arg.kind === "block" || arg.kind === "attribute";
 
-/** Returns the uniform of the arguments, if they have one: four places for starts, then the attributes. */
+/** Returns the uniform of the arguments, if they have one: four places for starts of shards and blocks, then the attributes. */
 export function uniformOf(args: readonly Arg[], integerOf: (arg: NumberArg) => number): number[] | undefined {
-  const all = (kind: NumberArg["kind"]): number[] => args.flatMap((arg) => (isNumber(arg) && arg.kind === kind ? [integerOf(arg)] : []));
-  const [starts, attrs] = [all("start"), all("attribute")];
+  const numbers = args.filter(isNumber);
+  const isAttribute = ({ kind }: NumberArg): boolean => kind === "attribute";
+  const starts = numbers.filter((arg) => !isAttribute(arg)).map(integerOf);
+  const attrs = numbers.filter(isAttribute).map(integerOf);
   if (attrs.length) return [0, 1, 2, 3].map((n) => starts[n] ?? 0).concat(attrs);
   return starts.length ? starts : undefined;
 }

@@ -21,7 +21,7 @@ export function arrangementOf(
   const [sizes, strides] = [numbered(spec, "n"), numbered(spec, "s")];
   const [innerSize, innerStride] = [sizes.at(-1), strides.at(-1)];
   const isVector = innerSize !== undefined && innerStride === 1;
-  const width = isVector ? widthOf(innerSize, ...strides.slice(0, -1), ...numbered(spec, "@")) : 1;
+  const width = isVector ? widthOf(innerSize, ...strides.slice(0, -1), ...(spec.blocks ?? [])) : 1;
   const dims = sizes.map((size, i) => {
     const stride = strides[i] ?? 1;
     const isInner = i === sizes.length - 1;

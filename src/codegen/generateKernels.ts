@@ -113,6 +113,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
     accumulates: new Set(i.accumulates ?? []),
     bound: ragged?.shape[0] ?? 0,
+    ...(i.blocks && { blocks: i.blocks.map(({ stride }) => stride) }),
     makesRows: i.rows !== undefined,
     mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
   };
@@ -137,6 +138,7 @@ function generateKernel(spec: KernelSpec, dims: readonly string[], target: Targe
     dtypes: Object.values(spec.dtype).join("."),
     sizes: Object.fromEntries(Object.entries(spec.d).filter(([name]) => dims.includes(name))),
     attrs: Object.fromEntries(Object.entries(spec.d).filter(([name]) => !dims.includes(name))),
+    ...(spec.blocks && { blocks: [...spec.blocks] }),
     ...(spec.accumulates.size ? { accumulates: [...spec.accumulates] } : {}),
     uses: 0,
     ...(made ? { source: sourceFile(spec.name, made, target, sources) } : {}),
@@ -149,7 +151,7 @@ function generateKernel(spec: KernelSpec, dims: readonly string[], target: Targe
 export const printKernels = (kernels: readonly Kernel[]): string =>
   kernels
     .map((k) => {
-      const dims = Object.entries({ ...k.attrs, ...k.sizes }).map(([d, n]) => `${d}=${n}`);
+      const dims = Object.entries({ ...k.attrs, ...k.sizes, ...(k.blocks && { blocks: k.blocks }) }).map(([d, n]) => `${d}=${n}`);
       return `${String(k.uses).padStart(8)} x ${[k.id, k.dtypes, ...dims].join(" ")}\n`;
     })
     .join("");

@@ -27,6 +27,8 @@ export interface KernelSpec<Operand extends string = string, Size extends string
   readonly accumulates: ReadonlySet<string>;
   /** Largest number of rows of ragged operands; 0 if no operand is ragged. */
   readonly bound: number;
+  /** Strides of the blocks of the input, of which a rank reads its own, in elements; absent if it reads the whole input. */
+  readonly blocks?: readonly number[];
   /** Whether the op writes the index buffer (see `offsetsAt`); otherwise it reads it. */
   readonly makesRows: boolean;
   /** Whether the rows that the op makes may exceed the bound; if so the kernel writes max(needed, rows) to the i32 argument `needed`. */
@@ -110,7 +112,7 @@ const OPTIONAL: readonly string[] = ["needed"];
  */
 export const offsetsAt = (bound: number): number => 1 + 3 * bound;
 
-/** Returns the values of numbered attributes or dims, such as `n0`, `n1`, … of `arrange`. */
+/** Returns the values of numbered attributes, such as `n0`, `n1`, … of `arrange`. */
 export function numbered({ d }: Pick<KernelSpec, "d">, prefix: string): number[] {
   const all: number[] = [];
   for (let value = d[`${prefix}0`]; value !== undefined; value = d[`${prefix}${all.length}`]) all.push(value);

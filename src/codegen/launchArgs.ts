@@ -18,6 +18,8 @@ export const scratch = (offset: number): ArgOf<"scratch"> => ({ kind: "scratch",
 export const scratchStart = scratch(0);
 /** The global index of this rank's first element of a dim. */
 export const startOf = (dim: string): ArgOf<"start"> => ({ kind: "start", dim });
+/** The first element of this rank's block of the input. */
+export const ownBlock: ArgOf<"block"> = { kind: "block" };
 /** A runtime attribute of the instruction, as 32 bits. */
 export const attributeOf = (name: string): ArgOf<"attribute"> => ({ kind: "attribute", name });
 

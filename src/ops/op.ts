@@ -50,6 +50,8 @@ export interface ShardContext {
   start(dim: string): number;
   /** The rows of the ragged operands: [count, b0, s0, e0, b1, …] in global coordinates. */
   readonly rows: Int32Array;
+  /** The first element of this rank's block of the input, of ops that read one block; 0 if absent. */
+  readonly block?: number;
 }
 
 /** The name of an op that a graph may use. `shard` replaces each `regrid` by a reshard step, so no instruction has that name. */

@@ -2,7 +2,7 @@
  * Copies before and after a collective: they arrange a shard as blocks for the ranks of a group, and put received blocks in place. Rows are
  * sent in lists of fixed capacity, so that the host needs no count. Unused entries are −1.
  */
-import { op, type ShardContext } from "./op.ts";
+import { op } from "./op.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -12,19 +12,13 @@ const countOf = (d: Sizes, prefix: string): number => {
   while (d[`${prefix}${n}`] !== undefined) n++;
   return n;
 };
-/** Returns the first element of a rank's block: a dim `@0` of size · stride that a sub-axis shards starts at coordinate · stride. */
-const picked = (d: Sizes, place: ShardContext): number => {
-  let at = 0;
-  for (let i = 0; i < countOf(d, "@"); i++) at += place.start(`@${i}`);
-  return at;
-};
 
-/** y[i0, i1, …] = x[first + i0·s0 + i1·s1 + …] over sizes n0, n1, …: reorders, repeats or selects blocks. */
+/** y[i0, i1, …] = x[block + i0·s0 + i1·s1 + …] over sizes n0, n1, …: reorders, repeats or selects blocks. */
 export const arrange = op({
   name: "arrange",
   sig: "x[I!] -> y[O!]",
   linear: true,
-  cpu({ x, y }, d: Sizes, place) {
+  cpu({ x, y }, d: Sizes, { block = 0 }) {
     const dims = countOf(d, "n");
     const visit = (dim: number, from: number, to: number): void => {
       const [n, s] = [d[`n${dim}`]!, d[`s${dim}`]!];
@@ -37,7 +31,7 @@ export const arrange = op({
       for (let j = dim + 1; j < dims; j++) inner *= d[`n${j}`]!;
       for (let i = 0; i < n; i++) visit(dim + 1, from + i * s, to + i * inner);
     };
-    visit(0, picked(d, place), 0);
+    visit(0, block, 0);
   },
 });
 
@@ -107,10 +101,9 @@ export const mergeRows = op({
   inPlace: ["needed"],
   cpu({ lists, index, from, needed }, d, place) {
     const { count, length, cap, bound, E } = d;
-    const first = picked(d, place);
     const all: { key: number; at: number; from: number }[] = [];
     for (let g = 0; g < count; g++) {
-      const list = first + g * length;
+      const list = (place.block ?? 0) + g * length;
       for (let j = 0; j < lists[list]!; j++) {
         const at = list + 1 + 3 * j;
         all.push({ key: (lists[at + 2]! * d.B0 + lists[at]!) * d.S0 + lists[at + 1]!, at, from: g * cap + j });

@@ -13,6 +13,7 @@ interface Parts {
   readonly writes: Compute["writes"];
   readonly dims: Compute["dims"];
   readonly attrs?: Compute["attrs"];
+  readonly blocks?: NonNullable<Compute["blocks"]>;
   /** Outputs that are added to; default: those that the op updates in place, as far as they are written. */
   readonly accumulates?: readonly string[];
   /** The index buffer that the op writes. */
@@ -20,10 +21,11 @@ interface Parts {
 }
 
 /** Returns the compute instruction of an op. */
-export function computeInstruction({ op, id, reads, writes, dims, attrs = {}, rows, ...more }: Parts): Compute {
+export function computeInstruction({ op, id, reads, writes, dims, attrs = {}, blocks = [], rows, ...more }: Parts): Compute {
   const accumulates = more.accumulates ?? op.inPlace?.filter((name) => writes[name] !== undefined) ?? [];
   return {
     ...{ kind: "compute", id, op: op.name, kernel: "", reads, writes, dims, attrs },
+    ...(blocks.length > 0 ? { blocks: [...blocks] } : {}),
     ...(accumulates.length > 0 ? { accumulates: [...accumulates] } : {}),
     ...(rows === undefined ? {} : { rows }),
   };

@@ -77,6 +77,8 @@ function verifyUse(k: Kernel, i: Compute, { mesh, buffers }: { readonly mesh: Me
     const local = size / shardCount(mesh, cut);
     must(k.sizes[dim] === local, () => `has ${dim} ${k.sizes[dim]}, not ${local}`);
   }
+  const strides = i.blocks?.map(({ stride }) => stride);
+  must(k.blocks?.join() === strides?.join(), () => `has blocks of strides ${k.blocks}, not ${strides}`);
 }
 
 /** Checks that every argument of a launch exists in the instruction and stays inside its buffer. */
@@ -98,6 +100,8 @@ function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buf
         return arg.offset <= k.scratch;
       case "start":
         return Object.hasOwn(i.dims, arg.dim);
+      case "block":
+        return i.blocks !== undefined;
       case "attribute":
         return Object.hasOwn(i.attrs, arg.name);
       case "tensor_map":

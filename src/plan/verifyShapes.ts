@@ -5,7 +5,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
 import { inputName, instructionsOf } from "../../schemas/program.ts";
-import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { elementsOf, shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { ops } from "../ops/index.ts";
 import { type AnyOp, dimSize, expandLike, invariant, type Operand } from "../ops/op.ts";
@@ -103,7 +103,8 @@ function faultOfBuffer(b: Buffer, { mesh, program, buffers }: Context): string |
 type Dims = Readonly<Record<string, number>>;
 
 /** Returns the fault of a compute instruction; undefined if there is none. */
-function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefined {
+function faultOfCompute(i: Compute, context: Context): string | undefined {
+  const { mesh, buffers } = context;
   const op = ops[i.op];
   const d: Record<string, number> = { ...i.attrs };
   for (const dim in i.dims) {
@@ -112,6 +113,13 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefi
     d[dim] = size / shardCount(mesh, cut);
     if (!Number.isInteger(d[dim])) return `${dim} of ${size} elements is not sharded evenly`;
   }
+  if (
+    !areSubAxes(
+      (i.blocks ?? []).map(({ subAxis }) => subAxis),
+      mesh,
+    )
+  )
+    return "its blocks lie along unknown or repeated sub-axes";
   for (const dim in i.ringOffset) if (!Object.hasOwn(i.dims, dim)) return `its ring offset names the unknown dim ${dim}`;
   const like = likeOf(op, i, buffers);
   for (const [at, n] of (like?.sizes ?? []).entries()) d[`#${at}`] = n / shardCount(mesh, like?.shardedBy[at] ?? []);
@@ -120,11 +128,11 @@ function faultOfCompute(i: Compute, { mesh, buffers }: Context): string | undefi
   if (fault) return fault;
   for (const { name } of inputs) if (!Object.hasOwn(i.reads, name)) return `${i.op} lacks its operand ${name}`;
   for (const name of i.accumulates ?? []) if (!Object.hasOwn(i.writes, name)) return `it accumulates ${name}, which it does not write`;
-  if (i.rows === undefined) return faultOfCounts(i, d, buffers);
+  if (i.rows === undefined) return faultOfCounts(i, d, context);
   if (!op.rows) return `${i.op} does not write an index`;
   if (buffers.get(Object.values(i.writes)[0] ?? "")?.rows !== i.rows)
     return `it writes the index ${i.rows}, which is not that of its output`;
-  return faultOfCounts(i, d, buffers);
+  return faultOfCounts(i, d, context);
 }
 
 /** Cache of operands, by op and number of dims. */
@@ -176,26 +184,34 @@ const counts: Readonly<Record<string, (experts: number, attrs: Dims) => number>>
 };
 
 /** Returns the fault of the attributes that loops and memory offsets depend on. */
-function faultOfCounts(i: Compute, d: Dims, buffers: Buffers): string | undefined {
+function faultOfCounts(i: Compute, d: Dims, { mesh, buffers }: Context): string | undefined {
   for (const [name, mostOf] of Object.entries(counts)) {
     const value = i.attrs[name];
     if (value === undefined) continue;
     const most = mostOf(i.dims.E?.[0] ?? 0, i.attrs);
     if (!Number.isInteger(value) || value < 0 || value > most) return `${name} is ${value}, the largest possible value is ${most}`;
   }
-  return offsetChecks[i.op]?.(d, i, (name) => sizeIn(buffers, i.reads[name] ?? i.writes[name]));
+  const lastBlock = (i.blocks ?? []).reduce((sum, { subAxis, stride }) => sum + (subAxisOf(mesh, subAxis).size - 1) * stride, 0);
+  return offsetChecks[i.op]?.(d, { lastBlock, size: (name) => sizeIn(buffers, i.reads[name] ?? i.writes[name]) });
 }
 const sizeIn = (buffers: Buffers, id = ""): number => elementsOf(buffers.get(id)?.shape ?? [0]);
 
-/** Per op that computes memory offsets from attributes, a check of these. `size` returns the elements of an operand. */
-const offsetChecks: Partial<Record<OpName, (d: Dims, i: Compute, size: (name: string) => number) => string | undefined>> = {
+/** What an instruction may address. */
+interface Extent {
+  /** The first element of the last block of the input; 0 if it has no blocks. */
+  readonly lastBlock: number;
+  /** Returns the elements of an operand. */
+  readonly size: (operand: string) => number;
+}
+/** Per op that computes memory offsets from attributes, a check of these. */
+const offsetChecks: Partial<Record<OpName, (d: Dims, extent: Extent) => string | undefined>> = {
   arrange: faultOfArrange,
   expert_loads: ({ row = 0, T = 0 }) => (Number.isInteger(row) && row >= 0 && row < T ? undefined : `row ${row} of ${T} layers`),
-  take_rows: ({ N = 0, width = 0 }, _, size) => (N * width === size("y") ? undefined : `${N} rows of ${width} are not ${size("y")}`),
-  split_rows: ({ cap = 0 }, _, size) =>
+  take_rows: ({ N = 0, width = 0 }, { size }) => (N * width === size("y") ? undefined : `${N} rows of ${width} are not ${size("y")}`),
+  split_rows: ({ cap = 0 }, { size }) =>
     size("lists") % (1 + 3 * cap) === 0 ? undefined : `${size("lists")} elements are not lists of ${cap} rows`,
-  merge_rows: ({ count = 0, cap = 0, bound = 0, E = 0 }, _, size) =>
-    count * Math.max(1, cap) > size("lists")
+  merge_rows: ({ count = 0, length = 0, cap = 0, bound = 0, E = 0 }, { lastBlock, size }) =>
+    lastBlock + count * Math.max(1, length) > size("lists") || 1 + 3 * cap > length
       ? `${size("lists")} do not hold ${count} lists of ${cap} rows`
       : 1 + 3 * bound + E + 1 !== size("index")
         ? `${size("index")} elements are not an index of ${bound} rows of ${E} experts`
@@ -203,7 +219,7 @@ const offsetChecks: Partial<Record<OpName, (d: Dims, i: Compute, size: (name: st
 };
 
 /** Checks that `arrange` writes each element of y once and reads inside x. */
-function faultOfArrange(d: Dims, { dims }: Compute): string | undefined {
+function faultOfArrange(d: Dims, { lastBlock }: Extent): string | undefined {
   let [elements, last, n] = [1, 0, 0];
   for (; d[`n${n}`] !== undefined; n++) {
     const [size = -1, stride = -1] = [d[`n${n}`], d[`s${n}`]];
@@ -211,7 +227,7 @@ function faultOfArrange(d: Dims, { dims }: Compute): string | undefined {
     elements *= size;
     last += (size - 1) * stride;
   }
-  for (const dim in dims) if (dim.startsWith("@")) last += dims[dim]![0] - d[dim]!;
+  last += lastBlock;
   return n > 0 && elements === d.O && last < d.I! ? undefined : `it reads element ${last} of ${d.I}, and writes ${elements} of ${d.O}`;
 }
 

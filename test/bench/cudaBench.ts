@@ -88,6 +88,8 @@ function renamed(arg: KernelArg, as: Readonly<Record<string, string>>): string |
       return `scratch+${arg.offset}`;
     case "start":
       return `start(${arg.dim})`;
+    case "block":
+      return "start(block)";
     case "attribute":
       return `attr(${arg.name})`;
     default:

@@ -35,13 +35,13 @@ test("an all-gather along the last dim needs a copy; along the first it does not
   // rows of 3 from two blocks of 12 elements
   expect(arrangement(mesh, [...group, first, last], [first, ...group, last], [])).toEqual({
     attrs: { n0: 4, s0: 3, n1: 2, s1: 12, n2: 3, s2: 1 },
-    dims: {},
+    blocks: [],
   });
 });
 
 test("a slice reads from the block of this rank on; contiguous axes are one", () => {
   const group = blockAxesOf(mesh, [tp]);
   const rest = { kind: "dim", dim: 1, size: 3 } as const;
-  expect(arrangement(mesh, [...group, rest], [rest], [tp])).toEqual({ attrs: { n0: 3, s0: 1 }, dims: { "@0": [6, [tp]] } });
+  expect(arrangement(mesh, [...group, rest], [rest], [tp])).toEqual({ attrs: { n0: 3, s0: 1 }, blocks: [{ subAxis: tp, stride: 3 }] });
   expect(arrangement(mesh, [...group, rest], [...group, rest], []).attrs).toEqual({ n0: 6, s0: 1 });
 });

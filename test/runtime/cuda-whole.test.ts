@@ -16,6 +16,7 @@ import { openCorpus } from "../../runtime/data/corpus.ts";
 import { heldOutOf } from "../../runtime/data/heldOut.ts";
 import { readingOf } from "../../runtime/train/inputs.ts";
 import { runOn } from "../../runtime/train/loop.ts";
+import { isNumber } from "../../runtime/webgpu/pipelines.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Launch, Plan } from "../../schemas/plan.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -95,7 +96,7 @@ function copies(params: DataView, { args }: Launch): Uint8Array {
   };
   for (const [n, arg] of args.entries()) {
     const to = 128 * n;
-    if (arg.kind === "start" || arg.kind === "attribute") view.setInt32(to, params.getInt32(next(4), true), true);
+    if (isNumber(arg)) view.setInt32(to, params.getInt32(next(4), true), true);
     else if (arg.kind !== "tensor_map") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
     else {
       // the stand-in's map begins with the address it was given

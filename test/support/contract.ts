@@ -3,6 +3,7 @@
  * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
  */
 import { expect } from "vitest";
+import type { NumberArg } from "../../runtime/webgpu/pipelines.ts";
 import { bytesOf, type Dtype, encoded, valuesIn } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
@@ -164,6 +165,10 @@ export function casesInTier(op: AnyOp, half: Half): ContractCase[] {
 
 const hasRows = (op: AnyOp): boolean => [...op.inputs, ...op.outputs].some((o) => o.ragged);
 
+/** Returns the number that an argument of a launch takes from the starts of a case. */
+export const startIn = (starts: Sizes, arg: NumberArg): number =>
+  starts[arg.kind === "start" ? arg.dim : arg.kind === "block" ? "block" : arg.name]!;
+
 /** A case whose sizes and inputs are given: what stands around a collective has shapes of its own. */
 export interface Drafted {
   readonly title: string;
@@ -174,14 +179,17 @@ export interface Drafted {
   /** Inputs, and outputs that are updated. */
   readonly inputs: Readonly<Record<string, Float32Array>>;
   readonly starts?: Sizes;
+  /** Of an input of blocks, their strides, and the first element of this rank's. */
+  readonly blocks?: { readonly strides: readonly number[]; readonly own: number };
 }
-function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts = {} }: Drafted, seed: number): ContractCase {
+function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts: dims = {}, blocks }: Drafted, seed: number): ContractCase {
   const host = Object.fromEntries(Object.entries(inputs).map(([n, x]) => [n, rounded(x, dtype[n]!)]));
   // what the reference leaves alone may be anything
   const made = Object.fromEntries(
     Object.entries(outputs).map(([n, length]) => [n, host[n]?.slice() ?? new Float32Array(length).fill(NaN)]),
   );
-  op.cpu({ ...host, ...made }, d, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+  const own = blocks?.own ?? 0;
+  op.cpu({ ...host, ...made }, d, { start: (dim) => dims[dim] ?? 0, rows: new Int32Array(1), block: own });
   const typed = (all: Readonly<Record<string, Float32Array>>): Buffers =>
     Object.fromEntries(Object.entries(all).map(([n, x]) => [n, dtype[n] === "i32" ? Int32Array.from(x) : x]));
   const data = { ...host, ...Object.fromEntries(Object.entries(made).map(([n, x]) => [n, host[n] ?? new Float32Array(x.length)])) };
@@ -191,9 +199,10 @@ function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts = {} 
       ...{ op: op.name, name: `${op.name}_${seed}`, d, dtype, bound: 0, makesRows: false, mayOverflow: false },
       accumulates: new Set((op.inPlace ?? []).filter((n) => n in inputs)),
       size: Object.fromEntries(Object.entries(data).map(([n, x]) => [n, x.length])),
+      ...(blocks && { blocks: blocks.strides }),
     },
     data: typed(data),
-    starts,
+    starts: { ...dims, block: own },
     want: typed(made),
   };
 }

@@ -94,6 +94,8 @@ function parameter(
       return at("scratch") + BigInt(arg.offset);
     case "start":
       return starts[arg.dim]!;
+    case "block":
+      return starts.block!;
     case "attribute":
       return starts[arg.name]!;
     default:

@@ -15,7 +15,7 @@ import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.t
 import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
 import { root } from "./checkout.ts";
-import type { Buffers, Executor } from "./contract.ts";
+import { type Buffers, type Executor, startIn } from "./contract.ts";
 
 export interface Compiled {
   readonly use: KernelSpec;
@@ -166,7 +166,7 @@ function packArg(
   else if (arg.kind === "tensor_map") packTensorMap(to, arg, at(arg.tensor));
   else if (arg.kind === "rows" || arg.kind === "needed") to.writeBigUInt64LE(at(arg.kind));
   else if (arg.kind === "scratch") to.writeBigUInt64LE(at("scratch") + BigInt(arg.offset));
-  else to.writeInt32LE(starts[arg.kind === "start" ? arg.dim : arg.name]! | 0);
+  else to.writeInt32LE(startIn(starts, arg) | 0);
 }
 /** As emulator.hpp lays it out. */
 function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: TensorMap, at: bigint): void {

@@ -17,7 +17,7 @@ import { type Buffer, type Compute, type Kernel, type Launch, type Plan, WEIGHTS
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { weightsKernel } from "../../src/codegen/cuda/weights.ts";
-import { attributeOf, neededRows, planLaunch, rowIndex, startOf } from "../../src/codegen/launchArgs.ts";
+import { attributeOf, neededRows, ownBlock, planLaunch, rowIndex, startOf } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
 import { drawElements } from "../../src/ops/normalDraw.ts";
 import { fixture } from "./job.ts";
@@ -128,6 +128,7 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
         ...(ragged ? [rowIndex] : []),
         ...(overflow ? [neededRows] : []),
         ...starts.map(startOf),
+        ...(i.blocks ? [ownBlock] : []),
         ...runtimeAttrs.map(attributeOf),
       ],
     });
@@ -227,12 +228,13 @@ function byReference(
     );
     const rows = given.rows ? (memory(given.rows).words as Int32Array) : new Int32Array(1);
     const needed = given.overflow ? (memory({ dtype: "i32", shape: [] }).words as Int32Array) : undefined;
-    const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(8 * at + 4 * n, true)]));
+    const numbers = 8 * at;
+    const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(numbers + 4 * n, true)]));
+    const block = i.blocks ? params.getInt32(numbers + 4 * starts.size, true) : 0;
+    const attrsAt = numbers + 4 * (starts.size + (i.blocks ? 1 : 0));
     // what one kernel is told is another's at every use
-    const own = Object.fromEntries(
-      given.runtimeAttrs.map((name, n) => [name, params.getUint32(8 * at + 4 * (given.starts.length + n), true)]),
-    );
-    const place = { start: (dim: string) => starts.get(dim)!, rows };
+    const own = Object.fromEntries(given.runtimeAttrs.map((name, n) => [name, params.getUint32(attrsAt + 4 * n, true)]));
+    const place = { start: (dim: string) => starts.get(dim)!, rows, block };
     if (i.rows) {
       const count = op.rows!(t, d, place, rows, given.ragged!.shape[0]!);
       if (needed && count > given.ragged!.shape[0]!) needed[0] = Math.max(needed[0]!, count);

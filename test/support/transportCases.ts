@@ -27,12 +27,11 @@ function arrange(half: Half): Drafted[] {
       d: {
         ...{ I: x, O: product(n) },
         ...Object.fromEntries(n.flatMap((size, i) => [[`n${i}`, size] as const, [`s${i}`, s[i]!] as const])),
-        ...Object.fromEntries(at.map((start, i) => [`@${i}`, start])),
       },
       outputs: { y: product(n) },
       dtype: { x: t, y: t },
       inputs: { x: t === "i32" ? numbers(x).map((v) => Math.floor(1000 * v)) : numbers(x) },
-      starts: Object.fromEntries(at.map((start, i) => [`@${i}`, start])),
+      ...(at.length > 0 ? { blocks: { strides: at, own: at.reduce((sum, n) => sum + n, 0) } } : {}),
     })),
   );
 }
@@ -157,9 +156,9 @@ function mergeRows(): Drafted[] {
       ...{ title, outputs: sizes, dtype: { lists: "i32", index: "i32", from: "i32" }, inputs: { lists } },
       d: {
         ...{ I: lists.length, O: sizes.index, N: bound, count, length, cap, bound, E, B0: B, S0: S },
-        ...(gather ? { "@0": length } : {}),
       },
-      starts: { E: FIRST, ...(gather ? { "@0": gather * length } : {}) },
+      starts: { E: FIRST },
+      ...(gather ? { blocks: { strides: [length], own: gather * length } } : {}),
     });
   });
 }

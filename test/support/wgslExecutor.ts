@@ -9,7 +9,7 @@ import { isNumber, uniformOf } from "../../runtime/webgpu/pipelines.ts";
 import { bytesOf, type Dtype, encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Arg, Launch } from "../../schemas/plan.ts";
 import { planLaunch } from "../../src/codegen/launchArgs.ts";
-import { type Buffers, type Executor, isOutput } from "./contract.ts";
+import { type Buffers, type Executor, isOutput, startIn } from "./contract.ts";
 
 const usage = { mapRead: 1, copySource: 4, copyTarget: 8, uniform: 64, storage: 128 };
 const ALIGN = 256;
@@ -78,7 +78,7 @@ export function wgslExecutor(device: GPUDevice, adapter: string): Executor {
               : { buffer: arena, offset: offsets[name]!, size: Math.ceil(sizeOf(name) / 4) * 4 };
           return { binding, resource };
         });
-        const numbers = uniformOf(args, (arg) => starts[arg.kind === "start" ? arg.dim : arg.name]!);
+        const numbers = uniformOf(args, (arg) => startIn(starts, arg));
         if (numbers) {
           const uniform = device.createBuffer({ size: numbers.length > 4 ? 32 : 16, usage: usage.uniform | usage.copyTarget });
           device.queue.writeBuffer(uniform, 0, Int32Array.from(numbers));

@@ -4,8 +4,8 @@ import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import * as ops from "../../ops/rearrange.ts";
 import { arrangementOf } from "../arrangement.ts";
-import { cudaKernel, destinationsOf, type GeneratedKernel, type KernelSpec, numbered, offsetsAt, type SpecOf } from "../kernelSpec.ts";
-import { type GeneratedLaunch, type KernelArg, startOf } from "../launchArgs.ts";
+import { cudaKernel, destinationsOf, type GeneratedKernel, type KernelSpec, offsetsAt, type SpecOf } from "../kernelSpec.ts";
+import { type GeneratedLaunch, type KernelArg, ownBlock, startOf } from "../launchArgs.ts";
 import { source, vectorOf } from "./text.ts";
 
 const THREADS = 256;
@@ -20,22 +20,26 @@ const launch = (entry: string, items: number, each: number, args: readonly Kerne
   args,
 });
 const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % b));
-/** Names of the parameters that hold the start of this rank's block, and their launch arguments. */
-const picked = (spec: KernelSpec) => {
-  const dims = numbered(spec, "@");
-  return { starts: dims.map((_, i) => `start${i}`), args: dims.map((_, i) => startOf(`@${i}`)) };
-};
+/** Returns the launch argument of kernels whose input has blocks. */
+const blockArgs = ({ blocks }: KernelSpec): KernelArg[] => (blocks ? [ownBlock] : []);
 
 function arrange(spec: SpecOf<typeof ops.arrange>): GeneratedKernel {
-  const { starts, args } = picked(spec);
   const { vectors, width, dims } = arrangementOf(spec, (...sizes) => vectorOf(sizes.reduce(divisor), [spec.dtype.x]), "elements");
   const values = {
-    ...{ name: spec.name, type: cudaType(spec.dtype.x), width, unroll: UNROLL, threads: THREADS, vectors, starts },
+    ...{
+      name: spec.name,
+      type: cudaType(spec.dtype.x),
+      width,
+      unroll: UNROLL,
+      threads: THREADS,
+      vectors,
+      hasBlocks: spec.blocks !== undefined,
+    },
     ...{ index: vectors + THREADS * UNROLL > INT_MAX ? "i64" : "int", dims: dims.toReversed() },
   };
   return {
     source: source(spec, render("cuda/arrange.cu", values)),
-    launches: [launch(spec.name, vectors, THREADS * UNROLL, ["x", "y", ...args])],
+    launches: [launch(spec.name, vectors, THREADS * UNROLL, ["x", "y", ...blockArgs(spec)])],
   };
 }
 
@@ -74,19 +78,18 @@ function splitRows(spec: SpecOf<typeof ops.splitRows>): GeneratedKernel {
 
 function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
   const { count, length, cap, bound, E } = spec.d;
-  const { starts, args } = picked(spec);
   const checked = "needed" in spec.dtype;
   const [indexLength, fromLength] = [spec.size.index, spec.size.from];
   const values = {
-    ...{ name: spec.name, count, length, cap, bound, starts, checked, indexLength, fromLength },
+    ...{ name: spec.name, count, length, cap, bound, hasBlocks: spec.blocks !== undefined, checked, indexLength, fromLength },
     ...{ experts: E, offsets: offsetsAt(bound) },
   };
   return {
     source: source(spec, render("cuda/merge_rows.cu", values)),
     launches: [
       launch(`${spec.name}_clear`, Math.max(indexLength, fromLength), THREADS, ["index", "from"]),
-      launch(spec.name, count * cap, THREADS, ["lists", "index", "from", ...args]),
-      launch(`${spec.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), startOf("E"), ...args]),
+      launch(spec.name, count * cap, THREADS, ["lists", "index", "from", ...blockArgs(spec)]),
+      launch(`${spec.name}_ends`, 1, 1, ["lists", "index", ...(checked ? ["needed"] : []), startOf("E"), ...blockArgs(spec)]),
     ],
   };
 }

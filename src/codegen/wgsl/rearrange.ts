@@ -2,30 +2,18 @@
 import { render } from "../../../templates/bindings.ts";
 import * as ops from "../../ops/rearrange.ts";
 import { arrangementOf } from "../arrangement.ts";
-import {
-  destinationsOf,
-  type GeneratedKernel,
-  type KernelSpec,
-  numbered,
-  offsetsAt,
-  operandOf,
-  type SpecOf,
-  wgslKernel,
-} from "../kernelSpec.ts";
-import { type Binding, bindingOf, type EntryPoint, foldGrid, kernel, widthOf } from "./text.ts";
+import { destinationsOf, type GeneratedKernel, type KernelSpec, offsetsAt, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
+import { ownBlock } from "../launchArgs.ts";
+import { type Binding, bindingOf, type EntryPoint, foldGrid, kernel, type Start, widthOf } from "./text.ts";
 
 const THREADS = 256;
 
-/** Returns the dims along which this rank has a block, and the expression for the first vector of the block. */
-function picked(spec: KernelSpec, type: "u32" | "i32", width = 1): { starts: string[]; first: string } {
-  const starts = numbered(spec, "@").map((_, i) => `@${i}`);
-  const sum = starts.map((_, i) => `start.${"xyzw"[i]}`).join(" + ");
-  return { starts, first: starts.length ? `${type}((${sum}) / ${width})` : type === "u32" ? "0u" : "0" };
-}
+/** Returns the launch argument of kernels whose input has blocks. */
+const blockStarts = ({ blocks }: KernelSpec): Start[] => (blocks ? [ownBlock] : []);
 
 function arrange(spec: SpecOf<typeof ops.arrange>): GeneratedKernel {
   const { width, vectors, dims } = arrangementOf(spec, widthOf, "vectors");
-  const { starts, first } = picked(spec, "u32", width);
+  const starts = blockStarts(spec);
   const grid = Math.ceil(vectors / THREADS);
   const buffers = [bindingOf(operandOf(spec, "x"), width), bindingOf(operandOf(spec, "y"), width)];
   const values = {
@@ -35,7 +23,7 @@ function arrange(spec: SpecOf<typeof ops.arrange>): GeneratedKernel {
     width,
     index: foldGrid(grid).index,
     vectors,
-    first,
+    first: starts.length > 0 ? `u32(start.x / ${width})` : "0u",
     dims: dims.toReversed(),
   };
   return kernel(spec, [{ entry: spec.name, grid, threads: THREADS, buffers, starts }], [render("wgsl/arrange.wgsl", values)]);
@@ -106,7 +94,7 @@ function splitRows(spec: SpecOf<typeof ops.splitRows>): GeneratedKernel {
 
 function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
   const { count, length, cap, bound, E } = spec.d;
-  const { starts, first } = picked(spec, "i32");
+  const starts = blockStarts(spec);
   const checked = "needed" in spec.dtype;
   const groups = (n: number) => Math.ceil(n / THREADS);
   const [indexLength, fromLength] = [spec.size.index, spec.size.from];
@@ -139,7 +127,7 @@ function mergeRows(spec: SpecOf<typeof ops.mergeRows>): GeneratedKernel {
     starts: ["E", ...starts],
     uniform: "ends_start",
   };
-  const endsFirst = starts.length ? starts.map((_, i) => `ends_start.${"xyzw"[i + 1]}`).join(" + ") : "0";
+  const [first, endsFirst] = starts.length > 0 ? ["start.x", "ends_start.y"] : ["0", "0"];
   const values = {
     ...{ op: spec.op, prefix: spec.name, clear: clear.entry, entry: spec.name, ends: ends.entry, threads: THREADS },
     ...{ count, length, cap, bound, experts: E, first, endsFirst, firstExpert: "ends_start.x", offsets: offsetsAt(bound), checked },

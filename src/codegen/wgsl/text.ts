@@ -6,10 +6,21 @@ import { type Dtype, wgslDirectives, wgslType } from "../../../schemas/dtypes.ts
 import { invariant } from "../../ops/op.ts";
 import { type ExprText, type Language, strength } from "../formulaText.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
-import { attributeOf, type GeneratedLaunch, type neededRows, type rowIndex, type scratchStart, startOf } from "../launchArgs.ts";
+import {
+  attributeOf,
+  type GeneratedLaunch,
+  type neededRows,
+  type ownBlock,
+  type rowIndex,
+  type scratchStart,
+  startOf,
+} from "../launchArgs.ts";
 
 /** The argument of a launch for a storage buffer. */
 type BufferArg = string | typeof scratchStart | typeof rowIndex | typeof neededRows;
+
+/** A position at which this rank's part begins: the first global index of a dim, or the first element of a block. */
+export type Start = string | typeof ownBlock;
 
 /** A storage buffer of an entry: launch argument, variable in the source, element type. */
 export interface Binding {
@@ -28,8 +39,8 @@ export interface EntryPoint {
   readonly grid: number | readonly [number, number, number];
   readonly threads: number;
   readonly buffers: readonly Binding[];
-  /** Dims whose first global index is passed in the components of the uniform `start` (or of the name `uniform`): `start.x`, `start.y`, … */
-  readonly starts?: readonly string[];
+  /** Positions that are passed in the components of the uniform `start` (or of the name `uniform`): `start.x`, `start.y`, … */
+  readonly starts?: readonly Start[];
   /** Runtime attributes, in the components of `<uniform>.attr`, a vec4<u32>; starts are then in `<uniform>.start`. */
   readonly attrs?: readonly string[];
   readonly uniform?: string;
@@ -84,7 +95,7 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
   const all = [...new Set(entries.flatMap(({ buffers }) => buffers.map(({ arg }) => arg)))];
   // all entries share the longest start list; shorter lists must be a prefix of it so that offsets agree
   const [starts, attrs] = [longest(entries.map((e) => e.starts ?? [])), longest(entries.map((e) => e.attrs ?? []))];
-  const within = (some: readonly string[] = [], every: readonly string[]) => some.every((name, i) => name === every[i]);
+  const within = (some: readonly Start[] = [], every: readonly Start[]) => some.every((name, i) => name === every[i]);
   const agree = entries.every((e) => within(e.starts, starts) && within(e.attrs, attrs));
   const together = agree && all.length <= MAX_BUFFERS && scratches(all) <= 1;
   const lines = new Map<string, string>();
@@ -108,13 +119,13 @@ export function bound(entries: readonly EntryPoint[]): { readonly bindings: stri
 }
 
 const nameOf = (arg: BufferArg): string => (typeof arg === "string" ? arg : arg.kind);
-const longest = (lists: readonly (readonly string[])[]): readonly string[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
+const longest = <T>(lists: readonly (readonly T[])[]): readonly T[] => lists.reduce((a, b) => (b.length > a.length ? b : a), []);
 
 /** Returns the launch of an entry. Throws a BrokenInvariant if it exceeds the default limits of WebGPU. */
 function launch(
   { entry, grid, threads }: EntryPoint,
   args: readonly BufferArg[],
-  { starts, attrs }: { readonly starts: readonly string[]; readonly attrs: readonly string[] },
+  { starts, attrs }: { readonly starts: readonly Start[]; readonly attrs: readonly string[] },
 ): GeneratedLaunch {
   const size = typeof grid === "number" ? foldGrid(grid).grid : grid;
   invariant(args.length <= MAX_BUFFERS && starts.length <= 4 && attrs.length <= 4, `${entry}: ${args.length} buffers`);
@@ -126,7 +137,7 @@ function launch(
     grid: [...size],
     threads,
     shared: 0,
-    args: [...args, ...starts.map(startOf), ...attrs.map(attributeOf)],
+    args: [...args, ...starts.map((start) => (typeof start === "string" ? startOf(start) : start)), ...attrs.map(attributeOf)],
   };
 }
 const scratches = (args: readonly BufferArg[]): number => args.filter((arg) => typeof arg !== "string" && arg.kind === "scratch").length;

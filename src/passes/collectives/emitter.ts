@@ -19,6 +19,7 @@ export interface TransportStep {
   readonly writes: Readonly<Record<string, string>>;
   readonly attrs?: Readonly<Record<string, number>>;
   readonly dims?: Compute["dims"];
+  readonly blocks?: NonNullable<Compute["blocks"]>;
 }
 
 /** Emits collectives, copies and temporary buffers of one block. */
@@ -67,14 +68,14 @@ export class Emitter {
   }
 
   /** Emits an op. A buffer counts as one dim, whatever its shape. */
-  compute({ op, id, reads, writes, attrs = {}, dims: own = {} }: TransportStep): void {
+  compute({ op, id, reads, writes, attrs = {}, dims: own = {}, blocks = [] }: TransportStep): void {
     const dims: Compute["dims"] = { ...own };
     for (const { name, dimSpecs } of [...op.inputs, ...op.outputs]) {
       const [spec] = dimSpecs;
       const buffer = reads[name] ?? writes[name];
       if (spec && buffer !== undefined) dims[spec.dim] = [this.lengthOf(buffer), []];
     }
-    this.#list.push(computeInstruction({ op, id, reads: { ...reads }, writes: { ...writes }, dims, attrs: { ...attrs } }));
+    this.#list.push(computeInstruction({ op, id, reads: { ...reads }, writes: { ...writes }, dims, attrs: { ...attrs }, blocks }));
   }
   /** Copies a buffer into other axes (`arrangement`). */
   rearrange(

@@ -46,10 +46,10 @@ export function axesOf(mesh: Mesh, b: Buffer, numbering: readonly (readonly numb
   });
 }
 
-/** The attributes of `arrange`, sizes n0, n1, … with strides s0, s1, …, and its dims @0, @1, … that select this rank's block. */
+/** The attributes of `arrange`, sizes n0, n1, … with strides s0, s1, …, and the blocks of which it reads this rank's. */
 interface Copy {
   readonly attrs: Readonly<Record<string, number>>;
-  readonly dims: Compute["dims"];
+  readonly blocks: NonNullable<Compute["blocks"]>;
 }
 
 /**
@@ -73,11 +73,13 @@ export function arrangement(mesh: Mesh, have: readonly MemoryAxis[], want: reado
     else runs.push({ size: a.size, stride });
   }
   if (!runs.length) runs.push({ size: 1, stride: 1 });
-  const dims: Compute["dims"] = {};
-  for (const [n, axis] of blockAxesOf(mesh, pick).entries()) {
+  const blocks = blockAxesOf(mesh, pick).map((axis) => {
     const stride = strides.get(keyOf(axis));
     invariant(stride !== undefined, () => `the source has no blocks along ${keyOf(axis)}`);
-    dims[`@${n}`] = [stride * axis.size, [axis.subAxis]];
-  }
-  return { attrs: Object.fromEntries(runs.flatMap(({ size, stride }, n) => [[`n${n}`, size] as const, [`s${n}`, stride] as const])), dims };
+    return { subAxis: axis.subAxis, stride };
+  });
+  return {
+    attrs: Object.fromEntries(runs.flatMap(({ size, stride }, n) => [[`n${n}`, size] as const, [`s${n}`, stride] as const])),
+    blocks,
+  };
 }

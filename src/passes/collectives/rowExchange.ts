@@ -2,7 +2,7 @@
  * Exchange of ragged rows. Rows travel in lists of a fixed capacity, each with its index, because the number of rows is known on the
  * device only: split by destination, exchange, merge in order.
  */
-import type { Buffer, Compute } from "../../../schemas/plan.ts";
+import type { Buffer } from "../../../schemas/plan.ts";
 import { shardCount } from "../../../schemas/sharding.ts";
 import { boundOfRows } from "../../analysis/cost.ts";
 import { invariant } from "../../ops/op.ts";
@@ -164,9 +164,7 @@ export class RowExchange {
   #merge({ b, into, outOf, cap }: RowReshard, name: string, lists: Lists, writes: Readonly<Record<string, string>>): void {
     const length = countOf(lists.axes.filter((a) => a.kind === "rows"));
     const [B0 = 0, S0 = 0, experts = 0] = b.sizes;
-    const dims: Compute["dims"] = { E: [experts, [...shardingIn(b, 2)]] };
-    if (!outOf.length)
-      for (const [n, { subAxis, size }] of into.entries()) dims[`@${n}`] = [countOf(into.slice(n + 1)) * length * size, [subAxis]];
+    const blocks = outOf.length > 0 ? [] : into.map(({ subAxis }, n) => ({ subAxis, stride: countOf(into.slice(n + 1)) * length }));
     const bound = rowsOf(b);
     this.#emitter.compute({
       op: mergeRows,
@@ -174,7 +172,8 @@ export class RowExchange {
       reads: { lists: lists.id },
       writes: { ...writes, ...this.#emitter.overflow(`${name}.merge`, bound) },
       attrs: { count: countOf(outOf), length, cap, bound, B0, S0 },
-      dims,
+      dims: { E: [experts, [...shardingIn(b, 2)]] },
+      blocks,
     });
   }
 
