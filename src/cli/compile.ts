@@ -5,10 +5,11 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
-import { compileAt, dataDirEntry, loadPlan, planFile, shownFindings } from "./loadPlan.ts";
+import { compileAt, dataDirEntry, jobTextAt, loadPlan, planFile } from "./loadPlan.ts";
 import { asWritten, type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
+import { shownFindings } from "./printFindings.ts";
 
 interface CompileOptions extends CommonOptions {
   readonly out?: string;
@@ -61,9 +62,12 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
   if (emit) return printStdout(compiled.emit?.(emit) ?? "");
   const { summarize, printSummary } = await import("../report/summary.ts");
   const summary = summarize(plan);
-  if (options.format === "json") printJson({ ...summary, out, ...(await shownFindings(compiled.findings)) });
+  if (options.format === "json") printJson({ ...summary, out, ...(await shownFindings(compiled.findings, await textsOf(path))) });
   else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
 }
+
+/** Returns the text of a job, by which findings become edits. */
+const textsOf = async (path: string) => new Map([[path, await jobTextAt(path)]]);
 
 /** Compiles without writing, and compares with the plan in the directory. */
 async function checkCompiled(path: string, options: CompileOptions, exit: ProcessExit): Promise<void> {

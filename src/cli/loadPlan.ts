@@ -24,7 +24,15 @@ export interface LoadedPlan {
 export class InvalidJob extends Error {}
 
 /** Reads a job file, or a job of a revision (`git:REV:PATH`), and checks it for `target`, or for all device targets. Throws a Trouble if it cannot be read. */
-export async function readJobAt(path: string, { set, overlay }: JobOptions, target?: string) {
+export async function readJobAt(path: string, options: JobOptions, target?: string) {
+  return readJobText(await jobTextAt(path), path, options, target);
+}
+
+/** Returns the text of a job file, or of a job of a revision. Throws a Trouble if it cannot be read. */
+export const jobTextAt = async (path: string): Promise<string> => (await import("./jobFiles.ts")).jobFiles([]).read(path);
+
+/** Checks the text of a job for `target`, or for all device targets. */
+export async function readJobText(text: string, path: string, { set, overlay }: JobOptions, target?: string) {
   const { interpretSchemas } = await import("./zodSettings.ts");
   interpretSchemas();
   const [{ jobFiles }, { readJobWith }, { knownPeaks }] = await Promise.all([
@@ -38,8 +46,7 @@ export async function readJobAt(path: string, { set, overlay }: JobOptions, targ
     const loaded = await loadTarget(target);
     return () => loaded;
   };
-  const files = jobFiles(overlay);
-  return readJobWith(load, knownPeaks(target), files.read(path), path, set, files);
+  return readJobWith(load, knownPeaks(target), text, path, set, jobFiles(overlay));
 }
 
 /** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
@@ -146,9 +153,6 @@ export function dataDirOf(path: string): string {
 }
 
 const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();
-
-/** What `--format json` prints of a job's findings: as many as the text shows, and a count of the others by code. */
-export const shownFindings = async (findings: readonly Finding[]) => (await import("../frontend/diagnostic.ts")).shown(findings);
 
 /** Prints findings to stderr, in color on a terminal. */
 export async function printFindings(findings: readonly Finding[]): Promise<void> {

@@ -26,9 +26,9 @@ export interface ProcessExit {
   exitSoon(end: (code: number) => void): void;
 }
 
-/** Adds `--format text|json`. */
-export const withFormat = (command: Command): Command =>
-  command.addOption(new Option("--format <format>", "the output format").choices(["text", "json"]).default("text"));
+/** Adds `--format text|json`, or with other formats. */
+export const withFormat = (command: Command, formats: readonly string[] = ["text", "json"]): Command =>
+  command.addOption(new Option("--format <format>", "the output format").choices(formats).default("text"));
 
 /** Adds the repeatable `--set path=value` and `-f overlay.yaml`. */
 export const withSet = (command: Command): Command =>

@@ -4,6 +4,7 @@
  */
 import {
   accessSync,
+  chmodSync,
   closeSync,
   constants,
   existsSync,
@@ -34,11 +35,14 @@ export function writeFolder(folder: string, files: Readonly<Record<string, strin
 }
 
 /** Writes a file. On an error the old file is unchanged and it throws a Trouble. */
-export function writeFile(path: string, content: string | Uint8Array): void {
+export const writeFile = (path: string, content: string | Uint8Array): void => writeFiles([[path, content]]);
+
+/** Writes files, all or none; those that exist keep their modes. On an error it throws a Trouble. */
+export function writeFiles(files: readonly (readonly [path: string, content: string | Uint8Array])[]): void {
   try {
-    writeTogether([[path, content]]);
+    writeTogether(files);
   } catch (error) {
-    throw unwritten(path, error);
+    throw unwritten(files.map(([path]) => path).join(", "), error);
   }
 }
 
@@ -48,6 +52,8 @@ export function expectWritable(path: string): void {
     const stat = statSync(path, { throwIfNoEntry: false });
     if (stat?.isDirectory()) throw Object.assign(new Error(), { code: "EISDIR" });
     if (stat) accessSync(path, constants.W_OK);
+    // root may write any file; a file that nobody may write is read-only all the same
+    if (stat?.isFile() && (stat.mode & 0o222) === 0) throw new Trouble(`${path} is read-only`, "allow to write it: chmod u+w");
     if (!stat || stat.isFile()) probe(dirname(targetOf(path)));
   } catch (error) {
     throw unwritten(path, error);
@@ -120,7 +126,10 @@ function writeTogether(files: readonly (readonly [string, string | Uint8Array])[
     return { path: target, content, temporary: special ? undefined : `${target}.${process.pid}.tmp` };
   });
   try {
-    for (const { path, temporary, content } of staged) writeFileSync(temporary ?? path, content);
+    for (const { path, temporary, content } of staged) {
+      writeFileSync(temporary ?? path, content);
+      if (temporary !== undefined && existsSync(path)) chmodSync(temporary, statSync(path).mode);
+    }
     for (const { path, temporary } of staged) if (temporary !== undefined) renameSync(temporary, path);
   } finally {
     for (const { temporary } of staged) if (temporary !== undefined) rmSync(temporary, { force: true });

@@ -15,7 +15,7 @@ export interface SourceLocation {
 }
 /** The place of a finding: in the file, or in a `--set` option. */
 export type At = SourceLocation | { readonly set: string };
-/** A second place of a finding. `label`: what stands there. */
+/** A place with what stands there. */
 export type Related = At & { readonly label?: string };
 
 /** Key paths and new values of a fix, as for `--set`. */
@@ -32,7 +32,13 @@ export interface Finding {
   readonly fix: string;
   /** A tested fix: these changes remove the finding and cause no new error. */
   readonly set?: Changes;
-  readonly at?: At;
+  /** The keys of `set` that the fix removes from the text, because they get their default values. */
+  readonly leftOut?: readonly string[];
+  /** A fix that gives a key another name, or moves it to another section. */
+  readonly renamed?: { readonly from: readonly (string | number)[]; readonly to: string };
+  /** Whether `check --fix` applies the fix. */
+  readonly isSafe?: true;
+  readonly at?: Related;
   readonly related?: readonly Related[];
 }
 
@@ -77,41 +83,43 @@ export function renderFindings(all: readonly Finding[], { color }: { readonly co
   if (!all.length) return "";
   const { findings, more } = shown(all);
   const left = Object.entries(more).map(([code, n]) => `${n} x ${code}`);
-  const paint = pc.createColors(color);
-  const one = (f: Finding): string => {
-    const head = f.level === "error" ? paint.red : paint.yellow;
-    const places = [...(f.at ? [f.at] : []), ...(f.related ?? [])];
-    const gutter = Math.max(1, ...places.map((at) => ("set" in at ? 1 : String(at.line).length)));
-    const pad = " ".repeat(gutter);
-    const frame = (at: Related, i: number): string[] => {
-      const label = at.label === undefined ? "" : `  ${paint.cyan(printable(at.label))}`;
-      if ("set" in at) return [`${pad}${paint.cyan(i ? ":::" : "-->")} --set ${printable(at.set)}`];
-      const { text, from, to } = window(at);
-      const bar = paint.cyan("|");
-      return [
-        `${pad}${paint.cyan(i ? ":::" : "-->")} ${escaped(at.file)}:${at.line}:${at.col}`,
-        `${pad} ${bar}`,
-        `${paint.cyan(String(at.line).padStart(gutter))} ${bar} ${text}`,
-        `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}${label}`,
-      ];
-    };
-    const note = (word: string, text: string) => {
-      const [first = "", ...rest] = wrap(printable(text), WIDTH - gutter - 10);
-      return [
-        `${pad} ${paint.cyan("=")} ${paint.bold(`${word}:`)}${" ".repeat(6 - word.length)}${first}`,
-        ...rest.map((l) => `${pad}   ${" ".repeat(7)}${l}`),
-      ];
-    };
-    return [
-      `${head(paint.bold(`${f.level}[${f.code}]`))}${paint.bold(`: ${f.title}`)}`,
-      ...places.flatMap(frame),
-      ...note("found", f.found),
-      ...note("why", f.why),
-      ...note("fix", f.fix),
-    ].join("\n");
-  };
   const others = left.length ? `… and ${all.length - findings.length} more: ${left.join(", ")}\n\n` : "";
-  return `${findings.map(one).join("\n\n")}\n\n${others}${countByLevel(all)}\n`;
+  return `${findings.map((f) => renderFinding(f, { color })).join("\n\n")}\n\n${others}${countByLevel(all)}\n`;
+}
+
+/** Formats a finding: its title, its places with their lines, and notes. */
+export function renderFinding(f: Finding, { color }: { readonly color: boolean }): string {
+  const paint = pc.createColors(color);
+  const head = f.level === "error" ? paint.red : paint.yellow;
+  const places = [...(f.at ? [f.at] : []), ...(f.related ?? [])];
+  const gutter = Math.max(1, ...places.map((at) => ("set" in at ? 1 : String(at.line).length)));
+  const pad = " ".repeat(gutter);
+  const frame = (at: Related, i: number): string[] => {
+    const label = at.label === undefined ? "" : `  ${paint.cyan(printable(at.label))}`;
+    if ("set" in at) return [`${pad}${paint.cyan(i ? ":::" : "-->")} --set ${printable(at.set)}`];
+    const { text, from, to } = window(at);
+    const bar = paint.cyan("|");
+    return [
+      `${pad}${paint.cyan(i ? ":::" : "-->")} ${escaped(at.file)}:${at.line}:${at.col}`,
+      `${pad} ${bar}`,
+      `${paint.cyan(String(at.line).padStart(gutter))} ${bar} ${text}`,
+      `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}${label}`,
+    ];
+  };
+  const note = (word: string, text: string) => {
+    const [first = "", ...rest] = wrap(printable(text), WIDTH - gutter - 10);
+    return [
+      `${pad} ${paint.cyan("=")} ${paint.bold(`${word}:`)}${" ".repeat(6 - word.length)}${first}`,
+      ...rest.map((l) => `${pad}   ${" ".repeat(7)}${l}`),
+    ];
+  };
+  return [
+    `${head(paint.bold(`${f.level}[${f.code}]`))}${paint.bold(`: ${f.title}`)}`,
+    ...places.flatMap(frame),
+    ...note("found", f.found),
+    ...note("why", f.why),
+    ...note("fix", f.fix),
+  ].join("\n");
 }
 
 function countByLevel(findings: readonly Finding[]): string {

@@ -9,7 +9,15 @@ import { isObject, type Path, type Source, valueAt } from "./source.ts";
 /** A finding with the likely intent: the correct key name, or a value of the correct type. */
 export interface ShapeFault {
   readonly finding: Finding;
-  readonly meant?: { readonly path: string; readonly value: unknown; readonly instead?: Path };
+  readonly meant?: Meant;
+}
+
+/** The likely intent. `instead`: the misspelt key. `isCertain`: nobody would mean something else, so that `check --fix` applies it. */
+interface Meant {
+  readonly path: string;
+  readonly value: unknown;
+  readonly instead?: Path;
+  readonly isCertain?: boolean;
 }
 
 /** The faults of keys and values in valid YAML. */
@@ -90,7 +98,8 @@ function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFa
       found,
       why: fault === shapeFaults.unknown ? fault.why : meaning + fault.why,
       fix,
-      ...(meant && !meant.instead && { set: { [meant.path]: meant.value } }),
+      ...(meant && (meant.instead ? { renamed: { from: meant.instead, to: meant.path } } : { set: { [meant.path]: meant.value } })),
+      ...(meant?.isCertain && { isSafe: true }),
       ...(at && { at }),
     };
     return { finding, ...(meant && { meant }) };
@@ -105,8 +114,8 @@ function shapeFaultsOf(issue: Issue, source: Source, detailed: boolean): ShapeFa
         here,
         "key",
         `${path.length ? `${dotted} has` : "a job has"} no key "${key}"`,
-        likely ? `did you mean ${likely}?` : `leave it out; the keys here are ${keysOf(schema).join(", ")}`,
-        likely ? { path: likely, value: valueAt(source.value, here), instead: here } : undefined,
+        likely ? `did you mean ${likely.path}?` : `leave it out; the keys here are ${keysOf(schema).join(", ")}`,
+        likely ? { path: likely.path, value: valueAt(source.value, here), instead: here, isCertain: likely.isCertain } : undefined,
       );
     });
   }
@@ -137,7 +146,7 @@ function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, valu
       "value",
       `${dotted} is ${show(value)}`,
       choices.length > 1 && only ? `did you mean ${only}? The choices are ${expected(schema)}` : `write ${expected(schema)}`,
-      only === undefined ? undefined : { path: dotted, value: only },
+      only === undefined ? undefined : { path: dotted, value: only, isCertain: typeof value === "string" && plain(value) === plain(only) },
     );
   }
   if ((issue.code === "too_small" || issue.code === "too_big") && typeof value === "number") {
@@ -145,7 +154,8 @@ function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, valu
     return find(fault, path, "value", `${dotted} is ${value}`, `write ${expected(schema)}${limit}`);
   }
   const number = typeof value === "string" ? Number(value.replaceAll("_", "")) : Number.NaN;
-  const meant = value !== "" && schema && isNumberOf(schema, number) ? number : undefined;
+  const truth = schema?.type === "boolean" && typeof value === "string" ? truths[value.toLowerCase()] : undefined;
+  const meant = truth ?? (value !== "" && schema && isNumberOf(schema, number) ? number : undefined);
   return find(
     shapeFaults.type,
     path,
@@ -153,10 +163,16 @@ function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, valu
     `${name} is ${value === null ? "empty" : show(value)}`,
     meant === undefined
       ? `${value === null ? "leave it out, or " : ""}write ${expected(schema)}`
-      : `write the number ${meant}, without quotes or separators`,
-    meant === undefined ? undefined : { path: dotted, value: meant },
+      : `write ${truth === undefined ? `the number ${meant}, without quotes or separators` : meant}`,
+    meant === undefined ? undefined : { path: dotted, value: meant, isCertain: true },
   );
 }
+
+/** Words for true and false in YAML 1.1, which are texts in YAML 1.2. */
+const truths: Readonly<Record<string, boolean>> = { true: true, yes: true, on: true, false: false, no: false, off: false };
+
+/** Returns a word without case, dashes and underscores. */
+const plain = (word: string): string => word.toLowerCase().replaceAll(/[-_]/g, "");
 
 /** The float32 bounds, which are not printed as bounds of a size. */
 function limitOf(issue: Issue): { fault: Fault; limit: string } {
@@ -331,17 +347,29 @@ const foreignKeys: Readonly<Record<string, string>> = {
 
 const keysOf = (schema: Schema | undefined): string[] => Object.keys((schema && inside(schema).properties) ?? {});
 
+/** Returns the keys of a section of a job, in the order of the schema. */
+export const keysAt = (section: Path): string[] => keysOf(schemaAt(section));
+
+/** Returns whether a key can only mean one other key of its section: it differs in case and dashes, or by a letter or two from this key alone. */
+function isSlip(key: string, sibling: string, keys: readonly string[]): boolean {
+  if (plain(key) === plain(sibling)) return true;
+  const most = key.length < 4 ? 0 : key.length < 6 ? 1 : 2;
+  return keys.every((other) => leven(key.toLowerCase(), other) <= most === (other === sibling));
+}
+
 /** Returns the likely key: a sibling with a similar spelling, a key of the same name elsewhere in the job, or an alias of another tool. */
-function likelyKey(key: string, path: Path, schema: Schema | undefined): string | undefined {
+function likelyKey(key: string, path: Path, schema: Schema | undefined): { path: string; isCertain: boolean } | undefined {
   const word = key.toLowerCase().replaceAll("-", "_");
-  const sibling = closest(word, keysOf(schema));
-  if (sibling) return [...path, sibling].join(".");
+  const keys = keysOf(schema);
+  const sibling = closest(word, keys);
+  if (sibling) return { path: [...path, sibling].join("."), isCertain: isSlip(key, sibling, keys) };
+  const alias = Object.hasOwn(foreignKeys, word) ? foreignKeys[word] : undefined;
+  if (alias !== undefined) return { path: alias, isCertain: true };
   const every = everyKey(rootOfSchema(), "");
   const last = (k: string) => k.split(".").at(-1)!;
-  const known = (Object.hasOwn(foreignKeys, word) ? foreignKeys[word] : undefined) ?? every.find((k) => last(k) === word);
-  if (known) return known;
-  const near = closest(word, every.map(last));
-  return near && every.find((k) => last(k) === near);
+  const name = every.some((k) => last(k) === word) ? word : closest(word, every.map(last));
+  const near = name === undefined ? undefined : every.find((k) => last(k) === name);
+  return near === undefined ? undefined : { path: near, isCertain: false };
 }
 
 function everyKey(schema: Schema, prefix: string): string[] {

@@ -162,7 +162,7 @@ export const latent: readonly Rule[] = [
         related: ["model.mla"],
         found: `kv_heads ${m.kv_heads} of ${m.heads} heads, with mla`,
         fix: "leave kv_heads out",
-        tries: [{ "model.kv_heads": m.heads }],
+        safe: { "model.kv_heads": undefined },
       };
     },
     bad: `model: {kv_heads: 2, mla: {rope_dim: 2, ${small}}}`,
@@ -213,7 +213,7 @@ export const latent: readonly Rule[] = [
         related: ["model.mla.nope_dim", "model.mla.rope_dim"],
         found: `head_dim ${head_dim}, with nope_dim ${mla.nope_dim} and rope_dim ${mla.rope_dim}`,
         fix: "leave head_dim out",
-        tries: [{ "model.head_dim": mla.nope_dim + mla.rope_dim }],
+        safe: { "model.head_dim": undefined },
       };
     },
     bad: `model: {head_dim: 8, mla: {rope_dim: 2, ${small}}}`,

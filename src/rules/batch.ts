@@ -217,21 +217,21 @@ export const batch = [
     why: "sgd has a momentum and no second moment; adamw, adam and muon have betas; the options of muon are in the section muon. A key of another optimizer has no effect.",
     level: "warning",
     *check({ train: { optimizer: o } }) {
-      const unused: readonly [at: "train.optimizer.momentum" | "train.optimizer.betas", written: string, usual: unknown][] =
+      const unused: readonly [at: "train.optimizer.momentum" | "train.optimizer.betas", written: string][] =
         o.type !== "sgd"
           ? o.momentum === 0.9
             ? []
-            : [["train.optimizer.momentum", `momentum ${o.momentum}`, 0.9]]
+            : [["train.optimizer.momentum", `momentum ${o.momentum}`]]
           : o.betas[0] === 0.9 && o.betas[1] === 0.95
             ? []
-            : [["train.optimizer.betas", `betas [${o.betas.join(", ")}]`, [0.9, 0.95]]];
-      for (const [at, written, usual] of unused)
+            : [["train.optimizer.betas", `betas [${o.betas.join(", ")}]`]];
+      for (const [at, written] of unused)
         yield {
           at,
           related: ["train.optimizer.type"],
           found: `${written} with type: ${o.type}`,
           fix: "leave it out",
-          tries: [{ [at]: usual }],
+          safe: { [at]: undefined },
         };
       if (o.type !== "muon" && o.muon)
         yield {
@@ -309,7 +309,7 @@ export const batch = [
         related: ["data.labels"],
         found: "loss_weighting: token without data.labels and data.documents.loss",
         fix: "leave it out, or name the file of labels, which marks ignored tokens",
-        tries: [{ "train.loss_weighting": "microbatch" }],
+        safe: { "train.loss_weighting": undefined },
       };
     },
     bad: "train: {loss_weighting: token}",
@@ -326,7 +326,7 @@ export const batch = [
         related: ["train.init.std"],
         found: `init_std ${train.init_std}`,
         fix: `write init: {std: ${train.init.std}}`,
-        tries: [{ "train.init_std": null, "train.init.std": train.init.std }],
+        safe: { "train.init_std": undefined, "train.init.std": train.init.std },
       };
     },
     bad: "train: {init_std: 0.02}",

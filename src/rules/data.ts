@@ -26,7 +26,7 @@ export const data = [
             found: "order shuffled with data.sources",
             fix: "leave order out: samples of sources are always shuffled",
           },
-          tries: [{ "data.order": "sequential" }],
+          safe: { "data.order": undefined },
         };
     },
     bad: "data: {path: corpus, sources: [{path: corpus}], order: shuffled}",

@@ -1,8 +1,8 @@
 /** Applies all rules to a job. Each finding gets its place and, if a candidate change works, a tested fix. */
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
-import type { At, Changes, Finding, Related } from "../frontend/diagnostic.ts";
+import type { Changes, Finding, Related } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
-import { copy, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
+import { copy, deletePath, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
 import { memoryRule, type Peak } from "./memory.ts";
 import { quick } from "./quick.ts";
 import type { Rule, RuleResult } from "./rule.ts";
@@ -51,10 +51,12 @@ interface Report {
 
 const findingsOf = (rule: Rule, job: Job, source: Source, report: Report): Finding[] =>
   [...rule.check(job)].map((result): Finding => {
-    const set = firstCure(rule, result, job, source, report);
+    const cure = firstCure(rule, result, job, source, report);
+    const set = cure?.set;
     if (set) report.taken = { ...report.taken, ...set };
-    const at = source.at(result.at);
-    const related = (result.related ?? []).flatMap((path) => (isWritten(source, path) ? labelled(source.at(path), path) : []));
+    const at = placeOf(result.at, job, source);
+    const others = (result.related ?? []).flatMap((path) => placeOf(path, job, source) ?? []);
+    const related = others.map((place, i) => ({ label: result.related?.[i] ?? "", ...place })).filter((place) => isApart(place, at));
     return {
       code: rule.code,
       level: rule.level,
@@ -63,27 +65,43 @@ const findingsOf = (rule: Rule, job: Job, source: Source, report: Report): Findi
       found: result.found,
       why: rule.why,
       fix: set ? `${setText(set)} (${result.fix})` : result.fix,
-      ...(set && { set }),
+      ...cure,
       ...(at && { at }),
       ...(related.length && { related }),
     };
   });
 
-const labelled = (at: At | undefined, label: string): Related[] => (at ? [{ ...at, label }] : []);
-const isWritten = (source: Source, path: string): boolean => valueAt(source.value, path.split(".")) !== undefined;
+/** A tested fix. */
+type Cure = Pick<Finding, "leftOut" | "isSafe"> & { readonly set: Changes };
+
+/** Returns the place of a key; if it is not written, that of its section, with the value that it has as the label. */
+function placeOf(path: string, job: Job, source: Source): Related | undefined {
+  const at = source.at(path);
+  const keys = path.split(".");
+  if (!at || "set" in at || valueAt(source.value, keys) !== undefined) return at;
+  const value = valueAt(job, keys);
+  const isPlain = value !== undefined && (typeof value !== "object" || value === null);
+  return { ...at, label: `${path} is not written${isPlain ? `: ${value}` : ""}` };
+}
+
+/** Whether a second place shows more than the first: a section without the key does not, if it is on the same line. */
+const isApart = (place: Related, at: Related | undefined): boolean =>
+  !at || "set" in at || "set" in place || place.line !== at.line || place.label?.includes(" ") === false;
 
 /**
  * Returns the first candidate change that removes the finding and causes no other, alone and together with the fixes of earlier findings. Fixes of
  * one report thus never contradict each other.
  */
-function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, report: Report): Changes | undefined {
+function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, report: Report): Cure | undefined {
   const before = new Set(reportedCodes(job));
   let [left, compiled] = [TRIES, COMPILED];
   const agrees = (set: Changes): boolean => {
     const together = changed(source, { ...report.taken, ...set });
     return together !== undefined && reportedCodes(together).every((v) => before.has(v) && v !== `${rule.code} ${result.at}`);
   };
-  for (const set of result.tries ?? []) {
+  const safe = result.safe && valuesOf(result.safe, source);
+  for (const cure of [...(safe ? [safe] : []), ...triesOf(result)]) {
+    const { set } = cure;
     if (left-- <= 0 || report.left <= 0) return undefined;
     report.left -= source.size + 10 * job.model.layers;
     if (Object.entries(set).some(([path, value]) => path in report.taken && String(report.taken[path]) !== String(value))) continue;
@@ -96,9 +114,23 @@ function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, rep
       if (compiled-- <= 0) return undefined;
       if (!rule.holds(then)) continue;
     }
-    return set;
+    return cure;
   }
   return undefined;
+}
+
+function* triesOf({ tries = [] }: RuleResult): Generator<Cure> {
+  for (const set of tries) yield { set };
+}
+
+/** Returns a safe change with the values that keys get when they are left out; undefined if the job is then incomplete. */
+function valuesOf(safe: Changes, source: Source): Cure | undefined {
+  const leftOut = Object.keys(safe).filter((path) => safe[path] === undefined);
+  if (leftOut.length === 0) return { set: safe, isSafe: true };
+  const then = changed(source, safe);
+  if (!then) return undefined;
+  const value = (path: string): unknown => safe[path] ?? valueAt(then, path.split(".")) ?? null;
+  return { set: Object.fromEntries(Object.keys(safe).map((path) => [path, value(path)])), leftOut, isSafe: true };
 }
 
 const reportedCodes = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
@@ -106,7 +138,10 @@ const reportedCodes = (job: Job): string[] => quick.flatMap((r) => [...r.check(j
 function changed(source: Source, set: Changes): Job | undefined {
   if (!isObject(source.value)) return undefined;
   const value = copy(source.value);
-  for (const [path, v] of Object.entries(set)) if (setPath(value, path.split("."), v)) return undefined;
+  for (const [path, v] of Object.entries(set)) {
+    if (v === undefined) deletePath(value, path.split("."));
+    else if (setPath(value, path.split("."), v)) return undefined;
+  }
   const text = JobText.safeParse(value);
   return text.success ? completeJob(text.data) : undefined;
 }

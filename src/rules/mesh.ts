@@ -91,7 +91,8 @@ export const mesh = [
         related: [p.expert > 1 ? "parallel.expert" : "model.moe", "parallel.tensor"],
         found: `tensor ${p.tensor} and ${p.expert > 1 ? `expert ${p.expert}` : "a mixture of experts"} with sequence: false`,
         fix: "shard the sequence over the tensor ranks, or use tensor 1",
-        tries: [{ "parallel.sequence": true }, { "parallel.tensor": 1 }],
+        safe: { "parallel.sequence": true },
+        tries: [{ "parallel.tensor": 1 }],
       };
     },
     bad: "model: {moe: {experts: 4, top_k: 2, router: {aux_coeff: 0.01}}}\nparallel: {world: 4, tensor: 2, expert: 4}",
@@ -108,7 +109,7 @@ export const mesh = [
         related: ["parallel.tensor"],
         found: "sequence: true with tensor 1",
         fix: "leave it out, or raise tensor",
-        tries: [{ "parallel.sequence": false }],
+        safe: { "parallel.sequence": undefined },
       };
     },
     bad: "parallel: {sequence: true}",
@@ -197,7 +198,7 @@ export const mesh = [
         related: ["parallel.world"],
         found: "distributed_optimizer: true with data 1 and context 1",
         fix: "leave it out, or add data ranks",
-        tries: [{ "parallel.distributed_optimizer": false }],
+        safe: { "parallel.distributed_optimizer": undefined },
       };
     },
     bad: "parallel: {distributed_optimizer: true}",

@@ -131,7 +131,7 @@ export const moe = [
         related: ["parallel.expert"],
         found: `rows_bound ${moe.rows_bound}; the worst case is ${worstLoad(moe, p.expert)} times the balanced load`,
         fix: "use the worst case, which never overflows",
-        tries: [{ "model.moe.rows_bound": "worst" }],
+        safe: { "model.moe.rows_bound": "worst" },
       };
     },
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, rows_bound: 9}}\nparallel: {world: 2, expert: 2}",

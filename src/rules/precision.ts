@@ -18,7 +18,7 @@ export const precision = [
         related: ["train.precision"],
         found: `loss_scale with precision: ${train.precision}`,
         fix: "leave it out",
-        tries: [{ "train.loss_scale": null }],
+        safe: { "train.loss_scale": undefined },
       };
     },
     bad: "train: {precision: fp32, loss_scale: 1024}",

@@ -47,7 +47,9 @@ export const recompute: readonly Rule[] = [
           .map((name) => `${name}, where ${name === "mlp" ? "every layer has experts" : `${needs[name]!.key} is null`}`)
           .join("; "),
         fix: "core_attn usually saves most memory",
-        tries: [{ "train.recompute.modules": others.length ? others : ["core_attn"] }],
+        ...(others.length > 0
+          ? { safe: { "train.recompute.modules": others } }
+          : { tries: [{ "train.recompute.modules": ["core_attn"] }] }),
       };
     },
     bad: "train: {recompute: {mode: selective, modules: [mla_up_proj]}}",
@@ -87,7 +89,7 @@ export const recompute: readonly Rule[] = [
         related: ["model.layers", "parallel.pipeline"],
         found: `${r.layers} layers, and a ${parallel.virtual_pipeline > 1 ? "chunk" : "stage"} has ${chunk}`,
         fix: `${chunk} has the same effect`,
-        tries: [{ "train.recompute.layers": chunk }],
+        safe: { "train.recompute.layers": chunk },
       };
     },
     bad: "train: {recompute: {mode: full, layers: 100}}",

@@ -17,6 +17,11 @@ export interface RuleResult {
   readonly related?: readonly JobPath[];
   readonly found: string;
   readonly fix: string;
+  /**
+   * A change after which the run has the same numbers and which nobody would decide otherwise: it leaves out what has no effect, or writes the one
+   * legal value. `undefined` leaves a key out. `check --fix` applies it; it is tried before `tries`.
+   */
+  readonly safe?: { readonly [P in JobPath]?: unknown };
   /** Candidate changes, the best first. The first that removes the finding and causes no other becomes the tested fix `set`. */
   readonly tries?: Iterable<{ readonly [P in JobPath]?: unknown }>;
 }

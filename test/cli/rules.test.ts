@@ -105,7 +105,7 @@ data: {path: corpus.txt}
      --> job.yaml:3:1
       |
     3 | parallel:
-      | ^^^^^^^^
+      | ^^^^^^^^  parallel.sequence is not written: false
      ::: job.yaml:6:11
       |
     6 |   expert: 4

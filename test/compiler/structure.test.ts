@@ -28,7 +28,7 @@ const layers = [
   { name: "reports", holds: /^src\/report\// },
   { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic|jobFiles)\.ts$/ },
   { name: "rules", holds: /^src\/rules\// },
-  { name: "frontend", holds: /^src\/frontend\/(shapeFaults|readJob|readJobNow|explain)\.ts$/ },
+  { name: "frontend", holds: /^src\/frontend\/(shapeFaults|keyEdits|readJob|readJobNow|explain)\.ts$/ },
   { name: "compile", holds: /^src\/compile\.ts$/ },
   { name: "explanations that compile a job", holds: /^src\/frontend\// },
   { name: "converters", holds: /^src\/convert\// },
