@@ -36,7 +36,7 @@ export function registerCheck(program: Command, exit: ProcessExit): void {
       .option("--dry-run", "with --fix: write no file, print the changes as a unified diff; exit 1 if there are any")
       .option("--print", "print the job with the files that it extends, -f and --set, and where each value comes from")
       .option("--defaults", "with --print: also keys that have their defaults")
-      .argument("<jobs...>", "YAML files of jobs"),
+      .argument("<job...>", "YAML files of jobs"),
     "check job.yaml",
     "check job.yaml --set parallel.tensor=4 --set parallel.sequence=true",
     "check job.yaml --strict",

@@ -126,7 +126,7 @@ describe.concurrent("the command line", () => {
     [["run", job, "--backend", "cdua"], /^rankc: --backend is "cdua"\n {2}fix: did you mean cuda\? the choices are cpu, webgpu, cuda\n$/],
     [["check", job, "--sett", "a=1"], /^rankc: there is no option --sett here\n {2}fix: did you mean --set\?\n$/],
     [["check"], /^rankc: the argument <job> is missing\n/],
-    [["check", job, job], /^rankc: check takes 1 argument, and 2 are given\n/],
+    [["compile", job, job], /^rankc: compile takes 1 argument, and 2 are given\n/],
     [["compile", job], /compile needs -o DIR/],
     [["run", job, "--steps", "0"], /at least 1/],
     [["inspect", job, "--rank", "2"], /there is no rank 2/],
