@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import { metricsLine, progressLine } from "../../src/cli/progress.ts";
-import { builtCli, rankc } from "../support/rankc.ts";
+import { builtCli, rankc, rankcProcess } from "../support/rankc.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-cli-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -92,7 +92,7 @@ describe.concurrent("the command line", () => {
 
   test("run trains and writes one line of metrics per step", async () => {
     const metrics = join(folder, "metrics.jsonl");
-    const { exit, out, err } = await rankc(
+    const { exit, out, err } = await rankcProcess(
       "run",
       job,
       "--steps",

@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { root } from "../support/checkout.ts";
-import { rankc } from "../support/rankc.ts";
+import { rankcProcess } from "../support/rankc.ts";
 
 const repository = mkdtempSync(join(tmpdir(), "rankc-git-"));
 afterAll(() => rmSync(repository, { recursive: true, force: true }));
@@ -22,7 +22,7 @@ const inside = async (...args: string[]) => {
   const before = process.cwd();
   process.chdir(repository);
   try {
-    return await rankc(...args);
+    return await rankcProcess(...args);
   } finally {
     process.chdir(before);
   }

@@ -8,11 +8,13 @@ import { weightDecay } from "../../runtime/train/learningRate.ts";
 import { runOn, type Tensor } from "../../runtime/train/loop.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
 import { ops } from "../../src/ops/index.ts";
 import { rounded } from "../support/contract.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
+import { byTier } from "../support/tiers.ts";
 
 const jobWith = (optimizer: object, parallel: object = {}, train: object = {}): Job =>
   jobOf({
@@ -134,29 +136,36 @@ const muons: Readonly<Record<string, object>> = {
 };
 const meshes = { "one rank": {}, "shares over data, tensor and stages": { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true } };
 
-describe.each(Object.entries(meshes))("on %s", (_, parallel) => {
-  test.each([...Object.entries(methods), ...Object.entries(muons)])("%s", async (_, optimizer) => {
-    const job = jobWith({ schedule: "linear", warmup_steps: 2, ...optimizer }, parallel);
-    const { train } = job;
-    const run = await openRun(compile(job).plan, { baseDir: fixture("") });
-    const own = new Map([...(await run.parameters())].map(([name, t]) => [name, stateOf(t)]));
-    for (let step = 1; step <= 5; step++) {
-      const { grad_norm, lr } = await run.step();
-      const clip = train.optimizer.clip > 0 ? Math.min(1, train.optimizer.clip / (grad_norm + 1e-6)) : 1;
-      if (step === 1 && train.optimizer.clip > 0) expect(clip).toBeLessThan(1);
-      const decay = weightDecay(train, (step - 1) * train.global_batch);
-      for (const [name, { shape, data }] of await run.gradients())
-        if (train.optimizer.muon && shape.length > 1 && name !== "embed" && name !== "head")
-          moveMatrix(own.get(name)!, data, shape, train.optimizer.muon, { clip, lr, decay });
-        else move(own.get(name)!, data, train.optimizer, { clip, lr, step, decay: shape.length > 1 ? decay : 0 });
-    }
-    const have = await run.parameters();
-    await run.close();
-    expect([...own.keys()].sort()).toEqual([...have.keys()].sort());
-    // the state is kept in f32: 2^-24 of what is added, some times over
-    for (const [name, { w }] of own) expect(distance(have.get(name)!.data, w), name).toBeLessThan(1e-6);
-  });
-});
+/** Of so many methods, those that run in the fast tier: every fourth, others on each mesh. */
+const fastMethods = { "one rank": 0, "shares over data, tensor and stages": 3 } as const;
+
+describe.each(Object.entries(meshes).map(([mesh, parallel]) => ({ mesh: mesh as keyof typeof meshes, parallel })))(
+  "on $mesh",
+  ({ mesh, parallel }) => {
+    for (const { options, rows } of byTier([...Object.entries(methods), ...Object.entries(muons)], (_, i) => i % 4 === fastMethods[mesh]))
+      test.each(rows)("%s", options, async (_, optimizer) => {
+        const job = jobWith({ schedule: "linear", warmup_steps: 2, ...optimizer }, parallel);
+        const { train } = job;
+        const run = await openRun(compile(job).plan, { baseDir: fixture("") });
+        const own = new Map([...(await run.parameters())].map(([name, t]) => [name, stateOf(t)]));
+        for (let step = 1; step <= 5; step++) {
+          const { grad_norm, lr } = await run.step();
+          const clip = train.optimizer.clip > 0 ? Math.min(1, train.optimizer.clip / (grad_norm + 1e-6)) : 1;
+          if (step === 1 && train.optimizer.clip > 0) expect(clip).toBeLessThan(1);
+          const decay = weightDecay(train, (step - 1) * train.global_batch);
+          for (const [name, { shape, data }] of await run.gradients())
+            if (train.optimizer.muon && shape.length > 1 && name !== "embed" && name !== "head")
+              moveMatrix(own.get(name)!, data, shape, train.optimizer.muon, { clip, lr, decay });
+            else move(own.get(name)!, data, train.optimizer, { clip, lr, step, decay: shape.length > 1 ? decay : 0 });
+        }
+        const have = await run.parameters();
+        await run.close();
+        expect([...own.keys()].sort()).toEqual([...have.keys()].sort());
+        // the state is kept in f32: 2^-24 of what is added, some times over
+        for (const [name, { w }] of own) expect(distance(have.get(name)!.data, w), name).toBeLessThan(1e-6);
+      });
+  },
+);
 
 test.each([
   ["sgd_momentum", { momentum: 0.9, decay: 0.1 }, [0.89, 0.6821]],
@@ -203,11 +212,11 @@ test.each(["bf16", "fp16"] as const)(
     const text = Int32Array.from({ length: SEQUENCES * (seq + 1) }, () => Math.floor((next() + 1) * 127.9));
     const rows = (first: number, n: number, from: number) =>
       Int32Array.from({ length: n * seq }, (_, i) => text[(first + Math.floor(i / seq)) * (seq + 1) + (i % seq) + from]!);
-    /** Of sequences from `first` on, as many as the job's batch. */
-    async function gradients(global_batch: number, first: number) {
-      const { plan } = compile(
-        jobWith({}, {}, { precision, global_batch, ...(precision === "fp16" ? { loss_scale: 1024 * global_batch } : {}) }),
-      );
+    const planFor = (global_batch: number): Plan =>
+      compile(jobWith({}, {}, { precision, global_batch, ...(precision === "fp16" ? { loss_scale: 1024 * global_batch } : {}) })).plan;
+    const ofOne = planFor(1);
+    /** Of sequences from `first` on, as many as the plan's batch. */
+    async function gradients(plan: Plan, first: number) {
       const run = runOn(plan, {
         localRanks: openCpu(plan),
         batch: (at, n) => ({ ids: rows(first + (at % SEQUENCES), n, 0), labels: rows(first + (at % SEQUENCES), n, 1) }),
@@ -215,9 +224,9 @@ test.each(["bf16", "fp16"] as const)(
       await run.step();
       return run.gradients();
     }
-    const all = await gradients(SEQUENCES, 0);
+    const all = await gradients(planFor(SEQUENCES), 0);
     const each: Map<string, Tensor>[] = [];
-    for (let i = 0; i < SEQUENCES; i++) each.push(await gradients(1, i));
+    for (let i = 0; i < SEQUENCES; i++) each.push(await gradients(ofOne, i));
     for (const [name, { data }] of all) {
       const mean = data.map((_, i) => each.reduce((sum, g) => sum + g.get(name)!.data[i]!, 0) / SEQUENCES);
       // added up in bf16 it would be off by 2^-9 a time

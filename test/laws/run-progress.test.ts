@@ -12,9 +12,9 @@ import type { Job } from "../../schemas/job.ts";
 import { orderOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { schedule, timesOf } from "../../src/passes/schedule.ts";
-import { distance, fixture, jobOf } from "../support/job.ts";
+import { distance, fixture, jobOf, sameNumbers } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
-import { isFull } from "../support/tiers.ts";
+import { draws, isFull } from "../support/tiers.ts";
 
 const router = {
   balance: ["aux_loss", "seq_aux_loss", "global_aux_loss"],
@@ -88,7 +88,7 @@ describe("a batch that grows", () => {
   test("has the numbers of one rank on any mesh, step by step", async () => {
     const alone = await stepsOf(jobWith(alike, { world: 1 }, ramp), sizes.length);
     expect(alone.steps.map(({ tokens }) => tokens / 16)).toEqual(sizes);
-    for (const mesh of meshes) {
+    for (const mesh of isFull ? meshes : meshes.slice(2, 3)) {
       const { steps, learnt } = await stepsOf(jobWith(alike, mesh, ramp), sizes.length);
       for (const [i, want] of alone.steps.entries()) {
         expect(steps[i]!.tokens).toBe(want.tokens);
@@ -135,7 +135,7 @@ describe("a batch that grows", () => {
         // one forward, one backward: it is the order that so few would have
         if (kind === "1f1b") expect(orders).toEqual(of(few).map(({ order }) => order));
       }),
-      { numRuns: 200 },
+      { numRuns: draws(40, 200) },
     );
   });
 });
@@ -170,8 +170,7 @@ describe("in fp16", () => {
         expect(Number.isFinite(step.grad_norm)).toBe(!step.skipped);
         const after = await run.parameters();
         for (const [name, t] of after) {
-          if (step.skipped) expect(t.data, name).toEqual(before.get(name)!.data);
-          else expect(t.data, name).not.toEqual(before.get(name)!.data);
+          expect(sameNumbers(t.data, before.get(name)!.data), name).toBe(step.skipped);
         }
         rule.done(step.skipped!);
         before = after;
@@ -222,6 +221,6 @@ describe("in fp16", () => {
       [true, 2 ** 40],
     ]);
     const { learnt: begun } = await stepsOf(jobWith({ layers: 1 }, { world: 2 }, fp16), 0);
-    for (const [name, t] of begun) expect(learnt.get(name)!.data, name).toEqual(t.data);
+    for (const [name, t] of begun) expect(sameNumbers(learnt.get(name)!.data, t.data), name).toBe(true);
   });
 });

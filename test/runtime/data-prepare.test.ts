@@ -53,8 +53,9 @@ async function failure(work: Promise<unknown>): Promise<string> {
   return error instanceof Trouble ? `${error.message} | ${error.fix}`.replaceAll(folder, "DIR") : `no Trouble: ${error}`;
 }
 
-const texts = Array.from({ length: 3000 }, (_, i) => `${"word ".repeat(i % 200)}ending ${i} größe 😀`);
-const lines = texts.map((text, i) => `${JSON.stringify({ id: i, text })}\n`).join("");
+const texts = Array.from({ length: 3000 }, (_, i) => `${"word ".repeat(i % 12)}ending ${i} größe 😀`);
+// a key that is not read fills blocks, without ids to make
+const lines = texts.map((text, i) => `${JSON.stringify({ id: i, text, unread: "x".repeat(500) })}\n`).join("");
 const end = 0;
 const idsOf = (all: readonly string[]): number[][] => {
   const tokenizer = openTokenizer(bpe);

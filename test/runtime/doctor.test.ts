@@ -12,7 +12,7 @@ import { compile, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
 import { type Diagnosis, diagnose, printDiagnosis } from "../../runtime/doctor.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { fixture } from "../support/job.ts";
-import { rankc } from "../support/rankc.ts";
+import { rankcProcess } from "../support/rankc.ts";
 import { adapterEnv, hardware, noAdapter } from "../support/softwareAdapter.ts";
 
 const scratch = mkdtempSync(join(tmpdir(), "rankc-doctor-"));
@@ -105,7 +105,7 @@ describe("the diagnosis", () => {
   /** The doctor's word in JSON, from a process with these variables. */
   const asked = async (env: NodeJS.ProcessEnv): Promise<Diagnosis & { readonly exit: number | null }> => {
     for (const [name, value] of Object.entries(env)) vi.stubEnv(name, value);
-    const { exit, out, err } = await rankc("doctor", "--format", "json");
+    const { exit, out, err } = await rankcProcess("doctor", "--format", "json");
     expect(err).toBe("");
     return { exit, ...JSON.parse(out) };
   };
@@ -158,8 +158,8 @@ describe("the diagnosis", () => {
   test("no adapter is a failure of WebGPU alone; doctor exits with 3 only if the requested backend does not work", async () => {
     const { exit, ...diagnosis } = await asked(nowhere);
     expect(exit).toBe(0);
-    expect((await rankc("doctor", "--backend", "cpu")).exit).toBe(0);
-    expect((await rankc("doctor", "--backend", "webgpu")).exit).toBe(diagnosis.works.webgpu ? 0 : 3);
+    expect((await rankcProcess("doctor", "--backend", "cpu")).exit).toBe(0);
+    expect((await rankcProcess("doctor", "--backend", "webgpu")).exit).toBe(diagnosis.works.webgpu ? 0 : 3);
     expect(diagnosis.verdict === "ready").toBe(diagnosis.works.cuda);
     expect(diagnosis.checks.map(({ name }) => name)).toEqual((await of()).checks.map(({ name }) => name));
     if (process.platform !== "linux") return;

@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { fixture } from "../support/job.ts";
-import { builtCli, rankc } from "../support/rankc.ts";
+import { builtCli, rankcProcess } from "../support/rankc.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-end-"));
 const job = join(place, "job.yaml");
@@ -45,7 +45,7 @@ test.each([
   expect(code).toBe(exit);
   const { steps, ended_by, saved } = JSON.parse(out);
   expect([ended_by, saved]).toEqual([signal, join(folder, `step-${String(steps).padStart(8, "0")}`)]);
-  const next = await rankc("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
+  const next = await rankcProcess("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
   expect(next.err).toContain(`resumed from ${saved}`);
   expect(JSON.parse(next.out)).toMatchObject({ steps: 1, interrupted: false });
 });
@@ -53,13 +53,13 @@ test.each([
 test("--time-limit ends a run before the limit, saved, with exit code 124", async () => {
   const folder = join(place, "limit");
   const begun = performance.now();
-  const { exit, err, out } = await rankc("run", job, "--save", folder, "--time-limit", "3s", "--format", "json");
+  const { exit, err, out } = await rankcProcess("run", job, "--save", folder, "--time-limit", "3s", "--format", "json");
   expect([exit, err]).toEqual([124, expect.stringContaining("the time limit has come")]);
   expect(JSON.parse(out)).toMatchObject({ ended_by: "time limit", saved: expect.stringContaining("step-") });
   // the limit is of the process; its end may wait for a busy machine
   expect(performance.now() - begun).toBeGreaterThan(1000);
   for (const wrong of ["3", "h", "0s", "3h 5m"])
-    expect((await rankc("run", job, "--time-limit", wrong)).err).toContain("it is not a duration");
+    expect((await rankcProcess("run", job, "--time-limit", wrong)).err).toContain("it is not a duration");
 });
 
 /** Runs with a limit of the size of files, which fails writes as a full disk does. */
@@ -85,5 +85,5 @@ test("a checkpoint that cannot be written ends the run with one error; with --on
     expect(on.err).toMatch(new RegExp(`step-0000000${step}: cannot be written.*the run continues without this checkpoint`));
   expect(on.err).toContain("step 5/5");
   for (const folder of ["stop", "on"]) expect(readdirSync(join(place, folder))).toEqual([]);
-  expect((await rankc("run", job, "--keep", "2")).err).toContain("--keep needs --save");
+  expect((await rankcProcess("run", job, "--keep", "2")).err).toContain("--keep needs --save");
 });

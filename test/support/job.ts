@@ -27,6 +27,10 @@ export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
   return Math.sqrt(apart) / (Math.sqrt(size) || 1);
 }
 
+/** Whether two tensors hold the same numbers; `toEqual` takes longer for the elements of a model than its training does. */
+export const sameNumbers = (a: ArrayLike<number>, b: ArrayLike<number>): boolean =>
+  a.length === b.length && Array.prototype.every.call(a, (x, i) => Object.is(x, b[i]));
+
 export const fixture = (path: string): string => new URL(`../fixtures/${path}`, import.meta.url).pathname;
 
 /** A watched value [B,S,…] with the tokens of each sequence by their positions, however they lay over context ranks. */

@@ -1,4 +1,4 @@
-/** The command line as a user starts it, for tests: what it prints, and its exit code. */
+/** The command line, for tests: what it prints, and its exit code; in the process of the test, or in one of its own. */
 import { execFileSync, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
@@ -85,8 +85,48 @@ const filesBelow = (folder: string): string[] =>
     .map((entry) => join(entry.parentPath, entry.name).slice(root.length))
     .sort();
 
-/** Runs the command line with these arguments; resolves when it has ended. */
-export const rankc = (...args: string[]): Promise<Said> => rankcWith({}, ...args);
+/** Runs a command in this process, after those that were asked for before: the compiled command line is loaded once, and printed text is kept. */
+export function rankc(...args: string[]): Promise<Said> {
+  const answer = latest.then(() => commandHere(args));
+  latest = answer.catch(() => undefined);
+  return answer;
+}
+let latest: Promise<unknown> = Promise.resolve();
+
+async function commandHere(args: readonly string[]): Promise<Said> {
+  const { runCommandLine }: typeof import("../../src/cli/commandLine.ts") = await import(built("src/cli/commandLine.ts"));
+  const said: { exit: number; out: string; err: string } = { exit: 0, out: "", err: "" };
+  const { NO_COLOR } = process.env;
+  const streams = [
+    { stream: process.stdout, to: "out" },
+    { stream: process.stderr, to: "err" },
+  ] as const;
+  const writers = streams.map(({ stream }) => stream.write);
+  for (const { stream, to } of streams)
+    stream.write = (text: string | Uint8Array): boolean => {
+      said[to] += typeof text === "string" ? text : Buffer.from(text).toString();
+      return true;
+    };
+  process.env.NO_COLOR = "1";
+  try {
+    await runCommandLine(args, {
+      setCode: (code) => {
+        said.exit = code;
+      },
+      exitSoon: () => {
+        throw new Error("a command that ends its process needs one of its own");
+      },
+    });
+  } finally {
+    for (const [i, { stream }] of streams.entries()) stream.write = writers[i]!;
+    if (NO_COLOR === undefined) delete process.env.NO_COLOR;
+    else process.env.NO_COLOR = NO_COLOR;
+  }
+  return said;
+}
+
+/** Runs a command in a process of its own, as a user starts it. */
+export const rankcProcess = (...args: string[]): Promise<Said> => rankcWith({}, ...args);
 
 /** The same with variables of the environment. */
 export function rankcWith(env: Readonly<Record<string, string>>, ...args: string[]): Promise<Said> {
