@@ -45,3 +45,14 @@ export function ranges(numbers: Iterable<number>): string {
   }
   return runs.map(([from, to]) => (from === to ? `${from}` : `${from}-${to}`)).join(",");
 }
+
+/** Formats a time: `12.3 s`, `4.56 ms`, `78 µs`, with three digits. */
+export function secondsText(seconds: number): string {
+  if (seconds === 0) return "0 s";
+  const [value, unit] = seconds >= 1 ? [seconds, "s"] : seconds >= 1e-3 ? [1e3 * seconds, "ms"] : [1e6 * seconds, "µs"];
+  return `${value >= 1000 ? countText(Math.round(value)) : value.toPrecision(3)} ${unit}`;
+}
+/** Formats a rate of arithmetic: `412 TFLOP/s`. */
+export const rateText = (perSecond: number): string => `${(perSecond / 1e12).toPrecision(3)} TFLOP/s`;
+/** Formats a share: `41.2 %`. */
+export const percentOf = (share: number): string => `${(100 * share).toFixed(1)} %`;

@@ -75,6 +75,17 @@ export function readLaunchFile(path: string): { readonly text: string; readonly 
   return { text: readText(path, stat, launchText), file: path, name: basename(path, extname(path)) };
 }
 
+const profileFix = "name a profile of the package, or the JSON file of one";
+const profileText: TextKind = { noun: "a device profile", limit: 4 * 2 ** 20, fix: profileFix, fixLong: profileFix };
+
+/** Reads the file of a device profile. Throws like `readJobFile`. */
+export const readProfileFile = (path: string): string =>
+  readText(
+    path,
+    attempt(path, () => statSync(path)),
+    profileText,
+  );
+
 /** Reads a script that another one in `folder` reads; undefined if there is no such text. */
 export function readIncludedScript(path: string, folder: string): string | undefined {
   try {

@@ -8,7 +8,10 @@ import { atLeastOne, type CommonOptions, planOrJob, wholeNumber, withExamples, w
 import { printJson, printReport, reportWidth } from "./output.ts";
 import { expectWritable, writeFile } from "./outputFiles.ts";
 
-interface InspectOptions extends CommonOptions {
+interface InspectArguments extends CommonOptions {
+  readonly time?: true;
+  readonly device?: string;
+  readonly imbalance?: number;
   readonly mesh?: true;
   readonly memory?: true;
   readonly comms?: true;
@@ -35,6 +38,9 @@ export function registerInspect(program: Command): void {
   withExamples(
     withSet(withFormat(program.command("inspect").description("show a plan: one screen about all of it, or the named sections")))
       .argument("<plan|job>", planOrJob)
+      .option("--time", "the estimated time of a step: its parts on each stage, communication by axes, and how much of it was measured")
+      .option("--device <profile>", "estimate the time by this device profile, by name or file (default: that of cluster.device)")
+      .option("--imbalance <factor>", "estimate with so many rows on the busiest expert rank, over the mean (default: 1)", factorOf)
       .option("--mesh", "all nodes and ranks, and the groups of each axis")
       .option("--memory", "the largest tensors of each stage")
       .option("--comms", "collectives and transfers of each stage, by falling bytes")
@@ -51,10 +57,17 @@ export function registerInspect(program: Command): void {
       ),
     "inspect plan/",
     "inspect plan/ --memory --top 20",
+    "inspect job.yaml --time --device h200-141gb",
     "inspect job.yaml --why layers.0.moe.permute.dispatch",
     "inspect job.yaml --rank 5",
     "inspect job.yaml --picture plan.svg",
   ).action(runInspect);
+}
+
+function factorOf(text: string): number {
+  const factor = Number(text);
+  if (!(factor >= 1)) throw new InvalidArgumentError("Write a number of at least 1.");
+  return factor;
 }
 
 function idText(text: string): string {
@@ -62,7 +75,7 @@ function idText(text: string): string {
   return text;
 }
 
-async function runInspect(path: string, options: InspectOptions): Promise<void> {
+async function runInspect(path: string, options: InspectArguments): Promise<void> {
   if (options.picture) expectWritable(options.picture);
   const { plan } = await loadPlan(path, options);
   if (options.picture) {
@@ -71,7 +84,9 @@ async function runInspect(path: string, options: InspectOptions): Promise<void> 
   }
   const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
   const needsView = options.why === undefined && options.op === undefined && options.rank === undefined;
-  const view = needsView ? inspectPlan(plan) : undefined;
+  const { profileFor } = await import("./deviceProfile.ts");
+  const profile = profileFor(plan.job.cluster.device, options.device);
+  const view = needsView ? inspectPlan(plan, { profile, imbalance: options.imbalance }) : undefined;
   const sections = [...(view ? await sectionsOf(plan, view, options) : []), ...(await detailsOf(plan, path, options))];
   if (options.format === "json") {
     const named = Object.fromEntries(sections.map(({ key, value }) => [key, value]));
@@ -93,10 +108,14 @@ async function runInspect(path: string, options: InspectOptions): Promise<void> 
 /** The default number of rows of a table. */
 const TOP = 10;
 
-async function sectionsOf(plan: Plan, view: Inspection, options: InspectOptions): Promise<Section[]> {
+async function sectionsOf(plan: Plan, view: Inspection, options: InspectArguments): Promise<Section[]> {
   const width = reportWidth();
   const { top = TOP } = options;
   const sections: Section[] = [];
+  if (options.time) {
+    const { printTimeSection } = await import("../report/estimateView.ts");
+    sections.push({ key: "estimate", value: view.estimate ?? null, lines: printTimeSection(view.estimate, width) });
+  }
   if (options.mesh || options.comms || options.schedule || options.kernels) {
     const { kernelWork, printCommunication, printKernels, printMeshSection, printScheduleSection } = await import("../report/sections.ts");
     const { trafficOf } = await import("../report/overview.ts");
@@ -120,7 +139,7 @@ async function sectionsOf(plan: Plan, view: Inspection, options: InspectOptions)
 }
 
 /** The sections about one rank, instruction or buffer. */
-async function detailsOf(plan: Plan, path: string, options: InspectOptions): Promise<Section[]> {
+async function detailsOf(plan: Plan, path: string, options: InspectArguments): Promise<Section[]> {
   const { rank, op, why, job } = options;
   const sections: Section[] = [];
   const width = reportWidth();

@@ -1,6 +1,7 @@
 /** Summaries of a plan as data, the JSON output of `inspect`. inspectText.ts prints them. */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
 import type { Collective, Instruction, MeshAxis, Plan, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";
@@ -13,12 +14,13 @@ import { chunksPerStage, type StageOfPlan, stagesOf } from "../analysis/stages.t
 import { ops } from "../ops/index.ts";
 import { denseAxes, expertAxes, groups } from "../passes/mesh.ts";
 import { largest } from "../units.ts";
+import { type EstimateView, estimateView } from "./estimateView.ts";
 import { type Link, linksOf, transferAcross } from "./links.ts";
 import { type BlockPhase, phases } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 
 /** The version of the JSON that `inspect` prints. */
-export const INSPECT_VERSION = "1.0";
+export const INSPECT_VERSION = "1.1";
 
 /** One axis of the mesh. */
 export interface AxisView {
@@ -109,11 +111,20 @@ export interface Inspection {
   readonly roles: readonly RoleView[];
   readonly schedule: SchedulePicture;
   readonly kernels: number;
+  /** The seconds of a step; absent where no device profile is at hand. */
+  readonly estimate?: EstimateView;
+}
+
+/** Options of `inspectPlan`: the profile by which a step is estimated, and the rows of the busiest expert rank over the mean. */
+export interface InspectOptions {
+  readonly profile?: DeviceProfile | undefined;
+  readonly imbalance?: number | undefined;
 }
 
 /** Summarizes a plan. */
-export function inspectPlan(plan: Plan): Inspection {
+export function inspectPlan(plan: Plan, { profile, imbalance }: InspectOptions = {}): Inspection {
   const { job, mesh } = plan;
+  const timed = estimateView(plan, profile, imbalance);
   const roles = stagesOf(plan).map((stage) => roleView(plan, stage));
   const microbatches = roles[0]?.microbatches ?? 0;
   return {
@@ -147,6 +158,7 @@ export function inspectPlan(plan: Plan): Inspection {
       chunksPerStage(plan),
     ),
     kernels: plan.kernels.length,
+    ...(timed && { estimate: timed }),
   };
 }
 

@@ -4,6 +4,7 @@ import { printable } from "../../schemas/printable.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, flopsText, largest, plural, ranges } from "../units.ts";
+import { timeLines } from "./estimateView.ts";
 import type { AxisView, Inspection, RoleView } from "./inspect.ts";
 import { linkText } from "./links.ts";
 import { bar, bold, type Column, dim, fitLines, fitTable, inPartColour, labelled, warn, wrap } from "./textLayout.ts";
@@ -36,9 +37,10 @@ export function printOverview(plan: Plan, view: Inspection, warnings: readonly W
       ...communicationLines(view, width, most),
       "",
       ...scheduleLines(plan, view, width),
+      ...timeLines(view.estimate, width),
       ...warnings.slice(0, most).map(({ code, title, found }) => cut(`${warn(`warning ${code}`)} ${title}: ${found}`, width)),
       ...(warnings.length > most ? [`… and ${plural(warnings.length - most, "more warning")}`] : []),
-      ...fitLines([dim("more: --mesh --memory --comms --schedule --kernels --rank R --op ID --why ID")], width),
+      ...fitLines([dim("more: --time --mesh --memory --comms --schedule --kernels --rank R --op ID --why ID")], width),
     ];
     if (lines.length <= LINES) break;
   }

@@ -1,0 +1,268 @@
+/**
+ * Simulates a step of all stages. A block runs alone once and is then replayed; a stage starts a block when its messages are there. The step
+ * block runs instruction by instruction, because collectives over all ranks and gradients of tied parameters tie the stages together.
+ */
+
+import { itemOf } from "../../../schemas/lookup.ts";
+import type { BlockRun, Plan } from "../../../schemas/plan.ts";
+import { invariant } from "../../ops/op.ts";
+import { stagesOf } from "../stages.ts";
+import { type BlockRunTimes, PartSums, runBlock, runInstruction, type TimeParts } from "./blockRun.ts";
+import { type PendingWork, StageClock } from "./stageClock.ts";
+import { blockTimer, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
+
+/** A block run with its times in seconds from the begin of the step. */
+export interface SimulatedRun {
+  readonly run: BlockRun;
+  readonly start: number;
+  readonly end: number;
+  readonly block: TimedBlock;
+  readonly times: BlockRunTimes;
+}
+
+/** The simulated step of one stage. */
+export interface SimulatedStage {
+  readonly stage: number;
+  readonly runs: readonly SimulatedRun[];
+  /** The step block: its instructions, and their start and end. */
+  readonly step: TimedBlock;
+  readonly stepTimes: Float64Array;
+  readonly parts: TimeParts;
+  readonly blocks: readonly TimedBlock[];
+}
+
+/** A simulated step. */
+export interface Simulation {
+  readonly seconds: number;
+  readonly stages: readonly SimulatedStage[];
+}
+
+/** A message on its way: when its sender was ready, and how long it travels. */
+interface Message {
+  readonly ready: number;
+  readonly seconds: number;
+}
+
+/** The messages between stages, in the order of their sending. */
+class Mail {
+  readonly #sent = new Map<string, Message[]>();
+  readonly #received = new Map<string, number>();
+
+  send(from: number, to: number, channel: string, message: Message): void {
+    const key = `${from} ${to} ${channel}`;
+    const all = this.#sent.get(key);
+    if (all) all.push(message);
+    else this.#sent.set(key, [message]);
+  }
+  /** Returns the `ahead`-th message that is not received; undefined if it is not sent yet. */
+  peek(from: number, to: number, channel: string, ahead = 0): Message | undefined {
+    const key = `${from} ${to} ${channel}`;
+    return this.#sent.get(key)?.[(this.#received.get(key) ?? 0) + ahead];
+  }
+  receive(from: number, to: number, channel: string): void {
+    const key = `${from} ${to} ${channel}`;
+    this.#received.set(key, (this.#received.get(key) ?? 0) + 1);
+  }
+}
+
+/** A stage while it is simulated. */
+class StageRun {
+  readonly stage: number;
+  readonly #blocks: readonly TimedBlock[];
+  readonly #order: readonly BlockRun[];
+  readonly #options: TimingOptions;
+  readonly #mail: Mail;
+  readonly #replays = new Map<string, BlockRunTimes>();
+  readonly runs: SimulatedRun[] = [];
+  readonly parts = new PartSums();
+  /** Set when all block runs are over: the clock of the step block. */
+  step: StepRun | undefined;
+  #clock = 0;
+  #pending: readonly PendingWork[] = [];
+
+  constructor(stage: number, blocks: readonly TimedBlock[], order: readonly BlockRun[], options: TimingOptions, mail: Mail) {
+    [this.stage, this.#blocks, this.#order, this.#options, this.#mail] = [stage, blocks, order, options, mail];
+  }
+
+  get blocks(): readonly TimedBlock[] {
+    return this.#blocks;
+  }
+
+  /** Runs blocks until one lacks a message. Returns whether any ran. */
+  advance(): boolean {
+    const before = this.runs.length;
+    for (let run = this.#order[this.runs.length]; run; run = this.#order[this.runs.length]) if (!this.#start(run)) break;
+    if (this.runs.length === this.#order.length && !this.step) {
+      const block = this.#blocks.find(({ kind }) => kind === "step");
+      invariant(block !== undefined, () => `stage ${this.stage} has no step block`);
+      const clock = new StageClock(this.#options.profile.overlap.slowdown, this.#clock, this.#pending);
+      this.step = new StepRun(this.stage, block, clock, this.parts, this.#mail);
+      return true;
+    }
+    return this.runs.length > before;
+  }
+
+  #start(run: BlockRun): boolean {
+    const blocks = this.#blocks.filter(({ kind, chunk }) => kind === run.kind && chunk === run.chunk);
+    const block = blocks.find(({ isFirst }) => isFirst && run.microbatch === 0) ?? blocks.find(({ isFirst }) => !isFirst);
+    if (!block) {
+      // a block without instructions takes no time
+      const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, instructions: [], launches: 0 };
+      const times = runBlock(empty, [], { slowdown: 0, hostSeconds: 0 });
+      this.runs.push({ run, start: this.#clock, end: this.#clock, block: empty, times });
+      return true;
+    }
+    const times = this.#replay(block);
+    let [transfer, idle] = [0, 0];
+    const received = new Map<string, number>();
+    for (const { kind, peer, channel, ready, seconds } of times.messages) {
+      if (kind !== "recv") continue;
+      const key = `${peer} ${channel}`;
+      const ahead = received.get(key) ?? 0;
+      received.set(key, ahead + 1);
+      const message = this.#mail.peek(peer, this.stage, channel, ahead);
+      if (!message) return false;
+      const posted = this.#clock + ready;
+      const leaves = this.#options.profile.overlap.prefetches_transfers ? message.ready : Math.max(message.ready, posted);
+      const wait = Math.max(0, leaves + seconds - posted);
+      const ofPeer = Math.min(wait, Math.max(0, message.ready - posted));
+      // several messages of one block travel at once: the last decides
+      if (wait > transfer + idle) [idle, transfer] = [ofPeer, wait - ofPeer];
+    }
+    const start = this.#clock + transfer + idle;
+    for (const { kind, peer, channel, ready, seconds } of times.messages)
+      if (kind === "recv") this.#mail.receive(peer, this.stage, channel);
+      else this.#mail.send(this.stage, peer, channel, { ready: start + ready, seconds });
+    const end = start + times.seconds;
+    this.parts.addAll(times.parts);
+    this.parts.addExposed("pp", transfer);
+    this.parts.bubble += idle;
+    this.runs.push({ run, start, end, block, times });
+    this.#pending = times.tail.map((p) => ({ ...p, start: p.start + start, end: p.end + start }));
+    this.#clock = end;
+    return true;
+  }
+
+  /** Simulates a block, once for each state of the communication that earlier blocks left. */
+  #replay(block: TimedBlock): BlockRunTimes {
+    const pending = this.#pending
+      .filter(({ end }) => end > this.#clock)
+      .map((p) => ({ ...p, start: p.start - this.#clock, end: p.end - this.#clock }));
+    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${pending.map(({ stream, axes, end }) => `${stream}/${axes}/${end.toFixed(9)}`).join()}`;
+    const known = this.#replays.get(key);
+    if (known) return known;
+    const { overlap, kernels } = this.#options.profile;
+    const times = runBlock(block, pending, { slowdown: overlap.slowdown, hostSeconds: 1e-6 * kernels.host_us });
+    this.#replays.set(key, times);
+    return times;
+  }
+}
+
+/** The step block of a stage while it is simulated. */
+class StepRun {
+  readonly block: TimedBlock;
+  readonly times: Float64Array;
+  readonly clock: StageClock;
+  readonly parts: PartSums;
+  readonly #stage: number;
+  readonly #mail: Mail;
+  #next = 0;
+
+  constructor(stage: number, block: TimedBlock, clock: StageClock, parts: PartSums, mail: Mail) {
+    [this.#stage, this.block, this.clock, this.parts, this.#mail] = [stage, block, clock, parts, mail];
+    this.times = new Float64Array(2 * block.instructions.length);
+  }
+
+  get isOver(): boolean {
+    return this.#next === this.block.instructions.length;
+  }
+
+  /** The collective over all ranks that this stage has reached, and when it could begin; undefined if it stands at none. */
+  get meeting(): { readonly instruction: TimedInstruction; readonly ready: number } | undefined {
+    const i = this.block.instructions[this.#next];
+    if (i?.instruction.kind !== "collective" || !i.instruction.world) return undefined;
+    return { instruction: i, ready: this.clock.readyAt(i, i.stream) };
+  }
+
+  /** Runs instructions until one needs other stages. Returns whether any ran. */
+  advance(): boolean {
+    const before = this.#next;
+    for (let i = this.block.instructions[this.#next]; i && !this.meeting; i = this.block.instructions[this.#next]) {
+      if (i.instruction.kind === "recv") {
+        if (!this.#receive(i)) break;
+      } else
+        this.#done(
+          runInstruction(this.clock, i, this.parts, ({ peer, channel, ready, seconds }) =>
+            this.#mail.send(this.#stage, peer, channel, { ready, seconds }),
+          ),
+        );
+    }
+    return this.#next > before;
+  }
+
+  /** Begins the collective over all ranks at a time that all stages have reached. */
+  meet(start: number): void {
+    const here = this.meeting;
+    invariant(here !== undefined, "a stage meets others without a collective");
+    const { instruction: i, ready } = here;
+    const end = start + i.seconds;
+    if (i.seconds > 0 || start > ready) this.clock.add({ ...i, axes: i.axes ?? "", start: ready, end, late: start - ready });
+    this.#done([start, end]);
+  }
+
+  #receive(i: TimedInstruction): boolean {
+    const { instruction } = i;
+    if (instruction.kind !== "recv") return false;
+    const message = this.#mail.peek(instruction.peer, this.#stage, instruction.channel);
+    if (!message) return false;
+    this.#mail.receive(instruction.peer, this.#stage, instruction.channel);
+    const ready = this.clock.readyAt(i, i.stream);
+    const start = Math.max(ready, message.ready);
+    this.clock.add({ ...i, axes: "pp", start, end: start + i.seconds, late: start - ready });
+    this.#done([start, start + i.seconds]);
+    return true;
+  }
+
+  #done([start, end]: readonly [number, number]): void {
+    this.times[2 * this.#next] = start;
+    this.times[2 * this.#next + 1] = end;
+    this.#next++;
+  }
+}
+
+/**
+ * Simulates a step of a plan. `timer` times the blocks of a stage. Throws an invariant if the stages wait for each other for ever: `verify` excludes
+ * such plans.
+ */
+export function simulate(plan: Plan, options: TimingOptions, timer = blockTimer(plan, options)): Simulation {
+  const mail = new Mail();
+  const all = stagesOf(plan).map(
+    ({ program, memory }) => new StageRun(program.stage, timer(program, memory), program.order, options, mail),
+  );
+  for (let moved = true; moved; ) {
+    moved = false;
+    for (const stage of all) moved = (stage.step ? stage.step.advance() : stage.advance()) || moved;
+    const meetings = all.map(({ step }) => step?.meeting);
+    if (!moved && meetings.every((m) => m !== undefined)) {
+      const start = Math.max(...meetings.map((m) => m?.ready ?? 0));
+      for (const { step } of all) step?.meet(start);
+      moved = true;
+    }
+  }
+  const steps = all.map(({ step, stage }) => {
+    invariant(step?.isOver === true, () => `stage ${stage} waits for ever in the estimate`);
+    const { exposed, axes, idle } = step.clock.join();
+    step.parts.addExposed(axes, exposed);
+    step.parts.bubble += idle;
+    return step;
+  });
+  const seconds = Math.max(...steps.map(({ clock }) => clock.compute));
+  return {
+    seconds,
+    stages: all.map(({ stage, runs, parts, blocks }, s) => {
+      const { clock, block, times } = itemOf(steps, s, "step of stage");
+      parts.bubble += seconds - clock.compute;
+      return { stage, runs, step: block, stepTimes: times, parts, blocks };
+    }),
+  };
+}

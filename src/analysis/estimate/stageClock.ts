@@ -1,0 +1,109 @@
+/**
+ * The clocks of the streams of one stage. They follow the runtime (runtime/cuda/streams.ts): kernels run on the compute stream; communication
+ * runs on streams of its own after all kernels issued before it, beside later kernels, until one of them touches the same bytes.
+ */
+import type { MemorySpan, TimedInstruction } from "./timedBlocks.ts";
+
+type Touch = Pick<TimedInstruction, "reads" | "writes">;
+
+/** Communication that later instructions may have to wait for. Times in seconds on the clock of the stage. */
+export interface PendingWork extends Touch {
+  readonly stream: string;
+  readonly axes: string;
+  readonly start: number;
+  readonly end: number;
+  /** How much of the time until `end` was spent waiting for other stages, not for bytes. */
+  readonly late: number;
+}
+
+/** When an instruction ran, and what it waited for before. */
+export interface RunTime {
+  readonly start: number;
+  readonly end: number;
+  /** Seconds in which the compute stream waited for communication over `axes`, or for other stages. */
+  readonly exposed: number;
+  readonly axes: string;
+  readonly idle: number;
+}
+
+const meets = (a: readonly MemorySpan[], b: readonly MemorySpan[]): boolean =>
+  a.some(([from, to]) => b.some((other) => other[0] < to && from < other[1]));
+const conflicts = (a: Touch, b: Touch): boolean => meets(a.writes, b.reads) || meets(a.reads, b.writes);
+
+/** The clocks of one stage. */
+export class StageClock {
+  /** When the compute stream is free. */
+  compute: number;
+  readonly #slowdown: number;
+  readonly #streams = new Map<string, number>();
+  #pending: PendingWork[];
+
+  /** `slowdown`: the share of its rate that a kernel loses while communication runs. */
+  constructor(slowdown: number, start = 0, pending: readonly PendingWork[] = []) {
+    this.#slowdown = slowdown;
+    this.compute = start;
+    this.#pending = [...pending];
+    for (const { stream, end } of pending) this.#streams.set(stream, Math.max(end, this.#streams.get(stream) ?? 0));
+  }
+
+  /** Communication that has not ended when the compute stream is free. */
+  get pending(): readonly PendingWork[] {
+    return this.#pending.filter(({ end }) => end > this.compute);
+  }
+
+  /** Runs a kernel after the communication that it conflicts with. */
+  run(touch: Touch, seconds: number): RunTime {
+    const wait = this.#wait(touch);
+    const start = this.compute;
+    this.compute = this.#endOf(start, seconds);
+    return { start, end: this.compute, ...wait };
+  }
+
+  /** Makes the compute stream wait for all communication. */
+  join(): Omit<RunTime, "start" | "end"> {
+    return this.#wait("everything");
+  }
+
+  /** Returns when communication could begin: after all kernels so far, its stream, and work of other streams on the same bytes. */
+  readyAt(touch: Touch, stream: string): number {
+    let ready = Math.max(this.compute, this.#streams.get(stream) ?? 0);
+    for (const p of this.#pending) if (p.stream !== stream && p.end > ready && conflicts(p, touch)) ready = p.end;
+    return ready;
+  }
+
+  /** Adds communication whose times are known. */
+  add(work: PendingWork): void {
+    this.#streams.set(work.stream, work.end);
+    this.#pending.push(work);
+  }
+
+  #wait(touch: Touch | "everything"): Omit<RunTime, "start" | "end"> {
+    let last: PendingWork | undefined;
+    if (this.#pending.length > 0) {
+      this.#pending = this.#pending.filter(({ end }) => end > this.compute);
+      for (const p of this.#pending) if ((touch === "everything" || conflicts(p, touch)) && p.end > (last?.end ?? this.compute)) last = p;
+    }
+    if (!last) return { exposed: 0, axes: "", idle: 0 };
+    const waited = last.end - this.compute;
+    const idle = Math.min(waited, last.late);
+    this.compute = last.end;
+    return { exposed: waited - idle, axes: last.axes, idle };
+  }
+
+  /** Returns when a kernel ends that has its full rate outside of communication. */
+  #endOf(start: number, seconds: number): number {
+    const rate = 1 - this.#slowdown;
+    const busy = this.#pending.filter(({ end }) => end > start).sort((a, b) => a.start - b.start);
+    let [at, left] = [start, seconds];
+    for (const { start: from, end: to } of busy) {
+      if (to <= at) continue;
+      const alone = Math.max(0, from - at);
+      if (left <= alone) return at + left;
+      [at, left] = [at + alone, left - alone];
+      const beside = (to - at) * rate;
+      if (left <= beside) return at + left / rate;
+      [at, left] = [to, left - beside];
+    }
+    return at + left;
+  }
+}

@@ -1,0 +1,168 @@
+/** The blocks of a stage with the time, the stream and the memory of each instruction: what the simulation needs to know of a plan. */
+
+import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile.ts";
+import { bytesOf } from "../../../schemas/dtypes.ts";
+import { touchedBy, writesOf } from "../../../schemas/effects.ts";
+import type { Compute, Instruction, Memory, Plan, Program } from "../../../schemas/plan.ts";
+import { activationStart, type Block, blocksOf } from "../../../schemas/program.ts";
+import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
+import { BufferTable } from "../bufferTable.ts";
+import { kernelShape } from "./kernelShape.ts";
+import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
+import { collectiveSeconds, transferSeconds } from "./linkTime.ts";
+import { type GroupTopology, topologyOf } from "./topology.ts";
+
+/** The parts of a stage's time that kernels take. */
+export const kernelParts = ["products", "attention", "other kernels", "optimizer"] as const;
+/** The name of such a part. */
+export type KernelPart = (typeof kernelParts)[number];
+
+/** Bytes of memory, [begin, end), in one numbering of all arenas. */
+export type MemorySpan = readonly [number, number];
+
+/** An instruction with its time. */
+export interface TimedInstruction {
+  readonly instruction: Instruction;
+  /** Of the kernel or the collective alone; of a message, once both sides are there. */
+  readonly seconds: number;
+  readonly source: TimeSource | "link";
+  /** As the runtime names it in a profile. */
+  readonly stream: string;
+  /** Of a kernel. */
+  readonly part?: KernelPart;
+  /** Of a collective or a transfer: its axes. */
+  readonly axes?: string;
+  /** Whether the ranks of a group are on more than one node. */
+  readonly isAcross?: boolean;
+  readonly reads: readonly MemorySpan[];
+  readonly writes: readonly MemorySpan[];
+}
+
+/** A block with timed instructions. */
+export interface TimedBlock {
+  readonly kind: Block["kind"];
+  readonly chunk: number;
+  /** Whether this is the block of the first microbatch, whose gradients are written and not added to. */
+  readonly isFirst: boolean;
+  readonly instructions: readonly TimedInstruction[];
+  /** Launches of kernels. */
+  readonly launches: number;
+}
+
+/** What the times depend on, beside the plan. */
+export interface TimingOptions {
+  readonly profile: DeviceProfile;
+  /** Rows of the busiest rank of an expert group over the mean; 1: the router is balanced. */
+  readonly imbalance: number;
+}
+
+const parts: Readonly<Record<KernelFamily, KernelPart>> = {
+  product: "products",
+  product_wgrad: "products",
+  grouped: "products",
+  grouped_wgrad: "products",
+  product_f32: "products",
+  attention: "attention",
+  attention_grad: "attention",
+  streaming: "other kernels",
+  rows: "other kernels",
+  optimizer: "optimizer",
+};
+
+/** The arenas in one numbering: far enough apart that none reaches the next. */
+const ARENA = 2 ** 46;
+const arenas = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const;
+
+/** Returns a function that times the blocks of a stage. It times equal kernels once over all stages. */
+export function blockTimer(plan: Plan, { profile, imbalance }: TimingOptions): (program: Program, memory: Memory) => TimedBlock[] {
+  const kernels = new KernelTimes(profile);
+  const launchesOf = new Map(plan.kernels.map(({ id, launches }) => [id, Math.max(1, launches.length)]));
+  const known = new Map<string, SourcedTime & { readonly part: KernelPart }>();
+  return (program, memory) => {
+    const buffers = new BufferTable(program.buffers);
+    const spanOf = spansOf(program, memory, buffers);
+    const groupOf = topologyOf(plan.mesh, program.stage);
+    const kernelTime = (i: Compute) => {
+      const key = `${i.kernel} ${Object.keys(i.reads).length}`;
+      const before = known.get(key);
+      if (before) return before;
+      const shape = kernelShape(i, plan.mesh, buffers);
+      const time = kernels.timeOf(shape);
+      const launches = launchesOf.get(i.kernel) ?? 1;
+      const seconds = time.seconds * (isOfExperts(i, buffers) ? imbalance : 1) + 1e-6 * profile.kernels.launch_us * launches;
+      const timed = { seconds, source: time.source, part: parts[shape.family] };
+      known.set(key, timed);
+      return timed;
+    };
+    const timed = (written: Instruction, isStep: boolean, isFirst: boolean): TimedInstruction => {
+      const i = isFirst ? asFirst(written) : written;
+      const memorySpans = { reads: [...touchedBy(i, buffers)].map(spanOf), writes: writesOf(i, buffers).map(spanOf) };
+      if (i.kind === "compute") {
+        const { part, ...time } = kernelTime(i);
+        return { instruction: i, ...time, part: isStep ? "optimizer" : part, stream: "compute", ...memorySpans };
+      }
+      const common = { instruction: i, source: "link" as const, ...memorySpans };
+      if (i.kind === "collective") {
+        const group: GroupTopology = groupOf(i);
+        const bytes = Math.max(buffers.bytesOf(i.from), buffers.bytesOf(i.to));
+        const seconds = collectiveSeconds(profile.links, i.how, bytes, group);
+        return { ...common, seconds, stream: "comm", axes: i.axes, isAcross: group.nodes > 1 };
+      }
+      const isAcross = crosses(plan, program.stage, i.peer);
+      return {
+        ...common,
+        seconds: transferSeconds(profile.links, i.bytes, isAcross),
+        stream: `${i.kind} ${i.peer} ${i.channel}`,
+        ...{ axes: "pp", isAcross },
+      };
+    };
+    const block = ({ kind, chunk, instructions }: Block, isFirst: boolean): TimedBlock => ({
+      ...{ kind, chunk, isFirst },
+      instructions: instructions.map((i) => timed(i, kind === "step", isFirst)),
+      launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
+    });
+    return blocksOf(program)
+      .filter(({ kind }) => !kind.startsWith("evaluation"))
+      .flatMap((b) => (b.instructions.some(hasFirst) ? [block(b, true), block(b, false)] : [block(b, false)]));
+  };
+}
+
+const hasFirst = (i: Instruction): boolean => i.kind === "compute" && i.first_kernel !== undefined;
+
+/** Returns the instruction of the first microbatch of a step. */
+function asFirst(i: Instruction): Instruction {
+  if (i.kind !== "compute" || i.first_kernel === undefined) return i;
+  const { accumulates: _, first_kernel: kernel, ...rest } = i;
+  return { ...rest, kernel };
+}
+
+/** Returns whether an instruction computes rows that are sharded by experts. */
+const isOfExperts = (i: Compute, buffers: BufferTable): boolean =>
+  [...Object.values(i.reads), ...Object.values(i.writes)].some((id) => {
+    const { ragged, shardedBy } = buffers.get(id);
+    return ragged > 0 && (shardedBy[2] ?? []).length > 0;
+  });
+
+/** Returns whether any rank of a stage is on another node than its peer: the slowest message decides. */
+function crosses({ mesh }: Plan, stage: number, peer: number): boolean {
+  const nodeOf = (of: number, n: number): number => Math.floor(rankAt(mesh, of, n) / mesh.gpus_per_node);
+  for (let n = 0; n < mesh.per_stage; n++) if (nodeOf(stage, n) !== nodeOf(peer, n)) return true;
+  return false;
+}
+
+/** Returns a function from the id of a buffer to its place in memory. */
+function spansOf(program: Program, memory: Memory, buffers: BufferTable): (id: string) => MemorySpan {
+  const known = new Map<string, MemorySpan>();
+  return (id) => {
+    const before = known.get(id);
+    if (before) return before;
+    const b = buffers.find(id);
+    // the index of the rows of a ragged value is not always a buffer of its own
+    if (!b) return [-1, -1];
+    const start = ARENA * (1 + arenas.indexOf(b.kind)) + (b.kind === "activation" ? activationStart(program, memory, b, 0) : 0);
+    const at = start + (memory.offsets[b.within ?? id] ?? 0);
+    const span: MemorySpan = [at, at + elementsOf(b.shape) * bytesOf[b.dtype]];
+    known.set(id, span);
+    return span;
+  };
+}

@@ -1,0 +1,16 @@
+/** The device profile that an option of a command names. */
+
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { packageProfile, parseProfile, profileNames } from "../analysis/estimate/profiles.ts";
+import { readProfileFile } from "./inputFiles.ts";
+
+/** Returns the profile that `named` names, by its name in the package or as a file; without a name that of the device, or undefined if it has none. */
+export function profileFor(device: string, named?: string): DeviceProfile | undefined {
+  if (named === undefined) return packageProfile(device);
+  const found = packageProfile(named);
+  if (found) return found;
+  if (/^[a-z0-9_-]+$/i.test(named))
+    throw new Trouble(`there is no device profile ${named}`, `write one of ${profileNames.join(", ")}, or the file of a profile`);
+  return parseProfile(readProfileFile(named), named);
+}

@@ -1,0 +1,138 @@
+/** The estimate of a plan as data, for the JSON of `inspect`, and as lines. */
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import type { Plan } from "../../schemas/plan.ts";
+import { type AxisTime, type Estimate, estimate, type StageTime } from "../analysis/estimate/estimate.ts";
+import { kernelParts } from "../analysis/estimate/timedBlocks.ts";
+import { countText, percentOf, ranges, rateText, secondsText } from "../units.ts";
+import { bold, type Column, dim, fitLines, fitTable, labelled } from "./textLayout.ts";
+
+/** Seconds of a stage in a step. They add up to the step. */
+export interface StageTimeView {
+  readonly stage: number;
+  readonly kernels: StageTime["parts"]["kernels"];
+  /** Where kernels wait for communication, by axes. */
+  readonly exposed: Readonly<Record<string, number>>;
+  readonly launches: number;
+  readonly bubble: number;
+  readonly communication: readonly AxisTime[];
+}
+
+/** The estimate of a step. */
+export interface EstimateView extends Omit<Estimate, "simulation" | "stages"> {
+  readonly stages: readonly StageTimeView[];
+}
+
+/** Estimates a plan; undefined without a profile. */
+export function estimateView(plan: Plan, profile: DeviceProfile | undefined, imbalance = 1): EstimateView | undefined {
+  if (!profile) return undefined;
+  const { simulation: _, stages, ...rest } = estimate(plan, { profile, imbalance });
+  return {
+    ...rest,
+    stages: stages.map(({ stage, parts: { kernels, exposed, launches, bubble }, communication }) => ({
+      ...{ stage, kernels, exposed: Object.fromEntries(exposed), launches, bubble, communication },
+    })),
+  };
+}
+
+/** A part of a stage's time: a name in words, and seconds. */
+interface NamedPart {
+  readonly name: string;
+  readonly seconds: number;
+}
+
+/** Returns the parts of a stage's time that are not empty, the longest first. */
+export const namedParts = ({ kernels, exposed, launches, bubble }: Omit<StageTimeView, "communication" | "stage">): NamedPart[] =>
+  [
+    ...kernelParts.map((name) => ({ name, seconds: kernels[name] })),
+    ...Object.entries(exposed).map(([axes, seconds]) => ({ name: `waits for ${axes}`, seconds })),
+    { name: "launches", seconds: launches },
+    { name: "bubble", seconds: bubble },
+  ]
+    .filter(({ seconds }) => seconds > 0)
+    .sort((a, b) => b.seconds - a.seconds);
+
+/** Returns the lines of the first screen: seconds of a step, and what those of the busiest stage are made of. */
+export function timeLines(view: EstimateView | undefined, width: number): string[] {
+  if (!view) return [];
+  const busiest = view.stages.find(({ stage }) => stage === view.busiest);
+  const parts = busiest ? namedParts(busiest) : [];
+  const shown = parts.filter(({ seconds }) => seconds >= 0.005 * view.seconds).slice(0, 7);
+  const stage = view.stages.length > 1 ? `stage ${view.busiest}: ` : "";
+  return [
+    ...headLines(view, width),
+    ...fitLines([`  ${stage}${shown.map(({ name, seconds }) => `${name} ${percentOf(seconds / view.seconds)}`).join(", ")}`], width),
+  ];
+}
+
+const headLines = (view: EstimateView, width: number): string[] =>
+  labelled(
+    "time",
+    `${secondsText(view.seconds)} a step (${secondsText(view.range[0])} to ${secondsText(view.range[1])}), ${countText(Math.round(view.tokens_per_second))} tokens/s, ${rateText(view.model_flops_per_second)} a GPU, ${percentOf(view.of_peak)} of peak`,
+    width,
+  );
+
+/** Returns the lines of `inspect --time`: the parts of each stage, communication by axes, and where the figures come from. */
+export function printTimeSection(view: EstimateView | undefined, width: number): string[] {
+  if (!view) return ["time: the device of the job has no profile; name one with --device"];
+  const { profile, sources } = view;
+  return [
+    ...headLines(view, width),
+    ...fitLines(
+      [
+        dim(
+          `  by the profile ${profile.name} (${profile.device}, ${profile.stack}): of the kernels' time ${percentOf(sources.measured)} was measured at these shapes, ${percentOf(sources.interpolated)} near them, ${percentOf(sources.law)} follows from laws`,
+        ),
+      ],
+      width,
+    ),
+    "",
+    ...stageTable(view, width),
+    "",
+    ...axesTable(view, width),
+    "",
+  ];
+}
+
+/** Stages with equal rows share one. */
+function stageTable(view: EstimateView, width: number): string[] {
+  const names = [...new Set(view.stages.flatMap((s) => namedParts(s).map(({ name }) => name)))];
+  const sum = (name: string): number => view.stages.reduce((all, s) => all + secondsOf(s, name), 0);
+  const columns = names.sort((a, b) => sum(b) - sum(a));
+  const cells = (stage: StageTimeView): string[] => columns.map((name) => secondsText(secondsOf(stage, name)));
+  const rows: { readonly stages: number[]; readonly cells: string[] }[] = [];
+  for (const stage of view.stages) {
+    const own = cells(stage);
+    const same = rows.find((row) => row.cells.join() === own.join());
+    if (same) same.stages.push(stage.stage);
+    else rows.push({ stages: [stage.stage], cells: own });
+  }
+  // a row for a part and a column for a stage: parts are many, and distinct stages few
+  const kept = rows.length > 5 ? [...rows.slice(0, 3), ...rows.slice(-1)] : rows;
+  const head: Column[] = [
+    { head: "of a step" },
+    ...kept.map(({ stages }) => ({ head: `stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`, right: true as const })),
+  ];
+  const body = columns.map((name, c) => [name, ...kept.map((row) => row.cells[c] ?? "")]);
+  return [bold("time of a rank"), ...fitTable(head, body, { width })];
+}
+
+const secondsOf = (stage: StageTimeView, name: string): number => namedParts(stage).find((part) => part.name === name)?.seconds ?? 0;
+
+function axesTable(view: EstimateView, width: number): string[] {
+  const busiest = view.stages.find(({ stage }) => stage === view.busiest);
+  if (!busiest || busiest.communication.length === 0) return ["communication: none"];
+  const columns: Column[] = [
+    { head: "axes" },
+    { head: "communication", right: true },
+    { head: "exposed", right: true },
+    { head: "hidden", right: true },
+  ];
+  const rows = busiest.communication.map(({ axes, total, exposed }) => [
+    axes,
+    secondsText(total),
+    secondsText(exposed),
+    total > 0 ? percentOf(Math.max(0, 1 - exposed / total)) : "",
+  ]);
+  const where = view.stages.length > 1 ? ` on stage ${view.busiest}, which waits least` : "";
+  return [bold(`communication${where}`), ...fitTable(columns, rows, { width })];
+}
