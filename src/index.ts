@@ -5,9 +5,12 @@
 
 export type { Run, StepResult, Tensor } from "../runtime/train/loop.ts";
 export { type OpenRun, openRun, type RunSettings } from "../runtime/train/openRun.ts";
+export type { DeviceProfile } from "../schemas/deviceProfile.ts";
 export type { Job } from "../schemas/job.ts";
 export type { Instruction, Kernel, Memory, Plan, Program } from "../schemas/plan.ts";
 export { Trouble } from "../schemas/trouble.ts";
+export { type Estimate, type EstimateOptions, estimate } from "./analysis/estimate/estimate.ts";
+export { packageProfile, parseProfile } from "./analysis/estimate/profiles.ts";
 export { loadTarget, type Target } from "./codegen/targets.ts";
 export { type Compiled, compile, type Settings } from "./compile.ts";
 export { importHf, importHfText } from "./convert/hf/importHf.ts";

@@ -57,7 +57,7 @@ function fillOf({ m = 1, n = 1, experts = 1 }: KernelShape["sizes"], multiproces
 }
 
 /** Returns the seconds of a kernel by the law of its family. */
-export function lawSeconds(shape: KernelShape, law: KernelLaw, hardware: Hardware): number {
+function lawSeconds(shape: KernelShape, law: KernelLaw, hardware: Hardware): number {
   const { sizes, flops, bytes, dtype } = shape;
   const memory = bytes / (law.bandwidth_share * hardware.bandwidth);
   const peak = hardware.peak[dtype === "i32" ? "f32" : dtype];
@@ -122,7 +122,7 @@ export class KernelTimes {
     const found = measured
       .filter((m) => m.op === op && Object.keys(shape.sizes).every((name) => m.sizes[name] !== undefined))
       .map(({ sizes, us }) => {
-        const computed = lawSeconds({ ...shape, ...workOf(shape, sizes), sizes }, families[family], this.#hardware);
+        const computed = lawSeconds({ ...shape, ...workAt(shape, sizes), sizes }, families[family], this.#hardware);
         const logs = Object.fromEntries(Object.keys(shape.sizes).map((name) => [name, Math.log(sizes[name] ?? 1)]));
         return { logs, ratio: (1e-6 * us) / computed };
       });
@@ -132,7 +132,7 @@ export class KernelTimes {
 }
 
 /** Returns the work of a kernel of other sizes: flops in proportion to the sizes that they depend on, bytes to those of its operands. */
-function workOf({ sizes: own, flops, bytes }: KernelShape, sizes: Readonly<Record<string, number>>): { flops: number; bytes: number } {
+function workAt({ sizes: own, flops, bytes }: KernelShape, sizes: Readonly<Record<string, number>>): { flops: number; bytes: number } {
   const of = (s: Readonly<Record<string, number>>, name: string): number => s[name] ?? 1;
   const ratio = (f: (s: Readonly<Record<string, number>>) => number): number => f(sizes) / f(own);
   if (own.bytes !== undefined) return { flops, bytes: of(sizes, "bytes") };

@@ -63,7 +63,7 @@ function exchangeSeconds({ host, network }: DeviceProfile["links"], bytes: numbe
 }
 
 /** Interpolates the efficiency of an exchange over the logarithm of nodes; it is constant outside of the table. */
-export function exchangeEfficiency({ exchange_efficiency: table }: Pick<NetworkLinks, "exchange_efficiency">, nodes: number): number {
+function exchangeEfficiency({ exchange_efficiency: table }: Pick<NetworkLinks, "exchange_efficiency">, nodes: number): number {
   return interpolated(
     table.map(([n, e]) => [Math.log(n), e] as const),
     Math.log(nodes),
@@ -110,7 +110,7 @@ export function transferSeconds({ host, network }: DeviceProfile["links"], bytes
 }
 
 /** Interpolates between points of ascending x; constant outside. */
-export function interpolated(points: readonly (readonly [number, number])[], x: number): number {
+function interpolated(points: readonly (readonly [number, number])[], x: number): number {
   let before = points[0];
   for (const point of points) {
     if (point[0] >= x) {
