@@ -10,7 +10,7 @@ import { completeModel, Model, ModelText } from "./job/model.ts";
 import { completeParallel, Parallel, ParallelText } from "./job/parallel.ts";
 import { completeTrain, Train, TrainText } from "./job/train.ts";
 
-export { type GatedActivation, isGated, type PlainActivation } from "./job/model.ts";
+export { type GatedActivation, isGated, type PlainActivation, paddedVocab } from "./job/model.ts";
 
 const Code = z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504");
 const Allowed = z.strictObject({

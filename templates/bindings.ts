@@ -548,6 +548,7 @@ interface CudaRopeCu {
 interface CudaRowReduceCu {
   readonly after: readonly (string | number)[];
   readonly beside: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly hasColumn: boolean;
   readonly lanes: string | number;
   readonly name: string | number;
   readonly op: string | number;
@@ -618,6 +619,8 @@ interface CudaSinkhornCu {
 }
 
 interface CudaSoftmaxStatisticsCu {
+  readonly ends: boolean;
+  readonly ids: string | number;
   readonly lanes: string | number;
   readonly name: string | number;
   readonly rows: string | number;

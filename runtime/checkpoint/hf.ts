@@ -9,7 +9,7 @@ import { depthsOf } from "../../schemas/mtp.ts";
 import type { Ranges } from "../shards.ts";
 import { expectFinite } from "./finite.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./hfFiles.ts";
-import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
+import { type HfParameter, paddedSizesOf, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
 import { isConvertible } from "./loadWeights.ts";
 import { expectAllowed, keyOfTensor, type Mismatch, surplusMismatches } from "./mismatch.ts";
 import { type FilePiece, piecesOf } from "./pieces.ts";
@@ -77,18 +77,21 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
     read: (name, shape) => {
       const known = found.get(name);
       if (known === undefined) throw new Error(`the model has no parameter ${name}`);
-      const size = known.parameter.shape;
-      if (`${sizesOf(size)}` !== `${shape}`) throw new Error(`${name} has shape ${list(sizesOf(size))}, asked for ${list(shape)}`);
-      const out = new Float32Array(product(size));
-      for (const { tensor, blocks } of known.parts) {
+      const { parameter, parts } = known;
+      const sizes = paddedSizesOf(parameter.shape);
+      if (`${sizes}` !== `${shape}`) throw new Error(`${name} has shape ${list(sizes)}, asked for ${list(shape)}`);
+      const isPadded = parts === parameter.own || !isShorter(parameter);
+      const out = new Float32Array(isPadded ? elements(sizes) : product(parameter.shape));
+      for (const { tensor, blocks } of parts) {
         const source = entryOf(tensors.where, tensor, "tensor");
         const data = expectFinite(source.read(tensor), `${source.path}: ${tensor}`, "name a checkpoint whose weights are finite");
         for (const block of blocks) transpose(block.rows, block.cols, data, block.there, out, block.here);
       }
-      return out;
+      return isPadded ? out : resized(out, sizesOf(parameter.shape), sizes);
     },
     pieces: (name, sizes, ranges) => {
-      const { parts } = entryOf(found, name, "parameter");
+      const { parameter, parts } = entryOf(found, name, "parameter");
+      if (parts !== parameter.own && isShorter(parameter)) return undefined;
       const all = parts.map(({ tensor }) => {
         const source = entryOf(tensors.where, tensor, "tensor");
         const { dtype, start } = source.info(tensor);
@@ -117,7 +120,9 @@ export function toHuggingFace(
     const value = named.get(name);
     if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
-    if (value.data.length !== product(shape)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizesOf(shape))}`);
+    const sizes = paddedSizesOf(shape);
+    if (value.data.length !== elements(sizes)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizes)}`);
+    const data = resized(value.data, sizes, sizesOf(shape));
     const [newest = own] = theirs;
     for (const part of newest) {
       const entry = entries.get(part.tensor) ?? {
@@ -127,10 +132,25 @@ export function toHuggingFace(
         data: new Float32Array(product(part.shape)),
       };
       entries.set(part.tensor, entry);
-      for (const block of part.blocks) transpose(block.cols, block.rows, value.data, block.here, entry.data, block.there);
+      for (const block of part.blocks) transpose(block.cols, block.rows, data, block.here, entry.data, block.there);
     }
   }
   return [...entries.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
+}
+
+/** Returns whether our parameter has more elements than the tensors of Hugging Face: rows of a vocabulary that no id has. */
+const isShorter = ({ shape }: HfParameter): boolean => shape.some(({ size, padded = size }) => padded !== size);
+const elements = (sizes: readonly number[]): number => sizes.reduce((n, size) => n * size, 1);
+
+/** Returns the values of a tensor of one or two dims in a tensor of other sizes: further elements are zeros, or left out. */
+function resized(data: Float32Array, from: readonly number[], to: readonly number[]): Float32Array {
+  if (`${from}` === `${to}`) return data;
+  const [rows = 1, columns = 1] = from;
+  const [toRows = 1, toColumns = 1] = to;
+  const out = new Float32Array(elements(to));
+  const width = Math.min(columns, toColumns);
+  for (let r = 0; r < Math.min(rows, toRows); r++) out.set(data.subarray(r * columns, r * columns + width), r * toColumns);
+  return out;
 }
 
 /** Transposes: to[c, r] = from[r, c]. */

@@ -3,14 +3,14 @@
  * [out, in], we keep [in, out].
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import { isGated, type Job } from "../../schemas/job.ts";
+import { isGated, type Job, paddedVocab } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];
 type Moe = NonNullable<Model["moe"]>;
 
-/** A dim: its size, and the job key that sets it. */
-export type Dim = { readonly size: number; readonly key: string };
+/** A dim: its size in Hugging Face checkpoints, the job key that sets it, and its size in our parameters if they have more elements. */
+export type Dim = { readonly size: number; readonly key: string; readonly padded?: number };
 
 /** A matrix [rows, cols] that starts at `there` in the checkpoint's tensor and lies transposed, [cols, rows], at `here` in ours. */
 type Block = { readonly there: number; readonly here: number; readonly rows: number; readonly cols: number };
@@ -38,7 +38,7 @@ interface Dims {
   readonly E: Dim;
 }
 const dimsOf = (model: Model): Dims => ({
-  V: { size: model.vocab, key: "model.vocab" },
+  V: { size: model.vocab, key: "model.vocab", padded: paddedVocab(model) },
   D: { size: model.hidden, key: "model.hidden" },
   E: { size: model.moe?.experts ?? 0, key: "model.moe.experts" },
 });
@@ -252,12 +252,15 @@ function experts(model: Model, ours: string, theirs: string, moe: Moe): readonly
 
 /** A parameter that rankc writes under its own name, as it is. */
 function own(name: string, missing: string, shape: readonly Dim[], theirs: readonly (readonly TensorSlice[])[]): HfParameter {
-  return { name, shape, missing, own: [{ tensor: name, shape, blocks: asIs(shape) }], theirs };
+  const ours = shape.map(({ key, size, padded = size }) => ({ key, size: padded }));
+  return { name, shape, missing, own: [{ tensor: name, shape: ours, blocks: asIs(ours) }], theirs };
 }
 
 const asIs = (shape: readonly Dim[]): readonly Block[] => [{ there: 0, here: 0, rows: 1, cols: product(shape) }];
 
-/** Returns the sizes of a shape. */
+/** Returns the sizes of a shape in Hugging Face checkpoints. */
 export const sizesOf = (shape: readonly Dim[]): number[] => shape.map(({ size }) => size);
+/** Returns the sizes of a shape in our parameters. */
+export const paddedSizesOf = (shape: readonly Dim[]): number[] => shape.map(({ size, padded = size }) => padded);
 /** Returns the number of elements of a shape. */
 export const product = (shape: readonly Dim[]): number => shape.reduce((n, { size }) => n * size, 1);

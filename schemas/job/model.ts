@@ -84,7 +84,12 @@ export const ModelText = z.strictObject({
     .default(false)
     .describe("the matrices of the dense feed-forward part have biases; those of shared experts have none"),
   out_bias: z.boolean().default(false).describe("the output projection of attention has a bias"),
-  vocab: count.describe("rows of the embedding and of the head; token ids are below it"),
+  vocab: count.describe("ids of the tokenizer; token ids are below it"),
+  vocab_multiple: count
+    .default(1)
+    .describe(
+      "the embedding and the head have vocab rows, rounded up to a multiple of this number, which tensor must divide; no id has the added rows, and the loss never gives them a probability (Megatron: make-vocab-size-divisible-by times the tensor size)",
+    ),
   seq: count.describe("tokens in one sequence"),
   norm: Norm.prefault({}).describe("normalisation"),
   positions: z
@@ -118,6 +123,10 @@ export const Model = ModelText.required({ ffn: true, kv_heads: true, head_dim: t
   rope: Rope,
   moe: Moe.nullable(),
 });
+
+/** Returns the rows of the embedding and of the head: the ids of the tokenizer, rounded up to a multiple. */
+export const paddedVocab = ({ vocab, vocab_multiple }: Pick<z.output<typeof Model>, "vocab" | "vocab_multiple">): number =>
+  Math.ceil(vocab / vocab_multiple) * vocab_multiple;
 
 /** Fills in defaults that depend on other keys. hidden / heads may be fractional here; a rule reports that. */
 export function completeModel(model: z.output<typeof ModelText>): z.output<typeof Model> {

@@ -54,6 +54,8 @@ export interface FormulaText {
   readonly reads: ReadonlySet<string>;
   /** The functions that they call. */
   readonly calls: ReadonlySet<Fn>;
+  /** Whether they read `column`, the global index of the element along the last dim of a row. */
+  readonly hasColumn: boolean;
 }
 
 /** Returns the text of results. `operand` replaces the names of operands. */
@@ -71,6 +73,7 @@ class Printer {
     element: [] as string[],
     reads: new Set<string>(),
     calls: new Set<Fn>(),
+    hasColumn: false,
   };
   private readonly declared = new Map<string, string>();
 
@@ -87,6 +90,9 @@ class Printer {
       case "operand":
         this.parts.reads.add(e.name);
         return this.atom(this.operand(e.name), e);
+      case "column":
+        this.parts.hasColumn = true;
+        return this.atom("column", e);
       case "variable":
         return this.variable(e.name, e, () => this.print(e.value).text);
       case "call":

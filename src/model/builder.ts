@@ -6,7 +6,7 @@
  * Q all query heads, KV all key/value heads, C one head, O output of all heads. Latent attention: QL latent of queries, KL latent of
  * keys and values, KR KL with the rotary channels, KU keys and values of all heads.
  */
-import type { Job } from "../../schemas/job.ts";
+import { type Job, paddedVocab } from "../../schemas/job.ts";
 import type { HostInput, InputSource } from "../../schemas/plan.ts";
 import { inputName } from "../../schemas/program.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";
@@ -86,7 +86,7 @@ function sizesOf(job: Job): Readonly<Record<string, number>> {
     S: m.seq,
     D: m.hidden,
     "2D": 2 * m.hidden,
-    V: m.vocab,
+    V: paddedVocab(m),
     P: m.max_positions,
     Q: m.heads * m.head_dim,
     KV: m.kv_heads * m.head_dim,

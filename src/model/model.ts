@@ -3,10 +3,10 @@
  * and of the residual stream. builder.ts lists the letters of dims.
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import type { Job } from "../../schemas/job.ts";
+import { type Job, paddedVocab } from "../../schemas/job.ts";
 import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { add, gemm, gemmDgrad } from "../ops/linear.ts";
-import type { Value } from "../ops/op.ts";
+import type { Attrs, Value } from "../ops/op.ts";
 import { embed, mean, nll, rowMax, softmaxTerms, sourceLosses, weightedSum } from "../ops/vocab.ts";
 import { copyOf, dropped, inStream, type ModelGraph, type ModelGraphBuilder, type ModuleBuilder, moduleBuilders } from "./builder.ts";
 import { layer } from "./layer.ts";
@@ -104,9 +104,11 @@ interface LossPlace {
 /** Cross-entropy of each token that works on vocabulary shards: log Σ exp(x - max) + max - x[target]. */
 function tokenLosses(module: ModuleBuilder, logits: Value, { prefix, depth }: LossPlace): Value {
   const at = (name: string): string => `${prefix}${name}`;
-  const max = rowMax.of({ x: logits }, {}, at("loss.max"));
+  const { vocab } = module.job.model;
+  const attrs: Attrs = paddedVocab(module.job.model) === vocab ? {} : { ids: vocab };
+  const max = rowMax.of({ x: logits }, attrs, at("loss.max"));
   const ahead = depth === undefined ? {} : { depth };
-  const { s, p } = softmaxTerms.all({ x: logits, m: max, target: module.input({ source: "labels", ...ahead }) }, {}, at("loss.terms"));
+  const { s, p } = softmaxTerms.all({ x: logits, m: max, target: module.input({ source: "labels", ...ahead }) }, attrs, at("loss.terms"));
   return nll.of({ m: max, s, p }, {}, at("loss.nll"));
 }
 

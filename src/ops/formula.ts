@@ -34,6 +34,8 @@ export type Test =
 export type Expr =
   | { readonly kind: "operand"; readonly name: string; readonly scope: ValueScope }
   | { readonly kind: "constant"; readonly value: number }
+  /** The global index of the element along the last dim of a row; kernels have it in reductions that read one operand. */
+  | { readonly kind: "column" }
   /** A value that kernels compute once and keep in a variable. */
   | { readonly kind: "variable"; readonly name: string; readonly value: Expr }
   | { readonly kind: "call"; readonly fn: Fn; readonly args: readonly Expr[] }
@@ -67,6 +69,8 @@ export function scopeOf(e: Expr): ValueScope {
       return e.scope;
     case "constant":
       return "constant";
+    case "column":
+      return "element";
     case "variable":
       return scopeOf(e.value);
     case "call":
@@ -137,6 +141,8 @@ export const greater = (a: Term, b: Term): Test => ({ kind: "greater", a: expr(a
 export const equal = (a: Term, b: Term): Test => ({ kind: "equal", a: expr(a), b: expr(b) });
 /** Neither infinite nor NaN. */
 export const finite = (x: Term): Test => ({ kind: "finite", x: expr(x) });
+/** The global index of the element along the last dim of a row. */
+export const column: Expr = { kind: "column" };
 /** The sum of a term over a row. */
 export const rowSum = (name: string, term: Term): Expr => ({ kind: "rowReduce", name, by: "sum", term: expr(term) });
 /** The maximum of a term over a row. */

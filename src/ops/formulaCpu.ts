@@ -9,9 +9,12 @@ import { invariant } from "./invariant.ts";
 
 type Arrays = Readonly<Record<string, Float32Array>>;
 type Sizes = Readonly<Record<string, number>>;
-/** Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged. */
-export type CpuFormula = (t: Arrays, raggedRows: number) => void;
-type Generated = (t: Arrays, rows: number, special: typeof erf) => void;
+/**
+ * Stores the results in the arrays of the outputs, or adds totals. `raggedRows` is the number of rows that exist if operands are ragged;
+ * `start` the global index of the first element of a row.
+ */
+export type CpuFormula = (t: Arrays, raggedRows: number, start: number) => void;
+type Generated = (t: Arrays, rows: number, start: number, special: typeof erf) => void;
 
 /** Generated functions by source: uses that differ in nothing that the source contains share one, and V8 compiles it once. */
 const functions = new Map<string, Generated>();
@@ -20,13 +23,13 @@ const functions = new Map<string, Generated>();
 export function cpuFormula(layout: OperandLayout, results: Readonly<Record<string, Result>>, d: Sizes): CpuFormula {
   const source = new Source(layout, d).textOf(results);
   let run = functions.get(source);
-  if (!run) functions.set(source, (run = new Function("t", "rows", "erf", source) as Generated));
+  if (!run) functions.set(source, (run = new Function("t", "rows", "start", "erf", source) as Generated));
   const generated = run;
   const width = productOf(layout.rowDims, d);
   const { name, ragged } = layout.full;
-  return (t, raggedRows) => {
+  return (t, raggedRows, start) => {
     for (const operand of layout.access.keys()) invariant(t[operand] !== undefined, () => `a formula has no operand ${operand}`);
-    generated(t, ragged ? raggedRows : (t[name]?.length ?? 0) / width, erf);
+    generated(t, ragged ? raggedRows : (t[name]?.length ?? 0) / width, start, erf);
   };
 }
 
@@ -115,6 +118,8 @@ class Source {
     switch (e.kind) {
       case "operand":
         return block.declare(e, this.newName(), this.load(e));
+      case "column":
+        return block.declare(e, this.newName(), `start + i % ${this.width}`);
       case "call": {
         const [a, b] = e.args.map((x) => this.valueOf(x, element));
         invariant(a !== undefined, `${e.fn} has no operand`);

@@ -81,19 +81,19 @@ export const rmsnormGradAdd = op({
   },
 });
 
-/** The maximum of each row of logits, and what softmax_terms returns for it, in one pass: of a vocabulary that no rank shards. */
+/** The maximum of each row of logits, and what softmax_terms returns for it, in one pass: of a vocabulary that no rank shards. `ids` as there. */
 export const softmaxStatistics = op({
   name: "softmax_statistics",
   sig: "x[B,S,V!] target[B,S] -> m[B,S] s[B,S] p[B,S]",
   types: { m: "f32", s: "f32", p: "f32" },
-  cpu({ x, target, m, s, p }, { V }) {
+  cpu({ x, target, m, s, p }, { V, ids = V }) {
     for (let t = 0; t < m.length; t++) {
-      const row = x.subarray(t * V, t * V + V);
+      const row = x.subarray(t * V, t * V + ids);
       const most = row.reduce((a, b) => Math.max(a, b), -Infinity);
       m[t] = most;
       s[t] = row.reduce((sum, value) => sum + Math.exp(value - most), 0);
       const id = target[t]!;
-      p[t] = id >= 0 && id < V ? row[id]! : 0;
+      p[t] = id >= 0 && id < ids ? row[id]! : 0;
     }
   },
 });

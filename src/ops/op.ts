@@ -274,11 +274,12 @@ export function formulaOp<const S extends string, const N extends OpName, const 
   const { formula } = def as unknown as Pick<FormulaOp<S, N, A>, "formula">;
   // a job uses few sizes of an op
   const prepared = new Map<string, CpuFormula>();
-  const self = opOf<S, N, A>(def, (t, d, { rows }) => {
+  const self = opOf<S, N, A>(def, (t, d, place) => {
     const key = Object.entries(d).join();
     let own = prepared.get(key);
     if (!own) prepared.set(key, (own = cpuFormula(layout, formula(operandsOf(layout), d), d)));
-    own(t, rows[0] ?? 0);
+    const dim = layout.rowDims.at(-1);
+    own(t, place.rows[0] ?? 0, dim === undefined ? 0 : place.start(dim));
   });
   const layout = layoutOf(self);
   // the nodes of the graph refer to this object, and passes compare ops by identity

@@ -1,5 +1,6 @@
 /** Embedding and cross-entropy. V may be sharded: one shard holds the row of an id, and the loss is composed of partial values. */
 import { add, div, log, rowMax as maxOfRow, mul, neg, sub, total, totalOver } from "./formula.ts";
+import { idColumns, LOWEST, ofIds } from "./idColumns.ts";
 import { formulaOp, type Grads, op } from "./op.ts";
 
 /** y = the row of the embedding for each id; 0 for rows of other ranks. */
@@ -32,6 +33,7 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
 }
 
 // The loss as a sum of terms that are partial under a sharded V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
+// The optional attribute `ids` is the number of ids: logits of further columns take no part (idColumns.ts).
 
 /** The maximum of each row. */
 export const rowMax = formulaOp({
@@ -39,7 +41,7 @@ export const rowMax = formulaOp({
   sig: "x[B,S,V] -> m[B,S]",
   reduction: "max",
   types: { m: "f32" },
-  formula: ({ x }) => ({ m: maxOfRow("most", x) }),
+  formula: ({ x }, attrs) => ({ m: maxOfRow("most", ofIds(attrs, x, LOWEST)) }),
 });
 /**
  * What each shard of the vocabulary adds to the loss of a token: s, the sum of exp(x − m), and p, the logit of the target, which one shard
@@ -50,24 +52,26 @@ export const softmaxTerms = op({
   sig: "x[B,S,V] m[B,S] target[B,S] -> s[B,S] p[B,S]",
   types: { s: "f32", p: "f32" },
   gradOutputs: ["s", "p"],
-  cpu({ x, m, target, s, p }, { V }, place) {
+  cpu({ x, m, target, s, p }, { V, ...attrs }, place) {
+    const end = idColumns(attrs, V, place.start("V"));
     for (let t = 0; t < s.length; t++) {
       let sum = 0;
-      for (let v = 0; v < V; v++) sum += Math.exp(x[t * V + v]! - m[t]!);
+      for (let v = 0; v < end; v++) sum += Math.exp(x[t * V + v]! - m[t]!);
       s[t] = sum;
     }
     here(target, place.start("V"), V, (t, v) => {
       p[t] = x[t * V + v]!;
     });
   },
-  grad: ({ x, m, target }, { dys: [ds, dp] }): Grads => ({ x: softmaxTermsGrad.of({ x, m, target, ds: ds!, dp: dp! }) }),
+  grad: ({ x, m, target }, { dys: [ds, dp] }, attrs): Grads => ({ x: softmaxTermsGrad.of({ x, m, target, ds: ds!, dp: dp! }, attrs) }),
 });
 /** The gradient of `softmaxTerms`. */
 export const softmaxTermsGrad = op({
   name: "softmax_terms_grad",
   sig: "x[B,S,V] m[B,S] target[B,S] ds[B,S] dp[B,S] -> dx[B,S,V]",
-  cpu({ x, m, target, ds, dp, dx }, { V }, place) {
-    for (let t = 0; t < ds.length; t++) for (let v = 0; v < V; v++) dx[t * V + v] = ds[t]! * Math.exp(x[t * V + v]! - m[t]!);
+  cpu({ x, m, target, ds, dp, dx }, { V, ...attrs }, place) {
+    const end = idColumns(attrs, V, place.start("V"));
+    for (let t = 0; t < ds.length; t++) for (let v = 0; v < end; v++) dx[t * V + v] = ds[t]! * Math.exp(x[t * V + v]! - m[t]!);
     here(target, place.start("V"), V, (t, v) => {
       dx[t * V + v]! += dp[t]!;
     });

@@ -1,6 +1,6 @@
 /** The memory rule, the only rule that needs the memory of compiled programs. The caller supplies the peaks (all.ts), so that a job that needs none loads no compiler. */
 import { deviceOf, devices } from "../../schemas/devices.ts";
-import type { Job } from "../../schemas/job.ts";
+import { type Job, paddedVocab } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { type MemoryBreakdown, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";
@@ -35,13 +35,13 @@ function ceiling({ model: m, parallel: p, train }: Job): number {
   const ahead = depthsOf(m);
   const layers = m.layers + ahead;
   const parameters =
-    (2 * m.vocab + m.max_positions) * m.hidden +
+    (2 * paddedVocab(m) + m.max_positions) * m.hidden +
     layers * Math.max(m.hidden, latents) * (2 * heads + 3 * ffn + (m.moe?.experts ?? 0) + 2) +
     ahead * 3 * m.hidden ** 2;
   // the most rows of a token: capacity may be padded, and all experts may choose the same token
   const rows = m.moe && (m.moe.capacity !== "dropless" || m.moe.router.type === "expert_choice") ? m.moe.experts : (m.moe?.top_k ?? 0);
   const active = m.moe ? Math.max(m.ffn, rows * (m.moe.ffn + m.hidden) + 4 * m.moe.experts + (m.moe.shared?.ffn ?? 0)) : m.ffn;
-  const perToken = layers * (8 * m.hidden + 8 * heads + 8 * active) + (1 + ahead) * 8 * m.vocab + ahead * 16 * m.hidden;
+  const perToken = layers * (8 * m.hidden + 8 * heads + 8 * active) + (1 + ahead) * 8 * paddedVocab(m) + ahead * 16 * m.hidden;
   return 24 * parameters + 8 * perToken * train.micro_batch * p.data * m.seq * p.pipeline;
 }
 

@@ -2,10 +2,10 @@
 
 import { hasExperts } from "../../schemas/experts.ts";
 import { SMALLEST } from "../../schemas/job/numbers.ts";
-import type { Job } from "../../schemas/job.ts";
+import { type Job, paddedVocab } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
-import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule, upTo } from "./rule.ts";
+import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule } from "./rule.ts";
 
 /** The largest element count with exact sums of bytes. */
 const LARGEST_COUNT = 2 ** 48;
@@ -19,7 +19,7 @@ function parameters({ model: m }: Job): number {
     : 3 * m.hidden * m.ffn;
   const ahead = depthsOf(m);
   const layers = (m.layers + ahead) * (attention + mlp + 2 * m.hidden) + ahead * 2 * m.hidden ** 2;
-  return layers + (m.tie_embeddings ? 1 : 2) * m.vocab * m.hidden + (m.positions === "learned" ? m.max_positions : 1) * m.hidden;
+  return layers + (m.tie_embeddings ? 1 : 2) * paddedVocab(m) * m.hidden + (m.positions === "learned" ? m.max_positions : 1) * m.hidden;
 }
 
 /** Builds a finding for a size that `tensor` does not divide. */
@@ -83,10 +83,10 @@ export const model: readonly Rule[] = [
   rule({
     code: "M304",
     title: "tensor does not divide vocab",
-    why: "The embedding and the output head are sharded over the vocabulary, in equal parts; rankc adds no padding rows, because they would change the logits.",
+    why: "The embedding and the output head are sharded over the vocabulary, in equal parts; model.vocab_multiple adds rows that no id has.",
     level: "error",
     check: (job) =>
-      byTensor(job, "model.vocab", job.model.vocab, "vocabulary rows", [{ "model.vocab": upTo(job.model.vocab, job.parallel.tensor) }]),
+      byTensor(job, "model.vocab", paddedVocab(job.model), "vocabulary rows", [{ "model.vocab_multiple": 128 * job.parallel.tensor }]),
     bad: "model: {vocab: 257}\nparallel: {world: 2, tensor: 2}",
   }),
   rule({

@@ -268,18 +268,20 @@ describe("samples and iterations", () => {
 
 describe("vocabulary", () => {
   test("is padded to a multiple that depends on the tensor degree", () => {
-    expect(jobOf().model.vocab).toBe(1024);
-    expect(jobOf({ "tensor-model-parallel-size": "4" }).model.vocab).toBe(1024);
-    expect(jobOf({ "vocab-size": "1025", "tensor-model-parallel-size": "4" }).model.vocab).toBe(1536);
-    expect(jobOf({ "padded-vocab-size": "1001" }).model.vocab).toBe(1001);
+    expect(jobOf().model).toMatchObject({ vocab: 1000, vocab_multiple: 128 });
+    expect(jobOf({ "tensor-model-parallel-size": "4" }).model).toMatchObject({ vocab: 1000, vocab_multiple: 512 });
+    expect(jobOf({ "vocab-size": "1024", "tensor-model-parallel-size": "4" }).model).toMatchObject({ vocab: 1024, vocab_multiple: 1 });
+    expect(jobOf({ "padded-vocab-size": "1001" }).model).toMatchObject({ vocab: 1001, vocab_multiple: 1 });
   });
 
   test("is that of a known tokenizer, else of --vocab, else asked for", () => {
     const hub = (model: string) => ({ "tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": model, "vocab-size": null });
-    expect(jobOf({ ...hub("deepseek-ai/DeepSeek-V3"), "make-vocab-size-divisible-by": "3232" }).model.vocab).toBe(129280);
+    expect(jobOf({ ...hub("deepseek-ai/DeepSeek-V3"), "make-vocab-size-divisible-by": "3232" }).model).toMatchObject({
+      ...{ vocab: 128815, vocab_multiple: 3232 },
+    });
     expect(refusalOf(hub("someone/else"))).toContain("--vocab N");
-    expect(jobOf(hub("someone/else"), { vocab: 500 }).model.vocab).toBe(512);
-    expect(jobOf({ "tokenizer-type": null, "vocab-size": null }).model.vocab).toBe(50304);
+    expect(jobOf(hub("someone/else"), { vocab: 500 }).model).toMatchObject({ vocab: 500, vocab_multiple: 128 });
+    expect(jobOf({ "tokenizer-type": null, "vocab-size": null }).model).toMatchObject({ vocab: 50257, vocab_multiple: 128 });
   });
 });
 
@@ -553,7 +555,12 @@ describe("public recipes", () => {
     const job = complete(result);
     expect(result.notes[0]).toContain("NNODES is 2: with the script's default of 1 there are 8 ranks");
     expect(job.parallel).toMatchObject({ world: 16, tensor: 4, sequence: true, expert: 4, expert_tensor: 4, data: 4 });
-    expect(job.model).toMatchObject({ vocab: 32256, kv_heads: 8, moe: { dispatch: "all_gather", router: { aux_coeff: 0.01 } } });
+    expect(job.model).toMatchObject({
+      vocab: 32000,
+      vocab_multiple: 512,
+      kv_heads: 8,
+      moe: { dispatch: "all_gather", router: { aux_coeff: 0.01 } },
+    });
     expect(job.train.optimizer).toMatchObject({ betas: [0.9, 0.999], decay_steps: 320000, warmup_steps: 500 });
     expect(result.mapped).toHaveLength(41);
     expect(job.train.evaluation).toEqual({ every: 1000, steps: 10, at_end: true });
@@ -573,7 +580,8 @@ describe("public recipes", () => {
         ffn: 14336 # --ffn-hidden-size
         heads: 32 # --num-attention-heads
         kv_heads: 8 # --group-query-attention --num-query-groups
-        vocab: 32256 # --tokenizer-type --tokenizer-model: 32000 of Llama2Tokenizer, up to a multiple of 512
+        vocab: 32000 # --tokenizer-type --tokenizer-model: of Llama2Tokenizer
+        vocab_multiple: 512 # Megatron's default: 128 times the tensor size 4
         seq: 2048 # --seq-length
         moe:
           experts: 8 # --num-experts
@@ -617,7 +625,7 @@ describe("public recipes", () => {
     const result = list("Qwen3-30B-A3B", 32, [1, 1, 8, 256], "", { MOE_TOKEN_DISPATCHER: "alltoall", MOE_GROUPED_GEMM: "true" });
     const { model, train, parallel } = complete(result);
     expect(model).toMatchObject({
-      vocab: 151936,
+      ...{ vocab: 151669, vocab_multiple: 1187 },
       head_dim: 128,
       kv_heads: 4,
       qk_norm: "head",
@@ -641,7 +649,7 @@ describe("public recipes", () => {
       LAYERS_PER_VP: "3",
     });
     const { model, parallel } = complete(result);
-    expect(model).toMatchObject({ layers: 94, vocab: 151936, head_dim: 128 });
+    expect(model).toMatchObject({ layers: 94, vocab: 151669, vocab_multiple: 2374, head_dim: 128 });
     expect(parallel).toMatchObject({ virtual_pipeline: 4, layout: "Ett|(ttt|)*30ttL", data: 16, expert_tensor: 1 });
   });
 
@@ -652,7 +660,7 @@ describe("public recipes", () => {
     const words = `${selective("mla_up_proj", "mlp")} ${mtp} --pipeline-model-parallel-layout ${layout}`;
     const result = list("DeepSeek-V3", world, sizes, words);
     const { model, parallel } = complete(result);
-    expect(model).toMatchObject({ vocab: 129280, mtp: { layers: 1 }, mla: { q_rank: 1536, kv_rank: 512, norm_eps: 1e-6 } });
+    expect(model).toMatchObject({ vocab: 128815, mtp: { layers: 1 }, mla: { q_rank: 1536, kv_rank: 512, norm_eps: 1e-6 } });
     expect(model.rope.scaling).toMatchObject({ type: "yarn", factor: 40, original_seq: 4096, mscale: 1, mscale_all_dim: 1 });
     expect(model.moe).toMatchObject({ layers: { first_dense: 3 }, shared: { ffn: 2048 }, dispatch: "all_to_all" });
     expect(model.moe?.router).toMatchObject({
@@ -722,7 +730,15 @@ describe("public recipes", () => {
       );
     const { model, train, parallel } = complete(importMegatron({ kind: "words" }, { name: "gpt3", world: 128, words }));
     expect(model).toMatchObject({
-      ...{ ffn: 49152, vocab: 51200, activation: "gelu_tanh", norm: { type: "layernorm" }, positions: "learned", max_positions: 2048 },
+      ...{
+        ffn: 49152,
+        vocab: 50257,
+        vocab_multiple: 1024,
+        activation: "gelu_tanh",
+        norm: { type: "layernorm" },
+        positions: "learned",
+        max_positions: 2048,
+      },
       ...{ qkv_bias: true, out_bias: true, mlp_bias: true, tie_embeddings: true, dropout: { attention: 0.1, hidden: 0.1 } },
     });
     expect(train).toMatchObject({ precision: "fp16", optimizer: { warmup_steps: 430, decay_steps: 430000 } });

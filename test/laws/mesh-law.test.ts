@@ -469,6 +469,7 @@ const anyJob = fc
       kv_heads: oneOf(4, 8, 2, 1),
       qk_norm: oneOf("none", "head", "full"),
       tie_embeddings: fc.boolean(),
+      vocab_multiple: oneOf(1, 1, 24),
       qkv_bias: fc.boolean(),
       out_bias: fc.boolean(),
       positions: oneOf("rope", "rope", "rope", "learned", "none"),

@@ -174,5 +174,8 @@ const variants: Readonly<Record<string, readonly Sizes[]>> = {
   orthogonalize: [{}, { coefficients: 1 }],
   orthogonalize_experts: [{}, { coefficients: 1 }],
   combine_weights_grad: [{}, { normalize: 0 }],
+  // a shard ends within the ids
+  ...Object.fromEntries(["row_max", "softmax_terms", "softmax_terms_grad"].map((op) => [op, [{}, { ids: 11 }]])),
+  softmax_statistics: [{}, { ids: 7 }],
 };
 export const variantsOf = (op: string): readonly Sizes[] => variants[op] ?? [{}];

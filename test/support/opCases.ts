@@ -26,6 +26,8 @@ const ATTRS = {
   ...{ A: 2, R: 5, Y: 7, Z: 8 },
   // what is random
   ...{ drop: 0.25, key0: 0x12345678, key1: 0x9abcdef0 },
+  // the loss: of 9 columns of logits 7 belong to ids
+  ids: 7,
   // routers
   ...{ rate: 0.1, groups: 2, group_top_k: 1, group_scores: 2 },
   ...{ beta1: 0.9, beta2: 0.95, momentum: 0.8, nesterov: 1, factor: 0.5, decay: 0.1, n0: 4, s0: 1, n1: 6, s1: 4 },

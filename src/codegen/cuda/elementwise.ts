@@ -138,8 +138,14 @@ export const elementwise = {
         "const float m = widen(mAt[row]), ds = widen(dsAt[row]), dp = widen(dpAt[row]);",
         // an id of another shard is below 0 or at least V, so it matches no element
         `const int here = targetAt[row] - start - int(at % (${spec.d.V} / N)) * N;`,
+        ...(spec.d.ids === undefined ? [] : [`const int end = ${spec.d.ids} - start - int(at % (${spec.d.V} / N)) * N;`]),
       ],
-      outputs: [{ ...operandOf(spec, "dx"), value: "ds * fastExp(x - m) + (j == here ? dp : 0.0f)" }],
+      outputs: [
+        {
+          ...operandOf(spec, "dx"),
+          value: `${spec.d.ids === undefined ? "ds * fastExp(x - m)" : "(j < end ? ds * fastExp(x - m) : 0.0f)"} + (j == here ? dp : 0.0f)`,
+        },
+      ],
     }),
   ),
   dropout: cudaKernel(dropout, (spec, arch) => {

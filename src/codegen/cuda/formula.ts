@@ -11,7 +11,7 @@ import { type Access, isTotal, layoutOf, type OperandLayout, operandsOf, product
 import { type AnyFormulaOp, invariant } from "../../ops/op.ts";
 import { type FormulaText, formulaText, strength } from "../formulaText.ts";
 import { type CudaGenerator, cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf } from "../kernelSpec.ts";
-import { type KernelArg, rowIndex, scratchStart } from "../launchArgs.ts";
+import { type KernelArg, rowIndex, scratchStart, startOf } from "../launchArgs.ts";
 import { makeElementwise } from "./elementwise.ts";
 import { addPartials, makeSum } from "./reduce.ts";
 import { cuda, f32, shareRow, source, vectorOf } from "./text.ts";
@@ -27,8 +27,9 @@ export const formulaKernel = <N extends OpName>(op: AnyFormulaOp<N>): CudaGenera
       return totalKernel(spec, arch, layout, first);
     }
     const text = formulaText(cuda, results);
-    if (text.stages.length === 0) return elementwiseKernel(spec, arch, layout, text);
     const hasElements = Object.keys(results).some((name) => layout.access.get(name)?.kind === "element");
+    invariant(!text.hasColumn || (text.stages.length > 0 && !hasElements), `${spec.op} reads the index of a column outside of a reduction`);
+    if (text.stages.length === 0) return elementwiseKernel(spec, arch, layout, text);
     return hasElements ? rowKernel(spec, layout, text) : rowReduction(spec, layout, text);
   });
 };
@@ -158,18 +159,23 @@ export function rowReduction(
   const shares = shareRow(width, vectorOf(width, [x.dtype]), 2 * unroll);
   const [lanes, threads] = [Math.min(512, shares.lanes), Math.min(512, shares.threads)];
   const perRow = reads("row");
+  const dim = layout.rowDims.at(-1);
+  invariant(dim !== undefined, `${spec.op} has no row`);
+  // other statements of the kernel may read the start as well
+  const ownStart = text.hasColumn && !params.some((p) => p.name === "start") ? [{ name: "start", type: "int", arg: startOf(dim) }] : [];
+  const beside = [...params, ...ownStart];
   const body = render("cuda/row_reduce.cu", {
     ...{ name: spec.name, op: stage.by === "sum" ? "Sum" : "Max", term: stage.term, lanes, threads, vector: shares.vector, unroll, width },
-    ...{ rows: to.size, x: cudaType(x.dtype), out: cudaType(to.dtype) },
+    ...{ rows: to.size, x: cudaType(x.dtype), out: cudaType(to.dtype), hasColumn: text.hasColumn },
     scalars: perRow.map((o) => ({ name: o.name, type: cudaType(o.dtype) })),
-    ...{ beside: params.map(({ name, type }) => ({ name, type })), after: [...statements] },
+    ...{ beside: beside.map(({ name, type }) => ({ name, type })), after: [...statements] },
   });
   return {
     source: source(spec, body),
     launches: [
       {
         ...{ entry: spec.name, grid: [Math.ceil(to.size / (threads / lanes)), 1, 1], threads, shared: 0 },
-        args: [x.name, ...perRow.map((o) => o.name), to.name, ...params.map(({ name, arg = name }) => arg)],
+        args: [x.name, ...perRow.map((o) => o.name), to.name, ...beside.map(({ name, arg = name }) => arg)],
       },
     ],
   };

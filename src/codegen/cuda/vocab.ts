@@ -2,8 +2,9 @@
 
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
-import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
+import { layoutOf, operandIn } from "../../ops/formula.ts";
 import { softmaxStatistics } from "../../ops/fused.ts";
+import { sumOfIds } from "../../ops/idColumns.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../kernelSpec.ts";
@@ -17,7 +18,7 @@ export const vocab = {
   softmax_terms: cudaKernel(softmaxTerms, (spec) => {
     const { V } = spec.d;
     const layout = layoutOf(softmaxTerms);
-    const s = sumOfExponentials(operandIn(layout, "x"), operandIn(layout, "m"));
+    const s = sumOfIds(operandIn(layout, "x"), operandIn(layout, "m"), spec.d);
     const type = cudaType(spec.dtype.p);
     return rowReduction(spec, layout, formulaText(cuda, { s }), {
       params: [
@@ -32,13 +33,14 @@ export const vocab = {
     });
   }),
   softmax_statistics: cudaKernel(softmaxStatistics, (spec) => {
-    const { V } = spec.d;
+    const { V, ids = V } = spec.d;
     const rows = spec.size.m;
     const unroll = 4;
     const shares = shareRow(V, vectorOf(V, [spec.dtype.x]), 2 * unroll);
     const [lanes, threads] = [Math.min(512, shares.lanes), Math.min(512, shares.threads)];
     const body = render("cuda/softmax_statistics.cu", {
       ...{ name: spec.name, lanes, threads, vector: shares.vector, unroll, width: V, rows, x: cudaType(spec.dtype.x) },
+      ...{ ids, ends: ids % shares.vector > 0 },
     });
     const grid: [number, number, number] = [Math.ceil(rows / (threads / lanes)), 1, 1];
     const args = ["x", "target", "m", "s", "p", startOf("V")];

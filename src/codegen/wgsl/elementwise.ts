@@ -125,10 +125,11 @@ export const elementwise = {
     return makeElementwise(spec, atRandom(spec, `x * (1.0 + ${float(spec.d.eps)} * (${uniform}))`));
   }),
   softmax_terms_grad: wgslKernel(softmaxTermsGrad, (spec) => {
-    const { V } = spec.d;
+    const { V, ids } = spec.d;
     const width = widthOf(V);
     const I = vector("i32", width);
     const lanes = width === 1 ? "0" : `${I}(${[0, 1, 2, 3].slice(0, width)})`;
+    const ofIds = ids === undefined ? "ds * exp(x - m)" : `select(V(0.0), ds * exp(x - m), column < ${I}(${ids} - start.x))`;
     return makeElementwise(spec, {
       ...{ width, starts: ["V"] },
       inputs: [
@@ -136,7 +137,7 @@ export const elementwise = {
         ...[perRow(operandOf(spec, "ds"), V, width), perRow(operandOf(spec, "dp"), V, width)],
       ],
       lines: [`let chosen = target_buf[i / ${V / width}u] - start.x;`, `let column = ${I}(i32(i % ${V / width}u) * ${width}) + ${lanes};`],
-      outputs: [{ ...operandOf(spec, "dx"), value: `ds * exp(x - m) + select(V(0.0), V(dp), column == ${I}(chosen))` }],
+      outputs: [{ ...operandOf(spec, "dx"), value: `${ofIds} + select(V(0.0), V(dp), column == ${I}(chosen))` }],
     });
   }),
   embed: wgslKernel(embed, (spec) => {

@@ -20,6 +20,7 @@ export const formulaKernel = (op: AnyFormulaOp): WgslGenerator => {
       return totalKernel(spec, layout, first);
     }
     const text = formulaText(wgsl, results);
+    invariant(!text.hasColumn || text.stages.length > 0, `${spec.op} reads the index of a column outside of a reduction`);
     return text.stages.length ? rowKernel(spec, layout, text) : elementwiseKernel(spec, layout, text);
   });
 };
@@ -118,8 +119,14 @@ function loadsOfRow(spec: KernelSpec, layout: OperandLayout, text: FormulaText, 
   return {
     buffers: inputs.map((o) => bufferOf(o, width)),
     once: loadsOf(inputs.filter((o) => !o.isVector)),
-    loadLines: ["let i = first + k;", ...loadsOf(perVector)],
+    loadLines: ["let i = first + k;", ...loadsOf(perVector), ...(text.hasColumn ? [columnOf(width)] : [])],
   };
+}
+
+/** Returns the statement that declares the global indices of the elements of vector `k`. */
+function columnOf(width: number): string {
+  const lanes = width === 1 ? "0.0" : `V(${[0, 1, 2, 3].slice(0, width).map(float)})`;
+  return `let column = V(f32(start.x + i32(k) * ${width})) + ${lanes};`;
 }
 
 /** What a kernel does for a row after its reductions. */
@@ -165,7 +172,9 @@ export function rowKernel(
   ];
   const all = [...buffers, ...written, ...end.buffers, ...(spec.bound ? [{ arg: rowIndex, type: "i32" }] : [])];
   const total = lanes > 1 ? [totalOver(lanes, stage.by === "max" ? { combine: "max(a, b)" } : {})] : [];
-  return kernel(spec, [{ entry: spec.name, grid: groups, threads: THREADS, buffers: all, starts: end.starts }], [...total, body]);
+  const dim = layout.rowDims.at(-1);
+  const starts = text.hasColumn && dim !== undefined && !end.starts.length ? [dim] : end.starts;
+  return kernel(spec, [{ entry: spec.name, grid: groups, threads: THREADS, buffers: all, starts }], [...total, body]);
 }
 
 /** A scalar to which the sum of a term over all elements, or over all rows, is added. */

@@ -1,6 +1,7 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the embedding. */
 import { render } from "../../../templates/bindings.ts";
-import { layoutOf, operandIn, sumOfExponentials } from "../../ops/formula.ts";
+import { layoutOf, operandIn } from "../../ops/formula.ts";
+import { sumOfIds } from "../../ops/idColumns.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { type GeneratedKernel, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
@@ -54,7 +55,7 @@ export const vocab = {
   softmax_terms: wgslKernel(softmaxTerms, (spec) => {
     const { V } = spec.d;
     const layout = layoutOf(softmaxTerms);
-    const s = sumOfExponentials(operandIn(layout, "x"), operandIn(layout, "m"));
+    const s = sumOfIds(operandIn(layout, "x"), operandIn(layout, "m"), spec.d);
     const width = widthOf(V);
     const logit = width > 1 ? `x_buf[first + u32(v) / ${width}u][u32(v) % ${width}u]` : "x_buf[first + u32(v)]";
     return rowKernel(spec, layout, formulaText(wgsl, { s }), {

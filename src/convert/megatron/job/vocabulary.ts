@@ -49,7 +49,7 @@ function sizeOf({ args }: Importing, asked: number | undefined): Size | undefine
   return given === undefined ? undefined : { size: given + extra, of: "--vocab-size" };
 }
 
-/** Puts model.vocab. `asked`: the size of the tokenizer that the user gives. */
+/** Puts model.vocab and model.vocab_multiple. `asked`: the size of the tokenizer that the user gives. */
 export function putVocabulary({ args, job }: Importing, tensor: number, asked: number | undefined): void {
   const padded = args.numberIfGiven("padded-vocab-size");
   if (padded !== undefined) {
@@ -63,13 +63,15 @@ export function putVocabulary({ args, job }: Importing, tensor: number, asked: n
     job.reject(subject, "the size of its vocabulary is not known here", "--vocab N gives the number of tokens, added ones included");
     return;
   }
-  const multiple = args.number("make-vocab-size-divisible-by") * tensor;
-  const rows = Math.ceil(found.size / multiple) * multiple;
-  const remark = rows === found.size ? `${found.size} of ${found.of}` : `${found.size} of ${found.of}, up to a multiple of ${multiple}`;
+  const divisor = args.number("make-vocab-size-divisible-by");
+  const multiple = divisor * tensor;
+  const remark = found.of === "--vocab-size" ? undefined : `of ${found.of}`;
   job.put(
     "model.vocab",
-    rows,
-    ["tokenizer-type", "tokenizer-model", "vocab-size", "make-vocab-size-divisible-by", "extra-vocab-size", "patch-tokenizer-type"],
+    found.size,
+    ["tokenizer-type", "tokenizer-model", "vocab-size", "extra-vocab-size", "patch-tokenizer-type"],
     remark,
   );
+  if (found.size % multiple !== 0)
+    job.put("model.vocab_multiple", multiple, ["make-vocab-size-divisible-by"], `${divisor} times the tensor size ${tensor}`);
 }
