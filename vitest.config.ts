@@ -5,10 +5,7 @@ import { basename, join } from "node:path";
 import { defineConfig } from "vitest/config";
 import { BaseSequencer, type TestSpecification } from "vitest/node";
 import { TierReporter } from "./test/support/tierReporter.ts";
-import { isFull } from "./test/support/tiers.ts";
-
-/** Files that start first, so that no core waits for one of them at the end. A fresh clone has no recorded durations. */
-const longest = ["cuda-compile", "cuda-contract", "wgsl-contract", "cuda-whole", "webgpu-run", "oracles", "cuda-gemm", "docs", "mesh-law"];
+import { isFull, longestFiles } from "./test/support/tiers.ts";
 
 /** Files that mock modules, load stand-in libraries, or open a WebGPU device or a browser run in a process of their own; others share one for each core. */
 const needsProcess = /\bvi\.mock\(|\/(softwareAdapter|chromium|cudaStandIn|cudaRanks)\.ts"|from "webgpu"/;
@@ -19,9 +16,9 @@ const alone = readdirSync("test", { recursive: true, encoding: "utf8" })
 class LongestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
     const rank = ({ moduleId, project }: TestSpecification): number => {
-      const at = longest.indexOf(basename(moduleId, ".test.ts"));
+      const at = longestFiles.indexOf(basename(moduleId, ".test.ts"));
       // a worker is kept only while the next file is of the project `together`
-      return (project.name === "alone" ? 0 : 100) + (at < 0 ? longest.length : at);
+      return (project.name === "alone" ? 0 : 100) + (at < 0 ? longestFiles.length : at);
     };
     return (await super.sort(files)).sort((a, b) => rank(a) - rank(b));
   }
@@ -39,6 +36,8 @@ export default defineConfig({
     tags: [{ name: "full", description: "runs in the full tier alone" }],
     ...(isFull ? {} : { tagsFilter: ["!full"] }),
     reporters: ["default", new TierReporter()],
+    // what a file of TypeScript was transformed to stays below node_modules until the file changes
+    experimental: { fsModuleCache: true },
     setupFiles: ["test/support/setup.ts"],
     sequence: { sequencer: LongestFirst },
     projects: [

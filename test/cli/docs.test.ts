@@ -1,15 +1,17 @@
 /**
  * The README and the pages of docs/ run. On each page, a yaml block that names a job is saved as job.yaml and passes `check`. Each line
- * of an sh block runs in a copy of the checkout, where `rankc` is the compiled command line; `# exit N` after a line gives its exit code;
+ * of an sh block runs in a copy of the checkout, where `rankc` is the compiled command line: in a shell, or for a plain command of docs/ in
+ * this process; `# exit N` after a line gives its exit code;
  * lines that begin with `npm ci` or `npm install` are left out, because the copy has its packages. Every line of a text block that follows
  * an sh block was printed by that block; `…` stands for anything.
  */
 import { spawnSync } from "node:child_process";
 import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { delimiter, dirname, join } from "node:path";
+import { basename, delimiter, dirname, join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { copyCheckout, root } from "../support/checkout.ts";
-import { builtCli } from "../support/rankc.ts";
+import { builtCli, rankc } from "../support/rankc.ts";
+import { longestFiles } from "../support/tiers.ts";
 
 interface Block {
   readonly kind: string;
@@ -43,8 +45,20 @@ writeFileSync(join(bin, "rankc"), `#!/bin/sh\nexec "${process.execPath}" "${buil
 chmodSync(join(bin, "rankc"), 0o755);
 const env = { ...process.env, PATH: `${bin}${delimiter}${process.env.PATH}`, NO_COLOR: "1" };
 
-function run(command: string): string {
-  const expected = Number(/# exit (\d)$/.exec(command)?.[1] ?? 0);
+/** A command without pipes, variables or other programs: words, some of them in quotes. */
+const plain = /^rankc(?: +(?:[\w./:=,+-]+|"[^"$`\\]*"))+$/;
+
+async function run(page: string, line: string): Promise<string> {
+  const expected = Number(/# exit (\d)$/.exec(line)?.[1] ?? 0);
+  const command = line.replace(/ +# exit \d$/, "");
+  if (page.startsWith("docs/") && plain.test(command)) {
+    const words = [...command.matchAll(/"([^"]*)"|[^ "]+/g)].map((found) => found[1] ?? found[0]);
+    const before = process.cwd();
+    process.chdir(copy);
+    const { exit, out, err } = await rankc(...words.slice(1)).finally(() => process.chdir(before));
+    expect(exit, `${command}\n${err}`).toBe(expected);
+    return out + err;
+  }
   const { status, stdout, stderr } = spawnSync("bash", ["-c", command], { cwd: copy, env, encoding: "utf8" });
   expect(status, `${command}\n${stderr}`).toBe(expected);
   return stdout + stderr;
@@ -92,18 +106,38 @@ test("every file that a page names exists", () => {
   expect(missing).toEqual([]);
 });
 
+test("docs/testing.md names existing test files, and so does the list of those that start first", () => {
+  const rows = textOf("docs/testing.md")
+    .split("\n")
+    .filter((line) => line.startsWith("| ") && !line.startsWith("| law"));
+  const named = rows
+    .flatMap((row) =>
+      row
+        .split("|")[2]!
+        .replace(/\(.*?\)/g, "")
+        .split(","),
+    )
+    .map((name) => name.trim());
+  expect(named.length).toBeGreaterThan(40);
+  const exists = (name: string): boolean => existsSync(join(root, "test", name.endsWith("/") ? name : `${name}.test.ts`));
+  expect(named.filter((name) => !exists(name))).toEqual([]);
+  const files = readdirSync(join(root, "test"), { recursive: true, encoding: "utf8" }).map((path) => basename(path));
+  expect(longestFiles.filter((name) => !files.includes(`${name}.test.ts`))).toEqual([]);
+});
+
 // one after the other: a command reads what an earlier one wrote
-test.each(runnable)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000 }, (page) => {
+test.each(runnable)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000 }, async (page) => {
   let printed: string[] | undefined;
   for (const { kind, text, line } of blocksOf(page)) {
     if (kind === "yaml" && /^name:/m.test(text)) {
       writeFileSync(join(copy, "job.yaml"), text);
-      run("rankc check job.yaml");
+      await run(page, "rankc check job.yaml");
     }
     if (kind === "sh") {
       const commands = text.trimEnd().split("\n");
       const kept = commands.filter((command) => !/^npm (ci|install)\b/.test(command));
-      printed = kept.flatMap((command) => run(command).split("\n")).map((output) => output.trim());
+      printed = [];
+      for (const command of kept) printed.push(...(await run(page, command)).split("\n").map((output) => output.trim()));
     } else if (kind === "text" && printed) {
       const missing = text
         .trimEnd()

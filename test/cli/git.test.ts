@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { root } from "../support/checkout.ts";
-import { rankcProcess } from "../support/rankc.ts";
+import { rankc, rankcProcess } from "../support/rankc.ts";
 
 const repository = mkdtempSync(join(tmpdir(), "rankc-git-"));
 afterAll(() => rmSync(repository, { recursive: true, force: true }));
@@ -22,7 +22,8 @@ const inside = async (...args: string[]) => {
   const before = process.cwd();
   process.chdir(repository);
   try {
-    return await rankcProcess(...args);
+    // git-setup writes the command by which this process was started
+    return await (args[0] === "git-setup" ? rankcProcess : rankc)(...args);
   } finally {
     process.chdir(before);
   }

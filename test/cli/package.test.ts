@@ -5,6 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { copyCheckout } from "../support/checkout.ts";
+import { isFull } from "../support/tiers.ts";
 
 interface Lock {
   readonly packages: Readonly<Record<string, { readonly dev?: boolean; readonly dependencies?: object }>>;
@@ -86,9 +87,10 @@ describe("the installed package", () => {
     const peaks = readdirSync(results).filter((name) => name.startsWith("peak-"));
     expect(peaks.length).toBeGreaterThan(0);
     expect(readdirSync(results).filter((name) => name.startsWith("plan-"))).toHaveLength(1);
-    expect(rankc("check", large, ...sets)).toBe(first);
+    if (isFull) expect(rankc("check", large, ...sets)).toBe(first);
     for (const name of peaks) writeFileSync(join(results, name), "{");
     expect(rankc("check", large, ...sets)).toBe(first);
+    if (!isFull) return;
 
     const compiled = (): string[] => readdirSync(results).filter((name) => name.startsWith("compiled-"));
     rankc("compile", large, "-o", "large");

@@ -9,6 +9,7 @@ import { buildMesh, denseAxes, expertAxes } from "../../src/passes/mesh.ts";
 import { rules } from "../../src/rules/all.ts";
 import { smallest } from "../../src/rules/index.ts";
 import { parallelOf } from "../support/job.ts";
+import { draws } from "../support/tiers.ts";
 
 const sets = (changes: Changes): string[] => Object.entries(changes).map(([path, value]) => `${path}=${JSON.stringify(value)}`);
 const read = (text: string, set: readonly string[] = []) => readJob(text, "job.yaml", set);
@@ -198,7 +199,7 @@ test("a grid can be built if and only if the rules accept it", () => {
         errors.length === 0,
       );
     }),
-    { numRuns: 150 },
+    { numRuns: draws(40, 150) },
   );
 });
 

@@ -10,6 +10,7 @@ import { readJob } from "../../src/frontend/readJobNow.ts";
 import { memoryOfStages } from "../../src/peak.ts";
 import { bytesText } from "../../src/units.ts";
 import { jobOf } from "../support/job.ts";
+import { byTier, full } from "../support/tiers.ts";
 
 const moe = (more: object = {}, router: object = { aux_coeff: 0.01 }) => ({ moe: { experts: 4, top_k: 2, ffn: 32, router, ...more } });
 const job = (model: object, parallel: object = {}, train: object = {}) =>
@@ -22,7 +23,7 @@ const job = (model: object, parallel: object = {}, train: object = {}) =>
   });
 const bias = { score: "sigmoid", expert_bias: true, balance: "none" };
 
-test.each([
+const jobs: readonly (readonly [string, object, object, object])[] = [
   ["dense layers", { layers: 12 }, {}, {}],
   ["three dense layers, then experts", { layers: 14, ...moe({ layers: { first_dense: 3 } }) }, {}, {}],
   ["two long stretches", { layers: 20, ...moe({ layers: { first_dense: 8 } }) }, {}, {}],
@@ -62,11 +63,14 @@ test.each([
     {},
     { recompute: { mode: "selective", modules: ["core_attn", "moe_act", "layernorm"] } },
   ],
-])("%s", (_, model, parallel, train) => {
-  const of = job(model, parallel, train);
-  const { memory, programs } = compile(of).plan;
-  expect(memoryOfStages(of, cpu)).toEqual(programs.map((p, stage) => memoryBreakdown(p, memory[stage]!)));
-});
+];
+// of layers without stages, of chunks, of another schedule, of a layout, and of recomputation one
+for (const { options, rows } of byTier(jobs, (_, i) => [1, 6, 7, 9, 11].includes(i)))
+  test.each(rows)("%s", options, (_, model, parallel, train) => {
+    const of = job(model, parallel, train);
+    const { memory, programs } = compile(of).plan;
+    expect(memoryOfStages(of, cpu)).toEqual(programs.map((p, stage) => memoryBreakdown(p, memory[stage]!)));
+  });
 
 test("the scratch of kernels is a part of it", async () => {
   const target = await loadTarget("cuda:sm_90a");
@@ -96,7 +100,7 @@ test("checking a job fills no template of a kernel in", async () => {
   vi.restoreAllMocks();
 });
 
-test("C510 counts scratch of the device's kernels", async () => {
+test("C510 counts scratch of the device's kernels", full, async () => {
   const sets = ["cluster.device=h100-80gb", "parallel.expert=1", "parallel.world=2", "parallel.distributed_optimizer=false"];
   const { job: read, findings } = await readJobWith(loadDeviceTargets, undefined, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
   const peaks = memoryOfStages(read!, await loadTarget("cuda:sm_90a")).map((m) => Object.values(m).reduce((a, b) => a + b));

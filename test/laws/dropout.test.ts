@@ -12,6 +12,7 @@ import { dropout, jitter, siteOf } from "../../src/ops/dropout.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { slopeErrors } from "../support/slopes.ts";
+import { isFull } from "../support/tiers.ts";
 
 const place = { start: () => 0, rows: new Int32Array(1) };
 const [B, S, D] = [4, 64, 256];
@@ -148,7 +149,8 @@ test("losses depend on the seed; not on mesh, microbatches, ring or recomputatio
     [{ world: 8, pipeline: 2, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true }, {}],
     [{ world: 2, pipeline: 2, virtual_pipeline: 1, schedule: "zero_bubble" }, { recompute: { mode: "full" } }],
   ];
-  for (const [parallel, train] of kinds) near(await losses(jobWith(some, parallel, train)), want);
+  for (const [parallel, train] of isFull ? kinds : [2, 4, 6].map((i) => kinds[i]!))
+    near(await losses(jobWith(some, parallel, train)), want);
   // gradients of the embedding's dropout and of tensor parallelism without a cut sequence
   const dense = { dropout: { attention: 0.2, hidden: 0.3 } };
   near(await losses(jobWith(dense, { world: 2, tensor: 2, sequence: false })), await losses(jobWith(dense)));

@@ -30,6 +30,7 @@ import type { StepResult } from "../../runtime/train/loop.ts";
 import { openRun, type RunSettings } from "../../runtime/train/openRun.ts";
 import { trainingSchedule } from "../../runtime/train/stepParameters.ts";
 import type { Job } from "../../schemas/job.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -68,8 +69,18 @@ const jobWith = (parallel: object, train: object = {}, model: object = {}): Job 
     data: { path: "corpus.txt", order: "shuffled" },
   });
 
+/** Plans of jobs that were compiled before. */
+const plans = new Map<string, Plan>();
+function planOf(job: Job): Plan {
+  const key = JSON.stringify(job);
+  const plan = plans.get(key) ?? compile(job).plan;
+  plans.set(key, plan);
+  return plan;
+}
+afterAll(() => plans.clear());
+
 /** Numbers of so many steps, the last of which is saved. */
-async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan = compile(job).plan): Promise<StepResult[]> {
+async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan = planOf(job)): Promise<StepResult[]> {
   const opened = await openRun(plan, { baseDir: fixture(""), version: "test", ...how });
   const all: StepResult[] = [];
   for (let i = 0; i < steps; i++) all.push(await opened.step());
@@ -194,7 +205,7 @@ test("shards of a tensor are assembled from any other sharding", () => {
 });
 
 test("each shard is saved once, by the first rank that holds it", async () => {
-  const { plan } = compile(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]));
+  const plan = planOf(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]));
   await run(jobWith(meshes["tensor, expert and pipeline parallel, moments apart"]), 1, { save: folder });
   const at = join(folder, "step-00000001");
   const files = readdirSync(at).filter((f) => f.startsWith("rank-"));
@@ -215,7 +226,7 @@ test("each shard is saved once, by the first rank that holds it", async () => {
 describe("what is wrong", () => {
   const job = jobWith({ world: 1 });
   const said = async (how: { save?: string; resume?: string }, of = job): Promise<string> =>
-    openRun(compile(of).plan, { baseDir: fixture(""), ...how }).then(
+    openRun(planOf(of), { baseDir: fixture(""), ...how }).then(
       async (opened) => {
         await opened.close();
         return "nothing";
@@ -342,7 +353,7 @@ describe("what is wrong", () => {
   });
 
   test("weights that are not finite are neither saved nor resumed nor exported", async () => {
-    const { plan } = compile(job);
+    const plan = planOf(job);
     const progress = { steps: 1, read: 16, trained: 16, updates: 1, loss_scale: null };
     const saveNow = (value: number) => {
       const read = async ({ shape }: { shape: readonly number[] }) => new Float32Array(elementsOf(shape)).fill(value);
@@ -381,7 +392,7 @@ describe("what is wrong", () => {
     );
     expect(await said({ resume: join(folder, "step-00000001") })).toBe("nothing");
     expect(await said({ resume: "auto" })).toBe("--resume auto needs --save");
-    const plan = compile(job).plan;
+    const plan = planOf(job);
     const opened = await openRun(plan, { baseDir: fixture(""), save: folder, resume: "auto" });
     expect(opened.progress().steps).toBe(1);
     expect(opened.notes).toEqual([
@@ -398,7 +409,7 @@ describe("what is wrong", () => {
   });
 
   test("one run saves into a folder: a second is refused until the first or its process has ended", async () => {
-    const first = await openRun(compile(job).plan, { baseDir: fixture(""), save: folder });
+    const first = await openRun(planOf(job), { baseDir: fixture(""), save: folder });
     expect(await said({ save: folder })).toContain(`DIR: another run saves there: process ${process.pid} on `);
     await first.close();
     expect(await said({ save: folder })).toBe("nothing");
@@ -416,7 +427,7 @@ describe("what is wrong", () => {
     const old = new Date(Date.now() - 3_600_000);
     utimesSync(lock, old, old);
     expect(await said({ save: folder })).toBe("nothing");
-    const robbed = await openRun(compile(job).plan, { baseDir: fixture(""), save: folder });
+    const robbed = await openRun(planOf(job), { baseDir: fixture(""), save: folder });
     await robbed.step();
     writeFileSync(lock, of({ host: "elsewhere" }));
     await expect(robbed.save()).rejects.toThrow("another run saves there");

@@ -164,7 +164,7 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
   test("evaluations between steps are issued, captured and replayed on their own: the losses of the CPU", async () => {
     const job = jobOf({
       name: "evaluated",
-      model: { ...model, layers: 1, moe },
+      model: { ...model, layers: 1 },
       train: { global_batch: 2, steps: 4, precision: "fp32", optimizer: { lr: 1e-2 }, evaluation: { every: 1, steps: 3 } },
       data: { path: "corpus.txt", split: [9, 1] },
     });

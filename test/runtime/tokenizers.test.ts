@@ -15,6 +15,7 @@ import { protoFields } from "../../runtime/data/tokenizers/protobuf.ts";
 import type { Tokenizer } from "../../runtime/data/tokenizers/tokenizer.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { fixture } from "../support/job.ts";
+import { isFull } from "../support/tiers.ts";
 
 const at = (name: string): string => fixture(`tokenizers/${name}`);
 const unzipped = (name: string): Buffer => gunzipSync(readFileSync(at(name)));
@@ -56,16 +57,19 @@ test.each(Object.keys(expected))("%s gives the ids of the reference library", (n
   const { first, tokens, blocks } = expected[name] ?? { first: [], tokens: 0, blocks: [] };
   const tokenizer = opened(name);
   expect(first.map((_, i) => idsOf(tokenizer, lines[i + 4] ?? ""))).toEqual(first);
-  const all = lines.map((line) => idsOf(tokenizer, line));
-  const digests = blocks.map((_, block) => {
-    const flat = all.slice(block * BLOCK, (block + 1) * BLOCK).flatMap((ids) => [ids.length, ...ids]);
-    return createHash("sha256").update(Uint32Array.from(flat)).digest("hex").slice(0, 12);
-  });
-  const wrong = digests.flatMap((digest, block) => (digest === blocks[block] ? [] : [`lines ${block * BLOCK} to ${(block + 1) * BLOCK}`]));
+  expect(lines.length).toBe(BLOCK * blocks.length);
+  const wrong: string[] = [];
+  let count = 0;
+  // the fast tier encodes every fourth block
+  for (let block = 0; block < blocks.length; block += isFull ? 1 : 4) {
+    const of = lines.slice(block * BLOCK, (block + 1) * BLOCK).map((line) => idsOf(tokenizer, line));
+    const digest = createHash("sha256").update(Uint32Array.from(of.flatMap((ids) => [ids.length, ...ids])));
+    if (digest.digest("hex").slice(0, 12) !== blocks[block]) wrong.push(`lines ${block * BLOCK} to ${(block + 1) * BLOCK}`);
+    count += of.reduce((sum, ids) => sum + ids.length, 0);
+    expect(of.flat().every((id) => id >= 0 && id < tokenizer.vocab)).toBe(true);
+  }
   expect(wrong).toEqual([]);
-  expect(lines.length).toBe(10_000);
-  expect(all.reduce((sum, ids) => sum + ids.length, 0)).toBe(tokens);
-  expect(all.flat().every((id) => id >= 0 && id < tokenizer.vocab)).toBe(true);
+  if (isFull) expect(count).toBe(tokens);
 });
 
 test("byte-level ids read back as the text that they encode", () => {

@@ -66,7 +66,8 @@ function buildAlone(folder: string, lock: string): void {
   };
   writeFileSync(join(own, "tsconfig.json"), JSON.stringify(config));
   const tsc = join(root, "node_modules/typescript/bin/tsc");
-  execFileSync(process.execPath, [tsc, "-p", own], { cwd: root });
+  // `npm test` checks types before
+  execFileSync(process.execPath, [tsc, "-p", own, "--noCheck"], { cwd: root });
   for (const name of ["package.json", "LICENSE", "schemas", "templates", "plans"])
     cpSync(join(root, name), join(own, name), { recursive: true });
   try {

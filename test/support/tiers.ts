@@ -6,6 +6,23 @@
 /** Whether this run is of the full tier. */
 export const isFull = process.env.RANKC_TEST === "full";
 
+/** CPU seconds that the test files of the fast tier may take together: with the checks before them `npm test` stays below 10 minutes of CPU time. */
+export const FAST_BUDGET = 500;
+
+/** Files that start first, so that no core waits for one of them at the end. A fresh clone has no recorded durations. */
+export const longestFiles = [
+  "cuda-compile",
+  "wgsl-contract",
+  "webgpu-run",
+  "oracles",
+  "cuda-whole",
+  "package",
+  "checkpoint",
+  "cuda-contract",
+  "mesh-law",
+  "docs",
+];
+
 /** The tag of tests that run in the full tier alone. */
 export const full = { tags: ["full"] };
 
