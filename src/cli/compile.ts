@@ -5,13 +5,14 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
-import { compileAt, dataDirEntry, jobTextAt, loadPlan, planFile } from "./loadPlan.ts";
-import { asWritten, type CommonOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
+import { compileAt, dataDirEntry, jobTextAt, loadPlan, planFile, readJobAt } from "./loadPlan.ts";
+import { asWritten, type JobOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
-import { shownFindings } from "./printFindings.ts";
+import { type FindingFormat, findingFormats, printFindingsAs, shownFindings } from "./printFindings.ts";
 
-interface CompileOptions extends CommonOptions {
+interface CompileOptions extends JobOptions {
+  readonly format: FindingFormat;
   readonly out?: string;
   readonly emit?: Stage;
   readonly target?: string;
@@ -21,8 +22,9 @@ interface CompileOptions extends CommonOptions {
 
 /** Registers `compile`: writes plan.json, plan.txt and the kernels of a job, or prints the text of one pass. */
 export function registerCompile(program: Command, exit: ProcessExit): void {
+  const command = program.command("compile").description("compile a job into a plan for all ranks");
   withExamples(
-    withTarget(withSet(withFormat(program.command("compile").description("compile a job into a plan for all ranks"))))
+    withTarget(withSet(withFormat(command, findingFormats)))
       .argument("<job>", "the job's YAML file")
       .option("-o, --out <dir>", "the directory to write plan.json and plan.txt to")
       .option("--check", "write nothing: exit 1, with the differences, if the plan in --out is not that of the job")
@@ -43,6 +45,8 @@ export function registerCompile(program: Command, exit: ProcessExit): void {
 async function runCompile(path: string, options: CompileOptions, exit: ProcessExit): Promise<void> {
   const { out, emit } = options;
   if (options.check) return checkCompiled(path, options, exit);
+  if (options.format === "sarif" || options.format === "github")
+    throw new Trouble(`--format ${options.format} is a format of findings`, "add --check, or use rankc check");
   if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
   if (out) expectWritableFolder(out);
   const compiled = await compileAt(path, options, options.target, emit !== undefined);
@@ -71,16 +75,16 @@ const textsOf = async (path: string) => new Map([[path, await jobTextAt(path)]])
 
 /** Compiles without writing, and compares with the plan in the directory. */
 async function checkCompiled(path: string, options: CompileOptions, exit: ProcessExit): Promise<void> {
-  const { out, target } = options;
+  const { out, target, format } = options;
   if (!out) throw new Trouble("--check needs -o DIR", "name the directory of the plan: -o plan/");
-  const { plan, sources } = await compileAt(path, options, target);
-  const [{ printPlan }, { printPlanText }, { isCurrent }] = await Promise.all([
-    import("../plan/seal.ts"),
-    import("../report/planText.ts"),
-    import("./checkPlan.ts"),
-  ]);
-  const kernels = Object.fromEntries([...sources].map(([file, text]) => [join("kernels", file), text]));
-  if (!(await isCurrent(out, plan, { "plan.json": printPlan(plan), "plan.txt": printPlanText(plan), ...kernels }))) exit.setCode(1);
+  const { job, findings } = await readJobAt(path, options, target);
+  const { comparePlan, printComparison, staleFinding } = await import("./checkPlan.ts");
+  const compared = job && (await comparePlan(out, job, target));
+  const stale = compared && staleFinding(compared, path);
+  const all = stale && format !== "text" ? [...findings, stale] : findings;
+  await printFindingsAs(format, all, await textsOf(path), { valid: job !== undefined, changes: stale !== undefined });
+  if (compared && format === "text") printComparison(compared);
+  if (!job || stale) exit.setCode(1);
 }
 
 /** Compiles the kernels of a CUDA plan with nvcc. Returns the plan unchanged if it is for another backend, or if nvcc is missing. */

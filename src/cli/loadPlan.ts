@@ -2,6 +2,7 @@
 
 import { existsSync, readFileSync, statSync } from "node:fs";
 import { basename, dirname, join, relative, resolve } from "node:path";
+import type { Job } from "../../schemas/job.ts";
 import { entryOf } from "../../schemas/lookup.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
@@ -56,10 +57,18 @@ export async function compileAt(
   named?: string,
   needsPasses = false,
 ): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[] }> {
-  const target = named ?? "cpu";
   const { job, findings } = await readJobAt(path, options, named);
   await printFindings(findings);
   if (!job) throw new InvalidJob();
+  return { ...(await compileJob(job, named ?? "cpu", needsPasses)), findings };
+}
+
+/** Compiles a valid job for a target, or takes the plan that the cache has. `needsPasses`: compile in any case. */
+export async function compileJob(
+  job: Job,
+  target: string,
+  needsPasses = false,
+): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">>> {
   const [{ targetFor }, { recallCompiled, rememberCompiled }, { printPlan, readSealed }] = await Promise.all([
     import("../codegen/targetNames.ts"),
     import("./cache.ts"),
@@ -68,12 +77,12 @@ export async function compileAt(
   const level = debugLevel();
   const name = targetFor(target, job);
   const kept = level === 0 && !needsPasses ? recallCompiled(job, name) : undefined;
-  if (kept) return { plan: readSealed(kept.plan), sources: new Map(kept.sources), findings };
+  if (kept) return { plan: readSealed(kept.plan), sources: new Map(kept.sources) };
   const [{ compile }, { loadTarget }] = await Promise.all([import("../compile.ts"), import("../codegen/targets.ts")]);
   const trace = level === 0 ? {} : { trace: (await import("../passes/passNames.ts")).tracePasses(printStderr, { changes: level > 1 }) };
   const compiled = compile(job, { target: await loadTarget(name), ...trace });
   rememberCompiled(job, name, { plan: printPlan(compiled.plan), sources: [...compiled.sources] });
-  return { ...compiled, findings };
+  return compiled;
 }
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target`, `--set` or `-f` is given for a plan, and whatever `compileAt` throws. */

@@ -53,7 +53,13 @@ export function editBetween(before: string, after: string): TextEdit {
   while (from < most && before[from] === after[from]) from++;
   let same = 0;
   while (same < most - from && before[before.length - 1 - same] === after[after.length - 1 - same]) same++;
-  return { from, to: before.length - same, text: after.slice(from, after.length - same) };
+  let [to, text] = [before.length - same, after.slice(from, after.length - same)];
+  // a new line begins where a line begins, rather than behind an indentation that both share
+  while (from === to && from > 0 && before[from - 1] !== "\n" && text.at(-1) === before[from - 1]) {
+    text = text.slice(-1) + text.slice(0, -1);
+    from = to = from - 1;
+  }
+  return { from, to, text };
 }
 
 const applied = (text: string, { from, to, text: by }: TextEdit): string => text.slice(0, from) + by + text.slice(to);

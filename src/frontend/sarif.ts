@@ -2,6 +2,7 @@
 import { sha256 } from "../plan/seal.ts";
 import { version } from "../version.ts";
 import type { Finding } from "./diagnostic.ts";
+import { codes as explained } from "./explain.ts";
 import { type FindingSpan, findingJson, type Region, type Texts } from "./findingJson.ts";
 
 /** Returns a log with one run. Paths of files are relative to the current folder, as code scanning needs them. */
@@ -13,7 +14,7 @@ export function sarifLog(findings: readonly Finding[], texts: Texts): object {
       id: code,
       shortDescription: { text: title },
       fullDescription: { text: why },
-      help: { text: `${why} \`rankc explain ${code}\` shows an example.` },
+      help: { text: explained.includes(code) ? `${why} \`rankc explain ${code}\` shows an example.` : why },
       defaultConfiguration: { level },
     };
   };
@@ -41,7 +42,9 @@ function resultOf(finding: Finding, codes: readonly string[], texts: Texts): obj
     level,
     message: { text: `${title}: ${found}${inSet.join("")}. Fix: ${fix}` },
     locations:
-      primary && "file" in primary ? [{ physicalLocation: placeOf(primary), logicalLocations: [{ fullyQualifiedName: path }] }] : [],
+      primary && "file" in primary
+        ? [{ physicalLocation: placeOf(primary), ...(path && { logicalLocations: [{ fullyQualifiedName: path }] }) }]
+        : [],
     relatedLocations: others.flatMap((span, id) => ("file" in span ? [{ id, physicalLocation: placeOf(span), ...labelOf(span) }] : [])),
     // the same finding keeps its fingerprint when lines move
     partialFingerprints: { "codeAndKey/v1": sha256([code, path, primary && "file" in primary ? primary.file : ""].join("\n")) },
