@@ -1,4 +1,5 @@
 /** A live curve of losses in SVG: axes with round ticks, and the value of the step under the pointer or, with the arrow keys, the focus. */
+import { type Ticks, ticks } from "../../src/page/shared/ticks.ts";
 
 /** A chart of losses. */
 export interface Chart {
@@ -154,26 +155,6 @@ class LossChart implements Chart {
       this.#show(to());
     });
   }
-}
-
-/** The values of an axis, evenly apart by `step`, from `from` to `to`. */
-interface Ticks {
-  readonly values: readonly number[];
-  readonly step: number;
-  readonly from: number;
-  readonly to: number;
-}
-
-/** Returns about `wanted` round values that reach from at most `low` to at least `high`. */
-function ticks(low: number, high: number, wanted: number): Ticks {
-  const span = high - low || 1;
-  const rough = span / wanted;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5].find((m) => m * power >= rough) ?? 10);
-  const first = Math.floor(low / step);
-  const last = Math.max(first + 1, Math.ceil(high / step));
-  const values = Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
-  return { values, step, from: first * step, to: last * step };
 }
 
 type Attributes = Readonly<Record<string, string | number>>;

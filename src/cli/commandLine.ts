@@ -26,6 +26,7 @@ import { parserError } from "./parserErrors.ts";
 import { registerRun } from "./run.ts";
 import { registerSchema } from "./schema.ts";
 import { registerServe } from "./serve.ts";
+import { registerView } from "./view.ts";
 
 /** The commands, in the order of the help text. */
 const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
@@ -33,6 +34,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerCompile,
   registerInspect,
   registerDiff,
+  registerView,
   registerRun,
   registerEval,
   registerData,

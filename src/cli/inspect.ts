@@ -7,6 +7,7 @@ import { loadPlan } from "./loadPlan.ts";
 import { atLeastOne, type CommonOptions, planOrJob, wholeNumber, withExamples, withFormat, withSet } from "./options.ts";
 import { printJson, printReport, reportWidth } from "./output.ts";
 import { expectWritable, writeFile } from "./outputFiles.ts";
+import { warningsOf } from "./warnings.ts";
 
 interface InspectArguments extends CommonOptions {
   readonly time?: true;
@@ -176,25 +177,4 @@ async function detailsOf(plan: Plan, path: string, options: InspectArguments): P
     sections.push({ key, value: { ...answer, place }, lines: printWhy(answer, place, refusals, width) });
   }
   return sections;
-}
-
-/** The warnings of the rules that need no compiled program, and a peak above the memory of the device. */
-async function warningsOf(plan: Plan) {
-  const [{ quick }, { devices }, { bytesText }] = await Promise.all([
-    import("../rules/quick.ts"),
-    import("../../schemas/devices.ts"),
-    import("../units.ts"),
-  ]);
-  const found = quick
-    .filter(({ level }) => level === "warning")
-    .flatMap((rule) => [...rule.check(plan.job)].map((result) => ({ code: rule.code, title: rule.title, found: result.found })));
-  const { device } = plan.job.cluster;
-  const most = plan.memory.reduce((a, b) => (b.peak > a.peak ? b : a));
-  const limit = devices[device].memory;
-  const over = {
-    code: "C510",
-    title: "the plan does not fit the device",
-    found: `a rank of stage ${most.stage} needs ${bytesText(most.peak)}; ${device} has ${bytesText(limit)}`,
-  };
-  return [...(most.peak > limit && devices[device].links !== null ? [over] : []), ...found];
 }

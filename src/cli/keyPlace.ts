@@ -3,11 +3,12 @@ import { dirname, join } from "node:path";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import type { Source } from "../frontend/source.ts";
 import type { KeyPlace } from "../report/whyText.ts";
 import { planFile } from "./loadPlan.ts";
 import { asWritten, type JobOptions } from "./options.ts";
 
-interface Searched {
+export interface Searched {
   /** The plan or job that the command names. */
   readonly path: string;
   /** The job file that the user names. */
@@ -15,48 +16,57 @@ interface Searched {
   readonly options: JobOptions;
 }
 
+/** The job file of a plan: its text, and the place of its keys. */
+export interface JobSource {
+  readonly text: string;
+  readonly source: Source;
+}
+
 /** Returns where a key is written: in the named job, in the job that was compiled, or in a job.yaml beside the plan or in the folder above that gives the same job. */
-export async function keyPlace(plan: Plan, path: string, { path: shown, job, options }: Searched): Promise<KeyPlace> {
+export async function keyPlace(plan: Plan, path: string, searched: Searched): Promise<KeyPlace> {
+  const found = await jobSource(plan, searched);
+  return found ? placeIn(found.source, path) : { path };
+}
+
+/** Returns the file of the job of a plan; undefined if no candidate gives the same job. Throws a Trouble if the named one does not. */
+export async function jobSource(plan: Plan, { path: shown, job, options }: Searched): Promise<JobSource | undefined> {
   const file = planFile(shown);
   const candidates =
     job !== undefined ? [job] : file === undefined ? [shown] : [join(dirname(file), "job.yaml"), join(dirname(file), "..", "job.yaml")];
   for (const candidate of candidates) {
-    const place = await placeIn(candidate, plan, path, file === undefined ? options : asWritten, job !== undefined);
-    if (place) return place;
+    const found = await sourceOf(candidate, plan, file === undefined ? options : asWritten, job !== undefined);
+    if (found) return found;
   }
-  return { path };
+  return undefined;
 }
 
-async function placeIn(
-  file: string,
-  plan: Plan,
-  path: string,
-  { set, overlay }: JobOptions,
-  isNamed: boolean,
-): Promise<KeyPlace | undefined> {
-  const [{ jobFiles }, { readQuickly }, { valueAt }, { sha256 }, { canonical }] = await Promise.all([
+async function sourceOf(file: string, plan: Plan, { set, overlay }: JobOptions, isNamed: boolean): Promise<JobSource | undefined> {
+  const [{ jobFiles }, { readQuickly }, { sha256 }, { canonical }] = await Promise.all([
     import("./jobFiles.ts"),
     import("../frontend/readJob.ts"),
-    import("../frontend/source.ts"),
     import("../plan/seal.ts"),
     import("../plan/canonical.ts"),
   ]);
   const files = jobFiles(overlay);
   try {
-    const { job, source } = readQuickly(files.read(file), file, set, files);
-    const isSame = job !== undefined && sha256(canonical(job)) === plan.digests.job;
-    if (!isSame && isNamed)
+    const text = files.read(file);
+    const { job, source } = readQuickly(text, file, set, files);
+    if (job !== undefined && sha256(canonical(job)) === plan.digests.job) return { text, source };
+    if (isNamed)
       throw new Trouble(`${file} is not the job of the plan`, "name the job that the plan was compiled from, with the same keys");
-    if (!isSame) return undefined;
-    const isWritten = valueAt(source.value, path.split(".")) !== undefined;
-    if (!isWritten) return { path, isDefault: true };
-    const at = source.at(path);
-    if (!at) return { path };
-    return { path, line: "set" in at ? `--set ${at.set}` : `${at.file}:${at.line}: ${at.lineText.trim()}` };
+    return undefined;
   } catch (error) {
     if (isNamed || !(error instanceof Trouble)) throw error;
     return undefined;
   }
+}
+
+async function placeIn(source: Source, path: string): Promise<KeyPlace> {
+  const { valueAt } = await import("../frontend/source.ts");
+  if (valueAt(source.value, path.split(".")) === undefined) return { path, isDefault: true };
+  const at = source.at(path);
+  if (!at) return { path };
+  return { path, line: "set" in at ? `--set ${at.set}` : `${at.file}:${at.line}: ${at.lineText.trim()}` };
 }
 
 /** Returns per change the codes of the rules that refuse the changed job; empty if none does. */

@@ -7,7 +7,7 @@
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { touchedBy } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
-import { blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
+import { type Block, blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
@@ -23,7 +23,7 @@ export const sizeOf = (b: Pick<Buffer, "dtype" | "shape">): number => bytesOf[b.
 export const aligned = (b: Pick<Buffer, "dtype" | "shape">): number => Math.max(ALIGN, Math.ceil(sizeOf(b) / ALIGN) * ALIGN);
 
 /** A buffer with the first and the last instruction that touches it, as indices of a timeline; -1 for inputs, which exist before. */
-interface Lifetime {
+export interface Lifetime {
   readonly buffer: Buffer;
   from: number;
   to: number;
@@ -117,6 +117,35 @@ function lifetimes({ byId, inputs }: Tables, kind: BufferKind, timeline: readonl
       alive.set(id, l);
     }
   return [...alive.values()].sort((a, b) => a.from - b.from);
+}
+
+/** A block, and the lifetimes of the activations and the workspace that are alive in it, as indices of its instructions. */
+export interface BlockLifetimes {
+  readonly block: Block;
+  /** -1: alive before the block; the number of its instructions: alive after it. */
+  readonly lives: readonly Readonly<Lifetime>[];
+}
+
+/** Returns the lifetimes in each block of a program; activations are those of one microbatch. */
+export function blockLifetimes(program: Program): BlockLifetimes[] {
+  const tables = tablesOf(program);
+  const activations = timelines(program).map((timeline, c) => lifetimes(tables, "activation", timeline, c));
+  return blocksOf(program).map((block) => {
+    const { kind, chunk, instructions } = block;
+    const own = program.chunks[chunk];
+    const at = (microbatchBlocks as readonly string[]).indexOf(kind);
+    const before = own ? microbatchBlocks.slice(0, Math.max(0, at)).reduce((sum, name) => sum + own[name].length, 0) : 0;
+    const end = before + instructions.length;
+    const kept = at < 0 ? [] : (activations[chunk] ?? []).filter(({ from, to }) => from < end && to >= before);
+    const inBlock = (n: number): number => Math.max(-1, Math.min(instructions.length, n - before));
+    return {
+      block,
+      lives: [
+        ...kept.map(({ buffer, from, to }) => ({ buffer, from: inBlock(from), to: inBlock(to) })),
+        ...lifetimes(tables, "workspace", instructions),
+      ],
+    };
+  });
 }
 
 /**

@@ -6,7 +6,7 @@ import { root } from "../support/checkout.ts";
 
 const files = ["schemas", "src", "runtime"].flatMap((folder) =>
   readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
-    .filter((name) => name.endsWith(".ts"))
+    .filter((name) => /\.tsx?$/.test(name))
     .map((name) => ({ path: join(folder, name), text: readFileSync(join(root, folder, name), "utf8") })),
 );
 

@@ -32,6 +32,7 @@ const layers = [
   { name: "compile", holds: /^src\/compile\.ts$/ },
   { name: "explanations that compile a job", holds: /^src\/frontend\// },
   { name: "converters", holds: /^src\/convert\// },
+  { name: "page of a plan", holds: /^src\/page\// },
   { name: "library", holds: /^src\/index\.ts$/ },
   { name: "command line", holds: /^src\/cli\// },
 ] as const;
@@ -70,6 +71,7 @@ const touchFiles = new Map([
   ["src/plan/validator.ts", "the built validator"],
   ["src/cli/archive.ts", "an archive of a plan and all that runs it"],
   ["src/cli/examples.ts", "the example jobs and schemas of the package"],
+  ["src/cli/viewPage.ts", "the built page that shows plans"],
   ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
   ["src/codegen/cubins.ts", "sources for nvcc, cubins from it"],
   ["runtime/data/inputFile.ts", "the corpus"],
@@ -98,7 +100,7 @@ const touchFiles = new Map([
 ]);
 
 const project = new Project({ skipAddingFilesFromTsConfig: true, compilerOptions: { allowImportingTsExtensions: true } });
-project.addSourceFilesAtPaths(["schemas", "src", "runtime", "templates"].map((folder) => join(root, folder, "**/*.ts")));
+project.addSourceFilesAtPaths(["schemas", "src", "runtime", "templates"].map((folder) => join(root, folder, "**/*.{ts,tsx}")));
 const files = new Map(project.getSourceFiles().map((file) => [relative(root, file.getFilePath()), file]));
 
 /** Every module that a file names in `import`, `export … from` or `import()`; own modules as a path from the root. */
@@ -129,8 +131,15 @@ test("every file of the compiler belongs to a layer, and imports only from its o
 
 test("the runtime imports schemas and ops; only commands and the library import the runtime", () => {
   const allowed = /^(runtime|schemas|src\/ops)\//;
-  expect(offences((from, to) => from.startsWith("runtime/") && imports.has(to) && !allowed.test(to))).toEqual([]);
+  const isShared = (from: string, to: string): boolean => from.startsWith("runtime/browser/") && to.startsWith("src/page/shared/");
+  expect(offences((from, to) => from.startsWith("runtime/") && imports.has(to) && !allowed.test(to) && !isShared(from, to))).toEqual([]);
   expect(offences((from, to) => to.startsWith("runtime/") && !from.startsWith("runtime/") && !opensRuntime.includes(from))).toEqual([]);
+});
+
+test("the page of a plan reads the data of a plan, and no plan: of the compiler it imports units and names of layers", () => {
+  const allowed = /^(schemas\/|src\/page\/|src\/units\.ts$|src\/analysis\/layerNames\.ts$|src\/report\/view\/planView\.ts$)/;
+  expect(offences((from, to) => from.startsWith("src/page/") && imports.has(to) && !allowed.test(to))).toEqual([]);
+  expect(offences((from, to) => to.startsWith("src/page/") && !/^(src\/page|runtime\/browser)\//.test(from))).toEqual([]);
 });
 
 test("a model is built without a mesh: it imports schemas and ops", () => {

@@ -62,7 +62,7 @@ function buildAlone(folder: string, lock: string): void {
     extends: join(root, "tsconfig.build.json"),
     compilerOptions: { declaration: false, rootDir: root, outDir: join(own, "dist") },
     include: ["schemas", "src", "runtime", ...scripts].map((path) => join(root, path)),
-    exclude: ["runtime/browser", "src/cli/vite.config.ts"].map((path) => join(root, path)),
+    exclude: ["runtime/browser", "src/page", "src/cli/vite.config.ts"].map((path) => join(root, path)),
   };
   writeFileSync(join(own, "tsconfig.json"), JSON.stringify(config));
   const tsc = join(root, "node_modules/typescript/bin/tsc");

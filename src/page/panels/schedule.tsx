@@ -1,0 +1,354 @@
+/** The schedule: block runs of all stages over time, waits, transfers, and the instructions of a run near enough. */
+import { useSignal } from "@preact/signals";
+import { useMemo } from "preact/hooks";
+import { countText } from "../../units.ts";
+import { Canvas, pointOf, type Sheet } from "../canvas.tsx";
+import { sourceOf, targetOf } from "../dependencies.ts";
+import { palette } from "../palette.ts";
+import type { PlanModel } from "../planModel.ts";
+import { type Colouring, drawRows, type Row, WITH_INSTRUCTIONS } from "../scheduleDraw.ts";
+import { drawMarks, drawTransfers } from "../scheduleMarks.ts";
+import { plan, plans, select, selectInstruction, selection, span, status, visible } from "../state.ts";
+import { AXIS, drawTimeAxis, panBy, reveal, showFrom, type TimeScale, timeScale, wheelOf, zoomAt } from "../timeAxis.ts";
+import { timeText } from "../timeText.ts";
+import { Legend, Segments } from "../widgets.tsx";
+
+/** Room for the names of stages. */
+const LEFT = 76;
+const RIGHT = 12;
+const TOP = 22;
+/** The height of the strip that shows the whole step. */
+const STRIP = 34;
+
+/** What the last drawing has where. */
+interface Drawn {
+  readonly scale: TimeScale;
+  readonly rows: readonly Row[];
+  readonly strip: { readonly scale: TimeScale; readonly top: number };
+}
+
+/** The panel of the schedule. */
+export function SchedulePanel() {
+  const colouring = useSignal<Colouring>("kind");
+  const drawn = useMemo((): { current: Drawn | undefined } => ({ current: undefined }), []);
+  const drag = useMemo((): { x: number; isStrip: boolean; moved: boolean } => ({ x: -1, isStrip: false, moved: false }), []);
+  const draw = (sheet: Sheet): void => {
+    drawn.current = drawSchedule(sheet, colouring.value);
+  };
+  const wheel = useMemo(() => wheelOf(() => drawn.current?.scale), [drawn]);
+  const onDown = (event: PointerEvent): void => {
+    const { x, y } = pointOf(event);
+    const isStrip = drawn.current !== undefined && y >= drawn.current.strip.top;
+    Object.assign(drag, { x, isStrip, moved: false });
+    (event.currentTarget as Element).setPointerCapture(event.pointerId);
+    if (isStrip) centreAt(drawn.current, x);
+  };
+  const onMove = (event: PointerEvent): void => {
+    const { x, y } = pointOf(event);
+    const now = drawn.current;
+    if (!now) return;
+    if (drag.x < 0) {
+      const hit = runUnder(now, x, y);
+      if (hit) status.value = hitText(hit);
+      return;
+    }
+    if (drag.isStrip) centreAt(now, x);
+    else if (drag.moved || Math.abs(x - drag.x) > 3) {
+      panBy(((drag.x - x) * (now.scale.to - now.scale.from)) / now.scale.width);
+      Object.assign(drag, { x, moved: true });
+    }
+  };
+  const onUp = (event: PointerEvent): void => {
+    const { x, y } = pointOf(event);
+    if (!drag.moved && !drag.isStrip && drawn.current) choose(runUnder(drawn.current, x, y));
+    drag.x = -1;
+  };
+  return (
+    <section class="panel schedule-panel">
+      <div class="toolbar">
+        <Segments
+          label="colour"
+          value={colouring.value}
+          options={{ kind: "by kind", microbatch: "by microbatch" }}
+          onChange={(to) => (colouring.value = to)}
+        />
+        <Zoom />
+        <ScheduleLegend colouring={colouring.value} />
+      </div>
+      <div class="canvas-room">
+        <Canvas
+          draw={draw}
+          label={`schedule of ${plan.value.stages} stages; arrow keys choose block runs, + and - zoom, Shift with arrows moves, Home shows the whole step`}
+          tabIndex={0}
+          class="fill grab"
+          onWheelActive={wheel}
+          onPointerDown={onDown}
+          onPointerMove={onMove}
+          onPointerUp={onUp}
+          onKeyDown={onKey}
+        />
+      </div>
+      <VisibleRuns />
+    </section>
+  );
+}
+
+/** Draws everything, and returns what is where. */
+function drawSchedule(sheet: Sheet, colouring: Colouring): Drawn {
+  const { context, width, height } = sheet;
+  const shown = plans.value.length > 1 ? plans.value : [plan.value];
+  const scale = timeScale(LEFT, width - LEFT - RIGHT);
+  const bottom = height - AXIS - STRIP - 12;
+  const rows = rowsOf(shown, bottom);
+  const colours = palette.value;
+  const end = rows.at(-1);
+  const last = end ? end.top + end.height : bottom;
+  drawTimeAxis(context, scale, TOP - 6, last + 4);
+  drawRows(sheet, scale, rows, colouring);
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  for (const row of rows) {
+    const isChosen = selection.value !== undefined && "stage" in selection.value && selection.value.stage === row.stage;
+    context.fillStyle = isChosen ? colours.ink : colours.quiet;
+    const name = shown.length > 1 ? `${["before", "after"][row.model.index]} ${row.stage}` : `stage ${row.stage}`;
+    context.fillText(name, LEFT - 10, row.top + row.height / 2 + 0.5);
+  }
+  drawTransfers(context, scale, rows);
+  drawMarks(context, scale, rows);
+  const strip = { scale: timeScale(LEFT, width - LEFT - RIGHT, { from: 0, to: visible.value.end }), top: last + AXIS + 12 };
+  drawStrip(sheet, strip, shown, colouring);
+  return { scale, rows, strip };
+}
+
+/** Returns a row for each stage; those of a second plan follow those of the first. */
+function rowsOf(shown: readonly PlanModel[], bottom: number): Row[] {
+  const total = shown.reduce((sum, model) => sum + model.stages, 0);
+  const between = shown.length > 1 ? 14 : 0;
+  const each = Math.max(8, Math.min(76, (bottom - TOP - between) / Math.max(1, total)));
+  const gap = each >= 20 ? 5 : each >= 12 ? 3 : 1;
+  let top = TOP;
+  return shown.flatMap((model, m) => {
+    if (m > 0) top += between;
+    return Array.from({ length: model.stages }, (_, stage) => {
+      const row = { model, stage, top: Math.round(top), height: Math.round(each - gap) };
+      top += each;
+      return row;
+    });
+  });
+}
+
+/** Draws the whole step in small, and a frame around what is visible. */
+function drawStrip(sheet: Sheet, { scale, top }: Drawn["strip"], shown: readonly PlanModel[], colouring: Colouring): void {
+  const { context } = sheet;
+  const total = shown.reduce((sum, model) => sum + model.stages, 0);
+  const each = Math.max(1, (STRIP - 4) / total);
+  const rows = shown
+    .flatMap((model) => Array.from({ length: model.stages }, (_, stage) => ({ model, stage })))
+    .map((row, n) => ({ ...row, top: top + 2 + n * each, height: Math.max(1, each - (each > 3 ? 1 : 0)) }));
+  drawRows(sheet, scale, rows, colouring);
+  const colours = palette.value;
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  context.fillStyle = colours.quiet;
+  context.fillText("whole step", LEFT - 10, top + STRIP / 2);
+  const { from, to } = visible.value;
+  context.strokeStyle = colours.accent;
+  context.lineWidth = 2;
+  context.strokeRect(scale.x(from), top + 1, Math.max(3, scale.x(to) - scale.x(from)), STRIP - 2);
+}
+
+function centreAt(now: Drawn | undefined, x: number): void {
+  if (!now) return;
+  const length = now.scale.to - now.scale.from;
+  showFrom(now.strip.scale.time(x) - length / 2, length);
+}
+
+/** A run under the pointer, or a wait, and the instruction of the run if these are drawn. */
+interface Hit {
+  readonly model: PlanModel;
+  readonly stage: number;
+  readonly time: number;
+  readonly run: number | undefined;
+  readonly instruction: number | undefined;
+}
+
+function runUnder({ scale, rows }: Drawn, x: number, y: number): Hit | undefined {
+  const row = rows.find(({ top, height }) => y >= top && y < top + height);
+  if (!row || x < scale.left || x > scale.left + scale.width) return undefined;
+  const { model, stage, top, height } = row;
+  const time = scale.time(x);
+  const runs = model.runs[stage];
+  const run = runs?.at(time);
+  if (!runs || run === undefined) return { model, stage, time, run, instruction: undefined };
+  const isInStrip = scale.x(runs.end[run] ?? 0) - scale.x(runs.start[run] ?? 0) >= WITH_INSTRUCTIONS && y > top + height * 0.55;
+  const block = model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
+  const all = block && isInStrip ? model.instructions(stage, block).length : 0;
+  return {
+    model,
+    stage,
+    time,
+    run,
+    instruction: isInStrip ? Math.floor(((time - (runs.start[run] ?? 0)) / runs.duration(run)) * all) : undefined,
+  };
+}
+
+function choose(hit: Hit | undefined): void {
+  if (!hit || hit.run === undefined) {
+    select(undefined);
+    return;
+  }
+  const { model, stage, run, instruction } = hit;
+  const runs = model.runs[stage];
+  const block = runs && model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
+  const chosen = block && instruction !== undefined ? model.instructions(stage, block)[instruction] : undefined;
+  if (chosen) selectInstruction(chosen);
+  else select({ kind: "run", stage, run });
+}
+
+/** Returns a sentence about what is under the pointer. */
+function hitText({ model, stage, time, run, instruction }: Hit): string {
+  const runs = model.runs[stage];
+  if (!runs) return "";
+  if (run === undefined) {
+    const next = runs.begunAt(time);
+    const [from, to] = [next > 0 ? (runs.end[next - 1] ?? 0) : 0, next < runs.length ? (runs.start[next] ?? 0) : model.view.timeline.end];
+    const why = next < runs.length ? ` for ${runs.tag(next)}${sourceText(model, { stage, run: next })}` : ": it has run its last block";
+    return `stage ${stage} waits ${timeText(to - from)}${why}`;
+  }
+  const block = model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
+  const inside = block && instruction !== undefined ? model.instructions(stage, block)[instruction] : undefined;
+  if (inside) return `stage ${stage}, ${runs.tag(run)}: ${inside.view.does} ${inside.id}`;
+  return runText(model, stage, run);
+}
+
+function sourceText(model: PlanModel, place: { readonly stage: number; readonly run: number }): string {
+  const source = sourceOf(model, place);
+  return source ? `, which needs ${model.runs[source.stage]?.tag(source.run)} of stage ${source.stage}` : "";
+}
+
+/** Returns a sentence about a run. */
+export function runText(model: PlanModel, stage: number, run: number): string {
+  const runs = model.runs[stage];
+  if (!runs) return "";
+  const chunk = model.chunks > 1 ? `, chunk ${runs.chunk[run]}` : "";
+  const target = targetOf(model, { stage, run });
+  const to = target ? `; its result goes to stage ${target.stage}` : "";
+  return `stage ${stage}, ${runs.tag(run)}: ${runs.kindOf(run)} of microbatch ${runs.microbatch[run]}${chunk}, ${timeText(runs.start[run] ?? 0)} to ${timeText(runs.end[run] ?? 0)}${sourceText(model, { stage, run })}${to}`;
+}
+
+function onKey(event: KeyboardEvent): void {
+  const { from, to } = visible.value;
+  const step = (to - from) / 10;
+  const actions: Readonly<Record<string, () => void>> = {
+    "+": () => zoomAt((from + to) / 2, 0.7),
+    "=": () => zoomAt((from + to) / 2, 0.7),
+    "-": () => zoomAt((from + to) / 2, 1 / 0.7),
+    Home: () => (span.value = undefined),
+    ArrowLeft: () => (event.shiftKey ? panBy(-step) : chooseNext(0, -1)),
+    ArrowRight: () => (event.shiftKey ? panBy(step) : chooseNext(0, 1)),
+    ArrowUp: () => chooseNext(-1, 0),
+    ArrowDown: () => chooseNext(1, 0),
+  };
+  const act = actions[event.key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+/** Selects the next run of the stage, or the run of the next stage at the same time. */
+function chooseNext(down: number, right: number): void {
+  const model = plan.value;
+  const at = selection.value?.kind === "run" ? selection.value : { stage: 0, run: right > 0 ? -1 : 0 };
+  const stage = Math.min(model.stages - 1, Math.max(0, at.stage + down));
+  const runs = model.runs[stage];
+  if (!runs) return;
+  const time = model.runs[at.stage]?.start[at.run] ?? 0;
+  const wanted = down === 0 ? at.run + right : Math.max(0, runs.begunAt(time) - 1);
+  const run = Math.min(runs.length - 1, Math.max(0, wanted));
+  select({ kind: "run", stage, run });
+  reveal(runs.start[run] ?? 0, runs.end[run] ?? 0);
+  status.value = runText(model, stage, run);
+}
+
+function Zoom() {
+  const { from, to } = visible.value;
+  const middle = (from + to) / 2;
+  return (
+    <div class="buttons">
+      <button type="button" aria-label="zoom in" onClick={() => zoomAt(middle, 0.5)}>
+        +
+      </button>
+      <button type="button" aria-label="zoom out" onClick={() => zoomAt(middle, 2)}>
+        −
+      </button>
+      <button type="button" disabled={span.value === undefined} onClick={() => (span.value = undefined)}>
+        whole step
+      </button>
+    </div>
+  );
+}
+
+function ScheduleLegend({ colouring }: { readonly colouring: Colouring }) {
+  const colours = palette.value;
+  const names = ["forward", "backward", "weight gradients"];
+  const used = names.flatMap((name, k) =>
+    plan.value.runs.some(({ kind }) => kind.includes(k)) ? [[name, colours.kinds[k] ?? ""] as const] : [],
+  );
+  return <Legend entries={[...(colouring === "kind" ? used : []), ["wait", colours.idle]]} />;
+}
+
+/** The visible runs as a table, for readers that do not see the drawing. */
+function VisibleRuns() {
+  const isOpen = useSignal(false);
+  return (
+    <details onToggle={(event) => (isOpen.value = event.currentTarget.open)}>
+      <summary>Visible block runs as a table</summary>
+      {isOpen.value && <RunTable />}
+    </details>
+  );
+}
+
+/** The most rows of the table. */
+const ROWS = 200;
+
+function RunTable() {
+  const { from, to } = visible.value;
+  const model = plan.value;
+  const all = model.runs.flatMap((runs, stage) => {
+    const first = Math.max(0, runs.begunAt(from) - 1);
+    const count = Math.min(ROWS, Math.max(0, runs.begunAt(to) - first));
+    return Array.from({ length: count }, (_, n) => ({ stage, runs, run: first + n }));
+  });
+  return (
+    <div class="table-room short">
+      <table>
+        <thead>
+          <tr>
+            {["stage", "run", "kind", "microbatch", "from", "to"].map((head) => (
+              <th key={head} scope="col">
+                {head}
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          {all.slice(0, ROWS).map(({ stage, runs, run }) => (
+            <tr key={`${stage} ${run}`}>
+              <td>{stage}</td>
+              <td>
+                <button type="button" class="link" onClick={() => select({ kind: "run", stage, run })}>
+                  {runs.tag(run)}
+                </button>
+              </td>
+              <td>{runs.kindOf(run)}</td>
+              <td>{countText(runs.microbatch[run] ?? 0)}</td>
+              <td>{timeText(runs.start[run] ?? 0)}</td>
+              <td>{timeText(runs.end[run] ?? 0)}</td>
+            </tr>
+          ))}
+        </tbody>
+      </table>
+      {all.length > ROWS && <p class="note">The first {ROWS}; zoom in to see others.</p>}
+    </div>
+  );
+}

@@ -1,0 +1,183 @@
+/**
+ * Draws the block runs of stages over time. Far out, a column of pixels has the mean colour of what runs in it, so a picture of a million
+ * runs costs as much as one of a thousand; near, each run is a rectangle with its name and, with enough room, its instructions.
+ */
+import type { Sheet } from "./canvas.tsx";
+import { channels, microbatchColour, type Palette, palette, pixel } from "./palette.ts";
+import type { PlanModel } from "./planModel.ts";
+import type { StageRuns } from "./stageRuns.ts";
+import type { TimeScale } from "./timeAxis.ts";
+
+/** The meaning of colours. */
+export type Colouring = "kind" | "microbatch";
+
+/** A row of the schedule. */
+export interface Row {
+  readonly model: PlanModel;
+  readonly stage: number;
+  readonly top: number;
+  readonly height: number;
+}
+
+/** The least mean width of runs that are drawn one by one, in pixels. */
+const LEAST_WIDTH = 3;
+/** The least width of a run that shows its instructions. */
+export const WITH_INSTRUCTIONS = 150;
+
+/** Draws rows. */
+export function drawRows(sheet: Sheet, scale: TimeScale, rows: readonly Row[], colouring: Colouring): void {
+  const shares: Row[] = [];
+  for (const row of rows) {
+    const runs = row.model.runs[row.stage];
+    if (!runs) continue;
+    const count = runs.begunAt(scale.to) - runs.begunAt(scale.from) + 1;
+    if (scale.width / count < LEAST_WIDTH) shares.push(row);
+    else drawRuns(sheet.context, scale, row, runs, colouring);
+  }
+  drawShares(sheet, scale, shares, colouring);
+}
+
+const count = (model: PlanModel): number => model.view.inspection.derived.microbatches;
+
+/** Returns the colour of a run. */
+function colourOf(model: PlanModel, runs: StageRuns, i: number, colouring: Colouring): string {
+  const kind = runs.kind[i] ?? 0;
+  if (colouring === "microbatch") return microbatchColour(runs.microbatch[i] ?? 0, count(model), kind);
+  return palette.value.kinds[kind] ?? palette.value.quiet;
+}
+
+function drawRuns(context: CanvasRenderingContext2D, scale: TimeScale, row: Row, runs: StageRuns, colouring: Colouring): void {
+  const colours = palette.value;
+  const { top, height, model, stage } = row;
+  context.fillStyle = colours.idle;
+  context.fillRect(scale.left, top, scale.width, height);
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  const right = scale.left + scale.width;
+  for (let i = Math.max(0, runs.begunAt(scale.from) - 1); i < runs.length && (runs.start[i] ?? 0) < scale.to; i++) {
+    const [from, to] = [Math.max(scale.left, scale.x(runs.start[i] ?? 0)), Math.min(right, scale.x(runs.end[i] ?? 0))];
+    const width = to - from - (to - from > 4 ? 1 : 0);
+    if (width <= 0) continue;
+    context.fillStyle = colourOf(model, runs, i, colouring);
+    context.fillRect(from, top, width, height);
+    const tag = runs.tag(i);
+    const whole = scale.x(runs.end[i] ?? 0) - scale.x(runs.start[i] ?? 0);
+    const hasStrip = whole >= WITH_INSTRUCTIONS && height >= 18;
+    if (hasStrip) drawStrip(context, scale, { model, stage, runs, i }, { top, height });
+    if (width > 7 * tag.length + 6) {
+      context.fillStyle = colours.onFill;
+      context.fillText(tag, from + width / 2, top + (hasStrip ? height * 0.28 : height / 2 + 0.5));
+    }
+  }
+}
+
+/** A run of a stage. */
+interface RunOf {
+  readonly model: PlanModel;
+  readonly stage: number;
+  readonly runs: StageRuns;
+  readonly i: number;
+}
+
+/** Draws the instructions of a run in the lower part of its rectangle: collectives and transfers in the colour of their axis. */
+function drawStrip(
+  context: CanvasRenderingContext2D,
+  scale: TimeScale,
+  { model, stage, runs, i }: RunOf,
+  { top, height }: { readonly top: number; readonly height: number },
+): void {
+  const block = model.block(stage, runs.kindOf(i), runs.chunk[i] ?? 0);
+  if (!block) return;
+  const marks = marksOf(model, stage, block.kind, block.chunk);
+  const [start, each] = [runs.start[i] ?? 0, runs.duration(i) / Math.max(1, marks.length)];
+  const colours = palette.value;
+  const [y, h] = [top + Math.round(height * 0.55), height - Math.round(height * 0.55) - 2];
+  context.fillStyle = "rgb(0 0 0 / 0.18)";
+  const [left, right] = [Math.max(scale.left, scale.x(start)), Math.min(scale.left + scale.width, scale.x(start + each * marks.length))];
+  context.fillRect(left, y, right - left - 1, h);
+  for (let n = 0; n < marks.length; n++) {
+    const axis = marks[n];
+    if (axis === undefined) continue;
+    const x = scale.x(start + n * each);
+    const to = scale.x(start + (n + 1) * each);
+    if (to < scale.left || x > scale.left + scale.width) continue;
+    context.fillStyle = colours.axes[axis];
+    context.fillRect(Math.max(scale.left, x), y, Math.max(1.5, Math.min(to, right) - Math.max(scale.left, x) - 0.5), h);
+  }
+}
+
+type Axis = keyof Palette["axes"];
+const marksByBlock = new WeakMap<PlanModel, Map<string, readonly (Axis | undefined)[]>>();
+
+/** Returns per instruction of a block the axis that it sends over; undefined: it computes. */
+function marksOf(model: PlanModel, stage: number, kind: string, chunk: number): readonly (Axis | undefined)[] {
+  const own = marksByBlock.get(model) ?? new Map<string, readonly (Axis | undefined)[]>();
+  marksByBlock.set(model, own);
+  const key = `${stage} ${kind} ${chunk}`;
+  const known = own.get(key);
+  if (known) return known;
+  const block = model.block(stage, kind, chunk);
+  const marks = (block ? model.instructions(stage, block) : []).map(({ view }) => axisOf(view.axes));
+  own.set(key, marks);
+  return marks;
+}
+
+/** Returns the first axis that the name of a group contains: `dp*cp` → dp. */
+export function axisOf(axes: string | undefined): Axis | undefined {
+  if (axes === undefined) return undefined;
+  const [first = ""] = axes.split(/[*/]/);
+  return first in palette.value.axes ? (first as Axis) : "dp";
+}
+
+/** Draws rows as the mean colour of each column of pixels. */
+function drawShares({ context, ratio }: Sheet, scale: TimeScale, rows: readonly Row[], colouring: Colouring): void {
+  for (const { model, stage, top, height } of rows) {
+    const runs = model.runs[stage];
+    const [width, lines] = [Math.round(scale.width * ratio), Math.round(height * ratio)];
+    if (!runs || width <= 0 || lines <= 0) continue;
+    const image = new ImageData(width, lines);
+    const pixels = new Uint32Array(image.data.buffer);
+    fillColumns(pixels, width, scale, runs, { colouring, microbatches: count(model) });
+    for (let line = 1; line < lines; line++) pixels.copyWithin(line * width, 0, width);
+    context.putImageData(image, Math.round(scale.left * ratio), Math.round(top * ratio));
+  }
+}
+
+/** Writes the colours of one line of pixels: of each kind its share of the time of a column. */
+function fillColumns(
+  pixels: Uint32Array,
+  width: number,
+  scale: TimeScale,
+  runs: StageRuns,
+  { colouring, microbatches }: { readonly colouring: Colouring; readonly microbatches: number },
+): void {
+  const colours = palette.value;
+  const idle = channels(colours.idle);
+  const kinds = colours.kinds.map(channels);
+  const each = (scale.to - scale.from) / width;
+  let before = kinds.map((_, k) => runs.busyUntil(k, scale.from, runs.begunAt(scale.from)));
+  for (let x = 0; x < width; x++) {
+    const until = scale.from + (x + 1) * each;
+    const begun = runs.begunAt(until);
+    let [r, g, b, rest] = [0, 0, 0, 1];
+    const now = kinds.map((_, k) => runs.busyUntil(k, until, begun));
+    for (let k = 0; k < kinds.length; k++) {
+      const share = ((now[k] ?? 0) - (before[k] ?? 0)) / each;
+      if (share <= 0) continue;
+      const near = Math.max(0, begun - 1);
+      const colour =
+        colouring === "microbatch" ? channels(microbatchColour(runs.microbatch[near] ?? 0, microbatches, k)) : (kinds[k] ?? idle);
+      r += share * colour[0];
+      g += share * colour[1];
+      b += share * colour[2];
+      rest -= share;
+    }
+    rest = Math.max(0, rest);
+    pixels[x] = pixel(
+      Math.min(255, Math.round(r + rest * idle[0])),
+      Math.min(255, Math.round(g + rest * idle[1])),
+      Math.min(255, Math.round(b + rest * idle[2])),
+    );
+    before = now;
+  }
+}

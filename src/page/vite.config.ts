@@ -1,0 +1,11 @@
+/** Builds the page of `rankc view` into dist/view/index.html: one file with its script and style, to which the command adds a plan. */
+import { fileURLToPath } from "node:url";
+import { defineConfig } from "vite";
+import { viteSingleFile } from "vite-plugin-singlefile";
+
+export default defineConfig({
+  root: fileURLToPath(new URL(".", import.meta.url)),
+  publicDir: false,
+  plugins: [viteSingleFile()],
+  build: { outDir: "../../dist/view", emptyOutDir: true, target: "es2022" },
+});

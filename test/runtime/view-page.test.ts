@@ -1,0 +1,249 @@
+/** The page of `rankc view` in a real browser: one file without network; every panel shows the selection, in both themes and by keyboard. */
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+import type { Browser, Page } from "playwright-core";
+import { build } from "vite";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { jobView } from "../../src/cli/jobView.ts";
+import { compileAt } from "../../src/cli/loadPlan.ts";
+import { pageOf, pageTemplate } from "../../src/cli/viewPage.ts";
+import { warningsOf } from "../../src/cli/warnings.ts";
+import { decidingKeys, type PlanToView, viewData } from "../../src/report/view/readPlanView.ts";
+import { root } from "../support/checkout.ts";
+import { launch, noBrowser } from "../support/chromium.ts";
+
+const folder = mkdtempSync(join(tmpdir(), "rankc-view-"));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+const path = join(root, "plans/tiny-interleaved/job.yaml");
+
+async function planAt(set: readonly string[], target?: string): Promise<{ shown: PlanToView; sources: Record<string, string> }> {
+  const options = { set, overlay: [] };
+  const { plan, sources } = await compileAt(path, options, target);
+  const job = await jobView(plan, decidingKeys(plan), { path, options });
+  return { shown: { plan, job, warnings: await warningsOf(plan) }, sources: Object.fromEntries(sources) };
+}
+
+/** Addresses of a page about one plan, and of one about two. */
+let one: string;
+let two: string;
+beforeAll(async () => {
+  const built = join(folder, "built");
+  await build({ configFile: join(root, "src/page/vite.config.ts"), build: { outDir: built }, logLevel: "error" });
+  const template = pageTemplate(join(built, "index.html"));
+  const first = await planAt([], "cuda:sm_90a");
+  const second = await planAt(["parallel.tensor=1", "parallel.sequence=false", 'name="<script>alert(1)</script>"']);
+  const written = (name: string, plans: readonly (typeof first)[]): string => {
+    const file = join(folder, name);
+    writeFileSync(
+      file,
+      pageOf(
+        template,
+        viewData(plans.map(({ shown }) => shown)),
+        plans.map(({ sources }) => sources),
+      ),
+    );
+    return pathToFileURL(file).href;
+  };
+  one = written("one.html", [first]);
+  two = written("two.html", [first, second]);
+});
+
+test("a page that is not built is named", () => {
+  expect(() => pageTemplate(join(folder, "none.html"))).toThrow("the page is not built");
+});
+
+test("the page is one file: it names no other address, and texts of the plan are not in it as HTML", () => {
+  const text = readFileSync(new URL(two), "utf8");
+  expect(text).not.toMatch(/(src|href)="(?!data:)/);
+  expect(text).not.toContain("alert(1)");
+});
+
+describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` : ""}`, () => {
+  let browser: Browser;
+  let page: Page;
+  const said: string[] = [];
+  beforeAll(async () => {
+    browser = await launch();
+    page = await browser.newPage({ viewport: { width: 1440, height: 900 } });
+    page.on("pageerror", (error) => said.push(String(error)));
+    page.on("console", (message) => said.push(message.text()));
+    page.on("request", (request) => {
+      if (!/^(file|data|blob):/.test(request.url())) said.push(request.url());
+    });
+  });
+  afterAll(() => browser?.close());
+
+  const opened = async (address: string): Promise<void> => {
+    await page.goto("about:blank");
+    await page.goto(address);
+    await page.waitForSelector(".tabs");
+  };
+  const details = (): Promise<string> => page.locator(".details").innerText();
+  /** How many colours a canvas has: a blank one has 1 or 2. */
+  const coloursOf = (selector: string): Promise<number> =>
+    page.locator(selector).evaluate((element) => {
+      const canvas = element as unknown as { width: number; height: number; getContext(kind: "2d"): any };
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return new Set(new Uint32Array(data.buffer)).size;
+    });
+  /** Clicks into a canvas, by shares of its size. */
+  const clickAt = async (selector: string, x: number, y: number): Promise<void> => {
+    const box = (await page.locator(selector).boundingBox())!;
+    await page.mouse.click(box.x + x * box.width, box.y + y * box.height);
+  };
+
+  test("choosing a collective shows its ranks, bytes, time slots and line of the job on every panel", async () => {
+    await opened(one);
+    await page.keyboard.press("/");
+    await page.keyboard.type("all_gather attn forward");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector(".section-graph li.selected");
+    const text = await details();
+    expect(text).toMatch(/collective/);
+    expect(text).toMatch(/Why/);
+    expect(text).toMatch(/job\.yaml:\d+ parallel\./);
+    expect(text).toMatch(/a rank sends\n[\d.]+ Ki?B, \d+ × a step/);
+    expect(text).toMatch(/Ranks\n\s*0–1/);
+    expect(await page.locator(".yaml mark").innerText()).toMatch(/tensor|sequence/);
+    for (const tab of ["mesh", "schedule", "memory", "traffic"]) {
+      await page.click(`#tab-${tab}`);
+      expect(await coloursOf(".panel canvas.fill"), tab).toBeGreaterThan(4);
+      expect(await details()).toContain("all_gather");
+    }
+  });
+
+  test("a shared address opens the same view", async () => {
+    await page.click("#tab-schedule");
+    await page.waitForFunction("location.hash.startsWith('#schedule?')");
+    const before = await details();
+    const hash: string = await page.evaluate("location.hash");
+    expect(hash).toContain("select=instruction~0~forward~");
+    await opened(`${one}${hash}`);
+    expect(await page.getAttribute("#tab-schedule", "aria-selected")).toBe("true");
+    expect(await details()).toBe(before);
+  });
+
+  test("mesh: a rank is chosen by pointer or keyboard, and its groups are named", async () => {
+    await opened(`${one}#mesh`);
+    await page.focus(".mesh-panel canvas");
+    await page.keyboard.press("ArrowRight");
+    expect(await details()).toContain("rank 1");
+    expect(await page.locator(".status").innerText()).toMatch(/^rank 1: node 0, stage 0; tp 1/);
+    await clickAt(".mesh-panel canvas", 0.02, 0.08);
+    expect(await details()).toContain("rank 0");
+    await page.click(".axes button:has-text('pp')");
+    expect(await details()).toContain("axis");
+  });
+
+  test("schedule: zoom, waits, runs and what they wait for", async () => {
+    await opened(`${one}#schedule`);
+    await page.focus(".schedule-panel canvas");
+    for (const key of ["ArrowRight", "ArrowDown"]) await page.keyboard.press(key);
+    expect(await page.locator(".status").innerText()).toMatch(/^stage 1, F\d/);
+    expect(await details()).toMatch(/receives from\nstage 0, F/);
+    await page.click("button[aria-label='zoom in']");
+    await page.waitForFunction("location.hash.includes('time=')");
+    const box = (await page.locator(".schedule-panel canvas").boundingBox())!;
+    await page.mouse.move(box.x + 400, box.y + 60);
+    await page.mouse.wheel(0, -600);
+    await page.keyboard.press("Home");
+    await page.waitForFunction("!location.hash.includes('time=')");
+    await page.click("text=by microbatch");
+    expect(await coloursOf(".schedule-panel canvas")).toBeGreaterThan(8);
+    await page.click("summary");
+    expect(await page.locator(".schedule-panel tbody tr").count()).toBeGreaterThan(10);
+  });
+
+  test("memory: the fullest moment lists what is alive, by falling bytes", async () => {
+    await opened(`${one}#memory`);
+    await page.click("text=fullest moment");
+    await page.waitForFunction("location.hash.includes('moment=')");
+    const rows = await page.locator(".alive tbody tr").allInnerTexts();
+    expect(rows.length).toBeGreaterThan(10);
+    expect(rows.join("\n")).toMatch(/activation[\s\S]*workspace|workspace[\s\S]*activation/);
+    await page.click(".alive tbody button >> nth=0");
+    expect(await details()).toMatch(/parameter|optimizer|gradient|activation|buffer/);
+  });
+
+  test("program: layers fold, arrow keys go from instruction to instruction", async () => {
+    await opened(`${one}#program`);
+    const count = await page.locator(".rows li").count();
+    await page.click(".fold-button[aria-expanded='true'] >> nth=0");
+    expect(await page.locator(".rows li").count()).toBeLessThan(count);
+    await page.click(".fold-button[aria-expanded='false'] >> nth=-1");
+    await page.click(".rows button >> nth=0");
+    const first = await page.locator(".details h2").innerText();
+    await page.keyboard.press("ArrowDown");
+    expect(await page.locator(".details h2").innerText()).not.toBe(first);
+    expect(await page.locator("svg.lanes circle").count()).toBeGreaterThan(0);
+  });
+
+  test("communication: a pair of ranks, and axes that are hidden", async () => {
+    await opened(`${one}#traffic`);
+    await page.focus(".traffic-panel canvas");
+    await page.keyboard.press("ArrowRight");
+    expect(await details()).toMatch(/0 → 1[\s\S]*on one node; [\d.]+ [KM]iB a step/);
+    const before = await coloursOf(".traffic-panel canvas");
+    for (const box of await page.locator(".check input").all()) await box.uncheck();
+    expect(await coloursOf(".traffic-panel canvas")).toBeLessThan(before);
+  });
+
+  test("kernels: the source of the one that is chosen", async () => {
+    await opened(`${one}#kernels`);
+    await page.fill(".kernels-panel input", "gemm");
+    await page.click(".kernels-panel tbody button >> nth=0");
+    await page.waitForFunction("document.querySelector('.code')?.textContent.includes('__global__')");
+    expect(await details()).toMatch(/runs a step\n\d/);
+  });
+
+  test("two plans: consequences, changed instructions, the difference of bytes; names are text", async () => {
+    await opened(`${two}#findings`);
+    expect(await page.locator(".findings").innerText()).toMatch(/parallel\.tensor\s+2\s+1/);
+    await page.click(".segments label:nth-child(2)");
+    expect(await page.textContent("h1")).toBe("<script>alert(1)</script>");
+    await page.click("#tab-program");
+    expect(await page.locator(".is-changed, .is-added").count()).toBeGreaterThan(0);
+    await page.click("#tab-traffic");
+    await page.click("text=difference");
+    expect(await coloursOf(".traffic-panel canvas")).toBeGreaterThan(3);
+  });
+
+  test("themes: both have readable text, and the choice is kept in the address", async () => {
+    await opened(`${one}#schedule`);
+    const ground = (): Promise<string> => page.evaluate("getComputedStyle(document.body).backgroundColor");
+    await page.emulateMedia({ colorScheme: "light" });
+    expect(await ground()).toBe("rgb(255, 255, 255)");
+    await page.emulateMedia({ colorScheme: "dark" });
+    expect(await ground()).toBe("rgb(21, 25, 30)");
+    await page.keyboard.press("t");
+    expect(await ground()).toBe("rgb(255, 255, 255)");
+    await page.waitForFunction("location.hash.includes('theme=light')");
+  });
+
+  test("parts have roles and names; nothing was logged and nothing was asked of a network", async () => {
+    await opened(`${one}#mesh`);
+    expect(await page.getByRole("tab").count()).toBe(7);
+    for (const role of ["tabpanel", "complementary", "status", "img"] as const)
+      expect(await page.getByRole(role).count(), role).toBeGreaterThan(0);
+    const unnamed = await page.evaluate(
+      "[...document.querySelectorAll('button, input, select, canvas')].filter((e) => !(e.textContent || e.getAttribute('aria-label') || e.closest('label'))).length",
+    );
+    expect(unnamed).toBe(0);
+    expect(said).toEqual([]);
+  });
+
+  test("screenshots of every panel in both themes", async () => {
+    const shots = process.env.RANKC_SCREENSHOTS;
+    if (shots) mkdirSync(shots, { recursive: true });
+    for (const colorScheme of ["light", "dark"] as const) {
+      await page.emulateMedia({ colorScheme });
+      for (const panel of ["mesh", "schedule", "memory", "program", "traffic", "kernels", "findings"]) {
+        await opened(`${two}#${panel}?theme=${colorScheme}`);
+        const image = await page.screenshot(shots ? { path: join(shots, `${panel}-${colorScheme}.png`) } : {});
+        expect(image.length).toBeGreaterThan(10_000);
+      }
+    }
+  });
+});
