@@ -23,7 +23,7 @@ export async function jobView(plan: Plan, keys: readonly string[], searched: Sea
 }
 
 async function completeJobText({ job }: Plan): Promise<JobSource> {
-  const [{ stringify }, { readSource }] = await Promise.all([import("yaml"), import("../frontend/source.ts")]);
+  const [{ stringify }, { readSource }] = await Promise.all([import("yaml"), import("../frontend/jobFiles.ts")]);
   const text = stringify(job, { aliasDuplicateObjects: false });
   return { text, source: readSource(text, "the complete job").source };
 }

@@ -13,7 +13,7 @@ export interface Sheet {
 }
 
 /** The font of texts in canvases. */
-export const FONT = "12px system-ui, sans-serif";
+const FONT = "12px system-ui, sans-serif";
 
 interface CanvasProps extends Omit<JSX.IntrinsicElements["canvas"], "ref" | "width" | "height" | "label"> {
   /** Draws everything. Signals that it reads start the next drawing. */

@@ -2,7 +2,7 @@
 import { anyLayer } from "../analysis/layerNames.ts";
 import type { ViewData } from "../report/view/planView.ts";
 import type { PlacedView } from "./planModel.ts";
-import { plan, planIndex, viewDiff } from "./state.ts";
+import { planIndex, viewDiff } from "./state.ts";
 
 type ProgramChange = NonNullable<ViewData["diff"]>["program"][number];
 
@@ -42,6 +42,3 @@ function changeText({ change, differences }: ProgramChange): string {
   if (change === "removed") return "only in the first plan";
   return differences.map(({ what, old, new: now }) => `${what}: ${old} → ${now}`).join("; ");
 }
-
-/** Returns a value of the other plan; undefined if the page has one plan. */
-export const otherPlan = <T>(all: readonly T[]): T | undefined => (plan.value && all.length > 1 ? all[1 - planIndex.value] : undefined);

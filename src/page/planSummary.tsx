@@ -45,7 +45,7 @@ export function PlanSummary() {
 }
 
 /** A bar for each stage, full at the memory of the device; a plan that fills a small part of it has a scale of its own. */
-export function MemoryBars() {
+function MemoryBars() {
   const { roles, device } = plan.value.view.inspection;
   const most = Math.max(...plans.value.flatMap(({ view }) => view.inspection.roles.map(({ memory }) => memory.peak)));
   const scale = device.memory > 8 * most ? most : Math.max(device.memory, most);

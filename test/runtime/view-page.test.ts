@@ -26,6 +26,11 @@ async function planAt(set: readonly string[], target?: string): Promise<{ shown:
   return { shown: { plan, job, warnings: await warningsOf(plan) }, sources: Object.fromEntries(sources) };
 }
 
+/** A drawing whose pixels can be read. */
+interface Readable {
+  getImageData(x: number, y: number, width: number, height: number): { readonly data: { readonly buffer: ArrayBuffer } };
+}
+
 /** Addresses of a page about one plan, and of one about two. */
 let one: string;
 let two: string;
@@ -82,11 +87,13 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.goto(address);
     await page.waitForSelector(".tabs");
   };
-  const details = (): Promise<string> => page.locator(".details").innerText();
+  /** The visible text of an element. */
+  const textOf = async (selector: string): Promise<string> => (await page.locator(selector).allInnerTexts()).join("\n");
+  const details = (): Promise<string> => textOf(".details");
   /** How many colours a canvas has: a blank one has 1 or 2. */
   const coloursOf = (selector: string): Promise<number> =>
     page.locator(selector).evaluate((element) => {
-      const canvas = element as unknown as { width: number; height: number; getContext(kind: "2d"): any };
+      const canvas = element as unknown as { width: number; height: number; getContext(kind: "2d"): Readable };
       const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
       return new Set(new Uint32Array(data.buffer)).size;
     });
@@ -108,7 +115,7 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     expect(text).toMatch(/job\.yaml:\d+ parallel\./);
     expect(text).toMatch(/a rank sends\n[\d.]+ Ki?B, \d+ × a step/);
     expect(text).toMatch(/Ranks\n\s*0–1/);
-    expect(await page.locator(".yaml mark").innerText()).toMatch(/tensor|sequence/);
+    expect(await textOf(".yaml mark")).toMatch(/tensor|sequence/);
     for (const tab of ["mesh", "schedule", "memory", "traffic"]) {
       await page.click(`#tab-${tab}`);
       expect(await coloursOf(".panel canvas.fill"), tab).toBeGreaterThan(4);
@@ -132,7 +139,7 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.focus(".mesh-panel canvas");
     await page.keyboard.press("ArrowRight");
     expect(await details()).toContain("rank 1");
-    expect(await page.locator(".status").innerText()).toMatch(/^rank 1: node 0, stage 0; tp 1/);
+    expect(await textOf(".status")).toMatch(/^rank 1: node 0, stage 0; tp 1/);
     await clickAt(".mesh-panel canvas", 0.02, 0.08);
     expect(await details()).toContain("rank 0");
     await page.click(".axes button:has-text('pp')");
@@ -143,7 +150,7 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await opened(`${one}#schedule`);
     await page.focus(".schedule-panel canvas");
     for (const key of ["ArrowRight", "ArrowDown"]) await page.keyboard.press(key);
-    expect(await page.locator(".status").innerText()).toMatch(/^stage 1, F\d/);
+    expect(await textOf(".status")).toMatch(/^stage 1, F\d/);
     expect(await details()).toMatch(/receives from\nstage 0, F/);
     await page.click("button[aria-label='zoom in']");
     await page.waitForFunction("location.hash.includes('time=')");
@@ -177,9 +184,9 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     expect(await page.locator(".rows li").count()).toBeLessThan(count);
     await page.click(".fold-button[aria-expanded='false'] >> nth=-1");
     await page.click(".rows button >> nth=0");
-    const first = await page.locator(".details h2").innerText();
+    const first = await textOf(".details h2");
     await page.keyboard.press("ArrowDown");
-    expect(await page.locator(".details h2").innerText()).not.toBe(first);
+    expect(await textOf(".details h2")).not.toBe(first);
     expect(await page.locator("svg.lanes circle").count()).toBeGreaterThan(0);
   });
 
@@ -203,7 +210,7 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
 
   test("two plans: consequences, changed instructions, the difference of bytes; names are text", async () => {
     await opened(`${two}#findings`);
-    expect(await page.locator(".findings").innerText()).toMatch(/parallel\.tensor\s+2\s+1/);
+    expect(await textOf(".findings")).toMatch(/parallel\.tensor\s+2\s+1/);
     await page.click(".segments label:nth-child(2)");
     expect(await page.textContent("h1")).toBe("<script>alert(1)</script>");
     await page.click("#tab-program");

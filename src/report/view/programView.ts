@@ -163,7 +163,7 @@ const stateOf = (program: Program): StateTensor[] =>
     }));
 
 /** Returns how often each block of a program runs in a step. */
-export const timesOfBlock = ({ kind }: Pick<Block, "kind">, microbatches: number): number =>
+const timesOfBlock = ({ kind }: Pick<Block, "kind">, microbatches: number): number =>
   kind === "step" ? 1 : kind.startsWith("evaluation") ? 0 : microbatches;
 
 /** Returns the instructions of a step with how often each runs. */
