@@ -10,6 +10,7 @@ import { expectWritable, writeFile } from "./outputFiles.ts";
 interface ViewOptions extends JobOptions {
   readonly target?: string;
   readonly job?: string;
+  readonly device?: string;
   readonly output: string;
 }
 
@@ -22,6 +23,7 @@ export function registerView(program: Command): void {
       .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
       .argument("[other]", "a second plan or job; --set and -f change this one, or the first if there is no second")
       .option("--job <file>", "the job of the first plan, so that the page shows its lines (default: a job.yaml beside it that fits)")
+      .option("--device <profile>", "estimate seconds by this device profile, by name or file (default: that of cluster.device)")
       .option("-o, --output <file>", "the page: one HTML file that needs no network", "plan.html"),
     "view plan/",
     "view job.yaml --target cuda:sm_90a -o job.html",
@@ -33,8 +35,8 @@ export function registerView(program: Command): void {
     const template = pageTemplate();
     const [a, b] = await loaded(first, second, options);
     const { viewData } = await import("../report/view/readPlanView.ts");
-    const own = await shown(a, { path: first, job: options.job, options: second === undefined ? options : asWritten });
-    const other = b && second !== undefined ? [await shown(b, { path: second, options })] : [];
+    const own = await shown(a, { path: first, job: options.job, options: second === undefined ? options : asWritten }, options.device);
+    const other = b && second !== undefined ? [await shown(b, { path: second, options }, options.device)] : [];
     const plans = b ? [a, b] : [a];
     writeFile(options.output, pageOf(template, viewData([own, ...other]), plans.map(sourcesOf)));
     printStderr(`${options.output}: open it in a browser`);
@@ -54,13 +56,15 @@ async function loaded(first: string, second: string | undefined, options: ViewOp
 }
 
 /** Adds to a plan what the page shows beside it. */
-async function shown({ plan }: LoadedPlan, searched: Searched): Promise<PlanToView> {
-  const [{ jobView }, { warningsOf }, { decidingKeys }] = await Promise.all([
+async function shown({ plan }: LoadedPlan, searched: Searched, device: string | undefined): Promise<PlanToView> {
+  const [{ jobView }, { warningsOf }, { decidingKeys }, { profileFor }] = await Promise.all([
     import("./jobView.ts"),
     import("./warnings.ts"),
     import("../report/view/readPlanView.ts"),
+    import("./deviceProfile.ts"),
   ]);
-  return { plan, job: await jobView(plan, decidingKeys(plan), searched), warnings: await warningsOf(plan) };
+  const profile = profileFor(plan.job.cluster.device, device);
+  return { plan, profile, job: await jobView(plan, decidingKeys(plan), searched), warnings: await warningsOf(plan) };
 }
 
 /** Returns the sources of the kernels by file name. */

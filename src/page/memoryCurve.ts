@@ -27,6 +27,8 @@ interface BlockCurve {
   readonly workspace: Float64Array;
   /** The instruction with the most of both. */
   readonly peak: number;
+  /** When each instruction has begun, or one before it, as shares of the block. */
+  readonly begin: Float64Array;
   /** Activations of the microbatch that stay alive after the block. */
   readonly after: number;
 }
@@ -79,8 +81,7 @@ export class MemoryCurve {
       take(end <= from || to > end ? (this.#held[i] ?? 0) : 0, 0);
       const curve = this.#curveOf(i);
       if (end <= from || !curve) continue;
-      const count = curve.activation.length;
-      const place = (time: number): number => Math.min(count - 1, Math.max(0, Math.floor(((time - start) / (end - start)) * count)));
+      const place = (time: number): number => placeIn(curve.begin, (time - start) / (end - start));
       const [low, high] = [place(from), place(to)];
       const others = this.#others[i] ?? 0;
       if (low <= curve.peak && curve.peak <= high) take(others + (curve.activation[curve.peak] ?? 0), curve.workspace[curve.peak] ?? 0);
@@ -95,7 +96,7 @@ export class MemoryCurve {
     const block = run === undefined ? undefined : this.#block(run);
     if (run === undefined || !block) return undefined;
     const all = this.model.instructions(this.stage, block);
-    const n = Math.min(all.length - 1, Math.floor(((time - (this.runs.start[run] ?? 0)) / this.runs.duration(run)) * all.length));
+    const n = placeIn(this.#curveOf(run)?.begin ?? new Float64Array(1), (time - (this.runs.start[run] ?? 0)) / this.runs.duration(run));
     return { run, block, instruction: all[n], n };
   }
 
@@ -158,6 +159,20 @@ export class MemoryCurve {
     let peak = 0;
     const sum = (n: number): number => (curve.activation[n] ?? 0) + (curve.workspace[n] ?? 0);
     for (let n = 1; n < count; n++) if (sum(n) > sum(peak)) peak = n;
-    return { ...curve, peak, after };
+    const slots = this.model.slots(this.stage, block);
+    const begin = new Float64Array(count);
+    for (let n = 0; n < count; n++) begin[n] = Math.max(begin[n - 1] ?? 0, slots[2 * n] ?? 0);
+    return { ...curve, peak, begin, after };
   }
+}
+
+/** Returns the last instruction that has begun at a share of a block. */
+function placeIn(begin: Float64Array, share: number): number {
+  let [low, high] = [0, begin.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if ((begin[middle] ?? 0) <= share) low = middle + 1;
+    else high = middle;
+  }
+  return Math.max(0, low - 1);
 }

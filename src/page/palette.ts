@@ -13,7 +13,7 @@ export interface Palette {
   readonly wrong: string;
   /** What stands still: waits, empty cells. */
   readonly idle: string;
-  readonly kinds: readonly [forward: string, backward: string, weights: string];
+  readonly kinds: readonly [forward: string, backward: string, weights: string, step: string];
   readonly axes: Readonly<Record<AxisName, string>>;
   readonly memory: Readonly<Record<"parameter" | "gradient" | "optimizer" | "activation" | "workspace" | "scratch", string>>;
   /** Text on a filled block. */
@@ -22,7 +22,7 @@ export interface Palette {
 
 const light: Palette = {
   ...{ paper: "#ffffff", ink: "#1b1f24", quiet: "#5b6470", line: "#d8dde3", accent: "#0b5fb0", wrong: "#a31621", idle: "#eef1f4" },
-  kinds: ["#4c78a8", "#54a24b", "#e8973a"],
+  kinds: ["#4c78a8", "#54a24b", "#e8973a", "#8a6aa8"],
   axes: { tp: "#8a5fbf", cp: "#b8860b", dp: "#0f8b8d", etp: "#c2577e", ep: "#d1632b", edp: "#3f8f4f", pp: "#3b7ddd" },
   memory: {
     ...{ parameter: "#4c78a8", gradient: "#54a24b", optimizer: "#e8973a" },
@@ -32,7 +32,7 @@ const light: Palette = {
 };
 const dark: Palette = {
   ...{ paper: "#15191e", ink: "#e8eaed", quiet: "#a3acb8", line: "#3a424c", accent: "#6db3f8", wrong: "#ff8a8f", idle: "#20262d" },
-  kinds: ["#5a8bc0", "#5fae56", "#e8a04d"],
+  kinds: ["#5a8bc0", "#5fae56", "#e8a04d", "#a583c4"],
   axes: { tp: "#b392e0", cp: "#d9b23c", dp: "#3fbabc", etp: "#e387ab", ep: "#ec8a57", edp: "#6cbf7c", pp: "#6ea3f0" },
   memory: {
     ...{ parameter: "#5a8bc0", gradient: "#5fae56", optimizer: "#e8a04d" },
@@ -63,7 +63,7 @@ export function between(a: string, b: string, share: number): string {
 /** Returns the colour of a microbatch: neighbours differ if there are few, and the colour goes around the circle once if there are many. */
 export function microbatchColour(microbatch: number, count: number, kind: number): string {
   const hue = count <= 24 ? (microbatch * 137.5) % 360 : (microbatch * 300) / count;
-  const lightness = (isDark.value ? [62, 48, 74] : [58, 42, 72])[kind] ?? 50;
+  const lightness = (isDark.value ? [62, 48, 74, 30] : [58, 42, 72, 30])[kind] ?? 50;
   return hslColour(hue, isDark.value ? 45 : 50, lightness);
 }
 

@@ -40,6 +40,7 @@ export class PlanModel {
   /** The block runs of each stage. */
   readonly runs: readonly StageRuns[];
   readonly #sections = new Map<string, Section[]>();
+  readonly #equalSlots = new Map<number, number[]>();
 
   constructor(view: PlanView, index: number) {
     this.view = view;
@@ -93,6 +94,21 @@ export class PlanModel {
   /** Returns an id that stands in an instruction with the layer that it means. */
   idIn({ view: _, layer, block }: PlacedView, text: string): string {
     return inLayer(text, layer ?? block.base);
+  }
+
+  /** Returns start and end of each instruction of a block, as shares of its time. */
+  slots(stage: number, { kind, chunk, form }: BlockView): readonly number[] {
+    const known = this.view.timeline.slots[stage]?.find((s) => s.kind === kind && s.chunk === chunk);
+    if (known) return known.times;
+    const equal = this.#equalSlots.get(form) ?? this.#readEqualSlots(form);
+    this.#equalSlots.set(form, equal);
+    return equal;
+  }
+
+  #readEqualSlots(form: number): number[] {
+    const parts = this.view.forms[form]?.parts ?? [];
+    const count = parts.reduce((sum, { part }) => sum + (this.view.parts[part]?.instructions.length ?? 0), 0);
+    return Array.from({ length: 2 * count }, (_, i) => Math.ceil(i / 2) / count);
   }
 
   /** Returns the buffers that are alive in a block at some time. */

@@ -2,6 +2,7 @@
 import { bytesText, countText, flopsText, largest } from "../units.ts";
 import { palette } from "./palette.ts";
 import { plan, planIndex, plans, select, stage, viewDiff } from "./state.ts";
+import { timeText } from "./timeText.ts";
 import { Facts, Legend } from "./widgets.tsx";
 
 /** The parts of the memory in the order of reports. */
@@ -15,7 +16,7 @@ export const memoryTitles: Readonly<Record<(typeof memoryParts)[number], string>
 /** The plan at a glance. */
 export function PlanSummary() {
   const { inspection } = plan.value.view;
-  const { derived, device, roles, digest, rankc, target } = inspection;
+  const { derived, device, roles, digest, rankc, target, estimate: time } = inspection;
   const flops = largest(roles, (role) => role.flops.per_step);
   return (
     <>
@@ -28,6 +29,8 @@ export function PlanSummary() {
         rows={[
           ["parameters", countText(derived.parameters)],
           ["tokens a step", countText(derived.tokens_per_step)],
+          time ? ["estimated step", `${timeText(time.seconds)} (${time.profile.name})`] : undefined,
+          time ? ["of the peak", `${(100 * time.of_peak).toFixed(0)} % model flops`] : undefined,
           derived.local_experts > 0 ? ["experts on a rank", countText(derived.local_experts)] : undefined,
           ["flops of the busiest rank", `${flopsText(flops)} a step`],
           ["kernels", countText(inspection.kernels)],

@@ -89,17 +89,18 @@ function drawStrip(
   const block = model.block(stage, runs.kindOf(i), runs.chunk[i] ?? 0);
   if (!block) return;
   const marks = marksOf(model, stage, block.kind, block.chunk);
-  const [start, each] = [runs.start[i] ?? 0, runs.duration(i) / Math.max(1, marks.length)];
+  const slots = model.slots(stage, block);
+  const [start, length] = [runs.start[i] ?? 0, runs.duration(i)];
   const colours = palette.value;
   const [y, h] = [top + Math.round(height * 0.55), height - Math.round(height * 0.55) - 2];
   context.fillStyle = "rgb(0 0 0 / 0.18)";
-  const [left, right] = [Math.max(scale.left, scale.x(start)), Math.min(scale.left + scale.width, scale.x(start + each * marks.length))];
+  const [left, right] = [Math.max(scale.left, scale.x(start)), Math.min(scale.left + scale.width, scale.x(start + length))];
   context.fillRect(left, y, right - left - 1, h);
   for (let n = 0; n < marks.length; n++) {
     const axis = marks[n];
     if (axis === undefined) continue;
-    const x = scale.x(start + n * each);
-    const to = scale.x(start + (n + 1) * each);
+    const x = scale.x(start + length * (slots[2 * n] ?? 0));
+    const to = scale.x(start + length * (slots[2 * n + 1] ?? 0));
     if (to < scale.left || x > scale.left + scale.width) continue;
     context.fillStyle = colours.axes[axis];
     context.fillRect(Math.max(scale.left, x), y, Math.max(1.5, Math.min(to, right) - Math.max(scale.left, x) - 0.5), h);

@@ -58,12 +58,13 @@ export function drawMarks(context: CanvasRenderingContext2D, scale: TimeScale, r
   const row = own.find((r) => r.stage === stage);
   const runs = row?.model.runs[stage];
   if (!row || !runs) return;
-  const count = row.model.instructions(stage, block).length;
+  const slots = row.model.slots(stage, block);
+  const [begin, end] = [slots[2 * n] ?? 0, slots[2 * n + 1] ?? 0];
   const { accent, paper } = palette.value;
   for (let i = Math.max(0, runs.begunAt(scale.from) - 1); i < runs.length && (runs.start[i] ?? 0) < scale.to; i++) {
     if (runs.kindOf(i) !== block.kind || runs.chunk[i] !== block.chunk) continue;
-    const x = scale.x((runs.start[i] ?? 0) + (runs.duration(i) * n) / count);
-    const width = Math.max(2, scale.x((runs.start[i] ?? 0) + (runs.duration(i) * (n + 1)) / count) - x);
+    const x = scale.x((runs.start[i] ?? 0) + runs.duration(i) * begin);
+    const width = Math.max(2, scale.x((runs.start[i] ?? 0) + runs.duration(i) * end) - x);
     if (x < scale.left || x > scale.left + scale.width) continue;
     context.fillStyle = paper;
     context.fillRect(x - 1, row.top - 2, width + 2, row.height + 4);

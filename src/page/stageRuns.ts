@@ -1,7 +1,7 @@
 /** The block runs of a stage over time, for drawing: the run at a time, and how busy the stage is between two times. */
 import { type RunTimes, runKinds } from "../report/view/planView.ts";
 
-const letters = ["F", "B", "W"];
+const letters = ["F", "B", "W", "step"];
 
 /** The block runs of one stage by time. */
 export class StageRuns {
@@ -78,6 +78,7 @@ export class StageRuns {
 
   /** Returns the name of a run: `F3`, with several chunks `F3.1`. */
   tag(i: number): string {
+    if (this.kindOf(i) === "step") return "step";
     const name = `${letters[this.kind[i] ?? 0]}${this.microbatch[i]}`;
     return this.#chunks > 1 ? `${name}.${this.chunk[i]}` : name;
   }

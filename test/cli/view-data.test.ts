@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { blocksOf } from "../../schemas/program.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { MemoryCurve } from "../../src/page/memoryCurve.ts";
@@ -60,6 +61,23 @@ test("block runs have the times of the schedule, and each waits for the run that
       expect(runs.place(["forward", "backward", "weights"].indexOf(run.kind), run.microbatch, run.chunk)).toBe(i);
       expect(runs.at((runs.start[i]! + runs.end[i]!) / 2)).toBe(i);
     }
+  }
+});
+
+test("with a device profile, times are the seconds of the estimate; instructions are within their runs, and the optimizer step ends a stage", () => {
+  const profile = packageProfile("h100-80gb");
+  const [timed] = viewData([{ plan, job: { text: "", places: {} }, warnings: [], profile }]).plans;
+  const { timeline, inspection } = timed!;
+  expect(timeline.unit).toBe("seconds");
+  expect(timeline.end).toBeCloseTo(inspection.estimate!.seconds, 9);
+  const own = new PlanModel(timed!, 0);
+  for (const [stage, runs] of own.runs.entries()) {
+    expect(runs.length).toBe(plan.programs[stage]!.order.length + 1);
+    expect(runs.tag(runs.length - 1)).toBe("step");
+    const block = own.block(stage, "forward", 0)!;
+    const slots = own.slots(stage, block);
+    expect(slots).toHaveLength(2 * own.instructions(stage, block).length);
+    for (const [n, share] of slots.entries()) expect(n % 2 === 0 ? share >= 0 && share <= 1 : share >= slots[n - 1]!).toBe(true);
   }
 });
 

@@ -182,14 +182,25 @@ function runUnder({ scale, rows }: Drawn, x: number, y: number): Hit | undefined
   if (!runs || run === undefined) return { model, stage, time, run, instruction: undefined };
   const isInStrip = scale.x(runs.end[run] ?? 0) - scale.x(runs.start[run] ?? 0) >= WITH_INSTRUCTIONS && y > top + height * 0.55;
   const block = model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
-  const all = block && isInStrip ? model.instructions(stage, block).length : 0;
   return {
     model,
     stage,
     time,
     run,
-    instruction: isInStrip ? Math.floor(((time - (runs.start[run] ?? 0)) / runs.duration(run)) * all) : undefined,
+    instruction:
+      block && isInStrip ? shortestAt(model.slots(stage, block), (time - (runs.start[run] ?? 0)) / runs.duration(run)) : undefined,
   };
+}
+
+/** Returns the shortest instruction that runs at a share of a block: communication runs beside kernels. */
+function shortestAt(slots: readonly number[], share: number): number | undefined {
+  let [best, length] = [-1, Infinity];
+  for (let n = 0; 2 * n + 1 < slots.length; n++) {
+    const [start, end] = [slots[2 * n] ?? 0, slots[2 * n + 1] ?? 0];
+    if (start > share || end < share || end - start >= length) continue;
+    [best, length] = [n, end - start];
+  }
+  return best < 0 ? undefined : best;
 }
 
 function choose(hit: Hit | undefined): void {
@@ -290,7 +301,7 @@ function Zoom() {
 
 function ScheduleLegend({ colouring }: { readonly colouring: Colouring }) {
   const colours = palette.value;
-  const names = ["forward", "backward", "weight gradients"];
+  const names = ["forward", "backward", "weight gradients", "optimizer step"];
   const used = names.flatMap((name, k) =>
     plan.value.runs.some(({ kind }) => kind.includes(k)) ? [[name, colours.kinds[k] ?? ""] as const] : [],
   );

@@ -59,6 +59,15 @@ export interface TimelineView {
   readonly bubble: number;
   /** Per stage, in the order of its program. */
   readonly stages: readonly RunTimes[];
+  /** Per stage, when the instructions of its blocks run; without it each has an equal share of its block. */
+  readonly slots: readonly (readonly BlockSlots[])[];
+}
+
+/** Start and end of each instruction of a block, as shares of its time. Communication may end after its block. */
+export interface BlockSlots {
+  readonly kind: string;
+  readonly chunk: number;
+  readonly times: readonly number[];
 }
 
 /** The block runs of a stage: parallel lists. */
@@ -70,8 +79,8 @@ export interface RunTimes {
   readonly start: readonly number[];
   readonly end: readonly number[];
 }
-/** The kinds of block runs by number. */
-export const runKinds = ["forward", "backward", "weights"] as const satisfies readonly BlockRun["kind"][];
+/** The kinds of block runs by number; the step block has times in seconds only. */
+export const runKinds = ["forward", "backward", "weights", "step"] as const satisfies readonly (BlockRun["kind"] | "step")[];
 
 /** The instructions of a part. Layers in ids are relative to the layer of the part: `layers.+0.wq`. */
 export interface PartView {

@@ -1,4 +1,5 @@
 /** Makes the data of the page from plans: the reports of `inspect`, `why` and `diff`, and the programs with equal parts once. */
+import type { DeviceProfile } from "../../../schemas/deviceProfile.ts";
 import type { Plan } from "../../../schemas/plan.ts";
 import { blocksOf } from "../../../schemas/program.ts";
 import { diffPlans } from "../diff.ts";
@@ -16,23 +17,27 @@ export interface PlanToView {
   readonly plan: Plan;
   readonly job: JobView;
   readonly warnings: readonly Warning[];
+  /** The profile by which a step is estimated; without it times are units of the schedule. */
+  readonly profile?: DeviceProfile | undefined;
 }
 
 /** Returns the data of a page about one plan, or about two and their differences. */
 export function viewData(shown: readonly PlanToView[]): ViewData {
   const [first, second] = shown;
   const diff = first && second ? { diff: diffPlans(first.plan, second.plan) } : {};
-  return { version: VIEW_VERSION, plans: shown.map(planView), ...diff };
+  // two plans have one unit of time
+  const isTimed = shown.every(({ profile }) => profile !== undefined);
+  return { version: VIEW_VERSION, plans: shown.map((one) => planView(isTimed ? one : { ...one, profile: undefined })), ...diff };
 }
 
-function planView({ plan, job, warnings }: PlanToView): PlanView {
-  const inspection = inspectPlan(plan);
+function planView({ plan, job, warnings, profile }: PlanToView): PlanView {
+  const inspection = inspectPlan(plan, { profile });
   return {
     inspection,
     mesh: plan.mesh,
     job,
     warnings,
-    timeline: blockTimes(plan),
+    timeline: blockTimes(plan, profile),
     ...programsView(plan),
     kernels: kernelsView(plan),
     flows: flowsOf(plan),
