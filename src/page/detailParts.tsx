@@ -1,11 +1,12 @@
 /** Parts of the details: lines of the job, a small mesh with the selected ranks, the time slots in the step, and what reads a result. */
+import type { ComponentChildren } from "preact";
 import { Canvas, type Sheet } from "./canvas.tsx";
 import { meshLayout } from "./meshLayout.ts";
 import { palette } from "./palette.ts";
 import type { PlacedView } from "./planModel.ts";
 import { drawRows } from "./scheduleDraw.ts";
 import { drawMarks } from "./scheduleMarks.ts";
-import { panel, plan, selectedRanks, selectInstruction, selection, visible } from "./state.ts";
+import { panel, plan, select, selectedRanks, selectInstruction, selection, visible } from "./state.ts";
 import { timeScale } from "./timeAxis.ts";
 
 /** The lines of the job around a key. */
@@ -116,6 +117,28 @@ function LinkList({ title, of }: { readonly title: string; readonly of: readonly
           </li>
         ))}
       </ul>
+    </>
+  );
+}
+
+interface HeadingProps {
+  readonly kind: string;
+  readonly title: string;
+  readonly children: ComponentChildren;
+}
+
+/** The head of the details: what it is, its name, and a button that clears the selection. */
+export function Heading({ kind, title, children }: HeadingProps) {
+  return (
+    <>
+      <div class="details-head">
+        <span class="kind">{kind}</span>
+        <button type="button" class="link" onClick={() => select(undefined)} title="Escape">
+          clear
+        </button>
+      </div>
+      <h2 class="id">{title}</h2>
+      {children}
     </>
   );
 }

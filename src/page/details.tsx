@@ -2,7 +2,7 @@
 import type { ComponentChildren } from "preact";
 import { bytesText, countText, plural } from "../units.ts";
 import { sourceOf, targetOf } from "./dependencies.ts";
-import { JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
+import { Heading, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
 import { InstructionDetails } from "./instructionDetails.tsx";
 import { groupText, rankText } from "./panels/mesh.tsx";
 import { runText } from "./panels/schedule.tsx";
@@ -50,28 +50,6 @@ function SelectionDetails({ of }: { readonly of: Selection }) {
     default:
       return of satisfies never;
   }
-}
-
-interface HeadingProps {
-  readonly kind: string;
-  readonly title: string;
-  readonly children: ComponentChildren;
-}
-
-/** The head of the details: what it is, its name, and a button that clears the selection. */
-export function Heading({ kind, title, children }: HeadingProps) {
-  return (
-    <>
-      <div class="details-head">
-        <span class="kind">{kind}</span>
-        <button type="button" class="link" onClick={() => select(undefined)} title="Escape">
-          clear
-        </button>
-      </div>
-      <h2 class="id">{title}</h2>
-      {children}
-    </>
-  );
 }
 
 function RankDetails({ of: { rank } }: Of<"rank">) {

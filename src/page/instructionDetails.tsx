@@ -1,8 +1,7 @@
 /** The details of an instruction: why it exists, the line of the job, what it costs, who takes part, when it runs. */
 import { bytesText, countText, flopsText, plural } from "../units.ts";
 import { changeOf } from "./changes.ts";
-import { BackLinks, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
-import { Heading } from "./details.tsx";
+import { BackLinks, Heading, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
 import { groupText } from "./panels/mesh.tsx";
 import type { PlacedView } from "./planModel.ts";
 import { focusRank, panel, plan, type Selection, select, selectedInstruction, selectedRanks } from "./state.ts";

@@ -4,7 +4,7 @@ import type { Sheet } from "./canvas.tsx";
 import { between, channels, palette, pixel } from "./palette.ts";
 
 /** Bytes from rank (row) to rank (column), at several sizes. */
-export interface Matrix {
+export interface TrafficMatrix {
   readonly world: number;
   readonly levels: readonly { readonly size: number; readonly cells: Float32Array }[];
   readonly most: number;
@@ -15,7 +15,7 @@ export interface Matrix {
 export const matrixSpan = signal<{ readonly x: number; readonly y: number; readonly size: number } | undefined>(undefined);
 
 /** Returns the pyramid of a matrix. Differences may be negative: the cell with the largest amount counts. */
-export function matrixOf(cells: Float32Array, world: number): Matrix {
+export function matrixOf(cells: Float32Array, world: number): TrafficMatrix {
   const levels = [{ size: world, cells }];
   for (let last = levels[0]; last && last.size > 64; last = levels.at(-1)) {
     const { size, cells: below } = last;
@@ -84,7 +84,7 @@ interface Colours {
 const STEPS = 64;
 
 /** Draws the cells: the more bytes, the stronger the colour, on a logarithmic scale; links inside a node have another colour than those across. */
-export function drawMatrix({ context, ratio }: Sheet, matrix: Matrix, place: MatrixPlace, { perNode, isDifference }: Colours): void {
+export function drawMatrix({ context, ratio }: Sheet, matrix: TrafficMatrix, place: MatrixPlace, { perNode, isDifference }: Colours): void {
   const pixels = Math.max(1, Math.round(place.side * ratio));
   const level = matrix.levels.findLast(({ size }) => (matrix.world / size) * place.each * ratio <= 1.01) ?? matrix.levels[0];
   if (!level) return;

@@ -17,7 +17,7 @@ export interface PlacedView {
 }
 
 /** Instructions that stand together: a layer, or what is between layers. */
-export interface Section {
+export interface ProgramSection {
   readonly part: number;
   readonly layer: number | null;
   readonly first: number;
@@ -39,7 +39,7 @@ export class PlanModel {
   readonly index: number;
   /** The block runs of each stage. */
   readonly runs: readonly StageRuns[];
-  readonly #sections = new Map<string, Section[]>();
+  readonly #sections = new Map<string, ProgramSection[]>();
   readonly #equalSlots = new Map<number, number[]>();
 
   constructor(view: PlanView, index: number) {
@@ -61,14 +61,14 @@ export class PlanModel {
   }
 
   /** Returns the sections of a block in order. */
-  sections(stage: number, block: BlockView): Section[] {
+  sections(stage: number, block: BlockView): ProgramSection[] {
     const key = `${stage} ${block.kind} ${block.chunk}`;
     const known = this.#sections.get(key) ?? this.#readSections(stage, block);
     this.#sections.set(key, known);
     return known;
   }
 
-  #readSections(stage: number, block: BlockView): Section[] {
+  #readSections(stage: number, block: BlockView): ProgramSection[] {
     let n = 0;
     return (this.view.forms[block.form]?.parts ?? []).map(({ part, layer }) => {
       const first = n;

@@ -1,11 +1,11 @@
 /** Sections of a block for the panel program: equal layers together, and the lines of other ranks. */
 import { shardCount } from "../../schemas/sharding.ts";
-import type { AxisName, PlanModel, Section } from "./planModel.ts";
+import type { AxisName, PlanModel, ProgramSection } from "./planModel.ts";
 import { axisOf } from "./scheduleDraw.ts";
 
 /** Consecutive layers with the same instructions; or one section. */
 export interface Fold {
-  readonly sections: readonly Section[];
+  readonly sections: readonly ProgramSection[];
 }
 
 /** The line of the other ranks of the groups along some axes. */
@@ -17,8 +17,8 @@ export interface Lane {
 }
 
 /** Collects consecutive layers of the same part. */
-export function foldSections(sections: readonly Section[]): Fold[] {
-  const folds: { readonly sections: Section[] }[] = [];
+export function foldSections(sections: readonly ProgramSection[]): Fold[] {
+  const folds: { readonly sections: ProgramSection[] }[] = [];
   for (const section of sections) {
     const last = folds.at(-1);
     const before = last?.sections.at(-1);
@@ -29,7 +29,7 @@ export function foldSections(sections: readonly Section[]): Fold[] {
 }
 
 /** Returns a lane for each set of axes that instructions of a block send over. */
-export function lanesOf(model: PlanModel, stage: number, sections: readonly Section[]): Lane[] {
+export function lanesOf(model: PlanModel, stage: number, sections: readonly ProgramSection[]): Lane[] {
   const lanes = new Map<string, Lane>();
   for (const { instructions } of sections)
     for (const { view } of instructions) {
@@ -42,13 +42,13 @@ export function lanesOf(model: PlanModel, stage: number, sections: readonly Sect
 }
 
 /** Returns the name of the lane of an instruction; undefined if it sends nothing. */
-export function laneOf(stage: number, { kind, axes, peer }: Section["instructions"][number]["view"]): string | undefined {
+export function laneOf(stage: number, { kind, axes, peer }: ProgramSection["instructions"][number]["view"]): string | undefined {
   if (kind === "compute") return undefined;
   return kind === "collective" ? axes || "all" : `stage ${stage + (peer ?? 0)}`;
 }
 
 /** Returns the number and the bytes of what a section sends, by axes. */
-export function countsByAxis({ instructions }: Section) {
+export function countsByAxis({ instructions }: ProgramSection) {
   const counts = new Map<string, { axes: string; axis: AxisName; count: number; bytes: number }>();
   for (const { view } of instructions) {
     const axis = axisOf(view.axes);

@@ -1,10 +1,10 @@
 /** Who sends how much to whom: the bytes of a step between ranks, from the flows of each stage. */
 import { numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
-import type { Flow } from "../report/view/planView.ts";
+import type { TrafficFlow } from "../report/view/planView.ts";
 import type { PlanModel } from "./planModel.ts";
 
 /** Calls `send` with each peer of a rank in a flow of its stage, and the bytes that go there. */
-function peersOf(model: PlanModel, flow: Flow, rank: number, send: (to: number, bytes: number) => void): void {
+function peersOf(model: PlanModel, flow: TrafficFlow, rank: number, send: (to: number, bytes: number) => void): void {
   const { mesh } = model.view;
   if (flow.pattern === "send") {
     send(rankAt(mesh, flow.peer ?? 0, numberInStage(mesh, rank)), flow.bytes);
@@ -26,7 +26,7 @@ function peersOf(model: PlanModel, flow: Flow, rank: number, send: (to: number, 
 /** Adds to `into` [world × world] the bytes that each rank sends to each other in a step, over the axes of `isShown`. */
 export function addTraffic(model: PlanModel, into: Float32Array, isShown: (axes: string) => boolean): void {
   const { mesh } = model.view;
-  const byStage = new Map<number, Flow[]>();
+  const byStage = new Map<number, TrafficFlow[]>();
   for (const flow of model.view.flows) if (isShown(flow.axes)) byStage.set(flow.stage, [...(byStage.get(flow.stage) ?? []), flow]);
   for (let rank = 0; rank < mesh.world; rank++)
     for (const flow of byStage.get(stageOfRank(mesh, rank)) ?? [])

@@ -6,8 +6,8 @@ import { useSignal, useSignalEffect } from "@preact/signals";
 import { useMemo } from "preact/hooks";
 import { bytesText, plural } from "../../units.ts";
 import { palette } from "../palette.ts";
-import type { PlacedView, Section } from "../planModel.ts";
-import { countsByAxis, type Fold, foldSections, lanesOf } from "../programFolds.ts";
+import type { PlacedView, ProgramSection } from "../planModel.ts";
+import { countsByAxis, type Fold, foldSections, type Lane, lanesOf } from "../programFolds.ts";
 import { block, plan, selectedInstruction, stage } from "../state.ts";
 import { StageChoice } from "./memory.tsx";
 import { SectionGraph } from "./sectionGraph.tsx";
@@ -68,9 +68,7 @@ function firstOpen(folds: readonly Fold[]): Fold | undefined {
   return folds.reduce<Fold | undefined>((most, fold) => (most && size(most) >= size(fold) ? most : fold), undefined);
 }
 
-type Lanes = ReturnType<typeof lanesOf>;
-
-function LaneHeads({ lanes }: { readonly lanes: Lanes }) {
+function LaneHeads({ lanes }: { readonly lanes: readonly Lane[] }) {
   return (
     <div class="lane-heads">
       <span />
@@ -89,7 +87,7 @@ function LaneHeads({ lanes }: { readonly lanes: Lanes }) {
 
 interface FoldProps {
   readonly fold: Fold;
-  readonly lanes: Lanes;
+  readonly lanes: readonly Lane[];
   readonly isFirst: boolean;
 }
 
@@ -143,7 +141,7 @@ function FoldedSection({ fold, lanes, isFirst }: FoldProps) {
   );
 }
 
-const holds = ({ instructions }: Section, { block: of, stage: own, n }: PlacedView): boolean => {
+const holds = ({ instructions }: ProgramSection, { block: of, stage: own, n }: PlacedView): boolean => {
   const [first] = instructions;
   return (
     first !== undefined &&
@@ -155,7 +153,7 @@ const holds = ({ instructions }: Section, { block: of, stage: own, n }: PlacedVi
   );
 };
 
-function titleOf({ instructions }: Section, layers: readonly number[]): string {
+function titleOf({ instructions }: ProgramSection, layers: readonly number[]): string {
   if (layers.length > 1) return `layers ${layers[0]}–${layers.at(-1)}`;
   if (layers.length === 1) return `layer ${layers[0]}`;
   const [first = "", second] = [...new Set(instructions.map(({ id }) => id.split(/[.@]/)[0] ?? ""))].filter(Boolean);

@@ -3,7 +3,7 @@ import { useEffect, useMemo, useRef } from "preact/hooks";
 import { bytesText, flopsText } from "../../units.ts";
 import { changeOf } from "../changes.ts";
 import { palette } from "../palette.ts";
-import type { PlacedView, Section } from "../planModel.ts";
+import type { PlacedView, ProgramSection } from "../planModel.ts";
 import { type Lane, laneOf } from "../programFolds.ts";
 import { axisOf } from "../scheduleDraw.ts";
 import { plan, selectedInstruction, selectInstruction } from "../state.ts";
@@ -20,7 +20,7 @@ const NODE = LEFT - 9;
 const middle = (row: number): number => row * ROW + ROW / 2;
 
 interface GraphProps {
-  readonly section: Section;
+  readonly section: ProgramSection;
   readonly lanes: readonly Lane[];
 }
 

@@ -34,7 +34,7 @@ export interface PlanView {
   readonly stages: readonly StageView[];
   readonly kernels: readonly KernelView[];
   /** What a rank sends to others in a step. */
-  readonly flows: readonly Flow[];
+  readonly flows: readonly TrafficFlow[];
   /** Per stage, what a rank sends in a step by axes and links. */
   readonly traffic: readonly (readonly AxisTraffic[])[];
 }
@@ -151,11 +151,11 @@ export interface BlockView {
 export interface StageView {
   readonly blocks: readonly BlockView[];
   /** The largest tensors that live for the whole run. */
-  readonly state: readonly StateTensor[];
+  readonly state: readonly HeldTensor[];
 }
 
 /** Parameters, gradients or optimizer state of a form, over all layers. */
-export interface StateTensor {
+export interface HeldTensor {
   readonly id: string;
   readonly kind: BufferKind;
   readonly shape: string;
@@ -174,7 +174,7 @@ export interface KernelView extends KernelWork {
 export type KernelSources = readonly Readonly<Record<string, string>>[];
 
 /** Collectives of a stage over the same groups, or sends to another stage. */
-export interface Flow {
+export interface TrafficFlow {
   readonly stage: number;
   readonly axes: string;
   /** Around a ring of the group, to each of the others, or to the same rank of another stage. */

@@ -11,7 +11,7 @@ import { shapeText } from "../programText.ts";
 import { tensorsOf } from "../tensors.ts";
 import { explainId } from "../why.ts";
 import { keyOfCompute } from "../whyKeys.ts";
-import type { BlockForm, BlockView, BufferLife, InstructionView, InstructionWhy, PartView, StageView, StateTensor } from "./planView.ts";
+import type { BlockForm, BlockView, BufferLife, HeldTensor, InstructionView, InstructionWhy, PartView, StageView } from "./planView.ts";
 
 /** The programs of all stages. */
 export interface ProgramsView {
@@ -151,7 +151,7 @@ function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i:
 }
 
 const stateKinds: readonly string[] = ["parameter", "gradient", "optimizer"];
-const stateOf = (program: Program): StateTensor[] =>
+const stateOf = (program: Program): HeldTensor[] =>
   tensorsOf(program)
     .filter(({ kind }) => stateKinds.includes(kind))
     .map((t) => ({
