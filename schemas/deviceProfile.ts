@@ -120,6 +120,12 @@ export const DeviceProfile = z.strictObject({
   links: z.strictObject({ host: HostLinks, network: NetworkLinks }),
   overlap: z.strictObject({
     slowdown: z.number().min(0).max(0.9).describe("share of its rate that a kernel loses while communication runs"),
+    hidden: z
+      .strictObject({ experts: z.number().min(0).max(1).default(0), data: z.number().min(0).max(1).default(0) })
+      .prefault({})
+      .describe(
+        "where the stack runs dispatch and combine, or the reductions and gathers of the optimizer, beside kernels, and a plan does not say so: the share of them that this hides",
+      ),
     prefetches_transfers: z.boolean().describe("whether a message between stages travels before its receiver waits for it"),
   }),
 });

@@ -39,6 +39,7 @@ interface CudaAttentionGradCu {
   readonly params: string | number;
   readonly part: boolean;
   readonly queryParams: string | number;
+  readonly stages: string | number;
   readonly starts: string | number;
   readonly tiles: string | number;
 }

@@ -6,6 +6,7 @@
 import { Command, CommanderError } from "commander";
 import { Trouble } from "../../schemas/trouble.ts";
 import { readPackageFile } from "../packageFile.ts";
+import { registerCalibrate } from "./calibrate.ts";
 import { registerCheck } from "./check.ts";
 import { registerCompile } from "./compile.ts";
 import { registerData } from "./data.ts";
@@ -45,6 +46,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerImport,
   registerExport,
   registerGit,
+  registerCalibrate,
   registerDoctor,
   registerSchema,
 ];

@@ -5,7 +5,8 @@ import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts
 import { asWritten, collect, type JobOptions, type ProcessExit, withExamples, withSet } from "./options.ts";
 import { printJson, printReport, printStdout, reportWidth } from "./output.ts";
 
-interface DiffOptions extends JobOptions {
+interface DiffArguments extends JobOptions {
+  readonly device?: string;
   readonly setA: readonly string[];
   readonly setB: readonly string[];
   readonly only: readonly DiffLevel[];
@@ -25,6 +26,7 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
       .argument("[b]", "the same; without it, --set or -f says how the job <a> changes")
       .option("--set-a <path=value>", "override a key of the first job (repeatable)", collect, [])
       .option("--set-b <path=value>", "override a key of the second job (repeatable)", collect, [])
+      .option("--device <profile>", "estimate times by this device profile, by name or file (default: that of cluster.device)")
       .option("--stat", "print one line with the number of differences")
       .option("--only <level>", `print whole levels: ${diffLevels.join(", ")} (repeatable)`, levelOf, [])
       .option("--ignore <level|key>", "ignore a level, or a job key and all below it (repeatable)", collect, [])
@@ -33,14 +35,16 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
     "diff job.yaml --set parallel.expert_tensor=4",
     "diff git:main:plan/ plan/ --format markdown",
     "diff plan/ job.yaml --only placement --ignore train.seed",
-  ).action(async (a: string, b: string | undefined, options: DiffOptions) => {
+  ).action(async (a: string, b: string | undefined, options: DiffArguments) => {
     const [before, after] = await bothPlans(a, b, options);
     const [{ diffPlans, selectDiff }, { printDiff, printStat }] = await Promise.all([
       import("../report/diff.ts"),
       import("../report/diffText.ts"),
     ]);
     const hasProgram = (options.only.length === 0 || options.only.includes("program")) && !options.ignore.includes("program");
-    const diff = selectDiff(diffPlans(before.plan, after.plan, hasProgram), options.only, options.ignore);
+    const { profileFor } = await import("./deviceProfile.ts");
+    const profileOf = ({ job }: typeof before.plan) => profileFor(job.cluster.device, options.device);
+    const diff = selectDiff(diffPlans(before.plan, after.plan, { hasProgram, profileOf }), options.only, options.ignore);
     if (options.format === "json") printJson(diff);
     else if (options.format === "markdown") printStdout((await import("../report/diffMarkdown.ts")).diffMarkdown(diff));
     else
@@ -61,7 +65,7 @@ function levelOf(text: string, all: readonly DiffLevel[]): DiffLevel[] {
 }
 
 /** Loads both sides; `--set` and `-f` apply to the jobs among them. An invalid job is a Trouble, because exit code 1 means that the plans differ. */
-async function bothPlans(a: string, b: string | undefined, { set, setA, setB, overlay }: DiffOptions): Promise<[LoadedPlan, LoadedPlan]> {
+async function bothPlans(a: string, b: string | undefined, { set, setA, setB, overlay }: DiffArguments): Promise<[LoadedPlan, LoadedPlan]> {
   try {
     if (b === undefined) {
       if (set.length + setA.length + setB.length + overlay.length === 0)

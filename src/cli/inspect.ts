@@ -79,14 +79,14 @@ function idText(text: string): string {
 async function runInspect(path: string, options: InspectArguments): Promise<void> {
   if (options.picture) expectWritable(options.picture);
   const { plan } = await loadPlan(path, options);
+  const { profileFor } = await import("./deviceProfile.ts");
+  const profile = profileFor(plan.job.cluster.device, options.device);
   if (options.picture) {
     const { drawPlan } = await import("../report/planPicture.ts");
-    writeFile(options.picture, drawPlan(plan, options.theme));
+    writeFile(options.picture, drawPlan(plan, options.theme, profile));
   }
   const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
   const needsView = options.why === undefined && options.op === undefined && options.rank === undefined;
-  const { profileFor } = await import("./deviceProfile.ts");
-  const profile = profileFor(plan.job.cluster.device, options.device);
   const view = needsView ? inspectPlan(plan, { profile, imbalance: options.imbalance }) : undefined;
   const sections = [...(view ? await sectionsOf(plan, view, options) : []), ...(await detailsOf(plan, path, options))];
   if (options.format === "json") {
@@ -171,7 +171,8 @@ async function detailsOf(plan: Plan, path: string, options: InspectArguments): P
       sections.push({ key, value: found.instructions.map(({ instruction }) => instruction), lines: printInstructions(found, width) });
       continue;
     }
-    const answer = explainId(plan, found);
+    const { profileFor } = await import("./deviceProfile.ts");
+    const answer = explainId(plan, found, profileFor(plan.job.cluster.device, options.device));
     const place = await keyPlace(plan, answer.key.path, { path, job, options });
     const refusals = await refusalsOf(plan.job, answer.removed_by);
     sections.push({ key, value: { ...answer, place }, lines: printWhy(answer, place, refusals, width) });

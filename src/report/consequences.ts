@@ -1,13 +1,24 @@
 /** What a change costs, the gravest first: whether the plan still fits, groups that leave nodes, bytes by link, memory, work. */
 import { devices } from "../../schemas/devices.ts";
-import { bytesText, countText, flopsText, largest } from "../units.ts";
+import { bytesText, countText, flopsText, largest, secondsText } from "../units.ts";
 import type { Inspection } from "./inspect.ts";
 import { type AxisTraffic, axisTitle, busiestTraffic } from "./overview.ts";
 import { type PlacementChange, placedText } from "./placementChanges.ts";
 
 /** One consequence. */
 export interface Consequence {
-  readonly kind: "fit" | "placement" | "traffic" | "memory" | "flops" | "bubble" | "host_syncs" | "kernels" | "instructions" | "batch";
+  readonly kind:
+    | "fit"
+    | "time"
+    | "placement"
+    | "traffic"
+    | "memory"
+    | "flops"
+    | "bubble"
+    | "host_syncs"
+    | "kernels"
+    | "instructions"
+    | "batch";
   readonly text: string;
   /** For the order: seconds of a step for bytes and flops; more for what decides whether the job runs. */
   readonly weight: number;
@@ -20,6 +31,7 @@ export interface Consequence {
 export function consequencesOf(a: Inspection, b: Inspection, placement: readonly PlacementChange[]): Consequence[] {
   const all = [
     ...memoryChange(a, b),
+    ...timeChange(a, b),
     ...placement.flatMap((change) => moveConsequence(b, change)),
     ...trafficChanges(a, b),
     ...workChanges(a, b),
@@ -32,6 +44,8 @@ const peakOf = ({ roles }: Inspection): { readonly stage: number; readonly bytes
 
 /** The weight of a plan that fits its device only on one side. */
 const DECIDES = 1e9;
+/** The weight of the time of a step: it sums up most others. */
+const TIMES = 1e8;
 /** The weight of groups that enter or leave nodes: above bytes and work, which follow from it. */
 const MOVES = 1e6;
 
@@ -48,6 +62,24 @@ function memoryChange(a: Inspection, b: Inspection): Consequence[] {
   const kind = fitted === fits ? "memory" : "fit";
   const weight = fitted === fits ? Math.abs(now.bytes - old.bytes) / Math.max(old.bytes, 1) : DECIDES;
   return [{ kind, text, weight, is: now.bytes > old.bytes ? "worse" : "better", old: old.bytes, new: now.bytes }];
+}
+
+/** Seconds of a step, where both plans have an estimate; tokens/s where they have different batches. */
+function timeChange({ estimate: old, derived: from }: Inspection, { estimate: now, derived: to }: Inspection): Consequence[] {
+  if (!old || !now || old.seconds === now.seconds) return [];
+  const sameBatch = from.tokens_per_step === to.tokens_per_step;
+  const tokens = (n: number): string => countText(Math.round(n));
+  const rates = `${tokens(old.tokens_per_second)} -> ${tokens(now.tokens_per_second)} tokens/s`;
+  return [
+    {
+      kind: "time",
+      text: `time of a step: ${secondsText(old.seconds)} -> ${secondsText(now.seconds)}${percent(1e9 * old.seconds, 1e9 * now.seconds)}${sameBatch ? "" : `, ${rates}`}`,
+      weight: TIMES,
+      is: (sameBatch ? now.seconds > old.seconds : now.tokens_per_second < old.tokens_per_second) ? "worse" : "better",
+      old: old.seconds,
+      new: now.seconds,
+    },
+  ];
 }
 
 function moveConsequence(b: Inspection, { axis, old, new: now, moved }: PlacementChange): Consequence[] {

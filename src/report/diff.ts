@@ -3,6 +3,7 @@
  * repeats over layers and stages is reported once.
  */
 import { isDeepStrictEqual } from "node:util";
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { blocksOf } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
@@ -11,6 +12,7 @@ import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";
 import { type Consequence, consequencesOf } from "./consequences.ts";
 import type { DiffLevel } from "./diffLevels.ts";
+import { namedParts } from "./estimateView.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
 import { trafficOf } from "./overview.ts";
 import { type PlacementChange, placementChanges } from "./placementChanges.ts";
@@ -27,7 +29,7 @@ export interface SummaryChange {
   /** The stages that have this change. */
   readonly stages: readonly number[];
   readonly what: string;
-  readonly unit: "bytes" | "flops" | "count";
+  readonly unit: "bytes" | "flops" | "count" | "seconds";
   readonly old: number;
   readonly new: number;
 }
@@ -45,7 +47,7 @@ export interface ProgramChange {
 }
 
 /** The version of the JSON of `diff`: a minor version adds keys. */
-export const DIFF_VERSION = "1.0";
+export const DIFF_VERSION = "1.1";
 
 /** The differences of two plans. */
 export interface PlanDiff {
@@ -63,13 +65,22 @@ export interface PlanDiff {
   readonly program: readonly ProgramChange[];
 }
 
-/** Compares two plans. Without `hasProgram` instructions are not compared, which takes most of the time. */
-export function diffPlans(a: Plan, b: Plan, hasProgram = true): PlanDiff {
+/** Options of `diffPlans`. */
+export interface DiffOptions {
+  /** Whether instructions are compared, which takes most of the time. Default: true. */
+  readonly hasProgram?: boolean;
+  /** The device profile by which the steps of a plan are estimated. Default: none, and no times are compared. */
+  readonly profileOf?: (plan: Plan) => DeviceProfile | undefined;
+}
+
+/** Compares two plans. */
+export function diffPlans(a: Plan, b: Plan, { hasProgram = true, profileOf = () => undefined }: DiffOptions = {}): PlanDiff {
   const names = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const;
   const sections = names.filter((name) => a.digests[name] !== b.digests[name] && !(name === "kernels" && haveSameSources(a, b)));
   const differs = (name: (typeof names)[number]): boolean => sections.includes(name);
   const isSame = sections.length === 0;
-  const [before, after] = isSame ? [] : [inspectPlan(a), inspectPlan(b)];
+  const inspected = (plan: Plan): Inspection => inspectPlan(plan, { profile: profileOf(plan) });
+  const [before, after] = isSame ? [] : [inspected(a), inspected(b)];
   const placement = before && after ? placementChanges(before, after) : [];
   return {
     format_version: DIFF_VERSION,
@@ -125,7 +136,8 @@ type Facts = ReadonlyMap<string, { readonly unit: SummaryChange["unit"]; readonl
 function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
   const found = new Map<string, SummaryChange & { stages: number[] }>();
   for (let stage = 0; stage < Math.max(a.roles.length, b.roles.length); stage++) {
-    const [before, after] = [roleFacts(a.roles[stage]), roleFacts(b.roles[stage])];
+    const [before, after] = [a, b].map((view) => new Map([...roleFacts(view.roles[stage]), ...timeFacts(view, stage)]));
+    if (!before || !after) continue;
     for (const what of new Set([...before.keys(), ...after.keys()])) {
       const [old, now] = [before.get(what), after.get(what)];
       const [from, to] = [old?.value ?? 0, now?.value ?? 0];
@@ -137,6 +149,13 @@ function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
     }
   }
   return [...found.values()];
+}
+
+/** Where the time of a stage goes. */
+function timeFacts({ estimate }: Inspection, stage: number): Facts {
+  const own = estimate?.stages.find((s) => s.stage === stage);
+  if (!own) return new Map();
+  return new Map(namedParts(own).map(({ name, seconds }) => [`time: ${name}`, { unit: "seconds" as const, value: seconds }]));
 }
 
 /** A stage that one plan lacks has zeros there. */

@@ -1,6 +1,6 @@
 /** The differences of two plans as Markdown, for a comment on a pull request: consequences first, programs details. */
 import { printable } from "../../schemas/printable.ts";
-import { bytesText, countText, flopsText, ranges } from "../units.ts";
+import { bytesText, countText, flopsText, ranges, secondsText } from "../units.ts";
 import type { PlanDiff, ProgramChange, SummaryChange } from "./diff.ts";
 import { instructionsOf, percentText, valueText } from "./diffText.ts";
 import { axisTitle } from "./overview.ts";
@@ -69,7 +69,7 @@ const section = (title: string, heads: readonly string[], rows: readonly (readon
 const details = (title: string, body: string): string =>
   body === "" ? "" : `<details><summary>${text(title)}</summary>\n\n${body}\n\n</details>`;
 
-const units = { bytes: bytesText, flops: flopsText, count: countText } as const;
+const units = { bytes: bytesText, flops: flopsText, count: countText, seconds: secondsText } as const;
 const summaryRow = (c: SummaryChange): string[] => [
   ranges(c.stages),
   text(c.what),

@@ -1,6 +1,6 @@
 /** Text of the differences of two plans: consequences first, each level cut so that an ordinary change fits one screen. */
 import { printable } from "../../schemas/printable.ts";
-import { bytesText, countText, flopsText, plural, ranges } from "../units.ts";
+import { bytesText, countText, flopsText, plural, ranges, secondsText } from "../units.ts";
 import type { Consequence } from "./consequences.ts";
 import type { FieldChange, PlanDiff, ProgramChange, SummaryChange } from "./diff.ts";
 import { axisTitle } from "./overview.ts";
@@ -98,7 +98,7 @@ function placementLines(rows: PlanDiff["placement"], width: number): string[] {
   return [bold("placement"), ...fitTable(columns, cells, { width })];
 }
 
-const units = { bytes: bytesText, flops: flopsText, count: countText } as const;
+const units = { bytes: bytesText, flops: flopsText, count: countText, seconds: secondsText } as const;
 
 /** Memory first, the largest change before others; then the rest, traffic last. */
 function sortedSummary(rows: readonly SummaryChange[], isWhole: boolean): SummaryChange[] {

@@ -41,7 +41,7 @@ interface NamedPart {
 }
 
 /** Returns the parts of a stage's time that are not empty, the longest first. */
-const namedParts = ({ kernels, exposed, launches, bubble }: Omit<StageTimeView, "communication" | "stage">): NamedPart[] =>
+export const namedParts = ({ kernels, exposed, launches, bubble }: Omit<StageTimeView, "communication" | "stage">): NamedPart[] =>
   [
     ...kernelParts.map((name) => ({ name, seconds: kernels[name] })),
     ...Object.entries(exposed).map(([axes, seconds]) => ({ name: `waits for ${axes}`, seconds })),

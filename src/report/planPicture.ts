@@ -1,14 +1,16 @@
 /** Draws a plan as an SVG: the schedule of each stage over time, the memory of each stage, and what a rank sends over each link. */
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
+import { estimate } from "../analysis/estimate/estimate.ts";
 import { type MemoryKind, memoryBreakdown, memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { chunksPerStage, stagesOf } from "../analysis/stages.ts";
 import { bubbleOf, timesOf } from "../passes/schedule.ts";
 import { bytesText, largest, plural } from "../units.ts";
 import { inspectPlan } from "./inspect.ts";
 import { axisTitle, busiestTraffic } from "./overview.ts";
-import { drawSchedulePieces } from "./schedulePieces.ts";
+import { type DrawnPiece, drawSchedulePieces, inSeconds } from "./schedulePieces.ts";
 import { axis, type Drawn, LEFT, legend, page, ROW, round, type Theme, text, tickStep, WIDE } from "./svg.ts";
 
 const memoryColours: Readonly<Record<MemoryKind, string>> = {
@@ -21,8 +23,8 @@ const memoryColours: Readonly<Record<MemoryKind, string>> = {
 };
 const linkColours = { inside: "#4c78a8", across: "#e45756" } as const;
 
-/** Returns the SVG text of a plan. */
-export function drawPlan(plan: Plan, theme: Theme = "auto"): string {
+/** Returns the SVG text of a plan. With a device profile the schedule is drawn in seconds, else in units of a forward block. */
+export function drawPlan(plan: Plan, theme: Theme = "auto", profile?: DeviceProfile): string {
   const chunks = chunksPerStage(plan);
   const lanes = timesOf(
     plan.programs.map((p) => p.order),
@@ -31,8 +33,18 @@ export function drawPlan(plan: Plan, theme: Theme = "auto"): string {
   const { name, parallel } = plan.job;
   const bubble = (100 * bubbleOf(lanes)).toFixed(1);
   const title = `${printable(name)}: ${parallel.schedule}, ${plural(lanes.length, "stage")}${chunks > 1 ? ` of ${chunks} chunks` : ""}, bubble ${bubble} %`;
-  return page(title, [...drawSchedulePieces(lanes, chunks), drawMemory(plan), ...drawTraffic(plan)], theme);
+  const schedule = profile ? drawSchedulePieces(timedLanes(plan, profile), chunks, inSeconds) : drawSchedulePieces(lanes, chunks);
+  return page(title, [...schedule, drawMemory(plan), ...drawTraffic(plan)], theme);
 }
+
+/** The block runs of an estimated step in microseconds, and the step block behind them. */
+const timedLanes = (plan: Plan, profile: DeviceProfile): DrawnPiece[][] =>
+  estimate(plan, { profile }).simulation.stages.map(({ runs, stepTimes }) => {
+    const end = largest(stepTimes, (t) => t);
+    const from = runs.at(-1)?.end ?? 0;
+    const step = { run: { kind: "step", microbatch: 0, chunk: 0 } as const, start: 1e6 * from, end: 1e6 * Math.max(from, end) };
+    return [...runs.map(({ run, start, end: to }) => ({ run, start: 1e6 * start, end: 1e6 * to })), step];
+  });
 
 /** Draws horizontal bars with an axis in bytes. */
 function drawBars(

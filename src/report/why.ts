@@ -1,5 +1,6 @@
 /** Why an instruction or a buffer exists: the job key, the sharding decision, bytes and links, what it costs, and what would remove it. */
 
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { readsOf } from "../../schemas/effects.ts";
@@ -8,7 +9,9 @@ import { type Block, instructionsOf, microbatchesIn } from "../../schemas/progra
 import { elementsOf } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
+import { blockTimer, type TimedBlock } from "../analysis/estimate/timedBlocks.ts";
 import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { stagesOf } from "../analysis/stages.ts";
 import { axesName } from "../passes/mesh.ts";
 import type { FoundId, PlacedInstruction } from "./findId.ts";
 import { INSPECT_VERSION } from "./inspect.ts";
@@ -43,6 +46,8 @@ export interface Why {
   readonly flops?: number;
   /** The least seconds of a step for the bytes of all equal ones, at the bandwidth of the links; absent where a device has no links. */
   readonly seconds_per_step?: number;
+  /** The estimated seconds of a step for all equal ones on a rank, alone; absent without a device profile. */
+  readonly estimated_seconds_per_step?: number;
   /** The share of all bytes that a rank of the stage sends in a step, or of its peak. */
   readonly share: number;
   /** Changes of the job without which it would not exist, or not in this form. */
@@ -50,7 +55,7 @@ export interface Why {
 }
 
 /** Answers why what was found exists. An id of an instruction and of a buffer means the instruction. */
-export function explainId(plan: Plan, found: FoundId): Why {
+export function explainId(plan: Plan, found: FoundId, profile?: DeviceProfile): Why {
   const { id, alike } = found;
   const [first] = found.instructions;
   const layers = [...new Set(alike.flatMap((other) => layerOf(other) ?? []))].sort((a, b) => a - b);
@@ -64,7 +69,24 @@ export function explainId(plan: Plan, found: FoundId): Why {
   const stages = [...new Set(found.instructions.map(({ program }) => program.stage))];
   const { kind } = first.instruction;
   const rest = kind === "compute" ? computeWhy(plan, first) : sendWhy(plan, first);
-  return { ...common, stages, phase: first.block.kind, ...rest };
+  const time = profile && !first.block.kind.startsWith("evaluation") ? { estimated_seconds_per_step: timeOf(plan, first, profile) } : {};
+  return { ...common, stages, phase: first.block.kind, ...rest, ...time };
+}
+
+/** Returns the estimated seconds of a step for the instructions of a stage that are equal in all layers. */
+function timeOf(plan: Plan, { program, instruction }: PlacedInstruction, profile: DeviceProfile): number {
+  const stage = stagesOf(plan).find((s) => s.program === program);
+  if (!stage) return 0;
+  const form = anyLayer(instruction.id);
+  const microbatches = microbatchesIn(program);
+  const sum = (block: TimedBlock): number =>
+    block.instructions.reduce(
+      (all, i) => all + (i.instruction.kind === instruction.kind && anyLayer(i.instruction.id) === form ? i.seconds : 0),
+      0,
+    );
+  return blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory)
+    .filter(({ isFirst }) => !isFirst)
+    .reduce((all, block) => all + sum(block) * (block.kind === "step" ? 1 : microbatches), 0);
 }
 
 type Rest = Omit<Why, "format_version" | "id" | "layers" | "stages" | "phase">;

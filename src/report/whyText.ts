@@ -1,5 +1,5 @@
 /** Text of the answer to `--why` and `--op`. */
-import { bytesText, countText, flopsText, plural, ranges } from "../units.ts";
+import { bytesText, countText, flopsText, plural, ranges, secondsText } from "../units.ts";
 import { linkText } from "./links.ts";
 import { bold, fitLines, labelled } from "./textLayout.ts";
 import type { Why } from "./why.ts";
@@ -38,6 +38,7 @@ export function printWhy(why: Why, place: KeyPlace, refusals: readonly string[],
     ),
     ...row("bytes", bytesLine(why)),
     ...row("cost", costLine(why)),
+    ...row("time", timeLine(why)),
     ...removed_by.flatMap(({ set, effect }, i) =>
       row(
         i === 0 ? "without" : "",
@@ -68,5 +69,8 @@ function costLine({ is, flops, seconds_per_step, share }: Why): string | undefin
   return `${time}${percent(share)} of the bytes that the rank sends`;
 }
 
-const secondsText = (s: number): string =>
-  s < 1e-3 ? `${(s * 1e6).toFixed(0)} µs` : s < 1 ? `${(s * 1e3).toFixed(1)} ms` : `${s.toFixed(2)} s`;
+function timeLine({ is, estimated_seconds_per_step: seconds, layers }: Why): string | undefined {
+  if (seconds === undefined) return undefined;
+  const all = layers.length > 1 ? ", all layers of the stage" : "";
+  return `${secondsText(seconds)} a step by the estimate${all}${is === "instruction" ? "" : ", if nothing hides it"}`;
+}

@@ -1,7 +1,8 @@
 /** The table of devices: targets exist, and profiles compare with the peak of the operands' type. */
 import { expect, test } from "vitest";
-import { deviceNames, deviceOf } from "../../schemas/devices.ts";
+import { type Device, deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { packageProfile, parseProfile, profileNames } from "../../src/analysis/estimate/profiles.ts";
 import { targetNames } from "../../src/codegen/targetNames.ts";
 import { compile } from "../../src/compile.ts";
 import { profileRows } from "../../src/report/profile.ts";
@@ -13,6 +14,25 @@ test("the target of each device is a value of --target, and f32 is never faster 
     expect(targetNames, name).toContain(target);
     expect(peak.f32, name).toBeLessThanOrEqual(peak.bf16 ?? 0);
   }
+});
+
+test("each device with links has a profile that names the sources of its figures; its links are those of the device", () => {
+  expect(profileNames.length).toBeGreaterThan(9);
+  for (const name of profileNames) {
+    const profile = packageProfile(name)!;
+    const row = deviceOf(profile.device as Device);
+    expect(profile.name).toBe(name);
+    expect(profile.links.host.bandwidth, name).toBe(row.links!.host);
+    expect(profile.links.network.bandwidth, name).toBe(row.links!.network);
+    for (const rows of Object.values(profile.links.host.tables))
+      for (const { busbw } of rows) expect(busbw.map(([bytes]) => bytes)).toEqual(busbw.map(([bytes]) => bytes).sort((a, b) => a - b));
+  }
+});
+
+test("a file that is no profile is refused with the key that is wrong", () => {
+  const text = JSON.stringify({ ...packageProfile("h100-80gb"), name: "a b" });
+  expect(() => parseProfile(text, "own.json")).toThrow(/own.json is not a device profile: name: /);
+  expect(() => parseProfile("{", "own.json")).toThrow(/own.json is not JSON/);
 });
 
 test.each(["fp32", "bf16"] as const)("a profile compares the products of a job in %s with the peak of that type", (precision) => {

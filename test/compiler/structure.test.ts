@@ -41,6 +41,7 @@ const layerOf = (file: string): number => layers.findIndex((layer) => layer.hold
 /** The commands and the library open the runtime. */
 const opensRuntime = [
   ...[
+    "calibrate",
     "compile",
     "data",
     "doctor",

@@ -39,6 +39,9 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
   { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16" },
+  // 100 KiB of shared memory: one tile of queries for the gradients of 64 keys; a block of four warps for the widest heads
+  { B: 1, S: 200, U: 200, G: 1, M: 2, C: 128, start: 0, arch: "sm_86", type: "bf16", fast: true },
+  { B: 1, S: 130, U: 160, G: 1, M: 1, C: 192, W: 128, start: 30, arch: "sm_89", type: "bf16" },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
   // pieces that see few of the keys, and keys that nobody sees
   { B: 1, S: 33, U: 300, G: 2, M: 4, C: 48, start: 0, arch: "sm_90a", type: "bf16" },

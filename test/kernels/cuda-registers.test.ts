@@ -32,11 +32,15 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   const odd = { S: 77, K: 35, N: 131 };
   const made: Record<Arch, GeneratedKernel[]> = {
     sm_80: [...ofAll("sm_80", "odd", odd, [5], "bf16"), ...ofAll("sm_80", "large", large, [300, 200], "bf16")],
+    sm_86: ofAll("sm_86", "large", large, [300, 200], "bf16"),
+    sm_89: ofAll("sm_89", "large", large, [300, 200], "bf16"),
     sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
     sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
   };
   const f16: Record<Arch, GeneratedKernel[]> = {
     sm_80: ofAll("sm_80", "large_f16", large, [300, 200], "f16"),
+    sm_86: ofAll("sm_86", "large_f16", large, [300, 200], "f16"),
+    sm_89: ofAll("sm_89", "large_f16", large, [300, 200], "f16"),
     sm_90a: [...ofAll("sm_90a", "large_f16", large, [300, 200], "f16"), ...ofAll("sm_90a", "odd_f16", odd, [5], "f16")],
     sm_100a: ofAll("sm_100a", "large_f16", large, [300, 200], "f16"),
   };

@@ -25,7 +25,7 @@ export function firstGpu(): Gpu | string {
   }
 }
 const archOf = ({ sm }: CudaDevice): Arch | undefined =>
-  archs.find((a) => a === `sm_${sm}a`) ?? (Math.floor(sm / 10) === 8 ? "sm_80" : undefined);
+  archs.find((a) => a === `sm_${sm}a` || a === `sm_${sm}`) ?? (Math.floor(sm / 10) === 8 ? "sm_80" : undefined);
 
 /** What lies behind every buffer and must stay as it is. */
 const ZONE = 256;

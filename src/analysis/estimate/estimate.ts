@@ -5,12 +5,15 @@ import { modelFlops } from "../modelFlops.ts";
 import { sumOfParts, type TimeParts } from "./blockRun.ts";
 import { hardwareOf, type TimeSource, timeSources } from "./kernelTime.ts";
 import { type SimulatedStage, type Simulation, simulate } from "./simulate.ts";
+import type { Assumptions } from "./timedBlocks.ts";
 
 /** Options of an estimate. */
 export interface EstimateOptions {
   readonly profile: DeviceProfile;
   /** Rows of the busiest rank of an expert group over the mean; default 1. */
   readonly imbalance?: number;
+  /** What the software of the profile does and the plan does not say; default: nothing. */
+  readonly assumed?: Assumptions;
 }
 
 /** Communication of a rank over some axes in a step, in seconds. */
@@ -50,8 +53,8 @@ export interface Estimate {
 }
 
 /** Estimates a step of a plan on the device of a profile. Takes less than a second for thousands of ranks. */
-export function estimate(plan: Plan, { profile, imbalance = 1 }: EstimateOptions): Estimate {
-  const simulation = simulate(plan, { profile, imbalance });
+export function estimate(plan: Plan, { profile, imbalance = 1, assumed = {} }: EstimateOptions): Estimate {
+  const simulation = simulate(plan, { profile, imbalance, assumed });
   const { seconds, stages: simulated } = simulation;
   const stages = simulated.map((stage) => ({
     stage: stage.stage,

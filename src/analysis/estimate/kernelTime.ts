@@ -4,7 +4,7 @@
  */
 
 import type { DeviceProfile, KernelLaw } from "../../../schemas/deviceProfile.ts";
-import { cudaArchs, type DeviceRow, deviceNames, deviceOf } from "../../../schemas/devices.ts";
+import { type DeviceRow, deviceNames, deviceOf } from "../../../schemas/devices.ts";
 import { invariant } from "../../ops/op.ts";
 import type { KernelShape } from "./kernelShape.ts";
 
@@ -35,12 +35,11 @@ export function hardwareOf({ device, hardware }: Pick<DeviceProfile, "device" | 
   }
   const name = deviceNames.find((known) => known === device);
   invariant(name !== undefined, () => `the profile names a device ${device} without its hardware`);
-  const { memory, bandwidth, peak, target }: DeviceRow = deviceOf(name);
+  const { memory, bandwidth, multiprocessors, peak }: DeviceRow = deviceOf(name);
   const f32 = peak.f32 ?? 1;
   const bf16 = peak.bf16 ?? f32;
-  const arch = Object.entries(cudaArchs).find(([arch]) => target === `cuda:${arch}`);
   return {
-    ...{ memory, bandwidth, multiprocessors: arch?.[1].multiprocessors ?? 1 },
+    ...{ memory, bandwidth, multiprocessors },
     peak: { f32, bf16, f16: peak.f16 ?? bf16, f8e4m3: peak.f8e4m3 ?? bf16 },
   };
 }
@@ -57,7 +56,7 @@ function fillOf({ m = 1, n = 1, experts = 1 }: KernelShape["sizes"], multiproces
 }
 
 /** Returns the seconds of a kernel by the law of its family. */
-function lawSeconds(shape: KernelShape, law: KernelLaw, hardware: Hardware): number {
+export function lawSeconds(shape: KernelShape, law: KernelLaw, hardware: Hardware): number {
   const { sizes, flops, bytes, dtype } = shape;
   const memory = bytes / (law.bandwidth_share * hardware.bandwidth);
   const peak = hardware.peak[dtype === "i32" ? "f32" : dtype];

@@ -8,7 +8,7 @@ import type { CollectiveKind } from "../../../schemas/plan.ts";
 import type { GroupTopology } from "./topology.ts";
 
 /** Returns how many times the largest buffer of a collective each rank sends, by ring algorithms. */
-function sentShare(how: CollectiveKind, n: number): number {
+export function sentShare(how: CollectiveKind, n: number): number {
   if (n === 1) return 0;
   switch (how) {
     case "all_reduce":
@@ -23,12 +23,21 @@ function sentShare(how: CollectiveKind, n: number): number {
 
 const isReduction = (how: CollectiveKind): boolean => how === "all_reduce" || how === "all_reduce_max";
 
-/** Returns the seconds of a collective. `bytes`: its largest buffer on a rank, as nccl-tests counts. */
-export function collectiveSeconds(links: DeviceProfile["links"], how: CollectiveKind, bytes: number, group: GroupTopology): number {
+/**
+ * Returns the seconds of a collective. `bytes`: its largest buffer on a rank, as nccl-tests counts. `copies`: of an exchange of rows that are sent
+ * once to each node, the number of experts of a row.
+ */
+export function collectiveSeconds(
+  links: DeviceProfile["links"],
+  how: CollectiveKind,
+  bytes: number,
+  group: GroupTopology,
+  copies?: number,
+): number {
   const { ranks, nodes, perNode } = group;
   if (ranks === 1 || bytes === 0) return 0;
   if (nodes === 1) return hostSeconds(links.host, how, bytes, ranks);
-  if (how === "all_to_all") return exchangeSeconds(links, bytes, group);
+  if (how === "all_to_all") return exchangeSeconds(links, bytes, group, copies);
   const { host, network } = links;
   const sent = bytes * sentShare(how, ranks);
   const ring = network.bandwidth * network.efficiency;
@@ -54,10 +63,17 @@ function stepSeconds({ host, network }: DeviceProfile["links"], how: CollectiveK
 }
 
 /** Each rank sends its share for other nodes through its adapter, and the rest over the links of its node, at once. */
-function exchangeSeconds({ host, network }: DeviceProfile["links"], bytes: number, { ranks, nodes, perNode }: GroupTopology): number {
+function exchangeSeconds(
+  { host, network }: DeviceProfile["links"],
+  bytes: number,
+  { ranks, nodes, perNode }: GroupTopology,
+  copies?: number,
+): number {
   const peer = bytes / ranks;
   const ramp = peer / (peer + network.half_bytes);
-  const outside = (peer * (ranks - perNode)) / (network.bandwidth * exchangeEfficiency(network, nodes) * ramp);
+  // of `copies` experts that are drawn evenly, so many nodes are distinct
+  const distinct = copies === undefined ? 1 : (nodes * (1 - (1 - 1 / nodes) ** copies)) / copies;
+  const outside = (distinct * peer * (ranks - perNode)) / (network.bandwidth * exchangeEfficiency(network, nodes) * ramp);
   const inside = perNode > 1 ? hostSeconds(host, "all_to_all", peer * perNode, perNode) : 0;
   return 1e-6 * (network.latency_us + network.peer_us * (ranks - 1)) + Math.max(outside, inside);
 }

@@ -1,16 +1,17 @@
 /** The device profiles of the package: schemas/devices/*.json. */
 import { DeviceProfile } from "../../../schemas/deviceProfile.ts";
+import { deviceNames, deviceOf } from "../../../schemas/devices.ts";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { readPackageFile } from "../../packageFile.ts";
 
 /** The names of the profiles of the package: devices with the kernels of rankc, and with other software. */
-export const profileNames = ["h100-80gb", "h200-141gb"] as const;
+export const profileNames: readonly string[] = deviceNames.filter((name) => deviceOf(name).links !== null);
 
 const known = new Map<string, DeviceProfile>();
 
 /** Returns a profile of the package by its name; undefined if there is none. */
 export function packageProfile(name: string): DeviceProfile | undefined {
-  if (!profileNames.some((other) => other === name)) return undefined;
+  if (!profileNames.includes(name)) return undefined;
   const before = known.get(name);
   if (before) return before;
   const profile = parseProfile(readPackageFile(`schemas/devices/${name}.json`), `schemas/devices/${name}.json`);

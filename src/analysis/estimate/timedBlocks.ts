@@ -3,7 +3,7 @@
 import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile.ts";
 import { bytesOf } from "../../../schemas/dtypes.ts";
 import { touchedBy, writesOf } from "../../../schemas/effects.ts";
-import type { Compute, Instruction, Memory, Plan, Program } from "../../../schemas/plan.ts";
+import type { Collective, Compute, Instruction, Memory, Plan, Program } from "../../../schemas/plan.ts";
 import { activationStart, type Block, blocksOf } from "../../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { BufferTable } from "../bufferTable.ts";
@@ -49,11 +49,20 @@ export interface TimedBlock {
   readonly launches: number;
 }
 
+/** What other software does and a plan does not say. */
+export interface Assumptions {
+  /** Whether a row is sent once to each node that has experts of it, and not once for each expert. */
+  readonly sendsPerNode?: boolean;
+  /** Communication that runs beside kernels: the share that this hides stands in the profile. */
+  readonly hidden?: readonly ("experts" | "data")[];
+}
+
 /** What the times depend on, beside the plan. */
 export interface TimingOptions {
   readonly profile: DeviceProfile;
   /** Rows of the busiest rank of an expert group over the mean; 1: the router is balanced. */
   readonly imbalance: number;
+  readonly assumed?: Assumptions;
 }
 
 const parts: Readonly<Record<KernelFamily, KernelPart>> = {
@@ -74,7 +83,10 @@ const ARENA = 2 ** 46;
 const arenas = ["parameter", "gradient", "optimizer", "activation", "workspace"] as const;
 
 /** Returns a function that times the blocks of a stage. It times equal kernels once over all stages. */
-export function blockTimer(plan: Plan, { profile, imbalance }: TimingOptions): (program: Program, memory: Memory) => TimedBlock[] {
+export function blockTimer(
+  plan: Plan,
+  { profile, imbalance, assumed = {} }: TimingOptions,
+): (program: Program, memory: Memory) => TimedBlock[] {
   const kernels = new KernelTimes(profile);
   const launchesOf = new Map(plan.kernels.map(({ id, launches }) => [id, Math.max(1, launches.length)]));
   const known = new Map<string, SourcedTime & { readonly part: KernelPart }>();
@@ -94,6 +106,11 @@ export function blockTimer(plan: Plan, { profile, imbalance }: TimingOptions): (
       known.set(key, timed);
       return timed;
     };
+    const hiddenShare = (i: Collective, isStep: boolean): number => {
+      if (isOfRows(i)) return assumed.hidden?.includes("experts") ? profile.overlap.hidden.experts : 0;
+      const isOfData = isStep && /\b(dp|edp)\b/.test(i.axes);
+      return isOfData && assumed.hidden?.includes("data") ? profile.overlap.hidden.data : 0;
+    };
     const timed = (written: Instruction, isStep: boolean, isFirst: boolean): TimedInstruction => {
       const i = isFirst ? asFirst(written) : written;
       const memorySpans = { reads: [...touchedBy(i, buffers)].map(spanOf), writes: writesOf(i, buffers).map(spanOf) };
@@ -105,7 +122,8 @@ export function blockTimer(plan: Plan, { profile, imbalance }: TimingOptions): (
       if (i.kind === "collective") {
         const group: GroupTopology = groupOf(i);
         const bytes = Math.max(buffers.bytesOf(i.from), buffers.bytesOf(i.to));
-        const seconds = collectiveSeconds(profile.links, i.how, bytes, group);
+        const copies = isOfRows(i) && assumed.sendsPerNode ? plan.job.model.moe?.top_k : undefined;
+        const seconds = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
         return { ...common, seconds, stream: "comm", axes: i.axes, isAcross: group.nodes > 1 };
       }
       const isAcross = crosses(plan, program.stage, i.peer);
@@ -135,6 +153,10 @@ function asFirst(i: Instruction): Instruction {
   const { accumulates: _, first_kernel: kernel, ...rest } = i;
   return { ...rest, kernel };
 }
+
+/** Returns whether a collective sends rows to experts or back. */
+const isOfRows = ({ how, name }: Collective): boolean =>
+  how === "all_to_all" && (name.startsWith("dispatch") || name.startsWith("combine"));
 
 /** Returns whether an instruction computes rows that are sharded by experts. */
 const isOfExperts = (i: Compute, buffers: BufferTable): boolean =>

@@ -78,9 +78,11 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
   if (C > 192 || W > 128) return undefined;
   const keys = keysOf(d, W <= 96 ? [64, 32, 16] : arch === "sm_90a" && !d.drops ? [48, 32, 16] : [32, 16]);
   if (!keys) return undefined;
+  const { sharedPerBlock, sharedPerMultiprocessor } = cudaArchs[arch];
   const shared = (rows: number) => 2 * Math.max(rows * (C + 8) + 2 * keys * (C + W + 16), rows * (W + 8));
-  const resident = 2 * (shared(128) + 1024) <= cudaArchs[arch].sharedPerMultiprocessor * 1024 ? 2 : 1;
-  const threads = 256 / resident;
+  const resident = 2 * (shared(128) + 1024) <= sharedPerMultiprocessor * 1024 ? 2 : 1;
+  // architectures with 100 KiB of shared memory hold one block of four warps of the widest heads
+  const threads = resident === 2 || shared(256) > sharedPerBlock * 1024 ? 128 : 256;
   const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
   const body = render("cuda/attention.cu", { name: spec.name, tiles, keys, resident, ...texts, ...float16Types[half] });
@@ -103,10 +105,15 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const { B, S, U, G, M, C, W, part } = d;
   const hopper = arch === "sm_90a" && isGradOfHopper(d);
   const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
-  const padded = (keys: number) => 2 * (keys + 2 * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
+  const padded = (keys: number, stages: 1 | 2) => 2 * (keys + stages * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
+  const hasRoom = (keys: number, stages: 1 | 2) => padded(keys, stages) <= cudaArchs[arch].sharedPerBlock * 1024;
   // registers hold the gradients of 128 keys and values if both are at most 128 wide (96 with dropout)
-  const fits = (keys: number) => padded(keys) <= cudaArchs[arch].sharedPerBlock * 1024 && (keys === 64 || C + W <= (d.drops ? 192 : 256));
-  const keys = keysOf(d, hopper ? [128] : [128, 64].filter(fits));
+  const fits = (keys: number) => hasRoom(keys, 2) && (keys === 64 || C + W <= (d.drops ? 192 : 256));
+  const blocks = hopper ? [128] : [128, 64].filter(fits);
+  // with 100 KiB of shared memory, 64 keys of heads of 128 leave room for one tile of queries
+  const isTight = blocks.length === 0 && C + W <= 256 && hasRoom(64, 1);
+  const stages = isTight ? 1 : 2;
+  const keys = keysOf(d, isTight ? [64] : blocks);
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
   const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: cudaArchs[arch].multiprocessors, splits: hopper });
@@ -115,13 +122,13 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
   const orderText = render("cuda/attention_order.cuh", {
-    ...{ name, keys, rows, lanes, vectors: arch !== "sm_80", ...float16Types[half] },
+    ...{ name, keys, rows, lanes, vectors: cudaArchs[arch].vectorReductions, ...float16Types[half] },
     ...{ wave, alternating: `${alternating}`, split, ...texts },
   });
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
-    : { body: render("cuda/attention_grad.cu", common), threads, shared: padded(keys), args: ["q", "k", "v", "dy"] };
+    : { body: render("cuda/attention_grad.cu", { ...common, stages }), threads, shared: padded(keys, stages), args: ["q", "k", "v", "dy"] };
   const tilesOfQueries = B * H * queryBlocks;
   const { at, end } = offsets({
     sums: 4 * tilesOfQueries * rows * C,

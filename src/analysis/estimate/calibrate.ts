@@ -1,0 +1,142 @@
+/** Makes a device profile from the timings of a run: kernels by op and sizes, collectives inside a node by ranks and bytes. */
+import { type CollectiveRates, type DeviceProfile, type KernelFamily, kernelFamilies } from "../../../schemas/deviceProfile.ts";
+import type { CollectiveKind, Plan } from "../../../schemas/plan.ts";
+import { instructionsOf } from "../../../schemas/program.ts";
+import { stageOfRank } from "../../../schemas/sharding.ts";
+import type { Timing } from "../../../schemas/timing.ts";
+import { BufferTable } from "../bufferTable.ts";
+import { programOf } from "../stages.ts";
+import { type KernelShape, kernelShape } from "./kernelShape.ts";
+import { hardwareOf, lawSeconds } from "./kernelTime.ts";
+import { sentShare } from "./linkTime.ts";
+import { topologyOf } from "./topology.ts";
+
+/** What a calibration says about itself. */
+export interface CalibrationSource {
+  readonly name: string;
+  readonly device: string;
+  readonly stack: string;
+  /** The machine and the command. */
+  readonly from: string;
+  /** As 2026-11-30. */
+  readonly date: string;
+}
+
+/** Times of equal kernels, or of equal collectives. */
+interface Samples<Of> {
+  readonly of: Of;
+  readonly us: number[];
+}
+interface MeasuredCollective {
+  readonly how: CollectiveKind;
+  readonly ranks: number;
+  readonly bytes: number;
+}
+
+/**
+ * Returns a profile with the measured kernels and links of a run, and the laws of `base`, whose shares of peak and bandwidth are scaled to what was
+ * measured. `timings`: of one or more steps, of local ranks. Links that were not measured are those of `base`.
+ */
+export function calibrated(base: DeviceProfile, plan: Plan, timings: readonly Timing[], source: CalibrationSource): DeviceProfile {
+  const { kernels, collectives } = samplesOf(plan, timings);
+  const { from, date, ...named } = source;
+  const profile: DeviceProfile = { ...base, ...named };
+  const hardware = hardwareOf(profile);
+  const ratios = new Map<KernelFamily, number[]>();
+  const measured = kernels.map(({ of, us }) => {
+    const time = median(us);
+    const law = lawSeconds(of, base.kernels.families[of.family], hardware);
+    ratios.set(of.family, [...(ratios.get(of.family) ?? []), (1e-6 * time) / law]);
+    return { op: of.op, sizes: { ...of.sizes }, us: Number(time.toPrecision(4)) };
+  });
+  const families = { ...base.kernels.families };
+  for (const family of kernelFamilies) {
+    const ratio = median(ratios.get(family) ?? [1]);
+    const law = families[family];
+    const scaled = (share: number): number => Number(Math.min(2, Math.max(1e-6, share / ratio)).toPrecision(4));
+    families[family] = { ...law, peak_share: scaled(law.peak_share), bandwidth_share: scaled(law.bandwidth_share) };
+  }
+  const tables = { ...base.links.host.tables, ...tablesOf(collectives) };
+  return {
+    ...profile,
+    sources: [
+      { what: `${measured.length} kernels and ${collectives.length} collectives of ${plan.job.name}`, from, date },
+      { what: "laws of other shapes, and links that were not measured", from: `the profile ${base.name}` },
+    ],
+    kernels: { ...base.kernels, clock: 1, families, measured },
+    links: { ...base.links, host: { ...base.links.host, tables } },
+  };
+}
+
+const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? 1;
+
+/** Groups the times of kernels by op and sizes, and those of collectives inside a node by kind, ranks and bytes. */
+function samplesOf(plan: Plan, timings: readonly Timing[]) {
+  const kernels = new Map<string, Samples<KernelShape>>();
+  const collectives = new Map<string, Samples<MeasuredCollective>>();
+  const put = <Of>(all: Map<string, Samples<Of>>, key: string, of: Of, us: number): void => {
+    const known = all.get(key);
+    if (known) known.us.push(us);
+    else all.set(key, { of, us: [us] });
+  };
+  const stages = new Map<number, ReturnType<typeof stageShapes>>();
+  for (const { rank, id, us } of wholeTimes(timings)) {
+    const stage = stageOfRank(plan.mesh, rank);
+    const shapes = stages.get(stage) ?? stageShapes(plan, stage);
+    stages.set(stage, shapes);
+    const kernel = shapes.kernels.get(id);
+    if (kernel) put(kernels, JSON.stringify([kernel.op, kernel.sizes]), kernel, us);
+    const collective = shapes.collectives.get(id);
+    if (collective) put(collectives, JSON.stringify(collective), collective, us);
+  }
+  return { kernels: [...kernels.values()], collectives: [...collectives.values()] };
+}
+
+/** Adds the launches of one instruction up: they follow one another. Instructions that took no time by the clock are left out. */
+function wholeTimes(timings: readonly Timing[]): { readonly rank: number; readonly id: string; readonly us: number }[] {
+  const whole: { rank: number; id: string; us: number; stream: string; end: number }[] = [];
+  for (const { rank, id, stream, begin_us, end_us } of timings) {
+    const last = whole.at(-1);
+    if (last?.id === id && last.rank === rank && last.stream === stream && begin_us >= last.end) {
+      last.us += end_us - begin_us;
+      last.end = end_us;
+    } else whole.push({ rank, id, stream, us: end_us - begin_us, end: end_us });
+  }
+  return whole.filter(({ us }) => us > 0);
+}
+
+/** Returns the shapes of a stage's kernels and of its collectives inside a node, by instruction. */
+function stageShapes(plan: Plan, stage: number) {
+  const program = programOf(plan, stage);
+  const buffers = new BufferTable(program.buffers);
+  const groupOf = topologyOf(plan.mesh, stage);
+  const kernels = new Map<string, KernelShape>();
+  const collectives = new Map<string, MeasuredCollective>();
+  for (const i of instructionsOf(program)) {
+    if (i.kind === "compute") kernels.set(i.id, kernelShape(i, plan.mesh, buffers));
+    else if (i.kind === "collective") {
+      const { ranks, nodes } = groupOf(i);
+      const bytes = Math.max(buffers.bytesOf(i.from), buffers.bytesOf(i.to));
+      if (ranks > 1 && nodes === 1) collectives.set(i.id, { how: i.how, ranks, bytes });
+    }
+  }
+  return { kernels, collectives };
+}
+
+/** Returns the tables of the measured collectives: of each the least time, because a rank that arrives early also waits for the others. */
+function tablesOf(collectives: readonly Samples<MeasuredCollective>[]): DeviceProfile["links"]["host"]["tables"] {
+  const tables: Partial<Record<CollectiveKind, CollectiveRates[]>> = {};
+  const sorted = [...collectives].sort((a, b) => a.of.ranks - b.of.ranks || a.of.bytes - b.of.bytes);
+  for (const { of, us } of sorted) {
+    const rows = (tables[of.how] ??= []);
+    const least = Math.min(...us);
+    const rate = (sentShare(of.how, of.ranks) * of.bytes) / least / 1e3;
+    const row = rows.find(({ ranks }) => ranks === of.ranks);
+    if (!row) rows.push({ ranks: of.ranks, latency_us: least, busbw: [[of.bytes, rate]] });
+    else {
+      row.latency_us = Math.min(row.latency_us, least);
+      row.busbw.push([of.bytes, rate]);
+    }
+  }
+  return tables;
+}

@@ -1,0 +1,66 @@
+/** The published rows of test/fixtures/estimate as jobs of rankc, and their estimates. */
+import { readFileSync } from "node:fs";
+import { parse, stringify } from "yaml";
+import type { Plan } from "../../schemas/plan.ts";
+import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
+import { parseProfile } from "../../src/analysis/estimate/profiles.ts";
+import { loadDeviceTargets } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
+
+const fixture = (name: string): string => readFileSync(new URL(`../fixtures/estimate/${name}`, import.meta.url), "utf8");
+
+/** A published row: keys as the head of rows.tsv. */
+export type PublishedRow = Readonly<Record<string, string>>;
+
+/** Reads a table of tabs. */
+export function readTable(name: string): PublishedRow[] {
+  const [head = "", ...lines] = fixture(name).trimEnd().split("\n");
+  const keys = head.split("\t");
+  return lines.map((line) => Object.fromEntries(line.split("\t").map((cell, i) => [keys[i] ?? "", cell])));
+}
+
+const models: Readonly<Record<string, object>> = parse(fixture("models.yaml"));
+
+/** The job of a row. Rows of experts have no room beyond an even load: the published stacks send the rows that exist. */
+function jobText(row: PublishedRow): string {
+  const n = (key: string): number => Number(row[key]);
+  const model = models[row.model ?? ""] as { readonly moe?: object; readonly layers: number };
+  const recompute = row.recompute === "none" ? {} : { recompute: { mode: "selective", modules: row.recompute?.split(", ") } };
+  return stringify({
+    name: row.id,
+    model: { ...model, seq: n("seq"), ...(model.moe && { moe: { ...model.moe, rows_bound: 1, router: { precision: "fp32" } } }) },
+    parallel: {
+      ...{ world: n("gpus"), tensor: n("tp"), sequence: n("tp") > 1, pipeline: n("pp"), virtual_pipeline: n("vpp"), context: n("cp") },
+      ...(model.moe ? { expert: n("ep"), expert_tensor: n("etp") } : {}),
+      ...(row.layout === "-" ? {} : { layout: row.layout }),
+      distributed_optimizer: true,
+    },
+    train: { micro_batch: n("mbs"), global_batch: n("gbs"), steps: 1, precision: "bf16", optimizer: { lr: 1e-4 }, ...recompute },
+    data: { path: "corpus.txt", tokenizer: "bytes" },
+    cluster: { device: row.device === "H200" ? "h200-141gb" : "h100-80gb" },
+  });
+}
+
+const plans = new Map<string, Plan>();
+
+/** Compiles the job of a row, once for equal jobs. Throws with the findings of a job that rankc refuses. */
+export async function planOfRow(row: PublishedRow): Promise<Plan> {
+  const text = jobText(row);
+  const key = text.replace(/^name:.*$/m, "");
+  const known = plans.get(key);
+  if (known) return known;
+  const { job, findings } = readJob(text, `${row.id}.yaml`);
+  if (!job) throw new Error(`${row.id}: ${findings.map(({ code, found }) => `${code} ${found}`).join("; ")}`);
+  const { plan } = compile(job, { target: (await loadDeviceTargets())(job.cluster.device) });
+  plans.set(key, plan);
+  return plan;
+}
+
+/** Estimates a row by the profile of its device and stack. */
+export async function estimateRow(row: PublishedRow): Promise<Estimate> {
+  const name = `${row.device === "H200" ? "h200-141gb" : "h100-80gb"}.${row.stack}`;
+  const profile = parseProfile(readFileSync(new URL(`../../schemas/devices/${name}.json`, import.meta.url), "utf8"), name);
+  const hidden = (["experts", "data"] as const).filter((what) => row.hidden?.split(" ").includes(what));
+  return estimate(await planOfRow(row), { profile, assumed: { sendsPerNode: row.dispatcher === "per_node", hidden } });
+}

@@ -1,0 +1,113 @@
+/** Times in reports: `inspect`, `--why`, `--picture`, `diff` and traces; a calibration reproduces the machine that it measured. */
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, expect, test } from "vitest";
+import { calibrated } from "../../src/analysis/estimate/calibrate.ts";
+import { estimate } from "../../src/analysis/estimate/estimate.ts";
+import { packageProfile, parseProfile } from "../../src/analysis/estimate/profiles.ts";
+import { timingsOf } from "../../src/analysis/estimate/timings.ts";
+import { runCommandLine } from "../../src/cli/commandLine.ts";
+import { compile } from "../../src/compile.ts";
+import { diffPlans } from "../../src/report/diff.ts";
+import { printDiff } from "../../src/report/diffText.ts";
+import { findId } from "../../src/report/findId.ts";
+import { inspectPlan } from "../../src/report/inspect.ts";
+import { printOverview } from "../../src/report/overview.ts";
+import { drawPlan } from "../../src/report/planPicture.ts";
+import { traceOf } from "../../src/report/profile.ts";
+import { paint } from "../../src/report/textLayout.ts";
+import { explainId } from "../../src/report/why.ts";
+import { printWhy } from "../../src/report/whyText.ts";
+import { secondsText } from "../../src/units.ts";
+import { root } from "../support/checkout.ts";
+import { jobOf } from "../support/job.ts";
+
+const profile = packageProfile("h100-80gb")!;
+const planOf = (parallel: object) =>
+  compile(
+    jobOf({
+      name: "timed",
+      model: { layers: 4, hidden: 256, ffn: 512, heads: 8, vocab: 512, seq: 256, moe: { experts: 8, top_k: 2, ffn: 256 } },
+      parallel: { world: 8, ...parallel },
+      train: { micro_batch: 1, global_batch: 16, steps: 1, precision: "bf16", optimizer: { lr: 1e-3 } },
+      data: { path: "corpus.txt" },
+      cluster: { device: "h100-80gb" },
+    }),
+  ).plan;
+const staged = planOf({ pipeline: 2, expert: 4 });
+const flat = planOf({ expert: 8 });
+const { seconds, simulation, stages } = estimate(staged, { profile });
+
+test("the first screen has the time of a step, what it is made of, and still 40 lines of 80 columns", () => {
+  const lines = paint(printOverview(staged, inspectPlan(staged, { profile }), [], 80), false).split("\n");
+  expect(lines.length).toBeLessThanOrEqual(40);
+  expect(lines.join("\n")).toContain(`time      ${secondsText(seconds)} a step (`);
+  expect(lines.join("\n")).toMatch(/waits for ep \d+\.\d %/);
+});
+
+test("diff says what a change costs in seconds, before bytes and flops", () => {
+  const diff = diffPlans(staged, flat, { hasProgram: false, profileOf: () => profile });
+  const time = diff.consequences.find(({ kind }) => kind === "time");
+  expect(time).toMatchObject({ old: seconds, new: estimate(flat, { profile }).seconds });
+  expect(diff.consequences.findIndex(({ kind }) => kind === "traffic")).toBeGreaterThan(diff.consequences.indexOf(time!));
+  expect(diff.summary.filter(({ unit }) => unit === "seconds").map(({ what }) => what)).toContain("time: products");
+  expect(printDiff(diff)).toContain(`time of a step: ${secondsText(seconds)} -> `);
+});
+
+test("--why says what all equal instructions take in a step", () => {
+  const found = findId(staged, "layers.0.moe.permute dispatch");
+  const why = explainId(staged, found, profile);
+  const axes = stages[0]!.communication.find(({ axes }) => axes === "ep")!;
+  expect(why.estimated_seconds_per_step).toBeGreaterThan(0);
+  expect(why.estimated_seconds_per_step).toBeLessThan(axes.total);
+  const text = printWhy(why, { path: "parallel.expert" }, [], 80).join("\n");
+  expect(text).toContain(`${secondsText(why.estimated_seconds_per_step!)} a step by the estimate`);
+});
+
+test("the picture draws every block run and the optimizer step in seconds", () => {
+  const svg = drawPlan(staged, "light", profile);
+  const runs = simulation.stages.flatMap((s) => s.runs);
+  expect(svg).toContain("estimated schedule");
+  expect(svg.match(/<title>microbatch \d+: (forward|backward), /g)).toHaveLength(runs.length);
+  expect(svg.match(/: step, /g)).toHaveLength(2);
+  expect(svg).not.toContain("units 0");
+});
+
+test("a trace of the estimate has the ids, ops and names of streams of a profile", () => {
+  const timings = timingsOf(staged, simulation);
+  const streams = new Set(timings.map(({ stream }) => stream));
+  expect([...streams].filter((name) => !/^(compute|comm|(send|recv) \d+ .+)$/.test(name))).toEqual([]);
+  expect(new Set(timings.map(({ rank }) => rank))).toEqual(new Set([0, 4]));
+  const last = timings.reduce((end, t) => Math.max(end, t.end_us), 0);
+  expect(last).toBeLessThanOrEqual(1e6 * seconds + 1e-3);
+  for (const { begin_us, end_us } of timings) expect(end_us).toBeGreaterThanOrEqual(begin_us);
+  const trace: { traceEvents: { ph: string; name: string }[] } = JSON.parse(traceOf(timings));
+  expect(trace.traceEvents.filter(({ ph }) => ph === "X")).toHaveLength(timings.length);
+});
+
+test("a profile calibrated on simulated steps estimates the plan as the simulated machine runs it", () => {
+  const machine = { ...profile, kernels: { ...profile.kernels, clock: 0.5, launch_us: 0 }, overlap: { ...profile.overlap, slowdown: 0 } };
+  const real = estimate(flat, { profile: machine });
+  const source = { name: "own", device: "h100-80gb", stack: "rankc", from: "a test", date: "2026-11-30" };
+  const base = { ...profile, kernels: { ...profile.kernels, launch_us: 0 }, overlap: machine.overlap };
+  const own = calibrated(base, flat, timingsOf(flat, real.simulation), source);
+  const again = estimate(flat, { profile: parseProfile(JSON.stringify(own), "own.json") });
+  expect(again.sources.measured).toBeGreaterThan(0.95);
+  expect(Math.abs(again.seconds / real.seconds - 1)).toBeLessThan(0.02);
+});
+
+const folder = mkdtempSync(join(tmpdir(), "rankc-calibrate-"));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+test("calibrate measures the CPU backend and writes a profile that inspect takes", async () => {
+  const out = join(folder, "own.json");
+  const job = join(root, "plans/tiny-dense/job.yaml");
+  const codes: number[] = [];
+  const exit = { setCode: (code: number) => codes.push(code), exitSoon: () => undefined };
+  await runCommandLine(["calibrate", job, "--set", "model.layers=1", "--seconds", "1", "-o", out], exit);
+  expect(codes).toEqual([0]);
+  const own = parseProfile(readFileSync(out, "utf8"), out);
+  expect(own.kernels.measured.some(({ op }) => op.startsWith("gemm"))).toBe(true);
+  expect(own.sources[0]!.from).toContain("backend cpu");
+});
