@@ -113,7 +113,7 @@ export const DeviceProfile = z.strictObject({
   kernels: z.strictObject({
     launch_us: atLeastZero.describe("between two kernels of a graph"),
     host_us: atLeastZero.describe("of the host for each kernel, where launches are not captured in a graph; 0: they are"),
-    clock: share.describe("kernels take 1/clock of the times of the laws and of the table: power lowers the clock in a long step"),
+    clock: share.describe("arithmetic runs at this share of the rates of the laws and of the table: power lowers the clock in a long step"),
     families: z.record(z.enum(kernelFamilies), KernelLaw),
     measured: z.array(MeasuredKernel),
   }),

@@ -11,6 +11,7 @@ export type { Instruction, Kernel, Memory, Plan, Program } from "../schemas/plan
 export { Trouble } from "../schemas/trouble.ts";
 export { type Estimate, type EstimateOptions, estimate } from "./analysis/estimate/estimate.ts";
 export { packageProfile, parseProfile } from "./analysis/estimate/profiles.ts";
+export { timingsOf } from "./analysis/estimate/timings.ts";
 export { loadTarget, type Target } from "./codegen/targets.ts";
 export { type Compiled, compile, type Settings } from "./compile.ts";
 export { importHf, importHfText } from "./convert/hf/importHf.ts";

@@ -20,6 +20,9 @@ export function readTable(name: string): PublishedRow[] {
   return lines.map((line) => Object.fromEntries(line.split("\t").map((cell, i) => [keys[i] ?? "", cell])));
 }
 
+const deviceOfRow = ({ device }: PublishedRow): string =>
+  ({ H100: "h100-80gb", H200: "h200-141gb", B200: "b200-192gb" })[device ?? ""] ?? "";
+
 const models: Readonly<Record<string, object>> = parse(fixture("models.yaml"));
 
 /** The job of a row. Rows of experts have no room beyond an even load: the published stacks send the rows that exist. */
@@ -38,7 +41,7 @@ function jobText(row: PublishedRow): string {
     },
     train: { micro_batch: n("mbs"), global_batch: n("gbs"), steps: 1, precision: "bf16", optimizer: { lr: 1e-4 }, ...recompute },
     data: { path: "corpus.txt", tokenizer: "bytes" },
-    cluster: { device: row.device === "H200" ? "h200-141gb" : "h100-80gb" },
+    cluster: { device: deviceOfRow(row) },
   });
 }
 
@@ -59,7 +62,7 @@ export async function planOfRow(row: PublishedRow): Promise<Plan> {
 
 /** Estimates a row by the profile of its device and stack. */
 export async function estimateRow(row: PublishedRow): Promise<Estimate> {
-  const name = `${row.device === "H200" ? "h200-141gb" : "h100-80gb"}.${row.stack}`;
+  const name = `${deviceOfRow(row)}.${row.stack}`;
   const profile = parseProfile(readFileSync(new URL(`../../schemas/devices/${name}.json`, import.meta.url), "utf8"), name);
   const hidden = (["experts", "data"] as const).filter((what) => row.hidden?.split(" ").includes(what));
   return estimate(await planOfRow(row), { profile, assumed: { sendsPerNode: row.dispatcher === "per_node", hidden } });

@@ -94,7 +94,9 @@ export class KernelTimes {
   /** Returns the time of a kernel on the device, alone. */
   timeOf(shape: KernelShape): SourcedTime {
     const { families, clock } = this.#profile.kernels;
-    const law = lawSeconds(shape, families[shape.family], this.#hardware) / clock;
+    // power lowers the clock of the arithmetic units, not that of the memory
+    const family = families[shape.family];
+    const law = lawSeconds(shape, { ...family, peak_share: family.peak_share * clock }, this.#hardware);
     const measured = this.#ratiosOf(shape);
     if (measured.length === 0) return { seconds: law, source: "law" };
     let [weights, sum, nearest, nearestRatio] = [0, 0, Number.POSITIVE_INFINITY, 1];
