@@ -1,0 +1,123 @@
+/**
+ * Compares estimates with measured steps, as tables for docs/estimate.md: one H200 with rankc's kernels, and published rows with the stacks that ran them.
+ * `npm run bench:estimate`, or with ids of rows: `npm run bench:estimate -- V115 V207`. Takes about ten minutes of one core for all rows.
+ */
+import { readFileSync } from "node:fs";
+import { estimate } from "../../src/analysis/estimate/estimate.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
+import { loadTarget } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
+import { largest } from "../../src/units.ts";
+import { estimateRow, type PublishedRow, planOfRow, readTable } from "./estimateRows.ts";
+
+const only = process.argv.slice(2);
+const isAsked = (id: string | undefined): boolean => only.length === 0 || (id !== undefined && only.includes(id));
+
+/** Returns a signed error in percent. */
+const error = (estimated: number, measured: number): number => 100 * (estimated / measured - 1);
+const signed = (percent: number): string => `${percent > 0 ? "+" : ""}${percent.toFixed(1)} %`;
+const print = (cells: readonly string[]): void => console.log(`| ${cells.join(" | ")} |`);
+const head = (...cells: string[]): void => {
+  console.log("");
+  print(cells);
+  print(cells.map(() => "---"));
+};
+
+/** One microbatch forward and backward, and the optimizer step, beside test/results/cuda-model-2026-11-30.md. */
+async function measuredHere(): Promise<void> {
+  const profile = packageProfile("h200-141gb")!;
+  const target = await loadTarget("cuda:sm_90a");
+  head("job of test/bench/jobs, one H200", "measured, ms", "estimate, ms", "error", "optimizer, measured", "estimate", "from");
+  for (const { job: name = "", blocks_ms, step_ms, optimizer_ms, use = "" } of readTable("h200.tsv").filter(({ job }) => isAsked(job))) {
+    const path = new URL(`jobs/${name}.yaml`, import.meta.url);
+    const { job } = readJob(readFileSync(path, "utf8"), `${name}.yaml`);
+    if (!job) throw new Error(`${name} is no valid job`);
+    const { seconds, stages } = estimate(compile(job, { target }).plan, { profile });
+    const optimizer = 1000 * stages[0]!.parts.kernels.optimizer;
+    const ms = step_ms === "-" ? 1000 * seconds - optimizer : 1000 * seconds;
+    const measured = Number(step_ms === "-" ? blocks_ms : step_ms);
+    const isMeasured = Number.isFinite(measured);
+    const ofOptimizer = Number(optimizer_ms);
+    print([
+      `${name}${step_ms === "-" ? "" : ", whole step"}`,
+      isMeasured ? String(measured) : "not measured",
+      ms.toFixed(1),
+      isMeasured ? signed(error(ms, measured)) : "",
+      Number.isFinite(ofOptimizer) ? String(ofOptimizer) : "",
+      optimizer.toFixed(1),
+      use,
+    ]);
+  }
+}
+
+interface Compared {
+  readonly row: PublishedRow;
+  readonly time: number;
+  readonly memory: number | undefined;
+}
+
+/** Published rows, one table for each device and stack. */
+async function published(): Promise<void> {
+  const rows = readTable("rows.tsv").filter(({ id }) => isAsked(id));
+  const isExcluded = ({ use }: PublishedRow): boolean => use?.startsWith("excluded") ?? false;
+  const all: Compared[] = [];
+  for (const stack of new Set(rows.map(({ device, stack }) => `${device} ${stack}`))) {
+    const own = rows.filter((row) => `${row.device} ${row.stack}` === stack && !isExcluded(row));
+    if (own.length === 0) continue;
+    head(`row, ${stack}`, "GPUs, tp pp vpp cp ep", "measured, s", "estimate, s", "error", "memory, GiB", "plan's peak", "error", "use");
+    for (const row of own) {
+      const { seconds } = await estimateRow(row);
+      const { memory } = await planOfRow(row);
+      const peak = largest(memory, (m) => m.peak) / 2 ** 30;
+      const measured = Number(row.seconds);
+      const allocated = Number(row.memory_gib);
+      const hasMemory = Number.isFinite(allocated);
+      all.push({ row, time: error(seconds, measured), memory: hasMemory ? error(peak, allocated) : undefined });
+      print([
+        `${row.id} ${row.model}${row.routing === "natural" ? ", natural routing" : ""}`,
+        `${row.gpus}, ${row.tp} ${row.pp} ${row.vpp} ${row.cp} ${row.ep}`,
+        measured.toPrecision(4),
+        seconds.toPrecision(4),
+        signed(error(seconds, measured)),
+        hasMemory ? allocated.toFixed(1) : "",
+        peak.toFixed(1),
+        hasMemory ? signed(error(peak, allocated)) : "",
+        row.use ?? "",
+      ]);
+    }
+  }
+  summary(all);
+  head("excluded", "why");
+  for (const row of rows.filter(isExcluded)) print([`${row.id} ${row.model}`, row.use?.replace("excluded: ", "") ?? ""]);
+}
+
+function summary(all: readonly Compared[]): void {
+  head("rows", "number", "mean absolute error", "mean", "worst");
+  const line = (name: string, errors: readonly number[]): void => {
+    if (errors.length === 0) return;
+    const mean = (list: readonly number[]): number => list.reduce((a, b) => a + b, 0) / list.length;
+    const worst = errors.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a));
+    print([name, String(errors.length), `${mean(errors.map(Math.abs)).toFixed(1)} %`, signed(mean(errors)), signed(worst)]);
+  };
+  for (const stack of new Set(all.map(({ row }) => `${row.device} ${row.stack}`)))
+    for (const use of ["fit", "held out"])
+      for (const routing of ["even", "natural"]) {
+        const own = all.filter(({ row: r }) => `${r.device} ${r.stack}` === stack && r.use === use && r.routing === routing);
+        line(
+          `time, ${stack}, ${routing} routing, ${use}`,
+          own.map(({ time }) => time),
+        );
+      }
+  line(
+    "memory, B200",
+    all.flatMap(({ row, memory }) => (row.device === "B200" && memory !== undefined ? [memory] : [])),
+  );
+  line(
+    "memory, H100",
+    all.flatMap(({ row, memory }) => (row.device === "H100" && memory !== undefined ? [memory] : [])),
+  );
+}
+
+await measuredHere();
+await published();
