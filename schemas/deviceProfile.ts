@@ -81,6 +81,11 @@ const NetworkLinks = z.strictObject({
     .array(z.tuple([z.int().min(2), share]))
     .min(1)
     .describe("[nodes, share of the bandwidth that an all-to-all over so many nodes reaches], ascending nodes"),
+  rows_efficiency: share
+    .default(0.87)
+    .describe(
+      "share of the bandwidth where software sends each row once to a node: 58 GB/s over 4 nodes, of which a quarter stays (DeepEP #130)",
+    ),
   peer_us: atLeastZero.describe("of each peer in an all-to-all"),
   half_bytes: atLeastZero.describe("bytes to one peer with which an all-to-all has half of its rate"),
 });

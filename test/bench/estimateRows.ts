@@ -65,5 +65,8 @@ export async function estimateRow(row: PublishedRow): Promise<Estimate> {
   const name = `${deviceOfRow(row)}.${row.stack}`;
   const profile = parseProfile(readFileSync(new URL(`../../schemas/devices/${name}.json`, import.meta.url), "utf8"), name);
   const hidden = (["experts", "data"] as const).filter((what) => row.hidden?.split(" ").includes(what));
-  return estimate(await planOfRow(row), { profile, assumed: { sendsPerNode: row.dispatcher === "per_node", hidden } });
+  return estimate(await planOfRow(row), {
+    profile,
+    assumed: { sendsPerNode: row.dispatcher === "per_node", captured: row.graphs === "yes", hidden },
+  });
 }

@@ -73,7 +73,9 @@ function exchangeSeconds(
   const ramp = peer / (peer + network.half_bytes);
   // of `copies` experts that are drawn evenly, so many nodes are distinct
   const distinct = copies === undefined ? 1 : (nodes * (1 - (1 - 1 / nodes) ** copies)) / copies;
-  const outside = (distinct * peer * (ranks - perNode)) / (network.bandwidth * exchangeEfficiency(network, nodes) * ramp);
+  const outside =
+    (distinct * peer * (ranks - perNode)) /
+    (network.bandwidth * (copies === undefined ? exchangeEfficiency(network, nodes) * ramp : network.rows_efficiency));
   const inside = perNode > 1 ? hostSeconds(host, "all_to_all", peer * perNode, perNode) : 0;
   return 1e-6 * (network.latency_us + network.peer_us * (ranks - 1)) + Math.max(outside, inside);
 }

@@ -151,8 +151,9 @@ class StageRun {
     const key = `${block.kind} ${block.chunk} ${block.isFirst} ${pending.map(({ stream, axes, end }) => `${stream}/${axes}/${end.toFixed(9)}`).join()}`;
     const known = this.#replays.get(key);
     if (known) return known;
-    const { overlap, kernels } = this.#options.profile;
-    const times = runBlock(block, pending, { slowdown: overlap.slowdown, hostSeconds: 1e-6 * kernels.host_us });
+    const { assumed, profile } = this.#options;
+    const hostSeconds = assumed?.captured ? 0 : 1e-6 * profile.kernels.host_us;
+    const times = runBlock(block, pending, { slowdown: profile.overlap.slowdown, hostSeconds });
     this.#replays.set(key, times);
     return times;
   }

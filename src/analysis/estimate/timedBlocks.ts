@@ -53,6 +53,8 @@ export interface TimedBlock {
 export interface Assumptions {
   /** Whether a row is sent once to each node that has experts of it, and not once for each expert. */
   readonly sendsPerNode?: boolean;
+  /** Whether launches are captured in graphs, so that the host delays no kernel. */
+  readonly captured?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
   readonly hidden?: readonly ("experts" | "data")[];
 }
