@@ -164,7 +164,7 @@ describe("on named meshes", () => {
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, {}, { global_batch: 5 }],
     [{ world: 3, pipeline: 3, layout: "E|t|t|t|t|L" }, {}, { global_batch: 11 }],
   ];
-  for (const { options, rows } of byTier(schedules, (_, i) => [3, 11, 14].includes(i)))
+  for (const { options, rows } of byTier(schedules, (_, i) => [3, 14].includes(i)))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
       "stages, their order and that of ranks: %s",
       options,
@@ -198,7 +198,7 @@ describe("on named meshes", () => {
     { world: 8, tensor: 4, sequence: true, context: 2, distributed_optimizer: true },
     { world: 2, tensor: 2 },
   ];
-  for (const { options, rows } of byTier(Object.entries(attentions), ([name]) => /^biases|queries too$/.test(name)))
+  for (const { options, rows } of byTier(Object.entries(attentions), ([name]) => name.endsWith("queries too")))
     test.each(rows)("%s", options, async (_, model) => {
       const alone = await reference(text(shape(model), { world: 1 }));
       for (const parallel of attentionMeshes.slice(0, isFull ? 2 : 1)) same(await numbers(jobOf(text(shape(model), parallel))), alone);

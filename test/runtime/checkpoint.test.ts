@@ -38,7 +38,7 @@ import { buildMesh } from "../../src/passes/mesh.ts";
 import { fixture, jobOf } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
 import { noAdapter } from "../support/softwareAdapter.ts";
-import { byTier, full } from "../support/tiers.ts";
+import { byTier, full, isFull } from "../support/tiers.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-checkpoint-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
@@ -109,8 +109,8 @@ const kinds: Readonly<Record<string, object>> = {
 };
 
 describe.each(Object.entries(meshes).map(([name, mesh], n) => ({ name, mesh, n })))("on $name", ({ mesh, n }) => {
-  // in the fast tier each kind on one of the meshes
-  for (const { options, rows } of byTier(Object.entries(kinds), (_, i) => i % 3 === n))
+  // in the fast tier each kind of state but Muon's on one of the meshes
+  for (const { options, rows } of byTier(Object.entries(kinds), ([kind], i) => i % 3 === n && !kind.startsWith("muon")))
     test.each(rows)("in %s, a resumed run equals an uninterrupted one, bit for bit", options, async (_, train) => {
       const job = jobWith(mesh, train, { tie_embeddings: true });
       const whole = await run(job, 6);
@@ -147,7 +147,7 @@ test("on another mesh, and another optimizer's pieces, it has the same numbers",
   const [alone, many, other] = Object.values(meshes);
   const whole = await run(jobWith(alone!), 6);
   await run(jobWith(many!), 3, { save: folder });
-  for (const mesh of [alone!, other!, { world: 4, expert: 4, distributed_optimizer: true }]) {
+  for (const mesh of isFull ? [alone!, other!, { world: 4, expert: 4, distributed_optimizer: true }] : [other!]) {
     const after = await run(jobWith(mesh), 3, { resume: folder });
     for (const [i, { step, loss, grad_norm }] of after.entries()) {
       expect(step).toBe(4 + i);
@@ -286,7 +286,7 @@ describe("what is wrong", () => {
         "model.moe.router.balance",
       ],
     ];
-    for (const [model, found] of refused) {
+    for (const [model, found] of isFull ? refused : refused.filter((_, i) => i % 4 === 0)) {
       expect.soft(judged(model)).toContain(found);
       expect.soft(judged(model)).toContain("does not fit the job");
     }
@@ -307,7 +307,7 @@ describe("what is wrong", () => {
       ],
       [{ mtp: null }, [], 'notes: model.mtp is {"layers":1,"coeff":0.1} in the checkpoint, null in the job'],
     ];
-    for (const [model, keys, found] of allowed) expect.soft(judged(model, keys)).toBe(found);
+    for (const [model, keys, found] of isFull ? allowed : allowed.slice(0, 2)) expect.soft(judged(model, keys)).toBe(found);
     // weights that the checkpoint has not cannot be allowed
     expect(judged({ out_bias: true }, ["model.out_bias", "model"])).toContain("layers.0.bo is missing");
     expect(await said({ resume: folder }, of({ rope: { theta: 5e5 } }))).toContain("model.rope.theta");

@@ -28,7 +28,7 @@ import type { Kernels } from "../support/cudaStandIn.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { closeAll, train } from "../support/steps.ts";
-import { byTier } from "../support/tiers.ts";
+import { byTier, full } from "../support/tiers.ts";
 
 const missing = noCompiler || (await emulatorMissing().then((why) => (why ? ` [skipped: ${why}]` : "")));
 const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
@@ -161,7 +161,7 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
       },
     );
 
-  test("evaluations between steps are issued, captured and replayed on their own: the losses of the CPU", async () => {
+  test("evaluations between steps are issued, captured and replayed on their own: the losses of the CPU", full, async () => {
     const job = jobOf({
       name: "evaluated",
       model: { ...model, layers: 1 },
