@@ -197,16 +197,18 @@ function insert(
   const placed = section.items.map((entry) => ({ entry, place: order.indexOf(isScalar(entry.key) ? String(entry.key.value) : "") }));
   const before = placed.filter((one) => one.place >= 0 && one.place < place).sort((a, b) => b.place - a.place);
   const neighbour = (before[0] ?? placed.at(-1))?.entry;
+  // a job in JSON stays JSON
+  const name = neighbour && isScalar(neighbour.key) ? quotedLike(neighbour.key, key) : key;
   if (section.flow) {
     if (comment !== "") return undefined;
     const from = neighbour ? endOfEntry(text, neighbour) : (section.range?.[0] ?? 0) + 1;
-    return [{ from, to: from, text: neighbour ? `, ${key}: ${value}` : `${key}: ${value}` }];
+    return [{ from, to: from, text: neighbour ? `, ${name}: ${value}` : `${name}: ${value}` }];
   }
   const start = neighbour?.key.range?.[0];
   if (!neighbour || start === undefined) return undefined;
   const indent = text.slice(lineStart(text, start), start).replace(/[^ ]/g, " ");
   const from = lineEnd(text, endOfEntry(text, neighbour));
-  return [{ from, to: from, text: `${text.includes("\r\n") ? "\r\n" : "\n"}${indent}${key}: ${value}${comment}` }];
+  return [{ from, to: from, text: `${text.includes("\r\n") ? "\r\n" : "\n"}${indent}${name}: ${value}${comment}` }];
 }
 
 /** Returns the edits that remove a key with its lines; undefined if a comment stands there, or no other key is left in the section. */

@@ -100,6 +100,15 @@ test.each(safe.map((rule) => [rule.code, rule] as const))("%s is fixed in any la
   }
 });
 
+test("a job in JSON stays JSON", async () => {
+  const moe = { experts: 4, top_k: 2, router: { aux_coeff: 0.01 } };
+  const job = { ...(parse(smallest) as object), parallel: { world: 4, tensor: 2, expert: 4 } };
+  const text = JSON.stringify({ ...job, model: { layers: "2", hidden: 16, heads: 4, vocab: 768, seq: 48, moe } }, null, 2);
+  const fixed = await fix(text.replace('"steps"', '"global_batch": 2, "steps"'));
+  expect(fixed.applied.map(({ finding }) => finding.code)).toEqual(["S012", "P104"]);
+  expect(JSON.parse(fixed.text)).toMatchObject({ model: { layers: 2 }, parallel: { tensor: 2, sequence: true, expert: 4 } });
+});
+
 test("the rules with a safe fix: none of them changes what an author has to decide", () => {
   expect(safe.map(({ code }) => code).join(" ")).toMatchInlineSnapshot(`"P104 P105 P110 B223 B235 B240 B239 B224 B232 M330 M333 E410"`);
 });

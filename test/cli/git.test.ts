@@ -74,6 +74,10 @@ test("a plan.txt alone, as in plans/, is checked too; a damaged plan.json is sta
   const changed = await inside("compile", "job.yaml", "-o", "text", "--check");
   expect(changed).toMatchObject({ exit: 1 });
   expect(changed.out).toMatch(/plan\.txt differs from line \d+ on:\n {2}- .*layernorm.*\n {2}\+ .*rmsnorm/);
+  const json = await inside("compile", "job.yaml", "-o", "text", "--check", "--format", "json");
+  expect([json.exit, json.err]).toEqual([1, ""]);
+  const stale = { code: "stale-plan", level: "error", spans: [{ file: "text/plan.txt", line: 1 }] };
+  expect(JSON.parse(json.out)).toMatchObject({ format_version: "1.0", valid: true, changes: true, findings: [stale] });
   writeFileSync(at("text/plan.json"), "{}");
   expect((await inside("compile", "job.yaml", "-o", "text", "--check")).out).toContain("not a plan");
   rmSync(at("text"), { recursive: true });
