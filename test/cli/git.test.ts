@@ -94,7 +94,7 @@ test("git diff shows the differences as rankc does, git show compares texts, and
   expect(revisions.out).toContain("parallel.tensor  2 -> 1");
   const jobs = await inside("diff", "git:HEAD:job.yaml", "git:HEAD:plan/plan.json", "--format", "json");
   expect(jobs.exit).toBe(0);
-  expect(JSON.parse(jobs.out)).toMatchObject({ format_version: "1.0", changes: false });
+  expect(JSON.parse(jobs.out)).toMatchObject({ format_version: "1.1", changes: false });
   const missing = await inside("diff", "git:nowhere:plan", "plan");
   expect(missing).toMatchObject({ exit: 2, out: "" });
   expect(missing.err).toMatch(/git cat-file failed: .*nowhere/);
