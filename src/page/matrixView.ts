@@ -6,16 +6,30 @@ import { between, channels, palette, pixel } from "./palette.ts";
 /** Bytes from rank (row) to rank (column), at several sizes. */
 export interface TrafficMatrix {
   readonly world: number;
-  readonly levels: readonly { readonly size: number; readonly cells: Float32Array }[];
-  readonly most: number;
-  readonly least: number;
+  readonly levels: readonly MatrixLevel[];
+}
+
+interface MatrixLevel {
+  readonly size: number;
+  /** The colour of each cell: 0 is empty, then steps by amount, of the first kind and from `STEPS` on of the second. */
+  readonly steps: Uint8Array;
 }
 
 /** The visible ranks: from row and column, and how many. */
 export const matrixSpan = signal<{ readonly x: number; readonly y: number; readonly size: number } | undefined>(undefined);
 
+/** How cells are coloured. */
+export interface MatrixColours {
+  readonly perNode: number;
+  /** Whether cells are differences: these are more or less, and amounts are inside of a node or across. */
+  readonly isDifference: boolean;
+}
+
+/** Steps of colour between the least and the largest amount. */
+const STEPS = 64;
+
 /** Returns the pyramid of a matrix. Differences may be negative: the cell with the largest amount counts. */
-export function matrixOf(cells: Float32Array, world: number): TrafficMatrix {
+export function matrixOf(cells: Float32Array, world: number, { perNode, isDifference }: MatrixColours): TrafficMatrix {
   const levels = [{ size: world, cells }];
   for (let last = levels[0]; last && last.size > 64; last = levels.at(-1)) {
     const { size, cells: below } = last;
@@ -36,7 +50,24 @@ export function matrixOf(cells: Float32Array, world: number): TrafficMatrix {
     if (amount > most) most = amount;
     if (amount > 0 && amount < least) least = amount;
   }
-  return { world, levels, most, least: Math.min(least, most) };
+  const [low, high] = [Math.log(Math.max(1, least)), Math.log(Math.max(2, most))];
+  const stepOf = (amount: number): number => {
+    const share = high > low ? (Math.log(amount) - low) / (high - low) : 1;
+    return 1 + Math.min(STEPS - 1, Math.max(0, Math.round(share * (STEPS - 1))));
+  };
+  const colouredLevel = ({ size, cells: own }: (typeof levels)[number]): MatrixLevel => {
+    const steps = new Uint8Array(size * size);
+    const ranks = world / size;
+    for (let row = 0; row < size; row++)
+      for (let column = 0; column < size; column++) {
+        const value = own[row * size + column] ?? 0;
+        if (value === 0) continue;
+        const isFirst = isDifference ? value > 0 : Math.floor((row * ranks) / perNode) === Math.floor((column * ranks) / perNode);
+        steps[row * size + column] = stepOf(Math.abs(value)) + (isFirst ? 0 : STEPS);
+      }
+    return { size, steps };
+  };
+  return { world, levels: levels.map(colouredLevel) };
 }
 
 /** Where the matrix is on its sheet: `x` and `y` give the corner of a rank. */
@@ -74,53 +105,41 @@ export function showMatrix(world: number, x: number, y: number, size: number): v
   matrixSpan.value = size >= world ? undefined : { x: inside(x), y: inside(y), size };
 }
 
-interface Colours {
-  readonly perNode: number;
-  /** Whether cells are differences. */
-  readonly isDifference: boolean;
-}
+/** The pixels of the last drawing, used again while the size is the same. */
+let image: ImageData | undefined;
 
-/** Steps of colour between the least and the largest amount. */
-const STEPS = 64;
-
-/** Draws the cells: the more bytes, the stronger the colour, on a logarithmic scale; links inside a node have another colour than those across. */
-export function drawMatrix({ context, ratio }: Sheet, matrix: TrafficMatrix, place: MatrixPlace, { perNode, isDifference }: Colours): void {
+/** Draws the cells: the more bytes, the stronger the colour, on a logarithmic scale. */
+export function drawMatrix({ context, ratio }: Sheet, matrix: TrafficMatrix, place: MatrixPlace, isDifference: boolean): void {
   const pixels = Math.max(1, Math.round(place.side * ratio));
   const level = matrix.levels.findLast(({ size }) => (matrix.world / size) * place.each * ratio <= 1.01) ?? matrix.levels[0];
   if (!level) return;
-  const image = new ImageData(pixels, pixels);
+  if (image?.width !== pixels) image = new ImageData(pixels, pixels);
   const out = new Uint32Array(image.data.buffer);
-  const colours = palette.value;
-  const ramp = (to: string): Uint32Array =>
-    Uint32Array.from({ length: STEPS }, (_, i) => pixel(...channels(between(between(colours.paper, to, 0.18), to, i / (STEPS - 1)))));
-  const [inside, across] = isDifference ? [ramp(colours.wrong), ramp(colours.axes.edp)] : [ramp(colours.axes.pp), ramp(colours.axes.ep)];
-  const empty = pixel(...channels(colours.idle));
-  const [low, high] = [Math.log(Math.max(1, matrix.least)), Math.log(Math.max(2, matrix.most))];
+  const colours = coloursOf(isDifference);
   const scale = matrix.world / level.size;
-  const cell = new Int32Array(pixels);
-  const place1 = (from: number, i: number): number =>
+  const cellAt = (from: number, i: number): number =>
     Math.min(level.size - 1, Math.floor((from + ((i + 0.5) * place.size) / pixels) / scale));
-  for (let i = 0; i < pixels; i++) cell[i] = place1(place.from.x, i);
+  const columns = Int32Array.from({ length: pixels }, (_, i) => cellAt(place.from.x, i));
+  let before = -1;
   for (let row = 0; row < pixels; row++) {
-    const at = place1(place.from.y, row);
-    const before = row > 0 ? place1(place.from.y, row - 1) : -1;
+    const at = cellAt(place.from.y, row);
     if (at === before) {
       out.copyWithin(row * pixels, (row - 1) * pixels, row * pixels);
       continue;
     }
-    const node = Math.floor((at * scale) / perNode);
-    for (let column = 0; column < pixels; column++) {
-      const to = cell[column] ?? 0;
-      const value = level.cells[at * level.size + to] ?? 0;
-      if (value === 0) {
-        out[row * pixels + column] = empty;
-        continue;
-      }
-      const share = high > low ? (Math.log(Math.abs(value)) - low) / (high - low) : 1;
-      const step = Math.min(STEPS - 1, Math.max(0, Math.round(share * (STEPS - 1))));
-      const isFirst = isDifference ? value > 0 : node === Math.floor((to * scale) / perNode);
-      out[row * pixels + column] = (isFirst ? inside : across)[step] ?? empty;
-    }
+    before = at;
+    const start = at * level.size;
+    for (let column = 0; column < pixels; column++)
+      out[row * pixels + column] = colours[level.steps[start + (columns[column] ?? 0)] ?? 0] ?? 0;
   }
   context.putImageData(image, Math.round(place.left * ratio), Math.round(place.top * ratio));
+}
+
+/** Returns the pixels of all steps. */
+function coloursOf(isDifference: boolean): Uint32Array {
+  const { paper, wrong, axes, idle } = palette.value;
+  const ramp = (to: string): number[] =>
+    Array.from({ length: STEPS }, (_, i) => pixel(...channels(between(between(paper, to, 0.18), to, i / (STEPS - 1)))));
+  const [first, second] = isDifference ? [wrong, axes.edp] : [axes.pp, axes.ep];
+  return Uint32Array.from([pixel(...channels(idle)), ...ramp(first), ...ramp(second)]);
 }

@@ -130,18 +130,27 @@ export function axisOf(axes: string | undefined): Axis | undefined {
   return first in palette.value.axes ? (first as Axis) : "dp";
 }
 
-/** Draws rows as the mean colour of each column of pixels. */
+/** A canvas with one line of pixels for each row. */
+let lines: HTMLCanvasElement | undefined;
+
+/** Draws rows as the mean colour of each column of pixels: a line of pixels each, which is then stretched over the height of the row. */
 function drawShares({ context, ratio }: Sheet, scale: TimeScale, rows: readonly Row[], colouring: Colouring): void {
-  for (const { model, stage, top, height } of rows) {
-    const runs = model.runs[stage];
-    const [width, lines] = [Math.round(scale.width * ratio), Math.round(height * ratio)];
-    if (!runs || width <= 0 || lines <= 0) continue;
-    const image = new ImageData(width, lines);
-    const pixels = new Uint32Array(image.data.buffer);
-    fillColumns(pixels, width, scale, runs, { colouring, microbatches: count(model) });
-    for (let line = 1; line < lines; line++) pixels.copyWithin(line * width, 0, width);
-    context.putImageData(image, Math.round(scale.left * ratio), Math.round(top * ratio));
+  const width = Math.round(scale.width * ratio);
+  if (rows.length === 0 || width <= 0) return;
+  lines ??= document.createElement("canvas");
+  if (lines.width !== width || lines.height < rows.length) {
+    lines.width = width;
+    lines.height = Math.max(rows.length, lines.height);
   }
+  const image = new ImageData(width, rows.length);
+  const pixels = new Uint32Array(image.data.buffer);
+  for (const [n, { model, stage }] of rows.entries()) {
+    const runs = model.runs[stage];
+    if (runs) fillColumns(pixels.subarray(n * width, (n + 1) * width), width, scale, runs, { colouring, microbatches: count(model) });
+  }
+  lines.getContext("2d")?.putImageData(image, 0, 0);
+  context.imageSmoothingEnabled = false;
+  for (const [n, { top, height }] of rows.entries()) context.drawImage(lines, 0, n, width, 1, scale.left, top, scale.width, height);
 }
 
 /** Writes the colours of one line of pixels: of each kind its share of the time of a column. */
@@ -156,14 +165,20 @@ function fillColumns(
   const idle = channels(colours.idle);
   const kinds = colours.kinds.map(channels);
   const each = (scale.to - scale.from) / width;
-  let before = kinds.map((_, k) => runs.busyUntil(k, scale.from, runs.begunAt(scale.from)));
+  const before = new Float64Array(kinds.length);
+  let begun = runs.begunAt(scale.from);
+  for (let k = 0; k < kinds.length; k++) before[k] = runs.busyUntil(k, scale.from, begun);
   for (let x = 0; x < width; x++) {
     const until = scale.from + (x + 1) * each;
-    const begun = runs.begunAt(until);
-    let [r, g, b, rest] = [0, 0, 0, 1];
-    const now = kinds.map((_, k) => runs.busyUntil(k, until, begun));
+    while (begun < runs.length && (runs.start[begun] ?? 0) <= until) begun++;
+    let r = 0;
+    let g = 0;
+    let b = 0;
+    let rest = 1;
     for (let k = 0; k < kinds.length; k++) {
-      const share = ((now[k] ?? 0) - (before[k] ?? 0)) / each;
+      const now = runs.busyUntil(k, until, begun);
+      const share = (now - (before[k] ?? 0)) / each;
+      before[k] = now;
       if (share <= 0) continue;
       const near = Math.max(0, begun - 1);
       const colour =
@@ -179,6 +194,5 @@ function fillColumns(
       Math.min(255, Math.round(g + rest * idle[1])),
       Math.min(255, Math.round(b + rest * idle[2])),
     );
-    before = now;
   }
 }

@@ -104,7 +104,30 @@ function layoutText({ mesh }: Plan, { shardedBy, partial = [], ragged }: Buffer)
   return parts.length > 0 ? parts.join(" ") : "Replicate";
 }
 
-/** Bytes that a rank of a stage sends in a step. */
+/** What answers about a program have in common: made once, because a page asks about every collective. */
+interface ProgramFacts {
+  readonly buffers: BufferTable;
+  /** Bytes that a rank of the stage sends in a step. */
+  readonly sent: number;
+  /** How many instructions have a kind and an id in any layer. */
+  readonly alike: ReadonlyMap<string, number>;
+}
+
+const factsByProgram = new WeakMap<Program, ProgramFacts>();
+
+function factsOf(program: Program): ProgramFacts {
+  const known = factsByProgram.get(program);
+  if (known) return known;
+  const alike = new Map<string, number>();
+  for (const { kind, id } of instructionsOf(program)) {
+    const form = `${kind} ${anyLayer(id)}`;
+    alike.set(form, (alike.get(form) ?? 0) + 1);
+  }
+  const facts = { buffers: new BufferTable(program.buffers), sent: sentBy(program), alike };
+  factsByProgram.set(program, facts);
+  return facts;
+}
+
 const sentBy = (program: Program): number =>
   [...program.chunks.flatMap((c) => [c.forward, c.backward, c.weights]), program.step].reduce(
     (sum, block) =>
@@ -118,14 +141,13 @@ function sendWhy(plan: Plan, placed: PlacedInstruction): Rest {
   const { program, instruction } = placed;
   if (instruction.kind === "compute") throw new Error(`${instruction.id} sends nothing`);
   const { mesh, job } = plan;
-  const buffers = new BufferTable(program.buffers);
+  const { buffers, sent, alike } = factsOf(program);
   const { why, bytes } = instruction;
   const isCollective = instruction.kind === "collective";
   const across = isCollective ? undefined : transferAcross(mesh, program.stage, instruction.peer);
   const link: Link = isCollective ? linksOf(mesh, program.stage)(instruction) : { ranks: 2, nodes: across ? 2 : 1, across: across ?? 0 };
   const times = timesOf(placed);
-  const form = anyLayer(instruction.id);
-  const equal = instructionsOf(program).filter((i) => i.kind === instruction.kind && anyLayer(i.id) === form).length;
+  const equal = alike.get(`${instruction.kind} ${anyLayer(instruction.id)}`) ?? 1;
   const total = bytes * times * equal;
   const { links } = devices[job.cluster.device];
   const [from, to] = isCollective
@@ -145,7 +167,7 @@ function sendWhy(plan: Plan, placed: PlacedInstruction): Rest {
     times_per_step: times,
     bytes_per_step: total,
     ...(links && { seconds_per_step: (total * (1 - link.across)) / links.host + (total * link.across) / links.network }),
-    share: total / Math.max(1, sentBy(program)),
+    share: total / Math.max(1, sent),
     removed_by: curesOf(plan.job, instruction),
   };
 }

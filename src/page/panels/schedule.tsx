@@ -137,15 +137,43 @@ function rowsOf(shown: readonly PlanModel[], bottom: number): Row[] {
   });
 }
 
-/** Draws the whole step in small, and a frame around what is visible. */
-function drawStrip(sheet: Sheet, { scale, top }: Drawn["strip"], shown: readonly PlanModel[], colouring: Colouring): void {
-  const { context } = sheet;
+/** The picture of the whole step: it changes with the plans, the size and the colours alone. */
+interface StripPicture {
+  readonly key: string;
+  readonly shown: readonly PlanModel[];
+  readonly canvas: HTMLCanvasElement;
+}
+let strip: StripPicture | undefined;
+
+function stripPicture(
+  { width, ratio }: Sheet,
+  scale: TimeScale,
+  shown: readonly PlanModel[],
+  colouring: Colouring,
+): HTMLCanvasElement | undefined {
+  const key = [width, ratio, scale.to, colouring, palette.value.paper].join();
+  if (strip?.key === key && strip.shown.length === shown.length && strip.shown.every((model, i) => model === shown[i])) return strip.canvas;
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(STRIP * ratio);
+  const context = canvas.getContext("2d");
+  if (!context) return undefined;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const total = shown.reduce((sum, model) => sum + model.stages, 0);
   const each = Math.max(1, (STRIP - 4) / total);
   const rows = shown
     .flatMap((model) => Array.from({ length: model.stages }, (_, stage) => ({ model, stage })))
-    .map((row, n) => ({ ...row, top: top + 2 + n * each, height: Math.max(1, each - (each > 3 ? 1 : 0)) }));
-  drawRows(sheet, scale, rows, colouring);
+    .map((row, n) => ({ ...row, top: 2 + n * each, height: Math.max(1, each - (each > 3 ? 1 : 0)) }));
+  drawRows({ context, width, height: STRIP, ratio }, scale, rows, colouring);
+  strip = { key, shown, canvas };
+  return canvas;
+}
+
+/** Draws the whole step in small, and a frame around what is visible. */
+function drawStrip(sheet: Sheet, { scale, top }: Drawn["strip"], shown: readonly PlanModel[], colouring: Colouring): void {
+  const { context, width } = sheet;
+  const picture = stripPicture(sheet, scale, shown, colouring);
+  if (picture) context.drawImage(picture, 0, top, width, STRIP);
   const colours = palette.value;
   context.textAlign = "right";
   context.textBaseline = "middle";

@@ -21,26 +21,28 @@ export function TrafficPanel() {
   const mode = useSignal<"bytes" | "difference">("bytes");
   const shown = plan.value;
   const other = plans.value[1 - shown.index];
-  const { world, gpus_per_node } = shown.view.mesh;
+  const { world } = shown.view.mesh;
   const canCompare = other !== undefined && other.view.mesh.world === world;
   const matrix = useComputed(() => {
     const isShown = (axes: string): boolean => !hidden.value.has(axes);
+    const { world: ranks, gpus_per_node: perNode } = plan.value.view.mesh;
     const cells = traffic(plan.value, isShown);
     const [before, after] = plans.value;
     if (mode.value === "difference" && before && after) {
       const [from, to] = [traffic(before, isShown), traffic(after, isShown)];
       return matrixOf(
         to.map((value, i) => value - (from[i] ?? 0)),
-        plan.value.view.mesh.world,
+        ranks,
+        { perNode, isDifference: true },
       );
     }
-    return matrixOf(cells, plan.value.view.mesh.world);
+    return matrixOf(cells, ranks, { perNode, isDifference: false });
   });
   const drawn = useMemo((): { place: MatrixPlace | undefined } => ({ place: undefined }), []);
   const draw = (sheet: Sheet): void => {
     const place = matrixPlace(world, sheet, MARGIN);
     drawn.place = place;
-    drawMatrix(sheet, matrix.value, place, { perNode: gpus_per_node, isDifference: mode.value === "difference" });
+    drawMatrix(sheet, matrix.value, place, mode.value === "difference");
     drawFrame(sheet.context, place, shown);
   };
   const colours = palette.value;
