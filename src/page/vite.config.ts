@@ -7,5 +7,11 @@ export default defineConfig({
   root: fileURLToPath(new URL(".", import.meta.url)),
   publicDir: false,
   plugins: [viteSingleFile()],
-  build: { outDir: "../../dist/view", emptyOutDir: true, target: "es2022" },
+  build: {
+    outDir: "../../dist/view",
+    emptyOutDir: true,
+    target: "es2022",
+    // older targets get light-dark() that follows the system, and not the theme that is chosen on the page
+    cssTarget: ["chrome123", "firefox120", "safari17.5"],
+  },
 });
