@@ -10,7 +10,7 @@ export function profileFor(device: string, named?: string): DeviceProfile | unde
   if (named === undefined) return packageProfile(device);
   const found = packageProfile(named);
   if (found) return found;
-  if (/^[a-z0-9_-]+$/i.test(named))
+  if (!/[\\/]|\.json$/.test(named))
     throw new Trouble(`there is no device profile ${named}`, `write one of ${profileNames.join(", ")}, or the file of a profile`);
   return parseProfile(readProfileFile(named), named);
 }

@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 import { parse, stringify } from "yaml";
 import type { Plan } from "../../schemas/plan.ts";
 import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
-import { parseProfile } from "../../src/analysis/estimate/profiles.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { loadDeviceTargets } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
@@ -63,7 +63,8 @@ export async function planOfRow(row: PublishedRow): Promise<Plan> {
 /** Estimates a row by the profile of its device and stack. */
 export async function estimateRow(row: PublishedRow): Promise<Estimate> {
   const name = `${deviceOfRow(row)}.${row.stack}`;
-  const profile = parseProfile(readFileSync(new URL(`../../schemas/devices/${name}.json`, import.meta.url), "utf8"), name);
+  const profile = packageProfile(name);
+  if (!profile) throw new Error(`there is no profile ${name}`);
   const hidden = (["experts", "data"] as const).filter((what) => row.hidden?.split(" ").includes(what));
   return estimate(await planOfRow(row), {
     profile,

@@ -2,6 +2,7 @@
 import { expect, test } from "vitest";
 import { type Device, deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { hardwareOf } from "../../src/analysis/estimate/kernelTime.ts";
 import { packageProfile, parseProfile, profileNames } from "../../src/analysis/estimate/profiles.ts";
 import { targetNames } from "../../src/codegen/targetNames.ts";
 import { compile } from "../../src/compile.ts";
@@ -33,6 +34,15 @@ test("a file that is no profile is refused with the key that is wrong", () => {
   const text = JSON.stringify({ ...packageProfile("h100-80gb"), name: "a b" });
   expect(() => parseProfile(text, "own.json")).toThrow(/own.json is not a device profile: name: /);
   expect(() => parseProfile("{", "own.json")).toThrow(/own.json is not JSON/);
+  const own = JSON.stringify({ ...packageProfile("h100-80gb"), device: "h20-96gb" });
+  expect(() => parseProfile(own, "own.json")).toThrow(/a device h20-96gb that rankc does not know, without its hardware/);
+});
+
+test("a device of one's own is what its hardware says: with that of an H100 it is one", () => {
+  const { memory, bandwidth, multiprocessors, peak } = deviceOf("h100-80gb");
+  const hardware = { memory, bandwidth, multiprocessors, peak: { f32: peak.f32!, bf16: peak.bf16!, f8e4m3: peak.f8e4m3! } };
+  const own = parseProfile(JSON.stringify({ ...packageProfile("h100-80gb"), device: "own", hardware }), "own.json");
+  expect(hardwareOf(own)).toEqual(hardwareOf(packageProfile("h100-80gb")!));
 });
 
 test.each(["fp32", "bf16"] as const)("a profile compares the products of a job in %s with the peak of that type", (precision) => {

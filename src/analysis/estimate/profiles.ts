@@ -5,7 +5,10 @@ import { Trouble } from "../../../schemas/trouble.ts";
 import { readPackageFile } from "../../packageFile.ts";
 
 /** The names of the profiles of the package: devices with the kernels of rankc, and with other software. */
-export const profileNames: readonly string[] = deviceNames.filter((name) => deviceOf(name).links !== null);
+export const profileNames: readonly string[] = [
+  ...deviceNames.filter((name) => deviceOf(name).links !== null),
+  ...["h100-80gb.megatron", "h100-80gb.megatron-fp8", "b200-192gb.megatron"],
+];
 
 const known = new Map<string, DeviceProfile>();
 
@@ -31,7 +34,14 @@ export function parseProfile(text: string, file: string): DeviceProfile {
     );
   }
   const read = DeviceProfile.safeParse(value);
-  if (read.success) return read.data;
+  if (read.success) {
+    const { device, hardware } = read.data;
+    if (hardware || deviceNames.some((name) => name === device)) return read.data;
+    throw new Trouble(
+      `${file} names a device ${device} that rankc does not know, without its hardware`,
+      `write hardware: {memory, bandwidth, multiprocessors, peak}, or one of ${deviceNames.join(", ")}`,
+    );
+  }
   const [issue] = read.error.issues;
   throw new Trouble(
     `${file} is not a device profile: ${issue?.path.join(".") || "the file"}: ${issue?.message ?? "unknown"}`,
