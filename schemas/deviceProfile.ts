@@ -8,6 +8,7 @@ import { CollectiveKind } from "./plan.ts";
 
 const positive = z.number().positive();
 const share = z.number().positive().max(2);
+const hiddenShare = z.number().min(0).max(1).default(0);
 const atLeastZero = z.number().min(0);
 
 /** Families of kernels: those of one family have one law. */
@@ -126,10 +127,10 @@ export const DeviceProfile = z.strictObject({
   overlap: z.strictObject({
     slowdown: z.number().min(0).max(0.9).describe("share of its rate that a kernel loses while communication runs"),
     hidden: z
-      .strictObject({ experts: z.number().min(0).max(1).default(0), data: z.number().min(0).max(1).default(0) })
+      .strictObject({ experts: hiddenShare, data: hiddenShare, tensor: hiddenShare })
       .prefault({})
       .describe(
-        "where the stack runs dispatch and combine, or the reductions and gathers of the optimizer, beside kernels, and a plan does not say so: the share of them that this hides",
+        "where the stack runs dispatch and combine, the reductions and gathers of the optimizer, or those of tensor parallelism, beside kernels, and a plan does not say so: the share of them that this hides",
       ),
     prefetches_transfers: z.boolean().describe("whether a message between stages travels before its receiver waits for it"),
   }),

@@ -1,6 +1,7 @@
 /**
  * Compares estimates with measured steps, as tables for docs/estimate.md: one H200 with rankc's kernels, and published rows with the stacks that ran them.
- * `npm run bench:estimate`, or with ids of rows: `npm run bench:estimate -- V115 V207`. Takes about ten minutes of one core for all rows.
+ * `npm run bench:estimate`, with `-- here` the first alone, with `-- published` the others, with ids of rows or names of jobs these. Takes about ten
+ * minutes of one core.
  */
 import { readFileSync } from "node:fs";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
@@ -11,7 +12,9 @@ import { readJob } from "../../src/frontend/readJobNow.ts";
 import { largest } from "../../src/units.ts";
 import { estimateRow, type PublishedRow, planOfRow, readTable } from "./estimateRows.ts";
 
-const only = process.argv.slice(2);
+const named = process.argv.slice(2);
+const part = named.find((word) => word === "here" || word === "published");
+const only = named.filter((word) => word !== part);
 const isAsked = (id: string | undefined): boolean => only.length === 0 || (id !== undefined && only.includes(id));
 
 /** Returns a signed error in percent. */
@@ -62,7 +65,7 @@ async function published(): Promise<void> {
   const rows = readTable("rows.tsv").filter(({ id }) => isAsked(id));
   const isExcluded = ({ use }: PublishedRow): boolean => use?.startsWith("excluded") ?? false;
   const all: Compared[] = [];
-  for (const stack of new Set(rows.map(({ device, stack }) => `${device} ${stack}`))) {
+  for (const stack of [...new Set(rows.map(({ device, stack }) => `${device} ${stack}`))].sort()) {
     const own = rows.filter((row) => `${row.device} ${row.stack}` === stack && !isExcluded(row));
     if (own.length === 0) continue;
     head(`row, ${stack}`, "GPUs, tp pp vpp cp ep", "measured, s", "estimate, s", "error", "memory, GiB", "plan's peak", "error", "use");
@@ -119,5 +122,5 @@ function summary(all: readonly Compared[]): void {
   );
 }
 
-await measuredHere();
-await published();
+if (part !== "published") await measuredHere();
+if (part !== "here") await published();

@@ -65,7 +65,7 @@ export async function estimateRow(row: PublishedRow): Promise<Estimate> {
   const name = `${deviceOfRow(row)}.${row.stack}`;
   const profile = packageProfile(name);
   if (!profile) throw new Error(`there is no profile ${name}`);
-  const hidden = (["experts", "data"] as const).filter((what) => row.hidden?.split(" ").includes(what));
+  const hidden = (["experts", "data", "tensor"] as const).filter((what) => row.hidden?.split(" ").includes(what));
   return estimate(await planOfRow(row), {
     profile,
     assumed: { sendsPerNode: row.dispatcher === "per_node", captured: row.graphs === "yes", hidden },

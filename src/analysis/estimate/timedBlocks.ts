@@ -56,7 +56,7 @@ export interface Assumptions {
   /** Whether launches are captured in graphs, so that the host delays no kernel. */
   readonly captured?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
-  readonly hidden?: readonly ("experts" | "data")[];
+  readonly hidden?: readonly ("experts" | "data" | "tensor")[];
 }
 
 /** What the times depend on, beside the plan. */
@@ -110,6 +110,7 @@ export function blockTimer(
     };
     const hiddenShare = (i: Collective, isStep: boolean): number => {
       if (isOfRows(i)) return assumed.hidden?.includes("experts") ? profile.overlap.hidden.experts : 0;
+      if (i.axes === "tp") return assumed.hidden?.includes("tensor") ? profile.overlap.hidden.tensor : 0;
       const isOfData = isStep && /\b(dp|edp)\b/.test(i.axes);
       return isOfData && assumed.hidden?.includes("data") ? profile.overlap.hidden.data : 0;
     };
