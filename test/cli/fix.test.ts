@@ -9,6 +9,7 @@ import { parse, stringify } from "yaml";
 import { badJob } from "../../src/frontend/explain.ts";
 import { fixJob } from "../../src/frontend/fixJob.ts";
 import { changedText, editBetween } from "../../src/frontend/keyEdits.ts";
+import { readQuickly } from "../../src/frontend/readJob.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { keysAt } from "../../src/frontend/shapeFaults.ts";
 import { rules } from "../../src/rules/all.ts";
@@ -138,6 +139,16 @@ test("a fix of a key of --set is named, and the file stays; a fix that only the 
   const needed = await fix(job, ["parallel.tensor=2"]);
   expect(needed.text).toBe(job);
   expect(needed.left.map(({ why }) => why)).toEqual([expect.stringContaining("it would cause P105")]);
+});
+
+test("a key of the file that a job extends stays, and is named", async () => {
+  const base = `${head}parallel: {sequence: true}\n`;
+  const files = { overlays: [], resolve: (path: string) => path, read: () => base };
+  const job = async (text: string) => readQuickly(text, "job.yaml", [], files);
+  const { text, applied, left } = await fixJob("extends: base.yaml\ntrain: {optimizer: {momentum: 0.5}}\n", { job, file: job });
+  expect(text).toBe("extends: base.yaml\ntrain: {optimizer: {}}\n");
+  expect(applied.map(({ finding }) => finding.code)).toEqual(["B223"]);
+  expect(left.map(({ finding, why }) => `${finding.code}: ${why}`)).toEqual(["P105: the key stands in base.yaml"]);
 });
 
 const broken = `${head}parallel:\n  sequence: true\n  world: "1"   # Größe 🎉\n`;
