@@ -51,28 +51,23 @@ export const neededOf = ({ rows }: Pick<Compute, "rows">): string | undefined =>
 export const accumulatesInto = (i: Instruction): readonly string[] =>
   i.kind === "compute" ? (i.accumulates ?? []).flatMap((name) => i.writes[name] ?? []) : [];
 
-/** Calls `visit` for each buffer that an instruction reads or writes, with the indices of all their rows; for some more than once. */
-export function visitTouched(i: Instruction, buffers: Buffers, visit: (id: string) => void): void {
+/** Returns the buffers that an instruction reads or writes, with the indices of all their rows. */
+export function touchedBy(i: Instruction, buffers: Buffers): Set<string> {
+  const ids = new Set<string>();
   const add = (id: string | undefined): void => {
     if (id === undefined) return;
-    visit(id);
+    ids.add(id);
     const rows = buffers.get(id)?.rows;
-    if (rows !== undefined) visit(rows);
+    if (rows !== undefined) ids.add(rows);
   };
   if (i.kind === "compute") {
     // called for every instruction of a program: no intermediate lists
     for (const name in i.reads) add(i.reads[name]);
     for (const name in i.writes) add(i.writes[name]);
-    if (i.rows !== undefined) visit(i.rows);
+    if (i.rows !== undefined) ids.add(i.rows);
   } else if (i.kind === "collective") {
     add(i.from);
     add(i.to);
   } else add(i.buffer);
-}
-
-/** Returns the buffers that an instruction reads or writes, with the indices of all their rows. */
-export function touchedBy(i: Instruction, buffers: Buffers): Set<string> {
-  const ids = new Set<string>();
-  visitTouched(i, buffers, (id) => ids.add(id));
   return ids;
 }

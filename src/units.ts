@@ -4,6 +4,9 @@ export const bytesText = (n: number): string => scaled(n, 1024, ["B", "KiB", "Mi
 export const flopsText = (n: number): string => scaled(n, 1000, ["flop", "Kflop", "Mflop", "Gflop", "Tflop", "Pflop", "Eflop"]);
 /** Formats an integer with thousands separators. */
 export const countText = (n: number): string => n.toLocaleString("en-US");
+/** Formats a large count: `8.0 billion`, `0.3 million`; below 100,000 all digits. */
+export const millionsText = (n: number): string =>
+  n < 1e5 ? countText(n) : n >= 1e9 ? `${(n / 1e9).toFixed(1)} billion` : `${(n / 1e6).toFixed(1)} million`;
 /** Formats a count with its noun: `1 layer`, `1,024 layers`. */
 export const plural = (n: number, noun: string): string => `${countText(n)} ${noun}${n === 1 ? "" : "s"}`;
 

@@ -18,8 +18,10 @@ import { registerExplain } from "./explain.ts";
 import { registerExport } from "./export.ts";
 import { registerGit } from "./git.ts";
 import { registerImport } from "./import.ts";
+import { registerInit } from "./init.ts";
 import { registerInspect } from "./inspect.ts";
 import { InvalidJob } from "./loadPlan.ts";
+import { registerLsp } from "./lsp.ts";
 import type { ProcessExit } from "./options.ts";
 import { printError } from "./output.ts";
 import { registerPack } from "./pack.ts";
@@ -31,6 +33,7 @@ import { registerView } from "./view.ts";
 
 /** The commands, in the order of the help text. */
 const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
+  registerInit,
   registerCheck,
   registerCompile,
   registerInspect,
@@ -49,6 +52,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerCalibrate,
   registerDoctor,
   registerSchema,
+  registerLsp,
 ];
 
 /** Runs one command with these arguments: those after the name of the program. Prints errors; throws none. */

@@ -1,3 +1,4 @@
+#!/usr/bin/env node
 /** The process of the command line: runs the command that its arguments name (commandLine.ts), and ends with its exit code. */
 import { unwritten } from "../../schemas/writing.ts";
 import { runCommandLine } from "./commandLine.ts";
@@ -13,7 +14,7 @@ for (const stream of [process.stdout, process.stderr]) {
   });
 }
 
-void runCommandLine(process.argv.slice(2), {
+await runCommandLine(process.argv.slice(2), {
   setCode: (code) => {
     process.exitCode = code;
   },

@@ -9,6 +9,8 @@ export interface CommentedKey {
   readonly key: string;
   readonly value: unknown;
   readonly comment: string;
+  /** The text has the key although it has its default. */
+  readonly isKept?: boolean;
 }
 
 /** The job as text, and its keys. */
@@ -18,7 +20,8 @@ export interface WrittenJob {
   readonly kept: readonly CommentedKey[];
 }
 
-const SCHEMA_LINE = " yaml-language-server: $schema=schemas/job.schema.json";
+/** The path of the JSON Schema in a folder that `rankc examples` or `rankc init` wrote to. */
+export const schemaPath = "schemas/job.schema.json";
 const sections = ["name", "model", "parallel", "train", "data", "cluster"];
 
 /** Keys whose default depends on another key: they stay, so that a change of the other one does not change them. */
@@ -53,7 +56,7 @@ function withoutDefaults(keys: readonly CommentedKey[]): readonly CommentedKey[]
   const complete = completeJob(all.data);
   let kept = keys;
   for (const key of keys) {
-    if (stays.has(key.key)) continue;
+    if (stays.has(key.key) || key.isKept) continue;
     const fewer = kept.filter((other) => other !== key);
     const { data } = JobText.safeParse(nested(fewer));
     if (data && isDeepStrictEqual(completeJob(data), complete)) kept = fewer;
@@ -61,14 +64,16 @@ function withoutDefaults(keys: readonly CommentedKey[]): readonly CommentedKey[]
   return kept;
 }
 
-/** Writes a job. `notes` stand above it. */
-export function writeJob(keys: readonly CommentedKey[], notes: readonly string[]): WrittenJob {
+/** Writes a job. `notes` stand above it, below the line by which editors find the schema. */
+export function writeJob(keys: readonly CommentedKey[], notes: readonly string[], schema: string = schemaPath): WrittenJob {
   const kept = withoutDefaults(keys);
   const tree = nested(kept);
   const document = new Document(Object.fromEntries(sections.flatMap((name) => (name in tree ? [[name, tree[name]] as const] : []))));
   const comments = new Map(kept.map(({ key, comment }) => [key, comment]));
   if (isMap(document.contents)) comment(document.contents, [], comments);
-  const head = [SCHEMA_LINE, ...notes.map((note) => ` ${oneLine(note)}`)].map((line) => `#${line}`).join("\n");
+  const head = [` yaml-language-server: $schema=${oneLine(schema)}`, ...notes.map((note) => ` ${oneLine(note)}`)]
+    .map((line) => `#${line}`)
+    .join("\n");
   const body = document.toString({ lineWidth: 0, flowCollectionPadding: false });
   // readers of YAML 1.1 take 1e-5 for a text, and 1.0e-5 for a number
   return { text: `${head}\n${body.replace(/^( *\w+: -?\d+)(e-\d+)(?= #|$)/gm, "$1.0$2")}`, kept };

@@ -64,8 +64,6 @@ const touchFiles = new Map([
   ["src/cli/git.ts", "the attributes of a repository"],
   ["src/cli/checkPlan.ts", "the files of a plan that may be stale"],
   ["src/cli/cache.ts", "results that a later command needs again"],
-  ["src/cli/cacheFolder.ts", "the folder of these results"],
-  ["src/cli/codeCache.ts", "the code that V8 compiled"],
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/cli/log/runLog.ts", "the log of a run"],
@@ -73,6 +71,7 @@ const touchFiles = new Map([
   ["src/packageFile.ts", "schemas and templates of the package"],
   ["src/plan/validator.ts", "the built validator"],
   ["src/cli/archive.ts", "an archive of a plan and all that runs it"],
+  ["src/cli/init.ts", "whether a job and its schema exist"],
   ["src/cli/examples.ts", "the example jobs and schemas of the package"],
   ["src/cli/viewPage.ts", "the built page that shows plans"],
   ["src/cli/pageServer.ts", "the built page, and what a plan in a browser reads"],
@@ -177,7 +176,12 @@ test("no import cycle", () => {
 });
 
 /** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 asks whether the owner of a lock still runs. */
-const exceptions = ["runtime/launch/watchdog.ts: process.kill", "runtime/checkpoint/saveFolder.ts: process.kill"];
+const exceptions = [
+  "src/cli/initPrompts.ts: process.stderr", // where questions are asked
+  "src/cli/lsp.ts: process.stdout", // the protocol of editors
+  "runtime/launch/watchdog.ts: process.kill",
+  "runtime/checkpoint/saveFolder.ts: process.kill",
+];
 
 test("only the command line prints and ends the process; the watchdog of a blocked rank may kill it", () => {
   const effects = /^(console\.\w+|process\.(exit|exitCode|stdout|stderr|abort|kill))$/;
