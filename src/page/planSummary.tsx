@@ -89,7 +89,8 @@ function MemoryBars() {
 
 /** Returns a relative change: `+12 %`. */
 export function changeText(from: number, to: number): string {
-  if (from === 0 || to === 0) return from === to ? "" : from === 0 ? "new" : "gone";
+  if (Math.round(from) === Math.round(to)) return "";
+  if (from === 0 || to === 0) return from === 0 ? "new" : "gone";
   const change = (100 * (to - from)) / from;
   return `${change > 0 ? "+" : ""}${change.toFixed(Math.abs(change) < 10 ? 1 : 0)} %`;
 }

@@ -50,7 +50,7 @@ function drawRuns(context: CanvasRenderingContext2D, scale: TimeScale, row: Row,
   const colours = palette.value;
   const { top, height, model, stage } = row;
   context.fillStyle = colours.idle;
-  context.fillRect(scale.left, top, scale.width, height);
+  context.fillRect(scale.left, top, Math.max(0, Math.min(scale.width, scale.x(model.view.timeline.end) - scale.left)), height);
   context.textAlign = "center";
   context.textBaseline = "middle";
   const right = scale.left + scale.width;

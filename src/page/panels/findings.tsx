@@ -1,5 +1,5 @@
 /** Findings: warnings of rules, what differs between two plans, and the job with the lines that decide. */
-import { bytesText, countText, flopsText, ranges } from "../../units.ts";
+import { bytesText, countText, flopsText, plural, ranges } from "../../units.ts";
 import { changeText } from "../planSummary.tsx";
 import { plan, select, selection, viewDiff } from "../state.ts";
 
@@ -38,6 +38,8 @@ function Warnings() {
 }
 
 const units = { bytes: (n: number) => bytesText(Math.round(n)), flops: flopsText, count: countText } as const;
+const placedText = ({ ranks, nodes }: { readonly ranks: number; readonly nodes: number }): string =>
+  `${plural(ranks, "rank")} on ${plural(nodes, "node")}`;
 const valueText = (value: unknown): string => (value === undefined ? "absent" : JSON.stringify(value));
 
 /** What differs between two plans, level by level. */
@@ -62,12 +64,7 @@ function Differences() {
       {diff.placement.length > 0 && (
         <Table
           heads={["axis", "before", "after", "groups"]}
-          rows={diff.placement.map(({ axis, old, new: now, moved }) => [
-            axis,
-            `${old.ranks} ranks on ${old.nodes} nodes`,
-            `${now.ranks} ranks on ${now.nodes} nodes`,
-            moved,
-          ])}
+          rows={diff.placement.map(({ axis, old, new: now, moved }) => [axis, placedText(old), placedText(now), moved])}
         />
       )}
       {diff.summary.length > 0 && (

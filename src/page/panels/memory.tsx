@@ -180,14 +180,16 @@ function drawMemory({ context, width, height }: Sheet): TimeScale {
   const y = (bytes: number): number => bottom - (bytes / top) * (bottom - TOP);
   drawBytesAxis(context, y, top, { left: LEFT, right: width - RIGHT });
   drawTimeAxis(context, scale, TOP, bottom);
+  // the step of the other plan may take longer
+  const across = Math.max(0, Math.min(scale.width, scale.x(model.view.timeline.end) - LEFT));
   let below = 0;
   for (const part of ["parameter", "gradient", "optimizer", "scratch"] as const) {
     context.fillStyle = colours.memory[part];
-    context.fillRect(LEFT, y(below + memory[part]), scale.width, y(below) - y(below + memory[part]));
+    context.fillRect(LEFT, y(below + memory[part]), across, y(below) - y(below + memory[part]));
     below += memory[part];
   }
   const each = (scale.to - scale.from) / scale.width;
-  for (let x = 0; x < scale.width; x++) {
+  for (let x = 0; x < across; x++) {
     const { activation, workspace } = curve.value.most(scale.from + x * each, scale.from + (x + 1) * each);
     context.fillStyle = colours.memory.activation;
     context.fillRect(LEFT + x, y(below + activation), 1, y(below) - y(below + activation));
@@ -196,8 +198,18 @@ function drawMemory({ context, width, height }: Sheet): TimeScale {
   }
   if (otherCurve.value) drawOther(context, scale, y, otherCurve.value);
   const line = { left: LEFT, right: width - RIGHT };
-  drawLimit(context, y(memory.peak), line, `reserved ${bytesText(memory.peak)}`, colours.ink);
-  if (isLimitShown) drawLimit(context, y(device.memory), line, `${device.name} ${bytesText(device.memory)}`, colours.wrong);
+  const [reserved, limit] = [y(memory.peak), y(device.memory)];
+  // two lines that are near have their texts on both sides
+  const isNear = isLimitShown && Math.abs(reserved - limit) < 18;
+  drawLimit(context, { y: reserved, isTextBelow: isNear && reserved > limit }, line, `reserved ${bytesText(memory.peak)}`, colours.ink);
+  if (isLimitShown)
+    drawLimit(
+      context,
+      { y: limit, isTextBelow: isNear && limit > reserved },
+      line,
+      `${device.name} ${bytesText(device.memory)}`,
+      colours.wrong,
+    );
   const at = scale.x(moment.value);
   if (at >= LEFT && at <= width - RIGHT) {
     context.strokeStyle = colours.accent;
@@ -218,7 +230,7 @@ function drawOther(context: CanvasRenderingContext2D, scale: TimeScale, y: (byte
   context.lineWidth = 1.5;
   context.setLineDash([4, 3]);
   context.beginPath();
-  for (let x = 0; x < scale.width; x++) {
+  for (let x = 0; x < scale.width && scale.time(scale.left + x) <= other.model.view.timeline.end; x++) {
     const { activation, workspace } = other.most(scale.from + x * each, scale.from + (x + 1) * each);
     context.lineTo(scale.left + x, y(state + activation + workspace));
   }
@@ -231,7 +243,13 @@ interface Line {
   readonly right: number;
 }
 
-function drawLimit(context: CanvasRenderingContext2D, y: number, { left, right }: Line, text: string, colour: string): void {
+function drawLimit(
+  context: CanvasRenderingContext2D,
+  { y, isTextBelow }: { readonly y: number; readonly isTextBelow: boolean },
+  { left, right }: Line,
+  text: string,
+  colour: string,
+): void {
   context.strokeStyle = colour;
   context.fillStyle = colour;
   context.lineWidth = 1.5;
@@ -243,7 +261,7 @@ function drawLimit(context: CanvasRenderingContext2D, y: number, { left, right }
   context.setLineDash([]);
   context.textAlign = "right";
   context.textBaseline = "alphabetic";
-  context.fillText(text, right - 4, y - 5);
+  context.fillText(text, right - 4, isTextBelow ? y + 14 : y - 5);
 }
 
 function drawBytesAxis(context: CanvasRenderingContext2D, y: (bytes: number) => number, top: number, { left, right }: Line): void {
