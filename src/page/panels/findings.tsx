@@ -1,5 +1,5 @@
 /** Findings: warnings of rules, what differs between two plans, and the job with the lines that decide. */
-import { bytesText, countText, flopsText, plural, ranges } from "../../units.ts";
+import { bytesText, countText, flopsText, plural, ranges, secondsText } from "../../units.ts";
 import { changeText } from "../planSummary.tsx";
 import { plan, select, selection, viewDiff } from "../state.ts";
 
@@ -37,7 +37,12 @@ function Warnings() {
   );
 }
 
-const units = { bytes: (n: number) => bytesText(Math.round(n)), flops: flopsText, count: countText } as const;
+const units = {
+  bytes: (n: number) => bytesText(Math.round(n)),
+  flops: flopsText,
+  count: countText,
+  seconds: secondsText,
+} as const;
 const placedText = ({ ranks, nodes }: { readonly ranks: number; readonly nodes: number }): string =>
   `${plural(ranks, "rank")} on ${plural(nodes, "node")}`;
 const valueText = (value: unknown): string => (value === undefined ? "absent" : JSON.stringify(value));
