@@ -129,8 +129,16 @@ export interface BlockPosition {
  * member (i + 1) mod g. Source and destination may begin at the same byte.
  */
 export interface Comm {
-  /** Returns true when the collective is issued for this rank, false while members of its group are missing; the caller then retries. */
+  /**
+   * Returns true when the collective is issued for this rank, false while members of its group are missing; the caller then retries. An
+   * asynchronous one is always issued: it ends at the latest when `wait` returns true.
+   */
   collective(rank: number, i: Collective, at: BlockPosition): boolean;
+  /**
+   * Waits for an asynchronous collective that this rank has begun, by its id; without an id, for all. Returns true when what is issued next
+   * finds its results, false while members of its group are missing; the caller then retries.
+   */
+  wait(rank: number, id?: string): boolean;
   send(rank: number, i: Transfer, at: BlockPosition): void;
   /** Returns false while the message has not arrived; the caller then retries. */
   recv(rank: number, i: Transfer, at: BlockPosition): boolean;

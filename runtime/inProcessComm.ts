@@ -1,10 +1,11 @@
 /**
  * Communication among ranks that are coroutines of one process. A collective is performed when the last rank of its group arrives; a
- * message waits for its receiver. The transport moves the values.
+ * message waits for its receiver. Asynchronous collectives are those of asyncCollectives.ts. The transport moves the values.
  */
 
 import type { Buffer, Collective, Plan } from "../schemas/plan.ts";
 import { groupMembers, numberInStage, rankAt, stageOfRank } from "../schemas/sharding.ts";
+import { AsyncCollectives, type AsyncNeeds, membersOf } from "./asyncCollectives.ts";
 import type { Comm } from "./backend.ts";
 import { RankPrograms } from "./rankPrograms.ts";
 
@@ -47,12 +48,17 @@ export function rankTable(plan: Plan): RankTable {
   };
 }
 
-/** Returns the communication of all ranks of a plan over a transport. */
+/** Returns the communication of all ranks of a plan over a transport. `isHeld`: see `AsyncNeeds`. */
 export function inProcessComm<Message>(
   { mesh }: Plan,
   { stageOf, bufferOf, groupOf }: RankTable,
-  { perform, send, receive }: Transport<Message>,
+  { perform: performOne, send, receive }: Transport<Message>,
+  isHeld?: AsyncNeeds["isHeld"],
 ): Comm {
+  const perform: AsyncNeeds["perform"] = (group, i, copy) => {
+    for (const member of membersOf(i)) performOne(group, member, copy);
+  };
+  const streams = new AsyncCollectives({ groupOf, perform, isHeld });
   const waiting = new Map<string, Set<number>>();
   const done = new Map<string, Set<number>>();
   const messages = new Map<string, Message[]>();
@@ -60,6 +66,10 @@ export function inProcessComm<Message>(
 
   return {
     collective(rank, i, at) {
+      if (i.stream) {
+        streams.begin(rank, i, at.copy);
+        return true;
+      }
       const group = groupOf(rank, i);
       const key = `${i.id}|${at.tag}|${i.world ? "world" : stageOf(rank)}|${group[0]}`;
       const ready = done.get(key);
@@ -75,6 +85,7 @@ export function inProcessComm<Message>(
       if (group.length > 1) done.set(key, new Set(group.filter((r) => r !== rank)));
       return true;
     },
+    wait: (rank, id) => streams.wait(rank, id),
     send(rank, i, at) {
       const key = `${rank}>${peerOf(rank, i.peer)}|${i.tag}|${at.microbatch}`;
       messages.set(key, [...(messages.get(key) ?? []), send(rank, bufferOf(rank, i.buffer), at.copy)]);

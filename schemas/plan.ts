@@ -81,10 +81,26 @@ const Why = z.strictObject({
   path: z.string().describe("the job key that decided it"),
 });
 
+/** The names of the streams of asynchronous collectives, by what they carry. */
+export const StreamName = z.enum(["gradients", "parameters", "experts"]);
+/** A value of the schema `StreamName`. */
+export type StreamName = z.infer<typeof StreamName>;
+
+/** The keys of an instruction that say when it runs. */
+const ordering = {
+  waits: z
+    .array(id)
+    .min(1)
+    .optional()
+    .describe("asynchronous collectives that must have ended before this begins; all of them end with the step"),
+  only: z.literal("last").optional().describe("runs for the last microbatch of a step only"),
+};
+
 /** An op on local buffers. */
 export const Compute = z.strictObject({
   kind: z.literal("compute"),
   id,
+  ...ordering,
   op: z.enum(opNames),
   kernel: id.describe("the kernel that computes it"),
   reads: z.record(z.string(), id),
@@ -122,6 +138,10 @@ export type CollectiveKind = z.infer<typeof CollectiveKind>;
 export const Collective = z.strictObject({
   kind: z.literal("collective"),
   id,
+  ...ordering,
+  stream: StreamName.optional().describe(
+    "asynchronous: it begins after the instructions before it and after the collectives before it on this stream, and runs beside the instructions after it until one waits for it",
+  ),
   how: CollectiveKind,
   name: z.string().describe("what people call it: dispatch, combine, or as `how`"),
   axes: z.string().describe("the axes it runs over, as people name them: tp, ep, dp*cp"),
@@ -129,6 +149,11 @@ export const Collective = z.strictObject({
   world: z.boolean().optional().describe("over all ranks of all stages"),
   from: id,
   to: id,
+  more: z
+    .array(z.strictObject({ from: id, to: id }))
+    .min(1)
+    .optional()
+    .describe("further pairs of buffers that the same launch exchanges, each in the same way: the tensors of a bucket"),
   bytes: count.describe("bytes each rank sends, ring algorithms; lists of rows at their full capacity"),
   why: Why,
 });
@@ -139,6 +164,7 @@ export type Collective = z.infer<typeof Collective>;
 export const Transfer = z.strictObject({
   kind: z.enum(["send", "recv"]),
   id,
+  ...ordering,
   buffer: id,
   tag: id.describe("what is sent: the same on both sides"),
   peer: count.describe("the other stage; the rank with the same number within it"),
@@ -240,9 +266,22 @@ const Evaluation = z.strictObject({
   losses: z.array(id).describe("buffers [sources] that are read after it and added up: the weighted loss of the tokens of each source"),
 });
 
+/** What may run at the same time as the collectives of a stream. */
+const InOrder = z.literal("in_order");
+/** A stream of asynchronous collectives. It has communicators of its own, on which collectives run one after another in the order of the plan. */
+export const StreamUse = z.strictObject({
+  name: StreamName,
+  beside: z
+    .array(z.union([StreamName, InOrder]))
+    .describe("the streams whose collectives may run at the same time; in_order: collectives and transfers without a stream"),
+});
+/** A value of the schema `StreamUse`. */
+export type StreamUse = z.infer<typeof StreamUse>;
+
 /** The program of one pipeline stage. */
 export const Program = z.strictObject({
   stage: count,
+  streams: z.array(StreamUse).optional().describe("the streams that asynchronous collectives use"),
   chunks: z.array(Chunk).min(1),
   order: z.array(BlockRun).describe("the block runs of a step, one after another; then the step block once"),
   parameters: z.array(Parameter),

@@ -55,6 +55,13 @@ export const evaluationOrder = ({ order }: Pick<Program, "order">): BlockRun[] =
 export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
   order.filter(({ kind }) => kind === "forward").length / chunks.length;
 
+/** Returns how often an instruction of a block runs in a step with the full batch; 0 in an evaluation, which is not part of a step. */
+export const timesIn = (
+  p: Pick<Program, "chunks" | "order">,
+  { kind }: Pick<Block, "kind">,
+  { only }: Pick<Instruction, "only">,
+): number => (kind.startsWith("evaluation") ? 0 : kind === "step" || only === "last" ? 1 : microbatchesIn(p));
+
 /** Returns the gradients that the first microbatch of a step writes where a target has kernels for it; all others must be zero before. */
 export function writtenFirst({ chunks }: Pick<Program, "chunks">): Set<string> {
   const written = new Set<string>();

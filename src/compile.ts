@@ -11,6 +11,7 @@ import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
+import { overlap } from "./passes/overlap.ts";
 import { type Counts, type Stage, type Trace, untraced } from "./passes/passNames.ts";
 import { printPipeline } from "./passes/pipelineStages.ts";
 import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
@@ -45,7 +46,7 @@ export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: S
   const order = trace("schedule", () => schedule(job, pipeline.chunks));
   const lowered = trace(
     "program",
-    () => fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) })),
+    () => overlap(job, mesh, fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) }))),
     countPrograms,
   );
   trace("verify", () => verifyPrograms(lowered, mesh, smallerStepsOf(job)));

@@ -18,6 +18,7 @@ import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { aligned, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
+import { overlap } from "./passes/overlap.ts";
 import { chunkOfVirtual, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipelineStages.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
 import { schedule } from "./passes/schedule.ts";
@@ -228,7 +229,7 @@ function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], targe
     },
   };
   const mesh = buildMesh(small);
-  const programs = fuseFor(target, lowered(small, mesh));
+  const programs = overlap(small, mesh, fuseFor(target, lowered(small, mesh)));
   const made = target.name === "cpu" ? { programs, kernels: [] } : generateKernels(programs, mesh, target);
   return made.programs.map((program) => chunkMemory(program, planMemory(program, made.kernels), expertLayersOf(model)));
 }

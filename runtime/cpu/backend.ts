@@ -14,13 +14,19 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { ops } from "../../src/ops/index.ts";
 import { drawElements, type ElementWords, normalTable } from "../../src/ops/normalDraw.ts";
 import type { ShardContext } from "../../src/ops/op.ts";
+import type { AsyncNeeds } from "../asyncCollectives.ts";
 import type { HostData, HostRankDevice, LocalRanks, NormalDraw } from "../backend.ts";
 import { capacityExceeded } from "../capacityExceeded.ts";
 import { RankPrograms, type StageProgram } from "../rankPrograms.ts";
 import { cpuComm } from "./comm.ts";
 
+/** Settings of `openCpu`. `profile`: time each op. `isHeld`: which asynchronous collectives to leave until a rank waits for them. */
+export interface CpuSettings extends Pick<AsyncNeeds, "isHeld"> {
+  readonly profile?: boolean;
+}
+
 /** Opens all ranks of a plan on the CPU. Throws a Trouble (exit 3) if the plan needs more memory than this machine has. */
-export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
+export function openCpu(plan: Plan, { profile = false, isHeld }: CpuSettings = {}): LocalRanks {
   const { world, per_stage } = plan.mesh;
   const needed = plan.memory.reduce((sum, m) => sum + m.peak * per_stage, 0);
   if (needed > totalmem())
@@ -41,7 +47,7 @@ export function openCpu(plan: Plan, { profile = false } = {}): LocalRanks {
   return {
     ranks,
     rankDevice: deviceOf,
-    comm: cpuComm(plan, deviceOf),
+    comm: cpuComm(plan, deviceOf, isHeld),
     beginStep() {
       taken.length = 0;
       return false;

@@ -3,14 +3,15 @@
  */
 import { itemOf } from "../../schemas/lookup.ts";
 import type { CollectiveKind, Plan } from "../../schemas/plan.ts";
+import type { AsyncNeeds } from "../asyncCollectives.ts";
 import type { Comm, HostData, HostRankDevice } from "../backend.ts";
-import { inProcessComm, rankTable } from "../inProcessComm.ts";
+import { inProcessComm, rankTable, type Transport } from "../inProcessComm.ts";
 
-/** Returns the communication of all ranks on the CPU. */
-export function cpuComm(plan: Plan, deviceOf: (rank: number) => HostRankDevice): Comm {
+/** Returns the communication of all ranks on the CPU. `isHeld`: see `AsyncNeeds`. */
+export function cpuComm(plan: Plan, deviceOf: (rank: number) => HostRankDevice, isHeld?: AsyncNeeds["isHeld"]): Comm {
   const ranks = rankTable(plan);
   const { bufferOf } = ranks;
-  return inProcessComm<HostData>(plan, ranks, {
+  const transport: Transport<HostData> = {
     perform(group, i, copy) {
       const held = group.map((rank) => deviceOf(rank).peek(bufferOf(rank, i.from), copy));
       const made = group.map((rank, member) => ({ rank, data: collective[i.how](held, member) }));
@@ -19,7 +20,8 @@ export function cpuComm(plan: Plan, deviceOf: (rank: number) => HostRankDevice):
     },
     send: (rank, b, copy) => deviceOf(rank).peek(b, copy).slice(),
     receive: (rank, b, copy, message) => deviceOf(rank).write(b, copy, message),
-  });
+  };
+  return inProcessComm(plan, ranks, transport, isHeld);
 }
 
 /** The result of a member, from the buffers of all members. */

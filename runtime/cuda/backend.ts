@@ -79,6 +79,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     hostMemory: pinnedMemory(context),
     comm: {
       collective: (r, i, at) => steps.mode === "replay" || comm.collective(r, i, at),
+      wait: (r, id) => steps.mode === "replay" || comm.wait(r, id),
       send: (r, i, at) => void (steps.mode === "replay" || comm.send(r, i, at)),
       recv: (r, i, at) => steps.mode === "replay" || comm.recv(r, i, at),
     },

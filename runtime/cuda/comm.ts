@@ -1,9 +1,10 @@
 /**
- * Communication over NCCL, one rank per process. Collectives run on one stream in the plan's order. Each channel between two stages has its own communicator and stream; a
+ * Communication over NCCL, one rank per process. Collectives run on one stream in the plan's order; asynchronous ones on the stream that the plan names. Each channel between two stages has its own communicator and stream; a
  * send copies its buffer first, so that it does not block.
  */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
+import { pairsOf } from "../../schemas/effects.ts";
 import type { Collective, CollectiveKind, Plan, Program, Transfer } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -96,11 +97,24 @@ class NcclComm implements CudaComm {
   }
 
   collective(_: number, i: Collective, { copy }: BlockPosition): boolean {
-    const [from, to] = [this.#place(i.from, copy), this.#place(i.to, copy)];
-    const touch: Touch = { reads: [from.span], writes: i.how === "reduce_scatter" && from.at === to.at ? [from.span] : [to.span] };
+    const moves = pairsOf(i).map(({ from, to }): Move => ({ from: this.#place(from, copy), to: this.#place(to, copy) }));
+    const touch: Touch = {
+      reads: moves.map(({ from }) => from.span),
+      writes: moves.map(({ from, to }) => (i.how === "reduce_scatter" && from.at === to.at ? from.span : to.span)),
+    };
     const group = this.#communicators?.group(i);
-    if (group) this.#streams.beside(this.#collectives, touch, labelOf(i), (stream) => this.#perform(i.how, group, from, to, stream));
-    else if (from.at !== to.at) this.#streams.run(touch, labelOf(i), (stream) => this.#context.copy(to.at, from.at, from.bytes, stream));
+    const on = i.stream ? this.#streams.rankStream(i.stream) : this.#collectives;
+    const id = i.stream && i.id;
+    if (group) this.#streams.beside(on, touch, labelOf(i), (stream) => this.#perform(i.how, group, moves, stream), id);
+    else
+      for (const { from, to } of moves)
+        if (from.at !== to.at) this.#streams.run(touch, labelOf(i), (stream) => this.#context.copy(to.at, from.at, from.bytes, stream));
+    return true;
+  }
+
+  wait(_: number, id?: string): boolean {
+    if (id === undefined) this.#streams.join();
+    else this.#streams.await(id);
     return true;
   }
 
@@ -146,7 +160,21 @@ class NcclComm implements CudaComm {
     return this.#communicators.channel(i);
   }
 
-  #perform(how: CollectiveKind, group: Communicator, from: DeviceRange, to: DeviceRange, stream: Stream): void {
+  /** Performs a collective; the tensors of a bucket in one launch. */
+  #perform(how: CollectiveKind, group: Communicator, moves: readonly Move[], stream: Stream): void {
+    const [only, ...others] = moves;
+    if (only && others.length === 0) {
+      this.#performOne(how, group, only, stream);
+      return;
+    }
+    if (moves.some(({ from, to }) => from.at === to.at && how !== "all_reduce" && how !== "all_reduce_max"))
+      throw new Error(`rankc: a bucket of ${how} is exchanged in place`);
+    group.together(() => {
+      for (const move of moves) this.#performOne(how, group, move, stream);
+    });
+  }
+
+  #performOne(how: CollectiveKind, group: Communicator, { from, to }: Move, stream: Stream): void {
     switch (how) {
       case "all_reduce":
         group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum");
@@ -187,21 +215,29 @@ class NcclComm implements CudaComm {
   }
 }
 
+/** The source and the destination of a collective. */
+interface Move {
+  readonly from: DeviceRange;
+  readonly to: DeviceRange;
+}
+
 const labelOf = (i: Collective | Transfer): Label => ({ id: i.id, op: i.kind === "collective" ? i.how : i.kind, kernel: "" });
 
 /** Verifies that source and destination of a collective have matching lengths and equal types. */
 function verify({ mesh }: Plan, program: Program, place: CommNeeds["place"]): void {
   for (const i of instructionsOf(program)) {
     if (i.kind !== "collective") continue;
-    const [from, to] = [place(i.from, 0), place(i.to, 0)];
     const g = i.world ? mesh.world : shardCount(mesh, i.subAxes);
-    const [a, b] =
-      i.how === "all_gather"
-        ? [from.count * g, to.count]
-        : i.how === "reduce_scatter"
-          ? [from.count, to.count * g]
-          : [from.count, to.count];
-    if (a !== b || from.dtype !== to.dtype || (i.how === "all_to_all" && a % g !== 0))
-      throw new Error(`rankc: ${i.id}: ${i.how} over ${g} from ${from.dtype}[${from.count}] to ${to.dtype}[${to.count}]`);
+    for (const pair of pairsOf(i)) {
+      const [from, to] = [place(pair.from, 0), place(pair.to, 0)];
+      const [a, b] =
+        i.how === "all_gather"
+          ? [from.count * g, to.count]
+          : i.how === "reduce_scatter"
+            ? [from.count, to.count * g]
+            : [from.count, to.count];
+      if (a !== b || from.dtype !== to.dtype || (i.how === "all_to_all" && a % g !== 0))
+        throw new Error(`rankc: ${i.id}: ${i.how} over ${g} from ${from.dtype}[${from.count}] to ${to.dtype}[${to.count}]`);
+    }
   }
 }

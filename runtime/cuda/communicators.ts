@@ -67,7 +67,7 @@ export class Communicators {
 
   /** Returns the communicator of a collective; undefined if its group is this rank alone. */
   group(i: Collective): Communicator | undefined {
-    return i.world ? this.#world : this.#groups.get(keyOf(this.#plan.mesh, i.subAxes));
+    return i.world ? this.#world : this.#groups.get(keyOf(this.#plan.mesh, i));
   }
 
   /** Returns the channel of a send or a receive of this rank, and the rank of the other side in it. */
@@ -116,23 +116,27 @@ export class Communicators {
 /** Returns the rank in a channel's communicator: 0 for the lower stage. */
 const peerOf = (stage: number, peer: number): number => (peer < stage ? 0 : 1);
 
-/** Returns whether the sub-axes form groups of more than one rank. */
-const keyOf = ({ subAxes }: Plan["mesh"], fs: readonly number[]): string =>
-  fs
-    .filter((f) => subAxes[f]!.size > 1)
-    .sort((a, b) => a - b)
-    .join();
+/** Returns the sub-axes of a collective along which there is more than one rank, ascending. */
+const spanOf = ({ subAxes }: Plan["mesh"], { subAxes: own }: Collective): number[] =>
+  own.filter((f) => subAxes[f]!.size > 1).sort((a, b) => a - b);
+/** Returns the key of a communicator: its stream, because a communicator runs on one, and its sub-axes; empty for groups of one rank. */
+function keyOf(mesh: Plan["mesh"], i: Collective): string {
+  const span = spanOf(mesh, i);
+  return span.length === 0 ? "" : `${i.stream ?? ""} ${span.join()}`;
+}
 
-/** Lists the sub-axis sets of collectives with their stages, in an order that is equal on all ranks. */
+/** Lists the streams and sub-axis sets of collectives with their stages, in an order that is equal on all ranks. */
 function groupings(plan: Plan): { key: string; subAxes: number[]; stages: Set<number> }[] {
-  const found = new Map<string, Set<number>>();
+  const found = new Map<string, { key: string; subAxes: number[]; stages: Set<number> }>();
   for (const p of plan.programs)
     for (const i of instructionsOf(p)) {
       if (i.kind !== "collective" || i.world) continue;
-      const key = keyOf(plan.mesh, i.subAxes);
-      if (key) found.set(key, (found.get(key) ?? new Set()).add(p.stage));
+      const key = keyOf(plan.mesh, i);
+      const grouping = found.get(key) ?? { key, subAxes: spanOf(plan.mesh, i), stages: new Set<number>() };
+      grouping.stages.add(p.stage);
+      if (key) found.set(key, grouping);
     }
-  return [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, stages]) => ({ key, subAxes: key.split(",").map(Number), stages }));
+  return [...found.values()].sort((a, b) => (a.key < b.key ? -1 : 1));
 }
 
 interface Channel {

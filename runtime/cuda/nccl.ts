@@ -20,6 +20,8 @@ export type Communicator = {
   readonly allToAll: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
   /** Sends to the next member, from the last to the first; not in place. */
   readonly shift: (from: DevicePointer, to: DevicePointer, count: number, stream: Stream, dtype: Dtype) => void;
+  /** Issues the collectives that `issue` calls as one launch: they run together. */
+  readonly together: (issue: () => void) => void;
   readonly send: (from: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   readonly recv: (to: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   /** Splits the communicator; all its ranks call it. `members`: the ranks of the caller's new communicator, ascending, or undefined for none. */
@@ -126,6 +128,11 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
       check("ncclGroupStart", groupStart());
       check("ncclSend", send(from, count, dtypes[dtype].nccl, (rank + 1) % ranks, own, stream));
       check("ncclRecv", recv(to, count, dtypes[dtype].nccl, (rank + ranks - 1) % ranks, own, stream));
+      check("ncclGroupEnd", groupEnd());
+    },
+    together: (issue) => {
+      check("ncclGroupStart", groupStart());
+      issue();
       check("ncclGroupEnd", groupEnd());
     },
     send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, dtypes[dtype].nccl, peer, own, stream)),

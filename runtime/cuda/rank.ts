@@ -92,6 +92,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
         meeting.report(`${i.id} (${i.name} over ${i.axes}), ${at.tag}`);
         return comm.collective(r, i, at);
       },
+      wait: (r, id) => comm.wait(r, id),
       send(r, i, at) {
         meeting.report(`${i.id} to stage ${i.peer}, ${at.tag}`);
         comm.send(r, i, at);

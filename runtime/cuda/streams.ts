@@ -1,6 +1,7 @@
 /**
  * The streams of one rank. Kernels run on the compute stream; communication runs on other streams, concurrently with later kernels, until
- * one of them accesses the same bytes. The results equal those of the plan's order.
+ * one of them accesses the same bytes. Asynchronous collectives run until an instruction waits for them, as the plan states and
+ * `verifyStreams` has proved sufficient. The results equal those of the plan's order.
  */
 import type { Context, Event, Stream } from "./driver.ts";
 
@@ -38,6 +39,8 @@ interface Pending extends Touch {
   readonly rankStream: OwnStream;
   readonly order: number;
   readonly event: Event;
+  /** Of an asynchronous collective, its id: the plan states what waits for it. Other work is awaited by what touches the same bytes. */
+  readonly id: string | undefined;
 }
 
 /** Times of work since the last `begin(true)`. */
@@ -85,8 +88,11 @@ export class RankStreams {
     this.#issueTimed(label, this.#compute, issue);
   }
 
-  /** Issues work on another stream, after all compute issued so far and after conflicting work of other streams. */
-  beside({ name }: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void): void {
+  /**
+   * Issues work on another stream, after all compute issued so far and after conflicting work of other streams. `id`: it is asynchronous,
+   * and only `await` and `join` wait for it.
+   */
+  beside({ name }: RankStream, touch: Touch, label: Label | undefined, issue: (stream: Stream) => void, id?: string): void {
     const own = this.#own(name);
     if (own.seen !== this.#issued) {
       this.#context.record(this.#computed, this.#compute.stream);
@@ -97,7 +103,13 @@ export class RankStreams {
     this.#issueTimed(label, own, issue);
     const done = this.#spare.pop() ?? this.#context.createEvent("order");
     this.#context.record(done, own.stream);
-    this.#pending.push({ ...touch, rankStream: own, order: this.#order++, event: done });
+    this.#pending.push({ ...touch, rankStream: own, order: this.#order++, event: done, id });
+  }
+
+  /** Makes compute wait for work of another stream by the id of its instruction; work that compute has waited for is complete. */
+  await(id: string): void {
+    const awaited = this.#pending.findLast((p) => p.id === id);
+    if (awaited) this.#wait(this.#compute, new Map([[awaited.rankStream, awaited]]));
   }
 
   /** Makes compute wait for all other streams. */
@@ -154,7 +166,12 @@ export class RankStreams {
   #waitFor(rankStream: OwnStream, touch: Touch | "everything"): void {
     const last = new Map<OwnStream, Pending>();
     for (const p of this.#pending)
-      if (p.rankStream !== rankStream && (touch === "everything" || conflict(p, touch))) last.set(p.rankStream, p);
+      if (p.rankStream !== rankStream && (touch === "everything" || (p.id === undefined && conflict(p, touch)))) last.set(p.rankStream, p);
+    this.#wait(rankStream, last);
+  }
+
+  /** Makes the stream wait for the last of the given work of each stream, and so for all before it there. */
+  #wait(rankStream: OwnStream, last: ReadonlyMap<OwnStream, Pending>): void {
     for (const p of last.values()) this.#context.wait(rankStream.stream, p.event);
     if (rankStream !== this.#compute || last.size === 0) return;
     const over = (p: Pending): boolean => p.order <= (last.get(p.rankStream)?.order ?? -1);

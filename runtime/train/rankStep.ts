@@ -39,6 +39,12 @@ export function* walkStep(walk: StepWalk): Generator<string> {
     yield* block(walk, instructions, at);
   }
   yield* block(walk, stage.program.step, { tag: "step", microbatch: -1, copy: 0 });
+  yield* end(walk);
+}
+
+/** Waits for all asynchronous collectives: the state between two steps is complete. */
+function* end({ comm, rank, replayed }: StepWalk): Generator<string> {
+  while (!replayed && !comm.wait(rank)) yield "asynchronous collectives, the end of the step";
 }
 
 /** Executes one batch of an evaluation of a rank. Throws if the plan has no evaluation. */
@@ -53,12 +59,15 @@ export function* walkEvaluation(walk: StepWalk): Generator<string> {
     yield* block(walk, instructions, { tag: `evaluation ${microbatch}`, microbatch, copy: 0 });
   }
   yield* block(walk, evaluation.step, { tag: "the end of an evaluation", microbatch: -1, copy: 0 });
+  yield* end(walk);
 }
 
 function* block(walk: StepWalk, instructions: readonly Instruction[], at: BlockPosition): Generator<string> {
   const { rank, device, comm, inspector } = walk;
   if (walk.replayed) return;
   for (const i of instructions) {
+    if (i.only === "last" && at.microbatch !== walk.microbatches - 1) continue;
+    for (const id of i.waits ?? []) while (!comm.wait(rank, id)) yield `${i.id}, for ${id}, ${at.tag}`;
     if (i.kind === "compute") {
       device.compute(i, at.copy, at.microbatch === 0);
       walk.onCompute(i, at);

@@ -7,6 +7,7 @@ import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
 import type { Buffer, Collective, CollectiveKind, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../schemas/sharding.ts";
+import { membersOf } from "../asyncCollectives.ts";
 import type { Comm } from "../backend.ts";
 import { inProcessComm, type RankTable, rankTable } from "../inProcessComm.ts";
 import { type BufferRange, bytesOfBuffer } from "./arenas.ts";
@@ -67,16 +68,18 @@ function needsOf({ mesh, programs }: Plan, { bufferOf, groupOf }: RankTable) {
     for (const i of instructionsOf(p)) {
       if (i.kind !== "collective") continue;
       const one = rankAt(mesh, p.stage, 0);
-      const [from, to] = [bufferOf(one, i.from), bufferOf(one, i.to)];
       const g = groupOf(one, i).length;
       const reduction = reductionOf(i);
-      if (reduction) {
-        need(0, 4 * elementsOf(from.shape));
-        for (const r of reductions(reduction, from.dtype, g)) sources.set(nameOf(r), reduceSource(r));
-        if (to.dtype !== "f32") sources.set(placing("f32", to.dtype), placeSource("f32", to.dtype));
-      } else {
-        for (let j = 0; j < g; j++) need(j, bytesOfBuffer(from));
-        if (!wholeWords(to, g)) sources.set(placing(from.dtype, to.dtype), placeSource(from.dtype, to.dtype));
+      for (const pair of membersOf(i)) {
+        const [from, to] = [bufferOf(one, pair.from), bufferOf(one, pair.to)];
+        if (reduction) {
+          need(0, 4 * elementsOf(from.shape));
+          for (const r of reductions(reduction, from.dtype, g)) sources.set(nameOf(r), reduceSource(r));
+          if (to.dtype !== "f32") sources.set(placing("f32", to.dtype), placeSource("f32", to.dtype));
+        } else {
+          for (let j = 0; j < g; j++) need(j, bytesOfBuffer(from));
+          if (!wholeWords(to, g)) sources.set(placing(from.dtype, to.dtype), placeSource(from.dtype, to.dtype));
+        }
       }
     }
   return { sources, room };

@@ -5,6 +5,17 @@ import { count } from "./numbers.ts";
 /** The largest context axis. Attention of each layer has a ring step for each of its ranks, and each step is instructions of the plan. */
 const MOST_CONTEXT = 256;
 
+/** The size of a bucket in MiB, or none. */
+const bucket = z
+  .union([
+    z
+      .number()
+      .positive()
+      .max(2 ** 20),
+    z.literal("none"),
+  ])
+  .default("none");
+
 /** parallel as written. */
 export const ParallelText = z.strictObject({
   world: count
@@ -61,6 +72,18 @@ export const ParallelText = z.strictObject({
     .default(1)
     .describe(
       "with the distributed optimizer: number of copies of all shards, each over neighbouring data ranks; gradients are summed over the copies",
+    ),
+  gradient_bucket: bucket.describe(
+    "MiB of gradients that one collective reduces, beside backward of the last microbatch, as soon as it has completed them; none: each gradient by itself, after backward",
+  ),
+  parameter_bucket: bucket.describe(
+    "with the distributed optimizer: MiB of parameters that one collective gathers, beside the updates of the parameters after them; none: each parameter by itself, after its update",
+  ),
+  expert_overlap: z
+    .enum(["none", "shared"])
+    .default("none")
+    .describe(
+      "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; none: nothing, each exchange ends before the next instruction",
     ),
   order: z
     .enum(["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"])

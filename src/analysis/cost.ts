@@ -1,7 +1,7 @@
 /** Costs of single instructions: rows of a ragged value, bytes of a collective, floating-point operations of an op. */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
-import { accumulatesInto, readsOf } from "../../schemas/effects.ts";
+import { accumulatesInto, pairsOf, readsOf } from "../../schemas/effects.ts";
 import type { Buffer, Collective, CollectiveKind, Compute, Instruction } from "../../schemas/plan.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
 import { ops } from "../ops/index.ts";
@@ -42,12 +42,15 @@ export function boundOfRows(mesh: Mesh, rows: Rows, shardedBy: Sharding, factor:
 const groupsTouched = (n: number, size: number): number => (n % size === 0 ? n / size : size % n === 0 ? 1 : n);
 
 /** Returns whether the sizes of a collective's buffers fit its kind. They are static: otherwise the host would wait for a count. */
-export function sizesAgree({ how, world, subAxes, from, to }: Collective, mesh: Mesh, buffer: (id: string) => Buffer): boolean {
+export function sizesAgree(i: Collective, mesh: Mesh, buffer: (id: string) => Buffer): boolean {
+  const { how, world, subAxes } = i;
   const members = world ? mesh.world : shardCount(mesh, subAxes);
-  const [a, b] = [elementsOf(buffer(from).shape), elementsOf(buffer(to).shape)];
-  if (how === "all_gather") return b === a * members;
-  if (how === "reduce_scatter") return a === b * members;
-  return a === b && (how !== "all_to_all" || a % members === 0);
+  return pairsOf(i).every(({ from, to }) => {
+    const [a, b] = [elementsOf(buffer(from).shape), elementsOf(buffer(to).shape)];
+    if (how === "all_gather") return b === a * members;
+    if (how === "reduce_scatter") return a === b * members;
+    return a === b && (how !== "all_to_all" || a % members === 0);
+  });
 }
 
 /** Returns the bytes that each of `n` ranks sends with ring algorithms. `from` and `to` are the local bytes before and after. */

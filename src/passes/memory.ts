@@ -1,14 +1,16 @@
 /**
  * Memory planning: assigns an offset to every buffer of a program. Parameters, gradients and optimizer state live for the whole run.
  * Activations (one copy per chunk and microbatch in flight) live from the forward op that writes them to the last backward op that
- * reads them. Workspace lives within one block. Two buffers share bytes only if their lifetimes do not overlap.
+ * reads them. Workspace lives within one block. Buffers of an asynchronous collective live until an instruction waits for it. Two buffers share bytes only if their lifetimes do not overlap.
  */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
-import { touchedBy } from "../../schemas/effects.ts";
+import { visitTouched } from "../../schemas/effects.ts";
+import { itemOf } from "../../schemas/lookup.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { type OpenCollectives, visitWithWaits } from "../analysis/asyncTouches.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
@@ -70,11 +72,20 @@ function offsetIn(offsets: Memory["offsets"], id: string): number {
 /** Returns the offsets of workspace that several blocks touch. These are inputs; they are at the start of the arena. */
 function sharedInputOffsets(program: Program): Map<string, number> {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
-  const blocks = blocksOf(program).map(({ instructions }) => new Set(instructions.flatMap((i) => [...touchedBy(i, byId)])));
+  /** Per workspace buffer, the first block that touches it; `several` if another does too. */
+  const several = -1;
+  const blockOfBuffer = new Map<string, number>();
+  for (const [block, { instructions }] of blocksOf(program).entries())
+    for (const i of instructions)
+      visitTouched(i, byId, (id) => {
+        const known = blockOfBuffer.get(id);
+        if (known === undefined) blockOfBuffer.set(id, block);
+        else if (known !== block) blockOfBuffer.set(id, several);
+      });
   const offsets = new Map<string, number>();
   let end = 0;
   for (const b of program.buffers) {
-    if (b.kind !== "workspace" || blocks.filter((ids) => ids.has(b.id)).length < 2) continue;
+    if (b.kind !== "workspace" || blockOfBuffer.get(b.id) !== several) continue;
     offsets.set(b.id, end);
     end += aligned(b);
   }
@@ -108,14 +119,22 @@ const tablesOf = ({ buffers, inputs }: Program): Tables => ({
 /** Returns the lifetimes of the buffers of one kind, sorted by their first instruction. Inputs are filled before the block starts. */
 function lifetimes({ byId, inputs }: Tables, kind: BufferKind, timeline: readonly Instruction[], chunk = 0): Lifetime[] {
   const alive = new Map<string, Lifetime>();
-  for (const [at, i] of timeline.entries())
-    for (const id of touchedBy(i, byId)) {
-      const buffer = byId.get(id);
-      if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) continue;
-      const l = alive.get(id) ?? { buffer, from: inputs.has(id) ? -1 : at, to: at };
-      l.to = at;
-      alive.set(id, l);
+  let at = 0;
+  const touch = (id: string): void => {
+    const known = alive.get(id);
+    if (known) {
+      known.to = at;
+      return;
     }
+    const buffer = byId.get(id);
+    if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) return;
+    alive.set(id, { buffer, from: inputs.has(id) ? -1 : at, to: at });
+  };
+  const open: OpenCollectives = new Map();
+  for (; at < timeline.length; at++) visitWithWaits(itemOf(timeline, at, "instruction"), byId, open, touch);
+  // what nothing in the timeline waits for touches its buffers until the end
+  at--;
+  for (const i of open.values()) visitTouched(i, byId, touch);
   return [...alive.values()].sort((a, b) => a.from - b.from);
 }
 

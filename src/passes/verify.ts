@@ -6,8 +6,8 @@
  * collective of all ranks waits for all stages. The smaller steps of a batch ramp-up are simulated as well.
  */
 
-import { accumulatesInto, readsOf, writesOf } from "../../schemas/effects.ts";
-import type { BlockRun, Collective, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import { accumulatesInto, pairsOf, readsOf, writesOf } from "../../schemas/effects.ts";
+import type { BlockRun, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import {
   type Block,
   blockOf,
@@ -25,6 +25,7 @@ import { sizesAgree } from "../analysis/cost.ts";
 import { BrokenInvariant } from "../ops/invariant.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
+import { verifyStreams } from "./verifyStreams.ts";
 
 /** Throws an invariant if the programs break a law. `smaller` lists the numbers of microbatches of the steps during batch ramp-up. */
 export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
@@ -32,9 +33,13 @@ export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller
   for (const p of programs) {
     verifyDefinitions(p, mesh);
     verifyCollectives(p, mesh);
+    verifyStreams(p, ranksOf(p.stage, mesh));
   }
   for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
-    for (const p of steps) verifyOrder(p, mesh);
+    for (const p of steps) {
+      verifyOrder(p, mesh);
+      if (steps !== programs) verifyStreams(p, ranksOf(p.stage, mesh));
+    }
     verifyWaits(steps.map(waitsOf), mesh);
   }
   const evaluated = programs.filter(({ evaluation }) => evaluation !== undefined).length;
@@ -66,10 +71,13 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   const ids = new Set<string>();
   // a stage without an addend contributes its zeroed accumulator to a sum over all ranks
   const all = instructionsOf(p);
-  const everWritten = new Set<string>();
-  for (const i of all) for (const id of writesOf(i, known)) everWritten.add(id);
-  for (const i of all)
-    if (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" && !everWritten.has(i.from)) made.add(i.from);
+  const addends = new Set(
+    all.flatMap((i) => (i.kind === "collective" && i.world && known.get(i.from)?.kind === "gradient" ? [i.from] : [])),
+  );
+  if (addends.size > 0) for (const i of all) for (const id of writesOf(i, known)) addends.delete(id);
+  let written: ReadonlySet<string> | undefined;
+  const everWritten = (): ReadonlySet<string> => (written ??= new Set(all.flatMap((i) => writesOf(i, known))));
+  for (const id of addends) made.add(id);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
@@ -79,16 +87,21 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
     for (const i of block.instructions) {
       invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);
       ids.add(i.id);
-      const [ins, outs] = [readsOf(i), writesOf(i, known)];
-      for (const ids of [ins, outs])
-        for (const id of ids) invariant(known.has(id), () => `${who}: ${i.id} names ${id}, which is not a buffer`);
-      for (const id of ins) {
-        const rows = known.get(id)?.rows;
-        if (!made.has(id)) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
-        if (rows && !made.has(rows)) invariant(false, `${who}: ${i.id} reads rows ${rows} before they are written`);
+      // messages are built for faults only: closures for each operand take longer than the checks
+      const unknown = (id: string): void => invariant(false, `${who}: ${i.id} names ${id}, which is not a buffer`);
+      const outs = writesOf(i, known);
+      for (const id of outs) if (!known.has(id)) unknown(id);
+      for (const id of readsOf(i)) {
+        const b = known.get(id);
+        if (!b) unknown(id);
+        // a bucket has gradients of chunks whose backward ran before; verifyStreams proves that nothing writes them afterwards
+        const isComplete = i.only === "last" && b?.kind === "gradient" && everWritten().has(id);
+        if (!made.has(id) && !isComplete) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
+        if (b?.rows && !made.has(b.rows)) invariant(false, `${who}: ${i.id} reads rows ${b.rows} before they are written`);
       }
       for (const id of accumulatesInto(i))
-        invariant(lasting.has(known.get(id)?.kind ?? ""), () => `${who}: ${i.id} accumulates into ${id}, which is not a lasting buffer`);
+        if (!lasting.has(known.get(id)?.kind ?? ""))
+          invariant(false, `${who}: ${i.id} accumulates into ${id}, which is not a lasting buffer`);
       // gradients are zeroed at the start of a step, so accumulation defines them
       for (const id of outs) made.add(id);
     }
@@ -149,62 +162,69 @@ function verifyCollectives(p: Program, mesh: Mesh): void {
       sizesAgree(i, mesh, buffer),
       () => `${who}: ${i.id}: ${i.how} of [${buffer(i.from).shape}] cannot give [${buffer(i.to).shape}]`,
     );
-    invariant(
-      buffer(i.from).dtype === buffer(i.to).dtype,
-      () => `${who}: ${i.id}: source is ${buffer(i.from).dtype}, destination is ${buffer(i.to).dtype}`,
-    );
+    for (const { from, to } of pairsOf(i))
+      invariant(
+        buffer(from).dtype === buffer(to).dtype && buffer(from).dtype === buffer(i.from).dtype,
+        () => `${who}: ${i.id}: source is ${buffer(from).dtype}, destination is ${buffer(to).dtype}`,
+      );
   }
 }
 
-/** An instruction at which a stage may wait for another. */
-type Wait =
-  | {
-      readonly kind: "send" | "recv";
-      readonly id: string;
-      readonly peer: number;
-      readonly channel: string;
-      readonly message: string;
-      readonly bytes: number;
-      /** Of a send: the largest number of messages of its name in flight. */
-      readonly most: number;
-      readonly at: string;
-    }
-  | { readonly kind: "world"; readonly id: string; readonly what: string; readonly at: string };
+/** A send or a receive of a stage. */
+interface WaitingTransfer extends Pick<Transfer, "kind" | "id" | "peer" | "tag" | "bytes"> {
+  /** The queue of messages from the sender to the receiver through the channel. */
+  readonly queue: string;
+  /** Of a send: the name that counts messages in flight, and their largest number. */
+  readonly name: string;
+  readonly most: number;
+}
+/** A collective of all ranks. */
+interface WaitingCollective {
+  readonly kind: "world";
+  readonly id: string;
+  readonly what: string;
+}
+/** An instruction at which a stage may wait for another, in a block run. */
+interface Wait<I = WaitingTransfer | WaitingCollective> {
+  readonly of: I;
+  /** The block run, and the part of the step that messages belong to. */
+  readonly at: string;
+  readonly part: string;
+}
+const isTransfer = (w: Wait): w is Wait<WaitingTransfer> => w.of.kind !== "world";
+const messageText = ({ of, part }: Wait<WaitingTransfer>): string => `${of.tag} of ${part}`;
 
 /** Simulates transfers and collectives of all ranks. Throws an invariant on a deadlock, a mismatch or an unreceived message. */
 function verifyWaits(all: readonly (readonly Wait[])[], mesh: Mesh): void {
   const stages = all.map((waits, stage) => ({ stage, waits, at: 0 }));
-  const queues = new Map<string, Wait[]>();
+  const queues = new Map<string, Wait<WaitingTransfer>[]>();
   /** Messages in flight, by sender and name. */
   const inFlight = new Map<string, number>();
-  const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.id}, ${w.at}`;
+  const name = (s: number, w: Wait): string => `${ranksOf(s, mesh)} at ${w.of.id}, ${w.at}`;
   const head = ({ waits, at }: (typeof stages)[number]): Wait | undefined => waits[at];
 
   for (let progress = true; progress; ) {
     progress = false;
     for (const own of stages) {
       const s = own.stage;
-      for (let w = head(own); w; w = head(own)) {
-        if (w.kind === "world") break;
-        invariant(w.peer !== s && w.peer < all.length, () => `${name(s, w)} names stage ${w.peer} as its peer`);
-        if (w.kind === "send") {
-          const key = `${s} ${w.peer} ${w.id}`;
-          const sent = inFlight.get(key) ?? 0;
-          if (sent >= w.most) break;
-          inFlight.set(key, sent + 1);
-          const queue = queues.get(`${s}>${w.peer} ${w.channel}`) ?? [];
+      for (let w = head(own); w && isTransfer(w); w = head(own)) {
+        const { of } = w;
+        if (of.peer === s || of.peer >= all.length) invariant(false, `${name(s, w)} names stage ${of.peer} as its peer`);
+        const queue = queues.get(of.queue) ?? [];
+        if (of.kind === "send") {
+          const sent = inFlight.get(of.name) ?? 0;
+          if (sent >= of.most) break;
+          inFlight.set(of.name, sent + 1);
           queue.push(w);
-          queues.set(`${s}>${w.peer} ${w.channel}`, queue);
+          queues.set(of.queue, queue);
         } else {
-          const sent = queues.get(`${w.peer}>${s} ${w.channel}`)?.shift();
-          if (!sent || sent.kind === "world") break;
-          invariant(
-            sent.message === w.message,
-            () => `${name(s, w)} waits for ${w.message}, and ${name(w.peer, sent)} sends ${sent.message}`,
-          );
-          invariant(sent.bytes === w.bytes, () => `${name(s, w)} takes ${w.bytes} bytes, and ${name(w.peer, sent)} sends ${sent.bytes}`);
-          const key = `${w.peer} ${s} ${sent.id}`;
-          inFlight.set(key, (inFlight.get(key) ?? 0) - 1);
+          const sent = queue.shift();
+          if (!sent) break;
+          if (sent.of.tag !== of.tag || sent.part !== w.part)
+            invariant(false, `${name(s, w)} waits for ${messageText(w)}, and ${name(of.peer, sent)} sends ${messageText(sent)}`);
+          if (sent.of.bytes !== of.bytes)
+            invariant(false, `${name(s, w)} takes ${of.bytes} bytes, and ${name(of.peer, sent)} sends ${sent.of.bytes}`);
+          inFlight.set(sent.of.name, (inFlight.get(sent.of.name) ?? 0) - 1);
         }
         own.at++;
         progress = true;
@@ -212,13 +232,13 @@ function verifyWaits(all: readonly (readonly Wait[])[], mesh: Mesh): void {
     }
     const heads = stages.flatMap((own) => {
       const wait = head(own);
-      return wait?.kind === "world" ? [{ stage: own.stage, wait }] : [];
+      return wait?.of.kind === "world" ? [{ stage: own.stage, wait, what: wait.of.what }] : [];
     });
     const [first] = heads;
     if (first && heads.length === stages.length) {
-      for (const { stage, wait } of heads)
+      for (const { stage, wait, what } of heads)
         invariant(
-          wait.what === first.wait.what,
+          what === first.what,
           () => `${name(stage, wait)} and ${name(first.stage, first.wait)} run different collectives of all ranks`,
         );
       for (const own of stages) own.at++;
@@ -231,44 +251,51 @@ function verifyWaits(all: readonly (readonly Wait[])[], mesh: Mesh): void {
   });
   invariant(stuck.length === 0, () => `these would wait for ever: ${stuck.join("; ")}`);
   const [left] = [...queues.values()].flat();
-  invariant(!left, () => `sent and never received: ${left?.id}, ${left?.at}`);
+  invariant(!left, () => `sent and never received: ${left?.of.id}, ${left?.at}`);
 }
-const peerText = (w: Wait): string =>
-  w.kind === "world" ? ", for all other stages" : w.kind === "send" ? `, for room at stage ${w.peer}` : `, for stage ${w.peer}`;
+const peerText = ({ of }: Wait): string =>
+  of.kind === "world" ? ", for all other stages" : of.kind === "send" ? `, for room at stage ${of.peer}` : `, for stage ${of.peer}`;
 
 /** Returns the instructions of a step at which a stage may wait, in order. */
-const waitsOf = (p: Program): Wait[] => waitsIn(p, p.order, (run) => blockOf(p, run), p.step);
+const waitsOf = (p: Program, stage: number): Wait[] => waitsIn(p, stage, p.order, (run) => blockOf(p, run), p.step);
 
 /** The same of an evaluation. */
-function evaluationWaits(p: Program): Wait[] {
+function evaluationWaits(p: Program, stage: number): Wait[] {
   const { evaluation } = p;
   invariant(evaluation?.chunks.length === p.chunks.length, () => `stage ${p.stage} has ${evaluation?.chunks.length} evaluation blocks`);
-  return waitsIn(p, evaluationOrder(p), ({ chunk }) => evaluation.chunks[chunk] ?? [], evaluation.step);
+  return waitsIn(p, stage, evaluationOrder(p), ({ chunk }) => evaluation.chunks[chunk] ?? [], evaluation.step);
 }
 
 function waitsIn(
   { chunks }: Program,
+  stage: number,
   order: readonly BlockRun[],
   blockAt: (run: BlockRun) => readonly Instruction[],
   last: readonly Instruction[],
 ): Wait[] {
-  const of = (block: readonly Waiting[], at: string, part: string): Wait[] =>
-    block.map((i): Wait => {
-      if (i.kind === "collective") return { kind: "world", id: i.id, what: `${i.how} ${i.id}`, at };
-      const most = i.in_flight ?? 1;
-      return { kind: i.kind, id: i.id, peer: i.peer, channel: i.channel, message: `${i.tag} of ${part}`, bytes: i.bytes, most, at };
-    });
   // cached per block: it runs for every microbatch, and few of its instructions wait
-  const known = new Map<readonly Instruction[], readonly Waiting[]>();
-  const waiting = (block: readonly Instruction[]): readonly Waiting[] => {
-    const found = known.get(block) ?? block.filter((i): i is Waiting => i.kind === "send" || i.kind === "recv" || isOfWorld(i));
+  const known = new Map<readonly Instruction[], readonly Wait["of"][]>();
+  const waiting = (block: readonly Instruction[]): readonly Wait["of"][] => {
+    const found = known.get(block) ?? block.flatMap((i) => waitingAt(i, stage) ?? []);
     known.set(block, found);
     return found;
   };
-  return [
-    ...order.flatMap((run) => of(waiting(blockAt(run)), blockTag(run, chunks.length), `microbatch ${run.microbatch}`)),
-    ...of(waiting(last), "the step block", "the step"),
-  ];
+  const waits: Wait[] = [];
+  for (const run of order) {
+    const block = waiting(blockAt(run));
+    if (block.length === 0) continue;
+    const [at, part] = [blockTag(run, chunks.length), `microbatch ${run.microbatch}`];
+    for (const of of block) waits.push({ of, at, part });
+  }
+  for (const of of waiting(last)) waits.push({ of, at: "the step block", part: "the step" });
+  return waits;
 }
-type Waiting = Transfer | Collective;
-const isOfWorld = (i: Instruction): boolean => i.kind === "collective" && i.world === true;
+
+/** Returns what a stage waits for at an instruction; undefined if it does not wait. */
+function waitingAt(i: Instruction, stage: number): Wait["of"] | undefined {
+  if (i.kind === "collective") return i.world ? { kind: "world", id: i.id, what: `${i.how} ${i.id}` } : undefined;
+  if (i.kind === "compute") return undefined;
+  const { kind, id, peer, channel, tag, bytes, in_flight: most = 1 } = i;
+  const [from, to] = kind === "send" ? [stage, peer] : [peer, stage];
+  return { kind, id, peer, tag, bytes, most, queue: `${from}>${to} ${channel}`, name: `${from} ${to} ${id}` };
+}

@@ -1,6 +1,7 @@
 /** Checks of sizes in a program: buffers, operands of instructions, inputs and metrics. */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
+import { pairsOf } from "../../schemas/effects.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
@@ -231,11 +232,15 @@ function faultOfArrange(d: Dims, { lastBlock }: Extent): string | undefined {
   return n > 0 && elements === d.O && last < d.I! ? undefined : `it reads element ${last} of ${d.I}, and writes ${elements} of ${d.O}`;
 }
 
-function faultOfCollective({ how, world, subAxes, from, to, bytes }: Collective, { mesh, buffers }: Context): string | undefined {
-  const [a, b] = [buffers.get(from), buffers.get(to)];
-  if (!a || !b) return `it names ${a ? to : from}, which is not a buffer`;
+function faultOfCollective(i: Collective, { mesh, buffers }: Context): string | undefined {
+  const { how, world, subAxes, bytes } = i;
   if (!areSubAxes(subAxes, mesh)) return `it runs over unknown or repeated sub-axes ${subAxes}`;
-  const sent = bytesSent(how, world ? mesh.world : shardCount(mesh, subAxes), sizeOf(a), sizeOf(b));
+  let sent = 0;
+  for (const { from, to } of pairsOf(i)) {
+    const [a, b] = [buffers.get(from), buffers.get(to)];
+    if (!a || !b) return `it names ${a ? to : from}, which is not a buffer`;
+    sent += bytesSent(how, world ? mesh.world : shardCount(mesh, subAxes), sizeOf(a), sizeOf(b));
+  }
   return bytes === sent ? undefined : `it sends ${sent} bytes, the plan states ${bytes}`;
 }
 

@@ -275,6 +275,8 @@ function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
     facts.set(`${name} buffer`, anyLayer(id));
   };
   facts.set("does", doing(i));
+  facts.set("waits for", (i.waits ?? []).map(anyLayer).join(" "));
+  facts.set("runs", i.only ?? "");
   switch (i.kind) {
     case "compute":
       for (const [name, id] of Object.entries(i.reads)) operand(name, id);
@@ -285,6 +287,8 @@ function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
     case "collective":
       operand("from", i.from);
       operand("to", i.to);
+      facts.set("pairs", i.more ? String(1 + i.more.length) : "");
+      facts.set("stream", i.stream ?? "");
       facts.set("how", i.how);
       facts.set("axes", i.axes);
       facts.set("bytes", bytesText(i.bytes));

@@ -1,9 +1,9 @@
 /** The estimate of a plan as data, for the JSON of `inspect`, and as lines. */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Plan } from "../../schemas/plan.ts";
-import { type AxisTime, type Estimate, estimate, type StageTime } from "../analysis/estimate/estimate.ts";
+import { type AxisTime, type ClassTime, type Estimate, estimate, type StageTime } from "../analysis/estimate/estimate.ts";
 import { kernelParts } from "../analysis/estimate/timedBlocks.ts";
-import { countText, percentOf, ranges, rateText, secondsText } from "../units.ts";
+import { bytesText, countText, percentOf, ranges, rateText, secondsText } from "../units.ts";
 import { bold, type Column, dim, fitLines, fitTable, labelled } from "./textLayout.ts";
 
 /** Seconds of a stage in a step. They add up to the step. */
@@ -15,6 +15,7 @@ export interface StageTimeView {
   readonly launches: number;
   readonly bubble: number;
   readonly communication: readonly AxisTime[];
+  readonly classes: readonly ClassTime[];
 }
 
 /** The estimate of a step. */
@@ -28,8 +29,8 @@ export function estimateView(plan: Plan, profile: DeviceProfile | undefined, imb
   const { simulation: _, stages, ...rest } = estimate(plan, { profile, imbalance });
   return {
     ...rest,
-    stages: stages.map(({ stage, parts: { kernels, exposed, launches, bubble }, communication }) => ({
-      ...{ stage, kernels, exposed: Object.fromEntries(exposed), launches, bubble, communication },
+    stages: stages.map(({ stage, parts: { kernels, exposed, launches, bubble }, communication, classes }) => ({
+      ...{ stage, kernels, exposed: Object.fromEntries(exposed), launches, bubble, communication, classes },
     })),
   };
 }
@@ -41,7 +42,12 @@ interface NamedPart {
 }
 
 /** Returns the parts of a stage's time that are not empty, the longest first. */
-export const namedParts = ({ kernels, exposed, launches, bubble }: Omit<StageTimeView, "communication" | "stage">): NamedPart[] =>
+export const namedParts = ({
+  kernels,
+  exposed,
+  launches,
+  bubble,
+}: Omit<StageTimeView, "communication" | "classes" | "stage">): NamedPart[] =>
   [
     ...kernelParts.map((name) => ({ name, seconds: kernels[name] })),
     ...Object.entries(exposed).map(([axes, seconds]) => ({ name: `waits for ${axes}`, seconds })),
@@ -90,6 +96,8 @@ export function printTimeSection(view: EstimateView | undefined, width: number):
     "",
     ...axesTable(view, width),
     "",
+    ...classTable(view, width),
+    "",
   ];
 }
 
@@ -135,4 +143,24 @@ function axesTable(view: EstimateView, width: number): string[] {
   ]);
   const where = view.stages.length > 1 ? ` on stage ${view.busiest}, which waits least` : "";
   return [bold(`communication${where}`), ...fitTable(columns, rows, { width })];
+}
+
+/** Collectives of one name, axes and stream: what they send, how long that takes, and what of it is not hidden under kernels. */
+function classTable(view: EstimateView, width: number): string[] {
+  const busiest = view.stages.find(({ stage }) => stage === view.busiest);
+  if (!busiest || busiest.classes.length === 0) return [];
+  const columns: Column[] = [
+    { head: "collective" },
+    { head: "axes" },
+    { head: "stream" },
+    { head: "sent", right: true },
+    { head: "time", right: true },
+    { head: "hidden", right: true },
+    { head: "exposed", right: true },
+  ];
+  const rows = busiest.classes.map(({ name, axes, stream, bytes, total, exposed }) => [
+    ...[name, axes, stream ?? "in order", bytesText(bytes), secondsText(total)],
+    ...[secondsText(Math.max(0, total - exposed)), secondsText(exposed)],
+  ]);
+  return [bold("collectives of a step, hidden under kernels and exposed"), ...fitTable(columns, rows, { width })];
 }

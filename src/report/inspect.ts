@@ -3,8 +3,8 @@
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
-import type { Collective, Instruction, MeshAxis, Plan, Program } from "../../schemas/plan.ts";
-import { type Block, blocksOf, microbatchesIn } from "../../schemas/program.ts";
+import type { Collective, Instruction, MeshAxis, Plan, Program, StreamName } from "../../schemas/plan.ts";
+import { blocksOf, microbatchesIn, timesIn } from "../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
@@ -46,6 +46,8 @@ export interface CollectiveView {
   readonly bytes: number;
   readonly bytes_per_step: number;
   readonly link: Link;
+  /** Of asynchronous collectives: the stream on which they run beside compute. */
+  readonly stream?: StreamName;
   readonly because: string;
   readonly path: string;
   /** Their origins, with equal layers merged. */
@@ -178,15 +180,15 @@ function axisView(plan: Plan, axis: MeshAxis): AxisView {
 
 function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   const microbatches = microbatchesIn(program);
-  // an evaluation is not part of a step
-  const times = ({ kind }: Pick<Block, "kind">): number => (kind === "step" ? 1 : kind.startsWith("evaluation") ? 0 : microbatches);
   const blocks = blocksOf(program);
-  const each = (count: (instructions: readonly Instruction[]) => number) => {
+  const each = (count: (i: Instruction) => number) => {
     const sums = { forward: 0, backward: 0, weights: 0, step: 0, evaluation: 0, evaluation_step: 0, per_step: 0 };
     for (const block of blocks) {
-      const n = count(block.instructions);
-      sums[block.kind] += n;
-      sums.per_step += n * times(block);
+      for (const i of block.instructions) {
+        const n = count(i);
+        sums[block.kind] += n;
+        sums.per_step += n * timesIn(program, block, i);
+      }
     }
     return sums;
   };
@@ -195,7 +197,7 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
   const linkOf = linksOf(mesh, program.stage);
   const collectives = phases.flatMap((kind) => {
     const instructions = blocks.flatMap((block) => (block.kind === kind ? block.instructions : []));
-    return collectiveViews(instructions, kind, times({ kind }), linkOf);
+    return collectiveViews(program, instructions, kind, linkOf);
   });
   return {
     stage: program.stage,
@@ -203,22 +205,27 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
     mtp: mtpDepthsOf(program),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
-    instructions: each((instructions) => instructions.length),
+    instructions: each(() => 1),
     parameters: {
       tensors: program.parameters.length,
       elements: program.parameters.reduce((sum, p) => sum + elementsOf(buffer(p.buffer).shape), 0),
     },
     memory: { ...memoryBreakdown(program, memory), peak: memory.peak },
-    flops: each((instructions) =>
-      instructions.reduce((sum, i) => sum + (i.kind === "compute" ? flopsOf(ops[i.op], i, mesh, buffer) : 0), 0),
-    ),
+    flops: each((i) => (i.kind === "compute" ? flopsOf(ops[i.op], i, mesh, buffer) : 0)),
     collectives,
     transfers: blocks.flatMap((block) =>
       block.instructions.flatMap((i) =>
         i.kind === "send" || i.kind === "recv"
           ? [
               {
-                ...{ phase: block.kind, kind: i.kind, peer: i.peer, buffer: i.buffer, bytes: i.bytes, per_step: times(block) },
+                ...{
+                  phase: block.kind,
+                  kind: i.kind,
+                  peer: i.peer,
+                  buffer: i.buffer,
+                  bytes: i.bytes,
+                  per_step: timesIn(program, block, i),
+                },
                 across: transferAcross(mesh, program.stage, i.peer),
               },
             ]
@@ -226,23 +233,29 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
       ),
     ),
     host_syncs_per_step: blocks.reduce(
-      (sum, block) => sum + block.instructions.filter((i) => i.kind === "collective" && !sizesAgree(i, mesh, buffer)).length * times(block),
+      (sum, block) =>
+        sum +
+        block.instructions.reduce(
+          (n, i) => n + (i.kind === "collective" && !sizesAgree(i, mesh, buffer) ? timesIn(program, block, i) : 0),
+          0,
+        ),
       0,
     ),
   };
 }
 
 function collectiveViews(
+  program: Program,
   instructions: readonly Instruction[],
   phase: BlockPhase,
-  times: number,
   linkOf: ReturnType<typeof linksOf>,
 ): CollectiveView[] {
   const found = new Map<string, CollectiveView & { ops: string[] }>();
   for (const i of instructions) {
     if (i.kind !== "collective") continue;
-    const { name, how, axes, bytes, why } = i;
-    const key = [name, how, axes, bytes, anyLayer(why.because), why.path].join("\n");
+    const { name, how, axes, bytes, why, stream } = i;
+    const times = timesIn(program, { kind: phase }, i);
+    const key = [name, how, axes, bytes, anyLayer(why.because), why.path, stream, times].join("\n");
     const before = found.get(key);
     const op = anyLayer(why.op);
     const ops = before?.ops ?? [];
@@ -259,6 +272,7 @@ function collectiveViews(
       bytes,
       bytes_per_step: bytes * count * times,
       link: linkOf(i),
+      ...(stream && { stream }),
       because,
       path: why.path,
       ops,

@@ -149,7 +149,7 @@ function printCollectives(collectives: readonly CollectiveView[], indent: string
   const total = collectives.reduce((sum, c) => sum + c.bytes_per_step, 0);
   const row = (c: CollectiveView): string[] => [
     c.phase,
-    c.name === c.how ? c.name : `${c.name} (${c.how})`,
+    (c.name === c.how ? c.name : `${c.name} (${c.how})`) + (c.stream ? `, stream ${c.stream}` : ""),
     c.axes,
     countText(c.count),
     countText(c.per_step),

@@ -18,6 +18,8 @@ export function printInstructions({ id, instructions, buffers, alike }: FoundId,
     const rows = [
       ["block", `${blockName(block, program)}, ${timesText(block)}`] as const,
       ...rowsOf(instruction, new BufferTable(program.buffers)),
+      ...(instruction.only ? [["runs", "in the last microbatch of a step"] as const] : []),
+      ...(instruction.waits ? [["waits for", instruction.waits.join(", ")] as const] : []),
     ];
     const key = JSON.stringify(rows);
     const same = blocks.get(key) ?? { rows, stages: [] };
@@ -64,7 +66,9 @@ function rowsOf(i: Instruction, buffers: BufferTable): (readonly [string, string
         ["collective", `${i.name} (${i.how}) over ${i.axes}`],
         ["from", operand(i.from)],
         ["to", operand(i.to)],
+        ...(i.more ?? []).flatMap(({ from, to }) => [["from", operand(from)] as const, ["to", operand(to)] as const]),
         ["bytes", bytesText(i.bytes)],
+        ...(i.stream ? [["stream", i.stream] as const] : []),
         ...origin(i.why),
       ];
     case "send":

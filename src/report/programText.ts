@@ -5,7 +5,7 @@ import { BufferTable } from "../analysis/bufferTable.ts";
 import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
 import { firstLayerOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
-import { bytesText, largest } from "../units.ts";
+import { bytesText, largest, plural } from "../units.ts";
 
 /** The kinds of blocks in order. */
 export const phases = [...microbatchBlocks, "step", "evaluation", "evaluation_step"] as const;
@@ -30,7 +30,10 @@ export function blockLines(program: Program, { instructions }: Block): Line[] {
     largest(instructions, (i) => i.id.length),
   );
   const names = largest(instructions, (i) => verb(i).length);
-  return instructions.map((i) => ({ id: i.id, text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}` }));
+  return instructions.map((i) => ({
+    id: i.id,
+    text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}${when(i)}`,
+  }));
 }
 
 /** Formats the program of a stage; repeated layers are printed once. */
@@ -59,12 +62,17 @@ const shapeOf = (lines: readonly string[], layer: number, stage: number): string
     .map((line) => line.replace(/layers? [\d, .-]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
     .join("\n");
 
+/** Returns when an instruction runs, as the end of its line. */
+function when({ waits = [], only }: Instruction): string {
+  return `${only ? "  in the last microbatch" : ""}${waits.length > 0 ? `  waits for ${waits.join(", ")}` : ""}`;
+}
+
 function verb(i: Instruction): string {
   switch (i.kind) {
     case "compute":
       return i.op;
     case "collective":
-      return `${i.name} ${i.axes}`.trimEnd();
+      return `${`${i.name} ${i.axes}`.trimEnd()}${i.stream ? `, stream ${i.stream}` : ""}`;
     case "send":
       return `send to stage ${i.peer}`;
     case "recv":
@@ -85,7 +93,8 @@ function operands(i: Instruction, buffers: BufferTable): string {
       return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
     }
     case "collective": {
-      return `${shape(i.from)} -> ${shape(i.to)} ${buffers.get(i.to).dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
+      const more = i.more ? ` and ${plural(i.more.length, "pair")}` : "";
+      return `${shape(i.from)} -> ${shape(i.to)}${more} ${buffers.get(i.to).dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
     }
     case "send":
     case "recv":

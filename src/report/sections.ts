@@ -1,6 +1,6 @@
 /** Sections of `inspect`: mesh, communication, schedule, kernels. */
 import type { Plan } from "../../schemas/plan.ts";
-import { blocksOf, microbatchesIn } from "../../schemas/program.ts";
+import { blocksOf, timesIn } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf } from "../analysis/cost.ts";
 import { fromLayer } from "../analysis/layerNames.ts";
@@ -52,6 +52,9 @@ export function printCommunication({ roles, mesh }: Inspection, most: number, wi
   ];
 }
 
+/** Returns the name of a collective with its stream, if it is asynchronous. */
+const streamed = (name: string, { stream }: CollectiveView): string => (stream ? `${name}, stream ${stream}` : name);
+
 function communicationOf({ collectives, transfers }: RoleView, most: number, width: number): string[] {
   const columns: Column[] = [
     { head: "a step", right: true },
@@ -66,7 +69,7 @@ function communicationOf({ collectives, transfers }: RoleView, most: number, wid
   const row = (c: CollectiveView): string[] => [
     bytesText(c.bytes_per_step),
     c.phase,
-    c.name,
+    streamed(c.name, c),
     c.axes,
     countText(c.link.nodes),
     countText(c.per_step),
@@ -127,11 +130,10 @@ export function kernelWork({ programs, kernels, mesh }: Plan): KernelWork[] {
   const work = new Map<string, { times: number; flops: number }>();
   for (const program of programs) {
     const buffers = new BufferTable(program.buffers);
-    const microbatches = microbatchesIn(program);
     for (const block of blocksOf(program)) {
-      const times = block.kind === "step" ? 1 : microbatches;
       for (const i of block.instructions) {
         if (i.kind !== "compute") continue;
+        const times = timesIn(program, block, i);
         const sum = work.get(i.kernel) ?? { times: 0, flops: 0 };
         work.set(i.kernel, sum);
         sum.times += times;

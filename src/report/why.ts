@@ -5,7 +5,7 @@ import { devices } from "../../schemas/devices.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, Collective, Plan, Program } from "../../schemas/plan.ts";
-import { type Block, instructionsOf, microbatchesIn } from "../../schemas/program.ts";
+import { type Block, blocksOf, instructionsOf, timesIn } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
@@ -78,21 +78,19 @@ function timeOf(plan: Plan, { program, instruction }: PlacedInstruction, profile
   const stage = stagesOf(plan).find((s) => s.program === program);
   if (!stage) return 0;
   const form = anyLayer(instruction.id);
-  const microbatches = microbatchesIn(program);
+  const isEqual = (i: TimedBlock["instructions"][number]["instruction"]): boolean => i.kind === instruction.kind && anyLayer(i.id) === form;
   const sum = (block: TimedBlock): number =>
-    block.instructions.reduce(
-      (all, i) => all + (i.instruction.kind === instruction.kind && anyLayer(i.instruction.id) === form ? i.seconds : 0),
-      0,
-    );
-  return blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory)
-    .filter(({ isFirst }) => !isFirst)
-    .reduce((all, block) => all + sum(block) * (block.kind === "step" ? 1 : microbatches), 0);
+    block.instructions.reduce((all, { instruction: i, seconds }) => all + (isEqual(i) ? seconds * timesIn(program, block, i) : 0), 0);
+  const blocks = blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory).filter(({ isFirst }) => !isFirst);
+  // the block of the last microbatch has all instructions, and stands before that of the others
+  return blocks
+    .filter((block) => blocks.find(({ kind, chunk }) => kind === block.kind && chunk === block.chunk) === block)
+    .reduce((all, block) => all + sum(block), 0);
 }
 
 type Rest = Omit<Why, "format_version" | "id" | "layers" | "stages" | "phase">;
 
-const timesOf = ({ program, block }: Pick<PlacedInstruction, "program" | "block">): number =>
-  block.kind === "step" ? 1 : microbatchesIn(program);
+const timesOf = ({ program, block, instruction }: PlacedInstruction): number => timesIn(program, block, instruction);
 
 /** Returns the text of a layout: `Shard(dim, axes)` per sharded dim, `Partial(axes)`, or `Replicate`. */
 function layoutText({ mesh }: Plan, { shardedBy, partial = [], ragged }: Buffer): string {
@@ -129,11 +127,10 @@ function factsOf(program: Program): ProgramFacts {
 }
 
 const sentBy = (program: Program): number =>
-  [...program.chunks.flatMap((c) => [c.forward, c.backward, c.weights]), program.step].reduce(
+  blocksOf(program).reduce(
     (sum, block) =>
       sum +
-      block.reduce((n, i) => n + (i.kind === "collective" || i.kind === "send" ? i.bytes : 0), 0) *
-        (block === program.step ? 1 : microbatchesIn(program)),
+      block.instructions.reduce((n, i) => n + (i.kind === "collective" || i.kind === "send" ? i.bytes * timesIn(program, block, i) : 0), 0),
     0,
   );
 

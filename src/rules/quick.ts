@@ -8,6 +8,7 @@ import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
 import { moe } from "./moe.ts";
 import { mtp } from "./mtp.ts";
+import { overlap } from "./overlap.ts";
 import { precision } from "./precision.ts";
 import { rampup } from "./rampup.ts";
 import { random } from "./random.ts";
@@ -19,6 +20,7 @@ import { trainingSchedule } from "./trainingSchedule.ts";
 /** Rules without compiled programs; they are applied again to every candidate change. */
 export const quick: readonly Rule[] = [
   ...mesh,
+  ...overlap,
   ...batch,
   ...data,
   ...trainingSchedule,

@@ -717,8 +717,10 @@ describe("public recipes", () => {
       );
     const act = (drop: readonly string[]) => importMegatron({ kind: "words" }, { name: "a", world: 8, words, drop });
     expect(problemsOf(() => act([])).map((problem) => problem.split(":")[0])).toEqual(["--decoupled-lr 5.0e-4", "--grad-reduce-in-bf16"]);
-    const { train, model } = complete(act(["decoupled-lr", "grad-reduce-in-bf16"]));
+    const { train, model, parallel } = complete(act(["decoupled-lr", "grad-reduce-in-bf16"]));
     expect(train).toMatchObject({ steps: 15258789, loss_weighting: "token" });
+    // 40 million elements: of gradients in 4 bytes, of parameters in 2
+    expect(parallel).toMatchObject({ gradient_bucket: 153, parameter_bucket: 76, expert_overlap: "none" });
     expect(train.optimizer).toMatchObject({ decay_steps: 15228271.46875, warmup_steps: 30517.59375 });
     expect(model.vocab).toBe(128256);
   });

@@ -522,6 +522,12 @@ const anyJob = fc
     // of chunks, an odd number of microbatches
     odd: fc.boolean(),
     optimizer_instances: power(1),
+    // in MiB: buckets of one tensor and of several
+    overlap: fc.record({
+      gradient_bucket: oneOf<"none" | number>("none", "none", 0.02, 0.0001),
+      parameter_bucket: oneOf<"none" | number>("none", "none", 0.01, 0.0001),
+      expert_overlap: oneOf("none", "shared"),
+    }),
     recompute: oneOf<object>(
       { mode: "none" },
       { mode: "none" },
@@ -561,6 +567,7 @@ const anyJob = fc
       stages,
       odd,
       optimizer_instances,
+      overlap: { gradient_bucket, parameter_bucket, expert_overlap },
       recompute,
       micro_batch,
       mtp,
@@ -581,7 +588,8 @@ const anyJob = fc
       const layout = "layout" in stages ? layouts[stages.layout]!(model.layers, "m".repeat(mtp?.layers ?? 0)) : undefined;
       const own = {
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
-        ...(drawn.distributed_optimizer ? { optimizer_instances } : {}),
+        ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket } : {}),
+        ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}) },
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;
       // heads of a latent have keys and values, and norms, of their own

@@ -91,9 +91,33 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       { moe: { ...moe, experts: 6 } },
       { precision: "bf16", global_batch: 12 },
     ],
+    "buckets of gradients and parameters, and shared experts, beside exchanges on streams of their own, bf16": [
+      {
+        world: 8,
+        tensor: 2,
+        sequence: true,
+        expert: 4,
+        distributed_optimizer: true,
+        gradient_bucket: 0.004,
+        parameter_bucket: 0.002,
+        expert_overlap: "shared",
+      },
+      { moe: { ...moe, shared: { ffn: 8, gate: true } } },
+      { precision: "bf16" },
+    ],
+    "buckets of gradients in the gaps of a pipeline": [
+      { world: 4, pipeline: 2, schedule: "zero_bubble", gradient_bucket: 0.001 },
+      { tie_embeddings: true },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
-  const inFast = ["one rank", "a pipeline with tied embeddings", "experts over data, in a pipeline, bf16", "bounded rows"];
+  const inFast = [
+    "one rank",
+    "a pipeline with tied embeddings",
+    "experts over data, in a pipeline, bf16",
+    "buckets of gradients and parameters, and shared experts, beside exchanges on streams of their own, bf16",
+    "bounded rows",
+  ];
   for (const { options, rows } of byTier(Object.entries(meshes), ([name]) => inFast.includes(name)))
     test.each(rows)(
       "%s: four steps are the CPU's, bit by bit; from the third on they are a graph",

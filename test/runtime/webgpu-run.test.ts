@@ -68,8 +68,8 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
   const evaluated = [{ evaluation: { every: 1, steps: 2 } }, { split: [8, 1, 1] }] as const;
   const jobs: Readonly<Record<string, Job>> = {
     // a dense layer has half as many kernels as one of experts
-    "dense: tensor, sequence and pipeline parallel, moments apart": jobWith(
-      { world: 4, tensor: 2, sequence: true, pipeline: 2, distributed_optimizer: true },
+    "dense: tensor, sequence and pipeline parallel, buckets, moments apart": jobWith(
+      { world: 4, tensor: 2, sequence: true, pipeline: 2, distributed_optimizer: true, gradient_bucket: 0.001, parameter_bucket: 0.001 },
       {},
       ...evaluated,
     ),

@@ -109,6 +109,8 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
       if (used.has(b.id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, input, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
+      if (i.only === "last" && microbatch !== microbatches - 1) continue;
+      for (const id of i.waits ?? []) while (!localRanks.comm.wait(r, id)) yield;
       if (i.kind === "compute") backend.compute(i, copy, microbatch === 0);
       else if (i.kind === "collective") while (!localRanks.comm.collective(r, i, at)) yield;
       else if (i.kind === "send") localRanks.comm.send(r, i, at);
@@ -124,4 +126,5 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
     yield* block(instructions, kinds, { tag, microbatch, copy: microbatch % copies });
   }
   yield* block(p.step, ["optimizer"], { tag: "step", microbatch: -1, copy: 0 });
+  while (!localRanks.comm.wait(r)) yield;
 }

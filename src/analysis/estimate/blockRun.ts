@@ -1,11 +1,13 @@
 /** Simulates one block of a stage: the times of its instructions from the start of the block, and where its time goes. */
 import { type PendingWork, StageClock } from "./stageClock.ts";
-import type { KernelPart, TimedBlock, TimedInstruction } from "./timedBlocks.ts";
+import type { CommunicationClass, KernelPart, TimedBlock, TimedInstruction } from "./timedBlocks.ts";
 
 /** Where seconds of a stage go. Communication counts where the compute stream waits for it, by its axes. */
 export interface TimeParts {
   readonly kernels: Readonly<Record<KernelPart, number>>;
   readonly exposed: ReadonlyMap<string, number>;
+  /** The same by class. */
+  readonly exposedBy: ReadonlyMap<CommunicationClass, number>;
   /** Waiting for the host to launch kernels. */
   readonly launches: number;
   /** Waiting for other stages. */
@@ -16,18 +18,22 @@ export interface TimeParts {
 export class PartSums implements TimeParts {
   readonly kernels: Record<KernelPart, number> = { products: 0, attention: 0, "other kernels": 0, optimizer: 0 };
   readonly exposed = new Map<string, number>();
+  readonly exposedBy = new Map<CommunicationClass, number>();
   launches = 0;
   bubble = 0;
 
   addKernel(part: KernelPart, seconds: number): void {
     this.kernels[part] += seconds;
   }
-  addExposed(axes: string, seconds: number): void {
-    if (seconds > 0) this.exposed.set(axes, (this.exposed.get(axes) ?? 0) + seconds);
+  addExposed(axes: string, seconds: number, by?: CommunicationClass): void {
+    if (seconds <= 0) return;
+    this.exposed.set(axes, (this.exposed.get(axes) ?? 0) + seconds);
+    if (by) this.exposedBy.set(by, (this.exposedBy.get(by) ?? 0) + seconds);
   }
   addAll(parts: TimeParts): void {
     for (const [part, seconds] of Object.entries(parts.kernels) as [KernelPart, number][]) this.kernels[part] += seconds;
     for (const [axes, seconds] of parts.exposed) this.addExposed(axes, seconds);
+    for (const [by, seconds] of parts.exposedBy) this.exposedBy.set(by, (this.exposedBy.get(by) ?? 0) + seconds);
     this.launches += parts.launches;
     this.bubble += parts.bubble;
   }
@@ -99,8 +105,8 @@ export function runInstruction(
 ): readonly [number, number] {
   const { instruction, seconds, stream, axes = "", part } = i;
   if (instruction.kind === "compute") {
-    const { start, end, exposed, axes: waited, idle } = clock.run(i, seconds);
-    parts.addExposed(waited, exposed);
+    const { start, end, exposed, axes: waited, communication, idle } = clock.run(i, seconds);
+    parts.addExposed(waited, exposed, communication);
     parts.bubble += idle;
     parts.addKernel(part ?? "other kernels", end - start);
     return [start, end];

@@ -5,7 +5,7 @@ import { modelFlops } from "../modelFlops.ts";
 import { sumOfParts, type TimeParts } from "./blockRun.ts";
 import { hardwareOf, type TimeSource, timeSources } from "./kernelTime.ts";
 import { type SimulatedStage, type Simulation, simulate } from "./simulate.ts";
-import type { Assumptions } from "./timedBlocks.ts";
+import type { Assumptions, CommunicationClass } from "./timedBlocks.ts";
 
 /** Options of an estimate. */
 export interface EstimateOptions {
@@ -25,11 +25,22 @@ export interface AxisTime {
   readonly exposed: number;
 }
 
+/** Communication of a rank of one class in a step. */
+export interface ClassTime extends CommunicationClass {
+  /** Bytes that a rank sends. */
+  readonly bytes: number;
+  /** Seconds of all of it. */
+  readonly total: number;
+  /** Seconds in which the compute stream waits for it; the rest is hidden under kernels. */
+  readonly exposed: number;
+}
+
 /** The time of a step on one stage. The parts add up to the seconds of the step. */
 export interface StageTime {
   readonly stage: number;
   readonly parts: TimeParts;
   readonly communication: readonly AxisTime[];
+  readonly classes: readonly ClassTime[];
 }
 
 /** The estimate of a step. */
@@ -60,6 +71,7 @@ export function estimate(plan: Plan, { profile, imbalance = 1, assumed = {} }: E
     stage: stage.stage,
     parts: stage.parts,
     communication: communicationOf(stage),
+    classes: classesOf(stage),
   }));
   const busiest = stages.reduce((least, s) => (s.parts.bubble < least.parts.bubble ? s : least));
   const { model, train } = plan.job;
@@ -93,6 +105,24 @@ function communicationOf({ runs, step, parts }: SimulatedStage): AxisTime[] {
   return axes
     .map((name) => ({ axes: name, total: total.get(name) ?? 0, exposed: parts.exposed.get(name) ?? 0 }))
     .filter((a) => a.total > 0 || a.exposed > 0)
+    .sort((a, b) => b.exposed - a.exposed || b.total - a.total);
+}
+
+/** Returns the communication of a stage by class, the longest exposed first. */
+function classesOf({ runs, step, parts }: SimulatedStage): ClassTime[] {
+  const sums = new Map<CommunicationClass, { bytes: number; total: number }>();
+  for (const [block, times] of countsOf({ runs, step }))
+    for (const { communication, seconds, instruction } of block.instructions) {
+      if (!communication || instruction.kind === "recv" || instruction.kind === "compute") continue;
+      const sum = sums.get(communication) ?? { bytes: 0, total: 0 };
+      sums.set(communication, sum);
+      sum.bytes += instruction.bytes * times;
+      sum.total += seconds * times;
+    }
+  for (const own of parts.exposedBy.keys()) if (!sums.has(own)) sums.set(own, { bytes: 0, total: 0 });
+  return [...sums]
+    .map(([own, sum]) => ({ ...own, ...sum, exposed: parts.exposedBy.get(own) ?? 0 }))
+    .filter(({ total, exposed }) => total > 0 || exposed > 0)
     .sort((a, b) => b.exposed - a.exposed || b.total - a.total);
 }
 

@@ -9,7 +9,7 @@ import { invariant } from "../../ops/op.ts";
 import { stagesOf } from "../stages.ts";
 import { type BlockRunTimes, PartSums, runBlock, runInstruction, type TimeParts } from "./blockRun.ts";
 import { type PendingWork, StageClock } from "./stageClock.ts";
-import { blockTimer, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
+import { blockTimer, type CommunicationClass, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
 
 /** A block run with its times in seconds from the begin of the step. */
 export interface SimulatedRun {
@@ -70,6 +70,8 @@ class StageRun {
   readonly stage: number;
   readonly #blocks: readonly TimedBlock[];
   readonly #order: readonly BlockRun[];
+  /** The number of the last microbatch. */
+  readonly #last: number;
   readonly #options: TimingOptions;
   readonly #mail: Mail;
   readonly #replays = new Map<string, BlockRunTimes>();
@@ -82,6 +84,7 @@ class StageRun {
 
   constructor(stage: number, blocks: readonly TimedBlock[], order: readonly BlockRun[], options: TimingOptions, mail: Mail) {
     [this.stage, this.#blocks, this.#order, this.#options, this.#mail] = [stage, blocks, order, options, mail];
+    this.#last = Math.max(...order.map(({ microbatch }) => microbatch));
   }
 
   get blocks(): readonly TimedBlock[] {
@@ -104,10 +107,11 @@ class StageRun {
 
   #start(run: BlockRun): boolean {
     const blocks = this.#blocks.filter(({ kind, chunk }) => kind === run.kind && chunk === run.chunk);
-    const block = blocks.find(({ isFirst }) => isFirst && run.microbatch === 0) ?? blocks.find(({ isFirst }) => !isFirst);
+    // those of the first and of the last microbatch stand before the others
+    const block = blocks.find(({ isFirst, isLast }) => (!isFirst || run.microbatch === 0) && (!isLast || run.microbatch === this.#last));
     if (!block) {
       // a block without instructions takes no time
-      const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, instructions: [], launches: 0 };
+      const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, isLast: false, instructions: [], launches: 0 };
       const times = runBlock(empty, [], { slowdown: 0, hostSeconds: 0 });
       this.runs.push({ run, start: this.#clock, end: this.#clock, block: empty, times });
       return true;
@@ -135,7 +139,7 @@ class StageRun {
       else this.#mail.send(this.stage, peer, channel, { ready: start + ready, seconds });
     const end = start + times.seconds;
     this.parts.addAll(times.parts);
-    this.parts.addExposed("pp", transfer);
+    this.parts.addExposed("pp", transfer, times.messages.length > 0 ? transfersOf(block) : undefined);
     this.parts.bubble += idle;
     this.runs.push({ run, start, end, block, times });
     this.#pending = times.tail.map((p) => ({ ...p, start: p.start + start, end: p.end + start }));
@@ -148,7 +152,7 @@ class StageRun {
     const pending = this.#pending
       .filter(({ end }) => end > this.#clock)
       .map((p) => ({ ...p, start: p.start - this.#clock, end: p.end - this.#clock }));
-    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${pending.map(({ stream, axes, end }) => `${stream}/${axes}/${end.toFixed(9)}`).join()}`;
+    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${block.isLast} ${pending.map(({ stream, axes, end }) => `${stream}/${axes}/${end.toFixed(9)}`).join()}`;
     const known = this.#replays.get(key);
     if (known) return known;
     const { assumed, profile } = this.#options;
@@ -158,6 +162,10 @@ class StageRun {
     return times;
   }
 }
+
+/** Returns the class of the transfers of a block. */
+const transfersOf = ({ instructions }: TimedBlock): CommunicationClass | undefined =>
+  instructions.find(({ instruction }) => instruction.kind === "recv")?.communication;
 
 /** The step block of a stage while it is simulated. */
 class StepRun {
@@ -252,8 +260,8 @@ export function simulate(plan: Plan, options: TimingOptions, timer = blockTimer(
   }
   const steps = all.map(({ step, stage }) => {
     invariant(step?.isOver === true, () => `stage ${stage} waits for ever in the estimate`);
-    const { exposed, axes, idle } = step.clock.join();
-    step.parts.addExposed(axes, exposed);
+    const { exposed, axes, communication, idle } = step.clock.join();
+    step.parts.addExposed(axes, exposed, communication);
     step.parts.bubble += idle;
     return step;
   });

@@ -2,7 +2,7 @@
  * The clocks of the streams of one stage. They follow the runtime (runtime/cuda/streams.ts): kernels run on the compute stream; communication
  * runs on streams of its own after all kernels issued before it, beside later kernels, until one of them touches the same bytes.
  */
-import type { MemorySpan, TimedInstruction } from "./timedBlocks.ts";
+import type { CommunicationClass, MemorySpan, TimedInstruction } from "./timedBlocks.ts";
 
 type Touch = Pick<TimedInstruction, "reads" | "writes">;
 
@@ -10,6 +10,7 @@ type Touch = Pick<TimedInstruction, "reads" | "writes">;
 export interface PendingWork extends Touch {
   readonly stream: string;
   readonly axes: string;
+  readonly communication?: CommunicationClass;
   readonly start: number;
   readonly end: number;
   /** How much of the time until `end` was spent waiting for other stages, not for bytes. */
@@ -23,6 +24,7 @@ export interface RunTime {
   /** Seconds in which the compute stream waited for communication over `axes`, or for other stages. */
   readonly exposed: number;
   readonly axes: string;
+  readonly communication?: CommunicationClass;
   readonly idle: number;
 }
 
@@ -87,7 +89,7 @@ export class StageClock {
     const waited = last.end - this.compute;
     const idle = Math.min(waited, last.late);
     this.compute = last.end;
-    return { exposed: waited - idle, axes: last.axes, idle };
+    return { exposed: waited - idle, axes: last.axes, ...(last.communication && { communication: last.communication }), idle };
   }
 
   /** Returns when a kernel ends that has its full rate outside of communication. */

@@ -2,8 +2,8 @@
 
 import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile.ts";
 import { bytesOf } from "../../../schemas/dtypes.ts";
-import { touchedBy, writesOf } from "../../../schemas/effects.ts";
-import type { Collective, Compute, Instruction, Memory, Plan, Program } from "../../../schemas/plan.ts";
+import { pairsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
+import type { Collective, Compute, Instruction, Memory, Plan, Program, StreamName } from "../../../schemas/plan.ts";
 import { activationStart, type Block, blocksOf } from "../../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { BufferTable } from "../bufferTable.ts";
@@ -20,6 +20,14 @@ export type KernelPart = (typeof kernelParts)[number];
 /** Bytes of memory, [begin, end), in one numbering of all arenas. */
 export type MemorySpan = readonly [number, number];
 
+/** Collectives and transfers of one kind. */
+export interface CommunicationClass {
+  readonly name: string;
+  readonly axes: string;
+  /** Of asynchronous collectives. */
+  readonly stream?: StreamName;
+}
+
 /** An instruction with its time. */
 export interface TimedInstruction {
   readonly instruction: Instruction;
@@ -32,6 +40,8 @@ export interface TimedInstruction {
   readonly part?: KernelPart;
   /** Of a collective or a transfer: its axes. */
   readonly axes?: string;
+  /** Of a collective or a transfer: the class that it is counted in, by name, axes and stream. */
+  readonly communication?: CommunicationClass;
   /** Whether the ranks of a group are on more than one node. */
   readonly isAcross?: boolean;
   readonly reads: readonly MemorySpan[];
@@ -44,6 +54,8 @@ export interface TimedBlock {
   readonly chunk: number;
   /** Whether this is the block of the first microbatch, whose gradients are written and not added to. */
   readonly isFirst: boolean;
+  /** Whether this is the block of the last microbatch, in which gradients are reduced in buckets. */
+  readonly isLast: boolean;
   readonly instructions: readonly TimedInstruction[];
   /** Launches of kernels. */
   readonly launches: number;
@@ -96,6 +108,14 @@ export function blockTimer(
     const buffers = new BufferTable(program.buffers);
     const spanOf = spansOf(program, memory, buffers);
     const groupOf = topologyOf(plan.mesh, program.stage);
+    const classes = new Map<string, CommunicationClass>();
+    /** Returns one object for each class. */
+    const classOf = (own: CommunicationClass): CommunicationClass => {
+      const key = `${own.name} ${own.axes} ${own.stream}`;
+      const known = classes.get(key) ?? own;
+      classes.set(key, known);
+      return known;
+    };
     const kernelTime = (i: Compute) => {
       const key = `${i.kernel} ${Object.keys(i.reads).length}`;
       const before = known.get(key);
@@ -124,27 +144,32 @@ export function blockTimer(
       const common = { instruction: i, source: "link" as const, ...memorySpans };
       if (i.kind === "collective") {
         const group: GroupTopology = groupOf(i);
-        const bytes = Math.max(buffers.bytesOf(i.from), buffers.bytesOf(i.to));
+        const communication = classOf({ name: i.name, axes: i.axes, ...(i.stream && { stream: i.stream }) });
+        const bytes = pairsOf(i).reduce((sum, { from, to }) => sum + Math.max(buffers.bytesOf(from), buffers.bytesOf(to)), 0);
         const copies = isOfRows(i) && assumed.sendsPerNode ? plan.job.model.moe?.top_k : undefined;
         const seconds = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
-        return { ...common, seconds, stream: "comm", axes: i.axes, isAcross: group.nodes > 1 };
+        return { ...common, seconds, stream: i.stream ?? "comm", axes: i.axes, isAcross: group.nodes > 1, communication };
       }
       const isAcross = crosses(plan, program.stage, i.peer);
       return {
         ...common,
         seconds: transferSeconds(profile.links, i.bytes, isAcross),
         stream: `${i.kind} ${i.peer} ${i.channel}`,
-        ...{ axes: "pp", isAcross },
+        ...{ axes: "pp", isAcross, communication: classOf({ name: "transfers", axes: "pp" }) },
       };
     };
-    const block = ({ kind, chunk, instructions }: Block, isFirst: boolean): TimedBlock => ({
-      ...{ kind, chunk, isFirst },
-      instructions: instructions.map((i) => timed(i, kind === "step", isFirst)),
+    const block = ({ kind, chunk, instructions }: Block, isFirst: boolean, isLast: boolean): TimedBlock => ({
+      ...{ kind, chunk, isFirst, isLast },
+      instructions: instructions.filter(({ only }) => !only || isLast).map((i) => timed(i, kind === "step", isFirst)),
       launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
     });
     return blocksOf(program)
       .filter(({ kind }) => !kind.startsWith("evaluation"))
-      .flatMap((b) => (b.instructions.some(hasFirst) ? [block(b, true), block(b, false)] : [block(b, false)]));
+      .flatMap((b) => {
+        const firsts = b.instructions.some(hasFirst) ? [true, false] : [false];
+        const lasts = b.instructions.some(({ only }) => only === "last") ? [true, false] : [false];
+        return firsts.flatMap((isFirst) => lasts.map((isLast) => block(b, isFirst, isLast)));
+      });
   };
 }
 

@@ -29,6 +29,11 @@ export const mapped = [
       add-qkv-bias`,
   },
   {
+    why: "runs communication beside computation, and there is none to run here: the same values",
+    names: `
+      overlap-grad-reduce overlap-param-gather ddp-bucket-size:int moe-shared-expert-overlap overlap-moe-expert-parallel-comm`,
+  },
+  {
     why: "changes GELU with biases alone",
     names: `
       no-bias-gelu-fusion`,

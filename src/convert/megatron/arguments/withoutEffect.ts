@@ -38,11 +38,11 @@ export const withoutEffect: readonly Section[] = [
       tp-comm-overlap no-tp-comm-bulk-wgrad disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad
       no-tp-comm-overlap-ag disable-tp-comm-overlap-ag no-tp-comm-overlap-rs disable-tp-comm-overlap-rs tp-comm-overlap-rs-dgrad
       no-tp-comm-split-ag disable-tp-comm-split-ag no-tp-comm-split-rs disable-tp-comm-split-rs
-      tp-comm-bootstrap-backend:nccl|mpi|gloo=nccl overlap-moe-expert-parallel-comm delay-wgrad-compute
+      tp-comm-bootstrap-backend:nccl|mpi|gloo=nccl delay-wgrad-compute
       overlap-dispatch-backward-with-experts-wgrad defer-embedding-wgrad-compute wgrad-deferral-limit:int=0
-      overlap-p2p-communication-warmup-flush high-priority-a2a-comm-stream moe-shared-expert-overlap tp-comm-overlap-cfg:text
-      no-align-grad-reduce disable-align-grad-reduce no-overlap-p2p-communication overlap-grad-reduce ddp-num-buckets:int
-      ddp-bucket-size:int overlap-param-gather overlap-param-gather-with-optimizer-step no-align-param-gather gtp-remat-nccl-ub
+      overlap-p2p-communication-warmup-flush high-priority-a2a-comm-stream tp-comm-overlap-cfg:text
+      no-align-grad-reduce disable-align-grad-reduce no-overlap-p2p-communication
+      ddp-num-buckets:int overlap-param-gather-with-optimizer-step no-align-param-gather gtp-remat-nccl-ub
       gtp-expert-remat-nccl-ub`,
   },
   {
@@ -218,7 +218,7 @@ export const withoutEffect: readonly Section[] = [
       ddp-pad-buckets-for-high-nccl-busbw ddp-average-in-collective no-gradient-reduce-div-fusion`,
   },
   {
-    why: "has no effect without --grad-reduce-in-bf16",
+    why: "changes how sums of bf16 gradients are rounded: rounding alone",
     names: `
       ddp-reduce-scatter-with-fp32-accumulation ddp-param-name-patterns-for-fp32-local-accumulation:text+`,
   },

@@ -63,9 +63,36 @@ export function putParallel({ args, job }: Importing, world: World, sizes: Model
   if (isLayerwise) job.decides("use-distributed-optimizer", "parallel.distributed_optimizer");
   const instances = args.number("num-distributed-optimizer-instances");
   job.put("parallel.optimizer_instances", instances, ["num-distributed-optimizer-instances"]);
+  putOverlap({ args, job }, world.ranks / (tensor * pipeline * context), isDistributed, expert);
   if (args.has("use-tp-pp-dp-mapping")) job.put("parallel.order", "tp-cp-ep-pp-dp", ["use-tp-pp-dp-mapping"]);
   if (world.nodes !== undefined) job.put("cluster.nodes", world.nodes, [], world.source);
   if (world.perNode !== undefined) job.put("cluster.gpus_per_node", world.perNode, [], world.source);
+}
+
+const MIB = 2 ** 20;
+/** Returns the MiB of so many elements, as a job has them. */
+const mebibytes = (elements: number, bytes: number): number => Math.max(1, Math.round((elements * bytes) / MIB));
+
+/** Puts what runs beside computation. Megatron counts the size of a bucket in elements: of gradients in fp32, of parameters in 16 bits. */
+function putOverlap({ args, job }: Importing, data: number, isDistributed: boolean, expert: number): void {
+  const given = args.numberIfGiven("ddp-bucket-size");
+  const elements = given ?? Math.max(40e6, 1e6 * data);
+  const remark = `${elements / 1e6} million elements${given === undefined ? ", Megatron's default" : ""}`;
+  if (args.has("overlap-grad-reduce") && data > 1)
+    job.put("parallel.gradient_bucket", mebibytes(elements, 4), ["overlap-grad-reduce", "ddp-bucket-size"], remark);
+  if (args.has("overlap-param-gather") && isDistributed && data > 1) {
+    const bytes = args.has("bf16") || args.has("fp16") ? 2 : 4;
+    job.put("parallel.parameter_bucket", mebibytes(elements, bytes), ["overlap-param-gather", "ddp-bucket-size"], remark);
+  }
+  if (expert === 1) return;
+  if (args.has("moe-shared-expert-overlap")) job.put("parallel.expert_overlap", "shared", ["moe-shared-expert-overlap"]);
+  else if (args.has("overlap-moe-expert-parallel-comm"))
+    job.put(
+      "parallel.expert_overlap",
+      "shared",
+      ["overlap-moe-expert-parallel-comm"],
+      "gradients of weights run beside exchanges of rows; Megatron interleaves two microbatches too",
+    );
 }
 
 const methods: Readonly<Record<string, string>> = { p2p: "ring", all_gather: "all_gather" };

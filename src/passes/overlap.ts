@@ -1,0 +1,30 @@
+/**
+ * Overlap: collectives that run beside compute. It runs after lowering and fusion, on programs whose collectives run in order, and makes
+ * some of them asynchronous: the job's keys say which. `verifyStreams` proves that no value depends on how long they take.
+ */
+import type { Job } from "../../schemas/job.ts";
+import type { Program } from "../../schemas/plan.ts";
+import type { Mesh } from "./mesh.ts";
+import { overlapExperts } from "./overlap/expertOverlap.ts";
+import { bucketGradients } from "./overlap/gradientBuckets.ts";
+import { bucketParameters } from "./overlap/parameterBuckets.ts";
+import { streamsOf } from "./verifyStreams.ts";
+
+const MIB = 1 << 20;
+
+/** Returns the programs with the asynchronous collectives that the job asks for. */
+export function overlap({ parallel }: Pick<Job, "parallel">, mesh: Mesh, programs: Program[]): Program[] {
+  const { gradient_bucket, parameter_bucket, expert_overlap } = parallel;
+  // experts first: buckets close where gradients are complete in the order that experts leave
+  const passes: ((p: Program) => Program)[] = [
+    ...(expert_overlap === "none" ? [] : [(p: Program) => overlapExperts(p, mesh)]),
+    ...(gradient_bucket === "none" ? [] : [(p: Program) => bucketGradients(p, gradient_bucket * MIB)]),
+    ...(parameter_bucket === "none" ? [] : [(p: Program) => bucketParameters(p, parameter_bucket * MIB)]),
+  ];
+  if (passes.length === 0) return programs;
+  return programs.map((program) => {
+    const changed = passes.reduce((p, pass) => pass(p), program);
+    const streams = streamsOf(changed);
+    return streams ? { ...changed, streams } : changed;
+  });
+}

@@ -1,0 +1,140 @@
+/**
+ * Laws of asynchronous collectives. Between its begin and the instruction that waits for it, nothing writes what a collective reads and
+ * nothing touches what it writes, so its duration changes no value. A stream has communicators of its own and runs its collectives in the
+ * order of the plan. Ranks of a stage run one program, so all members of a group issue the collectives of a communicator in one order;
+ * collectives of all ranks, whose stages run different programs, are never asynchronous. The streams that may run at the same time are
+ * declared, because their communicators need room on the device together.
+ */
+import { readsOf, touchedBy, writesOf } from "../../schemas/effects.ts";
+import type { BlockRun, Collective, Instruction, Program, StreamName, StreamUse } from "../../schemas/plan.ts";
+import { blockOf, blockTag, evaluationOrder, instructionsOf } from "../../schemas/program.ts";
+import { endedBy } from "../analysis/asyncTouches.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
+import { invariant } from "../ops/op.ts";
+
+type Beside = StreamUse["beside"][number];
+
+/** Throws an invariant if a program breaks a law of asynchronous collectives. `who` names its ranks in messages. */
+export function verifyStreams(p: Program, who: string): void {
+  const found = concurrencyOf(p, who);
+  const declared = new Map((p.streams ?? []).map(({ name, beside }) => [name, beside]));
+  invariant(declared.size === (p.streams ?? []).length, () => `${who}: a stream is declared twice`);
+  for (const [name, beside] of found) {
+    const listed = declared.get(name);
+    invariant(listed !== undefined, () => `${who}: the stream ${name} is not declared`);
+    for (const other of beside)
+      invariant(
+        listed.includes(other),
+        () => `${who}: collectives of ${name} and ${other} may run at once, and the plan does not declare it`,
+      );
+  }
+}
+
+/** Returns the streams of a program with what may run beside them, as a plan declares it; undefined if nothing is asynchronous. */
+export function streamsOf(p: Program): StreamUse[] | undefined {
+  const found = concurrencyOf(p, `stage ${p.stage}`);
+  if (found.size === 0) return undefined;
+  return [...found].map(([name, beside]) => ({ name, beside: [...beside].sort() })).sort((a, b) => (a.name < b.name ? -1 : 1));
+}
+
+/** Runs the blocks of a step and of an evaluation. Returns per stream the streams beside it. */
+function concurrencyOf(p: Program, who: string): Map<StreamName, Set<Beside>> {
+  const found = new Map<StreamName, Set<Beside>>();
+  if (!instructionsOf(p).some((i) => i.waits || (i.kind === "collective" && i.stream))) return found;
+  const last = p.order.filter(({ kind }) => kind === "forward").length / p.chunks.length - 1;
+  const step = new Walk(p, who, found);
+  for (const run of p.order) step.block(blockOf(p, run), nameOf(run, p), run.microbatch === last);
+  step.end(p.step, "the step block");
+  const { evaluation } = p;
+  if (!evaluation) return found;
+  const evaluated = new Walk(p, who, found);
+  for (const run of evaluationOrder(p)) evaluated.block(evaluation.chunks[run.chunk] ?? [], `evaluation ${run.microbatch}`, false);
+  evaluated.end(evaluation.step, "the end of an evaluation");
+  return found;
+}
+const nameOf = (run: BlockRun, { chunks }: Program): string => blockTag(run, chunks.length);
+
+/** The asynchronous collectives that are open while the blocks of a program run. */
+class Walk {
+  readonly #buffers: BufferTable;
+  readonly #who: string;
+  readonly #beside: Map<StreamName, Set<Beside>>;
+  /** In the order of their begin. */
+  readonly #open = new Map<string, Collective>();
+  /** The ids of all that have begun. */
+  readonly #begun = new Set<string>();
+  /** Blocks that begin and end without an open collective: they run for every microbatch. */
+  readonly #known = new Set<readonly Instruction[]>();
+
+  constructor(p: Program, who: string, beside: Map<StreamName, Set<Beside>>) {
+    this.#buffers = new BufferTable(p.buffers);
+    this.#who = who;
+    this.#beside = beside;
+  }
+
+  /** Runs the last block, with which all collectives end. */
+  end(instructions: readonly Instruction[], at: string): void {
+    for (const i of instructions) this.#run(i, at);
+  }
+
+  /** Runs a block; `last`: of the last microbatch. */
+  block(instructions: readonly Instruction[], at: string, last: boolean): void {
+    const isClosed = this.#open.size === 0 && !last;
+    if (isClosed && this.#known.has(instructions)) return;
+    for (const i of instructions) if (!i.only || last) this.#run(i, at);
+    if (isClosed && this.#open.size === 0) this.#known.add(instructions);
+    for (const i of this.#open.values())
+      for (const id of touchedBy(i, this.#buffers))
+        invariant(
+          isLasting.has(this.#buffers.get(id).kind),
+          () => `${this.#who}: ${i.id} may run after ${at}, and ${id} is gone then: nothing waits for it`,
+        );
+  }
+
+  #run(i: Instruction, at: string): void {
+    const who = (): string => `${this.#who} at ${i.id}, ${at}`;
+    for (const id of i.waits ?? []) {
+      const open = this.#open.get(id);
+      // a collective that a later one of its stream was waited for has ended
+      if (open) endedBy(this.#open, id);
+      else invariant(this.#begun.has(id), () => `${who()} waits for ${id}, which has not begun`);
+    }
+    const stream = i.kind === "collective" ? i.stream : undefined;
+    for (const other of this.#open.values()) if (other.stream !== stream) this.#expectApart(i, other, who);
+    if (i.kind === "compute") return;
+    const beside = new Set([...this.#open.values()].flatMap((o) => (o.stream && o.stream !== stream ? [o.stream] : [])));
+    for (const other of beside) {
+      this.#note(other, stream ?? "in_order");
+      if (stream) this.#note(stream, other);
+    }
+    if (i.kind !== "collective" || stream === undefined) return;
+    invariant(!i.world, () => `${who()}: a collective of all ranks runs on the stream ${stream}; its stages run different programs`);
+    invariant(!this.#open.has(i.id), () => `${who()} begins again before anything has waited for it`);
+    if (!this.#beside.has(stream)) this.#beside.set(stream, new Set());
+    this.#open.set(i.id, i);
+    this.#begun.add(i.id);
+  }
+
+  #note(stream: StreamName, beside: Beside): void {
+    this.#beside.set(stream, (this.#beside.get(stream) ?? new Set()).add(beside));
+  }
+
+  /** Throws an invariant if an instruction and an open collective of another stream touch a buffer that one of them writes. */
+  #expectApart(i: Instruction, open: Collective, who: () => string): void {
+    const root = (id: string): string => {
+      const { within } = this.#buffers.get(id);
+      return within === undefined ? id : root(within);
+    };
+    const written = new Set(writesOf(open, this.#buffers).map(root));
+    const touched = new Set([...touchedBy(open, this.#buffers)].map(root));
+    const clash = [
+      ...[...touchedBy(i, this.#buffers), ...readsOf(i)].filter((id) => written.has(root(id))),
+      ...writesOf(i, this.#buffers).filter((id) => touched.has(root(id))),
+    ][0];
+    invariant(
+      clash === undefined,
+      () => `${who()} touches ${clash} while ${open.id} on the stream ${open.stream} may run: it must wait for it`,
+    );
+  }
+}
+const isLasting: ReadonlySet<string> = new Set(["parameter", "gradient", "optimizer"]);

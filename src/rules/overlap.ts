@@ -1,0 +1,57 @@
+/** Rules P13x: communication beside compute. */
+import { type Rule, rule } from "./rule.ts";
+
+/** Rules of overlap. */
+export const overlap: readonly Rule[] = [
+  rule({
+    code: "P130",
+    title: "gradient_bucket has no gradients to reduce",
+    why: "Gradients are reduced over the ranks that hold the same parameter and saw other tokens. A stage of one rank reduces none, so that buckets have no effect.",
+    level: "warning",
+    *check({ parallel: p }) {
+      if (p.gradient_bucket === "none" || p.world > p.pipeline) return;
+      yield {
+        at: "parallel.gradient_bucket",
+        related: ["parallel.world"],
+        found: `gradient_bucket ${p.gradient_bucket} with one rank in a stage`,
+        fix: "leave it out, or add ranks",
+        tries: [{ "parallel.gradient_bucket": "none" }],
+      };
+    },
+    bad: "parallel: {gradient_bucket: 40}",
+  }),
+  rule({
+    code: "P131",
+    title: "parameter_bucket without distributed_optimizer",
+    why: "Parameters are gathered over the ranks that share their optimizer state. Without distributed_optimizer each rank updates whole parameters and gathers none.",
+    level: "error",
+    *check({ parallel: p }) {
+      if (p.parameter_bucket === "none" || p.distributed_optimizer) return;
+      yield {
+        at: "parallel.parameter_bucket",
+        related: ["parallel.distributed_optimizer"],
+        found: `parameter_bucket ${p.parameter_bucket} without distributed_optimizer`,
+        fix: "set distributed_optimizer, or leave parameter_bucket out",
+        tries: [{ "parallel.distributed_optimizer": true }, { "parallel.parameter_bucket": "none" }],
+      };
+    },
+    bad: "parallel: {world: 2, parameter_bucket: 40}\ntrain: {global_batch: 2}",
+  }),
+  rule({
+    code: "P132",
+    title: "expert_overlap has no exchange of rows",
+    why: "Rows are exchanged between the ranks over which experts are spread. With expert 1, or with the dispatcher all_gather, there is no dispatch and no combine beside which something could run.",
+    level: "warning",
+    *check({ model, parallel: p }) {
+      if (p.expert_overlap === "none" || (model.moe && p.expert > 1 && model.moe.dispatch !== "all_gather")) return;
+      yield {
+        at: "parallel.expert_overlap",
+        related: ["parallel.expert", "model.moe.dispatch"],
+        found: `expert_overlap ${p.expert_overlap} with ${model.moe ? (p.expert > 1 ? "the dispatcher all_gather" : "expert 1") : "a dense model"}`,
+        fix: "leave it out",
+        tries: [{ "parallel.expert_overlap": "none" }],
+      };
+    },
+    bad: "parallel: {expert_overlap: shared}",
+  }),
+];

@@ -1,0 +1,105 @@
+/** Asynchronous collectives: a program whose order does not hold them is refused, and the refusal names ranks, instruction and buffer. */
+import { describe, expect, test } from "vitest";
+import type { Collective, Instruction, Program } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { compile } from "../../src/compile.ts";
+import { verifyPrograms } from "../../src/passes/verify.ts";
+import { jobOf } from "../support/job.ts";
+
+const planOf = (parallel: object) =>
+  compile(
+    jobOf({
+      name: "streams",
+      model: { ...{ layers: 2, hidden: 32, ffn: 48, heads: 4, vocab: 256, seq: 16 }, moe: { experts: 4, top_k: 2, ffn: 16 } },
+      parallel,
+      train: { global_batch: 8, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
+      data: { path: "corpus.txt" },
+    }),
+  ).plan;
+const buckets = { gradient_bucket: 0.01, parameter_bucket: 0.01 };
+const meshes = {
+  "data and expert parallel": planOf({ world: 4, expert: 2, distributed_optimizer: true, ...buckets }),
+  "zero-bubble": planOf({ world: 4, pipeline: 2, schedule: "zero_bubble", distributed_optimizer: true, ...buckets }),
+};
+
+type Edit = (programs: Program[]) => void;
+const isBucket = (i: Instruction): i is Collective => i.kind === "collective" && i.stream === "gradients";
+const gradients = (p: Program): Instruction[] => [p.chunks[0]!.backward, p.chunks[0]!.weights].find((list) => list.some(isBucket))!;
+const edit = (list: Instruction[], is: (i: Instruction) => boolean, over: object): void => {
+  const at = list.findIndex(is);
+  list[at] = { ...list[at]!, ...over } as Instruction;
+};
+
+const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
+  "nothing waits for a bucket": [
+    (ps) => {
+      for (const i of ps[0]!.step) delete i.waits;
+    },
+    /stage 0 \(ranks 0\.\.\d\) at \S+, the step block touches \S+ while \S+\.bucket\.reduce_scatter on the stream gradients may run: it must wait/,
+  ],
+  "an instruction waits for what never begins": [
+    (ps) => edit(ps[0]!.step, (i) => i.waits !== undefined, { waits: ["nothing"] }),
+    /stage 0 .* at \S+, the step block waits for nothing, which has not begun/,
+  ],
+  "a bucket is reduced before its gradients are complete": [
+    (ps) => {
+      const list = gradients(ps[0]!);
+      list.unshift(...list.splice(list.findIndex(isBucket), 1));
+    },
+    /stage 0 .* at \S+, [BW]\d touches \S+\.grad while \S+\.bucket\.reduce_scatter on the stream gradients may run/,
+  ],
+  "a bucket is reduced for every microbatch": [
+    (ps) => edit(gradients(ps[0]!), isBucket, { only: undefined }),
+    /stage 0 .* (touches \S+ while|begins again before anything has waited for it|reads \S+ before it is written)/,
+  ],
+  "a stream is not declared": [(ps) => delete ps[0]!.streams, /stage 0 .*: the stream gradients is not declared/],
+  "streams may run at once, and the plan does not say so": [
+    (ps) => (ps[0]!.streams = ps[0]!.streams!.map((s) => ({ ...s, beside: [] }))),
+    /stage 0 .*: collectives of \S+ and \S+ may run at once, and the plan does not declare it/,
+  ],
+  "a collective of all ranks is asynchronous: its stages run different programs": [
+    (ps) => edit(ps[0]!.step, (i) => i.kind === "collective" && i.world === true, { stream: "parameters" }),
+    /stage 0 .*: a collective of all ranks runs on the stream parameters/,
+  ],
+  "what a collective writes is gone when its block ends": [
+    (ps) => {
+      const { more: _, only: __, ...bucket } = gradients(ps[0]!).find(isBucket)!;
+      const { backward } = ps[0]!.chunks[0]!;
+      const passing = new Set(ps[0]!.buffers.flatMap((b) => (b.kind === "workspace" ? [b.id] : [])));
+      const own = backward.flatMap((i) => (i.kind === "compute" ? Object.values(i.writes).filter((id) => passing.has(id)) : []))[0]!;
+      backward.push({ ...bucket, id: "late", how: "all_reduce", from: own, to: own });
+    },
+    /stage 0 .*: late may run after B0, and \S+ is gone then: nothing waits for it/,
+  ],
+  "the tensors of a bucket have different sizes": [
+    (ps) => {
+      const { from, more = [] } = gradients(ps[0]!).find(isBucket)!;
+      edit(gradients(ps[0]!), isBucket, { more: [...more, { from, to: from }] });
+    },
+    /stage 0 .*: \S+: reduce_scatter of .* cannot give/,
+  ],
+};
+
+describe.each(Object.entries(meshes))("%s", (_, { programs, mesh }) => {
+  const copy = (): Program[] => structuredClone(programs) as Program[];
+  test("the compiled program passes", () => {
+    expect(programs.every((p) => instructionsOf(p).some(isBucket))).toBe(true);
+    expect(() => verifyPrograms(copy(), mesh)).not.toThrow();
+  });
+  test.each(Object.entries(spoiled))("%s", (_, [spoil, says]) => {
+    const programs = copy();
+    spoil(programs);
+    expect(() => verifyPrograms(programs, mesh)).toThrow(says);
+  });
+});
+
+test("a bucket is one collective, begun after the last of its gradients; without buckets each gradient has its own after backward", () => {
+  const { programs } = meshes["data and expert parallel"];
+  const [{ chunks, step } = programs[0]!] = programs;
+  const all = chunks[0]!.backward.filter(isBucket);
+  expect(all.every((i) => i.only === "last")).toBe(true);
+  const reduced = all.flatMap((i) => [i.from, ...(i.more ?? []).map(({ from }) => from)]);
+  expect(new Set(reduced).size).toBe(reduced.length);
+  expect(reduced.length).toBe(programs[0]!.parameters.length);
+  expect(step.some((i) => i.kind === "collective" && i.how === "reduce_scatter")).toBe(false);
+});

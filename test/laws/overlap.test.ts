@@ -1,0 +1,85 @@
+/** Collectives that run beside compute change no number: not one bit, however long each of them takes. */
+import { describe, expect, test } from "vitest";
+import { openCpu } from "../../runtime/cpu/backend.ts";
+import type { Plan } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
+import { compile } from "../../src/compile.ts";
+import { jobOf } from "../support/job.ts";
+import { random } from "../support/opCases.ts";
+import { train } from "../support/steps.ts";
+import { byTier } from "../support/tiers.ts";
+
+const moe = { experts: 4, top_k: 2, ffn: 8, shared: { ffn: 8, gate: true }, router: { balance: "aux_loss", aux_coeff: 0.05 } };
+const planOf = (parallel: object, model: object = {}, over: object = {}): Plan =>
+  compile(
+    jobOf({
+      name: "overlap",
+      model: { ...{ layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 }, ...model },
+      parallel,
+      train: { micro_batch: 1, global_batch: 8, steps: 3, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...over },
+      data: { path: "corpus.txt" },
+    }),
+  ).plan;
+
+/** In MiB: buckets of a few tensors each of these small models. */
+const buckets = { gradient_bucket: 0.004, parameter_bucket: 0.002 };
+const bucketsOf = (parallel: object) => ("distributed_optimizer" in parallel ? buckets : { gradient_bucket: buckets.gradient_bucket });
+const next = random(7);
+const durations = {
+  "as short as possible": () => false,
+  "as long as possible": () => true,
+  "by chance": () => next() > 0,
+};
+
+const cases: Readonly<Record<string, readonly [parallel: object, model?: object, train?: object]>> = {
+  "data parallel": [{ world: 4 }],
+  "the distributed optimizer, bf16": [{ world: 4, distributed_optimizer: true }, {}, { precision: "bf16" }],
+  "copies of the optimizer's shards": [{ world: 4, distributed_optimizer: true, optimizer_instances: 2 }],
+  "tensor, sequence and expert parallel": [{ world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }, { moe }],
+  "chunks of a pipeline, tied embeddings": [
+    { world: 4, pipeline: 2, virtual_pipeline: 2, distributed_optimizer: true },
+    { layers: 4, tie_embeddings: true },
+  ],
+  "a pipeline without bubbles": [{ world: 8, pipeline: 2, schedule: "zero_bubble", expert: 2, distributed_optimizer: true }, { moe }],
+  "latent experts, recomputed, on grids that do not nest": [
+    { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },
+    { hidden: 24, heads: 6, moe: { ...moe, experts: 6, latent: 8 } },
+    { global_batch: 12, recompute: { mode: "selective", modules: ["moe_act", "shared_experts"] } },
+  ],
+  "an expert bias, which goes by counts of forward": [
+    { world: 4, expert: 2, distributed_optimizer: true },
+    { moe: { ...moe, router: { score: "sigmoid", expert_bias: true, bias_rate: 0.05, balance: "none" } } },
+  ],
+  "a batch that grows, muon": [
+    { world: 2, distributed_optimizer: true },
+    {},
+    { batch_rampup: { start: 4, increment: 4, samples: 4 }, optimizer: { type: "muon", lr: 1e-2 } },
+  ],
+};
+
+describe("numbers are those of collectives in order, bit for bit", () => {
+  const all = Object.entries(cases).map(([name, c]) => ({ name, c }));
+  for (const { options, rows } of byTier(all, () => true))
+    test.each(rows)("$name", options, async ({ c: [parallel, model, over] }) => {
+      const options = { ...parallel, ...bucketsOf(parallel), ...(model && "moe" in model && { expert_overlap: "shared" }) };
+      const [plain, beside] = [planOf(parallel, model, over), planOf(options, model, over)];
+      const asynchronous = beside.programs.flatMap((p) => instructionsOf(p)).filter((i) => i.kind === "collective" && i.stream);
+      expect(asynchronous.length).toBeGreaterThan(2);
+      const want = await train([openCpu(plain)], plain, undefined, 3);
+      for (const [name, isHeld] of Object.entries(durations)) {
+        const got = await train([openCpu(beside, { isHeld })], beside, undefined, 3);
+        expect(got.metrics, name).toEqual(want.metrics);
+        for (const [n, values] of want.state.entries()) expect(got.state[n], `${name}, piece ${n}`).toEqual(values);
+      }
+    });
+});
+
+test("without the waits of the plan numbers change: they are what holds the order", async () => {
+  const plan = planOf({ world: 4, distributed_optimizer: true, ...buckets });
+  const damaged: Plan = {
+    ...plan,
+    programs: plan.programs.map((p) => ({ ...p, step: p.step.map(({ waits: _, ...i }) => i) })),
+  };
+  const [want, got] = await Promise.all([plan, damaged].map((p) => train([openCpu(p, { isHeld: () => true })], p, undefined, 1)));
+  expect(got!.metrics).not.toEqual(want!.metrics);
+});
