@@ -55,7 +55,8 @@ export function secondsText(seconds: number): string {
   const [value, unit] = seconds >= 1 ? [seconds, "s"] : seconds >= 1e-3 ? [1e3 * seconds, "ms"] : [1e6 * seconds, "µs"];
   return `${value >= 1000 ? countText(Math.round(value)) : value.toPrecision(3)} ${unit}`;
 }
-/** Formats a rate of arithmetic: `412 TFLOP/s`. */
-export const rateText = (perSecond: number): string => `${(perSecond / 1e12).toPrecision(3)} TFLOP/s`;
+/** Formats a rate of arithmetic: `412 TFLOP/s`, `1.35 GFLOP/s`. */
+export const rateText = (perSecond: number): string =>
+  perSecond >= 1e12 ? `${(perSecond / 1e12).toPrecision(3)} TFLOP/s` : `${(perSecond / 1e9).toPrecision(3)} GFLOP/s`;
 /** Formats a share: `41.2 %`. */
 export const percentOf = (share: number): string => `${(100 * share).toFixed(1)} %`;

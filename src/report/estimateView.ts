@@ -85,9 +85,9 @@ export function printTimeSection(view: EstimateView | undefined, width: number):
     ...headLines(view, width),
     ...fitLines(
       [
-        dim(
-          `  by the profile ${profile.name} (${profile.device}, ${profile.stack}): of the kernels' time ${percentOf(sources.measured)} was measured at these shapes, ${percentOf(sources.interpolated)} near them, ${percentOf(sources.law)} follows from laws`,
-        ),
+        `  ${dim(
+          `by the profile ${profile.name} (${profile.device}, ${profile.stack}): of the kernels' time ${percentOf(sources.measured)} was measured at these shapes, ${percentOf(sources.interpolated)} near them, ${percentOf(sources.law)} follows from laws`,
+        )}`,
       ],
       width,
     ),

@@ -39,7 +39,11 @@ function jobText(row: PublishedRow): string {
       ...(row.layout === "-" ? {} : { layout: row.layout }),
       distributed_optimizer: true,
     },
-    train: { micro_batch: n("mbs"), global_batch: n("gbs"), steps: 1, precision: "bf16", optimizer: { lr: 1e-4 }, ...recompute },
+    train: {
+      ...{ micro_batch: n("mbs"), global_batch: n("gbs"), steps: 1, precision: "bf16", ...recompute },
+      ...(row.state === "bf16" ? { gradients: "bf16" } : {}),
+      optimizer: { lr: 1e-4, ...(row.state === "bf16" ? { moments: "bf16" } : {}) },
+    },
     data: { path: "corpus.txt", tokenizer: "bytes" },
     cluster: { device: deviceOfRow(row) },
   });
@@ -66,8 +70,10 @@ export async function estimateRow(row: PublishedRow): Promise<Estimate> {
   const profile = packageProfile(name);
   if (!profile) throw new Error(`there is no profile ${name}`);
   const hidden = (["experts", "data", "tensor"] as const).filter((what) => row.hidden?.split(" ").includes(what));
+  // DeepEP and HybridEP need no count on the host, which runs ahead; the all-to-all of Megatron waits for one in each layer
+  const captured = row.graphs === "yes" || row.dispatcher === "per_node";
   return estimate(await planOfRow(row), {
     profile,
-    assumed: { sendsPerNode: row.dispatcher === "per_node", captured: row.graphs === "yes", hidden },
+    assumed: { sendsPerNode: row.dispatcher === "per_node", captured, hidden },
   });
 }
