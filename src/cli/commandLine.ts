@@ -28,6 +28,7 @@ import { registerPack } from "./pack.ts";
 import { parserError } from "./parserErrors.ts";
 import { registerRun } from "./run.ts";
 import { registerSchema } from "./schema.ts";
+import { registerSearch } from "./search.ts";
 import { registerServe } from "./serve.ts";
 import { registerView } from "./view.ts";
 
@@ -39,6 +40,7 @@ const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
   registerInspect,
   registerDiff,
   registerView,
+  registerSearch,
   registerRun,
   registerEval,
   registerData,

@@ -31,6 +31,7 @@ const layers = [
   { name: "frontend", holds: /^src\/frontend\/(shapeFaults|keyEdits|readJob|readJobNow|explain)\.ts$/ },
   { name: "compile", holds: /^src\/compile\.ts$/ },
   { name: "explanations that compile a job", holds: /^src\/frontend\// },
+  { name: "search", holds: /^src\/search\// },
   { name: "converters", holds: /^src\/convert\// },
   { name: "page of a plan", holds: /^src\/page\// },
   { name: "library", holds: /^src\/index\.ts$/ },

@@ -1,0 +1,72 @@
+import { type Command, InvalidArgumentError } from "commander";
+import { deviceNames } from "../../schemas/devices.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { atLeastOne, type CommonOptions, withExamples, withFormat, withSet } from "./options.ts";
+import { endProgress, occasionalProgress, printJson, printReport, reportWidth } from "./output.ts";
+
+interface SearchArguments extends CommonOptions {
+  readonly gpus?: number;
+  readonly device?: string;
+  readonly profile?: string;
+  readonly fix: readonly string[];
+  readonly top: number;
+  readonly plans: number;
+}
+
+/** Registers `search`: the fastest mesh for a job. */
+export function registerSearch(program: Command): void {
+  withExamples(
+    withSet(withFormat(program.command("search").description("find the fastest mesh for a job that fits its device")))
+      .argument("<job>", "the YAML file of a job; its degrees are replaced")
+      .option("--gpus <n>", "the number of ranks (default: parallel.world)", atLeastOne)
+      .option("--device <name>", "the device (default: cluster.device)")
+      .option("--profile <file>", "a device profile, by name or file (default: that of the device)")
+      .option(
+        "--fix <key=value>",
+        "keep a key: tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute (repeatable)",
+        given,
+        [],
+      )
+      .option("--top <n>", "rows of the table", atLeastOne, 10)
+      .option("--plans <n>", "plans to compile at most", atLeastOne, 24),
+    "search job.yaml",
+    "search job.yaml --gpus 64 --device h100-80gb",
+    "search job.yaml --fix tensor=1 --top 5 --format json",
+  ).action(runSearch);
+}
+
+function given(text: string, all: readonly string[]): string[] {
+  if (!/^[a-z_]+=[a-z0-9]+$/.test(text)) throw new InvalidArgumentError("Write KEY=VALUE, for example tensor=1.");
+  return [...all, text];
+}
+
+async function runSearch(path: string, options: SearchArguments): Promise<void> {
+  const { loadSearchJob } = await import("./searchJob.ts");
+  const { device } = options;
+  if (device !== undefined && !deviceNames.some((name) => name === device))
+    throw new Trouble(`there is no device ${device}`, `write one of ${deviceNames.join(", ")}`);
+  const { job, written } = await loadSearchJob(path, options);
+  const { profileFor } = await import("./deviceProfile.ts");
+  const profile = profileFor(job.cluster.device, options.profile);
+  if (!profile)
+    throw new Trouble(
+      `${job.cluster.device} has no device profile, so no step can be estimated`,
+      "name a profile with --profile, or another device with --device",
+    );
+  const [{ fixedKeys }, { search }, { printSearch }, { settingsOf }] = await Promise.all([
+    import("./searchJob.ts"),
+    import("../search/search.ts"),
+    import("../search/searchText.ts"),
+    import("../search/choice.ts"),
+  ]);
+  const fixed = fixedKeys(options.fix);
+  const print = occasionalProgress();
+  const result = search(job, { profile, fixed, written, plans: options.plans, onProgress: (line) => print(`search: ${line}`) });
+  endProgress();
+  if (options.format === "json") {
+    const { best, ...rest } = result;
+    const named = best.slice(0, options.top).map((candidate) => ({ ...candidate, set: settingsOf(job, candidate.choice) }));
+    return printJson({ format_version: "1.0", device: job.cluster.device, ranks: job.parallel.world, best: named, ...rest });
+  }
+  printReport(printSearch(job, result, { top: options.top, width: reportWidth(), fixed }).join("\n"));
+}

@@ -1,0 +1,66 @@
+/** Reads the job of `search`: its degrees are free, so rules judge the choices and not the file. */
+import { completeJob, type Job, JobText } from "../../schemas/job.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { hasErrors } from "../frontend/diagnostic.ts";
+import { readSource } from "../frontend/jobFiles.ts";
+import { readQuickly } from "../frontend/readJob.ts";
+import { type FixedKeys, type RecomputeChoice, recomputeChoices, type SearchedKey, searchedKeys } from "../search/choice.ts";
+import { jobFiles } from "./jobFiles.ts";
+import { InvalidJob, jobTextAt, printFindings } from "./loadPlan.ts";
+import type { JobOptions } from "./options.ts";
+import { interpretSchemas } from "./zodSettings.ts";
+
+/** What a search changes in a job before it begins. */
+export interface SearchedJob extends JobOptions {
+  readonly gpus?: number;
+  readonly device?: string;
+}
+
+/** The job of a search: with degrees of 1, and as its file has it if it has as many ranks. */
+export interface SearchedJobs {
+  readonly job: Job;
+  readonly written?: Job;
+}
+
+/** Returns the job of a search. Prints findings and throws InvalidJob if a key is wrong, or a Trouble if the file cannot be read. */
+export async function loadSearchJob(path: string, { set, overlay, gpus, device }: SearchedJob): Promise<SearchedJobs> {
+  interpretSchemas();
+  const text = await jobTextAt(path);
+  const sets = [...set, ...(device === undefined ? [] : [`cluster.device=${device}`])];
+  const files = jobFiles(overlay);
+  const { source, findings } = readSource(text, path, sets, files);
+  const read = JobText.safeParse(source.value);
+  if (hasErrors(findings) || !read.success) {
+    await printFindings(readQuickly(text, path, sets, files).findings);
+    throw new InvalidJob();
+  }
+  const { data: _, layout: __, ...parallel } = read.data.parallel;
+  const world = gpus ?? parallel.world;
+  const { nodes: ___, ...cluster } = read.data.cluster;
+  const job = completeJob({
+    ...read.data,
+    cluster,
+    parallel: {
+      ...{ ...parallel, world, tensor: 1, pipeline: 1, virtual_pipeline: 1, context: 1, expert: 1, expert_tensor: 1 },
+      ...{ sequence: false, layout: null },
+    },
+  });
+  return { job, ...(world === parallel.world && { written: completeJob(read.data) }) };
+}
+
+/** Parses the values of `--fix`. Throws a Trouble if a key or a value is unknown. */
+export function fixedKeys(texts: readonly string[]): FixedKeys {
+  const fixed: Partial<Record<SearchedKey, number | RecomputeChoice>> = {};
+  for (const text of texts) {
+    const [name = "", value = ""] = text.split("=");
+    const key = searchedKeys.find((known) => known === name);
+    if (key === undefined) throw new Trouble(`--fix ${text}: search does not choose ${name}`, `write one of ${searchedKeys.join(", ")}`);
+    const mode = recomputeChoices.find((known) => known === value);
+    if (key === "recompute") {
+      if (mode === undefined) throw new Trouble(`--fix ${text}: unknown value`, `write one of ${recomputeChoices.join(", ")}`);
+      fixed.recompute = mode;
+    } else if (/^[1-9]\d{0,5}$/.test(value)) fixed[key] = Number(value);
+    else throw new Trouble(`--fix ${text}: ${value} is not a number from 1 to 999,999`, `write ${key}=N`);
+  }
+  return fixed;
+}

@@ -1,0 +1,118 @@
+/**
+ * A forecast of a choice in closed form, in microseconds of work: seconds of a step and bytes of a rank. It orders the choices, so that only the
+ * most promising are compiled; it decides nothing.
+ */
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import type { Job } from "../../schemas/job.ts";
+import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
+import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
+import type { GroupTopology } from "../analysis/estimate/topology.ts";
+import { modelFlops } from "../analysis/modelFlops.ts";
+import { parameterCount } from "../analysis/parameterCount.ts";
+import type { JobChoice } from "./choice.ts";
+
+/** A forecast: seconds of a step, bytes of the rank with the most memory. */
+export interface Forecast {
+  readonly seconds: number;
+  readonly bytes: number;
+}
+
+/** What forecasts of all choices of a job share. */
+export interface ForecastBase {
+  readonly job: Job;
+  readonly profile: DeviceProfile;
+  /** Parameters of routed experts, and all others. */
+  readonly routed: number;
+  readonly shared: number;
+  readonly flops: number;
+}
+
+/** Returns what the forecasts of a job share. */
+export function forecastBase(job: Job, profile: DeviceProfile): ForecastBase {
+  const { model } = job;
+  const all = parameterCount(model);
+  const routed = model.moe ? all - parameterCount({ ...model, moe: { ...model.moe, experts: 0 } }) : 0;
+  return { job, profile, routed, shared: all - routed, flops: modelFlops(model) * job.train.global_batch };
+}
+
+/** Share of the peak that large products reach, and the rows at which a product reaches half of that. */
+const SHARE = 0.6;
+const HALF_ROWS = 96;
+
+/** Returns how a group lies on nodes whose ranks are `stride` apart. */
+function groupOf(ranks: number, stride: number, perHost: number): GroupTopology {
+  const perNode = Math.max(1, Math.min(ranks, Math.floor(perHost / stride)));
+  return { ranks, nodes: Math.ceil(ranks / perNode), perNode };
+}
+
+/** Forecasts a choice. */
+export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
+  const { job, profile, flops } = base;
+  const { model, train, parallel, cluster } = job;
+  const { tensor, pipeline, virtual_pipeline: chunks, context, expert, expert_tensor, micro_batch, recompute } = choice;
+  const { world } = parallel;
+  const { links } = profile;
+  const data = world / (tensor * context * pipeline);
+  const microbatches = train.global_batch / (micro_batch * data);
+  const bytes = train.precision === "fp32" ? 4 : 2;
+  const layers = model.layers / pipeline;
+  const topology = (ranks: number, stride: number) => groupOf(ranks, stride, cluster.gpus_per_node);
+
+  // tokens of a microbatch on a rank, between products
+  const tokens = (micro_batch * model.seq) / (context * tensor);
+  const rows = model.moe ? tokens * model.moe.top_k : 0;
+  const width = model.moe?.latent ?? model.hidden;
+  const rowsOfExpert = model.moe ? (rows * expert * expert_tensor) / model.moe.experts : tokens * tensor;
+  const share = (SHARE * rowsOfExpert) / (rowsOfExpert + HALF_ROWS) / (1 + 0.04 * Math.log2(tensor));
+  const again = { job: 1, none: 1, selective: 1.03, full: 4 / 3 }[recompute];
+  const peak = hardwareOf(profile).peak[train.precision === "fp32" ? "f32" : "bf16"];
+  const compute = (flops * again) / world / microbatches / (share * peak);
+
+  const dense = tokens * tensor * model.hidden * bytes;
+  const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
+  const exchange = collectiveSeconds(links, "all_to_all", rows * width * bytes, topology(expert, expert_tensor));
+  const gathered = rows * expert_tensor * width * bytes;
+  const ofExperts = 4 * exchange + 4 * collectiveSeconds(links, "all_gather", gathered, topology(expert_tensor, 1));
+  const keys = 2 * tokens * tensor * model.kv_heads * model.head_dim * bytes;
+  const ring = context > 1 ? 1.5 * collectiveSeconds(links, "all_gather", (keys * context) / tensor, topology(context, tensor)) : 0;
+  const send =
+    pipeline > 1 ? 2 * chunks * transferSeconds(links, tokens * model.hidden * bytes, world / pipeline >= cluster.gpus_per_node) : 0;
+  const micro = compute + layers * (ofTensor + ofExperts + ring) * (recompute === "full" ? 1.4 : 1) + send;
+
+  const [ownShared, ownRouted] = [base.shared / (tensor * pipeline), base.routed / (expert * expert_tensor * pipeline)];
+  const [replicas, expertReplicas] = [data * context, world / (pipeline * expert * expert_tensor)];
+  const reduce = (count: number, ranks: number, stride: number): number =>
+    collectiveSeconds(links, "reduce_scatter", 4 * count, topology(ranks, stride)) +
+    collectiveSeconds(links, "all_gather", bytes * count, topology(ranks, stride));
+  const step = reduce(ownShared, replicas, tensor) + reduce(ownRouted, expertReplicas, expert * expert_tensor);
+  const seconds = micro * (microbatches + (pipeline - 1) / chunks) + step;
+
+  const weights = (bytes + 4) * (ownShared + ownRouted) + 12 * (ownShared / replicas + ownRouted / expertReplicas);
+  return { seconds, bytes: weights + activations(base, choice, { tokens, rows, layers, bytes, microbatches }) };
+}
+
+interface Activity {
+  readonly tokens: number;
+  readonly rows: number;
+  readonly layers: number;
+  readonly bytes: number;
+  readonly microbatches: number;
+}
+
+/** Returns the bytes of activations of the first stage, which keeps those of most microbatches. */
+function activations({ job: { model } }: ForecastBase, choice: JobChoice, { tokens, rows, layers, bytes, microbatches }: Activity): number {
+  const { moe, hidden, heads, kv_heads, head_dim, ffn } = model;
+  // the rows for which memory is reserved, over the balanced load; in the worst case all ranks of a group choose the experts of one
+  const worst = moe ? (choice.expert * Math.min(moe.top_k, moe.experts / choice.expert)) / moe.top_k : 1;
+  const reserved = moe?.rows_bound === "worst" ? worst : (moe?.rows_bound ?? 1);
+  const attention = tokens * (5 * hidden + 2 * (heads + kv_heads) * head_dim);
+  const inner = moe ? rows * reserved * (hidden + 3 * moe.ffn) : tokens * 3 * ffn;
+  const perLayer = bytes * (attention + inner);
+  const kept = choice.recompute === "full" ? bytes * tokens * hidden : choice.recompute === "selective" ? 0.6 * perLayer : perLayer;
+  const copies =
+    Math.min(microbatches, choice.pipeline) *
+    (choice.virtual_pipeline > 1 ? 1 + (choice.pipeline - 1) / (choice.pipeline * choice.virtual_pipeline) : 1);
+  const logits = (choice.pipeline === 1 ? 1 : 0) * tokens * model.vocab * (bytes + 2);
+  const workspace = perLayer + (moe ? bytes * rows * reserved * hidden * 2 : 0);
+  return kept * layers * copies + workspace + logits;
+}

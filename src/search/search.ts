@@ -1,0 +1,208 @@
+/**
+ * Finds the fastest way to run a job on some ranks. All choices whose sizes divide are ordered by a forecast in closed form; rules, exact memory
+ * and the estimate of the compiled plan then judge the most promising ones.
+ */
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import { deviceOf } from "../../schemas/devices.ts";
+import type { Job } from "../../schemas/job.ts";
+import { sumOfParts, type TimeParts } from "../analysis/estimate/blockRun.ts";
+import { estimate } from "../analysis/estimate/estimate.ts";
+import { compile } from "../compile.ts";
+import { peakOf } from "../rules/all.ts";
+import { quick } from "../rules/quick.ts";
+import { choicesOf, type FixedKeys, type JobChoice, jobWith, searchedKeys } from "./choice.ts";
+import { forecast, forecastBase } from "./forecast.ts";
+
+/** Settings of a search. */
+export interface SearchOptions {
+  readonly profile: DeviceProfile;
+  readonly fixed?: FixedKeys;
+  /** Plans to compile at most; default 24. */
+  readonly plans?: number;
+  /** The job with the degrees that its file has, to compare with. */
+  readonly written?: Job | undefined;
+  /** Receives a line for each compiled plan. */
+  readonly onProgress?: (line: string) => void;
+}
+
+/** A choice that does not fit. */
+export interface TooLarge {
+  readonly choice: JobChoice;
+  /** Bytes of the rank with the most memory. */
+  readonly peak: number;
+}
+
+/** A compiled choice. */
+export interface Candidate extends TimedPlan {
+  readonly choice: JobChoice;
+}
+
+/** The time and the memory of a plan. */
+export interface TimedPlan {
+  readonly seconds: number;
+  readonly tokens_per_second: number;
+  readonly model_flops_per_second: number;
+  /** Bytes of the rank with the most memory. */
+  readonly peak: number;
+  /** The seconds of the busiest stage by part; they add up to the step. */
+  readonly parts: Readonly<Record<string, number>>;
+}
+
+/** Choices that were not compiled, by their reason. */
+export interface RuledOut {
+  /** The code and title of a rule, or `memory`. */
+  readonly reason: string;
+  readonly choices: number;
+}
+
+/** The result of a search. */
+export interface SearchResult {
+  /** Compiled choices that fit, the fastest first. */
+  readonly best: readonly Candidate[];
+  /** Choices whose exact memory does not fit, the least first. */
+  readonly tooLarge: readonly TooLarge[];
+  /** The job as its file has it; undefined if it has errors or another number of ranks. */
+  readonly written?: TimedPlan;
+  readonly choices: number;
+  readonly ruledOut: readonly RuledOut[];
+  readonly memory: number;
+}
+
+/** Choices of one mesh that are compiled at most: their forecasts differ little. */
+const PER_MESH = 3;
+/** A forecast of memory may be too high by this factor. */
+const DOUBT = 1.35;
+/** The share of its calibrated forecast below which no estimate is expected. */
+const MARGIN = 0.8;
+/** Plans that are compiled before the search may end early. */
+const LEAST = 8;
+/** Exact sizes after which forecasts of memory are corrected, and the share of a corrected forecast that is believed. */
+const FEW = 3;
+const CLOSE = 0.9;
+/** Choices whose exact memory may be too large before the search ends. */
+const MOST_TOO_LARGE = 64;
+
+/** Searches. Throws a BrokenInvariant for bugs alone; a job that no choice fits has an empty `best`. */
+export function search(job: Job, { profile, fixed = {}, plans = 24, written, onProgress }: SearchOptions): SearchResult {
+  const memory = deviceOf(job.cluster.device).memory;
+  const base = forecastBase(job, profile);
+  const all = [...choicesOf(job, fixed)].map((choice) => ({ choice, ...forecast(base, choice) }));
+  const fitting = all.filter(({ bytes }) => bytes <= DOUBT * memory);
+  const ruledOut = new Map<string, number>();
+  const count = (reason: string, n = 1): void => void ruledOut.set(reason, (ruledOut.get(reason) ?? 0) + n);
+  if (fitting.length < all.length) count("memory", all.length - fitting.length);
+
+  const judged: Candidate[] = [];
+  const tooLarge: TooLarge[] = [];
+  const ratios: number[] = [];
+  const sizes: number[] = [];
+  const perMesh = new Map<string, number>();
+  // where nothing fits, the choices with the least memory show how much is missing
+  const order = fitting.length > 0 ? fitting.sort((a, b) => a.seconds - b.seconds) : all.sort((a, b) => a.bytes - b.bytes);
+  for (const { choice, seconds, bytes } of order) {
+    if (judged.length >= plans || tooLarge.length >= MOST_TOO_LARGE || isDone(judged, ratios, seconds)) break;
+    const mesh = meshKey(choice);
+    if ((perMesh.get(mesh) ?? 0) >= PER_MESH) continue;
+    // exact sizes correct the forecasts of the choices that follow
+    if (fitting.length > 0 && sizes.length >= FEW && bytes * median(sizes) * CLOSE > memory) {
+      count("memory");
+      continue;
+    }
+    const candidate = jobWith(job, choice);
+    const broken = firstError(candidate);
+    if (broken !== undefined) {
+      count(broken);
+      continue;
+    }
+    perMesh.set(mesh, (perMesh.get(mesh) ?? 0) + 1);
+    const { bytes: peak } = peakOf(candidate);
+    sizes.push(peak / bytes);
+    if (peak > memory) tooLarge.push({ choice, peak });
+    else {
+      const result = { choice, ...timed(candidate, profile) };
+      judged.push(result);
+      ratios.push(result.seconds / seconds);
+    }
+    onProgress?.(`${judged.length} of at most ${plans} plans, ${tooLarge.length} too large, best ${bestText(judged)}`);
+  }
+  return {
+    best: judged.sort((a, b) => a.seconds - b.seconds),
+    tooLarge: tooLarge.sort((a, b) => a.peak - b.peak),
+    ...(written && firstError(written) === undefined && { written: timed(written, profile) }),
+    ...{ choices: all.length, memory },
+    ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
+  };
+}
+
+const median = (numbers: readonly number[]): number => numbers.toSorted((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? 1;
+
+const meshKey = ({ tensor, pipeline, context, expert, expert_tensor }: JobChoice): string =>
+  [tensor, pipeline, context, expert, expert_tensor].join();
+
+/** Returns whether later choices, whose forecasts are slower, cannot be faster than the best so far. */
+function isDone(judged: readonly Candidate[], ratios: readonly number[], seconds: number): boolean {
+  if (judged.length < LEAST) return false;
+  const sorted = ratios.toSorted((a, b) => a - b);
+  const ratio = sorted[Math.floor(sorted.length / 4)] ?? 1;
+  return seconds * ratio * MARGIN > Math.min(...judged.map((c) => c.seconds));
+}
+
+/** Returns the first error of the rules, as code and title. */
+function firstError(job: Job): string | undefined {
+  for (const rule of quick) if (rule.level === "error" && [...rule.check(job)].length > 0) return `${rule.code} ${rule.title}`;
+  return undefined;
+}
+
+function timed(job: Job, profile: DeviceProfile): TimedPlan {
+  const { plan } = compile(job);
+  const result = estimate(plan, { profile });
+  const busiest = result.stages.find(({ stage }) => stage === result.busiest) ?? result.stages[0];
+  return {
+    ...{ seconds: result.seconds, tokens_per_second: result.tokens_per_second, model_flops_per_second: result.model_flops_per_second },
+    ...{ peak: Math.max(...plan.memory.map((m) => m.peak)), parts: busiest ? partsOf(busiest.parts) : {} },
+  };
+}
+
+/** Returns the parts of a step: products and other kernels, waiting for communication by axes, launches, waiting for other stages. */
+function partsOf(parts: TimeParts): Readonly<Record<string, number>> {
+  const { kernels, exposed, launches, bubble } = parts;
+  const named = { ...kernels, ...Object.fromEntries([...exposed].map(([axes, s]) => [`waits for ${axes}`, s])), launches, bubble };
+  return sumOfParts(parts) > 0 ? named : {};
+}
+
+function bestText(judged: readonly Candidate[]): string {
+  const best = Math.min(...judged.map(({ seconds }) => seconds));
+  return Number.isFinite(best) ? `${best.toFixed(2)} s a step` : "none that fits yet";
+}
+
+/** Returns the candidates that no other beats in both memory and time, by falling memory. */
+export function frontOf(candidates: readonly Candidate[]): Candidate[] {
+  const isBeaten = (c: Candidate): boolean =>
+    candidates.some((o) => o !== c && o.seconds <= c.seconds && o.peak <= c.peak && (o.seconds < c.seconds || o.peak < c.peak));
+  return candidates.filter((c) => !isBeaten(c)).sort((a, b) => b.peak - a.peak);
+}
+
+/** What another value of one key would cost. */
+export interface Alternative {
+  readonly key: (typeof searchedKeys)[number];
+  readonly value: number | string;
+  readonly instead: number | string;
+  /** Seconds that the best candidate saves against the best with the other value. */
+  readonly saved: number;
+  /** The part of the step that changes most, and its change in seconds. */
+  readonly part: { readonly name: string; readonly saved: number };
+}
+
+/** Returns for each key the best candidate with another value, compared with the winner. */
+export function alternativesOf(best: readonly Candidate[]): Alternative[] {
+  const [winner, ...others] = best;
+  if (!winner) return [];
+  return searchedKeys.flatMap((key): Alternative[] => {
+    const other = others.find((c) => c.choice[key] !== winner.choice[key]);
+    if (!other) return [];
+    const names = [...new Set([...Object.keys(winner.parts), ...Object.keys(other.parts)])];
+    const changes = names.map((name) => ({ name, saved: (other.parts[name] ?? 0) - (winner.parts[name] ?? 0) }));
+    const part = changes.reduce((a, b) => (b.saved > a.saved ? b : a), { name: "none", saved: 0 });
+    return [{ key, value: winner.choice[key], instead: other.choice[key], saved: other.seconds - winner.seconds, part }];
+  });
+}

@@ -1,0 +1,90 @@
+/** `rankc search`: the fastest choice that fits, which rules allow, and what is said where none fits. */
+import { expect, test } from "vitest";
+import { estimate } from "../../src/analysis/estimate/estimate.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
+import { compile } from "../../src/compile.ts";
+import { readJob } from "../../src/frontend/readJobNow.ts";
+import { textWidth } from "../../src/report/textLayout.ts";
+import { peakOf } from "../../src/rules/all.ts";
+import { choicesOf, jobWith, settingsOf } from "../../src/search/choice.ts";
+import { alternativesOf, frontOf, search } from "../../src/search/search.ts";
+import { printSearch } from "../../src/search/searchText.ts";
+import { jobOf } from "../support/job.ts";
+import { rankc } from "../support/rankc.ts";
+
+const text = `
+name: small
+model: {layers: 4, hidden: 1024, ffn: 2048, heads: 8, vocab: 4096, seq: 1024, moe: {experts: 8, top_k: 2, ffn: 1024, rows_bound: 2}}
+parallel: {world: 4}
+train: {global_batch: 32, steps: 10, optimizer: {lr: 1.0e-3}}
+data: {path: corpus.txt}
+cluster: {nodes: 1, gpus_per_node: 8, device: h100-80gb}
+`;
+const { job } = readJob(text, "small.yaml", []);
+if (!job) throw new Error("the job of the test is invalid");
+const profile = packageProfile("h100-80gb");
+if (!profile) throw new Error("there is no profile of the H100");
+
+test("the first choice is the fastest of all that rules allow, and what it prints compiles to the same step", () => {
+  // few enough to compile all of them
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", virtual_pipeline: 1, tensor: 1 } as const;
+  const all = [...choicesOf(job, fixed)].flatMap((choice) => {
+    const candidate = readJob(text, "small.yaml", settingsOf(job, choice)).job;
+    return candidate ? [estimate(compile(candidate).plan, { profile }).seconds] : [];
+  });
+  expect(all.length).toBeGreaterThan(5);
+  const lines: string[] = [];
+  const result = search(job, { profile, fixed, onProgress: (line) => lines.push(line) });
+  const [best] = result.best;
+  expect(best?.seconds).toBe(Math.min(...all));
+  expect(lines.length).toBe(result.best.length);
+  for (const { choice, peak } of result.best) {
+    expect(choice).toMatchObject(fixed);
+    expect(peak).toBe(peakOf(jobWith(job, choice)).bytes);
+  }
+  const front = frontOf(result.best);
+  expect(front[0]).toBe(best);
+  for (const [i, c] of front.entries()) if (i > 0) expect(c.peak).toBeLessThan(front[i - 1]?.peak ?? 0);
+  for (const { saved } of alternativesOf(result.best)) expect(saved).toBeGreaterThanOrEqual(0);
+  for (const line of printSearch(job, result, { top: 10, width: 80, fixed })) expect(textWidth(line), line).toBeLessThanOrEqual(80);
+});
+
+test("layers that stages cannot share evenly are spread by a layout, each once", () => {
+  const uneven = { ...job, model: { ...job.model, layers: 7 }, parallel: { ...job.parallel, world: 8 } };
+  const layouts = [...choicesOf(uneven, { tensor: 1, context: 1, micro_batch: 1, expert: 1 })].map(
+    (c) => jobWith(uneven, c).parallel.layout,
+  );
+  const written = layouts.filter((layout) => layout !== null);
+  expect(written.length).toBeGreaterThan(0);
+  for (const layout of written) {
+    const places = layout.replace(/t\*(\d+)/g, (_, n: string) => "t".repeat(Number(n))).replaceAll("|", "");
+    expect(places).toBe("EtttttttL");
+  }
+});
+
+test("where nothing fits, the least memory, the given keys and the ways out are named", async () => {
+  const big = jobOf({
+    ...{ name: "big", model: { layers: 8, hidden: 8192, heads: 64, ffn: 28672, vocab: 32000, seq: 2048 } },
+    ...{ parallel: { world: 1 }, train: { global_batch: 8, steps: 1, optimizer: { lr: 1e-3 } }, data: { path: "corpus.txt" } },
+    cluster: { nodes: 1, gpus_per_node: 8, device: "h100-80gb" },
+  });
+  const result = search(big, { profile, fixed: { recompute: "full" }, plans: 2 });
+  expect(result.best).toEqual([]);
+  const printed = printSearch(big, result, { top: 3, width: 80, fixed: { recompute: "full" } }).join("\n");
+  expect(printed).toMatch(/nothing fits: the least memory found is 1\d\d(\.\d)? GiB, and the device has 80/);
+  expect(printed).toContain("--fix recompute=full");
+});
+
+test("the command prints a table or JSON, and refuses unknown keys and devices without a profile", async () => {
+  const path = "plans/tiny-mixtral/job.yaml";
+  const fixes = ["--fix", "tensor=2", "--fix", "pipeline=1", "--fix", "context=1", "--fix", "micro_batch=1"];
+  const out = await rankc("search", path, "--device", "h100-80gb", "--gpus", "4", "--plans", "2", "--format", "json", ...fixes);
+  const { best, ranks } = JSON.parse(out.out);
+  expect(ranks).toBe(4);
+  expect(best.length).toBe(2);
+  expect(best[0].choice).toMatchObject({ tensor: 2, pipeline: 1 });
+  expect(best[0].set).toContain("parallel.tensor=2");
+  expect((await rankc("search", path, "--fix", "speed=1", "--device", "h100-80gb")).err).toContain("search does not choose speed");
+  expect((await rankc("search", path)).err).toContain("cpu has no device profile");
+  expect((await rankc("search", path, "--device", "h9000")).err).toContain("there is no device h9000");
+});
