@@ -464,10 +464,20 @@ describe("arguments", () => {
   });
 
   test("an unsupported argument with Megatron's default has no effect", () => {
-    expect(refusalOf({ "main-grads-dtype": "fp32", "glu-linear-offset": "0.0" })).toBe("");
-    expect(refusalOf({ "main-grads-dtype": "bf16", "use-precision-aware-optimizer": "", "use-distributed-optimizer": "" })).toContain(
-      "main weights, gradients and moments are imported in fp32",
-    );
+    expect(refusalOf({ "main-params-dtype": "fp32", "glu-linear-offset": "0.0" })).toBe("");
+    expect(refusalOf({ ...precise, "main-params-dtype": "fp16" })).toContain("main weights are exact");
+  });
+
+  const precise = { "use-precision-aware-optimizer": "", "use-distributed-optimizer": "" };
+  test("sums of gradients and moments are imported in bf16 where Megatron has them in bf16", () => {
+    const { train } = jobOf({ ...precise, "main-grads-dtype": "bf16", "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16" });
+    expect([train.gradients, train.optimizer.moments]).toEqual(["bf16", "bf16"]);
+    expect(jobOf({ "grad-reduce-in-bf16": "" }).train.gradients).toBe("bf16");
+    // fp32 sums that are asked for win, and without --bf16 Megatron does not read it
+    expect(jobOf({ "grad-reduce-in-bf16": "", "accumulate-allreduce-grads-in-fp32": "" }).train.gradients).toBe("f32");
+    expect(jobOf({ "grad-reduce-in-bf16": "", bf16: null }).train.gradients).toBe("f32");
+    expect(refusalOf({ ...precise, "exp-avg-dtype": "bf16" })).toContain("both moments have one type");
+    expect(refusalOf({ ...precise, "exp-avg-dtype": "fp8", "exp-avg-sq-dtype": "fp8" })).toContain("both moments have one type");
   });
 
   test("an unknown argument is an error with the nearest name", () => {
@@ -716,9 +726,9 @@ describe("public recipes", () => {
         " ",
       );
     const act = (drop: readonly string[]) => importMegatron({ kind: "words" }, { name: "a", world: 8, words, drop });
-    expect(problemsOf(() => act([])).map((problem) => problem.split(":")[0])).toEqual(["--decoupled-lr 5.0e-4", "--grad-reduce-in-bf16"]);
-    const { train, model, parallel } = complete(act(["decoupled-lr", "grad-reduce-in-bf16"]));
-    expect(train).toMatchObject({ steps: 15258789, loss_weighting: "token" });
+    expect(problemsOf(() => act([])).map((problem) => problem.split(":")[0])).toEqual(["--decoupled-lr 5.0e-4"]);
+    const { train, model, parallel } = complete(act(["decoupled-lr"]));
+    expect(train).toMatchObject({ steps: 15258789, loss_weighting: "token", gradients: "bf16" });
     // 40 million elements: of gradients in 4 bytes, of parameters in 2
     expect(parallel).toMatchObject({ gradient_bucket: 153, parameter_bucket: 76, expert_overlap: "none" });
     expect(train.optimizer).toMatchObject({ decay_steps: 15228271.46875, warmup_steps: 30517.59375 });

@@ -24,6 +24,12 @@ export const mapped = [
       reset-position-ids reset-attention-mask eod-mask-loss`,
   },
   {
+    why: "is read with --bf16 alone",
+    names: `
+      grad-reduce-in-bf16 main-grads-dtype:fp32|bf16=fp32 exp-avg-dtype:fp32|fp16|bf16|fp8=fp32
+      exp-avg-sq-dtype:fp32|fp16|bf16|fp8=fp32`,
+  },
+  {
     why: "is on where biases are, except with --multi-latent-attention",
     names: `
       add-qkv-bias`,

@@ -227,17 +227,16 @@ export const unsupported: readonly (Section & { readonly instead: string })[] = 
       ckpt-convert-format:torch|torch_dist ckpt-convert-save:text ckpt-convert-update-legacy-dist-opt-format`,
   },
   {
-    why: "gradients are summed and the loss is computed in fp32",
-    instead: "--drop the argument for sums in fp32, which take more memory",
+    why: "the loss is computed in fp32",
+    instead: "--drop the argument for a loss in fp32, which takes more memory",
     names: `
-      grad-reduce-in-bf16 fp16-lm-cross-entropy output-logit-dtype:bf16|fp32`,
+      fp16-lm-cross-entropy output-logit-dtype:bf16|fp32`,
   },
   {
-    why: "main weights, gradients and moments are imported in fp32",
-    instead: "--drop the argument for fp32; train.gradients and train.optimizer.moments of the job may be bf16",
+    why: "main weights are exact: what bf16 weights lack of fp32 is kept beside them",
+    instead: "--drop the argument",
     names: `
-      main-grads-dtype:fp32|bf16=fp32 main-params-dtype:fp32|fp16=fp32 exp-avg-dtype:fp32|fp16|bf16|fp8=fp32
-      exp-avg-sq-dtype:fp32|fp16|bf16|fp8=fp32`,
+      main-params-dtype:fp32|fp16=fp32`,
   },
   {
     why: "weights are not sharded over data ranks",

@@ -20,6 +20,7 @@ export function putTrain({ args, job }: Importing, data: number): void {
   }
   if (args.has("calculate-per-token-loss")) job.put("train.loss_weighting", "token", ["calculate-per-token-loss"]);
   putPrecision({ args, job });
+  putStateTypes({ args, job });
   putRecompute({ args, job });
   job.put("train.seed", args.number("seed"), ["seed"]);
   job.put("train.init.std", args.number("init-method-std"), ["init-method-std"]);
@@ -63,6 +64,23 @@ function putPrecision({ args, job }: Importing): void {
   job.put("train.loss_scale.growth_interval", args.number("loss-scale-window"), ["loss-scale-window"]);
   job.put("train.loss_scale.hysteresis", args.number("hysteresis"), ["hysteresis"]);
   job.put("train.loss_scale.min", args.number("min-loss-scale"), ["min-loss-scale"]);
+}
+
+/** Puts the types of gradient sums and moments. Megatron reads `--grad-reduce-in-bf16` with `--bf16` alone, and sums in fp32 if that is asked for. */
+function putStateTypes({ args, job }: Importing): void {
+  const sums = ["grad-reduce-in-bf16", "main-grads-dtype"] as const;
+  const isReduced = args.has("grad-reduce-in-bf16") && !args.given.has("accumulate-allreduce-grads-in-fp32");
+  const isNarrow = args.has("bf16") && (isReduced || args.text("main-grads-dtype") === "bf16");
+  job.put("train.gradients", isNarrow ? "bf16" : "f32", sums);
+  const moments = ["exp-avg-dtype", "exp-avg-sq-dtype"] as const;
+  const types = moments.map((name) => args.text(name));
+  if (types.some((type) => type !== "fp32") && types.some((type) => type !== "bf16"))
+    job.refuse(
+      moments.map((name) => `--${name} ${args.text(name)}`).join(" "),
+      "both moments have one type, fp32 or bf16",
+      "give both as bf16, or leave both out",
+    );
+  job.put("train.optimizer.moments", types[0] === "bf16" ? "bf16" : "f32", moments);
 }
 
 const modules = new Set(["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]);
