@@ -5,7 +5,7 @@ import { setText } from "../frontend/diagnostic.ts";
 import { copy, deletePath, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
 import { memoryRule, type Peak } from "./memory.ts";
 import { quick } from "./quick.ts";
-import type { Rule, RuleResult } from "./rule.ts";
+import type { JobPath, Rule, RuleResult } from "./rule.ts";
 
 /** The smallest valid job, into which the example of each rule is merged. */
 export const smallest = `
@@ -55,8 +55,7 @@ const findingsOf = (rule: Rule, job: Job, source: Source, report: Report): Findi
     const set = cure?.set;
     if (set) report.taken = { ...report.taken, ...set };
     const at = placeOf(result.at, job, source);
-    const others = (result.related ?? []).flatMap((path) => placeOf(path, job, source) ?? []);
-    const related = others.map((place, i) => ({ label: result.related?.[i] ?? "", ...place })).filter((place) => isApart(place, at));
+    const related = (result.related ?? []).flatMap((path) => secondPlace(path, job, source, at));
     return {
       code: rule.code,
       level: rule.level,
@@ -84,9 +83,14 @@ function placeOf(path: string, job: Job, source: Source): Related | undefined {
   return { ...at, label: `${path} is not written${isPlain ? `: ${value}` : ""}` };
 }
 
-/** Whether a second place shows more than the first: a section without the key does not, if it is on the same line. */
-const isApart = (place: Related, at: Related | undefined): boolean =>
-  !at || "set" in at || "set" in place || place.line !== at.line || place.label?.includes(" ") === false;
+/** Returns a second place; none for a key that is not written, if the first place is on the line of its section, or if that is not written either. */
+function secondPlace(path: JobPath, job: Job, source: Source, at: Related | undefined): Related[] {
+  const place = placeOf(path, job, source);
+  if (!place) return [];
+  if (place.label === undefined) return [{ ...place, label: path }];
+  const isSeen = at && "line" in at && "line" in place && at.line === place.line;
+  return isSeen || valueAt(source.value, path.split(".").slice(0, 1)) === undefined ? [] : [place];
+}
 
 /**
  * Returns the first candidate change that removes the finding and causes no other, alone and together with the fixes of earlier findings. Fixes of
