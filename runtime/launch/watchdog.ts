@@ -193,4 +193,4 @@ async function serve(given: Given): Promise<void> {
   }
 }
 
-if ((workerData as Partial<Given> | null)?.watchdog) await serve(workerData as Given);
+if ((workerData as Partial<Given> | null)?.watchdog) void serve(workerData as Given);

@@ -95,4 +95,4 @@ async function answer(): Promise<Answer> {
   }
 }
 
-if (process.argv[1] === marker) process.send!(await answer());
+if (process.argv[1] === marker) void answer().then((a) => process.send?.(a));

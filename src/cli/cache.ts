@@ -1,41 +1,18 @@
 /**
- * Results that a later command needs again: peaks of jobs, compiled plans, and plans whose laws hold. Below the user's cache folder, one small file each,
- * in a folder named by the digest of the built command line, because a result is that of one state of the code. A checkout has no cache.
- * Every failure is ignored: the command computes again. A folder of another user is not read.
+ * Results that a later command needs again: peaks of jobs, compiled plans, and plans whose laws hold. One small file each in the folder of
+ * cacheFolder.ts. Every failure is ignored: the command computes again.
  */
-import { mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
-import { homedir } from "node:os";
+import { readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { deflateRawSync, inflateRawSync } from "node:zlib";
 import type { Job } from "../../schemas/job.ts";
 import type { KnownPeaks } from "../frontend/readJob.ts";
 import type { KnownPlans } from "../plan/read.ts";
 import { sha256 } from "../plan/seal.ts";
+import { cacheFolder } from "./cacheFolder.ts";
 
 /** The largest number of results that are kept. */
 const MOST = 1000;
-
-let opened: { readonly folder: string | undefined } | undefined;
-
-/** Returns the folder of the cache; undefined if there is none. */
-function cacheFolder(): string | undefined {
-  opened ??= { folder: openFolder() };
-  return opened.folder;
-}
-
-function openFolder(): string | undefined {
-  if (process.env.RANKC_CACHE === "off") return undefined;
-  try {
-    // the entry of the bundle names all its files, and their names hold their digests
-    const build = sha256(readFileSync(new URL("rankc.js", import.meta.url))).slice(0, 16);
-    const folder = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "rankc", `results-${build}`);
-    mkdirSync(folder, { recursive: true, mode: 0o700 });
-    const { uid, mode } = statSync(folder);
-    return (process.getuid?.() ?? uid) === uid && (mode & 0o022) === 0 ? folder : undefined;
-  } catch {
-    return undefined;
-  }
-}
 
 function read(name: string): unknown {
   const folder = cacheFolder();

@@ -1,4 +1,3 @@
-#!/usr/bin/env node
 /** The process of the command line: runs the command that its arguments name (commandLine.ts), and ends with its exit code. */
 import { unwritten } from "../../schemas/writing.ts";
 import { runCommandLine } from "./commandLine.ts";
@@ -14,7 +13,7 @@ for (const stream of [process.stdout, process.stderr]) {
   });
 }
 
-await runCommandLine(process.argv.slice(2), {
+void runCommandLine(process.argv.slice(2), {
   setCode: (code) => {
     process.exitCode = code;
   },

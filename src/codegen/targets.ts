@@ -72,7 +72,7 @@ export async function loadDeviceTargets(): Promise<(device: Device) => Target> {
   return (device) => loaded.get(device) ?? cpu;
 }
 
-const lenient = (target: Target): Target => ({
+const lenient = ({ weights: _, ...target }: Target): Target => ({
   ...target,
   generate: (spec) => {
     try {

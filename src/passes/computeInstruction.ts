@@ -1,7 +1,7 @@
 /** Compute instructions as passes emit them. `generateKernels` fills in the kernel. */
 import type { Compute } from "../../schemas/plan.ts";
 import { ops } from "../ops/index.ts";
-import { type AnyOp, expand, invariant } from "../ops/op.ts";
+import { type AnyOp, expand, invariant, type Operand } from "../ops/op.ts";
 import { pairs, type ShardedValue } from "./layout.ts";
 import type { ComputeStep } from "./sharding/steps.ts";
 
@@ -38,9 +38,26 @@ export function partsOf({ node, ins, outs, dims: shardedBy }: ComputeStep, buffe
   invariant(name !== "regrid", () => `${id}: a regrid is a reshard step`);
   const { inputs, outputs } = expand(node);
   const dims: Compute["dims"] = {};
-  for (const { dim } of [...inputs, ...outputs].flatMap((o) => (o.any ? [] : o.dimSpecs)))
-    dims[dim] = [size[dim] ?? 1, [...(shardedBy.get(dim) ?? [])]];
-  const reads = Object.fromEntries(pairs(inputs, ins).map(([o, v]) => [o.name, bufferOf(v)]));
-  const writes = Object.fromEntries(pairs(outputs, outs).map(([o, v]) => [o.name, bufferOf(v)]));
-  return { op: ops[name], id, reads, writes, dims, attrs: { ...attrs } };
+  for (const operands of [inputs, outputs])
+    for (const { any, dimSpecs } of operands)
+      if (!any) for (const { dim } of dimSpecs) dims[dim] ??= [size[dim] ?? 1, [...(shardedBy.get(dim) ?? [])]];
+  return {
+    op: ops[name],
+    id,
+    reads: buffersOf(inputs, ins, bufferOf),
+    writes: buffersOf(outputs, outs, bufferOf),
+    dims,
+    attrs: { ...attrs },
+  };
+}
+
+/** Returns the buffers of operands by their names. */
+function buffersOf(
+  operands: readonly Operand[],
+  values: readonly ShardedValue[],
+  bufferOf: (v: ShardedValue) => string,
+): Record<string, string> {
+  const named: Record<string, string> = {};
+  for (const [{ name }, value] of pairs(operands, values)) named[name] = bufferOf(value);
+  return named;
 }

@@ -3,7 +3,7 @@
  * of one microbatch for each chunk of layers, and one step block. Backward accumulates parameter gradients in place.
  */
 
-import { touchedBy, transportOps, writesOf } from "../../schemas/effects.ts";
+import { touchedBy, transportOps, visitTouched, writesOf } from "../../schemas/effects.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
@@ -168,8 +168,14 @@ function lowerMicrobatch(
 function assignKinds(buffers: BufferTable, program: Pick<Program, "chunks" | "step" | "inputs" | "evaluation">): Buffer[] {
   const inputs = new Set(program.inputs.map(({ buffer }) => buffer));
   const usedIn = new Map<string, Set<Block>>();
-  for (const block of blocksOf(program))
-    for (const i of block.instructions) for (const id of touchedBy(i, buffers)) usedIn.set(id, (usedIn.get(id) ?? new Set()).add(block));
+  for (const block of blocksOf(program)) {
+    const use = (id: string): void => {
+      const known = usedIn.get(id);
+      if (known) known.add(block);
+      else usedIn.set(id, new Set([block]));
+    };
+    for (const i of block.instructions) visitTouched(i, buffers, use);
+  }
   return [...buffers.values()].flatMap((b) => {
     const used = [...(usedIn.get(b.id) ?? [])];
     if (used.length === 0 && b.kind === "workspace") return [];

@@ -170,7 +170,10 @@ export class ProgramBuilder {
   /** Adds the buffer of a sharded value unless it exists. Returns its id. */
   readonly bufferOf = (shardedValue: ShardedValue): string => {
     const { value: v, layout } = shardedValue;
-    const isPlacement = layoutKey(shardedValue) === layoutKey({ value: v, layout: this.#placementOf(v) });
+    const placed = this.#placementOf(v);
+    // most values are used in the layout in which they were placed: comparing texts takes longer
+    const isPlacement =
+      (layout === placed && shardedValue.variant === undefined) || layoutKey(shardedValue) === layoutKey({ value: v, layout: placed });
     const loss = this.lossBuffer(v);
     const id = loss ?? idOf(v) + (isPlacement ? "" : this.layoutText(shardedValue));
     if (this.buffers.has(id)) return id;

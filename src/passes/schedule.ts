@@ -139,15 +139,14 @@ function zeroBubble(m: number, stages: number): BlockRun[][] {
 /** Returns per chunk the largest number of microbatches in flight: from the forward of a microbatch to its last block. */
 function copiesOf(order: readonly BlockRun[], chunks: number): number[] {
   const last: BlockRun["kind"] = order.some((w) => w.kind === "weights") ? "weights" : "backward";
-  return Array.from({ length: chunks }, (_, chunk) => {
-    let [now, most] = [0, 0];
-    for (const w of order) {
-      if (w.chunk !== chunk) continue;
-      if (w.kind === "forward") most = Math.max(most, ++now);
-      else if (w.kind === last) now--;
-    }
-    return most;
-  });
+  const counts = Array.from({ length: chunks }, () => ({ now: 0, most: 0 }));
+  for (const { chunk, kind } of order) {
+    const own = counts[chunk];
+    if (!own) continue;
+    if (kind === "forward") own.most = Math.max(own.most, ++own.now);
+    else if (kind === last) own.now--;
+  }
+  return counts.map(({ most }) => most);
 }
 
 /** A block run of a simulated stage, in units of the duration of a forward. */

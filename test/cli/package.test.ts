@@ -1,6 +1,6 @@
 /** The package: packed and installed in an empty folder, it gives a working `rankc`. */
 import { execFileSync } from "node:child_process";
-import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
@@ -21,7 +21,14 @@ const env = { ...process.env, XDG_CACHE_HOME: join(home, "cache") };
 const rankc = (...args: string[]): string =>
   execFileSync(join(home, "node_modules/.bin/rankc"), args, { cwd: home, env, encoding: "utf8", stdio: ["ignore", "pipe", "pipe"] });
 
+/** Folders of the caches of other builds, the oldest first. */
+const builds = ["a", "b", "c", "d"].map((name) => join(home, "cache/rankc", `results-${name}`));
+
 beforeAll(() => {
+  for (const [age, folder] of builds.entries()) {
+    mkdirSync(folder, { recursive: true });
+    utimesSync(folder, 1000 + age, 1000 + age);
+  }
   npm(checkout, "pack", "--pack-destination", home, "--loglevel=error");
   const tarball = readdirSync(home).find((name) => name.endsWith(".tgz"))!;
   // with the versions of this checkout's lock file, npm needs its cache and no network
@@ -30,7 +37,7 @@ beforeAll(() => {
   const rankcEntry = {
     version: "0.1.0",
     resolved: `file:${tarball}`,
-    bin: { rankc: "dist/cli/rankc.js" },
+    bin: { rankc: "dist/cli/rankc.cjs" },
     dependencies: packages[""]!.dependencies,
   };
   const dependencies = { rankc: `file:${tarball}` };
@@ -78,12 +85,28 @@ describe("the installed package", () => {
     expect(() => rankc("inspect", "plan")).toThrow("not a valid plan: the plan must NOT have additional properties");
   });
 
+  const ownResults = (): string => {
+    const [folder] = readdirSync(join(home, "cache/rankc")).filter((name) => name.length > "results-a".length);
+    return join(home, "cache/rankc", folder!);
+  };
+
+  test("removes the caches of older builds, except the newest two", () => {
+    expect(builds.map((folder) => existsSync(folder))).toEqual([false, false, true, true]);
+  });
+
+  test("keeps the code that V8 compiled; damaged code changes nothing", () => {
+    const code = (): string[] => readdirSync(ownResults()).filter((name) => name.startsWith("code-"));
+    expect(code().length).toBeGreaterThan(10);
+    for (const name of code()) writeFileSync(join(ownResults(), name), "damaged");
+    expect(rankc("check", job)).toContain("valid");
+    expect(code().some((name) => readFileSync(join(ownResults(), name), "latin1") !== "damaged")).toBe(true);
+  });
+
   test("remembers peaks, checked plans and compiled plans: an answer from the cache is the computed one, and damage to the cache changes nothing", () => {
     const large = "node_modules/rankc/plans/mixtral-8x7b-16gpu/job.yaml";
     const sets = ["--set", "cluster.device=h100-80gb", "--format", "json"];
     const first = rankc("check", large, ...sets);
-    const [folder] = readdirSync(join(home, "cache/rankc"));
-    const results = join(home, "cache/rankc", folder!);
+    const results = ownResults();
     const peaks = readdirSync(results).filter((name) => name.startsWith("peak-"));
     expect(peaks.length).toBeGreaterThan(0);
     expect(readdirSync(results).filter((name) => name.startsWith("plan-"))).toHaveLength(1);

@@ -65,6 +65,8 @@ const touchFiles = new Map([
   ["src/cli/git.ts", "the attributes of a repository"],
   ["src/cli/checkPlan.ts", "the files of a plan that may be stale"],
   ["src/cli/cache.ts", "results that a later command needs again"],
+  ["src/cli/cacheFolder.ts", "the folder of these results"],
+  ["src/cli/codeCache.ts", "the code that V8 compiled"],
   ["src/cli/inputFiles.ts", "jobs, and kernels beside their plan"],
   ["src/cli/outputFiles.ts", "the files that a command writes"],
   ["src/cli/log/runLog.ts", "the log of a run"],

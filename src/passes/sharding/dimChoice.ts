@@ -105,16 +105,20 @@ export function orderSubAxes(
   placements: Placements,
 ): Map<string, readonly number[]> {
   const dims = new Map<string, readonly number[]>();
-  const state = outs.flatMap(({ value, operand }) => (value.updates ? [{ value: value.updates, operand }] : []));
-  const isFixed = ({ leaf }: Value): boolean => leaf?.kind === "parameter" || leaf?.kind === "state";
-  for (const dim of new Set(chosen.flatMap((c) => c.dim ?? []))) {
-    const own = chosen.flatMap((c) => (c.dim === dim ? [c.f] : [])).reverse();
+  const byDim = new Map<string, number[]>();
+  for (const { dim, f } of chosen) {
+    if (dim === undefined) continue;
+    const own = byDim.get(dim);
+    if (own) own.unshift(f);
+    else byDim.set(dim, [f]);
+  }
+  for (const [dim, own] of byDim) {
     // most dims have one sub-axis, which has no order
     if (own.length < 2) {
       dims.set(dim, own);
       continue;
     }
-    const ordered = [...state, ...ins]
+    const ordered = [...stateOf(outs), ...ins]
       .flatMap(({ value, operand }) => {
         const fs = placements.of(value).layout.shardedBy[operand.dimSpecs.findIndex((s) => s.dim === dim)];
         return fs ? [{ fixed: isFixed(value), fs }] : [];
@@ -125,6 +129,12 @@ export function orderSubAxes(
   }
   return dims;
 }
+
+const isFixed = ({ leaf }: Value): boolean => leaf?.kind === "parameter" || leaf?.kind === "state";
+
+/** Returns the state that a node updates, beside the operands that it is. */
+const stateOf = (outs: NodeUses["outs"]): OperandUse[] =>
+  outs.flatMap(({ value, operand }) => (value.updates ? [{ value: value.updates, operand }] : []));
 
 /** Returns the sub-axes of a dim that separate its elements, without those whose neighbouring ranks share one element. */
 export function separating(s: DimSpec, size: Node["size"], fs: readonly number[], placements: Placements): readonly number[] {
