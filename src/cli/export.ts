@@ -3,6 +3,7 @@ import type { Command } from "commander";
 import type { OpenCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { plural } from "../units.ts";
+import { registerExportPlan } from "./exportPlan.ts";
 import { configFor, dtypeNames, jsonText, type ModelOptions, progressOf, withModelOptions } from "./hfModel.ts";
 import { withExamples } from "./options.ts";
 import { printStderr, printStdout } from "./output.ts";
@@ -14,13 +15,17 @@ interface ExportOptions extends ModelOptions {
   readonly every?: true;
 }
 
-/** Registers `export hf`: writes the weights of a checkpoint as a folder that Hugging Face transformers reads. */
+/** Registers `export`: the weights of a checkpoint as a folder that Hugging Face transformers reads, and plans in the formats of other tools. */
 export function registerExport(program: Command): void {
+  const exports = program.command("export").description("convert a plan, or the result of a run, for other tools");
+  registerExportHf(exports);
+  registerExportPlan(exports);
+}
+
+function registerExportHf(exports: Command): void {
   withExamples(
     withModelOptions(
-      program
-        .command("export")
-        .description("convert the result of a run for other tools")
+      exports
         .command("hf")
         .description("write the weights of a checkpoint as a folder for from_pretrained of Hugging Face, vLLM and llama.cpp")
         .argument("<checkpoint>", "a checkpoint, or a folder of checkpoints (the newest is used)")

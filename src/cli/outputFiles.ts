@@ -135,3 +135,54 @@ function writeTogether(files: readonly (readonly [string, string | Uint8Array])[
     for (const { temporary } of staged) if (temporary !== undefined) rmSync(temporary, { force: true });
   }
 }
+
+/**
+ * Writes files piece by piece, so that none is whole in memory: all of them, or none. Their folders are made. On an error it removes what it
+ * wrote and throws a Trouble about `what`, unless the error is one.
+ */
+export function writeStreams(files: Iterable<readonly [path: string, content: Iterable<string | Uint8Array>]>, what: string): void {
+  const staged: { readonly path: string; readonly temporary: string }[] = [];
+  const made: string[] = [];
+  try {
+    for (const [path, content] of files) {
+      made.push(makeFolder(dirname(path)) ?? "");
+      const target = targetOf(path);
+      if (existsSync(target) && !statSync(target).isFile()) writePieces(target, content);
+      else {
+        const temporary = `${target}.${process.pid}.tmp`;
+        staged.push({ path: target, temporary });
+        writePieces(temporary, content);
+      }
+    }
+    for (const { path, temporary } of staged) renameSync(temporary, path);
+  } catch (error) {
+    for (const { temporary } of staged) rmSync(temporary, { force: true });
+    for (const at of made) if (at !== "") rmSync(at, { recursive: true, force: true });
+    throw error instanceof Trouble ? error : unwritten(what, error);
+  }
+}
+
+/** Bytes that are written at once. */
+const PIECE = 1 << 18;
+
+function writePieces(path: string, content: Iterable<string | Uint8Array>): void {
+  const fd = openSync(path, "w");
+  try {
+    let waiting: Uint8Array[] = [];
+    let size = 0;
+    const flush = (): void => {
+      const bytes = Buffer.concat(waiting);
+      for (let at = 0; at < bytes.length; ) at += writeSync(fd, bytes, at);
+      [waiting, size] = [[], 0];
+    };
+    for (const piece of content) {
+      const bytes = typeof piece === "string" ? Buffer.from(piece) : piece;
+      waiting.push(bytes);
+      size += bytes.length;
+      if (size >= PIECE) flush();
+    }
+    flush();
+  } finally {
+    closeSync(fd);
+  }
+}

@@ -162,9 +162,9 @@ const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backw
 /**
  * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time. A
  * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
- * backward. A stage that would wait for ever stops: its result is then shorter than its order.
+ * backward. A stage that would wait for ever stops: its result is then shorter than its order. `lengthOf` returns the duration of a block run.
  */
-export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number): Piece[][] {
+export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number, lengthOf = unitsOf): Piece[][] {
   const stages = orders.length;
   const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
   const ends = new Map<string, number>();
@@ -183,7 +183,7 @@ export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number
         const ready = needs(run, v).map((need) => ends.get(need));
         if (ready.includes(undefined)) break;
         const start = Math.max(own.clock, ...ready.map((end) => end ?? 0));
-        const end = start + unitsOf(run, split);
+        const end = start + lengthOf(run, split);
         own.pieces.push({ run, start, end });
         ends.set(key(run.kind, run.microbatch, v), end);
         own.clock = end;

@@ -12,6 +12,7 @@ import { BufferTable } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
 import { anyLayer } from "../analysis/layerNames.ts";
 import { countText, table } from "../units.ts";
+import { type TraceSlice, traceText } from "./trace.ts";
 
 /** The time and rates of an instruction. */
 export interface ProfileRow {
@@ -117,19 +118,11 @@ export function printProfile(plan: Plan, timings: readonly Timing[], most = 40):
 export function traceOf(timings: readonly Timing[]): string {
   const streams = [...new Set(timings.map((t) => t.stream))].sort();
   const ranks = [...new Set(timings.map((t) => t.rank))].sort((a, b) => a - b);
-  const named = (name: string, pid: number, tid: number | undefined, value: string) => ({
-    ...{ name, ph: "M", pid },
-    ...(tid === undefined ? {} : { tid }),
-    args: { name: value },
-  });
-  const traceEvents = [
-    ...ranks.flatMap((rank) => [
-      named("process_name", rank, undefined, `rank ${rank}`),
-      ...streams.map((stream, tid) => named("thread_name", rank, tid, stream)),
-    ]),
-    ...timings.map((t) => ({
-      ...{ name: t.id, cat: t.op, ph: "X", ts: t.begin_us, dur: t.end_us - t.begin_us, pid: t.rank, tid: streams.indexOf(t.stream) },
-    })),
-  ];
-  return `${JSON.stringify({ displayTimeUnit: "ms", traceEvents })}\n`;
+  const slices = (rank: number): TraceSlice[] => timings.flatMap((t) => (t.rank === rank ? [{ ...t, name: t.id, category: t.op }] : []));
+  return [
+    ...traceText(
+      ranks.map((rank) => ({ rank, name: `rank ${rank}`, slices: () => slices(rank) })),
+      streams,
+    ),
+  ].join("");
 }

@@ -1,0 +1,132 @@
+import { join } from "node:path";
+import { type Command, InvalidArgumentError } from "commander";
+import type { Plan } from "../../schemas/plan.ts";
+import { stageOfRank } from "../../schemas/sharding.ts";
+import { Trouble } from "../../schemas/trouble.ts";
+import { plural } from "../units.ts";
+import { type JobOptions, planOrJob, wholeNumber, withExamples, withSet } from "./options.ts";
+import { printStdout } from "./output.ts";
+import { expectWritable, expectWritableFolder, writeStreams } from "./outputFiles.ts";
+
+interface PlanExportOptions extends JobOptions {
+  readonly out: string;
+  readonly stage?: number;
+  readonly ranks?: string;
+}
+
+/** The content of one file, in pieces. */
+type Pieces = Iterable<string | Uint8Array>;
+
+/** A format: what its files hold. `folder`: --out names a folder with a file for each rank. */
+interface PlanFormat {
+  readonly name: string;
+  readonly description: string;
+  readonly chooses: boolean;
+  readonly folder?: true;
+  readonly examples: readonly string[];
+  files(plan: Plan, ranks: readonly number[], out: string): Promise<Iterable<readonly [path: string, content: Pieces]>>;
+}
+
+const stagesOf = ({ mesh }: Plan, ranks: readonly number[]): number[] =>
+  [...new Set(ranks.map((rank) => stageOfRank(mesh, rank)))].sort((a, b) => a - b);
+
+const formats: readonly PlanFormat[] = [
+  {
+    name: "trace",
+    description: "write the schedule as a trace for Perfetto: a process for each rank, in units of a forward block",
+    chooses: true,
+    examples: ["export trace plan/ -o plan.trace.json", "export trace plan/ -o plan.trace.json --ranks 0-7"],
+    async files(plan, ranks, out) {
+      const { scheduleTimes, scheduleTrace } = await import("../convert/plan/scheduleTrace.ts");
+      return [[out, scheduleTrace(plan, ranks, scheduleTimes(plan))]];
+    },
+  },
+  {
+    name: "pipeline-csv",
+    description: "write the schedule as the CSV that torch.distributed.pipelining loads (_load_csv, compute_only)",
+    chooses: false,
+    examples: ["export pipeline-csv plan/ -o schedule.csv"],
+    async files(plan, _, out) {
+      const { pipelineCsv } = await import("../convert/plan/pipelineCsv.ts");
+      return [[out, [pipelineCsv(plan)]]];
+    },
+  },
+  {
+    name: "chakra",
+    description: "write execution traces of MLCommons Chakra: a file for each rank, and the communicators",
+    chooses: true,
+    folder: true,
+    examples: ["export chakra plan/ -o traces/", "export chakra plan/ -o traces/ --ranks all"],
+    files: async (plan, ranks, out) => chakraFiles(plan, ranks, out),
+  },
+  {
+    name: "graphviz",
+    description: "write stages, transfers and collectives as a graph for Graphviz",
+    chooses: true,
+    examples: ["export graphviz plan/ -o plan.dot"],
+    async files(plan, ranks, out) {
+      const { graphvizText, overviewGraph } = await import("../convert/plan/overviewGraph.ts");
+      return [[out, [graphvizText(overviewGraph(plan, stagesOf(plan, ranks)))]]];
+    },
+  },
+  {
+    name: "mermaid",
+    description: "write stages, transfers and collectives as a flowchart for Mermaid",
+    chooses: true,
+    examples: ["export mermaid plan/ -o plan.mmd", "export mermaid plan/ -o plan.mmd --stage 0"],
+    async files(plan, ranks, out) {
+      const { fitsMermaid, mermaidText, overviewGraph } = await import("../convert/plan/overviewGraph.ts");
+      const text = mermaidText(overviewGraph(plan, stagesOf(plan, ranks)));
+      if (!fitsMermaid(text))
+        throw new Trouble("the flowchart is larger than Mermaid draws by default", "choose a stage with --stage, or export graphviz");
+      return [[out, [text]]];
+    },
+  },
+];
+
+async function chakraFiles(plan: Plan, ranks: readonly number[], out: string): Promise<Iterable<readonly [string, Pieces]>> {
+  const [{ chakraTrace }, { RankGroups }] = await Promise.all([
+    import("../convert/plan/chakra.ts"),
+    import("../convert/plan/rankGroups.ts"),
+  ]);
+  const communicators = new RankGroups(plan.mesh);
+  function* files(): Generator<readonly [string, Pieces]> {
+    for (const rank of ranks) yield [join(out, `plan.${rank}.et`), chakraTrace(plan, rank, communicators)];
+    // complete once all ranks are written
+    const groups = Object.fromEntries(communicators.all.map(({ name, ranks: members }) => [name, members]));
+    yield [join(out, "comm_groups.json"), [`${JSON.stringify(groups)}\n`]];
+  }
+  return files();
+}
+
+/** Registers the exports of plans below `export`: formats of other tools. */
+export function registerExportPlan(program: Command): void {
+  for (const format of formats) {
+    const command = withSet(program.command(format.name))
+      .description(format.description)
+      .argument("<plan|job>", planOrJob)
+      .requiredOption(format.folder ? "-o, --out <dir>" : "-o, --out <file>", format.folder ? "the folder to write" : "the file to write");
+    if (format.chooses)
+      command
+        .option("--stage <stage>", "one rank of this stage (default: one rank of each stage)", wholeNumber)
+        .option("--ranks <list>", "these ranks, such as 0-7,64, or all", listText);
+    withExamples(command, ...format.examples).action((path: string, options: PlanExportOptions) => exportPlan(format, path, options));
+  }
+}
+
+function listText(text: string): string {
+  if (text.trim() === "") throw new InvalidArgumentError("It is empty.");
+  return text;
+}
+
+async function exportPlan(format: PlanFormat, path: string, { out, stage, ranks: list, ...job }: PlanExportOptions): Promise<void> {
+  if (format.folder) expectWritableFolder(out);
+  else expectWritable(out);
+  const [{ loadPlan }, { chosenRanks }] = await Promise.all([import("./loadPlan.ts"), import("../convert/plan/ranks.ts")]);
+  const { plan } = await loadPlan(path, job);
+  const ranks = chosenRanks(plan.mesh, { stage, ranks: list });
+  writeStreams(await format.files(plan, ranks, out), out);
+  printStdout(
+    `${out}: ${format.chooses ? `${plural(ranks.length, "rank")} of ${plan.mesh.world}` : plural(plan.programs.length, "stage")}`,
+  );
+}
