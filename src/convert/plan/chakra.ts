@@ -5,7 +5,7 @@
  */
 import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Buffer, CollectiveKind, Instruction, Plan, Program } from "../../../schemas/plan.ts";
-import { blockOf, blockTag } from "../../../schemas/program.ts";
+import { blockOf, blockTag, microbatchesIn } from "../../../schemas/program.ts";
 import { numberInStage, rankAt, stageOfRank } from "../../../schemas/sharding.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
@@ -115,12 +115,22 @@ function* nodesOf(
   const buffers = new BufferTable(program.buffers);
   const known = new Map(program.buffers.map((b) => [b.id, b]));
   const dependencies = new Dependencies(program.buffers);
+  const last = microbatchesIn(program) - 1;
+  /** Per instruction, its latest node, for those that wait for it. */
+  const latest = new Map<string, number>();
   const runs = [
-    ...program.order.map((run) => ({ block: blockOf(program, run), tag: blockTag(run, program.chunks.length), copy: `${run.microbatch}` })),
-    { block: program.step, tag: "step", copy: "" },
+    ...program.order.map((run) => ({
+      block: blockOf(program, run),
+      tag: blockTag(run, program.chunks.length),
+      copy: `${run.microbatch}`,
+      isLast: run.microbatch === last,
+    })),
+    { block: program.step, tag: "step", copy: "", isLast: true },
   ];
-  for (const { block, tag, copy } of runs)
+  for (const { block, tag, copy, isLast } of runs)
     for (const i of block) {
+      if (i.only === "last" && !isLast) continue;
+      const waited = (i.waits ?? []).flatMap((id) => latest.get(id) ?? []);
       const writes = writesOf(i, known);
       const reads = i.kind === "compute" ? [...readsOf(i), ...(i.accumulates ?? []).flatMap((name) => i.writes[name] ?? [])] : readsOf(i);
       for (const part of partsOf(i, mesh, rank, communicators)) {
@@ -131,7 +141,8 @@ function* nodesOf(
           copy,
         );
         const message = new Message().uint(node.id, id).text(node.name, `${tag} ${part.name}`).uint(node.type, part.type);
-        message.list(node.ctrl_deps, ctrl).list(node.data_deps, data);
+        latest.set(i.id, id);
+        message.list(node.ctrl_deps, [...new Set([...ctrl, ...waited])]).list(node.data_deps, data);
         if (secondsOf) message.uint(node.duration_micros, Math.round(secondsOf(i) * 1e6));
         const attributes = [attributeOf("is_cpu_op", "bool", false), ...part.attributes];
         if (part.type === types.compute) {
