@@ -1,5 +1,6 @@
 /** The JSON Schema of a job file, for editors (draft-07): the schema `JobText`, with `extends`. */
 import { z } from "zod";
+import { valueTexts } from "./job/valueTexts.ts";
 import { JobText } from "./job.ts";
 
 /** A JSON Schema, as far as this file changes it. */
@@ -13,6 +14,7 @@ export function jobSchema(): Schema {
   const needed = takeRequired(schema);
   describeDefaults(schema);
   addSnippets(schema);
+  describeValues(schema, "");
   return { ...schema, if: { required: ["extends"] }, else: needed };
 }
 
@@ -31,6 +33,16 @@ function describeDefaults(schema: Schema): void {
     schema.markdownDescription = `${description}\n\nDefault: \`${typeof standard === "string" ? standard : JSON.stringify(standard)}\``;
   const { properties, items, anyOf } = schema;
   for (const inner of [properties && Object.values(properties), items, anyOf].flat()) if (isSchema(inner)) describeDefaults(inner);
+}
+
+/** Adds what each named value of a key means. */
+function describeValues(schema: Schema, path: string): void {
+  const texts = valueTexts[path];
+  if (Array.isArray(schema.enum) && texts) schema.enumDescriptions = schema.enum.map((value) => texts[String(value)] ?? "");
+  const { properties, items, anyOf } = schema;
+  for (const inner of [items, anyOf].flat()) if (isSchema(inner)) describeValues(inner, path);
+  if (!isSchema(properties)) return;
+  for (const [key, inner] of Object.entries(properties)) if (isSchema(inner)) describeValues(inner, path === "" ? key : `${path}.${key}`);
 }
 
 /** A part of a snippet that a person fills in, with its usual value. */

@@ -14,6 +14,8 @@ import {
   StreamMessageReader,
   StreamMessageWriter,
 } from "vscode-languageserver/node";
+import { valueTexts } from "../../schemas/job/valueTexts.ts";
+import { jobSchema } from "../../schemas/jobSchema.ts";
 import { root } from "../support/checkout.ts";
 
 const require = createRequire(import.meta.url);
@@ -84,4 +86,23 @@ test("hover has the description of a key; completion has keys, and the words of 
   const { items } = await client.sendRequest<CompletionList>("textDocument/completion", atStart);
   const snippet = items.find(({ label }) => label === "job");
   expect(snippet?.insertText).toContain("world: ");
+});
+
+test("each named value of a key has a text, and each text a key", () => {
+  const keys = new Set<string>();
+  const visit = (schema: Record<string, unknown>, path: string): void => {
+    if (Array.isArray(schema.enum)) {
+      keys.add(path);
+      expect(schema.enumDescriptions, path).toEqual(
+        schema.enum.map((value: string) => valueTexts[path]?.[value] ?? `no text for ${value}`),
+      );
+    }
+    const isMap = (value: unknown): value is Record<string, unknown> =>
+      typeof value === "object" && value !== null && !Array.isArray(value);
+    for (const inner of [schema.items, schema.anyOf].flat()) if (isMap(inner)) visit(inner, path);
+    if (isMap(schema.properties))
+      for (const [key, inner] of Object.entries(schema.properties)) if (isMap(inner)) visit(inner, path === "" ? key : `${path}.${key}`);
+  };
+  visit(jobSchema(), "");
+  expect([...keys].toSorted()).toEqual(Object.keys(valueTexts).toSorted());
 });
