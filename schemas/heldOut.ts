@@ -5,6 +5,7 @@ type Data = Job["data"];
 
 /** The data that an evaluation may read. */
 export const heldOutParts = ["validation", "test"] as const;
+/** One of `heldOutParts`. */
 export type HeldOutPart = (typeof heldOutParts)[number];
 
 /** Returns the sources of the data held out from training; undefined if the job has none. With data.path, that is the one source. */

@@ -69,6 +69,7 @@ export const Buffer = z.strictObject({
   shardedBy: z.array(subAxes).describe("per dim, the sub-axes that shard it"),
   partial: z.array(count).optional().describe("sub-axes over which a sum (or maximum) is pending"),
   chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
+  layer: count.optional().describe("the layer of the model that it belongs to; its id then has a part layers.N"),
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
 });
@@ -79,6 +80,7 @@ const Why = z.strictObject({
   op: z.string().describe("the use that made it necessary"),
   because: z.string(),
   path: z.string().describe("the job key that decided it"),
+  layer: count.optional().describe("the layer of that use"),
 });
 
 /** The names of the streams of asynchronous collectives, by what they carry. */
@@ -249,7 +251,7 @@ export const BlockRun = z.strictObject({ kind: z.enum(["forward", "backward", "w
 /** A value of the schema `BlockRun`. */
 export type BlockRun = z.infer<typeof BlockRun>;
 
-/** What a scalar or a table says that is read after a step. */
+/** The meaning of a scalar or a table that is read after a step. */
 export const MetricName = z
   .enum(["loss", "mtp_loss", "aux_loss", "z_loss", "dropped_rows", "expert_loads", "grad_norm"])
   .describe("scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert");

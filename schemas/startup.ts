@@ -2,6 +2,7 @@
 
 /** The parts of a start, in their order: reading the plan, opening devices, kernels, weights, and the first step. */
 export const startupParts = ["plan", "device", "kernels", "weights", "first_step"] as const;
+/** One of `startupParts`. */
 export type StartupPart = (typeof startupParts)[number];
 
 /** Seconds of each part. */

@@ -9,7 +9,6 @@ import { expertLayersOf, hasExperts } from "../schemas/experts.ts";
 import type { Job } from "../schemas/job.ts";
 import type { Program } from "../schemas/plan.ts";
 import { instructionsOf } from "../schemas/program.ts";
-import { layerOf } from "./analysis/layerNames.ts";
 import { type MemoryBreakdown, memoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
 import { generateKernels } from "./codegen/generateKernels.ts";
 import type { Target } from "./codegen/targets.ts";
@@ -240,8 +239,8 @@ function chunkMemory(program: Program, memory: ReturnType<typeof planMemory>, ex
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
   const own = { ...memoryBreakdown(program, memory) };
   const loadTables = expertLoadTables(program);
-  for (const { id, kind, within, ...b } of buffers) {
-    if (within || kind === "activation" || kind === "workspace" || layerOf(id) !== undefined) continue;
+  for (const { id, kind, within, layer, ...b } of buffers) {
+    if (within || kind === "activation" || kind === "workspace" || layer !== undefined) continue;
     // the table of expert loads has a row for every expert layer of the model, not only for the compiled ones
     const shape = loadTables.has(id) ? [expertLayers, ...b.shape.slice(1)] : b.shape;
     shared.set(id, { kind, bytes: aligned({ ...b, shape }) });

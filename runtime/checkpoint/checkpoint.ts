@@ -43,9 +43,8 @@ export interface OpenCheckpoint {
 
 const DAMAGED = "use another checkpoint of the run";
 
-/** Opens the checkpoint in folder `at`. Throws a Trouble if snapshot.json is damaged. */
-export function openCheckpoint(at: string): OpenCheckpoint {
-  const { progress, rankc, job, mesh, tensors, files } = readCheckpointText(join(at, TEXT));
+/** Returns the files of a checkpoint by rank, which open when they are read, and the function that closes them. */
+function openFiles(at: string, files: CheckpointText["files"]) {
   const open = new Map<number, Safetensors>();
   const close = (): void => {
     for (const file of open.values()) file.close();
@@ -67,6 +66,13 @@ export function openCheckpoint(at: string): OpenCheckpoint {
       throw new Trouble(`${path} is not the file that was saved: the SHA-256 of its header differs from ${TEXT}'s`, DAMAGED);
     return file;
   }
+  return { fileAt, close };
+}
+
+/** Opens the checkpoint in folder `at`. Throws a Trouble if snapshot.json is damaged. */
+export function openCheckpoint(at: string): OpenCheckpoint {
+  const { progress, rankc, job, mesh, tensors, files } = readCheckpointText(join(at, TEXT));
+  const { fileAt, close } = openFiles(at, files);
   function readFrom(rank: number, name: string): Float32Array {
     const file = fileAt(rank);
     return expectFinite(file.read(name), `${file.path}: ${name}`, "use a checkpoint of an earlier step");

@@ -90,7 +90,7 @@ function layer(model: Model, ours: string, theirs: string, at: string, sparse: b
   ];
 }
 
-/** Multi-token prediction follows the layers; what it shares with the model, embedding and head, is there again, and not read. */
+/** Multi-token prediction follows the layers; its copies of the embedding and the head are not read. */
 function depth(model: Model, k: number): readonly HfParameter[] {
   const { D } = dimsOf(model);
   const [ours, theirs] = [`mtp.${k}`, `model.layers.${model.layers + k}`];

@@ -5,7 +5,7 @@
 import { type ChildProcess, fork } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { Trouble } from "../../schemas/trouble.ts";
-import { moduleUrl } from "../moduleUrl.ts";
+import { loaderOptions, moduleUrl } from "../moduleUrl.ts";
 import { type CompileOptions, compile } from "./nvrtc.ts";
 
 interface Question {
@@ -60,10 +60,9 @@ class Compiler {
   #ended: string | undefined;
 
   constructor() {
-    const file = fileURLToPath(moduleUrl("cuda/compilePool", import.meta.url));
-    // in a checkout the file is TypeScript; the options of this process may belong to a program around it, such as a test runner
-    const execArgv = file.endsWith(".ts") ? ["--import", import.meta.resolve("tsx/esm")] : [];
-    this.child = fork(file, [ROLE], { serialization: "advanced", execArgv });
+    const url = moduleUrl("cuda/compilePool", import.meta.url);
+    // the options of this process are not inherited: they may belong to a program around it, such as a test runner
+    this.child = fork(fileURLToPath(url), [ROLE], { serialization: "advanced", execArgv: loaderOptions(url) });
     this.child.on("error", (error) => {
       this.#ended = error.message;
     });

@@ -111,9 +111,9 @@ export function bindDriver({ path, handle: library }: ReturnType<typeof openLibr
   const describe = ["cuGetErrorName", "cuGetErrorString"].map((name) => library.func(name, "int", ["int", out(pointer("str"))]));
   const fail = (name: DriverFunction, code: number): never => {
     const [symbol, text] = describe.map((by) => {
-      const said: (string | null)[] = [null];
-      by(code, said);
-      return said[0] ?? `CUresult ${code}`;
+      const texts: (string | null)[] = [null];
+      by(code, texts);
+      return texts[0] ?? `CUresult ${code}`;
     });
     const message = `${name}: ${symbol}: ${text}`;
     throw waysOut[code] === undefined ? new Error(message) : new Trouble(message, waysOut[code], 3);

@@ -113,8 +113,8 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       const all = new Float64Array(values.length);
       for (const leader of leaders) {
         const order = [leader, ...ranks.filter((r) => r !== leader)];
-        const said = await meeting.share(`numbers of rank ${leader}`, order, () => new Uint8Array(Float64Array.from(values).buffer));
-        const theirs = new Float64Array(said.slice().buffer);
+        const shared = await meeting.share(`numbers of rank ${leader}`, order, () => new Uint8Array(Float64Array.from(values).buffer));
+        const theirs = new Float64Array(shared.slice().buffer);
         for (let i = 0; i < all.length; i++) all[i]! += theirs[i]!;
       }
       return [...all];

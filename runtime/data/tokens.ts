@@ -164,7 +164,7 @@ function indexedIds(file: Text, vocab: number, { dtype, count, documents }: Inde
       `${file.path}: the corpus has ${file.bytes} bytes, and its index ${count} ids in ${dtype} (documents: ${documents})`,
       "the two files are not of one data set, or one is not complete: write both again",
     );
-  const fix = `see that model.vocab is that of its tokenizer; ids are read as ${dtype}, as its index says`;
+  const fix = `see that model.vocab is that of its tokenizer; ids are read as ${dtype}, the type in its index`;
   return numbersOf(file, dtype, "tokens", { number: outside(file, vocab, fix) });
 }
 

@@ -93,12 +93,12 @@ export async function launch(settings: LaunchSettings): Promise<Launched> {
     await Promise.all(
       children.map(async (child, rank) => {
         const prefix = `[${`${rank}`.padStart(width)}] `;
-        const said = [forward(child, "stdout", rank === 0 ? "" : prefix, onLine), forward(child, "stderr", prefix, onLine)];
+        const forwarded = [forward(child, "stdout", rank === 0 ? "" : prefix, onLine), forward(child, "stderr", prefix, onLine)];
         const { code, ended } = await endOf(child);
         running.delete(child);
         if (code !== 0) fail(rank, ended, code);
         // its pipes may outlive it in a process it has started: that is not waited for
-        await Promise.race([Promise.all(said), new Promise((r) => setTimeout(r, 500).unref())]);
+        await Promise.race([Promise.all(forwarded), new Promise((r) => setTimeout(r, 500).unref())]);
       }),
     );
   } finally {

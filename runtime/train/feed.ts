@@ -13,8 +13,8 @@ import { countOf, meanOverLearnt } from "./tokenWeights.ts";
 export function inOrder({ model, parallel: { context } }: Job, given: Batch): Readonly<Record<string, HostData>> {
   if (context === 1) return given;
   const place = Int32Array.from({ length: model.seq }, (_, i) => positionOf(i, model.seq / (2 * context), context));
-  const laid = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
-  return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : laid(data)]));
+  const reordered = <T extends HostData>(whole: T) => whole.map((_, i) => whole[i - (i % model.seq) + place[i % model.seq]!]!);
+  return Object.fromEntries(Object.entries(given).map(([name, data]) => [name, data.length === 1 ? data : reordered(data)]));
 }
 
 /**

@@ -5,7 +5,7 @@
 /// <reference types="@webgpu/types" />
 import { spawn } from "node:child_process";
 import { Trouble } from "../../schemas/trouble.ts";
-import { moduleUrl } from "../moduleUrl.ts";
+import { importText, moduleUrl } from "../moduleUrl.ts";
 import { dawn } from "./dawn.ts";
 import { nameOf, openDevice, profiles } from "./device.ts";
 
@@ -34,11 +34,12 @@ const brokenDriver = "see whether the GPU's driver works (`vulkaninfo --summary`
 /** Probes the adapter. Throws a Trouble if there is none, or if the probe fails or takes longer than `limit`. Leaves no process behind. */
 export function lookForWebgpu(limit = patience): Promise<Survey> {
   return new Promise((resolve, reject) => {
-    const child = spawn(process.execPath, ["--input-type=module", "--eval", start(), marker], {
+    const program = importText(moduleUrl("webgpu/probe", import.meta.url));
+    const child = spawn(process.execPath, ["--input-type=module", "--eval", program, marker], {
       stdio: ["ignore", "ignore", "pipe", "ipc"],
     });
-    let said = "";
-    child.stderr?.on("data", (chunk) => (said += chunk));
+    let printed = "";
+    child.stderr?.on("data", (chunk) => (printed += chunk));
     const end = (settle: () => void): void => {
       clearTimeout(timer);
       // the driver may keep the process of the probe alive: it must not keep this one alive
@@ -53,18 +54,10 @@ export function lookForWebgpu(limit = patience): Promise<Survey> {
     child.once("message", (answer: Answer) => ("survey" in answer ? end(() => resolve(answer.survey)) : fail(answer.failed, answer.fix)));
     child.once("error", (error) => fail(`a process to look for WebGPU does not start: ${error.message}`, "see what the system says of it"));
     child.once("close", (code, signal) => {
-      const words = said.trim();
+      const words = printed.trim();
       fail(`the process that looks for WebGPU ended by ${signal ?? `exit ${code}`}${words ? `: ${words}` : ""}`);
     });
   });
-}
-
-/** Returns the loader that the process needs in a checkout, where this file is TypeScript. */
-function start(): string {
-  const here = JSON.stringify(moduleUrl("webgpu/probe", import.meta.url));
-  if (!import.meta.url.endsWith(".ts")) return `import(${here})`;
-  const loader = JSON.stringify(import.meta.resolve("tsx/esm/api"));
-  return `import(${loader}).then(({ register }) => (register(), import(${here})))`;
 }
 
 async function survey(): Promise<Survey> {

@@ -65,6 +65,7 @@ const InitText = z.strictObject({
     ),
 });
 
+/** Section `train` as it is written: optional keys may be absent. */
 export const TrainText = z.strictObject({
   micro_batch: count.default(1).describe("sequences in one forward and backward of one data rank"),
   global_batch: count.optional().describe("sequences in one optimizer step over all data ranks; default: micro_batch x data"),

@@ -1,64 +1,84 @@
-/** Text about layers: ids contain the layer (`layers.3.wq`), and reports show equal layers once. */
+/** Text about layers: ids have a part for their layer (`layers.3.wq`), and reports show equal layers once. */
+import type { Buffer, Collective, Instruction } from "../../schemas/plan.ts";
+import { layerPart } from "../model/positions.ts";
 import { ranges } from "../units.ts";
 
-const mark = /\blayers\.(\d+)/;
-const marks = /\blayers\.(\d+)/g;
-
-/** Returns the layer in an id; undefined if it names none. */
-export function layerOf(id: string): number | undefined {
-  const match = mark.exec(id);
-  return match ? Number(match[1]) : undefined;
+/**
+ * Returns the layer of an instruction: that of what it writes. An op that only adds to sums of the step, such as a loss, belongs to the layer of
+ * what it reads. Undefined for instructions outside the layers.
+ */
+export function layerOf(i: Instruction, buffers: { get(id: string): Buffer | undefined }): number | undefined {
+  if (i.kind !== "compute") return buffers.get(i.kind === "collective" ? i.to : i.buffer)?.layer;
+  const found = (ids: Readonly<Record<string, string>>): Buffer[] => Object.values(ids).flatMap((id) => buffers.get(id) ?? []);
+  const written = found(i.writes);
+  const own = written.filter(({ kind }) => kind !== "gradient");
+  const first = (of: readonly Buffer[]): number | undefined => of.find(({ layer }) => layer !== undefined)?.layer;
+  return own.length > 0 ? first(own) : (first(written) ?? first(found(i.reads)));
 }
 
-/** Replaces layer numbers: `layers.3.wq` → `layers.*.wq`. */
-export const anyLayer = (text: string): string => text.replace(marks, "layers.*");
+/** Replaces the name of a layer in ids and texts about it: `layers.3.wq` becomes `layers.*.wq`. */
+export const anyLayer = (text: string, layer: number | undefined): string =>
+  layer === undefined ? text : text.replaceAll(layerPart(layer), "layers.*.");
 
-/** Makes layer numbers relative to `base`, so that equal layers have equal text. */
-export const fromLayer = (text: string, base: number): string =>
-  text.replace(marks, (_, n: string) => `layers.${signed(Number(n) - base)}`);
-const signed = (n: number): string => (n < 0 ? `${n}` : `+${n}`);
+/** Returns the origin of a collective or a transfer as text, with `layers.*` for the layer of the use. */
+export const anyLayerOrigin = ({ op, because, path, layer }: Collective["why"]): string =>
+  `${anyLayer(`${op}: ${because}`, layer)} (${path})`;
 
-/** A line of a report and the id that gives its layer. */
+/** Returns a text about a layer that is equal for equal texts about another one. `other`: a second layer in it, which counts from the first. */
+export function formOf(text: string, layer: number | undefined, other: number | undefined): string {
+  const form = anyLayer(text, layer);
+  return layer === undefined || other === undefined || other === layer
+    ? form
+    : form.replaceAll(layerPart(other), `layers.*${other > layer ? "+" : ""}${other - layer}.`);
+}
+
+/** A line of a report. */
 export interface Line {
-  readonly id: string;
   readonly text: string;
+  /** The layer that the line is about; undefined for none. */
+  readonly layer: number | undefined;
+  /** The text without the layer, without padding, and with other stages relative to its own: equal for equal lines of two layers. */
+  readonly form: string;
 }
+
+/** Returns a text that is equal for lines that differ only in the layer from which `base` counts. */
+export const formFrom = (lines: readonly Line[], base: number): string =>
+  lines.map(({ layer, form }) => (layer === undefined ? form : `${layer - base} ${form}`)).join("\n");
 
 /** Consecutive lines of one layer, or of none. */
 interface Run {
   readonly layer: number | undefined;
-  readonly texts: string[];
+  readonly lines: Line[];
 }
 
 /** Replaces the lines of layers that equal a layer before by one line that names them. */
-export function collapseLayers(lines: readonly Line[]): string[] {
+export function collapseLayers(lines: readonly Line[]): Line[] {
   const runs: Run[] = [];
-  for (const { id, text } of lines) {
-    const layer = layerOf(id);
+  for (const line of lines) {
     const last = runs.at(-1);
-    if (last && last.layer === layer) last.texts.push(text);
-    else runs.push({ layer, texts: [text] });
+    if (last && last.layer === line.layer) last.lines.push(line);
+    else runs.push({ layer: line.layer, lines: [line] });
   }
-  const out: string[] = [];
-  let shown: { readonly layer: number; readonly shape: string; readonly same: number[] } | undefined;
+  const out: Line[] = [];
+  let shown: { readonly layer: number; readonly form: string; readonly same: number[] } | undefined;
   const flush = (): void => {
     const layers = [...new Set(shown?.same)];
-    if (shown && layers.length > 0) out.push(`  … layer${layers.length > 1 ? "s" : ""} ${ranges(layers)} as layer ${shown.layer}`);
+    if (shown && layers.length > 0) {
+      const text = `  … layer${layers.length > 1 ? "s" : ""} ${ranges(layers)} as layer ${shown.layer}`;
+      out.push({ text, layer: undefined, form: "… layers as layer" });
+    }
     shown = undefined;
   };
-  for (const { layer, texts } of runs) {
-    const shape = layer === undefined ? "" : texts.map((text) => squeeze(fromLayer(text, layer))).join("\n");
-    if (layer !== undefined && shown?.shape === shape) {
+  for (const { layer, lines: own } of runs) {
+    const form = layer === undefined ? "" : own.map((line) => line.form).join("\n");
+    if (layer !== undefined && shown?.form === form) {
       shown.same.push(layer);
       continue;
     }
     flush();
-    out.push(...texts);
-    if (layer !== undefined) shown = { layer, shape, same: [] };
+    out.push(...own);
+    if (layer !== undefined) shown = { layer, form, same: [] };
   }
   flush();
   return out;
 }
-
-/** Removes padding: columns are padded to the width of ids, and layer 10 is wider than layer 9. */
-const squeeze = (text: string): string => text.replace(/ +/g, " ");

@@ -263,11 +263,13 @@ async function compress(entries: readonly TarEntry[], out: string, effort: numbe
   const temporary = `${out}.${process.pid}.tmp`;
   const hash = createHash("sha256");
   let bytes = 0;
-  let said = "";
-  xz.stderr.on("data", (chunk) => (said += chunk));
+  let errors = "";
+  xz.stderr.on("data", (chunk) => (errors += chunk));
   const ended = new Promise<void>((done, fail) => {
     xz.once("error", fail);
-    xz.once("close", (code) => (code === 0 ? done() : fail(new Trouble(`xz failed: ${said.trim()}`, "check free memory and disk space"))));
+    xz.once("close", (code) =>
+      code === 0 ? done() : fail(new Trouble(`xz failed: ${errors.trim()}`, "check free memory and disk space")),
+    );
   });
   async function* counted(chunks: AsyncIterable<Buffer>) {
     for await (const chunk of chunks) {

@@ -47,7 +47,7 @@ function sizeInBytes(text: string): number {
 /** Returns indented JSON, with a final newline. */
 export const jsonText = (value: object): string => `${JSON.stringify(value, null, 2)}\n`;
 
-/** Returns the first config that, imported again, is the model. Throws a Trouble that says what no family can express. */
+/** Returns the first config that, imported again, is the model. Throws a Trouble that lists the features that no family can express. */
 export async function configFor(
   model: Job["model"],
   settings: { dtype: string; initStd: number; positions: number },

@@ -43,9 +43,9 @@ export async function compileCubins(folder: string, units: readonly Unit[], { ar
       try {
         await promisify(execFile)(nvcc(), [...flags, "-o", made, source], { maxBuffer: 2 ** 24 });
       } catch (error) {
-        const said = `${(error as { stderr?: string }).stderr ?? error}`.replaceAll(source, `kernels/${unit.kernel}.cu`);
+        const message = `${(error as { stderr?: string }).stderr ?? error}`.replaceAll(source, `kernels/${unit.kernel}.cu`);
         throw new Trouble(
-          `nvcc does not compile kernel ${unit.kernel}:\n${said.trim()}`,
+          `nvcc does not compile kernel ${unit.kernel}:\n${message.trim()}`,
           "this is a bug in rankc, or nvcc is too old: --no-cubins leaves it to the host",
         );
       }

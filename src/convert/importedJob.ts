@@ -1,15 +1,15 @@
-/** A job made from a description of another tool, and what became of each part of the description. */
+/** A job that was imported from another tool, with the treatment of each argument or setting of the source. */
 import type { OpenJobBuilder } from "./jobBuilder.ts";
 import { type WrittenJob, writeJob } from "./jobText.ts";
 import { ImportTrouble, type Problem } from "./problems.ts";
 
-/** What the importer made of one argument or setting. */
+/** The treatment of one argument or setting. */
 export interface ArgumentReport {
   /** As in "--lr 1e-4". */
   readonly argument: string;
-  /** The keys of the job that depend on it; empty if none does. */
+  /** The keys of the job that were derived from it; empty if it has no effect. */
   readonly keys: readonly string[];
-  /** Why it has no effect, or why it is left out. */
+  /** The reason why it has no effect or is omitted. */
   readonly why?: string;
 }
 
@@ -17,12 +17,12 @@ export interface ArgumentReport {
 export interface ImportedJob extends WrittenJob {
   readonly mapped: readonly ArgumentReport[];
   readonly withoutEffect: readonly ArgumentReport[];
-  /** What was left out on request. */
+  /** Arguments that were omitted on request. */
   readonly dropped: readonly ArgumentReport[];
   readonly notes: readonly string[];
 }
 
-/** What an importer collected. */
+/** The results of an importer, before they are written. */
 interface Collected {
   readonly name: string;
   readonly job: OpenJobBuilder<string>;

@@ -1,4 +1,4 @@
-/** Writes a job as a person would: keys that differ from rankc's defaults, each with a comment on its source, in the order of docs/job.md. */
+/** Writes a job in its shortest form: keys that differ from rankc's defaults, each with a comment on its source, in the order of docs/job.md. */
 import { isDeepStrictEqual } from "node:util";
 import { Document, isCollection, isMap, isPair, isScalar, type YAMLMap } from "yaml";
 import { completeJob, JobText } from "../../schemas/job.ts";
@@ -16,7 +16,7 @@ export interface CommentedKey {
 /** The job as text, and its keys. */
 export interface WrittenJob {
   readonly text: string;
-  /** The keys that the text has; the others have rankc's default. */
+  /** The keys in the text; all others have rankc's default. */
   readonly kept: readonly CommentedKey[];
 }
 
@@ -49,7 +49,7 @@ function nested(keys: readonly CommentedKey[]): Tree {
   return root;
 }
 
-/** Leaves out each key without which the job is the same. */
+/** Removes each key without which the job is the same. */
 function withoutDefaults(keys: readonly CommentedKey[]): readonly CommentedKey[] {
   const all = JobText.safeParse(nested(keys));
   if (!all.success) return keys;
@@ -82,7 +82,7 @@ export function writeJob(keys: readonly CommentedKey[], notes: readonly string[]
 // a line break ends a YAML comment
 const oneLine = (text: string): string => text.replace(/\p{Cc}/gu, " ");
 
-/** 0.00001 is read more easily as 1e-5. */
+/** Formats small numbers with an exponent: 0.00001 as 1e-5. */
 const isTiny = (value: number): boolean => value !== 0 && Math.abs(value) < 1e-3;
 
 /** Sets the comments of a map, and the blank lines between sections. */

@@ -22,10 +22,10 @@ export interface Explanation {
 }
 
 const texts = Object.values(textFaults);
-const laid = [...Object.values(shapeFaults).map((f) => ({ ...f, level: "error" as const })), ...rules];
+const declared = [...Object.values(shapeFaults).map((f) => ({ ...f, level: "error" as const })), ...rules];
 
 /** All codes, sorted. */
-export const codes: readonly string[] = [...texts, ...laid].map((r) => r.code).sort();
+export const codes: readonly string[] = [...texts, ...declared].map((r) => r.code).sort();
 
 /** Returns the explanation of a code; undefined if the code does not exist. */
 export function explain(code: string): Explanation | undefined {
@@ -34,7 +34,7 @@ export function explain(code: string): Explanation | undefined {
     const set = text.bad.match(/^--set (.*)/)?.[1];
     return set === undefined ? of(text, "error", text.bad) : of(text, "error", smallest, [set]);
   }
-  const over = laid.find((f) => f.code === code);
+  const over = declared.find((f) => f.code === code);
   return over && of(over, over.level, badJob(over.bad));
 }
 

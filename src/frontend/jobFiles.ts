@@ -65,7 +65,7 @@ export function readSource(
   if (value && sets.length) {
     value = copy(value);
     for (const set of sets) {
-      const problem = lay(value, set);
+      const problem = applySet(value, set);
       if (typeof problem === "string")
         findings.push(textFinding(textFaults.set, "", problem, "write --set path=value, for example --set model.layers=3", { set }));
       else written.unshift({ path: problem, set });
@@ -163,7 +163,7 @@ function placeIn(files: readonly ParsedFile[], path: readonly string[], part: "k
 }
 
 /** Applies a `--set` option. Returns its path, or what is wrong with it. */
-function lay(root: Record<string, unknown>, set: string): readonly string[] | string {
+function applySet(root: Record<string, unknown>, set: string): readonly string[] | string {
   const eq = set.indexOf("=");
   const path = set.slice(0, Math.max(0, eq)).trim().split(".");
   if (eq < 0) return `"${set}" has no =`;

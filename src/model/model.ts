@@ -12,7 +12,7 @@ import { copyOf, dropped, inStream, type ModelGraph, type ModelGraphBuilder, typ
 import { layer } from "./layer.ts";
 import { depths } from "./mtp.ts";
 import { normed } from "./norms.ts";
-import { headAt, layerAt } from "./positions.ts";
+import { depthPart, headAt, layerAt, layerPart } from "./positions.ts";
 
 /** The outputs of the transformer before the head. */
 interface Trunk {
@@ -30,7 +30,7 @@ export function buildModel(job: Job): ModelGraph {
   const { y, further, last, logitsOf } = trunk(job, graph);
   // deepest first: then the head's addend of a shared gradient precedes that of the next depth on every pipeline layout
   for (const [i, h] of [...further.entries()].reverse()) {
-    const at = { prefix: `mtp.${i}.`, depth: i + 1 };
+    const at = { prefix: depthPart(i), depth: i + 1 };
     losses.push({ name: "mtp_loss", value: crossEntropy(last, logitsOf(h, `${at.prefix}logits`), at), weight: "mtp_coeff" });
   }
   losses.push({ name: "loss", value: crossEntropy(last, logitsOf(y, "logits"), { prefix: "" }) });
@@ -72,7 +72,7 @@ function trunk(job: Job, graph: ModelGraphBuilder): Trunk {
   const embedded = embed.of({ ids: first.input({ source: "ids" }), table }, {}, "embedding");
   let x = dropped(first, withPositions(first, inStream(job, embedded)), "embedding.dropout");
 
-  for (let i = 0; i < m.layers; i++) x = layer(moduleAt(layerAt(i), `layers.${i}.`), x, hasExperts(m, i));
+  for (let i = 0; i < m.layers; i++) x = layer(moduleAt(layerAt(i), layerPart(i)), x, hasExperts(m, i));
 
   // the final norm is at the first depth of multi-token prediction if there is one, else at the head
   const after = moduleAt(layerAt(m.layers), "");

@@ -15,7 +15,7 @@ import { embed } from "../ops/vocab.ts";
 import { dropped, inStream, type ModuleBuilderAt } from "./builder.ts";
 import { layer } from "./layer.ts";
 import { normed } from "./norms.ts";
-import { depthAt } from "./positions.ts";
+import { depthAt, depthPart } from "./positions.ts";
 
 /** Builds all depths: `y` normalised [B,S,D] → the inputs of the head, first depth first. `table` returns the embedding of a position. */
 export function depths(job: Job, y: Value, table: (position: number) => Value, moduleAt: ModuleBuilderAt): Value[] {
@@ -24,7 +24,7 @@ export function depths(job: Job, y: Value, table: (position: number) => Value, m
   const outputs: Value[] = [];
   let hidden = y;
   for (let k = 1; k <= depthsOf(m); k++) {
-    const module = moduleAt(depthAt(m, k), `mtp.${k - 1}.`);
+    const module = moduleAt(depthAt(m, k), depthPart(k - 1));
     const { at } = module;
     // the host provides the ids ahead: with context parallelism the next token may be on another rank
     const embedded = embed.of({ ids: module.input({ source: "ids", depth: k }), table: table(module.position) }, {}, at("embedding"));

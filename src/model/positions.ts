@@ -5,6 +5,13 @@ import { depthsOf } from "../../schemas/mtp.ts";
 type Model = Pick<Job["model"], "layers" | "mtp">;
 /** Returns the position of a layer, `layer` from 0. */
 export const layerAt = (layer: number): number => 1 + layer;
+/** Returns the layer at a position; undefined for the embedding, multi-token prediction and the head. */
+export const layerAtPosition = ({ layers }: Pick<Model, "layers">, position: number): number | undefined =>
+  position >= 1 && position <= layers ? position - 1 : undefined;
+/** Returns the part of an id that names its layer. */
+export const layerPart = (layer: number): string => `layers.${layer}.`;
+/** Returns the part of an id that names a depth of multi-token prediction, `depth` from 0. */
+export const depthPart = (depth: number): string => `mtp.${depth}.`;
 /** Returns the position of depth `k` of multi-token prediction, `k` from 1. */
 export const depthAt = ({ layers }: Model, k: number): number => layers + k;
 /** Returns the position of the head. */

@@ -10,16 +10,33 @@ export type Arrays<Names extends string> = Readonly<Record<Names, Float32Array>>
  */
 export type Sizes = Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C" | "W" | "scale" | "chunk" | "ranks", number>>;
 
+/** Operands of signatures: queries, then all keys and values, or a shard of them. */
+export const operands = {
+  all: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W]",
+  shard: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W]",
+} as const;
+/** The results of attention, in signatures. */
+export const results = "o[B,S,G*M*W] lse[B,S,G*M]";
+/** The results and the gradient of `o`, which the gradient of attention reads. */
+export const outcome = `${results} dy[B,S,G*M*W]` as const;
+/** The gradients of `operands`. */
+export const gradients = {
+  all: "dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
+  shard: "dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
+} as const;
+/** What declarations of attention have in common. */
+export const forward = { attrs: ["scale", "chunk", "ranks"], types: { lse: "f32" }, flops: flopsOfMix } as const;
+/** What declarations of the gradient of attention have in common. */
+export const backward = { attrs: forward.attrs, flops: flopsOfGrad } as const;
+
 /**
  * A query attends to the keys at its own and earlier positions; scores are scale·q·k. `lse` is the log-sum-exp of a query's scores, which
  * the gradient reads. With a `chunk`, queries and keys are in zigzag order over `ranks` ranks (positions.ts).
  */
 export const attention = op({
   name: "attention",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "chunk", "ranks"],
-  types: { lse: "f32" },
-  flops: flopsOfMix,
+  sig: `${operands.all} -> ${results}`,
+  ...forward,
   cpu: mix,
   grad({ q, k, v }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionGrad.all({ q, k, v, o: y, lse: y.node!.outs[1]!, dy }, a);
@@ -32,9 +49,8 @@ export const attention = op({
  */
 export const attentionGrad = op({
   name: "attention_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
-  attrs: ["scale", "chunk", "ranks"],
-  flops: flopsOfGrad,
+  sig: `${operands.all} ${outcome} -> ${gradients.all}`,
+  ...backward,
   cpu: mixGrad,
 });
 
@@ -44,22 +60,22 @@ export const attentionGrad = op({
  */
 export const attentionPart = op({
   name: "attention_part",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "chunk", "ranks"],
+  sig: `${operands.shard} -> ${results}`,
+  ...forward,
   reduction: "merge",
-  types: { lse: "f32" },
-  flops: flopsOfMix,
   cpu: mix,
 });
 /** Gradient of attention to a shard of the keys. `o` and `lse` are those of all keys, so gradients of queries are partial sums over the shards. */
 export const attentionPartGrad = op({
   name: "attention_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
-  attrs: ["scale", "chunk", "ranks"],
-  flops: flopsOfGrad,
+  sig: `${operands.shard} ${outcome} -> ${gradients.shard}`,
+  ...backward,
   cpu: mixGrad,
 });
-/** Combines attention to two shards of the keys. Where both have lse = −∞, so has the result, with o = 0. */
+/**
+ * Combines attention to two shards of the keys. Where both have lse = −∞, so has the result, with o = 0. It has no formula (formula.ts): the rows
+ * of a formula are the last dim, and here a row is a head within it.
+ */
 export const attentionMerge = op({
   name: "attention_merge",
   sig: "a[B,S,H*W] la[B,S,H] b[B,S,H*W] lb[B,S,H] -> o[B,S,H*W] lse[B,S,H]",
@@ -81,12 +97,12 @@ export const attentionMerge = op({
 
 // per head one product of 2·S·U·C and one of 2·S·U·W, half of which causality skips; for shards of the keys this holds for their sum
 /** Returns the operations of attention: two products over the pairs of query and key. */
-export function flopsOfMix({ B, S, U, G, M, C, W }: Sizes): number {
+function flopsOfMix({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (C + W)) / 2;
 }
 // five products: the recomputed scores, dq and dk of width C; dw and dv of width W
 /** Returns the operations of its gradient: five products. */
-export function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
+function flopsOfGrad({ B, S, U, G, M, C, W }: Sizes): number {
   return (2 * B * S * U * G * M * (3 * C + 2 * W)) / 2;
 }
 

@@ -4,83 +4,74 @@
  * so the visible keys are a range of positions. Queries carry this number and keys need none, so that shards of keys may be anywhere. These
  * are separate ops because their signatures have the additional input; kernels without it stay as they are.
  */
-import { type Arrays, flopsOfGrad, flopsOfMix, mix, mixGrad, type Sizes } from "./attention.ts";
-import { type DropSizes, keptOf } from "./attentionDropout.ts";
-import { runtimeAttrs } from "./dropout.ts";
+import { type Arrays, backward, forward, gradients, mix, mixGrad, operands, outcome, results, type Sizes } from "./attention.ts";
+import { type DropSizes, dropBackward, dropForward, keptOf } from "./attentionDropout.ts";
 import { type Grads, op, type ShardContext } from "./op.ts";
 
+/** Causal attention within documents. */
 export const attentionDocuments = op({
   name: "attention_documents",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] documents[B,S] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "chunk", "ranks"],
-  types: { lse: "f32" },
-  flops: flopsOfMix,
+  sig: `${operands.all} documents[B,S] -> ${results}`,
+  ...forward,
   cpu: mixWithin,
   grad({ q, k, v, documents }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionDocumentsGrad.all({ q, k, v, documents, o: y, lse: y.node!.outs[1]!, dy }, a);
     return { q: dq, k: dk, v: dv };
   },
 });
+/** The gradient of `attentionDocuments`. */
 export const attentionDocumentsGrad = op({
   name: "attention_documents_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] documents[B,S] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
-  attrs: ["scale", "chunk", "ranks"],
-  flops: flopsOfGrad,
+  sig: `${operands.all} documents[B,S] ${outcome} -> ${gradients.all}`,
+  ...backward,
   cpu: mixGradWithin,
 });
+/** Attention within documents to a shard of the keys. */
 export const attentionDocumentsPart = op({
   name: "attention_documents_part",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] documents[B,S] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "chunk", "ranks"],
+  sig: `${operands.shard} documents[B,S] -> ${results}`,
+  ...forward,
   reduction: "merge",
-  types: { lse: "f32" },
-  flops: flopsOfMix,
   cpu: mixWithin,
 });
+/** The gradient of `attentionDocumentsPart`. */
 export const attentionDocumentsPartGrad = op({
   name: "attention_documents_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] documents[B,S] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
-  attrs: ["scale", "chunk", "ranks"],
-  flops: flopsOfGrad,
+  sig: `${operands.shard} documents[B,S] ${outcome} -> ${gradients.shard}`,
+  ...backward,
   cpu: mixGradWithin,
 });
+/** Causal attention within documents, with dropout of weights. */
 export const attentionDropoutDocuments = op({
   name: "attention_dropout_documents",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] documents[B,S] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  types: { lse: "f32" },
-  runtimeAttrs,
-  flops: flopsOfMix,
+  sig: `${operands.all} documents[B,S] sample[B] -> ${results}`,
+  ...dropForward,
   cpu: dropMixWithin,
   grad({ q, k, v, documents, sample }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionDropoutDocumentsGrad.all({ q, k, v, documents, sample, o: y, lse: y.node!.outs[1]!, dy }, a);
     return { q: dq, k: dk, v: dv };
   },
 });
+/** The gradient of `attentionDropoutDocuments`. */
 export const attentionDropoutDocumentsGrad = op({
   name: "attention_dropout_documents_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] documents[B,S] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  runtimeAttrs,
-  flops: flopsOfGrad,
+  sig: `${operands.all} documents[B,S] sample[B] ${outcome} -> ${gradients.all}`,
+  ...dropBackward,
   cpu: dropMixGradWithin,
 });
+/** Attention within documents to a shard of the keys, with dropout of weights. */
 export const attentionDropoutDocumentsPart = op({
   name: "attention_dropout_documents_part",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] documents[B,S] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
+  sig: `${operands.shard} documents[B,S] sample[B] -> ${results}`,
+  ...dropForward,
   reduction: "merge",
-  types: { lse: "f32" },
-  runtimeAttrs,
-  flops: flopsOfMix,
   cpu: dropMixWithin,
 });
+/** The gradient of `attentionDropoutDocumentsPart`. */
 export const attentionDropoutDocumentsPartGrad = op({
   name: "attention_dropout_documents_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] documents[B,S] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  runtimeAttrs,
-  flops: flopsOfGrad,
+  sig: `${operands.shard} documents[B,S] sample[B] ${outcome} -> ${gradients.shard}`,
+  ...dropBackward,
   cpu: dropMixGradWithin,
 });
 

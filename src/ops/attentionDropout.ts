@@ -3,20 +3,23 @@
  * that of the softmax before dropout, so shards of the keys are combined by attention_merge as without dropout. These are separate ops because
  * their signatures have the additional input `sample`.
  */
-import { type Arrays, flopsOfGrad, flopsOfMix, mix, mixGrad, type Sizes } from "./attention.ts";
+import { type Arrays, backward, forward, gradients, mix, mixGrad, operands, outcome, results, type Sizes } from "./attention.ts";
 import { dropsOf, runtimeAttrs } from "./dropout.ts";
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
 
+const attrs = ["scale", "drop", "chunk", "ranks"] as const;
+/** What declarations of attention with dropout have in common. */
+export const dropForward = { ...forward, attrs, runtimeAttrs } as const;
+/** What declarations of its gradient have in common. */
+export const dropBackward = { ...backward, attrs, runtimeAttrs } as const;
+
 /** Causal attention with dropout of weights. */
 export const attentionDropout = op({
   name: "attention_dropout",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  types: { lse: "f32" },
-  runtimeAttrs,
-  flops: flopsOfMix,
+  sig: `${operands.all} sample[B] -> ${results}`,
+  ...dropForward,
   cpu: dropMix,
   grad({ q, k, v, sample }, { y, dy }, a): Grads {
     const { dq, dk, dv } = attentionDropoutGrad.all({ q, k, v, sample, o: y, lse: y.node!.outs[1]!, dy }, a);
@@ -26,33 +29,27 @@ export const attentionDropout = op({
 /** With the factor f = 0 or 1 / (1 − drop) of each weight: dv = f·w·dy; dw = f·(dy·v); Σ w·dw = o·dy holds as without dropout. */
 export const attentionDropoutGrad = op({
   name: "attention_dropout_grad",
-  sig: "q[B,S,G*M*C] k[B,U!,G/copies*C] v[B,U!,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U!,G/copies*C] dv[B,U!,G/copies*W]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  runtimeAttrs,
-  flops: flopsOfGrad,
+  sig: `${operands.all} sample[B] ${outcome} -> ${gradients.all}`,
+  ...dropBackward,
   cpu: dropMixGrad,
 });
 /** The same for a shard of the keys. */
 export const attentionDropoutPart = op({
   name: "attention_dropout_part",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] -> o[B,S,G*M*W] lse[B,S,G*M]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
+  sig: `${operands.shard} sample[B] -> ${results}`,
+  ...dropForward,
   reduction: "merge",
-  types: { lse: "f32" },
-  runtimeAttrs,
-  flops: flopsOfMix,
   cpu: dropMix,
 });
 /** The gradient of `attentionDropoutPart`. */
 export const attentionDropoutPartGrad = op({
   name: "attention_dropout_part_grad",
-  sig: "q[B,S,G*M*C] k[B,U,G/copies*C] v[B,U,G/copies*W] sample[B] o[B,S,G*M*W] lse[B,S,G*M] dy[B,S,G*M*W] -> dq[B,S,G*M*C] dk[B,U,G/copies*C] dv[B,U,G/copies*W]",
-  attrs: ["scale", "drop", "chunk", "ranks"],
-  runtimeAttrs,
-  flops: flopsOfGrad,
+  sig: `${operands.shard} sample[B] ${outcome} -> ${gradients.shard}`,
+  ...dropBackward,
   cpu: dropMixGrad,
 });
 
+/** The sizes, the probability of dropout and the key of its random numbers. */
 export type DropSizes = Sizes & Readonly<Record<"drop" | "key0" | "key1", number>>;
 
 function dropMix(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse">, d: DropSizes, p: ShardContext): void {

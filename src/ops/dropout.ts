@@ -1,7 +1,8 @@
 /**
  * Random ops of a step: dropout, and jitter of the router's input. The bits come from Philox. The key is made of the job's seed and the site;
  * the counter identifies the element globally: sequence since the start of the run, position, and channel (or head and key). The bits thus
- * do not depend on the mesh, on microbatches or on the time of execution: backward and recomputed forward ops reproduce them.
+ * do not depend on the mesh, on microbatches or on the time of execution: backward and recomputed forward ops reproduce them. These ops have no
+ * formula (formula.ts): a word depends on coordinates, and four channels share one call of Philox, which each language writes in its own way.
  */
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { keyOf, philox } from "./philox.ts";

@@ -1,6 +1,7 @@
 /**
  * Norms over the width of the model or of each head. Root-mean-square: y = x · gain / sqrt(mean(x²) + eps). Layer norm: the same of x less its
- * mean, plus a bias. With the attribute `offset` 1 the gain is stored less 1.
+ * mean, plus a bias. With the attribute `offset` 1 the gain is stored less 1. Norms have no formula (formula.ts): a gain is an operand per column,
+ * its gradient a sum over columns, and heads are rows within a dim.
  */
 import { type Grads, op } from "./op.ts";
 

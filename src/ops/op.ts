@@ -15,7 +15,7 @@ import type { HostInput } from "../../schemas/plan.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
 import { type CpuFormula, cpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";
-import { type DimSpec, type Operand, operandsOfSide } from "./signature.ts";
+import { dimSize, type Operand, operandsOfSide, sharersOf } from "./signature.ts";
 
 export { BrokenInvariant, invariant } from "./invariant.ts";
 export type { DimSpec, Operand } from "./signature.ts";
@@ -211,6 +211,8 @@ export interface Node {
   readonly id: string;
   /** Position in the model, which decides the stage: 0 the embedding, from 1 the layers, last the head. */
   readonly position: number;
+  /** The position whose name the id has, if it is another: a sum of gradients is named after the value and runs where the value is read. */
+  readonly namedAt?: number | undefined;
   readonly backward: boolean;
   /** The dim that a mesh axis must shard. Without a dim the axis shards none: its ranks repeat the work. */
   readonly pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
@@ -238,7 +240,7 @@ type ValueDeclarations = Pick<Value, "shardAxes"> & Partial<Pick<Value, "dtype">
 /** Returns a copy of a node that differs in `changes`. Its outputs are new values: copies of `outs`, which are its own by default. */
 export function changed(
   node: Node,
-  changes: NodeDeclarations & Partial<Pick<Node, "id" | "position" | "backward" | "args" | "outs">>,
+  changes: NodeDeclarations & Partial<Pick<Node, "id" | "position" | "namedAt" | "backward" | "args" | "outs">>,
 ): Node {
   const outs: Value[] = [];
   const made: Node = { ...node, ...changes, outs };
@@ -336,8 +338,8 @@ export function withArgs(node: Node, args: readonly Value[], attrs: Attrs = node
     const { dtype, shardAxes, updates } = outputOf(node, out.out);
     return { ...out, dtype, ...(shardAxes && { shardAxes }), ...(updates && { updates }) };
   });
-  const { position, backward, pin, ring, regrid, sharing } = node;
-  return changed(made, { position, backward, pin, ring, regrid, sharing, outs });
+  const { position, namedAt, backward, pin, ring, regrid, sharing } = node;
+  return changed(made, { position, namedAt, backward, pin, ring, regrid, sharing, outs });
 }
 
 /** Reads the quota of an op that makes rows from its attributes. */
@@ -375,14 +377,6 @@ function expandNow(o: AnyOp<GraphOpName>, like: { dimSpecs: number; ragged: numb
       : t;
   return { inputs: o.inputs.map(fill), outputs: o.outputs.map(fill) };
 }
-
-/** Returns how many neighbours along a dim share an element. */
-export const sharersOf = ({ shared }: DimSpec, size: Readonly<Record<string, number>>): number =>
-  shared === undefined ? 1 : (size[shared] ?? 1);
-
-/** Returns the elements along one dim in memory: its size divided by the number of sharers (at least 1), times its inner factors. */
-export const dimSize = (s: DimSpec, size: Readonly<Record<string, number>>): number =>
-  s.inner.reduce((n, d) => n * size[d]!, Math.max(1, size[s.dim]! / sharersOf(s, size)));
 
 /** Returns the size of each dim at one use, and the attributes. Throws a BrokenInvariant where shapes disagree. */
 function sizesOf(node: Pick<Node, "op" | "args" | "attrs">): Record<string, number> {

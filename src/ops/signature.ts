@@ -30,3 +30,11 @@ export function operandsOfSide(side: string): Operand[] {
     return { name: name!, dimSpecs, ragged: parts[0]?.includes("~") ? parts[0].split("~").length : 0, any: text === "..." };
   });
 }
+
+/** Returns how many neighbours along a dim share an element. */
+export const sharersOf = ({ shared }: DimSpec, size: Readonly<Record<string, number>>): number =>
+  shared === undefined ? 1 : (size[shared] ?? 1);
+
+/** Returns the elements along one dim in memory: its size divided by the number of sharers (at least 1), times its inner factors. */
+export const dimSize = (s: DimSpec, size: Readonly<Record<string, number>>): number =>
+  s.inner.reduce((n, d) => n * size[d]!, Math.max(1, size[s.dim]! / sharersOf(s, size)));

@@ -45,7 +45,8 @@ export const rowMax = formulaOp({
 });
 /**
  * What each shard of the vocabulary adds to the loss of a token: s, the sum of exp(x − m), and p, the logit of the target, which one shard
- * holds. `m` has no gradient: its contributions here and in `nll` cancel.
+ * holds. `m` has no gradient: its contributions here and in `nll` cancel. It has no formula (formula.ts): p reads one element of a row, which
+ * depends on the coordinate of the shard.
  */
 export const softmaxTerms = op({
   name: "softmax_terms",

@@ -1,5 +1,5 @@
 /** What differs between two plans, by instruction. */
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import type { ViewData } from "../report/view/planView.ts";
 import type { PlacedView } from "./planModel.ts";
 import { planIndex, viewDiff } from "./state.ts";

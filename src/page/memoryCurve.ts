@@ -2,7 +2,7 @@
  * The memory of a rank over a step: what is alive at each moment. Parameters, gradients and optimizer state are alive all the time;
  * activations of a microbatch from its forward block to its last block, and within a block as the instructions need them; workspace within a block.
  */
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import type { BlockView } from "../report/view/planView.ts";
 import { inLayer, type PlanModel } from "./planModel.ts";
 import type { StageRuns } from "./stageRuns.ts";

@@ -1,5 +1,5 @@
 /** What the search finds: panels, ranks, axes, instructions, tensors, kernels, keys of the job. */
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { axisTitles } from "./panels/mesh.tsx";
 import { axisNames, type PlanModel } from "./planModel.ts";
 import { type PanelName, panelNames, type Selection } from "./state.ts";

@@ -171,16 +171,23 @@ class Backward {
       return;
     }
     const before = this.grad.get(v);
-    const sum = before ? this.#adopt(add.of({ a: before, b: part }), node, new Map(), `${idOf(v)}.grad_sum`) : part;
+    const named = { id: `${idOf(v)}.grad_sum`, at: v.node?.namedAt ?? v.node?.position };
+    const sum = before ? this.#adopt(add.of({ a: before, b: part }), node, new Map(), named) : part;
     for (const g of [part, sum]) if (g.leaf === undefined && !this.gradOf.has(g)) this.gradOf.set(g, v);
     this.grad.set(v, sum);
   }
 
   /**
    * Appends the new nodes that a value depends on. They get ids after the node whose gradient they are, and run on its stage. Returns the
-   * value as a result of the appended nodes. `types`: the types of results that differ from those of the ops.
+   * value as a result of the appended nodes. `types`: the types of results that differ from those of the ops. `named`: the id, and the position
+   * that it names, if they are not those of `from`.
    */
-  #adopt(v: Value, from: Node, types: ReadonlyMap<Value, Value["dtype"]>, id = ""): Value {
+  #adopt(
+    v: Value,
+    from: Node,
+    types: ReadonlyMap<Value, Value["dtype"]>,
+    named?: { readonly id: string; readonly at: number | undefined },
+  ): Value {
     for (const n of topological([v], this.#seen)) {
       // a clone has its own id, position and pins
       if (n.backward) {
@@ -188,7 +195,8 @@ class Backward {
         continue;
       }
       const made = changed(n, {
-        ...{ id: this.#unique(id || `${from.id}.${n.op.suffix ?? "grad"}`), position: from.position, backward: true },
+        ...{ id: this.#unique(named?.id ?? `${from.id}.${n.op.suffix ?? "grad"}`), position: from.position, backward: true },
+        ...(named && { namedAt: named.at }),
         ...(n.op !== add && { pin: from.pin, ring: from.ring }),
         args: n.args.map((arg) => outputIn(this.#adopted, arg)),
         outs: n.outs.map((out) => ({ ...out, dtype: types.get(out) ?? out.dtype })),

@@ -39,6 +39,7 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
         sizes: [...p.sizes],
         ragged: 0,
         shardedBy: layout.shardedBy.map((c) => [...c]),
+        ...role.layerOf(p),
       });
     }
     const { forward: forwards, backward: backwards } = role.blocks;

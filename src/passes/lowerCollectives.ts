@@ -23,6 +23,7 @@ export function lowerCollectives(role: ProgramBuilder): {
   const emitter = new Emitter(role);
   const rows = new RowExchange(emitter);
   const expand = (i: Reshard): void => {
+    emitter.begin(i);
     const [a, b] = [emitter.buffer(i.from), emitter.buffer(i.to)];
     // members of a group are in ascending order of rank: the sub-axis with the largest stride is the outermost
     const strideOf = (f: number): number => role.mesh.subAxes[f]?.stride ?? 0;

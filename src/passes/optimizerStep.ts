@@ -188,6 +188,7 @@ class UpdateBuffers {
       sizes: [...value.sizes],
       ragged: 0,
       shardedBy: layout.shardedBy.map((c) => [...c]),
+      ...this.#role.layerOf(parameter),
     });
   }
 

@@ -8,6 +8,7 @@ import { shardCount } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { boundOfRows } from "../analysis/cost.ts";
 import type { Loss } from "../model/builder.ts";
+import { layerAtPosition } from "../model/positions.ts";
 import { type AnyOp, invariant, type Value } from "../ops/op.ts";
 import { indexLength } from "../ops/rearrange.ts";
 import { idOf } from "./backward.ts";
@@ -17,7 +18,7 @@ import { blockAxesText, layoutKey, type ReshardKind, type ShardedValue } from ".
 import { axesName, isExpert, type Mesh } from "./mesh.ts";
 import { chunkOfVirtual, type Pipeline, stageOfVirtual } from "./pipelineStages.ts";
 import type { Schedule } from "./schedule.ts";
-import type { ShardedGraph, ShardStep } from "./sharding/steps.ts";
+import type { Reason, ShardedGraph, ShardStep } from "./sharding/steps.ts";
 import type { ShardedJob } from "./shardJob.ts";
 
 /** A block under construction. */
@@ -120,6 +121,12 @@ export class ProgramBuilder {
       ...(partial.length ? { partial: [...partial] } : {}),
     });
 
+  /** Returns the layer of a value as a field of its buffer. Inputs belong to no layer: several layers may read one. */
+  layerOf({ node, leaf }: Value): Pick<Buffer, "layer"> {
+    const position = node?.namedAt ?? node?.position ?? (leaf?.kind === "input" ? undefined : leaf?.position);
+    const layer = position === undefined ? undefined : layerAtPosition(this.job.model, position);
+    return layer === undefined ? {} : { layer };
+  }
   /** Returns the local shape of a tensor. */
   local(sizes: readonly number[], shardedBy: ShardedValue["layout"]["shardedBy"]): number[] {
     return sizes.map((n, dim) => n / shardCount(this.mesh, shardedBy[dim] ?? []));
@@ -147,8 +154,9 @@ export class ProgramBuilder {
   }
 
   /** Adds the i32 buffer for the number of rows that `id` needed, with its capacity. Returns its id. */
-  needed(id: string, bound: number): string {
-    const buffer = this.add({ id: `${id}.needed`, kind: "gradient", dtype: "i32", shape: [], sizes: [], ragged: 0, shardedBy: [] });
+  needed(id: string, bound: number, layer: Pick<Buffer, "layer">): string {
+    const scalar = { dtype: "i32" as const, shape: [], sizes: [], ragged: 0, shardedBy: [] };
+    const buffer = this.add({ id: `${id}.needed`, kind: "gradient", ...scalar, ...layer });
     if (!this.bounds.some((b) => b.needed === buffer)) this.bounds.push({ needed: buffer, bound, of: "rows" });
     return buffer;
   }
@@ -183,6 +191,7 @@ export class ProgramBuilder {
     const common = {
       ...{ id, dtype: v.dtype, sizes: [...v.sizes], ragged: v.ragged, shardedBy: layout.shardedBy.map((fs) => [...fs]) },
       ...(partial.length ? { partial } : {}),
+      ...(loss === undefined && this.layerOf(v)),
     };
     // state that one microbatch passes to the next lives for the whole step and is zeroed with the gradients
     const isLasting = loss !== undefined || isUpdatedInPlace(v);
@@ -210,12 +219,12 @@ export class ProgramBuilder {
       id: `${to}${s.how === "regrid" ? this.layoutText(s.to) : ""}.${name}`,
       ...{ how: s.how, name, axes: axesName(this.mesh, s.subAxes, expert), subAxes: [...s.subAxes], from, to },
       blockAxes: s.blockAxes,
-      why: { ...s.why },
+      why: this.#why(s.why),
     });
   }
 
   /** Emits a send or a receive between two virtual stages. All transfers between them in one kind of block use one channel. */
-  transfer(block: BlockBuilder, kind: Transfer["kind"], buffer: string, { from, to }: Ends, why: Transfer["why"], tag: string): void {
+  transfer(block: BlockBuilder, kind: Transfer["kind"], buffer: string, { from, to }: Ends, why: Reason, tag: string): void {
     const { pipeline, stage } = this;
     const peer = stageOfVirtual(pipeline, kind === "send" ? to : from);
     invariant(peer !== stage, `${tag}: stage ${stage} would send to itself`);
@@ -225,7 +234,7 @@ export class ProgramBuilder {
     this.emit(block, {
       ...{ kind, id: `${tag}.${kind}`, buffer, tag, peer, channel, bytes: this.bytes(buffer) },
       ...(isAhead ? { in_flight: this.#inFlight } : {}),
-      why: { ...why },
+      why: this.#why(why),
     });
   }
 
@@ -245,6 +254,11 @@ export class ProgramBuilder {
     return computeInstruction({ op, id, reads, writes, dims, attrs });
   };
 
+  /** Returns an origin as the plan stores it. */
+  #why({ position, ...why }: Reason): Collective["why"] {
+    const layer = position === undefined ? undefined : layerAtPosition(this.job.model, position);
+    return layer === undefined ? why : { ...why, layer };
+  }
   #placementOf(v: Value): ShardedValue["layout"] {
     const placed = this.placement.get(v);
     invariant(placed !== undefined, () => `${idOf(v)} has no placement`);
@@ -262,7 +276,16 @@ export class ProgramBuilder {
     this.#rowLayouts.set(id, rowLayout);
     const [, , experts = 1] = this.local(v.sizes.slice(0, 3), rowDims);
     const length = indexLength(bound, experts);
-    return this.add({ id, kind: "workspace", dtype: "i32", shape: [length], sizes: [length], ragged: 0, shardedBy: [[]] });
+    return this.add({
+      id,
+      kind: "workspace",
+      dtype: "i32",
+      shape: [length],
+      sizes: [length],
+      ragged: 0,
+      shardedBy: [[]],
+      ...this.layerOf(v),
+    });
   }
 }
 

@@ -3,39 +3,49 @@
  * clones of ops (their ids end in `.again`), their collectives, and the memory of activations.
  */
 import type { Job } from "../../schemas/job.ts";
+import { depthAt, depthPart, layerAtPosition, layerPart } from "../model/positions.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import type { Node } from "../ops/op.ts";
 import { plainUnits } from "../ops/plainUnits.ts";
 import type { Pipeline } from "./pipelineStages.ts";
 
-/** Per module, named as in Megatron Core, a pattern for the ids of its nodes within a layer. */
-const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], RegExp>> = {
-  core_attn: /^attn\.core$/,
-  layernorm: /^(attn|mlp)\.norm$/,
+const isOneOf = (names: readonly string[]) => (name: string) => names.includes(name);
+const isIn =
+  (part: string, except: readonly string[] = []) =>
+  (name: string) =>
+    name.startsWith(part) && !except.some((other) => name.startsWith(other));
+/** Per module, named as in Megatron Core, whether it contains the node of a name within a layer. */
+const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], (name: string) => boolean>> = {
+  core_attn: isOneOf(["attn.core"]),
+  layernorm: isOneOf(["attn.norm", "mlp.norm"]),
   // projections from latents to heads, and the norms of latents
-  mla_up_proj: /^attn\.(q_norm|wq_b|q_rope|kv_norm|wkv_b|k_rope|kv)$/,
-  mlp: /^mlp\.(?!norm|residual)/,
-  moe: /^moe\./,
-  moe_act: new RegExp(`^moe\\.(${[...Object.keys(gatedUnits), ...Object.keys(plainUnits)].join("|")})$`),
+  mla_up_proj: isOneOf(["q_norm", "wq_b", "q_rope", "kv_norm", "wkv_b", "k_rope", "kv"].map((name) => `attn.${name}`)),
+  mlp: isIn("mlp.", ["mlp.norm", "mlp.residual"]),
+  moe: isIn("moe."),
+  moe_act: isOneOf([...Object.keys(gatedUnits), ...Object.keys(plainUnits)].map((name) => `moe.${name}`)),
   // the rows that experts read: top_k copies of each token
-  moe_permute: /^moe\.permute$/,
-  shared_experts: /^moe\.shared\./,
+  moe_permute: isOneOf(["moe.permute"]),
+  shared_experts: isIn("moe.shared."),
 };
+/** Nodes of a depth of multi-token prediction that are outside its layer. */
+const isOutsideLayer = (name: string): boolean => isOneOf(["embedding", "final.norm", "logits"])(name) || name.startsWith("loss");
 
 /** Returns a predicate: whether backward recomputes the outputs of a node. Ops that keep state across microbatches are never recomputed. */
 export function isRecomputed({ train, model }: Pick<Job, "train" | "model">, { of }: Pick<Pipeline, "of">): (node: Node) => boolean {
   const { mode, modules: chosen, method, layers: count } = train.recompute;
   if (mode === "none") return () => false;
   const isStateful = ({ op }: Node): boolean => op.inPlace !== undefined;
-  const layerNodeOf = ({ id }: Node): { isMtp: boolean; layer: number; name: string } | undefined => {
-    const [, kind, layer, name] = /^(layers|mtp)\.(\d+)\.(.*)$/.exec(id) ?? [];
-    return name === undefined ? undefined : { isMtp: kind === "mtp", layer: Number(layer), name };
+  /** Returns the layer of a node and its name within the layer; undefined outside the layers. `layer` is undefined for multi-token prediction. */
+  const layerNodeOf = ({ id, position }: Node): { layer: number | undefined; name: string } | undefined => {
+    const layer = layerAtPosition(model, position);
+    const part = layer === undefined ? depthPart(position - depthAt(model, 1)) : layerPart(layer);
+    return id.startsWith(part) ? { layer, name: id.slice(part.length) } : undefined;
   };
   if (mode === "selective") {
-    const patterns = chosen.map((m) => modules[m]);
+    const contained = chosen.map((m) => modules[m]);
     return (node) => {
       const at = layerNodeOf(node);
-      return at !== undefined && !isStateful(node) && patterns.some((p) => p.test(at.name));
+      return at !== undefined && !isStateful(node) && contained.some((contains) => contains(at.name));
     };
   }
   /** Returns the index of a layer in its chunk, from 0. */
@@ -47,8 +57,9 @@ export function isRecomputed({ train, model }: Pick<Job, "train" | "model">, { o
     const at = layerNodeOf(node);
     if (at === undefined || isStateful(node)) return false;
     // as in Megatron Core: each layer of multi-token prediction is a group; method `block` does not recompute them
-    if (at.isMtp) return method === "uniform" && !/^(embedding|final\.norm|logits|loss.*)$/.test(at.name);
-    if (!isRecomputedLayer(at.layer)) return false;
-    return at.name !== "mlp.residual" || !(at.layer + 1 >= model.layers || startsGroup(at.layer + 1));
+    const { layer, name } = at;
+    if (layer === undefined) return method === "uniform" && !isOutsideLayer(name);
+    if (!isRecomputedLayer(layer)) return false;
+    return name !== "mlp.residual" || !(layer + 1 >= model.layers || startsGroup(layer + 1));
   };
 }

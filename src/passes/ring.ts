@@ -97,10 +97,11 @@ function ringSteps(role: ProgramBuilder, block: BlockBuilder, { instruction: i, 
     },
     /** Emits the shift of a buffer by one rank. Returns the buffer that receives. */
     shift(from: string, to: string): string {
+      const { layer } = buffers.get(from);
       const collective: Collective = {
         ...{ kind: "collective", id: `${to}.shift`, how: "shift", name: "ring", axes: axesName(mesh, subAxes, false) },
         ...{ subAxes: [...subAxes], from, to: like(to, from, buffers.get(from).dtype), bytes: role.bytes(from) },
-        why: { op: i.id, because: `pieces of ${dim} are on other ranks`, path },
+        why: { op: i.id, because: `pieces of ${dim} are on other ranks`, path, ...(layer === undefined ? {} : { layer }) },
       };
       role.emit(block, collective);
       return to;

@@ -1,10 +1,10 @@
 /** Parameters that several stages use: gradients of the copies go to the owner's stage, and the updated parameter comes back. */
-import type { Transfer } from "../../schemas/plan.ts";
 import { headAt } from "../model/positions.ts";
 import { accumulate } from "../ops/linear.ts";
 import { invariant, type Value } from "../ops/op.ts";
 import { type Graph, idOf } from "./backward.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";
+import type { Reason } from "./sharding/steps.ts";
 
 /** Returns the tied copies of parameters with their owner, the origin of their transfers, and a name that is unique per owner. */
 function tiedPairs({ job, placement }: ProgramBuilder, graph: Graph) {
@@ -20,9 +20,10 @@ function tiedPairs({ job, placement }: ProgramBuilder, graph: Graph) {
     const nth = owners.filter((other) => other === owner).length;
     owners.push(owner);
     const isMtp = position < headAt(job.model);
-    const why: Transfer["why"] = isMtp
+    const origin = isMtp
       ? { op: "mtp.0.embedding", because: "the embedding is used on the first stage and by multi-token prediction", path: "model.mtp" }
       : { op: "logits", because: "the embedding is used on the first and on the last stage", path: "model.tie_embeddings" };
+    const why: Reason = { ...origin, position };
     return [{ copy, owner, name: `tied${nth > 0 ? nth + 1 : ""}`, why, copyAt: stageOf(copy), ownerAt: stageOf(owner) }];
   });
 }

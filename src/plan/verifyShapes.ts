@@ -9,7 +9,8 @@ import { inputName, instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { ops } from "../ops/index.ts";
-import { type AnyOp, dimSize, expandLike, invariant, type Operand } from "../ops/op.ts";
+import { type AnyOp, expandLike, invariant, type Operand } from "../ops/op.ts";
+import { dimSize } from "../ops/signature.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
 

@@ -7,7 +7,7 @@ import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { blocksOf } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
-import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { anyLayer, anyLayerOrigin, layerOf } from "../analysis/layerNames.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";
 import { type Consequence, consequencesOf } from "./consequences.ts";
@@ -18,6 +18,7 @@ import { trafficOf } from "./overview.ts";
 import { type PlacementChange, placementChanges } from "./placementChanges.ts";
 import { type BlockPhase, phases, shapeText } from "./programText.ts";
 
+/** A key of the job with another value. */
 export interface FieldChange {
   readonly path: string;
   /** Undefined if the key does not exist. */
@@ -25,6 +26,7 @@ export interface FieldChange {
   readonly new?: unknown;
 }
 
+/** A number of the summary of some stages that differs. */
 export interface SummaryChange {
   /** The stages that have this change. */
   readonly stages: readonly number[];
@@ -34,6 +36,7 @@ export interface SummaryChange {
   readonly new: number;
 }
 
+/** An instruction that one plan lacks, or that differs; equal changes of several layers and stages are one. */
 export interface ProgramChange {
   readonly change: "added" | "removed" | "changed";
   readonly phase: BlockPhase;
@@ -192,6 +195,7 @@ function roleFacts(role: RoleView | undefined): Facts {
 
 interface Placed {
   readonly stage: number;
+  readonly layer: number | undefined;
   readonly does: string;
   readonly kind: Instruction["kind"];
   readonly facts: ReadonlyMap<string, string>;
@@ -203,13 +207,12 @@ function programChanges(a: readonly Program[], b: readonly Program[]): ProgramCh
     change: ProgramChange["change"],
     phase: BlockPhase,
     id: string,
-    { stage, does, kind }: Placed,
+    { stage, layer, does, kind }: Placed,
     differences: ProgramChange["differences"],
   ): void => {
-    const name = anyLayer(id);
+    const name = anyLayer(id, layer);
     const key = JSON.stringify([change, phase, name, does, differences]);
     const entry = found.get(key) ?? { change, phase, id: name, does, kind, layers: [], stages: [], differences };
-    const layer = layerOf(id);
     if (layer !== undefined) entry.layers.push(layer);
     if (!entry.stages.includes(stage)) entry.stages.push(stage);
     found.set(key, entry);
@@ -245,7 +248,9 @@ function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Pl
   for (const program of programs) {
     const buffers = new BufferTable(program.buffers);
     for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
-      const one = { stage: program.stage, does: doing(instruction), kind: instruction.kind, facts: factsOf(instruction, buffers) };
+      const layer = layerOf(instruction, buffers);
+      const facts = factsOf(instruction, buffers);
+      const one = { stage: program.stage, layer, does: doing(instruction), kind: instruction.kind, facts };
       const before = all.get(instruction.id);
       if (before) before.push(one);
       else all.set(instruction.id, [one]);
@@ -272,7 +277,7 @@ function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
     const buffer = buffers.get(id);
     facts.set(`${name} shape`, shapeText(buffer));
     facts.set(`${name} dtype`, buffer.dtype);
-    facts.set(`${name} buffer`, anyLayer(id));
+    facts.set(`${name} buffer`, anyLayer(id, buffer.layer));
   };
   facts.set("does", doing(i));
   facts.set("waits for", (i.waits ?? []).map(anyLayer).join(" "));
@@ -292,7 +297,7 @@ function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
       facts.set("how", i.how);
       facts.set("axes", i.axes);
       facts.set("bytes", bytesText(i.bytes));
-      facts.set("needed by", `${anyLayer(i.why.op)}: ${anyLayer(i.why.because)} (${i.why.path})`);
+      facts.set("needed by", anyLayerOrigin(i.why));
       break;
     case "send":
     case "recv":

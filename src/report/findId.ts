@@ -4,7 +4,9 @@ import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { anyLayer } from "../analysis/layerNames.ts";
+import { BufferTable } from "../analysis/bufferTable.ts";
+import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { layerPart } from "../model/positions.ts";
 
 /** An instruction, and where it runs. */
 export interface PlacedInstruction {
@@ -19,7 +21,14 @@ export interface FoundId {
   readonly instructions: readonly PlacedInstruction[];
   readonly buffers: readonly { readonly program: Program; readonly buffer: Buffer }[];
   /** Ids that differ only in the layer, with this one. */
-  readonly alike: readonly string[];
+  readonly alike: readonly PlacedId[];
+}
+
+/** An id, its layer, and the id with `*` for the layer. */
+interface PlacedId {
+  readonly id: string;
+  readonly layer: number | undefined;
+  readonly form: string;
 }
 
 /** The most suggestions of a message. */
@@ -28,12 +37,11 @@ const MOST = 8;
 /** Returns what has an id. Layers may be `*`, and any parts of an id that fit one id suffice. Throws a Trouble with suggestions if none or several fit. */
 export function findId(plan: Plan, text: string): FoundId {
   const ids = allIds(plan);
-  const exact = ids.has(text) ? text : undefined;
-  const id = exact ?? closest([...ids], text);
-  const form = anyLayer(id);
+  const found = ids.get(text) ?? closest([...ids.values()], text);
+  const { id, form } = found;
   return {
     id,
-    alike: [...ids].filter((other) => anyLayer(other) === form),
+    alike: [...ids.values()].filter((other) => other.form === form),
     instructions: plan.programs.flatMap((program) =>
       blocksOf(program).flatMap((block) =>
         block.instructions.filter((i) => i.id === id).map((instruction) => ({ program, block, instruction })),
@@ -43,31 +51,35 @@ export function findId(plan: Plan, text: string): FoundId {
   };
 }
 
-function allIds({ programs }: Plan): Set<string> {
-  const ids = new Set<string>();
+function allIds({ programs }: Plan): Map<string, PlacedId> {
+  const ids = new Map<string, PlacedId>();
+  const add = (id: string, layer: number | undefined): void => {
+    if (!ids.has(id)) ids.set(id, { id, layer, form: anyLayer(id, layer) });
+  };
   for (const program of programs) {
-    for (const { instructions } of blocksOf(program)) for (const { id } of instructions) ids.add(id);
-    for (const { id } of program.buffers) ids.add(id);
+    const buffers = new BufferTable(program.buffers);
+    for (const { instructions } of blocksOf(program)) for (const i of instructions) add(i.id, layerOf(i, buffers));
+    for (const { id, layer } of program.buffers) add(id, layer);
   }
   return ids;
 }
 
 /** Returns the first id of the only form that fits. */
-function closest(ids: readonly string[], text: string): string {
-  const byForm = new Map<string, string>();
-  for (const id of ids) if (!byForm.has(anyLayer(id))) byForm.set(anyLayer(id), id);
+function closest(ids: readonly PlacedId[], text: string): PlacedId {
+  const byForm = new Map<string, PlacedId>();
+  for (const placed of ids) if (!byForm.has(placed.form)) byForm.set(placed.form, placed);
   const wanted = byForm.get(text);
   if (wanted !== undefined) return wanted;
   // a layer that is named must be that layer
-  const pool = /layers\.\d/.test(text) ? ids : [...byForm.values()];
+  const pool = ids.some(({ layer }) => layer !== undefined && text.includes(layerPart(layer))) ? ids : [...byForm.values()];
   const fitting = fits(text.toLowerCase())
-    .map((isFit) => pool.filter((id) => isFit(id.toLowerCase())))
+    .map((isFit) => pool.filter(isFit))
     .filter((list) => list.length > 0);
   const only = fitting.find((list) => list.length === 1)?.[0];
   if (only !== undefined) return only;
   const [best] = fitting;
   if (best) {
-    const names = [...best].sort((a, b) => a.length - b.length).map((id) => (pool === ids ? id : anyLayer(id)));
+    const names = [...best].sort((a, b) => a.id.length - b.id.length).map(({ id, form }) => (pool === ids ? id : form));
     const more = names.length > MOST ? `, … (${names.length})` : "";
     throw new Trouble(
       `"${printable(text, 80)}" fits ${names.length} instructions and buffers`,
@@ -85,16 +97,16 @@ function closest(ids: readonly string[], text: string): string {
 }
 
 /** The ways in which a text may mean an id, from the most exact: the end of it, whole parts with the last one, whole parts, any parts. */
-function fits(text: string): readonly ((id: string) => boolean)[] {
+function fits(text: string): readonly ((placed: PlacedId) => boolean)[] {
   const parts = text.split(/[\s.@,*]+/).filter((part) => part !== "" && part !== "-");
   const last = parts.at(-1) ?? "";
-  const partsOf = (id: string): string[] => id.split(/[.@,]/);
-  const hasAll = (id: string): boolean => parts.every((part) => partsOf(id).includes(part));
+  const partsOf = ({ id }: PlacedId): string[] => id.toLowerCase().split(/[.@,]/);
+  const hasAll = (placed: PlacedId): boolean => parts.every((part) => partsOf(placed).includes(part));
   return [
-    (id) => anyLayer(id).endsWith(text),
-    (id) => hasAll(id) && partsOf(id).at(-1) === last,
+    ({ form }) => form.toLowerCase().endsWith(text),
+    (placed) => hasAll(placed) && partsOf(placed).at(-1) === last,
     hasAll,
-    (id) => parts.every((part) => id.includes(part)),
+    ({ id }) => parts.every((part) => id.toLowerCase().includes(part)),
   ];
 }
 

@@ -3,7 +3,7 @@
 import { phasesOf } from "../../schemas/batchRampup.ts";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
-import type { Collective, Instruction, MeshAxis, Plan, Program, StreamName } from "../../schemas/plan.ts";
+import type { Buffer, Collective, Instruction, MeshAxis, Plan, Program, StreamName } from "../../schemas/plan.ts";
 import { blocksOf, microbatchesIn, timesIn } from "../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
@@ -60,6 +60,8 @@ export interface TransferView {
   readonly kind: "send" | "recv";
   readonly peer: number;
   readonly buffer: string;
+  /** The layer that the buffer belongs to. */
+  readonly layer?: number;
   readonly bytes: number;
   readonly per_step: number;
   /** The share of the ranks whose peer is on another node. */
@@ -226,6 +228,7 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
                   bytes: i.bytes,
                   per_step: timesIn(program, block, i),
                 },
+                ...layerField(buffer(i.buffer)),
                 across: transferAcross(mesh, program.stage, i.peer),
               },
             ]
@@ -254,14 +257,14 @@ function collectiveViews(
   for (const i of instructions) {
     if (i.kind !== "collective") continue;
     const { name, how, axes, bytes, why, stream } = i;
+    const because = anyLayer(why.because, why.layer);
     const times = timesIn(program, { kind: phase }, i);
-    const key = [name, how, axes, bytes, anyLayer(why.because), why.path, stream, times].join("\n");
+    const key = [name, how, axes, bytes, because, why.path, stream, times].join("\n");
     const before = found.get(key);
-    const op = anyLayer(why.op);
+    const op = anyLayer(why.op, why.layer);
     const ops = before?.ops ?? [];
     if (!ops.includes(op)) ops.push(op);
     const count = (before?.count ?? 0) + 1;
-    const because = anyLayer(why.because);
     found.set(key, {
       phase,
       name,
@@ -279,6 +282,16 @@ function collectiveViews(
     });
   }
   return [...found.values()];
+}
+
+const layerField = ({ layer }: Pick<Buffer, "layer">): Pick<TransferView, "layer"> => (layer === undefined ? {} : { layer });
+
+/** Returns a stage whose transfers name layers relative to its first, so that stages which differ only in their layers have equal texts. */
+export function withRelativeLayers(role: RoleView): RoleView {
+  const first = role.chunks[0]?.layers[0] ?? 0;
+  const relative = ({ buffer, layer }: TransferView): string =>
+    layer === undefined ? buffer : `${layer - first} ${anyLayer(buffer, layer)}`;
+  return { ...role, transfers: role.transfers.map((t) => ({ ...t, buffer: relative(t) })) };
 }
 
 /** Returns the depths of multi-token prediction that have parameters on a stage. */

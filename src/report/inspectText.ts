@@ -1,9 +1,8 @@
 /** Text of the summary of a plan, for `inspect`. */
 import { printable } from "../../schemas/printable.ts";
-import { fromLayer } from "../analysis/layerNames.ts";
 import { memoryKinds, memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, flopsText, plural, ranges, table } from "../units.ts";
-import type { AxisView, CollectiveView, Inspection, RoleView, TransferView } from "./inspect.ts";
+import { type AxisView, type CollectiveView, type Inspection, type RoleView, type TransferView, withRelativeLayers } from "./inspect.ts";
 
 /** Formats the summary of a plan as text. */
 export function printInspect(view: Inspection): string {
@@ -46,9 +45,7 @@ function rampText({ ramp_up }: Inspection["derived"]): string[] {
 export function printMemory({ roles, device }: Inspection): string[] {
   // omit the scratch column if no kernel needs scratch
   const kinds = memoryKinds.filter((kind) => kind !== "scratch" || roles.some(({ memory }) => memory.scratch > 0));
-  const row = ({ stage, chunks, mtp, memory: m }: RoleView): string[] => [
-    `stage ${stage}`,
-    layersText({ chunks, mtp }),
+  const cells = ({ chunks, memory: m }: RoleView): string[] => [
     ...kinds.map((kind) =>
       kind === "activation" ? chunks.map((c) => `${bytesText(c.activation_per_slot)} x ${c.copies}`).join(" + ") : bytesText(m[kind]),
     ),
@@ -61,49 +58,49 @@ export function printMemory({ roles, device }: Inspection): string[] {
   return [
     "memory of a rank:",
     ...table(
-      [head, ...sameRows(roles.map(row))],
+      [head, ...stageRows(roles, cells)],
       head.flatMap((_, column) => (column < 2 ? [] : [column])),
     ),
   ];
 }
 
 /** Formats the layers of a stage: `layers 0..3`; with several chunks `layers 0..3, 8..11`; with multi-token prediction `layers 8..11, mtp 0..0`. */
-const layersText = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
-  `layers ${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
+const layersText = (role: Pick<RoleView, "chunks" | "mtp">): string => `layers ${layerRanges(role)}`;
+const layerRanges = ({ chunks, mtp }: Pick<RoleView, "chunks" | "mtp">): string =>
+  `${chunks.map(({ layers: [from, to] }) => (from === to ? "none" : `${from}..${to - 1}`)).join(", ")}${mtp.length ? `, mtp ${mtp[0]}..${mtp.at(-1)}` : ""}`;
+/** Returns the layers of a stage that has one range of them and nothing else. */
+const onlyRange = ({ chunks: [first, ...more], mtp }: RoleView): readonly [number, number] | undefined =>
+  first && more.length === 0 && mtp.length === 0 && first.layers[0] < first.layers[1] ? first.layers : undefined;
 
-/** Merges rows that differ only in the stage: the middle stages are often equal. */
-function sameRows(rows: readonly (readonly string[])[]): string[][] {
-  const out: { from: string; to: string; row: readonly string[] }[] = [];
-  for (const row of rows) {
-    const last = out.at(-1);
-    if (last && last.row.slice(2).join("|") === row.slice(2).join("|")) last.to = row.slice(0, 2).join(" ");
-    else out.push({ from: row.slice(0, 2).join(" "), to: row.slice(0, 2).join(" "), row });
+/** Returns a row for each stage. Consecutive stages with equal cells share one: the middle stages are often equal. */
+function stageRows(roles: readonly RoleView[], cellsOf: (role: RoleView) => string[]): string[][] {
+  const rows: { readonly from: RoleView; to: RoleView; readonly cells: string[] }[] = [];
+  for (const role of roles) {
+    const cells = cellsOf(role);
+    const last = rows.at(-1);
+    if (last?.cells.join("|") === cells.join("|")) last.to = role;
+    else rows.push({ from: role, to: role, cells });
   }
-  const stage = (text: string): string => text.split(" ")[1] ?? "";
-  const layers = (text: string): string => text.split(" ").slice(3).join(" ");
-  // for stages with one layer range each: the first and the last layer
-  const span = (from: string, to: string): string =>
-    [from, to].every((text) => /^\d+\.\.\d+$/.test(text)) ? `${from.split("..")[0]}..${to.split("..")[1]}` : `${from} … ${to}`;
-  return out.map(({ from, to, row }) =>
-    from === to ? [...row] : [`stages ${stage(from)}..${stage(to)}`, `layers ${span(layers(from), layers(to))}`, ...row.slice(2)],
-  );
+  return rows.map(({ from, to, cells }) => {
+    if (from === to) return [`stage ${from.stage}`, layersText(from), ...cells];
+    const [first, last] = [onlyRange(from), onlyRange(to)];
+    const span = first && last ? `${first[0]}..${last[1] - 1}` : `${layerRanges(from)} … ${layerRanges(to)}`;
+    return [`stages ${from.stage}..${to.stage}`, `layers ${span}`, ...cells];
+  });
 }
 
 /** Formats the stages. A stage that equals the preceding one except for its layers is only named. */
 export function printRoles({ roles }: Inspection): string[] {
-  const blocks: { readonly lines: string[]; readonly shape: string; readonly first: RoleView; last: RoleView }[] = [];
+  const blocks: { readonly lines: string[]; readonly form: string; readonly first: RoleView; last: RoleView }[] = [];
   for (const role of roles) {
     const lines = printRole(role);
     // peers relative to the stage, and layers relative to its first
-    const relative = printRole({ ...role, transfers: role.transfers.map((t) => ({ ...t, peer: t.peer - role.stage })) });
-    const shape = relative
-      .slice(1)
-      .map((line) => fromLayer(line, role.chunks[0]?.layers[0] ?? 0))
-      .join("\n")
-      .replace(/ +/g, " ");
+    const { transfers } = withRelativeLayers(role);
+    const relative = printRole({ ...role, transfers: transfers.map((t) => ({ ...t, peer: t.peer - role.stage })) });
+    const form = relative.slice(1).join("\n").replace(/ +/g, " ");
     const before = blocks.at(-1);
-    if (before?.shape === shape) before.last = role;
-    else blocks.push({ lines, shape, first: role, last: role });
+    if (before?.form === form) before.last = role;
+    else blocks.push({ lines, form, first: role, last: role });
   }
   return blocks.flatMap(({ lines, first, last }) => {
     if (first === last) return [...lines, ""];

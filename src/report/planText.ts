@@ -2,7 +2,7 @@
 import type { Plan, Program } from "../../schemas/plan.ts";
 import { inspectPlan } from "./inspect.ts";
 import { printHead, printMemory, printRoles, printSchedule } from "./inspectText.ts";
-import { printProgram, programShape } from "./programText.ts";
+import { programForm, programLines } from "./programText.ts";
 
 /** Returns the text of plan.txt. */
 export function printPlanText(plan: Plan): string {
@@ -21,13 +21,13 @@ export function printPlanText(plan: Plan): string {
 
 /** A stage that equals the preceding one is only named. */
 function programs(all: readonly Program[]): string[] {
-  const blocks: { readonly program: Program; readonly lines: readonly string[]; readonly shape: string; last: number }[] = [];
+  const blocks: { readonly program: Program; readonly lines: readonly string[]; readonly form: string; last: number }[] = [];
   for (const program of all) {
-    const lines = printProgram(program);
-    const shape = programShape(program, lines);
+    const lines = programLines(program);
+    const form = programForm(program, lines);
     const before = blocks.at(-1);
-    if (before?.shape === shape) before.last = program.stage;
-    else blocks.push({ program, lines, shape, last: program.stage });
+    if (before?.form === form) before.last = program.stage;
+    else blocks.push({ program, lines: lines.map(({ text }) => text), form, last: program.stage });
   }
   return blocks.flatMap(({ program, lines, last }) => {
     const same =

@@ -10,7 +10,7 @@ import { stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer, layerOf } from "../analysis/layerNames.ts";
 import { countText, table } from "../units.ts";
 import { type TraceSlice, traceText } from "./trace.ts";
 
@@ -35,13 +35,13 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
   const groups = new Map<string, { op: string; calls: number; us: number; flops: number; bytes: number; least: number }>();
   let launched: Timing | undefined;
   for (const t of timings) {
-    const { flops, bytes, peak } = work[stageOfRank(plan.mesh, t.rank)]?.get(t.id) ?? {
+    const { form, flops, bytes, peak } = work[stageOfRank(plan.mesh, t.rank)]?.get(t.id) ?? {
+      form: t.id,
       flops: 0,
       bytes: 0,
       peak: Number.POSITIVE_INFINITY,
     };
-    const key = anyLayer(t.id);
-    const g = groups.get(key) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0, least: 0 };
+    const g = groups.get(form) ?? { op: t.op, calls: 0, us: 0, flops: 0, bytes: 0, least: 0 };
     // launches of one instruction are consecutive
     const again = launched?.id === t.id && launched.rank === t.rank && launched.stream === t.stream && t.begin_us >= launched.end_us;
     launched = t;
@@ -52,7 +52,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
       g.bytes += bytes;
       g.least += (1e6 * flops) / peak;
     }
-    groups.set(key, g);
+    groups.set(form, g);
   }
   const total = [...groups.values()].reduce((sum, g) => sum + g.us, 0);
   return [...groups]
@@ -70,7 +70,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
 }
 
 /** Returns flops and bytes of each instruction of a stage, on one rank, and the device's peak in FLOP/s on operands of its widest type. */
-function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number; bytes: number; peak: number }> {
+function timedInstructions(plan: Plan, p: Program): Map<string, { form: string; flops: number; bytes: number; peak: number }> {
   const buffers = new BufferTable(p.buffers);
   const { peak: peaks } = deviceOf(plan.job.cluster.device);
   const peakOf = (i: Compute): number => {
@@ -80,7 +80,11 @@ function timedInstructions(plan: Plan, p: Program): Map<string, { flops: number;
   return new Map(
     instructionsOf(p).map((i) => [
       i.id,
-      { ...costOf(i, plan.mesh, buffers), peak: i.kind === "compute" ? peakOf(i) : Number.POSITIVE_INFINITY },
+      {
+        form: anyLayer(i.id, layerOf(i, buffers)),
+        ...costOf(i, plan.mesh, buffers),
+        peak: i.kind === "compute" ? peakOf(i) : Number.POSITIVE_INFINITY,
+      },
     ]),
   );
 }

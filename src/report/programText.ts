@@ -2,7 +2,7 @@
 import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
-import { collapseLayers, fromLayer, type Line } from "../analysis/layerNames.ts";
+import { collapseLayers, formFrom, formOf, type Line, layerOf } from "../analysis/layerNames.ts";
 import { firstLayerOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { bytesText, largest, plural } from "../units.ts";
@@ -30,37 +30,40 @@ export function blockLines(program: Program, { instructions }: Block): Line[] {
     largest(instructions, (i) => i.id.length),
   );
   const names = largest(instructions, (i) => verb(i).length);
-  return instructions.map((i) => ({
-    id: i.id,
-    text: `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}${when(i)}`,
-  }));
+  return instructions.map((i) => {
+    const layer = layerOf(i, buffers);
+    const reader = i.kind === "compute" ? undefined : i.why.layer;
+    const text = `  ${i.id.padEnd(ids)}  ${verb(i).padEnd(names)}  ${operands(i, buffers)}${when(i)}`;
+    const isTransfer = i.kind === "send" || i.kind === "recv";
+    // columns are padded to the longest id, and layer 10 is longer than layer 9
+    const relative = isTransfer ? `${i.id} ${i.kind} ${i.peer - program.stage} ${operands(i, buffers)}${when(i)}` : text;
+    return { layer, text, form: formOf(relative, layer, reader).replace(/ +/g, " ") };
+  });
 }
 
 /** Formats the program of a stage; repeated layers are printed once. */
-export function printProgram(program: Program): string[] {
-  const said = new Map<Block["kind"], { readonly chunk: number; readonly shape: string }>();
+export const printProgram = (program: Program): string[] => programLines(program).map(({ text }) => text);
+
+/** Returns the lines of `printProgram`. */
+export function programLines(program: Program): Line[] {
+  const printed = new Map<Block["kind"], { readonly chunk: number; readonly form: string }>();
   return blocksOf(program).flatMap((block) => {
     const { kind, chunk, instructions } = block;
     const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
     const lines = collapseLayers(blockLines(program, block));
     // a chunk that equals the preceding one is only named
-    const shape = shapeOf(lines, firstLayerOf(program, chunk), program.stage);
-    const before = said.get(kind);
-    if (before?.shape === shape) return [`${head}, as chunk ${before.chunk} on its layers`, ""];
-    said.set(kind, { chunk, shape });
-    return [head, ...lines, ""];
+    const form = formFrom(lines, firstLayerOf(program, chunk));
+    const before = printed.get(kind);
+    if (before?.form === form) return [plain(`${head}, as chunk ${before.chunk} on its layers`), plain("")];
+    printed.set(kind, { chunk, form });
+    return [plain(head), ...lines, plain("")];
   });
 }
+/** A line that is not about a layer. */
+const plain = (text: string): Line => ({ text, layer: undefined, form: text });
 
-/** Returns a text that is equal for stages that differ only in their layers. `lines`: the output of `printProgram`. */
-export const programShape = (program: Program, lines: readonly string[]): string => shapeOf(lines, firstLayerOf(program), program.stage);
-
-/** Returns a text that is equal for lines that differ only in the first layer and the stage. */
-const shapeOf = (lines: readonly string[], layer: number, stage: number): string =>
-  lines
-    .map((line) => fromLayer(line, layer).replace(/stage (\d+)/g, (_, n: string) => `stage ${Number(n) - stage}`))
-    .map((line) => line.replace(/layers? [\d, .-]+ as layer \d+/, "layers as layer").replace(/ +/g, " "))
-    .join("\n");
+/** Returns a text that is equal for stages that differ only in their layers. */
+export const programForm = (program: Program, lines: readonly Line[]): string => formFrom(lines, firstLayerOf(program));
 
 /** Returns when an instruction runs, as the end of its line. */
 function when({ waits = [], only }: Instruction): string {

@@ -3,12 +3,11 @@ import type { Plan } from "../../schemas/plan.ts";
 import { blocksOf, timesIn } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf } from "../analysis/cost.ts";
-import { fromLayer } from "../analysis/layerNames.ts";
 import { chunksPerStage } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { groups } from "../passes/mesh.ts";
 import { bytesText, countText, flopsText, plural, ranges } from "../units.ts";
-import type { AxisView, CollectiveView, Inspection, RoleView } from "./inspect.ts";
+import { type AxisView, type CollectiveView, type Inspection, type RoleView, withRelativeLayers } from "./inspect.ts";
 import { axesTable, meshLines, microbatchText } from "./overview.ts";
 import { drawSchedule } from "./schedulePicture.ts";
 import { bold, type Column, dim, fitLines, fitTable, labelled } from "./textLayout.ts";
@@ -35,13 +34,13 @@ function stepped(group: readonly number[]): string {
 
 /** Formats the collectives and transfers of each stage by falling bytes. Stages that differ only in their layers are one list. */
 export function printCommunication({ roles, mesh }: Inspection, most: number, width: number): string[] {
-  const lists: { readonly lines: string[]; readonly shape: string; readonly stages: number[] }[] = [];
+  const lists: { readonly lines: string[]; readonly form: string; readonly stages: number[] }[] = [];
   for (const role of roles) {
     const lines = communicationOf(role, most, width);
-    const shape = lines.map((line) => fromLayer(line, role.chunks[0]?.layers[0] ?? 0)).join("\n");
-    const same = lists.find((list) => list.shape === shape);
+    const form = communicationOf(withRelativeLayers(role), most, width).join("\n");
+    const same = lists.find((list) => list.form === form);
     if (same) same.stages.push(role.stage);
-    else lists.push({ lines, shape, stages: [role.stage] });
+    else lists.push({ lines, form, stages: [role.stage] });
   }
   const listed = lists.flatMap(({ lines, stages }) => [bold(`stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`), ...lines, ""]);
   return [

@@ -5,9 +5,11 @@ export const themes = ["auto", "light", "dark"] as const;
 /** The name of a theme. */
 export type Theme = (typeof themes)[number];
 
-/** The columns of a picture: where bars begin, and how wide they are. */
+/** Where bars begin. */
 export const LEFT = 90;
+/** The width of the longest bar. */
 export const WIDE = 1500;
+/** The distance of two rows. */
 export const ROW = 22;
 /** Room for numbers behind bars. */
 const RIGHT = 130;
@@ -21,7 +23,7 @@ const styleOf = (theme: Theme): string =>
   theme === "auto" ? `${light}@media (prefers-color-scheme:dark){${dark}}` : theme === "light" ? light : dark;
 
 const escapes: Readonly<Record<string, string>> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
-/** Returns text as it stands in SVG. */
+/** Escapes text for SVG. */
 const escaped = (words: string): string => words.replace(/[&<>"]/g, (c) => escapes[c] ?? c);
 /** Returns a number with at most two digits behind the point. */
 export const round = (n: number): number => Number(n.toFixed(2));

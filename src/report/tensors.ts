@@ -2,7 +2,7 @@
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerNames.ts";
 import { memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, plural, ranges } from "../units.ts";
 import type { Inspection } from "./inspect.ts";
@@ -38,14 +38,13 @@ export function tensorsOf({ buffers, chunks }: Pick<Program, "buffers" | "chunks
   for (const b of buffers) {
     const copies = b.kind === "activation" ? (chunks[b.chunk ?? 0]?.copies ?? 1) : 1;
     const bytes = sizeOf(b);
-    const key = [anyLayer(b.id), b.kind, b.dtype, b.shape.join(), copies].join("|");
+    const key = [anyLayer(b.id, b.layer), b.kind, b.dtype, b.shape.join(), copies].join("|");
     const group = groups.get(key) ?? {
-      ...{ id: anyLayer(b.id), kind: b.kind, dtype: b.dtype, shape: b.shape, ragged: b.ragged > 0, layers: [], count: 0 },
+      ...{ id: anyLayer(b.id, b.layer), kind: b.kind, dtype: b.dtype, shape: b.shape, ragged: b.ragged > 0, layers: [], count: 0 },
       ...{ copies, bytes, total_bytes: 0 },
     };
     groups.set(key, group);
-    const layer = layerOf(b.id);
-    if (layer !== undefined) group.layers.push(layer);
+    if (b.layer !== undefined) group.layers.push(b.layer);
     group.count++;
     // layers use the same bytes of the workspace one after another
     if (b.kind === "workspace") group.total_bytes = bytes;

@@ -4,7 +4,7 @@ import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { readsOf } from "../../schemas/effects.ts";
-import type { Buffer, Collective, Plan, Program } from "../../schemas/plan.ts";
+import type { Buffer, Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, instructionsOf, timesIn } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
@@ -58,7 +58,7 @@ export interface Why {
 export function explainId(plan: Plan, found: FoundId, profile?: DeviceProfile): Why {
   const { id, alike } = found;
   const [first] = found.instructions;
-  const layers = [...new Set(alike.flatMap((other) => layerOf(other) ?? []))].sort((a, b) => a - b);
+  const layers = [...new Set(alike.flatMap(({ layer }) => layer ?? []))].sort((a, b) => a - b);
   const common = { format_version: INSPECT_VERSION, id, layers } as const;
   if (!first) {
     const [held] = found.buffers;
@@ -77,10 +77,14 @@ export function explainId(plan: Plan, found: FoundId, profile?: DeviceProfile): 
 function timeOf(plan: Plan, { program, instruction }: PlacedInstruction, profile: DeviceProfile): number {
   const stage = stagesOf(plan).find((s) => s.program === program);
   if (!stage) return 0;
-  const form = anyLayer(instruction.id);
-  const isEqual = (i: TimedBlock["instructions"][number]["instruction"]): boolean => i.kind === instruction.kind && anyLayer(i.id) === form;
+  const buffers = new BufferTable(program.buffers);
+  const formOf = (i: Instruction): string => `${i.kind} ${anyLayer(i.id, layerOf(i, buffers))}`;
+  const form = formOf(instruction);
   const sum = (block: TimedBlock): number =>
-    block.instructions.reduce((all, { instruction: i, seconds }) => all + (isEqual(i) ? seconds * timesIn(program, block, i) : 0), 0);
+    block.instructions.reduce(
+      (all, { instruction: i, seconds }) => all + (formOf(i) === form ? seconds * timesIn(program, block, i) : 0),
+      0,
+    );
   const blocks = blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory).filter(({ isFirst }) => !isFirst);
   // the block of the last microbatch has all instructions, and stands before that of the others
   return blocks
@@ -116,12 +120,13 @@ const factsByProgram = new WeakMap<Program, ProgramFacts>();
 function factsOf(program: Program): ProgramFacts {
   const known = factsByProgram.get(program);
   if (known) return known;
+  const buffers = new BufferTable(program.buffers);
   const alike = new Map<string, number>();
-  for (const { kind, id } of instructionsOf(program)) {
-    const form = `${kind} ${anyLayer(id)}`;
+  for (const i of instructionsOf(program)) {
+    const form = `${i.kind} ${anyLayer(i.id, layerOf(i, buffers))}`;
     alike.set(form, (alike.get(form) ?? 0) + 1);
   }
-  const facts = { buffers: new BufferTable(program.buffers), sent: sentBy(program), alike };
+  const facts = { buffers, sent: sentBy(program), alike };
   factsByProgram.set(program, facts);
   return facts;
 }
@@ -144,7 +149,7 @@ function sendWhy(plan: Plan, placed: PlacedInstruction): Rest {
   const across = isCollective ? undefined : transferAcross(mesh, program.stage, instruction.peer);
   const link: Link = isCollective ? linksOf(mesh, program.stage)(instruction) : { ranks: 2, nodes: across ? 2 : 1, across: across ?? 0 };
   const times = timesOf(placed);
-  const equal = alike.get(`${instruction.kind} ${anyLayer(instruction.id)}`) ?? 1;
+  const equal = alike.get(`${instruction.kind} ${anyLayer(instruction.id, layerOf(instruction, buffers))}`) ?? 1;
   const total = bytes * times * equal;
   const { links } = devices[job.cluster.device];
   const [from, to] = isCollective
@@ -224,14 +229,14 @@ function computeWhy(plan: Plan, placed: PlacedInstruction): Rest {
 const usersText = (what: string, ids: readonly string[]): string[] =>
   ids.length === 0 ? [] : [`${what} read by ${ids.slice(0, 3).join(", ")}${ids.length > 3 ? ` and ${ids.length - 3} more` : ""}`];
 
-function bufferWhy(plan: Plan, program: Program, buffer: Buffer, alike: readonly string[]): Rest {
+function bufferWhy(plan: Plan, program: Program, buffer: Buffer, alike: FoundId["alike"]): Rest {
   const memory = plan.memory.find(({ stage }) => stage === program.stage);
   const all = instructionsOf(program);
   const readers = all.filter((i) => readsOf(i).includes(buffer.id)).map(({ id }) => id);
   const bytes = buffer.within === undefined ? bytesOf[buffer.dtype] * elementsOf(buffer.shape) : 0;
   const copies = buffer.kind === "activation" ? (program.chunks[buffer.chunk ?? 0]?.copies ?? 1) : 1;
   const own = new Set(program.buffers.map(({ id }) => id));
-  const equal = alike.filter((id) => own.has(id)).length;
+  const equal = alike.filter(({ id }) => own.has(id)).length;
   const { path, because } = keyOfBuffer(plan.job, buffer, copies);
   return {
     is: "buffer",

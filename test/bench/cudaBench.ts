@@ -45,7 +45,7 @@ else {
 
 /** Some at once; what nvcc says of those that it refuses, by the name of their cubin. */
 async function compileAll(all: readonly BenchCase[]): Promise<Map<string, string>> {
-  const said = new Map<string, string>();
+  const printed = new Map<string, string>();
   const units = new Map(all.flatMap((c) => c.kernels.map((k) => [cubinOf(k), k.made.source] as const)));
   const queue = [...units].filter(([cubin]) => !existsSync(join(folder, cubin)));
   const work = async (): Promise<void> => {
@@ -56,13 +56,13 @@ async function compileAll(all: readonly BenchCase[]): Promise<Map<string, string
         options: compileOptions,
         onProgress: () => {},
       }).catch((error: Error) => {
-        said.set(cubin, error.message);
+        printed.set(cubin, error.message);
         process.stderr.write(`${error.message}\n`);
       });
     }
   };
   await Promise.all(Array.from({ length: COMPILERS }, work));
-  return said;
+  return printed;
 }
 
 /** A case as the other side reads it: the launches of all its kernels in order, their arguments by the names of buffers. */

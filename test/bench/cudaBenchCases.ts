@@ -5,8 +5,9 @@ import type { OpName } from "../../schemas/opNames.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { dimSize, expandLike } from "../../src/ops/op.ts";
+import { expandLike } from "../../src/ops/op.ts";
 import { unscaled } from "../../src/ops/rope.ts";
+import { dimSize } from "../../src/ops/signature.ts";
 
 type Sizes = Readonly<Record<string, number>>;
 
@@ -51,7 +52,7 @@ interface Step {
   readonly bound?: number;
   readonly makesRows?: boolean;
 }
-interface Draft {
+interface CaseDraft {
   readonly name: string;
   readonly kind?: string;
   readonly steps: readonly Step[];
@@ -60,7 +61,13 @@ interface Draft {
   readonly bytes?: number;
 }
 
-const one = (name: string, op: OpName, d: Sizes, types: string, more: Omit<Draft, "name" | "steps"> & Partial<Step> = {}): Draft => {
+const one = (
+  name: string,
+  op: OpName,
+  d: Sizes,
+  types: string,
+  more: Omit<CaseDraft, "name" | "steps"> & Partial<Step> = {},
+): CaseDraft => {
   const { unread, bytes, kind, ...step } = more;
   return {
     name,
@@ -74,11 +81,11 @@ const one = (name: string, op: OpName, d: Sizes, types: string, more: Omit<Draft
 // -- products
 
 const products = { "": "bf16 bf16 bf16", _dgrad: "bf16 bf16 bf16", _wgrad: "bf16 bf16 f32" };
-const gemm = (size: number, suffix: keyof typeof products): Draft =>
+const gemm = (size: number, suffix: keyof typeof products): CaseDraft =>
   one(`gemm${suffix} ${size}x${size}x${size}`, `gemm${suffix}`, { B: 1, S: size, K: size, N: size }, products[suffix]);
 
 /** Forward, dgrad and wgrad of one product of rows with their experts' weights. */
-function grouped(model: string, rows: number, N: number, K: number, E: number, uneven: number): Draft[] {
+function grouped(model: string, rows: number, N: number, K: number, E: number, uneven: number): CaseDraft[] {
   const counts = unevenCounts(rows, E, uneven);
   const ofRows = [
     ["grouped_gemm", products[""]],
@@ -141,7 +148,7 @@ const attentionShapes = [
   [2, 16, 8, 4096, 256, 256],
 ] as const;
 /** Forward and backward at one shape, of weights some dropped. */
-function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number], drop = 0): Draft[] {
+function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number], drop = 0): CaseDraft[] {
   const d = { B, S, U: S, G, M: H / G, ...heads(C, W) };
   const name = `${B}x${H}${G < H ? `/${G}` : ""}x${S}x${C}${C === W ? "" : `, values of ${W}`}`;
   if (drop > 0) {
@@ -162,7 +169,7 @@ const words = { B: 1, S: T, V: 32000, D };
 const adam = { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: 0.1 };
 
 const ROPE = { ...unscaled, theta: 500000, sign: 1, first: 0, width: 128, interleaved: 0, chunk: 0, ranks: 1 };
-const drafts: readonly Draft[] = [
+const drafts: readonly CaseDraft[] = [
   gemm(8192, ""),
   gemm(4096, ""),
   gemm(8192, "_dgrad"),
@@ -227,7 +234,7 @@ const drafts: readonly Draft[] = [
 export const benchCases = (only: RegExp): BenchCase[] =>
   drafts.filter((d) => only.test(d.name)).map((draft) => caseOf(draft, drafts.indexOf(draft)));
 
-function caseOf(draft: Draft, index: number): BenchCase {
+function caseOf(draft: CaseDraft, index: number): BenchCase {
   const buffers = new Map<string, BenchBuffer>();
   const kernels = draft.steps.map((step, i) => kernelOf(step, `bench${index}_${i}`, buffers));
   const uses = kernels.map((k) => k.use);

@@ -41,7 +41,7 @@ const ROUNDS = 12;
 /** Milliseconds of work before anything is measured. */
 const WAKING = 1000;
 
-const useOf = (
+const specFor = (
   op: OpName,
   d: Record<string, number>,
   size: Record<string, number>,
@@ -54,13 +54,13 @@ const useOf = (
 });
 const gemm = (name: string, profile: Profile, dtype: Dtype, [m, n, k]: readonly [number, number, number], floor?: string): Case => ({
   ...{ name, profile, flops: 2 * m * n * k },
-  use: useOf("gemm", { B: 1, S: m, K: k, N: n }, { x: m * k, w: k * n, y: m * n }, dtype),
+  use: specFor("gemm", { B: 1, S: m, K: k, N: n }, { x: m * k, w: k * n, y: m * n }, dtype),
   ...(floor ? { floor } : {}),
 });
 /** The products of the backward pass, whose operands lie otherwise. */
 const gradient = (op: "gemm_dgrad" | "gemm_wgrad", name: string, profile: Profile, dtype: Dtype, size: number): Case => ({
   ...{ name, profile, flops: 2 * size ** 3 },
-  use: useOf(
+  use: specFor(
     op,
     { B: 1, S: size, K: size, N: size },
     Object.fromEntries((op === "gemm_dgrad" ? ["dy", "w", "dx"] : ["x", "dy", "dw"]).map((n) => [n, size * size])),
@@ -80,14 +80,14 @@ function grouped(name: string, profile: Profile, dtype: Dtype, [S, N, K, E]: rea
     for (let i = 0; i < n; i++, r++) rows.set([0, r, e], 1 + 3 * r);
   }
   rows[offsetsAt(S) + E] = r;
-  const use = useOf("grouped_gemm", { B: 1, S, E, K, N }, { x: S * K, w: E * K * N, y: S * N }, dtype, { bound: S });
+  const use = specFor("grouped_gemm", { B: 1, S, E, K, N }, { x: S * K, w: E * K * N, y: S * N }, dtype, { bound: S });
   return { name, profile, use, flops: 2 * S * N * K, rows };
 }
 function attention(name: string, profile: Profile, dtype: Dtype): Case {
   const [B, S, G, M, C] = [1, 4096, 8, 4, 128];
   const [q, k] = [B * S * G * M * C, B * S * G * C];
   const d = { B, S, U: S, G, M, C, W: C, scale: 1 / Math.sqrt(C), chunk: 0, ranks: 1 };
-  const use = useOf("attention", d, { q, k, v: k, o: q, lse: B * S * G * M }, dtype);
+  const use = specFor("attention", d, { q, k, v: k, o: q, lse: B * S * G * M }, dtype);
   return { name, profile, use, flops: 2 * B * G * M * S * S * C };
 }
 
@@ -117,12 +117,12 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   const commands = commandsOn(gpu, { timed: true });
   const next = random(7);
   const pattern = Float32Array.from({ length: 1 << 20 }, next);
-  const halves = encoded("f16", pattern).words;
+  const halfWords = encoded("f16", pattern).words;
   const make = (bytes: number) =>
     device.createBuffer({ size: Math.ceil(bytes / 16) * 16, usage: usage.storage | usage.copyTarget | usage.copySource });
   const filled = (elements: number, dtype: Dtype) => {
     const buffer = make(elements * bytesOf[dtype]);
-    const data = dtype === "f16" ? halves : pattern;
+    const data = dtype === "f16" ? halfWords : pattern;
     for (let at = 0; at < buffer.size; at += data.byteLength)
       device.queue.writeBuffer(buffer, at, data, 0, Math.min(data.length, (buffer.size - at) / data.BYTES_PER_ELEMENT));
     return buffer;
@@ -189,7 +189,7 @@ async function measure(profile: Profile, mine: readonly Case[]) {
   async function spotCheck(c: Case, y: GPUBuffer): Promise<number> {
     const { S, K, N } = c.use.d as Record<"S" | "K" | "N", number>;
     const dtype = c.use.dtype.x!;
-    const value = (i: number) => (dtype === "f16" ? widenOne(halves[i % halves.length]!) : pattern[i % pattern.length]!);
+    const value = (i: number) => (dtype === "f16" ? widenOne(halfWords[i % halfWords.length]!) : pattern[i % pattern.length]!);
     const [bytes] = await commands.read([{ buffer: y, offset: 0, bytes: 256 }]);
     let [error, scale] = [0, 0];
     for (let j = 0; j < 32; j++) {

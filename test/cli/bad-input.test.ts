@@ -105,11 +105,11 @@ describe.concurrent("bad input", () => {
         ? at(a)
         : a,
     );
-    const said = await rankc(...paths);
-    expect(said.err).toMatch(message);
-    expect(said.err).not.toMatch(/^\s+at |internal error/m);
-    expect(said.out).toBe("");
-    expect(said.exit).toBe(exit);
+    const printed = await rankc(...paths);
+    expect(printed.err).toMatch(message);
+    expect(printed.err).not.toMatch(/^\s+at |internal error/m);
+    expect(printed.out).toBe("");
+    expect(printed.exit).toBe(exit);
     expect(readdirSync(folder)).not.toContain("out");
   });
 });

@@ -60,14 +60,14 @@ describe.concurrent("the command line", () => {
 
   test("compile writes a complete plan with reproducible bytes, and nothing for an invalid job", async () => {
     const [one, two, none] = [join(folder, "one"), join(folder, "sub", "two"), join(folder, "none")];
-    const said = await Promise.all([
+    const printed = await Promise.all([
       rankc("compile", job, "-o", one),
       rankc("compile", job, "-o", two, "--format", "json"),
       rankc("compile", bad, "-o", none),
     ]);
-    expect(said.map((s) => s.exit)).toEqual([0, 0, 1]);
-    expect(said[0]!.out).toContain("2 ranks, 1 role");
-    expect(JSON.parse(said[1]!.out)).toMatchObject({ out: two, findings: [], more: {} });
+    expect(printed.map((s) => s.exit)).toEqual([0, 0, 1]);
+    expect(printed[0]!.out).toContain("2 ranks, 1 role");
+    expect(JSON.parse(printed[1]!.out)).toMatchObject({ out: two, findings: [], more: {} });
     expect(readdirSync(one).sort()).toEqual(["data_dir.txt", "plan.json", "plan.txt"]);
     expect(readFileSync(join(two, "plan.json"), "utf8")).toBe(readFileSync(join(one, "plan.json"), "utf8"));
     expect(existsSync(none)).toBe(false);

@@ -22,7 +22,7 @@ describe("expert_tensor 1 to 4 on the Mixtral job", () => {
     await expect(withoutDigests(paint(lines, true))).toMatchFileSnapshot(`../fixtures/screens/diff-${width}-colour.txt`);
   });
 
-  test("names what decides first: whether it fits, then groups that leave nodes, then bytes by link", () => {
+  test("names the most important difference first: whether it fits, then groups that leave nodes, then bytes by link", () => {
     const kinds = diff.consequences.map(({ kind }) => kind);
     expect(kinds[0]).toBe("fit");
     expect(kinds.slice(1, 3)).toEqual(["placement", "placement"]);

@@ -33,7 +33,7 @@ const read = (files: Readonly<Record<string, string>>, { overlays = [], sets = [
       return text;
     },
   });
-const said = (...args: Parameters<typeof read>) => read(...args).findings.map((f) => `${f.code} ${f.path}: ${f.found}`);
+const output = (...args: Parameters<typeof read>) => read(...args).findings.map((f) => `${f.code} ${f.path}: ${f.found}`);
 
 test("maps are merged key by key, lists and values are replaced; the order is base, job, overlays, --set", () => {
   const files = {
@@ -66,7 +66,7 @@ test("null removes the value of another file; where null is a value, it is that 
     parallel: { expert: 1 },
   });
   // without a base there is nothing to remove
-  expect(said({ "job.yaml": base.replace("nodes: 1", "nodes: null") })).toEqual(["S011 cluster.nodes: cluster.nodes is empty"]);
+  expect(output({ "job.yaml": base.replace("nodes: 1", "nodes: null") })).toEqual(["S011 cluster.nodes: cluster.nodes is empty"]);
 });
 
 test("a finding names the file and line of the value; a value that is no map hides the keys below it", () => {
@@ -97,17 +97,17 @@ test("all faults of all files are reported, each in its file", () => {
     ["S001", "job.yaml"],
     ["S005", "o.yaml"],
   ]);
-  expect(said({ "job.yaml": "extends: b.yaml\n", "b.yaml": "a: 1\na: 2\n" })).toEqual(["S002 : the key occurs twice in one map"]);
+  expect(output({ "job.yaml": "extends: b.yaml\n", "b.yaml": "a: 1\na: 2\n" })).toEqual(["S002 : the key occurs twice in one map"]);
 });
 
 test("a base that is missing, a circle, an endless chain and a value that is no path are findings at extends", () => {
-  expect(said({ "job.yaml": "extends: a/b.yaml\n" })).toEqual(["S007 extends: a/b.yaml does not exist"]);
-  expect(said({ "job.yaml": "extends: ./job.yaml\n" })).toEqual(["S008 extends: job.yaml extends job.yaml"]);
+  expect(output({ "job.yaml": "extends: a/b.yaml\n" })).toEqual(["S007 extends: a/b.yaml does not exist"]);
+  expect(output({ "job.yaml": "extends: ./job.yaml\n" })).toEqual(["S008 extends: job.yaml extends job.yaml"]);
   const circle = { "job.yaml": "extends: d/a.yaml\n", "d/a.yaml": "extends: b.yaml\n", "d/b.yaml": "extends: ../d/a.yaml\n" };
-  expect(said(circle)).toEqual(["S008 extends: d/a.yaml extends d/b.yaml extends d/a.yaml"]);
+  expect(output(circle)).toEqual(["S008 extends: d/a.yaml extends d/b.yaml extends d/a.yaml"]);
   expect(read(circle).findings[0]?.at).toMatchObject({ file: "d/b.yaml", line: 1, col: 10 });
   const chain = Object.fromEntries(Array.from({ length: 40 }, (_, i) => [`${i}.yaml`, `extends: ${i + 1}.yaml\n`]));
-  expect(said({ ...chain, "job.yaml": "extends: 0.yaml\n" })).toEqual(["S007 extends: a chain of more than 32 files"]);
+  expect(output({ ...chain, "job.yaml": "extends: 0.yaml\n" })).toEqual(["S007 extends: a chain of more than 32 files"]);
   for (const [value, found] of [
     ["[a.yaml, b.yaml]", "a list of 2"],
     ["{a: 1}", "a map"],
@@ -115,14 +115,14 @@ test("a base that is missing, a circle, an endless chain and a value that is no 
     ['" "', "empty"],
     ["7", "7"],
   ])
-    expect(said({ "job.yaml": `extends: ${value}\n` })).toEqual([`S007 extends: extends is ${found}`]);
+    expect(output({ "job.yaml": `extends: ${value}\n` })).toEqual([`S007 extends: extends is ${found}`]);
   // a text alone has no files beside it
   expect(readQuickly("extends: base.yaml\n", "job.yaml", []).findings).toEqual([expect.objectContaining({ code: "S007" })]);
-  expect(said({ "job.yaml": base }, { sets: ["extends=x.yaml"] })).toEqual([expect.stringMatching(/^S006 .*before --set/)]);
+  expect(output({ "job.yaml": base }, { sets: ["extends=x.yaml"] })).toEqual([expect.stringMatching(/^S006 .*before --set/)]);
 });
 
 test("a key named __proto__ stays a key", () => {
-  expect(said({ "base.yaml": base, "job.yaml": "extends: base.yaml\n__proto__: {a: 1}\n" })).toEqual([
+  expect(output({ "base.yaml": base, "job.yaml": "extends: base.yaml\n__proto__: {a: 1}\n" })).toEqual([
     expect.stringMatching(/^S010 __proto__/),
   ]);
 });

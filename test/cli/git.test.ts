@@ -45,7 +45,7 @@ test("git-setup writes one line of .gitattributes and the driver of the clone, a
   expect(git("config", "--get", "diff.rankc.command")).toContain("git-driver diff");
 });
 
-test("outside a repository, and where another driver has plans, git-setup says so", async () => {
+test("outside a repository, and where plans have another driver, git-setup reports it", async () => {
   writeFileSync(at(".gitattributes"), "plan.json diff=other\n");
   const other = await inside("git-setup");
   git("checkout", "-q", ".gitattributes");

@@ -34,6 +34,12 @@ describe.each(names)("plans/%s", (name) => {
     await expect(printPlanText(plan())).toMatchFileSnapshot(join(root, "plans", name, "plan.txt"));
   });
 
+  test("a buffer has the layer that its id names", () => {
+    const named = plan().programs.flatMap((program) => program.buffers.map(({ id }) => /layers\.(\d+)\./.exec(id)?.[1]));
+    const layers = plan().programs.flatMap((program) => program.buffers.map(({ layer }) => layer?.toString()));
+    expect(layers).toEqual(named);
+  });
+
   const isLarge = /\d+gpu/.test(name);
   test("has the same bytes when compiled again, and from another path", isLarge ? full : {}, () => {
     const copy = join(elsewhere, `${name}.yaml`);

@@ -57,7 +57,7 @@ test("the fixtures' configs are the models they are", () => {
   expect(modelOf(config("olmoe-tiny")).moe).toMatchObject({ experts: 16, top_k: 4, ffn: 48, router: { normalize_top_k: false } });
 });
 
-test("old and new spellings of rope are one; dense families differ where transformers says so", () => {
+test("old and new keys of RoPE give one job; dense families differ as in transformers", () => {
   const { rope_theta, rope_scaling, ...rest } = llama;
   const renewed = { ...rest, rope_parameters: { rope_type: "default", rope_theta } };
   expect(rope_scaling).toBe(null);

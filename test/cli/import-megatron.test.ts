@@ -83,7 +83,7 @@ describe("defaults of Megatron that are not rankc's", () => {
     expect(jobOf().model.tie_embeddings).toBe(false);
   });
 
-  test("LayerNorm, GELU, biases everywhere and learned positions are what a launch has that says nothing of them", () => {
+  test("a launch without such arguments has LayerNorm, GELU, biases everywhere and learned positions", () => {
     const plain = { normalization: null, swiglu: null, "disable-bias-linear": null, "position-embedding-type": null, "num-experts": null };
     expect(jobOf(plain).model).toMatchObject({
       ...{
@@ -384,12 +384,12 @@ describe("Muon", () => {
     expect(readJob(text, "a.yaml").findings.filter(({ level }) => level === "error")).toEqual([]);
   });
 
-  test("notes what rankc computes in another way", () => {
+  test("notes features that rankc computes in another way", () => {
     expect(jobOf(muon).train.optimizer.muon?.coefficients).toBe("quintic");
     expect(imported(muon).text).toMatch(/# .*gate and the up projection/);
   });
 
-  test("what rankc's Muon lacks is an error with the alternative", () => {
+  test("features that rankc's Muon lacks are errors with alternatives", () => {
     const change = {
       "muon-coefficient-type": "polar_express",
       "muon-num-ns-steps": "8",
@@ -452,7 +452,7 @@ describe("arguments", () => {
     for (const { why } of withoutEffect) expect(why).toBeTruthy();
   });
 
-  test("what rankc lacks is an error with the alternative, and can be left out on request", () => {
+  test("features that rankc lacks are errors with alternatives, and can be left out on request", () => {
     const change = { "fp8-format": "hybrid", "use-mup": "" };
     expect(problemsOf(() => imported(change))).toEqual([
       "--fp8-format hybrid: in rankc, products are computed in bf16, fp16 or fp32; --drop fp8-format to import the job in bf16",
@@ -560,7 +560,7 @@ describe("public recipes", () => {
       .findings.filter(({ level }) => level === "error")
       .map(({ code }) => code);
 
-  test("Megatron's Mixtral 8x7B script imports as it stands: its default of one node is too small, and two are taken", () => {
+  test("Megatron's Mixtral 8x7B script imports unchanged: its default of one node is too small, so the job has two", () => {
     const result = script("mixtral_8x7b_16gpu.sh");
     const job = complete(result);
     expect(result.notes[0]).toContain("NNODES is 2: with the script's default of 1 there are 8 ranks");
@@ -720,7 +720,7 @@ describe("public recipes", () => {
     );
   });
 
-  test("Llama 3 8B counts in samples, and names what rankc lacks", () => {
+  test("Llama 3 8B counts in samples, and features that rankc lacks are named", () => {
     const words =
       "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192 --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0 --hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend fused --apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --micro-batch-size 1 --global-batch-size 128 --train-samples 1953125000 --lr-decay-samples 1949218748 --lr-warmup-samples 3906252 --lr 0.00015 --min-lr 0.00001 --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --grad-reduce-in-bf16 --cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc --empty-unused-memory-level 1 --tensor-model-parallel-size 1 --context-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --tokenizer-type HuggingFaceTokenizer --tokenizer-model meta-llama/Llama-3.1-8B --vocab-size 128256 --mock-data".split(
         " ",
@@ -735,7 +735,7 @@ describe("public recipes", () => {
     expect(model.vocab).toBe(128256);
   });
 
-  test("GPT-3 175B has what Megatron has without arguments", () => {
+  test("GPT-3 175B has Megatron's defaults", () => {
     const words =
       "--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048 --attention-backend auto --micro-batch-size 1 --rampup-batch-size 16 16 5859375 --global-batch-size 1536 --train-iters 500000 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5 --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16".split(
         " ",

@@ -62,7 +62,7 @@ test("stages count the embedding and the head as layers", () => {
   expect(job.train.micro_batch).toBe(1);
 });
 
-test("what is not known is asked for or named", () => {
+test("unknown values are requested or named", () => {
   expect(problemsOf(() => importTorchtitan(published, "c.toml", { name: "a" }))).toEqual([expect.stringContaining("--world N")]);
   expect(() => imported(model("llama4", "17bx16e"))).toThrow("model.name llama4 with flavor 17bx16e cannot be imported");
   const wrong = published.replace("steps = 10_000", 'step = 10_000\nsteps = "many"');

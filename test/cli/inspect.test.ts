@@ -4,7 +4,8 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Instruction } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { anyLayer } from "../../src/analysis/layerNames.ts";
+import { BufferTable } from "../../src/analysis/bufferTable.ts";
+import { anyLayer, layerOf } from "../../src/analysis/layerNames.ts";
 import { refusalsOf } from "../../src/cli/keyPlace.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
@@ -159,7 +160,7 @@ describe("ids", () => {
     ["grad_norm total all_reduce", "grad_norm.squared.total.all_reduce"],
   ])("%s is %s", (text, id) => expect(findId(mixtral, text).id).toBe(id));
 
-  test("what fits several or none is a message with suggestions", () => {
+  test("an id that fits several or none is an error with suggestions", () => {
     expect(() => findId(mixtral, "all_gather")).toThrow(/fits \d+ instructions and buffers/);
     expect(() => findId(mixtral, "layers.*.moe.wx")).toThrow('no instruction and no buffer is named "layers.*.moe.wx"');
   });
@@ -198,10 +199,14 @@ describe("why", () => {
     );
   const { plan } = compile(job());
   /** Collectives and transfers by kind, axes and id, without layers. */
-  const formOf = (i: Instruction): string => `${i.kind === "collective" ? `${i.how} ${i.axes}` : i.kind} ${anyLayer(i.id)}`;
+  const formOf = (i: Instruction, buffers: BufferTable): string =>
+    `${i.kind === "collective" ? `${i.how} ${i.axes}` : i.kind} ${anyLayer(i.id, layerOf(i, buffers))}`;
   const formsOf = (p: typeof plan): Map<string, Instruction> =>
     new Map(
-      p.programs.flatMap((program) => instructionsOf(program)).flatMap((i) => (i.kind === "compute" ? [] : [[formOf(i), i] as const])),
+      p.programs.flatMap((program) => {
+        const buffers = new BufferTable(program.buffers);
+        return instructionsOf(program).flatMap((i) => (i.kind === "compute" ? [] : [[formOf(i, buffers), i] as const]));
+      }),
     );
 
   test("every change that an answer names removes the collective or the transfer", async () => {

@@ -47,9 +47,9 @@ describe("a location that is not writable", () => {
     ["a file below /proc", () => expectWritable("/proc/x"), /^\/proc\/x: cannot be written: /],
     ["lines on a full disk", () => openLines("/dev/full", "new").add("1\n"), /^\/dev\/full: cannot be written: the disk is full/],
   ];
-  test.each([...cases, ...(linux ? proc : [])])("%s", (_, act, says) => {
+  test.each([...cases, ...(linux ? proc : [])])("%s", (_, act, text) => {
     const { message, fix, exit } = troubleOf(act);
-    expect([message, exit]).toEqual([expect.stringMatching(says), 2]);
+    expect([message, exit]).toEqual([expect.stringMatching(text), 2]);
     expect(fix).toBeTruthy();
     expect(readdirSync(folder)).toEqual(before);
   });
@@ -61,7 +61,7 @@ test("folders are made one by one; a second time none is", () => {
   rmSync(at("a"), { recursive: true });
 });
 
-test("a probe of what can be written leaves nothing", () => {
+test("a check whether a file can be written leaves no file", () => {
   expectWritable(at("later.svg"));
   expectWritable(at("file"));
   expectWritableFolder(at("a", "b"));

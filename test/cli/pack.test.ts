@@ -33,9 +33,9 @@ const work = mkdtempSync(join(tmpdir(), "rankc-pack-"));
 afterAll(() => rmSync(work, { recursive: true, force: true }));
 
 const troubleOf = async (packing: Promise<unknown>): Promise<Trouble> => {
-  const said: unknown = await packing.catch((error: unknown) => error);
-  expect(said).toBeInstanceOf(Trouble);
-  return said as Trouble;
+  const printed: unknown = await packing.catch((error: unknown) => error);
+  expect(printed).toBeInstanceOf(Trouble);
+  return printed as Trouble;
 };
 
 /** plans/tiny-dense, compiled for the CPU, its corpus where the job says. */
@@ -169,20 +169,20 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
   expect(() => [...tar([entry("f".repeat(101), false, "")])]).toThrow("too long");
 });
 
-test("the command prints what it wrote, and what it omitted", async () => {
+test("the command prints which files it wrote and which it omitted", async () => {
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
   // a corpus behind a symbolic link is taken where --data-dir asks for it
   symlinkSync(join(work, "plans/tiny-mixtral"), join(work, "tiny-mixtral"));
   const out = join(work, "alone.tar");
-  const said = await withCopyingXz(() => rankc("pack", join(alone, "plan.json"), "-o", out));
+  const printed = await withCopyingXz(() => rankc("pack", join(alone, "plan.json"), "-o", out));
   const sha256 = createHash("sha256").update(readFileSync(out)).digest("hex");
-  expect([said.exit, said.out]).toEqual([
+  expect([printed.exit, printed.out]).toEqual([
     0,
     expect.stringMatching(new RegExp(`^${out}: [\\d.]+ MiB, [\\d,]+ files, for ${process.platform}-.+\nsha256 ${sha256}\n$`)),
   ]);
-  expect(said.err).toContain("the archive has no corpus");
-  expect(said.err).toMatch(/^packing: \d+ of \d+ files$/m);
+  expect(printed.err).toContain("the archive has no corpus");
+  expect(printed.err).toMatch(/^packing: \d+ of \d+ files$/m);
 });
 
 test("a kernel behind a symbolic link that leads out of the plan is not packed", async () => {

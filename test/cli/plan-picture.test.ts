@@ -56,7 +56,7 @@ test("every block of every stage is drawn at its time", () => {
   expect(svg).toContain("2 stages of 2 chunks, bubble 5.9 %");
 });
 
-test("with each stage's peak; the device's memory is a labelled limit where it is in sight", () => {
+test("with each stage's peak; the device's memory is a labelled limit if it lies within the picture", () => {
   const { plan, svg } = drawn();
   for (const { peak } of plan.memory) expect(svg).toContain(`>${bytesText(peak)}</text>`);
   expect(svg).not.toContain('class="limit"');

@@ -26,7 +26,7 @@ test.each([199, 200, 201, 100_000])("a name of %i characters takes at most 200",
   if (length <= 200) expect(printable("x".repeat(length))).toBe("x".repeat(length));
 });
 
-describe("what is printed", () => {
+describe("printed text", () => {
   const written: string[] = [];
   const watch = (stream: NodeJS.WriteStream) => vi.spyOn(stream, "write").mockImplementation((text) => written.push(String(text)) > 0);
   afterEach(() => {

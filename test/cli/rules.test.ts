@@ -254,7 +254,7 @@ test("allow silences a warning that it gives a reason for, and nothing else", ()
   expect(reported("allow: [{code: P108}]")).toContain("S011");
 });
 
-test("a plan does not depend on what its job allows", () => {
+test("a plan does not depend on `allow`", () => {
   const { job } = read(badJob(`${idle}\nallow: [{code: P108, reason: one microbatch fits}]`));
   expect(job).toEqual(read(badJob(idle)).job);
 });

@@ -87,7 +87,7 @@ test("latent attention gathers latents over the tensor ranks, not the residual s
   expect(count(whole, "backward")).toEqual({ "all_reduce tp": 4 });
 });
 
-test("biases cost no collective: the one after attention is added where the sum over the tensor ranks lies", () => {
+test("biases cost no collective: the one after attention is added to the reduced sum", () => {
   const bias = { qkv_bias: true, out_bias: true };
   for (const parallel of [
     { world: 2, tensor: 2 },
@@ -152,7 +152,7 @@ test("the pipeline sends one activation forward and its gradient back for each m
   expect(p.programs.map((r) => r.chunks[0]!.copies)).toEqual([4, 3, 2, 1]);
 });
 
-test("each collective says which use and which job key made it necessary", () => {
+test("each collective names the use and the job key that made it necessary", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });
   const why = (id: RegExp) =>
     p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "collective" && id.test(i.id) ? [i.why] : []))[0];

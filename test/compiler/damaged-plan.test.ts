@@ -30,7 +30,7 @@ const plans = Object.fromEntries(
 
 /** What an edit gets: the sections, free to be changed. */
 type Free<T> = T extends readonly unknown[] | object ? { -readonly [K in keyof T]: Free<T[K]> } : T;
-type Draft = Free<Sections>;
+type EditablePlan = Free<Sections>;
 
 function refusal(text: string): Trouble {
   try {
@@ -41,37 +41,37 @@ function refusal(text: string): Trouble {
   }
   throw new Error("it was read");
 }
-function draftOf(target: Target): Draft {
+function draftOf(target: Target): EditablePlan {
   const parts = structuredClone(plans[target]) as Partial<Plan>;
-  return Object.fromEntries(sections.map((name) => [name, parts[name]])) as unknown as Draft;
+  return Object.fromEntries(sections.map((name) => [name, parts[name]])) as unknown as EditablePlan;
 }
-const sealed = (draft: Draft): string => printPlan(sealPlan(draft as unknown as Sections));
+const sealed = (draft: EditablePlan): string => printPlan(sealPlan(draft as unknown as Sections));
 
-const forward = (d: Draft, stage = 0): Instruction[] => d.programs[stage]!.chunks[0]!.forward as Instruction[];
-const allOf = (p: Draft["programs"][number]): Free<Instruction>[] => [
+const forward = (d: EditablePlan, stage = 0): Instruction[] => d.programs[stage]!.chunks[0]!.forward as Instruction[];
+const allOf = (p: EditablePlan["programs"][number]): Free<Instruction>[] => [
   ...p.chunks.flatMap((c) => [...c.forward, ...c.backward, ...c.weights]),
   ...p.step,
 ];
-function instruction<T extends Instruction>(d: Draft, is: (i: Free<Instruction>) => boolean, stage = 0): Free<T> {
+function instruction<T extends Instruction>(d: EditablePlan, is: (i: Free<Instruction>) => boolean, stage = 0): Free<T> {
   const found = allOf(d.programs[stage]!).find(is);
   if (!found) throw new Error("the plan has no such instruction");
   return found as Free<T>;
 }
-const compute = (d: Draft, op: string, stage = 0): Free<Compute> =>
+const compute = (d: EditablePlan, op: string, stage = 0): Free<Compute> =>
   instruction<Compute>(d, (i) => i.kind === "compute" && i.op === op, stage);
-const move = (d: Draft): Free<Collective> => instruction<Collective>(d, (i) => i.kind === "collective");
-const send = (d: Draft): Free<Transfer> => instruction<Transfer>(d, (i) => i.kind === "send");
-function buffer(d: Draft, is: (b: Program["buffers"][number]) => boolean): Draft["programs"][number]["buffers"][number] {
+const move = (d: EditablePlan): Free<Collective> => instruction<Collective>(d, (i) => i.kind === "collective");
+const send = (d: EditablePlan): Free<Transfer> => instruction<Transfer>(d, (i) => i.kind === "send");
+function buffer(d: EditablePlan, is: (b: Program["buffers"][number]) => boolean): EditablePlan["programs"][number]["buffers"][number] {
   const found = d.programs[0]!.buffers.find(is);
   if (!found) throw new Error("the plan has no such buffer");
   return found;
 }
-const parameter = (d: Draft) => buffer(d, (b) => b.kind === "parameter" && b.sizes.length === 2);
-const rows = (d: Draft) => buffer(d, (b) => b.ragged > 0);
-const place = (d: Draft, id: string, at: number): void => void (d.memory[0]!.offsets[id] = at);
-const launch = (d: Draft): Free<Launch> => d.kernels[0]!.launches[0]!;
+const parameter = (d: EditablePlan) => buffer(d, (b) => b.kind === "parameter" && b.sizes.length === 2);
+const rows = (d: EditablePlan) => buffer(d, (b) => b.ragged > 0);
+const place = (d: EditablePlan, id: string, at: number): void => void (d.memory[0]!.offsets[id] = at);
+const launch = (d: EditablePlan): Free<Launch> => d.kernels[0]!.launches[0]!;
 
-type Edit = (d: Draft) => void;
+type Edit = (d: EditablePlan) => void;
 type Damage = readonly [edit: Edit, section: (typeof sections)[number], says?: RegExp];
 
 const damages: Readonly<Record<string, Damage>> = {

@@ -82,7 +82,7 @@ test("the scratch of kernels is a part of it", async () => {
 
 const published = (name: string): string => readFileSync(new URL(`../../plans/${name}/job.yaml`, import.meta.url), "utf8");
 
-test("a recipe whose worst case does not fit is told what rows_bound would need, and what it means", async () => {
+test("for a recipe whose worst case does not fit, the rule states the memory with rows_bound, and its meaning", async () => {
   const sets = ["model.moe.rows_bound=worst", "cluster.device=h100-80gb", "model.seq=5120"];
   const { findings } = await readJobWith(loadDeviceTargets, undefined, published("deepseek-v3-1024gpu"), "job.yaml", sets);
   const found = findings.find(({ code }) => code === "C510");

@@ -63,7 +63,7 @@ test("sub-axes of one dim keep the order that the parameter has", () => {
   expect(choicesFor(layout([[], [], []]), layout([[], [dp, tp]])).dims.get("N")).toEqual([dp, tp]);
 });
 
-test("a partial sum that the op cannot pass on is reduced, and the reason says so", () => {
+test("a partial sum that the op cannot pass on is reduced, and the origin names it", () => {
   const placements = new Placements(mesh);
   const [x, gain] = [leaf("input", "x", [4, 8, 16]), leaf("parameter", "gain", [16])] as const;
   placements.place(x, layout([[], [], []], [tp]), 0);
@@ -79,7 +79,7 @@ function stepsBetween(from: Layout, to: Layout): CollectiveStep["how"][] {
   placements.place(v, from, 0);
   const into: ShardStep[] = [];
   const resharder = new Resharder(placements, (stage) => stage);
-  const destination = { stage: 0, backward: false, why: () => ({ op: "", because: "", path: "" }), into };
+  const destination = { stage: 0, backward: false, why: () => ({ op: "", because: "", path: "", position: undefined }), into };
   const copy = resharder.reshard(v, to, destination);
   expect(copy.layout).toEqual(to);
   const { length } = into;

@@ -38,7 +38,7 @@ const meshes = {
   "zero-bubble": plan({ world: 8, pipeline: 4, schedule: "zero_bubble", expert: 2 }),
 };
 
-const spoiled: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
+const spoiled: Readonly<Record<string, readonly [edit: Edit, message: RegExp]>> = {
   "a send is left out": [
     (ps) => block(ps[0]!, "forward").splice(find(block(ps[0]!, "forward"), "send"), 1),
     /wait for ever: .*stage 1 \(ranks 2..3|4..7\).*recv/,
@@ -173,10 +173,10 @@ describe.each(Object.entries(meshes))("%s", (_, { programs, mesh }) => {
   const copy = (): Program[] => structuredClone(programs) as Program[];
 
   test("the compiled program passes", () => expect(() => verifyPrograms(copy(), mesh)).not.toThrow());
-  test.each(Object.entries(spoiled))("%s", (_, [edit, says]) => {
+  test.each(Object.entries(spoiled))("%s", (_, [edit, message]) => {
     const spoiledPrograms = copy();
     edit(spoiledPrograms);
-    expect(() => verifyPrograms(spoiledPrograms, mesh)).toThrow(says);
+    expect(() => verifyPrograms(spoiledPrograms, mesh)).toThrow(message);
   });
 });
 
@@ -192,7 +192,7 @@ test("two stages that both send first, without room for messages, are refused", 
   expect(() => verifyPrograms(late, mesh)).toThrow(/stage 1 \(ranks 2\.\.3\)/);
 });
 
-test("a chunk that sends more messages than may be in flight is refused", () => {
+test("a chunk that sends more messages than are allowed in flight is refused", () => {
   const { programs, mesh } = plan({ world: 4, pipeline: 2, virtual_pipeline: 2, data: 2 }, 10);
   expect(() => verifyPrograms(programs, mesh)).not.toThrow();
   const alone = structuredClone(programs) as Program[];

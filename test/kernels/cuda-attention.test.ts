@@ -6,19 +6,19 @@
 import { describe, expect, test } from "vitest";
 import type { Arch } from "../../schemas/devices.ts";
 import type { Dtype } from "../../schemas/dtypes.ts";
-import { attention as makers } from "../../src/codegen/cuda/attention.ts";
+import { attention as generators } from "../../src/codegen/cuda/attention.ts";
 import { orderOf, shareOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import type { GeneratedLaunch } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
-import { dimSize } from "../../src/ops/op.ts";
+import { dimSize } from "../../src/ops/signature.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";
 import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { documentsOf, random } from "../support/opCases.ts";
 import { byTier, once } from "../support/tiers.ts";
 
 interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
-  /** The width of values: C if not said. */
+  /** The width of values: default: C. */
   readonly W?: number;
   readonly start: number;
   /** The keys are a piece, which begins here. */
@@ -155,9 +155,9 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
   const { type, start, keyStart, zigzag = [0, 1], drop, documents, B, S, U, G, M, C, W = C } = shape;
   const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
   const dropped = drop === undefined ? {} : { drop };
-  const told = { key0: 0x9abcdef0, key1: 0x12345678 };
+  const attributes = { key0: 0x9abcdef0, key1: 0x12345678 };
   // of several heads' ranks the third
-  const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? told : {}) };
+  const starts = { S: start, U: keyStart ?? 0, G: drop ? 2 * G : 0, ...(drop ? attributes : {}) };
   const place = { start: (dim: string) => starts[dim as "S" | "U" | "G"] ?? 0, rows: new Int32Array(1) };
   const known: Record<string, Float32Array> = {};
   const name = `attention${drop ? "_dropout" : ""}${documents ? "_documents" : ""}${keyStart === undefined ? "" : "_part"}` as const;
@@ -168,7 +168,7 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
     const dtype: Record<string, Dtype> = Object.fromEntries(
       operands.map((o) => [o.name, o.name === "lse" ? "f32" : ["sample", "documents"].includes(o.name) ? "i32" : type]),
     );
-    // a piece's gradient is told the log-sum-exp of all keys: some number no less
+    // the gradient of a shard receives the log-sum-exp of all keys, which is no less than that of the shard
     if (name.endsWith("_part_grad")) known.lse = known.lse!.map((x) => (x === -Infinity ? 2 : x + 1) + next());
     if (drop) known.sample ??= Float32Array.from({ length: B }, (_, i) => 70_000 + i);
     if (documents) known.documents ??= documentsOf(d, place.start, documents);
@@ -178,7 +178,7 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
         type,
       );
     const made: Record<string, Float32Array> = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(size[o.name]!)]));
-    op.cpu({ ...known, ...made }, { ...d, ...dropped, ...(drop ? told : {}) }, place);
+    op.cpu({ ...known, ...made }, { ...d, ...dropped, ...(drop ? attributes : {}) }, place);
     const data: Record<string, Buffers[string]> = { ...Object.fromEntries(op.inputs.map((o) => [o.name, known[o.name]!])), ...made };
     if (documents) data.documents = Int32Array.from(known.documents!);
     if (drop) data.sample = Int32Array.from(known.sample!);
@@ -209,7 +209,7 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
   for (const { options, rows } of byTier(numbered, ({ shape }) => shape.fast === true)) {
     const made = once(() => {
       const kernels = rows.map(({ shape, seed }) =>
-        casesOf(shape, seed).map((c) => ({ ...c, made: makers[c.use.op as keyof typeof makers](c.use, shape.arch) })),
+        casesOf(shape, seed).map((c) => ({ ...c, made: generators[c.use.op as keyof typeof generators](c.use, shape.arch) })),
       );
       const executors: Executors = [cudaEmulator(kernels.flat()), cudaEmulator(kernels.flat(), [2, 3, 4, 5])];
       return { kernels: new Map(rows.map(({ seed }, i) => [seed, kernels[i]!])), executors };
@@ -234,7 +234,7 @@ describe.skipIf(missing)("heads in shares", () => {
   // kernels take shares from sizes at which keys and values exceed the cache: here three of eight heads, and a rest of two
   test("every tile of queries is some thread block's", async () => {
     const [forward] = casesOf({ B: 2, S: 200, U: 200, G: 2, M: 2, C: 64, start: 0, arch: "sm_90a", type: "bf16" }, 99);
-    const made = makers.attention(forward!.use, "sm_90a");
+    const made = generators.attention(forward!.use, "sm_90a");
     expect(made.source).toContain("SHARE = 8;");
     const shared = { ...made, source: made.source.replace("SHARE = 8;", "SHARE = 3;") };
     await hold(cudaEmulator([{ ...forward!, made: shared }]), shared, forward!);
@@ -251,7 +251,7 @@ test("one attention's gradient needs f32 sums of the queries' gradients, and a f
   for (const arch of ["sm_90a", "sm_100a"] as const) {
     const shape: Shape = { B: 2, S: 131, U: 131, G: 2, M: 1, C: 64, start: 0, arch, type: "bf16" };
     const [, c] = casesOf(shape, 1);
-    const made = makers.attention_grad(c!.use, arch);
+    const made = generators.attention_grad(c!.use, arch);
     const { B, S, G, M, C } = shape;
     // Hopper's own kernel takes 128 rows of such heads at a time
     const step = arch === "sm_90a" ? 128 : 64;

@@ -32,7 +32,7 @@ const version = await run("nvcc", ["--version"]).then(
 const cache = join(root, "node_modules/.cache/rankc-nvcc");
 
 /** What the compiler says of sources that are put one after the other; kept by their digest. */
-async function said(sources: readonly string[], arch: Arch): Promise<string> {
+async function printed(sources: readonly string[], arch: Arch): Promise<string> {
   const text = sources.join("\n");
   const digest = createHash("sha256").update(`${version} ${arch} ${text}`).digest("hex");
   const known = join(cache, `${digest}.txt`);
@@ -76,7 +76,7 @@ function faults(text: string): { kernels: number; spills: string[]; warnings: st
 }
 
 async function expectClean(sources: readonly string[], arch: Arch): Promise<void> {
-  const { kernels, spills, warnings } = faults(await said(sources, arch));
+  const { kernels, spills, warnings } = faults(await printed(sources, arch));
   expect(kernels).toBeGreaterThanOrEqual(sources.length);
   expect(warnings).toEqual([]);
   expect(spills).toEqual([]);

@@ -13,7 +13,7 @@ import { productOf } from "../../src/codegen/matmul.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
-import { adding, caseOf, products, type Sizes, sumCaseOf, useOf } from "../support/productCases.ts";
+import { adding, caseOf, products, type Sizes, specFor, sumCaseOf } from "../support/productCases.ts";
 import { byTier, full, isFull } from "../support/tiers.ts";
 
 interface Held extends ContractCase {
@@ -110,17 +110,17 @@ emulated(`Hopper's products${note}`, () => {
       ),
     ));
   test("weight gradients in bf16, which are rounded once where they are added to; in parts of the depth, whose sums a second launch adds", () => {
-    const narrow = (name: string, op: OpName, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>): Held => {
+    const alignedCase = (name: string, op: OpName, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>): Held => {
       const c = caseOf(name, op, sizes, "bf16", adds, 29, "bf16");
       return { ...c, made: tiled(c.use, change) };
     };
     return holdAll(
       inTier(
         [
-          narrow("n0", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2 }),
-          narrow("n1", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 2 }),
-          narrow("n2", "grouped_wgrad", { K: 72, N: 136, rows }, false, { tile: small, stages: 2 }),
-          narrow("n3", "gemm_wgrad", { S: 300, K: 136, N: 72 }, true, { tile: turns, stages: 2, parts: 3 }),
+          alignedCase("n0", "gemm_wgrad", { S: 150, K: 136, N: 200 }, true, { tile: small, stages: 2 }),
+          alignedCase("n1", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 2 }),
+          alignedCase("n2", "grouped_wgrad", { K: 72, N: 136, rows }, false, { tile: small, stages: 2 }),
+          alignedCase("n3", "gemm_wgrad", { S: 300, K: 136, N: 72 }, true, { tile: turns, stages: 2, parts: 3 }),
           held("n4", "gemm_wgrad", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 2, parts: 3 }),
           held("n5", "gemm_wgrad", { S: 300, K: 136, N: 200 }, true, { tile: turns, stages: 3, parts: 2 }),
         ],
@@ -280,7 +280,7 @@ emulated(`f32 arithmetic in parts of the depth${note}`, () => {
     ));
   test("a router's weight gradient is made in parts, other products are not", () => {
     const launchesOf = (op: OpName, d: Record<string, number>) => {
-      const small = useOf("parts", op, { S: 8, K: 8, N: 8 }, "f32");
+      const small = specFor("parts", op, { S: 8, K: 8, N: 8 }, "f32");
       const use = { ...small, d: { ...small.d, ...d } };
       return simt(use, productOf(use)).launches.map(({ entry, grid }) => [entry, grid[0]]);
     };
@@ -295,7 +295,7 @@ emulated(`f32 arithmetic in parts of the depth${note}`, () => {
 
 test("Hopper's tilings: they fit a multiprocessor; a deep product gets the largest tile, one with a long store alternates, small ones get more tiles", () => {
   const resized = (op: OpName, d: Record<string, number>, bound: number) => {
-    const small = useOf("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
+    const small = specFor("tiling", op, { S: 8, K: 8, N: 8, ...(bound ? { rows: [8] } : {}) }, "bf16");
     return hopperTiling(productOf({ ...small, bound, d: { ...small.d, ...d } }));
   };
   expect(resized("gemm", { S: 8192, K: 14336, N: 4096 }, 0)).toEqual({

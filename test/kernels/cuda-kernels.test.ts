@@ -14,7 +14,7 @@ import { byTier } from "../support/tiers.ts";
 const next = random(5);
 const noise = (length: number) => new Float32Array(length).map(next);
 
-interface Draft {
+interface CaseDraft {
   readonly op: OpName;
   readonly d: Readonly<Record<string, number>>;
   readonly data: Readonly<Buffers>;
@@ -23,7 +23,7 @@ interface Draft {
   readonly bound?: number;
 }
 /** All in f32; what the reference makes of it is wanted, of ragged outputs the rows that exist. */
-function caseOf({ op, d, data, accumulates = [], starts = {}, bound = 0 }: Draft): ContractCase {
+function caseOf({ op, d, data, accumulates = [], starts = {}, bound = 0 }: CaseDraft): ContractCase {
   const { outputs } = ops[op];
   const start = (dim: string) => starts[dim] ?? 0;
   const before = Object.fromEntries(
@@ -75,7 +75,7 @@ function shuffledRows() {
 
 const missing = await emulatorMissing();
 describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missing})` : ""}`, () => {
-  const holds = async (draft: Draft) => {
+  const holds = async (draft: CaseDraft) => {
     const c = caseOf(draft);
     const made = cudaKernels[draft.op](c.use, "sm_90a");
     await hold(cudaEmulator([{ use: c.use, made }]), made, c);

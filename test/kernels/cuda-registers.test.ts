@@ -12,7 +12,7 @@ import { type Arch, archs } from "../../schemas/devices.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import type { GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { adding, products, type Sizes, useOf } from "../support/productCases.ts";
+import { adding, products, type Sizes, specFor } from "../support/productCases.ts";
 import { byTier, full } from "../support/tiers.ts";
 
 const run = promisify(execFile);
@@ -25,7 +25,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     products.flatMap((op) =>
       adding(op).map((adds) => {
         const of = op.startsWith("grouped") ? { ...sizes, rows } : sizes;
-        return cudaKernels[op](useOf(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds), arch);
+        return cudaKernels[op](specFor(`${name}_${op}${adds ? "_adds" : ""}`, op, of, half, adds), arch);
       }),
     );
   const large = { S: 1024, K: 512, N: 1024 };
@@ -96,10 +96,10 @@ async function staysInRegisters(arch: string, kernels: readonly GeneratedKernel[
     const code = `arch=${arch.replace("sm", "compute")},code=${arch}`;
     const options = ["-std=c++17", "-gencode", code, "-cubin", "-Xptxas", "-v", "-o", "all.cubin", "all.cu"];
     const { stdout, stderr } = await run("nvcc", options, { cwd: folder, maxBuffer: 1 << 26 });
-    const said = stdout + stderr;
-    expect(said.match(/\(C7\d+\).*/g)).toBeNull();
+    const printed = stdout + stderr;
+    expect(printed.match(/\(C7\d+\).*/g)).toBeNull();
     const entries = kernels.reduce((n, k) => n + new Set(k.launches.map((l) => l.entry)).size, 0);
-    expect(said.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(entries);
+    expect(printed.match(/0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads/g)).toHaveLength(entries);
   } finally {
     rmSync(folder, { recursive: true });
   }

@@ -21,7 +21,7 @@ type Dims = Sizes & Readonly<Record<"scale" | "chunk" | "ranks", number>> & { re
 
 type AttentionName = `attention${"" | "_dropout"}${"" | "_documents"}${"" | "_part"}`;
 
-function useOf(op: OpName, d: Dims, half: Dtype = "f32"): KernelSpec {
+function specFor(op: OpName, d: Dims, half: Dtype = "f32"): KernelSpec {
   const operands = [...ops[op].inputs, ...ops[op].outputs];
   const size = Object.fromEntries(operands.map((o) => [o.name, elements(o, d)]));
   const dtype = Object.fromEntries(
@@ -35,14 +35,14 @@ function casesOf(op: AttentionName, d: Dims, starts: Readonly<Record<string, num
   const next = random(d.C);
   const data: Record<string, Float32Array> = {};
   return [op, `${op}_grad` as const].map((op) => {
-    const use = useOf(op, d);
+    const use = specFor(op, d);
     data.documents ??= documentsOf(d, (dim) => starts[dim] ?? 0, 30);
     data.sample ??= Float32Array.from({ length: d.B }, (_, i) => 70_000 + i);
     const outputs = ops[op].outputs.map((o) => o.name);
     if (op.endsWith("_part_grad")) data.lse = data.lse!.map((x) => (x === -Infinity ? 1 + next() : Math.max(x, next())));
     for (const [name, size] of Object.entries(use.size))
       data[name] ??= outputs.includes(name) ? new Float32Array(size) : new Float32Array(size).map(() => 2 * next());
-    ops[op].cpu(data, { ...d, ...told }, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
+    ops[op].cpu(data, { ...d, ...attributes }, { start: (dim) => starts[dim] ?? 0, rows: new Int32Array(1) });
     const gather = (names: readonly string[]) => Object.fromEntries(names.map((n) => [n, data[n]!.slice()]));
     return {
       title: `${op} ${JSON.stringify(d)}`,
@@ -51,13 +51,13 @@ function casesOf(op: AttentionName, d: Dims, starts: Readonly<Record<string, num
         ...gather(Object.keys(use.size)),
         ...Object.fromEntries(["sample", "documents"].filter((n) => use.dtype[n]).map((n) => [n, Int32Array.from(data[n]!)])),
       },
-      starts: { ...starts, ...told },
+      starts: { ...starts, ...attributes },
       want: gather(outputs),
     };
   });
 }
 
-const told = { key0: 0x9abcdef0, key1: 0x12345678 };
+const attributes = { key0: 0x9abcdef0, key1: 0x12345678 };
 const plain = { chunk: 0, ranks: 1 };
 const small = { B: 2, G: 2, M: 2, C: 8, W: 6 };
 const shapes: readonly (readonly [
@@ -144,7 +144,7 @@ test.each(["f32", "f16"] as const)("kernels of real sizes compile within default
       ] as const
     ).entries()) {
       const sizes = { B: 2, S: 2048, U: 4096, G: 4, M: 8, C, W, scale: 0.1, drop: 0.1, ...orders[i % 2]! };
-      const made = wgslGenerator(op)(useOf(op, sizes, half), "f16");
+      const made = wgslGenerator(op)(specFor(op, sizes, half), "f16");
       checked.pushErrorScope("validation");
       const module = checked.createShaderModule({ code: made.source });
       for (const { entry } of made.launches) checked.createComputePipeline({ layout: "auto", compute: { module, entryPoint: entry } });

@@ -75,7 +75,7 @@ describe.skipIf(noAdapter)("numbers that f32 would lose", () => {
     return Math.max(...want[out]!.map((x, i) => Math.abs(x - have[out]![i]!))) / largest;
   }
 
-  test.each([1, 2, 10, 100, 500, 1000, 10_000, 100_000])("adamw's step %d: what the moments lack of unbiased", async (step) => {
+  test.each([1, 2, 10, 100, 500, 1000, 10_000, 100_000])("adamw's step %d: the bias correction of the moments", async (step) => {
     const off = error("adamw", {}, (data) => {
       for (const name of ["w", "m", "v"]) data[name]!.fill(0);
       data.step!.fill(step);

@@ -46,7 +46,7 @@ interface Sizes {
   readonly counts?: readonly number[];
 }
 
-function useOf(op: OpName, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): KernelSpec {
+function specFor(op: OpName, { T, K, N, counts = [] }: Sizes, half: Dtype = "f32", adds = false): KernelSpec {
   const bound = counts.length ? T + 20 : 0;
   const rows = bound || T;
   const all = { x: rows * K, dx: rows * K, y: rows * N, dy: rows * N, w: K * N * (counts.length || 1), dw: K * N * (counts.length || 1) };
@@ -97,7 +97,7 @@ const inTiles = [
 ] as const;
 for (const { options, rows } of byTier(inTiles, ([op]) => op === "grouped_dgrad"))
   test.skipIf(noAdapter).each(rows)(`%s in tiles of %s${skipped}`, options, async (op, size, sizes, adds) => {
-    const use = useOf(op, sizes, "f32", adds);
+    const use = specFor(op, sizes, "f32", adds);
     const p = productOf(use);
     const tiles = plainTiles.filter((t) => t.bm === size && t.bn === size);
     await hold(executor!, gemmTiles(use, p, tilingOf(p, tiles)), caseOf(use, sizes));
@@ -112,7 +112,7 @@ for (const { options, rows } of byTier(deep, ([op]) => op === "gemm"))
     `a deep product of few tiles is summed in parts, then over the parts: %s${skipped}`,
     options,
     async (op, sizes, adds) => {
-      const use = useOf(op, sizes, "f32", adds);
+      const use = specFor(op, sizes, "f32", adds);
       const made = wgslGenerator(op)(use, "baseline");
       expect(made.launches.map((l) => l.entry)).toEqual([use.name, `${use.name}_sum`]);
       expect(made.launches[0]!.grid[0]).toBeGreaterThan(1);
@@ -129,7 +129,7 @@ const onMatrixUnits = [
 ] as const;
 for (const { options, rows } of byTier(onMatrixUnits, ([op]) => op === "gemm_wgrad"))
   test.skipIf(noAdapter).each(rows)(`%s on matrix units, in tiles of %s${skipped}`, options, async (op, size, sizes) => {
-    const use = useOf(op, sizes, "f16");
+    const use = specFor(op, sizes, "f16");
     const p = productOf(use);
     const tiles = matrixTiles.filter((t) => t.bm === size).map((t) => ({ ...t, bk: size > 64 ? 16 : t.bk }));
     const made = gemmMatrix(use, p, tilingOf(p, tiles));
@@ -145,7 +145,7 @@ test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) 
         [8192, 2048, 8],
       ] as const) {
         const counts = op.startsWith("grouped") ? Array.from({ length: 8 }, () => T / 8) : undefined;
-        const made = wgslGenerator(op)(useOf(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
+        const made = wgslGenerator(op)(specFor(op, { T, K, N, ...(counts && { counts }) }, half, op.endsWith("wgrad")), profile);
         expect(await compiled(made, profile), `${op} ${half} ${T} ${K} ${N}`).toEqual([]);
       }
 });
@@ -163,7 +163,7 @@ async function compiled(made: GeneratedKernel, profile: Profile): Promise<string
 
 test("large products use large tiles, small ones small tiles", () => {
   const tileOf = (op: OpName, sizes: Sizes, tiles: Parameters<typeof tilingOf>[1] = plainTiles) => {
-    const { tile, parts } = tilingOf(productOf(useOf(op, sizes, "f16")), tiles);
+    const { tile, parts } = tilingOf(productOf(specFor(op, sizes, "f16")), tiles);
     return `${tile.bm}x${tile.bn}${parts > 1 ? ` in ${parts}` : ""}`;
   };
   expect(tileOf("gemm", { T: 4096, K: 4096, N: 4096 })).toBe("128x128");

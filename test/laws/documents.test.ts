@@ -31,7 +31,7 @@ const batchOf = (window: readonly number[], over: Partial<Reading> = {}) =>
   batchesFrom({ ...reading, ...over }, (_, into) => void into.set(window))(0, 1);
 const numbers = (x: ArrayLike<number> | undefined) => Array.from(x ?? []);
 
-describe("what the host makes of documents", () => {
+describe("inputs that the host derives from documents", () => {
   test("a document begins after a token that ends one; a sequence begins in the midst of one", () => {
     expect(numbers(documentsOf(Int32Array.of(5, 6, END, 7, END, END, 8, 9), 8, { end: END, loss: true }).documents)).toEqual([
       0, 0, 0, 3, 3, 5, 6, 6,
@@ -56,7 +56,7 @@ describe("what the host makes of documents", () => {
     expect(documents).toBeDefined();
   });
 
-  test("without a known end the error says how to name it", () => {
+  test("without a known end token the error names the key that sets it", () => {
     expect(() => batchOf([0, 1, 2, 3, 4, 5, 6, 7, 8], { documents: { end: null, loss: true } })).toThrow(
       "data.documents: no token is known",
     );
@@ -177,7 +177,7 @@ test("gradients are slopes of the loss within documents", async () => {
   for (const [name, error] of await slopeErrors(job, ({ loss }) => loss)) expect(error, name).toBeLessThan(5e-3);
 });
 
-test("a plan without data.documents asks for no documents; one with the loss alone neither", async () => {
+test("a plan without data.documents has no input for documents; one with `loss` alone has none either", async () => {
   const sources = (documents?: object) =>
     compile(jobWith(documents ? { documents } : {})).plan.programs.flatMap((p) => p.inputs.map(({ source }) => source));
   expect(sources()).not.toContain("documents");

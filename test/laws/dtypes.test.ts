@@ -17,8 +17,8 @@ const codesOf = (dtype: Dtype, codes: readonly number[]): Float32Array => {
 const rounded = (dtype: Dtype, values: readonly number[]): number[] => [...encoded(dtype, Float32Array.from(values)).words];
 
 test("every float but f32 is in the list of formats", () => {
-  const narrow = dtypeNames.filter((dtype) => dtypes[dtype].codec !== null);
-  expect(narrow).toEqual(formats.map(({ dtype }) => dtype));
+  const encodedTypes = dtypeNames.filter((dtype) => dtypes[dtype].codec !== null);
+  expect(encodedTypes).toEqual(formats.map(({ dtype }) => dtype));
 });
 
 describe.each(formats)("$dtype", ({ dtype, exponent, mantissa, end, largest, infinite }) => {

@@ -103,7 +103,7 @@ test("the loss of an evaluation is that of a training step on the same tokens", 
   expect(results[0]?.loss).toBeCloseTo(losses[0] ?? 0, 5);
 });
 
-test("steps: all reads each token once, and tells the loss of each source", async () => {
+test("steps: all reads each token once, and reports the loss of each source", async () => {
   const prefixes = ["first", "second"].map((name) => join(folder, name));
   const documents = [
     [11, 1, 40],

@@ -141,7 +141,7 @@ test("the older key init_std is read, with a warning", () => {
   expect(readJob(text({ init: { std: 0.3 } }), "job.yaml", []).findings).toEqual([]);
 });
 
-test("initial weights stay what they are: a change here changes every run", () => {
+test("initial weights do not change between versions: every run depends on them", () => {
   expect([...draw(4, 1234, "embed")]).toMatchInlineSnapshot(`
     [
       0.6119465231895447,

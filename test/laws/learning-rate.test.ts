@@ -120,11 +120,11 @@ describe("batch-size ramp-up", () => {
   test("schedules count samples: a decay that is not written ends with the run, and a warm-up is as long in samples as without", () => {
     const job = jobWith({ ...ramp, steps: 10 }, { schedule: "linear", warmup_steps: 2 });
     expect(job.train.optimizer.decay_steps).toBe(176 / 32);
-    const course = trainingSchedule(job);
+    const trainingPlan = trainingSchedule(job);
     const legs = Array.from({ length: 11 }, () => {
-      const leg = course.next();
-      course.done("updated");
-      return leg;
+      const parameters = trainingPlan.next();
+      trainingPlan.done("updated");
+      return parameters;
     });
     expect(legs.map(({ batch }) => batch)).toEqual([8, 8, 8, 8, 16, 16, 24, 24, 32, 32, 32]);
     expect(legs.map(({ first }) => first)).toEqual([0, 8, 16, 24, 32, 48, 64, 88, 112, 144, 176]);
@@ -165,11 +165,11 @@ describe("Megatron Core's loss scale", () => {
   });
   test("an overflowing step changes no parameter and no schedule, but consumes its data", () => {
     const job = jobWith({ precision: "fp16", loss_scale: how }, { schedule: "linear", warmup_steps: 10 });
-    const course = trainingSchedule(job);
+    const trainingPlan = trainingSchedule(job);
     const legs = (["updated", "overflowed", "overflowed", "updated"] as const).map((outcome) => {
-      const leg = course.next();
-      course.done(outcome);
-      return leg;
+      const parameters = trainingPlan.next();
+      trainingPlan.done(outcome);
+      return parameters;
     });
     expect(legs.map(({ update }) => update)).toEqual([1, 2, 2, 2]);
     expect(legs.map(({ lr }) => Number(lr.toPrecision(9)))).toEqual([0, 1e-4, 1e-4, 1e-4]);

@@ -74,11 +74,11 @@ function slope(c: Case, s: number): void {
   // a probability of 0 stays 0: a small step off it would make a row
   const direction = Object.fromEntries(Object.keys(grads).map((n) => [n, c.arrays[n]!.map((x) => (x === 0 ? 0 : next()))]));
 
-  let [told, scale] = [0, 0];
+  let [stated, scale] = [0, 0];
   for (const [name, g] of Object.entries(grads)) {
     expect(g.sizes, `${c.op.name}: the gradient of ${name}`).toEqual(values[name]!.sizes);
     evaluate(g, have, c).forEach((x, i) => {
-      told += x * direction[name]![i]!;
+      stated += x * direction[name]![i]!;
       scale += Math.abs(x * direction[name]![i]!);
     });
   }
@@ -91,8 +91,8 @@ function slope(c: Case, s: number): void {
   // (4·D(h/2) − D(h))/3 leaves h⁴ ≈ 1e-6; the f32 of the outputs, divided by h, as much again
   const h = 1 / 32;
   const measured = (4 * central(h / 2) - central(h)) / 3;
-  if (!(Math.abs(measured - told) < 2e-4 * (scale + 0.1)))
-    throw new Error(`${c.op.name}: the slope is ${measured}, its gradient says ${told}`);
+  if (!(Math.abs(measured - stated) < 2e-4 * (scale + 0.1)))
+    throw new Error(`${c.op.name}: the slope is ${measured}, its gradient says ${stated}`);
 }
 
 const carriedBy = ({ op, outputs }: Case) =>
@@ -124,7 +124,7 @@ function evaluate(v: Value, have: Map<Value, Float32Array>, c: Case): Float32Arr
   return have.get(v)!;
 }
 
-test("inputs without a gradient are these: numbers of tokens, what is read for its shape, and maxima that cancel", () => {
+test("only these inputs have no gradient: numbers of tokens, inputs read for their shape, and maxima that cancel", () => {
   const without = table
     .filter((o) => o.grad)
     .map((o) => {
@@ -207,7 +207,7 @@ function expectLinear(o: AnyOp, names: readonly string[]): void {
   );
 }
 
-test("what is declared linear is", () => {
+test("ops that are declared linear are linear", () => {
   const linear = table.filter((o) => o.linear);
   expect(linear.map((o) => o.name)).toEqual(["add", "accumulate", "cast", "arrange"]);
   for (const o of linear)
@@ -217,7 +217,7 @@ test("what is declared linear is", () => {
     );
 });
 
-test("what is declared linear in one input is", () => {
+test("ops that are declared linear in one input are linear in it", () => {
   const linear = table.flatMap((o) => (o.linearIn === undefined ? [] : [[o, o.linearIn] as const]));
   expect(linear.map(([o, name]) => `${o.name} ${name}`).sort()).toEqual([
     "bias_grad dy",

@@ -73,7 +73,7 @@ function moveMatrix(
   g: Float32Array,
   shape: readonly number[],
   muon: NonNullable<Job["train"]["optimizer"]["muon"]>,
-  told: { clip: number; lr: number; decay: number },
+  scalars: { clip: number; lr: number; decay: number },
 ): void {
   const [rows, columns] = shape.slice(-2) as [number, number];
   const scale = { spectral: Math.max(rows, columns), unit_rms_norm: columns / rows, shape_scaling: Math.max(1, columns / rows) };
@@ -81,13 +81,13 @@ function moveMatrix(
   for (let first = 0; first < w.length; first += rows * columns) {
     const ahead = new Float64Array(rows * columns);
     for (let i = 0; i < ahead.length; i++) {
-      const gradient = g[first + i]! * told.clip;
+      const gradient = g[first + i]! * scalars.clip;
       const next = muon.momentum * m[first + i]! + (1 - muon.momentum) * gradient;
       m[first + i] = next;
       ahead[i] = muon.nesterov ? muon.momentum * next + (1 - muon.momentum) * gradient : next;
     }
     for (const [i, u] of orthogonal(ahead, rows, columns, muon.coefficients).entries())
-      w[first + i] = w[first + i]! - told.lr * told.decay * w[first + i]! - told.lr * factor * u;
+      w[first + i] = w[first + i]! - scalars.lr * scalars.decay * w[first + i]! - scalars.lr * factor * u;
   }
 }
 
@@ -96,21 +96,21 @@ function move(
   { w, m, v }: State,
   g: Float32Array,
   how: Job["train"]["optimizer"],
-  told: { clip: number; lr: number; decay: number; step: number },
+  scalars: { clip: number; lr: number; decay: number; step: number },
 ): void {
   const decoupled = how.type === "adamw" || how.type === "muon";
   const [b1, b2] = how.betas as [number, number];
   for (let i = 0; i < w.length; i++) {
-    const gradient = g[i]! * told.clip + (decoupled ? 0 : told.decay * w[i]!);
+    const gradient = g[i]! * scalars.clip + (decoupled ? 0 : scalars.decay * w[i]!);
     if (how.type === "sgd") {
       m[i] = how.momentum * m[i]! + gradient;
-      w[i]! -= told.lr * m[i]!;
+      w[i]! -= scalars.lr * m[i]!;
       continue;
     }
-    if (decoupled) w[i]! -= told.lr * told.decay * w[i]!;
+    if (decoupled) w[i]! -= scalars.lr * scalars.decay * w[i]!;
     m[i] = b1 * m[i]! + (1 - b1) * gradient;
     v[i] = b2 * v[i]! + (1 - b2) * gradient ** 2;
-    w[i]! -= (told.lr * (m[i]! / (1 - b1 ** told.step))) / (Math.sqrt(v[i]! / (1 - b2 ** told.step)) + how.eps);
+    w[i]! -= (scalars.lr * (m[i]! / (1 - b1 ** scalars.step))) / (Math.sqrt(v[i]! / (1 - b2 ** scalars.step)) + how.eps);
   }
 }
 
@@ -182,7 +182,7 @@ test.each([
   }
 });
 
-test("small steps are not lost in bf16: the weights that move are f32, and the model's are these, rounded", async () => {
+test("bf16 loses no small steps: updates change f32 weights, and the model has these rounded", async () => {
   const job = jobWith({ type: "sgd", lr: 1e-5, momentum: 0, clip: 0, weight_decay: 0 }, {}, { precision: "bf16" });
   const run = await openRun(compile(job).plan, { baseDir: fixture("") });
   const before = await run.parameters();

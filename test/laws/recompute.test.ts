@@ -35,7 +35,7 @@ const meshes = {
   "tensor 2 with sequence, expert 4": { world: 4, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true },
   "two stages of two chunks, expert 2": { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 },
 };
-const ways = {
+const recomputations = {
   "the attention core": { mode: "selective" },
   "norms and the activation of experts": { mode: "selective", modules: ["layernorm", "moe_act"] },
   "whole experts": { mode: "selective", modules: ["moe"] },
@@ -47,7 +47,7 @@ const ways = {
 describe.each(Object.entries(meshes).map(([name, parallel], n) => ({ name, parallel, n })))("$name", ({ parallel, n }) => {
   let whole: ReturnType<typeof train> | undefined;
   // each way on one of the meshes, on the fast tier
-  for (const { options, rows } of byTier(Object.entries(ways), (_, i) => i % 3 === n))
+  for (const { options, rows } of byTier(Object.entries(recomputations), (_, i) => i % 3 === n))
     test.each(rows)("recomputation of %s: the same bits, less memory, more flops", options, async (_, recompute) => {
       const [kept, made] = [await (whole ??= train(jobWith({ mode: "none" }, parallel))), await train(jobWith(recompute, parallel))];
       expect(kept.again).toEqual([]);

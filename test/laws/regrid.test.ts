@@ -29,7 +29,7 @@ const job = (parallel: object) =>
   });
 const sixRanks = { world: 6, tensor: 2, sequence: true, expert: 3 };
 
-test("tokens and the map, then the weights, are regridded for the experts' grid; what experts give comes back; no byte leaves a rank", () => {
+test("tokens and the map, then the weights, are regridded for the experts' grid; results of experts are regridded back; no byte leaves a rank", () => {
   const { plan, emit } = compile(job(sixRanks));
   const lines = emit("sharded").split("\n");
   const regrids = lines.filter((l) => / regrid: /.test(l)).map((l) => l.replace(/^\d+ +regrid: (.*) {2}for .*/, "$1"));

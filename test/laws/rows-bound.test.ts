@@ -54,7 +54,7 @@ test("a capacity and expert choice bound the rows: no more memory is reserved", 
   expect((await run.step()).loss).toBeGreaterThan(0);
 });
 
-test("logits that Sinkhorn's method cannot balance end the run, and it says where", async () => {
+test("logits that Sinkhorn's method cannot balance end the run with an error that names the layer", async () => {
   const router = { balance: "sinkhorn", normalize_top_k: false };
   const calm = await openRun(compile(job("worst", { router })).plan, { baseDir: fixture("") });
   expect((await calm.step()).loss).toBeGreaterThan(0);

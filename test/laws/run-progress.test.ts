@@ -153,7 +153,7 @@ describe("in fp16", () => {
     moe: { ...moe, router: { ...router, balance: "aux_loss", aux_coeff: 0.05, expert_bias: false, score: "softmax" } },
   };
 
-  test("the scale falls from 2^32 as the rule says until gradients have room, the same way on all meshes; a step without room moves no weights", async () => {
+  test("the scale falls from 2^32 by the documented rule until gradients are finite, the same way on all meshes; a step without room moves no weights", async () => {
     const count = 18;
     const train = { ...fp16, steps: count, optimizer: { type: "sgd", lr: 0.02 } };
     const exact = await stepsOf(jobWith(model, { world: 1 }, { ...train, precision: "fp32" }), 1);

@@ -180,7 +180,7 @@ test.each([
   },
 );
 
-test("int32-bin: the index says how ids are written", async () => {
+test("int32-bin: the index states the type of ids", async () => {
   const corpus = readFileSync(fixture("corpus.txt"));
   writeFileSync(join(folder, "set.bin"), littleEndian(corpus, "i32"));
   writeFileSync(join(folder, "set.idx"), megatronIndex(4, 4, [corpus.length]));

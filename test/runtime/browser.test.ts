@@ -71,14 +71,14 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     const page = await browser.newPage();
     // the limit is the test's
     page.setDefaultTimeout(0);
-    page.on("pageerror", (error) => said.push(String(error)));
-    page.on("console", (message) => said.push(message.text()));
+    page.on("pageerror", (error) => printed.push(String(error)));
+    page.on("console", (message) => printed.push(message.text()));
     if (before) await page.addInitScript({ content: before });
     await page.goto(served.address);
     await page.waitForSelector("#start:enabled");
     return page;
   }
-  const said: string[] = [];
+  const printed: string[] = [];
   const lossesIn = (page: Page): Promise<number[]> =>
     page
       .locator("#rows td:nth-child(2)")
@@ -130,7 +130,7 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     await ends(page);
     expect(await page.textContent("#error")).toMatch(/short\.txt: the corpus has 9 bytes.*Fix: use a longer corpus/s);
     expect(await lossesIn(page)).toEqual([]);
-    expect(said).toEqual([]);
+    expect(printed).toEqual([]);
   });
 
   test("without WebGPU the page lists browsers that have it", async () => {

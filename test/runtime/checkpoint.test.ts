@@ -223,7 +223,7 @@ test("each shard is saved once, by the first rank that holds it", async () => {
   expect(elements).toBe(sizes.reduce((n, [rule, size]) => n + (rule === "adamw" ? 3 : 1) * size, 0));
 });
 
-describe("what is wrong", () => {
+describe("faults", () => {
   const job = jobWith({ world: 1 });
   const said = async (how: { save?: string; resume?: string }, of = job): Promise<string> =>
     openRun(planOf(of), { baseDir: fixture(""), ...how }).then(

@@ -157,7 +157,7 @@ test("a long text is checked as it is read: no byte that is not UTF-8 is trained
   opened.close();
 });
 
-test("UTF-8 is what RFC 3629 says, as TextDecoder does", () => {
+test("UTF-8 is decoded as RFC 3629 and TextDecoder define it", () => {
   const whole = { first: true, last: true };
   const bad = [
     "80",

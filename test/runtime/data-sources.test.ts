@@ -153,7 +153,7 @@ test("a source that is missing, short, or has ids beyond the vocabulary is an er
     "DIR/no.idx: the index of data.sources[0] does not exist | name the prefix of a data set with .bin and .idx, relative to the job or to --data-dir; rankc data prepare writes one
     DIR/c: the training part of data.sources[0] has 13 tokens in 2 documents; a sample needs 14 | use a longer source, lower model.seq, or give training a larger share in data.split
     DIR/c: the training part of data.sources[0] has 10 tokens in 1 documents; a sample needs 11 | use a longer source, lower model.seq, or give training a larger share in data.split
-    DIR/c.bin: token 5 of the corpus is 105, outside a vocabulary of 105 | see that model.vocab is that of its tokenizer; ids are read as u16, as its index says"
+    DIR/c.bin: token 5 of the corpus is 105, outside a vocabulary of 105 | see that model.vocab is that of its tokenizer; ids are read as u16, the type in its index"
   `);
 });
 

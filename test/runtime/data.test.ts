@@ -70,7 +70,7 @@ test("shuffled: each epoch visits every window once, in its own order, independe
 test("faults of a corpus are reported before the first batch", () => {
   const short = join(folder, "short");
   writeFileSync(short, " ".repeat(4 * 65 + 1));
-  const said = [
+  const printed = [
     [short, reading],
     [folder, reading],
     [join(folder, "no"), reading],
@@ -84,7 +84,7 @@ test("faults of a corpus are reported before the first batch", () => {
     }
     return "nothing";
   });
-  expect(said.join("\n")).toMatchInlineSnapshot(`
+  expect(printed.join("\n")).toMatchInlineSnapshot(`
     "DIR/short: the corpus has 261 bytes; a batch of 4 rows of 64 needs at least 262
     DIR: the corpus is a directory
     DIR/no: the corpus does not exist
@@ -95,7 +95,7 @@ test("faults of a corpus are reported before the first batch", () => {
 });
 
 /** The Trouble that opening, or the first batch, ends in. */
-function said(files: Parameters<typeof openCorpus>[0], how: Reading): string {
+function printed(files: Parameters<typeof openCorpus>[0], how: Reading): string {
   try {
     openCorpus(files, how).batch(0, how.batch);
   } catch (error) {
@@ -174,15 +174,15 @@ test("faults of ids and labels are reported with their place", () => {
   const small: Reading = { ...reading, seq: 6, batch: 2, format: "tokens" };
   const odd = join(folder, "odd.bin");
   writeFileSync(odd, Buffer.alloc(81));
-  const labels = (name: string, of: number[]) => said({ path: ids, labels: write(name, of, "i32") }, small);
+  const labels = (name: string, of: number[]) => printed({ path: ids, labels: write(name, of, "i32") }, small);
   expect(
     [
-      said({ path: odd }, small),
-      said({ path: odd }, { ...small, dtype: "u32" }),
-      said({ path: ids }, { ...small, seq: 20 }),
-      said({ path: ids }, { ...small, vocab: 9 }),
-      said({ path: ids }, { ...small, vocab: 14 }),
-      said(
+      printed({ path: odd }, small),
+      printed({ path: odd }, { ...small, dtype: "u32" }),
+      printed({ path: ids }, { ...small, seq: 20 }),
+      printed({ path: ids }, { ...small, vocab: 9 }),
+      printed({ path: ids }, { ...small, vocab: 14 }),
+      printed(
         {
           path: write(
             "minus.bin",
@@ -201,7 +201,7 @@ test("faults of ids and labels are reported with their place", () => {
         "outside",
         upTo(40, () => 256),
       ),
-      said({ path: ids, labels: join(folder, "no") }, small),
+      printed({ path: ids, labels: join(folder, "no") }, small),
     ].join("\n"),
   ).toMatchInlineSnapshot(`
     "DIR/odd.bin: the corpus has 81 bytes, which is no whole number of ids in u16

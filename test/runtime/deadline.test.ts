@@ -7,17 +7,17 @@ import { built } from "../support/rankc.ts";
 async function ended(
   rest: string,
   { explain = "undefined", seconds = 0.5, grace = 300 } = {},
-): Promise<{ code: number | null; signal: string | null; said: string }> {
+): Promise<{ code: number | null; signal: string | null; printed: string }> {
   const script = `
     import { startDeadline } from ${JSON.stringify(built("test/support/deadline.ts"))};
-    const limits = startDeadline("bench", () => ${explain}, { grace: ${grace}, told: [process.execPath, "-e", "console.log('the device: 100 %')"] });
+    const limits = startDeadline("bench", () => ${explain}, { grace: ${grace}, report: [process.execPath, "-e", "console.log('the device: 100 %')"] });
     limits.part("weights", 60);
     limits.part("step 3", ${seconds});
     ${rest}`;
   const child = spawn(process.execPath, ["--input-type=module", "-e", script]);
-  let said = "";
-  child.stderr.on("data", (data) => (said += data));
-  return new Promise((done) => child.on("close", (code, signal) => done({ code, signal, said })));
+  let printed = "";
+  child.stderr.on("data", (data) => (printed += data));
+  return new Promise((done) => child.on("close", (code, signal) => done({ code, signal, printed })));
 }
 
 test.each([
@@ -29,10 +29,10 @@ test.each([
   ],
   ["waits", "limits.at('all is issued'); setInterval(() => {}, 10);", 600_000, "all is issued; the device is at w1.wgrad"],
 ] as const)("a main thread that %s", async (_, rest, grace, words) => {
-  const { signal, said } = await ended(rest, { explain: "'the device is at w1.wgrad'", grace });
+  const { signal, printed } = await ended(rest, { explain: "'the device is at w1.wgrad'", grace });
   expect(signal).toBe("SIGKILL");
-  expect(said).toMatch(/^ +\d+\.\d s {2}weights\n +\d+\.\d s {2}step 3\n/);
-  expect(said).toContain(`bench: no end of step 3 within 0.5 s; ${words}\nthe device: 100 %\n`);
+  expect(printed).toMatch(/^ +\d+\.\d s {2}weights\n +\d+\.\d s {2}step 3\n/);
+  expect(printed).toContain(`bench: no end of step 3 within 0.5 s; ${words}\nthe device: 100 %\n`);
 });
 
 test("a script that ends in time just ends", async () => {

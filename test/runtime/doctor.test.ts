@@ -80,7 +80,7 @@ describe("finding libraries", () => {
     expect((caught(() => openLibrary(library)) as Trouble).message).toContain(`${env[library]} names libc.so.6`);
   });
 
-  test("a wheel's folder under PYTHONPATH is looked into, and the loader's word on what lies there is kept", () => {
+  test("folders of wheels under PYTHONPATH are searched, and the loader's message about a library there is reported", () => {
     const lib = join(scratch, "nvidia", "nccl", "lib");
     mkdirSync(lib, { recursive: true });
     writeFileSync(join(lib, "libnccl.so.2"), "no library");
@@ -170,10 +170,10 @@ describe("the diagnosis", () => {
   test.skipIf(noCompiler || process.platform !== "linux").each([
     ["does not answer", "pause()", 2000, /did not answer for 2 s/],
     ["ends the process", "abort()", 600_000, /ended by SIGABRT/],
-  ])(`a driver that %s is reported, and does not block${because(noCompiler)}`, async (_, does, webgpuLimit, told) => {
+  ])(`a driver that %s is reported, and does not block${because(noCompiler)}`, async (_, does, webgpuLimit, reported) => {
     for (const [name, value] of Object.entries(vulkanThat(does))) vi.stubEnv(name, value);
     const diagnosis = await of({ webgpuLimit });
-    expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(told) });
+    expect(named(diagnosis, "webgpu")).toMatchObject({ ok: false, found: expect.stringMatching(reported) });
     expect(diagnosis.works).toMatchObject({ cpu: true, webgpu: false });
   });
 

@@ -301,7 +301,7 @@ test("the names are transformers'", () => {
   `);
 });
 
-test("layers of multi-token prediction that the job has not are not read; what a job's own layers have too much is refused", () => {
+test("layers of multi-token prediction that the job lacks are not read; surplus tensors of the job's own layers are refused", () => {
   const model = imported({ ...tiny, ...kinds["DeepSeek-V3"] });
   const path = join(folder, "more.safetensors");
   const further: TensorEntry = { name: "model.layers.3.eh_proj.weight", dtype: "F32", shape: [2], data: Float32Array.of(1, 2) };

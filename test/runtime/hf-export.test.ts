@@ -232,7 +232,7 @@ test("the files of a tokenizer are found beside it; without its config it gets o
   expect(tokenizerFiles(folder)).toMatchObject({ texts: {}, ids: { eos_token_id: 5 } });
 });
 
-test("the command line exports a folder, every checkpoint, or says why it cannot", async () => {
+test("the command line exports a folder or every checkpoint, or reports the reason why not", async () => {
   const at = await checkpointOf(referenceJob("mixtral-tiny"));
   const out = join(folder, "model");
   const first = await rankc("export", "hf", at, "-o", out);

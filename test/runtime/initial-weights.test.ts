@@ -58,8 +58,8 @@ const launched = (name: string, grid: [number, number, number]) => ({
 });
 /** Two 16-bit elements in each word. */
 const packed = (elements: ArrayLike<number>): Int32Array => {
-  const halves = Uint16Array.from({ length: Math.ceil(elements.length / 2) * 2 }, (_, i) => elements[i] ?? 0);
-  return new Int32Array(halves.buffer);
+  const halfWords = Uint16Array.from({ length: Math.ceil(elements.length / 2) * 2 }, (_, i) => elements[i] ?? 0);
+  return new Int32Array(halfWords.buffer);
 };
 
 test.skipIf(missing).each(Object.entries(boxes))(`CUDA${missing ? ` (skipped: ${missing})` : ""}: %s`, async (_, box) => {

@@ -20,18 +20,18 @@ async function ranks(
   code: string,
   settings: Partial<LaunchSettings> = {},
 ): Promise<Launched & { out: string[]; err: string[] }> {
-  const said = { stdout: [] as string[], stderr: [] as string[] };
+  const printed = { stdout: [] as string[], stderr: [] as string[] };
   const launched = await launch({
     command: process.execPath,
     args: ["-e", `const rank = Number(process.env.RANK);\n${code}`],
     ranks: n,
     env: { PATH: process.env.PATH, READY: join(folder, `ready-${started++}`) },
-    onLine: (stream, line) => said[stream].push(line),
+    onLine: (stream, line) => printed[stream].push(line),
     settle: 100,
     grace: 5000,
     ...settings,
   });
-  return { ...launched, out: said.stdout, err: said.stderr };
+  return { ...launched, out: printed.stdout, err: printed.stderr };
 }
 const alive = (pid: number): boolean => {
   try {
@@ -120,16 +120,16 @@ describe("ranks", () => {
       ...{ args: [script, "kill", "1"], env: { PATH: process.env.PATH, QUICK: "1" }, settle: 600_000 },
     });
     expect(run).toMatchObject({ code: 137, failed: { rank: 1, how: "was ended by SIGKILL" } });
-    const said = run.err.join("\n");
+    const printed = run.err.join("\n");
     for (const r of [0, 2])
-      expect(said).toMatch(new RegExp(`^\\[${r}\\] rankc: rank ${r} stops in step 7, all_reduce grads: rank 1 .+ was lost`, "m"));
-    expect(said).toContain("[0]   1: step 7, layers.2.w1");
+      expect(printed).toMatch(new RegExp(`^\\[${r}\\] rankc: rank ${r} stops in step 7, all_reduce grads: rank 1 .+ was lost`, "m"));
+    expect(printed).toContain("[0]   1: step 7, layers.2.w1");
   });
 
   test("a missing command is reported", async () => {
-    const said = await ranks(2, "", { command: "/no/such/program" }).catch((error: unknown) => error);
-    expect(said).toBeInstanceOf(Trouble);
-    expect((said as Trouble).message).toBe("/no/such/program could not be started: ENOENT");
+    const printed = await ranks(2, "", { command: "/no/such/program" }).catch((error: unknown) => error);
+    expect(printed).toBeInstanceOf(Trouble);
+    expect((printed as Trouble).message).toBe("/no/such/program could not be started: ENOENT");
   });
 });
 

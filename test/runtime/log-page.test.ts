@@ -80,9 +80,9 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
   test("shows runs over each other, and further steps when it is loaded again", async () => {
     const page = await browser.newPage();
     page.setDefaultTimeout(0);
-    const said: string[] = [];
-    page.on("pageerror", (error) => said.push(String(error)));
-    page.on("console", (message) => said.push(message.text()));
+    const printed: string[] = [];
+    page.on("pageerror", (error) => printed.push(String(error)));
+    page.on("console", (message) => printed.push(message.text()));
     await page.goto(served.address);
     expect(await page.textContent("h1")).toBe("2 runs");
     const rows = () => page.locator("#runs tr:not(:first-child)").allInnerTexts();
@@ -108,6 +108,6 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     first.add(step(4, 3), 8);
     await page.reload();
     expect((await rows())[0]).toContain("4 of 8");
-    expect(said).toEqual([]);
+    expect(printed).toEqual([]);
   });
 });

@@ -49,9 +49,9 @@ test.each([
 ])("%s: an import has the weights that were saved, under the names of %s", async (name, family, options) => {
   const out = join(folder, "model");
   mkdirSync(folder);
-  const said = await rankc("import", "checkpoint", fixtureOf(name), "-o", out, "--dtype", "fp32", ...options);
-  expect(said.exit, said.err).toBe(0);
-  expect(said.out).toContain(`model: ${family}, `);
+  const printed = await rankc("import", "checkpoint", fixtureOf(name), "-o", out, "--dtype", "fp32", ...options);
+  expect(printed.exit, printed.err).toBe(0);
+  expect(printed.out).toContain(`model: ${family}, `);
   const [found, expected] = [
     openSafetensors(join(out, "model.safetensors")),
     openSafetensors(join(fixtureOf(name), "expected.safetensors")),
@@ -75,8 +75,8 @@ function modelOf(name: string, changes: Readonly<Record<string, unknown>> = {}) 
   return job.model;
 }
 
-describe("what is wrong", () => {
-  test("with the folder is said before weights are read", () => {
+describe("faults", () => {
+  test("of the folder are reported before weights are read", () => {
     mkdirSync(folder);
     expect(trouble(() => distcpFolder(join(folder, "no")))).toBe("DIR/no is no folder");
     expect(trouble(() => distcpFolder(folder))).toBe("DIR has no .metadata: it is no checkpoint in the format torch_dist");
@@ -91,12 +91,12 @@ describe("what is wrong", () => {
 
   test("with metadata.json: it is missing, damaged, or of another format", () => {
     const text = join(copyOf("dense"), "metadata.json");
-    const said = (content: string): string => {
+    const printed = (content: string): string => {
       writeFileSync(text, content);
       return trouble(() => openDistcp(folder));
     };
-    expect(said("{")).toContain("metadata.json is not JSON: Megatron writes it last, so the checkpoint is unfinished");
-    expect(said('{"sharded_backend": "torch_dcp"}')).toBe('DIR has the format "torch_dcp"');
+    expect(printed("{")).toContain("metadata.json is not JSON: Megatron writes it last, so the checkpoint is unfinished");
+    expect(printed('{"sharded_backend": "torch_dcp"}')).toBe('DIR has the format "torch_dcp"');
     rmSync(text);
     expect(trouble(() => openDistcp(folder))).toContain("metadata.json is missing");
   });

@@ -125,7 +125,7 @@ describe("Open MPI", () => {
   test("on one host, rank 0 is here", () => {
     expect(placeOf({ ...openMpi, OMPI_COMM_WORLD_LOCAL_SIZE: "8", MASTER_ADDR: "" }, 8)!.address).toBe("127.0.0.1");
   });
-  test("on several, rank 0's host must be said", () => {
+  test("on several hosts, rank 0's address is required", () => {
     expect(troubleOf({ ...openMpi, MASTER_ADDR: "" })).toContain("MASTER_ADDR is not set");
   });
   test("missing variables are named", () => {

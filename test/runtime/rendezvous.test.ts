@@ -33,7 +33,7 @@ async function meet(world: number, changes: (rank: number) => Changes = () => ({
 /** What each rank is refused with, "joined" where it is not. Without the threads, which take their time to start. */
 async function refusals(all: readonly JoinSettings[], clock: Clock = systemClock, hubClock: Clock = clock): Promise<string[]> {
   const open: { close: () => void }[] = [];
-  const said = all.map(async (who): Promise<string> => {
+  const printed = all.map(async (who): Promise<string> => {
     const { timeout, beat, lost, hang } = who.times;
     const settings = { ...who, timeout: timeout * 1000, beat: beat * 1000, lost: lost * 1000, hang: hang * 1000 };
     try {
@@ -53,7 +53,7 @@ async function refusals(all: readonly JoinSettings[], clock: Clock = systemClock
       );
     });
   });
-  const texts = await Promise.all(said);
+  const texts = await Promise.all(printed);
   for (const connection of open) connection.close();
   return texts;
 }
@@ -206,7 +206,7 @@ describe("ranks that do not agree", () => {
     server.close();
   });
 
-  test("what listens at rank 0's port is something else", async () => {
+  test("another program listens at rank 0's port", async () => {
     const server = createServer((socket) => socket.end("SSH-2.0-OpenSSH_9.6\r\n")).listen(0, "127.0.0.1");
     await once(server, "listening");
     const { port } = server.address() as { port: number };
@@ -255,7 +255,7 @@ test("connections without the token are harmless: noise, long messages, half a f
 });
 
 /** A connection that never closes its own half, and what it was sent so far. */
-async function knock(port: number): Promise<Socket> {
+async function connectRaw(port: number): Promise<Socket> {
   const socket = connect({ port, host: "127.0.0.1", allowHalfOpen: true });
   socket.on("error", ignore);
   await once(socket, "connect");
@@ -268,7 +268,7 @@ describe("before the token is proved", () => {
   test("a connection with another token is closed at once, both ways", async () => {
     const port = await freePort();
     const hub = await hubOf(port, 2);
-    const socket = await knock(port);
+    const socket = await connectRaw(port);
     const hello = { kind: "hello", rank: 1, world: 2, version: "0.1.0", plan: "a", host: "h", pid: 1 } as const;
     await once(socket, "data");
     socket.write(frame({ ...hello, proof: proofOf("guess", "00") }));
@@ -288,7 +288,7 @@ describe("before the token is proved", () => {
     let open = 0;
     const sockets: Socket[] = [];
     for (let n = 0; n < 300; n++) {
-      const socket = await knock(port).catch(() => undefined);
+      const socket = await connectRaw(port).catch(() => undefined);
       if (!socket) continue;
       sockets.push(socket);
       open++;
@@ -372,10 +372,10 @@ describe("when a rank ends, all end with the reason", () => {
     const thrown = await Promise.all((await run(2, "throw", 1, { QUICK: "1" })).ended);
     expect(thrown[1]).toMatchObject({ code: 1, err: expect.stringContaining("it broke") });
     expect(thrown[0]!.err).toMatch(/rank 1 .+ was lost/);
-    const told = await Promise.all((await run(3, "fail", 0, { QUICK: "1" })).ended);
-    expect(told[0]!.code).toBe(3);
+    const results = await Promise.all((await run(3, "fail", 0, { QUICK: "1" })).ended);
+    expect(results[0]!.code).toBe(3);
     for (const r of [1, 2])
-      expect(told[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nlast known positions of the ranks:\n.+1-2: step 7/s);
+      expect(results[r]!.err).toMatch(/rank 0 \(.+\) failed: out of memory\nlast known positions of the ranks:\n.+1-2: step 7/s);
   });
 
   test("a suspended process, and a process without progress", full, async () => {

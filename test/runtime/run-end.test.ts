@@ -25,14 +25,14 @@ afterAll(() => rmSync(place, { recursive: true, force: true }));
 /** Runs until its first step, then sends a signal. */
 function interrupted(signal: NodeJS.Signals, ...args: string[]): Promise<{ code: number | null; err: string; out: string }> {
   const child = spawn(process.execPath, [builtCli(), "run", job, "--format", "json", ...args]);
-  const said = { err: "", out: "" };
-  child.stdout.on("data", (chunk) => (said.out += chunk));
+  const printed = { err: "", out: "" };
+  child.stdout.on("data", (chunk) => (printed.out += chunk));
   child.stderr.on("data", (chunk) => {
-    const first = !said.err.includes("step ");
-    said.err += chunk;
-    if (first && said.err.includes("step ")) child.kill(signal);
+    const first = !printed.err.includes("step ");
+    printed.err += chunk;
+    if (first && printed.err.includes("step ")) child.kill(signal);
   });
-  return new Promise((resolve) => child.on("close", (code) => resolve({ code, ...said })));
+  return new Promise((resolve) => child.on("close", (code) => resolve({ code, ...printed })));
 }
 
 test.each([

@@ -37,7 +37,7 @@ const openAll = (at: string): void => {
   }
 };
 
-test("what is written is read back, bit for bit, and nothing else is left in the folder", () => {
+test("tensors are read back bit for bit, and the folder holds no other file", () => {
   const entry = fc.record({
     name: fc.string().filter((name) => name !== "__metadata__"),
     data: fc.float32Array({ maxLength: 20 }),
@@ -62,7 +62,7 @@ test("what is written is read back, bit for bit, and nothing else is left in the
   );
 });
 
-test("a file that is written says format pt in its metadata, which older transformers need", () => {
+test("written files have format pt in their metadata, which older transformers need", () => {
   writeSafetensors(path, [{ name: "a", dtype: "F32", shape: [1], data: Float32Array.of(1) }]);
   const bytes = readFileSync(path);
   const header = JSON.parse(bytes.toString("utf8", 8, 8 + Number(bytes.readBigUInt64LE())));

@@ -89,7 +89,7 @@ test("blocks cover each file once; all pieces of a tensor go to one writer, in o
     }
 });
 
-test("what trains on while a checkpoint is written changes nothing in it; the next one waits for it", async () => {
+test("training during a write does not change the checkpoint; the next checkpoint waits for it", async () => {
   let value = 1;
   const saver = saverWith({ threads: 2, blockBytes: 1024 }, () => value);
   const first = await saver.begin(progress(1));
@@ -150,7 +150,7 @@ function processes(n: number): Pick<LocalRanks, "ranks" | "rankDevice" | "meet">
 }
 
 describe("several processes", () => {
-  test("write what one process writes", async () => {
+  test("write the same bytes as one process", async () => {
     const one = await saveOnce({ threads: 0 }, `${folder}-one`);
     const savers = processes(4).map((localRanks) => saverWith({ localRanks, threads: 0 }));
     const begun = await Promise.all(savers.map((saver) => saver.begin(progress(1))));
@@ -176,7 +176,7 @@ describe("several processes", () => {
     await Promise.all(savers.map((saver) => saver.close()));
   });
 
-  test("a folder that not all hosts share is an error that says so", async () => {
+  test("a folder that not all hosts share is a clear error", async () => {
     const savers = processes(2).map((localRanks, n) => saverWith({ localRanks, threads: 0, folder: `${folder}-${n}` }));
     const begun = await Promise.all(savers.map((saver) => saver.begin(progress(1))));
     void begun[1]?.done.catch(() => {});
@@ -198,7 +198,7 @@ test("a run that failed does not wait for ranks that never write their part", as
   expect(performance.now() - begun).toBeGreaterThan(3000);
 });
 
-test("threads report what the file system refuses, and the checkpoint before stays", async () => {
+test("threads report errors of the file system, and the previous checkpoint stays", async () => {
   const saver = saverWith({ threads: 2, blockBytes: 1024 });
   await (await saver.begin(progress(1))).done;
   const pending = await saver.begin(progress(2));
@@ -210,7 +210,7 @@ test("threads report what the file system refuses, and the checkpoint before sta
   await saver.close();
 });
 
-test("--resume auto passes over checkpoints that are damaged, and sets them aside; a run removes what was left unfinished", async () => {
+test("--resume auto skips damaged checkpoints and renames them; a run removes unfinished ones", async () => {
   const saver = saverWith({ threads: 0 });
   for (const step of [1, 2, 3]) await (await saver.begin(progress(step))).done;
   await saver.close();
@@ -232,7 +232,7 @@ test("--resume auto passes over checkpoints that are damaged, and sets them asid
 });
 
 describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompiler}`, () => {
-  test("the state is copied to pinned memory, and is what reads return", async () => {
+  test("the state is copied to pinned memory and equals what reads return", async () => {
     const cuda = await standInRanks();
     const reference = planOf({ world: 1 }, {}, { precision: "bf16" });
     const { plan: own, kernels } = asCuda(reference);

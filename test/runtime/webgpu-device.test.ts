@@ -284,7 +284,7 @@ describe.skipIf(noAdapter)(`errors${reason}`, () => {
     });
   });
 
-  test("a device that is lost in the middle of a run", async () => {
+  test("a device is lost during a run", async () => {
     const plan = addPlan(1000);
     await using(plan, { scale: scaled(1) }, async (localRanks) => {
       const b = localRanks.rankDevice(0);
@@ -315,23 +315,23 @@ describe.skipIf(noAdapter)(`a process${reason}`, () => {
     `import { openWebgpu } from ${JSON.stringify(built("runtime/webgpu/dawn.ts"))}; import { handPlan } from ${JSON.stringify(built("test/support/handPlan.ts"))};\n${body}`;
   const run = (body: string, env: NodeJS.ProcessEnv): Promise<{ exit: number | null; out: string; err: string }> => {
     const child = spawn(process.execPath, ["--input-type=module", "-e", script(body)], { env });
-    const said = { out: "", err: "" };
-    child.stdout.on("data", (chunk) => (said.out += chunk));
-    child.stderr.on("data", (chunk) => (said.err += chunk));
-    return new Promise((resolve) => child.on("close", (exit) => resolve({ exit, ...said })));
+    const printed = { out: "", err: "" };
+    child.stdout.on("data", (chunk) => (printed.out += chunk));
+    child.stderr.on("data", (chunk) => (printed.err += chunk));
+    return new Promise((resolve) => child.on("close", (exit) => resolve({ exit, ...printed })));
   };
   const open = `const plan = handPlan({ buffers: { x: { shape: [4] } } }); const fleet = await openWebgpu(plan, { kernel: () => "" });`;
 
   test("ends after its local ranks are closed", async () => {
-    const said = await run(`${open} await fleet.finish(); await fleet.close(); console.log("closed");`, adapterEnv);
-    expect(said).toMatchObject({ exit: 0, out: "closed\n" });
+    const printed = await run(`${open} await fleet.finish(); await fleet.close(); console.log("closed");`, adapterEnv);
+    expect(printed).toMatchObject({ exit: 0, out: "closed\n" });
   });
 
   test("without an adapter prints what to install, and ends", async () => {
     // a driver that is not there; on the machine's own adapters nothing can be hidden
     const env = { ...adapterEnv, VK_DRIVER_FILES: "/nowhere.json", VK_ICD_FILENAMES: "/nowhere.json" };
-    const said = await run(`try { ${open} } catch (e) { console.log(e.exit, e.message, e.fix); }`, env);
-    expect(said.exit).toBe(0);
-    expect(said.out).toMatch(/^3 no WebGPU adapter: .*Vulkan.* install /s);
+    const printed = await run(`try { ${open} } catch (e) { console.log(e.exit, e.message, e.fix); }`, env);
+    expect(printed.exit).toBe(0);
+    expect(printed.out).toMatch(/^3 no WebGPU adapter: .*Vulkan.* install /s);
   });
 });

@@ -28,12 +28,12 @@ function chromiumHere(): Chromium | string {
   const own = Object.fromEntries(Object.entries(process.env).filter((entry): entry is [string, string] => entry[1] !== undefined));
   const libraries = [join(folder, "al2023/lib"), own.LD_LIBRARY_PATH].filter(Boolean).join(":");
   // the machine's own libraries first
-  const said = [own, { ...own, LD_LIBRARY_PATH: libraries }].map((env) => {
+  const printed = [own, { ...own, LD_LIBRARY_PATH: libraries }].map((env) => {
     const { status, stderr } = spawnSync(executablePath, ["--version"], { env, encoding: "utf8" });
     return { env, status, stderr };
   });
-  const works = said.find(({ status }) => status === 0);
-  return works ? { executablePath, env: works.env } : `Chromium does not start here: ${said[0]!.stderr?.trim().split("\n")[0]}`;
+  const works = printed.find(({ status }) => status === 0);
+  return works ? { executablePath, env: works.env } : `Chromium does not start here: ${printed[0]!.stderr?.trim().split("\n")[0]}`;
 }
 
 /** The folder with Chromium and its libraries, SwiftShader's beside it, where it looks for them. */

@@ -8,7 +8,8 @@ import { bytesOf, type Dtype, encoded, valuesIn } from "../../schemas/dtypes.ts"
 import type { OpName } from "../../schemas/opNames.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { type AnyOp, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
+import { type AnyOp, expandLike, type Operand } from "../../src/ops/op.ts";
+import { dimSize } from "../../src/ops/signature.ts";
 import { type RowsMode, type Set as SizeSet, sets, sizesAt, variantsOf } from "./contractSizes.ts";
 import { documentsOf, random, type Sizes } from "./opCases.ts";
 import { isFull } from "./tiers.ts";
@@ -30,7 +31,7 @@ export interface ContractCase {
   readonly title: string;
   readonly use: KernelSpec;
   readonly data: Readonly<Buffers>;
-  /** What a launch is told: the global index of the first local element of each dim, and attributes. */
+  /** What a launch receives: the global index of the first local element of each dim, and attributes. */
   readonly starts: Sizes;
   /** Outputs (and `rows`, `needed`) as the reference leaves them. Of ragged ones, the rows that exist. */
   readonly want: Readonly<Buffers>;
@@ -80,7 +81,7 @@ function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
     types[name] = indices.has(name) ? "i32" : result && (name === "dy" || name === "y") ? result : f32 ? "f32" : half;
   }
   const like = op.inputs.map((o) => types[o.name]!).find((t) => t !== "i32") ?? "f32";
-  // a gradient has the type of its value where op.ts is told so, or finds it so
+  // a gradient has the type of its value where op.ts states or infers it
   for (const { name } of op.outputs) types[name] = op.types?.[name] ?? (op.name.endsWith("_grad") ? of[name.slice(1)] : undefined) ?? like;
   return types;
 }
@@ -94,10 +95,10 @@ export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>
   const mixed = typesOf(op, half);
   const plain = allF32(mixed);
   // main gradients and moments in bf16
-  const narrow = Object.fromEntries(["g", "m", "v"].filter((n) => n in plain).map((n) => [n, half]));
+  const bf16State = Object.fromEntries(["g", "m", "v"].filter((n) => n in plain).map((n) => [n, half]));
   if (/^(adam|sgd).*_cast$/.test(op.name))
-    return [plain, { ...plain, y: half }, ...(half === "bf16" ? [{ ...plain, y: half, ...narrow }] : [])];
-  if (half === "bf16" && /^(adam|sgd|muon_momentum|sum_squares)/.test(op.name)) return [plain, { ...plain, ...narrow }];
+    return [plain, { ...plain, y: half }, ...(half === "bf16" ? [{ ...plain, y: half, ...bf16State }] : [])];
+  if (half === "bf16" && /^(adam|sgd|muon_momentum|sum_squares)/.test(op.name)) return [plain, { ...plain, ...bf16State }];
   if (op.name === "cast") return [plain, { x: "f32", y: half }, { x: half, y: "f32" }];
   // the first of a ring's pieces is met as it was made, later ones by a sum in f32
   if (op.name === "attention_merge") return [plain, { ...mixed, o: "f32" }, { ...mixed, a: "f32", o: "f32" }, { ...mixed, a: "f32" }];
@@ -207,7 +208,7 @@ function draftedCase(op: AnyOp, { title, d, outputs, dtype, inputs, starts: dims
   };
 }
 
-interface Draft {
+interface CaseDraft {
   readonly op: AnyOp;
   readonly name: string;
   readonly set: SizeSet;
@@ -222,7 +223,7 @@ interface Draft {
   readonly spare?: number;
 }
 
-function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, makesRows = false, spare }: Draft): ContractCase {
+function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, makesRows = false, spare }: CaseDraft): ContractCase {
   const next = random(1000 * seed + 17);
   const d: Record<string, number> = {
     ...{ ...sizesAt(op.name, name), ...attrs },
@@ -415,8 +416,8 @@ function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array,
   // rounded once when stored; one step more where that falls on the other side
   relative += 3 * stepOf[dtype];
   // weights and their gradients enter the second product in half precision, as in every fused attention
-  const halves = Object.values(use.dtype).find((t) => bytesOf[t] === 2);
-  if (use.op.startsWith("attention") && halves) absolute += 4 * stepOf[halves] * largest;
+  const halfType = Object.values(use.dtype).find((t) => bytesOf[t] === 2);
+  if (use.op.startsWith("attention") && halfType) absolute += 4 * stepOf[halfType] * largest;
   for (let i = 0; i < want.length; i++) {
     if (passesOnNaN.has(use.op) && Number.isNaN(want[i]!) !== Number.isNaN(have[i]!))
       expect.fail(`${label}[${i}] is ${have[i]}, not ${want[i]}`);

@@ -72,9 +72,9 @@ export async function standIn({ oldNccl = false } = {}) {
     },
     /** What a kernel threw since it was asked last. */
     complaint: (): unknown => {
-      const said = went;
+      const printed = went;
       went = undefined;
-      return said;
+      return printed;
     },
     seed: at.driver.func("standInSeed", "void", ["uint"]) as (seed: number) => void,
     /** Work that waits in streams. */
@@ -153,7 +153,7 @@ function placeByReference(params: DataView): void {
     (_, n) => params.getUint32(32 + 4 * n, true),
   );
   const types = ["f32", "bf16", "f16"] as const;
-  const [from, narrow] = [types[type]!, types[type16]!];
+  const [from, stored16] = [types[type]!, types[type16]!];
   const span = (rows - 1) * stride + columns;
   const read = valuesIn(typedMemory(from, bytesAt(source, span * bytesOf[from])));
   for (let row = 0; row < rows; row++)
@@ -163,7 +163,7 @@ function placeByReference(params: DataView): void {
       const mark = new Uint32Array(bytesAt(bad, 4));
       if (!Number.isFinite(value[0])) mark[0] = Math.min(mark[0]!, piece);
       if (out) storeValues(typedMemory("f32", bytesAt(out + 4n * at, 4)), value);
-      if (out16) storeValues(typedMemory(narrow, bytesAt(out16 + 2n * at, 2)), value);
+      if (out16) storeValues(typedMemory(stored16, bytesAt(out16 + 2n * at, 2)), value);
     }
 }
 
@@ -232,7 +232,7 @@ function byReference(
     const starts = new Map(given.starts.map((dim, n) => [dim, params.getInt32(numbers + 4 * n, true)]));
     const block = i.blocks ? params.getInt32(numbers + 4 * starts.size, true) : 0;
     const attrsAt = numbers + 4 * (starts.size + (i.blocks ? 1 : 0));
-    // what one kernel is told is another's at every use
+    // runtime attributes differ between the instructions that share a kernel
     const own = Object.fromEntries(given.runtimeAttrs.map((name, n) => [name, params.getUint32(attrsAt + 4 * n, true)]));
     const place = { start: (dim: string) => starts.get(dim)!, rows, block };
     if (i.rows) {

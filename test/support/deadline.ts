@@ -10,7 +10,7 @@ const [limitAt, textsAt, textBytes] = [16, [64, 1088], 1024] as const;
 
 /** Plain JavaScript: a thread of its own has no loader for TypeScript. */
 const thread = `
-const { workerData: { name, shared, grace, told }, parentPort } = require("node:worker_threads");
+const { workerData: { name, shared, grace, report }, parentPort } = require("node:worker_threads");
 const { writeSync } = require("node:fs");
 const { spawn } = require("node:child_process");
 const cell = new Int32Array(shared, 0, 4);
@@ -36,7 +36,7 @@ const timer = setInterval(() => {
   } catch {
     // nobody reads what we say: it ends all the same
   }
-  const last = spawn(told[0], told.slice(1), { stdio: ["ignore", 2, "ignore"] });
+  const last = spawn(report[0], report.slice(1), { stdio: ["ignore", 2, "ignore"] });
   last.on("error", end).on("exit", end);
   setTimeout(end, 5000);
 }, 50);
@@ -53,7 +53,7 @@ export interface Deadline {
 }
 
 /** `explain`: what more there is to say, asked for when a limit is over and the main thread hears it within `grace` milliseconds. */
-export function startDeadline(name: string, explain: () => string | undefined, { grace = 5000, told = nvidiaSmi } = {}): Deadline {
+export function startDeadline(name: string, explain: () => string | undefined, { grace = 5000, report = nvidiaSmi } = {}): Deadline {
   const shared = new SharedArrayBuffer(textsAt[1] + textBytes);
   const cell = new Int32Array(shared, 0, 4);
   const limit = new Float64Array(shared, limitAt, 1);
@@ -66,7 +66,7 @@ export function startDeadline(name: string, explain: () => string | undefined, {
   };
   const at = (text: string): void => write(1, (where = text));
   // without this process's loaders: they are set up by a main thread that does not block
-  const worker = new Worker(thread, { eval: true, execArgv: [], workerData: { name, shared, grace, told } });
+  const worker = new Worker(thread, { eval: true, execArgv: [], workerData: { name, shared, grace, report } });
   worker.on("message", () => {
     const more = explain();
     if (more) at(where ? `${where}; ${more}` : more);

@@ -1,7 +1,8 @@
 /** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
 import { attentionMerge } from "../../src/ops/attention.ts";
-import { type AnyOp, type Attrs, type DimSpec, dimSize, expandLike, type Operand } from "../../src/ops/op.ts";
+import { type AnyOp, type Attrs, type DimSpec, expandLike, type Operand } from "../../src/ops/op.ts";
 import { positionOf } from "../../src/ops/positions.ts";
+import { dimSize } from "../../src/ops/signature.ts";
 
 export type Sizes = Readonly<Record<string, number>>;
 type Arrays = Readonly<Record<string, Float32Array>>;

@@ -1,4 +1,4 @@
-/** Products of any sizes as cases of the contract: every op with weights, rows of experts as told, NaN where nobody may read. */
+/** Products of any sizes as cases of the contract: every op with weights, given rows of experts, and NaN where no kernel may read. */
 import type { OpName } from "../../schemas/opNames.ts";
 import { type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -20,8 +20,8 @@ export const adding = (op: OpName): boolean[] => (op.endsWith("wgrad") ? [false,
 const namesOf = (op: OpName): [string, string, string] =>
   op.endsWith("wgrad") ? ["x", "dy", "dw"] : op.endsWith("dgrad") ? ["dy", "w", "dx"] : ["x", "w", "y"];
 
-/** What a maker is told of a product; `spare` rows more than there are may come. */
-export function useOf(
+/** The spec of a product for a generator. The bound exceeds the rows by `spare`. */
+export function specFor(
   name: string,
   op: OpName,
   { S = 0, K, N, rows }: Sizes,
@@ -45,7 +45,7 @@ export function useOf(
 
 /** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
 export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds = false, spare = 29, sums: Half = "f32"): ContractCase {
-  const use = useOf(name, op, sizes, half, adds, spare, sums);
+  const use = specFor(name, op, sizes, half, adds, spare, sums);
   const { bound, d, size, dtype } = use;
   const { rows } = sizes;
   const next = random(name.length * 31 + d.K!);

@@ -9,7 +9,7 @@ import { join, launcherOf, timesOf } from "../../runtime/launch/rendezvous.ts";
 const [mode, who] = process.argv.slice(2);
 const { rank, world, address, port, token } = placeOf(process.env, Number(process.env.WORLD_SIZE))!;
 const block = (ms?: number) => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
-const tell = (text: string) => writeSync(2, `${text}\n`);
+const printLine = (text: string) => writeSync(2, `${text}\n`);
 
 // a busy machine delays every rank: only what a mode waits for has a short limit
 const blocked = mode === "kill" || mode === "block";
@@ -21,16 +21,16 @@ const meeting = await join({
   times: { ...timesOf(process.env), ...quick },
   ...launcherOf(process.env),
   onAbort: ({ message }) => {
-    tell(`received by ${rank}: ${message}`);
+    printLine(`received by ${rank}: ${message}`);
     process.exit(4);
   },
 });
-tell(`joined ${rank} ${process.pid}`);
+printLine(`joined ${rank} ${process.pid}`);
 
 if (mode === "fine") {
   for (let step = 1; step <= 3 && meeting.begin(step); step++) await meeting.barrier(`step ${step}`);
   if (rank === 0) writeSync(1, `${JSON.stringify({ steps: 3 })}\n`);
-  tell(`done ${rank}`);
+  printLine(`done ${rank}`);
   await meeting.close();
 } else {
   meeting.begin(7);

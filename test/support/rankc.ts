@@ -5,7 +5,7 @@ import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, 
 import { join } from "node:path";
 import { root } from "./checkout.ts";
 
-export interface Said {
+export interface CliResult {
   readonly exit: number | null;
   readonly out: string;
   readonly err: string;
@@ -87,16 +87,16 @@ const filesBelow = (folder: string): string[] =>
     .sort();
 
 /** Runs a command in this process, after those that were asked for before: the compiled command line is loaded once, and printed text is kept. */
-export function rankc(...args: string[]): Promise<Said> {
+export function rankc(...args: string[]): Promise<CliResult> {
   const answer = latest.then(() => commandHere(args));
   latest = answer.catch(() => undefined);
   return answer;
 }
 let latest: Promise<unknown> = Promise.resolve();
 
-async function commandHere(args: readonly string[]): Promise<Said> {
+async function commandHere(args: readonly string[]): Promise<CliResult> {
   const { runCommandLine }: typeof import("../../src/cli/commandLine.ts") = await import(built("src/cli/commandLine.ts"));
-  const said: { exit: number; out: string; err: string } = { exit: 0, out: "", err: "" };
+  const printed: { exit: number; out: string; err: string } = { exit: 0, out: "", err: "" };
   const { NO_COLOR } = process.env;
   const streams = [
     { stream: process.stdout, to: "out" },
@@ -105,14 +105,14 @@ async function commandHere(args: readonly string[]): Promise<Said> {
   const writers = streams.map(({ stream }) => stream.write);
   for (const { stream, to } of streams)
     stream.write = (text: string | Uint8Array): boolean => {
-      said[to] += typeof text === "string" ? text : Buffer.from(text).toString();
+      printed[to] += typeof text === "string" ? text : Buffer.from(text).toString();
       return true;
     };
   process.env.NO_COLOR = "1";
   try {
     await runCommandLine(args, {
       setCode: (code) => {
-        said.exit = code;
+        printed.exit = code;
       },
       exitSoon: () => {
         throw new Error("a command that ends its process needs one of its own");
@@ -123,17 +123,17 @@ async function commandHere(args: readonly string[]): Promise<Said> {
     if (NO_COLOR === undefined) delete process.env.NO_COLOR;
     else process.env.NO_COLOR = NO_COLOR;
   }
-  return said;
+  return printed;
 }
 
 /** Runs a command in a process of its own, as a user starts it. */
-export const rankcProcess = (...args: string[]): Promise<Said> => rankcWith({}, ...args);
+export const rankcProcess = (...args: string[]): Promise<CliResult> => rankcWith({}, ...args);
 
 /** The same with variables of the environment. */
-export function rankcWith(env: Readonly<Record<string, string>>, ...args: string[]): Promise<Said> {
+export function rankcWith(env: Readonly<Record<string, string>>, ...args: string[]): Promise<CliResult> {
   const child = spawn(process.execPath, [builtCli(), ...args], { env: { ...process.env, NO_COLOR: "1", ...env } });
-  const said = { out: "", err: "" };
-  child.stdout.on("data", (chunk) => (said.out += chunk));
-  child.stderr.on("data", (chunk) => (said.err += chunk));
-  return new Promise((resolve) => child.on("close", (exit) => resolve({ exit, ...said })));
+  const printed = { out: "", err: "" };
+  child.stdout.on("data", (chunk) => (printed.out += chunk));
+  child.stderr.on("data", (chunk) => (printed.err += chunk));
+  return new Promise((resolve) => child.on("close", (exit) => resolve({ exit, ...printed })));
 }

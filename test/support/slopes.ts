@@ -1,4 +1,4 @@
-/** A whole run's gradients against the slope of what it is said to make smaller: one parameter after the other is moved along its own gradient. */
+/** Compares the gradients of a run with measured slopes of its loss: moves one parameter after the other along its own gradient. */
 import { resolve } from "node:path";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import { openCorpus } from "../../runtime/data/corpus.ts";
@@ -46,7 +46,7 @@ function minimised(job: Job, { metrics, given }: Awaited<ReturnType<typeof first
 }
 
 /**
- * How far each told slope is from the measured one, relative to it; weights that have no gradient are left out, and those that cannot
+ * Returns the relative error of each stated slope against the measured one; weights that have no gradient are left out, and those that cannot
  * be moved without a router choosing otherwise.
  */
 export async function slopeErrors(job: Job, objective: (metrics: StepResult) => number): Promise<Map<string, number>> {
@@ -59,12 +59,12 @@ export async function slopeErrors(job: Job, objective: (metrics: StepResult) => 
   const here = await firstStep(job, undefined, watch);
   const errors = new Map<string, number>();
   for (const [name, { data: g }] of here.gradients) {
-    const told = Math.sqrt(g.reduce((sum, x) => sum + x * x, 0));
-    if (told === 0) continue;
+    const stated = Math.sqrt(g.reduce((sum, x) => sum + x * x, 0));
+    if (stated === 0) continue;
     /** The objective so far along the gradient; no number where a router chooses otherwise. */
     const at = async (h: number): Promise<number> => {
       const { shape, data } = here.weights.get(name)!;
-      const moved = new Map(here.weights).set(name, { shape, data: data.map((x, i) => x + (h * g[i]!) / told) });
+      const moved = new Map(here.weights).set(name, { shape, data: data.map((x, i) => x + (h * g[i]!) / stated) });
       const there = await firstStep(job, moved, watch);
       return chosen(there) === chosen(here) ? objective(minimised(job, there)) : Number.NaN;
     };
@@ -73,7 +73,7 @@ export async function slopeErrors(job: Job, objective: (metrics: StepResult) => 
       // (4·D(h/2) − D(h))/3 leaves h⁴; the loss is kept in f32, whose steps of 5e-7 are divided by h
       const measured = (4 * (await central(h / 2)) - (await central(h))) / 3;
       if (Number.isNaN(measured)) continue;
-      errors.set(name, Math.abs(measured - told) / (told + 0.1));
+      errors.set(name, Math.abs(measured - stated) / (stated + 0.1));
       break;
     }
   }

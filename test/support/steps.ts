@@ -36,7 +36,7 @@ const isCount = (name: string): boolean => name === "expert_loads" || name === "
  * norms, the counts of tokens, and whether the step was skipped.
  */
 export async function train(fleets: readonly LocalRanks[], plan: Plan, step = stepTogether, steps = 4) {
-  const course = trainingSchedule(plan.job);
+  const schedule = trainingSchedule(plan.job);
   const skipped: boolean[] = [];
   for (const f of fleets)
     for (const r of f.ranks) {
@@ -67,8 +67,8 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
     return found;
   };
   for (let n = 1; n <= steps; n++) {
-    const { lossScale, upscale, weightDecay, update, microbatches } = course.next();
-    const told: Readonly<Record<string, number>> = {
+    const { lossScale, upscale, weightDecay, update, microbatches } = schedule.next();
+    const attributes: Readonly<Record<string, number>> = {
       ...{
         one: lossScale * upscale,
         lr: 0.01 / n,
@@ -85,13 +85,13 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
       if (source === "ids" || source === "labels") return whole[2 * m + Number(source === "labels")]!.slice(0, elementsOf(b.shape));
       if (source === "weights") return new Float32Array(elementsOf(b.shape)).fill(1 / elementsOf(b.shape) / microbatches);
       if (source === "sample") return Int32Array.from({ length: elementsOf(b.shape) }, (_, i) => 100 * n + 10 * m + i);
-      return Float32Array.of(told[source]!);
+      return Float32Array.of(attributes[source]!);
     };
     replayed.push(await step(fleets, plan, feed, microbatches));
     metrics.push((await each((p) => named(p, (name) => !isCount(name)))).map((m) => m[0]!));
     counts.push((await each((p) => named(p, isCount))).flatMap((m) => [...m]));
     skipped.push((await each((p) => p.metrics.grad_norm!)).some((m) => !Number.isFinite(m[0]!)));
-    course.done(skipped.at(-1) ? "overflowed" : "updated");
+    schedule.done(skipped.at(-1) ? "overflowed" : "updated");
   }
   const state = await each((p) => p.parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])]));
   return { metrics, counts, state, replayed, skipped };

@@ -1,6 +1,6 @@
 /**
  * Reads Python pickles as data: only the opcodes that checkpoints of PyTorch and Megatron Core use, and without executing anything. A class
- * or a function is a name; what it makes is a record of its name, its arguments and its state.
+ * or a function is a name; its result is a record of name, arguments and state.
  */
 import { Trouble } from "../../../schemas/trouble.ts";
 

@@ -24,6 +24,7 @@ export interface StoredTensor {
 
 /** Element types of weights, and their bytes. */
 export const storageBytes = { bf16: 2, f16: 2, f32: 4, f64: 8 } as const;
+/** One of the types of `storageBytes`. */
 export type StorageDtype = keyof typeof storageBytes;
 const storages: Readonly<Record<string, StorageDtype>> = {
   "torch.BFloat16Storage": "bf16",

@@ -129,25 +129,52 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const main = hopper
     ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
     : { body: render("cuda/attention_grad.cu", { ...common, stages }), threads, shared: padded(keys, stages), args: ["q", "k", "v", "dy"] };
-  const tilesOfQueries = B * H * queryBlocks;
+  const grid = { rows, keys, lanes, queryTiles: B * H * queryBlocks, keyBlocks, wave, split };
+  return { source: source(spec, main.body), ...gradLaunches(name, d, grid, main, args) };
+}
+
+/** The tiles of a gradient on tensor cores, and how its thread blocks share them. */
+interface GradGrid {
+  /** Queries and keys of a tile. */
+  readonly rows: number;
+  readonly keys: number;
+  /** Threads of the first launch that share a row. */
+  readonly lanes: number;
+  readonly queryTiles: number;
+  readonly keyBlocks: number;
+  /** Concurrent key blocks of a head, and thread blocks that share the query heads of a key head (attentionOrder.ts). */
+  readonly wave: number;
+  readonly split: number;
+}
+
+/** Returns the launches of a gradient on tensor cores: sums of rows, the products, conversion of the gradients of queries, then sums over `split`. */
+function gradLaunches(
+  name: string,
+  d: AttentionSizes,
+  { rows, keys, lanes, queryTiles, keyBlocks, wave, split }: GradGrid,
+  main: Pick<GeneratedLaunch, "threads" | "shared" | "args">,
+  args: readonly KernelArg[],
+): Pick<GeneratedKernel, "launches" | "scratch"> {
+  const { B, U, G, C, W, part } = d;
+  const threads = 256;
   const { at, end } = offsets({
-    sums: 4 * tilesOfQueries * rows * C,
-    lse2: 4 * tilesOfQueries * rows,
-    delta: 4 * tilesOfQueries * rows,
-    counters: 4 * tilesOfQueries + 4,
+    sums: 4 * queryTiles * rows * C,
+    lse2: 4 * queryTiles * rows,
+    delta: 4 * queryTiles * rows,
+    counters: 4 * queryTiles + 4,
     keyParts: split > 1 ? 4 * split * B * G * keyBlocks * keys * (C + W) : 0,
     ends: d.documents ? 4 * B * U : 0,
   });
   const launches: GeneratedLaunch[] = [
     {
-      entry: `${spec.name}_rows`,
-      grid: [ceil(tilesOfQueries * rows * lanes, threads), 1, 1],
+      entry: `${name}_rows`,
+      grid: [ceil(queryTiles * rows * lanes, threads), 1, 1],
       threads,
       shared: 0,
       args: ["o", "lse", "dy", scratch(at.lse2), scratch(at.delta), scratch(at.counters)],
     },
     {
-      entry: spec.name,
+      entry: name,
       grid: [B * G * split * ceil(keyBlocks, wave) * wave, 1, 1],
       threads: main.threads,
       shared: main.shared,
@@ -163,8 +190,8 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
       ],
     },
     {
-      entry: `${spec.name}_queries`,
-      grid: [tilesOfQueries, 1, 1],
+      entry: `${name}_queries`,
+      grid: [queryTiles, 1, 1],
       threads,
       shared: rows * (C + 8) * 2,
       args: [scratch(at.sums), "dq", ...(part ? args : [])],
@@ -172,7 +199,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   ];
   if (d.documents)
     launches.unshift({
-      entry: `${spec.name}_ends`,
+      entry: `${name}_ends`,
       grid: [ceil(B * U, threads), 1, 1],
       threads,
       shared: 0,
@@ -180,13 +207,13 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
     });
   if (split > 1)
     launches.push({
-      entry: `${spec.name}_keys`,
+      entry: `${name}_keys`,
       grid: [B * G * keyBlocks, 1, 1],
       threads,
       shared: keys * (Math.max(C, W) + 8) * 2,
       args: [scratch(at.keyParts), "dk", "dv", ...args],
     });
-  return { source: source(spec, main.body), launches, scratch: end };
+  return { launches, scratch: end };
 }
 
 /** Returns the offsets of consecutive parts of these sizes in bytes, aligned to 256, and the end. */

@@ -32,10 +32,10 @@ const handWritten = {
   ...vocab,
 } satisfies WgslKernels<Exclude<OpName, FormulaOpName | FusedOpName>>;
 
-/** The WGSL generators of all ops. */
 // fused ops with a formula have no kernel: some have more operands than a kernel of WebGPU
 const { swiglu_grad_again: _, swiglu_rows_grad_again: __, ...formulaKernels } = mapFormulaOps(formulaKernel);
 
+/** The WGSL generators of all ops that programs for WebGPU may have. */
 export const wgslKernels: Readonly<Record<Exclude<OpName, FusedOpName>, WgslGenerator>> = { ...handWritten, ...formulaKernels };
 
 /** Returns the WGSL generator of an op. Throws an invariant for a fused op. */

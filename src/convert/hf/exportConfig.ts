@@ -1,6 +1,6 @@
 /**
- * Converts the model of a job to a Hugging Face config.json: the inverse of importHf.ts. Each family writes what it can say about a model;
- * the caller imports the result again and uses the first family that describes the same model.
+ * Converts the model of a job to a Hugging Face config.json: the inverse of importHf.ts. Each family writes the keys that it has;
+ * the caller imports the result again and uses the first family whose config gives the same model.
  */
 import { hasExperts } from "../../../schemas/experts.ts";
 import type { Job } from "../../../schemas/job.ts";

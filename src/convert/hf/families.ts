@@ -126,7 +126,7 @@ export const families: Readonly<Record<string, Family>> = {
     moe: {
       ...deepseekExperts,
       score: "softmax",
-      // what DeepSeek's own code makes of norm_topk_prob: true, transformers leaves out: such a config is refused
+      // with norm_topk_prob: true, DeepSeek's code normalises and transformers does not: such a config is refused
       normalize: false,
       scaling: 1,
       groups: { count: null, chosen: null, scores: 1, method: "topk_method" },

@@ -14,7 +14,7 @@ type JobInput = z.input<typeof JobText>;
 type Model = JobInput["model"];
 type Rope = NonNullable<Model["rope"]>;
 
-/** Far above the limit of model.layers, which the schema reports: a pattern of that length is not built. */
+/** The longest layer pattern that is built. The limit of model.layers, which the schema reports, is far below it. */
 const MOST_LAYERS = 65536;
 
 /** The coefficient at the end of DeepSeek-V3's training; configs do not contain it. */
@@ -103,7 +103,7 @@ export function importHf(
   };
   const { data, error } = JobText.safeParse(job);
   if (error) {
-    // a size above the limits of the schema
+    // the size exceeds the limits of the schema
     const lines = error.issues.map(({ path, message }) => `\n  ${path.join(".")}: ${message}`);
     throw new Trouble(`this ${type} config makes no valid job:${lines.join("")}`, "import a smaller model");
   }

@@ -1,10 +1,10 @@
 /**
  * The arguments of a Megatron checkpoint as words of a launch. The checkpoint has every argument after validation under the name of
- * Megatron's field; only those that describe the model are taken.
+ * Megatron's field; only those that describe the model are used.
  */
 import { Trouble } from "../../../schemas/trouble.ts";
 
-/** Fields whose value is given, unless it is none. */
+/** Fields that become an argument with their value, unless it is None. */
 const values = [
   ...["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length", "max_position_embeddings"],
   ...["normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"],
@@ -28,14 +28,14 @@ const ofLatentAttention = [
   ...["q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type", "rotary_scaling_factor"],
   ...["mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"],
 ];
-/** Fields that are a flag where they are true. What rankc lacks is among them, so that the import refuses it. */
+/** Fields that become a flag if they are true. They include features that rankc lacks, so that the import refuses them. */
 const flags = [
   ...["swiglu", "squared_relu", "quick_geglu", "openai_gelu", "group_query_attention", "qk_layernorm", "add_qkv_bias"],
   ...["untie_embeddings_and_output_weights", "multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "attention_output_gate"],
   ...["moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_shared_expert_gate"],
 ];
 
-/** Fields that change how weights are stored, and what they do: a launch may have them without effect, a checkpoint may not. */
+/** Fields that change how weights are stored, with their effect. Jobs ignore them; a checkpoint with them cannot be read. */
 const storage = [
   { field: /^apply_layernorm_1p$/, why: "weights of norms are stored minus 1" },
   { field: /_glu_interleave_size$/, why: "rows of gate and up alternate" },
@@ -62,7 +62,7 @@ export function wordsOfArguments(args: ReadonlyMap<unknown, unknown>): string[] 
   ];
   const words = given.flatMap((field) => {
     const value = args.get(field);
-    // 0 rows of multi-token prediction, and no groups, are none
+    // 0 depths of multi-token prediction and 0 groups mean none
     if (value === undefined || value === null || (field === "mtp_num_layers" && value === 0)) return [];
     return [flagOf(field), Array.isArray(value) ? `[${value.join(",")}]` : String(value)];
   });

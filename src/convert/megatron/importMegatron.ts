@@ -32,9 +32,9 @@ export type MegatronSource =
 export interface MegatronSettings {
   /** The name of the job. */
   readonly name: string;
-  /** The number of ranks, where the launcher does not say it. */
+  /** The number of ranks, if the launcher does not set it. */
   readonly world?: number;
-  /** Values of variables; they hold whatever the script assigns. */
+  /** Values of variables; assignments of the script do not change them. */
   readonly variables?: ReadonlyMap<string, string>;
   /** Words after `--`: those of the script, further arguments of a list, or the launch itself. */
   readonly words?: readonly string[];
@@ -50,7 +50,7 @@ export interface MegatronSettings {
   readonly hasTrained?: true;
 }
 
-/** The words of a launch, and what is known of its ranks. */
+/** The words of a launch, and its number of ranks if it is known. */
 interface Found {
   readonly words: readonly ScriptText[];
   readonly launch?: TrainingLaunch;
@@ -81,7 +81,7 @@ function findLaunch(source: MegatronSource, settings: MegatronSettings): Found {
   return { words: launch.words, launch, read };
 }
 
-/** Words are a command with its launcher, or arguments alone; one word with blanks is read as bash reads it. */
+/** Returns the launch of words: a command with its launcher, or arguments alone. One word with blanks is parsed as bash parses it. */
 function findInWords(words: readonly string[], settings: MegatronSettings): Found {
   const [only] = words;
   if (only !== undefined && words.length === 1 && /\s/.test(only)) {
@@ -124,8 +124,8 @@ function noLaunch({ exit, unread }: ScriptRead, file: string): Trouble {
 }
 
 /**
- * Scripts are shared with a default of one node, `${NNODES:-1}`, that is too small for their degrees. Where the ranks are too few for both
- * grids and one such default multiplies them, the smallest number that fits is taken, and a note says so.
+ * Scripts are shared with a default of one node, `${NNODES:-1}`, that is too small for their degrees. If the ranks are too few for both
+ * grids and the number of nodes is such a default, the smallest number of nodes that suffices is used, and a note states it.
  */
 function widerLaunch(source: MegatronSource, found: Found, settings: MegatronSettings) {
   if (!found.launch || !found.read) return undefined;
@@ -187,7 +187,7 @@ function placed(problem: Problem, text: string): Problem {
   return lines.length === 1 ? { ...problem, subject: `line ${lines[0]}: ${problem.subject}` } : problem;
 }
 
-/** Lists of arguments do not say the ranks; the scripts of the model zoo start 8 a node, on NNODES nodes. */
+/** Returns the number of ranks for a list of arguments, which does not contain it: the scripts of the model zoo start 8 per node on NNODES nodes. */
 function worldOfSettings({ world, variables }: MegatronSettings, problems: Problem[]): World | undefined {
   if (world !== undefined) return { ranks: world, source: "--world" };
   const nodes = Number(variables?.get("NNODES"));
@@ -196,11 +196,11 @@ function worldOfSettings({ world, variables }: MegatronSettings, problems: Probl
   return undefined;
 }
 
-/** Says of each argument which keys it gave, or why none. Unsupported arguments are problems, unless they have Megatron's default. */
+/** Returns for each argument the keys that it set, or the reason why it set none. Unsupported arguments are problems, unless they have Megatron's default. */
 function reportArguments(args: Arguments, keysOf: ReadonlyMap<string, readonly string[]>, problems: Problem[]): readonly ArgumentReport[] {
   return [...args.given.values()].flatMap(({ spec, shown, values }) => {
     const keys = keysOf.get(spec.name) ?? [];
-    // the value of an argument that nothing read must still be one that Megatron takes
+    // Megatron validates the value of an argument also if nothing reads it
     if (keys.length === 0 && spec.fate === "mapped") checkValues(spec, values, shown, problems);
     if (keys.length > 0 || spec.fate !== "unsupported") return [{ argument: shown, keys, why: spec.why }];
     if (problems.some(({ kind, subject }) => kind === "value" && subject === shown)) return [];

@@ -1,10 +1,10 @@
-/** The YAML lists of the MoE model zoo: `MODEL_ARGS` with `--flag: value`, where `true` is a bare flag and `false` leaves it out. */
+/** The YAML lists of the MoE model zoo: `MODEL_ARGS` with `--flag: value`, where `true` is a bare flag and `false` omits it. */
 import { isMap, isScalar, LineCounter, parseDocument } from "yaml";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { argumentSpecs } from "./arguments/spec.ts";
 import { type Hole, newWords, type ScriptText } from "./bash/text.ts";
 
-/** Returns the arguments of a list as words. `${X}` has its value from `variables`, or stays a hole. Throws a Trouble if the text is no such list. */
+/** Returns the arguments of a list as words. `${X}` has its value from `variables`, or stays unknown. Throws a Trouble for any other text. */
 export function readArgumentList(text: string, file: string, variables: ReadonlyMap<string, string>): readonly ScriptText[] {
   const lines = new LineCounter();
   const document = parseDocument(text, { lineCounter: lines, schema: "failsafe" });
@@ -22,7 +22,7 @@ export function readArgumentList(text: string, file: string, variables: Readonly
     const whole = filled.every((part) => typeof part === "string") ? filled.join("").trim() : undefined;
     if (whole === "false") return [];
     const flag: ScriptText = [String(key.value)];
-    // whether a switch is given matters where it has an effect
+    // a switch of unknown value is an error only where it has an effect
     const spec = argumentSpecs.get(String(key.value).replace(/^--/, ""));
     if (whole === "true" || whole === "" || (spec?.type === "switch" && spec.fate === "without effect")) return [flag];
     const words = newWords();

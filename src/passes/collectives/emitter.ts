@@ -30,6 +30,8 @@ export class Emitter {
   /** Index buffers that an instruction has written. The place of a row depends on routing and sharding only. */
   readonly indexed = new Set<string>();
   readonly #role: ProgramBuilder;
+  /** The layer of the reshard step that is lowered, and of its temporary buffers. */
+  #layer: Pick<Buffer, "layer"> = {};
   #list: Instruction[] = [];
 
   constructor(role: ProgramBuilder) {
@@ -50,6 +52,11 @@ export class Emitter {
   buffer(id: string): Buffer {
     return this.#role.buffers.get(id);
   }
+  /** Says which reshard step the following instructions replace. */
+  begin({ to }: Pick<Reshard, "to">): void {
+    const { layer } = this.buffer(to);
+    this.#layer = layer === undefined ? {} : { layer };
+  }
   /** Returns the layout in the name of an index of rows. */
   layoutOf(rows: string): string {
     return this.#role.rowLayout(rows);
@@ -60,11 +67,12 @@ export class Emitter {
   /** Adds a replicated workspace buffer. Returns its id. */
   temporary(id: string, dtype: Dtype, shape: readonly number[]): string {
     const shardedBy = shape.map(() => []);
-    return this.#role.buffers.add({ id, kind: "workspace", dtype, shape: [...shape], sizes: [...shape], ragged: 0, shardedBy });
+    const sizes = { shape: [...shape], sizes: [...shape], ragged: 0, shardedBy };
+    return this.#role.buffers.add({ id, kind: "workspace", dtype, ...sizes, ...this.#layer });
   }
   /** Returns the operand that receives the number of rows that `id` needed, if rows are bounded. */
   overflow(id: string, most: number): Record<string, string> {
-    return this.rowsBound === "worst" ? {} : { needed: this.#role.needed(id, most) };
+    return this.rowsBound === "worst" ? {} : { needed: this.#role.needed(id, most, this.#layer) };
   }
 
   /** Emits an op. A buffer counts as one dim, whatever its shape. */
@@ -106,6 +114,7 @@ export class Emitter {
       .map((id) => this.buffer(id))
       .find((b) => b.ragged > 0);
     invariant(ragged !== undefined, () => `${i.id} writes an index and no rows`);
+    this.begin({ to: rows });
     this.overflow(rows, ragged.shape[0] ?? 0);
     return i;
   }

@@ -1,9 +1,10 @@
-/** The buffers of a program that is fused, and how many instructions touch each. */
+/** How often instructions use the buffers of a program, for fusion. */
 import { touchedBy } from "../../../schemas/effects.ts";
 import type { Buffer, Program } from "../../../schemas/plan.ts";
 import { instructionsOf } from "../../../schemas/program.ts";
 import { invariant } from "../../ops/op.ts";
 
+/** The buffers of a program that is fused, and how many instructions touch each. */
 export class BufferUses {
   readonly #buffers: Map<string, Buffer>;
   readonly #counts = new Map<string, number>();

@@ -66,13 +66,13 @@ const isWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
  * on their results alone, and what only they read. Transfers stay, because other stages wait for them, and what reads the rows of an exchange.
  */
 function movableIn(block: readonly Instruction[], { before, after }: Dependencies, buffers: BufferTable): Set<number> {
-  const layers = new Set(block.flatMap((i) => (isExchange(i) ? (layerOf(i.id) ?? []) : [])));
+  const layers = new Set(block.flatMap((i) => (isExchange(i) ? (layerOf(i, buffers) ?? []) : [])));
   const mayMove = (i: Instruction, at: number): boolean =>
     (i.kind === "compute" || i.kind === "collective") && !isExchange(i) && ![...(before[at] ?? [])].some((s) => exchanges.has(s));
   const exchanges = new Set(block.flatMap((i, at) => (isExchange(i) ? [at] : [])));
   const movable = new Set(
     block.flatMap((i, at) =>
-      mayMove(i, at) && layers.has(layerOf(i.id) ?? -1) && (isOfSharedExperts(i) || isWeightGradient(i, buffers)) ? [at] : [],
+      mayMove(i, at) && layers.has(layerOf(i, buffers) ?? -1) && (isOfSharedExperts(i) || isWeightGradient(i, buffers)) ? [at] : [],
     ),
   );
   for (const [at, i] of block.entries()) {
@@ -102,12 +102,12 @@ function arrange(block: readonly Instruction[], buffers: BufferTable, mesh: Mesh
   /** Per fixed instruction its number among these; a gap is the place behind it. */
   const numberOf = new Map(fixed.map((at, n) => [at, n]));
   const latest = latestGaps(block.length, dependencies, movable, numberOf, fixed.length - 1);
-  const slots = slotsOf(block, numberOf);
+  const slots = slotsOf(block, numberOf, buffers);
   const flops = (i: Instruction): number => (i.kind === "compute" ? flopsOf(ops[i.op], i, mesh, (id) => buffers.get(id)) : 0);
   const work = new Map<number | undefined, number>();
   for (const at of movable) {
     const i = block[at];
-    if (i) work.set(layerOf(i.id), (work.get(layerOf(i.id)) ?? 0) + flops(i));
+    if (i) work.set(layerOf(i, buffers), (work.get(layerOf(i, buffers)) ?? 0) + flops(i));
   }
   const gapOf = new Map<number, number>();
   const gaps = new Map<number, Instruction[]>();
@@ -117,7 +117,7 @@ function arrange(block: readonly Instruction[], buffers: BufferTable, mesh: Mesh
     if (!movable.has(at)) continue;
     const from = Math.max(-1, ...[...(dependencies.before[at] ?? [])].map((p) => numberOf.get(p) ?? gapOf.get(p) ?? -1));
     const to = latest.get(at) ?? fixed.length - 1;
-    const layer = layerOf(i.id);
+    const layer = layerOf(i, buffers);
     const legal = (s: Slot): boolean => s.gap >= from && s.gap <= to;
     const inLayer = (slots.get(layer) ?? []).filter(legal);
     // gradients of attention's weights come after the exchanges of their layer: they fill the first one of the layer that follows in backward
@@ -160,13 +160,17 @@ function latestGaps(
 }
 
 /** Returns per layer the gaps behind its exchanges. An exchange of less than half of the most bytes, such as that of weights of rows, has none. */
-function slotsOf(block: readonly Instruction[], numberOf: ReadonlyMap<number, number>): Map<number | undefined, Slot[]> {
+function slotsOf(
+  block: readonly Instruction[],
+  numberOf: ReadonlyMap<number, number>,
+  buffers: BufferTable,
+): Map<number | undefined, Slot[]> {
   const slots = new Map<number | undefined, Slot[]>();
   const most = Math.max(...block.map((i) => (isExchange(i) ? i.bytes : 0)));
   for (const [at, i] of block.entries()) {
     const gap = numberOf.get(at);
     if (!isExchange(i) || gap === undefined || i.bytes < most / 2) continue;
-    slots.set(layerOf(i.id), [...(slots.get(layerOf(i.id)) ?? []), { gap, bytes: i.bytes, filled: 0 }]);
+    slots.set(layerOf(i, buffers), [...(slots.get(layerOf(i, buffers)) ?? []), { gap, bytes: i.bytes, filled: 0 }]);
   }
   return slots;
 }

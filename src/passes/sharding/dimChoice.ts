@@ -1,5 +1,6 @@
 /** Choice of the dim of one op that each sub-axis shards: the rules of shard.ts. */
-import { type DimSpec, expand, invariant, type Node, type Operand, sharersOf, type Value } from "../../ops/op.ts";
+import { type DimSpec, expand, invariant, type Node, type Operand, type Value } from "../../ops/op.ts";
+import { sharersOf } from "../../ops/signature.ts";
 import { idOf } from "../backward.ts";
 import { PARTIAL_MAX, PARTIAL_SUM, pairs, shardingOf } from "../layout.ts";
 import { subAxesOf } from "../mesh.ts";

@@ -63,7 +63,7 @@ export class NodeSharder {
   /** Changes the placement of a value to another layout. */
   moveTo(v: Value, layout: Layout, because: string, backward: boolean, into: ShardStep[]): void {
     const { stage } = this.#placements.of(v);
-    const why = resultReason(this.#placements.mesh, v.node?.id ?? "", because, v);
+    const why = resultReason(this.#placements.mesh, v.node?.id ?? "", because, v, v);
     this.#placements.place(v, this.#resharder.reshard(v, layout, { stage, backward, why, into }).layout, stage);
   }
 
@@ -100,5 +100,10 @@ export class NodeSharder {
 
 const regridStep = ({ node, stage }: Sharding, from: ShardedValue, to: ShardedValue): ShardStep => ({
   ...{ kind: "collective", how: "regrid", subAxes: [], blockAxes: [], stage, from, to, backward: node.backward },
-  why: { op: node.id, because: "the grids of tokens and experts do not nest, and each rank keeps its tokens", path: "parallel" },
+  why: {
+    op: node.id,
+    because: "the grids of tokens and experts do not nest, and each rank keeps its tokens",
+    path: "parallel",
+    position: node.position,
+  },
 });

@@ -1,5 +1,5 @@
 /** Origins of collectives: the sharding decisions and the job keys behind them. */
-import type { Value } from "../../ops/op.ts";
+import type { Node, Value } from "../../ops/op.ts";
 import { denseAxes, expertAxes, type Mesh, subAxesOf } from "../mesh.ts";
 import type { NodeUses, OperandUse, SubAxisChoice } from "./dimChoice.ts";
 import type { Reason } from "./steps.ts";
@@ -30,10 +30,21 @@ export const operandReason =
       .map(({ dim, by }) =>
         dim !== undefined && operand.dimSpecs.some((s) => s.dim === dim && s.replicated) ? `${dim} is read completely` : by,
       );
-    return { op: `${node.id}.${operand.name}`, because: [...new Set(because)].join("; "), path: pathOf(mesh, changed, value.ragged > 0) };
+    return {
+      op: `${node.id}.${operand.name}`,
+      because: [...new Set(because)].join("; "),
+      path: pathOf(mesh, changed, value.ragged > 0),
+      position: positionOf(node),
+    };
   };
 
-/** Returns the origin of the reshard of a result, for one reason over all sub-axes. */
+/** Returns the position that the id of a node names. */
+const positionOf = ({ namedAt, position }: Node): number => namedAt ?? position;
+
+/** Returns the origin of the reshard of a result, for one reason over all sub-axes. `op` is named after `of`. */
 export const resultReason =
-  (mesh: Mesh, op: string, because: string, { ragged }: Pick<Value, "ragged">) =>
-  (changed: readonly number[]): Reason => ({ op, because, path: pathOf(mesh, changed, ragged > 0) });
+  (mesh: Mesh, op: string, because: string, { ragged }: Pick<Value, "ragged">, of?: Value) =>
+  (changed: readonly number[]): Reason => ({
+    ...{ op, because, path: pathOf(mesh, changed, ragged > 0) },
+    position: of?.node ? positionOf(of.node) : of?.leaf?.position,
+  });

@@ -7,6 +7,8 @@ export interface Reason {
   readonly op: string;
   readonly because: string;
   readonly path: string;
+  /** The position of the model whose name `op` has. */
+  readonly position: number | undefined;
 }
 /** An op on sharded values. */
 export interface ComputeStep {

@@ -66,7 +66,7 @@ export function reduceGradient(
     subAxesOf(mesh, "edp").join() === partialSum.join() &&
     sharding.some((f) => subAxesOf(mesh, "ep").includes(f) || subAxesOf(mesh, "etp").includes(f));
   const target = stateLayout(update, partialSum, placements, options);
-  const why = resultReason(mesh, `gradient of ${idOf(p)}`, "each rank saw other tokens", { ragged: Number(isExpert) });
+  const why = resultReason(mesh, `gradient of ${idOf(p)}`, "each rank saw other tokens", { ragged: Number(isExpert) }, p);
   const { layout } = resharder.reshard(gradient, target, { stage, backward: true, why, into });
   for (const leaf of [gradient, ...state, ...(weights === p ? [] : [weights])]) placements.place(leaf, layout, placements.of(p).stage);
 }
@@ -86,6 +86,7 @@ export function shardUpdate({ parameter, nodes, result, weights }: ParameterUpda
       invariant(made === kept, `${node.id} would move ${idOf(updates)}`);
     }
   }
-  const why = () => ({ op: changes, because: "each rank updated its shard", path: "parallel.distributed_optimizer" });
+  const { position } = parameter.leaf ?? {};
+  const why = () => ({ op: changes, because: "each rank updated its shard", path: "parallel.distributed_optimizer", position });
   resharder.reshard(result, layout, { stage, backward: true, why, into });
 }

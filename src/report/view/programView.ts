@@ -4,7 +4,8 @@ import type { Instruction, Plan, Program } from "../../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../../schemas/program.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
-import { fromLayer, layerOf } from "../../analysis/layerNames.ts";
+import { anyLayer, layerOf } from "../../analysis/layerNames.ts";
+import { fromLayer } from "../../analysis/layerText.ts";
 import { firstLayerOf } from "../../analysis/stages.ts";
 import { aligned, blockLifetimes } from "../../passes/memory.ts";
 import { shapeText } from "../programText.ts";
@@ -28,7 +29,7 @@ export function programsView(plan: Plan): ProgramsView {
     const lifetimes = blockLifetimes(program);
     const blocks = lifetimes.map(({ block, lives }): BlockView => {
       const base = firstLayerOf(program, block.chunk);
-      const parts = layerRuns(block.instructions).map(({ layer, instructions }) => ({
+      const parts = layerRuns(block.instructions, buffers).map(({ layer, instructions }) => ({
         part: shared.partOf({ program, block, buffers }, instructions, layer ?? base),
         layer: layer === undefined ? null : layer - base,
       }));
@@ -76,10 +77,12 @@ class SharedParts {
     return numberOf(this.#formsByText, this.forms, JSON.stringify(form), () => form);
   }
 
-  #why({ program, block }: Placed, instruction: Instruction | undefined, layer: number): { readonly why?: InstructionWhy } {
+  #why({ program, block, buffers }: Placed, instruction: Instruction | undefined, layer: number): { readonly why?: InstructionWhy } {
     if (!instruction || instruction.kind === "compute") return {};
     const { id } = instruction;
-    const answer = explainId(this.#plan, { id, alike: [id], instructions: [{ program, block, instruction }], buffers: [] });
+    const own = layerOf(instruction, buffers);
+    const alike = [{ id, layer: own, form: anyLayer(id, own) }];
+    const answer = explainId(this.#plan, { id, alike, instructions: [{ program, block, instruction }], buffers: [] });
     const { because, sharding, link, share, seconds_per_step, removed_by, key } = answer;
     const why: InstructionWhy = {
       because: because.map((sentence) => fromLayer(sentence, layer)),
@@ -100,10 +103,10 @@ function numberOf<T>(byText: Map<string, number>, all: T[], text: string, make: 
 }
 
 /** Splits instructions into runs of one layer, or of none. */
-function layerRuns(instructions: readonly Instruction[]) {
+function layerRuns(instructions: readonly Instruction[], buffers: BufferTable) {
   const runs: { readonly layer: number | undefined; readonly instructions: Instruction[] }[] = [];
   for (const instruction of instructions) {
-    const layer = layerOf(instruction.id);
+    const layer = layerOf(instruction, buffers);
     const last = runs.at(-1);
     if (last && last.layer === layer) last.instructions.push(instruction);
     else runs.push({ layer, instructions: [instruction] });

@@ -12,9 +12,9 @@ export interface Given {
   readonly shown: string;
 }
 
-/** Arguments of a launch. Readers report what is wrong with a value, and return undefined for it. */
+/** Arguments of a launch. Readers report an invalid value and return undefined for it. */
 export interface Arguments {
-  /** All arguments, in their order. Of one that is given twice the last counts. */
+  /** All arguments, in their order. If one is given twice, the last value is used. */
   readonly given: ReadonlyMap<string, Given>;
   has(name: MappedName): boolean;
   /** Reads a number that is given. */
@@ -57,7 +57,7 @@ export function readArguments(words: readonly ScriptText[], dropped: ReadonlySet
     }
     const shown = [flag, ...own.map(shownText)].join(" ");
     checkCount(spec, own, shown, problems);
-    // the values of mapped arguments are checked where they are read: a hole matters there alone
+    // the values of mapped arguments are checked where they are read: an unknown value is an error only there
     if (spec.fate !== "mapped") checkValues(spec, own, shown, problems);
     given.delete(name);
     given.set(name, { spec, values: own, shown });
@@ -78,7 +78,7 @@ function takeValues(words: readonly ScriptText[], at: number, spec: ArgumentSpec
   return run.slice(0, spec.arity === "one" ? 1 : Number(spec.arity));
 }
 
-/** A word where an argument is expected. What an unset variable yields is no word at all in bash, if no script that is not read sets it. */
+/** Returns the fault of a word in the place of an argument. An unset variable gives no word in bash, unless a script that cannot be read sets it. */
 function addStray(word: ScriptText, problems: Problem[]): void {
   const holes = holesOf(word);
   if (holes.length > 0 && word.every((part) => part === "" || (typeof part !== "string" && part.unset && !part.mayBeSet))) return;
@@ -124,12 +124,12 @@ function checkCount({ arity, default: otherwise }: ArgumentSpec, values: readonl
   problems.push({ kind: "value", subject: shown, why: wanted === 1 ? "its value is missing" : `it takes ${wanted} values`, fix });
 }
 
-/** Numbers as Python's `int` and `float` read them: no 0x10, and digits may be grouped by underscores. */
+/** Numbers that Python's `int` and `float` accept: no 0x10; underscores may group digits. */
 const INTEGER = /^\s*[-+]?\d+(?:_\d+)*\s*$/;
 const FLOAT = /^\s*[-+]?(?:\d+(?:_\d+)*\.?(?:\d+(?:_\d+)*)?|\.\d+(?:_\d+)*)(?:[eE][-+]?\d+)?\s*$/;
 const NO_NUMBER = /^\s*[-+]?(?:inf|infinity|nan)\s*$/i;
 
-/** Returns what is wrong with a value, by the type of the argument. */
+/** Returns the fault of a value by the type of the argument; undefined if there is none. */
 function typeFault({ type, choices }: ArgumentSpec, value: string): Pick<Problem, "why" | "fix"> | undefined {
   if (type === "int" && !INTEGER.test(value)) return { why: "Megatron reads a whole number here", fix: "write it with digits alone" };
   if (type === "float" && !FLOAT.test(value) && !NO_NUMBER.test(value))
@@ -139,7 +139,7 @@ function typeFault({ type, choices }: ArgumentSpec, value: string): Pick<Problem
   return undefined;
 }
 
-/** Reports the known values that Megatron does not take. */
+/** Reports known values that Megatron rejects. */
 export function checkValues(spec: ArgumentSpec, values: readonly ScriptText[], shown: string, problems: Problem[]): void {
   if (problems.some(({ subject }) => subject === shown)) return;
   const fault = values.map(knownValue).flatMap((value) => (value === undefined ? [] : (typeFault(spec, value) ?? [])))[0];

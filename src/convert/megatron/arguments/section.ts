@@ -6,7 +6,7 @@
  * `=value` is the default.
  */
 
-/** Arguments of which the same is true. */
+/** Arguments with the same treatment. */
 export interface Section {
   readonly why: string;
   /** Names in the notation above, with blanks between them. */

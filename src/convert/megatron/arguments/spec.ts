@@ -1,5 +1,5 @@
 /**
- * The arguments of Megatron-LM at commit d98e8a64: name, type, default, and what the importer makes of each.
+ * The arguments of Megatron-LM at commit d98e8a64: name, type, default, and treatment by the importer.
  */
 import { inactive } from "./inactive.ts";
 import { mapped } from "./mapped.ts";
@@ -7,7 +7,7 @@ import type { Section } from "./section.ts";
 import { unsupported } from "./unsupported.ts";
 import { withoutEffect } from "./withoutEffect.ts";
 
-/** What the importer makes of an argument. */
+/** The treatment of an argument by the importer. */
 export type Fate = "mapped" | "without effect" | "unsupported";
 
 /** How many values an argument takes: none, one, one or more, any number, or a number. */

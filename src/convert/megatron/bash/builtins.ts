@@ -9,7 +9,7 @@ import { assign, exportWord, type Frame } from "./frame.ts";
 import { itemsOf } from "./scope.ts";
 import { knownValue, type ScriptText, testedValue } from "./text.ts";
 
-/** Follows a builtin with its words, and returns whether it succeeds. */
+/** Interprets a builtin with its words. Returns whether it succeeds. */
 type Builtin = (args: readonly ScriptText[], pos: number, frame: Frame) => Answer;
 
 const isName = (word: string): boolean => /^[A-Za-z_]\w*$/.test(word);
@@ -17,7 +17,7 @@ const isName = (word: string): boolean => /^[A-Za-z_]\w*$/.test(word);
 const FROM_INPUT = "is read from an input";
 const BY_NAMES = "is an array with names as indices, which rankc does not follow";
 
-/** Makes variables holes. `because` completes "X …". */
+/** Makes variables unknown. `because` completes "X …". */
 function makeHoles(names: readonly string[], because: string, pos: number, { shell }: Frame): void {
   for (const variable of names.filter(isName)) {
     const hole = { source: `$${variable}`, variable, line: shell.lineAt(pos), why: `${variable} ${because}` };
@@ -80,13 +80,13 @@ const builtins: Readonly<Record<string, Builtin>> = {
   },
 };
 
-/** Follows a builtin. Returns undefined if the command is no builtin; else whether it succeeds. */
+/** Interprets a builtin. Returns undefined if the command is no builtin; else whether it succeeds. */
 export function runBuiltin(name: string, args: readonly ScriptText[], pos: number, frame: Frame): { readonly answer: Answer } | undefined {
   const builtin = Object.hasOwn(builtins, name) ? builtins[name] : undefined;
   return builtin && { answer: builtin(args, pos, frame) };
 }
 
-/** Follows `export`, `local` and their like. What a function declares is its own. Throws a Trouble for references (`-n`). */
+/** Interprets `export`, `local` and similar builtins. Variables that a function declares are local to it. Throws a Trouble for references (`-n`). */
 export function declare(command: string, parts: readonly CommandArgument[], pos: number, frame: Frame): void {
   const { shell, locals } = frame;
   const options = parts.flatMap((part) => (part.type === "Word" && /^-[a-zA-Z]+$/.test(part.text) ? [part.text.slice(1)] : [])).join("");
@@ -116,7 +116,7 @@ export function declare(command: string, parts: readonly CommandArgument[], pos:
   }
 }
 
-/** Gives variables that a function declared the values that they had before. */
+/** Restores the variables that a function declared. */
 export function restore({ shell, locals }: Frame): void {
   for (const [name, value] of locals ?? []) {
     if (value) shell.scope.set(name, value);

@@ -1,4 +1,4 @@
-/** What reading a script needs, and what it finds: the commands that the script would run. */
+/** The input and the result of the interpreter of scripts: the commands that a script would run. */
 import type { Scope } from "./scope.ts";
 import type { ScriptText } from "./text.ts";
 
@@ -11,22 +11,22 @@ export interface CalledCommand {
   readonly place: string;
   /** Variables at the time of the call. */
   readonly scope: Scope;
-  /** The condition under which it runs, where that is not known. */
+  /** The condition under which it runs, if it is unknown. */
   readonly condition?: string;
 }
 
-/** What reading a script needs. */
+/** The input of the interpreter. */
 export interface ScriptSettings {
   readonly file: string;
   /** Words after the script's name. */
   readonly words: readonly string[];
-  /** Variables that have a value whatever the script assigns. */
+  /** Variables whose values the script cannot change. */
   readonly pinned: ReadonlyMap<string, string>;
   /** Returns the text of another script, for `source`; undefined if it cannot be read. */
   readonly readScript: (path: string) => string | undefined;
 }
 
-/** What reading a script found. */
+/** The result of the interpreter. */
 export interface ScriptRead {
   readonly commands: readonly CalledCommand[];
   /** Variables that were not set and took the default of `${NAME:-value}`. */

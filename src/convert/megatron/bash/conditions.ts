@@ -1,11 +1,11 @@
-/** Conditions of bash: `test`, `[ ]` and `[[ ]]`. The answer is undefined where only a running shell can tell, as for files. */
+/** Conditions of bash: `test`, `[ ]` and `[[ ]]`. The result is undefined if only a running shell can compute it, as for files. */
 import type { PipelineNode, TestExpression, Word } from "unbash";
 import { integerOf } from "./arithmetic.ts";
 import { expandPattern, expandText, type Shell } from "./expand.ts";
 import { matches } from "./glob.ts";
 import { type ScriptText, testedValue } from "./text.ts";
 
-/** The answer of a condition; undefined if it is not known. */
+/** The result of a condition; undefined if it is unknown. */
 export type Answer = boolean | undefined;
 
 /** Returns whether a command declares variables. */
@@ -13,7 +13,7 @@ export const isDeclaration = (name: string): boolean => /^(?:export|declare|loca
 
 const not = (answer: Answer): Answer => (answer === undefined ? undefined : !answer);
 
-/** Returns whether both hold: one that does not hold decides. */
+/** Returns the conjunction: false if either is false, else undefined if either is unknown. */
 export const both = (a: Answer, b: Answer): Answer => (a === false || b === false ? false : a && b);
 
 const either = (a: Answer, b: Answer): Answer => not(both(not(a), not(b)));

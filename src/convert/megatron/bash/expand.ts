@@ -16,25 +16,25 @@ import {
   type WordList,
 } from "./text.ts";
 
-/** What expansion needs of the script around it. */
+/** The parts of the surrounding script that expansion reads. */
 export interface Shell {
   readonly scope: Scope;
   lineAt(pos: number): number;
-  /** Returns the output of a command substitution without its final newlines; undefined if only a shell can tell. */
+  /** Returns the output of a command substitution without its final newlines; undefined if only a shell can compute it. */
   outputOf(script: Script, shell: Shell): ScriptText | undefined;
-  /** Returns a script that the script reads and that cannot be read here; undefined if there is none. */
+  /** Returns a script that this one sources and that cannot be read; undefined if there is none. */
   unreadScript(): string | undefined;
-  /** Is called where `${NAME:-value}` takes its default. */
+  /** Called when `${NAME:-value}` uses its default. */
   tookDefault(name: string, value: string): void;
 }
 
-/** What a parameter stands for: one text, or, for `$@` and `${A[@]}`, several. */
+/** The value of a parameter: one text, or several for `$@` and `${A[@]}`. */
 type Found = { readonly kind: "one"; readonly text: ScriptText } | { readonly kind: "many"; readonly texts: readonly ScriptText[] };
 
 const one = (text: ScriptText): Found => ({ kind: "one", text });
 const asText = (found: Found): ScriptText => (found.kind === "one" ? found.text : joined(found.texts));
 
-/** Expands a word to words, as in a command or an array: what is not quoted is split at blanks. */
+/** Expands a word to words, as in a command or an array: unquoted parts are split at blanks. */
 export function expandWords(word: Word, shell: Shell): readonly ScriptText[] {
   const words = newWords();
   const parts = word.parts;
@@ -49,7 +49,7 @@ export function expandText(word: Word, shell: Shell): ScriptText {
   return word.parts === undefined ? [word.value] : word.parts.flatMap((part) => textOfPart(part, shell));
 }
 
-/** Expands a word to a pattern: quoted characters stand for themselves. Holes stay. */
+/** Expands a word to a pattern: quoted characters match themselves. Unknown parts stay. */
 export function expandPattern(word: Word, shell: Shell): ScriptText {
   if (word.parts === undefined) return [/['"\\]/.test(word.text) ? quotedPattern(word.value) : word.value];
   return word.parts.flatMap((part) => {
@@ -138,7 +138,7 @@ function textOfPart(part: WordPart, shell: Shell): ScriptText {
   }
 }
 
-/** Returns the value of an arithmetic expression, or a hole that names the operand that is not known. */
+/** Returns the value of an arithmetic expression, or an unknown value that names the unknown operand. */
 function arithmeticText(expression: ArithmeticExpression | undefined, source: string, pos: number, shell: Shell): ScriptText {
   const { numbers, holes } = numbersOf(shell);
   const value = expression && evaluate(expression, numbers);
@@ -152,7 +152,7 @@ function arithmeticText(expression: ArithmeticExpression | undefined, source: st
   return [{ source, line, why: `${source} has no value` }];
 }
 
-/** Returns the numbers of a scope, and the holes that reading them met. */
+/** Returns the numbers of a scope, and the unknown values that were read. */
 export function numbersOf(shell: Shell): { readonly numbers: Numbers; readonly holes: readonly Hole[] } {
   const holes: Hole[] = [];
   const numbers: Numbers = {
@@ -203,7 +203,7 @@ function unsetHole(name: string, source: string, pos: number, shell: Shell): Hol
   return { source, line, variable: name, why: `${name} is not set, unless ${file} sets it`, unset: true, mayBeSet: true };
 }
 
-/** Returns what a name stands for: a variable, a positional parameter, or `@`, `*`, `#`, `?`. */
+/** Returns the value of a name: a variable, a positional parameter, or `@`, `*`, `#`, `?`. */
 function lookUp(name: string, source: string, pos: number, shell: Shell): Found {
   const { words } = shell.scope;
   if (name === "@" || name === "*") return { kind: "many", texts: words };
@@ -262,7 +262,7 @@ function lengthOf({ parameter, index, text, pos }: ParameterExpansionPart, value
   return content === undefined ? [unsetHole(parameter, text, pos, shell)] : [String(content.length)];
 }
 
-/** Applies what follows the name in `${NAME…}`. */
+/** Applies the operator after the name in `${NAME…}`. */
 function operate(found: Found, part: ParameterExpansionPart, shell: Shell): Found {
   const { operation } = part;
   if (operation === undefined) return found;

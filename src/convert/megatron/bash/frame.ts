@@ -1,11 +1,11 @@
-/** The surroundings of a statement, and what assignments change in them. */
+/** The context of a statement, and the assignments that change it. */
 import type { Assignment, Word } from "unbash";
 import { Trouble } from "../../../../schemas/trouble.ts";
 import { expandText, expandWords, type Shell } from "./expand.ts";
 import { itemsOf, type Scope, textOf, type VariableValue } from "./scope.ts";
 import { type Hole, holesOf, knownValue, MOST_CHARACTERS, type ScriptText, shownText } from "./text.ts";
 
-/** Where a statement stands: its variables, the commands around it, and the condition under which it runs. */
+/** The context of a statement: its variables, the commands around it, and the condition under which it runs. */
 export interface Frame {
   readonly shell: Shell;
   readonly around: readonly (readonly ScriptText[])[];
@@ -17,13 +17,13 @@ export interface Frame {
   place(pos: number): string;
 }
 
-/** Returns a frame whose changes of variables stay its own. */
+/** Returns a copy of a frame; changes of its variables do not affect the original. */
 export function inCopy(frame: Frame): Frame {
   const scope = frame.shell.scope.copy();
   return { ...frame, shell: { ...frame.shell, scope } };
 }
 
-/** Returns the hole of a variable on which the branches of a condition disagree. */
+/** Returns the unknown value of a variable that has different values after the branches of a condition. */
 const unsure = (name: string, frame: Frame, pos: number): Hole => ({
   source: `$${name}`,
   variable: name,
@@ -31,9 +31,9 @@ const unsure = (name: string, frame: Frame, pos: number): Hole => ({
   why: `${name} depends on a condition that only a shell can decide`,
 });
 
-/** Sets variables as the branches of a condition left them; a variable on which they disagree becomes a hole. */
+/** Merges the variables after the branches of a condition; a variable with different values becomes unknown. */
 export function merge(scopes: readonly Scope[], frame: Frame, pos: number): void {
-  // without a branch that goes on, variables stay as they are
+  // if no branch continues, variables keep their values
   const before = scopes.length > 0 ? frame.shell.scope.names() : [];
   for (const name of new Set([...before, ...scopes.flatMap((scope) => scope.names())])) {
     const values = scopes.map((scope) => scope.get(name));
@@ -45,7 +45,7 @@ export function merge(scopes: readonly Scope[], frame: Frame, pos: number): void
   }
 }
 
-/** Follows an assignment. Throws a Trouble if the value is too long. */
+/** Interprets an assignment. Throws a Trouble if the value is too long. */
 export function assign({ name, value, append, index }: Assignment, shell: Shell): void {
   const before = shell.scope.get(name);
   if (value.type === "ArrayValue") {
@@ -53,7 +53,7 @@ export function assign({ name, value, append, index }: Assignment, shell: Shell)
     shell.scope.set(name, { kind: "array", items: append && before ? [...itemsOf(before), ...items] : items });
     return;
   }
-  // `--set` can give the variable where it cannot give the command or the word
+  // `--set` can set the variable, but not the command or the word
   const text = expandText(value, shell).map((part) => (typeof part === "string" ? part : { variable: name, ...part }));
   if (shownText(text).length > MOST_CHARACTERS) throw tooLong(name);
   if (index) {

@@ -1,4 +1,4 @@
-/** The variables of a script while it is read: values, arrays, positional parameters, and what `--set` pins. */
+/** The variables of a script while it is read: values, arrays, positional parameters, and the variables that `--set` fixes. */
 import type { ScriptText } from "./text.ts";
 
 /** The value of a variable: a text, or the items of an array. */
@@ -16,13 +16,13 @@ export interface Scope {
   remove(name: string): void;
   /** Positional parameters: `$1` is the first. */
   words: readonly ScriptText[];
-  /** Returns a scope with the same variables, whose changes stay its own. */
+  /** Returns a scope with the same variables, whose changes do not affect this one. */
   copy(): Scope;
   /** The names of all variables that are set. */
   names(): readonly string[];
 }
 
-/** Returns a scope. `pinned` variables keep their values whatever the script assigns. */
+/** Returns a scope. `pinned` variables keep their values: assignments of the script do not change them. */
 export function newScope(
   pinned: ReadonlyMap<string, string>,
   words: readonly ScriptText[],

@@ -1,6 +1,6 @@
 /**
- * What Megatron refuses in a combination of arguments that a job cannot show: afterwards one of them would be gone without a word. What a
- * job shows is left to the rules of jobs.
+ * Combinations of arguments that Megatron refuses and that a job cannot express: the import would drop one of the arguments silently.
+ * Combinations that a job expresses are checked by the rules of jobs.
  */
 import type { MappedName } from "../arguments/spec.ts";
 import type { Importing } from "./importing.ts";
@@ -14,7 +14,7 @@ const SPLITS = [
   "account-for-loss-in-pipeline-split",
 ] as const;
 
-/** Arguments of which Megatron takes one alone. */
+/** Arguments that exclude each other in Megatron. */
 const exclusive: readonly (readonly MappedName[])[] = [
   CHUNKS,
   ...SPLITS.map((name) => ["pipeline-model-parallel-layout", name] as const),
@@ -23,7 +23,7 @@ const exclusive: readonly (readonly MappedName[])[] = [
   ["data-path", "train-data-path"],
 ];
 
-/** Arguments that Megatron takes beside another one alone. */
+/** Arguments that Megatron accepts only together with another one. */
 const needing: readonly (readonly [name: MappedName, other: MappedName])[] = [
   ["moe-pad-expert-input-to-capacity", "moe-expert-capacity-factor"],
   ["moe-latent-size", "num-experts"],

@@ -84,7 +84,7 @@ function putRouter({ args, job }: Importing): void {
   }
 }
 
-/** How logits become weights of the chosen experts. Sinkhorn's method has scores of its own, whatever the arguments say. */
+/** Puts the keys of scores and weights. Sinkhorn's method uses its own scores and ignores the arguments. */
 function putScores({ args, job }: Importing): void {
   const topK = args.number("moe-router-topk");
   if (isAlone({ args, job }, "sinkhorn")) {
@@ -97,13 +97,13 @@ function putScores({ args, job }: Importing): void {
   job.put("model.moe.router.score", score === "sqrtsoftplus" ? "sqrt_softplus" : score, ["moe-router-score-function"]);
   if (score === "softmax" && topK === 1 && !isPreSoftmax)
     job.reject("--moe-router-topk 1", "Megatron refuses it without --moe-router-pre-softmax", "add --moe-router-pre-softmax");
-  // scores of sigmoid and softplus are normalised where there are several
+  // sigmoid and softplus scores are normalised if top_k exceeds 1
   const isSoftmax = score === "softmax";
   const from: readonly MappedName[] = isSoftmax ? ["moe-router-pre-softmax"] : ["moe-router-score-function"];
   job.put("model.moe.router.normalize_top_k", isSoftmax ? !isPreSoftmax : topK > 1, from);
 }
 
-/** Whether one method alone balances the load. */
+/** Returns whether exactly one method balances the load. */
 function isAlone({ args }: Importing, name: string): boolean {
   const given = args.textsIfGiven("moe-router-load-balancing-type");
   return given?.length === 1 && given[0] === name;

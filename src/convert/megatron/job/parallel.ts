@@ -4,7 +4,7 @@ import type { MappedName } from "../arguments/spec.ts";
 import type { Importing } from "./importing.ts";
 import type { ModelSizes } from "./model.ts";
 
-/** How many ranks a launch has, and from which words that is known. */
+/** The number of ranks of a launch, and the words that determine it. */
 export interface World {
   readonly ranks: number;
   readonly nodes?: number;
@@ -56,7 +56,7 @@ export function putParallel({ args, job }: Importing, world: World, sizes: Model
   }
   job.put("parallel.context", context, ["context-parallel-size"]);
   if (context > 1) putContextMethod({ args, job });
-  // the older name of muon beside the distributed optimizer
+  // the older name of muon with the distributed optimizer
   const isLayerwise = args.text("optimizer") === "dist_muon";
   const isDistributed = args.has("use-distributed-optimizer") || isLayerwise;
   job.put("parallel.distributed_optimizer", isDistributed, isLayerwise ? ["optimizer"] : ["use-distributed-optimizer"]);

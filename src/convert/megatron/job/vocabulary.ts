@@ -31,7 +31,7 @@ interface Size {
   readonly of: string;
 }
 
-/** Returns the size of the tokenizer and its source; undefined if it must be asked for. */
+/** Returns the size of the tokenizer and its source; undefined if the user must give it. */
 function sizeOf({ args }: Importing, asked: number | undefined): Size | undefined {
   const given = args.numberIfGiven("vocab-size");
   const extra = args.numberIfGiven("extra-vocab-size") ?? 0;
@@ -40,7 +40,7 @@ function sizeOf({ args }: Importing, asked: number | undefined): Size | undefine
   if (asked !== undefined) return { size: asked + extra, of: "--vocab" };
   const own = Object.hasOwn(typeSizes, type) ? typeSizes[type] : undefined;
   if (type === "HuggingFaceTokenizer") {
-    // a path on a disk may end in the name of the hub
+    // the path of a local folder may end in the name on the hub
     const model = args.textIfGiven("tokenizer-model")?.toLowerCase() ?? "";
     const known = hubSizes.find(([name]) => model.includes(name));
     if (known) return { size: known[1] + extra, of: args.textIfGiven("tokenizer-model") ?? type };

@@ -12,7 +12,7 @@ const refusals: readonly Refusal[] = [
   ...[...cudaGraphs, ...biases, ...experts, ...precision, ...optimizer],
 ];
 
-/** Reports what Megatron refuses. `data`: the data degree. */
+/** Reports the launches that Megatron refuses. `data`: the data degree. */
 export function checkRefusals({ args, job }: Importing, data: number): void {
   let isKnown = true;
   const launch = launchOf(args, data, () => {
@@ -20,7 +20,7 @@ export function checkRefusals({ args, job }: Importing, data: number): void {
   });
   for (const { given, otherwise = `no --${given[0]}`, when, why, fix } of refusals) {
     isKnown = true;
-    // what is not known is asked for where it is read
+    // unknown values are reported where they are read
     if (when(launch) && isKnown) job.reject(launch.shown(...given) || otherwise, why, fix);
   }
 }

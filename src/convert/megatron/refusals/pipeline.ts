@@ -1,4 +1,4 @@
-/** Refusals about stages, and about work that runs beside other work: overlap, recomputation, offloading and CUDA graphs. */
+/** Refusals about stages, and about concurrent work: overlap, recomputation, offloading and CUDA graphs. */
 import {
   degree,
   dispatchesBy,
@@ -15,12 +15,12 @@ import {
   together,
 } from "./refusal.ts";
 
-/** The microbatches of a step; undefined where a size is not known. */
+/** The microbatches of a step; undefined if a size is unknown. */
 function microbatchesOf(l: LaunchArguments): number | undefined {
   const [batch, each] = [l.number("global-batch-size"), l.number("micro-batch-size")];
   return each === undefined ? undefined : (batch ?? each * l.data) / (each * l.data);
 }
-/** How many microbatches a chunk runs in a row. */
+/** The number of consecutive microbatches of a chunk. */
 const groupOf = (l: LaunchArguments): number => l.number("microbatch-group-size-per-virtual-pipeline-stage") ?? degree.pipeline(l);
 
 /** Refusals about stages. */

@@ -1,6 +1,6 @@
 /**
- * Launches that Megatron itself refuses, when it reads the arguments or in the first step, though a job would not show why: afterwards one
- * of the arguments would be gone without a word. What a job shows is left to the rules of jobs. The tables follow Megatron-LM at commit
+ * Launches that Megatron refuses, when it parses the arguments or in the first step, and that a job cannot express: the import would drop
+ * one of the arguments silently. Combinations that a job expresses are checked by the rules of jobs. The tables follow Megatron-LM at commit
  * d98e8a64; `given` names the arguments that the message shows.
  */
 import type { Arguments } from "../arguments/read.ts";
@@ -8,14 +8,14 @@ import { argumentSpecs } from "../arguments/spec.ts";
 import { knownValue } from "../bash/text.ts";
 import { partCount } from "../job/parallel.ts";
 
-/** The arguments of a launch by name, with Megatron's defaults. A value that only a shell knows is undefined. */
+/** The arguments of a launch by name, with Megatron's defaults. A value that only a shell can compute is undefined. */
 export interface LaunchArguments {
   has(name: string): boolean;
   number(name: string): number | undefined;
   text(name: string): string | undefined;
-  /** Returns the values of an argument that takes several; those that are not known are left out. */
+  /** Returns the values of an argument that takes several; unknown values are left out. */
   list(name: string): readonly string[];
-  /** Returns the arguments among these that are given, as they are written. */
+  /** Returns the arguments among these that are given, as in the launch. */
   shown(...names: readonly string[]): string;
   /** The data degree. */
   readonly data: number;
@@ -24,14 +24,14 @@ export interface LaunchArguments {
 /** A launch that Megatron refuses. */
 export interface Refusal {
   readonly given: readonly string[];
-  /** What the message shows if none of these is given; default: that the first is not. */
+  /** The text of the message if none of these is given; default: the first is missing. */
   readonly otherwise?: string;
   readonly when: (launch: LaunchArguments) => boolean;
   readonly why: string;
   readonly fix: string;
 }
 
-/** An argument that Megatron takes only where `holds`. */
+/** An argument that Megatron accepts only if `holds` is true. */
 export const needing = (
   name: string,
   holds: (launch: LaunchArguments) => boolean,
@@ -44,7 +44,7 @@ export const needing = (
   fix: "leave it out, or give that",
 });
 
-/** An argument that Megatron refuses where `holds`. */
+/** An argument that Megatron refuses if `holds` is true. */
 export const excluding = (
   name: string,
   holds: (launch: LaunchArguments) => boolean,
@@ -57,7 +57,7 @@ export const excluding = (
   fix: "leave out one of them",
 });
 
-/** Arguments of which Megatron takes one alone. */
+/** Arguments that exclude each other in Megatron. */
 export const together = (...names: readonly string[]): Refusal => ({
   given: names,
   when: (l) => names.every((name) => l.has(name)),
@@ -66,7 +66,7 @@ export const together = (...names: readonly string[]): Refusal => ({
 });
 
 /**
- * Returns the arguments of a launch. `onUnknown` is called where a value is asked for that only a shell knows. Throws for a name that
+ * Returns the arguments of a launch. `onUnknown` is called when a value is read that only a shell can compute. Throws for a name that
  * Megatron does not have.
  */
 export function launchOf(args: Arguments, data: number, onUnknown: () => void): LaunchArguments {
@@ -97,7 +97,7 @@ export function launchOf(args: Arguments, data: number, onUnknown: () => void): 
   };
 }
 
-// -- what several tables ask
+// -- conditions that several tables use
 
 /** The degrees, with Megatron's defaults. */
 export const degree = {
@@ -108,11 +108,17 @@ export const degree = {
   expertTensor: (l: LaunchArguments): number => l.number("expert-tensor-parallel-size") ?? degree.tensor(l),
 } as const;
 
+/** Whether the model has experts. */
 export const hasExperts = (l: LaunchArguments): boolean => (l.number("num-experts") ?? 0) > 0;
+/** Whether sequence parallelism has an effect: it needs tensor parallelism. */
 export const isSequenceParallel = (l: LaunchArguments): boolean => l.has("sequence-parallel") && degree.tensor(l) > 1;
+/** Whether products run in fp8 or fp4. */
 export const isQuantized = (l: LaunchArguments): boolean => l.has("fp8-format") || l.has("fp4-format");
+/** Whether parameters have 16 bits. */
 export const isHalf = (l: LaunchArguments): boolean => l.has("bf16") || l.has("fp16");
+/** Whether FSDP shards the parameters. */
 export const isSharded = (l: LaunchArguments): boolean => l.has("use-megatron-fsdp") || l.has("use-torch-fsdp2");
+/** Whether layers are those of Transformer Engine. */
 export const isTransformerEngine = (l: LaunchArguments): boolean => l.text("transformer-impl") === "transformer_engine";
 /** Whether stages have several chunks. */
 export function hasChunks(l: LaunchArguments): boolean {

@@ -30,7 +30,7 @@ export const run: readonly Refusal[] = [
   },
   together("step-batch-size-schedule", "global-batch-size"),
   together("step-batch-size-schedule", "decrease-batch-size-if-needed"),
-  // of a folder that only a shell knows, the interval may be known to it alone, too
+  // if only a shell can compute the folder, the same may hold for the interval
   needing("save", (l) => l.text("save") === undefined || (l.number("save-interval") ?? 0) > 0, "a positive --save-interval", [
     "save-interval",
   ]),
