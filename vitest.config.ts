@@ -39,7 +39,8 @@ export default defineConfig({
     // what a file of TypeScript was transformed to stays below node_modules until the file changes
     experimental: { fsModuleCache: true },
     setupFiles: ["test/support/setup.ts"],
-    sequence: { sequencer: LongestFirst },
+    // in group 0 vitest moves isolated files behind all others if there is one worker
+    sequence: { sequencer: LongestFirst, groupOrder: 1 },
     projects: [
       { extends: true, test: { name: "alone", include: alone } },
       { extends: true, test: { name: "together", include: ["test/**/*.test.ts"], exclude: alone, isolate: false } },

@@ -11,7 +11,7 @@ import { basename, delimiter, dirname, join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { copyCheckout, root } from "../support/checkout.ts";
 import { builtCli, rankc } from "../support/rankc.ts";
-import { longestFiles } from "../support/tiers.ts";
+import { byTier, longestFiles } from "../support/tiers.ts";
 
 interface Block {
   readonly kind: string;
@@ -126,26 +126,29 @@ test("docs/testing.md names existing test files, and so does the list of those t
   expect(longestFiles.filter((name) => !files.includes(`${name}.test.ts`))).toEqual([]);
 });
 
+/** Pages whose jobs take seconds to compile. Other tests import and estimate smaller ones. */
+const large = ["docs/coming-from-megatron.md", "docs/estimate.md"];
 // one after the other: a command reads what an earlier one wrote
-test.each(runnable)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000 }, async (page) => {
-  let printed: string[] | undefined;
-  for (const { kind, text, line } of blocksOf(page)) {
-    if (kind === "yaml" && /^name:/m.test(text)) {
-      writeFileSync(join(copy, "job.yaml"), text);
-      await run(page, "rankc check job.yaml");
+for (const { options, rows } of byTier(runnable, (page) => !large.includes(page)))
+  test.each(rows)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000, ...options }, async (page) => {
+    let printed: string[] | undefined;
+    for (const { kind, text, line } of blocksOf(page)) {
+      if (kind === "yaml" && /^name:/m.test(text)) {
+        writeFileSync(join(copy, "job.yaml"), text);
+        await run(page, "rankc check job.yaml");
+      }
+      if (kind === "sh") {
+        const commands = text.trimEnd().split("\n");
+        const kept = commands.filter((command) => !/^npm (ci|install)\b/.test(command));
+        printed = [];
+        for (const command of kept) printed.push(...(await run(page, command)).split("\n").map((output) => output.trim()));
+      } else if (kind === "text" && printed) {
+        const missing = text
+          .trimEnd()
+          .split("\n")
+          .filter((shown) => !printed!.some((output) => pattern(shown).test(output)));
+        expect(missing, `${page}:${line}`).toEqual([]);
+        printed = undefined;
+      }
     }
-    if (kind === "sh") {
-      const commands = text.trimEnd().split("\n");
-      const kept = commands.filter((command) => !/^npm (ci|install)\b/.test(command));
-      printed = [];
-      for (const command of kept) printed.push(...(await run(page, command)).split("\n").map((output) => output.trim()));
-    } else if (kind === "text" && printed) {
-      const missing = text
-        .trimEnd()
-        .split("\n")
-        .filter((shown) => !printed!.some((output) => pattern(shown).test(output)));
-      expect(missing, `${page}:${line}`).toEqual([]);
-      printed = undefined;
-    }
-  }
-});
+  });

@@ -15,7 +15,7 @@ import { dimSize } from "../../src/ops/signature.ts";
 import { type Buffers, type ContractCase, hold, rounded } from "../support/contract.ts";
 import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { documentsOf, random } from "../support/opCases.ts";
-import { byTier, once } from "../support/tiers.ts";
+import { byTier, full, once } from "../support/tiers.ts";
 
 interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", number>> {
   /** The width of values: default: C. */
@@ -40,7 +40,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 130, U: 130, G: 1, M: 1, C: 128, start: 0, arch: "sm_80", type: "bf16" },
   { B: 2, S: 131, U: 131, G: 2, M: 2, C: 64, start: 0, arch: "sm_100a", type: "bf16" },
   // 100 KiB of shared memory: one tile of queries for the gradients of 64 keys; a block of four warps for the widest heads
-  { B: 1, S: 200, U: 200, G: 1, M: 2, C: 128, start: 0, arch: "sm_86", type: "bf16", fast: true },
+  { B: 1, S: 200, U: 200, G: 1, M: 2, C: 128, start: 0, arch: "sm_86", type: "bf16" },
   { B: 1, S: 130, U: 160, G: 1, M: 1, C: 192, W: 128, start: 30, arch: "sm_89", type: "bf16" },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
   // pieces that see few of the keys, and keys that nobody sees
@@ -66,7 +66,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 70, U: 70, G: 2, M: 1, C: 24, W: 16, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 80, G: 1, M: 2, C: 192, W: 130, start: 14, arch: "sm_80", type: "f32" },
   // pieces of the keys: before, across and after the queries, on every kind of kernel
-  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16", fast: true },
+  { B: 1, S: 130, U: 70, G: 1, M: 2, C: 128, start: 100, keyStart: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 330, U: 200, G: 1, M: 1, C: 128, start: 40, keyStart: 200, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 130, U: 130, G: 2, M: 2, C: 64, start: 0, keyStart: 130, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 200, U: 100, G: 2, M: 1, C: 192, W: 128, start: 10, keyStart: 150, arch: "sm_90a", type: "bf16" },
@@ -97,7 +97,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 66, U: 66, G: 1, M: 1, C: 256, start: 0, arch: "sm_100a", type: "bf16", drop: 0.1 },
   // f16: Hopper's own products, those of any tensor core, and plain arithmetic
   { B: 1, S: 130, U: 260, G: 1, M: 2, C: 128, start: 129, arch: "sm_90a", type: "f16" },
-  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16", fast: true },
+  { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "f16" },
   { B: 1, S: 65, U: 130, G: 1, M: 2, C: 80, start: 30, arch: "sm_80", type: "f16" },
   { B: 1, S: 40, U: 40, G: 2, M: 1, C: 24, start: 0, arch: "sm_90a", type: "f16" },
   { B: 1, S: 160, U: 160, G: 1, M: 1, C: 32, start: 0, zigzag: [20, 4], arch: "sm_80", type: "bf16", fast: true },
@@ -232,7 +232,7 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
 
 describe.skipIf(missing)("heads in shares", () => {
   // kernels take shares from sizes at which keys and values exceed the cache: here three of eight heads, and a rest of two
-  test("every tile of queries is some thread block's", async () => {
+  test("every tile of queries is some thread block's", full, async () => {
     const [forward] = casesOf({ B: 2, S: 200, U: 200, G: 2, M: 2, C: 64, start: 0, arch: "sm_90a", type: "bf16" }, 99);
     const made = generators.attention(forward!.use, "sm_90a");
     expect(made.source).toContain("SHARE = 8;");

@@ -114,7 +114,7 @@ describe("on named meshes", () => {
     { world: 4, context: 4 },
     { world: 8, tensor: 2, pipeline: 2, distributed_optimizer: true },
   ];
-  for (const { options, rows } of byTier(dense, (_, i) => i >= 2))
+  for (const { options, rows } of byTier(dense, (_, i) => i === 3))
     test.each(rows)("dense %j", options, async (parallel) => {
       same(await numbers(jobOf(text(shape(), parallel))), await reference(text(shape(), { world: 1 })));
     });
@@ -164,7 +164,7 @@ describe("on named meshes", () => {
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }, {}, { global_batch: 5 }],
     [{ world: 3, pipeline: 3, layout: "E|t|t|t|t|L" }, {}, { global_batch: 11 }],
   ];
-  for (const { options, rows } of byTier(schedules, (_, i) => [3, 14].includes(i)))
+  for (const { options, rows } of byTier(schedules, (_, i) => i === 3))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
       "stages, their order and that of ranks: %s",
       options,
@@ -265,7 +265,7 @@ describe("on grids that do not nest", () => {
     [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
     [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
   ];
-  for (const { options, rows } of byTier(pairs, (_, i) => [5, 6].includes(i)))
+  for (const { options, rows } of byTier(pairs, (_, i) => i === 6))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
       const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
       const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
@@ -310,11 +310,10 @@ describe.each(["microbatch", "token"])(
       { world: 8, pipeline: 4, layout: "Et|t|mm|L", distributed_optimizer: true, expert: 2 },
     ];
     const tied = { tie_embeddings: true };
-    for (const { options, rows } of byTier(layouts, (_, i) => i === 0 && loss_weighting === "microbatch"))
-      test.each(rows)("tied embeddings, the head past the further layers: %j", options, async (parallel) => {
-        const alone = await reference(text({ ...model, ...tied }, { world: 1 }, train, { labels: some.path }));
-        same(await numbersOn(parallel, tied), alone);
-      });
+    test.each(layouts)("tied embeddings, the head past the further layers: %j", full, async (parallel) => {
+      const alone = await reference(text({ ...model, ...tied }, { world: 1 }, train, { labels: some.path }));
+      same(await numbersOn(parallel, tied), alone);
+    });
   },
 );
 
@@ -684,11 +683,11 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
       steps.push(sameSoFar(await numbers(jobOf(job), pick), await reference(job)));
     }),
     {
-      numRuns: draws(3, 20),
+      numRuns: draws(2, 20),
       // E cut by the same factors in another order: once two layouts under one name
       examples: [
         [77, meshes[1]!, experts.plain],
-        [1538828707, meshes[1]!, experts.plain],
+        ...(isFull ? [[1538828707, meshes[1]!, experts.plain] as [number, Parallel, object]] : []),
       ],
     },
   );

@@ -62,7 +62,7 @@ describe("a batch that grows", () => {
       return runOn(plan, { localRanks: openCpu(plan), batch: (first, n) => batch(from + first, n) });
     };
     // a bias of the choice would move, and choices with it
-    const model = { layers: 2, moe: { ...moe, router: { ...router, expert_bias: false } } };
+    const model = { layers: isFull ? 2 : 1, moe: { ...moe, router: { ...router, expert_bias: false } } };
     const growing = open(jobWith(model, {}, { ...ramp, ...train }));
     let read = 0;
     for (const size of sizes) {
@@ -149,7 +149,7 @@ describe("in fp16", () => {
     { world: 8, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true },
   ];
   const model = {
-    layers: 2,
+    layers: isFull ? 2 : 1,
     moe: { ...moe, router: { ...router, balance: "aux_loss", aux_coeff: 0.05, expert_bias: false, score: "softmax" } },
   };
 
@@ -158,7 +158,7 @@ describe("in fp16", () => {
     const train = { ...fp16, steps: count, optimizer: { type: "sgd", lr: 0.02 } };
     const exact = await stepsOf(jobWith(model, { world: 1 }, { ...train, precision: "fp32" }), 1);
     let first: StepResult[] | undefined;
-    for (const mesh of isFull ? meshes : [meshes[0]!, meshes[3]!]) {
+    for (const mesh of isFull ? meshes : meshes.slice(0, 2)) {
       const job = jobWith(model, mesh, train);
       const run = await openRun(compile(job).plan, { baseDir: fixture("") });
       const rule = lossScaleOf(job.train.loss_scale!);

@@ -35,7 +35,7 @@ import { elementsOf } from "../../schemas/sharding.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { buildMesh } from "../../src/passes/mesh.ts";
-import { fixture, jobOf } from "../support/job.ts";
+import { fixture, jobOf, sameNumbers } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
 import { noAdapter } from "../support/softwareAdapter.ts";
 import { byTier, full, isFull } from "../support/tiers.ts";
@@ -90,6 +90,9 @@ async function run(job: Job, steps: number, how: Partial<RunSettings> = {}, plan
 }
 const figures = (steps: readonly StepResult[]) => steps.map(({ seconds: _, data_wait_seconds: __, ...numbers }) => numbers);
 
+/** Steps before a resume, and after it. */
+const HALF = isFull ? 3 : 2;
+
 const meshes = {
   "one rank": { world: 1 },
   "tensor, expert and pipeline parallel, moments apart": {
@@ -109,12 +112,12 @@ const kinds: Readonly<Record<string, object>> = {
 };
 
 describe.each(Object.entries(meshes).map(([name, mesh], n) => ({ name, mesh, n })))("on $name", ({ mesh, n }) => {
-  // in the fast tier each kind of state but Muon's on one of the meshes
-  for (const { options, rows } of byTier(Object.entries(kinds), ([kind], i) => i % 3 === n && !kind.startsWith("muon")))
+  // in the fast tier a batch that grows on one rank, bf16 and fp16 on meshes
+  for (const { options, rows } of byTier(Object.entries(kinds), (_, i) => i === [3, 1, 2][n]))
     test.each(rows)("in %s, a resumed run equals an uninterrupted one, bit for bit", options, async (_, train) => {
       const job = jobWith(mesh, train, { tie_embeddings: true });
-      const whole = await run(job, 6);
-      const [before, after] = [await run(job, 3, { save: folder }), await run(job, 3, { resume: folder })];
+      const whole = await run(job, 2 * HALF);
+      const [before, after] = [await run(job, HALF, { save: folder }), await run(job, HALF, { resume: folder })];
       expect(figures([...before, ...after])).toEqual(figures(whole));
     });
 });
@@ -145,14 +148,14 @@ test("an fp16 scale that adapts begins at its initial value where the run before
 
 test("on another mesh, and another optimizer's pieces, it has the same numbers", async () => {
   const [alone, many, other] = Object.values(meshes);
-  const whole = await run(jobWith(alone!), 6);
-  await run(jobWith(many!), 3, { save: folder });
+  const whole = await run(jobWith(alone!), 2 * HALF);
+  await run(jobWith(many!), HALF, { save: folder });
   for (const mesh of isFull ? [alone!, other!, { world: 4, expert: 4, distributed_optimizer: true }] : [other!]) {
-    const after = await run(jobWith(mesh), 3, { resume: folder });
+    const after = await run(jobWith(mesh), HALF, { resume: folder });
     for (const [i, { step, loss, grad_norm }] of after.entries()) {
-      expect(step).toBe(4 + i);
-      expect(Math.abs(loss - whole[3 + i]!.loss), `loss of step ${step}`).toBeLessThan(1e-4);
-      expect(Math.abs(grad_norm / whole[3 + i]!.grad_norm - 1), `norm of step ${step}`).toBeLessThan(1e-3);
+      expect(step).toBe(HALF + 1 + i);
+      expect(Math.abs(loss - whole[HALF + i]!.loss), `loss of step ${step}`).toBeLessThan(1e-4);
+      expect(Math.abs(grad_norm / whole[HALF + i]!.grad_norm - 1), `norm of step ${step}`).toBeLessThan(1e-3);
     }
   }
 });
@@ -198,7 +201,7 @@ test("shards of a tensor are assembled from any other sharding", () => {
         const shared = sharedBy(ranges, want.ranges);
         if (shared) copyShared(shared, [ranges, data], [want.ranges, out]);
       }
-      expect(out).toEqual(want.data);
+      expect(sameNumbers(out, want.data)).toBe(true);
     }),
     { numRuns: 200 },
   );

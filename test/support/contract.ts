@@ -126,10 +126,17 @@ const addsUp = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
 const sums = ["mean", "weighted_sum", "source_losses", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "expert_load", "quantile"];
 
-export function casesOf(op: AnyOp, half: Half): ContractCase[] {
-  const drafts = messageDrafts[op.name];
-  if (drafts) return drafts(half).map((draft, i) => draftedCase(op, draft, i));
-  const cases: ContractCase[] = [];
+/** A case whose buffers and reference are not made yet: of large ops they take seconds. */
+interface Unmade {
+  /** Its sizes are odd, or drafted by hand. */
+  readonly odd: boolean;
+  readonly make: () => ContractCase;
+}
+
+function unmadeOf(op: AnyOp, half: Half): Unmade[] {
+  const messages = messageDrafts[op.name];
+  if (messages) return messages(half).map((draft, i) => ({ odd: true, make: () => draftedCase(op, draft, i) }));
+  const drafts: CaseDraft[] = [];
   const any = op.inputs.some((o) => o.any);
   for (const [name, set] of Object.entries(sets)) {
     if (set.only && !set.only.test(op.name)) continue;
@@ -144,24 +151,24 @@ export function casesOf(op: AnyOp, half: Half): ContractCase[] {
         .flatMap((k) => variantsOf(op.name).map((attrs) => [t, k, attrs] as const)),
     );
     for (const [dtype, kept, attrs] of combinations) {
-      const draft = { op, name, set, attrs, dtype, kept, seed: cases.length };
-      cases.push(makeCase(draft));
-      if (any && op.inputs.length + op.outputs.length <= 3 && !op.inputs.some((o) => !o.any))
-        cases.push(makeCase({ ...draft, ragged: true }));
+      const draft = { op, name, set, attrs, dtype, kept, seed: drafts.length };
+      drafts.push(draft);
+      if (any && op.inputs.length + op.outputs.length <= 3 && !op.inputs.some((o) => !o.any)) drafts.push({ ...draft, ragged: true });
       if (!op.rows) continue;
-      cases.push(makeCase({ ...draft, makesRows: true }));
-      if (set.rows !== "none") cases.push(makeCase({ ...draft, makesRows: true, spare: -2 }));
+      drafts.push({ ...draft, makesRows: true });
+      if (set.rows !== "none") drafts.push({ ...draft, makesRows: true, spare: -2 });
     }
   }
-  return cases;
+  return drafts.map((draft) => ({ odd: draft.name === "odd", make: () => makeCase(draft) }));
 }
 
-/** The cases of an op that run in this tier. The fast tier has the first and the last of those at odd sizes, or of those drafted by hand. */
-export function casesInTier(op: AnyOp, half: Half): ContractCase[] {
-  const all = casesOf(op, half);
-  if (isFull) return all;
-  const some = op.name in messageDrafts ? all : all.filter((c) => c.title.includes(": odd,"));
-  return some.filter((_, i) => i === 0 || i === some.length - 1);
+export const casesOf = (op: AnyOp, half: Half): ContractCase[] => unmadeOf(op, half).map(({ make }) => make());
+
+/** The cases of an op that run in this tier. The fast tier has the first or the last of those at odd sizes, or of those drafted by hand. */
+export function casesInTier(op: AnyOp, half: Half, inFast: "first" | "last"): ContractCase[] {
+  const all = unmadeOf(op, half);
+  const odd = all.filter((c) => c.odd);
+  return (isFull ? all : inFast === "first" ? odd.slice(0, 1) : odd.slice(-1)).map(({ make }) => make());
 }
 
 const hasRows = (op: AnyOp): boolean => [...op.inputs, ...op.outputs].some((o) => o.ragged);
