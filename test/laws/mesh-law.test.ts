@@ -240,7 +240,7 @@ describe("on named meshes", () => {
       const train = { optimizer: { lr: 1e-2, type: "muon" }, global_batch: 8 };
       same(await numbers(jobOf(text(model, parallel, train))), await reference(text(model, { world: 1 }, train)));
     });
-  test("the dispatcher all_gather", async () => {
+  test("the dispatcher all_gather", full, async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
       await numbers(jobOf(text(model, { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }))),
@@ -272,7 +272,7 @@ describe("on grids that do not nest", () => {
       expect(hasSeparateGrids(buildMesh(job))).toBe(true);
       same(await numbers(job), await reference(text(model, { world: 1 }, { global_batch: 12 })));
     });
-  test("the capacity of an expert depends only on the sharding of the sequence", async () => {
+  test("the capacity of an expert depends only on the sharding of the sequence", full, async () => {
     const model = shape({ ...thirds, moe: { ...moeOfThirds, capacity: { factor: 1, pad: true } } });
     const [got, want] = [{ world: 6, expert: 3 }, { world: 2 }].map((p) =>
       numbers(jobOf(text(model, { tensor: 2, sequence: true, ...p }, { global_batch: 12, micro_batch: 2 }))),

@@ -4,7 +4,7 @@ import { openCpu } from "../../runtime/cpu/backend.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
-import { jobOf } from "../support/job.ts";
+import { jobOf, sameNumbers } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { train } from "../support/steps.ts";
 import { byTier } from "../support/tiers.ts";
@@ -59,7 +59,8 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
 
 describe("numbers are those of collectives in order, bit for bit", () => {
   const all = Object.entries(cases).map(([name, c]) => ({ name, c }));
-  for (const { options, rows } of byTier(all, () => true))
+  const inFast = ["the distributed optimizer, bf16", "tensor, sequence and expert parallel", "chunks of a pipeline, tied embeddings"];
+  for (const { options, rows } of byTier(all, ({ name }) => inFast.includes(name)))
     test.each(rows)("$name", options, async ({ c: [parallel, model, over] }) => {
       const options = { ...parallel, ...bucketsOf(parallel), ...(model && "moe" in model && { expert_overlap: "shared" }) };
       const [plain, beside] = [planOf(parallel, model, over), planOf(options, model, over)];
@@ -69,7 +70,7 @@ describe("numbers are those of collectives in order, bit for bit", () => {
       for (const [name, isHeld] of Object.entries(durations)) {
         const got = await train([openCpu(beside, { isHeld })], beside, undefined, 3);
         expect(got.metrics, name).toEqual(want.metrics);
-        for (const [n, values] of want.state.entries()) expect(got.state[n], `${name}, piece ${n}`).toEqual(values);
+        for (const [n, values] of want.state.entries()) expect(sameNumbers(got.state[n]!, values), `${name}, piece ${n}`).toBe(true);
       }
     });
 });
