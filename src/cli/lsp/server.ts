@@ -7,6 +7,7 @@ import {
   CodeActionKind,
   type CompletionItem,
   CompletionItemKind,
+  type Connection,
   createConnection,
   type Hover,
   type Location,
@@ -57,29 +58,7 @@ export function serveEditor(input: NodeJS.ReadableStream, output: NodeJS.Writabl
     },
   }));
 
-  documents.onDidChangeContent(({ document }) => {
-    const { uri, version } = document;
-    const before = open.get(uri);
-    before?.cancel();
-    const text = document.getText();
-    // editors send every YAML file; a job stays one while its keys are typed again
-    if (!before && !isJob(text)) return;
-    const read = readDocument(text, uri);
-    const publish = (findings: readonly Finding[], cancel: () => void): void => {
-      open.set(uri, { read, findings, cancel });
-      void connection.sendDiagnostics({ uri, version, diagnostics: diagnosticsOf(findings, read, fileOf(uri)) });
-    };
-    const { job, findings } = read;
-    if (!job || !needsPrograms(job)) return publish(findings, () => {});
-    let end = (): void => {};
-    const timer = setTimeout(() => {
-      end = requestMemoryFindings({ text, file: fileOf(uri) }, (more) => publish([...findings, ...more], () => {}));
-    }, REST);
-    publish(findings, () => {
-      clearTimeout(timer);
-      end();
-    });
-  });
+  documents.onDidChangeContent(({ document }) => publishFindings(connection, open, document));
   documents.onDidClose(({ document: { uri } }) => {
     open.get(uri)?.cancel();
     open.delete(uri);
@@ -120,6 +99,34 @@ export function serveEditor(input: NodeJS.ReadableStream, output: NodeJS.Writabl
     const end = (): void => resolve(isShutDown ? 0 : 1);
     connection.onExit(end);
     input.once("end", end);
+  });
+}
+
+/** Publishes the findings of a changed document: those of the text at once, those that need a compiled plan when typing rests. */
+function publishFindings(connection: Connection, open: Map<string, Open>, document: TextDocument): void {
+  const { uri, version } = document;
+  const before = open.get(uri);
+  before?.cancel();
+  const text = document.getText();
+  // editors send every YAML file; a job stays one while its keys are typed again
+  if (!before && !isJob(text)) return;
+  const read = readDocument(text, uri);
+  const publish = (findings: readonly Finding[], cancel: () => void): void => {
+    open.set(uri, { read, findings, cancel });
+    void connection.sendDiagnostics({ uri, version, diagnostics: diagnosticsOf(findings, read, fileOf(uri)) });
+  };
+  const { job, findings } = read;
+  if (!job || !needsPrograms(job)) {
+    publish(findings, () => {});
+    return;
+  }
+  let end = (): void => {};
+  const timer = setTimeout(() => {
+    end = requestMemoryFindings({ text, file: fileOf(uri) }, (more) => publish([...findings, ...more], () => {}));
+  }, REST);
+  publish(findings, () => {
+    clearTimeout(timer);
+    end();
   });
 }
 
