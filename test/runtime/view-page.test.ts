@@ -87,6 +87,8 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.goto(address);
     await page.waitForSelector(".tabs");
   };
+  /** Expects what the page shows after it has drawn: each value is read again until it is as expected. */
+  const soon = <T>(read: () => Promise<T>, message?: string) => expect.poll(read, { timeout: 60_000, ...(message && { message }) });
   /** The visible text of an element. */
   const textOf = async (selector: string): Promise<string> => (await page.locator(selector).allInnerTexts()).join("\n");
   const details = (): Promise<string> => textOf(".details");
@@ -115,11 +117,11 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     expect(text).toMatch(/job\.yaml:\d+ parallel\./);
     expect(text).toMatch(/a rank sends\n[\d.]+ Ki?B, \d+ × a step/);
     expect(text).toMatch(/Ranks\n\s*0–1/);
-    expect(await textOf(".yaml mark")).toMatch(/tensor|sequence/);
+    await soon(() => textOf(".yaml mark")).toMatch(/tensor|sequence/);
     for (const tab of ["mesh", "schedule", "memory", "traffic"]) {
       await page.click(`#tab-${tab}`);
-      expect(await coloursOf(".panel canvas.fill"), tab).toBeGreaterThan(4);
-      expect(await details()).toContain("all_gather");
+      await soon(() => coloursOf(".panel canvas.fill"), tab).toBeGreaterThan(4);
+      await soon(details).toContain("all_gather");
     }
   });
 
@@ -130,28 +132,28 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     const hash: string = await page.evaluate("location.hash");
     expect(hash).toContain("select=instruction~0~forward~");
     await opened(`${one}${hash}`);
-    expect(await page.getAttribute("#tab-schedule", "aria-selected")).toBe("true");
-    expect(await details()).toBe(before);
+    await soon(() => page.getAttribute("#tab-schedule", "aria-selected")).toBe("true");
+    await soon(details).toBe(before);
   });
 
   test("mesh: a rank is chosen by pointer or keyboard, and its groups are named", async () => {
     await opened(`${one}#mesh`);
     await page.focus(".mesh-panel canvas");
     await page.keyboard.press("ArrowRight");
-    expect(await details()).toContain("rank 1");
-    expect(await textOf(".status")).toMatch(/^rank 1: node 0, stage 0; tp 1/);
+    await soon(details).toContain("rank 1");
+    await soon(() => textOf(".status")).toMatch(/^rank 1: node 0, stage 0; tp 1/);
     await clickAt(".mesh-panel canvas", 0.02, 0.08);
-    expect(await details()).toContain("rank 0");
+    await soon(details).toContain("rank 0");
     await page.click(".axes button:has-text('pp')");
-    expect(await details()).toContain("axis");
+    await soon(details).toContain("axis");
   });
 
   test("schedule: zoom, waits, runs and what they wait for", async () => {
     await opened(`${one}#schedule`);
     await page.focus(".schedule-panel canvas");
     for (const key of ["ArrowRight", "ArrowDown"]) await page.keyboard.press(key);
-    expect(await textOf(".status")).toMatch(/^stage 1, F\d/);
-    expect(await details()).toMatch(/receives from\nstage 0, F/);
+    await soon(() => textOf(".status")).toMatch(/^stage 1, F\d/);
+    await soon(details).toMatch(/receives from\nstage 0, F/);
     await page.click("button[aria-label='zoom in']");
     await page.waitForFunction("location.hash.includes('time=')");
     const box = (await page.locator(".schedule-panel canvas").boundingBox())!;
@@ -161,9 +163,9 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.keyboard.press("Home");
     await page.waitForFunction("!location.hash.includes('time=')");
     await page.click("text=by microbatch");
-    expect(await coloursOf(".schedule-panel canvas")).toBeGreaterThan(8);
+    await soon(() => coloursOf(".schedule-panel canvas")).toBeGreaterThan(8);
     await page.click("summary");
-    expect(await page.locator(".schedule-panel tbody tr").count()).toBeGreaterThan(10);
+    await soon(() => page.locator(".schedule-panel tbody tr").count()).toBeGreaterThan(10);
   });
 
   test("memory: the fullest moment lists what is alive, by falling bytes", async () => {
@@ -174,30 +176,30 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     expect(rows.length).toBeGreaterThan(10);
     expect(rows.join("\n")).toMatch(/activation[\s\S]*workspace|workspace[\s\S]*activation/);
     await page.click(".alive tbody button >> nth=0");
-    expect(await details()).toMatch(/parameter|optimizer|gradient|activation|buffer/);
+    await soon(details).toMatch(/parameter|optimizer|gradient|activation|buffer/);
   });
 
   test("program: layers fold, arrow keys go from instruction to instruction", async () => {
     await opened(`${one}#program`);
     const count = await page.locator(".rows li").count();
     await page.click(".fold-button[aria-expanded='true'] >> nth=0");
-    expect(await page.locator(".rows li").count()).toBeLessThan(count);
+    await soon(() => page.locator(".rows li").count()).toBeLessThan(count);
     await page.click(".fold-button[aria-expanded='false'] >> nth=-1");
     await page.click(".rows button >> nth=0");
     const first = await textOf(".details h2");
     await page.keyboard.press("ArrowDown");
-    expect(await textOf(".details h2")).not.toBe(first);
-    expect(await page.locator("svg.lanes circle").count()).toBeGreaterThan(0);
+    await soon(() => textOf(".details h2")).not.toBe(first);
+    await soon(() => page.locator("svg.lanes circle").count()).toBeGreaterThan(0);
   });
 
   test("communication: a pair of ranks, and axes that are hidden", async () => {
     await opened(`${one}#traffic`);
     await page.focus(".traffic-panel canvas");
     await page.keyboard.press("ArrowRight");
-    expect(await details()).toMatch(/0 → 1[\s\S]*on one node; [\d.]+ [KM]iB a step/);
+    await soon(details).toMatch(/0 → 1[\s\S]*on one node; [\d.]+ [KM]iB a step/);
     const before = await coloursOf(".traffic-panel canvas");
     for (const box of await page.locator(".check input").all()) await box.uncheck();
-    expect(await coloursOf(".traffic-panel canvas")).toBeLessThan(before);
+    await soon(() => coloursOf(".traffic-panel canvas")).toBeLessThan(before);
   });
 
   test("kernels: the source of the one that is chosen", async () => {
@@ -205,19 +207,19 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.fill(".kernels-panel input", "gemm");
     await page.click(".kernels-panel tbody button >> nth=0");
     await page.waitForFunction("document.querySelector('.code')?.textContent.includes('__global__')");
-    expect(await details()).toMatch(/runs a step\n\d/);
+    await soon(details).toMatch(/runs a step\n\d/);
   });
 
   test("two plans: consequences, changed instructions, the difference of bytes; names are text", async () => {
     await opened(`${two}#findings`);
-    expect(await textOf(".findings")).toMatch(/parallel\.tensor\s+2\s+1/);
+    await soon(() => textOf(".findings")).toMatch(/parallel\.tensor\s+2\s+1/);
     await page.click(".segments label:nth-child(2)");
     expect(await page.textContent("h1")).toBe("<script>alert(1)</script>");
     await page.click("#tab-program");
-    expect(await page.locator(".is-changed, .is-added").count()).toBeGreaterThan(0);
+    await soon(() => page.locator(".is-changed, .is-added").count()).toBeGreaterThan(0);
     await page.click("#tab-traffic");
     await page.click("text=difference");
-    expect(await coloursOf(".traffic-panel canvas")).toBeGreaterThan(3);
+    await soon(() => coloursOf(".traffic-panel canvas")).toBeGreaterThan(3);
   });
 
   test("themes: both have readable text, and the choice is kept in the address", async () => {
