@@ -16,6 +16,7 @@ import { Trouble } from "../../schemas/trouble.ts";
 import { root } from "../packageFile.ts";
 import { parsePlan } from "../plan/read.ts";
 import { readCubin, readKernel, readPlanFile } from "./inputFiles.ts";
+import { dataDirOf } from "./loadPlan.ts";
 import { expectWritable } from "./outputFiles.ts";
 import { type TarEntry, tar } from "./tar.ts";
 
@@ -24,7 +25,7 @@ export interface PackSettings {
   /** The directory of a compiled plan, or its plan.json. */
   readonly plan: string;
   readonly out: string;
-  /** The base directory of data.path and data.labels. Default: the plan's directory; the files are then included only if they exist and are small. */
+  /** The base directory of data.path and data.labels. Default: that which the plan remembers; the files are then included only if they are small. */
   readonly dataDir?: string;
   /** Operating system and processor in Node's names: `linux-x64`. */
   readonly platform?: string;
@@ -64,7 +65,7 @@ export async function pack({ plan: path, out, dataDir, platform = own, effort = 
     );
   const folder = basename(path) === "plan.json" ? dirname(path) : path;
   const plan = readPlan(folder);
-  const data = dataOf(plan, folder, dataDir);
+  const data = dataOf(plan, path, dataDir);
   const planned = filesOfPlan(plan, folder);
   const build = existsSync(new URL("tsconfig.build.json", root)) ? buildHere() : undefined;
   try {
@@ -137,10 +138,12 @@ const isWithin = (path: string, folder: string): boolean => path.startsWith(join
 const smallCorpus = 16 * 2 ** 20;
 
 /**
- * Returns the entries of the corpus, its index and its labels, at the paths relative to plan/ that the job names. If a file is missing,
- * outside of the archive or too large: returns undefined without `dataDir`, throws a Trouble with it.
+ * Returns the entries of the corpus, its index and its labels, at the paths relative to plan/ that the job names. Without `dataDir` they are
+ * looked for in the directory that the plan at `planPath` remembers. If a file is missing, outside of the archive or too large: returns undefined
+ * without `dataDir`, throws a Trouble with it.
  */
-export function dataOf({ job }: Plan, folder: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
+export function dataOf({ job }: Plan, planPath: string, dataDir: string | undefined): readonly TarEntry[] | undefined {
+  const folder = dataDirOf(planPath);
   const { path, labels, sources, tokenizer } = job.data;
   const inSources = (sources ?? []).flatMap(({ path: prefix }) =>
     [".bin", ".idx"].map((end) => ({ key: "data.sources", path: `${prefix.replace(/\.(bin|idx)$/, "")}${end}`, what: "the source does" })),

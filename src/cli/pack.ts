@@ -10,7 +10,7 @@ export function registerPack(program: Command): void {
       .requiredOption("-o, --out <file>", "the archive to write, a .tar.xz")
       .option(
         "--data-dir <dir>",
-        "include the corpus; the base directory of data.path and data.labels (default: the plan's directory, if the files there are small)",
+        "include the corpus; the base directory of data.path and data.labels (default: the directory of the job, which a plan remembers, if the files there are small)",
       )
       .option("--platform <platform>", "the operating system and processor, in Node's names (default: those of this machine)"),
     "pack plan/ -o tiny.tar.xz",

@@ -96,7 +96,7 @@ test("every relative link of a page names an existing file", () => {
 
 test("every file that a page names exists", () => {
   const named = (page: string) => [
-    ...textOf(page).matchAll(/(?<![\w./-])((?:src|runtime|schemas|test|templates|plans)\/[\w./-]+\.(?:ts|json|hbs|md|txt|yaml))/g),
+    ...textOf(page).matchAll(/(?<![\w./-])((?:src|runtime|schemas|test|templates|plans)\/[\w./-]+\.(?:ts|tsv|json|hbs|md|txt|yaml)\b)/g),
   ];
   const missing = pages.flatMap((page) =>
     named(page)

@@ -142,6 +142,21 @@ test("a corpus of ids is packed with its index", () => {
   expect(packed()).toEqual(["plan/ids.bin", "plan/ids.idx"]);
 });
 
+test("a corpus beside the job of a plan is packed: the plan remembers where that is", () => {
+  const folder = join(work, "beside");
+  const own = join(folder, "plan");
+  mkdirSync(own, { recursive: true });
+  const text = readFileSync(join(plan, "plan.json"), "utf8");
+  writeFileSync(join(own, "plan.json"), text);
+  const whole = parsePlan(text, "plan.json");
+  const job = { ...whole.job, data: { ...whole.job.data, path: "corpus.txt" } };
+  const packed = () => dataOf({ ...whole, job }, own, undefined)?.map(({ path }) => path);
+  writeFileSync(join(folder, "corpus.txt"), "text");
+  expect(packed()).toBe(undefined);
+  writeFileSync(join(own, "data_dir.txt"), "..\n");
+  expect(packed()).toEqual(["plan/corpus.txt"]);
+});
+
 test("an archive is a function of its files: sorted, no owner, one time", () => {
   const entry = (path: string, executable: boolean, text: string) => ({ path, executable, read: () => Buffer.from(text) });
   const long = `${"folder/".repeat(14)}${"f".repeat(90)}`;
