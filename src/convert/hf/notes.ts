@@ -11,8 +11,14 @@ type Model = Job["model"];
 /** Returns the bytes to train a model on one rank: bf16 parameters, f32 gradients, main weights and two moments. */
 export const bytesToTrain = (model: Model): number => 18 * parameterCount(model);
 
-/** The GPUs by memory, the smallest first. */
-const gpus = deviceNames.filter((name) => deviceOf(name).links !== null).sort((a, b) => devices[a].memory - devices[b].memory);
+/** Bandwidth in bytes/s between GPUs of a host from which on models are usually trained over several of them: NVLink, and not PCIe. */
+const FAST_LINKS = 200e9;
+const isForTraining = (name: Device): boolean => {
+  const { links, target } = deviceOf(name);
+  return links !== null && links.host >= FAST_LINKS && target !== "cpu";
+};
+/** The GPUs for which rankc generates kernels and which fast links connect, by memory, the smallest first. */
+const gpus = deviceNames.filter(isForTraining).sort((a, b) => devices[a].memory - devices[b].memory);
 const largestGpu = gpus.reduce((_, name) => name);
 
 /** Returns the smallest GPU with twice this memory, because activations need memory too; else the largest. */
