@@ -157,11 +157,13 @@ test("each collective names the use and the job key that made it necessary", () 
   const why = (id: RegExp) =>
     p.programs[0]!.chunks[0]!.forward.flatMap((i) => (i.kind === "collective" && id.test(i.id) ? [i.why] : []))[0];
   expect(why(/layers\.1\.attn\.norm@.*all_gather/)).toEqual({
+    layer: 1,
     op: "layers.1.attn.wq.x",
     because: "layers.1.wq is sharded along N",
     path: "parallel.tensor",
   });
   expect(why(/layers\.1\.moe\.permute@.*dispatch/)).toEqual({
+    layer: 1,
     op: "layers.1.moe.w1.x",
     because: "layers.1.w1 is sharded along E",
     path: "parallel.expert",
