@@ -35,13 +35,18 @@ test.each([
 
 interface Schema {
   readonly type?: string;
+  readonly maximum?: number;
   readonly anyOf?: readonly Schema[];
   readonly properties?: Readonly<Record<string, Schema>>;
 }
-/** All keys of a job whose value may be a number that is not whole. */
+/** All keys of a job whose value may be a number that is not whole, and which have no lower limit of their own. */
 const reals = (schema: Schema, path: string): string[] =>
   (schema.anyOf ?? [schema]).flatMap((s) =>
-    s.type === "number" ? [path] : Object.entries(s.properties ?? {}).flatMap(([key, of]) => reals(of, path ? `${path}.${key}` : key)),
+    s.type === "number"
+      ? (s.maximum ?? LARGEST) < 1e30
+        ? []
+        : [path]
+      : Object.entries(s.properties ?? {}).flatMap(([key, of]) => reals(of, path ? `${path}.${key}` : key)),
   );
 const numbers = [...new Set(reals(jobSchema() as Schema, ""))];
 
