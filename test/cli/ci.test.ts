@@ -7,6 +7,7 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import { parse } from "yaml";
 import { root } from "../support/checkout.ts";
 import { builtCli } from "../support/rankc.ts";
+import { full } from "../support/tiers.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-ci-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -114,7 +115,7 @@ test("each step has a condition that GitHub can evaluate, and the install step p
   expect(action.runs.steps[0]?.run).toContain('cd "$GITHUB_ACTION_PATH/../../.."');
 });
 
-test("the pre-commit hooks run on the files that they name", () => {
+test("the pre-commit hooks run on the files that they name", full, () => {
   const hooks = parse(readFileSync(join(root, ".pre-commit-hooks.yaml"), "utf8")) as { id: string; entry: string; files: string }[];
   const job = readFileSync(at("small job/job.yaml"), "utf8");
   writeFileSync(at("small job/job.yaml"), job.replace("world: 4", 'world: "4"'));

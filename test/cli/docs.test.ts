@@ -127,7 +127,7 @@ test("docs/testing.md names existing test files, and so does the list of those t
 });
 
 /** Pages whose jobs take seconds to compile. Other tests import and estimate smaller ones. */
-const large = ["docs/coming-from-megatron.md", "docs/estimate.md"];
+const large = ["docs/coming-from-megatron.md", "docs/estimate.md", "docs/quickstart.md"];
 // one after the other: a command reads what an earlier one wrote
 for (const { options, rows } of byTier(runnable, (page) => !large.includes(page)))
   test.each(rows)("the commands of %s have the exit codes and the output that it shows", { timeout: 600_000, ...options }, async (page) => {

@@ -27,7 +27,7 @@ import { printPlan } from "../../src/plan/seal.ts";
 import { printPlanText } from "../../src/report/planText.ts";
 import { root } from "../support/checkout.ts";
 import { rankc } from "../support/rankc.ts";
-import { isFull } from "../support/tiers.ts";
+import { full, isFull } from "../support/tiers.ts";
 
 const work = mkdtempSync(join(tmpdir(), "rankc-pack-"));
 afterAll(() => rmSync(work, { recursive: true, force: true }));
@@ -184,7 +184,7 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
   expect(() => [...tar([entry("f".repeat(101), false, "")])]).toThrow("too long");
 });
 
-test("the command prints which files it wrote and which it omitted", async () => {
+test("the command prints which files it wrote and which it omitted", full, async () => {
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
   // a corpus behind a symbolic link is taken where --data-dir asks for it

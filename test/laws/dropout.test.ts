@@ -12,7 +12,7 @@ import { dropout, jitter, siteOf } from "../../src/ops/dropout.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { slopeErrors } from "../support/slopes.ts";
-import { isFull } from "../support/tiers.ts";
+import { full, isFull } from "../support/tiers.ts";
 
 const place = { start: () => 0, rows: new Int32Array(1) };
 const [B, S, D] = [4, 64, 256];
@@ -131,7 +131,7 @@ async function losses(job: Job): Promise<number[]> {
 const near = (got: readonly number[], want: readonly number[]): void =>
   got.forEach((loss, i) => void expect(Math.abs(loss - want[i]!), `loss of step ${i}`).toBeLessThan(1e-4));
 
-test("with dropout, a model's gradient is its measured slope", async () => {
+test("with dropout, a model's gradient is its measured slope", full, async () => {
   const errors = await slopeErrors(jobWith(some, {}, { global_batch: 2 }), ({ loss, aux_loss }) => loss + aux_loss);
   expect(errors.size).toBeGreaterThan(15);
   for (const [name, error] of errors) expect(error, name).toBeLessThan(5e-3);

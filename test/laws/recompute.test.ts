@@ -5,7 +5,7 @@ import { instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { inspectPlan } from "../../src/report/inspect.ts";
 import { fixture, jobOf, sameNumbers } from "../support/job.ts";
-import { byTier, isFull } from "../support/tiers.ts";
+import { byTier, full, isFull } from "../support/tiers.ts";
 
 const jobWith = (recompute: object, parallel: object = {}, moe: object | null = {}, more: object = {}) =>
   jobOf({
@@ -95,22 +95,28 @@ test("a dense model's feed-forward part, by name", async () => {
 });
 
 // as in Megatron Core: `uniform` makes each of these layers again, `block` none
-test("of multi-token prediction the inputs and outputs of depths are stored; named modules and whole layers are recomputed", async () => {
-  const model = { mtp: { layers: 2, coeff: 0.3 } };
-  for (const parallel of [...(isFull ? [{}] : []), meshes["two stages of two chunks, expert 2"]]) {
-    const kept = await train(jobWith({ mode: "none" }, parallel, {}, model));
-    const again = async (recompute: object) => {
-      const job = jobWith(recompute, parallel, {}, model);
-      const made = await train(job);
-      expect(made.steps).toEqual(kept.steps);
-      for (const [name, g] of kept.gradients) expect(sameNumbers(made.gradients.get(name)!.data, g.data), name).toBe(true);
-      const last = compile(job).plan.programs.at(-1)!;
-      return instructionsOf(last).flatMap((i) => (/^mtp\.1\..*\.again$/.test(i.id) ? [i.id.slice("mtp.1.".length, -".again".length)] : []));
-    };
-    expect(await again({ mode: "full", method: "block" })).toEqual([]);
-    if (isFull) expect(await again({ mode: "selective", modules: ["core_attn"] })).toEqual(["attn.core"]);
-    const all = await again({ mode: "full" });
-    expect(all).toEqual(expect.arrayContaining(["embedding.norm", "hidden.norm", "projected", "attn.core", "moe.w1", "mlp.residual"]));
-    expect(all.filter((id) => /^(embedding|final\.norm|logits|loss.*)$/.test(id))).toEqual([]);
-  }
-});
+test(
+  "of multi-token prediction the inputs and outputs of depths are stored; named modules and whole layers are recomputed",
+  full,
+  async () => {
+    const model = { mtp: { layers: 2, coeff: 0.3 } };
+    for (const parallel of [...(isFull ? [{}] : []), meshes["two stages of two chunks, expert 2"]]) {
+      const kept = await train(jobWith({ mode: "none" }, parallel, {}, model));
+      const again = async (recompute: object) => {
+        const job = jobWith(recompute, parallel, {}, model);
+        const made = await train(job);
+        expect(made.steps).toEqual(kept.steps);
+        for (const [name, g] of kept.gradients) expect(sameNumbers(made.gradients.get(name)!.data, g.data), name).toBe(true);
+        const last = compile(job).plan.programs.at(-1)!;
+        return instructionsOf(last).flatMap((i) =>
+          /^mtp\.1\..*\.again$/.test(i.id) ? [i.id.slice("mtp.1.".length, -".again".length)] : [],
+        );
+      };
+      expect(await again({ mode: "full", method: "block" })).toEqual([]);
+      if (isFull) expect(await again({ mode: "selective", modules: ["core_attn"] })).toEqual(["attn.core"]);
+      const all = await again({ mode: "full" });
+      expect(all).toEqual(expect.arrayContaining(["embedding.norm", "hidden.norm", "projected", "attn.core", "moe.w1", "mlp.residual"]));
+      expect(all.filter((id) => /^(embedding|final\.norm|logits|loss.*)$/.test(id))).toEqual([]);
+    }
+  },
+);

@@ -15,7 +15,7 @@ import { root } from "../support/checkout.ts";
 import { launch, noBrowser } from "../support/chromium.ts";
 
 /** On one rank, and with few sizes of products: compiling them is what takes time on the software adapter. */
-const sets = ["parallel.world=1", "parallel.tensor=1", "model.ffn=64", "model.kv_heads=4"];
+const sets = ["parallel.world=1", "parallel.tensor=1", "model.ffn=64", "model.kv_heads=4", "model.layers=1"];
 const home = join(root, "plans/tiny-dense");
 const job = readJob(readFileSync(join(home, "job.yaml"), "utf8"), "job.yaml", sets).job!;
 const STEPS = 3;

@@ -11,7 +11,7 @@ import { moe, planOf, type Ranks, type Settings, standInRanks } from "../support
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
 import { sameNumbers } from "../support/job.ts";
 import { closeAll, train } from "../support/steps.ts";
-import { byTier, draws } from "../support/tiers.ts";
+import { byTier, draws, full } from "../support/tiers.ts";
 
 /** The kernel that an instruction runs; empty for communication. */
 const kernelOf = (i: Instruction, first: boolean): string =>
@@ -187,7 +187,7 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
         expect(replayed.map((ranks) => new Set(ranks))).toEqual([false, false, true, false, false, true, true].map((r) => new Set([r])));
       },
     );
-  test("without a graph, in other orders of the device", async () => {
+  test("without a graph, in other orders of the device", full, async () => {
     for (const seed of [1, 2, 3].slice(0, draws(1, 3))) {
       cuda.seed(seed);
       const { replayed } = await expectSame({ world: 4, pipeline: 2, tensor: 2, sequence: true }, { moe }, {}, { graph: false });

@@ -10,6 +10,7 @@ import { openTokenizer } from "../../runtime/data/tokenizers/openTokenizer.ts";
 import { fixture } from "../support/job.ts";
 import { megatronIndex } from "../support/megatronIndex.ts";
 import { built, rankc } from "../support/rankc.ts";
+import { full } from "../support/tiers.ts";
 
 // of the compiled package: its threads start without a loader of TypeScript
 const { prepareDataset }: typeof import("../../runtime/data/prepare/prepare.ts") = await import(built("runtime/data/prepare/prepare.ts"));
@@ -166,30 +167,34 @@ test("an interrupted call continues, and other corpora or settings are refused",
   expect((await prepare([corpus, other], "changed", { restart: true })).documents).toBe(12_000);
 });
 
-test("a call that ended while it moved its files continues; a file shorter than recorded is refused, not padded with zeros", async () => {
-  const corpus = written("moved.jsonl", lines);
-  await prepare([corpus], "straight");
-  // the description cannot take the name of a folder: the ids are moved, the index is not
-  mkdirSync(at("moved.json"));
-  expect(await failure(prepare([corpus], "moved"))).toMatch(/moved/);
-  expect(readdirSync(folder).filter((name) => /^moved\.(bin|idx)$/.test(name))).toEqual(["moved.bin"]);
-  rmSync(at("moved.json"), { recursive: true });
-  await prepare([corpus], "moved");
-  expect(differing("moved", "straight")).toEqual([]);
-  for (const name of ["ids", "lengths"]) {
-    const short = `short-${name}`;
-    mkdirSync(at(`${short}.json`));
-    await failure(prepare([corpus], short));
-    rmSync(at(`${short}.json`), { recursive: true });
-    renameSync(at(`${short}.bin`), at(`${short}.partial/ids`));
-    truncateSync(at(`${short}.partial/${name}`), 100);
-    expect(await failure(prepare([corpus], short))).toMatch(
-      new RegExp(`^DIR/${short}.partial/${name} has 100 of \\d+ bytes \\| add --restart`),
-    );
-    await prepare([corpus], short, { restart: true });
-    expect(differing(short, "straight")).toEqual([]);
-  }
-});
+test(
+  "a call that ended while it moved its files continues; a file shorter than recorded is refused, not padded with zeros",
+  full,
+  async () => {
+    const corpus = written("moved.jsonl", lines);
+    await prepare([corpus], "straight");
+    // the description cannot take the name of a folder: the ids are moved, the index is not
+    mkdirSync(at("moved.json"));
+    expect(await failure(prepare([corpus], "moved"))).toMatch(/moved/);
+    expect(readdirSync(folder).filter((name) => /^moved\.(bin|idx)$/.test(name))).toEqual(["moved.bin"]);
+    rmSync(at("moved.json"), { recursive: true });
+    await prepare([corpus], "moved");
+    expect(differing("moved", "straight")).toEqual([]);
+    for (const name of ["ids", "lengths"]) {
+      const short = `short-${name}`;
+      mkdirSync(at(`${short}.json`));
+      await failure(prepare([corpus], short));
+      rmSync(at(`${short}.json`), { recursive: true });
+      renameSync(at(`${short}.bin`), at(`${short}.partial/ids`));
+      truncateSync(at(`${short}.partial/${name}`), 100);
+      expect(await failure(prepare([corpus], short))).toMatch(
+        new RegExp(`^DIR/${short}.partial/${name} has 100 of \\d+ bytes \\| add --restart`),
+      );
+      await prepare([corpus], short, { restart: true });
+      expect(differing(short, "straight")).toEqual([]);
+    }
+  },
+);
 
 test("a data set may be named by one of its files, and needs a name", async () => {
   const corpus = written("named.txt", "one\ntwo\n");

@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { fixture } from "../support/job.ts";
 import { builtCli, rankcProcess } from "../support/rankc.ts";
+import { byTier, full } from "../support/tiers.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-end-"));
 const job = join(place, "job.yaml");
@@ -35,20 +36,22 @@ function interrupted(signal: NodeJS.Signals, ...args: string[]): Promise<{ code:
   return new Promise((resolve) => child.on("close", (code) => resolve({ code, ...printed })));
 }
 
-test.each([
+const signals = [
   ["SIGTERM", 143],
   ["SIGUSR1", 138],
-] as const)("%s ends a run after the step, saved, with exit code %d; --resume auto continues", async (signal, exit) => {
-  const folder = join(place, signal);
-  const { code, err, out } = await interrupted(signal, "--save", folder, "--resume", "auto");
-  expect(err).toMatch(/interrupted: \d+ of 100000 steps were done/);
-  expect(code).toBe(exit);
-  const { steps, ended_by, saved } = JSON.parse(out);
-  expect([ended_by, saved]).toEqual([signal, join(folder, `step-${String(steps).padStart(8, "0")}`)]);
-  const next = await rankcProcess("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
-  expect(next.err).toContain(`resumed from ${saved}`);
-  expect(JSON.parse(next.out)).toMatchObject({ steps: 1, interrupted: false });
-});
+] as const;
+for (const { options, rows } of byTier(signals, ([signal]) => signal === "SIGTERM"))
+  test.each(rows)("%s ends a run after the step, saved, with exit code %d; --resume auto continues", options, async (signal, exit) => {
+    const folder = join(place, signal);
+    const { code, err, out } = await interrupted(signal, "--save", folder, "--resume", "auto");
+    expect(err).toMatch(/interrupted: \d+ of 100000 steps were done/);
+    expect(code).toBe(exit);
+    const { steps, ended_by, saved } = JSON.parse(out);
+    expect([ended_by, saved]).toEqual([signal, join(folder, `step-${String(steps).padStart(8, "0")}`)]);
+    const next = await rankcProcess("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
+    expect(next.err).toContain(`resumed from ${saved}`);
+    expect(JSON.parse(next.out)).toMatchObject({ steps: 1, interrupted: false });
+  });
 
 test("--time-limit ends a run before the limit, saved, with exit code 124", async () => {
   const folder = join(place, "limit");
@@ -74,7 +77,7 @@ function limited(kilobytes: number, ...args: string[]): Promise<{ code: number |
   return new Promise((resolve) => child.on("close", (code) => resolve({ code, err })));
 }
 
-test("a checkpoint that cannot be written ends the run with one error; with --on-save-error continue at its end", async () => {
+test("a checkpoint that cannot be written ends the run with one error; with --on-save-error continue at its end", full, async () => {
   const options = ["--save-every", "2", "--steps", "5"];
   const stop = await limited(20, "--save", join(place, "stop"), ...options);
   expect([stop.code, stop.err]).toEqual([2, expect.stringContaining("step-00000002: cannot be written: the file exceeds the size")]);
