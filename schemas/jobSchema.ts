@@ -1,5 +1,6 @@
 /** The JSON Schema of a job file, for editors (draft-07): the schema `JobText`, with `extends`. */
 import { z } from "zod";
+import { keyExamples } from "./job/keyExamples.ts";
 import { valueTexts } from "./job/valueTexts.ts";
 import { JobText } from "./job.ts";
 
@@ -35,14 +36,20 @@ function describeDefaults(schema: Schema): void {
   for (const inner of [properties && Object.values(properties), items, anyOf].flat()) if (isSchema(inner)) describeDefaults(inner);
 }
 
-/** Adds what each named value of a key means. */
+/** Adds what each named value of a key means, and usual values of others. */
 function describeValues(schema: Schema, path: string): void {
   const texts = valueTexts[path];
   if (Array.isArray(schema.enum) && texts) schema.enumDescriptions = schema.enum.map((value) => texts[String(value)] ?? "");
   const { properties, items, anyOf } = schema;
   for (const inner of [items, anyOf].flat()) if (isSchema(inner)) describeValues(inner, path);
+  if (isSchema(properties)) for (const [key, inner] of Object.entries(properties)) addExamples(inner, path === "" ? key : `${path}.${key}`);
   if (!isSchema(properties)) return;
   for (const [key, inner] of Object.entries(properties)) if (isSchema(inner)) describeValues(inner, path === "" ? key : `${path}.${key}`);
+}
+
+function addExamples(schema: unknown, path: string): void {
+  const examples = keyExamples[path];
+  if (isSchema(schema) && examples) schema.examples = examples;
 }
 
 /** A part of a snippet that a person fills in, with its usual value. */

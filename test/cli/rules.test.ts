@@ -9,7 +9,7 @@ import { buildMesh, denseAxes, expertAxes } from "../../src/passes/mesh.ts";
 import { rules } from "../../src/rules/all.ts";
 import { smallest } from "../../src/rules/index.ts";
 import { parallelOf } from "../support/job.ts";
-import { draws } from "../support/tiers.ts";
+import { draws, full } from "../support/tiers.ts";
 
 const sets = (changes: Changes): string[] => Object.entries(changes).map(([path, value]) => `${path}=${JSON.stringify(value)}`);
 const read = (text: string, set: readonly string[] = []) => readJob(text, "job.yaml", set);
@@ -127,7 +127,7 @@ data: {path: corpus.txt}
   `);
 });
 
-test("a job moved from Megatron's configurations that fail late is refused before anything runs", () => {
+test("a job moved from Megatron's configurations that fail late is refused before anything runs", full, () => {
   const moe = { experts: 8, top_k: 2, router: { aux_coeff: 0.01 } };
   const job = (over: { model?: object; parallel?: object }) =>
     stringify({
@@ -221,7 +221,7 @@ test("C504 proposes no change that C510 would undo: only a job that certainly fi
   expect(finding?.fix).toContain("allow: [C504]");
 });
 
-test("explain shows the example with its fix applied, which has no finding", () => {
+test("explain shows the example with its fix applied, which has no finding", full, () => {
   for (const { code, bad } of rules) {
     const { corrected } = explain(code)!;
     if (corrected === undefined) continue;

@@ -4,6 +4,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { Ajv } from "ajv";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import {
   type CompletionList,
@@ -14,6 +15,7 @@ import {
   StreamMessageReader,
   StreamMessageWriter,
 } from "vscode-languageserver/node";
+import { keyExamples } from "../../schemas/job/keyExamples.ts";
 import { valueTexts } from "../../schemas/job/valueTexts.ts";
 import { jobSchema } from "../../schemas/jobSchema.ts";
 import { root } from "../support/checkout.ts";
@@ -105,4 +107,19 @@ test("each named value of a key has a text, and each text a key", () => {
   };
   visit(jobSchema(), "");
   expect([...keys].toSorted()).toEqual(Object.keys(valueTexts).toSorted());
+});
+
+test("each example of a key is valid there", () => {
+  for (const [path, examples] of Object.entries(keyExamples)) {
+    let schema: Record<string, unknown> = jobSchema();
+    for (const key of path.split(".")) {
+      const variants = [schema, ...(Array.isArray(schema.anyOf) ? schema.anyOf : [])];
+      schema = variants.flatMap((v) => v.properties?.[key] ?? [])[0];
+      expect(schema, path).toBeDefined();
+    }
+    expect(schema.examples, path).toEqual(examples);
+    const { markdownDescription: _, enumDescriptions: __, defaultSnippets: ___, ...plain } = schema;
+    const isValid = new Ajv({ strict: false }).compile(plain);
+    for (const example of examples) expect(isValid(example), `${path}: ${JSON.stringify(example)}`).toBe(true);
+  }
 });

@@ -60,7 +60,7 @@ describe.each(Object.entries(meshes).map(([name, parallel], n) => ({ name, paral
     });
 });
 
-test("of latent attention the latents are stored, and their projections are recomputed", async () => {
+test("of latent attention the latents are stored, and their projections are recomputed", full, async () => {
   const model = { kv_heads: 8, head_dim: 10, mla: { q_rank: 10, kv_rank: 12, nope_dim: 6, rope_dim: 4, v_dim: 5 } };
   const parallel = { world: 4, tensor: 2, sequence: true };
   const jobs = [{ mode: "none" }, { mode: "selective", modules: ["mla_up_proj"] }].map((how) => jobWith(how, parallel, null, model));

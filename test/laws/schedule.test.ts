@@ -6,6 +6,7 @@ import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
 import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
+import { full } from "../support/tiers.ts";
 
 type Kind = "1f1b" | "zero_bubble";
 const jobWith = (stages: number, microbatches: number, chunks: number, kind: Kind) => {
@@ -144,7 +145,7 @@ describe("layouts", () => {
     ));
 });
 
-test("the bubble and the picture of a schedule of 150,000 blocks", () => {
+test("the bubble and the picture of a schedule of 150,000 blocks", full, () => {
   const order = Array.from({ length: 75_000 }, (_, i) => blockRuns(`F${i} B${i}`)).flat();
   expect(bubbleOf(timesOf([order], 1))).toBe(0);
   expect(drawSchedule([order], 1).units).toBe(225_000);

@@ -254,7 +254,7 @@ describe("faults", () => {
     expect(await said({ resume: folder })).toContain("it was cut");
   });
 
-  test("every key of the model that changes numbers, and every tensor without use", async () => {
+  test("every key of the model that changes numbers, and every tensor without use", full, async () => {
     const router = { score: "sigmoid", groups: 2, group_top_k: 1, group_scores: 1, aux_coeff: 0.01 };
     const moe = { experts: 4, top_k: 2, ffn: 16, router, shared: { ffn: 16 } };
     const small = { layers: 2, hidden: 16, heads: 4, kv_heads: 2, seq: 8, qkv_bias: true, qk_norm: "head", moe, mtp: { layers: 1 } };

@@ -214,7 +214,7 @@ test("no document follows the last line end, and a small corpus starts one threa
   expect(threads).toBe(1);
 });
 
-test("a fault of a corpus is reported with file and line; of several faults the first, with any number of threads", async () => {
+test("a fault of a corpus is reported with file and line; of several faults the first, with any number of threads", full, async () => {
   const good = '{"text": "good"}\n';
   const cases: readonly [string, string | Uint8Array][] = [
     ["broken.jsonl", `${good}{"text": \n`],

@@ -16,6 +16,7 @@ import { elementsOf } from "../../schemas/sharding.ts";
 import { moe, planOf, type Ranks, standInRanks } from "../support/cudaRanks.ts";
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
 import { sameNumbers } from "../support/job.ts";
+import { full } from "../support/tiers.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-load-"));
 let cuda: Ranks;
@@ -110,7 +111,7 @@ describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
   });
 });
 
-test("reads hold every element of every piece once, within the limit, and little else", () => {
+test("reads hold every element of every piece once, within the limit, and little else", full, () => {
   const tensor = (start: number) => ({ path: start % 2 ? "a" : "b", name: `t${start}`, dtype: "BF16", start });
   const pieceOf = fc
     .record({

@@ -20,6 +20,7 @@ import { planOf, standInRanks } from "../support/cudaRanks.ts";
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
 import { fixture, jobOf } from "../support/job.ts";
 import { built } from "../support/rankc.ts";
+import { full } from "../support/tiers.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-saver-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
@@ -232,7 +233,7 @@ test("--resume auto skips damaged checkpoints and renames them; a run removes un
 });
 
 describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompiler}`, () => {
-  test("the state is copied to pinned memory and equals what reads return", async () => {
+  test("the state is copied to pinned memory and equals what reads return", full, async () => {
     const cuda = await standInRanks();
     const reference = planOf({ world: 1 }, {}, { precision: "bf16" });
     const { plan: own, kernels } = asCuda(reference);
