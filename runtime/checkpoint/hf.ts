@@ -6,6 +6,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { entryOf } from "../../schemas/lookup.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
 import type { Ranges } from "../shards.ts";
 import { expectFinite } from "./finite.ts";
 import { expectPrefix, expectUnscaled, openTensors, type Tensors } from "./hfFiles.ts";
@@ -81,7 +82,7 @@ function fitted(model: Model, file: string, tensors: Tensors, allowed: readonly 
       const sizes = paddedSizesOf(parameter.shape);
       if (`${sizes}` !== `${shape}`) throw new Error(`${name} has shape ${list(sizes)}, asked for ${list(shape)}`);
       const isPadded = parts === parameter.own || !isShorter(parameter);
-      const out = new Float32Array(isPadded ? elements(sizes) : product(parameter.shape));
+      const out = new Float32Array(isPadded ? elementsOf(sizes) : product(parameter.shape));
       for (const { tensor, blocks } of parts) {
         const source = entryOf(tensors.where, tensor, "tensor");
         const data = expectFinite(source.read(tensor), `${source.path}: ${tensor}`, "name a checkpoint whose weights are finite");
@@ -121,7 +122,7 @@ export function toHuggingFace(
     if (value === undefined && optional) continue;
     if (value === undefined) throw new Error(`no value for ${name}`);
     const sizes = paddedSizesOf(shape);
-    if (value.data.length !== elements(sizes)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizes)}`);
+    if (value.data.length !== elementsOf(sizes)) throw new Error(`${name} has ${value.data.length} values for shape ${list(sizes)}`);
     const data = resized(value.data, sizes, sizesOf(shape));
     const [newest = own] = theirs;
     for (const part of newest) {
@@ -140,14 +141,13 @@ export function toHuggingFace(
 
 /** Returns whether our parameter has more elements than the tensors of Hugging Face: rows of a vocabulary that no id has. */
 const isShorter = ({ shape }: HfParameter): boolean => shape.some(({ size, padded = size }) => padded !== size);
-const elements = (sizes: readonly number[]): number => sizes.reduce((n, size) => n * size, 1);
 
 /** Returns the values of a tensor of one or two dims in a tensor of other sizes: further elements are zeros, or left out. */
 function resized(data: Float32Array, from: readonly number[], to: readonly number[]): Float32Array {
   if (`${from}` === `${to}`) return data;
   const [rows = 1, columns = 1] = from;
   const [toRows = 1, toColumns = 1] = to;
-  const out = new Float32Array(elements(to));
+  const out = new Float32Array(elementsOf(to));
   const width = Math.min(columns, toColumns);
   for (let r = 0; r < Math.min(rows, toRows); r++) out.set(data.subarray(r * columns, r * columns + width), r * toColumns);
   return out;

@@ -21,6 +21,10 @@ export function parameterCount(model: Model): number {
   return sum + depthsOf(model) * (layer(layers - 1) + 2 * hidden ** 2 + 3 * norm);
 }
 
+/** Returns the number of parameters of routed experts and of their routers: what a model has more than without experts to choose from. */
+export const routedCount = (model: Model): number =>
+  parameterCount(model) - parameterCount({ ...model, moe: model.moe && { ...model.moe, experts: 0 } });
+
 /** The parameters of a norm for each element of a row: a gain, and a bias. */
 const normSize = ({ norm }: Model): number => (norm.type === "layernorm" ? 2 : 1);
 

@@ -41,7 +41,7 @@ function given(text: string, all: readonly string[]): string[] {
 }
 
 async function runSearch(path: string, options: SearchArguments): Promise<void> {
-  const { loadSearchJob } = await import("./searchJob.ts");
+  const { fixedKeys, loadSearchJob } = await import("./searchJob.ts");
   const { device } = options;
   if (device !== undefined && !deviceNames.some((name) => name === device))
     throw new Trouble(`there is no device ${device}`, `write one of ${deviceNames.join(", ")}`);
@@ -53,8 +53,7 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
       `${job.cluster.device} has no device profile, so no step can be estimated`,
       "name a profile with --profile, or another device with --device",
     );
-  const [{ fixedKeys }, { search }, { printSearch }, { settingsOf }] = await Promise.all([
-    import("./searchJob.ts"),
+  const [{ search }, { printSearch }, { settingsOf }] = await Promise.all([
     import("../search/search.ts"),
     import("../search/searchText.ts"),
     import("../search/choice.ts"),

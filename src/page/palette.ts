@@ -11,7 +11,7 @@ export interface Palette {
   readonly line: string;
   readonly accent: string;
   readonly wrong: string;
-  /** What stands still: waits, empty cells. */
+  /** The colour of waits and empty cells. */
   readonly idle: string;
   readonly kinds: readonly [forward: string, backward: string, weights: string, step: string];
   readonly axes: Readonly<Record<AxisName, string>>;

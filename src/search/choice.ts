@@ -39,8 +39,8 @@ const divisors = (n: number, most: number): number[] => {
   for (let d = 1; d <= Math.min(n, most); d++) if (n % d === 0) found.push(d);
   return found;
 };
-const powers = (most: number): number[] =>
-  divisors(2 ** Math.floor(Math.log2(Math.max(1, most))), most).filter((d) => Number.isInteger(Math.log2(d)));
+/** The powers of two up to `most`: the divisors of the largest. */
+const powers = (most: number): number[] => divisors(2 ** Math.floor(Math.log2(Math.max(1, most))), most);
 
 /** Lists the choices whose sizes divide, for the ranks of the job. `fixed` limits keys to one value. */
 export function* choicesOf(job: Job, fixed: FixedKeys): Generator<JobChoice> {
@@ -48,8 +48,7 @@ export function* choicesOf(job: Job, fixed: FixedKeys): Generator<JobChoice> {
   const { world } = parallel;
   const only = <T extends number | string>(key: SearchedKey, values: readonly T[]): readonly T[] => {
     const value = fixed[key];
-    if (value === undefined) return values;
-    return values.filter((other) => other === value).concat(values.includes(value as T) ? [] : [value as T]);
+    return value === undefined ? values : [value as T];
   };
   const places = model.layers + depthsOf(model) + 2;
   const recomputes = only<RecomputeChoice>("recompute", distinctRecomputes(job));

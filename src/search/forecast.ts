@@ -1,6 +1,6 @@
 /**
- * A forecast of a choice in closed form, in microseconds of work: seconds of a step and bytes of a rank. It orders the choices, so that only the
- * most promising are compiled; it decides nothing.
+ * A forecast of a choice in closed form: seconds of a step and bytes of a rank. It orders the choices, so that only the most promising are
+ * compiled; a choice is excluded by it only where its bytes are far beyond the device.
  */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Job } from "../../schemas/job.ts";
@@ -8,7 +8,7 @@ import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
 import type { GroupTopology } from "../analysis/estimate/topology.ts";
 import { modelFlops } from "../analysis/modelFlops.ts";
-import { parameterCount } from "../analysis/parameterCount.ts";
+import { parameterCount, routedCount } from "../analysis/parameterCount.ts";
 import type { JobChoice } from "./choice.ts";
 
 /** A forecast: seconds of a step, bytes of the rank with the most memory. */
@@ -30,9 +30,8 @@ export interface ForecastBase {
 /** Returns what the forecasts of a job share. */
 export function forecastBase(job: Job, profile: DeviceProfile): ForecastBase {
   const { model } = job;
-  const all = parameterCount(model);
-  const routed = model.moe ? all - parameterCount({ ...model, moe: { ...model.moe, experts: 0 } }) : 0;
-  return { job, profile, routed, shared: all - routed, flops: modelFlops(model) * job.train.global_batch };
+  const routed = routedCount(model);
+  return { job, profile, routed, shared: parameterCount(model) - routed, flops: modelFlops(model) * job.train.global_batch };
 }
 
 /** Share of the peak that large products reach, and the rows at which a product reaches half of that. */

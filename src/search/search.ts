@@ -5,7 +5,7 @@
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-import { sumOfParts, type TimeParts } from "../analysis/estimate/blockRun.ts";
+import type { TimeParts } from "../analysis/estimate/blockRun.ts";
 import { estimate } from "../analysis/estimate/estimate.ts";
 import { compile } from "../compile.ts";
 import { peakOf } from "../rules/all.ts";
@@ -164,10 +164,8 @@ function timed(job: Job, profile: DeviceProfile): TimedPlan {
 }
 
 /** Returns the parts of a step: products and other kernels, waiting for communication by axes, launches, waiting for other stages. */
-function partsOf(parts: TimeParts): Readonly<Record<string, number>> {
-  const { kernels, exposed, launches, bubble } = parts;
-  const named = { ...kernels, ...Object.fromEntries([...exposed].map(([axes, s]) => [`waits for ${axes}`, s])), launches, bubble };
-  return sumOfParts(parts) > 0 ? named : {};
+function partsOf({ kernels, exposed, launches, bubble }: TimeParts): Readonly<Record<string, number>> {
+  return { ...kernels, ...Object.fromEntries([...exposed].map(([axes, s]) => [`waits for ${axes}`, s])), launches, bubble };
 }
 
 function bestText(judged: readonly Candidate[]): string {

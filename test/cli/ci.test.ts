@@ -31,7 +31,7 @@ let base = "";
 beforeAll(() => {
   for (const path of [repository, bin, temp, at("small job")]) mkdirSync(path, { recursive: true });
   writeFileSync(join(bin, "rankc"), `#!/bin/sh\nexec "${process.execPath}" "${builtCli()}" "$@"\n`);
-  // in place of GitHub's command line: lists the comments that a file has, and appends what it is told
+  // in place of GitHub's command line: prints the comments in a file, and appends its arguments and bodies to another
   writeFileSync(
     join(bin, "gh"),
     `#!/bin/bash\ncase "$*" in *--jq*) cat "${temp}/known";; *) echo "$*" >> "${temp}/calls"; cat "\${!#/body=@/}" >> "${temp}/calls" 2>/dev/null || cat "\${@: -1}" > /dev/null;; esac\n`,

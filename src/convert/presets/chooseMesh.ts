@@ -2,7 +2,7 @@
 import { type Device, deviceOf } from "../../../schemas/devices.ts";
 import { completeJob, type Job, JobText } from "../../../schemas/job.ts";
 import { depthsOf } from "../../../schemas/mtp.ts";
-import { parameterCount } from "../../analysis/parameterCount.ts";
+import { parameterCount, routedCount } from "../../analysis/parameterCount.ts";
 import { quick } from "../../rules/quick.ts";
 import { layoutText } from "../layoutText.ts";
 
@@ -153,7 +153,7 @@ export function memoryEstimate(job: Job): number {
   const { model, parallel: p, train } = job;
   const bytes = train.precision === "fp32" ? 4 : 2;
   const all = parameterCount(model);
-  const routed = all - parameterCount({ ...model, moe: model.moe && { ...model.moe, experts: 0 } });
+  const routed = routedCount(model);
   const tables = (model.tie_embeddings ? 1 : 2) * model.vocab * model.hidden;
   // weights and gradients stay on every rank that uses them; optimizer state is sharded over the ranks that hold copies
   const held = (count: number, shards: number, copies: number) =>
