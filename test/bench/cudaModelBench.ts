@@ -1,6 +1,6 @@
 /**
  * A whole model on one GPU: the milliseconds of a step of one microbatch, of its forward and backward part and of its optimizer, tokens and
- * floating-point operations a second, the plan's peak memory, and where the time goes. One job a call; random tokens and weights. One JSON
+ * floating-point operations a second, the plan's peak memory and what the device has allocated, and where the time goes. One job a call; random tokens and weights. One JSON
  * object to stdout, all else to stderr.
  *
  *     npm run bench:cuda-model -- [test/bench/jobs/mixtral-8x7b-4-layers.yaml] [--set KEY=VALUE] [--steps 9] [--rows 60] [--limit 60]
@@ -15,6 +15,7 @@ import { readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
 import { parse } from "yaml";
 import { type CudaRanks, openCuda } from "../../runtime/cuda/backend.ts";
+import { driver } from "../../runtime/cuda/driver.ts";
 import { runOn } from "../../runtime/train/loop.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
@@ -163,13 +164,24 @@ async function profiled() {
         all: spanOf(timings, new Set([...model, ...optimizer])),
       });
   }
+  const device_gib = (heldBytes() - heldBefore) / 2 ** 30;
   await close();
   return {
-    timings,
+    ...{ timings, device_gib },
     forward_backward_ms: median(times.map((t) => t.model)),
     optimizer_ms: median(times.map((t) => t.optimizer)),
     instructions_ms: median(times.map((t) => t.all)),
   };
+}
+
+const [gpu] = driver().devices;
+if (!gpu) throw new Error("there is no CUDA device");
+const context = driver().open(gpu);
+/** Bytes of the device that others, and the context, hold before the model is there. */
+const heldBefore = heldBytes();
+function heldBytes(): number {
+  const { free, total } = context.memory();
+  return total - free;
 }
 
 const graph = values["profile-only"] ? undefined : await replays();

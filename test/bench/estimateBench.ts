@@ -2,6 +2,11 @@
  * Compares estimates with measured steps, as tables for docs/estimate.md: one H200 with rankc's kernels, and published rows with the stacks that ran them.
  * `npm run bench:estimate`, with `-- here` the first alone, with `-- published` the others, with ids of rows or names of jobs these. Takes about ten
  * minutes of one core.
+ *
+ * Measured values of one H200 stand in test/fixtures/estimate/h200.tsv alone. `npm run bench:cuda-model -- test/bench/jobs/JOB.yaml --profile-only --steps 5`
+ * prints one JSON object for a job; write into its line: forward_backward_ms as blocks_ms, optimizer_ms, device_gib. (Without --profile-only, step_ms of
+ * a job whose step_ms is given.) The columns predicted_* were written before the jobs ran; they stay as they are, and errors are given of them and of
+ * the estimate of today.
  */
 import { readFileSync } from "node:fs";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
@@ -27,32 +32,45 @@ const head = (...cells: string[]): void => {
   print(cells.map(() => "---"));
 };
 
-/** One microbatch forward and backward, and the optimizer step, beside test/results/cuda-model-2026-11-30.md. */
+/** One microbatch forward and backward, the optimizer step, and memory, beside what an H200 took. */
 async function measuredHere(): Promise<void> {
   const profile = packageProfile("h200-141gb")!;
   const target = await loadTarget("cuda:sm_90a");
-  head("job of test/bench/jobs, one H200", "measured, ms", "estimate, ms", "error", "optimizer, measured", "estimate", "from");
-  for (const { job: name = "", blocks_ms, step_ms, optimizer_ms, use = "" } of readTable("h200.tsv").filter(({ job }) => isAsked(job))) {
+  const rows = readTable("h200.tsv").filter(({ job }) => isAsked(job));
+  head(...["job of test/bench/jobs, one H200", "measured, ms", "estimate, ms", "error", "predicted, ms", "error"], ...secondHead);
+  const errors: number[] = [];
+  for (const row of rows) {
+    const { job: name = "", step_ms, optimizer_ms, device_gib, use = "" } = row;
     const path = new URL(`jobs/${name}.yaml`, import.meta.url);
     const { job } = readJob(readFileSync(path, "utf8"), `${name}.yaml`);
     if (!job) throw new Error(`${name} is no valid job`);
-    const { seconds, stages } = estimate(compile(job, { target }).plan, { profile });
+    const { plan } = compile(job, { target });
+    const { seconds, stages } = estimate(plan, { profile });
     const optimizer = 1000 * stages[0]!.parts.kernels.optimizer;
     const ms = step_ms === "-" ? 1000 * seconds - optimizer : 1000 * seconds;
-    const measured = Number(step_ms === "-" ? blocks_ms : step_ms);
-    const isMeasured = Number.isFinite(measured);
-    const ofOptimizer = Number(optimizer_ms);
+    const peak = largest(plan.memory, (m) => m.peak) / 2 ** 30;
+    const measured = Number(step_ms === "-" ? row.blocks_ms : step_ms);
+    const predicted = Number(row.predicted_ms);
+    if (use === "predicted" && Number.isFinite(measured)) errors.push(error(predicted, measured));
     print([
       `${name}${step_ms === "-" ? "" : ", whole step"}`,
-      isMeasured ? String(measured) : "not measured",
-      ms.toFixed(1),
-      isMeasured ? signed(error(ms, measured)) : "",
-      Number.isFinite(ofOptimizer) ? String(ofOptimizer) : "",
-      optimizer.toFixed(1),
-      use,
+      Number.isFinite(measured) ? String(measured) : "not measured",
+      ...[ms.toFixed(1), errorText(ms, measured), known(row.predicted_ms), errorText(predicted, measured)],
+      ...[known(optimizer_ms), optimizer.toFixed(1), errorText(optimizer, Number(optimizer_ms))],
+      ...[known(device_gib), peak.toFixed(2), errorText(peak, Number(device_gib)), use],
     ]);
   }
+  if (errors.length > 0) {
+    const worst = errors.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a));
+    const mean = errors.reduce((sum, e) => sum + Math.abs(e), 0) / errors.length;
+    console.log(`\nOf ${errors.length} jobs predicted before they ran: mean absolute error ${mean.toFixed(1)} %, worst ${signed(worst)}`);
+  }
 }
+
+const secondHead = ["optimizer, measured", "estimate", "error", "device, GiB", "plan's peak", "error", "from"];
+const known = (cell: string | undefined): string => (cell === undefined || cell === "-" ? "" : cell);
+const errorText = (estimated: number, measured: number): string =>
+  Number.isFinite(estimated) && Number.isFinite(measured) ? signed(error(estimated, measured)) : "";
 
 interface Compared {
   readonly row: PublishedRow;
