@@ -379,6 +379,8 @@ interface CudaGemmWgmmaCu {
   readonly raster: string | number;
   readonly stages: string | number;
   readonly suffix: string | number;
+  readonly tickets: string | number;
+  readonly ticketsPointer: string | number;
   readonly tileM: string | number;
   readonly tileN: string | number;
   readonly warpgroupsN: string | number;

@@ -49,6 +49,7 @@ emulated(`Hopper's products${note}`, () => {
 
   const wide = { rows: 128, columns: 128 } as const;
   const low = { rows: 64, columns: 128 } as const;
+  const turns = { rows: 128, columns: 64, alternates: true } as const;
   const rows = [130, 0, 17, 128, 1, 200];
 
   // in the fast tier the dense and the alternating product is n3, below: each test compiles a library
@@ -83,11 +84,14 @@ emulated(`Hopper's products${note}`, () => {
           held("g4", "grouped_gemm", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
           held("g5", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: small, stages: 2 }),
           held("g6", "grouped_gemm", { K: 64, N: 64, rows: [0, 150, 0] }, false, { tile: small, stages: 2 }),
+          // the fourth block takes tiles from the shallow end
+          held("g7", "grouped_wgrad", { K: 136, N: 72, rows }, false, { tile: turns, stages: 2, blocks: 5 }),
+          held("g8", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 3, blocks: 4 }),
         ],
         "g3",
+        "g7",
       ),
     ));
-  const turns = { rows: 128, columns: 64, alternates: true } as const;
   test("alternating warpgroups: even and odd numbers of tiles, experts without rows, remainders of the depth", full, () =>
     holdAll([
       held("w0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: turns, stages: 3 }),
@@ -160,7 +164,7 @@ emulated(`Hopper's products${note}`, () => {
     // three tiles: one block's neighbour ends before it
     held("c7", "gemm", { S: 300, K: 264, N: 120 }, false, { tile: wide, stages: 2, cluster: 2 }),
     held("c6", "grouped_wgrad", { K: 200, N: 136, rows: [130, 0, 70, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
-    held("c9", "grouped_wgrad", { K: 264, N: 264, rows: [130, 0, 70, 1] }, false, {
+    held("c9", "grouped_wgrad", { K: 200, N: 264, rows: [130, 0, 70, 1] }, false, {
       ...{ tile: { rows: 128, columns: 128, alternates: true }, stages: 2, cluster: 2, blocks: 4 },
     }),
     // one step of depth to a tile

@@ -12,7 +12,7 @@ import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.
 import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
-import { sumParts } from "./reduce.ts";
+import { clearBytes, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
@@ -82,6 +82,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     places: register((i) => `"+f"(sums[${i}])`, 8),
   });
   const ragged = p.ragged !== undefined;
+  const tickets = takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
   const target = splits ? scratchStart : p.ragged === "rows" || (p.adds && p.c.dtype !== "f32") ? p.c.name : undefined;
   const { addends, depth } = addendsOf(p, DEPTH);
@@ -99,12 +100,26 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
-    parameters: `${target === undefined ? "" : ", Out* c"}${ragged ? ", const int* rows" : ""}`,
+    parameters: `${target === undefined ? "" : ", Out* c"}${ragged ? ", const int* rows" : ""}${tickets ? ", u64* tickets" : ""}`,
+    ...{ tickets: flag(tickets), ticketsPointer: tickets ? "tickets" : "nullptr" },
     ragged,
     pointer: target === undefined ? "nullptr" : "c",
   });
-  const args = [...mapsOf(p, tiling), ...(target === undefined ? [] : [target]), ...(ragged ? [rowIndex] : [])];
+  const args = [
+    ...mapsOf(p, tiling),
+    ...(target === undefined ? [] : [target]),
+    ...(ragged ? [rowIndex] : []),
+    ...(tickets ? [scratchStart] : []),
+  ];
   const launch = { entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(sumsOf(p, parts), tiling), args } as const;
+  if (tickets) {
+    const start = clearBytes(spec, TICKET_BYTES, scratchStart);
+    return {
+      source: source(spec, `${start.body}\n${body}`),
+      scratch: TICKET_BYTES,
+      launches: [start.launch, { ...launch, grid: [...launch.grid] }],
+    };
+  }
   if (!splits) return { source: source(spec, body), launches: [{ ...launch, grid: [...launch.grid] }] };
   const total = sumParts(spec, parts, p.m * p.n, operandOf(spec, p.c.name));
   return {
@@ -113,6 +128,14 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     launches: [{ ...launch, grid: [...launch.grid] }, total.launch],
   };
 }
+
+/** The counters of the tiles that thread blocks have taken from both ends of their list. */
+const TICKET_BYTES = 8;
+/** Returns whether thread blocks take tiles when they are free: those of experts with unequal depths, which no neighbour in a cluster shares. */
+const takesTickets = (p: MatrixProduct, { tile, cluster }: Pick<HopperTiling, "tile" | "cluster">): boolean =>
+  p.ragged === "depth" && tile.alternates === true && cluster === 1;
+/** Numbers of tiles with two barriers each. */
+const SLOT_BYTES = 4 * (16 + 4);
 
 /** Returns the depth of one part: whole steps. */
 const partOf = ({ depth }: MatrixProduct, parts: number): number => Math.ceil(depth / parts / DEPTH) * DEPTH;
@@ -222,11 +245,12 @@ function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "
   invariant(false, `no room for ${least} stages of ${tile.rows} x ${tile.columns}`);
 }
 
-/** Returns the shared memory in bytes: stages, buffers of eight warps, two barriers per stage, two barriers of turns, offsets and order of experts. */
+/** Returns the shared memory in bytes: stages, buffers of eight warps, two barriers per stage, two barriers of turns, numbers of tiles, offsets and order of experts. */
 const sharedOf = (p: MatrixProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH +
   8 * buffers * 2048 +
   16 * stages +
   (tile.alternates ? 16 : 0) +
+  (p.ragged === "depth" && tile.alternates ? SLOT_BYTES : 0) +
   (p.ragged ? 4 * (p.experts + 1) : 0) +
   (p.ragged === "depth" ? 4 * p.experts : 0);

@@ -7,7 +7,7 @@ import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import type { GeneratedKernel, KernelOperand, KernelSpec } from "../kernelSpec.ts";
-import { attributeOf, type GeneratedLaunch, scratch, scratchStart } from "../launchArgs.ts";
+import { attributeOf, type GeneratedLaunch, type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
 import { f32, source, vectorOf } from "./text.ts";
 
 /** The addends of a sum to a scalar. */
@@ -94,12 +94,16 @@ export function sumParts(spec: KernelSpec, parts: number, size: number, to: Kern
 }
 
 /** Returns the launch that fills an operand with zeros; its size is a multiple of 4 bytes. */
-export function clearBuffer(spec: KernelSpec, { name, dtype, size }: KernelOperand): { body: string; launch: GeneratedLaunch } {
+export const clearBuffer = (spec: KernelSpec, { name, dtype, size }: KernelOperand): { body: string; launch: GeneratedLaunch } =>
+  clearBytes(spec, size * bytesOf[dtype], name);
+
+/** Returns the launch that fills the first bytes of an argument with zeros, a multiple of 4. */
+export function clearBytes(spec: KernelSpec, bytes: number, to: KernelArg): { body: string; launch: GeneratedLaunch } {
   const entry = `${spec.name}_clear`;
-  const words = Math.ceil((size * bytesOf[dtype]) / 4);
+  const words = Math.ceil(bytes / 4);
   const grid = Math.min(4096, Math.ceil(words / 1024));
   return {
     body: render("cuda/clear.cu", { name: entry, words, grid }),
-    launch: { entry, grid: [grid, 1, 1], threads: 256, shared: 0, args: [name] },
+    launch: { entry, grid: [grid, 1, 1], threads: 256, shared: 0, args: [to] },
   };
 }
