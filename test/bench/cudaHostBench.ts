@@ -1,6 +1,7 @@
 /**
  * Ranks on a GPU host: plans of mixtral-tiny on one GPU and on meshes of two, rankc packed as a user packs it, and what transformers
- * found, in a folder; then test/bench/cuda_host.py on it, where the GPUs are. `--out FOLDER` (.rankc/host).
+ * found, in a folder; then test/bench/cuda_host.py on it, where the GPUs are. `--out FOLDER` (.rankc/host). `--no-pack`: no archive, for
+ * cuda_host.py --rankc with a command line that is installed there.
  */
 import { cpSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -20,6 +21,7 @@ const MODEL = "mixtral-tiny";
 const meshes: Readonly<Record<string, { readonly parallel: object; readonly dispatch?: "all_gather" }>> = {
   "one GPU": { parallel: {} },
   "tensor 2, sequence": { parallel: { world: 2, tensor: 2, sequence: true } },
+  "tensor 2, expert 2": { parallel: { world: 2, tensor: 2, sequence: true, expert: 2 } },
   "expert 2": { parallel: { world: 2, expert: 2 } },
   "expert 2, tokens gathered": { parallel: { world: 2, expert: 2 }, dispatch: "all_gather" },
   "pipeline 2": { parallel: { world: 2, pipeline: 2 } },
@@ -30,7 +32,9 @@ const meshes: Readonly<Record<string, { readonly parallel: object; readonly disp
   "data 2, distributed optimizer": { parallel: { world: 2, distributed_optimizer: true } },
 };
 
-const { values } = parseArgs({ options: { out: { type: "string", default: join(root, ".rankc/host") } } });
+const { values } = parseArgs({
+  options: { out: { type: "string", default: join(root, ".rankc/host") }, "no-pack": { type: "boolean", default: false } },
+});
 const folder = values.out;
 rmSync(folder, { recursive: true, force: true });
 mkdirSync(folder, { recursive: true });
@@ -47,7 +51,7 @@ for (const [name, { parallel, dispatch }] of Object.entries(meshes)) {
   for (const [file, text] of compiled.sources) writeFileSync(join(folder, plan, "kernels", file), text);
   runs.push({ name, plan, ranks: compiled.plan.mesh.world });
   // one plan goes into the archive with its cubins; the host compiles the kernels of the others
-  if (name !== "one GPU") continue;
+  if (name !== "one GPU" || values["no-pack"]) continue;
   const units = compiled.plan.kernels.map((k) => ({
     kernel: k.id,
     text: compiled.sources.get(k.source!.file)!,

@@ -1,11 +1,12 @@
 """Ranks on a GPU host, second half: runs what test/bench/cudaHostBench.ts wrote, with the packed rankc alone: no Node, no npm, no network.
 
-    python3 test/bench/cuda_host.py FOLDER --out RESULTS [--steps 1000]
+    python3 test/bench/cuda_host.py FOLDER --out RESULTS [--steps 1000] [--long 10000] [--rankc "node dist/cli/rankc.cjs"]
 
 Every plan trains so many steps: its first losses must be those of transformers within 2e-4, and one GPU's. Then one rank of two is
 killed, and one is stopped, as if its host hung: the run must end within 30 s and say which. A snapshot of one mesh is gone on from with
-another. Writes RESULTS/host.md; exits 1 where
-one of these does not hold.
+another. A long run saves checkpoints: its memory must not grow, its last steps must be as fast as its first, and a run that is resumed
+from one of them must have the same losses, bit for bit. The connection of rank 1 to rank 0 is closed: both must end within 30 s. Writes
+RESULTS/host.md; exits 1 where one of these does not hold. --rankc: an installed command line in place of the packed one.
 """
 
 import argparse
@@ -13,22 +14,27 @@ import datetime
 import json
 import os
 import shutil
+import shlex
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
 WITHIN = 2e-4
 SECONDS = 30
+RANKC = []
 
 
 def command(folder, run, steps, metrics, start=None):
     start = start or ["--init-from", str(folder / "model.safetensors")]
     plan = "plan" if run["ranks"] == 1 and not (folder / run["plan"]).exists() else f"../{run['plan']}"
-    return [str(folder / "rankc/rankc"), "run", plan, "--backend", "cuda", "--steps", str(steps), "--metrics", str(metrics),
+    return [*(RANKC or [str(folder / "rankc/rankc")]), "run", plan, "--backend", "cuda", "--steps", str(steps), "--metrics", str(metrics),
             *start, "--data-dir", str(folder)]
 
 
@@ -108,15 +114,150 @@ def lose(folder, run, how):
                 os.kill(left, signal.SIGKILL)
 
 
+def memory_of(launcher):
+    """MiB of host memory of both ranks, and of both GPUs."""
+    host = 0
+    for rank in (0, 1):
+        process = rank_of(launcher, rank)
+        if process:
+            status = (Path("/proc") / str(process) / "status").read_text()
+            host += next((int(line.split()[1]) for line in status.split("\n") if line.startswith("VmRSS")), 0) // 1024
+    used = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True).stdout.split()
+    return host, sum(int(x) for x in used)
+
+
+def long_run(folder, run, steps):
+    """Trains `steps` steps with ten checkpoints. Memory in the first and in the last tenth, the speed of both, and how the resumed run differs."""
+    metrics, saved = folder / "long.jsonl", folder / "long"
+    metrics.unlink(missing_ok=True)
+    shutil.rmtree(saved, ignore_errors=True)
+    every = steps // 10
+    saving = ["--save", str(saved), "--save-every", str(every), "--keep", "2"]
+    begun = time.monotonic()
+    launcher = subprocess.Popen([*command(folder, run, steps, metrics), *saving], cwd=folder / "rankc", env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    said = []
+    reader = threading.Thread(target=lambda: said.extend(launcher.stderr))
+    reader.start()
+    memory = {}
+    while launcher.poll() is None:
+        done = len(lines(metrics))
+        for name, at in (("first", every + every // 2), ("last", steps - every // 2)):
+            if done >= at and name not in memory:
+                memory[name] = memory_of(launcher.pid)
+        time.sleep(0.2)
+    reader.join()
+    seconds = time.monotonic() - begun
+    rows = lines(metrics)
+    again = folder / "long-again.jsonl"
+    again.unlink(missing_ok=True)
+    older = sorted(saved.glob("step-*"), key=lambda p: int(p.name.split("-")[1])) if saved.exists() else []
+    resumed = []
+    if launcher.returncode == 0 and len(older) == 2:
+        subprocess.run(command(folder, run, steps, again, ["--resume", str(older[0])]), cwd=folder / "rankc", env=environment(), capture_output=True, timeout=240)
+        resumed = [r["loss"] for r in lines(again)]
+    losses = [r["loss"] for r in rows]
+    speed = [statistics.median(r["seconds"] for r in part) * 1e3 if part else float("nan") for part in (rows[every:2 * every], rows[-every:])]
+    return {"code": launcher.returncode, "steps": len(rows), "seconds": seconds, "memory": memory, "ms": speed, "resumed": len(resumed),
+            "same": bool(resumed) and resumed == losses[-len(resumed):], "checkpoints": [p.name for p in older], "last_loss": losses[-1:], "said": said[-8:]}
+
+
+class Proxy:
+    """Forwards the connections of a port to another one, until it is closed."""
+
+    def __init__(self, target):
+        self.target, self.sockets = target, []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.server.accept()
+                far = self.connect()
+            except OSError:
+                return
+            self.sockets += [near, far]
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self.forward, args=(a, b), daemon=True).start()
+
+    def connect(self):
+        """Rank 0 may not listen yet."""
+        until = time.monotonic() + 60
+        while True:
+            try:
+                return socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    def forward(self, a, b):
+        try:
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+        except OSError:
+            pass
+
+    def close(self):
+        """Closes the port and resets its connections."""
+        self.server.close()
+        for end in self.sockets:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            end.close()
+
+
+def close_port(folder, run):
+    """Starts both ranks as another launcher does, rank 1 through a proxy that closes at step 50. Seconds until both are over, and what was printed."""
+    metrics = folder / "port.jsonl"
+    metrics.unlink(missing_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    proxy = None
+    try:
+        for rank in (0, 1):
+            if rank == 1:
+                proxy = Proxy(port)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": proxy.port if proxy else port}
+            ranks.append(subprocess.Popen(command(folder, run, 10**6, metrics), cwd=folder / "rankc", env={**environment(), **{k: str(v) for k, v in place.items()}},
+                                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        begun = time.monotonic()
+        while len(lines(metrics)) < 50:
+            if any(r.poll() is not None for r in ranks) or time.monotonic() - begun > 120:
+                raise RuntimeError(f"it did not come to step 50: {[r.poll() for r in ranks]}")
+            time.sleep(0.1)
+        proxy.close()
+        begun = time.monotonic()
+        said = [r.communicate(timeout=90)[1] for r in ranks]
+        return {"seconds": time.monotonic() - begun, "code": max(abs(r.returncode) for r in ranks),
+                "said": [f"[{i}] {l}" for i, text in enumerate(said) for l in [l for l in text.split("\n") if l and "  loss " not in l][-4:]]}
+    except Exception as error:
+        return {"seconds": float("inf"), "code": None, "said": [repr(error)[:300]]}
+    finally:
+        for r in ranks:
+            r.kill()
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--long", type=int, default=10000)
+    parser.add_argument("--rankc", default="")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    with tarfile.open(folder / "rankc.tar.xz") as archive:
-        archive.extractall(folder / "rankc", filter="data")
+    RANKC.extend(str(Path(word).resolve()) if Path(word).exists() else word for word in shlex.split(options.rankc))
+    if RANKC:
+        (folder / "rankc").mkdir(exist_ok=True)
+    else:
+        with tarfile.open(folder / "rankc.tar.xz") as archive:
+            archive.extractall(folder / "rankc", filter="data")
     host = json.loads((folder / "host.json").read_text())
     gpus = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip().split("\n")
     there = [run for run in host["runs"] if run["ranks"] <= len(gpus)]
@@ -151,6 +292,22 @@ def main():
             bad.append(f"a rank {name}: the others went on")
         faults += ["", f"Rank 1 {name}: all was over after {got['seconds']:.1f} s, exit {got['code']}:", "", "```text", *got["said"], "```"]
         print("\n".join(faults[-len(got["said"]) - 4:]), flush=True)
+    if two:
+        got = results["closed"] = close_port(folder, two)
+        if not got["seconds"] < SECONDS or got["code"] == 0:
+            bad.append("the connection to rank 0 was closed: a rank went on")
+        faults += ["", f"The connection of rank 1 to rank 0 closed: both were over after {got['seconds']:.1f} s:", "", "```text", *got["said"], "```"]
+        print("\n".join(faults[-len(got["said"]) - 4:]), flush=True)
+    expert = by_name.get("expert 2")
+    if expert and options.long:
+        got = results["long"] = long_run(folder, expert, options.long)
+        growth = [b - a for a, b in zip(got["memory"]["first"], got["memory"]["last"])] if len(got["memory"]) == 2 else [float("inf")]
+        if got["code"] != 0 or got["steps"] != options.long or not got["same"] or growth[-1] != 0 or growth[0] > 64 or got["ms"][1] > 1.05 * got["ms"][0]:
+            bad.append("the long run:\n\n```text\n" + "".join(got["said"]) + "\n```")
+        faults += ["", f"expert 2, {got['steps']} of {options.long} steps in {got['seconds']:.1f} s, ten checkpoints, the newest two kept ({', '.join(got['checkpoints'])}): "
+                   f"{got['ms'][0]:.2f} ms a step in the second tenth, {got['ms'][1]:.2f} in the last; host memory of both ranks and memory of both GPUs, MiB: {got['memory'].get('first')} then {got['memory'].get('last')}; "
+                   f"{got['resumed']} steps resumed from {got['checkpoints'][:1]}: losses {'equal bit for bit' if got['same'] else 'differ'}."]
+        print(faults[-1], flush=True)
     command_line = " ".join(["python3", *sys.argv])
     text = "\n".join([
         "# Ranks on a GPU host", "",
