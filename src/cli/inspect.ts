@@ -3,7 +3,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Inspection } from "../report/inspect.ts";
 import { type Theme, themes } from "../report/svg.ts";
-import { loadPlan } from "./loadPlan.ts";
+import { loadPlan, loadPlanForDevice } from "./loadPlan.ts";
 import { atLeastOne, type CommonOptions, planOrJob, wholeNumber, withExamples, withFormat, withSet } from "./options.ts";
 import { printJson, printReport, reportWidth } from "./output.ts";
 import { expectWritable, writeFile } from "./outputFiles.ts";
@@ -78,7 +78,9 @@ function idText(text: string): string {
 
 async function runInspect(path: string, options: InspectArguments): Promise<void> {
   if (options.picture) expectWritable(options.picture);
-  const { plan } = await loadPlan(path, options);
+  // ids are those of a plan that compile writes; whole reports are about the kernels of the device, which do some instructions at once
+  const namesId = options.why !== undefined || options.op !== undefined || options.rank !== undefined;
+  const { plan } = await (namesId ? loadPlan : loadPlanForDevice)(path, options);
   const { profileFor } = await import("./deviceProfile.ts");
   const profile = profileFor(plan.job.cluster.device, options.device);
   if (options.picture) {
@@ -86,8 +88,7 @@ async function runInspect(path: string, options: InspectArguments): Promise<void
     writeFile(options.picture, drawPlan(plan, options.theme, profile));
   }
   const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
-  const needsView = options.why === undefined && options.op === undefined && options.rank === undefined;
-  const view = needsView ? inspectPlan(plan, { profile, imbalance: options.imbalance }) : undefined;
+  const view = namesId ? undefined : inspectPlan(plan, { profile, imbalance: options.imbalance });
   const sections = [...(view ? await sectionsOf(plan, view, options) : []), ...(await detailsOf(plan, path, options))];
   if (options.format === "json") {
     const named = Object.fromEntries(sections.map(({ key, value }) => [key, value]));

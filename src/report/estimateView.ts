@@ -160,7 +160,7 @@ function classTable(view: EstimateView, width: number): string[] {
   ];
   const rows = busiest.classes.map(({ name, axes, stream, bytes, total, exposed }) => [
     ...[name, axes, stream ?? "in order", bytesText(bytes), secondsText(total)],
-    ...[secondsText(Math.max(0, total - exposed)), secondsText(exposed)],
+    ...[secondsText(total - exposed > 1e-9 * total ? total - exposed : 0), secondsText(exposed)],
   ]);
   return [bold("collectives of a step, hidden under kernels and exposed"), ...fitTable(columns, rows, { width })];
 }

@@ -7,6 +7,7 @@ import { sumOfParts } from "../../src/analysis/estimate/blockRun.ts";
 import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { type SimulatedStage, simulate } from "../../src/analysis/estimate/simulate.ts";
+import { StageClock } from "../../src/analysis/estimate/stageClock.ts";
 import { blockTimer, type TimedBlock } from "../../src/analysis/estimate/timedBlocks.ts";
 import { compile } from "../../src/compile.ts";
 import { jobOf } from "../support/job.ts";
@@ -30,11 +31,13 @@ const planOf = (parallel: object, more: { readonly layers?: number; readonly bat
     }),
   ).plan;
 };
+const buckets = { gradient_bucket: 1, parameter_bucket: 1 };
 const plans = once((): readonly Plan[] => [
   planOf({ world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true }),
   planOf({ world: 8, pipeline: 4, expert: 2 }),
   planOf({ world: 16, pipeline: 2, virtual_pipeline: 2, tensor: 2, sequence: true, context: 2, expert: 2 }),
   planOf({ world: 4, pipeline: 4, schedule: "zero_bubble" }, { moe: false }),
+  planOf({ world: 8, expert: 4, distributed_optimizer: true, ...buckets, expert_overlap: "shared" }),
 ]);
 
 const near = (a: number, b: number): void => expect(Math.abs(a - b)).toBeLessThan(1e-9 + 1e-9 * Math.abs(b));
@@ -109,7 +112,7 @@ const scaled = (p: DeviceProfile, host: number, network: number): DeviceProfile 
 test("more bandwidth is never slower, and neither is a faster kernel", () => {
   const factor = fc.double({ min: 0.25, max: 8, noNaN: true });
   fc.assert(
-    fc.property(fc.nat(3), factor, factor, factor, (n, host, network, more) => {
+    fc.property(fc.nat(4), factor, factor, factor, (n, host, network, more) => {
       const plan = plans()[n]!;
       const time = (profile: DeviceProfile): number => estimate(plan, { profile }).seconds;
       const slow = scaled(h100, host, network);
@@ -155,4 +158,26 @@ test("slower experts lengthen the step, and nothing else than rows of experts do
   );
   expect(mixture!(2).seconds).toBeGreaterThan(mixture!(1).seconds);
   expect(dense!(2).seconds).toBe(dense!(1).seconds);
+});
+
+test("an asynchronous collective runs until an instruction waits for it by its id; other communication until a kernel touches its bytes", () => {
+  const bytes = { reads: [], writes: [[0, 8] as const] };
+  const kernel = { reads: [[0, 8] as const], writes: [] };
+  const work = { ...bytes, axes: "dp", start: 0, end: 5, late: 0 };
+  const inOrder = new StageClock(0, 0, [{ ...work, stream: "comm" }]);
+  expect(inOrder.run(kernel, 1)).toMatchObject({ start: 5, end: 6, exposed: 5, axes: "dp" });
+  const beside = new StageClock(0, 0, [{ ...work, stream: "gradients", id: "a" }]);
+  expect(beside.run(kernel, 1)).toMatchObject({ start: 0, end: 1, exposed: 0 });
+  expect(beside.readyAt(kernel, "comm")).toBe(1);
+  expect(beside.await("a")).toMatchObject({ exposed: 4, axes: "dp" });
+  expect(beside.await("a")).toMatchObject({ exposed: 0 });
+  expect(beside.compute).toBe(5);
+});
+
+test("what overlap hides is no part of the step: gradients of buckets wait for less than those in order", () => {
+  const waited = (plan: Plan): number => estimate(plan, { profile: slowLinks }).stages[0]!.parts.exposed.get("dp") ?? 0;
+  const slowLinks = scaled(h100, 0.05, 0.05);
+  const parallel = { world: 4, distributed_optimizer: true };
+  const inOrder = waited(planOf(parallel, { moe: false }));
+  expect(waited(planOf({ ...parallel, ...buckets }, { moe: false }))).toBeLessThan(0.9 * inOrder);
 });

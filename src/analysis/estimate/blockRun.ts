@@ -104,6 +104,7 @@ export function runInstruction(
   post: (message: Omit<BlockMessage, "index">) => void,
 ): readonly [number, number] {
   const { instruction, seconds, stream, axes = "", part } = i;
+  awaitCollectives(clock, i, parts);
   if (instruction.kind === "compute") {
     const { start, end, exposed, axes: waited, communication, idle } = clock.run(i, seconds);
     parts.addExposed(waited, exposed, communication);
@@ -113,10 +114,20 @@ export function runInstruction(
   }
   const ready = clock.readyAt(i, stream);
   if (instruction.kind === "collective") {
-    if (seconds > 0) clock.add({ ...i, stream, axes, start: ready, end: ready + seconds, late: 0 });
+    const id = instruction.stream && instruction.id;
+    if (seconds > 0) clock.add({ ...i, stream, axes, start: ready, end: ready + seconds, late: 0, ...(id && { id }) });
     return [ready, ready + seconds];
   }
   const { kind, peer, channel } = instruction;
   post({ kind, peer, channel, seconds, ready: kind === "send" ? clock.readyAt(i, stream) : clock.compute });
   return [ready, ready + seconds];
+}
+
+/** Makes the compute stream wait for the asynchronous collectives that an instruction waits for; a second call waits for nothing. */
+export function awaitCollectives(clock: StageClock, { instruction: { waits = [] } }: TimedInstruction, parts: PartSums): void {
+  for (const id of waits) {
+    const { exposed, axes, communication, idle } = clock.await(id);
+    parts.addExposed(axes, exposed, communication);
+    parts.bubble += idle;
+  }
 }

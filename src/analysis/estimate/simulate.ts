@@ -7,7 +7,7 @@ import { itemOf } from "../../../schemas/lookup.ts";
 import type { BlockRun, Plan } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import { stagesOf } from "../stages.ts";
-import { type BlockRunTimes, PartSums, runBlock, runInstruction, type TimeParts } from "./blockRun.ts";
+import { awaitCollectives, type BlockRunTimes, PartSums, runBlock, runInstruction, type TimeParts } from "./blockRun.ts";
 import { type PendingWork, StageClock } from "./stageClock.ts";
 import { blockTimer, type CommunicationClass, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
 
@@ -152,7 +152,7 @@ class StageRun {
     const pending = this.#pending
       .filter(({ end }) => end > this.#clock)
       .map((p) => ({ ...p, start: p.start - this.#clock, end: p.end - this.#clock }));
-    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${block.isLast} ${pending.map(({ stream, axes, end }) => `${stream}/${axes}/${end.toFixed(9)}`).join()}`;
+    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${block.isLast} ${pending.map(({ stream, id, axes, end }) => `${stream}/${id}/${axes}/${end.toFixed(9)}`).join()}`;
     const known = this.#replays.get(key);
     if (known) return known;
     const { assumed, profile } = this.#options;
@@ -196,7 +196,9 @@ class StepRun {
   /** Runs instructions until one needs other stages. Returns whether any ran. */
   advance(): boolean {
     const before = this.#next;
-    for (let i = this.block.instructions[this.#next]; i && !this.meeting; i = this.block.instructions[this.#next]) {
+    for (let i = this.block.instructions[this.#next]; i; i = this.block.instructions[this.#next]) {
+      awaitCollectives(this.clock, i, this.parts);
+      if (this.meeting) break;
       if (i.instruction.kind === "recv") {
         if (!this.#receive(i)) break;
       } else

@@ -1,6 +1,7 @@
 /**
  * The clocks of the streams of one stage. They follow the runtime (runtime/cuda/streams.ts): kernels run on the compute stream; communication
- * runs on streams of its own after all kernels issued before it, beside later kernels, until one of them touches the same bytes.
+ * runs on streams of its own after all kernels issued before it, beside later kernels, until one of them touches the same bytes. Asynchronous
+ * collectives run until an instruction waits for them by their ids, as the plan states.
  */
 import type { CommunicationClass, MemorySpan, TimedInstruction } from "./timedBlocks.ts";
 
@@ -8,6 +9,8 @@ type Touch = Pick<TimedInstruction, "reads" | "writes">;
 
 /** Communication that later instructions may have to wait for. Times in seconds on the clock of the stage. */
 export interface PendingWork extends Touch {
+  /** Of an asynchronous collective, its id: only `await` and `join` wait for it. */
+  readonly id?: string;
   readonly stream: string;
   readonly axes: string;
   readonly communication?: CommunicationClass;
@@ -17,10 +20,8 @@ export interface PendingWork extends Touch {
   readonly late: number;
 }
 
-/** When an instruction ran, and what it waited for before. */
-export interface RunTime {
-  readonly start: number;
-  readonly end: number;
+/** What the compute stream waited for. */
+export interface ClockWait {
   /** Seconds in which the compute stream waited for communication over `axes`, or for other stages. */
   readonly exposed: number;
   readonly axes: string;
@@ -31,6 +32,12 @@ export interface RunTime {
 const meets = (a: readonly MemorySpan[], b: readonly MemorySpan[]): boolean =>
   a.some(([from, to]) => b.some((other) => other[0] < to && from < other[1]));
 const conflicts = (a: Touch, b: Touch): boolean => meets(a.writes, b.reads) || meets(a.reads, b.writes);
+
+/** When a kernel ran, and what it waited for before. */
+interface RunTime extends ClockWait {
+  readonly start: number;
+  readonly end: number;
+}
 
 /** The clocks of one stage. */
 export class StageClock {
@@ -55,21 +62,27 @@ export class StageClock {
 
   /** Runs a kernel after the communication that it conflicts with. */
   run(touch: Touch, seconds: number): RunTime {
-    const wait = this.#wait(touch);
+    const wait = this.#wait((p) => p.id === undefined && conflicts(p, touch));
     const start = this.compute;
     this.compute = this.#endOf(start, seconds);
     return { start, end: this.compute, ...wait };
   }
 
+  /** Makes the compute stream wait for an asynchronous collective, and so for those before it on its stream; none if it has ended. */
+  await(id: string): ClockWait {
+    const awaited = this.#pending.findLast((p) => p.id === id);
+    return this.#wait((p) => p === awaited);
+  }
+
   /** Makes the compute stream wait for all communication. */
-  join(): Omit<RunTime, "start" | "end"> {
-    return this.#wait("everything");
+  join(): ClockWait {
+    return this.#wait(() => true);
   }
 
   /** Returns when communication could begin: after all kernels so far, its stream, and work of other streams on the same bytes. */
   readyAt(touch: Touch, stream: string): number {
     let ready = Math.max(this.compute, this.#streams.get(stream) ?? 0);
-    for (const p of this.#pending) if (p.stream !== stream && p.end > ready && conflicts(p, touch)) ready = p.end;
+    for (const p of this.#pending) if (p.stream !== stream && p.end > ready && p.id === undefined && conflicts(p, touch)) ready = p.end;
     return ready;
   }
 
@@ -79,11 +92,11 @@ export class StageClock {
     this.#pending.push(work);
   }
 
-  #wait(touch: Touch | "everything"): Omit<RunTime, "start" | "end"> {
+  #wait(isAwaited: (p: PendingWork) => boolean): ClockWait {
     let last: PendingWork | undefined;
     if (this.#pending.length > 0) {
       this.#pending = this.#pending.filter(({ end }) => end > this.compute);
-      for (const p of this.#pending) if ((touch === "everything" || conflicts(p, touch)) && p.end > (last?.end ?? this.compute)) last = p;
+      for (const p of this.#pending) if (p.end > (last?.end ?? this.compute) && isAwaited(p)) last = p;
     }
     if (!last) return { exposed: 0, axes: "", idle: 0 };
     const waited = last.end - this.compute;
