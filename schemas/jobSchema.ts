@@ -1,5 +1,6 @@
 /** The JSON Schema of a job file, for editors (draft-07): the schema `JobText`, with `extends`. */
 import { z } from "zod";
+import { autoKeys } from "./job/autoKeys.ts";
 import { keyExamples } from "./job/keyExamples.ts";
 import { valueTexts } from "./job/valueTexts.ts";
 import { JobText } from "./job.ts";
@@ -16,6 +17,7 @@ export function jobSchema(): Schema {
   describeDefaults(schema);
   addSnippets(schema);
   describeValues(schema, "");
+  for (const path of Object.values(autoKeys)) allowAuto(schema, path.split("."));
   return { ...schema, if: { required: ["extends"] }, else: needed };
 }
 
@@ -50,6 +52,22 @@ function describeValues(schema: Schema, path: string): void {
 function addExamples(schema: unknown, path: string): void {
   const examples = keyExamples[path];
   if (isSchema(schema) && examples) schema.examples = examples;
+}
+
+/** Lets a key also be `auto`. */
+function allowAuto(schema: Schema, [key = "", ...rest]: readonly string[]): void {
+  const { properties } = schema;
+  if (!isSchema(properties)) return;
+  const inner = properties[key];
+  if (!isSchema(inner)) return;
+  if (rest.length > 0) {
+    allowAuto(inner, rest);
+    return;
+  }
+  const { title, description, markdownDescription, default: standard, defaultSnippets, examples, ...values } = inner;
+  const auto = { const: "auto", description: "rankc chooses the value of the fastest plan that fits" };
+  const texts = { title, description, markdownDescription, default: standard, defaultSnippets, examples };
+  properties[key] = { ...Object.fromEntries(Object.entries(texts).filter(([, text]) => text !== undefined)), anyOf: [values, auto] };
 }
 
 /** A part of a snippet that a person fills in, with its usual value. */

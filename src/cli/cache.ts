@@ -6,6 +6,7 @@ import { readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync 
 import { join } from "node:path";
 import { deflateRawSync, inflateRawSync } from "node:zlib";
 import type { Job } from "../../schemas/job.ts";
+import type { AutoChoice, AutoProblem } from "../frontend/auto.ts";
 import type { KnownPeaks } from "../frontend/readJob.ts";
 import type { KnownPlans } from "../plan/read.ts";
 import { sha256 } from "../plan/seal.ts";
@@ -92,6 +93,17 @@ export function knownPeaks(target: string | undefined): KnownPeaks {
     set: (job, peak) => write(nameOf(job), peak),
   };
 }
+
+/** Values that were chosen for keys that a job leaves as `auto`, by all that the choice depends on. */
+export const knownAnswers = {
+  get(key: string): AutoChoice | AutoProblem | undefined {
+    const found = read(`auto-${sha256(key)}`);
+    return typeof found === "object" && found !== null && ("values" in found || "found" in found)
+      ? (found as AutoChoice | AutoProblem)
+      : undefined;
+  },
+  set: (key: string, answer: AutoChoice | AutoProblem): void => write(`auto-${sha256(key)}`, answer),
+};
 
 /** Texts of plan files whose digests, schema and laws hold, by their SHA-256. */
 export const knownPlans: KnownPlans = {

@@ -3,6 +3,7 @@ import type { Command } from "commander";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { AppliedFix, FixedJob } from "../frontend/fixJob.ts";
 import { type CheckedJob, checkedJob, isChanged, type JobQuestions, writeFixed } from "./checkedJob.ts";
+import { autoLine } from "./loadPlan.ts";
 import { type ProcessExit, withExamples, withFormat, withSet } from "./options.ts";
 import { printStderr, printStdout } from "./output.ts";
 import { type FindingFormat, findingFormats, printFindingsAs } from "./printFindings.ts";
@@ -58,6 +59,7 @@ async function print(jobs: readonly CheckedJob[], options: CheckOptions): Promis
   const say = options.dryRun ? printStderr : printStdout;
   for (const job of jobs) {
     for (const line of linesOf(job, options, resolved !== undefined)) say(line);
+    if (job.read.auto) printStderr(await autoLine(job.read.auto));
     if (job.compared) (await import("./checkPlan.ts")).printComparison(job.compared);
   }
   if (resolved) printStdout(resolved.text());
@@ -71,8 +73,9 @@ async function printData(jobs: readonly CheckedJob[], { format, fix, dryRun }: C
   const texts = new Map(jobs.map(({ path, text, fixed }) => [path, dryRun ? text : (fixed?.text ?? text)]));
   return printFindingsAs(format, findings, texts, {
     valid: jobs.every(({ isValid }) => isValid),
-    jobs: jobs.map(({ path, isValid, compared }) => ({
+    jobs: jobs.map(({ path, isValid, compared, read }) => ({
       ...{ file: path, valid: isValid },
+      ...(read.auto && { auto: read.auto }),
       ...(compared && { plan: compared.folder, stale: compared.stale }),
     })),
     ...(fix && { fixes: jobs.flatMap(({ path, fixed }) => (fixed ? fixesJson(path, fixed) : [])) }),

@@ -66,7 +66,13 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
   if (emit) return printStdout(compiled.emit?.(emit) ?? "");
   const { summarize, printSummary } = await import("../report/summary.ts");
   const summary = summarize(plan);
-  if (options.format === "json") printJson({ ...summary, out, ...(await shownFindings(compiled.findings, await textsOf(path))) });
+  if (options.format === "json")
+    printJson({
+      ...summary,
+      out,
+      ...(compiled.auto && { auto: compiled.auto }),
+      ...(await shownFindings(compiled.findings, await textsOf(path))),
+    });
   else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
 }
 

@@ -8,6 +8,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import type { Compiled } from "../compile.ts";
+import type { AutoChoice, ChooseAuto } from "../frontend/auto.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
 import type { JobOptions } from "./options.ts";
 import { debugLevel, hasColor, printStderr, printStyled } from "./output.ts";
@@ -47,7 +48,8 @@ export async function readJobText(text: string, path: string, { set, overlay }: 
     const loaded = await loadTarget(target);
     return () => loaded;
   };
-  return readJobWith(load, knownPeaks(target), text, path, set, jobFiles(overlay));
+  const chooseAuto: ChooseAuto = async (request) => (await import("./resolveAuto.ts")).resolveAuto(request);
+  return readJobWith({ load, known: knownPeaks(target), chooseAuto }, text, path, set, jobFiles(overlay));
 }
 
 /** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
@@ -56,11 +58,19 @@ export async function compileAt(
   options: JobOptions,
   named?: string,
   needsPasses = false,
-): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[] }> {
-  const { job, findings } = await readJobAt(path, options, named);
+): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[]; auto?: AutoChoice }> {
+  const { job, findings, auto } = await readJobAt(path, options, named === forDevice ? undefined : named);
   await printFindings(findings);
   if (!job) throw new InvalidJob();
-  return { ...(await compileJob(job, named ?? "cpu", needsPasses)), findings };
+  if (auto) printStderr(await autoLine(auto));
+  return { ...(await compileJob(job, named ?? "cpu", needsPasses)), findings, ...(auto && { auto }) };
+}
+
+/** Returns the line about the values of `auto` keys. */
+export async function autoLine(auto: AutoChoice): Promise<string> {
+  const [{ chosenText }, { countText, plural, secondsText }] = await Promise.all([import("../frontend/auto.ts"), import("../units.ts")]);
+  const from = `the fastest of ${plural(auto.plans, "plan")} from ${countText(auto.choices)} choices`;
+  return `auto: ${chosenText(auto)} (${secondsText(auto.seconds)} a step by the profile ${auto.profile}, ${from})`;
 }
 
 /** Compiles a valid job for a target, or takes the plan that the cache has. `needsPasses`: compile in any case. */
@@ -75,15 +85,23 @@ export async function compileJob(
     import("../plan/seal.ts"),
   ]);
   const level = debugLevel();
-  const name = targetFor(target, job);
+  const name = target === forDevice ? `${forDevice} ${job.cluster.device}` : targetFor(target, job);
   const kept = level === 0 && !needsPasses ? recallCompiled(job, name) : undefined;
   if (kept) return { plan: readSealed(kept.plan), sources: new Map(kept.sources) };
-  const [{ compile }, { loadTarget }] = await Promise.all([import("../compile.ts"), import("../codegen/targets.ts")]);
+  const [{ compile }, { loadDeviceTargets, loadTarget }] = await Promise.all([import("../compile.ts"), import("../codegen/targets.ts")]);
   const trace = level === 0 ? {} : { trace: (await import("../passes/passNames.ts")).tracePasses(printStderr, { changes: level > 1 }) };
-  const compiled = compile(job, { target: await loadTarget(name), ...trace });
+  const loaded = target === forDevice ? (await loadDeviceTargets())(job.cluster.device) : await loadTarget(name);
+  const compiled = compile(job, { target: loaded, ...trace });
   rememberCompiled(job, name, { plan: printPlan(compiled.plan), sources: [...compiled.sources] });
   return compiled;
 }
+
+/** In place of a target: the kernels of cluster.device, without their texts. Such a plan is for reports, and not to be written. */
+const forDevice = "device";
+
+/** Reads a plan, or compiles a job for its device: kernels as they would run there, for reports of time and memory. Throws what `loadPlan` throws. */
+export const loadPlanForDevice = (path: string, options: JobOptions): Promise<LoadedPlan> =>
+  isPlanPath(path) ? loadPlan(path, options) : loadPlan(path, options, forDevice);
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target`, `--set` or `-f` is given for a plan, and whatever `compileAt` throws. */
 export async function loadPlan(path: string, options: JobOptions, target?: string): Promise<LoadedPlan> {

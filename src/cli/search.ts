@@ -17,7 +17,7 @@ interface SearchArguments extends CommonOptions {
 export function registerSearch(program: Command): void {
   withExamples(
     withSet(withFormat(program.command("search").description("find the fastest mesh for a job that fits its device")))
-      .argument("<job>", "the YAML file of a job; its degrees are replaced")
+      .argument("<job>", "the YAML file of a job; its degrees are replaced, or those alone that are auto")
       .option("--gpus <n>", "the number of ranks (default: parallel.world)", atLeastOne)
       .option("--device <name>", "the device (default: cluster.device)")
       .option("--profile <file>", "a device profile, by name or file (default: that of the device)")
@@ -45,7 +45,7 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
   const { device } = options;
   if (device !== undefined && !deviceNames.some((name) => name === device))
     throw new Trouble(`there is no device ${device}`, `write one of ${deviceNames.join(", ")}`);
-  const { job, written } = await loadSearchJob(path, options);
+  const { job, written, fixed: given } = await loadSearchJob(path, options);
   const { profileFor } = await import("./deviceProfile.ts");
   const profile = profileFor(job.cluster.device, options.profile);
   if (!profile)
@@ -53,14 +53,16 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
       `${job.cluster.device} has no device profile, so no step can be estimated`,
       "name a profile with --profile, or another device with --device",
     );
-  const [{ search }, { printSearch }, { settingsOf }] = await Promise.all([
+  const [{ search }, { printSearch }, { settingsOf }, { loadDeviceTargets }] = await Promise.all([
     import("../search/search.ts"),
     import("../search/searchText.ts"),
     import("../search/choice.ts"),
+    import("../codegen/targets.ts"),
   ]);
-  const fixed = fixedKeys(options.fix);
+  const fixed = { ...given, ...fixedKeys(options.fix) };
+  const target = (await loadDeviceTargets())(job.cluster.device);
   const print = occasionalProgress();
-  const result = search(job, { profile, fixed, written, plans: options.plans, onProgress: (line) => print(`search: ${line}`) });
+  const result = search(job, { profile, fixed, written, target, plans: options.plans, onProgress: (line) => print(`search: ${line}`) });
   endProgress();
   if (options.format === "json") {
     const { best, ...rest } = result;

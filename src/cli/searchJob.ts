@@ -1,10 +1,12 @@
 /** Reads the job of `search`: its degrees are free, so rules judge the choices and not the file. */
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { autoKeysIn, withoutAuto } from "../frontend/auto.ts";
 import { hasErrors } from "../frontend/diagnostic.ts";
 import { readSource } from "../frontend/jobFiles.ts";
 import { readQuickly } from "../frontend/readJob.ts";
 import { type FixedKeys, type RecomputeChoice, recomputeChoices, type SearchedKey, searchedKeys } from "../search/choice.ts";
+import { fixedBut } from "../search/chooseAuto.ts";
 import { jobFiles } from "./jobFiles.ts";
 import { InvalidJob, jobTextAt, printFindings } from "./loadPlan.ts";
 import type { JobOptions } from "./options.ts";
@@ -19,6 +21,8 @@ export interface SearchedJob extends JobOptions {
 /** The job of a search: with degrees of 1, and as its file has it if it has as many ranks. */
 export interface SearchedJobs {
   readonly job: Job;
+  /** Of a job that leaves keys as `auto`: the values of all others. */
+  readonly fixed: FixedKeys;
   readonly written?: Job;
 }
 
@@ -29,7 +33,8 @@ export async function loadSearchJob(path: string, { set, overlay, gpus, device }
   const sets = [...set, ...(device === undefined ? [] : [`cluster.device=${device}`])];
   const files = jobFiles(overlay);
   const { source, findings } = readSource(text, path, sets, files);
-  const read = JobText.safeParse(source.value);
+  const keys = autoKeysIn(source);
+  const read = JobText.safeParse(withoutAuto(source, keys).value);
   if (hasErrors(findings) || !read.success) {
     await printFindings(readQuickly(text, path, sets, files).findings);
     throw new InvalidJob();
@@ -45,7 +50,8 @@ export async function loadSearchJob(path: string, { set, overlay, gpus, device }
       ...{ sequence: false, layout: null },
     },
   });
-  return { job, ...(world === parallel.world && { written: completeJob(read.data) }) };
+  if (keys.length > 0) return { job, fixed: fixedBut(completeJob(read.data), keys) };
+  return { job, fixed: {}, ...(world === parallel.world && { written: completeJob(read.data) }) };
 }
 
 /** Parses the values of `--fix`. Throws a Trouble if a key or a value is unknown. */

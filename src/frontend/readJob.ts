@@ -5,6 +5,7 @@ import type { Target } from "../codegen/targets.ts";
 import { idleEntries } from "../rules/allow.ts";
 import { findingsOfMemory, jobFindings } from "../rules/index.ts";
 import { needsPrograms, type Peak } from "../rules/memory.ts";
+import { type AutoChoice, autoFinding, autoKeysIn, autoRequest, type ChooseAuto, withoutAuto, withValues } from "./auto.ts";
 import { type Finding, hasErrors } from "./diagnostic.ts";
 import { type JobFiles, readSource } from "./jobFiles.ts";
 import { type ShapeFault, shapeFaultsIn } from "./shapeFaults.ts";
@@ -15,6 +16,8 @@ export interface JobRead {
   readonly job?: Job;
   readonly source: Source;
   readonly findings: readonly Finding[];
+  /** The values of the keys that the job leaves as `auto`. */
+  readonly auto?: AutoChoice;
 }
 
 /** The peaks of jobs that were judged before. */
@@ -27,13 +30,17 @@ export interface KnownPeaks {
 /** A job needs a peak that is not known. */
 class UnknownPeak extends Error {}
 
+/** What `readJobWith` needs of those that call it. */
+export interface JobReaders {
+  /** Loads the kernel generators. */
+  readonly load: () => Promise<(device: Device) => Target>;
+  readonly known?: KnownPeaks | undefined;
+  readonly chooseAuto: ChooseAuto;
+}
+
 /** Reads a job and applies all rules. The compiler and the kernel generators are loaded only if the job needs peaks that are not known. */
-export async function readJobWith(
-  load: () => Promise<(device: Device) => Target>,
-  known: KnownPeaks | undefined,
-  ...of: Parameters<typeof readQuickly>
-): Promise<JobRead> {
-  const read = readQuickly(...of);
+export async function readJobWith({ load, known, chooseAuto }: JobReaders, ...of: Parameters<typeof readQuickly>): Promise<JobRead> {
+  const read = await resolved(readQuickly(...of), chooseAuto);
   const { job, source } = read;
   if (!job || !needsPrograms(job)) return read;
   const judged = (peakOf: (job: Job) => Peak): JobRead => ({
@@ -59,9 +66,33 @@ export async function readJobWith(
   });
 }
 
-/** Reads a job and applies the rules that need no compiled program. `files`: how the files beside the job are found. */
+/** Returns the job with the values that are chosen in place of `auto`. */
+async function resolved(read: JobRead, chooseAuto: ChooseAuto): Promise<JobRead> {
+  const { source, findings } = read;
+  const keys = autoKeysIn(source);
+  if (keys.length === 0 || hasErrors(findings)) return read;
+  const given = parseKeys(withoutAuto(source, keys));
+  if (!given.success) return read;
+  const auto = await chooseAuto(autoRequest(completeJob(given.data), source, keys));
+  if ("found" in auto) return { source, findings: [...findings, autoFinding(source, keys, auto)] };
+  return { ...judged({ source: withValues(source, auto.values, new Set(Object.keys(auto.values))), findings }), auto };
+}
+
+/**
+ * Reads a job and applies the rules that need no compiled program. A job that leaves keys as `auto` is read as far as its keys are right; rules see it
+ * once values are chosen. `files`: how the files beside the job are found.
+ */
 export function readQuickly(text: string, file: string, sets: readonly string[], files?: JobFiles): JobRead {
-  const { source, findings } = readSource(text, file, sets, files);
+  const read = readSource(text, file, sets, files);
+  const keys = autoKeysIn(read.source);
+  if (keys.length === 0 || hasErrors(read.findings)) return judged(read);
+  const given = withoutAuto(read.source, keys);
+  const { success, error } = parseKeys(given);
+  return { source: read.source, findings: success ? read.findings : shapeFaultsIn(error.issues, given).map((s) => s.finding) };
+}
+
+/** Parses the keys of a source, and applies the rules that need no compiled program. */
+function judged({ source, findings }: Pick<JobRead, "source" | "findings">): JobRead {
   if (hasErrors(findings)) return { source, findings };
   const read = parseKeys(source);
   if (!read.success) {

@@ -2,8 +2,14 @@
 import type { Device } from "../../schemas/devices.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { memoryFindings } from "../rules/all.ts";
+import { autoFinding, autoKeysIn } from "./auto.ts";
 import type { JobFiles } from "./jobFiles.ts";
 import { type JobRead, readQuickly } from "./readJob.ts";
+
+const unresolved = {
+  found: "this way of reading a job does not search",
+  fix: "rankc check --print writes the job with the values of auto",
+};
 
 /** Returns the target of a device, whose kernel scratch rule C510 counts. */
 export type TargetOf = (device: Device) => Target;
@@ -17,5 +23,7 @@ export function readJob(
   files?: JobFiles,
 ): JobRead {
   const read = readQuickly(text, file, sets, files);
+  const auto = autoKeysIn(read.source);
+  if (auto.length > 0) return { ...read, findings: [...read.findings, autoFinding(read.source, auto, unresolved)] };
   return read.job ? { ...read, findings: [...read.findings, ...memoryFindings(read.job, read.source, targetOf)] } : read;
 }

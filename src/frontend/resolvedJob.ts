@@ -7,7 +7,7 @@ import { isObject, merge, type Path, type Source, valueAt } from "./source.ts";
 /** A job with all its files merged. */
 export interface ResolvedJob {
   readonly value: unknown;
-  /** The origin of each value, by its path: `file:line`, `--set …` or `default`. A list has one origin. */
+  /** The origin of each value, by its path: `file:line`, `--set …` or `default`, after `auto` where rankc chose it. A list has one origin. */
   readonly origins: Readonly<Record<string, string>>;
   /** Returns the job as YAML, with the origins as comments. */
   text(): string;
@@ -18,8 +18,10 @@ export function resolvedJob(source: Source, complete?: Job): ResolvedJob {
   const value = complete ? merge(complete, source.value) : source.value;
   const origins: Record<string, string> = {};
   for (const path of leavesOf(value, [])) {
+    const name = path.join(".");
     const at = valueAt(source.value, path) === undefined ? undefined : source.at(path);
-    origins[path.join(".")] = at ? originOf(at) : "default";
+    const own = at ? originOf(at) : "default";
+    origins[name] = source.chosen?.has(name) ? `auto, ${own}` : own;
   }
   return { value, origins, text: () => withComments(value, origins) };
 }

@@ -28,6 +28,8 @@ export interface Source {
   readonly cleared: readonly Path[];
   /** The length of the texts in characters. */
   readonly size: number;
+  /** The paths of values that rankc has chosen in place of `auto`. */
+  readonly chosen?: ReadonlySet<string>;
   /** Returns the place of the value (or key) of a path, or of its deepest existing ancestor; undefined only for an empty text. */
   at(path: string | Path, part?: "key" | "value"): At | undefined;
 }
@@ -74,6 +76,12 @@ export const textFaults = {
     "a job extends itself",
     "Each file of a chain adds keys to the next, so that a chain needs an end.",
     "extends: job.yaml\n",
+  ),
+  auto: fault(
+    "S009",
+    "auto cannot be resolved",
+    "The value of auto is that of the fastest plan that fits: rules, memory and the estimated step of cluster.device decide it.",
+    "parallel: {world: 2, tensor: auto}\n",
   ),
 } as const satisfies Record<string, Fault>;
 

@@ -1,22 +1,14 @@
 /** The choices of a search: how a model is spread over ranks, and what of the batch and of recomputation goes with it. */
 
+import { type AutoKey, autoNames } from "../../schemas/job/autoKeys.ts";
 import { completeParallel } from "../../schemas/job/parallel.ts";
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 /** The keys that a search decides, with short names for tables. */
-export const searchedKeys = [
-  "tensor",
-  "pipeline",
-  "virtual_pipeline",
-  "context",
-  "expert",
-  "expert_tensor",
-  "micro_batch",
-  "recompute",
-] as const;
+export const searchedKeys = autoNames;
 /** The name of a key that a search decides. */
-export type SearchedKey = (typeof searchedKeys)[number];
+export type SearchedKey = AutoKey;
 
 /** Values of recompute that a search tries: as the job has it, nothing, the norms and activations of experts, or whole layers. */
 export const recomputeChoices = ["job", "none", "selective", "full"] as const;
@@ -94,8 +86,11 @@ function distinctRecomputes({ train }: Job): readonly RecomputeChoice[] {
 /** Modules whose recomputation costs little time for the memory that it saves. */
 const cheapModules = { dense: ["layernorm", "mlp"], moe: ["layernorm", "moe_act", "moe_permute"] } as const;
 
+/** Keys that follow from a choice, and that a job may keep as it has them. */
+export type KeptKeys = Partial<Readonly<Record<"sequence" | "layout" | "distributed_optimizer", boolean>>>;
+
 /** Returns the job with a choice. The layers that stages cannot share evenly are spread by a layout. */
-export function jobWith(job: Job, choice: JobChoice): Job {
+export function jobWith(job: Job, choice: JobChoice, keeps: KeptKeys = {}): Job {
   const { recompute, micro_batch, ...degrees } = choice;
   const { data: _, ...parallel } = job.parallel;
   const old = job.train.recompute;
@@ -109,8 +104,10 @@ export function jobWith(job: Job, choice: JobChoice): Job {
   return {
     ...job,
     parallel: completeParallel({
-      ...{ ...parallel, ...degrees, sequence: degrees.tensor > 1, layout: layoutOf(job, choice) },
-      distributed_optimizer: true,
+      ...{ ...parallel, ...degrees },
+      ...(!keeps.sequence && { sequence: degrees.tensor > 1 }),
+      ...(!keeps.layout && { layout: layoutOf(job, choice) }),
+      ...(!keeps.distributed_optimizer && { distributed_optimizer: true }),
     }),
     train: { ...job.train, micro_batch, recompute: changes },
   };

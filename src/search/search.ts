@@ -7,16 +7,21 @@ import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { TimeParts } from "../analysis/estimate/blockRun.ts";
 import { estimate } from "../analysis/estimate/estimate.ts";
+import { cpu, type Target } from "../codegen/targets.ts";
 import { compile } from "../compile.ts";
 import { peakOf } from "../rules/all.ts";
 import { quick } from "../rules/quick.ts";
-import { choicesOf, type FixedKeys, type JobChoice, jobWith, searchedKeys } from "./choice.ts";
+import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys } from "./choice.ts";
 import { forecast, forecastBase } from "./forecast.ts";
 
 /** Settings of a search. */
 export interface SearchOptions {
   readonly profile: DeviceProfile;
   readonly fixed?: FixedKeys;
+  /** Keys that follow from a choice otherwise. */
+  readonly keeps?: KeptKeys;
+  /** The kernels of the device; default cpu, which has none. */
+  readonly target?: Target;
   /** Plans to compile at most; default 24. */
   readonly plans?: number;
   /** The job with the degrees that its file has, to compare with. */
@@ -83,7 +88,10 @@ const CLOSE = 0.9;
 const MOST_TOO_LARGE = 64;
 
 /** Searches. Throws a BrokenInvariant for bugs alone; a job that no choice fits has an empty `best`. */
-export function search(job: Job, { profile, fixed = {}, plans = 24, written, onProgress }: SearchOptions): SearchResult {
+export function search(
+  job: Job,
+  { profile, fixed = {}, keeps = {}, target = cpu, plans = 24, written, onProgress }: SearchOptions,
+): SearchResult {
   const memory = deviceOf(job.cluster.device).memory;
   const base = forecastBase(job, profile);
   const all = [...choicesOf(job, fixed)].map((choice) => ({ choice, ...forecast(base, choice) }));
@@ -108,18 +116,18 @@ export function search(job: Job, { profile, fixed = {}, plans = 24, written, onP
       count("memory");
       continue;
     }
-    const candidate = jobWith(job, choice);
+    const candidate = jobWith(job, choice, keeps);
     const broken = firstError(candidate);
     if (broken !== undefined) {
       count(broken);
       continue;
     }
     perMesh.set(mesh, (perMesh.get(mesh) ?? 0) + 1);
-    const { bytes: peak } = peakOf(candidate);
+    const { bytes: peak } = peakOf(candidate, target);
     sizes.push(peak / bytes);
     if (peak > memory) tooLarge.push({ choice, peak });
     else {
-      const result = { choice, ...timed(candidate, profile) };
+      const result = { choice, ...timed(candidate, profile, target) };
       judged.push(result);
       ratios.push(result.seconds / seconds);
     }
@@ -128,7 +136,7 @@ export function search(job: Job, { profile, fixed = {}, plans = 24, written, onP
   return {
     best: judged.sort((a, b) => a.seconds - b.seconds),
     tooLarge: tooLarge.sort((a, b) => a.peak - b.peak),
-    ...(written && firstError(written) === undefined && { written: timed(written, profile) }),
+    ...(written && firstError(written) === undefined && { written: timed(written, profile, target) }),
     ...{ choices: all.length, memory },
     ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
   };
@@ -153,8 +161,8 @@ function firstError(job: Job): string | undefined {
   return undefined;
 }
 
-function timed(job: Job, profile: DeviceProfile): TimedPlan {
-  const { plan } = compile(job);
+function timed(job: Job, profile: DeviceProfile, target: Target): TimedPlan {
+  const { plan } = compile(job, { target });
   const result = estimate(plan, { profile });
   const busiest = result.stages.find(({ stage }) => stage === result.busiest) ?? result.stages[0];
   return {

@@ -72,6 +72,8 @@ for (const { options, rows } of byTier(jobs, (_, i) => [1, 6, 7, 9, 11].includes
     expect(memoryOfStages(of, cpu)).toEqual(programs.map((p, stage) => memoryBreakdown(p, memory[stage]!)));
   });
 
+const readers = { load: loadDeviceTargets, chooseAuto: () => Promise.reject(new Error("no key of these jobs is auto")) };
+
 test("the scratch of kernels is a part of it", async () => {
   const target = await loadTarget("cuda:sm_90a");
   const of = job({ layers: 8, ...moe() }, { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 });
@@ -84,7 +86,7 @@ const published = (name: string): string => readFileSync(new URL(`../../plans/${
 
 test("for a recipe whose worst case does not fit, the rule states the memory with rows_bound, and its meaning", async () => {
   const sets = ["model.moe.rows_bound=worst", "cluster.device=h100-80gb", "model.seq=5120"];
-  const { findings } = await readJobWith(loadDeviceTargets, undefined, published("deepseek-v3-1024gpu"), "job.yaml", sets);
+  const { findings } = await readJobWith(readers, published("deepseek-v3-1024gpu"), "job.yaml", sets);
   const found = findings.find(({ code }) => code === "C510");
   expect(found?.found).toMatch(/needs .* at the peak \(\d+(\.\d+)? \wiB with model\.moe\.rows_bound 1\.5\)/);
   expect(found?.fix).toContain(
@@ -95,14 +97,14 @@ test("for a recipe whose worst case does not fit, the rule states the memory wit
 
 test("checking a job fills no template of a kernel in", async () => {
   const compileTemplate = vi.spyOn(Handlebars, "compile");
-  await readJobWith(loadDeviceTargets, undefined, published("deepseek-v3-1024gpu"), "job.yaml", []);
+  await readJobWith(readers, published("deepseek-v3-1024gpu"), "job.yaml", []);
   expect(compileTemplate).not.toHaveBeenCalled();
   vi.restoreAllMocks();
 });
 
 test("C510 counts scratch of the device's kernels", full, async () => {
   const sets = ["cluster.device=h100-80gb", "parallel.expert=1", "parallel.world=2", "parallel.distributed_optimizer=false"];
-  const { job: read, findings } = await readJobWith(loadDeviceTargets, undefined, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
+  const { job: read, findings } = await readJobWith(readers, published("qwen3-30b-a3b-16gpu"), "job.yaml", sets);
   const peaks = memoryOfStages(read!, await loadTarget("cuda:sm_90a")).map((m) => Object.values(m).reduce((a, b) => a + b));
   expect(findings.find(({ code }) => code === "C510")?.found).toContain(bytesText(Math.max(...peaks)));
   expect(readJob(published("qwen3-30b-a3b-16gpu"), "job.yaml").job).toBeDefined();

@@ -26,7 +26,7 @@ const layers = [
   { name: "plan files", holds: /^src\/plan\// },
   { name: "peak memory", holds: /^src\/peak\.ts$/ },
   { name: "reports", holds: /^src\/report\// },
-  { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic|jobFiles)\.ts$/ },
+  { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic|jobFiles|auto)\.ts$/ },
   { name: "rules", holds: /^src\/rules\// },
   { name: "frontend", holds: /^src\/frontend\/(shapeFaults|keyEdits|readJob|readJobNow|explain)\.ts$/ },
   { name: "compile", holds: /^src\/compile\.ts$/ },
