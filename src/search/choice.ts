@@ -90,7 +90,7 @@ const cheapModules = { dense: ["layernorm", "mlp"], moe: ["layernorm", "moe_act"
 export type KeptKeys = Partial<Readonly<Record<"sequence" | "layout" | "distributed_optimizer", boolean>>>;
 
 /** Returns the job with a choice. The layers that stages cannot share evenly are spread by a layout. */
-export function jobWith(job: Job, choice: JobChoice, keeps: KeptKeys = {}): Job {
+export function jobWith(job: Job, choice: JobChoice, given: KeptKeys = {}): Job {
   const { recompute, micro_batch, ...degrees } = choice;
   const { data: _, ...parallel } = job.parallel;
   const old = job.train.recompute;
@@ -105,9 +105,9 @@ export function jobWith(job: Job, choice: JobChoice, keeps: KeptKeys = {}): Job 
     ...job,
     parallel: completeParallel({
       ...{ ...parallel, ...degrees },
-      ...(!keeps.sequence && { sequence: degrees.tensor > 1 }),
-      ...(!keeps.layout && { layout: layoutOf(job, choice) }),
-      ...(!keeps.distributed_optimizer && { distributed_optimizer: true }),
+      ...(!given.sequence && { sequence: degrees.tensor > 1 }),
+      ...(!given.layout && { layout: layoutOf(job, choice) }),
+      ...(!given.distributed_optimizer && { distributed_optimizer: true }),
     }),
     train: { ...job.train, micro_batch, recompute: changes },
   };

@@ -20,12 +20,12 @@ export function chooseAuto({ job, keys, writes }: AutoRequest, { profile, ...set
   const { device } = job.cluster;
   if (!profile) return { found: `no step can be estimated on ${device}: it has no device profile`, fix: "name a device in cluster.device" };
   const fixed = fixedBut(job, keys);
-  const keeps = {
+  const given = {
     sequence: writes.sequence || !keys.includes("tensor"),
     layout: writes.layout || !(keys.includes("pipeline") || keys.includes("virtual_pipeline")),
     distributed_optimizer: true,
   };
-  const { best, tooLarge, ruledOut, choices, memory } = search(job, { ...settings, profile, fixed, keeps });
+  const { best, tooLarge, ruledOut, choices, memory } = search(job, { ...settings, profile, fixed, given });
   const [winner] = best;
   const [least] = tooLarge;
   const [rule] = ruledOut;
@@ -36,14 +36,14 @@ export function chooseAuto({ job, keys, writes }: AutoRequest, { profile, ...set
         : `none of ${choices} choices is valid${rule ? `: most break ${rule.reason}` : ", because none divides the ranks and the batch"}`,
       fix: "rankc search JOB lists what was ruled out; make more keys auto, or use more ranks",
     };
-  const chosen = jobWith(job, winner.choice, keeps);
+  const chosen = jobWith(job, winner.choice, given);
   const values: Record<string, unknown> = {};
   for (const key of keys) values[autoKeys[key]] = key === "recompute" ? chosen.train.recompute.mode : winner.choice[key];
   const { recompute } = chosen.train;
   if (keys.includes("recompute") && recompute.mode === "selective") values["train.recompute.modules"] = recompute.modules;
   const { sequence, layout } = chosen.parallel;
-  if (!keeps.sequence && sequence !== job.parallel.sequence) values["parallel.sequence"] = sequence;
-  if (!keeps.layout && layout !== job.parallel.layout) values["parallel.layout"] = layout;
+  if (!given.sequence && sequence !== job.parallel.sequence) values["parallel.sequence"] = sequence;
+  if (!given.layout && layout !== job.parallel.layout) values["parallel.layout"] = layout;
   return { values, seconds: winner.seconds, profile: profile.name, choices, plans: best.length + tooLarge.length };
 }
 

@@ -19,7 +19,7 @@ export interface SearchOptions {
   readonly profile: DeviceProfile;
   readonly fixed?: FixedKeys;
   /** Keys that follow from a choice otherwise. */
-  readonly keeps?: KeptKeys;
+  readonly given?: KeptKeys;
   /** The kernels of the device; default cpu, which has none. */
   readonly target?: Target;
   /** Plans to compile at most; default 24. */
@@ -90,7 +90,7 @@ const MOST_TOO_LARGE = 64;
 /** Searches. Throws a BrokenInvariant for bugs alone; a job that no choice fits has an empty `best`. */
 export function search(
   job: Job,
-  { profile, fixed = {}, keeps = {}, target = cpu, plans = 24, written, onProgress }: SearchOptions,
+  { profile, fixed = {}, given = {}, target = cpu, plans = 24, written, onProgress }: SearchOptions,
 ): SearchResult {
   const memory = deviceOf(job.cluster.device).memory;
   const base = forecastBase(job, profile);
@@ -116,7 +116,7 @@ export function search(
       count("memory");
       continue;
     }
-    const candidate = jobWith(job, choice, keeps);
+    const candidate = jobWith(job, choice, given);
     const broken = firstError(candidate);
     if (broken !== undefined) {
       count(broken);

@@ -34,7 +34,7 @@ test("compile and check choose the same values as a search in which all other ke
     ...{ train: { global_batch: 8, steps: 10, optimizer: { lr: 1e-3 } }, data: { path: "corpus.txt" }, cluster: { device: "h100-80gb" } },
   });
   const fixed = { tensor: 1, virtual_pipeline: 1, context: 1, expert: 1, expert_tensor: 1, recompute: "job" } as const;
-  const [winner] = search(job, { profile: packageProfile("h100-80gb")!, fixed, keeps: { distributed_optimizer: true } }).best;
+  const [winner] = search(job, { profile: packageProfile("h100-80gb")!, fixed, given: { distributed_optimizer: true } }).best;
   const out = join(folder, "plan");
   const compiled = await rankc("compile", path, "-o", out);
   expect(compiled.err).toContain(`auto: parallel.pipeline=${winner?.choice.pipeline} train.micro_batch=${winner?.choice.micro_batch}`);
