@@ -119,6 +119,9 @@ export const DeviceProfile = z.strictObject({
   kernels: z.strictObject({
     launch_us: atLeastZero.describe("between two kernels of a graph"),
     host_us: atLeastZero.describe("of the host for each kernel, where launches are not captured in a graph; 0: they are"),
+    host_ahead_us: atLeastZero
+      .optional()
+      .describe("the same where the host waits for no count of rows, so that it prepares launches ahead; default: host_us"),
     clock: share.describe("arithmetic runs at this share of the rates of the laws and of the table: power lowers the clock in a long step"),
     families: z.record(z.enum(kernelFamilies), KernelLaw),
     measured: z.array(MeasuredKernel),

@@ -70,10 +70,12 @@ export async function estimateRow(row: PublishedRow): Promise<Estimate> {
   const profile = packageProfile(name);
   if (!profile) throw new Error(`there is no profile ${name}`);
   const hidden = (["experts", "data", "tensor"] as const).filter((what) => row.hidden?.split(" ").includes(what));
-  // DeepEP and HybridEP need no count on the host, which runs ahead; the all-to-all of Megatron waits for one in each layer
-  const captured = row.graphs === "yes" || row.dispatcher === "per_node";
   return estimate(await planOfRow(row), {
     profile,
-    assumed: { sendsPerNode: row.dispatcher === "per_node", captured, hidden },
+    assumed: {
+      // DeepEP and HybridEP need no count on the host, which runs ahead; the all-to-all of Megatron waits for one in each layer
+      ...{ sendsPerNode: row.dispatcher === "per_node", runsAhead: row.dispatcher === "per_node" },
+      ...{ captured: row.graphs === "yes", hidden },
+    },
   });
 }

@@ -156,7 +156,8 @@ class StageRun {
     const known = this.#replays.get(key);
     if (known) return known;
     const { assumed, profile } = this.#options;
-    const hostSeconds = assumed?.captured ? 0 : 1e-6 * profile.kernels.host_us;
+    const { host_us, host_ahead_us = host_us } = profile.kernels;
+    const hostSeconds = assumed?.captured ? 0 : 1e-6 * (assumed?.runsAhead ? host_ahead_us : host_us);
     const times = runBlock(block, pending, { slowdown: profile.overlap.slowdown, hostSeconds });
     this.#replays.set(key, times);
     return times;

@@ -67,6 +67,8 @@ export interface Assumptions {
   readonly sendsPerNode?: boolean;
   /** Whether launches are captured in graphs, so that the host delays no kernel. */
   readonly captured?: boolean;
+  /** Whether the host waits for no count of rows, so that it prepares launches ahead of the device. */
+  readonly runsAhead?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
   readonly hidden?: readonly ("experts" | "data" | "tensor")[];
 }
