@@ -91,6 +91,19 @@ export interface WeightLoader {
   close(): void;
 }
 
+/** Memory of a device that no step uses. A copy of the state waits there until it is copied to the host, while steps run. */
+export interface StagingArea {
+  readonly bytes: number;
+  /** Copies pieces of buffers, as they are after all preceding calls, to the area; their `at` counts from byte `to` of it. */
+  put(pieces: readonly CopyPiece[], to: number): void;
+  /** Waits until the pieces are in the area. */
+  filled(): Promise<void>;
+  /** Copies bytes of the area to a block of `LocalRanks.hostMemory`, beside the steps that run. */
+  copyOut(from: number, bytes: number, block: HostBlock): Promise<void>;
+  /** Ends copies under way with an error, and frees the memory. */
+  close(): void;
+}
+
 /** Memory and kernels of one rank. Calls execute in order; only `read` waits for them. */
 export interface RankDevice {
   /** Sets gradients and metric accumulators to zero, at the start of a step; those that `first_kernel` writes may be left as they are. */
@@ -107,6 +120,8 @@ export interface RankDevice {
   read(buffer: Buffer, copy: number): Promise<HostData>;
   /** Copies buffers, as they are after all preceding calls, to a block of `LocalRanks.hostMemory`. Absent: `read` serves. */
   copyOut?(pieces: readonly CopyPiece[], block: HostBlock): Promise<void>;
+  /** Opens a staging area of at most so many bytes, a multiple of `unit`, from what the steps leave free. Undefined: there is no room. */
+  openStaging?(most: number, unit: number): StagingArea | undefined;
 }
 
 /** A rank device in host memory. */

@@ -4,12 +4,12 @@
  * the memory that is written, so no file is read again.
  */
 import { createHash, type Hash } from "node:crypto";
-import { closeSync, fsyncSync, openSync, writeSync } from "node:fs";
-import { parentPort, type Worker, workerData } from "node:worker_threads";
+import { closeSync, fdatasyncSync, fsyncSync, openSync, writeSync } from "node:fs";
+import { workerData } from "node:worker_threads";
 import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import { koffi } from "../cuda/libraries.ts";
 import { moduleUrl } from "../moduleUrl.ts";
-import { startThread } from "../thread.ts";
+import { serveTasks, TaskThread } from "../taskThread.ts";
 
 /** Memory of a block as a thread finds it: shared memory, or the address of pinned memory. */
 export type BlockAddress = SharedArrayBuffer | bigint;
@@ -18,6 +18,8 @@ export type BlockAddress = SharedArrayBuffer | bigint;
 export interface TensorPiece {
   readonly tensor: string;
   readonly dtype: Dtype;
+  /** The first byte of the tensor in the piece. */
+  readonly from: number;
   readonly bytes: number;
   /** The tensor ends with this piece. */
   readonly last: boolean;
@@ -32,6 +34,8 @@ export type WriteTask =
       readonly at: number;
       readonly memory: BlockAddress;
       readonly pieces: readonly TensorPiece[];
+      /** Bytes of a tensor that have a digest of their own. */
+      readonly digestBytes: number;
     }
   /** Writes the header with the digests, and flushes the file to the disk. */
   | { readonly kind: "finish"; readonly path: string; readonly header: Uint8Array }
@@ -40,8 +44,8 @@ export type WriteTask =
 
 /** What a writer found in a block. */
 export interface BlockResult {
-  /** The SHA-256 of each tensor that ended in the block. */
-  readonly digests: readonly (readonly [tensor: string, sha256: string])[];
+  /** The SHA-256 of each part of a tensor that ended in the block; `part`: its number in the tensor. */
+  readonly digests: readonly (readonly [tensor: string, part: number, sha256: string])[];
   /** Tensors with values that are NaN or infinite, and their number in the block. */
   readonly nonfinite: readonly (readonly [tensor: string, count: number])[];
 }
@@ -63,7 +67,8 @@ export function openBlockWriters(threads: number): BlockWriters {
     const writer = new TaskWriter();
     return { writers: [{ perform: async (task) => writer.perform(task) }], close: async () => {} };
   }
-  const all = Array.from({ length: threads }, () => new WriterThread());
+  const url = moduleUrl("checkpoint/blockWriter", import.meta.url);
+  const all = Array.from({ length: threads }, () => new TaskThread<WriteTask, BlockResult>(url, { blockWriter: true }));
   return {
     writers: all,
     async close() {
@@ -74,6 +79,9 @@ export function openBlockWriters(threads: number): BlockWriters {
 
 /** The number of bytes of a block that is in use. */
 const bytesOfPieces = (pieces: readonly TensorPiece[]): number => pieces.reduce((sum, { bytes }) => sum + bytes, 0);
+
+/** Smaller blocks are flushed with their file. */
+const SYNC_BYTES = 2 ** 22;
 
 const nothing: BlockResult = { digests: [], nonfinite: [] };
 
@@ -99,28 +107,40 @@ class TaskWriter {
     }
   }
 
-  #block({ path, at, memory, pieces }: Extract<WriteTask, { kind: "block" }>): BlockResult {
+  #block({ path, at, memory, pieces, digestBytes }: Extract<WriteTask, { kind: "block" }>): BlockResult {
     const bytes = bytesAt(memory, bytesOfPieces(pieces));
-    withFile(path, (fd) => writeAll(fd, bytes, at));
-    const digests: [string, string][] = [];
+    withFile(path, (fd) => {
+      writeAll(fd, bytes, at);
+      // otherwise the system collects gigabytes before the disk begins, and `finish` waits for them
+      if (bytes.length >= SYNC_BYTES) fdatasyncSync(fd);
+    });
+    const digests: [string, number, string][] = [];
     const nonfinite: [string, number][] = [];
     let start = 0;
-    for (const { tensor, dtype, bytes: length, last } of pieces) {
+    for (const { tensor, dtype, from, bytes: length, last } of pieces) {
       const own = bytes.subarray(start, start + length);
       start += length;
-      const key = `${path} ${tensor}`;
-      const hash = this.#hashes.get(key) ?? createHash("sha256");
-      this.#hashes.set(key, hash.update(own));
       const wrong = nonfiniteIn(own, dtype);
       if (wrong > 0) nonfinite.push([tensor, wrong]);
-      if (!last) continue;
-      digests.push([tensor, hash.digest("hex")]);
-      this.#hashes.delete(key);
+      const key = `${path} ${tensor}`;
+      for (let done = 0; done < length; ) {
+        const part = Math.floor((from + done) / digestBytes);
+        const end = Math.min(length, (part + 1) * digestBytes - from);
+        const hash = this.#hashes.get(key) ?? createHash("sha256");
+        hash.update(own.subarray(done, end));
+        done = end;
+        const isWhole = from + end === (part + 1) * digestBytes || (last && end === length);
+        if (isWhole) {
+          digests.push([tensor, part, hash.digest("hex")]);
+          this.#hashes.delete(key);
+        } else this.#hashes.set(key, hash);
+      }
     }
     return { digests, nonfinite };
   }
 }
 
+/** Returns the bytes of a block of host memory. */
 const bytesAt = (memory: BlockAddress, bytes: number): Uint8Array =>
   typeof memory === "bigint" ? new Uint8Array(koffi().view(memory, bytes)) : new Uint8Array(memory, 0, bytes);
 
@@ -152,56 +172,7 @@ function nonfiniteIn(bytes: Uint8Array, dtype: Dtype): number {
   return count;
 }
 
-interface Message {
-  readonly result?: BlockResult;
-  readonly error?: { readonly code: string | undefined; readonly message: string };
-}
-
-/** A writer in a thread of its own, which answers tasks in their order. */
-class WriterThread implements BlockWriter {
-  readonly #worker: Worker;
-  readonly #waiting: { readonly resolve: (result: BlockResult) => void; readonly reject: (error: Error) => void }[] = [];
-
-  constructor() {
-    this.#worker = startThread(moduleUrl("checkpoint/blockWriter", import.meta.url), { workerData: { blockWriter: true } });
-    this.#worker.on("message", ({ result, error }: Message) => {
-      const next = this.#waiting.shift();
-      if (this.#waiting.length === 0) this.#worker.unref();
-      if (error) next?.reject(Object.assign(new Error(error.message), error.code !== undefined && { code: error.code }));
-      else next?.resolve(result ?? nothing);
-    });
-    this.#worker.on("error", (error: Error) => {
-      for (const { reject } of this.#waiting.splice(0)) reject(error);
-    });
-    this.#worker.unref();
-  }
-
-  perform(task: WriteTask): Promise<BlockResult> {
-    return new Promise((resolve, reject) => {
-      this.#waiting.push({ resolve, reject });
-      // a pending write keeps the process alive
-      this.#worker.ref();
-      this.#worker.postMessage(task);
-    });
-  }
-
-  async close(): Promise<void> {
-    await this.#worker.terminate();
-  }
-}
-
-function serve(): void {
+if ((workerData as { blockWriter?: true } | null)?.blockWriter) {
   const writer = new TaskWriter();
-  parentPort?.on("message", (task: WriteTask) => {
-    let message: Message;
-    try {
-      message = { result: writer.perform(task) };
-    } catch (error) {
-      const { code, message: text } = error as NodeJS.ErrnoException;
-      message = { error: { code, message: text } };
-    }
-    parentPort?.postMessage(message);
-  });
+  serveTasks((task: WriteTask) => writer.perform(task));
 }
-
-if ((workerData as { blockWriter?: true } | null)?.blockWriter) serve();

@@ -18,21 +18,24 @@ export class HostBlocks {
   /** Bytes of a block. */
   readonly size: number;
   readonly #memory: HostMemory;
-  readonly #most: number;
   readonly #all: HostBlock[] = [];
   readonly #free: HostBlock[] = [];
   readonly #waiting: ((block: HostBlock) => void)[] = [];
 
-  /** `most`: blocks at the same time. Default of `memory`: memory that threads share. */
-  constructor(size: number, most: number, memory: HostMemory = sharedMemory) {
+  /** Default of `memory`: memory that threads share. */
+  constructor(size: number, memory: HostMemory = sharedMemory) {
     this.size = size;
-    this.#most = Math.max(2, most);
     this.#memory = memory;
   }
 
-  /** Returns a free block; allocates one while fewer than the limit exist; otherwise waits for one. */
-  take(): Promise<HostBlock> {
-    const block = this.#free.pop() ?? this.#allocate();
+  /** The number of blocks. */
+  get count(): number {
+    return this.#all.length;
+  }
+
+  /** Returns a free block; allocates one while fewer than `most` exist; otherwise waits for one. */
+  take(most = 0): Promise<HostBlock> {
+    const block = this.#free.pop() ?? this.#allocate(most);
     return block ? Promise.resolve(block) : new Promise((resolve) => this.#waiting.push(resolve));
   }
 
@@ -43,9 +46,9 @@ export class HostBlocks {
     else this.#free.push(block);
   }
 
-  /** Allocates one block ahead of need. Returns false if the limit is reached. */
-  grow(): boolean {
-    const block = this.#allocate();
+  /** Allocates one block ahead of need. Returns false if there are `most`. */
+  grow(most: number): boolean {
+    const block = this.#allocate(most);
     if (block) this.give(block);
     return block !== undefined;
   }
@@ -56,8 +59,8 @@ export class HostBlocks {
     this.#free.length = 0;
   }
 
-  #allocate(): HostBlock | undefined {
-    if (this.#all.length >= this.#most) return undefined;
+  #allocate(most: number): HostBlock | undefined {
+    if (this.#all.length >= most) return undefined;
     const block = this.#memory.allocate(this.size);
     this.#all.push(block);
     return block;

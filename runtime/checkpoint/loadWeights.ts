@@ -6,6 +6,7 @@ import { type FileHandle, open } from "node:fs/promises";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { WeightLoader, WeightTarget } from "../backend.ts";
 import { type FilePiece, type ReadRange, readsFor } from "./pieces.ts";
+import { transferText } from "./transferText.ts";
 
 /** A shard that is loaded: its pieces, and the buffers that receive it. */
 export interface LoadedShard {
@@ -23,6 +24,7 @@ export async function loadShards(loader: WeightLoader, shards: readonly LoadedSh
   const pieces = shards.flatMap(({ pieces, target }) => pieces.map((piece) => ({ piece, of: target })));
   const reads = readsFor(pieces, ({ tensor }) => convertible[tensor.dtype] ?? 0, loader.blockBytes);
   const progress = new LoadProgress(
+    "reading weights",
     reads.reduce((sum, { bytes }) => sum + bytes, 0),
     onProgress,
   );
@@ -71,23 +73,20 @@ async function fill<T>(memory: Uint8Array, { path, from }: ReadRange<T>, file: F
 
 /** Reports bytes, rate and the time left. */
 class LoadProgress {
+  readonly #what: string;
   readonly #total: number;
   readonly #print: ((line: string) => void) | undefined;
   readonly #begun = performance.now();
   #done = 0;
 
-  constructor(total: number, print: ((line: string) => void) | undefined) {
+  constructor(what: string, total: number, print: ((line: string) => void) | undefined) {
+    this.#what = what;
     this.#total = total;
     this.#print = print;
   }
 
   add(bytes: number): void {
     this.#done += bytes;
-    const seconds = (performance.now() - this.#begun) / 1000;
-    const rate = this.#done / seconds;
-    this.#print?.(
-      `reading weights: ${gigabytes(this.#done)} of ${gigabytes(this.#total)} GB, ${gigabytes(rate)} GB/s, ${Math.ceil((this.#total - this.#done) / rate)} s left`,
-    );
+    this.#print?.(transferText(this.#what, this.#done, this.#total, (performance.now() - this.#begun) / 1000));
   }
 }
-const gigabytes = (bytes: number): string => (bytes / 1e9).toFixed(2);

@@ -24,6 +24,13 @@ type TensorInfo = {
 
 type Metadata = Readonly<Record<string, string>>;
 
+/** The SHA-256 of bytes `from` to `to` of a tensor, hexadecimal. */
+export interface PartDigest {
+  readonly from: number;
+  readonly to: number;
+  readonly sha256: string;
+}
+
 /** An open safetensors file. */
 export type Safetensors = {
   readonly path: string;
@@ -32,6 +39,8 @@ export type Safetensors = {
   /** SHA-256 of the header, hexadecimal. */
   readonly headerDigest: string;
   readonly info: (name: string) => TensorInfo;
+  /** Returns the digests of consecutive parts of a tensor; none if the file has no digests. */
+  readonly digestsOf: (name: string) => readonly PartDigest[];
   readonly read: (name: string) => Float32Array;
   readonly readInts: (name: string) => Int32Array;
   readonly close: () => void;
@@ -64,10 +73,16 @@ export function openSafetensors(path: string): Safetensors {
     const buffer = new ArrayBuffer(bytes);
     const view = new Uint8Array(buffer);
     file.read(view, start);
-    const digest = metadata[digestKey(name)];
-    if (digest !== undefined && digest !== sha256(view))
-      throw new Trouble(`${path}: the SHA-256 of tensor ${name} differs from the one it was saved with: the file is damaged`, REMAKE);
+    for (const { from, to, sha256: digest } of digestsOf(name)) if (digest !== sha256(view.subarray(from, to))) throw damaged(path, name);
     return buffer;
+  };
+  const digestsOf = (name: string): PartDigest[] => {
+    const digests = metadata[digestKey(name)]?.match(/.{1,64}/g) ?? [];
+    const { bytes } = info(name);
+    const each = Number(metadata[DIGEST_BYTES] ?? Math.max(1, bytes));
+    if (digests.length > 0 && digests.length !== Math.max(1, Math.ceil(bytes / each)))
+      throw new Trouble(`${path}: tensor ${name} has ${digests.length} digests for ${bytes} bytes`, REMAKE);
+    return digests.map((digest, n) => ({ from: n * each, to: Math.min((n + 1) * each, bytes), sha256: digest }));
   };
   return {
     path,
@@ -75,6 +90,7 @@ export function openSafetensors(path: string): Safetensors {
     metadata,
     headerDigest,
     info,
+    digestsOf,
     read: (name) => info(name).decoder.floats(load(name)),
     readInts: (name) => {
       const { dtype, decoder } = info(name);
@@ -175,8 +191,14 @@ class PartFile {
   }
 }
 
-/** Returns the metadata key of a tensor's SHA-256. */
+/** Returns the metadata key of a tensor's SHA-256, one of each part after the other. */
 export const digestKey = (tensor: string): string => `sha256/${tensor}`;
+/** The metadata key of the bytes of such a part; absent: a tensor is one part. */
+export const DIGEST_BYTES = "sha256_bytes";
+/** Returns the error of a tensor whose bytes differ from those that were saved. */
+const damaged = (path: string, tensor: string): Trouble =>
+  new Trouble(`${path}: the SHA-256 of tensor ${tensor} differs from the one it was saved with: the file is damaged`, REMAKE);
+/** Returns the SHA-256 in hexadecimal. */
 const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
 const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 

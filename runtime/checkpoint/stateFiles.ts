@@ -9,7 +9,7 @@ import type { CopyPiece } from "../backend.ts";
 import { firstHolders } from "../shards.ts";
 import type { TensorPiece } from "./blockWriter.ts";
 import { checkpointState } from "./checkpointState.ts";
-import { digestKey, headerOf } from "./safetensors.ts";
+import { DIGEST_BYTES, digestKey, headerOf } from "./safetensors.ts";
 import type { CheckpointText } from "./snapshotFile.ts";
 
 /** The file name of a rank. */
@@ -57,10 +57,20 @@ export function stateFiles({ mesh, programs }: Plan): {
   return { tensors, files: new Map(files) };
 }
 
-/** Returns the header of a file. A tensor without a digest has zeros in its place: the header has one length, whatever the digests. */
-export function headerFor({ entries }: StateFile, step: number, digests: ReadonlyMap<string, string> = new Map()): Uint8Array {
-  const known = entries.map(({ name }) => [digestKey(name), digests.get(name) ?? "0".repeat(64)]);
-  return headerOf(entries, { step: String(step), ...Object.fromEntries(known) });
+/** Digests of the parts of a tensor by number. */
+export type PartDigests = ReadonlyMap<string, readonly string[]>;
+
+/**
+ * Returns the header of a file; each `digestBytes` of a tensor have a digest. A part without one has zeros in its place: the header has one
+ * length, whatever the digests.
+ */
+export function headerFor({ entries }: StateFile, step: number, digestBytes: number, digests: PartDigests = new Map()): Uint8Array {
+  const known = entries.map(({ name, bytes }) => {
+    const own = digests.get(name);
+    const parts = Array.from({ length: Math.max(1, Math.ceil(bytes / digestBytes)) }, (_, n) => own?.[n] ?? "0".repeat(64));
+    return [digestKey(name), parts.join("")];
+  });
+  return headerOf(entries, { step: String(step), [DIGEST_BYTES]: String(digestBytes), ...Object.fromEntries(known) });
 }
 
 /** Consecutive bytes of a file. */

@@ -83,6 +83,7 @@ function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting:
       meeting.report(`copying ${pieces[0]?.buffer.id} to the host`);
       await own.copyOut?.(pieces, block);
     },
+    openStaging: (most, unit) => own.openStaging?.(most, unit),
   };
   return {
     ...localRanks,

@@ -1,11 +1,12 @@
 /** Memory and kernels of one rank on a CUDA device. Calls are issued to the compute stream. */
 import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute } from "../../schemas/plan.ts";
-import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice, WeightLoader } from "../backend.ts";
+import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice, StagingArea, WeightLoader } from "../backend.ts";
 import { type CudaArenas, offsetPointer } from "./arenas.ts";
 import type { Context, Pinned } from "./driver.ts";
 import type { Steps } from "./graph.ts";
 import type { Bound } from "./launches.ts";
+import { openStaging } from "./staging.ts";
 import type { RankStreams } from "./streams.ts";
 import type { Waits } from "./waits.ts";
 import type { Weights } from "./weights.ts";
@@ -114,6 +115,10 @@ export class CudaRankDevice implements RankDevice {
     });
     await waits.happens(copied);
     context.destroyEvent(copied);
+  }
+
+  openStaging(most: number, unit: number): StagingArea | undefined {
+    return openStaging(this.#parts, most, unit);
   }
 
   /** Frees the pinned memory of reads, and the tables of initial weights. */

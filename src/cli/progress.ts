@@ -45,13 +45,13 @@ export function startupLine(seconds: StartupSeconds): string {
 /** Formats a step as a JSON line of the metrics file. A non-finite number is null. `startup_seconds`: of the first step of a process. */
 export function metricsLine(
   report: StepResult,
-  { save_stall_seconds, save_seconds }: SaveSeconds = {},
+  { save_stall_seconds, save_stall_parts, save_seconds, save_pinned_bytes }: SaveSeconds = {},
   startup_seconds?: StartupSeconds,
 ): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds } = report;
   const { loss_scale, skipped } = report;
   const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
-  const times = { seconds, data_wait_seconds, save_stall_seconds, save_seconds };
+  const times = { seconds, data_wait_seconds, save_stall_seconds, save_stall_parts, save_seconds, save_pinned_bytes };
   return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, ...times, loss_scale, skipped, startup_seconds })}\n`;
 }
 

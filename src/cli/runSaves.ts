@@ -1,10 +1,11 @@
 /** The checkpoints of a run: when one begins, what is printed when it is complete, and what happens when it was not saved. */
 import type { SaveFault } from "../../runtime/checkpoint/commit.ts";
-import type { Saved } from "../../runtime/checkpoint/saver.ts";
+import type { PendingSave, Saved, StallParts } from "../../runtime/checkpoint/saver.ts";
+import { transferText } from "../../runtime/checkpoint/transferText.ts";
 import type { OpenRun } from "../../runtime/train/openRun.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { bytesText } from "../units.ts";
-import { printError, printProgress } from "./output.ts";
+import { isTerminal, printError, printProgress, progressInterval } from "./output.ts";
 
 /** Values of `--on-save-error`. */
 export const saveErrorChoices = ["stop", "continue"] as const;
@@ -31,7 +32,9 @@ export function expectSaveFolder({ save, saveEvery, keep, onSaveError }: SaveOpt
 /** Seconds about checkpoints, for a line of metrics. */
 export interface SaveSeconds {
   readonly save_stall_seconds?: number;
+  readonly save_stall_parts?: StallParts;
   readonly save_seconds?: number;
+  readonly save_pinned_bytes?: number;
 }
 
 /** Saves the checkpoints of a run. All processes of the run call the methods after the same steps. */
@@ -45,6 +48,8 @@ export class RunSaves {
   #failed: Error | undefined;
   #saved: Saved | undefined;
   #seconds: SaveSeconds = {};
+  /** Whether the run waits for a checkpoint. */
+  #isWaiting = false;
 
   constructor(run: OpenRun, options: SaveOptions, isFault: (error: unknown) => error is SaveFault) {
     this.#run = run;
@@ -65,14 +70,15 @@ export class RunSaves {
   async afterStep(step: number): Promise<SaveSeconds> {
     this.#expectSaved();
     const { saveEvery } = this.#options;
-    const stall = saveEvery !== undefined && step % saveEvery === 0 ? await this.#begin() : undefined;
-    const seconds = { ...this.#seconds, ...(stall !== undefined && { save_stall_seconds: stall }) };
+    const begun = saveEvery !== undefined && step % saveEvery === 0 ? await this.#begin() : undefined;
+    const seconds = { ...this.#seconds, ...(begun && { save_stall_seconds: begun.stallSeconds, save_stall_parts: begun.stall }) };
     this.#seconds = {};
     return seconds;
   }
 
   /** Saves the last state, if no checkpoint has it, and waits until it is complete. An error ends the run, because nothing else has this state. */
   async finish(): Promise<void> {
+    this.#isWaiting = true;
     await this.#pending;
     this.#expectSaved();
     const { steps } = this.#run.progress();
@@ -82,21 +88,34 @@ export class RunSaves {
     if (this.#failed) throw this.#failed;
   }
 
-  async #begin(): Promise<number> {
+  async #begin(): Promise<PendingSave> {
     this.#failed = undefined;
-    const { done, stallSeconds } = await this.#run.beginSave();
-    this.#pending = done.then(
-      (saved) => this.#complete(saved),
-      (error: Error) => {
-        this.#failed = error;
-      },
-    );
-    return stallSeconds;
+    const wasWaiting = this.#isWaiting;
+    this.#isWaiting = true;
+    const pending = await this.#run.beginSave();
+    this.#isWaiting = wasWaiting;
+    const report = setInterval(() => this.#report(pending), 1000 * progressInterval()).unref();
+    this.#pending = pending.done
+      .then(
+        (saved) => this.#complete(saved),
+        (error: Error) => {
+          this.#failed = error;
+        },
+      )
+      .finally(() => clearInterval(report));
+    return pending;
+  }
+
+  /** Prints how far a checkpoint is: on a terminal, where steps have the line, only while the run waits for it. */
+  #report({ step, bytes, written }: PendingSave): void {
+    if (!this.#run.leads || (isTerminal() && !this.#isWaiting)) return;
+    const now = written();
+    printProgress(transferText(`saving step ${step}`, now.bytes, bytes, now.seconds));
   }
 
   #complete(saved: Saved): void {
     this.#saved = saved;
-    this.#seconds = { save_seconds: saved.seconds };
+    this.#seconds = { save_seconds: saved.seconds, save_pinned_bytes: saved.pinnedBytes };
     const { folder, bytes, seconds, stallSeconds } = saved;
     const rate = `${bytesText(bytes)} in ${seconds.toFixed(1)} s`;
     if (this.#run.leads) printProgress(`saved ${folder}  ${rate}, training waited ${stallSeconds.toFixed(2)} s`);

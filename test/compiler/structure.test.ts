@@ -85,7 +85,7 @@ const touchFiles = new Map([
   ["runtime/checkpoint/loadWeights.ts", "weights that devices load"],
   ["runtime/checkpoint/safetensors.ts", "tensors that are written"],
   ["runtime/checkpoint/blockWriter.ts", "blocks of checkpoints"],
-  ["runtime/checkpoint/saver.ts", "the files of a checkpoint while it is written"],
+  ["runtime/checkpoint/save.ts", "the files of a checkpoint while it is written"],
   ["runtime/checkpoint/commit.ts", "complete checkpoints, and the removal of older ones"],
   ["runtime/checkpoint/megatron/distcp.ts", "checkpoints of Megatron Core"],
   ["runtime/checkpoint/megatron/savedArguments.ts", "their common state"],

@@ -5,22 +5,23 @@
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { setImmediate } from "node:timers/promises";
 import { afterAll, beforeEach, describe, expect, test, vi } from "vitest";
-import type { LocalRanks, RankDevice } from "../../runtime/backend.ts";
+import type { HostData, LocalRanks, RankDevice } from "../../runtime/backend.ts";
 import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { expectComplete, SaveFault } from "../../runtime/checkpoint/commit.ts";
+import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { newestCheckpoint } from "../../runtime/checkpoint/saveFolder.ts";
 import { CheckpointSaver, type SaverSettings } from "../../runtime/checkpoint/saver.ts";
 import { blocksOf, stateFiles } from "../../runtime/checkpoint/stateFiles.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
-import type { Buffer } from "../../schemas/plan.ts";
+import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
 import { planOf, standInRanks } from "../support/cudaRanks.ts";
 import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
-import { fixture, jobOf } from "../support/job.ts";
+import { fixture, jobOf, sameNumbers } from "../support/job.ts";
 import { built } from "../support/rankc.ts";
-import { full } from "../support/tiers.ts";
 
 const place = mkdtempSync(join(tmpdir(), "rankc-saver-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
@@ -67,6 +68,24 @@ test("any number of threads, any size of blocks, and any memory write the same b
   ].entries())
     expect(await saveOnce(how, `${folder}-${n + 1}`), JSON.stringify(how)).toEqual(one);
   vi.restoreAllMocks();
+});
+
+test("parts of tensors have digests of their own, whatever the blocks; one that differs is damage", async () => {
+  const one = await saveOnce({ threads: 0, digestBytes: 256 }, `${folder}-0`);
+  expect(await saveOnce({ threads: 2, blockBytes: 3000, digestBytes: 256 }, `${folder}-1`)).toEqual(one);
+  const at = join(`${folder}-0`, "step-00000001");
+  const path = join(at, "rank-00000.safetensors");
+  const file = openSafetensors(path);
+  const { start, bytes } = file.info("embed");
+  expect(file.digestsOf("embed").map(({ from, to }) => to - from)).toEqual(Array.from({ length: bytes / 256 }, () => 256));
+  file.read("embed");
+  file.close();
+  const all = readFileSync(path);
+  all[start + bytes - 1]! ^= 1;
+  writeFileSync(path, all);
+  const damaged = openSafetensors(path);
+  expect(() => damaged.read("embed")).toThrow("the SHA-256 of tensor embed differs");
+  damaged.close();
 });
 
 test("blocks cover each file once; all pieces of a tensor go to one writer, in order", () => {
@@ -233,28 +252,65 @@ test("--resume auto skips damaged checkpoints and renames them; a run removes un
 });
 
 describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompiler}`, () => {
-  test("the state is copied to pinned memory and equals what reads return", full, async () => {
+  const stateBytes = (own: Plan): number => stateFiles(own).files.get(0)?.bytes ?? 0;
+  test.each([
+    ["all of the state", (bytes: number) => 2 * bytes],
+    ["a part of the state", (bytes: number) => bytes / 3],
+    ["nothing", () => 0],
+  ] as const)("a checkpoint has the state of its step while later steps change it; the device has room for %s", async (room, roomFor) => {
     const cuda = await standInRanks();
-    const reference = planOf({ world: 1 }, {}, { precision: "bf16" });
-    const { plan: own, kernels } = asCuda(reference);
+    const { plan: own, kernels } = asCuda(planOf({ world: 1 }, {}, { precision: "bf16" }));
     cuda.serve(kernels);
     const [ranks] = await cuda.openAll(own);
     if (!ranks?.hostMemory) throw new Error("no pinned memory");
-    for (const { buffer } of stateFiles(own).files.get(0)?.entries ?? [])
-      ranks.rankDevice(0).write(
+    const device = ranks.rankDevice(0);
+    // other work of the process gets turns while a step is captured
+    const slow = {
+      ...ranks,
+      async finish() {
+        for (let turns = 0; turns < 20; turns++) await setImmediate();
+        await ranks.finish();
+      },
+    };
+    const entries = stateFiles(own).files.get(0)?.entries ?? [];
+    const step = (): Promise<boolean[]> =>
+      cuda.step([slow], own, ({ dtype, shape }) =>
+        dtype === "i32" ? new Int32Array(elementsOf(shape)) : new Float32Array(elementsOf(shape)).fill(1e-2),
+      );
+    for (const { buffer } of entries)
+      device.write(
         buffer,
         0,
-        Float32Array.from({ length: elementsOf(buffer.shape) }, (_, i) => i / 7 + buffer.id.length),
+        Float32Array.from({ length: elementsOf(buffer.shape) }, (_, i) => ((i % 17) + buffer.id.length) / 700),
       );
-    const saver = new CheckpointSaver({ plan: own, folder, version: "test", localRanks: ranks, threads: 2, blockBytes: 4096 });
+    await step();
+    // 3 % of the device stay free
+    vi.stubEnv("STAND_IN_FREE", String(Math.floor(0.03 * 141 * 2 ** 30 + roomFor(stateBytes(own)))));
+    const opened = vi.spyOn(device, "openStaging");
+    const saver = new CheckpointSaver({ plan: own, folder, version: "test", localRanks: ranks, threads: 2, blockBytes: 1 << 15 });
     saver.prepare(10);
-    const { folder: at } = await (await saver.begin(progress(1))).done;
+    const expected = await Promise.all(entries.map(({ buffer }) => device.read(buffer, 0)));
+    cuda.seed(1);
+    const { done } = await saver.begin(progress(1));
+    // training goes on when the copies are done, not when they are issued; the first copy from the staging area may wait
+    expect(cuda.queued()).toBeLessThanOrEqual(2);
+    const replayed = [await step(), await step(), await step()].flat();
+    const { folder: at } = await done;
+    expect(replayed).toEqual([false, true, true]);
+    const staged = opened.mock.results[0]?.value?.bytes ?? 0;
+    expect(staged / stateBytes(own)).toBeGreaterThanOrEqual(room === "nothing" ? 0 : room.startsWith("all") ? 1 : 0.2);
+    expect(staged / stateBytes(own)).toBeLessThanOrEqual(room === "nothing" ? 0 : room.startsWith("all") ? 2 : 0.4);
     const checkpoint = openCheckpoint(at);
-    for (const { name, buffer } of stateFiles(own).files.get(0)?.entries ?? [])
-      expect(checkpoint.whole(name)?.data, name).toEqual(await ranks.rankDevice(0).read(buffer, 0));
+    const whole = entries.map(({ name }) => checkpoint.whole(name)?.data ?? new Float32Array());
     checkpoint.close();
+    const now = await Promise.all(entries.map(({ buffer }) => device.read(buffer, 0)));
+    const changed = (others: readonly HostData[]): string[] =>
+      entries.flatMap(({ name }, i) => (sameNumbers(others[i] ?? [], expected[i] ?? []) ? [] : [name]));
+    expect(changed(whole)).toEqual([]);
+    expect(changed(now)).not.toEqual([]);
     await saver.close();
     await ranks.close();
+    vi.unstubAllEnvs();
   });
 });
 
@@ -267,8 +323,9 @@ test("the built package starts the threads", async () => {
   writeFileSync(path, "");
   const memory = new SharedArrayBuffer(8);
   new Float32Array(memory).set([1, Number.NaN]);
-  const pieces = [{ tensor: "x", dtype: "f32", bytes: 8, last: true }] as const;
-  const result = await writers.writers[0]?.perform({ kind: "block", path, at: 4, memory, pieces });
+  const pieces = [{ tensor: "x", dtype: "f32", from: 0, bytes: 8, last: true }] as const;
+  const result = await writers.writers[0]?.perform({ kind: "block", path, at: 4, memory, pieces, digestBytes: 4 });
+  expect(result?.digests.map(([, part]) => part)).toEqual([0, 1]);
   expect(result?.nonfinite).toEqual([["x", 1]]);
   expect(readFileSync(path).length).toBe(12);
   await writers.close();
