@@ -83,7 +83,7 @@ export interface WeightLoader {
   readonly blocks: number;
   readonly blockBytes: number;
   /** Returns the memory of a block when the device has read its last content. */
-  free(block: number): Promise<Uint8Array>;
+  free(block: number): Promise<HostBlock>;
   /** Begins to write the pieces of a block, of which so many bytes are filled. */
   place(block: number, bytes: number, pieces: readonly PlacedPiece[]): void;
   /** Waits until all pieces are written. Returns the least number of a piece with a value that is not finite; undefined if there is none. */

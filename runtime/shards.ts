@@ -16,7 +16,8 @@ type Factors = Pick<MeshData, "subAxes" | "per_stage">;
 export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Sharding, number: number): Ranges =>
   sizes.map((n, dim) => dimRanges(mesh, n, shardedBy[dim] ?? [], shardedBy[dim] ?? [], number));
 
-const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
+/** Returns the sizes of a shard. */
+export const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
 
 /** Visits a shard as contiguous runs along its last dim: the start in the whole and in the shard, and the length. A scalar is one run. */
 export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, shard: number, length: number) => void): void {
@@ -65,13 +66,13 @@ export function shardOf<T extends HostData>(whole: T, { sizes, shape }: Pick<Buf
 }
 
 /** An index range that two shards share along one dim, with its start in each. */
-interface Shared {
+export interface SharedRun {
   readonly from: number;
   readonly to: number;
   readonly length: number;
 }
-function sharedAlong(from: Ranges[number], to: Ranges[number]): Shared[] {
-  const out: Shared[] = [];
+function sharedAlong(from: Ranges[number], to: Ranges[number]): SharedRun[] {
+  const out: SharedRun[] = [];
   let [a, b, i, j] = [0, 0, 0, 0];
   for (;;) {
     const [f, t] = [from[i], to[j]];
@@ -90,14 +91,14 @@ function sharedAlong(from: Ranges[number], to: Ranges[number]): Shared[] {
 }
 
 /** Returns the intersection of two shards per dim; undefined if it is empty. */
-export function sharedBy(from: Ranges, to: Ranges): Shared[][] | undefined {
+export function sharedBy(from: Ranges, to: Ranges): SharedRun[][] | undefined {
   const dims = from.map((dim, i) => sharedAlong(dim, to[i] ?? []));
   return dims.every((runs) => runs.length > 0) ? dims : undefined;
 }
 
 /** Copies the intersection that `sharedBy` returned from one shard to the other. */
 export function copyShared(
-  shared: readonly (readonly Shared[])[],
+  shared: readonly (readonly SharedRun[])[],
   [from, values]: readonly [Ranges, Float32Array],
   [to, out]: readonly [Ranges, Float32Array],
 ): void {

@@ -141,7 +141,7 @@ class TaskWriter {
 }
 
 /** Returns the bytes of a block of host memory. */
-const bytesAt = (memory: BlockAddress, bytes: number): Uint8Array =>
+export const bytesAt = (memory: BlockAddress, bytes: number): Uint8Array =>
   typeof memory === "bigint" ? new Uint8Array(koffi().view(memory, bytes)) : new Uint8Array(memory, 0, bytes);
 
 function withFile(path: string, act: (fd: number) => void): void {

@@ -9,14 +9,16 @@ import { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { copyShared, firstHolders, type Ranges, shardRanges, sharedBy } from "../shards.ts";
+import { copyShared, firstHolders, lengthsOf, type Ranges, shardRanges, sharedBy } from "../shards.ts";
 import type { RunProgress } from "../train/stepParameters.ts";
 import { checkpointState } from "./checkpointState.ts";
 import { expectFinite } from "./finite.ts";
+import type { SavedShard } from "./loadState.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
 import { type CheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
 import { fileOf } from "./stateFiles.ts";
+import { sharedPieces } from "./statePieces.ts";
 
 /** An open checkpoint. */
 export interface OpenCheckpoint {
@@ -29,6 +31,8 @@ export interface OpenCheckpoint {
   expectFor(plan: Plan, allowed: readonly string[], only?: "weights"): string[];
   /** Assembles the values of `ranges` of a tensor from the saved shards. */
   shard(name: string, ranges: Ranges): Float32Array;
+  /** Returns the saved shards that have elements of these ranges of a tensor, with those elements. */
+  savedShards(name: string, ranges: Ranges): SavedShard[];
   has(name: string): boolean;
   /** Returns a function that assembles ranges of a tensor as `shard` does, and keeps what it has read: for slices one after another. */
   slices(name: string): (ranges: Ranges) => Float32Array;
@@ -95,6 +99,18 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     }
     return out;
   }
+  function savedShards(name: string, ranges: Ranges): SavedShard[] {
+    const saved = tensor(name);
+    return firstHolders(mesh, saved).flatMap((n) => {
+      const theirs = shardRanges(mesh, saved, n);
+      const shared = sharedBy(theirs, ranges);
+      if (!shared) return [];
+      const file = fileAt(rankAt(mesh, saved.stage, n));
+      const { dtype, decoder, start } = file.info(name);
+      const pieces = sharedPieces(shared, lengthsOf(theirs), lengthsOf(ranges));
+      return [{ path: file.path, tensor: name, dtype, elementBytes: decoder.bytes, start, parts: file.digestsOf(name), pieces }];
+    });
+  }
   /** Keys that a later rankc added get their defaults, which keep the arithmetic of the rankc that saved. */
   function model(): Job["model"] {
     const parsed = Job.shape.model.safeParse(job.model);
@@ -103,7 +119,7 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `read it with the rankc that saved it, ${rankc}`);
   }
   return {
-    ...{ folder: at, progress, shard: (name, ranges) => shard(name, ranges), close },
+    ...{ folder: at, progress, shard: (name, ranges) => shard(name, ranges), savedShards, close },
     has: (name) => name in tensors,
     slices(name) {
       const held = new Map<number, Float32Array>();

@@ -38,7 +38,7 @@ export async function loadShards(loader: WeightLoader, shards: readonly LoadedSh
   let next = 0;
   const work = async (block: number): Promise<void> => {
     for (let read = reads[next++]; read; read = reads[next++]) {
-      const memory = await loader.free(block);
+      const { bytes: memory } = await loader.free(block);
       await fill(memory.subarray(0, read.bytes), read, await fileAt(read.path));
       loader.place(
         block,
@@ -49,16 +49,32 @@ export async function loadShards(loader: WeightLoader, shards: readonly LoadedSh
     }
   };
   try {
-    await Promise.all(Array.from({ length: loader.blocks }, (_, block) => work(block)));
+    await allBlocks(loader.blocks, work, () => {
+      next = reads.length;
+    });
     const bad = await loader.finish();
     const tensor = bad === undefined ? undefined : placed[bad]?.tensor;
     if (tensor)
       throw new Trouble(`${tensor.path}: ${tensor.name} has a value that is not finite`, "name a checkpoint whose weights are finite");
   } finally {
-    next = reads.length;
     for (const file of files.values()) await (await file.catch(() => undefined))?.close();
     loader.close();
   }
+}
+
+/** Works with all blocks at the same time. After an error it calls `stop` and throws when no block is in use any more. */
+export async function allBlocks(blocks: number, work: (block: number) => Promise<void>, stop: () => void): Promise<void> {
+  let first: unknown;
+  const attempt = async (block: number): Promise<void> => {
+    try {
+      await work(block);
+    } catch (error) {
+      first ??= error;
+      stop();
+    }
+  };
+  await Promise.all(Array.from({ length: blocks }, (_, block) => attempt(block)));
+  if (first !== undefined) throw first;
 }
 
 async function fill<T>(memory: Uint8Array, { path, from }: ReadRange<T>, file: FileHandle): Promise<void> {
@@ -72,7 +88,7 @@ async function fill<T>(memory: Uint8Array, { path, from }: ReadRange<T>, file: F
 }
 
 /** Reports bytes, rate and the time left. */
-class LoadProgress {
+export class LoadProgress {
   readonly #what: string;
   readonly #total: number;
   readonly #print: ((line: string) => void) | undefined;

@@ -196,10 +196,10 @@ export const digestKey = (tensor: string): string => `sha256/${tensor}`;
 /** The metadata key of the bytes of such a part; absent: a tensor is one part. */
 export const DIGEST_BYTES = "sha256_bytes";
 /** Returns the error of a tensor whose bytes differ from those that were saved. */
-const damaged = (path: string, tensor: string): Trouble =>
+export const damaged = (path: string, tensor: string): Trouble =>
   new Trouble(`${path}: the SHA-256 of tensor ${tensor} differs from the one it was saved with: the file is damaged`, REMAKE);
 /** Returns the SHA-256 in hexadecimal. */
-const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
+export const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
 const bytesOf = (data: Float32Array): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 
 function expectLength(name: string, shape: readonly number[], data: Float32Array): void {

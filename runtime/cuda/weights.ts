@@ -66,7 +66,7 @@ export class Weights {
       free: async (n) => {
         const block = itemOf(blocks, n, "block");
         if (block.isUsed) await happens(block.done);
-        return new Uint8Array(block.pinned.bytes);
+        return { bytes: new Uint8Array(block.pinned.bytes), address: block.pinned.at };
       },
       place: (n, bytes, pieces) => {
         const block = itemOf(blocks, n, "block");
@@ -161,8 +161,8 @@ interface BoundLaunch {
   readonly params: Params;
 }
 
-/** Blocks of host memory of a load: as many reads are under way. Node reads files in four threads. */
-const BLOCKS = 6;
+/** Blocks of host memory of a load: as many reads are under way. */
+const BLOCKS = 8;
 const BLOCK_BYTES = 2 ** 24;
 /** The value of `bad` while all values are finite. */
 const NONE = 2 ** 32 - 1;

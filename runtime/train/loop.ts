@@ -70,7 +70,7 @@ export interface RunInputs {
   readonly heldOut?: Readonly<Partial<Record<HeldOutPart, HeldOut>>>;
   /** The initial weights; default: random weights of the job's seed. */
   readonly checkpoint?: WholeTensors;
-  /** The weights are in place: nothing is written. */
+  /** The weights, or the checkpoint state, are in place: nothing is written. */
   readonly isLoaded?: boolean;
   /** The checkpoint to resume from: run progress, and shards of the checkpoint state by name and ranges. */
   readonly from?: StateShards & { readonly progress: RunProgress };
@@ -139,9 +139,10 @@ class TrainingLoop {
     this.#programs = new RankPrograms(plan);
     this.#parameters = new Parameters(plan, this.#programs, localRanks);
     this.#schedule = trainingSchedule(plan.job, from?.progress);
+    if (inputs.isLoaded) return;
     if (from) this.#parameters.restore(from);
     else if (checkpoint) this.#parameters.load(checkpoint);
-    else if (!inputs.isLoaded) this.#parameters.initialize();
+    else this.#parameters.initialize();
   }
 
   progress(): RunProgress {

@@ -9,6 +9,7 @@ import { type BackendName, backends } from "../backends.ts";
 import { type OpenCheckpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { expectComplete, removeUnfinished, setAside } from "../checkpoint/commit.ts";
 import { checkpointFor, type HfCheckpoint } from "../checkpoint/hf.ts";
+import { isLoadable, loadState } from "../checkpoint/loadState.ts";
 import { loadShards } from "../checkpoint/loadWeights.ts";
 import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
 import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
@@ -107,12 +108,14 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       removeUnfinished(folder);
     }
     const checkpoint = initFrom === undefined ? undefined : checkpointFor(job.model, initFrom, allowMismatch);
-    const isLoaded = checkpoint !== undefined && (await loadedByDevices(plan, localRanks, checkpoint, settings.onProgress));
+    const isLoaded = checkpoint
+      ? await loadedByDevices(plan, localRanks, checkpoint, settings.onProgress)
+      : from !== undefined && (await restoredByDevices(plan, localRanks, from, settings));
     const run = runOn(plan, {
       ...{ localRanks, debugNonfinite: settings.debugNonfinite ?? false },
       ...{ batch: corpus.batch, heldOut: corpus.heldOut },
       ...(isLoaded ? { isLoaded } : checkpoint && { checkpoint }),
-      ...(from && (only === undefined ? { from } : { checkpoint: { read: (name: string) => weightsOf(from, name) } })),
+      ...(from && (only === undefined ? { from } : !isLoaded && { checkpoint: { read: (name: string) => weightsOf(from, name) } })),
       ...(watch && { watch }),
       whileComputing: (seconds) => saver?.prepare(200 * seconds),
     });
@@ -216,6 +219,31 @@ async function loadedByDevices(
     const all = shards.filter((shard) => shard !== undefined);
     if (!device.openLoader || all.length < shards.length) return false;
     await loadShards(device.openLoader(), all, rank === 0 ? onProgress : undefined);
+  }
+  return true;
+}
+
+/** Restores the state of a checkpoint through the loaders of the devices. Returns false if the host must write it. */
+async function restoredByDevices(
+  plan: Plan,
+  localRanks: LocalRanks,
+  from: OpenCheckpoint,
+  { only, onProgress }: Pick<RunSettings, "only" | "onProgress">,
+): Promise<boolean> {
+  const parameters = new Parameters(plan, new RankPrograms(plan), localRanks);
+  const weights = new Set(plan.programs.flatMap((program) => program.parameters.map(({ name }) => name)));
+  for (const rank of localRanks.ranks) {
+    const device = localRanks.rankDevice(rank);
+    if (!device.openLoader) return false;
+    const wanted = parameters.stateOf(rank).filter(({ name }) => only === undefined || weights.has(name));
+    const shards = wanted.map((shard) => ({ ...shard, saved: from.savedShards(shard.name, shard.ranges), target: shard.buffers }));
+    const loader = device.openLoader();
+    const byLoader = shards.filter((shard) => isLoadable(shard, loader.blockBytes));
+    for (const { name, ranges, buffers } of shards.filter((shard) => !byLoader.includes(shard))) {
+      const values = from.shard(name, ranges);
+      for (const buffer of buffers) device.write(buffer, 0, values);
+    }
+    await loadState(loader, byLoader, rank === 0 ? onProgress : undefined);
   }
   return true;
 }

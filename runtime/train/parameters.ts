@@ -23,6 +23,13 @@ export interface StateShards {
   shard(name: string, ranges: Ranges): Float32Array;
 }
 
+/** A shard of a tensor of the checkpoint state, and the buffers that hold it. */
+export interface StateShard {
+  readonly name: string;
+  readonly buffers: readonly Buffer[];
+  readonly ranges: Ranges;
+}
+
 /** Parameters on the local ranks. */
 export class Parameters {
   readonly #plan: Plan;
@@ -83,24 +90,29 @@ export class Parameters {
     }
   }
 
-  /** Writes the checkpoint state; tied copies and 16-bit copies are filled from the main parameter. */
-  restore(state: StateShards): void {
-    for (const rank of this.#localRanks.ranks) {
-      const { program } = this.#programs.of(rank);
-      const buffers = new Map(checkpointState(program).map(({ name, buffer }) => [name, new Set([buffer.id])]));
-      for (const { name, buffer, master } of program.parameters) buffers.set(name, new Set([buffer, master]));
-      for (const [name, ids] of buffers) {
-        // copies of one sharding are read once
-        const shards = new Map<string, Float32Array>();
-        for (const id of ids) {
-          const b = this.#programs.buffer(rank, id);
-          const sharding = JSON.stringify(b.shardedBy);
-          const shard = shards.get(sharding) ?? state.shard(name, this.#ranges(b, rank));
-          shards.set(sharding, shard);
-          this.#localRanks.rankDevice(rank).write(b, 0, shard);
-        }
+  /** Returns the shards of the checkpoint state of a rank, with the buffers that hold each: tied copies and 16-bit copies of parameters, too. */
+  stateOf(rank: number): StateShard[] {
+    const { program } = this.#programs.of(rank);
+    const buffers = new Map(checkpointState(program).map(({ name, buffer }) => [name, new Set([buffer.id])]));
+    for (const { name, buffer, master } of program.parameters) buffers.set(name, new Set([buffer, master]));
+    return [...buffers].flatMap(([name, ids]) => {
+      // copies of one sharding are read once
+      const bySharding = new Map<string, Buffer[]>();
+      for (const b of [...ids].map((id) => this.#programs.buffer(rank, id))) {
+        const sharding = JSON.stringify(b.shardedBy);
+        bySharding.set(sharding, [...(bySharding.get(sharding) ?? []), b]);
       }
-    }
+      return [...bySharding.values()].map((own) => ({ name, buffers: own, ranges: own.flatMap((b) => [this.#ranges(b, rank)])[0] ?? [] }));
+    });
+  }
+
+  /** Writes the checkpoint state. */
+  restore(state: StateShards): void {
+    for (const rank of this.#localRanks.ranks)
+      for (const { name, buffers, ranges } of this.stateOf(rank)) {
+        const shard = state.shard(name, ranges);
+        for (const b of buffers) this.#localRanks.rankDevice(rank).write(b, 0, shard);
+      }
   }
 
   /** Returns a rank's shard of a value: of the whole, or the value itself if it has the size of a shard. */
