@@ -8,6 +8,7 @@ import type { KeyPlace } from "../report/whyText.ts";
 import { planFile } from "./loadPlan.ts";
 import { asWritten, type JobOptions } from "./options.ts";
 
+/** What a command names: where the job file of a plan is looked for, and how a job is read. */
 export interface Searched {
   /** The plan or job that the command names. */
   readonly path: string;

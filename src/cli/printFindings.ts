@@ -6,6 +6,7 @@ import { printJson, printStdout } from "./output.ts";
 
 /** Formats of findings: for people, for programs, for code scanning, and as annotations of GitHub. */
 export const findingFormats = ["text", "json", "sarif", "github"] as const;
+/** One of these formats. */
 export type FindingFormat = (typeof findingFormats)[number];
 
 /** Prints findings: as text on stderr, else on stdout. `texts`: the files that they are in. `more`: further keys of the JSON format. */

@@ -27,8 +27,9 @@ export interface TextEdit {
   readonly text: string;
 }
 
-/** The change of a fix, and the order of the keys of a section, by which a new key finds its line. */
+/** The change of a fix. */
 export type KeyChange = Pick<Finding, "set" | "leftOut" | "renamed">;
+/** Returns the keys of a section in their order in the schema. It decides the line of a new key. */
 export type KeysOf = (section: Path) => readonly string[];
 
 /** Returns a text with a change of keys; undefined if no edit gives it: a value is shared through an anchor, or a comment would be lost. */

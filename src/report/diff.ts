@@ -5,7 +5,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Instruction, Plan, Program } from "../../schemas/plan.ts";
-import { blocksOf } from "../../schemas/program.ts";
+import { blocksOf, instructionsOf } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { anyLayer, anyLayerOrigin, layerOf } from "../analysis/layerNames.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
@@ -247,9 +247,12 @@ function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Pl
   const all = new Map<string, Placed[]>();
   for (const program of programs) {
     const buffers = new BufferTable(program.buffers);
+    const layers = new Map(
+      instructionsOf(program).flatMap((i) => (i.kind === "collective" && i.stream ? [[i.id, layerOf(i, buffers)] as const] : [])),
+    );
     for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
       const layer = layerOf(instruction, buffers);
-      const facts = factsOf(instruction, buffers);
+      const facts = factsOf(instruction, buffers, layers);
       const one = { stage: program.stage, layer, does: doing(instruction), kind: instruction.kind, facts };
       const before = all.get(instruction.id);
       if (before) before.push(one);
@@ -270,8 +273,8 @@ function doing(i: Instruction): string {
   }
 }
 
-/** Returns the text of an instruction for comparison, without the layers in names. */
-function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
+/** Returns the text of an instruction for comparison, without the layers in names. `layers`: those of the collectives that instructions wait for. */
+function factsOf(i: Instruction, buffers: BufferTable, layers: ReadonlyMap<string, number | undefined>): Map<string, string> {
   const facts = new Map<string, string>();
   const operand = (name: string, id: string): void => {
     const buffer = buffers.get(id);
@@ -280,7 +283,7 @@ function factsOf(i: Instruction, buffers: BufferTable): Map<string, string> {
     facts.set(`${name} buffer`, anyLayer(id, buffer.layer));
   };
   facts.set("does", doing(i));
-  facts.set("waits for", (i.waits ?? []).map(anyLayer).join(" "));
+  facts.set("waits for", (i.waits ?? []).map((id) => anyLayer(id, layers.get(id))).join(" "));
   facts.set("runs", i.only ?? "");
   switch (i.kind) {
     case "compute":

@@ -67,6 +67,14 @@ test("a change that repeats over layers and stages is printed once", () => {
   );
 });
 
+test("a change of what instructions wait for is printed once for all layers", () => {
+  const shared = "model.moe.shared={ffn: 16}";
+  const { program } = diffPlans(planOf(shared), planOf(shared, "parallel.expert_overlap=shared"));
+  const waits = program.flatMap(({ differences }) => differences.filter(({ what, new: now }) => what === "waits for" && now !== ""));
+  expect(waits.length).toBeGreaterThan(2);
+  expect(waits.filter((w) => /layers\.\d/.test(JSON.stringify(w)))).toEqual([]);
+});
+
 test("swapping the plans swaps added and removed, old and new", () => {
   const other = planOf("parallel.expert=1");
   const [there, back] = [diffPlans(plan, other), diffPlans(other, plan)];

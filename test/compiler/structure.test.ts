@@ -1,7 +1,7 @@
-/** The folders: which may import which, who prints, who touches files. docs/concepts.md draws the same. */
+/** The folders: which may import which, who prints, who touches files. docs/concepts.md draws the same. And limits of every file of source. */
 import { dirname, join, relative } from "node:path";
-import { Project, type SourceFile, SyntaxKind, type TypeNode } from "ts-morph";
-import { expect, test } from "vitest";
+import { Project, SyntaxKind, type TypeNode, ts } from "ts-morph";
+import { describe, expect, test } from "vitest";
 import { backendNames } from "../../runtime/backends.ts";
 import { root } from "../support/checkout.ts";
 
@@ -108,16 +108,37 @@ const project = new Project({ skipAddingFilesFromTsConfig: true, compilerOptions
 project.addSourceFilesAtPaths(["schemas", "src", "runtime", "templates"].map((folder) => join(root, folder, "**/*.{ts,tsx}")));
 const files = new Map(project.getSourceFiles().map((file) => [relative(root, file.getFilePath()), file]));
 
+/** Per file all its nodes, in the order of the text. */
+const nodes = new Map(
+  [...files].map(([path, { compilerNode: file }]) => {
+    const all: ts.Node[] = [];
+    const visit = (node: ts.Node): void => {
+      all.push(node);
+      ts.forEachChild(node, visit);
+    };
+    visit(file);
+    return [path, { file, all }];
+  }),
+);
+const lineOf = (file: ts.SourceFile, at: number): number => ts.getLineAndCharacterOfPosition(file, at).line + 1;
+/** Every node that `pick` takes, as the text that it returns, behind the path of its file. */
+const uses = (pick: (node: ts.Node, file: ts.SourceFile) => string | undefined): string[] =>
+  [...nodes].flatMap(([path, { file, all }]) => all.flatMap((node) => pick(node, file) ?? []).map((text) => `${path}: ${text}`));
+
 /** Every module that a file names in `import`, `export … from` or `import()`; own modules as a path from the root. */
-function importsOf(path: string, file: SourceFile): string[] {
-  const declared = [...file.getImportDeclarations(), ...file.getExportDeclarations()].flatMap((d) => d.getModuleSpecifierValue() ?? []);
-  const loaded = file
-    .getDescendantsOfKind(SyntaxKind.CallExpression)
-    .filter((call) => call.getExpression().getKind() === SyntaxKind.ImportKeyword)
-    .map((call) => call.getArguments()[0]!.asKindOrThrow(SyntaxKind.StringLiteral).getLiteralValue());
-  return [...declared, ...loaded].map((name) => (name.startsWith(".") ? join(dirname(path), name) : name));
+function importsOf(path: string): string[] {
+  const named = (node: ts.Node): ts.Node | undefined => {
+    if (ts.isImportDeclaration(node) || ts.isExportDeclaration(node)) return node.moduleSpecifier;
+    return ts.isCallExpression(node) && node.expression.kind === ts.SyntaxKind.ImportKeyword ? node.arguments[0] : undefined;
+  };
+  const names = nodes.get(path)!.all.flatMap((node) => {
+    const name = named(node);
+    if (name && !ts.isStringLiteral(name)) throw new Error(`${path} imports a computed name`);
+    return name ? [name.text] : [];
+  });
+  return names.map((name) => (name.startsWith(".") ? join(dirname(path), name) : name));
 }
-const imports = new Map([...files].map(([path, file]) => [path, importsOf(path, file)]));
+const imports = new Map([...files.keys()].map((path) => [path, importsOf(path)]));
 const ownImports = (path: string): string[] => imports.get(path)!.filter((target) => imports.has(target));
 
 /** The pairs `from -> to` that a law forbids. */
@@ -188,15 +209,13 @@ const exceptions = [
 
 test("only the command line prints and ends the process; the watchdog of a blocked rank may kill it", () => {
   const effects = /^(console\.\w+|process\.(exit|exitCode|stdout|stderr|abort|kill))$/;
-  const uses = [...files].flatMap(([path, file]) =>
-    file
-      .getDescendantsOfKind(SyntaxKind.PropertyAccessExpression)
-      .filter((access) => effects.test(access.getText()))
-      .map((access) => `${path}: ${access.getText()}`),
-  );
+  const found = uses((node, file) => {
+    const text = ts.isPropertyAccessExpression(node) ? node.getText(file) : "";
+    return effects.test(text) ? text : undefined;
+  });
   const isAllowed = (use: string): boolean =>
     exceptions.includes(use) || use.startsWith("src/cli/main.ts: ") || /^src\/cli\/output\.ts: process\.(stdout|stderr)$/.test(use);
-  expect(uses.filter((use) => !isAllowed(use))).toEqual([]);
+  expect(found.filter((use) => !isAllowed(use))).toEqual([]);
 });
 
 test("only listed files touch the file system", () => {
@@ -206,13 +225,43 @@ test("only listed files touch the file system", () => {
 });
 
 test("no command compares the name of a backend: the registry states what a backend needs", () => {
-  const names = backendNames.map((name) => JSON.stringify(name));
-  const compared = [...files].flatMap(([path, file]) =>
-    file
-      .getDescendantsOfKind(SyntaxKind.BinaryExpression)
-      .filter((e) => /^[!=]==$/.test(e.getOperatorToken().getText()))
-      .filter((e) => [e.getLeft(), e.getRight()].some((side) => names.includes(side.getText())))
-      .map((e) => `${path}: ${e.getText()}`),
+  const isName = (side: ts.Node): boolean => ts.isStringLiteral(side) && (backendNames as readonly string[]).includes(side.text);
+  const compared = uses((node, file) =>
+    ts.isBinaryExpression(node) &&
+    [ts.SyntaxKind.EqualsEqualsEqualsToken, ts.SyntaxKind.ExclamationEqualsEqualsToken].includes(node.operatorToken.kind) &&
+    [node.left, node.right].some(isName)
+      ? node.getText(file)
+      : undefined,
   );
   expect(compared.filter((use) => use.startsWith("src/cli/"))).toEqual([]);
+});
+
+describe("limits of source files", () => {
+  const generated = ["templates/bindings.ts", "schemas/opNames.ts"];
+  const sources = [...nodes].filter(([path]) => !generated.includes(path));
+  /** Returns `path:line` of each node that is chosen. */
+  const places = (isChosen: (node: ts.Node, file: ts.SourceFile) => boolean): string[] =>
+    sources.flatMap(([path, { file, all }]) =>
+      all.filter((node) => isChosen(node, file)).map((node) => `${path}:${lineOf(file, node.getStart(file))}`),
+    );
+
+  test("no file has more than 400 lines, no function more than 80", () => {
+    expect(sources.filter(([, { file }]) => lineOf(file, file.end) > 401).map(([path]) => path)).toEqual([]);
+    const linesOf = (node: ts.Node, file: ts.SourceFile): number => lineOf(file, node.end) - lineOf(file, node.getStart(file)) + 1;
+    expect(places((node, file) => ts.isFunctionLike(node) && linesOf(node, file) > 80)).toEqual([]);
+  });
+
+  test("every export has a docstring", () => {
+    const isUndocumented = (node: ts.Node): boolean =>
+      ts.canHaveModifiers(node) &&
+      ts.getModifiers(node)?.some(({ kind }) => kind === ts.SyntaxKind.ExportKeyword) === true &&
+      !ts.getJSDocCommentsAndTags(node).some((doc) => ts.isJSDoc(doc));
+    expect(places(isUndocumented)).toEqual([]);
+  });
+
+  test("no `any`; outside src/ops fewer than 100 values are said to be present by `!`", () => {
+    expect(places(({ kind }) => kind === ts.SyntaxKind.AnyKeyword)).toEqual([]);
+    const asserted = places((node) => ts.isNonNullExpression(node)).filter((place) => !place.startsWith("src/ops/"));
+    expect(asserted.length).toBeLessThan(100);
+  });
 });
