@@ -1,7 +1,8 @@
-/** Text about layers: ids have a part for their layer (`layers.3.wq`), and reports show equal layers once. */
+/** The layers of instructions, and reports that show equal layers once. */
 import type { Buffer, Collective, Instruction } from "../../schemas/plan.ts";
 import { layerPart } from "../model/positions.ts";
 import { ranges } from "../units.ts";
+import { anyLayer } from "./layerText.ts";
 
 /**
  * Returns the layer of an instruction: that of what it writes. An op that only adds to sums of the step, such as a loss, belongs to the layer of
@@ -15,10 +16,6 @@ export function layerOf(i: Instruction, buffers: { get(id: string): Buffer | und
   const first = (of: readonly Buffer[]): number | undefined => of.find(({ layer }) => layer !== undefined)?.layer;
   return own.length > 0 ? first(own) : (first(written) ?? first(found(i.reads)));
 }
-
-/** Replaces the name of a layer in ids and texts about it: `layers.3.wq` becomes `layers.*.wq`. */
-export const anyLayer = (text: string, layer: number | undefined): string =>
-  layer === undefined ? text : text.replaceAll(layerPart(layer), "layers.*.");
 
 /** Returns the origin of a collective or a transfer as text, with `layers.*` for the layer of the use. */
 export const anyLayerOrigin = ({ op, because, path, layer }: Collective["why"]): string =>

@@ -1,10 +1,10 @@
-/** Layers in the texts of the page. A part of a program stands for equal layers, so its texts count layers from the first: `layers.+1.wq`. */
+/** Layers in ids and in texts about them: an id has a part for its layer (`layers.3.wq`), and which layer that is stands in a field of the plan. */
+import { layerPart } from "../model/positions.ts";
 
-const layers = /\blayers\.(\d+)/g;
+/** Replaces the name of a layer in ids and texts about it: `layers.3.wq` becomes `layers.*.wq`. */
+export const anyLayer = (text: string, layer: number | null | undefined): string =>
+  layer === undefined || layer === null ? text : text.replaceAll(layerPart(layer), "layers.*.");
 
-/** Returns a text in which layers count from `base`. */
-export const fromLayer = (text: string, base: number): string =>
-  text.replace(layers, (_, n: string) => `layers.${Number(n) < base ? "" : "+"}${Number(n) - base}`);
-
-/** Returns a text with `*` for the number of each layer. */
-export const anyLayer = (text: string): string => text.replace(layers, "layers.*");
+/** Replaces the name of a layer by its distance from `base`, because equal layers share their texts: `layers.4.wq` from 3 becomes `layers.+1.wq`. */
+export const fromLayer = (text: string, layer: number | undefined, base: number): string =>
+  layer === undefined ? text : text.replaceAll(layerPart(layer), `layers.${layer < base ? "" : "+"}${layer - base}.`);

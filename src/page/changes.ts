@@ -20,7 +20,7 @@ export function changeOf({ id, stage, layer, block }: PlacedView): InstructionCh
   if (!diff) return undefined;
   const known = byId.get(diff) ?? indexed(diff);
   byId.set(diff, known);
-  const found = known.get(`${block.kind} ${anyLayer(id)}`)?.find(({ change, layers, stages }) => {
+  const found = known.get(`${block.kind} ${anyLayer(id, layer)}`)?.find(({ change, layers, stages }) => {
     if (change === (planIndex.value === 0 ? "added" : "removed")) return false;
     // stages of a changed instruction are those of the second plan
     return (layers.length === 0 || layer === null || layers.includes(layer)) && (stages.includes(stage) || change === "changed");

@@ -2,9 +2,8 @@
  * The memory of a rank over a step: what is alive at each moment. Parameters, gradients and optimizer state are alive all the time;
  * activations of a microbatch from its forward block to its last block, and within a block as the instructions need them; workspace within a block.
  */
-import { anyLayer } from "../analysis/layerText.ts";
 import type { BlockView } from "../report/view/planView.ts";
-import { inLayer, type PlanModel } from "./planModel.ts";
+import { inAnyLayer, type PlanModel } from "./planModel.ts";
 import type { StageRuns } from "./stageRuns.ts";
 
 /** Bytes that are alive, beside those that are alive for the whole run. */
@@ -116,7 +115,7 @@ export class MemoryCurve {
       add("activation", `other microbatches in flight${this.model.chunks > 1 ? `, chunk ${chunk}` : ""}`, 1, bytes);
     if (now)
       for (const { id, kind, bytes, from, to } of this.model.lives(now.block))
-        if (from <= now.n && now.n <= to) add(kind, anyLayer(inLayer(id, now.block.base)), 1, bytes);
+        if (from <= now.n && now.n <= to) add(kind, inAnyLayer(id), 1, bytes);
     return [...groups.values()].sort((a, b) => b.bytes - a.bytes);
   }
 

@@ -29,9 +29,13 @@ export const axisNames = ["tp", "cp", "dp", "etp", "ep", "edp", "pp"] as const s
 /** The name of one of them. */
 export type AxisName = (typeof axisNames)[number];
 
-/** Replaces relative layers in an id: `layers.+1.wq` after layer 3 → `layers.4.wq`. */
+/** A layer in texts of the page, relative to the layer or the chunk that the text belongs to (src/analysis/layerText.ts writes it). */
+const relativeLayer = /\blayers\.([+-]\d+)/g;
+/** Replaces relative layers in a text: `layers.+1.wq` after layer 3 becomes `layers.4.wq`. */
 export const inLayer = (text: string, layer: number): string =>
-  text.replace(/\blayers\.([+-]\d+)/g, (_, n: string) => `layers.${layer + Number(n)}`);
+  text.replace(relativeLayer, (_, n: string) => `layers.${layer + Number(n)}`);
+/** Replaces relative layers in a text by `*`: `layers.+1.wq` becomes `layers.*.wq`. */
+export const inAnyLayer = (text: string): string => text.replace(relativeLayer, "layers.*");
 
 /** One plan of the page. */
 export class PlanModel {

@@ -30,8 +30,8 @@ function readIndex(model: PlanModel): Hit[] {
   const seen = new Set<string>();
   for (const [stage, { blocks, state }] of model.view.stages.entries()) {
     for (const block of blocks)
-      for (const { id, view } of model.instructions(stage, block)) {
-        const form = anyLayer(id);
+      for (const { id, layer, view } of model.instructions(stage, block)) {
+        const form = anyLayer(id, layer);
         const key = `${block.kind} ${form}`;
         if (seen.has(key)) continue;
         seen.add(key);

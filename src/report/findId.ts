@@ -5,7 +5,8 @@ import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
-import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { layerOf } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { layerPart } from "../model/positions.ts";
 
 /** An instruction, and where it runs. */

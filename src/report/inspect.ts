@@ -8,7 +8,7 @@ import { blocksOf, microbatchesIn, timesIn } from "../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { type MemoryBreakdown, memoryBreakdown } from "../analysis/memoryBreakdown.ts";
 import { chunksPerStage, type StageOfPlan, stagesOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
@@ -294,9 +294,9 @@ export function withRelativeLayers(role: RoleView): RoleView {
   return { ...role, transfers: role.transfers.map((t) => ({ ...t, buffer: relative(t) })) };
 }
 
-/** Returns the depths of multi-token prediction that have parameters on a stage. */
-function mtpDepthsOf({ parameters }: Program): number[] {
-  const depths = parameters.map(({ name }) => name.split(".")).flatMap(([module, depth]) => (module === "mtp" ? [Number(depth)] : []));
+/** Returns the depths of multi-token prediction of a stage, from 0. Each embeds the ids ahead: the input of the source `ids` with a depth from 1. */
+function mtpDepthsOf({ inputs }: Program): number[] {
+  const depths = inputs.flatMap(({ source, depth }) => (source === "ids" && depth !== undefined ? [depth - 1] : []));
   return [...new Set(depths)].sort((a, b) => a - b);
 }
 

@@ -10,7 +10,8 @@ import { stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
-import { anyLayer, layerOf } from "../analysis/layerNames.ts";
+import { layerOf } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { countText, table } from "../units.ts";
 import { type TraceSlice, traceText } from "./trace.ts";
 

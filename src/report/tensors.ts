@@ -2,7 +2,7 @@
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { memoryNames } from "../analysis/memoryBreakdown.ts";
 import { bytesText, countText, plural, ranges } from "../units.ts";
 import type { Inspection } from "./inspect.ts";

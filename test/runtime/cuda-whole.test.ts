@@ -33,7 +33,7 @@ import { byTier, full, isFull } from "../support/tiers.ts";
 const missing = noCompiler || (await emulatorMissing().then((why) => (why ? ` [skipped: ${why}]` : "")));
 const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
 const headers = ["emulator.hpp", "hopper.hpp", "intrinsics.hpp"].map((file) => join(root, "test/cuda-emulator", file));
-const options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-x", "c++"];
+const options = ["-std=c++20", isFull ? "-O1" : "-Og", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-x", "c++"];
 const run = promisify(execFile);
 
 let cuda: Ranks;

@@ -171,7 +171,7 @@ struct Starts { B: i32, S: i32, }
       expect(await read(localRanks, plan, 1, "y")).toEqual([64, 128.5, 3, 0]);
       expect((await read(localRanks, plan, 1, "index"))[0]).toBe(3);
       const overflow = await troubleOf(localRanks.finish());
-      expect(overflow.message).toContain("index, rank 1: the router sent 7 rows, and the plan holds at most 6");
+      expect(overflow.message).toContain("index.needed, rank 1: the router sent 7 rows, and the plan holds at most 6");
       expect(overflow.fix).toContain("model.moe.rows_bound");
     });
   });

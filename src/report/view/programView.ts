@@ -4,8 +4,8 @@ import type { Instruction, Plan, Program } from "../../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../../schemas/program.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
-import { anyLayer, layerOf } from "../../analysis/layerNames.ts";
-import { fromLayer } from "../../analysis/layerText.ts";
+import { layerOf } from "../../analysis/layerNames.ts";
+import { anyLayer, fromLayer } from "../../analysis/layerText.ts";
 import { firstLayerOf } from "../../analysis/stages.ts";
 import { aligned, blockLifetimes } from "../../passes/memory.ts";
 import { shapeText } from "../programText.ts";
@@ -35,7 +35,7 @@ export function programsView(plan: Plan): ProgramsView {
       }));
       const alive = lives.map(
         ({ buffer, from, to }): BufferLife => ({
-          ...{ id: fromLayer(buffer.id, base), kind: buffer.kind, bytes: aligned(buffer), from, to },
+          ...{ id: fromLayer(buffer.id, buffer.layer, base), kind: buffer.kind, bytes: aligned(buffer), from, to },
         }),
       );
       return { kind: block.kind, chunk: block.chunk, form: shared.formOf({ parts, lives: alive }), base };
@@ -85,7 +85,7 @@ class SharedParts {
     const answer = explainId(this.#plan, { id, alike, instructions: [{ program, block, instruction }], buffers: [] });
     const { because, sharding, link, share, seconds_per_step, removed_by, key } = answer;
     const why: InstructionWhy = {
-      because: because.map((sentence) => fromLayer(sentence, layer)),
+      because: because.map((sentence) => fromLayer(sentence, instruction.why.layer, layer)),
       ...{ share, removed_by, value: key.value },
       ...(sharding === undefined ? {} : { sharding }),
       ...(link === undefined ? {} : { link }),
@@ -115,12 +115,18 @@ function layerRuns(instructions: readonly Instruction[], buffers: BufferTable) {
 }
 
 function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i: Instruction, layer: number): InstructionView {
-  const name = (text: string): string => fromLayer(text, layer);
+  const name = (id: string): string => fromLayer(id, buffers.get(id).layer, layer);
   const shape = (id: string): string => `${buffers.get(id).dtype}${shapeText(buffers.get(id))}`;
   const list = (ids: readonly string[]): string => ids.map(shape).join(" ");
   const { flops, bytes } = costOf(i, mesh, buffers);
   const [reads, writes] = [readsOf(i), writesOf(i, buffers)];
-  const common = { id: name(i.id), reads: reads.map(name), writes: writes.map(name), flops, bytes } as const;
+  const common = {
+    id: fromLayer(i.id, layerOf(i, buffers), layer),
+    reads: reads.map(name),
+    writes: writes.map(name),
+    flops,
+    bytes,
+  } as const;
   switch (i.kind) {
     case "compute": {
       const { path, because } = keyOfCompute(i, block.kind);
@@ -131,7 +137,15 @@ function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i:
       const { how, axes, subAxes, world, why } = i;
       const shapes = `${shape(i.from)} -> ${shape(i.to)}`;
       const over = { how, axes, subAxes, ...(world ? { world: true as const } : {}) };
-      return { ...common, kind: "collective", does: i.name, shapes, ...over, path: why.path, because: name(why.because) };
+      return {
+        ...common,
+        kind: "collective",
+        does: i.name,
+        shapes,
+        ...over,
+        path: why.path,
+        because: fromLayer(why.because, why.layer, layer),
+      };
     }
     case "send":
     case "recv": {
@@ -145,7 +159,7 @@ function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i:
         peer,
         axes: "pp",
         path: why.path,
-        because: name(why.because),
+        because: fromLayer(why.because, why.layer, layer),
       };
     }
     default:
