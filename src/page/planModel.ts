@@ -32,8 +32,7 @@ export type AxisName = (typeof axisNames)[number];
 /** A layer in texts of the page, relative to the layer or the chunk that the text belongs to (src/analysis/layerText.ts writes it). */
 const relativeLayer = /\blayers\.([+-]\d+)/g;
 /** Replaces relative layers in a text: `layers.+1.wq` after layer 3 becomes `layers.4.wq`. */
-export const inLayer = (text: string, layer: number): string =>
-  text.replace(relativeLayer, (_, n: string) => `layers.${layer + Number(n)}`);
+const inLayer = (text: string, layer: number): string => text.replace(relativeLayer, (_, n: string) => `layers.${layer + Number(n)}`);
 /** Replaces relative layers in a text by `*`: `layers.+1.wq` becomes `layers.*.wq`. */
 export const inAnyLayer = (text: string): string => text.replace(relativeLayer, "layers.*");
 

@@ -1,15 +1,15 @@
 /** The memory of a rank over the step: stacked parts, the reserved peak, the device, and what is alive at a moment. */
 import { computed } from "@preact/signals";
-import { useMemo } from "preact/hooks";
 import { bytesText, countText } from "../../units.ts";
-import { Canvas, pointOf, type Sheet } from "../canvas.tsx";
+import type { Sheet } from "../canvas.tsx";
 import { MemoryCurve } from "../memoryCurve.ts";
 import { palette } from "../palette.ts";
 import type { PlanModel } from "../planModel.ts";
 import { memoryParts, memoryTitles } from "../planSummary.tsx";
 import { ticks } from "../shared/ticks.ts";
 import { moment, plan, plans, select, selectInstruction, selection, span, stage, status, visible } from "../state.ts";
-import { AXIS, drawTimeAxis, panBy, reveal, type TimeScale, timeScale, wheelOf, zoomAt } from "../timeAxis.ts";
+import { AXIS, drawTimeAxis, reveal, type TimeScale, timeScale, zoomAt } from "../timeAxis.ts";
+import { TimeCanvas, ZoomButtons } from "../timeCanvas.tsx";
 import { timeText } from "../timeText.ts";
 import { Legend } from "../widgets.tsx";
 
@@ -26,66 +26,24 @@ const otherCurve = computed(() => {
 /** The panel of the memory. */
 export function MemoryPanel() {
   const shown = plan.value;
-  const drawn = useMemo((): { scale: TimeScale | undefined } => ({ scale: undefined }), []);
-  const wheel = useMemo(() => wheelOf(() => drawn.scale), [drawn]);
-  const drag = useMemo((): { x: number; moved: boolean } => ({ x: -1, moved: false }), []);
-  const draw = (sheet: Sheet): void => {
-    drawn.scale = drawMemory(sheet);
-  };
-  const onDown = (event: PointerEvent): void => {
-    Object.assign(drag, { x: pointOf(event).x, moved: false });
-    (event.currentTarget as Element).setPointerCapture(event.pointerId);
-  };
-  const onMove = (event: PointerEvent): void => {
-    const { x } = pointOf(event);
-    const { scale } = drawn;
-    if (!scale) return;
-    if (drag.x < 0) {
-      status.value = momentText(scale.time(x));
-      return;
-    }
-    if (!drag.moved && Math.abs(x - drag.x) <= 3) return;
-    panBy(((drag.x - x) * (scale.to - scale.from)) / scale.width);
-    Object.assign(drag, { x, moved: true });
-  };
-  const onUp = (event: PointerEvent): void => {
-    const time = drawn.scale?.time(pointOf(event).x);
-    if (!drag.moved && time !== undefined) moment.value = clamped(time);
-    drag.x = -1;
-  };
   return (
     <section class="panel memory-panel">
       <div class="toolbar">
         <StageChoice />
-        <div class="buttons">
-          <button type="button" aria-label="zoom in" onClick={() => zoomAt(moment.value, 0.5)}>
-            +
-          </button>
-          <button type="button" aria-label="zoom out" onClick={() => zoomAt(moment.value, 2)}>
-            −
-          </button>
-          <button type="button" disabled={span.value === undefined} onClick={() => (span.value = undefined)}>
-            whole step
-          </button>
+        <ZoomButtons around={() => moment.value}>
           <button type="button" onClick={showPeak}>
             fullest moment
           </button>
-        </div>
+        </ZoomButtons>
         <Legend entries={usedParts(shown).map((part) => [memoryTitles[part], palette.value.memory[part]])} />
       </div>
-      <div class="canvas-room">
-        <Canvas
-          draw={draw}
-          label={`memory of a rank of stage ${stage.value} over the step; arrow keys move the moment, + and - zoom`}
-          tabIndex={0}
-          class="fill grab"
-          onWheelActive={wheel}
-          onPointerDown={onDown}
-          onPointerMove={onMove}
-          onPointerUp={onUp}
-          onKeyDown={onKey}
-        />
-      </div>
+      <TimeCanvas
+        draw={(sheet) => ({ scale: drawMemory(sheet) })}
+        label={`memory of a rank of stage ${stage.value} over the step; arrow keys move the moment, + and - zoom`}
+        onHover={({ scale }, { x }) => (status.value = momentText(scale.time(x)))}
+        onChoose={({ scale }, { x }) => (moment.value = clamped(scale.time(x)))}
+        keys={keysOf}
+      />
       <Alive />
     </section>
   );
@@ -112,20 +70,30 @@ const usedParts = (shown: PlanModel) =>
 
 const clamped = (time: number): number => Math.min(visible.peek().end, Math.max(0, time));
 
-function onKey(event: KeyboardEvent): void {
+function keysOf({ shiftKey }: KeyboardEvent): Readonly<Record<string, () => void>> {
   const { from, to } = visible.value;
-  const step = (to - from) / (event.shiftKey ? 10 : 100);
-  const actions: Readonly<Record<string, () => void>> = {
-    ArrowLeft: () => (moment.value = clamped(moment.value - step)),
-    ArrowRight: () => (moment.value = clamped(moment.value + step)),
-    "+": () => zoomAt(moment.value, 0.7),
-    "-": () => zoomAt(moment.value, 1 / 0.7),
-    Home: () => (span.value = undefined),
+  const step = (to - from) / (shiftKey ? 10 : 100);
+  const move = (time: number): void => {
+    moment.value = clamped(time);
+    showMoment();
   };
-  const act = actions[event.key];
-  if (!act) return;
-  event.preventDefault();
-  act();
+  const zoom = (factor: number): void => {
+    zoomAt(moment.value, factor);
+    showMoment();
+  };
+  return {
+    ArrowLeft: () => move(moment.value - step),
+    ArrowRight: () => move(moment.value + step),
+    "+": () => zoom(0.7),
+    "-": () => zoom(1 / 0.7),
+    Home: () => {
+      span.value = undefined;
+      showMoment();
+    },
+  };
+}
+
+function showMoment(): void {
   reveal(moment.value, moment.value);
   status.value = momentText(moment.value);
 }

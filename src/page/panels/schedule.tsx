@@ -1,15 +1,15 @@
 /** The schedule: block runs of all stages over time, waits, transfers, and the instructions of a run near enough. */
 import { useSignal } from "@preact/signals";
-import { useMemo } from "preact/hooks";
 import { countText } from "../../units.ts";
-import { Canvas, pointOf, type Sheet } from "../canvas.tsx";
+import type { Sheet } from "../canvas.tsx";
 import { sourceOf, targetOf } from "../dependencies.ts";
 import { palette } from "../palette.ts";
 import type { PlanModel } from "../planModel.ts";
 import { type Colouring, drawRows, type Row, WITH_INSTRUCTIONS } from "../scheduleDraw.ts";
 import { drawMarks, drawTransfers } from "../scheduleMarks.ts";
 import { plan, plans, select, selectInstruction, selection, span, status, visible } from "../state.ts";
-import { AXIS, drawTimeAxis, panBy, reveal, showFrom, type TimeScale, timeScale, wheelOf, zoomAt } from "../timeAxis.ts";
+import { AXIS, drawTimeAxis, panBy, reveal, showFrom, type TimeScale, timeScale, zoomAt } from "../timeAxis.ts";
+import { TimeCanvas, ZoomButtons } from "../timeCanvas.tsx";
 import { timeText } from "../timeText.ts";
 import { Legend, Segments } from "../widgets.tsx";
 
@@ -27,42 +27,17 @@ interface Drawn {
   readonly strip: { readonly scale: TimeScale; readonly top: number };
 }
 
+/** The strip below the schedule: the visible time follows the pointer. */
+const followStrip = {
+  has: ({ strip: { top } }: Drawn, { y }: { readonly y: number }): boolean => y >= top,
+  follow: (now: Drawn, { x }: { readonly x: number }): void => centreAt(now, x),
+};
+
+const middle = (): number => (visible.value.from + visible.value.to) / 2;
+
 /** The panel of the schedule. */
 export function SchedulePanel() {
   const colouring = useSignal<Colouring>("kind");
-  const drawn = useMemo((): { current: Drawn | undefined } => ({ current: undefined }), []);
-  const drag = useMemo((): { x: number; isStrip: boolean; moved: boolean } => ({ x: -1, isStrip: false, moved: false }), []);
-  const draw = (sheet: Sheet): void => {
-    drawn.current = drawSchedule(sheet, colouring.value);
-  };
-  const wheel = useMemo(() => wheelOf(() => drawn.current?.scale), [drawn]);
-  const onDown = (event: PointerEvent): void => {
-    const { x, y } = pointOf(event);
-    const isStrip = drawn.current !== undefined && y >= drawn.current.strip.top;
-    Object.assign(drag, { x, isStrip, moved: false });
-    (event.currentTarget as Element).setPointerCapture(event.pointerId);
-    if (isStrip) centreAt(drawn.current, x);
-  };
-  const onMove = (event: PointerEvent): void => {
-    const { x, y } = pointOf(event);
-    const now = drawn.current;
-    if (!now) return;
-    if (drag.x < 0) {
-      const hit = runUnder(now, x, y);
-      if (hit) status.value = hitText(hit);
-      return;
-    }
-    if (drag.isStrip) centreAt(now, x);
-    else if (drag.moved || Math.abs(x - drag.x) > 3) {
-      panBy(((drag.x - x) * (now.scale.to - now.scale.from)) / now.scale.width);
-      Object.assign(drag, { x, moved: true });
-    }
-  };
-  const onUp = (event: PointerEvent): void => {
-    const { x, y } = pointOf(event);
-    if (!drag.moved && !drag.isStrip && drawn.current) choose(runUnder(drawn.current, x, y));
-    drag.x = -1;
-  };
   return (
     <section class="panel schedule-panel">
       <div class="toolbar">
@@ -72,22 +47,20 @@ export function SchedulePanel() {
           options={{ kind: "by kind", microbatch: "by microbatch" }}
           onChange={(to) => (colouring.value = to)}
         />
-        <Zoom />
+        <ZoomButtons around={middle} />
         <ScheduleLegend colouring={colouring.value} />
       </div>
-      <div class="canvas-room">
-        <Canvas
-          draw={draw}
-          label={`schedule of ${plan.value.stages} stages; arrow keys choose block runs, + and - zoom, Shift with arrows moves, Home shows the whole step`}
-          tabIndex={0}
-          class="fill grab"
-          onWheelActive={wheel}
-          onPointerDown={onDown}
-          onPointerMove={onMove}
-          onPointerUp={onUp}
-          onKeyDown={onKey}
-        />
-      </div>
+      <TimeCanvas
+        draw={(sheet) => drawSchedule(sheet, colouring.value)}
+        label={`schedule of ${plan.value.stages} stages; arrow keys choose block runs, + and - zoom, Shift with arrows moves, Home shows the whole step`}
+        onHover={(drawn, { x, y }) => {
+          const hit = runUnder(drawn, x, y);
+          if (hit) status.value = hitText(hit);
+        }}
+        onChoose={(drawn, { x, y }) => choose(runUnder(drawn, x, y))}
+        follower={followStrip}
+        keys={keysOf}
+      />
       <VisibleRuns />
     </section>
   );
@@ -185,8 +158,7 @@ function drawStrip(sheet: Sheet, { scale, top }: Drawn["strip"], shown: readonly
   context.strokeRect(scale.x(from), top + 1, Math.max(3, scale.x(to) - scale.x(from)), STRIP - 2);
 }
 
-function centreAt(now: Drawn | undefined, x: number): void {
-  if (!now) return;
+function centreAt(now: Drawn, x: number): void {
   const length = now.scale.to - now.scale.from;
   showFrom(now.strip.scale.time(x) - length / 2, length);
 }
@@ -275,23 +247,19 @@ export function runText(model: PlanModel, stage: number, run: number): string {
   return `stage ${stage}, ${runs.tag(run)}: ${runs.kindOf(run)} of microbatch ${runs.microbatch[run]}${chunk}, ${timeText(runs.start[run] ?? 0)} to ${timeText(runs.end[run] ?? 0)}${sourceText(model, { stage, run })}${to}`;
 }
 
-function onKey(event: KeyboardEvent): void {
+function keysOf({ shiftKey }: KeyboardEvent): Readonly<Record<string, () => void>> {
   const { from, to } = visible.value;
   const step = (to - from) / 10;
-  const actions: Readonly<Record<string, () => void>> = {
-    "+": () => zoomAt((from + to) / 2, 0.7),
-    "=": () => zoomAt((from + to) / 2, 0.7),
-    "-": () => zoomAt((from + to) / 2, 1 / 0.7),
+  return {
+    "+": () => zoomAt(middle(), 0.7),
+    "=": () => zoomAt(middle(), 0.7),
+    "-": () => zoomAt(middle(), 1 / 0.7),
     Home: () => (span.value = undefined),
-    ArrowLeft: () => (event.shiftKey ? panBy(-step) : chooseNext(0, -1)),
-    ArrowRight: () => (event.shiftKey ? panBy(step) : chooseNext(0, 1)),
+    ArrowLeft: () => (shiftKey ? panBy(-step) : chooseNext(0, -1)),
+    ArrowRight: () => (shiftKey ? panBy(step) : chooseNext(0, 1)),
     ArrowUp: () => chooseNext(-1, 0),
     ArrowDown: () => chooseNext(1, 0),
   };
-  const act = actions[event.key];
-  if (!act) return;
-  event.preventDefault();
-  act();
 }
 
 /** Selects the next run of the stage, or the run of the next stage at the same time. */
@@ -307,24 +275,6 @@ function chooseNext(down: number, right: number): void {
   select({ kind: "run", stage, run });
   reveal(runs.start[run] ?? 0, runs.end[run] ?? 0);
   status.value = runText(model, stage, run);
-}
-
-function Zoom() {
-  const { from, to } = visible.value;
-  const middle = (from + to) / 2;
-  return (
-    <div class="buttons">
-      <button type="button" aria-label="zoom in" onClick={() => zoomAt(middle, 0.5)}>
-        +
-      </button>
-      <button type="button" aria-label="zoom out" onClick={() => zoomAt(middle, 2)}>
-        −
-      </button>
-      <button type="button" disabled={span.value === undefined} onClick={() => (span.value = undefined)}>
-        whole step
-      </button>
-    </div>
-  );
 }
 
 function ScheduleLegend({ colouring }: { readonly colouring: Colouring }) {
