@@ -438,9 +438,11 @@ interface CudaNormCu {
   readonly inverse: string | number;
   readonly items: string | number;
   readonly lanes: string | number;
+  readonly more: readonly (string | number)[];
   readonly name: string | number;
   readonly offset: string | number;
   readonly rows: string | number;
+  readonly sum: boolean;
   readonly threads: string | number;
   readonly vector: string | number;
   readonly width: string | number;
@@ -459,10 +461,12 @@ interface CudaNormGradCu {
   readonly inverse: string | number;
   readonly items: string | number;
   readonly lanes: string | number;
+  readonly more: readonly (string | number)[];
   readonly name: string | number;
   readonly offset: string | number;
   readonly resident: string | number;
   readonly rows: string | number;
+  readonly several: boolean;
   readonly threads: string | number;
   readonly vector: string | number;
   readonly width: string | number;

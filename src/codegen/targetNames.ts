@@ -12,6 +12,14 @@ export type Profile = (typeof profiles)[number];
 /** All values of `--target`. */
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
 
+/**
+ * Fusions after lowering, of which a target has all or none (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums
+ * that norms read, outputs of activations.
+ */
+export const fusions = ["statistics", "sums", "norm_sums", "activations"] as const;
+/** The name of a fusion. */
+export type Fusion = (typeof fusions)[number];
+
 /** Returns the architecture of a CUDA target, whose kernels nvcc can compile with the plan; undefined for other targets. */
 export const cudaArchOf = (target: string): Arch | undefined => archs.find((arch) => target === `cuda:${arch}`);
 

@@ -8,7 +8,7 @@ import { wgslFeature } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { withoutText } from "../../templates/fill.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
-import { profiles, targetNames } from "./targetNames.ts";
+import { type Fusion, fusions, profiles, targetNames } from "./targetNames.ts";
 
 /** A backend with a profile or an architecture. */
 export interface Target {
@@ -18,8 +18,8 @@ export interface Target {
   readonly suffix: string;
   /** Whether the runtime runs `first_kernel` in the first microbatch of a step; otherwise all gradients are zero before. */
   readonly writesFirst?: true;
-  /** Whether there are kernels of the ops that replace several instructions (src/ops/fused.ts). */
-  readonly fuses?: true;
+  /** The fusions for whose ops there are kernels (src/ops/fused.ts). */
+  readonly fuses?: readonly Fusion[];
   /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
   generate(spec: KernelSpec): GeneratedKernel | undefined;
   /** Returns the kernel of the runtime that writes initial weights, with this name; absent if the runtime needs none from the plan. */
@@ -56,7 +56,7 @@ export async function loadTarget(text: string): Promise<Target> {
         name: text,
         suffix: "cu",
         writesFirst: true,
-        fuses: true,
+        fuses: fusions,
         generate: (spec) => cudaKernels[spec.op](spec, arch),
         weights: weightsKernel,
       };

@@ -5,7 +5,7 @@
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
 import { gemm as product, runs } from "./loops.ts";
-import { rmsnormGrad } from "./norm.ts";
+import { rmsnorm, rmsnormGrad } from "./norm.ts";
 import { formulaOp, invariant, op } from "./op.ts";
 
 /** The sum of the input gradients of two products of one input: dx = Σ dyᵢ·wᵢᵀ, rounded once. Sharding one depth alone would count the other twice. */
@@ -79,6 +79,49 @@ export const rmsnormGradAdd = op({
     rmsnormGrad.cpu(t, d, p);
     for (let i = 0; i < z.length; i++) t.dx[i]! += z[i]!;
   },
+});
+
+/** Returns the sum of arrays. */
+function summed(first: Float32Array, ...more: readonly Float32Array[]): Float32Array {
+  const sum = first.slice();
+  for (const addend of more) for (let i = 0; i < sum.length; i++) sum[i]! += addend[i]!;
+  return sum;
+}
+/** A sum of the residual stream and its norm, which reads the sum before it is rounded. */
+export const rmsnormSum = op({
+  name: "rmsnorm_sum",
+  sig: "x1[B,S,D!] x2[B,S,D!] gain[D!] -> sum[B,S,D!] y[B,S,D!]",
+  attrs: ["eps"],
+  cpu({ x1, x2, gain, sum, y }, d, p) {
+    sum.set(summed(x1, x2));
+    rmsnorm.cpu({ x: sum, gain, y }, d, p);
+  },
+});
+/** The same of three addends. */
+export const rmsnormSumTriple = op({
+  name: "rmsnorm_sum_triple",
+  sig: "x1[B,S,D!] x2[B,S,D!] x3[B,S,D!] gain[D!] -> sum[B,S,D!] y[B,S,D!]",
+  attrs: ["eps"],
+  cpu({ x1, x2, x3, gain, sum, y }, d, p) {
+    sum.set(summed(x1, x2, x3));
+    rmsnorm.cpu({ x: sum, gain, y }, d, p);
+  },
+});
+/** rmsnorm_grad_add, whose dy is a sum. */
+export const rmsnormGradAddPair = op({
+  name: "rmsnorm_grad_add_pair",
+  sig: "x[B,S,D!] gain[D!] dy1[B,S,D!] dy2[B,S,D!] z[B,S,D!] -> dx[B,S,D!] dgain[D!]",
+  attrs: ["eps"],
+  types: { dgain: "f32" },
+  cpu: ({ dy1, dy2, ...t }, d, p) => rmsnormGradAdd.cpu({ ...t, dy: summed(dy1, dy2) }, d, p),
+});
+/** The same of three addends. */
+export const rmsnormGradAddTriple = op({
+  name: "rmsnorm_grad_add_triple",
+  sig: "x[B,S,D!] gain[D!] dy1[B,S,D!] dy2[B,S,D!] dy3[B,S,D!] z[B,S,D!] -> dx[B,S,D!] dgain[D!]",
+  attrs: ["eps"],
+  types: { dgain: "f32" },
+  cpu: ({ dy1, dy2, dy3, ...t }, d, p) => rmsnormGradAdd.cpu({ ...t, dy: summed(dy1, dy2, dy3) }, d, p),
 });
 
 /** The maximum of each row of logits, and what softmax_terms returns for it, in one pass: of a vocabulary that no rank shards. `ids` as there. */

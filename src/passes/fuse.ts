@@ -3,19 +3,29 @@
  * whose kernels include the fused ops, so neither the graph nor its sharding depends on the target.
  */
 import type { Chunk, Program } from "../../schemas/plan.ts";
+import type { Fusion } from "../codegen/targetNames.ts";
 import { returnActivationsAgain } from "./fusion/activations.ts";
 import { BufferUses } from "./fusion/bufferUses.ts";
+import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
 import { fuseStatistics } from "./fusion/statistics.ts";
 import { fuseSums } from "./fusion/sums.ts";
 
 /** Returns the programs with fused instructions if the target has kernels for them, else the programs themselves. */
-export const fuseFor = ({ fuses }: { readonly fuses?: true }, programs: Program[]): Program[] => (fuses ? programs.map(fuse) : programs);
+export const fuseFor = ({ fuses = [] }: { readonly fuses?: readonly Fusion[] }, programs: Program[]): Program[] =>
+  fuses.length > 0 ? programs.map((p) => fuse(p, new Set(fuses))) : programs;
 
 /** Returns a program with fused instructions. Buffers that only passed between fused instructions are gone. */
-function fuse(program: Program): Program {
+function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
   const uses = new BufferUses(program);
-  const fused = (c: Chunk): Chunk =>
-    returnActivationsAgain({ ...c, forward: fuseStatistics(c.forward), backward: fuseSums(c.backward, uses) }, uses);
+  function fused(c: Chunk): Chunk {
+    let { forward, backward } = c;
+    if (kinds.has("statistics")) forward = fuseStatistics(forward);
+    if (kinds.has("norm_sums")) forward = fuseNormSums(forward, uses);
+    if (kinds.has("sums")) backward = fuseSums(backward, uses);
+    if (kinds.has("norm_sums")) backward = fuseSlopeSums(backward, uses);
+    const chunk = { ...c, forward, backward };
+    return kinds.has("activations") ? returnActivationsAgain(chunk, uses) : chunk;
+  }
   const chunks = program.chunks.map(fused);
   return { ...program, chunks, buffers: uses.values() };
 }

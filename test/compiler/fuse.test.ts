@@ -2,6 +2,7 @@
 import { describe, expect, test } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { fusions } from "../../src/codegen/targetNames.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
@@ -16,7 +17,7 @@ const jobWith = (model: object, parallel: object = {}, train: object = {}) =>
   });
 const moe = { moe: { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05 } } };
 
-const planOf = (job: ReturnType<typeof jobOf>, fuses: boolean) => compile(job, { target: fuses ? { ...cpu, fuses: true } : cpu }).plan;
+const planOf = (job: ReturnType<typeof jobOf>, fuses: boolean) => compile(job, { target: fuses ? { ...cpu, fuses: fusions } : cpu }).plan;
 /** How often a plan runs each op that only one of the two plans has so often. */
 const opsOf = (plan: ReturnType<typeof planOf>): Record<string, number> => {
   const counts: Record<string, number> = {};
@@ -40,12 +41,14 @@ async function train(plan: ReturnType<typeof planOf>) {
 test("sums of input gradients become one product, norms add the residual stream, the loss reads logits once, swiglu is not kept", () => {
   expect(changes(jobWith({}))).toMatchInlineSnapshot(`
     {
-      "add": -10,
+      "add": -14,
       "gemm_dgrad": -10,
       "gemm_dgrad_pair": 2,
       "gemm_dgrad_triple": 2,
+      "rmsnorm": -4,
       "rmsnorm_grad": -4,
       "rmsnorm_grad_add": 4,
+      "rmsnorm_sum": 4,
       "row_max": -1,
       "softmax_statistics": 1,
       "softmax_terms": -1,
@@ -55,18 +58,39 @@ test("sums of input gradients become one product, norms add the residual stream,
   `);
   expect(changes(jobWith(moe))).toMatchInlineSnapshot(`
     {
-      "add": -10,
+      "add": -16,
       "gemm_dgrad": -6,
       "gemm_dgrad_triple": 2,
       "grouped_dgrad": -4,
       "grouped_dgrad_pair": 2,
+      "rmsnorm": -4,
       "rmsnorm_grad": -4,
-      "rmsnorm_grad_add": 4,
+      "rmsnorm_grad_add": 2,
+      "rmsnorm_grad_add_pair": 2,
+      "rmsnorm_sum": 4,
       "row_max": -1,
       "softmax_statistics": 1,
       "softmax_terms": -1,
       "swiglu_rows_grad": -2,
       "swiglu_rows_grad_again": 2,
+    }
+  `);
+});
+
+test("a norm that follows a sum of two sums reads all three addends, as does the gradient of a norm", () => {
+  const { moe: of } = moe;
+  const counts = changes(
+    jobWith({ moe: { ...of, shared: { ffn: 16 }, router: { ...of.router, precision: "fp32" } } }, {}, { precision: "bf16" }),
+  );
+  expect(Object.fromEntries(Object.entries(counts).filter(([op]) => /add|rmsnorm/.test(op)))).toMatchInlineSnapshot(`
+    {
+      "add": -22,
+      "rmsnorm": -4,
+      "rmsnorm_grad": -4,
+      "rmsnorm_grad_add": 2,
+      "rmsnorm_grad_add_triple": 2,
+      "rmsnorm_sum": 2,
+      "rmsnorm_sum_triple": 2,
     }
   `);
 });
@@ -89,6 +113,7 @@ describe.each(Object.entries(meshes))("%s", (_, parallel) => {
   test.each([
     ["dense", {}],
     ["experts", moe],
+    ["experts and a shared one", { moe: { ...moe.moe, shared: { ffn: 16 } } }],
   ])("%s: losses and gradients are those of the program that is not fused", async (_, model) => {
     const job = jobWith(model, parallel);
     const [plain, fused] = [await train(planOf(job, false)), await train(planOf(job, true))];

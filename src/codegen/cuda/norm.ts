@@ -2,7 +2,7 @@
 import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
-import { rmsnormGradAdd } from "../../ops/fused.ts";
+import { rmsnormGradAdd, rmsnormGradAddPair, rmsnormGradAddTriple, rmsnormSum, rmsnormSumTriple } from "../../ops/fused.ts";
 import { biasGrad, biasRowsGrad } from "../../ops/linear.ts";
 import {
   headLayernorm,
@@ -24,7 +24,13 @@ export const norm = {
   rmsnorm: cudaKernel(rmsnorm, (spec) => normalize(spec, spec.d.D)),
   head_norm: cudaKernel(headNorm, (spec) => normalize(spec, spec.d.C)),
   rmsnorm_grad: cudaKernel(rmsnormGrad, (spec, arch) => normalizeGrad(spec, spec.d.D, arch)),
-  rmsnorm_grad_add: cudaKernel(rmsnormGradAdd, (spec, arch) => normalizeGrad(spec, spec.d.D, arch, "z")),
+  rmsnorm_sum: cudaKernel(rmsnormSum, (spec) => normalize(spec, spec.d.D, ["x1", "x2"])),
+  rmsnorm_sum_triple: cudaKernel(rmsnormSumTriple, (spec) => normalize(spec, spec.d.D, ["x1", "x2", "x3"])),
+  rmsnorm_grad_add: cudaKernel(rmsnormGradAdd, (spec, arch) => normalizeGrad(spec, spec.d.D, arch, ["dy"], "z")),
+  rmsnorm_grad_add_pair: cudaKernel(rmsnormGradAddPair, (spec, arch) => normalizeGrad(spec, spec.d.D, arch, ["dy1", "dy2"], "z")),
+  rmsnorm_grad_add_triple: cudaKernel(rmsnormGradAddTriple, (spec, arch) =>
+    normalizeGrad(spec, spec.d.D, arch, ["dy1", "dy2", "dy3"], "z"),
+  ),
   head_norm_grad: cudaKernel(headNormGrad, (spec, arch) => normalizeGrad(spec, spec.d.C, arch)),
   layernorm: cudaKernel(layernorm, (spec) => normalize(spec, spec.d.D)),
   head_layernorm: cudaKernel(headLayernorm, (spec) => normalize(spec, spec.d.C)),
@@ -34,39 +40,58 @@ export const norm = {
   bias_rows_grad: cudaKernel(biasRowsGrad, sumRows),
 };
 
-function normalize(spec: KernelSpec<"x" | "gain" | "y", "eps">, width: number): GeneratedKernel {
-  const { x, gain, y } = spec.dtype;
+/** Normalizes rows of the sum of some inputs; of several inputs the sum is an output too. */
+function normalize<Input extends string = "x">(
+  spec: KernelSpec<NoInfer<Input> | "gain" | "y", "eps">,
+  width: number,
+  [first, ...more]: readonly [Input, ...Input[]] = ["x" as Input],
+): GeneratedKernel {
+  const { gain, y } = spec.dtype;
+  const x = spec.dtype[first];
   const center = "bias" in spec.size;
-  const rows = spec.size.x / width;
+  const rows = spec.size.y / width;
+  const sum = more.length > 0;
   const shares = shareRow(width, vectorOf(width, [x, gain, y]), 4);
   const body = render("cuda/norm.cu", {
     ...{ center, offset: offsetOf(spec), name: spec.name, ...shares, width, rows, inverse: f32(1 / width), eps: f32(spec.d.eps) },
+    ...{ more, sum },
     ...{ x: cudaType(x), gain: cudaType(gain), bias: cudaType(center ? operandOf<string>(spec, "bias").dtype : gain), y: cudaType(y) },
   });
   const grid: [number, number, number] = [Math.ceil(rows / (shares.threads / shares.lanes)), 1, 1];
   return {
     source: source(spec, body),
-    launches: [{ entry: spec.name, grid, threads: shares.threads, shared: 0, args: ["x", "gain", ...(center ? ["bias"] : []), "y"] }],
+    launches: [
+      {
+        entry: spec.name,
+        grid,
+        threads: shares.threads,
+        shared: 0,
+        args: [first, ...more, "gain", ...(sum ? ["sum"] : []), ...(center ? ["bias"] : []), "y"],
+      },
+    ],
   };
 }
 
 /** The text before a gain: a gain may be stored less 1. */
 const offsetOf = ({ d }: KernelSpec<string, "eps">): string => (d.offset ? `${f32(d.offset)} + ` : "");
 
-function normalizeGrad(
-  spec: KernelSpec<"x" | "gain" | "dy" | "dx" | "dgain", "eps">,
+/** The gradient, where dy is the sum of `slopes`; `addend` is added to dx. */
+function normalizeGrad<Slope extends string = "dy">(
+  spec: KernelSpec<NoInfer<Slope> | "x" | "gain" | "dx" | "dgain", "eps">,
   width: number,
   arch: Arch,
+  [slope, ...more]: readonly [Slope, ...Slope[]] = ["dy" as Slope],
   addend?: "z",
 ): GeneratedKernel {
-  const { x, gain, dy, dx } = spec.dtype;
+  const { x, gain, dx } = spec.dtype;
+  const dy = spec.dtype[slope];
   const rows = spec.size.x / width;
   const shares = shareRow(width, vectorOf(width, [x, gain, dy, dx]), 2);
   const center = "dbias" in spec.size;
   const groups = shares.threads / shares.lanes;
   // 1024 threads of 64 registers fill a multiprocessor: the launch bound of the kernel, and one wave of blocks. For Blackwell the compiler
-  // needs more registers where a thread has 16 values of a row
-  const together = arch === "sm_100a" && shares.vector * shares.items >= 16 ? 512 : 1024;
+  // needs more registers where a thread has 16 values of a row, and so do several slopes
+  const together = (arch === "sm_100a" || more.length > 0) && shares.vector * shares.items >= 16 ? 512 : 1024;
   const resident = Math.max(1, together / shares.threads);
   const blocks = Math.min(Math.ceil(rows / groups), cudaArchs[arch].multiprocessors * resident);
   const body = render("cuda/norm_grad.cu", {
@@ -82,7 +107,15 @@ function normalizeGrad(
       inverse: f32(1 / width),
       eps: f32(spec.d.eps),
     },
-    ...{ x: cudaType(x), gain: cudaType(gain), dy: cudaType(dy), dx: cudaType(dx), adds: addend !== undefined },
+    ...{
+      x: cudaType(x),
+      gain: cudaType(gain),
+      dy: cudaType(dy),
+      dx: cudaType(dx),
+      adds: addend !== undefined,
+      more,
+      several: more.length > 0,
+    },
   });
   const bytes = blocks * width * bytesOf.f32;
   const sums = [
@@ -98,7 +131,7 @@ function normalizeGrad(
         grid: [blocks, 1, 1],
         threads: shares.threads,
         shared: 0,
-        args: ["x", "gain", "dy", ...(addend ? [addend] : []), "dx", scratchStart],
+        args: ["x", "gain", slope, ...more, ...(addend ? [addend] : []), "dx", scratchStart],
       },
       ...sums.map((sum) => sum.launch),
     ],

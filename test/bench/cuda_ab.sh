@@ -1,0 +1,43 @@
+#!/bin/sh
+# Forward and backward of whole models in one call on one GPU: another checkout of rankc, this one, and this one without fusions.
+#
+#     sh test/bench/cuda_ab.sh [BEFORE] > ab.txt
+#
+# BEFORE: the folder of another checkout with its packages; without it only this one runs. Each variant of a job runs twice, by turns, 3 steps each
+# with timed instructions. One line a run: job, variant, ms of forward and backward, ms of the optimizer, TFLOP/s, and the ms of the ops that differ.
+# Variables: JOBS (names of test/bench/jobs), WITHOUT (fusions that a third variant of each job lacks, separated by commas; "-" for none),
+# ROUNDS (2), STEPS (3). About 8 s a run: 3 jobs x 3 variants x 2 rounds take 150 s. Tables of instructions go to $OUT, if it is set.
+set -u
+here=$(cd "$(dirname "$0")/../.." && pwd)
+before=${1:-}
+jobs=${JOBS:-"deepseek-v3-3-layers qwen3-30b-12-layers mixtral-8x7b-4-layers"}
+without=${WITHOUT:-norm_sums}
+logs=${OUT:-$(mktemp -d)}
+node=$(command -v node || echo "$here/node_modules/.bin/node")
+
+measure() { # job, variant, checkout, options of the bench
+  job=$1 variant=$2 folder=$3
+  shift 3
+  (cd "$folder" && timeout 120 "$node" --import tsx/esm test/bench/cudaModelBench.ts "test/bench/jobs/$job.yaml" --profile-only --steps "${STEPS:-3}" "$@") \
+    > "$logs/$job.$variant.json" 2> "$logs/$job.$variant.txt"
+  "$node" -e '
+    const [job, variant, file] = process.argv.slice(1);
+    const text = require("fs").readFileSync(file, "utf8").trim();
+    if (text === "") { console.log(job, variant, "failed: see the .txt beside", file); process.exit(0); }
+    const r = JSON.parse(text.split("\n").at(-1));
+    const shown = ["grouped_wgrad", "grouped_gemm", "grouped_dgrad", "add", "rmsnorm", "rope", "head_norm", "embed_grad", "attention_grad"];
+    const sum = (op) => Object.entries(r.by_op).reduce((all, [name, ms]) => all + (name.startsWith(op) ? ms : 0), 0);
+    console.log(job, variant, r.forward_backward_ms.toFixed(2), r.optimizer_ms.toFixed(2), r.tflops.toFixed(0), shown.map((op) => op + " " + sum(op).toFixed(2)).join(", "));
+  ' "$job" "$variant" "$logs/$job.$variant.json"
+}
+
+echo "job variant forward_backward_ms optimizer_ms TFLOP/s ms_by_op"
+round=1
+while [ "$round" -le "${ROUNDS:-2}" ]; do
+  for job in $jobs; do
+    [ -n "$before" ] && measure "$job" "before.$round" "$before"
+    measure "$job" "now.$round" "$here"
+    [ "$without" = "-" ] || measure "$job" "without.$round" "$here" $(echo "$without" | tr ',' '\n' | sed 's/^/--without /')
+  done
+  round=$((round + 1))
+done
