@@ -3,7 +3,7 @@
 #
 #     sh test/bench/cuda_ab.sh [BEFORE] > ab.txt
 #
-# BEFORE: the folder of another checkout with its packages; without it only this one runs. Each variant of a job runs twice, by turns, 3 steps each
+# BEFORE: the folder of another checkout (inside this one it shares the packages); without it only this one runs. Each variant of a job runs twice, by turns, 3 steps each
 # with timed instructions. One line a run: job, variant, ms of forward and backward, ms of the optimizer, TFLOP/s, and the ms of the ops that differ.
 # Variables: JOBS (names of test/bench/jobs), WITHOUT (fusions that a third variant of each job lacks, separated by commas; "-" for none),
 # ROUNDS (2), STEPS (3). About 8 s a run: 3 jobs x 3 variants x 2 rounds take 150 s. Tables of instructions go to $OUT, if it is set.
