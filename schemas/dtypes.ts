@@ -104,7 +104,10 @@ export function cudaType(dtype: Dtype): string {
 export function wgslType(dtype: Dtype): "f32" | "f16" | "i32" {
   const { wgsl } = dtypes[dtype];
   if (wgsl === null)
-    throw new Trouble(`the job has values in ${dtype}, which WebGPU does not have`, "write train.precision: fp32, or compile for cuda");
+    throw new Trouble(
+      `the job has values in ${dtype}, which WebGPU does not have`,
+      "write train.precision: fp32, without train.gradient_reduction: bf16, or compile for cuda",
+    );
   return wgsl.type;
 }
 

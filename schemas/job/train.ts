@@ -89,6 +89,12 @@ export const TrainText = z.strictObject({
     .describe(
       "with precision bf16: the type in which gradients of weight matrices are summed over microbatches and ranks; bf16 halves their memory and traffic, and rounds each sum. Gradients of gains, biases and the embedding table stay in f32",
     ),
+  gradient_reduction: z
+    .enum(["f32", "bf16"])
+    .default("f32")
+    .describe(
+      "the type in which gradients that a rank sums in f32 over microbatches are sent and summed over ranks. bf16: each is rounded once after the last microbatch, half as many bytes are sent, and sums over ranks are rounded",
+    ),
   loss_scale: z
     .union([real, DynamicLossScale])
     .nullable()

@@ -84,6 +84,10 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
     f32: "gradients of matrices are summed in f32",
     bf16: "half of the memory and the traffic; each sum is rounded",
   },
+  "train.gradient_reduction": {
+    f32: "sums over ranks are sums of f32",
+    bf16: "half of the traffic; gradients are rounded before they are sent",
+  },
   "train.on_nonfinite": { stop: "the run ends with an error", skip: "the step is left out and counted" },
   "train.recompute.mode": {
     none: "all activations are kept",

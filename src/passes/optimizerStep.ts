@@ -6,6 +6,7 @@
 import type { InputSource, Parameter, Program } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
+import { cast } from "../ops/linear.ts";
 import { invariant, type Value } from "../ops/op.ts";
 import * as optimizer from "../ops/optimizer.ts";
 import { idOf } from "./backward.ts";
@@ -16,7 +17,7 @@ import { hostScalars } from "./parameterGroups.ts";
 import type { BlockBuilder, ProgramBuilder } from "./programBuilder.ts";
 import type { CollectiveStep, ShardedGraph } from "./sharding/steps.ts";
 import { returnTied, shareTied } from "./tiedParameters.ts";
-import type { ParameterUpdate, TrainingGraph } from "./updateGraph.ts";
+import { isReducedInBf16, type ParameterUpdate, type TrainingGraph } from "./updateGraph.ts";
 
 /** Fills the step block. Returns the parameters of this stage, and per metric the buffers whose sum is its value. */
 export function optimizerStep(
@@ -76,17 +77,21 @@ function reduceDeferred(
 ) {
   const gradients = new Map<Value, string>();
   const reducedLoss = new Map<string, string>();
-  const parameterOfGradient = new Map(graph.updates.map((u) => [u.gradient, u.parameter]));
+  const updateOfGradient = new Map(graph.updates.map((u) => [u.gradient, u]));
   for (const s of sharded.deferred) {
     if (s.kind !== "collective" || !role.isMine(s.stage)) continue;
-    const p = parameterOfGradient.get(s.from.value);
+    const update = updateOfGradient.get(s.from.value);
+    const p = update?.parameter;
     const { shardedBy, partialSum } = s.to.layout;
     const accumulator = p ? `${idOf(p)}.grad` : role.lossBuffer(s.from.value);
     invariant(accumulator !== undefined, `${idOf(s.from.value)} is neither a gradient nor a loss`);
-    const from = (p ? gradients.get(p) : reducedLoss.get(accumulator)) ?? accumulator;
-    const { partial: _, ...source } = role.buffers.get(from);
+    const sum = (p ? gradients.get(p) : reducedLoss.get(accumulator)) ?? accumulator;
+    const { partial: _, ...source } = role.buffers.get(sum);
+    const isRounded = update !== undefined && sum === accumulator && isReducedInBf16(update, role.job.train);
+    const from = isRounded ? rounded(role, block, accumulator) : sum;
     const to = role.add({
       ...source,
+      dtype: role.buffers.get(from).dtype,
       id: p ? `${accumulator}${role.layoutText(s.to, isExpert(p))}` : `${from}.reduced`,
       ...(p && { within: source.within ?? source.id }),
       shape: role.local(s.to.value.sizes, shardedBy),
@@ -98,6 +103,14 @@ function reduceDeferred(
     role.reshard(block, s, from, to, p && isExpert(p));
   }
   return { gradients, reducedLoss };
+}
+
+/** Emits the rounding of an accumulated gradient to the type in which it is sent. Returns the rounded copy. */
+function rounded(role: ProgramBuilder, block: BlockBuilder, gradient: string): string {
+  const { within: _, ...own } = role.buffers.get(gradient);
+  const copy = role.add({ ...own, id: `${gradient}.bf16`, kind: "workspace", dtype: "bf16" });
+  role.emit(block, role.elementwise(cast, `${gradient}.cast`, { x: gradient }, { y: copy }));
+  return copy;
 }
 
 /**

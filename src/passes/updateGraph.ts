@@ -60,6 +60,13 @@ export const gradientTypeOf = ({ leaf, dtype, sizes }: Value, { gradients }: Pic
     ? "bf16"
     : "f32";
 
+/**
+ * Returns whether the gradient of a parameter, summed in f32 over microbatches, is sent in bf16. Counts of tokens, which take the place of a
+ * gradient, are sent exactly.
+ */
+export const isReducedInBf16 = ({ parameter, gradient }: Pick<ParameterUpdate, "parameter" | "gradient">, train: Job["train"]): boolean =>
+  train.gradient_reduction === "bf16" && gradient.dtype === "f32" && !parameter.leaf?.rule;
+
 function updateOf(parameter: Value, train: Job["train"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
   const options = train.optimizer;
   const name = idOf(parameter);

@@ -79,6 +79,23 @@ export const precision = [
     bad: "train: {precision: fp32, gradients: bf16}",
   }),
   rule({
+    code: "B243",
+    title: "gradient_reduction has no gradients to reduce",
+    why: "Gradients are sent between the ranks that hold the same parameter and saw other tokens. A stage of one rank sends none, so that their type has no effect.",
+    level: "warning",
+    *check({ parallel: p, train }) {
+      if (train.gradient_reduction === "f32" || p.world > p.pipeline) return;
+      yield {
+        at: "train.gradient_reduction",
+        related: ["parallel.world"],
+        found: `gradient_reduction ${train.gradient_reduction} with one rank in a stage`,
+        fix: "leave it out, or add ranks",
+        tries: [{ "train.gradient_reduction": "f32" }],
+      };
+    },
+    bad: "train: {gradient_reduction: bf16}",
+  }),
+  rule({
     code: "B242",
     title: "a second moment in bf16 cannot follow its decay rate",
     why: "bf16 has 8 significant bits: a change by less than 1/512 of a value rounds to nothing. A second moment that shrinks by 1 - beta2 a step then never shrinks, and the updates stay small after one large gradient.",

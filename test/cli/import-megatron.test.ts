@@ -472,10 +472,19 @@ describe("arguments", () => {
   test("sums of gradients and moments are imported in bf16 where Megatron has them in bf16", () => {
     const { train } = jobOf({ ...precise, "main-grads-dtype": "bf16", "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16" });
     expect([train.gradients, train.optimizer.moments]).toEqual(["bf16", "bf16"]);
-    expect(jobOf({ "grad-reduce-in-bf16": "" }).train.gradients).toBe("bf16");
+    const typesOf = (args: Parameters<typeof jobOf>[0]) => {
+      const { gradients, gradient_reduction } = jobOf(args).train;
+      return `${gradients} ${gradient_reduction}`;
+    };
+    expect(typesOf({ "grad-reduce-in-bf16": "" })).toBe("bf16 bf16");
     // fp32 sums that are asked for win, and without --bf16 Megatron does not read it
-    expect(jobOf({ "grad-reduce-in-bf16": "", "accumulate-allreduce-grads-in-fp32": "" }).train.gradients).toBe("f32");
-    expect(jobOf({ "grad-reduce-in-bf16": "", bf16: null }).train.gradients).toBe("f32");
+    expect(typesOf({ "grad-reduce-in-bf16": "", "accumulate-allreduce-grads-in-fp32": "" })).toBe("f32 f32");
+    expect(typesOf({ "grad-reduce-in-bf16": "", bf16: null })).toBe("f32 f32");
+    // sums over microbatches in fp32, over ranks in bf16
+    const local = "ddp-param-name-patterns-for-fp32-local-accumulation";
+    expect(typesOf({ "grad-reduce-in-bf16": "", [local]: "all" })).toBe("f32 bf16");
+    expect(typesOf({ "grad-reduce-in-bf16": "", [local]: "*norm*" })).toBe("bf16 bf16");
+    expect(typesOf({ [local]: "all" })).toBe("f32 f32");
     expect(refusalOf({ ...precise, "exp-avg-dtype": "bf16" })).toContain("both moments have one type");
     expect(refusalOf({ ...precise, "exp-avg-dtype": "fp8", "exp-avg-sq-dtype": "fp8" })).toContain("both moments have one type");
   });

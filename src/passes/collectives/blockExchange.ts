@@ -46,7 +46,8 @@ const exchanges: Readonly<Record<Extract<CollectiveKind, "all_gather" | "reduce_
     const packed = isInOrder ? a.id : emitter.temporary(`${i.id}.blocks`, a.dtype, [countOf(group), countOf(want)]);
     if (!isInOrder) emitter.rearrange(`${i.id}.pack`, a.id, have, packed, sent);
     // a result in the bytes of its source would overwrite blocks that other ranks have yet to read
-    const own = isInOrder && b.within ? emitter.temporary(`${i.id}.own`, b.dtype, [countOf(want)]) : b.id;
+    const own =
+      isInOrder && b.within && b.within === (a.within ?? a.id) ? emitter.temporary(`${i.id}.own`, b.dtype, [countOf(want)]) : b.id;
     emitter.collective(i, "reduce_scatter", { id: i.id, from: packed, to: own });
     if (own !== b.id) emitter.rearrange(`${i.id}.keep`, own, want, b.id, want);
   },

@@ -30,6 +30,11 @@ export const mapped = [
       exp-avg-sq-dtype:fp32|fp16|bf16|fp8=fp32`,
   },
   {
+    why: "rankc sums all gradients over microbatches in fp32, which are then sent in bf16, or none: `all` asks for that",
+    names: `
+      ddp-param-name-patterns-for-fp32-local-accumulation:text+`,
+  },
+  {
     why: "is on where biases are, except with --multi-latent-attention",
     names: `
       add-qkv-bias`,

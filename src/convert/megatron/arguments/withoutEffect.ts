@@ -220,7 +220,7 @@ export const withoutEffect: readonly Section[] = [
   {
     why: "changes how sums of bf16 gradients are rounded: rounding alone",
     names: `
-      ddp-reduce-scatter-with-fp32-accumulation ddp-param-name-patterns-for-fp32-local-accumulation:text+`,
+      ddp-reduce-scatter-with-fp32-accumulation`,
   },
   {
     why: "concerns evaluation; the steps of training are the same",

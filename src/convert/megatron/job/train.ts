@@ -66,12 +66,18 @@ function putPrecision({ args, job }: Importing): void {
   job.put("train.loss_scale.min", args.number("min-loss-scale"), ["min-loss-scale"]);
 }
 
-/** Puts the types of gradient sums and moments. Megatron reads `--grad-reduce-in-bf16` with `--bf16` alone, and sums in fp32 if that is asked for. */
+/**
+ * Puts the types of gradient sums and moments. Megatron reads `--grad-reduce-in-bf16` with `--bf16` alone, and sums in fp32 if that is asked
+ * for. Gradients then lie and are sent in bf16; those of the named parameters are summed over microbatches in fp32 first.
+ */
 function putStateTypes({ args, job }: Importing): void {
   const sums = ["grad-reduce-in-bf16", "main-grads-dtype"] as const;
   const isReduced = args.has("grad-reduce-in-bf16") && !args.given.has("accumulate-allreduce-grads-in-fp32");
   const isNarrow = args.has("bf16") && (isReduced || args.text("main-grads-dtype") === "bf16");
-  job.put("train.gradients", isNarrow ? "bf16" : "f32", sums);
+  const local = "ddp-param-name-patterns-for-fp32-local-accumulation";
+  const isLocal = args.has("bf16") && isReduced && (args.textsIfGiven(local) ?? []).includes("all");
+  job.put("train.gradients", isNarrow && !isLocal ? "bf16" : "f32", [...sums, local]);
+  job.put("train.gradient_reduction", args.has("bf16") && isReduced ? "bf16" : "f32", sums);
   const moments = ["exp-avg-dtype", "exp-avg-sq-dtype"] as const;
   const types = moments.map((name) => args.text(name));
   if (types.some((type) => type !== "fp32") && types.some((type) => type !== "bf16"))
